@@ -1,0 +1,171 @@
+"""Every key with its default, and the sizes of the towers. A recipe starts from `base` and changes what differs."""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+# What differs from B/16, by the size that papers name. The larger ones are the reference's
+# (clip/custom_models.py: S/16 has 12 heads of 32, not timm's 6 of 64; L/14 keeps the 512-wide text tower).
+SIZES = {
+    "tiny": dict(
+        embed_dim=64,
+        image=dict(image_size=64, patch_size=8, width=96, depth=3, heads=4, mlp_dim=384, unroll=3),
+        text=dict(width=96, depth=2, heads=4, mlp_dim=384, unroll=2),
+        decoder=dict(width=96, depth=2, heads=4, mlp_dim=384, unroll=2),
+    ),
+    "S/16": dict(image=dict(width=384, mlp_dim=1536)),
+    "B/16": {},
+    "L/14": dict(image=dict(patch_size=14, width=1024, depth=24, heads=16, mlp_dim=4096)),
+}
+
+
+def model(size: str = "B/16") -> ConfigDict:
+    """The model of that size: one of tiny, S/16, B/16, L/14."""
+    if size not in SIZES:
+        raise ValueError(f"model size: got {size!r}, expected one of {', '.join(SIZES)}")
+    c = ConfigDict()
+    c.embed_dim = 512
+    c.image = ConfigDict(
+        dict(
+            image_size=224,
+            patch_size=16,
+            width=768,
+            depth=12,
+            heads=12,
+            mlp_dim=3072,
+            qk_norm=True,
+            norm_eps=1e-6,
+            stem_width=0,
+            position_init="normal",
+            block_init="trunc_normal",
+            unroll=1,
+        )
+    )
+    c.text = ConfigDict(
+        dict(
+            vocab_size=49408,
+            context_length=77,
+            width=512,
+            depth=12,
+            heads=8,
+            mlp_dim=2048,
+            norm_eps=1e-5,
+            unroll=1,
+        )
+    )
+    c.decoder = ConfigDict(
+        dict(
+            queries=5,
+            width=512,
+            depth=6,
+            heads=8,
+            mlp_dim=2048,
+            dropout=0.1,
+            norm_eps=1e-5,
+            unroll=1,
+        )
+    )
+    c.update(SIZES[size])
+    return c
+
+
+def evaluator(kind: str, images: str, **fields) -> dict:
+    """An entry of `evals`: what to measure, on which folder."""
+    entry = dict(kind=kind, images=images, descriptions=None, annotations=None, alphas=(1.0, 0.5))
+    return entry | fields
+
+
+def base(size: str = "B/16") -> ConfigDict:
+    """GRAIN's recipe (method.md, Training recipe); a file under `configs/` names its data set and length."""
+    c = ConfigDict()
+    c.seed = 0
+    c.total_steps = placeholder(int)  # exactly one of these two; the command line wins
+    c.total_epochs = placeholder(float)
+    c.batch_size = 2048
+    c.microbatches = 1
+    c.dtype = "bfloat16"
+    c.remat = "none"
+    c.ema_decay = 0.0
+    c.log_every = 50
+    c.checkpoint_every = 1000
+    c.checkpoint_every_minutes = 0.0
+    c.checkpoint_keep = 2
+    c.eval_every = 0
+    c.pictures = 0
+    c.model = model(size)
+    c.input = ConfigDict(
+        dict(
+            source="records",
+            data_dir="",
+            name="",
+            prepare=placeholder(str),
+            lanes=16,
+            shards_per_block=1,
+            max_regions=5,
+            synthetic_caption_rate=0.5,
+            flip_rate=0.0,
+            crop_min_area=1.0,
+            reader_threads=0,
+        )
+    )
+    c.text = ConfigDict(dict(packing=True, pack_group=64, pack_rows=40))
+    c.loss = ConfigDict(
+        dict(
+            image_caption=1.0,
+            region_description=1.0,
+            box=1.0,
+            group_size=0,
+            mask_duplicates=True,
+            match_l1=5.0,
+            match_giou=2.0,
+            iou_epsilon=0.0,
+            deep_supervision=False,
+            shift_labels_after_empty_box=False,
+        )
+    )
+    c.optim = ConfigDict(
+        dict(
+            learning_rate=1e-3,
+            warmup_init=1e-6,
+            end_learning_rate=1e-5,
+            warmup_steps=placeholder(int),
+            warmup_epochs=placeholder(float),
+            schedule="cosine",
+            b1=0.9,
+            b2=0.98,
+            eps=1e-8,
+            weight_decay=0.1,
+            decay_groups="matrices",
+            clip_norm=0.0,
+        )
+    )
+    c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    # Logical axis of a parameter -> mesh axis. Exhaustive: an axis that stands in no row is an error.
+    c.sharding = (
+        ("layers", None),
+        ("width", "fsdp"),
+        ("mlp", "tensor"),
+        ("heads", "tensor"),
+        ("head_dim", None),
+        ("vocab", "tensor"),
+        ("patch", None),
+        ("positions", None),
+        ("queries", None),
+        ("embed", None),
+        ("vector", None),
+    )
+    c.evals = ConfigDict()
+    return c
+
+
+def reference_behaviour(c: ConfigDict) -> ConfigDict:
+    """Switches `c` to what the PyTorch reference does (method.md, last table), for comparisons with it."""
+    c.text.packing = False
+    c.loss.group_size = 128
+    c.loss.mask_duplicates = False
+    c.loss.shift_labels_after_empty_box = True
+    c.loss.box = 1.5
+    c.loss.iou_epsilon = 1e-4
+    c.optim.decay_groups = "reference"
+    c.optim.schedule = "reference"
+    c.model.image.block_init = "torch"
+    return c

@@ -1,0 +1,1 @@
+"""Offline production of training records: build, annotate, inspect and the embedded data set."""

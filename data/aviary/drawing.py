@@ -1,0 +1,131 @@
+"""Draws a bird of a species in a scene: a picture and the exact box of each part.
+
+The foreground is drawn as polygons on a supersampled canvas of palette indices, which is then
+averaged down.  Every index belongs to one part (or none), so that the canvas itself tells which
+pixels show which part: boxes are those of the visible pixels, not of the intended shape.
+"""
+import dataclasses
+import functools
+import random
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw
+
+from data.aviary import bird, props, scenery
+from data.aviary.palette import BODY_COLOURS, COLOURS, tones, vary
+from data.aviary.species import Species
+from data.aviary.vocabulary import PARTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Pose:
+    """How freely birds stand: scale from/to, turn (degrees either way), shift (share of the
+    picture either way), share of mirrored birds, and how far colours vary (share of 255)."""
+
+    scale_from: float = 0.8
+    scale_to: float = 1.1
+    turn: float = 6.0
+    shift: float = 0.04
+    mirrored: float = 0.5
+    colour_variation: float = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A drawn picture: RGB `image`; part -> (x1, y1, x2, y2) in pixels of what can be seen of the
+    part (a part out of sight is missing); part -> share of the picture's area that it covers;
+    the `scene` in words."""
+
+    image: Image.Image
+    boxes_xyxy: dict[str, tuple[float, float, float, float]]
+    areas: dict[str, float]
+    scene: scenery.Scene
+
+
+class _Canvas:
+    """Polygons in picture units (0..100) on a canvas of palette indices; 0 is see-through."""
+
+    def __init__(self, size, supersampling):
+        self.supersampling = supersampling
+        self._image = Image.new("P", (size * supersampling,) * 2, 0)
+        self._draw = ImageDraw.Draw(self._image)
+        self._scale = size * supersampling / 100
+        self._colours = [(0, 0, 0)]
+        self._owners = [None]
+        self._index = {}
+
+    def polygon(self, points, rgb, part=None):
+        """Fills the outline `points` [n, 2]; what it covers belongs to `part`."""
+        key = (rgb, part)
+        if key not in self._index:
+            self._index[key] = len(self._colours)
+            self._colours.append(rgb)
+            self._owners.append(part)
+        self._draw.polygon((points * self._scale).ravel().tolist(), fill=self._index[key])
+
+    def layer(self, light):
+        """(colours on black, coverage): RGB and L images of the final size."""
+        self._image.putpalette([value for rgb in self._colours for value in rgb])
+        colours = self._image.convert("RGB").reduce(self.supersampling)
+        coverage = self._values([0] + [255] * (len(self._colours) - 1))
+        return ImageChops.multiply(colours, light), coverage.reduce(self.supersampling)
+
+    def visible(self, part):
+        """((x1, y1, x2, y2) in pixels, share of the area) of a part, or None."""
+        mask = self._values([255 * (owner == part) for owner in self._owners])
+        box = mask.getbbox()
+        if box is None:
+            return None
+        area = mask.histogram()[255] / (mask.width * mask.height)
+        return tuple(edge / self.supersampling for edge in box), area
+
+    def _values(self, table):
+        return Image.frombytes("L", self._image.size, self._image.tobytes()).point(
+            table + [0] * (256 - len(table)))
+
+
+def draw(species: Species, *, rng: random.Random, size: int = 64, pose: Pose = Pose()) -> Picture:
+    """Draws one bird of `species`, `size` x `size` pixels; all chance comes from `rng`.
+
+    How much `rng` is used does not depend on the species: another look of a part changes that
+    part only.
+    """
+    supersampling = 4 if size <= 96 else 3 if size <= 256 else 2
+    canvas = _Canvas(size, supersampling)
+    mirrored = rng.random() < pose.mirrored
+    scale = rng.uniform(pose.scale_from, pose.scale_to)
+    angle = np.deg2rad(rng.uniform(-pose.turn, pose.turn))
+    x, y = (50 + 100 * rng.uniform(-pose.shift, pose.shift) for _ in range(2))
+    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
+    side = -1 if mirrored else 1
+    matrix = np.array([[side * cos, sin], [-side * sin, cos]])
+    offset = np.array([x, y + 2.5])
+
+    body = vary(rng.choice(BODY_COLOURS), rng, 0.04)
+    shades = {None: tones(body)}
+    for part in PARTS:
+        shades[part] = tones(vary(COLOURS[species[part].colour], rng, pose.colour_variation))
+
+    feet = np.array([3.5, bird.FOOT_Y[species["legs"].shape]]) @ matrix + offset
+    scene, background = scenery.make_scene(rng, size)
+    props.draw_things(canvas, rng, scene, side=side)
+    props.draw_perch(canvas, rng, scene, feet=feet, side=side)
+    for part, points, tone in bird.bird_layers(species):
+        canvas.polygon(points @ matrix + offset, shades[part][tone], part)
+
+    layer, coverage = canvas.layer(_light(size))
+    hidden = ImageChops.invert(coverage)
+    image = ImageChops.add(
+        ImageChops.multiply(background, Image.merge("RGB", (hidden,) * 3)), layer)
+    boxes, areas = {}, {}
+    for part in PARTS:
+        if seen := canvas.visible(part):
+            boxes[part], areas[part] = seen
+    return Picture(image=image, boxes_xyxy=boxes, areas=areas, scene=scene)
+
+
+@functools.lru_cache(maxsize=4)
+def _light(size):
+    """What the foreground is multiplied by: light from above."""
+    column = np.linspace(255, 222, size).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(column[:, None, None], (size, size, 3)).copy())

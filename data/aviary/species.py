@@ -1,0 +1,137 @@
+"""Species of the aviary: genera that share parts, and invented names.
+
+A genus is one trait for each of the 8 parts; each of its species changes `parts_changed` of them.
+Held-out species are made in the same way from genera of their own, but only of traits that some
+training species has: new are their names and their combinations, never a part or a word.
+"""
+import dataclasses
+import random
+
+from data.aviary import vocabulary
+from data.aviary.vocabulary import PARTS, Trait
+
+_ONSETS = "b d f g j k l m n p r t v w z".split()
+_MIDDLES = "mb nz lv rv zd lk mz gl vr rz lm lf mf vl zm bl".split()
+_ENDINGS = "el ik or ub un oz im ul ep eg".split()
+_WORDS = ("marvel",)  # what the syllables would make of real words
+_TRIES = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Species:
+    """A species: an invented `name`, the number of its `genus`, one trait a part (in PARTS' order)."""
+
+    name: str
+    genus: int
+    traits: tuple[Trait, ...]
+
+    def __getitem__(self, part: str) -> Trait:
+        """The trait of `part`."""
+        return self.traits[PARTS.index(part)]
+
+    @property
+    def descriptions(self) -> list[str]:
+        """The plain phrases of all parts: the class's entry in a descriptions file."""
+        return [trait.phrase for trait in self.traits]
+
+    def replace(self, trait: Trait) -> "Species":
+        """The same species with another look of one part."""
+        return dataclasses.replace(self, traits=tuple(
+            trait if trait.part == old.part else old for old in self.traits))
+
+
+@dataclasses.dataclass(frozen=True)
+class Aviary:
+    """All species of a data set."""
+
+    training: tuple[Species, ...]
+    held_out: tuple[Species, ...]
+
+
+def distance(first: Species, second: Species) -> int:
+    """The number of parts in which two species differ."""
+    return sum(a != b for a, b in zip(first.traits, second.traits, strict=True))
+
+
+def make_species(
+    seed: int = 0,
+    *,
+    genera: int = 24,
+    species_per_genus: int = 5,
+    held_out_genera: int = 10,
+    held_out_species_per_genus: int = 4,
+    parts_changed: int = 3,
+) -> Aviary:
+    """Draws the species of a data set.
+
+    Any two species differ in at least min(3, parts_changed) parts; `parts_changed` = 8 makes the
+    parts of a species independent of its genus.
+
+    Raises:
+        ValueError: a number is out of range, or so many different species cannot be made.
+    """
+    for name, value, least in (
+        ("genera", genera, 1), ("species_per_genus", species_per_genus, 1),
+        ("held_out_genera", held_out_genera, 0),
+        ("held_out_species_per_genus", held_out_species_per_genus, 0),
+        ("parts_changed", parts_changed, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name}: got {value}, expected at least {least}")
+    if parts_changed > len(PARTS):
+        raise ValueError(f"parts_changed: got {parts_changed}, expected at most {len(PARTS)}")
+
+    rng = random.Random(f"aviary species {seed}")
+    count = genera * species_per_genus
+    names = invent_names(count + held_out_genera * held_out_species_per_genus, rng)
+    made: list[Species] = []
+    _add(made, names[:count], vocabulary.TRAITS, genera, parts_changed, rng)
+    known = {part: sorted({one[part] for one in made}, key=vocabulary.TRAITS[part].index)
+             for part in PARTS}
+    if held_out_genera * held_out_species_per_genus:
+        _add(made, names[count:], known, held_out_genera, parts_changed, rng)
+    return Aviary(training=tuple(made[:count]), held_out=tuple(made[count:]))
+
+
+def _add(made, names, traits, genera, parts_changed, rng):
+    """Appends len(names) species of `genera` new genera, of `traits` (part -> traits), to `made`."""
+    per_genus = len(names) // genera
+    first_genus = made[-1].genus + 1 if made else 0
+    least = min(3, parts_changed)
+    for number in range(genera):
+        prototype = {part: rng.choice(traits[part]) for part in PARTS}
+        for name in names[number * per_genus:(number + 1) * per_genus]:
+            for _ in range(_TRIES):
+                changed = rng.sample(PARTS, parts_changed)
+                new = dict(prototype)
+                for part in changed:
+                    others = [one for one in traits[part] if one != prototype[part]]
+                    new[part] = rng.choice(others or [prototype[part]])
+                one = Species(name, first_genus + number, tuple(new[part] for part in PARTS))
+                if all(distance(one, other) >= least for other in made):
+                    made.append(one)
+                    break
+            else:
+                raise ValueError(
+                    f"species: found no further one after {len(made)} that differs from each in "
+                    f"{least} parts; use more training species, fewer a genus, or more "
+                    "parts_changed")
+
+
+def invent_names(count: int, rng: random.Random) -> list[str]:
+    """`count` pronounceable words of two syllables that mean nothing, e.g. "wumbel"."""
+    possible = [onset + vowel + middle + ending for onset in _ONSETS for vowel in "aeiou"
+                for middle in _MIDDLES for ending in _ENDINGS]
+    rng.shuffle(possible)
+    names, taken = [], set(_WORDS)
+    for name in possible:
+        if len(names) == count:
+            break
+        # No two names may differ in a single letter: "?umbel", "w?mbel", ... are then taken.
+        alike = {name[:at] + "?" + name[at + 1:] for at in range(len(name))} | {name}
+        if not alike & taken:
+            names.append(name)
+            taken |= alike
+    if len(names) < count:
+        raise ValueError(f"species: got {count}, expected at most {len(names)}")
+    return names

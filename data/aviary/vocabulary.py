@@ -1,0 +1,134 @@
+"""What a bird of the aviary can look like, and the words for it.
+
+A *trait* is one look of one part: ``Trait("beak", "hooked", "red")``.  The 8 parts have 101 traits
+together; each trait has one plain phrase ("a hooked red beak") and some paraphrases.  No phrase
+speaks of left or right, so mirroring a picture never contradicts its words.
+"""
+import dataclasses
+import random
+
+PARTS = ("crest", "beak", "eye", "throat", "breast", "wing", "tail", "legs")
+
+# part -> shape or pattern -> the colours that it comes in.
+_LOOKS = {
+    "crest": {
+        "spiky": "red yellow blue white",
+        "tall": "orange green red",
+        "round": "pink yellow purple",
+        "curled": "black blue orange",
+    },
+    "beak": {
+        "long": "orange black red yellow",
+        "short": "yellow white blue",
+        "hooked": "black red pink",
+        "curved": "orange green purple",
+    },
+    "eye": {
+        "ring": "white red blue yellow",
+        "stripe": "black white orange green",
+        "patch": "red yellow purple pink",
+    },
+    "throat": {
+        "patch": "red blue white purple",
+        "collar": "white black orange pink",
+        "bib": "black yellow green red",
+    },
+    "breast": {
+        "plain": "red yellow blue white orange",
+        "spotted": "white yellow pink green",
+        "striped": "white orange purple blue",
+    },
+    "wing": {
+        "plain": "green black purple red",
+        "barred": "blue brown red black",
+        "spotted": "brown green blue",
+        "tipped": "yellow orange white",
+    },
+    "tail": {
+        "long": "blue red white",
+        "forked": "black green red orange",
+        "fanned": "brown yellow purple",
+        "striped": "yellow pink blue",
+    },
+    "legs": {
+        "long": "pink red yellow",
+        "short": "orange black blue yellow",
+        "feathered": "white brown green purple",
+    },
+}
+
+# The first phrase is the plain one; the others are its paraphrases.
+_PHRASES = {
+    ("crest", "spiky"): ("a spiky {} crest", "{} spikes on the head", "a {} crest of spikes"),
+    ("crest", "tall"): ("a tall {} crest", "a high {} plume on the head", "a tall {} plume"),
+    ("crest", "round"): ("a round {} crest", "a {} tuft, round and soft", "a round {} tuft"),
+    ("crest", "curled"): ("a curled {} crest", "a {} curl on the head", "a curled {} plume"),
+    ("beak", "long"): ("a long {} beak", "a {} bill, long and straight", "a long {} bill"),
+    ("beak", "short"): ("a short {} beak", "a {} bill, short and thick", "a short {} bill"),
+    ("beak", "hooked"): ("a hooked {} beak", "a {} bill with a hook", "a hooked {} bill"),
+    ("beak", "curved"): ("a curved {} beak", "a {} bill that bends down", "a curved {} bill"),
+    ("eye", "ring"): ("a {} eye ring", "a {} ring around the eye", "{} rings around the eyes"),
+    ("eye", "stripe"): ("a {} eye stripe", "a {} stripe through the eye", "a {} line at the eye"),
+    ("eye", "patch"): ("a {} eye patch", "a {} patch around the eye", "a {} cheek"),
+    ("throat", "patch"): ("a {} throat", "a {} patch on the throat", "a throat that is {}"),
+    ("throat", "collar"): ("a {} collar", "a {} band around the neck", "a {} neck band"),
+    ("throat", "bib"): ("a pointed {} bib", "a {} bib below the beak", "a {} point on the throat"),
+    ("breast", "plain"): ("a plain {} breast", "a {} chest", "a breast that is all {}"),
+    ("breast", "spotted"): ("a spotted {} breast", "a {} chest with spots", "spots on a {} breast"),
+    ("breast", "striped"): ("a striped {} breast", "a {} chest with stripes",
+                            "stripes on a {} breast"),
+    ("wing", "plain"): ("a plain {} wing", "{} wings", "a wing that is all {}"),
+    ("wing", "barred"): ("a {} wing with bars", "bars on a {} wing", "{} wings with bars"),
+    ("wing", "spotted"): ("a spotted {} wing", "a {} wing with spots", "{} wings with spots"),
+    ("wing", "tipped"): ("a {} wing with a dark tip", "a dark tip on a {} wing",
+                         "{} wings with dark tips"),
+    ("tail", "long"): ("a long {} tail", "a {} tail, long and thin", "long {} tail feathers"),
+    ("tail", "forked"): ("a forked {} tail", "a {} tail with two points", "a {} tail like a fork"),
+    ("tail", "fanned"): ("a fanned {} tail", "a {} tail like a fan", "a wide {} tail"),
+    ("tail", "striped"): ("a striped {} tail", "a {} tail with stripes", "stripes on a {} tail"),
+    ("legs", "long"): ("long {} legs", "{} legs, long and thin", "tall {} legs"),
+    ("legs", "short"): ("short {} legs", "{} legs, short and thick", "thick {} legs"),
+    ("legs", "feathered"): ("feathered {} legs", "{} feathers on the legs", "soft {} legs"),
+}
+
+# Other words that a paraphrase may use for a colour.
+COLOUR_SYNONYMS = {
+    "red": "scarlet", "orange": "amber", "yellow": "golden", "green": "emerald", "blue": "azure",
+    "purple": "violet", "pink": "rosy", "white": "snowy", "black": "jet black",
+    "brown": "chestnut",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trait:
+    """One look of one part: `part` (of PARTS), `shape` (or pattern) and `colour`."""
+
+    part: str
+    shape: str
+    colour: str
+
+    @property
+    def phrase(self) -> str:
+        """The plain description, e.g. "an orange eye stripe"."""
+        return _with_article(_PHRASES[self.part, self.shape][0].format(self.colour))
+
+    def paraphrase(self, rng: random.Random) -> str:
+        """Another wording, drawn with `rng`; three in ten use another word for the colour."""
+        template = rng.choice(_PHRASES[self.part, self.shape][1:])
+        colour = COLOUR_SYNONYMS[self.colour] if rng.random() < 0.3 else self.colour
+        return _with_article(template.format(colour))
+
+
+def _with_article(phrase: str) -> str:
+    """"a orange beak" -> "an orange beak", wherever the article stands."""
+    words = phrase.split()
+    return " ".join(
+        "an" if word == "a" and after[:1] in "aeiou" else word
+        for word, after in zip(words, words[1:] + ["."], strict=True))
+
+
+TRAITS = {
+    part: tuple(Trait(part, shape, colour)
+                for shape, colours in _LOOKS[part].items() for colour in colours.split())
+    for part in PARTS
+}

@@ -1,0 +1,80 @@
+"""Pictures the way the reference sees them: PIL, squashed to a square by its antialiased bicubic.
+
+Used where records are built and where a model is served; needs neither TensorFlow nor JAX. The
+training input's own resize (`input_pipeline/transforms.py`) is measured against this one.
+"""
+
+import io
+import warnings
+
+import numpy as np
+import PIL.Image
+from etils import epath
+
+
+class ImageError(ValueError):
+    """A picture cannot be read; the message says which and why."""
+
+
+def decode_image(encoded: bytes, name: str = "picture") -> PIL.Image.Image:
+    """The picture in `encoded` (any format that PIL reads), wholly decoded, in its own mode.
+
+    The orientation tag of cameras is not applied: boxes are in pixels of the file, and tf.data does
+    not apply it either.
+
+    Raises:
+      ImageError: not a picture, truncated, or damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd metadata; the pixels are what counts
+            image = PIL.Image.open(io.BytesIO(encoded))
+            image.load()
+    except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error and more
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, PIL.UnidentifiedImageError):
+            reason = f"{len(encoded)} bytes that are no known picture format"
+        raise ImageError(f"{name}: {reason}, expected a readable picture") from None
+    return image
+
+
+def load_image(path: epath.PathLike) -> PIL.Image.Image:
+    """The picture at `path` (local or remote). Raises ImageError."""
+    try:
+        encoded = epath.Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ImageError(f"{path}: {reason}, expected a readable picture") from None
+    return decode_image(encoded, str(path))
+
+
+def squash(
+    image: PIL.Image.Image | np.ndarray, size: int, *, convert_first: bool = True
+) -> np.ndarray:
+    """Squashes a picture to a square, without keeping its proportions and without a crop.
+
+    Equals torchvision's `Resize((size, size), BICUBIC)` on PIL pictures. Which of its two passes
+    Pillow runs first differs between versions (13.0 from earlier ones), by a few levels at worst.
+
+    DIFFERS: the reference resizes first and converts to RGB afterwards, which picks nearest
+    neighbours for palette pictures and lets hidden colours of transparent pixels matter. We convert
+    first; RGB and grey pictures come out the same. `convert_first=False` gives the reference's.
+
+    Args:
+      image: PIL picture of any mode, or uint8 [H, W, 3] or [H, W].
+      size: pixels of the square's edge, S.
+
+    Returns: uint8 [S, S, 3].
+    """
+    if not isinstance(image, PIL.Image.Image):
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+            raise ImageError(
+                f"got an array {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]"
+            )
+        image = PIL.Image.fromarray(image)
+    if convert_first:
+        image = image.convert("RGB")
+    if image.size != (size, size):
+        image = image.resize((size, size), PIL.Image.Resampling.BICUBIC)
+    return np.asarray(image.convert("RGB"))

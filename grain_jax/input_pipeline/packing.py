@@ -1,0 +1,335 @@
+"""Packs captions and region descriptions into rows of text, group by group of images.
+
+A caption has 10-20 tokens and a row 77: with one text a row most of the text tower's work is
+padding. `pack` decides where every text goes (a `Layout`), `fill` puts the tokens there. The
+padded path is a layout too (`one_text_per_row`), so the model knows only one kind of input.
+Letters: B images, R regions an image, G = B / pack_group groups, L = row_length.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+MIN_TEXT_LENGTH = 2  # start and end token
+
+
+class Layout(NamedTuple):
+    """Where the texts of a batch stand, and what it cost to make them fit.
+
+    Attributes:
+      caption_at: i32[B, 2], (row within the image's group, position of the end token).
+      description_at: i32[B, R, 2], the same for descriptions; (0, 0) where masked.
+      region_mask: bool[B, R], regions that are real and were not dropped.
+      caption_lengths: i32[B], after a cut.
+      description_lengths: i32[B, R], 0 where masked.
+      texts_dropped: descriptions dropped (with their regions) because a group overflowed.
+      captions_cut: captions shortened because a group's captions alone overflowed.
+      pack_group: images a group.
+      rows: rows a group.
+      row_length: tokens a row, L.
+    """
+
+    caption_at: np.ndarray
+    description_at: np.ndarray
+    region_mask: np.ndarray
+    caption_lengths: np.ndarray
+    description_lengths: np.ndarray
+    texts_dropped: int
+    captions_cut: int
+    pack_group: int
+    rows: int
+    row_length: int
+
+
+class PackedText(NamedTuple):
+    """Rows of tokens, each i32[G, rows, L].
+
+    Attributes:
+      tokens: ids, 0 in the padding.
+      positions: place within the text, 0 at its start token and in the padding.
+      segments: 1, 2, ... for the texts of a row from left to right, 0 for padding.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+
+
+def pack(
+    *,
+    caption_lengths: np.ndarray,
+    description_lengths: np.ndarray,
+    region_mask: np.ndarray,
+    region_scores: np.ndarray,
+    pack_group: int,
+    rows: int,
+    row_length: int,
+) -> Layout:
+    """Packs the texts of `pack_group` consecutive images into `rows` rows, first-fit decreasing.
+
+    A group's layout depends on that group alone. If a group overflows, its region of the lowest
+    score goes (ties: the later image, then the later region) and the group is packed again, as
+    often as needed. If its captions alone overflow, the longest ones are cut to the largest
+    common length that fits.
+
+    Args:
+      caption_lengths: i32[B], tokens with specials, 2..row_length.
+      description_lengths: i32[B, R], the same; ignored where masked.
+      region_mask: bool[B, R], True where a region is real.
+      region_scores: f32[B, R], finite; ignored where masked.
+      pack_group: images a group; divides B.
+      rows: rows a group; at least enough for two tokens of every caption.
+      row_length: tokens a row.
+
+    Raises:
+      ValueError: an argument is outside these bounds.
+    """
+    region_mask = np.asarray(region_mask, dtype=bool)
+    lengths = _text_lengths(caption_lengths, description_lengths, region_mask, row_length)
+    batch, slots = lengths.shape  # slot 0 is the caption
+    if pack_group < 1 or batch % pack_group:
+        raise ValueError(
+            f"pack_group {pack_group} does not divide the batch of {batch} images; "
+            "choose text.pack_group so that it divides the images of a micro-batch on a device"
+        )
+    if rows * (row_length // MIN_TEXT_LENGTH) < pack_group:
+        raise ValueError(
+            f"{rows} rows of {row_length} tokens cannot hold {pack_group} captions of "
+            f"{MIN_TEXT_LENGTH} tokens (pack_group {pack_group}); give a group more rows"
+        )
+    lengths = lengths.reshape(batch // pack_group, pack_group * slots)  # [G, group's slots]
+    row, start, fits = _first_fit(lengths, rows, row_length)
+    failing = np.flatnonzero(~fits)
+    if failing.size:
+        scores = np.zeros((batch, slots), dtype=np.float64)
+        scores[:, 1:] = np.where(region_mask, region_scores, 0)
+        if not np.isfinite(scores).all():
+            raise ValueError("region_scores has a NaN or infinite score; rebuild the records")
+        is_caption = np.arange(pack_group * slots) % slots == 0
+        lengths[failing], row[failing], start[failing] = _shrink(
+            lengths[failing], scores.reshape(lengths.shape)[failing], is_caption, rows, row_length
+        )
+    lengths = lengths.reshape(batch, slots)
+    at = np.stack([row, start + lengths.reshape(row.shape) - 1], axis=-1)  # [G, slots, 2]
+    at = at.reshape(batch, slots, 2).astype(np.int32)
+    kept = lengths[:, 1:] > 0
+    return Layout(
+        caption_at=at[:, 0],
+        description_at=np.where(kept[:, :, None], at[:, 1:], 0),
+        region_mask=kept,
+        caption_lengths=lengths[:, 0].copy(),
+        description_lengths=lengths[:, 1:].copy(),
+        texts_dropped=int(region_mask.sum() - kept.sum()),
+        captions_cut=int((lengths[:, 0] < np.asarray(caption_lengths)).sum()),
+        pack_group=pack_group,
+        rows=rows,
+        row_length=row_length,
+    )
+
+
+def one_text_per_row(
+    *,
+    caption_lengths: np.ndarray,
+    description_lengths: np.ndarray,
+    region_mask: np.ndarray,
+    row_length: int,
+) -> Layout:
+    """The padded path: groups of one image, caption in row 0, description r in row 1 + r.
+
+    Rows of masked regions stay padding. Arguments and errors as in `pack`.
+    """
+    region_mask = np.asarray(region_mask, dtype=bool)
+    lengths = _text_lengths(caption_lengths, description_lengths, region_mask, row_length)
+    rows = np.broadcast_to(np.arange(lengths.shape[1]), lengths.shape)
+    at = np.stack([rows, lengths - 1], axis=-1).astype(np.int32)  # [B, 1 + R, 2]
+    return Layout(
+        caption_at=at[:, 0],
+        description_at=np.where(region_mask[:, :, None], at[:, 1:], 0),
+        region_mask=region_mask,
+        caption_lengths=lengths[:, 0].copy(),
+        description_lengths=lengths[:, 1:].copy(),
+        texts_dropped=0,
+        captions_cut=0,
+        pack_group=1,
+        rows=lengths.shape[1],
+        row_length=row_length,
+    )
+
+
+def fill(
+    layout: Layout,
+    *,
+    caption_ids: np.ndarray,
+    caption_lengths: np.ndarray,
+    description_ids: np.ndarray,
+    description_lengths: np.ndarray,
+    region_mask: np.ndarray,
+) -> PackedText:
+    """Writes the tokens of a batch where its layout says; a cut caption keeps its end token.
+
+    Args:
+      layout: from `pack` or `one_text_per_row`.
+      caption_ids: i32[sum(caption_lengths)], the captions' tokens end to end.
+      caption_lengths: i32[B], as the tokenizer gave them (before a cut).
+      description_ids: i32[sum(description_lengths)], the same for the real regions, in the order
+        of `region_mask`, row by row, those included that the layout dropped.
+      description_lengths: i32[number of real regions].
+      region_mask: bool[B, R], the real regions BEFORE drops, as given to `pack`.
+
+    Raises:
+      ValueError: lengths, ids and mask do not belong together.
+    """
+    region_mask = np.asarray(region_mask, dtype=bool)
+    batch = layout.caption_at.shape[0]
+    for name, got, expected in (
+        ("region_mask", region_mask.shape, layout.region_mask.shape),
+        ("caption_lengths", np.shape(caption_lengths), (batch,)),
+        ("caption_ids", np.shape(caption_ids), (int(np.sum(caption_lengths)),)),
+        ("description_lengths", np.shape(description_lengths), (int(region_mask.sum()),)),
+        ("description_ids", np.shape(description_ids), (int(np.sum(description_lengths)),)),
+    ):
+        if got != expected:
+            raise ValueError(f"{name} has shape {got}, expected {expected} by the layout and mask")
+    # One entry a kept text: where it starts in the source, how long it is there and in the rows,
+    # where it ends in the rows (all rows of all groups laid end to end).
+    kept = layout.region_mask[region_mask]  # [number of real regions]
+    chosen = np.concatenate([np.ones(batch, dtype=bool), kept])
+    source_length = np.concatenate([caption_lengths, description_lengths])
+    source_start = (np.cumsum(source_length) - source_length)[chosen]
+    source_end = source_start + source_length[chosen] - 1
+    length = np.concatenate(
+        [layout.caption_lengths, layout.description_lengths[layout.region_mask]]
+    )
+    first_row = np.arange(batch) // layout.pack_group * layout.rows  # of the image's group
+    image = np.concatenate([np.arange(batch), np.nonzero(layout.region_mask)[0]])
+    at = np.concatenate([layout.caption_at, layout.description_at[layout.region_mask]])
+    end = (first_row[image] + at[:, 0]) * layout.row_length + at[:, 1]
+    start = end - length + 1
+
+    shape = (batch // layout.pack_group, layout.rows, layout.row_length)
+    tokens, positions, segments, starts = (np.zeros(np.prod(shape), np.int32) for _ in range(4))
+    # One entry a token.
+    position = _counts_up(length)
+    into = np.repeat(start, length) + position
+    source = np.concatenate([caption_ids, description_ids])
+    tokens[into] = source[np.repeat(source_start, length) + position]
+    tokens[end] = source[source_end]  # changes something only where a caption was cut
+    positions[into] = position
+    starts[start] = 1
+    segments[into] = np.cumsum(starts.reshape(shape), axis=-1).reshape(-1)[into]
+    return PackedText(*(x.reshape(shape) for x in (tokens, positions, segments)))
+
+
+def padding_share(segments: np.ndarray) -> float:
+    """The share of tokens in [0, 1] that are padding (segment 0), of any batch of rows."""
+    return float(np.mean(np.asarray(segments) == 0))
+
+
+def _text_lengths(caption_lengths, description_lengths, region_mask, row_length) -> np.ndarray:
+    """Captions and descriptions as i32[B, 1 + R], 0 where masked, or a ValueError."""
+    caption_lengths = np.asarray(caption_lengths)
+    description_lengths = np.asarray(description_lengths)
+    expected = (*caption_lengths.shape, *region_mask.shape[1:])
+    if not region_mask.shape == description_lengths.shape == expected:
+        raise ValueError(
+            f"shapes do not agree: caption_lengths {caption_lengths.shape}, description_lengths "
+            f"{description_lengths.shape}, region_mask {region_mask.shape}; expected [B], [B, R], "
+            "[B, R]"
+        )
+    lengths = np.concatenate(
+        [caption_lengths[:, None], np.where(region_mask, description_lengths, 0)], axis=1
+    ).astype(np.int32)
+    real = np.concatenate([np.ones((len(lengths), 1), dtype=bool), region_mask], axis=1)
+    wrong = real & ((lengths < MIN_TEXT_LENGTH) | (lengths > row_length))
+    if wrong.any():
+        image, slot = np.argwhere(wrong)[0]
+        which = "the caption" if slot == 0 else f"description {slot - 1}"
+        raise ValueError(
+            f"{which} of image {image} has {lengths[image, slot]} tokens, expected "
+            f"{MIN_TEXT_LENGTH}..{row_length}; tokenize with context_length <= {row_length}"
+        )
+    return lengths
+
+
+def _first_fit(
+    lengths: np.ndarray, rows: int, row_length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First-fit decreasing for all groups at once; equal lengths go in the order of the slots.
+
+    Texts of one length fill a row as far as it goes before they take the next, so a whole length
+    is placed by counting: the loop is over lengths, never over texts or groups.
+
+    Returns: row [G, N], start in the row [G, N] (0 where the length is 0, meaningless where the
+      group does not fit) and fits bool[G].
+    """
+    groups, slots = lengths.shape
+    flat = lengths.reshape(-1)
+    sort_type = np.int16 if row_length < 2**15 else np.int32  # 16 bits: a radix sort, much faster
+    order = np.argsort(-flat.astype(sort_type), kind="stable")[: np.count_nonzero(flat)]
+    bounds = np.flatnonzero(np.diff(flat[order], prepend=-1, append=-1))
+    row, start = np.zeros(flat.shape, np.int32), np.zeros(flat.shape, np.int32)
+    space = np.full((groups, rows), row_length, dtype=np.int32)
+    fits = np.ones(groups, dtype=bool)
+    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+        texts = order[first:last]  # of this length, by group and slot
+        length = flat[texts[0]]
+        count = np.bincount(texts // slots, minlength=groups)[:, None]  # [G, 1]
+        room = np.maximum(space, 0) // length  # [G, rows]
+        room_up_to = np.cumsum(room, axis=1)
+        taken = np.clip(count - room_up_to + room, 0, room)
+        # What finds no room overfills the last row, so that every text still gets a place.
+        excess = np.maximum(count - room_up_to[:, -1:], 0)
+        taken[:, -1:] += excess
+        fits &= excess[:, 0] == 0
+        used = np.flatnonzero(taken)  # rows that take some, over all groups
+        taken_here = taken.reshape(-1)[used]
+        row[texts] = np.repeat(used % rows, taken_here)
+        start[texts] = np.repeat(row_length - space.reshape(-1)[used], taken_here)
+        start[texts] += _counts_up(taken_here) * length
+        space -= (taken * length).astype(np.int32)
+    return row.reshape(lengths.shape), start.reshape(lengths.shape), fits
+
+
+def _shrink(
+    lengths: np.ndarray, scores: np.ndarray, is_caption: np.ndarray, rows: int, row_length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Drops regions, then cuts captions, of groups that do not fit, until each just does.
+
+    Args: lengths and scores [F, N] of the failing groups, is_caption bool[N].
+    Returns: lengths (0 where dropped), row, start, each [F, N].
+    """
+    groups, slots = lengths.shape
+    is_region = ~is_caption & (lengths > 0)
+    # Order of going: by score, then from the last slot back. Captions and masked slots never go.
+    going = np.where(is_region, scores, np.inf)[:, ::-1].argsort(axis=1, kind="stable")
+    going = slots - 1 - going
+    going_rank = np.empty_like(going)
+    np.put_along_axis(going_rank, going, np.arange(slots)[None], axis=1)
+    num_regions = is_region.sum(axis=1)
+    # More tokens than room never fit: as many regions go at once as that alone takes.
+    left = lengths.sum(axis=1, keepdims=True) - np.cumsum(
+        np.take_along_axis(np.where(is_region, lengths, 0), going, axis=1), axis=1
+    )
+    dropped = np.minimum(1 + (left > rows * row_length).sum(axis=1), num_regions)
+    longest = np.where(is_caption, lengths, 0).max(axis=1)  # cap on the captions, [F]
+
+    result = lengths.copy()
+    row, start = np.zeros_like(lengths), np.zeros_like(lengths)
+    todo = np.arange(groups)
+    while todo.size:
+        kept = ~is_region[todo] | (going_rank[todo] >= dropped[todo, None])
+        tried = np.where(kept, lengths[todo], 0)
+        tried = np.where(is_caption, np.minimum(tried, longest[todo, None]), tried)
+        row[todo], start[todo], fits = _first_fit(tried, rows, row_length)
+        result[todo] = tried
+        todo = todo[~fits]
+        bare = dropped[todo] >= num_regions[todo]
+        longest[todo[bare]] -= 1
+        dropped[todo[~bare]] += 1
+    return result, row, start
+
+
+def _counts_up(lengths: np.ndarray) -> np.ndarray:
+    """0..n-1 for each n of `lengths`, end to end."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)

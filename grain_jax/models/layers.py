@@ -1,0 +1,185 @@
+"""Building blocks that the three towers share: dense layers, norms, attention, MLP, the layer scan.
+
+Every parameter names its logical axes (`config.sharding` maps them to mesh axes). Parameters are
+float32; activations have the module's `dtype`; softmax and norm statistics are float32.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Init = Callable
+ACTIVATIONS = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "relu": nn.relu,
+}
+zeros = nn.initializers.zeros_init()
+normal = nn.initializers.normal
+# What torch.nn.Linear starts from: uniform in +- fan_in ** -0.5.
+torch_linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def dense(
+    features, in_axes, out_axes, *, dtype, kernel_init, bias_init=zeros, use_bias=True, name=None
+):
+    """A linear map over the trailing `len(in_axes)` axes; `features` and `out_axes` may be tuples."""
+    features = features if isinstance(features, tuple) else (features,)
+    return nn.DenseGeneral(
+        features,
+        axis=tuple(range(-len(in_axes), 0)),
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(kernel_init, (*in_axes, *out_axes)),
+        # A bias is small: it is cut along heads and mlp with its kernel, never along the width.
+        bias_init=nn.with_logical_partitioning(
+            bias_init, tuple("vector" if a in ("width", "embed") else a for a in out_axes)
+        ),
+        name=name,
+    )
+
+
+def layer_norm(eps, *, dtype, name=None):
+    """LayerNorm with float32 statistics over the last axis."""
+    return nn.LayerNorm(
+        epsilon=eps,
+        dtype=dtype,
+        use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits that parity with torch needs
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("vector",)),
+        bias_init=nn.with_logical_partitioning(zeros, ("vector",)),
+        name=name,
+    )
+
+
+def example_dropout(x, keys, site: int, rate: float):
+    """Dropout whose mask is a function of each example's own key, not of its place in the batch.
+
+    Args:
+      x: [B, ...].
+      keys: PRNG keys [B], or None for no dropout.
+      site: a number that tells this dropout from the others of the layer.
+      rate: chance that a value is dropped.
+    """
+    if keys is None or rate == 0.0:
+        return x
+    keep = jax.vmap(
+        lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape[1:])
+    )(keys)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention, optionally with LayerNorm on each head's queries and keys."""
+
+    width: int
+    heads: int
+    dtype: jnp.dtype
+    kernel_init: Init
+    out_init: Init
+    bias_init: Init = zeros
+    qk_norm_eps: float | None = None
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, query, key, value, mask=None, dropout_keys=None, site: int = 0):
+        """query [B, Lq, E], key and value [B, Lk, E*], mask bool broadcastable to [B, K, Lq, Lk] -> [B, Lq, E]."""
+        head_dim = self.width // self.heads
+        project = lambda name, x: dense(  # noqa: E731
+            (self.heads, head_dim),
+            ("width",),
+            ("heads", "head_dim"),
+            dtype=self.dtype,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            name=name,
+        )(x)
+        q = project("query", query)  # [B, Lq, K, head_dim]
+        k = project("key", key)
+        v = project("value", value)
+        if self.qk_norm_eps is not None:
+            q = layer_norm(self.qk_norm_eps, dtype=self.dtype, name="query_norm")(q)
+            k = layer_norm(self.qk_norm_eps, dtype=self.dtype, name="key_norm")(k)
+        logits = jnp.einsum(
+            "bqkh,bskh->bkqs", q * head_dim**-0.5, k, preferred_element_type=jnp.float32
+        )
+        if mask is not None:
+            logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        weights = nn.softmax(logits).astype(self.dtype)  # [B, K, Lq, Lk]
+        weights = example_dropout(weights, dropout_keys, site, self.dropout)
+        out = jnp.einsum("bkqs,bskh->bqkh", weights, v)
+        return dense(
+            self.width,
+            ("heads", "head_dim"),
+            ("width",),
+            dtype=self.dtype,
+            kernel_init=self.out_init,
+            bias_init=self.bias_init,
+            name="out",
+        )(out)
+
+
+class MLP(nn.Module):
+    """Two dense layers with an activation between."""
+
+    width: int
+    mlp_dim: int
+    activation: str
+    dtype: jnp.dtype
+    in_init: Init
+    out_init: Init
+    in_bias_init: Init = zeros
+    out_bias_init: Init = zeros
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, dropout_keys=None, site: int = 0):
+        """[B, L, E] -> [B, L, E]."""
+        x = dense(
+            self.mlp_dim,
+            ("width",),
+            ("mlp",),
+            dtype=self.dtype,
+            kernel_init=self.in_init,
+            bias_init=self.in_bias_init,
+            name="in",
+        )(x)
+        x = example_dropout(ACTIVATIONS[self.activation](x), dropout_keys, site, self.dropout)
+        return dense(
+            self.width,
+            ("mlp",),
+            ("width",),
+            dtype=self.dtype,
+            kernel_init=self.out_init,
+            bias_init=self.out_bias_init,
+            name="out",
+        )(x)
+
+
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def scan_layers(block: type[nn.Module], depth: int, *, remat: str, unroll: int, in_axes: tuple):
+    """`depth` blocks as one scan: parameters are stacked on a leading "layers" axis.
+
+    Args:
+      block: module with `__call__(carry, *inputs) -> (carry, per-layer output)`.
+      remat: "none", or the name of what the backward pass keeps (`REMAT`).
+      unroll: layers without a loop between them.
+      in_axes: for each input, 0 (scanned over layers) or nn.broadcast.
+    """
+    if remat != "none":
+        block = nn.remat(block, policy=REMAT[remat], prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=depth,
+        unroll=unroll,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

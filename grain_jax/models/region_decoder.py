@@ -1,0 +1,120 @@
+"""Region decoder: learned queries look at the image tokens; the last query stands for the whole image.
+
+Method.md, Model; the layer is DETR's pre-norm one (Carion et al. 2020), without positions on the memory.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from grain_jax.config import RegionDecoder
+from grain_jax.models import layers
+
+xavier = nn.initializers.xavier_uniform()
+# Query, key and value are one matrix in the reference; xavier over its [3E, E] is this over each [E, E].
+xavier_qkv = nn.initializers.variance_scaling(0.5, "fan_in", "uniform")
+
+
+class Block(nn.Module):
+    """Self-attention among queries, cross-attention to the memory, ReLU MLP."""
+
+    tower: RegionDecoder
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, content, layer, memory, query_embed, dropout_keys):
+        """content [B, Q+1, E], layer int32 [], memory [B, N, E], query_embed [Q+1, E] -> content, twice."""
+        t = self.tower
+        keys = dropout_keys
+        if keys is not None:
+            keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, layer)
+        norm = lambda name: layers.layer_norm(t.norm_eps, dtype=self.dtype, name=name)  # noqa: E731
+        drop = lambda x, site: layers.example_dropout(x, keys, site, t.dropout)  # noqa: E731
+        attend = lambda name: layers.Attention(  # noqa: E731
+            t.width,
+            t.heads,
+            self.dtype,
+            kernel_init=xavier_qkv,
+            out_init=xavier,
+            dropout=t.dropout,
+            name=name,
+        )
+        y = norm("norm_1")(content)
+        q = y + query_embed
+        content = content + drop(attend("self_attention")(q, q, y, None, keys, 0), 1)
+        q = norm("norm_2")(content) + query_embed
+        content = content + drop(attend("cross_attention")(q, memory, memory, None, keys, 2), 3)
+        mlp = layers.MLP(
+            t.width,
+            t.mlp_dim,
+            "relu",
+            self.dtype,
+            in_init=xavier,
+            out_init=xavier,
+            dropout=t.dropout,
+            name="mlp",
+        )
+        content = content + drop(mlp(norm("norm_3")(content), keys, 4), 5)
+        return content, content
+
+
+class QueryDecoder(nn.Module):
+    """Image tokens to the content of every query after every layer."""
+
+    tower: RegionDecoder
+    dtype: jnp.dtype
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, image_tokens, dropout_keys=None):
+        """image_tokens [B, N, E_image], dropout_keys: PRNG keys [B] or None -> [T, B, Q+1, E], normed."""
+        t = self.tower
+        memory = layers.dense(
+            t.width,
+            ("width",),
+            ("vector",),
+            dtype=self.dtype,
+            kernel_init=layers.torch_linear,
+            use_bias=False,
+            name="memory_projection",
+        )(image_tokens)
+        memory = layers.layer_norm(t.norm_eps, dtype=self.dtype, name="memory_norm")(memory)
+        query_embed = self.param(
+            "query_embed",
+            nn.with_logical_partitioning(layers.normal(1.0), ("queries", "width")),
+            (t.queries + 1, t.width),
+        ).astype(self.dtype)
+        content = jnp.zeros((memory.shape[0], *query_embed.shape), self.dtype)
+        _, hidden = layers.scan_layers(
+            Block,
+            t.depth,
+            remat=self.remat,
+            unroll=t.unroll,
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        )(
+            t, self.dtype, name="blocks"
+        )(content, jnp.arange(t.depth), memory, query_embed, dropout_keys)
+        return layers.layer_norm(t.norm_eps, dtype=self.dtype, name="norm")(hidden)
+
+
+class BoxMLP(nn.Module):
+    """Three dense layers with ReLU between and a sigmoid after."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, hidden):
+        """[..., E] -> float32 boxes [..., 4], cxcywh in [0, 1]."""
+        for i, features in enumerate((self.width, self.width, 4)):
+            hidden = layers.dense(
+                features,
+                ("width",),
+                ("vector",),
+                dtype=self.dtype,
+                kernel_init=layers.torch_linear,
+                name=f"layer_{i}",
+            )(hidden)
+            if i < 2:
+                hidden = nn.relu(hidden)
+        return nn.sigmoid(hidden.astype(jnp.float32))

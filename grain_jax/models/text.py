@@ -1,0 +1,97 @@
+"""Text tower: CLIP's causal transformer over packed rows, read at each text's end token (method.md, Packing)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from grain_jax.config import TextTower
+from grain_jax.models import layers
+
+
+class Block(nn.Module):
+    """Pre-norm causal attention and QuickGELU MLP, with CLIP's depth-scaled init."""
+
+    tower: TextTower
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, mask):
+        """x [rows, L, E], mask bool [rows, 1, L, L] -> [rows, L, E] and no per-layer output."""
+        t = self.tower
+        out_init = layers.normal(t.width**-0.5 * (2 * t.depth) ** -0.5)
+        y = layers.layer_norm(t.norm_eps, dtype=self.dtype, name="norm_1")(x)
+        x = x + layers.Attention(
+            t.width,
+            t.heads,
+            self.dtype,
+            kernel_init=layers.normal(t.width**-0.5),
+            out_init=out_init,
+            name="attention",
+        )(y, y, y, mask)
+        y = layers.layer_norm(t.norm_eps, dtype=self.dtype, name="norm_2")(x)
+        x = x + layers.MLP(
+            t.width,
+            t.mlp_dim,
+            "quick_gelu",
+            self.dtype,
+            in_init=layers.normal((2 * t.width) ** -0.5),
+            out_init=out_init,
+            name="mlp",
+        )(y)
+        return x, None
+
+
+class TextTransformer(nn.Module):
+    """Token rows to features of every position."""
+
+    tower: TextTower
+    dtype: jnp.dtype
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, tokens, positions, segments):
+        """int32 [G, rows, L] each -> [G, rows, L, E], before the final norm (`self.norm` is the caller's)."""
+        t = self.tower
+        shape = tokens.shape
+        tokens, positions, segments = (
+            a.reshape(-1, shape[-1]) for a in (tokens, positions, segments)
+        )
+        x = nn.Embed(
+            t.vocab_size,
+            t.width,
+            dtype=self.dtype,
+            embedding_init=nn.with_logical_partitioning(layers.normal(0.02), ("vocab", "width")),
+            name="token_embed",
+        )(tokens)
+        position_embed = self.param(
+            "position_embed",
+            nn.with_logical_partitioning(layers.normal(0.01), ("positions", "width")),
+            (t.context_length, t.width),
+        )
+        x = x + position_embed.astype(self.dtype)[positions]  # [G*rows, L, E]
+        # Causal, and within the same text. Padding is a segment of its own, so no row of the mask is empty.
+        causal = jnp.tril(jnp.ones((shape[-1], shape[-1]), bool))
+        mask = causal & (segments[:, :, None] == segments[:, None, :])
+        x, _ = layers.scan_layers(
+            Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=(nn.broadcast,)
+        )(t, self.dtype, name="blocks")(x, mask[:, None])
+        return x.reshape(*shape, t.width)
+
+
+def gather_texts(features, at):
+    """The features at the texts' end tokens.
+
+    Args:
+      features: [G, rows, L, E].
+      at: int32 [B, 2] or [B, R, 2], (row within the image's group, position); B is a multiple of G.
+
+    Returns:
+      [B, E] or [B, R, E].
+    """
+    groups, rows, length, width = features.shape
+    index = at[..., 0] * length + at[..., 1]  # [B] or [B, R]
+    picked = jnp.take_along_axis(
+        features.reshape(groups, rows * length, width),
+        index.reshape(groups, index.size // groups, 1),
+        axis=1,
+    )
+    return picked.reshape(*index.shape, width)

@@ -1,0 +1,130 @@
+"""Image tower: a vision transformer whose tokens ALL go on to the region decoder (method.md, Model)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from grain_jax.config import ImageTower
+from grain_jax.models import layers
+
+
+def sincos2d(grid: int, width: int) -> np.ndarray:
+    """Sine-cosine position features of a square grid, float32 [grid * grid, width] (as in MoCo v3)."""
+    omega = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
+    y, x = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
+    y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
+    out = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+    return np.pad(out, ((0, 0), (0, width - out.shape[1]))).astype(np.float32)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and GELU MLP, each added to its input."""
+
+    tower: ImageTower
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, N, E] -> [B, N, E] and no per-layer output."""
+        t = self.tower
+        if t.block_init == "torch":  # quirk 13: the reference rebuilds its blocks after timm's init
+            init = layers.torch_linear
+            bias = lambda fan_in: (
+                lambda key, shape, dtype=jnp.float32: (  # noqa: E731
+                    nn.initializers.uniform(2 * fan_in**-0.5)(key, shape, dtype) - fan_in**-0.5
+                )
+            )
+        else:
+            init = nn.initializers.truncated_normal(0.02)
+            bias = lambda fan_in: layers.zeros  # noqa: E731
+        y = layers.layer_norm(t.norm_eps, dtype=self.dtype, name="norm_1")(x)
+        x = x + layers.Attention(
+            t.width,
+            t.heads,
+            self.dtype,
+            kernel_init=init,
+            out_init=init,
+            bias_init=bias(t.width),
+            qk_norm_eps=t.norm_eps if t.qk_norm else None,
+            name="attention",
+        )(y, y, y)
+        y = layers.layer_norm(t.norm_eps, dtype=self.dtype, name="norm_2")(x)
+        x = x + layers.MLP(
+            t.width,
+            t.mlp_dim,
+            "gelu",
+            self.dtype,
+            in_init=init,
+            out_init=init,
+            in_bias_init=bias(t.width),
+            out_bias_init=bias(t.mlp_dim),
+            name="mlp",
+        )(y)
+        return x, None
+
+
+class ImageTransformer(nn.Module):
+    """Pictures to tokens: class token first, then patches row by row."""
+
+    tower: ImageTower
+    dtype: jnp.dtype
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, image):
+        """Normalised pictures [B, H, W, 3] -> tokens [B, N, E], N = 1 + patches, after the final norm."""
+        t = self.tower
+        x = image.astype(self.dtype)
+        patch = t.patch_size
+        if t.stem_width:  # two strided convolutions see edges before the patches are cut
+            for i in range(2):
+                x = nn.Conv(
+                    t.stem_width,
+                    (3, 3),
+                    (2, 2),
+                    dtype=self.dtype,
+                    kernel_init=nn.with_logical_partitioning(
+                        nn.initializers.he_normal(), (None, None, "patch", "patch")
+                    ),
+                    bias_init=nn.with_logical_partitioning(layers.zeros, ("vector",)),
+                    name=f"stem_{i}",
+                )(x)
+                x = layers.ACTIVATIONS["gelu"](x)
+            patch //= 4
+        batch, height, width, channels = x.shape
+        grid = height // patch
+        x = x.reshape(batch, grid, patch, width // patch, patch, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(
+            batch, -1, patch * patch * channels
+        )  # [B, P, p*p*3]
+        x = layers.dense(
+            t.width,
+            ("patch",),
+            ("width",),
+            dtype=self.dtype,
+            kernel_init=nn.initializers.lecun_normal(),
+            name="patch_embed",
+        )(x)
+
+        class_token = self.param(
+            "class_token",
+            nn.with_logical_partitioning(layers.normal(1e-6), ("vector",)),
+            (t.width,),
+        )
+
+        def init_positions(key, shape, dtype=jnp.float32):
+            if t.position_init == "normal":
+                return layers.normal(0.02)(key, shape, dtype)
+            return jnp.pad(jnp.asarray(sincos2d(grid, t.width), dtype), ((1, 0), (0, 0)))
+
+        positions = self.param(
+            "position_embed",
+            nn.with_logical_partitioning(init_positions, ("positions", "width")),
+            (1 + x.shape[1], t.width),
+        )
+        token = jnp.broadcast_to(class_token, (batch, 1, t.width)).astype(self.dtype)
+        x = jnp.concatenate([token, x], axis=1) + positions[None].astype(self.dtype)  # [B, N, E]
+        x, _ = layers.scan_layers(Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=())(
+            t, self.dtype, name="blocks"
+        )(x)
+        return layers.layer_norm(t.norm_eps, dtype=self.dtype, name="norm")(x)

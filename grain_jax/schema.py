@@ -1,0 +1,66 @@
+"""The contract between the input pipeline, the model, the losses and the evaluators.
+
+Axis letters, used in every shape comment of the project:
+
+  B  images of the batch          H W  picture height and width     P  image patches
+  N  image tokens (P + 1)         L    text positions of a row      G  packing groups (B / pack_group)
+  R  target regions an image      Q    region queries               D  joint embedding
+  E  tower width                  K    attention heads              T  decoder layers
+
+Boxes are normalised to [0, 1] everywhere inside `grain_jax` and carry their format in the name
+(`*_cxcywh`, `*_xyxy`). Masks are positive: True means real. This module imports numpy only.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = Any  # a numpy or a jax array
+
+# Pixels are normalised on the device with ImageNet's statistics (spec: method.md, Annotations).
+IMAGE_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
+IMAGE_STD = np.array((0.229, 0.224, 0.225), np.float32)
+
+
+class Batch(NamedTuple):
+    """One batch, of a process (numpy) or of all of them (jax, leading axis sharded over the data axes).
+
+    Texts are packed: `pack_group` consecutive images share `rows` rows of L positions. A text is found
+    by the row, within its image's group, and the position of its end token. The padded path is the
+    layout with one image a group and one text a row.
+    """
+
+    image: Array  # uint8 [B, H, W, 3]
+    text_tokens: Array  # int32 [G, rows, L], 0 = padding
+    text_positions: Array  # int32 [G, rows, L], restart at 0 for each text
+    text_segments: Array  # int32 [G, rows, L], 1.. within a row, 0 = padding
+    caption_at: Array  # int32 [B, 2] (row, end token)
+    caption_id: Array  # int32 [B], same text same id
+    description_at: Array  # int32 [B, R, 2] (row, end token), zeros where masked
+    description_id: Array  # int32 [B, R], same text same id
+    region_boxes_cxcywh: Array  # float32 [B, R, 4]
+    region_mask: Array  # bool [B, R]
+    texts_dropped: Array  # int32 [G], regions that did not fit into their group's rows
+
+
+class Outputs(NamedTuple):
+    """What the model predicts for a batch; embeddings are float32 and of unit length."""
+
+    image_embed: Array  # float32 [B, D], from the image query
+    text_embed: Array  # float32 [B, D], the captions
+    region_embed: Array  # float32 [B, Q, D]
+    region_text_embed: Array  # float32 [B, R, D], the descriptions
+    pred_boxes_cxcywh: Array  # float32 [T, B, Q, 4], of every decoder layer; the last one counts
+    logit_scale: Array  # float32 [], the factor itself (the parameter is its logarithm)
+
+
+class Regions(NamedTuple):
+    """`encode_regions`' answer: where the queries look and what they see there."""
+
+    boxes_xyxy: Array  # float32 [B, Q, 4] in [0, 1]
+    embed: Array  # float32 [B, Q, D], unit length
+
+
+def rescale_pixels(image, xp=np):
+    """uint8 [..., 3] -> float32 [..., 3], normalised by ImageNet's mean and std (`xp`: numpy or jax.numpy)."""
+    return (image.astype(xp.float32) / 255.0 - IMAGE_MEAN) / IMAGE_STD

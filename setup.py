@@ -1,0 +1,54 @@
+"""Installs the importable package `grain_jax`; configs, data, launch and benchmarks run from the checkout."""
+
+from setuptools import find_packages, setup
+
+NO_TENSORFLOW = "python_version < '3.13'"  # TensorFlow has no wheels beyond it yet
+
+DATA = [
+    # tensorflow-cpu has no macOS arm64 wheel; plain tensorflow serves there.
+    f"tensorflow-cpu>=2.18; {NO_TENSORFLOW} and (sys_platform != 'darwin' or platform_machine != 'arm64')",
+    f"tensorflow>=2.18; {NO_TENSORFLOW} and sys_platform == 'darwin' and platform_machine == 'arm64'",
+    "tensorflow-datasets>=4.9.7",
+    "importlib_resources",  # needed by tfds download_and_prepare, not declared by it
+]
+TORCH = ["torch>=2.2"]
+ANNOTATE = ["apache-beam>=2.60", "transformers>=5.0", *TORCH]
+DEV = [*DATA, *TORCH, "hypothesis", "pytest>=8", "pytest-timeout", "ruff"]
+
+setup(
+    name="grain_jax",
+    version="0.1.0",
+    description="GRAIN: grounding descriptions in images, a sharded JAX/Flax pretraining system",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["grain_jax", "grain_jax.*"]),
+    package_data={"grain_jax": ["evaluate/*.txt"]},
+    install_requires=[
+        "absl-py",
+        "etils[epath]",
+        "flax>=0.10.4",
+        "ftfy",
+        "instant-clip-tokenizer; python_version < '3.13'",
+        "jax>=0.7.0",
+        "jaxtyping",
+        "matplotlib",
+        "ml_collections>=1.0",
+        "numpy",
+        "optax>=0.2.5",  # the first with optax.assignment.hungarian_algorithm
+        "orbax-checkpoint>=0.11",
+        "pillow>=10.1",
+        "regex",
+        "scipy",
+        "tensorboardX",
+        "tokenizers",
+        "tqdm",
+    ],
+    extras_require={
+        "data": DATA,
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "torch": TORCH,
+        "annotate": ANNOTATE,
+        "dev": DEV,
+    },
+)

@@ -1,0 +1,304 @@
+"""Packing: worked examples, and properties on random batches."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grain_jax.input_pipeline import packing
+
+END = 99
+
+
+def make_batch(captions, descriptions, scores=None):
+    """Lengths and mask of a batch from lists; a description of None is masked."""
+    mask = np.array([[d is not None for d in row] for row in descriptions], dtype=bool)
+    mask = mask.reshape(len(captions), -1)
+    scores = np.zeros(mask.shape) if scores is None else scores
+    return dict(
+        caption_lengths=np.array(captions, dtype=np.int32),
+        # What stands under the mask must not matter.
+        description_lengths=np.array(
+            [[77 if d is None else d for d in row] for row in descriptions], dtype=np.int32
+        ).reshape(mask.shape),
+        region_mask=mask,
+        region_scores=np.array(scores, dtype=np.float32).reshape(mask.shape),
+    )
+
+
+def token_ids(lengths, first):
+    """Ragged tokens that tell which text and place they are from: first + 100 text + place, END."""
+    texts = [first + 100 * i + np.arange(n) for i, n in enumerate(lengths)]
+    for text in texts:
+        text[-1] = END
+    return np.concatenate([*texts, np.zeros(0, np.int64)]).astype(np.int32), texts
+
+
+def fill(layout, batch):
+    caption_ids, captions = token_ids(batch["caption_lengths"], 1_000_000)
+    lengths = batch["description_lengths"][batch["region_mask"]]
+    description_ids, descriptions = token_ids(lengths, 2_000_000)
+    packed = packing.fill(
+        layout,
+        caption_ids=caption_ids,
+        caption_lengths=batch["caption_lengths"],
+        description_ids=description_ids,
+        description_lengths=lengths,
+        region_mask=batch["region_mask"],
+    )
+    return packed, captions, descriptions
+
+
+def kept_texts(layout, batch, captions, descriptions):
+    """Yields (group, row, end, tokens expected there) of every text that was kept."""
+    for i, tokens in enumerate(captions):
+        length = layout.caption_lengths[i]
+        yield i // layout.pack_group, *layout.caption_at[i], [*tokens[: length - 1], END]
+    for tokens, (i, r) in zip(descriptions, np.argwhere(batch["region_mask"]), strict=True):
+        if layout.region_mask[i, r]:
+            yield i // layout.pack_group, *layout.description_at[i, r], list(tokens)
+
+
+def assert_sound(layout, batch):
+    """Every kept text stands once, whole, in bounds, apart from the others; the rest is padding."""
+    packed, captions, descriptions = fill(layout, batch)
+    groups = len(batch["caption_lengths"]) // layout.pack_group
+    assert packed.tokens.shape == (groups, layout.rows, layout.row_length)
+    assert all(array.dtype == np.int32 for array in packed)
+    owners = np.zeros(packed.tokens.shape, dtype=int)
+    starts = {}
+    for group, row, end, tokens in kept_texts(layout, batch, captions, descriptions):
+        begin = end - len(tokens) + 1
+        assert 0 <= row < layout.rows and 0 <= begin < end < layout.row_length
+        where = (group, row, slice(begin, end + 1))
+        assert packed.tokens[where].tolist() == tokens
+        assert packed.positions[where].tolist() == list(range(len(tokens)))
+        assert len(set(packed.segments[where].tolist())) == 1
+        owners[where] += 1
+        starts.setdefault((group, row), []).append((begin, packed.segments[group, row, begin]))
+    assert owners.max() == 1
+    for array in packed:
+        assert (array[owners == 0] == 0).all()
+    for row_starts in starts.values():
+        assert [s for _, s in sorted(row_starts)] == list(range(1, len(row_starts) + 1))
+    assert not layout.description_at[~layout.region_mask].any()
+    assert not (layout.region_mask & ~batch["region_mask"]).any()
+    real, kept = batch["region_mask"].sum(), layout.region_mask.sum()
+    assert layout.texts_dropped == real - kept
+    return packed
+
+
+@st.composite
+def batches(draw):
+    """A batch with its sizes; rows are from barely enough to plenty."""
+    pack_group, groups, regions = (draw(st.integers(*b)) for b in ((1, 6), (1, 4), (0, 4)))
+    row_length = draw(st.integers(6, 24))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    count = pack_group * groups
+    mask = rng.random((count, regions)) < 0.7
+    batch = dict(
+        caption_lengths=rng.integers(2, row_length + 1, count, dtype=np.int32),
+        description_lengths=rng.integers(2, row_length + 1, mask.shape, dtype=np.int32),
+        region_mask=mask,
+        region_scores=rng.integers(0, 4, mask.shape).astype(np.float32),  # with ties
+    )
+    least = -(-pack_group // (row_length // 2))
+    rows = draw(st.integers(least, least + pack_group * (1 + regions)))
+    return batch, dict(pack_group=pack_group, rows=rows, row_length=row_length)
+
+
+def plain_first_fit(lengths, rows, row_length):
+    """First-fit decreasing text by text: (row, start) of each slot, or None."""
+    used, at = [0] * rows, {}
+    for slot in sorted(np.flatnonzero(lengths), key=lambda s: -lengths[s]):
+        row = next((r for r in range(rows) if used[r] + lengths[slot] <= row_length), None)
+        if row is None:
+            return None
+        at[slot] = (row, used[row])
+        used[row] += lengths[slot]
+    return at
+
+
+def plain_pack(batch, pack_group, rows, row_length):
+    """The rule of `pack`, one group, one text and one drop at a time: ends and lengths."""
+    result = []
+    for g in range(0, len(batch["caption_lengths"]), pack_group):
+        group = {name: array[g : g + pack_group] for name, array in batch.items()}
+        descriptions = np.where(group["region_mask"], group["description_lengths"], 0)
+        lengths = np.concatenate([group["caption_lengths"][:, None], descriptions], axis=1)
+        regions = [(group["region_scores"][i, r], -i, -r) for i, r in np.argwhere(descriptions)]
+        cap = lengths[:, 0].max()
+        while (at := plain_first_fit(lengths.ravel(), rows, row_length)) is None:
+            if regions:
+                lowest = min(regions)
+                regions.remove(lowest)
+                lengths[-lowest[1], 1 - lowest[2]] = 0
+            else:
+                cap -= 1
+                lengths[:, 0] = np.minimum(group["caption_lengths"], cap)
+        ends = np.zeros((lengths.size, 2), dtype=int)
+        for slot, (row, start) in at.items():
+            ends[slot] = row, start + lengths.flat[slot] - 1
+        result.append((lengths, ends.reshape(*lengths.shape, 2)))
+    return tuple(np.concatenate(parts) for parts in zip(*result, strict=True))
+
+
+@settings(max_examples=150, deadline=None)
+@given(drawn=batches())
+def test_any_batch_is_packed_soundly_and_by_the_rule(drawn):
+    batch, sizes = drawn
+    layout = packing.pack(**batch, **sizes)
+    assert_sound(layout, batch)
+    lengths, ends = plain_pack(batch, **sizes)
+    np.testing.assert_array_equal(layout.caption_lengths, lengths[:, 0])
+    np.testing.assert_array_equal(layout.description_lengths, lengths[:, 1:])
+    np.testing.assert_array_equal(layout.caption_at, ends[:, 0])
+    np.testing.assert_array_equal(layout.description_at, ends[:, 1:])
+    assert layout.captions_cut == (lengths[:, 0] < batch["caption_lengths"]).sum()
+
+
+@settings(max_examples=50, deadline=None)
+@given(drawn=batches())
+def test_a_group_does_not_depend_on_the_other_groups(drawn):
+    batch, sizes = drawn
+    whole = packing.pack(**batch, **sizes)
+    tokens = fill(whole, batch)[0].segments
+    for g in range(len(tokens)):
+        part = slice(g * sizes["pack_group"], (g + 1) * sizes["pack_group"])
+        alone_batch = {name: array[part] for name, array in batch.items()}
+        alone = packing.pack(**alone_batch, **sizes)
+        for name in ("caption_at", "description_at", "region_mask", "caption_lengths"):
+            np.testing.assert_array_equal(getattr(alone, name), getattr(whole, name)[part])
+        np.testing.assert_array_equal(fill(alone, alone_batch)[0].segments[0], tokens[g])
+
+
+def test_a_worked_example():
+    batch = make_batch(captions=[5, 4], descriptions=[[3, None], [2, 4]])
+    layout = packing.pack(**batch, pack_group=2, rows=2, row_length=9)
+    assert layout.caption_at.tolist() == [[0, 4], [0, 8]]
+    assert layout.description_at.tolist() == [[[1, 6], [0, 0]], [[1, 8], [1, 3]]]
+    assert layout.texts_dropped == layout.captions_cut == 0
+    packed = assert_sound(layout, batch)
+    assert packed.segments.tolist() == [[[1] * 5 + [2] * 4, [1] * 4 + [2] * 3 + [3] * 2]]
+    assert packed.positions[0, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert packing.padding_share(packed.segments) == 0.0
+
+
+def test_overflow_drops_the_lowest_score_of_its_group_only():
+    batch = make_batch(
+        captions=[4, 4, 4, 4],
+        descriptions=[[4, 4], [4, 4], [4, 4], [4, None]],
+        scores=[[0.9, 0.2], [0.3, 0.8], [0.1, 0.1], [0.1, 0.0]],
+    )
+    layout = packing.pack(**batch, pack_group=2, rows=2, row_length=10)
+    # Each group has room for two texts a row: two captions and two descriptions.
+    # The second group's scores tie: the later image goes first, then the later region, then ...
+    assert layout.region_mask.tolist() == [[True, False], [False, True], [True, True], [False] * 2]
+    assert layout.texts_dropped == 3 and layout.captions_cut == 0
+    assert layout.description_lengths.tolist() == [[4, 0], [0, 4], [4, 4], [0, 0]]
+    assert_sound(layout, batch)
+
+
+def test_captions_that_alone_overflow_are_cut_to_the_largest_length_that_fits():
+    batch = make_batch(
+        captions=[8, 3, 7, 2, 6, 2], descriptions=[[2], [5], [None], [None], [2], [2]]
+    )
+    layout = packing.pack(**batch, pack_group=3, rows=1, row_length=12)
+    # 8 + 3 + 7 > 12: at most 4 + 3 + 4 fits, 5 + 3 + 5 does not. The other group keeps a region.
+    assert layout.caption_lengths.tolist() == [4, 3, 4, 2, 6, 2]
+    assert layout.captions_cut == 2
+    assert layout.region_mask.ravel().tolist() == [False, False, False, False, True, False]
+    assert layout.texts_dropped == 3
+    packed = assert_sound(layout, batch)
+    assert packed.tokens[0, 0, :4].tolist() == [1_000_000, 1_000_001, 1_000_002, END]
+
+
+def test_one_text_per_row_is_the_padded_batch():
+    batch = make_batch(captions=[5, 2], descriptions=[[3, None], [None, 4]])
+    del batch["region_scores"]
+    layout = packing.one_text_per_row(**batch, row_length=6)
+    assert (layout.pack_group, layout.rows, layout.row_length) == (1, 3, 6)
+    assert layout.caption_at.tolist() == [[0, 4], [0, 1]]
+    assert layout.description_at.tolist() == [[[1, 2], [0, 0]], [[0, 0], [2, 3]]]
+    packed = assert_sound(layout, batch)
+    a, d = 1_000_000, 2_000_000
+    assert packed.tokens.tolist() == [
+        [[a, a + 1, a + 2, a + 3, END, 0], [d, d + 1, END, 0, 0, 0], [0] * 6],
+        [[a + 100, END, 0, 0, 0, 0], [0] * 6, [d + 100, d + 101, d + 102, END, 0, 0]],
+    ]
+    assert packing.padding_share(packed.segments) == pytest.approx(1 - 14 / 36)
+
+
+def test_a_batch_without_regions_and_one_without_region_slots():
+    for descriptions in ([[None], [None]], [[], []]):
+        batch = make_batch(captions=[3, 5], descriptions=descriptions)
+        layout = packing.pack(**batch, pack_group=2, rows=1, row_length=8)
+        assert layout.caption_at.tolist() == [[0, 7], [0, 4]]
+        assert_sound(layout, batch)
+
+
+def test_arguments_are_not_changed_and_results_repeat():
+    rng = np.random.default_rng(3)
+    batch = make_batch(
+        captions=rng.integers(10, 21, 64), descriptions=rng.integers(4, 13, (64, 5)),
+        scores=rng.random((64, 5)),
+    )  # fmt: skip
+    before = {name: array.copy() for name, array in batch.items()}
+    sizes = dict(pack_group=16, rows=10, row_length=77)
+    first, second = packing.pack(**batch, **sizes), packing.pack(**batch, **sizes)
+    assert first.texts_dropped > 0
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for name, array in batch.items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(pack_group=3), "pack_group 3 does not divide the batch of 4 images"),
+        (dict(pack_group=4, row_length=7), "1 rows of 7 tokens cannot hold 4 captions"),
+        (dict(caption_lengths=np.array([2, 9, 2, 2])), "the caption of image 1 has 9 tokens"),
+        (dict(caption_lengths=np.array([2, 2, 2, 1])), "the caption of image 3 has 1 tokens"),
+        (dict(description_lengths=np.full((4, 1), 1)), "description 0 of image 2 has 1 tokens"),
+        (dict(region_mask=np.ones((4, 2), bool)), "shapes do not agree"),
+        (
+            dict(caption_lengths=np.full(4, 8), region_scores=np.full((4, 1), np.nan)),
+            "NaN or infinite score",
+        ),
+    ],
+)
+def test_wrong_arguments_are_one_line(change, message):
+    batch = make_batch(captions=[2, 2, 2, 2], descriptions=[[None], [None], [3], [2]])
+    with pytest.raises(ValueError, match=message) as error:
+        packing.pack(**(batch | dict(pack_group=2, rows=1, row_length=8) | change))
+    assert "\n" not in str(error.value)
+
+
+def test_fill_refuses_tokens_of_another_batch():
+    batch = make_batch(captions=[3, 5], descriptions=[[4], [None]])
+    layout = packing.pack(**batch, pack_group=2, rows=2, row_length=8)
+    with pytest.raises(ValueError, match=r"description_lengths has shape \(2,\), expected \(1,\)"):
+        packing.fill(
+            layout,
+            caption_ids=np.zeros(8, np.int32),
+            caption_lengths=batch["caption_lengths"],
+            description_ids=np.zeros(8, np.int32),
+            description_lengths=np.array([4, 4]),
+            region_mask=batch["region_mask"],
+        )
+
+
+def test_benchmark_writes_its_table(tmp_path):
+    path = tmp_path / "packing.json"
+    command = [sys.executable, "benchmarks/packing.py", "--json", str(path)]
+    subprocess.run([*command, "--batch", "256", "--batches", "2"], check=True, capture_output=True)
+    table = json.loads(path.read_text())["table"]
+    shares = {entry["pack_group"]: entry["padding_share"] for entry in table}
+    assert list(shares) == [1, 8, 16, 32, 64, 128]
+    assert shares[1] > 0.5 and shares[8] < 0.35 and shares[64] < 0.2
+    assert all(entry["misfit_share"] <= 0.001 for entry in table)
