@@ -71,7 +71,7 @@ def model(size: str = "B/16") -> ConfigDict:
 def evaluator(kind: str, images: str, **fields) -> dict:
     """An entry of `evals`: what to measure, on which folder."""
     entry = dict(kind=kind, images=images, descriptions=None, annotations=None, alphas=(1.0, 0.5))
-    return entry | fields
+    return entry | dict(names=True, region_order="queries") | fields
 
 
 def base(size: str = "B/16") -> ConfigDict:

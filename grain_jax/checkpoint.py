@@ -100,7 +100,9 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
     """
     path = epath.Path(path).absolute()
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; expected a workdir, a checkpoint or a converted model")
+        raise CheckpointError(
+            f"{path}: no such folder; expected a workdir, a checkpoint or a converted model"
+        )
     if (path / "params").is_dir() and (path / "config.json").exists():
         model = config_lib.model_from_dict(json.loads((path / "config.json").read_text())["model"])
         return model, _read(path / "params"), str(path)

@@ -146,6 +146,8 @@ class Evaluator:
     descriptions: str | None  # zeroshot: D.json
     annotations: str | None  # retrieval, grounding: A.jsonl
     alphas: tuple[float, ...]  # zeroshot: shares of the global score
+    names: bool  # zeroshot: class names stand in the prompts; False: descriptions alone
+    region_order: str  # zeroshot: the region score is a mean over "queries" (paper) or "descriptions"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +293,12 @@ def _check(config: Config, faults: list[str]) -> None:
     for name, evaluator in config.evals.items():
         _one_of(
             f"evals.{name}.kind", evaluator.kind, ("zeroshot", "retrieval", "grounding"), faults
+        )
+        _one_of(
+            f"evals.{name}.region_order",
+            evaluator.region_order,
+            ("queries", "descriptions"),
+            faults,
         )
     if (config.total_steps is None) == (config.total_epochs is None):
         faults.append("total_steps, total_epochs: exactly one must be set")

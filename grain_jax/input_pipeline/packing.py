@@ -97,14 +97,18 @@ def pack(
             f"{rows} rows of {row_length} tokens cannot hold {pack_group} captions of "
             f"{MIN_TEXT_LENGTH} tokens (pack_group {pack_group}); give a group more rows"
         )
+    scores = np.zeros(lengths.shape, dtype=np.float32)
+    scores[:, 1:] = np.where(region_mask, region_scores, 0)
+    if not np.isfinite(scores).all():
+        image, slot = np.argwhere(~np.isfinite(scores))[0]
+        raise ValueError(
+            f"the score of region {slot - 1} of image {image} is {scores[image, slot]}, expected a "
+            "finite number; rebuild the records"
+        )
     lengths = lengths.reshape(batch // pack_group, pack_group * slots)  # [G, group's slots]
     row, start, fits = _first_fit(lengths, rows, row_length)
     failing = np.flatnonzero(~fits)
     if failing.size:
-        scores = np.zeros((batch, slots), dtype=np.float64)
-        scores[:, 1:] = np.where(region_mask, region_scores, 0)
-        if not np.isfinite(scores).all():
-            raise ValueError("region_scores has a NaN or infinite score; rebuild the records")
         is_caption = np.arange(pack_group * slots) % slots == 0
         lengths[failing], row[failing], start[failing] = _shrink(
             lengths[failing], scores.reshape(lengths.shape)[failing], is_caption, rows, row_length

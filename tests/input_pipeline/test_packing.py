@@ -1,6 +1,7 @@
 """Packing: worked examples, and properties on random batches."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -266,10 +267,7 @@ def test_arguments_are_not_changed_and_results_repeat():
         (dict(caption_lengths=np.array([2, 2, 2, 1])), "the caption of image 3 has 1 tokens"),
         (dict(description_lengths=np.full((4, 1), 1)), "description 0 of image 2 has 1 tokens"),
         (dict(region_mask=np.ones((4, 2), bool)), "shapes do not agree"),
-        (
-            dict(caption_lengths=np.full(4, 8), region_scores=np.full((4, 1), np.nan)),
-            "NaN or infinite score",
-        ),
+        (dict(region_scores=np.full((4, 1), np.nan)), "region 0 of image 2 is nan"),
     ],
 )
 def test_wrong_arguments_are_one_line(change, message):
@@ -295,7 +293,8 @@ def test_fill_refuses_tokens_of_another_batch():
 
 def test_benchmark_writes_its_table(tmp_path):
     path = tmp_path / "packing.json"
-    command = [sys.executable, "benchmarks/packing.py", "--json", str(path)]
+    script = pathlib.Path(__file__).parents[2] / "benchmarks" / "packing.py"
+    command = [sys.executable, str(script), "--json", str(path)]
     subprocess.run([*command, "--batch", "256", "--batches", "2"], check=True, capture_output=True)
     table = json.loads(path.read_text())["table"]
     shares = {entry["pack_group"]: entry["padding_share"] for entry in table}

@@ -1,0 +1,336 @@
+"""Checkpoints of the PyTorch reference (`.pth.tar`) to ours: every size is read from the state dicts.
+
+The file holds `backbone_state_dict` (both towers) and `state_dict` (the region decoder). What a state
+dict cannot tell is the number of heads; it comes by flag, from the qk-norm's size, or is assumed.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from grain_jax import checkpoint
+from grain_jax import config as config_lib
+from grain_jax.convert import torch_names as names
+
+StateDict = dict[str, np.ndarray]
+_KEYS = {"backbone": "backbone_state_dict", "decoder": "state_dict"}
+_MOST_LAYERS = 1000
+# (tower, width) -> heads of the reference's own models (clip/custom_models.py and train.py).
+_REFERENCE_HEADS = {
+    ("image", 384): 12,
+    ("image", 768): 12,
+    ("image", 1024): 16,
+    ("text", 512): 8,
+    ("decoder", 512): 8,
+}
+
+
+class ConvertError(ValueError):
+    """The checkpoint cannot be converted; the message has one line a fault."""
+
+
+class Inferred(NamedTuple):
+    """The sizes that were read, and how each tower's number of heads came about."""
+
+    model: config_lib.Model
+    heads: dict[str, str]  # tower -> words for the report
+
+
+def read(path: epath.PathLike) -> dict[str, StateDict]:
+    """The two state dicts as float32 numpy arrays: {"backbone": ..., "decoder": ...}, without `module.`.
+
+    Nothing in the file is executed (`weights_only=True`).
+
+    Raises:
+      ConvertError: no such file, not a checkpoint, or one that asks to run code.
+    """
+    path = epath.Path(path)
+    if not path.is_file():
+        raise ConvertError(f"{path}: no such file; expected the reference's .pth.tar")
+    try:
+        import torch
+    except ImportError as error:
+        raise ConvertError(
+            f"{path}: PyTorch is needed to read it; pip install 'grain_jax[torch]'"
+        ) from error
+    try:
+        with path.open("rb") as file:
+            stored = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile pickle may raise anything
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ConvertError(
+            f"{path}: not a checkpoint of plain tensors ({type(error).__name__}: {reason[:120]})"
+        ) from error
+    if not isinstance(stored, Mapping):
+        raise ConvertError(
+            f"{path}: got a {type(stored).__name__}, expected a dict with {' and '.join(_KEYS.values())}"
+        )
+    out, faults = {}, []
+    for module, key in _KEYS.items():
+        if not isinstance(stored.get(key), Mapping):
+            found = ", ".join(map(str, list(stored)[:8])) or "nothing"
+            faults.append(f"{path}: no state dict {key!r}; the file has {found}")
+            continue
+        out[module] = {}
+        for name, value in stored[key].items():
+            if not isinstance(value, torch.Tensor):
+                faults.append(f"{path}: {module} {name}: got {type(value).__name__}, not a tensor")
+                continue
+            array = value.detach().to(torch.float32).numpy()
+            out[module][str(name).removeprefix("module.")] = array
+    _raise(faults)
+    return out
+
+
+def infer(states: Mapping[str, StateDict], heads: Mapping[str, int | None]) -> Inferred:
+    """The model whose parameters these state dicts are.
+
+    Args:
+      states: {"backbone": ..., "decoder": ...}.
+      heads: "image", "text", "decoder" -> heads, or None to read or assume them.
+
+    Raises:
+      ConvertError: what tells a size is missing or has another number of axes, or heads do not fit.
+    """
+    faults: list[str] = []
+
+    def shape(module: str, name: str, axes: int) -> tuple[int, ...]:
+        array = states[module].get(name)
+        if array is None:
+            faults.append(f"{module} {name}: missing")
+        elif array.ndim != axes or 0 in array.shape:
+            faults.append(f"{module} {name}: got shape {array.shape}, expected {axes} axes")
+        else:
+            return array.shape
+        return (1,) * axes
+
+    def depth(module: str, pattern: str) -> int:
+        found = [int(m[1]) for name in states[module] if (m := re.match(pattern, name))]
+        found = [i for i in found if i < _MOST_LAYERS]
+        if not found:
+            faults.append(f"{module}: no layer like {pattern}")
+        return 1 + max(found, default=0)
+
+    _, positions, _ = shape("backbone", "visual.pos_embed", 3)
+    image_width, _, patch, _ = shape("backbone", "visual.patch_embed.proj.weight", 4)
+    image_mlp, _ = shape("backbone", "visual.blocks.0.mlp.fc1.weight", 2)
+    vocab, text_width = shape("backbone", "token_embedding.weight", 2)
+    context, _ = shape("backbone", "positional_embedding", 2)
+    text_mlp, _ = shape("backbone", "transformer.resblocks.0.mlp.c_fc.weight", 2)
+    _, embed_dim = shape("backbone", "text_projection", 2)
+    queries, decoder_width = shape("decoder", "query_embed.weight", 2)
+    decoder_mlp, _ = shape("decoder", "transformer.decoder.layers.0.linear1.weight", 2)
+    image_depth = depth("backbone", r"visual\.blocks\.(\d+)\.")
+    text_depth = depth("backbone", r"transformer\.resblocks\.(\d+)\.")
+    decoder_depth = depth("decoder", r"transformer\.decoder\.layers\.(\d+)\.")
+    grid = math.isqrt(positions - 1)
+    if grid * grid != positions - 1 and not faults:
+        faults.append(
+            f"backbone visual.pos_embed: got {positions} positions, expected a class token and a square"
+        )
+    _raise(faults)
+
+    q_norm = states["backbone"].get("visual.blocks.0.attn.q_norm.weight")
+    head_dim = q_norm.size if q_norm is not None else None
+    widths = {"image": image_width, "text": text_width, "decoder": decoder_width}
+    count, words = {}, {}
+    for tower, width in widths.items():
+        count[tower], words[tower] = _heads(
+            tower, width, heads.get(tower), head_dim if tower == "image" else None, faults
+        )
+    _raise(faults)
+    # Norm epsilons and dropout are the reference's constants; the initialisers are never used again.
+    model = config_lib.Model(
+        embed_dim=embed_dim,
+        image=config_lib.ImageTower(
+            image_size=grid * patch,
+            patch_size=patch,
+            width=image_width,
+            depth=image_depth,
+            heads=count["image"],
+            mlp_dim=image_mlp,
+            qk_norm=q_norm is not None,
+            norm_eps=1e-6,
+            stem_width=0,
+            position_init="normal",
+            block_init="torch",
+            unroll=1,
+        ),
+        text=config_lib.TextTower(
+            vocab_size=vocab,
+            context_length=context,
+            width=text_width,
+            depth=text_depth,
+            heads=count["text"],
+            mlp_dim=text_mlp,
+            norm_eps=1e-5,
+            unroll=1,
+        ),
+        decoder=config_lib.RegionDecoder(
+            queries=queries - 1,
+            width=decoder_width,
+            depth=decoder_depth,
+            heads=count["decoder"],
+            mlp_dim=decoder_mlp,
+            dropout=0.1,
+            norm_eps=1e-5,
+            unroll=1,
+        ),
+    )
+    return Inferred(model, words)
+
+
+def _heads(tower, width, flag, head_dim, faults) -> tuple[int, str]:
+    """The tower's heads, and for the report how they are known."""
+    if head_dim is not None and width % head_dim == 0:
+        read_off = width // head_dim
+        if flag is not None and flag != read_off:
+            faults.append(
+                f"--{tower}-heads: got {flag}, but the qk-norm of size {head_dim} means {read_off}"
+            )
+        return read_off, f"{read_off} (width {width}; read from the qk-norm's size {head_dim})"
+    if flag is not None:
+        if flag < 1 or width % flag:
+            faults.append(f"--{tower}-heads: got {flag}, expected a divisor of the width {width}")
+        return flag, f"{flag} (width {width}; given by --{tower}-heads)"
+    if (tower, width) in _REFERENCE_HEADS:
+        known = _REFERENCE_HEADS[tower, width]
+        return known, f"{known} (width {width}; ASSUMED, as in the reference's models)"
+    if width % 64 == 0:
+        return width // 64, f"{width // 64} (width {width}; ASSUMED, heads of size 64)"
+    faults.append(
+        f"--{tower}-heads: must be given; a width of {width} does not tell the number of heads"
+    )
+    return 1, ""
+
+
+def sizes_of(model: config_lib.Model) -> dict[str, dict[str, int]]:
+    """For each tower the letters that `torch_names` writes shapes with, and "layers"."""
+    out = {}
+    for tower in ("image", "text", "decoder"):
+        c = getattr(model, tower)
+        out[tower] = dict(
+            E=c.width, F=c.mlp_dim, K=c.heads, h=c.width // c.heads, D=model.embed_dim, layers=c.depth
+        )
+    grid = model.image.image_size // model.image.patch_size
+    out["image"] |= dict(N=1 + grid * grid, p=model.image.patch_size)
+    out["text"] |= dict(V=model.text.vocab_size, L=model.text.context_length)
+    out["decoder"] |= dict(I=model.image.width, Q=model.decoder.queries)
+    return out
+
+
+def to_params(backbone: StateDict, decoder: StateDict, model: config_lib.Model) -> dict:
+    """The reference's state dicts as our parameters: a nested dict of float32 numpy arrays.
+
+    Raises:
+      ConvertError: unknown or missing keys, other shapes, values that are not finite; a line each.
+    """
+    states = {"backbone": backbone, "decoder": decoder}
+    sizes = sizes_of(model)
+    faults: list[str] = []
+    expected: dict[str, set[str]] = {m: set(unused) for m, unused in names.UNUSED.items()}
+    params: dict = {}
+    for tower, module, rows in names.TABLES:
+        for row in rows:
+            if not model.image.qk_norm and re.search("(query|key)_norm/", row.ours):
+                continue
+            shape = names.shape_of(row, sizes[tower])
+            layers = range(sizes[tower]["layers"]) if "{}" in row.theirs else (None,)
+            parts = []
+            for name in (row.theirs.format(i) for i in layers):
+                array = states[module].get(name)
+                fault = None
+                if array is None:
+                    fault = "missing"
+                elif array.shape != shape:
+                    fault = f"got shape {array.shape}, expected {shape}"
+                elif not np.isfinite(array).all():
+                    fault = "holds values that are not finite"
+                if fault and name not in expected[module]:
+                    faults.append(f"{module} {name}: {fault}")
+                elif not fault and not faults:
+                    array = np.asarray(array, np.float32)
+                    parts.append(names.to_ours(row, array, sizes[tower]))
+                expected[module].add(name)
+            if not faults:
+                names.put(params, row.ours, parts[0] if layers == (None,) else np.stack(parts))
+    for module, state in states.items():
+        for name in sorted(state.keys() - expected[module]):
+            faults.append(f"{module} {name}: unknown key, shape {state[name].shape}")
+    _raise(faults)
+    return params
+
+
+def convert(
+    source: epath.PathLike, folder: epath.PathLike, heads: Mapping[str, int | None]
+) -> str:
+    """Converts `source` and writes the model to `folder`; returns the report.
+
+    Raises:
+      ConvertError: the file cannot be converted, or the folder holds something else.
+    """
+    folder = epath.Path(folder)
+    if folder.exists() and not (folder.is_dir() and (folder / "params").is_dir()):
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise ConvertError(f"{folder}: is in use by something else; expected a new folder")
+    states = read(source)
+    try:
+        inferred = infer(states, heads)
+        params = to_params(states["backbone"], states["decoder"], inferred.model)
+    except ConvertError as error:
+        raise ConvertError("\n".join(f"{source}: {line}" for line in str(error).split("\n"))) from error
+    try:
+        checkpoint.save_model(folder, inferred.model, params, source=str(source), parity="NOT PROVEN")
+    except OSError as error:
+        raise ConvertError(f"{folder}: cannot be written ({error})") from error
+    return _report(source, folder, states, inferred, params)
+
+
+def _report(source, folder, states, inferred: Inferred, params) -> str:
+    model, sizes = inferred.model, sizes_of(inferred.model)
+    image, text, decoder = model.image, model.text, model.decoder
+    lines = [
+        f"from-torch: {source} -> {folder}",
+        f"image    {image.image_size} px, patch {image.patch_size}, width {image.width}, depth {image.depth},"
+        f" MLP {image.mlp_dim}, qk-norm {'yes' if image.qk_norm else 'no'}, heads {inferred.heads['image']}",
+        f"text     vocabulary {text.vocab_size}, context {text.context_length}, width {text.width},"
+        f" depth {text.depth}, MLP {text.mlp_dim}, heads {inferred.heads['text']}",
+        f"decoder  {decoder.queries} + 1 queries, width {decoder.width}, depth {decoder.depth},"
+        f" MLP {decoder.mlp_dim}, heads {inferred.heads['decoder']}; embedding {model.embed_dim}",
+        "",
+        f"{'parameter':45} {'shape':20} {'norm':>12}  reference",
+    ]
+    count = 0
+    for _, module, rows in names.TABLES:
+        for row in rows:
+            leaf = names.get(params, row.ours)
+            if leaf is not None:
+                third = "" if row.third is None else f" [third {row.third + 1}]"
+                norm = np.linalg.norm(leaf.astype(np.float64))
+                lines.append(
+                    f"{row.ours:45} {str(leaf.shape):20} {norm:12.6g}  {module} {row.theirs}{third}"
+                )
+                count += leaf.size
+    back = names.state_dicts(params, sizes)
+    used = sum(states[m][k].size for m in back for k in back[m])
+    total = sum(array.size for state in states.values() for array in state.values())
+    lines += ["", "left out, because no output of GRAIN depends on it:"]
+    for module, unused in names.UNUSED.items():
+        for name in unused:
+            shape = states[module][name].shape if name in states[module] else "not in the file"
+            lines.append(f"  {module} {name} {shape}")
+    lines += [
+        f"values: {total:,} in the file = {used:,} used + {total - used:,} left out; {count:,} written",
+        "parity: NOT PROVEN. The reference's modules cannot be run here, and a way there and back through"
+        " our own code would prove nothing. Compare outputs of the two on the same pictures and texts.",
+    ]
+    return "\n".join(lines)
+
+
+def _raise(faults: list[str]) -> None:
+    if faults:
+        raise ConvertError("\n".join(faults))

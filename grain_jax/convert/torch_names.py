@@ -1,0 +1,238 @@
+"""One table: each of our parameters, the PyTorch reference's entry that holds it, and how the two are laid out.
+
+`{}` in the reference's name is the layer; ours are stacked over layers on the first axis. Shapes are
+the reference's, in the letters of `Sizes`. The table is read in both directions: `Form.ours` takes a
+torch array to our layout, `Form.theirs` back.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Sizes = Mapping[str, int]
+
+
+class Form(NamedTuple):
+    """A layout and its inverse; both take (array, sizes of the tower) and copy nothing but what they must."""
+
+    ours: Callable[[np.ndarray, Sizes], np.ndarray]
+    theirs: Callable[[np.ndarray, Sizes], np.ndarray]
+
+
+# fmt: off
+SAME = Form(lambda a, s: a, lambda a, s: a)
+BATCHED = Form(lambda a, s: a[0], lambda a, s: a[None])  # [1, N, E] <-> [N, E]
+TOKEN = Form(lambda a, s: a[0, 0], lambda a, s: a[None, None])  # [1, 1, E] <-> [E]
+LINEAR = Form(lambda a, s: a.T, lambda a, s: a.T)  # torch keeps [out, in]
+HEADS_IN = Form(  # [E, E] or [E], out first <-> [E, K, head_dim] or [K, head_dim]
+    lambda a, s: a.T.reshape(*a.shape[1:], s["K"], s["h"]),
+    lambda a, s: a.reshape(*a.shape[:-2], -1).T,
+)
+HEADS_OUT = Form(  # [E, E] <-> [K, head_dim, E]
+    lambda a, s: a.T.reshape(s["K"], s["h"], -1),
+    lambda a, s: a.reshape(-1, a.shape[-1]).T,
+)
+PATCHES = Form(  # convolution [E, 3, p, p] <-> [p * p * 3, E], colours run fastest
+    lambda a, s: a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]),
+    lambda a, s: a.reshape(s["p"], s["p"], 3, -1).transpose(3, 2, 0, 1),
+)
+# fmt: on
+
+
+class Row(NamedTuple):
+    """A parameter of ours and the torch entry, or the third of one, that it equals."""
+
+    ours: str
+    theirs: str
+    shape: str  # of the torch entry, per layer
+    form: Form = SAME
+    third: int | None = None  # query, key and value lie one under the other in one torch entry
+
+
+class Table(NamedTuple):
+    """The rows that share one set of sizes."""
+
+    tower: str  # name of the tower in `config.Model`
+    module: str  # whose state dict: "backbone" or "decoder"
+    rows: tuple[Row, ...]
+
+
+# fmt: off
+IMAGE = Table("image", "backbone", (
+    # E width, N positions, p patch, F MLP, K heads, h head_dim
+    Row("image/class_token", "visual.cls_token", "1 1 E", TOKEN),
+    Row("image/position_embed", "visual.pos_embed", "1 N E", BATCHED),
+    Row("image/patch_embed/kernel", "visual.patch_embed.proj.weight", "E 3 p p", PATCHES),
+    Row("image/patch_embed/bias", "visual.patch_embed.proj.bias", "E"),
+    Row("image/blocks/norm_1/scale", "visual.blocks.{}.norm1.weight", "E"),
+    Row("image/blocks/norm_1/bias", "visual.blocks.{}.norm1.bias", "E"),
+    Row("image/blocks/attention/query/kernel", "visual.blocks.{}.attn.qkv.weight", "3E E", HEADS_IN, 0),
+    Row("image/blocks/attention/query/bias", "visual.blocks.{}.attn.qkv.bias", "3E", HEADS_IN, 0),
+    Row("image/blocks/attention/key/kernel", "visual.blocks.{}.attn.qkv.weight", "3E E", HEADS_IN, 1),
+    Row("image/blocks/attention/key/bias", "visual.blocks.{}.attn.qkv.bias", "3E", HEADS_IN, 1),
+    Row("image/blocks/attention/value/kernel", "visual.blocks.{}.attn.qkv.weight", "3E E", HEADS_IN, 2),
+    Row("image/blocks/attention/value/bias", "visual.blocks.{}.attn.qkv.bias", "3E", HEADS_IN, 2),
+    Row("image/blocks/attention/query_norm/scale", "visual.blocks.{}.attn.q_norm.weight", "h"),
+    Row("image/blocks/attention/query_norm/bias", "visual.blocks.{}.attn.q_norm.bias", "h"),
+    Row("image/blocks/attention/key_norm/scale", "visual.blocks.{}.attn.k_norm.weight", "h"),
+    Row("image/blocks/attention/key_norm/bias", "visual.blocks.{}.attn.k_norm.bias", "h"),
+    Row("image/blocks/attention/out/kernel", "visual.blocks.{}.attn.proj.weight", "E E", HEADS_OUT),
+    Row("image/blocks/attention/out/bias", "visual.blocks.{}.attn.proj.bias", "E"),
+    Row("image/blocks/norm_2/scale", "visual.blocks.{}.norm2.weight", "E"),
+    Row("image/blocks/norm_2/bias", "visual.blocks.{}.norm2.bias", "E"),
+    Row("image/blocks/mlp/in/kernel", "visual.blocks.{}.mlp.fc1.weight", "F E", LINEAR),
+    Row("image/blocks/mlp/in/bias", "visual.blocks.{}.mlp.fc1.bias", "F"),
+    Row("image/blocks/mlp/out/kernel", "visual.blocks.{}.mlp.fc2.weight", "E F", LINEAR),
+    Row("image/blocks/mlp/out/bias", "visual.blocks.{}.mlp.fc2.bias", "E"),
+    Row("image/norm/scale", "visual.norm.weight", "E"),
+    Row("image/norm/bias", "visual.norm.bias", "E"),
+))
+TEXT = Table("text", "backbone", (
+    # E width, V vocabulary, L context, F MLP, K heads, h head_dim, D joint embedding
+    Row("text/token_embed/embedding", "token_embedding.weight", "V E"),
+    Row("text/position_embed", "positional_embedding", "L E"),
+    Row("text/blocks/norm_1/scale", "transformer.resblocks.{}.ln_1.weight", "E"),
+    Row("text/blocks/norm_1/bias", "transformer.resblocks.{}.ln_1.bias", "E"),
+    Row("text/blocks/attention/query/kernel", "transformer.resblocks.{}.attn.in_proj_weight", "3E E", HEADS_IN, 0),
+    Row("text/blocks/attention/query/bias", "transformer.resblocks.{}.attn.in_proj_bias", "3E", HEADS_IN, 0),
+    Row("text/blocks/attention/key/kernel", "transformer.resblocks.{}.attn.in_proj_weight", "3E E", HEADS_IN, 1),
+    Row("text/blocks/attention/key/bias", "transformer.resblocks.{}.attn.in_proj_bias", "3E", HEADS_IN, 1),
+    Row("text/blocks/attention/value/kernel", "transformer.resblocks.{}.attn.in_proj_weight", "3E E", HEADS_IN, 2),
+    Row("text/blocks/attention/value/bias", "transformer.resblocks.{}.attn.in_proj_bias", "3E", HEADS_IN, 2),
+    Row("text/blocks/attention/out/kernel", "transformer.resblocks.{}.attn.out_proj.weight", "E E", HEADS_OUT),
+    Row("text/blocks/attention/out/bias", "transformer.resblocks.{}.attn.out_proj.bias", "E"),
+    Row("text/blocks/norm_2/scale", "transformer.resblocks.{}.ln_2.weight", "E"),
+    Row("text/blocks/norm_2/bias", "transformer.resblocks.{}.ln_2.bias", "E"),
+    Row("text/blocks/mlp/in/kernel", "transformer.resblocks.{}.mlp.c_fc.weight", "F E", LINEAR),
+    Row("text/blocks/mlp/in/bias", "transformer.resblocks.{}.mlp.c_fc.bias", "F"),
+    Row("text/blocks/mlp/out/kernel", "transformer.resblocks.{}.mlp.c_proj.weight", "E F", LINEAR),
+    Row("text/blocks/mlp/out/bias", "transformer.resblocks.{}.mlp.c_proj.bias", "E"),
+    Row("text_norm/scale", "ln_final.weight", "E"),
+    Row("text_norm/bias", "ln_final.bias", "E"),
+    Row("text_projection/kernel", "text_projection", "E D"),
+    Row("logit_scale", "logit_scale", ""),
+))
+_LAYER = "transformer.decoder.layers.{}."
+DECODER = Table("decoder", "decoder", (
+    # E width, I image width, Q+1 queries (the last is the image's), F MLP, K heads, h head_dim, D joint embedding
+    Row("decoder/memory_projection/kernel", "proj.weight", "E I", LINEAR),
+    Row("decoder/memory_norm/scale", "transformer.pre_norm.weight", "E"),
+    Row("decoder/memory_norm/bias", "transformer.pre_norm.bias", "E"),
+    Row("decoder/query_embed", "query_embed.weight", "Q+1 E"),
+    Row("decoder/blocks/norm_1/scale", _LAYER + "norm1.weight", "E"),
+    Row("decoder/blocks/norm_1/bias", _LAYER + "norm1.bias", "E"),
+    Row("decoder/blocks/self_attention/query/kernel", _LAYER + "self_attn.in_proj_weight", "3E E", HEADS_IN, 0),
+    Row("decoder/blocks/self_attention/query/bias", _LAYER + "self_attn.in_proj_bias", "3E", HEADS_IN, 0),
+    Row("decoder/blocks/self_attention/key/kernel", _LAYER + "self_attn.in_proj_weight", "3E E", HEADS_IN, 1),
+    Row("decoder/blocks/self_attention/key/bias", _LAYER + "self_attn.in_proj_bias", "3E", HEADS_IN, 1),
+    Row("decoder/blocks/self_attention/value/kernel", _LAYER + "self_attn.in_proj_weight", "3E E", HEADS_IN, 2),
+    Row("decoder/blocks/self_attention/value/bias", _LAYER + "self_attn.in_proj_bias", "3E", HEADS_IN, 2),
+    Row("decoder/blocks/self_attention/out/kernel", _LAYER + "self_attn.out_proj.weight", "E E", HEADS_OUT),
+    Row("decoder/blocks/self_attention/out/bias", _LAYER + "self_attn.out_proj.bias", "E"),
+    Row("decoder/blocks/norm_2/scale", _LAYER + "norm2.weight", "E"),
+    Row("decoder/blocks/norm_2/bias", _LAYER + "norm2.bias", "E"),
+    Row("decoder/blocks/cross_attention/query/kernel", _LAYER + "multihead_attn.in_proj_weight", "3E E", HEADS_IN, 0),
+    Row("decoder/blocks/cross_attention/query/bias", _LAYER + "multihead_attn.in_proj_bias", "3E", HEADS_IN, 0),
+    Row("decoder/blocks/cross_attention/key/kernel", _LAYER + "multihead_attn.in_proj_weight", "3E E", HEADS_IN, 1),
+    Row("decoder/blocks/cross_attention/key/bias", _LAYER + "multihead_attn.in_proj_bias", "3E", HEADS_IN, 1),
+    Row("decoder/blocks/cross_attention/value/kernel", _LAYER + "multihead_attn.in_proj_weight", "3E E", HEADS_IN, 2),
+    Row("decoder/blocks/cross_attention/value/bias", _LAYER + "multihead_attn.in_proj_bias", "3E", HEADS_IN, 2),
+    Row("decoder/blocks/cross_attention/out/kernel", _LAYER + "multihead_attn.out_proj.weight", "E E", HEADS_OUT),
+    Row("decoder/blocks/cross_attention/out/bias", _LAYER + "multihead_attn.out_proj.bias", "E"),
+    Row("decoder/blocks/norm_3/scale", _LAYER + "norm3.weight", "E"),
+    Row("decoder/blocks/norm_3/bias", _LAYER + "norm3.bias", "E"),
+    Row("decoder/blocks/mlp/in/kernel", _LAYER + "linear1.weight", "F E", LINEAR),
+    Row("decoder/blocks/mlp/in/bias", _LAYER + "linear1.bias", "F"),
+    Row("decoder/blocks/mlp/out/kernel", _LAYER + "linear2.weight", "E F", LINEAR),
+    Row("decoder/blocks/mlp/out/bias", _LAYER + "linear2.bias", "E"),
+    Row("decoder/norm/scale", "transformer.decoder.norm.weight", "E"),
+    Row("decoder/norm/bias", "transformer.decoder.norm.bias", "E"),
+    Row("box_mlp/layer_0/kernel", "bbox_embed.layers.0.weight", "E E", LINEAR),
+    Row("box_mlp/layer_0/bias", "bbox_embed.layers.0.bias", "E"),
+    Row("box_mlp/layer_1/kernel", "bbox_embed.layers.1.weight", "E E", LINEAR),
+    Row("box_mlp/layer_1/bias", "bbox_embed.layers.1.bias", "E"),
+    Row("box_mlp/layer_2/kernel", "bbox_embed.layers.2.weight", "4 E", LINEAR),
+    Row("box_mlp/layer_2/bias", "bbox_embed.layers.2.bias", "4"),
+    Row("image_projection/kernel", "img_proj", "E D"),
+    Row("region_projection/kernel", "obj_proj", "E D"),
+))
+# fmt: on
+TABLES = (IMAGE, TEXT, DECODER)
+
+# The reference carries these and no output of GRAIN depends on them.
+UNUSED = {
+    "backbone": ("image_projection",),
+    "decoder": ("pos_embed", "temporal_embed", "class_embed.weight", "class_embed.bias"),
+}
+
+
+def shape_of(row: Row, sizes: Sizes) -> tuple[int, ...]:
+    """The torch entry's shape: `row.shape` with the letters replaced."""
+    return tuple(_dimension(word, sizes) for word in row.shape.split())
+
+
+def _dimension(word: str, sizes: Sizes) -> int:
+    if word.isdigit():
+        return int(word)
+    if word.startswith("3"):
+        return 3 * sizes[word[1:]]
+    if word.endswith("+1"):
+        return sizes[word[:-2]] + 1
+    return sizes[word]
+
+
+def to_ours(row: Row, array: np.ndarray, sizes: Sizes) -> np.ndarray:
+    """One torch entry, of one layer, as our parameter."""
+    if row.third is not None:
+        array = np.split(array, 3)[row.third]
+    return np.asarray(row.form.ours(array, sizes), order="C")
+
+
+def to_theirs(row: Row, array: np.ndarray, sizes: Sizes) -> np.ndarray:
+    """Our parameter, of one layer, as the torch entry, or as its third for query, key and value."""
+    return np.asarray(row.form.theirs(array, sizes), order="C")
+
+
+def state_dicts(params: Any, sizes: Mapping[str, Sizes]) -> dict[str, dict[str, np.ndarray]]:
+    """Our parameters (or their gradients) under the reference's names: {"backbone": ..., "decoder": ...}.
+
+    Args:
+      params: nested dict, as `GRAIN.init` gives.
+      sizes: for each tower its sizes, as `torch.sizes_of` gives; "layers" among them.
+
+    Returns:
+      For each module its entries, without those that GRAIN does not use.
+    """
+    out: dict[str, dict[str, np.ndarray]] = {"backbone": {}, "decoder": {}}
+    for tower, module, rows in TABLES:
+        for row in rows:
+            leaf = get(params, row.ours)
+            if leaf is None:
+                continue  # no qk-norm
+            layers = range(sizes[tower]["layers"]) if "{}" in row.theirs else (None,)
+            for i in layers:
+                array = np.asarray(leaf if i is None else leaf[i])
+                name = row.theirs.format(i)
+                array = to_theirs(row, array, sizes[tower])
+                if row.third:
+                    array = np.concatenate([out[module][name], array])
+                out[module][name] = array
+    return out
+
+
+def get(tree: Any, path: str) -> Any:
+    """The leaf at `a/b/c`, or None."""
+    for key in path.split("/"):
+        if key not in tree:
+            return None
+        tree = tree[key]
+    return tree
+
+
+def put(tree: dict, path: str, leaf: Any) -> None:
+    """Sets the leaf at `a/b/c`, making the dicts on the way."""
+    *folders, name = path.split("/")
+    for key in folders:
+        tree = tree.setdefault(key, {})
+    tree[name] = leaf

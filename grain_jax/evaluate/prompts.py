@@ -1,0 +1,79 @@
+"""Class names and descriptions to the sentences that the text tower reads (method.md, Zero-shot evaluation)."""
+
+import re
+from collections.abc import Sequence
+
+from etils import epath
+
+DEFAULT_TEMPLATES = epath.Path(__file__).parent / "templates.txt"
+
+# How the clause begins, by the description's first word; every other word takes "which has".
+_CLAUSE = {
+    "which is": ("a", "an", "used"),
+    "which": ("has", "often", "typically", "may", "can"),
+}
+_BEGINNING = {word: clause for clause, words in _CLAUSE.items() for word in words}
+
+
+class PromptError(ValueError):
+    """A template file cannot be used; the message has one line a fault."""
+
+
+def load_templates(path: epath.PathLike | None = None) -> list[str]:
+    """The templates in a text file, one a line, each with one `{}`; blank lines and `#` lines are skipped.
+
+    Args:
+      path: None for the general set that comes with the package.
+
+    Raises:
+      PromptError: no such file, a line without exactly one `{}`, or no template at all.
+    """
+    path = epath.Path(path) if path is not None else DEFAULT_TEMPLATES
+    if not path.is_file():
+        raise PromptError(f"{path}: no such file; expected templates, one a line")
+    templates, faults = [], []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        if line.count("{}") == 1:
+            templates.append(line)
+        else:
+            faults.append(f"{path}:{number}: got {line!r}, expected one {{}} for the class name")
+    if not templates and not faults:
+        faults.append(f"{path}: holds no template; expected lines such as 'a photo of a {{}}'")
+    if faults:
+        raise PromptError("\n".join(faults))
+    return templates
+
+
+def descriptor_clause(description: str) -> str:
+    """A description as a clause: "long tail" -> "which has long tail", "can swim" -> "which can swim".
+
+    The rule is Menon & Vondrick's, by whole words and whatever the case: "antlers" does not begin with "a".
+    """
+    words = re.sub(r"\s+", " ", description).strip(" .,;")
+    first, _, rest = words.partition(" ")
+    if first.lower() in _BEGINNING:
+        return " ".join(filter(None, (_BEGINNING[first.lower()], first.lower(), rest)))
+    return f"which has {words}"
+
+
+def class_texts(
+    name: str, templates: Sequence[str], descriptions: Sequence[str] | None = None
+) -> list[str]:
+    """Every text of one class: all templates, or templates x descriptions (the templates run fastest).
+
+    Args:
+      name: the class; `_` stands for a space, as in folder names.
+      templates: with one `{}` each.
+      descriptions: None for the name alone.
+    """
+    filled = [template.replace("{}", name.replace("_", " ").strip()) for template in templates]
+    if descriptions is None:
+        return filled
+    return [
+        f"{text.rstrip(' ,.')}, {descriptor_clause(description)}"
+        for description in descriptions
+        for text in filled
+    ]

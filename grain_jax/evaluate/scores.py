@@ -1,0 +1,69 @@
+"""The arithmetic of zero-shot scores on embeddings, in numpy (method.md, Zero-shot evaluation).
+
+Letters as in `schema`; C classes, n_c texts of class c. Embeddings need not have unit length: every
+function takes cosines.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_IMAGES_AT_ONCE = 256  # bounds the [B, Q, all descriptions] similarities
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """`x` float32 [..., D] with unit length over the last axis; zeros stay zeros."""
+    x = np.asarray(x, np.float32)
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def class_features(text_embeds: Sequence[np.ndarray]) -> np.ndarray:
+    """For each class the mean of its normalised texts; the mean is NOT normalised again.
+
+    Args:
+      text_embeds: for each class its texts' embeddings, [n_c, D].
+
+    Returns:
+      float32 [C, D]; a feature is shorter the more its texts disagree, which lowers its class's score.
+    """
+    return np.stack([unit(embeds).mean(axis=0) for embeds in text_embeds])
+
+
+def global_scores(image_embed: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """image_embed [B, D] and class features [C, D] -> float32 [B, C]."""
+    return unit(image_embed) @ np.asarray(features, np.float32).T
+
+
+def region_scores(
+    region_embed: np.ndarray, description_embeds: Sequence[np.ndarray]
+) -> np.ndarray:
+    """How well the regions fit each class: best description for each query, averaged over the queries.
+
+    Args:
+      region_embed: [B, Q, D].
+      description_embeds: for each class its descriptions' embeddings, [n_c, D], n_c >= 1.
+
+    Returns:
+      float32 [B, C].
+
+    Raises:
+      ValueError: a class has no description.
+    """
+    counts = [len(embeds) for embeds in description_embeds]
+    if 0 in counts:
+        raise ValueError(f"class {counts.index(0)}: has no description to compare regions with")
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    descriptions = unit(np.concatenate(list(description_embeds)))  # [sum of n_c, D]
+    out = np.empty((len(region_embed), len(counts)), np.float32)
+    for first in range(0, len(region_embed), _IMAGES_AT_ONCE):
+        part = slice(first, first + _IMAGES_AT_ONCE)
+        similarity = unit(region_embed[part]) @ descriptions.T  # [B, Q, sum of n_c]
+        out[part] = np.maximum.reduceat(similarity, starts, axis=-1).mean(axis=1)
+    return out
+
+
+def combine(global_: np.ndarray, region: np.ndarray | None, alpha: float) -> np.ndarray:
+    """alpha * global + (1 - alpha) * region, float32 [B, C]; `region` may be None where alpha is 1."""
+    if alpha == 1.0:
+        return global_
+    return np.float32(alpha) * global_ + np.float32(1.0 - alpha) * region

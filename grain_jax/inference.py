@@ -1,0 +1,300 @@
+"""A trained model for users: `grain_jax.load(DIR)` gives a `Predictor` that encodes pictures, texts and regions.
+
+Any number of pictures or texts may be given; they run in batches of a few fixed sizes, so that only a
+few programs are compiled. Those are shared by all Predictors of one model configuration.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+from etils import epath
+
+from grain_jax import checkpoint, images, schema
+from grain_jax import config as config_lib
+from grain_jax.evaluate import prompts, scores
+from grain_jax.input_pipeline import tokenizer
+from grain_jax.models import grain
+
+MAX_BATCH = 64  # pictures or texts at once; smaller calls take the next power of two
+_ROW_LENGTHS = (16, 32, 64)  # most texts are short, and attention costs by the row
+
+
+class InputError(ValueError):
+    """Pictures, texts or classes that the model cannot take; the message is one line."""
+
+
+class Grounding(NamedTuple):
+    """Where a text is in a picture."""
+
+    box_xyxy: np.ndarray  # float32 [4] in [0, 1]
+    score: float  # cosine of the text and the best region
+
+
+class ClassFeatures(NamedTuple):
+    """Classes as embeddings; compute them once for any number of pictures."""
+
+    names: tuple[str, ...]
+    features: np.ndarray  # float32 [C, D], means of normalised texts, not of unit length
+    descriptions: tuple[np.ndarray, ...] | None  # for each class float32 [n_c, D], unit length
+
+
+def load(path: epath.PathLike, dtype: str = "float32") -> "Predictor":
+    """The model in a training workdir (its newest checkpoint), a checkpoint or a converted folder.
+
+    Raises:
+      checkpoint.CheckpointError: there is none.
+    """
+    model, params, _ = checkpoint.load_model(path)
+    return Predictor(model, params, dtype)
+
+
+class Predictor:
+    """Encodes pictures and texts; every result is float32 numpy.
+
+    Args:
+      model: the towers' sizes.
+      params: nested dict of arrays. Arrays that are on a device already stay as they are.
+      dtype: of activations, "float32" (at full precision on every device) or "bfloat16".
+      templates: sentences for class names; None for `evaluate/templates.txt`.
+    """
+
+    def __init__(
+        self,
+        model: config_lib.Model,
+        params: Any,
+        dtype: str = "float32",
+        templates: Sequence[str] | None = None,
+    ):
+        self.model = model
+        self.params = jax.tree.map(jnp.asarray, params)
+        self.templates = list(templates) if templates is not None else prompts.load_templates()
+        self._encode_images, self._encode_texts = _compiled(model, dtype)
+
+    def encode_image(self, pictures) -> np.ndarray:
+        """Pictures -> float32 [B, D], unit length.
+
+        Args:
+          pictures: a list of PIL pictures, uint8 [B, H, W, 3] of any size (both are squashed to the
+            model's), or float32 [B, H, W, 3] of the model's size, already normalised.
+        """
+        return self.encode_image_and_regions(pictures)[0]
+
+    def encode_regions(self, pictures) -> schema.Regions:
+        """Pictures, as for `encode_image` -> boxes_xyxy [B, Q, 4] in [0, 1] and embed [B, Q, D]."""
+        return self.encode_image_and_regions(pictures)[1]
+
+    def encode_image_and_regions(self, pictures) -> tuple[np.ndarray, schema.Regions]:
+        """What `encode_image` and `encode_regions` return, in one pass."""
+        size = self.model.image.image_size
+        pictures = _checked_pictures(pictures, size)
+        q, d = self.model.decoder.queries, self.model.embed_dim
+        parts = [(np.zeros((0, d)), np.zeros((0, q, d)), np.zeros((0, q, 4)))]
+        for first in range(0, len(pictures), MAX_BATCH):
+            part = pictures[first : first + MAX_BATCH]
+            if not _is_float(part):
+                part = np.stack([images.squash(picture, size) for picture in part])
+            outputs = self._encode_images(self.params, _pad(part))
+            parts.append(tuple(np.asarray(x)[: len(part)] for x in outputs))
+        image, region, boxes = (np.concatenate(x).astype(np.float32) for x in zip(*parts))
+        return image, schema.Regions(boxes, region)
+
+    def encode_text(self, texts: Sequence[str] | np.ndarray) -> np.ndarray:
+        """Texts -> float32 [N, D], unit length.
+
+        Args:
+          texts: strings, or int32 token ids [N, L]; a text ends at its highest id, as in CLIP.
+        """
+        tokens = self._tokens(texts)
+        ends = tokens.argmax(axis=1)
+        out = np.empty((len(tokens), self.model.embed_dim), np.float32)
+        order = np.argsort(ends, kind="stable")  # short texts share batches, and short rows
+        for first in range(0, len(tokens), MAX_BATCH):
+            rows = order[first : first + MAX_BATCH]
+            longest = int(ends[rows[-1]]) + 1
+            length = next((n for n in _ROW_LENGTHS if longest <= n), tokens.shape[1])
+            part = tokens[rows, :length]  # what follows the end token is never looked at
+            embed = self._encode_texts(self.params, _pad(part), _pad(ends[rows].astype(np.int32)))
+            out[rows] = np.asarray(embed)[: len(rows)]
+        return out
+
+    def class_features(
+        self, classes: Sequence[str] | Mapping[str, Sequence[str]]
+    ) -> ClassFeatures:
+        """Names through the templates, or names x descriptions, as embeddings (method.md, Zero-shot evaluation).
+
+        Args:
+          classes: names, or {name: [description, ...]}.
+        """
+        if isinstance(classes, str) or not len(classes):
+            raise InputError(f"classes: got {classes!r}, expected names or {{name: descriptions}}")
+        described = isinstance(classes, Mapping)
+        for name in classes:
+            if not isinstance(name, str) or (described and isinstance(classes[name], str)):
+                raise InputError(f"classes: at {name!r}, expected a name or name: [description, ...]")
+            if described and not len(classes[name]):
+                raise InputError(f"classes: {name!r} has no description")
+        names = tuple(classes)
+        texts = [
+            prompts.class_texts(name, self.templates, classes[name] if described else None)
+            for name in names
+        ]
+        features = scores.class_features(self._encode_lists(texts))
+        descriptions = self._encode_lists([list(classes[n]) for n in names]) if described else None
+        return ClassFeatures(names, features, descriptions)
+
+    def classify(
+        self,
+        pictures,
+        classes: Sequence[str] | Mapping[str, Sequence[str]] | ClassFeatures,
+        alpha: float = 1.0,
+    ) -> np.ndarray:
+        """Scores of every class, float32 [B, C]: alpha * global + (1 - alpha) * region cosines.
+
+        Args:
+          pictures: as for `encode_image`.
+          classes: names, {name: [description, ...]}, or what `class_features` made of either.
+          alpha: share of the global score; below 1 needs descriptions.
+        """
+        if not 0.0 <= alpha <= 1.0:
+            raise InputError(f"alpha: got {alpha}, expected a number from 0 to 1")
+        if not isinstance(classes, ClassFeatures):
+            if alpha < 1.0 and not isinstance(classes, Mapping):
+                raise InputError(_NEEDS_DESCRIPTIONS.format(alpha))
+            classes = self.class_features(classes)
+        if alpha < 1.0 and classes.descriptions is None:
+            raise InputError(_NEEDS_DESCRIPTIONS.format(alpha))
+        image_embed, regions = self.encode_image_and_regions(pictures)
+        region = (
+            scores.region_scores(regions.embed, classes.descriptions) if alpha < 1.0 else None
+        )
+        return scores.combine(scores.global_scores(image_embed, classes.features), region, alpha)
+
+    def ground(self, picture, texts: Sequence[str] | np.ndarray) -> list[Grounding]:
+        """For each text the box of the picture's region that fits it best, and the cosine.
+
+        Args:
+          picture: one: PIL, uint8 [H, W, 3], or float32 [H, W, 3] already normalised.
+          texts: as for `encode_text`.
+        """
+        if not isinstance(picture, PIL.Image.Image):
+            picture = np.asarray(picture)
+            if picture.ndim != 3:
+                raise InputError(f"picture: got shape {list(picture.shape)}, expected [H, W, 3]")
+        regions = self.encode_regions(picture[None] if _is_float(picture) else [picture])
+        similarity = self.encode_text(texts) @ regions.embed[0].T  # [N, Q]
+        best = similarity.argmax(axis=1)
+        return [
+            Grounding(regions.boxes_xyxy[0, q], float(row[q])) for row, q in zip(similarity, best)
+        ]
+
+    def _encode_lists(self, texts: list[list[str]]) -> tuple[np.ndarray, ...]:
+        """For each list the embeddings of its texts; a text that comes twice is encoded once."""
+        distinct = {text: i for i, text in enumerate(dict.fromkeys(sum(texts, [])))}
+        embeds = self.encode_text(list(distinct))
+        return tuple(embeds[[distinct[text] for text in part]] for part in texts)
+
+    def _tokens(self, texts) -> np.ndarray:
+        vocab, context = self.model.text.vocab_size, self.model.text.context_length
+        if isinstance(texts, str):
+            raise InputError("texts: got one string, expected a list of strings")
+        if not hasattr(texts, "dtype") and all(isinstance(text, str) for text in texts):
+            if vocab != tokenizer.VOCAB_SIZE:
+                raise InputError(
+                    f"texts: the model's vocabulary of {vocab} is not CLIP's of"
+                    f" {tokenizer.VOCAB_SIZE}; give int32 token ids [N, L]"
+                )
+            return _tokenizer()(texts, context) if len(texts) else np.zeros((0, context), np.int32)
+        tokens = np.asarray(texts)
+        if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not 1 <= tokens.shape[1] <= context:
+            raise InputError(
+                f"texts: got {tokens.dtype} {list(tokens.shape)}, expected strings or int32 token ids"
+                f" [N, at most {context}]"
+            )
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab:
+            raise InputError(
+                f"texts: got token ids {tokens.min()} to {tokens.max()}, expected 0 to {vocab - 1}"
+            )
+        return tokens.astype(np.int32)
+
+
+_NEEDS_DESCRIPTIONS = "alpha {} needs descriptions of the classes: {{name: [description, ...]}}"
+
+
+@functools.cache
+def _tokenizer() -> tokenizer.ClipTokenizer:
+    return tokenizer.ClipTokenizer()
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(model: config_lib.Model, dtype: str):
+    """The two jitted programs of a model; parameters are arguments, so any Predictor may use them."""
+    module = grain.GRAIN(model, dtype)
+    # "float32" must mean it on chips whose matrix units would cut operands to fewer bits.
+    precision = "highest" if dtype == "float32" else None
+
+    def encode_images(params, image):
+        with jax.default_matmul_precision(precision):
+            image_embed, region_embed, boxes = module.apply(
+                {"params": params}, image, method=grain.GRAIN.encode_image
+            )
+        center, size = boxes[-1, ..., :2], boxes[-1, ..., 2:]
+        corners = jnp.concatenate([center - size / 2, center + size / 2], axis=-1)
+        return image_embed, region_embed, jnp.clip(corners, 0.0, 1.0)
+
+    def encode_texts(params, tokens, ends):
+        rows, length = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(length), (1, rows, length))
+        at = jnp.stack([jnp.arange(rows), ends], axis=1)  # one group, a text a row
+        with jax.default_matmul_precision(precision):
+            (embed,) = module.apply(
+                {"params": params},
+                tokens[None],
+                positions,
+                jnp.ones_like(positions),
+                at,
+                method=grain.GRAIN.encode_text,
+            )
+        return embed
+
+    return jax.jit(encode_images), jax.jit(encode_texts)
+
+
+def _is_float(pictures) -> bool:
+    return getattr(getattr(pictures, "dtype", None), "kind", "") == "f"
+
+
+def _pad(x: np.ndarray) -> np.ndarray:
+    """`x` with copies of its last row, up to the next power of two."""
+    wanted = 1 << (len(x) - 1).bit_length()
+    return np.concatenate([x, np.repeat(x[-1:], wanted - len(x), axis=0)])
+
+
+def _checked_pictures(pictures, size: int):
+    """A list of pictures to squash, or float32 [B, size, size, 3]. Raises InputError."""
+    if isinstance(pictures, PIL.Image.Image):
+        raise InputError("pictures: got one PIL picture, expected a list of them")
+    if isinstance(pictures, (list, tuple)):
+        for i, picture in enumerate(pictures):
+            if not isinstance(picture, PIL.Image.Image) and getattr(picture, "dtype", None) != np.uint8:
+                raise InputError(
+                    f"pictures[{i}]: got {type(picture).__name__}, expected a PIL picture or uint8 [H, W, 3]"
+                )
+        return pictures
+    pictures = np.asarray(pictures)
+    if pictures.ndim != 4 or pictures.shape[3] != 3:
+        raise InputError(f"pictures: got shape {list(pictures.shape)}, expected [B, H, W, 3]")
+    if pictures.dtype == np.uint8:
+        return pictures
+    if not _is_float(pictures):
+        raise InputError(f"pictures: got {pictures.dtype}, expected uint8, or float32 normalised")
+    if pictures.shape[1:3] != (size, size):
+        raise InputError(
+            f"pictures: got float32 of {pictures.shape[1]} x {pictures.shape[2]} pixels, expected"
+            f" {size} x {size}; give uint8 or PIL pictures to have them squashed"
+        )
+    return pictures.astype(np.float32)

@@ -1,0 +1,97 @@
+"""Where arrays live: the mesh, and the table from logical axes of parameters to mesh axes."""
+
+import math
+from typing import Any
+
+import flax.core.meta
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from grain_jax import config as config_lib
+
+BATCH_AXES = ("data", "fsdp")  # the leading axis of a batch is cut over both
+
+
+class ShardingError(ValueError):
+    """The mesh does not fit the devices, or a parameter does not fit the mesh; a line a fault."""
+
+
+def make_mesh(config: config_lib.Mesh, devices: list | None = None) -> Mesh:
+    """The (data, fsdp, tensor) mesh over all devices; an axis of -1 takes what the others leave."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    rest = len(devices) // math.prod(n for n in sizes if n != -1)
+    sizes = [rest if n == -1 else n for n in sizes]
+    if math.prod(sizes) != len(devices):
+        raise ShardingError(
+            f"mesh: data x fsdp x tensor = {' x '.join(map(str, sizes))} = {math.prod(sizes)},"
+            f" expected {len(devices)} devices; set mesh.data=-1 to use the rest"
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), ("data", "fsdp", "tensor"))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of every array of a Batch: its leading axis over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
+    """Raises ShardingError where images or packing groups do not divide over the mesh and micro-batches."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * config.microbatches
+    group = config.text.pack_group if config.text.packing else 1
+    if config.batch_size % (shards * group):
+        raise ShardingError(
+            f"batch_size: got {config.batch_size}, expected a multiple of data x fsdp x microbatches x"
+            f" text.pack_group = {shards} x {group}, so that no packing group is cut"
+        )
+
+
+def place_state(
+    abstract: Any, rules: tuple[tuple[str, str | None], ...], mesh: Mesh
+) -> tuple[Any, Any]:
+    """Shapes and shardings of a training state, or of parameters alone.
+
+    Args:
+      abstract: `jax.eval_shape` of the init; arrays are boxed with their logical axes, scalars need not be.
+      rules: logical axis -> mesh axis (or None: not cut).
+      mesh: the device mesh.
+
+    Returns:
+      (ShapeDtypeStructs, NamedShardings), trees without the boxes.
+
+    Raises:
+      ShardingError: an axis that no rule covers, or one that does not divide, by parameter name.
+    """
+    table = dict(rules)
+    faults: list[str] = []
+
+    def place(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not _is_box(leaf):
+            if leaf.ndim:
+                faults.append(f"{name}: has no logical axes")
+            return NamedSharding(mesh, PartitionSpec())
+        for size, axis in zip(leaf.value.shape, leaf.names):
+            if axis is not None and axis not in table:
+                faults.append(f"{name}: `sharding` has no rule for its axis {axis!r}")
+            elif axis is not None and table[axis] and size % mesh.shape[table[axis]]:
+                faults.append(
+                    f"{name}: its axis {axis!r} of {size} does not divide by"
+                    f" mesh.{table[axis]} = {mesh.shape[table[axis]]}"
+                )
+        return NamedSharding(mesh, PartitionSpec(*(table.get(axis) for axis in leaf.names)))
+
+    shardings = jax.tree_util.tree_map_with_path(place, abstract, is_leaf=_is_box)
+    if faults:
+        raise ShardingError("\n".join(faults))
+    return unbox(abstract), shardings
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, flax.core.meta.AxisMetadata)
+
+
+def unbox(tree: Any) -> Any:
+    """The tree without the boxes that hold the logical axes."""
+    return jax.tree.map(lambda x: x.value if _is_box(x) else x, tree, is_leaf=_is_box)

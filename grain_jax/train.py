@@ -1,0 +1,216 @@
+"""The trainer: python -m grain_jax.train --config configs/X.py --workdir DIR [--config.a.b=value ...]
+
+Reads top to bottom. The same command again resumes from the last checkpoint: the order of the data is a
+function of the step (method.md), so nothing else is needed to go on as if nothing had happened.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from grain_jax import checkpoint, command_line, inference, monitor, optim, sharding, train_step
+from grain_jax import config as config_lib
+from grain_jax.evaluate import base as evaluate
+from grain_jax.input_pipeline import device, synthetic
+from grain_jax.models.grain import GRAIN
+from grain_jax.report import pictures
+
+CONFIG = command_line.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: metrics, checkpoints, pictures")
+
+
+def open_source(config: config_lib.Config):
+    """The module that serves the config's batches; makes the data set first if the config says how."""
+    if config.input.source == "synthetic":
+        return synthetic
+    from grain_jax.input_pipeline import records  # TensorFlow: not on every machine, and slow to import
+
+    try:
+        records.find(config)
+    except records.MissingData:
+        if not config.input.prepare:
+            raise
+        if jax.process_index() == 0:
+            command = shlex.split(config.input.prepare.format(**vars(config.input)))
+            print(f"No data set yet: {shlex.join(command)}", file=sys.stderr, flush=True)
+            subprocess.run([sys.executable, "-m", *command], check=True)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("data set prepared")
+    return records
+
+
+def resolve_steps(config: config_lib.Config, num_examples: int) -> tuple[int, float]:
+    """(total steps, steps an epoch)."""
+    steps_per_epoch = num_examples / config.batch_size
+    total = config.total_steps
+    if total is None:
+        total = round(config.total_epochs * steps_per_epoch)
+    return total, steps_per_epoch
+
+
+def train(config: config_lib.Config, workdir: epath.Path) -> None:
+    """One run, from where its workdir stands to its last step."""
+    # 1. Devices and data.
+    main_process = jax.process_index() == 0
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config, mesh)
+    source = open_source(config)
+    total_steps, steps_per_epoch = resolve_steps(config, source.num_examples(config))
+
+    # 2. Model and optimiser, as shapes only.
+    model = GRAIN(config.model, config.dtype, config.remat)
+    schedule = optim.learning_rate(
+        config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+    )
+    tx = optim.optimizer(config.optim, schedule)
+    init = lambda: train_step.init_state(model, config, tx)  # noqa: E731
+    abstract, shardings = sharding.place_state(jax.eval_shape(init), config.sharding, mesh)
+    batch_sharding = sharding.batch_sharding(mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    # 3. State: the newest checkpoint, else a fresh start from the seed.
+    if main_process:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(config_lib.to_json(config))
+    checkpoints = checkpoint.manager(workdir, config)
+    start_step = checkpoints.latest_step()
+    if start_step is not None:
+        placed = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        )
+        state = checkpoint.restore(checkpoints, start_step, placed)
+    else:
+        start_step = 0
+        state = jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings)()
+    log = monitor.Monitor(workdir, start_step, total_steps, config.batch_size) if main_process else None
+    say = log.say if log else lambda text: None
+    millions = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
+    say(
+        f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)},"
+        f" {millions:.1f}M parameters, {total_steps} steps of {config.batch_size} images"
+        + (f", resumed at step {start_step}" if start_step else "")
+    )
+
+    # 4. Compile.
+    step_fn = jax.jit(
+        train_step.make_train_step(model, config, tx, schedule, mesh),
+        in_shardings=(shardings, batch_sharding),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )
+    began = time.monotonic()
+    step_fn = step_fn.lower(
+        abstract, train_step.abstract_batch(config)
+    ).compile()
+    say(f"compiled in {monitor.duration(time.monotonic() - began)}")
+
+    # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
+    batches = device.prefetch(
+        source.batches(
+            config,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            start_step=start_step,
+        ),
+        batch_sharding,
+    )
+    last_good_step, last_save = start_step, time.monotonic()
+    results: dict[str, float] = {}
+    if log:
+        log.restart_clock()
+    for step in range(start_step + 1, total_steps + 1):
+        batch = next(batches)
+        with jax.transfer_guard("disallow"):
+            state, metrics = step_fn(state, batch)
+
+        last = step == total_steps
+        logs = last or step % config.log_every == 0
+        evaluates = config.evals and (last or at_interval(step, config.eval_every))
+        saves = last or at_interval(step, config.checkpoint_every)
+        if logs and config.checkpoint_every_minutes and not saves:
+            due = time.monotonic() - last_save > 60 * config.checkpoint_every_minutes
+            saves = agreed(due)
+        if logs or saves or evaluates:
+            values = {name: float(value) for name, value in metrics.items()}
+            monitor.check_finite(values, last_good_step, step)
+            last_good_step = step
+        if log and logs:
+            values |= log.rates(step, batches.wait_seconds)
+            log.progress(step, values)
+        if evaluates:
+            results = evaluate_all(config, state)
+            if log:
+                log.restart_clock()
+        if log and (logs or evaluates):
+            log.write(step, {**values, **(results if evaluates else {})})
+        if saves:
+            checkpoint.save(checkpoints, state, config)
+            last_save = time.monotonic()
+    batches.close()
+    checkpoints.wait_until_finished()
+    checkpoints.close()
+
+    # 6. What came of it.
+    if log:
+        log.close()
+        if not results and config.evals:  # the run was complete already
+            results = evaluate_all(config, state)
+        report(config, workdir, state, results)
+
+
+def at_interval(step: int, every: int) -> bool:
+    """Whether `step` is a multiple of `every`; 0 is never."""
+    return bool(every) and step % every == 0
+
+
+def agreed(due: bool) -> bool:
+    """The first process's opinion, on all of them: clocks differ."""
+    if jax.process_count() == 1:
+        return due
+    return bool(multihost_utils.broadcast_one_to_all(jnp.asarray(due)))
+
+
+def evaluate_all(config: config_lib.Config, state: train_step.TrainState) -> dict[str, float]:
+    """Every evaluator of the config on the state's parameters (the average where one is kept)."""
+    predictor = inference.Predictor(config.model, state.ema_params or state.params)
+    return {
+        f"eval/{name}/{key}": value
+        for name, entry in config.evals.items()
+        for key, value in evaluate.run(entry, predictor).items()
+    }
+
+
+def report(config, workdir, state, results) -> None:
+    """Prints the final table and draws the curves and the test pictures."""
+    pictures.curves(workdir / "metrics.jsonl", workdir / "curves.png")
+    if results:
+        (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        pictures.print_table(results)
+    entry = next((e for e in config.evals.values() if e.kind == "grounding"), None)
+    if config.pictures and entry:
+        predictor = inference.Predictor(config.model, state.ema_params or state.params)
+        pictures.regions_grid(
+            predictor, entry.annotations, entry.images, workdir / "regions.png", count=config.pictures
+        )
+    print(f"Everything of this run is in {workdir}", file=sys.stderr)
+
+
+def main(argv: list[str]) -> None:
+    """Parses the command line and trains."""
+    config = command_line.parse_config(argv, CONFIG)
+    if not WORKDIR.value:
+        command_line.fail("--workdir: missing; the folder that the run writes to")
+    train(config, epath.Path(WORKDIR.value))
+
+
+if __name__ == "__main__":
+    command_line.main(main)

@@ -1,0 +1,200 @@
+"""One step of training, pure: towers, losses over the whole batch, gradients, update, metrics.
+
+With `microbatches` > 1 the towers see a part of the batch at a time, but the loss still sees all of it:
+embeddings of all parts are computed first, the loss gives their cotangents, then each part is run again
+to carry these back into the parameters (Gao et al. 2021, gradient caching). The result is the
+full batch's, not an average of smaller contrastive losses.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from grain_jax import losses as losses_lib
+from grain_jax import optim, schema, sharding
+from grain_jax.config import Config
+from grain_jax.models.grain import GRAIN
+
+
+class TrainState(NamedTuple):
+    """All that a checkpoint holds. The step is also the position in the data."""
+
+    step: jax.Array  # int32 []
+    params: Any
+    opt_state: Any
+    ema_params: Any  # {} where no average is kept
+    texts_dropped: jax.Array  # int32 [], regions that fitted into no row, since step 0
+
+
+def abstract_batch(config: Config) -> schema.Batch:
+    """The shapes of the config's global Batch, as ShapeDtypeStructs."""
+    b, r, size = config.batch_size, config.input.max_regions, config.model.image.image_size
+    groups, rows = b, 1 + r  # padded: a text a row
+    if config.text.packing:
+        groups, rows = b // config.text.pack_group, config.text.pack_rows
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    row = of(jnp.int32, groups, rows, config.model.text.context_length)
+    return schema.Batch(
+        image=of(jnp.uint8, b, size, size, 3),
+        text_tokens=row,
+        text_positions=row,
+        text_segments=row,
+        caption_at=of(jnp.int32, b, 2),
+        caption_id=of(jnp.int32, b),
+        description_at=of(jnp.int32, b, r, 2),
+        description_id=of(jnp.int32, b, r),
+        region_boxes_cxcywh=of(jnp.float32, b, r, 4),
+        region_mask=of(jnp.bool_, b, r),
+        texts_dropped=of(jnp.int32, groups),
+    )
+
+
+def init_state(model: GRAIN, config: Config, tx: optax.GradientTransformation) -> TrainState:
+    """A fresh TrainState from the config's seed, parameters boxed with their logical axes."""
+    # Init needs a batch, though parameters do not depend on its size.
+    batch = jax.tree.map(
+        lambda x: jnp.zeros((min(x.shape[0], 1), *x.shape[1:]), x.dtype), abstract_batch(config)
+    )
+    params = model.init(jax.random.key(config.seed), batch)["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        ema_params=jax.tree.map(jnp.copy, params) if config.ema_decay else {},
+        texts_dropped=jnp.zeros((), jnp.int32),
+    )
+
+
+def dropout_keys(seed: int, step, index):
+    """PRNG keys [B] of the examples at `index` [B] of the global batch: no matter where they are computed."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
+
+
+def _split(x, parts: int):
+    """[n, ...] -> [parts, n / parts, ...], consecutive."""
+    return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
+
+def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batch, keys):
+    """The losses of a batch and the gradient of their total.
+
+    Args:
+      model: the GRAIN module.
+      config: for the loss weights and the number of micro-batches.
+      mesh: the device mesh, or None on one device.
+      params: parameter tree.
+      batch: global Batch.
+      keys: dropout keys [B], or None.
+
+    Returns:
+      (losses.Losses, gradients as `params`).
+    """
+    apply = lambda params, batch, keys: model.apply({"params": params}, batch, keys)  # noqa: E731
+    loss_of = functools.partial(
+        losses_lib.total_loss,
+        batch=batch,
+        config=config.loss,
+        mesh=mesh,
+        batch_axes=sharding.BATCH_AXES if mesh is not None else (),
+    )
+
+    def total(outputs):
+        terms = loss_of(outputs)
+        return terms.total, terms
+
+    if config.microbatches == 1:
+        (_, terms), grads = jax.value_and_grad(
+            lambda p: total(apply(p, batch, keys)), has_aux=True
+        )(params)
+        return terms, grads
+
+    # An image, its packing group and its key stay together: all leading axes are cut alike. Each part
+    # must lie on all devices, so parts interleave the devices' shards rather than take whole ones.
+    parts = config.microbatches
+    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def cut(x):
+        x = _split(x, shards)  # [shards, n, ...]
+        x = x.reshape(shards, parts, x.shape[1] // parts, *x.shape[2:]).swapaxes(0, 1)
+        x = x.reshape(parts, -1, *x.shape[3:])
+        if mesh is not None:
+            x = jax.lax.with_sharding_constraint(
+                x, NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
+            )
+        return x
+
+    def join(x, axis=0):  # the inverse, of [parts, ..., n, ...] with the images on `axis` + 1
+        x = jnp.moveaxis(x, axis + 1, 1)
+        x = x.reshape(parts, shards, -1, *x.shape[2:]).swapaxes(0, 1)
+        return jnp.moveaxis(x.reshape(-1, *x.shape[3:]), 0, axis)
+
+    image_axis = schema.Outputs(0, 0, 0, 0, 1, None)
+    cut_batch = jax.tree.map(cut, batch)
+    cut_keys = None if keys is None else cut(keys)
+
+    def forward(_, part):
+        return None, apply(params, *part)
+
+    _, stacked = jax.lax.scan(forward, None, (cut_batch, cut_keys))
+    outputs = schema.Outputs(
+        *(x[0] if axis is None else join(x, axis) for x, axis in zip(stacked, image_axis))
+    )
+    cotangents, terms = jax.grad(total, has_aux=True)(outputs)
+    # logit_scale is the same in each part: its cotangent goes back through the first one alone.
+    first = jnp.arange(parts) == 0
+    cut_cotangents = schema.Outputs(
+        *(
+            jnp.where(first, c, 0)
+            if axis is None
+            else jnp.moveaxis(cut(jnp.moveaxis(c, axis, 0)), 1, axis + 1)
+            for c, axis in zip(cotangents, image_axis)
+        )
+    )
+
+    def backward(grads, part):
+        *inputs, cotangent = part
+        _, vjp = jax.vjp(lambda p: apply(p, *inputs), params)
+        return jax.tree.map(jnp.add, grads, vjp(cotangent)[0]), None
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, _ = jax.lax.scan(backward, zeros, (cut_batch, cut_keys, cut_cotangents))
+    return terms, grads
+
+
+def make_train_step(
+    model: GRAIN,
+    config: Config,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh | None = None,
+):
+    """The function (state, batch) -> (state, metrics) that the trainer compiles."""
+
+    def train_step(state: TrainState, batch: schema.Batch):
+        keys = dropout_keys(config.seed, state.step, jnp.arange(batch.image.shape[0]))
+        terms, grads = loss_and_grads(model, config, mesh, state.params, batch, keys)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optim.clip_logit_scale(optax.apply_updates(state.params, updates))
+        ema = state.ema_params
+        if config.ema_decay:
+            ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
+        dropped = state.texts_dropped + batch.texts_dropped.sum()
+        metrics = {
+            "loss": terms.total,
+            "loss_image_caption": terms.image_caption,
+            "loss_region_description": terms.region_description,
+            "loss_box": terms.box,
+            "matched_iou": terms.matched_iou,
+            "logit_scale": jnp.exp(state.params["logit_scale"]),
+            "learning_rate": schedule(state.step),
+            "grad_norm": optax.global_norm(grads),
+            "texts_dropped": dropped,
+        }
+        return TrainState(state.step + 1, params, opt_state, ema, dropped), metrics
+
+    return train_step
