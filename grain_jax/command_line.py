@@ -71,6 +71,8 @@ def main(run: Callable[[list[str]], int | None]) -> None:
     try:
         sys.exit(run(sys.argv) or 0)
     except INPUT_FAULTS as error:
-        if type(error) in (ValueError,):  # a plain ValueError is ours to debug, not the user's to read
+        if type(error) in (
+            ValueError,
+        ):  # a plain ValueError is ours to debug, not the user's to read
             raise
         fail(error)

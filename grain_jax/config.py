@@ -10,7 +10,8 @@ import difflib
 import json
 import types
 import typing
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 REMAT_POLICIES = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
@@ -147,7 +148,9 @@ class Evaluator:
     annotations: str | None  # retrieval, grounding: A.jsonl
     alphas: tuple[float, ...]  # zeroshot: shares of the global score
     names: bool  # zeroshot: class names stand in the prompts; False: descriptions alone
-    region_order: str  # zeroshot: the region score is a mean over "queries" (paper) or "descriptions"
+    region_order: (
+        str  # zeroshot: the region score is a mean over "queries" (paper) or "descriptions"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,9 +122,7 @@ class Predictor:
             out[rows] = np.asarray(embed)[: len(rows)]
         return out
 
-    def class_features(
-        self, classes: Sequence[str] | Mapping[str, Sequence[str]]
-    ) -> ClassFeatures:
+    def class_features(self, classes: Sequence[str] | Mapping[str, Sequence[str]]) -> ClassFeatures:
         """Names through the templates, or names x descriptions, as embeddings (method.md, Zero-shot evaluation).
 
         Args:
@@ -135,7 +133,9 @@ class Predictor:
         described = isinstance(classes, Mapping)
         for name in classes:
             if not isinstance(name, str) or (described and isinstance(classes[name], str)):
-                raise InputError(f"classes: at {name!r}, expected a name or name: [description, ...]")
+                raise InputError(
+                    f"classes: at {name!r}, expected a name or name: [description, ...]"
+                )
             if described and not len(classes[name]):
                 raise InputError(f"classes: {name!r} has no description")
         names = tuple(classes)
@@ -169,9 +169,7 @@ class Predictor:
         if alpha < 1.0 and classes.descriptions is None:
             raise InputError(_NEEDS_DESCRIPTIONS.format(alpha))
         image_embed, regions = self.encode_image_and_regions(pictures)
-        region = (
-            scores.region_scores(regions.embed, classes.descriptions) if alpha < 1.0 else None
-        )
+        region = scores.region_scores(regions.embed, classes.descriptions) if alpha < 1.0 else None
         return scores.combine(scores.global_scores(image_embed, classes.features), region, alpha)
 
     def ground(self, picture, texts: Sequence[str] | np.ndarray) -> list[Grounding]:
@@ -280,7 +278,10 @@ def _checked_pictures(pictures, size: int):
         raise InputError("pictures: got one PIL picture, expected a list of them")
     if isinstance(pictures, (list, tuple)):
         for i, picture in enumerate(pictures):
-            if not isinstance(picture, PIL.Image.Image) and getattr(picture, "dtype", None) != np.uint8:
+            if (
+                not isinstance(picture, PIL.Image.Image)
+                and getattr(picture, "dtype", None) != np.uint8
+            ):
                 raise InputError(
                     f"pictures[{i}]: got {type(picture).__name__}, expected a PIL picture or uint8 [H, W, 3]"
                 )

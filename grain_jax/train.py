@@ -32,7 +32,9 @@ def open_source(config: config_lib.Config):
     """The module that serves the config's batches; makes the data set first if the config says how."""
     if config.input.source == "synthetic":
         return synthetic
-    from grain_jax.input_pipeline import records  # TensorFlow: not on every machine, and slow to import
+    from grain_jax.input_pipeline import (
+        records,  # TensorFlow: not on every machine, and slow to import
+    )
 
     try:
         records.find(config)
@@ -91,7 +93,11 @@ def train(config: config_lib.Config, workdir: epath.Path) -> None:
     else:
         start_step = 0
         state = jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings)()
-    log = monitor.Monitor(workdir, start_step, total_steps, config.batch_size) if main_process else None
+    log = (
+        monitor.Monitor(workdir, start_step, total_steps, config.batch_size)
+        if main_process
+        else None
+    )
     say = log.say if log else lambda text: None
     millions = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
     say(
@@ -108,9 +114,7 @@ def train(config: config_lib.Config, workdir: epath.Path) -> None:
         donate_argnums=0,
     )
     began = time.monotonic()
-    step_fn = step_fn.lower(
-        abstract, train_step.abstract_batch(config)
-    ).compile()
+    step_fn = step_fn.lower(abstract, train_step.abstract_batch(config)).compile()
     say(f"compiled in {monitor.duration(time.monotonic() - began)}")
 
     # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
@@ -199,7 +203,11 @@ def report(config, workdir, state, results) -> None:
     if config.pictures and entry:
         predictor = inference.Predictor(config.model, state.ema_params or state.params)
         pictures.regions_grid(
-            predictor, entry.annotations, entry.images, workdir / "regions.png", count=config.pictures
+            predictor,
+            entry.annotations,
+            entry.images,
+            workdir / "regions.png",
+            count=config.pictures,
         )
     print(f"Everything of this run is in {workdir}", file=sys.stderr)
 

@@ -192,7 +192,7 @@ def make_train_step(
             "matched_iou": terms.matched_iou,
             "logit_scale": jnp.exp(state.params["logit_scale"]),
             "learning_rate": schedule(state.step),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "texts_dropped": dropped,
         }
         return TrainState(state.step + 1, params, opt_state, ema, dropped), metrics

@@ -1,0 +1,20 @@
+"""The CLIP baseline: GRAIN's trainer, towers and data, without regions.
+
+No region is read, so no description is encoded; the weights of the region losses are 0. The image
+embedding still comes from the decoder's image query, so that the two models have the same parts.
+
+COMMAND   python -m grain_jax.train --config configs/clip_vitb16_cc12m.py --workdir gs://BUCKET/clip_b16_cc12m \
+              --config.input.data_dir=gs://BUCKET/records
+HARDWARE  any mesh that 2048 images divide over. Not yet run by us.
+"""
+
+from configs import grain_vitb16_cc12m
+
+
+def get_config(arg=None):
+    c = grain_vitb16_cc12m.get_config()
+    c.loss.region_description = 0.0
+    c.loss.box = 0.0
+    c.input.max_regions = 0
+    c.text.pack_rows = 16  # captions only: 64 of about 15 tokens in rows of 77
+    return c

@@ -1,0 +1,39 @@
+"""GRAIN on the aviary, the embedded data set: a small model that learns birds' parts in minutes.
+
+COMMAND   python -m grain_jax.train --config configs/demo.py --workdir runs/demo
+"""
+
+from configs.common import base, evaluator
+
+
+def get_config(arg=None):
+    c = base("tiny")
+    data = "runs/aviary"
+    c.total_steps = 1400
+    c.batch_size = 64
+    c.dtype = "float32"
+    c.log_every = 10
+    c.checkpoint_every = 200
+    c.pictures = 12
+    c.model.image.stem_width = 48
+    c.model.image.position_init = "sincos2d"
+    c.model.decoder.dropout = 0.0
+    c.input.data_dir = f"{data}/records"
+    c.input.name = "aviary"
+    c.input.lanes = 4
+    c.input.prepare = f"data.aviary --output {data} --records {{data_dir}}"
+    c.text.pack_group = 16
+    c.text.pack_rows = 10
+    c.optim.clip_norm = 1.0
+    c.optim.warmup_steps = 100
+    c.evals.seen = evaluator("zeroshot", f"{data}/seen")
+    c.evals.unseen = evaluator(
+        "zeroshot",
+        f"{data}/unseen",
+        descriptions=f"{data}/unseen.json",
+        names=False,
+        alphas=(1.0, 0.75, 0.5, 0.25, 0.0),
+    )
+    c.evals.retrieval = evaluator("retrieval", f"{data}/test", annotations=f"{data}/test/A.jsonl")
+    c.evals.grounding = evaluator("grounding", f"{data}/test", annotations=f"{data}/test/A.jsonl")
+    return c

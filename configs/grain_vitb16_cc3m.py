@@ -1,0 +1,14 @@
+"""GRAIN ViT-B/16 on CC3M with synthetic annotations (method.md, Training recipe).
+
+COMMAND   python -m grain_jax.train --config configs/grain_vitb16_cc3m.py --workdir gs://BUCKET/grain_b16_cc3m \
+              --config.input.data_dir=gs://BUCKET/records
+HARDWARE  any mesh that 2048 images divide over. Not yet run by us.
+"""
+
+from configs import grain_vitb16_cc12m
+
+
+def get_config(arg=None):
+    c = grain_vitb16_cc12m.get_config()
+    c.input.name = "cc3m"
+    return c

@@ -1,0 +1,15 @@
+"""The PyTorch reference's behaviour, switch by switch (method.md, last table), on CC12M.
+
+For comparisons with the reference. Quirks 2, 3, 6, 17 and 18 (crashes and dead code) are not reproduced.
+
+COMMAND   python -m grain_jax.train --config configs/reference.py --workdir gs://BUCKET/reference \
+              --config.input.data_dir=gs://BUCKET/records
+HARDWARE  any mesh that 2048 images divide over. Not yet run by us.
+"""
+
+from configs import grain_vitb16_cc12m
+from configs.common import reference_behaviour
+
+
+def get_config(arg=None):
+    return reference_behaviour(grain_vitb16_cc12m.get_config())

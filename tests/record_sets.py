@@ -1,0 +1,78 @@
+"""Makes small annotation files, pictures and record sets for tests."""
+
+import json
+
+import numpy as np
+import PIL.Image
+
+from configs import common
+from data import build
+from grain_jax import config as config_lib
+
+
+def picture(number, size=(16, 12)):
+    """A picture with a smooth, unique pattern; its first pixel tells its number."""
+    y, x = np.mgrid[: size[1], : size[0]]
+    pixels = np.stack([x * 9 + number, y * 7 + number, (x + y) * 3], axis=-1) % 256
+    pixels[0, 0] = (number % 256, number // 256, 7)
+    return PIL.Image.fromarray(pixels.astype(np.uint8))
+
+
+def annotation(number, size=(16, 12)):
+    """A line with two web captions, a synthetic one and 0 to 3 regions."""
+    width, height = size
+    boxes = [[0, 0, width / 2, height], [width / 2, 1, width, height - 1], [1, 1, 5, 5]]
+    return {
+        "image": f"{number:05d}.png",
+        "caption": f"first web text of {number}",
+        "captions": [f"second web text of {number}"],
+        "synthetic_caption": f"synthetic text of {number}",
+        "regions": [
+            {"box": box, "description": f"the left part {i} of {number}", "score": 0.5 + 0.1 * i}
+            for i, box in enumerate(boxes[: number % 4])
+        ],
+        "id": f"id{number}",
+    }
+
+
+def write_annotations(folder, count, size=(16, 12)):
+    """`count` pictures and their A.jsonl in `folder`; returns the lines as dicts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [annotation(number, size) for number in range(count)]
+    for number, line in enumerate(lines):
+        picture(number, size).save(folder / line["image"])
+    (folder / "A.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def build_set(folder, output, *arguments, name="tiny_set"):
+    """Runs data.build; returns its exit status."""
+    return build.main(
+        [
+            f"--annotations={folder / 'A.jsonl'}",
+            f"--images={folder}",
+            f"--output={output}",
+            f"--name={name}",
+            *arguments,
+        ]
+    )
+
+
+def config(
+    output, *, batch_size=8, lanes=4, pack_group=2, pack_rows=4, size=16, name="tiny_set", **inputs
+):
+    """A tiny config that reads the set."""
+    values = common.base("tiny")
+    values.total_steps = 10
+    values.optim.warmup_steps = 1
+    values.batch_size = batch_size
+    values.model.image.image_size = size
+    values.input.update(dict(data_dir=str(output), name=name, lanes=lanes) | inputs)
+    values.text.update(dict(pack_group=pack_group, pack_rows=pack_rows))
+    return config_lib.from_dict(values)
+
+
+def assert_batches_equal(got, expected):
+    """Every field, exactly."""
+    for name, a, b in zip(expected._fields, got, expected, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)

@@ -1,0 +1,208 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+from flax import linen as nn
+
+import grain_jax
+from grain_jax import checkpoint, images, inference, schema
+from grain_jax.evaluate import prompts, scores
+from grain_jax.input_pipeline import tokenizer
+from grain_jax.models import grain
+from tests import tiny
+
+S, Q, D = 16, 5, 16
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    c = tiny.config(model__embed_dim=D)
+    module = grain.GRAIN(c.model)
+    one = jax.tree.map(lambda x: x[:1], tiny.batch(c))
+    params = nn.unbox(module.init(jax.random.key(0), one)["params"])
+    # As large as trained ones, so that embeddings of different inputs differ.
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
+    return inference.Predictor(c.model, jax.tree.unflatten(tree, leaves))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return np.random.default_rng(0).integers(0, 256, (70, S, S, 3)).astype(np.uint8)
+
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+
+
+def test_all_kinds_of_pictures_agree(predictor, pictures):
+    few = pictures[:3]
+    expected = predictor.encode_image(few)
+    assert expected.dtype == np.float32 and expected.shape == (3, D)
+    close(np.linalg.norm(expected, axis=1), 1)
+    assert np.abs(expected[0] - expected[1]).max() > 0.01
+    close(predictor.encode_image([PIL.Image.fromarray(p) for p in few]), expected)
+    close(predictor.encode_image(list(few)), expected)
+    close(predictor.encode_image(schema.rescale_pixels(few)), expected)
+    large = np.random.default_rng(1).integers(0, 256, (2, 40, 25, 3)).astype(np.uint8)
+    squashed = np.stack([images.squash(PIL.Image.fromarray(p), S) for p in large])
+    close(predictor.encode_image(large), predictor.encode_image(squashed))
+
+
+def test_the_size_of_a_call_does_not_matter(predictor, pictures):
+    image, regions = predictor.encode_image_and_regions(pictures)
+    assert image.shape == (70, D)
+    assert regions.embed.shape == (70, Q, D) and regions.boxes_xyxy.shape == (70, Q, 4)
+    for some in (slice(0, 1), slice(60, 70)):
+        close(predictor.encode_image(pictures[some]), image[some])
+        part = predictor.encode_regions(pictures[some])
+        close(part.embed, regions.embed[some])
+        close(part.boxes_xyxy, regions.boxes_xyxy[some])
+    assert predictor.encode_image([]).shape == (0, D)
+    assert predictor.encode_text([]).shape == (0, D)
+
+
+def test_regions_are_the_models_last_layer(predictor, pictures):
+    few = schema.rescale_pixels(pictures[:2])
+    image, region, boxes = grain.GRAIN(predictor.model).apply(
+        {"params": predictor.params}, few, method=grain.GRAIN.encode_image
+    )
+    regions = predictor.encode_regions(few)
+    close(regions.embed, region)
+    close(predictor.encode_image(few), image)
+    cx, cy, w, h = np.moveaxis(np.asarray(boxes[-1]), -1, 0)
+    corners = np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], axis=-1)
+    close(regions.boxes_xyxy, corners.clip(0, 1))
+    assert regions.boxes_xyxy.min() >= 0 and regions.boxes_xyxy.max() <= 1
+
+
+def test_texts_keep_their_order_whatever_their_length(predictor):
+    texts = [" ".join(["wren"] * n) for n in (40, 1, 18, 3)] + ["a photo of a wren"]
+    embed = predictor.encode_text(texts)
+    assert embed.shape == (5, D) and embed.dtype == np.float32
+    close(np.linalg.norm(embed, axis=1), 1)
+    tokens = tokenizer.ClipTokenizer()(texts, 32)
+    close(predictor.encode_text(tokens), embed)
+    for i in range(5):
+        positions = np.arange(32)[None, None]
+        (alone,) = grain.GRAIN(predictor.model).apply(
+            {"params": predictor.params},
+            tokens[i][None, None],
+            positions,
+            np.ones_like(positions),
+            np.array([[0, tokens[i].argmax()]]),
+            method=grain.GRAIN.encode_text,
+        )
+        close(embed[i], alone[0])
+    assert np.abs(embed[1] - embed[3]).max() > 0.01
+
+
+def test_classify_names_and_descriptions(predictor, pictures):
+    few = pictures[:4]
+    classes = {"wren": ["a short tail", "brown wings"], "red kite": ["has a forked tail"]}
+    templates = prompts.load_templates()
+    image, regions = predictor.encode_image_and_regions(few)
+    for described in (False, True):
+        means = []
+        for name, descriptions in classes.items():
+            texts = prompts.class_texts(name, templates, descriptions if described else None)
+            means.append(predictor.encode_text(texts).mean(axis=0))
+        expected = image @ np.stack(means).T
+        got = predictor.classify(few, classes if described else list(classes))
+        assert got.shape == (4, 2) and got.dtype == np.float32
+        close(got, expected)
+    region = np.empty((4, 2))
+    for c, descriptions in enumerate(classes.values()):
+        similarity = regions.embed @ predictor.encode_text(descriptions).T
+        region[:, c] = similarity.max(axis=2).mean(axis=1)
+    close(predictor.classify(few, classes, alpha=0.25), 0.25 * expected + 0.75 * region)
+    close(predictor.classify(few, predictor.class_features(classes), alpha=0.0), region)
+    assert np.abs(scores.unit(means) - np.stack(means)).max() > 1e-3  # the mean is not renormalised
+
+
+def test_ground_finds_the_best_region(predictor, pictures):
+    texts = ["a long orange beak", "a short tail", "wing"]
+    answers = predictor.ground(PIL.Image.fromarray(pictures[0]), texts)
+    regions = predictor.encode_regions(pictures[:1])
+    similarity = predictor.encode_text(texts) @ regions.embed[0].T
+    assert len(answers) == 3
+    for answer, row in zip(answers, similarity):
+        close(answer.box_xyxy, regions.boxes_xyxy[0, row.argmax()])
+        close(answer.score, row.max())
+    again = (
+        predictor.ground(pictures[0], texts),
+        predictor.ground(schema.rescale_pixels(pictures[0]), texts),
+    )
+    for other in again:
+        close([a.score for a in other], [a.score for a in answers])
+
+
+def test_parameters_stay_where_they_are_and_programs_are_shared(predictor, pictures):
+    other = inference.Predictor(predictor.model, predictor.params)
+    for mine, given in zip(jax.tree.leaves(other.params), jax.tree.leaves(predictor.params)):
+        assert mine is given
+    predictor.encode_image(pictures[:8])
+    programs = predictor._encode_images._cache_size()
+    doubled = inference.Predictor(predictor.model, jax.tree.map(lambda x: 2 * x, predictor.params))
+    for n in (5, 6, 7, 8):
+        other.encode_image(pictures[:n])
+        assert (
+            np.abs(doubled.encode_image(pictures[:n]) - other.encode_image(pictures[:n])).max()
+            > 1e-3
+        )
+    assert predictor._encode_images._cache_size() == programs
+
+
+def test_bfloat16_is_near(predictor, pictures):
+    half = inference.Predictor(predictor.model, predictor.params, dtype="bfloat16")
+    image = half.encode_image(pictures[:4])
+    assert image.dtype == np.float32
+    difference = np.abs(image - predictor.encode_image(pictures[:4])).max()
+    assert 0 < difference < 0.1
+
+
+def test_load_reads_what_save_model_wrote(predictor, pictures, tmp_path):
+    checkpoint.save_model(tmp_path / "model", predictor.model, predictor.params, source="test")
+    loaded = grain_jax.load(str(tmp_path / "model"))
+    assert loaded.model == predictor.model
+    np.testing.assert_array_equal(
+        loaded.encode_image(pictures[:2]), predictor.encode_image(pictures[:2])
+    )
+    with pytest.raises(checkpoint.CheckpointError, match="no such folder"):
+        grain_jax.load(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (
+            lambda p: p.encode_image(np.zeros((2, 8, 8, 3), np.float32)),
+            "float32 of 8 x 8 pixels, expected 16 x 16",
+        ),
+        (lambda p: p.encode_image(np.zeros((8, 8, 3), np.uint8)), r"got shape \[8, 8, 3\]"),
+        (lambda p: p.encode_image(np.zeros((1, 8, 8, 3), np.int64)), "got int64, expected uint8"),
+        (lambda p: p.encode_image(["x.jpg"]), r"pictures\[0\]: got str"),
+        (lambda p: p.encode_image(PIL.Image.new("RGB", (4, 4))), "expected a list"),
+        (lambda p: p.encode_text("wren"), "got one string"),
+        (lambda p: p.encode_text(np.zeros((2, 33), np.int32)), r"got int32 \[2, 33\]"),
+        (
+            lambda p: p.encode_text(np.full((2, 3), 49408)),
+            "token ids 49408 to 49408, expected 0 to 49407",
+        ),
+        (
+            lambda p: p.classify(jnp.zeros((1, S, S, 3)), ["wren"], alpha=0.5),
+            "alpha 0.5 needs descriptions",
+        ),
+        (lambda p: p.classify(jnp.zeros((1, S, S, 3)), {"wren": []}), "'wren' has no description"),
+        (lambda p: p.classify(jnp.zeros((1, S, S, 3)), {"wren": "tail"}), r"at 'wren', expected"),
+        (lambda p: p.classify(jnp.zeros((1, S, S, 3)), []), "expected names"),
+        (lambda p: p.classify(jnp.zeros((1, S, S, 3)), ["wren"], alpha=1.5), "alpha: got 1.5"),
+        (lambda p: p.ground(np.zeros((1, S, S, 3)), ["x"]), r"expected \[H, W, 3\]"),
+    ],
+)
+def test_errors_are_one_line(predictor, call, said):
+    with pytest.raises(ValueError, match=said) as error:
+        call(predictor)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,199 @@
+"""The losses against a float64 replica that loops over images, written from method.md."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+from grain_jax import losses, matching, schema
+from tests import tiny
+
+D, Q = 16, 5
+
+
+def _outputs(c, seed=0, layers=2):
+    rng = np.random.default_rng(seed)
+    b, r = c.batch_size, c.input.max_regions
+    unit = lambda *shape: (x := rng.normal(size=shape)) / np.linalg.norm(x, axis=-1, keepdims=True)
+    low = rng.uniform(0.2, 0.8, (layers, b, Q, 4))
+    out = schema.Outputs(
+        unit(b, D), unit(b, D), unit(b, Q, D), unit(b, r, D), low, np.float64(12.0)
+    )
+    return schema.Outputs(*(np.asarray(x, np.float32) for x in out))
+
+
+def _corners(box):
+    return np.concatenate([box[:2] - box[2:] / 2, box[:2] + box[2:] / 2])
+
+
+def _giou(p, t, epsilon):
+    p, t = _corners(p), _corners(t)
+    overlap = np.prod(np.maximum(np.minimum(p[2:], t[2:]) - np.maximum(p[:2], t[:2]), 0))
+    union = np.prod(p[2:] - p[:2]) + np.prod(t[2:] - t[:2]) - overlap
+    hull = np.prod(np.maximum(p[2:], t[2:]) - np.minimum(p[:2], t[:2]))
+    return overlap / (union + epsilon) - (hull - union) / hull
+
+
+def _cross_entropy(logits, label, allowed):
+    allowed = allowed | (np.arange(len(logits)) == label)
+    z = logits[allowed]
+    return np.log(np.exp(z - z.max()).sum()) + z.max() - logits[label]
+
+
+def replica(outputs, batch, c):
+    """(L_ic, L_box, L_rd) in float64."""
+    o = schema.Outputs(*(np.asarray(x, np.float64) for x in outputs))
+    b, r = batch.region_mask.shape
+    same = batch.caption_id[:, None] == batch.caption_id[None]
+    allowed = ~same if c.mask_duplicates else np.ones((b, b), bool)
+    logits = o.logit_scale * o.image_embed @ o.text_embed.T
+    ic = [_cross_entropy(logits[i], i, allowed[i]) for i in range(b)]
+    ic += [_cross_entropy(logits[:, i], i, allowed[:, i]) for i in range(b)]
+    size = c.group_size or b
+    box, rd = [], []
+    for start in range(0, b, size):
+        pairs, real = [], []
+        for i in range(start, start + size):
+            t = [
+                j
+                for j in range(r)
+                if batch.region_mask[i, j] and (batch.region_boxes_cxcywh[i, j, 2:] > 0).all()
+            ]
+            real += [(i, j) for j in t]
+            target = batch.region_boxes_cxcywh[i, t].astype(np.float64)
+            pred = o.pred_boxes_cxcywh[-1, i]
+            cost = [
+                [
+                    c.match_l1 * np.abs(p - x).sum() - c.match_giou * _giou(p, x, c.iou_epsilon)
+                    for x in target
+                ]
+                for p in pred
+            ]
+            for q, j in zip(*linear_sum_assignment(np.array(cost).reshape(len(pred), len(t)))):
+                pairs.append((i, q, t[j]))
+        if not real:
+            box.append(0.0), rd.append(0.0)
+            continue
+        total = sum(
+            np.abs(o.pred_boxes_cxcywh[-1, i, q] - batch.region_boxes_cxcywh[i, j]).sum()
+            + 1
+            - _giou(
+                o.pred_boxes_cxcywh[-1, i, q],
+                batch.region_boxes_cxcywh[i, j].astype(float),
+                c.iou_epsilon,
+            )
+            for i, q, j in pairs
+        )
+        box.append(total / len(real))
+        texts = np.array([o.region_text_embed[i, j] for i, j in real])
+        ids = np.array([batch.description_id[i, j] for i, j in real])
+        terms = []
+        for i, q, j in pairs:
+            label = real.index((i, j))
+            ok = ids != ids[label] if c.mask_duplicates else np.ones(len(ids), bool)
+            terms.append(_cross_entropy(o.logit_scale * texts @ o.region_embed[i, q], label, ok))
+        rd.append(np.mean(terms))
+    return np.mean(ic), np.mean(box), np.mean(rd)
+
+
+@pytest.mark.parametrize("group_size", [0, 4])
+@pytest.mark.parametrize("mask_duplicates", [True, False])
+@pytest.mark.parametrize("iou_epsilon", [0.0, 1e-4])
+def test_equals_float64_replica(group_size, mask_duplicates, iou_epsilon):
+    c = tiny.config(
+        loss__group_size=group_size,
+        loss__mask_duplicates=mask_duplicates,
+        loss__iou_epsilon=iou_epsilon,
+        loss__box=1.5,
+        loss__region_description=0.5,
+    )
+    batch, outputs = tiny.batch(c), _outputs(c)
+    batch.region_boxes_cxcywh[3, 1, 2] = 0  # a box without area
+    batch.region_mask[4:8] = False  # a group without regions
+    got = losses.total_loss(outputs, batch, c.loss)
+    ic, box, rd = replica(outputs, batch, c.loss)
+    np.testing.assert_allclose(
+        [got.image_caption, got.box, got.region_description], [ic, box, rd], rtol=1e-5
+    )
+    np.testing.assert_allclose(got.total, ic + 1.5 * box + 0.5 * rd, rtol=1e-5)
+
+
+def test_no_region_in_the_whole_batch_is_zero_with_zero_gradient():
+    c = tiny.config()
+    batch, outputs = tiny.batch(c), _outputs(c)
+    batch = batch._replace(region_mask=np.zeros_like(batch.region_mask))
+    value, grads = jax.value_and_grad(
+        lambda o: (x := losses.total_loss(o, batch, c.loss)).box + x.region_description
+    )(outputs)
+    assert float(value) == 0
+    for g in grads:
+        assert not np.any(g)
+
+
+def test_equal_texts_are_negatives_only_with_the_switch_off():
+    c = tiny.config()
+    batch, outputs = tiny.batch(c), _outputs(c)
+    batch = batch._replace(
+        caption_id=np.zeros_like(batch.caption_id),
+        description_id=np.zeros_like(batch.description_id),
+    )
+    # Every other text is the same text: nothing is left to tell apart.
+    got = losses.total_loss(outputs, batch, c.loss)
+    np.testing.assert_allclose([got.image_caption, got.region_description], 0, atol=1e-6)
+    off = losses.total_loss(outputs, batch, dataclasses.replace(c.loss, mask_duplicates=False))
+    assert off.image_caption > 1 and off.region_description > 1
+
+
+def test_deep_supervision_adds_the_earlier_layers_boxes():
+    c = tiny.config(loss__deep_supervision=True)
+    batch, outputs = tiny.batch(c), _outputs(c, layers=3)
+    expected = sum(
+        replica(
+            outputs._replace(pred_boxes_cxcywh=outputs.pred_boxes_cxcywh[: n + 1]), batch, c.loss
+        )[1]
+        for n in range(3)
+    )
+    np.testing.assert_allclose(losses.total_loss(outputs, batch, c.loss).box, expected, rtol=1e-5)
+
+
+def test_more_regions_than_queries():
+    c = tiny.config(input__max_regions=8, text__pack_rows=8)
+    batch = tiny.batch(tiny.config(input__max_regions=8, text__pack_rows=8))
+    outputs = _outputs(c)
+    got = losses.total_loss(outputs, batch, c.loss)
+    _, box, rd = replica(outputs, batch, c.loss)
+    np.testing.assert_allclose([got.box, got.region_description], [box, rd], rtol=1e-5)
+
+
+def test_no_gradient_flows_through_the_matching():
+    cost = np.random.default_rng(0).normal(size=(2, 5, 5)).astype(np.float32)
+    grad = jax.grad(
+        lambda c: matching.match(c, np.ones((2, 5), bool)).query_index.astype(float).sum()
+    )(cost)
+    assert not np.any(grad)
+
+
+def test_padded_regions_change_nothing():
+    c = tiny.config()
+    batch, outputs = tiny.batch(c), _outputs(c)
+    first = losses.total_loss(outputs, batch, c.loss)
+    junk = np.random.default_rng(5)
+    hidden = ~batch.region_mask
+    boxes = np.where(
+        hidden[..., None],
+        junk.uniform(0, 1, batch.region_boxes_cxcywh.shape),
+        batch.region_boxes_cxcywh,
+    )
+    texts = np.where(
+        hidden[..., None],
+        junk.normal(size=outputs.region_text_embed.shape),
+        outputs.region_text_embed,
+    )
+    second = losses.total_loss(
+        outputs._replace(region_text_embed=texts.astype(np.float32)),
+        batch._replace(region_boxes_cxcywh=boxes.astype(np.float32)),
+        c.loss,
+    )
+    np.testing.assert_allclose(first, second, rtol=1e-6)

@@ -1,0 +1,35 @@
+"""Our numbers against the PyTorch reference's; benchmarks/parity.py prints the same as a table."""
+
+import numpy as np
+import pytest
+
+from benchmarks import parity
+from grain_jax.convert import torch_names
+
+
+@pytest.mark.parametrize("group", parity.GROUPS)
+def test_equals_the_reference(group):
+    found = parity.compare(group)
+    failing = [f"{c.name}: {c.error:.3g} > {c.tolerance:.3g}" for c in found if not c.ok]
+    assert found and not failing, "\n".join(failing)
+
+
+def test_gradients_cover_every_parameter_of_the_reference():
+    arrays = parity.goldens().arrays
+    parameters = {key.removeprefix("params/") for key in arrays if key.startswith("params/")}
+    unused = {f"{m}/{name}" for m, names in torch_names.UNUSED.items() for name in names}
+    compared = {c.name for c in parity.compare("gradients")} - {"names"}
+    assert compared == parameters - unused
+    assert len(compared) == 136
+
+
+def test_comparisons_fail_when_they_should():
+    reference = np.array([1.0, -4.0, 0.5])
+    assert parity.relative("", reference + [0, 0, 3e-5], reference).ok
+    assert not parity.relative("", reference + [0, 0, 5e-5], reference).ok
+    assert not parity.relative("", reference * np.nan, reference).ok
+    assert parity.gradient("", reference + 7e-5, reference).ok
+    assert not parity.gradient("", reference + 9e-5, reference).ok
+    assert not parity.gradient("", np.full(3, 2e-7), np.zeros(3)).ok
+    with pytest.raises(ValueError, match="shape"):
+        parity.relative("", reference[:, None], reference)

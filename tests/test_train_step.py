@@ -1,0 +1,123 @@
+"""One step on 8 virtual devices: the same numbers on every mesh, with micro-batches, and a clean HLO."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grain_jax import optim, sharding, train_step
+from grain_jax.models.grain import GRAIN
+from tests import tiny
+
+
+def _build(c):
+    n = np.prod([c.mesh.data, c.mesh.fsdp, c.mesh.tensor])
+    mesh = sharding.make_mesh(c.mesh, jax.devices()[:n])
+    sharding.check_batch(c, mesh)
+    model = GRAIN(c.model, c.dtype, c.remat)
+    schedule = optim.learning_rate(c.optim, total_steps=c.total_steps, steps_per_epoch=1)
+    tx = optim.optimizer(c.optim, schedule)
+    init = lambda: train_step.init_state(model, c, tx)
+    abstract, shardings = sharding.place_state(jax.eval_shape(init), c.sharding, mesh)
+    state = jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings)()
+    batch_sharding = sharding.batch_sharding(mesh)
+    step = jax.jit(
+        train_step.make_train_step(model, c, tx, schedule, mesh),
+        in_shardings=(shardings, batch_sharding),
+        out_shardings=(shardings, None),
+    )
+    return step.lower(abstract, train_step.abstract_batch(c)).compile(), state, batch_sharding
+
+
+@functools.cache
+def _run(mesh, **overrides):
+    data, fsdp, tensor = mesh
+    c = tiny.config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, **overrides)
+    step, state, place = _build(c)
+    batch = jax.device_put(tiny.batch(c), place)
+    metrics = []
+    for _ in range(2):
+        state, m = step(state, batch)
+        metrics.append(jax.tree.map(float, m))
+    return metrics, jax.device_get(state), step
+
+
+ONE = (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "mesh,overrides",
+    [
+        ((8, 1, 1), {}),
+        ((4, 2, 1), {}),
+        ((2, 2, 2), {"remat": "full"}),
+        (ONE, {"microbatches": 4}),
+        ((2, 2, 2), {"microbatches": 2, "remat": "dots"}),
+    ],
+)
+def test_mesh_microbatches_and_remat_change_nothing(mesh, overrides):
+    """Dropout is on: its mask belongs to the example, wherever that is computed."""
+    expected, state, _ = _run(ONE, ema_decay=0.9)
+    metrics, other, _ = _run(mesh, ema_decay=0.9, **overrides)
+    for a, b in zip(expected, metrics):
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=2e-5, err_msg=name)
+    for a, b in zip(jax.tree.leaves(state.ema_params), jax.tree.leaves(other.ema_params)):
+        # An Adam step moves parameters whose gradient is float noise by up to the learning rate.
+        np.testing.assert_allclose(a, b, atol=3e-4)
+
+
+def test_gradients_of_microbatches_equal_the_full_batch():
+    c = tiny.config()
+    model = GRAIN(c.model)
+    tx = optim.optimizer(c.optim, lambda step: 0.0)
+    params = jax.jit(lambda: sharding.unbox(train_step.init_state(model, c, tx)))().params
+    batch = jax.tree.map(jnp.asarray, tiny.batch(c))
+    keys = train_step.dropout_keys(0, 3, jnp.arange(c.batch_size))
+    grads = {}
+    for k in (1, 4):
+        run = functools.partial(train_step.loss_and_grads, model, tiny.config(microbatches=k), None)
+        _, grads[k] = jax.jit(run)(params, batch, keys)
+    for (path, a), b in zip(
+        jax.tree_util.tree_flatten_with_path(grads[1])[0], jax.tree.leaves(grads[4])
+    ):
+        # Key biases and the like have a gradient of 0 but for rounding: compare those absolutely.
+        error = np.abs(a - b).max() / max(np.abs(a).max(), 1e-2)
+        assert error < 2e-5, (jax.tree_util.keystr(path), error)
+
+
+def test_group_size_gives_the_same_loss_on_1_and_8_devices():
+    one, _, _ = _run(ONE, loss__group_size=4)
+    eight, _, _ = _run((8, 1, 1), loss__group_size=4)
+    everything, _, _ = _run(ONE, ema_decay=0.9)
+    np.testing.assert_allclose(one[0]["loss"], eight[0]["loss"], rtol=1e-6)
+    assert one[0]["loss_region_description"] < everything[0]["loss_region_description"] - 0.5
+
+
+COLLECTIVES = re.compile(r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(")
+
+
+def test_matching_has_no_collective_loop_or_host_callback():
+    _, _, step = _run((8, 1, 1), loss__group_size=4)
+    lines = step.as_text().splitlines()
+    scoped = [line for line in lines if "/matching/" in line]
+    assert len(scoped) > 20, "the scope's name is gone: this test sees nothing"
+    assert not [line for line in scoped if COLLECTIVES.search(line)]
+    assert not [
+        line for line in scoped if re.search(r"\bwhile\(|custom-call\(|infeed|outfeed", line)
+    ]
+    assert any(COLLECTIVES.search(line) for line in lines), (
+        "no collective at all: is the batch sharded?"
+    )
+
+
+def test_texts_dropped_are_counted_from_the_start():
+    c = tiny.config()
+    metrics, state, _ = _run(ONE, ema_decay=0.9)
+    a_step = int(tiny.batch(c).texts_dropped.sum())
+    assert a_step > 0
+    assert [m["texts_dropped"] for m in metrics] == [a_step, 2 * a_step]
+    assert int(state.step) == 2 and int(state.texts_dropped) == 2 * a_step

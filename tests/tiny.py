@@ -1,0 +1,67 @@
+"""A model small enough to compile in seconds, and a random batch for it."""
+
+import jax
+import numpy as np
+
+from configs import common
+from grain_jax import config as config_lib
+from grain_jax import schema, train_step
+
+
+def dictionary(**overrides):
+    """A ConfigDict of a very small run on the synthetic source; keys as flattened paths with `__` for `.`."""
+    c = common.base("tiny")
+    c.total_steps = 10
+    c.optim.warmup_steps = 2
+    c.batch_size = 16
+    c.dtype = "float32"
+    c.log_every = 1
+    c.checkpoint_every = 4
+    c.input.source = "synthetic"
+    c.input.lanes = 4
+    c.text.pack_group = 2
+    c.text.pack_rows = 8
+    c.model.image.update(image_size=16, width=32, depth=2, unroll=1, mlp_dim=64)
+    c.model.text.update(width=32, depth=2, unroll=1, mlp_dim=64, context_length=32)
+    c.model.decoder.update(width=32, depth=2, unroll=1, mlp_dim=64)
+    c.model.embed_dim = 16
+    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+    return c
+
+
+def config(**overrides) -> config_lib.Config:
+    return config_lib.from_dict(dictionary(**overrides))
+
+
+def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
+    """Random images, texts of 7 tokens packed in order, boxes and masks; some texts are equal."""
+    rng = np.random.default_rng(seed)
+    shapes = train_step.abstract_batch(c)
+    b, r = shapes.region_mask.shape
+    groups, rows, length = shapes.text_tokens.shape
+    a_row = length // 7
+    assert rows * a_row * groups >= b * (1 + r), "the texts do not fit"
+    order = np.arange(rows * a_row)
+    slots = np.stack([rng.permutation(order)[: b // groups * (1 + r)] for _ in range(groups)])
+    slots = slots.reshape(b, 1 + r)
+    at = np.stack([slots // a_row, slots % a_row * 7 + 6], axis=-1).astype(np.int32)
+    column = np.arange(length)
+    low = rng.uniform(0, 0.6, (b, r, 2))
+    size = rng.uniform(0.1, 0.4, (b, r, 2))
+    return schema.Batch(
+        image=rng.integers(0, 256, shapes.image.shape).astype(np.uint8),
+        text_tokens=rng.integers(1, 400, shapes.text_tokens.shape).astype(np.int32),
+        text_positions=np.broadcast_to(column % 7, shapes.text_tokens.shape).astype(np.int32),
+        text_segments=np.broadcast_to(1 + column // 7, shapes.text_tokens.shape).astype(np.int32),
+        caption_at=at[:, 0],
+        caption_id=(np.arange(b, dtype=np.int32) * 2 // 3),
+        description_at=at[:, 1:],
+        description_id=rng.integers(0, 3 * b, (b, r)).astype(np.int32),
+        region_boxes_cxcywh=np.concatenate([low + size / 2, size], -1).astype(np.float32),
+        region_mask=rng.random((b, r)) < 0.7,
+        texts_dropped=rng.integers(0, 2, groups).astype(np.int32),
+    )
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
