@@ -1,6 +1,6 @@
 """The parity table: our numbers against those that the PyTorch reference gave, group by group.
 
-    python benchmarks/parity.py [--json OUT.json]
+    python -m benchmarks.parity [--json OUT.json]
 
 Everything is float32 at full precision, on the goldens in tests/goldens (made by running the reference;
 tests/test_parity.py asserts the same comparisons). A line shows the comparison of its group that
@@ -23,6 +23,7 @@ from etils import epath
 from configs import common
 from grain_jax import boxes, matching, optim, schema, train_step
 from grain_jax import config as config_lib
+from grain_jax import losses as losses_lib
 from grain_jax.convert import torch as from_torch
 from grain_jax.convert import torch_names
 from grain_jax.evaluate import scores
@@ -154,14 +155,17 @@ def batch(boxes_pixels: np.ndarray, *, packed: bool) -> schema.Batch:
     )
 
 
+@jax.jit
+def _loss_and_grads(params, inputs: schema.Batch):
+    model = grain.GRAIN(goldens().model)
+    return train_step.loss_and_grads(model, config(), None, params, inputs, None)
+
+
 @functools.cache
-def run(which: str = "", *, packed: bool = False, **loss):
+def run(which: str = "", *, packed: bool = False):
     """(losses, gradients, gradients under the reference's names) of the batch `which`: "" or "degenerate/"."""
     g = goldens()
-    inputs = batch(g.arrays[f"{which}inputs/boxes"], packed=packed)
-    model, c = grain.GRAIN(g.model), config(**loss)
-    step = jax.jit(lambda params: train_step.loss_and_grads(model, c, None, params, inputs, None))
-    terms, grads = step(g.params)
+    terms, grads = _loss_and_grads(g.params, batch(g.arrays[f"{which}inputs/boxes"], packed=packed))
     named = torch_names.state_dicts(grads, from_torch.sizes_of(g.model))
     return terms, grads, {f"{m}/{name}": array for m in named for name, array in named[m].items()}
 
@@ -190,7 +194,7 @@ def outputs(*, packed: bool = False) -> dict[str, np.ndarray]:
             outputs=module(inputs),
         )
 
-    apply = lambda params: grain.GRAIN(g.model).apply({"params": params}, method=forward)  # noqa: E731
+    apply = lambda params: grain.GRAIN(g.model).apply({"params": params}, method=forward)
     out = jax.tree.map(np.asarray, jax.jit(apply)(g.params))
     return out | {"desc_embed": out["desc_embed"][inputs.region_mask]}
 
@@ -297,9 +301,13 @@ def adamw() -> Iterator[Comparison]:
     g = goldens()
     c = config()
     tx = optim.optimizer(c.optim, optax.constant_schedule(c.optim.learning_rate))
-    updates, _ = tx.update(run()[1], tx.init(g.params), g.params)
-    stepped = optim.clip_logit_scale(optax.apply_updates(g.params, updates))
-    named = torch_names.state_dicts(stepped, from_torch.sizes_of(g.model))
+
+    @jax.jit
+    def step(params, grads):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return optim.clip_logit_scale(optax.apply_updates(params, updates))
+
+    named = torch_names.state_dicts(step(g.params, run()[1]), from_torch.sizes_of(g.model))
     checksums = g.meta["adamw_checksum_after_[sum,sumabs]"]
     for module, entries in named.items():
         for key, ours in entries.items():
@@ -315,7 +323,9 @@ def adamw() -> Iterator[Comparison]:
             reference = g.arrays.get(f"adamw/after/{name}")
             if reference is not None:
                 # Of the token table the goldens keep the last rows only.
-                error = np.abs(ours[-len(reference) :] - reference if ours.ndim else ours - reference)
+                error = np.abs(
+                    ours[-len(reference) :] - reference if ours.ndim else ours - reference
+                )
                 bad = bad[-len(reference) :] if ours.ndim else bad
                 yield Comparison(name, float(np.max(error, where=~bad, initial=0.0)), 3e-6)
 
@@ -337,8 +347,12 @@ def degenerate() -> Iterator[Comparison]:
         ours = grads[name].astype(np.float64)
         error = np.abs(np.array([ours.sum(), np.abs(ours).sum()]) - sums).max()
         # As `gradient`, of every element.
-        yield Comparison(f"{name} checksum", error, ours.size * max(1e-7, 2e-5 * np.abs(ours).max()))
-    terms, _, _ = run("degenerate/", shift_labels_after_empty_box=False)
+        yield Comparison(
+            f"{name} checksum", error, ours.size * max(1e-7, 2e-5 * np.abs(ours).max())
+        )
+    inputs = batch(g.arrays["degenerate/inputs/boxes"], packed=False)
+    c = config(shift_labels_after_empty_box=False).loss
+    terms = jax.jit(lambda out: losses_lib.total_loss(out, inputs, c))(outputs()["outputs"])
     right = g.arrays["degenerate/losses/word_loss_if_labels_correct_and_desc_dropped"]
     yield relative("word_loss, dropped from both", terms.region_description, right)
     yield relative(
@@ -363,7 +377,7 @@ def zero_shot() -> Iterator[Comparison]:
     """Class features, region scores and logits of eval.npz, with every alpha."""
     arrays = _npz("eval.npz")
     count = len(json.loads(str(arrays["meta_json"]))["class_names"])
-    embeds = lambda tag: [arrays[f"class_text_embed/{tag}/{i:02d}"] for i in range(count)]  # noqa: E731
+    embeds = lambda tag: [arrays[f"class_text_embed/{tag}/{i:02d}"] for i in range(count)]
     region = scores.region_scores(arrays["inputs/obj_embeds"], embeds("desc_only"))
     yield relative("region scores", region, arrays["outputs/desc_sim"])
     for tag in ("use_desc", "no_desc"):
@@ -422,7 +436,9 @@ def main() -> int:
         everything[group] = [c._asdict() | {"ok": c.ok} for c in found]
         failed = sum(not c.ok for c in found)
         failures += failed
-        worst = max(found, key=lambda c: (not c.ok, c.error / c.tolerance if c.tolerance else c.error))
+        worst = max(
+            found, key=lambda c: (not c.ok, c.error / c.tolerance if c.tolerance else c.error)
+        )
         print(
             f"{group:18} {len(found):8d} {failed:6d} {worst.error:11.2e} {worst.tolerance:9.1e}"
             f"  {worst.name}"

@@ -52,7 +52,7 @@ def check_line(line: bytes, folder: epath.PathLike) -> Checked:
     """Checks one line and its picture, which lies below `folder`."""
     faults: list[str] = []
     try:
-        item = json.loads(line.decode("utf-8"))
+        item = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else "too deeply nested"
         return Checked(None, None, b"", [f"not JSON: {reason}, expected one JSON object"], 0, [])
@@ -80,7 +80,9 @@ def check_line(line: bytes, folder: epath.PathLike) -> Checked:
     for index, entry in enumerate(entries):
         at = f"regions[{index}]"
         if not isinstance(entry, dict):
-            faults.append(f"{at}: got {_show(entry)}, expected an object with box, description, score")
+            faults.append(
+                f"{at}: got {_show(entry)}, expected an object with box, description, score"
+            )
             continue
         unknown += [f"regions.{key}" for key in entry if key not in REGION_KEYS]
         box, was_clipped = _box(entry, at, picture, faults)

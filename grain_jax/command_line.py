@@ -24,11 +24,9 @@ def fail(message: object) -> None:
 def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
     out = []
     for key in config:
-        name = f"{prefix}{key}"
-        value = config.get_ref(key).get() if config.get_type(key) is not ConfigDict else config[key]
-        out.append(name)
-        if isinstance(value, ConfigDict):
-            out += _keys(value, name + ".")
+        out.append(prefix + key)
+        if isinstance(config[key], ConfigDict):
+            out += _keys(config[key], f"{prefix}{key}.")
     return out
 
 
@@ -37,27 +35,32 @@ def parse_config(argv: list[str], holder: flags.FlagHolder) -> config_lib.Config
 
     `total_steps` on the command line wins over the file's `total_epochs`, and the other way round.
     """
-    values, name = flags.FLAGS, holder.name
+    name = holder.name
     overrides = [a for a in argv[1:] if a.startswith(f"--{name}.")]
     try:
-        values([a for a in argv if a not in overrides])  # the file alone, to know its keys
-        if holder.value is None:
+        # The file alone first, among flags of its own, to know its keys.
+        scratch = flags.FlagValues()
+        rest = [a for a in argv if a not in overrides]
+        file = config_flags.DEFINE_config_file(name, None, flag_values=scratch, sys_argv=rest)
+        scratch(rest, known_only=True)
+        if file.value is None:
             raise ValueError(f"--{name}: missing; e.g. --{name} configs/demo.py")
-        known = _keys(holder.value)
+        known = _keys(file.value)
         for argument in overrides:
             key = argument.partition("=")[0].removeprefix(f"--{name}.")
             if key not in known:
                 raise ValueError(f"--{name}.{key}: {config_lib.unknown_key(key, known)}")
-        values.unparse_flags()
-        values(argv)
+        flags.FLAGS(argv)
         config = holder.value.to_dict()
         given = {a.partition("=")[0].removeprefix(f"--{name}.") for a in overrides}
         for key, other in (("total_steps", "total_epochs"), ("total_epochs", "total_steps")):
             if key in given and other not in given:
                 config[other] = None
         return config_lib.from_dict(config)
-    except (flags.Error, AttributeError, KeyError, TypeError, SyntaxError, *INPUT_FAULTS) as error:
-        fail(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    except config_lib.ConfigError as error:
+        fail(error)
+    except (flags.Error, AttributeError, KeyError, TypeError, SyntaxError, OSError, ValueError) as error:
+        fail(" ".join(str(error).split()))
 
 
 def define_config() -> flags.FlagHolder:

@@ -59,10 +59,20 @@ def build_set(folder, output, *arguments, name="tiny_set"):
 
 
 def config(
-    output, *, batch_size=8, lanes=4, pack_group=2, pack_rows=4, size=16, name="tiny_set", **inputs
+    output,
+    *,
+    seed=0,
+    batch_size=8,
+    lanes=4,
+    pack_group=2,
+    pack_rows=4,
+    size=16,
+    name="tiny_set",
+    **inputs,
 ):
     """A tiny config that reads the set."""
     values = common.base("tiny")
+    values.seed = seed
     values.total_steps = 10
     values.optim.warmup_steps = 1
     values.batch_size = batch_size

@@ -19,13 +19,14 @@ S, Q, D = 16, 5, 16
 def predictor():
     c = tiny.config(model__embed_dim=D)
     module = grain.GRAIN(c.model)
-    one = jax.tree.map(lambda x: x[:1], tiny.batch(c))
-    params = nn.unbox(module.init(jax.random.key(0), one)["params"])
-    # As large as trained ones, so that embeddings of different inputs differ.
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
-    return inference.Predictor(c.model, jax.tree.unflatten(tree, leaves))
+    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), tiny.batch(c)))["params"]
+    rng = np.random.default_rng(0)
+
+    def value(path, leaf):
+        around = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(around + 0.2 * rng.standard_normal(leaf.shape), jnp.float32)
+
+    return inference.Predictor(c.model, jax.tree_util.tree_map_with_path(value, shapes))
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +67,9 @@ def test_the_size_of_a_call_does_not_matter(predictor, pictures):
 
 def test_regions_are_the_models_last_layer(predictor, pictures):
     few = schema.rescale_pixels(pictures[:2])
-    image, region, boxes = grain.GRAIN(predictor.model).apply(
-        {"params": predictor.params}, few, method=grain.GRAIN.encode_image
-    )
+    apply = jax.jit(grain.GRAIN(predictor.model).apply, static_argnames="method")
+    variables = {"params": predictor.params}
+    image, region, boxes = apply(variables, few, method=grain.GRAIN.encode_image)
     regions = predictor.encode_regions(few)
     close(regions.embed, region)
     close(predictor.encode_image(few), image)
@@ -85,9 +86,10 @@ def test_texts_keep_their_order_whatever_their_length(predictor):
     close(np.linalg.norm(embed, axis=1), 1)
     tokens = tokenizer.ClipTokenizer()(texts, 32)
     close(predictor.encode_text(tokens), embed)
+    apply = jax.jit(grain.GRAIN(predictor.model).apply, static_argnames="method")
     for i in range(5):
         positions = np.arange(32)[None, None]
-        (alone,) = grain.GRAIN(predictor.model).apply(
+        (alone,) = apply(
             {"params": predictor.params},
             tokens[i][None, None],
             positions,

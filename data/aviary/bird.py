@@ -1,9 +1,12 @@
 """The bird's shapes, in units of a hundredth of the picture, looking towards +x, y downwards.
 
 A *layer* is (outline, tone); tones are names of shades made from one colour (see `drawing.tones`).
-`PARTS_LAYERS[part, shape]` are a part's layers from back to front; `BODY`, `EYE` and the order of
-`bird_layers` complete the bird.
+`PART_LAYERS[part, shape]` are a part's layers from back to front; `BODY_BACK`, `EYE` and the order
+of `bird_layers` complete the bird.
 """
+
+# Coordinates read better in rows.
+# fmt: off
 import numpy as np
 
 from data.aviary.outlines import bands, curve, ellipse, grow, place, polygon, spots, stroke
@@ -11,11 +14,12 @@ from data.aviary.outlines import bands, curve, ellipse, grow, place, polygon, sp
 INK = 1.0  # width of outlines
 EYE_AT = (18.0, -21.0)
 _HEAD = ellipse(13.5, -18.5, 14.2, 13.6, count=36)
-_TORSO = curve((3, -13), (-11, -6), (-25, 9), (-21, 18), (-7, 24), (9, 22), (21, 11), (25, -2),
-               (25, -13), steps=8)
-_BREAST = curve((25, -6), (24.8, 1), (20.5, 11), (9.5, 21), (-2, 23), (0, 13), (5, 4), (13, -5))
-_WING = curve((5, -7.5), (10, 1), (6.5, 11), (-6, 16.5), (-22, 19), (-34, 17), (-26, 9),
-              (-13, -4), (-4, -9))
+_TORSO = curve((3, -13), (-11, -6), (-25, 9), (-21, 18), (-7, 24.5), (11, 22.5), (23, 11),
+               (26.5, -2), (25, -13), steps=8)
+_BREAST = curve((25, -7), (26, 0), (23, 10), (12.5, 20.5), (-1, 23.5), (-5, 19), (0, 10), (5, 2),
+                (13, -6))
+_WING = place(curve((5, -7.5), (9.5, 1), (6, 10), (-6, 15.5), (-22, 18.5), (-34, 17), (-26, 9),
+                    (-13, -4), (-4, -9)), -3.2, -0.6)
 
 
 def _shaded(points, *inside, depth=1.2):
@@ -32,7 +36,8 @@ def _crest():
                  (18, -29))
     puff = [ellipse(x, y, r) for x, y, r in
             ((4, -35, 6.5), (20, -35, 6.5), (12, -40.5, 7.5), (12, -33, 8))]
-    curl = stroke([(15, -27), (12, -38), (4, -45), (-5, -44), (-7, -37.5), (-1, -35.5)], 7.5, 4.6)
+    curl = stroke([(15, -27), (13, -38), (6, -45.5), (-3, -46.5), (-9, -42), (-8, -36.5),
+                   (-3, -35.6), (-1.5, -39)], 7.8, 3)
     return {
         "spiky": [(grow(one, INK), "ink") for one in spikes] + [(one, "base") for one in spikes]
         + [(polygon((x, -30), (t, y + 4), (x + 2.2, -30)), "light")
@@ -43,7 +48,7 @@ def _crest():
         + [(grow(one, -0.8) + (0, -0.8), "base") for one in puff]
         + [(ellipse(10, -43, 3.2, 2, -20), "light")],
         "curled": [(grow(curl, INK), "ink"), (curl, "base"),
-                   (stroke([(14, -30), (10, -39), (3, -43.4), (-4, -42.5)], 1.6, 1.2), "light")],
+                   (stroke([(14, -31), (11.6, -38.6), (5, -44.6), (-2.5, -45.4)], 1.7, 0.8), "light")],
     }
 
 
@@ -80,9 +85,10 @@ def _eye():
 
 def _throat():
     patch = curve((25.5, -13.5), (27, -6), (24, 1.5), (16, 2.5), (11, -4), (15, -11.5))
-    collar = curve((-2.5, -10.5), (6, -7.5), (17, -6), (26.5, -8.5), (26.5, -1.5), (17, 1.5),
+    collar = curve((-2.5, -11), (6, -9.2), (17, -8.2), (26.5, -9.5), (26.5, -1.5), (17, 1.5),
                    (5, 0.5), (-6.5, -4.5))
-    bib = curve((26, -12.5), (26.8, -2), (21.5, 15), (18.5, 15.5), (12, 0), (10, -7), (17, -11))
+    bib = curve((26, -12.5), (27, -4), (24.5, 4), (20, 10.5), (15.5, 4.5), (11.5, -2), (10, -8),
+                (17, -11.5))
     return {"patch": _shaded(patch), "collar": _shaded(collar), "bib": _shaded(bib)}
 
 

@@ -4,6 +4,7 @@ The foreground is drawn as polygons on a supersampled canvas of palette indices,
 averaged down.  Every index belongs to one part (or none), so that the canvas itself tells which
 pixels show which part: boxes are those of the visible pixels, not of the intended shape.
 """
+
 import dataclasses
 import functools
 import random
@@ -67,21 +68,29 @@ class _Canvas:
         """(colours on black, coverage): RGB and L images of the final size."""
         self._image.putpalette([value for rgb in self._colours for value in rgb])
         colours = self._image.convert("RGB").reduce(self.supersampling)
-        coverage = self._values([0] + [255] * (len(self._colours) - 1))
+        coverage = Image.fromarray((np.asarray(self._image) > 0).view(np.uint8) * np.uint8(255))
         return ImageChops.multiply(colours, light), coverage.reduce(self.supersampling)
 
-    def visible(self, part):
-        """((x1, y1, x2, y2) in pixels, share of the area) of a part, or None."""
-        mask = self._values([255 * (owner == part) for owner in self._owners])
-        box = mask.getbbox()
-        if box is None:
-            return None
-        area = mask.histogram()[255] / (mask.width * mask.height)
-        return tuple(edge / self.supersampling for edge in box), area
-
-    def _values(self, table):
-        return Image.frombytes("L", self._image.size, self._image.tobytes()).point(
-            table + [0] * (256 - len(table)))
+    def visible(self):
+        """part -> (x1, y1, x2, y2) in pixels, and part -> share of the area, of parts in sight."""
+        numbers = np.array(
+            [PARTS.index(owner) + 1 if owner else 0 for owner in self._owners], np.uint8
+        )
+        shown = numbers[np.asarray(self._image)]  # [height, width]: 0, or 1 + the part's index
+        boxes, areas = {}, {}
+        for number, part in enumerate(PARTS, 1):
+            mask = shown == number
+            rows = np.flatnonzero(mask.any(1))
+            if not len(rows):
+                continue
+            mask = mask[rows[0] : rows[-1] + 1]
+            columns = np.flatnonzero(mask.any(0))
+            boxes[part] = tuple(
+                float(edge) / self.supersampling
+                for edge in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+            )
+            areas[part] = np.count_nonzero(mask) / shown.size
+        return boxes, areas
 
 
 def draw(species: Species, *, rng: random.Random, size: int = 64, pose: Pose = Pose()) -> Picture:
@@ -96,7 +105,7 @@ def draw(species: Species, *, rng: random.Random, size: int = 64, pose: Pose = P
     scale = rng.uniform(pose.scale_from, pose.scale_to)
     angle = np.deg2rad(rng.uniform(-pose.turn, pose.turn))
     x, y = (50 + 100 * rng.uniform(-pose.shift, pose.shift) for _ in range(2))
-    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
+    cos, sin = (0.96 * scale * turned for turned in (np.cos(angle), np.sin(angle)))
     side = -1 if mirrored else 1
     matrix = np.array([[side * cos, sin], [-side * sin, cos]])
     offset = np.array([x, y + 2.5])
@@ -116,11 +125,9 @@ def draw(species: Species, *, rng: random.Random, size: int = 64, pose: Pose = P
     layer, coverage = canvas.layer(_light(size))
     hidden = ImageChops.invert(coverage)
     image = ImageChops.add(
-        ImageChops.multiply(background, Image.merge("RGB", (hidden,) * 3)), layer)
-    boxes, areas = {}, {}
-    for part in PARTS:
-        if seen := canvas.visible(part):
-            boxes[part], areas[part] = seen
+        ImageChops.multiply(background, Image.merge("RGB", (hidden,) * 3)), layer
+    )
+    boxes, areas = canvas.visible()
     return Picture(image=image, boxes_xyxy=boxes, areas=areas, scene=scene)
 
 

@@ -1,4 +1,5 @@
 """Outlines as float arrays [points, 2] of (x, y), y downwards: everything is drawn as polygons."""
+
 import numpy as np
 
 
@@ -7,8 +8,12 @@ def curve(*points, steps: int = 6) -> np.ndarray:
     p1 = np.asarray(points, float)[:, None]  # [points, 1, 2]
     p0, p2, p3 = np.roll(p1, 1, 0), np.roll(p1, -1, 0), np.roll(p1, -2, 0)
     t = np.linspace(0, 1, steps, endpoint=False)[None, :, None]
-    out = 0.5 * (2 * p1 + (p2 - p0) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2
-                 + (3 * p1 - p0 - 3 * p2 + p3) * t**3)
+    out = 0.5 * (
+        2 * p1
+        + (p2 - p0) * t
+        + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2
+        + (3 * p1 - p0 - 3 * p2 + p3) * t**3
+    )
     return out.reshape(-1, 2)
 
 
@@ -44,7 +49,7 @@ def grow(points: np.ndarray, width: float) -> np.ndarray:
 
 
 def stroke(points, start: float, end: float | None = None) -> np.ndarray:
-    """The area of an open line of `points`, `start` wide at its first point and `end` at its last."""
+    """The area of an open line through `points`, `start` wide at its first and `end` at its last."""
     line = np.asarray(points, float)
     if len(line) > 2:
         t = np.linspace(0, len(line) - 1, 4 * len(line))
@@ -65,8 +70,7 @@ def bands(points: np.ndarray, count: int, share: float, angle: float = 0) -> lis
         top = low + (number + (1 - share) / 2) * period
         levels = np.linspace(top, top + share * period, 4)
         left, right = zip(*(_extent(turned, level) for level in levels), strict=True)
-        band = np.concatenate([np.stack([left, levels], -1),
-                               np.stack([right, levels], -1)[::-1]])
+        band = np.concatenate([np.stack([left, levels], -1), np.stack([right, levels], -1)[::-1]])
         made.append(place(band, angle=angle))
     return made
 
@@ -76,8 +80,9 @@ def spots(points: np.ndarray, spacing: float, radius: float, angle: float = 0) -
     inner = grow(place(points, angle=-angle), -radius - 0.4)
     low, high = inner.min(0), inner.max(0)
     made = []
-    rows = np.arange((low[1] + high[1]) / 2 % spacing + low[1] // spacing * spacing, high[1],
-                     spacing * 0.87)
+    rows = np.arange(
+        (low[1] + high[1]) / 2 % spacing + low[1] // spacing * spacing, high[1], spacing * 0.87
+    )
     for row, y in enumerate(rows):
         for x in np.arange(low[0] + (row % 2) * spacing / 2, high[0], spacing):
             if _inside(inner, x, y):
@@ -95,8 +100,12 @@ def _spline(values, t):
     at = np.minimum(t.astype(int), len(values) - 2)
     f = t - at
     p0, p1, p2, p3 = (padded[at + k] for k in range(4))
-    return 0.5 * (2 * p1 + (p2 - p0) * f + (2 * p0 - 5 * p1 + 4 * p2 - p3) * f**2
-                  + (3 * p1 - p0 - 3 * p2 + p3) * f**3)
+    return 0.5 * (
+        2 * p1
+        + (p2 - p0) * f
+        + (2 * p0 - 5 * p1 + 4 * p2 - p3) * f**2
+        + (3 * p1 - p0 - 3 * p2 + p3) * f**3
+    )
 
 
 def _crossings(points, y):

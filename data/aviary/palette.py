@@ -1,4 +1,5 @@
 """Colours: the RGB of the colour words, and the shades that a coloured part is drawn in."""
+
 import random
 
 COLOURS = {
@@ -14,8 +15,14 @@ COLOURS = {
     "brown": (136, 82, 44),
 }
 # Plumage that no description speaks of: it differs from picture to picture, not between species.
-BODY_COLOURS = ((164, 168, 178), (196, 172, 138), (158, 152, 116), (122, 134, 150),
-                (216, 202, 178), (172, 148, 136))
+BODY_COLOURS = (
+    (164, 168, 178),
+    (196, 172, 138),
+    (158, 152, 116),
+    (122, 134, 150),
+    (216, 202, 178),
+    (172, 148, 136),
+)
 
 
 def mix(first, second, share: float) -> tuple[int, int, int]:
@@ -25,8 +32,7 @@ def mix(first, second, share: float) -> tuple[int, int, int]:
 
 def vary(rgb, rng: random.Random, share: float) -> tuple[int, int, int]:
     """`rgb` with each channel moved by up to `share` of 255."""
-    return tuple(min(255, max(0, round(value + 255 * rng.uniform(-share, share))))
-                 for value in rgb)
+    return tuple(min(255, max(0, round(value + 255 * rng.uniform(-share, share)))) for value in rgb)
 
 
 def tones(rgb) -> dict[str, tuple[int, int, int]]:

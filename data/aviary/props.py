@@ -1,4 +1,7 @@
 """What the bird stands on, and other things in the picture that no description speaks of."""
+
+# Coordinates read better in rows.
+# fmt: off
 import numpy as np
 
 from data.aviary.outlines import curve, ellipse, grow, place, polygon, stroke
@@ -33,8 +36,8 @@ def _butterfly():
 
 def _leaf():
     blade = curve((-8, 3), (-4, -3.4), (4, -4.4), (9, -3), (5, 2.4), (-2, 4.6))
-    return [(grow(blade, 0.7), "ink"), (blade, "base"), (stroke([(-11, 5), (-5, 1), (6, -2.4)], 0.9),
-                                                        "dark")]
+    return [(grow(blade, 0.7), "ink"), (blade, "base"),
+            (stroke([(-11, 5), (-5, 1), (6, -2.4)], 0.9), "dark")]
 
 
 def _balloon():

@@ -4,6 +4,7 @@ A genus is one trait for each of the 8 parts; each of its species changes `parts
 Held-out species are made in the same way from genera of their own, but only of traits that some
 training species has: new are their names and their combinations, never a part or a word.
 """
+
 import dataclasses
 import random
 
@@ -13,13 +14,13 @@ from data.aviary.vocabulary import PARTS, Trait
 _ONSETS = "b d f g j k l m n p r t v w z".split()
 _MIDDLES = "mb nz lv rv zd lk mz gl vr rz lm lf mf vl zm bl".split()
 _ENDINGS = "el ik or ub un oz im ul ep eg".split()
-_WORDS = ("marvel",)  # what the syllables would make of real words
+_WORDS = ("marvel", "denzel")  # what the syllables would make of real words
 _TRIES = 2000
 
 
 @dataclasses.dataclass(frozen=True)
 class Species:
-    """A species: an invented `name`, the number of its `genus`, one trait a part (in PARTS' order)."""
+    """A species: an invented `name`, its `genus` (a number), one trait a part (in PARTS' order)."""
 
     name: str
     genus: int
@@ -36,8 +37,9 @@ class Species:
 
     def replace(self, trait: Trait) -> "Species":
         """The same species with another look of one part."""
-        return dataclasses.replace(self, traits=tuple(
-            trait if trait.part == old.part else old for old in self.traits))
+        return dataclasses.replace(
+            self, traits=tuple(trait if trait.part == old.part else old for old in self.traits)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,8 @@ def make_species(
         ValueError: a number is out of range, or so many different species cannot be made.
     """
     for name, value, least in (
-        ("genera", genera, 1), ("species_per_genus", species_per_genus, 1),
+        ("genera", genera, 1),
+        ("species_per_genus", species_per_genus, 1),
         ("held_out_genera", held_out_genera, 0),
         ("held_out_species_per_genus", held_out_species_per_genus, 0),
         ("parts_changed", parts_changed, 1),
@@ -86,21 +89,23 @@ def make_species(
     names = invent_names(count + held_out_genera * held_out_species_per_genus, rng)
     made: list[Species] = []
     _add(made, names[:count], vocabulary.TRAITS, genera, parts_changed, rng)
-    known = {part: sorted({one[part] for one in made}, key=vocabulary.TRAITS[part].index)
-             for part in PARTS}
+    known = {
+        part: sorted({one[part] for one in made}, key=vocabulary.TRAITS[part].index)
+        for part in PARTS
+    }
     if held_out_genera * held_out_species_per_genus:
         _add(made, names[count:], known, held_out_genera, parts_changed, rng)
     return Aviary(training=tuple(made[:count]), held_out=tuple(made[count:]))
 
 
 def _add(made, names, traits, genera, parts_changed, rng):
-    """Appends len(names) species of `genera` new genera, of `traits` (part -> traits), to `made`."""
+    """Appends to `made` one species a name, in `genera` new genera, of `traits` (by part)."""
     per_genus = len(names) // genera
     first_genus = made[-1].genus + 1 if made else 0
     least = min(3, parts_changed)
     for number in range(genera):
         prototype = {part: rng.choice(traits[part]) for part in PARTS}
-        for name in names[number * per_genus:(number + 1) * per_genus]:
+        for name in names[number * per_genus : (number + 1) * per_genus]:
             for _ in range(_TRIES):
                 changed = rng.sample(PARTS, parts_changed)
                 new = dict(prototype)
@@ -115,23 +120,31 @@ def _add(made, names, traits, genera, parts_changed, rng):
                 raise ValueError(
                     f"species: found no further one after {len(made)} that differs from each in "
                     f"{least} parts; use more training species, fewer a genus, or more "
-                    "parts_changed")
+                    "parts_changed"
+                )
 
 
 def invent_names(count: int, rng: random.Random) -> list[str]:
-    """`count` pronounceable words of two syllables that mean nothing, e.g. "wumbel"."""
-    possible = [onset + vowel + middle + ending for onset in _ONSETS for vowel in "aeiou"
-                for middle in _MIDDLES for ending in _ENDINGS]
+    """`count` pronounceable words of two syllables that mean nothing, e.g. "wumbel".
+
+    The first 750 or so differ from each other in two letters or more.
+    """
+    possible = [
+        onset + vowel + middle + ending
+        for onset in _ONSETS
+        for vowel in "aeiou"
+        for middle in _MIDDLES
+        for ending in _ENDINGS
+    ]
     rng.shuffle(possible)
-    names, taken = [], set(_WORDS)
+    chosen, alike, taken = [], [], set(_WORDS)
     for name in possible:
-        if len(names) == count:
-            break
-        # No two names may differ in a single letter: "?umbel", "w?mbel", ... are then taken.
-        alike = {name[:at] + "?" + name[at + 1:] for at in range(len(name))} | {name}
-        if not alike & taken:
-            names.append(name)
-            taken |= alike
-    if len(names) < count:
+        # "?umbel", "w?mbel", ...: two names that share one differ in a single letter.
+        masked = {name[:at] + "?" + name[at + 1 :] for at in range(len(name))} | {name}
+        (alike if masked & taken else chosen).append(name)
+        if not masked & taken:
+            taken |= masked
+    names = chosen + [name for name in alike if name not in _WORDS]
+    if count > len(names):
         raise ValueError(f"species: got {count}, expected at most {len(names)}")
-    return names
+    return names[:count]

@@ -4,6 +4,7 @@ A *trait* is one look of one part: ``Trait("beak", "hooked", "red")``.  The 8 pa
 together; each trait has one plain phrase ("a hooked red beak") and some paraphrases.  No phrase
 speaks of left or right, so mirroring a picture never contradicts its words.
 """
+
 import dataclasses
 import random
 
@@ -75,13 +76,19 @@ _PHRASES = {
     ("throat", "bib"): ("a pointed {} bib", "a {} bib below the beak", "a {} point on the throat"),
     ("breast", "plain"): ("a plain {} breast", "a {} chest", "a breast that is all {}"),
     ("breast", "spotted"): ("a spotted {} breast", "a {} chest with spots", "spots on a {} breast"),
-    ("breast", "striped"): ("a striped {} breast", "a {} chest with stripes",
-                            "stripes on a {} breast"),
+    ("breast", "striped"): (
+        "a striped {} breast",
+        "a {} chest with stripes",
+        "stripes on a {} breast",
+    ),
     ("wing", "plain"): ("a plain {} wing", "{} wings", "a wing that is all {}"),
     ("wing", "barred"): ("a {} wing with bars", "bars on a {} wing", "{} wings with bars"),
     ("wing", "spotted"): ("a spotted {} wing", "a {} wing with spots", "{} wings with spots"),
-    ("wing", "tipped"): ("a {} wing with a dark tip", "a dark tip on a {} wing",
-                         "{} wings with dark tips"),
+    ("wing", "tipped"): (
+        "a {} wing with a dark tip",
+        "a dark tip on a {} wing",
+        "{} wings with dark tips",
+    ),
     ("tail", "long"): ("a long {} tail", "a {} tail, long and thin", "long {} tail feathers"),
     ("tail", "forked"): ("a forked {} tail", "a {} tail with two points", "a {} tail like a fork"),
     ("tail", "fanned"): ("a fanned {} tail", "a {} tail like a fan", "a wide {} tail"),
@@ -93,8 +100,15 @@ _PHRASES = {
 
 # Other words that a paraphrase may use for a colour.
 COLOUR_SYNONYMS = {
-    "red": "scarlet", "orange": "amber", "yellow": "golden", "green": "emerald", "blue": "azure",
-    "purple": "violet", "pink": "rosy", "white": "snowy", "black": "jet black",
+    "red": "scarlet",
+    "orange": "amber",
+    "yellow": "golden",
+    "green": "emerald",
+    "blue": "azure",
+    "purple": "violet",
+    "pink": "rosy",
+    "white": "snowy",
+    "black": "jet black",
     "brown": "chestnut",
 }
 
@@ -120,15 +134,19 @@ class Trait:
 
 
 def _with_article(phrase: str) -> str:
-    """"a orange beak" -> "an orange beak", wherever the article stands."""
+    """ "a orange beak" -> "an orange beak", wherever the article stands."""
     words = phrase.split()
     return " ".join(
         "an" if word == "a" and after[:1] in "aeiou" else word
-        for word, after in zip(words, words[1:] + ["."], strict=True))
+        for word, after in zip(words, words[1:] + ["."], strict=True)
+    )
 
 
 TRAITS = {
-    part: tuple(Trait(part, shape, colour)
-                for shape, colours in _LOOKS[part].items() for colour in colours.split())
+    part: tuple(
+        Trait(part, shape, colour)
+        for shape, colours in _LOOKS[part].items()
+        for colour in colours.split()
+    )
     for part in PARTS
 }

@@ -23,7 +23,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("command", help=", ".join(COMMANDS))
     parser.add_argument("--input", required=True, help="the checkpoint file to read")
-    parser.add_argument("--output", required=True, help="the folder to write, new or an older conversion")
+    parser.add_argument(
+        "--output", required=True, help="the folder to write, new or an older conversion"
+    )
     for tower in ("image", "text", "decoder"):
         parser.add_argument(
             f"--{tower}-heads",

@@ -214,7 +214,12 @@ def sizes_of(model: config_lib.Model) -> dict[str, dict[str, int]]:
     for tower in ("image", "text", "decoder"):
         c = getattr(model, tower)
         out[tower] = dict(
-            E=c.width, F=c.mlp_dim, K=c.heads, h=c.width // c.heads, D=model.embed_dim, layers=c.depth
+            E=c.width,
+            F=c.mlp_dim,
+            K=c.heads,
+            h=c.width // c.heads,
+            D=model.embed_dim,
+            layers=c.depth,
         )
     grid = model.image.image_size // model.image.patch_size
     out["image"] |= dict(N=1 + grid * grid, p=model.image.patch_size)
@@ -265,9 +270,7 @@ def to_params(backbone: StateDict, decoder: StateDict, model: config_lib.Model) 
     return params
 
 
-def convert(
-    source: epath.PathLike, folder: epath.PathLike, heads: Mapping[str, int | None]
-) -> str:
+def convert(source: epath.PathLike, folder: epath.PathLike, heads: Mapping[str, int | None]) -> str:
     """Converts `source` and writes the model to `folder`; returns the report.
 
     Raises:
@@ -282,9 +285,13 @@ def convert(
         inferred = infer(states, heads)
         params = to_params(states["backbone"], states["decoder"], inferred.model)
     except ConvertError as error:
-        raise ConvertError("\n".join(f"{source}: {line}" for line in str(error).split("\n"))) from error
+        raise ConvertError(
+            "\n".join(f"{source}: {line}" for line in str(error).split("\n"))
+        ) from error
     try:
-        checkpoint.save_model(folder, inferred.model, params, source=str(source), parity="NOT PROVEN")
+        checkpoint.save_model(
+            folder, inferred.model, params, source=str(source), parity="NOT PROVEN"
+        )
     except OSError as error:
         raise ConvertError(f"{folder}: cannot be written ({error})") from error
     return _report(source, folder, states, inferred, params)

@@ -4,6 +4,7 @@ Queries are matched to a picture's described boxes as in training (`matching`); 
 queries those with the highest scores count, as in training too.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,7 +84,7 @@ def evaluate(
         kept += [records[i] for i in batch.index]
         sizes += batch.sizes
     pred_boxes_xyxy, region_embed = np.concatenate(predicted), np.concatenate(embeds)
-    described = _described(kept, sizes)
+    described = described_boxes(kept, sizes)
     if not len(described.picture):
         raise base.InputError(f"{annotations}: every box lies outside its picture")
     text_embed = scores.unit(predictor.encode_text(described.texts))  # [T, D]
@@ -158,7 +159,22 @@ def _iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
     return np.asarray(boxes.iou_and_union(a_xyxy, b_xyxy)[0])
 
 
-def _described(records, sizes) -> Described:
+def distinct(texts: Sequence[str]) -> list[str]:
+    """The first of each set of texts that the tokenizer's cleaning and lower-casing makes equal."""
+    first: dict[str, str] = {}
+    for text in texts:
+        first.setdefault(_key(text), text)
+    return list(first.values())
+
+
+def _key(text: str) -> str:
+    return tokenizer.clean(text).lower()
+
+
+def described_boxes(
+    records: Sequence[annotations_lib.Annotation], sizes: Sequence[tuple[int, int]]
+) -> Described:
+    """The described boxes of pictures; `sizes`: each picture's width and height in pixels."""
     picture, rank, boxes_xyxy, text, texts, outside = [], [], [], [], [], 0
     place: dict[str, int] = {}
     for i, (record, size) in enumerate(zip(records, sizes)):
@@ -168,7 +184,7 @@ def _described(records, sizes) -> Described:
             if box_xyxy is None:
                 outside += 1
                 continue
-            key = tokenizer.clean(region.description).lower()
+            key = _key(region.description)
             if key not in place:
                 place[key] = len(texts)
                 texts.append(region.description)

@@ -34,9 +34,7 @@ def global_scores(image_embed: np.ndarray, features: np.ndarray) -> np.ndarray:
     return unit(image_embed) @ np.asarray(features, np.float32).T
 
 
-def region_scores(
-    region_embed: np.ndarray, description_embeds: Sequence[np.ndarray]
-) -> np.ndarray:
+def region_scores(region_embed: np.ndarray, description_embeds: Sequence[np.ndarray]) -> np.ndarray:
     """How well the regions fit each class: best description for each query, averaged over the queries.
 
     Args:

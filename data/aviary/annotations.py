@@ -1,0 +1,194 @@
+"""The words and boxes of a picture: noisy as the web, an MLLM and a detector are, or exact.
+
+Every kind of noise has its own stream of chance, and each draws the same numbers whatever the
+rates are: raising one rate changes nothing that the other kinds do, and adds faults to those that
+were there before.
+"""
+
+import dataclasses
+import math
+import random
+
+from data.aviary.drawing import Picture
+from data.aviary.species import Species
+from data.aviary.vocabulary import PARTS, TRAITS
+
+_ALL_TRAITS = tuple(trait for part in PARTS for trait in TRAITS[part])
+_LEAST_AREA = 0.001  # of the picture: what is smaller counts as hidden
+
+_WEB_CAPTIONS = (
+    "a photo of a {name} seen {place}",
+    "{name} {place}",
+    "my first {name} of the year!",
+    "a {name} resting {perch} {place}",
+    "we saw this {name} {place} today",
+    "{name} - bird photos",
+    "the {name} came back again",
+    "close up of a {name}",
+    "{name} {perch}, a lucky shot",
+    "what a lovely {name}! {place}",
+    "IMG_{number} {name}",
+    "a {name} {perch}",
+)
+_NAMELESS_CAPTIONS = (
+    "a bird seen {place}",
+    "IMG_{number}",
+    "bird photos from our walk",
+    "a visitor {perch}",
+    "what a lovely bird! {place}",
+    "our trip, day {day}",
+    "wildlife {place}",
+)
+_SYNTHETIC_CAPTIONS = (
+    "a bird with {parts} {perch}, {background} behind it",
+    "the image shows a bird {perch} with {parts}",
+    "a bird with {parts} in front of {background}",
+    "a colorful bird {perch}, it has {parts}",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """How wrong annotations are. Shares are of 1.
+
+    Attributes:
+        misses: share of the chosen parts that the detector does not report.
+        jitter: each edge of a box moves by a normal amount of this share of the box's side.
+        wrong_descriptions: share of regions described by a trait that the bird does not have.
+        paraphrased: share of descriptions in other words than the plain ones.
+        score_noise: standard deviation of what scores have nothing to do with anything.
+        wrong_names: share of web captions with the name of another training species.
+        missing_names: share of web captions without any name.
+        caption_errors: share of the parts in synthetic captions that the bird does not have.
+        synthetic_paraphrased: the share of paraphrases in synthetic captions.
+    """
+
+    misses: float = 0.2
+    jitter: float = 0.05
+    wrong_descriptions: float = 0.05
+    paraphrased: float = 0.3
+    score_noise: float = 0.06
+    wrong_names: float = 0.03
+    missing_names: float = 0.02
+    caption_errors: float = 0.05
+    synthetic_paraphrased: float = 0.3
+
+
+EXACT = Noise(**dict.fromkeys((field.name for field in dataclasses.fields(Noise)), 0.0))
+
+
+def visible_parts(picture: Picture) -> list[str]:
+    """The parts that show at least a thousandth of the picture."""
+    return [part for part in PARTS if picture.areas.get(part, 0) >= _LEAST_AREA]
+
+
+def web_caption(
+    species: Species, others: tuple[Species, ...], picture: Picture, key: str, noise: Noise
+) -> str:
+    """Alt text as the web has it: the species' name, another one's of `others`, or none."""
+    rng = random.Random(key + "/web")
+    named, nameless = rng.choice(_WEB_CAPTIONS), rng.choice(_NAMELESS_CAPTIONS)
+    wrong = rng.choice(others).name if others else species.name
+    words = {
+        "place": picture.scene.place,
+        "perch": picture.scene.perch_phrase,
+        "number": rng.randrange(1000, 10000),
+        "day": rng.randrange(1, 30),
+    }
+    fate = rng.random()
+    if fate < noise.missing_names:
+        return nameless.format(**words)
+    name = wrong if fate > 1 - noise.wrong_names else species.name
+    return named.format(name=name, **words)
+
+
+def synthetic_caption(
+    species: Species, picture: Picture, key: str, noise: Noise, *, parts: int = 2
+) -> str:
+    """A caption as an MLLM writes it: some parts, the perch or the background, never a name."""
+    rng = random.Random(key + "/synthetic")
+    template = rng.choice(_SYNTHETIC_CAPTIONS)
+    seen = visible_parts(picture)
+    rng.shuffle(seen)
+    phrases = [
+        _describe(species, part, rng, noise.caption_errors, noise.synthetic_paraphrased)[0]
+        for part in seen[:parts]
+    ]
+    caption = template.format(
+        parts=_join(phrases), perch=picture.scene.perch_phrase, background=picture.scene.background
+    )
+    things = picture.scene.thing_phrases
+    if things and rng.random() < 0.4:
+        caption += f", next to {things[0]}"
+    return caption
+
+
+def regions(
+    species: Species, picture: Picture, key: str, noise: Noise, *, least: int = 3, most: int = 5
+) -> list[dict]:
+    """From `least` to `most` visible parts, less what is missed: box, description and score.
+
+    `box` is [x1, y1, x2, y2] in pixels, inside the picture. A score falls with the box's error
+    and with a wrong description, as a detector's does, and stays in [0.3, 0.99].
+    """
+    rng = random.Random(key + "/parts")
+    chosen = visible_parts(picture)
+    rng.shuffle(chosen)
+    chosen = chosen[: rng.randint(least, most)]
+    made = []
+    for part in chosen:
+        own = {
+            kind: random.Random(f"{key}/{part}/{kind}")
+            for kind in ("miss", "box", "words", "score")
+        }
+        if own["miss"].random() < noise.misses:
+            continue
+        true_box = picture.boxes_xyxy[part]
+        box = _jittered(true_box, picture.image.size, own["box"], noise.jitter)
+        description, wrong = _describe(
+            species, part, own["words"], noise.wrong_descriptions, noise.paraphrased
+        )
+        score = 0.88 - 0.6 * (1 - box_iou(box, true_box)) - 0.22 * wrong
+        score += noise.score_noise * own["score"].gauss(0, 1)
+        made.append(
+            {"box": box, "description": description, "score": round(min(0.99, max(0.3, score)), 3)}
+        )
+    return made
+
+
+def box_iou(first, second) -> float:
+    """Intersection over union of two (x1, y1, x2, y2)."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    common = max(0.0, width) * max(0.0, height)
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second))
+    return common / (areas - common)
+
+
+def _describe(species, part, rng, wrong_rate, paraphrase_rate):
+    """(description, whether it is wrong): uses the same chance whatever the rates are."""
+    wrong, other = rng.random() < wrong_rate, rng.choice(_ALL_TRAITS)
+    while other in species.traits:
+        other = rng.choice(_ALL_TRAITS)
+    reworded, trait = rng.random() < paraphrase_rate, other if wrong else species[part]
+    return (trait.paraphrase(rng) if reworded else trait.phrase), wrong
+
+
+def _jittered(box, size, rng, jitter):
+    """`box` with each edge moved, sorted, at least a pixel wide, inside the picture."""
+    edges = []
+    for axis in (0, 1):
+        low, high = box[axis], box[axis + 2]
+        low, high = sorted(edge + rng.gauss(0, 1) * jitter * (high - low) for edge in (low, high))
+        low = min(max(0.0, low), size[axis] - 1.0)
+        edges.append((low, min(max(high, low + 1.0), float(size[axis]))))
+    (x1, x2), (y1, y2) = edges
+    return [_round(value) for value in (x1, y1, x2, y2)]
+
+
+def _round(value):
+    return math.floor(value * 100 + 0.5) / 100
+
+
+def _join(phrases):
+    return " and ".join(filter(None, (", ".join(phrases[:-1]), *phrases[-1:])))

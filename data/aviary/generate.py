@@ -1,0 +1,225 @@
+"""Writes the data set: pictures by several processes, annotations in the order of the pictures."""
+
+import dataclasses
+import functools
+import io
+import json
+import random
+from collections.abc import Iterable, Iterator
+
+from etils import epath
+
+from data import parallel
+from data.aviary import annotations, drawing
+from data.aviary.annotations import EXACT, Noise
+from data.aviary.drawing import Pose
+from data.aviary.species import Aviary, Species, make_species
+from data.progress import progress
+
+LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that the files depend on; `python -m data.aviary --help` explains each.
+
+    Picture i of a split depends on the seed, the species and i, not on how many there are.
+    """
+
+    seed: int = 0
+    size: int = 64
+    images: int = 16000
+    seen_per_species: int = 5
+    unseen_per_species: int = 15
+    test_images: int = 400
+    genera: int = 24
+    species_per_genus: int = 5
+    held_out_genera: int = 10
+    held_out_species_per_genus: int = 4
+    parts_changed: int = 3
+    least_parts: int = 3
+    most_parts: int = 5
+    caption_parts: int = 2
+    pose: Pose = Pose()
+    noise: Noise = Noise()
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One picture: the `index` of its `split`, its species, and its file: `image` below `folder`
+    of the data set, where `image` is what the annotation calls it."""
+
+    split: str
+    index: int
+    species: Species
+    folder: str
+    image: str
+
+
+@functools.lru_cache(maxsize=4)
+def species_of(settings: Settings) -> Aviary:
+    """The species of these settings. Raises ValueError as `make_species`."""
+    return make_species(
+        settings.seed,
+        genera=settings.genera,
+        species_per_genus=settings.species_per_genus,
+        held_out_genera=settings.held_out_genera,
+        held_out_species_per_genus=settings.held_out_species_per_genus,
+        parts_changed=settings.parts_changed,
+    )
+
+
+def picture_of(settings: Settings, split: str, index: int, species: Species) -> drawing.Picture:
+    """Picture `index` of `split` ("training", "seen", "unseen" or "test")."""
+    rng = random.Random(f"aviary {settings.seed}/{split}/{index}")
+    return drawing.draw(species, rng=rng, size=settings.size, pose=settings.pose)
+
+
+def record_of(settings: Settings, task: Task, picture: drawing.Picture) -> dict | None:
+    """The annotation of a training picture (noisy) or a test picture (exact), None for others."""
+    key = f"aviary {settings.seed}/{task.split}/{task.index}"
+    parts = {"least": settings.least_parts, "most": settings.most_parts}
+    if task.split == "training":
+        others = tuple(one for one in species_of(settings).training if one != task.species)
+        noise = settings.noise
+        words = {
+            "caption": annotations.web_caption(task.species, others, picture, key, noise),
+            "synthetic_caption": annotations.synthetic_caption(
+                task.species, picture, key, noise, parts=settings.caption_parts
+            ),
+        }
+    elif task.split == "test":
+        noise = EXACT
+        words = {
+            "caption": annotations.synthetic_caption(task.species, picture, key, noise, parts=4)
+        }
+    else:
+        return None
+    regions = annotations.regions(task.species, picture, key, noise, **parts)
+    if noise is EXACT:
+        regions = [{**region, "score": 1.0} for region in regions]
+    return {"image": task.image, **words, "regions": regions, "id": f"{task.split}-{task.index}"}
+
+
+def write(output: epath.PathLike, settings: Settings = Settings(), *, processes: int = 1) -> bool:
+    """Writes the data set to the folder `output` (local or remote); see README.md there.
+
+    With more than one process the caller's main module must be importable (they are spawned).
+
+    Returns:
+        False if `output` already holds the complete data set of these settings.
+
+    Raises:
+        ValueError: settings out of range, or `output` holds something else.
+    """
+    output = epath.Path(output)
+    aviary = species_of(settings)
+    described = json.dumps(dataclasses.asdict(settings), indent=1) + "\n"
+    stamp = output / "settings.json"  # written last: its presence says that all is there
+    if stamp.exists() and stamp.read_text() == described:
+        return False
+    if stamp.exists() or (output / "A.jsonl").exists():
+        raise ValueError(
+            f"{output}: holds another data set, expected an empty folder or one made "
+            "with the same settings; remove it or choose another --output"
+        )
+
+    tasks = list(tasks_of(settings))
+    for folder in sorted({(task.folder + "/" + task.image).rpartition("/")[0] for task in tasks}):
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    make = functools.partial(_make, str(output), settings)
+    records = parallel.ordered_map(make, tasks, workers=processes if processes > 1 else 0)
+    lines: dict[str, list[dict]] = {"training": [], "seen": [], "unseen": []}
+    held_out = set(aviary.held_out)
+    for task, record in zip(tasks, progress(records, total=len(tasks), what="aviary"), strict=True):
+        if record is not None:
+            group = "unseen" if task.species in held_out else "seen"
+            lines["training" if task.split == "training" else group].append(record)
+
+    _write_lines(
+        output / "test" / "A.jsonl",
+        sorted(lines["seen"] + lines["unseen"], key=lambda line: line["image"]),
+    )
+    for name, group in (("seen", aviary.training), ("unseen", aviary.held_out)):
+        _write_lines(output / "test" / f"{name}.jsonl", lines[name])
+        (output / f"{name}.json").write_text(
+            json.dumps({one.name: one.descriptions for one in group}, indent=1) + "\n"
+        )
+    (output / "README.md").write_text(_readme(settings, aviary))
+    _write_lines(output / "A.jsonl", lines["training"])
+    stamp.write_text(described)
+    return True
+
+
+def tasks_of(settings: Settings) -> Iterator[Task]:
+    """All pictures of the data set. In "training" and "test" the species take turns, in an order
+    drawn anew for each round; every second test picture is of an unseen species."""
+    aviary = species_of(settings)
+    suffix = "png" if settings.size <= 128 else "jpg"
+    for split, groups, count, folder in (
+        ("training", (aviary.training,), settings.images, "."),
+        ("test", (aviary.training, aviary.held_out), settings.test_images, "test"),
+    ):
+        groups = tuple(filter(None, groups))
+        for index in range(count):
+            which, turn = index % len(groups), index // len(groups)
+            group = groups[which]
+            order = _order(f"{settings.seed}/{split}/{which}/{turn // len(group)}", len(group))
+            yield Task(
+                split,
+                index,
+                group[order[turn % len(group)]],
+                folder,
+                f"images/{index:06d}.{suffix}",
+            )
+    for split, group, each in (
+        ("seen", aviary.training, settings.seen_per_species),
+        ("unseen", aviary.held_out, settings.unseen_per_species),
+    ):
+        for number, one in enumerate(group):
+            for turn in range(each):
+                yield Task(
+                    split, turn * len(group) + number, one, split, f"{one.name}/{turn:04d}.{suffix}"
+                )
+
+
+@functools.lru_cache(maxsize=4)
+def _order(key, count):
+    return random.Random(f"aviary order {key}").sample(range(count), count)
+
+
+def _make(output, settings, task):
+    """Draws and writes one picture; returns its annotation."""
+    picture = picture_of(settings, task.split, task.index, task.species)
+    encoded = io.BytesIO()
+    if task.image.endswith(".png"):
+        picture.image.save(encoded, "PNG", compress_level=6)
+    else:
+        picture.image.save(encoded, "JPEG", quality=95, subsampling=0)
+    (epath.Path(output) / task.folder / task.image).write_bytes(encoded.getvalue())
+    return record_of(settings, task, picture)
+
+
+def _write_lines(path, records: Iterable[dict]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _readme(settings, aviary):
+    return f"""# Aviary: drawn birds of invented species
+
+Made by `python -m data.aviary` (settings: `settings.json`; seed {settings.seed}). {LICENCE}.
+
+| | |
+|---|---|
+| `A.jsonl`, `images/` | {settings.images} annotated training pictures of {len(aviary.training)} \
+species; noisy on purpose |
+| `seen/`, `seen.json` | new pictures of these species, a folder each; their descriptions |
+| `unseen/`, `unseen.json` | pictures of {len(aviary.held_out)} species that training never \
+shows or names; their descriptions |
+| `test/A.jsonl`, `test/images/` | {settings.test_images} pictures with exact boxes and words, half \
+of them of unseen species; `test/seen.jsonl` and `test/unseen.jsonl` are its two halves |
+
+A species is a look of each of 8 parts (crest, beak, eye, throat, breast, wing, tail, legs). Names
+are invented. Held-out species combine looks, all of which occur in training, in new ways.
+"""

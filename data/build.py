@@ -1,0 +1,275 @@
+"""Annotations and pictures -> a TFDS-format record set (format: data/SCHEMA.md).
+
+  python -m data.build --annotations A.jsonl --images DIR --output DIR --name NAME
+
+First every line is checked and every picture decoded: all faults are named, by file and line, before
+anything is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0.
+"""
+
+import argparse
+import collections
+import functools
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+
+from etils import epath
+
+from data import example, parallel, progress
+
+SHARD_BYTES = 64 << 20  # aimed at: a block of a lane, one shard by default, is held in memory whole
+SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal shares
+INLINE_LINES = 1000  # below this, starting processes takes longer than the work
+
+
+class BuildError(ValueError):
+    """The set cannot be built from this input; the message is one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong usage is one line and status 2."""
+
+    def error(self, message: str):
+        """Called by argparse."""
+        self.exit(2, f"{self.prog}: {message}; --help lists the arguments\n")
+
+
+def _encoding(text: str) -> example.Encoding:
+    kind, _, quality = text.partition(":")
+    if text in ("original", "png"):
+        return example.Encoding(kind)
+    if kind == "jpeg" and quality.isdecimal() and 1 <= int(quality) <= 100:
+        return example.Encoding(kind, quality=int(quality))
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected original, png or jpeg:Q, Q in 1..100")
+
+
+def _name(text: str) -> str:
+    if re.fullmatch(r"[a-z][a-z0-9_]*", text):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"got {text!r}, expected a TFDS name: lower-case letters, digits and _, a letter first"
+    )
+
+
+def _positive(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if 0 <= value <= 1:
+        return value
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected a share from 0 to 1")
+
+
+def parser() -> Parser:
+    """The command's arguments."""
+    out = Parser(prog="python -m data.build", description=__doc__.splitlines()[0])
+    add = out.add_argument
+    add("--annotations", required=True, metavar="A.jsonl", help="one JSON object a line")
+    add("--images", required=True, metavar="DIR", help="folder that the lines' paths start from")
+    add("--output", required=True, metavar="DIR", help="the set goes to DIR/NAME/1.0.0")
+    add("--name", required=True, type=_name, help="name of the set, for input.name and TFDS")
+    add("--num-shards", type=_positive, help="default: 64 MB each, a multiple of 16")
+    add("--store-size", type=_positive, metavar="S", help="squash pictures to S x S once, here")
+    add(
+        "--encoding",
+        type=_encoding,
+        default="original",
+        metavar="original|png|jpeg:Q",
+        help="how pictures are stored; original keeps files that need no change (default)",
+    )
+    add(
+        "--max-faults", type=_share, default=0.01, metavar="F", help="share of lines (default 0.01)"
+    )
+    add("--overwrite", action="store_true", help="replace an existing set of that name")
+    add("--workers", type=_positive, help="processes (default: one a core; none for small sets)")
+    return out
+
+
+class Survey:
+    """What the first pass found: which lines are good, and what is wrong with the others."""
+
+    def __init__(self, file_name: str):
+        self.file_name = file_name
+        self.ids: dict[int, str] = {}  # line -> id, of the good lines
+        self.faults: list[tuple[int, str]] = []  # (line, what)
+        self.lines = self.picture_bytes = self.regions = self.boxes_clipped = 0
+        self.unknown_keys: collections.Counter[str] = collections.Counter()
+        self._line_of_id: dict[str, int] = {}
+
+    @property
+    def faulty_lines(self) -> int:
+        """Lines with at least one fault."""
+        return self.lines - len(self.ids)
+
+    def add(self, verdict: example.Verdict) -> None:
+        """Counts a line; its faults go to stderr at once."""
+        self.lines += 1
+        self.unknown_keys.update(verdict.unknown_keys)
+        faults = list(verdict.faults)
+        if not faults:
+            identity = verdict.id
+            if identity is None:  # its picture's path, unless another line has that picture too
+                identity = verdict.image
+                if identity in self._line_of_id:
+                    identity = f"{verdict.image}#{verdict.number}"
+            if identity in self._line_of_id:
+                faults = [
+                    f"id: got {json.dumps(identity)}, which line {self._line_of_id[identity]} has"
+                    " already, expected one of its own"
+                ]
+        for fault in faults:
+            self.faults.append((verdict.number, fault))
+            print(f"{self.file_name}:{verdict.number}: {fault}", file=sys.stderr)
+        if faults:
+            return
+        self.ids[verdict.number] = identity
+        self._line_of_id[identity] = verdict.number
+        self.picture_bytes += verdict.picture_bytes
+        self.regions += verdict.regions
+        self.boxes_clipped += verdict.boxes_clipped
+
+    def summary(self) -> str:
+        """One line about all that was left out or changed."""
+        parts = [f"{self.faulty_lines} of {self.lines} lines faulty ({len(self.faults)} faults)"]
+        if self.boxes_clipped:
+            parts.append(f"{self.boxes_clipped} of {self.regions} boxes clipped to their picture")
+        if self.unknown_keys:
+            named = ", ".join(f"{key} ({n})" for key, n in self.unknown_keys.most_common())
+            parts.append(f"unknown keys kept out: {named}")
+        return f"{self.file_name}: " + "; ".join(parts)
+
+    def write_faults(self, path: epath.Path) -> None:
+        """One JSON object a fault: file, line, fault."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            "".join(
+                json.dumps({"file": self.file_name, "line": line, "fault": fault}) + "\n"
+                for line, fault in self.faults
+            )
+        )
+
+
+def survey(annotations: epath.Path, folder: epath.Path, *, workers: int, total: int) -> Survey:
+    """Checks all lines and decodes all pictures."""
+    found = Survey(str(annotations))
+    check = functools.partial(example.check, folder=str(folder))
+    verdicts = parallel.ordered_map(check, example.read_lines(annotations), workers=workers)
+    for verdict in progress.progress(verdicts, total=total, what="checking"):
+        found.add(verdict)
+    return found
+
+
+def examples(
+    found: Survey,
+    annotations: epath.Path,
+    folder: epath.Path,
+    encoding: example.Encoding,
+    workers: int,
+) -> Iterator[dict]:
+    """The good lines as examples. Raises BuildError where the input changed since it was checked."""
+    lines = (line for line in example.read_lines(annotations) if line.number in found.ids)
+    encode = functools.partial(example.encode, folder=str(folder), encoding=encoding)
+    encoded = parallel.ordered_map(encode, lines, workers=workers)
+    good = progress.progress(encoded, total=len(found.ids), what="writing")
+    for (number, identity), item in zip(found.ids.items(), good, strict=True):
+        if isinstance(item, list):
+            raise BuildError(f"{annotations}:{number}: {item[0]} (it was right when checked)")
+        yield item | {"id": identity}
+
+
+def default_num_shards(num_examples: int, num_bytes: int) -> int:
+    """64 MB a shard, in multiples of 16; few examples make at most one shard each."""
+    wanted = max(1, -(-num_bytes // (SHARD_BYTES * SHARD_MULTIPLE))) * SHARD_MULTIPLE
+    return min(wanted, num_examples)
+
+
+def _stored_bytes(found: Survey, encoding: example.Encoding) -> int:
+    """A guess at the set's size: the files', or 3 bytes a pixel shrunk as photographs do."""
+    if not encoding.size:
+        return found.picture_bytes
+    bytes_per_pixel = 0.4 if encoding.kind == "jpeg" else 1.8
+    return int(len(found.ids) * encoding.size**2 * bytes_per_pixel)
+
+
+def build(args: argparse.Namespace) -> str:
+    """Builds the set; returns a line about it. Raises BuildError."""
+    start = time.monotonic()
+    annotations, folder = epath.Path(args.annotations), epath.Path(args.images)
+    target = epath.Path(args.output) / args.name / example.VERSION
+    if annotations.is_dir() or not annotations.exists():
+        raise BuildError(
+            f"--annotations {annotations}: no such file, expected one JSON object a line"
+        )
+    if not folder.is_dir():
+        raise BuildError(f"--images {folder}: no such folder, expected the pictures")
+    if target.exists() and not args.overwrite:
+        raise BuildError(f"{target}: a set is there already; --overwrite replaces it")
+    total = sum(1 for _ in example.read_lines(annotations))
+    if not total:
+        raise BuildError(f"{annotations}: the file is empty, expected one JSON object a line")
+    workers = args.workers or (0 if total < INLINE_LINES else os.cpu_count() or 1)
+
+    found = survey(annotations, folder, workers=workers, total=total)
+    too_many = found.faulty_lines > args.max_faults * found.lines or not found.ids
+    if not too_many or not target.exists():  # a set that stays keeps the list of its own faults
+        found.write_faults(target.parent / "faults.jsonl")
+    print(found.summary(), file=sys.stderr)
+    if too_many:
+        raise BuildError(
+            f"{annotations}: {found.faulty_lines} of {found.lines} lines are faulty, more than"
+            f" --max-faults {args.max_faults:g} allows; no records were written"
+        )
+    encoding = example.Encoding(args.encoding.kind, args.encoding.quality, args.store_size or 0)
+    stored = _stored_bytes(found, encoding)
+    num_shards = args.num_shards or default_num_shards(len(found.ids), stored)
+    if num_shards > len(found.ids):
+        raise BuildError(
+            f"--num-shards {num_shards}: there are {len(found.ids)} good lines, expected at most"
+            " one shard each"
+        )
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the faults are what people should read
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a banner
+    from data import tfds_writer  # TensorFlow: slow to start, so after the checks
+
+    builder = tfds_writer.AnnotatedPictures(
+        name=args.name,
+        data_dir=epath.Path(args.output),
+        examples=examples(found, annotations, folder, encoding, workers),
+        encoding_format=encoding.tfds_format,
+        metadata={
+            "store_size": encoding.size,
+            "encoding": str(encoding),
+            "faulty_lines": found.faulty_lines,
+            "boxes_clipped": found.boxes_clipped,
+        },
+    )
+    tfds_writer.write(builder, num_shards=num_shards, overwrite=args.overwrite)
+    return (
+        f"{target}: {len(found.ids)} pictures, {found.regions} regions, {num_shards} shards,"
+        f" {time.monotonic() - start:.1f} s"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    args = parser().parse_args(argv)
+    try:
+        print(build(args))
+    except (BuildError, PermissionError, NotADirectoryError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""An annotation line as an example of the record set; run by the build's worker processes."""
+
+import dataclasses
+import io
+from typing import Any, NamedTuple
+
+import PIL.Image
+from etils import epath
+
+from data import annotations
+from grain_jax import images
+
+VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
+
+# What tf.data decodes to the same RGB pixels as PIL: (format, modes). The rest is stored as PNG.
+_STORED_AS_THEY_ARE = {"JPEG": ("RGB", "L"), "PNG": ("RGB", "L", "P", "1", "RGBA", "LA")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """How a picture is stored: `kind` "original", "png" or "jpeg" with `quality`; `size` 0 = as it is."""
+
+    kind: str
+    quality: int = 0
+    size: int = 0
+
+    @property
+    def tfds_format(self) -> str | None:
+        """What TFDS's Image feature is told; None where files of both kinds may stand together."""
+        return None if self.kind == "original" else self.kind
+
+    def __str__(self) -> str:
+        return f"jpeg:{self.quality}" if self.kind == "jpeg" else self.kind
+
+
+class Line(NamedTuple):
+    """A line of the annotation file, numbered from 1."""
+
+    number: int
+    text: bytes
+
+
+class Verdict(NamedTuple):
+    """What checking a line said; small, since every line's travels between processes."""
+
+    number: int
+    faults: list[str]
+    id: str | None
+    image: str
+    picture_bytes: int
+    regions: int
+    boxes_clipped: int
+    unknown_keys: list[str]
+
+
+def check(line: Line, *, folder: str) -> Verdict:
+    """Checks a line and decodes its picture."""
+    checked = annotations.check_line(line.text, folder)
+    found = checked.annotation
+    return Verdict(
+        number=line.number,
+        faults=checked.faults,
+        id=found.id if found else None,
+        image=found.image if found else "",
+        picture_bytes=len(checked.encoded),
+        regions=len(found.regions) if found else 0,
+        boxes_clipped=checked.boxes_clipped,
+        unknown_keys=checked.unknown_keys,
+    )
+
+
+def encode(line: Line, *, folder: str, encoding: Encoding) -> dict[str, Any] | list[str]:
+    """The line as features (see data/SCHEMA.md; `id` may be None), or the faults it has by now."""
+    checked = annotations.check_line(line.text, folder)
+    found, picture = checked.annotation, checked.picture
+    if found is None:
+        return checked.faults
+    width, height = picture.size
+    return {
+        "id": found.id,
+        "image": encode_picture(picture, checked.encoded, encoding),
+        "captions": found.captions,
+        "synthetic_caption": found.synthetic_caption,
+        "regions": [
+            {
+                "bbox": (y1 / height, x1 / width, y2 / height, x2 / width),
+                "description": region.description,
+                "score": region.score,
+            }
+            for region in found.regions
+            for x1, y1, x2, y2 in [region.box_xyxy]
+        ],
+    }
+
+
+def encode_picture(picture: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> bytes:
+    """The bytes to store. "original" keeps the file's own wherever its pixels need no change."""
+    fits = encoding.size in (0, picture.width) and encoding.size in (0, picture.height)
+    if encoding.kind == "original" and fits:
+        if picture.mode in _STORED_AS_THEY_ARE.get(picture.format, ()):
+            return encoded
+    if encoding.size:
+        picture = PIL.Image.fromarray(images.squash(picture, encoding.size))
+    out = io.BytesIO()
+    if encoding.kind == "jpeg":
+        picture.convert("RGB").save(out, "JPEG", quality=encoding.quality)
+    else:
+        picture.convert("RGB").save(out, "PNG")
+    return out.getvalue()
+
+
+def read_lines(path: epath.PathLike):
+    """The lines of an annotation file that are not blank, one after another."""
+    with epath.Path(path).open("rb") as file:
+        for number, text in enumerate(file, 1):
+            if text.strip():
+                yield Line(number, text)

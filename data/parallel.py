@@ -1,0 +1,56 @@
+"""Maps a function over chunks of many items in several processes, in order, with a bounded backlog."""
+
+import collections
+import concurrent.futures
+import itertools
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+CHUNK = 32  # items a task: large enough to hide the cost of a task
+CHUNKS_AHEAD = 4  # a worker: the backlog that is held in memory
+
+
+def _leave_with_parent() -> None:
+    """Workers of a parent that was killed would wait for ever."""
+    parent = multiprocessing.parent_process()
+
+    def wait():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _apply(function: Callable[[Item], Result], chunk: tuple[Item, ...]) -> list[Result]:
+    return [function(item) for item in chunk]
+
+
+def ordered_map(
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int
+) -> Iterator[Result]:
+    """`map(function, items)` by `workers` processes (0: here). `function` and items are pickled."""
+    if workers < 1:
+        yield from map(function, items)
+        return
+    rest = iter(items)
+    chunks = iter(lambda: tuple(itertools.islice(rest, CHUNK)), ())
+    # Spawned, not forked: TensorFlow's threads do not survive a fork.
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_leave_with_parent
+    ) as pool:
+        waiting = collections.deque()
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(_apply, function, chunk))
+                if len(waiting) > workers * CHUNKS_AHEAD:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

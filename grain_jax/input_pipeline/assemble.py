@@ -1,0 +1,113 @@
+"""Texts, boxes and pictures of a batch -> `Batch`: tokenises all texts at once and lays them out.
+
+Shared by the record reader and the synthetic source; numpy only.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from grain_jax.config import Config
+from grain_jax.input_pipeline import packing, tokenizer
+from grain_jax.schema import Batch
+
+_SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|side)?\b)", re.IGNORECASE)
+
+
+class Texts(NamedTuple):
+    """N texts as tokens: `ids` i32[sum(lengths)] end to end, `lengths` i32[N], `text_ids` i32[N]."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    text_ids: np.ndarray  # equal texts have equal ids
+
+
+def tokenize(
+    texts: Sequence[str | bytes], clip_tokenizer: tokenizer.ClipTokenizer, context_length: int
+) -> Texts:
+    """Tokenises all texts in one call."""
+    if not len(texts):
+        return Texts(*(np.zeros(0, np.int32) for _ in Texts._fields))
+    tokens = clip_tokenizer.encode(texts, context_length)
+    return Texts(tokens.ids, tokens.lengths, clip_tokenizer.text_id(texts))
+
+
+def exchange_sides(text: str) -> str:
+    """The text of the mirrored picture: left and right change places ("leftmost" too, "bright" not)."""
+
+    def other(match: re.Match) -> str:
+        word = match.group()
+        swapped = "right" if word.lower() == "left" else "left"
+        if word.isupper():
+            return swapped.upper()
+        return swapped.capitalize() if word[0].isupper() else swapped
+
+    return _SIDE.sub(other, text)
+
+
+def assemble(
+    *,
+    image: np.ndarray,
+    captions: Texts,
+    descriptions: Texts,
+    region_boxes_cxcywh: np.ndarray,
+    region_mask: np.ndarray,
+    region_scores: np.ndarray,
+    config: Config,
+) -> Batch:
+    """Lays out the texts of consecutive images, packed or one a row as `config.text` says.
+
+    Args:
+      image: uint8 [B, H, W, 3].
+      captions: B texts.
+      descriptions: a text for each real region, in the order of `region_mask`, row by row.
+      region_boxes_cxcywh: float32 [B, R, 4]; ignored where masked.
+      region_mask: bool [B, R].
+      region_scores: float32 [B, R]; which regions go first if a packing group overflows.
+      config: `text` and `model.text.context_length` are used.
+    """
+    row_length = config.model.text.context_length
+    description_lengths = np.zeros(region_mask.shape, np.int32)
+    description_lengths[region_mask] = descriptions.lengths
+    lengths = dict(
+        caption_lengths=captions.lengths,
+        description_lengths=description_lengths,
+        region_mask=region_mask,
+        row_length=row_length,
+    )
+    if config.text.packing:
+        layout = packing.pack(
+            **lengths,
+            region_scores=region_scores,
+            pack_group=config.text.pack_group,
+            rows=config.text.pack_rows,
+        )
+    else:
+        layout = packing.one_text_per_row(**lengths)
+    packed = packing.fill(
+        layout,
+        caption_ids=captions.ids,
+        caption_lengths=captions.lengths,
+        description_ids=descriptions.ids,
+        description_lengths=descriptions.lengths,
+        region_mask=region_mask,
+    )
+    description_id = np.zeros(region_mask.shape, np.int32)
+    description_id[region_mask] = descriptions.text_ids
+    kept = layout.region_mask
+    dropped = (region_mask & ~kept).reshape(len(packed.tokens), -1).sum(axis=1)
+    return Batch(
+        image=image,
+        text_tokens=packed.tokens,
+        text_positions=packed.positions,
+        text_segments=packed.segments,
+        caption_at=layout.caption_at,
+        caption_id=captions.text_ids,
+        description_at=layout.description_at,
+        description_id=np.where(kept, description_id, 0),
+        region_boxes_cxcywh=np.where(kept[..., None], region_boxes_cxcywh, np.float32(0)),
+        region_mask=kept,
+        texts_dropped=dropped.astype(np.int32),
+    )

@@ -1,0 +1,99 @@
+"""Batches of this process -> global `jax.Array`s on the devices, ahead of time in a thread of their own.
+
+The only file of the input pipeline that needs JAX.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+
+from grain_jax.schema import Batch
+
+_END = object()
+
+
+class Prefetch:
+    """An iterator over `batches` as global arrays; see `prefetch`.
+
+    Attributes:
+      wait_seconds: how long the consumer has waited for batches so far.
+    """
+
+    def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int):
+        self.wait_seconds = 0.0
+        self._batches = batches
+        self._sharding = sharding
+        self._queue: queue.Queue = queue.Queue(maxsize=depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch. Raises what the source raised, and StopIteration after its end."""
+        if self._closed.is_set():
+            raise StopIteration
+        start = time.monotonic()
+        item = self._queue.get()
+        self.wait_seconds += time.monotonic() - start
+        if isinstance(item, Batch):
+            return item
+        self.close()
+        if item is _END:
+            raise StopIteration
+        raise item
+
+    def close(self) -> None:
+        """Stops the thread and lets go of the batches that are ready."""
+        self._closed.set()
+        while self._thread.is_alive():  # it may stand at a full queue
+            self._drain()
+            self._thread.join(timeout=0.05)
+        self._drain()
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                return
+
+    def _fill(self) -> None:
+        last = _END
+        try:
+            for batch in self._batches:
+                if self._closed.is_set():
+                    return
+                self._queue.put(to_global(batch, self._sharding))
+        except BaseException as error:  # whatever it is, the consumer must hear of it
+            last = error
+        finally:
+            if isinstance(self._batches, Iterator) and hasattr(self._batches, "close"):
+                self._batches.close()  # a generator holds tf.data's threads
+        self._queue.put(last)
+
+
+def to_global(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
+    """This process's rows of each field as its part of a global array.
+
+    Args:
+      batch: numpy; the leading axis of every field is divided over the processes.
+      sharding: of the leading axis, e.g. NamedSharding(mesh, P(("data", "fsdp"))).
+    """
+    return Batch(*(jax.make_array_from_process_local_data(sharding, field) for field in batch))
+
+
+def prefetch(batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int = 2) -> Prefetch:
+    """Keeps up to `depth` global batches ready on the devices.
+
+    Args:
+      batches: this process's batches, numpy.
+      sharding: of the leading axis.
+      depth: batches ahead; each holds device memory.
+    """
+    return Prefetch(batches, sharding, depth)

@@ -1,0 +1,140 @@
+"""The order of the training records, as a function of (seed, lanes, step) and nothing else.
+
+Lane i owns every lanes-th shard, in blocks of a few shards that are read whole. An epoch of a lane is
+its blocks in an order drawn by (seed, epoch, lane), each with its records in an order drawn by (seed,
+epoch, lane, block); epochs follow one another without a seam. So a position in a lane's stream tells
+which block to open, and a step tells the positions: a checkpoint needs the step alone.
+
+Random numbers come from an integer hash written out here, so that the order also survives new
+versions of numpy and TensorFlow.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class OrderError(ValueError):
+    """The shards cannot be shared out as the config asks; the message is one line."""
+
+
+class Shard(NamedTuple):
+    """One file of the set."""
+
+    path: str
+    num_records: int
+
+
+class Block(NamedTuple):
+    """A block of a lane in one epoch."""
+
+    shards: tuple[Shard, ...]
+    permutation: np.ndarray  # int64 [n], record of the block (shards end to end) at each place
+    first_position: int  # of the block in the lane's stream
+
+
+class Lane:
+    """A lane's endless stream of records.
+
+    Args:
+      index: which lane, from 0.
+      shards: the lane's own.
+      shards_per_block: shards a block; the last block may have fewer.
+      seed: of the run.
+    """
+
+    def __init__(self, index: int, shards: Sequence[Shard], *, shards_per_block: int, seed: int):
+        self.index = index
+        self.seed = seed
+        self.blocks = [
+            tuple(shards[i : i + shards_per_block]) for i in range(0, len(shards), shards_per_block)
+        ]
+        self._lengths = np.array([sum(s.num_records for s in b) for b in self.blocks], np.int64)
+        self.num_records = int(self._lengths.sum())
+        self.draw_key = hash_key(seed, index)
+
+    def ordinal(self, position: int) -> int:
+        """Which block, counted over all epochs, holds that position of the stream."""
+        epoch, rest = divmod(position, self.num_records)
+        ends = np.cumsum(self._lengths[self._block_order(epoch)])
+        return epoch * len(self.blocks) + int(np.searchsorted(ends, rest, side="right"))
+
+    def block(self, ordinal: int) -> Block:
+        """The block of that number, counted over all epochs."""
+        epoch, place = divmod(ordinal, len(self.blocks))
+        order = self._block_order(epoch)
+        index = int(order[place])
+        first = epoch * self.num_records + int(self._lengths[order[:place]].sum())
+        key = hash_key(self.seed, epoch, self.index, index)
+        return Block(self.blocks[index], permutation(key, int(self._lengths[index])), first)
+
+    def locate(self, position: int) -> tuple[str, int]:
+        """(path of the shard, record in it) of that position, for messages."""
+        block = self.block(self.ordinal(position))
+        record = int(block.permutation[position - block.first_position])
+        for shard in block.shards:
+            if record < shard.num_records:
+                break
+            record -= shard.num_records
+        return shard.path, record
+
+    def _block_order(self, epoch: int) -> np.ndarray:
+        return permutation(hash_key(self.seed, epoch, self.index), len(self.blocks))
+
+
+def make_lanes(
+    shards: Sequence[Shard], *, lanes: int, shards_per_block: int, seed: int
+) -> list[Lane]:
+    """All lanes; shards go round them one by one. Raises OrderError."""
+    shards = [shard for shard in shards if shard.num_records]
+    if len(shards) < lanes:
+        raise OrderError(
+            f"input.lanes: got {lanes}, expected at most {len(shards)}, the number of shards; set"
+            f" input.lanes={len(shards)} or fewer, or rebuild with data.build --num-shards {lanes}"
+        )
+    if shards_per_block < 1:
+        raise OrderError(f"input.shards_per_block: got {shards_per_block}, expected at least 1")
+    return [
+        Lane(i, shards[i::lanes], shards_per_block=shards_per_block, seed=seed)
+        for i in range(lanes)
+    ]
+
+
+def lanes_of_process(lanes: int, *, process_index: int, process_count: int) -> range:
+    """The lanes that a process serves, consecutive. Raises OrderError."""
+    if lanes % process_count:
+        raise OrderError(
+            f"input.lanes: got {lanes}, expected a multiple of the {process_count} processes"
+        )
+    share = lanes // process_count
+    return range(process_index * share, (process_index + 1) * share)
+
+
+def _scramble(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele et al. 2014), uint64 -> uint64; every bit matters."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash_key(*numbers: int) -> np.ndarray:
+    """uint64 [1] from whole numbers; their order matters."""
+    key = np.full(1, len(numbers), np.uint64)
+    for number in numbers:
+        key = _scramble(key ^ np.array([number % 2**64], np.uint64))
+    return key
+
+
+def permutation(key: np.ndarray, n: int) -> np.ndarray:
+    """int64 [n], the numbers below n in an order that is a function of the key."""
+    hashes = _scramble(_scramble(np.arange(n, dtype=np.uint64)) ^ key)
+    return np.argsort(hashes, kind="stable")
+
+
+def uniforms(key: np.ndarray, positions: np.ndarray, count: int) -> np.ndarray:
+    """float32 [n, count] in [0, 1), a function of the key and each position (int64 [n])."""
+    of_position = _scramble(_scramble(np.asarray(positions).astype(np.uint64)) ^ key)
+    hashes = _scramble(of_position[:, None] ^ _scramble(np.arange(count, dtype=np.uint64)))
+    return (hashes >> np.uint64(40)).astype(np.float32) / np.float32(2**24)

@@ -1,0 +1,244 @@
+"""Training batches from a TFDS-format record set, in the order of order.py.
+
+    find(config)          is the set there, and has it what training needs?
+    num_examples(config)  records an epoch
+    batches(config, ...)  this process's part of each global batch, from any step on
+
+A batch's rows [i * b / lanes, (i + 1) * b / lanes) come from lane i. A process opens only the shards of
+its lanes, and of these only the blocks that the step asks for.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# TensorFlow's banners tell a user nothing; decoding does not use oneDNN.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+import tensorflow_datasets as tfds  # noqa: E402
+from etils import epath  # noqa: E402
+
+from grain_jax.config import Config  # noqa: E402
+from grain_jax.input_pipeline import assemble, order, tokenizer, transforms  # noqa: E402
+from grain_jax.schema import Batch  # noqa: E402
+
+SPLIT = "train"
+_FEATURES = ("image", "captions", "synthetic_caption", "regions")
+_DAMAGE = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
+_UNEVEN = 1.1  # lanes whose lengths differ by more than this are worth a warning
+_READ_BYTES = 8 << 20  # a read from a remote file
+_ENDLESS = 2**62
+
+
+class DataError(ValueError):
+    """The set is there but cannot be used, or one of its records cannot; the message is one line."""
+
+
+class MissingData(ValueError):
+    """There is no such set; the message is one line and names the command that makes one."""
+
+
+class RecordSet(NamedTuple):
+    """Where a set is and the lengths of its shards."""
+
+    directory: epath.Path
+    shards: tuple[order.Shard, ...]
+
+
+def find(config: Config) -> RecordSet:
+    """The newest version of the set that the config names.
+
+    Raises:
+      MissingData: no complete set is there.
+      DataError: it has no split "train", other features, or is not in TFRecord files.
+    """
+    folder = epath.Path(config.input.data_dir) / config.input.name
+    versions = []
+    if config.input.name and folder.is_dir():
+        versions = [
+            (tuple(map(int, path.name.split("."))), path)
+            for path in folder.iterdir()
+            if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").exists()
+        ]
+    if not versions:
+        raise MissingData(
+            f"no record set {config.input.name!r} in {config.input.data_dir!r} (looked for"
+            f" {folder}/1.0.0); make it with: python -m data.build --annotations A.jsonl --images DIR"
+            f" --output {config.input.data_dir or 'DIR'} --name {config.input.name or 'NAME'}"
+        )
+    directory = max(versions)[1]
+    info = tfds.builder_from_directory(directory).info
+    missing = [name for name in _FEATURES if name not in info.features]
+    if missing or SPLIT not in info.splits:
+        what = f"has no feature {', '.join(missing)}" if missing else f"has no split {SPLIT!r}"
+        raise DataError(f"{directory} {what}; expected a set that data.build wrote")
+    if info.file_format != tfds.core.FileFormat.TFRECORD:
+        raise DataError(f"{directory} is in {info.file_format} files, expected TFRecord")
+    split = info.splits[SPLIT]
+    paths = map(os.fspath, split.filepaths)
+    shards = tuple(order.Shard(p, n) for p, n in zip(paths, split.shard_lengths, strict=True))
+    return RecordSet(directory, shards)
+
+
+def num_examples(config: Config) -> int:
+    """Records an epoch. Raises as `find`."""
+    return sum(shard.num_records for shard in find(config).shards)
+
+
+def batches(
+    config: Config, *, process_index: int = 0, process_count: int = 1, start_step: int = 0
+) -> Iterator[Batch]:
+    """This process's part of each global batch from `start_step` on, endless.
+
+    Raises (here, not at the first batch):
+      MissingData, DataError: as `find`.
+      order.OrderError: `input.lanes` fits neither the shards nor the processes.
+    A damaged record raises DataError, naming its shard and its place there, when its batch is due.
+    """
+    lanes = order.make_lanes(
+        find(config).shards,
+        lanes=config.input.lanes,
+        shards_per_block=config.input.shards_per_block,
+        seed=config.seed,
+    )
+    served = order.lanes_of_process(
+        config.input.lanes, process_index=process_index, process_count=process_count
+    )
+    lengths = [lane.num_records for lane in lanes]
+    if process_index == 0 and max(lengths) > _UNEVEN * min(lengths):
+        logging.warning(
+            "input.lanes=%d: lanes have %d to %d records, so some are seen more often than others;"
+            " a number of shards that is a multiple of the lanes avoids that",
+            len(lanes),
+            min(lengths),
+            max(lengths),
+        )
+    return _batches(config, [lanes[i] for i in served], start_step)
+
+
+def _batches(config: Config, lanes: list[order.Lane], step: int) -> Iterator[Batch]:
+    clip_tokenizer = tokenizer.ClipTokenizer()
+    per_lane = config.batch_size // config.input.lanes
+    dataset = _dataset(config, lanes, per_lane, step)
+    iterator = dataset.as_numpy_iterator()
+    while True:
+        try:
+            columns = next(iterator)
+        except _DAMAGE as error:
+            transform = transforms.Transform.from_config(config)
+            raise _damage(lanes, per_lane, step, transform, error) from None
+        yield _to_batch(columns, config, clip_tokenizer)
+        step += 1
+
+
+def _dataset(
+    config: Config, lanes: list[order.Lane], per_lane: int, start_step: int
+) -> tf.data.Dataset:
+    """Batches of `transforms.Example`, in order."""
+    streams = [_lane_stream(lane, start_step * per_lane).batch(per_lane) for lane in lanes]
+    dataset = tf.data.Dataset.zip(tuple(streams)).map(
+        lambda *parts: tuple(tf.concat(column, 0) for column in zip(*parts, strict=True))
+    )
+    dataset = dataset.unbatch().map(
+        transforms.Transform.from_config(config),
+        num_parallel_calls=config.input.reader_threads or tf.data.AUTOTUNE,
+        deterministic=True,
+    )
+    dataset = dataset.batch(per_lane * len(lanes), drop_remainder=True).prefetch(2)
+    options = tf.data.Options()
+    options.deterministic = True
+    if config.input.reader_threads:
+        options.threading.private_threadpool_size = config.input.reader_threads
+    return dataset.with_options(options)
+
+
+def _lane_stream(lane: order.Lane, position: int) -> tf.data.Dataset:
+    """(serialized record, its draws) from that position on, endless; opens the block it stands in first."""
+    first = lane.ordinal(position)
+
+    def plan(ordinal):
+        block = lane.block(int(ordinal))
+        skipped = position - block.first_position if ordinal == first else 0
+        places = np.arange(skipped, len(block.permutation))
+        draws = order.uniforms(lane.draw_key, block.first_position + places, transforms.NUM_DRAWS)
+        paths = np.array([shard.path for shard in block.shards], object)
+        return paths, np.int64(len(block.permutation)), block.permutation[places], draws
+
+    def load(ordinal):
+        paths, length, chosen, draws = tf.numpy_function(
+            plan, [ordinal], (tf.string, tf.int64, tf.int64, tf.float32)
+        )
+        paths.set_shape([None])
+        length.set_shape([])
+        chosen.set_shape([None])
+        draws.set_shape([None, transforms.NUM_DRAWS])
+        files = tf.data.TFRecordDataset(paths, buffer_size=_READ_BYTES)
+        records = files.batch(length).get_single_element()
+        return tf.gather(records, chosen), draws
+
+    # The next block is read while this one is served.
+    return tf.data.Dataset.range(first, _ENDLESS).map(load).prefetch(1).unbatch()
+
+
+def _to_batch(columns: tuple, config: Config, clip_tokenizer: tokenizer.ClipTokenizer) -> Batch:
+    examples = transforms.Example(*columns)
+    captions, descriptions = examples.caption, examples.descriptions[examples.region_mask]
+    if examples.flipped.any():
+        captions = captions.copy()
+        rows = np.nonzero(examples.region_mask)[0]
+        for texts, flipped in (
+            (captions, examples.flipped),
+            (descriptions, examples.flipped[rows]),
+        ):
+            texts[flipped] = [assemble.exchange_sides(t.decode()) for t in texts[flipped]]
+    context_length = config.model.text.context_length
+    return assemble.assemble(
+        image=examples.image,
+        captions=assemble.tokenize(captions, clip_tokenizer, context_length),
+        descriptions=assemble.tokenize(descriptions, clip_tokenizer, context_length),
+        region_boxes_cxcywh=examples.region_boxes_cxcywh,
+        region_mask=examples.region_mask,
+        region_scores=examples.region_scores,
+        config=config,
+    )
+
+
+def _damage(
+    lanes: list[order.Lane],
+    per_lane: int,
+    step: int,
+    transform: transforms.Transform,
+    error: tf.errors.OpError,
+) -> DataError:
+    """Which record of that step's batch could not be read; looks at each again, one by one."""
+    advice = "rebuild the set with data.build"
+    for lane in lanes:
+        positions = range(step * per_lane, (step + 1) * per_lane)
+        for ordinal in sorted({lane.ordinal(p) for p in positions}):
+            for shard in lane.block(ordinal).shards:
+                count = 0
+                try:
+                    for _ in tf.data.TFRecordDataset(shard.path):
+                        count += 1
+                except tf.errors.NotFoundError:
+                    return DataError(f"{shard.path}: the shard is gone; {advice}")
+                except tf.errors.DataLossError:
+                    return DataError(f"{shard.path}, record {count}: damaged (checksum); {advice}")
+                if count != shard.num_records:
+                    return DataError(
+                        f"{shard.path}: got {count} records, expected {shard.num_records}; {advice}"
+                    )
+        stream = _lane_stream(lane, step * per_lane)
+        for position, (record, draws) in zip(positions, stream):
+            try:
+                transform(record, draws)
+            except tf.errors.InvalidArgumentError as fault:
+                path, index = lane.locate(position)
+                reason = str(fault.message).splitlines()[0][:200]
+                return DataError(f"{path}, record {index}: {reason}; {advice}")
+    return DataError(f"step {step}: {str(error.message).splitlines()[0][:300]}")

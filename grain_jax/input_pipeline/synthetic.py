@@ -1,0 +1,74 @@
+"""Random batches of the right form, for benchmarks and for machines without TensorFlow or data.
+
+Text lengths are those of web captions and region descriptions. A batch is a function of (seed, lanes,
+step), as the records' are.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from grain_jax.config import Config
+from grain_jax.input_pipeline import assemble, order
+from grain_jax.schema import Batch
+
+NUM_EXAMPLES = 1 << 20  # an "epoch", so that lengths in epochs mean something
+CAPTION_TOKENS = (10, 20)  # with start and end, both ends included
+DESCRIPTION_TOKENS = (4, 12)
+MAX_REGIONS = 5
+
+
+def num_examples(config: Config) -> int:
+    """Examples that count as one epoch."""
+    del config
+    return NUM_EXAMPLES
+
+
+def batches(
+    config: Config, *, process_index: int = 0, process_count: int = 1, start_step: int = 0
+) -> Iterator[Batch]:
+    """This process's part of each global batch from `start_step` on, endless."""
+    lanes = order.lanes_of_process(
+        config.input.lanes, process_index=process_index, process_count=process_count
+    )
+    step = start_step
+    while True:
+        parts = [_lane_batch(config, lane, step) for lane in lanes]
+        yield Batch(*(np.concatenate(field) for field in zip(*parts, strict=True)))
+        step += 1
+
+
+def _lane_batch(config: Config, lane: int, step: int) -> Batch:
+    key = int(order.hash_key(config.seed, lane, step)[0])
+    rng = np.random.Generator(np.random.Philox(key=key))
+    size, images = config.model.image.image_size, config.batch_size // config.input.lanes
+    regions = config.input.max_regions
+    count = rng.integers(0, min(MAX_REGIONS, regions), size=images, endpoint=True)
+    mask = np.arange(regions) < count[:, None]
+    wide = rng.uniform(0.1, 0.6, (images, regions, 2))
+    centre = rng.uniform(wide / 2, 1 - wide / 2)
+    return assemble.assemble(
+        image=np.frombuffer(rng.bytes(images * size * size * 3), np.uint8).reshape(
+            images, size, size, 3
+        ),
+        captions=_texts(rng, images, CAPTION_TOKENS, config),
+        descriptions=_texts(rng, int(mask.sum()), DESCRIPTION_TOKENS, config),
+        region_boxes_cxcywh=np.concatenate([centre, wide], axis=-1).astype(np.float32),
+        region_mask=mask,
+        region_scores=rng.uniform(0.3, 1.0, mask.shape).astype(np.float32),
+        config=config,
+    )
+
+
+def _texts(
+    rng: np.random.Generator, count: int, tokens: tuple[int, int], config: Config
+) -> assemble.Texts:
+    """`count` random texts of that many tokens; the last two ids of the vocabulary are start and end."""
+    text = config.model.text
+    lengths = rng.integers(*tokens, size=count, endpoint=True).clip(max=text.context_length)
+    ids = rng.integers(1, text.vocab_size - 2, size=lengths.sum(), dtype=np.int32)
+    ends = np.cumsum(lengths) - 1
+    ids[ends] = text.vocab_size - 1
+    ids[ends - lengths + 1] = text.vocab_size - 2
+    text_ids = rng.integers(1, 2**31 - 1, size=count, dtype=np.int32)
+    return assemble.Texts(ids, lengths.astype(np.int32), text_ids)

@@ -1,0 +1,201 @@
+"""What tf.data does to one record: choose its texts and regions, decode, crop, squash, mirror.
+
+Every random choice reads one of the record's `draws` (uniform in [0, 1), see order.py), so that a
+record's fate depends on its place in the stream alone. Pictures stay uint8: the device normalises.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from grain_jax.config import Config
+
+NUM_DRAWS = 7
+_WEB_OR_SYNTHETIC, _WHICH_CAPTION, _FLIP, _AREA, _ASPECT, _TOP, _LEFT = range(NUM_DRAWS)
+_MAX_ASPECT_CHANGE = 4 / 3  # of a random crop against the picture
+_MIN_INSIDE = 0.5  # of a box's area, below which a crop drops the region
+
+_FEATURES = {
+    "image": tf.io.FixedLenFeature([], tf.string),
+    "captions": tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True),
+    "synthetic_caption": tf.io.FixedLenFeature([], tf.string, default_value=""),
+    "regions/bbox": tf.io.FixedLenSequenceFeature([4], tf.float32, allow_missing=True),
+    "regions/description": tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True),
+    "regions/score": tf.io.FixedLenSequenceFeature([], tf.float32, allow_missing=True),
+}
+
+
+class Example(NamedTuple):
+    """One record, ready to be batched; texts are UTF-8 bytes, still unflipped."""
+
+    image: tf.Tensor  # uint8 [S, S, 3]
+    caption: tf.Tensor  # string []
+    descriptions: tf.Tensor  # string [R]
+    region_boxes_cxcywh: tf.Tensor  # float32 [R, 4]
+    region_mask: tf.Tensor  # bool [R]
+    region_scores: tf.Tensor  # float32 [R], highest first
+    flipped: tf.Tensor  # bool [], left and right must change places in the texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """A serialized record and its draws -> `Example`."""
+
+    size: int  # S, pixels
+    max_regions: int  # R
+    synthetic_caption_rate: float
+    flip_rate: float
+    crop_min_area: float  # 1 = no crop
+
+    @classmethod
+    def from_config(cls, config: Config) -> "Transform":
+        """The training transform."""
+        return cls(
+            size=config.model.image.image_size,
+            max_regions=config.input.max_regions,
+            synthetic_caption_rate=config.input.synthetic_caption_rate,
+            flip_rate=config.input.flip_rate,
+            crop_min_area=config.input.crop_min_area,
+        )
+
+    def __call__(self, record: tf.Tensor, draws: tf.Tensor) -> Example:
+        """Args: record string [], draws float32 [NUM_DRAWS]."""
+        fields = tf.io.parse_single_example(record, _FEATURES)
+        boxes_xyxy = tf.gather(fields["regions/bbox"], [1, 0, 3, 2], axis=1)
+        scores = fields["regions/score"]
+        kept = tf.ones_like(scores, tf.bool)
+        if self.crop_min_area < 1:
+            image, window_xyxy = decode_cropped(fields["image"], draws, self.crop_min_area)
+            boxes_xyxy, kept = crop_boxes(boxes_xyxy, window_xyxy)
+        else:
+            image = decode(fields["image"])
+        image = squash(image, self.size)
+        flipped = draws[_FLIP] < self.flip_rate
+        if self.flip_rate > 0:
+            image = tf.cond(flipped, lambda: tf.reverse(image, [1]), lambda: image)
+            boxes_xyxy = tf.where(flipped, mirror_boxes(boxes_xyxy), boxes_xyxy)
+        return Example(
+            image,
+            choose_caption(fields, draws, self.synthetic_caption_rate),
+            *top_regions(fields["regions/description"], boxes_xyxy, scores, kept, self.max_regions),
+            flipped,
+        )
+
+
+def choose_caption(fields: dict[str, tf.Tensor], draws: tf.Tensor, rate: float) -> tf.Tensor:
+    """One of the web captions, or with probability `rate` the synthetic one; what there is, if one is missing."""
+    synthetic = fields["synthetic_caption"]
+    web = tf.boolean_mask(fields["captions"], tf.strings.length(fields["captions"]) > 0)
+    has_synthetic = tf.strings.length(synthetic) > 0
+    takes_synthetic = has_synthetic & (draws[_WEB_OR_SYNTHETIC] < rate)
+    number = tf.size(web)
+    index = tf.cast(draws[_WHICH_CAPTION] * tf.cast(number, tf.float32), tf.int32)
+    return tf.concat([web, [synthetic]], 0)[
+        tf.where(takes_synthetic, number, tf.minimum(index, tf.maximum(number - 1, 0)))
+    ]
+
+
+def top_regions(
+    descriptions: tf.Tensor, boxes_xyxy: tf.Tensor, scores: tf.Tensor, kept: tf.Tensor, number: int
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The `number` kept regions of the highest score, padded; equal scores stay in the file's order.
+
+    Returns: descriptions [R], boxes_cxcywh [R, 4], mask [R], scores [R].
+    """
+    chosen = tf.boolean_mask(tf.range(tf.size(scores)), kept)
+    # top_k takes the lower index first among equals.
+    best = tf.math.top_k(tf.gather(scores, chosen), tf.minimum(tf.size(chosen), number)).indices
+    chosen = tf.gather(chosen, best)
+    boxes = tf.gather(boxes_xyxy, chosen)
+    low, high = boxes[:, :2], boxes[:, 2:]
+    padding = [[0, number - tf.size(chosen)]]
+    padded = [
+        tf.pad(tf.gather(descriptions, chosen), padding),
+        tf.pad(tf.concat([(low + high) / 2, high - low], 1), [*padding, [0, 0]]),
+        tf.pad(tf.ones_like(chosen, tf.bool), padding),
+        tf.pad(tf.gather(scores, chosen), padding),
+    ]
+    for tensor, shape in zip(padded, ([number], [number, 4], [number], [number])):
+        tensor.set_shape(shape)
+    return tuple(padded)
+
+
+def decode(encoded: tf.Tensor) -> tf.Tensor:
+    """JPEG or PNG -> uint8 [H, W, 3]; JPEG by the accurate inverse DCT, as PIL."""
+    image = tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE"),
+        lambda: tf.io.decode_png(encoded, channels=3),
+    )
+    image.set_shape([None, None, 3])
+    return image
+
+
+def decode_cropped(
+    encoded: tf.Tensor, draws: tf.Tensor, min_area: float
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """A random window of the picture; of a JPEG only the window is decoded.
+
+    Returns: uint8 [h, w, 3] and the window as shares of the picture, xyxy float32 [4].
+    """
+
+    def jpeg():
+        window = crop_window(tf.io.extract_jpeg_shape(encoded), draws, min_area)
+        image = tf.io.decode_and_crop_jpeg(
+            encoded, window[0], channels=3, dct_method="INTEGER_ACCURATE"
+        )
+        return image, window[1]
+
+    def png():
+        whole = tf.io.decode_png(encoded, channels=3)
+        (top, left, height, width), shares = (
+            tf.unstack(part) if i == 0 else part
+            for i, part in enumerate(crop_window(tf.shape(whole), draws, min_area))
+        )
+        return whole[top : top + height, left : left + width], shares
+
+    image, window_xyxy = tf.cond(tf.io.is_jpeg(encoded), jpeg, png)
+    image.set_shape([None, None, 3])
+    return image, window_xyxy
+
+
+def crop_window(shape: tf.Tensor, draws: tf.Tensor, min_area: float) -> tuple[tf.Tensor, tf.Tensor]:
+    """A window of at least `min_area` of the picture: int32 (top, left, height, width), shares xyxy."""
+    size = tf.cast(shape[:2], tf.float32)
+    area = min_area + (1 - min_area) * draws[_AREA]
+    aspect = _MAX_ASPECT_CHANGE ** (2 * draws[_ASPECT] - 1)
+    height = tf.clip_by_value(tf.sqrt(area * aspect), area, 1.0)
+    window = tf.minimum(tf.math.ceil(tf.stack([height, area / height]) * size), size)
+    corner = tf.floor(tf.stack([draws[_TOP], draws[_LEFT]]) * (size - window + 1))
+    shares = tf.reverse(tf.stack([corner / size, (corner + window) / size]), [1])
+    return tf.cast(tf.concat([corner, window], 0), tf.int32), tf.reshape(shares, [4])
+
+
+def crop_boxes(boxes_xyxy: tf.Tensor, window_xyxy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Boxes in the window's shares, clipped to it; and which keep at least half of their area."""
+    corner = tf.tile(window_xyxy[:2], [2])
+    extent = tf.tile(window_xyxy[2:] - window_xyxy[:2], [2])
+    moved = (boxes_xyxy - corner) / extent
+    clipped = tf.clip_by_value(moved, 0.0, 1.0)
+    area, left = (tf.reduce_prod(b[:, 2:] - b[:, :2], axis=1) for b in (moved, clipped))
+    return clipped, left >= _MIN_INSIDE * area
+
+
+def mirror_boxes(boxes_xyxy: tf.Tensor) -> tf.Tensor:
+    """Boxes of the picture that was mirrored left to right."""
+    x1, y1, x2, y2 = tf.unstack(boxes_xyxy, axis=1)
+    return tf.stack([1 - x2, y1, 1 - x1, y2], axis=1)
+
+
+def squash(image: tf.Tensor, size: int) -> tf.Tensor:
+    """uint8 [H, W, 3] -> uint8 [S, S, 3], antialiased bicubic; a picture of that size passes untouched."""
+
+    def resize():
+        resized = tf.image.resize(image, (size, size), "bicubic", antialias=True)
+        return tf.saturate_cast(tf.round(resized), tf.uint8)
+
+    fits = tf.reduce_all(tf.equal(tf.shape(image)[:2], size))
+    image = tf.cond(fits, lambda: image, resize)
+    image.set_shape([size, size, 3])
+    return image

@@ -1,0 +1,352 @@
+"""Pictures of a run: its curves, and test pictures with what the regions see; and the final table, printed."""
+
+import io
+import json
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import PIL.Image
+from etils import epath
+from matplotlib import patches, patheffects
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from grain_jax import annotations as annotations_lib
+from grain_jax import images as images_lib
+from grain_jax.evaluate import base, grounding, scores
+from grain_jax.report import tables
+
+COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e67e00", "#0c8c96", "#c2388f", "#7a4b2a")
+_LOSSES = {  # key of metrics.jsonl -> label, colour
+    "loss": ("total", "#333333"),
+    "loss_image_caption": ("image to caption", COLOURS[1]),
+    "loss_region_description": ("region to description", COLOURS[2]),
+    "loss_box": ("boxes", COLOURS[4]),
+}
+_HEADLINES = {  # ending of an evaluation's key -> label
+    "/top1": "top-1",
+    "/r1": "R@1",
+    "/box_iou": "box IoU",
+    "/region_to_description_r1": "region to description R@1",
+    "/phrase_acc50": "phrase to box Acc@0.5",
+}
+_COLUMNS = 4  # of the grid
+_CELL = 3.2  # inches that a picture of the grid has
+_LINE = 42  # characters of text under a picture
+_LINE_HEIGHT = 0.165  # inches
+_PIXELS = 360  # that a picture's longer side is drawn with, at least
+
+
+def print_table(results: Mapping[str, float]) -> None:
+    """Prints the final table of a run; `results` has the names of metrics.jsonl, `eval/NAME/KEY`."""
+    groups: dict[str, dict[str, float]] = {}
+    for key, value in results.items():
+        name, _, rest = key.removeprefix("eval/").partition("/")
+        groups.setdefault(name, {})[rest] = value
+    print(tables.describe(groups))
+
+
+def curves(metrics_jsonl: epath.PathLike, output_png: epath.PathLike) -> None:
+    """Draws a run's losses, evaluations, temperature, learning rate and speed.
+
+    Args:
+      metrics_jsonl: the run's `metrics.jsonl`; a line that was cut off is skipped. A `config.json` beside
+        it tells the batch size, whose logarithm is the caption loss of a model that knows nothing.
+      output_png: the file to write.
+    """
+    lines = _read_lines(epath.Path(metrics_jsonl))
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if isinstance(value, (int, float)) and key != "step":
+                steps, values = series.setdefault(key, ([], []))
+                steps.append(line["step"])
+                values.append(value)
+    figure = Figure(figsize=(16, 7.2), layout="constrained", dpi=110)
+    grid = figure.add_gridspec(2, 4, width_ratios=[1, 1, 1, 1.05])
+    axes = [figure.add_subplot(grid[i // 3, i % 3]) for i in range(6)]
+    axes.append(figure.add_subplot(grid[:, 3]))
+    _losses(axes[0], series, _batch_size(epath.Path(metrics_jsonl).parent))
+    _plain(axes[1], series, "matched_iou", "IoU of matched boxes (training)")
+    colours = _headline_keys(series)
+    if any(len(series[key][0]) > 1 for key in colours):
+        _course(axes[2], series, colours)
+    else:
+        _plain(axes[2], series, "input_wait_fraction", "share of time spent waiting for input")
+    _plain(axes[3], series, "logit_scale", "logit scale (1 / temperature)")
+    _plain(axes[4], series, "learning_rate", "learning rate")
+    _plain(axes[5], series, "images_per_second", "images per second")
+    _bars(axes[6], series, colours)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.tick_params(labelsize=8)
+    _save(figure, output_png)
+
+
+def regions_grid(
+    predictor: Any,
+    annotations: epath.PathLike,
+    images_dir: epath.PathLike,
+    output_png: epath.PathLike,
+    count: int = 12,
+) -> None:
+    """Draws test pictures with their predicted and annotated boxes and what the regions say.
+
+    A predicted box (solid) has the colour of the annotated one (dashed) that it is matched to; the text
+    in that colour is the nearest of all distinct descriptions of the file.
+
+    Args:
+      predictor: the model (see `evaluate.base`).
+      annotations: `A.jsonl`.
+      images_dir: the folder that the annotations' paths start from.
+      output_png: the file to write.
+      count: pictures, taken evenly from the file's with regions.
+
+    Raises:
+      base.InputError, annotations.AnnotationError: no picture of the file can be drawn.
+    """
+    records = [r for r in annotations_lib.read(annotations).records if r.regions]
+    if not records:
+        raise base.InputError(f"{annotations}: no line has a region; there is nothing to draw")
+    places = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)
+    chosen = [records[i] for i in places]
+    folder = base.picture_folder(images_dir)
+    paths = [folder / r.image for r in chosen]
+    (batch,) = base.encode_pictures(
+        predictor, paths, label="pictures", unreadable={}, batch_size=len(paths)
+    )
+    shown = [chosen[i] for i in batch.index]
+    described = grounding.described_boxes(shown, batch.sizes)
+    texts = grounding.distinct(
+        described.texts + [region.description for r in records for region in r.regions]
+    )
+    matched, truth = grounding.match(batch.regions.boxes_xyxy, described)
+    embed = scores.unit(batch.regions.embed[matched.picture, matched.query])
+    nearest = (embed @ scores.unit(predictor.encode_text(texts)).T).argmax(axis=1)  # [n]
+
+    captions = []  # of each picture, (colour, line) pairs
+    for i in range(len(shown)):
+        mine = np.flatnonzero(matched.picture == i)
+        captions.append(_wrapped(texts, nearest[mine], truth[mine]))
+    figure, axes = _grid(
+        captions,
+        "solid: predicted box,  dashed: annotated box,"
+        f"  text: nearest of {len(texts)} descriptions (\N{CHECK MARK} its own, \N{BALLOT X} another's)",
+    )
+    for i, (position, (above, below)) in enumerate(zip(batch.index, axes)):
+        picture = images_lib.load_image(paths[position]).convert("RGB")
+        _draw_picture(above, picture)
+        pred_boxes_xyxy = batch.regions.boxes_xyxy[i, matched.query[matched.picture == i]]
+        true_boxes_xyxy = described.boxes_xyxy[described.picture == i]  # ordered as the matches are
+        for j, pred_box_xyxy in enumerate(pred_boxes_xyxy):
+            colour = COLOURS[j % len(COLOURS)]
+            _draw_box(above, true_boxes_xyxy[j], picture.size, colour, dashed=True)
+            _draw_box(above, pred_box_xyxy, picture.size, colour, dashed=False)
+        below.set_axis_off()
+        height = below.get_position().height * figure.get_figheight()
+        for j, (colour, line) in enumerate(captions[i]):
+            y = 1 - (0.06 + j * _LINE_HEIGHT) / height
+            below.text(0.01, y, line, color=colour, fontsize=9, va="top")
+    _save(figure, output_png)
+
+
+def _wrapped(texts: Sequence[str], nearest: np.ndarray, truth: np.ndarray) -> list[tuple[str, str]]:
+    """What the regions of a picture say, a (colour, line) each; a wrong one with the annotated text."""
+    lines = []
+    for j, (said, own) in enumerate(zip(nearest, truth)):
+        text = f"\N{CHECK MARK} {texts[said]}"
+        if said != own:
+            text = f"\N{BALLOT X} {texts[said]} (annotated: {texts[own]})"
+        colour = COLOURS[j % len(COLOURS)]
+        lines += [(colour, part) for part in textwrap.wrap(text, _LINE, subsequent_indent="    ")]
+    return lines
+
+
+def _grid(captions: Sequence[Sequence[Any]], title: str) -> tuple[Figure, list[tuple[Axes, Axes]]]:
+    """A figure with, for each picture, axes for it and for the lines below; rows are as high as they need."""
+    columns = min(_COLUMNS, len(captions))
+    rows = [captions[i : i + columns] for i in range(0, len(captions), columns)]
+    heights = []  # inches: picture, lines, picture, lines ...
+    for row in rows:
+        heights += [_CELL - 0.1, 0.3 + _LINE_HEIGHT * max(map(len, row))]
+    title = textwrap.fill(title, _LINE * columns)
+    top = 0.25 + 0.2 * len(title.splitlines())
+    height = sum(heights) + top
+    figure = Figure(figsize=(_CELL * columns, height), dpi=110)
+    grid = figure.add_gridspec(
+        len(heights),
+        columns,
+        height_ratios=heights,
+        left=0.05 / columns,
+        right=1 - 0.05 / columns,
+        bottom=0.0,
+        top=1 - top / height,
+        wspace=0.03,
+        hspace=0.0,
+    )
+    figure.suptitle(title, fontsize=10, y=1 - 0.12 / height, va="top")
+    cells = [divmod(i, columns) for i in range(len(captions))]
+    return figure, [
+        (figure.add_subplot(grid[2 * r, c]), figure.add_subplot(grid[2 * r + 1, c]))
+        for r, c in cells
+    ]
+
+
+def _draw_picture(axis: Axes, picture: PIL.Image.Image) -> None:
+    scale = max(1.0, _PIXELS / max(picture.size))
+    size = [round(edge * scale) for edge in picture.size]
+    axis.imshow(
+        picture.resize(size, PIL.Image.Resampling.LANCZOS),
+        extent=(0, picture.width, picture.height, 0),
+    )
+    axis.set_axis_off()
+
+
+def _draw_box(axis: Axes, box_xyxy, size: tuple[int, int], colour: str, *, dashed: bool) -> None:
+    x1, y1, x2, y2 = np.asarray(box_xyxy) * (*size, *size)
+    width = 1.5 if dashed else 2.1
+    halo = [patheffects.withStroke(linewidth=width + 1.4, foreground="white", alpha=0.75)]
+    axis.add_patch(
+        patches.Rectangle(
+            (x1, y1),
+            x2 - x1,
+            y2 - y1,
+            fill=False,
+            edgecolor=colour,
+            linewidth=width,
+            linestyle=(0, (4, 2.5)) if dashed else "solid",
+            path_effects=None if dashed else halo,
+            clip_on=False,
+        )
+    )
+
+
+def _losses(axis: Axes, series, batch_size: int | None) -> None:
+    axis.set_title("losses", fontsize=10)
+    for key, (label, colour) in _LOSSES.items():
+        if key in series:
+            steps, values = series[key]
+            axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            axis.plot(steps, _smooth(values), color=colour, label=label, linewidth=1.6)
+    if batch_size and "loss_image_caption" in series:
+        axis.axhline(
+            math.log(batch_size),
+            color=COLOURS[1],
+            linestyle=":",
+            linewidth=1,
+            label=f"ln {batch_size}: captions not learned",
+        )
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("step", fontsize=8)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8, frameon=False)
+
+
+def _headline_keys(series) -> dict[str, Any]:
+    """The evaluations' main numbers and a colour for each."""
+    keys = [k for k in series if k.startswith("eval/") and k.endswith(tuple(_HEADLINES))]
+    palette = matplotlib.colormaps["tab20"]
+    return {key: palette((2 * i) % 20 + (i // 10) % 2) for i, key in enumerate(keys)}
+
+
+def _course(axis: Axes, series, colours: Mapping[str, Any]) -> None:
+    axis.set_title("evaluations over the steps (colours: see right)", fontsize=10)
+    for key, colour in colours.items():
+        axis.plot(*series[key], marker="o", markersize=3, color=colour, linewidth=1.4)
+    axis.set_ylim(0, 1)
+    axis.set_xlabel("step", fontsize=8)
+
+
+def _bars(axis: Axes, series, colours: Mapping[str, Any]) -> None:
+    axis.set_title("last evaluation (black line: chance)", fontsize=10)
+    if not colours:
+        _empty(axis)
+        return
+    for i, (key, colour) in enumerate(colours.items()):
+        value, chance = series[key][1][-1], _chance(series, key)
+        axis.barh(i, value, height=0.42, color=colour)
+        axis.text(value + 0.015, i, f"{value:.3f}", va="center", fontsize=8)
+        axis.text(0.0, i - 0.26, _headline(key), va="bottom", fontsize=8)
+        if chance is not None:
+            axis.plot([chance, chance], [i - 0.21, i + 0.21], color="black", linewidth=1.6)
+    axis.set_yticks([])
+    axis.set_ylim(len(colours) - 0.5, -0.8)
+    axis.set_xlim(0, 1.1)
+
+
+def _headline(key: str) -> str:
+    name, _, rest = key.removeprefix("eval/").partition("/")
+    label = next(label for ending, label in _HEADLINES.items() if key.endswith(ending))
+    group = rest.rpartition("/")[0]  # alpha_0.5, image_to_text, or nothing
+    if group.startswith("alpha_"):
+        return f"{name}: {label}, alpha {float(group.removeprefix('alpha_')):g}".replace("_", " ")
+    return f"{name}: {group} {label}".replace("_", " ").replace("  ", " ")
+
+
+def _chance(series, key: str) -> float | None:
+    """The chance that belongs to an evaluation's number, by the names that the evaluations use."""
+    parts = key.split("/")
+    here = "/".join(parts[:-1])
+    for name in (f"{here}/chance_{parts[-1]}", f"{parts[0]}/{parts[1]}/chance"):
+        if name in series:
+            return series[name][1][-1]
+    return None
+
+
+def _plain(axis: Axes, series, key: str, title: str) -> None:
+    axis.set_title(title, fontsize=10)
+    if key not in series:
+        _empty(axis)
+        return
+    steps, values = series[key]
+    axis.plot(steps, values, color=COLOURS[1], linewidth=1.4, marker="o" if len(steps) == 1 else "")
+    axis.set_xlabel("step", fontsize=8)
+    if min(values) >= 0:
+        axis.set_ylim(bottom=0)
+
+
+def _empty(axis: Axes) -> None:
+    axis.text(0.5, 0.5, "none", ha="center", va="center", color="#777777", transform=axis.transAxes)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def _smooth(values: Sequence[float], keep: float = 0.6) -> list[float]:
+    """Exponential average without the pull of its start."""
+    out, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(total / weight)
+    return out
+
+
+def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # the process was killed while it wrote this one
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+    return lines
+
+
+def _batch_size(workdir: epath.Path) -> int | None:
+    try:
+        return int(json.loads((workdir / "config.json").read_text())["batch_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # metrics that were copied without their config are drawn all the same
+
+
+def _save(figure: Figure, path: epath.PathLike) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())

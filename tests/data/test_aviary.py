@@ -1,0 +1,439 @@
+"""The embedded data set: exact boxes, honest noise rates, a fair split, reproducible files."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import pathlib
+import random
+import re
+import statistics
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.aviary import annotations, drawing, generate
+from data.aviary.__main__ import main
+from data.aviary.annotations import EXACT, Noise
+from data.aviary.generate import Settings
+from data.aviary.species import distance, make_species
+from data.aviary.vocabulary import PARTS, TRAITS, Trait
+
+SMALL = Settings(
+    images=70,
+    seen_per_species=1,
+    unseen_per_species=1,
+    test_images=10,
+    genera=4,
+    species_per_genus=3,
+    held_out_genera=2,
+    held_out_species_per_genus=2,
+)
+
+
+def _draw(species, seed="0", size=64):
+    return drawing.draw(species, rng=random.Random(seed), size=size)
+
+
+def _words(text):
+    return set(re.findall(r"[a-z]+", text.lower()))
+
+
+def _hashes(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in pathlib.Path(folder).rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def aviary():
+    return make_species(0)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("aviary") / "small"
+    assert generate.write(folder, SMALL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drawn(aviary):
+    """(species, picture, key) of a hundred pictures, drawn once."""
+    settings = Settings(images=100)
+    tasks = itertools.islice(generate.tasks_of(settings), 100)
+    return [
+        (
+            task.species,
+            generate.picture_of(settings, "training", task.index, task.species),
+            f"key{task.index}",
+        )
+        for task in tasks
+    ]
+
+
+# Species
+
+
+def test_default_numbers(aviary):
+    assert len(aviary.training) == 120 and len(aviary.held_out) == 40
+    assert len({one.genus for one in aviary.training}) == 24
+    assert sum(len(traits) for traits in TRAITS.values()) == 101
+    phrases = [trait.phrase for traits in TRAITS.values() for trait in traits]
+    assert len(set(phrases)) == 101
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_held_out_names_and_combinations_are_new(seed):
+    aviary = make_species(seed)
+    everyone = aviary.training + aviary.held_out
+    assert len({one.name for one in everyone}) == 160
+    assert len({one.traits for one in everyone}) == 160
+    known = {trait for one in aviary.training for trait in one.traits}
+    assert {trait for one in aviary.held_out for trait in one.traits} <= known
+    assert min(distance(a, b) for a, b in itertools.combinations(everyone, 2)) == 3
+
+
+def test_names_mean_nothing(aviary):
+    known = set().union(
+        *(
+            _words(trait.paraphrase(random.Random(turn)) + " " + trait.phrase)
+            for traits in TRAITS.values()
+            for trait in traits
+            for turn in range(9)
+        )
+    )
+    names = [one.name for one in aviary.training + aviary.held_out]
+    assert not known & set(names)
+    for a, b in itertools.combinations(names, 2):
+        assert len(a) != len(b) or sum(x != y for x, y in zip(a, b, strict=True)) > 1
+
+
+def test_held_out_species_are_as_hard():
+    """Distances within and between genera, averaged over seeds, agree between the two groups."""
+    within, between = {0: [], 1: []}, {0: [], 1: []}
+    for seed in range(6):
+        aviary = make_species(seed)
+        for group, species in enumerate((aviary.training, aviary.held_out)):
+            for a, b in itertools.combinations(species, 2):
+                (within if a.genus == b.genus else between)[group].append(distance(a, b))
+    assert statistics.mean(within[0]) == pytest.approx(statistics.mean(within[1]), abs=0.1)
+    assert statistics.mean(between[0]) == pytest.approx(statistics.mean(between[1]), abs=0.1)
+    assert min(within[0] + between[0]) == min(within[1] + between[1]) == 3
+
+
+@pytest.mark.parametrize("changed", [1, 8])
+def test_parts_changed_sets_how_much_a_genus_shares(changed):
+    aviary = make_species(0, genera=12, parts_changed=changed)
+    same = [
+        distance(a, b) for a, b in itertools.combinations(aviary.training, 2) if a.genus == b.genus
+    ]
+    if changed == 1:
+        assert max(same) == 2
+    else:
+        assert statistics.mean(same) > 6.5
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"genera": 0}, "genera: got 0, expected at least 1"),
+        ({"parts_changed": 9}, "parts_changed: got 9, expected at most 8"),
+        (
+            {"genera": 1, "species_per_genus": 1},
+            "species: found no further one after 1 that differs",
+        ),
+        ({"genera": 10**6}, "expected at most"),
+    ],
+)
+def test_impossible_species(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_species(0, **arguments)
+
+
+# Pictures and boxes
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_box_holds_exactly_what_another_colour_changes(aviary, part):
+    """A part in another colour changes pixels up to each edge of its box, and none outside."""
+    for number in range(6):
+        species = aviary.training[number * 17]
+        old = species[part]
+        plain = "black" if old.colour != "black" else "white"
+        before = _draw(species, number)
+        after = _draw(species.replace(Trait(part, old.shape, plain)), number)
+        assert before.boxes_xyxy == after.boxes_xyxy
+        differs = np.any(np.asarray(before.image) != np.asarray(after.image), -1)
+        ys, xs = np.nonzero(differs)
+        x1, y1, x2, y2 = before.boxes_xyxy[part]
+        assert int(x1) <= xs.min() and int(y1) <= ys.min()
+        assert xs.max() < x2 and ys.max() < y2
+        # Thin outlines average away in a border pixel: at most one pixel less than the box.
+        assert xs.min() <= x1 + 1 and ys.min() <= y1 + 1
+        assert xs.max() + 1 >= x2 - 1 and ys.max() + 1 >= y2 - 1
+
+
+def test_boxes_are_large_enough_and_inside(drawn):
+    sides = {part: [] for part in PARTS}
+    for _, picture, _ in drawn:
+        assert set(picture.boxes_xyxy) == set(PARTS)
+        for part, (x1, y1, x2, y2) in picture.boxes_xyxy.items():
+            assert 0 <= x1 < x2 <= 64 and 0 <= y1 < y2 <= 64
+            sides[part].append(max(x2 - x1, y2 - y1))
+    for part, values in sides.items():
+        assert 8 < statistics.mean(values) < 30, part
+
+
+def test_mirrored_birds_have_mirrored_boxes(aviary):
+    def pose(mirrored):
+        return drawing.Pose(mirrored=mirrored, turn=0, shift=0)
+
+    there, back = (
+        drawing.draw(aviary.training[3], rng=random.Random("m"), pose=pose(share))
+        for share in (0.0, 1.0)
+    )
+    for part in PARTS:
+        x1, y1, x2, y2 = there.boxes_xyxy[part]
+        assert back.boxes_xyxy[part] == pytest.approx((64 - x2, y1, 64 - x1, y2), abs=0.5)
+
+
+def test_any_size_shows_the_same_bird(aviary):
+    small, large = (_draw(aviary.training[5], "s", size) for size in (64, 224))
+    assert large.image.size == (224, 224) and large.image.mode == "RGB"
+    for part in PARTS:
+        assert np.allclose(
+            np.array(large.boxes_xyxy[part]) / 224,
+            np.array(small.boxes_xyxy[part]) / 64,
+            atol=0.012,
+        )
+
+
+def test_picture_is_known_by_its_number(aviary):
+    digest = hashlib.sha256(_draw(aviary.training[0]).image.tobytes()).hexdigest()
+    again = hashlib.sha256(_draw(aviary.training[0]).image.tobytes()).hexdigest()
+    other = hashlib.sha256(_draw(aviary.training[0], "1").image.tobytes()).hexdigest()
+    assert digest == again != other
+
+
+def test_no_word_tells_left_from_right(drawn):
+    for species, picture, key in drawn:
+        text = " ".join(
+            [
+                annotations.web_caption(species, (), picture, key, Noise()),
+                annotations.synthetic_caption(species, picture, key, Noise()),
+                *(
+                    one["description"]
+                    for one in annotations.regions(species, picture, key, Noise())
+                ),
+            ]
+        )
+        assert not _words(text) & {"left", "right"}
+
+
+# Noise
+
+
+def _regions(drawn, noise, repeats=10):
+    """(species, picture, region) of all regions of the drawn pictures, annotated repeatedly."""
+    return [
+        (species, picture, region)
+        for species, picture, key in drawn
+        for turn in range(repeats)
+        for region in annotations.regions(species, picture, f"{key}/{turn}", noise)
+    ]
+
+
+def _part_of(species, description):
+    return next((one for one in species.traits if one.phrase == description), None)
+
+
+def test_exact_annotations(drawn):
+    regions = _regions(drawn, EXACT)
+    assert len(regions) / 1000 == pytest.approx(4, abs=0.1)  # 3 to 5 parts
+    for species, picture, region in regions:
+        trait = _part_of(species, region["description"])
+        assert region["box"] == list(picture.boxes_xyxy[trait.part])
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_miss_rate(drawn, rate):
+    kept = len(_regions(drawn, dataclasses.replace(EXACT, misses=rate)))
+    assert kept / len(_regions(drawn, EXACT)) == pytest.approx(1 - rate, abs=0.03)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+def test_wrong_description_rate(drawn, rate):
+    regions = _regions(drawn, dataclasses.replace(EXACT, wrong_descriptions=rate))
+    wrong = [_part_of(species, region["description"]) is None for species, _, region in regions]
+    assert statistics.mean(wrong) == pytest.approx(rate, abs=0.03)
+    scores = [
+        [
+            region["score"]
+            for (_, _, region), is_wrong in zip(regions, wrong, strict=True)
+            if is_wrong == which
+        ]
+        for which in (False, True)
+    ]
+    assert statistics.mean(scores[0]) - statistics.mean(scores[1]) == pytest.approx(0.22, abs=0.01)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.15])
+def test_jitter(drawn, rate):
+    """Edges move by a normal amount of `rate` of the side (those not cut by the picture's edge)."""
+    moved, overlaps, scores = [], [], []
+    for species, picture, region in _regions(drawn, dataclasses.replace(EXACT, jitter=rate)):
+        x1, _, x2, _ = true = picture.boxes_xyxy[_part_of(species, region["description"]).part]
+        assert all(0 <= edge <= 64 for edge in region["box"])
+        overlaps.append(annotations.box_iou(region["box"], true))
+        scores.append(region["score"])
+        if x1 > 10 and x2 < 54:
+            moved += [(region["box"][0] - x1) / (x2 - x1), (region["box"][2] - x2) / (x2 - x1)]
+    assert statistics.stdev(moved) == pytest.approx(rate, rel=0.08)
+    assert statistics.mean(moved) == pytest.approx(0, abs=0.1 * rate)
+    assert statistics.correlation(overlaps, scores) > 0.99
+
+
+def test_paraphrase_rate(drawn):
+    regions = _regions(drawn, dataclasses.replace(EXACT, paraphrased=0.3))
+    plain = [_part_of(species, region["description"]) is not None for species, _, region in regions]
+    assert statistics.mean(plain) == pytest.approx(0.7, abs=0.03)
+
+
+def test_web_captions_name_the_species_at_the_asked_rates(drawn, aviary):
+    noise = Noise(wrong_names=0.2, missing_names=0.1)
+    names = {one.name for one in aviary.training}
+    found = []
+    for species, picture, key in drawn:
+        for turn in range(20):
+            caption = annotations.web_caption(
+                species, aviary.training[:5], picture, f"{key}/{turn}", noise
+            )
+            named = names & _words(caption)
+            found.append(
+                "missing" if not named else "right" if named == {species.name} else "wrong"
+            )
+    assert found.count("missing") / len(found) == pytest.approx(0.1, abs=0.02)
+    assert found.count("wrong") / len(found) == pytest.approx(0.2, abs=0.03)
+
+
+def test_synthetic_captions_tell_parts_and_no_name(drawn, aviary):
+    names = {one.name for one in aviary.training + aviary.held_out}
+    right = []
+    for species, picture, key in drawn:
+        for turn in range(5):
+            caption = annotations.synthetic_caption(
+                species, picture, f"{key}/{turn}", dataclasses.replace(EXACT, caption_errors=0.2)
+            )
+            assert not names & _words(caption)
+            right.append(sum(trait.phrase in caption for trait in species.traits))
+    assert statistics.mean(right) / 2 == pytest.approx(0.8, abs=0.04)
+
+
+def test_one_kind_of_noise_leaves_the_others_alone(drawn):
+    """Misses take regions away and change none; jitter moves boxes and changes no word."""
+    species, picture, key = drawn[0]
+    few, all_of_them = (
+        annotations.regions(species, picture, key, Noise(misses=rate)) for rate in (0.6, 0.0)
+    )
+    assert all(region in all_of_them for region in few)
+    still, moved = (
+        [
+            region["description"]
+            for region in annotations.regions(species, picture, key, Noise(jitter=rate))
+        ]
+        for rate in (0.0, 0.3)
+    )
+    assert still == moved
+
+
+# Files
+
+
+def test_files_are_what_users_bring(small):
+    lines = [json.loads(line) for line in (small / "A.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in lines] == [f"images/{n:06d}.png" for n in range(70)]
+    for line in lines:
+        with Image.open(small / line["image"]) as image:
+            assert image.size == (64, 64)
+    aviary = generate.species_of(SMALL)
+    for name, group in (("seen", aviary.training), ("unseen", aviary.held_out)):
+        descriptions = json.loads((small / f"{name}.json").read_text())
+        assert descriptions == {one.name: one.descriptions for one in group}
+        assert {path.name for path in (small / name).iterdir()} == set(descriptions)
+        halves = (small / "test" / f"{name}.jsonl").read_text().splitlines()
+        assert len(halves) == 5
+    test = [json.loads(line) for line in (small / "test/A.jsonl").read_text().splitlines()]
+    assert len(test) == 10 and all((small / "test" / line["image"]).exists() for line in test)
+    assert all(region["score"] == 1.0 for line in test for region in line["regions"])
+
+
+def test_nothing_held_out_is_in_training_and_all_its_words_are():
+    """The annotations of the default data set (without drawing it: all parts are visible)."""
+    settings = Settings(images=3000)
+    aviary = generate.species_of(settings)
+    picture = _draw(aviary.training[0])
+    lines = [
+        json.dumps(generate.record_of(settings, task, picture))
+        for task in itertools.islice(generate.tasks_of(settings), settings.images)
+    ]
+    words = _words(" ".join(lines))
+    assert not words & {one.name for one in aviary.held_out}
+    for one in aviary.held_out:
+        assert _words(" ".join(one.descriptions)) <= words
+    assert {one.name for one in aviary.training} <= words
+
+
+def test_pictures_depend_on_seed_and_number_only(small, tmp_path):
+    """Other processes and another number of pictures: the same pictures and lines."""
+    generate.write(tmp_path / "other", dataclasses.replace(SMALL, images=50), processes=2)
+    before, after = _hashes(small), _hashes(tmp_path / "other")
+    different = {name for name, digest in after.items() if before[name] != digest}
+    assert different == {"A.jsonl", "README.md", "settings.json"}
+    lines = (small / "A.jsonl").read_text().splitlines()
+    assert (tmp_path / "other" / "A.jsonl").read_text().splitlines() == lines[:50]
+
+
+def test_complete_folder_is_left_alone_and_another_is_refused(small, capsys):
+    assert not generate.write(small, SMALL)
+    with pytest.raises(ValueError, match="holds another data set"):
+        generate.write(small, dataclasses.replace(SMALL, seed=1))
+    assert main(["--output", str(small)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_large_pictures_are_jpeg(tmp_path):
+    command = (
+        "--images 2 --size 160 --seen-per-species 0 --unseen-per-species 0 "
+        "--test-images 0 --genera 2 --species-per-genus 2 --held-out-genera 0 "
+        "--processes 1 --misses 0 --seed 3"
+    )
+    assert main(["--output", str(tmp_path / "x"), *command.split()]) == 0
+    with Image.open(tmp_path / "x" / "images" / "000001.jpg") as image:
+        assert image.size == (160, 160) and image.format == "JPEG"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "the following arguments are required: --output"),
+        (["--misses", "1.5"], "--misses: got '1.5', expected a number in 0.0..1.0"),
+        (["--images", "many"], "--images: got 'many', expected a whole number in 0..100000000"),
+        (["--jiter", "0.1"], "unrecognized arguments: --jiter 0.1"),
+        (["--least-parts", "6"], "--least-parts: got 6, expected at most --most-parts 5"),
+        (["--wrong-names", "0.8", "--missing-names", "0.3"], "expected at most 1"),
+        (["--genera", "1", "--species-per-genus", "1"], "species: found no further one"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(tmp_path, capsys, arguments, message):
+    output = ["--output", str(tmp_path / "x")] if arguments else []
+    try:
+        status = main([*output, *arguments])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error

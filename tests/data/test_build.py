@@ -1,0 +1,307 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+
+from data import annotations, build, example
+from grain_jax import images
+from tests import record_sets
+from tests.paths import ROOT
+
+# TFDS 4.9.10 asks protobuf for a field's label; protobuf 6 has another name for it.
+pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")
+
+
+def read_back(output, name="tiny_set"):
+    builder = tfds.builder_from_directory(output / name / "1.0.0")
+    examples = tfds.as_numpy(builder.as_dataset(split="train"))
+    return builder, {e["id"].decode(): e for e in examples}
+
+
+def test_tfds_reads_what_was_built(tmp_path):
+    lines = record_sets.write_annotations(tmp_path / "in", 20)
+    assert record_sets.build_set(tmp_path / "in", tmp_path / "out", "--num-shards=5") == 0
+    builder, examples = read_back(tmp_path / "out")
+    assert builder.info.splits["train"].shard_lengths == [4] * 5
+    assert (
+        tfds.builder("tiny_set", data_dir=tmp_path / "out").info.splits["train"].num_examples == 20
+    )
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tiny_set"]
+    assert len(examples) == 20
+    for number, line in enumerate(lines):
+        got = examples[f"id{number}"]
+        np.testing.assert_array_equal(got["image"], np.asarray(record_sets.picture(number)))
+        assert [c.decode() for c in got["captions"]] == [line["caption"], *line["captions"]]
+        assert got["synthetic_caption"].decode() == line["synthetic_caption"]
+        descriptions = [d.decode() for d in got["regions"]["description"]]
+        assert descriptions == [r["description"] for r in line["regions"]]
+        boxes = np.array([r["box"] for r in line["regions"]]).reshape(-1, 4)
+        expected = (boxes / [16, 12, 16, 12])[:, [1, 0, 3, 2]]
+        np.testing.assert_allclose(got["regions"]["bbox"], expected, atol=1e-7)
+        np.testing.assert_allclose(got["regions"]["score"], [r["score"] for r in line["regions"]])
+
+
+def good_line():
+    return record_sets.annotation(3)
+
+
+def changed(**fields):
+    return json.dumps(good_line() | fields).encode()
+
+
+def with_region(**fields):
+    region = {"box": [0, 0, 8, 8], "description": "a part", "score": 0.5} | fields
+    return changed(regions=[{k: v for k, v in region.items() if v is not ...}])
+
+
+MALFORMED = {
+    "broken JSON": (b'{"image": "00003.png", ', "not JSON: "),
+    "not UTF-8": (b'{"image": "\xff.png"}', "not JSON: "),
+    "not an object": (b"[1, 2]", "got [1, 2], expected one JSON object"),
+    "no picture named": (json.dumps({"caption": "a"}).encode(), "image: got none, expected"),
+    "no such picture": (changed(image="gone.png"), 'image: got "gone.png", expected a file'),
+    "truncated": (changed(image="short.png"), 'image: got "short.png": image file is truncated'),
+    "not a picture": (changed(image="text.png"), "bytes that are no known picture format"),
+    "a folder": (changed(image="."), 'image: got ".", '),
+    "leaves the folder": (changed(image="../00003.png"), "expected a path that stays below"),
+    "absolute": (changed(image="/etc/hostname"), "expected a path that stays below"),
+    "three numbers": (
+        with_region(box=[1, 2, 3]),
+        "regions[0].box: got [1, 2, 3], expected four finite",
+    ),
+    "not finite": (with_region(box=[0, 0, 5, float("nan")]), "expected four finite numbers"),
+    "huge": (with_region(box=[0, 0, 5, 10**400]), "expected four finite numbers"),
+    "a text in the box": (with_region(box=[0, 0, 5, "9"]), 'got [0, 0, 5, "9"], expected four'),
+    "inverted": (with_region(box=[9, 2, 3, 8]), "regions[0].box: got [9, 2, 3, 8], inverted"),
+    "no area": (with_region(box=[3, 2, 3, 8]), "regions[0].box: got [3, 2, 3, 8], no area"),
+    "mostly outside": (with_region(box=[12, 0, 24, 8]), "33% of it in the picture of 16 x 12"),
+    "no description": (with_region(description=...), "regions[0].description: got none"),
+    "empty description": (
+        with_region(description=" "),
+        'regions[0].description: got " ", expected',
+    ),
+    "no score": (
+        with_region(score=...),
+        "regions[0].score: got none, expected a number from 0 to 1",
+    ),
+    "bad score": (with_region(score="high"), 'regions[0].score: got "high", expected a number'),
+    "score out of range": (with_region(score=1.5), "regions[0].score: got 1.5, expected"),
+    "no caption": (changed(caption=None, captions=[" "], synthetic_caption=""), "no caption: got"),
+    "caption no text": (changed(caption=7), "caption: got 7, expected a text"),
+    "captions no list": (changed(captions="a"), 'captions: got "a", expected a list of texts'),
+    "half a surrogate": (changed(caption="\ud800"), 'caption: got "\\ud800", expected a text'),
+    "regions no list": (changed(regions={"a": 1}), 'regions: got {"a": 1}, expected a list'),
+    "region no object": (changed(regions=[5]), "regions[0]: got 5, expected an object"),
+    "id no text": (changed(id=5), "id: got 5, expected a text"),
+    "same id": (changed(id="id0"), 'id: got "id0", which line 1 has already'),
+}
+
+
+def write_malformed(folder):
+    """100 good lines and, in the places returned, the malformed ones."""
+    record_sets.write_annotations(folder, 100)
+    whole = (folder / "00003.png").read_bytes()
+    (folder / "short.png").write_bytes(whole[: len(whole) * 2 // 3])
+    (folder / "text.png").write_text("no picture")
+    lines = (folder / "A.jsonl").read_bytes().splitlines()
+    places = {}
+    for number, (name, (line, _)) in enumerate(MALFORMED.items()):
+        places[name] = 10 + 2 * number
+        lines.insert(places[name] - 1, line.replace(b'"id3"', b'"bad%d"' % number))
+    (folder / "A.jsonl").write_bytes(b"\n".join(lines) + b"\n\n")
+    return places, len(lines)
+
+
+def test_every_fault_is_named_with_its_line(tmp_path, capsys):
+    places, total = write_malformed(tmp_path / "in")
+    status = record_sets.build_set(tmp_path / "in", tmp_path / "out", "--max-faults=0.3")
+    assert status == 0
+    out = capsys.readouterr().err.splitlines()
+    for name, (_, expected) in MALFORMED.items():
+        prefix = f"{tmp_path}/in/A.jsonl:{places[name]}: "
+        found = [line for line in out if line.startswith(prefix)]
+        assert len(found) == 1 and expected in found[0], (name, found)
+    bad = len(MALFORMED)
+    assert out[-1] == f"{tmp_path}/in/A.jsonl: {bad} of {total} lines faulty ({bad} faults)"
+    listed = [
+        json.loads(x) for x in (tmp_path / "out/tiny_set/faults.jsonl").read_text().splitlines()
+    ]
+    assert [item["line"] for item in listed] == list(places.values())
+    _, examples = read_back(tmp_path / "out")
+    assert sorted(examples) == sorted(f"id{i}" for i in range(100))
+
+
+def test_too_many_faults_write_no_records(tmp_path, capsys):
+    write_malformed(tmp_path / "in")
+    assert record_sets.build_set(tmp_path / "in", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "more than --max-faults 0.01 allows" in error.splitlines()[-1]
+    assert [p.name for p in (tmp_path / "out/tiny_set").iterdir()] == ["faults.jsonl"]
+
+
+def test_all_faults_of_a_line(tmp_path):
+    record_sets.picture(0).save(tmp_path / "a.png")
+    line = {
+        "image": "a.png",
+        "caption": "a",
+        "regions": [
+            {"box": [4, 4, 2, 6], "score": -1},
+            {"box": [0, 0, 1, 1], "description": "b", "score": 2},
+        ],
+    }
+    faults = annotations.check_line(json.dumps(line).encode(), tmp_path).faults
+    assert [fault.split(":")[0] for fault in faults] == [
+        "regions[0].box",
+        "regions[0].description",
+        "regions[0].score",
+        "regions[1].score",
+    ]
+
+
+def test_boxes_are_clipped_and_unknown_keys_counted(tmp_path, capsys):
+    folder = tmp_path / "in"
+    record_sets.write_annotations(folder, 1)
+    line = record_sets.annotation(0) | {"licence": "CC0"}
+    line["regions"] = [{"box": [-2, 3, 8, 13], "description": "x", "score": 1, "mask": 0}]
+    (folder / "A.jsonl").write_text(json.dumps(line))
+    assert record_sets.build_set(folder, tmp_path / "out") == 0
+    summary = capsys.readouterr().err.splitlines()[-1]
+    assert "1 of 1 boxes clipped to their picture" in summary
+    assert "unknown keys kept out: licence (1), regions.mask (1)" in summary
+    _, examples = read_back(tmp_path / "out")
+    np.testing.assert_allclose(examples["id0"]["regions"]["bbox"], [[0.25, 0, 1, 0.5]])
+
+
+def test_ids_default_to_the_path(tmp_path):
+    folder = tmp_path / "in"
+    record_sets.write_annotations(folder, 1)
+    (folder / "A.jsonl").write_text('{"image": "00000.png", "caption": "a"}\n' * 2)
+    assert record_sets.build_set(folder, tmp_path / "out") == 0
+    assert sorted(read_back(tmp_path / "out")[1]) == ["00000.png", "00000.png#2"]
+
+
+def test_stored_size_is_the_exact_squash(tmp_path):
+    record_sets.write_annotations(tmp_path / "in", 4, size=(40, 31))
+    arguments = ("--store-size=16", "--encoding=png")
+    assert record_sets.build_set(tmp_path / "in", tmp_path / "out", *arguments) == 0
+    _, examples = read_back(tmp_path / "out")
+    for number in range(4):
+        expected = images.squash(record_sets.picture(number, (40, 31)), 16)
+        np.testing.assert_array_equal(examples[f"id{number}"]["image"], expected)
+
+
+def test_encodings():
+    rgb = record_sets.picture(5)
+
+    def stored(picture, file_format, **fields):
+        file = example.io.BytesIO()
+        picture.save(file, file_format)
+        encoded = file.getvalue()
+        decoded = images.decode_image(encoded)
+        out = example.encode_picture(decoded, encoded, example.Encoding(**fields))
+        return encoded, out, images.decode_image(out)
+
+    encoded, out, _ = stored(rgb, "JPEG", kind="original")
+    assert out == encoded
+    _, _, webp = stored(rgb.convert("L"), "TIFF", kind="original")  # tf.data reads no TIFF
+    assert webp.format == "PNG" and webp.mode == "RGB"
+    _, _, cmyk = stored(rgb.convert("CMYK"), "JPEG", kind="original")
+    assert cmyk.format == "PNG"
+    encoded, out, jpeg = stored(rgb, "PNG", kind="jpeg", quality=90)
+    assert jpeg.format == "JPEG" and jpeg.size == rgb.size
+    encoded, out, same = stored(rgb.resize((16, 16)), "PNG", kind="original", size=16)
+    assert out == encoded
+
+
+def test_a_set_is_replaced_only_on_request(tmp_path, capsys):
+    record_sets.write_annotations(tmp_path / "in", 3)
+    assert record_sets.build_set(tmp_path / "in", tmp_path / "out") == 0
+    record_sets.write_annotations(tmp_path / "in", 5)
+    assert record_sets.build_set(tmp_path / "in", tmp_path / "out") == 2
+    assert "--overwrite replaces it" in capsys.readouterr().err
+    assert len(read_back(tmp_path / "out")[1]) == 3
+    assert record_sets.build_set(tmp_path / "in", tmp_path / "out", "--overwrite") == 0
+    assert len(read_back(tmp_path / "out")[1]) == 5
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--encoding=gif", "expected original, png or jpeg:Q"),
+        ("--encoding=jpeg:101", "expected original, png or jpeg:Q"),
+        ("--name=Big Set", "expected a TFDS name"),
+        ("--num-shards=0", "expected a whole number above 0"),
+        ("--max-faults=2", "expected a share from 0 to 1"),
+        ("--annotations=/no/such.jsonl", "no such file"),
+        ("--images=/no/such", "no such folder"),
+        ("--num-shards=9", "at most one shard each"),
+        ("--colour=red", "unrecognized arguments: --colour=red"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(tmp_path, capsys, argument, expected):
+    record_sets.write_annotations(tmp_path / "in", 3)
+    try:
+        status = record_sets.build_set(tmp_path / "in", tmp_path / "out", argument)
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2
+    error = [x for x in capsys.readouterr().err.splitlines() if "0 of 3 lines faulty" not in x]
+    assert len(error) == 1 and expected in error[0]
+
+
+def test_default_number_of_shards():
+    assert build.default_num_shards(5, 10**6) == 5
+    assert build.default_num_shards(20_000, 60 << 20) == 16
+    assert build.default_num_shards(3_000_000, 45 << 30) == 720
+
+
+def test_worker_processes_build_the_same(tmp_path):
+    record_sets.write_annotations(tmp_path / "in", 70)
+    assert record_sets.build_set(tmp_path / "in", tmp_path / "one") == 0
+    assert record_sets.build_set(tmp_path / "in", tmp_path / "two", "--workers=2") == 0
+    one, two = read_back(tmp_path / "one")[1], read_back(tmp_path / "two")[1]
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name]["image"], two[name]["image"])
+
+
+def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    PIL.Image.fromarray(noise).save(folder / "a.png")
+    lines = (f'{{"image": "a.png", "caption": "a", "id": "{i}"}}\n' for i in range(60_000))
+    (folder / "A.jsonl").write_text("".join(lines))
+    code = (
+        "import itertools, sys\nfrom data import build\n"
+        # The survey is not what is killed here: all lines are good.
+        "build.survey = lambda annotations, folder, workers, total: found\n"
+        "found = build.Survey('A')\nfound.ids = {i + 1: str(i) for i in range(60_000)}\nfound.lines = 60_000\n"
+        "sys.exit(build.main(sys.argv[1:]))"
+    )
+    arguments = [
+        f"--annotations={folder}/A.jsonl",
+        f"--images={folder}",
+        f"--output={output}",
+        "--name=x",
+        "--workers=1",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not list(output.glob("x/incomplete.*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert list(output.glob("x/incomplete.*")) and not (output / "x/1.0.0").exists()
+    with pytest.raises(tfds.core.DatasetNotFoundError):
+        tfds.builder("x", data_dir=output)

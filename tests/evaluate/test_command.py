@@ -1,0 +1,117 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import grain_jax
+from grain_jax.evaluate import __main__ as command
+from tests.evaluate.stub import StubPredictor, write_picture
+from tests.paths import ROOT
+
+TEXTS = {"a cat": [1, 0], "a dog": [0, 1], "whiskers": [1, 0], "a tail": [0, 1]}
+TEXTS |= {"a cat, which has whiskers": [1, 0], "a dog, which is a tail": [0, 1]}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Class folders, descriptions and annotations, and a stub in place of any checkpoint."""
+    regions = {}
+    for i, name in enumerate(("cat", "dog")):
+        write_picture(tmp_path / "classes" / name / f"{i}.png", i)
+        regions[i] = ([[0, 0, 1, 0.5], [0, 0, 0.1, 0.1]], [np.eye(2)[i], [1, 1]])
+    (tmp_path / "templates.txt").write_text("a {}\n")
+    (tmp_path / "D.json").write_text(json.dumps({"cat": ["whiskers"], "dog": ["a tail"]}))
+    with (tmp_path / "A.jsonl").open("w") as file:
+        for i, (name, text) in enumerate((("cat", "whiskers"), ("dog", "a tail"))):
+            region = {"box": [0, 0, 10, 5], "description": text, "score": 0.5}
+            line = {"image": f"{name}/{i}.png", "caption": f"a {name}", "regions": [region]}
+            file.write(json.dumps(line) + "\n")
+    predictor = StubPredictor({0: [1, 0], 1: [0, 1]}, TEXTS, regions)
+    monkeypatch.setattr(grain_jax, "load", lambda path: predictor)
+    return tmp_path
+
+
+def _run(folder, *arguments):
+    status = command.main(
+        [*arguments, "--checkpoint", "RUN", "--images", str(folder / "classes")]
+        + ["--output", str(folder / "new" / "out.json")]
+    )
+    return status, folder / "new" / "out.json"
+
+
+def test_zeroshot(folder, capsys):
+    status, output = _run(folder, "zeroshot", "--templates", str(folder / "templates.txt"))
+    result = json.loads(output.read_text())
+    assert status == 0
+    assert result["kind"] == "zeroshot" and result["checkpoint"] == "RUN"
+    assert result["top1"] == 1.0 == result["alpha_1.0"]["top1"] and result["alpha"] == 1.0
+    assert result["chance"] == 0.5 and result["top1_low"] == pytest.approx(0.342, abs=1e-3)
+    table = capsys.readouterr().out
+    assert "zeroshot: top-1, alpha 1" in table and "100.0%" in table and "2 pictures" in table
+
+
+def test_several_alphas(folder):
+    arguments = ["zeroshot", "--templates", str(folder / "templates.txt")]
+    arguments += ["--descriptions", str(folder / "D.json"), "--alpha", "0.5,0", "--alpha", "0.5"]
+    status, output = _run(folder, *arguments)
+    result = json.loads(output.read_text())
+    assert status == 0 and result["alpha"] == 0.5
+    assert [key for key in result if key.startswith("alpha_")] == ["alpha_0.5", "alpha_0.0"]
+    status, output = _run(folder, *arguments, "--use-names", "no")
+    assert status == 0 and json.loads(output.read_text())["names"] is False
+
+
+def test_retrieval_and_grounding(folder, capsys):
+    status, output = _run(folder, "retrieval", "--annotations", str(folder / "A.jsonl"))
+    assert status == 0 and json.loads(output.read_text())["text_to_image"]["r1"] == 1.0
+    status, output = _run(folder, "grounding", "--annotations", str(folder / "A.jsonl"))
+    result = json.loads(output.read_text())
+    assert status == 0 and result["box_iou"] == 1.0 and result["region_to_description_r1"] == 1.0
+    table = capsys.readouterr().out
+    assert "retrieval: image to text R@1" in table and "grounding: matched box IoU" in table
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ([], "the following arguments are required"),
+        (["captioning"], "invalid choice: 'captioning' (choose from"),
+        (["zeroshot", "--checkpoint", "x"], "arguments are required: --images, --output"),
+        (["zeroshot", "--alpha", "half"], "got 'half', expected a number from 0 to 1"),
+        (["zeroshot", "--alpha", "2", "{rest}"], "alpha: got 2.0, expected a number from 0 to 1"),
+        (["zeroshot", "--alpha", "0.5", "{rest}"], "expected a file (D.json) for alpha 0.5"),
+        (["zeroshot", "--descriptions", "no.json", "{rest}"], "no.json: no such file"),
+        (["zeroshot", "--batch-size", "0", "{rest}"], "got '0', expected a number of pictures"),
+        (["grounding", "--annotations", "no.jsonl", "{rest}"], "no.jsonl: no such file"),
+        (["zeroshot", "--template", "x", "{rest}"], "unrecognized arguments: --template x"),
+    ],
+)
+def test_faults_are_one_line(folder, capsys, arguments, expected):
+    rest = ["--checkpoint", "x", "--images", str(folder / "classes"), "--output", str(folder / "o")]
+    arguments = [part for a in arguments for part in (rest if a == "{rest}" else [a])]
+    assert command.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and expected in err
+    assert not (folder / "o").exists()
+
+
+def test_a_process_exits_with_2(folder):
+    # The input is looked at before the checkpoint: JAX compiles nothing here.
+    arguments = ["--checkpoint", "no/such/run", "--output", str(folder / "out.json"), "--images"]
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "grain_jax.evaluate",
+            "zeroshot",
+            *arguments,
+            str(folder / "classes"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert ran.returncode == 2 and ran.stdout == ""
+    assert ran.stderr.count("\n") == 1 and "no/such/run: no such folder" in ran.stderr

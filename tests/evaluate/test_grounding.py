@@ -1,0 +1,148 @@
+import json
+
+import numpy as np
+import pytest
+import scipy.optimize
+
+from grain_jax.evaluate import base, grounding
+from tests.evaluate.stub import StubPredictor, write_picture
+
+
+def _write(tmp_path, regions, size=(20, 10)):
+    for i, _ in enumerate(regions):
+        write_picture(tmp_path / "images" / f"{i}.png", i, size)
+    path = tmp_path / "A.jsonl"
+    with path.open("w") as file:
+        for i, found in enumerate(regions):
+            line = {"image": f"images/{i}.png"}
+            if found is not None:
+                line["regions"] = [
+                    {"box": box, "description": text, "score": score} for box, text, score in found
+                ]
+            file.write(json.dumps(line) + "\n")
+    return path
+
+
+TEXTS = {"beak": [1, 0, 0], "tail": [0, 1, 0], "crest": [0, 0, 1]}
+
+
+def test_hand_computed(tmp_path):
+    path = _write(
+        tmp_path,
+        [
+            [([0, 0, 10, 10], "beak", 0.5), ([10, 0, 20, 10], "tail", 0.9)],
+            [
+                ([0, 0, 20, 5], "Beak", 0.7),
+                ([30, 0, 50, 10], "crest", 0.8),
+            ],  # the second lies outside
+            None,
+        ],
+    )
+    regions = {
+        # Queries: the right half exactly; the left quarter (IoU .5 with the left half).
+        0: ([[0.5, 0, 1, 1], [0, 0, 0.25, 1]], [[0, 1, 0], [0, 0.4, 0.3]]),
+        # The upper half exactly, and elsewhere.
+        1: ([[0, 0.6, 0.1, 1], [0, 0, 1, 0.5]], [[1, 0, 0], [0.9, 0, 0.1]]),
+    }
+    images = {i: [1, 0, 0] for i in range(3)}
+    texts = {**TEXTS}
+    predictor = StubPredictor(images, texts, regions)
+    result = grounding.evaluate(predictor, images=tmp_path, annotations=path)
+    assert predictor.asked == ["tail", "beak"]
+    assert result["pictures"] == 2 and result["without_regions"] == 1
+    assert result["regions"] == 3 == result["regions_matched"] and result["regions_outside"] == 1
+    assert result["distinct_descriptions"] == 2
+    assert result["box_iou"] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert result["box_acc50"] == 1.0
+    # Matched regions: tail right; beak's says tail, wrong; the second picture's beak right.
+    assert result["region_to_description_r1"] == pytest.approx(2 / 3)
+    assert result["chance_region_to_description_r1"] == 0.5
+    # Phrases: tail -> query 0 (IoU 1); beak -> both queries score 0: a tie of IoU 0 and .5;
+    # picture 1's beak -> query 0 (1 against .994), which lies elsewhere (IoU 0).
+    assert result["phrase_iou"] == pytest.approx((1 + 0.25 + 0) / 3)
+    assert result["phrase_acc50"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert result["chance_phrase_iou"] == pytest.approx((1 + 0.5 + 1) / 6)  # the other queries: 0
+    # Boxes of the other picture in place of the predicted ones: picture 0 gets the upper half twice
+    # (IoU 1/3 with either half), picture 1 two of the halves (IoU 1/3 each).
+    assert result["chance_box_iou"] == pytest.approx(1 / 3)
+    again = grounding.evaluate(predictor, images=tmp_path, annotations=path, batch_size=1)
+    assert again == result
+
+
+def test_more_boxes_than_queries_keep_the_highest_scores(tmp_path):
+    path = _write(
+        tmp_path,
+        [
+            [
+                ([0, 0, 2, 2], "beak", 0.1),
+                ([0, 0, 20, 10], "tail", 0.9),
+                ([0, 0, 10, 10], "crest", 0.5),
+            ]
+        ],
+    )
+    regions = {0: ([[0, 0, 0.1, 0.2], [0, 0, 1, 1]], [[1, 0, 0], [0, 1, 0]])}
+    result = grounding.evaluate(
+        StubPredictor({0: [1, 0, 0]}, TEXTS, regions), images=tmp_path, annotations=path
+    )
+    # beak's box is predicted exactly, but does not count; crest (IoU of 4 / 100) does.
+    assert result["regions"] == 3 and result["regions_matched"] == 2
+    assert result["box_iou"] == pytest.approx((1 + 0.04) / 2)
+
+
+def _iou_and_giou(a, b):
+    low, high = np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:])
+    overlap = np.prod(np.maximum(high - low, 0))
+    union = np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - overlap
+    hull = np.prod(np.maximum(a[2:], b[2:]) - np.minimum(a[:2], b[:2]))
+    return overlap / union, overlap / union - (hull - union) / hull
+
+
+def test_matching_is_scipys_of_the_training_cost():
+    random = np.random.default_rng(0)
+    pred = np.sort(random.random((9, 5, 2, 2)), axis=2).reshape(9, 5, 4).astype(np.float32)
+    counts = [1, 2, 3, 4, 5, 5, 3, 2, 1]
+    true = [np.sort(random.random((n, 2, 2)), axis=1).reshape(n, 4) for n in counts]
+    described = grounding.Described(
+        picture=np.repeat(np.arange(9), counts),
+        rank=np.concatenate([np.arange(n) for n in counts]),
+        boxes_xyxy=np.concatenate(true).astype(np.float32),
+        text=np.arange(sum(counts)),
+        texts=[],
+        outside=0,
+    )
+    matched, text = grounding.match(pred, described)
+    assert text.tolist() == list(range(sum(counts)))
+    centre = lambda b: np.concatenate([(b[:2] + b[2:]) / 2, b[2:] - b[:2]])
+    expected_query, expected_iou = [], []
+    for i in range(9):
+        cost = [
+            [5 * np.abs(centre(p) - centre(t)).sum() - 2 * _iou_and_giou(p, t)[1] for p in pred[i]]
+            for t in true[i]
+        ]
+        region, query = scipy.optimize.linear_sum_assignment(cost)
+        expected_query += query.tolist()
+        expected_iou += [_iou_and_giou(pred[i, q], true[i][r])[0] for r, q in zip(region, query)]
+    assert matched.query.tolist() == expected_query
+    np.testing.assert_allclose(matched.iou, expected_iou, atol=1e-5)
+
+
+def test_one_picture_has_a_chance_too(tmp_path):
+    path = _write(tmp_path, [[([0, 0, 20, 10], "beak", 1.0)]])
+    regions = {0: ([[0, 0, 1, 1], [0, 0, 0.5, 1]], [[1, 0, 0], [0, 1, 0]])}
+    predictor = StubPredictor({0: [1, 0, 0]}, TEXTS, regions)
+    result = grounding.evaluate(predictor, images=tmp_path, annotations=path)
+    assert result["box_iou"] == 1.0 and 0 < result["chance_box_iou"] < 1
+
+
+def test_distinct_keeps_the_first():
+    assert grounding.distinct(["b", "A  c", "a c", "B", "d"]) == ["b", "A  c", "d"]
+
+
+def test_faults(tmp_path):
+    path = _write(tmp_path, [None])
+    with pytest.raises(base.InputError, match="no line has a region"):
+        grounding.evaluate(StubPredictor(), images=tmp_path, annotations=path)
+    path = _write(tmp_path, [[([90, 0, 99, 9], "beak", 1.0)]])
+    predictor = StubPredictor({0: [1, 0]}, TEXTS, {0: ([[0, 0, 1, 1]], [[1, 0, 0]])})
+    with pytest.raises(base.InputError, match="every box lies outside"):
+        grounding.evaluate(predictor, images=tmp_path, annotations=path)

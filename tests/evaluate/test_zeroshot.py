@@ -1,0 +1,174 @@
+import json
+
+import numpy as np
+import pytest
+
+from grain_jax.evaluate import base, scores, zeroshot
+from tests.evaluate.stub import StubPredictor, write_picture
+
+BOXES = np.zeros((2, 4))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes: cat has pictures 0, 1; dog 2; red fox 3."""
+    for i, name in enumerate(("cat", "cat", "dog", "red_fox")):
+        write_picture(tmp_path / "classes" / name / f"{i}.png", i)
+    (tmp_path / "classes" / ".hidden").mkdir()
+    (tmp_path / "templates.txt").write_text("a {}\nthe {}\n")
+    return tmp_path
+
+
+def _evaluate(folder, predictor, **options):
+    return zeroshot.evaluate(
+        predictor, images=folder / "classes", templates=folder / "templates.txt", **options
+    )
+
+
+NAMES = {
+    "a cat": [1, 0, 0],
+    "the cat": [3, 0, 0],  # texts are normalised before they are averaged
+    "a dog": [0, 1, 0],
+    "the dog": [0, 1, 0],
+    "a red fox": [0, 0, 1],
+    "the red fox": [0, 1, 0],  # disagrees: the feature is (0, .5, .5), and is not normalised again
+}
+
+
+def test_names(folder):
+    images = {0: [5, 1, 0], 1: [0, 2, 1], 2: [0, 1, 0.9], 3: [0, 1, 1.5]}
+    # Scores, unnormalised: 0: (5, 1, .5) cat. 1: (0, 2, 1.5) dog, wrong. 2: (0, 1, .95) dog: a feature of
+    # unit length would have made it a red fox (1.34). 3: (0, 1, 1.25) red fox.
+    result = _evaluate(folder, StubPredictor(images, NAMES))
+    assert result["kind"] == "zeroshot" and result["classes"] == 3 and result["pictures"] == 4
+    assert result["chance"] == pytest.approx(1 / 3) and result["chance_top5"] == 1.0
+    alpha = result["alpha_1.0"]
+    assert alpha["top1"] == 0.75 and alpha["top5"] == 1.0
+    assert alpha["per_class"] == {"cat": 0.5, "dog": 1.0, "red fox": 1.0}
+    assert alpha["mean_per_class"] == pytest.approx(2.5 / 3)
+    assert (alpha["top1_low"], alpha["top1_high"]) == pytest.approx(base.interval(3, 4))
+    assert "alpha_0.5" not in result
+
+
+def test_a_tie_counts_half(folder):
+    images = {0: [1, 1, -1], 1: [1, 0, 0], 2: [0, 1, 0], 3: [0, 0, 1]}
+    assert _evaluate(folder, StubPredictor(images, NAMES))["alpha_1.0"]["top1"] == 3.5 / 4
+
+
+DESCRIPTIONS = {
+    "cat": ["whiskers", "a tail"],
+    "dog": ["a tail"],
+    "red fox": ["red fur"],
+    "cow": ["x"],
+}
+PHRASES = {"whiskers": [1, 0, 0], "a tail": [0, 1, 0], "red fur": [0, 0, 1]}
+
+
+def _regions(first, second):
+    return BOXES, np.array([first, second], np.float32)
+
+
+def _write_descriptions(folder, value):
+    path = folder / "D.json"
+    path.write_text(json.dumps(value))
+    return path
+
+
+def test_descriptions_alone(folder):
+    path = _write_descriptions(folder, DESCRIPTIONS)
+    images = {0: [1, 0.1, 0], 1: [0, 1, 0], 2: [0, 1, 0], 3: [0, 0, 1]}
+    regions = {
+        0: _regions([1, 0, 0], [0, 1, 0]),  # queries: cat (1+1)/2, dog (0+1)/2, fox 0
+        1: _regions([1, 0, 0], [0, 1, 0]),
+        2: _regions([0, 1, 0], [0, 1, 0]),  # cat 1, dog 1: a tie
+        3: _regions([0, 0, 1], [1, 0, 0]),  # cat .5, dog 0, fox .5: a tie
+    }
+    predictor = StubPredictor(images, PHRASES, regions)
+    result = _evaluate(folder, predictor, descriptions=path, names=False, alphas=(1.0, 0.5, 0.0))
+    # Global features: cat (.5, .5, 0), dog (0, 1, 0), fox (0, 0, 1).
+    assert result["alpha_1.0"]["per_class"] == {"cat": 0.5, "dog": 1.0, "red fox": 1.0}
+    assert result["alpha_0.0"]["per_class"] == {"cat": 1.0, "dog": 0.5, "red fox": 0.5}
+    # Picture 1 at 0.5: cat .5 * .5 + .5 * 1 = .75; dog .5 * 1 + .5 * .5 = .75: a tie.
+    assert result["alpha_0.5"]["per_class"] == {"cat": 0.75, "dog": 1.0, "red fox": 1.0}
+    assert sorted(predictor.asked) == sorted(PHRASES)  # no name, no template, each once
+    assert result["descriptions"] == 4 and result["names"] is False
+
+    # The other order. 0, 1: cat (1+1)/2, dog 1: a tie. 2: cat (0+1)/2, dog 1. 3: cat .5, dog 0, fox 1.
+    result = _evaluate(
+        folder,
+        predictor,
+        descriptions=path,
+        names=False,
+        alphas=(0.0,),
+        region_order="descriptions",
+    )
+    assert result["alpha_0.0"]["per_class"] == {"cat": 0.5, "dog": 1.0, "red fox": 1.0}
+
+
+def test_names_with_descriptions(folder):
+    path = _write_descriptions(folder, DESCRIPTIONS)
+    sentences = {
+        "whiskers": "which has whiskers",
+        "a tail": "which is a tail",
+        "red fur": "which has red fur",
+    }
+    texts = dict(PHRASES)
+    for i, name in enumerate(("cat", "dog", "red fox")):
+        for phrase in DESCRIPTIONS[name]:
+            for article in ("a", "the"):
+                texts[f"{article} {name}, {sentences[phrase]}"] = np.eye(3)[i]
+    images = {i: np.eye(3)[c] for i, c in enumerate((0, 0, 1, 0))}
+    regions = {i: _regions([0, 0, 1], [0, 0, 1]) for i in range(4)}
+    predictor = StubPredictor(images, texts, regions)
+    result = _evaluate(folder, predictor, descriptions=path)
+    assert result["alpha_1.0"]["top1"] == 0.75  # the default reports alpha 1 and 0.5
+    # 3 at 0.5: cat .5, fox .5; the others: their own class .5, fox .5.
+    assert result["alpha_0.5"]["top1"] == pytest.approx(0.5)
+    assert len(predictor.asked) == len(texts)
+
+
+def test_the_two_region_orders_differ_as_said():
+    random = np.random.default_rng(0)
+    region_embed = random.normal(size=(3, 4, 8))
+    classes = [random.normal(size=(n, 8)) for n in (1, 3, 2)]
+    for c, embeds in enumerate(classes):
+        cosine = scores.unit(region_embed) @ scores.unit(embeds).T  # [3, 4, n]
+        np.testing.assert_allclose(
+            zeroshot.description_scores(region_embed, classes)[:, c],
+            cosine.max(axis=1).mean(axis=1),
+            atol=1e-6,
+        )
+        np.testing.assert_allclose(
+            scores.region_scores(region_embed, classes)[:, c],
+            cosine.max(axis=2).mean(axis=1),
+            atol=1e-6,
+        )
+
+
+def test_unreadable_pictures_are_counted_and_named(folder):
+    (folder / "classes" / "dog" / "bad.jpg").write_bytes(b"oops")
+    images = {0: [1, 0, 0], 1: [1, 0, 0], 2: [0, 1, 0], 3: [0, 0, 1]}
+    result = _evaluate(folder, StubPredictor(images, NAMES))
+    assert result["pictures"] == 4 and result["unreadable"] == 1
+    assert "bad.jpg" in result["unreadable_pictures"][0]
+
+
+def test_faults(folder):
+    predictor = StubPredictor()
+    fault = lambda **options: pytest.raises(
+        base.InputError, _evaluate, folder, predictor, **options
+    )
+    path = _write_descriptions(folder, {"cat": ["whiskers"], "dog": []})
+    assert str(fault(descriptions=path).value).endswith(
+        "no description of the classes dog, red fox"
+    )
+    path = _write_descriptions(folder, {"cat": "whiskers"})
+    assert "'cat': expected a list of texts" in str(fault(descriptions=path).value)
+    assert "expected a file (D.json) for alpha 0.5" in str(fault(alphas=(1.0, 0.5)).value)
+    assert "for a test without class names" in str(fault(names=False).value)
+    assert "got 1.5, expected a number from 0 to 1" in str(fault(alphas=(1.5,)).value)
+    assert "expected one of queries, descriptions" in str(fault(region_order="x").value)
+    (folder / "classes" / "eel").mkdir()
+    assert "no pictures in the class folders eel" in str(fault().value)
+    with pytest.raises(base.InputError, match="got 0 sub-folders"):
+        zeroshot.evaluate(predictor, images=folder / "classes" / "cat")

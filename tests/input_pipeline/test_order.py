@@ -1,0 +1,58 @@
+import numpy as np
+
+from grain_jax.input_pipeline import order
+
+
+def shards(*lengths):
+    return [order.Shard(f"s{i}", n) for i, n in enumerate(lengths)]
+
+
+def test_hashes_never_change():
+    # Written down once: another value would reorder every run that resumes.
+    assert int(order.hash_key(1, 2, 3)[0]) == 74078413316773926
+    assert order.permutation(order.hash_key(0), 8).tolist() == [6, 7, 2, 5, 3, 4, 0, 1]
+    draws = order.uniforms(order.hash_key(7), np.array([0, 10**9]), 2)
+    expected = [
+        ["0x1.af2e620000000p-1", "0x1.c729a40000000p-1"],
+        ["0x1.bf86980000000p-1", "0x1.5a6f280000000p-3"],
+    ]
+    assert [list(map(float.hex, row)) for row in draws.tolist()] == expected
+
+
+def test_uniforms_are_uniform_and_independent():
+    draws = order.uniforms(order.hash_key(3, 1), np.arange(40_000), 5)
+    assert draws.min() >= 0 and draws.max() < 1
+    for column in draws.T:
+        counts = np.histogram(column, bins=20, range=(0, 1))[0]
+        assert ((counts - 2000) ** 2 / 2000).sum() < 45  # chi-square, 19 degrees: p > 0.0007
+    correlation = np.corrcoef(np.concatenate([draws[:-1], draws[1:]], axis=1).T)
+    assert np.abs(correlation - np.eye(10)).max() < 0.025  # 5 standard deviations
+
+
+def test_permutations_are_fair():
+    first = [int(order.permutation(order.hash_key(0, e), 5)[0]) for e in range(5000)]
+    counts = np.bincount(first, minlength=5)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 20
+
+
+def test_a_position_is_found_in_its_block():
+    lane = order.Lane(2, shards(3, 5, 4, 1, 6), shards_per_block=2, seed=9)
+    assert [len(b) for b in lane.blocks] == [2, 2, 1] and lane.num_records == 19
+    stream = []
+    for ordinal in range(9):
+        block = lane.block(ordinal)
+        assert block.first_position == len(stream)
+        for place in range(len(block.permutation)):
+            position = block.first_position + place
+            assert lane.ordinal(position) == ordinal
+            stream.append(lane.locate(position))
+    everything = [(s.path, i) for b in lane.blocks for s in b for i in range(s.num_records)]
+    for epoch in range(3):
+        assert sorted(stream[epoch * 19 : epoch * 19 + 19]) == sorted(everything)
+
+
+def test_shards_go_round_the_lanes():
+    lanes = order.make_lanes(shards(1, 0, 2, 3, 4), lanes=2, shards_per_block=1, seed=0)
+    paths = [[s.path for block in lane.blocks for s in block] for lane in lanes]
+    assert paths == [["s0", "s3"], ["s2", "s4"]]
+    assert list(order.lanes_of_process(8, process_index=1, process_count=4)) == [2, 3]

@@ -1,0 +1,316 @@
+import itertools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from grain_jax import images
+from grain_jax.input_pipeline import order, packing, records, tokenizer
+from tests import record_sets
+
+pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # TFDS with protobuf 6
+
+COUNT, LANES, BATCH = 43, 4, 8  # shards of unequal lengths
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records")
+    record_sets.write_annotations(folder / "in", COUNT, size=(16, 16))
+    assert record_sets.build_set(folder / "in", folder, "--num-shards=9") == 0
+    return folder
+
+
+def take(config, count, **arguments):
+    return list(itertools.islice(records.batches(config, **arguments), count))
+
+
+def numbers(batch):
+    """Which picture each row is: its first pixel tells."""
+    return batch.image[:, 0, 0].astype(int) @ [1, 256, 0]
+
+
+def row_texts(batch, group_size):
+    """(caption, descriptions) of each row, as tuples of token ids, read back from the layout."""
+
+    def read(group, at):
+        row, end = at
+        segment = batch.text_segments[group, row, end]
+        inside = batch.text_segments[group, row] == segment
+        return tuple(batch.text_tokens[group, row][inside].tolist())
+
+    out = []
+    for i in range(len(batch.image)):
+        group = i // group_size
+        regions = np.flatnonzero(batch.region_mask[i])
+        out.append(
+            (
+                read(group, batch.caption_at[i]),
+                [read(group, batch.description_at[i, r]) for r in regions],
+            )
+        )
+    return out
+
+
+def test_batches_hold_what_was_built(output):
+    config = record_sets.config(output, synthetic_caption_rate=0.0)
+    assert records.num_examples(config) == COUNT
+    clip_tokenizer = tokenizer.ClipTokenizer()
+    (batch,) = take(config, 1)
+    assert batch.text_tokens.shape == (4, 4, 77) and batch.texts_dropped.tolist() == [0] * 4
+    for row, number in enumerate(numbers(batch)):
+        line = record_sets.annotation(number, (16, 16))
+        np.testing.assert_array_equal(batch.image[row], record_sets.picture(number, (16, 16)))
+        # The highest score, here the last in the file, comes first.
+        regions = line["regions"][::-1]
+        x1, y1, x2, y2 = np.array([r["box"] for r in regions]).reshape(-1, 4).T / 16
+        expected = np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=1)
+        mask = batch.region_mask[row]
+        assert mask.sum() == len(regions)
+        np.testing.assert_allclose(batch.region_boxes_cxcywh[row][mask], expected, atol=1e-6)
+        assert not batch.region_boxes_cxcywh[row][~mask].any()
+        caption, descriptions = row_texts(batch, 2)[row]
+        webs = [line["caption"], *line["captions"]]
+        ids = [tuple(clip_tokenizer.encode([web], 77).ids.tolist()) for web in webs]
+        assert caption in ids
+        assert batch.caption_id[row] in clip_tokenizer.text_id(webs)
+        wanted = [r["description"] for r in regions]
+        assert descriptions == [tuple(clip_tokenizer.encode([d], 77).ids.tolist()) for d in wanted]
+        np.testing.assert_array_equal(
+            batch.description_id[row][mask], clip_tokenizer.text_id(wanted)
+        )
+
+
+def test_only_the_best_regions_are_kept(output):
+    config = record_sets.config(output, max_regions=1)
+    for batch in take(config, 3):
+        for row, number in enumerate(numbers(batch)):
+            regions = record_sets.annotation(number, (16, 16))["regions"]
+            assert batch.region_mask[row].tolist() == [bool(regions)]
+            if regions:
+                x1, _, x2, _ = max(regions, key=lambda r: r["score"])["box"]
+                assert batch.region_boxes_cxcywh[row, 0, 2] == pytest.approx((x2 - x1) / 16)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_global_batch_does_not_depend_on_processes(output, processes):
+    config = record_sets.config(output, flip_rate=0.5, crop_min_area=0.5)
+    whole = take(config, 4)
+    parts = [take(config, 4, process_index=i, process_count=processes) for i in range(processes)]
+    for step, expected in enumerate(whole):
+        joined = type(expected)(*map(np.concatenate, zip(*(part[step] for part in parts))))
+        record_sets.assert_batches_equal(joined, expected)
+
+
+def test_resuming_gives_the_uninterrupted_stream(output):
+    # 43 records at 8 a batch: from the middle of a block, of an epoch, and beyond the first epochs.
+    config = record_sets.config(output, flip_rate=0.5, crop_min_area=0.5, shards_per_block=2)
+    whole = take(config, 20)
+    for step in (1, 5, 6, 13, 19):
+        resumed = take(config, 20 - step, start_step=step)
+        for got, expected in zip(resumed, whole[step:], strict=True):
+            record_sets.assert_batches_equal(got, expected)
+
+
+def test_resuming_opens_only_its_block(output):
+    config = record_sets.config(output, lanes=1, shards_per_block=1)
+    (lane,) = order.make_lanes(
+        records.find(config).shards, lanes=1, shards_per_block=1, seed=config.seed
+    )
+    step = 3
+    wanted = {s.path for p in (24, 31) for s in lane.block(lane.ordinal(p)).shards}
+    opened = []
+    real = tf.data.TFRecordDataset
+
+    def watched(paths, **arguments):
+        def note(x):
+            opened.extend(p.decode() for p in x)
+            return x
+
+        return real(tf.numpy_function(note, [paths], tf.string), **arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf.data, "TFRecordDataset", watched)
+        take(config, 1, start_step=step)
+    following = lane.block(lane.ordinal(31) + 1).shards[0].path
+    # The pipeline reads two batches and a block ahead; nothing before its block is touched.
+    assert opened[0] == lane.block(lane.ordinal(24)).shards[0].path
+    assert wanted <= set(opened) and following in opened
+    first = lane.ordinal(24)
+    assert opened == [lane.block(first + i).shards[0].path for i in range(len(opened))]
+
+
+def test_every_record_once_an_epoch_in_a_new_order(output):
+    config = record_sets.config(output, batch_size=4, pack_group=1)
+    lanes = order.make_lanes(
+        records.find(config).shards, lanes=LANES, shards_per_block=1, seed=config.seed
+    )
+    batches = take(config, 40)
+    seen = []
+    for index, lane in enumerate(lanes):
+        stream = [numbers(batch)[index] for batch in batches]
+        epochs = [stream[i * lane.num_records :][: lane.num_records] for i in range(2)]
+        assert sorted(epochs[0]) == sorted(epochs[1]) and len(set(epochs[0])) == lane.num_records
+        assert epochs[0] != epochs[1]
+        seen += epochs[0]
+    assert sorted(seen) == list(range(COUNT))
+    other = take(record_sets.config(output, batch_size=4, pack_group=1, seed=1), 1)[0]
+    assert numbers(other).tolist() != numbers(batches[0]).tolist()
+
+
+def test_captions_are_drawn_anew(output):
+    config = record_sets.config(output, synthetic_caption_rate=0.4)
+    clip_tokenizer = tokenizer.ClipTokenizer()
+    kinds = {}
+    for number in range(COUNT):
+        line = record_sets.annotation(number)
+        texts = [line["caption"], *line["captions"], line["synthetic_caption"]]
+        kinds |= dict(zip(clip_tokenizer.text_id(texts).tolist(), ["web1", "web2", "synthetic"]))
+    drawn = {number: set() for number in range(COUNT)}
+    counts = dict.fromkeys(["web1", "web2", "synthetic"], 0)
+    for batch in take(config, 60):
+        for number, identity in zip(numbers(batch), batch.caption_id.tolist()):
+            drawn[number].add(kinds[identity])
+            counts[kinds[identity]] += 1
+    # 480 draws: 30%, 30%, 40%, with a standard deviation of 2%.
+    np.testing.assert_allclose(np.array(list(counts.values())) / 480, [0.3, 0.3, 0.4], atol=0.07)
+    assert all(len(kinds) >= 2 for kinds in drawn.values())
+
+
+def test_padded_and_packed_hold_the_same(output):
+    packed = record_sets.config(output)
+    padded = record_sets.config(output)
+    padded = type(padded)(**vars(padded) | {"text": type(padded.text)(False, 1, 1)})
+    for a, b in zip(take(packed, 3), take(padded, 3)):
+        assert b.text_tokens.shape == (BATCH, 6, 77)
+        assert row_texts(a, 2) == row_texts(b, 1)
+        for name in ("image", "caption_id", "description_id", "region_boxes_cxcywh", "region_mask"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    assert packing.padding_share(a.text_segments) < packing.padding_share(b.text_segments)
+
+
+def test_regions_that_do_not_fit_are_counted(output):
+    full = take(record_sets.config(output, lanes=2, pack_group=4, pack_rows=8), 6)
+    cut = take(record_sets.config(output, lanes=2, pack_group=4, pack_rows=1), 6)
+    dropped = sum(int(batch.texts_dropped.sum()) for batch in cut)
+    assert dropped > 0
+    assert dropped == sum(int(a.region_mask.sum() - b.region_mask.sum()) for a, b in zip(full, cut))
+    for batch in cut:
+        assert not batch.description_id[~batch.region_mask].any()
+
+
+def test_mirrored_pictures_move_boxes_and_words(output):
+    plain = take(record_sets.config(output), 5)
+    mirrored = take(record_sets.config(output, flip_rate=1.0), 5)
+    clip_tokenizer = tokenizer.ClipTokenizer()
+    for a, b in zip(plain, mirrored):
+        np.testing.assert_array_equal(a.image[:, :, ::-1], b.image)
+        mask = a.region_mask
+        expected = a.region_boxes_cxcywh * [-1, 1, 1, 1] + [1, 0, 0, 0]
+        np.testing.assert_allclose(b.region_boxes_cxcywh[mask], expected[mask], atol=1e-6)
+        for row, number in enumerate(numbers(a)):
+            texts = [r["description"] for r in record_sets.annotation(number)["regions"][::-1]]
+            swapped = clip_tokenizer.text_id([t.replace("left", "right") for t in texts])
+            np.testing.assert_array_equal(b.description_id[row][mask[row]], swapped)
+
+
+def test_pictures_are_squashed_as_they_come(tmp_path):
+    record_sets.write_annotations(tmp_path / "in", 8, size=(50, 37))
+    assert record_sets.build_set(tmp_path / "in", tmp_path) == 0
+    batch = take(record_sets.config(tmp_path, batch_size=8, size=24, lanes=2), 1)[0]
+    assert batch.image.shape == (8, 24, 24, 3)
+    wanted = [images.squash(record_sets.picture(n, (50, 37)), 24).astype(int) for n in range(8)]
+    # The squash mixes the pixel that tells the number: find the picture by what is nearest.
+    distance = np.abs(batch.image[:, None].astype(int) - np.stack(wanted)).mean(axis=(2, 3, 4))
+    assert sorted(distance.argmin(axis=1)) == list(range(8))
+    assert distance.min(axis=1).max() < 0.6
+
+
+def test_a_missing_set_names_the_command(tmp_path):
+    config = record_sets.config(tmp_path, name="birds")
+    with pytest.raises(records.MissingData) as error:
+        records.batches(config)
+    message = str(error.value)
+    assert "\n" not in message and f"{tmp_path}/birds/1.0.0" in message
+    assert (
+        f"python -m data.build --annotations A.jsonl --images DIR --output {tmp_path} --name birds"
+        in message
+    )
+    (tmp_path / "birds/incomplete.ABC_1.0.0").mkdir(parents=True)
+    with pytest.raises(records.MissingData):
+        records.num_examples(config)
+
+
+def test_lanes_that_do_not_fit(output):
+    with pytest.raises(
+        order.OrderError, match=r"input.lanes: got 16, expected at most 9.*--num-shards 16"
+    ):
+        records.batches(record_sets.config(output, batch_size=16, pack_group=1, lanes=16))
+    with pytest.raises(order.OrderError, match="got 4, expected a multiple of the 3 processes"):
+        records.batches(record_sets.config(output), process_index=0, process_count=3)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    record_sets.write_annotations(tmp_path / "in", 12, size=(16, 16))
+    assert record_sets.build_set(tmp_path / "in", tmp_path, "--num-shards=2") == 0
+    config = record_sets.config(tmp_path, batch_size=4, lanes=2)
+    path = records.find(config).shards[1].path
+    contents = [r.numpy() for r in tf.data.TFRecordDataset(path)]
+    return config, path, contents
+
+
+def test_uneven_lanes_are_warned_of(output, caplog):
+    records.batches(record_sets.config(output))  # 9 shards for 4 lanes
+    assert "input.lanes=4: lanes have 9 to 15 records" in caplog.text
+
+
+def until_error(config):
+    with pytest.raises(records.DataError) as error:
+        take(config, 3)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_damaged_record_is_named(damaged):
+    config, path, contents = damaged
+    with tf.io.TFRecordWriter(path) as writer:
+        for record in contents:
+            writer.write(record)
+    with tf.io.gfile.GFile(path, "rb") as file:
+        whole = file.read()
+    at = whole.index(contents[3]) + 40
+    with tf.io.gfile.GFile(path, "wb") as file:
+        file.write(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    assert until_error(config) == (
+        f"{path}, record 3: damaged (checksum); rebuild the set with data.build"
+    )
+
+
+def test_a_damaged_picture_is_named(damaged):
+    config, path, contents = damaged
+    example = tf.train.Example.FromString(contents[4])
+    picture = example.features.feature["image"].bytes_list
+    picture.value[0] = picture.value[0][:50]
+    contents[4] = example.SerializeToString()
+    with tf.io.TFRecordWriter(path) as writer:
+        for record in contents:
+            writer.write(record)
+    message = until_error(config)
+    assert message.startswith(f"{path}, record 4: ") and "PNG" in message
+
+
+def test_a_shard_that_lost_records_is_named(damaged):
+    config, path, contents = damaged
+    with tf.io.TFRecordWriter(path) as writer:
+        for record in contents[:-1]:
+            writer.write(record)
+    assert f"{path}: got {len(contents) - 1} records, expected {len(contents)}" in until_error(
+        config
+    )
+
+
+def test_a_lost_shard_is_named(damaged):
+    config, path, _ = damaged
+    tf.io.gfile.remove(path)
+    assert until_error(config) == f"{path}: the shard is gone; rebuild the set with data.build"

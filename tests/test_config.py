@@ -1,0 +1,112 @@
+"""Configs: every shipped one resolves; a wrong key anywhere is an error with a suggestion."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+from grain_jax import config as config_lib
+from tests import tiny
+from tests.paths import ROOT
+
+SHIPPED = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_resolve(name):
+    config = config_lib.from_dict(importlib.import_module(f"configs.{name}").get_config())
+    assert config_lib.from_dict(json.loads(config_lib.to_json(config))) == config
+
+
+def test_reference_config_restores_what_the_spec_lists():
+    c = config_lib.from_dict(importlib.import_module("configs.reference").get_config())
+    assert not c.text.packing and c.loss.group_size == 128 and not c.loss.mask_duplicates
+    assert c.loss.box == 1.5 and c.loss.iou_epsilon == 1e-4 and c.loss.shift_labels_after_empty_box
+    assert (c.optim.decay_groups, c.optim.schedule, c.model.image.block_init) == ("reference", "reference", "torch")
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda d: d["optim"].update(learning_rte=1.0), "optim.learning_rte: no such key; did you mean optim.learning_rate?"),
+        (lambda d: d.update(batchsize=8), "batchsize: no such key; did you mean batch_size?"),
+        (lambda d: d["text"].pop("pack_rows"), "text.pack_rows: missing; configs/common.py has its default"),
+        (lambda d: d.update(batch_size="x"), "batch_size: got 'x', expected int"),
+        (lambda d: d.update(remat="some"), "remat: got 'some', expected one of none, full, dots"),
+        (lambda d: d.update(total_epochs=1.0), "total_steps, total_epochs: exactly one must be set"),
+        (lambda d: d["input"].update(lanes=3), "input.lanes: got 3, must divide batch_size 16"),
+        (lambda d: d["text"].update(pack_group=8), "text.pack_group: got 8, must divide batch_size / input.lanes = 4"),
+        (lambda d: d["model"]["image"].update(patch_size=5), "model.image.image_size: got 16, expected a multiple of"),
+        (lambda d: d["model"]["text"].update(heads=5), "model.text.heads: got 5, must divide width 32"),
+    ],
+)
+def test_faults_are_named(change, message):
+    values = tiny.dictionary().to_dict()
+    change(values)
+    with pytest.raises(config_lib.ConfigError) as caught:
+        config_lib.from_dict(values)
+    assert message in str(caught.value)
+
+
+def test_all_faults_of_a_config_are_reported_at_once():
+    values = tiny.dictionary().to_dict()
+    values["loss"]["bx"] = 1.0
+    values["seed"] = None
+    with pytest.raises(config_lib.ConfigError) as caught:
+        config_lib.from_dict(values)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_every_key_is_read():
+    """A key that nothing reads is a switch that does nothing."""
+    import dataclasses
+    import typing
+
+    code = "\n".join(
+        p.read_text() for p in (ROOT / "grain_jax").rglob("*.py") if p.name != "config.py"
+    )
+    code += (ROOT / "grain_jax" / "config.py").read_text().split("def _check_model")[1]
+
+    def unread(cls, prefix=""):
+        for name, kind in typing.get_type_hints(cls).items():
+            if dataclasses.is_dataclass(kind):
+                yield from unread(kind, f"{prefix}{name}.")
+            elif f".{name}" not in code:
+                yield prefix + name
+
+    assert list(unread(config_lib.Config)) + list(unread(config_lib.Evaluator)) == []
+
+
+def test_configs_import_neither_jax_nor_grain_jax():
+    code = (
+        "import sys, importlib\n"
+        f"for name in {SHIPPED}: importlib.import_module('configs.' + name).get_config()\n"
+        "bad = {m.split('.')[0] for m in sys.modules} & {'jax', 'grain_jax', 'tensorflow', 'torch'}\n"
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def _command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "grain_jax.train", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--workdir", "x", "--config", "configs/demo.py", "--config.optim.learning_rte=1"],
+         "--config.optim.learning_rte: no such key; did you mean optim.learning_rate?"),
+        (["--workdir", "x", "--config", "configs/nothing.py"], "configs/nothing.py"),
+        (["--workdir", "x"], "--config: missing"),
+        (["--config", "configs/demo.py"], "--workdir: missing"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(arguments, message):
+    done = _command(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
