@@ -52,9 +52,13 @@ def check_line(line: bytes, folder: epath.PathLike) -> Checked:
     """Checks one line and its picture, which lies below `folder`."""
     faults: list[str] = []
     try:
-        item = json.loads(line.decode("utf-8-sig"))
+        item = json.loads(line.rstrip().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, ValueError) else "too deeply nested"
+        reason = "too deeply nested or too long a number"
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg} at column {error.colno}"
+        elif isinstance(error, UnicodeDecodeError):
+            reason = f"not UTF-8 text (byte {error.start})"
         return Checked(None, None, b"", [f"not JSON: {reason}, expected one JSON object"], 0, [])
     if not isinstance(item, dict):
         fault = f"got {_show(item)}, expected one JSON object"

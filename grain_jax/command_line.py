@@ -42,7 +42,10 @@ def parse_config(argv: list[str], holder: flags.FlagHolder) -> config_lib.Config
         scratch = flags.FlagValues()
         rest = [a for a in argv if a not in overrides]
         file = config_flags.DEFINE_config_file(name, None, flag_values=scratch, sys_argv=rest)
-        scratch(rest, known_only=True)
+        try:
+            scratch(rest, known_only=True)
+        except OSError:  # ml_collections' message has four lines and no advice
+            raise ValueError(f"--{name}: no such file; expected one such as configs/demo.py") from None
         if file.value is None:
             raise ValueError(f"--{name}: missing; e.g. --{name} configs/demo.py")
         known = _keys(file.value)

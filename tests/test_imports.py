@@ -50,7 +50,7 @@ def _calls_on_files(tree):
             if isinstance(node.func, ast.Name) and node.func.id == "open":
                 yield node.lineno, "open("
             if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
-                if node.func.value.id == "os" and node.func.attr not in ("cpu_count", "sched_getaffinity", "getpid", "kill"):
+                if node.func.value.id == "os" and node.func.attr not in ("cpu_count", "sched_getaffinity", "getpid", "kill", "_exit"):
                     yield node.lineno, f"os.{node.func.attr}("
                 if node.func.value.id in ("pathlib", "shutil", "glob"):
                     yield node.lineno, f"{node.func.value.id}.{node.func.attr}("

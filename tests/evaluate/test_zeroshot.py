@@ -5,6 +5,7 @@ import pytest
 
 from grain_jax.evaluate import base, scores, zeroshot
 from tests.evaluate.stub import StubPredictor, write_picture
+from tests.paths import GOLDENS
 
 BOXES = np.zeros((2, 4))
 
@@ -172,3 +173,14 @@ def test_faults(folder):
     assert "no pictures in the class folders eel" in str(fault().value)
     with pytest.raises(base.InputError, match="got 0 sub-folders"):
         zeroshot.evaluate(predictor, images=folder / "classes" / "cat")
+
+
+def test_accuracies_of_the_reference():
+    """eval.npz: what the reference's own evaluation counted on its logits."""
+    golden = np.load(GOLDENS / "eval.npz")
+    right = golden["inputs/targets"][:, None] == np.arange(12)
+    tags = [key.removesuffix("/logits") for key in golden if key.endswith("/logits")]
+    assert len(tags) == 10
+    for tag in tags:
+        hits = [base.topk_hits(golden[f"{tag}/logits"], right, k).mean() for k in (1, 5)]
+        np.testing.assert_allclose(100 * np.array(hits), golden[f"{tag}/acc1_acc5"], atol=1e-6)
