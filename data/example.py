@@ -79,7 +79,7 @@ def encode(line: Line, *, folder: str, encoding: Encoding) -> dict[str, Any] | l
     return {
         "id": found.id,
         "image": encode_picture(picture, checked.encoded, encoding),
-        "captions": found.captions,
+        "captions": list(found.captions),
         "synthetic_caption": found.synthetic_caption,
         "regions": [
             {

@@ -1,13 +1,12 @@
 """Reads annotations (`A.jsonl`: a picture, its captions and its described boxes a line) and names every fault.
 
-The format is interface.md's. Needs the standard library and `etils.epath` only, so that evaluators and
-the offline tools in `data/` can share it.
+The one parser of that format, for evaluation and for the offline tools in `data/`: needs the standard
+library and `etils.epath` only. What takes the picture itself is in `data/annotations.py`.
 """
 
 import json
 import math
 import posixpath
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -15,7 +14,9 @@ from etils import epath
 KEYS = ("image", "caption", "captions", "synthetic_caption", "regions", "id")
 REGION_KEYS = ("box", "description", "score")
 MAX_FAULT_SHARE = 0.01  # of the lines; more is an error, fewer are left out and counted
-_LISTED_FAULTS = 20  # that an error message spells out
+MIN_INSIDE = 0.5  # of a box's area; detectors hang over a little, a wrong box hangs over a lot
+
+Box = tuple[float, float, float, float]
 
 
 class AnnotationError(ValueError):
@@ -23,21 +24,38 @@ class AnnotationError(ValueError):
 
 
 class Region(NamedTuple):
-    """A described box, as it stands in the file."""
+    """A described box."""
 
-    box_xyxy: tuple[float, float, float, float]  # pixels of the picture file
+    box_xyxy: Box  # pixels of the picture file
     description: str
-    score: float  # the detector's; 1 where the file has none
+    score: float  # the detector's, in [0, 1]
 
 
 class Annotation(NamedTuple):
-    """One picture's line."""
+    """A line that has no fault."""
 
-    line: int  # in the file, from 1
     image: str  # path below the pictures' folder
     captions: tuple[str, ...]  # of the web or of annotators; may be empty
-    synthetic_caption: str | None
+    synthetic_caption: str  # "" where there is none
     regions: tuple[Region, ...]
+    id: str | None
+
+
+class Parsed(NamedTuple):
+    """What a line came to. `image` and `boxes_xyxy` let a faulty line's picture be checked as well."""
+
+    annotation: Annotation | None  # None if there is a fault
+    faults: list[str]  # each `what: got, expected`
+    unknown_keys: list[str]  # those of regions as "regions.KEY"
+    image: str  # "" where it is faulty
+    boxes_xyxy: list[Box | None]  # of each region of the line; None where it is faulty
+
+
+class ClippedBox(NamedTuple):
+    """A box within a picture."""
+
+    box_xyxy: Box | None  # pixels; None where less than MIN_INSIDE is kept
+    kept: float  # share of the box's area that lies in the picture, in [0, 1]
 
 
 class Annotations(NamedTuple):
@@ -46,161 +64,203 @@ class Annotations(NamedTuple):
     records: list[Annotation]
     faults: list[str]  # one line each; the faulty lines are left out of `records`
     faulty_lines: int
-    unknown_keys: dict[str, int]  # key -> how many lines have it
+    unknown_keys: dict[str, int]  # key -> how often it stands there
 
 
 def read(path: epath.PathLike, *, max_faults: float = MAX_FAULT_SHARE) -> Annotations:
-    """The annotations in a file of JSON lines; empty lines are skipped.
+    """The annotations in a file of JSON lines; blank lines are skipped, captions may be missing.
 
     Args:
       path: the file, local or remote.
       max_faults: the largest share of faulty lines, in [0, 1], that is put up with.
 
     Raises:
-      AnnotationError: no such file, nothing in it, or too many faulty lines (all faults are in the message
-        up to a limit, each as `FILE:LINE: what, got, expected`).
+      AnnotationError: no such file, nothing in it, or too many faulty lines (all faults are in the
+        message, each as `FILE:LINE: what: got, expected`).
     """
     path = epath.Path(path)
     if not path.exists() or path.is_dir():
-        raise AnnotationError(f"{path}: no such file; expected annotations, one JSON object a line")
+        raise AnnotationError(f"{path}: no such file, expected one JSON object a line")
     records, faults, unknown, lines = [], [], {}, 0
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise AnnotationError(
-            f"{path}: not UTF-8 text (byte {error.start}); expected JSON lines"
-        ) from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        lines += 1
-        found: list[str] = []
-        record = _record(number, line, found, unknown)
-        faults.extend(f"{path.name}:{number}: {fault}" for fault in found)
-        if not found:
-            records.append(record)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            lines += 1
+            parsed = parse_line(line, caption_required=False)
+            faults += [f"{path}:{number}: {fault}" for fault in parsed.faults]
+            for key in parsed.unknown_keys:
+                unknown[key] = unknown.get(key, 0) + 1
+            if parsed.annotation is not None:
+                records.append(parsed.annotation)
     if not lines:
-        raise AnnotationError(
-            f"{path}: the file is empty; expected annotations, one JSON object a line"
-        )
-    if lines - len(records) > max_faults * lines:
-        listed = faults[:_LISTED_FAULTS]
-        more = (
-            f" ({len(faults) - len(listed)} more faults not shown)"
-            if len(faults) > len(listed)
-            else ""
-        )
-        raise AnnotationError(
-            "\n".join(listed)
-            + f"\n{path}: {lines - len(records)} of {lines} lines are faulty,"
-            + f" more than {max_faults:.0%}{more}"
-        )
-    return Annotations(records, faults, lines - len(records), unknown)
+        raise AnnotationError(f"{path}: the file is empty, expected one JSON object a line")
+    faulty_lines = lines - len(records)
+    if faulty_lines > max_faults * lines:
+        limit = f"{100 * max_faults:g}%"
+        summary = f"{path}: {faulty_lines} of {lines} lines are faulty, more than {limit}"
+        raise AnnotationError("\n".join([*faults, summary]))
+    return Annotations(records, faults, faulty_lines, unknown)
 
 
-def normalised_box_xyxy(
-    box_xyxy: Sequence[float], width: int, height: int
-) -> tuple[float, float, float, float] | None:
-    """A box in pixels as shares of the picture, clipped to it; None if less than half its area is left."""
-    x1, y1, x2, y2 = box_xyxy
-    left, top = max(0.0, x1), max(0.0, y1)
-    right, bottom = min(float(width), x2), min(float(height), y2)
-    inside = max(0.0, right - left) * max(0.0, bottom - top)
-    if inside < 0.5 * (x2 - x1) * (y2 - y1):
-        return None
-    return left / width, top / height, right / width, bottom / height
+def parse_line(line: bytes, *, caption_required: bool) -> Parsed:
+    """Checks a line as far as that goes without its picture; boxes stay as they are in the file.
 
-
-def _record(
-    number: int, line: str, faults: list[str], unknown: dict[str, int]
-) -> Annotation | None:
+    Args:
+      line: UTF-8 JSON; a byte order mark and white space at the ends do not matter.
+      caption_required: whether a line without caption, captions and synthetic_caption is faulty, as
+        it is for training.
+    """
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
+        item = json.loads(line.rstrip().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        reason = "too deeply nested or too long a number"
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg} at column {error.colno}"
+        elif isinstance(error, UnicodeDecodeError):
+            reason = f"not UTF-8 text (byte {error.start})"
+        return Parsed(None, [f"not JSON: {reason}, expected one JSON object"], [], "", [])
+    if not isinstance(item, dict):
+        return Parsed(None, [f"got {show(item)}, expected one JSON object"], [], "", [])
+    faults: list[str] = []
+    unknown = [key for key in item if key not in KEYS]
+    image = _image(item, faults)
+    faults_before = len(faults)
+    captions = _captions(item, faults)
+    synthetic = _text(item, "synthetic_caption", faults)
+    some = captions or synthetic or len(faults) > faults_before
+    if caption_required and not some:
         faults.append(
-            f"not JSON ({error.msg} at column {error.colno}), expected one JSON object a line"
+            "no caption: got neither caption, captions nor synthetic_caption, expected a text"
         )
-        return None
-    if not isinstance(value, dict):
-        faults.append(f"got {_short(value)}, expected a JSON object with the key 'image'")
-        return None
-    for key in value.keys() - set(KEYS):
-        unknown[key] = unknown.get(key, 0) + 1
-    image = value.get("image")
-    if not isinstance(image, str) or not image.strip():
-        faults.append(f"image: got {_short(image)}, expected a path below the pictures' folder")
-        image = ""
-    elif image.startswith("/") or "://" in image or ".." in image.split("/"):
+    identity = item.get("id")
+    if identity is not None and (not _is_text(identity) or not identity):
+        faults.append(f"id: got {show(identity)}, expected a text")
+    regions, boxes_xyxy = _regions(item, faults, unknown)
+    annotation = None
+    if not faults:
+        annotation = Annotation(image, captions, synthetic, regions, identity)
+    return Parsed(annotation, faults, unknown, image, boxes_xyxy)
+
+
+def clip_box(box_xyxy: Box, width: int, height: int) -> ClippedBox:
+    """Clips a box with an area to a picture of `width` x `height` pixels."""
+    x1, y1, x2, y2 = box_xyxy
+    left, top, right, bottom = max(x1, 0.0), max(y1, 0.0), min(x2, width), min(y2, height)
+    inside = max(0.0, right - left) * max(0.0, bottom - top)
+    kept = inside / ((x2 - x1) * (y2 - y1))
+    box = (left, top, float(right), float(bottom)) if kept >= MIN_INSIDE else None
+    return ClippedBox(box, kept)
+
+
+def _image(item: dict[str, Any], faults: list[str]) -> str:
+    """The picture's path, normalised; "" where it is faulty."""
+    name = item.get("image")
+    if not _is_text(name) or not name.strip() or "\0" in name:
+        got = _got(item, "image")
+        faults.append(f"image: got {got}, expected the path of a picture")
+        return ""
+    path = posixpath.normpath(name)
+    if posixpath.isabs(path) or path.split("/")[0] == ".." or "://" in name:
         faults.append(
-            f"image: got {_short(image)}, expected a path that stays below the pictures' folder"
+            f"image: got {show(name)}, expected a path that stays below the pictures' folder"
         )
-    synthetic = value.get("synthetic_caption")
-    if synthetic is not None and not isinstance(synthetic, str):
-        faults.append(f"synthetic_caption: got {_short(synthetic)}, expected text")
-    return Annotation(
-        line=number,
-        image=posixpath.normpath(image),
-        captions=_captions(value, faults),
-        synthetic_caption=synthetic if _is_text(synthetic) and synthetic.strip() else None,
-        regions=_regions(value.get("regions"), faults),
-    )
+        return ""
+    return path
 
 
-def _captions(value: dict[str, Any], faults: list[str]) -> tuple[str, ...]:
-    """`caption`, then those of `captions`; blank ones are left out."""
-    caption, several = value.get("caption"), value.get("captions")
-    if caption is not None and not _is_text(caption):
-        faults.append(f"caption: got {_short(caption)}, expected text")
-        caption = None
-    if several is not None and not (isinstance(several, list) and all(map(_is_text, several))):
-        faults.append(f"captions: got {_short(several)}, expected a list of texts")
-        several = None
-    texts = ([] if caption is None else [caption]) + (several or [])
-    return tuple(text.strip() for text in texts if text.strip())
-
-
-def _regions(value: Any, faults: list[str]) -> tuple[Region, ...]:
+def _text(item: dict[str, Any], key: str, faults: list[str]) -> str:
+    """An optional text, stripped; "" where it is missing, null or blank."""
+    value = item.get(key)
     if value is None:
-        return ()
-    if not isinstance(value, list):
-        faults.append(f"regions: got {_short(value)}, expected a list")
-        return ()
-    regions = []
-    for index, region in enumerate(value):
+        return ""
+    if not _is_text(value):
+        faults.append(f"{key}: got {show(value)}, expected a text")
+        return ""
+    return value.strip()
+
+
+def _captions(item: dict[str, Any], faults: list[str]) -> tuple[str, ...]:
+    """The web captions: `caption`, then those of `captions`; blank ones are left out."""
+    caption, several = _text(item, "caption", faults), item.get("captions")
+    if several is not None and not (isinstance(several, list) and all(map(_is_text, several))):
+        faults.append(f"captions: got {show(several)}, expected a list of texts")
+        several = None
+    return tuple(text.strip() for text in (caption, *(several or ())) if text.strip())
+
+
+def _regions(
+    item: dict[str, Any], faults: list[str], unknown: list[str]
+) -> tuple[tuple[Region, ...], list[Box | None]]:
+    """The regions without a fault, and the boxes of all."""
+    entries = item.get("regions")
+    if entries is None:
+        return (), []
+    if not isinstance(entries, list):
+        faults.append(f"regions: got {show(entries)}, expected a list")
+        return (), []
+    regions, boxes_xyxy = [], []
+    for index, entry in enumerate(entries):
         at = f"regions[{index}]"
-        if not isinstance(region, dict):
+        if not isinstance(entry, dict):
             faults.append(
-                f"{at}: got {_short(region)}, expected an object with {', '.join(REGION_KEYS)}"
+                f"{at}: got {show(entry)}, expected an object with {', '.join(REGION_KEYS)}"
             )
+            boxes_xyxy.append(None)
             continue
-        box, description, score = (region.get(key) for key in REGION_KEYS)
-        if score is None:
-            score = 1.0
-        count = len(faults)
+        unknown += [f"regions.{key}" for key in entry if key not in REGION_KEYS]
+        faults_before = len(faults)
+        boxes_xyxy.append(_box(entry, at, faults))
+        description, score = entry.get("description"), entry.get("score")
         if not _is_text(description) or not description.strip():
-            faults.append(f"{at}.description: got {_short(description)}, expected text")
-        if not _is_number(score):
-            faults.append(f"{at}.score: got {_short(score)}, expected a finite number")
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-            faults.append(
-                f"{at}.box: got {_short(box)}, expected four finite numbers [x1, y1, x2, y2]"
-            )
-        elif box[2] <= box[0] or box[3] <= box[1]:
-            faults.append(f"{at}.box: got {_short(box)}, expected x1 < x2 and y1 < y2 (pixels)")
-        if len(faults) == count:
-            regions.append(Region(tuple(map(float, box)), description.strip(), float(score)))
-    return tuple(regions)
+            faults.append(f"{at}.description: got {_got(entry, 'description')}, expected a text")
+        if not _is_number(score) or not 0 <= score <= 1:
+            faults.append(f"{at}.score: got {_got(entry, 'score')}, expected a number from 0 to 1")
+        if len(faults) == faults_before:
+            regions.append(Region(boxes_xyxy[-1], description.strip(), float(score)))
+    return tuple(regions), boxes_xyxy
+
+
+def _box(entry: dict[str, Any], at: str, faults: list[str]) -> Box | None:
+    box = entry.get("box")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        got = _got(entry, "box")
+        faults.append(f"{at}.box: got {got}, expected four finite numbers [x1, y1, x2, y2]")
+        return None
+    x1, y1, x2, y2 = map(float, box)
+    reason = None
+    if x2 < x1 or y2 < y1:
+        reason = "inverted"
+    elif not (x2 - x1) * (y2 - y1) > 0:
+        reason = "no area"
+    if reason:
+        faults.append(f"{at}.box: got {show(box)}, {reason}, expected x1 < x2 and y1 < y2")
+        return None
+    return x1, y1, x2, y2
 
 
 def _is_text(value: Any) -> bool:
-    # JSON can spell half a surrogate pair, which no tokenizer takes.
+    # JSON can spell half a surrogate pair, which no file can hold and no tokenizer takes.
     return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond any float
+        return False
 
 
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
+def _got(item: dict[str, Any], key: str) -> str:
+    return show(item[key]) if key in item else "none"
+
+
+def show(value: Any) -> str:
+    """A value as the user typed it, cut to what fits on a line."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "a deeply nested value"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -45,7 +45,9 @@ def parse_config(argv: list[str], holder: flags.FlagHolder) -> config_lib.Config
         try:
             scratch(rest, known_only=True)
         except OSError:  # ml_collections' message has four lines and no advice
-            raise ValueError(f"--{name}: no such file; expected one such as configs/demo.py") from None
+            raise ValueError(
+                f"--{name}: no such file; expected one such as configs/demo.py"
+            ) from None
         if file.value is None:
             raise ValueError(f"--{name}: missing; e.g. --{name} configs/demo.py")
         known = _keys(file.value)
@@ -62,7 +64,15 @@ def parse_config(argv: list[str], holder: flags.FlagHolder) -> config_lib.Config
         return config_lib.from_dict(config)
     except config_lib.ConfigError as error:
         fail(error)
-    except (flags.Error, AttributeError, KeyError, TypeError, SyntaxError, OSError, ValueError) as error:
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        TypeError,
+        SyntaxError,
+        OSError,
+        ValueError,
+    ) as error:
         fail(" ".join(str(error).split()))
 
 

@@ -88,8 +88,10 @@ class Monitor:
         return out
 
     def restart_clock(self) -> None:
-        """Leaves what happened since (compiling, evaluating) out of the rates."""
-        self._time = time.monotonic()
+        """Leaves what happened since the last call of `rates` (compiling, evaluating) out of rates and ETA."""
+        now = time.monotonic()
+        self._started += now - self._time
+        self._time = now
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds a line to `metrics.jsonl` and the scalars to TensorBoard."""

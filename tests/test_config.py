@@ -11,7 +11,9 @@ from grain_jax import config as config_lib
 from tests import tiny
 from tests.paths import ROOT
 
-SHIPPED = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
+SHIPPED = sorted(
+    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common")
+)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -24,22 +26,44 @@ def test_reference_config_restores_what_the_spec_lists():
     c = config_lib.from_dict(importlib.import_module("configs.reference").get_config())
     assert not c.text.packing and c.loss.group_size == 128 and not c.loss.mask_duplicates
     assert c.loss.box == 1.5 and c.loss.iou_epsilon == 1e-4 and c.loss.shift_labels_after_empty_box
-    assert (c.optim.decay_groups, c.optim.schedule, c.model.image.block_init) == ("reference", "reference", "torch")
+    assert (c.optim.decay_groups, c.optim.schedule, c.model.image.block_init) == (
+        "reference",
+        "reference",
+        "torch",
+    )
 
 
 @pytest.mark.parametrize(
     "change,message",
     [
-        (lambda d: d["optim"].update(learning_rte=1.0), "optim.learning_rte: no such key; did you mean optim.learning_rate?"),
+        (
+            lambda d: d["optim"].update(learning_rte=1.0),
+            "optim.learning_rte: no such key; did you mean optim.learning_rate?",
+        ),
         (lambda d: d.update(batchsize=8), "batchsize: no such key; did you mean batch_size?"),
-        (lambda d: d["text"].pop("pack_rows"), "text.pack_rows: missing; configs/common.py has its default"),
+        (
+            lambda d: d["text"].pop("pack_rows"),
+            "text.pack_rows: missing; configs/common.py has its default",
+        ),
         (lambda d: d.update(batch_size="x"), "batch_size: got 'x', expected int"),
         (lambda d: d.update(remat="some"), "remat: got 'some', expected one of none, full, dots"),
-        (lambda d: d.update(total_epochs=1.0), "total_steps, total_epochs: exactly one must be set"),
+        (
+            lambda d: d.update(total_epochs=1.0),
+            "total_steps, total_epochs: exactly one must be set",
+        ),
         (lambda d: d["input"].update(lanes=3), "input.lanes: got 3, must divide batch_size 16"),
-        (lambda d: d["text"].update(pack_group=8), "text.pack_group: got 8, must divide batch_size / input.lanes = 4"),
-        (lambda d: d["model"]["image"].update(patch_size=5), "model.image.image_size: got 16, expected a multiple of"),
-        (lambda d: d["model"]["text"].update(heads=5), "model.text.heads: got 5, must divide width 32"),
+        (
+            lambda d: d["text"].update(pack_group=8),
+            "text.pack_group: got 8, must divide batch_size / input.lanes = 4",
+        ),
+        (
+            lambda d: d["model"]["image"].update(patch_size=5),
+            "model.image.image_size: got 16, expected a multiple of",
+        ),
+        (
+            lambda d: d["model"]["text"].update(heads=5),
+            "model.text.heads: got 5, must divide width 32",
+        ),
     ],
 )
 def test_faults_are_named(change, message):
@@ -91,15 +115,20 @@ def test_configs_import_neither_jax_nor_grain_jax():
 
 def _command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "grain_jax.train", *arguments], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "grain_jax.train", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
 
 
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["--workdir", "x", "--config", "configs/demo.py", "--config.optim.learning_rte=1"],
-         "--config.optim.learning_rte: no such key; did you mean optim.learning_rate?"),
+        (
+            ["--workdir", "x", "--config", "configs/demo.py", "--config.optim.learning_rte=1"],
+            "--config.optim.learning_rte: no such key; did you mean optim.learning_rate?",
+        ),
         (["--workdir", "x", "--config", "configs/nothing.py"], "configs/nothing.py"),
         (["--workdir", "x"], "--config: missing"),
         (["--config", "configs/demo.py"], "--workdir: missing"),

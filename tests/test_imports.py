@@ -8,12 +8,23 @@ import pytest
 
 from tests.paths import ROOT
 
-HEAVY = ["jax", "flax", "tensorflow", "torch", "transformers", "ml_collections", "tensorflow_datasets", "matplotlib"]
+HEAVY = [
+    "jax",
+    "flax",
+    "tensorflow",
+    "torch",
+    "transformers",
+    "ml_collections",
+    "tensorflow_datasets",
+    "matplotlib",
+]
 
 
 def _loaded(module):
     code = f"import sys, {module}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return set(done.stdout.split())
 
 
@@ -40,7 +51,9 @@ def test_import_boundaries(module, forbidden):
 
 def test_importing_the_package_is_quick():
     code = "import time; t = time.perf_counter(); import grain_jax; print(time.perf_counter() - t)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert float(done.stdout) < 2
 
 
@@ -50,12 +63,21 @@ def _calls_on_files(tree):
             if isinstance(node.func, ast.Name) and node.func.id == "open":
                 yield node.lineno, "open("
             if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
-                if node.func.value.id == "os" and node.func.attr not in ("cpu_count", "sched_getaffinity", "getpid", "kill", "_exit"):
+                if node.func.value.id == "os" and node.func.attr not in (
+                    "cpu_count",
+                    "sched_getaffinity",
+                    "getpid",
+                    "kill",
+                    "_exit",
+                ):
                     yield node.lineno, f"os.{node.func.attr}("
                 if node.func.value.id in ("pathlib", "shutil", "glob"):
                     yield node.lineno, f"{node.func.value.id}.{node.func.attr}("
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute):
-            if isinstance(node.value.value, ast.Name) and (node.value.value.id, node.value.attr) == ("os", "path"):
+            if isinstance(node.value.value, ast.Name) and (
+                node.value.value.id,
+                node.value.attr,
+            ) == ("os", "path"):
                 yield node.lineno, f"os.path.{node.attr}"
 
 
@@ -64,5 +86,7 @@ def test_paths_go_through_epath():
     for folder in ("grain_jax", "data", "launch"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             tree = ast.parse(path.read_text())
-            found += [f"{path.relative_to(ROOT)}:{line}: {what}" for line, what in _calls_on_files(tree)]
+            found += [
+                f"{path.relative_to(ROOT)}:{line}: {what}" for line, what in _calls_on_files(tree)
+            ]
     assert not found, "\n".join(found)

@@ -99,7 +99,10 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     """The command's keyword arguments; what can be checked without the model is checked here."""
     options = {"images": args.images, "batch_size": args.batch_size}
     if args.command != "zeroshot":
-        annotations.read(args.annotations)
+        read = annotations.read(args.annotations)
+        if read.faults:  # few enough to go on without their lines
+            left_out = f"{args.annotations}: faulty lines left out: {read.faulty_lines}"
+            print(*read.faults, left_out, sep="\n", file=sys.stderr)
         base.picture_folder(args.images)
         return options | {"annotations": args.annotations}
     classes, _, _ = zeroshot.class_folders(args.images)

@@ -180,7 +180,7 @@ def described_boxes(
     for i, (record, size) in enumerate(zip(records, sizes)):
         order = 0
         for region in sorted(record.regions, key=lambda r: -r.score):
-            box_xyxy = annotations_lib.normalised_box_xyxy(region.box_xyxy, *size)
+            box_xyxy = annotations_lib.clip_box(region.box_xyxy, *size).box_xyxy
             if box_xyxy is None:
                 outside += 1
                 continue
@@ -190,7 +190,7 @@ def described_boxes(
                 texts.append(region.description)
             picture.append(i)
             rank.append(order)
-            boxes_xyxy.append(box_xyxy)
+            boxes_xyxy.append([x / edge for x, edge in zip(box_xyxy, (*size, *size))])
             text.append(place[key])
             order += 1
     return Described(

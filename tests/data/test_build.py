@@ -156,12 +156,21 @@ def test_all_faults_of_a_line(tmp_path):
         ],
     }
     faults = annotations.check_line(json.dumps(line).encode(), tmp_path).faults
-    assert [fault.split(":")[0] for fault in faults] == [
+    expected = [
         "regions[0].box",
         "regions[0].description",
         "regions[0].score",
         "regions[1].score",
     ]
+    assert [fault.split(":")[0] for fault in faults] == expected
+    # The picture is looked at in a faulty line too.
+    line["regions"][1]["box"] = [8, 0, 25, 4]
+    faults = annotations.check_line(json.dumps(line).encode(), tmp_path).faults
+    assert [fault.split(":")[0] for fault in faults] == [*expected, "regions[1].box"]
+    assert "got [8, 0, 25, 4], 47% of it in the picture of 16 x 12" in faults[-1]
+    line["image"] = "gone.png"
+    faults = annotations.check_line(json.dumps(line).encode(), tmp_path).faults
+    assert [fault.split(":")[0] for fault in faults] == [*expected, "image"]
 
 
 def test_boxes_are_clipped_and_unknown_keys_counted(tmp_path, capsys):

@@ -73,6 +73,27 @@ def test_retrieval_and_grounding(folder, capsys):
     assert "retrieval: image to text R@1" in table and "grounding: matched box IoU" in table
 
 
+def test_few_faulty_lines_are_named_and_left_out(folder, capsys):
+    path = folder / "A.jsonl"
+    path.write_text(path.read_text() * 60 + '{"image": 5}\n')
+    status, output = _run(folder, "retrieval", "--annotations", str(path))
+    assert status == 0 and json.loads(output.read_text())["faulty_lines"] == 1
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        f"{path}:121: image: got 5, expected the path of a picture",
+        f"{path}: faulty lines left out: 1",
+    ]
+
+
+def test_many_faulty_lines_end_with_2(folder, capsys):
+    path = folder / "A.jsonl"
+    path.write_text(path.read_text() + '{"image": 5, "id": 6}\n' * 30)
+    status, output = _run(folder, "retrieval", "--annotations", str(path))
+    error = capsys.readouterr().err.splitlines()
+    assert status == 2 and not output.exists()
+    assert error[1] == f"{path}:3: id: got 6, expected a text" and len(error) == 61
+    assert error[-1] == f"{path}: 30 of 32 lines are faulty, more than 1%"
+
+
 @pytest.mark.parametrize(
     "arguments, expected",
     [

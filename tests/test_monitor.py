@@ -1,0 +1,47 @@
+import json
+import math
+
+import pytest
+
+from grain_jax import monitor
+
+METRICS = {term: 1.0 for term in monitor.LOSS_TERMS} | {"matched_iou": 0.5}
+
+
+def test_lines_beyond_the_restored_step_are_removed(tmp_path):
+    first = monitor.Monitor(tmp_path, 0, 10, 4)
+    for step in range(1, 6):
+        first.write(step, {"loss": float(step)})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed in the middle of a line
+    second = monitor.Monitor(tmp_path, 3, 10, 4)
+    second.write(4, {"loss": 40.0})
+    second.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+@pytest.mark.parametrize("term", monitor.LOSS_TERMS)
+def test_the_first_bad_term_is_named(term):
+    with pytest.raises(
+        monitor.NotFinite, match=f"^{term} is nan at step 9; it was finite at step 5"
+    ):
+        monitor.check_finite({**METRICS, term: math.nan, "loss": math.nan}, 5, 9)
+    monitor.check_finite(METRICS, 5, 9)
+
+
+def test_durations():
+    assert [monitor.duration(s) for s in (4.4, 65, 7800)] == ["4s", "1m05s", "2h10m"]
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
+    log = monitor.Monitor(tmp_path, 0, 100, 4)
+    rates = log.rates(10, 0.0)
+    log.progress(10, METRICS | rates)
+    log.progress(11, METRICS | rates)  # too soon after the last
+    log.progress(100, METRICS | rates)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("step 10/100 (10%)  loss 1.000") and "ETA" in lines[0]
+    assert "ETA 0s" in lines[1]
