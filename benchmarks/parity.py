@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from etils import epath
 
+from benchmarks import preprocessing
 from configs import common
 from grain_jax import boxes, matching, optim, schema, train_step
 from grain_jax import config as config_lib
@@ -400,6 +401,25 @@ def tokens() -> Iterator[Comparison]:
     yield Comparison(f"{len(strings)} strings", float(wrong), 0.0)
 
 
+def preprocessing_pil() -> Iterator[Comparison]:
+    """The PIL path (evaluation, `grain_jax.load`): the worst pixel of each picture, in levels of 255."""
+    for name in preprocessing.names():
+        yield Comparison(name, float(preprocessing.pil_distance(name).max()), 0.0)
+
+
+def preprocessing_tf() -> Iterator[Comparison]:
+    """tf.data's path (training) against PIL's: worst and mean in levels; nothing without TensorFlow."""
+    try:
+        for name in preprocessing.names():
+            distance = preprocessing.tf_distance(name)
+            worst, mean = preprocessing.TF_DISTANCE.get(name, (0, 0))
+            yield Comparison(f"{name} worst", float(distance.max()), float(worst))
+            yield Comparison(f"{name} mean", float(distance.mean()), float(mean))
+    except ImportError as error:
+        if not (error.name or "").startswith("tensorflow"):
+            raise
+
+
 GROUPS = {
     "image tokens": image_tower,
     "text embeddings": text_tower,
@@ -414,6 +434,8 @@ GROUPS = {
     "packed texts": packed,
     "zero-shot scores": zero_shot,
     "tokenizer": tokens,
+    "preprocessing, PIL": preprocessing_pil,
+    "preprocessing, tf": preprocessing_tf,  # empty without TensorFlow
 }
 
 
@@ -436,6 +458,9 @@ def main() -> int:
         everything[group] = [c._asdict() | {"ok": c.ok} for c in found]
         failed = sum(not c.ok for c in found)
         failures += failed
+        if not found:
+            print(f"{group:18} {0:8d}  not compared: TensorFlow is not installed")
+            continue
         worst = max(
             found, key=lambda c: (not c.ok, c.error / c.tolerance if c.tolerance else c.error)
         )

@@ -61,10 +61,14 @@ def main() -> None:
     # On average 2.5 of 5 descriptions are real: 3.5 rows a picture; packed rows fit 99.9% of groups.
     rows_packed = {8: 5, 16: 9, 32: 17, 64: 33, 128: 63}
     if args.batch not in rows_packed:
-        parser.error(f"--batch: got {args.batch}, expected one of {', '.join(map(str, rows_packed))}")
+        parser.error(
+            f"--batch: got {args.batch}, expected one of {', '.join(map(str, rows_packed))}"
+        )
     variants = {
         "padded": dict(packing=False),
-        "padded, real texts": dict(packing=True, pack_group=args.batch, pack_rows=7 * args.batch // 2),
+        "padded, real texts": dict(
+            packing=True, pack_group=args.batch, pack_rows=7 * args.batch // 2
+        ),
         "packed": dict(packing=True, pack_group=args.batch, pack_rows=rows_packed[args.batch]),
     }
     steps, state, seconds = {}, None, {name: [] for name in variants}
@@ -82,7 +86,9 @@ def main() -> None:
 
     base = np.median(seconds["padded"])
     print(f"{args.size}, batch {args.batch}, {jax.devices()[0].device_kind}, {config.dtype}")
-    print(f"{'texts':20} {'rows':>5} {'median s':>9} {'min':>7} {'max':>7} {'images/s':>9} {'of padded':>10}")
+    print(
+        f"{'texts':20} {'rows':>5} {'median s':>9} {'min':>7} {'max':>7} {'images/s':>9} {'of padded':>10}"
+    )
     table = {}
     for name, times in seconds.items():
         rows = int(np.prod(steps[name][1].text_tokens.shape[:2]))
@@ -94,7 +100,9 @@ def main() -> None:
         )
     print(f"padding in the packed rows: {steps['packed'][2]:.0%}")
     if args.json:
-        machine = dict(platform=platform.platform(), jax=jax.__version__, device=str(jax.devices()[0]))
+        machine = dict(
+            platform=platform.platform(), jax=jax.__version__, device=str(jax.devices()[0])
+        )
         args.json.write_text(json.dumps(dict(machine=machine, table=table), indent=2) + "\n")
 
 

@@ -11,10 +11,10 @@ HARDWARE  any mesh that 2048 images divide over. Not yet run by us.
 from configs import grain_vitb16_cc12m
 
 
-def get_config(arg=None):
+def get_config():
     c = grain_vitb16_cc12m.get_config()
     c.loss.region_description = 0.0
     c.loss.box = 0.0
     c.input.max_regions = 0
-    c.text.pack_rows = 16  # captions only: 64 of about 15 tokens in rows of 77
+    c.text.pack_rows = 28  # captions only: 64 of up to about 30 tokens in rows of 77
     return c

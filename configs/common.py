@@ -34,7 +34,6 @@ def model(size: str = "B/16") -> ConfigDict:
             mlp_dim=3072,
             qk_norm=True,
             norm_eps=1e-6,
-            stem_width=0,
             position_init="normal",
             block_init="trunc_normal",
             unroll=1,

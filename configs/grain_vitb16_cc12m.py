@@ -8,7 +8,7 @@ HARDWARE  the paper: 16 H100 x 128 images; here any mesh that 2048 images divide
 from configs.common import base
 
 
-def get_config(arg=None):
+def get_config():
     c = base("B/16")
     c.total_epochs = 35.0
     c.optim.warmup_epochs = 1.0

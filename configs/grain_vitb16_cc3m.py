@@ -8,7 +8,7 @@ HARDWARE  any mesh that 2048 images divide over. Not yet run by us.
 from configs import grain_vitb16_cc12m
 
 
-def get_config(arg=None):
+def get_config():
     c = grain_vitb16_cc12m.get_config()
     c.input.name = "cc3m"
     return c

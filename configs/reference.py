@@ -11,5 +11,5 @@ from configs import grain_vitb16_cc12m
 from configs.common import reference_behaviour
 
 
-def get_config(arg=None):
+def get_config():
     return reference_behaviour(grain_vitb16_cc12m.get_config())

@@ -18,14 +18,15 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from data import example, parallel, progress
+from data import example, parallel, progress, staging
+from grain_jax import errors
 
 SHARD_BYTES = 64 << 20  # aimed at: a block of a lane, one shard by default, is held in memory whole
 SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal shares
 INLINE_LINES = 1000  # below this, starting processes takes longer than the work
 
 
-class BuildError(ValueError):
+class BuildError(errors.UserError):
     """The set cannot be built from this input; the message is one line."""
 
 
@@ -212,6 +213,7 @@ def build(args: argparse.Namespace) -> str:
         )
     if not folder.is_dir():
         raise BuildError(f"--images {folder}: no such folder, expected the pictures")
+    staging.recover(target)
     if target.exists() and not args.overwrite:
         raise BuildError(f"{target}: a set is there already; --overwrite replaces it")
     total = sum(1 for _ in example.read_lines(annotations))
@@ -221,10 +223,11 @@ def build(args: argparse.Namespace) -> str:
 
     found = survey(annotations, folder, workers=workers, total=total)
     too_many = found.faulty_lines > args.max_faults * found.lines or not found.ids
-    if not too_many or not target.exists():  # a set that stays keeps the list of its own faults
-        found.write_faults(target.parent / "faults.jsonl")
+    listed = target.parent / "faults.jsonl"
     print(found.summary(), file=sys.stderr)
     if too_many:
+        if not target.exists():  # a set that stays keeps the list of its own faults
+            found.write_faults(listed)
         raise BuildError(
             f"{annotations}: {found.faulty_lines} of {found.lines} lines are faulty, more than"
             f" --max-faults {args.max_faults:g} allows; no records were written"
@@ -241,9 +244,8 @@ def build(args: argparse.Namespace) -> str:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a banner
     from data import tfds_writer  # TensorFlow: slow to start, so after the checks
 
-    builder = tfds_writer.AnnotatedPictures(
-        name=args.name,
-        data_dir=epath.Path(args.output),
+    tfds_writer.write(
+        target,
         examples=examples(found, annotations, folder, encoding, workers),
         encoding_format=encoding.tfds_format,
         metadata={
@@ -252,8 +254,9 @@ def build(args: argparse.Namespace) -> str:
             "faulty_lines": found.faulty_lines,
             "boxes_clipped": found.boxes_clipped,
         },
+        num_shards=num_shards,
     )
-    tfds_writer.write(builder, num_shards=num_shards, overwrite=args.overwrite)
+    found.write_faults(listed)  # after the records: the list is of the set that is there
     return (
         f"{target}: {len(found.ids)} pictures, {found.regions} regions, {num_shards} shards,"
         f" {time.monotonic() - start:.1f} s"

@@ -1,7 +1,7 @@
 """Writes examples with TFDS's own writer, so that TFDS (and whatever builds on it) reads the set.
 
-TFDS writes into a folder `incomplete.*` beside the final one and renames it at the end: a build that
-is killed leaves nothing that looks complete.
+The set is written in a folder beside the final one and takes its place at the end (`data.staging`): a
+build that is killed leaves nothing that looks complete, and loses no older set.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from data import example
+from data import example, staging
 
 
 def features(encoding_format: str | None) -> tfds.features.FeaturesDict:
@@ -80,20 +80,34 @@ class AnnotatedPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True)
             yield item["id"], item | {"image": picture, "regions": regions}
 
 
-def write(builder: AnnotatedPictures, *, num_shards: int, overwrite: bool) -> None:
-    """Writes the set into `num_shards` shards; with `overwrite` an older one is deleted first."""
-    mode = "REUSE_DATASET_IF_EXISTS"
-    parent = epath.Path(builder.data_dir).parent
-    for left_over in parent.glob("incomplete.*") if parent.exists() else ():  # of a killed build
-        left_over.rmtree()
-    if overwrite and epath.Path(builder.data_dir).exists():
-        mode = "REUSE_CACHE_IF_EXISTS"
-    tfds.disable_progress_bar()  # ours has the time left
-    # TFDS announces on stdout, and wants a folder for downloads that are not.
-    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
-        builder.download_and_prepare(
-            download_dir=downloads,
-            download_config=tfds.download.DownloadConfig(
-                download_mode=tfds.GenerateMode[mode], num_shards=num_shards
-            ),
+def write(
+    target: epath.Path,
+    *,
+    examples: Iterable[dict[str, Any]],
+    encoding_format: str | None,
+    metadata: dict[str, Any],
+    num_shards: int,
+) -> None:
+    """Writes the set OUTPUT/NAME/VERSION (`target`); one that is there already is replaced at the end.
+
+    Args:
+      target: the set's folder; its last part is `data.example.VERSION`.
+      examples: as `AnnotatedPictures` takes them; so are `encoding_format` and `metadata`.
+      num_shards: files to spread them over.
+    """
+    name = target.parent.name
+    with staging.replacing(target) as folder:
+        builder = AnnotatedPictures(
+            name=name,
+            data_dir=folder,
+            examples=examples,
+            encoding_format=encoding_format,
+            metadata=metadata,
         )
+        tfds.disable_progress_bar()  # ours has the time left
+        # TFDS announces on stdout, and wants a folder for downloads that are not.
+        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
+            builder.download_and_prepare(
+                download_dir=downloads,
+                download_config=tfds.download.DownloadConfig(num_shards=num_shards),
+            )

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from grain_jax import errors
+
 KEYS = ("image", "caption", "captions", "synthetic_caption", "regions", "id")
 REGION_KEYS = ("box", "description", "score")
 MAX_FAULT_SHARE = 0.01  # of the lines; more is an error, fewer are left out and counted
@@ -19,7 +21,7 @@ MIN_INSIDE = 0.5  # of a box's area; detectors hang over a little, a wrong box h
 Box = tuple[float, float, float, float]
 
 
-class AnnotationError(ValueError):
+class AnnotationError(errors.UserError):
     """The annotations cannot be used; the message has one line a fault and then a summary."""
 
 

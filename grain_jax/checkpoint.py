@@ -7,6 +7,7 @@ A run's checkpoint has the items `state` (the TrainState; its step is the only d
 
 import dataclasses
 import json
+import logging
 from typing import Any
 
 import jax
@@ -15,9 +16,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax import errors
 
 
-class CheckpointError(ValueError):
+class CheckpointError(errors.UserError):
     """There is no usable checkpoint where one was named; the message is one line."""
 
 
@@ -28,7 +30,11 @@ def manager(workdir: epath.PathLike, config: config_lib.Config) -> ocp.Checkpoin
         options=ocp.CheckpointManagerOptions(
             max_to_keep=config.checkpoint_keep, enable_async_checkpointing=True
         ),
-        item_names=("state", "config"),
+        # With the handlers known, a fresh manager can say what a checkpoint holds before it reads it.
+        item_handlers={
+            "state": ocp.StandardCheckpointHandler(),
+            "config": ocp.JsonCheckpointHandler(),
+        },
     )
 
 
@@ -42,6 +48,38 @@ def save(checkpoints: ocp.CheckpointManager, state: Any, config: config_lib.Conf
             config=ocp.args.JsonSave(dataclasses.asdict(config)),
         ),
     )
+
+
+# What of a config decides which examples a step sees. A run that changes it is another run.
+_ORDER_OF_DATA = (
+    "seed",
+    "batch_size",
+    "input.lanes",
+    "input.shards_per_block",
+    "input.name",
+    "input.source",
+)
+
+
+def check_same_run(
+    checkpoints: ocp.CheckpointManager, step: int, config: config_lib.Config
+) -> None:
+    """Raises CheckpointError where the checkpoint's config orders the data in another way than `config`."""
+    stored = checkpoints.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))[
+        "config"
+    ]
+    faults = []
+    for name in _ORDER_OF_DATA:
+        old, new = stored, dataclasses.asdict(config)
+        for key in name.split("."):
+            old, new = old[key], new[key]
+        if old != new:
+            faults.append(f"{name}: the run in this workdir has {old!r}, got {new!r}")
+    if faults:
+        raise CheckpointError(
+            "\n".join(faults)
+            + "\nThe order of the data depends on these; use another --workdir, or the old values."
+        )
 
 
 def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state: Any) -> Any:
@@ -104,8 +142,13 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
             f"{path}: no such folder; expected a workdir, a checkpoint or a converted model"
         )
     if (path / "params").is_dir() and (path / "config.json").exists():
-        model = config_lib.model_from_dict(json.loads((path / "config.json").read_text())["model"])
-        return model, _read(path / "params"), str(path)
+        try:
+            stored = json.loads((path / "config.json").read_text())["model"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path / 'config.json'}: got {error}, expected JSON with the key model"
+            ) from None
+        return config_lib.model_from_dict(stored), _read(path / "params"), str(path)
     if (path / "checkpoints").is_dir():
         steps = [p for p in (path / "checkpoints").iterdir() if p.name.isdigit()]
         if not steps:
@@ -124,6 +167,8 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
 
 
 def _metadata(folder: epath.Path) -> Any:
+    # Orbax warns that an item has no metadata of its own; it lies beside the items.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         metadata = reader.metadata(folder)
     metadata = getattr(metadata, "item_metadata", metadata)

@@ -8,16 +8,19 @@ ml_collections, so that a config can be checked anywhere.
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
+from grain_jax import errors
+
 REMAT_POLICIES = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
 
 
-class ConfigError(ValueError):
+class ConfigError(errors.UserError):
     """The configuration cannot be used; the message has one line a fault."""
 
 
@@ -33,9 +36,6 @@ class ImageTower:
     mlp_dim: int
     qk_norm: bool  # LayerNorm on each head's queries and keys
     norm_eps: float
-    stem_width: (
-        int  # 0: patches are projected at once; else two strided 3x3 convolutions come first
-    )
     position_init: str  # "normal" (0.02) or "sincos2d"; the positions are learned either way
     block_init: str  # "trunc_normal" (0.02, zero biases) or "torch" (the reference's quirk 13)
     unroll: (
@@ -73,6 +73,8 @@ class RegionDecoder:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
+    """The towers and the width D of the joint space."""
+
     embed_dim: int  # D
     image: ImageTower
     text: TextTower
@@ -81,6 +83,8 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Input:
+    """Where examples come from, in which order, and how they are varied."""
+
     source: str  # "records" (TFDS-format TFRecords) or "synthetic" (random, no TensorFlow)
     data_dir: str
     name: str
@@ -98,6 +102,8 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
+    """How texts are laid out in rows (method.md, Packing)."""
+
     packing: bool  # several texts share a row; False: each has its own, padded
     pack_group: int  # consecutive images that share rows
     pack_rows: int  # rows a group
@@ -105,6 +111,8 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
+    """Weights and switches of the losses (method.md, Losses and the last table)."""
+
     image_caption: float  # weight of L_ic
     region_description: float  # weight of L_rd
     box: float  # weight of L_box
@@ -119,6 +127,8 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
+    """AdamW and its schedule (method.md, Training recipe)."""
+
     learning_rate: float
     warmup_init: float  # learning rate of step 0
     end_learning_rate: float
@@ -135,6 +145,8 @@ class Optim:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
+    """Device mesh; the batch is cut over data and fsdp."""
+
     data: int  # -1: what the others leave
     fsdp: int
     tensor: int
@@ -142,6 +154,8 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
+    """One measurement: what, on which folder."""
+
     kind: str  # "zeroshot", "retrieval" or "grounding"
     images: str  # class folders (zeroshot), else the folder that the annotations' paths start from
     descriptions: str | None  # zeroshot: D.json
@@ -155,6 +169,8 @@ class Evaluator:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """A whole run."""
+
     seed: int
     total_steps: int | None  # exactly one of these two
     total_epochs: float | None
@@ -181,22 +197,16 @@ class Config:
     evals: dict[str, Evaluator]
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        out = {}
-        for key, item in value.items():
-            out |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
-        return out
-    return {prefix: value}
-
-
 def _convert(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
     """`value` as an instance of the annotated type `kind`; what does not fit is added to `faults`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, path, faults)
     if origin is dict:
-        items = value.items() if isinstance(value, Mapping) else ()
+        if not isinstance(value, Mapping):
+            faults.append(f"{path}: got {value!r}, expected a group of keys")
+            return {}
+        items = value.items()
         return {k: _convert(args[1], v, f"{path}.{k}", faults) for k, v in items}
     if origin in (typing.Union, types.UnionType):
         if value is None:
@@ -224,7 +234,7 @@ def _build(cls: type, value: Any, path: str, faults: list[str]) -> Any:
     at = lambda key: f"{path}.{key}" if path else str(key)  # noqa: E731
     for key in value:
         if key not in hints:
-            faults.append(f"{at(key)}: {unknown_key(key, [at(h) for h in hints], at(key))}")
+            faults.append(f"{at(key)}: {unknown_key(at(key), [at(h) for h in hints])}")
     missing = [key for key in hints if key not in value]
     faults.extend(f"{at(key)}: missing; configs/common.py has its default" for key in missing)
     if missing:
@@ -232,10 +242,19 @@ def _build(cls: type, value: Any, path: str, faults: list[str]) -> Any:
     return cls(**{k: _convert(t, value[k], at(k), faults) for k, t in hints.items()})
 
 
-def unknown_key(key: str, known: list[str], path: str | None = None) -> str:
-    """The words for a key that does not exist, with the nearest one of `known`."""
-    near = difflib.get_close_matches(path or key, known, n=1, cutoff=0.0)
-    return "no such key" + (f"; did you mean {near[0]}?" if near else "")
+def unknown_key(path: str, known: list[str]) -> str:
+    """The words for a key that does not exist, with the nearest one of `known`, or those of its group."""
+    group, _, leaf = path.rpartition(".")
+
+    def likeness(key: str) -> tuple[float, bool]:
+        owner, _, name = key.rpartition(".")
+        return difflib.SequenceMatcher(None, leaf, name).ratio(), owner == group
+
+    near = max(known, key=likeness)
+    if likeness(near)[0] > 0.6:
+        return f"no such key; did you mean {near}?"
+    beside = [key for key in known if key.rpartition(".")[0] == group]
+    return f"no such key; there are: {', '.join(beside or known)}"
 
 
 def model_from_dict(value: Mapping[str, Any]) -> Model:
@@ -267,16 +286,70 @@ def _one_of(name: str, value: str, choices: tuple[str, ...], faults: list[str]) 
         faults.append(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
 
 
+# The smallest and largest value of each number that has bounds.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "total_steps": (1, math.inf),
+    "total_epochs": (0, math.inf),
+    "batch_size": (1, math.inf),
+    "microbatches": (1, math.inf),
+    "ema_decay": (0, 1),
+    "log_every": (1, math.inf),
+    "checkpoint_every": (0, math.inf),
+    "checkpoint_every_minutes": (0, math.inf),
+    "checkpoint_keep": (1, math.inf),
+    "eval_every": (0, math.inf),
+    "pictures": (0, math.inf),
+    "input.lanes": (1, math.inf),
+    "input.shards_per_block": (1, math.inf),
+    "input.max_regions": (0, math.inf),
+    "input.synthetic_caption_rate": (0, 1),
+    "input.flip_rate": (0, 1),
+    "input.crop_min_area": (0.01, 1),
+    "input.reader_threads": (0, math.inf),
+    "text.pack_group": (1, math.inf),
+    "text.pack_rows": (1, math.inf),
+    "loss.group_size": (0, math.inf),
+    "optim.warmup_steps": (0, math.inf),
+    "optim.warmup_epochs": (0, math.inf),
+    "optim.clip_norm": (0, math.inf),
+    "mesh.data": (-1, math.inf),
+    "mesh.fsdp": (1, math.inf),
+    "mesh.tensor": (1, math.inf),
+    "model.embed_dim": (1, math.inf),
+    "model.image.patch_size": (1, math.inf),
+    "model.text.vocab_size": (3, math.inf),
+    "model.text.context_length": (3, math.inf),
+    "model.decoder.queries": (0, math.inf),
+    "model.decoder.dropout": (0, 0.99),
+    **{
+        f"model.{tower}.{field}": (1, math.inf)
+        for tower in ("image", "text", "decoder")
+        for field in ("width", "depth", "heads", "mlp_dim", "unroll")
+    },
+}
+
+
+def _check_bounds(part: Any, prefix: str, faults: list[str]) -> None:
+    for name, (low, high) in _BOUNDS.items():
+        if not name.startswith(prefix):
+            continue
+        value = part
+        for key in name.removeprefix(prefix).split("."):
+            value = getattr(value, key)
+        if value is not None and not low <= value <= high:
+            limit = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            faults.append(f"{name}: got {value}, expected {limit}")
+
+
 def _check_model(model: Model, faults: list[str]) -> None:
+    _check_bounds(model, "model.", faults)
+    if faults:
+        return  # what follows divides by these numbers
     image = model.image
-    if image.image_size % image.patch_size:
+    if image.image_size <= 0 or image.image_size % image.patch_size:
         faults.append(
             f"model.image.image_size: got {image.image_size}, expected a multiple of"
             f" model.image.patch_size = {image.patch_size}"
-        )
-    if image.stem_width and image.patch_size % 4:
-        faults.append(
-            "model.image.stem_width: the stem divides by 4; patch_size must be a multiple"
         )
     for name in ("image", "text", "decoder"):
         tower = getattr(model, name)
@@ -287,42 +360,38 @@ def _check_model(model: Model, faults: list[str]) -> None:
 
 
 def _check(config: Config, faults: list[str]) -> None:
+    _check_bounds(config, "", faults)
+    if faults:
+        return
     _check_model(config.model, faults)
     _one_of("remat", config.remat, REMAT_POLICIES, faults)
     _one_of("dtype", config.dtype, DTYPES, faults)
     _one_of("input.source", config.input.source, ("records", "synthetic"), faults)
     _one_of("optim.schedule", config.optim.schedule, ("cosine", "reference"), faults)
     _one_of("optim.decay_groups", config.optim.decay_groups, ("matrices", "reference"), faults)
-    for name, evaluator in config.evals.items():
-        _one_of(
-            f"evals.{name}.kind", evaluator.kind, ("zeroshot", "retrieval", "grounding"), faults
-        )
-        _one_of(
-            f"evals.{name}.region_order",
-            evaluator.region_order,
-            ("queries", "descriptions"),
-            faults,
-        )
-    if (config.total_steps is None) == (config.total_epochs is None):
-        faults.append("total_steps, total_epochs: exactly one must be set")
-    if (config.optim.warmup_steps is None) == (config.optim.warmup_epochs is None):
-        faults.append("optim.warmup_steps, optim.warmup_epochs: exactly one must be set")
+    for name, entry in config.evals.items():
+        kinds, orders = ("zeroshot", "retrieval", "grounding"), ("queries", "descriptions")
+        _one_of(f"evals.{name}.kind", entry.kind, kinds, faults)
+        _one_of(f"evals.{name}.region_order", entry.region_order, orders, faults)
+    for pair in (("total_steps", "total_epochs"), ("optim.warmup_steps", "optim.warmup_epochs")):
+        part = config.optim if pair[0].startswith("optim") else config
+        values = [getattr(part, key.rpartition(".")[2]) for key in pair]
+        if (values[0] is None) == (values[1] is None):
+            faults.append(f"{', '.join(pair)}: exactly one must be set")
     divides = {
         "microbatches": config.microbatches,
         "input.lanes": config.input.lanes,
         "loss.group_size": config.loss.group_size or 1,
     }
     for name, number in divides.items():
-        if number < 1 or config.batch_size % number:
+        if config.batch_size % number:
             faults.append(f"{name}: got {number}, must divide batch_size {config.batch_size}")
-    lane_batch = config.batch_size // max(1, config.input.lanes)
-    if config.text.packing and lane_batch % max(1, config.text.pack_group):
+    lane_batch = config.batch_size // config.input.lanes
+    if config.text.packing and lane_batch % config.text.pack_group:
         faults.append(
             f"text.pack_group: got {config.text.pack_group}, must divide batch_size / input.lanes"
             f" = {lane_batch}, so that no group crosses a process"
         )
-    if config.log_every < 1:
-        faults.append(f"log_every: got {config.log_every}, expected at least 1")
 
 
 def to_json(config: Any) -> str:

@@ -11,8 +11,10 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
+from grain_jax import errors
 
-class ImageError(ValueError):
+
+class ImageError(errors.UserError):
     """A picture cannot be read; the message says which and why."""
 
 

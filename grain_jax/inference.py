@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-from grain_jax import checkpoint, images, schema
+from grain_jax import checkpoint, errors, images, schema
 from grain_jax import config as config_lib
 from grain_jax.evaluate import prompts, scores
 from grain_jax.input_pipeline import tokenizer
@@ -24,7 +24,7 @@ MAX_BATCH = 64  # pictures or texts at once; smaller calls take the next power o
 _ROW_LENGTHS = (16, 32, 64)  # most texts are short, and attention costs by the row
 
 
-class InputError(ValueError):
+class InputError(errors.UserError):
     """Pictures, texts or classes that the model cannot take; the message is one line."""
 
 

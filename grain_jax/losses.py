@@ -67,7 +67,8 @@ def image_caption_loss(
 
 def _per_group(x, group_size: int):
     """[B, ...] -> [groups, images of the group, ...]; 0 = one group."""
-    return x.reshape(-1, group_size or x.shape[0], *x.shape[1:])
+    size = group_size or x.shape[0]
+    return x.reshape(x.shape[0] // size, size, *x.shape[1:])  # no -1: there may be no regions
 
 
 def _group_mean(total, count):
@@ -121,8 +122,14 @@ def region_description_loss(
         reference's quirk 1).
     """
     slots = description_id.shape[1]
+    if slots == 0:  # a run without regions, such as the CLIP baseline
+        return jnp.zeros(())
     pred = jnp.take_along_axis(region_embed, match.query_index[..., None], axis=1)  # [B, R, D]
-    flat = lambda x: (g := _per_group(x, group_size)).reshape(g.shape[0], -1, *g.shape[3:])  # noqa: E731
+
+    def flat(x):  # [B, R, ...] -> [groups, g*R, ...]
+        x = _per_group(x, group_size)
+        return x.reshape(x.shape[0], x.shape[1] * slots, *x.shape[3:])
+
     logits = logit_scale * similarity(flat(pred), flat(region_text_embed))  # [groups, g*R, g*R]
     label = flat(label_slot + jnp.arange(len(label_slot))[:, None] * slots)  # over the batch
     label %= logits.shape[-1]  # within the group

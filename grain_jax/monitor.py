@@ -1,5 +1,6 @@
 """What a run tells: `metrics.jsonl`, TensorBoard, a progress line with ETA, and the stop on NaN."""
 
+import contextlib
 import json
 import math
 import sys
@@ -11,6 +12,7 @@ from etils import epath
 PLAIN_LINE_EVERY = 5.0  # seconds, where there is no terminal to rewrite a line on
 
 LOSS_TERMS = ("loss_image_caption", "loss_box", "loss_region_description", "loss")
+CHECKED = (*LOSS_TERMS, "grad_norm")  # a finite loss may have a gradient that is not
 
 
 class NotFinite(ArithmeticError):
@@ -28,13 +30,13 @@ def duration(seconds: float) -> str:
 
 
 def check_finite(metrics: Mapping[str, float], last_good_step: int, step: int) -> None:
-    """Raises NotFinite, naming the first bad loss term and the steps in which it turned bad."""
-    for term in LOSS_TERMS:
+    """Raises NotFinite, naming the first bad term and the steps in which it turned bad."""
+    for term in CHECKED:
         if not math.isfinite(metrics[term]):
             raise NotFinite(
                 f"{term} is {metrics[term]} at step {step}; it was finite at step {last_good_step}."
-                " The last checkpoint before it is kept; lower optim.learning_rate, set"
-                " optim.clip_norm, or look at the data of these steps."
+                " The checkpoints before it are kept. Lower optim.learning_rate, set optim.clip_norm, or"
+                " look at the data of these steps; where a restart fails again, remove the newest checkpoint."
             )
 
 
@@ -87,11 +89,16 @@ class Monitor:
         self._time, self._step, self._wait = now, step, wait_seconds
         return out
 
-    def restart_clock(self) -> None:
-        """Leaves what happened since the last call of `rates` (compiling, evaluating) out of rates and ETA."""
-        now = time.monotonic()
-        self._started += now - self._time
-        self._time = now
+    @contextlib.contextmanager
+    def pause(self):
+        """Leaves what happens inside (compiling, evaluating) out of rates and ETA."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            away = time.monotonic() - began
+            self._time += away
+            self._started += away
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds a line to `metrics.jsonl` and the scalars to TensorBoard."""

@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     description_id: Array  # int32 [B, R], same text same id
     region_boxes_cxcywh: Array  # float32 [B, R, 4]
     region_mask: Array  # bool [B, R]
-    texts_dropped: Array  # int32 [G], regions that did not fit into their group's rows
+    texts_dropped: Array  # int32 [G], regions that did not fit into their group's rows, and captions cut to fit
 
 
 class Outputs(NamedTuple):

@@ -9,11 +9,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
+from grain_jax import errors
 
 BATCH_AXES = ("data", "fsdp")  # the leading axis of a batch is cut over both
 
 
-class ShardingError(ValueError):
+class ShardingError(errors.UserError):
     """The mesh does not fit the devices, or a parameter does not fit the mesh; a line a fault."""
 
 

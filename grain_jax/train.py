@@ -4,6 +4,7 @@ Reads top to bottom. The same command again resumes from the last checkpoint: th
 function of the step (method.md), so nothing else is needed to go on as if nothing had happened.
 """
 
+import contextlib
 import ctypes
 import json
 import shlex
@@ -18,7 +19,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grain_jax import checkpoint, command_line, inference, monitor, optim, sharding, train_step
+from grain_jax import (
+    checkpoint,
+    command_line,
+    errors,
+    inference,
+    monitor,
+    optim,
+    sharding,
+    train_step,
+)
 from grain_jax import config as config_lib
 from grain_jax.evaluate import base as evaluate
 from grain_jax.input_pipeline import device, synthetic
@@ -50,22 +60,33 @@ def open_source(config: config_lib.Config):
     """The module that serves the config's batches; makes the data set first if the config says how."""
     if config.input.source == "synthetic":
         return synthetic
-    from grain_jax.input_pipeline import (
-        records,  # TensorFlow: not on every machine, and slow to import
-    )
-
-    try:
-        records.find(config)
-    except records.MissingData:
-        if not config.input.prepare:
-            raise
-        if jax.process_index() == 0:
-            command = shlex.split(config.input.prepare.format(**vars(config.input)))
-            print(f"No data set yet: {shlex.join(command)}", file=sys.stderr, flush=True)
-            subprocess.run([sys.executable, "-m", *command], check=True)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("data set prepared")
+    try:  # TensorFlow: not on every machine, and slow to import
+        from grain_jax.input_pipeline import records
+    except ModuleNotFoundError as error:
+        raise errors.UserError(
+            f"input.source=records needs {error.name}: pip install -e '.[data]', or take"
+            " --config.input.source=synthetic"
+        ) from None
+    if jax.process_index() == 0 and config.input.prepare:
+        try:
+            records.find(config)
+        except records.MissingData:
+            prepare_data(config.input)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("data set prepared")
+    records.find(config)
     return records
+
+
+def prepare_data(config: config_lib.Input) -> None:
+    """Runs the config's command that makes the data set."""
+    command = [word.format(**vars(config)) for word in shlex.split(config.prepare)]
+    print(f"No data set yet: python -m {shlex.join(command)}", file=sys.stderr, flush=True)
+    status = subprocess.run([sys.executable, "-m", *command]).returncode
+    if status:
+        raise errors.UserError(
+            f"input.prepare: python -m {shlex.join(command)} ended with {status}"
+        )
 
 
 def resolve_steps(config: config_lib.Config, num_examples: int) -> tuple[int, float]:
@@ -74,6 +95,11 @@ def resolve_steps(config: config_lib.Config, num_examples: int) -> tuple[int, fl
     total = config.total_steps
     if total is None:
         total = round(config.total_epochs * steps_per_epoch)
+        if total < 1:
+            raise errors.UserError(
+                f"total_epochs: {config.total_epochs} of {num_examples} examples are no whole batch of"
+                f" {config.batch_size}; set total_steps, or a smaller batch_size"
+            )
     return total, steps_per_epoch
 
 
@@ -85,6 +111,8 @@ def train(config: config_lib.Config, workdir: epath.Path) -> None:
     sharding.check_batch(config, mesh)
     source = open_source(config)
     total_steps, steps_per_epoch = resolve_steps(config, source.num_examples(config))
+    for entry in config.evals.values():
+        evaluate.check(entry)  # now, not after the last step
 
     # 2. Model and optimiser, as shapes only.
     model = GRAIN(config.model, config.dtype, config.remat)
@@ -100,10 +128,10 @@ def train(config: config_lib.Config, workdir: epath.Path) -> None:
     # 3. State: the newest checkpoint, else a fresh start from the seed.
     if main_process:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(config_lib.to_json(config))
     checkpoints = checkpoint.manager(workdir, config)
     start_step = checkpoints.latest_step()
     if start_step is not None:
+        checkpoint.check_same_run(checkpoints, start_step, config)
         placed = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
@@ -111,11 +139,10 @@ def train(config: config_lib.Config, workdir: epath.Path) -> None:
     else:
         start_step = 0
         state = jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings)()
-    log = (
-        monitor.Monitor(workdir, start_step, total_steps, config.batch_size)
-        if main_process
-        else None
-    )
+    log = None
+    if main_process:
+        (workdir / "config.json").write_text(config_lib.to_json(config))
+        log = monitor.Monitor(workdir, start_step, total_steps, config.batch_size)
     say = log.say if log else lambda text: None
     millions = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
     say(
@@ -132,7 +159,8 @@ def train(config: config_lib.Config, workdir: epath.Path) -> None:
         donate_argnums=0,
     )
     began = time.monotonic()
-    step_fn = step_fn.lower(abstract, train_step.abstract_batch(config)).compile()
+    with log.pause() if log else contextlib.nullcontext():
+        step_fn = step_fn.lower(abstract, train_step.abstract_batch(config)).compile()
     say(f"compiled in {monitor.duration(time.monotonic() - began)}")
 
     # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
@@ -147,39 +175,38 @@ def train(config: config_lib.Config, workdir: epath.Path) -> None:
     )
     last_good_step, last_save = start_step, time.monotonic()
     results: dict[str, float] = {}
-    if log:
-        log.restart_clock()
-    for step in range(start_step + 1, total_steps + 1):
-        batch = next(batches)
-        with jax.transfer_guard("disallow"):
-            state, metrics = step_fn(state, batch)
+    try:
+        for step in range(start_step + 1, total_steps + 1):
+            batch = next(batches)
+            with jax.transfer_guard("disallow"):
+                state, metrics = step_fn(state, batch)
 
-        last = step == total_steps
-        logs = last or step % config.log_every == 0
-        evaluates = config.evals and (last or at_interval(step, config.eval_every))
-        saves = last or at_interval(step, config.checkpoint_every)
-        if logs and config.checkpoint_every_minutes and not saves:
-            due = time.monotonic() - last_save > 60 * config.checkpoint_every_minutes
-            saves = agreed(due)
-        if logs or saves or evaluates:
-            values = {name: float(value) for name, value in metrics.items()}
-            monitor.check_finite(values, last_good_step, step)
-            last_good_step = step
-        if log and logs:
-            values |= log.rates(step, batches.wait_seconds)
-            log.progress(step, values)
-        if evaluates:
-            results = evaluate_all(config, state)
-            if log:
-                log.restart_clock()
-        if log and (logs or evaluates):
-            log.write(step, {**values, **(results if evaluates else {})})
-        if saves:
-            checkpoint.save(checkpoints, state, config)
-            last_save = time.monotonic()
-    batches.close()
-    checkpoints.wait_until_finished()
-    checkpoints.close()
+            last = step == total_steps
+            evaluates = config.evals and (last or at_interval(step, config.eval_every))
+            saves = last or at_interval(step, config.checkpoint_every)
+            logs = last or evaluates or at_interval(step, config.log_every)
+            if logs and config.checkpoint_every_minutes and not saves:
+                saves = agreed(time.monotonic() - last_save > 60 * config.checkpoint_every_minutes)
+            if logs or saves:  # a state that is not finite is never saved
+                values = {name: float(value) for name, value in metrics.items()}
+                monitor.check_finite(values, last_good_step, step)
+                last_good_step = step
+            if log and logs:
+                values |= log.rates(step, batches.wait_seconds)
+                log.progress(step, values)
+            if evaluates:
+                with log.pause() if log else contextlib.nullcontext():
+                    results = evaluate_all(config, state)
+                values |= results
+            if log and logs:
+                log.write(step, values)  # before the save: what is restored has its lines
+            if saves:
+                checkpoint.save(checkpoints, state, config)
+                last_save = time.monotonic()
+    finally:  # whatever ended the loop, the save under way is finished
+        batches.close()
+        checkpoints.wait_until_finished()
+        checkpoints.close()
 
     # 6. What came of it.
     if log:
@@ -232,6 +259,7 @@ def report(config, workdir, state, results) -> None:
 
 def main(argv: list[str]) -> None:
     """Parses the command line and trains."""
+    command_line.show_help(argv, __doc__)
     config = command_line.parse_config(argv, CONFIG)
     if not WORKDIR.value:
         command_line.fail("--workdir: missing; the folder that the run writes to")

@@ -75,11 +75,6 @@ def dropout_keys(seed: int, step, index):
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
-def _split(x, parts: int):
-    """[n, ...] -> [parts, n / parts, ...], consecutive."""
-    return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
-
-
 def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batch, keys):
     """The losses of a batch and the gradient of their total.
 
@@ -119,9 +114,9 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
     shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
     def cut(x):
-        x = _split(x, shards)  # [shards, n, ...]
-        x = x.reshape(shards, parts, x.shape[1] // parts, *x.shape[2:]).swapaxes(0, 1)
-        x = x.reshape(parts, -1, *x.shape[3:])
+        n = x.shape[0] // (shards * parts)
+        x = x.reshape(shards, parts, n, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(parts, shards * n, *x.shape[3:])
         if mesh is not None:
             x = jax.lax.with_sharding_constraint(
                 x, NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
@@ -130,8 +125,9 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
 
     def join(x, axis=0):  # the inverse, of [parts, ..., n, ...] with the images on `axis` + 1
         x = jnp.moveaxis(x, axis + 1, 1)
-        x = x.reshape(parts, shards, -1, *x.shape[2:]).swapaxes(0, 1)
-        return jnp.moveaxis(x.reshape(-1, *x.shape[3:]), 0, axis)
+        n = x.shape[1] // shards
+        x = x.reshape(parts, shards, n, *x.shape[2:]).swapaxes(0, 1)
+        return jnp.moveaxis(x.reshape(parts * shards * n, *x.shape[3:]), 0, axis)
 
     image_axis = schema.Outputs(0, 0, 0, 0, 1, None)
     cut_batch = jax.tree.map(cut, batch)

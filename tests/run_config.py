@@ -3,5 +3,5 @@
 from tests import tiny
 
 
-def get_config(arg=None):
+def get_config():
     return tiny.dictionary()

@@ -64,6 +64,20 @@ def test_reference_config_restores_what_the_spec_lists():
             lambda d: d["model"]["text"].update(heads=5),
             "model.text.heads: got 5, must divide width 32",
         ),
+        (lambda d: d.update(batch_size=0), "batch_size: got 0, expected at least 1"),
+        (lambda d: d["text"].update(pack_rows=0), "text.pack_rows: got 0, expected at least 1"),
+        (lambda d: d["input"].update(flip_rate=7.0), "input.flip_rate: got 7.0, expected 0 to 1"),
+        (lambda d: d["mesh"].update(fsdp=0), "mesh.fsdp: got 0, expected at least 1"),
+        (
+            lambda d: d["model"]["image"].update(heads=0),
+            "model.image.heads: got 0, expected at least 1",
+        ),
+        (lambda d: d.update(total_steps=0), "total_steps: got 0, expected at least 1"),
+        (lambda d: d.update(evals=None), "evals: got None, expected a group of keys"),
+        (
+            lambda d: d["loss"].update(zzz=1),
+            "loss.zzz: no such key; there are: loss.image_caption,",
+        ),
     ],
 )
 def test_faults_are_named(change, message):
@@ -129,7 +143,13 @@ def _command(*arguments):
             ["--workdir", "x", "--config", "configs/demo.py", "--config.optim.learning_rte=1"],
             "--config.optim.learning_rte: no such key; did you mean optim.learning_rate?",
         ),
-        (["--workdir", "x", "--config", "configs/nothing.py"], "configs/nothing.py"),
+        (["--workdir", "x", "--config", "configs/nothing.py"], "--config: no such file"),
+        (
+            ["--workdir", "x", "--config", "configs/demo.py", "config.seed=1"],
+            "config.seed=1: expected a flag",
+        ),
+        (["--workdir", "x", "--config", "configs/demo.py", "-config.sed=1"], "did you mean seed?"),
+        (["--workdir", "x", "--config", "configs/demo.py:x"], "argument"),
         (["--workdir", "x"], "--config: missing"),
         (["--config", "configs/demo.py"], "--workdir: missing"),
     ],
@@ -139,3 +159,20 @@ def test_wrong_usage_is_one_line_and_status_2(arguments, message):
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_command_line_wins_over_the_file_in_either_or_pairs(monkeypatch):
+    from absl import flags
+
+    from grain_jax import command_line
+
+    values = flags.FlagValues()
+    monkeypatch.setattr(flags, "FLAGS", values)
+    argv = ["train", "--config", "configs/grain_vitb16_cc12m.py"]
+    argv += ["--config.total_steps=100", "--config.optim.warmup_steps=5"]
+    from ml_collections import config_flags
+
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    c = command_line.parse_config(argv, holder)
+    assert (c.total_steps, c.total_epochs) == (100, None)
+    assert (c.optim.warmup_steps, c.optim.warmup_epochs) == (5, None)

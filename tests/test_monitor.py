@@ -5,7 +5,7 @@ import pytest
 
 from grain_jax import monitor
 
-METRICS = {term: 1.0 for term in monitor.LOSS_TERMS} | {"matched_iou": 0.5}
+METRICS = {term: 1.0 for term in monitor.CHECKED} | {"matched_iou": 0.5}
 
 
 def test_lines_beyond_the_restored_step_are_removed(tmp_path):
@@ -22,12 +22,12 @@ def test_lines_beyond_the_restored_step_are_removed(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
-@pytest.mark.parametrize("term", monitor.LOSS_TERMS)
+@pytest.mark.parametrize("term", monitor.CHECKED)
 def test_the_first_bad_term_is_named(term):
     with pytest.raises(
         monitor.NotFinite, match=f"^{term} is nan at step 9; it was finite at step 5"
     ):
-        monitor.check_finite({**METRICS, term: math.nan, "loss": math.nan}, 5, 9)
+        monitor.check_finite({**METRICS, term: math.nan}, 5, 9)
     monitor.check_finite(METRICS, 5, 9)
 
 
@@ -45,3 +45,15 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     assert len(lines) == 2
     assert lines[0].startswith("step 10/100 (10%)  loss 1.000") and "ETA" in lines[0]
     assert "ETA 0s" in lines[1]
+
+
+def test_pauses_are_left_out_of_the_rates(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: now[0])
+    log = monitor.Monitor(tmp_path, 0, 100, 10)
+    now[0] = 1.0
+    with log.pause():
+        now[0] = 50.0
+    now[0] = 51.0
+    rates = log.rates(4, wait_seconds=0.5)
+    assert rates == {"images_per_second": 20.0, "input_wait_fraction": 0.25}

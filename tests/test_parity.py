@@ -1,5 +1,7 @@
 """Our numbers against the PyTorch reference's; benchmarks/parity.py prints the same as a table."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,20 @@ def test_equals_the_reference(group):
     found = parity.compare(group)
     failing = [f"{c.name}: {c.error:.3g} > {c.tolerance:.3g}" for c in found if not c.ok]
     assert found and not failing, "\n".join(failing)
+
+
+def test_without_tensorflow_its_row_is_left_out(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    monkeypatch.setattr(sys, "argv", ["parity"])
+    monkeypatch.setattr(
+        parity,
+        "GROUPS",
+        {name: parity.GROUPS[name] for name in ("preprocessing, PIL", "preprocessing, tf")},
+    )
+    assert parity.main() == 0
+    *_, pil, tf = capsys.readouterr().out.splitlines()
+    assert pil.split()[2:6] == ["13", "0", "0.00e+00", "0.0e+00"]
+    assert tf == "preprocessing, tf         0  not compared: TensorFlow is not installed"
 
 
 def test_gradients_cover_every_parameter_of_the_reference():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import grain_jax
-from grain_jax import checkpoint, config, monitor, sharding, train
+from grain_jax import checkpoint, config, errors, monitor, sharding, train
 from tests import tiny
 from tests.paths import ROOT
 
@@ -90,12 +90,14 @@ def test_a_checkpoint_goes_on_on_another_mesh(finished, tmp_path):
 
 
 def test_nan_stops_the_run_and_names_the_term(tmp_path):
-    broken = tiny.config(optim__learning_rate=1e30, optim__warmup_steps=3, optim__weight_decay=0.0)
+    broken = tiny.config(optim__learning_rate=1e30, optim__warmup_steps=3, checkpoint_every=1)
     with pytest.raises(
         monitor.NotFinite, match=r"loss_image_caption is nan at step \d; it was finite at step \d"
     ):
         train.train(broken, tmp_path)
     assert len(_lines(tmp_path)) < 10
+    steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())  # none half written
+    assert steps and steps[-1] <= len(_lines(tmp_path))
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(finished, tmp_path):
@@ -106,6 +108,27 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(finished, tmp_path):
         match=r"params/decoder/query_embed: stored \(6, 32\), expected \(4, 32\)",
     ):
         train.train(tiny.config(model__decoder__queries=3), tmp_path)
+
+
+@pytest.mark.parametrize("key,value", [("seed", 1), ("input__lanes", 8)])
+def test_a_run_that_would_see_other_data_is_refused(finished, tmp_path, key, value):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "8").symlink_to(finished / "checkpoints" / "8")
+    with pytest.raises(
+        checkpoint.CheckpointError, match=rf"{key.replace('__', '.')}: the run .* got {value}"
+    ):
+        train.train(tiny.config(**{key: value}), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_missing_evaluation_set_is_found_before_training(tmp_path):
+    from configs import common
+
+    c = tiny.dictionary()
+    c.evals.birds = common.evaluator("zeroshot", str(tmp_path / "nothing"))
+    with pytest.raises(errors.UserError, match="nothing"):
+        train.train(config.from_dict(c), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mesh_that_does_not_fit_is_refused(tmp_path):

@@ -103,7 +103,7 @@ COLLECTIVES = re.compile(r"(all-reduce|all-gather|all-to-all|collective-permute|
 def test_matching_has_no_collective_loop_or_host_callback():
     _, _, step = _run((8, 1, 1), loss__group_size=4)
     lines = step.as_text().splitlines()
-    scoped = [line for line in lines if "/matching/" in line]
+    scoped = [line for line in lines if re.search(r'op_name="[^"]*matching', line)]
     assert len(scoped) > 20, "the scope's name is gone: this test sees nothing"
     assert not [line for line in scoped if COLLECTIVES.search(line)]
     assert not [
@@ -121,3 +121,18 @@ def test_texts_dropped_are_counted_from_the_start():
     assert a_step > 0
     assert [m["texts_dropped"] for m in metrics] == [a_step, 2 * a_step]
     assert int(state.step) == 2 and int(state.texts_dropped) == 2 * a_step
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_run_without_regions_trains_on_captions_alone(microbatches):
+    """The CLIP baseline: no region is read."""
+    metrics, _, _ = _run(
+        ONE,
+        input__max_regions=0,
+        loss__box=0.0,
+        loss__region_description=0.0,
+        microbatches=microbatches,
+    )
+    assert metrics[0]["loss"] == metrics[0]["loss_image_caption"] > 1
+    assert metrics[1]["loss"] != metrics[0]["loss"]
+    assert metrics[0]["loss_box"] == metrics[0]["loss_region_description"] == 0

@@ -12,6 +12,7 @@ import sys
 
 from etils import epath
 
+from data import example, staging
 from data.aviary import generate
 from data.aviary.annotations import Noise
 from data.aviary.drawing import Pose
@@ -161,9 +162,11 @@ def main(argv=None) -> int:
         print(f"python -m data.aviary: {error}", file=sys.stderr)
         return 2
     print(f"{arguments.output}: " + ("written" if made else "already complete"), file=sys.stderr)
-    if not arguments.records or (
-        not made and (epath.Path(arguments.records) / arguments.name).exists()
-    ):
+    if not arguments.records:
+        return 0
+    target = epath.Path(arguments.records) / arguments.name / example.VERSION
+    staging.recover(target)
+    if not made and target.exists():  # the version's folder: a build cut off leaves others
         return 0
     from data import build  # starts slowly
 

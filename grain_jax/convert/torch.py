@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from grain_jax import checkpoint
+from grain_jax import checkpoint, errors
 from grain_jax import config as config_lib
 from grain_jax.convert import torch_names as names
 
@@ -29,7 +29,7 @@ _REFERENCE_HEADS = {
 }
 
 
-class ConvertError(ValueError):
+class ConvertError(errors.UserError):
     """The checkpoint cannot be converted; the message has one line a fault."""
 
 
@@ -155,7 +155,6 @@ def infer(states: Mapping[str, StateDict], heads: Mapping[str, int | None]) -> I
             mlp_dim=image_mlp,
             qk_norm=q_norm is not None,
             norm_eps=1e-6,
-            stem_width=0,
             position_init="normal",
             block_init="torch",
             unroll=1,

@@ -1,37 +1,26 @@
 """`python -m grain_jax.evaluate zeroshot|retrieval|grounding --checkpoint DIR ... --output OUT.json`.
 
-Writes the result as JSON and prints it as a table. Wrong usage or input: a line a fault, status 2.
+Prints the result as a table and writes it as JSON. Wrong usage or input: a line a fault, status 2.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from etils import epath
 
 import grain_jax
-from grain_jax import annotations, checkpoint, config, inference
-from grain_jax.evaluate import base, grounding, prompts, retrieval, zeroshot
-from grain_jax.input_pipeline import tokenizer
+from grain_jax import annotations, config, errors
+from grain_jax.evaluate import base, zeroshot
 from grain_jax.report import tables
 
-COMMANDS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
-    "zeroshot": (zeroshot.evaluate, "classifies a folder with one sub-folder a class"),
-    "retrieval": (retrieval.evaluate, "R@1, R@5, R@10 between pictures and captions, both ways"),
-    "grounding": (grounding.evaluate, "box IoU, Acc@0.5, region-to-description R@1"),
+COMMANDS = {
+    "zeroshot": "classifies a folder with one sub-folder a class",
+    "retrieval": "R@1, R@5, R@10 between pictures and captions, both ways",
+    "grounding": "box IoU, Acc@0.5, region-to-description R@1",
 }
-_FAULTS = (
-    base.InputError,
-    annotations.AnnotationError,
-    prompts.PromptError,
-    inference.InputError,
-    tokenizer.TokenizerError,
-    checkpoint.CheckpointError,
-    config.ConfigError,
-)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,7 +46,7 @@ def _batch_size(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="grain_jax.evaluate", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    for name, (_, does) in COMMANDS.items():
+    for name, does in COMMANDS.items():
         sub = commands.add_parser(name, help=does, description=does, allow_abbrev=False)
         sub.add_argument(
             "--checkpoint", required=True, help="training workdir, checkpoint or converted folder"
@@ -95,65 +84,69 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """The command's keyword arguments; what can be checked without the model is checked here."""
-    options = {"images": args.images, "batch_size": args.batch_size}
+def _entry(args: argparse.Namespace) -> config.Evaluator:
+    """The command as an entry of `config.evals`."""
+    common = dict(kind=args.command, images=args.images)
     if args.command != "zeroshot":
-        read = annotations.read(args.annotations)
-        if read.faults:  # few enough to go on without their lines
-            left_out = f"{args.annotations}: faulty lines left out: {read.faulty_lines}"
-            print(*read.faults, left_out, sep="\n", file=sys.stderr)
-        base.picture_folder(args.images)
-        return options | {"annotations": args.annotations}
-    classes, _, _ = zeroshot.class_folders(args.images)
-    if args.descriptions is not None:
-        zeroshot.read_descriptions(args.descriptions, classes)
+        unused = dict(descriptions=None, alphas=(), names=True, region_order="queries")
+        return config.Evaluator(**common, **unused, annotations=args.annotations)
     alphas = list(dict.fromkeys(sum(args.alpha, []))) if args.alpha else None
     names = args.use_names == "yes"
-    return options | {
-        "descriptions": args.descriptions,
-        "alphas": zeroshot.check_alphas(alphas, args.descriptions, names),
-        "names": names,
-        "region_order": args.region_order,
-        "templates": args.templates,
-    }
+    return config.Evaluator(
+        **common,
+        descriptions=args.descriptions,
+        annotations=None,
+        alphas=tuple(zeroshot.check_alphas(alphas, args.descriptions, names)),
+        names=names,
+        region_order=args.region_order,
+    )
+
+
+def _output(path: str) -> epath.Path:
+    output = epath.Path(path)
+    if output.is_dir():
+        raise base.InputError(f"--output: {output} is a folder, expected a file to write")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise base.InputError(f"--output: {output}: {error.strerror or error}") from None
+    return output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one evaluation; returns the exit status: 0, or 2 with a line a fault on stderr."""
     try:
         args = _parser().parse_args(arguments)
-        output = epath.Path(args.output)
-        if output.is_dir():
-            raise base.InputError(f"--output: {output} is a folder, expected a file to write")
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise base.InputError(f"--output: {output}: {error.strerror or error}") from None
-        options = _options(args)
+        output, entry = _output(args.output), _entry(args)
+        options = {"templates": args.templates} if args.command == "zeroshot" else {}
+        base.check(entry, **options)  # before the checkpoint is read
         predictor = grain_jax.load(args.checkpoint)
         began = time.monotonic()
-        result = COMMANDS[args.command][0](predictor, **options)
+        result = base.evaluate(entry, predictor, batch_size=args.batch_size, **options)
         result["seconds"] = round(time.monotonic() - began, 1)
-    except _FAULTS as error:
+    except errors.UserError as error:
         faults = str(error).split("\n")
         print(*faults, sep="\n", file=sys.stderr)
-        if len(faults) > 1 and not isinstance(error, annotations.AnnotationError):  # has its own
+        own_summary = isinstance(error.__cause__, annotations.AnnotationError)
+        if len(faults) > 1 and not own_summary:
             print(f"{len(faults)} faults; nothing was evaluated", file=sys.stderr)
         return 2
-    shown = tables.describe({args.command: base.scalars(result)})
+    print(tables.describe({args.command: base.scalars(result)}), flush=True)
+    for reason in result.get("unreadable_pictures", ()):
+        print(f"left out: {reason}", file=sys.stderr)
     if args.command == "zeroshot":  # scripts that ask for one alpha find its numbers on top
-        alpha = options["alphas"][0]
+        alpha = entry.alphas[0]
         result |= {
             "alpha": alpha,
             **result[f"alpha_{alpha}"],
             "descriptions_file": args.descriptions,
         }
     result |= {k: getattr(args, k) for k in ("checkpoint", "images", "annotations") if k in args}
-    output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    print(shown)
-    for reason in result.get("unreadable_pictures", ()):
-        print(f"left out: {reason}", file=sys.stderr)
+    try:
+        output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:  # the numbers are on the screen at least
+        print(f"--output: {output}: {error.strerror or error}; nothing was saved", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What every evaluation needs: pictures in batches, ties, chances and intervals; and `run`, which picks one.
+"""What every evaluation needs: pictures in batches, ties, chances and intervals; and `run` and `check`, which pick one.
 
 An evaluation is a function `evaluate(predictor, *, ...)` that returns a JSON-ready dict. The predictor
 is an `inference.Predictor` or anything with its `encode_image`, `encode_text` and `encode_regions`.
@@ -7,15 +7,16 @@ is an `inference.Predictor` or anything with its `encode_image`, `encode_text` a
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
+from grain_jax import annotations as annotations_lib
 from grain_jax import config as config_lib
-from grain_jax import images, schema
+from grain_jax import errors, images, schema
 
 BATCH_SIZE = 64
 _THREADS = 8  # that read pictures; decoding leaves Python's lock
@@ -24,7 +25,7 @@ _NAMED_PICTURES = 20  # unreadable ones that a result lists
 _Z = 1.959963984540054  # of the normal distribution, two sides, 95%
 
 
-class InputError(ValueError):
+class InputError(errors.UserError):
     """What was given cannot be evaluated; the message has one line a fault."""
 
 
@@ -37,35 +38,122 @@ class Encoded(NamedTuple):
     regions: schema.Regions | None
 
 
+class Annotated(NamedTuple):
+    """Annotations, and those of them that an evaluation can use."""
+
+    read: annotations_lib.Annotations
+    records: list[annotations_lib.Annotation]
+    folder: epath.Path  # that the records' paths start from
+
+
 def run(entry: config_lib.Evaluator, predictor: Any, **options: Any) -> dict[str, float]:
     """The numbers of one entry of `config.evals`, e.g. {"alpha_0.5/top1": 0.79, "chance": 0.025}.
 
     Raises:
       InputError: the entry lacks a field that its kind needs, or names files that cannot be used.
     """
-    from grain_jax.evaluate import grounding, retrieval, zeroshot  # they import this module
+    return scalars(evaluate(entry, predictor, **options))
+
+
+def evaluate(entry: config_lib.Evaluator, predictor: Any, **options: Any) -> dict[str, Any]:
+    """All that `run` measures, with counts and texts, as a JSON-ready dict; errors as there."""
+    module = _module(entry)
+    if entry.kind != "zeroshot":
+        return module.evaluate(
+            predictor, images=entry.images, annotations=entry.annotations, **options
+        )
+    return module.evaluate(
+        predictor,
+        images=entry.images,
+        descriptions=entry.descriptions,
+        alphas=_alphas(entry),
+        names=entry.names,
+        region_order=entry.region_order,
+        **options,
+    )
+
+
+def check(entry: config_lib.Evaluator, *, templates: epath.PathLike | None = None) -> None:
+    """Finds without a model whatever in the entry's files would end an evaluation.
+
+    Faulty lines few enough to be left out, and unknown keys, are reported on stderr.
+
+    Args:
+      entry: an entry of `config.evals`.
+      templates: zeroshot: file of prompts; default: the general set of the package.
+
+    Raises:
+      InputError: one line a fault, all of them; `__cause__` is the error if there was but one.
+    """
+    from grain_jax.evaluate import prompts, zeroshot
+
+    module = _module(entry)
+    found: list[Exception] = []
+
+    def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (errors.UserError, OSError) as error:
+            found.append(error)
 
     if entry.kind == "zeroshot":
-        alphas = entry.alphas if entry.descriptions else (1.0,)
-        result = zeroshot.evaluate(
-            predictor,
-            images=entry.images,
-            descriptions=entry.descriptions,
-            alphas=alphas,
-            names=entry.names,
-            region_order=entry.region_order,
-            **options,
-        )
-        return scalars(result)
-    kinds = {"retrieval": retrieval.evaluate, "grounding": grounding.evaluate}
+        folders = attempt(zeroshot.class_folders, entry.images)
+        if entry.descriptions is not None:
+            classes = folders[0] if folders else ()
+            attempt(zeroshot.read_descriptions, entry.descriptions, classes)
+        attempt(zeroshot.check_alphas, _alphas(entry), entry.descriptions, entry.names)
+        attempt(zeroshot.check_region_order, entry.region_order)
+        if entry.names:
+            attempt(prompts.load_templates, templates)
+    else:
+        attempt(picture_folder, entry.images)
+        annotated = attempt(module.read, entry.images, entry.annotations)
+        if annotated:
+            _report_left_out(entry.annotations, annotated.read)
+            attempt(_some_picture, entry.annotations, annotated)
+    if found:
+        lines = dict.fromkeys(line for error in found for line in str(error).split("\n"))
+        raise InputError("\n".join(lines)) from (found[0] if len(found) == 1 else None)
+
+
+def _module(entry: config_lib.Evaluator) -> Any:
+    """The module that evaluates this kind. Raises InputError where the entry itself is wrong."""
+    from grain_jax.evaluate import grounding, retrieval, zeroshot  # they import this module
+
+    kinds = {"zeroshot": zeroshot, "retrieval": retrieval, "grounding": grounding}
     if entry.kind not in kinds:
-        raise InputError(f"kind: got {entry.kind!r}, expected one of zeroshot, {', '.join(kinds)}")
-    if entry.annotations is None:
+        raise InputError(f"kind: got {entry.kind!r}, expected one of {', '.join(kinds)}")
+    if entry.kind != "zeroshot" and entry.annotations is None:
         raise InputError(f"annotations: got nothing, expected a file (A.jsonl) for {entry.kind}")
-    result = kinds[entry.kind](
-        predictor, images=entry.images, annotations=entry.annotations, **options
-    )
-    return scalars(result)
+    return kinds[entry.kind]
+
+
+def _alphas(entry: config_lib.Evaluator) -> Sequence[float]:
+    """Without descriptions there is no region score, so 1 alone; alphas that are no shares stay, as faults."""
+    if entry.descriptions is not None:
+        return entry.alphas
+    return [alpha for alpha in entry.alphas if not 0 <= alpha <= 1] or (1.0,)
+
+
+def _report_left_out(path: epath.PathLike, read: annotations_lib.Annotations) -> None:
+    lines = list(read.faults)
+    if read.faults:  # few enough to go on without their lines
+        lines.append(f"{path}: faulty lines left out: {read.faulty_lines}")
+    if read.unknown_keys:
+        named = ", ".join(f"{key} ({n})" for key, n in read.unknown_keys.items())
+        lines.append(f"{path}: unknown keys kept out: {named}")
+    if lines:
+        print(*lines, sep="\n", file=sys.stderr)
+
+
+def _some_picture(path: epath.PathLike, annotated: Annotated) -> None:
+    """Raises InputError where not one picture is there, as below a wrong folder."""
+    places = [annotated.folder / record.image for record in annotated.records]
+    if not any(place.exists() for place in places):  # mostly ends at the first
+        raise InputError(
+            f"{annotated.folder}: none of the {len(places)} pictures of {path} is there; the first:"
+            f" {places[0]}; expected the folder that the annotations' paths start from"
+        )
 
 
 def scalars(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -152,6 +240,26 @@ def _encode(predictor, batch, regions):
     if not np.isfinite(embed).all() or (found and not all(np.isfinite(a).all() for a in found)):
         raise InputError("the model's embeddings are not finite: the checkpoint cannot be used")
     return embed, found
+
+
+def read_annotations(
+    images: epath.PathLike,
+    annotations: epath.PathLike,
+    usable: Callable[[annotations_lib.Annotation], Any],
+    none_usable: str,
+) -> Annotated:
+    """The annotations that are `usable`.
+
+    Raises:
+      InputError: no such folder, or (with `none_usable`'s words) not one can be used.
+      annotations.AnnotationError: the file cannot be used.
+    """
+    read = annotations_lib.read(annotations)
+    folder = picture_folder(images)
+    records = [record for record in read.records if usable(record)]
+    if not records:
+        raise InputError(f"{annotations}: {none_usable}")
+    return Annotated(read, records, folder)
 
 
 def picture_folder(path: epath.PathLike) -> epath.Path:

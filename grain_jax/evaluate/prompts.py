@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from grain_jax import errors
+
 DEFAULT_TEMPLATES = epath.Path(__file__).parent / "templates.txt"
 
 # How the clause begins, by the description's first word; every other word takes "which has".
@@ -15,7 +17,7 @@ _CLAUSE = {
 _BEGINNING = {word: clause for clause, words in _CLAUSE.items() for word in words}
 
 
-class PromptError(ValueError):
+class PromptError(errors.UserError):
     """A template file cannot be used; the message has one line a fault."""
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from grain_jax import annotations as annotations_lib
 from grain_jax.evaluate import base, scores
 from grain_jax.input_pipeline import tokenizer
 
@@ -42,13 +41,7 @@ def evaluate(
     Raises:
       base.InputError, annotations.AnnotationError: what was given cannot be used.
     """
-    read = annotations_lib.read(annotations)
-    folder = base.picture_folder(images)
-    records = [r for r in read.records if r.captions or r.synthetic_caption]
-    if not records:
-        raise base.InputError(
-            f"{annotations}: no line has a caption; expected captions to retrieve"
-        )
+    every, records, folder = read(images, annotations)
     unreadable: dict[str, str] = {}
     embeds, kept = [], []
     for batch in base.encode_pictures(
@@ -73,12 +66,22 @@ def evaluate(
         "captions": len(owner),
         "distinct_captions": len(texts),
         "synthetic_captions": sum(not r.captions for r in kept),
-        "without_caption": len(read.records) - len(records),
-        "faulty_lines": read.faulty_lines,
+        "without_caption": len(every.records) - len(records),
+        "faulty_lines": every.faulty_lines,
         **base.report_unreadable(unreadable),
         "image_to_text": _recalls(image_embed, text_embed, right),
         "text_to_image": _recalls(text_embed, image_embed, right.T, rows=text_of),
     }
+
+
+def read(images: epath.PathLike, annotations: epath.PathLike) -> base.Annotated:
+    """The annotations with a caption; errors as in `evaluate`."""
+    return base.read_annotations(
+        images,
+        annotations,
+        lambda record: record.captions or record.synthetic_caption,
+        "no line has a caption; expected captions to retrieve",
+    )
 
 
 def _pairs(records) -> tuple[np.ndarray, np.ndarray, list[str]]:

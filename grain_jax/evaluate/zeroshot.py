@@ -52,10 +52,7 @@ def evaluate(
       base.InputError, prompts.PromptError: what was given cannot be used.
     """
     classes, paths, labels = class_folders(images)
-    if region_order not in REGION_ORDERS:
-        raise base.InputError(
-            f"region order: got {region_order!r}, expected one of {', '.join(REGION_ORDERS)}"
-        )
+    check_region_order(region_order)
     alphas = check_alphas(alphas, descriptions, names)
     described = None if descriptions is None else read_descriptions(descriptions, classes)
     features, embeds = _class_embeddings(predictor, classes, described, names, templates)
@@ -127,6 +124,14 @@ def check_alphas(
     return [float(alpha) for alpha in alphas]
 
 
+def check_region_order(order: str) -> None:
+    """Raises base.InputError if `order` is not one of REGION_ORDERS."""
+    if order not in REGION_ORDERS:
+        raise base.InputError(
+            f"region order: got {order!r}, expected one of {', '.join(REGION_ORDERS)}"
+        )
+
+
 def description_scores(
     region_embed: np.ndarray, description_embeds: Sequence[np.ndarray]
 ) -> np.ndarray:
@@ -148,8 +153,11 @@ def description_scores(
 def class_folders(images: epath.PathLike) -> tuple[list[str], list[epath.Path], np.ndarray]:
     """The class names (folder names, `_` = space, sorted), the pictures and their classes' positions.
 
+    Hidden files and folders (`.DS_Store`, `._x.jpg`) do not count.
+
     Raises:
-      base.InputError: no such folder, fewer than two class folders, or a class without pictures.
+      base.InputError: no such folder, fewer than two class folders, two of one name (`a_b` and `a b`),
+        or a class without pictures.
     """
     folder = epath.Path(images)
     if not folder.is_dir():
@@ -162,15 +170,28 @@ def class_folders(images: epath.PathLike) -> tuple[list[str], list[epath.Path], 
         raise base.InputError(
             f"{folder}: got {len(folders)} sub-folders, expected at least 2, one a class"
         )
+    of_name: dict[str, list[str]] = {}
+    for sub in folders:
+        of_name.setdefault(_name(sub.name), []).append(sub.name)
+    faults = [
+        f"{folder}: got the class folders {_listed([repr(s) for s in same])}, all of them the class"
+        f" {name!r} (_ = space), expected one folder a class"
+        for name, same in of_name.items()
+        if len(same) > 1
+    ]
     paths, labels, empty = [], [], []
     for label, sub in enumerate(folders):
-        found = sorted(p for p in sub.iterdir() if p.suffix.lower() in _SUFFIXES)
+        found = sorted(
+            p for p in sub.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".")
+        )
         if not found:
             empty.append(sub.name)
         paths += found
         labels += [label] * len(found)
     if empty:
-        raise base.InputError(f"{folder}: no pictures in the class folders {_listed(empty)}")
+        faults.append(f"{folder}: no pictures in the class folders {_listed(empty)}")
+    if faults:
+        raise base.InputError("\n".join(faults))
     return [_name(p.name) for p in folders], paths, np.array(labels)
 
 

@@ -97,7 +97,8 @@ def assemble(
     description_id = np.zeros(region_mask.shape, np.int32)
     description_id[region_mask] = descriptions.text_ids
     kept = layout.region_mask
-    dropped = (region_mask & ~kept).reshape(len(packed.tokens), -1).sum(axis=1)
+    misfits = (region_mask & ~kept).sum(axis=1) + (layout.caption_lengths < captions.lengths)
+    dropped = misfits.reshape(len(packed.tokens), -1).sum(axis=1)  # [G]
     return Batch(
         image=image,
         text_tokens=packed.tokens,

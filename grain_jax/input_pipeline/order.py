@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from grain_jax import errors
 
-class OrderError(ValueError):
+
+class OrderError(errors.UserError):
     """The shards cannot be shared out as the config asks; the message is one line."""
 
 

@@ -23,6 +23,7 @@ import tensorflow as tf  # noqa: E402
 import tensorflow_datasets as tfds  # noqa: E402
 from etils import epath  # noqa: E402
 
+from grain_jax import errors
 from grain_jax.config import Config  # noqa: E402
 from grain_jax.input_pipeline import assemble, order, tokenizer, transforms  # noqa: E402
 from grain_jax.schema import Batch  # noqa: E402
@@ -35,11 +36,11 @@ _READ_BYTES = 8 << 20  # a read from a remote file
 _ENDLESS = 2**62
 
 
-class DataError(ValueError):
+class DataError(errors.UserError):
     """The set is there but cannot be used, or one of its records cannot; the message is one line."""
 
 
-class MissingData(ValueError):
+class MissingData(errors.UserError):
     """There is no such set; the message is one line and names the command that makes one."""
 
 

@@ -17,6 +17,8 @@ import numpy as np
 import regex
 from etils import epath
 
+from grain_jax import errors
+
 VOCAB_SIZE = 49408
 START_OF_TEXT = 49406
 END_OF_TEXT = 49407
@@ -39,7 +41,7 @@ _WORD_OR_SPECIAL = regex.compile(
 )
 
 
-class TokenizerError(ValueError):
+class TokenizerError(errors.UserError):
     """The tokenizer cannot be built, or was given something that is not text."""
 
 

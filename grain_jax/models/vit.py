@@ -76,21 +76,6 @@ class ImageTransformer(nn.Module):
         t = self.tower
         x = image.astype(self.dtype)
         patch = t.patch_size
-        if t.stem_width:  # two strided convolutions see edges before the patches are cut
-            for i in range(2):
-                x = nn.Conv(
-                    t.stem_width,
-                    (3, 3),
-                    (2, 2),
-                    dtype=self.dtype,
-                    kernel_init=nn.with_logical_partitioning(
-                        nn.initializers.he_normal(), (None, None, "patch", "patch")
-                    ),
-                    bias_init=nn.with_logical_partitioning(layers.zeros, ("vector",)),
-                    name=f"stem_{i}",
-                )(x)
-                x = layers.ACTIVATIONS["gelu"](x)
-            patch //= 4
         batch, height, width, channels = x.shape
         grid = height // patch
         x = x.reshape(batch, grid, patch, width // patch, patch, channels)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import build
 from data.aviary import annotations, drawing, generate
 from data.aviary.__main__ import main
 from data.aviary.annotations import EXACT, Noise
@@ -414,6 +415,21 @@ def test_large_pictures_are_jpeg(tmp_path):
     assert main(["--output", str(tmp_path / "x"), *command.split()]) == 0
     with Image.open(tmp_path / "x" / "images" / "000001.jpg") as image:
         assert image.size == (160, 160) and image.format == "JPEG"
+
+
+def test_records_of_a_build_that_was_cut_off_are_built_again(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(build, "main", lambda arguments: asked.append(arguments) or 0)
+    command = "--images 1 --seen-per-species 0 --unseen-per-species 0 --test-images 0 --genera 2"
+    command += " --species-per-genus 1 --held-out-genera 0 --processes 1"
+    arguments = ["--output", str(tmp_path / "x"), "--records", str(tmp_path / "r")]
+    arguments += ["--name", "birds", *command.split()]
+    assert main(arguments) == 0 and len(asked) == 1
+    (tmp_path / "r" / "birds" / "incomplete.new_1.0.0").mkdir(parents=True)
+    (tmp_path / "r" / "birds" / "faults.jsonl").write_text("")
+    assert main(arguments) == 0 and len(asked) == 2
+    (tmp_path / "r" / "birds" / "1.0.0").mkdir()
+    assert main(arguments) == 0 and len(asked) == 2
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,25 @@ def test_a_set_is_replaced_only_on_request(tmp_path, capsys):
     assert len(read_back(tmp_path / "out")[1]) == 3
     assert record_sets.build_set(tmp_path / "in", tmp_path / "out", "--overwrite") == 0
     assert len(read_back(tmp_path / "out")[1]) == 5
+    assert sorted(p.name for p in (tmp_path / "out/tiny_set").iterdir()) == [
+        "1.0.0",
+        "faults.jsonl",
+    ]
+
+
+def test_a_build_that_fails_keeps_the_old_set(tmp_path, monkeypatch, capsys):
+    record_sets.write_annotations(tmp_path / "in", 3)
+    assert record_sets.build_set(tmp_path / "in", tmp_path / "out") == 0
+    kept = (tmp_path / "out/tiny_set/faults.jsonl").read_text()
+    with (tmp_path / "in/A.jsonl").open("a") as file:
+        file.write("{}\n")
+    fails = lambda line, folder, encoding: ["gone"]
+    monkeypatch.setattr(build.example, "encode", fails)
+    arguments = ("--overwrite", "--max-faults=1")
+    assert record_sets.build_set(tmp_path / "in", tmp_path / "out", *arguments) == 2
+    assert "gone (it was right when checked)" in capsys.readouterr().err
+    assert len(read_back(tmp_path / "out")[1]) == 3
+    assert (tmp_path / "out/tiny_set/faults.jsonl").read_text() == kept == ""
 
 
 @pytest.mark.parametrize(

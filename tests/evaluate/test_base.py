@@ -1,4 +1,6 @@
+import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -113,6 +115,71 @@ def test_scalars():
 def _entry(**fields):
     entry = dict(kind="zeroshot", images="", descriptions=None, annotations=None, alphas=(1.0, 0.5))
     return config.Evaluator(**entry | dict(names=True, region_order="queries") | fields)
+
+
+def test_check_finds_every_fault_before_there_is_a_model(tmp_path):
+    write_picture(tmp_path / "classes" / "cat" / "0.png", 0)
+    write_picture(tmp_path / "classes" / "dog" / "0.png", 1)
+    (tmp_path / "D.json").write_text('{"cat": ["whiskers"]}')
+    (tmp_path / "broken.json").write_text("{")
+    good = _entry(images=str(tmp_path / "classes"), alphas=(1.0, 0.5))
+    base.check(good)  # alpha 0.5 does not count without descriptions
+
+    def faults(**fields):
+        with pytest.raises(base.InputError) as found:
+            base.check(dataclasses.replace(good, **fields))
+        return str(found.value).split("\n")
+
+    assert faults(images="no/such") == [
+        "no/such: no such folder; expected one with a sub-folder a class"
+    ]
+    described = dict(descriptions=str(tmp_path / "D.json"))
+    assert faults(**described, alphas=(0.5, 2.0), region_order="x") == [
+        f"{tmp_path}/D.json: no description of the classes dog",
+        "alpha: got 2.0, expected a number from 0 to 1",
+        "region order: got 'x', expected one of queries, descriptions",
+    ]
+    assert "got -1.0" in faults(alphas=(1.0, -1.0))[0]
+    assert "for a test without class names" in faults(names=False)[0]
+    assert "no.json: no such file" in faults(descriptions="no.json")[0]
+    assert "broken.json: not JSON" in faults(descriptions=str(tmp_path / "broken.json"))[0]
+    with pytest.raises(base.InputError, match="got 'captioning', expected one of zeroshot"):
+        base.check(_entry(kind="captioning"))
+
+
+@pytest.mark.parametrize("kind", ["retrieval", "grounding"])
+def test_check_of_annotations(tmp_path, capsys, kind):
+    write_picture(tmp_path / "0.png", 0)
+    region = {"box": [0, 0, 5, 5], "description": "a beak", "score": 1, "mask": 0}
+    line = {"image": "0.png", "caption": "a", "regions": [region], "licence": "CC0"}
+    path = tmp_path / "A.jsonl"
+    path.write_text((json.dumps(line) + "\n") * 200 + "{}\n")
+    good = _entry(kind=kind, images=str(tmp_path), annotations=str(path))
+    base.check(good)
+    assert capsys.readouterr().err.splitlines() == [
+        f"{path}:201: image: got none, expected the path of a picture",
+        f"{path}: faulty lines left out: 1",
+        f"{path}: unknown keys kept out: licence (200), regions.mask (200)",
+    ]
+
+    def faults(**fields):
+        with pytest.raises(base.InputError) as found:
+            base.check(dataclasses.replace(good, **fields))
+        return str(found.value).split("\n")
+
+    no_folder = "no: no such folder; expected the one that the annotations' paths start from"
+    assert faults(images="no") == [no_folder]
+    assert faults(images="no", annotations="no.jsonl") == [
+        no_folder,
+        "no.jsonl: no such file, expected one JSON object a line",
+    ]
+    (tmp_path / "empty").mkdir()
+    assert "none of the 200 pictures of" in faults(images=str(tmp_path / "empty"))[0]
+    path.write_text('{"image": "0.png"}\n[]\n')
+    assert "2 lines are faulty, more than 1%" in faults()[-1]
+    path.write_text('{"image": "0.png"}\n')
+    assert "no line has a " in faults()[0]
+    assert "annotations: got nothing" in faults(annotations=None)[0]
 
 
 def test_run_dispatches(tmp_path):

@@ -84,6 +84,24 @@ def test_few_faulty_lines_are_named_and_left_out(folder, capsys):
     ]
 
 
+def test_unknown_keys_are_counted(folder, capsys):
+    path = folder / "A.jsonl"
+    path.write_text(path.read_text().replace('"caption"', '"licence": "CC0", "caption"'))
+    assert _run(folder, "retrieval", "--annotations", str(path))[0] == 0
+    assert capsys.readouterr().err == f"{path}: unknown keys kept out: licence (2)\n"
+
+
+def test_what_cannot_be_saved_is_shown(folder, capsys, monkeypatch):
+    def write_text(self, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command.epath.Path("x").__class__, "write_text", write_text)
+    status, output = _run(folder, "retrieval", "--annotations", str(folder / "A.jsonl"))
+    out, err = capsys.readouterr()
+    assert status == 2 and "retrieval: image to text R@1" in out
+    assert err == f"--output: {output}: No space left on device; nothing was saved\n"
+
+
 def test_many_faulty_lines_end_with_2(folder, capsys):
     path = folder / "A.jsonl"
     path.write_text(path.read_text() + '{"image": 5, "id": 6}\n' * 30)
@@ -104,6 +122,7 @@ def test_many_faulty_lines_end_with_2(folder, capsys):
         (["zeroshot", "--alpha", "2", "{rest}"], "alpha: got 2.0, expected a number from 0 to 1"),
         (["zeroshot", "--alpha", "0.5", "{rest}"], "expected a file (D.json) for alpha 0.5"),
         (["zeroshot", "--descriptions", "no.json", "{rest}"], "no.json: no such file"),
+        (["zeroshot", "--templates", "no.txt", "{rest}"], "no.txt: no such file"),
         (["zeroshot", "--batch-size", "0", "{rest}"], "got '0', expected a number of pictures"),
         (["grounding", "--annotations", "no.jsonl", "{rest}"], "no.jsonl: no such file"),
         (["zeroshot", "--template", "x", "{rest}"], "unrecognized arguments: --template x"),

@@ -175,6 +175,24 @@ def test_faults(folder):
         zeroshot.evaluate(predictor, images=folder / "classes" / "cat")
 
 
+def test_hidden_files_are_no_pictures(folder):
+    for name in ("._0.png", ".DS_Store"):
+        (folder / "classes" / "cat" / name).write_bytes(b"oops")
+    classes, paths, labels = zeroshot.class_folders(folder / "classes")
+    assert [path.name for path in paths] == ["0.png", "1.png", "2.png", "3.png"]
+    assert classes == ["cat", "dog", "red fox"] and labels.tolist() == [0, 0, 1, 2]
+
+
+def test_two_folders_of_one_class_are_an_error(folder):
+    write_picture(folder / "classes" / "red fox" / "4.png", 4)
+    (folder / "classes" / "eel").mkdir()
+    with pytest.raises(base.InputError) as found:
+        zeroshot.class_folders(folder / "classes")
+    names, empty = str(found.value).split("\n")
+    assert "got the class folders 'red fox', 'red_fox', all of them the class 'red fox'" in names
+    assert empty.endswith("no pictures in the class folders eel")
+
+
 def test_accuracies_of_the_reference():
     """eval.npz: what the reference's own evaluation counted on its logits."""
     golden = np.load(GOLDENS / "eval.npz")

@@ -5,58 +5,26 @@ import PIL.Image
 import pytest
 import tensorflow as tf
 
+from benchmarks import preprocessing
 from grain_jax import images
 from grain_jax.input_pipeline import assemble, order, transforms
-from tests.paths import GOLDENS
 
-GOLDEN = np.load(GOLDENS / "preprocess.npz")
-NAMES = [name.removeprefix("input/") for name in GOLDEN.files if name.startswith("input/")]
-
-
-def golden_picture(name):
-    pixels = GOLDEN[f"input/{name}"]
-    if name.startswith("palette"):
-        picture = PIL.Image.fromarray(pixels, "L").convert("P")
-        picture.putdata(pixels.reshape(-1).tolist())
-        picture.putpalette(GOLDEN["palette"].astype(np.uint8).tobytes())
-        return picture
-    return PIL.Image.fromarray(pixels)
+NAMES = preprocessing.names()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pil_squash_equals_the_reference(name):
-    got = images.squash(golden_picture(name), 64, convert_first=False)
-    # Pillow 13 orders the two passes otherwise on some shapes (goldens, quirk 20).
-    older = f"pillow_10_1_0/resized_u8/{name}"
-    new = int(PIL.__version__.split(".")[0]) >= 13
-    expected = GOLDEN[f"resized_u8/{name}" if new or older not in GOLDEN.files else older]
-    np.testing.assert_array_equal(got, expected)
+    assert preprocessing.pil_distance(name).max() == 0
     if not name.startswith(("rgba", "palette")):
-        np.testing.assert_array_equal(images.squash(golden_picture(name), 64), expected)
-
-
-# Worst and mean distance in levels of 255 from PIL's. PIL rounds to whole levels and clips between
-# its two passes, which shows on noise and checkerboards.
-DISTANCE = {
-    "checker_96x130": (12, 1.7),
-    "noise_80x45": (17, 0.3),
-    "palette_90x70": (16, 0.3),
-    "rgb_37x53": (4, 0.25),
-    "rgba_40x60": (3, 0.25),
-    "gray_50x70": (2, 0.25),
-    "rgb_65x63": (2, 0.25),
-    "rgb_224x224": (1, 0.15),
-    "rgb_300x200": (1, 0.15),
-}
+        got = images.squash(preprocessing.picture(name), preprocessing.SIZE)
+        np.testing.assert_array_equal(got, preprocessing.expected(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tf_squash_is_near_pils(name):
-    picture = golden_picture(name).convert("RGB")
-    got = transforms.squash(tf.constant(np.asarray(picture)), 64).numpy()
-    distance = np.abs(got.astype(int) - images.squash(picture, 64))
-    worst, mean = DISTANCE.get(name, (0, 0))
-    assert got.shape == (64, 64, 3) and got.dtype == np.uint8
+    distance = preprocessing.tf_distance(name)
+    worst, mean = preprocessing.TF_DISTANCE.get(name, (0, 0))
+    assert distance.shape == (64, 64, 3)
     assert distance.max() <= worst and distance.mean() <= mean
 
 

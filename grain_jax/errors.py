@@ -1,0 +1,5 @@
+"""The base of every error that is the user's to mend: commands print it as it is and exit with status 2."""
+
+
+class UserError(ValueError):
+    """Wrong usage or wrong input; the message has one line a fault: what, where, got, expected, what to do."""

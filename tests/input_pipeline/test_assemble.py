@@ -1,0 +1,35 @@
+import dataclasses
+
+import numpy as np
+
+from configs import common
+from grain_jax import config as config_lib
+from grain_jax.input_pipeline import assemble, tokenizer
+
+
+def test_dropped_regions_and_cut_captions_are_counted_by_group():
+    values = common.base("tiny")
+    values.total_steps, values.optim.warmup_steps, values.batch_size = 10, 1, 4
+    values.input.lanes = 1
+    values.text.update(dict(pack_group=2, pack_rows=1))
+    config = config_lib.from_dict(values)
+    text = dataclasses.replace(config.model.text, context_length=12)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
+    tokenize = lambda texts: assemble.tokenize(texts, tokenizer.ClipTokenizer(), 12)
+    # In tokens: captions 10 + 10 of 12 (both cut, the region goes), then 3 + 3, and of 3 + 4 one goes.
+    captions = tokenize(["a " * 8, "a " * 8, "a", "a"])
+    descriptions = tokenize(["b", "b", "b b"])
+    assert captions.lengths.tolist() == [10, 10, 3, 3]
+    assert descriptions.lengths.tolist() == [3, 3, 4]
+    mask = np.array([[True], [False], [True], [True]])
+    batch = assemble.assemble(
+        image=np.zeros((4, 32, 32, 3), np.uint8),
+        captions=captions,
+        descriptions=descriptions,
+        region_boxes_cxcywh=np.full((4, 1, 4), 0.5, np.float32),
+        region_mask=mask,
+        region_scores=np.array([[0.5], [0], [0.9], [0.1]], np.float32),
+        config=config,
+    )
+    assert batch.region_mask.tolist() == [[False], [False], [True], [False]]
+    assert batch.texts_dropped.tolist() == [3, 1]
