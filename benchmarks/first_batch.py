@@ -27,9 +27,8 @@ def make_records(output: epath.Path, count: int, num_shards: int) -> None:
     file = io.BytesIO()
     PIL.Image.linear_gradient("L").resize((16, 16)).convert("RGB").save(file, "JPEG")
     region = {"bbox": (0.1, 0.1, 0.6, 0.7), "description": "a long orange beak", "score": 0.9}
-    builder = tfds_writer.AnnotatedPictures(
-        name="tiny_records",
-        data_dir=output,
+    tfds_writer.write(
+        output / "tiny_records" / example.VERSION,
         examples=(
             {
                 "id": f"{number:08d}",
@@ -42,8 +41,8 @@ def make_records(output: epath.Path, count: int, num_shards: int) -> None:
         ),
         encoding_format=example.Encoding("original").tfds_format,
         metadata={},
+        num_shards=num_shards,
     )
-    tfds_writer.write(builder, num_shards=num_shards, overwrite=False)
 
 
 def config(output: epath.Path, batch_size: int) -> config_lib.Config:

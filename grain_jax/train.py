@@ -37,6 +37,11 @@ from grain_jax.report import pictures
 
 CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: metrics, checkpoints, pictures")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of the first of several processes"
+)
+PROCESSES = flags.DEFINE_integer("processes", 1, "how many processes there are")
+PROCESS_ID = flags.DEFINE_integer("process_id", 0, "which of them this is, from 0")
 
 
 def keep_freed_memory() -> None:
@@ -209,11 +214,12 @@ def train(config: config_lib.Config, workdir: epath.Path) -> None:
         checkpoints.close()
 
     # 6. What came of it.
+    if not results and config.evals:  # the run was complete already
+        results = evaluate_all(config, state)
+    predictor = make_predictor(config, state)
     if log:
         log.close()
-        if not results and config.evals:  # the run was complete already
-            results = evaluate_all(config, state)
-        report(config, workdir, state, results)
+        report(config, workdir, predictor, results)
 
 
 def at_interval(step: int, every: int) -> bool:
@@ -228,9 +234,19 @@ def agreed(due: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(jnp.asarray(due)))
 
 
+def make_predictor(config: config_lib.Config, state: train_step.TrainState):
+    """The state's model (the average where one is kept) for evaluation; None but on the first process."""
+    params = state.ema_params or state.params
+    if jax.process_count() > 1:
+        params = multihost_utils.process_allgather(params, tiled=True)
+    return inference.Predictor(config.model, params) if jax.process_index() == 0 else None
+
+
 def evaluate_all(config: config_lib.Config, state: train_step.TrainState) -> dict[str, float]:
-    """Every evaluator of the config on the state's parameters (the average where one is kept)."""
-    predictor = inference.Predictor(config.model, state.ema_params or state.params)
+    """Every evaluator of the config; the first process measures, the others get {}."""
+    predictor = make_predictor(config, state)
+    if predictor is None:
+        return {}
     return {
         f"eval/{name}/{key}": value
         for name, entry in config.evals.items()
@@ -238,7 +254,7 @@ def evaluate_all(config: config_lib.Config, state: train_step.TrainState) -> dic
     }
 
 
-def report(config, workdir, state, results) -> None:
+def report(config, workdir, predictor, results) -> None:
     """Prints the final table and draws the curves and the test pictures."""
     pictures.curves(workdir / "metrics.jsonl", workdir / "curves.png")
     if results:
@@ -246,7 +262,6 @@ def report(config, workdir, state, results) -> None:
         pictures.print_table(results)
     entry = next((e for e in config.evals.values() if e.kind == "grounding"), None)
     if config.pictures and entry:
-        predictor = inference.Predictor(config.model, state.ema_params or state.params)
         pictures.regions_grid(
             predictor,
             entry.annotations,
@@ -264,6 +279,8 @@ def main(argv: list[str]) -> None:
     if not WORKDIR.value:
         command_line.fail("--workdir: missing; the folder that the run writes to")
     keep_freed_memory()
+    if COORDINATOR.value:
+        jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
     train(config, epath.Path(WORKDIR.value))
 
 

@@ -178,3 +178,21 @@ def test_sigkill_and_the_same_command_again_give_the_uninterrupted_run(tmp_path)
     assert len(_lines(tmp_path / "killed")) < 40
     _finish(_start(tmp_path / "killed", tmp_path / "cache", *flags))
     assert _lines(tmp_path / "killed") == _lines(tmp_path / "whole")
+
+
+def test_two_processes_have_the_losses_of_one(finished, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "launch.local",
+        "--processes=2",
+        "--devices-per-process=4",
+        "--",
+    ]
+    command += [sys.executable, "-m", "grain_jax.train", "--config", "tests/run_config.py"]
+    command += ["--workdir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(_lines(finished), _lines(tmp_path), strict=True):
+        np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-4)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "8"]
