@@ -27,7 +27,9 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     ema_params: Any  # {} where no average is kept
-    texts_dropped: jax.Array  # int32 [], regions that fitted into no row and captions cut, since step 0
+    texts_dropped: (
+        jax.Array
+    )  # int32 [], regions that fitted into no row and captions cut, since step 0
 
 
 def abstract_batch(config: Config) -> schema.Batch:
