@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from shutil import get_terminal_size
 
 from etils import epath
 
@@ -125,6 +126,7 @@ class Monitor:
         eta = (now - self._started) / max(done, 1) * (self.total_steps - step)
         line = (
             f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})"
+            f"  ETA {duration(eta)}"
             f"  loss {metrics['loss']:.3f}"
             f" = caption {metrics['loss_image_caption']:.3f}"
             f", box {metrics['loss_box']:.3f}"
@@ -132,9 +134,10 @@ class Monitor:
             f"  IoU {metrics['matched_iou']:.2f}"
             f"  {metrics['images_per_second']:.0f} images/s"
             f"  input wait {metrics['input_wait_fraction']:.1%}"
-            f"  ETA {duration(eta)}"
         )
         end = "\n" if last or not terminal else ""
+        if terminal:  # a line that wraps could not be rewritten
+            line = line[: get_terminal_size().columns - 1]
         print(("\r\x1b[2K" if terminal else "") + line, end=end, file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     log.progress(100, METRICS | rates)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("step 10/100 (10%)  loss 1.000") and "ETA" in lines[0]
+    assert lines[0].startswith("step 10/100 (10%)  ETA ") and "loss 1.000" in lines[0]
     assert "ETA 0s" in lines[1]
 
 
@@ -57,3 +58,13 @@ def test_pauses_are_left_out_of_the_rates(tmp_path, monkeypatch):
     now[0] = 51.0
     rates = log.rates(4, wait_seconds=0.5)
     assert rates == {"images_per_second": 20.0, "input_wait_fraction": 0.25}
+
+
+def test_a_terminal_line_is_rewritten_and_never_wraps(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(monitor.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(monitor, "get_terminal_size", lambda: os.terminal_size((60, 24)))
+    log = monitor.Monitor(tmp_path, 0, 100, 4)
+    log.progress(10, METRICS | log.rates(10, 0.0))
+    written = capsys.readouterr().err
+    assert written.startswith("\r\x1b[2Kstep 10/100") and not written.endswith("\n")
+    assert len(written.removeprefix("\r\x1b[2K")) == 59
