@@ -35,6 +35,7 @@ def model(size: str = "B/16") -> ConfigDict:
             qk_norm=True,
             norm_eps=1e-6,
             position_init="normal",
+            position_period=1e4,
             block_init="trunc_normal",
             unroll=1,
         )
@@ -60,6 +61,7 @@ def model(size: str = "B/16") -> ConfigDict:
             mlp_dim=2048,
             dropout=0.1,
             norm_eps=1e-5,
+            qkv_init_gain=1.0,
             unroll=1,
         )
     )
@@ -101,6 +103,7 @@ def base(size: str = "B/16") -> ConfigDict:
             shards_per_block=1,
             max_regions=5,
             synthetic_caption_rate=0.5,
+            descriptions_in_captions=0,
             flip_rate=0.0,
             crop_min_area=1.0,
             reader_threads=0,
@@ -116,6 +119,7 @@ def base(size: str = "B/16") -> ConfigDict:
             mask_duplicates=True,
             match_l1=5.0,
             match_giou=2.0,
+            match_description=0.0,
             iou_epsilon=0.0,
             deep_supervision=False,
             shift_labels_after_empty_box=False,

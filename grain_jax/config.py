@@ -37,6 +37,7 @@ class ImageTower:
     qk_norm: bool  # LayerNorm on each head's queries and keys
     norm_eps: float
     position_init: str  # "normal" (0.02) or "sincos2d"; the positions are learned either way
+    position_period: float  # sincos2d: the longest wave against the shortest
     block_init: str  # "trunc_normal" (0.02, zero biases) or "torch" (the reference's quirk 13)
     unroll: (
         int  # layers of the scan that are unrolled; depth = no loop (faster for tiny towers on CPU)
@@ -68,6 +69,9 @@ class RegionDecoder:
     mlp_dim: int
     dropout: float
     norm_eps: float
+    qkv_init_gain: (
+        float  # of the initial query, key and value weights; 1 = xavier, as the reference
+    )
     unroll: int
 
 
@@ -93,6 +97,9 @@ class Input:
     shards_per_block: int  # shards that are read whole and permuted together
     max_regions: int  # R: the regions with the highest scores are kept
     synthetic_caption_rate: float  # chance that the synthetic caption stands in for the web caption
+    descriptions_in_captions: (
+        int  # so many best-scored regions' descriptions are added to the caption
+    )
     flip_rate: (
         float  # chance of a mirror image; boxes move, left and right change places in the words
     )
@@ -120,6 +127,7 @@ class Loss:
     mask_duplicates: bool  # equal texts are not each other's negatives
     match_l1: float  # weight of L1 in the matching cost
     match_giou: float  # weight of -GIoU in the matching cost
+    match_description: float  # weight of -cosine(region, description) in the matching cost
     iou_epsilon: float  # added to the union in the IoU term (reference: 1e-4, quirk 15)
     deep_supervision: bool  # the box loss of the earlier decoder layers is added
     shift_labels_after_empty_box: bool  # the reference's quirk 1
@@ -303,6 +311,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "input.shards_per_block": (1, math.inf),
     "input.max_regions": (0, math.inf),
     "input.synthetic_caption_rate": (0, 1),
+    "input.descriptions_in_captions": (0, math.inf),
     "input.flip_rate": (0, 1),
     "input.crop_min_area": (0.01, 1),
     "input.reader_threads": (0, math.inf),
@@ -317,6 +326,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "mesh.tensor": (1, math.inf),
     "model.embed_dim": (1, math.inf),
     "model.image.patch_size": (1, math.inf),
+    "model.image.position_period": (1, math.inf),
     "model.text.vocab_size": (3, math.inf),
     "model.text.context_length": (3, math.inf),
     "model.decoder.queries": (0, math.inf),
@@ -373,6 +383,12 @@ def _check(config: Config, faults: list[str]) -> None:
         kinds, orders = ("zeroshot", "retrieval", "grounding"), ("queries", "descriptions")
         _one_of(f"evals.{name}.kind", entry.kind, kinds, faults)
         _one_of(f"evals.{name}.region_order", entry.region_order, orders, faults)
+    loss = config.loss
+    if loss.match_l1 == loss.match_giou == loss.match_description == 0:
+        faults.append(
+            "loss.match_l1, loss.match_giou, loss.match_description: got 0 for all, so that queries"
+            " would be matched by their numbers; expected at least one that is not 0"
+        )
     for pair in (("total_steps", "total_epochs"), ("optim.warmup_steps", "optim.warmup_epochs")):
         part = config.optim if pair[0].startswith("optim") else config
         values = [getattr(part, key.rpartition(".")[2]) for key in pair]

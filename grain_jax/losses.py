@@ -180,6 +180,10 @@ def total_loss(
         rank = jnp.maximum(jnp.cumsum(box_mask, axis=1) - 1, 0)
         label_slot = jnp.take_along_axis(slots_of_texts, rank, axis=1)
 
+    cosine = None
+    if config.match_description:
+        cosine = similarity(outputs.region_embed, outputs.region_text_embed)  # [B, Q, R]
+
     def matched_box_loss(pred):
         with jax.named_scope("matching"):
             cost = matching.cost_matrix(
@@ -188,6 +192,8 @@ def total_loss(
                 l1=config.match_l1,
                 giou=config.match_giou,
                 iou_epsilon=config.iou_epsilon,
+                description=config.match_description,
+                cosine=cosine,
             )
             match = matching.match(cost, box_mask, mesh=mesh, batch_axes=batch_axes)
         loss, iou = box_loss(

@@ -36,14 +36,21 @@ def cost_matrix(
     l1: float,
     giou: float,
     iou_epsilon: float = 0.0,
+    description: float = 0.0,
+    cosine: Float[Array, "B Q R"] | None = None,
 ) -> Float[Array, "B Q R"]:
-    """l1 * |p - t|_1 - giou * GIoU(p, t) of every query and region of an image."""
+    """l1 * |p - t|_1 - giou * GIoU(p, t) - description * cosine of every query and region of an image.
+
+    Args:
+      cosine: of each query's embedding and each region's description; where not given, its term is 0.
+    """
     pred, target = pred_boxes_cxcywh[:, :, None], target_boxes_cxcywh[:, None]
     distance = jnp.abs(pred - target).sum(-1)
     overlap = boxes.giou(
         boxes.cxcywh_to_xyxy(pred), boxes.cxcywh_to_xyxy(target), epsilon=iou_epsilon
     )
-    return l1 * distance - giou * overlap
+    cost = l1 * distance - giou * overlap
+    return cost if cosine is None else cost - description * cosine
 
 
 @functools.cache

@@ -66,10 +66,12 @@ def replica(outputs, batch, c):
             pred = o.pred_boxes_cxcywh[-1, i]
             cost = [
                 [
-                    c.match_l1 * np.abs(p - x).sum() - c.match_giou * _giou(p, x, c.iou_epsilon)
-                    for x in target
+                    c.match_l1 * np.abs(p - x).sum()
+                    - c.match_giou * _giou(p, x, c.iou_epsilon)
+                    - c.match_description * (o.region_embed[i, q] @ o.region_text_embed[i, j])
+                    for x, j in zip(target, t)
                 ]
-                for p in pred
+                for q, p in enumerate(pred)
             ]
             for q, j in zip(*linear_sum_assignment(np.array(cost).reshape(len(pred), len(t)))):
                 pairs.append((i, q, t[j]))
@@ -118,6 +120,18 @@ def test_equals_float64_replica(group_size, mask_duplicates, iou_epsilon):
         [got.image_caption, got.box, got.region_description], [ic, box, rd], rtol=1e-5
     )
     np.testing.assert_allclose(got.total, ic + 1.5 * box + 0.5 * rd, rtol=1e-5)
+
+
+@pytest.mark.parametrize("boxes", [0.0, 1.0])
+def test_matching_by_words(boxes):
+    by_words = dict(loss__match_l1=5 * boxes, loss__match_giou=2 * boxes)
+    c = tiny.config(loss__match_description=1.0, **by_words)
+    batch, outputs = tiny.batch(c), _outputs(c)
+    got = losses.total_loss(outputs, batch, c.loss)
+    _, box, rd = replica(outputs, batch, c.loss)
+    np.testing.assert_allclose([got.box, got.region_description], [box, rd], rtol=1e-5)
+    without = dataclasses.replace(c.loss, match_description=0.0, match_l1=5.0)
+    assert abs(losses.total_loss(outputs, batch, without).region_description - rd) > 1e-3
 
 
 def test_no_region_in_the_whole_batch_is_zero_with_zero_gradient():

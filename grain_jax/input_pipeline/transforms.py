@@ -45,6 +45,7 @@ class Transform:
     size: int  # S, pixels
     max_regions: int  # R
     synthetic_caption_rate: float
+    descriptions_in_captions: int
     flip_rate: float
     crop_min_area: float  # 1 = no crop
 
@@ -55,6 +56,7 @@ class Transform:
             size=config.model.image.image_size,
             max_regions=config.input.max_regions,
             synthetic_caption_rate=config.input.synthetic_caption_rate,
+            descriptions_in_captions=config.input.descriptions_in_captions,
             flip_rate=config.input.flip_rate,
             crop_min_area=config.input.crop_min_area,
         )
@@ -75,10 +77,17 @@ class Transform:
         if self.flip_rate > 0:
             image = tf.cond(flipped, lambda: tf.reverse(image, [1]), lambda: image)
             boxes_xyxy = tf.where(flipped, mirror_boxes(boxes_xyxy), boxes_xyxy)
+        descriptions = fields["regions/description"]
+        caption = choose_caption(fields, draws, self.synthetic_caption_rate)
+        if self.descriptions_in_captions:
+            added = tf.gather(
+                descriptions, best_regions(scores, kept, self.descriptions_in_captions)
+            )
+            caption = tf.strings.reduce_join(tf.concat([[caption], added], 0), separator=", ")
         return Example(
             image,
-            choose_caption(fields, draws, self.synthetic_caption_rate),
-            *top_regions(fields["regions/description"], boxes_xyxy, scores, kept, self.max_regions),
+            caption,
+            *top_regions(descriptions, boxes_xyxy, scores, kept, self.max_regions),
             flipped,
         )
 
@@ -96,17 +105,22 @@ def choose_caption(fields: dict[str, tf.Tensor], draws: tf.Tensor, rate: float) 
     ]
 
 
-def top_regions(
-    descriptions: tf.Tensor, boxes_xyxy: tf.Tensor, scores: tf.Tensor, kept: tf.Tensor, number: int
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """The `number` kept regions of the highest score, padded; equal scores stay in the file's order.
-
-    Returns: descriptions [R], boxes_cxcywh [R, 4], mask [R], scores [R].
-    """
+def best_regions(scores: tf.Tensor, kept: tf.Tensor, number: int) -> tf.Tensor:
+    """Places of the at most `number` kept regions of the highest score; of equal ones the first come first."""
     chosen = tf.boolean_mask(tf.range(tf.size(scores)), kept)
     # top_k takes the lower index first among equals.
     best = tf.math.top_k(tf.gather(scores, chosen), tf.minimum(tf.size(chosen), number)).indices
-    chosen = tf.gather(chosen, best)
+    return tf.gather(chosen, best)
+
+
+def top_regions(
+    descriptions: tf.Tensor, boxes_xyxy: tf.Tensor, scores: tf.Tensor, kept: tf.Tensor, number: int
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The `best_regions`, padded to `number`.
+
+    Returns: descriptions [R], boxes_cxcywh [R, 4], mask [R], scores [R].
+    """
+    chosen = best_regions(scores, kept, number)
     boxes = tf.gather(boxes_xyxy, chosen)
     low, high = boxes[:, :2], boxes[:, 2:]
     padding = [[0, number - tf.size(chosen)]]

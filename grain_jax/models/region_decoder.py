@@ -11,8 +11,6 @@ from grain_jax.config import RegionDecoder
 from grain_jax.models import layers
 
 xavier = nn.initializers.xavier_uniform()
-# Query, key and value are one matrix in the reference; xavier over its [3E, E] is this over each [E, E].
-xavier_qkv = nn.initializers.variance_scaling(0.5, "fan_in", "uniform")
 
 
 class Block(nn.Module):
@@ -30,11 +28,13 @@ class Block(nn.Module):
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, layer)
         norm = lambda name: layers.layer_norm(t.norm_eps, dtype=self.dtype, name=name)  # noqa: E731
         drop = lambda x, site: layers.example_dropout(x, keys, site, t.dropout)  # noqa: E731
+        # Query, key and value are one matrix in the reference; xavier over its [3E, E] is this over each [E, E].
+        qkv_init = nn.initializers.variance_scaling(0.5 * t.qkv_init_gain**2, "fan_in", "uniform")
         attend = lambda name: layers.Attention(  # noqa: E731
             t.width,
             t.heads,
             self.dtype,
-            kernel_init=xavier_qkv,
+            kernel_init=qkv_init,
             out_init=xavier,
             dropout=t.dropout,
             name=name,

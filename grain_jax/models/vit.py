@@ -8,9 +8,12 @@ from grain_jax.config import ImageTower
 from grain_jax.models import layers
 
 
-def sincos2d(grid: int, width: int) -> np.ndarray:
-    """Sine-cosine position features of a square grid, float32 [grid * grid, width] (as in MoCo v3)."""
-    omega = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
+def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
+    """Sine-cosine position features of a square grid, float32 [grid * grid, width] (as in MoCo v3, period 1e4).
+
+    The waves' lengths go from 2 pi patches to `period` times that: with 1e4 most are constant over a small grid.
+    """
+    omega = period ** -(np.arange(width // 4) / (width // 4))
     y, x = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
     y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
     out = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
@@ -100,7 +103,9 @@ class ImageTransformer(nn.Module):
         def init_positions(key, shape, dtype=jnp.float32):
             if t.position_init == "normal":
                 return layers.normal(0.02)(key, shape, dtype)
-            return jnp.pad(jnp.asarray(sincos2d(grid, t.width), dtype), ((1, 0), (0, 0)))
+            return jnp.pad(
+                jnp.asarray(sincos2d(grid, t.width, t.position_period), dtype), ((1, 0), (0, 0))
+            )
 
         positions = self.param(
             "position_embed",

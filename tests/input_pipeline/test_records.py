@@ -177,6 +177,30 @@ def test_captions_are_drawn_anew(output):
     assert all(len(kinds) >= 2 for kinds in drawn.values())
 
 
+@pytest.mark.parametrize("flip_rate", [0.0, 1.0])
+def test_descriptions_are_added_to_captions(output, flip_rate):
+    clip_tokenizer = tokenizer.ClipTokenizer()
+    config = record_sets.config(
+        output,
+        max_regions=0,
+        synthetic_caption_rate=1.0,
+        descriptions_in_captions=2,
+        flip_rate=flip_rate,
+    )
+    (batch,) = take(config, 1)
+    assert batch.region_mask.shape == (8, 0)
+    side = "right" if flip_rate else "left"
+    for row in range(8):
+        # The first pixel tells the number; it is the last of its row in a mirrored picture.
+        number = int(batch.image[row, 0, -1 if flip_rate else 0].astype(int) @ [1, 256, 0])
+        line = record_sets.annotation(number, (16, 16))
+        best = [r["description"] for r in line["regions"]][::-1][:2]
+        text = ", ".join([line["synthetic_caption"], *best]).replace("left", side)
+        ids = tuple(clip_tokenizer.encode([text], 77).ids.tolist())
+        assert row_texts(batch, 2)[row] == (ids, [])
+        assert batch.caption_id[row] == clip_tokenizer.text_id([text])[0]
+
+
 def test_padded_and_packed_hold_the_same(output):
     packed = record_sets.config(output)
     padded = record_sets.config(output)

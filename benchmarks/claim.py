@@ -1,0 +1,372 @@
+"""The claim, tested: does aligning regions with descriptions beat CLIP at equal data and compute?
+
+    python -m benchmarks.claim run     trains whatever has no result file yet; stop it and start it again at will
+    python -m benchmarks.claim report  prints the tables (Markdown) and draws the pictures
+
+Every arm has the same towers, pictures, batch, schedule and grid of learning rates; an arm differs by the few
+keys in `ARMS`. Half of the classes that training never shows are for validation (they choose the learning
+rate), the other half is reported. docs/claim.md says what was fixed before the first run, and what came out.
+
+On data of your own: --data DIR, a folder with
+    A.jsonl                           training annotations (data/SCHEMA.md), pictures below DIR
+    seen/CLASS/*, unseen/CLASS/*      pictures of classes whose names captions know, and of classes that they do not
+    unseen.json                       {"class": ["description", ...]} of the unseen ones
+    test/A.jsonl, test/seen.jsonl, test/unseen.jsonl   annotations below DIR/test, for retrieval and grounding
+and --config FILE for a larger model (default: configs/demo.py).
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import pathlib
+import platform
+import random
+import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from benchmarks import claim_design as design
+from benchmarks import claim_report
+from configs import common
+from data import build
+from grain_jax import errors
+
+
+class ClaimError(errors.UserError):
+    """What was given cannot be used; the message is one line."""
+
+
+def read_results(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Name -> result of every run that is done."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+# --- Data --------------------------------------------------------------------------------------------------------
+
+
+def prepare(data: str, source: pathlib.Path | None, work: pathlib.Path) -> pathlib.Path:
+    """Makes the data set `data` if it is not there: drawn, or the main one with noise; returns its folder.
+
+    Args:
+      source: the user's own main data set, or None to draw one.
+      work: everything that is made goes below it.
+    """
+    records = work / "records"
+    main = source or work / "main"
+    if data in design.NOISE:
+        prepare("main", source, work)
+        annotations = work / f"{data}.jsonl"
+        if not annotations.exists():
+            degrade(main / "A.jsonl", annotations, **design.NOISE[data])
+        _build(annotations, main, records, data)
+        return main
+    if source is None:
+        from data.aviary import __main__ as draw
+
+        options = {**design.AVIARY, **design.AVIARIES[data]}
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+        main = work / data
+        if draw.main([f"--output={main}", f"--records={records}", f"--name={data}", *flags]):
+            raise ClaimError(f"{main}: could not be drawn")
+    else:
+        _build(main / "A.jsonl", main, records, data)
+    _make_views(main, work / "views" / data)
+    return main
+
+
+def _build(annotations, images, records, name):
+    if (records / name).exists():
+        return
+    arguments = ["--annotations", annotations, "--images", images, "--output", records]
+    if build.main([*map(str, arguments), "--name", name]):
+        raise ClaimError(f"{annotations}: could not be built")
+
+
+def degrade(
+    source: pathlib.Path,
+    target: pathlib.Path,
+    *,
+    misses: float = 0.0,
+    jitter: float = 0.0,
+    wrong: float = 0.0,
+) -> None:
+    """Writes annotations with noise added to their regions (see `design.NOISE`); pictures and captions stay."""
+    records = [json.loads(line) for line in source.read_text().splitlines()]
+    descriptions = [region["description"] for r in records for region in r.get("regions", [])]
+    random_ = random.Random(f"{misses} {jitter} {wrong}")
+    for record in records:
+        kept = []
+        for region in record.get("regions", []):
+            if random_.random() < misses:
+                continue
+            x1, y1, x2, y2 = region["box"]
+            if jitter:
+                width, height = (x2 - x1) * jitter, (y2 - y1) * jitter
+                x1, x2 = sorted(max(0.0, random_.gauss(x, width)) for x in (x1, x2))
+                y1, y2 = sorted(max(0.0, random_.gauss(y, height)) for y in (y1, y2))
+            said = region["description"]
+            if random_.random() < wrong:
+                said = random_.choice(descriptions)
+            if x2 - x1 > 0.5 and y2 - y1 > 0.5:  # of a pixel
+                kept.append({**region, "box": [x1, y1, x2, y2], "description": said})
+        record["regions"] = kept
+    target.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _make_views(main: pathlib.Path, views: pathlib.Path) -> None:
+    """Links the seen pictures, every other one, and the unseen classes, by halves, into validation and test."""
+    if (views / "sentences.json").exists():
+        return
+    described = json.loads((main / "unseen.json").read_text())
+    names = list(described)  # in the file's order, which keeps related classes together
+    halves = {"validation": names[: len(names) // 2], "test": names[len(names) // 2 :]}
+    for split, classes in halves.items():
+        for name in classes:
+            _link(main / "unseen" / name, views / f"unseen_{split}" / name)
+    for folder in sorted((main / "seen").iterdir()):
+        for i, picture in enumerate(sorted(folder.iterdir())):
+            split = ("validation", "test")[i % 2]
+            _link(picture, views / f"seen_{split}" / folder.name / picture.name)
+    sentences = {name: [", ".join(words)] for name, words in described.items()}
+    (views / "sentences.json").write_text(json.dumps(sentences, indent=1) + "\n")
+
+
+def _link(target: pathlib.Path, link: pathlib.Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(target.resolve())
+
+
+# --- Training ----------------------------------------------------------------------------------------------------
+
+
+def make_config(run: design.Run, base: Any, main: pathlib.Path, work: pathlib.Path) -> Any:
+    """The run's config: `base` with the run's changes, on the data set in `main`."""
+    c = base.copy_and_resolve_references()
+    c.update_from_flattened_dict(design.changes(run))
+    c.total_epochs = c.optim.warmup_epochs = c.input.prepare = None
+    c.input.data_dir, c.input.name = str(work / "records"), run.data
+    views, test = (
+        work / "views" / ("main" if run.data in design.NOISE else run.data),
+        str(main / "test"),
+    )
+    regions = run.arm not in design.CLIP_ARMS
+    described = dict(names=False, descriptions=str(main / "unseen.json"))
+    sentence = described | dict(descriptions=str(views / "sentences.json"), alphas=(1.0,))
+    described["alphas"] = design.ALPHAS if regions else (1.0,)
+    evals = {}
+    for split in ("validation", "test"):
+        unseen = str(views / f"unseen_{split}")
+        evals[f"seen_{split}"] = common.evaluator(
+            "zeroshot", str(views / f"seen_{split}"), alphas=(1.0,)
+        )
+        evals[f"unseen_{split}"] = common.evaluator("zeroshot", unseen, **described)
+        evals[f"sentence_{split}"] = common.evaluator("zeroshot", unseen, **sentence)
+    evals["retrieval"] = common.evaluator("retrieval", test, annotations=f"{test}/A.jsonl")
+    if regions:
+        evals["other_order"] = common.evaluator(
+            "zeroshot", unseen, region_order="descriptions", **described
+        )
+        for group in ("seen", "unseen"):
+            evals[f"grounding_{group}"] = common.evaluator(
+                "grounding", test, annotations=f"{test}/{group}.jsonl"
+            )
+    c.evals = common.ConfigDict(evals)
+    return c
+
+
+def train(run: design.Run, args: argparse.Namespace) -> None:
+    """Trains and evaluates one run, in this process, and writes its result file."""
+    import jax
+
+    from benchmarks import flops
+    from grain_jax import config as config_lib
+    from grain_jax import optim, sharding, train_step
+    from grain_jax import train as trainer
+    from grain_jax.models.grain import GRAIN
+
+    main = args.data or args.workdir / ("main" if run.data in design.NOISE else run.data)
+    base = runpy.run_path(args.config)["get_config"]()
+    config = config_lib.from_dict(make_config(run, base, main, args.workdir))
+    workdir = args.workdir / "runs" / run.name
+    began = time.monotonic()
+    trainer.train(config, epath.Path(workdir))
+    seconds = time.monotonic() - began
+
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    last = lines[-5:]
+    speeds = sorted(line["images_per_second"] for line in lines)
+    model = GRAIN(config.model, config.dtype, config.remat)
+    tx = optim.optimizer(config.optim, lambda step: 0.0)
+    state = jax.eval_shape(lambda: sharding.unbox(train_step.init_state(model, config, tx)))
+    step_flops = flops.matmul_flops(
+        lambda p, b: train_step.loss_and_grads(model, config, None, p, b, None),
+        state.params,
+        train_step.abstract_batch(config),
+    )
+    evaluated = json.loads((workdir / "results.json").read_text())
+    result = {
+        **run._asdict(),
+        "settings": design.settings_of(run, args.config),
+        "batch_size": config.batch_size,
+        "seconds": round(seconds, 1),
+        "images_per_second": round(speeds[len(speeds) // 2], 1),
+        "flops_per_step": step_flops,
+        "device": jax.devices()[0].device_kind,
+        "host": platform.processor() or platform.machine(),
+        "jax": jax.__version__,
+        "train": {
+            key: sum(line[key] for line in last) / len(last)
+            for key in (
+                "loss_image_caption",
+                "loss_region_description",
+                "loss_box",
+                "matched_iou",
+                "logit_scale",
+            )
+        },
+        "texts_dropped": last[-1]["texts_dropped"],
+        "eval": {
+            key.removeprefix("eval/"): round(value, 6)
+            for key, value in evaluated.items()
+            if "per_class" not in key
+        },
+    }
+    path = args.results / f"{run.name}.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.rename(path)
+
+
+def work(args: argparse.Namespace) -> None:
+    """Takes one run after the other, whichever nobody has taken, until all are done."""
+    from grain_jax import train as trainer
+
+    trainer.keep_freed_memory()
+    locks = args.workdir / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    while True:
+        results = read_results(args.results)
+        studies = design.plan(results, steps=args.steps, aviaries=args.data is None)
+        pending = [run for runs in studies.values() for run in runs if run.name not in results]
+        if not pending:
+            return
+        for run in pending:
+            with (locks / run.name).open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                if (args.results / f"{run.name}.json").exists():
+                    break
+                with (locks / f"data-{run.data}").open("w") as data_lock:
+                    fcntl.flock(data_lock, fcntl.LOCK_EX)
+                    prepare(run.data, args.data, args.workdir)
+                train(run, args)
+                break
+        else:
+            time.sleep(5)  # others are at work on all of them; theirs may make new ones known
+
+
+def check_results(results: Mapping[str, Mapping[str, Any]], config: str) -> None:
+    """Raises ClaimError if a result was made with other settings than this file's."""
+    for name, result in results.items():
+        run = design.Run(*(result[field] for field in design.Run._fields))
+        if design.settings_of(run, config) != result["settings"]:
+            raise ClaimError(
+                f"{name}.json: made with other settings than benchmarks/claim.py has now; move it"
+                " away, or give another --results"
+            )
+
+
+def run_all(args: argparse.Namespace) -> int:
+    """Starts the workers and shows how far they are."""
+    args.results.mkdir(parents=True, exist_ok=True)
+    check_results(read_results(args.results), args.config)
+    prepare("main", args.data, args.workdir)  # by all cores
+    logs = args.workdir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    cores = sorted(os.sched_getaffinity(0))
+    # Runs that differ in their seed alone share a compiled program.
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(args.workdir.resolve() / "compiled")}
+    environment |= os.environ
+    workers = []
+    for i in range(args.jobs):
+        command = [sys.executable, "-m", "benchmarks.claim", "work", *_flags(args)]
+        if args.jobs > 1:  # a core each: two runs of one thread are faster than two of two in turn
+            share = cores[i % len(cores) :: args.jobs] or cores
+            command = ["taskset", "--cpu-list", ",".join(map(str, share)), *command]
+        log = (logs / f"worker{i}.log").open("a")
+        workers.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+    began, at_first = time.monotonic(), len(read_results(args.results))
+    shown = None
+    try:
+        while any(worker.poll() is None for worker in workers):
+            time.sleep(2)
+            results = read_results(args.results)
+            studies = design.plan(results, steps=args.steps, aviaries=args.data is None)
+            names = {run.name for runs in studies.values() for run in runs}
+            done, fresh = len(names & set(results)), len(results) - at_first
+            if done != shown:
+                left = (time.monotonic() - began) / fresh * (len(names) - done) if fresh else 0
+                eta = f", {left / 60:.0f} min left" if fresh else ""
+                print(f"claim: {done}/{len(names)} known runs{eta}", file=sys.stderr, flush=True)
+                shown = done
+    finally:
+        for worker in workers:
+            worker.terminate()
+    failed = [i for i, worker in enumerate(workers) if worker.wait()]
+    if failed:
+        raise ClaimError(f"worker {failed[0]} failed: see the end of {logs}/worker{failed[0]}.log")
+    return 0
+
+
+def _flags(args: argparse.Namespace) -> list[str]:
+    flags = [f"--workdir={args.workdir}", f"--results={args.results}", f"--config={args.config}"]
+    return [*flags, f"--steps={args.steps}", *([f"--data={args.data}"] if args.data else [])]
+
+
+def main() -> int:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.claim",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=["run", "report", "work"], metavar="run|report")
+    parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="your own data")
+    parser.add_argument("--config", default="configs/demo.py", metavar="FILE")
+    parser.add_argument("--steps", type=int, default=design.STEPS, help=f"default: {design.STEPS}")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core"
+    )
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/claim"))
+    parser.add_argument(
+        "--results", type=pathlib.Path, default=pathlib.Path("benchmarks/results/claim")
+    )
+    parser.add_argument("--pictures", type=pathlib.Path, default=pathlib.Path("docs"))
+    args = parser.parse_args()
+    try:
+        if args.command == "run":
+            return run_all(args)
+        if args.command == "work":
+            work(args)
+            return 0
+        results = read_results(args.results)
+        check_results(results, args.config)
+        studies = design.plan(results, steps=args.steps, aviaries=args.data is None)
+        claim_report.report(studies, results, args.pictures)
+    except errors.UserError as error:
+        print(f"python -m benchmarks.claim: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

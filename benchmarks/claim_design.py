@@ -1,0 +1,186 @@
+"""What `benchmarks.claim` compares: the settings that were fixed before the first run, the arms, and the plan of runs."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+STEPS = 550
+RATES = (5e-4, 1e-3)
+SEEDS = (0, 1, 2)  # of weights and of the order of the data; the pictures and the species stay
+ALPHAS = (1.0, 0.75, 0.5, 0.25, 0.0)
+ALPHA = 0.5  # of the headline, for arms whose regions learn words
+
+# The recipe that all arms share, as far as it differs from configs/demo.py.
+SETTING: dict[str, Any] = {
+    "input.synthetic_caption_rate": 0.25,
+    "input.lanes": 1,
+    "text.pack_group": 32,
+    "text.pack_rows": 22,
+    "loss.box": 1.0,
+    "model.decoder.qkv_init_gain": 2.5,
+    "model.image.position_period": 16.0,
+}
+# Rows for 32 pictures' texts, so that nothing is cut and little is padded.
+_ROWS = {rows: {"text.pack_rows": rows} for rows in (5, 9, 24, 25, 37)}
+_CLIP = {"input.max_regions": 0}
+_WEB = {"input.synthetic_caption_rate": 0.0}
+_WORDS = {"input.descriptions_in_captions": 5}  # GRAIN's words: its 5 best regions' descriptions
+
+ARMS: dict[str, dict[str, Any]] = {
+    "clip": {**_CLIP, **_ROWS[5], **_WEB},
+    "clip_synthetic": {**_CLIP, **_ROWS[9]},
+    "clip_descriptions": {**_CLIP, **_ROWS[24], **_WORDS},
+    "grain_no_rd": {"loss.region_description": 0.0},
+    "grain_no_box": {  # queries are matched by words: the cosine of query and description
+        "loss.box": 0.0,
+        "loss.match_l1": 0.0,
+        "loss.match_giou": 0.0,
+        "loss.match_description": 1.0,
+    },
+    "grain_group_negatives": {"loss.group_size": 16},
+    "grain_unmasked": {"loss.mask_duplicates": False},
+    "grain": {},
+}
+CLIP_ARMS = ("clip", "clip_synthetic", "clip_descriptions")
+CONTROL = "clip_descriptions"
+
+# Arms and data sets that answer single questions; at GRAIN's learning rate.
+QUESTIONS: dict[str, dict[str, Any]] = {
+    "grain_and_descriptions": {**_ROWS[37], **_WORDS},
+    "grain_web_captions": _WEB,
+    "grain_more_synthetic": {**_ROWS[25], "input.synthetic_caption_rate": 0.5},
+}
+AVIARY = dict(
+    seed=7,
+    scale_from=0.95,
+    turn=3.0,
+    shift=0.02,
+    mirrored=0.0,
+    least_parts=5,
+    most_parts=6,
+    misses=0.1,
+    caption_parts=4,
+    seen_per_species=10,
+    held_out_genera=20,
+)
+AVIARIES: dict[str, dict[str, Any]] = {
+    "main": {},
+    "more_and_independent": {"genera": 48, "parts_changed": 8},
+    "independent_parts": {"parts_changed": 8},
+    "more_species": {"genera": 48},
+}
+# Noise on top of the data set's, in its annotations: this share of regions is lost, boxes' edges move by this
+# share of their side (standard deviation), this share of regions gets the description of another picture's.
+NOISE: dict[str, dict[str, float]] = {
+    "misses_80": {"misses": 0.8},
+    "wrong_60": {"wrong": 0.6},
+    "jitter_30": {"jitter": 0.3},
+    "misses_50": {"misses": 0.5},
+    "wrong_30": {"wrong": 0.3},
+    "jitter_100": {"jitter": 1.0},
+}
+NOISE_ARMS = ("grain", CONTROL)
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    arm: str
+    rate: float  # learning rate
+    seed: int
+    steps: int
+    data: str = "main"
+
+    @property
+    def name(self) -> str:
+        """Of its folder and of its result file."""
+        return f"{self.data}-{self.arm}-lr{self.rate:g}-steps{self.steps}-seed{self.seed}"
+
+
+def changes(run: Run) -> dict[str, Any]:
+    """What the run's config differs in from the base config, paths apart."""
+    return {
+        "seed": run.seed,
+        "total_steps": run.steps,
+        "optim.learning_rate": run.rate,
+        "optim.warmup_steps": 60,
+        "log_every": 10,
+        "checkpoint_every": 0,
+        "pictures": 0,
+        **SETTING,
+        **{**ARMS, **QUESTIONS}[run.arm],
+    }
+
+
+def headline_alpha(arm: str) -> float:
+    """Share of the global score in the arm's headline: all of it where no region has learnt words."""
+    return 1.0 if arm in (*CLIP_ARMS, "grain_no_rd") else ALPHA
+
+
+def validation_score(result: Mapping[str, Any]) -> float:
+    """What chooses an arm's learning rate: unseen classes by description, or names where an arm reads nothing else."""
+    numbers, arm = result["eval"], result["arm"]
+    if arm == "clip":
+        return numbers["seen_validation/alpha_1.0/top1"]
+    alone = numbers[f"unseen_validation/alpha_{headline_alpha(arm)}/top1"]
+    # Who has read all descriptions in one sentence may be asked with one, if that serves it better.
+    return max(alone, numbers["sentence_validation/alpha_1.0/top1"]) if arm in CLIP_ARMS else alone
+
+
+def best_rate(results: Mapping[str, Mapping[str, Any]], arm: str, steps: int) -> float | None:
+    """The arm's learning rate with the best validation score on the first seed; None before all have run."""
+    scores = {}
+    for rate in RATES:
+        result = results.get(Run(arm, rate, SEEDS[0], steps).name)
+        if result is None:
+            return None
+        scores[rate] = validation_score(result)
+    return max(scores, key=scores.get)
+
+
+def plan(
+    results: Mapping[str, Mapping[str, Any]], *, steps: int, aviaries: bool
+) -> dict[str, list[Run]]:
+    """Study -> its runs, as far as they are known: what follows from learning rates waits for them.
+
+    Args:
+      results: name of a finished run -> its result.
+      steps: of a run at equal steps.
+      aviaries: whether data sets other than the main one can be drawn.
+    """
+    studies = {"grid": [Run(a, r, SEEDS[0], steps) for a in ARMS for r in RATES]}
+    best = {arm: best_rate(results, arm, steps) for arm in ARMS}
+    known = [arm for arm in ARMS if best[arm] is not None]
+    studies["equal steps"] = [Run(a, best[a], seed, steps) for seed in SEEDS for a in known]
+    grain = best["grain"]
+    if grain is None or best[CONTROL] is None:
+        return studies
+    first = SEEDS[0]
+    studies["questions"] = [Run(arm, grain, first, steps) for arm in QUESTIONS]
+    if aviaries:
+        studies["questions"] += [
+            Run("grain", grain, first, steps, data) for data in AVIARIES if data != "main"
+        ]
+    studies["noise"] = [
+        Run(arm, best[arm], first, steps, data)
+        for data in NOISE
+        for arm in NOISE_ARMS
+        if arm != CONTROL or "jitter" not in NOISE[data]  # its captions have no boxes
+    ]
+    flops = {a: results[Run(a, best[a], first, steps).name]["flops_per_step"] for a in known}
+    studies["equal FLOPs"] = [
+        Run(arm, best[arm], seed, round(steps * flops["grain"] / flops[arm]))
+        for seed in SEEDS
+        for arm in CLIP_ARMS
+        if arm in known
+    ]
+    studies["longer"] = [Run(arm, best[arm], first, 2 * steps) for arm in (CONTROL, "grain")]
+    return studies
+
+
+def settings_of(run: Run, config: str) -> str:
+    """A fingerprint of everything that was fixed and that the run depends on."""
+    data = AVIARY, AVIARIES.get(run.data), NOISE.get(run.data)
+    text = json.dumps([changes(run), data, config], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

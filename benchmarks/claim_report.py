@@ -1,0 +1,346 @@
+"""Tables and pictures of `benchmarks.claim`: means over seeds with their spread, differences with their interval."""
+
+import math
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import scipy.stats
+from matplotlib.figure import Figure
+
+from benchmarks import claim_design as design
+
+Result = Mapping[str, Any]
+LABELS = {
+    "clip": "CLIP, web captions",
+    "clip_synthetic": "CLIP, web and synthetic captions",
+    "clip_descriptions": "CLIP, descriptions in its captions",
+    "grain_no_rd": "GRAIN without L_rd",
+    "grain_no_box": "GRAIN without L_box (matched by words)",
+    "grain_group_negatives": "GRAIN, negatives of 16 images",
+    "grain_unmasked": "GRAIN, duplicates not masked",
+    "grain": "GRAIN",
+    "grain_web_captions": "GRAIN, web captions only",
+    "grain_more_synthetic": "GRAIN, half of the captions synthetic",
+    "grain_and_descriptions": "GRAIN, descriptions in its captions too",
+}
+
+
+def headline(result: Result) -> float:
+    """Top-1 of the unseen test classes by description, at the arm's alpha; of CLIP the better of two ways to ask."""
+    numbers, arm = result["eval"], result["arm"]
+    alone = numbers[f"unseen_test/alpha_{design.headline_alpha(arm)}/top1"]
+    return max(alone, numbers["sentence_test/alpha_1.0/top1"]) if arm in design.CLIP_ARMS else alone
+
+
+def health(result: Result) -> float:
+    """L_ic at the end over ln B; 1 is a model that knows nothing."""
+    return result["train"]["loss_image_caption"] / math.log(result["batch_size"])
+
+
+def faults(result: Result) -> list[str]:
+    """Why an arm counts as never trained; nothing if it does not."""
+    found = []
+    if health(result) >= 0.9:
+        found.append(f"L_ic is {health(result):.2f} ln B")
+    seen, chance = (result["eval"][f"seen_test/{key}"] for key in ("alpha_1.0/top1", "chance"))
+    if seen < 10 * chance:
+        found.append(f"seen names are at {100 * seen:.1f}%, less than 10 times chance")
+    return found
+
+
+def _spread(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
+    values = [scale * value for value in values]
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    """95% interval of the mean (Student's t over seeds)."""
+    mean, n = statistics.mean(values), len(values)
+    half = scipy.stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n)
+    return mean - half, mean + half
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def _cell(results: Sequence[Result], key: str, scale: float = 100, digits: int = 1) -> str:
+    values = [r["eval"][key] for r in results if key in r["eval"]]
+    return _spread(values, scale, digits) if values else "-"
+
+
+COLUMNS = {  # heading -> key of a result's numbers, scale, digits
+    "seen by name": ("seen_test/alpha_1.0/top1", 100, 1),
+    "unseen, alpha 1": ("unseen_test/alpha_1.0/top1", 100, 1),
+    "one sentence": ("sentence_test/alpha_1.0/top1", 100, 1),
+    ".75": ("unseen_test/alpha_0.75/top1", 100, 1),
+    ".5": ("unseen_test/alpha_0.5/top1", 100, 1),
+    ".25": ("unseen_test/alpha_0.25/top1", 100, 1),
+    "0": ("unseen_test/alpha_0.0/top1", 100, 1),
+    "retrieval R@1, to text": ("retrieval/image_to_text/r1", 100, 1),
+    "to image": ("retrieval/text_to_image/r1", 100, 1),
+}
+GROUNDING = {
+    "IoU, unseen": ("grounding_unseen/box_iou", 1, 3),
+    "Acc@0.5": ("grounding_unseen/box_acc50", 100, 1),
+    "region to description R@1, seen": ("grounding_seen/region_to_description_r1", 100, 1),
+    "unseen": ("grounding_unseen/region_to_description_r1", 100, 1),
+    "phrase to box Acc@0.5, unseen": ("grounding_unseen/phrase_acc50", 100, 1),
+    "other order, alpha .5": ("other_order/alpha_0.5/top1", 100, 1),
+    "other order, 0": ("other_order/alpha_0.0/top1", 100, 1),
+}
+
+
+def _label(run: design.Run) -> str:
+    label = LABELS[run.arm]
+    return label if run.data == "main" else f"{label}, {run.data.replace('_', ' ')}"
+
+
+def _rows(groups: Mapping[str, Sequence[Result]], columns: Mapping[str, tuple]) -> list[list[str]]:
+    return [
+        [label, *(_cell(results, *column) for column in columns.values())]
+        for label, results in groups.items()
+        if results
+    ]
+
+
+def _grouped(runs: Sequence[design.Run], results: Mapping[str, Result]) -> dict[str, list[Result]]:
+    """Label -> its runs' results, those that are done, in the plan's order."""
+    groups: dict[str, list[Result]] = {}
+    order = list(design.ARMS) + list(design.QUESTIONS)
+    for run in sorted(runs, key=lambda run: order.index(run.arm)):
+        if run.name in results:
+            groups.setdefault(_label(run), []).append(results[run.name])
+    return groups
+
+
+def report(
+    studies: Mapping[str, Sequence[design.Run]],
+    results: Mapping[str, Result],
+    pictures: pathlib.Path,
+) -> None:
+    """Prints the tables of all studies and draws `claim_arms.png` and `claim_noise.png` into `pictures`."""
+    main = _grouped(studies.get("equal steps", []), results)
+    if not main:
+        print("No arm has finished its learning rates yet.")
+        return
+    any_result = next(iter(main.values()))[0]
+    print(f"Device: {any_result['device']}, JAX {any_result['jax']}; mean ± standard deviation.\n")
+    _print_rates(studies, results)
+    _print_health(main)
+    _print_main("Equal steps", main)
+    _print_differences("Equal steps", main)
+    equal = _grouped(studies.get("equal FLOPs", []), results)
+    if equal:
+        grain = {LABELS["grain"]: main.get(LABELS["grain"], [])}
+        _print_main("Equal FLOPs", equal | grain)
+        _print_differences("Equal FLOPs", equal | grain)
+    for study in ("questions", "longer"):
+        groups = _grouped(studies.get(study, []), results)
+        if groups:
+            first = {
+                LABELS[arm]: [r for r in main.get(LABELS[arm], []) if r["seed"] == design.SEEDS[0]]
+                for arm in ("clip", design.CONTROL, "grain")
+            }
+            named = {f"{label}, {study}": value for label, value in groups.items()}
+            _print_main(f"{study.capitalize()} (seed {design.SEEDS[0]})", first | named)
+    noise = _noise(studies, results, main)
+    if noise:
+        _print_noise(noise)
+        _draw_noise(noise, main, pictures / "claim_noise.png")
+    _draw_arms(main, pictures / "claim_arms.png")
+
+
+def _print_rates(studies, results) -> None:
+    print("## Learning rates (first seed, validation classes)\n")
+    rows = []
+    for arm in design.ARMS:
+        runs = [run for run in studies["grid"] if run.arm == arm and run.name in results]
+        cells = [f"{100 * design.validation_score(results[run.name]):.1f}" for run in runs]
+        rows.append([LABELS[arm], *cells, *["-"] * (len(design.RATES) - len(cells))])
+    print(_table(["arm", *(f"{rate:g}" for rate in design.RATES)], rows) + "\n")
+
+
+def _print_health(main) -> None:
+    print("## Health\n")
+    rows = []
+    for label, results in main.items():
+        found = sorted({fault for result in results for fault in faults(result)})
+        rows.append(
+            [
+                label,
+                str(len(results)),
+                f"{results[0]['rate']:g}",
+                _spread([health(r) for r in results], 1, 2),
+                _spread([r["train"]["logit_scale"] for r in results], 1, 1),
+                _spread([r["seconds"] / 60 for r in results], 1, 1),
+                _spread([r["flops_per_step"] / 1e9 for r in results[:1]], 1, 1),
+                "; ".join(found) or "trained",
+            ]
+        )
+    header = ["arm", "seeds", "lr", "L_ic / ln B", "logit scale", "minutes", "GFLOP a step", ""]
+    print(_table(header, rows) + "\n")
+
+
+def _print_main(title: str, groups) -> None:
+    print(f"## {title}\n")
+    chance = next(iter(groups.values()))[0]["eval"]
+    row = ["chance", f"{100 * chance['seen_test/chance']:.1f}"]
+    row += [f"{100 * chance['unseen_test/chance']:.1f}"] * 6
+    row += [
+        f"{100 * chance[f'retrieval/{way}/chance_r1']:.1f}"
+        for way in ("image_to_text", "text_to_image")
+    ]
+    print(_table(["", "steps", *COLUMNS], _with_steps(groups, COLUMNS) + [[row[0], "", *row[1:]]]))
+    print()
+    regions = {k: v for k, v in groups.items() if v and "grounding_unseen/box_iou" in v[0]["eval"]}
+    if regions:
+        by = next(iter(regions.values()))[0]["eval"]
+        chance = [
+            "chance",
+            "",
+            f"{by['grounding_unseen/chance_box_iou']:.3f}",
+            f"{100 * by['grounding_unseen/chance_box_acc50']:.1f}",
+            *(
+                f"{100 * by[f'grounding_{g}/chance_region_to_description_r1']:.1f}"
+                for g in ("seen", "unseen")
+            ),
+            f"{100 * by['grounding_unseen/chance_phrase_acc50']:.1f}",
+            *[f"{100 * by['other_order/chance']:.1f}"] * 2,
+        ]
+        print(_table(["", "steps", *GROUNDING], _with_steps(regions, GROUNDING) + [chance]) + "\n")
+
+
+def _with_steps(groups, columns) -> list[list[str]]:
+    kept = {label: results for label, results in groups.items() if results}
+    return [
+        [row[0], str(results[0]["steps"]), *row[1:]]
+        for row, results in zip(_rows(kept, columns), kept.values(), strict=True)
+    ]
+
+
+def _print_differences(title: str, main) -> None:
+    grain = {r["seed"]: headline(r) for r in main.get(LABELS["grain"], [])}
+    if not grain:
+        return
+    print(f"## {title}: the headline, seed by seed (points; GRAIN's lead and its 95% interval)\n")
+    rows = []
+    for label, results in main.items():
+        values = {r["seed"]: headline(r) for r in results}
+        both = sorted(set(values) & set(grain))
+        lead = [100 * (grain[seed] - values[seed]) for seed in both]
+        low, high = _interval(lead) if len(lead) > 1 else (math.nan, math.nan)
+        ours = label == LABELS["grain"]
+        rows.append(
+            [
+                label,
+                f"{design.headline_alpha(results[0]['arm']):g}",
+                ", ".join(f"{100 * values[seed]:.1f}" for seed in sorted(values)),
+                _spread(list(values.values())),
+                "" if ours else ", ".join(f"{x:+.1f}" for x in lead),
+                "" if ours else f"{low:+.1f} to {high:+.1f}",
+            ]
+        )
+    header = ["arm", "alpha", "by seed", "mean", "GRAIN's lead by seed", "95% interval"]
+    print(_table(header, rows) + "\n")
+
+
+def _noise(studies, results, main) -> dict[str, dict[str, Result]]:
+    """Noise -> arm -> result of the first seed; "none" is the main data set."""
+    found: dict[str, dict[str, Result]] = {"none": {}}
+    for arm in design.NOISE_ARMS:
+        for result in main.get(LABELS[arm], []):
+            if result["seed"] == design.SEEDS[0]:
+                found["none"][arm] = result
+    for run in studies.get("noise", []):
+        if run.name in results:
+            found.setdefault(run.data, {})[run.arm] = results[run.name]
+    return found if len(found) > 1 else {}
+
+
+def _print_noise(noise) -> None:
+    print(f"## Noise (seed {design.SEEDS[0]}; on top of the data set's own)\n")
+    rows = []
+    for name, arms in noise.items():
+        grain, control = (arms.get(arm) for arm in design.NOISE_ARMS)
+        region = grain and grain["eval"]["unseen_test/alpha_0.0/top1"]
+        rows.append(
+            [
+                name.replace("_", " ") + ("" if name == "none" else "%"),
+                f"{100 * headline(grain):.1f}" if grain else "-",
+                f"{100 * region:.1f}" if grain else "-",
+                f"{grain['eval']['grounding_unseen/box_iou']:.3f}" if grain else "-",
+                f"{100 * headline(control):.1f}" if control else "-",
+            ]
+        )
+    header = ["noise", "GRAIN, alpha .5", "alpha 0", "IoU", LABELS[design.CONTROL]]
+    print(_table(header, rows) + "\n")
+
+
+_STYLE = {"grain": "#2ca02c", design.CONTROL: "#d62728"}
+
+
+def _draw_arms(main, path: pathlib.Path) -> None:
+    """Every arm's seeds as dots, its mean as a bar: seen by name, unseen by description."""
+    figure = Figure(figsize=(11, 0.5 * len(main) + 1.6), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    labels = list(main)[::-1]
+    seen = lambda r: r["eval"]["seen_test/alpha_1.0/top1"]  # noqa: E731
+    for axis, title, measure, key in (
+        (left, "classes never seen, by description", headline, "unseen_test/chance"),
+        (right, "seen classes, by name", seen, "seen_test/chance"),
+    ):
+        for y, label in enumerate(labels):
+            values = [100 * measure(result) for result in main[label]]
+            colour = _STYLE.get(main[label][0]["arm"], "#1f77b4")
+            axis.barh(y, statistics.mean(values), height=0.55, color=colour, alpha=0.35)
+            axis.plot(values, [y] * len(values), "o", color=colour, markersize=5)
+            axis.text(max(values) + 2, y, f"{statistics.mean(values):.0f}", va="center", fontsize=9)
+        axis.axvline(100 * main[labels[0]][0]["eval"][key], color="#555555", linestyle=":")
+        axis.set_xlim(0, 108)
+        axis.set_xlabel("top-1, % (dotted: chance)", fontsize=9)
+        axis.set_title(title, fontsize=11)
+        axis.spines[["top", "right"]].set_visible(False)
+    left.set_yticks(range(len(labels)), labels, fontsize=9)
+    _save(figure, path)
+
+
+def _draw_noise(noise, main, path: pathlib.Path) -> None:
+    """One panel a kind of noise: GRAIN and the control against how much of it there is."""
+    kinds = list(dict.fromkeys(name.rpartition("_")[0] for name in noise if name != "none"))
+    figure = Figure(figsize=(3.9 * len(kinds), 3.7), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    words = {
+        "misses": "regions lost, %",
+        "jitter": "box edges moved by, % of the side",
+        "wrong": "descriptions of other pictures, %",
+    }
+    for axis, kind in zip(axes, kinds, strict=True):
+        points = {0.0: noise["none"]} | {
+            float(name.rpartition("_")[2]): arms
+            for name, arms in noise.items()
+            if name.rpartition("_")[0] == kind
+        }
+        for arm in design.NOISE_ARMS:
+            curve = [(x, 100 * headline(arms[arm])) for x, arms in points.items() if arm in arms]
+            axis.plot(*zip(*curve), "o-", color=_STYLE[arm], label=LABELS[arm])
+        chance = next(iter(main.values()))[0]["eval"]["unseen_test/chance"]
+        axis.axhline(100 * chance, color="#555555", linestyle=":", label="chance")
+        axis.set_xlabel(words.get(kind, kind), fontsize=9)
+        axis.set_ylim(0, 100)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("unseen by description, top-1, %", fontsize=9)
+    axes[0].legend(fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: pathlib.Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    print(f"![{path.stem}]({path})\n")
