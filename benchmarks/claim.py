@@ -16,6 +16,7 @@ and --config FILE for a larger model (default: configs/demo.py).
 """
 
 import argparse
+import collections
 import fcntl
 import json
 import os
@@ -29,6 +30,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from benchmarks import claim_design as design
@@ -146,11 +148,14 @@ def _link(target: pathlib.Path, link: pathlib.Path) -> None:
 # --- Training ----------------------------------------------------------------------------------------------------
 
 
-def make_config(run: design.Run, base: Any, main: pathlib.Path, work: pathlib.Path) -> Any:
-    """The run's config: `base` with the run's changes, on the data set in `main`."""
-    c = base.copy_and_resolve_references()
-    c.update_from_flattened_dict(design.changes(run))
-    c.total_epochs = c.optim.warmup_epochs = c.input.prepare = None
+def make_config(run: design.Run, file: str, main: pathlib.Path, work: pathlib.Path) -> Any:
+    """The run's config: the file's, with the run's changes, on the data set in `main`."""
+    c = runpy.run_path(file)["get_config"]()
+    changed = design.changes(run, file)
+    c.update_from_flattened_dict(changed)
+    c.total_epochs = c.input.prepare = None
+    if "optim.warmup_steps" in changed:
+        c.optim.warmup_epochs = None
     c.input.data_dir, c.input.name = str(work / "records"), run.data
     views, test = (
         work / "views" / ("main" if run.data in design.NOISE else run.data),
@@ -192,8 +197,7 @@ def train(run: design.Run, args: argparse.Namespace) -> None:
     from grain_jax.models.grain import GRAIN
 
     main = args.data or args.workdir / ("main" if run.data in design.NOISE else run.data)
-    base = runpy.run_path(args.config)["get_config"]()
-    config = config_lib.from_dict(make_config(run, base, main, args.workdir))
+    config = config_lib.from_dict(make_config(run, args.config, main, args.workdir))
     workdir = args.workdir / "runs" / run.name
     began = time.monotonic()
     trainer.train(config, epath.Path(workdir))
@@ -254,7 +258,7 @@ def work(args: argparse.Namespace) -> None:
     while True:
         results = read_results(args.results)
         studies = design.plan(results, steps=args.steps, aviaries=args.data is None)
-        pending = [run for runs in studies.values() for run in runs if run.name not in results]
+        pending = [run for run in design.order(studies) if run.name not in results]
         if not pending:
             return
         for run in pending:
@@ -272,6 +276,51 @@ def work(args: argparse.Namespace) -> None:
                 break
         else:
             time.sleep(5)  # others are at work on all of them; theirs may make new ones known
+
+
+def query_table(run_folder: pathlib.Path, test: pathlib.Path) -> str:
+    """What each query of a trained model has become: how often it is matched, where it looks, and at what.
+
+    Args:
+      run_folder: workdir of the run, with its checkpoint.
+      test: folder of the test pictures and of unseen.jsonl.
+    """
+    import grain_jax
+    from grain_jax.evaluate import base, grounding
+
+    predictor = grain_jax.load(run_folder)
+    every = grounding.read(test, test / "unseen.jsonl")
+    batches = list(
+        base.encode_pictures(
+            predictor,
+            [every.folder / r.image for r in every.records],
+            label="queries",
+            unreadable={},
+        )
+    )
+    boxes_xyxy = np.concatenate([batch.regions.boxes_xyxy for batch in batches])
+    kept = [every.records[i] for batch in batches for i in batch.index]
+    described = grounding.described_boxes(kept, sum((batch.sizes for batch in batches), []))
+    matched, text = grounding.match(boxes_xyxy, described)
+    centre = (boxes_xyxy[..., :2] + boxes_xyxy[..., 2:]) / 2  # [N, Q, 2]
+    rows = []
+    for query in range(boxes_xyxy.shape[1]):
+        mine = matched.query == query
+        nouns = collections.Counter(described.texts[t].split()[-1] for t in text[mine])
+        (x, y), spread = centre[:, query].mean(0), centre[:, query].std(0).mean()
+        iou = f"{matched.iou[mine].mean():.2f}" if mine.any() else "-"
+        parts = ", ".join(f"{n} {100 * k / mine.sum():.0f}%" for n, k in nouns.most_common(3))
+        share = f"{100 * mine.mean():.0f}%"
+        rows.append([str(query), share, f"({x:.2f}, {y:.2f})", f"{spread:.3f}", iou, parts])
+    header = [
+        "query",
+        "matches",
+        "mean centre",
+        "its spread",
+        "IoU",
+        "last words of its descriptions",
+    ]
+    return claim_report.table(header, rows)
 
 
 def check_results(results: Mapping[str, Mapping[str, Any]], config: str) -> None:
@@ -341,7 +390,7 @@ def main() -> int:
     )
     parser.add_argument("command", choices=["run", "report", "work"], metavar="run|report")
     parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="your own data")
-    parser.add_argument("--config", default="configs/demo.py", metavar="FILE")
+    parser.add_argument("--config", default=design.CONFIG, metavar="FILE")
     parser.add_argument("--steps", type=int, default=design.STEPS, help=f"default: {design.STEPS}")
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core"
@@ -362,6 +411,13 @@ def main() -> int:
         check_results(results, args.config)
         studies = design.plan(results, steps=args.steps, aviaries=args.data is None)
         claim_report.report(studies, results, args.pictures)
+        grain = design.best_rate(results, "grain", args.steps)
+        if grain is not None:
+            run = design.Run("grain", grain, design.SEEDS[0], args.steps)
+            folder = args.workdir / "runs" / run.name
+            if folder.exists():  # results travel, checkpoints do not
+                print("## Queries of GRAIN (first seed, unseen test pictures)\n")
+                print(query_table(folder, (args.data or args.workdir / "main") / "test"))
     except errors.UserError as error:
         print(f"python -m benchmarks.claim: {error}", file=sys.stderr)
         return 2

@@ -1,17 +1,19 @@
 """What `benchmarks.claim` compares: the settings that were fixed before the first run, the arms, and the plan of runs."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+CONFIG = "configs/demo.py"
 STEPS = 550
 RATES = (5e-4, 1e-3)
 SEEDS = (0, 1, 2)  # of weights and of the order of the data; the pictures and the species stay
 ALPHAS = (1.0, 0.75, 0.5, 0.25, 0.0)
 ALPHA = 0.5  # of the headline, for arms whose regions learn words
 
-# The recipe that all arms share, as far as it differs from configs/demo.py.
+# The recipe that all arms share, as far as it differs from CONFIG. Another config is taken as it is.
 SETTING: dict[str, Any] = {
     "input.synthetic_caption_rate": 0.25,
     "input.lanes": 1,
@@ -98,18 +100,20 @@ class Run(NamedTuple):
         return f"{self.data}-{self.arm}-lr{self.rate:g}-steps{self.steps}-seed{self.seed}"
 
 
-def changes(run: Run) -> dict[str, Any]:
-    """What the run's config differs in from the base config, paths apart."""
+def changes(run: Run, config: str) -> dict[str, Any]:
+    """What the run's config differs in from the config file `config`, paths apart."""
+    arm = {**ARMS, **QUESTIONS}[run.arm]
+    run_keys = {"seed": run.seed, "total_steps": run.steps, "optim.learning_rate": run.rate}
+    if config != CONFIG:  # its rows are meant for GRAIN's texts
+        return {**run_keys, **{key: arm[key] for key in arm if key != "text.pack_rows"}}
     return {
-        "seed": run.seed,
-        "total_steps": run.steps,
-        "optim.learning_rate": run.rate,
+        **run_keys,
         "optim.warmup_steps": 60,
         "log_every": 10,
         "checkpoint_every": 0,
         "pictures": 0,
         **SETTING,
-        **{**ARMS, **QUESTIONS}[run.arm],
+        **arm,
     }
 
 
@@ -157,11 +161,16 @@ def plan(
     if grain is None or best[CONTROL] is None:
         return studies
     first = SEEDS[0]
-    studies["questions"] = [Run(arm, grain, first, steps) for arm in QUESTIONS]
-    if aviaries:
-        studies["questions"] += [
-            Run("grain", grain, first, steps, data) for data in AVIARIES if data != "main"
-        ]
+    data_sets = [data for data in AVIARIES if data != "main"] if aviaries else []
+    studies["questions"] = [
+        run
+        for arm, data in itertools.zip_longest(QUESTIONS, data_sets)
+        for run in (
+            Run(arm, grain, first, steps) if arm else None,
+            Run("grain", grain, first, steps, data) if data else None,
+        )
+        if run
+    ]
     studies["noise"] = [
         Run(arm, best[arm], first, steps, data)
         for data in NOISE
@@ -169,18 +178,27 @@ def plan(
         if arm != CONTROL or "jitter" not in NOISE[data]  # its captions have no boxes
     ]
     flops = {a: results[Run(a, best[a], first, steps).name]["flops_per_step"] for a in known}
+    fair = {arm: round(steps * flops["grain"] / flops[arm]) for arm in CLIP_ARMS if arm in known}
     studies["equal FLOPs"] = [
-        Run(arm, best[arm], seed, round(steps * flops["grain"] / flops[arm]))
+        Run(arm, best[arm], seed, fair[arm] if abs(fair[arm] / steps - 1) > 0.05 else steps)
         for seed in SEEDS
-        for arm in CLIP_ARMS
-        if arm in known
+        for arm in fair
     ]
     studies["longer"] = [Run(arm, best[arm], first, 2 * steps) for arm in (CONTROL, "grain")]
     return studies
 
 
+def order(studies: Mapping[str, list[Run]]) -> list[Run]:
+    """All runs, the most telling first: the grid and all seeds, then the first half of each other study."""
+    first = [run for study in ("grid", "equal steps") for run in studies[study]]
+    others = [studies.get(study, []) for study in ("questions", "noise", "equal FLOPs")]
+    half = [run for runs in others for run in runs[: (len(runs) + 1) // 2]]
+    rest = [run for runs in studies.values() for run in runs]
+    return list(dict.fromkeys([*first, *half, *rest]))
+
+
 def settings_of(run: Run, config: str) -> str:
     """A fingerprint of everything that was fixed and that the run depends on."""
     data = AVIARY, AVIARIES.get(run.data), NOISE.get(run.data)
-    text = json.dumps([changes(run), data, config], sort_keys=True)
+    text = json.dumps([changes(run, config), data, config], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -64,7 +64,8 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column to the left, the others to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
 
@@ -163,7 +164,7 @@ def _print_rates(studies, results) -> None:
         runs = [run for run in studies["grid"] if run.arm == arm and run.name in results]
         cells = [f"{100 * design.validation_score(results[run.name]):.1f}" for run in runs]
         rows.append([LABELS[arm], *cells, *["-"] * (len(design.RATES) - len(cells))])
-    print(_table(["arm", *(f"{rate:g}" for rate in design.RATES)], rows) + "\n")
+    print(table(["arm", *(f"{rate:g}" for rate in design.RATES)], rows) + "\n")
 
 
 def _print_health(main) -> None:
@@ -184,7 +185,7 @@ def _print_health(main) -> None:
             ]
         )
     header = ["arm", "seeds", "lr", "L_ic / ln B", "logit scale", "minutes", "GFLOP a step", ""]
-    print(_table(header, rows) + "\n")
+    print(table(header, rows) + "\n")
 
 
 def _print_main(title: str, groups) -> None:
@@ -196,7 +197,7 @@ def _print_main(title: str, groups) -> None:
         f"{100 * chance[f'retrieval/{way}/chance_r1']:.1f}"
         for way in ("image_to_text", "text_to_image")
     ]
-    print(_table(["", "steps", *COLUMNS], _with_steps(groups, COLUMNS) + [[row[0], "", *row[1:]]]))
+    print(table(["", "steps", *COLUMNS], _with_steps(groups, COLUMNS) + [[row[0], "", *row[1:]]]))
     print()
     regions = {k: v for k, v in groups.items() if v and "grounding_unseen/box_iou" in v[0]["eval"]}
     if regions:
@@ -213,7 +214,7 @@ def _print_main(title: str, groups) -> None:
             f"{100 * by['grounding_unseen/chance_phrase_acc50']:.1f}",
             *[f"{100 * by['other_order/chance']:.1f}"] * 2,
         ]
-        print(_table(["", "steps", *GROUNDING], _with_steps(regions, GROUNDING) + [chance]) + "\n")
+        print(table(["", "steps", *GROUNDING], _with_steps(regions, GROUNDING) + [chance]) + "\n")
 
 
 def _with_steps(groups, columns) -> list[list[str]]:
@@ -247,7 +248,7 @@ def _print_differences(title: str, main) -> None:
             ]
         )
     header = ["arm", "alpha", "by seed", "mean", "GRAIN's lead by seed", "95% interval"]
-    print(_table(header, rows) + "\n")
+    print(table(header, rows) + "\n")
 
 
 def _noise(studies, results, main) -> dict[str, dict[str, Result]]:
@@ -279,7 +280,7 @@ def _print_noise(noise) -> None:
             ]
         )
     header = ["noise", "GRAIN, alpha .5", "alpha 0", "IoU", LABELS[design.CONTROL]]
-    print(_table(header, rows) + "\n")
+    print(table(header, rows) + "\n")
 
 
 _STYLE = {"grain": "#2ca02c", design.CONTROL: "#d62728"}

@@ -1,0 +1,248 @@
+"""The claim's machinery on made-up results: the plan, the choice of learning rates, noise, tables."""
+
+import argparse
+import json
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import claim, claim_report, flops
+from benchmarks import claim_design as design
+from grain_jax import config as config_lib
+from grain_jax import train_step
+from grain_jax.models.grain import GRAIN
+from tests import record_sets, tiny
+
+
+def result(run, score=0.5, **changes):
+    """A result file's content; `score` is every accuracy."""
+    numbers = {}
+    for name, heads in (
+        ("seen_validation", ("alpha_1.0/top1",)),
+        ("seen_test", ("alpha_1.0/top1",)),
+        ("sentence_validation", ("alpha_1.0/top1",)),
+        ("sentence_test", ("alpha_1.0/top1",)),
+        ("unseen_validation", [f"alpha_{a}/top1" for a in design.ALPHAS]),
+        ("unseen_test", [f"alpha_{a}/top1" for a in design.ALPHAS]),
+        ("retrieval", ("image_to_text/r1", "text_to_image/r1")),
+    ):
+        numbers |= {f"{name}/{head}": score for head in heads}
+    numbers |= {"seen_test/chance": 0.01, "unseen_test/chance": 0.025}
+    numbers |= {f"retrieval/{way}/chance_r1": 0.0025 for way in ("image_to_text", "text_to_image")}
+    if run.arm not in design.CLIP_ARMS:
+        numbers |= {"other_order/chance": 0.025}
+        numbers |= {f"other_order/alpha_{a}/top1": score for a in design.ALPHAS}
+        for group in ("seen", "unseen"):
+            for key in ("box_iou", "box_acc50", "region_to_description_r1", "phrase_acc50"):
+                numbers[f"grounding_{group}/{key}"] = score
+                numbers[f"grounding_{group}/chance_{key}"] = 0.01
+    clip = run.arm in design.CLIP_ARMS
+    return {
+        **run._asdict(),
+        "settings": design.settings_of(run, design.CONFIG),
+        "batch_size": 64,
+        "seconds": 120.0,
+        "flops_per_step": 8e9 if clip else 10e9,
+        "device": "cpu",
+        "jax": "0",
+        "train": {"loss_image_caption": 1.0, "logit_scale": 14.0},
+        "eval": numbers,
+        **changes,
+    }
+
+
+def everything(steps=100):
+    """Results of the whole plan: GRAIN 0.8, others 0.3; 1e-3 is the better rate of GRAIN, 5e-4 of others."""
+    results = {}
+    for _ in range(3):  # each round makes more of the plan known
+        for runs in design.plan(results, steps=steps, aviaries=True).values():
+            for run in runs:
+                score = 0.8 if run.arm.startswith("grain") else 0.3
+                worse = (run.rate == 5e-4) == run.arm.startswith("grain")
+                results[run.name] = result(run, score - 0.1 * worse + 0.01 * run.seed)
+    return results
+
+
+def test_the_plan_follows_from_what_is_done():
+    first = design.plan({}, steps=100, aviaries=True)
+    assert len(first["grid"]) == len(design.ARMS) * len(design.RATES)
+    assert first["equal steps"] == []
+    studies = design.plan(everything(), steps=100, aviaries=True)
+    main = studies["equal steps"]
+    assert {run.arm for run in main} == set(design.ARMS)
+    assert {run.rate for run in main if run.arm in design.CLIP_ARMS} == {5e-4}
+    assert {run.rate for run in main if run.arm not in design.CLIP_ARMS} == {1e-3}
+    assert {run.steps for run in studies["equal FLOPs"]} == {125}  # 10 / 8 of 100
+    assert not [r for r in studies["noise"] if r.arm == design.CONTROL and "jitter" in r.data]
+    own = design.plan(everything(), steps=100, aviaries=False)
+    assert not {run.data for run in own["questions"]} & (set(design.AVIARIES) - {"main"})
+
+
+def test_clip_is_asked_in_the_way_that_serves_it_better():
+    run = design.Run("clip_descriptions", 1e-3, 0, 100)
+    made = result(run)
+    made["eval"]["sentence_validation/alpha_1.0/top1"] = 0.7
+    made["eval"]["sentence_test/alpha_1.0/top1"] = 0.6
+    assert design.validation_score(made) == 0.7
+    assert claim_report.headline(made) == 0.6
+    grain = result(design.Run("grain", 1e-3, 0, 100))
+    grain["eval"]["unseen_test/alpha_0.5/top1"] = 0.4
+    assert claim_report.headline(grain) == 0.4
+
+
+def test_an_arm_that_never_trained_is_named():
+    made = result(design.Run("clip", 1e-3, 0, 100))
+    assert claim_report.faults(made) == []
+    made["train"]["loss_image_caption"] = 0.95 * math.log(64)
+    made["eval"]["seen_test/alpha_1.0/top1"] = 0.05
+    assert claim_report.faults(made) == [
+        "L_ic is 0.95 ln B",
+        "seen names are at 5.0%, less than 10 times chance",
+    ]
+
+
+def test_report_prints_every_study_and_draws(tmp_path, capsys):
+    results = everything()
+    claim_report.report(design.plan(results, steps=100, aviaries=True), results, tmp_path)
+    text = capsys.readouterr().out
+    # Seeds give 0.80, 0.81, 0.82 and 0.30, 0.31, 0.32.
+    assert "| GRAIN | 0.5 | 80.0, 81.0, 82.0 | 81.0 ± 1.0 |" in text
+    control = claim_report.LABELS[design.CONTROL]
+    lead = "+50.0, +50.0, +50.0 | +50.0 to +50.0 |"
+    assert f"| {control} | 1 | 30.0, 31.0, 32.0 | 31.0 ± 1.0 | {lead}" in text
+    for title in ("Learning rates", "Health", "Equal steps", "Equal FLOPs", "Questions", "Noise"):
+        assert f"## {title}" in text
+    assert (tmp_path / "claim_arms.png").stat().st_size > 10_000
+    assert (tmp_path / "claim_noise.png").stat().st_size > 10_000
+
+
+def test_results_of_other_settings_are_refused():
+    run = design.Run("grain", 1e-3, 0, 100)
+    claim.check_results({run.name: result(run)}, design.CONFIG)
+    with pytest.raises(claim.ClaimError, match="made with other settings"):
+        claim.check_results({run.name: result(run, settings="x")}, design.CONFIG)
+
+
+def test_noise_goes_into_the_regions_alone(tmp_path):
+    record_sets.write_annotations(tmp_path, 400, size=(64, 64))
+    clean = [json.loads(line) for line in (tmp_path / "A.jsonl").read_text().splitlines()]
+    count = sum(len(line["regions"]) for line in clean)
+
+    def noisy(**noise):
+        claim.degrade(tmp_path / "A.jsonl", tmp_path / "N.jsonl", **noise)
+        lines = [json.loads(line) for line in (tmp_path / "N.jsonl").read_text().splitlines()]
+        strip = lambda line: {k: v for k, v in line.items() if k != "regions"}  # noqa: E731
+        assert [strip(line) for line in lines] == [strip(line) for line in clean]
+        return lines
+
+    assert noisy() == clean
+    lost = sum(len(line["regions"]) for line in noisy(misses=0.4))
+    assert lost / count == pytest.approx(0.6, abs=0.06)
+    wrong = noisy(wrong=0.5)
+    changed = [
+        a["description"] != b["description"]
+        for one, other in zip(clean, wrong)
+        for a, b in zip(one["regions"], other["regions"], strict=True)
+    ]
+    assert np.mean(changed) == pytest.approx(0.5, abs=0.06)
+    moved = [
+        (b["box"][2] - a["box"][2]) / (a["box"][2] - a["box"][0])
+        for one, other in zip(clean, noisy(jitter=0.1))
+        for a, b in zip(one["regions"], other["regions"])
+    ]
+    assert np.std(moved) == pytest.approx(0.1, abs=0.02) and abs(np.mean(moved)) < 0.02
+
+
+def test_validation_and_test_share_no_class_and_no_picture(tmp_path):
+    for group, count in (("seen", 3), ("unseen", 5)):
+        for name in range(count):
+            folder = tmp_path / "main" / group / f"{group}{name}"
+            folder.mkdir(parents=True)
+            for number in range(4):
+                record_sets.picture(number).save(folder / f"{number}.png")
+    described = {f"unseen{name}": ["red beak", "blue wing"] for name in range(5)}
+    (tmp_path / "main" / "unseen.json").write_text(json.dumps(described))
+    views = tmp_path / "views"
+    claim._make_views(tmp_path / "main", views)
+    below = lambda name: {str(p.resolve()) for p in (views / name).rglob("*.png")}  # noqa: E731
+    for group, count in (("seen", 12), ("unseen", 20)):
+        validation, test = (
+            {
+                str(picture.resolve())
+                for folder in (views / f"{group}_{split}").iterdir()
+                for picture in folder.iterdir()
+            }
+            for split in ("validation", "test")
+        )
+        assert not validation & test and len(validation | test) == count
+    assert len(list((views / "unseen_validation").iterdir())) == 2
+    assert len(below("seen_test")) == 6
+    sentences = json.loads((views / "sentences.json").read_text())
+    assert sentences["unseen0"] == ["red beak, blue wing"]
+
+
+@pytest.mark.parametrize("arm", [*design.ARMS, *design.QUESTIONS])
+def test_every_arm_is_a_config(tmp_path, arm):
+    run = design.Run(arm, 1e-3, 1, 100)
+    c = claim.make_config(run, design.CONFIG, tmp_path / "main", tmp_path)
+    config = config_lib.from_dict(c)
+    assert (config.seed, config.total_steps, config.optim.learning_rate) == (1, 100, 1e-3)
+    assert (config.input.max_regions == 0) == (arm in design.CLIP_ARMS)
+
+
+def test_a_run_leaves_its_result(tmp_path, monkeypatch):
+    """The whole way, at a size at which nothing is learnt."""
+    small = dict(images=64, seen_per_species=2, unseen_per_species=2, test_images=16)
+    small |= dict(genera=2, species_per_genus=2, held_out_genera=2, held_out_species_per_genus=2)
+    monkeypatch.setitem(design.__dict__, "AVIARY", design.AVIARY | small | {"parts_changed": 8})
+    args = argparse.Namespace(
+        workdir=tmp_path, results=tmp_path / "results", config=design.CONFIG, data=None
+    )
+    args.results.mkdir()
+    for key, value in {"text.pack_group": 8, "text.pack_rows": 7}.items():  # 8 devices
+        monkeypatch.setitem(design.SETTING, key, value)
+    claim.prepare("misses_80", None, tmp_path)
+    run = design.Run("grain", 1e-3, 0, 2, "misses_80")
+    claim.train(run, args)
+    made = claim.read_results(args.results)[run.name]
+    assert made["steps"] == 2 and made["flops_per_step"] > 1e9
+    assert 0 <= made["eval"]["unseen_test/alpha_0.5/top1"] <= 1
+    assert claim_report.health(made) == pytest.approx(1, abs=0.1)
+
+
+def test_flops_are_those_of_the_matrix_products():
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5, 7, 11), (11, 13)))
+    product = 2 * 5 * 7 * 11 * 13
+    assert flops.matmul_flops(jnp.matmul, x, w) == product
+
+    def loss(w, x):
+        def body(carry, _):
+            return jnp.tanh(jnp.matmul(carry, w)), None
+
+        return jax.lax.scan(body, x, None, length=4)[0].sum()
+
+    square = jax.ShapeDtypeStruct((11, 11), jnp.float32)
+    one = 2 * 5 * 7 * 11 * 11
+    assert flops.matmul_flops(loss, square, x) == 4 * one
+    # Backward: the cotangents of the carry and of w, at each of 4 trips.
+    assert flops.matmul_flops(jax.grad(loss), square, x) == 12 * one
+
+
+def test_flops_of_a_step_are_near_xlas_own_count():
+    c = tiny.config(model__image__unroll=2, model__text__unroll=2, model__decoder__unroll=2)
+    model = GRAIN(c.model, c.dtype, c.remat)
+    batch = train_step.abstract_batch(c)
+    params = jax.eval_shape(
+        lambda: model.init(
+            jax.random.key(0), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+        )["params"]
+    )
+    step = lambda p, b: train_step.loss_and_grads(model, c, None, p, b, None)  # noqa: E731
+    ours = flops.matmul_flops(step, nn.unbox(params), batch)
+    xlas = jax.jit(step).lower(nn.unbox(params), batch).compile().cost_analysis()["flops"]
+    # XLA counts element-wise work too, which weighs more the smaller the model: hence one-sided.
+    assert 0.6 * xlas < ours < xlas
