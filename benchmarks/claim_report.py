@@ -24,6 +24,7 @@ LABELS = {
     "grain_web_captions": "GRAIN, web captions only",
     "grain_more_synthetic": "GRAIN, half of the captions synthetic",
     "grain_and_descriptions": "GRAIN, descriptions in its captions too",
+    "grain_five_queries": "GRAIN, 5 queries for 8 parts",
 }
 
 
