@@ -52,6 +52,7 @@ CONTROL = "clip_descriptions"
 
 # Arms and data sets that answer single questions; at GRAIN's learning rate.
 QUESTIONS: dict[str, dict[str, Any]] = {
+    "grain_boxes_and_words": {"loss.match_description": 5.0},
     "grain_and_descriptions": {**_ROWS[31], **_WORDS},
     "grain_web_captions": _WEB,
     "grain_five_queries": {"model.decoder.queries": 5, "input.max_regions": 5},
@@ -196,10 +197,10 @@ def plan(
 def order(studies: Mapping[str, list[Run]]) -> list[Run]:
     """All runs, the most telling first, so that a plan cut short says something of each study."""
     first = [run for s in ("grid", "equal steps") for run in studies[s] if run.arm in KEY_ARMS]
-    others = [studies.get(study, []) for study in ("noise", "questions", "equal FLOPs")]
-    half = [run for runs in others for run in runs[: (len(runs) + 1) // 2]]
+    others = [studies.get(study, []) for study in ("questions", "noise", "equal FLOPs")]
+    in_turn = [run for runs in itertools.zip_longest(*others) for run in runs if run]
     rest = [run for runs in studies.values() for run in runs]
-    return list(dict.fromkeys([*first, *half, *rest]))
+    return list(dict.fromkeys([*first, *in_turn[: len(in_turn) // 2], *rest]))
 
 
 def settings_of(run: Run, config: str) -> str:

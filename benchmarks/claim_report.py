@@ -23,6 +23,7 @@ LABELS = {
     "grain": "GRAIN",
     "grain_web_captions": "GRAIN, web captions only",
     "grain_more_synthetic": "GRAIN, half of the captions synthetic",
+    "grain_boxes_and_words": "GRAIN, matched by boxes and words",
     "grain_and_descriptions": "GRAIN, descriptions in its captions too",
     "grain_five_queries": "GRAIN, 5 queries for 8 parts",
 }
