@@ -203,15 +203,16 @@ def test_a_run_leaves_its_result(tmp_path, monkeypatch):
         workdir=tmp_path, results=tmp_path / "results", config=design.CONFIG, data=None
     )
     args.results.mkdir()
-    for key, value in {"text.pack_group": 8, "text.pack_rows": 7}.items():  # 8 devices
+    shallow = {f"model.{tower}.depth": 1 for tower in ("image", "text", "decoder")}
+    for key, value in {"text.pack_group": 8, "text.pack_rows": 7, **shallow}.items():  # 8 devices
         monkeypatch.setitem(design.SETTING, key, value)
     claim.prepare("misses_80", None, tmp_path)
     run = design.Run("grain", 1e-3, 0, 2, "misses_80")
     claim.train(run, args)
     made = claim.read_results(args.results)[run.name]
-    assert made["steps"] == 2 and made["flops_per_step"] > 1e9
+    assert made["steps"] == 2 and made["flops_per_step"] > 1e9 / 4
     assert 0 <= made["eval"]["unseen_test/alpha_0.5/top1"] <= 1
-    assert claim_report.health(made) == pytest.approx(1, abs=0.1)
+    assert 0.8 < claim_report.health(made) < 1.5  # nothing is learnt in 2 steps
 
 
 def test_flops_are_those_of_the_matrix_products():
