@@ -203,7 +203,9 @@ def _print_main(title: str, groups) -> None:
     print()
     regions = {k: v for k, v in groups.items() if v and "grounding_unseen/box_iou" in v[0]["eval"]}
     if regions:
-        by = next(iter(regions.values()))[0]["eval"]
+        by = list(regions.values())[-1][0][
+            "eval"
+        ]  # a phrase's chance depends on the boxes: GRAIN's
         chance = [
             "chance",
             "",
