@@ -16,136 +16,30 @@ and --config FILE for a larger model (default: configs/demo.py).
 """
 
 import argparse
-import collections
 import fcntl
 import json
 import os
 import pathlib
 import platform
-import random
 import runpy
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from etils import epath
 
+from benchmarks import claim_data, claim_report
 from benchmarks import claim_design as design
-from benchmarks import claim_report
 from configs import common
-from data import build
 from grain_jax import errors
-
-
-class ClaimError(errors.UserError):
-    """What was given cannot be used; the message is one line."""
 
 
 def read_results(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Name -> result of every run that is done."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-
-
-# --- Data --------------------------------------------------------------------------------------------------------
-
-
-def prepare(data: str, source: pathlib.Path | None, work: pathlib.Path) -> pathlib.Path:
-    """Makes the data set `data` if it is not there: drawn, or the main one with noise; returns its folder.
-
-    Args:
-      source: the user's own main data set, or None to draw one.
-      work: everything that is made goes below it.
-    """
-    records = work / "records"
-    main = source or work / "main"
-    if data in design.NOISE:
-        prepare("main", source, work)
-        annotations = work / f"{data}.jsonl"
-        if not annotations.exists():
-            degrade(main / "A.jsonl", annotations, **design.NOISE[data])
-        _build(annotations, main, records, data)
-        return main
-    if source is None:
-        from data.aviary import __main__ as draw
-
-        options = {**design.AVIARY, **design.AVIARIES[data]}
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-        main = work / data
-        if draw.main([f"--output={main}", f"--records={records}", f"--name={data}", *flags]):
-            raise ClaimError(f"{main}: could not be drawn")
-    else:
-        _build(main / "A.jsonl", main, records, data)
-    _make_views(main, work / "views" / data)
-    return main
-
-
-def _build(annotations, images, records, name):
-    if (records / name).exists():
-        return
-    arguments = ["--annotations", annotations, "--images", images, "--output", records]
-    if build.main([*map(str, arguments), "--name", name]):
-        raise ClaimError(f"{annotations}: could not be built")
-
-
-def degrade(
-    source: pathlib.Path,
-    target: pathlib.Path,
-    *,
-    misses: float = 0.0,
-    jitter: float = 0.0,
-    wrong: float = 0.0,
-) -> None:
-    """Writes annotations with noise added to their regions (see `design.NOISE`); pictures and captions stay."""
-    records = [json.loads(line) for line in source.read_text().splitlines()]
-    descriptions = [region["description"] for r in records for region in r.get("regions", [])]
-    random_ = random.Random(f"{misses} {jitter} {wrong}")
-    for record in records:
-        kept = []
-        for region in record.get("regions", []):
-            if random_.random() < misses:
-                continue
-            x1, y1, x2, y2 = region["box"]
-            if jitter:
-                width, height = (x2 - x1) * jitter, (y2 - y1) * jitter
-                x1, x2 = sorted(max(0.0, random_.gauss(x, width)) for x in (x1, x2))
-                y1, y2 = sorted(max(0.0, random_.gauss(y, height)) for y in (y1, y2))
-            said = region["description"]
-            if random_.random() < wrong:
-                said = random_.choice(descriptions)
-            if x2 - x1 > 0.5 and y2 - y1 > 0.5:  # of a pixel
-                kept.append({**region, "box": [x1, y1, x2, y2], "description": said})
-        record["regions"] = kept
-    target.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def _make_views(main: pathlib.Path, views: pathlib.Path) -> None:
-    """Links the seen pictures, every other one, and the unseen classes, by halves, into validation and test."""
-    if (views / "sentences.json").exists():
-        return
-    described = json.loads((main / "unseen.json").read_text())
-    names = list(described)  # in the file's order, which keeps related classes together
-    halves = {"validation": names[: len(names) // 2], "test": names[len(names) // 2 :]}
-    for split, classes in halves.items():
-        for name in classes:
-            _link(main / "unseen" / name, views / f"unseen_{split}" / name)
-    for folder in sorted((main / "seen").iterdir()):
-        for i, picture in enumerate(sorted(folder.iterdir())):
-            split = ("validation", "test")[i % 2]
-            _link(picture, views / f"seen_{split}" / folder.name / picture.name)
-    sentences = {name: [", ".join(words)] for name, words in described.items()}
-    (views / "sentences.json").write_text(json.dumps(sentences, indent=1) + "\n")
-
-
-def _link(target: pathlib.Path, link: pathlib.Path) -> None:
-    link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.is_symlink():
-        link.symlink_to(target.resolve())
-
-
-# --- Training ----------------------------------------------------------------------------------------------------
 
 
 def make_config(run: design.Run, file: str, main: pathlib.Path, work: pathlib.Path) -> Any:
@@ -157,10 +51,8 @@ def make_config(run: design.Run, file: str, main: pathlib.Path, work: pathlib.Pa
     if "optim.warmup_steps" in changed:
         c.optim.warmup_epochs = None
     c.input.data_dir, c.input.name = str(work / "records"), run.data
-    views, test = (
-        work / "views" / ("main" if run.data in design.NOISE else run.data),
-        str(main / "test"),
-    )
+    views = work / "views" / ("main" if run.data in design.NOISE else run.data)
+    test = str(main / "test")
     regions = run.arm not in design.CLIP_ARMS
     described = dict(names=False, descriptions=str(main / "unseen.json"))
     sentence = described | dict(descriptions=str(views / "sentences.json"), alphas=(1.0,))
@@ -271,64 +163,19 @@ def work(args: argparse.Namespace) -> None:
                     break
                 with (locks / f"data-{run.data}").open("w") as data_lock:
                     fcntl.flock(data_lock, fcntl.LOCK_EX)
-                    prepare(run.data, args.data, args.workdir)
+                    claim_data.prepare(run.data, args.data, args.workdir)
                 train(run, args)
                 break
         else:
             time.sleep(5)  # others are at work on all of them; theirs may make new ones known
 
 
-def query_table(run_folder: pathlib.Path, test: pathlib.Path) -> str:
-    """What each query of a trained model has become: how often it is matched, where it looks, and at what.
-
-    Args:
-      run_folder: workdir of the run, with its checkpoint.
-      test: folder of the test pictures and of unseen.jsonl.
-    """
-    import grain_jax
-    from grain_jax.evaluate import base, grounding
-
-    predictor = grain_jax.load(run_folder)
-    every = grounding.read(test, test / "unseen.jsonl")
-    batches = list(
-        base.encode_pictures(
-            predictor,
-            [every.folder / r.image for r in every.records],
-            label="queries",
-            unreadable={},
-        )
-    )
-    boxes_xyxy = np.concatenate([batch.regions.boxes_xyxy for batch in batches])
-    kept = [every.records[i] for batch in batches for i in batch.index]
-    described = grounding.described_boxes(kept, sum((batch.sizes for batch in batches), []))
-    matched, text = grounding.match(boxes_xyxy, described)
-    centre = (boxes_xyxy[..., :2] + boxes_xyxy[..., 2:]) / 2  # [N, Q, 2]
-    rows = []
-    for query in range(boxes_xyxy.shape[1]):
-        mine = matched.query == query
-        nouns = collections.Counter(described.texts[t].split()[-1] for t in text[mine])
-        (x, y), spread = centre[:, query].mean(0), centre[:, query].std(0).mean()
-        iou = f"{matched.iou[mine].mean():.2f}" if mine.any() else "-"
-        parts = ", ".join(f"{n} {100 * k / mine.sum():.0f}%" for n, k in nouns.most_common(3))
-        share = f"{100 * mine.mean():.0f}%"
-        rows.append([str(query), share, f"({x:.2f}, {y:.2f})", f"{spread:.3f}", iou, parts])
-    header = [
-        "query",
-        "matches",
-        "mean centre",
-        "its spread",
-        "IoU",
-        "last words of its descriptions",
-    ]
-    return claim_report.table(header, rows)
-
-
 def check_results(results: Mapping[str, Mapping[str, Any]], config: str) -> None:
-    """Raises ClaimError if a result was made with other settings than this file's."""
+    """Raises claim_data.ClaimError if a result was made with other settings than this file's."""
     for name, result in results.items():
         run = design.Run(*(result[field] for field in design.Run._fields))
         if design.settings_of(run, config) != result["settings"]:
-            raise ClaimError(
+            raise claim_data.ClaimError(
                 f"{name}.json: made with other settings than benchmarks/claim.py has now; move it"
                 " away, or give another --results"
             )
@@ -338,7 +185,7 @@ def run_all(args: argparse.Namespace) -> int:
     """Starts the workers and shows how far they are."""
     args.results.mkdir(parents=True, exist_ok=True)
     check_results(read_results(args.results), args.config)
-    prepare("main", args.data, args.workdir)  # by all cores
+    claim_data.prepare("main", args.data, args.workdir)  # by all cores
     logs = args.workdir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0))
@@ -353,6 +200,7 @@ def run_all(args: argparse.Namespace) -> int:
             command = ["taskset", "--cpu-list", ",".join(map(str, share)), *command]
         log = (logs / f"worker{i}.log").open("a")
         workers.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers end as well
     began, at_first = time.monotonic(), len(read_results(args.results))
     shown = None
     try:
@@ -372,7 +220,9 @@ def run_all(args: argparse.Namespace) -> int:
             worker.terminate()
     failed = [i for i, worker in enumerate(workers) if worker.wait()]
     if failed:
-        raise ClaimError(f"worker {failed[0]} failed: see the end of {logs}/worker{failed[0]}.log")
+        raise claim_data.ClaimError(
+            f"worker {failed[0]} failed: see the end of {logs}/worker{failed[0]}.log"
+        )
     return 0
 
 
@@ -383,6 +233,7 @@ def _flags(args: argparse.Namespace) -> list[str]:
 
 def main() -> int:
     """Parses the command line."""
+    defaults = {}
     parser = argparse.ArgumentParser(
         "python -m benchmarks.claim",
         description=__doc__,
@@ -395,12 +246,19 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core"
     )
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/claim"))
-    parser.add_argument(
-        "--results", type=pathlib.Path, default=pathlib.Path("benchmarks/results/claim")
-    )
-    parser.add_argument("--pictures", type=pathlib.Path, default=pathlib.Path("docs"))
+    for flag, ours, own in (
+        ("workdir", "runs/claim", "claim"),
+        ("results", "benchmarks/results/claim", "claim/results"),
+        ("pictures", "docs", "claim"),
+    ):
+        parser.add_argument(
+            f"--{flag}", type=pathlib.Path, help=f"default: {ours}; with --data: DIR/{own}"
+        )
+        defaults[flag] = ours, own
     args = parser.parse_args()
+    for flag, (ours, own) in defaults.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, args.data / own if args.data else pathlib.Path(ours))
     try:
         if args.command == "run":
             return run_all(args)
@@ -417,7 +275,9 @@ def main() -> int:
             folder = args.workdir / "runs" / run.name
             if folder.exists():  # results travel, checkpoints do not
                 print("## Queries of GRAIN (first seed, unseen test pictures)\n")
-                print(query_table(folder, (args.data or args.workdir / "main") / "test"))
+                print(
+                    claim_report.query_table(folder, (args.data or args.workdir / "main") / "test")
+                )
     except errors.UserError as error:
         print(f"python -m benchmarks.claim: {error}", file=sys.stderr)
         return 2

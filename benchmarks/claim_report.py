@@ -1,15 +1,19 @@
 """Tables and pictures of `benchmarks.claim`: means over seeds with their spread, differences with their interval."""
 
+import collections
 import math
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
 
+import grain_jax
 from benchmarks import claim_design as design
+from grain_jax.evaluate import base, grounding
 
 Result = Mapping[str, Any]
 LABELS = {
@@ -285,6 +289,48 @@ def _print_noise(noise) -> None:
         )
     header = ["noise", "GRAIN, alpha .5", "alpha 0", "IoU", LABELS[design.CONTROL]]
     print(table(header, rows) + "\n")
+
+
+def query_table(run_folder: pathlib.Path, test: pathlib.Path) -> str:
+    """What each query of a trained model has become: how often it is matched, where it looks, and at what.
+
+    Args:
+      run_folder: workdir of the run, with its checkpoint.
+      test: folder of the test pictures and of unseen.jsonl.
+    """
+    predictor = grain_jax.load(run_folder)
+    every = grounding.read(test, test / "unseen.jsonl")
+    batches = list(
+        base.encode_pictures(
+            predictor,
+            [every.folder / r.image for r in every.records],
+            label="queries",
+            unreadable={},
+        )
+    )
+    boxes_xyxy = np.concatenate([batch.regions.boxes_xyxy for batch in batches])
+    kept = [every.records[i] for batch in batches for i in batch.index]
+    described = grounding.described_boxes(kept, sum((batch.sizes for batch in batches), []))
+    matched, text = grounding.match(boxes_xyxy, described)
+    centre = (boxes_xyxy[..., :2] + boxes_xyxy[..., 2:]) / 2  # [N, Q, 2]
+    rows = []
+    for query in range(boxes_xyxy.shape[1]):
+        mine = matched.query == query
+        nouns = collections.Counter(described.texts[t].split()[-1] for t in text[mine])
+        (x, y), spread = centre[:, query].mean(0), centre[:, query].std(0).mean()
+        iou = f"{matched.iou[mine].mean():.2f}" if mine.any() else "-"
+        parts = ", ".join(f"{n} {100 * k / mine.sum():.0f}%" for n, k in nouns.most_common(3))
+        share = f"{100 * mine.mean():.0f}%"
+        rows.append([str(query), share, f"({x:.2f}, {y:.2f})", f"{spread:.3f}", iou, parts])
+    header = [
+        "query",
+        "matches",
+        "mean centre",
+        "its spread",
+        "IoU",
+        "last words of its descriptions",
+    ]
+    return table(header, rows)
 
 
 _STYLE = {"grain": "#2ca02c", design.CONTROL: "#d62728"}

@@ -331,6 +331,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "model.text.context_length": (3, math.inf),
     "model.decoder.queries": (0, math.inf),
     "model.decoder.dropout": (0, 0.99),
+    "model.decoder.qkv_init_gain": (0, math.inf),
     **{
         f"model.{tower}.{field}": (1, math.inf)
         for tower in ("image", "text", "decoder")

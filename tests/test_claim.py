@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import claim, claim_report, flops
+from benchmarks import claim, claim_data, claim_report, flops
 from benchmarks import claim_design as design
 from grain_jax import config as config_lib
 from grain_jax import train_step
@@ -123,7 +123,7 @@ def test_report_prints_every_study_and_draws(tmp_path, capsys):
 def test_results_of_other_settings_are_refused():
     run = design.Run("grain", 1e-3, 0, 100)
     claim.check_results({run.name: result(run)}, design.CONFIG)
-    with pytest.raises(claim.ClaimError, match="made with other settings"):
+    with pytest.raises(claim_data.ClaimError, match="made with other settings"):
         claim.check_results({run.name: result(run, settings="x")}, design.CONFIG)
 
 
@@ -133,7 +133,7 @@ def test_noise_goes_into_the_regions_alone(tmp_path):
     count = sum(len(line["regions"]) for line in clean)
 
     def noisy(**noise):
-        claim.degrade(tmp_path / "A.jsonl", tmp_path / "N.jsonl", **noise)
+        claim_data.degrade(tmp_path / "A.jsonl", tmp_path / "N.jsonl", **noise)
         lines = [json.loads(line) for line in (tmp_path / "N.jsonl").read_text().splitlines()]
         strip = lambda line: {k: v for k, v in line.items() if k != "regions"}  # noqa: E731
         assert [strip(line) for line in lines] == [strip(line) for line in clean]
@@ -167,7 +167,7 @@ def test_validation_and_test_share_no_class_and_no_picture(tmp_path):
     described = {f"unseen{name}": ["red beak", "blue wing"] for name in range(5)}
     (tmp_path / "main" / "unseen.json").write_text(json.dumps(described))
     views = tmp_path / "views"
-    claim._make_views(tmp_path / "main", views)
+    claim_data.make_views(tmp_path / "main", views)
     below = lambda name: {str(p.resolve()) for p in (views / name).rglob("*.png")}  # noqa: E731
     for group, count in (("seen", 12), ("unseen", 20)):
         validation, test = (
@@ -206,7 +206,7 @@ def test_a_run_leaves_its_result(tmp_path, monkeypatch):
     shallow = {f"model.{tower}.depth": 1 for tower in ("image", "text", "decoder")}
     for key, value in {"text.pack_group": 8, "text.pack_rows": 7, **shallow}.items():  # 8 devices
         monkeypatch.setitem(design.SETTING, key, value)
-    claim.prepare("misses_80", None, tmp_path)
+    claim_data.prepare("misses_80", None, tmp_path)
     run = design.Run("grain", 1e-3, 0, 2, "misses_80")
     claim.train(run, args)
     made = claim.read_results(args.results)[run.name]
