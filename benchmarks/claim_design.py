@@ -86,6 +86,8 @@ NOISE: dict[str, dict[str, float]] = {
     "misses_50": {"misses": 0.5},
     "wrong_30": {"wrong": 0.3},
     "jitter_100": {"jitter": 1.0},
+    "misses_95": {"misses": 0.95},
+    "wrong_90": {"wrong": 0.9},
 }
 NOISE_ARMS = ("grain", CONTROL)
 KEY_ARMS = ("clip", CONTROL, "grain_no_box", "grain")  # which come first
@@ -200,7 +202,7 @@ def order(studies: Mapping[str, list[Run]]) -> list[Run]:
     others = [studies.get(study, []) for study in ("questions", "noise", "equal FLOPs")]
     in_turn = [run for runs in itertools.zip_longest(*others) for run in runs if run]
     rest = [run for runs in studies.values() for run in runs]
-    return list(dict.fromkeys([*first, *in_turn[: len(in_turn) // 2], *rest]))
+    return list(dict.fromkeys([*first, *studies["grid"], *in_turn, *rest]))
 
 
 def settings_of(run: Run, config: str) -> str:
