@@ -158,7 +158,7 @@ def report(
             _print_main(f"{study.capitalize()} (seed {design.SEEDS[0]})", first | named)
     noise = _noise(studies, results, main)
     if noise:
-        _print_noise(noise)
+        _print_noise(noise, main)
         _draw_noise(noise, main, pictures / "claim_noise.png")
     _draw_arms(main, pictures / "claim_arms.png")
 
@@ -269,12 +269,29 @@ def _noise(studies, results, main) -> dict[str, dict[str, Result]]:
     for run in studies.get("noise", []):
         if run.name in results:
             found.setdefault(run.data, {})[run.arm] = results[run.name]
+            if "jitter" in run.data and design.CONTROL in found["none"]:  # it reads no boxes
+                found[run.data][design.CONTROL] = found["none"][design.CONTROL]
     return found if len(found) > 1 else {}
 
 
-def _print_noise(noise) -> None:
+def _without_regions(main) -> tuple[str, float]:
+    """(label, headline of the first seed) of the best CLIP arm that no noise in the regions can harm."""
+    first = {
+        label: headline(result)
+        for label, results in main.items()
+        for result in results
+        if result["seed"] == design.SEEDS[0]
+        and result["arm"] in design.CLIP_ARMS
+        and result["arm"] != design.CONTROL
+    }
+    best = max(first, key=first.get)
+    return best, first[best]
+
+
+def _print_noise(noise, main) -> None:
     print(f"## Noise (seed {design.SEEDS[0]}; on top of the data set's own)\n")
     rows = []
+    other, floor = _without_regions(main)
     for name, arms in noise.items():
         grain, control = (arms.get(arm) for arm in design.NOISE_ARMS)
         region = grain and grain["eval"]["unseen_test/alpha_0.0/top1"]
@@ -285,9 +302,14 @@ def _print_noise(noise) -> None:
                 f"{100 * region:.1f}" if grain else "-",
                 f"{grain['eval']['grounding_unseen/box_iou']:.3f}" if grain else "-",
                 f"{100 * headline(control):.1f}" if control else "-",
+                f"{100 * floor:.1f}",
+                f"{100 * (headline(grain) - max(headline(control), floor)):+.1f}"
+                if grain and control
+                else "-",
             ]
         )
     header = ["noise", "GRAIN, alpha .5", "alpha 0", "IoU", LABELS[design.CONTROL]]
+    header += [f"{other} (reads no regions)", "lead over the better"]
     print(table(header, rows) + "\n")
 
 
@@ -377,9 +399,12 @@ def _draw_noise(noise, main, path: pathlib.Path) -> None:
             for name, arms in noise.items()
             if name.rpartition("_")[0] == kind
         }
+        points = dict(sorted(points.items()))
         for arm in design.NOISE_ARMS:
             curve = [(x, 100 * headline(arms[arm])) for x, arms in points.items() if arm in arms]
             axis.plot(*zip(*curve), "o-", color=_STYLE[arm], label=LABELS[arm])
+        other, floor = _without_regions(main)
+        axis.axhline(100 * floor, color="#1f77b4", linestyle="--", label=f"{other}, no regions")
         chance = next(iter(main.values()))[0]["eval"]["unseen_test/chance"]
         axis.axhline(100 * chance, color="#555555", linestyle=":", label="chance")
         axis.set_xlabel(words.get(kind, kind), fontsize=9)
