@@ -412,7 +412,7 @@ def _draw_noise(noise, main, path: pathlib.Path) -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("unseen by description, top-1, %", fontsize=9)
-    axes[0].legend(fontsize=8, frameon=False)
+    axes[-1].legend(fontsize=8, frameon=False, loc="upper right")
     _save(figure, path)
 
 
