@@ -154,7 +154,8 @@ def report(
                 LABELS[arm]: [r for r in main.get(LABELS[arm], []) if r["seed"] == design.SEEDS[0]]
                 for arm in ("clip", design.CONTROL, "grain")
             }
-            named = {f"{label}, {study}": value for label, value in groups.items()}
+            same = study == "longer"  # arms of the main table, with another number of steps
+            named = {f"{k}, longer" if same else k: value for k, value in groups.items()}
             _print_main(f"{study.capitalize()} (seed {design.SEEDS[0]})", first | named)
     noise = _noise(studies, results, main)
     if noise:
@@ -207,9 +208,8 @@ def _print_main(title: str, groups) -> None:
     print()
     regions = {k: v for k, v in groups.items() if v and "grounding_unseen/box_iou" in v[0]["eval"]}
     if regions:
-        by = list(regions.values())[-1][0][
-            "eval"
-        ]  # a phrase's chance depends on the boxes: GRAIN's
+        # Chance depends on the boxes that an arm predicts: GRAIN's.
+        by = regions.get(LABELS["grain"], list(regions.values())[-1])[0]["eval"]
         chance = [
             "chance",
             "",
