@@ -11,9 +11,11 @@ DATA = [
     "tensorflow-datasets>=4.9.7",
     "importlib_resources",  # needed by tfds download_and_prepare, not declared by it
 ]
+# libtpu, which also compiles for TPUs on machines that have none (launch.plan).
+TPU = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 TORCH = ["torch>=2.2"]
 ANNOTATE = ["apache-beam>=2.60", "transformers>=5.0", *TORCH]
-DEV = [*DATA, *TORCH, "hypothesis", "pytest>=8", "pytest-timeout", "ruff"]
+DEV = [*DATA, *TPU, *TORCH, "hypothesis", "pytest>=8", "pytest-timeout", "ruff"]
 
 setup(
     name="grain_jax",
@@ -45,7 +47,7 @@ setup(
     ],
     extras_require={
         "data": DATA,
-        "tpu": ["jax[tpu]"],
+        "tpu": TPU,
         "cuda": ["jax[cuda12]"],
         "torch": TORCH,
         "annotate": ANNOTATE,

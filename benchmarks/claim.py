@@ -82,9 +82,8 @@ def train(run: design.Run, args: argparse.Namespace) -> None:
     """Trains and evaluates one run, in this process, and writes its result file."""
     import jax
 
-    from benchmarks import flops
     from grain_jax import config as config_lib
-    from grain_jax import optim, sharding, train_step
+    from grain_jax import flops, optim, sharding, train_step
     from grain_jax import train as trainer
     from grain_jax.models.grain import GRAIN
 

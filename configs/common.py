@@ -24,6 +24,8 @@ def model(size: str = "B/16") -> ConfigDict:
         raise ValueError(f"model size: got {size!r}, expected one of {', '.join(SIZES)}")
     c = ConfigDict()
     c.embed_dim = 512
+    c.logit_scale_init = 1 / 0.07
+    c.logit_bias_init = placeholder(float)
     c.image = ConfigDict(
         dict(
             image_size=224,
@@ -115,6 +117,7 @@ def base(size: str = "B/16") -> ConfigDict:
             image_caption=1.0,
             region_description=1.0,
             box=1.0,
+            contrast="softmax",
             group_size=0,
             mask_duplicates=True,
             match_l1=5.0,
@@ -123,6 +126,8 @@ def base(size: str = "B/16") -> ConfigDict:
             iou_epsilon=0.0,
             deep_supervision=False,
             shift_labels_after_empty_box=False,
+            tile=1024,
+            gather=1,
         )
     )
     c.optim = ConfigDict(
@@ -136,12 +141,13 @@ def base(size: str = "B/16") -> ConfigDict:
             b1=0.9,
             b2=0.98,
             eps=1e-8,
+            moment_dtype="float32",
             weight_decay=0.1,
             decay_groups="matrices",
             clip_norm=0.0,
         )
     )
-    c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, dcn_data=1))
     # Logical axis of a parameter -> mesh axis. Exhaustive: an axis that stands in no row is an error.
     c.sharding = (
         ("layers", None),

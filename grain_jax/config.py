@@ -16,7 +16,7 @@ from typing import Any
 
 from grain_jax import errors
 
-REMAT_POLICIES = ("none", "full", "dots")
+REMAT_POLICIES = ("none", "dots", "qkv", "full")  # from most memory to most recomputation
 DTYPES = ("float32", "bfloat16")
 
 
@@ -80,6 +80,10 @@ class Model:
     """The towers and the width D of the joint space."""
 
     embed_dim: int  # D
+    logit_scale_init: float  # the factor itself; CLIP's 1 / 0.07, SigLIP's 10
+    logit_bias_init: (
+        float | None
+    )  # for loss.contrast=sigmoid (SigLIP's -10); None: no such parameter
     image: ImageTower
     text: TextTower
     decoder: RegionDecoder
@@ -123,6 +127,7 @@ class Loss:
     image_caption: float  # weight of L_ic
     region_description: float  # weight of L_rd
     box: float  # weight of L_box
+    contrast: str  # "softmax" (InfoNCE) or "sigmoid" (every pair by itself, as SigLIP)
     group_size: int  # images whose descriptions are negatives of each other; 0 = all
     mask_duplicates: bool  # equal texts are not each other's negatives
     match_l1: float  # weight of L1 in the matching cost
@@ -131,6 +136,8 @@ class Loss:
     iou_epsilon: float  # added to the union in the IoU term (reference: 1e-4, quirk 15)
     deep_supervision: bool  # the box loss of the earlier decoder layers is added
     shift_labels_after_empty_box: bool  # the reference's quirk 1
+    tile: int  # rows and columns of similarities that are in memory at once (streaming.py); no effect on the result
+    gather: int  # neighbouring devices that share their columns before these go round the ring; likewise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +153,7 @@ class Optim:
     b1: float
     b2: float
     eps: float
+    moment_dtype: str  # of the first moment; "bfloat16" halves it
     weight_decay: float
     decay_groups: str  # "matrices" or "reference" (quirk 7)
     clip_norm: float  # global norm that gradients are scaled down to; 0 = off
@@ -158,6 +166,7 @@ class Mesh:
     data: int  # -1: what the others leave
     fsdp: int
     tensor: int
+    dcn_data: int  # slices or nodes, joined by the slow network; data is cut over them first, nothing else is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,13 +327,17 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "text.pack_group": (1, math.inf),
     "text.pack_rows": (1, math.inf),
     "loss.group_size": (0, math.inf),
+    "loss.tile": (1, math.inf),
+    "loss.gather": (1, math.inf),
     "optim.warmup_steps": (0, math.inf),
     "optim.warmup_epochs": (0, math.inf),
     "optim.clip_norm": (0, math.inf),
     "mesh.data": (-1, math.inf),
     "mesh.fsdp": (1, math.inf),
     "mesh.tensor": (1, math.inf),
+    "mesh.dcn_data": (1, math.inf),
     "model.embed_dim": (1, math.inf),
+    "model.logit_scale_init": (1, 100),
     "model.image.patch_size": (1, math.inf),
     "model.image.position_period": (1, math.inf),
     "model.text.vocab_size": (3, math.inf),
@@ -377,6 +390,13 @@ def _check(config: Config, faults: list[str]) -> None:
     _check_model(config.model, faults)
     _one_of("remat", config.remat, REMAT_POLICIES, faults)
     _one_of("dtype", config.dtype, DTYPES, faults)
+    _one_of("optim.moment_dtype", config.optim.moment_dtype, DTYPES, faults)
+    _one_of("loss.contrast", config.loss.contrast, ("softmax", "sigmoid"), faults)
+    if (config.loss.contrast == "sigmoid") != (config.model.logit_bias_init is not None):
+        faults.append(
+            f"model.logit_bias_init: got {config.model.logit_bias_init} with loss.contrast="
+            f"{config.loss.contrast}; a sigmoid needs a bias (-10, SigLIP's), a softmax has none"
+        )
     _one_of("input.source", config.input.source, ("records", "synthetic"), faults)
     _one_of("optim.schedule", config.optim.schedule, ("cosine", "reference"), faults)
     _one_of("optim.decay_groups", config.optim.decay_groups, ("matrices", "reference"), faults)

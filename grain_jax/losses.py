@@ -2,18 +2,23 @@
 
     total = L_ic (image to caption) + L_box (matched boxes) + L_rd (region to description)
 
-Similarities are float32 at HIGHEST precision: on TPU the default would cut the operands to bfloat16.
+`total_loss` runs `_losses_of_shard` on every device inside one `jax.shard_map`. Each device works out the
+rows of its own images, with the columns of all others streaming by (`streaming.py`), and hands out sums
+and counts; the division is done outside, since a count may span devices. All of it is float32.
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from grain_jax import boxes, matching, schema
+from grain_jax import boxes, errors, matching, schema, streaming
 from grain_jax.config import Loss
+from grain_jax.streaming import Columns, Ring
 
 
 class Losses(NamedTuple):
@@ -26,147 +31,119 @@ class Losses(NamedTuple):
     matched_iou: Array  # mean IoU of the matched boxes; a measure, not a loss
 
 
-def similarity(a: Float[Array, "*n D"], b: Float[Array, "*m D"]) -> Array:
-    """Every a . b over the last axis: [G, n, D], [G, m, D] -> [G, n, m]."""
-    return jnp.einsum(
-        "...nd,...md->...nm",
-        a,
-        b,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+class Mean(NamedTuple):
+    """A sum over what a shard has of each group of images, and how many there were; [groups] each."""
+
+    sum: Float[Array, "g"]
+    count: Float[Array, "g"]
 
 
-def _cross_entropy(logits, label_logits, allowed):
-    """-log softmax of the labels over the last axis, where only `allowed` entries take part."""
-    return jax.nn.logsumexp(jnp.where(allowed, logits, -jnp.inf), axis=-1) - label_logits
+class Layout(NamedTuple):
+    """How images and their groups (`loss.group_size`) lie on the devices."""
+
+    sizes: tuple[int, int, int]  # of the mesh axes group, ring and gather
+    everywhere: Ring  # over all images
+    in_group: Ring  # over the images of a group
+    groups_per_shard: int  # more than 1 where a device holds whole groups
+    shards_per_group: int  # more than 1 where a group spans devices
 
 
 def image_caption_loss(
-    image_embed: Float[Array, "B D"],
-    text_embed: Float[Array, "B D"],
+    image_embed: Float[Array, "b D"],
+    text_embed: Float[Array, "b D"],
     logit_scale: Float[Array, ""],
-    caption_id: Int[Array, "B"],
+    logit_bias: Float[Array, ""],
+    caption_id: Int[Array, "b"],
     *,
-    mask_duplicates: bool,
-) -> Float[Array, ""]:
-    """L_ic: symmetric InfoNCE over the global batch (CLIP).
+    contrast: str,
+    tile: int,
+    ring: Ring,
+) -> Float[Array, "b"]:
+    """L_ic of each image and its caption, against all captions and images of the ring.
 
-    With `mask_duplicates`, images with equal captions are not each other's negatives.
+    The mean of both directions for "softmax" (CLIP); for "sigmoid", in which a pair is a pair, one of them.
+
+    Args:
+      caption_id: equal ones are not each other's negatives.
     """
-    logits = logit_scale * similarity(image_embed, text_embed)  # [B, B]
-    label_logits = jnp.diagonal(logits)
-    allowed = jnp.ones_like(logits, bool)
-    if mask_duplicates:
-        own = jnp.eye(len(logits), dtype=bool)
-        allowed = own | (caption_id[:, None] != caption_id[None])
-    rows = _cross_entropy(logits, label_logits, allowed)
-    columns = _cross_entropy(logits.T, label_logits, allowed.T)
-    return (rows.mean() + columns.mean()) / 2
+    own = logit_scale * jnp.sum(image_embed * text_embed, axis=-1) + logit_bias
+    real = jnp.ones(caption_id.shape, bool)
 
+    def one_way(rows, columns):
+        columns = Columns(columns, caption_id, real)
+        negative = streaming.negatives(
+            contrast, tile, ring, rows, caption_id, columns, logit_scale, logit_bias
+        )
+        return streaming.loss_of_rows(contrast, own, negative)
 
-def _per_group(x, group_size: int):
-    """[B, ...] -> [groups, images of the group, ...]; 0 = one group."""
-    size = group_size or x.shape[0]
-    return x.reshape(x.shape[0] // size, size, *x.shape[1:])  # no -1: there may be no regions
-
-
-def _group_mean(total, count):
-    """Mean over groups of total / count ([groups] each); a group with nothing to count adds 0."""
-    return jnp.where(count > 0, total / jnp.maximum(count, 1), 0.0).mean()
-
-
-def box_loss(
-    pred_boxes_cxcywh: Float[Array, "B Q 4"],
-    target_boxes_cxcywh: Float[Array, "B R 4"],
-    target_mask: Bool[Array, "B R"],
-    match: matching.Match,
-    *,
-    group_size: int,
-    iou_epsilon: float,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """L_box: (sum of L1 + sum of (1 - GIoU)) over matched pairs / number of real regions, a group at a time.
-
-    Returns:
-      (loss, mean plain IoU of the matched pairs).
-    """
-    pred = jnp.take_along_axis(pred_boxes_cxcywh, match.query_index[..., None], axis=1)  # [B, R, 4]
-    l1 = jnp.abs(pred - target_boxes_cxcywh).sum(-1)
-    pred_xyxy, target_xyxy = map(boxes.cxcywh_to_xyxy, (pred, target_boxes_cxcywh))
-    overlap = boxes.giou(pred_xyxy, target_xyxy, epsilon=iou_epsilon)
-    pair = jnp.where(match.valid, l1 + 1 - overlap, 0)  # [B, R]
-    total = _per_group(pair, group_size).sum((1, 2))
-    count = _per_group(target_mask, group_size).sum((1, 2))
-    iou, _ = boxes.iou_and_union(pred_xyxy, target_xyxy)
-    iou = jnp.where(match.valid, iou, 0).sum() / jnp.maximum(match.valid.sum(), 1)
-    return _group_mean(total, count), jax.lax.stop_gradient(iou)
+    if contrast == "sigmoid":
+        return one_way(image_embed, text_embed)
+    return (one_way(image_embed, text_embed) + one_way(text_embed, image_embed)) / 2
 
 
 def region_description_loss(
-    region_embed: Float[Array, "B Q D"],
-    region_text_embed: Float[Array, "B R D"],
+    region_embed: Float[Array, "b Q D"],
+    region_text_embed: Float[Array, "b R D"],
     logit_scale: Float[Array, ""],
-    description_id: Int[Array, "B R"],
-    description_mask: Bool[Array, "B R"],
-    label_slot: Int[Array, "B R"],
+    logit_bias: Float[Array, ""],
+    description_id: Int[Array, "b R"],
+    description_mask: Bool[Array, "b R"],
+    label_slot: Int[Array, "b R"],
     match: matching.Match,
     *,
-    group_size: int,
-    mask_duplicates: bool,
-) -> Float[Array, ""]:
-    """L_rd: each matched query against the descriptions of its group, cross-entropy with its own.
+    contrast: str,
+    tile: int,
+    ring: Ring,
+) -> Float[Array, "b R"]:
+    """L_rd of each region: its matched query against the descriptions of the ring; 0 where none is matched.
 
     Args:
+      description_id: equal ones are not each other's negatives.
       description_mask: which descriptions take part.
       label_slot: for each region, the place of its description in its image (its own place, but for the
         reference's quirk 1).
     """
-    slots = description_id.shape[1]
-    if slots == 0:  # a run without regions, such as the CLIP baseline
-        return jnp.zeros(())
-    pred = jnp.take_along_axis(region_embed, match.query_index[..., None], axis=1)  # [B, R, D]
-
-    def flat(x):  # [B, R, ...] -> [groups, g*R, ...]
-        x = _per_group(x, group_size)
-        return x.reshape(x.shape[0], x.shape[1] * slots, *x.shape[3:])
-
-    logits = logit_scale * similarity(flat(pred), flat(region_text_embed))  # [groups, g*R, g*R]
-    label = flat(label_slot + jnp.arange(len(label_slot))[:, None] * slots)  # over the batch
-    label %= logits.shape[-1]  # within the group
-    allowed = jnp.broadcast_to(flat(description_mask)[:, None], logits.shape)
-    if mask_duplicates:
-        ids = flat(description_id)
-        label_id = jnp.take_along_axis(ids, label, axis=1)
-        is_label = label[..., None] == jnp.arange(logits.shape[-1])
-        allowed &= is_label | (label_id[..., None] != ids[:, None])
-    valid = flat(match.valid)  # [groups, g*R]
-    # A row that does not count may have nothing allowed: keep its softmax finite, and its gradient 0.
-    allowed |= ~valid[..., None]
-    label_logits = jnp.take_along_axis(logits, label[..., None], axis=-1)[..., 0]
-    loss = jnp.where(valid, _cross_entropy(logits, label_logits, allowed), 0)
-    return _group_mean(loss.sum(1), valid.sum(1))
-
-
-def total_loss(
-    outputs: schema.Outputs,
-    batch: schema.Batch,
-    config: Loss,
-    *,
-    mesh: Mesh | None = None,
-    batch_axes: tuple[str, ...] = (),
-) -> Losses:
-    """All of GRAIN's losses on the outputs for a (global) batch.
-
-    Args:
-      mesh, batch_axes: how the leading axes are sharded (see `matching.match`).
-    """
-    image_caption = image_caption_loss(
-        outputs.image_embed,
-        outputs.text_embed,
-        outputs.logit_scale,
-        batch.caption_id,
-        mask_duplicates=config.mask_duplicates,
+    b, slots = description_id.shape
+    pred = jnp.take_along_axis(region_embed, match.query_index[..., None], axis=1)  # [b, R, D]
+    label = jnp.take_along_axis(region_text_embed, label_slot[..., None], axis=1)  # [b, R, D]
+    own = logit_scale * jnp.sum(pred * label, axis=-1) + logit_bias  # [b, R]
+    label_id = jnp.take_along_axis(description_id, label_slot, axis=1)
+    flat = lambda x: x.reshape(b * slots, *x.shape[2:])  # noqa: E731
+    columns = Columns(flat(region_text_embed), flat(description_id), flat(description_mask))
+    negative = streaming.negatives(
+        contrast, tile, ring, flat(pred), flat(label_id), columns, logit_scale, logit_bias
     )
+    loss = streaming.loss_of_rows(contrast, own, negative.reshape(b, slots))
+    return jnp.where(match.valid, loss, 0)
+
+
+def box_loss(
+    pred_boxes_cxcywh: Float[Array, "b Q 4"],
+    target_boxes_cxcywh: Float[Array, "b R 4"],
+    match: matching.Match,
+    *,
+    iou_epsilon: float,
+) -> tuple[Float[Array, "b R"], Float[Array, "b R"]]:
+    """L_box of each region and its matched query, L1 + (1 - GIoU); 0 where none is matched.
+
+    Returns:
+      (loss, plain IoU).
+    """
+    pred = jnp.take_along_axis(pred_boxes_cxcywh, match.query_index[..., None], axis=1)  # [b, R, 4]
+    l1 = jnp.abs(pred - target_boxes_cxcywh).sum(-1)
+    pred_xyxy, target_xyxy = map(boxes.cxcywh_to_xyxy, (pred, target_boxes_cxcywh))
+    overlap = boxes.giou(pred_xyxy, target_xyxy, epsilon=iou_epsilon)
+    iou, _ = boxes.iou_and_union(pred_xyxy, target_xyxy)
+    at_matches = lambda x: jnp.where(match.valid, x, 0)  # noqa: E731
+    return at_matches(l1 + 1 - overlap), jax.lax.stop_gradient(at_matches(iou))
+
+
+def _losses_of_shard(
+    outputs: schema.Outputs, batch: schema.Batch, *, config: Loss, layout: Layout
+) -> dict[str, Mean]:
+    """What the images of one device add to each loss."""
+    images = batch.caption_id.shape[0]
+    groups = layout.groups_per_shard
     target = batch.region_boxes_cxcywh
     # A box without area (after clipping) is no target.
     box_mask = batch.region_mask & (target[..., 2:] > 0).all(-1)
@@ -179,10 +156,14 @@ def total_loss(
         slots_of_texts = jnp.argsort(~description_mask, axis=1, stable=True)
         rank = jnp.maximum(jnp.cumsum(box_mask, axis=1) - 1, 0)
         label_slot = jnp.take_along_axis(slots_of_texts, rank, axis=1)
+    caption_id, description_id = batch.caption_id, batch.description_id
+    if not config.mask_duplicates:  # then every text is a text of its own
+        caption_id = _own_ids(caption_id.shape, layout.everywhere)
+        description_id = _own_ids(description_id.shape, layout.everywhere)
 
     cosine = None
     if config.match_description:
-        cosine = similarity(outputs.region_embed, outputs.region_text_embed)  # [B, Q, R]
+        cosine = streaming.similarity(outputs.region_embed, outputs.region_text_embed)  # [b, Q, R]
 
     def matched_box_loss(pred):
         with jax.named_scope("matching"):
@@ -195,35 +176,145 @@ def total_loss(
                 description=config.match_description,
                 cosine=cosine,
             )
-            match = matching.match(cost, box_mask, mesh=mesh, batch_axes=batch_axes)
-        loss, iou = box_loss(
-            pred,
-            target,
-            box_mask,
-            match,
-            group_size=config.group_size,
-            iou_epsilon=config.iou_epsilon,
-        )
-        return loss, iou, match
+            match = matching.match(cost, box_mask)
+        return *box_loss(pred, target, match, iou_epsilon=config.iou_epsilon), match
 
-    box, matched_iou, match = matched_box_loss(outputs.pred_boxes_cxcywh[-1])
+    box, iou, match = matched_box_loss(outputs.pred_boxes_cxcywh[-1])
     if config.deep_supervision:
         for pred in outputs.pred_boxes_cxcywh[:-1]:
             box += matched_box_loss(pred)[0]
-    region_description = region_description_loss(
-        outputs.region_embed,
-        outputs.region_text_embed,
-        outputs.logit_scale,
-        batch.description_id,
-        description_mask,
-        label_slot,
-        match,
-        group_size=config.group_size,
-        mask_duplicates=config.mask_duplicates,
+
+    contrast = dict(contrast=config.contrast, tile=config.tile)
+    with jax.named_scope("image_caption"):
+        image_caption = image_caption_loss(
+            outputs.image_embed,
+            outputs.text_embed,
+            outputs.logit_scale,
+            outputs.logit_bias,
+            caption_id,
+            ring=layout.everywhere,
+            **contrast,
+        )
+
+    def per_group(x):  # [b, ...] -> [groups, images of the group, ...]
+        return x.reshape(groups, images // groups, *x.shape[1:])
+
+    with jax.named_scope("region_description"):
+        of_group = functools.partial(region_description_loss, ring=layout.in_group, **contrast)
+        region_description = jax.vmap(of_group, in_axes=(0, 0, None, None, 0, 0, 0, 0))(
+            per_group(outputs.region_embed),
+            per_group(outputs.region_text_embed),
+            outputs.logit_scale,
+            outputs.logit_bias,
+            per_group(description_id),
+            per_group(description_mask),
+            per_group(label_slot),
+            jax.tree.map(per_group, match),
+        )
+    total = lambda x: per_group(x).sum((1, 2)).astype(jnp.float32)  # noqa: E731
+    matched = total(match.valid)
+    return {
+        "image_caption": Mean(image_caption.sum()[None], jnp.float32(images)[None]),
+        "box": Mean(total(box), total(box_mask)),
+        "region_description": Mean(region_description.sum((1, 2)), matched),
+        "matched_iou": Mean(iou.sum()[None], matched.sum()[None]),
+    }
+
+
+def _own_ids(shape: tuple[int, ...], ring: Ring):
+    """A number for each entry that no other entry of the ring has."""
+    ids = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
+    axes = ring.axes + ((ring.gather,) if ring.gather else ())
+    return ids + math.prod(shape) * jax.lax.axis_index(axes) if axes else ids
+
+
+def layout(images: int, config: Loss, shards: int) -> Layout:
+    """How `images` lie on so many shards. A group is cut over shards, or a shard holds whole groups.
+
+    Raises:
+      UserError: groups cross the shards' edges, or `loss.gather` shards do not divide those of a group.
+    """
+    size, shard = config.group_size or images, images // shards
+    faults = []
+    if max(size, shard) % min(size, shard):
+        faults.append(
+            f"loss.group_size: got {size}, expected a divisor or a multiple of the {shard} images that a"
+            f" device has (batch_size {images} over data x fsdp = {shards})"
+        )
+    per_group = max(1, size // shard)
+    neighbours = per_group if per_group > 1 else shards
+    if neighbours % config.gather:
+        faults.append(
+            f"loss.gather: got {config.gather}, expected a divisor of the {neighbours} devices that share"
+            " negatives"
+        )
+    if faults:
+        raise errors.UserError("\n".join(faults))
+    gather = "gather" if config.gather > 1 else None
+    ring = max(1, per_group // config.gather)
+    sizes = shards // (ring * config.gather), ring, config.gather
+    return Layout(
+        sizes,
+        everywhere=Ring(("group", "ring"), sizes[0] * ring, gather) if shards > 1 else Ring(),
+        in_group=Ring(("ring",), ring, gather) if per_group > 1 else Ring(),
+        groups_per_shard=max(1, shard // size),
+        shards_per_group=per_group,
     )
+
+
+def total_loss(
+    outputs: schema.Outputs,
+    batch: schema.Batch,
+    config: Loss,
+    *,
+    mesh: Mesh | None = None,
+    batch_axes: tuple[str, ...] = (),
+) -> Losses:
+    """All of GRAIN's losses on the outputs for a global batch.
+
+    Args:
+      outputs: of the model.
+      batch: what the outputs are for.
+      config: weights and switches.
+      mesh: its devices share the work, or None for one device.
+      batch_axes: the mesh axes, its first ones, that the leading axes of batch and outputs are cut over.
+
+    Raises:
+      UserError: `loss.group_size` or `loss.gather` does not fit the mesh.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in batch_axes)
+    lies = layout(batch.caption_id.shape[0], config, shards)
+    # What the losses do not read stays outside: pictures and tokens are large.
+    batch = batch._replace(image=None, text_tokens=None, text_positions=None, text_segments=None)
+    batch = batch._replace(caption_at=None, description_at=None, texts_dropped=None)
+    of_shard = functools.partial(_losses_of_shard, config=config, layout=lies)
+    if mesh is None:
+        means = of_shard(outputs, batch)
+    else:
+        axes = ("group", "ring", "gather")
+        loss_mesh = Mesh(mesh.devices.reshape(*lies.sizes, -1), (*axes, "rest"))
+        cut, whole = PartitionSpec(axes), PartitionSpec()
+        specs = schema.Outputs(
+            cut, cut, cut, cut, PartitionSpec(None, axes), logit_scale=whole, logit_bias=whole
+        )
+        means = jax.shard_map(
+            of_shard, mesh=loss_mesh, in_specs=(specs, cut), out_specs=cut, check_vma=False
+        )(outputs, batch)
+
+    def mean(name: str, per_group: bool = False):
+        total, count = means[name]
+        if per_group:
+            total, count = (x.reshape(-1, lies.shards_per_group).sum(1) for x in (total, count))
+        else:
+            total, count = total.sum(), count.sum()
+        return jnp.where(count > 0, total / jnp.maximum(count, 1), 0.0).mean()
+
+    image_caption = mean("image_caption")
+    region_description = mean("region_description", per_group=True)
+    box = mean("box", per_group=True)
     total = (
         config.image_caption * image_caption
         + config.box * box
         + config.region_description * region_description
     )
-    return Losses(total, image_caption, region_description, box, matched_iou)
+    return Losses(total, image_caption, region_description, box, mean("matched_iou"))

@@ -2,8 +2,8 @@
 
 Small problems (at most 6 queries and 6 regions, GRAIN's own are 5 x 5) are solved exactly by the
 minimum over all injections: no loop, so nothing that chips would have to wait for. Larger ones go
-through `optax.assignment`, whose while loop is kept inside `shard_map`: under plain jit its condition
-would be synchronised over all chips at every turn.
+through `optax.assignment`; call it inside `jax.shard_map`, as `losses.py` does: under plain jit the
+condition of its while loop would be synchronised over all chips at every turn.
 """
 
 import functools
@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from grain_jax import boxes
@@ -104,13 +103,7 @@ def _hungarian(cost, mask):
     return jax.vmap(one)(cost)
 
 
-def match(
-    cost: Float[Array, "B Q R"],
-    mask: Bool[Array, "B R"],
-    *,
-    mesh: Mesh | None = None,
-    batch_axes: tuple[str, ...] = (),
-) -> Match:
+def match(cost: Float[Array, "B Q R"], mask: Bool[Array, "B R"]) -> Match:
     """The assignment of queries to real regions with the least total cost; no gradient flows through it.
 
     Where regions outnumber queries, as many as there are queries are matched. A pair whose cost is not
@@ -120,20 +113,12 @@ def match(
     Args:
       cost: of every query and region.
       mask: which regions are real.
-      mesh, batch_axes: how the leading axis is sharded; needed above 6 queries or regions.
     """
     cost = jax.lax.stop_gradient(cost)
     _, queries, regions = cost.shape
     if regions == 0:
         return Match(jnp.zeros(mask.shape, jnp.int32), mask)
-    if max(queries, regions) <= EXACT_UP_TO:
-        query = _exact(cost, mask)
-    elif mesh is None:
-        query = _hungarian(cost, mask)
-    else:
-        spec = PartitionSpec(batch_axes)
-        query = jax.shard_map(
-            _hungarian, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False
-        )(cost, mask)
+    solve = _exact if max(queries, regions) <= EXACT_UP_TO else _hungarian
+    query = solve(cost, mask)
     valid = mask & (query < queries)
     return Match(jnp.where(valid, query, 0), valid)

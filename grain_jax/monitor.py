@@ -49,11 +49,23 @@ class Monitor:
       start_step: metrics beyond it, of a run that was cut off, are removed.
       total_steps: for the ETA.
       batch_size: for images/s.
+      flops_per_image: FLOPs that training needs an image (`flops.PerImage.train`).
+      peak_flops: FLOPs a second that all devices can do together; None where it is not known.
     """
 
-    def __init__(self, workdir: epath.PathLike, start_step: int, total_steps: int, batch_size: int):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        start_step: int,
+        total_steps: int,
+        batch_size: int,
+        *,
+        flops_per_image: float = 0.0,
+        peak_flops: float | None = None,
+    ):
         self.workdir = epath.Path(workdir)
         self.total_steps, self.batch_size = total_steps, batch_size
+        self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
         self._path = self.workdir / "metrics.jsonl"
         self._keep_until(start_step)
         self._writer = None
@@ -75,18 +87,26 @@ class Monitor:
         self._path.write_text("".join(kept))
 
     def rates(self, step: int, wait_seconds: float) -> dict[str, float]:
-        """Images/s and the share of time spent waiting for input since the last call.
+        """What was done a second, and the share of time spent waiting for input, since the last call.
 
         Args:
           step: steps done.
           wait_seconds: seconds waited for input since the start.
+
+        Returns:
+          `images_per_second`, `model_flops_per_second` (on all devices together), `input_wait_fraction` and,
+          where the peak is known, `mfu`: the share of it that the model's FLOPs are.
         """
         now = time.monotonic()
         elapsed = max(now - self._time, 1e-9)
+        images_per_second = (step - self._step) * self.batch_size / elapsed
         out = {
-            "images_per_second": (step - self._step) * self.batch_size / elapsed,
+            "images_per_second": images_per_second,
+            "model_flops_per_second": images_per_second * self.flops_per_image,
             "input_wait_fraction": (wait_seconds - self._wait) / elapsed,
         }
+        if self.peak_flops:
+            out["mfu"] = out["model_flops_per_second"] / self.peak_flops
         self._time, self._step, self._wait = now, step, wait_seconds
         return out
 
@@ -133,7 +153,8 @@ class Monitor:
             f", region {metrics['loss_region_description']:.3f}"
             f"  IoU {metrics['matched_iou']:.2f}"
             f"  {metrics['images_per_second']:.0f} images/s"
-            f"  input wait {metrics['input_wait_fraction']:.1%}"
+            + (f"  MFU {metrics['mfu']:.1%}" if "mfu" in metrics else "")
+            + f"  input wait {metrics['input_wait_fraction']:.1%}"
         )
         end = "\n" if last or not terminal else ""
         if terminal:  # a line that wraps could not be rewritten

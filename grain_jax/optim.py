@@ -69,7 +69,7 @@ def optimizer(config: Optim, schedule: optax.Schedule) -> optax.GradientTransfor
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(
         clip,
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype),
         optax.add_decayed_weights(
             config.weight_decay, mask=lambda params: decay_mask(params, config.decay_groups)
         ),

@@ -6,10 +6,11 @@ from typing import Any
 import flax.core.meta
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, losses
 
 BATCH_AXES = ("data", "fsdp")  # the leading axis of a batch is cut over both
 
@@ -19,7 +20,11 @@ class ShardingError(errors.UserError):
 
 
 def make_mesh(config: config_lib.Mesh, devices: list | None = None) -> Mesh:
-    """The (data, fsdp, tensor) mesh over all devices; an axis of -1 takes what the others leave."""
+    """The (data, fsdp, tensor) mesh over all devices; an axis of -1 takes what the others leave.
+
+    Neighbours in the mesh are neighbours in the network. With `dcn_data` slices (or nodes), the data axis
+    goes through one slice after the other, so that only sums over data cross the slow network between them.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     rest = len(devices) // math.prod(n for n in sizes if n != -1)
@@ -29,7 +34,20 @@ def make_mesh(config: config_lib.Mesh, devices: list | None = None) -> Mesh:
             f"mesh: data x fsdp x tensor = {' x '.join(map(str, sizes))} = {math.prod(sizes)},"
             f" expected {len(devices)} devices; set mesh.data=-1 to use the rest"
         )
-    return Mesh(np.asarray(devices).reshape(sizes), ("data", "fsdp", "tensor"))
+    slices, found = config.dcn_data, len({getattr(d, "slice_index", 0) for d in devices})
+    if slices % found or sizes[0] % slices:
+        raise ShardingError(
+            f"mesh.dcn_data: got {slices}, expected a multiple of the {found} slices that the devices are"
+            f" on, and a divisor of mesh.data = {sizes[0]}"
+        )
+    in_order = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
+    part = len(devices) // slices
+    shape = (sizes[0] // slices, *sizes[1:])
+    parts = [
+        mesh_utils.create_device_mesh(shape, in_order[i : i + part], allow_split_physical_axes=True)
+        for i in range(0, len(devices), part)
+    ]
+    return Mesh(np.concatenate(parts), ("data", "fsdp", "tensor"))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -37,15 +55,47 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is cut."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
     """Raises ShardingError where images or packing groups do not divide over the mesh and micro-batches."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"] * config.microbatches
+    shards = batch_shards(mesh) * config.microbatches
     group = config.text.pack_group if config.text.packing else 1
     if config.batch_size % (shards * group):
         raise ShardingError(
             f"batch_size: got {config.batch_size}, expected a multiple of data x fsdp x microbatches x"
             f" text.pack_group = {shards} x {group}, so that no packing group is cut"
         )
+    losses.layout(config.batch_size, config.loss, batch_shards(mesh))
+
+
+def table(abstract: Any, shardings: Any) -> str:
+    """Name, shape, dtype, spec and bytes a device of every array of a state, then their sums, as lines of text."""
+    rows, per_device, everything = [("array", "shape", "dtype", "spec", "bytes a device")], 0, 0
+    placed = zip(jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(shardings))
+    for (path, x), sharding in placed:
+        here = math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        per_device += here
+        everything += x.size * x.dtype.itemsize
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = ", ".join(map(str, sharding.spec))
+        rows.append((name, "x".join(map(str, x.shape)), str(x.dtype), f"({spec})", f"{here:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i == 4 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    ]
+    share = per_device / max(everything, 1)
+    lines.append(
+        f"{per_device / 1e6:,.1f} MB a device, {share:.3f} of the {everything / 1e6:,.1f} MB of the state"
+    )
+    return "\n".join(lines)
 
 
 def place_state(

@@ -7,6 +7,7 @@ function of the step (method.md), so nothing else is needed to go on as if nothi
 import contextlib
 import ctypes
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -17,22 +18,20 @@ import jax.numpy as jnp
 from absl import flags
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
 from grain_jax import (
     checkpoint,
     command_line,
     errors,
+    flops,
     inference,
     monitor,
-    optim,
     sharding,
     train_step,
 )
 from grain_jax import config as config_lib
 from grain_jax.evaluate import base as evaluate
 from grain_jax.input_pipeline import device, synthetic
-from grain_jax.models.grain import GRAIN
 from grain_jax.report import pictures
 
 CONFIG = command_line.define_config()
@@ -42,6 +41,9 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_integer("processes", 1, "how many processes there are")
 PROCESS_ID = flags.DEFINE_integer("process_id", 0, "which of them this is, from 0")
+PRINT_SHARDINGS = flags.DEFINE_bool(
+    "print_shardings", False, "print where each array of the state lies, and stop"
+)
 
 
 def keep_freed_memory() -> None:
@@ -113,22 +115,16 @@ def train(config: config_lib.Config, workdir: epath.Path) -> None:
     # 1. Devices and data.
     main_process = jax.process_index() == 0
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config, mesh)
+    sharding.check_batch(config, mesh)  # before the data set is made
     source = open_source(config)
     total_steps, steps_per_epoch = resolve_steps(config, source.num_examples(config))
     for entry in config.evals.values():
         evaluate.check(entry)  # now, not after the last step
 
-    # 2. Model and optimiser, as shapes only.
-    model = GRAIN(config.model, config.dtype, config.remat)
-    schedule = optim.learning_rate(
-        config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+    # 2. Model, optimiser and step, as shapes only.
+    program = train_step.build(
+        config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
     )
-    tx = optim.optimizer(config.optim, schedule)
-    init = lambda: train_step.init_state(model, config, tx)  # noqa: E731
-    abstract, shardings = sharding.place_state(jax.eval_shape(init), config.sharding, mesh)
-    batch_sharding = sharding.batch_sharding(mesh)
-    replicated = NamedSharding(mesh, PartitionSpec())
 
     # 3. State: the newest checkpoint, else a fresh start from the seed.
     if main_process:
@@ -138,16 +134,26 @@ def train(config: config_lib.Config, workdir: epath.Path) -> None:
     if start_step is not None:
         checkpoint.check_same_run(checkpoints, start_step, config)
         placed = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            program.state,
+            program.shardings,
         )
         state = checkpoint.restore(checkpoints, start_step, placed)
     else:
         start_step = 0
-        state = jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings)()
+        state = program.init()
     log = None
     if main_process:
         (workdir / "config.json").write_text(config_lib.to_json(config))
-        log = monitor.Monitor(workdir, start_step, total_steps, config.batch_size)
+        peak = flops.peak_flops(jax.devices()[0].device_kind, config.dtype)
+        log = monitor.Monitor(
+            workdir,
+            start_step,
+            total_steps,
+            config.batch_size,
+            flops_per_image=flops.per_image(config).train,
+            peak_flops=peak and peak * jax.device_count(),
+        )
     say = log.say if log else lambda text: None
     millions = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
     say(
@@ -157,15 +163,9 @@ def train(config: config_lib.Config, workdir: epath.Path) -> None:
     )
 
     # 4. Compile.
-    step_fn = jax.jit(
-        train_step.make_train_step(model, config, tx, schedule, mesh),
-        in_shardings=(shardings, batch_sharding),
-        out_shardings=(shardings, replicated),
-        donate_argnums=0,
-    )
     began = time.monotonic()
     with log.pause() if log else contextlib.nullcontext():
-        step_fn = step_fn.lower(abstract, train_step.abstract_batch(config)).compile()
+        step_fn = program.step.lower(program.state, program.batch).compile()
     say(f"compiled in {monitor.duration(time.monotonic() - began)}")
 
     # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
@@ -176,7 +176,7 @@ def train(config: config_lib.Config, workdir: epath.Path) -> None:
             process_count=jax.process_count(),
             start_step=start_step,
         ),
-        batch_sharding,
+        program.batch_sharding,
     )
     last_good_step, last_save = start_step, time.monotonic()
     results: dict[str, float] = {}
@@ -275,7 +275,14 @@ def report(config, workdir, predictor, results) -> None:
 def main(argv: list[str]) -> None:
     """Parses the command line and trains."""
     command_line.show_help(argv, __doc__)
+    argv = [re.sub("^--print-shardings", "--print_shardings", a) for a in argv]
     config = command_line.parse_config(argv, CONFIG)
+    if PRINT_SHARDINGS.value:
+        mesh = sharding.make_mesh(config.mesh)
+        program = train_step.build(config, mesh, total_steps=1, steps_per_epoch=1.0)
+        print(f"mesh {dict(mesh.shape)}")
+        print(sharding.table(program.state, program.shardings))
+        return
     if not WORKDIR.value:
         command_line.fail("--workdir: missing; the folder that the run writes to")
     keep_freed_memory()

@@ -7,6 +7,7 @@ full batch's, not an average of smaller contrastive losses.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grain_jax import losses as losses_lib
 from grain_jax import optim, schema, sharding
 from grain_jax.config import Config
+from grain_jax.models import placement
 from grain_jax.models.grain import GRAIN
 
 
@@ -91,7 +93,11 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
     Returns:
       (losses.Losses, gradients as `params`).
     """
-    apply = lambda params, batch, keys: model.apply({"params": params}, batch, keys)  # noqa: E731
+
+    def apply(params, batch, keys):
+        with placement.on(mesh, sharding.BATCH_AXES):
+            return model.apply({"params": params}, batch, keys)
+
     loss_of = functools.partial(
         losses_lib.total_loss,
         batch=batch,
@@ -113,7 +119,7 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
     # An image, its packing group and its key stay together: all leading axes are cut alike. Each part
     # must lie on all devices, so parts interleave the devices' shards rather than take whole ones.
     parts = config.microbatches
-    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = 1 if mesh is None else sharding.batch_shards(mesh)
 
     def cut(x):
         n = x.shape[0] // (shards * parts)
@@ -131,7 +137,7 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
         x = x.reshape(parts, shards, n, *x.shape[2:]).swapaxes(0, 1)
         return jnp.moveaxis(x.reshape(parts * shards * n, *x.shape[3:]), 0, axis)
 
-    image_axis = schema.Outputs(0, 0, 0, 0, 1, None)
+    image_axis = schema.Outputs(0, 0, 0, 0, 1, None, None)
     cut_batch = jax.tree.map(cut, batch)
     cut_keys = None if keys is None else cut(keys)
 
@@ -143,7 +149,7 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
         *(x[0] if axis is None else join(x, axis) for x, axis in zip(stacked, image_axis))
     )
     cotangents, terms = jax.grad(total, has_aux=True)(outputs)
-    # logit_scale is the same in each part: its cotangent goes back through the first one alone.
+    # Scale and bias are the same in each part: their cotangents go back through the first one alone.
     first = jnp.arange(parts) == 0
     cut_cotangents = schema.Outputs(
         *(
@@ -196,3 +202,49 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, ema, dropped), metrics
 
     return train_step
+
+
+class Program(NamedTuple):
+    """All that is compiled for a run. The trainer and `launch.plan` build it alike."""
+
+    model: GRAIN
+    schedule: optax.Schedule
+    state: TrainState  # ShapeDtypeStructs
+    shardings: TrainState  # NamedShardings
+    batch: schema.Batch  # ShapeDtypeStructs
+    batch_sharding: NamedSharding
+    init: Callable  # jitted: () -> state, fresh from the seed
+    step: Callable  # jitted: (state, batch) -> (state, metrics); the old state is given up
+
+
+def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: float) -> Program:
+    """The program of a run on that mesh; nothing is computed yet.
+
+    Raises:
+      ShardingError: the batch or a parameter does not fit the mesh.
+    """
+    sharding.check_batch(config, mesh)
+    model = GRAIN(config.model, config.dtype, config.remat)
+    schedule = optim.learning_rate(
+        config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+    )
+    tx = optim.optimizer(config.optim, schedule)
+    init = functools.partial(init_state, model, config, tx)
+    state, shardings = sharding.place_state(jax.eval_shape(init), config.sharding, mesh)
+    batch_sharding = sharding.batch_sharding(mesh)
+    step = jax.jit(
+        make_train_step(model, config, tx, schedule, mesh),
+        in_shardings=(shardings, batch_sharding),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+    return Program(
+        model,
+        schedule,
+        state,
+        shardings,
+        abstract_batch(config),
+        batch_sharding,
+        jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings),
+        step,
+    )

@@ -4,18 +4,13 @@ import argparse
 import json
 import math
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import claim, claim_data, claim_report, flops
+from benchmarks import claim, claim_data, claim_report
 from benchmarks import claim_design as design
 from grain_jax import config as config_lib
-from grain_jax import train_step
-from grain_jax.models.grain import GRAIN
-from tests import record_sets, tiny
+from tests import record_sets
 
 
 def result(run, score=0.5, **changes):
@@ -213,37 +208,3 @@ def test_a_run_leaves_its_result(tmp_path, monkeypatch):
     assert made["steps"] == 2 and made["flops_per_step"] > 1e9 / 4
     assert 0 <= made["eval"]["unseen_test/alpha_0.5/top1"] <= 1
     assert 0.8 < claim_report.health(made) < 1.5  # nothing is learnt in 2 steps
-
-
-def test_flops_are_those_of_the_matrix_products():
-    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5, 7, 11), (11, 13)))
-    product = 2 * 5 * 7 * 11 * 13
-    assert flops.matmul_flops(jnp.matmul, x, w) == product
-
-    def loss(w, x):
-        def body(carry, _):
-            return jnp.tanh(jnp.matmul(carry, w)), None
-
-        return jax.lax.scan(body, x, None, length=4)[0].sum()
-
-    square = jax.ShapeDtypeStruct((11, 11), jnp.float32)
-    one = 2 * 5 * 7 * 11 * 11
-    assert flops.matmul_flops(loss, square, x) == 4 * one
-    # Backward: the cotangents of the carry and of w, at each of 4 trips.
-    assert flops.matmul_flops(jax.grad(loss), square, x) == 12 * one
-
-
-def test_flops_of_a_step_are_near_xlas_own_count():
-    c = tiny.config(model__image__unroll=2, model__text__unroll=2, model__decoder__unroll=2)
-    model = GRAIN(c.model, c.dtype, c.remat)
-    batch = train_step.abstract_batch(c)
-    params = jax.eval_shape(
-        lambda: model.init(
-            jax.random.key(0), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
-        )["params"]
-    )
-    step = lambda p, b: train_step.loss_and_grads(model, c, None, p, b, None)  # noqa: E731
-    ours = flops.matmul_flops(step, nn.unbox(params), batch)
-    xlas = jax.jit(step).lower(nn.unbox(params), batch).compile().cost_analysis()["flops"]
-    # XLA counts element-wise work too, which weighs more the smaller the model: hence one-sided.
-    assert 0.6 * xlas < ours < xlas

@@ -36,6 +36,7 @@ def _loaded(module):
         ("grain_jax.config", set(HEAVY)),
         ("grain_jax.losses", {"flax", "tensorflow", "torch", "ml_collections"}),
         ("grain_jax.models.grain", {"tensorflow", "torch", "ml_collections"}),
+        ("grain_jax.flops", {"tensorflow", "torch", "ml_collections"}),
         ("grain_jax.train_step", {"tensorflow", "torch", "ml_collections"}),
         ("grain_jax.inference", {"tensorflow", "torch", "ml_collections", "transformers"}),
         ("grain_jax.train", {"tensorflow", "torch", "transformers"}),

@@ -19,7 +19,7 @@ def _outputs(c, seed=0, layers=2):
     unit = lambda *shape: (x := rng.normal(size=shape)) / np.linalg.norm(x, axis=-1, keepdims=True)
     low = rng.uniform(0.2, 0.8, (layers, b, Q, 4))
     out = schema.Outputs(
-        unit(b, D), unit(b, D), unit(b, Q, D), unit(b, r, D), low, np.float64(12.0)
+        unit(b, D), unit(b, D), unit(b, Q, D), unit(b, r, D), low, np.float64(12.0), np.float64(0)
     )
     return schema.Outputs(*(np.asarray(x, np.float32) for x in out))
 

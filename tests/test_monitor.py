@@ -57,7 +57,27 @@ def test_pauses_are_left_out_of_the_rates(tmp_path, monkeypatch):
         now[0] = 50.0
     now[0] = 51.0
     rates = log.rates(4, wait_seconds=0.5)
-    assert rates == {"images_per_second": 20.0, "input_wait_fraction": 0.25}
+    assert rates == {
+        "images_per_second": 20.0,
+        "model_flops_per_second": 0.0,
+        "input_wait_fraction": 0.25,
+    }
+
+
+def test_mfu_is_told_where_the_peak_is_known(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: now[0])
+    known = monitor.Monitor(tmp_path, 0, 100, 10, flops_per_image=3e9, peak_flops=4e11)
+    unknown = monitor.Monitor(tmp_path, 0, 100, 10, flops_per_image=3e9)
+    now[0] = 2.0
+    rates = known.rates(10, 0.0)  # 50 images/s
+    assert rates["model_flops_per_second"] == 150e9 and rates["mfu"] == 0.375
+    known.progress(10, METRICS | rates)
+    assert "  50 images/s  MFU 37.5%  input wait" in capsys.readouterr().err
+    rates = unknown.rates(10, 0.0)
+    assert rates["model_flops_per_second"] == 150e9 and "mfu" not in rates
+    unknown.progress(10, METRICS | rates)
+    assert "  50 images/s  input wait" in capsys.readouterr().err
 
 
 def test_a_terminal_line_is_rewritten_and_never_wraps(tmp_path, capsys, monkeypatch):

@@ -15,7 +15,7 @@ from grain_jax import checkpoint, config, errors, monitor, sharding, train
 from tests import tiny
 from tests.paths import ROOT
 
-TIMINGS = ("images_per_second", "input_wait_fraction")
+TIMINGS = ("images_per_second", "input_wait_fraction", "model_flops_per_second")
 
 
 def _lines(workdir):

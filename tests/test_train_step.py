@@ -16,28 +16,17 @@ from tests import tiny
 def _build(c):
     n = np.prod([c.mesh.data, c.mesh.fsdp, c.mesh.tensor])
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:n])
-    sharding.check_batch(c, mesh)
-    model = GRAIN(c.model, c.dtype, c.remat)
-    schedule = optim.learning_rate(c.optim, total_steps=c.total_steps, steps_per_epoch=1)
-    tx = optim.optimizer(c.optim, schedule)
-    init = lambda: train_step.init_state(model, c, tx)
-    abstract, shardings = sharding.place_state(jax.eval_shape(init), c.sharding, mesh)
-    state = jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings)()
-    batch_sharding = sharding.batch_sharding(mesh)
-    step = jax.jit(
-        train_step.make_train_step(model, c, tx, schedule, mesh),
-        in_shardings=(shardings, batch_sharding),
-        out_shardings=(shardings, None),
-    )
-    return step.lower(abstract, train_step.abstract_batch(c)).compile(), state, batch_sharding
+    return train_step.build(c, mesh, total_steps=c.total_steps, steps_per_epoch=1)
 
 
 @functools.cache
 def _run(mesh, **overrides):
     data, fsdp, tensor = mesh
     c = tiny.config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, **overrides)
-    step, state, place = _build(c)
-    batch = jax.device_put(tiny.batch(c), place)
+    program = _build(c)
+    step = program.step.lower(program.state, program.batch).compile()
+    state = program.init()
+    batch = jax.device_put(tiny.batch(c), program.batch_sharding)
     metrics = []
     for _ in range(2):
         state, m = step(state, batch)

@@ -146,6 +146,8 @@ def infer(states: Mapping[str, StateDict], heads: Mapping[str, int | None]) -> I
     # Norm epsilons and dropout are the reference's constants; the initialisers are never used again.
     model = config_lib.Model(
         embed_dim=embed_dim,
+        logit_scale_init=1 / 0.07,
+        logit_bias_init=None,
         image=config_lib.ImageTower(
             image_size=grid * patch,
             patch_size=patch,

@@ -45,9 +45,15 @@ class GRAIN(nn.Module):
         # In log space, as CLIP's; Outputs hold its exponential.
         self.logit_scale = self.param(
             "logit_scale",
-            nn.with_logical_partitioning(nn.initializers.constant(np.log(1 / 0.07)), ()),
+            nn.with_logical_partitioning(nn.initializers.constant(np.log(c.logit_scale_init)), ()),
             (),
         )
+        if c.logit_bias_init is not None:
+            self.logit_bias = self.param(
+                "logit_bias",
+                nn.with_logical_partitioning(nn.initializers.constant(c.logit_bias_init), ()),
+                (),
+            )
 
     def image_features(self, image, dropout_keys=None):
         """Pictures to the decoder's features.
@@ -101,4 +107,5 @@ class GRAIN(nn.Module):
             region_text_embed,
             boxes,
             jnp.exp(self.logit_scale),
+            jnp.zeros(()) if self.config.logit_bias_init is None else self.logit_bias,
         )

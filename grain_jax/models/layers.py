@@ -9,6 +9,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Init = Callable
 ACTIVATIONS = {
@@ -98,6 +99,7 @@ class Attention(nn.Module):
         q = project("query", query)  # [B, Lq, K, head_dim]
         k = project("key", key)
         v = project("value", value)
+        q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
         if self.qk_norm_eps is not None:
             q = layer_norm(self.qk_norm_eps, dtype=self.dtype, name="query_norm")(q)
             k = layer_norm(self.qk_norm_eps, dtype=self.dtype, name="key_norm")(k)
@@ -159,6 +161,7 @@ class MLP(nn.Module):
 
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
+    "qkv": jax.checkpoint_policies.save_only_these_names("qkv"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from grain_jax.config import RegionDecoder
-from grain_jax.models import layers
+from grain_jax.models import layers, placement
 
 xavier = nn.initializers.xavier_uniform()
 
@@ -55,6 +55,7 @@ class Block(nn.Module):
             name="mlp",
         )
         content = content + drop(mlp(norm("norm_3")(content), keys, 4), 5)
+        content = placement.by_batch(content)
         return content, content
 
 

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from grain_jax.config import TextTower
-from grain_jax.models import layers
+from grain_jax.models import layers, placement
 
 
 class Block(nn.Module):
@@ -37,7 +37,7 @@ class Block(nn.Module):
             out_init=out_init,
             name="mlp",
         )(y)
-        return x, None
+        return placement.by_batch(x), None
 
 
 class TextTransformer(nn.Module):
@@ -55,19 +55,20 @@ class TextTransformer(nn.Module):
         tokens, positions, segments = (
             a.reshape(-1, shape[-1]) for a in (tokens, positions, segments)
         )
-        x = nn.Embed(
+        token_embed = nn.Embed(
             t.vocab_size,
             t.width,
-            dtype=self.dtype,
             embedding_init=nn.with_logical_partitioning(layers.normal(0.02), ("vocab", "width")),
             name="token_embed",
-        )(tokens)
+        ).embedding
         position_embed = self.param(
             "position_embed",
             nn.with_logical_partitioning(layers.normal(0.01), ("positions", "width")),
             (t.context_length, t.width),
         )
-        x = x + position_embed.astype(self.dtype)[positions]  # [G*rows, L, E]
+        # Looked up in float32: the gradient of a frequent token is a sum over thousands of places.
+        x = placement.whole(token_embed)[tokens] + placement.whole(position_embed)[positions]
+        x = placement.by_batch(x.astype(self.dtype))  # [G*rows, L, E]
         # Causal, and within the same text. Padding is a segment of its own, so no row of the mask is empty.
         causal = jnp.tril(jnp.ones((shape[-1], shape[-1]), bool))
         mask = causal & (segments[:, :, None] == segments[:, None, :])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax.config import ImageTower
-from grain_jax.models import layers
+from grain_jax.models import layers, placement
 
 
 def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
@@ -63,7 +63,7 @@ class Block(nn.Module):
             out_bias_init=bias(t.mlp_dim),
             name="mlp",
         )(y)
-        return x, None
+        return placement.by_batch(x), None
 
 
 class ImageTransformer(nn.Module):
@@ -114,6 +114,7 @@ class ImageTransformer(nn.Module):
         )
         token = jnp.broadcast_to(class_token, (batch, 1, t.width)).astype(self.dtype)
         x = jnp.concatenate([token, x], axis=1) + positions[None].astype(self.dtype)  # [B, N, E]
+        x = placement.by_batch(x)
         x, _ = layers.scan_layers(Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=())(
             t, self.dtype, name="blocks"
         )(x)

@@ -1,0 +1,166 @@
+"""Floating-point operations: those of a JAX function, those the model needs for an image, those a chip can do.
+
+Matrix products alone are counted, a multiply-add as two. Element-wise work is left out, as is usual for
+model FLOPs, so no number depends on the backend.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from grain_jax.config import Config
+
+# Dense bfloat16 products a second, by `jax.Device.device_kind`; from the vendors' data sheets. A device is
+# a chip, but on TPU7x, where it is half of one.
+_TPU_PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,
+}
+# By the start of the name, which goes on with memory and socket; the first match counts.
+_GPU_PEAKS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Matrix-product FLOPs a second that one device can do at best.
+
+    Args:
+      device_kind: as `jax.Device.device_kind`.
+      dtype: of the operands, "bfloat16" or "float32". At JAX's default precision float32 operands are cut to
+        bfloat16 on TPU, and to TF32, which has half of bfloat16's rate, on these GPUs.
+
+    Returns:
+      FLOPs a second, or None where it is not known: a CPU, a part of a GPU (MIG), a device not in the table.
+    """
+    if device_kind in _TPU_PEAKS:
+        return _TPU_PEAKS[device_kind]
+    if "MIG" in device_kind:
+        return None
+    peak = next((p for name, p in _GPU_PEAKS.items() if device_kind.startswith(name)), None)
+    return peak / 2 if peak and dtype == "float32" else peak
+
+
+class PerImage(NamedTuple):
+    """FLOPs of a forward pass, an image."""
+
+    image: float  # the image tower
+    text: float  # the text tower over the image's share of rows, and the projection of its texts
+    decoder: float  # the region decoder, its projections before and after, and the boxes
+    losses: float  # similarities
+
+    @property
+    def forward(self) -> float:
+        """FLOPs of a forward pass."""
+        return sum(self)
+
+    @property
+    def train(self) -> float:
+        """FLOPs of forward and backward, nothing computed twice: a product has two in its backward pass."""
+        return 3 * self.forward
+
+
+def per_image(config: Config) -> PerImage:
+    """The model's FLOPs for an image of a batch of that config, by closed formulas.
+
+    Attention counts in full, masked pairs too, and rows count with their padding: both are computed. The
+    losses grow with the batch (or `loss.group_size`), the rest does not.
+    """
+    image, text, decoder = config.model.image, config.model.text, config.model.decoder
+    embed, regions = config.model.embed_dim, config.input.max_regions
+    patches = (image.image_size // image.patch_size) ** 2
+    tokens = 1 + patches
+    image_tower = 2 * patches * 3 * image.patch_size**2 * image.width
+    image_tower += image.depth * (_attention(image, tokens, tokens) + _mlp(image, tokens))
+
+    rows = 1 + regions
+    if config.text.packing:
+        rows = config.text.pack_rows / config.text.pack_group
+    length = text.context_length
+    text_tower = rows * text.depth * (_attention(text, length, length) + _mlp(text, length))
+    text_tower += 2 * (1 + regions) * text.width * embed
+
+    queries = decoder.queries + 1
+    layer = _attention(decoder, queries, queries) + _attention(decoder, queries, tokens)
+    layer += _mlp(decoder, queries)
+    layer += 2 * decoder.queries * (2 * decoder.width**2 + 4 * decoder.width)  # boxes
+    region_decoder = 2 * tokens * image.width * decoder.width + decoder.depth * layer
+    region_decoder += 2 * queries * decoder.width * embed
+
+    group = config.loss.group_size or config.batch_size
+    losses = 2 * config.batch_size * embed + 2 * regions * (group * regions) * embed
+    if config.loss.match_description:
+        losses += 2 * decoder.queries * regions * embed
+    return PerImage(image_tower, text_tower, region_decoder, losses)
+
+
+def _attention(tower, queries: int, keys: int) -> int:
+    """Query, key, value and output projections, and the two products of queries with keys."""
+    return 4 * tower.width * (tower.width * (queries + keys) + queries * keys)
+
+
+def _mlp(tower, tokens: int) -> int:
+    return 4 * tokens * tower.width * tower.mlp_dim
+
+
+def matmul_flops(function, *arguments: Any) -> int:
+    """FLOPs of one call, on all devices together, counted in the function's jaxpr with its loops unrolled.
+
+    Args:
+      function: what to trace.
+      *arguments: arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      NotImplementedError: matrix products in a loop that ends on a condition.
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count(jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            depth = math.prod(left[axis] for axis in contracted)
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
+            continue
+        if name == "while":
+            if any(_count(part) for part in _jaxprs(params)):
+                raise NotImplementedError("matrix products in a loop whose trips are not known")
+            continue
+        if name == "cond":
+            total += max(_count(branch.jaxpr) for branch in params["branches"])
+            continue
+        times = 1
+        if name == "scan":
+            times = params["length"]
+        elif name == "shard_map":
+            # The body has one device's shapes where all mesh axes are manual, as everywhere here.
+            times = params["mesh"].size
+        total += times * sum(_count(part) for part in _jaxprs(params))
+    return total
+
+
+def _jaxprs(params: dict[str, Any]):
+    for value in params.values():
+        for part in value if isinstance(value, (tuple, list)) else [value]:
+            if hasattr(part, "jaxpr"):  # closed
+                part = part.jaxpr
+            if hasattr(part, "eqns"):
+                yield part

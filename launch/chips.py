@@ -1,0 +1,136 @@
+"""The chips that a run can be planned for, and the names of their slices and nodes.
+
+Peak rates as the makers print them, so a time computed from them is one that no run can beat. Sources:
+https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (FLOPs, HBM, ICI, chips a machine); the table "TPU
+specs" of https://jax-ml.github.io/scaling-book/tpus (DCN of v4, where Google Cloud prints none);
+https://cloud.google.com/compute/docs/gpus/gpu-network-bandwidth and /accelerator-optimized-machines (vCPUs
+and network of the machines a2-highgpu-8g, a2-ultragpu-8g, a3-megagpu-8g and a3-ultragpu-8g); NVIDIA's data
+sheets of A100, H100 SXM and H200 SXM (memory, NVLink); peak FLOPs are those of `grain_jax.flops`. The memory of
+a TPU is what the compiler of libtpu 0.0.42.1 allows a program, most often a little less than is printed.
+"""
+
+import dataclasses
+import math
+import re
+from typing import NamedTuple
+
+from grain_jax import errors
+from grain_jax.flops import peak_flops
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator and its share of the machine that it is in; bandwidths are bytes a second, one way.
+
+    Attributes:
+      name: as in a topology, "v5e".
+      device_kind: as `jax.Device.device_kind` has it.
+      hbm_bytes: memory that a program may use.
+      bf16_flops: peak of matrix products in bfloat16, dense, FLOP a second.
+      hbm_bytes_per_second: of its own memory.
+      ici_bytes_per_second: what a chip sends in a ring. TPU: two links, since a ring over one axis of the torus
+        runs both ways round (an axis that does not close on itself, see `wrap`, gives about half). GPU: NVLink.
+      link_bytes_per_second: what a chip sends to one neighbour: one link of the torus; on a GPU all of NVLink.
+      dcn_bytes_per_second: its share of the machine's network between slices, or between GPU nodes.
+      chips_per_host: chips of one machine (TPU: of one VM of a slice of many machines).
+      host_cores: vCPUs of that machine.
+      wrap: an axis of a slice closes to a ring where its length is a multiple of this (GPU: 0, no torus).
+      axes: axes of its torus: 2 or 3; of GPUs 0.
+    """
+
+    name: str
+    device_kind: str
+    hbm_bytes: float
+    bf16_flops: float
+    hbm_bytes_per_second: float
+    ici_bytes_per_second: float
+    link_bytes_per_second: float
+    dcn_bytes_per_second: float
+    chips_per_host: int
+    host_cores: int
+    wrap: int
+    axes: int
+
+    @property
+    def is_tpu(self) -> bool:
+        """Whether libtpu can compile for it."""
+        return self.axes > 0
+
+
+def _tpu(name, kind, hbm_gib, hbm_rate, link, dcn, cores, wrap, axes) -> Chip:
+    flops = peak_flops(kind, "bfloat16")
+    hbm = hbm_gib * _GIB
+    return Chip(name, kind, hbm, flops, hbm_rate, 2 * link, link, dcn, 4, cores, wrap, axes)
+
+
+def _gpu(name, kind, hbm_gib, hbm_rate, nvlink, dcn, cores) -> Chip:
+    flops = peak_flops(kind, "bfloat16")
+    hbm = hbm_gib * _GIB
+    return Chip(name, kind, hbm, flops, hbm_rate, nvlink, nvlink, dcn, 8, cores, 0, 0)
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        _tpu("v4", "TPU v4", 30.75, 1200e9, 50e9, 6.25e9, 240, 4, 3),
+        _tpu("v5e", "TPU v5 lite", 15.75, 819e9, 50e9, 3.125e9, 112, 16, 2),
+        _tpu("v5p", "TPU v5", 95.74, 2765e9, 100e9, 6.25e9, 208, 4, 3),
+        _tpu("v6e", "TPU v6 lite", 31.25, 1638e9, 100e9, 12.5e9, 180, 16, 2),
+        _gpu("a100-40", "NVIDIA A100-SXM4-40GB", 40, 1555e9, 300e9, 1.5625e9, 96),
+        _gpu("a100-80", "NVIDIA A100-SXM4-80GB", 80, 2039e9, 300e9, 1.5625e9, 96),
+        _gpu("h100", "NVIDIA H100 80GB HBM3", 80, 3350e9, 450e9, 25e9, 208),
+        _gpu("h200", "NVIDIA H200", 141, 4800e9, 450e9, 50e9, 224),
+    )
+}
+
+
+class Topology(NamedTuple):
+    """Chips that work together: `count` in all, in `slices` equal slices (TPU) or nodes (GPU) of `shape`."""
+
+    chip: Chip
+    count: int
+    shape: tuple[int, ...]
+    slices: int
+
+    @property
+    def hosts(self) -> int:
+        """Machines that hold the chips."""
+        return math.ceil(self.count / self.chip.chips_per_host)
+
+
+class TopologyError(errors.UserError):
+    """A topology that does not exist; one line."""
+
+
+def parse_topology(text: str) -> Topology:
+    """Reads "v5e:16x16", "v5e:16x16*2" (two slices), "v4:4x4x8" or "h100:8x2" (8 GPUs a node, 2 nodes).
+
+    Args:
+      text: chip, colon, shape; "*n" for n TPU slices that the data-centre network joins. Of GPUs the first
+        number is the GPUs of a node, the second (1 where left out) the nodes; `shape` is then (GPUs a node,).
+
+    Raises:
+      TopologyError: an unknown chip, or a shape that such chips do not come in.
+    """
+    match = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)(?:\*(\d+))?", text.strip().lower())
+    if not match or match[1] not in CHIPS:
+        raise TopologyError(
+            f"topology: got {text!r}, expected CHIP:SHAPE such as v5e:16x16, v5e:16x16*2 (two slices),"
+            f" v4:4x4x8 or h100:8x2 (GPUs a node x nodes), where CHIP is one of {', '.join(CHIPS)}"
+        )
+    chip = CHIPS[match[1]]
+    shape = tuple(int(n) for n in match[2].split("x"))
+    slices = int(match[3] or 1)
+    if chip.is_tpu:
+        good = len(shape) == chip.axes and min(shape) > 0 and slices > 0
+        expected = f"{chip.axes} numbers, such as {chip.name}:{'x'.join('448'[: chip.axes])}"
+    else:
+        good = match[3] is None and len(shape) <= 2 and 0 < shape[0] <= chip.chips_per_host
+        good = good and min(shape) > 0
+        expected = f"at most {chip.chips_per_host} GPUs a node x nodes, such as {chip.name}:8x2"
+        shape, slices = shape[:1], math.prod(shape[1:])
+    if not good:
+        raise TopologyError(f"topology: got {text!r}, expected {expected}")
+    return Topology(chip, math.prod(shape) * slices, shape, slices)

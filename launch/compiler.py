@@ -1,0 +1,354 @@
+"""Compiles a run's step for TPUs that are not here, in a child process, and keeps what came of it.
+
+The child alone loads libtpu: its environment stays out of the caller, and where libtpu crashes, one line
+tells. Answers are cached by the program's text, so that a plan asked for again costs no compile.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax import errors, monitor
+from launch import chips
+
+ROOT = epath.Path(__file__).resolve().parent.parent
+LINE_EVERY = 15.0  # seconds between lines of progress, where there is no terminal to rewrite one on
+
+# The accelerator type in libtpu's environment: its prefix, and what it counts (TensorCores or chips).
+_ACCELERATOR = {"v4": ("v4", 2), "v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# Variables that change what the compiler makes of the same program.
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+
+
+class CompilerFailed(RuntimeError):
+    """The compiler crashed or refused the program, for a reason other than memory; one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a step; bytes are those of one chip.
+
+    Attributes:
+      state_bytes: of the arguments by kind: parameters, moments, ema, batch (before padding to tiles), scalars.
+      checkpoint_bytes: of the whole state, all chips together.
+      memory: `memory_analysis`: arguments, output, aliased, temporaries, code, peak; empty if out of memory.
+      traced_flops: matrix products of the step as written, recomputation included, all chips together.
+      out_of_memory: the compiler's message, or None.
+      program: hash of the StableHLO that was compiled.
+      hlo: the compiled program as text; empty if out of memory.
+      mesh: sizes of the mesh's axes.
+      versions: of jax and libtpu.
+      seconds: that the compile took.
+      cached: whether this answer was at hand.
+    """
+
+    state_bytes: dict[str, int]
+    checkpoint_bytes: int
+    memory: dict[str, int]
+    traced_flops: int
+    out_of_memory: str | None
+    program: str
+    hlo: str
+    mesh: dict[str, int]
+    versions: dict[str, str]
+    seconds: float
+    cached: bool = False
+
+
+def cache_folder() -> epath.Path:
+    """$GRAIN_JAX_CACHE, else ~/.cache/grain_jax/plan."""
+    chosen = os.environ.get("GRAIN_JAX_CACHE")
+    return epath.Path(chosen or "~/.cache/grain_jax/plan").expanduser()
+
+
+def compile_step(
+    config: config_lib.Config,
+    topology: chips.Topology,
+    *,
+    total_steps: int,
+    steps_per_epoch: float,
+    timeout: float,
+    say: Callable[[str], None],
+) -> Compiled:
+    """Compiles the step that `train` would run on that topology; no chip is needed.
+
+    Args:
+      config: the run.
+      topology: TPU slices.
+      total_steps, steps_per_epoch: of the run; the learning rate's schedule is part of the program.
+      timeout: seconds that it may take.
+      say: is called with a line of progress now and then.
+
+    Raises:
+      UserError: libtpu is missing, the mesh does not fit, there is no such slice, or time ran out.
+      CompilerFailed: libtpu crashed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise errors.UserError(
+            "launch.plan: libtpu is missing, expected the TPU compiler (Linux on x86_64; no TPU is needed);"
+            ' pip install -e ".[tpu]"'
+        )
+    name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
+    prefix, cores = _ACCELERATOR[topology.chip.name]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
+        "TPU_ACCELERATOR_TYPE": f"{prefix}-{math.prod(topology.shape) * cores}",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is opened, so that several may compile at once
+    }
+    cache = cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    request = dict(
+        config=json.loads(config_lib.to_json(config)),
+        topology=name,
+        options=_topology_options(topology),
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        cache=str(cache.resolve()),
+    )
+    out, log, status = _run(json.dumps(request), environment, timeout, f"compiling for {name}", say)
+    try:
+        answer = json.loads(out.strip().splitlines()[-1])
+    except (IndexError, json.JSONDecodeError):
+        raise CompilerFailed(_crash(status, log, config, name)) from None
+    if "fault" in answer:
+        raise errors.UserError(answer["fault"])
+    if "failed" in answer:
+        raise CompilerFailed(f"libtpu cannot compile this program for {name}: {answer['failed']}")
+    return _load(cache, answer["key"], cached=answer["cached"])
+
+
+def _topology_options(topology: chips.Topology) -> dict[str, Any]:
+    """What `get_topology_desc` must be told besides the name."""
+    options: dict[str, Any] = {}
+    if topology.chip.name == "v4":
+        options["chip_config_name"] = "megacore"  # one device a chip, as on the real machine
+    if min(topology.shape[:2]) < 2:  # less than a host's 2 x 2 chips
+        bounds = [min(n, 2) for n in topology.shape]
+        options["chips_per_host_bounds"] = bounds + [1] * (3 - len(bounds))
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    return options
+
+
+def _run(
+    request: str, environment: dict[str, str], timeout: float, what: str, say: Callable
+) -> tuple[str, str, int]:
+    """(stdout, stderr, status) of the child; progress every now and then."""
+    began = told = time.monotonic()
+    terminal = sys.stderr.isatty()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "launch.compiler"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=log,
+            text=True,
+        )
+        try:
+            child.stdin.write(request)
+            child.stdin.close()
+            while child.poll() is None:
+                now = time.monotonic()
+                if now - began > timeout:
+                    raise errors.UserError(
+                        f"--timeout: {what} took more than {timeout:.0f} s; give it more, or plan for"
+                        " fewer chips"
+                    )
+                if now - told >= (1.0 if terminal else LINE_EVERY):
+                    say(f"{what} ... {monitor.duration(now - began)}")
+                    told = now
+                time.sleep(0.05)
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        out.seek(0)
+        log.seek(0)
+        return out.read(), log.read(), child.returncode
+
+
+def _crash(status: int, log: str, config: config_lib.Config, name: str) -> str:
+    """The line for a child that ended without an answer."""
+    if status < 0:
+        how = f"crashed with {signal.Signals(-status).name}"
+    else:
+        last = next((line for line in log.strip().splitlines()[::-1] if line.strip()), "no message")
+        how = f"ended with status {status}: {last.strip()}"
+    mesh = config.mesh
+    return (
+        f"the TPU compiler {how} on {name} with mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}"
+        f" microbatches={config.microbatches} remat={config.remat}; this is the compiler's fault: try"
+        " another of these, or another libtpu"
+    )
+
+
+def _paths(cache: epath.Path, key: str) -> tuple[epath.Path, epath.Path]:
+    return cache / f"{key}.json", cache / f"{key}.hlo.gz"
+
+
+def _load(cache: epath.Path, key: str, *, cached: bool) -> Compiled:
+    facts, hlo = _paths(cache, key)
+    text = gzip.decompress(hlo.read_bytes()).decode() if hlo.exists() else ""
+    return Compiled(**json.loads(facts.read_text()), hlo=text, cached=cached)
+
+
+def size(text: str) -> int:
+    """Bytes of a size as the compiler prints it, such as 18.29G."""
+    number, unit = re.fullmatch(r"([\d.]+)([KMGT]?)i?B?", text.strip()).groups()
+    return round(float(number) * _UNITS[unit])
+
+
+def parse_out_of_memory(message: str) -> tuple[int, int, list[tuple[int, str, str]]]:
+    """What RESOURCE_EXHAUSTED says.
+
+    libtpu has two forms: an early one, with the sum of arguments and temporaries alone, and one from buffer
+    assignment, with the largest allocations.
+
+    Returns:
+      (bytes needed, bytes there are, [(bytes, shape, operation) of the largest allocations, if it names any]).
+
+    Raises:
+      CompilerFailed: it was another memory than HBM.
+    """
+    early = re.search(
+        r"HLO temporaries \(([\d.]+\w?)\) exceeds available HBM \(([\d.]+\w?)\)", message
+    )
+    late = re.search(r"Used ([\d.]+\w?) of ([\d.]+\w?) hbm", message)
+    found = early or late
+    if not found:
+        raise CompilerFailed(f"the TPU compiler ran out of memory: {message.splitlines()[0]}")
+    largest = []
+    for entry in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
+        shape = re.search(r"Shape: (\w+\[[\d,]*\])", entry)
+        name = re.search(r'op_name="([^"]*)"', entry)
+        largest.append(
+            (size(entry.split()[0]), shape[1] if shape else "?", name[1] if name else "?")
+        )
+    return size(found[1]), size(found[2]), largest
+
+
+# What follows runs in the child.
+
+
+def _child(request: dict[str, Any]) -> dict[str, Any]:
+    """Lowers, looks into the cache, compiles; returns what the parent is told."""
+    import jax
+    from jax.experimental import topologies
+
+    from grain_jax import flops, sharding, train_step
+
+    config = config_lib.from_dict(request["config"])
+    name = request["topology"]
+    try:
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **request["options"]
+        ).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise errors.UserError(
+            f"--topology: libtpu knows no {name}: {str(error).splitlines()[0]}"
+        ) from None
+    mesh = sharding.make_mesh(config.mesh, devices)
+    program = train_step.build(
+        config,
+        mesh,
+        total_steps=request["total_steps"],
+        steps_per_epoch=request["steps_per_epoch"],
+    )
+    lowered = program.step.lower(program.state, program.batch)
+    versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+    flags = {flag: os.environ.get(flag) for flag in _FLAGS}
+    identity = json.dumps([name, request["options"], versions, flags], sort_keys=True)
+    text = lowered.as_text()
+    key = hashlib.sha256((identity + text).encode()).hexdigest()[:24]
+    facts, hlo = _paths(epath.Path(request["cache"]), key)
+    if facts.exists():
+        return {"key": key, "cached": True}
+
+    began = time.monotonic()
+    memory, out_of_memory = {}, None
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            return {"failed": str(error).splitlines()[0]}
+        out_of_memory = str(error)
+    else:
+        analysis = compiled.memory_analysis()
+        memory = dict(
+            arguments=analysis.argument_size_in_bytes,
+            output=analysis.output_size_in_bytes,
+            aliased=analysis.alias_size_in_bytes,
+            temporaries=analysis.temp_size_in_bytes,
+            code=analysis.generated_code_size_in_bytes,
+            peak=analysis.peak_memory_in_bytes,
+        )
+        hlo.write_bytes(gzip.compress(compiled.as_text().encode(), compresslevel=4))
+    answer = Compiled(
+        state_bytes=state_bytes(program),
+        checkpoint_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)),
+        memory=memory,
+        traced_flops=flops.matmul_flops(program.step, program.state, program.batch),
+        out_of_memory=out_of_memory,
+        program=hashlib.sha256(text.encode()).hexdigest(),
+        hlo="",
+        mesh=dict(mesh.shape),
+        versions=versions,
+        seconds=time.monotonic() - began,
+    )
+    kept = dataclasses.asdict(answer)
+    del kept["hlo"], kept["cached"]
+    # Last, and by a rename: an entry that is there is whole.
+    partial = facts.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(kept))
+    partial.replace(facts)
+    return {"key": key, "cached": False}
+
+
+def state_bytes(program: Any) -> dict[str, int]:
+    """Bytes a chip of a `train_step.Program`'s arguments by kind, before any padding."""
+    import jax
+
+    def total(shapes: Any, shardings: Any) -> int:
+        return sum(
+            math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+            for x, s in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings))
+        )
+
+    state, shardings = program.state, program.shardings
+    batch = jax.tree.leaves(program.batch)
+    return {
+        "parameters": total(state.params, shardings.params),
+        "moments": total(state.opt_state, shardings.opt_state),
+        "ema": total(state.ema_params, shardings.ema_params),
+        "batch": total(batch, [program.batch_sharding] * len(batch)),
+    }
+
+
+if __name__ == "__main__":
+    try:
+        told = _child(json.loads(sys.stdin.read()))
+    except errors.UserError as error:
+        told = {"fault": str(error)}
+    print(json.dumps(told), flush=True)

@@ -1,0 +1,100 @@
+"""The least time that a step takes on given chips, from what the compiled program does: a roofline.
+
+Assumptions, all of them on the fast side but the second: every unit runs at its printed peak; a collective runs
+as one ring over one axis of the torus (over the whole of a torus XLA can be faster, over an axis that is not
+closed slower); traffic with memory hides behind compute or the other way round; a collective that the
+schedule overlaps with work is free as long as its link is not what the step waits for, and any other stops the
+chip; a transfer takes at least LATENCY_SECONDS.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from launch.chips import Chip
+from launch.hlo import Collective
+
+LATENCY_SECONDS = 1e-6  # of one transfer between neighbours
+
+
+class Roofline(NamedTuple):
+    """Seconds a step: of each resource alone, and together.
+
+    Attributes:
+      compute_s: matrix products at peak.
+      hbm_s: traffic with main memory.
+      interconnect_s: all collectives within slices or nodes, overlapped or not.
+      dcn_s: the parts of collectives that leave a slice or node.
+      exposed_s: collectives that no work overlaps.
+      bound: the resource that takes longest: "compute", "HBM", "interconnect" or "network between slices".
+      step_s: max(max(compute, HBM) + exposed, interconnect, network).
+    """
+
+    compute_s: float
+    hbm_s: float
+    interconnect_s: float
+    dcn_s: float
+    exposed_s: float
+    bound: str
+    step_s: float
+
+
+def roofline(
+    flops: float, hbm_bytes: float, collectives: Iterable[Collective], chip: Chip
+) -> Roofline:
+    """The roofline of one step.
+
+    Args:
+      flops: matrix products of one chip a step (`hlo.dot_flops`), priced at the bfloat16 peak.
+      hbm_bytes: traffic of one chip with its memory a step (`hlo.bytes_accessed`).
+      collectives: `hlo.collectives`; which of them leave a slice is in their `slices`.
+      chip: what it runs on.
+    """
+    compute_s = flops / chip.bf16_flops
+    hbm_s = hbm_bytes / chip.hbm_bytes_per_second
+    interconnect_s = dcn_s = exposed_s = 0.0
+    for collective in collectives:
+        within, across = seconds(collective, chip)
+        interconnect_s += within
+        dcn_s += across
+        exposed_s += 0.0 if collective.overlapped else within + across
+    parts = {
+        "compute": compute_s,
+        "HBM": hbm_s,
+        "interconnect": interconnect_s,
+        "network between slices": dcn_s,
+    }
+    return Roofline(
+        compute_s=compute_s,
+        hbm_s=hbm_s,
+        interconnect_s=interconnect_s,
+        dcn_s=dcn_s,
+        exposed_s=exposed_s,
+        bound=max(parts, key=parts.get),
+        step_s=max(max(compute_s, hbm_s) + exposed_s, interconnect_s, dcn_s),
+    )
+
+
+def seconds(collective: Collective, chip: Chip) -> tuple[float, float]:
+    """(within slices, between slices) of all runs of a collective.
+
+    One that spans slices is taken apart as XLA and NCCL do: within every slice over all of the payload, between
+    slices over each chip's share of it. A permutation between slices waits for the slowest, the link between.
+    """
+    kind, slices = collective.kind, collective.slices
+    within = across = 0.0
+    local = max(1, collective.group_size // slices)
+    if kind == "collective-permute":
+        if slices > 1:
+            across = collective.bytes / chip.dcn_bytes_per_second
+        else:
+            within = collective.bytes / chip.link_bytes_per_second
+    else:
+        within = collective.bytes * _share(kind, local) / chip.ici_bytes_per_second
+        across = collective.bytes * _share(kind, slices) / local / chip.dcn_bytes_per_second
+    least = collective.count * LATENCY_SECONDS
+    return (max(within, least) if within else 0.0), (max(across, least) if across else 0.0)
+
+
+def _share(kind: str, members: int) -> float:
+    """How often a member of a ring sends the payload: its own part once to each other, twice if it reduces too."""
+    return (2 if kind == "all-reduce" else 1) * (members - 1) / members

@@ -1,0 +1,200 @@
+"""Memory and traffic of a step by arithmetic, for GPUs, whose compiler needs the GPU. An ESTIMATE, not a measurement.
+
+Exact are the state's bytes and what the forward pass keeps for the backward pass, which is read off the traced
+program. XLA adds buffers that are not counted here and fuses others away: trust it to a fifth.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from grain_jax import config as config_lib
+from grain_jax import sharding, train_step
+from grain_jax.models.grain import GRAIN
+from launch import chips, compiler, hlo
+
+FLOAT = 4  # bytes
+
+
+class Kept(NamedTuple):
+    """An array that the forward pass leaves for the backward pass."""
+
+    bytes: int
+    shape: str  # "bfloat16[12,64,197,768]"
+    where: str  # the module that makes it
+
+
+class Estimate(NamedTuple):
+    """Bytes of one chip, and what is needed for the rest of a plan.
+
+    Attributes:
+      state_bytes: parameters, moments, ema, batch.
+      temporaries: gradients, activations (kept by the remat policy), layer (one layer at work), losses.
+      checkpoint_bytes: of the whole state, all chips together.
+      collectives: what one step sends.
+      mesh: sizes of the mesh's axes.
+    """
+
+    state_bytes: dict[str, int]
+    temporaries: dict[str, int]
+    checkpoint_bytes: int
+    collectives: list[hlo.Collective]
+    mesh: dict[str, int]
+
+
+def kept(config: config_lib.Config, images: int) -> list[Kept]:
+    """What the towers' forward pass keeps for the backward pass, the largest first.
+
+    Args:
+      config: model, dtype, remat policy and the layout of texts.
+      images: of one chip and one micro-batch, a multiple of the packing group.
+
+    Returns:
+      The arrays; parameters and inputs, which are there anyway, are left out.
+    """
+    config = dataclasses.replace(config, batch_size=images)
+    model = GRAIN(config.model, config.dtype, config.remat)
+    batch = train_step.abstract_batch(config)
+    keys = jax.eval_shape(lambda: train_step.dropout_keys(0, 0, jnp.arange(images)))
+    one = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
+    params = jax.eval_shape(lambda: sharding.unbox(model.init(jax.random.key(0), one)["params"]))
+
+    def residuals(params, batch, keys):
+        _, pull_back = jax.vjp(lambda p: model.apply({"params": p}, batch, keys), params)
+        return jax.tree.leaves(pull_back)
+
+    jaxpr = jax.make_jaxpr(residuals)(params, batch, keys).jaxpr
+    # Inputs and constants are not made by an equation.
+    makers = {id(v): equation for equation in jaxpr.eqns for v in equation.outvars}
+    found = {id(v): v.aval for v in jaxpr.outvars if id(v) in makers}
+    return sorted(
+        (
+            Kept(
+                aval.size * aval.dtype.itemsize,
+                f"{aval.dtype}[{','.join(map(str, aval.shape))}]",
+                str(makers[key].source_info.name_stack),
+            )
+            for key, aval in found.items()
+        ),
+        reverse=True,
+    )
+
+
+def mesh_sizes(mesh: config_lib.Mesh, count: int) -> dict[str, int]:
+    """The sizes of the (data, fsdp, tensor) mesh over `count` chips. Raises ShardingError."""
+    data = mesh.data if mesh.data != -1 else max(count // (mesh.fsdp * mesh.tensor), 1)
+    if data * mesh.fsdp * mesh.tensor != count:
+        raise sharding.ShardingError(
+            f"mesh: data x fsdp x tensor = {data} x {mesh.fsdp} x {mesh.tensor}, expected {count} chips;"
+            " set mesh.data=-1 to use the rest"
+        )
+    return {"data": data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+
+
+def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
+    """The estimate for a step on these GPUs.
+
+    Assumed: XLA materialises the attention logits (no fused attention); activations are cut over data and
+    fsdp, not over tensor; gradients are float32, twice with micro-batches (their sum, and a part's).
+
+    Raises:
+      ShardingError: the mesh does not fit the chips, or the batch does not fit the mesh.
+    """
+    sizes = mesh_sizes(config.mesh, topology.count)
+    program = train_step.build(
+        config,
+        AbstractMesh(tuple(sizes.values()), tuple(sizes)),
+        total_steps=1,
+        steps_per_epoch=1.0,
+    )
+    state = compiler.state_bytes(program)
+    shards = sizes["data"] * sizes["fsdp"]
+    images = config.batch_size // shards
+    part = images // config.microbatches
+    activations = sum(k.bytes for k in kept(config, part))
+    nothing_again = dataclasses.replace(config, remat="none")
+    layer = sum(k.bytes for k in kept(nothing_again, part)) // config.model.image.depth
+    temporaries = {
+        "gradients": state["parameters"] * min(config.microbatches, 2),
+        "activations": activations,
+        "layer": layer,
+        "losses": _loss_bytes(config, images),
+    }
+    return Estimate(
+        state,
+        temporaries,
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)),
+        _collectives(config, topology, sizes, state["parameters"]),
+        sizes,
+    )
+
+
+def _embeddings(config: config_lib.Config) -> int:
+    """Floats of the embeddings of one image that other images are compared with."""
+    return (1 + config.input.max_regions) * config.model.embed_dim
+
+
+def _loss_bytes(config: config_lib.Config, images: int) -> int:
+    """Of a chip's losses: three tiles (logits, their softmax, the mask), and columns that come, go and collect."""
+    columns = images * config.loss.gather * _embeddings(config)
+    return FLOAT * (3 * config.loss.tile**2 + 3 * columns)
+
+
+def _collectives(config, topology, sizes, parameter_bytes) -> list[hlo.Collective]:
+    """Gradients and parameters that are summed and gathered, and the ring of the losses."""
+
+    def collective(kind, axis, count, size):
+        # Of several nodes only the data axis leaves one.
+        slices = topology.slices if axis == "data" else 1
+        return hlo.Collective(kind, True, False, sizes[axis], slices, (axis,), count, size)
+
+    out = []
+    if sizes["data"] > 1:
+        out.append(collective("all-reduce", "data", 1, parameter_bytes))
+    if sizes["fsdp"] > 1:
+        whole = parameter_bytes * sizes["fsdp"]
+        passes = 2 * config.microbatches  # forward and backward gather the parameters
+        out.append(collective("all-gather", "fsdp", passes, passes * whole))
+        out.append(collective("reduce-scatter", "fsdp", 1, whole))
+    if sizes["tensor"] > 1:
+        count, size = _tensor_sums(config, sizes)
+        out.append(collective("all-reduce", "tensor", count, size))
+    shards = sizes["data"] * sizes["fsdp"]
+    if shards > 1:
+        rows = config.batch_size // shards * _embeddings(config) * FLOAT
+        hops = math.ceil(shards / config.loss.gather) - 1
+        # Forward and backward; the backward ring carries the columns' gradients too.
+        out.append(
+            hlo.Collective(
+                "collective-permute",
+                True,
+                True,
+                shards,
+                topology.slices,
+                sharding.BATCH_AXES,
+                3 * hops,
+                3 * hops * rows,
+            )
+        )
+    return out
+
+
+def _tensor_sums(config, sizes) -> tuple[int, int]:
+    """(count, bytes a chip) of the sums over `tensor`: two a layer forward, two backward, each of all tokens."""
+    images = config.batch_size // (sizes["data"] * sizes["fsdp"])
+    batch = train_step.abstract_batch(config)
+    rows = math.prod(batch.text_tokens.shape) / config.batch_size  # text positions an image
+    model = config.model
+    tokens = 1 + (model.image.image_size // model.image.patch_size) ** 2
+    width = (
+        model.image.depth * tokens * model.image.width
+        + model.text.depth * rows * model.text.width
+        + model.decoder.depth * (model.decoder.queries + 1) * model.decoder.width
+    )
+    depth = model.image.depth + model.text.depth + model.decoder.depth
+    itemsize = jnp.dtype(config.dtype).itemsize
+    return 4 * depth, round(4 * width * images * itemsize)

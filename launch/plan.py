@@ -1,0 +1,402 @@
+"""What a run would need on chips that are not here: python -m launch.plan --config configs/X.py --topology v5e:16x16
+
+    [--json OUT.json] [--search] [--examples N] [--price P] [--config.a.b=value ...]
+
+TPUs: the very step that `grain_jax.train` runs is compiled for them by libtpu, on this machine's CPU. GPUs
+(h100:8x2): arithmetic, labelled ESTIMATE. Prints whether it fits, what bounds its speed, what the input must
+deliver, and the bill.
+"""
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from absl import flags
+from etils import epath
+
+from grain_jax import command_line, errors, flops
+from grain_jax import config as config_lib
+from launch import chips, compiler, cost, estimate, hlo, plan_text, search
+
+PER_MILLION = 1_000_000  # examples, where nobody said how many there are
+LARGEST = 6  # buffers named when memory runs out
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a plan assumes besides config and topology; the flags of the same names, in SI units."""
+
+    examples: int | None = None
+    price: float | None = None
+    efficiency: float = 0.5
+    input_rate: float = 250.0  # images/s a core
+    image_bytes: float = 55e3
+    storage_rate: float = 1e9  # bytes/s a host
+    timeout: float = 1800.0
+
+
+def length(config: config_lib.Config, examples: int | None) -> tuple[int, float, int, bool]:
+    """(total steps, steps an epoch, examples of the data set, whether that number is made up).
+
+    Without `examples`, a run of `total_steps` is one epoch, and a run of `total_epochs` has a data set of a
+    million: its days and money are then "per million examples".
+    """
+    if config.total_steps is not None:
+        count = examples or config.total_steps * config.batch_size
+        return config.total_steps, count / config.batch_size, count, False
+    count = examples or PER_MILLION
+    per_epoch = count / config.batch_size
+    return max(round(config.total_epochs * per_epoch), 1), per_epoch, count, examples is None
+
+
+def make(
+    config: config_lib.Config,
+    topology: chips.Topology,
+    options: Options,
+    say=lambda text: None,
+) -> dict[str, Any]:
+    """The plan, as the dictionary that `--json` writes.
+
+    Args:
+      config: the run.
+      topology: what it would run on.
+      options: prices, rates and the size of the data set.
+      say: is called with lines of progress.
+
+    Raises:
+      UserError: config and topology do not fit each other, or libtpu is missing.
+      CompilerFailed: libtpu crashed.
+    """
+    total_steps, per_epoch, examples, made_up = length(config, options.examples)
+    per_image = flops.per_image(config)
+    plan: dict[str, Any] = {
+        "chips": topology.count,
+        "hosts": topology.hosts,
+        "slices": topology.slices,
+        "chip": topology.chip.name,
+        "estimate": not topology.chip.is_tpu,
+        "batch_size": config.batch_size,
+        "levers": levers(config),
+        "model_flops": round(per_image.train * config.batch_size),
+    }
+    if topology.chip.is_tpu:
+        compiled = compiler.compile_step(
+            config,
+            topology,
+            total_steps=total_steps,
+            steps_per_epoch=per_epoch,
+            timeout=options.timeout,
+            say=say,
+        )
+        say(f"compiled in {compiled.seconds:.0f} s{', from the cache' if compiled.cached else ''}")
+        plan |= _of_compiled(compiled, config, topology)
+        plan["versions"] = compiled.versions
+        checkpoint_bytes = compiled.checkpoint_bytes
+    else:
+        say("estimating; nothing is compiled for GPUs")
+        guess = estimate.of_gpus(config, topology)
+        plan |= _of_estimate(guess, plan["model_flops"], config, topology)
+        checkpoint_bytes = guess.checkpoint_bytes
+    plan["checkpoint"] = {
+        "bytes": checkpoint_bytes,
+        # Every host writes its share.
+        "seconds": checkpoint_bytes / (options.storage_rate * topology.hosts),
+    }
+    plan["run"] = {
+        "total_steps": total_steps,
+        "examples": examples,
+        "per_million": made_up,
+        "images": total_steps * config.batch_size,
+    }
+    _add_time(plan, config, topology, options)
+    return plan
+
+
+def levers(config: config_lib.Config) -> dict[str, Any]:
+    """The keys that trade memory against time, with the values that they have."""
+    return {
+        "remat": config.remat,
+        "microbatches": config.microbatches,
+        "mesh.fsdp": config.mesh.fsdp,
+        "mesh.tensor": config.mesh.tensor,
+        "optim.moment_dtype": config.optim.moment_dtype,
+        "loss.tile": config.loss.tile,
+        "loss.gather": config.loss.gather,
+    }
+
+
+def _of_compiled(compiled: compiler.Compiled, config, topology) -> dict[str, Any]:
+    """Memory, FLOPs, collectives and roofline of a compiled step, or of one that ran out of memory."""
+    limit = round(topology.chip.hbm_bytes)
+    out: dict[str, Any] = {"mesh": compiled.mesh, "traced_flops": compiled.traced_flops}
+    kinds = compiled.state_bytes
+    if compiled.out_of_memory is not None:
+        total, there_is, largest = compiler.parse_out_of_memory(compiled.out_of_memory)
+        arguments = sum(kinds.values())
+        out["memory"] = _memory(kinds, arguments, total - arguments, 0, 0, 0, there_is or limit)
+        named = [estimate.Kept(*buffer) for buffer in largest] or estimate.kept(
+            config, _part(config, compiled.mesh)
+        )
+        return out | {
+            "fits": False,
+            "largest": grouped(named)[:LARGEST],
+            "flops": None,
+            "collectives": {},
+            "roofline": None,
+        }
+    m = compiled.memory
+    out["memory"] = _memory(
+        kinds, m["arguments"], m["temporaries"], m["output"], m["aliased"], m["code"], limit
+    )
+    out["memory"]["peak_bytes"] = m["peak"]
+    out["fits"] = out["memory"]["total_bytes"] <= limit
+    module = hlo.parse(compiled.hlo)
+    sums = hlo.collectives(module, mesh=compiled.mesh, slices=topology.slices)
+    a_chip = hlo.dot_flops(module)
+    roofline = cost.roofline(a_chip, hlo.bytes_accessed(module), sums, topology.chip)
+    if not out["fits"]:
+        found = hlo.largest_buffers(module, 4 * LARGEST)
+        named = [estimate.Kept(round(b.bytes), b.shape, b.op_name) for b in found]
+        out["largest"] = grouped(named)[:LARGEST]
+    return out | {
+        "flops": round(a_chip * topology.count),
+        "collectives": by_kind(sums),
+        "roofline": roofline._asdict(),
+    }
+
+
+def _of_estimate(guess: estimate.Estimate, model_flops, config, topology) -> dict[str, Any]:
+    """The same for GPUs, by arithmetic: FLOPs are the model's, and memory traffic is not known."""
+    limit = round(topology.chip.hbm_bytes)
+    arguments = sum(guess.state_bytes.values())
+    temporaries = sum(guess.temporaries.values())
+    memory = _memory(guess.state_bytes, arguments, temporaries, 0, 0, 0, limit)
+    memory["temporaries"] = guess.temporaries
+    again = {"none": 3, "full": 4}.get(config.remat, 3.5) / 3  # passes, against three without
+    done = round(model_flops * (again + (1 / 3 if config.microbatches > 1 else 0)))
+    roofline = cost.roofline(done / topology.count, 0.0, guess.collectives, topology.chip)
+    out = {
+        "mesh": guess.mesh,
+        "memory": memory,
+        "fits": memory["total_bytes"] <= limit,
+        "flops": done,
+        "traced_flops": None,
+        "collectives": by_kind(guess.collectives),
+        "roofline": roofline._asdict(),
+    }
+    if not out["fits"]:
+        out["largest"] = grouped(estimate.kept(config, _part(config, guess.mesh)))[:LARGEST]
+    return out
+
+
+def _part(config: config_lib.Config, mesh: dict[str, int]) -> int:
+    """Images that the towers of one chip see at a time."""
+    return config.batch_size // (mesh["data"] * mesh["fsdp"] * config.microbatches)
+
+
+def _memory(kinds, arguments, temporaries, output, aliased, code, limit) -> dict[str, Any]:
+    """The page's memory table. Donated arguments and outputs share their bytes (`aliased`)."""
+    total = arguments + output - aliased + temporaries + code
+    return {
+        "arguments": dict(kinds, padding=arguments - sum(kinds.values())),
+        "arguments_bytes": arguments,
+        "temporaries_bytes": temporaries,
+        "output_bytes": output,
+        "aliased_bytes": aliased,
+        "code_bytes": code,
+        "total_bytes": total,
+        "limit_bytes": limit,
+    }
+
+
+def grouped(buffers: list[estimate.Kept]) -> list[dict[str, Any]]:
+    """Buffers of the same shape and origin as one entry with their number, by the bytes of all."""
+    sums: dict[tuple[str, str, int], int] = {}
+    for b in buffers:
+        key = (b.shape, b.where, b.bytes)
+        sums[key] = sums.get(key, 0) + 1
+    entries = [
+        {"count": n, "shape": shape, "bytes": size, "where": where}
+        for (shape, where, size), n in sums.items()
+    ]
+    return sorted(entries, key=lambda e: -e["count"] * e["bytes"])
+
+
+def by_kind(collectives: list[hlo.Collective]) -> dict[str, Any]:
+    """kind -> count and bytes a chip a step, in all and by whether work overlaps them, and over which axes."""
+    out: dict[str, Any] = {}
+    for c in collectives:
+        entry = out.setdefault(
+            c.kind,
+            {
+                "count": 0,
+                "bytes": 0,
+                "overlapped": {"count": 0, "bytes": 0},
+                "sync": {"count": 0, "bytes": 0},
+                "axes": [],
+            },
+        )
+        for part in (entry, entry["overlapped" if c.overlapped else "sync"]):
+            part["count"] += c.count
+            part["bytes"] += round(c.bytes)
+        axes = "x".join(c.axes) + (" between slices" if c.slices > 1 else "")
+        if axes and axes not in entry["axes"]:
+            entry["axes"].append(axes)
+    return out
+
+
+def _add_time(plan, config, topology, options: Options) -> None:
+    """Speed, days, what the input must deliver, and the bill; None where the program does not compile."""
+    roof = plan["roofline"]
+    plan["images_per_second"] = plan["images_per_second_at_most"] = None
+    plan["input"] = plan["bill"] = None
+    if roof is None:
+        return
+    work = max(roof["compute_s"], roof["hbm_s"]) / options.efficiency + roof["exposed_s"]
+    step = max(work, roof["interconnect_s"], roof["dcn_s"])
+    plan["efficiency"] = options.efficiency
+    plan["step_seconds"] = step
+    plan["images_per_second_at_most"] = config.batch_size / roof["step_s"]
+    rate = plan["images_per_second"] = config.batch_size / step
+    seconds = plan["run"]["images"] / rate
+    plan["run"]["days"] = seconds / 86400
+    a_host = rate / topology.hosts
+    makes = topology.chip.host_cores * options.input_rate
+    plan["input"] = {
+        "cores_per_host": topology.chip.host_cores,
+        "images_per_second_per_core": options.input_rate,
+        "host_makes_images_per_second": makes,
+        "host_needs_images_per_second": a_host,
+        "cores_needed": a_host / options.input_rate,
+        "image_bytes": options.image_bytes,
+        "storage_bytes_per_second": rate * options.image_bytes,
+        "storage_bytes_per_second_per_host": a_host * options.image_bytes,
+        "cores_are_enough": makes >= a_host,
+        "storage_is_enough": a_host * options.image_bytes <= options.storage_rate,
+    }
+    hours = topology.count * seconds / 3600
+    plan["bill"] = {
+        "chip_hours": hours,
+        "price_per_chip_hour": options.price,
+        "cost": None if options.price is None else hours * options.price,
+    }
+
+
+def find(config, topology, options: Options, say, base: dict[str, Any]) -> dict[str, Any]:
+    """`--search`: the points that were tried, and the two answers; `base` is the plan of the config itself."""
+    mesh = estimate.mesh_sizes(config.mesh, topology.count)
+
+    def ask(candidate: config_lib.Config) -> search.Answer:
+        say(f"trying remat={candidate.remat} batch_size={candidate.batch_size}")
+        plan = base if candidate == config else make(candidate, topology, options, say)
+        memory = plan["memory"]
+        return search.Answer(
+            plan["fits"],
+            memory["total_bytes"],
+            memory["limit_bytes"],
+            plan["images_per_second"],
+        )
+
+    shards = mesh["data"] * mesh["fsdp"]
+    # One compile is spent: that of the plan.
+    found = search.search(config, shards, ask, max_compiles=search.MAX_COMPILES - 1)
+
+    def entry(point: search.Point | None) -> dict[str, Any] | None:
+        if point is None:
+            return None
+        return {
+            "remat": point.remat,
+            "images_per_chip": point.images_per_chip,
+            "batch_size": point.images_per_chip * shards,
+            **point.answer._asdict(),
+        }
+
+    return {
+        "tried": [entry(p) for p in found.tried],
+        "at_batch": entry(found.at_batch),
+        "largest": entry(found.largest),
+    }
+
+
+class _Progress:
+    """Progress on stderr: rewrites its line on a terminal, prints lines elsewhere."""
+
+    def __init__(self):
+        self.terminal = sys.stderr.isatty()
+
+    def __call__(self, text: str) -> None:
+        start, end = ("\r\x1b[2K", "") if self.terminal else ("", "\n")
+        print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.terminal:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
+def define_flags() -> flags.FlagHolder:
+    """All flags but `--config`'s own, whose holder is returned; not at import, so that this is a library too."""
+    string, number = flags.DEFINE_string, flags.DEFINE_float
+    default = Options()
+    string("topology", None, "chips: v5e:16x16, v5e:16x16*2 (two slices), v4:4x4x8, h100:8x2")
+    string("json", None, "file that the plan is also written to")
+    flags.DEFINE_bool("search", False, "look for the largest batch and cheapest remat that fit")
+    flags.DEFINE_integer("examples", None, "examples of the data set", lower_bound=1)
+    number("price", None, "of a chip-hour, in your currency", lower_bound=0.0)
+    number(
+        "efficiency",
+        default.efficiency,
+        "share of the peak rates that is reached (a guess)",
+        0.01,
+        1.0,
+    )
+    number("input-rate", default.input_rate, "images/s that one host core prepares", 1e-3)
+    number("image-bytes", default.image_bytes, "bytes of a picture as stored", 1.0)
+    number("storage-rate", default.storage_rate / 1e9, "GB/s between a host and storage", 1e-6)
+    number("timeout", default.timeout, "seconds that one compile may take", 1.0)
+    return command_line.define_config()
+
+
+def main(argv: list[str]) -> int:
+    """Parses the command line, plans, prints."""
+    command_line.show_help(argv, __doc__)
+    config = command_line.parse_config(argv, define_flags())
+    given = flags.FLAGS.flag_values_dict()
+    if not given["topology"]:
+        command_line.fail("--topology: missing; e.g. --topology v5e:16x16 or --topology h100:8x2")
+    topology = chips.parse_topology(given["topology"])
+    options = Options(
+        examples=given["examples"],
+        price=given["price"],
+        efficiency=given["efficiency"],
+        input_rate=given["input-rate"],
+        image_bytes=given["image-bytes"],
+        storage_rate=given["storage-rate"] * 1e9,
+        timeout=given["timeout"],
+    )
+    say = _Progress()
+    try:
+        plan = {
+            "topology": given["topology"],
+            "overrides": [a for a in argv[1:] if a.lstrip("-").startswith("config.")],
+            **make(config, topology, options, say),
+        }
+        if given["search"]:
+            plan["search"] = find(config, topology, options, say, plan)
+    except compiler.CompilerFailed as error:
+        say.close()
+        print(error, file=sys.stderr)
+        return 1
+    say.close()
+    print(plan_text.page(plan))
+    if given["json"]:
+        path = epath.Path(given["json"])
+        try:
+            path.write_text(json.dumps(plan, indent=2) + "\n")
+        except OSError as error:
+            raise errors.UserError(f"--json: cannot write {path}: {error}") from None
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.main(main)

@@ -1,0 +1,124 @@
+"""Looks for the largest batch and the cheapest remat policy that fit, in few compiles.
+
+Memory grows nearly linearly with the images of a chip, so two answers predict where the limit is; each
+prediction is compiled, never trusted.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from grain_jax import config as config_lib
+from grain_jax import errors
+
+MAX_COMPILES = 8
+GOAL = 0.97  # of the limit: what a prediction aims at
+
+
+class Answer(NamedTuple):
+    """What a compile says of a point. Bytes of one chip."""
+
+    fits: bool
+    total_bytes: int
+    limit_bytes: int
+    images_per_second: float | None  # None: out of memory
+
+
+class Point(NamedTuple):
+    """A point that was tried."""
+
+    remat: str
+    images_per_chip: int
+    answer: Answer
+
+
+class Found(NamedTuple):
+    """All points in order of trial, the cheapest policy for the config's own batch, and the largest batch."""
+
+    tried: list[Point]
+    at_batch: Point | None
+    largest: Point | None
+
+
+def unit(config: config_lib.Config, shards: int) -> int:
+    """The smallest step in images a chip that keeps every division of the batch whole.
+
+    Args:
+      shards: parts that the batch is cut into (data x fsdp).
+    """
+    group = config.text.pack_group if config.text.packing else 1
+    whole = math.lcm(
+        shards * config.microbatches * group,
+        config.input.lanes * group,
+        config.loss.group_size or 1,
+    )
+    return math.lcm(whole, shards) // shards
+
+
+def search(
+    config: config_lib.Config,
+    shards: int,
+    ask: Callable[[config_lib.Config], Answer],
+    *,
+    max_compiles: int = MAX_COMPILES,
+) -> Found:
+    """Tries the remat policies at the config's batch, cheapest first, then the largest batch.
+
+    Args:
+      config: where to start.
+      shards: parts that the batch is cut into.
+      ask: compiles a config.
+      max_compiles: at most so many calls of `ask`.
+
+    Raises:
+      UserError: the config's batch does not divide over the shards.
+    """
+    if config.batch_size % shards:
+        raise errors.UserError(
+            f"batch_size: got {config.batch_size}, expected a multiple of data x fsdp = {shards}"
+        )
+    tried: list[Point] = []
+
+    def attempt(remat: str, images: int) -> Point:
+        answer = ask(dataclasses.replace(config, remat=remat, batch_size=images * shards))
+        tried.append(Point(remat, images, answer))
+        return tried[-1]
+
+    start, at_batch = config.batch_size // shards, None
+    for remat in config_lib.REMAT_POLICIES:  # from least recomputation to least memory
+        point = attempt(remat, start)
+        if point.answer.fits:
+            at_batch = point
+            break
+
+    # The policy that needs least memory carries the largest batch.
+    step, remat = unit(config, shards), config_lib.REMAT_POLICIES[-1]
+    mine = [p for p in tried if p.remat == remat]
+    while len(tried) < max_compiles:
+        fitting = max((p.images_per_chip for p in mine if p.answer.fits), default=0)
+        failing = min((p.images_per_chip for p in mine if not p.answer.fits), default=math.inf)
+        if failing - fitting <= step:
+            break
+        images = _predict(mine, start, step, fitting, failing)
+        mine.append(attempt(remat, images))
+    fits = [p for p in tried if p.answer.fits]
+    largest = max(fits, key=lambda p: p.images_per_chip, default=None)
+    return Found(tried, at_batch, largest)
+
+
+def _predict(points: list[Point], start: int, step: int, fitting: int, failing: float) -> int:
+    """The next number of images: where the line through the last two points meets the goal, in steps."""
+    if not points:
+        return max(start // step, 1) * step
+    last = points[-1]
+    images, total = last.images_per_chip, last.answer.total_bytes
+    goal = GOAL * last.answer.limit_bytes
+    if len(points) > 1:
+        before = points[-2]
+        slope = (total - before.answer.total_bytes) / (images - before.images_per_chip)
+    else:
+        slope = total / images  # too steep, as the state does not grow: the next try is a safe one
+    guess = images + (goal - total) / slope if slope > 0 else 2 * images
+    lowest, highest = fitting + step, failing - step
+    return int(min(max(guess // step * step, lowest), highest))

@@ -1,0 +1,105 @@
+"""The roofline against sums done by hand, and the names of topologies."""
+
+import pytest
+
+from launch import chips, cost
+from launch.hlo import Collective
+
+V5E = chips.CHIPS["v5e"]
+
+
+def collective(kind, *, size, payload, slices=1, overlapped=False, count=1):
+    return Collective(kind, overlapped, False, size, slices, (), count, payload)
+
+
+# v5e: 197 TFLOP/s, 819 GB/s, a ring sends 100 GB/s, one link 50 GB/s, 3.125 GB/s between slices.
+@pytest.mark.parametrize(
+    ("kind", "size", "slices", "payload", "within", "across"),
+    [
+        ("all-gather", 4, 1, 1e9, 0.75 * 1e9 / 100e9, 0),
+        ("reduce-scatter", 4, 1, 1e9, 0.75 * 1e9 / 100e9, 0),
+        ("all-reduce", 4, 1, 1e9, 1.5 * 1e9 / 100e9, 0),
+        ("collective-permute", 16, 1, 1e9, 1e9 / 50e9, 0),
+        ("collective-permute", 16, 2, 1e9, 0, 1e9 / 3.125e9),
+        # 2 slices of 8: reduced over 8 inside, an eighth is exchanged with the other slice.
+        ("all-reduce", 16, 2, 1e9, 1.75 * 1e9 / 100e9, 1e9 / 8 / 3.125e9),
+        # what the TPU compiler sends through the host: groups of one chip a slice
+        ("all-reduce", 2, 2, 1e9, 0, 1e9 / 3.125e9),
+    ],
+)
+def test_time_of_a_collective(kind, size, slices, payload, within, across):
+    got = cost.seconds(collective(kind, size=size, slices=slices, payload=payload), V5E)
+    assert got == pytest.approx((within, across))
+
+
+def test_small_transfers_take_the_latency():
+    tiny = collective("collective-permute", size=8, payload=80.0, count=10)
+    assert cost.seconds(tiny, V5E) == (pytest.approx(10e-6), 0.0)
+
+
+def test_step_adds_what_is_not_overlapped():
+    gathers = collective("all-gather", size=2, payload=200e6, overlapped=True)  # 1 ms
+    reduces = collective("all-reduce", size=2, payload=200e6)  # 2 ms
+    line = cost.roofline(1.97e12, 819e6, [gathers, reduces], V5E)
+    assert line.compute_s == pytest.approx(10e-3)
+    assert line.hbm_s == pytest.approx(1e-3)
+    assert line.interconnect_s == pytest.approx(3e-3)
+    assert line.exposed_s == pytest.approx(2e-3)
+    assert line.step_s == pytest.approx(12e-3)
+    assert line.bound == "compute"
+
+
+def test_step_is_never_shorter_than_its_slowest_link():
+    gathers = collective("all-gather", size=2, payload=200e6, overlapped=True)  # 1 ms
+    line = cost.roofline(1.97e10, 0.0, [gathers], V5E)
+    assert (line.step_s, line.bound) == (pytest.approx(1e-3), "interconnect")
+    sends = collective("all-reduce", size=2, slices=2, payload=6.25e6, overlapped=True)  # 2 ms
+    line = cost.roofline(1.97e10, 0.0, [gathers, sends], V5E)
+    assert (line.step_s, line.bound) == (pytest.approx(2e-3), "network between slices")
+    assert cost.roofline(0.0, 819e6, [], V5E).bound == "HBM"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "count", "shape", "slices", "hosts"),
+    [
+        ("v5e:16x16", "v5e", 256, (16, 16), 1, 64),
+        ("v5e:16x16*2", "v5e", 512, (16, 16), 2, 128),
+        ("V4:4x4x8", "v4", 128, (4, 4, 8), 1, 32),
+        ("v6e:1x1", "v6e", 1, (1, 1), 1, 1),
+        ("h100:8x2", "h100", 16, (8,), 2, 2),
+        ("a100-40:4", "a100-40", 4, (4,), 1, 1),
+    ],
+)
+def test_topology(text, name, count, shape, slices, hosts):
+    got = chips.parse_topology(text)
+    assert got == (chips.CHIPS[name], count, shape, slices)
+    assert got.hosts == hosts
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("v7x:4x4", "one of v4, v5e, v5p, v6e, a100-40, a100-80, h100, h200"),
+        ("v5e", "CHIP:SHAPE such as v5e:16x16"),
+        ("v5e:256", "2 numbers, such as v5e:4x4"),
+        ("v4:16x16", "3 numbers, such as v4:4x4x8"),
+        ("v5e:0x4", "2 numbers"),
+        ("v5e:4x4*0", "2 numbers"),
+        ("h100:16", "at most 8 GPUs a node x nodes, such as h100:8x2"),
+        ("h100:8*2", "at most 8 GPUs a node"),
+    ],
+)
+def test_unknown_topologies_are_told_in_one_line(text, advice):
+    with pytest.raises(chips.TopologyError) as error:
+        chips.parse_topology(text)
+    assert repr(text) in str(error.value) and advice in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_links_add_up_to_what_google_prints():
+    """Bidirectional ICI bandwidth of a chip, bytes a second, over all of its links (Cloud TPU's pages)."""
+    for name, printed in {"v5e": 400e9, "v5p": 1200e9, "v6e": 800e9}.items():
+        chip = chips.CHIPS[name]
+        assert 2 * chip.axes * 2 * chip.link_bytes_per_second == printed
+    # v5e: 6.4 Tbit/s between pods of 256 chips
+    assert 256 * V5E.dcn_bytes_per_second * 8 == 6.4e12
