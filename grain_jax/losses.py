@@ -67,18 +67,20 @@ def image_caption_loss(
       caption_id: equal ones are not each other's negatives.
     """
     own = logit_scale * jnp.sum(image_embed * text_embed, axis=-1) + logit_bias
-    real = jnp.ones(caption_id.shape, bool)
-
-    def one_way(rows, columns):
-        columns = Columns(columns, caption_id, real)
-        negative = streaming.negatives(
-            contrast, tile, ring, rows, caption_id, columns, logit_scale, logit_bias
-        )
-        return streaming.loss_of_rows(contrast, own, negative)
-
+    ways = jnp.stack([image_embed, text_embed])  # the rows; the columns are the others
     if contrast == "sigmoid":
-        return one_way(image_embed, text_embed)
-    return (one_way(image_embed, text_embed) + one_way(text_embed, image_embed)) / 2
+        ways = ways[:1]
+    real = jnp.ones(caption_id.shape, bool)
+    negatives = functools.partial(streaming.negatives, contrast, tile, ring)
+    # Both ways at once, so that their columns travel together.
+    negative = jax.vmap(negatives, in_axes=(0, None, Columns(0, None, None), None, None))(
+        ways,
+        caption_id,
+        Columns(jnp.stack([text_embed, image_embed])[: len(ways)], caption_id, real),
+        logit_scale,
+        logit_bias,
+    )
+    return streaming.loss_of_rows(contrast, own, negative).mean(0)
 
 
 def region_description_loss(
@@ -104,6 +106,8 @@ def region_description_loss(
         reference's quirk 1).
     """
     b, slots = description_id.shape
+    if slots == 0:  # a run without regions, such as the CLIP baseline
+        return jnp.zeros((b, 0))
     pred = jnp.take_along_axis(region_embed, match.query_index[..., None], axis=1)  # [b, R, D]
     label = jnp.take_along_axis(region_text_embed, label_slot[..., None], axis=1)  # [b, R, D]
     own = logit_scale * jnp.sum(pred * label, axis=-1) + logit_bias  # [b, R]

@@ -1,13 +1,14 @@
 """Contrast of rows against all columns of all devices, in memory that does not grow with their number.
 
-Columns travel round the ring of devices a block at a time, while each device keeps a running sum over
-what passes by; within a device a block is cut into tiles. The backward pass computes the tiles again,
-with the gradients of the columns travelling behind the columns (a custom VJP), so that nothing of the
-forward pass but one number a row is kept. All of this runs inside `jax.shard_map`.
+Columns travel round the ring of devices a block at a time, while each device keeps running sums over
+what passes by; within a device a block is cut into tiles. The sums are the loss of each row and, as in
+FlashAttention (Dao et al. 2022), its gradient. In the backward pass the rows travel, and each device sums
+up the gradient of its own columns: tiles are computed again (a custom VJP), and no gradient travels. All
+of this runs inside `jax.shard_map`.
 
-With blocks of k columns of D values on n devices, a device holds about 4 k D + tile^2 numbers and sends
-n k D of them forward, 2 n k D backward. Where a `Ring` gathers, g neighbours first share their columns:
-g times the memory, a g-th of the hops, each of g times the size.
+With k rows and columns of D values on each of n devices, a device holds about 4 k D + tile^2 numbers and
+sends n k D of them forward and as many backward. Where a `Ring` gathers, g neighbours first share their
+blocks: g times the memory, a g-th of the hops, each of g times the size.
 """
 
 import functools
@@ -26,7 +27,7 @@ class Ring(NamedTuple):
 
     axes: tuple[str, ...] = ()  # hop by hop
     size: int = 1  # devices along them
-    gather: str | None = None  # the axis whose devices share their columns before the first hop
+    gather: str | None = None  # the axis whose devices share their blocks before the first hop
 
 
 class Columns(NamedTuple):
@@ -100,96 +101,94 @@ def loss_of_rows(
 def _forward(contrast, tile, ring, rows, row_id, columns, scale, bias):
     row_tiles = _cut((rows, row_id), tile)
 
-    def update(sums, columns):
-        def one_tile(sums, column_tile):
+    def update(sums, block):
+        embed, labels = _cut((block.vectors, block.labels.T), tile)
+        tiles = Columns(embed, labels[..., 0], labels[..., 1] > 0)  # padding is not real
+
+        def one_tile(sums, columns):
             def one_row_tile(part):
                 (x, x_id), state = part
-                logits, allowed = _logits(x, x_id, column_tile, scale, bias)
-                return _accumulate(contrast, state, logits, allowed)
+                return _accumulate(
+                    contrast, state, *_logits(x, x_id, columns, scale, bias), columns
+                )
 
             return jax.lax.map(one_row_tile, (row_tiles, sums)), None
 
-        return jax.lax.scan(one_tile, sums, _cut_columns(columns, tile))[0]
+        return jax.lax.scan(one_tile, sums, tiles)[0]
 
     shape = row_tiles[1].shape
-    sums = jnp.full(shape, MASKED), jnp.zeros(shape)
-    columns_here = _gather(ring, columns)
-    if ring.size > 1:
-
-        def turn(carry, _):
-            sums, columns = carry
-            coming = _pass_on(ring, columns)  # does not wait for the tiles
-            return (update(sums, columns), coming), None
-
-        (sums, columns_here), _ = jax.lax.scan(
-            turn, (sums, columns_here), None, length=ring.size - 1
-        )
-    highest, total = (x.reshape(-1)[: len(rows)] for x in update(sums, columns_here))
-    out = total if contrast == "sigmoid" else highest + jnp.log(total)
-    return out, (rows, row_id, columns, scale, bias, out)
+    nothing = _Sums(
+        jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(shape), jnp.zeros_like(row_tiles[0])
+    )
+    labels = jnp.stack([columns.id, columns.real.astype(jnp.int32)])
+    sums = _stream(ring, _Block(columns.embed, labels), update, nothing)
+    sums = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(rows)], sums)
+    out, weight, mean = sums.total, sums.weight, sums.vectors
+    if contrast == "softmax":
+        out = sums.highest + jnp.log(sums.total)
+        some = jnp.maximum(sums.total, jnp.finfo(jnp.float32).tiny)
+        weight, mean = sums.total / some, sums.vectors / some[:, None]
+    return out, (rows, row_id, columns, scale, bias, out, weight, mean)
 
 
 def _backward(contrast, tile, ring, residuals, cotangent):
-    rows, row_id, columns, scale, bias, out = residuals
-    row_tiles = _cut((rows, row_id, out, cotangent), tile)
+    rows, row_id, columns, scale, bias, out, weight, mean = residuals
+    column_tiles = Columns(*_cut(tuple(columns), tile))
 
-    def update(pulls, columns):
-        """Adds to `pulls` of the rows; returns them and the gift to the columns, scale left out."""
+    def update(gift, block):
+        """Adds what the rows of a block have for this device's columns, scale left out."""
+        row_tiles = _cut((block.vectors, block.labels.T), tile)
 
-        def one_tile(pulls, column_tile):
-            def one_row_tile(gift, part):
-                (x, x_id, x_out, x_cotangent), (pull, count) = part
-                logits, allowed = _logits(x, x_id, column_tile, scale, bias)
+        def one_tile(gift, rows):
+            x, labels = rows
+            x_id = labels[:, 0]
+            x_out, x_cotangent = jax.lax.bitcast_convert_type(labels[:, 1:], jnp.float32).T
+
+            def one_column_tile(part):
+                columns, gift = part
+                logits, allowed = _logits(x, x_id, columns, scale, bias)
                 if contrast == "softmax":
                     share = jnp.exp(logits - x_out[:, None])
                 else:
                     share = jax.nn.sigmoid(logits)
                 share = jnp.where(allowed, share * x_cotangent[:, None], 0)  # [rows, columns]
-                pull += _product("nm,md->nd", share, column_tile.embed)
-                gift += _product("nm,nd->md", share, x)
-                return gift, (pull, count + share.sum(1))
+                return gift + _product("nm,nd->md", share, x)
 
-            nothing = jnp.zeros_like(column_tile.embed)
-            gift, pulls = jax.lax.scan(one_row_tile, nothing, (row_tiles, pulls))
-            return pulls, gift
+            return jax.lax.map(one_column_tile, (column_tiles, gift)), None
 
-        pulls, gifts = jax.lax.scan(one_tile, pulls, _cut_columns(columns, tile))
-        return pulls, gifts.reshape(-1, gifts.shape[-1])[: len(columns.embed)]
+        return jax.lax.scan(one_tile, gift, row_tiles)[0]
 
-    pulls = jnp.zeros_like(row_tiles[0]), jnp.zeros(row_tiles[1].shape)
-    columns_here = _gather(ring, columns)
-    gift = jnp.zeros_like(columns_here.embed)
-    if ring.size > 1:
-        # A block's gift follows it one turn behind: what was added to it in the last turn travels
-        # while the tiles of this one are computed.
-        def turn(carry, _):
-            pulls, columns, gift = carry
-            coming, arrived = _pass_on(ring, columns), _pass_on(ring, gift)
-            pulls, added = update(pulls, columns)
-            return (pulls, coming, arrived + added), None
-
-        (pulls, columns_here, gift), _ = jax.lax.scan(
-            turn, (pulls, columns_here, gift), None, length=ring.size - 1
-        )
-        gift = _pass_on(ring, gift)
-    pulls, added = update(pulls, columns_here)
-    gift = gift + added
-    if ring.size > 1:
-        gift = _pass_on(ring, gift)  # home
-    if ring.gather:
-        gift = jax.lax.psum_scatter(gift, ring.gather, tiled=True)
-    pull, count = pulls
-    pull = pull.reshape(-1, rows.shape[-1])[: len(rows)]
+    as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
+    block = _Block(rows, jnp.stack([row_id, as_int(out), as_int(cotangent)]))
+    gift = _stream(ring, block, update, jnp.zeros_like(column_tiles.embed))
+    gift = gift.reshape(-1, gift.shape[-1])[: len(columns.embed)]
+    pull = cotangent[:, None] * mean
     return (
         scale * pull,
         None,
         Columns(scale * gift, None, None),
         jnp.sum(rows * pull),
-        count.sum(),
+        jnp.sum(cotangent * weight),
     )
 
 
 negatives.defvjp(_forward, _backward)
+
+
+class _Sums(NamedTuple):
+    """What a row has seen so far; for a softmax relative to exp(highest)."""
+
+    highest: Array  # [m] logit
+    total: Array  # [m] of exp(z), or of log(1 + exp(z))
+    weight: Array  # [m] of the derivatives of `total` by z
+    vectors: Array  # [m, D] of the columns, weighted likewise
+
+
+class _Block(NamedTuple):
+    """Rows or columns on their way: as few arrays as can be, since each is a transfer of its own."""
+
+    vectors: Array  # float32 [k, D]
+    labels: Array  # int32 [n, k]
 
 
 def _logits(rows, row_id, columns, scale, bias):
@@ -197,15 +196,21 @@ def _logits(rows, row_id, columns, scale, bias):
     return scale * similarity(rows, columns.embed) + bias, allowed
 
 
-def _accumulate(contrast, state, logits, allowed):
-    """The running (highest logit, sum of exponentials below it), or (not used, sum)."""
-    highest, total = state
+def _accumulate(contrast, state: _Sums, logits, allowed, columns: Columns) -> _Sums:
+    """The sums with a tile of columns added."""
+    highest, total, weight, vectors = state
     if contrast == "sigmoid":
-        return highest, total + jnp.where(allowed, jax.nn.softplus(logits), 0).sum(1)
-    logits = jnp.where(allowed, logits, MASKED)
-    higher = jnp.maximum(highest, logits.max(1))
-    terms = jnp.where(allowed, jnp.exp(logits - higher[:, None]), 0)
-    return higher, total * jnp.exp(highest - higher) + terms.sum(1)
+        share = jnp.where(allowed, jax.nn.sigmoid(logits), 0)
+        total += jnp.where(allowed, jax.nn.softplus(logits), 0).sum(1)
+    else:
+        logits = jnp.where(allowed, logits, MASKED)
+        higher = jnp.maximum(highest, logits.max(1))
+        share = jnp.where(allowed, jnp.exp(logits - higher[:, None]), 0)
+        fade, highest = jnp.exp(highest - higher), higher
+        total = total * fade + share.sum(1)
+        weight, vectors = weight * fade, vectors * fade[:, None]
+    weight += share.sum(1)
+    return _Sums(highest, total, weight, vectors + _product("nm,md->nd", share, columns.embed))
 
 
 def _cut(tree, tile: int):
@@ -220,17 +225,19 @@ def _cut(tree, tile: int):
     return jax.tree.map(cut, tree)
 
 
-def _cut_columns(columns: Columns, tile: int) -> Columns:
-    return Columns(*_cut(tuple(columns), tile))  # padding is not `real`
+def _stream(ring: Ring, block: _Block, update, state):
+    """`state = update(state, block)` for the block of every device of the ring, the own one first."""
+    if ring.gather is not None:
+        gather = functools.partial(jax.lax.all_gather, axis_name=ring.gather, tiled=True)
+        block = _Block(gather(block.vectors), gather(block.labels, axis=1))
+    if ring.size > 1:
+        hops = [(i, (i + 1) % ring.size) for i in range(ring.size)]
 
+        def turn(carry, _):
+            state, block = carry
+            # Does not wait for the tiles: the next block comes while this one is used.
+            coming = jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axes, hops), block)
+            return (update(state, block), coming), None
 
-def _gather(ring: Ring, columns: Columns) -> Columns:
-    if ring.gather is None:
-        return columns
-    return jax.tree.map(lambda x: jax.lax.all_gather(x, ring.gather, tiled=True), columns)
-
-
-def _pass_on(ring: Ring, tree):
-    """Everybody's block to the next device of the ring."""
-    hops = [(i, (i + 1) % ring.size) for i in range(ring.size)]
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axes, hops), tree)
+        (state, block), _ = jax.lax.scan(turn, (state, block), None, length=ring.size - 1)
+    return update(state, block)

@@ -279,7 +279,9 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     lowered = program.step.lower(program.state, program.batch)
     versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
     flags = {flag: os.environ.get(flag) for flag in _FLAGS}
-    identity = json.dumps([name, request["options"], versions, flags], sort_keys=True)
+    # An entry that was written with other fields is another entry.
+    fields = [field.name for field in dataclasses.fields(Compiled)]
+    identity = json.dumps([fields, name, request["options"], versions, flags], sort_keys=True)
     text = lowered.as_text()
     key = hashlib.sha256((identity + text).encode()).hexdigest()[:24]
     facts, hlo = _paths(epath.Path(request["cache"]), key)

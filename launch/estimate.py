@@ -76,12 +76,17 @@ def kept(config: config_lib.Config, images: int) -> list[Kept]:
             Kept(
                 aval.size * aval.dtype.itemsize,
                 f"{aval.dtype}[{','.join(map(str, aval.shape))}]",
-                str(makers[key].source_info.name_stack),
+                _module(str(makers[key].source_info.name_stack)),
             )
             for key, aval in found.items()
         ),
         reverse=True,
     )
+
+
+def _module(name_stack: str) -> str:
+    """The module below the model, such as image/norm, of "jvp(GRAIN)/GRAIN.encode_image/image/norm"."""
+    return "/".join(part for part in name_stack.split("/") if "GRAIN" not in part)
 
 
 def mesh_sizes(mesh: config_lib.Mesh, count: int) -> dict[str, int]:

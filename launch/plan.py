@@ -1,6 +1,8 @@
 """What a run would need on chips that are not here: python -m launch.plan --config configs/X.py --topology v5e:16x16
 
-    [--json OUT.json] [--search] [--examples N] [--price P] [--config.a.b=value ...]
+    [--json OUT.json] [--search] [--examples N] [--price PER_CHIP_HOUR] [--efficiency SHARE_OF_PEAK]
+    [--input-rate IMAGES_PER_S_A_CORE] [--image-bytes N] [--storage-rate GB_PER_S_A_HOST]
+    [--timeout SECONDS] [--config.a.b=value ...]
 
 TPUs: the very step that `grain_jax.train` runs is compiled for them by libtpu, on this machine's CPU. GPUs
 (h100:8x2): arithmetic, labelled ESTIMATE. Prints whether it fits, what bounds its speed, what the input must

@@ -1,5 +1,6 @@
 """The printed page of a plan: what `launch.plan` found, in the order in which a reader asks."""
 
+import textwrap
 from typing import Any
 
 from grain_jax import monitor
@@ -84,7 +85,7 @@ def _heading(plan) -> list[str]:
         f"{plan['topology']}: {plan['chips']} chips on {plan['hosts']} hosts"
         + (f" in {plan['slices']} slices or nodes" if plan["slices"] > 1 else ""),
         f"mesh {mesh}; {plan['batch_size']} images a step, {plan['batch_size'] // shards} a chip",
-        ", ".join(f"{key}={value}" for key, value in plan["levers"].items()),
+        *textwrap.wrap(" ".join(f"{k}={v}" for k, v in plan["levers"].items()), WIDTH),
     ]
     if plan["estimate"]:
         lines.append("ESTIMATE by arithmetic: nothing was compiled; trust it to about a fifth")
@@ -94,7 +95,7 @@ def _heading(plan) -> list[str]:
             f"compiled by libtpu {versions['libtpu']}, jax {versions['jax']}; no chip was used"
         )
     if plan["overrides"]:
-        lines.append(" ".join(plan["overrides"]))
+        lines += textwrap.wrap("given: " + " ".join(plan["overrides"]), WIDTH)
     lines += ["", verdict]
     if (
         not plan["fits"]
@@ -216,8 +217,6 @@ def _speed(plan) -> list[str]:
     run, fast, rate = plan["run"], plan["images_per_second_at_most"], plan["images_per_second"]
     days = _days(run["days"])
     what = f"{run['total_steps']:,} steps, {run['images'] / 1e6:,.1f} M images"
-    if run["per_million"]:
-        what += ": PER MILLION EXAMPLES, as --examples was not given"
     rows += [
         ("images/s, at most", f"{fast:,.0f}", "no run can beat it"),
         (
@@ -227,6 +226,10 @@ def _speed(plan) -> list[str]:
         ),
         ("the run takes", days, what),
     ]
+    if run["per_million"]:
+        rows.append(
+            ("", "", "PER MILLION EXAMPLES of the data set: --examples N gives the run's own")
+        )
     label = " (ESTIMATE)" if plan["estimate"] else ""
     return [_section(f"Time of a step{label}"), *_rows(rows)]
 
@@ -289,12 +292,11 @@ def _bill(plan) -> list[str]:
     bill = plan["bill"]
     if bill is None:
         return []
-    rows = [
-        ("chip-hours", f"{bill['chip_hours']:,.0f}", "of the whole run, nothing lost to restarts")
-    ]
+    whole = "a million examples" if plan["run"]["per_million"] else "the whole run"
+    rows = [("chip-hours", f"{bill['chip_hours']:,.1f}", f"of {whole}, nothing lost to restarts")]
     if bill["cost"] is not None:
         rows.append(
-            ("cost", f"{bill['cost']:,.0f}", f"at {bill['price_per_chip_hour']:g} a chip-hour")
+            ("cost", f"{bill['cost']:,.2f}", f"at {bill['price_per_chip_hour']:g} a chip-hour")
         )
     else:
         rows[0] = (*rows[0][:2], rows[0][2] + "; --price P gives the cost")

@@ -14,6 +14,7 @@ from grain_jax import errors
 
 MAX_COMPILES = 8
 GOAL = 0.97  # of the limit: what a prediction aims at
+GROWTH = 4  # times the last batch, at most: a line does not reach further
 
 
 class Answer(NamedTuple):
@@ -119,6 +120,7 @@ def _predict(points: list[Point], start: int, step: int, fitting: int, failing: 
         slope = (total - before.answer.total_bytes) / (images - before.images_per_chip)
     else:
         slope = total / images  # too steep, as the state does not grow: the next try is a safe one
-    guess = images + (goal - total) / slope if slope > 0 else 2 * images
+    guess = images + (goal - total) / slope if slope > 0 else math.inf
+    guess = min(guess, GROWTH * images)
     lowest, highest = fitting + step, failing - step
     return int(min(max(guess // step * step, lowest), highest))

@@ -1,6 +1,11 @@
+import dataclasses
+
 import jax
+import numpy as np
 import pytest
 
+from configs.grain_vitb16_cc12m import get_config as b16
+from grain_jax import config as config_lib
 from grain_jax import optim, sharding, train_step
 from grain_jax.models.grain import GRAIN
 from tests import tiny
@@ -54,3 +59,41 @@ def test_no_packing_group_is_cut():
     c = tiny.config(text__pack_group=4)
     with pytest.raises(sharding.ShardingError, match="multiple of data x fsdp x microbatches"):
         sharding.check_batch(c, _mesh(8, 1, 1))
+
+
+def test_fsdp_keeps_an_eighth_of_the_state():
+    c = config_lib.from_dict(b16())
+    mesh = sharding.make_mesh(dataclasses.replace(c.mesh, data=1, fsdp=8))
+    program = train_step.build(c, mesh, total_steps=10, steps_per_epoch=1)
+    lines = sharding.table(program.state, program.shardings).splitlines()
+    here, whole = 0, 0
+    leaves = zip(jax.tree.leaves(program.state), jax.tree.leaves(program.shardings))
+    for leaf, placed in leaves:
+        here += np.prod(placed.shard_shape(leaf.shape)) * 4
+        whole += np.prod(leaf.shape) * 4
+    assert here / whole <= 0.15
+    assert lines[-1].startswith(f"{here / 1e6:,.1f} MB a device, {here / whole:.3f} of")
+    row = next(line for line in lines if "params/image/blocks/mlp/in/kernel" in line)
+    assert row.split() == [
+        "params/image/blocks/mlp/in/kernel", "12x768x3072", "float32", "(None,", "fsdp,", "tensor)",
+        f"{12 * 768 * 3072 * 4 // 8:,}",
+    ]  # fmt: skip
+
+
+class _Chip:
+    def __init__(self, index, slice_index):
+        self.id, self.slice_index, self.process_index = index, slice_index, index // 4
+        self.platform, self.device_kind = "cpu", "cpu"
+
+
+def test_slices_are_cut_over_data_first():
+    chips = [_Chip(i, i % 2) for i in range(16)]  # slices interleaved
+    c = tiny.config(mesh__data=4, mesh__fsdp=2, mesh__tensor=2, mesh__dcn_data=2)
+    slices = np.vectorize(lambda d: d.slice_index)(sharding.make_mesh(c.mesh, chips).devices)
+    np.testing.assert_array_equal(slices, np.broadcast_to([[[0]], [[0]], [[1]], [[1]]], (4, 2, 2)))
+    with pytest.raises(
+        sharding.ShardingError, match="dcn_data: got 1, expected a multiple of the 2"
+    ):
+        sharding.make_mesh(dataclasses.replace(c.mesh, dcn_data=1), chips)
+    with pytest.raises(sharding.ShardingError, match="divisor of mesh.data = 4"):
+        sharding.make_mesh(dataclasses.replace(c.mesh, dcn_data=8), chips)

@@ -1,15 +1,18 @@
 """One step on 8 virtual devices: the same numbers on every mesh, with micro-batches, and a clean HLO."""
 
 import functools
+import math
 import re
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from grain_jax import optim, sharding, train_step
 from grain_jax.models.grain import GRAIN
+from launch import hlo
 from tests import tiny
 
 
@@ -44,7 +47,8 @@ ONE = (1, 1, 1)
         ((4, 2, 1), {}),
         ((2, 2, 2), {"remat": "full"}),
         (ONE, {"microbatches": 4}),
-        ((2, 2, 2), {"microbatches": 2, "remat": "dots"}),
+        ((4, 1, 2), {"remat": "dots"}),
+        ((2, 2, 2), {"microbatches": 2, "remat": "qkv", "loss__gather": 2, "loss__tile": 7}),
     ],
 )
 def test_mesh_microbatches_and_remat_change_nothing(mesh, overrides):
@@ -84,6 +88,82 @@ def test_group_size_gives_the_same_loss_on_1_and_8_devices():
     everything, _, _ = _run(ONE, ema_decay=0.9)
     np.testing.assert_allclose(one[0]["loss"], eight[0]["loss"], rtol=1e-6)
     assert one[0]["loss_region_description"] < everything[0]["loss_region_description"] - 0.5
+
+
+def _placed_in_loops(step):
+    """(instruction, whether it runs in a loop) of the compiled step."""
+    module = hlo.parse(step.as_text())
+    for name, computation in module.computations.items():
+        for instruction in computation.instructions.values():
+            yield instruction, name in module.in_loop
+
+
+def test_no_buffer_of_the_step_grows_with_the_global_batch():
+    """Every switch on; no array of the compiled step has a batch-sized dimension, nor a batch's elements spelt otherwise."""
+    # 13 images on each part of a device, 19 values an embedding: no other product of sizes has these factors.
+    c = tiny.config(
+        batch_size=4 * 2 * 2 * 13,
+        model__embed_dim=19,
+        loss__tile=64,
+        mesh__data=2,
+        mesh__fsdp=2,
+        mesh__tensor=2,
+        microbatches=2,
+        remat="full",
+        ema_decay=0.9,
+    )
+    program = _build(c)
+    step = program.step.lower(program.state, program.batch).compile()
+    b, r = c.batch_size, c.input.max_regions
+    limits = {b * b, b * r * b * r, b * c.model.embed_dim, b * r * c.model.embed_dim}
+    for instruction, _ in _placed_in_loops(step):
+        for shape in instruction.shapes:
+            assert not {b, b * r, b * (1 + r)} & set(shape.dims), instruction
+            assert math.prod(shape.dims) not in limits, instruction
+
+
+def test_fsdp_gathers_a_layer_at_a_time():
+    c = tiny.config(mesh__data=1, mesh__fsdp=8, remat="full")
+    program = _build(c)
+    step = program.step.lower(program.state, program.batch).compile()
+    stacked = {
+        leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(program.state.params)
+        if "kernel" in jax.tree_util.keystr(path) and "blocks" in jax.tree_util.keystr(path)
+    }
+    layer = {shape[1:] for shape in stacked}
+    gathered, in_loops = set(), 0
+    for instruction, in_loop in _placed_in_loops(step):
+        if instruction.opcode.startswith("all-gather"):
+            for shape in instruction.shapes:
+                assert shape.dims not in stacked, instruction
+                dims = tuple(n for n in shape.dims if n != 1)
+                if in_loop and dims in layer:
+                    gathered.add(dims)
+                in_loops += in_loop
+    assert in_loops and gathered == layer, (gathered, layer)
+
+
+def test_products_of_the_losses_are_float32_at_highest_precision():
+    c = tiny.config(dtype="bfloat16", mesh__data=8)
+    program = _build(c)
+    jaxpr = jax.make_jaxpr(program.step)(program.state, program.batch)
+    found = []
+
+    def visit(jaxpr, inside):
+        for equation in jaxpr.eqns:
+            name = equation.primitive.name
+            if inside and name == "dot_general":
+                types = {v.aval.dtype.name for v in (*equation.invars, *equation.outvars)}
+                found.append((types, equation.params["precision"]))
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                visit(inner, inside or name == "shard_map")
+
+    visit(jaxpr.jaxpr, False)
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    # Forward and backward of two directions of captions and one of regions.
+    assert len(found) >= 9
+    assert all(types == {"float32"} and precision == highest for types, precision in found), found
 
 
 COLLECTIVES = re.compile(r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(")
