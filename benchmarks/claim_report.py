@@ -412,7 +412,8 @@ def _draw_noise(noise, main, path: pathlib.Path) -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("unseen by description, top-1, %", fontsize=9)
-    axes[-1].legend(fontsize=8, frameon=False, loc="upper right")
+    handles, labels = axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside upper center", ncols=4)
     _save(figure, path)
 
 

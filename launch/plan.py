@@ -290,7 +290,10 @@ def find(config, topology, options: Options, say, base: dict[str, Any]) -> dict[
     mesh = estimate.mesh_sizes(config.mesh, topology.count)
 
     def ask(candidate: config_lib.Config) -> search.Answer:
-        say(f"trying remat={candidate.remat} batch_size={candidate.batch_size}")
+        say(
+            f"trying remat={candidate.remat} batch_size={candidate.batch_size}"
+            f" loss.gather={candidate.loss.gather}"
+        )
         plan = base if candidate == config else make(candidate, topology, options, say)
         memory = plan["memory"]
         return search.Answer(
@@ -309,6 +312,7 @@ def find(config, topology, options: Options, say, base: dict[str, Any]) -> dict[
             return None
         return {
             "remat": point.remat,
+            "gather": point.gather,
             "images_per_chip": point.images_per_chip,
             "batch_size": point.images_per_chip * shards,
             **point.answer._asdict(),

@@ -82,7 +82,7 @@ def _heading(plan) -> list[str]:
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     shards = plan["mesh"]["data"] * plan["mesh"]["fsdp"]
     lines = [
-        f"{plan['topology']}: {plan['chips']} chips on {plan['hosts']} hosts"
+        f"{plan['topology']}: {plan['chips']} chips on {plan['hosts']} host(s)"
         + (f" in {plan['slices']} slices or nodes" if plan["slices"] > 1 else ""),
         f"mesh {mesh}; {plan['batch_size']} images a step, {plan['batch_size'] // shards} a chip",
         *textwrap.wrap(" ".join(f"{k}={v}" for k, v in plan["levers"].items()), WIDTH),
@@ -307,17 +307,22 @@ def _search(plan) -> list[str]:
     found = plan.get("search")
     if not found:
         return []
-    lines = [f"  {'remat':<8}{'images/chip':>12}{'batch':>9}{'GB/chip':>10}{'images/s':>11}"]
+    lines = [
+        f"  {'remat':<8}{'gather':>7}{'images/chip':>12}{'batch':>9}{'GB/chip':>10}{'images/s':>11}"
+    ]
     for point in found["tried"]:
         rate = point["images_per_second"]
         lines.append(
-            f"  {point['remat']:<8}{point['images_per_chip']:>12}{point['batch_size']:>9}"
+            f"  {point['remat']:<8}{point['gather']:>7}{point['images_per_chip']:>12}{point['batch_size']:>9}"
             f"{point['total_bytes'] / 1e9:>10.2f}{f'{rate:,.0f}' if rate else '-':>11}"
             f"{'' if point['fits'] else '   does not fit'}"
         )
     answers = []
     if found["at_batch"]:
-        answers.append(f"  At this batch: --config.remat={found['at_batch']['remat']}")
+        best = found["at_batch"]
+        answers.append(
+            f"  At this batch: --config.remat={best['remat']} --config.loss.gather={best['gather']}"
+        )
     else:
         answers.append("  At this batch nothing fits: see microbatches and mesh.fsdp")
     if found["largest"]:

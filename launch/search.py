@@ -1,4 +1,4 @@
-"""Looks for the largest batch and the cheapest remat policy that fit, in few compiles.
+"""Looks for the largest batch, the cheapest remat policy that fits and the faster ring, in few compiles.
 
 Memory grows nearly linearly with the images of a chip, so two answers predict where the limit is; each
 prediction is compiled, never trusted.
@@ -14,6 +14,7 @@ from grain_jax import errors
 
 MAX_COMPILES = 8
 GOAL = 0.97  # of the limit: what a prediction aims at
+GATHER = 4  # chips that share columns before the ring: what is tried against none
 GROWTH = 4  # times the last batch, at most: a line does not reach further
 
 
@@ -30,6 +31,7 @@ class Point(NamedTuple):
     """A point that was tried."""
 
     remat: str
+    gather: int
     images_per_chip: int
     answer: Answer
 
@@ -64,7 +66,7 @@ def search(
     *,
     max_compiles: int = MAX_COMPILES,
 ) -> Found:
-    """Tries the remat policies at the config's batch, cheapest first, then the largest batch.
+    """Tries the remat policies at the config's batch, cheapest first, then `loss.gather`, then larger batches.
 
     Args:
       config: where to start.
@@ -81,9 +83,12 @@ def search(
         )
     tried: list[Point] = []
 
-    def attempt(remat: str, images: int) -> Point:
-        answer = ask(dataclasses.replace(config, remat=remat, batch_size=images * shards))
-        tried.append(Point(remat, images, answer))
+    def attempt(remat: str, images: int, gather: int = config.loss.gather) -> Point:
+        loss = dataclasses.replace(config.loss, gather=gather)
+        answer = ask(
+            dataclasses.replace(config, remat=remat, batch_size=images * shards, loss=loss)
+        )
+        tried.append(Point(remat, gather, images, answer))
         return tried[-1]
 
     start, at_batch = config.batch_size // shards, None
@@ -92,10 +97,15 @@ def search(
         if point.answer.fits:
             at_batch = point
             break
+    if at_batch and config.loss.gather == 1 and _can_gather(config, shards):
+        other = attempt(at_batch.remat, start, GATHER)
+        rates = other.answer.images_per_second, at_batch.answer.images_per_second
+        if other.answer.fits and None not in rates and rates[0] > rates[1]:
+            at_batch = other
 
     # The policy that needs least memory carries the largest batch.
     step, remat = unit(config, shards), config_lib.REMAT_POLICIES[-1]
-    mine = [p for p in tried if p.remat == remat]
+    mine = [p for p in tried if p.remat == remat and p.gather == config.loss.gather]
     while len(tried) < max_compiles:
         fitting = max((p.images_per_chip for p in mine if p.answer.fits), default=0)
         failing = min((p.images_per_chip for p in mine if not p.answer.fits), default=math.inf)
@@ -106,6 +116,12 @@ def search(
     fits = [p for p in tried if p.answer.fits]
     largest = max(fits, key=lambda p: p.images_per_chip, default=None)
     return Found(tried, at_batch, largest)
+
+
+def _can_gather(config: config_lib.Config, shards: int) -> bool:
+    """Whether there is a ring left when `GATHER` neighbours share their columns."""
+    group = (config.loss.group_size or config.batch_size) * shards // config.batch_size
+    return shards > GATHER and shards % GATHER == 0 and (group <= 1 or group % GATHER == 0)
 
 
 def _predict(points: list[Point], start: int, step: int, fitting: int, failing: float) -> int:

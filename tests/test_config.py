@@ -46,7 +46,10 @@ def test_reference_config_restores_what_the_spec_lists():
             "text.pack_rows: missing; configs/common.py has its default",
         ),
         (lambda d: d.update(batch_size="x"), "batch_size: got 'x', expected int"),
-        (lambda d: d.update(remat="some"), "remat: got 'some', expected one of none, dots, qkv, full"),
+        (
+            lambda d: d.update(remat="some"),
+            "remat: got 'some', expected one of none, dots, qkv, full",
+        ),
         (
             lambda d: d.update(total_epochs=1.0),
             "total_steps, total_epochs: exactly one must be set",

@@ -224,14 +224,14 @@ def test_out_of_memory_names_the_arrays_and_what_to_change():
     assert "--config.remat" in text and hidden in text
 
 
-def _linear(fixed, slopes, limit, calls):
-    """An `ask` whose memory is linear in the images of a chip (8 chips)."""
+def _linear(fixed, slopes, limit, calls, rates={1: 100.0, 4: 90.0}):  # noqa: B006
+    """An `ask` with those images/s by `loss.gather`, whose memory is linear in the images of a chip (8 chips)."""
 
     def ask(config):
-        calls.append((config.remat, config.batch_size))
+        calls.append((config.remat, config.batch_size, config.loss.gather))
         total = round(fixed + slopes[config.remat] * config.batch_size / 8)
         fits = total <= limit
-        return search.Answer(fits, total, limit, 1.0 if fits else None)
+        return search.Answer(fits, total, limit, rates[config.loss.gather] if fits else None)
 
     return ask
 
@@ -243,10 +243,13 @@ def test_search_finds_the_cheapest_policy_and_the_largest_batch():
     config, calls = tiny.config(batch_size=512, input__lanes=1), []  # 64 images a chip
     found = search.search(config, 8, _linear(1000, SLOPES, 10_000, calls))
     assert found.at_batch.remat == "dots"  # 1000 + 64 x 50 fits, 1000 + 64 x 250 does not
+    assert found.at_batch.gather == 1 and ("dots", 512, 4) in calls  # it was tried, and slower
     assert found.largest.remat == "full"
     assert search.unit(config, 8) == 2  # a packing group
     assert 900 >= found.largest.images_per_chip >= 0.97 * 900  # (10000 - 1000) / 10
     assert len(calls) <= search.MAX_COMPILES and len(set(calls)) == len(calls)
+    faster = _linear(1000, SLOPES, 10_000, [], rates={1: 100.0, 4: 110.0})
+    assert search.search(config, 8, faster).at_batch.gather == 4
 
 
 def test_search_goes_down_where_the_batch_does_not_fit():
@@ -282,7 +285,7 @@ def test_search_of_a_plan_compiles_eight_times_at_most(monkeypatch):
     say = lambda text: None
     base = make(config, TOPOLOGY, plan.Options(), say)
     found = plan.find(config, TOPOLOGY, plan.Options(), say, base)
-    assert calls.count(("dots", 512)) == 1 and len(calls) <= search.MAX_COMPILES
+    assert calls.count(("dots", 512, 1)) == 1 and len(calls) <= search.MAX_COMPILES
     assert found["at_batch"] is None
     largest = found["largest"]
     assert largest["batch_size"] == 8 * largest["images_per_chip"]
