@@ -71,6 +71,15 @@ def model(size: str = "B/16") -> ConfigDict:
     return c
 
 
+def on_hardware(c: ConfigDict, table: dict[str, dict], name: str | None) -> ConfigDict:
+    """`c` with the overrides that `table` has for that hardware; None: as it is."""
+    if name is not None:
+        if name not in table:
+            raise ValueError(f"hardware: got {name!r}, expected one of {', '.join(table)}")
+        c.update_from_flattened_dict(table[name])
+    return c
+
+
 def evaluator(kind: str, images: str, **fields) -> dict:
     """An entry of `evals`: what to measure, on which folder."""
     entry = dict(kind=kind, images=images, descriptions=None, annotations=None, alphas=(1.0, 0.5))

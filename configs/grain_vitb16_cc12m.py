@@ -1,16 +1,24 @@
 """GRAIN ViT-B/16 on CC12M with synthetic annotations (method.md, Training recipe).
 
-COMMAND   python -m grain_jax.train --config configs/grain_vitb16_cc12m.py --workdir gs://BUCKET/grain_b16_cc12m \
+COMMAND   python -m grain_jax.train --config configs/grain_vitb16_cc12m.py[:HARDWARE] --workdir gs://BUCKET/grain_b16_cc12m \
               --config.input.data_dir=gs://BUCKET/records
-HARDWARE  the paper: 16 H100 x 128 images; here any mesh that 2048 images divide over. Not yet run by us.
+HARDWARE  the paper: 16 H100 x 128 images. v5e-64, v5e-256, h100-8: see below (planned, docs/scaling.md); else any
+          mesh that 2048 images divide over. Not yet run by us.
 """
 
-from configs.common import base
+from configs.common import base, on_hardware
+
+# What 2048 images a step need there. Small shares of the batch are packed in small groups.
+HARDWARE = {
+    "v5e-64": {"text.pack_group": 32, "text.pack_rows": 20},  # 32 images a chip
+    "v5e-256": {"text.pack_group": 8, "text.pack_rows": 5},  # 8 images a chip
+    "h100-8": {"remat": "qkv"},  # 256 images a GPU
+}
 
 
-def get_config():
+def get_config(hardware=None):
     c = base("B/16")
     c.total_epochs = 35.0
     c.optim.warmup_epochs = 1.0
     c.input.name = "cc12m"
-    return c
+    return on_hardware(c, HARDWARE, hardware)

@@ -6,7 +6,8 @@ specs" of https://jax-ml.github.io/scaling-book/tpus (DCN of v4, where Google Cl
 https://cloud.google.com/compute/docs/gpus/gpu-network-bandwidth and /accelerator-optimized-machines (vCPUs
 and network of the machines a2-highgpu-8g, a2-ultragpu-8g, a3-megagpu-8g and a3-ultragpu-8g); NVIDIA's data
 sheets of A100, H100 SXM and H200 SXM (memory, NVLink); peak FLOPs are those of `grain_jax.flops`. The memory of
-a TPU is what the compiler of libtpu 0.0.42.1 allows a program, most often a little less than is printed.
+a TPU is what the compiler of libtpu 0.0.42.1 allows a program, most often a little less than is printed; of a
+GPU, the share that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from grain_jax import errors
 from grain_jax.flops import peak_flops
 
 _GIB = 2**30
+_JAX_TAKES = 0.75  # of a GPU's memory, https://docs.jax.dev/en/latest/gpu_memory_allocation.html
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ def _tpu(name, kind, hbm_gib, hbm_rate, link, dcn, cores, wrap, axes) -> Chip:
 
 def _gpu(name, kind, hbm_gib, hbm_rate, nvlink, dcn, cores) -> Chip:
     flops = peak_flops(kind, "bfloat16")
-    hbm = hbm_gib * _GIB
+    hbm = _JAX_TAKES * hbm_gib * _GIB
     return Chip(name, kind, hbm, flops, hbm_rate, nvlink, nvlink, dcn, 8, cores, 0, 0)
 
 
