@@ -136,7 +136,7 @@ class Loss:
     iou_epsilon: float  # added to the union in the IoU term (reference: 1e-4, quirk 15)
     deep_supervision: bool  # the box loss of the earlier decoder layers is added
     shift_labels_after_empty_box: bool  # the reference's quirk 1
-    tile: int  # rows and columns of similarities that are in memory at once (streaming.py); no effect on the result
+    tile: int  # rows and columns of a tile of similarities (streaming.py); no effect on the result
     gather: int  # neighbouring devices that share their columns before these go round the ring; likewise
 
 
@@ -410,6 +410,16 @@ def _check(config: Config, faults: list[str]) -> None:
             "loss.match_l1, loss.match_giou, loss.match_description: got 0 for all, so that queries"
             " would be matched by their numbers; expected at least one that is not 0"
         )
+    if config.mesh.data == 0:
+        faults.append("mesh.data: got 0, expected at least 1, or -1 for what the other axes leave")
+    if config.model.decoder.queries == 0 and config.input.max_regions:
+        faults.append(
+            "model.decoder.queries: got 0, expected at least 1 where input.max_regions is not 0: no query"
+            " could be matched with a region"
+        )
+    axes = [axis for axis, _ in config.sharding]
+    for axis in sorted({axis for axis in axes if axes.count(axis) > 1}):
+        faults.append(f"sharding: has {axis!r} more than once, expected one row for each axis")
     for pair in (("total_steps", "total_epochs"), ("optim.warmup_steps", "optim.warmup_epochs")):
         part = config.optim if pair[0].startswith("optim") else config
         values = [getattr(part, key.rpartition(".")[2]) for key in pair]

@@ -123,14 +123,27 @@ def place_state(
             if leaf.ndim:
                 faults.append(f"{name}: has no logical axes")
             return NamedSharding(mesh, PartitionSpec())
+        before = len(faults)
+        used = [table[axis] for axis in leaf.names if table.get(axis)]
         for size, axis in zip(leaf.value.shape, leaf.names):
-            if axis is not None and axis not in table:
+            if axis is None:
+                continue
+            if axis not in table:
                 faults.append(f"{name}: `sharding` has no rule for its axis {axis!r}")
-            elif axis is not None and table[axis] and size % mesh.shape[table[axis]]:
+            elif table[axis] and table[axis] not in mesh.shape:
+                faults.append(
+                    f"{name}: `sharding` sends its axis {axis!r} to {table[axis]!r}, expected one of"
+                    f" {', '.join(mesh.shape)}"
+                )
+            elif table[axis] and used.count(table[axis]) > 1:
+                faults.append(f"{name}: `sharding` sends two of its axes to {table[axis]!r}")
+            elif table[axis] and size % mesh.shape[table[axis]]:
                 faults.append(
                     f"{name}: its axis {axis!r} of {size} does not divide by"
                     f" mesh.{table[axis]} = {mesh.shape[table[axis]]}"
                 )
+        if len(faults) > before:
+            return NamedSharding(mesh, PartitionSpec())
         return NamedSharding(mesh, PartitionSpec(*(table.get(axis) for axis in leaf.names)))
 
     shardings = jax.tree_util.tree_map_with_path(place, abstract, is_leaf=_is_box)

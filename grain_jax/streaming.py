@@ -6,7 +6,7 @@ FlashAttention (Dao et al. 2022), its gradient. In the backward pass the rows tr
 up the gradient of its own columns: tiles are computed again (a custom VJP), and no gradient travels. All
 of this runs inside `jax.shard_map`.
 
-With k rows and columns of D values on each of n devices, a device holds about 4 k D + tile^2 numbers and
+With k rows and columns of D values on each of n devices, a device holds about 4 k D + a few tile^2 numbers and
 sends n k D of them forward and as many backward. Where a `Ring` gathers, g neighbours first share their
 blocks: g times the memory, a g-th of the hops, each of g times the size.
 """

@@ -99,7 +99,8 @@ class Topology(NamedTuple):
     @property
     def hosts(self) -> int:
         """Machines that hold the chips."""
-        return math.ceil(self.count / self.chip.chips_per_host)
+        a_slice = self.count // self.slices
+        return self.slices * math.ceil(a_slice / self.chip.chips_per_host)
 
 
 class TopologyError(errors.UserError):

@@ -306,7 +306,9 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
             code=analysis.generated_code_size_in_bytes,
             peak=analysis.peak_memory_in_bytes,
         )
-        hlo.write_bytes(gzip.compress(compiled.as_text().encode(), compresslevel=4))
+        partial = hlo.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(gzip.compress(compiled.as_text().encode(), compresslevel=4))
+        partial.replace(hlo)
     answer = Compiled(
         state_bytes=state_bytes(program),
         checkpoint_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)),

@@ -44,7 +44,7 @@ def roofline(
     """The roofline of one step.
 
     Args:
-      flops: matrix products of one chip a step (`hlo.dot_flops`), priced at the bfloat16 peak.
+      flops: matrix products of one chip a step (`hlo.dot_flops`, with passes), priced at the bfloat16 peak.
       hbm_bytes: traffic of one chip with its memory a step (`hlo.bytes_accessed`).
       collectives: `hlo.collectives`; which of them leave a slice is in their `slices`.
       chip: what it runs on.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from grain_jax import config as config_lib
-from grain_jax import sharding, train_step
+from grain_jax import losses, sharding, train_step
 from grain_jax.models.grain import GRAIN
 from launch import chips, compiler, hlo
 
@@ -89,13 +89,18 @@ def _module(name_stack: str) -> str:
     return "/".join(part for part in name_stack.split("/") if "GRAIN" not in part)
 
 
-def mesh_sizes(mesh: config_lib.Mesh, count: int) -> dict[str, int]:
-    """The sizes of the (data, fsdp, tensor) mesh over `count` chips. Raises ShardingError."""
+def mesh_sizes(mesh: config_lib.Mesh, count: int, nodes: int) -> dict[str, int]:
+    """The sizes of the (data, fsdp, tensor) mesh over `count` chips of so many nodes. Raises ShardingError."""
     data = mesh.data if mesh.data != -1 else max(count // (mesh.fsdp * mesh.tensor), 1)
     if data * mesh.fsdp * mesh.tensor != count:
         raise sharding.ShardingError(
             f"mesh: data x fsdp x tensor = {data} x {mesh.fsdp} x {mesh.tensor}, expected {count} chips;"
             " set mesh.data=-1 to use the rest"
+        )
+    if data % nodes or data % mesh.dcn_data:
+        raise sharding.ShardingError(
+            f"mesh: got data = {data} (mesh.dcn_data={mesh.dcn_data}) on {nodes} slices or nodes, expected a"
+            " multiple of both: nothing but data is cut over the network between them"
         )
     return {"data": data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
 
@@ -109,7 +114,7 @@ def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
     Raises:
       ShardingError: the mesh does not fit the chips, or the batch does not fit the mesh.
     """
-    sizes = mesh_sizes(config.mesh, topology.count)
+    sizes = mesh_sizes(config.mesh, topology.count, topology.slices)
     program = train_step.build(
         config,
         AbstractMesh(tuple(sizes.values()), tuple(sizes)),
@@ -138,53 +143,55 @@ def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
     )
 
 
-def _embeddings(config: config_lib.Config) -> int:
-    """Floats of the embeddings of one image that other images are compared with."""
-    return (1 + config.input.max_regions) * config.model.embed_dim
-
-
 def _loss_bytes(config: config_lib.Config, images: int) -> int:
-    """Of a chip's losses: three tiles (logits, their softmax, the mask), and columns that come, go and collect."""
-    columns = images * config.loss.gather * _embeddings(config)
-    return FLOAT * (3 * config.loss.tile**2 + 3 * columns)
+    """Of a chip's losses: three tiles (logits, their softmax, the mask), and blocks that are there, come and collect."""
+    vectors = images * config.loss.gather * (2 + config.input.max_regions)
+    return FLOAT * (3 * config.loss.tile**2 + 3 * vectors * config.model.embed_dim)
 
 
 def _collectives(config, topology, sizes, parameter_bytes) -> list[hlo.Collective]:
-    """Gradients and parameters that are summed and gathered, and the ring of the losses."""
+    """Gradients and parameters that are summed and gathered, and the rings of the losses."""
 
     def collective(kind, axis, count, size):
         # Of several nodes only the data axis leaves one.
         slices = topology.slices if axis == "data" else 1
         return hlo.Collective(kind, True, False, sizes[axis], slices, (axis,), count, size)
 
-    out = []
+    out, parts = [], config.microbatches  # gradients are summed once a part
     if sizes["data"] > 1:
-        out.append(collective("all-reduce", "data", 1, parameter_bytes))
+        out.append(collective("all-reduce", "data", parts, parts * parameter_bytes))
     if sizes["fsdp"] > 1:
         whole = parameter_bytes * sizes["fsdp"]
-        passes = 2 * config.microbatches  # forward and backward gather the parameters
+        passes = 2 * parts  # forward and backward gather the parameters
         out.append(collective("all-gather", "fsdp", passes, passes * whole))
-        out.append(collective("reduce-scatter", "fsdp", 1, whole))
+        out.append(collective("reduce-scatter", "fsdp", parts, parts * whole))
     if sizes["tensor"] > 1:
         count, size = _tensor_sums(config, sizes)
         out.append(collective("all-reduce", "tensor", count, size))
-    shards = sizes["data"] * sizes["fsdp"]
-    if shards > 1:
-        rows = config.batch_size // shards * _embeddings(config) * FLOAT
-        hops = math.ceil(shards / config.loss.gather) - 1
-        # Forward and backward; the backward ring carries the columns' gradients too.
-        out.append(
-            hlo.Collective(
-                "collective-permute",
-                True,
-                True,
-                shards,
-                topology.slices,
-                sharding.BATCH_AXES,
-                3 * hops,
-                3 * hops * rows,
-            )
-        )
+    return out + _rings(config, topology, sizes["data"] * sizes["fsdp"])
+
+
+def _rings(config, topology, shards) -> list[hlo.Collective]:
+    """The columns of both contrastive losses, round the ring forward, and the rows backward (`streaming.py`)."""
+    lies, width = losses.layout(config.batch_size, config.loss, shards), config.model.embed_dim
+    images = config.batch_size // shards
+    ways = 2 if config.loss.contrast == "softmax" else 1
+    out = []
+    for ring, vectors in (
+        (lies.everywhere, ways * images),
+        (lies.in_group, config.input.max_regions * images),
+    ):
+        together = config.loss.gather if ring.gather else 1
+        size = 2 * vectors * width * FLOAT
+        if ring.gather and vectors:
+            args = ("all-gather", True, False, together, 1, sharding.BATCH_AXES)
+            out.append(hlo.Collective(*args, 2, size * together))
+        hops = ring.size - 1
+        if hops and vectors:
+            # A group's ring leaves its node only where the group is larger.
+            slices = min(topology.slices, -(-ring.size * together // topology.chip.chips_per_host))
+            args = ("collective-permute", True, True, ring.size, slices, sharding.BATCH_AXES)
+            out.append(hlo.Collective(*args, 2 * hops, hops * size * together))
     return out
 
 

@@ -156,7 +156,8 @@ def _of_compiled(compiled: compiler.Compiled, config, topology) -> dict[str, Any
     module = hlo.parse(compiled.hlo)
     sums = hlo.collectives(module, mesh=compiled.mesh, slices=topology.slices)
     a_chip = hlo.dot_flops(module)
-    roofline = cost.roofline(a_chip, hlo.bytes_accessed(module), sums, topology.chip)
+    work = hlo.dot_flops(module, passes=True)
+    roofline = cost.roofline(work, hlo.bytes_accessed(module), sums, topology.chip)
     if not out["fits"]:
         found = hlo.largest_buffers(module, 4 * LARGEST)
         named = [estimate.Kept(round(b.bytes), b.shape, b.op_name) for b in found]
@@ -287,7 +288,7 @@ def _add_time(plan, config, topology, options: Options) -> None:
 
 def find(config, topology, options: Options, say, base: dict[str, Any]) -> dict[str, Any]:
     """`--search`: the points that were tried, and the two answers; `base` is the plan of the config itself."""
-    mesh = estimate.mesh_sizes(config.mesh, topology.count)
+    mesh = estimate.mesh_sizes(config.mesh, topology.count, topology.slices)
 
     def ask(candidate: config_lib.Config) -> search.Answer:
         say(

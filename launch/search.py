@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, losses
 
 MAX_COMPILES = 8
 GOAL = 0.97  # of the limit: what a prediction aims at
@@ -56,7 +56,7 @@ def unit(config: config_lib.Config, shards: int) -> int:
         config.input.lanes * group,
         config.loss.group_size or 1,
     )
-    return math.lcm(whole, shards) // shards
+    return whole // shards
 
 
 def search(
@@ -112,6 +112,10 @@ def search(
         if failing - fitting <= step:
             break
         images = _predict(mine, start, step, fitting, failing)
+        while images > fitting and not _groups_fit(config, images, shards):
+            images -= step
+        if images <= fitting:
+            break
         mine.append(attempt(remat, images))
     fits = [p for p in tried if p.answer.fits]
     largest = max(fits, key=lambda p: p.images_per_chip, default=None)
@@ -122,6 +126,15 @@ def _can_gather(config: config_lib.Config, shards: int) -> bool:
     """Whether there is a ring left when `GATHER` neighbours share their columns."""
     group = (config.loss.group_size or config.batch_size) * shards // config.batch_size
     return shards > GATHER and shards % GATHER == 0 and (group <= 1 or group % GATHER == 0)
+
+
+def _groups_fit(config: config_lib.Config, images: int, shards: int) -> bool:
+    """Whether the groups of `loss.group_size` divide over chips that have so many images."""
+    try:
+        losses.layout(images * shards, config.loss, shards)
+    except errors.UserError:
+        return False
+    return True
 
 
 def _predict(points: list[Point], start: int, step: int, fitting: int, failing: float) -> int:

@@ -19,7 +19,9 @@ def test_the_gain_scales_queries_keys_and_values_alone():
     def params(gain):
         c = tiny.config(model__decoder__qkv_init_gain=gain)
         batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), train_step.abstract_batch(c))
-        block = jax.jit(GRAIN(c.model).init)(jax.random.key(0), batch)["params"]["decoder"]["blocks"]
+        block = jax.jit(GRAIN(c.model).init)(jax.random.key(0), batch)["params"]["decoder"][
+            "blocks"
+        ]
         return jax.tree.map(np.asarray, jax.tree.leaves_with_path(block))
 
     for (path, one), (_, other) in zip(params(1.0), params(2.5), strict=True):

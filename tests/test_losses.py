@@ -13,13 +13,19 @@ from tests import tiny
 D, Q = 16, 5
 
 
-def _outputs(c, seed=0, layers=2):
+def _outputs(c, seed=0, layers=2, width=D):
     rng = np.random.default_rng(seed)
     b, r = c.batch_size, c.input.max_regions
     unit = lambda *shape: (x := rng.normal(size=shape)) / np.linalg.norm(x, axis=-1, keepdims=True)
     low = rng.uniform(0.2, 0.8, (layers, b, Q, 4))
     out = schema.Outputs(
-        unit(b, D), unit(b, D), unit(b, Q, D), unit(b, r, D), low, np.float64(12.0), np.float64(0)
+        unit(b, width),
+        unit(b, width),
+        unit(b, Q, width),
+        unit(b, r, width),
+        low,
+        np.float64(12.0),
+        np.float64(0),
     )
     return schema.Outputs(*(np.asarray(x, np.float32) for x in out))
 

@@ -10,7 +10,7 @@ import sys
 import jax
 import pytest
 
-from grain_jax import errors, flops, train, train_step
+from grain_jax import errors, flops, losses, train, train_step
 from launch import chips, compiler, estimate, plan, plan_text, search
 from tests import tiny
 from tests.paths import ROOT
@@ -311,10 +311,46 @@ def test_gpu_estimate_by_hand():
     everything = estimate.kept(dataclasses.replace(config, remat="none"), 2)
     assert softmax in [k.shape for k in everything if k.where == "image"]
     assert softmax not in [k.shape for k in kept]
-    reduce, ring = found.collectives
+    reduce, captions, regions = found.collectives
     assert (reduce.kind, reduce.bytes, reduce.slices) == ("all-reduce", size, 2)
-    # 15 hops of 2 images' caption and 5 descriptions, 16 wide, float32; forward once, backward twice.
-    assert (ring.count, ring.bytes) == (45, 45 * 2 * 6 * 16 * 4)
+    # 15 hops of 2 images' captions and embeddings, and of 5 descriptions each, 16 wide, float32; twice.
+    assert (captions.count, captions.bytes) == (30, 30 * 2 * 2 * 16 * 4)
+    assert (regions.count, regions.bytes, regions.slices) == (30, 30 * 2 * 5 * 16 * 4, 2)
+
+    grouped = tiny.config(remat="full", batch_size=32, loss__group_size=4, microbatches=1)
+    reduce, captions, regions = estimate.of_gpus(
+        grouped, chips.parse_topology("h100:8x2")
+    ).collectives
+    assert (regions.count, regions.bytes, regions.slices) == (2, 2 * 2 * 5 * 16 * 4, 1)  # 2 chips
+    gathered = tiny.config(batch_size=32, loss__gather=4)
+    found = estimate.of_gpus(gathered, chips.parse_topology("h100:8x2")).collectives
+    assert [(c.kind, c.count) for c in found[1:3]] == [("all-gather", 2), ("collective-permute", 6)]
+    assert found[2].bytes == 6 * 4 * 2 * 2 * 16 * 4  # four chips' blocks a hop
+
+
+def test_gpu_meshes_that_cross_nodes_are_refused():
+    for mesh in (dict(mesh__fsdp=16), dict(mesh__dcn_data=7)):
+        with pytest.raises(errors.UserError, match="nothing but data is cut over the network"):
+            estimate.of_gpus(tiny.config(batch_size=32, **mesh), chips.parse_topology("h100:8x2"))
+
+
+def test_hosts_of_small_slices():
+    assert chips.parse_topology("h100:4x4").hosts == 4
+    assert chips.parse_topology("v5e:1x1*4").hosts == 4
+    assert chips.parse_topology("v5e:16x16*2").hosts == 128
+
+
+def test_search_keeps_groups_whole():
+    config = tiny.config(batch_size=32, input__lanes=1, loss__group_size=32)
+    tried = []
+
+    def ask(candidate):
+        losses.layout(candidate.batch_size, candidate.loss, 8)  # raises where they are cut
+        tried.append(candidate.batch_size // 8)
+        return search.Answer(tried[-1] <= 40, tried[-1], 40, 1.0)
+
+    assert search.search(config, 8, ask).largest.images_per_chip == 32
+    assert all(32 % n == 0 or n % 32 == 0 for n in tried)
 
 
 def test_gpu_estimate_of_parameters_cut_over_chips():

@@ -47,6 +47,20 @@ def test_an_axis_without_a_rule_is_an_error_that_names_the_parameter():
         sharding.place_state(_abstract(c), rules, _mesh(8, 1, 1))
 
 
+@pytest.mark.parametrize(
+    "axis,to,told",
+    [
+        ("mlp", "model", r"'mlp' to 'model', expected one of data, fsdp, tensor"),
+        ("mlp", "fsdp", r"mlp/in/kernel: `sharding` sends two of its axes to 'fsdp'"),
+    ],
+)
+def test_a_rule_to_no_axis_or_to_a_taken_one_is_an_error(axis, to, told):
+    c = tiny.config()
+    rules = tuple((a, to if a == axis else m) for a, m in c.sharding)
+    with pytest.raises(sharding.ShardingError, match=told):
+        sharding.place_state(_abstract(c), rules, _mesh(4, 2, 1))
+
+
 def test_a_dimension_that_does_not_divide_is_an_error():
     c = tiny.config(model__decoder__heads=1)
     with pytest.raises(
