@@ -37,6 +37,10 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
+class TookTooLong(errors.UserError):
+    """A compile that ran out of its time; one line."""
+
+
 class CompilerFailed(RuntimeError):
     """The compiler crashed or refused the program, for a reason other than memory; one line."""
 
@@ -172,7 +176,7 @@ def _run(
             while child.poll() is None:
                 now = time.monotonic()
                 if now - began > timeout:
-                    raise errors.UserError(
+                    raise TookTooLong(
                         f"--timeout: {what} took more than {timeout:.0f} s; give it more, or plan for"
                         " fewer chips"
                     )

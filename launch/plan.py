@@ -14,6 +14,7 @@ import json
 import sys
 from typing import Any
 
+import jax
 from absl import flags
 from etils import epath
 
@@ -290,12 +291,16 @@ def find(config, topology, options: Options, say, base: dict[str, Any]) -> dict[
     """`--search`: the points that were tried, and the two answers; `base` is the plan of the config itself."""
     mesh = estimate.mesh_sizes(config.mesh, topology.count, topology.slices)
 
-    def ask(candidate: config_lib.Config) -> search.Answer:
+    def ask(candidate: config_lib.Config) -> search.Answer | None:
         say(
             f"trying remat={candidate.remat} batch_size={candidate.batch_size}"
             f" loss.gather={candidate.loss.gather}"
         )
-        plan = base if candidate == config else make(candidate, topology, options, say)
+        try:
+            plan = base if candidate == config else make(candidate, topology, options, say)
+        except compiler.TookTooLong as error:
+            say(f"{error}\n")
+            return None
         memory = plan["memory"]
         return search.Answer(
             plan["fits"],
@@ -367,6 +372,8 @@ def define_flags() -> flags.FlagHolder:
 def main(argv: list[str]) -> int:
     """Parses the command line, plans, prints."""
     command_line.show_help(argv, __doc__)
+    # JAX would look for TPUs here, since libtpu is there.
+    jax.config.update("jax_platforms", "cpu")
     config = command_line.parse_config(argv, define_flags())
     given = flags.FLAGS.flag_values_dict()
     if not given["topology"]:

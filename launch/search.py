@@ -5,6 +5,7 @@ prediction is compiled, never trusted.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -62,7 +63,7 @@ def unit(config: config_lib.Config, shards: int) -> int:
 def search(
     config: config_lib.Config,
     shards: int,
-    ask: Callable[[config_lib.Config], Answer],
+    ask: Callable[[config_lib.Config], Answer | None],
     *,
     max_compiles: int = MAX_COMPILES,
 ) -> Found:
@@ -71,7 +72,7 @@ def search(
     Args:
       config: where to start.
       shards: parts that the batch is cut into.
-      ask: compiles a config.
+      ask: compiles a config; None, when it took too long, ends the search with what was found.
       max_compiles: at most so many calls of `ask`.
 
     Raises:
@@ -82,44 +83,49 @@ def search(
             f"batch_size: got {config.batch_size}, expected a multiple of data x fsdp = {shards}"
         )
     tried: list[Point] = []
+    start, step = config.batch_size // shards, unit(config, shards)
 
-    def attempt(remat: str, images: int, gather: int = config.loss.gather) -> Point:
+    def points():
+        """What to try next, given what was tried."""
+        for remat in config_lib.REMAT_POLICIES:  # from least recomputation to least memory
+            yield remat, start, config.loss.gather
+            if tried[-1].answer.fits:
+                if config.loss.gather == 1 and _can_gather(config, shards):
+                    yield remat, start, GATHER
+                break
+        # The policy that needs least memory carries the largest batch.
+        remat, gather = config_lib.REMAT_POLICIES[-1], config.loss.gather
+        while True:
+            mine = [p for p in tried if (p.remat, p.gather) == (remat, gather)]
+            fitting = max((p.images_per_chip for p in mine if p.answer.fits), default=0)
+            failing = min((p.images_per_chip for p in mine if not p.answer.fits), default=math.inf)
+            if failing - fitting <= step:
+                return
+            images = _predict(mine, start, step, fitting, failing)
+            while images > fitting and not _groups_fit(config, images, shards):
+                images -= step
+            if images <= fitting:
+                return
+            yield remat, images, gather
+
+    for remat, images, gather in itertools.islice(points(), max_compiles):
         loss = dataclasses.replace(config.loss, gather=gather)
         answer = ask(
             dataclasses.replace(config, remat=remat, batch_size=images * shards, loss=loss)
         )
+        if answer is None:
+            break
         tried.append(Point(remat, gather, images, answer))
-        return tried[-1]
 
-    start, at_batch = config.batch_size // shards, None
-    for remat in config_lib.REMAT_POLICIES:  # from least recomputation to least memory
-        point = attempt(remat, start)
-        if point.answer.fits:
-            at_batch = point
-            break
-    if at_batch and config.loss.gather == 1 and _can_gather(config, shards):
-        other = attempt(at_batch.remat, start, GATHER)
-        rates = other.answer.images_per_second, at_batch.answer.images_per_second
-        if other.answer.fits and None not in rates and rates[0] > rates[1]:
-            at_batch = other
-
-    # The policy that needs least memory carries the largest batch.
-    step, remat = unit(config, shards), config_lib.REMAT_POLICIES[-1]
-    mine = [p for p in tried if p.remat == remat and p.gather == config.loss.gather]
-    while len(tried) < max_compiles:
-        fitting = max((p.images_per_chip for p in mine if p.answer.fits), default=0)
-        failing = min((p.images_per_chip for p in mine if not p.answer.fits), default=math.inf)
-        if failing - fitting <= step:
-            break
-        images = _predict(mine, start, step, fitting, failing)
-        while images > fitting and not _groups_fit(config, images, shards):
-            images -= step
-        if images <= fitting:
-            break
-        mine.append(attempt(remat, images))
     fits = [p for p in tried if p.answer.fits]
-    largest = max(fits, key=lambda p: p.images_per_chip, default=None)
-    return Found(tried, at_batch, largest)
+    at_batch = [p for p in fits if p.images_per_chip == start]
+    if at_batch:  # of the first policy that fits, the faster ring
+        at_batch = [p for p in at_batch if p.remat == at_batch[0].remat]
+    return Found(
+        tried,
+        max(at_batch, key=lambda p: p.answer.images_per_second or 0, default=None),
+        max(fits, key=lambda p: p.images_per_chip, default=None),
+    )
 
 
 def _can_gather(config: config_lib.Config, shards: int) -> bool:

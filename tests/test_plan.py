@@ -263,6 +263,14 @@ def test_search_goes_down_where_the_batch_does_not_fit():
     assert nothing.largest is None
 
 
+def test_search_keeps_what_it_found_when_a_compile_takes_too_long():
+    config = tiny.config(batch_size=512, input__lanes=1)
+    linear = _linear(1000, SLOPES, 10_000, [])
+    ask = lambda c: None if c.batch_size > 512 else linear(c)
+    found = search.search(config, 8, ask)
+    assert (found.at_batch.remat, found.largest.images_per_chip) == ("dots", 64)
+
+
 def test_search_moves_in_whole_packing_groups_lanes_and_microbatches():
     config = tiny.config(batch_size=384, microbatches=3, loss__group_size=96)
     # lanes 4 x group 2 = 8; 8 chips x 3 parts x group 2 = 48; groups of 96: 96 images, 12 a chip.
