@@ -22,8 +22,6 @@ import os
 import pathlib
 import platform
 import runpy
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -35,6 +33,7 @@ from benchmarks import claim_data, claim_report
 from benchmarks import claim_design as design
 from configs import common
 from grain_jax import errors
+from launch import jobs
 
 
 def read_results(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -139,34 +138,20 @@ def train(run: design.Run, args: argparse.Namespace) -> None:
     part.rename(path)
 
 
-def work(args: argparse.Namespace) -> None:
-    """Takes one run after the other, whichever nobody has taken, until all are done."""
+def train_named(args: argparse.Namespace) -> int:
+    """Trains the run `args.run` of the plan, on data that is made first where it is not there."""
     from grain_jax import train as trainer
 
+    studies = design.plan(read_results(args.results), steps=args.steps, aviaries=args.data is None)
+    run = next(run for run in design.order(studies) if run.name == args.run)
     trainer.keep_freed_memory()
     locks = args.workdir / "locks"
     locks.mkdir(parents=True, exist_ok=True)
-    while True:
-        results = read_results(args.results)
-        studies = design.plan(results, steps=args.steps, aviaries=args.data is None)
-        pending = [run for run in design.order(studies) if run.name not in results]
-        if not pending:
-            return
-        for run in pending:
-            with (locks / run.name).open("w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                if (args.results / f"{run.name}.json").exists():
-                    break
-                with (locks / f"data-{run.data}").open("w") as data_lock:
-                    fcntl.flock(data_lock, fcntl.LOCK_EX)
-                    claim_data.prepare(run.data, args.data, args.workdir)
-                train(run, args)
-                break
-        else:
-            time.sleep(5)  # others are at work on all of them; theirs may make new ones known
+    with (locks / f"data-{run.data}").open("w") as data_lock:
+        fcntl.flock(data_lock, fcntl.LOCK_EX)
+        claim_data.prepare(run.data, args.data, args.workdir)
+    train(run, args)
+    return 0
 
 
 def check_results(results: Mapping[str, Mapping[str, Any]], config: str) -> None:
@@ -181,48 +166,38 @@ def check_results(results: Mapping[str, Mapping[str, Any]], config: str) -> None
 
 
 def run_all(args: argparse.Namespace) -> int:
-    """Starts the workers and shows how far they are."""
+    """Trains whatever has no result file yet, as many runs at a time as there are jobs."""
     args.results.mkdir(parents=True, exist_ok=True)
     check_results(read_results(args.results), args.config)
     claim_data.prepare("main", args.data, args.workdir)  # by all cores
-    logs = args.workdir / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    cores = sorted(os.sched_getaffinity(0))
-    # Runs that differ in their seed alone share a compiled program.
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(args.workdir.resolve() / "compiled")}
-    environment |= os.environ
-    workers = []
-    for i in range(args.jobs):
-        command = [sys.executable, "-m", "benchmarks.claim", "work", *_flags(args)]
-        if args.jobs > 1:  # a core each: two runs of one thread are faster than two of two in turn
-            share = cores[i % len(cores) :: args.jobs] or cores
-            command = ["taskset", "--cpu-list", ",".join(map(str, share)), *command]
-        log = (logs / f"worker{i}.log").open("a")
-        workers.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers end as well
-    began, at_first = time.monotonic(), len(read_results(args.results))
-    shown = None
-    try:
-        while any(worker.poll() is None for worker in workers):
-            time.sleep(2)
-            results = read_results(args.results)
-            studies = design.plan(results, steps=args.steps, aviaries=args.data is None)
-            names = {run.name for runs in studies.values() for run in runs}
-            done, fresh = len(names & set(results)), len(results) - at_first
-            if done != shown:
-                left = (time.monotonic() - began) / fresh * (len(names) - done) if fresh else 0
-                eta = f", {left / 60:.0f} min left" if fresh else ""
-                print(f"claim: {done}/{len(names)} known runs{eta}", file=sys.stderr, flush=True)
-                shown = done
-    finally:
-        for worker in workers:
-            worker.terminate()
-    failed = [i for i, worker in enumerate(workers) if worker.wait()]
-    if failed:
+    logs = epath.Path(args.workdir / "logs")
+
+    def known() -> list[jobs.Job]:
+        results = read_results(args.results)
+        studies = design.plan(results, steps=args.steps, aviaries=args.data is None)
+        command = (sys.executable, "-m", "benchmarks.claim", "train", *_flags(args))
+        return [
+            jobs.Job(run.name, (*command, f"--run={run.name}"), logs / f"{run.name}.log")
+            for run in design.order(studies)
+        ]
+
+    runner = jobs.Runner(
+        jobs=known,
+        finished=lambda job: (args.results / f"{job.name}.json").exists(),
+        slots=jobs.slots(args.jobs),
+        screen=jobs.Screen("claim: "),
+        # Runs that differ in their seed alone share a compiled program.
+        environment={
+            "JAX_COMPILATION_CACHE_DIR": str(args.workdir.resolve() / "compiled"),
+            **os.environ,
+        },
+    )
+    outcome = runner.run()
+    if outcome.failed:
         raise claim_data.ClaimError(
-            f"worker {failed[0]} failed: see the end of {logs}/worker{failed[0]}.log"
+            f"{len(outcome.failed)} runs failed: {' '.join(outcome.failed)}; see their logs in {logs}"
         )
-    return 0
+    return 128 + outcome.stopped_by if outcome.stopped_by else 0
 
 
 def _flags(args: argparse.Namespace) -> list[str]:
@@ -238,13 +213,14 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=["run", "report", "work"], metavar="run|report")
+    parser.add_argument("command", choices=["run", "report", "train"], metavar="run|report")
     parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="your own data")
     parser.add_argument("--config", default=design.CONFIG, metavar="FILE")
     parser.add_argument("--steps", type=int, default=design.STEPS, help=f"default: {design.STEPS}")
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core"
     )
+    parser.add_argument("--run", metavar="NAME", help=argparse.SUPPRESS)  # of the command train
     for flag, ours, own in (
         ("workdir", "runs/claim", "claim"),
         ("results", "benchmarks/results/claim", "claim/results"),
@@ -261,9 +237,8 @@ def main() -> int:
     try:
         if args.command == "run":
             return run_all(args)
-        if args.command == "work":
-            work(args)
-            return 0
+        if args.command == "train":
+            return train_named(args)
         results = read_results(args.results)
         check_results(results, args.config)
         studies = design.plan(results, steps=args.steps, aviaries=args.data is None)

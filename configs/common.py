@@ -101,8 +101,14 @@ def base(size: str = "B/16") -> ConfigDict:
     c.checkpoint_every = 1000
     c.checkpoint_every_minutes = 0.0
     c.checkpoint_keep = 2
+    c.checkpoint_keep_every = 0
+    c.checkpoint_best_metric = ""
+    c.checkpoint_best_mode = "max"
     c.eval_every = 0
     c.pictures = 0
+    c.profile_start = 0
+    c.profile_steps = 3
+    c.wandb = ConfigDict(dict(mode="off", project="grain_jax", name=""))
     c.model = model(size)
     c.input = ConfigDict(
         dict(

@@ -5,15 +5,25 @@ A run's checkpoint has the items `state` (the TrainState; its step is the only d
 `params/`. `load_model` reads either.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import logging
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    BestN,
+    EveryNSteps,
+    LatestN,
+)
 
 from grain_jax import config as config_lib
 from grain_jax import errors
@@ -23,31 +33,106 @@ class CheckpointError(errors.UserError):
     """There is no usable checkpoint where one was named; the message is one line."""
 
 
-def manager(workdir: epath.PathLike, config: config_lib.Config) -> ocp.CheckpointManager:
-    """The run's checkpoint manager: asynchronous, keeps the last `checkpoint_keep`."""
-    return ocp.CheckpointManager(
+_DIFFERENCES = 30  # lines that a message shows of them
+
+
+class Manager(ocp.CheckpointManager):
+    """Orbax's, but for two answers."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never: the trainer asks JAX, and two series of numbers would mislead it (preemption.py)."""
+        del step
+        return False
+
+    def metrics(self, step: int) -> Any:
+        """The metrics of that checkpoint, or None, also where they are damaged: the state may be whole."""
+        try:
+            return super().metrics(step)
+        except ValueError:
+            return None
+
+
+def manager(workdir: epath.PathLike, config: config_lib.Config) -> Manager:
+    """The run's checkpoint manager: asynchronous; what a save that was cut off left behind is removed.
+
+    It keeps the last `checkpoint_keep`, those of every `checkpoint_keep_every` steps, and the best by
+    `checkpoint_best_metric`.
+    """
+    kept = [LatestN(config.checkpoint_keep)]
+    if config.checkpoint_keep_every:
+        kept.append(EveryNSteps(config.checkpoint_keep_every))
+    best_fn = None
+    if config.checkpoint_best_metric:
+        best_fn = lambda metrics: metrics[config.checkpoint_best_metric]  # noqa: E731
+        kept.append(
+            BestN(
+                get_metric_fn=best_fn,
+                reverse=config.checkpoint_best_mode == "min",
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    return Manager(
         epath.Path(workdir).absolute() / "checkpoints",
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=config.checkpoint_keep, enable_async_checkpointing=True
+            preservation_policy=AnyPreservationPolicy(kept),
+            best_fn=best_fn,  # so that the metric is stored
+            best_mode=config.checkpoint_best_mode,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
         ),
-        # With the handlers known, a fresh manager can say what a checkpoint holds before it reads it.
         item_handlers={
             "state": ocp.StandardCheckpointHandler(),
             "config": ocp.JsonCheckpointHandler(),
+            "receipt": ocp.JsonCheckpointHandler(),
         },
     )
 
 
-def save(checkpoints: ocp.CheckpointManager, state: Any, config: config_lib.Config) -> None:
-    """Starts to write `state` under its own step; training goes on meanwhile."""
-    step = int(state.step)
+def save(
+    checkpoints: Manager,
+    state: Any,
+    config: config_lib.Config,
+    record: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """Starts to write `state` under its own step; training goes on meanwhile.
+
+    Args:
+      checkpoints: of the run.
+      state: the TrainState.
+      config: the run's.
+      record: of this save (receipt.py); the first process's is stored.
+      metrics: those of this step, of which `checkpoint_best_metric` is stored; the same on all processes.
+    """
+    step, name = int(state.step), config.checkpoint_best_metric
     checkpoints.save(
         step,
         args=ocp.args.Composite(
             state=ocp.args.StandardSave(state._asdict()),
             config=ocp.args.JsonSave(dataclasses.asdict(config)),
+            receipt=ocp.args.JsonSave(dict(record)),
         ),
+        metrics={name: metrics[name]} if metrics and name in metrics else None,
     )
+
+
+@contextlib.contextmanager
+def full_disk_in_a_line(workdir: epath.PathLike) -> Iterator[None]:
+    """A full disk or quota, whoever met it inside, becomes a CheckpointError."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            if full or "No space left on device" in str(cause):
+                raise CheckpointError(
+                    f"{workdir}: no space left on the device; the checkpoints that are finished are whole:"
+                    " make room, and the same command goes on from the newest"
+                ) from None
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 # What of a config decides which examples a step sees. A run that changes it is another run.
@@ -61,13 +146,88 @@ _ORDER_OF_DATA = (
 )
 
 
-def check_same_run(
-    checkpoints: ocp.CheckpointManager, step: int, config: config_lib.Config
-) -> None:
-    """Raises CheckpointError where the checkpoint's config orders the data in another way than `config`."""
-    stored = checkpoints.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))[
-        "config"
-    ]
+def restore_newest(
+    checkpoints: Manager,
+    config: config_lib.Config,
+    abstract_state: Any,
+    say: Callable[[str], None],
+) -> Any | None:
+    """The state of the newest checkpoint that can be read, or None where there is none yet.
+
+    Those that cannot are moved to `WORKDIR/damaged_checkpoints` once an older one was read, which proves that
+    it was not the storage. All processes call this, and take the same checkpoint.
+
+    Args:
+      checkpoints: of the run.
+      config: the run's.
+      abstract_state: ShapeDtypeStructs with shardings.
+      say: gets a line for each that was passed over.
+
+    Raises:
+      CheckpointError: the newest one is of another run or another model, or none can be read.
+    """
+    damaged: list[tuple[int, str]] = []
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+        folder, state, fault = checkpoints.directory / str(step), None, None
+        try:
+            check_same_run(folder, config)
+            state = restore(folder, abstract_state)
+            read_json(folder, "receipt")  # the trainer goes on from it
+        except errors.UserError:
+            raise
+        except Exception as error:  # whatever a reader makes of bytes that nobody wrote
+            while error.__cause__ is not None:  # Orbax wraps what TensorStore says
+                error = error.__cause__
+            fault = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if jax.process_count() > 1 and multihost_utils.process_allgather(fault is not None).any():
+            fault = fault or "another process cannot read it"
+        if fault is None:
+            _move_aside(checkpoints, [step for step, _ in damaged])
+            return state
+        say(f"checkpoint {step} is damaged, trying the one before ({fault})")
+        damaged.append((step, fault))
+    if damaged:
+        raise CheckpointError(
+            f"{checkpoints.directory}: none of the checkpoints"
+            f" {', '.join(str(step) for step, _ in damaged)} can be read ({damaged[0][1]});"
+            " put back a copy, or start with another --workdir"
+        )
+    return None
+
+
+def _move_aside(checkpoints: Manager, steps: list[int]) -> None:
+    if not steps:
+        return
+    if jax.process_index() == 0:
+        aside = checkpoints.directory.parent / "damaged_checkpoints"
+        aside.mkdir(exist_ok=True)
+        for step in steps:
+            if (aside / str(step)).exists():
+                (aside / str(step)).rmtree()
+            (checkpoints.directory / str(step)).rename(aside / str(step))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("damaged checkpoints moved")
+    checkpoints.reload()
+
+
+def _reader(handler: type[ocp.CheckpointHandler]) -> ocp.Checkpointer:
+    """A reader that waits for no other process: one that fails would leave the others at a barrier."""
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
+    )
+    return ocp.Checkpointer(handler(multiprocessing_options=alone), multiprocessing_options=alone)
+
+
+def read_json(folder: epath.Path, item: str) -> dict[str, Any]:
+    """The item `config` or `receipt` of the checkpoint `folder`."""
+    with _reader(ocp.JsonCheckpointHandler) as reader:
+        return reader.restore(folder / item)
+
+
+def check_same_run(folder: epath.Path, config: config_lib.Config) -> None:
+    """Raises CheckpointError where the config in the checkpoint `folder` orders the data in another way."""
+    stored = read_json(folder, "config")
     faults = []
     for name in _ORDER_OF_DATA:
         old, new = stored, dataclasses.asdict(config)
@@ -82,37 +242,61 @@ def check_same_run(
         )
 
 
-def restore(checkpoints: ocp.CheckpointManager, step: int, abstract_state: Any) -> Any:
-    """The state of that step, placed as `abstract_state` (ShapeDtypeStructs with shardings) says.
+def restore(folder: epath.Path, abstract_state: Any) -> Any:
+    """The state in the checkpoint `folder`, placed as `abstract_state` (ShapeDtypeStructs with shardings) says.
+
+    On which devices, meshes and processes it was saved does not matter.
 
     Raises:
-      CheckpointError: what is stored has other names or shapes than `abstract_state`.
+      CheckpointError: what is stored has other names, shapes or types than `abstract_state`.
+      Exception: whatever else a reader says of a damaged checkpoint.
     """
-    stored = checkpoints.item_metadata(step)["state"]
     expected = abstract_state._asdict()
-    faults = _differences(stored.tree if hasattr(stored, "tree") else stored, expected)
+    stored = _metadata(folder / "state")
+    if not jax.tree.leaves(stored):  # what Orbax makes of metadata that it cannot read
+        raise OSError(f"{folder / 'state'}: its metadata is gone")
+    faults = _differences(stored, expected)
     if faults:
+        more = len(faults) - _DIFFERENCES
         raise CheckpointError(
-            f"checkpoint {step} does not fit the config (start with another --workdir, or restore the"
-            " model's keys):\n" + "\n".join(faults)
+            f"checkpoint {folder.name} does not fit the config (start with another --workdir, or restore the"
+            " model's keys):\n"
+            + "\n".join(faults[:_DIFFERENCES])
+            + (f"\n  and {more} more" if more > 0 else "")
         )
-    restored = checkpoints.restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(expected))
-    )["state"]
+    with _reader(ocp.StandardCheckpointHandler) as reader:
+        restored = reader.restore(folder / "state", args=ocp.args.StandardRestore(expected))
     return type(abstract_state)(**restored)
 
 
 def _differences(stored: Any, expected: Any) -> list[str]:
-    flat = lambda tree: {  # noqa: E731
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
-    old, new = flat(stored), flat(expected)
-    return [
-        f"  {name}: stored {old.get(name, 'nothing')}, expected {new.get(name, 'nothing')}"
-        for name in sorted(old | new)
-        if old.get(name) != new.get(name)
-    ]
+    """A line for each array that differs; a part of the tree that only one side has is one line."""
+
+    def nested(tree):
+        root: dict = {}
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            *parents, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+            node = root
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[name] = f"{tuple(leaf.shape)} {np.dtype(leaf.dtype)}"
+        return root
+
+    def words(node):
+        if not isinstance(node, dict):
+            return node
+        return f"{len(jax.tree.leaves(node))} arrays" if node else "nothing"
+
+    def walk(old, new, path):
+        if isinstance(old, dict) and isinstance(new, dict) and bool(old) == bool(new):
+            for key in sorted(old | new):
+                yield from walk(old.get(key, {}), new.get(key, {}), [*path, key])
+        elif old != new:
+            yield f"  {'/'.join(path)}: stored {words(old)}, expected {words(new)}"
+
+    lines = walk(nested(stored), nested(expected), [])
+    # What the optimiser keeps for a parameter only repeats the parameter's own line.
+    return sorted(lines, key=lambda line: not line.startswith("  params"))
 
 
 def save_model(folder: epath.PathLike, model: config_lib.Model, params: Any, **notes: Any) -> None:
@@ -159,7 +343,7 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
             f"{path}: neither a workdir (checkpoints/), nor a checkpoint (state/), nor a converted model"
             " (params/ and config.json)"
         )
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    with _reader(ocp.JsonCheckpointHandler) as reader:
         model = config_lib.model_from_dict(reader.restore(path / "config")["model"])
     names = _metadata(path / "state")
     which = "ema_params" if names.get("ema_params") else "params"
@@ -169,7 +353,7 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
 def _metadata(folder: epath.Path) -> Any:
     # Orbax warns that an item has no metadata of its own; it lies beside the items.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with _reader(ocp.PyTreeCheckpointHandler) as reader:
         metadata = reader.metadata(folder)
     metadata = getattr(metadata, "item_metadata", metadata)
     return getattr(metadata, "tree", metadata)
@@ -181,7 +365,7 @@ def _read(folder: epath.Path, only: str | None = None) -> Any:
     if only is not None:
         tree = {only: tree[only]}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with _reader(ocp.PyTreeCheckpointHandler) as reader:
         return reader.restore(
             folder,
             args=ocp.args.PyTreeRestore(

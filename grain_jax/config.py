@@ -185,6 +185,15 @@ class Evaluator:
 
 
 @dataclasses.dataclass(frozen=True)
+class Wandb:
+    """Weights & Biases, beside TensorBoard."""
+
+    mode: str  # "off", "online" or "offline" (into the workdir, for `wandb sync`)
+    project: str
+    name: str  # of the run; "" = the workdir's
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -201,9 +210,15 @@ class Config:
     log_every: int
     checkpoint_every: int  # steps; 0 = only the last
     checkpoint_every_minutes: float  # 0 = by steps only
-    checkpoint_keep: int
+    checkpoint_keep: int  # the newest ones; and beside these:
+    checkpoint_keep_every: int  # those of steps that this divides, for good; 0 = none
+    checkpoint_best_metric: str  # the best by this key of metrics.jsonl, e.g. "loss"; "" = none
+    checkpoint_best_mode: str  # "max" or "min"
     eval_every: int  # steps; 0 = only after the last
     pictures: int  # test pictures drawn with their regions after the last step; 0 = none
+    profile_start: int  # first step of a profiler trace; 0 = none
+    profile_steps: int  # how many steps it has
+    wandb: Wandb
     model: Model
     input: Input
     text: Text
@@ -314,8 +329,11 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "checkpoint_every": (0, math.inf),
     "checkpoint_every_minutes": (0, math.inf),
     "checkpoint_keep": (1, math.inf),
+    "checkpoint_keep_every": (0, math.inf),
     "eval_every": (0, math.inf),
     "pictures": (0, math.inf),
+    "profile_start": (0, math.inf),
+    "profile_steps": (1, math.inf),
     "input.lanes": (1, math.inf),
     "input.shards_per_block": (1, math.inf),
     "input.max_regions": (0, math.inf),
@@ -397,7 +415,17 @@ def _check(config: Config, faults: list[str]) -> None:
             f"model.logit_bias_init: got {config.model.logit_bias_init} with loss.contrast="
             f"{config.loss.contrast}; a sigmoid needs a bias (-10, SigLIP's), a softmax has none"
         )
+    _one_of("wandb.mode", config.wandb.mode, ("off", "online", "offline"), faults)
     _one_of("input.source", config.input.source, ("records", "synthetic"), faults)
+    _one_of("checkpoint_best_mode", config.checkpoint_best_mode, ("max", "min"), faults)
+    best = config.checkpoint_best_metric.split("/")
+    if best[0] == "eval":
+        _one_of(
+            "checkpoint_best_metric",
+            "/".join(best[:2]),
+            tuple(f"eval/{e}" for e in config.evals),
+            faults,
+        )
     _one_of("optim.schedule", config.optim.schedule, ("cosine", "reference"), faults)
     _one_of("optim.decay_groups", config.optim.decay_groups, ("matrices", "reference"), faults)
     for name, entry in config.evals.items():

@@ -1,16 +1,31 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard, a progress line with ETA, and the stop on NaN."""
+"""What a run tells: `metrics.jsonl`, TensorBoard, Weights & Biases, a progress line, and the stop on NaN.
 
+An object store cannot append to a file: where the workdir is one, the files grow in a folder on this
+machine and are uploaded at checkpoints and now and then (`_Upload`).
+"""
+
+import atexit
 import contextlib
+import dataclasses
+import importlib.util
 import json
 import math
+import secrets
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from shutil import get_terminal_size
 
 from etils import epath
 
+from grain_jax import config as config_lib
+from grain_jax import errors
+
 PLAIN_LINE_EVERY = 5.0  # seconds, where there is no terminal to rewrite a line on
+UPLOAD_EVERY = 30.0  # seconds between uploads to an object store; a checkpoint does not wait for it
+SMALL_BYTES = 256 << 10  # up to this size, an upload of the whole file is as good as one of its end
+EVENT_FILE_BYTES = 1 << 20  # TensorBoard reads many files as one; so no upload is much larger
 
 LOSS_TERMS = ("loss_image_caption", "loss_box", "loss_region_description", "loss")
 CHECKED = (*LOSS_TERMS, "grad_norm")  # a finite loss may have a gradient that is not
@@ -41,16 +56,169 @@ def check_finite(metrics: Mapping[str, float], last_good_step: int, step: int) -
             )
 
 
+def is_object_store(path: epath.PathLike) -> bool:
+    """Whether `path` is a URL such as gs://bucket/run, where files are written whole or not at all."""
+    return "://" in str(path)
+
+
+def check_wandb(options: config_lib.Wandb) -> None:
+    """Raises UserError where Weights & Biases is asked for and its package is not there."""
+    if options.mode != "off" and importlib.util.find_spec("wandb") is None:
+        raise errors.UserError(
+            f"wandb.mode={options.mode} needs the package wandb: pip install wandb, or take"
+            " --config.wandb.mode=off"
+        )
+
+
+def _open_wandb(workdir: epath.Path, config: config_lib.Config):
+    """The run at Weights & Biases; the same one after a restart, by the id that the workdir holds."""
+    import wandb  # optional, and a second to import
+
+    id_path = workdir / "wandb_id.txt"
+    if not id_path.exists():
+        id_path.write_text(secrets.token_hex(4) + "\n")
+    online = config.wandb.mode == "online"
+    try:
+        return wandb.init(
+            project=config.wandb.project,
+            name=config.wandb.name or workdir.name,
+            id=id_path.read_text().strip(),
+            resume="allow" if online else None,  # what is offline has nobody to ask
+            mode=config.wandb.mode,
+            dir=None if is_object_store(workdir) else str(workdir),
+            config=dataclasses.asdict(config),
+            settings=wandb.Settings(silent=True, console="off"),  # the progress line is ours
+        )
+    except wandb.Error as error:
+        raise errors.UserError(
+            f"wandb.mode={config.wandb.mode}: {' '.join(str(error).split())} Or take"
+            " --config.wandb.mode=offline, or off"
+        ) from None
+
+
+def _lines_until(step: int, files: Iterable[epath.Path]) -> str:
+    """The lines of `files` up to `step`, each step once, without the line that a kill cut off."""
+    kept, last = [], -1
+    for file in files:
+        for line in file.read_text().splitlines():
+            try:
+                number = json.loads(line)["step"]
+            except (json.JSONDecodeError, KeyError):
+                continue
+            if last < number <= step:
+                kept.append(line + "\n")
+                last = number
+    return "".join(kept)
+
+
+class _Events:
+    """TensorBoard's scalars. Unlike a SummaryWriter it queues nothing: what was written is in the file.
+
+    Args:
+      folder: on this machine; made when the first event comes.
+      purge_step: TensorBoard forgets what earlier files have from this step on.
+    """
+
+    def __init__(self, folder: epath.Path, purge_step: int):
+        self.folder, self._purge_step = folder, purge_step
+        self._writer = None
+        self._files = self._bytes = 0
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One event with all scalars; a file that has grown large is followed by another."""
+        from tensorboardX.event_file_writer import EventsWriter  # half a second to import
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        if self._bytes > EVENT_FILE_BYTES:
+            self.close()
+        if self._writer is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # The suffix tells files of one second apart, and keeps them in order.
+            self._writer = EventsWriter(str(self.folder / "events"), f".{self._files:05d}")
+            if not self._files:
+                start = SessionLog(status=SessionLog.START)
+                self._writer.write_event(Event(step=self._purge_step, session_log=start))
+            self._files += 1
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        event = Event(step=step, wall_time=time.time(), summary=Summary(value=values))
+        self._writer.write_event(event)
+        self._writer.flush()
+        self._bytes += event.ByteSize()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer, self._bytes = None, 0
+
+
+class _Upload:
+    """Brings files that grow in a folder of this machine to a workdir in an object store.
+
+    `metrics.jsonl` is uploaded whole while it is small. Later only its new lines are, as
+    `metrics.parts/STEP.jsonl`, and the whole again when these have become an eighth of it: so no line is
+    uploaded more than about nine times, however long the run. What is in parts when a run is killed is
+    read by its restart; a run that ends leaves one file.
+
+    Args:
+      workdir: the URL.
+    """
+
+    def __init__(self, workdir: epath.Path):
+        self.folder = epath.Path(tempfile.mkdtemp(prefix="grain_jax_"))
+        atexit.register(self.folder.rmtree, missing_ok=True)
+        self.workdir = workdir
+        self._whole = -1  # bytes of the store's metrics.jsonl; -1: not known
+        self._uploaded = 0  # and of its parts together with it
+        self._event_bytes: dict[str, int] = {}
+
+    def parts(self) -> list[epath.Path]:
+        """The parts of metrics.jsonl in the store, in order."""
+        return sorted((self.workdir / "metrics.parts").glob("*.jsonl"))
+
+    def metrics(self, step: int) -> None:
+        """Uploads what is new in metrics.jsonl: its lines up to `step`, or all of it where that is due."""
+        data = (self.folder / "metrics.jsonl").read_bytes()
+        if len(data) <= SMALL_BYTES or len(data) - self._whole > len(data) / 8:
+            self.whole_metrics()
+        elif len(data) > self._uploaded:
+            part = self.workdir / "metrics.parts" / f"{step:012d}.jsonl"
+            part.write_bytes(data[self._uploaded :])
+            self._uploaded = len(data)
+
+    def whole_metrics(self) -> None:
+        """Uploads all of metrics.jsonl where the store has not got it in one file, and removes the parts."""
+        data = (self.folder / "metrics.jsonl").read_bytes()
+        if len(data) == self._whole:
+            return
+        (self.workdir / "metrics.jsonl").write_bytes(data)
+        for part in self.parts():
+            part.unlink()
+        self._whole = self._uploaded = len(data)
+
+    def events(self) -> None:
+        """Uploads TensorBoard's files that have grown."""
+        for file in (self.folder / "tensorboard").iterdir():
+            data = file.read_bytes()
+            if self._event_bytes.get(file.name) != len(data):
+                (self.workdir / "tensorboard" / file.name).write_bytes(data)
+                self._event_bytes[file.name] = len(data)
+
+
 class Monitor:
     """Writes a run's metrics; only the first process of a run should have one.
 
     Args:
-      workdir: the run's folder.
+      workdir: the run's folder, or its URL in an object store.
       start_step: metrics beyond it, of a run that was cut off, are removed.
       total_steps: for the ETA.
       batch_size: for images/s.
       flops_per_image: FLOPs that training needs an image (`flops.PerImage.train`).
       peak_flops: FLOPs a second that all devices can do together; None where it is not known.
+      config: of the run; its `wandb` says whether Weights & Biases gets the metrics too. None: it does not.
+
+    Raises:
+      UserError: Weights & Biases is asked for and cannot be reached.
     """
 
     def __init__(
@@ -62,29 +230,37 @@ class Monitor:
         *,
         flops_per_image: float = 0.0,
         peak_flops: float | None = None,
+        config: config_lib.Config | None = None,
     ):
         self.workdir = epath.Path(workdir)
         self.total_steps, self.batch_size = total_steps, batch_size
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
-        self._path = self.workdir / "metrics.jsonl"
+        self._upload = _Upload(self.workdir) if is_object_store(workdir) else None
+        self._folder = self._upload.folder if self._upload else self.workdir
+        self._path = self._folder / "metrics.jsonl"
         self._keep_until(start_step)
-        self._writer = None
+        self._written = start_step
+        self._events = _Events(self._folder / "tensorboard", purge_step=start_step + 1)
+        self._wandb = None
+        if config is not None and config.wandb.mode != "off":
+            self._wandb = _open_wandb(self.workdir, config)
         self._start_step = self._step = start_step
-        self._time = self._started = time.monotonic()
+        self._time = self._started = self._uploaded_at = time.monotonic()
         self._wait = 0.0
         self._printed = -math.inf
 
     def _keep_until(self, step: int) -> None:
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                pass  # the line that the process was killed in
-        self._path.write_text("".join(kept))
+        stored = self.workdir / "metrics.jsonl"
+        files = [stored] if stored.exists() else []
+        if self._upload:
+            files += self._upload.parts()
+        new = self._path.with_suffix(
+            ".new"
+        )  # a kill while it is written leaves the old file as it was
+        new.write_text(_lines_until(step, files))
+        new.replace(self._path)
+        if self._upload:
+            self._upload.whole_metrics()
 
     def rates(self, step: int, wait_seconds: float) -> dict[str, float]:
         """What was done a second, and the share of time spent waiting for input, since the last call.
@@ -122,18 +298,28 @@ class Monitor:
             self._started += away
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds a line to `metrics.jsonl` and the scalars to TensorBoard."""
+        """Adds a line to `metrics.jsonl` and its numbers to TensorBoard and Weights & Biases."""
+        self._written = step
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if self._writer is None:
-            from tensorboardX import SummaryWriter  # half a second to import
+        metrics = {k: v for k, v in metrics.items() if not isinstance(v, str)}
+        self._events.write(step, metrics)
+        # After a restart some steps come again, with the same values: the service keeps the first.
+        if self._wandb and step >= self._wandb.step:
+            self._wandb.log(dict(metrics), step=step)
+        if time.monotonic() - self._uploaded_at > UPLOAD_EVERY:
+            self.flush()
 
-            self._writer = SummaryWriter(
-                str(self.workdir / "tensorboard"), purge_step=self._start_step + 1
-            )
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+    def lines(self) -> list[str]:
+        """The lines of `metrics.jsonl` so far."""
+        return self._path.read_text().splitlines()
+
+    def flush(self) -> None:
+        """Brings an object store up to date; before a checkpoint, so that it has its lines."""
+        if self._upload and self._written > self._start_step:
+            self._upload.metrics(self._written)
+            self._upload.events()
+            self._uploaded_at = time.monotonic()
 
     def progress(self, step: int, metrics: Mapping[str, float]) -> None:
         """Rewrites the progress line of a terminal, or prints one now and then elsewhere."""
@@ -166,6 +352,10 @@ class Monitor:
         print(("\r\x1b[2K" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Flushes TensorBoard's file."""
-        if self._writer is not None:
-            self._writer.close()
+        """Ends TensorBoard's file and the run at Weights & Biases; an object store gets the rest."""
+        self._events.close()
+        if self._upload and self._written > self._start_step:
+            self._upload.whole_metrics()
+            self._upload.events()
+        if self._wandb is not None:
+            self._wandb.finish()

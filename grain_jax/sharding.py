@@ -72,6 +72,40 @@ def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
     losses.layout(config.batch_size, config.loss, batch_shards(mesh))
 
 
+def lanes_of_process(
+    sharding: NamedSharding, *, batch_size: int, lanes: int, process_index: int
+) -> tuple[int, ...]:
+    """The lanes whose rows of the global batch lie on that process's devices, in ascending order.
+
+    Where devices lie in a mesh depends on the network, so a process's rows need not be one run of them. Two
+    processes that hold the same rows (`tensor` across hosts) both serve them.
+
+    Args:
+      sharding: of the batch (`batch_sharding`).
+      batch_size: rows; a multiple of `lanes`.
+      lanes: lane i has the rows [i * batch_size / lanes, (i + 1) * batch_size / lanes).
+      process_index: whose lanes.
+
+    Raises:
+      ShardingError: a lane lies partly on one process and partly on another.
+    """
+    per_lane = batch_size // lanes
+    parts = sharding.devices_indices_map((batch_size,)).items()
+    held = {device.process_index: np.zeros(batch_size, bool) for device, _ in parts}
+    for device, (rows,) in parts:
+        held[device.process_index][rows] = True
+    for process, rows in sorted(held.items()):
+        of_lane = rows.reshape(lanes, per_lane).sum(axis=1)
+        for lane in np.flatnonzero((of_lane > 0) & (of_lane < per_lane)):
+            starts = np.flatnonzero(np.diff(rows)) + 1
+            raise ShardingError(
+                f"input.lanes: got {lanes}, but process {process} holds {of_lane[lane]} of the {per_lane}"
+                f" images of lane {lane}; expected a multiple of"
+                f" {batch_size // math.gcd(batch_size, *starts.tolist())}, or another mesh"
+            )
+    return tuple(np.flatnonzero(held[process_index].reshape(lanes, per_lane)[:, 0]).tolist())
+
+
 def table(abstract: Any, shardings: Any) -> str:
     """Name, shape, dtype, spec and bytes a device of every array of a state, then their sums, as lines of text."""
     rows, per_device, everything = [("array", "shape", "dtype", "spec", "bytes a device")], 0, 0

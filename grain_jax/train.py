@@ -1,20 +1,24 @@
 """The trainer: python -m grain_jax.train --config configs/X.py --workdir DIR [--config.a.b=value ...]
 
 Reads top to bottom. The same command again resumes from the last checkpoint: the order of the data is a
-function of the step (method.md), so nothing else is needed to go on as if nothing had happened.
+function of the step (method.md), so nothing else is needed to go on as if nothing had happened. After
+SIGTERM or Ctrl-C the run saves and ends with status 75 or 130 (preemption.py).
 """
 
 import contextlib
 import ctypes
 import json
+import math
 import re
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 from absl import flags
 from etils import epath
 from jax.experimental import multihost_utils
@@ -22,10 +26,15 @@ from jax.experimental import multihost_utils
 from grain_jax import (
     checkpoint,
     command_line,
+    digests,
+    distributed,
     errors,
     flops,
     inference,
     monitor,
+    preemption,
+    profiling,
+    receipt,
     sharding,
     train_step,
 )
@@ -41,6 +50,9 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_integer("processes", 1, "how many processes there are")
 PROCESS_ID = flags.DEFINE_integer("process_id", 0, "which of them this is, from 0")
+HEARTBEAT_SECONDS = flags.DEFINE_integer(
+    "heartbeat_seconds", 20, "silence after which a process counts as dead and the run ends"
+)
 PRINT_SHARDINGS = flags.DEFINE_bool(
     "print_shardings", False, "print where each array of the state lies, and stop"
 )
@@ -63,7 +75,7 @@ def keep_freed_memory() -> None:
     mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def open_source(config: config_lib.Config):
+def open_source(config: config_lib.Config, notice: preemption.Notice | None = None):
     """The module that serves the config's batches; makes the data set first if the config says how."""
     if config.input.source == "synthetic":
         return synthetic
@@ -78,18 +90,19 @@ def open_source(config: config_lib.Config):
         try:
             records.find(config)
         except records.MissingData:
-            prepare_data(config.input)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("data set prepared")
+            prepare_data(config.input, notice or preemption.Notice())
+    wait_for_all("data set prepared")
     records.find(config)
     return records
 
 
-def prepare_data(config: config_lib.Input) -> None:
+def prepare_data(config: config_lib.Input, notice: preemption.Notice) -> None:
     """Runs the config's command that makes the data set."""
     command = [word.format(**vars(config)) for word in shlex.split(config.prepare)]
     print(f"No data set yet: python -m {shlex.join(command)}", file=sys.stderr, flush=True)
-    status = subprocess.run([sys.executable, "-m", *command]).returncode
+    with subprocess.Popen([sys.executable, "-m", *command]) as notice.child:
+        status = notice.child.wait()
+    notice.child = None
     if status:
         raise errors.UserError(
             f"input.prepare: python -m {shlex.join(command)} ended with {status}"
@@ -110,38 +123,56 @@ def resolve_steps(config: config_lib.Config, num_examples: int) -> tuple[int, fl
     return total, steps_per_epoch
 
 
-def train(config: config_lib.Config, workdir: epath.Path) -> None:
-    """One run, from where its workdir stands to its last step."""
+def train(
+    config: config_lib.Config, workdir: epath.Path, notice: preemption.Notice | None = None
+) -> None:
+    """One run, from where its workdir stands to its last step, or to the one where `notice` ends it.
+
+    Raises:
+      UserError: the input, the workdir or the disk does not allow the run.
+      NotFinite: a loss is not finite any more.
+      SystemExit: the run was told to end, and is saved.
+    """
+    notice = notice or preemption.Notice()
     # 1. Devices and data.
     main_process = jax.process_index() == 0
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)  # before the data set is made
-    source = open_source(config)
+    lanes = sharding.lanes_of_process(
+        sharding.batch_sharding(mesh),
+        batch_size=config.batch_size,
+        lanes=config.input.lanes,
+        process_index=jax.process_index(),
+    )
+    source = open_source(config, notice)
     total_steps, steps_per_epoch = resolve_steps(config, source.num_examples(config))
     for entry in config.evals.values():
         evaluate.check(entry)  # now, not after the last step
+    monitor.check_wandb(config.wandb)
 
     # 2. Model, optimiser and step, as shapes only.
     program = train_step.build(
         config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
     )
 
-    # 3. State: the newest checkpoint, else a fresh start from the seed.
+    # 3. State: the newest checkpoint that is whole, else a fresh start from the seed.
     if main_process:
         workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = checkpoint.manager(workdir, config)
-    start_step = checkpoints.latest_step()
-    if start_step is not None:
-        checkpoint.check_same_run(checkpoints, start_step, config)
-        placed = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            program.state,
-            program.shardings,
-        )
-        state = checkpoint.restore(checkpoints, start_step, placed)
-    else:
-        start_step = 0
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        program.state,
+        program.shardings,
+    )
+    state = checkpoint.restore_newest(
+        checkpoints,
+        config,
+        placed,
+        lambda text: print(text, file=sys.stderr, flush=True) if main_process else None,
+    )
+    if state is None:
         state = program.init()
+    start_step = int(state.step)
     log = None
     if main_process:
         (workdir / "config.json").write_text(config_lib.to_json(config))
@@ -153,7 +184,16 @@ def train(config: config_lib.Config, workdir: epath.Path) -> None:
             config.batch_size,
             flops_per_image=flops.per_image(config).train,
             peak_flops=peak and peak * jax.device_count(),
+            config=config,
         )
+    receipts = receipt.Receipts(
+        workdir,
+        mesh,
+        config,
+        checkpoint.read_json(checkpoints.directory / str(start_step), "receipt")
+        if start_step
+        else None,
+    )
     say = log.say if log else lambda text: None
     millions = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
     say(
@@ -167,58 +207,84 @@ def train(config: config_lib.Config, workdir: epath.Path) -> None:
     with log.pause() if log else contextlib.nullcontext():
         step_fn = program.step.lower(program.state, program.batch).compile()
     say(f"compiled in {monitor.duration(time.monotonic() - began)}")
+    wait_for_all("compiled")
 
     # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
     batches = device.prefetch(
         source.batches(
             config,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            lanes=lanes,
             start_step=start_step,
         ),
         program.batch_sharding,
     )
+    trace = profiling.StepTrace(
+        workdir,
+        start=config.profile_start,
+        steps=config.profile_steps,
+        process_index=jax.process_index(),
+    )
     last_good_step, last_save = start_step, time.monotonic()
     results: dict[str, float] = {}
-    try:
-        for step in range(start_step + 1, total_steps + 1):
-            batch = next(batches)
-            with jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, batch)
+    preempted = False
+    with notice.training():
+        try:
+            for step in range(start_step + 1, total_steps + 1):
+                trace.begin(step)
+                batch = next(batches)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step_fn(state, batch)
+                trace.end(step, metrics)
 
-            last = step == total_steps
-            evaluates = config.evals and (last or at_interval(step, config.eval_every))
-            saves = last or at_interval(step, config.checkpoint_every)
-            logs = last or evaluates or at_interval(step, config.log_every)
-            if logs and config.checkpoint_every_minutes and not saves:
-                saves = agreed(time.monotonic() - last_save > 60 * config.checkpoint_every_minutes)
-            if logs or saves:  # a state that is not finite is never saved
-                values = {name: float(value) for name, value in metrics.items()}
-                monitor.check_finite(values, last_good_step, step)
-                last_good_step = step
-            if log and logs:
-                values |= log.rates(step, batches.wait_seconds)
-                log.progress(step, values)
-            if evaluates:
-                with log.pause() if log else contextlib.nullcontext():
-                    results = evaluate_all(config, state)
-                values |= results
-            if log and logs:
-                log.write(step, values)  # before the save: what is restored has its lines
-            if saves:
-                checkpoint.save(checkpoints, state, config)
-                last_save = time.monotonic()
-    finally:  # whatever ended the loop, the save under way is finished
-        batches.close()
-        checkpoints.wait_until_finished()
-        checkpoints.close()
+                last = step == total_steps
+                evaluates = config.evals and (last or at_interval(step, config.eval_every))
+                preempted = notice.reached()
+                saves = last or preempted or at_interval(step, config.checkpoint_every)
+                logs = last or evaluates or at_interval(step, config.log_every)
+                if logs and config.checkpoint_every_minutes and not saves:
+                    saves = agreed(
+                        time.monotonic() - last_save > 60 * config.checkpoint_every_minutes
+                    )
+                if logs or saves:  # a state that is not finite is never saved
+                    values = {name: float(value) for name, value in metrics.items()}
+                    monitor.check_finite(values, last_good_step, step)
+                    last_good_step = step
+                if log and logs:
+                    values |= log.rates(step, batches.wait_seconds)
+                    log.progress(step, values)
+                if evaluates:
+                    with log.pause() if log else contextlib.nullcontext():
+                        results = evaluate_all(config, state)
+                    values |= results
+                if log and logs:
+                    # Before the save: what is restored has its lines.
+                    log.write(step, values | digests.chains(state.receipt))
+                if saves:
+                    if log:
+                        log.flush()
+                    record = receipts.add(state, log.lines() if log else ())
+                    checkpoint.save(checkpoints, state, config, record, best_metric(config, values))
+                    last_save = time.monotonic()
+                if preempted:
+                    break
+        finally:  # whatever ended the loop, the save under way is finished
+            batches.close()
+            checkpoints.wait_until_finished()
+            checkpoints.close()
+            trace.close()
+            if log:
+                log.close()
+    if preempted:
+        say(
+            f"told to end: saved at step {step} of {total_steps}; the same command goes on from there"
+        )
+        sys.exit(notice.status)
 
     # 6. What came of it.
     if not results and config.evals:  # the run was complete already
         results = evaluate_all(config, state)
     predictor = make_predictor(config, state)
     if log:
-        log.close()
         report(config, workdir, predictor, results)
 
 
@@ -227,11 +293,30 @@ def at_interval(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
+def wait_for_all(key: str) -> None:
+    """Waits until all processes are here, however long; a collective gives up after half a minute on CPUs.
+
+    One that dies on the way does not keep the others: the heartbeat ends them.
+    """
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=7 * 24 * 3600 * 1000)
+
+
 def agreed(due: bool) -> bool:
     """The first process's opinion, on all of them: clocks differ."""
     if jax.process_count() == 1:
         return due
     return bool(multihost_utils.broadcast_one_to_all(jnp.asarray(due)))
+
+
+def best_metric(config: config_lib.Config, values: Mapping[str, float]) -> dict[str, float] | None:
+    """What the best checkpoint is chosen by, where this step has it: the first process's, on all of them."""
+    name = config.checkpoint_best_metric
+    if not name:
+        return None
+    value = values.get(name, math.nan)
+    if jax.process_count() > 1:  # only the first one evaluates
+        value = float(multihost_utils.broadcast_one_to_all(jnp.asarray(value)))
+    return None if math.isnan(value) else {name: value}
 
 
 def make_predictor(config: config_lib.Config, state: train_step.TrainState):
@@ -286,9 +371,17 @@ def main(argv: list[str]) -> None:
     if not WORKDIR.value:
         command_line.fail("--workdir: missing; the folder that the run writes to")
     keep_freed_memory()
-    if COORDINATOR.value:
-        jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
-    train(config, epath.Path(WORKDIR.value))
+    notice = preemption.Notice()
+    notice.listen()
+    found = distributed.initialize(
+        COORDINATOR.value, PROCESSES.value, PROCESS_ID.value, HEARTBEAT_SECONDS.value
+    )
+    if jax.distributed.is_initialized():
+        print(found, file=sys.stderr, flush=True)
+    workdir = epath.Path(WORKDIR.value)
+    with distributed.ending_together(HEARTBEAT_SECONDS.value):
+        with checkpoint.full_disk_in_a_line(workdir):
+            train(config, workdir, notice)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from grain_jax import digests, optim, schema, sharding
 from grain_jax import losses as losses_lib
-from grain_jax import optim, schema, sharding
 from grain_jax.config import Config
 from grain_jax.models import placement
 from grain_jax.models.grain import GRAIN
@@ -32,6 +33,7 @@ class TrainState(NamedTuple):
     texts_dropped: (
         jax.Array
     )  # int32 [], regions that fitted into no row and captions cut, since step 0
+    receipt: jax.Array  # uint32 [2, 2], the chains over all batches so far (digests.extend)
 
 
 def abstract_batch(config: Config) -> schema.Batch:
@@ -70,6 +72,7 @@ def init_state(model: GRAIN, config: Config, tx: optax.GradientTransformation) -
         opt_state=tx.init(params),
         ema_params=jax.tree.map(jnp.copy, params) if config.ema_decay else {},
         texts_dropped=jnp.zeros((), jnp.int32),
+        receipt=nn.Partitioned(jnp.zeros((2, 2), jnp.uint32), (None, None)),
     )
 
 
@@ -199,7 +202,8 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "texts_dropped": dropped,
         }
-        return TrainState(state.step + 1, params, opt_state, ema, dropped), metrics
+        receipt = digests.extend(state.receipt, digests.of_batch(batch), state.step)
+        return TrainState(state.step + 1, params, opt_state, ema, dropped, receipt), metrics
 
     return train_step
 

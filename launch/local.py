@@ -2,8 +2,9 @@
 
     python -m launch.local --processes P --devices-per-process D -- python -m grain_jax.train ...
 
-Each process has D virtual devices and serves its share of the lanes. Lines are prefixed with the
-process. The first process that fails ends the others, and its status is the launcher's.
+Each process has D virtual devices and serves its share of the lanes. Lines are prefixed with the process's
+number. A signal to the launcher goes to every process. The first process that fails is named, the others
+are ended, and its status is the launcher's: 128 + N after signal N. Where the run was preempted, it is 75.
 """
 
 import argparse
@@ -15,60 +16,139 @@ import sys
 import threading
 import time
 
+GRACE_SECONDS = 30  # from the request to end until a process is killed
+PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
+INTERRUPTED = 130  # the same after Ctrl-C
+_PASSED_ON = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
 
-def main() -> int:
-    """Starts the processes, waits, and returns the first failing one's status, or 0."""
-    parser = argparse.ArgumentParser(prog="launch.local", description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, required=True)
-    parser.add_argument("--devices-per-process", type=int, default=1)
-    parser.add_argument(
-        "command", nargs=argparse.REMAINDER, help="-- python -m grain_jax.train ..."
+
+def main(argv: list[str] | None = None) -> int:
+    """Starts the processes, waits for them, and returns the launcher's status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.local",
+        usage="%(prog)s --processes P [--devices-per-process D] -- python -m grain_jax.train ...",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    args = parser.parse_args()
+    parser.add_argument("--processes", type=int, required=True, metavar="P")
+    parser.add_argument("--devices-per-process", type=int, default=1, metavar="D", help="default 1")
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=GRACE_SECONDS,
+        metavar="S",
+        help="seconds that the others have to end in once a process failed; default %(default)s",
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    if not command or args.processes < 1 or args.devices_per_process < 1:
-        parser.error("expected --processes >= 1, --devices-per-process >= 1 and -- COMMAND")
+    if not command or args.processes < 1 or args.devices_per_process < 1 or args.grace < 0:
+        parser.error(
+            "expected --processes >= 1, --devices-per-process >= 1, --grace >= 0 and -- COMMAND"
+        )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
 
+    # Ours is last: of a flag given twice, XLA takes the last.
     flags = f"--xla_force_host_platform_device_count={args.devices_per_process}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    processes, readers = [], []
-    for i in range(args.processes):
+    processes: list[subprocess.Popen] = []
+    told: list[int] = []
+
+    def pass_on(number: int, _) -> None:
+        # A terminal's Ctrl-C has reached the processes already; the trainer does not mind a second one.
+        told.append(number)
+        for process in processes:
+            process.send_signal(number)
+
+    for number in _PASSED_ON:
+        signal.signal(number, pass_on)
+    readers = []
+    for index in range(args.processes):
         rendezvous = [
             f"--coordinator={coordinator}",
             f"--processes={args.processes}",
-            f"--process_id={i}",
+            f"--process_id={index}",
         ]
-        process = subprocess.Popen(
-            [*command, *rendezvous],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        processes.append(process)
-        readers.append(threading.Thread(target=_relay, args=(i, process.stdout)))
-        readers[-1].start()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _: [p.send_signal(n) for p in processes])
-
-    status = 0
-    while any(p.poll() is None for p in processes):
-        failed = [(i, p.returncode) for i, p in enumerate(processes) if p.poll()]
-        if failed and not status:
-            index, status = failed[0]
-            print(
-                f"launch.local: process {index} ended with {status}; ending the others",
-                file=sys.stderr,
+        try:
+            process = subprocess.Popen(
+                [*command, *rendezvous],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
             )
-            for p in processes:
-                p.terminate()
-        time.sleep(0.1)
+        except OSError as error:
+            parser.error(f"cannot start {command[0]}: {error.strerror}")
+        processes.append(process)
+        for number in told:  # while we were starting
+            process.send_signal(number)
+        readers.append(threading.Thread(target=_relay, args=(index, process.stdout), daemon=True))
+        readers[-1].start()
+
+    status = _wait(processes, told, args.grace)
     for reader in readers:
-        reader.join()
-    return status or next((p.returncode for p in processes if p.returncode), 0)
+        reader.join(timeout=5)  # what a process has started may hold its output open
+    return status
+
+
+def _wait(processes: list[subprocess.Popen], told: list[int], grace: float) -> int:
+    """Waits for all, ending the others once one has failed, and returns the launcher's status."""
+    failure, deadline = None, 0.0
+    while True:
+        running = any([p.poll() is None for p in processes])
+        codes = [_code(p.returncode, told) for p in processes]
+        if failure is None:
+            failure = _first_failure(codes, told)
+            if failure is not None:
+                _say(f"process {failure} {_how(codes[failure])}" + "; ending the others" * running)
+                deadline = time.monotonic() + grace
+                for process in processes:
+                    process.terminate()
+        elif running and time.monotonic() > deadline:
+            deadline = float("inf")
+            for index, process in enumerate(processes):
+                if process.poll() is None:
+                    _say(f"process {index} did not end within {grace:g} s; killing it")
+                    process.kill()
+        if not running:
+            break
+        time.sleep(0.05)
+    if failure is not None:
+        code = codes[failure]
+        return 128 - code if code < 0 else code
+    return next((status for status in (PREEMPTED, INTERRUPTED) if status in codes), 0)
+
+
+def _code(code: int | None, told: list[int]) -> int | None:
+    """A return code; that of a signal passed on before the process could listen is what it stands for."""
+    return _PASSED_ON[-code] if code is not None and -code in told else code
+
+
+def _first_failure(codes: list[int | None], told: list[int]) -> int | None:
+    """Index of the process that is to blame, or None."""
+    fine = [None, 0, PREEMPTED]
+    if signal.SIGINT in told:
+        fine.append(INTERRUPTED)
+    if PREEMPTED in codes or INTERRUPTED in codes:
+        fine.append(-signal.SIGABRT)  # JAX aborts the others of a process that was preempted early
+    failed = [index for index, code in enumerate(codes) if code not in fine]
+    # It also aborts the others of one that dies: between two looks all may have ended.
+    failed.sort(key=lambda index: codes[index] == -signal.SIGABRT)
+    return failed[0] if failed else None
+
+
+def _how(code: int) -> str:
+    if code < 0:
+        return f"was ended by signal {-code} ({signal.Signals(-code).name})"
+    return f"ended with status {code}"
+
+
+def _say(text: str) -> None:
+    print(f"launch.local: {text}", file=sys.stderr, flush=True)
 
 
 def _relay(index: int, lines) -> None:

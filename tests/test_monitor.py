@@ -1,10 +1,15 @@
 import json
 import math
 import os
+import struct
+import sys
+import types
 
 import pytest
+from etils import epath
 
-from grain_jax import monitor
+from grain_jax import errors, monitor
+from tests import tiny
 
 METRICS = {term: 1.0 for term in monitor.CHECKED} | {"matched_iou": 0.5}
 
@@ -88,3 +93,201 @@ def test_a_terminal_line_is_rewritten_and_never_wraps(tmp_path, capsys, monkeypa
     written = capsys.readouterr().err
     assert written.startswith("\r\x1b[2Kstep 10/100") and not written.endswith("\n")
     assert len(written.removeprefix("\r\x1b[2K")) == 59
+
+
+@pytest.fixture
+def object_store(tmp_path, monkeypatch):
+    """A folder that is treated as an object store, and the sizes of the uploads to it by file name."""
+    (tmp_path / "store" / "metrics.parts").mkdir(parents=True)
+    (tmp_path / "store" / "tensorboard").mkdir()
+    monkeypatch.setattr(monitor, "is_object_store", lambda path: True)
+    uploads, write_bytes = [], type(epath.Path(tmp_path)).write_bytes
+
+    def recorded(path, data):
+        uploads.append((path.name, len(data)))
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", recorded)
+    return tmp_path / "store", uploads
+
+
+def _steps(file):
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()]
+
+
+def test_an_object_store_has_the_lines_at_each_checkpoint_and_one_file_at_the_end(
+    object_store, monkeypatch
+):
+    store, _ = object_store
+    monkeypatch.setattr(monitor, "SMALL_BYTES", 0)
+    first = monitor.Monitor(store, 0, 200, 4)
+    for step in range(1, 58):
+        first.write(step, {"loss": 1.0})
+        if step <= 56:
+            first.flush()
+    first._events.close()  # killed here: the line of step 57 never gets there
+    held = _steps(store / "metrics.jsonl")
+    parts = sorted((store / "metrics.parts").iterdir())
+    assert held == list(range(1, held[-1] + 1)) and len(held) > 0.85 * 56
+    assert [s for part in parts for s in _steps(part)] == list(range(held[-1] + 1, 57))
+    second = monitor.Monitor(store, 55, 200, 4)
+    assert _steps(store / "metrics.jsonl") == list(range(1, 56))
+    assert not list((store / "metrics.parts").iterdir())
+    second.write(56, {"loss": 2.0})
+    second.close()
+    assert _steps(store / "metrics.jsonl") == list(range(1, 57))
+    scalars, purges = _scalars(store / "tensorboard")
+    assert purges == [1, 56] and [step for step, _ in scalars] == [*range(1, 57), 56]
+
+
+def test_uploads_grow_with_the_run_and_not_with_its_square(object_store, monkeypatch):
+    store, uploads = object_store
+    monkeypatch.setattr(monitor, "SMALL_BYTES", 200)
+    monkeypatch.setattr(monitor, "EVENT_FILE_BYTES", 1000)
+    log = monitor.Monitor(store, 0, 150, 4)
+    for step in range(1, 151):
+        log.write(step, {"loss": 1.0})
+        log.flush()
+    log.close()
+    size = (store / "metrics.jsonl").stat().st_size
+    sent = sum(n for name, n in uploads if name.endswith(".jsonl"))
+    assert size < sent < 12 * size  # whole each time: 75 times
+    assert max(n for name, n in uploads if name.startswith("events")) < 2000
+
+
+def test_an_upload_waits_its_time(object_store, monkeypatch):
+    store, uploads = object_store
+    now = [0.0]
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: now[0])
+    log = monitor.Monitor(store, 0, 100, 4)
+    uploads.clear()
+    for step, seconds in enumerate((1, 29, 31, 40, 62), 1):
+        now[0] = seconds
+        log.write(step, {"loss": 1.0})
+    assert [name for name, _ in uploads if name == "metrics.jsonl"] == ["metrics.jsonl"] * 2
+    assert _steps(store / "metrics.jsonl") == [1, 2, 3, 4, 5]
+    log.close()
+
+
+def _scalars(folder):
+    """[(step, {name: value})] and the steps from which files purge, of TensorBoard's files in order."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    scalars, purges = [], []
+    for file in sorted(folder.glob("events.*")):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.HasField("session_log"):
+                purges.append(event.step)
+            if event.summary.value:
+                values = {v.tag: v.simple_value for v in event.summary.value}
+                scalars.append((event.step, values))
+    return scalars, purges
+
+
+def test_tensorboard_has_each_step_at_once_and_forgets_those_beyond_a_restart(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(monitor, "EVENT_FILE_BYTES", 60)  # two events
+    first = monitor.Monitor(tmp_path, 0, 10, 4)
+    for step in range(1, 6):
+        first.write(step, {"loss": float(step), "eval/birds/top1": 0.5})
+    folder = tmp_path / "tensorboard"
+    assert len(list(folder.iterdir())) == 3
+    expected = [(s, {"loss": float(s), "eval/birds/top1": 0.5}) for s in range(1, 6)]
+    assert _scalars(folder) == (expected, [1])  # before it is closed: a kill loses nothing
+    first.close()
+    monkeypatch.setattr(monitor.time, "time", lambda: 4e9)  # file names have whole seconds
+    second = monitor.Monitor(tmp_path, 3, 10, 4)
+    second.write(4, {"loss": 40.0})
+    second.close()
+    assert _scalars(folder) == ([*expected, (4, {"loss": 40.0})], [1, 4])
+
+
+class _Run:
+    """Stands in for Weights & Biases' run: what its server would keep."""
+
+    def __init__(self, step):
+        self.step, self.logged, self.finished = step, [], False
+
+    def log(self, metrics, step):
+        self.step = step
+        self.logged.append((step, metrics["loss"]))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_wandb_gets_a_restart_under_the_same_id_and_no_step_twice(tmp_path, monkeypatch):
+    started = []
+
+    def init(**options):
+        started.append((_Run(6 * len(started)), options))  # the first run logged up to step 5
+        return started[-1][0]
+
+    fake = types.SimpleNamespace(init=init, Settings=dict, Error=RuntimeError)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = tiny.config(wandb__mode="online", wandb__project="birds")
+    for start, steps in ((0, range(1, 6)), (3, range(4, 9))):
+        log = monitor.Monitor(tmp_path, start, 10, 4, config=config)
+        for step in steps:
+            log.write(step, {"loss": float(step)})
+        log.close()
+    (first, options), (second, again) = started
+    assert first.logged == [(s, float(s)) for s in range(1, 6)]
+    assert second.logged == [(s, float(s)) for s in range(6, 9)]
+    assert first.finished and second.finished
+    assert options["id"] == again["id"] == (tmp_path / "wandb_id.txt").read_text().strip()
+    assert options["project"] == "birds" and options["name"] == tmp_path.name
+    assert options["resume"] == "allow" and options["config"]["batch_size"] == 16
+
+
+def _wandb_history(file):
+    """{step: {name: value}} of an offline run's file: records in blocks, as in LevelDB's log."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record, history = file.read_bytes(), 7, b"", {}
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            parsed, record = Record.FromString(record), b""
+            if parsed.HasField("history"):
+                items = {
+                    item.key or item.nested_key[0]: json.loads(item.value_json)
+                    for item in parsed.history.item
+                }
+                history[items["_step"]] = items
+    return history
+
+
+def test_wandb_offline_leaves_a_folder_a_start_with_one_id(tmp_path):
+    wandb = pytest.importorskip("wandb")
+    config = tiny.config(wandb__mode="offline", wandb__name="wrens")
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        log = monitor.Monitor(tmp_path, start, 10, 4, config=config)
+        for step in steps:
+            log.write(step, {"loss": step / 2})
+        log.close()
+    wandb.teardown()  # what its service process has buffered is in the files now
+    name = (tmp_path / "wandb_id.txt").read_text().strip()
+    files = sorted((tmp_path / "wandb").glob(f"offline-run-*-{name}*/run-{name}.wandb"))
+    histories = [_wandb_history(file) for file in files]
+    assert [list(history) for history in histories] == [[1, 2, 3], [3, 4]]
+    assert [history[3]["loss"] for history in histories] == [1.5, 1.5]
+
+
+def test_wandb_that_is_not_there_is_a_line(monkeypatch):
+    monkeypatch.setattr(monitor.importlib.util, "find_spec", lambda name: None)
+    monitor.check_wandb(tiny.config().wandb)
+    with pytest.raises(errors.UserError, match="^wandb.mode=offline needs the package wandb: pip"):
+        monitor.check_wandb(tiny.config(wandb__mode="offline").wandb)
+    with pytest.raises(errors.UserError, match="wandb.mode: got 'on', expected one of off, online"):
+        tiny.config(wandb__mode="on")

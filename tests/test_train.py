@@ -1,4 +1,4 @@
-"""The trainer as a whole: metrics, checkpoints, resume after SIGKILL, NaN, other meshes, a finished run."""
+"""The trainer as a whole: metrics, checkpoints, preemption, NaN, other meshes, a finished run."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import grain_jax
-from grain_jax import checkpoint, config, errors, monitor, sharding, train
+from grain_jax import checkpoint, config, errors, monitor, preemption, sharding, train
 from tests import tiny
 from tests.paths import ROOT
 
@@ -81,14 +81,6 @@ def test_other_meshes_have_the_same_losses(finished, mesh, tmp_path):
         np.testing.assert_allclose(b["loss"], a["loss"], rtol=2e-4)
 
 
-def test_a_checkpoint_goes_on_on_another_mesh(finished, tmp_path):
-    (tmp_path / "checkpoints").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "8").symlink_to(finished / "checkpoints" / "8")
-    train.train(tiny.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2), tmp_path)
-    for a, b in zip(_lines(finished)[8:], _lines(tmp_path), strict=True):
-        np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-4)
-
-
 def test_nan_stops_the_run_and_names_the_term(tmp_path):
     broken = tiny.config(optim__learning_rate=1e30, optim__warmup_steps=3, checkpoint_every=1)
     with pytest.raises(
@@ -105,7 +97,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(finished, tmp_path):
     (tmp_path / "checkpoints" / "8").symlink_to(finished / "checkpoints" / "8")
     with pytest.raises(
         checkpoint.CheckpointError,
-        match=r"params/decoder/query_embed: stored \(6, 32\), expected \(4, 32\)",
+        match=r":\n  params/decoder/query_embed: stored \(6, 32\) float32, expected \(4, 32\) float32",
     ):
         train.train(tiny.config(model__decoder__queries=3), tmp_path)
 
@@ -136,63 +128,92 @@ def test_a_mesh_that_does_not_fit_is_refused(tmp_path):
         train.train(tiny.config(mesh__data=3), tmp_path)
 
 
-def _start(workdir, cache, *flags):
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache)}
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+def _processes(count, workdir, *flags, devices=4):
+    command = [sys.executable, "-m", "launch.local", f"--processes={count}"]
+    command += [f"--devices-per-process={devices}", "--"]
+    command += [sys.executable, "-m", "grain_jax.train", "--config", "tests/run_config.py"]
     return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "grain_jax.train",
-            "--config",
-            "tests/run_config.py",
-            "--workdir",
-            str(workdir),
-            *flags,
-        ],
-        cwd=ROOT,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
+        [*command, "--workdir", str(workdir), *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
 
 
-def _finish(process):
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(finished, tmp_path, capfd):
+    notice = preemption.Notice()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first one counts
+        notice.tell(number)
+    with pytest.raises(SystemExit) as end:
+        train.train(tiny.config(), tmp_path, notice)
+    assert end.value.code == preemption.INTERRUPTED == 130
+    assert "saved at step 1 of 10" in capfd.readouterr().err
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    notice = preemption.Notice()
+    notice.tell(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        train.train(tiny.config(), tmp_path, notice)
+    assert end.value.code == preemption.PREEMPTED == 75
+    train.train(tiny.config(), tmp_path)
+    assert _lines(tmp_path) == _lines(finished)
 
 
-def test_sigkill_and_the_same_command_again_give_the_uninterrupted_run(tmp_path):
-    flags = ("--config.total_steps=40", "--config.checkpoint_every=3")
-    _finish(_start(tmp_path / "whole", tmp_path / "cache", *flags))
-    killed = _start(tmp_path / "killed", tmp_path / "cache", *flags)
-    deadline = time.monotonic() + 300
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    while time.monotonic() < deadline and killed.poll() is None:
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= 8:
+def test_told_to_end_while_there_is_nothing_to_save():
+    """It ends at once, even where Python could not run a handler; a child ends with it."""
+    code = """if True:
+        import ctypes, subprocess
+        from grain_jax import preemption
+        notice = preemption.Notice()
+        notice.listen()
+        notice.child = subprocess.Popen(["sleep", "60"])
+        print(notice.child.pid, flush=True)
+        ctypes.CDLL(None).sleep(60)  # as compiling: no Python runs on this thread
+        ctypes.CDLL(None).sleep(60)
+    """
+    for number, status in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        child = int(process.stdout.readline())
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == status
+        assert said.strip() == f"{number.name}: there is nothing to save"
+        with pytest.raises(ProcessLookupError):
+            for _ in range(100):
+                os.kill(child, 0)
+                time.sleep(0.05)
+
+
+def test_two_processes_have_the_losses_of_one_also_when_preempted(finished, tmp_path):
+    started = _processes(2, tmp_path)
+    said = []
+    for line in started.stderr:
+        said.append(line)
+        if "parameters" in line:  # it compiles next: the notice is kept until the first step
             break
-        time.sleep(0.01)
-    assert killed.poll() is None, "it ended before it could be killed"
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert len(_lines(tmp_path / "killed")) < 40
-    _finish(_start(tmp_path / "killed", tmp_path / "cache", *flags))
-    assert _lines(tmp_path / "killed") == _lines(tmp_path / "whole")
-
-
-def test_two_processes_have_the_losses_of_one(finished, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "launch.local",
-        "--processes=2",
-        "--devices-per-process=4",
-        "--",
-    ]
-    command += [sys.executable, "-m", "grain_jax.train", "--config", "tests/run_config.py"]
-    command += ["--workdir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    started.send_signal(signal.SIGTERM)
+    said += started.communicate(timeout=300)[1].splitlines(True)
+    assert started.returncode == 75, "".join(said)
+    assert "saved at step 1 of 10" in "".join(said)
+    again = _processes(2, tmp_path)
+    _, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
     for a, b in zip(_lines(finished), _lines(tmp_path), strict=True):
         np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-4)
+        assert b["batch_chain"] == a["batch_chain"]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "8"]
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    best = dict(checkpoint_best_metric="matched_iou", checkpoint_keep=1, checkpoint_every=1)
+    train.train(tiny.config(total_steps=6, **best), tmp_path)
+    measured = {line["step"]: line["matched_iou"] for line in _lines(tmp_path)}
+    kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {6, max(measured, key=measured.get)}
+
+
+def test_a_best_metric_of_no_evaluator_is_refused():
+    with pytest.raises(config.ConfigError, match="checkpoint_best_metric: got 'eval/birds'"):
+        tiny.config(checkpoint_best_metric="eval/birds/top1")

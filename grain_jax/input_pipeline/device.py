@@ -82,7 +82,8 @@ def to_global(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
     """This process's rows of each field as its part of a global array.
 
     Args:
-      batch: numpy; the leading axis of every field is divided over the processes.
+      batch: numpy; the leading axis of every field has the rows that this process's devices hold, in their
+        order in the global batch (`sharding.lanes_of_process`).
       sharding: of the leading axis, e.g. NamedSharding(mesh, P(("data", "fsdp"))).
     """
     return Batch(*(jax.make_array_from_process_local_data(sharding, field) for field in batch))

@@ -103,16 +103,6 @@ def make_lanes(
     ]
 
 
-def lanes_of_process(lanes: int, *, process_index: int, process_count: int) -> range:
-    """The lanes that a process serves, consecutive. Raises OrderError."""
-    if lanes % process_count:
-        raise OrderError(
-            f"input.lanes: got {lanes}, expected a multiple of the {process_count} processes"
-        )
-    share = lanes // process_count
-    return range(process_index * share, (process_index + 1) * share)
-
-
 def _scramble(x: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele et al. 2014), uint64 -> uint64; every bit matters."""
     x = x + np.uint64(0x9E3779B97F4A7C15)

@@ -2,16 +2,16 @@
 
     find(config)          is the set there, and has it what training needs?
     num_examples(config)  records an epoch
-    batches(config, ...)  this process's part of each global batch, from any step on
+    batches(config, ...)  each global batch, or what some lanes have of it, from any step on
 
-A batch's rows [i * b / lanes, (i + 1) * b / lanes) come from lane i. A process opens only the shards of
-its lanes, and of these only the blocks that the step asks for.
+A batch's rows [i * b / lanes, (i + 1) * b / lanes) come from lane i. Only the shards of the lanes that are
+asked for are opened, and of these only the blocks of the step.
 """
 
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 # TensorFlow's banners tell a user nothing; decoding does not use oneDNN.
@@ -92,34 +92,32 @@ def num_examples(config: Config) -> int:
 
 
 def batches(
-    config: Config, *, process_index: int = 0, process_count: int = 1, start_step: int = 0
+    config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
 ) -> Iterator[Batch]:
-    """This process's part of each global batch from `start_step` on, endless.
+    """The part of each global batch that comes from `lanes` (None: all of it), from `start_step` on, endless.
 
     Raises (here, not at the first batch):
       MissingData, DataError: as `find`.
-      order.OrderError: `input.lanes` fits neither the shards nor the processes.
+      order.OrderError: there are fewer shards than `input.lanes`.
     A damaged record raises DataError, naming its shard and its place there, when its batch is due.
     """
-    lanes = order.make_lanes(
+    every_lane = order.make_lanes(
         find(config).shards,
         lanes=config.input.lanes,
         shards_per_block=config.input.shards_per_block,
         seed=config.seed,
     )
-    served = order.lanes_of_process(
-        config.input.lanes, process_index=process_index, process_count=process_count
-    )
-    lengths = [lane.num_records for lane in lanes]
-    if process_index == 0 and max(lengths) > _UNEVEN * min(lengths):
+    served = every_lane if lanes is None else [every_lane[i] for i in lanes]
+    lengths = [lane.num_records for lane in every_lane]
+    if served[0].index == 0 and max(lengths) > _UNEVEN * min(lengths):
         logging.warning(
             "input.lanes=%d: lanes have %d to %d records, so some are seen more often than others;"
             " a number of shards that is a multiple of the lanes avoids that",
-            len(lanes),
+            len(every_lane),
             min(lengths),
             max(lengths),
         )
-    return _batches(config, [lanes[i] for i in served], start_step)
+    return _batches(config, served, start_step)
 
 
 def _batches(config: Config, lanes: list[order.Lane], step: int) -> Iterator[Batch]:

@@ -4,7 +4,7 @@ Text lengths are those of web captions and region descriptions. A batch is a fun
 step), as the records' are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -25,12 +25,10 @@ def num_examples(config: Config) -> int:
 
 
 def batches(
-    config: Config, *, process_index: int = 0, process_count: int = 1, start_step: int = 0
+    config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
 ) -> Iterator[Batch]:
-    """This process's part of each global batch from `start_step` on, endless."""
-    lanes = order.lanes_of_process(
-        config.input.lanes, process_index=process_index, process_count=process_count
-    )
+    """The part of each global batch that comes from `lanes` (None: all of it), from `start_step` on, endless."""
+    lanes = range(config.input.lanes) if lanes is None else lanes
     step = start_step
     while True:
         parts = [_lane_batch(config, lane, step) for lane in lanes]

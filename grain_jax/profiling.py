@@ -1,0 +1,67 @@
+"""A profiler trace of chosen steps of the training loop, where TensorBoard's profile plugin and XProf look for it.
+
+The profiler itself writes to folders of this machine alone, and names a trace after the second at which it
+ended; here every process's file comes to lie in `tensorboard/plugins/profile/step_N`, in an object store too.
+"""
+
+import tempfile
+from typing import Any
+
+import jax
+from etils import epath
+
+
+class StepTrace:
+    """Traces `steps` steps from `start` on; each step of the loop calls `begin` and `end`.
+
+    Args:
+      workdir: the run's folder, or its URL in an object store.
+      start: first step that is traced; 0 = none. A run that is resumed later traces those that are left.
+      steps: how many.
+      process_index: names this process's files.
+    """
+
+    def __init__(self, workdir: epath.PathLike, *, start: int, steps: int, process_index: int = 0):
+        self._folder = epath.Path(workdir) / "tensorboard" / "plugins" / "profile"
+        self._steps = range(start, start + steps) if start else range(0)
+        self._process_index = process_index
+        self._first = 0  # step of the trace that runs
+        self._local: tempfile.TemporaryDirectory | None = None
+        self._annotation: jax.profiler.StepTraceAnnotation | None = None
+
+    def begin(self, step: int) -> None:
+        """Before the step's batch is fetched: starts the trace where it is due, and marks the step in it."""
+        if step not in self._steps:
+            return
+        if self._local is None:
+            self._first = step
+            self._local = tempfile.TemporaryDirectory(prefix="grain_jax_trace_")
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every Python call: slow, and ten times the file
+            jax.profiler.start_trace(self._local.name, profiler_options=options)
+        self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
+        self._annotation.__enter__()
+
+    def end(self, step: int, outputs: Any) -> None:
+        """After the step was started: writes the trace when the last step's `outputs` (arrays) are there."""
+        if step not in self._steps:
+            return
+        if step == self._steps[-1]:
+            jax.block_until_ready(outputs)
+        self._annotation.__exit__(None, None, None)
+        if step == self._steps[-1]:
+            self.close()
+
+    def close(self) -> None:
+        """Writes the trace that runs, if one does: the run may end before the last step that was asked for."""
+        if self._local is None:
+            return
+        jax.profiler.stop_trace()
+        folder = self._folder / f"step_{self._first}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in (".xplane.pb", ".trace.json.gz"):
+            for file in epath.Path(self._local.name).glob(f"plugins/profile/*/*{kind}"):
+                name = f"process_{self._process_index:05d}{kind}"
+                (folder / name).write_bytes(file.read_bytes())
+        self._local.cleanup()
+        self._local = None

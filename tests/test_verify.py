@@ -1,0 +1,293 @@
+"""`grain_jax.verify` on runs that were resumed, also elsewhere, and on workdirs that were tampered with."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from grain_jax import config as config_lib
+from grain_jax import receipt, train, verify
+from tests import record_sets, tiny
+from tests.paths import ROOT
+
+ALL = jax.devices  # the function: tests replace it
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """10 steps on 8 devices; checkpoints 4, 8 and 10 are kept."""
+    workdir = tmp_path_factory.mktemp("run")
+    train.train(tiny.config(checkpoint_keep=3), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def elastic(finished, tmp_path_factory):
+    """The same run, killed after step 4 on 8 devices and resumed on 2."""
+    workdir = tmp_path_factory.mktemp("elastic") / "run"
+    shutil.copytree(finished, workdir)
+    for step in ("8", "10"):
+        shutil.rmtree(workdir / "checkpoints" / step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: ALL()[:2])
+        train.train(tiny.config(checkpoint_keep=3), workdir)
+    return workdir
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def _records(workdir):
+    return [json.loads(line) for line in receipt.read(workdir)]
+
+
+def _verify(capsys, workdir, *flags):
+    status = verify.main(["verify", str(workdir), *flags])
+    return status, *capsys.readouterr()
+
+
+def _forge(workdir, *edits):
+    """Applies each edit to each record and makes the chain anew, as somebody who knows how would."""
+    previous = None
+    lines = []
+    for record in _records(workdir):
+        for edit in edits:
+            edit(record)
+        record["previous"] = previous and receipt.sha256(previous)
+        lines.append(json.dumps(record))
+        own = workdir / "checkpoints" / str(record["step"]) / "receipt" / "metadata"
+        if own.exists():
+            own.write_text(lines[-1])
+        previous = record
+    (workdir / receipt.FILE).write_text("\n".join(lines) + "\n")
+
+
+def _edit_metrics(workdir, step, **values):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines[step - 1] |= values
+    texts = [json.dumps(line) for line in lines]
+    (workdir / "metrics.jsonl").write_text("\n".join(texts) + "\n")
+    return texts
+
+
+def test_a_run_is_proved_bit_for_bit_where_it_was_made(finished, capsys):
+    status, out, err = _verify(capsys, finished)
+    assert status == 0, out + err
+    assert "3, one chain, steps 4 to 10" in out and "10 lines, as recorded" in out
+    assert "steps 5-8 again         on mesh 8 x 1 x 1" in out
+    assert "equal bit for bit at step 8" in out and "4 lines, equal" in out
+    assert out.strip().endswith("Steps 5-8: the same batches, and the same parameters bit for bit.")
+
+
+def test_a_resumed_run_elsewhere_has_the_same_batches_and_is_proved(finished, elastic, capsys):
+    whole, parts = _records(finished), _records(elastic)
+    assert [r["step"] for r in parts] == [4, 8, 10]
+    assert [r["mesh"]["data"] for r in parts] == [8, 2, 2]
+    for key in ("batch_chain", "pixel_chain", "config"):
+        assert [r[key] for r in parts] == [r[key] for r in whole], key
+    assert parts[0] == whole[0] and parts[1]["previous"] == receipt.sha256(whole[0])
+    status, out, err = _verify(capsys, elastic, "--from", "0", "--steps", "10")
+    assert status == 0, out + err
+    assert "steps 1-4 again         on mesh 8 x 1 x 1" in out
+    assert "steps 5-8 again         on mesh 2 x 1 x 1" in out
+    assert "equal bit for bit at step 4, 8, 10" in out and "10 lines, equal" in out
+
+
+def test_with_fewer_devices_losses_are_compared(finished, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: ALL()[:2])
+    status, out, err = _verify(capsys, finished, "--from", "4", "--steps", "3")
+    assert status == 0, out + err
+    assert "on mesh 2 x 1 x 1" in out and "differ by at most" in out
+    assert "the same batches, and the same losses to" in out
+    assert "bit for bit" not in out
+
+
+def test_a_save_that_was_cut_off_is_no_contradiction(copy, capsys):
+    shutil.rmtree(copy / "checkpoints" / "10")
+    run = verify.read(copy)
+    assert sorted(run.kept) == [4, 8]
+    assert "that of step 10 is of a save that was cut off" in capsys.readouterr().out
+
+
+def test_a_copied_checkpoint_is_enough_to_go_on_from(finished, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copytree(finished / "checkpoints" / "8", tmp_path / "checkpoints" / "8")
+    train.train(tiny.config(checkpoint_keep=3), tmp_path)
+    run = verify.read(tmp_path)
+    verify.check_metrics(run)
+    mine, theirs = run.records[-1], _records(finished)[-1]
+    assert [r["step"] for r in run.records] == [8, 10]
+    for key in ("batch_chain", "pixel_chain", "state", "previous"):
+        assert mine[key] == theirs[key]
+
+
+def _edited_record(workdir):
+    text = (workdir / receipt.FILE).read_text()
+    (workdir / receipt.FILE).write_text(text.replace('"processes": 1', '"processes": 4', 1))
+
+
+def _lost_record(workdir):
+    lines = receipt.read(workdir)
+    (workdir / receipt.FILE).write_text("\n".join([lines[0], lines[2]]) + "\n")
+
+
+def _not_a_record(workdir):
+    (workdir / receipt.FILE).write_text("hello\n")
+
+
+def _edited_metrics(workdir):
+    _edit_metrics(workdir, 6, loss=0.5)
+
+
+def _lost_metrics(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    (workdir / "metrics.jsonl").write_text("\n".join(lines[:5] + lines[6:]) + "\n")
+
+
+def _swapped_checkpoint(workdir):
+    shutil.rmtree(workdir / "checkpoints" / "10")
+    shutil.copytree(workdir / "checkpoints" / "8", workdir / "checkpoints" / "10")
+
+
+def _lost_checkpoints(workdir):
+    for step in ("8", "10"):
+        shutil.rmtree(workdir / "checkpoints" / step)
+
+
+def _another_seed(workdir):
+    (workdir / "config.json").write_text(config_lib.to_json(tiny.config(seed=1)))
+
+
+def _another_seed_in_the_checkpoint(workdir):
+    stored = workdir / "checkpoints" / "8" / "config" / "metadata"
+    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"seed": 1}))
+
+
+@pytest.mark.parametrize(
+    "tamper,cause",
+    [
+        (_edited_record, "receipts.jsonl:2: the chain is broken: the record of step 8"),
+        (_lost_record, "receipts.jsonl:2: the chain is broken: the record of step 10"),
+        (_not_a_record, "receipts.jsonl:1: got 'hello', expected a record"),
+        (_edited_metrics, "metrics.jsonl: the lines of steps 5-8 are not those"),
+        (_lost_metrics, "metrics.jsonl: the lines of steps 5-8 are not those"),
+        (_swapped_checkpoint, "checkpoint 10: the record in it is another one"),
+        (_lost_checkpoints, "goes on to step 10, but the newest checkpoint is 4"),
+        (_another_seed, "config.json: seed: got 1; checkpoint 10 was made with 0"),
+        (_another_seed_in_the_checkpoint, "checkpoint 8: its config is not the recorded one"),
+    ],
+)
+def test_tampering_is_found_without_training(copy, capsys, tamper, cause):
+    tamper(copy)
+    status, out, err = _verify(capsys, copy)
+    assert status == 1 and cause in err
+    assert "is NOT the run that its receipt describes" in out and "Traceback" not in err
+
+
+def test_a_checkpoint_with_another_state_is_found(copy, elastic, capsys):
+    """Of the same run, the same step and the same batches, but rounded as on 2 devices."""
+    shutil.rmtree(copy / "checkpoints" / "8" / "state")
+    shutil.copytree(elastic / "checkpoints" / "8" / "state", copy / "checkpoints" / "8" / "state")
+    status, _, err = _verify(capsys, copy)
+    assert status == 1 and "checkpoint 8: holds another state than was saved (state)" in err
+
+    there = _records(elastic)[1]["state"]  # and with records to match
+    _forge(copy, lambda r: r["step"] == 8 and r.update(state=there))
+    status, _, err = _verify(capsys, copy)
+    assert status == 1
+    assert "step 8: training again gives other params and opt_state than recorded" in err
+
+
+def test_metrics_with_records_to_match_are_found_by_training_again(copy, capsys):
+    texts = _edit_metrics(copy, 6, loss=0.5)
+    hashes = {8: receipt.metrics_sha256(texts, 4, 8)}
+    _forge(copy, lambda r: r.update(metrics=hashes.get(r["step"], r["metrics"])))
+    status, _, err = _verify(capsys, copy)
+    assert status == 1 and "step 6: metrics.jsonl has other losses than this run" in err
+
+
+def test_another_seed_with_records_to_match_is_found_by_training_again(copy, capsys):
+    c = tiny.config(seed=1, checkpoint_keep=3)
+    (copy / "config.json").write_text(config_lib.to_json(c))
+    for step in ("4", "8", "10"):
+        (copy / "checkpoints" / step / "config" / "metadata").write_text(config_lib.to_json(c))
+    _forge(copy, lambda r: r.update(config=receipt.config_sha256(c)))
+    status, _, err = _verify(capsys, copy)
+    assert status == 1 and "step 5: the run has seen other batches by then: another seed" in err
+
+
+def test_edited_records_of_the_data_set_are_found(tmp_path, capsys):
+    folder, data, workdir = (tmp_path / name for name in ("pictures", "data", "run"))
+    lines = record_sets.write_annotations(folder, 16)
+
+    def build():
+        shutil.rmtree(data, ignore_errors=True)
+        arguments = ("--num-shards", "4", "--encoding", "png")
+        assert record_sets.build_set(folder, data, *arguments) == 0
+        capsys.readouterr()
+
+    build()
+    source = dict(input__source="records", input__data_dir=str(data), input__name="tiny_set")
+    train.train(tiny.config(**source), workdir)
+    build()  # other bytes, the same records
+    status, out, err = _verify(capsys, workdir, "--from", "8")
+    assert status == 0 and "bit for bit" in out, out + err
+
+    picture = (folder / lines[5]["image"]).read_bytes()
+    record_sets.picture(200).save(folder / lines[5]["image"])
+    build()
+    status, _, err = _verify(capsys, workdir, "--from", "8")
+    assert status == 1 and "step 9: the run has seen other pictures by then" in err
+
+    (folder / lines[5]["image"]).write_bytes(picture)
+    lines[5] |= {"caption": "another text", "captions": [], "synthetic_caption": "and another"}
+    (folder / "A.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    build()
+    status, _, err = _verify(capsys, workdir, "--from", "8")
+    assert status == 1 and "step 9: the run has seen other batches by then" in err
+
+
+def test_the_command_takes_as_many_virtual_devices_as_the_run_had(finished):
+    flags = os.environ["XLA_FLAGS"].split()
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": " ".join(flag for flag in flags if "device_count" not in flag),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "grain_jax.verify", str(finished), "--steps", "1"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 5 again            on mesh 8 x 1 x 1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["nothing_here"], "nothing_here: no such folder; expected the --workdir of a run"),
+        (["."], ".: no receipts.jsonl; expected the workdir of a run that has saved"),
+        (
+            ["RUN", "--from", "5"],
+            "--from: got 5, expected 0 or one of the kept checkpoints, 4, 8, 10",
+        ),
+        (["RUN", "--from", "10"], "steps 11-15: nothing is recorded of them"),
+        (["RUN", "--steps", "0"], "--steps: got 0, expected at least 1"),
+        (["RUN", "--steps", "-1"], "--steps"),
+        ([], "the following arguments are required: workdir"),
+    ],
+)
+def test_wrong_usage_is_one_line(finished, arguments, message):
+    arguments = [str(finished) if a == "RUN" else a for a in arguments]
+    with pytest.raises(ValueError, match=".") as caught:
+        verify.main(["verify", *arguments])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
