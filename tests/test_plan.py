@@ -101,7 +101,9 @@ def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
     assert kinds["moments"] == 2 * size + 2 * 4  # Adam's count and the schedule's
     batch = train_step.abstract_batch(config)
     assert kinds["batch"] == sum(x.size * x.dtype.itemsize for x in batch) // 8
-    assert found["checkpoint"]["bytes"] == 3 * size + 2 * 4 + 2 * 4  # and step, texts_dropped
+    assert (
+        found["checkpoint"]["bytes"] == 3 * size + 2 * 4 + 2 * 4 + 16
+    )  # step, texts_dropped, receipt
     assert memory["limit_bytes"] == 15.75 * 2**30
     assert memory["total_bytes"] == (
         memory["arguments_bytes"]

@@ -12,6 +12,8 @@ import pytest
 from tests import record_sets, storage_emulator
 from tests.paths import ROOT
 
+# Needs google-cloud-storage and gcsfs (the extra gcs): python -m pytest -m slow tests/test_remote.py
+pytestmark = pytest.mark.slow
 COMMITTED = "run/checkpoints/4/commit_success.txt"
 COMMAND = [sys.executable, "-m", "grain_jax.train", "--config=tests/run_config.py"]
 
