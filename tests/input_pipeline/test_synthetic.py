@@ -18,7 +18,7 @@ def test_batches_are_a_function_of_seed_and_step():
     whole = take(4)
     for got, expected in zip(take(2, start_step=2), whole[2:], strict=True):
         record_sets.assert_batches_equal(got, expected)
-    parts = [take(4, process_index=i, process_count=2) for i in range(2)]
+    parts = [take(4, lanes=lanes) for lanes in ((0, 1), (2, 3))]
     for step, expected in enumerate(whole):
         joined = type(expected)(*map(np.concatenate, zip(parts[0][step], parts[1][step])))
         record_sets.assert_batches_equal(joined, expected)
