@@ -77,6 +77,14 @@ def test_slurm_trains_and_requeues_what_was_preempted(stand_in, status):
     assert calls[1:] == (["scontrol requeue 7"] if status == 75 else [])
 
 
+def test_a_cancelled_slurm_job_saves_and_stays_cancelled(stand_in):
+    stand_in("srun", "kill -TERM $PPID; sleep 0.2; exit 75")  # scancel signals the batch shell too
+    stand_in("scontrol")
+    done = _run("launch/slurm.sbatch", GRAIN_ARGS="--config a.py --workdir w", SLURM_JOB_ID="7")
+    assert done.returncode == 75
+    assert len(stand_in.called()) == 1
+
+
 def test_a_task_of_a_slurm_array_takes_its_line(stand_in, tmp_path):
     stand_in("srun")
     (tmp_path / "lines").write_text("--config a.py --workdir w1\n--config a.py --workdir w2\n")

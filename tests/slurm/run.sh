@@ -12,7 +12,11 @@ mkdir -p "$scratch"/{state,spool,log}
 host=$(hostname -s)
 
 finish() {
-  squeue --noheader --format=%A | xargs --no-run-if-empty scancel --full --signal=KILL && sleep 3
+  for job in $(squeue --noheader --format=%A); do
+    scancel --full --signal=KILL "$job" || true # what runs
+    scancel "$job" || true # what waits
+  done
+  sleep 3
   for daemon in slurmd slurmctld munged; do
     [[ ! -s $scratch/$daemon.pid ]] || kill "$(<"$scratch/$daemon.pid")" || true
   done
