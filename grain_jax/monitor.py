@@ -134,8 +134,9 @@ class _Events:
             self.close()
         if self._writer is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # The suffix tells files of one second apart, and keeps them in order.
-            self._writer = EventsWriter(str(self.folder / "events"), f".{self._files:05d}")
+            # The suffix tells files of one second apart, those of a restart too, and keeps them in order.
+            suffix = f".{self._purge_step:09d}.{self._files:05d}"
+            self._writer = EventsWriter(str(self.folder / "events"), suffix)
             if not self._files:
                 start = SessionLog(status=SessionLog.START)
                 self._writer.write_event(Event(step=self._purge_step, session_log=start))
