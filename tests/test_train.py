@@ -70,6 +70,7 @@ def test_the_finished_run_loads_and_runs_again_to_no_effect(finished):
     np.testing.assert_allclose(np.linalg.norm(model.encode_image(images), axis=-1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow  # test_elastic.py and test_train_step.py see the same meshes
 @pytest.mark.parametrize("mesh", [(4, 2, 1), (2, 2, 2)])
 def test_other_meshes_have_the_same_losses(finished, mesh, tmp_path):
     data, fsdp, tensor = mesh

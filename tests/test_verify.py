@@ -100,6 +100,7 @@ def test_a_resumed_run_elsewhere_has_the_same_batches_and_is_proved(finished, el
     assert "equal bit for bit at step 4, 8, 10" in out and "10 lines, equal" in out
 
 
+@pytest.mark.slow
 def test_with_fewer_devices_losses_are_compared(finished, capsys, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: ALL()[:2])
     status, out, err = _verify(capsys, finished, "--from", "4", "--steps", "3")
@@ -213,6 +214,7 @@ def test_metrics_with_records_to_match_are_found_by_training_again(copy, capsys)
     assert status == 1 and "step 6: metrics.jsonl has other losses than this run" in err
 
 
+@pytest.mark.slow
 def test_another_seed_with_records_to_match_is_found_by_training_again(copy, capsys):
     c = tiny.config(seed=1, checkpoint_keep=3)
     (copy / "config.json").write_text(config_lib.to_json(c))
