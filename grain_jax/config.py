@@ -81,9 +81,7 @@ class Model:
 
     embed_dim: int  # D
     logit_scale_init: float  # the factor itself; CLIP's 1 / 0.07, SigLIP's 10
-    logit_bias_init: (
-        float | None
-    )  # for loss.contrast=sigmoid (SigLIP's -10); None: no such parameter
+    logit_bias_init: float | None  # of loss.contrast=sigmoid; SigLIP's -10. None: no bias
     image: ImageTower
     text: TextTower
     decoder: RegionDecoder

@@ -52,9 +52,7 @@ class Outputs(NamedTuple):
     region_text_embed: Array  # float32 [B, R, D], the descriptions
     pred_boxes_cxcywh: Array  # float32 [T, B, Q, 4], of every decoder layer; the last one counts
     logit_scale: Array  # float32 [], the factor itself (the parameter is its logarithm)
-    logit_bias: (
-        Array  # float32 [], added to similarities by the sigmoid contrast; 0 in a model without
-    )
+    logit_bias: Array  # float32 [], of the sigmoid contrast; 0 in a model without
 
 
 class Regions(NamedTuple):

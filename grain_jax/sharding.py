@@ -23,7 +23,7 @@ def make_mesh(config: config_lib.Mesh, devices: list | None = None) -> Mesh:
     """The (data, fsdp, tensor) mesh over all devices; an axis of -1 takes what the others leave.
 
     Neighbours in the mesh are neighbours in the network. With `dcn_data` slices (or nodes), the data axis
-    goes through one slice after the other, so that only sums over data cross the slow network between them.
+    goes through one slice after the other: only its sums, and the losses' rings, cross the slow network.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]

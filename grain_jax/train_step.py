@@ -211,8 +211,6 @@ def make_train_step(
 class Program(NamedTuple):
     """All that is compiled for a run. The trainer and `launch.plan` build it alike."""
 
-    model: GRAIN
-    schedule: optax.Schedule
     state: TrainState  # ShapeDtypeStructs
     shardings: TrainState  # NamedShardings
     batch: schema.Batch  # ShapeDtypeStructs
@@ -243,8 +241,6 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
         donate_argnums=0,
     )
     return Program(
-        model,
-        schedule,
         state,
         shardings,
         abstract_batch(config),

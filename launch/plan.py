@@ -165,6 +165,7 @@ def _of_compiled(compiled: compiler.Compiled, config, topology) -> dict[str, Any
         out["largest"] = grouped(named)[:LARGEST]
     return out | {
         "flops": round(a_chip * topology.count),
+        "unknown_loops": len(module.unknown_loops),
         "collectives": by_kind(sums),
         "roofline": roofline._asdict(),
     }

@@ -177,7 +177,12 @@ def _work(plan) -> list[str]:
     else:
         note = f"{model / done:.0%} of the work is the model's (ESTIMATE)"
     rows.append(("compiled", amount(done, "FLOP"), note))
-    return [_section("Matrix products of a step, all chips"), *_rows(rows)]
+    lines = _rows(rows)
+    if plan.get("unknown_loops"):
+        lines.append(
+            f"  {plan['unknown_loops']} loop(s) of unknown length were counted once: the figures here are too low"
+        )
+    return [_section("Matrix products of a step, all chips"), *lines]
 
 
 def _collectives(plan) -> list[str]:

@@ -120,6 +120,9 @@ def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
     assert sums["bytes"] >= size  # the gradients, at least
     assert sums["count"] == sums["sync"]["count"] + sums["overlapped"]["count"]
     assert found["images_per_second_at_most"] >= found["images_per_second"] > 0
+    assert found["unknown_loops"] == 0
+    told = plan_text.page({"topology": "v5e:2x4", "overrides": [], **found, "unknown_loops": 2})
+    assert "2 loop(s) of unknown length" in told and "unknown length" not in done.stdout
     hours = 8 * 160 / found["images_per_second"] / 3600
     assert found["bill"]["chip_hours"] == pytest.approx(hours)
     assert found["bill"]["cost"] == pytest.approx(2 * hours)
