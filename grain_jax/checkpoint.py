@@ -8,8 +8,10 @@ A run's checkpoint has the items `state` (the TrainState; its step is the only d
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,7 +28,7 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, receipt
 
 
 class CheckpointError(errors.UserError):
@@ -158,7 +160,9 @@ def restore_newest(
     abstract_state: Any,
     say: Callable[[str], None],
 ) -> Any | None:
-    """The state of the newest checkpoint that can be read, or None where there is none yet.
+    """The state of the newest checkpoint that is as it was saved, or None where there is none yet.
+
+    One that can be read may still have a flipped bit: its digests must be those of its receipt.
 
     Those that cannot are moved to `WORKDIR/damaged_checkpoints` once an older one was read, which proves that
     it was not the storage. All processes call this, and take the same checkpoint.
@@ -174,19 +178,22 @@ def restore_newest(
     """
     damaged: list[tuple[int, str]] = []
     for step in sorted(checkpoints.all_steps(), reverse=True):
-        folder, state, fault = checkpoints.directory / str(step), None, None
+        folder, state, record, fault = checkpoints.directory / str(step), None, {}, None
         try:
             check_same_run(folder, config)
             state = restore(folder, abstract_state)
-            read_json(folder, "receipt")  # the trainer goes on from it
+            record = read_json(folder, "receipt")
         except errors.UserError:
             raise
         except Exception as error:  # whatever a reader makes of bytes that nobody wrote
             while error.__cause__ is not None:  # Orbax wraps what TensorStore says
                 error = error.__cause__
             fault = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            _silence_half_read()
         if jax.process_count() > 1 and multihost_utils.process_allgather(fault is not None).any():
             fault = fault or "another process cannot read it"
+        if fault is None and (wrong := receipt.contradictions(record, state)):
+            fault = f"it was read, but is not what was saved: {', '.join(wrong)}"
         if fault is None:
             _move_aside(checkpoints, [step for step, _ in damaged])
             return state
@@ -199,6 +206,19 @@ def restore_newest(
             " put back a copy, or start with another --workdir"
         )
     return None
+
+
+@functools.cache  # once is enough
+def _silence_half_read() -> None:
+    """Where one array cannot be read, Orbax leaves the reading of others behind; its complaints are pages long."""
+    before = sys.unraisablehook
+
+    def hook(unraisable):
+        reader = getattr(unraisable.object, "__name__", "") == "_read_array_index_and_device_put"
+        if not reader and str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _move_aside(checkpoints: Manager, steps: list[int]) -> None:

@@ -78,6 +78,16 @@ def environment(config: config_lib.Config) -> dict[str, str]:
     }
 
 
+def contradictions(record: Mapping[str, Any], state: Any) -> list[str]:
+    """The keys of a record that say something else than `state` (a TrainState) holds.
+
+    Of several processes, each must call.
+    """
+    found = {"step": int(state.step), **digests.chains(state.receipt)}
+    found["state"] = digests.of_state(state)
+    return [key for key, value in found.items() if record.get(key) != value]
+
+
 def axes(mesh: Mesh) -> dict[str, int]:
     """The sizes of a mesh's axes, as a record has them."""
     return {axis: int(size) for axis, size in mesh.shape.items()}

@@ -295,16 +295,14 @@ def check_checkpoints(run: Run, place: "Place") -> None:
     for step, kept in sorted(run.kept.items()):
         program = place.program(kept.config, kept.record)
         state = _restore(kept, program)
-        found = {"step": int(state.step), **digests.chains(state.receipt)}
-        found["state"] = digests.of_state(state)
-        wrong = [key for key, value in found.items() if value != kept.record[key]]
+        wrong = receipt.contradictions(kept.record, state)
         if wrong:
             raise Mismatch(
                 f"checkpoint {step}: holds another state than was saved ({', '.join(wrong)})"
             )
         say(
             f"checkpoint {step}",
-            f"the state that was saved (params {found['state']['params']}) on {_where(kept.record)}",
+            f"the state that was saved (params {kept.record['state']['params']}) on {_where(kept.record)}",
         )
 
 
