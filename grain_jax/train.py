@@ -7,6 +7,7 @@ SIGTERM or Ctrl-C the run saves and ends with status 75 or 130 (preemption.py).
 
 import contextlib
 import ctypes
+import difflib
 import json
 import math
 import re
@@ -14,7 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -205,7 +206,10 @@ def train(
     # 4. Compile.
     began = time.monotonic()
     with log.pause() if log else contextlib.nullcontext():
-        step_fn = program.step.lower(program.state, program.batch).compile()
+        lowered = program.step.lower(program.state, program.batch)
+        if not config.checkpoint_best_metric.startswith("eval/"):
+            check_best_metric(config, lowered.out_info[1])
+        step_fn = lowered.compile()
     say(f"compiled in {monitor.duration(time.monotonic() - began)}")
     wait_for_all("compiled")
 
@@ -256,6 +260,8 @@ def train(
                     with log.pause() if log else contextlib.nullcontext():
                         results = evaluate_all(config, state)
                     values |= results
+                    if results and config.checkpoint_best_metric.startswith("eval/"):
+                        check_best_metric(config, results)
                 if log and logs:
                     # Before the save: what is restored has its lines.
                     log.write(step, values | digests.chains(state.receipt))
@@ -306,6 +312,16 @@ def agreed(due: bool) -> bool:
     if jax.process_count() == 1:
         return due
     return bool(multihost_utils.broadcast_one_to_all(jnp.asarray(due)))
+
+
+def check_best_metric(config: config_lib.Config, known: Collection[str]) -> None:
+    """Raises UserError where `checkpoint_best_metric` is set and none of the `known` names."""
+    name = config.checkpoint_best_metric
+    if name and name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        raise errors.UserError(
+            f"checkpoint_best_metric: got {name!r}, which is not measured; did you mean {near[0]!r}?"
+        )
 
 
 def best_metric(config: config_lib.Config, values: Mapping[str, float]) -> dict[str, float] | None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import grain_jax
+from configs import common
 from grain_jax import checkpoint, config, errors, monitor, preemption, sharding, train
 from tests import tiny
 from tests.paths import ROOT
@@ -218,3 +219,16 @@ def test_the_best_checkpoint_is_kept(tmp_path):
 def test_a_best_metric_of_no_evaluator_is_refused():
     with pytest.raises(config.ConfigError, match="checkpoint_best_metric: got 'eval/birds'"):
         tiny.config(checkpoint_best_metric="eval/birds/top1")
+
+
+def test_a_misspelt_best_metric_is_refused_before_it_compiles(tmp_path):
+    with pytest.raises(errors.UserError, match="got 'los', .* did you mean 'loss'"):
+        train.train(tiny.config(checkpoint_best_metric="los"), tmp_path)
+
+
+def test_a_best_metric_that_no_evaluation_measures_is_refused(tmp_path):
+    measured = {"eval/birds/alpha_1.0/top1": 0.5, "eval/birds/chance": 0.1}
+    wanted = tiny.dictionary(checkpoint_best_metric="eval/birds/alpha_1/top1")
+    wanted.evals.birds = common.evaluator("zeroshot", "x")
+    with pytest.raises(errors.UserError, match="did you mean 'eval/birds/alpha_1.0/top1'"):
+        train.check_best_metric(config.from_dict(wanted), measured)
