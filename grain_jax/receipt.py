@@ -19,8 +19,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 import grain_jax
+from grain_jax import atomic, digests
 from grain_jax import config as config_lib
-from grain_jax import digests
 
 FILE = "receipts.jsonl"
 KEYS = (  # of a record
@@ -167,10 +167,8 @@ class Receipts:
         return record
 
     def _write(self) -> None:
-        """The whole file: object stores cannot append. Killed here, the old file is still there."""
-        new = self._path.with_suffix(".new")
-        new.write_text("".join(line + "\n" for line in self._lines))
-        new.replace(self._path)
+        """The whole file: object stores cannot append."""
+        atomic.write_text(self._path, "".join(line + "\n" for line in self._lines))
 
 
 def _step(line: str) -> float:

@@ -25,6 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from grain_jax import (
+    atomic,
     checkpoint,
     command_line,
     digests,
@@ -176,7 +177,7 @@ def train(
     start_step = int(state.step)
     log = None
     if main_process:
-        (workdir / "config.json").write_text(config_lib.to_json(config))
+        atomic.write_text(workdir / "config.json", config_lib.to_json(config))
         peak = flops.peak_flops(jax.devices()[0].device_kind, config.dtype)
         log = monitor.Monitor(
             workdir,
@@ -207,7 +208,8 @@ def train(
     began = time.monotonic()
     with log.pause() if log else contextlib.nullcontext():
         lowered = program.step.lower(program.state, program.batch)
-        if not config.checkpoint_best_metric.startswith("eval/"):
+        best_is_evaluated = config.checkpoint_best_metric.startswith("eval/")
+        if not best_is_evaluated:
             check_best_metric(config, lowered.out_info[1])
         step_fn = lowered.compile()
     say(f"compiled in {monitor.duration(time.monotonic() - began)}")
@@ -241,9 +243,11 @@ def train(
                 trace.end(step, metrics)
 
                 last = step == total_steps
-                evaluates = config.evals and (last or at_interval(step, config.eval_every))
                 preempted = notice.reached()
+                evaluates = config.evals and (last or at_interval(step, config.eval_every))
+                evaluates = evaluates and not preempted  # there may be half a minute left
                 saves = last or preempted or at_interval(step, config.checkpoint_every)
+                saves = saves or (evaluates and best_is_evaluated)
                 logs = last or evaluates or at_interval(step, config.log_every)
                 if logs and config.checkpoint_every_minutes and not saves:
                     saves = agreed(
@@ -260,7 +264,7 @@ def train(
                     with log.pause() if log else contextlib.nullcontext():
                         results = evaluate_all(config, state)
                     values |= results
-                    if results and config.checkpoint_best_metric.startswith("eval/"):
+                    if results and best_is_evaluated:
                         check_best_metric(config, results)
                 if log and logs:
                     # Before the save: what is restored has its lines.
@@ -268,6 +272,7 @@ def train(
                 if saves:
                     if log:
                         log.flush()
+                    checkpoints.wait_until_finished()  # of the last one, before the next has a record
                     record = receipts.add(state, log.lines() if log else ())
                     checkpoint.save(checkpoints, state, config, record, best_metric(config, values))
                     last_save = time.monotonic()
@@ -359,7 +364,7 @@ def report(config, workdir, predictor, results) -> None:
     """Prints the final table and draws the curves and the test pictures."""
     pictures.curves(workdir / "metrics.jsonl", workdir / "curves.png")
     if results:
-        (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        atomic.write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
         pictures.print_table(results)
     entry = next((e for e in config.evals.values() if e.kind == "grounding"), None)
     if config.pictures and entry:

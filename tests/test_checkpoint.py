@@ -185,7 +185,7 @@ def test_a_mismatch_is_a_tree_of_differences(tmp_path):
 def test_a_full_disk_is_one_line(error):
     if error is None:  # TensorStore's have no number
         error = ValueError("RESOURCE_EXHAUSTED: writing x: [OS error 28: No space left on device]")
-    with pytest.raises(checkpoint.CheckpointError, match="^/run: no space left") as e:
+    with pytest.raises(checkpoint.FullDisk, match="^/run: no space left") as e:
         with checkpoint.full_disk_in_a_line("/run"):
             try:
                 raise error
