@@ -256,8 +256,14 @@ def check_folders(runs: Sequence[Run]) -> None:
 
 
 def finished(run: Run) -> bool:
-    """Whether the run's last step is logged and saved, and its report is there: the trainer draws curves.png last."""
-    if not (run.folder / "curves.png").exists():
+    """Whether the run's last step is logged and saved, and all of the report is there that the trainer then makes."""
+    evals = run.config.evals.values()
+    report = ["curves.png"]
+    if evals:
+        report.append("results.json")
+    if run.config.pictures and any(entry.kind == "grounding" for entry in evals):
+        report.append("regions.png")
+    if not all((run.folder / name).exists() for name in report):
         return False
     from grain_jax import checkpoint  # JAX: seconds, and only for what may be finished
 

@@ -17,6 +17,7 @@ from etils import epath
 
 from benchmarks import claim
 from benchmarks import claim_design as design
+from configs import common
 from configs.sweeps import points
 from grain_jax import command_line, errors
 from launch import jobs, sweep, sweep_table
@@ -128,7 +129,7 @@ def make(tmp_path, overrides, **base):
     return sweep.make_runs(tiny.config(**base), arguments, overrides, epath.Path(tmp_path))
 
 
-def pretend(run, step, *, saved=True, reported=True, **metrics):
+def pretend(run, step, *, saved=True, reported=("curves.png",), **metrics):
     """What the trainer leaves at `step`."""
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.json").write_text(sweep.config_lib.to_json(run.config))
@@ -136,8 +137,8 @@ def pretend(run, step, *, saved=True, reported=True, **metrics):
     (run.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     if saved:
         (run.folder / "checkpoints" / str(step)).mkdir(parents=True)
-    if reported:
-        (run.folder / "curves.png").write_bytes(b"")
+    for name in reported:
+        (run.folder / name).write_bytes(b"")
 
 
 def test_finished_is_the_last_step_logged_and_saved_and_the_report_there(tmp_path):
@@ -145,13 +146,19 @@ def test_finished_is_the_last_step_logged_and_saved_and_the_report_there(tmp_pat
     pretend(a, 10)
     pretend(b, 10, saved=False)
     pretend(c, 8)
-    pretend(d, 10, reported=False)  # killed between its last save and its report
+    pretend(d, 10, reported=())  # killed between its last save and its report
     assert [sweep.finished(run) for run in (a, b, c, d, e)] == [True, False, False, False, False]
     assert [sweep.share_done(run) for run in (a, c, e)] == [1.0, 0.8, 0.0]
     by_epochs, killed = make(tmp_path, [{"total_epochs": 1.0}, {"total_epochs": 2.0}])
     pretend(by_epochs, 10)
-    pretend(killed, 20, reported=False)
+    pretend(killed, 20, reported=())
     assert sweep.finished(by_epochs) and not sweep.finished(killed)
+    birds = common.evaluator("grounding", "birds", annotations="birds.jsonl")
+    (evaluated,) = make(tmp_path / "e", [{"seed": 0}], evals={"birds": birds}, pictures=8)
+    drawn = ("curves.png", "results.json", "regions.png")
+    for count in range(4):
+        pretend(evaluated, 10, saved=count == 0, reported=drawn[:count])
+        assert sweep.finished(evaluated) == (count == 3)
 
 
 def test_a_folder_of_another_config_is_refused(tmp_path):
