@@ -118,8 +118,8 @@ mine = open(f"{tmp_path}/{{me}}", "w")
 fcntl.flock(mine, fcntl.LOCK_EX)
 notice = preemption.Notice()
 notice.listen()
-distributed.initialize(sys.argv[-3].partition("=")[2], 2, me, 10)
-with distributed.ending_together(10), notice.training():
+distributed.initialize(sys.argv[-3].partition("=")[2], 2, me, 60)
+with distributed.ending_together(60), notice.training():
     print("training", flush=True)
     while not notice.reached():
         multihost_utils.process_allgather(jnp.ones(1))  # as a step does
