@@ -83,7 +83,7 @@ def per_image(config: Config) -> PerImage:
     image, text, decoder = config.model.image, config.model.text, config.model.decoder
     embed, regions = config.model.embed_dim, config.input.max_regions
     patches = (image.image_size // image.patch_size) ** 2
-    tokens = 1 + patches
+    tokens = image.class_token + patches
     image_tower = 2 * patches * 3 * image.patch_size**2 * image.width
     image_tower += image.depth * (_attention(image, tokens, tokens) + _mlp(image, tokens))
 
@@ -92,18 +92,28 @@ def per_image(config: Config) -> PerImage:
         rows = config.text.pack_rows / config.text.pack_group
     length = text.context_length
     text_tower = rows * text.depth * (_attention(text, length, length) + _mlp(text, length))
-    text_tower += 2 * (1 + regions) * text.width * embed
+    if text.pool == "map":
+        text_tower += rows * (_attention(text, 1, length) + _mlp(text, 1))
+    if text.projection != "none":
+        text_tower += 2 * (1 + regions) * text.width * embed
 
-    queries = decoder.queries + 1
-    layer = _attention(decoder, queries, queries) + _attention(decoder, queries, tokens)
-    layer += _mlp(decoder, queries)
-    layer += 2 * decoder.queries * (2 * decoder.width**2 + 4 * decoder.width)  # boxes
-    region_decoder = 2 * tokens * image.width * decoder.width + decoder.depth * layer
-    region_decoder += 2 * queries * decoder.width * embed
+    if decoder is None:
+        region_decoder = 0
+        if image.pool == "map":
+            image_tower += _attention(image, 1, tokens) + _mlp(image, 1)
+        if image.projection != "none":
+            image_tower += 2 * image.width * embed
+    else:
+        queries = decoder.queries + 1
+        layer = _attention(decoder, queries, queries) + _attention(decoder, queries, tokens)
+        layer += _mlp(decoder, queries)
+        layer += 2 * decoder.queries * (2 * decoder.width**2 + 4 * decoder.width)  # boxes
+        region_decoder = 2 * tokens * image.width * decoder.width + decoder.depth * layer
+        region_decoder += 2 * queries * decoder.width * embed
 
     group = config.loss.group_size or config.batch_size
     losses = 2 * config.batch_size * embed + 2 * regions * (group * regions) * embed
-    if config.loss.match_description:
+    if config.loss.match_description and decoder is not None:
         losses += 2 * decoder.queries * regions * embed
     return PerImage(image_tower, text_tower, region_decoder, losses)
 

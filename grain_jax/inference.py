@@ -1,7 +1,8 @@
 """A trained model for users: `grain_jax.load(DIR)` gives a `Predictor` that encodes pictures, texts and regions.
 
 Any number of pictures or texts may be given; they run in batches of a few fixed sizes, so that only a
-few programs are compiled. Those are shared by all Predictors of one model configuration.
+few programs are compiled. Those are shared by all Predictors of one model configuration. A model of
+two towers, without a decoder, has no regions: what needs them says so.
 """
 
 import functools
@@ -49,8 +50,8 @@ def load(path: epath.PathLike, dtype: str = "float32") -> "Predictor":
     Raises:
       checkpoint.CheckpointError: there is none.
     """
-    model, params, _ = checkpoint.load_model(path)
-    return Predictor(model, params, dtype)
+    model, params, folder = checkpoint.load_model(path)
+    return Predictor(model, params, dtype, folder=folder)
 
 
 class Predictor:
@@ -61,6 +62,7 @@ class Predictor:
       params: nested dict of arrays. Arrays that are on a device already stay as they are.
       dtype: of activations, "float32" (at full precision on every device) or "bfloat16".
       templates: sentences for class names; None for `evaluate/templates.txt`.
+      folder: where the model lies; files that its tokenizer needs are looked for there first.
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class Predictor:
         params: Any,
         dtype: str = "float32",
         templates: Sequence[str] | None = None,
+        folder: epath.PathLike | None = None,
     ):
         self.model = model
+        self.folder = folder
         self.params = jax.tree.map(jnp.asarray, params)
         self.templates = list(templates) if templates is not None else prompts.load_templates()
         self._encode_images, self._encode_texts = _compiled(model, dtype)
@@ -80,19 +84,39 @@ class Predictor:
 
         Args:
           pictures: a list of PIL pictures, uint8 [B, H, W, 3] of any size (both are squashed to the
-            model's), or float32 [B, H, W, 3] of the model's size, already normalised.
+            model's), or float32 [B, H, W, 3] of the model's size, already normalised (by
+            `model.image.pixel_mean` and `pixel_std`).
         """
-        return self.encode_image_and_regions(pictures)[0]
+        return self._encode(pictures)[0]
 
     def encode_regions(self, pictures) -> schema.Regions:
-        """Pictures, as for `encode_image` -> boxes_xyxy [B, Q, 4] in [0, 1] and embed [B, Q, D]."""
+        """Pictures, as for `encode_image` -> boxes_xyxy [B, Q, 4] in [0, 1] and embed [B, Q, D].
+
+        Raises:
+          InputError: also where the model has no region decoder.
+        """
         return self.encode_image_and_regions(pictures)[1]
 
     def encode_image_and_regions(self, pictures) -> tuple[np.ndarray, schema.Regions]:
-        """What `encode_image` and `encode_regions` return, in one pass."""
+        """What `encode_image` and `encode_regions` return, in one pass; raises as the latter."""
+        self._need_regions("regions")
+        image, region, boxes = self._encode(pictures)
+        return image, schema.Regions(boxes, region)
+
+    def _need_regions(self, what: str) -> None:
+        if self.model.decoder is None:
+            raise InputError(
+                f"{what}: the model has two towers and no region decoder (model.decoder is null),"
+                " expected one that finds regions; use encode_image, encode_text, or classify with"
+                " alpha 1"
+            )
+
+    def _encode(self, pictures) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pictures -> float32 (image [B, D], regions [B, Q, D], boxes_xyxy [B, Q, 4])."""
         size = self.model.image.image_size
         pictures = _checked_pictures(pictures, size)
-        q, d = self.model.decoder.queries, self.model.embed_dim
+        q = 0 if self.model.decoder is None else self.model.decoder.queries
+        d = self.model.embed_dim
         parts = [(np.zeros((0, d)), np.zeros((0, q, d)), np.zeros((0, q, 4)))]
         for first in range(0, len(pictures), MAX_BATCH):
             part = pictures[first : first + MAX_BATCH]
@@ -101,23 +125,25 @@ class Predictor:
             outputs = self._encode_images(self.params, _pad(part))
             parts.append(tuple(np.asarray(x)[: len(part)] for x in outputs))
         image, region, boxes = (np.concatenate(x).astype(np.float32) for x in zip(*parts))
-        return image, schema.Regions(boxes, region)
+        return image, region, boxes
 
     def encode_text(self, texts: Sequence[str] | np.ndarray) -> np.ndarray:
         """Texts -> float32 [N, D], unit length.
 
         Args:
-          texts: strings, or int32 token ids [N, L]; a text ends at its highest id, as in CLIP.
+          texts: strings, or int32 token ids [N, L]. Of ids, a text ends at its highest one, as in
+            CLIP; where the tower sees its padding (SigLIP), shorter rows are padded as it expects.
         """
-        tokens = self._tokens(texts)
-        ends = tokens.argmax(axis=1)
+        tokens, ends = self._tokens(texts)
         out = np.empty((len(tokens), self.model.embed_dim), np.float32)
         order = np.argsort(ends, kind="stable")  # short texts share batches, and short rows
         for first in range(0, len(tokens), MAX_BATCH):
             rows = order[first : first + MAX_BATCH]
-            longest = int(ends[rows[-1]]) + 1
-            length = next((n for n in _ROW_LENGTHS if longest <= n), tokens.shape[1])
-            part = tokens[rows, :length]  # what follows the end token is never looked at
+            length = tokens.shape[1]
+            if self.model.text.packable:  # what follows the end token is never looked at
+                longest = int(ends[rows[-1]]) + 1
+                length = next((n for n in _ROW_LENGTHS if longest <= n), length)
+            part = tokens[rows, :length]
             embed = self._encode_texts(self.params, _pad(part), _pad(ends[rows].astype(np.int32)))
             out[rows] = np.asarray(embed)[: len(rows)]
         return out
@@ -162,14 +188,16 @@ class Predictor:
         """
         if not 0.0 <= alpha <= 1.0:
             raise InputError(f"alpha: got {alpha}, expected a number from 0 to 1")
+        if alpha < 1.0:
+            self._need_regions(f"alpha {alpha}")
         if not isinstance(classes, ClassFeatures):
             if alpha < 1.0 and not isinstance(classes, Mapping):
                 raise InputError(_NEEDS_DESCRIPTIONS.format(alpha))
             classes = self.class_features(classes)
         if alpha < 1.0 and classes.descriptions is None:
             raise InputError(_NEEDS_DESCRIPTIONS.format(alpha))
-        image_embed, regions = self.encode_image_and_regions(pictures)
-        region = scores.region_scores(regions.embed, classes.descriptions) if alpha < 1.0 else None
+        image_embed, region_embed, _ = self._encode(pictures)
+        region = scores.region_scores(region_embed, classes.descriptions) if alpha < 1.0 else None
         return scores.combine(scores.global_scores(image_embed, classes.features), region, alpha)
 
     def ground(self, picture, texts: Sequence[str] | np.ndarray) -> list[Grounding]:
@@ -179,6 +207,7 @@ class Predictor:
           picture: one: PIL, uint8 [H, W, 3], or float32 [H, W, 3] already normalised.
           texts: as for `encode_text`.
         """
+        self._need_regions("ground")
         if not isinstance(picture, PIL.Image.Image):
             picture = np.asarray(picture)
             if picture.ndim != 3:
@@ -196,17 +225,19 @@ class Predictor:
         embeds = self.encode_text(list(distinct))
         return tuple(embeds[[distinct[text] for text in part]] for part in texts)
 
-    def _tokens(self, texts) -> np.ndarray:
-        vocab, context = self.model.text.vocab_size, self.model.text.context_length
+    def _tokens(self, texts) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int32 [N, L] and the positions [N] at which the texts end."""
+        tower = self.model.text
+        vocab, context = tower.vocab_size, tower.context_length
         if isinstance(texts, str):
             raise InputError("texts: got one string, expected a list of strings")
         if not hasattr(texts, "dtype") and all(isinstance(text, str) for text in texts):
-            if vocab != tokenizer.VOCAB_SIZE:
-                raise InputError(
-                    f"texts: the model's vocabulary of {vocab} is not CLIP's of"
-                    f" {tokenizer.VOCAB_SIZE}; give int32 token ids [N, L]"
-                )
-            return _tokenizer()(texts, context) if len(texts) else np.zeros((0, context), np.int32)
+            if not len(texts):
+                return np.zeros((0, context), np.int32), np.zeros(0, np.int32)
+            ids, lengths = _tokenizer(tower, self.folder).encode(texts, context)
+            tokens = np.full((len(texts), context), tower.pad_id, np.int32)
+            tokens[np.arange(context) < lengths[:, None]] = ids
+            return tokens, lengths - 1
         tokens = np.asarray(texts)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not 1 <= tokens.shape[1] <= context:
             raise InputError(
@@ -217,15 +248,20 @@ class Predictor:
             raise InputError(
                 f"texts: got token ids {tokens.min()} to {tokens.max()}, expected 0 to {vocab - 1}"
             )
-        return tokens.astype(np.int32)
+        tokens = tokens.astype(np.int32)
+        ends = tokens.argmax(axis=1)
+        if not tower.packable:
+            missing = ((0, 0), (0, context - tokens.shape[1]))
+            tokens = np.pad(tokens, missing, constant_values=tower.pad_id)
+        return tokens, ends
 
 
 _NEEDS_DESCRIPTIONS = "alpha {} needs descriptions of the classes: {{name: [description, ...]}}"
 
 
-@functools.cache
-def _tokenizer() -> tokenizer.ClipTokenizer:
-    return tokenizer.ClipTokenizer()
+@functools.lru_cache(maxsize=8)
+def _tokenizer(tower: config_lib.TextTower, folder: epath.PathLike | None) -> tokenizer.Tokenizer:
+    return tokenizer.of_tower(tower, folder)
 
 
 @functools.lru_cache(maxsize=8)

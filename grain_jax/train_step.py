@@ -7,6 +7,7 @@ full batch's, not an average of smaller contrastive losses.
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grain_jax import digests, optim, schema, sharding
+from grain_jax import digests, initialise, optim, schema, sharding
 from grain_jax import losses as losses_lib
 from grain_jax.config import Config
+from grain_jax.convert import towers
 from grain_jax.models import placement
 from grain_jax.models.grain import GRAIN
 
@@ -98,6 +100,7 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
     """
 
     def apply(params, batch, keys):
+        params = optim.stop_frozen(params, config.optim.frozen)
         with placement.on(mesh, sharding.BATCH_AXES):
             return model.apply({"params": params}, batch, keys)
 
@@ -186,7 +189,9 @@ def make_train_step(
         keys = dropout_keys(config.seed, state.step, jnp.arange(batch.image.shape[0]))
         terms, grads = loss_and_grads(model, config, mesh, state.params, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optim.clip_logit_scale(optax.apply_updates(state.params, updates))
+        params = optim.clip_logit_scale(
+            optax.apply_updates(state.params, updates), config.optim.frozen
+        )
         ema = state.ema_params
         if config.ema_decay:
             ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
@@ -208,6 +213,22 @@ def make_train_step(
     return train_step
 
 
+def _initial_state(config: Config, fresh: Callable, shardings: TrainState) -> TrainState:
+    """The state of step 0: `fresh()`, with the towers of `config.init` in their places."""
+    state = fresh()
+    if config.init.image is None and config.init.text is None:
+        return state
+    shapes = {name: x.shape for name, x in towers.flat(state.params).items()}
+    loaded = initialise.load(config, shapes)
+    if jax.process_index() == 0:
+        print(*loaded.report, sep="\n", file=sys.stderr)
+    put = lambda tree, where: initialise.replace(tree, where, loaded.params)  # noqa: E731
+    state = state._replace(params=put(state.params, shardings.params))
+    if config.ema_decay:
+        state = state._replace(ema_params=put(state.ema_params, shardings.ema_params))
+    return state
+
+
 class Program(NamedTuple):
     """All that is compiled for a run. The trainer and `launch.plan` build it alike."""
 
@@ -215,7 +236,7 @@ class Program(NamedTuple):
     shardings: TrainState  # NamedShardings
     batch: schema.Batch  # ShapeDtypeStructs
     batch_sharding: NamedSharding
-    init: Callable  # jitted: () -> state, fresh from the seed
+    init: Callable  # () -> state, fresh from the seed and the checkpoints that `config.init` names
     step: Callable  # jitted: (state, batch) -> (state, metrics); the old state is given up
 
 
@@ -240,11 +261,12 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
+    fresh = jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings)
     return Program(
         state,
         shardings,
         abstract_batch(config),
         batch_sharding,
-        jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings),
+        functools.partial(_initial_state, config, fresh, shardings),
         step,
     )

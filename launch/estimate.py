@@ -201,12 +201,13 @@ def _tensor_sums(config, sizes) -> tuple[int, int]:
     batch = train_step.abstract_batch(config)
     rows = math.prod(batch.text_tokens.shape) / config.batch_size  # text positions an image
     model = config.model
-    tokens = 1 + (model.image.image_size // model.image.patch_size) ** 2
+    tokens = model.image.class_token + (model.image.image_size // model.image.patch_size) ** 2
     width = (
-        model.image.depth * tokens * model.image.width
-        + model.text.depth * rows * model.text.width
-        + model.decoder.depth * (model.decoder.queries + 1) * model.decoder.width
+        model.image.depth * tokens * model.image.width + model.text.depth * rows * model.text.width
     )
-    depth = model.image.depth + model.text.depth + model.decoder.depth
+    depth = model.image.depth + model.text.depth
+    if model.decoder is not None:
+        width += model.decoder.depth * (model.decoder.queries + 1) * model.decoder.width
+        depth += model.decoder.depth
     itemsize = jnp.dtype(config.dtype).itemsize
     return 4 * depth, round(4 * width * images * itemsize)

@@ -1,12 +1,18 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+import tokenizers
+import tokenizers.models
+import tokenizers.pre_tokenizers
 from flax import linen as nn
 
 import grain_jax
 from grain_jax import checkpoint, images, inference, schema
+from grain_jax import config as config_lib
 from grain_jax.evaluate import prompts, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
@@ -15,9 +21,8 @@ from tests import tiny
 S, Q, D = 16, 5, 16
 
 
-@pytest.fixture(scope="module")
-def predictor():
-    c = tiny.config(model__embed_dim=D)
+def perturbed(c):
+    """A model's parameters, of which every one counts."""
     module = grain.GRAIN(c.model)
     shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), tiny.batch(c)))["params"]
     rng = np.random.default_rng(0)
@@ -26,7 +31,36 @@ def predictor():
         around = 1.0 if path[-1].key == "scale" else 0.0
         return jnp.asarray(around + 0.2 * rng.standard_normal(leaf.shape), jnp.float32)
 
-    return inference.Predictor(c.model, jax.tree_util.tree_map_with_path(value, shapes))
+    return jax.tree_util.tree_map_with_path(value, shapes)
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    c = tiny.config(model__embed_dim=D)
+    return inference.Predictor(c.model, perturbed(c))
+
+
+@pytest.fixture(scope="module")
+def two_towers(tmp_path_factory):
+    """A folder with a two-tower model whose text tower sees its padding, and its tokenizer beside it."""
+    c = tiny.dictionary(model__embed_dim=D)
+    c.model.decoder = None
+    c.model.image.update(pool="map", depth=1, class_token=False)
+    c.model.image.update(pixel_mean=(0.5, 0.4, 0.3), pixel_std=(0.5, 0.6, 0.7))
+    c.model.text.update(causal=False, pool="map", depth=1, pad_id=1, vocab_size=12)
+    c.model.text.update(tokenizer="tokenizer.json", cleaning="canonical")
+    c.input.max_regions = 0
+    c.text.packing = False
+    c = config_lib.from_dict(c)
+    folder = tmp_path_factory.mktemp("two_towers") / "model"
+    checkpoint.save_model(folder, c.model, perturbed(c), source="test")
+    words = "<unk> </s> a photo of wren with long orange beak".split()
+    library = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
+    )
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +208,69 @@ def test_load_reads_what_save_model_wrote(predictor, pictures, tmp_path):
     )
     with pytest.raises(checkpoint.CheckpointError, match="no such folder"):
         grain_jax.load(str(tmp_path / "none"))
+
+
+def test_two_towers_that_see_their_padding(two_towers, pictures):
+    loaded = grain_jax.load(str(two_towers))
+    assert loaded.model.decoder is None and not loaded.model.text.packable
+    apply = jax.jit(grain.GRAIN(loaded.model).apply, static_argnames="method")
+    variables = {"params": loaded.params}
+    few = pictures[:3]
+    normalised = (few / 255 - np.array((0.5, 0.4, 0.3))) / np.array((0.5, 0.6, 0.7))
+    image, _, _ = apply(variables, normalised.astype(np.float32), method=grain.GRAIN.encode_image)
+    assert np.abs(image[0] - image[1]).max() > 0.01
+    close(loaded.encode_image(few), image)
+    close(loaded.encode_image(normalised.astype(np.float32)), image)
+
+    texts = ["A long, orange beak!", "wren", " ".join(["photo"] * 40)]
+    ids = np.full((3, 32), 1, np.int32)  # padded with model.text.pad_id to the whole context
+    ids[0, :4], ids[1, 0], ids[2] = (2, 7, 8, 9), 5, 3
+    positions = np.broadcast_to(np.arange(32), (1, 3, 32))
+    at = np.stack([np.arange(3), np.zeros(3, np.int64)], axis=1)
+    ones = np.ones_like(positions)
+    method = grain.GRAIN.encode_text
+    (expected,) = apply(variables, ids[None], positions, ones, at, method=method)
+    assert np.abs(expected[0] - expected[1]).max() > 0.01
+    close(loaded.encode_text(texts), expected)
+    close(loaded.encode_text(ids), expected)
+    close(loaded.encode_text(ids[:2, :6]), expected[:2])
+    assert loaded.encode_text([]).shape == (0, D) and loaded.encode_image([]).shape == (0, D)
+    classes = inference.ClassFeatures(("beak", "wren"), np.asarray(expected[:2]), None)
+    close(loaded.classify(few, classes), image @ expected[:2].T)
+
+
+def test_texts_of_a_tokenizer_file_end_at_their_last_token(tmp_path, two_towers, predictor):
+    # The end token need not be the highest id, as it is in CLIP.
+    (tmp_path / "tokenizer.json").write_bytes((two_towers / "tokenizer.json").read_bytes())
+    text = dataclasses.replace(predictor.model.text, tokenizer="tokenizer.json", pad_id=1)
+    model = dataclasses.replace(predictor.model, text=text)
+    other = inference.Predictor(model, predictor.params, folder=tmp_path)
+    module = grain.GRAIN(model)
+    (expected,) = jax.jit(module.apply, static_argnames="method")(
+        {"params": other.params},
+        np.array([[[9, 3, 2]]]),
+        np.array([[[0, 1, 2]]]),
+        np.ones((1, 1, 3), int),
+        np.array([[0, 2]]),
+        method=grain.GRAIN.encode_text,
+    )
+    close(other.encode_text(["beak photo a"]), expected)
+
+
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda p, x: p.encode_regions(x), "^regions: the model has two towers"),
+        (lambda p, x: p.encode_image_and_regions(x), "^regions: the model has two towers"),
+        (lambda p, x: p.ground(x[0], ["wren"]), "^ground: the model has two towers"),
+        (lambda p, x: p.classify(x, {"a": ["b"]}, alpha=0.5), "^alpha 0.5: the model has two"),
+        (lambda p, x: p.classify(x, ["a"], alpha=0.5), "^alpha 0.5: the model has two towers"),
+    ],
+)
+def test_two_towers_have_no_regions(two_towers, pictures, call, said):
+    with pytest.raises(inference.InputError, match=said) as error:
+        call(grain_jax.load(str(two_towers)), pictures[:1])
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
