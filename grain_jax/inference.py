@@ -1,19 +1,24 @@
 """A trained model for users: `grain_jax.load(DIR)` gives a `Predictor` that encodes pictures, texts and regions.
 
-Any number of pictures or texts may be given; they run in batches of a few fixed sizes, so that only a
-few programs are compiled. Those are shared by all Predictors of one model configuration. A model of
-two towers, without a decoder, has no regions: what needs them says so.
+Any number of pictures or texts may be given, also by a generator; they run in batches of a few fixed
+sizes, so that only a few programs are compiled. Those are shared by all Predictors of one model
+configuration. Large calls use all devices of the process. A model without region queries, such as one of
+two towers, has no regions: what needs them says so.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
+import tqdm
 from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import checkpoint, errors, images, schema
 from grain_jax import config as config_lib
@@ -21,7 +26,7 @@ from grain_jax.evaluate import prompts, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 
-MAX_BATCH = 64  # pictures or texts at once; smaller calls take the next power of two
+MAX_BATCH = 64  # pictures or texts at once on a device; smaller calls take the next power of two
 _ROW_LENGTHS = (16, 32, 64)  # most texts are short, and attention costs by the row
 
 
@@ -44,14 +49,18 @@ class ClassFeatures(NamedTuple):
     descriptions: tuple[np.ndarray, ...] | None  # for each class float32 [n_c, D], unit length
 
 
-def load(path: epath.PathLike, dtype: str = "float32") -> "Predictor":
+def load(path: epath.PathLike, dtype: str = "float32", **options: Any) -> "Predictor":
     """The model in a training workdir (its newest checkpoint), a checkpoint or a converted folder.
+
+    Args:
+      path: of the folder.
+      dtype: as `Predictor`'s, and so are the `options`.
 
     Raises:
       checkpoint.CheckpointError: there is none.
     """
     model, params, folder = checkpoint.load_model(path)
-    return Predictor(model, params, dtype, folder=folder)
+    return Predictor(model, params, dtype, folder=folder, **options)
 
 
 class Predictor:
@@ -63,6 +72,7 @@ class Predictor:
       dtype: of activations, "float32" (at full precision on every device) or "bfloat16".
       templates: sentences for class names; None for `evaluate/templates.txt`.
       folder: where the model lies; files that its tokenizer needs are looked for there first.
+      progress: whether calls show on stderr how many pictures they have encoded.
     """
 
     def __init__(
@@ -72,10 +82,15 @@ class Predictor:
         dtype: str = "float32",
         templates: Sequence[str] | None = None,
         folder: epath.PathLike | None = None,
+        progress: bool = False,
     ):
         self.model = model
         self.folder = folder
+        self.progress = progress
         self.params = jax.tree.map(jnp.asarray, params)
+        # Parameters that the caller spread over a mesh keep their places, and so the work does.
+        places = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.params)))
+        self._devices = jax.local_devices() if places == {jax.local_devices()[0]} else [None]
         self.templates = list(templates) if templates is not None else prompts.load_templates()
         self._encode_images, self._encode_texts = _compiled(model, dtype)
 
@@ -83,9 +98,13 @@ class Predictor:
         """Pictures -> float32 [B, D], unit length.
 
         Args:
-          pictures: a list of PIL pictures, uint8 [B, H, W, 3] of any size (both are squashed to the
-            model's), or float32 [B, H, W, 3] of the model's size, already normalised (by
-            `model.image.pixel_mean` and `pixel_std`).
+          pictures: PIL pictures of any mode or uint8 [H, W, 3] of any size, as a list, a generator or
+            anything else to iterate over; uint8 [B, H, W, 3]; or float32 [B, H, W, 3] of the model's
+            size, already normalised (by `model.image.pixel_mean` and `pixel_std`). All but the last
+            are squashed to the model's size.
+
+        Raises:
+          InputError: pictures of another kind or shape, or one that cannot be read.
         """
         return self._encode(pictures)[0]
 
@@ -104,59 +123,95 @@ class Predictor:
         return image, schema.Regions(boxes, region)
 
     def _need_regions(self, what: str) -> None:
-        if self.model.decoder is None:
+        decoder = self.model.decoder
+        if decoder is None or not decoder.queries:
+            has = "two towers and no region decoder (model.decoder is null)"
+            if decoder is not None:
+                has = "no region queries (model.decoder.queries is 0)"
             raise InputError(
-                f"{what}: the model has two towers and no region decoder (model.decoder is null),"
-                " expected one that finds regions; use encode_image, encode_text, or classify with"
-                " alpha 1"
+                f"{what}: the model has {has}, expected one that finds regions; use encode_image,"
+                " encode_text, or classify with alpha 1"
             )
 
     def _encode(self, pictures) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pictures -> float32 (image [B, D], regions [B, Q, D], boxes_xyxy [B, Q, 4])."""
-        size = self.model.image.image_size
-        pictures = _checked_pictures(pictures, size)
+        pictures = _checked_pictures(pictures, self.model.image.image_size)
         q = 0 if self.model.decoder is None else self.model.decoder.queries
         d = self.model.embed_dim
         parts = [(np.zeros((0, d)), np.zeros((0, q, d)), np.zeros((0, q, 4)))]
-        for first in range(0, len(pictures), MAX_BATCH):
-            part = pictures[first : first + MAX_BATCH]
-            if not _is_float(part):
-                part = np.stack([images.squash(picture, size) for picture in part])
-            outputs = self._encode_images(self.params, _pad(part))
-            parts.append(tuple(np.asarray(x)[: len(part)] for x in outputs))
+        total = len(pictures) if hasattr(pictures, "__len__") else None
+        with tqdm.tqdm(
+            total=total, desc="pictures", unit="", file=sys.stderr, disable=not self.progress
+        ) as bar:
+            for part in self._parts(pictures):
+                parts.append(self._run(self._encode_images, part))
+                bar.update(len(part))
         image, region, boxes = (np.concatenate(x).astype(np.float32) for x in zip(*parts))
         return image, region, boxes
 
-    def encode_text(self, texts: Sequence[str] | np.ndarray) -> np.ndarray:
+    def _parts(self, pictures) -> Iterator[np.ndarray]:
+        """Pictures, squashed where they are not floats, in arrays [at most MAX_BATCH a device, S, S, 3]."""
+        size, most = self.model.image.image_size, MAX_BATCH * len(self._devices)
+        if _is_float(pictures):
+            yield from (pictures[first : first + most] for first in range(0, len(pictures), most))
+            return
+        numbered = enumerate(pictures)
+        while part := [_squash(i, p, size) for i, p in itertools.islice(numbered, most)]:
+            yield np.stack(part)
+
+    def _run(self, program, *rows: np.ndarray) -> Any:
+        """What `program` makes of `rows` (arrays of one length), as numpy.
+
+        They are padded, so that there are few programs; on one device to the next power of two.
+        More than MAX_BATCH are shared out among the devices.
+        """
+        params, count = self.params, len(rows[0])
+        if count > MAX_BATCH:
+            params, sharding = self._on_all_devices
+            rows = [jax.device_put(_pad(x, len(self._devices)), sharding) for x in rows]
+        else:
+            rows = [_pad(x) for x in rows]
+        return jax.tree.map(lambda x: np.asarray(x)[:count], program(params, *rows))
+
+    @functools.cached_property
+    def _on_all_devices(self) -> tuple[Any, NamedSharding]:
+        """The parameters on each device, and how a batch is cut."""
+        mesh = Mesh(self._devices, ("batch",))
+        params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
+        return params, NamedSharding(mesh, PartitionSpec("batch"))
+
+    def encode_text(self, texts: Iterable[str] | np.ndarray) -> np.ndarray:
         """Texts -> float32 [N, D], unit length.
 
         Args:
-          texts: strings, or int32 token ids [N, L]. Of ids, a text ends at its highest one, as in
+          texts: strings, also from a generator, or int32 token ids [N, L]. Of ids, a text ends at its highest one, as in
             CLIP; where the tower sees its padding (SigLIP), shorter rows are padded as it expects.
         """
         tokens, ends = self._tokens(texts)
         out = np.empty((len(tokens), self.model.embed_dim), np.float32)
         order = np.argsort(ends, kind="stable")  # short texts share batches, and short rows
-        for first in range(0, len(tokens), MAX_BATCH):
-            rows = order[first : first + MAX_BATCH]
+        most = MAX_BATCH * len(self._devices)
+        for first in range(0, len(tokens), most):
+            rows = order[first : first + most]
             length = tokens.shape[1]
             if self.model.text.packable:  # what follows the end token is never looked at
                 longest = int(ends[rows[-1]]) + 1
                 length = next((n for n in _ROW_LENGTHS if longest <= n), length)
             part = tokens[rows, :length]
-            embed = self._encode_texts(self.params, _pad(part), _pad(ends[rows].astype(np.int32)))
-            out[rows] = np.asarray(embed)[: len(rows)]
+            out[rows] = self._run(self._encode_texts, part, ends[rows].astype(np.int32))
         return out
 
-    def class_features(self, classes: Sequence[str] | Mapping[str, Sequence[str]]) -> ClassFeatures:
+    def class_features(self, classes: Iterable[str] | Mapping[str, Sequence[str]]) -> ClassFeatures:
         """Names through the templates, or names x descriptions, as embeddings (method.md, Zero-shot evaluation).
 
         Args:
           classes: names, or {name: [description, ...]}.
         """
-        if isinstance(classes, str) or not len(classes):
-            raise InputError(f"classes: got {classes!r}, expected names or {{name: descriptions}}")
         described = isinstance(classes, Mapping)
+        if not described and not isinstance(classes, str):
+            classes = list(classes)
+        if isinstance(classes, str) or not classes:
+            raise InputError(f"classes: got {classes!r}, expected names or {{name: descriptions}}")
         for name in classes:
             if not isinstance(name, str) or (described and isinstance(classes[name], str)):
                 raise InputError(
@@ -176,7 +231,7 @@ class Predictor:
     def classify(
         self,
         pictures,
-        classes: Sequence[str] | Mapping[str, Sequence[str]] | ClassFeatures,
+        classes: Iterable[str] | Mapping[str, Sequence[str]] | ClassFeatures,
         alpha: float = 1.0,
     ) -> np.ndarray:
         """Scores of every class, float32 [B, C]: alpha * global + (1 - alpha) * region cosines.
@@ -200,7 +255,7 @@ class Predictor:
         region = scores.region_scores(region_embed, classes.descriptions) if alpha < 1.0 else None
         return scores.combine(scores.global_scores(image_embed, classes.features), region, alpha)
 
-    def ground(self, picture, texts: Sequence[str] | np.ndarray) -> list[Grounding]:
+    def ground(self, picture, texts: Iterable[str] | np.ndarray) -> list[Grounding]:
         """For each text the box of the picture's region that fits it best, and the cosine.
 
         Args:
@@ -231,8 +286,10 @@ class Predictor:
         vocab, context = tower.vocab_size, tower.context_length
         if isinstance(texts, str):
             raise InputError("texts: got one string, expected a list of strings")
-        if not hasattr(texts, "dtype") and all(isinstance(text, str) for text in texts):
-            if not len(texts):
+        if not hasattr(texts, "dtype"):
+            texts = list(texts)
+        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+            if not texts:
                 return np.zeros((0, context), np.int32), np.zeros(0, np.int32)
             ids, lengths = _tokenizer(tower, self.folder).encode(texts, context)
             tokens = np.full((len(texts), context), tower.pad_id, np.int32)
@@ -302,25 +359,51 @@ def _is_float(pictures) -> bool:
     return getattr(getattr(pictures, "dtype", None), "kind", "") == "f"
 
 
-def _pad(x: np.ndarray) -> np.ndarray:
-    """`x` with copies of its last row, up to the next power of two."""
-    wanted = 1 << (len(x) - 1).bit_length()
+def _pad(x: np.ndarray, devices: int = 1) -> np.ndarray:
+    """`x` with copies of its last row, up to a power of two for each device."""
+    wanted = devices << (-(-len(x) // devices) - 1).bit_length()
     return np.concatenate([x, np.repeat(x[-1:], wanted - len(x), axis=0)])
 
 
+def _squash(index: int, picture: Any, size: int) -> np.ndarray:
+    """The picture as uint8 [size, size, 3]. Raises InputError, which names it by its `index`."""
+    if isinstance(picture, PIL.Image.Image):
+        try:
+            picture = _eight_bits(picture)
+        except Exception as error:  # PIL reads a file's pixels only now, and raises much
+            raise InputError(
+                f"pictures[{index}]: {' '.join(str(error).split())}, expected a readable picture"
+            ) from None
+    elif getattr(picture, "dtype", None) != np.uint8:
+        raise InputError(
+            f"pictures[{index}]: got {type(picture).__name__}, expected a PIL picture or uint8 [H, W, 3]"
+        )
+    try:
+        return images.squash(picture, size)
+    except images.ImageError as error:
+        raise InputError(f"pictures[{index}]: {error}") from None
+
+
+def _eight_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """A picture that PIL turns into RGB as tf.data does: of 16 bits it would keep the lower ones, cut off at 255."""
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.getextrema()[1] > 255):
+        return PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode == "F":
+        raise ValueError("mode F has no fixed range")
+    if picture.mode == "P":  # PIL warns of a palette with transparency that becomes RGB at once
+        picture = picture.convert("RGBA")
+    return picture.convert("RGB")
+
+
 def _checked_pictures(pictures, size: int):
-    """A list of pictures to squash, or float32 [B, size, size, 3]. Raises InputError."""
+    """Pictures to iterate over, or float32 [B, size, size, 3]. Raises InputError."""
     if isinstance(pictures, PIL.Image.Image):
         raise InputError("pictures: got one PIL picture, expected a list of them")
-    if isinstance(pictures, (list, tuple)):
-        for i, picture in enumerate(pictures):
-            if (
-                not isinstance(picture, PIL.Image.Image)
-                and getattr(picture, "dtype", None) != np.uint8
-            ):
-                raise InputError(
-                    f"pictures[{i}]: got {type(picture).__name__}, expected a PIL picture or uint8 [H, W, 3]"
-                )
+    if not hasattr(pictures, "dtype"):
+        if not isinstance(pictures, Iterable) or isinstance(pictures, (str, bytes)):
+            raise InputError(
+                f"pictures: got {type(pictures).__name__}, expected pictures to iterate over"
+            )
         return pictures
     pictures = np.asarray(pictures)
     if pictures.ndim != 4 or pictures.shape[3] != 3:

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,14 @@ def pictures():
     return np.random.default_rng(0).integers(0, 256, (70, S, S, 3)).astype(np.uint8)
 
 
+def cut_off():
+    """A picture whose file ends too early, which PIL notices when its pixels are read."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    PIL.Image.fromarray(noise).save(file, "JPEG")
+    return PIL.Image.open(io.BytesIO(file.getvalue()[:-500]))
+
+
 def close(a, b):
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
 
@@ -97,6 +106,102 @@ def test_the_size_of_a_call_does_not_matter(predictor, pictures):
         close(part.boxes_xyxy, regions.boxes_xyxy[some])
     assert predictor.encode_image([]).shape == (0, D)
     assert predictor.encode_text([]).shape == (0, D)
+
+
+def test_a_large_call_is_shared_out_among_the_devices(predictor, pictures):
+    used = []
+
+    def program(params, image):
+        used.append((params["logit_scale"].sharding.device_set, image.sharding, image.shape))
+        return image
+
+    many = np.concatenate([pictures] * 4)[:200]
+    got = predictor._run(program, many)
+    np.testing.assert_array_equal(got, many)
+    (devices, sharding, shape) = used[0]
+    assert devices == set(jax.devices()) and len(devices) == 8
+    assert shape[0] == 8 * 32 and sharding.shard_shape(shape)[0] == 32
+    texts = [f"a wren with {n} eggs" for n in range(100)]
+    close(predictor.encode_text(texts)[95:], predictor.encode_text(texts[95:]))
+    # Where a caller has spread the parameters, they stay.
+    mesh = jax.sharding.Mesh(jax.devices(), "x")
+    placed = jax.device_put(
+        predictor.params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    )
+    other = inference.Predictor(predictor.model, placed)
+    close(other.encode_image(pictures), predictor.encode_image(pictures))
+    assert "_on_all_devices" not in other.__dict__
+
+
+def test_pictures_and_texts_from_a_generator(predictor, pictures, monkeypatch):
+    taken = []
+
+    def one_by_one():
+        for i, picture in enumerate(pictures):
+            taken.append(i)
+            yield PIL.Image.fromarray(picture) if i % 2 else picture
+
+    monkeypatch.setattr(inference, "MAX_BATCH", 4)
+    seen = []
+    run = predictor._run
+    monkeypatch.setattr(
+        predictor, "_run", lambda program, *rows: seen.append(len(taken)) or run(program, *rows)
+    )
+    got = predictor.encode_image(one_by_one())
+    monkeypatch.undo()
+    assert seen == [32, 64, 70]  # no more are held than run at once: 4 on each of 8 devices
+    close(got, predictor.encode_image(pictures))
+    texts = ["a wren", "a red kite"]
+    close(predictor.encode_text(t for t in texts), predictor.encode_text(texts))
+    few = pictures[:2]
+    close(predictor.classify((p for p in few), (t for t in texts)), predictor.classify(few, texts))
+
+
+def test_pil_pictures_of_every_mode(predictor):
+    ramp = np.linspace(0, 255, 30 * 20).reshape(30, 20).astype(np.uint8)
+    colours = np.stack([ramp, ramp[::-1], 255 - ramp], axis=-1)
+    grey, rgb = PIL.Image.fromarray(ramp), PIL.Image.fromarray(colours)
+    palette = rgb.quantize(16)
+    transparent = palette.copy()
+    transparent.info["transparency"] = bytes([0, 128])
+    deep = (ramp.astype(np.uint16) << 8) | 77
+    clear = rgb.copy()
+    clear.putalpha(grey)
+    pairs = [
+        (grey, grey.convert("RGB")),
+        (grey.convert("1"), grey.convert("1").convert("RGB")),
+        (palette, palette.convert("RGB")),
+        (transparent, palette.convert("RGB")),
+        (clear, rgb),  # as in training, transparent pixels keep their colour
+        (grey.convert("LA"), grey.convert("RGB")),
+        (rgb.convert("CMYK"), rgb),
+        (rgb.convert("YCbCr"), rgb.convert("YCbCr").convert("RGB")),
+        (PIL.Image.fromarray(deep), grey.convert("RGB")),
+        (PIL.Image.fromarray(deep.astype(np.int32)), grey.convert("RGB")),
+        (PIL.Image.fromarray(ramp.astype(np.int32)), grey.convert("RGB")),
+    ]
+    assert {given.mode for given, _ in pairs} >= {"I;16", "I", "P", "CMYK", "RGBA", "LA", "1"}
+    got = predictor.encode_image([given for given, _ in pairs])
+    expected = predictor.encode_image([images.squash(same, S) for _, same in pairs])
+    close(got, expected)
+
+
+def test_progress_is_shown_where_it_is_asked_for(predictor, pictures, capsys):
+    predictor.encode_image(pictures[:3])
+    assert capsys.readouterr().err == ""
+    inference.Predictor(predictor.model, predictor.params, progress=True).encode_image(pictures)
+    assert "pictures: 100%" in capsys.readouterr().err
+
+
+def test_a_decoder_without_queries_has_no_regions(pictures):
+    c = tiny.config(model__embed_dim=D, model__decoder__queries=0, input__max_regions=0)
+    other = inference.Predictor(c.model, perturbed(c))
+    assert other.encode_image(pictures[:2]).shape == (2, D)
+    said = r"^ground: the model has no region queries \(model.decoder.queries is 0\), expected"
+    with pytest.raises(inference.InputError, match=said):
+        other.ground(pictures[0], ["wren"])
+    with pytest.raises(inference.InputError, match="^alpha 0.5: the model has no region queries"):
+        other.classify(pictures[:1], {"a": ["b"]}, alpha=0.5)
 
 
 def test_regions_are_the_models_last_layer(predictor, pictures):
@@ -284,7 +389,19 @@ def test_two_towers_have_no_regions(two_towers, pictures, call, said):
         (lambda p: p.encode_image(np.zeros((1, 8, 8, 3), np.int64)), "got int64, expected uint8"),
         (lambda p: p.encode_image(["x.jpg"]), r"pictures\[0\]: got str"),
         (lambda p: p.encode_image(PIL.Image.new("RGB", (4, 4))), "expected a list"),
+        (lambda p: p.encode_image("x.jpg"), "got str, expected pictures"),
+        (lambda p: p.encode_image(None), "got NoneType, expected pictures"),
+        (
+            lambda p: p.encode_image([PIL.Image.new("L", (4, 4)), PIL.Image.new("F", (4, 4))]),
+            r"pictures\[1\]: mode F has no fixed range",
+        ),
+        (lambda p: p.encode_image([cut_off()]), r"pictures\[0\]: .*truncated"),
+        (
+            lambda p: p.encode_image([np.zeros((4, 4, 4), np.uint8)]),
+            r"pictures\[0\]: got an array uint8 \[4, 4, 4\]",
+        ),
         (lambda p: p.encode_text("wren"), "got one string"),
+        (lambda p: p.encode_text(["wren", 3]), r"expected strings or int32"),
         (lambda p: p.encode_text(np.zeros((2, 33), np.int32)), r"got int32 \[2, 33\]"),
         (
             lambda p: p.encode_text(np.full((2, 3), 49408)),
