@@ -85,6 +85,7 @@ class Predictor:
         progress: bool = False,
     ):
         self.model = model
+        self.dtype = dtype
         self.folder = folder
         self.progress = progress
         self.params = jax.tree.map(jnp.asarray, params)
@@ -92,7 +93,7 @@ class Predictor:
         places = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.params)))
         self._devices = jax.local_devices() if places == {jax.local_devices()[0]} else [None]
         self.templates = list(templates) if templates is not None else prompts.load_templates()
-        self._encode_images, self._encode_texts = _compiled(model, dtype)
+        self._encode_images, self._encode_texts = programs(model, dtype)
 
     def encode_image(self, pictures) -> np.ndarray:
         """Pictures -> float32 [B, D], unit length.
@@ -322,8 +323,14 @@ def _tokenizer(tower: config_lib.TextTower, folder: epath.PathLike | None) -> to
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(model: config_lib.Model, dtype: str):
-    """The two jitted programs of a model; parameters are arguments, so any Predictor may use them."""
+def programs(model: config_lib.Model, dtype: str):
+    """The two jitted programs of a model; parameters are arguments, so any Predictor may use them.
+
+    Returns:
+      encode_images(params, image [B, S, S, 3] uint8, or float32 normalised) -> image_embed [B, D],
+      region_embed [B, Q, D], boxes_xyxy [B, Q, 4]; and encode_texts(params, tokens int32 [N, L], ends
+      int32 [N], the positions of the texts' last tokens) -> [N, D].
+    """
     module = grain.GRAIN(model, dtype)
     # "float32" must mean it on chips whose matrix units would cut operands to fewer bits.
     precision = "highest" if dtype == "float32" else None
