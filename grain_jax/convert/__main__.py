@@ -101,6 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = _parse(sys.argv[1:] if arguments is None else arguments)
         report = COMMANDS[args.command].run(args)
+    except parity.ParityError as error:
+        print(error, file=sys.stderr)
+        print("parity: FAILED: the two sides cannot be compared", file=sys.stderr)
+        return 1
     except errors.UserError as error:
         faults = str(error).split("\n")
         print(*faults, sep="\n", file=sys.stderr)

@@ -5,11 +5,14 @@ JAX), tokenizer and processor files, and a model card. Parameters keep the PyTor
 Writing needs safetensors and tokenizers; torch and transformers only prove what was written.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -21,6 +24,9 @@ from grain_jax.convert import torch_names as names
 from grain_jax.input_pipeline import tokenizer as tokenizers_lib
 
 WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"  # of weights that transformers cut into several files
+_MODELING = "modeling_grain.py"  # a folder that has it is one of ours
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CODE = epath.Path(__file__).parent / "hf_files"
 # GRAIN's recipe (method.md, Losses), for models whose own run is not known.
 LOSSES = dict(
@@ -52,10 +58,10 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
       tokenizer.TokenizerError: CLIP's vocabulary is not found.
     """
     folder = epath.Path(folder)
-    reference.check_free(folder, WEIGHTS)
+    reference.check_free(folder, _MODELING)
     model, params, read_from = checkpoint.load_model(source)
     _check(model)
-    run = model_card.read_run(source)
+    run = model_card.read_run(read_from)
     stored = run.config.get("loss", {})
     losses = {key: stored.get(key, value) for key, value in LOSSES.items()}
     has_tokenizer = model.text.vocab_size == tokenizers_lib.VOCAB_SIZE
@@ -64,19 +70,17 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     if has_tokenizer:
         files |= _tokenizer_files(model.text.context_length)
     states = names.state_dicts(params, reference.sizes_of(model))
-    try:
+    texts = {n: json.dumps(x, indent=2, ensure_ascii=False) + "\n" for n, x in files.items()}
+    texts |= {path.name: path.read_text() for path in CODE.glob("*_grain.py")}
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text)
         _write_weights(folder / WEIGHTS, states)
-        for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        for path in CODE.iterdir():
-            if path.suffix == ".py" and path.name != "__init__.py":
-                (folder / path.name).write_text(path.read_text())
-        proof = _prove_folder(folder, model, params, has_tokenizer)
+    proof = _prove_folder(folder, model, params, has_tokenizer)
+    with _writing(folder):
         card = model_card.write(model, losses, run, proof, has_tokenizer)
         (folder / "README.md").write_text(card)
-    except OSError as error:
-        raise reference.ConvertError(f"{folder}: cannot be written ({error})") from error
     size = sum(array.size for state in states.values() for array in state.values())
     lines = [f"to-hf: {read_from} -> {folder}", f"{WEIGHTS}: {size:,} values, float32"]
     if not has_tokenizer:
@@ -97,14 +101,37 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     source, folder = epath.Path(source), epath.Path(folder)
     reference.check_free(folder, "params")
     model = _read_config(source / "config.json")
-    states = _read_weights(source / WEIGHTS)
+    weights = source / WEIGHTS
+    if not weights.is_file() and (source / _INDEX).is_file():
+        weights = source / _INDEX
+    states = _read_weights(weights)
     try:
         params = reference.to_params(states["backbone"], states["decoder"], model)
     except reference.ConvertError as error:
-        raise reference.in_file(source / WEIGHTS, error) from error
+        raise reference.in_file(weights, error) from error
     proof = _prove_weights(source, model, params)
     reference.save(folder, model, params, source, proof)
     return proof._replace(text=f"from-hf: {source} -> {folder}\n\n{proof.text}")
+
+
+@contextlib.contextmanager
+def _writing(folder: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise reference.ConvertError(f"{folder}: cannot be written ({error})") from error
+
+
+@contextlib.contextmanager
+def _on_disk(folder: epath.Path) -> Iterator[str]:
+    """The folder, or a copy of its files where it is a URL, which transformers cannot open."""
+    if "://" not in str(folder):
+        yield str(folder)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in folder.iterdir():
+            path.copy(epath.Path(scratch) / path.name)
+        yield scratch
 
 
 def _check(model: config_lib.Model) -> None:
@@ -250,41 +277,73 @@ def _safetensors(path: epath.Path) -> Any:
 
 
 def _read_weights(path: epath.Path) -> dict[str, dict[str, np.ndarray]]:
-    """{"backbone": ..., "decoder": ...} of a safetensors file, float32. Raises ConvertError."""
-    safetensors = _safetensors(path)
-    if not path.is_file():
-        raise reference.ConvertError(f"{path}: no such file; expected a folder written by to-hf")
-    try:
-        flat = safetensors.numpy.load(path.read_bytes())
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise reference.ConvertError(
-            f"{path}: not a whole safetensors file ({reason[:120]}); copy it again"
-        ) from error
+    """{"backbone": ..., "decoder": ...} of a safetensors file, or of those that an index lists."""
+    files = [path]
+    if path.name == _INDEX:
+        with _reading(path, "transformers' index, with the key weight_map"):
+            index = json.loads(path.read_text())["weight_map"]
+            files = [path.parent / name for name in sorted(set(index.values()))]
     states: dict[str, dict[str, np.ndarray]] = {"backbone": {}, "decoder": {}}
     faults = []
-    for name, array in flat.items():
-        module, _, rest = name.partition(".")
-        if module not in states:
-            faults.append(f"{path}: {name}: unknown key, shape {array.shape}")
-        elif array.dtype.kind != "f":
-            faults.append(f"{path}: {name}: got {array.dtype}, expected floating point numbers")
-        else:
-            states[module][rest] = array.astype(np.float32)
+    for file in files:
+        for name, array in read_safetensors(file).items():
+            module, _, rest = name.partition(".")
+            if module in states:
+                states[module][rest] = array
+            else:
+                faults.append(f"{file}: {name}: unknown key, shape {array.shape}")
     if faults:
         raise reference.ConvertError("\n".join(faults))
     return states
 
 
-def _read_config(path: epath.Path) -> config_lib.Model:
+def read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, from any floating point type of 16 bits or more, as float32.
+
+    Raises:
+      ConvertError: no such file, not a whole one, or another type; a line each.
+    """
+    safetensors = _safetensors(path)
     if not path.is_file():
         raise reference.ConvertError(f"{path}: no such file; expected a folder written by to-hf")
     try:
-        towers = json.loads(path.read_text())["towers"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        # Not safetensors.numpy.load: it has no bfloat16.
+        stored = safetensors.deserialize(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        reason = next(iter(str(error).splitlines()), "")
         raise reference.ConvertError(
-            f"{path}: got {type(error).__name__} {error}, expected to-hf's config with the key towers"
+            f"{path}: not a whole safetensors file ({reason[:120]}); copy it again"
         ) from error
+    faults = [
+        f"{path}: {name}: got {entry['dtype']}, expected one of {', '.join(_FLOATS)}"
+        for name, entry in stored
+        if entry["dtype"] not in _FLOATS
+    ]
+    if faults:
+        raise reference.ConvertError("\n".join(faults))
+    return {
+        name: np.frombuffer(entry["data"], jnp.dtype(_FLOATS[entry["dtype"]]))
+        .astype(np.float32)
+        .reshape(entry["shape"])
+        for name, entry in stored
+    }
+
+
+@contextlib.contextmanager
+def _reading(path: epath.Path, expected: str) -> Iterator[None]:
+    try:
+        yield
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise reference.ConvertError(
+            f"{path}: got {type(error).__name__} {error}, expected {expected}"
+        ) from error
+
+
+def _read_config(path: epath.Path) -> config_lib.Model:
+    if not path.is_file():
+        raise reference.ConvertError(f"{path}: no such file; expected a folder written by to-hf")
+    with _reading(path, "to-hf's config with the key towers"):
+        towers = json.loads(path.read_text())["towers"]
     model = config_lib.model_from_dict(towers)
     _check(model)
     return model
@@ -299,27 +358,30 @@ def _prove_folder(
         import transformers
     except ImportError as error:
         return parity.not_proven(params, f"{error}; pip install torch transformers")
-    options = dict(trust_remote_code=True, local_files_only=True)
-    module = transformers.AutoModel.from_pretrained(str(folder), **options).eval()
     given = _inputs(model)
-    ours = parity.outputs(model, params, given)
-    theirs = reference.run_module(module, given)
+    ours = reference.outputs(model, params, given)
     rng = np.random.default_rng(1)
     pictures = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in ((37, 53), (300, 200))]
     squashed = np.stack([images.squash(p, model.image.image_size) for p in pictures])
     mean, std = np.array(model.image.pixel_mean), np.array(model.image.pixel_std)
     ours["pixels"] = (squashed / 255 - mean) / std
-    processor = transformers.AutoImageProcessor.from_pretrained(str(folder), **options)
-    theirs["pixels"] = processor(pictures)["pixel_values"].permute(0, 2, 3, 1).numpy()
     if has_tokenizer:
         context = model.text.context_length
         ids = tokenizers_lib.ClipTokenizer()(_TEXTS, context)
         # Ours pads with 0, transformers with the end token; neither is looked at.
         after = np.arange(context) > ids.argmax(axis=1)[:, None]
         ours["token_ids"] = np.where(after, tokenizers_lib.END_OF_TEXT, ids)
-        processor = transformers.AutoProcessor.from_pretrained(str(folder), **options)
-        inputs = processor(text=_TEXTS, padding="max_length")
-        theirs["token_ids"] = inputs["input_ids"].numpy()
+
+    with _on_disk(folder) as path:
+        load = lambda auto: auto.from_pretrained(  # noqa: E731
+            path, trust_remote_code=True, local_files_only=True
+        )
+        theirs = reference.run_module(load(transformers.AutoModel).eval(), given)
+        pixels = load(transformers.AutoImageProcessor)(pictures)["pixel_values"]
+        theirs["pixels"] = pixels.permute(0, 2, 3, 1).numpy()
+        if has_tokenizer:
+            inputs = load(transformers.AutoProcessor)(text=_TEXTS, padding="max_length")
+            theirs["token_ids"] = inputs["input_ids"].numpy()
     found = parity.compare(ours, theirs)
     return parity.report(found, f"{reference.torch_versions()} on {folder}", given)
 
@@ -330,13 +392,18 @@ def _prove_weights(folder: epath.Path, model: config_lib.Model, params: Any) -> 
     The folder may come from anyone, so none of its code is run.
     """
     try:
+        import torch
+
         from grain_jax.convert.hf_files import modeling_grain
     except ImportError as error:
         return parity.not_proven(params, f"{error}; pip install torch transformers")
-    module = modeling_grain.GrainModel.from_pretrained(str(folder), local_files_only=True).eval()
+    with _on_disk(folder) as path:  # float32, also where they are stored as less
+        module = modeling_grain.GrainModel.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True
+        )
     given = _inputs(model)
     found = parity.compare(
-        parity.outputs(model, params, given), reference.run_module(module, given)
+        reference.outputs(model, params, given), reference.run_module(module.eval(), given)
     )
     return parity.report(found, f"{reference.torch_versions()} on {folder}", given)
 

@@ -1,11 +1,12 @@
 """The model card (README.md) of a converted model, from what its run left behind."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
 
+from grain_jax import checkpoint
 from grain_jax import config as config_lib
 from grain_jax.convert import parity
 
@@ -14,30 +15,38 @@ class Run(NamedTuple):
     """What is known of how a model came about; empty where it is not."""
 
     config: dict[str, Any]
-    step: int | None  # of the last line of metrics
-    metrics: dict[str, float]  # "eval/..." of the last line that has any, and results.json
+    step: int | None  # of the checkpoint
+    metrics: dict[str, float]  # "eval/..."
+    measured_at: int | None  # the step that they are of
     source: str  # of a converted model: the file that it was converted from
 
 
-def read_run(path: epath.PathLike) -> Run:
-    """The run behind a workdir, or behind a checkpoint inside one (WORKDIR/checkpoints/STEP)."""
-    path = epath.Path(path)
-    workdir = path.parent.parent if (path / "state").is_dir() else path
-    config = _json(workdir / "config.json")
-    metrics, step = {}, None
-    log = workdir / "metrics.jsonl"
-    if log.is_file():
-        for line in log.read_text().splitlines():
-            entry = json.loads(line)
-            step = entry.get("step", step)
-            measured = {k: v for k, v in entry.items() if k.startswith("eval/")}
-            metrics = measured or metrics
-    metrics |= _json(workdir / "results.json")
-    return Run(config, step, metrics, str(config.get("source", "")))
+def read_run(folder: epath.PathLike) -> Run:
+    """The run behind a checkpoint in its workdir, WORKDIR/checkpoints/STEP, or behind a converted model.
+
+    Of the metrics the newest are taken that were measured no later than the checkpoint's step.
+    """
+    folder = epath.Path(folder)
+    if not (folder / "state").is_dir():
+        notes = json.loads((folder / "config.json").read_text())
+        return Run({}, None, {}, None, str(notes.get("source", "")))
+    workdir, step = folder.parent.parent, int(folder.name) if folder.name.isdigit() else None
+    metrics, measured_at = {}, None
+    for line in _log(workdir):
+        here = {key: value for key, value in line.items() if key.startswith("eval/")}
+        if here and step is not None and line.get("step", step + 1) <= step:
+            metrics, measured_at = here, line["step"]
+    return Run(checkpoint.read_json(folder, "config"), step, metrics, measured_at, "")
 
 
-def _json(path: epath.Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _log(workdir: epath.Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl; of a run that goes on, or was killed, those that are whole."""
+    for path in (workdir / "metrics.jsonl", *sorted((workdir / "metrics.parts").glob("*.jsonl"))):
+        for text in path.read_text().splitlines() if path.exists() else ():
+            try:
+                yield json.loads(text)
+            except json.JSONDecodeError:
+                continue
 
 
 def write(
@@ -63,8 +72,7 @@ def write(
         "Embeds pictures, texts and regions of pictures in one space: zero-shot classification with"
         " class names or descriptions, and boxes for what a text describes. The method is Halbe et"
         ' al., "Grounding Descriptions in Images informs Zero-Shot Visual Recognition" (WACV 2026,'
-        " arXiv 2412.04429); this model was trained by grain_jax and converted by"
-        " `python -m grain_jax.convert to-hf`.",
+        " arXiv 2412.04429); this folder was written by `python -m grain_jax.convert to-hf`.",
         "",
         "```python",
         "import torch",
@@ -112,24 +120,27 @@ def write(
             if config.get("total_steps") is None
             else f"{config['total_steps']} steps"
         )
+        decay = config["ema_decay"]
+        average = f"these are an average, of decay {decay:g}" if decay else "none"
         lines += [
             "| | |",
             "|---|---|",
             f"| data set | {config['input']['name'] or config['input']['source']} |",
-            f"| length | {length}, of which step {run.step} is logged last |",
+            f"| length | {length}; these weights are of step {run.step} |",
             f"| batch | {config['batch_size']} |",
             f"| learning rate, weight decay | {config['optim']['learning_rate']:g},"
             f" {config['optim']['weight_decay']:g} |",
+            f"| average of weights | {average} |",
             f"| activations | {config['dtype']} |",
             *(f"| loss: {key} | {value} |" for key, value in losses.items()),
         ]
     elif run.source:
         lines.append(f"Converted from {run.source}; how that was trained is not recorded there.")
     else:
-        lines.append("Not recorded: the model was not in a training workdir.")
+        lines.append("Not recorded: there was no run's config beside the model.")
     lines += ["", "## Measured", ""]
     if run.metrics:
-        lines += ["| metric | value |", "|---|---|"]
+        lines += [f"In the run, at step {run.measured_at}:", "", "| metric | value |", "|---|---|"]
         lines += [f"| {name} | {_number(value)} |" for name, value in sorted(run.metrics.items())]
     else:
         lines.append("Nothing was measured in the run. Measure before you rely on it.")

@@ -93,7 +93,7 @@ def compare(
     *,
     tolerance: float = TOLERANCE,
 ) -> list[Comparison]:
-    """Every output of the two sides, by name.
+    """Every output of the two sides, by name. Whole numbers, such as token ids, must be equal.
 
     Raises:
       ParityError: a name or a shape that the two do not share; a line each.
@@ -103,7 +103,9 @@ def compare(
     ]
     found = []
     for name in sorted(ours.keys() & theirs.keys()):
-        a, b = (np.asarray(side[name], np.float64) for side in (ours, theirs))
+        a, b = (np.asarray(side[name]) for side in (ours, theirs))
+        exact = a.dtype.kind in "iu"
+        a, b = a.astype(np.float64), b.astype(np.float64)
         if a.shape != b.shape:
             faults.append(f"parity: {name}: ours has shape {a.shape}, the other side's {b.shape}")
             continue
@@ -113,7 +115,8 @@ def compare(
         lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
         with np.errstate(invalid="ignore"):  # what is not finite fails by its error
             cosine = (a * b).sum(-1) / np.where(lengths == 0, 1, lengths)
-        found.append(Comparison(name, float(error), float(cosine.min(initial=1)), tolerance))
+        cosine = float(cosine.min(initial=1))
+        found.append(Comparison(name, float(error), cosine, 0.0 if exact else tolerance))
     if faults:
         raise ParityError("\n".join(faults))
     return found

@@ -63,9 +63,8 @@ def read(path: epath.PathLike) -> dict[str, StateDict]:
         with path.open("rb") as file:
             stored = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile pickle may raise anything
-        reason = next(iter(str(error).strip().splitlines()), "")
         raise ConvertError(
-            f"{path}: not a checkpoint of plain tensors ({type(error).__name__}: {reason[:120]})"
+            f"{path}: not a checkpoint of plain tensors ({refusal(error)})"
         ) from error
     if not isinstance(stored, Mapping):
         raise ConvertError(
@@ -82,10 +81,26 @@ def read(path: epath.PathLike) -> dict[str, StateDict]:
             if not isinstance(value, torch.Tensor):
                 faults.append(f"{path}: {module} {name}: got {type(value).__name__}, not a tensor")
                 continue
-            array = value.detach().to(torch.float32).numpy()
-            out[module][str(name).removeprefix("module.")] = array
+            if not value.is_floating_point() or value.layout != torch.strided:
+                faults.append(f"{path}: {module} {name}: got {value.dtype}, expected plain floats")
+                continue
+            name = str(name).removeprefix("module.")
+            if name in out[module]:
+                faults.append(f"{path}: {module} {name}: is there with and without module.")
+            out[module][name] = value.detach().to(torch.float32).numpy()
     _raise(faults)
     return out
+
+
+def refusal(error: Exception) -> str:
+    """Why torch.load refused a file, without its advice to load it unchecked."""
+    text = str(error).strip()
+    asked = re.search(r"unsupported global:?(?: global)? (\S+)", text, re.IGNORECASE)
+    if asked:
+        return f"it asks for {asked[1]}; what might run code is not loaded"
+    told = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+    reason = told[1] if told else text.partition(". ")[0].partition("\n")[0]
+    return f"{type(error).__name__}: {reason[:120]}" if reason else type(error).__name__
 
 
 def infer(states: Mapping[str, StateDict], heads: Mapping[str, int | None]) -> Inferred:
@@ -304,10 +319,13 @@ def to_states(model: config_lib.Model, params: Any) -> dict[str, StateDict]:
         ("text.activation", text.activation, "quick_gelu"),
         ("text.pool", text.pool, "end"),
         ("text.projection", text.projection, "matrix"),
+        ("text.tokenizer", text.tokenizer, "clip"),
         ("decoder.norm_eps", model.decoder.norm_eps, 1e-5),
     ):
         if got != expected:
             faults.append(f"model.{name}: got {got}, the reference's model has {expected}")
+    if model.decoder.queries == 0:
+        faults.append("model.decoder.queries: got 0, the reference's model has other parts then")
     _raise(faults)
     sizes = sizes_of(model)
     used, unused = names.state_dicts(params, sizes), names.unused(sizes)
@@ -360,8 +378,14 @@ def load_states(module: Any, states: Mapping[str, StateDict]) -> None:
     )
 
 
+def outputs(model: config_lib.Model, params: Any, given: parity.Inputs) -> dict[str, np.ndarray]:
+    """`parity.outputs` and the factor (and bias) of the similarities, from our model."""
+    out = parity.outputs(model, params, given) | {"logit_scale": np.exp(params["logit_scale"])}
+    return out | {name: params[name] for name in ("logit_bias",) if name in params}
+
+
 def run_module(module: Any, given: parity.Inputs) -> dict[str, np.ndarray]:
-    """What `parity.outputs` gives, from the torch module."""
+    """What `outputs` gives, from the torch module."""
     import torch
 
     with torch.no_grad():
@@ -373,7 +397,10 @@ def run_module(module: Any, given: parity.Inputs) -> dict[str, np.ndarray]:
             text_embed=unit(module.get_text_features(torch.tensor(given.token_ids).long()), dim=-1),
             region_embed=regions.embeds,
             boxes_xyxy=regions.boxes_xyxy,
+            logit_scale=module.backbone.logit_scale.exp(),
         )
+        if module.backbone.logit_bias is not None:
+            out["logit_bias"] = module.backbone.logit_bias
     return {name: value.numpy() for name, value in out.items()}
 
 
@@ -385,7 +412,7 @@ def prove(model: config_lib.Model, params: Any, states: Mapping[str, StateDict])
         return parity.not_proven(params, f"{error}; pip install torch transformers")
     load_states(module, states)
     given = parity.inputs(model.image.image_size, model.text.vocab_size, model.text.context_length)
-    found = parity.compare(parity.outputs(model, params, given), run_module(module, given))
+    found = parity.compare(outputs(model, params, given), run_module(module, given))
     return parity.report(found, f"the torch module, {torch_versions()}", given)
 
 
@@ -473,9 +500,19 @@ def convert_back(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     for module, key in _KEYS.items():
         size = sum(array.size for array in states[module].values())
         lines.append(f"{key}: {len(states[module])} entries, {size:,} values, names with module.")
+    lines += [_heads_line(tower, getattr(model, tower)) for tower in ("image", "text", "decoder")]
     zeros = ", ".join(f"{m} {name}" for m, of in names.UNUSED.items() for name in of)
     lines.append(f"zeros, because the reference carries them and never uses them: {zeros}")
     return proof._replace(text="\n".join([*lines, "", proof.text]))
+
+
+def _heads_line(tower: str, sizes: Any) -> str:
+    """The heads, which the file does not hold: the reference's code takes its own for that width."""
+    line = f"{tower}: width {sizes.width}, depth {sizes.depth}, {sizes.heads} heads"
+    theirs = _REFERENCE_HEADS.get((tower, sizes.width), sizes.heads)
+    if theirs != sizes.heads:
+        line += f"; ATTENTION: the reference's code has {theirs} and would give other outputs"
+    return line
 
 
 def _report(source, folder, states, inferred: Inferred, params) -> str:

@@ -6,7 +6,7 @@ torch array to our layout, `Form.theirs` back.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -241,7 +241,13 @@ def state_dicts(params: Any, sizes: Mapping[str, Sizes]) -> dict[str, dict[str, 
 
     Returns:
       For each module its entries, without those that GRAIN does not use.
+
+    Raises:
+      ValueError: a parameter that no row has: it would be lost.
     """
+    lost = set(_paths(params)) - {row.ours for table in TABLES for row in table.rows}
+    if lost:
+        raise ValueError(f"parameters without a name in torch: {', '.join(sorted(lost))}")
     out: dict[str, dict[str, np.ndarray]] = {"backbone": {}, "decoder": {}}
     for tower, module, rows in TABLES:
         for row in rows:
@@ -257,6 +263,11 @@ def state_dicts(params: Any, sizes: Mapping[str, Sizes]) -> dict[str, dict[str, 
                     array = np.concatenate([out[module][name], array])
                 out[module][name] = array
     return out
+
+
+def _paths(tree: Mapping, above: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield from _paths(value, f"{above}{key}/") if isinstance(value, Mapping) else [above + key]
 
 
 def get(tree: Any, path: str) -> Any:

@@ -4,6 +4,7 @@ The archive is a zip: `data.pkl` lists the modules' attributes, `data/N` hold th
 name nothing but tensors, modules and plain containers here; anything else is refused.
 """
 
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -55,7 +56,8 @@ class _Unpickler(pickle.Unpickler):
 
 def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_) -> np.ndarray:
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    if min((offset, *stride, *size)) < 0 or (0 not in size and last >= len(storage)):
+    beyond = 0 not in size and last >= len(storage)
+    if min((offset, *stride, *size)) < 0 or beyond or math.prod(size) > len(storage):
         raise pickle.UnpicklingError("a tensor reaches beyond its numbers")
     strides = [step * storage.itemsize for step in stride]
     return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()

@@ -1,18 +1,20 @@
+import dataclasses
 import json
 import subprocess
 import sys
 import warnings
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 import transformers
+from etils import epath
 from safetensors import numpy as safetensors
 
 import grain_jax
-from grain_jax import checkpoint
-from grain_jax import config as config_lib
+from grain_jax import checkpoint, images
 from grain_jax.convert import huggingface, model_card, parity
 from grain_jax.convert import torch as reference
 from grain_jax.convert.__main__ import main
@@ -40,7 +42,8 @@ def converted(tmp_path_factory):
     checkpoint.save_model(root / "ours", model, perturbed.params(model))
     report = huggingface.to_hf(root / "ours", root / "hf")
     assert report.ok and report.text.endswith("parity: PROVEN"), report.text
-    for name in ("image_embed", "text_embed", "region_embed", "boxes_xyxy", "pixels", "token_ids"):
+    embeds = "image_embed", "text_embed", "region_embed", "boxes_xyxy"
+    for name in (*embeds, "logit_scale", "pixels", "token_ids"):
         assert f"\n{name} " in report.text
     return root / "ours", root / "hf"
 
@@ -139,6 +142,67 @@ def test_what_transformers_saves_comes_back(small, tmp_path):
     np.testing.assert_array_equal(kernel, model.decoder.img_proj.detach().numpy())
 
 
+def as_stored(folder):
+    return reference.names.state_dicts(
+        checkpoint.load_model(folder)[1], reference.sizes_of(perturbed.tiny())
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_comes_back_as_it_is(small, tmp_path, dtype):
+    model = transformers.AutoModel.from_pretrained(small[1], dtype=dtype, **REMOTE)
+    model.save_pretrained(tmp_path / "half")
+    assert huggingface.from_hf(tmp_path / "half", tmp_path / "back").verdict == "PROVEN"
+    back = as_stored(tmp_path / "back")
+    for name, tensor in model.state_dict().items():
+        module, _, rest = name.partition(".")
+        np.testing.assert_array_equal(back[module][rest], tensor.float().numpy(), err_msg=name)
+
+
+def test_weights_in_several_files_come_back(small, tmp_path, capsys):
+    ours, hf = small
+    model = transformers.AutoModel.from_pretrained(hf, **REMOTE)
+    model.save_pretrained(tmp_path / "cut", max_shard_size="100kB")
+    files = sorted((tmp_path / "cut").glob("*.safetensors"))
+    assert len(files) > 1
+    assert huggingface.from_hf(tmp_path / "cut", tmp_path / "back").verdict == "PROVEN"
+    for module, state in as_stored(ours).items():
+        for name, array in as_stored(tmp_path / "back")[module].items():
+            np.testing.assert_array_equal(array, state[name], err_msg=name)
+    files[0].unlink()
+    arguments = ["from-hf", "--input", str(tmp_path / "cut"), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert f"{files[0]}: no such file" in capsys.readouterr().err
+    (tmp_path / "cut" / "model.safetensors.index.json").write_text("{}")
+    assert main(arguments) == 2
+    assert "expected transformers' index, with the key weight_map" in capsys.readouterr().err
+
+
+def test_the_processor_that_transformers_saves_gives_the_same(converted, tmp_path):
+    processor = transformers.AutoProcessor.from_pretrained(converted[1], **REMOTE)
+    processor.save_pretrained(tmp_path / "again")
+    again = transformers.AutoProcessor.from_pretrained(tmp_path / "again", **REMOTE)
+    before, after = (p(images=pictures(), text=TEXTS) for p in (processor, again))
+    assert before["input_ids"].shape[1] < 20
+    for name in ("pixel_values", "input_ids"):
+        assert torch.equal(before[name], after[name])
+
+
+def test_pictures_of_every_mode_are_squashed_as_ours(converted):
+    processor = transformers.AutoProcessor.from_pretrained(converted[1], **REMOTE)
+    rng = np.random.default_rng(7)
+    rgba = PIL.Image.fromarray(rng.integers(0, 256, (61, 33, 4), np.uint8), "RGBA")
+    given = [rgba, *(rgba.convert("RGB").convert(mode) for mode in ("L", "P", "1", "CMYK"))]
+    given += [np.asarray(pictures()[0])]
+    found = processor(images=given)["pixel_values"].permute(0, 2, 3, 1).numpy()
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    levels = np.rint((found * std + mean) * 255)
+    np.testing.assert_array_equal(levels, [images.squash(picture, 40) for picture in given])
+    for wrong in (np.zeros((40, 40, 3), np.float32), np.zeros((3, 40, 40), np.uint8)):
+        with pytest.raises(ValueError, match="expected PIL pictures or uint8"):
+            processor(images=[wrong])
+
+
 def test_the_golden_strings_have_our_ids(converted):
     strings = json.loads((GOLDENS / "tokenizer.json").read_text())["strings"]
     processor = transformers.AutoProcessor.from_pretrained(converted[1], **REMOTE)
@@ -222,6 +286,37 @@ def test_wrong_calls_say_what_was_expected(small):
         module.get_regions(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="alpha 0.5 needs the descriptions"):
         module.zero_shot_logits(torch.zeros(1, 3, 40, 40), torch.zeros(2, 28), alpha=0.5)
+    with pytest.raises(ValueError, match="alpha: got 1.5, expected a number from 0 to 1"):
+        module.zero_shot_logits(torch.zeros(1, 3, 40, 40), torch.zeros(2, 28), alpha=1.5)
+    with pytest.raises(ValueError, match=r"got shape \[1, 33\], expected \[N, at most 32\]"):
+        module.get_text_features(torch.zeros(1, 33, dtype=torch.long))
+    with pytest.raises(ValueError, match="return_loss needs description_ids"):
+        ids = torch.zeros(1, 3, dtype=torch.long)
+        module(torch.zeros(1, 3, 40, 40), ids, return_loss=True)
+
+
+def test_weights_that_are_not_there_get_a_beginning(small, tmp_path):
+    """transformers builds models without memory: what no file has must not be left as it was found."""
+    names = (
+        "backbone.logit_scale",
+        "backbone.visual.cls_token",
+        "backbone.text_projection",
+        "backbone.transformer.resblocks.0.attn.in_proj_bias",
+        "decoder.obj_proj",
+    )
+
+    def without(arrays, config):
+        for name in names:
+            del arrays[name]
+
+    folder = rewrite(small[1], tmp_path / "without", without)
+    for file in small[1].glob("*_grain.py"):
+        (folder / file.name).write_text(file.read_text())
+    state = transformers.AutoModel.from_pretrained(folder, **REMOTE).state_dict()
+    scale, token, text, bias, regions = (state[name] for name in names)
+    assert scale.item() == pytest.approx(np.log(1 / 0.07)) and not bias.any()
+    for drawn in (token, text, regions):
+        assert 0.01 < drawn.std() < 0.03
 
 
 def rewrite(hf, folder, change):
@@ -284,7 +379,7 @@ W, C = "{folder}/model.safetensors: ", "{folder}/config.json: "
         ),
         (missing, [W + "decoder obj_proj: missing"]),
         (unknown, [W + "head.weight: unknown key, shape (3,)"]),
-        (integers, [W + "decoder.obj_proj: got int32, expected floating point numbers"]),
+        (integers, [W + "decoder.obj_proj: got I32, expected one of F64, F32, F16, BF16"]),
         (not_finite, [W + "backbone ln_final.bias: holds values that are not finite"]),
         (heads_do_not_divide, ["model.text.heads: got 7, must divide width 40"]),
         (no_towers, [C + "got KeyError 'towers', expected to-hf's config with the key towers"]),
@@ -374,31 +469,85 @@ def test_without_transformers_nothing_is_proven(small, tmp_path, capsys, monkeyp
     assert "parity: NOT PROVEN." in (tmp_path / "hf" / "README.md").read_text()
 
 
-def test_the_model_card_tells_of_the_run(tmp_path):
-    c = tiny.config(input__name="cc12m", loss__box=1.5)
-    workdir = tmp_path / "run"
+def test_without_a_decoder_it_is_refused_in_a_line(tmp_path, capsys):
+    model = perturbed.tiny(decoder=None, image__pool="class")
+    checkpoint.save_model(tmp_path / "ours", model, {"logit_scale": np.zeros(())})
+    for command in ("to-hf", "to-torch"):
+        out = tmp_path / command
+        assert main([command, "--input", str(tmp_path / "ours"), "--output", str(out)]) == 2
+        first, last = capsys.readouterr().err.strip().split("\n")
+        assert first.startswith("model.decoder: got none; ") and last.startswith("1 fault")
+        assert not out.exists()
+
+
+def test_of_a_folder_in_a_store_a_copy_is_proven(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+
+    class Stored:
+        def __str__(self):
+            return "gs://bucket/hf"
+
+        def iterdir(self):
+            return epath.Path(tmp_path).iterdir()
+
+    with huggingface._on_disk(Stored()) as path:
+        assert path != str(tmp_path) and (epath.Path(path) / "config.json").read_text() == "{}"
+    with huggingface._on_disk(epath.Path(tmp_path)) as path:
+        assert path == str(tmp_path)
+
+
+class State(NamedTuple):
+    """What a checkpoint needs of a TrainState."""
+
+    step: int
+    params: Any
+    ema_params: Any
+
+
+def test_a_run_is_told_of_in_the_model_card_and_its_average_is_what_is_written(tmp_path, capsys):
     model = perturbed.tiny()
-    params = perturbed.params(model)
-    checkpoint.save_model(workdir, model, params)
-    (workdir / "config.json").write_text(config_lib.to_json(c))
-    lines = [{"step": 5, "eval/birds/accuracy": 0.25}, {"step": 9, "loss": 1.0}]
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = model_card.read_run(workdir)
-    assert (run.step, run.metrics) == (9, {"eval/birds/accuracy": 0.25})
-    card = model_card.write(
-        model, {"box": 1.5}, run, parity.not_proven(params, "torch is not installed"), False
-    )
+    average = perturbed.params(model, seed=1)
+    c = tiny.config(input__name="cc12m", loss__box=1.5, ema_decay=0.99, model__decoder__queries=3)
+    c = dataclasses.replace(c, model=model)
+    workdir = tmp_path / "run"
+    checkpoints = checkpoint.manager(workdir, c)
+    checkpoint.save(checkpoints, State(9, perturbed.params(model), average), c, {})
+    checkpoints.close()
+    lines = [
+        {"step": 5, "eval/birds/accuracy": 0.25},
+        {"step": 9, "loss": 1.0},
+        {"step": 12, "eval/birds/accuracy": 0.75},  # of weights that no checkpoint has
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (workdir / "metrics.jsonl").write_text(text + '{"step": 13, "eval/bi')
+    out = tmp_path / "hf"
+    assert main(["to-hf", "--input", str(workdir), "--output", str(out)]) == 0
+    capsys.readouterr()
+    card = (out / "README.md").read_text()
     for words in (
         "| data set | cc12m |",
-        "| length | 10 steps, of which step 9 is logged last |",
+        "| length | 10 steps; these weights are of step 9 |",
+        "| average of weights | these are an average, of decay 0.99 |",
         "| loss: box | 1.5 |",
+        "In the run, at step 5:",
         "| eval/birds/accuracy | 0.25 |",
-        "parity: NOT PROVEN. torch is not installed",
+        "parity: PROVEN",
         "There is no tokenizer: the vocabulary has 300 ids",
         "At most 3 regions a picture",
         "The weights: not stated by the run",
     ):
         assert words in card
-    bare = model_card.Run({}, None, {}, "")
-    card = model_card.write(model, {}, bare, parity.not_proven(params, "x"), True)
+    module = transformers.AutoModel.from_pretrained(out, **REMOTE)
+    assert module.config.losses["box"] == 1.5
+    kernel = average["image_projection"]["kernel"]
+    np.testing.assert_array_equal(module.decoder.img_proj.detach(), kernel)
+
+
+def test_the_model_card_says_what_is_not_known(small):
+    card = (small[1] / "README.md").read_text()
     assert "Not recorded" in card and "Nothing was measured" in card
+    run = model_card.Run({}, None, {}, None, "x.pth.tar")
+    proof = parity.not_proven({}, "torch is not installed")
+    card = model_card.write(perturbed.tiny(), {}, run, proof, True)
+    assert "Converted from x.pth.tar; how that was trained is not recorded there." in card
+    assert "parity: NOT PROVEN. torch is not installed" in card and "no tokenizer" not in card

@@ -26,6 +26,14 @@ def test_the_error_is_relative_to_the_other_sides_largest():
     assert not found.ok
 
 
+def test_whole_numbers_must_be_equal():
+    ids = np.array([[49406, 320, 49407]])
+    (found,) = parity.compare({"ids": ids}, {"ids": ids.copy()})
+    assert found.ok
+    (found,) = parity.compare({"ids": ids}, {"ids": ids + [0, 1, 0]}, tolerance=1.0)
+    assert not found.ok
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_fails(bad):
     (found,) = parity.compare({"x": np.array([1.0, bad])}, {"x": np.array([1.0, 2.0])})

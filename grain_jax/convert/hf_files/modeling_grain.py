@@ -167,6 +167,12 @@ class Backbone(nn.Module):
 
     def encode_text(self, input_ids):
         """[N, L] -> [N, D], read at the first of each text's highest id, which is the end token."""
+        context = self.positional_embedding.shape[0]
+        if input_ids.ndim != 2 or input_ids.shape[1] > context:
+            raise ValueError(
+                f"input_ids: got shape {list(input_ids.shape)}, expected [N, at most {context}];"
+                " the processor cuts texts to that"
+            )
         x = self.token_embedding(input_ids) + self.positional_embedding[: input_ids.shape[1]]
         for block in self.transformer.resblocks:
             x = block(x)
@@ -228,7 +234,7 @@ class Decoder(nn.Module):
             hidden.append(self.transformer.decoder.norm(x))
         first, second, last = self.bbox_embed.layers
         queries = torch.stack(hidden)[:, :, :-1]
-        boxes = last(F.relu(second(F.relu(first(queries))))).sigmoid()
+        boxes = last(F.relu(second(F.relu(first(queries))))).float().sigmoid()
         return hidden[-1][:, -1] @ self.img_proj, hidden[-1][:, :-1] @ self.obj_proj, boxes
 
 
@@ -282,9 +288,17 @@ class GrainPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         """Plain normal(0.02): enough to fine-tune a part from; a model starts from trained weights."""
         super()._init_weights(module)
-        for name, parameter in module.named_parameters(recurse=False):
-            if name in ("pos_embed", "positional_embedding", "in_proj_weight") or "proj" in name:
-                if parameter.ndim > 1:
+        towers = self.config.towers
+        constants = {
+            "logit_scale": math.log(towers["logit_scale_init"]),
+            "logit_bias": towers["logit_bias_init"],
+            "in_proj_bias": 0.0,
+        }
+        if isinstance(module, (ImageTower, Attention, Backbone, Decoder)):  # bare parameters
+            for name, parameter in module.named_parameters(recurse=False):
+                if name in constants:
+                    nn.init.constant_(parameter, constants[name])
+                else:
                     nn.init.normal_(parameter, std=0.02)
 
 
@@ -320,12 +334,14 @@ class GrainModel(GrainPreTrainedModel):
           descriptions: for each class its descriptions' features [n, D]; needed where alpha < 1.
           alpha: share of the global score.
         """
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha: got {alpha}, expected a number from 0 to 1")
+        if alpha < 1 and descriptions is None:
+            raise ValueError(f"alpha {alpha} needs the descriptions' features of every class")
         image, regions, _ = self.decoder(self.backbone.visual(pixel_values))
-        scores = alpha * (_unit(image) @ class_features.T)
+        scores = alpha * _cosines(_unit(image), class_features)
         if alpha < 1:
-            if descriptions is None:
-                raise ValueError(f"alpha {alpha} needs the descriptions' features of every class")
-            best = [(_unit(regions) @ _unit(d).T).amax(-1).mean(-1) for d in descriptions]
+            best = [_cosines(_unit(regions), _unit(d)).amax(-1).mean(-1) for d in descriptions]
             scores = scores + (1 - alpha) * torch.stack(best, dim=1)
         return scores
 
@@ -356,10 +372,16 @@ class GrainModel(GrainPreTrainedModel):
           region_mask: bool [B, R], True where there is a region.
           return_loss: whether to compute the loss; it needs the three above.
         """
+        if return_loss and (
+            description_ids is None or region_boxes_cxcywh is None or region_mask is None
+        ):
+            raise ValueError(
+                "return_loss needs description_ids, region_boxes_cxcywh and region_mask"
+            )
         image, regions, boxes = self.decoder(self.backbone.visual(pixel_values))
         image, regions = _unit(image), _unit(regions)
         text = _unit(self.get_text_features(input_ids))
-        logits = self.backbone.logit_scale.exp() * image @ text.T
+        logits = self.backbone.logit_scale.exp() * _cosines(image, text)
         if self.backbone.logit_bias is not None:
             logits = logits + self.backbone.logit_bias
         out = GrainOutput(
@@ -387,7 +409,7 @@ class GrainModel(GrainPreTrainedModel):
     def _losses(self, out, boxes, input_ids, description_ids, descriptions, target, mask):
         """Image to caption, region to description, and matched boxes; negatives are this batch's."""
         c = self.config.losses
-        mask = mask & (target[..., 2:] > 0).all(-1)  # a box without area is no target
+        mask = mask.bool() & (target[..., 2:] > 0).all(-1)  # a box without area is no target
         images, slots = mask.shape
         own = torch.arange(images, device=mask.device)
         forbidden = torch.zeros(images, images, dtype=torch.bool, device=mask.device)
@@ -398,7 +420,7 @@ class GrainModel(GrainPreTrainedModel):
             back = self._contrast(out.text_embeds, out.image_embeds, own, forbidden)
             image_caption = (image_caption + back) / 2
 
-        cosine = out.region_embeds @ descriptions.view(images, slots, -1).transpose(1, 2)
+        cosine = _cosines(out.region_embeds, descriptions.view(images, slots, -1))
         image, region, query = self._match(boxes[-1], target, cosine, mask)
         box = self._box_loss(boxes[-1], target, image, region, query)
         if c["deep_supervision"]:
@@ -422,7 +444,7 @@ class GrainModel(GrainPreTrainedModel):
 
     def _contrast(self, rows, columns, own, forbidden):
         """The loss of each row, whose column is `own`; a forbidden column is not a negative of the row."""
-        logits = self.backbone.logit_scale.exp() * rows @ columns.T
+        logits = self.backbone.logit_scale.exp() * _cosines(rows, columns)
         if self.backbone.logit_bias is not None:
             logits = logits + self.backbone.logit_bias
         is_own = F.one_hot(own, columns.shape[0]).bool()
@@ -478,6 +500,7 @@ class GrainModel(GrainPreTrainedModel):
                 ["text_embeds"],
             ),
         }
+        trains = self.training
         for name, (module, example, given, gives) in halves.items():
             torch.onnx.export(
                 module.eval(),
@@ -489,6 +512,7 @@ class GrainModel(GrainPreTrainedModel):
                 dynamo=True,
                 verbose=False,
             )
+        self.train(trains)
 
 
 class ImageHalf(nn.Module):
@@ -516,6 +540,12 @@ class TextHalf(nn.Module):
 
 def _unit(x):
     return F.normalize(x.float(), dim=-1)
+
+
+def _cosines(rows, columns):
+    """Of unit vectors [..., n, D] and [..., m, D] -> [..., n, m], in float32 also under autocast."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ columns.mT
 
 
 def _corners(boxes_cxcywh):

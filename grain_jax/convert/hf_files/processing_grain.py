@@ -24,7 +24,7 @@ class GrainImageProcessor(ImageProcessingMixin):
         super().__init__(**kwargs)
         self.size, self.image_mean, self.image_std = size, image_mean, image_std
 
-    def __call__(self, images, return_tensors="pt", **kwargs):
+    def __call__(self, images, return_tensors="pt"):
         """A PIL picture, a uint8 array [H, W, 3], or a list of either -> pixel_values [B, 3, S, S]."""
         if isinstance(images, PIL.Image.Image) or getattr(images, "ndim", 4) == 3:
             images = [images]
@@ -37,7 +37,13 @@ class GrainImageProcessor(ImageProcessingMixin):
 
     def _squash(self, image):
         if not isinstance(image, PIL.Image.Image):
-            image = PIL.Image.fromarray(np.asarray(image))
+            array = np.asarray(image)
+            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+                raise ValueError(
+                    f"images: got an array {array.dtype} {list(array.shape)}, expected PIL pictures"
+                    " or uint8 [H, W, 3]"
+                )
+            image = PIL.Image.fromarray(array)
         wanted = (self.size["width"], self.size["height"])
         image = image.convert("RGB")  # before the resize: palettes have no colours between
         if image.size != wanted:
