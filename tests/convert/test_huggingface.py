@@ -6,8 +6,10 @@ import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnxruntime
 import PIL.Image
 import pytest
+import setuptools
 import torch
 import transformers
 from etils import epath
@@ -20,7 +22,7 @@ from grain_jax.convert import torch as reference
 from grain_jax.convert.__main__ import main
 from grain_jax.input_pipeline import tokenizer
 from tests import perturbed, tiny
-from tests.paths import GOLDENS
+from tests.paths import GOLDENS, ROOT
 
 torch.set_num_threads(1)  # small matrices; threads would only wait for each other
 REMOTE = dict(trust_remote_code=True, local_files_only=True)
@@ -216,8 +218,6 @@ def test_the_golden_strings_have_our_ids(converted):
 
 
 def test_compiled_and_exported_to_onnx_it_gives_the_same(small, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     ours, hf = small
     module = transformers.AutoModel.from_pretrained(hf, **REMOTE).eval()
     model, params, _ = checkpoint.load_model(ours)
@@ -431,6 +431,13 @@ def test_code_in_the_folder_is_not_run(small, tmp_path):
         (folder / name).write_text(f"import os; os.mkdir({str(marker)!r})\n")
     assert huggingface.from_hf(folder, tmp_path / "back").verdict == "PROVEN"
     assert not marker.exists()
+
+
+def test_the_files_for_transformers_are_installed():
+    """A folder without __init__.py would work in the checkout, and be missing in a wheel."""
+    assert "grain_jax.convert.hf_files" in setuptools.find_packages(ROOT)
+    for path in huggingface.CODE.iterdir():
+        assert path.suffix == ".py" or path.name == "__pycache__"  # others are package data
 
 
 def test_without_safetensors_one_line_says_so(small, tmp_path, capsys, monkeypatch):
