@@ -473,6 +473,11 @@ def _check_model(model: Model, faults: list[str]) -> None:
         value = getattr(image, name)
         if len(value) != 3 or (name == "pixel_std" and min(value) <= 0):
             faults.append(f"model.image.{name}: got {value}, expected three numbers")
+    if model.text.tokenizer == "clip" and model.text.cleaning != "lower":
+        faults.append(
+            f"model.text.cleaning: got {model.text.cleaning}, expected lower, which is part of"
+            " model.text.tokenizer=clip"
+        )
     if model.text.pad_id >= model.text.vocab_size:
         faults.append(
             f"model.text.pad_id: got {model.text.pad_id}, expected less than model.text.vocab_size"
@@ -511,6 +516,16 @@ def _check(config: Config, faults: list[str]) -> None:
         kinds, orders = ("zeroshot", "retrieval", "grounding"), ("queries", "descriptions")
         _one_of(f"evals.{name}.kind", entry.kind, kinds, faults)
         _one_of(f"evals.{name}.region_order", entry.region_order, orders, faults)
+        needs_regions = entry.kind == "grounding" or (
+            entry.kind == "zeroshot"
+            and entry.descriptions
+            and any(alpha < 1 for alpha in entry.alphas)
+        )
+        if config.model.decoder is None and needs_regions:
+            faults.append(
+                f"evals.{name}: got kind={entry.kind} with alphas {entry.alphas}, but a model without"
+                " model.decoder has no regions; take out the entry, or set alphas=(1.0,)"
+            )
     if config.text.packing and not config.model.text.packable:
         text = config.model.text
         faults.append(
@@ -536,7 +551,8 @@ def _check(config: Config, faults: list[str]) -> None:
         )
     if config.mesh.data == 0:
         faults.append("mesh.data: got 0, expected at least 1, or -1 for what the other axes leave")
-    if config.model.decoder.queries == 0 and config.input.max_regions:
+    decoder = config.model.decoder
+    if decoder is not None and decoder.queries == 0 and config.input.max_regions:
         faults.append(
             "model.decoder.queries: got 0, expected at least 1 where input.max_regions is not 0: no query"
             " could be matched with a region"
@@ -563,6 +579,24 @@ def _check(config: Config, faults: list[str]) -> None:
             f"text.pack_group: got {config.text.pack_group}, must divide batch_size / input.lanes"
             f" = {lane_batch}, so that no group crosses a process"
         )
+
+
+def without_new_fields(part: Any) -> dict[str, Any]:
+    """A Config (or a part of one) as a dict, without the fields that came later and have their value.
+
+    So a run's config is the same dict before and after fields are added.
+    """
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        return without_new_fields(value) if dataclasses.is_dataclass(value) else value
+
+    return {
+        field.name: plain(getattr(part, field.name))
+        for field in dataclasses.fields(part)
+        if getattr(part, field.name) != field.default
+    }
 
 
 def to_json(config: Any) -> str:

@@ -5,11 +5,14 @@ model FLOPs, so no number depends on the backend.
 """
 
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
 
+from grain_jax import config as config_lib
 from grain_jax.config import Config
+from grain_jax.models import grain
 
 # Dense bfloat16 products a second, by `jax.Device.device_kind`; from the vendors' data sheets. A device is
 # a chip, but on TPU7x, where it is half of one.
@@ -62,16 +65,27 @@ class PerImage(NamedTuple):
     text: float  # the text tower over the image's share of rows, and the projection of its texts
     decoder: float  # the region decoder, its projections before and after, and the boxes
     losses: float  # similarities
+    frozen: frozenset[str] = (
+        frozenset()
+    )  # those of image, text and decoder that do not train at all
 
     @property
     def forward(self) -> float:
         """FLOPs of a forward pass."""
-        return sum(self)
+        return self.image + self.text + self.decoder + self.losses
 
     @property
     def train(self) -> float:
-        """FLOPs of forward and backward, nothing computed twice: a product has two in its backward pass."""
-        return 3 * self.forward
+        """FLOPs of forward and backward, nothing computed twice: a product has two in its backward pass.
+
+        A part that does not train has none, but for the decoder of a trained image tower, through which
+        the gradient of the activations goes. A part of which some is frozen counts as if it trained.
+        """
+        backward = 2 * self.forward
+        for part in self.frozen:
+            through = part == "decoder" and "image" not in self.frozen
+            backward -= getattr(self, part) * (1 if through else 2)
+        return self.forward + backward
 
 
 def per_image(config: Config) -> PerImage:
@@ -115,7 +129,28 @@ def per_image(config: Config) -> PerImage:
     losses = 2 * config.batch_size * embed + 2 * regions * (group * regions) * embed
     if config.loss.match_description and decoder is not None:
         losses += 2 * decoder.queries * regions * embed
-    return PerImage(image_tower, text_tower, region_decoder, losses)
+    return PerImage(image_tower, text_tower, region_decoder, losses, _frozen(config))
+
+
+def _frozen(config: Config) -> frozenset[str]:
+    """Those of image, text and decoder of which `optim.frozen` holds every parameter."""
+    if not config.optim.frozen:
+        return frozenset()
+    trained: dict[str, bool] = {}
+    for name in grain.parameter_shapes(config.model):
+        part = _part(name, config.model)
+        is_frozen = any(re.fullmatch(pattern, name) for pattern in config.optim.frozen)
+        trained[part] = trained.get(part, False) or not is_frozen
+    return frozenset(part for part, trains in trained.items() if part and not trains)
+
+
+def _part(name: str, model: config_lib.Model) -> str:
+    """The field of PerImage that a parameter's products count in; "" for a scalar."""
+    if name in ("logit_scale", "logit_bias"):
+        return ""
+    if name.startswith("text"):
+        return "text"
+    return "image" if name.startswith("image/") or model.decoder is None else "decoder"
 
 
 def _attention(tower, queries: int, keys: int) -> int:

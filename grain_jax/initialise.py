@@ -5,6 +5,7 @@ checkpoint has and the model does not take is named. Positions are resized to th
 """
 
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +13,11 @@ import numpy as np
 import scipy.ndimage
 from etils import epath
 
-from grain_jax import checkpoint
+from grain_jax import checkpoint, train_step
 from grain_jax import config as config_lib
 from grain_jax.convert import big_vision, open_clip, towers
 from grain_jax.convert.towers import Tower, TowerError
+from grain_jax.models import grain
 
 _KEPT_POSITIONS = 20  # of a text; see `resize_text_positions`
 # The parameters of each tower; those of the second line only where no decoder takes their place.
@@ -30,6 +32,30 @@ class Loaded(NamedTuple):
 
     params: dict[str, np.ndarray]  # our flat names -> float32
     report: list[str]
+
+
+def state_of_step_0(
+    config: config_lib.Config, program: train_step.Program, say: Callable[[str], None]
+) -> train_step.TrainState:
+    """A run's first state: from its seed, with the towers of `config.init` in their places.
+
+    Args:
+      config: the run's. Every process reads the checkpoints that it names.
+      program: the run's.
+      say: gets a line for each thing to know about them.
+
+    Raises:
+      TowerError: as `load`.
+    """
+    state = program.init()
+    if config.init.image is None and config.init.text is None:
+        return state
+    loaded = load(config)
+    for line in loaded.report:
+        say(line)
+    params = _replace(state.params, program.shardings.params, loaded.params)
+    average = _replace(state.ema_params, program.shardings.ema_params, loaded.params)
+    return state._replace(params=params, ema_params=average)
 
 
 def resize_image_positions(
@@ -75,27 +101,22 @@ def resize_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
     return stretched.astype(np.float32)
 
 
-def load(config: config_lib.Config, shapes: dict[str, tuple[int, ...]]) -> Loaded:
-    """The arrays of the towers that `config.init` names.
-
-    Args:
-      config: `init` and `model` are used.
-      shapes: our flat parameter names -> the shapes that the model has.
+def load(config: config_lib.Config) -> Loaded:
+    """The arrays of the towers that `config.init` names; `config.model` says what they must be.
 
     Raises:
-      TowerError: a checkpoint cannot be read, has another tower than the config, or lacks arrays.
+      TowerError: a checkpoint cannot be read, has another tower than the config, or lacks arrays; a
+        line each.
     """
+    shapes = grain.parameter_shapes(config.model)
     params: dict[str, np.ndarray] = {}
     report: list[str] = []
     for which in towers.TOWERS:
         path = getattr(config.init, which)
         if path is None:
             continue
-        try:
+        with towers.naming(f"init.{which}: "):
             loaded = _load_tower(config, which, path, shapes)
-        except TowerError as error:
-            lines = str(error).split("\n")
-            raise TowerError("\n".join(f"init.{which}: {line}" for line in lines)) from None
         params |= loaded.params
         report += loaded.report
     return Loaded(params, report)
@@ -109,10 +130,12 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
     faults = towers.differences(which, tower.config, wanted, ignored)
     if faults:
         raise TowerError("\n".join(f"{path}: {fault}" for fault in faults))
-    own, pooled = _PREFIXES[which]
-    prefixes = own + (pooled if model.decoder is None else ())
-    expected = {name: shape for name, shape in shapes.items() if name.startswith(prefixes)}
-    params = {name: x for name, x in tower.params.items() if name.startswith(prefixes)}
+    # What lies inside the tower and has no place in ours would change what it computes.
+    unknown = [name for name in unused if name.startswith(tower.prefix)]
+    if unknown:
+        raise TowerError("\n".join(f"{path}: {name}: unknown key" for name in unknown))
+    expected = _own(which, model, shapes)
+    params = _own(which, model, tower.params)
     unused = unused + [tower.theirs[name] for name in tower.params if name not in params]
     position = f"{which}/position_embed"
     old = params[position].shape[0]
@@ -130,10 +153,35 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
     if len(params[position]) != old:
         report.append(f"init.{which}: {old} positions resized to {len(params[position])}")
     report += [f"init.{which}: ASSUMED {words}" for words in tower.assumed]
+    if which == "text":
+        report += [
+            f"init.text: CHECK model.text.{field}: got {getattr(wanted, field)!r}; such a tower's is"
+            f" {getattr(tower.config, field)!r}"
+            for field in ("cleaning", "pad_id")
+            if getattr(wanted, field) != getattr(tower.config, field)
+        ]
     if unused:
-        layers_as_one = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in unused})
-        report.append(f"init.{which}: not used: {', '.join(layers_as_one)}")
+        report.append(f"init.{which}: not used: {', '.join(_in_short(unused, tower.prefix))}")
     return Loaded(params, report)
+
+
+def _in_short(names: list[str], prefix: str) -> list[str]:
+    """Names of a checkpoint: those with the tower's prefix each, of other parts how many there are."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        whole = name.startswith(prefix) or not re.search("[./]", name)
+        parts.setdefault(name if whole else re.split("[./]", name)[0], []).append(name)
+    return [
+        found[0] if len(found) == 1 else f"{part} ({len(found)} arrays)"
+        for part, found in sorted(parts.items())
+    ]
+
+
+def _own(which: str, model: config_lib.Model, named: dict[str, Any]) -> dict[str, Any]:
+    """Those of `named`, by our flat names, that are parameters of that tower of `model`."""
+    own, pooled = _PREFIXES[which]
+    prefixes = own + (pooled if model.decoder is None else ())
+    return {name: value for name, value in named.items() if name.startswith(prefixes)}
 
 
 def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, list[str]]:
@@ -152,26 +200,18 @@ def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, list[s
             ours, params, _ = checkpoint.load_model(folder)
         except checkpoint.CheckpointError as error:
             raise TowerError(str(error)) from None
-        flat = {name: np.asarray(x, np.float32) for name, x in towers.flat(params).items()}
-        own, pooled = _PREFIXES[which]
-        prefixes = own + (pooled if ours.decoder is None else ())
-        params = {name: x for name, x in flat.items() if name.startswith(prefixes)}
-        return Tower(getattr(ours, which), params, {name: name for name in params}, ()), sorted(
-            flat.keys() - params.keys()
-        )
+        flat = {name: np.asarray(x, np.float32) for name, x in grain.flat(params).items()}
+        params = _own(which, ours, flat)
+        names = {name: name for name in params}
+        tower = Tower(getattr(ours, which), params, names, (), prefix=f"{which}/")
+        return tower, sorted(flat.keys() - params.keys())
     stored = open_clip.read(path)
     tower = open_clip.import_tower(stored, which, settings)
     return tower, open_clip.unused(stored, tower)
 
 
-def replace(params: Any, shardings: Any, loaded: dict[str, np.ndarray]) -> Any:
-    """`params` with the loaded arrays in their places, laid out as `shardings` says.
-
-    Args:
-      params: a parameter tree on the devices.
-      shardings: the same tree of NamedShardings.
-      loaded: our flat names -> arrays.
-    """
+def _replace(params: Any, shardings: Any, loaded: dict[str, np.ndarray]) -> Any:
+    """`params` with the loaded arrays, by their flat names, in their places, laid out as `shardings` says."""
 
     def place(path, leaf, sharding):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -121,8 +121,23 @@ def optimizer(config: Optim, schedule: optax.Schedule) -> optax.GradientTransfor
     if not config.frozen:
         return adam
     return optax.partition(
-        {False: adam, True: optax.set_to_zero()},
-        lambda params: frozen_mask(params, config.frozen),
+        {"trained": adam, "frozen": optax.set_to_zero()},
+        lambda params: jax.tree.map(
+            lambda frozen: "frozen" if frozen else "trained", frozen_mask(params, config.frozen)
+        ),
+    )
+
+
+def average(params, average_so_far, decay: float, frozen: Sequence[str] = ()):
+    """The moving average with `params` taken in; frozen parameters stay what they are, to the bit."""
+    moved = optax.incremental_update(params, average_so_far, 1 - decay)
+    if not frozen:
+        return moved
+    return jax.tree.map(
+        lambda new, old, keep: old if keep else new,
+        moved,
+        average_so_far,
+        frozen_mask(params, frozen),
     )
 
 

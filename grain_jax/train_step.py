@@ -7,7 +7,6 @@ full batch's, not an average of smaller contrastive losses.
 """
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,10 +16,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grain_jax import digests, initialise, optim, schema, sharding
+from grain_jax import digests, optim, schema, sharding
 from grain_jax import losses as losses_lib
 from grain_jax.config import Config
-from grain_jax.convert import towers
 from grain_jax.models import placement
 from grain_jax.models.grain import GRAIN
 
@@ -194,7 +192,7 @@ def make_train_step(
         )
         ema = state.ema_params
         if config.ema_decay:
-            ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
+            ema = optim.average(params, ema, config.ema_decay, config.optim.frozen)
         dropped = state.texts_dropped + batch.texts_dropped.sum()
         metrics = {
             "loss": terms.total,
@@ -213,22 +211,6 @@ def make_train_step(
     return train_step
 
 
-def _initial_state(config: Config, fresh: Callable, shardings: TrainState) -> TrainState:
-    """The state of step 0: `fresh()`, with the towers of `config.init` in their places."""
-    state = fresh()
-    if config.init.image is None and config.init.text is None:
-        return state
-    shapes = {name: x.shape for name, x in towers.flat(state.params).items()}
-    loaded = initialise.load(config, shapes)
-    if jax.process_index() == 0:
-        print(*loaded.report, sep="\n", file=sys.stderr)
-    put = lambda tree, where: initialise.replace(tree, where, loaded.params)  # noqa: E731
-    state = state._replace(params=put(state.params, shardings.params))
-    if config.ema_decay:
-        state = state._replace(ema_params=put(state.ema_params, shardings.ema_params))
-    return state
-
-
 class Program(NamedTuple):
     """All that is compiled for a run. The trainer and `launch.plan` build it alike."""
 
@@ -236,7 +218,7 @@ class Program(NamedTuple):
     shardings: TrainState  # NamedShardings
     batch: schema.Batch  # ShapeDtypeStructs
     batch_sharding: NamedSharding
-    init: Callable  # () -> state, fresh from the seed and the checkpoints that `config.init` names
+    init: Callable  # jitted: () -> state, fresh from the seed; see `initialise.state_of_step_0`
     step: Callable  # jitted: (state, batch) -> (state, metrics); the old state is given up
 
 
@@ -262,11 +244,4 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
         donate_argnums=0,
     )
     fresh = jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings)
-    return Program(
-        state,
-        shardings,
-        abstract_batch(config),
-        batch_sharding,
-        functools.partial(_initial_state, config, fresh, shardings),
-        step,
-    )
+    return Program(state, shardings, abstract_batch(config), batch_sharding, fresh, step)

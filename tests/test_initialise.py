@@ -1,13 +1,16 @@
 """`init.image`, `init.text` and `optim.frozen`: towers that start from elsewhere, and ones that stay as they are."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 from configs import common
-from grain_jax import checkpoint, errors, initialise, optim, sharding, train_step
+from grain_jax import checkpoint, digests, errors, initialise, optim, sharding, train_step
 from grain_jax import config as config_lib
 from grain_jax.convert import torch_names, towers
+from grain_jax.models import grain
 from tests import tiny
 from tests.paths import GOLDENS
 
@@ -80,28 +83,40 @@ def _siglip(path, **overrides):
     return c
 
 
-def _build(config):
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+def _build(config, devices=1):
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
     return train_step.build(config, mesh, total_steps=10, steps_per_epoch=5.0)
 
 
-def test_a_run_starts_from_big_visions_towers_and_lit_trains_the_rest(tmp_path, capfd):
-    path, params = _golden("map", tmp_path)
-    c = config_lib.from_dict(
-        _siglip(path, **{"optim.frozen": ("image/.*", "logit_scale"), "ema_decay": 0.9})
+def _saved_and_restored(state, config, elsewhere, workdir):
+    """`state` as a run on other devices finds it."""
+    checkpoints = checkpoint.manager(workdir, config)
+    checkpoint.save(checkpoints, state, config, {})
+    checkpoints.wait_until_finished()
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        elsewhere.state,
+        elsewhere.shardings,
     )
+    restored = checkpoint.restore(checkpoints.directory / str(int(state.step)), placed)
+    checkpoints.close()
+    return restored
+
+
+def test_a_run_starts_from_big_visions_towers_and_lit_trains_the_rest(tmp_path):
+    path, params = _golden("map", tmp_path)
+    changes = {"optim.frozen": ("image/.*", "logit_scale"), "ema_decay": 0.9}
+    c = config_lib.from_dict(_siglip(path, **changes))
     program = _build(c)
-    moments = towers.flat(program.state.opt_state)
+    moments = grain.flat(program.state.opt_state)
     assert not any("image/blocks" in name for name in moments)
     assert any("decoder/blocks" in name for name in moments)
-    state = program.init()
-    said = capfd.readouterr().err
+    said: list[str] = []
+    state = initialise.state_of_step_0(c, program, said.append)
     assert "init.image: 16 positions resized to 36" in said
-    not_used = {
-        x.split(": ")[0]: x.split(": ")[2].split(", ") for x in said.split("\n") if "not used" in x
-    }
+    not_used = {x.split(": ")[0]: x.split(": ")[2].split(", ") for x in said if "not used" in x}
     assert "MAPHead_0/probe" in not_used["init.image"]
-    assert "img/embedding/kernel" in not_used["init.text"]
+    assert not_used["init.text"] == ["b", "img (36 arrays)", "t"]
     image = state.params["image"]
     kernel = params["params/img/embedding/kernel"].reshape(-1, 32)
     np.testing.assert_array_equal(image["patch_embed"]["kernel"], kernel)
@@ -118,13 +133,20 @@ def test_a_run_starts_from_big_visions_towers_and_lit_trains_the_rest(tmp_path, 
     batch = jax.device_put(tiny.batch(c), program.batch_sharding)
     after, metrics = program.step(state, batch)
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
-    old, new = towers.flat(before.params), towers.flat(after.params)
+    old, new = grain.flat(before.params), grain.flat(after.params)
     for name in old:
         frozen = name.startswith("image/") or name == "logit_scale"
         assert np.array_equal(old[name], new[name]) == frozen, name
-    assert not np.array_equal(
-        before.ema_params["text_norm"]["bias"], after.ema_params["text_norm"]["bias"]
-    )
+    # Moments that only some parameters have go through a checkpoint and onto another mesh.
+    two = _build(config_lib.from_dict(_siglip(path, **changes, **{"mesh.fsdp": 2})), devices=2)
+    restored = _saved_and_restored(after, c, two, tmp_path / "run")
+    assert digests.of_state(restored) == digests.of_state(after)
+    kernel = restored.params["image"]["patch_embed"]["kernel"]
+    assert [shard.data.shape for shard in kernel.addressable_shards] == [(192, 16)] * 2
+    old, new = grain.flat(before.ema_params), grain.flat(after.ema_params)
+    for name in old:
+        frozen = name.startswith("image/") or name == "logit_scale"
+        assert np.array_equal(old[name], new[name]) == frozen, name
 
 
 def test_no_gradient_flows_to_frozen_parameters():
@@ -142,8 +164,7 @@ def test_a_pattern_that_freezes_nothing_is_named():
 
 
 def _load(c):
-    config = config_lib.from_dict(c)
-    return initialise.load(config, towers.shapes(config.model))
+    return initialise.load(config_lib.from_dict(c))
 
 
 @pytest.mark.parametrize(
@@ -169,6 +190,7 @@ def _load(c):
             ["txt/head/bias: got text_projection/bias of shape (32,)", "kernel"],
         ),
         ({"init.image": "nowhere.npz:img"}, ["init.image: nowhere.npz: no such file"]),
+        ({"model.image.heads": 4}, ["model.image.heads: got 4, but the checkpoint's tower has 2"]),
     ],
 )
 def test_another_tower_than_the_configs_is_refused(change, messages, tmp_path):
@@ -181,12 +203,33 @@ def test_another_tower_than_the_configs_is_refused(change, messages, tmp_path):
         assert message in line and line.startswith("init.")
 
 
+def test_what_the_config_says_otherwise_and_what_lies_inside_a_tower_is_told(tmp_path):
+    path, params = _golden("map", tmp_path)
+    report = _load(_siglip(path, **{"model.text.pad_id": 0})).report
+    assert not [x for x in report if "CHECK" in x]
+    report = _load(_siglip(path, **{"model.text.pad_id": 2, "model.text.cleaning": "none"})).report
+    assert [x for x in report if "CHECK" in x] == [
+        "init.text: CHECK model.text.cleaning: got 'none'; such a tower's is 'canonical'",
+        "init.text: CHECK model.text.pad_id: got 2; such a tower's is 0",
+    ]
+    # Layer scale, say: without it the tower would compute something else.
+    for name in ("a", "b"):
+        params[f"params/img/Transformer/encoderblock/gamma_{name}"] = np.ones((2, 32), np.float32)
+    np.savez(path, **params)
+    with pytest.raises(towers.TowerError) as error:
+        _load(_siglip(path))
+    assert str(error.value).split("\n") == [
+        f"init.image: {path}:img: Transformer/encoderblock/gamma_{name}: unknown key"
+        for name in ("a", "b")
+    ]
+
+
 def test_towers_of_our_own_checkpoints(tmp_path):
     c = tiny.config()
     rng = np.random.default_rng(0)
     expected = {
         name: rng.standard_normal(shape).astype(np.float32)
-        for name, shape in towers.shapes(c.model).items()
+        for name, shape in grain.parameter_shapes(c.model).items()
     }
     params: dict = {}
     for name, array in expected.items():
@@ -199,20 +242,54 @@ def test_towers_of_our_own_checkpoints(tmp_path):
         np.testing.assert_array_equal(array, expected[name])
 
 
-def test_two_towers_train_without_regions():
+def _two_towers(**changes):
     c = tiny.dictionary()
     c.model.decoder = None
     c.model.image.update(pool="map", depth=1)
     c.model.text.depth = 1
     c.input.max_regions = 0
-    program = _build(config_lib.from_dict(c))
-    state = program.init()
-    assert not {"decoder", "box_mlp", "region_projection"} & state.params.keys()
-    config = config_lib.from_dict(c)
-    batch = jax.device_put(tiny.batch(config), program.batch_sharding)
-    _, metrics = program.step(state, batch)
-    assert float(metrics["loss_image_caption"]) == pytest.approx(float(metrics["loss"]))
-    assert 0 < float(metrics["loss"]) < 20 and metrics["loss_box"] == 0
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+def test_two_towers_train_without_regions():
+    found = []
+    for parts in (1, 2):
+        config = config_lib.from_dict(_two_towers(microbatches=parts))
+        model = grain.GRAIN(config.model)
+        batch = tiny.batch(config)
+        params = sharding.unbox(jax.jit(model.init)(jax.random.key(0), batch)["params"])
+        assert not {"decoder", "box_mlp", "region_projection"} & params.keys()
+        step = functools.partial(train_step.loss_and_grads, model, config, None)
+        losses, grads = jax.jit(lambda p, b, step=step: step(p, b, None))(params, batch)
+        assert 0 < float(losses.image_caption) < 20 and losses.box == 0
+        assert float(losses.total) == pytest.approx(float(losses.image_caption))
+        found.append((losses.total, *jax.tree.leaves(grads)))
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-5 * max(np.abs(one).max(), 1))
+
+
+@pytest.mark.parametrize(
+    "entry,fine",
+    [
+        (common.evaluator("grounding", "test", annotations="A.jsonl"), False),
+        (common.evaluator("zeroshot", "seen", descriptions="D.json"), False),
+        (common.evaluator("zeroshot", "seen", descriptions="D.json", alphas=(1.0,)), True),
+        (common.evaluator("zeroshot", "seen"), True),  # without descriptions alpha is 1
+        (common.evaluator("retrieval", "test", annotations="A.jsonl"), True),
+    ],
+)
+def test_evaluations_that_need_regions_are_refused_before_the_run(entry, fine):
+    c = _two_towers()
+    c.evals.x = entry
+    if fine:
+        assert config_lib.from_dict(c).evals["x"].kind == entry["kind"]
+        return
+    with pytest.raises(
+        config_lib.ConfigError, match="evals.x: got kind=.* has no regions"
+    ) as error:
+        config_lib.from_dict(c)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +305,10 @@ def test_two_towers_train_without_regions():
         ({"model.image.pool": "first"}, "model.image.pool: got 'first', expected one of none"),
         ({"optim.frozen": ("(",)}, "optim.frozen: got '(', no regular expression"),
         ({"init.resize": "nearest"}, "init.resize: got 'nearest', expected one of"),
+        (
+            {"model.text.cleaning": "none"},
+            "model.text.cleaning: got none, expected lower, which is",
+        ),
         (
             {"model.text.projection": "none"},
             "model.embed_dim: got 16, expected model.text.width = 32",

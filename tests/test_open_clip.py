@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("open_clip")
 import open_clip.model as library  # noqa: E402
+import safetensors.torch  # noqa: E402
 
 from grain_jax import checkpoint  # noqa: E402
 from grain_jax.convert import open_clip, towers  # noqa: E402
@@ -133,6 +134,87 @@ def test_open_clip_and_openai(origin, tmp_path):
     assert (model.image.pre_norm, model.image.patch_bias, model.image.mlp_dim) == (True, False, 128)
 
 
+def _convert_with_config(module, config, folder, settings=NONE):
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.save(module.state_dict(), folder / "m.pt")
+    return open_clip.convert(folder / "m.pt", folder / "ours", settings)
+
+
+def test_the_config_decides_what_arrays_cannot_tell(tmp_path):
+    """Patches' mean, a bias without SigLIP's other habits, norm epsilon, pixels: of open_clip's own classes."""
+    vision = dict(layers=2, width=64, head_width=16, patch_size=PATCH, image_size=SIZE)
+    vision |= dict(pool_type="avg", norm_kwargs=dict(eps=1e-2), act_kwargs=dict(approximate="tanh"))
+    text = dict(
+        context_length=LENGTH, vocab_size=VOCAB, width=48, heads=3, layers=2, proj_bias=True
+    )
+    module = foreign.perturb(library.CustomTextCLIP(20, vision, text))
+    pixels = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    config = dict(
+        model_cfg=dict(embed_dim=20, vision_cfg=vision, text_cfg=text), preprocess_cfg=pixels
+    )
+    report = _convert_with_config(module, config, tmp_path)
+    assert report.verdict == "PROVEN" and "ASSUMED" not in report.text, report.text
+    pictures, ids = foreign.inputs(SIZE, VOCAB, LENGTH)
+    model, _ = _check(tmp_path / "ours", _open_clip_outputs(module, pictures, ids), pictures, ids)
+    image, text = model.image, model.text
+    assert (image.pool, image.class_token, image.heads) == ("mean", True, 4)
+    assert (image.norm_eps, image.activation) == (1e-2, "gelu_tanh")
+    assert (image.pixel_mean, image.pixel_std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (text.causal, text.pool, text.projection, text.norm_eps) == (True, "end", "affine", 1e-5)
+
+    vision["final_ln_after_pool"] = True
+    with pytest.raises(
+        towers.TowerError, match="m.pt: vision_cfg: final_ln_after_pool with pool_ty"
+    ):
+        _convert_with_config(module, config, tmp_path)
+    del vision["final_ln_after_pool"]
+    vision["layers"] = 3
+    with pytest.raises(
+        towers.TowerError, match="does not fit open_clip .* of its config .Missing key"
+    ):
+        _convert_with_config(module, config, tmp_path)
+
+
+def test_a_wrong_assumption_fails_where_the_config_knows_better(tmp_path):
+    """timm's name in the config has 2 heads of 32; we assume heads of 64."""
+    vision = dict(timm_model_name="test_vit", timm_pool="", image_size=160)
+    text = dict(context_length=LENGTH, vocab_size=VOCAB, width=48, heads=3, layers=1)
+    module = foreign.perturb(library.CustomTextCLIP(20, vision, text))
+    config = dict(model_cfg=dict(embed_dim=20, vision_cfg=vision, text_cfg=text))
+    report = _convert_with_config(module, config, tmp_path)
+    assert report.verdict == "FAILED" and "ASSUMED  image: 1 heads" in report.text
+    right = towers.Settings(heads={"image": 2})
+    report = _convert_with_config(module, config, tmp_path, right)
+    assert report.verdict == "PROVEN", report.text
+    assert "image: 2 heads, as told; towers of width 64 have 1 as a rule" in report.text
+
+
+def test_one_tower_of_hugging_face_alone(tmp_path):
+    """config.json is the tower's own then, without a group for it."""
+    config = transformers.SiglipVisionConfig(**HF_IMAGE | dict(image_size=SIZE, hidden_act="gelu"))
+    transformers.SiglipVisionModel(config).save_pretrained(tmp_path)
+    stored = open_clip.read(tmp_path)
+    tower = open_clip.import_tower(stored, "image", NONE)
+    assert (tower.config.heads, tower.config.activation) == (2, "gelu")
+    assert open_clip.unused(stored, tower) == []
+    with pytest.raises(towers.TowerError, match="no text tower; expected token_embedding.weight"):
+        open_clip.import_tower(stored, "text", NONE)
+
+
+@pytest.mark.parametrize("vocab,kept", [(32000, "spiece.model"), (VOCAB, "tokenizer.json")])
+def test_of_two_tokenizers_the_towers_own_is_taken(vocab, kept, tmp_path):
+    for name in ("spiece.model", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    state = {k: v.numpy() for k, v in _hf("Siglip").state_dict().items()}
+    table = "text_model.embeddings.token_embedding.weight"
+    state[table] = np.ones((vocab, 32), np.float32)
+    files = tuple(open_clip.epath.Path(tmp_path / x) for x in open_clip._TOKENIZERS)
+    stored = open_clip.Checkpoint(tmp_path, state, False, {}, {}, None, files)
+    text = open_clip.import_tower(stored, "text", NONE).config
+    assert text.tokenizer == kept
+    assert (text.cleaning, text.pad_id) == (("canonical", 1) if vocab == 32000 else ("lower", 0))
+
+
 def test_siglip_of_open_clip(tmp_path):
     from timm.models.vision_transformer import VisionTransformer
 
@@ -237,6 +319,22 @@ def state():
             NONE,
             "logit_scale: missing",
         ),
+        (
+            lambda s: s.update(logit_scale=torch.ones(3)),
+            NONE,
+            "logit_scale: got [1.0, 1.0, 1.0], expected one finite number",
+        ),
+        (  # as many numbers, but which are which?
+            lambda s: s.update(
+                {
+                    "transformer.resblocks.1.attn.out_proj.weight": s[
+                        "transformer.resblocks.1.attn.out_proj.weight"
+                    ].flatten()
+                }
+            ),
+            NONE,
+            "transformer.resblocks.1.attn.out_proj.weight: got shape (2304,), which does not fit",
+        ),
     ],
 )
 def test_faults_are_one_line_each(state, change, settings, message, tmp_path):
@@ -265,13 +363,30 @@ def test_files_that_are_no_state_dicts(tmp_path, capfd):
     torch.save({"a": _Hostile()}, tmp_path / "hostile.pt")
     fails(tmp_path / "hostile.pt", "not a checkpoint of plain tensors")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
-    fails(tmp_path / "cut.safetensors", "not a whole safetensors file")
+    fails(tmp_path / "cut.safetensors", "not a whole safetensors file .*: invalid header length")
+    whole = safetensors.torch.save({"a": torch.zeros(100)})
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-10])
+    fails(tmp_path / "cut.safetensors", "not a whole safetensors file .*file not fully covered")
+    safetensors.torch.save_file(
+        {"a": torch.zeros(3).to(torch.float8_e4m3fn)}, tmp_path / "small.safetensors"
+    )
+    fails(tmp_path / "small.safetensors", "holds numbers of type F8_E4M3, expected F64, F32")
     torch.save([1, 2], tmp_path / "list.pt")
     fails(tmp_path / "list.pt", "got a list, expected a state dict of tensors")
     (tmp_path / "empty").mkdir()
     fails(tmp_path / "empty", "holds no weights; expected one of model.safetensors")
     fails(tmp_path / "none.pt", "no such file")
     assert "executed" not in capfd.readouterr().out
+
+
+def test_half_precision_is_read(tmp_path):
+    numbers = torch.tensor([1.0, -0.15625, 3e4])
+    kinds = {"b": torch.bfloat16, "h": torch.float16, "d": torch.float64}
+    stored = {name: numbers.to(kind) for name, kind in kinds.items()}
+    safetensors.torch.save_file(stored, tmp_path / "m.safetensors")
+    for name, array in open_clip.read(tmp_path / "m.safetensors").state.items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, stored[name].float().numpy())
 
 
 class _Program(torch.nn.Module):

@@ -18,6 +18,7 @@ from grain_jax.convert import torch_names as names
 from grain_jax.convert.towers import Row, Settings, Tower, TowerError
 
 PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # its value_range(-1, 1)
+_SCALARS = {"logit_scale": "t", "logit_bias": "b"}
 _LAYERED = re.compile(r"(.*/)?encoderblock_(\d+)/(.*)")
 _PROBE = names.Form(lambda a, s: a.reshape(-1), lambda a, s: a[None, None])
 _PATCHES = names.Form(  # [p, p, 3, E] <-> [p * p * 3, E]
@@ -122,14 +123,10 @@ def import_tower(checkpoint: Checkpoint, which: str, settings: Settings) -> Towe
       TowerError: there is none, or an entry is missing or does not fit.
     """
     prefix, tree = _subtree(checkpoint, which)
-    try:
+    with towers.naming(f"{checkpoint.path}: {prefix}"):
         tower = (_image if which == "image" else _text)(tree, settings)
-    except TowerError as error:
-        lines = str(error).split("\n")
-        raise TowerError(
-            "\n".join(f"{checkpoint.path}: {prefix}{line}" for line in lines)
-        ) from None
-    return tower._replace(theirs={ours: prefix + name for ours, name in tower.theirs.items()})
+    theirs = {ours: prefix + name for ours, name in tower.theirs.items()}
+    return tower._replace(theirs=theirs, prefix=prefix)
 
 
 def _encoder(tower: str, theirs: str) -> list[Row]:
@@ -244,7 +241,8 @@ def _image(tree: dict[str, np.ndarray], settings: Settings) -> Tower:
     params["image/position_embed"] = towers.with_class_position(
         params["image/position_embed"], grid, token
     )
-    return Tower(config, params, {k: original[v] for k, v in theirs.items()}, tuple(assumed))
+    theirs = {k: original[v] for k, v in theirs.items()}
+    return Tower(config, params, theirs, tuple(assumed), prefix="")
 
 
 def _text(tree: dict[str, np.ndarray], settings: Settings) -> Tower:
@@ -287,28 +285,12 @@ def _text(tree: dict[str, np.ndarray], settings: Settings) -> Tower:
     theirs = {k: original[v] for k, v in theirs.items()}
     if extra is not None:
         theirs["text/position_embed (added)"] = "Encoder_0/pos_embedding"
-    return Tower(config, params, theirs, tuple(assumed))
-
-
-def scalars(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """`logit_scale`, in log space, and `logit_bias` where there is one; float32 []."""
-    if "t" not in checkpoint.tree:
-        raise TowerError(
-            f"{checkpoint.path}: t (the temperature): missing; expected a two_towers model"
-        )
-    tree = {"logit_scale": "t", "logit_bias": "b"}
-    return {
-        ours: checkpoint.tree[name].reshape(())
-        for ours, name in tree.items()
-        if name in checkpoint.tree
-    }
+    return Tower(config, params, theirs, tuple(assumed), prefix="")
 
 
 def unused(checkpoint: Checkpoint, *used: Tower) -> list[str]:
-    """The entries that none of these towers took, and no scalar; sorted."""
-    return sorted(
-        checkpoint.tree.keys() - {"t", "b", *(n for u in used for n in u.theirs.values())}
-    )
+    """The entries that none of these towers took, sorted."""
+    return sorted(checkpoint.tree.keys() - {n for u in used for n in u.theirs.values()})
 
 
 def convert(source: epath.PathLike, folder: epath.PathLike, settings: Settings) -> parity.Report:
@@ -320,10 +302,12 @@ def convert(source: epath.PathLike, folder: epath.PathLike, settings: Settings) 
     folder = towers.check_output(folder)
     checkpoint = read(source)
     image, text = (import_tower(checkpoint, which, settings) for which in towers.TOWERS)
-    left = unused(checkpoint, image, text)
+    left = [name for name in unused(checkpoint, image, text) if name not in _SCALARS.values()]
     if left:
         raise TowerError("\n".join(f"{checkpoint.path}: {name}: unknown key" for name in left))
-    model, params = towers.two_tower_model(image, text, scalars(checkpoint))
+    with towers.naming(f"{checkpoint.path}: "):
+        scalars = towers.scalars(checkpoint.tree, _SCALARS)
+        model, params = towers.two_tower_model(image, text, scalars)
     proof = _parity(checkpoint, model, params)
     towers.save(folder, model, params, str(source), proof)
     lines = [f"from-big-vision: {source} -> {folder}", *towers.describe(model, image, text)]

@@ -4,12 +4,14 @@ Sizes are read from the arrays. What these do not tell comes from a config.json 
 beside them, by flag, or is assumed; the report says which. Nothing in a file is executed.
 """
 
+import functools
 import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -18,6 +20,7 @@ from grain_jax.convert import parity, torchscript, towers
 from grain_jax.convert import torch_names as names
 from grain_jax.convert.towers import Row, Settings, Tower, TowerError
 
+_SCALARS = {"logit_scale": "logit_scale", "logit_bias": "logit_bias"}
 CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 _WEIGHTS = (
@@ -29,11 +32,20 @@ _WEIGHTS = (
     "open_clip_pytorch_model.bin",
 )
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
+_SAFETENSORS = {  # its names of the types; its own reader for numpy has no bfloat16
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": jnp.dtype("bfloat16"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+}
 # Entries that are no parameters: sizes that OpenAI's archives carry, masks and counters that can be rebuilt.
 _NO_PARAMETERS = re.compile(
     r"input_resolution|context_length|vocab_size|(text\.)?attn_mask|.*\.position_ids"
 )
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_SIGLIP_VOCABULARY = 32000  # SigLIP 1's SentencePiece model; SigLIP 2 has Gemma's, of 256,000
 _HEAD_WIDTHS = {1152: 72, 1536: 96}  # SigLIP's So400m and g-opt; all others have heads of 64
 
 
@@ -43,10 +55,10 @@ class Checkpoint(NamedTuple):
     path: epath.Path
     state: dict[str, np.ndarray]
     openai: bool  # carries the sizes that OpenAI's archives do
-    hf: Mapping[str, Any]  # config.json, or {}
+    hf: Mapping[str, Any]  # config.json of a model that we know, or {}
     open_clip: Mapping[str, Any]  # open_clip_config.json's model_cfg, or {}
     pixels: tuple[tuple[float, ...], tuple[float, ...]] | None
-    tokenizer: epath.Path | None
+    tokenizers: tuple[epath.Path, ...]  # files that lie beside it
 
 
 class _Parts(NamedTuple):
@@ -96,20 +108,32 @@ def read(path: epath.PathLike) -> Checkpoint:
     else:
         state = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
     beside = path.parent
+    hf, native = _json(beside / "config.json"), _json(beside / "open_clip_config.json")
     preprocessor = _json(beside / "preprocessor_config.json")
-    pixels = None
-    if {"image_mean", "image_std"} <= preprocessor.keys():
-        pixels = tuple(preprocessor["image_mean"]), tuple(preprocessor["image_std"])
-    tokenizers = [beside / name for name in _TOKENIZERS if (beside / name).is_file()]
+    state = _whole_names(state, hf)
+    stated = (preprocessor.get("image_mean"), preprocessor.get("image_std"))
+    if None in stated:
+        stated = tuple(native.get("preprocess_cfg", {}).get(key) for key in ("mean", "std"))
     return Checkpoint(
         path,
         {k: v for k, v in state.items() if not _NO_PARAMETERS.fullmatch(k)},
         "input_resolution" in state,
-        _json(beside / "config.json"),
-        _json(beside / "open_clip_config.json").get("model_cfg", {}),
-        pixels,
-        next(iter(tokenizers), None),
+        hf
+        if re.fullmatch("(clip|siglip2?)(_(vision|text)_model)?", hf.get("model_type", ""))
+        else {},
+        native.get("model_cfg", {}),
+        None if None in stated else (tuple(stated[0]), tuple(stated[1])),
+        tuple(beside / name for name in _TOKENIZERS if (beside / name).is_file()),
     )
+
+
+def _whole_names(state: dict[str, np.ndarray], hf: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The names in a whole model; transformers 5 saves a tower of its own without their first part."""
+    for prefix in ("vision_model", "text_model"):
+        alone = hf.get("model_type", "").endswith(f"_{prefix}")
+        if alone and not any(name.startswith(f"{prefix}.") for name in state):
+            return {f"{prefix}.{name}": array for name, array in state.items()}
+    return state
 
 
 def _json(path: epath.Path) -> dict:
@@ -124,16 +148,24 @@ def _json(path: epath.Path) -> dict:
 
 def _safetensors(path: epath.Path) -> dict[str, np.ndarray]:
     try:
-        import safetensors.numpy
+        import safetensors
     except ImportError:
         raise TowerError(f"{path}: needs `pip install safetensors`") from None
     try:
-        state = safetensors.numpy.load(path.read_bytes())
-    except Exception as error:  # the library's own type, or KeyError for a type that numpy lacks
+        stored = dict(safetensors.deserialize(path.read_bytes()))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise TowerError(f"{path}: not a whole safetensors file ({str(error)[:120]})") from None
+    kinds = {entry["dtype"] for entry in stored.values()} - _SAFETENSORS.keys()
+    if kinds:
         raise TowerError(
-            f"{path}: not a whole safetensors file ({type(error).__name__}: {str(error)[:120]})"
-        ) from None
-    return {name: np.asarray(array, np.float32) for name, array in state.items()}
+            f"{path}: holds numbers of type {', '.join(sorted(kinds))}, expected {', '.join(_SAFETENSORS)}"
+        )
+    return {
+        name: np.frombuffer(entry["data"], _SAFETENSORS[entry["dtype"]])
+        .reshape(entry["shape"])
+        .astype(np.float32)
+        for name, entry in stored.items()
+    }
 
 
 def _pickled(path: epath.Path) -> dict[str, np.ndarray]:
@@ -172,12 +204,8 @@ def import_tower(checkpoint: Checkpoint, which: str, settings: Settings) -> Towe
     Raises:
       TowerError: there is none, or an entry is missing or does not fit.
     """
-    reader = {"image": _image, "text": _text}[which]
-    try:
-        return reader(checkpoint, settings)
-    except TowerError as error:
-        lines = str(error).split("\n")
-        raise TowerError("\n".join(f"{checkpoint.path}: {line}" for line in lines)) from None
+    with towers.naming(f"{checkpoint.path}: "):
+        return {"image": _image, "text": _text}[which](checkpoint, settings)
 
 
 def _entry(state, name: str, axes: tuple[int, ...]) -> np.ndarray:
@@ -249,9 +277,12 @@ def _heads(
     which: str, width: int, stated: int | None, settings: Settings, assumed: list[str]
 ) -> int:
     heads = towers.settled(f"{which} heads", settings.heads.get(which), stated)
+    usual = max(width // _HEAD_WIDTHS.get(width, 64), 1)
     if heads is None:
-        heads = width // _HEAD_WIDTHS.get(width, 64)
+        heads = usual
         assumed.append(f"{heads} heads; --{which}-heads says otherwise")
+    elif stated is None and heads != usual:  # any divisor fits the arrays
+        assumed.append(f"{heads} heads, as told; towers of width {width} have {usual} as a rule")
     if heads < 1 or width % heads:
         raise TowerError(f"{which} heads: got {heads}, expected a divisor of the width {width}")
     return heads
@@ -265,6 +296,8 @@ def _activation(
     if activation is None:
         activation = fallback
         assumed.append(f"activation {fallback}; --{which}-activation says otherwise")
+    elif stated is None and activation != fallback:
+        assumed.append(f"activation {activation}, as told; such towers have {fallback} as a rule")
     if activation not in config_lib.ACTIVATIONS:
         raise TowerError(
             f"{which} activation: got {activation!r}, expected one of"
@@ -279,23 +312,41 @@ def _stated_activation(checkpoint: Checkpoint, tower_cfg: Mapping[str, Any]) -> 
         return "quick_gelu"
     if not checkpoint.open_clip:
         return None
-    return "gelu_tanh" if tower_cfg.get("act_kwargs", {}).get("approximate") == "tanh" else "gelu"
+    tanh = _of(tower_cfg, "act_kwargs").get("approximate") == "tanh"
+    return "gelu_tanh" if tanh else "gelu"
+
+
+def _of(cfg: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A group of keys in a config, which may be left out or null."""
+    return cfg.get(key) or {}
+
+
+def _hf_config(checkpoint: Checkpoint, which: str) -> Mapping[str, Any] | None:
+    """What config.json says of a tower, which may be the whole model; None where there is no config.json."""
+    if checkpoint.hf.get("model_type", "").endswith(f"_{which}_model"):
+        return checkpoint.hf
+    group = f"{which}_config"
+    # A config.json leaves out what equals its class's defaults, all of the group maybe.
+    return _of(checkpoint.hf, group) if checkpoint.hf else None
 
 
 def _image(checkpoint: Checkpoint, settings: Settings) -> Tower:
     state, assumed = checkpoint.state, []
-    hf = checkpoint.hf.get("vision_config", {})
-    oc = checkpoint.open_clip.get("vision_cfg", {})
+    oc = _of(checkpoint.open_clip, "vision_cfg")
     if "visual.conv1.weight" in state:
+        root = "visual."
         patch, position = "visual.conv1", "visual.positional_embedding"
         layers, parts, token = "visual.transformer.resblocks.", _NATIVE, "visual.class_embedding"
         pre, final = "visual.ln_pre", "visual.ln_post"
         head, projection = None, [Row("image_projection/kernel", "visual.proj")]
-        eps, stated, fallback = 1e-5, _stated_activation(checkpoint, oc), "gelu"
-        heads = oc["width"] // oc.get("head_width", 64) if "width" in oc else None
-        pool = "mean" if oc.get("pool_type") == "avg" or oc.get("global_average_pool") else "class"
+        eps = _of(oc, "norm_kwargs").get("eps", 1e-5)
+        stated, fallback = _stated_activation(checkpoint, oc), "gelu"
+        heads = oc.get("width", 768) // oc.get("head_width", 64) if oc else None
+        pool = {"tok": "class", "avg": "mean"}.get(name := oc.get("pool_type", "tok"), name)
+        if pool == "mean" and oc.get("final_ln_after_pool"):
+            raise TowerError("vision_cfg: final_ln_after_pool with pool_type avg is not supported")
     elif "visual.trunk.patch_embed.proj.weight" in state:
-        prefix = "visual.trunk."
+        root, prefix = "visual.", "visual.trunk."
         patch, position = prefix + "patch_embed.proj", prefix + "pos_embed"
         layers, parts, token = prefix + "blocks.", _TIMM, prefix + "cls_token"
         pre, final = prefix + "norm_pre", prefix + "norm"
@@ -304,10 +355,12 @@ def _image(checkpoint: Checkpoint, settings: Settings) -> Tower:
         if "visual.head.proj.bias" in state:
             projection = _linear("image_projection", "visual.head.proj")
         # timm's names of its models decide between exact and tanh; only the flag can tell.
-        eps, stated, fallback, heads = 1e-6, None, "gelu", None
+        stated, fallback, heads = None, "gelu", None
+        eps = 1e-5 if f"{pre}.weight" in state else 1e-6  # timm's CLIP towers; all others
         pool = "class" if token in state else "mean"
+        assumed.append(f"norm epsilon {eps:g}, timm's")
     elif "vision_model.embeddings.patch_embedding.weight" in state:
-        prefix = "vision_model."
+        root = prefix = "vision_model."
         patch, position = (
             prefix + "embeddings.patch_embedding",
             prefix + "embeddings.position_embedding.weight",
@@ -322,12 +375,12 @@ def _image(checkpoint: Checkpoint, settings: Settings) -> Tower:
         head = _pool(prefix + "head.", "probe", fused, "attention.out_proj", "layernorm")
         projection = _linear("image_projection", "visual_projection", bias=False)
         of_siglip = token not in state
-        eps = hf.get("layer_norm_eps", 1e-6 if of_siglip else 1e-5)
         default = "gelu_pytorch_tanh" if of_siglip else "quick_gelu"
-        # A config.json leaves out what equals its class's default.
-        stated = hf.get("hidden_act", default if checkpoint.hf else None)
         fallback = _ACTIVATIONS.get(default, default)
-        heads = hf.get("num_attention_heads", (12 if checkpoint.hf else None))
+        eps, stated, heads = 1e-6 if of_siglip else 1e-5, None, None
+        if (hf := _hf_config(checkpoint, "vision")) is not None:
+            eps = hf.get("layer_norm_eps", eps)
+            stated, heads = hf.get("hidden_act", default), hf.get("num_attention_heads", 12)
         pool = "class"
     else:
         raise TowerError(
@@ -394,7 +447,7 @@ def _image(checkpoint: Checkpoint, settings: Settings) -> Tower:
     params["image/position_embed"] = towers.with_class_position(
         params["image/position_embed"], grid, has_token
     )
-    return Tower(config, params, theirs, tuple(assumed))
+    return Tower(config, params, theirs, tuple(assumed), prefix=root)
 
 
 def _sizes(config, patch: int = 0) -> dict[str, int]:
@@ -403,8 +456,7 @@ def _sizes(config, patch: int = 0) -> dict[str, int]:
 
 def _text(checkpoint: Checkpoint, settings: Settings) -> Tower:
     state, assumed = checkpoint.state, []
-    hf = checkpoint.hf.get("text_config", {})
-    oc = checkpoint.open_clip.get("text_cfg", {})
+    oc = _of(checkpoint.open_clip, "text_cfg")
     prefix = "text." if "text.token_embedding.weight" in state else ""
     if f"{prefix}token_embedding.weight" in state:
         token, position = f"{prefix}token_embedding.weight", f"{prefix}positional_embedding"
@@ -414,28 +466,30 @@ def _text(checkpoint: Checkpoint, settings: Settings) -> Tower:
         if f"{linear}.weight" in state:
             projection = _linear("text_projection", linear, bias=f"{linear}.bias" in state)
         siglip = f"{linear}.bias" in state
-        causal = not oc.get("no_causal_mask", siglip)
-        pool = {"argmax": "end", "eos": "end"}.get(
-            name := oc.get("pool_type", "last" if siglip else "argmax"), name
-        )
-        eps = oc.get("norm_kwargs", {}).get("eps", 1e-6 if siglip and not oc else 1e-5)
-        stated, heads = _stated_activation(checkpoint, oc), oc.get("heads")
-        fallback = "gelu"
+        root, fallback = prefix or "transformer.", "gelu"
+        stated, heads = _stated_activation(checkpoint, oc), oc.get("heads", 8) if oc else None
+        causal, pool, eps = not oc.get("no_causal_mask"), oc.get("pool_type", "argmax"), 1e-5
         if siglip and not oc:
+            causal, pool, eps = False, "last", 1e-6
             assumed.append("SigLIP's: bidirectional, read at the last position, norm epsilon 1e-6")
+        pool = {"argmax": "end", "eos": "end"}.get(pool, pool)
+        eps = _of(oc, "norm_kwargs").get("eps", eps)
     elif "text_model.embeddings.token_embedding.weight" in state:
         token = "text_model.embeddings.token_embedding.weight"
         position = "text_model.embeddings.position_embedding.weight"
         layers, parts, final = "text_model.encoder.layers.", _HF, "text_model.final_layer_norm"
+        root = "text_model."
         siglip = "text_model.head.weight" in state
         linear = "text_model.head" if siglip else "text_projection"
         projection = _linear("text_projection", linear, bias=f"{linear}.bias" in state)
         causal, pool = not siglip, "last" if siglip else "end"
-        eps = hf.get("layer_norm_eps", 1e-6 if siglip else 1e-5)
         default = "gelu_pytorch_tanh" if siglip else "quick_gelu"
-        stated = hf.get("hidden_act", default if checkpoint.hf else None)
         fallback = _ACTIVATIONS.get(default, default)
-        heads = hf.get("num_attention_heads", (12 if siglip else 8) if checkpoint.hf else None)
+        eps, stated, heads = 1e-6 if siglip else 1e-5, None, None
+        if (hf := _hf_config(checkpoint, "text")) is not None:
+            eps = hf.get("layer_norm_eps", eps)
+            stated = hf.get("hidden_act", default)
+            heads = hf.get("num_attention_heads", 12 if siglip else 8)
     else:
         raise TowerError(
             "no text tower; expected token_embedding.weight (OpenAI, open_clip) or text_model.*"
@@ -444,17 +498,19 @@ def _text(checkpoint: Checkpoint, settings: Settings) -> Tower:
     vocab, width = _entry(state, token, (2,)).shape
     depth = _depth(state, layers)
     projected = projection[0].theirs in state
+    first_siglip = siglip and vocab == _SIGLIP_VOCABULARY
     pad_id = settings.pad_id
     if pad_id is None:
-        pad_id = 1 if siglip and vocab == 32000 else 0
-        if siglip:
+        pad_id = 1 if first_siglip else 0
+        if not causal or pool != "end":  # else the padding is never looked at
             assumed.append(
                 f"texts padded with the id {pad_id}, as {'SigLIP' if pad_id else 'SigLIP 2'}'s"
             )
     tokenizer, cleaning = "clip", "lower"
     if vocab != 49408 or siglip:
-        tokenizer = checkpoint.tokenizer.name if checkpoint.tokenizer else "tokenizer.json"
-        cleaning = "canonical" if tokenizer.endswith(".model") else "lower"
+        found = _tokenizer(checkpoint, first_siglip)
+        tokenizer = found.name if found else "tokenizer.json"
+        cleaning = "canonical" if first_siglip else "lower"
     config = config_lib.TextTower(
         vocab_size=vocab,
         context_length=_entry(state, position, (2,)).shape[0],
@@ -480,23 +536,19 @@ def _text(checkpoint: Checkpoint, settings: Settings) -> Tower:
         *(projection if projected else []),
     ]
     params, theirs = towers.arrange(state, rows, depth, _sizes(config))
-    return Tower(config, params, theirs, tuple(assumed))
+    return Tower(config, params, theirs, tuple(assumed), prefix=root)
 
 
-def scalars(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """`logit_scale`, in log space, and `logit_bias` where there is one; float32 []."""
-    if "logit_scale" not in checkpoint.state:
-        raise TowerError(f"{checkpoint.path}: logit_scale: missing")
-    return {
-        name: checkpoint.state[name].reshape(())
-        for name in ("logit_scale", "logit_bias")
-        if name in checkpoint.state
-    }
+def _tokenizer(checkpoint: Checkpoint, first_siglip: bool) -> epath.Path | None:
+    """The tokenizer's file beside the checkpoint; of SigLIP's two, the one that it was trained with."""
+    wanted = ".model" if first_siglip else ".json"
+    files = sorted(checkpoint.tokenizers, key=lambda path: path.suffix != wanted)
+    return files[0] if files else None
 
 
 def unused(checkpoint: Checkpoint, *used: Tower) -> list[str]:
-    """The entries that none of these towers took, and no scalar; sorted."""
-    taken = {"logit_scale", "logit_bias"}
+    """The entries that none of these towers took, sorted."""
+    taken = set()
     for tower in used:
         for name in tower.theirs.values():
             taken |= {name.format(i) for i in range(tower.config.depth)}
@@ -512,17 +564,20 @@ def convert(source: epath.PathLike, folder: epath.PathLike, settings: Settings) 
     folder = towers.check_output(folder)
     checkpoint = read(source)
     image, text = (import_tower(checkpoint, which, settings) for which in towers.TOWERS)
-    left = unused(checkpoint, image, text)
+    left = [name for name in unused(checkpoint, image, text) if name not in _SCALARS]
     if left:
         raise TowerError("\n".join(f"{checkpoint.path}: {name}: unknown key" for name in left))
-    model, params = towers.two_tower_model(image, text, scalars(checkpoint))
+    with towers.naming(f"{checkpoint.path}: "):
+        scalars = towers.scalars(checkpoint.state, _SCALARS)
+        model, params = towers.two_tower_model(image, text, scalars)
     proof = _parity(checkpoint, model, params)
     towers.save(folder, model, params, str(source), proof)
     lines = [f"from-open-clip: {checkpoint.path} -> {folder}", *towers.describe(model, image, text)]
     if model.text.tokenizer != "clip":
-        if checkpoint.tokenizer:
-            checkpoint.tokenizer.copy(folder / model.text.tokenizer, overwrite=True)
-            lines.append(f"tokenizer {checkpoint.tokenizer}, copied")
+        file = next((x for x in checkpoint.tokenizers if x.name == model.text.tokenizer), None)
+        if file:
+            file.copy(folder / file.name, overwrite=True)
+            lines.append(f"tokenizer {file}, copied")
         else:
             lines.append(
                 f"tokenizer NOT FOUND; copy the tower's to {folder / model.text.tokenizer}"
@@ -533,22 +588,25 @@ def convert(source: epath.PathLike, folder: epath.PathLike, settings: Settings) 
 def _parity(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> parity.Report:
     """Ours against the checkpoint's own architecture, built by its own package and loaded strictly."""
     given = parity.inputs(model.image.image_size, model.text.vocab_size, model.text.context_length)
-    build = (
-        _build_hf if "text_model.embeddings.token_embedding.weight" in checkpoint.state else None
-    )
+    hf = "text_model.embeddings.token_embedding.weight" in checkpoint.state
     try:
         import torch
 
-        package, module, encode = (build or _build_open_clip)(checkpoint, model)
+        package, module, encode = (_build_hf if hf else _build_open_clip)(checkpoint, model)
     except ImportError as error:
         return parity.not_proven(
             params, f"{error.name} is not installed, so nothing could be compared."
         )
     state = {k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()}
     own = module.state_dict()
-    module.load_state_dict(
-        {k: v.reshape(own[k].shape) if k in own else v for k, v in state.items()}
-    )
+    scalar = {k: v.reshape(own[k].shape) for k, v in state.items() if k in own and k in _SCALARS}
+    try:
+        module.load_state_dict(state | scalar)
+    except RuntimeError as error:
+        fault = str(error).splitlines()[1].strip()
+        raise TowerError(
+            f"{checkpoint.path}: does not fit {package} of its config ({fault})"
+        ) from None
     pictures = torch.from_numpy(given.pictures.transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
         image, text = encode(module.eval(), pictures, torch.from_numpy(given.token_ids).long())
@@ -559,43 +617,16 @@ def _parity(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> pa
 
 
 def _build_hf(checkpoint: Checkpoint, model: config_lib.Model):
+    """transformers' own class for the arrays, of its config.json, or of what we assumed where there is none."""
     import transformers
 
-    image, text = model.image, model.text
-    shared = lambda t: dict(  # noqa: E731
-        hidden_size=t.width,
-        intermediate_size=t.mlp_dim,
-        num_hidden_layers=t.depth,
-        num_attention_heads=t.heads,
-        hidden_act={"gelu_tanh": "gelu_pytorch_tanh"}.get(t.activation, t.activation),
-        layer_norm_eps=t.norm_eps,
-    )
-    vision_config = dict(shared(image), patch_size=image.patch_size)
-    text_config = dict(
-        shared(text),
-        vocab_size=text.vocab_size,
-        max_position_embeddings=text.context_length,
-        bos_token_id=text.vocab_size - 2,
-        eos_token_id=text.vocab_size - 1,
-        pad_token_id=text.pad_id,
-    )
-    grid = image.image_size // image.patch_size
+    image = model.image
     flat_patches = checkpoint.state["vision_model.embeddings.patch_embedding.weight"].ndim == 2
-    if image.pool == "class":
-        kind = "CLIP"
-        text_config |= dict(projection_dim=model.embed_dim)
-        vision_config |= dict(image_size=image.image_size, projection_dim=model.embed_dim)
-        extra = dict(projection_dim=model.embed_dim)
-    else:
-        kind, extra = "Siglip2" if flat_patches else "Siglip", {}
-        text_config |= dict(projection_size=model.embed_dim)
-        vision_config |= (
-            dict(num_patches=grid * grid) if flat_patches else dict(image_size=image.image_size)
-        )
-    config = getattr(transformers, f"{kind}Config")(
-        text_config=text_config, vision_config=vision_config, **extra
-    )
-    module = getattr(transformers, f"{kind}Model")(config)
+    kind = "CLIP" if image.pool == "class" else "Siglip2" if flat_patches else "Siglip"
+    stated = checkpoint.hf or _hf_assumed(model, flat_patches)
+    config = getattr(transformers, f"{kind}Config").from_dict(dict(stated))
+    module = getattr(transformers, f"{kind}Model")(config).float()
+    grid = image.image_size // image.patch_size
 
     def encode(module, pictures, ids):
         inputs = dict(pixel_values=pictures)
@@ -616,10 +647,72 @@ def _build_hf(checkpoint: Checkpoint, model: config_lib.Model):
     return f"transformers {transformers.__version__}'s {kind}Model", module, encode
 
 
+def _hf_assumed(model: config_lib.Model, flat_patches: bool) -> dict[str, Any]:
+    image, text = model.image, model.text
+    shared = lambda t: dict(  # noqa: E731
+        hidden_size=t.width,
+        intermediate_size=t.mlp_dim,
+        num_hidden_layers=t.depth,
+        num_attention_heads=t.heads,
+        hidden_act={"gelu_tanh": "gelu_pytorch_tanh"}.get(t.activation, t.activation),
+        layer_norm_eps=t.norm_eps,
+        projection_dim=model.embed_dim,
+    )
+    grid = image.image_size // image.patch_size
+    return dict(
+        projection_dim=model.embed_dim,
+        vision_config=dict(shared(image), patch_size=image.patch_size)
+        | (dict(num_patches=grid * grid) if flat_patches else dict(image_size=image.image_size)),
+        text_config=dict(
+            shared(text),
+            vocab_size=text.vocab_size,
+            max_position_embeddings=text.context_length,
+            projection_size=model.embed_dim,
+            bos_token_id=text.vocab_size - 2,
+            eos_token_id=text.vocab_size - 1,
+            pad_token_id=text.pad_id,
+        ),
+    )
+
+
 def _build_open_clip(checkpoint: Checkpoint, model: config_lib.Model):
+    """open_clip's own model for the arrays, of its config, or of what we assumed where there is none."""
     import open_clip
     from open_clip import model as library
 
+    image, stated = model.image, checkpoint.open_clip
+    vision_cfg, text_cfg = _open_clip_assumed(model)
+    quick_gelu = image.activation == "quick_gelu"
+    if stated:
+        size = dict(image_size=image.image_size, timm_model_pretrained=False)
+        vision_cfg, text_cfg = dict(_of(stated, "vision_cfg")) | size, dict(_of(stated, "text_cfg"))
+        quick_gelu = bool(stated.get("quick_gelu"))
+    custom = "text.token_embedding.weight" in checkpoint.state
+    try:
+        module = (library.CustomTextCLIP if custom else library.CLIP)(
+            model.embed_dim,
+            vision_cfg,
+            text_cfg,
+            quick_gelu=quick_gelu,
+            init_logit_bias=model.logit_bias_init,
+        )
+    except TypeError as error:
+        raise TowerError(
+            f"{checkpoint.path}: open_clip {open_clip.__version__} does not take its config ({error})"
+        ) from None
+    if "visual.trunk.patch_embed.proj.weight" in checkpoint.state and not stated:
+        module.visual = _timm_trunk(image)
+    return (
+        f"open_clip {open_clip.__version__}",
+        module,
+        lambda module, pictures, ids: (
+            module.encode_image(pictures, normalize=True),
+            module.encode_text(ids, normalize=True),
+        ),
+    )
+
+
+def _open_clip_assumed(model: config_lib.Model) -> tuple[dict[str, Any], dict[str, Any]]:
     image, text = model.image, model.text
     vision_cfg = dict(
         image_size=image.image_size,
@@ -646,24 +739,7 @@ def _build_open_clip(checkpoint: Checkpoint, model: config_lib.Model):
     for tower, cfg in ((image, vision_cfg), (text, text_cfg)):
         if tower.activation == "gelu_tanh":
             cfg["act_kwargs"] = dict(approximate="tanh")
-    custom = "text.token_embedding.weight" in checkpoint.state
-    module = (library.CustomTextCLIP if custom else library.CLIP)(
-        model.embed_dim,
-        vision_cfg,
-        text_cfg,
-        quick_gelu=image.activation == "quick_gelu",
-        init_logit_bias=model.logit_bias_init,
-    )
-    if "visual.trunk.patch_embed.proj.weight" in checkpoint.state:
-        module.visual = _timm_trunk(image)
-    return (
-        f"open_clip {open_clip.__version__}",
-        module,
-        lambda module, pictures, ids: (
-            module.encode_image(pictures, normalize=True),
-            module.encode_text(ids, normalize=True),
-        ),
-    )
+    return vision_cfg, text_cfg
 
 
 def _timm_trunk(image: config_lib.ImageTower):
@@ -684,5 +760,6 @@ def _timm_trunk(image: config_lib.ImageTower):
         global_pool={"map": "map", "class": "token", "mean": "avg"}[image.pool],
         num_classes=0,
         act_layer=image.activation,  # timm has our names
+        norm_layer=functools.partial(torch.nn.LayerNorm, eps=image.norm_eps),
     )
     return torch.nn.Sequential(OrderedDict(trunk=trunk))

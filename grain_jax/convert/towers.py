@@ -4,20 +4,20 @@ A reader gives each tower as a config and arrays under our names. Here they beco
 take the place of a training state's fresh towers, with every array accounted for.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
 
-from grain_jax import checkpoint, errors, schema
+from grain_jax import checkpoint, errors
 from grain_jax import config as config_lib
 from grain_jax.convert import parity
 from grain_jax.convert import torch_names as names
-from grain_jax.models.grain import GRAIN
+from grain_jax.models import grain
 
 TOWERS = ("image", "text")
 # What a tower's config says beside its function: where a fresh tower would start, and what may be resized.
@@ -38,6 +38,16 @@ class TowerError(errors.UserError):
     """A checkpoint's tower cannot be used; the message has one line a fault."""
 
 
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Puts `where` before each line of a TowerError that is raised inside."""
+    try:
+        yield
+    except TowerError as error:
+        lines = str(error).split("\n")
+        raise TowerError("\n".join(where + line for line in lines)) from None
+
+
 class Row(NamedTuple):
     """A parameter of ours and the entry, or the part of one, that it equals."""
 
@@ -54,6 +64,7 @@ class Tower(NamedTuple):
     params: dict[str, np.ndarray]  # our flat names ("image/blocks/norm_1/scale") -> float32
     theirs: dict[str, str]  # our flat names -> the checkpoint's
     assumed: tuple[str, ...]  # what the checkpoint does not say, in words
+    prefix: str  # of the checkpoint's names that can only be this tower's
 
 
 class Settings(NamedTuple):
@@ -94,8 +105,13 @@ def arrange(
             which, count = row.part
             try:
                 array = np.split(array, count)[which] if count > 1 else array
-                parts.append(np.asarray(row.form.ours(array, sizes), order="C"))
+                part = np.asarray(row.form.ours(array, sizes), order="C")
+                fits = row.form.theirs(part, sizes).shape == array.shape
             except (ValueError, IndexError):
+                fits = False
+            if fits:
+                parts.append(part)
+            else:
                 faults.append(
                     f"{name}: got shape {state[name].shape}, which does not fit {row.ours}"
                 )
@@ -127,32 +143,28 @@ def with_class_position(positions: np.ndarray, grid: int, class_token: bool) -> 
     return np.concatenate([np.zeros_like(positions[:1]), positions]) if missing else positions
 
 
-def shapes(model: config_lib.Model) -> dict[str, tuple[int, ...]]:
-    """Our flat parameter names and their shapes."""
-    size, length = model.image.image_size, model.text.context_length
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
-    row = of(np.int32, 1, 1, length)
-    batch = schema.Batch(
-        of(np.float32, 1, size, size, 3),
-        *(row, row, row),
-        caption_at=of(np.int32, 1, 2),
-        caption_id=None,
-        description_at=of(np.int32, 1, 0, 2),
-        description_id=None,
-        region_boxes_cxcywh=None,
-        region_mask=None,
-        texts_dropped=None,
-    )
-    params = jax.eval_shape(GRAIN(model).init, jax.random.key(0), batch)["params"]
-    return {name: x.shape for name, x in flat(params).items()}
+def scalars(state: Mapping[str, np.ndarray], theirs: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """`logit_scale`, in log space, and `logit_bias` where there is one; float32 [].
 
+    Args:
+      state: the checkpoint's arrays.
+      theirs: the names of the two there.
 
-def flat(params) -> dict:
-    """A parameter tree as {"a/b/c": leaf}, with or without the boxes of logical axes."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-    }
+    Raises:
+      TowerError: the scale is missing, or one is not a finite number.
+    """
+    out, faults = {}, []
+    for ours, name in theirs.items():
+        if name in state:
+            value = np.asarray(state[name], np.float32)
+            if value.size != 1 or not np.isfinite(value).all():
+                faults.append(f"{name}: got {value.tolist()}, expected one finite number ({ours})")
+            else:
+                out[ours] = value.reshape(())
+        elif ours == "logit_scale":
+            faults.append(f"{name}: missing; expected a model of two towers, with its {ours}")
+    _raise(faults)
+    return out
 
 
 def two_tower_model(
@@ -164,10 +176,10 @@ def two_tower_model(
       TowerError: arrays that the model lacks, does not have, or has in another shape; a line each.
     """
     width = {
-        tower.params["text_projection/kernel" if i else "image_projection/kernel"].shape[1]
+        tower.params[f"{which}_projection/kernel"].shape[-1]
         if tower.config.projection != "none"
         else tower.config.width
-        for i, tower in enumerate((image, text))
+        for which, tower in zip(TOWERS, (image, text))
     }
     if len(width) > 1:
         raise TowerError(f"the towers' embeddings have different widths, {sorted(width)}")
@@ -185,7 +197,7 @@ def two_tower_model(
     except config_lib.ConfigError as error:
         raise TowerError(str(error)) from None
     found = {**image.params, **text.params, **scalars}
-    check_shapes(found, shapes(model), {**image.theirs, **text.theirs})
+    check_shapes(found, grain.parameter_shapes(model), {**image.theirs, **text.theirs})
     params: dict = {}
     for name, array in found.items():
         names.put(params, name, array)

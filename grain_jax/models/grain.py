@@ -4,6 +4,7 @@ Without a decoder it is a two-tower model, such as CLIP: no regions, and the ima
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -114,7 +115,9 @@ class GRAIN(nn.Module):
         if tower.pool == "map":
             x = self.image_pool(tokens)
         else:
-            x = tokens[:, 0] if tower.pool == "class" else tokens.mean(axis=1)
+            # A class token is no patch: it is left out of the mean, as in open_clip and timm.
+            patches = tokens[:, int(tower.class_token) :]
+            x = tokens[:, 0] if tower.pool == "class" else patches.mean(axis=1)
         return x if tower.projection == "none" else self.image_projection(x)
 
     def text_features(self, tokens, positions, segments, *at):
@@ -161,3 +164,31 @@ class GRAIN(nn.Module):
             jnp.exp(self.logit_scale),
             jnp.zeros(()) if self.config.logit_bias_init is None else self.logit_bias,
         )
+
+
+def flat(params) -> dict:
+    """A parameter tree as {"a/b/c": leaf}, with or without the boxes of logical axes."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+
+
+def parameter_shapes(config: config_lib.Model) -> dict[str, tuple[int, ...]]:
+    """The model's flat parameter names and their shapes; nothing is computed."""
+    size, length = config.image.image_size, config.text.context_length
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    row = of(np.int32, 1, 1, length)
+    batch = schema.Batch(
+        of(np.float32, 1, size, size, 3),
+        *(row, row, row),
+        caption_at=of(np.int32, 1, 2),
+        caption_id=None,
+        description_at=of(np.int32, 1, 0, 2),
+        description_id=None,
+        region_boxes_cxcywh=None,
+        region_mask=None,
+        texts_dropped=None,
+    )
+    params = jax.eval_shape(GRAIN(config).init, jax.random.key(0), batch)["params"]
+    return {name: x.shape for name, x in flat(params).items()}
