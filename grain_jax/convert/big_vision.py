@@ -319,9 +319,10 @@ def convert(source: epath.PathLike, folder: epath.PathLike, settings: Settings) 
 
 
 def _parity(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> parity.Report:
-    """Ours against big_vision's own two_towers, where it is on the path."""
+    """Ours against big_vision's own two_towers, loaded by its own repairs, where it is on the path."""
     try:
-        from big_vision.models.proj.image_text import two_towers
+        from big_vision.models import vit
+        from big_vision.models.proj.image_text import text_transformer, two_towers
     except ImportError:
         return parity.not_proven(
             params, "big_vision is not on the path, so nothing could be compared."
@@ -329,6 +330,14 @@ def _parity(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> pa
     image, text = model.image, model.text
     shared = lambda t: dict(width=t.width, depth=t.depth, mlp_dim=t.mlp_dim, num_heads=t.heads)  # noqa: E731
     pool = {"map": "map", "class": "tok", "mean": "gap", "last": "last"}
+    tree: dict = {}
+    for name, array in checkpoint.tree.items():
+        names.put(tree, name, array)
+    tree["img"] = vit.fix_old_checkpoints(tree["img"])
+    path = checkpoint.path if "/" in checkpoint.path else f"./{checkpoint.path}"
+    subtree = f"{path}/txt" if ".npz:" in path else f"{path}:txt"
+    tree["txt"] = text_transformer.load(None, subtree, {})
+    scan = "encoderblock" in tree["txt"]["Encoder_0"]
     theirs = two_towers.Model(
         image=dict(
             shared(image),
@@ -336,13 +345,10 @@ def _parity(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> pa
             pool_type=pool[image.pool],
             scan=True,
         ),
-        text=dict(shared(text), vocab_size=text.vocab_size, pool_type=pool[text.pool], scan=True),
+        text=dict(shared(text), vocab_size=text.vocab_size, pool_type=pool[text.pool], scan=scan),
         out_dim=tuple(model.embed_dim if t.projection != "none" else None for t in (image, text)),
         bias_init=model.logit_bias_init,
     )
-    tree: dict = {}
-    for name, array in checkpoint.tree.items():
-        names.put(tree, name, array)
     given = parity.inputs(image.image_size, text.vocab_size, text.context_length)
     image_embed, text_embed, _ = theirs.apply({"params": tree}, given.pictures, given.token_ids)
     return parity.report(
