@@ -119,11 +119,10 @@ class Model(nn.Module):
         real = tokens != _PADDING
         # CLIP's end token is its highest id; of others' texts only the padding tells the end.
         ends = tokens.argmax(1) if tower.tokenizer == "clip" else real.sum(1) - 1
-        tokens = jnp.where(real, tokens, tower.pad_id)
-        rows, length = tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(length), (1, rows, length))
-        at = jnp.stack([jnp.arange(rows), ends], axis=1)  # one group, a text a row
-        (embed,) = self.grain.encode_text(tokens[None], positions, jnp.ones_like(positions), at)
+        tokens = jnp.where(real, tokens, tower.pad_id)[:, None]  # a group a text
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
+        at = jnp.stack([jnp.zeros_like(ends), ends], axis=1)
+        (embed,) = self.grain.encode_text(tokens, positions, jnp.ones_like(positions), at)
         return embed
 
 

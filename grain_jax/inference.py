@@ -49,18 +49,26 @@ class ClassFeatures(NamedTuple):
     descriptions: tuple[np.ndarray, ...] | None  # for each class float32 [n_c, D], unit length
 
 
-def load(path: epath.PathLike, dtype: str = "float32", **options: Any) -> "Predictor":
+def load(
+    path: epath.PathLike,
+    dtype: str = "float32",
+    templates: Sequence[str] | None = None,
+    progress: bool = False,
+) -> "Predictor":
     """The model in a training workdir (its newest checkpoint), a checkpoint or a converted folder.
 
     Args:
-      path: of the folder.
-      dtype: as `Predictor`'s, and so are the `options`.
+      path: of the folder, local or remote.
+      dtype: this and the others as in `Predictor`.
+      templates: sentences for class names.
+      progress: whether calls show on stderr how many pictures they have encoded.
 
     Raises:
       checkpoint.CheckpointError: there is none.
+      InputError: no such dtype.
     """
     model, params, folder = checkpoint.load_model(path)
-    return Predictor(model, params, dtype, folder=folder, **options)
+    return Predictor(model, params, dtype, templates, folder, progress)
 
 
 class Predictor:
@@ -84,6 +92,9 @@ class Predictor:
         folder: epath.PathLike | None = None,
         progress: bool = False,
     ):
+        if dtype not in config_lib.DTYPES:
+            names = " or ".join(config_lib.DTYPES)
+            raise InputError(f"dtype: got {dtype!r}, expected {names}")
         self.model = model
         self.dtype = dtype
         self.folder = folder
@@ -185,8 +196,9 @@ class Predictor:
         """Texts -> float32 [N, D], unit length.
 
         Args:
-          texts: strings, also from a generator, or int32 token ids [N, L]. Of ids, a text ends at its highest one, as in
-            CLIP; where the tower sees its padding (SigLIP), shorter rows are padded as it expects.
+          texts: strings, also from a generator, or int32 token ids [N, L]. Of ids, a text ends at its
+            highest one, as in CLIP; where the tower sees its padding (SigLIP), shorter rows are padded
+            as it expects.
         """
         tokens, ends = self._tokens(texts)
         out = np.empty((len(tokens), self.model.embed_dim), np.float32)
@@ -345,13 +357,14 @@ def programs(model: config_lib.Model, dtype: str):
         return image_embed, region_embed, jnp.clip(corners, 0.0, 1.0)
 
     def encode_texts(params, tokens, ends):
-        rows, length = tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(length), (1, rows, length))
-        at = jnp.stack([jnp.arange(rows), ends], axis=1)  # one group, a text a row
+        # A group a text, so that devices which share a batch need nothing of each other.
+        tokens = tokens[:, None]
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
+        at = jnp.stack([jnp.zeros_like(ends), ends], axis=1)
         with jax.default_matmul_precision(precision):
             (embed,) = module.apply(
                 {"params": params},
-                tokens[None],
+                tokens,
                 positions,
                 jnp.ones_like(positions),
                 at,

@@ -105,7 +105,7 @@ def test_both_at_once_and_init_as_its_trainers_call_it(clip):
     params = big_vision_model.load(None, clip, {"checkpoint": clip})
     assert jax.tree.map(np.shape, shapes["params"]) == jax.tree.map(np.shape, params)
     pictures = np.zeros((2, 40, 40, 3), np.uint8)
-    zimg, ztxt, out = model.apply({"params": params}, pictures, labels(clip))
+    zimg, ztxt, out = jax.jit(model.apply)({"params": params}, pictures, labels(clip))
     assert zimg.shape == (2, 28) and ztxt.shape == (4, 28)
     close(out["img/normalized"], zimg)
     close(out["txt/normalized"], ztxt)

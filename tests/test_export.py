@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import pytest
 from jax import export as jax_export
 
 from grain_jax import checkpoint, export, inference
+from grain_jax.convert import parity
 from tests import perturbed
 
 # As docs/library.md shows it; nothing of ours can be imported there, nor flax.
@@ -24,12 +27,11 @@ image, text, regions = (jax.jit(read(name).call) for name in ("image", "text", "
 given = dict(np.load(sys.argv[2]))
 out = {}
 for n in (1, 5):
-    for name, x in image(params, given["pictures"][:n]).items():
-        out[f"{n}/{name}"] = x
     for name, x in regions(params, given["pictures"][:n]).items():
-        out[f"{n}/regions/{name}"] = x
+        out[f"{n}/{name}"] = x
     tokens = given["tokens"][:n, :8 * n]
     out[f"{n}/text_embed"] = text(params, tokens, tokens.argmax(1).astype(np.int32))["text_embed"]
+out["alone"] = image(params, given["pictures"])["image_embed"]
 np.savez(sys.argv[3], **out)
 """
 
@@ -45,18 +47,19 @@ def predictor():
 
 
 @pytest.fixture(scope="module")
-def folder(predictor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export") / "out"
-    compared = export.export_model(predictor, folder)
-    assert [c.name for c in compared] == [
-        "image: image_embed",
-        "text: text_embed",
-        "regions: boxes_xyxy",
-        "regions: image_embed",
-        "regions: region_embed",
-    ]
-    assert all(c.error < 2e-6 for c in compared)
-    return folder
+def command(predictor, tmp_path_factory):
+    """The folder that the command writes, and what it prints."""
+    folder = tmp_path_factory.mktemp("export")
+    checkpoint.save_model(folder / "model", predictor.model, predictor.params, source="test")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert export.main(["--checkpoint", f"{folder}/model", "--output", f"{folder}/out"]) == 0
+    return folder / "out", printed.getvalue()
+
+
+@pytest.fixture
+def folder(command):
+    return command[0]
 
 
 def test_it_runs_without_grain_jax_and_gives_the_same(predictor, folder, tmp_path):
@@ -74,11 +77,11 @@ def test_it_runs_without_grain_jax_and_gives_the_same(predictor, folder, tmp_pat
     image, regions = predictor.encode_image_and_regions(pictures)
     text = predictor.encode_text(tokens)
     assert np.abs(text[0] - text[1]).max() > 0.01
+    close(got["alone"], image)
     for n in (1, 5):
         close(got[f"{n}/image_embed"], image[:n])
-        close(got[f"{n}/regions/image_embed"], image[:n])
-        close(got[f"{n}/regions/region_embed"], regions.embed[:n])
-        close(got[f"{n}/regions/boxes_xyxy"], regions.boxes_xyxy[:n])
+        close(got[f"{n}/region_embed"], regions.embed[:n])
+        close(got[f"{n}/boxes_xyxy"], regions.boxes_xyxy[:n])
         close(got[f"{n}/text_embed"], text[:n])
 
 
@@ -161,14 +164,24 @@ def test_two_towers_that_see_their_padding(tmp_path):
     assert said["text"]["tokenizer"] == "tokenizer.json" and said["activations"] == "bfloat16"
 
 
-def test_the_command(predictor, tmp_path, capsys):
-    checkpoint.save_model(tmp_path / "model", predictor.model, predictor.params, source="test")
-    arguments = ["--checkpoint", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
-    assert export.main(arguments) == 0
-    printed = capsys.readouterr().out
-    for name in ("image.stablehlo", "params.npz", "regions: boxes_xyxy"):
-        assert name in printed
-    assert "FAILED" not in printed
+def test_the_command_compares_what_it_wrote(command):
+    lines = command[1].splitlines()
+    assert [line.split("/")[-1] for line in lines[:5]] == [
+        "image.stablehlo",
+        "model.json",
+        "params.npz",
+        "regions.stablehlo",
+        "text.stablehlo",
+    ]
+    outputs = {line[:22].strip(): float(line.split()[-2]) for line in lines[6:]}
+    assert set(outputs) == {
+        "image: image_embed",
+        "text: text_embed",
+        "regions: boxes_xyxy",
+        "regions: image_embed",
+        "regions: region_embed",
+    }
+    assert max(outputs.values()) < 2e-6 and "FAILED" not in command[1]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +204,8 @@ def test_wrong_usage_is_one_line(predictor, tmp_path, monkeypatch, capsys, argum
 
 def test_other_outputs_are_status_1(predictor, tmp_path, monkeypatch, capsys):
     checkpoint.save_model(tmp_path / "model", predictor.model, predictor.params, source="test")
-    monkeypatch.setitem(export.TOLERANCE, "float32", -1.0)
-    arguments = ["--checkpoint", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    wrong = parity.Comparison("text: text_embed", error=2e-5, cosine=1.0, tolerance=1e-5)
+    monkeypatch.setattr(export, "export_model", lambda predictor, output: [wrong])
+    arguments = ["--checkpoint", str(tmp_path / "model"), "--output", str(tmp_path)]
     assert export.main(arguments) == 1
-    assert "FAILED" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith("2.00e-05    1.0e-05  FAILED\n")

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import re
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,11 @@ def test_a_large_call_is_shared_out_among_the_devices(predictor, pictures):
     assert shape[0] == 8 * 32 and sharding.shard_shape(shape)[0] == 32
     texts = [f"a wren with {n} eggs" for n in range(100)]
     close(predictor.encode_text(texts)[95:], predictor.encode_text(texts[95:]))
+    params, sharding = predictor._on_all_devices
+    rows = jax.device_put(np.zeros((16, 32), np.int32), sharding)
+    ends = jax.device_put(np.zeros(16, np.int32), sharding)
+    program = predictor._encode_texts.lower(params, rows, ends).compile().as_text()
+    assert not re.search("all-gather|all-reduce|collective-permute|all-to-all", program)
     # Where a caller has spread the parameters, they stay.
     mesh = jax.sharding.Mesh(jax.devices(), "x")
     placed = jax.device_put(
@@ -389,6 +395,10 @@ def test_two_towers_have_no_regions(two_towers, pictures, call, said):
         (lambda p: p.encode_image(np.zeros((1, 8, 8, 3), np.int64)), "got int64, expected uint8"),
         (lambda p: p.encode_image(["x.jpg"]), r"pictures\[0\]: got str"),
         (lambda p: p.encode_image(PIL.Image.new("RGB", (4, 4))), "expected a list"),
+        (
+            lambda p: inference.Predictor(p.model, p.params, "float16"),
+            "dtype: got 'float16', expected float32 or bfloat16",
+        ),
         (lambda p: p.encode_image("x.jpg"), "got str, expected pictures"),
         (lambda p: p.encode_image(None), "got NoneType, expected pictures"),
         (
