@@ -131,6 +131,7 @@ def test_open_clip_and_openai(origin, tmp_path):
     assert report.verdict == "PROVEN"
     assert model.image.activation == ("quick_gelu" if origin == "openai" else "gelu")
     assert ("ASSUMED  image: activation gelu" in report.text) == (origin == "open_clip")
+    assert ("NOT PROVEN by the parity below" in report.text) == (origin != "with its config")
     assert (model.image.pre_norm, model.image.patch_bias, model.image.mlp_dim) == (True, False, 128)
 
 
@@ -361,7 +362,7 @@ def test_files_that_are_no_state_dicts(tmp_path, capfd):
         assert "\n" not in str(error.value)
 
     torch.save({"a": _Hostile()}, tmp_path / "hostile.pt")
-    fails(tmp_path / "hostile.pt", "not a checkpoint of plain tensors")
+    fails(tmp_path / "hostile.pt", "not a checkpoint of plain tensors .it asks for")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     fails(tmp_path / "cut.safetensors", "not a whole safetensors file .*: invalid header length")
     whole = safetensors.torch.save({"a": torch.zeros(100)})

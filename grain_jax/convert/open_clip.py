@@ -17,6 +17,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.convert import parity, torchscript, towers
+from grain_jax.convert import torch as torch_format
 from grain_jax.convert import torch_names as names
 from grain_jax.convert.towers import Row, Settings, Tower, TowerError
 
@@ -180,10 +181,8 @@ def _pickled(path: epath.Path) -> dict[str, np.ndarray]:
             if torch is not None:
                 stored = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile pickle may raise anything
-        # Torch's advice, printed bold, is to load the file without a check: its first sentence is enough.
-        reason = str(error).strip().partition(". ")[0].partition("\n")[0]
         raise TowerError(
-            f"{path}: not a checkpoint of plain tensors ({type(error).__name__}: {reason[:120]})"
+            f"{path}: not a checkpoint of plain tensors ({torch_format.refusal(error)})"
         ) from None
     if torch is None:
         raise TowerError(f"{path}: PyTorch is needed to read it, or give a .safetensors")
@@ -573,6 +572,11 @@ def convert(source: epath.PathLike, folder: epath.PathLike, settings: Settings) 
     proof = _parity(checkpoint, model, params)
     towers.save(folder, model, params, str(source), proof)
     lines = [f"from-open-clip: {checkpoint.path} -> {folder}", *towers.describe(model, image, text)]
+    if not checkpoint.hf and not checkpoint.open_clip:
+        lines.append(
+            "NOT PROVEN by the parity below: heads and activations that are assumed or told above, since"
+            " there is no config and the other side is built with the same"
+        )
     if model.text.tokenizer != "clip":
         file = next((x for x in checkpoint.tokenizers if x.name == model.text.tokenizer), None)
         if file:
