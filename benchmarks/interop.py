@@ -4,7 +4,8 @@
 
 For each size a model with random weights, of which every one counts, goes through to-torch and to-hf
 (their parity reports are printed), torch.compile and ONNX. Then all of them take turns with the same
-pictures in this process, on the same cores, in float32: image embedding, regions and boxes.
+pictures in this process, on the same cores, in float32: image embedding, regions and boxes. The last
+table has the errors of the conversions, max|a-b| / max|b|.
 """
 
 import argparse
@@ -109,6 +110,13 @@ def measure(size: str, pictures: int, repeats: int) -> dict[str, Any]:
         (root / "x.pth.tar").unlink()
         reports.append(huggingface.to_hf(root / "ours", root / "hf"))
         print(*(report.text for report in reports), sep="\n\n", flush=True)
+        errors = {
+            command: {c.name: c.error for c in report.comparisons}
+            for command, report in zip(("to-torch", "to-hf"), reports)
+        }
+        ok = all(report.ok for report in reports)
+        if not repeats:
+            return dict(size=size, ok=ok, errors=errors)
         given = parity.inputs(model.image.image_size, 100, 10, count=pictures).pictures
         sides = image_sides(root / "hf", inference.Predictor(model, params), given)
         names = ("image_embed", "region_embed", "boxes_xyxy")
@@ -119,7 +127,6 @@ def measure(size: str, pictures: int, repeats: int) -> dict[str, Any]:
                 began = time.perf_counter()
                 run()
                 times[side].append(1000 * (time.perf_counter() - began) / pictures)
-    ok = all(report.ok for report in reports)
     rows = {}
     print(f"\n{'side':15} {'ms/picture':>10} {'fastest':>8} {'worst error':>12}")
     for side, taken in times.items():
@@ -130,7 +137,7 @@ def measure(size: str, pictures: int, repeats: int) -> dict[str, Any]:
             f"{side:15} {rows[side]['median']:10.1f} {min(taken):8.1f} {worst.error:12.2e}",
             flush=True,
         )
-    return dict(size=size, ok=ok, sides=rows)
+    return dict(size=size, ok=ok, errors=errors, sides=rows)
 
 
 def main() -> int:
@@ -138,12 +145,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["S/16", "B/16", "L/14"])
     parser.add_argument("--pictures", type=int, default=8, help="pictures a call")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="0: the conversions' errors alone")
     parser.add_argument("--json", help="file to write the figures to")
     args = parser.parse_args()
     print(f"device: {jax.devices()[0].device_kind}, jax {jax.__version__}, ", end="")
     print(reference.torch_versions())
     results = [measure(size, args.pictures, args.repeats) for size in args.sizes]
+    outputs = ("image_embed", "text_embed", "region_embed", "boxes_xyxy")
+    print(f"\n{'size':6}{'command':10}", *(f"{name:>13}" for name in outputs))
+    for result in results:
+        for command, errors in result["errors"].items():
+            print(f"{result['size']:6}{command:10}", *(f"{errors[name]:13.2e}" for name in outputs))
     if args.json:
         epath.Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
     return 0 if all(result["ok"] for result in results) else 1

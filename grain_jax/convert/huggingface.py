@@ -62,7 +62,8 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     model, params, read_from = checkpoint.load_model(source)
     _check(model)
     run = model_card.read_run(read_from)
-    stored = run.config.get("loss", {})
+    contrast = "softmax" if model.logit_bias_init is None else "sigmoid"
+    stored = {"contrast": contrast} | run.config.get("loss", {})
     losses = {key: stored.get(key, value) for key, value in LOSSES.items()}
     has_tokenizer = model.text.vocab_size == tokenizers_lib.VOCAB_SIZE
     files = {"config.json": _config(model, losses)}

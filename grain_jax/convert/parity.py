@@ -48,6 +48,7 @@ class Report(NamedTuple):
     text: str
     ok: bool
     verdict: str  # "PROVEN", "FAILED" or "NOT PROVEN", for the notes of what was written
+    comparisons: tuple[Comparison, ...] = ()
 
 
 def inputs(
@@ -141,7 +142,7 @@ def report(comparisons: list[Comparison], other_side: str, given: Inputs | None 
     failed = [c.name for c in comparisons if not c.ok]
     verdict = "FAILED" if failed else "PROVEN"
     lines.append(f"parity: {verdict}{': ' if failed else ''}{', '.join(failed)}")
-    return Report("\n".join(lines), not failed, verdict)
+    return Report("\n".join(lines), not failed, verdict, tuple(comparisons))
 
 
 def not_proven(params: Any, why: str) -> Report:

@@ -130,6 +130,20 @@ def test_from_hf_gives_identical_arrays(converted, tmp_path, capsys):
             np.testing.assert_array_equal(array, state[name], err_msg=name)
 
 
+def test_a_sigmoids_bias_goes_both_ways(tmp_path):
+    model = perturbed.tiny(logit_bias_init=-10.0)
+    params = perturbed.params(model)
+    assert params["logit_bias"] not in (0, -10)
+    checkpoint.save_model(tmp_path / "ours", model, params)
+    report = huggingface.to_hf(tmp_path / "ours", tmp_path / "hf")
+    assert report.verdict == "PROVEN" and "\nlogit_bias " in report.text
+    module = transformers.AutoModel.from_pretrained(tmp_path / "hf", **REMOTE)
+    assert module.config.losses["contrast"] == "sigmoid"
+    huggingface.from_hf(tmp_path / "hf", tmp_path / "back")
+    again, back, _ = checkpoint.load_model(tmp_path / "back")
+    assert again == model and back["logit_bias"] == params["logit_bias"]
+
+
 def test_what_transformers_saves_comes_back(small, tmp_path):
     """A folder that was trained on in torch: another weight, saved by transformers."""
     _, hf = small
