@@ -14,11 +14,23 @@ DATA = [
 # libtpu, which also compiles for TPUs on machines that have none (launch.plan).
 TPU = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 TORCH = ["torch>=2.2"]
+# Conversions: what they read and write, and the packages that their parity reports run. open_clip_torch also
+# has CLIP's vocabulary, for to-hf's tokenizer.
+INTEROP = [
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "open_clip_torch",
+    "safetensors",
+    "sentencepiece",
+    "transformers>=5.0",
+    *TORCH,
+]
 ANNOTATE = ["apache-beam>=2.60", "transformers>=5.0", *TORCH]
 DEV = [
     *DATA,
     *TPU,
-    *TORCH,
+    *INTEROP,
     "hypothesis",
     "pytest>=8",
     "pytest-timeout",
@@ -61,6 +73,7 @@ setup(
         "tpu": TPU,
         "cuda": ["jax[cuda12]"],
         "torch": TORCH,
+        "interop": INTEROP,
         "annotate": ANNOTATE,
         "gcs": [
             "gcsfs",

@@ -40,6 +40,14 @@ def model(size: str = "B/16") -> ConfigDict:
             position_period=1e4,
             block_init="trunc_normal",
             unroll=1,
+            class_token=True,
+            patch_bias=True,
+            pre_norm=False,
+            activation="gelu",
+            pool="none",
+            projection="matrix",
+            pixel_mean=(0.485, 0.456, 0.406),
+            pixel_std=(0.229, 0.224, 0.225),
         )
     )
     c.text = ConfigDict(
@@ -52,6 +60,13 @@ def model(size: str = "B/16") -> ConfigDict:
             mlp_dim=2048,
             norm_eps=1e-5,
             unroll=1,
+            causal=True,
+            activation="quick_gelu",
+            pool="end",
+            projection="matrix",
+            tokenizer="clip",
+            cleaning="lower",
+            pad_id=0,
         )
     )
     c.decoder = ConfigDict(
@@ -160,6 +175,7 @@ def base(size: str = "B/16") -> ConfigDict:
             weight_decay=0.1,
             decay_groups="matrices",
             clip_norm=0.0,
+            frozen=(),
         )
     )
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, dcn_data=1))
@@ -178,6 +194,62 @@ def base(size: str = "B/16") -> ConfigDict:
         ("vector", None),
     )
     c.evals = ConfigDict()
+    c.init = ConfigDict(dict(image=placeholder(str), text=placeholder(str), resize="bilinear"))
+    return c
+
+
+# Where the towers of others differ from ours, beyond their sizes: OpenAI's CLIP (open_clip's models are
+# alike, but most have activation="gelu"), and SigLIP (big_vision's models, sizes of SigLIP B's text tower).
+FAMILIES = {
+    "clip": dict(
+        image=dict(
+            qk_norm=False,
+            norm_eps=1e-5,
+            patch_bias=False,
+            pre_norm=True,
+            activation="quick_gelu",
+            pixel_mean=(0.48145466, 0.4578275, 0.40821073),
+            pixel_std=(0.26862954, 0.26130258, 0.27577711),
+        ),
+        text={},
+    ),
+    "siglip": dict(
+        image=dict(
+            qk_norm=False,
+            class_token=False,
+            activation="gelu_tanh",
+            pixel_mean=(0.5, 0.5, 0.5),
+            pixel_std=(0.5, 0.5, 0.5),
+        ),
+        text=dict(
+            vocab_size=32000,
+            context_length=64,
+            width=768,
+            heads=12,
+            mlp_dim=3072,
+            norm_eps=1e-6,
+            causal=False,
+            activation="gelu_tanh",
+            pool="last",
+            projection="affine",
+            tokenizer="siglip.model",
+            cleaning="canonical",
+            pad_id=1,
+        ),
+    ),
+}
+
+
+def towers_of(
+    c: ConfigDict, family: str, towers: tuple[str, ...] = ("image", "text")
+) -> ConfigDict:
+    """`c` with the model's `towers` built as that family's ("clip" or "siglip"), for `init.image`, `init.text`."""
+    if family not in FAMILIES:
+        raise ValueError(f"family of towers: got {family!r}, expected one of {', '.join(FAMILIES)}")
+    for tower in towers:
+        c.model[tower].update(FAMILIES[family][tower])
+    if "text" in towers and family == "siglip":
+        c.text.packing = False
     return c
 
 

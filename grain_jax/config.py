@@ -1,7 +1,8 @@
-"""The resolved configuration as frozen dataclasses: every key a run can have, and no default.
+"""The resolved configuration as frozen dataclasses: every key a run can have.
 
 Defaults live in `configs/common.py` alone. `from_dict` consumes keys: a missing, misspelt or left-over
-key is an error that names the nearest one, wherever it was typed. This module needs neither JAX nor
+key is an error that names the nearest one, wherever it was typed. A field with a value here came later
+than the first checkpoints: the value is what those that lack it mean. This module needs neither JAX nor
 ml_collections, so that a config can be checked anywhere.
 """
 
@@ -9,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -18,6 +20,11 @@ from grain_jax import errors
 
 REMAT_POLICIES = ("none", "dots", "qkv", "full")  # from most memory to most recomputation
 DTYPES = ("float32", "bfloat16")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+PROJECTIONS = ("none", "matrix", "affine")
+IMAGE_POOLS = ("none", "class", "map", "mean")
+TEXT_POOLS = ("end", "last", "map", "mean")
+TEXT_CLEANINGS = ("lower", "canonical", "none")
 
 
 class ConfigError(errors.UserError):
@@ -26,7 +33,7 @@ class ConfigError(errors.UserError):
 
 @dataclasses.dataclass(frozen=True)
 class ImageTower:
-    """A vision transformer (method.md, Model): class token, learned positions, pre-norm."""
+    """A vision transformer (method.md, Model): learned positions, norms before attention and MLP."""
 
     image_size: int  # pixels, height = width
     patch_size: int  # pixels; must divide image_size
@@ -42,11 +49,21 @@ class ImageTower:
     unroll: (
         int  # layers of the scan that are unrolled; depth = no loop (faster for tiny towers on CPU)
     )
+    class_token: bool = True  # a learned token before the patches
+    patch_bias: bool = True
+    pre_norm: bool = False  # LayerNorm between the positions and the first layer (CLIP's ln_pre)
+    activation: str = "gelu"  # of the MLP: "gelu" (exact), "gelu_tanh" or "quick_gelu"
+    # Without a decoder, how tokens become one vector: "class" (its token), "map" (attention pooling) or
+    # "mean"; with one, "none".
+    pool: str = "none"
+    projection: str = "matrix"  # to the joint space; "affine" has a bias, "none" is no projection
+    pixel_mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of pixels in [0, 1]: ImageNet's
+    pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTower:
-    """CLIP's causal text transformer, read at each text's end token."""
+    """A text transformer: CLIP's (causal, read at each text's end token), or one such as SigLIP's."""
 
     vocab_size: int
     context_length: int  # L, also the length of a packed row
@@ -56,6 +73,20 @@ class TextTower:
     mlp_dim: int
     norm_eps: float
     unroll: int
+    causal: bool = True  # False: every position sees all of the row
+    activation: str = "quick_gelu"  # as the image tower's
+    # "end": the end token; "last": the row's last position; "map" (attention pooling) and "mean": all of
+    # the row.
+    pool: str = "end"
+    projection: str = "matrix"  # as the image tower's
+    tokenizer: str = "clip"  # or the path of a tokenizer.json or of a SentencePiece .model
+    cleaning: str = "lower"  # of texts before it: "lower", "canonical" (no punctuation) or "none"
+    pad_id: int = 0  # the token of the padding; seen only by towers that are not packable
+
+    @property
+    def packable(self) -> bool:
+        """Whether several texts may share a row: nothing that the tower gives depends on the padding."""
+        return self.causal and self.pool == "end"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +115,16 @@ class Model:
     logit_bias_init: float | None  # of loss.contrast=sigmoid; SigLIP's -10. None: no bias
     image: ImageTower
     text: TextTower
-    decoder: RegionDecoder
+    decoder: RegionDecoder | None  # None: two towers, without regions
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """Checkpoints that towers start from; None: from the seed."""
+
+    image: str | None = None  # ours, big_vision's .npz (`path:sub-tree`), CLIP's or SigLIP's
+    text: str | None = None
+    resize: str = "bilinear"  # of the image's positions to another grid; or "bicubic"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +195,7 @@ class Optim:
     weight_decay: float
     decay_groups: str  # "matrices" or "reference" (quirk 7)
     clip_norm: float  # global norm that gradients are scaled down to; 0 = off
+    frozen: tuple[str, ...] = ()  # regular expressions: parameters that are never updated (LiT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +266,7 @@ class Config:
     mesh: Mesh
     sharding: tuple[tuple[str, str | None], ...]  # logical axis -> mesh axis, exhaustive
     evals: dict[str, Evaluator]
+    init: Init = Init()
 
 
 def _convert(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
@@ -265,11 +307,12 @@ def _build(cls: type, value: Any, path: str, faults: list[str]) -> Any:
     for key in value:
         if key not in hints:
             faults.append(f"{at(key)}: {unknown_key(at(key), [at(h) for h in hints])}")
-    missing = [key for key in hints if key not in value]
+    new = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    missing = [key for key in hints if key not in value and key not in new]
     faults.extend(f"{at(key)}: missing; configs/common.py has its default" for key in missing)
     if missing:
         return None
-    return cls(**{k: _convert(t, value[k], at(k), faults) for k, t in hints.items()})
+    return cls(**{k: _convert(t, value[k], at(k), faults) for k, t in hints.items() if k in value})
 
 
 def unknown_key(path: str, known: list[str]) -> str:
@@ -358,6 +401,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "model.image.position_period": (1, math.inf),
     "model.text.vocab_size": (3, math.inf),
     "model.text.context_length": (3, math.inf),
+    "model.text.pad_id": (0, math.inf),
     "model.decoder.queries": (0, math.inf),
     "model.decoder.dropout": (0, 0.99),
     "model.decoder.qkv_init_gain": (0, math.inf),
@@ -375,7 +419,7 @@ def _check_bounds(part: Any, prefix: str, faults: list[str]) -> None:
             continue
         value = part
         for key in name.removeprefix(prefix).split("."):
-            value = getattr(value, key)
+            value = getattr(value, key, None)  # a model without a decoder has none of its numbers
         if value is not None and not low <= value <= high:
             limit = f"at least {low}" if high == math.inf else f"{low} to {high}"
             faults.append(f"{name}: got {value}, expected {limit}")
@@ -393,10 +437,52 @@ def _check_model(model: Model, faults: list[str]) -> None:
         )
     for name in ("image", "text", "decoder"):
         tower = getattr(model, name)
-        if tower.width % tower.heads:
+        if tower is not None and tower.width % tower.heads:
             faults.append(f"model.{name}.heads: got {tower.heads}, must divide width {tower.width}")
     _one_of("model.image.position_init", image.position_init, ("normal", "sincos2d"), faults)
     _one_of("model.image.block_init", image.block_init, ("trunc_normal", "torch"), faults)
+    for name, tower in (("image", image), ("text", model.text)):
+        _one_of(f"model.{name}.activation", tower.activation, ACTIVATIONS, faults)
+        _one_of(f"model.{name}.projection", tower.projection, PROJECTIONS, faults)
+        if (
+            tower.projection == "none"
+            and model.embed_dim != tower.width
+            and (name == "text" or model.decoder is None)
+        ):
+            faults.append(
+                f"model.embed_dim: got {model.embed_dim}, expected model.{name}.width = {tower.width},"
+                f" because model.{name}.projection is none"
+            )
+    _one_of("model.image.pool", image.pool, IMAGE_POOLS, faults)
+    _one_of("model.text.pool", model.text.pool, TEXT_POOLS, faults)
+    _one_of("model.text.cleaning", model.text.cleaning, TEXT_CLEANINGS, faults)
+    if model.decoder is not None and (
+        image.pool in IMAGE_POOLS[1:] or image.projection != "matrix"
+    ):
+        faults.append(
+            f"model.image.pool, model.image.projection: got {image.pool}, {image.projection} with a"
+            " decoder, which pools and projects itself; expected none, matrix"
+        )
+    if model.decoder is None and image.pool == "none":
+        faults.append(
+            "model.image.pool: got none without model.decoder; expected class, map or mean"
+        )
+    if image.pool == "class" and not image.class_token:
+        faults.append("model.image.pool: got class, but model.image.class_token is False")
+    for name in ("pixel_mean", "pixel_std"):
+        value = getattr(image, name)
+        if len(value) != 3 or (name == "pixel_std" and min(value) <= 0):
+            faults.append(f"model.image.{name}: got {value}, expected three numbers")
+    if model.text.tokenizer == "clip" and model.text.cleaning != "lower":
+        faults.append(
+            f"model.text.cleaning: got {model.text.cleaning}, expected lower, which is part of"
+            " model.text.tokenizer=clip"
+        )
+    if model.text.pad_id >= model.text.vocab_size:
+        faults.append(
+            f"model.text.pad_id: got {model.text.pad_id}, expected less than model.text.vocab_size"
+            f" = {model.text.vocab_size}"
+        )
 
 
 def _check(config: Config, faults: list[str]) -> None:
@@ -430,6 +516,33 @@ def _check(config: Config, faults: list[str]) -> None:
         kinds, orders = ("zeroshot", "retrieval", "grounding"), ("queries", "descriptions")
         _one_of(f"evals.{name}.kind", entry.kind, kinds, faults)
         _one_of(f"evals.{name}.region_order", entry.region_order, orders, faults)
+        needs_regions = entry.kind == "grounding" or (
+            entry.kind == "zeroshot"
+            and entry.descriptions
+            and any(alpha < 1 for alpha in entry.alphas)
+        )
+        if config.model.decoder is None and needs_regions:
+            faults.append(
+                f"evals.{name}: got kind={entry.kind} with alphas {entry.alphas}, but a model without"
+                " model.decoder has no regions; take out the entry, or set alphas=(1.0,)"
+            )
+    if config.text.packing and not config.model.text.packable:
+        text = config.model.text
+        faults.append(
+            f"text.packing: got True, but a text tower with causal={text.causal} and pool={text.pool}"
+            " sees its padding, so that each text needs a row of its own; set text.packing=False"
+        )
+    if config.model.decoder is None and config.input.max_regions:
+        faults.append(
+            f"input.max_regions: got {config.input.max_regions}, expected 0: a model without"
+            " model.decoder has no regions"
+        )
+    _one_of("init.resize", config.init.resize, ("bilinear", "bicubic"), faults)
+    for pattern in config.optim.frozen:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            faults.append(f"optim.frozen: got {pattern!r}, no regular expression ({error})")
     loss = config.loss
     if loss.match_l1 == loss.match_giou == loss.match_description == 0:
         faults.append(
@@ -438,7 +551,8 @@ def _check(config: Config, faults: list[str]) -> None:
         )
     if config.mesh.data == 0:
         faults.append("mesh.data: got 0, expected at least 1, or -1 for what the other axes leave")
-    if config.model.decoder.queries == 0 and config.input.max_regions:
+    decoder = config.model.decoder
+    if decoder is not None and decoder.queries == 0 and config.input.max_regions:
         faults.append(
             "model.decoder.queries: got 0, expected at least 1 where input.max_regions is not 0: no query"
             " could be matched with a region"
@@ -465,6 +579,24 @@ def _check(config: Config, faults: list[str]) -> None:
             f"text.pack_group: got {config.text.pack_group}, must divide batch_size / input.lanes"
             f" = {lane_batch}, so that no group crosses a process"
         )
+
+
+def without_new_fields(part: Any) -> dict[str, Any]:
+    """A Config (or a part of one) as a dict, without the fields that came later and have their value.
+
+    So a run's config is the same dict before and after fields are added.
+    """
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        return without_new_fields(value) if dataclasses.is_dataclass(value) else value
+
+    return {
+        field.name: plain(getattr(part, field.name))
+        for field in dataclasses.fields(part)
+        if getattr(part, field.name) != field.default
+    }
 
 
 def to_json(config: Any) -> str:

@@ -5,11 +5,14 @@ model FLOPs, so no number depends on the backend.
 """
 
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
 
+from grain_jax import config as config_lib
 from grain_jax.config import Config
+from grain_jax.models import grain
 
 # Dense bfloat16 products a second, by `jax.Device.device_kind`; from the vendors' data sheets. A device is
 # a chip, but on TPU7x, where it is half of one.
@@ -62,16 +65,27 @@ class PerImage(NamedTuple):
     text: float  # the text tower over the image's share of rows, and the projection of its texts
     decoder: float  # the region decoder, its projections before and after, and the boxes
     losses: float  # similarities
+    frozen: frozenset[str] = (
+        frozenset()
+    )  # those of image, text and decoder that do not train at all
 
     @property
     def forward(self) -> float:
         """FLOPs of a forward pass."""
-        return sum(self)
+        return self.image + self.text + self.decoder + self.losses
 
     @property
     def train(self) -> float:
-        """FLOPs of forward and backward, nothing computed twice: a product has two in its backward pass."""
-        return 3 * self.forward
+        """FLOPs of forward and backward, nothing computed twice: a product has two in its backward pass.
+
+        A part that does not train has none, but for the decoder of a trained image tower, through which
+        the gradient of the activations goes. A part of which some is frozen counts as if it trained.
+        """
+        backward = 2 * self.forward
+        for part in self.frozen:
+            through = part == "decoder" and "image" not in self.frozen
+            backward -= getattr(self, part) * (1 if through else 2)
+        return self.forward + backward
 
 
 def per_image(config: Config) -> PerImage:
@@ -83,7 +97,7 @@ def per_image(config: Config) -> PerImage:
     image, text, decoder = config.model.image, config.model.text, config.model.decoder
     embed, regions = config.model.embed_dim, config.input.max_regions
     patches = (image.image_size // image.patch_size) ** 2
-    tokens = 1 + patches
+    tokens = image.class_token + patches
     image_tower = 2 * patches * 3 * image.patch_size**2 * image.width
     image_tower += image.depth * (_attention(image, tokens, tokens) + _mlp(image, tokens))
 
@@ -92,20 +106,51 @@ def per_image(config: Config) -> PerImage:
         rows = config.text.pack_rows / config.text.pack_group
     length = text.context_length
     text_tower = rows * text.depth * (_attention(text, length, length) + _mlp(text, length))
-    text_tower += 2 * (1 + regions) * text.width * embed
+    if text.pool == "map":
+        text_tower += rows * (_attention(text, 1, length) + _mlp(text, 1))
+    if text.projection != "none":
+        text_tower += 2 * (1 + regions) * text.width * embed
 
-    queries = decoder.queries + 1
-    layer = _attention(decoder, queries, queries) + _attention(decoder, queries, tokens)
-    layer += _mlp(decoder, queries)
-    layer += 2 * decoder.queries * (2 * decoder.width**2 + 4 * decoder.width)  # boxes
-    region_decoder = 2 * tokens * image.width * decoder.width + decoder.depth * layer
-    region_decoder += 2 * queries * decoder.width * embed
+    if decoder is None:
+        region_decoder = 0
+        if image.pool == "map":
+            image_tower += _attention(image, 1, tokens) + _mlp(image, 1)
+        if image.projection != "none":
+            image_tower += 2 * image.width * embed
+    else:
+        queries = decoder.queries + 1
+        layer = _attention(decoder, queries, queries) + _attention(decoder, queries, tokens)
+        layer += _mlp(decoder, queries)
+        layer += 2 * decoder.queries * (2 * decoder.width**2 + 4 * decoder.width)  # boxes
+        region_decoder = 2 * tokens * image.width * decoder.width + decoder.depth * layer
+        region_decoder += 2 * queries * decoder.width * embed
 
     group = config.loss.group_size or config.batch_size
     losses = 2 * config.batch_size * embed + 2 * regions * (group * regions) * embed
-    if config.loss.match_description:
+    if config.loss.match_description and decoder is not None:
         losses += 2 * decoder.queries * regions * embed
-    return PerImage(image_tower, text_tower, region_decoder, losses)
+    return PerImage(image_tower, text_tower, region_decoder, losses, _frozen(config))
+
+
+def _frozen(config: Config) -> frozenset[str]:
+    """Those of image, text and decoder of which `optim.frozen` holds every parameter."""
+    if not config.optim.frozen:
+        return frozenset()
+    trained: dict[str, bool] = {}
+    for name in grain.parameter_shapes(config.model):
+        part = _part(name, config.model)
+        is_frozen = any(re.fullmatch(pattern, name) for pattern in config.optim.frozen)
+        trained[part] = trained.get(part, False) or not is_frozen
+    return frozenset(part for part, trains in trained.items() if part and not trains)
+
+
+def _part(name: str, model: config_lib.Model) -> str:
+    """The field of PerImage that a parameter's products count in; "" for a scalar."""
+    if name in ("logit_scale", "logit_bias"):
+        return ""
+    if name.startswith("text"):
+        return "text"
+    return "image" if name.startswith("image/") or model.decoder is None else "decoder"
 
 
 def _attention(tower, queries: int, keys: int) -> int:

@@ -1,11 +1,14 @@
 """The optimiser: AdamW with the recipe's schedule and decay groups (method.md, Training recipe)."""
 
 import re
+from collections.abc import Sequence
 
+import flax.core.meta
 import jax
 import jax.numpy as jnp
 import optax
 
+from grain_jax import errors
 from grain_jax.config import Optim
 
 MAX_LOG_SCALE = 4.6052  # ln 100, as the reference writes it
@@ -39,6 +42,43 @@ def decay_mask(params, groups: str):
     )
 
 
+def frozen_mask(params, patterns: Sequence[str]):
+    """True for each parameter whose whole name one of the regular expressions matches.
+
+    Args:
+      params: the parameter tree, with or without the boxes of logical axes.
+      patterns: `optim.frozen`.
+
+    Raises:
+      UserError: a pattern that matches no parameter.
+    """
+    # A box is masked whole, so that a frozen parameter leaves no empty box among the moments.
+    is_box = lambda x: isinstance(x, flax.core.meta.AxisMetadata)  # noqa: E731
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
+    found = [name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params, is_box)]
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, x) for x in found):
+            raise errors.UserError(
+                f"optim.frozen: {pattern!r} matches no parameter; names are such as {found[0]}"
+            )
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(re.fullmatch(pattern, name(path)) for pattern in patterns),
+        params,
+        is_leaf=is_box,
+    )
+
+
+def stop_frozen(params, patterns: Sequence[str]):
+    """`params` through which no gradient flows to frozen ones, so that none is computed."""
+    if not patterns:
+        return params
+    return jax.tree.map(
+        lambda x, frozen: jax.lax.stop_gradient(x) if frozen else x,
+        params,
+        frozen_mask(params, patterns),
+    )
+
+
 def learning_rate(config: Optim, *, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
     """The learning rate of each step, float32 [].
 
@@ -65,9 +105,12 @@ def learning_rate(config: Optim, *, total_steps: int, steps_per_epoch: float) ->
 
 
 def optimizer(config: Optim, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping by global norm (if on), Adam moments, decoupled decay, the schedule."""
+    """Clipping by global norm (if on), Adam moments, decoupled decay, the schedule.
+
+    Frozen parameters have no moments and an update of zero.
+    """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(
+    adam = optax.chain(
         clip,
         optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype),
         optax.add_decayed_weights(
@@ -75,8 +118,31 @@ def optimizer(config: Optim, schedule: optax.Schedule) -> optax.GradientTransfor
         ),
         optax.scale_by_learning_rate(schedule),
     )
+    if not config.frozen:
+        return adam
+    return optax.partition(
+        {"trained": adam, "frozen": optax.set_to_zero()},
+        lambda params: jax.tree.map(
+            lambda frozen: "frozen" if frozen else "trained", frozen_mask(params, config.frozen)
+        ),
+    )
 
 
-def clip_logit_scale(params):
-    """`logit_scale` back into [0, ln 100], as after every step of the reference."""
+def average(params, average_so_far, decay: float, frozen: Sequence[str] = ()):
+    """The moving average with `params` taken in; frozen parameters stay what they are, to the bit."""
+    moved = optax.incremental_update(params, average_so_far, 1 - decay)
+    if not frozen:
+        return moved
+    return jax.tree.map(
+        lambda new, old, keep: old if keep else new,
+        moved,
+        average_so_far,
+        frozen_mask(params, frozen),
+    )
+
+
+def clip_logit_scale(params, frozen: Sequence[str] = ()):
+    """`logit_scale` back into [0, ln 100], as after every step of the reference; not where it is frozen."""
+    if any(re.fullmatch(pattern, "logit_scale") for pattern in frozen):
+        return params
     return {**params, "logit_scale": jnp.clip(params["logit_scale"], 0, MAX_LOG_SCALE)}

@@ -4,7 +4,6 @@ A record says which batches the run has seen, what it saved, what it logged and 
 checkpoint carries its own record too. `python -m grain_jax.verify WORKDIR` checks all of it.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -44,8 +43,8 @@ def sha256(value: Any) -> str:
 
 
 def config_sha256(config: config_lib.Config) -> str:
-    """The hash of a config with all its keys."""
-    return sha256(dataclasses.asdict(config))
+    """The hash of a config; keys that came after the first receipts count where they are set."""
+    return sha256(config_lib.without_new_fields(config))
 
 
 def metrics_sha256(lines: Iterable[str], after: int, until: int) -> str:

@@ -33,6 +33,7 @@ from grain_jax import (
     errors,
     flops,
     inference,
+    initialise,
     monitor,
     preemption,
     profiling,
@@ -157,7 +158,7 @@ def train(
         config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
     )
 
-    # 3. State: the newest checkpoint that is whole, else a fresh start from the seed.
+    # 3. State: the newest checkpoint that is whole, else a fresh start from the seed and `config.init`.
     if main_process:
         workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = checkpoint.manager(workdir, config)
@@ -166,14 +167,10 @@ def train(
         program.state,
         program.shardings,
     )
-    state = checkpoint.restore_newest(
-        checkpoints,
-        config,
-        placed,
-        lambda text: print(text, file=sys.stderr, flush=True) if main_process else None,
-    )
+    tell = lambda text: print(text, file=sys.stderr, flush=True) if main_process else None  # noqa: E731
+    state = checkpoint.restore_newest(checkpoints, config, placed, tell)
     if state is None:
-        state = program.init()
+        state = initialise.state_of_step_0(config, program, tell)
     start_step = int(state.step)
     log = None
     if main_process:

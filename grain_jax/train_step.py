@@ -98,6 +98,7 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
     """
 
     def apply(params, batch, keys):
+        params = optim.stop_frozen(params, config.optim.frozen)
         with placement.on(mesh, sharding.BATCH_AXES):
             return model.apply({"params": params}, batch, keys)
 
@@ -186,10 +187,12 @@ def make_train_step(
         keys = dropout_keys(config.seed, state.step, jnp.arange(batch.image.shape[0]))
         terms, grads = loss_and_grads(model, config, mesh, state.params, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optim.clip_logit_scale(optax.apply_updates(state.params, updates))
+        params = optim.clip_logit_scale(
+            optax.apply_updates(state.params, updates), config.optim.frozen
+        )
         ema = state.ema_params
         if config.ema_decay:
-            ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
+            ema = optim.average(params, ema, config.ema_decay, config.optim.frozen)
         dropped = state.texts_dropped + batch.texts_dropped.sum()
         metrics = {
             "loss": terms.total,
@@ -215,7 +218,7 @@ class Program(NamedTuple):
     shardings: TrainState  # NamedShardings
     batch: schema.Batch  # ShapeDtypeStructs
     batch_sharding: NamedSharding
-    init: Callable  # jitted: () -> state, fresh from the seed
+    init: Callable  # jitted: () -> state, fresh from the seed; see `initialise.state_of_step_0`
     step: Callable  # jitted: (state, batch) -> (state, metrics); the old state is given up
 
 
@@ -240,11 +243,5 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
-    return Program(
-        state,
-        shardings,
-        abstract_batch(config),
-        batch_sharding,
-        jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings),
-        step,
-    )
+    fresh = jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings)
+    return Program(state, shardings, abstract_batch(config), batch_sharding, fresh, step)

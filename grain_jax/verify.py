@@ -24,6 +24,7 @@ from grain_jax import (
     command_line,
     digests,
     errors,
+    initialise,
     monitor,
     receipt,
     sharding,
@@ -427,7 +428,11 @@ class _Replay:
         program = self._place.program(config, record)
         if self._state is None:
             kept = self.run.kept.get(self.first)
-            self._state = _restore(kept, program) if kept else program.init()
+            if kept:
+                self._state = _restore(kept, program)
+            else:
+                told = lambda line: say("the towers", line)  # noqa: E731
+                self._state = initialise.state_of_step_0(config, program, told)
         self._state = jax.device_put(self._state, program.shardings)
         here = receipt.environment(config)
         now = {"mesh": receipt.axes(self._place.mesh(config, record)), "processes": 1}

@@ -6,6 +6,7 @@ program. XLA adds buffers that are not counted here and fuses others away: trust
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from grain_jax import config as config_lib
-from grain_jax import losses, sharding, train_step
+from grain_jax import losses, optim, sharding, train_step
 from grain_jax.models.grain import GRAIN
 from launch import chips, compiler, hlo
 
@@ -63,8 +64,12 @@ def kept(config: config_lib.Config, images: int) -> list[Kept]:
     one = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
     params = jax.eval_shape(lambda: sharding.unbox(model.init(jax.random.key(0), one)["params"]))
 
+    def apply(params, batch, keys):
+        params = optim.stop_frozen(params, config.optim.frozen)
+        return model.apply({"params": params}, batch, keys)
+
     def residuals(params, batch, keys):
-        _, pull_back = jax.vjp(lambda p: model.apply({"params": p}, batch, keys), params)
+        _, pull_back = jax.vjp(lambda p: apply(p, batch, keys), params)
         return jax.tree.leaves(pull_back)
 
     jaxpr = jax.make_jaxpr(residuals)(params, batch, keys).jaxpr
@@ -122,14 +127,17 @@ def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
         steps_per_epoch=1.0,
     )
     state = compiler.state_bytes(program)
+    trained = _trained_bytes(program, config.optim.frozen)
     shards = sizes["data"] * sizes["fsdp"]
     images = config.batch_size // shards
     part = images // config.microbatches
     activations = sum(k.bytes for k in kept(config, part))
-    nothing_again = dataclasses.replace(config, remat="none")
+    nothing_again = dataclasses.replace(
+        config, remat="none", optim=dataclasses.replace(config.optim, frozen=())
+    )
     layer = sum(k.bytes for k in kept(nothing_again, part)) // config.model.image.depth
     temporaries = {
-        "gradients": state["parameters"] * min(config.microbatches, 2),
+        "gradients": trained * min(config.microbatches, 2),
         "activations": activations,
         "layer": layer,
         "losses": _loss_bytes(config, images),
@@ -138,7 +146,7 @@ def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
         state,
         temporaries,
         sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)),
-        _collectives(config, topology, sizes, state["parameters"]),
+        _collectives(config, topology, sizes, state["parameters"], trained),
         sizes,
     )
 
@@ -149,8 +157,22 @@ def _loss_bytes(config: config_lib.Config, images: int) -> int:
     return FLOAT * (3 * config.loss.tile**2 + 3 * vectors * config.model.embed_dim)
 
 
-def _collectives(config, topology, sizes, parameter_bytes) -> list[hlo.Collective]:
-    """Gradients and parameters that are summed and gathered, and the rings of the losses."""
+def _trained_bytes(program: train_step.Program, frozen: Sequence[str]) -> int:
+    """Bytes a chip of the parameters that have a gradient."""
+    state, shardings = program.state.params, program.shardings.params
+    masks = optim.frozen_mask(state, frozen)
+    return sum(
+        math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, s, stays in zip(*map(jax.tree.leaves, (state, shardings, masks)))
+        if not stays
+    )
+
+
+def _collectives(config, topology, sizes, parameters, trained) -> list[hlo.Collective]:
+    """Gradients and parameters that are summed and gathered, and the rings of the losses.
+
+    `parameters` and `trained` are bytes a chip.
+    """
 
     def collective(kind, axis, count, size):
         # Of several nodes only the data axis leaves one.
@@ -159,12 +181,13 @@ def _collectives(config, topology, sizes, parameter_bytes) -> list[hlo.Collectiv
 
     out, parts = [], config.microbatches  # gradients are summed once a part
     if sizes["data"] > 1:
-        out.append(collective("all-reduce", "data", parts, parts * parameter_bytes))
+        out.append(collective("all-reduce", "data", parts, parts * trained))
     if sizes["fsdp"] > 1:
-        whole = parameter_bytes * sizes["fsdp"]
-        passes = 2 * parts  # forward and backward gather the parameters
-        out.append(collective("all-gather", "fsdp", passes, passes * whole))
-        out.append(collective("reduce-scatter", "fsdp", parts, parts * whole))
+        # Forward and backward gather the parameters, the latter those that something trains behind.
+        gathered = parts * (parameters + trained) * sizes["fsdp"]
+        out.append(collective("all-gather", "fsdp", 2 * parts, gathered))
+        summed = parts * trained * sizes["fsdp"]
+        out.append(collective("reduce-scatter", "fsdp", parts, summed))
     if sizes["tensor"] > 1:
         count, size = _tensor_sums(config, sizes)
         out.append(collective("all-reduce", "tensor", count, size))
@@ -201,12 +224,13 @@ def _tensor_sums(config, sizes) -> tuple[int, int]:
     batch = train_step.abstract_batch(config)
     rows = math.prod(batch.text_tokens.shape) / config.batch_size  # text positions an image
     model = config.model
-    tokens = 1 + (model.image.image_size // model.image.patch_size) ** 2
+    tokens = model.image.class_token + (model.image.image_size // model.image.patch_size) ** 2
     width = (
-        model.image.depth * tokens * model.image.width
-        + model.text.depth * rows * model.text.width
-        + model.decoder.depth * (model.decoder.queries + 1) * model.decoder.width
+        model.image.depth * tokens * model.image.width + model.text.depth * rows * model.text.width
     )
-    depth = model.image.depth + model.text.depth + model.decoder.depth
+    depth = model.image.depth + model.text.depth
+    if model.decoder is not None:
+        width += model.decoder.depth * (model.decoder.queries + 1) * model.decoder.width
+        depth += model.decoder.depth
     itemsize = jnp.dtype(config.dtype).itemsize
     return 4 * depth, round(4 * width * images * itemsize)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from configs import common
 from grain_jax import config as config_lib
-from grain_jax import flops, train_step
+from grain_jax import flops, optim, train_step
 from grain_jax.models.grain import GRAIN
 from tests import tiny
 
@@ -121,6 +121,43 @@ def test_towers_are_those_of_the_model(config):
     pixels = 2 * (image.image_size**2 * 3) * image.width
     counted = flops.matmul_flops(jax.grad(total), params, batch)
     assert counted == (3 * towers - pixels) * config.batch_size
+
+
+@pytest.mark.parametrize(
+    "frozen,parts",
+    [
+        (("image/.*",), {"image"}),
+        (("text.*",), {"text"}),
+        (("image/.*", "text.*", "logit_scale"), {"image", "text"}),
+        (("decoder/.*", "box_mlp/.*", ".*_projection/.*"), {"decoder"}),
+        (("image/blocks/.*", "text_norm/.*"), set()),
+    ],
+)
+def test_what_is_frozen_has_no_gradient_to_compute(frozen, parts):
+    config = tiny.config(optim__frozen=frozen)
+    model, params, batch = shapes(config)
+    ours, image, decoder = flops.per_image(config), config.model.image, config.model.decoder
+    assert ours.frozen == parts
+    if parts - {
+        "image",
+        "text",
+    }:  # through a decoder of fixed weights the activations' gradient goes
+        assert ours.train == 3 * ours.forward - ours.decoder
+        return
+
+    def total(params, batch):
+        params = optim.stop_frozen(params, frozen)
+        return sum(x.sum() for x in model.apply({"params": params}, batch))
+
+    spared = 2 * image.image_size**2 * 3 * image.width  # the gradient of the pixels
+    if "image" in parts:
+        tokens = 1 + (image.image_size // image.patch_size) ** 2
+        spared = 2 * tokens * image.width * decoder.width  # of the decoder's input
+    if parts:
+        counted = flops.matmul_flops(jax.grad(total), params, batch)
+        assert counted == (ours.train - 3 * ours.losses - spared) * config.batch_size
+    else:
+        assert ours.train == 3 * ours.forward
 
 
 def test_train_step_is_xlas_own_count():

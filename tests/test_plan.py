@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from grain_jax import errors, flops, losses, train, train_step
+from grain_jax.models import grain
 from launch import chips, compiler, estimate, plan, plan_text, search
 from tests import tiny
 from tests.paths import ROOT
@@ -339,6 +340,34 @@ def test_gpu_estimate_by_hand():
     found = estimate.of_gpus(gathered, chips.parse_topology("h100:8x2")).collectives
     assert [(c.kind, c.count) for c in found[1:3]] == [("all-gather", 2), ("collective-permute", 6)]
     assert found[2].bytes == 6 * 4 * 2 * 2 * 16 * 4  # four chips' blocks a hop
+
+
+def test_gpu_estimate_of_frozen_towers():
+    gpus = chips.parse_topology("h100:8")
+    config = tiny.config(mesh__fsdp=2)
+    frozen = tiny.config(mesh__fsdp=2, optim__frozen=("image/.*", "text.*", "logit_scale"))
+    everything, found = (estimate.of_gpus(c, gpus) for c in (config, frozen))
+    size = {
+        "all": everything.temporaries["gradients"],
+        "decoder": found.temporaries["gradients"],
+    }
+    towers = sum(
+        x.size * 4
+        for name, x in grain.flat(_params(config)).items()
+        if name.startswith(("image/", "text"))
+    )
+    # A chip has half of what has a width, and all of the biases and norms.
+    assert towers / 2 <= size["all"] - size["decoder"] <= towers
+    assert found.state_bytes["parameters"] == size["all"]
+    assert found.state_bytes["moments"] == 2 * size["decoder"] + 2 * 4  # and counts
+    reduce, gather, scatter = found.collectives[:3]
+    assert (reduce.kind, reduce.bytes) == ("all-reduce", size["decoder"])
+    assert (gather.kind, gather.bytes) == ("all-gather", 2 * (size["all"] + size["decoder"]))
+    assert (scatter.kind, scatter.bytes) == ("reduce-scatter", 2 * size["decoder"])
+    # The towers run forward only, so that nothing of them is kept but what the decoder needs.
+    kept = estimate.kept(frozen, 2)
+    assert not [k for k in kept if k.where.startswith(("image/", "text")) and "blocks" in k.where]
+    assert sum(k.bytes for k in kept) < sum(k.bytes for k in estimate.kept(config, 2)) / 2
 
 
 def test_gpu_meshes_that_cross_nodes_are_refused():

@@ -1,19 +1,21 @@
-"""Checkpoints of the PyTorch reference (`.pth.tar`) to ours: every size is read from the state dicts.
+"""Checkpoints of the PyTorch reference (`.pth.tar`) to ours and back: sizes are read from the state dicts.
 
 The file holds `backbone_state_dict` (both towers) and `state_dict` (the region decoder). What a state
 dict cannot tell is the number of heads; it comes by flag, from the qk-norm's size, or is assumed.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from grain_jax import checkpoint, errors
 from grain_jax import config as config_lib
+from grain_jax.convert import parity
 from grain_jax.convert import torch_names as names
 
 StateDict = dict[str, np.ndarray]
@@ -61,9 +63,8 @@ def read(path: epath.PathLike) -> dict[str, StateDict]:
         with path.open("rb") as file:
             stored = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile pickle may raise anything
-        reason = next(iter(str(error).strip().splitlines()), "")
         raise ConvertError(
-            f"{path}: not a checkpoint of plain tensors ({type(error).__name__}: {reason[:120]})"
+            f"{path}: not a checkpoint of plain tensors ({refusal(error)})"
         ) from error
     if not isinstance(stored, Mapping):
         raise ConvertError(
@@ -80,10 +81,26 @@ def read(path: epath.PathLike) -> dict[str, StateDict]:
             if not isinstance(value, torch.Tensor):
                 faults.append(f"{path}: {module} {name}: got {type(value).__name__}, not a tensor")
                 continue
-            array = value.detach().to(torch.float32).numpy()
-            out[module][str(name).removeprefix("module.")] = array
+            if not value.is_floating_point() or value.layout != torch.strided:
+                faults.append(f"{path}: {module} {name}: got {value.dtype}, expected plain floats")
+                continue
+            name = str(name).removeprefix("module.")
+            if name in out[module]:
+                faults.append(f"{path}: {module} {name}: is there with and without module.")
+            out[module][name] = value.detach().to(torch.float32).numpy()
     _raise(faults)
     return out
+
+
+def refusal(error: Exception) -> str:
+    """Why torch.load refused a file, without its advice to load it unchecked."""
+    text = str(error).strip()
+    asked = re.search(r"unsupported global:?(?: global)? (\S+)", text, re.IGNORECASE)
+    if asked:
+        return f"it asks for {asked[1]}; what might run code is not loaded"
+    told = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+    reason = told[1] if told else text.partition(". ")[0].partition("\n")[0]
+    return f"{type(error).__name__}: {reason[:120]}" if reason else type(error).__name__
 
 
 def infer(states: Mapping[str, StateDict], heads: Mapping[str, int | None]) -> Inferred:
@@ -225,7 +242,8 @@ def sizes_of(model: config_lib.Model) -> dict[str, dict[str, int]]:
             layers=c.depth,
         )
     grid = model.image.image_size // model.image.patch_size
-    out["image"] |= dict(N=1 + grid * grid, p=model.image.patch_size)
+    positions = int(model.image.class_token) + grid * grid
+    out["image"] |= dict(N=positions, p=model.image.patch_size)
     out["text"] |= dict(V=model.text.vocab_size, L=model.text.context_length)
     out["decoder"] |= dict(I=model.image.width, Q=model.decoder.queries)
     return out
@@ -244,7 +262,7 @@ def to_params(backbone: StateDict, decoder: StateDict, model: config_lib.Model) 
     params: dict = {}
     for tower, module, rows in names.TABLES:
         for row in rows:
-            if not model.image.qk_norm and re.search("(query|key)_norm/", row.ours):
+            if not names.is_in(row, model):
                 continue
             shape = names.shape_of(row, sizes[tower])
             layers = range(sizes[tower]["layers"]) if "{}" in row.theirs else (None,)
@@ -273,31 +291,228 @@ def to_params(backbone: StateDict, decoder: StateDict, model: config_lib.Model) 
     return params
 
 
-def convert(source: epath.PathLike, folder: epath.PathLike, heads: Mapping[str, int | None]) -> str:
-    """Converts `source` and writes the model to `folder`; returns the report.
+def to_states(model: config_lib.Model, params: Any) -> dict[str, StateDict]:
+    """Our parameters as the reference's two state dicts, with zeros for what it carries and never uses.
+
+    Args:
+      model: the sizes.
+      params: nested dict, as `GRAIN.init` gives.
+
+    Raises:
+      ConvertError: the reference has no place for something that the model has; a line each.
+    """
+    if model.decoder is None:
+        raise ConvertError("model.decoder: got none; the reference's format is of models with one")
+    image, text = model.image, model.text
+    faults = []
+    for name, got, expected in (
+        ("logit_bias_init", model.logit_bias_init, None),
+        ("image.norm_eps", image.norm_eps, 1e-6),
+        ("image.class_token", image.class_token, True),
+        ("image.patch_bias", image.patch_bias, True),
+        ("image.pre_norm", image.pre_norm, False),
+        ("image.activation", image.activation, "gelu"),
+        ("image.pixel_mean", image.pixel_mean, config_lib.ImageTower.pixel_mean),
+        ("image.pixel_std", image.pixel_std, config_lib.ImageTower.pixel_std),
+        ("text.norm_eps", text.norm_eps, 1e-5),
+        ("text.causal", text.causal, True),
+        ("text.activation", text.activation, "quick_gelu"),
+        ("text.pool", text.pool, "end"),
+        ("text.projection", text.projection, "matrix"),
+        ("text.tokenizer", text.tokenizer, "clip"),
+        ("decoder.norm_eps", model.decoder.norm_eps, 1e-5),
+    ):
+        if got != expected:
+            faults.append(f"model.{name}: got {got}, the reference's model has {expected}")
+    if model.decoder.queries == 0:
+        faults.append("model.decoder.queries: got 0, the reference's model has other parts then")
+    _raise(faults)
+    sizes = sizes_of(model)
+    used, unused = names.state_dicts(params, sizes), names.unused(sizes)
+    return {module: used[module] | unused[module] for module in used}
+
+
+def write(path: epath.PathLike, states: Mapping[str, StateDict]) -> None:
+    """Writes the state dicts as the reference's train.py does, names with `module.` (it saves DDP's).
+
+    Its other keys are there too, of a run that has not begun: epoch and iteration 0, an empty optimizer.
+    """
+    import torch
+
+    stored: dict[str, Any] = {
+        key: {
+            f"module.{name}": torch.tensor(array)  # a copy, one storage an entry
+            for name, array in states[module].items()
+        }
+        for module, key in _KEYS.items()
+    }
+    stored |= {"epoch": 0, "iteration": 0, "best_acc": 0.0}
+    stored |= {"optimizer": {"state": {}, "param_groups": []}}
+    with epath.Path(path).open("wb") as file:
+        torch.save(stored, file)
+
+
+def make_module(model: config_lib.Model, losses: Mapping[str, Any] | None = None) -> Any:
+    """The torch module of that model (`hf_files/modeling_grain.py`), in eval mode, weights at random.
+
+    Raises:
+      ImportError: torch or transformers is missing.
+    """
+    from grain_jax.convert.hf_files import configuration_grain, modeling_grain
+
+    config = configuration_grain.GrainConfig(towers=dataclasses.asdict(model), losses=losses)
+    return modeling_grain.GrainModel(config).eval()
+
+
+def load_states(module: Any, states: Mapping[str, StateDict]) -> None:
+    """Loads the reference's state dicts into the torch module, strictly but for what GRAIN never uses."""
+    import torch
+
+    module.load_state_dict(
+        {
+            f"{part}.{name}": torch.tensor(array)
+            for part in names.UNUSED
+            for name, array in states[part].items()
+            if name not in names.UNUSED[part]
+        }
+    )
+
+
+def outputs(model: config_lib.Model, params: Any, given: parity.Inputs) -> dict[str, np.ndarray]:
+    """`parity.outputs` and the factor (and bias) of the similarities, from our model."""
+    out = parity.outputs(model, params, given) | {"logit_scale": np.exp(params["logit_scale"])}
+    return out | {name: params[name] for name in ("logit_bias",) if name in params}
+
+
+def run_module(module: Any, given: parity.Inputs) -> dict[str, np.ndarray]:
+    """What `outputs` gives, from the torch module."""
+    import torch
+
+    with torch.no_grad():
+        pixels = torch.tensor(given.pictures).permute(0, 3, 1, 2)
+        regions = module.get_regions(pixels)
+        unit = torch.nn.functional.normalize
+        out = dict(
+            image_embed=unit(module.get_image_features(pixels), dim=-1),
+            text_embed=unit(module.get_text_features(torch.tensor(given.token_ids).long()), dim=-1),
+            region_embed=regions.embeds,
+            boxes_xyxy=regions.boxes_xyxy,
+            logit_scale=module.backbone.logit_scale.exp(),
+        )
+        if module.backbone.logit_bias is not None:
+            out["logit_bias"] = module.backbone.logit_bias
+    return {name: value.numpy() for name, value in out.items()}
+
+
+def prove(model: config_lib.Model, params: Any, states: Mapping[str, StateDict]) -> parity.Report:
+    """Our model with `params` against the torch module with `states`, the arrays of the file itself."""
+    try:
+        module = make_module(model)
+    except ImportError as error:
+        return parity.not_proven(params, f"{error}; pip install torch transformers")
+    load_states(module, states)
+    given = parity.inputs(model.image.image_size, model.text.vocab_size, model.text.context_length)
+    found = parity.compare(outputs(model, params, given), run_module(module, given))
+    return parity.report(found, f"the torch module, {torch_versions()}", given)
+
+
+def torch_versions() -> str:
+    """The versions of what runs the other side, for reports."""
+    import torch
+    import transformers
+
+    return f"transformers {transformers.__version__}, torch {torch.__version__}"
+
+
+def check_free(path: epath.Path, mark: str) -> None:
+    """Raises ConvertError unless `path` is new, empty, or a folder with `mark`: an older conversion."""
+    if path.exists() and not (path.is_dir() and (path / mark).exists()):
+        if not path.is_dir() or any(path.iterdir()):
+            raise ConvertError(f"{path}: is in use by something else; expected a new folder")
+
+
+def in_file(path: epath.PathLike, error: ConvertError) -> ConvertError:
+    """The error with the file's name before each of its lines."""
+    return ConvertError("\n".join(f"{path}: {line}" for line in str(error).split("\n")))
+
+
+def convert(
+    source: epath.PathLike, folder: epath.PathLike, heads: Mapping[str, int | None]
+) -> parity.Report:
+    """from-torch: the reference's file to a folder that `grain_jax.load` reads.
+
+    Args:
+      source: the `.pth.tar`.
+      folder: new, or an older conversion.
+      heads: "image", "text", "decoder" -> heads, or None to read or assume them.
 
     Raises:
       ConvertError: the file cannot be converted, or the folder holds something else.
     """
     folder = epath.Path(folder)
-    if folder.exists() and not (folder.is_dir() and (folder / "params").is_dir()):
-        if not folder.is_dir() or any(folder.iterdir()):
-            raise ConvertError(f"{folder}: is in use by something else; expected a new folder")
+    check_free(folder, "params")
     states = read(source)
     try:
         inferred = infer(states, heads)
         params = to_params(states["backbone"], states["decoder"], inferred.model)
     except ConvertError as error:
-        raise ConvertError(
-            "\n".join(f"{source}: {line}" for line in str(error).split("\n"))
-        ) from error
+        raise in_file(source, error) from error
+    proof = prove(inferred.model, params, states)
+    save(folder, inferred.model, params, source, proof)
+    head = _report(source, folder, states, inferred, params)
+    return proof._replace(text=f"{head}\n\n{proof.text}")
+
+
+def save(folder: epath.Path, model, params, source: epath.PathLike, proof: parity.Report) -> None:
+    """Writes a converted model for `grain_jax.load`. Raises ConvertError where that fails."""
     try:
-        checkpoint.save_model(
-            folder, inferred.model, params, source=str(source), parity="NOT PROVEN"
-        )
+        checkpoint.save_model(folder, model, params, source=str(source), parity=proof.verdict)
     except OSError as error:
         raise ConvertError(f"{folder}: cannot be written ({error})") from error
-    return _report(source, folder, states, inferred, params)
+
+
+def convert_back(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
+    """to-torch: what `grain_jax.load` reads, to the reference's `.pth.tar`.
+
+    Args:
+      source: a workdir, a checkpoint or a converted folder.
+      path: the file to write.
+
+    Raises:
+      ConvertError: the reference's format cannot hold the model, torch is missing, or `path` is a folder.
+      checkpoint.CheckpointError: nothing to read.
+    """
+    path = epath.Path(path)
+    if path.is_dir():
+        raise ConvertError(f"{path}: is a folder; expected a file name such as grain.pth.tar")
+    model, params, read_from = checkpoint.load_model(source)
+    states = to_states(model, params)
+    try:
+        write(path, states)
+    except ImportError as error:
+        raise ConvertError(
+            f"{path}: PyTorch is needed to write it; pip install 'grain_jax[torch]'"
+        ) from error
+    except OSError as error:
+        raise ConvertError(f"{path}: cannot be written ({error})") from error
+    proof = prove(model, params, read(path))
+    lines = [f"to-torch: {read_from} -> {path}"]
+    for module, key in _KEYS.items():
+        size = sum(array.size for array in states[module].values())
+        lines.append(f"{key}: {len(states[module])} entries, {size:,} values, names with module.")
+    lines += [_heads_line(tower, getattr(model, tower)) for tower in ("image", "text", "decoder")]
+    zeros = ", ".join(f"{m} {name}" for m, of in names.UNUSED.items() for name in of)
+    lines.append(f"zeros, because the reference carries them and never uses them: {zeros}")
+    return proof._replace(text="\n".join([*lines, "", proof.text]))
+
+
+def _heads_line(tower: str, sizes: Any) -> str:
+    """The heads, which the file does not hold: the reference's code takes its own for that width."""
+    line = f"{tower}: width {sizes.width}, depth {sizes.depth}, {sizes.heads} heads"
+    theirs = _REFERENCE_HEADS.get((tower, sizes.width), sizes.heads)
+    if theirs != sizes.heads:
+        line += f"; ATTENTION: the reference's code has {theirs} and would give other outputs"
+    return line
 
 
 def _report(source, folder, states, inferred: Inferred, params) -> str:
@@ -335,8 +550,6 @@ def _report(source, folder, states, inferred: Inferred, params) -> str:
             lines.append(f"  {module} {name} {shape}")
     lines += [
         f"values: {total:,} in the file = {used:,} used + {total - used:,} left out; {count:,} written",
-        "parity: NOT PROVEN. The reference's modules cannot be run here, and a way there and back through"
-        " our own code would prove nothing. Compare outputs of the two on the same pictures and texts.",
     ]
     return "\n".join(lines)
 

@@ -5,10 +5,13 @@ the reference's, in the letters of `Sizes`. The table is read in both directions
 torch array to our layout, `Form.theirs` back.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from grain_jax import config as config_lib
 
 Sizes = Mapping[str, int]
 
@@ -65,6 +68,8 @@ IMAGE = Table("image", "backbone", (
     Row("image/position_embed", "visual.pos_embed", "1 N E", BATCHED),
     Row("image/patch_embed/kernel", "visual.patch_embed.proj.weight", "E 3 p p", PATCHES),
     Row("image/patch_embed/bias", "visual.patch_embed.proj.bias", "E"),
+    Row("image/pre_norm/scale", "visual.norm_pre.weight", "E"),
+    Row("image/pre_norm/bias", "visual.norm_pre.bias", "E"),
     Row("image/blocks/norm_1/scale", "visual.blocks.{}.norm1.weight", "E"),
     Row("image/blocks/norm_1/bias", "visual.blocks.{}.norm1.bias", "E"),
     Row("image/blocks/attention/query/kernel", "visual.blocks.{}.attn.qkv.weight", "3E E", HEADS_IN, 0),
@@ -112,6 +117,7 @@ TEXT = Table("text", "backbone", (
     Row("text_norm/bias", "ln_final.bias", "E"),
     Row("text_projection/kernel", "text_projection", "E D"),
     Row("logit_scale", "logit_scale", ""),
+    Row("logit_bias", "logit_bias", ""),
 ))
 _LAYER = "transformer.decoder.layers.{}."
 DECODER = Table("decoder", "decoder", (
@@ -160,11 +166,43 @@ DECODER = Table("decoder", "decoder", (
 # fmt: on
 TABLES = (IMAGE, TEXT, DECODER)
 
-# The reference carries these and no output of GRAIN depends on them.
+# Rows that only some models have. The reference has none of pre_norm and logit_bias and all of the
+# others; pre_norm has timm's name.
+OPTIONAL: tuple[tuple[str, Callable[[config_lib.Model], bool]], ...] = (
+    ("image/pre_norm/", lambda m: m.image.pre_norm),
+    ("image/class_token", lambda m: m.image.class_token),
+    ("image/patch_embed/bias", lambda m: m.image.patch_bias),
+    ("image/blocks/attention/(query|key)_norm/", lambda m: m.image.qk_norm),
+    ("logit_bias", lambda m: m.logit_bias_init is not None),
+)
+
+# The reference carries these and no output of GRAIN depends on them. Shapes as in its train.py, in the
+# letters of the image tower (backbone) and of the decoder: a head of 22,047 classes and one for none.
 UNUSED = {
-    "backbone": ("image_projection",),
-    "decoder": ("pos_embed", "temporal_embed", "class_embed.weight", "class_embed.bias"),
+    "backbone": {"image_projection": "E D"},
+    "decoder": {
+        "pos_embed": "1 513 E",
+        "temporal_embed": "1 4 E",
+        "class_embed.weight": "22048 E",
+        "class_embed.bias": "22048",
+    },
 }
+
+
+def is_in(row: Row, model: config_lib.Model) -> bool:
+    """Whether `model` has that parameter."""
+    return all(has(model) for pattern, has in OPTIONAL if re.match(pattern, row.ours))
+
+
+def unused(sizes: Mapping[str, Sizes]) -> dict[str, dict[str, np.ndarray]]:
+    """What the reference carries and never uses, as zeros: {"backbone": ..., "decoder": ...}."""
+    return {
+        module: {
+            name: np.zeros([_dimension(word, sizes[tower]) for word in shape.split()], np.float32)
+            for name, shape in UNUSED[module].items()
+        }
+        for module, tower in (("backbone", "image"), ("decoder", "decoder"))
+    }
 
 
 def shape_of(row: Row, sizes: Sizes) -> tuple[int, ...]:
@@ -203,13 +241,19 @@ def state_dicts(params: Any, sizes: Mapping[str, Sizes]) -> dict[str, dict[str, 
 
     Returns:
       For each module its entries, without those that GRAIN does not use.
+
+    Raises:
+      ValueError: a parameter that no row has: it would be lost.
     """
+    lost = set(_paths(params)) - {row.ours for table in TABLES for row in table.rows}
+    if lost:
+        raise ValueError(f"parameters without a name in torch: {', '.join(sorted(lost))}")
     out: dict[str, dict[str, np.ndarray]] = {"backbone": {}, "decoder": {}}
     for tower, module, rows in TABLES:
         for row in rows:
             leaf = get(params, row.ours)
             if leaf is None:
-                continue  # no qk-norm
+                continue  # this model has none
             layers = range(sizes[tower]["layers"]) if "{}" in row.theirs else (None,)
             for i in layers:
                 array = np.asarray(leaf if i is None else leaf[i])
@@ -219,6 +263,11 @@ def state_dicts(params: Any, sizes: Mapping[str, Sizes]) -> dict[str, dict[str, 
                     array = np.concatenate([out[module][name], array])
                 out[module][name] = array
     return out
+
+
+def _paths(tree: Mapping, above: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield from _paths(value, f"{above}{key}/") if isinstance(value, Mapping) else [above + key]
 
 
 def get(tree: Any, path: str) -> Any:

@@ -25,13 +25,13 @@ class Texts(NamedTuple):
 
 
 def tokenize(
-    texts: Sequence[str | bytes], clip_tokenizer: tokenizer.ClipTokenizer, context_length: int
+    texts: Sequence[str | bytes], text_tokenizer: tokenizer.Tokenizer, context_length: int
 ) -> Texts:
     """Tokenises all texts in one call."""
     if not len(texts):
         return Texts(*(np.zeros(0, np.int32) for _ in Texts._fields))
-    tokens = clip_tokenizer.encode(texts, context_length)
-    return Texts(tokens.ids, tokens.lengths, clip_tokenizer.text_id(texts))
+    tokens = text_tokenizer.encode(texts, context_length)
+    return Texts(tokens.ids, tokens.lengths, text_tokenizer.text_id(texts))
 
 
 def exchange_sides(text: str) -> str:

@@ -121,7 +121,7 @@ def batches(
 
 
 def _batches(config: Config, lanes: list[order.Lane], step: int) -> Iterator[Batch]:
-    clip_tokenizer = tokenizer.ClipTokenizer()
+    text_tokenizer = tokenizer.of_tower(config.model.text)
     per_lane = config.batch_size // config.input.lanes
     dataset = _dataset(config, lanes, per_lane, step)
     iterator = dataset.as_numpy_iterator()
@@ -131,7 +131,7 @@ def _batches(config: Config, lanes: list[order.Lane], step: int) -> Iterator[Bat
         except _DAMAGE as error:
             transform = transforms.Transform.from_config(config)
             raise _damage(lanes, per_lane, step, transform, error) from None
-        yield _to_batch(columns, config, clip_tokenizer)
+        yield _to_batch(columns, config, text_tokenizer)
         step += 1
 
 
@@ -184,7 +184,7 @@ def _lane_stream(lane: order.Lane, position: int) -> tf.data.Dataset:
     return tf.data.Dataset.range(first, _ENDLESS).map(load).prefetch(1).unbatch()
 
 
-def _to_batch(columns: tuple, config: Config, clip_tokenizer: tokenizer.ClipTokenizer) -> Batch:
+def _to_batch(columns: tuple, config: Config, text_tokenizer: tokenizer.Tokenizer) -> Batch:
     examples = transforms.Example(*columns)
     captions, descriptions = examples.caption, examples.descriptions[examples.region_mask]
     if examples.flipped.any():
@@ -198,8 +198,8 @@ def _to_batch(columns: tuple, config: Config, clip_tokenizer: tokenizer.ClipToke
     context_length = config.model.text.context_length
     return assemble.assemble(
         image=examples.image,
-        captions=assemble.tokenize(captions, clip_tokenizer, context_length),
-        descriptions=assemble.tokenize(descriptions, clip_tokenizer, context_length),
+        captions=assemble.tokenize(captions, text_tokenizer, context_length),
+        descriptions=assemble.tokenize(descriptions, text_tokenizer, context_length),
         region_boxes_cxcywh=examples.region_boxes_cxcywh,
         region_mask=examples.region_mask,
         region_scores=examples.region_scores,

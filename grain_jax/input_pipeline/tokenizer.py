@@ -1,7 +1,8 @@
-"""CLIP's byte-pair tokenizer: text to token ids, whole batches at a time.
+"""Text to token ids, whole batches at a time: CLIP's byte pairs, a tokenizer.json, SentencePiece.
 
-Ids equal the reference's on every string tried. Two libraries can do the merging; which of them
-is installed changes the speed, never the ids.
+`of_tower` gives the tokenizer that a text tower was trained with. CLIP's ids equal the reference's
+on every string tried. Two libraries can do its merging; which of them is installed changes the
+speed, never the ids.
 """
 
 import gzip
@@ -9,6 +10,7 @@ import hashlib
 import html
 import importlib.util
 import os
+import string
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ import numpy as np
 import regex
 from etils import epath
 
+from grain_jax import config as config_lib
 from grain_jax import errors
 
 VOCAB_SIZE = 49408
@@ -125,18 +128,8 @@ class ClipTokenizer:
         return self._padded(texts, context_length)[0].astype(np.int32)
 
     def text_id(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns i32[N], equal where texts are equal after cleaning and lowering.
-
-        The ids mask duplicates in the contrastive losses. They depend on the text alone (BLAKE2b,
-        32 bits), not on process, machine or PYTHONHASHSEED. Two different texts share an id with
-        odds of 2^-32, so among n different texts about n^2 / 2^33 pairs do: one in 33,000 batches
-        of 512, one in 32 batches of 16,384. Such a pair only misses being each other's negative.
-        """
-        digests = b"".join(
-            hashlib.blake2b(text.encode("utf-8"), digest_size=4).digest()
-            for text in _prepare(texts)
-        )
-        return np.frombuffer(digests, dtype="<i4").astype(np.int32)
+        """Returns i32[N], equal where texts are equal after cleaning and lowering. See `text_ids`."""
+        return text_ids(_prepare(texts))
 
     def _padded(self, texts, context_length) -> tuple[np.ndarray, np.ndarray]:
         if context_length < 3:
@@ -167,12 +160,174 @@ class ClipTokenizer:
         return [*ids[: context_length - 1], END_OF_TEXT]
 
 
-def _prepare(texts: Sequence[str]) -> list[str]:
+def text_ids(texts: Sequence[str]) -> np.ndarray:
+    """Returns i32[N], equal where the (cleaned) texts are equal.
+
+    The ids mask duplicates in the contrastive losses. They depend on the text alone (BLAKE2b,
+    32 bits), not on process, machine or PYTHONHASHSEED. Two different texts share an id with
+    odds of 2^-32, so among n different texts about n^2 / 2^33 pairs do: one in 33,000 batches
+    of 512, one in 32 batches of 16,384. Such a pair only misses being each other's negative.
+    """
+    digests = b"".join(
+        hashlib.blake2b(text.encode("utf-8"), digest_size=4).digest() for text in texts
+    )
+    return np.frombuffer(digests, dtype="<i4").astype(np.int32)
+
+
+class FileTokenizer:
+    """The tokenizer in a file: Hugging Face's tokenizer.json, or a SentencePiece .model.
+
+    A tokenizer.json puts its own special tokens around a text; after the pieces of a .model comes
+    its end token, as big_vision's eos="sticky" has it. A longer text keeps its special tokens.
+
+    Args:
+      path: the file; its name ends in .json or .model.
+      cleaning: "lower" (`clean`, lower case), "canonical" (lower case, no ASCII punctuation:
+        what SigLIP's texts went through) or "none".
+      pad_id: the id of the padding.
+
+    Raises:
+      TokenizerError: no such file, none of the two kinds, or the library for it is missing.
+    """
+
+    def __init__(self, path: epath.PathLike, cleaning: str = "lower", pad_id: int = PAD):
+        path = epath.Path(path)
+        read = {".json": _tokenizer_json, ".model": _sentencepiece}.get(path.suffix)
+        if read is None:
+            raise TokenizerError(f"{path}: expected a tokenizer.json or a SentencePiece .model")
+        if not path.is_file():
+            raise TokenizerError(
+                f"{path}: no such file; put the text tower's tokenizer there, or set model.text.tokenizer"
+            )
+        self._ids, self.vocab_size = read(path)
+        self._clean, self._pad_id = _CLEANINGS[cleaning], pad_id
+
+    def encode(self, texts: Sequence[str], context_length: int) -> TokenizedTexts:
+        """As `ClipTokenizer.encode`; a text of fewer than two tokens is padded to two."""
+        rows = [
+            [*ids, *[self._pad_id] * (2 - len(ids))]
+            for ids in self._ids(self._prepare(texts), context_length)
+        ]
+        return TokenizedTexts(
+            ids=np.array([i for row in rows for i in row], np.int32),
+            lengths=np.array([len(row) for row in rows], np.int32),
+        )
+
+    def __call__(self, texts: Sequence[str], context_length: int) -> np.ndarray:
+        """Returns i32[N, context_length], padded with `pad_id`."""
+        tokens = self.encode(texts, context_length)
+        padded = np.full((len(tokens.lengths), context_length), self._pad_id, np.int32)
+        padded[np.arange(context_length) < tokens.lengths[:, None]] = tokens.ids
+        return padded
+
+    def text_id(self, texts: Sequence[str]) -> np.ndarray:
+        """Returns i32[N], equal where texts are equal after the cleaning. See `text_ids`."""
+        return text_ids(self._prepare(texts))
+
+    def _prepare(self, texts) -> list[str]:
+        return _prepare(texts, self._clean)
+
+
+Tokenizer = ClipTokenizer | FileTokenizer
+
+
+def of_tower(tower: config_lib.TextTower, folder: epath.PathLike | None = None) -> Tokenizer:
+    """The tokenizer of a text tower, as `model.text.tokenizer` names it.
+
+    Args:
+      tower: the text tower's config.
+      folder: where a converted model lies; a relative path is looked for there first.
+
+    Raises:
+      TokenizerError: it cannot be read, or has ids that the tower has no embedding for.
+    """
+    if tower.tokenizer == "clip":
+        tokenizer, vocabulary = ClipTokenizer(), VOCAB_SIZE
+        if tower.pad_id != PAD:
+            raise TokenizerError(
+                f"model.text.pad_id: got {tower.pad_id}, expected {PAD}, CLIP's tokenizer's"
+            )
+    else:
+        path = epath.Path(tower.tokenizer)
+        if folder is not None and (epath.Path(folder) / path).exists():
+            path = epath.Path(folder) / path
+        tokenizer = FileTokenizer(path, tower.cleaning, tower.pad_id)
+        vocabulary = tokenizer.vocab_size
+    if vocabulary > tower.vocab_size:
+        raise TokenizerError(
+            f"model.text.tokenizer: {tower.tokenizer} has {vocabulary} ids, but model.text.vocab_size"
+            f" is {tower.vocab_size}; name the tokenizer that the tower was trained with"
+        )
+    return tokenizer
+
+
+def _text(text: str | bytes) -> str:
+    return text.decode("utf-8") if isinstance(text, bytes) else text
+
+
+def _canonical(text: str | bytes) -> str:
+    """Lower case, without ASCII punctuation, single spaces: what SigLIP's texts went through."""
+    return " ".join(_text(text).lower().translate(_NO_PUNCTUATION).split())
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_CLEANINGS: dict[str, Callable[[str | bytes], str]] = {
+    "lower": lambda text: clean(text).lower(),
+    "canonical": _canonical,
+    "none": _text,
+}
+
+
+def _prepare(
+    texts: Sequence[str], cleaning: Callable[[str | bytes], str] = _CLEANINGS["lower"]
+) -> list[str]:
     if isinstance(texts, str | bytes):  # would be taken letter by letter
         raise TokenizerError(
             f"expected a list of texts, got one text {texts[:40]!r}; wrap it in []"
         )
-    return [clean(text).lower() for text in texts]
+    return [cleaning(text) for text in texts]
+
+
+# What a file's library does: texts, most tokens a text -> the ids of each; and how many ids there are.
+_FileFunctions = tuple[Callable[[list[str], int], list[list[int]]], int]
+
+
+def _tokenizer_json(path: epath.Path) -> _FileFunctions:
+    if not _installed("tokenizers"):
+        raise TokenizerError(f"{path}: needs `pip install tokenizers`")
+    import tokenizers
+
+    try:
+        library = tokenizers.Tokenizer.from_str(path.read_text())
+    except Exception as error:  # the library raises plain Exceptions
+        raise TokenizerError(f"{path}: not a tokenizer.json ({error})") from None
+    library.no_padding()
+
+    def ids(texts: list[str], context_length: int) -> list[list[int]]:
+        library.enable_truncation(context_length)
+        return [encoding.ids for encoding in library.encode_batch(texts)]
+
+    return ids, library.get_vocab_size()
+
+
+def _sentencepiece(path: epath.Path) -> _FileFunctions:
+    if not _installed("sentencepiece"):
+        raise TokenizerError(f"{path}: needs `pip install sentencepiece`")
+    import sentencepiece
+
+    try:
+        library = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise TokenizerError(f"{path}: not a SentencePiece model ({reason})") from None
+    end = library.eos_id()
+    if end < 0:
+        raise TokenizerError(f"{path}: the SentencePiece model has no end token")
+
+    def ids(texts: list[str], context_length: int) -> list[list[int]]:
+        return [[*pieces[: context_length - 1], end] for pieces in library.encode(texts)]
+
+    return ids, library.vocab_size()
 
 
 # A backend: texts, context length -> ids [N, context_length]; and one word -> its ids.

@@ -1,6 +1,10 @@
-"""GRAIN: two towers and a region decoder, from a batch to unit-length embeddings and boxes (method.md, Model)."""
+"""GRAIN: two towers and a region decoder, from a batch to unit-length embeddings and boxes (method.md, Model).
+
+Without a decoder it is a two-tower model, such as CLIP: no regions, and the image embedding is pooled.
+"""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,19 +33,28 @@ class GRAIN(nn.Module):
         self.image = vit.ImageTransformer(c.image, dtype, self.remat)
         self.text = text.TextTransformer(c.text, dtype, self.remat)
         self.text_norm = layers.layer_norm(c.text.norm_eps, dtype=dtype)
-        self.decoder = region_decoder.QueryDecoder(c.decoder, dtype, self.remat)
-        self.box_mlp = region_decoder.BoxMLP(c.decoder.width, dtype)
-        project = lambda width: layers.dense(  # noqa: E731
+        if c.text.pool == "map":
+            self.text_pool = layers.AttentionPool(c.text, dtype)
+        project = lambda width, kind: layers.dense(  # noqa: E731
             c.embed_dim,
             ("width",),
             ("embed",),
             dtype=dtype,
             kernel_init=layers.normal(width**-0.5),
-            use_bias=False,
+            use_bias=kind == "affine",
         )
-        self.text_projection = project(c.text.width)
-        self.image_projection = project(c.decoder.width)
-        self.region_projection = project(c.decoder.width)
+        if c.text.projection != "none":
+            self.text_projection = project(c.text.width, c.text.projection)
+        if c.decoder is not None:
+            self.decoder = region_decoder.QueryDecoder(c.decoder, dtype, self.remat)
+            self.box_mlp = region_decoder.BoxMLP(c.decoder.width, dtype)
+            self.image_projection = project(c.decoder.width, "matrix")
+            self.region_projection = project(c.decoder.width, "matrix")
+        else:
+            if c.image.pool == "map":
+                self.image_pool = layers.AttentionPool(c.image, dtype)
+            if c.image.projection != "none":
+                self.image_projection = project(c.image.width, c.image.projection)
         # In log space, as CLIP's; Outputs hold its exponential.
         self.logit_scale = self.param(
             "logit_scale",
@@ -55,6 +68,14 @@ class GRAIN(nn.Module):
                 (),
             )
 
+    def image_tokens(self, image):
+        """Pictures, uint8 [B, H, W, 3] or float32 already normalised, -> tokens [B, N, E_image]."""
+        if image.dtype == jnp.uint8:
+            tower = self.config.image
+            mean, std = (np.array(x, np.float32) for x in (tower.pixel_mean, tower.pixel_std))
+            image = (image.astype(jnp.float32) / 255.0 - mean) / std
+        return self.image(image)
+
     def image_features(self, image, dropout_keys=None):
         """Pictures to the decoder's features.
 
@@ -65,13 +86,22 @@ class GRAIN(nn.Module):
         Returns:
           (tokens [B, N, E_image], hidden [T, B, Q+1, E]); the last query is the image's.
         """
-        if image.dtype == jnp.uint8:
-            image = schema.rescale_pixels(image, jnp)
-        tokens = self.image(image)
+        tokens = self.image_tokens(image)
         return tokens, self.decoder(tokens, dropout_keys)
 
     def encode_image(self, image, dropout_keys=None):
-        """Pictures [B, H, W, 3] -> (image_embed [B, D], region_embed [B, Q, D], pred_boxes_cxcywh [T, B, Q, 4])."""
+        """Pictures [B, H, W, 3] -> (image_embed [B, D], region_embed [B, Q, D], pred_boxes_cxcywh [T, B, Q, 4]).
+
+        Without a decoder Q is 0 and T is 1.
+        """
+        if self.config.decoder is None:
+            embed = self._pooled_image(self.image_tokens(image))
+            batch = image.shape[0]
+            return (
+                normalize(embed),
+                jnp.zeros((batch, 0, self.config.embed_dim)),
+                jnp.zeros((1, batch, 0, 4)),
+            )
         _, hidden = self.image_features(image, dropout_keys)
         return (
             normalize(self.image_projection(hidden[-1, :, -1])),
@@ -79,12 +109,37 @@ class GRAIN(nn.Module):
             self.box_mlp(hidden[:, :, :-1]),
         )
 
+    def _pooled_image(self, tokens):
+        """Tokens [B, N, E_image] -> [B, D], by the tower's pooling and projection."""
+        tower = self.config.image
+        if tower.pool == "map":
+            x = self.image_pool(tokens)
+        else:
+            # A class token is no patch: it is left out of the mean, as in open_clip and timm.
+            patches = tokens[:, int(tower.class_token) :]
+            x = tokens[:, 0] if tower.pool == "class" else patches.mean(axis=1)
+        return x if tower.projection == "none" else self.image_projection(x)
+
     def text_features(self, tokens, positions, segments, *at):
         """Packed rows [G, rows, L] -> for each `at` ([B, 2] or [B, R, 2]) the texts' features, projected."""
+        tower = self.config.text
         features = self.text(tokens, positions, segments)
-        return tuple(
-            self.text_projection(self.text_norm(text.gather_texts(features, a))) for a in at
-        )
+        if tower.pool in ("map", "mean"):  # a row is a text
+            features = self.text_norm(features)
+            rows = features.reshape(-1, *features.shape[2:])
+            pooled = self.text_pool(rows) if tower.pool == "map" else rows.mean(axis=1)
+            features = pooled.reshape(*features.shape[:2], 1, -1)
+            at = [a * np.array([1, 0]) for a in at]
+        elif tower.pool == "last":
+            at = [a.at[..., 1].set(features.shape[2] - 1) for a in map(jnp.asarray, at)]
+
+        def read(a):
+            x = text.gather_texts(features, a)
+            if tower.pool not in ("map", "mean"):
+                x = self.text_norm(x)
+            return x if tower.projection == "none" else self.text_projection(x)
+
+        return tuple(read(a) for a in at)
 
     def encode_text(self, tokens, positions, segments, *at):
         """As `text_features`, of unit length."""
@@ -109,3 +164,31 @@ class GRAIN(nn.Module):
             jnp.exp(self.logit_scale),
             jnp.zeros(()) if self.config.logit_bias_init is None else self.logit_bias,
         )
+
+
+def flat(params) -> dict:
+    """A parameter tree as {"a/b/c": leaf}, with or without the boxes of logical axes."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+
+
+def parameter_shapes(config: config_lib.Model) -> dict[str, tuple[int, ...]]:
+    """The model's flat parameter names and their shapes; nothing is computed."""
+    size, length = config.image.image_size, config.text.context_length
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    row = of(np.int32, 1, 1, length)
+    batch = schema.Batch(
+        of(np.float32, 1, size, size, 3),
+        *(row, row, row),
+        caption_at=of(np.int32, 1, 2),
+        caption_id=None,
+        description_at=of(np.int32, 1, 0, 2),
+        description_id=None,
+        region_boxes_cxcywh=None,
+        region_mask=None,
+        texts_dropped=None,
+    )
+    params = jax.eval_shape(GRAIN(config).init, jax.random.key(0), batch)["params"]
+    return {name: x.shape for name, x in flat(params).items()}

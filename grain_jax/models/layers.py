@@ -5,6 +5,7 @@ float32; activations have the module's `dtype`; softmax and norm statistics are 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 Init = Callable
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "relu": nn.relu,
 }
@@ -157,6 +159,31 @@ class MLP(nn.Module):
             bias_init=self.out_bias_init,
             name="out",
         )(x)
+
+
+class AttentionPool(nn.Module):
+    """One learned query looks at all tokens: SigLIP's and big_vision's MAP head (Zhai et al. 2022).
+
+    Args:
+      tower: `config.ImageTower` or `config.TextTower`; its heads, MLP and norm are the head's too.
+    """
+
+    tower: Any
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        """Normed tokens [B, L, E] -> [B, E]."""
+        t = self.tower
+        xavier = nn.initializers.xavier_uniform()
+        probe = self.param(
+            "probe", nn.with_logical_partitioning(normal(0.02), ("vector",)), (t.width,)
+        )
+        probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, t.width))
+        x = Attention(t.width, t.heads, self.dtype, xavier, xavier, name="attention")(probe, x, x)
+        y = layer_norm(t.norm_eps, dtype=self.dtype, name="norm")(x)
+        mlp = MLP(t.width, t.mlp_dim, t.activation, self.dtype, xavier, xavier, name="mlp")
+        return (x + mlp(y))[:, 0]
 
 
 REMAT = {

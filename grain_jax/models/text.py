@@ -1,4 +1,7 @@
-"""Text tower: CLIP's causal transformer over packed rows, read at each text's end token (method.md, Packing)."""
+"""Text tower: CLIP's causal transformer over packed rows, read at each text's end token (method.md, Packing).
+
+A tower that sees its padding (`not TextTower.packable`), such as SigLIP's, has one text in each row.
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -8,14 +11,14 @@ from grain_jax.models import layers, placement
 
 
 class Block(nn.Module):
-    """Pre-norm causal attention and QuickGELU MLP, with CLIP's depth-scaled init."""
+    """Pre-norm attention and MLP, with CLIP's depth-scaled init."""
 
     tower: TextTower
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x, mask):
-        """x [rows, L, E], mask bool [rows, 1, L, L] -> [rows, L, E] and no per-layer output."""
+        """x [rows, L, E], mask bool [rows, 1, L, L] or None -> [rows, L, E] and no per-layer output."""
         t = self.tower
         out_init = layers.normal(t.width**-0.5 * (2 * t.depth) ** -0.5)
         y = layers.layer_norm(t.norm_eps, dtype=self.dtype, name="norm_1")(x)
@@ -31,7 +34,7 @@ class Block(nn.Module):
         x = x + layers.MLP(
             t.width,
             t.mlp_dim,
-            "quick_gelu",
+            t.activation,
             self.dtype,
             in_init=layers.normal((2 * t.width) ** -0.5),
             out_init=out_init,
@@ -55,6 +58,12 @@ class TextTransformer(nn.Module):
         tokens, positions, segments = (
             a.reshape(-1, shape[-1]) for a in (tokens, positions, segments)
         )
+        if (
+            not t.packable
+        ):  # the padding belongs to the text: its own token, and positions that go on
+            tokens = jnp.where(segments > 0, tokens, t.pad_id)
+            positions = jnp.broadcast_to(jnp.arange(shape[-1]), tokens.shape)
+            segments = jnp.ones_like(segments)
         token_embed = nn.Embed(
             t.vocab_size,
             t.width,
@@ -69,12 +78,14 @@ class TextTransformer(nn.Module):
         # Looked up in float32: the gradient of a frequent token is a sum over thousands of places.
         x = placement.whole(token_embed)[tokens] + placement.whole(position_embed)[positions]
         x = placement.by_batch(x.astype(self.dtype))  # [G*rows, L, E]
-        # Causal, and within the same text. Padding is a segment of its own, so no row of the mask is empty.
-        causal = jnp.tril(jnp.ones((shape[-1], shape[-1]), bool))
-        mask = causal & (segments[:, :, None] == segments[:, None, :])
+        mask = None
+        if t.causal:
+            # And within the same text. Padding is a segment of its own, so no row of the mask is empty.
+            causal = jnp.tril(jnp.ones((shape[-1], shape[-1]), bool))
+            mask = (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]
         x, _ = layers.scan_layers(
             Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=(nn.broadcast,)
-        )(t, self.dtype, name="blocks")(x, mask[:, None])
+        )(t, self.dtype, name="blocks")(x, mask)
         return x.reshape(*shape, t.width)
 
 

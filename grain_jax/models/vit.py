@@ -1,4 +1,7 @@
-"""Image tower: a vision transformer whose tokens ALL go on to the region decoder (method.md, Model)."""
+"""Image tower: a vision transformer whose tokens ALL go on to the region decoder (method.md, Model).
+
+Its switches also make it CLIP's or SigLIP's tower, whose tokens a model without a decoder pools.
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -21,7 +24,7 @@ def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and GELU MLP, each added to its input."""
+    """Pre-norm attention and MLP, each added to its input."""
 
     tower: ImageTower
     dtype: jnp.dtype
@@ -55,7 +58,7 @@ class Block(nn.Module):
         x = x + layers.MLP(
             t.width,
             t.mlp_dim,
-            "gelu",
+            t.activation,
             self.dtype,
             in_init=init,
             out_init=init,
@@ -67,7 +70,7 @@ class Block(nn.Module):
 
 
 class ImageTransformer(nn.Module):
-    """Pictures to tokens: class token first, then patches row by row."""
+    """Pictures to tokens: class token first (if there is one), then patches row by row."""
 
     tower: ImageTower
     dtype: jnp.dtype
@@ -75,7 +78,7 @@ class ImageTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, image):
-        """Normalised pictures [B, H, W, 3] -> tokens [B, N, E], N = 1 + patches, after the final norm."""
+        """Normalised pictures [B, H, W, 3] -> tokens [B, N, E], after the final norm."""
         t = self.tower
         x = image.astype(self.dtype)
         patch = t.patch_size
@@ -91,29 +94,35 @@ class ImageTransformer(nn.Module):
             ("width",),
             dtype=self.dtype,
             kernel_init=nn.initializers.lecun_normal(),
+            use_bias=t.patch_bias,
             name="patch_embed",
         )(x)
-
-        class_token = self.param(
-            "class_token",
-            nn.with_logical_partitioning(layers.normal(1e-6), ("vector",)),
-            (t.width,),
-        )
+        if t.class_token:
+            class_token = self.param(
+                "class_token",
+                nn.with_logical_partitioning(layers.normal(1e-6), ("vector",)),
+                (t.width,),
+            )
 
         def init_positions(key, shape, dtype=jnp.float32):
             if t.position_init == "normal":
                 return layers.normal(0.02)(key, shape, dtype)
             return jnp.pad(
-                jnp.asarray(sincos2d(grid, t.width, t.position_period), dtype), ((1, 0), (0, 0))
+                jnp.asarray(sincos2d(grid, t.width, t.position_period), dtype),
+                ((int(t.class_token), 0), (0, 0)),
             )
 
         positions = self.param(
             "position_embed",
             nn.with_logical_partitioning(init_positions, ("positions", "width")),
-            (1 + x.shape[1], t.width),
+            (t.class_token + x.shape[1], t.width),
         )
-        token = jnp.broadcast_to(class_token, (batch, 1, t.width)).astype(self.dtype)
-        x = jnp.concatenate([token, x], axis=1) + positions[None].astype(self.dtype)  # [B, N, E]
+        if t.class_token:
+            token = jnp.broadcast_to(class_token, (batch, 1, t.width)).astype(self.dtype)
+            x = jnp.concatenate([token, x], axis=1)
+        x = x + positions[None].astype(self.dtype)  # [B, N, E]
+        if t.pre_norm:
+            x = layers.layer_norm(t.norm_eps, dtype=self.dtype, name="pre_norm")(x)
         x = placement.by_batch(x)
         x, _ = layers.scan_layers(Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=())(
             t, self.dtype, name="blocks"

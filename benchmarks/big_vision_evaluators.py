@@ -1,0 +1,231 @@
+"""Do big_vision's own evaluators give a GRAIN checkpoint the accuracy and the recalls that ours do?
+
+    PYTHONPATH=.:BIG_VISION python -m benchmarks.big_vision_evaluators --checkpoint DIR \
+        --images CLASS_FOLDERS --pictures DIR --annotations A.jsonl [--json OUT.json]
+
+BIG_VISION is a checkout of github.com/google-research/big_vision (run with commit 0127fb6); these parts of
+it need einops beside our `data` extra. The pictures become local TFDS data sets; its discriminative_classifier and
+its retrieval evaluator run on them through its own `evaluators.common`, ours on the files. Its classifier
+makes the mean of a class's prompts a unit vector, which the GRAIN paper does not: ours is measured both
+ways. The exit status is 1 where a number differs.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from grain_jax import annotations, big_vision_model, errors, images, inference
+from grain_jax.evaluate import retrieval, scores, zeroshot
+from grain_jax.input_pipeline import tokenizer
+
+PROMPTS = ("class_name_only", "clip_paper")  # big_vision's names for its sets of templates
+_IMAGE_TEXT = "proj.image_text"
+
+
+def class_set(folder: epath.PathLike, data_dir: epath.Path) -> list[str]:
+    """Writes the class folders as the TFDS set `grain_classes`; returns the names of the classes."""
+    import tensorflow_datasets as tfds
+
+    names, paths, labels = zeroshot.class_folders(folder)
+    features = {"image": _lossless(tfds), "label": tfds.features.ClassLabel(names=names)}
+    examples = [{"image": _pixels(path), "label": int(label)} for path, label in zip(paths, labels)]
+    _write(tfds, "grain_classes", features, examples, data_dir)
+    return names
+
+
+def caption_set(
+    pictures: epath.PathLike, path: epath.PathLike, data_dir: epath.Path
+) -> tuple[epath.Path, int]:
+    """Writes captioned pictures as the TFDS set `grain_captions`.
+
+    To big_vision equal captions of two pictures are each other's wrong answers, to us they are right ones:
+    a picture is left out that shares a caption with an earlier one.
+
+    Returns:
+      (those pictures' lines as a file that our retrieval reads, how many were left out).
+    """
+    import tensorflow_datasets as tfds
+
+    seen: set[str] = set()
+    examples, lines, left_out = [], [], 0
+    for record in annotations.read(path).records:
+        keys = [tokenizer.clean(caption).lower() for caption in record.captions]
+        if not keys or seen.intersection(keys) or len(set(keys)) < len(keys):
+            left_out += 1
+            continue
+        seen.update(keys)
+        captions = list(record.captions)
+        image = _pixels(epath.Path(pictures) / record.image)
+        examples.append({"image": image, "captions": captions})
+        lines.append(json.dumps({"image": record.image, "captions": captions}))
+    features = {
+        "image": _lossless(tfds),
+        "captions": tfds.features.Sequence(tfds.features.Text()),
+    }
+    _write(tfds, "grain_captions", features, examples, data_dir)
+    ours = data_dir / "A.jsonl"
+    ours.write_text("\n".join(lines) + "\n")
+    return ours, left_out
+
+
+def _lossless(tfds: Any) -> Any:
+    return tfds.features.Image(shape=(None, None, 3), encoding_format="png")
+
+
+def _pixels(path: epath.PathLike) -> np.ndarray:
+    return np.asarray(images.load_image(path).convert("RGB"))
+
+
+def _write(tfds: Any, name: str, features: Mapping, examples: list, data_dir: epath.Path) -> None:
+    tfds.disable_progress_bar()
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name=name,
+        version="1.0.0",
+        features=tfds.features.FeaturesDict(features),
+        split_datasets={"test": list(enumerate(examples))},  # each with a key
+        data_dir=data_dir,
+        disable_shuffling=True,  # so that picture can be compared with picture
+    )
+
+
+def evaluators(checkpoint: str, names: list[str], data_dir: epath.Path, batch_size: int) -> Any:
+    """big_vision's config, its model with the checkpoint's parameters, and the evaluators it makes of them."""
+    from big_vision.evaluators import common
+
+    big_vision_model.register()
+    prepare = dict(
+        pp_img=f"grain_image({checkpoint!r})",
+        pp_txt=f"grain_text({checkpoint!r})",
+        data_dir=str(data_dir),
+    )
+    config = ml_collections.ConfigDict(
+        dict(
+            model_name=big_vision_model.NAME,
+            model=dict(checkpoint=checkpoint),
+            model_init=checkpoint,
+            batch_size=batch_size,
+            evals={
+                **{
+                    prompts: dict(
+                        type=f"{_IMAGE_TEXT}.discriminative_classifier",
+                        dataset_names=["grain_classes"],
+                        class_names=names,
+                        prompt_templates=prompts,
+                        canonicalize=False,
+                        dataset_overrides={},  # its default has a set that is not asked for
+                        **prepare,
+                    )
+                    for prompts in PROMPTS
+                },
+                "retrieval": dict(
+                    type=f"{_IMAGE_TEXT}.retrieval",
+                    dataset="grain_captions",
+                    txt_name="captions",
+                    **prepare,
+                ),
+            },
+        )
+    )
+    # From here on as its trainers do.
+    module = importlib.import_module(f"big_vision.models.{config.model_name}")
+    model = module.Model(**config.model)
+    params = module.load(None, config.model_init, config.model)
+    made = common.from_config(
+        config,
+        {"predict": module.predict_fn(model)},
+        get_steps=lambda key, cfg: 1,
+        devices=jax.devices(),
+    )
+    return {"params": params}, {name: evaluator for name, evaluator, *_ in made}
+
+
+def classify_both(
+    checkpoint: str, folder: epath.PathLike, evaluator: Any, state: Any, scratch: epath.Path
+) -> dict[str, float]:
+    """big_vision's accuracy; ours with class means of unit length, and by our rule; how far scores differ."""
+    theirs = evaluator.evaluate(state, "grain_classes", return_embeddings=True)
+    their_scores = theirs["images"]["embedding"] @ theirs["texts"]["average_embedding"].T
+    templates = evaluator.prompt_templates
+    file = scratch / "templates.txt"
+    file.write_text("\n".join(templates) + "\n")
+    predictor = inference.load(checkpoint, templates=templates)
+    names, paths, labels = zeroshot.class_folders(folder)
+    np.testing.assert_array_equal(theirs["images"]["label"], labels)
+    classes = predictor.class_features(names)
+    classes = classes._replace(features=scores.unit(classes.features))
+    our_scores = predictor.classify((images.load_image(path) for path in paths), classes)
+    by_rule = zeroshot.evaluate(predictor, images=folder, templates=file)
+    return {
+        "big_vision": float(theirs["accuracy"]),
+        "ours": float((our_scores.argmax(axis=1) == labels).mean()),
+        "by_the_paper": by_rule["alpha_1.0"]["top1"],
+        "worst_score": float(np.abs(our_scores - their_scores).max()),
+        "same_class": float((our_scores.argmax(axis=1) == their_scores.argmax(axis=1)).mean()),
+    }
+
+
+def main() -> int:
+    """Prints a line for each number of both sides; the exit status is 1 where two differ."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--images", required=True, help="one folder a class")
+    parser.add_argument("--pictures", required=True, help="folder that the annotations start from")
+    parser.add_argument("--annotations", required=True, help="A.jsonl")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--json", help="file to write the figures to")
+    args = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = epath.Path(scratch)
+        try:
+            names = class_set(args.images, scratch)
+            lines, left_out = caption_set(args.pictures, args.annotations, scratch)
+            state, made = evaluators(args.checkpoint, names, scratch, args.batch_size)
+            for prompts in PROMPTS:
+                found = classify_both(args.checkpoint, args.images, made[prompts], state, scratch)
+                rows.append({"name": f"accuracy, {prompts}"} | found)
+            theirs = dict(made["retrieval"].run(state))
+            found = retrieval.evaluate(
+                inference.load(args.checkpoint), images=args.pictures, annotations=lines
+            )
+        except errors.UserError as error:
+            print(error, file=sys.stderr)
+            return 2
+    for their_way, our_way in (("img2txt", "image_to_text"), ("txt2img", "text_to_image")):
+        for k in retrieval.KS:
+            name, value = f"{our_way} R@{k}", found[our_way][f"r{k}"]
+            their_value = float(theirs[f"{their_way}_recall@{k}"])
+            rows.append({"name": name, "big_vision": their_value, "ours": value})
+    pictures = len(zeroshot.class_folders(args.images)[1])
+    print(
+        f"{pictures} pictures of {len(names)} classes; {found['pictures']} pictures with"
+        f" {found['captions']} captions ({left_out} left out that share a caption);"
+        f" {jax.devices()[0].device_kind}, jax {jax.__version__}"
+    )
+    print(f"{'':28} {'big_vision':>10} {'ours':>9}")
+    for row in rows:
+        row["ok"] = abs(row["big_vision"] - row["ours"]) < 1e-6
+        print(f"{row['name']:28} {row['big_vision']:10.4%} {row['ours']:9.4%}", end="")
+        if "worst_score" in row:
+            print(
+                f"  scores differ by at most {row['worst_score']:.1e}, {row['same_class']:.2%} of the"
+                f" pictures get the same class; by the paper's rule {row['by_the_paper']:.4%}",
+                end="",
+            )
+        print("" if row["ok"] else "  DIFFERS")
+    if args.json:
+        epath.Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,603 @@
+"""GRAIN in plain PyTorch: an image tower, a text tower and a decoder that finds regions.
+
+Halbe et al., "Grounding Descriptions in Images informs Zero-Shot Visual Recognition", WACV 2026.
+Parameters have the names of the authors' PyTorch code, below `backbone.` and `decoder.`. Letters in
+shapes: B pictures, N texts, L tokens, Q regions, D embedding, C classes, R target regions.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_grain import GrainConfig
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+def _attend(q, k, v, heads, *, causal=False, dropout=0.0):
+    """Multi-head attention of [B, Lq, E] and [B, Lk, E], projected already -> [B, Lq, E]."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
+    return out.transpose(1, 2).flatten(2)
+
+
+class ImageAttention(nn.Module):
+    """Self-attention, with a LayerNorm on each head's queries and keys where `qk_norm` says so."""
+
+    def __init__(self, tower):
+        super().__init__()
+        width, self.heads = tower["width"], tower["heads"]
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.q_norm = self.k_norm = nn.Identity()
+        if tower["qk_norm"]:
+            self.q_norm = nn.LayerNorm(width // self.heads, eps=tower["norm_eps"])
+            self.k_norm = nn.LayerNorm(width // self.heads, eps=tower["norm_eps"])
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q = self.q_norm(q.unflatten(-1, (self.heads, -1))).flatten(-2)
+        k = self.k_norm(k.unflatten(-1, (self.heads, -1))).flatten(-2)
+        return self.proj(_attend(q, k, v, self.heads))
+
+
+class Attention(nn.Module):
+    """Attention whose three input projections are one matrix, the names as in nn.MultiheadAttention."""
+
+    def __init__(self, width, heads, dropout=0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, query, key, value, *, causal=False):
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
+        dropout = self.dropout if self.training else 0.0
+        return self.out_proj(_attend(q, k, v, self.heads, causal=causal, dropout=dropout))
+
+
+class MLP(nn.Module):
+    """Two linear maps with an activation between; `names` are what the two are called."""
+
+    def __init__(self, tower, names):
+        super().__init__()
+        self.names, self.activation = names, ACTIVATIONS[tower["activation"]]
+        self.add_module(names[0], nn.Linear(tower["width"], tower["mlp_dim"]))
+        self.add_module(names[1], nn.Linear(tower["mlp_dim"], tower["width"]))
+
+    def forward(self, x):
+        first, second = (getattr(self, name) for name in self.names)
+        return second(self.activation(first(x)))
+
+
+class ImageBlock(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, tower):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
+        self.attn = ImageAttention(tower)
+        self.norm2 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
+        self.mlp = MLP(tower, ("fc1", "fc2"))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ImageTower(nn.Module):
+    """A vision transformer; all of its tokens go on to the decoder."""
+
+    def __init__(self, tower):
+        super().__init__()
+        width, patch = tower["width"], tower["patch_size"]
+        self.image_size = tower["image_size"]
+        positions = (self.image_size // patch) ** 2 + int(tower["class_token"])
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if tower["class_token"] else None
+        self.pos_embed = nn.Parameter(torch.empty(1, positions, width))
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(3, width, patch, patch, bias=tower["patch_bias"])
+        self.norm_pre = nn.Identity()
+        if tower["pre_norm"]:
+            self.norm_pre = nn.LayerNorm(width, eps=tower["norm_eps"])
+        self.blocks = nn.ModuleList(ImageBlock(tower) for _ in range(tower["depth"]))
+        self.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
+
+    def forward(self, pixel_values):
+        """[B, 3, S, S] -> [B, tokens, E]."""
+        if pixel_values.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(
+                f"pixel_values: got shape {list(pixel_values.shape)}, expected"
+                f" [B, 3, {self.image_size}, {self.image_size}]; the processor makes such pictures"
+            )
+        x = self.patch_embed.proj(pixel_values).flatten(2).transpose(1, 2)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        x = self.norm_pre(x + self.pos_embed)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class TextBlock(nn.Module):
+    """Pre-norm causal attention and MLP."""
+
+    def __init__(self, tower):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
+        self.attn = Attention(tower["width"], tower["heads"])
+        self.ln_2 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
+        self.mlp = MLP(tower, ("c_fc", "c_proj"))
+
+    def forward(self, x):
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, causal=True)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Backbone(nn.Module):
+    """Both towers."""
+
+    def __init__(self, towers):
+        super().__init__()
+        text = towers["text"]
+        self.visual = ImageTower(towers["image"])
+        self.token_embedding = nn.Embedding(text["vocab_size"], text["width"])
+        self.positional_embedding = nn.Parameter(torch.empty(text["context_length"], text["width"]))
+        self.transformer = nn.Module()
+        self.transformer.resblocks = nn.ModuleList(TextBlock(text) for _ in range(text["depth"]))
+        self.ln_final = nn.LayerNorm(text["width"], eps=text["norm_eps"])
+        self.text_projection = nn.Parameter(torch.empty(text["width"], towers["embed_dim"]))
+        # In log space; the factor is its exponential.
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(towers["logit_scale_init"])))
+        self.logit_bias = None
+        if towers["logit_bias_init"] is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(float(towers["logit_bias_init"])))
+
+    def encode_text(self, input_ids):
+        """[N, L] -> [N, D], read at the first of each text's highest id, which is the end token."""
+        context = self.positional_embedding.shape[0]
+        if input_ids.ndim != 2 or input_ids.shape[1] > context:
+            raise ValueError(
+                f"input_ids: got shape {list(input_ids.shape)}, expected [N, at most {context}];"
+                " the processor cuts texts to that"
+            )
+        x = self.token_embedding(input_ids) + self.positional_embedding[: input_ids.shape[1]]
+        for block in self.transformer.resblocks:
+            x = block(x)
+        end = input_ids.argmax(dim=-1)[:, None, None].expand(-1, 1, x.shape[-1])
+        return self.ln_final(x.gather(1, end)[:, 0]) @ self.text_projection
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among queries, attention to the picture's tokens, ReLU MLP."""
+
+    def __init__(self, tower):
+        super().__init__()
+        width, eps = tower["width"], tower["norm_eps"]
+        self.self_attn = Attention(width, tower["heads"], tower["dropout"])
+        self.multihead_attn = Attention(width, tower["heads"], tower["dropout"])
+        self.linear1 = nn.Linear(width, tower["mlp_dim"])
+        self.linear2 = nn.Linear(tower["mlp_dim"], width)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, eps=eps) for _ in range(3))
+        self.dropout = nn.Dropout(tower["dropout"])
+
+    def forward(self, x, memory, place):
+        """x [B, Q+1, E], memory [B, tokens, E], place [Q+1, E] (added to queries and keys, not values)."""
+        y = self.norm1(x)
+        x = x + self.dropout(self.self_attn(y + place, y + place, y))
+        x = x + self.dropout(self.multihead_attn(self.norm2(x) + place, memory, memory))
+        hidden = self.dropout(F.relu(self.linear1(self.norm3(x))))
+        return x + self.dropout(self.linear2(hidden))
+
+
+class Decoder(nn.Module):
+    """Learned queries look at the picture's tokens; the last one stands for the whole picture."""
+
+    def __init__(self, towers):
+        super().__init__()
+        tower, out = towers["decoder"], towers["embed_dim"]
+        width = tower["width"]
+        self.proj = nn.Linear(towers["image"]["width"], width, bias=False)
+        self.query_embed = nn.Embedding(tower["queries"] + 1, width)
+        self.transformer = nn.Module()
+        self.transformer.pre_norm = nn.LayerNorm(width, eps=tower["norm_eps"])
+        self.transformer.decoder = nn.Module()
+        self.transformer.decoder.layers = nn.ModuleList(
+            DecoderLayer(tower) for _ in range(tower["depth"])
+        )
+        self.transformer.decoder.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
+        self.bbox_embed = nn.Module()
+        self.bbox_embed.layers = nn.ModuleList(nn.Linear(width, n) for n in (width, width, 4))
+        self.img_proj = nn.Parameter(torch.empty(width, out))
+        self.obj_proj = nn.Parameter(torch.empty(width, out))
+
+    def forward(self, tokens):
+        """Image tokens -> image [B, D], regions [B, Q, D], boxes cxcywh of every layer [T, B, Q, 4]."""
+        memory = self.transformer.pre_norm(self.proj(tokens))
+        place = self.query_embed.weight
+        x = memory.new_zeros(memory.shape[0], *place.shape)
+        hidden = []
+        for layer in self.transformer.decoder.layers:
+            x = layer(x, memory, place)
+            hidden.append(self.transformer.decoder.norm(x))
+        first, second, last = self.bbox_embed.layers
+        queries = torch.stack(hidden)[:, :, :-1]
+        boxes = last(F.relu(second(F.relu(first(queries))))).float().sigmoid()
+        return hidden[-1][:, -1] @ self.img_proj, hidden[-1][:, :-1] @ self.obj_proj, boxes
+
+
+@dataclass
+class GrainRegions(ModelOutput):
+    """Where the queries look and what they see there.
+
+    Args:
+      boxes_xyxy: [B, Q, 4], corners in [0, 1].
+      embeds: [B, Q, D], unit length.
+    """
+
+    boxes_xyxy: torch.FloatTensor | None = None
+    embeds: torch.FloatTensor | None = None
+
+
+@dataclass
+class GrainOutput(ModelOutput):
+    """What `GrainModel.forward` gives.
+
+    Args:
+      loss: the weighted sum of the three losses; only where they were asked for.
+      losses: each of them: image_caption, region_description, box.
+      logits_per_image, logits_per_text: scaled cosines [B, N] and [N, B].
+      image_embeds, text_embeds: unit length, [B, D] and [N, D].
+      region_embeds: unit length, [B, Q, D].
+      boxes_xyxy: [B, Q, 4], corners in [0, 1].
+    """
+
+    loss: torch.FloatTensor | None = None
+    losses: dict[str, torch.FloatTensor] | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    region_embeds: torch.FloatTensor | None = None
+    boxes_xyxy: torch.FloatTensor | None = None
+
+
+class GrainPreTrainedModel(PreTrainedModel):
+    """Loading, saving and the initial weights."""
+
+    config_class = GrainConfig
+    base_model_prefix = "grain"
+    main_input_name = "pixel_values"
+    _no_split_modules = ["ImageBlock", "TextBlock", "DecoderLayer"]
+    _supports_sdpa = True
+    _tied_weights_keys = {}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Plain normal(0.02): enough to fine-tune a part from; a model starts from trained weights."""
+        super()._init_weights(module)
+        towers = self.config.towers
+        constants = {
+            "logit_scale": math.log(towers["logit_scale_init"]),
+            "logit_bias": towers["logit_bias_init"],
+            "in_proj_bias": 0.0,
+        }
+        if isinstance(module, (ImageTower, Attention, Backbone, Decoder)):  # bare parameters
+            for name, parameter in module.named_parameters(recurse=False):
+                if name in constants:
+                    nn.init.constant_(parameter, constants[name])
+                else:
+                    nn.init.normal_(parameter, std=0.02)
+
+
+class GrainModel(GrainPreTrainedModel):
+    """Embeddings of pictures, texts and regions, zero-shot scores, and the training loss."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.backbone = Backbone(config.towers)
+        self.decoder = Decoder(config.towers)
+        self.post_init()
+
+    def get_image_features(self, pixel_values):
+        """Pictures [B, 3, S, S] -> [B, D], not of unit length."""
+        return self.decoder(self.backbone.visual(pixel_values))[0]
+
+    def get_text_features(self, input_ids):
+        """Token ids [N, L] -> [N, D], not of unit length. What follows a text's end token does not matter."""
+        return self.backbone.encode_text(input_ids)
+
+    def get_regions(self, pixel_values):
+        """Pictures [B, 3, S, S] -> `GrainRegions`."""
+        _, embeds, boxes = self.decoder(self.backbone.visual(pixel_values))
+        return GrainRegions(boxes_xyxy=_corners(boxes[-1]).clamp(0, 1), embeds=_unit(embeds))
+
+    def zero_shot_logits(self, pixel_values, class_features, descriptions=None, alpha=1.0):
+        """Scores of every class, [B, C]: alpha * global + (1 - alpha) * region cosines.
+
+        Args:
+          pixel_values: [B, 3, S, S].
+          class_features: [C, D], for each class the mean of its texts' unit-length features
+            (`class_features`); not normalised again.
+          descriptions: for each class its descriptions' features [n, D]; needed where alpha < 1.
+          alpha: share of the global score.
+        """
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha: got {alpha}, expected a number from 0 to 1")
+        if alpha < 1 and descriptions is None:
+            raise ValueError(f"alpha {alpha} needs the descriptions' features of every class")
+        image, regions, _ = self.decoder(self.backbone.visual(pixel_values))
+        scores = alpha * _cosines(_unit(image), class_features)
+        if alpha < 1:
+            best = [_cosines(_unit(regions), _unit(d)).amax(-1).mean(-1) for d in descriptions]
+            scores = scores + (1 - alpha) * torch.stack(best, dim=1)
+        return scores
+
+    def class_features(self, input_ids):
+        """For each class the token ids of its texts, [n, L] -> [C, D], ready for `zero_shot_logits`."""
+        return torch.stack([_unit(self.get_text_features(ids)).mean(0) for ids in input_ids])
+
+    def clip_logit_scale(self):
+        """Keeps the factor within 1 and 100; call it after every step of the optimizer."""
+        self.backbone.logit_scale.data.clamp_(0, math.log(100))
+
+    def forward(
+        self,
+        pixel_values,
+        input_ids,
+        description_ids=None,
+        region_boxes_cxcywh=None,
+        region_mask=None,
+        return_loss=False,
+    ):
+        """Pictures and texts -> `GrainOutput`.
+
+        Args:
+          pixel_values: [B, 3, S, S].
+          input_ids: texts [N, L]; for the loss N = B, the pictures' captions.
+          description_ids: [B, R, L], the regions' descriptions.
+          region_boxes_cxcywh: [B, R, 4], centre and size in [0, 1].
+          region_mask: bool [B, R], True where there is a region.
+          return_loss: whether to compute the loss; it needs the three above.
+        """
+        if return_loss and (
+            description_ids is None or region_boxes_cxcywh is None or region_mask is None
+        ):
+            raise ValueError(
+                "return_loss needs description_ids, region_boxes_cxcywh and region_mask"
+            )
+        image, regions, boxes = self.decoder(self.backbone.visual(pixel_values))
+        image, regions = _unit(image), _unit(regions)
+        text = _unit(self.get_text_features(input_ids))
+        logits = self.backbone.logit_scale.exp() * _cosines(image, text)
+        if self.backbone.logit_bias is not None:
+            logits = logits + self.backbone.logit_bias
+        out = GrainOutput(
+            logits_per_image=logits,
+            logits_per_text=logits.T,
+            image_embeds=image,
+            text_embeds=text,
+            region_embeds=regions,
+            boxes_xyxy=_corners(boxes[-1]).clamp(0, 1),
+        )
+        if return_loss:
+            descriptions = _unit(self.get_text_features(description_ids.flatten(0, 1)))
+            out.losses = self._losses(
+                out,
+                boxes,
+                input_ids,
+                description_ids,
+                descriptions,
+                region_boxes_cxcywh,
+                region_mask,
+            )
+            out.loss = sum(self.config.losses[name] * value for name, value in out.losses.items())
+        return out
+
+    def _losses(self, out, boxes, input_ids, description_ids, descriptions, target, mask):
+        """Image to caption, region to description, and matched boxes; negatives are this batch's."""
+        c = self.config.losses
+        mask = mask.bool() & (target[..., 2:] > 0).all(-1)  # a box without area is no target
+        images, slots = mask.shape
+        own = torch.arange(images, device=mask.device)
+        forbidden = torch.zeros(images, images, dtype=torch.bool, device=mask.device)
+        if c["mask_duplicates"]:  # equal texts are not each other's negatives
+            forbidden = (input_ids[:, None] == input_ids).all(-1)
+        image_caption = self._contrast(out.image_embeds, out.text_embeds, own, forbidden)
+        if c["contrast"] == "softmax":
+            back = self._contrast(out.text_embeds, out.image_embeds, own, forbidden)
+            image_caption = (image_caption + back) / 2
+
+        cosine = _cosines(out.region_embeds, descriptions.view(images, slots, -1))
+        image, region, query = self._match(boxes[-1], target, cosine, mask)
+        box = self._box_loss(boxes[-1], target, image, region, query)
+        if c["deep_supervision"]:
+            for earlier in boxes[:-1]:
+                box = box + self._box_loss(
+                    earlier, target, *self._match(earlier, target, cosine, mask)
+                )
+        label = image * slots + region
+        texts = description_ids.flatten(0, 1)
+        forbidden = ~mask.flatten().expand(len(label), -1)
+        if c["mask_duplicates"]:
+            forbidden = forbidden | (texts[label][:, None] == texts).all(-1)
+        region_description = self._contrast(
+            out.region_embeds[image, query], descriptions, label, forbidden
+        )
+        return dict(
+            image_caption=image_caption.mean(),
+            region_description=region_description.sum() / max(len(label), 1),
+            box=box / mask.sum().clamp(min=1),
+        )
+
+    def _contrast(self, rows, columns, own, forbidden):
+        """The loss of each row, whose column is `own`; a forbidden column is not a negative of the row."""
+        logits = self.backbone.logit_scale.exp() * _cosines(rows, columns)
+        if self.backbone.logit_bias is not None:
+            logits = logits + self.backbone.logit_bias
+        is_own = F.one_hot(own, columns.shape[0]).bool()
+        logits = logits.masked_fill(forbidden & ~is_own, -math.inf)
+        if self.config.losses["contrast"] == "softmax":
+            return F.cross_entropy(logits, own, reduction="none")
+        return F.softplus(torch.where(is_own, -logits, logits)).sum(-1)
+
+    @torch.no_grad()
+    def _match(self, boxes, target, cosine, mask):
+        """The cheapest assignment of queries to real regions: (image, region, query), a pair each."""
+        c = self.config.losses
+        pred, real = boxes[:, :, None], target[:, None]
+        cost = c["match_l1"] * (pred - real).abs().sum(-1)
+        cost = cost - c["match_giou"] * _giou(pred, real, c["iou_epsilon"])
+        cost = (cost - c["match_description"] * cosine).double().cpu()
+        pairs = []
+        for image, here in enumerate(mask.cpu()):
+            regions = here.nonzero()[:, 0].tolist()
+            part = cost[image][:, regions]  # [Q, regions of this image]
+            if len(regions) <= part.shape[0]:
+                found = zip(regions, assign(part.T.tolist()))
+            else:
+                found = ((regions[r], q) for q, r in enumerate(assign(part.tolist())))
+            pairs += [(image, region, query) for region, query in sorted(found)]
+        return torch.tensor(pairs, dtype=torch.long, device=boxes.device).view(-1, 3).unbind(1)
+
+    def _box_loss(self, boxes, target, image, region, query):
+        """L1 + (1 - GIoU), summed over the pairs."""
+        pred, real = boxes[image, query], target[image, region]
+        overlap = _giou(pred, real, self.config.losses["iou_epsilon"])
+        return (pred - real).abs().sum() + (1 - overlap).sum()
+
+    def export_onnx(self, folder):
+        """Writes `image.onnx` and `text.onnx` to `folder`; the number of pictures or texts stays free.
+
+        image.onnx: pixel_values -> image_embeds, region_embeds, boxes_xyxy. text.onnx: input_ids
+        [N, context length] -> text_embeds. Needs the packages onnx and onnxscript.
+        """
+        image, text = self.config.towers["image"], self.config.towers["text"]
+        size, context = image["image_size"], text["context_length"]
+        halves = {
+            "image": (
+                ImageHalf(self),
+                torch.zeros(2, 3, size, size),
+                "pixel_values",
+                ["image_embeds", "region_embeds", "boxes_xyxy"],
+            ),
+            "text": (
+                TextHalf(self),
+                torch.zeros(2, context, dtype=torch.long),
+                "input_ids",
+                ["text_embeds"],
+            ),
+        }
+        trains = self.training
+        for name, (module, example, given, gives) in halves.items():
+            torch.onnx.export(
+                module.eval(),
+                (example.to(self.device),),
+                f"{folder}/{name}.onnx",
+                input_names=[given],
+                output_names=gives,
+                dynamic_shapes={given: {0: torch.export.Dim("batch")}},
+                dynamo=True,
+                verbose=False,
+            )
+        self.train(trains)
+
+
+class ImageHalf(nn.Module):
+    """Pictures [B, 3, S, S] -> image_embeds [B, D], region_embeds [B, Q, D], boxes_xyxy [B, Q, 4]."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.visual, self.decoder = model.backbone.visual, model.decoder
+
+    def forward(self, pixel_values):
+        image, regions, boxes = self.decoder(self.visual(pixel_values))
+        return _unit(image), _unit(regions), _corners(boxes[-1]).clamp(0, 1)
+
+
+class TextHalf(nn.Module):
+    """Token ids [N, L] -> text_embeds [N, D]."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.backbone = model.backbone
+
+    def forward(self, input_ids):
+        return _unit(self.backbone.encode_text(input_ids))
+
+
+def _unit(x):
+    return F.normalize(x.float(), dim=-1)
+
+
+def _cosines(rows, columns):
+    """Of unit vectors [..., n, D] and [..., m, D] -> [..., n, m], in float32 also under autocast."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ columns.mT
+
+
+def _corners(boxes_cxcywh):
+    """Centre and size to corners."""
+    centre, half = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def _giou(a_cxcywh, b_cxcywh, epsilon):
+    """Generalised IoU (Rezatofighi et al. 2019); `epsilon` is added to the union in the IoU only."""
+    a, b = _corners(a_cxcywh), _corners(b_cxcywh)
+    area = lambda box: (box[..., 2:] - box[..., :2]).prod(-1)  # noqa: E731
+    inner = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    outer = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    overlap, hull = inner.clamp(min=0).prod(-1), outer.clamp(min=0).prod(-1)
+    union = area(a) + area(b) - overlap
+    return overlap / (union + epsilon) - (hull - union) / hull
+
+
+def assign(cost):
+    """The columns, a different one for each row, whose costs have the least sum.
+
+    Exact (successive shortest paths over reduced costs, O(rows^2 * columns)); for the few regions of a
+    picture plain Python is quick enough, and needs no package.
+
+    Args:
+      cost: rows of numbers, no more rows than columns.
+
+    Returns:
+      For each row its column.
+    """
+    columns = range(len(cost[0])) if cost else ()
+    owner = [None] * len(columns)  # the row that has the column
+    row_price, column_price = [0.0] * len(cost), [0.0] * len(columns)
+    for start in range(len(cost)):
+        shortest, before, done = [math.inf] * len(columns), [None] * len(columns), []
+        row, column, length = start, None, 0.0
+        while row is not None:
+            for j in columns:
+                step = length + cost[row][j] - row_price[row] - column_price[j]
+                if j not in done and step < shortest[j]:
+                    shortest[j], before[j] = step, column
+            column = min((j for j in columns if j not in done), key=shortest.__getitem__)
+            done.append(column)
+            length, row = shortest[column], owner[column]
+        row_price[start] += length
+        for j in done[:-1]:
+            row_price[owner[j]] += length - shortest[j]
+            column_price[j] -= length - shortest[j]
+        while column is not None:  # everyone on the path moves on to the next column
+            previous = before[column]
+            owner[column] = start if previous is None else owner[previous]
+            column = previous
+    place = {row: column for column, row in enumerate(owner) if row is not None}
+    return [place[row] for row in range(len(cost))]

@@ -1,0 +1,91 @@
+"""Pictures and texts to GRAIN's inputs: a bicubic squash to a square, and CLIP's byte pairs."""
+
+import html
+import re
+
+import numpy as np
+import PIL.Image
+from transformers import BatchFeature, ImageProcessingMixin, ProcessorMixin
+from transformers.processing_utils import ImagesKwargs
+
+
+class GrainImageProcessor(ImageProcessingMixin):
+    """Squashes pictures to a square (no crop, proportions are lost) and normalises them.
+
+    Args:
+      size: {"height": S, "width": S}, pixels.
+      image_mean, image_std: of pixels in [0, 1], three each.
+    """
+
+    model_input_names = ["pixel_values"]
+    valid_kwargs = ImagesKwargs  # what pipelines may pass on
+
+    def __init__(self, size=None, image_mean=None, image_std=None, **kwargs):
+        super().__init__(**kwargs)
+        self.size, self.image_mean, self.image_std = size, image_mean, image_std
+
+    def __call__(self, images, return_tensors="pt"):
+        """A PIL picture, a uint8 array [H, W, 3], or a list of either -> pixel_values [B, 3, S, S]."""
+        if isinstance(images, PIL.Image.Image) or getattr(images, "ndim", 4) == 3:
+            images = [images]
+        mean, std = (np.array(x, np.float32) for x in (self.image_mean, self.image_std))
+        pixels = np.stack([self._squash(image) for image in images]).astype(np.float32) / 255
+        pixels = ((pixels - mean) / std).transpose(0, 3, 1, 2)
+        return BatchFeature(
+            {"pixel_values": np.ascontiguousarray(pixels)}, tensor_type=return_tensors
+        )
+
+    def _squash(self, image):
+        if not isinstance(image, PIL.Image.Image):
+            array = np.asarray(image)
+            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+                raise ValueError(
+                    f"images: got an array {array.dtype} {list(array.shape)}, expected PIL pictures"
+                    " or uint8 [H, W, 3]"
+                )
+            image = PIL.Image.fromarray(array)
+        wanted = (self.size["width"], self.size["height"])
+        image = image.convert("RGB")  # before the resize: palettes have no colours between
+        if image.size != wanted:
+            image = image.resize(wanted, PIL.Image.Resampling.BICUBIC)
+        return np.asarray(image)
+
+
+class GrainProcessor(ProcessorMixin):
+    """Both of a model's inputs. Texts are cleaned as in training: mojibake (with ftfy, if it is
+    installed), HTML entities and white space."""
+
+    def __init__(self, image_processor=None, tokenizer=None, **kwargs):
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    def __call__(self, images=None, text=None, return_tensors="pt", **kwargs):
+        """Pictures, texts (a string or a list), or both -> pixel_values and input_ids.
+
+        Args:
+          images: as for `GrainImageProcessor`.
+          text: cut to the model's context length; padded to the longest, or as `kwargs` say.
+          kwargs: for the tokenizer.
+        """
+        out = BatchFeature()
+        if images is not None:
+            out.update(self.image_processor(images, return_tensors=return_tensors))
+        if text is not None:
+            texts = [clean(t) for t in ([text] if isinstance(text, str) else text)]
+            options = {"padding": True, "truncation": True} | kwargs
+            out["input_ids"] = self.tokenizer(texts, return_tensors=return_tensors, **options)[
+                "input_ids"
+            ]
+        return out
+
+
+def clean(text):
+    """`text` with mojibake, HTML entities and white space repaired, in lower case."""
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        try:
+            import ftfy
+
+            text = ftfy.fix_text(text)
+        except ImportError:
+            pass  # ordinary text has nothing that it would repair
+        text = html.unescape(html.unescape(text))
+    return re.sub(r"\s+", " ", text).strip().lower()

@@ -1,0 +1,156 @@
+"""The parity report that every conversion ends with: the same pictures and texts through both sides.
+
+The other side must be an implementation that is not ours: real transformers, open_clip, or a module
+run by torch. Where it is not installed the report says NOT PROVEN; our own way back proves nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax import tree_util
+
+from grain_jax import config as config_lib
+from grain_jax import errors, inference
+
+TOLERANCE = 1e-5  # of max|b|, float32
+NOT_PROVEN = "NOT PROVEN"
+
+
+class ParityError(errors.UserError):
+    """The two sides give other outputs or other shapes, so that there is nothing to compare."""
+
+
+class Inputs(NamedTuple):
+    """What goes through both sides."""
+
+    pictures: np.ndarray  # float32 [N, S, S, 3], normalised
+    token_ids: np.ndarray  # int32 [N, L]: start (V - 2), words, end (V - 1), zeros
+
+
+class Comparison(NamedTuple):
+    """One output of ours (a) against the other side's (b)."""
+
+    name: str
+    error: float  # max|a - b| / max|b|
+    cosine: float  # the smallest over the last axis
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error keeps within the tolerance; NaN does not."""
+        return bool(self.error <= self.tolerance)
+
+
+class Report(NamedTuple):
+    """What a conversion prints; `ok` is False only where a comparison failed."""
+
+    text: str
+    ok: bool
+    verdict: str  # "PROVEN", "FAILED" or "NOT PROVEN", for the notes of what was written
+    comparisons: tuple[Comparison, ...] = ()
+
+
+def inputs(
+    image_size: int, vocab_size: int, context_length: int, *, count: int = 4, seed: int = 0
+) -> Inputs:
+    """Random pictures and texts, the same for the same arguments.
+
+    Args:
+      image_size: S, pixels.
+      vocab_size: V; the two highest ids start and end a text.
+      context_length: L. The first text is empty, the second fills all of L.
+    """
+    rng = np.random.default_rng(seed)
+    # A value for each quarter and noise on top: pictures differ at large and in detail.
+    half = -(-image_size // 2)
+    coarse = rng.standard_normal((count, 2, 2, 3)).repeat(half, 1).repeat(half, 2)
+    coarse = coarse[:, :image_size, :image_size]
+    pictures = coarse + 0.5 * rng.standard_normal(coarse.shape)
+    ids = rng.integers(1, vocab_size - 2, (count, context_length))
+    lengths = rng.integers(3, context_length + 1, count)
+    lengths[:2] = (2, context_length)[:count]
+    ids[:, 0] = vocab_size - 2
+    for row, length in zip(ids, lengths):
+        row[length - 1], row[length:] = vocab_size - 1, 0
+    return Inputs(pictures.astype(np.float32), ids.astype(np.int32))
+
+
+def outputs(model: config_lib.Model, params: Any, given: Inputs) -> dict[str, np.ndarray]:
+    """What our model gives: image_embed, text_embed, and with a decoder region_embed and boxes_xyxy."""
+    predictor = inference.Predictor(model, params)
+    out = {"text_embed": predictor.encode_text(given.token_ids)}
+    if model.decoder is None:
+        return out | {"image_embed": predictor.encode_image(given.pictures)}
+    image_embed, regions = predictor.encode_image_and_regions(given.pictures)
+    return out | dict(
+        image_embed=image_embed, region_embed=regions.embed, boxes_xyxy=regions.boxes_xyxy
+    )
+
+
+def compare(
+    ours: Mapping[str, np.ndarray],
+    theirs: Mapping[str, np.ndarray],
+    *,
+    tolerance: float = TOLERANCE,
+) -> list[Comparison]:
+    """Every output of the two sides, by name. Whole numbers, such as token ids, must be equal.
+
+    Raises:
+      ParityError: a name or a shape that the two do not share; a line each.
+    """
+    faults = [
+        f"parity: {name}: only one side gives it" for name in sorted(ours.keys() ^ theirs.keys())
+    ]
+    found = []
+    for name in sorted(ours.keys() & theirs.keys()):
+        a, b = (np.asarray(side[name]) for side in (ours, theirs))
+        exact = a.dtype.kind in "iu"
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        if a.shape != b.shape:
+            faults.append(f"parity: {name}: ours has shape {a.shape}, the other side's {b.shape}")
+            continue
+        top, difference = np.abs(b).max(initial=0), np.abs(a - b).max(initial=0)
+        error = difference / top if top else float(difference and np.inf)
+        a, b = (np.atleast_1d(x) for x in (a, b))
+        lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        with np.errstate(invalid="ignore"):  # what is not finite fails by its error
+            cosine = (a * b).sum(-1) / np.where(lengths == 0, 1, lengths)
+        cosine = float(cosine.min(initial=1))
+        found.append(Comparison(name, float(error), cosine, 0.0 if exact else tolerance))
+    if faults:
+        raise ParityError("\n".join(faults))
+    return found
+
+
+def report(comparisons: list[Comparison], other_side: str, given: Inputs | None = None) -> Report:
+    """The table of the comparisons, and the verdict as its last line.
+
+    Args:
+      comparisons: at least one.
+      other_side: what ours was compared with, such as "transformers 5.24.0".
+      given: where they come from `inputs`, these.
+    """
+    of = f", {len(given.pictures)} pictures and {len(given.token_ids)} texts" if given else ""
+    lines = [
+        f"parity: our outputs against {other_side}{of}",
+        f"{'output':20} {'max|a-b|/max|b|':>15} {'cosine':>12} {'tolerance':>10}",
+    ]
+    for c in comparisons:
+        mark = "" if c.ok else "  FAILED"
+        lines.append(f"{c.name:20} {c.error:15.2e} {c.cosine:12.9f} {c.tolerance:10.1e}{mark}")
+    failed = [c.name for c in comparisons if not c.ok]
+    verdict = "FAILED" if failed else "PROVEN"
+    lines.append(f"parity: {verdict}{': ' if failed else ''}{', '.join(failed)}")
+    return Report("\n".join(lines), not failed, verdict, tuple(comparisons))
+
+
+def not_proven(params: Any, why: str) -> Report:
+    """Names, shapes and norms of a nested dict of arrays, and why there was nothing to compare with."""
+    lines = [f"{'parameter':55} {'shape':24} {'norm':>12}"]
+    for path, leaf in tree_util.tree_flatten_with_path(params)[0]:
+        name = tree_util.keystr(path, simple=True, separator="/")
+        norm = np.linalg.norm(np.asarray(leaf, np.float64))
+        lines.append(f"{name:55} {str(tuple(np.shape(leaf))):24} {norm:12.6g}")
+    lines.append(f"parity: {NOT_PROVEN}. {why}")
+    return Report("\n".join(lines), True, NOT_PROVEN)

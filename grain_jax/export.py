@@ -1,0 +1,234 @@
+"""A model as StableHLO (`jax.export`): functions and parameters that run without grain_jax.
+
+  python -m grain_jax.export --checkpoint DIR --output DIR [--dtype float32|bfloat16]
+
+Every function takes any number of pictures or texts and is lowered for CPUs, CUDA and TPUs at once. The
+parameters lie beside them in one file, since the functions share them (docs/library.md shows their use).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from jax import export as jax_export
+
+import grain_jax
+from grain_jax import config as config_lib
+from grain_jax import errors, inference
+from grain_jax.convert import parity
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+# Of max|b|, against the Predictor. In bfloat16 the compiler fuses other sums, each of which is rounded.
+TOLERANCE = {"float32": parity.TOLERANCE, "bfloat16": 2e-2}
+_PICTURES = 3  # that the check runs; the Predictor pads them to another number
+
+
+class ExportError(errors.UserError):
+    """Nothing can be exported there; the message is one line."""
+
+
+def export_model(
+    predictor: inference.Predictor,
+    output: epath.PathLike,
+    platforms: Sequence[str] = PLATFORMS,
+) -> list[parity.Comparison]:
+    """Writes `image.stablehlo`, `text.stablehlo`, `regions.stablehlo`, `params.npz` and `model.json`.
+
+    A tokenizer's file goes with them. A model without region queries has no `regions.stablehlo`.
+    What was written is read back and runs on this machine.
+
+    Args:
+      predictor: the model; its `dtype` is that of the functions' activations.
+      output: folder; an older export in it is replaced.
+      platforms: what the functions are lowered for, all in one file.
+
+    Returns:
+      for each output of each function how far it is from the predictor's (`TOLERANCE` of its dtype).
+
+    Raises:
+      ExportError: the folder cannot be written.
+    """
+    output, model = epath.Path(output), predictor.model
+    params = traverse_util.flatten_dict(jax.tree.map(np.asarray, predictor.params), sep="/")
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
+    functions = {}
+    for name, (function, inputs) in _functions(model, predictor.dtype).items():
+        exported = jax_export.export(jax.jit(function), platforms=platforms)
+        functions[name] = exported(shapes, *inputs.values()), tuple(inputs)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "regions.stablehlo").unlink(missing_ok=True)
+        with (output / "params.npz").open("wb") as file:
+            np.savez(file, **params)
+        for name, (exported, _) in functions.items():
+            (output / f"{name}.stablehlo").write_bytes(exported.serialize())
+        description = _description(predictor, functions)
+        _copy_tokenizer(predictor, output)
+        (output / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+    except OSError as error:
+        raise ExportError(f"{output}: {error.strerror or error}; expected a folder") from None
+    return _compare(predictor, output, functions)
+
+
+def _functions(model: config_lib.Model, dtype: str) -> dict[str, tuple[Callable, dict[str, Any]]]:
+    """Each function of (flat params, *inputs), and its inputs' names, shapes and types."""
+    encode_images, encode_texts = inference.programs(model, dtype)
+    nested = lambda params: traverse_util.unflatten_dict(params, sep="/")  # noqa: E731
+
+    def image(params, image):
+        return {"image_embed": encode_images(nested(params), image)[0]}
+
+    def regions(params, image):
+        names = ("image_embed", "region_embed", "boxes_xyxy")
+        return dict(zip(names, encode_images(nested(params), image)))
+
+    def text(params, tokens, end):
+        return {"text_embed": encode_texts(nested(params), tokens, end)}
+
+    size, context = model.image.image_size, model.text.context_length
+    (b,) = jax_export.symbolic_shape("b")
+    pictures = {"image": jax.ShapeDtypeStruct((b, size, size, 3), np.uint8)}
+    rows, length = b, context
+    if model.text.packable:  # another one sees its padding: rows as long as in training
+        rows, length = jax_export.symbolic_shape("b, l", constraints=[f"l <= {context}"])
+    texts = {
+        "tokens": jax.ShapeDtypeStruct((rows, length), np.int32),
+        "end": jax.ShapeDtypeStruct((rows,), np.int32),
+    }
+    functions = {"image": (image, pictures), "text": (text, texts)}
+    if model.decoder is not None and model.decoder.queries:
+        functions["regions"] = (regions, pictures)
+    return functions
+
+
+def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -> dict[str, Any]:
+    """What `model.json` says."""
+    model = predictor.model
+
+    def signature(exported, inputs):
+        avals = exported.in_avals[-len(inputs) :]  # the parameters come first
+        outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+        return {
+            "inputs": {"params": "dict of all arrays in params.npz"}
+            | {name: f"{aval.dtype}[{_sizes(aval)}]" for name, aval in zip(inputs, avals)},
+            "outputs": {name: f"{x.dtype}[{_sizes(x)}]" for name, x in outputs.items()},
+        }
+
+    any_function = functions["image"][0]
+    learnt = {"logit_scale": float(np.exp(predictor.params["logit_scale"]))}
+    if model.logit_bias_init is not None:
+        learnt["logit_bias"] = float(predictor.params["logit_bias"])
+    return {
+        "grain_jax": grain_jax.__version__,
+        "jax": jax.__version__,
+        "calling_convention_version": any_function.calling_convention_version,
+        "platforms": list(any_function.platforms),
+        "activations": predictor.dtype,
+        "functions": {name: signature(*made) for name, made in functions.items()},
+        "image": {
+            "size": model.image.image_size,
+            "prepare": "RGB, squashed to a square by Pillow's bicubic filter (antialiased), no crop",
+            "pixel_mean": list(model.image.pixel_mean),
+            "pixel_std": list(model.image.pixel_std),
+            "normalised_by": "the function: give it the uint8 values",
+        },
+        "text": {
+            "context_length": model.text.context_length,
+            "vocab_size": model.text.vocab_size,
+            "tokenizer": _tokenizer_name(model.text),
+            "cleaning": model.text.cleaning,
+            "pad_id": model.text.pad_id,
+            "end": "position of each text's last token; for CLIP's ids tokens.argmax(1)"
+            if model.text.packable
+            else "not looked at: zeros will do",
+        },
+        **learnt,
+    }
+
+
+def _sizes(aval: jax.core.ShapedArray) -> str:
+    return ", ".join(map(str, aval.shape))
+
+
+def _tokenizer_name(tower: config_lib.TextTower) -> str:
+    if tower.tokenizer == "clip":
+        return "CLIP's byte pairs"
+    return epath.Path(tower.tokenizer).name
+
+
+def _copy_tokenizer(predictor: inference.Predictor, output: epath.Path) -> None:
+    tower = predictor.model.text
+    if tower.tokenizer == "clip":
+        return
+    for folder in (predictor.folder or "", ""):
+        path = epath.Path(folder) / tower.tokenizer
+        if path.exists():
+            (output / path.name).write_bytes(path.read_bytes())
+            return
+
+
+def _compare(
+    predictor: inference.Predictor, output: epath.Path, functions: Mapping[str, Any]
+) -> list[parity.Comparison]:
+    """The functions, as they were written, against the predictor, on random pictures and texts."""
+    model = predictor.model
+    with (output / "params.npz").open("rb") as file:
+        params = jax.device_put(dict(np.load(file)))
+    size, text = model.image.image_size, model.text
+    pictures = np.random.default_rng(0).integers(0, 256, (_PICTURES, size, size, 3))
+    pictures = pictures.astype(np.uint8)
+    tokens = parity.inputs(size, text.vocab_size, text.context_length, count=_PICTURES).token_ids
+    inputs = {"image": pictures, "tokens": tokens, "end": tokens.argmax(1).astype(np.int32)}
+    expected = {"text_embed": predictor.encode_text(tokens)}
+    if "regions" in functions:
+        image_embed, regions = predictor.encode_image_and_regions(pictures)
+        expected["region_embed"], expected["boxes_xyxy"] = regions.embed, regions.boxes_xyxy
+    else:
+        image_embed = predictor.encode_image(pictures)
+    expected["image_embed"] = image_embed
+    found = []
+    for name, (_, names) in functions.items():
+        function = jax_export.deserialize((output / f"{name}.stablehlo").read_bytes())
+        got = function.call(params, *(inputs[each] for each in names))
+        compared = parity.compare(
+            got, {key: expected[key] for key in got}, tolerance=TOLERANCE[predictor.dtype]
+        )
+        found += [c._replace(name=f"{name}: {c.name}") for c in compared]
+    return found
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ExportError(f"{self.prog}: {message}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exports a checkpoint; returns 0, 1 where the functions give other outputs, 2 for wrong input."""
+    parser = _Parser(prog="grain_jax.export", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--checkpoint", required=True, help="workdir, checkpoint or converted model"
+    )
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--dtype", default="float32", choices=config_lib.DTYPES)
+    try:
+        args = parser.parse_args(arguments)
+        compared = export_model(inference.load(args.checkpoint, args.dtype), args.output)
+    except errors.UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    written = sorted(epath.Path(args.output).iterdir(), key=lambda path: path.name)
+    print(*(f"{path.stat().length:12,} bytes  {path}" for path in written), sep="\n")
+    print(f"{'against grain_jax.load':22} {'max|a-b|/max|b|':>15} {'tolerance':>10}")
+    for c in compared:
+        print(f"{c.name:22} {c.error:15.2e} {c.tolerance:10.1e}{'' if c.ok else '  FAILED'}")
+    return 0 if all(c.ok for c in compared) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

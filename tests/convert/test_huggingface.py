@@ -1,0 +1,574 @@
+import dataclasses
+import json
+import subprocess
+import sys
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+import PIL.Image
+import pytest
+import setuptools
+import torch
+import transformers
+from etils import epath
+from safetensors import numpy as safetensors
+
+import grain_jax
+from grain_jax import checkpoint, images
+from grain_jax.convert import huggingface, model_card, parity
+from grain_jax.convert import torch as reference
+from grain_jax.convert.__main__ import main
+from grain_jax.input_pipeline import tokenizer
+from tests import perturbed, tiny
+from tests.paths import GOLDENS, ROOT
+
+torch.set_num_threads(1)  # small matrices; threads would only wait for each other
+REMOTE = dict(trust_remote_code=True, local_files_only=True)
+TEXTS = ["a photo of a wren", "Blue &amp; WHITE,  1998!", "x"]
+CLASSES = {"wren": ["a long beak", "a tail"], "owl": ["big eyes"]}
+
+
+def pictures():
+    rng = np.random.default_rng(5)
+    shapes = ((30, 50), (90, 41), (40, 40))
+    return [PIL.Image.fromarray(rng.integers(0, 256, (*s, 3), np.uint8)) for s in shapes]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """(folder of ours, folder for transformers), with CLIP's vocabulary."""
+    root = tmp_path_factory.mktemp("hf")
+    model = perturbed.tiny(text__vocab_size=tokenizer.VOCAB_SIZE, text__context_length=20)
+    checkpoint.save_model(root / "ours", model, perturbed.params(model))
+    report = huggingface.to_hf(root / "ours", root / "hf")
+    assert report.ok and report.text.endswith("parity: PROVEN"), report.text
+    embeds = "image_embed", "text_embed", "region_embed", "boxes_xyxy"
+    for name in (*embeds, "logit_scale", "pixels", "token_ids"):
+        assert f"\n{name} " in report.text
+    return root / "ours", root / "hf"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """As `converted`, with a vocabulary that no tokenizer has, and a small file."""
+    root = tmp_path_factory.mktemp("small")
+    model = perturbed.tiny()
+    checkpoint.save_model(root / "ours", model, perturbed.params(model))
+    huggingface.to_hf(root / "ours", root / "hf")
+    return root / "ours", root / "hf"
+
+
+ELSEWHERE = """
+import sys
+sys.modules["jax"] = sys.modules["grain_jax"] = None  # importing them is an error
+import numpy as np, PIL.Image, torch
+from transformers import AutoModel, AutoProcessor
+torch.set_num_threads(1)
+folder, given, out = sys.argv[1:]
+given = dict(np.load(given))
+model = AutoModel.from_pretrained(folder, trust_remote_code=True, local_files_only=True).eval()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+ids = lambda texts: processor(text=list(texts))["input_ids"]
+pictures = [PIL.Image.fromarray(given[f"picture_{i}"]) for i in range(3)]
+with torch.no_grad():
+    pixels = processor(images=pictures)["pixel_values"]
+    regions = model.get_regions(pixels)
+    names = ["a photo of a wren", "wren"], ["a photo of a owl", "owl"]
+    features = model.class_features([ids(n) for n in names])
+    described = [model.get_text_features(ids(given[k])) for k in ("wren", "owl")]
+    out_of_model = model(**processor(images=pictures, text=list(given["texts"])))
+    np.savez(
+        out, image=out_of_model.image_embeds, text=out_of_model.text_embeds,
+        regions=regions.embeds, boxes=regions.boxes_xyxy,
+        global_scores=model.zero_shot_logits(pixels, features),
+        both_scores=model.zero_shot_logits(pixels, features, described, alpha=0.3),
+    )
+"""
+
+
+def test_a_process_without_jax_and_grain_jax_gives_our_outputs(converted, tmp_path):
+    ours, hf = converted
+    arrays = {f"picture_{i}": np.asarray(p) for i, p in enumerate(pictures())}
+    np.savez(tmp_path / "given.npz", texts=TEXTS, **CLASSES, **arrays)
+    subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, hf, tmp_path / "given.npz", tmp_path / "out.npz"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    model = grain_jax.load(ours)
+    model.templates = ["a photo of a {}", "{}"]
+    classes = model.class_features(list(CLASSES))
+    described = tuple(model.encode_text(texts) for texts in CLASSES.values())
+    classes = classes._replace(descriptions=described)
+    regions = model.encode_regions(pictures())
+    expected = dict(
+        image=model.encode_image(pictures()),
+        text=model.encode_text(TEXTS),
+        regions=regions.embed,
+        boxes=regions.boxes_xyxy,
+        global_scores=model.classify(pictures(), classes),
+        both_scores=model.classify(pictures(), classes, alpha=0.3),
+    )
+    with np.load(tmp_path / "out.npz") as theirs:
+        report = parity.report(parity.compare(expected, dict(theirs)), "another process")
+    assert report.ok, report.text
+
+
+def test_from_hf_gives_identical_arrays(converted, tmp_path, capsys):
+    ours, hf = converted
+    assert main(["from-hf", "--input", str(hf), "--output", str(tmp_path / "back")]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("parity: PROVEN")
+    model, params, _ = checkpoint.load_model(ours)
+    again, back, _ = checkpoint.load_model(tmp_path / "back")
+    assert again == model
+    sizes = reference.sizes_of(model)
+    for module, state in reference.names.state_dicts(params, sizes).items():
+        for name, array in reference.names.state_dicts(back, sizes)[module].items():
+            np.testing.assert_array_equal(array, state[name], err_msg=name)
+
+
+def test_a_sigmoids_bias_goes_both_ways(tmp_path):
+    model = perturbed.tiny(logit_bias_init=-10.0)
+    params = perturbed.params(model)
+    assert params["logit_bias"] not in (0, -10)
+    checkpoint.save_model(tmp_path / "ours", model, params)
+    report = huggingface.to_hf(tmp_path / "ours", tmp_path / "hf")
+    assert report.verdict == "PROVEN" and "\nlogit_bias " in report.text
+    module = transformers.AutoModel.from_pretrained(tmp_path / "hf", **REMOTE)
+    assert module.config.losses["contrast"] == "sigmoid"
+    huggingface.from_hf(tmp_path / "hf", tmp_path / "back")
+    again, back, _ = checkpoint.load_model(tmp_path / "back")
+    assert again == model and back["logit_bias"] == params["logit_bias"]
+
+
+def test_what_transformers_saves_comes_back(small, tmp_path):
+    """A folder that was trained on in torch: another weight, saved by transformers."""
+    _, hf = small
+    model = transformers.AutoModel.from_pretrained(hf, **REMOTE)
+    with torch.no_grad():
+        model.decoder.img_proj += 0.25
+    model.save_pretrained(tmp_path / "tuned")
+    report = huggingface.from_hf(tmp_path / "tuned", tmp_path / "back")
+    assert report.verdict == "PROVEN"
+    _, params, _ = checkpoint.load_model(tmp_path / "back")
+    kernel = params["image_projection"]["kernel"]
+    np.testing.assert_array_equal(kernel, model.decoder.img_proj.detach().numpy())
+
+
+def as_stored(folder):
+    return reference.names.state_dicts(
+        checkpoint.load_model(folder)[1], reference.sizes_of(perturbed.tiny())
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_comes_back_as_it_is(small, tmp_path, dtype):
+    model = transformers.AutoModel.from_pretrained(small[1], dtype=dtype, **REMOTE)
+    model.save_pretrained(tmp_path / "half")
+    assert huggingface.from_hf(tmp_path / "half", tmp_path / "back").verdict == "PROVEN"
+    back = as_stored(tmp_path / "back")
+    for name, tensor in model.state_dict().items():
+        module, _, rest = name.partition(".")
+        np.testing.assert_array_equal(back[module][rest], tensor.float().numpy(), err_msg=name)
+
+
+def test_weights_in_several_files_come_back(small, tmp_path, capsys):
+    ours, hf = small
+    model = transformers.AutoModel.from_pretrained(hf, **REMOTE)
+    model.save_pretrained(tmp_path / "cut", max_shard_size="100kB")
+    files = sorted((tmp_path / "cut").glob("*.safetensors"))
+    assert len(files) > 1
+    assert huggingface.from_hf(tmp_path / "cut", tmp_path / "back").verdict == "PROVEN"
+    for module, state in as_stored(ours).items():
+        for name, array in as_stored(tmp_path / "back")[module].items():
+            np.testing.assert_array_equal(array, state[name], err_msg=name)
+    files[0].unlink()
+    arguments = ["from-hf", "--input", str(tmp_path / "cut"), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert f"{files[0]}: no such file" in capsys.readouterr().err
+    (tmp_path / "cut" / "model.safetensors.index.json").write_text("{}")
+    assert main(arguments) == 2
+    assert "expected transformers' index, with the key weight_map" in capsys.readouterr().err
+
+
+def test_the_processor_that_transformers_saves_gives_the_same(converted, tmp_path):
+    processor = transformers.AutoProcessor.from_pretrained(converted[1], **REMOTE)
+    processor.save_pretrained(tmp_path / "again")
+    again = transformers.AutoProcessor.from_pretrained(tmp_path / "again", **REMOTE)
+    before, after = (p(images=pictures(), text=TEXTS) for p in (processor, again))
+    assert before["input_ids"].shape[1] < 20
+    for name in ("pixel_values", "input_ids"):
+        assert torch.equal(before[name], after[name])
+
+
+def test_pictures_of_every_mode_are_squashed_as_ours(converted):
+    processor = transformers.AutoProcessor.from_pretrained(converted[1], **REMOTE)
+    rng = np.random.default_rng(7)
+    rgba = PIL.Image.fromarray(rng.integers(0, 256, (61, 33, 4), np.uint8), "RGBA")
+    given = [rgba, *(rgba.convert("RGB").convert(mode) for mode in ("L", "P", "1", "CMYK"))]
+    given += [np.asarray(pictures()[0])]
+    found = processor(images=given)["pixel_values"].permute(0, 2, 3, 1).numpy()
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    levels = np.rint((found * std + mean) * 255)
+    np.testing.assert_array_equal(levels, [images.squash(picture, 40) for picture in given])
+    for wrong in (np.zeros((40, 40, 3), np.float32), np.zeros((3, 40, 40), np.uint8)):
+        with pytest.raises(ValueError, match="expected PIL pictures or uint8"):
+            processor(images=[wrong])
+
+
+def test_the_golden_strings_have_our_ids(converted):
+    strings = json.loads((GOLDENS / "tokenizer.json").read_text())["strings"]
+    processor = transformers.AutoProcessor.from_pretrained(converted[1], **REMOTE)
+    ids = processor(text=[s["text"] for s in strings], max_length=77, padding="max_length")
+    wrong = [
+        s["text"]
+        for s, row in zip(strings, ids["input_ids"].tolist())
+        if row[: len(s["ids"])] != s["ids"] or set(row[len(s["ids"]) :]) - {tokenizer.END_OF_TEXT}
+    ]
+    assert not wrong
+
+
+def test_compiled_and_exported_to_onnx_it_gives_the_same(small, tmp_path):
+    ours, hf = small
+    module = transformers.AutoModel.from_pretrained(hf, **REMOTE).eval()
+    model, params, _ = checkpoint.load_model(ours)
+    given = parity.inputs(40, 300, 32, count=3)
+    expected = parity.outputs(model, params, given)
+    pixels = torch.tensor(given.pictures).permute(0, 3, 1, 2).contiguous()
+    ids = torch.tensor(given.token_ids).long()
+    with (
+        torch.no_grad()
+    ):  # captured whole, without a break; inductor is tried by benchmarks.interop
+        out = torch.compile(module, backend="aot_eager", fullgraph=True)(pixels, ids)
+    found = dict(
+        image_embed=out.image_embeds,
+        text_embed=out.text_embeds,
+        region_embed=out.region_embeds,
+        boxes_xyxy=out.boxes_xyxy,
+    )
+    found = {name: value.numpy() for name, value in found.items()}
+    report = parity.report(parity.compare(expected, found), "torch.compile")
+    assert report.ok, report.text
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        module.export_onnx(tmp_path)  # made with 2 pictures, run with 3
+    run = lambda name, **feed: onnxruntime.InferenceSession(tmp_path / name).run(None, feed)
+    image, region, boxes = run("image.onnx", pixel_values=pixels.numpy())
+    (text,) = run("text.onnx", input_ids=ids.numpy())
+    found = dict(image_embed=image, text_embed=text, region_embed=region, boxes_xyxy=boxes)
+    report = parity.report(parity.compare(expected, found), "ONNX Runtime")
+    assert report.ok, report.text
+
+
+def test_the_zero_shot_pipeline_of_transformers_takes_it(converted):
+    ours, hf = converted
+    processor = transformers.AutoProcessor.from_pretrained(hf, **REMOTE)
+    pipeline = transformers.pipeline(
+        "zero-shot-image-classification",
+        model=transformers.AutoModelForZeroShotImageClassification.from_pretrained(hf, **REMOTE),
+        tokenizer=processor.tokenizer,
+        image_processor=processor.image_processor,
+    )
+    (found,) = pipeline(pictures()[:1], candidate_labels=["wren", "owl"], hypothesis_template="{}")
+    model = grain_jax.load(ours)
+    model.templates = ["{}"]
+    scale = np.exp(2.5)
+    logits = scale * model.classify(pictures()[:1], ["wren", "owl"])[0]
+    share = np.exp(logits) / np.exp(logits).sum()
+    by_label = {entry["label"]: entry["score"] for entry in found}
+    np.testing.assert_allclose([by_label["wren"], by_label["owl"]], share, rtol=1e-5)
+
+
+def test_dropout_is_only_there_in_training(small):
+    module = transformers.AutoModel.from_pretrained(small[1], **REMOTE)
+    pixels = torch.tensor(parity.inputs(40, 300, 32).pictures).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        still = [module.eval().get_image_features(pixels) for _ in range(2)]
+        noisy = [module.train().get_image_features(pixels) for _ in range(2)]
+    assert torch.equal(*still) and not torch.equal(*noisy)
+
+
+def test_wrong_calls_say_what_was_expected(small):
+    module = transformers.AutoModel.from_pretrained(small[1], **REMOTE).eval()
+    with pytest.raises(
+        ValueError, match=r"got shape \[1, 3, 32, 32\], expected\s+\[B, 3, 40, 40\]"
+    ):
+        module.get_regions(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="alpha 0.5 needs the descriptions"):
+        module.zero_shot_logits(torch.zeros(1, 3, 40, 40), torch.zeros(2, 28), alpha=0.5)
+    with pytest.raises(ValueError, match="alpha: got 1.5, expected a number from 0 to 1"):
+        module.zero_shot_logits(torch.zeros(1, 3, 40, 40), torch.zeros(2, 28), alpha=1.5)
+    with pytest.raises(ValueError, match=r"got shape \[1, 33\], expected \[N, at most 32\]"):
+        module.get_text_features(torch.zeros(1, 33, dtype=torch.long))
+    with pytest.raises(ValueError, match="return_loss needs description_ids"):
+        ids = torch.zeros(1, 3, dtype=torch.long)
+        module(torch.zeros(1, 3, 40, 40), ids, return_loss=True)
+
+
+def test_weights_that_are_not_there_get_a_beginning(small, tmp_path):
+    """transformers builds models without memory: what no file has must not be left as it was found."""
+    names = (
+        "backbone.logit_scale",
+        "backbone.visual.cls_token",
+        "backbone.text_projection",
+        "backbone.transformer.resblocks.0.attn.in_proj_bias",
+        "decoder.obj_proj",
+    )
+
+    def without(arrays, config):
+        for name in names:
+            del arrays[name]
+
+    folder = rewrite(small[1], tmp_path / "without", without)
+    for file in small[1].glob("*_grain.py"):
+        (folder / file.name).write_text(file.read_text())
+    state = transformers.AutoModel.from_pretrained(folder, **REMOTE).state_dict()
+    scale, token, text, bias, regions = (state[name] for name in names)
+    assert scale.item() == pytest.approx(np.log(1 / 0.07)) and not bias.any()
+    for drawn in (token, text, regions):
+        assert 0.01 < drawn.std() < 0.03
+
+
+def rewrite(hf, folder, change):
+    """A copy of the folder whose weights and config went through `change(arrays, config)`."""
+    folder.mkdir()
+    config = json.loads((hf / "config.json").read_text())
+    arrays = safetensors.load_file(hf / "model.safetensors")
+    change(arrays, config)
+    safetensors.save_file(arrays, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def shape(arrays, config):
+    arrays["backbone.visual.blocks.1.mlp.fc1.weight"] = np.zeros((95, 48), np.float32)
+
+
+def missing(arrays, config):
+    del arrays["decoder.obj_proj"]
+
+
+def unknown(arrays, config):
+    arrays["decoder.adapter"] = np.zeros((2, 2), np.float32)
+    arrays["head.weight"] = np.zeros(3, np.float32)
+
+
+def integers(arrays, config):
+    arrays["decoder.obj_proj"] = arrays["decoder.obj_proj"].astype(np.int32)
+
+
+def not_finite(arrays, config):
+    arrays["backbone.ln_final.bias"][2] = np.nan
+
+
+def heads(arrays, config):
+    config["towers"]["image"]["heads"] = 6
+
+
+def heads_do_not_divide(arrays, config):
+    config["towers"]["text"]["heads"] = 7
+
+
+def no_towers(arrays, config):
+    del config["towers"]
+
+
+def misspelt(arrays, config):
+    config["towers"]["image"]["witdh"] = config["towers"]["image"].pop("width")
+
+
+W, C = "{folder}/model.safetensors: ", "{folder}/config.json: "
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            shape,
+            [W + "backbone visual.blocks.1.mlp.fc1.weight: got shape (95, 48), expected (96, 48)"],
+        ),
+        (missing, [W + "decoder obj_proj: missing"]),
+        (unknown, [W + "head.weight: unknown key, shape (3,)"]),
+        (integers, [W + "decoder.obj_proj: got I32, expected one of F64, F32, F16, BF16"]),
+        (not_finite, [W + "backbone ln_final.bias: holds values that are not finite"]),
+        (heads_do_not_divide, ["model.text.heads: got 7, must divide width 40"]),
+        (no_towers, [C + "got KeyError 'towers', expected to-hf's config with the key towers"]),
+    ],
+)
+def test_a_wrong_folder_is_one_line(small, tmp_path, capsys, change, said):
+    folder = rewrite(small[1], tmp_path / "wrong", change)
+    out = tmp_path / "out"
+    assert main(["from-hf", "--input", str(folder), "--output", str(out)]) == 2
+    said = [line.format(folder=folder) for line in said]
+    assert capsys.readouterr().err.strip().split("\n") == [*said, "1 fault; nothing was written"]
+    assert not out.exists()
+
+
+def test_a_wrong_number_of_heads_shows_in_the_qk_norms(small, tmp_path, capsys):
+    folder = rewrite(small[1], tmp_path / "wrong", heads)
+    assert main(["from-hf", "--input", str(folder), "--output", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.strip().split("\n")
+    name = "backbone visual.blocks.0.attn.q_norm.weight"
+    assert lines[0] == f"{folder}/model.safetensors: {name}: got shape (12,), expected (8,)"
+    assert lines[-1] == "8 faults; nothing was written"
+
+
+def test_a_misspelt_size_is_named(small, tmp_path, capsys):
+    folder = rewrite(small[1], tmp_path / "wrong", misspelt)
+    assert main(["from-hf", "--input", str(folder), "--output", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert "model.image.witdh: no such key; did you mean model.image.width?" in err
+
+
+@pytest.mark.parametrize("kept", [0, 5, 400, 100_000])
+def test_a_truncated_safetensors_is_one_line(small, tmp_path, capsys, kept):
+    folder = rewrite(small[1], tmp_path / "cut", lambda *_: None)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:kept])
+    assert main(["from-hf", "--input", str(folder), "--output", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert len(lines) == 2
+    assert lines[0].startswith(f"{folder}/model.safetensors: not a whole safetensors file (")
+    assert lines[0].endswith("); copy it again")
+    (folder / "model.safetensors").unlink()
+    assert main(["from-hf", "--input", str(folder), "--output", str(tmp_path / "out")]) == 2
+    assert "no such file; expected a folder written by to-hf" in capsys.readouterr().err
+
+
+def test_code_in_the_folder_is_not_run(small, tmp_path):
+    folder, marker = rewrite(small[1], tmp_path / "theirs", lambda *_: None), tmp_path / "executed"
+    for name in ("modeling_grain.py", "configuration_grain.py", "processing_grain.py"):
+        (folder / name).write_text(f"import os; os.mkdir({str(marker)!r})\n")
+    assert huggingface.from_hf(folder, tmp_path / "back").verdict == "PROVEN"
+    assert not marker.exists()
+
+
+def test_the_files_for_transformers_are_installed():
+    """A folder without __init__.py would work in the checkout, and be missing in a wheel."""
+    assert "grain_jax.convert.hf_files" in setuptools.find_packages(ROOT)
+    for path in huggingface.CODE.iterdir():
+        assert path.suffix == ".py" or path.name == "__pycache__"  # others are package data
+
+
+def test_without_safetensors_one_line_says_so(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert main(["from-hf", "--input", str(small[1]), "--output", str(tmp_path / "out")]) == 2
+    assert "the package safetensors is missing; pip install" in capsys.readouterr().err
+
+
+def test_text_towers_of_another_kind_are_refused(tmp_path, capsys):
+    model = perturbed.tiny(text__causal=False, text__pool="last")
+    checkpoint.save_model(tmp_path / "ours", model, perturbed.params(model))
+    arguments = ["to-hf", "--input", str(tmp_path / "ours"), "--output", str(tmp_path / "hf")]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.strip().split("\n")[:-1] == [
+        "model.text.causal: got False, to-hf writes text towers with True",
+        "model.text.pool: got last, to-hf writes text towers with end",
+    ]
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_folder_in_use_is_left_alone(small, tmp_path, capsys):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "thesis.tex").write_text("mine")
+    arguments = ["to-hf", "--input", str(small[0]), "--output", str(tmp_path / "hf")]
+    assert main(arguments) == 2
+    assert "is in use by something else" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "hf").iterdir()] == ["thesis.tex"]
+
+
+def test_without_transformers_nothing_is_proven(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    arguments = ["to-hf", "--input", str(small[0]), "--output", str(tmp_path / "hf")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "parity: NOT PROVEN." in printed.splitlines()[-1] and "text/position_embed" in printed
+    assert "parity: NOT PROVEN." in (tmp_path / "hf" / "README.md").read_text()
+
+
+def test_without_a_decoder_it_is_refused_in_a_line(tmp_path, capsys):
+    model = perturbed.tiny(decoder=None, image__pool="class")
+    checkpoint.save_model(tmp_path / "ours", model, {"logit_scale": np.zeros(())})
+    for command in ("to-hf", "to-torch"):
+        out = tmp_path / command
+        assert main([command, "--input", str(tmp_path / "ours"), "--output", str(out)]) == 2
+        first, last = capsys.readouterr().err.strip().split("\n")
+        assert first.startswith("model.decoder: got none; ") and last.startswith("1 fault")
+        assert not out.exists()
+
+
+def test_of_a_folder_in_a_store_a_copy_is_proven(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+
+    class Stored:
+        def __str__(self):
+            return "gs://bucket/hf"
+
+        def iterdir(self):
+            return epath.Path(tmp_path).iterdir()
+
+    with huggingface._on_disk(Stored()) as path:
+        assert path != str(tmp_path) and (epath.Path(path) / "config.json").read_text() == "{}"
+    with huggingface._on_disk(epath.Path(tmp_path)) as path:
+        assert path == str(tmp_path)
+
+
+class State(NamedTuple):
+    """What a checkpoint needs of a TrainState."""
+
+    step: int
+    params: Any
+    ema_params: Any
+
+
+def test_a_run_is_told_of_in_the_model_card_and_its_average_is_what_is_written(tmp_path, capsys):
+    model = perturbed.tiny()
+    average = perturbed.params(model, seed=1)
+    c = tiny.config(input__name="cc12m", loss__box=1.5, ema_decay=0.99, model__decoder__queries=3)
+    c = dataclasses.replace(c, model=model)
+    workdir = tmp_path / "run"
+    checkpoints = checkpoint.manager(workdir, c)
+    checkpoint.save(checkpoints, State(9, perturbed.params(model), average), c, {})
+    checkpoints.close()
+    lines = [
+        {"step": 5, "eval/birds/accuracy": 0.25},
+        {"step": 9, "loss": 1.0},
+        {"step": 12, "eval/birds/accuracy": 0.75},  # of weights that no checkpoint has
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (workdir / "metrics.jsonl").write_text(text + '{"step": 13, "eval/bi')
+    out = tmp_path / "hf"
+    assert main(["to-hf", "--input", str(workdir), "--output", str(out)]) == 0
+    capsys.readouterr()
+    card = (out / "README.md").read_text()
+    for words in (
+        "| data set | cc12m |",
+        "| length | 10 steps; these weights are of step 9 |",
+        "| average of weights | these are an average, of decay 0.99 |",
+        "| loss: box | 1.5 |",
+        "In the run, at step 5:",
+        "| eval/birds/accuracy | 0.25 |",
+        "parity: PROVEN",
+        "There is no tokenizer: the vocabulary has 300 ids",
+        "At most 3 regions a picture",
+        "The weights: not stated by the run",
+    ):
+        assert words in card
+    module = transformers.AutoModel.from_pretrained(out, **REMOTE)
+    assert module.config.losses["box"] == 1.5
+    kernel = average["image_projection"]["kernel"]
+    np.testing.assert_array_equal(module.decoder.img_proj.detach(), kernel)
+
+
+def test_the_model_card_says_what_is_not_known(small):
+    card = (small[1] / "README.md").read_text()
+    assert "Not recorded" in card and "Nothing was measured" in card
+    run = model_card.Run({}, None, {}, None, "x.pth.tar")
+    proof = parity.not_proven({}, "torch is not installed")
+    card = model_card.write(perturbed.tiny(), {}, run, proof, True)
+    assert "Converted from x.pth.tar; how that was trained is not recorded there." in card
+    assert "parity: NOT PROVEN. torch is not installed" in card and "no tokenizer" not in card

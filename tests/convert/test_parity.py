@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+
+from grain_jax.convert import parity
+
+
+def test_inputs_start_and_end_as_texts_do():
+    given = parity.inputs(13, 50, 9, count=5)
+    assert given.pictures.shape == (5, 13, 13, 3) and given.pictures.dtype == np.float32
+    assert given.token_ids.shape == (5, 9) and given.token_ids.dtype == np.int32
+    assert (given.token_ids[:, 0] == 48).all() and (given.token_ids == 49).sum(1).tolist() == [
+        1
+    ] * 5
+    assert given.token_ids[0].tolist() == [48, 49, *[0] * 7] and given.token_ids[1, -1] == 49
+    for a, b in zip(given, parity.inputs(13, 50, 9, count=5)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_error_is_relative_to_the_other_sides_largest():
+    b = np.array([[3.0, 4.0], [0.0, -10.0]])
+    a = b + np.array([[0.0, 0.0], [0.5, 0.0]])
+    (found,) = parity.compare({"x": a}, {"x": b}, tolerance=0.05)
+    assert found.error == pytest.approx(0.05) and found.ok
+    assert found.cosine == pytest.approx(10 / np.sqrt(100.25))
+    (found,) = parity.compare({"x": a}, {"x": b}, tolerance=0.049)
+    assert not found.ok
+
+
+def test_whole_numbers_must_be_equal():
+    ids = np.array([[49406, 320, 49407]])
+    (found,) = parity.compare({"ids": ids}, {"ids": ids.copy()})
+    assert found.ok
+    (found,) = parity.compare({"ids": ids}, {"ids": ids + [0, 1, 0]}, tolerance=1.0)
+    assert not found.ok
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_fails(bad):
+    (found,) = parity.compare({"x": np.array([1.0, bad])}, {"x": np.array([1.0, 2.0])})
+    assert not found.ok
+    assert not parity.report([found], "the other side").ok
+
+
+def test_other_names_and_shapes_are_errors():
+    with pytest.raises(parity.ParityError) as error:
+        parity.compare({"a": np.zeros(2), "b": np.zeros(2)}, {"b": np.zeros(3), "c": np.zeros(1)})
+    assert str(error.value).split("\n") == [
+        "parity: a: only one side gives it",
+        "parity: c: only one side gives it",
+        "parity: b: ours has shape (2,), the other side's (3,)",
+    ]
+
+
+def test_the_verdict_is_the_last_line():
+    good = parity.compare({"x": np.ones(3)}, {"x": np.ones(3)})
+    bad = parity.compare({"y": np.ones(3)}, {"y": np.zeros(3)})
+    report = parity.report(good + bad, "open_clip 3.3.0")
+    assert (report.ok, report.verdict) == (False, "FAILED")
+    assert report.text.split("\n")[0] == "parity: our outputs against open_clip 3.3.0"
+    assert report.text.split("\n")[-1] == "parity: FAILED: y"
+    assert parity.report(good, "x").text.endswith("parity: PROVEN")
+    report = parity.not_proven({"a": {"b": np.array([3.0, 4.0])}}, "open_clip is not installed")
+    assert (report.ok, report.verdict) == (True, "NOT PROVEN")
+    assert report.text.split("\n")[1].split() == ["a/b", "(2,)", "5"]
+    assert report.text.endswith("parity: NOT PROVEN. open_clip is not installed")

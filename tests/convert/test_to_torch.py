@@ -1,0 +1,313 @@
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import parity as goldens_parity
+from grain_jax import checkpoint, losses
+from grain_jax.convert import huggingface, parity, torch_names
+from grain_jax.convert import torch as reference
+from grain_jax.convert.__main__ import main
+from grain_jax.convert.hf_files import modeling_grain
+from tests import perturbed
+from tests.paths import GOLDENS
+
+torch.set_num_threads(1)  # small matrices; threads would only wait for each other
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return goldens_parity.goldens()
+
+
+def golden_states(golden):
+    return {
+        module: {
+            key.removeprefix(f"params/{module}/"): array
+            for key, array in golden.arrays.items()
+            if key.startswith(f"params/{module}/")
+        }
+        for module in ("backbone", "decoder")
+    }
+
+
+@pytest.fixture(scope="module")
+def golden_losses():
+    c = goldens_parity.config().loss
+    return {name: getattr(c, name) for name in huggingface.LOSSES}
+
+
+@pytest.fixture(scope="module")
+def module(golden, golden_losses):
+    made = reference.make_module(golden.model, golden_losses)
+    reference.load_states(made, golden_states(golden))
+    return made
+
+
+def test_golden_to_jax_and_back_is_identical(golden, tmp_path, capsys):
+    checkpoint.save_model(tmp_path / "model", golden.model, golden.params)
+    path = tmp_path / "x.pth.tar"
+    assert main(["to-torch", "--input", str(tmp_path / "model"), "--output", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith("parity: PROVEN") and "class_embed.weight" in printed
+    stored = torch.load(path, weights_only=True)
+    assert set(stored) == {
+        *("epoch", "iteration", "best_acc", "optimizer"),
+        *("state_dict", "backbone_state_dict"),
+    }
+    assert all(name.startswith("module.") for name in stored["state_dict"])
+    written, original = reference.read(path), golden_states(golden)
+    for which, state in original.items():
+        assert written[which].keys() == state.keys()  # the reference loads strictly
+        for name, array in state.items():
+            if name in torch_names.UNUSED[which]:
+                assert not written[which][name].any()
+            else:
+                np.testing.assert_array_equal(written[which][name], array)
+                assert written[which][name].shape == array.shape
+    assert written["decoder"]["class_embed.weight"].shape == (22048, 64)
+    assert written["decoder"]["pos_embed"].shape == (1, 513, 64)
+    assert written["backbone"]["image_projection"].shape == (48, 512)
+
+
+def test_the_torch_module_gives_the_references_outputs(golden, module):
+    a = golden.arrays
+    with torch.no_grad():
+        tokens = module.backbone.visual(torch.tensor(a["inputs/images"]))
+        image, regions, boxes = module.decoder(tokens)
+        text = module.get_text_features(torch.tensor(a["inputs/text"]).long())
+    for ours, name in (
+        (tokens, "vision_tokens"),
+        (image, "img_embed"),
+        (regions, "obj_embeds"),
+        (boxes[-1], "pred_boxes"),
+        (boxes[0], "aux/0/pred_boxes"),
+        (text, "text_embed"),
+    ):
+        assert goldens_parity.relative(name, ours.numpy(), a[f"outputs/{name}"]).ok, name
+
+
+def golden_inputs(golden):
+    a = golden.arrays
+    corners = torch.tensor(a["inputs/boxes"]).clamp(0, 224) / 224
+    low, high = corners[..., :2], corners[..., 2:]
+    return dict(
+        pixel_values=torch.tensor(a["inputs/images"]),
+        input_ids=torch.tensor(a["inputs/text"]).long(),
+        description_ids=torch.tensor(a["inputs/desc"]).long(),
+        region_boxes_cxcywh=torch.cat([(low + high) / 2, high - low], dim=-1),
+        region_mask=torch.tensor(a["inputs/avail"]) == 1,
+    )
+
+
+def test_the_torch_modules_loss_and_gradients_are_the_references(golden, module):
+    module.zero_grad()
+    out = module(**golden_inputs(golden), return_loss=True)
+    for name, ours in (
+        ("clip_loss", out.losses["image_caption"]),
+        ("box_loss", 1.5 * out.losses["box"]),
+        ("word_loss", out.losses["region_description"]),
+        ("total", out.loss),
+    ):
+        reference_loss = golden.arrays[f"losses/{name}"]
+        assert goldens_parity.relative(name, ours.detach().numpy(), reference_loss).ok, name
+    out.loss.backward()
+    compared = 0
+    for name, parameter in module.named_parameters():
+        stored = golden.arrays["grads/" + name.replace(".", "/", 1)]
+        assert goldens_parity.gradient(name, parameter.grad.numpy(), stored).ok, name
+        compared += 1
+    assert compared == sum(key.startswith("grads/") for key in golden.arrays)
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        dict(mask_duplicates=True, iou_epsilon=0.0),
+        dict(deep_supervision=True, match_description=3.0),
+        dict(contrast="sigmoid", mask_duplicates=True),
+    ],
+)
+def test_the_torch_modules_loss_is_ours_with_every_switch(golden, module, golden_losses, switches):
+    """Captions 0 and 1 are the same text, and so are the first descriptions of images 0 and 2."""
+    inputs = golden_inputs(golden)
+    inputs["input_ids"][1] = inputs["input_ids"][0]
+    inputs["description_ids"][2, 0] = inputs["description_ids"][0, 0]
+    module.config.losses = golden_losses | switches | {"image_caption": 0.5}
+    try:
+        with torch.no_grad():
+            out = module(**inputs, return_loss=True)
+    finally:
+        module.config.losses = golden_losses
+
+    ours = goldens_parity.outputs()["outputs"]
+    batch = goldens_parity.batch(golden.arrays["inputs/boxes"], packed=False)
+    text, described = ours.text_embed.copy(), ours.region_text_embed.copy()
+    text[1], described[2, 0] = text[0], described[0, 0]
+    same_caption, same_description = batch.caption_id.copy(), batch.description_id.copy()
+    same_caption[1], same_description[2, 0] = same_caption[0], same_description[0, 0]
+    batch = batch._replace(caption_id=same_caption, description_id=same_description)
+    ours = ours._replace(text_embed=text, region_text_embed=described)
+    c = goldens_parity.config(shift_labels_after_empty_box=False).loss
+    c = c.__class__(**(vars(c) | switches | {"image_caption": 0.5}))
+    expected = losses.total_loss(ours, batch, c)
+    for name, value in out.losses.items():
+        np.testing.assert_allclose(value, getattr(expected, name), rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(out.loss, expected.total, rtol=1e-5)
+
+
+def test_under_autocast_similarities_are_float32(golden, module):
+    inputs = golden_inputs(golden)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = module(**inputs, return_loss=True)
+        cosines = out.image_embeds.double() @ out.text_embeds.double().T
+    logits = module.backbone.logit_scale.exp().double() * cosines
+    np.testing.assert_allclose(out.logits_per_image.detach(), logits.detach(), atol=1e-5)
+    labels = torch.arange(len(logits))
+    cross = torch.nn.functional.cross_entropy
+    expected = (cross(logits, labels) + cross(logits.T, labels)) / 2
+    np.testing.assert_allclose(out.losses["image_caption"], expected.detach(), rtol=1e-5)
+
+
+def test_a_batch_without_regions_has_no_region_losses(golden, module):
+    inputs = golden_inputs(golden)
+    inputs["region_mask"] = torch.zeros_like(inputs["region_mask"])
+    with torch.no_grad():
+        out = module(**inputs, return_loss=True)
+    assert out.losses["box"] == out.losses["region_description"] == 0
+    assert torch.isfinite(out.loss)
+
+
+def test_assignment_is_the_cheapest():
+    with np.load(GOLDENS / "hungarian.npz") as z:
+        z = dict(z)
+    tried = 0
+    for i, (rows, columns) in enumerate(z["shapes"]):
+        flat = z["costs_flat"][z["offsets"][i] : z["offsets"][i + 1]]
+        cost = flat.reshape(rows, columns).astype(np.float64)
+        if rows > columns:
+            cost = cost.T
+        if not cost.size or max(cost.shape) > 12:
+            continue
+        found = modeling_grain.assign(cost.tolist())
+        assert len(set(found)) == len(found)
+        total = cost[np.arange(len(found)), found].sum()
+        np.testing.assert_allclose(total, z["total"][i], rtol=1e-9, atol=1e-9)
+        tried += 1
+    assert tried > 500
+
+
+def test_costs_that_are_no_numbers_do_not_hang_the_assignment():
+    nan = float("nan")
+    assert sorted(modeling_grain.assign([[nan, nan, nan], [1.0, 2.0, nan]])) in (
+        [0, 1],
+        [0, 2],
+        [1, 2],
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(image__qk_norm=False, image__pre_norm=True, image__activation="quick_gelu"),
+        dict(
+            image__class_token=False,
+            image__patch_bias=False,
+            image__activation="gelu_tanh",
+            image__norm_eps=1e-4,
+            text__activation="gelu",
+            text__norm_eps=1e-3,
+        ),
+    ],
+)
+def test_the_torch_module_follows_the_models_switches(changes):
+    model = perturbed.tiny(**changes)
+    params = perturbed.params(model)
+    states = torch_names.state_dicts(params, reference.sizes_of(model))
+    report = reference.prove(model, params, states)
+    assert report.ok, report.text
+    # And the table's inverse gives the parameters back.
+    back = reference.to_params(states["backbone"], states["decoder"], model)
+    again = torch_names.state_dicts(back, reference.sizes_of(model))
+    for which, state in states.items():
+        for name, array in state.items():
+            np.testing.assert_array_equal(again[which][name], array)
+
+
+def test_a_parameter_that_the_table_lacks_is_not_lost():
+    model = perturbed.tiny()
+    params = perturbed.params(model) | {"adapter": {"bias": np.zeros(3, np.float32)}}
+    with pytest.raises(ValueError, match="without a name in torch: adapter/bias"):
+        torch_names.state_dicts(params, reference.sizes_of(model))
+
+
+@pytest.mark.parametrize("heads, attention", [(4, True), (8, False)])
+def test_heads_that_the_reference_has_not_are_told(tmp_path, capsys, heads, attention):
+    model = perturbed.tiny(decoder__width=512, decoder__heads=heads)
+    checkpoint.save_model(tmp_path / "model", model, perturbed.params(model))
+    out = tmp_path / "x.pth.tar"
+    assert main(["to-torch", "--input", str(tmp_path / "model"), "--output", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert f"\ndecoder: width 512, depth 2, {heads} heads" in said
+    assert ("; ATTENTION: the reference's code has 8 and" in said) == attention
+
+
+def test_every_parameter_counts():
+    """Each tensor of the perturbed model, changed a little, changes an output: parity would notice."""
+    model = perturbed.tiny()
+    params = perturbed.params(model)
+    module = reference.make_module(model)
+    reference.load_states(module, torch_names.state_dicts(params, reference.sizes_of(model)))
+    given = parity.inputs(40, 300, 32)
+    before = reference.run_module(module, given)
+    # Mathematically without effect: what shifts all logits of a softmax alike, and the first layer's
+    # normalised zeros (goldens' README, quirk 14).
+    blind = ("k_norm.bias", "layers.0.norm1.weight", "layers.0.self_attn.in_proj")
+    for name, parameter in module.named_parameters():
+        if name.endswith(blind) or any(part in name for part in blind):
+            continue
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.manual_seed(0))
+        after = reference.run_module(module, given)
+        assert any(not c.ok for c in parity.compare(after, before)), name
+        with torch.no_grad():
+            parameter.copy_(kept)
+
+
+def test_what_the_references_format_cannot_hold_is_a_line_each(tmp_path, capsys):
+    model = perturbed.tiny(image__pre_norm=True, text__activation="gelu", logit_bias_init=-10.0)
+    checkpoint.save_model(tmp_path / "model", model, perturbed.params(model))
+    out = tmp_path / "x.pth.tar"
+    assert main(["to-torch", "--input", str(tmp_path / "model"), "--output", str(out)]) == 2
+    assert capsys.readouterr().err.strip().split("\n") == [
+        "model.logit_bias_init: got -10.0, the reference's model has None",
+        "model.image.pre_norm: got True, the reference's model has False",
+        "model.text.activation: got gelu, the reference's model has quick_gelu",
+        "3 faults; nothing was written",
+    ]
+    assert not out.exists()
+    assert main(["to-torch", "--input", str(tmp_path / "model"), "--output", str(tmp_path)]) == 2
+    assert "is a folder; expected a file name" in capsys.readouterr().err
+    assert main(["to-torch", "--input", str(tmp_path / "nowhere"), "--output", str(out)]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_failed_parity_is_exit_status_1(tmp_path, capsys, monkeypatch):
+    model = perturbed.tiny()
+    checkpoint.save_model(tmp_path / "model", model, perturbed.params(model))
+    right = reference.run_module
+    monkeypatch.setattr(
+        reference,
+        "run_module",
+        lambda *args: right(*args) | {"text_embed": right(*args)["text_embed"] * 1.001},
+    )
+    arguments = ["to-torch", "--input", str(tmp_path / "model"), "--output"]
+    assert main([*arguments, str(tmp_path / "x.pth.tar")]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.rstrip().endswith("parity: FAILED: text_embed")
+    assert "gives other outputs" in printed.err
+    monkeypatch.setattr(reference, "run_module", lambda *args: {})
+    assert main([*arguments, str(tmp_path / "x.pth.tar")]) == 1
+    printed = capsys.readouterr().err
+    assert "parity: text_embed: only one side gives it" in printed
+    assert "nothing was written" not in printed  # the file is there

@@ -1,0 +1,127 @@
+"""Tokenizers that come as a file, against the libraries' own: SentencePiece, tokenizer.json, SigLIP's cleaning."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
+
+from grain_jax.input_pipeline import tokenizer
+from tests import tiny
+
+WORDS = ["a", "photo", "of", "wren", "with", "long", "orange", "beak"]
+TEXTS = ["A photo of a wren,  with (long) beak!", "orange", "", "a " * 40]
+
+
+@pytest.fixture(scope="module")
+def json_file(tmp_path_factory):
+    """A word tokenizer with specials around the text, as Hugging Face saves it."""
+    vocab = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    library = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    library.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    path = tmp_path_factory.mktemp("json") / "tokenizer.json"
+    library.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    """A SentencePiece model with SigLIP's special ids: padding and end 1, unknown 2."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("spm")
+    (folder / "corpus.txt").write_text("\n".join([" ".join(WORDS)] * 50))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "m"),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return folder / "m.model"
+
+
+def test_tokenizer_json(json_file):
+    ours = tokenizer.FileTokenizer(json_file, pad_id=0)
+    ids = ours(TEXTS, 12)
+    photo = [4, 5, 3, 6, 2, 7, 2, 8, 2, 10]  # of "photo of a wren , with ( long ) beak"
+    assert ids.dtype == np.int32 and ids.shape == (4, 12)
+    np.testing.assert_array_equal(ids[0], [3, *photo, 1])  # cut, with its end token
+    np.testing.assert_array_equal(ids[1], [9, 1, *[0] * 10])
+    np.testing.assert_array_equal(ids[2], [1, *[0] * 11])
+    np.testing.assert_array_equal(ids[3], [3] * 11 + [1])
+    tokens = ours.encode(TEXTS, 12)
+    np.testing.assert_array_equal(tokens.lengths, [12, 2, 2, 12])
+    np.testing.assert_array_equal(
+        tokens.ids, np.concatenate([ids[0], ids[1, :2], ids[2, :2], ids[3]])
+    )
+
+
+def test_sentencepiece_is_the_librarys_with_a_sticky_end(model_file):
+    import sentencepiece
+
+    library = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    ours = tokenizer.FileTokenizer(model_file, "canonical", pad_id=1)
+    ids = ours(TEXTS, 16)
+    for row, text in zip(ids, ["a photo of a wren with long beak", "orange", "", "a " * 40]):
+        expected = [*library.encode(text.strip())[:15], 1]
+        np.testing.assert_array_equal(row, [*expected, *[1] * (16 - len(expected))])
+
+
+def test_canonical_is_what_siglips_own_tokenizer_does(model_file):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.SiglipTokenizer(vocab_file=str(model_file))
+    ours = tokenizer.FileTokenizer(model_file, "canonical", pad_id=1)
+    texts = ["A photo, of a WREN!", "  orange -- beak\tlong ", "a.b"]
+    expected = [[*ids, 1] if ids[-1:] != [1] else ids for ids in theirs(texts)["input_ids"]]
+    found = ours.encode(texts, 64)
+    np.testing.assert_array_equal(np.concatenate(expected), found.ids)
+
+
+def test_text_ids_follow_the_cleaning(json_file):
+    same = ["A  wren", "a wren"]
+    lower, none = (tokenizer.FileTokenizer(json_file, x).text_id(same) for x in ("lower", "none"))
+    assert lower[0] == lower[1] and none[0] != none[1]
+    np.testing.assert_array_equal(lower, tokenizer.ClipTokenizer().text_id(same))
+    canonical = tokenizer.FileTokenizer(json_file, "canonical").text_id(["a wren!", "A wren"])
+    assert canonical[0] == canonical[1]
+    assert tokenizer.FileTokenizer(json_file, "none").text_id([b"a wren"])[0] == none[1]
+
+
+def test_each_tower_has_its_own(json_file):
+    tower = tiny.config().model.text
+    clip = tokenizer.of_tower(tower)
+    assert isinstance(clip, tokenizer.ClipTokenizer)
+    other = dataclasses.replace(tower, tokenizer="tokenizer.json", vocab_size=11)
+    np.testing.assert_array_equal(
+        tokenizer.of_tower(other, json_file.parent)(["a beak"], 4), [[3, 10, 1, 0]]
+    )
+    with pytest.raises(
+        tokenizer.TokenizerError, match="tokenizer.json: no such file; put the text"
+    ):
+        tokenizer.of_tower(dataclasses.replace(other, tokenizer="none/tokenizer.json"))
+    with pytest.raises(
+        tokenizer.TokenizerError, match="has 11 ids, but model.text.vocab_size is 10"
+    ):
+        tokenizer.of_tower(dataclasses.replace(other, vocab_size=10), json_file.parent)
+    with pytest.raises(tokenizer.TokenizerError, match="model.text.pad_id: got 1, expected 0"):
+        tokenizer.of_tower(dataclasses.replace(tower, pad_id=1))
+
+
+def test_files_that_are_no_tokenizers(tmp_path):
+    for name, message in (
+        ("t.txt", "expected a tokenizer.json or a SentencePiece .model"),
+        ("t.json", "not a tokenizer.json"),
+        ("t.model", "not a SentencePiece model"),
+    ):
+        (tmp_path / name).write_text("nothing")
+        with pytest.raises(tokenizer.TokenizerError, match=message) as error:
+            tokenizer.FileTokenizer(tmp_path / name)
+        assert "\n" not in str(error.value)
