@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from etils import epath
 
@@ -24,6 +24,8 @@ from grain_jax import errors
 SHARD_BYTES = 64 << 20  # aimed at: a block of a lane, one shard by default, is held in memory whole
 SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal shares
 INLINE_LINES = 1000  # below this, starting processes takes longer than the work
+
+ReadLines = Callable[[epath.Path], Iterable[example.Line]]
 
 
 class BuildError(errors.UserError):
@@ -160,11 +162,18 @@ class Survey:
         )
 
 
-def survey(annotations: epath.Path, folder: epath.Path, *, workers: int, total: int) -> Survey:
+def survey(
+    annotations: epath.Path,
+    folder: epath.Path,
+    *,
+    workers: int,
+    total: int,
+    read_lines: ReadLines = example.read_lines,
+) -> Survey:
     """Checks all lines and decodes all pictures."""
     found = Survey(str(annotations))
     check = functools.partial(example.check, folder=str(folder))
-    verdicts = parallel.ordered_map(check, example.read_lines(annotations), workers=workers)
+    verdicts = parallel.ordered_map(check, read_lines(annotations), workers=workers)
     for verdict in progress.progress(verdicts, total=total, what="checking"):
         found.add(verdict)
     return found
@@ -176,9 +185,10 @@ def examples(
     folder: epath.Path,
     encoding: example.Encoding,
     workers: int,
+    read_lines: ReadLines = example.read_lines,
 ) -> Iterator[dict]:
     """The good lines as examples. Raises BuildError where the input changed since it was checked."""
-    lines = (line for line in example.read_lines(annotations) if line.number in found.ids)
+    lines = (line for line in read_lines(annotations) if line.number in found.ids)
     encode = functools.partial(example.encode, folder=str(folder), encoding=encoding)
     encoded = parallel.ordered_map(encode, lines, workers=workers)
     good = progress.progress(encoded, total=len(found.ids), what="writing")
@@ -202,8 +212,16 @@ def _stored_bytes(found: Survey, encoding: example.Encoding) -> int:
     return int(len(found.ids) * encoding.size**2 * bytes_per_pixel)
 
 
-def build(args: argparse.Namespace) -> str:
-    """Builds the set; returns a line about it. Raises BuildError."""
+def build(args: argparse.Namespace, read_lines: ReadLines = example.read_lines) -> str:
+    """Builds the set; returns a line about it.
+
+    Args:
+      args: as `parser` gives them.
+      read_lines: gives the lines of `args.annotations`, with their pictures where these are no files.
+
+    Raises:
+      BuildError: wrong usage or wrong input.
+    """
     start = time.monotonic()
     annotations, folder = epath.Path(args.annotations), epath.Path(args.images)
     target = epath.Path(args.output) / args.name / example.VERSION
@@ -221,7 +239,7 @@ def build(args: argparse.Namespace) -> str:
         raise BuildError(f"{annotations}: the file is empty, expected one JSON object a line")
     workers = args.workers or (0 if total < INLINE_LINES else os.cpu_count() or 1)
 
-    found = survey(annotations, folder, workers=workers, total=total)
+    found = survey(annotations, folder, workers=workers, total=total, read_lines=read_lines)
     too_many = found.faulty_lines > args.max_faults * found.lines or not found.ids
     listed = target.parent / "faults.jsonl"
     print(found.summary(), file=sys.stderr)
@@ -246,7 +264,7 @@ def build(args: argparse.Namespace) -> str:
 
     tfds_writer.write(
         target,
-        examples=examples(found, annotations, folder, encoding, workers),
+        examples=examples(found, annotations, folder, encoding, workers, read_lines),
         encoding_format=encoding.tfds_format,
         metadata={
             "store_size": encoding.size,

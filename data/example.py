@@ -38,6 +38,7 @@ class Line(NamedTuple):
 
     number: int
     text: bytes
+    encoded_picture: bytes | None = None  # where it is no file in the pictures' folder
 
 
 class Verdict(NamedTuple):
@@ -55,7 +56,7 @@ class Verdict(NamedTuple):
 
 def check(line: Line, *, folder: str) -> Verdict:
     """Checks a line and decodes its picture."""
-    checked = annotations.check_line(line.text, folder)
+    checked = annotations.check_line(line.text, folder, line.encoded_picture)
     found = checked.annotation
     return Verdict(
         number=line.number,
@@ -71,7 +72,7 @@ def check(line: Line, *, folder: str) -> Verdict:
 
 def encode(line: Line, *, folder: str, encoding: Encoding) -> dict[str, Any] | list[str]:
     """The line as features (see data/SCHEMA.md; `id` may be None), or the faults it has by now."""
-    checked = annotations.check_line(line.text, folder)
+    checked = annotations.check_line(line.text, folder, line.encoded_picture)
     found, picture = checked.annotation, checked.picture
     if found is None:
         return checked.faults
