@@ -15,19 +15,19 @@ MAX_DESCRIPTION_WORDS = 15
 EMPTY, REFUSAL, RUN_ON, REPEATED = "empty answer", "refusal", "run-on", "repeated line"
 CUT_OFF, NO_SUBJECT, NO_CAPTION, NO_WORDS = "cut off", "no subject", "no caption", "no words"
 
-# What stands before a line: bullets, quotation marks, Markdown, then a number with its mark.
+# What stands before a line: bullets, quotation marks, Markdown; a number or a letter with its mark.
 _BULLET = re.compile(
-    r"^(?:[\s>*•·▪◦‣●○■□–—\-+#_\"'“”‘’`]|\(?\d{1,2}[.):\]](?!\d)|\(?[a-zA-Z][.)]\s)+"
+    r"^(?:[\s>*•·▪◦‣●○■□–—\-+#_\"'“”‘’`]|[(\[]?\d{1,2}[.):\]](?!\d)|\(?[a-zA-Z][.)]\s)+"
 )
 _TAIL = re.compile(r"[\s.,;:!*_\"'“”‘’`]+$")
 _MARKDOWN = re.compile(r"\*\*|__|`")
 _KEY = re.compile(r"^(subject|caption)\s*:\s*", re.IGNORECASE)
 _REFUSAL = re.compile(
-    r"\bas an? (?:ai|artificial|(?:large )?language)\b"
-    r"|\b(?:i am|i'm|we are|we're) (?:\w+ )?(?:sorry|unable|not able|afraid)\b"
-    r"|^(?:sorry|apologies|unfortunately)\b|\bi apologi[sz]e\b"
-    r"|\bi (?:cannot|can't|can not|could not|couldn't|do not|don't|am not able to|won't|will not)\b"
-    r"|\bno (?:image|picture|photo) (?:was|is|has been|provided)\b",
+    r"as an? (?:ai|artificial intelligence|(?:large )?language model)\b"
+    r"|^(?:(?:i am|i'm|we are|we're) (?:\w+ )?(?:sorry|unable|not able|afraid)\b"
+    r"|(?:sorry|apologies|unfortunately)\b|i apologi[sz]e\b"
+    r"|(?:i|we) (?:cannot|can't|can not|could not|couldn't|do not|don't|won't|will not)\b"
+    r"|(?:there is )?no (?:image|picture|photo) (?:was|is|has been|provided|attached)\b)",
     re.IGNORECASE,
 )
 
@@ -132,8 +132,10 @@ def _whole(text: str, cut_off: bool) -> Refused | None:
         return Refused(EMPTY, _show(text))
     if cut_off:
         return Refused(CUT_OFF, _show(text))
-    declined = _REFUSAL.search(text.replace("’", "'").strip())
-    return Refused(REFUSAL, _show(text)) if declined else None
+    for line in text.replace("’", "'").splitlines():
+        if _REFUSAL.search(_KEY.sub("", _clean(line))):
+            return Refused(REFUSAL, _show(text))
+    return None
 
 
 def _clean(line: str, *, tail: bool = True) -> str:
