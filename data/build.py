@@ -57,13 +57,15 @@ def _name(text: str) -> str:
     )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An argument that is a whole number above 0."""
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
+    """An argument that is a share, from 0 to 1."""
     try:
         value = float(text)
     except ValueError:
@@ -81,8 +83,8 @@ def parser() -> Parser:
     add("--images", required=True, metavar="DIR", help="folder that the lines' paths start from")
     add("--output", required=True, metavar="DIR", help="the set goes to DIR/NAME/1.0.0")
     add("--name", required=True, type=_name, help="name of the set, for input.name and TFDS")
-    add("--num-shards", type=_positive, help="default: 64 MB each, a multiple of 16")
-    add("--store-size", type=_positive, metavar="S", help="squash pictures to S x S once, here")
+    add("--num-shards", type=positive, help="default: 64 MB each, a multiple of 16")
+    add("--store-size", type=positive, metavar="S", help="squash pictures to S x S once, here")
     add(
         "--encoding",
         type=_encoding,
@@ -90,11 +92,9 @@ def parser() -> Parser:
         metavar="original|png|jpeg:Q",
         help="how pictures are stored; original keeps files that need no change (default)",
     )
-    add(
-        "--max-faults", type=_share, default=0.01, metavar="F", help="share of lines (default 0.01)"
-    )
+    add("--max-faults", type=share, default=0.01, metavar="F", help="share of lines (default 0.01)")
     add("--overwrite", action="store_true", help="replace an existing set of that name")
-    add("--workers", type=_positive, help="processes (default: one a core; none for small sets)")
+    add("--workers", type=positive, help="processes (default: one a core; none for small sets)")
     return out
 
 
