@@ -5,6 +5,7 @@ outside: such a region is left out by name, and its picture stays.
 """
 
 import io
+import itertools
 import json
 import math
 import posixpath
@@ -22,6 +23,7 @@ CAUSES = (
     "no such file",
     "empty file",
     "unreadable",  # as a file, or no picture in it
+    "too large",  # PIL suspects a decompression bomb
     "another size",  # than the one that the boxes were drawn on
     "no picture",  # a sample of a tar without one
     "damaged shard",  # a tar that ends early; what came before is kept
@@ -115,15 +117,8 @@ def taking_turns(groups: Iterable[Iterable[Any]]) -> Iterator[Any]:
     Where a box has several descriptions, regions stand in this order: training keeps the first few
     of those that score the same, which then are of different boxes.
     """
-    waiting = [iter(group) for group in groups]
-    while waiting:
-        left = []
-        for group in waiting:
-            for item in group:
-                yield item
-                left.append(group)
-                break
-        waiting = left
+    turns = itertools.zip_longest(*groups)
+    return (item for turn in turns for item in turn if item is not None)
 
 
 def load(entry: Entry, folder: epath.PathLike) -> Picture | Fault:
@@ -131,13 +126,14 @@ def load(entry: Entry, folder: epath.PathLike) -> Picture | Fault:
     path = posixpath.normpath(entry.image)
     if posixpath.isabs(path) or path.split("/")[0] == ".." or "\0" in path:
         return Fault(entry.image, "bad annotation", "expected a path below the pictures' folder")
+    file = epath.Path(folder) / path
     try:
-        encoded = (epath.Path(folder) / entry.image).read_bytes()
+        encoded = file.read_bytes()
     except FileNotFoundError:
-        return Fault(entry.image, "no such file", f"there is no {epath.Path(folder) / entry.image}")
+        return Fault(path, "no such file", f"there is no {file}")
     except OSError as error:
-        return Fault(entry.image, "unreadable", f"{error.strerror or error}, expected a picture")
-    return join(entry, encoded)
+        return Fault(path, "unreadable", f"{error.strerror or error}, expected a picture")
+    return join(entry._replace(image=path), encoded)
 
 
 def join(entry: Entry, encoded: bytes) -> Picture | Fault:
@@ -225,7 +221,7 @@ def read_json_list(path: epath.PathLike, *, expected: str) -> Iterator[dict[str,
     with path.open("r", encoding="utf-8") as file:
         buffer, at = file.read(_CHUNK).lstrip(), 1
         if buffer[:1] != "[":
-            raise SourceError(f"{path}: got {buffer[:20]!r}, expected a JSON list, {expected}")
+            raise SourceError(f"{path}: got {buffer[:20]!r}, expected {expected}")
         while True:
             at = _BETWEEN.match(buffer, at).end()
             if buffer[at : at + 1] == "]":

@@ -32,7 +32,7 @@ def shards(options: base.Options) -> list[base.Shard]:
 
 def _entries(paths: list[epath.Path]) -> Iterator[base.Entry | base.Fault]:
     for path in paths:
-        items = base.read_json_list(path, expected="FineHARD's list of pictures")
+        items = base.read_json_list(path, expected="a list: FineHARD's pictures")
         for number, item in enumerate(items):
             try:
                 entry = _entry(item)

@@ -12,7 +12,7 @@ from data.sources import base, staged
 from grain_jax import annotations
 
 FILES = True
-_EXPECTED = "Visual Genome's region_descriptions.json or image_data.json"
+_EXPECTED = "a list: Visual Genome's region_descriptions.json or image_data.json"
 read = staged.read
 
 

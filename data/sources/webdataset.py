@@ -6,8 +6,8 @@ tar; its pictures are called TAR/MEMBER, since keys may be repeated in another t
 
 import itertools
 import json
-import re
 import tarfile
+import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,11 +16,10 @@ from etils import epath
 from data.sources import base
 
 FILES = False
-_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]")
 
 
 def shards(options: base.Options) -> list[base.Shard]:
-    """One for each tar file below `options.images`, or that one tar."""
+    """One for each tar file in `options.images` or a folder of it, or that one tar."""
     return tar_shards("webdataset", options)
 
 
@@ -33,20 +32,18 @@ def tar_shards(source: str, options: base.Options) -> list[base.Shard]:
     """Shards of `source`, one a tar."""
     root = epath.Path(options.images)
     if root.is_dir():
-        paths = sorted(path for path in root.rglob("*.tar"))
+        paths = [*root.glob("*.tar"), *root.glob("*/*.tar")]
     else:
         paths = [root] if root.exists() and root.suffix == ".tar" else []
         root = root.parent
     if not paths:
-        raise base.SourceError(
-            f"--images {options.images}: got no .tar file, expected some below it"
-        )
+        raise base.SourceError(f"--images {options.images}: got no .tar file, expected some in it")
     out = []
     for path in paths:
         prefix = path.relative_to(root).with_suffix("").as_posix()
-        name = _NOT_IN_NAMES.sub("-", prefix)
+        name = urllib.parse.quote(prefix, safe="")
         out.append(base.Shard(name, source, {"tar": str(path), "prefix": prefix}))
-    return out
+    return sorted(out, key=lambda shard: shard.name)
 
 
 def read_tar(
@@ -75,7 +72,8 @@ def read_tar(
     except FileNotFoundError:
         yield base.Fault(name, "no such file", f"there is no {shard.arguments['tar']}")
     except (tarfile.TarError, EOFError, OSError) as error:
-        yield base.Fault(name, "damaged shard", f"{error}; what stands before it is read")
+        lost = "the sample before it and all behind it are lost"
+        yield base.Fault(name, "damaged shard", f"{error}; {lost}")
 
 
 def metadata(files: dict[str, bytes]) -> dict[str, Any]:
