@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import PIL.Image
 from etils import epath
 
-from data import annotations
+from data import annotations, duplicates
 from grain_jax import images
 
 VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
@@ -52,6 +52,7 @@ class Verdict(NamedTuple):
     regions: int
     boxes_clipped: int
     unknown_keys: list[str]
+    fingerprint: duplicates.Fingerprint | None  # None of a faulty line
 
 
 def check(line: Line, *, folder: str) -> Verdict:
@@ -67,6 +68,7 @@ def check(line: Line, *, folder: str) -> Verdict:
         regions=len(found.regions) if found else 0,
         boxes_clipped=checked.boxes_clipped,
         unknown_keys=checked.unknown_keys,
+        fingerprint=duplicates.fingerprint(checked.picture) if found else None,
     )
 
 

@@ -41,11 +41,10 @@ def shards(options: base.Options) -> list[base.Shard]:
 
 def read(shard: base.Shard) -> Iterator[base.Picture | base.Fault]:
     """The range's pictures, as they are stored."""
-    import tensorflow_datasets as tfds  # slow to start, so only where it is needed
+    import tensorflow_datasets as tfds
 
-    directory, split = shard.arguments["directory"], shard.arguments["split"]
-    start, stop = shard.arguments["start"], shard.arguments["stop"]
-    examples = tfds.builder_from_directory(directory).as_dataset(
+    split, start, stop = (shard.arguments[name] for name in ("split", "start", "stop"))
+    examples = _builder(shard.arguments["directory"]).as_dataset(
         split=tfds.core.ReadInstruction(split, from_=start, to=stop, unit="abs"),
         decoders={"image": tfds.decode.SkipDecoding()},
     )
@@ -55,9 +54,8 @@ def read(shard: base.Shard) -> Iterator[base.Picture | base.Fault]:
         yield base.join(_entry(f"{split}/{index:09d}.{ending}", example), encoded)
 
 
-def _builder(folder: str) -> Any:
-    import tensorflow_datasets as tfds
-
+def directory(folder: epath.PathLike) -> epath.Path:
+    """The set's own folder: `folder`, or the newest version in it. Raises SourceError."""
     root = epath.Path(folder)
     found = [root] if (root / "dataset_info.json").exists() else []
     if not found and root.is_dir():
@@ -68,10 +66,22 @@ def _builder(folder: str) -> Any:
         ]
     if not found:
         raise base.SourceError(
-            f"--images {folder}: got no dataset_info.json there, expected NAME/1.0.0"
+            f"{folder}: got no dataset_info.json there, expected a TFDS set: NAME or NAME/1.0.0"
         )
-    newest = max(found, key=lambda path: [int(x) for x in path.name.split(".") if x.isdecimal()])
-    return tfds.builder_from_directory(newest)
+    return max(found, key=lambda path: [int(x) for x in path.name.split(".") if x.isdecimal()])
+
+
+def pictures(folder: epath.PathLike) -> Iterator[base.Picture | base.Fault]:
+    """The pictures of all splits."""
+    for split in _builder(folder).info.splits:
+        for shard in shards(base.Options(str(folder), split=split)):
+            yield from read(shard)
+
+
+def _builder(folder: epath.PathLike) -> Any:
+    import tensorflow_datasets as tfds  # slow to start, so only where it is needed
+
+    return tfds.builder_from_directory(directory(folder))
 
 
 def _entry(image: str, example: dict[str, Any]) -> base.Entry:
