@@ -8,6 +8,7 @@ The same command again goes on where it was cut off. Further arguments, from --r
 import argparse
 import hashlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -175,6 +176,8 @@ def parser() -> build.Parser:
 
 def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
     """Runs the job; returns a line about its results. Raises UserError."""
+    # Beam complains where Google's packages are missing, which only its Google runners need.
+    logging.getLogger().addFilter(lambda record: "apitools not found" not in record.getMessage())
     try:
         from data.annotate import pipeline
     except ModuleNotFoundError as error:
@@ -209,7 +212,9 @@ def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
     for cause, count in sorted(total["failures"].items()):
         print(f"{output.path('failed.jsonl')}: {count} {cause}", file=sys.stderr)
     if not total["annotated"]:
-        raise AnnotateError(f"{args.output}: none of {total['pictures']} pictures could be annotated")
+        raise AnnotateError(
+            f"{args.output}: none of {total['pictures']} pictures could be annotated"
+        )
     if total["faulty"] > args.max_faults * total["pictures"]:
         raise AnnotateError(
             f"{args.output}: {total['faulty']} of {total['pictures']} pictures have a fault, more than"
@@ -301,8 +306,7 @@ def _todo(job: Job, shards: Sequence[sources.Shard], retry_failed: bool) -> list
     todo = [
         shard
         for shard in shards
-        if shard.name not in finished
-        or (retry_failed and job.output.tally(shard.name).get("failures"))
+        if shard.name not in finished or (retry_failed and _has_gaps(job.output.tally(shard.name)))
     ]
     needs = PASSES[job.passes[0]].needs if job.passes else None
     if needs:
@@ -313,6 +317,11 @@ def _todo(job: Job, shards: Sequence[sources.Shard], retry_failed: bool) -> list
                 f" results of the pass {needs} yet; run --passes {needs} first"
             )
     return todo
+
+
+def _has_gaps(tally: dict[str, Any]) -> bool:
+    """Whether a shard has failures, or a pass has not yet run for what an earlier one found on a retry."""
+    return bool(tally.get("failures")) or len(set(tally.get("results", {}).values())) > 1
 
 
 def _summary(total: dict[str, Any], counters: dict[str, int], seconds: float) -> dict[str, Any]:

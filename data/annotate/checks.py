@@ -40,7 +40,7 @@ def check(item: sources.Picture, limits: Limits) -> PIL.Image.Image | sources.Fa
     if fault:
         return fault
     try:
-        picture = images.decode_image(item.encoded, "got")
+        picture = images.decode_image(item.encoded)
     except images.ImageError as error:
         return sources.Fault(item.image, "damaged", str(error))
     return picture.convert("RGB")

@@ -19,7 +19,13 @@ import PIL.Image
 from data import sources
 from data.annotate import answers, checks, detector, endpoint_chat, local_chat, outputs, prompt
 from data.annotate.chat import Answer, Chat, Failure
-from grain_jax import annotations
+from grain_jax import annotations, errors
+
+FAILURES_IN_A_ROW = 50  # of a model: then it is not the pictures' fault, and the job ends
+
+
+class ModelDown(errors.UserError):
+    """A model, or the server of one, gives nothing any more; the message is one line."""
 
 
 class Job(NamedTuple):
@@ -40,6 +46,8 @@ class Models:
     """What the passes run, loaded once per worker process.
 
     Attributes:
+      chat, detector: None where no pass needs it.
+      prompts: by pass.
       turn: held while a local model runs: a worker may have several threads, and a GPU one memory.
     """
 
@@ -47,6 +55,7 @@ class Models:
     detector: detector.Detector | None
     prompts: dict[str, prompt.Prompt]
     turn: contextlib.AbstractContextManager
+    failures: int = 0  # in a row, up to now
 
 
 @dataclasses.dataclass
@@ -218,6 +227,12 @@ def _run(name: str, batch: list[_Work], models: Models, tally: collections.Count
                 work.results[name] = {"image": work.item.image} | found
             else:
                 work.fail(name, found.cause, found.detail)
+            models.failures = models.failures + 1 if isinstance(found, Failure) else 0
+            if models.failures >= FAILURES_IN_A_ROW:
+                raise ModelDown(
+                    f"pass {name}: {models.failures} pictures in a row failed, the last by"
+                    f" {found.cause} ({found.detail}); mend it, and give the same command again"
+                )
         tally["seconds"] += time.monotonic() - start
     tally["pictures"] += len(todo)
 
@@ -260,10 +275,12 @@ def annotate_shard(shard: sources.Shard, job: Job, models: Models) -> dict[str, 
         "regions": sum(len(line["regions"]) for line in lines),
         "failures": collections.Counter(f"{x['stage']}: {x['cause']}" for x in letters),
     }
-    before = output.tally(shard.name).get("passes", {})
+    before = output.tally(shard.name)
+    shard_tally["results"] = before.get("results", {}) | {name: len(found[name]) for name in found}
+    sums = outputs.add(before.get("passes", {}), tallies)
     # The order matters: the passes' files say that the shard is done.
     output.write("failed", shard.name, letters)
-    output.put_tally(shard.name, shard_tally | {"passes": outputs.add(before, tallies)})
+    output.put_tally(shard.name, shard_tally | {"passes": sums})
     output.write("annotations", shard.name, lines)
     for name in job.passes:
         output.write(f"passes/{name}", shard.name, found[name])
