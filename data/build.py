@@ -215,8 +215,8 @@ class Division(NamedTuple):
 def divide(found: Survey, args: argparse.Namespace, workers: int) -> Division:
     """Leaves out what other sets have, and holds out a share.
 
-    A picture's side depends on its pixels only, so it is the same in each run and in each set. One that
-    is nearly one of the held-out ones goes with it.
+    A picture's side depends on its file only, so it is the same in each run and in each set; but one that
+    is nearly a held-out one is held out too.
 
     Raises:
       BuildError: nothing is left for one of the splits.
@@ -331,7 +331,7 @@ def build(args: argparse.Namespace, read_lines: ReadLines = example.read_lines) 
     division = divide(found, args, workers)
     for what, count in (
         ("are of other sets and left out", division.left_out),
-        ("have the pixels of an earlier line", len(division.duplicates) - division.left_out),
+        ("are the file of an earlier line", len(division.duplicates) - division.left_out),
         ("go to validation", len(division.validation)),
     ):
         if count:

@@ -68,7 +68,7 @@ def check(line: Line, *, folder: str) -> Verdict:
         regions=len(found.regions) if found else 0,
         boxes_clipped=checked.boxes_clipped,
         unknown_keys=checked.unknown_keys,
-        fingerprint=duplicates.fingerprint(checked.picture) if found else None,
+        fingerprint=(duplicates.fingerprint(checked.encoded, checked.picture) if found else None),
     )
 
 

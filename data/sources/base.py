@@ -149,9 +149,9 @@ def join(entry: Entry, encoded: bytes) -> Picture | Fault:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # sizes are judged by the pipeline
                 size = PIL.Image.open(io.BytesIO(encoded)).size
-        except (
-            Exception
-        ) as error:  # PIL's readers raise OSError, SyntaxError, struct.error and more
+        except PIL.Image.DecompressionBombError as error:
+            return Fault(entry.image, "too large", str(error))
+        except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error, ...
             return Fault(entry.image, "unreadable", f"{error}, expected a picture")
         if entry.size not in (None, size):
             expected = f"expected {entry.size[0]} x {entry.size[1]}, which its boxes were drawn on"

@@ -2,6 +2,7 @@
 
 Also the JSON that MDETR made of them (finetune_refcoco_train.json): COCO's form, one expression a picture.
 A region is an object with one of its expressions; `split` is that of the refs (train, val, testA, ...).
+The sets have no captions; their pictures are COCO's, so captions_train2014.json may be given as well.
 """
 
 import pickle
@@ -32,14 +33,20 @@ def shards(options: base.Options) -> list[base.Shard]:
 
 
 def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:
-    refs, instances, mdetr = [], [], []
+    refs, instances, mdetr, captions = [], [], [], {}
     for path in map(epath.Path, options.annotations):
         content = _load(path)
         if isinstance(content, list):
             refs.append((path, content))
         elif isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-            with_captions = any("caption" in image for image in content["images"])
-            (mdetr if with_captions else instances).append((path, content))
+            if any("caption" in image for image in content["images"]):
+                mdetr.append((path, content))
+            elif any("caption" in item for item in content["annotations"]):
+                names = {image["id"]: image["file_name"] for image in content["images"]}
+                for item in content["annotations"]:
+                    captions.setdefault(names.get(item["image_id"]), []).append(item["caption"])
+            else:
+                instances.append((path, content))
         else:
             raise base.SourceError(f"{path}: got another form of file, expected {_EXPECTED}")
     if not mdetr and not (refs and instances):
@@ -60,7 +67,7 @@ def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:
             [(box, text, base.WHOLE) for text in dict.fromkeys(texts)]
             for box, texts in boxes.items()
         )
-        yield base.Entry(image, regions=list(regions), size=sizes[image])
+        yield base.Entry(image, captions.get(image, ()), regions=list(regions), size=sizes[image])
 
 
 def _load(path: epath.Path) -> Any:

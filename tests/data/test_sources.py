@@ -499,6 +499,13 @@ def test_refcoco_splits_and_other_files(tmp_path):
     refs = pickle.loads((tmp_path / "refs(unc).p").read_bytes())
     path = write_json(tmp_path / "refs.json", refs)
     assert read_all("refcoco", found._replace(annotations=(path, found.annotations[1]))) == expected
+    # COCO's captions of the same pictures.
+    images = [{"id": 5, "file_name": expected[1].image}, {"id": 6, "file_name": "another.jpg"}]
+    captions = [{"image_id": 5 + n % 2, "caption": f"caption {n}"} for n in range(4)]
+    content = {"images": images, "annotations": captions}
+    path = write_json(tmp_path / "captions_train2014.json", content)
+    items = read_all("refcoco", found._replace(annotations=(*found.annotations, path)))
+    assert [item.captions for item in items[:3]] == [(), ("caption 0", "caption 2"), ()]
     # MDETR's form: a picture entry for each expression.
     instances = json.loads((tmp_path / "instances.json").read_text())
     images = {image["id"]: image for image in instances["images"]}
