@@ -12,6 +12,7 @@ import itertools
 import json
 import sys
 import textwrap
+from collections.abc import Callable
 
 from etils import epath
 
@@ -19,19 +20,17 @@ from data import build, progress
 from data.inspect import counting, page, panels, problems, reading, sheet, statistics
 from grain_jax import errors
 
-_BATCH = 256  # items whose texts are tokenised together
+_MOST_PICTURES = 200  # the PNG has some 25,000 lines then
+_BATCH = 256  # items that are counted together
 
 
-def _count(text: str) -> int:
-    if text.isdecimal():
-        return int(text)
-    raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number")
+def _number(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if text.isdecimal() and low <= int(text) <= high:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number in {low}..{high}")
 
-
-def _lanes(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
+    return parse
 
 
 def parser() -> build.Parser:
@@ -46,9 +45,19 @@ def parser() -> build.Parser:
     add("--images", metavar="FOLDER", help="of an A.jsonl's pictures (default: where it stands)")
     add("--output", metavar="OUT", help="folder to write (default: inspect beside the set)")
     add(
-        "--pictures", type=_count, default=24, metavar="N", help="on the contact sheet (default 24)"
+        "--pictures",
+        type=_number(0, _MOST_PICTURES),
+        default=24,
+        metavar="N",
+        help="on the contact sheet (default 24)",
     )
-    add("--lanes", type=_lanes, default=16, help="input.lanes of the training (default 16)")
+    add(
+        "--lanes",
+        type=_number(1, 10**6),
+        default=16,
+        metavar="N",
+        help="input.lanes of the training, for which shards are judged (default 16)",
+    )
     return out
 
 
@@ -126,7 +135,11 @@ def _summary(result: dict, found: list[problems.Problem]) -> str:
     digits = max((len(f"{problem.count:,}") for problem in found), default=0)
     for problem in found:
         share = f" ({problem.count / problem.of:.1%})" if problem.of else ""
-        example = f"; e.g. {textwrap.shorten(problem.example, 70)}" if problem.example else ""
+        example = (
+            f"; e.g. {textwrap.shorten(problem.example, 80, placeholder=' ...')}"
+            if problem.example
+            else ""
+        )
         what = f"{problem.count:>{digits},} {problem.what}{share}: {problem.advice}"
         lines.append(f"  {what}{example}")
     return "\n".join(lines)

@@ -8,14 +8,15 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 8, 8, 16, 20
 _MAP = 240  # pixels, a heat map's side
 
 
-def bars(values: Sequence[tuple[str, int]], what: str) -> str:
+def bars(values: Sequence[tuple[str, str, int]], what: str) -> str:
     """A histogram.
 
     Args:
-      values: (label, count) of each bar from left to right; the first, middle and last are written.
+      values: (label below it, what it counts, count) of each bar from left to right; labels that
+        find no room are left out.
       what: said to those who cannot see it.
     """
-    most = max((count for _, count in values), default=0)
+    most = max((count for _, _, count in values), default=0)
     if not most:
         return '<p class="soft">none</p>'
     inner = _WIDTH - _LEFT - _RIGHT
@@ -23,15 +24,15 @@ def bars(values: Sequence[tuple[str, int]], what: str) -> str:
     high = _HEIGHT - _TOP - _BOTTOM
     base = _HEIGHT - _BOTTOM
     parts = []
-    for i, (label, count) in enumerate(values):
+    for i, (_, meaning, count) in enumerate(values):
         tall = count / most * high
         parts.append(
             f'<rect class="bar" x="{_LEFT + i * step:.1f}" y="{base - tall:.1f}"'
             f' width="{max(step - 1, 0.6):.1f}" height="{tall:.1f}">'
-            f"<title>{escape(label)}: {count:,}</title></rect>"
+            f"<title>{escape(meaning)}: {count:,}</title></rect>"
         )
     every = max(1, -(-len(values) // 8)) if step < 40 else 1
-    for i in range(0, len(values), every):
+    for i in range((len(values) - 1) % every, len(values), every):  # the last one always
         x = _LEFT + (i + 0.5) * step
         label = escape(values[i][0])
         parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 5}" text-anchor="middle">{label}</text>')

@@ -47,10 +47,16 @@ class Numbers:
         def quantile(share: float) -> int:
             return int(values[np.searchsorted(ends, share * total)])
 
-        low, high = int(values[0]), int(values[-1])
+        # A few very long ones would squeeze all others into one bar: they share the last.
+        low, most = int(values[0]), int(values[-1])
+        high = min(most, 2 * quantile(0.99))
         width = -(-(high - low + 1) // MANY_BARS)
         place = (values - low) // width
-        bars = np.bincount(place, weights=counts).astype(int)
+        usual = place <= (high - low) // width
+        bars = np.bincount(place[usual], weights=counts[usual]).astype(int).tolist()
+        histogram = [[low + i * width, low + (i + 1) * width - 1, n] for i, n in enumerate(bars)]
+        if not usual.all():
+            histogram.append([histogram[-1][1] + 1, most, int(counts[~usual].sum())])
         return {
             "count": total,
             "mean": float((values * counts).sum() / total),
@@ -58,10 +64,8 @@ class Numbers:
             "median": quantile(0.5),
             "p95": quantile(0.95),
             "p99": quantile(0.99),
-            "max": high,
-            "histogram": [
-                [low + i * width, low + (i + 1) * width - 1, n] for i, n in enumerate(bars.tolist())
-            ],
+            "max": most,
+            "histogram": histogram,
         }
 
 

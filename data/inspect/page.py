@@ -86,7 +86,7 @@ def _of(part: int, whole: int) -> str:
 
 
 def _exact(distinct: dict[str, Any]) -> str:
-    return "counted" if distinct["exact"] else "estimated from a share of them"
+    return "exact count" if distinct["exact"] else "an estimate from a share of them"
 
 
 def _problems(found: Sequence[problems.Problem]) -> str:
@@ -122,10 +122,11 @@ def _table(header, rows, classes, extra: str = "") -> str:
 def _histogram(title: str, numbers: dict[str, Any], unit: str) -> str:
     if not numbers["count"]:
         return f'<figure><h3>{title}</h3><p class="soft">none</p></figure>'
-    values = [
-        (f"{low:,}" if low == high else f"{low:,}-{high:,}", n)
-        for low, high, n in numbers["histogram"]
-    ]
+    values = []
+    first_low, first_high, _ = numbers["histogram"][0]
+    for low, high, n in numbers["histogram"]:
+        rest = "+" if high - low > first_high - first_low else ""  # all the longest ones
+        values.append((f"{low:,}{rest}", f"{low:,}" if low == high else f"{low:,} to {high:,}", n))
     spread = (
         f"mean {numbers['mean']:.1f}, median {numbers['median']:,}, 95% up to {numbers['p95']:,},"
         f" 99% up to {numbers['p99']:,}, longest {numbers['max']:,} {unit}"
@@ -183,11 +184,14 @@ def _padding(padding: dict[str, Any]) -> str:
 
 def _regions(result: dict[str, Any]) -> str:
     boxes, scores, regions = result["boxes"], result["scores"], result["regions"]
-    areas = [(f"<{_percent(high)}", n) for _, high, n in boxes["area_histogram"]]
+    areas = [
+        (f"<{_percent(high)}", f"{_percent(low)} to {_percent(high)}", n)
+        for low, high, n in boxes["area_histogram"]
+    ]
     spread = "none"
     if scores["count"]:
         spread = f"mean {scores['mean']:.2f}, {scores['min']:.2f} to {scores['max']:.2f}"
-    binned = [(f"{low:.2f}", n) for low, _, n in scores["histogram"]]
+    binned = [(f"{low:.2f}", f"{low:.2f} to {high:.2f}", n) for low, high, n in scores["histogram"]]
     most = max(map(max, boxes["places"]))
     beyond = regions["beyond_max_regions"]
     note = f"; {beyond:,} regions are beyond the 5 that training keeps" if beyond else ""

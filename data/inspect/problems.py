@@ -37,7 +37,7 @@ _ISSUES = {
     "refusal in description": ("refusals among descriptions", "regions", _AGAIN),
     "markup in synthetic caption": ("synthetic captions with list marks or a preamble", "synthetic", "strip them"),
     "markup in description": ("descriptions with list marks or a preamble", "regions", "strip them"),
-    "cut web caption": (f"web captions over {flaws.ROW_LENGTH} tokens", "web", "training cuts them: nothing, or shorten them"),
+    "cut web caption": (f"web captions over {flaws.ROW_LENGTH} tokens", "web", "shorten them if many: training cuts them"),
     "cut synthetic caption": (f"synthetic captions over {flaws.ROW_LENGTH} tokens", "synthetic", "ask the model for shorter ones: training cuts them"),
     "cut description": (f"descriptions over {flaws.ROW_LENGTH} tokens", "regions", "look for run-on answers: training cuts them"),
     "long description": (f"descriptions over {flaws.LONG_DESCRIPTION} tokens", "regions", "look for sentences where phrases should be: they fill the rows"),

@@ -157,7 +157,7 @@ def _records(path: epath.Path) -> Source:
         raise InspectError(f"{path}: got {info.file_format} files, expected TFRecord")
     split = info.splits[SPLIT]
     shards = [
-        (os.fspath(shard), length)
+        (str(shard), length)
         for shard, length in zip(split.filepaths, split.shard_lengths, strict=True)
     ]
     metadata = path / "metadata.json"

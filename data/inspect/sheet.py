@@ -65,7 +65,7 @@ def draw(shown: Sequence[panels.Panel], title: str) -> bytes:
                 pen.text((left + line.indent, y), line.text, fill=line.colour, font=_font(12))
         top += height
     out = io.BytesIO()
-    canvas.save(out, "PNG", optimize=True)
+    canvas.save(out, "PNG")
     return out.getvalue()
 
 

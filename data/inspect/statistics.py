@@ -1,6 +1,7 @@
 """The numbers of a set, gathered in one pass; `result` is what statistics.json holds."""
 
 import collections
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -66,13 +67,19 @@ class Statistics:
         self.issues[f"fault: {fault.cause}"].see(f"{fault.where}: {fault.detail}")
 
     def add(self, items: Sequence[reading.Item]) -> None:
-        """Counts some items; texts are tokenised together, so a few hundred at a time are quick."""
-        texts = [t for item in items for _, t in _texts(item)]
-        lengths = iter(self._tokenizer.encode(texts, LONGEST).lengths.tolist())
-        for item in items:
+        """Counts some items; a few hundred at a time are quick."""
+        if not items:
+            return
+        texts = [_texts(item) for item in items]
+        flat = [text for of_item in texts for _, text in of_item]
+        lengths = iter(self._tokenizer.encode(flat, LONGEST).lengths.tolist())
+        for item, of_item in zip(items, texts, strict=True):
             self._add_picture(item)
-            self._add_texts(item, [next(lengths) for _ in _texts(item)])
-            self._add_boxes(item)
+            self._add_texts(item, of_item, list(itertools.islice(lengths, len(of_item))))
+        self.widths.add(item.size[0] for item in items)
+        self.heights.add(item.size[1] for item in items)
+        self.regions_per_picture.add(len(item.descriptions) for item in items)
+        self._add_boxes(items)
 
     def _add_picture(self, item: reading.Item) -> None:
         width, height = item.size
@@ -80,20 +87,19 @@ class Statistics:
         self.picture_bytes += len(item.encoded)
         self.formats[item.format] += 1
         self.sizes.add([f"{width} x {height}"])
-        self.widths.add([width])
-        self.heights.add([height])
         self.regions += len(item.descriptions)
-        self.regions_per_picture.add([len(item.descriptions)])
         self.distinct["picture"].add(item.encoded, item.name)
         if max(item.size) > LONG_SHAPE * min(item.size):
             self.issues["long picture"].see(f"{item.where}: {width} x {height} pixels")
         if not item.descriptions:
             self.issues["no region"].see(item.where)
 
-    def _add_texts(self, item: reading.Item, lengths: list[int]) -> None:
+    def _add_texts(
+        self, item: reading.Item, texts: list[tuple[str, str]], lengths: list[int]
+    ) -> None:
         seen: dict[str, dict[str, None]] = {kind: {} for kind in self.words}
         by_kind: dict[str, list[int]] = {kind: [] for kind in self.words}
-        for (kind, text), tokens in zip(_texts(item), lengths, strict=True):
+        for (kind, text), tokens in zip(texts, lengths, strict=True):
             by_kind[kind].append(tokens)
             plain = tokenizer.clean(text).lower()
             name = "description" if kind == "description" else f"{kind} caption"
@@ -103,13 +109,13 @@ class Statistics:
             if kind == "description" and plain in seen[kind]:
                 self.issues["repeated description"].see(f"{item.where}: {text!r}")
             seen[kind][plain] = None
-            self.words[kind].add([len(plain.split())])
-            self.tokens[kind].add([tokens])
+            self.words[kind].counts[len(plain.split())] += 1
+            self.tokens[kind].counts[tokens] += 1
             for issue in flaws.of_text(kind, plain, tokens):
                 self.issues[f"{issue} {name}"].see(f"{item.where}: {_cut(text)!r}")
-        for kind, texts in seen.items():  # once a picture
-            self.frequent[kind].add(texts.keys())
-            for plain in texts:
+        for kind, different in seen.items():  # once a picture
+            self.frequent[kind].add(different.keys())
+            for plain in different:
                 self.distinct[kind].add(plain.encode(), plain)
         self.with_web += bool(seen["web"])
         self.with_synthetic += bool(seen["synthetic"])
@@ -126,31 +132,33 @@ class Statistics:
         described = [min(tokens["description"][i], limit) for i in best]
         self.padding.add(min(caption, limit), described)
 
-    def _add_boxes(self, item: reading.Item) -> None:
-        if not len(item.boxes_xyxy):
-            return
-        boxes = item.boxes_xyxy
+    def _add_boxes(self, items: Sequence[reading.Item]) -> None:
+        boxes = np.concatenate([item.boxes_xyxy for item in items])
+        scores = np.concatenate([item.scores for item in items]).astype(np.float64)
+        regions = [(item, text) for item in items for text in item.descriptions]
         clipped = np.clip(boxes, 0, 1)
         sides = np.clip(boxes[:, 2:] - boxes[:, :2], 0, 1)  # width, height
         areas = sides.prod(axis=1)
-        outside = (np.abs(boxes - clipped) > 1e-4).any(axis=1)
-        odd_scores = ~((item.scores >= 0) & (item.scores <= 1))
-        for i, text in enumerate(item.descriptions):
-            where = f"{item.where}: {_cut(text)!r}"
-            if not np.isfinite(boxes[i]).all() or areas[i] <= 0:
-                self.issues["box without area"].see(f"{where} {boxes[i].round(3).tolist()}")
-            elif outside[i]:
-                self.issues["box outside"].see(f"{where} {boxes[i].round(3).tolist()}")
-            elif areas[i] < TINY:
-                pixels = (sides[i] * item.size).round(1).tolist()
-                self.issues["tiny box"].see(f"{where} {pixels[0]:g} x {pixels[1]:g} pixels")
-            elif areas[i] >= WHOLE:
-                self.issues["whole-picture box"].see(where)
-            if odd_scores[i]:
-                self.issues["odd score"].see(f"{where} {item.scores[i]:g}")
         good = np.isfinite(boxes).all(axis=1) & (areas > 0)
+        outside = good & (np.abs(boxes - clipped) > 1e-4).any(axis=1)
+        odd_scores = ~((scores >= 0) & (scores <= 1))
+        for issue, flags in (
+            ("box without area", ~good),
+            ("box outside", outside),
+            ("tiny box", good & (areas < TINY)),
+            ("whole-picture box", good & (areas >= WHOLE)),
+            ("odd score", odd_scores),
+        ):
+            for i in np.flatnonzero(flags):
+                item, text = regions[i]
+                width, height = sides[i] * item.size
+                corner = ", ".join(f"{x:.3f}" for x in boxes[i, :2])
+                self.issues[issue].see(
+                    f"{item.where}: {_cut(text)!r}, {width:.1f} x {height:.1f} pixels"
+                    f" from ({corner}) of the picture, score {scores[i]:g}"
+                )
         self.areas += np.histogram(areas[good], AREA_EDGES)[0]
-        columns, rows = (np.minimum(sides[good] * GRID, GRID - 1)).astype(int).T
+        columns, rows = np.minimum(sides[good] * GRID, GRID - 1).astype(int).T
         np.add.at(self.shapes, (rows, columns), 1)
         low = np.minimum(np.floor(clipped[good, :2] * GRID), GRID - 1).astype(int)  # x, y
         high = np.maximum(np.ceil(clipped[good, 2:] * GRID).astype(int), low + 1)
@@ -161,12 +169,12 @@ class Statistics:
             (high[:, 0], low[:, 1], -1),
         ):
             np.add.at(self._cover, (y, x), sign)
-        scores = item.scores[~odd_scores].astype(np.float64)
-        if len(scores):
-            self.scores += np.histogram(scores, SCORE_BINS, (0, 1))[0]
-            self.score_sum += scores.sum()
-            low_score, high_score = self.score_range
-            self.score_range = (min(low_score, scores.min()), max(high_score, scores.max()))
+        usual = scores[~odd_scores]
+        if len(usual):
+            self.scores += np.histogram(usual, SCORE_BINS, (0, 1))[0]
+            self.score_sum += float(usual.sum())
+            least, most = self.score_range
+            self.score_range = (min(least, float(usual.min())), max(most, float(usual.max())))
 
     def result(self, source: reading.Source, lanes: int) -> dict[str, Any]:
         """All numbers, of plain types; `source` is the set that was read."""
@@ -216,8 +224,8 @@ class Statistics:
             "scores": {
                 "count": scored,
                 "mean": self.score_sum / scored if scored else None,
-                "min": float(self.score_range[0]) if scored else None,
-                "max": float(self.score_range[1]) if scored else None,
+                "min": self.score_range[0] if scored else None,
+                "max": self.score_range[1] if scored else None,
                 "histogram": [
                     [i / SCORE_BINS, (i + 1) / SCORE_BINS, n]
                     for i, n in enumerate(self.scores.tolist())
