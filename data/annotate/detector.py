@@ -95,7 +95,8 @@ class Detector:
 
         shown = [_plain(picture) for picture, _ in batch]
         texts = [descriptions for _, descriptions in batch]
-        inputs = self._inputs(self._processor, self._model.config, shown, texts).to(self._device)
+        inputs = self._inputs(self._processor, self._model.config, shown, texts, self._device)
+        inputs = inputs.to(self._device)
         with torch.inference_mode():
             outputs = self._model(**inputs)
         regions = []
@@ -148,7 +149,7 @@ def _iou(a: annotations.Box, b: annotations.Box) -> float:
     return width * height / (sum(areas) - width * height)
 
 
-def _owl_inputs(processor, config, pictures, texts):
+def _owl_inputs(processor, config, pictures, texts, device):
     # The text tower has 16 positions and fails on a longer text. Shorter lists are filled up with " ".
     return processor(
         images=pictures,
@@ -157,6 +158,7 @@ def _owl_inputs(processor, config, pictures, texts):
         truncation=True,
         max_length=config.text_config.max_position_embeddings,
         return_tensors="pt",
+        device=device,
     )
 
 
@@ -166,7 +168,7 @@ def _owl_scores(processor, inputs, logits, index: int, descriptions: int):
     return logits[index : index + 1, :, :descriptions]
 
 
-def _dino_inputs(processor, config, pictures, texts):
+def _dino_inputs(processor, config, pictures, texts, device):
     # One text a picture, descriptions between full stops. The model takes "." and "?" for the end of one
     # wherever they stand, so none may have any.
     return processor(
@@ -182,6 +184,7 @@ def _dino_inputs(processor, config, pictures, texts):
         truncation=True,
         max_length=config.max_text_len,
         return_tensors="pt",
+        device=device,
     )
 
 

@@ -193,11 +193,10 @@ def _seconds(retry_after: str | None) -> float:
     if not retry_after:
         return 0.0
     try:
-        return max(0.0, float(retry_after))
+        seconds = float(retry_after)
     except ValueError:
-        pass
-    try:
-        moment = email.utils.parsedate_to_datetime(retry_after)
-    except ValueError:
-        return 0.0
-    return max(0.0, moment.timestamp() - time.time())
+        try:
+            seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except ValueError:
+            seconds = 0.0
+    return seconds if seconds > 0 else 0.0  # also where it is not a number

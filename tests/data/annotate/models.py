@@ -9,6 +9,9 @@ import pathlib
 import torch
 import transformers
 
+# Threads of a model this small only wait for each other, and for the other processes of a machine.
+torch.set_num_threads(1)
+
 SUBJECT = "Subject: a small bird\n"
 CAPTION = "Caption: a small bird with a red wing sits on a branch."
 DESCRIPTIONS = ("a short orange beak\n", "red wing feathers\n", "a white belly\n", "thin grey legs")
@@ -77,7 +80,7 @@ def grounding_dino(folder: pathlib.Path, *, shortest: int = 64, longest: int = 1
         decoder_layers=2,
         decoder_ffn_dim=32,
         decoder_attention_heads=2,
-        d_model=32,
+        d_model=64,  # its layers normalise 32 groups of channels
     )
     processor = transformers.GroundingDinoProcessor(
         transformers.GroundingDinoImageProcessor(
