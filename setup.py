@@ -14,11 +14,12 @@ DATA = [
 # libtpu, which also compiles for TPUs on machines that have none (launch.plan).
 TPU = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 TORCH = ["torch>=2.2"]
+# Of Beam, `apache-beam[gcp]` for Dataflow.
 ANNOTATE = ["apache-beam>=2.60", "transformers>=5.0", *TORCH]
 DEV = [
     *DATA,
     *TPU,
-    *TORCH,
+    *ANNOTATE,
     "hypothesis",
     "pytest>=8",
     "pytest-timeout",

@@ -5,6 +5,7 @@ would have nothing to show. So each shard is written when it is done, and a job 
 """
 
 import contextlib
+import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -71,6 +72,9 @@ def run(
     """
     options = pipeline_options.PipelineOptions(list(beam_arguments))
     # Beam's DirectRunner would first fetch another runner (Prism) from the internet.
+    if not _is_local(options):
+        # Beam runs `python -m build` in the folder of --setup_file: that must not find data/build.py.
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
     runner = fn_api_runner.FnApiRunner() if _is_local(options) else None  # None: as options say
     pipeline = beam.Pipeline(runner=runner, options=options)
     # As plain tuples: Beam would make a table's row of a NamedTuple.
