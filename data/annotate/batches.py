@@ -56,4 +56,8 @@ class Batches:
         if memory:
             self.size = half
             logging.warning("memory ran out at %d pictures: %d at a time now", len(batch), half)
+        else:
+            logging.warning(
+                "a batch of %d pictures failed, trying its halves: %s", len(batch), detail
+            )
         return self._attempt(model, batch[:half]) + self._attempt(model, batch[half:])

@@ -53,13 +53,14 @@ def test_answers_come_in_order_with_their_tokens(llava):
     assert llava.answer([], []) == []
 
 
-def test_a_batch_gives_what_each_picture_gives_alone(noise_folder):
+def test_a_batch_gives_what_each_picture_gives_alone(noise_folder, caplog):
     pictures = _pictures((60, 30), (30, 90), (28, 28), (200, 20), (57, 33))
     prompts = ["a", "what is in this picture? " * 4, "list", "list", "say a few words"]
     alone = local_chat.build(local_chat.Options(noise_folder, batch_size=1, max_tokens=12))
     together = local_chat.build(local_chat.Options(noise_folder, batch_size=5, max_tokens=12))
     expected = alone.answer(pictures, prompts)
     assert together.answer(pictures, prompts) == expected
+    assert not caplog.records  # the batch did not fall apart
     assert len({answer.text for answer in expected}) == 5
     assert len({answer.prompt_tokens for answer in expected}) > 2
     # The answers are to these pictures and these prompts.
