@@ -64,13 +64,18 @@ def of_set(folder: epath.PathLike, *, workers: int) -> np.ndarray:
     directory = sources.tfds.directory(folder)
     if (directory / FILE).exists():
         return table(np.load(io.BytesIO((directory / FILE).read_bytes()), allow_pickle=False))
-    encoded = (picture.encoded for picture in sources.tfds.pictures(directory))
+    items = sources.tfds.pictures(directory)
+    encoded = (item.encoded for item in items if isinstance(item, sources.Picture))
     found = parallel.ordered_map(_of_encoded, encoded, workers=workers)
     return table([value for one in found for value in one])
 
 
-def _of_encoded(encoded: bytes) -> Fingerprint:
-    return fingerprint(encoded, images.decode_image(encoded))
+def _of_encoded(encoded: bytes) -> Fingerprint | tuple[()]:
+    """Nothing for a picture that cannot be read: no good one is like it."""
+    try:
+        return fingerprint(encoded, images.decode_image(encoded))
+    except images.ImageError:
+        return ()
 
 
 def earlier_twins(fingerprints: np.ndarray) -> np.ndarray:

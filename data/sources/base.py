@@ -204,8 +204,8 @@ def read_json(path: epath.PathLike, *, expected: str) -> Any:
     path = epath.Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SourceError(f"{path}: no such file, expected {expected}") from None
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror or error}, expected {expected}") from None
     except ValueError as error:
         raise SourceError(f"{path}: not JSON ({error}), expected {expected}") from None
 
@@ -219,7 +219,14 @@ def read_json_list(path: epath.PathLike, *, expected: str) -> Iterator[dict[str,
     if not path.exists() or path.is_dir():
         raise SourceError(f"{path}: no such file, expected {expected}")
     with path.open("r", encoding="utf-8") as file:
-        buffer, at = file.read(_CHUNK).lstrip(), 1
+
+        def read() -> str:
+            try:
+                return file.read(_CHUNK)
+            except UnicodeDecodeError:
+                raise SourceError(f"{path}: not UTF-8 text, expected {expected}") from None
+
+        buffer, at = read().lstrip(), 1
         if buffer[:1] != "[":
             raise SourceError(f"{path}: got {buffer[:20]!r}, expected {expected}")
         while True:
@@ -229,10 +236,13 @@ def read_json_list(path: epath.PathLike, *, expected: str) -> Iterator[dict[str,
             try:
                 item, at = decoder.raw_decode(buffer, at)
             except ValueError as error:  # it ends in what is not read yet, or it is broken
-                more = file.read(_CHUNK)
+                more = read()
                 if not more:
                     reason = f"not a JSON list ({error.msg}), expected {expected}"
                     raise SourceError(f"{path}: {reason}") from None
                 buffer, at = buffer[at:] + more, 0
                 continue
+            if not isinstance(item, dict):
+                got = annotations.show(item)
+                raise SourceError(f"{path}: got {got} in the list, expected {expected}")
             yield item

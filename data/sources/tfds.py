@@ -47,6 +47,8 @@ def read(shard: base.Shard) -> Iterator[base.Picture | base.Fault]:
     examples = _builder(shard.arguments["directory"]).as_dataset(
         split=tfds.core.ReadInstruction(split, from_=start, to=stop, unit="abs"),
         decoders={"image": tfds.decode.SkipDecoding()},
+        # One file after another, so that a place has the same example whatever the range.
+        read_config=tfds.ReadConfig(interleave_cycle_length=1),
     )
     for index, example in enumerate(tfds.as_numpy(examples), start):
         encoded = example["image"]

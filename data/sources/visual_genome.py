@@ -24,7 +24,8 @@ def shards(options: base.Options) -> list[base.Shard]:
             if "regions" in item:
                 descriptions.append(path)
                 break
-            sizes[item.get("image_id", item.get("id"))] = (item.get("width"), item.get("height"))
+            if item.keys() >= {"image_id", "width", "height"}:
+                sizes[item["image_id"]] = (item["width"], item["height"])
     if not descriptions:
         raise base.SourceError(
             "source visual_genome: expected --annotations region_descriptions.json"

@@ -341,6 +341,7 @@ def test_reads_its_public_format(source, tmp_path):
     pictures = [picture for shard in shards for picture in sources.read(shard)]
     assert all(isinstance(picture, sources.Picture) for picture in pictures), pictures
     assert len({picture.image for picture in pictures}) == len(pictures) == COUNT
+    assert read_all(source, found._replace(shard_size=5)) == pictures
     if sources.are_files(source):
         files = [(epath.Path(found.images) / p.image).read_bytes() for p in pictures]
         assert [p.encoded for p in pictures] == files
@@ -558,10 +559,13 @@ def test_a_list_longer_than_what_is_read_at_once(tmp_path, monkeypatch):
         path.write_text(text)
         expected = json.loads(text)
         assert list(sources.base.read_json_list(path, expected="a list")) == expected
-    for text in (json.dumps(items)[:-9], json.dumps(items)[:-1], "{}", ""):
+    for text in (json.dumps(items)[:-9], json.dumps(items)[:-1], "[1]", "{}", ""):
         path.write_text(text)
         with pytest.raises(sources.SourceError, match="list.json: .*expected a list"):
             list(sources.base.read_json_list(path, expected="a list"))
+    path.write_bytes(b'[{"a": "\xff"}]')
+    with pytest.raises(sources.SourceError, match="list.json: not UTF-8 text, expected a list"):
+        list(sources.base.read_json_list(path, expected="a list"))
 
 
 @pytest.mark.parametrize("source", sorted(set(SAMPLES) - {"folder", "webdataset", "tfds"}))
