@@ -26,11 +26,13 @@ INTEROP = [
     "transformers>=5.0",
     *TORCH,
 ]
+# Of Beam, `apache-beam[gcp]` for Dataflow.
 ANNOTATE = ["apache-beam>=2.60", "transformers>=5.0", *TORCH]
 DEV = [
     *DATA,
     *TPU,
     *INTEROP,
+    *ANNOTATE,
     "hypothesis",
     "pytest>=8",
     "pytest-timeout",

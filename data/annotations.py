@@ -24,13 +24,15 @@ class Checked(NamedTuple):
     unknown_keys: list[str]
 
 
-def check_line(line: bytes, folder: epath.PathLike) -> Checked:
-    """Checks one line and its picture, which lies below `folder`."""
+def check_line(
+    line: bytes, folder: epath.PathLike, encoded_picture: bytes | None = None
+) -> Checked:
+    """Checks one line and its picture, which lies below `folder` unless its file is handed in."""
     parsed = annotations.parse_line(line, caption_required=True)
     faults = list(parsed.faults)
     picture, encoded = None, b""
     if parsed.image:
-        picture, encoded = _picture(parsed.image, epath.Path(folder), faults)
+        picture, encoded = _picture(parsed.image, epath.Path(folder), encoded_picture, faults)
     boxes_xyxy = [] if picture is None else _clipped(parsed.boxes_xyxy, picture, faults)
     if faults:
         return Checked(None, None, b"", faults, 0, parsed.unknown_keys)
@@ -44,11 +46,12 @@ def check_line(line: bytes, folder: epath.PathLike) -> Checked:
 
 
 def _picture(
-    name: str, folder: epath.Path, faults: list[str]
+    name: str, folder: epath.Path, encoded: bytes | None, faults: list[str]
 ) -> tuple[PIL.Image.Image | None, bytes]:
     got = f"image: got {annotations.show(name)}"
     try:
-        encoded = (folder / name).read_bytes()
+        if encoded is None:
+            encoded = (folder / name).read_bytes()
         return images.decode_image(encoded, got), encoded
     except FileNotFoundError:
         faults.append(f"{got}, expected a file; there is no {folder / name}")

@@ -7,6 +7,7 @@ anything is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0.
 """
 
 import argparse
+import array
 import collections
 import functools
 import json
@@ -14,16 +15,20 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
+import numpy as np
 from etils import epath
 
-from data import example, parallel, progress, staging
+from data import duplicates, example, parallel, progress, staging
 from grain_jax import errors
 
 SHARD_BYTES = 64 << 20  # aimed at: a block of a lane, one shard by default, is held in memory whole
 SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal shares
 INLINE_LINES = 1000  # below this, starting processes takes longer than the work
+
+ReadLines = Callable[[epath.Path], Iterable[example.Line]]
 
 
 class BuildError(errors.UserError):
@@ -55,13 +60,15 @@ def _name(text: str) -> str:
     )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An argument that is a whole number above 0."""
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
+    """An argument that is a share, from 0 to 1."""
     try:
         value = float(text)
     except ValueError:
@@ -79,8 +86,8 @@ def parser() -> Parser:
     add("--images", required=True, metavar="DIR", help="folder that the lines' paths start from")
     add("--output", required=True, metavar="DIR", help="the set goes to DIR/NAME/1.0.0")
     add("--name", required=True, type=_name, help="name of the set, for input.name and TFDS")
-    add("--num-shards", type=_positive, help="default: 64 MB each, a multiple of 16")
-    add("--store-size", type=_positive, metavar="S", help="squash pictures to S x S once, here")
+    add("--num-shards", type=positive, help="default: 64 MB each, a multiple of 16")
+    add("--store-size", type=positive, metavar="S", help="squash pictures to S x S once, here")
     add(
         "--encoding",
         type=_encoding,
@@ -88,11 +95,23 @@ def parser() -> Parser:
         metavar="original|png|jpeg:Q",
         help="how pictures are stored; original keeps files that need no change (default)",
     )
-    add(
-        "--max-faults", type=_share, default=0.01, metavar="F", help="share of lines (default 0.01)"
-    )
+    add("--max-faults", type=share, default=0.01, metavar="F", help="share of lines (default 0.01)")
     add("--overwrite", action="store_true", help="replace an existing set of that name")
-    add("--workers", type=_positive, help="processes (default: one a core; none for small sets)")
+    add(
+        "--holdout",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="of the pictures, chosen by their hash: split validation beside train (default 0)",
+    )
+    add(
+        "--exclude-duplicates-of",
+        nargs="+",
+        default=[],
+        metavar="SET_DIR",
+        help="leave out pictures that these TFDS sets have, in whatever size or compression",
+    )
+    add("--workers", type=positive, help="processes (default: one a core; none for small sets)")
     return out
 
 
@@ -103,8 +122,10 @@ class Survey:
         self.file_name = file_name
         self.ids: dict[int, str] = {}  # line -> id, of the good lines
         self.faults: list[tuple[int, str]] = []  # (line, what)
-        self.lines = self.picture_bytes = self.regions = self.boxes_clipped = 0
+        self.lines = self.picture_bytes = self.boxes_clipped = 0
+        self.regions = array.array("I")  # of each good line
         self.unknown_keys: collections.Counter[str] = collections.Counter()
+        self.fingerprints = array.array("Q")  # exact and near, of the good lines in order
         self._line_of_id: dict[str, int] = {}
 
     @property
@@ -134,16 +155,19 @@ class Survey:
         if faults:
             return
         self.ids[verdict.number] = identity
+        self.fingerprints.extend(verdict.fingerprint)
         self._line_of_id[identity] = verdict.number
         self.picture_bytes += verdict.picture_bytes
-        self.regions += verdict.regions
+        self.regions.append(verdict.regions)
         self.boxes_clipped += verdict.boxes_clipped
 
     def summary(self) -> str:
         """One line about all that was left out or changed."""
         parts = [f"{self.faulty_lines} of {self.lines} lines faulty ({len(self.faults)} faults)"]
         if self.boxes_clipped:
-            parts.append(f"{self.boxes_clipped} of {self.regions} boxes clipped to their picture")
+            parts.append(
+                f"{self.boxes_clipped} of {sum(self.regions)} boxes clipped to their picture"
+            )
         if self.unknown_keys:
             named = ", ".join(f"{key} ({n})" for key, n in self.unknown_keys.most_common())
             parts.append(f"unknown keys kept out: {named}")
@@ -160,29 +184,93 @@ class Survey:
         )
 
 
-def survey(annotations: epath.Path, folder: epath.Path, *, workers: int, total: int) -> Survey:
+def survey(
+    annotations: epath.Path,
+    folder: epath.Path,
+    *,
+    workers: int,
+    total: int,
+    read_lines: ReadLines = example.read_lines,
+) -> Survey:
     """Checks all lines and decodes all pictures."""
     found = Survey(str(annotations))
     check = functools.partial(example.check, folder=str(folder))
-    verdicts = parallel.ordered_map(check, example.read_lines(annotations), workers=workers)
+    verdicts = parallel.ordered_map(check, read_lines(annotations), workers=workers)
     for verdict in progress.progress(verdicts, total=total, what="checking"):
         found.add(verdict)
     return found
 
 
+class Division(NamedTuple):
+    """Which good lines go where."""
+
+    train: dict[int, str]  # line -> id
+    validation: dict[int, str]
+    fingerprints: np.ndarray  # uint64 [N, 2] of both
+    regions: int  # of both
+    duplicates: list[dict]  # a line of duplicates.jsonl each
+    left_out: int
+
+
+def divide(found: Survey, args: argparse.Namespace, workers: int) -> Division:
+    """Leaves out what other sets have, and holds out a share.
+
+    A picture's side depends on its file only, so it is the same in each run and in each set; but one that
+    is nearly a held-out one is held out too.
+
+    Raises:
+      BuildError: nothing is left for one of the splits.
+      data.sources.SourceError: one of the other sets is not there.
+    """
+    lines, ids = list(found.ids), list(found.ids.values())
+    prints = duplicates.table(found.fingerprints)
+    kept, listed = np.ones(len(lines), bool), []
+
+    def note(index: int, kind: str, of: str, left_out: bool) -> None:
+        line = {"file": found.file_name, "line": lines[index], "id": ids[index]}
+        listed.append(line | {"kind": kind, "of": of, "left_out": left_out})
+
+    for other in args.exclude_duplicates_of:
+        known = duplicates.of_set(other, workers=workers)
+        exact, near = duplicates.matches(prints, known)
+        for index in np.nonzero(near & kept)[0]:
+            note(index, "exact" if exact[index] else "near", str(other), True)
+        kept &= ~near
+    twins = duplicates.earlier_twins(prints)
+    for index in np.nonzero((twins >= 0) & kept)[0]:
+        note(index, "exact", f"line {lines[twins[index]]}", False)
+
+    aside = kept & (prints[:, 0] < args.holdout * 2.0**64)
+    while (more := duplicates.matches(prints, prints[aside])[1] & kept & ~aside).any():
+        aside |= more
+    splits = [
+        {lines[index]: ids[index] for index in np.nonzero(chosen)[0]}
+        for chosen in (kept & ~aside, aside)
+    ]
+    if not splits[0] or (args.holdout and not splits[1]):
+        raise BuildError(
+            f"--holdout {args.holdout:g}, {len(args.exclude_duplicates_of)} sets excluded: of"
+            f" {len(lines)} pictures {len(splits[0])} are left for train and {len(splits[1])} for"
+            " validation, expected at least one; no records were written"
+        )
+    regions = int(np.asarray(found.regions)[kept].sum())
+    return Division(*splits, prints[kept], regions, listed, int((~kept).sum()))
+
+
 def examples(
-    found: Survey,
+    ids: dict[int, str],
     annotations: epath.Path,
     folder: epath.Path,
     encoding: example.Encoding,
     workers: int,
+    read_lines: ReadLines = example.read_lines,
 ) -> Iterator[dict]:
-    """The good lines as examples. Raises BuildError where the input changed since it was checked."""
-    lines = (line for line in example.read_lines(annotations) if line.number in found.ids)
+    """The lines of `ids` as examples. Raises BuildError where the input changed since it was checked."""
+    lines = (line for line in read_lines(annotations) if line.number in ids)
     encode = functools.partial(example.encode, folder=str(folder), encoding=encoding)
     encoded = parallel.ordered_map(encode, lines, workers=workers)
-    good = progress.progress(encoded, total=len(found.ids), what="writing")
-    for (number, identity), item in zip(found.ids.items(), good, strict=True):
+    good = progress.progress(encoded, total=len(ids), what="writing")
+    for (number, identity), item in zip(ids.items(), good, strict=True):
         if isinstance(item, list):
             raise BuildError(f"{annotations}:{number}: {item[0]} (it was right when checked)")
         yield item | {"id": identity}
@@ -202,8 +290,16 @@ def _stored_bytes(found: Survey, encoding: example.Encoding) -> int:
     return int(len(found.ids) * encoding.size**2 * bytes_per_pixel)
 
 
-def build(args: argparse.Namespace) -> str:
-    """Builds the set; returns a line about it. Raises BuildError."""
+def build(args: argparse.Namespace, read_lines: ReadLines = example.read_lines) -> str:
+    """Builds the set; returns a line about it.
+
+    Args:
+      args: as `parser` gives them.
+      read_lines: gives the lines of `args.annotations`, with their pictures where these are no files.
+
+    Raises:
+      BuildError: wrong usage or wrong input.
+    """
     start = time.monotonic()
     annotations, folder = epath.Path(args.annotations), epath.Path(args.images)
     target = epath.Path(args.output) / args.name / example.VERSION
@@ -221,7 +317,7 @@ def build(args: argparse.Namespace) -> str:
         raise BuildError(f"{annotations}: the file is empty, expected one JSON object a line")
     workers = args.workers or (0 if total < INLINE_LINES else os.cpu_count() or 1)
 
-    found = survey(annotations, folder, workers=workers, total=total)
+    found = survey(annotations, folder, workers=workers, total=total, read_lines=read_lines)
     too_many = found.faulty_lines > args.max_faults * found.lines or not found.ids
     listed = target.parent / "faults.jsonl"
     print(found.summary(), file=sys.stderr)
@@ -232,33 +328,65 @@ def build(args: argparse.Namespace) -> str:
             f"{annotations}: {found.faulty_lines} of {found.lines} lines are faulty, more than"
             f" --max-faults {args.max_faults:g} allows; no records were written"
         )
+    division = divide(found, args, workers)
+    for what, count in (
+        ("are of other sets and left out", division.left_out),
+        ("are the file of an earlier line", len(division.duplicates) - division.left_out),
+        ("go to validation", len(division.validation)),
+    ):
+        if count:
+            print(f"{annotations}: {count} of {len(found.ids)} pictures {what}", file=sys.stderr)
     encoding = example.Encoding(args.encoding.kind, args.encoding.quality, args.store_size or 0)
-    stored = _stored_bytes(found, encoding)
-    num_shards = args.num_shards or default_num_shards(len(found.ids), stored)
-    if num_shards > len(found.ids):
+    bytes_each = _stored_bytes(found, encoding) / len(found.ids)
+
+    def default_shards(ids: dict[int, str]) -> int:
+        return default_num_shards(len(ids), int(len(ids) * bytes_each))
+
+    num_shards = args.num_shards or default_shards(division.train)
+    if num_shards > len(division.train):
         raise BuildError(
-            f"--num-shards {num_shards}: there are {len(found.ids)} good lines, expected at most"
+            f"--num-shards {num_shards}: there are {len(division.train)} good lines, expected at most"
             " one shard each"
         )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the faults are what people should read
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a banner
     from data import tfds_writer  # TensorFlow: slow to start, so after the checks
 
+    of = functools.partial(
+        examples,
+        annotations=annotations,
+        folder=folder,
+        encoding=encoding,
+        workers=workers,
+        read_lines=read_lines,
+    )
     tfds_writer.write(
         target,
-        examples=examples(found, annotations, folder, encoding, workers),
+        examples=of(division.train),
         encoding_format=encoding.tfds_format,
         metadata={
             "store_size": encoding.size,
             "encoding": str(encoding),
             "faulty_lines": found.faulty_lines,
             "boxes_clipped": found.boxes_clipped,
+            "duplicates_left_out": division.left_out,
         },
         num_shards=num_shards,
+        held_out=of(division.validation),
+        held_out_shards=default_shards(division.validation),
+        files={
+            duplicates.FILE: duplicates.encode(division.fingerprints),
+            "duplicates.jsonl": "".join(
+                json.dumps(line) + "\n" for line in division.duplicates
+            ).encode(),
+        },
     )
     found.write_faults(listed)  # after the records: the list is of the set that is there
+    sizes = f"{len(division.train)} pictures"
+    if division.validation:
+        sizes += f" and {len(division.validation)} held out"
     return (
-        f"{target}: {len(found.ids)} pictures, {found.regions} regions, {num_shards} shards,"
+        f"{target}: {sizes}, {division.regions} regions, {num_shards} shards,"
         f" {time.monotonic() - start:.1f} s"
     )
 
@@ -268,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         print(build(args))
-    except (BuildError, PermissionError, NotADirectoryError) as error:
+    except (errors.UserError, PermissionError, NotADirectoryError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

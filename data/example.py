@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import PIL.Image
 from etils import epath
 
-from data import annotations
+from data import annotations, duplicates
 from grain_jax import images
 
 VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
@@ -38,6 +38,7 @@ class Line(NamedTuple):
 
     number: int
     text: bytes
+    encoded_picture: bytes | None = None  # where it is no file in the pictures' folder
 
 
 class Verdict(NamedTuple):
@@ -51,11 +52,12 @@ class Verdict(NamedTuple):
     regions: int
     boxes_clipped: int
     unknown_keys: list[str]
+    fingerprint: duplicates.Fingerprint | None  # None of a faulty line
 
 
 def check(line: Line, *, folder: str) -> Verdict:
     """Checks a line and decodes its picture."""
-    checked = annotations.check_line(line.text, folder)
+    checked = annotations.check_line(line.text, folder, line.encoded_picture)
     found = checked.annotation
     return Verdict(
         number=line.number,
@@ -66,12 +68,13 @@ def check(line: Line, *, folder: str) -> Verdict:
         regions=len(found.regions) if found else 0,
         boxes_clipped=checked.boxes_clipped,
         unknown_keys=checked.unknown_keys,
+        fingerprint=(duplicates.fingerprint(checked.encoded, checked.picture) if found else None),
     )
 
 
 def encode(line: Line, *, folder: str, encoding: Encoding) -> dict[str, Any] | list[str]:
     """The line as features (see data/SCHEMA.md; `id` may be None), or the faults it has by now."""
-    checked = annotations.check_line(line.text, folder)
+    checked = annotations.check_line(line.text, folder, line.encoded_picture)
     found, picture = checked.annotation, checked.picture
     if found is None:
         return checked.faults

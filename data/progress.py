@@ -23,4 +23,4 @@ def progress(items: Iterable[Item], *, total: int, what: str) -> Iterator[Item]:
         if now - last >= SECONDS_BETWEEN_LINES:
             last, rate = now, done / (now - start)
             left = (total - done) / rate
-            print(f"{what}: {done}/{total}, {rate:.0f}/s, {left:.0f} s left", file=sys.stderr)
+            print(f"{what}: {done}/{total}, {rate:.3g}/s, {left:.0f} s left", file=sys.stderr)

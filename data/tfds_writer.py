@@ -5,14 +5,16 @@ build that is killed leaves nothing that looks complete, and loses no older set.
 """
 
 import contextlib
+import dataclasses
 import io
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+from tensorflow_datasets.core.utils import shard_utils
 
 from data import example, staging
 
@@ -39,7 +41,8 @@ def features(encoding_format: str | None) -> tfds.features.FeaturesDict:
 class AnnotatedPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Pictures with captions and described regions, from examples that are handed in.
 
-    `name` is the set's; examples are dicts as `data.example.encode` returns them, ids unique.
+    `name` is the set's; `splits` are their examples, dicts as `data.example.encode` returns them,
+    ids unique.
     """
 
     VERSION = tfds.core.Version(example.VERSION)
@@ -49,12 +52,12 @@ class AnnotatedPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         *,
         name: str,
         data_dir: epath.PathLike,
-        examples: Iterable[dict[str, Any]],
+        splits: Mapping[str, Iterable[dict[str, Any]]],
         encoding_format: str | None,
         metadata: dict[str, Any],
     ):
         self.name = name
-        self._examples = examples
+        self._splits = splits
         self._encoding_format = encoding_format
         self._metadata = metadata
         super().__init__(data_dir=data_dir)
@@ -69,15 +72,35 @@ class AnnotatedPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True)
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing is downloaded
-        return {"train": self._generate_examples()}
+        return {name: self._generate_examples(items) for name, items in self._splits.items()}
 
-    def _generate_examples(self):
-        for item in self._examples:
+    def _generate_examples(self, items: Iterable[dict[str, Any]]):
+        for item in items:
             regions = [
                 region | {"bbox": tfds.features.BBox(*region["bbox"])} for region in item["regions"]
             ]
             picture = io.BytesIO(item["image"])
             yield item["id"], item | {"image": picture, "regions": regions}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shards(shard_utils.ShardConfig):
+    """TFDS has one number of shards for all splits; here each has its own, in the order of writing."""
+
+    of_splits: Iterator[int] = iter(())
+
+    def get_number_shards(self, *arguments: Any, **named_arguments: Any) -> int:
+        return next(self.of_splits)
+
+
+@dataclasses.dataclass
+class _Preparing(tfds.download.DownloadConfig):
+    """What `download_and_prepare` is to do."""
+
+    of_splits: tuple[int, ...] = ()
+
+    def get_shard_config(self) -> shard_utils.ShardConfig:
+        return _Shards(of_splits=iter(self.of_splits))
 
 
 def write(
@@ -87,20 +110,30 @@ def write(
     encoding_format: str | None,
     metadata: dict[str, Any],
     num_shards: int,
+    held_out: Iterable[dict[str, Any]] = (),
+    held_out_shards: int = 0,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes the set OUTPUT/NAME/VERSION (`target`); one that is there already is replaced at the end.
 
     Args:
       target: the set's folder; its last part is `data.example.VERSION`.
-      examples: as `AnnotatedPictures` takes them; so are `encoding_format` and `metadata`.
+      examples: of the split "train", as `AnnotatedPictures` takes them; so are `encoding_format` and
+        `metadata`.
       num_shards: files to spread them over.
+      held_out: of the split "validation".
+      held_out_shards: its files; 0 if there is no such split.
+      files: name -> content of what is to stand beside the records.
     """
     name = target.parent.name
+    splits, shards = {"train": examples}, (num_shards,)
+    if held_out_shards:
+        splits, shards = splits | {"validation": held_out}, (num_shards, held_out_shards)
     with staging.replacing(target) as folder:
         builder = AnnotatedPictures(
             name=name,
             data_dir=folder,
-            examples=examples,
+            splits=splits,
             encoding_format=encoding_format,
             metadata=metadata,
         )
@@ -108,6 +141,7 @@ def write(
         # TFDS announces on stdout, and wants a folder for downloads that are not.
         with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
             builder.download_and_prepare(
-                download_dir=downloads,
-                download_config=tfds.download.DownloadConfig(num_shards=num_shards),
+                download_dir=downloads, download_config=_Preparing(of_splits=shards)
             )
+        for file_name, content in (files or {}).items():
+            (epath.Path(builder.data_dir) / file_name).write_bytes(content)

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
-from data import annotations, build, example
+from data import annotations, build, duplicates, example
 from grain_jax import images
 from tests import record_sets
 from tests.paths import ROOT
@@ -270,6 +270,9 @@ def test_a_build_that_fails_keeps_the_old_set(tmp_path, monkeypatch, capsys):
         ("--images=/no/such", "no such folder"),
         ("--num-shards=9", "at most one shard each"),
         ("--colour=red", "unrecognized arguments: --colour=red"),
+        ("--holdout=1", "of 3 pictures 0 are left for train and 3 for validation"),
+        ("--holdout=1e-9", "of 3 pictures 3 are left for train and 0 for validation"),
+        ("--exclude-duplicates-of=/no/set", "/no/set: got no dataset_info.json there"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(tmp_path, capsys, argument, expected):
@@ -309,8 +312,9 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path):
     code = (
         "import itertools, sys\nfrom data import build\n"
         # The survey is not what is killed here: all lines are good.
-        "build.survey = lambda annotations, folder, workers, total: found\n"
+        "build.survey = lambda *_, **__: found\n"
         "found = build.Survey('A')\nfound.ids = {i + 1: str(i) for i in range(60_000)}\nfound.lines = 60_000\n"
+        "found.fingerprints.extend(range(120_000))\nfound.regions.extend([0] * 60_000)\n"
         "sys.exit(build.main(sys.argv[1:]))"
     )
     arguments = [
@@ -333,3 +337,142 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path):
     assert list(output.glob("x/incomplete.*")) and not (output / "x/1.0.0").exists()
     with pytest.raises(tfds.core.DatasetNotFoundError):
         tfds.builder("x", data_dir=output)
+
+
+def noise(number):
+    """A picture of 9 x 8 grey places, told from others by its difference hash."""
+    places = np.random.default_rng(number).integers(0, 256, (8, 9), np.uint8)
+    return PIL.Image.fromarray(places).resize((72, 64), PIL.Image.Resampling.NEAREST)
+
+
+def write_noise(folder, numbers):
+    """A.jsonl and pictures; the id of each is its number."""
+    folder.mkdir(parents=True)
+    lines = []
+    for number in numbers:
+        noise(number).save(folder / f"{number}.png")
+        lines.append({"image": f"{number}.png", "caption": "a", "id": str(number)})
+    write_lines(folder, lines)
+    return lines
+
+
+def write_lines(folder, lines):
+    (folder / "A.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def ids_of(output):
+    """Ids of each split, sorted."""
+    builder = tfds.builder_from_directory(output / "tiny_set/1.0.0")
+    return {
+        split: sorted(e["id"].decode() for e in tfds.as_numpy(builder.as_dataset(split=split)))
+        for split in builder.info.splits
+    }
+
+
+def duplicates_of(output):
+    lines = (output / "tiny_set/1.0.0/duplicates.jsonl").read_text().splitlines()
+    return [tuple(json.loads(x)[key] for key in ("id", "kind", "of", "left_out")) for x in lines]
+
+
+def test_a_held_out_share_is_chosen_by_hash(tmp_path, capsys):
+    lines = write_noise(tmp_path / "in", range(80))
+    for number in range(20):  # the same file, the same pixels, and the picture at half its size
+        noise(number).save(tmp_path / f"in/{number}b.png")
+        noise(number).save(tmp_path / f"in/{number}.bmp")
+        noise(number).resize((36, 32)).convert("RGB").save(
+            tmp_path / f"in/{number}.jpg", quality=85
+        )
+        for kind in ("b.png", ".bmp", ".jpg"):
+            line = {"image": f"{number}{kind}", "caption": "a", "id": f"{number}{kind}"}
+            lines.append(line)
+    write_lines(tmp_path / "in", lines)
+    arguments = ("--holdout=0.3", "--store-size=16")
+    assert record_sets.build_set(tmp_path / "in", tmp_path / "out", *arguments) == 0
+    assert "20 of 140 pictures are the file of an earlier line" in capsys.readouterr().err
+    splits = ids_of(tmp_path / "out")
+    held_out = set(splits["validation"])
+    assert splits["train"] == sorted({line["id"] for line in lines} - held_out)
+    share = sum(str(number) in held_out for number in range(80))
+    assert 12 <= share <= 36  # 24 expected; 4 standard deviations of 80 draws are 16
+    sides = [
+        {f"{n}{kind}" in held_out for kind in ("", "b.png", ".bmp", ".jpg")} for n in range(20)
+    ]
+    assert {True} in sides and {False} in sides and {True, False} not in sides
+    assert duplicates_of(tmp_path / "out") == [
+        (f"{number}b.png", "exact", f"line {number + 1}", False) for number in range(20)
+    ]
+    info = tfds.builder_from_directory(tmp_path / "out/tiny_set/1.0.0").info
+    assert [info.splits[name].num_shards for name in ("train", "validation")] == [16, 16]
+    # In another set, in another order, each is on the side that it was on.
+    write_noise(tmp_path / "in2", range(79, 39, -1))
+    assert record_sets.build_set(tmp_path / "in2", tmp_path / "out2", "--holdout=0.3") == 0
+    expected = sorted(held_out & {str(number) for number in range(40, 80)})
+    assert ids_of(tmp_path / "out2")["validation"] == expected
+    # A larger share keeps what was held out.
+    assert record_sets.build_set(tmp_path / "in2", tmp_path / "out3", "--holdout=0.5") == 0
+    assert set(expected) < set(ids_of(tmp_path / "out3")["validation"])
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_pictures_of_another_set_are_left_out(tmp_path, capsys, stored):
+    write_noise(tmp_path / "other", range(20))
+    arguments = ("--store-size=32", "--encoding=jpeg:90", "--holdout=0.3")
+    assert record_sets.build_set(tmp_path / "other", tmp_path / "out", *arguments) == 0
+    other = tmp_path / "out/tiny_set"
+    if not stored:  # as of a set that data.build did not write
+        (other / "1.0.0/fingerprints.npy").unlink()
+    lines = write_noise(tmp_path / "in", range(15, 40))
+    noise(0).convert("RGB").save(tmp_path / "in/copy.jpg", quality=70)
+    flat = PIL.Image.new("RGB", (32, 32), "white")
+    flat.save(tmp_path / "in/flat.png")
+    for name in ("copy.jpg", "flat.png"):
+        lines.append({"image": name, "caption": "a", "id": name})
+    write_lines(tmp_path / "in", lines)
+    found = f"--exclude-duplicates-of={other}"
+    assert record_sets.build_set(tmp_path / "in", tmp_path / "new", found) == 0
+    error = capsys.readouterr().err
+    assert "A.jsonl: 6 of 27 pictures are of other sets and left out" in error
+    expected = sorted([*map(str, range(20, 40)), "flat.png"])
+    assert ids_of(tmp_path / "new") == {"train": expected}
+    kind = "exact" if stored else "near"
+    assert duplicates_of(tmp_path / "new") == [
+        *((str(number), kind, str(other), True) for number in range(15, 20)),
+        ("copy.jpg", "near", str(other), True),
+    ]
+
+
+def test_near_fingerprints_are_those_that_differ_by_few_bits(monkeypatch):
+    monkeypatch.setattr(duplicates, "_PAIRS", 50)
+    rng = np.random.default_rng(0)
+    known = rng.integers(0, 2**64, (300, 2), np.uint64, endpoint=False)
+    known[:5, 1] = [0, 2**64 - 1, 1, 127, 255]  # flat pictures' but for the last one
+    copies = known[rng.integers(0, 300, 400)].copy()
+    flips = rng.integers(0, 6, 400)
+    for row, count in enumerate(flips):
+        for bit in rng.choice(64, count, replace=False):
+            copies[row, 1] ^= np.uint64(1) << np.uint64(bit)
+    copies[::2, 0] += np.uint64(1)
+    exact, near = duplicates.matches(copies, known)
+    assert exact.tolist() == [row % 2 == 1 for row in range(400)]
+    distance = np.array(
+        [[(int(a) ^ int(b)).bit_count() for b in known[4:, 1]] for a in copies[:, 1]]
+    )
+    assert near.tolist() == (exact | (distance <= 3).any(axis=1)).tolist()
+    assert duplicates.earlier_twins(known[[3, 1, 3, 2, 1, 3]]).tolist() == [-1, -1, 0, -1, 1, 0]
+
+
+def test_a_copy_has_a_near_fingerprint_whatever_its_size():
+    for number in range(20):
+        picture = noise(number).convert("RGB")
+        _, near = duplicates.fingerprint(b"", picture)
+        copies = [
+            PIL.Image.fromarray(images.squash(picture, 224)),
+            PIL.Image.fromarray(images.squash(picture, 32)),
+            picture.resize((36, 32)),
+        ]
+        for copy in copies:
+            file = example.io.BytesIO()
+            copy.save(file, "JPEG", quality=80)
+            other = images.decode_image(file.getvalue())
+            bits = duplicates.fingerprint(b"", other)[1] ^ near
+            assert bits.bit_count() <= duplicates.NEAR_BITS

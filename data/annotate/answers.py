@@ -1,0 +1,153 @@
+"""Takes the chat model's answers apart, strictly: what is not in the form that was asked for is refused by name.
+
+Models wrap a good answer in bullets, numbers, quotes and headings, which are taken off; they also refuse,
+ramble and repeat themselves, which would become training text and is therefore kept out and counted.
+"""
+
+import re
+from typing import NamedTuple
+
+MAX_DESCRIPTIONS = 10  # of a picture, as in the paper
+MAX_SUBJECT_WORDS = 12
+MAX_CAPTION_WORDS = 60
+MAX_DESCRIPTION_WORDS = 15
+
+EMPTY, REFUSAL, RUN_ON, REPEATED = "empty answer", "refusal", "run-on", "repeated line"
+CUT_OFF, NO_SUBJECT, NO_CAPTION, NO_WORDS = "cut off", "no subject", "no caption", "no words"
+
+# What stands before a line: bullets, quotation marks, Markdown; a number or a letter with its mark.
+_BULLET = re.compile(
+    r"^(?:[\s>*•·▪◦‣●○■□–—\-+#_\"'“”‘’`]|[(\[]?\d{1,2}[.):\]](?!\d)|\(?[a-zA-Z][.)]\s)+"
+)
+_TAIL = re.compile(r"[\s.,;:!*_\"'“”‘’`]+$")
+_MARKDOWN = re.compile(r"\*\*|__|`")
+_KEY = re.compile(r"^(subject|caption)\s*:\s*", re.IGNORECASE)
+_REFUSAL = re.compile(
+    r"as an? (?:ai|artificial intelligence|(?:large )?language model)\b"
+    r"|^(?:(?:i am|i'm|we are|we're) (?:\w+ )?(?:sorry|unable|not able|afraid)\b"
+    r"|(?:sorry|apologies|unfortunately)\b|i apologi[sz]e\b"
+    r"|(?:i|we) (?:cannot|can't|can not|could not|couldn't|do not|don't|won't|will not)\b"
+    r"|(?:there is )?no (?:image|picture|photo) (?:was|is|has been|provided|attached)\b)",
+    re.IGNORECASE,
+)
+
+
+class Refused(NamedTuple):
+    """An answer, or a line of it, that is kept out."""
+
+    cause: str  # one of the names above; a counter's name
+    detail: str  # what was got, cut to what fits on a line
+
+
+class Captioned(NamedTuple):
+    """The answer to the first prompt."""
+
+    subject: str
+    caption: str
+
+
+class Described(NamedTuple):
+    """The answer to the second prompt."""
+
+    descriptions: tuple[str, ...]  # at least one, no two the same but for case
+    dropped: tuple[Refused, ...]  # lines that were left out
+
+
+def parse_caption(text: str, *, cut_off: bool = False) -> Captioned | Refused:
+    """Takes subject and caption from an answer of two lines, `Subject: ...` and `Caption: ...`.
+
+    Args:
+      text: the model's answer.
+      cut_off: whether the limit of tokens ended it.
+    """
+    refused = _whole(text, cut_off)
+    if refused:
+        return refused
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        line = _clean(line, tail=False)
+        key = _KEY.match(line)
+        if key:
+            name = key.group(1).lower()
+            if name in found:
+                return Refused(REPEATED, _show(line))
+            found[name] = _clean(line[key.end() :], tail=name == "subject")
+        elif line:
+            return Refused(RUN_ON, _show(line))  # more than was asked for: a model that rambles
+    for name, cause, limit in (
+        ("subject", NO_SUBJECT, MAX_SUBJECT_WORDS),
+        ("caption", NO_CAPTION, MAX_CAPTION_WORDS),
+    ):
+        value = found.get(name, "")
+        if not _has_words(value):
+            return Refused(cause, _show(text))
+        if len(value.split()) > limit:
+            return Refused(
+                RUN_ON, f"{name} of {len(value.split())} words, at most {limit}: {_show(value)}"
+            )
+    return Captioned(found["subject"], found["caption"])
+
+
+def parse_descriptions(
+    text: str, *, limit: int = MAX_DESCRIPTIONS, cut_off: bool = False
+) -> Described | Refused:
+    """Takes descriptions from an answer of one a line.
+
+    Args:
+      text: the model's answer.
+      limit: the most that are kept; further ones are dropped without a word, for the prompt asks for
+        the most striking first.
+      cut_off: whether the limit of tokens ended it; the last line is then left out.
+
+    Returns:
+      The descriptions and the lines that were dropped; refused as a whole if the model declined, or if
+      no line is left (with the cause of the first dropped one).
+    """
+    lines = text.splitlines()
+    refused = _whole(text, cut_off and len(lines) < 2)
+    if refused:
+        return refused
+    dropped = [Refused(CUT_OFF, _show(lines.pop()))] if cut_off else []
+    kept: dict[str, str] = {}
+    for line in lines:
+        if not line.strip() or line.rstrip().endswith(":"):  # "Here are the features:"
+            continue
+        description = _clean(line)
+        if not _has_words(description):
+            dropped.append(Refused(NO_WORDS, _show(line)))
+        elif len(description.split()) > MAX_DESCRIPTION_WORDS:
+            dropped.append(Refused(RUN_ON, _show(line)))
+        elif description.lower() in kept:
+            dropped.append(Refused(REPEATED, _show(line)))
+        elif len(kept) < limit:
+            kept[description.lower()] = description
+    if kept:
+        return Described(tuple(kept.values()), tuple(dropped))
+    return dropped[0] if dropped else Refused(EMPTY, _show(text))
+
+
+def _whole(text: str, cut_off: bool) -> Refused | None:
+    """Why nothing of an answer can be used."""
+    if not text.strip():
+        return Refused(EMPTY, _show(text))
+    if cut_off:
+        return Refused(CUT_OFF, _show(text))
+    for line in text.replace("’", "'").splitlines():
+        if _REFUSAL.search(_KEY.sub("", _clean(line))):
+            return Refused(REFUSAL, _show(text))
+    return None
+
+
+def _clean(line: str, *, tail: bool = True) -> str:
+    line = _BULLET.sub("", _MARKDOWN.sub("", line))
+    return " ".join((_TAIL.sub("", line) if tail else line.strip(" \t\"'“”‘’`")).split())
+
+
+def _has_words(text: str) -> bool:
+    """Whether there is a letter, and no replacement character that a broken decoding leaves."""
+    return any(char.isalpha() for char in text) and "\ufffd" not in text
+
+
+def _show(text: str) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= 120 else text[:117] + "...")

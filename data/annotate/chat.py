@@ -1,0 +1,46 @@
+"""What the passes ask of a multimodal chat model, wherever it runs: a picture and a prompt in, an answer out.
+
+`local_chat` runs one on this machine, `endpoint_chat` asks a server; both only import here what they need.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import PIL.Image
+
+
+class Failure(NamedTuple):
+    """Why a model gave nothing for a picture."""
+
+    cause: str  # of a small fixed set, the name of a counter: "out of memory", "time-out", ...
+    detail: str  # one line: what happened
+
+
+class Answer(NamedTuple):
+    """What a model said about a picture."""
+
+    text: str  # as it came; may be empty
+    prompt_tokens: int  # the picture's included; 0 where a server does not say
+    answer_tokens: int  # 0 where a server does not say
+    cut_off: bool  # the limit of tokens was reached, so that the last line may be unfinished
+
+
+class Chat(Protocol):
+    """A model, loaded or connected to."""
+
+    def answer(
+        self, pictures: Sequence[PIL.Image.Image], prompts: Sequence[str]
+    ) -> list[Answer | Failure]:
+        """One answer for each picture with its prompt, in their order.
+
+        Args:
+          pictures: any number, of any size and mode; it is split into what fits.
+          prompts: as many.
+        """
+        ...
+
+
+def one_line(value: object, limit: int = 200) -> str:
+    """A text or an exception on one line, cut to `limit` characters."""
+    text = " ".join(str(value).split()) or type(value).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,213 @@
+"""The open-vocabulary detector: which part of a picture each description is about.
+
+The boxes' way back to the picture is where such pipelines go wrong: OWLv2's boxes are shares of a square
+that the picture was padded to, Grounding DINO's are shares of the picture without its padding.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+
+from data.annotate import batches, chat, checkpoint
+from grain_jax import annotations
+
+# A larger picture is shrunk first: OWLv2 pads to a square of floats before it resizes, 4.8 GB for a
+# panorama of 20,000 pixels. Twice the size that the models look at.
+MAX_SIDE = 2048
+MIN_SIDE = 1.0  # of a box, in pixels of the picture
+
+
+class Options(NamedTuple):
+    """What `build` needs; picklable, so that a worker elsewhere can build it too."""
+
+    model: str = "google/owlv2-base-patch16-ensemble"  # a folder, or a name on the Hub
+    threshold: float = 0.3  # of the score; the paper's
+    merge_iou: float = 0.5  # of two boxes of a description that overlap more, the better one stays
+    batch_size: int = 8  # pictures at a time; halved when memory runs out
+    device: str = ""  # "" takes the accelerator if there is one
+
+
+class _Scores(NamedTuple):
+    """A picture's part of a model's output, in the form that the processors' post-processing takes."""
+
+    logits: Any  # [1, boxes, descriptions]
+    pred_boxes: Any  # [1, boxes, 4] cxcywh, in the model's own share of a picture
+
+
+def build(options: Options) -> "Detector":
+    """Loads the model.
+
+    Raises:
+      CheckpointError: it cannot be loaded, or is of no kind that this module knows.
+    """
+    loaded = checkpoint.load(
+        options.model,
+        "AutoModelForZeroShotObjectDetection",
+        device=options.device,
+        half=False,  # a box needs more than bfloat16's 8 bits
+    )
+    kind = loaded.model.config.model_type
+    if kind not in _KINDS:
+        raise checkpoint.CheckpointError(
+            f"{options.model}: a detector of the kind {kind!r}, expected one of {', '.join(_KINDS)}"
+        )
+    return Detector(loaded, options)
+
+
+class Detector:
+    """Grounds descriptions in pictures."""
+
+    def __init__(self, loaded: checkpoint.Loaded, options: Options):
+        self._model, self._processor, self._device = loaded
+        self._inputs, self._scores = _KINDS[loaded.model.config.model_type]
+        self._options = options
+        self._batches = batches.Batches(options.batch_size)
+
+    def detect(
+        self, pictures: Sequence[PIL.Image.Image], descriptions: Sequence[Sequence[str]]
+    ) -> list[list[annotations.Region] | chat.Failure]:
+        """The regions of each picture, best first.
+
+        Args:
+          pictures: of any size and mode.
+          descriptions: those of each picture; a picture without any has no region and is not run.
+
+        Returns:
+          For each picture its boxes above the threshold, each with the one description that it fits
+          best, in pixels of the picture as it lies in the file (an EXIF orientation is not followed:
+          training does not follow it either), clipped to it, duplicates merged; or why there are none:
+          "out of memory", "model error".
+        """
+        wanted = {
+            index: (picture, tuple(dict.fromkeys(texts)))
+            for index, (picture, texts) in enumerate(zip(pictures, descriptions, strict=True))
+            if texts
+        }
+        found = dict(zip(wanted, self._batches.run(self._ground, list(wanted.values()))))
+        return [found.get(index, []) for index in range(len(pictures))]
+
+    def _ground(
+        self, batch: Sequence[tuple[PIL.Image.Image, tuple[str, ...]]]
+    ) -> list[list[annotations.Region]]:
+        import torch
+
+        shown = [_plain(picture) for picture, _ in batch]
+        texts = [descriptions for _, descriptions in batch]
+        inputs = self._inputs(self._processor, self._model.config, shown, texts, self._device)
+        inputs = inputs.to(self._device)
+        with torch.inference_mode():
+            outputs = self._model(**inputs)
+        regions = []
+        for index, (picture, descriptions) in enumerate(batch):
+            logits = self._scores(self._processor, inputs, outputs.logits, index, len(descriptions))
+            found = self._processor.image_processor.post_process_object_detection(
+                _Scores(logits, outputs.pred_boxes[index : index + 1]),
+                threshold=self._options.threshold,
+                target_sizes=[(shown[index].height, shown[index].width)],
+            )[0]
+            scale = np.array([p / s for p, s in zip(picture.size, shown[index].size)] * 2)
+            boxes_xyxy = found["boxes"].cpu().numpy() * scale
+            labels = [descriptions[label] for label in found["labels"].tolist()]
+            scored = zip(found["scores"].tolist(), boxes_xyxy.tolist(), labels)
+            regions.append(_regions(scored, picture.size, self._options.merge_iou))
+        return regions
+
+
+def _plain(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """The pixels alone: a processor could follow the EXIF orientation, and turn the boxes with it."""
+    plain = PIL.Image.fromarray(np.asarray(picture.convert("RGB")))
+    plain.thumbnail((MAX_SIDE, MAX_SIDE))
+    return plain
+
+
+def _regions(scored, size: tuple[int, int], merge_iou: float) -> list[annotations.Region]:
+    """Clips boxes to a picture of (width, height) pixels; of each description's, overlapping ones merge."""
+    regions: list[annotations.Region] = []
+    for score, box, description in sorted(scored, key=lambda entry: -entry[0]):
+        if min(box[2] - box[0], box[3] - box[1]) <= 0:
+            continue
+        clipped = annotations.clip_box(tuple(box), *size).box_xyxy
+        if clipped is None:  # most of it lies beside the picture, in the padding
+            continue
+        if min(clipped[2] - clipped[0], clipped[3] - clipped[1]) < MIN_SIDE:
+            continue
+        region = annotations.Region(clipped, description, score)
+        if not any(
+            better.description == description and _iou(better.box_xyxy, region.box_xyxy) > merge_iou
+            for better in regions
+        ):
+            regions.append(region)
+    return regions
+
+
+def _iou(a: annotations.Box, b: annotations.Box) -> float:
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b)]
+    return width * height / (sum(areas) - width * height)
+
+
+def _owl_inputs(processor, config, pictures, texts, device):
+    # The text tower has 16 positions and fails on a longer text. Shorter lists are filled up with " ".
+    return processor(
+        images=pictures,
+        text=[list(descriptions) for descriptions in texts],
+        padding="max_length",
+        truncation=True,
+        max_length=config.text_config.max_position_embeddings,
+        return_tensors="pt",
+        device=device,
+    )
+
+
+def _owl_scores(processor, inputs, logits, index: int, descriptions: int):
+    # Without the fill: the model takes it for a description, which could win a box.
+    del processor, inputs
+    return logits[index : index + 1, :, :descriptions]
+
+
+def _dino_inputs(processor, config, pictures, texts, device):
+    # One text a picture, descriptions between full stops. The model takes "." and "?" for the end of one
+    # wherever they stand, so none may have any.
+    return processor(
+        images=pictures,
+        text=[
+            " ".join(
+                " ".join(text.lower().replace(".", " ").replace("?", " ").split()) + " ."
+                for text in descriptions
+            )
+            for descriptions in texts
+        ],
+        padding=True,
+        truncation=True,
+        max_length=config.max_text_len,
+        return_tensors="pt",
+        device=device,
+    )
+
+
+def _dino_scores(processor, inputs, logits, index: int, descriptions: int):
+    # Logits are of tokens. A description's is its best token's, so that a box's score is what the model's
+    # own post-processing gives; that one, though, decodes phrases, which need not be any description.
+    import torch
+
+    tokens = inputs["input_ids"][index]
+    stop = processor.tokenizer.convert_tokens_to_ids(".")
+    special = torch.tensor([stop, *processor.tokenizer.all_special_ids], device=tokens.device)
+    owner = torch.where(torch.isin(tokens, special), -1, torch.cumsum(tokens == stop, dim=0))
+    rows = logits[index, :, : len(tokens)]
+    scores = [
+        rows.masked_fill(owner != number, float("-inf")).amax(dim=-1)
+        for number in range(descriptions)
+    ]
+    return torch.stack(scores, dim=-1)[None]
+
+
+# The kinds of detectors: what each needs of pictures and descriptions, and its scores of a picture's boxes.
+_KINDS = {
+    "owlv2": (_owl_inputs, _owl_scores),
+    "grounding-dino": (_dino_inputs, _dino_scores),
+    "mm-grounding-dino": (_dino_inputs, _dino_scores),
+}

@@ -1,0 +1,202 @@
+"""A chat model behind an OpenAI-compatible endpoint: what vLLM, SGLang and `transformers serve` offer.
+
+By the standard library alone: answers take seconds, so a connection for each costs nothing, and proxies and
+certificates of the environment are followed.
+"""
+
+import base64
+import concurrent.futures
+import email.utils
+import http.client
+import io
+import json
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import PIL.Image
+
+from data.annotate import chat
+from grain_jax import errors
+
+TIME_OUT, CONNECTION = "time-out", "no connection"
+SERVER_ERROR, RATE_LIMIT = "server error", "rate limit"
+REJECTED, NO_ANSWER = "request rejected", "no answer in the response"
+
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled each time
+LONGEST_RETRY_AFTER = 3600.0  # seconds; a server that asks for more is not waited for any longer
+MAX_SIDE = 1344  # pixels of the picture that is sent; LLaVA-NeXT looks at no more than 1008
+JPEG_QUALITY = 92
+# What concerns every request alike: a wrong key, address or model. Going on would only fail 12 million times.
+_FATAL = {401: "the key is wrong or missing", 403: "not allowed", 404: "no such address or model"}
+_RETRIED = {408: TIME_OUT, 425: SERVER_ERROR, 429: RATE_LIMIT}  # and all from 500 on
+
+
+class Options(NamedTuple):
+    """What `build` needs; picklable. The key is no part of it: it would land in logs and summaries."""
+
+    url: str  # up to the version, as in http://host:8000/v1
+    model: str  # as the server calls it
+    max_tokens: int = 256  # of an answer
+    concurrency: int = 16  # requests at a time
+    requests_per_second: float = 0.0  # at most, retries included; 0 = no limit
+    seconds: float = 120.0  # that the server may be silent in a request
+    tries: int = 6  # of a request, the first included
+    key_variable: str = (
+        "OPENAI_API_KEY"  # the environment variable that holds the key, where one is needed
+    )
+
+
+class EndpointError(errors.UserError):
+    """The endpoint cannot be used at all."""
+
+
+def build(options: Options) -> "EndpointChat":
+    """Makes the client; nothing is asked yet.
+
+    Raises:
+      EndpointError: the address is none.
+    """
+    address = urllib.parse.urlsplit(options.url)
+    if address.scheme not in ("http", "https") or not address.netloc:
+        raise EndpointError(f"{options.url}: no address, expected one like http://host:8000/v1")
+    return EndpointChat(options)
+
+
+class EndpointChat:
+    """A `chat.Chat`. It may be used by several threads; the limits hold for all of them together."""
+
+    def __init__(self, options: Options):
+        self._options = options
+        self._url = options.url.rstrip("/") + "/chat/completions"
+        self._headers = {"Content-Type": "application/json"}
+        key = os.environ.get(options.key_variable)
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
+        self._pool = concurrent.futures.ThreadPoolExecutor(options.concurrency)
+        self._lock = threading.Lock()
+        self._next_start = 0.0  # of a request, on the monotonic clock
+
+    def answer(
+        self, pictures: Sequence[PIL.Image.Image], prompts: Sequence[str]
+    ) -> list[chat.Answer | chat.Failure]:
+        """See `chat.Chat.answer`.
+
+        Failures: "time-out", "no connection", "server error" and "rate limit" after the last try;
+        "request rejected" (this picture or prompt) and "no answer in the response".
+
+        Raises:
+          EndpointError: the endpoint refuses the key, or knows neither the address nor the model.
+        """
+        if len(pictures) != len(prompts):
+            raise ValueError(f"got {len(pictures)} pictures and {len(prompts)} prompts")
+        return list(self._pool.map(self._ask, pictures, prompts))
+
+    def _ask(self, picture: PIL.Image.Image, prompt: str) -> chat.Answer | chat.Failure:
+        body = json.dumps(
+            {
+                "model": self._options.model,
+                "messages": [{"role": "user", "content": _content(picture, prompt)}],
+                "max_tokens": self._options.max_tokens,
+                "temperature": 0,
+            }
+        ).encode()
+        for count in range(self._options.tries):
+            self._wait_for_turn()
+            result, retry_after = self._try(body)
+            if isinstance(result, chat.Answer) or retry_after is None:
+                return result
+            if retry_after > LONGEST_RETRY_AFTER or count + 1 == self._options.tries:
+                break
+            if retry_after:
+                self._postpone(retry_after)  # all requests: the server has said when it has room
+            else:
+                wait = min(LONGEST_WAIT, FIRST_WAIT * 2**count)
+                time.sleep(wait * random.uniform(0.5, 1))  # not all at the same moment again
+        return result
+
+    def _try(self, body: bytes) -> tuple[chat.Answer | chat.Failure, float | None]:
+        """A request: what came of it, and the seconds to wait before another (0: not said; None: do not)."""
+        request = urllib.request.Request(self._url, body, self._headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self._options.seconds) as response:
+                return _answer(response.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                return self._refusal(error)
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            cause = TIME_OUT if isinstance(reason, TimeoutError) else CONNECTION
+            return chat.Failure(cause, chat.one_line(f"{type(error).__name__}: {error}")), 0.0
+
+    def _refusal(self, error: urllib.error.HTTPError) -> tuple[chat.Failure, float | None]:
+        try:
+            said = error.read().decode(errors="replace")
+        except (OSError, http.client.HTTPException):
+            said = ""
+        detail = chat.one_line(f"status {error.code}: {said}")
+        if error.code in _FATAL:
+            raise EndpointError(
+                f"{self._url}: {_FATAL[error.code]} (model {self._options.model!r}, key from"
+                f" {self._options.key_variable}): {detail}"
+            )
+        cause = SERVER_ERROR if error.code >= 500 else _RETRIED.get(error.code)
+        if cause is None:
+            return chat.Failure(REJECTED, detail), None
+        return chat.Failure(cause, detail), _seconds(error.headers.get("Retry-After"))
+
+    def _wait_for_turn(self) -> None:
+        rate = self._options.requests_per_second
+        with self._lock:
+            start = max(time.monotonic(), self._next_start)
+            self._next_start = start + (1 / rate if rate else 0)
+        time.sleep(max(0.0, start - time.monotonic()))
+
+    def _postpone(self, seconds: float) -> None:
+        with self._lock:
+            self._next_start = max(self._next_start, time.monotonic() + seconds)
+
+
+def _content(picture: PIL.Image.Image, prompt: str) -> list[dict[str, Any]]:
+    picture = picture.convert("RGB")
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
+
+
+def _answer(response: bytes) -> tuple[chat.Answer | chat.Failure, float | None]:
+    try:
+        parsed = json.loads(response)
+        choice = parsed["choices"][0]
+        text = choice["message"]["content"]
+        if not isinstance(text, str):
+            raise TypeError
+        usage = parsed.get("usage") or {}
+        tokens = [int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens")]
+        return chat.Answer(text, *tokens, cut_off=choice.get("finish_reason") == "length"), None
+    except (ValueError, TypeError, LookupError, AttributeError):
+        # A proxy's page in between, for one: another try may reach the server.
+        shown = chat.one_line(response[:400].decode(errors="replace"), 100)
+        return chat.Failure(NO_ANSWER, f"expected choices[0].message.content, got {shown}"), 0.0
+
+
+def _seconds(retry_after: str | None) -> float:
+    """A Retry-After header in seconds from now; 0 where there is none that can be read."""
+    if not retry_after:
+        return 0.0
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except ValueError:
+            seconds = 0.0
+    return seconds if seconds > 0 else 0.0  # also where it is not a number

@@ -1,0 +1,91 @@
+"""A chat model on this machine, by `transformers`: LLaVA-NeXT 1.6 and others that take one picture and a text."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import PIL.Image
+
+from data.annotate import batches, chat, checkpoint
+
+
+class Options(NamedTuple):
+    """What `build` needs; picklable, so that a worker elsewhere can build it too."""
+
+    model: str = (
+        "llava-hf/llava-v1.6-mistral-7b-hf"  # a folder, local or remote, or a name on the Hub
+    )
+    batch_size: int = 8  # pictures at a time; halved when memory runs out
+    max_tokens: int = 256  # of an answer
+    device: str = ""  # "" takes the accelerator if there is one
+
+
+def build(options: Options) -> "LocalChat":
+    """Loads the model.
+
+    Raises:
+      CheckpointError: it cannot be loaded, or has no template for a chat.
+    """
+    loaded = checkpoint.load(
+        options.model, "AutoModelForImageTextToText", device=options.device, half=True
+    )
+    if not getattr(loaded.processor, "chat_template", None):
+        raise checkpoint.CheckpointError(
+            f"{options.model}: its processor has no chat template, expected a model made for chats"
+        )
+    # Answers start where the prompt ends, so prompts of a batch must end at the same place.
+    loaded.processor.tokenizer.padding_side = "left"
+    if loaded.processor.tokenizer.pad_token is None:
+        loaded.processor.tokenizer.pad_token = loaded.processor.tokenizer.eos_token
+    return LocalChat(loaded, options)
+
+
+class LocalChat:
+    """A `chat.Chat`; answers are the most probable ones (no sampling), so that a second run repeats them."""
+
+    def __init__(self, loaded: checkpoint.Loaded, options: Options):
+        self._model, self._processor, self._device = loaded
+        self._max_tokens = options.max_tokens
+        self._batches = batches.Batches(options.batch_size)
+
+    def answer(
+        self, pictures: Sequence[PIL.Image.Image], prompts: Sequence[str]
+    ) -> list[chat.Answer | chat.Failure]:
+        """See `chat.Chat.answer`; failures: "out of memory", "model error"."""
+        return self._batches.run(self._generate, list(zip(pictures, prompts, strict=True)))
+
+    def _generate(self, batch: Sequence[tuple[PIL.Image.Image, str]]) -> list[chat.Answer]:
+        import torch
+
+        inputs = self._processor(
+            images=[picture.convert("RGB") for picture, _ in batch],
+            text=[self._conversation(prompt) for _, prompt in batch],
+            padding=True,
+            return_tensors="pt",
+        ).to(self._device, self._model.dtype)
+        with torch.inference_mode():
+            tokens = self._model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=self._max_tokens,
+                pad_token_id=self._processor.tokenizer.pad_token_id,
+            )
+        prompt_tokens = inputs["attention_mask"].sum(dim=1).tolist()
+        answers = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+        ends = self._model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends])
+        return [self._answer(row, ends, count) for row, count in zip(answers, prompt_tokens)]
+
+    def _answer(self, tokens: list[int], ends: set[int], prompt_tokens: int) -> chat.Answer:
+        """What was generated up to the end token; beyond it a batch is padded."""
+        length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+        text = self._processor.tokenizer.decode(tokens[:length], skip_special_tokens=True)
+        return chat.Answer(text, prompt_tokens, length, cut_off=length == len(tokens))
+
+    def _conversation(self, prompt: str) -> str:
+        # A prompt can quote an answer; in it, the mark of a picture's place would count as a picture.
+        mark = getattr(self._processor, "image_token", None)
+        text = prompt.replace(mark, "") if mark else prompt
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        return self._processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )

@@ -1,0 +1,124 @@
+"""What a job writes, a shard at a time: each file is whole or not there, the last one says that it is done.
+
+OUTPUT/failed/SHARD.jsonl       what came to nothing, with its cause
+OUTPUT/shards/SHARD.json        counters
+OUTPUT/annotations/SHARD.jsonl  lines of A.jsonl
+OUTPUT/passes/PASS/SHARD.jsonl  what a pass found; there when the pass has done the shard
+"""
+
+import collections
+import json
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from grain_jax import errors
+
+
+class OutputError(errors.UserError):
+    """The output cannot be used for this job; the message is one line."""
+
+
+class Output(NamedTuple):
+    """The files of a job; plain, so that it goes to workers."""
+
+    folder: str
+
+    def path(self, *names: str) -> epath.Path:
+        """A file or folder below the output."""
+        return epath.Path(self.folder).joinpath(*names)
+
+    def read(self, kind: str, shard: str) -> list[dict[str, Any]]:
+        """The lines that a shard has there; none if it has no such file."""
+        try:
+            return list(map(json.loads, self.path(kind, f"{shard}.jsonl").read_text().splitlines()))
+        except FileNotFoundError:
+            return []
+
+    def write(self, kind: str, shard: str, lines: Iterable[dict[str, Any]]) -> None:
+        """Puts the lines in the place of the shard's."""
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self.put(text, kind, f"{shard}.jsonl")
+
+    def put(self, content: str | bytes, *names: str) -> None:
+        """Writes a file at once; a worker that was given up, yet goes on, cannot spoil it."""
+        path = self.path(*names)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path("incomplete", uuid.uuid4().hex)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        new.replace(path)
+
+    def put_tally(self, shard: str, tally: dict[str, Any]) -> None:
+        """Puts the shard's counters: a nested dict of numbers."""
+        self.put(json.dumps(tally, indent=1) + "\n", "shards", f"{shard}.json")
+
+    def tally(self, shard: str) -> dict[str, Any]:
+        """The shard's counters; empty if it has none."""
+        try:
+            return json.loads(self.path("shards", f"{shard}.json").read_text())
+        except FileNotFoundError:
+            return {}
+
+    def finished(self, passes: Sequence[str]) -> set[str]:
+        """Names of the shards that all of `passes` have done; without passes, that have annotations."""
+        kinds = [f"passes/{name}" for name in passes] or ["annotations"]
+        return set.intersection(*map(self._shards, kinds))
+
+    def is_finished(self, shard: str, passes: Sequence[str]) -> bool:
+        """Whether the shard is among the `finished`."""
+        if not passes:
+            return self.path("annotations", f"{shard}.jsonl").exists()
+        return all(self.path("passes", name, f"{shard}.jsonl").exists() for name in passes)
+
+    def _shards(self, kind: str) -> set[str]:
+        folder = self.path(kind)
+        if not folder.exists():
+            return set()
+        ending = ".jsonl"
+        return {p.name.removesuffix(ending) for p in folder.iterdir() if p.name.endswith(ending)}
+
+    def agree(self, settings: dict[str, dict[str, Any]]) -> None:
+        """Notes the settings of the source and of each pass. Raises OutputError if others are there."""
+        path = self.path("settings.json")
+        known = json.loads(path.read_text()) if path.exists() else {}
+        for part, values in settings.items():
+            for key, value in values.items():
+                old = known.get(part, {}).get(key, value)
+                if old != value:
+                    raise OutputError(
+                        f"--output {self.folder}: was begun with {part} {key} {json.dumps(old)}, got"
+                        f" {json.dumps(value)}; give another --output, or delete this one"
+                    )
+        self.put(json.dumps(known | settings, indent=1) + "\n", "settings.json")
+
+    def join(self, shards: Iterable[str]) -> None:
+        """Writes A.jsonl and failed.jsonl, the shards' one after another."""
+        for kind, name in (("annotations", "A.jsonl"), ("failed", "failed.jsonl")):
+            new = self.path("incomplete", uuid.uuid4().hex)
+            new.parent.mkdir(parents=True, exist_ok=True)
+            with new.open("wb") as file:
+                for shard in shards:
+                    file.write(self.path(kind, f"{shard}.jsonl").read_bytes())
+            new.replace(self.path(name))
+
+    def clear(self) -> None:
+        """Deletes what writers that were killed have left."""
+        self.path("incomplete").rmtree(missing_ok=True)
+
+    def summary(self, shards: Iterable[str]) -> dict[str, Any]:
+        """The shards' counters, added."""
+        total: dict[str, Any] = {}
+        for shard in shards:
+            total = add(total, self.tally(shard))
+        return total
+
+
+def add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """The sums of two nested dicts of numbers."""
+    out = collections.defaultdict(int, a)
+    for key, value in b.items():
+        out[key] = add(a.get(key, {}), value) if isinstance(value, dict) else out[key] + value
+    return dict(out)

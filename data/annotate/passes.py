@@ -1,0 +1,301 @@
+"""The three passes over a shard's pictures: caption, describe, ground. No Beam in here.
+
+A picture that one pass fails keeps what it has: it stays in the annotations as long as these hold a text or
+a region, and the dead letters say what is missing and why.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import PIL.Image
+
+from data import sources
+from data.annotate import answers, checks, detector, endpoint_chat, local_chat, outputs, prompt
+from data.annotate.chat import Answer, Chat, Failure
+from grain_jax import annotations, errors
+
+FAILURES_IN_A_ROW = 50  # of a model: then it is not the pictures' fault, and the job ends
+
+
+class ModelDown(errors.UserError):
+    """A model, or the server of one, gives nothing any more; the message is one line."""
+
+
+class Job(NamedTuple):
+    """All that a worker needs to know; plain values that can be pickled."""
+
+    output: outputs.Output
+    passes: tuple[str, ...]
+    limits: checks.Limits
+    batch_size: int  # pictures that a model is given at once
+    keep_pictures: bool  # write the pictures of annotated lines below OUTPUT/images
+    chat: local_chat.Options | endpoint_chat.Options
+    detector: detector.Options
+    prompts: dict[str, prompt.Prompt]  # by pass
+
+
+@dataclasses.dataclass
+class Models:
+    """What the passes run, loaded once per worker process.
+
+    Attributes:
+      chat, detector: None where no pass needs it.
+      prompts: by pass.
+      turn: held while a local model runs: a worker may have several threads, and a GPU one memory.
+    """
+
+    chat: Chat | None
+    detector: detector.Detector | None
+    prompts: dict[str, prompt.Prompt]
+    turn: contextlib.AbstractContextManager
+    failures: int = 0  # in a row, up to now
+
+
+@dataclasses.dataclass
+class _Work:
+    """A picture on its way through the passes."""
+
+    item: sources.Picture | sources.Fault
+    picture: PIL.Image.Image | None = None
+    results: dict[str, dict] = dataclasses.field(default_factory=dict)
+    letters: list[dict] = dataclasses.field(default_factory=list)
+
+    def fail(self, stage: str, cause: str, detail: str) -> None:
+        self.letters.append(
+            {"image": self.item.image, "stage": stage, "cause": cause, "detail": detail}
+        )
+
+
+def build(job: Job) -> Models:
+    """Loads the models that the job's passes need. Raises UserError."""
+    chat = finder = None
+    local = False
+    if {"caption", "describe"} & set(job.passes):
+        local = isinstance(job.chat, local_chat.Options)
+        chat = (local_chat if local else endpoint_chat).build(job.chat)
+    if "ground" in job.passes:
+        finder = detector.build(job.detector)
+    turn = threading.Lock() if local or finder else contextlib.nullcontext()
+    return Models(chat, finder, job.prompts, turn)
+
+
+def _ask(models: Models, works: list[_Work], texts: list[str], tally: collections.Counter) -> list:
+    answered = models.chat.answer([work.picture for work in works], texts)
+    for answer in answered:
+        if isinstance(answer, Answer):
+            tally["prompt tokens"] += answer.prompt_tokens
+            tally["answer tokens"] += answer.answer_tokens
+    return answered
+
+
+def _caption(models: Models, works: list[_Work], tally: collections.Counter) -> Iterator:
+    texts = [models.prompts["caption"].text] * len(works)
+    for answer in _ask(models, works, texts, tally):
+        if isinstance(answer, Answer):
+            answer = answers.parse_caption(answer.text, cut_off=answer.cut_off)
+        if isinstance(answer, answers.Captioned):
+            yield {"subject": answer.subject, "synthetic_caption": answer.caption}
+        else:
+            yield answer
+
+
+def _describe(models: Models, works: list[_Work], tally: collections.Counter) -> Iterator:
+    ask = models.prompts["describe"]
+    texts = [prompt.about(ask, work.results["caption"]["subject"]) for work in works]
+    for answer in _ask(models, works, texts, tally):
+        if isinstance(answer, Answer):
+            answer = answers.parse_descriptions(answer.text, cut_off=answer.cut_off)
+        if isinstance(answer, answers.Described):
+            tally["descriptions"] += len(answer.descriptions)
+            tally.update(f"line left out: {dropped.cause}" for dropped in answer.dropped)
+            yield {"descriptions": list(answer.descriptions)}
+        else:
+            yield answer
+
+
+def _ground(models: Models, works: list[_Work], tally: collections.Counter) -> Iterator:
+    texts = [work.results["describe"]["descriptions"] for work in works]
+    for found in models.detector.detect([work.picture for work in works], texts):
+        if isinstance(found, Failure):
+            yield found
+            continue
+        tally["regions"] += len(found)
+        yield {"regions": [_region(region) for region in found]}
+
+
+class Pass(NamedTuple):
+    """A pass over pictures: `run` yields what it found, or a Failure or Refused, for each of them."""
+
+    needs: str | None  # the pass whose results it takes
+    run: Callable[[Models, list[_Work], collections.Counter], Iterator]
+
+
+PASSES = {
+    "caption": Pass(None, _caption),
+    "describe": Pass("caption", _describe),
+    "ground": Pass("describe", _ground),
+}
+
+
+def _region(region: annotations.Region) -> dict[str, Any]:
+    return {
+        "box": list(region.box_xyxy),
+        "description": region.description,
+        "score": region.score,
+    }
+
+
+def _line(work: _Work) -> dict[str, Any] | None:
+    """The picture's line of A.jsonl; None if there is nothing to learn from it."""
+    item, out = work.item, {"image": work.item.image}
+    if len(item.captions) == 1:
+        out["caption"] = item.captions[0]
+    elif item.captions:
+        out["captions"] = list(item.captions)
+    synthetic = work.results.get("caption", {}).get("synthetic_caption", item.synthetic_caption)
+    if synthetic:
+        out["synthetic_caption"] = synthetic
+    found = work.results.get("ground", {}).get("regions", [])
+    out["regions"] = [*map(_region, item.regions), *found]
+    if item.id is not None:
+        out["id"] = item.id
+    return out if item.captions or synthetic or out["regions"] else None
+
+
+def _read(shard: sources.Shard, job: Job, known: dict, letters: dict) -> Iterator[_Work]:
+    """The shard's pictures, decoded and with what earlier jobs found."""
+    first = job.passes[0] if job.passes else None
+    for item in sources.read(shard):
+        results = {name: known[name][item.image] for name in known if item.image in known[name]}
+        work = _Work(item, results=results)
+        if first and PASSES[first].needs and PASSES[first].needs not in results:
+            # An earlier job has dealt with it: its dead letters stand.
+            work.letters = letters.get(item.image, [])
+            yield work
+            continue
+        work.letters = [
+            letter
+            for letter in letters.get(item.image, [])
+            if letter["stage"] in PASSES and letter["stage"] not in job.passes
+        ]
+        fault = item
+        if isinstance(item, sources.Picture):
+            for region_fault in item.left_out:
+                work.fail("region", region_fault.cause, region_fault.detail)
+            fault = checks.check(item, job.limits)
+        if isinstance(fault, sources.Fault):
+            work.fail("picture", fault.cause, fault.detail)
+        else:
+            work.picture = fault
+        yield work
+
+
+def _batches(items: Iterable[_Work], size: int) -> Iterator[list[_Work]]:
+    """Lists of `size` items, one read ahead by a thread while the models run."""
+    items = iter(items)
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        take = lambda: list(itertools.islice(items, size))
+        waiting = reader.submit(take)
+        while batch := waiting.result():
+            waiting = reader.submit(take)
+            yield batch
+
+
+def _run(name: str, batch: list[_Work], models: Models, tally: collections.Counter) -> None:
+    """Runs a pass over those of a batch that have what it needs and not yet what it gives."""
+    needs, run = PASSES[name]
+    todo = [
+        work
+        for work in batch
+        if work.picture is not None
+        and name not in work.results
+        and (needs is None or needs in work.results)
+    ]
+    if not todo:
+        return
+    with models.turn:
+        start = time.monotonic()
+        for work, found in zip(todo, run(models, todo, tally), strict=True):
+            if isinstance(found, dict):
+                work.results[name] = {"image": work.item.image} | found
+            else:
+                work.fail(name, found.cause, found.detail)
+            models.failures = models.failures + 1 if isinstance(found, Failure) else 0
+            if models.failures >= FAILURES_IN_A_ROW:
+                raise ModelDown(
+                    f"pass {name}: {models.failures} pictures in a row failed, the last by"
+                    f" {found.cause} ({found.detail}); mend it, and give the same command again"
+                )
+        tally["seconds"] += time.monotonic() - start
+    tally["pictures"] += len(todo)
+
+
+def annotate_shard(shard: sources.Shard, job: Job, models: Models) -> dict[str, Any]:
+    """Runs the job's passes over a shard and writes its files; what they found before is not done again.
+
+    Returns: the counters of this run, as `tally` in `outputs` has them for all runs.
+    """
+    output, start = job.output, time.monotonic()
+    known = {
+        name: {line["image"]: line for line in output.read(f"passes/{name}", shard.name)}
+        for name in PASSES
+    }
+    old_letters = collections.defaultdict(list)
+    for letter in output.read("failed", shard.name):
+        del letter["kept"]
+        old_letters[letter["image"]].append(letter)
+    tallies = {name: collections.Counter() for name in job.passes}
+    found = {name: [] for name in job.passes}
+    lines, letters, faulty, pictures = [], [], 0, 0
+    for batch in _batches(_read(shard, job, known, old_letters), job.batch_size):
+        for name in job.passes:
+            _run(name, batch, models, tallies[name])
+        for work in batch:
+            pictures += 1
+            line = _finish(work, job)
+            if line:
+                lines.append(line)
+            letters += [letter | {"kept": line is not None} for letter in work.letters]
+            faulty += any(letter["stage"] != "region" for letter in work.letters)
+            for name in job.passes:
+                if name in work.results:
+                    found[name].append(work.results[name])
+    shard_tally = {
+        "shards": 1,
+        "pictures": pictures,
+        "annotated": len(lines),
+        "faulty": faulty,
+        "regions": sum(len(line["regions"]) for line in lines),
+        "failures": collections.Counter(f"{x['stage']}: {x['cause']}" for x in letters),
+    }
+    before = output.tally(shard.name)
+    shard_tally["results"] = before.get("results", {}) | {name: len(found[name]) for name in found}
+    sums = outputs.add(before.get("passes", {}), tallies)
+    # The order matters: the passes' files say that the shard is done.
+    output.write("failed", shard.name, letters)
+    output.put_tally(shard.name, shard_tally | {"passes": sums})
+    output.write("annotations", shard.name, lines)
+    for name in job.passes:
+        output.write(f"passes/{name}", shard.name, found[name])
+    return shard_tally | {"passes": tallies, "seconds": time.monotonic() - start}
+
+
+def _finish(work: _Work, job: Job) -> dict[str, Any] | None:
+    """The picture's line, if it is to have one; its file goes with it where nobody else has it as one."""
+    if any(letter["stage"] == "picture" for letter in work.letters):
+        return None
+    line = _line(work)
+    if line is None and not work.letters:
+        work.fail("picture", "no caption", "got neither caption nor regions, expected one of them")
+    if line is not None and job.keep_pictures:
+        path = job.output.path("images", work.item.image)
+        if not path.exists():
+            job.output.put(work.item.encoded, "images", work.item.image)
+    return line

@@ -1,0 +1,159 @@
+"""The passes on Apache Beam. One element is one shard of the source: a few hundred pictures, or a tar of them.
+
+There is no GroupByKey behind the work: batch runners finish everything before it first, so that a killed job
+would have nothing to show. So each shard is written when it is done, and a job that starts again skips it.
+"""
+
+import contextlib
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+
+import apache_beam as beam
+from apache_beam import metrics
+from apache_beam.options import pipeline_options
+from apache_beam.runners.portability import fn_api_runner
+from apache_beam.utils import shared
+
+from data import progress, sources
+from data.annotate import passes
+from grain_jax import errors
+
+SECONDS_BETWEEN_LOOKS = 2.0  # at the output folder, for the progress line
+_MARK = "#user-error#"
+_LOCAL = ("directrunner", "direct", "switchingdirectrunner", "fnapirunner")
+
+
+class PipelineError(errors.UserError):
+    """The pipeline ended before its work was done; the message is the cause."""
+
+
+class AnnotateShards(beam.DoFn):
+    """Annotates shards with models that are loaded once per worker process, whatever its threads are."""
+
+    def __init__(self, job: passes.Job, retry_failed: bool):
+        self._job, self._retry_failed = job, retry_failed
+        self._shared = shared.Shared()
+
+    def setup(self):
+        with _told():
+            self._models = self._shared.acquire(lambda: passes.build(self._job))
+
+    def process(self, shard: tuple):
+        shard = sources.Shard(*shard)
+        # A runner gives a bundle again when one of its shards failed: the others are done.
+        done = self._job.output.is_finished(shard.name, self._job.passes)
+        if done and not self._retry_failed:
+            return
+        with _told():
+            tally = passes.annotate_shard(shard, self._job, self._models)
+        for name, value in _flat(tally):
+            metrics.Metrics.counter("annotate", name).inc(value)
+
+
+def run(
+    job: passes.Job,
+    shards: Sequence[sources.Shard],
+    beam_arguments: Sequence[str],
+    *,
+    retry_failed: bool,
+) -> dict[str, int]:
+    """Runs the job's passes over the shards that are to be done; returns this run's counters.
+
+    Args:
+      job: what is to be done.
+      shards: those that are not done yet.
+      beam_arguments: --runner and whatever options it has.
+      retry_failed: shards that are done come again, for what failed in them.
+
+    Raises:
+      PipelineError: a worker met wrong usage or wrong input.
+    """
+    options = pipeline_options.PipelineOptions(list(beam_arguments))
+    # Beam's DirectRunner would first fetch another runner (Prism) from the internet.
+    if not _is_local(options):
+        # Beam runs `python -m build` in the folder of --setup_file: that must not find data/build.py.
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
+    runner = fn_api_runner.FnApiRunner() if _is_local(options) else None  # None: as options say
+    pipeline = beam.Pipeline(runner=runner, options=options)
+    # As plain tuples: Beam would make a table's row of a NamedTuple.
+    created = pipeline | "Shards" >> beam.Create([tuple(shard) for shard in shards])
+    created | "Annotate" >> beam.ParDo(AnnotateShards(job, retry_failed))
+    with _shown(job, {shard.name for shard in shards}):
+        try:
+            result = pipeline.run()
+            result.wait_until_finish()
+        except Exception as error:
+            told = re.search(f"{_MARK}(.*?){_MARK}", str(error), re.DOTALL)
+            if told:
+                raise PipelineError(told.group(1)) from None
+            raise
+    return {
+        found.key.metric.name: found.committed or found.attempted
+        for found in result.metrics().query()["counters"]
+        if found.key.metric.namespace == "annotate"
+    }
+
+
+def check(beam_arguments: Sequence[str]) -> None:
+    """Raises PipelineError for what is no option of Beam's."""
+    options = pipeline_options.PipelineOptions(list(beam_arguments))
+    known = pipeline_options.PipelineOptions([]).get_all_options()
+    given = options.get_all_options(retain_unknown_options=True)
+    unknown = sorted(given.keys() - known.keys())
+    positional = [x for x in beam_arguments[:1] if not x.startswith("--")]
+    # What a job server elsewhere takes is known only there.
+    if positional or (unknown and _is_local(options)):
+        got = positional[0] if positional else f"--{unknown[0]}"
+        raise PipelineError(
+            f"got {got}, expected an argument of this command (--help) or of Beam's"
+        )
+
+
+def _is_local(options: pipeline_options.PipelineOptions) -> bool:
+    runner = options.view_as(pipeline_options.StandardOptions).runner
+    return not runner or runner.lower() in _LOCAL
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Marks the user's errors, of which runners hand on a text within much else."""
+    try:
+        yield
+    except errors.UserError as error:
+        raise RuntimeError(f"{_MARK}{error}{_MARK}") from error
+
+
+@contextlib.contextmanager
+def _shown(job: passes.Job, names: set[str]) -> Iterator[None]:
+    """Reports how many of the shards are done, as the output folder tells: that any runner fills."""
+    ended = threading.Event()
+
+    def newly_finished():
+        seen = job.output.finished(job.passes) & names  # a job that retries
+        while not ended.wait(SECONDS_BETWEEN_LOOKS):
+            new = job.output.finished(job.passes) & names - seen
+            seen |= new
+            yield from new
+
+    def show():
+        for _ in progress.progress(newly_finished(), total=len(names), what="shards"):
+            pass
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _flat(tally: dict, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """A nested dict of numbers as counters: {"a": {"b": 1}} is ("a/b", 1)."""
+    for key, value in tally.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, round(value)

@@ -1,0 +1,118 @@
+"""Finds pictures that are there twice, within a set and across sets, by two fingerprints.
+
+`exact` is a hash of the file: it sees through another name. `near` is a difference hash of the pixels:
+also of a copy that was resized, squashed or compressed anew, of which up to NEAR_BITS of 64 bits differ.
+So it works whatever size either set is stored at.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import PIL.Image
+from etils import epath
+
+from data import parallel, sources
+from grain_jax import images
+
+FILE = "fingerprints.npy"  # beside a set's records: a row a picture
+NEAR_BITS = 3
+_BANDS = 4  # of 16 bits: with 3 bits changed, one of four is as it was
+_TELLING = 8  # bits of either kind; with fewer, a hash is that of any flat picture
+_PAIRS = 1 << 18  # compared at once
+
+Fingerprint = tuple[int, int]  # exact, near: 64 bits each
+
+
+def fingerprint(encoded: bytes, picture: PIL.Image.Image) -> Fingerprint:
+    """Of a file and the picture in it.
+
+    `near` says of each of 8 x 8 places of the squashed, grey picture whether it is darker than the place to
+    its right.
+    """
+    exact = hashlib.sha256(encoded).digest()[:8]
+    grey = picture.convert("RGB").convert("L")
+    # The gap lets most pixels be averaged in blocks first: a quarter of the time.
+    small = grey.resize((9, 8), PIL.Image.Resampling.BILINEAR, reducing_gap=3)
+    pixels = np.asarray(small)
+    near = np.packbits(pixels[:, 1:] > pixels[:, :-1]).tobytes()
+    return int.from_bytes(exact), int.from_bytes(near)
+
+
+def table(values: list[int] | np.ndarray) -> np.ndarray:
+    """Fingerprints one after another -> uint64 [N, 2]."""
+    return np.asarray(values, np.uint64).reshape(-1, 2)
+
+
+def encode(fingerprints: np.ndarray) -> bytes:
+    """The content of FILE."""
+    out = io.BytesIO()
+    np.save(out, fingerprints)
+    return out.getvalue()
+
+
+def of_set(folder: epath.PathLike, *, workers: int) -> np.ndarray:
+    """Fingerprints of the pictures of a TFDS set, all splits: uint64 [N, 2].
+
+    Of sets that data.build wrote, those of the files that they were made from; of others, those of the
+    pictures that they hold, which takes time.
+
+    Raises:
+      data.sources.SourceError: there is no set.
+    """
+    directory = sources.tfds.directory(folder)
+    if (directory / FILE).exists():
+        return table(np.load(io.BytesIO((directory / FILE).read_bytes()), allow_pickle=False))
+    items = sources.tfds.pictures(directory)
+    encoded = (item.encoded for item in items if isinstance(item, sources.Picture))
+    found = parallel.ordered_map(_of_encoded, encoded, workers=workers)
+    return table([value for one in found for value in one])
+
+
+def _of_encoded(encoded: bytes) -> Fingerprint | tuple[()]:
+    """Nothing for a picture that cannot be read: no good one is like it."""
+    try:
+        return fingerprint(encoded, images.decode_image(encoded))
+    except images.ImageError:
+        return ()
+
+
+def earlier_twins(fingerprints: np.ndarray) -> np.ndarray:
+    """For each picture the first one that is the same file; -1 if it is the first itself. int64 [N]."""
+    _, first, which = np.unique(fingerprints[:, 0], return_index=True, return_inverse=True)
+    out = first[which]
+    return np.where(out < np.arange(len(out)), out, -1)
+
+
+def matches(fingerprints: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which pictures are among the known ones: bool [N] exactly, bool [N] nearly (or exactly)."""
+    exact = np.isin(fingerprints[:, 0], known[:, 0])
+    near = exact.copy()
+    of, among = fingerprints[:, 1], known[:, 1]
+    telling = (_count_bits(among) >= _TELLING) & (_count_bits(among) <= 64 - _TELLING)
+    among = among[telling]
+    for band in range(_BANDS):
+        shift = np.uint64(16 * band)
+        ordered = among[np.argsort((among >> shift) & np.uint64(0xFFFF), kind="stable")]
+        values = (ordered >> shift) & np.uint64(0xFFFF)
+        wanted = (of >> shift) & np.uint64(0xFFFF)
+        low, high = (np.searchsorted(values, wanted, side) for side in ("left", "right"))
+        for rows, places in _pairs(low, np.where(near, low, high)):
+            close = _count_bits(of[rows] ^ ordered[places]) <= NEAR_BITS
+            near[rows[close]] = True
+    return exact, near
+
+
+def _pairs(low: np.ndarray, high: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(row, place) for every place from low[row] to high[row], some at a time."""
+    ends = np.cumsum(high - low)
+    total = int(ends[-1]) if len(ends) else 0
+    for start in range(0, total, _PAIRS):
+        pairs = np.arange(start, min(start + _PAIRS, total))
+        rows = np.searchsorted(ends, pairs, side="right")
+        yield rows, high[rows] - (ends[rows] - pairs)
+
+
+def _count_bits(values: np.ndarray) -> np.ndarray:
+    return np.unpackbits(values.reshape(-1, 1).view(np.uint8), axis=1).sum(axis=1)

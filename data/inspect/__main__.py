@@ -1,0 +1,160 @@
+"""Looks at a data set: statistics, problems and a contact sheet, as HTML, PNG and JSON.
+
+  python -m data.inspect DIR [--output OUT] [--pictures N]                 a record set
+  python -m data.inspect A.jsonl [--images FOLDER] [--output OUT] ...      annotations
+
+The set is read once. Memory does not grow with it: beyond 250,000 different texts or pictures, copies
+are estimated from a share of them.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import textwrap
+from collections.abc import Callable
+
+from etils import epath
+
+from data import build, progress
+from data.inspect import counting, page, panels, problems, reading, sheet, statistics
+from grain_jax import errors
+
+_MOST_PICTURES = 200  # the PNG has some 25,000 lines then
+_BATCH = 256  # items that are counted together
+
+
+def _number(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if text.isdecimal() and low <= int(text) <= high:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number in {low}..{high}")
+
+    return parse
+
+
+def parser() -> build.Parser:
+    """The command's arguments."""
+    out = build.Parser(
+        prog="python -m data.inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = out.add_argument
+    add("set", metavar="DIR", help="OUTPUT/NAME or OUTPUT/NAME/1.0.0 of data.build, or an A.jsonl")
+    add("--images", metavar="FOLDER", help="of an A.jsonl's pictures (default: where it stands)")
+    add("--output", metavar="OUT", help="folder to write (default: inspect beside the set)")
+    add(
+        "--pictures",
+        type=_number(0, _MOST_PICTURES),
+        default=24,
+        metavar="N",
+        help="on the contact sheet (default 24)",
+    )
+    add(
+        "--lanes",
+        type=_number(1, 10**6),
+        default=16,
+        metavar="N",
+        help="input.lanes of the training, for which shards are judged (default 16)",
+    )
+    return out
+
+
+def inspect(args: argparse.Namespace) -> str:
+    """Reads the set and writes the three files; returns the summary. Raises `errors.UserError`."""
+    source = reading.open_set(args.set, args.images)
+    output = epath.Path(args.output) if args.output else source.path.parent / "inspect"
+    output.mkdir(parents=True, exist_ok=True)  # before the work, in case it may not be written
+    stats, sample = statistics.Statistics(), counting.Sample(args.pictures)
+    coming = progress.progress(source.items, total=source.total, what="inspecting")
+    for batch in iter(lambda: list(itertools.islice(coming, _BATCH)), []):
+        items = [item for item in batch if isinstance(item, reading.Item)]
+        for fault in (item for item in batch if isinstance(item, reading.Fault)):
+            stats.add_fault(fault)
+        stats.add(items)
+        for item in items:
+            sample.add(item.name, item)
+    result = stats.result(source, args.lanes)
+    found = problems.find(stats, result)
+    made = [panels.make(item) for item in sample.things()]
+    shown = [panel for panel in made if panel is not None]
+    result["contact_sheet"] = {"shown": len(shown), "damaged": len(made) - len(shown)}
+    result["problems"] = [problem._asdict() for problem in found]
+    written = {
+        "inspect.html": page.render(result, found, shown).encode(),
+        "statistics.json": (json.dumps(result, indent=1) + "\n").encode(),
+    }
+    if shown:
+        title = (
+            f"{source.path}: {len(shown)} of {stats.pictures:,} pictures."
+            " Boxes are numbered by score, which stands behind each description."
+        )
+        written["contact_sheet.png"] = sheet.draw(shown, title)
+    for name, content in written.items():
+        (output / name).write_bytes(content)
+    return _summary(result, found) + f"\n{output}: " + ", ".join(written)
+
+
+def _summary(result: dict, found: list[problems.Problem]) -> str:
+    pictures, captions, regions = result["pictures"], result["captions"], result["regions"]
+    count = max(pictures["count"], 1)
+    sizes = ", ".join(f"{size} ({n / count:.0%})" for size, n in pictures["sizes"][:3])
+    shards = result["set"]["shards"]["count"]
+    kind = result["set"]["kind"] + (f", {shards} shards" if shards else "")
+    left_out = f" ({pictures['left_out']:,} left out)" if pictures["left_out"] else ""
+    lines = [
+        f"{result['set']['path']}: {kind}",
+        f"pictures      {pictures['count']:,}{left_out}; {pictures['bytes'] / 1e6:,.1f} MB; {sizes}",
+    ]
+    for name, texts, some in (
+        ("web", captions["web"], f"{captions['pictures_with_web']:,} pictures have one or more"),
+        ("synthetic", captions["synthetic"], f"{captions['pictures_with_synthetic']:,} pictures"),
+        (
+            "descriptions",
+            result["descriptions"],
+            f"{regions['count'] / count:.2f} regions a picture",
+        ),
+    ):
+        total = texts["words"]["count"]
+        lengths = ""
+        if total:
+            words, tokens = texts["words"], texts["tokens"]
+            lengths = (
+                f"; {words['mean']:.1f} words, {tokens['mean']:.1f} tokens"
+                f" (99% up to {tokens['p99']}); {texts['distinct']['distinct']:,} different"
+            )
+        lines.append(f"{name:13} {total:,}; {some}{lengths}")
+    if captions["pictures_with_none"]:
+        lines.append(f"no caption    {captions['pictures_with_none']:,} pictures")
+    groups = result["padding"]["groups"]
+    if groups:
+        shares = ", ".join(f"{g['group']}: {g['rows']} rows {g['padding']:.0%}" for g in groups)
+        lines.append(f"padding       by pack_group: {shares}")
+    lines.append(f"problems      {len(found) or 'none'}")
+    digits = max((len(f"{problem.count:,}") for problem in found), default=0)
+    for problem in found:
+        share = f" ({problem.count / problem.of:.1%})" if problem.of else ""
+        example = (
+            f"; e.g. {textwrap.shorten(problem.example, 80, placeholder=' ...')}"
+            if problem.example
+            else ""
+        )
+        what = f"{problem.count:>{digits},} {problem.what}{share}: {problem.advice}"
+        lines.append(f"  {what}{example}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    args = parser().parse_args(argv)
+    try:
+        print(inspect(args))
+    except (errors.UserError, PermissionError, NotADirectoryError, FileExistsError) as error:
+        print(f"python -m data.inspect: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

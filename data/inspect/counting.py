@@ -1,0 +1,170 @@
+"""Counts that stay small however long the stream is: numbers, different things, frequent things, a sample.
+
+All but `Numbers` are exact up to a limit and say what they are beyond it. What is kept depends on the
+things themselves (their hashes), never on their order or on chance.
+"""
+
+import collections
+import hashlib
+import heapq
+from collections.abc import Hashable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+DISTINCT_LIMIT = 250_000  # different things that are held, about 50 MB
+FREQUENT_LIMIT = 50_000
+MANY_BARS = 60  # bars that a histogram has at most
+
+
+def digest(content: bytes) -> int:
+    """64 bits of BLAKE2b."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+class Numbers:
+    """Whole numbers, counted one by one: exact quantiles. For lengths and sizes, which have few values."""
+
+    def __init__(self):
+        self.counts: collections.Counter[int] = collections.Counter()
+
+    def add(self, values: Iterable[int]) -> None:
+        """Counts the values."""
+        self.counts.update(map(int, values))
+
+    def above(self, limit: int) -> int:
+        """How many exceed `limit`."""
+        return sum(n for value, n in self.counts.items() if value > limit)
+
+    def result(self) -> dict[str, Any]:
+        """count, mean, min, median, p95, p99, max; and `histogram`, [[from, to, count], ...]."""
+        if not self.counts:
+            return {"count": 0, "histogram": []}
+        values = np.array(sorted(self.counts))
+        counts = np.array([self.counts[v] for v in values.tolist()])
+        ends, total = np.cumsum(counts), int(counts.sum())
+
+        def quantile(share: float) -> int:
+            return int(values[np.searchsorted(ends, share * total)])
+
+        # A few very long ones would squeeze all others into one bar: they share the last.
+        low, most = int(values[0]), int(values[-1])
+        high = min(most, 2 * quantile(0.99))
+        width = -(-(high - low + 1) // MANY_BARS)
+        place = (values - low) // width
+        usual = place <= (high - low) // width
+        bars = np.bincount(place[usual], weights=counts[usual]).astype(int).tolist()
+        histogram = [[low + i * width, low + (i + 1) * width - 1, n] for i, n in enumerate(bars)]
+        if not usual.all():
+            histogram.append([histogram[-1][1] + 1, most, int(counts[~usual].sum())])
+        return {
+            "count": total,
+            "mean": float((values * counts).sum() / total),
+            "min": low,
+            "median": quantile(0.5),
+            "p95": quantile(0.95),
+            "p99": quantile(0.99),
+            "max": most,
+            "histogram": histogram,
+        }
+
+
+class Repeated(NamedTuple):
+    """Something that came again."""
+
+    first: str  # where it stood first, or what it is
+    again: str
+
+
+class Distinct:
+    """How many different things there are, and how many things are copies of earlier ones.
+
+    Beyond `limit` different ones only those whose hash ends in k zero bits are held, all their copies
+    with them, and the counts are 2^k times those of the held ones (Wegman's adaptive sampling, in
+    Flajolet, "On adaptive sampling", 1990).
+    """
+
+    def __init__(self, limit: int = DISTINCT_LIMIT, examples: int = 5):
+        self.limit, self.zero_bits = limit, 0
+        self.total = 0
+        self.examples: list[Repeated] = []
+        self._held: dict[int, list] = {}  # hash -> [times, where it was first]
+        self._num_examples = examples
+
+    def add(self, content: bytes, where: str) -> None:
+        """Counts a thing that stands at `where`."""
+        self.total += 1
+        key = digest(content)
+        if key & (2**self.zero_bits - 1):
+            return
+        if key in self._held:
+            held = self._held[key]
+            held[0] += 1
+            if held[0] == 2 and len(self.examples) < self._num_examples:
+                self.examples.append(Repeated(held[1], where))
+            return
+        self._held[key] = [1, where]
+        while len(self._held) > self.limit:
+            self.zero_bits += 1
+            mask = 2**self.zero_bits - 1
+            self._held = {key: held for key, held in self._held.items() if not key & mask}
+
+    def result(self) -> dict[str, Any]:
+        """total, distinct, copies (of earlier things), exact, and examples of copies."""
+        scale = 2**self.zero_bits
+        copies = scale * sum(times - 1 for times, _ in self._held.values())
+        return {
+            "total": self.total,
+            "distinct": scale * len(self._held),
+            "copies": min(copies, self.total),
+            "exact": self.zero_bits == 0,
+            "examples": [list(example) for example in self.examples],
+        }
+
+
+class Frequent:
+    """The most frequent things. Beyond `limit` different ones, counts are too low by `too_low_by` at most.
+
+    The summary of Misra and Gries ("Finding repeated elements", 1982), shrunk in batches.
+    """
+
+    def __init__(self, limit: int = FREQUENT_LIMIT):
+        self.limit, self.too_low_by = limit, 0
+        self.counts: collections.Counter = collections.Counter()
+
+    def add(self, things: Iterable[Hashable]) -> None:
+        """Counts the things."""
+        self.counts.update(things)
+        if len(self.counts) > 2 * self.limit:
+            less = sorted(self.counts.values(), reverse=True)[self.limit]
+            self.too_low_by += less
+            self.counts = collections.Counter(
+                {thing: n - less for thing, n in self.counts.items() if n > less}
+            )
+
+    def top(self, number: int) -> list[list]:
+        """[thing, count], the most frequent first; of equal ones the first in order of their names."""
+        best = heapq.nsmallest(number, self.counts.items(), key=lambda kv: (-kv[1], str(kv[0])))
+        return [list(pair) for pair in best]
+
+
+class Sample:
+    """`size` of the things, drawn by the hash of their names, whatever their order and number."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self._heap: list[tuple[int, int, Any]] = []  # of the negated hashes: the largest goes first
+        self._added = 0
+
+    def add(self, name: str, thing: Any) -> None:
+        """Takes part in the draw."""
+        self._added += 1
+        entry = (-digest(name.encode()), -self._added, thing)
+        if len(self._heap) < self.size:
+            heapq.heappush(self._heap, entry)
+        elif self._heap and entry > self._heap[0]:
+            heapq.heapreplace(self._heap, entry)
+
+    def things(self) -> list[Any]:
+        """What was drawn, in the order in which it was added."""
+        return [thing for _, _, thing in sorted(self._heap, key=lambda entry: -entry[1])]

@@ -1,0 +1,314 @@
+"""inspect.html: one file that shows statistics, problems and the contact sheet; it loads nothing."""
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from etils import epath
+
+from data.inspect import charts, panels, problems
+
+_FREQUENT = 12  # texts of each kind that are listed, if more than one picture has them
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def render(
+    result: dict[str, Any], found: Sequence[problems.Problem], shown: Sequence[panels.Panel]
+) -> str:
+    """The page.
+
+    Args:
+      result: as `statistics.Statistics.result` returns it.
+      found: the problems.
+      shown: the pictures of the contact sheet; may be none.
+    """
+    here = epath.Path(__file__).parent
+    style, script = (here / "page.css").read_text(), (here / "page.js").read_text()
+    path = escape(result["set"]["path"])
+    sections = {
+        "Problems": _problems(found),
+        "Texts": _texts(result),
+        "Padding": _padding(result["padding"]),
+        "Regions": _regions(result),
+        "Pictures": _pictures(result),
+        "Frequent texts": _frequent(result),
+        "Contact sheet": _sheet(result, shown),
+    }
+    anchors = {name: name.lower().replace(" ", "-") for name in sections}
+    links = "".join(f'<a href="#{anchors[name]}">{name}</a>' for name in sections)
+    body = "".join(
+        f'<section id="{anchors[name]}"><h2>{name}</h2>{content}</section>'
+        for name, content in sections.items()
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f"<title>{path}: data.inspect</title><style>{style}</style></head><body>"
+        f'<h1>Data set</h1><p class="soft"><code>{path}</code> ({escape(result["set"]["kind"])}'
+        f'{_shards(result["set"])})</p><nav aria-label="Sections">{links}</nav>'
+        f"{_tiles(result, found)}{body}<script>{script}</script></body></html>\n"
+    )
+
+
+def _shards(described: dict[str, Any]) -> str:
+    shards = described["shards"]
+    out = ""
+    if shards["count"]:
+        out = f", {shards['count']} shards of {shards['smallest']:,} to {shards['largest']:,}"
+    for key, value in described["metadata"].items():
+        out += f", {escape(key.replace('_', ' '))} {escape(str(value))}"
+    return out
+
+
+def _tiles(result: dict[str, Any], found: Sequence[problems.Problem]) -> str:
+    pictures, regions, captions = result["pictures"], result["regions"], result["captions"]
+    count = max(pictures["count"], 1)
+    size = f"{pictures['bytes'] / 1e6:,.1f} MB"
+    if pictures["left_out"]:
+        size += f"; {pictures['left_out']:,} left out"
+    tiles = [
+        (f"{pictures['count']:,}", "pictures", size),
+        (f"{captions['web']['words']['count']:,}", "web captions", _of(captions["pictures_with_web"], count)),
+        (f"{captions['synthetic']['words']['count']:,}", "synthetic captions", _of(captions["pictures_with_synthetic"], count)),
+        (f"{regions['count']:,}", "regions", f"{regions['count'] / count:.2f} a picture"),
+        (f"{result['descriptions']['distinct']['distinct']:,}", "different descriptions", _exact(result["descriptions"]["distinct"])),
+        (f"{len(found)}", "kinds of problems", "see below" if found else "none found"),
+    ]  # fmt: skip
+    return '<div class="tiles">' + "".join(
+        f"<div><b>{number}</b>{label}<span>{detail}</span></div>" for number, label, detail in tiles
+    ) + "</div>"  # fmt: skip
+
+
+def _of(part: int, whole: int) -> str:
+    return f"{part / whole:.1%} of the pictures"
+
+
+def _exact(distinct: dict[str, Any]) -> str:
+    return "exact count" if distinct["exact"] else "an estimate from a share of them"
+
+
+def _problems(found: Sequence[problems.Problem]) -> str:
+    if not found:
+        return '<p class="none">None found.</p>'
+    rows = [
+        (
+            f'<span class="problem">{escape(p.what)}</span>',
+            f"{p.count:,}",
+            f"{p.count / p.of:.2%}" if p.of else "",
+            escape(p.example),
+            escape(p.advice),
+        )
+        for p in found
+    ]
+    classes = ("", "number", "number", "example", "")
+    return _table(("what", "count", "share", "first example", "what to do"), rows, classes)
+
+
+def _table(header, rows, classes, extra: str = "") -> str:
+    """Cells are HTML already."""
+    head = "".join(f'<th scope="col" class="{c}">{h}</th>' for h, c in zip(header, classes))
+    body = "".join(
+        "<tr>" + "".join(f'<td class="{c}">{cell}</td>' for cell, c in zip(row, classes)) + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll"><table class="{extra}"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _histogram(title: str, numbers: dict[str, Any], unit: str) -> str:
+    if not numbers["count"]:
+        return f'<figure><h3>{title}</h3><p class="soft">none</p></figure>'
+    values = []
+    first_low, first_high, _ = numbers["histogram"][0]
+    for low, high, n in numbers["histogram"]:
+        rest = "+" if high - low > first_high - first_low else ""  # all the longest ones
+        values.append((f"{low:,}{rest}", f"{low:,}" if low == high else f"{low:,} to {high:,}", n))
+    spread = (
+        f"mean {numbers['mean']:.1f}, median {numbers['median']:,}, 95% up to {numbers['p95']:,},"
+        f" 99% up to {numbers['p99']:,}, longest {numbers['max']:,} {unit}"
+    )
+    return _figure(title, charts.bars(values, f"{title}: {spread}"), spread)
+
+
+def _figure(title: str, chart: str, caption: str) -> str:
+    return f"<figure><h3>{title}</h3>{chart}<figcaption>{caption}</figcaption></figure>"
+
+
+def _texts(result: dict[str, Any]) -> str:
+    kinds = {
+        "Web captions": result["captions"]["web"],
+        "Synthetic captions": result["captions"]["synthetic"],
+        "Descriptions": result["descriptions"],
+    }
+    figures = [
+        _histogram(f"{name} in {unit}", numbers[unit], unit)
+        for unit in ("words", "tokens")
+        for name, numbers in kinds.items()
+        if numbers["words"]["count"]
+    ]
+    return (
+        f'<div class="charts">{"".join(figures)}</div>'
+        '<p class="soft">Tokens are CLIP\'s, with start and end token.</p>'
+    )
+
+
+def _padding(padding: dict[str, Any]) -> str:
+    if not padding["groups"]:
+        return '<p class="soft">No texts.</p>'
+    rows = [
+        (
+            f"{g['group']}",
+            f"{g['rows']}",
+            f"{g['padding']:.1%}",
+            f'<span class="share" style="width:{100 * g["padding"]:.0f}%"></span>',
+            f"{g['overflowing']:.2%}",
+            f"{g['groups']:,}",
+        )
+        for g in padding["groups"]
+    ]
+    header = ("text.pack_group", "rows needed", "padding", "", "overflowing", "groups tried")
+    table = _table(
+        header, rows, ("number", "number", "number", "bar", "number", "number"), "narrow"
+    )
+    return (
+        f"{table}<p>Rows hold 99.9% of the groups (all, if fewer were tried); this is the least for"
+        f" <code>text.pack_rows</code>. One text a row would be {padding['unpacked']:.1%} padding.</p>"
+        '<p class="soft">Packed by the code of training, with each picture\'s caption (web and synthetic'
+        " in turn) and its five regions of the highest score, in a mixed order.</p>"
+    )
+
+
+def _regions(result: dict[str, Any]) -> str:
+    boxes, scores, regions = result["boxes"], result["scores"], result["regions"]
+    areas = [
+        (f"<{_percent(high)}", f"{_percent(low)} to {_percent(high)}", n)
+        for low, high, n in boxes["area_histogram"]
+    ]
+    spread = "none"
+    if scores["count"]:
+        spread = f"mean {scores['mean']:.2f}, {scores['min']:.2f} to {scores['max']:.2f}"
+    binned = [(f"{low:.2f}", f"{low:.2f} to {high:.2f}", n) for low, high, n in scores["histogram"]]
+    most = max(map(max, boxes["places"]))
+    beyond = regions["beyond_max_regions"]
+    note = f"; {beyond:,} regions are beyond the 5 that training keeps" if beyond else ""
+    per_picture = _histogram("Regions a picture", regions["per_picture"], "regions")
+    return '<div class="charts">' + "".join(
+        [
+            per_picture.replace("</figcaption>", f"{note}</figcaption>"),
+            _figure("Box area, share of the picture", charts.bars(areas, "box areas"), "bars are not of equal width: each covers about half a decade"),
+            _figure("Scores", charts.bars(binned, f"scores: {spread}"), spread),
+            _figure("Where boxes are", charts.heat_map(boxes["places"], "where boxes are"), f"share of the boxes that cover a place, 0 to {most:.0%}"),
+            _figure("Width and height of boxes", charts.heat_map(boxes["shapes"], "box shapes", from_below=True), "width from left to right, height from the bottom up, 0 to the whole picture"),
+        ]
+    ) + "</div>"  # fmt: skip
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g}%"
+
+
+def _pictures(result: dict[str, Any]) -> str:
+    pictures, copies = result["pictures"], result["duplicate_pictures"]
+    count = max(pictures["count"], 1)
+    formats = ", ".join(f"{escape(k)} {n:,}" for k, n in pictures["formats"].items())
+    sizes = ", ".join(f"{escape(size)} ({n / count:.0%})" for size, n in pictures["sizes"][:6])
+    figures = "".join(
+        _histogram(f"{side.title()} in pixels", pictures[side], "pixels")
+        for side in ("width", "height")
+        if len(pictures[side]["histogram"]) > 1
+    )
+    return (
+        f'<div class="charts">{figures}</div><p>{formats}. Most frequent sizes: {sizes}.</p>'
+        f"<p>{copies['copies']:,} pictures are copies of earlier ones, byte by byte ({_exact(copies)}).</p>"
+    )
+
+
+def _frequent(result: dict[str, Any]) -> str:
+    count = max(result["pictures"]["count"], 1)
+    parts = []
+    for name, texts in (
+        ("Descriptions", result["descriptions"]),
+        ("Web captions", result["captions"]["web"]),
+        ("Synthetic captions", result["captions"]["synthetic"]),
+    ):
+        distinct = texts["distinct"]
+        if not distinct["total"]:
+            continue
+        rows = [
+            (
+                escape(text),
+                f"{n:,}",
+                f"{n / count:.1%}",
+            )
+            for text, n in texts["most_frequent"][:_FREQUENT]
+            if n > 1
+        ]
+        note = (
+            f"{distinct['distinct']:,} different ones of {distinct['total']:,} ({_exact(distinct)})"
+        )
+        if texts["most_frequent_too_low_by"]:
+            note += f"; counts are too low by at most {texts['most_frequent_too_low_by']:,}"
+        table = ""
+        if rows:
+            table = _table(("text", "pictures", "share"), rows, ("", "number", "number"))
+        parts.append(f'<div><h3>{name}</h3><p class="soft">{note}</p>{table}</div>')
+    return f'<div class="columns">{"".join(parts)}</div>'
+
+
+def _sheet(result: dict[str, Any], shown: Sequence[panels.Panel]) -> str:
+    if not shown:
+        return '<p class="soft">No pictures.</p>'
+    return (
+        f'<p class="soft">{len(shown)} of {result["pictures"]["count"]:,} pictures, drawn by the hash of'
+        " their ids. Regions are numbered by score. Point at a description, or focus a picture and press"
+        ' the up and down arrows, to see its box alone.</p><div class="sheet">'
+        + "".join(map(_panel, shown))
+        + "</div>"
+    )
+
+
+def _panel(panel: panels.Panel) -> str:
+    width, height = panel.picture.size
+    encoded = base64.b64encode(panels.jpeg(panel.picture)).decode()
+    # Numbers after all boxes, so that no line crosses one.
+    boxes = "".join([*map(_box, panel.marks), *map(_badge, panel.marks)])
+    said = "".join(
+        f'<p class="said">{kind}: <q>{escape(text)}</q></p>' for kind, text in panel.captions
+    )
+    lines = "".join(
+        f'<li data-region="{mark.number}"><b style="background:{mark.colour}">{mark.number}</b>{escape(mark.description)}'
+        f"<span>{mark.score:.2f}</span></li>"
+        for mark in panel.marks
+    )
+    more = f'<p class="said">and {panel.more} more regions</p>' if panel.more else ""
+    name = escape(panel.name)
+    return (
+        f'<figure tabindex="0" aria-label="{name}"><div class="picture">'
+        f'<img src="data:image/jpeg;base64,{encoded}" width="{width}" height="{height}" alt="{name}">'
+        f'<svg viewBox="0 0 {width} {height}" aria-hidden="true">{boxes}</svg></div>'
+        f'<p class="name">{name} <span class="soft">{panel.size[0]} x {panel.size[1]}</span></p>'
+        f"{said}<ol>{lines}</ol>{more}</figure>"
+    )
+
+
+def _box(mark: panels.Mark) -> str:
+    x1, y1, x2, y2 = mark.box_xyxy
+    box = f'x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" height="{y2 - y1:.1f}"'
+    return (
+        f'<g data-region="{mark.number}"><rect class="halo" {box}/>'
+        f'<rect class="line" {box} stroke="{mark.colour}"/></g>'
+    )
+
+
+def _badge(mark: panels.Mark) -> str:
+    x, y = mark.badge_xy
+    width, height = mark.badge_width, panels.BADGE[1]
+    return (
+        f'<g data-region="{mark.number}"><rect x="{x:.1f}" y="{y:.1f}" width="{width}"'
+        f' height="{height}" fill="{mark.colour}"/>'
+        f'<text x="{x + width / 2:.1f}" y="{y + height / 2:.1f}">{mark.number}</text></g>'
+    )

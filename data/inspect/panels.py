@@ -1,0 +1,118 @@
+"""A picture of the contact sheet, ready to be drawn: scaled, its boxes numbered, the numbers placed."""
+
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import PIL.Image
+
+from data.inspect import reading
+from grain_jax import images
+
+SIDE = 300  # pixels of a panel's longer side
+SHOWN = 10  # regions a picture
+COLOURS = ("#d62728", "#1f77b4", "#2a8a2a", "#8250b8", "#c25700", "#0b7d87", "#c2388f", "#7a4b2a")
+BADGE = (17, 16)  # pixels of a one-digit number's badge; a digit more takes 7 more
+
+Point = tuple[float, float]
+
+
+class Mark(NamedTuple):
+    """A region as it is drawn."""
+
+    number: int  # from 1, by score
+    colour: str
+    box_xyxy: tuple[float, float, float, float]  # pixels of the panel
+    badge_xy: Point  # top left corner of the number's badge
+    badge_width: int
+    description: str
+    score: float
+
+
+class Panel(NamedTuple):
+    """A picture and what is said of it."""
+
+    name: str
+    picture: PIL.Image.Image  # RGB
+    size: tuple[int, int]  # of the picture itself
+    captions: tuple[tuple[str, str], ...]  # (web or synthetic, text)
+    marks: tuple[Mark, ...]  # highest score first
+    more: int  # regions that are not shown
+
+
+def make(item: reading.Item) -> Panel | None:
+    """The panel of an item; None if its picture is damaged."""
+    try:
+        picture = images.decode_image(item.encoded).convert("RGB")
+    except images.ImageError:
+        return None
+    scale = SIDE / max(picture.size)
+    size = tuple(max(1, round(edge * scale)) for edge in picture.size)
+    picture = picture.resize(size, PIL.Image.Resampling.LANCZOS)
+    best = np.argsort(-item.scores, kind="stable")[:SHOWN].tolist()
+    boxes = np.clip(np.nan_to_num(item.boxes_xyxy[best]), 0, 1) * [*size, *size]
+    widths = [BADGE[0] + 7 * (number > 9) for number in range(1, len(best) + 1)]
+    badges = place_badges(boxes.tolist(), widths, size)
+    marks = tuple(
+        Mark(
+            number=number,
+            colour=COLOURS[(number - 1) % len(COLOURS)],
+            box_xyxy=tuple(box),
+            badge_xy=badge,
+            badge_width=width,
+            description=item.descriptions[i],
+            score=float(item.scores[i]),
+        )
+        for number, (i, box, badge, width) in enumerate(
+            zip(best, boxes.tolist(), badges, widths), 1
+        )
+    )
+    synthetic = [("synthetic", item.synthetic_caption)] if item.synthetic_caption else []
+    captions = (*(("web", text) for text in item.captions), *synthetic)
+    more = len(item.descriptions) - len(best)
+    return Panel(item.name, picture, item.size, captions, marks, more)
+
+
+def place_badges(
+    boxes_xyxy: Sequence[Sequence[float]], widths: Sequence[int], size: tuple[int, int]
+) -> list[Point]:
+    """A place for each box's number: at a corner of its box, else near it, and on no other number.
+
+    Args:
+      boxes_xyxy: pixels of the panel.
+      widths: of the badges, pixels.
+      size: width and height of the panel.
+    """
+    placed: list[tuple[float, float, int]] = []  # x, y, width
+    height = BADGE[1]
+    for (x1, y1, x2, y2), width in zip(boxes_xyxy, widths):
+        right, bottom = x2 - width, y2 - height
+        wanted = [
+            *((x1, y1), (right, y1), (x1, bottom), (right, bottom)),
+            *((x1, y1 - height), (right, y1 - height), (x1, y2), (right, y2)),
+        ]
+        # Then anywhere, the nearest to the box's corner first.
+        anywhere = [(x, y) for y in range(0, size[1], height) for x in range(0, size[0], width)]
+        anywhere.sort(key=lambda at: (at[0] - x1) ** 2 + (at[1] - y1) ** 2)
+        inside = [_within(at, width, size) for at in (*wanted, *anywhere)]
+        free = (at for at in inside if not any(_overlap(at, width, other) for other in placed))
+        chosen = next(free, inside[0])  # a picture may be too narrow for all its numbers
+        placed.append((*chosen, width))
+    return [(x, y) for x, y, _ in placed]
+
+
+def jpeg(picture: PIL.Image.Image) -> bytes:
+    """The picture as a small JPEG."""
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=82)
+    return out.getvalue()
+
+
+def _within(at: Point, width: int, size: tuple[int, int]) -> Point:
+    return max(0.0, min(at[0], size[0] - width)), max(0.0, min(at[1], size[1] - BADGE[1]))
+
+
+def _overlap(at: Point, width: int, other: tuple[float, float, int]) -> bool:
+    (x, y), (other_x, other_y, other_width) = at, other
+    return x < other_x + other_width and other_x < x + width and abs(y - other_y) < BADGE[1]

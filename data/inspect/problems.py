@@ -1,0 +1,150 @@
+"""What may be wrong with a set: a line each, with how often, an example, and what to do."""
+
+from typing import Any, NamedTuple
+
+from data.inspect import flaws, padding, statistics
+
+LARGE_SHARE = 0.1  # of the pictures that have one text
+MANY = 20  # pictures, below which a share says little
+_UNEVEN = 1.1  # as training warns of
+_FEW_REGIONS = 0.2  # share of the pictures without any
+
+
+class Problem(NamedTuple):
+    """One line of the list."""
+
+    what: str
+    count: int
+    of: int  # what the count is a part of; 0: nothing to compare with
+    example: str
+    advice: str
+
+
+_LOST = "mend them: data.build leaves such lines out"
+_AGAIN = "run the model's pass again for these, or take the text out"
+# Issue -> (what it is called here, what it is a part of, what to do).
+_ISSUES = {
+    "fault: image": ("pictures that cannot be read", "pictures", "take them out or fetch them again"),
+    "fault: no caption": ("lines without any caption", "", _LOST),
+    "fault: damaged shard": ("damaged shards, not read to their end", "", "rebuild the set"),
+    "fault: missing shard": ("missing shards", "", "copy the set again, or rebuild it"),
+    "fault: shard length": ("shards of another length than dataset_info.json says", "", "rebuild the set"),
+    "no caption": ("pictures without any caption", "pictures", "add one: training would give them an empty text"),
+    "empty web caption": ("empty web captions", "web", "leave them out"),
+    "empty synthetic caption": ("empty synthetic captions", "synthetic", "leave them out"),
+    "empty description": ("empty descriptions", "regions", "leave their regions out"),
+    "refusal in synthetic caption": ("refusals among synthetic captions", "synthetic", _AGAIN),
+    "refusal in description": ("refusals among descriptions", "regions", _AGAIN),
+    "markup in synthetic caption": ("synthetic captions with list marks or a preamble", "synthetic", "strip them"),
+    "markup in description": ("descriptions with list marks or a preamble", "regions", "strip them"),
+    "cut web caption": (f"web captions over {flaws.ROW_LENGTH} tokens", "web", "shorten them if many: training cuts them"),
+    "cut synthetic caption": (f"synthetic captions over {flaws.ROW_LENGTH} tokens", "synthetic", "ask the model for shorter ones: training cuts them"),
+    "cut description": (f"descriptions over {flaws.ROW_LENGTH} tokens", "regions", "look for run-on answers: training cuts them"),
+    "long description": (f"descriptions over {flaws.LONG_DESCRIPTION} tokens", "regions", "look for sentences where phrases should be: they fill the rows"),
+    "repeated description": ("descriptions that their picture has already", "regions", "merge the boxes, or keep the best one"),
+    "box without area": ("boxes without an area", "regions", "leave the regions out: they teach nothing"),
+    "box outside": ("boxes that leave their picture", "regions", "clip them; if many, check their unit (shares, not pixels)"),
+    "tiny box": (f"boxes under {statistics.TINY:.1%} of their picture", "regions", "drop them: at 224 pixels they are less than 7 x 7"),
+    "whole-picture box": (f"boxes of {statistics.WHOLE:.0%} of their picture or more", "regions", "drop them if the description is of a part"),
+    "odd score": ("scores that are not in [0, 1]", "regions", "set them: training keeps the regions of the highest score"),
+    "long picture": (f"pictures over {statistics.LONG_SHAPE:g} times as long as wide, or the other way round", "pictures", "crop or drop them: training squashes them to a square"),
+}  # fmt: skip
+
+
+def find(stats: statistics.Statistics, result: dict[str, Any]) -> list[Problem]:
+    """All problems, those of whole sets and files first. `result` is of `stats.result`."""
+    parts = {
+        "": 0,
+        "pictures": stats.pictures,
+        "regions": stats.regions,
+        "web": result["captions"]["web"]["words"]["count"],
+        "synthetic": result["captions"]["synthetic"]["words"]["count"],
+    }
+    found = _of_shards(result["set"]["shards"])
+    faults = sorted(name for name in stats.issues if name.startswith("fault: "))
+    for name in [*faults, *(name for name in _ISSUES if name not in faults)]:
+        issue = stats.issues.get(name)
+        if issue is None:
+            continue
+        line = f"lines with faulty {name.removeprefix('fault: ')}"
+        what, part, advice = _ISSUES.get(name, (line, "", _LOST))
+        of = max(parts[part], issue.count) if part else 0
+        found.append(Problem(what, issue.count, of, issue.example, advice))
+    return [*found, *_of_shares(stats, result), *_of_duplicates(result)]
+
+
+def _of_shards(shards: dict[str, Any]) -> list[Problem]:
+    if not shards["count"]:
+        return []
+    found, lanes = [], shards["lanes"]
+    advice = f"rebuild with data.build --num-shards, a multiple of {lanes}, or set input.lanes"
+    if shards["empty"]:
+        found.append(Problem("empty shards", shards["empty"], shards["count"], "", advice))
+    if shards["records_per_lane"] is None:
+        what = f"fewer filled shards than the {lanes} lanes: training stops"
+        count = shards["count"] - shards["empty"]
+        return [*found, Problem(what, count, lanes, f"{count} shards", advice)]
+    low, high = shards["records_per_lane"]
+    if high > _UNEVEN * low:
+        example = f"lanes have {low} to {high} records"
+        what = f"uneven lanes (input.lanes={lanes}): some records are seen more often"
+        found.append(Problem(what, lanes, 0, example, advice))
+    return found
+
+
+def _of_shares(stats: statistics.Statistics, result: dict[str, Any]) -> list[Problem]:
+    found, pictures = [], stats.pictures
+    bare = stats.issues["no region"]
+    if bare.count > _FEW_REGIONS * pictures:
+        advice = "nothing, if you know it: these pictures train the caption loss alone"
+        found.append(
+            Problem("pictures without regions", bare.count, pictures, bare.example, advice)
+        )
+    kinds = (
+        ("one description", result["descriptions"], "see whether the model copies its prompt"),
+        ("one synthetic caption", result["captions"]["synthetic"], "see whether the model fails"),
+        ("one web caption", result["captions"]["web"], "drop it if it is a placeholder"),
+    )
+    for what, texts, advice in kinds:
+        common = [(text, n) for text, n in texts["most_frequent"] if n > LARGE_SHARE * pictures]
+        if common and pictures >= MANY:
+            (text, count), others = common[0], len(common) - 1
+            example = f"{text!r}" + (f", and {others} more such" if others else "")
+            what = f"pictures that share {what} (over {LARGE_SHARE:.0%} of all)"
+            found.append(Problem(what, count, pictures, example, advice))
+    scores = result["scores"]
+    if scores["count"] > 1 and scores["min"] == scores["max"]:
+        found.append(
+            Problem(
+                "scores that are all equal",
+                scores["count"],
+                scores["count"],
+                f"{scores['min']:g}",
+                f"nothing, if exact: training then keeps the first {padding.MAX_REGIONS} regions",
+            )
+        )
+    return found
+
+
+def _of_duplicates(result: dict[str, Any]) -> list[Problem]:
+    found = []
+    copies = result["duplicate_pictures"]
+    if copies["copies"]:
+        first, again = copies["examples"][0]
+        what = "pictures that are copies, byte by byte, of earlier ones"
+        advice = "drop them, or merge their texts into one line"
+        example = f"{again} is {first}"
+        found.append(Problem(what, copies["copies"], copies["total"], example, advice))
+    for kind in ("web", "synthetic"):
+        texts = result["captions"][kind]["distinct"]
+        if texts["copies"]:
+            found.append(
+                Problem(
+                    f"{kind} captions that another picture has too",
+                    texts["copies"],
+                    texts["total"],
+                    repr(texts["examples"][0][0]),
+                    "nothing for a few: loss.mask_duplicates keeps them from being negatives",
+                )
+            )
+    return found

@@ -1,0 +1,245 @@
+"""Reads a record set or an A.jsonl once, as a stream of `Item`s and `Fault`s that looks the same for both."""
+
+import functools
+import io
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+from etils import epath
+
+from data import annotations, build, example, parallel
+from grain_jax import errors
+
+SPLIT = "train"
+_RECORDS_AT_ONCE = 64  # parsed together
+_READ_BYTES = 8 << 20
+
+
+class InspectError(errors.UserError):
+    """There is nothing to look at; the message is one line."""
+
+
+class Item(NamedTuple):
+    """A picture with its texts and boxes."""
+
+    name: str
+    where: str  # FILE:LINE, or SHARD, record N
+    encoded: bytes
+    format: str  # JPEG, PNG ...
+    size: tuple[int, int]  # width, height in pixels
+    captions: tuple[str, ...]  # of the web
+    synthetic_caption: str  # "" where there is none
+    descriptions: tuple[str, ...]
+    boxes_xyxy: np.ndarray  # float32 [R, 4], shares of the picture
+    scores: np.ndarray  # float32 [R]
+
+
+class Fault(NamedTuple):
+    """A line or record that cannot be used."""
+
+    where: str
+    cause: str  # one of few
+    detail: str
+
+
+class Source(NamedTuple):
+    """A set, not read yet."""
+
+    path: epath.Path
+    kind: str  # "TFDS records" or "annotations"
+    items: Iterator[Item | Fault]
+    total: int  # items to come, as far as the set itself says
+    shard_lengths: tuple[int, ...]  # none for annotations
+    metadata: dict[str, Any]
+
+
+def open_set(path: epath.PathLike, images: epath.PathLike | None) -> Source:
+    """The set at `path`.
+
+    Args:
+      path: an `A.jsonl`, or the folder of a record set: OUTPUT/NAME or OUTPUT/NAME/VERSION.
+      images: the folder of an A.jsonl's pictures; None: the folder that it stands in.
+
+    Raises:
+      InspectError: neither is there, or the records have other features.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise InspectError(f"{path}: no such file or folder, expected a record set or an A.jsonl")
+    if path.is_dir():
+        if images is not None:
+            raise InspectError(
+                f"--images {images}: {path} is a folder of records, which hold their pictures;"
+                " expected an A.jsonl with --images"
+            )
+        return _records(_version_folder(path))
+    folder = epath.Path(path.parent if images is None else images)
+    if not folder.is_dir():
+        raise InspectError(f"--images {folder}: no such folder, expected the pictures of {path}")
+    total = sum(1 for _ in example.read_lines(path))
+    if not total:
+        raise InspectError(f"{path}: the file is empty, expected one JSON object a line")
+    return Source(path, "annotations", _read_annotations(path, folder, total), total, (), {})
+
+
+def _read_annotations(path: epath.Path, folder: epath.Path, total: int) -> Iterator[Item | Fault]:
+    workers = 0 if total < build.INLINE_LINES else os.cpu_count() or 1
+    read = functools.partial(_read_line, file=path.name, folder=str(folder))
+    for found in parallel.ordered_map(read, example.read_lines(path), workers=workers):
+        yield from found
+
+
+def _read_line(line: example.Line, *, file: str, folder: str) -> list[Item | Fault]:
+    """One item, or the faults that data.build would name."""
+    where = f"{file}:{line.number}"
+    checked = annotations.check_line(line.text, folder)
+    found, picture = checked.annotation, checked.picture
+    if found is None:
+        return [Fault(where, _cause(fault), fault) for fault in checked.faults]
+    boxes = np.array([r.box_xyxy for r in found.regions], np.float32).reshape(-1, 4)
+    return [
+        Item(
+            name=found.id or found.image,
+            where=where,
+            encoded=checked.encoded,
+            format=picture.format,
+            size=picture.size,
+            captions=found.captions,
+            synthetic_caption=found.synthetic_caption,
+            descriptions=tuple(region.description for region in found.regions),
+            boxes_xyxy=boxes / np.array([*picture.size, *picture.size], np.float32),
+            scores=np.array([region.score for region in found.regions], np.float32),
+        )
+    ]
+
+
+def _cause(fault: str) -> str:
+    """`regions[3].box: got ...` -> `regions.box`: what faults of a kind have in common."""
+    head, colon, _ = fault.partition(":")
+    return re.sub(r"\[\d+\]", "", head) if colon else "not a JSON object"
+
+
+def _version_folder(path: epath.Path) -> epath.Path:
+    """The folder with dataset_info.json: `path`, or the newest version below it."""
+    if (path / "dataset_info.json").exists():
+        return path
+    versions = [
+        (tuple(map(int, child.name.split("."))), child)
+        for child in path.iterdir()
+        if re.fullmatch(r"\d+\.\d+\.\d+", child.name) and (child / "dataset_info.json").exists()
+    ]
+    if not versions:
+        raise InspectError(
+            f"{path}: got neither dataset_info.json nor a folder such as 1.0.0 that has one,"
+            " expected a set that data.build wrote (OUTPUT/NAME), or an A.jsonl"
+        )
+    return max(versions)[1]
+
+
+def _records(path: epath.Path) -> Source:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its banners tell a user nothing
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    import tensorflow_datasets as tfds  # slow to start
+
+    info = tfds.builder_from_directory(path).info
+    wanted = ("image", "captions", "synthetic_caption", "regions")
+    missing = [name for name in wanted if name not in info.features]
+    if missing or SPLIT not in info.splits:
+        what = f"no feature {', '.join(missing)}" if missing else f"no split {SPLIT!r}"
+        raise InspectError(f"{path}: got {what}, expected a set that data.build wrote")
+    if info.file_format != tfds.core.FileFormat.TFRECORD:
+        raise InspectError(f"{path}: got {info.file_format} files, expected TFRecord")
+    split = info.splits[SPLIT]
+    shards = [
+        (str(shard), length)
+        for shard, length in zip(split.filepaths, split.shard_lengths, strict=True)
+    ]
+    metadata = path / "metadata.json"
+    return Source(
+        path=path,
+        kind="TFDS records",
+        items=_read_records(shards),
+        total=split.num_examples,
+        shard_lengths=tuple(split.shard_lengths),
+        metadata=json.loads(metadata.read_text()) if metadata.exists() else {},
+    )
+
+
+def _read_records(shards: list[tuple[str, int]]) -> Iterator[Item | Fault]:
+    """All shards, one after another; a damaged one is left where the damage is."""
+    import tensorflow as tf
+
+    text = tf.io.RaggedFeature(tf.string)
+    features = {
+        "id": tf.io.FixedLenFeature([], tf.string, default_value=""),
+        "image": tf.io.FixedLenFeature([], tf.string),
+        "captions": text,
+        "synthetic_caption": tf.io.FixedLenFeature([], tf.string, default_value=""),
+        "regions/bbox": tf.io.RaggedFeature(tf.float32),
+        "regions/description": text,
+        "regions/score": tf.io.RaggedFeature(tf.float32),
+    }
+    for path, expected in shards:
+        name, read = epath.Path(path).name, 0
+        records = tf.data.TFRecordDataset(path, buffer_size=_READ_BYTES).batch(_RECORDS_AT_ONCE)
+        records = records.map(lambda batch: tf.io.parse_example(batch, features)).prefetch(1)
+        try:
+            for columns in records:
+                rows = [_rows(columns[key]) for key in features]
+                for row in zip(*rows, strict=True):
+                    yield _to_item(f"{name}, record {read}", *row)
+                    read += 1
+        except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
+            # Records are parsed by the batch, so the place is that of the batch.
+            last = f"{name}, after record {read - 1}" if read else f"{name}, at its start"
+            yield Fault(last, "damaged shard", str(error.message).splitlines()[0][:200])
+        except tf.errors.NotFoundError:
+            yield Fault(name, "missing shard", f"got no such file, expected {expected} records")
+        else:
+            if read != expected:
+                detail = f"got {read} records, expected {expected} by dataset_info.json"
+                yield Fault(name, "shard length", detail)
+
+
+def _rows(column) -> list:
+    """A column of a parsed batch as a list of its rows."""
+    return column.numpy().tolist() if not hasattr(column, "to_list") else column.to_list()
+
+
+def _to_item(where, identity, encoded, captions, synthetic, boxes, descriptions, scores):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about size and odd metadata; only the header is read
+            with PIL.Image.open(io.BytesIO(encoded)) as picture:
+                size, kind = picture.size, picture.format
+    except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error and more
+        return Fault(where, "image", f"{type(error).__name__}, expected a readable picture")
+    if not len(boxes) == 4 * len(descriptions) == 4 * len(scores):
+        detail = (
+            f"got {len(boxes)} numbers of boxes, {len(descriptions)} descriptions and"
+            f" {len(scores)} scores, expected four numbers and one score a description"
+        )
+        return Fault(where, "regions", detail)
+    boxes_yxyx = np.array(boxes, np.float32).reshape(-1, 4)
+    return Item(
+        name=_text(identity) or where,
+        where=where,
+        encoded=encoded,
+        format=kind,
+        size=size,
+        captions=tuple(map(_text, captions)),
+        synthetic_caption=_text(synthetic),
+        descriptions=tuple(map(_text, descriptions)),
+        boxes_xyxy=boxes_yxyx[:, [1, 0, 3, 2]],
+        scores=np.array(scores, np.float32),
+    )
+
+
+def _text(encoded: bytes) -> str:
+    return encoded.decode("utf-8", errors="replace")

@@ -1,0 +1,279 @@
+"""The numbers of a set, gathered in one pass; `result` is what statistics.json holds."""
+
+import collections
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from data.inspect import counting, flaws, padding, reading
+from grain_jax.input_pipeline import order, tokenizer
+
+LONGEST = 256  # tokens that texts are counted up to
+TINY = 0.001  # share of the picture: 7 x 7 pixels of 224 x 224, a fifth of a patch
+WHOLE = 0.95  # share of the picture
+LONG_SHAPE = 3.0  # longer by shorter side; training squashes pictures to a square
+GRID = 24  # cells a side of the heat maps
+AREA_EDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the picture
+SCORE_BINS = 20
+TOP = 20  # most frequent texts and sizes
+
+
+class Issue:
+    """How often something was seen, and where first."""
+
+    def __init__(self):
+        self.count, self.example = 0, ""
+
+    def see(self, example: str) -> None:
+        """Counts one."""
+        self.count += 1
+        self.example = self.example or example
+
+
+class Statistics:
+    """Add batches of items, then ask for the result.
+
+    `issues` counts what may be wrong by name (see `problems`); causes of faults are `fault: CAUSE`.
+    """
+
+    def __init__(self):
+        self.issues: dict[str, Issue] = collections.defaultdict(Issue)
+        self.pictures = self.picture_bytes = self.regions = 0
+        self.with_web = self.with_synthetic = self.without_caption = 0
+        self.formats: collections.Counter[str] = collections.Counter()
+        self.sizes = counting.Frequent()
+        self.widths, self.heights = counting.Numbers(), counting.Numbers()
+        self.regions_per_picture = counting.Numbers()
+        self.words = {kind: counting.Numbers() for kind in ("web", "synthetic", "description")}
+        self.tokens = {kind: counting.Numbers() for kind in self.words}
+        self.frequent = {kind: counting.Frequent() for kind in self.words}
+        self.distinct = {
+            kind: counting.Distinct() for kind in ("picture", "web", "synthetic", "description")
+        }
+        self.padding = padding.Padding()
+        self.areas = np.zeros(len(AREA_EDGES) - 1, np.int64)
+        self.shapes = np.zeros((GRID, GRID), np.int64)  # [height, width]
+        self.scores = np.zeros(SCORE_BINS, np.int64)
+        self.score_sum, self.score_range = 0.0, (math.inf, -math.inf)
+        # How often each cell lies in a box, as differences along both axes.
+        self._cover = np.zeros((GRID + 1, GRID + 1), np.int64)
+        self._tokenizer = tokenizer.ClipTokenizer()
+
+    def add_fault(self, fault: reading.Fault) -> None:
+        """Counts a line or record that cannot be used."""
+        self.issues[f"fault: {fault.cause}"].see(f"{fault.where}: {fault.detail}")
+
+    def add(self, items: Sequence[reading.Item]) -> None:
+        """Counts some items; a few hundred at a time are quick."""
+        if not items:
+            return
+        texts = [_texts(item) for item in items]
+        flat = [text for of_item in texts for _, text in of_item]
+        lengths = iter(self._tokenizer.encode(flat, LONGEST).lengths.tolist())
+        for item, of_item in zip(items, texts, strict=True):
+            self._add_picture(item)
+            self._add_texts(item, of_item, list(itertools.islice(lengths, len(of_item))))
+        self.widths.add(item.size[0] for item in items)
+        self.heights.add(item.size[1] for item in items)
+        self.regions_per_picture.add(len(item.descriptions) for item in items)
+        self._add_boxes(items)
+
+    def _add_picture(self, item: reading.Item) -> None:
+        width, height = item.size
+        self.pictures += 1
+        self.picture_bytes += len(item.encoded)
+        self.formats[item.format] += 1
+        self.sizes.add([f"{width} x {height}"])
+        self.regions += len(item.descriptions)
+        self.distinct["picture"].add(item.encoded, item.name)
+        if max(item.size) > LONG_SHAPE * min(item.size):
+            self.issues["long picture"].see(f"{item.where}: {width} x {height} pixels")
+        if not item.descriptions:
+            self.issues["no region"].see(item.where)
+
+    def _add_texts(
+        self, item: reading.Item, texts: list[tuple[str, str]], lengths: list[int]
+    ) -> None:
+        seen: dict[str, dict[str, None]] = {kind: {} for kind in self.words}
+        by_kind: dict[str, list[int]] = {kind: [] for kind in self.words}
+        for (kind, text), tokens in zip(texts, lengths, strict=True):
+            by_kind[kind].append(tokens)
+            plain = tokenizer.clean(text).lower()
+            name = "description" if kind == "description" else f"{kind} caption"
+            if not plain:
+                self.issues[f"empty {name}"].see(item.where)
+                continue
+            if kind == "description" and plain in seen[kind]:
+                self.issues["repeated description"].see(f"{item.where}: {text!r}")
+            seen[kind][plain] = None
+            self.words[kind].counts[len(plain.split())] += 1
+            self.tokens[kind].counts[tokens] += 1
+            for issue in flaws.of_text(kind, plain, tokens):
+                self.issues[f"{issue} {name}"].see(f"{item.where}: {_cut(text)!r}")
+        for kind, different in seen.items():  # once a picture
+            self.frequent[kind].add(different.keys())
+            for plain in different:
+                self.distinct[kind].add(plain.encode(), plain)
+        self.with_web += bool(seen["web"])
+        self.with_synthetic += bool(seen["synthetic"])
+        if not seen["web"] and not seen["synthetic"]:
+            self.without_caption += 1
+            self.issues["no caption"].see(item.where)
+        self._add_padding(item, by_kind)
+
+    def _add_padding(self, item: reading.Item, tokens: dict[str, list[int]]) -> None:
+        kinds = [kind for kind in ("web", "synthetic") if tokens[kind]]
+        caption = tokens[kinds[self.pictures % len(kinds)]][0] if kinds else 2
+        best = np.argsort(-item.scores, kind="stable")[: padding.MAX_REGIONS]
+        limit = flaws.ROW_LENGTH
+        described = [min(tokens["description"][i], limit) for i in best]
+        self.padding.add(min(caption, limit), described)
+
+    def _add_boxes(self, items: Sequence[reading.Item]) -> None:
+        boxes = np.concatenate([item.boxes_xyxy for item in items])
+        scores = np.concatenate([item.scores for item in items]).astype(np.float64)
+        regions = [(item, text) for item in items for text in item.descriptions]
+        clipped = np.clip(boxes, 0, 1)
+        sides = np.clip(boxes[:, 2:] - boxes[:, :2], 0, 1)  # width, height
+        areas = sides.prod(axis=1)
+        good = np.isfinite(boxes).all(axis=1) & (areas > 0)
+        outside = good & (np.abs(boxes - clipped) > 1e-4).any(axis=1)
+        odd_scores = ~((scores >= 0) & (scores <= 1))
+        for issue, flags in (
+            ("box without area", ~good),
+            ("box outside", outside),
+            ("tiny box", good & (areas < TINY)),
+            ("whole-picture box", good & (areas >= WHOLE)),
+            ("odd score", odd_scores),
+        ):
+            for i in np.flatnonzero(flags):
+                item, text = regions[i]
+                width, height = sides[i] * item.size
+                corner = ", ".join(f"{x:.3f}" for x in boxes[i, :2])
+                self.issues[issue].see(
+                    f"{item.where}: {_cut(text)!r}, {width:.1f} x {height:.1f} pixels"
+                    f" from ({corner}) of the picture, score {scores[i]:g}"
+                )
+        self.areas += np.histogram(areas[good], AREA_EDGES)[0]
+        columns, rows = np.minimum(sides[good] * GRID, GRID - 1).astype(int).T
+        np.add.at(self.shapes, (rows, columns), 1)
+        low = np.minimum(np.floor(clipped[good, :2] * GRID), GRID - 1).astype(int)  # x, y
+        high = np.maximum(np.ceil(clipped[good, 2:] * GRID).astype(int), low + 1)
+        for x, y, sign in (
+            (low[:, 0], low[:, 1], 1),
+            (high[:, 0], high[:, 1], 1),
+            (low[:, 0], high[:, 1], -1),
+            (high[:, 0], low[:, 1], -1),
+        ):
+            np.add.at(self._cover, (y, x), sign)
+        usual = scores[~odd_scores]
+        if len(usual):
+            self.scores += np.histogram(usual, SCORE_BINS, (0, 1))[0]
+            self.score_sum += float(usual.sum())
+            least, most = self.score_range
+            self.score_range = (min(least, float(usual.min())), max(most, float(usual.max())))
+
+    def result(self, source: reading.Source, lanes: int) -> dict[str, Any]:
+        """All numbers, of plain types; `source` is the set that was read."""
+        scored, boxed = int(self.scores.sum()), int(self.areas.sum())
+        cover = self._cover.cumsum(axis=0).cumsum(axis=1)[:GRID, :GRID]
+        return {
+            "set": {
+                "path": str(source.path),
+                "kind": source.kind,
+                "metadata": source.metadata,
+                "shards": _shards(source.shard_lengths, lanes),
+            },
+            "pictures": {
+                "count": self.pictures,
+                "left_out": source.total - self.pictures,
+                "bytes": self.picture_bytes,
+                "formats": dict(self.formats.most_common()),
+                "width": self.widths.result(),
+                "height": self.heights.result(),
+                "sizes": self.sizes.top(TOP),
+            },
+            "captions": {
+                "pictures_with_web": self.with_web,
+                "pictures_with_synthetic": self.with_synthetic,
+                "pictures_with_none": self.without_caption,
+                "web": self._text_result("web"),
+                "synthetic": self._text_result("synthetic"),
+            },
+            "descriptions": self._text_result("description"),
+            "regions": {
+                "count": self.regions,
+                "per_picture": self.regions_per_picture.result(),
+                "beyond_max_regions": sum(
+                    n * (value - padding.MAX_REGIONS)
+                    for value, n in self.regions_per_picture.counts.items()
+                    if value > padding.MAX_REGIONS
+                ),
+            },
+            "boxes": {
+                "area_histogram": [
+                    [low, high, n]
+                    for low, high, n in zip(AREA_EDGES, AREA_EDGES[1:], self.areas.tolist())
+                ],
+                "places": (cover / max(boxed, 1)).round(4).tolist(),
+                "shapes": (self.shapes / max(boxed, 1)).round(4).tolist(),
+            },
+            "scores": {
+                "count": scored,
+                "mean": self.score_sum / scored if scored else None,
+                "min": self.score_range[0] if scored else None,
+                "max": self.score_range[1] if scored else None,
+                "histogram": [
+                    [i / SCORE_BINS, (i + 1) / SCORE_BINS, n]
+                    for i, n in enumerate(self.scores.tolist())
+                ],
+            },
+            "padding": self.padding.result(),
+            "duplicate_pictures": self.distinct["picture"].result(),
+        }
+
+    def _text_result(self, kind: str) -> dict[str, Any]:
+        frequent = self.frequent[kind]
+        return {
+            "words": self.words[kind].result(),
+            "tokens": self.tokens[kind].result(),
+            "distinct": self.distinct[kind].result(),
+            "most_frequent": frequent.top(TOP),  # [text, pictures that have it]
+            "most_frequent_too_low_by": frequent.too_low_by,
+        }
+
+
+def _texts(item: reading.Item) -> list[tuple[str, str]]:
+    """(kind, text) of all texts. A record without a synthetic caption has an empty one there."""
+    synthetic = [("synthetic", item.synthetic_caption)] if item.synthetic_caption else []
+    return [
+        *(("web", text) for text in item.captions),
+        *synthetic,
+        *(("description", text) for text in item.descriptions),
+    ]
+
+
+def _shards(lengths: Sequence[int], lanes: int) -> dict[str, Any]:
+    """How the shards compare, and the records that each lane would have."""
+    if not lengths:
+        return {"count": 0}
+    filled = [order.Shard(str(i), n) for i, n in enumerate(lengths) if n]
+    per_lane = []
+    if len(filled) >= lanes:
+        made = order.make_lanes(filled, lanes=lanes, shards_per_block=1, seed=0)
+        per_lane = [lane.num_records for lane in made]
+    return {
+        "count": len(lengths),
+        "empty": len(lengths) - len(filled),
+        "smallest": min(lengths),
+        "largest": max(lengths),
+        "lanes": lanes,
+        "records_per_lane": [min(per_lane), max(per_lane)] if per_lane else None,
+    }
+
+
+def _cut(text: str, characters: int = 90) -> str:
+    return text if len(text) <= characters else text[: characters - 3] + "..."

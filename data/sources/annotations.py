@@ -1,0 +1,66 @@
+"""The project's own A.jsonl with its folder of pictures; a shard is a part of the file, by bytes."""
+
+from collections.abc import Iterator
+
+from etils import epath
+
+from data.sources import base
+from grain_jax import annotations
+
+FILES = True
+
+
+def shards(options: base.Options) -> list[base.Shard]:
+    """Parts of `options.shard_size` lines of each file."""
+    if not options.annotations:
+        raise base.SourceError("source annotations: got no --annotations, expected A.jsonl")
+    out = []
+    for path in map(epath.Path, options.annotations):
+        if not path.exists() or path.is_dir():
+            raise base.SourceError(f"{path}: no such file, expected one JSON object a line")
+        first, lines, start, stop = 1, 0, 0, 0
+        with path.open("rb") as file:
+            for line in file:
+                lines, stop = lines + 1, stop + len(line)
+                if lines == options.shard_size:
+                    out.append(_shard(len(out), path, options, first, start, stop))
+                    first, lines, start = first + lines, 0, stop
+        if lines:
+            out.append(_shard(len(out), path, options, first, start, stop))
+    return out
+
+
+def _shard(
+    number: int, path: epath.Path, options: base.Options, first: int, start: int, stop: int
+) -> base.Shard:
+    arguments = {"file": str(path), "images": str(options.images)}
+    arguments |= {"first_line": first, "start": start, "stop": stop}
+    return base.Shard(f"{number:06d}-{start}-{stop}", "annotations", arguments)
+
+
+def read(shard: base.Shard) -> Iterator[base.Picture | base.Fault]:
+    """The part's pictures; a line with a fault is left out whole, as data.build does."""
+    path, stop = epath.Path(shard.arguments["file"]), shard.arguments["stop"]
+    with path.open("rb") as file:
+        at = file.seek(shard.arguments["start"])
+        for number, line in enumerate(file, shard.arguments["first_line"]):
+            at += len(line)
+            if line.strip():
+                yield _picture(line, f"{path.name}:{number}", shard.arguments["images"])
+            if at >= stop:
+                return
+
+
+def _picture(line: bytes, where: str, folder: str) -> base.Picture | base.Fault:
+    parsed = annotations.parse_line(line, caption_required=False)
+    if parsed.annotation is None:
+        return base.Fault(parsed.image or where, "bad annotation", "; ".join(parsed.faults))
+    found = parsed.annotation
+    entry = base.Entry(
+        image=found.image,
+        captions=found.captions,
+        synthetic_caption=found.synthetic_caption,
+        regions=found.regions,
+        id=found.id,
+    )
+    return base.load(entry, folder)

@@ -1,0 +1,58 @@
+"""FineHARD (qihoo360/FineHARD): jsonfiles/*.json, each a list of pictures with described boxes.
+
+Keys: `f_path` (below the pictures' folder), `caption` (long, of a model), `short_caption`, and `bbox_info`: a
+list of `bbox` (x1, y1, x2, y2 as shares of the picture, then a score), `short_expr`, `long_expr`. The short
+expression is the description. The hard negatives (`short_expr_negs`) are not used: L_rd has none.
+Source of these names: 360CVGroup/FG-CLIP, fgclip2/train/train_fgclip2.py and data/data.md at b1af1cd.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from data.sources import base, staged
+from grain_jax import annotations
+
+FILES = True
+read = staged.read
+
+
+def shards(options: base.Options) -> list[base.Shard]:
+    """Lists of the pictures of `options.annotations`: JSON files, or folders of them."""
+    paths = []
+    for path in map(epath.Path, options.annotations):
+        paths += sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not paths:
+        raise base.SourceError(
+            "source finehard: expected --annotations jsonfiles, a folder of .json"
+        )
+    return staged.stage("finehard", _entries(paths), options)
+
+
+def _entries(paths: list[epath.Path]) -> Iterator[base.Entry | base.Fault]:
+    for path in paths:
+        items = base.read_json_list(path, expected="a list: FineHARD's pictures")
+        for number, item in enumerate(items):
+            try:
+                entry = _entry(item)
+            except (KeyError, TypeError, AttributeError):
+                got = f"got {annotations.show(item)}, expected f_path, caption, bbox_info"
+                yield base.Fault(f"{path}[{number}]", "bad annotation", got)
+                continue
+            yield entry
+
+
+def _entry(item: dict[str, Any]) -> base.Entry:
+    regions = []
+    for region in item["bbox_info"]:
+        *box, score = [*region["bbox"], base.WHOLE][:5]
+        description = base.text(region.get("short_expr")) or region.get("long_expr")
+        regions.append((box, description, score))
+    return base.Entry(
+        image=item["f_path"].lstrip("/"),
+        captions=[item.get("short_caption")],
+        synthetic_caption=item["caption"],
+        regions=regions,
+        shares=True,
+    )

@@ -1,0 +1,77 @@
+"""Flickr30k Entities: Sentences/ID.txt and Annotations/ID.xml; pictures are ID.jpg.
+
+A region is a box with a phrase of its coreference chain. Source: the README and flickr30k_entities_utils.py
+of BryanPlummer/flickr30k_entities; `split` reads its train.txt, val.txt or test.txt (a list of ids).
+"""
+
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from data.sources import base, staged
+
+FILES = True
+read = staged.read
+_PHRASE = re.compile(r"\[/EN#(\d+)/\S+\s+([^\]]*)\]")  # [/EN#CHAIN/TYPE/TYPE word word]
+_NOT_VISUAL = "0"
+
+
+def shards(options: base.Options) -> list[base.Shard]:
+    """Lists of the pictures that have a file in Sentences."""
+    if len(options.annotations) != 1:
+        raise base.SourceError(
+            "source flickr30k_entities: expected --annotations, the folder with Sentences and Annotations"
+        )
+    return staged.stage("flickr30k_entities", _entries(options), options)
+
+
+def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:
+    root = epath.Path(options.annotations[0])
+    if not (root / "Sentences").is_dir() or not (root / "Annotations").is_dir():
+        raise base.SourceError(f"{root}: expected the folders Sentences and Annotations in it")
+    names = sorted(path.stem for path in (root / "Sentences").glob("*.txt"))
+    if options.split:
+        listed = root / f"{options.split}.txt"
+        if not listed.exists():
+            raise base.SourceError(f"--split {options.split}: there is no {listed}, a list of ids")
+        chosen = set(listed.read_text().split())
+        names = [name for name in names if name in chosen]
+    for name in names:
+        try:
+            sentences = (root / "Sentences" / f"{name}.txt").read_text(encoding="utf-8")
+            xml = ET.fromstring((root / "Annotations" / f"{name}.xml").read_bytes())
+            yield _entry(f"{name}.jpg", sentences, xml)
+        except (OSError, ET.ParseError, ValueError, TypeError) as error:
+            yield base.Fault(f"{name}.jpg", "bad annotation", f"{type(error).__name__}: {error}")
+
+
+def _entry(image: str, sentences: str, xml: ET.Element) -> base.Entry:
+    phrases: dict[str, dict[str, None]] = {}  # chain -> its phrases, in order, each once
+    for chain, phrase in _PHRASE.findall(sentences):
+        if chain != _NOT_VISUAL:
+            phrases.setdefault(chain, {})[phrase] = None
+    boxes: list[list[tuple[Any, str, float]]] = []
+    left_out = []
+    for item in xml.iter("object"):
+        corners = item.find("bndbox")
+        if corners is None:  # of the whole scene, or not to be seen
+            continue
+        x1, y1, x2, y2 = (int(corners.findtext(tag)) for tag in ("xmin", "ymin", "xmax", "ymax"))
+        # Pixels are counted from 1, the last one included: edges are at x1 - 1 and x2.
+        box = (x1 - 1, y1 - 1, x2, y2)
+        texts = [text for name in item.iter("name") for text in phrases.get(name.text, ())]
+        boxes.append([(box, text, base.WHOLE) for text in texts])
+        if not texts:
+            chains = ", ".join(name.text for name in item.iter("name"))
+            left_out.append(("no description", f"no sentence names chain {chains} at box {box}"))
+    size = xml.find("size")
+    return base.Entry(
+        image,
+        captions=[_PHRASE.sub(r"\2", line) for line in sentences.splitlines()],
+        regions=list(base.taking_turns(boxes)),
+        size=(int(size.findtext("width")), int(size.findtext("height"))),
+        left_out=left_out,
+    )

@@ -1,0 +1,38 @@
+"""A folder of pictures, sub-folders included; a text file beside a picture is its web caption.
+
+So are the files that img2dataset writes by default: 00000/000000012.jpg and 000000012.txt.
+"""
+
+from collections.abc import Iterator
+
+from etils import epath
+
+from data.sources import base, staged
+
+FILES = True
+read = staged.read
+
+
+def shards(options: base.Options) -> list[base.Shard]:
+    """Lists the folder, in the order of the names."""
+    return staged.stage("folder", _entries(epath.Path(options.images), ""), options)
+
+
+def _entries(folder: epath.Path, below: str) -> Iterator[base.Entry | base.Fault]:
+    if not folder.is_dir():
+        raise base.SourceError(f"--images {folder}: no such folder, expected pictures")
+    paths = sorted(folder.iterdir(), key=lambda path: path.name)
+    texts = {path.name for path in paths if path.suffix == ".txt"}
+    for path in paths:
+        image = below + path.name
+        if path.suffix.lower() in base.PICTURE_ENDINGS:
+            caption = ""
+            if f"{path.stem}.txt" in texts:
+                try:
+                    caption = path.with_suffix(".txt").read_text(encoding="utf-8")
+                except (OSError, ValueError) as error:
+                    yield base.Fault(image, "bad annotation", f"{path.stem}.txt: {error}")
+                    continue
+            yield base.Entry(image, (caption,))
+        elif path.is_dir():
+            yield from _entries(path, image + "/")

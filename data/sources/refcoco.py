@@ -1,0 +1,126 @@
+"""RefCOCO, RefCOCO+, RefCOCOg: refs(unc).p (a pickle, or the same as JSON) with instances.json.
+
+Also the JSON that MDETR made of them (finetune_refcoco_train.json): COCO's form, one expression a picture.
+A region is an object with one of its expressions; `split` is that of the refs (train, val, testA, ...).
+The sets have no captions; their pictures are COCO's, so captions_train2014.json may be given as well.
+"""
+
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from data.sources import base, staged
+
+FILES = True
+_EXPECTED = "refs(...).p with instances.json, or MDETR's finetune_refcoco_*.json"
+read = staged.read
+
+_Expression = tuple[str, tuple[int, int] | None, Any, str]  # file, its size, xyxy box, expression
+
+
+class _Plain(pickle.Unpickler):
+    """Lists, dicts, texts and numbers; a pickle that names anything else could run any code."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it wants {module}.{name}")
+
+
+def shards(options: base.Options) -> list[base.Shard]:
+    """Lists of the pictures that have expressions."""
+    return staged.stage("refcoco", _entries(options), options)
+
+
+def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:
+    refs, instances, mdetr, captions = [], [], [], {}
+    for path in map(epath.Path, options.annotations):
+        content = _load(path)
+        if isinstance(content, list):
+            refs.append((path, content))
+        elif isinstance(content, dict) and {"images", "annotations"} <= content.keys():
+            if any("caption" in image for image in content["images"]):
+                mdetr.append((path, content))
+            elif any("caption" in item for item in content["annotations"]):
+                names = {image["id"]: image["file_name"] for image in content["images"]}
+                for item in content["annotations"]:
+                    captions.setdefault(names.get(item["image_id"]), []).append(item["caption"])
+            else:
+                instances.append((path, content))
+        else:
+            raise base.SourceError(f"{path}: got another form of file, expected {_EXPECTED}")
+    if not mdetr and not (refs and instances):
+        got = ", ".join(options.annotations) or "none"
+        raise base.SourceError(f"source refcoco: got --annotations {got}, expected {_EXPECTED}")
+
+    pictures: dict[str, dict[Any, list[str]]] = {}  # file -> box -> expressions
+    sizes: dict[str, tuple[int, int] | None] = {}
+    for found in (*_of_refs(refs, instances, options.split), *_of_mdetr(mdetr)):
+        if isinstance(found, base.Fault):
+            yield found
+            continue
+        image, size, box, expression = found
+        sizes[image] = size
+        pictures.setdefault(image, {}).setdefault(box, []).append(expression)
+    for image, boxes in pictures.items():
+        regions = base.taking_turns(
+            [(box, text, base.WHOLE) for text in dict.fromkeys(texts)]
+            for box, texts in boxes.items()
+        )
+        yield base.Entry(image, captions.get(image, ()), regions=list(regions), size=sizes[image])
+
+
+def _load(path: epath.Path) -> Any:
+    if path.suffix == ".json":
+        return base.read_json(path, expected=_EXPECTED)
+    try:
+        with path.open("rb") as file:
+            # Python 2 wrote it: its byte strings are texts.
+            return _Plain(file, encoding="utf-8", errors="replace").load()
+    except FileNotFoundError:
+        raise base.SourceError(f"{path}: no such file, expected {_EXPECTED}") from None
+    except Exception as error:  # a broken pickle raises nearly anything
+        reason = f"no pickle of plain values ({error})"
+        raise base.SourceError(f"{path}: {reason}, expected {_EXPECTED}") from None
+
+
+def _of_refs(refs: list, instances: list, split: str) -> Iterator[_Expression | base.Fault]:
+    images = {image["id"]: image for _, content in instances for image in content["images"]}
+    boxes = {
+        item["id"]: base.xywh(item["bbox"])
+        for _, content in instances
+        for item in content["annotations"]
+    }
+    known = {ref["split"] for _, content in refs for ref in content}
+    if refs and split and split not in known:
+        options = ", ".join(sorted(known))
+        raise base.SourceError(f"{refs[0][0]}: got --split {split}, expected one of: {options}")
+    for path, content in refs:
+        for number, ref in enumerate(content):
+            if split and ref["split"] != split:
+                continue
+            image, box = images.get(ref["image_id"]), boxes.get(ref["ann_id"])
+            if image is None or box is None:
+                got = f"image_id {ref['image_id']}, ann_id {ref['ann_id']}"
+                expected = "expected both in instances.json"
+                yield base.Fault(f"{path}[{number}]", "bad annotation", f"got {got}, {expected}")
+                continue
+            for sentence in ref["sentences"]:
+                yield image["file_name"], _size(image), tuple(box), sentence["sent"]
+
+
+def _of_mdetr(files: list) -> Iterator[_Expression | base.Fault]:
+    for path, content in files:
+        images = {image["id"]: image for image in content["images"]}
+        for number, item in enumerate(content["annotations"]):
+            image = images.get(item["image_id"])
+            if image is None:
+                got = f"got image_id {item['image_id']}, expected one of the file's"
+                yield base.Fault(f"{path}:annotations[{number}]", "bad annotation", got)
+                continue
+            box = tuple(base.xywh(item["bbox"]))
+            yield image["file_name"], _size(image), box, image["caption"]
+
+
+def _size(image: dict[str, Any]) -> tuple[int, int] | None:
+    return (image["width"], image["height"]) if "width" in image else None

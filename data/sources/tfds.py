@@ -1,0 +1,113 @@
+"""A TFDS set that lies in a folder, those of data.build included; a shard is a range of its examples.
+
+Captions are the features `caption`, `captions` and `text` (`captions/text` as in COCO's set); regions are
+read from sets with the features of data/SCHEMA.md.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from data.sources import base
+
+FILES = False
+
+
+def shards(options: base.Options) -> list[base.Shard]:
+    """Ranges of `options.shard_size` examples of the split."""
+    builder = _builder(options.images)
+    split = options.split or "train"
+    if split not in builder.info.splits:
+        known = ", ".join(builder.info.splits)
+        raise base.SourceError(f"{options.images}: got --split {split}, expected one of: {known}")
+    if "image" not in builder.info.features:
+        known = ", ".join(builder.info.features)
+        raise base.SourceError(f"{options.images}: has {known}, expected a feature image")
+    total = builder.info.splits[split].num_examples
+    out = []
+    for start in range(0, total, options.shard_size):
+        arguments = {
+            "directory": str(builder.data_dir),
+            "split": split,
+            "start": start,
+            "stop": min(start + options.shard_size, total),
+        }
+        name = f"{split}-{start:09d}-{arguments['stop']:09d}"
+        out.append(base.Shard(name, "tfds", arguments))
+    return out
+
+
+def read(shard: base.Shard) -> Iterator[base.Picture | base.Fault]:
+    """The range's pictures, as they are stored."""
+    import tensorflow_datasets as tfds
+
+    split, start, stop = (shard.arguments[name] for name in ("split", "start", "stop"))
+    examples = _builder(shard.arguments["directory"]).as_dataset(
+        split=tfds.core.ReadInstruction(split, from_=start, to=stop, unit="abs"),
+        decoders={"image": tfds.decode.SkipDecoding()},
+        # One file after another, so that a place has the same example whatever the range.
+        read_config=tfds.ReadConfig(interleave_cycle_length=1),
+    )
+    for index, example in enumerate(tfds.as_numpy(examples), start):
+        encoded = example["image"]
+        ending = "png" if encoded.startswith(b"\x89PNG") else "jpg"
+        yield base.join(_entry(f"{split}/{index:09d}.{ending}", example), encoded)
+
+
+def directory(folder: epath.PathLike) -> epath.Path:
+    """The set's own folder: `folder`, or the newest version in it. Raises SourceError."""
+    root = epath.Path(folder)
+    found = [root] if (root / "dataset_info.json").exists() else []
+    if not found and root.is_dir():
+        found = [
+            path
+            for path in root.iterdir()
+            if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").exists()
+        ]
+    if not found:
+        raise base.SourceError(
+            f"{folder}: got no dataset_info.json there, expected a TFDS set: NAME or NAME/1.0.0"
+        )
+    return max(found, key=lambda path: [int(x) for x in path.name.split(".") if x.isdecimal()])
+
+
+def pictures(folder: epath.PathLike) -> Iterator[base.Picture | base.Fault]:
+    """The pictures of all splits."""
+    for split in _builder(folder).info.splits:
+        for shard in shards(base.Options(str(folder), split=split)):
+            yield from read(shard)
+
+
+def _builder(folder: epath.PathLike) -> Any:
+    import tensorflow_datasets as tfds  # slow to start, so only where it is needed
+
+    return tfds.builder_from_directory(directory(folder))
+
+
+def _entry(image: str, example: dict[str, Any]) -> base.Entry:
+    captions = []
+    for name in ("caption", "captions", "text"):
+        value = example.get(name, ())
+        value = value.get("text", ()) if isinstance(value, dict) else value
+        captions += [value] if isinstance(value, bytes) else list(value)
+    regions = example.get("regions", {})
+    found = []
+    if isinstance(regions, dict) and regions.keys() >= {"bbox", "description", "score"}:
+        for (y1, x1, y2, x2), description, score in zip(
+            regions["bbox"].tolist(), regions["description"], regions["score"].tolist(), strict=True
+        ):
+            found.append(((x1, y1, x2, y2), _decoded(description), score))
+    return base.Entry(
+        image,
+        captions=[_decoded(caption) for caption in captions],
+        synthetic_caption=_decoded(example.get("synthetic_caption", b"")),
+        regions=found,
+        shares=True,
+        id=_decoded(example["id"]) if isinstance(example.get("id"), bytes) else None,
+    )
+
+
+def _decoded(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else ""

@@ -1,0 +1,139 @@
+"""Kills data.annotate in the middle, starts it again, and counts: every picture once, every fault by its cause.
+
+  python -m tests.data.annotate.drill --folder DIR [--pictures 200]
+
+`test_command.py` does the same with few pictures.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from data.annotate import __main__ as command
+from tests.data.annotate import endpoint, faults, models
+from tests.paths import ROOT
+
+SLOWLY = 0.05  # seconds an answer takes while a kill is waited for
+
+
+def plant(folder: pathlib.Path, pictures: int) -> tuple[list[str], dict[str, str]]:
+    """Draws pictures and plants all faults among them; returns all names and the causes of the files'."""
+    drawn = ["--images", str(pictures), "--output", str(folder), "--processes", "1"]
+    nothing = ("--seen-per-species", "--unseen-per-species", "--test-images")
+    drawn += [part for name in nothing for part in (name, "0")]
+    subprocess.run(
+        [sys.executable, "-m", "data.aviary", *drawn], cwd=ROOT, check=True, capture_output=True
+    )
+    found = faults.plant_files(folder / "images")
+    faults.plant_pictures_for_server(folder / "images")
+    names = [path.name for path in (folder / "images").iterdir() if path.suffix != ".txt"]
+    return names, {name: cause for name, cause in found.items() if cause}
+
+
+def kill_in_the_middle(arguments: list[str], output: pathlib.Path, last_pass: str) -> dict:
+    """Starts the command, kills it when a third of its shards are done; returns these, with their times."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data.annotate", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    done = output / "passes" / last_pass
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        shards = len(list((output / "lists").glob("*.jsonl")))
+        if shards and len(list(done.glob("*.jsonl"))) >= max(2, shards // 3):
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+    assert not (output / "A.jsonl").exists()
+    return {path: path.stat().st_mtime_ns for path in done.glob("*.jsonl")}
+
+
+def run(arguments: list[str]) -> None:
+    """Runs the command to its end, in this process."""
+    assert command.main(arguments) == 0
+
+
+def resume(arguments: list[str], output: pathlib.Path, killed: dict, last_pass: str) -> str:
+    """Starts the command again: the shards that are done stay as they are."""
+    run(arguments)
+    times = {path: path.stat().st_mtime_ns for path in killed}
+    assert times == killed, "a shard was done again"
+    assert not (output / "incomplete").exists()
+    shards = len(list((output / "passes" / last_pass).glob("*.jsonl")))
+    assert 0 < len(killed) < shards
+    return (
+        f"killed by SIGKILL with {len(killed)} of {shards} shards done; these were not done again"
+    )
+
+
+def local(folder: pathlib.Path, names: list[str], causes: dict[str, str], tell: Callable) -> None:
+    """All passes in one, by tiny models that run here."""
+    output = folder / "local"
+    arguments = [f"--images={folder / 'images'}", f"--output={output}", "--shard-size=10"]
+    arguments += [
+        f"--chat={models.llava_next(folder / 'llava')}",
+        f"--detector={models.owlv2(folder / 'owlv2')}",
+        "--threshold=0.5",
+        "--max-faults=1",
+    ]
+    killed = kill_in_the_middle(arguments, output, "ground")
+    tell("local models:", resume(arguments, output, killed, "ground"))
+    tell("local models:", faults.check(output, names, causes, set()))
+    tell(json.dumps(json.loads((output / "summary.json").read_text())["total"]))
+
+
+def remote(folder: pathlib.Path, names: list[str], causes: dict[str, str], tell: Callable) -> None:
+    """Caption and describe by an endpoint with troubles, ground apart; then the server is mended."""
+    output = folder / "remote"
+    pictures = [f"--images={folder / 'images'}", f"--output={output}", "--shard-size=10"]
+    pictures.append("--max-faults=1")
+    detector = models.owlv2(folder / "owlv2_remote")
+    ground = [*pictures, "--passes=ground", f"--detector={detector}", "--threshold=0.5"]
+    slowly = lambda asked: endpoint.annotator(asked)._replace(seconds=SLOWLY)
+    with endpoint.serve(slowly) as server:
+        ask = [*pictures, "--passes=caption,describe", f"--endpoint={server.url}", "--chat=tiny"]
+        ask += ["--tries=2", f"--request-seconds={faults.TIME_OUT}"]
+        killed = kill_in_the_middle([*ask, "--concurrency=2"], output, "describe")
+        server.reply = faults.reply
+        tell("endpoint:", resume(ask, output, killed, "describe"))
+        run(ground)
+        expected = causes | {name: cause for name, (cause, _) in faults.SERVER.items()}
+        kept = {name for name, (_, kept) in faults.SERVER.items() if kept}
+        tell("endpoint:", faults.check(output, names, expected, kept))
+        tell(json.dumps(json.loads((output / "summary.json").read_text())["total"]))
+
+        server.reply = endpoint.annotator
+        asked = len(server.asked)
+        run([*ask, "--retry-failed"])
+        # The second prompt alone for the two that were refused it; both for the others.
+        assert len(server.asked) - asked == 2 * len(faults.SERVER) - len(kept)
+        run([*ground, "--retry-failed"])
+        tell("endpoint, mended, --retry-failed:", faults.check(output, names, causes, set()))
+
+
+def main() -> None:
+    """Runs both with many pictures, and shows the dead letters."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", required=True, type=pathlib.Path, help="an empty one")
+    parser.add_argument("--pictures", type=int, default=200)
+    args = parser.parse_args()
+    names, causes = plant(args.folder, args.pictures)
+    print(f"{args.pictures} drawn pictures, {len(names) - args.pictures} planted ones")
+    for drill in (local, remote):
+        drill(args.folder, names, causes, print)
+    print((args.folder / "local" / "failed.jsonl").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Plants what goes wrong in a crawl and at a server, each with the cause that it must be found by."""
+
+import io
+import json
+import pathlib
+import random
+import zlib
+
+import PIL.Image
+
+from tests.data.annotate import endpoint, models
+
+# Pictures of these widths are what a server has trouble with; all others have 64 pixels.
+FIRST_WIDTH = 80
+HEIGHT = 72
+TIME_OUT = 3.0  # seconds that a request must not take
+
+# A server's trouble: name -> (what it does, stage and cause of the dead letter, whether a line is left).
+_TWO_LINES = models.SUBJECT + models.CAPTION
+_SERVER = {
+    "500": (endpoint.Reply("boom", status=500), "caption: server error", False),
+    "503": (endpoint.Reply("full", status=503), "caption: server error", False),
+    "time_out": (endpoint.Reply(_TWO_LINES, seconds=2 * TIME_OUT), "caption: time-out", False),
+    "hang_up": (endpoint.Reply(hang_up=True), "caption: no connection", False),
+    "429": (endpoint.Reply("slowly", status=429), "caption: rate limit", False),
+    "400": (endpoint.Reply("too long", status=400), "caption: request rejected", False),
+    "page": (endpoint.Reply(body=b"<html>"), "caption: no answer in the response", False),
+    "garbage": (endpoint.Reply("\x00\ufffd%% 01 ]]"), "caption: run-on", False),
+    "refusal": (endpoint.Reply("I'm sorry, I cannot help."), "caption: refusal", False),
+    "empty": (endpoint.Reply(""), "caption: empty answer", False),
+    "cut_off": (endpoint.Reply(_TWO_LINES, finish_reason="length"), "caption: cut off", False),
+    "no_subject": (endpoint.Reply(models.CAPTION), "caption: no subject", False),
+    "later_refusal": (endpoint.Reply("As an AI, I do not see."), "describe: refusal", True),
+    "later_500": (endpoint.Reply("boom", status=500), "describe: server error", True),
+}
+SERVER = {f"server_{name}.png": (cause, kept) for name, (_, cause, kept) in _SERVER.items()}
+
+
+def plant_files(folder: pathlib.Path) -> dict[str, str | None]:
+    """Writes faulty pictures; returns by name the stage and cause, or None for what must be readable."""
+    picture = PIL.Image.effect_mandelbrot((96, 96), (-2, -1, 1, 1), 50).convert("RGB")
+    jpeg, png = _encode(picture, "JPEG"), _encode(picture, "PNG")
+    frames = [picture, picture.rotate(90), picture.rotate(180)]
+    several = dict(save_all=True, append_images=frames[1:])
+    bomb = bytearray(png)
+    bomb[16:24] = (60_000).to_bytes(4) * 2  # the header's width and height, and its checksum
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4)
+    broken = bytearray(jpeg)
+    broken[4:40] = random.Random(0).randbytes(36)
+    contents = {
+        "file_broken.jpg": (bytes(broken), "picture: damaged"),
+        "file_truncated.jpg": (jpeg[: len(jpeg) // 2], "picture: damaged"),
+        "file_truncated.png": (png[: len(png) // 2], "picture: damaged"),
+        "file_empty.jpg": (b"", "picture: empty file"),
+        "file_text.jpg": (b"404 Not Found\n" * 9, "picture: unreadable"),
+        "file_animated.gif": (_encode(picture, "GIF", **several), "picture: animated"),
+        "file_animated.webp": (_encode(picture, "WEBP", **several), "picture: animated"),
+        "file_1x1.png": (_encode(picture.resize((1, 1)), "PNG"), "picture: too small"),
+        "file_wide.jpg": (_encode(picture.resize((20_000, 40)), "JPEG"), "picture: too large"),
+        "file_bomb.png": (bytes(bomb), "picture: too large"),
+        "file_bad_caption.jpg": (jpeg, "picture: bad annotation"),
+        # Other colours than RGB are no faults.
+        "fine_cmyk.jpg": (_encode(picture.convert("CMYK"), "JPEG"), None),
+        "fine_palette.gif": (_encode(picture.convert("P"), "GIF"), None),
+        "fine_16_bits.png": (_encode(picture.convert("I;16"), "PNG"), None),
+    }
+    for name, (content, _) in contents.items():
+        (folder / name).write_bytes(content)
+    (folder / "file_bad_caption.txt").write_bytes(b"caf\xe9")
+    (folder / "file_folder.jpg").mkdir()
+    (folder / "file_gone.jpg").symlink_to(folder / "nowhere.jpg")
+    causes = {name: cause for name, (_, cause) in contents.items()}
+    return causes | {
+        "file_folder.jpg": "picture: unreadable",
+        "file_gone.jpg": "picture: no such file",
+    }
+
+
+def plant_pictures_for_server(folder: pathlib.Path) -> None:
+    """Writes the good pictures that `reply` has trouble with."""
+    for number, name in enumerate(SERVER):
+        PIL.Image.new("RGB", (FIRST_WIDTH + number, HEIGHT), "teal").save(folder / name)
+
+
+def reply(asked: endpoint.Asked) -> endpoint.Reply:
+    """The server: right answers, but for the pictures that it has trouble with."""
+    width, height = asked.picture.size
+    if height == HEIGHT and 0 <= width - FIRST_WIDTH < len(_SERVER):
+        trouble, cause, _ = list(_SERVER.values())[width - FIRST_WIDTH]
+        asked_first = "Subject:" in asked.prompt
+        if asked_first == cause.startswith("caption"):
+            return trouble
+    return endpoint.annotator(asked)
+
+
+def check(output: pathlib.Path, images: list[str], expected: dict[str, str], kept: set[str]) -> str:
+    """Asserts that each picture is there exactly once, and each dead letter has its cause.
+
+    Args:
+      output: of the job.
+      images: all pictures of the source.
+      expected: stage and cause of each faulty one.
+      kept: the faulty ones that have a line all the same.
+
+    Returns: a line about it.
+    """
+    lines = [json.loads(line) for line in (output / "A.jsonl").read_text().splitlines()]
+    letters = [json.loads(line) for line in (output / "failed.jsonl").read_text().splitlines()]
+    annotated = [line["image"] for line in lines]
+    assert len(annotated) == len(set(annotated)), "a picture is there twice"
+    assert set(annotated) == set(images) - set(expected) | kept
+    found = {letter["image"]: f"{letter['stage']}: {letter['cause']}" for letter in letters}
+    assert len(found) == len(letters), "a picture has two dead letters"
+    assert found == expected
+    assert {letter["image"] for letter in letters if letter["kept"]} == kept
+    summary = json.loads((output / "summary.json").read_text())["total"]
+    assert summary["pictures"] == len(images)
+    assert summary["annotated"] == len(annotated)
+    assert summary["regions"] == sum(len(line["regions"]) for line in lines)
+    assert sum(summary["failures"].values()) == summary["faulty"] == len(expected)
+    assert list(summary["results"].values())[-1] == len(annotated) - len(kept)  # of the last pass
+    return (
+        f"{len(images)} pictures: {len(annotated)} lines, none twice; {len(letters)} dead letters, each"
+        " with the cause that was planted"
+    )
+
+
+def _encode(picture: PIL.Image.Image, kind: str, **options) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return out.getvalue()

@@ -1,0 +1,221 @@
+"""Tiny checkpoints of the annotation models: the real classes and processors, random weights, saved locally.
+
+A detector's random weights already give boxes. A chat model's would give noise only, so `llava_next` can
+fix its output layer to answer in the form that the prompts ask for; the way to the answer stays the real one.
+"""
+
+import pathlib
+
+import torch
+import transformers
+
+# Threads of a model this small only wait for each other, and for the other processes of a machine.
+torch.set_num_threads(1)
+
+SUBJECT = "Subject: a small bird\n"
+CAPTION = "Caption: a small bird with a red wing sits on a branch."
+DESCRIPTIONS = ("a short orange beak\n", "red wing feathers\n", "a white belly\n", "thin grey legs")
+TURNS = ("<caption>", "<describe>")
+
+
+def owlv2(folder: pathlib.Path, *, size: int = 96) -> str:
+    """An OWLv2 with 36 boxes a picture; its processor pads to a square and resizes to `size` pixels."""
+    torch.manual_seed(0)
+    tokenizer = _clip_tokenizer()
+    layers = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = transformers.Owlv2Config(
+        text_config={
+            **layers,
+            "num_hidden_layers": 1,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 16,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config={
+            **layers,
+            "num_hidden_layers": 1,
+            "image_size": size,
+            "patch_size": size // 6,
+        },
+        projection_dim=32,
+    )
+    processor = transformers.Owlv2Processor(
+        transformers.Owlv2ImageProcessor(size={"height": size, "width": size}), tokenizer
+    )
+    model = transformers.Owlv2ForObjectDetection(config)
+    # Random weights make lines of boxes, and scores that all but agree: nearer to the start of a training.
+    model.box_head.dense2.weight.data *= 0.001
+    model.class_head.logit_shift.weight.data *= 0.1
+    model.class_head.logit_scale.weight.data.zero_()
+    model.class_head.logit_scale.bias.data.fill_(5)
+    return _save(model, processor, folder)
+
+
+def grounding_dino(folder: pathlib.Path, *, shortest: int = 64, longest: int = 106) -> str:
+    """A Grounding DINO with 20 boxes a picture; sizes in pixels as its processor resizes to."""
+    torch.manual_seed(0)
+    swin = transformers.SwinConfig(
+        embed_dim=16,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 2, 2, 2],
+        window_size=4,
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    tokenizer = _bert_tokenizer()
+    bert = transformers.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    config = transformers.GroundingDinoConfig(
+        backbone_config=swin,
+        text_config=bert,
+        num_queries=20,
+        encoder_layers=1,
+        encoder_ffn_dim=32,
+        encoder_attention_heads=2,
+        decoder_layers=2,
+        decoder_ffn_dim=32,
+        decoder_attention_heads=2,
+        d_model=64,  # its layers normalise 32 groups of channels
+    )
+    processor = transformers.GroundingDinoProcessor(
+        transformers.GroundingDinoImageProcessor(
+            size={"shortest_edge": shortest, "longest_edge": longest}
+        ),
+        tokenizer,
+    )
+    return _save(transformers.GroundingDinoForObjectDetection(config), processor, folder)
+
+
+def llava_next(folder: pathlib.Path, *, answers: bool = True) -> str:
+    """A LLaVA-NeXT that looks at 28 x 28 pixels a tile.
+
+    Args:
+      folder: to save it in.
+      answers: whether it gives SUBJECT and CAPTION to a prompt that has "Subject:" in it, and
+        DESCRIPTIONS to any other. Else all its weights are random and its answers are noise, which
+        depends on the picture and on the whole prompt.
+    """
+    torch.manual_seed(0)
+    chain = [TURNS[0], SUBJECT, CAPTION], [TURNS[1], *DESCRIPTIONS]
+    tokenizer = _byte_tokenizer()
+    tokenizer.add_tokens([token for tokens in chain for token in tokens])
+    layers = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            **layers, num_attention_heads=2, image_size=28, patch_size=14
+        ),
+        text_config=transformers.MistralConfig(
+            **layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
+        image_seq_length=4,
+    )
+    model = transformers.LlavaNextForConditionalGeneration(config)
+    if answers:
+        _answer_by_last_token(model, [tokenizer.convert_tokens_to_ids(tokens) for tokens in chain])
+    else:  # random weights of the usual size repeat one token whatever they are given
+        for parameter in model.parameters():
+            parameter.data *= 8
+    processor = transformers.LlavaNextProcessor(
+        transformers.LlavaNextImageProcessor(
+            size={"shortest_edge": 28},
+            crop_size={"height": 28, "width": 28},
+            image_grid_pinpoints=config.image_grid_pinpoints,
+        ),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=(
+            "{% set said = namespace(text='') %}{% for message in messages %}[INST] "
+            "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
+            "{% else %}{% set said.text = said.text + part['text'] %}{{ part['text'] }}{% endif %}"
+            "{% endfor %} [/INST]{% endfor %}"
+            "{% if add_generation_prompt %}{% if 'Subject:' in said.text %}<caption>"
+            "{% else %}<describe>{% endif %}{% endif %}"
+        ),
+    )
+    return _save(model, processor, folder)
+
+
+def _save(model, processor, folder: pathlib.Path) -> str:
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def _answer_by_last_token(model, chains: list[list[int]]) -> None:
+    """Makes each token of a chain be followed by the next, the last one by the end, whatever came before."""
+    for layer in model.model.language_model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    embed, head = model.get_input_embeddings().weight.data, model.lm_head.weight.data
+    embed.normal_()
+    head.zero_()
+    for chain in chains:
+        for token, following in zip(chain, [*chain[1:], model.config.text_config.eos_token_id]):
+            head[following] += embed[token]
+
+
+def _bytes() -> list[str]:
+    """The 256 characters that stand for bytes in byte-level vocabularies."""
+    from tokenizers import pre_tokenizers
+
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def _byte_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "<pad>", *_bytes()])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def _clip_tokenizer():
+    # As the real one: "!" is id 0 and pads, and the end has the highest id, by which the tower finds it.
+    letters = ["!", *(letter for letter in _bytes() if letter != "!")]
+    tokens = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    return transformers.CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[],
+        pad_token="!",
+        model_max_length=16,
+    )
+
+
+def _bert_tokenizer():
+    # The ids of [PAD], [CLS], [SEP], "." and "?" are fixed in Grounding DINO's code, as in bert-base-uncased.
+    tokens = [f"[unused{i}]" for i in range(1030)]
+    tokens[0], tokens[100:104] = "[PAD]", ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokens[1012], tokens[1029] = ".", "?"
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789-,'"
+    tokens += [*letters, *("##" + letter for letter in letters)]
+    return transformers.BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})

@@ -1,0 +1,149 @@
+"""Answers of chat models, as they come: what is kept of them, and the cause by which the rest is refused."""
+
+import pytest
+
+from data.annotate import answers, prompt
+
+LONG = "a very " + "very " * 14 + "long beak"
+
+
+@pytest.mark.parametrize(
+    "text,subject,caption",
+    [
+        ("Subject: a wren\nCaption: A wren sings.", "a wren", "A wren sings."),
+        ("\n  subject : Two wrens.\n\n CAPTION: “They sing.”\n", "Two wrens", "They sing."),
+        ("1. Subject: a wren\n2. Caption: A wren\tsings.", "a wren", "A wren sings."),
+        ("- **Subject:** a wren\n- **Caption:** A wren, 3.5 cm.", "a wren", "A wren, 3.5 cm."),
+        ("Caption: A wren sings.\nSubject: `a wren`", "a wren", "A wren sings."),
+        ("Subject: une mésange\nCaption: 一只鸟在树上。", "une mésange", "一只鸟在树上。"),
+    ],
+)
+def test_a_caption_in_the_form_that_was_asked_for(text, subject, caption):
+    assert answers.parse_caption(text) == answers.Captioned(subject, caption)
+
+
+@pytest.mark.parametrize(
+    "text,cause",
+    [
+        ("", "empty answer"),
+        (" \n\t", "empty answer"),
+        ("A wren sings on a branch.", "run-on"),
+        ("Sure! Here it is:\nSubject: a wren\nCaption: A wren sings.", "run-on"),
+        ("Subject: a wren\nCaption: A wren sings.\nIt is spring and all is well.", "run-on"),
+        ("Subject: a wren", "no caption"),
+        ("Subject: a wren\nCaption:", "no caption"),
+        ("Caption: A wren sings.", "no subject"),
+        ("Subject: 1234\nCaption: A wren sings.", "no subject"),
+        ("Subject: a wren\nCaption: \ufffd\ufffd wren", "no caption"),
+        ("Subject: a wren\nSubject: a tit\nCaption: Birds sing.", "repeated line"),
+        ("Subject: " + "bird " * 13 + "\nCaption: A wren sings.", "run-on"),
+        ("Subject: a wren\nCaption: " + "sings " * 61, "run-on"),
+        ("I'm sorry, but I cannot help with that.", "refusal"),
+        ("I’m really sorry, I can’t see any picture.", "refusal"),
+        ("Subject: As an AI language model I see nothing\nCaption: none", "refusal"),
+        ("Subject: Unfortunately, nothing\nCaption: none", "refusal"),
+        ("There is no image provided.", "refusal"),
+    ],
+)
+def test_a_caption_that_is_refused(text, cause):
+    refused = answers.parse_caption(text)
+    assert isinstance(refused, answers.Refused) and refused.cause == cause
+    assert "\n" not in refused.detail and len(refused.detail) < 250
+
+
+def test_a_sign_in_the_picture_that_says_sorry_is_no_refusal():
+    text = "Subject: a sign\nCaption: A sign says that I'm sorry and I can't."
+    assert isinstance(answers.parse_caption(text), answers.Captioned)
+
+
+@pytest.mark.parametrize(
+    "line,description",
+    [
+        ("a long beak", "a long beak"),
+        ("- a long beak.", "a long beak"),
+        ("* a long beak,", "a long beak"),
+        ("• “a long beak”", "a long beak"),
+        ("1. a long beak", "a long beak"),
+        ("10) a long beak;", "a long beak"),
+        ("(2) a long beak", "a long beak"),
+        ("[3] a long beak", "a long beak"),
+        ("4: a long beak", "a long beak"),
+        ("b) a long beak", "a long beak"),
+        ("- 1. **a long** beak", "a long beak"),
+        ("  a   long\tbeak  ", "a long beak"),
+        ("3.5 cm long beak", "3.5 cm long beak"),
+        ("2 white wings", "2 white wings"),
+        ("a clock that shows 12:30", "a clock that shows 12:30"),
+        ("a red-and-white tail", "a red-and-white tail"),
+    ],
+)
+def test_what_stands_around_a_description_is_taken_off(line, description):
+    assert answers.parse_descriptions(line) == answers.Described((description,), ())
+
+
+def test_lines_that_are_no_descriptions_are_dropped_by_cause():
+    text = f"Here are the features:\n\na long beak\nA LONG BEAK.\n{LONG}\n---\n12345\nred wings"
+    described = answers.parse_descriptions(text)
+    assert described.descriptions == ("a long beak", "red wings")
+    causes = [line.cause for line in described.dropped]
+    assert causes == ["repeated line", "run-on", "no words", "no words"]
+
+
+def test_no_more_than_the_limit_is_kept_and_the_first_ones_are():
+    lines = [f"feature {letter}" for letter in "abcdefghijklm"]
+    assert answers.parse_descriptions("\n".join(lines)).descriptions == tuple(lines[:10])
+    assert answers.parse_descriptions("\n".join(lines), limit=2).descriptions == tuple(lines[:2])
+
+
+@pytest.mark.parametrize(
+    "text,cause",
+    [
+        ("", "empty answer"),
+        ("Here are the features:\n", "empty answer"),
+        (LONG, "run-on"),
+        ("...\n---", "no words"),
+        ("I'm sorry, I cannot.\nred wings", "refusal"),
+        ("red wings\nAs an AI, I see no more", "refusal"),
+        ("- We cannot see the picture", "refusal"),
+    ],
+)
+def test_descriptions_that_are_refused(text, cause):
+    refused = answers.parse_descriptions(text)
+    assert isinstance(refused, answers.Refused) and refused.cause == cause
+
+
+def test_what_the_limit_of_tokens_cut_is_not_taken_for_whole():
+    described = answers.parse_descriptions("a long beak\na red", cut_off=True)
+    assert described == answers.Described(
+        ("a long beak",), (answers.Refused("cut off", "'a red'"),)
+    )
+    assert answers.parse_descriptions("a long be", cut_off=True).cause == "cut off"
+    assert answers.parse_caption("Subject: a wren\nCaption: A wr", cut_off=True).cause == "cut off"
+
+
+def test_the_prompts_say_the_form_that_is_parsed():
+    caption = prompt.read_prompt(prompt.CAPTION, with_subject=False)
+    describe = prompt.read_prompt(prompt.DESCRIBE, with_subject=True)
+    assert (caption.version, describe.version) == (1, 1)
+    assert "version" not in caption.text + describe.text
+    assert "Subject:" in caption.text and "Caption:" in caption.text
+    assert "up to 10" in describe.text
+    assert "is: a {wren}." in prompt.about(describe, "a {wren}")
+
+
+@pytest.mark.parametrize(
+    "content,with_subject,message",
+    [
+        (None, False, "no such file"),
+        ("Describe it.", False, "the first line is 'Describe it.', expected `version: N`"),
+        ("version: 2\n\n", False, "no text after the first line"),
+        ("version: 2\nDescribe it.", True, r"got no \{subject\}"),
+        ("version: 2\nDescribe {subject}.", False, r"got a \{subject\}"),
+    ],
+)
+def test_a_prompt_that_cannot_be_used(tmp_path, content, with_subject, message):
+    path = tmp_path / "prompt.txt"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(prompt.PromptError, match=message):
+        prompt.read_prompt(path, with_subject=with_subject)

@@ -1,0 +1,79 @@
+"""Which files are shown to a model, and the cause by which each other one is kept away from it."""
+
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from data import sources
+from data.annotate import checks
+from tests.data.annotate import faults
+
+
+def test_every_planted_file_has_its_cause(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    expected = faults.plant_files(pictures)
+    options = sources.Options(str(pictures), scratch=str(tmp_path / "lists"))
+    found = {}
+    for shard in sources.shards("folder", options):
+        for item in sources.read(shard):
+            if isinstance(item, sources.Picture):
+                item = checks.check(item, checks.Limits())
+                if isinstance(item, PIL.Image.Image):
+                    continue
+                assert item.cause in checks.CAUSES
+            assert item.detail and "\n" not in item.detail
+            found[item.image] = f"picture: {item.cause}"
+    assert found == {name: cause for name, cause in expected.items() if cause}
+    assert {name for name in expected if name.startswith("fine_")} == set(expected) - set(found)
+
+
+def checked(picture, kind, limits=None, **options):
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return checks.check(sources.Picture("x", out.getvalue()), limits or checks.Limits())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16"])
+def test_every_colour_mode_becomes_rgb_of_the_same_size(mode):
+    picture = PIL.Image.new("RGB", (30, 20), (200, 100, 50)).convert(mode)
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    found = checked(picture, kind)
+    assert (found.mode, found.size) == ("RGB", (30, 20))
+    expected = np.asarray(picture.convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(found), expected)
+
+
+def test_the_orientation_tag_is_not_followed():
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    assert checked(PIL.Image.new("RGB", (30, 20)), "JPEG", exif=exif).size == (30, 20)
+
+
+def test_a_photograph_with_a_preview_behind_it_is_still():
+    picture = PIL.Image.new("RGB", (30, 20), "red")
+    preview = picture.resize((16, 16))
+    found = checked(picture, "MPO", save_all=True, append_images=[preview])
+    assert found.size == (30, 20)
+
+
+def test_limits_are_inclusive():
+    limits = checks.Limits(min_side=20, max_side=30)
+    assert checked(PIL.Image.new("RGB", (30, 20)), "PNG", limits).size == (30, 20)
+    assert checked(PIL.Image.new("RGB", (31, 20)), "PNG", limits).cause == "too large"
+    fault = checked(PIL.Image.new("RGB", (30, 19)), "PNG", limits)
+    assert fault.cause == "too small"
+    assert fault.detail == "got 30 x 19 pixels, expected at least 20 a side"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_a_file_cut_anywhere_is_a_fault_never_an_error(kind):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    out = io.BytesIO()
+    PIL.Image.fromarray(noise).save(out, kind)
+    whole = out.getvalue()
+    for length in range(0, len(whole) * 9 // 10, max(1, len(whole) // 40)):
+        fault = checks.check(sources.Picture("x", whole[:length]), checks.Limits())
+        assert fault.cause in ("empty file", "unreadable", "damaged")

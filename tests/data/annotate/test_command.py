@@ -1,0 +1,135 @@
+"""The command, killed and started again, with models that run here and with an endpoint; wrong usage."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+
+from data.annotate import __main__ as command
+from tests import record_sets
+from tests.data.annotate import drill, endpoint
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    return folder, *drill.plant(folder, 24)
+
+
+@pytest.mark.parametrize("passes", [drill.local, drill.remote])
+def test_killed_and_started_again_each_picture_is_there_once(planted, passes):
+    told = []
+    passes(*planted, lambda *texts: told.append(texts))
+    assert len(told) >= 3  # it went to its end
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "in"
+    record_sets.write_annotations(folder, 6, size=(40, 30))
+    return folder
+
+
+def arguments(folder, output, *more):
+    annotated = ["--source=annotations", f"--annotations={folder / 'A.jsonl'}"]
+    return [f"--images={folder}", f"--output={output}", *annotated, *more]
+
+
+def test_what_a_source_has_is_taken_over_and_built_into_records(pictures, tmp_path):
+    output = tmp_path / "out"
+    more = ("--passes=none", "--records=birds", "--store-size=16", "--encoding=png")
+    assert command.main(arguments(pictures, output, "--shard-size=4", *more)) == 0
+    lines = [json.loads(line) for line in (output / "A.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in lines] == [f"{i:05d}.png" for i in range(6)]
+    source = [json.loads(line) for line in (pictures / "A.jsonl").read_text().splitlines()]
+    for line, given in zip(lines, source, strict=True):
+        assert line["captions"] == [given["caption"], *given["captions"]]
+        assert line["synthetic_caption"] == given["synthetic_caption"]
+        assert [r["description"] for r in line["regions"]] == [
+            r["description"] for r in given["regions"]
+        ]
+    assert len(list((output / "annotations").iterdir())) == 2
+    builder = tfds.builder("birds", data_dir=output / "records")
+    examples = {x["id"].decode(): x for x in tfds.as_numpy(builder.as_dataset(split="train"))}
+    assert sorted(examples) == [f"id{i}" for i in range(6)]
+    assert examples["id0"]["image"].shape == (16, 16, 3)
+
+
+def test_pictures_of_tar_shards_go_to_records_or_to_files(pictures, tmp_path):
+    import tarfile
+
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for number in range(2):
+        with tarfile.open(tars / f"0000{number}.tar", "w") as tar:
+            for name in ("00000.png", "00001.png"):
+                (pictures / name).with_suffix(".txt").write_text(f"text of {number} {name}")
+                tar.add(pictures / name, name)
+                tar.add((pictures / name).with_suffix(".txt"), name.replace("png", "txt"))
+    given = [f"--images={tars}", "--passes=none"]
+    assert command.main([*given, f"--output={tmp_path / 'a'}", "--records=tars"]) == 0
+    assert not (tmp_path / "a" / "images").exists()
+    builder = tfds.builder("tars", data_dir=tmp_path / "a" / "records")
+    examples = {x["id"].decode(): x for x in tfds.as_numpy(builder.as_dataset(split="train"))}
+    names = [f"0000{number}/0000{i}.png" for number in range(2) for i in range(2)]
+    assert sorted(examples) == names
+    expected = np.asarray(PIL.Image.open(pictures / "00001.png").convert("RGB"))
+    np.testing.assert_array_equal(examples["00001/00001.png"]["image"], expected)
+    assert examples["00001/00001.png"]["captions"].tolist() == [b"text of 1 00001.png"]
+
+    assert command.main([*given, f"--output={tmp_path / 'b'}"]) == 0
+    for name in names:
+        written = (tmp_path / "b" / "images" / name).read_bytes()
+        assert written == (pictures / name.split("/")[1]).read_bytes()
+
+
+def test_an_output_takes_no_other_settings(pictures, tmp_path, capsys):
+    given = arguments(pictures, tmp_path / "out", "--passes=none")
+    assert command.main(given) == 0
+    assert command.main(given) == 0  # nothing left to do
+    assert "0 of 1 shards in this run" in capsys.readouterr().out
+    assert command.main([*given, "--min-side=20"]) == 2
+    assert "was begun with source limits [16, 10000], got [20, 10000]" in capsys.readouterr().err
+
+
+def test_too_many_faults_end_with_status_2_and_are_listed(pictures, tmp_path, capsys):
+    (pictures / "00002.png").write_bytes(b"")
+    output = tmp_path / "out"
+    assert command.main(arguments(pictures, output, "--passes=none")) == 2
+    assert "1 of 6 pictures have a fault, more than --max-faults 0.01" in capsys.readouterr().err
+    letter = json.loads((output / "failed.jsonl").read_text())
+    assert (letter["image"], letter["cause"], letter["kept"]) == ("00002.png", "empty file", False)
+    assert len((output / "A.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_server_that_refuses_all_ends_the_job_in_one_line(pictures, tmp_path, capsys):
+    with endpoint.serve(lambda asked: endpoint.Reply("who?", status=401)) as server:
+        given = arguments(pictures, tmp_path / "out", f"--endpoint={server.url}", "--chat=tiny")
+        assert command.main([*given, "--passes=caption"]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and "the key is wrong or missing" in error[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--passes=captoin", "expected all, none, or some of caption,describe,ground"),
+        ("--runnner=DirectRunner", "got --runnner, expected an argument of this command"),
+        ("--source=tdfs", "invalid choice: 'tdfs'"),
+        ("--passes=describe", "1 of 1 shards have no results of the pass caption yet"),
+        ("--endpoint=http://127.0.0.1:1/v1", "got no --chat"),
+        ("--records=Big Set", "expected a TFDS name"),
+        ("--prompts=/nowhere", "/nowhere/caption.txt: no such file"),
+        ("--images=/nowhere  --source=folder", "no such folder, expected pictures"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(pictures, tmp_path, capsys, given, expected):
+    try:
+        status = command.main([*arguments(pictures, tmp_path / "out"), *given.split("  ")])
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and expected in error[0]

@@ -1,0 +1,348 @@
+"""The detectors: where boxes come back, which description each gets, what is merged, clipped and isolated."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import transformers
+
+from data.annotate import chat, checkpoint, detector
+from tests import storage_emulator
+from tests.data.annotate import models
+from tests.paths import ROOT
+
+# Width x height of the pictures, 1:10 to 10:1, most of them odd; the last is shrunk before it is shown.
+SIZES = [
+    (53, 530),
+    (61, 427),
+    (121, 601),
+    (333, 1001),
+    (301, 607),
+    (480, 641),
+    (767, 767),
+    (641, 479),
+    (901, 299),
+    (850, 171),
+    (1009, 143),
+    (4109, 411),
+]
+GROUND, OBJECT = (
+    (0, 120, 160),
+    (255, 40, 30),
+)  # red tells them apart; padding is black, as the ground's red
+KINDS = ("owlv2", "grounding_dino")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Small checkpoints by kind."""
+    return {kind: getattr(models, kind)(tmp_path_factory.mktemp(kind)) for kind in KINDS}
+
+
+@pytest.fixture(params=KINDS)
+def small(request, folders):
+    """A detector whose threshold lets much of its random scores through."""
+    return detector.build(detector.Options(folders[request.param], threshold=0.1))
+
+
+def _picture(width, height):
+    """A picture, and the box of the one thing in it."""
+    box = (width // 7, height // 3, width - width // 5, height - height // 4)
+    picture = PIL.Image.new("RGB", (width, height), GROUND)
+    picture.paste(OBJECT, box)
+    return picture, box
+
+
+def _noise(width, height, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+def _extent(covered):
+    """Centre and length of the covered stretch of a line, in shares of it: a blurred edge counts as it covers."""
+    places = torch.arange(len(covered)) + 0.5
+    length = covered.sum()
+    return (covered * places).sum() / length / len(covered), length / len(covered)
+
+
+def _share(pixels):
+    """The object's box in pixels as a network is shown them, in shares of their width and height, cxcywh."""
+    red = pixels[0]
+    covered = (red - red.min()) / (red.max() - red.min())
+    cx, w = _extent(covered[covered.sum(dim=1).argmax()])
+    cy, h = _extent(covered[:, covered.sum(dim=0).argmax()])
+    return torch.stack([cx, cy, w, h])
+
+
+def _seeing(config):
+    """A network that sees the object, and gives its box in the shares that the published weights give.
+
+    OWLv2's are shares of all that it is shown (its box bias is a grid over it, padding included); Grounding
+    DINO's of what the mask says is picture (its proposals are a grid over that).
+    """
+    output = transformers.utils.ModelOutput
+
+    def run(*, pixel_values, input_ids, pixel_mask=None, **_):
+        boxes = torch.full((len(pixel_values), 2, 4), 0.5)  # the second box has a low score
+        for index, pixels in enumerate(pixel_values):
+            if pixel_mask is not None:
+                rows, columns = (
+                    pixel_mask[index].any(dim=1).sum(),
+                    pixel_mask[index].any(dim=0).sum(),
+                )
+                pixels = pixels[:, :rows, :columns]
+            boxes[index, 0] = _share(pixels)
+        if pixel_mask is None:
+            tokens = input_ids.view(len(pixel_values), -1, input_ids.shape[1])
+            logits = torch.full((len(pixel_values), 2, tokens.shape[1]), -9.0)
+            logits[:, 0, 1] = 2.0
+            fill = tokens[:, :, 1] == tokens.max()  # a start and an end, nothing between
+            logits[:, 0][fill] = 5.0
+        else:
+            logits = torch.full((len(pixel_values), 2, config.max_text_len), -9.0)
+            for row, tokens in zip(logits, input_ids):
+                first_stop = int((tokens == 1012).nonzero()[0])
+                row[0, first_stop + 2] = 2.0  # within the second description
+        return output(logits=logits, pred_boxes=boxes)
+
+    run.config = config
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_box_comes_back_within_a_pixel_from_any_shape_of_picture(kind, tmp_path, caplog):
+    # The published processors' settings: a square of 960, and 800 to 1333 along the sides.
+    if kind == "owlv2":
+        name = models.owlv2(tmp_path, size=960)
+    else:
+        name = models.grounding_dino(tmp_path, shortest=800, longest=1333)
+    loaded = checkpoint.load(name, "AutoModelForZeroShotObjectDetection", device="", half=False)
+    seeing = loaded._replace(model=_seeing(loaded.model.config))
+    pictures, boxes = zip(*(_picture(*size) for size in SIZES))
+    texts = [["a blue sky", "a red block. why?", *["more"] * (i % 3)] for i in range(len(SIZES))]
+    found = detector.Detector(seeing, detector.Options(batch_size=4)).detect(pictures, texts)
+    assert not caplog.records  # no batch failed
+    errors = {}
+    for size, box, regions in zip(SIZES, boxes, found, strict=True):
+        (region,) = regions
+        assert region.description == "a red block. why?"
+        assert region.score == pytest.approx(1 / (1 + np.exp(-2.0)))
+        errors[size] = np.abs(np.subtract(region.box_xyxy, box)).max()
+    print(kind, {size: round(float(error), 3) for size, error in errors.items()})
+    assert max(errors.values()) < 1
+
+
+def test_owlv2_gives_boxes_as_shares_of_the_padded_square(folders):
+    finder = detector.build(detector.Options(folders["owlv2"], threshold=0.0, merge_iou=1.0))
+    # Without what it learns, the network's boxes are a grid of 6 x 6 over all that it is shown: here 600 x 600,
+    # centres at 100, 200, ... 600, sides of 100.
+    finder._model.box_head.dense2.weight.data.zero_()
+    finder._model.box_head.dense2.bias.data.zero_()
+    (regions,) = finder.detect([_noise(600, 230)], [["a beak"]])
+    found = sorted(tuple(round(value) for value in region.box_xyxy) for region in regions)
+    columns = [(left, left + 100) for left in range(50, 550, 100)]
+    rows = [(50, 150), (150, 230)]  # the second hangs over into the padding
+    assert [box for box in found if box[2] < 600] == [
+        (x1, y1, x2, y2) for x1, x2 in columns for y1, y2 in rows
+    ]
+
+
+def test_grounding_dino_gives_boxes_as_shares_of_the_picture_without_padding(folders):
+    finder = detector.build(detector.Options(folders["grounding_dino"]))
+    # Without what it learns, the network's boxes start as a grid over the picture.
+    last = finder._model.model.encoder_output_bbox_embed.layers[-1]
+    last.weight.data.zero_()
+    last.bias.data.zero_()
+    inputs = detector._dino_inputs(
+        finder._processor,
+        finder._model.config,
+        [_noise(106, 64), _noise(64, 106, seed=1)],
+        [("a beak",)] * 2,
+        "cpu",
+    )
+    assert inputs["pixel_values"].shape == (2, 3, 106, 106)
+    with torch.inference_mode():
+        grids = finder._model(**inputs).enc_outputs_coord_logits
+    for grid in grids:
+        centres = grid[torch.isfinite(grid).all(dim=1)].sigmoid()[:, :2]
+        # Of the padded square, the shorter side would end at 64 / 106 = 0.6.
+        assert (centres.amin(dim=0) < 0.1).all() and (centres.amax(dim=0) > 0.9).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_in_a_batch_do_not_disturb_each_other(kind, folders, caplog):
+    one = detector.build(detector.Options(folders[kind], threshold=0.1, batch_size=1))
+    many = detector.build(detector.Options(folders[kind], threshold=0.1, batch_size=8))
+    pictures = [_noise(90, 64, seed=i) for i in range(3)]
+    texts = [["a beak", "two red wings"], [], ["a tail", "a beak", "thin grey legs", "an eye"]]
+    alone, together = one.detect(pictures, texts), many.detect(pictures, texts)
+    assert not caplog.records  # the batch did not fall apart
+    assert alone[1] == together[1] == []
+    for a, b, wanted in zip(alone, together, texts):
+        assert [x.description for x in a] == [x.description for x in b]
+        assert {x.description for x in a} <= set(wanted)
+        if wanted:
+            assert len(a) > 2
+            np.testing.assert_allclose(
+                [x.box_xyxy for x in a], [x.box_xyxy for x in b], atol=0.01, rtol=0
+            )
+            np.testing.assert_allclose([x.score for x in a], [x.score for x in b], atol=1e-4)
+
+
+def test_regions_lie_in_the_picture_and_come_best_first(small):
+    pictures = [_noise(90, 31), _noise(33, 120), _noise(64, 64)]
+    for picture, regions in zip(pictures, small.detect(pictures, [["a beak", "a tail"]] * 3)):
+        assert regions
+        scores = [region.score for region in regions]
+        assert scores == sorted(scores, reverse=True) and 0.1 < scores[-1] <= scores[0] <= 1
+        for x1, y1, x2, y2 in (region.box_xyxy for region in regions):
+            assert 0 <= x1 <= x2 - 1 < picture.width and 0 <= y1 <= y2 - 1 < picture.height
+
+
+def test_overlapping_boxes_of_a_description_merge_into_the_best():
+    box, near, far = [10, 10, 50, 50], [12, 10, 52, 50], [60, 60, 90, 90]
+    entries = [
+        (0.5, near, "a beak"),  # IoU 0.905 with the better one
+        (0.9, box, "a beak"),
+        (0.4, near, "a tail"),  # another description's
+        (0.3, far, "a beak"),
+        (0.2, [10, 10, 90, 30], "a beak"),  # IoU 0.333
+    ]
+    kept = detector._regions(entries, (100, 100), 0.5)
+    assert [(x.score, x.description) for x in kept] == [
+        (0.9, "a beak"),
+        (0.4, "a tail"),
+        (0.3, "a beak"),
+        (0.2, "a beak"),
+    ]
+
+
+def test_boxes_are_clipped_and_those_that_lie_elsewhere_go():
+    entries = [
+        (0.9, [-10, 20, 50, 110], "over the edge"),
+        (0.8, [80, 80, 140, 90], "most of it outside"),
+        (0.7, [120, 120, 150, 150], "outside"),
+        (0.6, [30, 30, 30.5, 60], "a line"),
+        (0.5, [40, 40, 30, 60], "inverted"),
+    ]
+    kept = detector._regions(entries, (100, 100), 0.5)
+    assert [(x.description, x.box_xyxy) for x in kept] == [("over the edge", (0, 20, 50, 100))]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
+def test_any_mode_is_taken(small, mode):
+    picture = PIL.Image.new("I;16", (40, 30)) if mode == "I;16" else _noise(40, 30).convert(mode)
+    (found,) = small.detect([picture], [["a beak"]])
+    assert isinstance(found, list)
+
+
+def test_an_orientation_in_the_file_does_not_turn_the_boxes(small):
+    plain = _noise(96, 40)
+    turned = plain.copy()
+    turned.getexif()[0x0112] = 6  # to be shown turned by 90 degrees
+    turned.info["exif"] = turned.getexif().tobytes()
+    assert small.detect([turned], [["a beak"]]) == small.detect([plain], [["a beak"]])
+
+
+def test_texts_that_the_text_towers_could_not_take(small):
+    texts = [
+        "a beak " * 200,
+        "what? a 3.5 cm beak. red.",
+        "<|endoftext|> [SEP] [PAD] !",
+        "...",
+        "喙",
+        "a beak",
+        "a beak",  # asked for once
+    ]
+    (found,) = small.detect([_noise(64, 64)], [texts])
+    assert {region.description for region in found} <= set(texts)
+    assert found
+
+
+def test_grounding_dino_keeps_descriptions_apart(folders):
+    finder = detector.build(detector.Options(folders["grounding_dino"]))
+    texts = ("a red. beak?", "Two wings", "a tail")
+    inputs = detector._dino_inputs(
+        finder._processor, finder._model.config, [_noise(64, 64)], [texts], "cpu"
+    )
+    decoded = finder._processor.tokenizer.decode(inputs["input_ids"][0])
+    assert decoded == "[CLS] a red beak. two wings. a tail. [SEP]"
+    logits = torch.full((1, 2, 256), -9.0)
+    tokens = inputs["input_ids"][0].tolist()
+    stops = [place for place, token in enumerate(tokens) if token == 1012]
+    logits[0, 0, stops[0]] = 5.0  # a full stop is no word of any description
+    logits[0, 0, stops[1] - 1] = 1.0  # the last letter of the second
+    logits[0, 1, stops[1] + 1] = 2.0  # the first word of the third
+    logits[0, 1, stops[2] + 40] = 7.0  # beyond the text
+    scores = detector._dino_scores(finder._processor, inputs, logits, 0, 3)
+    assert scores.tolist() == [[[-9.0, 1.0, -9.0], [-9.0, -9.0, 2.0]]]
+
+
+def test_a_batch_is_halved_when_memory_runs_out(small, monkeypatch):
+    forward, sizes = small._model.forward, []
+
+    def limited(*args, **kwargs):
+        sizes.append(len(kwargs["pixel_values"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(*args, **kwargs)
+
+    pictures, texts = [_noise(64, 64, seed=i) for i in range(6)], [["a beak"]] * 6
+    expected = small.detect(pictures, texts)
+    monkeypatch.setattr(small._model, "forward", limited)
+    found = small.detect(pictures, texts)
+    assert sizes == [6, 3, 1, 2, 3, 1, 2]
+    assert [len(regions) for regions in found] == [len(regions) for regions in expected]
+    sizes.clear()
+    small.detect(pictures, texts)
+    assert sizes == [1] * 6  # what did not fit is not tried again
+
+
+def test_a_picture_that_the_model_cannot_take_fails_alone(small, monkeypatch):
+    forward = small._model.forward
+
+    def touchy(*args, **kwargs):
+        if any(len(pixels.unique()) < 9 for pixels in kwargs["pixel_values"]):
+            raise ValueError("cannot\ntake this")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(small._model, "forward", touchy)
+    pictures = [_noise(64, 64), PIL.Image.new("RGB", (64, 64)), _noise(64, 64, seed=2)]
+    first, second, third = small.detect(pictures, [["a beak"]] * 3)
+    assert isinstance(first, list) and isinstance(third, list)
+    assert second == chat.Failure("model error", "ValueError: cannot take this")
+
+
+def test_models_that_cannot_be_used(tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match="nothing-here: cannot be loaded"):
+        detector.build(detector.Options(str(tmp_path / "nothing-here")))
+    config = transformers.DetrConfig()
+    config.save_pretrained(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be loaded"):
+        detector.build(detector.Options(str(tmp_path)))
+
+
+@pytest.mark.slow  # needs the extra gcs
+def test_a_model_in_an_object_store_is_loaded_too(folders, tmp_path):
+    code = (
+        "import sys; from PIL import Image; from data.annotate import detector\n"
+        "finder = detector.build(detector.Options(sys.argv[1], threshold=0))\n"
+        "print(len(finder.detect([Image.new('RGB', (64, 64), 'red')], [['a beak']])[0]))"
+    )
+    with storage_emulator.serve(tmp_path) as (store, environment):
+        for file in pathlib.Path(folders["owlv2"]).iterdir():
+            store.write("bucket", f"models/owlv2/{file.name}", file.read_bytes())
+        environment = {**os.environ, **environment, "EPATH_USE_TF": "false"}
+        counts = []
+        for name in (folders["owlv2"], "gs://bucket/models/owlv2"):
+            command = [sys.executable, "-c", code, name]
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+            )
+            counts.append(int(done.stdout))
+    assert counts[0] == counts[1] > 0

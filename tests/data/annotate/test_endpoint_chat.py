@@ -1,0 +1,230 @@
+"""A chat model behind an endpoint: what is sent, how much at a time, and what happens when it does not answer."""
+
+import email.utils
+import pickle
+import socket
+import time
+
+import PIL.Image
+import pytest
+
+from data.annotate import answers, endpoint_chat
+from tests.data.annotate import endpoint, models
+
+PICTURE = PIL.Image.new("RGB", (60, 40), (200, 30, 30))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Waits between tries that a test can wait for."""
+    monkeypatch.setattr(endpoint_chat, "FIRST_WAIT", 0.02)
+
+
+def _client(server, **options):
+    return endpoint_chat.build(endpoint_chat.Options(server.url, "tiny", **options))
+
+
+def _sequence(*replies):
+    """Replies in this order, the last one over and over."""
+    left = list(replies)
+    return lambda asked: left.pop(0) if len(left) > 1 else left[0]
+
+
+def test_answers_come_in_order_with_their_tokens():
+    with endpoint.serve() as server:
+        client = _client(server, concurrency=4)
+        prompts = ["Subject:", "List.", "Subject:"] * 4
+        found = client.answer([PICTURE] * 12, prompts)
+    for prompt, answer in zip(prompts, found, strict=True):
+        parse = answers.parse_caption if prompt == "Subject:" else answers.parse_descriptions
+        assert not isinstance(parse(answer.text), answers.Refused)
+        assert (answer.prompt_tokens, answer.cut_off) == (100, False)
+        assert answer.answer_tokens == len(answer.text.split())
+    assert {asked.prompt for asked in server.asked} == {"Subject:", "List."}
+
+
+def test_what_is_sent(monkeypatch):
+    monkeypatch.setenv("A_KEY", "secret")
+    large = PIL.Image.new("CMYK", (3000, 1500))
+    with endpoint.serve() as server:
+        client = _client(server, key_variable="A_KEY", max_tokens=77)
+        client.answer([PICTURE], ["Subject:"])
+        client.answer([large], ["List."])
+        _client(server, key_variable="NO_KEY").answer([PICTURE], ["List."])
+    first, second, third = server.asked
+    assert first.body | {"messages": None} == {
+        "model": "tiny",
+        "messages": None,
+        "max_tokens": 77,
+        "temperature": 0,
+    }
+    assert first.headers["Authorization"] == "Bearer secret"
+    assert "Authorization" not in third.headers
+    assert (first.picture.format, first.picture.mode, first.picture.size) == (
+        "JPEG",
+        "RGB",
+        (60, 40),
+    )
+    assert max(abs(a - b) for a, b in zip(first.picture.getpixel((30, 20)), (200, 30, 30))) < 4
+    assert second.picture.size == (1344, 672)
+    assert large.size == (3000, 1500) and PICTURE.size == (60, 40)  # the caller's stay as they are
+
+
+def test_no_more_requests_at_a_time_than_allowed():
+    with endpoint.serve(lambda asked: endpoint.Reply("a", seconds=0.1)) as server:
+        assert len(_client(server, concurrency=3).answer([PICTURE] * 12, ["List."] * 12)) == 12
+        assert server.busiest == 3
+
+
+def test_no_more_requests_a_second_than_allowed():
+    with endpoint.serve() as server:
+        _client(server, requests_per_second=20.0).answer([PICTURE] * 9, ["List."] * 9)
+    moments = [asked.time for asked in server.asked]
+    assert moments[-1] - moments[0] >= 8 / 20 - 0.03
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        endpoint.Reply("overloaded", status=500),
+        endpoint.Reply("overloaded", status=503),
+        endpoint.Reply("slow down", status=429),
+        endpoint.Reply(body=b"<html>a proxy's page</html>"),
+        endpoint.Reply(hang_up=True),
+        endpoint.Reply("too late", seconds=1.5),
+    ],
+)
+def test_what_passes_is_tried_again(reply):
+    good = endpoint.Reply("a beak")
+    with endpoint.serve(_sequence(reply, reply, good)) as server:
+        (found,) = _client(server, seconds=0.5).answer([PICTURE], ["List."])
+    assert found.text == "a beak" and len(server.asked) == 3
+
+
+@pytest.mark.parametrize(
+    "reply,cause,detail",
+    [
+        (endpoint.Reply("over\nloaded", status=500), "server error", "status 500: "),
+        (endpoint.Reply("slow down", status=429), "rate limit", "status 429: "),
+        (endpoint.Reply(seconds=1.0), "time-out", "timed out"),
+        (endpoint.Reply(hang_up=True), "no connection", "RemoteDisconnected"),
+        (endpoint.Reply(body=b"\xff garbage"), "no answer in the response", "garbage"),
+        (endpoint.Reply(body=b'{"choices": []}'), "no answer in the response", "got"),
+        (
+            endpoint.Reply(body=b'{"choices": [{"message": {"content": null}}]}'),
+            "no answer in the response",
+            "null",
+        ),
+        (endpoint.Reply(body=b"[1]"), "no answer in the response", "got [1]"),
+    ],
+)
+def test_what_does_not_pass_fails_by_name_and_alone(reply, cause, detail):
+    def choose(asked):
+        return reply if asked.prompt == "bad" else endpoint.Reply("a beak")
+
+    with endpoint.serve(choose) as server:
+        client = _client(server, seconds=0.4, tries=2)
+        good, bad, other = client.answer([PICTURE] * 3, ["List.", "bad", "List."])
+    assert good.text == other.text == "a beak"
+    assert bad.cause == cause and detail in bad.detail and "\n" not in bad.detail
+    assert [asked.prompt for asked in server.asked].count("bad") == 2
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_request_that_is_rejected_is_not_repeated(status):
+    with endpoint.serve(lambda asked: endpoint.Reply("no such picture", status=status)) as server:
+        (found,) = _client(server).answer([PICTURE], ["List."])
+    assert found.cause == "request rejected" and f"status {status}: " in found.detail
+    assert "no such picture" in found.detail and len(server.asked) == 1
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_concerns_every_request_ends_it_all(status):
+    with endpoint.serve(lambda asked: endpoint.Reply("unknown model", status=status)) as server:
+        with pytest.raises(endpoint_chat.EndpointError, match=f"'tiny'.*status {status}: ") as info:
+            _client(server, concurrency=1).answer([PICTURE] * 50, ["List."] * 50)
+        assert "\n" not in str(info.value)
+        assert len(server.asked) < 10
+
+
+def test_retry_after_holds_for_all_requests():
+    replies = _sequence(
+        endpoint.Reply("slow down", status=429, retry_after="1"), endpoint.Reply("a beak")
+    )
+    with endpoint.serve(replies) as server:
+        client = _client(server, concurrency=1)
+        assert [x.text for x in client.answer([PICTURE] * 3, ["List."] * 3)] == ["a beak"] * 3
+    moments = [asked.time for asked in server.asked]
+    assert len(moments) == 4
+    assert 1.0 <= moments[1] - moments[0] < 3 and moments[3] - moments[1] < 1
+
+
+def test_retry_after_as_a_date_or_as_nonsense():
+    in_a_minute = email.utils.formatdate(time.time() + 60, usegmt=True)
+    assert 55 < endpoint_chat._seconds(in_a_minute) <= 60
+    assert endpoint_chat._seconds(email.utils.formatdate(time.time() - 60, usegmt=True)) == 0
+    assert [endpoint_chat._seconds(text) for text in (None, "", "soon", "-3", "2.5", "nan")] == [
+        *[0.0] * 4,
+        2.5,
+        0.0,
+    ]
+
+
+def test_a_server_that_wants_hours_is_not_waited_for():
+    reply = endpoint.Reply("tomorrow", status=429, retry_after="86400")
+    with endpoint.serve(lambda asked: reply) as server:
+        (found,) = _client(server).answer([PICTURE], ["List."])
+    assert found.cause == "rate limit" and len(server.asked) == 1
+
+
+def test_waits_grow_between_tries(monkeypatch):
+    waits = []
+    sleep = time.sleep
+    monkeypatch.setattr(endpoint_chat, "FIRST_WAIT", 1.0)
+    monkeypatch.setattr(endpoint_chat.time, "sleep", lambda s: waits.append(s) or sleep(0))
+    address = _closed_port()
+    client = endpoint_chat.build(endpoint_chat.Options(address, "tiny", tries=9))
+    (found,) = client.answer([PICTURE], ["List."])
+    assert found.cause == "no connection" and "refused" in found.detail
+    waits = [wait for wait in waits if wait]
+    bounds = [1, 2, 4, 8, 16, 32, 60, 60]
+    assert len(waits) == 8
+    assert all(bound / 2 <= wait <= bound for wait, bound in zip(waits, bounds))
+
+
+def test_the_limit_of_tokens_is_told():
+    reply = endpoint.Reply(models.DESCRIPTIONS[0], finish_reason="length")
+    with endpoint.serve(lambda asked: reply) as server:
+        (found,) = _client(server).answer([PICTURE], ["List."])
+    assert found.cut_off
+
+
+def test_a_server_that_does_not_count_tokens():
+    body = b'{"choices": [{"message": {"content": "a beak"}}]}'
+    with endpoint.serve(lambda asked: endpoint.Reply(body=body)) as server:
+        (found,) = _client(server).answer([PICTURE], ["List."])
+    assert (found.text, found.prompt_tokens, found.answer_tokens, found.cut_off) == (
+        "a beak",
+        0,
+        0,
+        False,
+    )
+
+
+def test_options_can_be_sent_to_a_worker_and_hold_no_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    options = endpoint_chat.Options("http://host/v1", "tiny")
+    assert pickle.loads(pickle.dumps(options)) == options
+    assert b"secret" not in pickle.dumps(options)
+
+
+@pytest.mark.parametrize("url", ["host:8000/v1", "ftp://host/v1", "http://", ""])
+def test_an_address_that_is_none(url):
+    with pytest.raises(endpoint_chat.EndpointError, match="no address, expected one like"):
+        endpoint_chat.build(endpoint_chat.Options(url, "tiny"))
+
+
+def _closed_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}/v1"

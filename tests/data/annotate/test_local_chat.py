@@ -1,0 +1,131 @@
+"""A chat model on this machine: batches and their padding, ends and limits, what does not fit, what fails."""
+
+import pickle
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from data.annotate import answers, chat, checkpoint, local_chat
+from tests.data.annotate import models
+
+CAPTION = models.SUBJECT + models.CAPTION
+DESCRIPTIONS = "".join(models.DESCRIPTIONS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return models.llava_next(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def noise_folder(tmp_path_factory):
+    """A model whose answers depend on the picture and on every word of the prompt."""
+    return models.llava_next(tmp_path_factory.mktemp("noise"), answers=False)
+
+
+@pytest.fixture
+def llava(folder):
+    return local_chat.build(local_chat.Options(folder))
+
+
+def _pictures(*sizes):
+    generator = np.random.default_rng(0)
+    return [
+        PIL.Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8))
+        for width, height in sizes
+    ]
+
+
+def test_answers_come_in_order_with_their_tokens(llava):
+    pictures = _pictures((60, 30), (30, 60), (28, 28))
+    found = llava.answer(
+        pictures, ["What? Subject:", "List what you see.", "Subject: and Caption:"]
+    )
+    assert [answer.text for answer in found] == [CAPTION, DESCRIPTIONS, CAPTION]
+    assert [answer.answer_tokens for answer in found] == [2, 4, 2]  # one a line, without the end
+    assert not any(answer.cut_off for answer in found)
+    assert answers.parse_caption(found[0].text) == answers.Captioned(
+        "a small bird", "a small bird with a red wing sits on a branch."
+    )
+    assert len(answers.parse_descriptions(found[1].text).descriptions) == 4
+    assert llava.answer([], []) == []
+
+
+def test_a_batch_gives_what_each_picture_gives_alone(noise_folder, caplog):
+    pictures = _pictures((60, 30), (30, 90), (28, 28), (200, 20), (57, 33))
+    prompts = ["a", "what is in this picture? " * 4, "list", "list", "say a few words"]
+    alone = local_chat.build(local_chat.Options(noise_folder, batch_size=1, max_tokens=12))
+    together = local_chat.build(local_chat.Options(noise_folder, batch_size=5, max_tokens=12))
+    expected = alone.answer(pictures, prompts)
+    assert together.answer(pictures, prompts) == expected
+    assert not caplog.records  # the batch did not fall apart
+    assert len({answer.text for answer in expected}) == 5
+    assert len({answer.prompt_tokens for answer in expected}) > 2
+    # The answers are to these pictures and these prompts.
+    assert alone.answer(pictures[1:2], prompts[:1])[0].text != expected[0].text
+    assert alone.answer(pictures[:1], prompts[1:2])[0].text != expected[0].text
+
+
+def test_the_limit_of_tokens_is_told(folder):
+    cut = local_chat.build(local_chat.Options(folder, max_tokens=2))
+    first, second = cut.answer(_pictures((30, 30), (30, 30)), ["Subject:", "List."])
+    assert first.text == CAPTION and first.cut_off  # its end is the third token: nobody knows yet
+    assert second.text == "".join(models.DESCRIPTIONS[:2]) and second.cut_off
+    assert second.answer_tokens == 2
+    enough = local_chat.build(local_chat.Options(folder, max_tokens=3))
+    assert not enough.answer(_pictures((30, 30)), ["Subject:"])[0].cut_off
+
+
+def test_the_mark_of_a_pictures_place_in_a_prompt_is_no_picture(llava):
+    (found,) = llava.answer(_pictures((30, 30)), ["About <image> and <image>: Subject:"])
+    assert found.text == CAPTION
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_any_mode_is_taken(llava, mode):
+    assert llava.answer([_pictures((40, 30))[0].convert(mode)], ["Subject:"])[0].text == CAPTION
+
+
+def test_a_batch_is_halved_when_memory_runs_out(llava, monkeypatch):
+    generate, sizes = llava._model.generate, []
+
+    def limited(**inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return generate(**inputs)
+
+    monkeypatch.setattr(llava._model, "generate", limited)
+    found = llava.answer(_pictures(*[(30, 30)] * 5), ["Subject:"] * 4 + ["List."])
+    assert [answer.text for answer in found] == [CAPTION] * 4 + [DESCRIPTIONS]
+    assert sizes == [5, 2, 3, 1, 2]
+
+
+def test_a_picture_alone_for_which_memory_is_short_fails_by_name(llava, monkeypatch):
+    def never(**inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB.")
+
+    monkeypatch.setattr(llava._model, "generate", never)
+    failure = chat.Failure(
+        "out of memory", "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB."
+    )
+    assert llava.answer(_pictures((30, 30), (30, 30)), ["a", "b"]) == [failure, failure]
+
+
+def test_options_can_be_sent_to_a_worker():
+    options = local_chat.Options("folder", batch_size=3)
+    assert pickle.loads(pickle.dumps(options)) == options
+
+
+def test_models_that_cannot_be_used(tmp_path, folder):
+    with pytest.raises(checkpoint.CheckpointError, match="nothing-here: cannot be loaded"):
+        local_chat.build(local_chat.Options(str(tmp_path / "nothing-here")))
+    detector = models.owlv2(tmp_path / "owlv2")
+    with pytest.raises(checkpoint.CheckpointError, match="AutoModelForImageTextToText"):
+        local_chat.build(local_chat.Options(detector))
+    models.llava_next(tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="no chat template"):
+        local_chat.build(local_chat.Options(str(tmp_path / "plain")))

@@ -1,0 +1,575 @@
+"""Each reader on a small sample in its public format, good and bad, and on to a training step."""
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+import tarfile
+
+import pytest
+from etils import epath
+
+from data import build, sources
+from tests import record_sets
+from tests.paths import ROOT
+
+# TFDS 4.9.10 asks protobuf for a field's label; protobuf 6 has another name for it.
+pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")
+
+COUNT, SIZE = 16, (32, 24)
+
+
+def boxes(number):
+    """Two boxes in pixels; whole, so that no format rounds them."""
+    return [(2, 3, 12, 15), (10 + number % 4, 4, 30, 20)]
+
+
+def descriptions(number):
+    return [f"the left part of {number}", f"a right part of {number}"]
+
+
+def caption(number):
+    left, right = descriptions(number)
+    return f"{left} beside {right}"
+
+
+def encoded(number):
+    file = io.BytesIO()
+    record_sets.picture(number, SIZE).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_pictures(folder, name):
+    """The pictures as files, called `name` with their number filled in."""
+    for number in range(COUNT):
+        path = folder / name.format(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(number))
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+    return str(path)
+
+
+def xywh(box):
+    x1, y1, x2, y2 = box
+    return [x1, y1, x2 - x1, y2 - y1]
+
+
+def shares(box):
+    return [box[0] / SIZE[0], box[1] / SIZE[1], box[2] / SIZE[0], box[3] / SIZE[1]]
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def options(folder, *paths, **fields):
+    return sources.Options(
+        images=str(folder / "images"),
+        annotations=tuple(map(str, paths)),
+        scratch=str(folder / "lists"),
+        shard_size=6,
+        **fields,
+    )
+
+
+def folder_sample(folder):
+    write_pictures(folder / "images", "{:05d}.jpg")
+    for number in range(COUNT):
+        (folder / f"images/{number:05d}.txt").write_text(caption(number) + "\n")
+    return options(folder)
+
+
+def webdataset_sample(folder):
+    for shard in range(2):
+        members = []
+        for number in range(shard * COUNT // 2, (shard + 1) * COUNT // 2):
+            key = f"{shard:05d}{number:04d}"
+            item = {"caption": caption(number), "url": "http://x", "key": key, "status": "success"}
+            members += [
+                (f"{key}.jpg", encoded(number)),
+                (f"{key}.txt", caption(number).encode()),
+                (f"{key}.json", json.dumps(item).encode()),
+            ]
+        write_tar(folder / f"images/{shard:05d}.tar", members)
+    return options(folder)
+
+
+def grit_sample(folder):
+    members = []
+    for number in range(COUNT):
+        text, found = caption(number), []
+        for box, description in zip(boxes(number), descriptions(number), strict=True):
+            start = text.index(description)
+            found.append([start, start + len(description), *shares(box), 0.75])
+        # As img2dataset writes them: numbers of such a column are all floats.
+        item = {"caption": text, "ref_exps": [list(map(float, one)) for one in found]}
+        item["noun_chunks"] = item["ref_exps"][:1]
+        members += [
+            (f"{number:09d}.jpg", encoded(number)),
+            (f"{number:09d}.json", json.dumps(item).encode()),
+            (f"{number:09d}.txt", text.encode()),
+        ]
+    write_tar(folder / "images/00000.tar", members)
+    return options(folder)
+
+
+def coco_sample(folder):
+    write_pictures(folder / "images", "{:012d}.jpg")
+    images = [
+        {"id": 7 + n, "file_name": f"{n:012d}.jpg", "width": SIZE[0], "height": SIZE[1]}
+        for n in range(COUNT)
+    ]
+    captions = [
+        {"id": 2 * n + k, "image_id": 7 + n, "caption": caption(n) + "." * k}
+        for n in range(COUNT)
+        for k in range(2)
+    ]
+    names = sorted({text for n in range(COUNT) for text in descriptions(n)})
+    objects = [
+        {"image_id": 7 + n, "bbox": xywh(box), "category_id": names.index(text), "iscrowd": 0}
+        for n in range(COUNT)
+        for box, text in zip(boxes(n), descriptions(n), strict=True)
+    ]
+    return options(
+        folder,
+        write_json(folder / "captions_val2017.json", {"images": images, "annotations": captions}),
+        write_json(
+            folder / "instances_val2017.json",
+            {
+                "images": images,
+                "annotations": objects,
+                "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
+            },
+        ),
+    )
+
+
+def visual_genome_sample(folder):
+    write_pictures(folder / "images", "VG_100K_2/{}.jpg")
+    regions = []
+    for number in range(COUNT):
+        found = []
+        for box, text in zip(boxes(number), descriptions(number), strict=True):
+            x, y, width, height = xywh(box)
+            place = {"x": x, "y": y, "width": width, "height": height}
+            found.append({"region_id": 1, "image_id": number, "phrase": text} | place)
+        regions.append({"id": number, "regions": found})
+    sizes = [{"image_id": n, "width": SIZE[0], "height": SIZE[1]} for n in range(COUNT)]
+    return options(
+        folder,
+        write_json(folder / "region_descriptions.json", regions),
+        write_json(folder / "image_data.json", sizes),
+    )
+
+
+def refcoco_sample(folder):
+    write_pictures(folder / "images", "COCO_train2014_{:012d}.jpg")
+    images, objects, refs = [], [], []
+    for number in range(COUNT):
+        name = f"COCO_train2014_{number:012d}.jpg"
+        images.append({"id": number, "file_name": name, "width": SIZE[0], "height": SIZE[1]})
+        for k, (box, text) in enumerate(zip(boxes(number), descriptions(number), strict=True)):
+            ann_id = 100 * number + k
+            objects.append({"id": ann_id, "image_id": number, "bbox": xywh(box)})
+            sentences = [{"sent": text, "raw": text, "tokens": text.split(), "sent_id": ann_id}]
+            refs.append(
+                {
+                    "ref_id": ann_id,
+                    "ann_id": ann_id,
+                    "image_id": number,
+                    "file_name": f"COCO_train2014_{number:012d}_{k}.jpg",
+                    "split": "train" if number else "testA",
+                    "sentences": sentences * 2,  # a sentence that two people gave is one region
+                }
+            )
+    path = folder / "refs(unc).p"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(refs, protocol=0))
+    instances = {"images": images, "annotations": objects, "categories": []}
+    return options(folder, path, write_json(folder / "instances.json", instances))
+
+
+def flickr30k_entities_sample(folder):
+    write_pictures(folder / "images", "{}.jpg")
+    for name in ("Sentences", "Annotations"):
+        (folder / name).mkdir(parents=True)
+    for number in range(COUNT):
+        left, right = descriptions(number)
+        sentence = f"[/EN#1{number}/people/other {left}] beside [/EN#2{number}/scene {right}]\n"
+        sentence += "[/EN#0/notvisual It] is a drawing .\n"
+        (folder / f"Sentences/{number}.txt").write_text(sentence)
+        objects = "<object><name>77</name><scene>1</scene><nobndbox>1</nobndbox></object>"
+        for chain, (x1, y1, x2, y2) in enumerate(boxes(number), 1):
+            corners = {"xmin": x1 + 1, "ymin": y1 + 1, "xmax": x2, "ymax": y2}
+            inside = "".join(f"<{tag}>{value}</{tag}>" for tag, value in corners.items())
+            objects += f"<object><name>{chain}{number}</name><bndbox>{inside}</bndbox></object>"
+        size = f"<size><width>{SIZE[0]}</width><height>{SIZE[1]}</height><depth>3</depth></size>"
+        text = f"<annotation>{size}{objects}</annotation>"
+        (folder / f"Annotations/{number}.xml").write_text(text)
+    return options(folder, folder)
+
+
+def finehard_sample(folder):
+    write_pictures(folder / "images", "grit-12m/coyo_image_0/00000/{:09d}.jpg")
+    items = [
+        {
+            "caption": f"A long text about {caption(n)}.",
+            "short_caption": caption(n),
+            "f_path": f"grit-12m/coyo_image_0/00000/{n:09d}.jpg",
+            "bbox_info": [
+                {
+                    "bbox": [*shares(box), 0.75],
+                    "short_expr": text,
+                    "long_expr": f"{text}, at length",
+                    "flag_short_neg": 1,
+                    "short_expr_negs": {"0": "another part"},
+                }
+                for box, text in zip(boxes(n), descriptions(n), strict=True)
+            ],
+        }
+        for n in range(COUNT)
+    ]
+    write_json(folder / "jsonfiles/2024_results_0.json", items[:9])
+    write_json(folder / "jsonfiles/2024_results_1.json", items[9:])
+    return options(folder, folder / "jsonfiles")
+
+
+def annotations_sample(folder):
+    write_pictures(folder / "images", "{:05d}.jpg")
+    lines = []
+    for number in range(COUNT):
+        found = zip(boxes(number), descriptions(number), strict=True)
+        regions = [{"box": box, "description": text, "score": 0.75} for box, text in found]
+        line = {"image": f"{number:05d}.jpg", "caption": caption(number), "regions": regions}
+        lines.append(json.dumps(line) + "\n")
+    (folder / "A.jsonl").write_text("\n".join(lines))  # blank lines between them
+    return options(folder, folder / "A.jsonl")
+
+
+def tfds_sample(folder):
+    found = annotations_sample(folder)
+    arguments = ["--annotations", found.annotations[0], "--images", found.images]
+    assert build.main([*arguments, "--output", str(folder), "--name=small"]) == 0
+    return found._replace(images=str(folder / "small"), annotations=())
+
+
+SAMPLES = {
+    name: globals()[f"{name}_sample"]
+    for name in (
+        "annotations",
+        "coco",
+        "finehard",
+        "flickr30k_entities",
+        "folder",
+        "grit",
+        "refcoco",
+        "tfds",
+        "visual_genome",
+        "webdataset",
+    )
+}
+SCORES = {"annotations": 0.75, "finehard": 0.75, "grit": 0.75, "tfds": 0.75}
+WITHOUT_CAPTIONS = ("visual_genome", "refcoco")
+WITHOUT_REGIONS = ("folder", "webdataset")
+
+
+def read_all(source, found):
+    return [item for shard in sources.shards(source, found) for item in sources.read(shard)]
+
+
+def write_lines(pictures, folder):
+    """A.jsonl and the pictures, as data.annotate writes them; a picture without caption gets one."""
+    lines = []
+    for picture in pictures:
+        path = folder / picture.image
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture.encoded)
+        names = ("box", "description", "score")
+        line = {
+            "image": picture.image,
+            "captions": list(picture.captions or ("a drawing",)),
+            "synthetic_caption": picture.synthetic_caption,
+            "regions": [dict(zip(names, region, strict=True)) for region in picture.regions],
+        }
+        lines.append(json.dumps(line) + "\n")
+    (folder / "A.jsonl").write_text("".join(lines))
+
+
+def train_one_step(output, workdir):
+    """Runs the trainer's command on OUTPUT/small; returns the metrics of its step."""
+    arguments = [
+        "--config=tests/run_config.py",
+        f"--workdir={workdir}",
+        "--config.total_steps=1",
+        "--config.input.source=records",
+        f"--config.input.data_dir={output}",
+        "--config.input.name=small",
+    ]
+    command = [sys.executable, "-m", "grain_jax.train", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def one_step(source, folder):
+    """The sample of `source` -> A.jsonl -> records -> one step."""
+    pictures = read_all(source, SAMPLES[source](folder / "sample"))
+    (folder / "lines").mkdir()
+    write_lines(pictures, folder / "lines")
+    assert record_sets.build_set(folder / "lines", folder / "records", name="small") == 0
+    return pictures, train_one_step(folder / "records", folder / "run")
+
+
+@pytest.mark.parametrize("source", SAMPLES)
+def test_reads_its_public_format(source, tmp_path):
+    found = SAMPLES[source](tmp_path)
+    shards = sources.shards(source, found)
+    assert shards == sources.shards(source, found)  # stable over runs
+    names = [shard.name for shard in shards]
+    assert names == sorted(set(names)) and not any("/" in name for name in names)
+    assert json.loads(json.dumps(shards)) == [[n, s, a] for n, s, a in shards]
+    pictures = [picture for shard in shards for picture in sources.read(shard)]
+    assert all(isinstance(picture, sources.Picture) for picture in pictures), pictures
+    assert len({picture.image for picture in pictures}) == len(pictures) == COUNT
+    assert read_all(source, found._replace(shard_size=5)) == pictures
+    if sources.are_files(source):
+        files = [(epath.Path(found.images) / p.image).read_bytes() for p in pictures]
+        assert [p.encoded for p in pictures] == files
+    numbers = {encoded(number): number for number in range(COUNT)}
+    for picture in pictures:
+        number = numbers[picture.encoded]
+        if source not in WITHOUT_CAPTIONS:
+            assert picture.captions[0] == caption(number)
+        else:
+            assert picture.captions == ()
+        assert not picture.left_out
+        expected = [] if source in WITHOUT_REGIONS else descriptions(number)
+        assert [region.description for region in picture.regions] == expected
+        for region, box in zip(picture.regions, boxes(number), strict=False):
+            assert region.box_xyxy == pytest.approx(box, abs=1e-5)
+            assert region.score == SCORES.get(source, 1.0)
+
+
+def test_a_sample_becomes_records_and_a_training_step(tmp_path):
+    pictures, metrics = one_step("refcoco", tmp_path)
+    assert len(pictures) == COUNT and metrics["step"] == 1
+    assert 0 < metrics["loss_box"] < 10 and metrics["loss_region_description"] > 0
+
+
+def test_a_source_that_is_not_there_lists_the_others(tmp_path):
+    with pytest.raises(
+        sources.SourceError, match="source 'imagenet': expected one of: annotations"
+    ):
+        sources.shards("imagenet", options(tmp_path))
+
+
+def causes(items):
+    return {item.image: item.cause for item in items if isinstance(item, sources.Fault)}
+
+
+def test_faults_of_files_have_their_cause(tmp_path):
+    found = folder_sample(tmp_path)
+    images = tmp_path / "images"
+    (images / "00001.jpg").write_bytes(b"")
+    (images / "00002.jpg").unlink()
+    (images / "00002.jpg").mkdir()
+    (images / "00003.txt").write_bytes(b"\xff\xfe no text")
+    (images / "notes.md").write_text("no picture")
+    (images / "more").mkdir()
+    (images / "more/last.PNG").write_bytes(encoded(0))
+    shards = sources.shards("folder", found)
+    (images / "00004.jpg").unlink()  # after it was listed
+    items = [item for shard in shards for item in sources.read(shard)]
+    assert causes(items) == {
+        "00001.jpg": "empty file",
+        "00002.jpg": "unreadable",
+        "00003.jpg": "bad annotation",
+        "00004.jpg": "no such file",
+    }
+    assert items[-1].image == "more/last.PNG" and items[-1].captions == ()
+    assert set(causes(items).values()) <= set(sources.CAUSES)
+
+
+def test_bad_regions_are_left_out_by_name_and_their_picture_stays(tmp_path):
+    found = coco_sample(tmp_path)
+    path = tmp_path / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    first = content["annotations"][0]
+    content["annotations"] += [
+        first | {"bbox": [2, 3, 0, 5]},
+        first | {"bbox": [-20, 3, 30, 5]},
+        first | {"bbox": [1, 2, "wide"]},
+        first | {"bbox": [-4, 3, 20, 5], "score": 0.5},  # hangs over a little: stays, unclipped
+        first | {"category_id": 999},
+        first | {"iscrowd": 1},
+        first | {"image_id": 999},
+    ]
+    content["images"][1]["width"] = 640
+    content["images"][2]["file_name"] = "gone.jpg"
+    content["images"][3]["file_name"] = "../outside.jpg"
+    path.write_text(json.dumps(content))
+    items = read_all("coco", found)
+    assert causes(items) == {
+        f"{path}:annotations[{len(content['annotations']) - 1}]": "bad annotation",
+        "gone.jpg": "no such file",
+        "../outside.jpg": "bad annotation",
+    }
+    picture = next(item for item in items if item.image == "000000000000.jpg")
+    assert [fault.cause for fault in picture.left_out] == [
+        "crowd",
+        "bad box",
+        "bad box",
+        "bad box",
+        "no description",
+    ]
+    assert picture.left_out[2].detail.startswith(
+        "got box [-20.0, 3.0, 10.0, 8.0], expected at least"
+    )
+    assert picture.regions[-1].box_xyxy == (-4, 3, 16, 8) and picture.regions[-1].score == 0.5
+
+
+def test_boxes_drawn_on_another_size_are_not_used(tmp_path):
+    found = visual_genome_sample(tmp_path)
+    sizes = [{"image_id": 3, "width": 800, "height": 600}]
+    write_json(tmp_path / "image_data.json", sizes)
+    faults = [item for item in read_all("visual_genome", found) if isinstance(item, sources.Fault)]
+    detail = "got 32 x 24, expected 800 x 600, which its boxes were drawn on"
+    assert faults == [sources.Fault("VG_100K_2/3.jpg", "another size", detail)]
+
+
+def test_tars_that_are_damaged_or_incomplete(tmp_path):
+    found = webdataset_sample(tmp_path)
+    whole = (tmp_path / "images/00000.tar").read_bytes()
+    (tmp_path / "images/00000.tar").write_bytes(whole[: len(whole) // 2 // 512 * 512])
+    members = [
+        ("a/1.txt", b"alone"),
+        ("a/2.jpg", encoded(2)),
+        ("a/2.json", b"{broken"),
+        ("a/3.seg.png", encoded(3)),
+        ("a/3.jpg", encoded(3)),
+        ("a/3.json", json.dumps({"caption": "of the json"}).encode()),
+    ]
+    write_tar(tmp_path / "images/00001.tar", members)
+    items = read_all("webdataset", found)
+    assert causes(items) == {
+        "00000.tar": "damaged shard",
+        "00001/a/1": "no picture",
+        "00001/a/2.jpg": "bad annotation",
+    }
+    assert items[0].captions == (caption(0),) and items[0].image == "00000/000000000.jpg"
+    assert items[-1].image == "00001/a/3.jpg" and items[-1].captions == ("of the json",)
+
+
+def test_a_tar_with_a_broken_header_is_not_taken_for_its_end(tmp_path):
+    found = webdataset_sample(tmp_path)
+    path = tmp_path / "images/00000.tar"
+    content = bytearray(path.read_bytes())
+    start = content.index(b"000000004.jpg")
+    content[start : start + 100] = b"?" * 100
+    path.write_bytes(content)
+    items = [item for item in read_all("webdataset", found) if item.image.startswith("00000")]
+    assert [item.image for item in items[:-1]] == [f"00000/00000000{n}.jpg" for n in range(3)]
+    assert items[-1].cause == "damaged shard" and "bad checksum" in items[-1].detail
+
+
+def test_a_pickle_cannot_run_code(tmp_path):
+    found = refcoco_sample(tmp_path)
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps([print]))
+    with pytest.raises(
+        sources.SourceError, match="no pickle of plain values .it wants builtins.print"
+    ):
+        sources.shards("refcoco", found)
+
+
+def test_refcoco_splits_and_other_files(tmp_path):
+    found = refcoco_sample(tmp_path)
+    assert len(read_all("refcoco", found._replace(split="testA"))) == 1
+    with pytest.raises(sources.SourceError, match="got --split val, expected one of: testA, train"):
+        sources.shards("refcoco", found._replace(split="val"))
+    expected = read_all("refcoco", found)
+    refs = pickle.loads((tmp_path / "refs(unc).p").read_bytes())
+    path = write_json(tmp_path / "refs.json", refs)
+    assert read_all("refcoco", found._replace(annotations=(path, found.annotations[1]))) == expected
+    # COCO's captions of the same pictures.
+    images = [{"id": 5, "file_name": expected[1].image}, {"id": 6, "file_name": "another.jpg"}]
+    captions = [{"image_id": 5 + n % 2, "caption": f"caption {n}"} for n in range(4)]
+    content = {"images": images, "annotations": captions}
+    path = write_json(tmp_path / "captions_train2014.json", content)
+    items = read_all("refcoco", found._replace(annotations=(*found.annotations, path)))
+    assert [item.captions for item in items[:3]] == [(), ("caption 0", "caption 2"), ()]
+    # MDETR's form: a picture entry for each expression.
+    instances = json.loads((tmp_path / "instances.json").read_text())
+    images = {image["id"]: image for image in instances["images"]}
+    of = {item["id"]: item for item in instances["annotations"]}
+    expressions, objects = [], []
+    for number, ref in enumerate(refs):
+        text = ref["sentences"][0]["sent"]
+        expressions.append(images[ref["image_id"]] | {"id": number, "caption": text})
+        objects.append(of[ref["ann_id"]] | {"image_id": number})
+    content = {"images": expressions, "annotations": objects}
+    path = write_json(tmp_path / "finetune_refcoco_train.json", content)
+    assert read_all("refcoco", found._replace(annotations=(path,))) == expected
+
+
+def test_descriptions_of_one_box_take_turns_with_those_of_others(tmp_path):
+    found = flickr30k_entities_sample(tmp_path)
+    (tmp_path / "Sentences/3.txt").write_text(
+        "[/EN#13/people A man] at [/EN#23/other a table] .\n"
+        "[/EN#13/people/other An old man] sits .\n[/EN#13/people A man] rests .\n"
+    )
+    (tmp_path / "train.txt").write_text("3\n")
+    (picture,) = read_all("flickr30k_entities", found._replace(split="train"))
+    assert picture.captions == ("A man at a table .", "An old man sits .", "A man rests .")
+    left, right = boxes(3)
+    assert [(region.box_xyxy, region.description) for region in picture.regions] == [
+        (left, "A man"),
+        (right, "a table"),
+        (left, "An old man"),
+    ]
+
+
+def test_lines_with_a_fault_are_named(tmp_path):
+    found = annotations_sample(tmp_path)
+    with (tmp_path / "A.jsonl").open("a") as file:
+        file.write('\n{"image": "00001.jpg", "regions": [{"box": [1, 2, 3]}]}\n{broken\n')
+    items = read_all("annotations", found)
+    assert len(items) == COUNT + 2
+    assert causes(items) == {
+        "00001.jpg": "bad annotation",
+        f"A.jsonl:{2 * COUNT + 2}": "bad annotation",
+    }
+    assert "regions[0].box: got [1, 2, 3], expected four finite numbers" in items[-2].detail
+
+
+def test_a_list_longer_than_what_is_read_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources.base, "_CHUNK", 7)
+    items = [{"a": "[x,] " * 9, "b": [1, {"c": n}]} for n in range(5)]
+    path = tmp_path / "list.json"
+    for text in (json.dumps(items), json.dumps(items, indent=2), " [ ]"):
+        path.write_text(text)
+        expected = json.loads(text)
+        assert list(sources.base.read_json_list(path, expected="a list")) == expected
+    for text in (json.dumps(items)[:-9], json.dumps(items)[:-1], "[1]", "{}", ""):
+        path.write_text(text)
+        with pytest.raises(sources.SourceError, match="list.json: .*expected a list"):
+            list(sources.base.read_json_list(path, expected="a list"))
+    path.write_bytes(b'[{"a": "\xff"}]')
+    with pytest.raises(sources.SourceError, match="list.json: not UTF-8 text, expected a list"):
+        list(sources.base.read_json_list(path, expected="a list"))
+
+
+@pytest.mark.parametrize("source", sorted(set(SAMPLES) - {"folder", "webdataset", "tfds"}))
+def test_what_is_missing_is_said_in_one_line(source, tmp_path):
+    with pytest.raises(sources.SourceError) as error:
+        read_all(source, options(tmp_path))
+    assert "expected" in str(error.value) and "\n" not in str(error.value)
