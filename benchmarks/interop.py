@@ -10,6 +10,7 @@ table has the errors of the conversions, max|a-b| / max|b|.
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 import tempfile
@@ -73,6 +74,7 @@ def image_sides(
     import transformers
 
     module = transformers.AutoModel.from_pretrained(str(folder), trust_remote_code=True).eval()
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # what it does not fold, line by line
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own
         module.export_onnx(str(folder))

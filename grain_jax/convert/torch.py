@@ -401,7 +401,7 @@ def run_module(module: Any, given: parity.Inputs) -> dict[str, np.ndarray]:
         )
         if module.backbone.logit_bias is not None:
             out["logit_bias"] = module.backbone.logit_bias
-    return {name: value.numpy() for name, value in out.items()}
+    return {name: value.detach().numpy() for name, value in out.items()}
 
 
 def prove(model: config_lib.Model, params: Any, states: Mapping[str, StateDict]) -> parity.Report:
