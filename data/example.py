@@ -106,9 +106,9 @@ def encode_picture(picture: PIL.Image.Image, encoded: bytes, encoding: Encoding)
         picture = PIL.Image.fromarray(images.squash(picture, encoding.size))
     out = io.BytesIO()
     if encoding.kind == "jpeg":
-        picture.convert("RGB").save(out, "JPEG", quality=encoding.quality)
+        images.to_rgb(picture).save(out, "JPEG", quality=encoding.quality)
     else:
-        picture.convert("RGB").save(out, "PNG")
+        images.to_rgb(picture).save(out, "PNG")
     return out.getvalue()
 
 

@@ -13,6 +13,8 @@ from etils import epath
 
 from grain_jax import errors
 
+_NO_RANGE = "mode F has no fixed range, expected 8 or 16 bits a colour"
+
 
 class ImageError(errors.UserError):
     """A picture cannot be read; the message says which and why."""
@@ -25,7 +27,7 @@ def decode_image(encoded: bytes, name: str = "picture") -> PIL.Image.Image:
     not apply it either.
 
     Raises:
-      ImageError: not a picture, truncated, or damaged.
+      ImageError: not a picture, truncated, damaged, or of floats, which have no fixed range.
     """
     try:
         with warnings.catch_warnings():
@@ -37,6 +39,8 @@ def decode_image(encoded: bytes, name: str = "picture") -> PIL.Image.Image:
         if isinstance(error, PIL.UnidentifiedImageError):
             reason = f"{len(encoded)} bytes that are no known picture format"
         raise ImageError(f"{name}: {reason}, expected a readable picture") from None
+    if image.mode == "F":
+        raise ImageError(f"{name}: {_NO_RANGE}")
     return image
 
 
@@ -48,6 +52,21 @@ def load_image(path: epath.PathLike) -> PIL.Image.Image:
         reason = getattr(error, "strerror", None) or str(error)
         raise ImageError(f"{path}: {reason}, expected a readable picture") from None
     return decode_image(encoded, str(path))
+
+
+def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """A picture of any mode as RGB; of 16 bits the upper eight count, as in tf.data (PIL cuts off at 255).
+
+    Raises:
+      ImageError: mode F, whose numbers have no fixed range.
+    """
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.getextrema()[1] > 255):
+        return PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":
+        raise ImageError(_NO_RANGE)
+    if picture.mode == "P":  # PIL warns of a palette with transparency that becomes RGB at once
+        picture = picture.convert("RGBA")
+    return picture.convert("RGB")
 
 
 def squash(
@@ -76,7 +95,7 @@ def squash(
             )
         image = PIL.Image.fromarray(image)
     if convert_first:
-        image = image.convert("RGB")
+        image = to_rgb(image)
     if image.size != (size, size):
         image = image.resize((size, size), PIL.Image.Resampling.BICUBIC)
     return np.asarray(image.convert("RGB"))

@@ -389,7 +389,7 @@ def _squash(index: int, picture: Any, size: int) -> np.ndarray:
     """The picture as uint8 [size, size, 3]. Raises InputError, which names it by its `index`."""
     if isinstance(picture, PIL.Image.Image):
         try:
-            picture = _eight_bits(picture)
+            picture = images.to_rgb(picture)
         except Exception as error:  # PIL reads a file's pixels only now, and raises much
             raise InputError(
                 f"pictures[{index}]: {' '.join(str(error).split())}, expected a readable picture"
@@ -402,17 +402,6 @@ def _squash(index: int, picture: Any, size: int) -> np.ndarray:
         return images.squash(picture, size)
     except images.ImageError as error:
         raise InputError(f"pictures[{index}]: {error}") from None
-
-
-def _eight_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """A picture that PIL turns into RGB as tf.data does: of 16 bits it would keep the lower ones, cut off at 255."""
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.getextrema()[1] > 255):
-        return PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode == "F":
-        raise ValueError("mode F has no fixed range")
-    if picture.mode == "P":  # PIL warns of a palette with transparency that becomes RGB at once
-        picture = picture.convert("RGBA")
-    return picture.convert("RGB")
 
 
 def _checked_pictures(pictures, size: int):

@@ -43,7 +43,7 @@ def check(item: sources.Picture, limits: Limits) -> PIL.Image.Image | sources.Fa
         picture = images.decode_image(item.encoded)
     except images.ImageError as error:
         return sources.Fault(item.image, "damaged", str(error))
-    return picture.convert("RGB")
+    return images.to_rgb(picture)
 
 
 def _header_fault(item: sources.Picture, limits: Limits) -> sources.Fault | None:

@@ -199,7 +199,7 @@ def encode_pictures(
         except images.ImageError as error:
             return str(error)
         # Squashed here, a batch takes little memory and the work is spread over the threads.
-        return images.squash(picture, size) if size else picture.convert("RGB"), picture.size
+        return images.squash(picture, size) if size else images.to_rgb(picture), picture.size
 
     starts = range(0, len(paths), batch_size)
     progress = _Progress(label, len(paths))

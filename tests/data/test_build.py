@@ -222,10 +222,20 @@ def test_encodings():
     assert webp.format == "PNG" and webp.mode == "RGB"
     _, _, cmyk = stored(rgb.convert("CMYK"), "JPEG", kind="original")
     assert cmyk.format == "PNG"
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) << 10
+    _, _, deep = stored(PIL.Image.fromarray(ramp), "PNG", kind="original")  # the upper 8 bits
+    np.testing.assert_array_equal(np.asarray(deep)[..., 0], ramp >> 8)
     encoded, out, jpeg = stored(rgb, "PNG", kind="jpeg", quality=90)
     assert jpeg.format == "JPEG" and jpeg.size == rgb.size
     encoded, out, same = stored(rgb.resize((16, 16)), "PNG", kind="original", size=16)
     assert out == encoded
+
+
+def test_pictures_of_floats_are_a_fault():
+    file = example.io.BytesIO()
+    PIL.Image.fromarray(np.zeros((4, 4), np.float32)).save(file, "TIFF")
+    with pytest.raises(images.ImageError, match="^x.tif: mode F has no fixed range, expected 8"):
+        images.decode_image(file.getvalue(), "x.tif")
 
 
 def test_a_set_is_replaced_only_on_request(tmp_path, capsys):
