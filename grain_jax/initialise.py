@@ -136,7 +136,8 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
         raise TowerError("\n".join(f"{path}: {name}: unknown key" for name in unknown))
     expected = _own(which, model, shapes)
     params = _own(which, model, tower.params)
-    unused = unused + [tower.theirs[name] for name in tower.params if name not in params]
+    # Query, key and value may come from one entry.
+    unused = unused + sorted({tower.theirs[name] for name in tower.params if name not in params})
     position = f"{which}/position_embed"
     old = params[position].shape[0]
     if which == "image":

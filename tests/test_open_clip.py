@@ -14,9 +14,11 @@ pytest.importorskip("open_clip")
 import open_clip.model as library  # noqa: E402
 import safetensors.torch  # noqa: E402
 
-from grain_jax import checkpoint  # noqa: E402
+from configs import common  # noqa: E402
+from grain_jax import checkpoint, initialise  # noqa: E402
+from grain_jax import config as config_lib  # noqa: E402
 from grain_jax.convert import open_clip, towers  # noqa: E402
-from tests import foreign  # noqa: E402
+from tests import foreign, tiny  # noqa: E402
 
 VOCAB, LENGTH, SIZE, PATCH = 300, 16, 32, 8
 NONE = towers.Settings()
@@ -200,6 +202,16 @@ def test_one_tower_of_hugging_face_alone(tmp_path):
     assert open_clip.unused(stored, tower) == []
     with pytest.raises(towers.TowerError, match="no text tower; expected token_embedding.weight"):
         open_clip.import_tower(stored, "text", NONE)
+
+    c = tiny.dictionary(init__image=str(tmp_path))
+    common.towers_of(c, "siglip", ("image",))
+    c.model.image.update(width=24, depth=3, heads=2, image_size=SIZE, activation="gelu")
+    loaded = initialise.load(config_lib.from_dict(c))
+    assert loaded.params.keys() == {n for n in tower.params if n.startswith("image/")}
+    (not_used,) = [line for line in loaded.report if "not used" in line]
+    assert not_used.split("not used: ")[1].split(", ")[:2] == [
+        f"vision_model.head.attention.in_proj_{kind}" for kind in ("bias", "weight")
+    ]
 
 
 @pytest.mark.parametrize("vocab,kept", [(32000, "spiece.model"), (VOCAB, "tokenizer.json")])
