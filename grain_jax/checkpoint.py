@@ -8,8 +8,10 @@ A run's checkpoint has the items `state` (the TrainState; its step is the only d
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,11 +28,17 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, receipt
 
 
 class CheckpointError(errors.UserError):
     """There is no usable checkpoint where one was named; the message is one line."""
+
+
+class FullDisk(CheckpointError):
+    """A checkpoint or another file of the run did not fit; nobody's usage is wrong, and there may be room later."""
+
+    status = 1
 
 
 _DIFFERENCES = 30  # lines that a message shows of them
@@ -56,6 +64,20 @@ def _absolute(path: epath.PathLike) -> epath.Path:
     """`path` from the root, as Orbax wants it; a URL is that, but pathlib would put this folder before it."""
     path = epath.Path(path)
     return path if "://" in str(path) else path.absolute()
+
+
+def finished_steps(workdir: epath.PathLike) -> list[int]:
+    """The steps of the workdir's finished checkpoints, in order."""
+    folder = epath.Path(workdir) / "checkpoints"
+    if not folder.is_dir():
+        return []
+    # Orbax renames a finished folder; an object store cannot, and this file says that all is there.
+    renamed = "://" not in str(folder)
+    return sorted(
+        int(path.name)
+        for path in folder.iterdir()
+        if path.name.isdigit() and (renamed or (path / "commit_success.txt").exists())
+    )
 
 
 def manager(workdir: epath.PathLike, config: config_lib.Config) -> Manager:
@@ -125,7 +147,7 @@ def save(
 
 @contextlib.contextmanager
 def full_disk_in_a_line(workdir: epath.PathLike) -> Iterator[None]:
-    """A full disk or quota, whoever met it inside, becomes a CheckpointError."""
+    """A full disk or quota, whoever met it inside, becomes a FullDisk."""
     try:
         yield
     except Exception as error:
@@ -133,7 +155,7 @@ def full_disk_in_a_line(workdir: epath.PathLike) -> Iterator[None]:
         while cause is not None:
             full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
             if full or "No space left on device" in str(cause):
-                raise CheckpointError(
+                raise FullDisk(
                     f"{workdir}: no space left on the device; the checkpoints that are finished are whole:"
                     " make room, and the same command goes on from the newest"
                 ) from None
@@ -158,7 +180,9 @@ def restore_newest(
     abstract_state: Any,
     say: Callable[[str], None],
 ) -> Any | None:
-    """The state of the newest checkpoint that can be read, or None where there is none yet.
+    """The state of the newest checkpoint that is as it was saved, or None where there is none yet.
+
+    One that can be read may still have a flipped bit: its digests must be those of its receipt.
 
     Those that cannot are moved to `WORKDIR/damaged_checkpoints` once an older one was read, which proves that
     it was not the storage. All processes call this, and take the same checkpoint.
@@ -174,19 +198,14 @@ def restore_newest(
     """
     damaged: list[tuple[int, str]] = []
     for step in sorted(checkpoints.all_steps(), reverse=True):
-        folder, state, fault = checkpoints.directory / str(step), None, None
-        try:
-            check_same_run(folder, config)
-            state = restore(folder, abstract_state)
-            read_json(folder, "receipt")  # the trainer goes on from it
-        except errors.UserError:
-            raise
-        except Exception as error:  # whatever a reader makes of bytes that nobody wrote
-            while error.__cause__ is not None:  # Orbax wraps what TensorStore says
-                error = error.__cause__
-            fault = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        folder = checkpoints.directory / str(step)
+        state, record, fault = _read_saved(folder, config, abstract_state)
+        if fault and "://" in str(folder):  # a network may have been down for a moment
+            state, record, fault = _read_saved(folder, config, abstract_state)
         if jax.process_count() > 1 and multihost_utils.process_allgather(fault is not None).any():
             fault = fault or "another process cannot read it"
+        if fault is None and (wrong := receipt.contradictions(record, state)):
+            fault = f"it was read, but is not what was saved: {', '.join(wrong)}"
         if fault is None:
             _move_aside(checkpoints, [step for step, _ in damaged])
             return state
@@ -199,6 +218,35 @@ def restore_newest(
             " put back a copy, or start with another --workdir"
         )
     return None
+
+
+def _read_saved(
+    folder: epath.Path, config: config_lib.Config, abstract_state: Any
+) -> tuple[Any, dict[str, Any], str | None]:
+    """(state, record, None) of a checkpoint, or (None, {}, what is wrong with it)."""
+    try:
+        check_same_run(folder, config)
+        return restore(folder, abstract_state), read_json(folder, "receipt"), None
+    except errors.UserError:
+        raise
+    except Exception as error:  # whatever a reader makes of bytes that nobody wrote
+        _silence_half_read()
+        while error.__cause__ is not None:  # Orbax wraps what TensorStore says
+            error = error.__cause__
+        return None, {}, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+@functools.cache  # once is enough
+def _silence_half_read() -> None:
+    """Where one array cannot be read, Orbax leaves the reading of others behind; its complaints are pages long."""
+    before = sys.unraisablehook
+
+    def hook(unraisable):
+        reader = getattr(unraisable.object, "__name__", "") == "_read_array_index_and_device_put"
+        if not reader and str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _move_aside(checkpoints: Manager, steps: list[int]) -> None:
@@ -340,10 +388,10 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
             ) from None
         return config_lib.model_from_dict(stored), _read(path / "params"), str(path)
     if (path / "checkpoints").is_dir():
-        steps = [p for p in (path / "checkpoints").iterdir() if p.name.isdigit()]
+        steps = finished_steps(path)
         if not steps:
             raise CheckpointError(f"{path}: holds no finished checkpoint yet")
-        path = max(steps, key=lambda p: int(p.name))
+        path = path / "checkpoints" / str(steps[-1])
     if not (path / "state").is_dir():
         raise CheckpointError(
             f"{path}: neither a workdir (checkpoints/), nor a checkpoint (state/), nor a converted model"

@@ -11,16 +11,16 @@ from ml_collections import ConfigDict, config_flags
 from grain_jax import config as config_lib
 from grain_jax import errors
 
-USAGE_ERROR = 2
+USAGE_ERROR = errors.UserError.status
 
 
-def fail(message: object) -> None:
-    """Prints the fault (a line each, then their number) on stderr and exits with status 2."""
+def fail(message: object, status: int = USAGE_ERROR) -> None:
+    """Prints the fault (a line each, then their number) on stderr and exits, with status 2 for wrong usage."""
     lines = str(message).strip().splitlines()
     print(*lines, sep="\n", file=sys.stderr)
     if len(lines) > 1:
         print(f"{len(lines)} lines of faults; nothing was run", file=sys.stderr)
-    sys.exit(USAGE_ERROR)
+    sys.exit(status)
 
 
 def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
@@ -102,4 +102,4 @@ def main(run: Callable[[list[str]], int | None]) -> None:
     try:
         sys.exit(run(sys.argv) or 0)
     except errors.UserError as error:
-        fail(error)
+        fail(error, error.status)

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from grain_jax import errors, native_log
+from grain_jax import errors, native_log, preemption
 
 START_SECONDS = 300  # that processes may come up after one another: pods pull images
 # What JAX reads under srun; a shell inside `salloc` or a batch script has only some of them.
@@ -63,6 +63,7 @@ def initialize(
             initialization_timeout=START_SECONDS,
             heartbeat_timeout_seconds=heartbeat_seconds,
         )
+        preemption.take_sigterm_back(leaves_last=jax.process_index() == 0)
     finally:
         patience.cancel()
     return (
@@ -156,18 +157,24 @@ def ending_together(heartbeat_seconds: int) -> Iterator[None]:
             raise
         _leave(end.code if isinstance(end.code, int) else 1)
     except errors.UserError as error:
-        print(error, file=sys.stderr)
-        _leave(2)
+        _say(str(error))
+        _leave(error.status)
     except BaseException as error:
         if "Gloo" in str(error):  # a peer is gone: JAX will know which, and end this process
-            print(f"a collective failed, so another process may be gone: {error}", file=sys.stderr)
+            _say(f"a collective failed, so another process may be gone: {error}")
             time.sleep(heartbeat_seconds + 5)
         else:
-            traceback.print_exc()
+            _say(traceback.format_exc().rstrip())
         _leave(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more: no reason to stay
+        print(text, file=sys.stderr)
+
+
 def _leave(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(status)

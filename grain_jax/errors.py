@@ -2,4 +2,10 @@
 
 
 class UserError(ValueError):
-    """Wrong usage or wrong input; the message has one line a fault: what, where, got, expected, what to do."""
+    """Wrong usage or wrong input; the message has one line a fault: what, where, got, expected, what to do.
+
+    Attributes:
+      status: that the command exits with.
+    """
+
+    status = 2

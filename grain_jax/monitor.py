@@ -19,8 +19,8 @@ from shutil import get_terminal_size
 
 from etils import epath
 
+from grain_jax import atomic, errors
 from grain_jax import config as config_lib
-from grain_jax import errors
 
 PLAIN_LINE_EVERY = 5.0  # seconds, where there is no terminal to rewrite a line on
 UPLOAD_EVERY = 30.0  # seconds between uploads to an object store; a checkpoint does not wait for it
@@ -76,14 +76,13 @@ def _open_wandb(workdir: epath.Path, config: config_lib.Config):
 
     id_path = workdir / "wandb_id.txt"
     if not id_path.exists():
-        id_path.write_text(secrets.token_hex(4) + "\n")
-    online = config.wandb.mode == "online"
+        atomic.write_text(id_path, secrets.token_hex(4) + "\n")
     try:
         return wandb.init(
             project=config.wandb.project,
             name=config.wandb.name or workdir.name,
             id=id_path.read_text().strip(),
-            resume="allow" if online else None,  # what is offline has nobody to ask
+            resume="allow",  # offline it is noted in the file, so that a sync adds to the run
             mode=config.wandb.mode,
             dir=None if is_object_store(workdir) else str(workdir),
             config=dataclasses.asdict(config),

@@ -1,17 +1,20 @@
 """SIGTERM and Ctrl-C: the run ends after a step that all processes agree on, with its state saved.
 
-A process that has nothing to save (it starts, compiles, or draws the last pictures) ends at once. Either way
-the status is 75, which launchers answer with the same command again, or 130 after Ctrl-C.
+A process that has nothing to save (it starts, compiles, or draws the last pictures) ends at once, also under
+`jax.distributed`, whose own handler of SIGTERM would not let it. Either way the status is 75, which launchers
+answer with the same command again, or 130 after Ctrl-C.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -19,6 +22,29 @@ from jax.experimental import multihost_utils
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 130  # what shells report after Ctrl-C
 _HEARD = (signal.SIGTERM, signal.SIGINT)
+_FOR_ALL_TO_HEAR = 2.0  # seconds that process 0 stays: the others are aborted once it is gone
+
+_tell_jax: Callable[[int], None] | None = None  # its handler of SIGTERM, under `jax.distributed`
+_leaves_last = False
+
+
+def take_sigterm_back(*, leaves_last: bool) -> None:
+    """Lets `Notice` hear SIGTERM again, after `jax.distributed.initialize`, if it listened before.
+
+    JAX puts a C function in the place of Python's handler. All that this does is to set a flag, on which the
+    processes agree on a step; `Notice.tell` calls it.
+
+    Args:
+      leaves_last: whether this is process 0.
+    """
+    global _tell_jax, _leaves_last
+    ours = signal.getsignal(signal.SIGTERM)  # Python does not know that it was replaced
+    if callable(ours):
+        ctypes.pythonapi.PyOS_getsig.restype = ctypes.c_void_p
+        installed = ctypes.pythonapi.PyOS_getsig(signal.SIGTERM)
+        _tell_jax = ctypes.CFUNCTYPE(None, ctypes.c_int)(installed)
+        _leaves_last = leaves_last
+        signal.signal(signal.SIGTERM, ours)
 
 
 class Notice:
@@ -59,8 +85,8 @@ class Notice:
 
     def tell(self, number: int) -> None:
         """What `listen` does with a signal in training; later ones change nothing."""
-        if number == signal.SIGINT and jax.distributed.is_initialized():
-            os.kill(os.getpid(), signal.SIGTERM)  # JAX passes that one on to all processes
+        if _tell_jax:
+            _tell_jax(signal.SIGTERM)  # all processes hear of it, also of a Ctrl-C to one
         elif not self._told:
             self._told = True
             if number == signal.SIGINT:
@@ -69,9 +95,9 @@ class Notice:
     def reached(self) -> bool:
         """Whether this step is the one to save and end at: the same answer on all processes.
 
-        All of them ask after every step. Under `jax.distributed`, JAX's own handler of SIGTERM makes them agree on
-        the number of a call (`reached_preemption_sync_point`): one that lies ahead, so the calls are counted
-        from 1, not from the step that was restored.
+        All of them ask after every step. Under `jax.distributed`, what `tell` passes on makes them agree on the
+        number of a call (`reached_preemption_sync_point`): one that lies ahead, so the calls are counted from 1,
+        not from the step that was restored.
         """
         self._calls += 1
         if jax.distributed.is_initialized():
@@ -84,11 +110,15 @@ class Notice:
                 name = signal.Signals(number).name
                 if number not in _HEARD:
                     continue
-                if self._training:
-                    print(f"\n{name}: saving after this step", file=sys.stderr, flush=True)
+                training = self._training
+                what = "saving after this step" if training else "there is nothing to save"
+                with contextlib.suppress(OSError):  # nobody reads it any more: no reason to stay
+                    print(f"\n{name}: {what}", file=sys.stderr, flush=True)
+                if training:
                     self.tell(number)
-                else:
-                    print(f"\n{name}: there is nothing to save", file=sys.stderr, flush=True)
-                    if self.child is not None:
-                        self.child.terminate()
-                    os._exit(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
+                    continue
+                if self.child is not None:
+                    self.child.terminate()
+                if _leaves_last:
+                    time.sleep(_FOR_ALL_TO_HEAR)
+                os._exit(INTERRUPTED if number == signal.SIGINT else PREEMPTED)

@@ -18,8 +18,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 import grain_jax
+from grain_jax import atomic, digests
 from grain_jax import config as config_lib
-from grain_jax import digests
 
 FILE = "receipts.jsonl"
 KEYS = (  # of a record
@@ -75,6 +75,16 @@ def environment(config: config_lib.Config) -> dict[str, str]:
         "device": _cpu() if device.platform == "cpu" else device.device_kind,
         "xla_flags": " ".join(flags),
     }
+
+
+def contradictions(record: Mapping[str, Any], state: Any) -> list[str]:
+    """The keys of a record that say something else than `state` (a TrainState) holds.
+
+    Of several processes, each must call.
+    """
+    found = {"step": int(state.step), **digests.chains(state.receipt)}
+    found["state"] = digests.of_state(state)
+    return [key for key, value in found.items() if record.get(key) != value]
 
 
 def axes(mesh: Mesh) -> dict[str, int]:
@@ -156,10 +166,8 @@ class Receipts:
         return record
 
     def _write(self) -> None:
-        """The whole file: object stores cannot append. Killed here, the old file is still there."""
-        new = self._path.with_suffix(".new")
-        new.write_text("".join(line + "\n" for line in self._lines))
-        new.replace(self._path)
+        """The whole file: object stores cannot append."""
+        atomic.write_text(self._path, "".join(line + "\n" for line in self._lines))
 
 
 def _step(line: str) -> float:

@@ -7,6 +7,7 @@ SIGTERM or Ctrl-C the run saves and ends with status 75 or 130 (preemption.py).
 
 import contextlib
 import ctypes
+import difflib
 import json
 import math
 import re
@@ -14,7 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from grain_jax import (
+    atomic,
     checkpoint,
     command_line,
     digests,
@@ -172,7 +174,7 @@ def train(
     start_step = int(state.step)
     log = None
     if main_process:
-        (workdir / "config.json").write_text(config_lib.to_json(config))
+        atomic.write_text(workdir / "config.json", config_lib.to_json(config))
         peak = flops.peak_flops(jax.devices()[0].device_kind, config.dtype)
         log = monitor.Monitor(
             workdir,
@@ -202,7 +204,11 @@ def train(
     # 4. Compile.
     began = time.monotonic()
     with log.pause() if log else contextlib.nullcontext():
-        step_fn = program.step.lower(program.state, program.batch).compile()
+        lowered = program.step.lower(program.state, program.batch)
+        best_is_evaluated = config.checkpoint_best_metric.startswith("eval/")
+        if not best_is_evaluated:
+            check_best_metric(config, lowered.out_info[1])
+        step_fn = lowered.compile()
     say(f"compiled in {monitor.duration(time.monotonic() - began)}")
     wait_for_all("compiled")
 
@@ -234,9 +240,11 @@ def train(
                 trace.end(step, metrics)
 
                 last = step == total_steps
-                evaluates = config.evals and (last or at_interval(step, config.eval_every))
                 preempted = notice.reached()
+                evaluates = config.evals and (last or at_interval(step, config.eval_every))
+                evaluates = evaluates and not preempted  # there may be half a minute left
                 saves = last or preempted or at_interval(step, config.checkpoint_every)
+                saves = saves or (evaluates and best_is_evaluated)
                 logs = last or evaluates or at_interval(step, config.log_every)
                 if logs and config.checkpoint_every_minutes and not saves:
                     saves = agreed(
@@ -253,12 +261,15 @@ def train(
                     with log.pause() if log else contextlib.nullcontext():
                         results = evaluate_all(config, state)
                     values |= results
+                    if results and best_is_evaluated:
+                        check_best_metric(config, results)
                 if log and logs:
                     # Before the save: what is restored has its lines.
                     log.write(step, values | digests.chains(state.receipt))
                 if saves:
                     if log:
                         log.flush()
+                    checkpoints.wait_until_finished()  # of the last one, before the next has a record
                     record = receipts.add(state, log.lines() if log else ())
                     checkpoint.save(checkpoints, state, config, record, best_metric(config, values))
                     last_save = time.monotonic()
@@ -305,6 +316,16 @@ def agreed(due: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(jnp.asarray(due)))
 
 
+def check_best_metric(config: config_lib.Config, known: Collection[str]) -> None:
+    """Raises UserError where `checkpoint_best_metric` is set and none of the `known` names."""
+    name = config.checkpoint_best_metric
+    if name and name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        raise errors.UserError(
+            f"checkpoint_best_metric: got {name!r}, which is not measured; did you mean {near[0]!r}?"
+        )
+
+
 def best_metric(config: config_lib.Config, values: Mapping[str, float]) -> dict[str, float] | None:
     """What the best checkpoint is chosen by, where this step has it: the first process's, on all of them."""
     name = config.checkpoint_best_metric
@@ -340,7 +361,7 @@ def report(config, workdir, predictor, results) -> None:
     """Prints the final table and draws the curves and the test pictures."""
     pictures.curves(workdir / "metrics.jsonl", workdir / "curves.png")
     if results:
-        (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        atomic.write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
         pictures.print_table(results)
     entry = next((e for e in config.evals.values() if e.kind == "grounding"), None)
     if config.pictures and entry:

@@ -36,6 +36,9 @@ from grain_jax.input_pipeline import device
 
 # The largest difference of a loss term, as a share of the loss, that rounding on another mesh explains.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
+# Steps for which that holds; later, training has made the difference larger (1e-3 after 124 steps of a tiny
+# model on 1 and on 4 devices), and the losses are printed without a judgement.
+HORIZON = 50
 STEPS = 5  # where no checkpoint says how far
 
 # What of a config decides which numbers come out; the rest may change from one restart to the next.
@@ -119,9 +122,8 @@ def read(workdir: epath.Path) -> Run:
     records, faults = _chain(workdir)
     folder = workdir / "checkpoints"
     kept, newest = {}, None
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name.isdigit():
-            kept[int(path.name)] = Kept(path, *_config_and_record(path))
+    for step in checkpoint.finished_steps(workdir):
+        kept[step] = Kept(folder / str(step), *_config_and_record(folder / str(step)))
     if not kept or not (records or faults):
         raise errors.UserError(
             f"{workdir}: no {'finished checkpoint' if records else receipt.FILE}; expected the workdir of a"
@@ -296,16 +298,14 @@ def check_checkpoints(run: Run, place: "Place") -> None:
     for step, kept in sorted(run.kept.items()):
         program = place.program(kept.config, kept.record)
         state = _restore(kept, program)
-        found = {"step": int(state.step), **digests.chains(state.receipt)}
-        found["state"] = digests.of_state(state)
-        wrong = [key for key, value in found.items() if value != kept.record[key]]
+        wrong = receipt.contradictions(kept.record, state)
         if wrong:
             raise Mismatch(
                 f"checkpoint {step}: holds another state than was saved ({', '.join(wrong)})"
             )
         say(
             f"checkpoint {step}",
-            f"the state that was saved (params {found['state']['params']}) on {_where(kept.record)}",
+            f"the state that was saved (params {kept.record['state']['params']}) on {_where(kept.record)}",
         )
 
 
@@ -458,7 +458,7 @@ class _Replay:
         equal = end in self._records and self._same_state(self._records[end], here["platform"])
         limit = 0.0 if equal else TOLERANCE[config.dtype]
         for step, error in found.items():
-            if not error <= limit:
+            if self._judged(step) and not error <= limit:
                 raise Mismatch(
                     f"step {step}: metrics.jsonl has other losses than this run: they differ by {error:.1e} of"
                     f" the loss, expected at most {limit:g}"
@@ -497,9 +497,14 @@ class _Replay:
         self._rounded_at.append(record["step"])
         return False
 
+    def _judged(self, step: int) -> bool:
+        """Whether the losses of `step` were judged: by equal bits after it, or as near enough to the start."""
+        return step <= max(self._equal_at, default=0) or step - self.first <= HORIZON
+
     def proved(self) -> str:
         """The comparisons in words."""
-        worst = max(self._errors.values(), default=None)
+        beyond = {s: e for s, e in self._errors.items() if not self._judged(s)}
+        worst = max((e for s, e in self._errors.items() if s not in beyond), default=None)
         rows = [("  batches", "equal")]
         if self._equal_at:
             rows.append(("  states", f"equal bit for bit at step {_list(self._equal_at)}"))
@@ -514,7 +519,11 @@ class _Replay:
             rows += [("", f"  {reason}") for reason in dict.fromkeys(reasons)]
         if worst is not None:
             how = "equal" if worst == 0 else f"differ by at most {worst:.1e} of the loss"
-            rows.append(("  losses", f"{len(self._errors)} lines, {how}"))
+            rows.append(("  losses", f"{len(self._errors) - len(beyond)} lines, {how}"))
+        if beyond:
+            drift = max(beyond.values())
+            what = f"up to {drift:.1e}, not judged: after {HORIZON} steps, rounding has grown"
+            rows.append(("", f"  {_steps(min(beyond), max(beyond))}: {what}"))
         for row in rows:
             say(*row)
         if self._equal_at and not self._rounded_at:

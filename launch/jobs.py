@@ -141,7 +141,7 @@ class Runner:
       finished: whether a job needs no run any more.
       slots: as many jobs run at a time, each on one of these.
       screen: gets a line whenever a job starts or ends, and the progress.
-      ready: whether a job may start beside the running ones of these names.
+      ready: whether a job may start beside the running ones of these names, here or elsewhere.
       share_done: how much of a running job is done, 0 to 1; for the ETA.
       result: what to say of a job that has finished, in a few words.
       retries: how often a job that fails is started again; wrong usage (status 2) never is.
@@ -205,7 +205,7 @@ class Runner:
         return Outcome(self._done, failed, self._stopped_by)
 
     def _refresh(self) -> None:
-        """Asks which jobs there are, and which of those that are new or run elsewhere are finished."""
+        """Asks which jobs there are, and of those that are new or run elsewhere, whether they are finished or run."""
         seen = {job.name for job in self._known}
         self._known = list(self.jobs())
         for job in self._known:
@@ -213,6 +213,24 @@ class Runner:
                 if self.finished(job):
                     self._elsewhere.discard(job.name)
                     self._done.append(job.name)
+                else:
+                    self._look_elsewhere(job)
+
+    def _look_elsewhere(self, job: Job) -> None:
+        """Notes whether another call's process is at work on a job; it takes a slot then, as ours do."""
+        if job.log.exists():
+            with job.log.open() as log:
+                try:  # not for ourselves alone: two that look do not see each other
+                    fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self._note_elsewhere(job)
+                    return
+        self._elsewhere.discard(job.name)
+
+    def _note_elsewhere(self, job: Job) -> None:
+        if job.name not in self._elsewhere:
+            self.screen.say(f"{job.name}: runs already, started by another call; waiting")
+        self._elsewhere.add(job.name)
 
     def _waiting(self) -> list[Job]:
         """The jobs that are to be started, those that failed last."""
@@ -229,14 +247,14 @@ class Runner:
         )
 
     def _start_what_can(self) -> None:
-        """Fills the free slots."""
+        """Fills the slots that neither our jobs nor those that run elsewhere take."""
         for job in self._waiting():
-            used = {other.slot for other in self._running.values()}
-            free = [i for i in range(len(self.slots)) if i not in used]
-            if not free or self._stopped_by:
+            busy = frozenset(self._running) | self._elsewhere
+            if self._stopped_by or len(busy) >= len(self.slots):
                 return
-            if self.ready(job, frozenset(self._running)):
-                self._start(job, free[0])
+            if job.name not in busy and self.ready(job, busy):
+                used = {other.slot for other in self._running.values()}
+                self._start(job, next(i for i in range(len(self.slots)) if i not in used))
 
     def _start(self, job: Job, slot: int) -> None:
         job.log.parent.mkdir(parents=True, exist_ok=True)
@@ -244,11 +262,8 @@ class Runner:
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if job.name not in self._elsewhere:
-                    self.screen.say(f"{job.name}: runs already, started by another call; waiting")
-                self._elsewhere.add(job.name)
+                self._note_elsewhere(job)
                 return
-            self._elsewhere.discard(job.name)
             if self.finished(job):  # by another call, meanwhile
                 self._done.append(job.name)
                 return

@@ -3,11 +3,13 @@
     python -m launch.local --processes P --devices-per-process D -- python -m grain_jax.train ...
 
 Each process has D virtual devices and serves its share of the lanes. Lines are prefixed with the process's
-number. A signal to the launcher goes to every process. The first process that fails is named, the others
-are ended, and its status is the launcher's: 128 + N after signal N. Where the run was preempted, it is 75.
+number. A signal to the launcher goes to every process; where the launcher itself is killed, they get SIGTERM
+(on Linux). The first process that fails is named, the others are ended, and its status is the launcher's: 128 + N
+after signal N. Where the run was preempted, it is 75.
 """
 
 import argparse
+import ctypes
 import os
 import signal
 import socket
@@ -20,6 +22,7 @@ GRACE_SECONDS = 30  # from the request to end until a process is killed
 PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
 INTERRUPTED = 130  # the same after Ctrl-C
 _PASSED_ON = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +68,12 @@ def main(argv: list[str] | None = None) -> int:
 
     for number in _PASSED_ON:
         signal.signal(number, pass_on)
-    readers = []
+    libc = ctypes.CDLL(None)
+
+    def end_with_launcher() -> None:
+        if sys.platform == "linux":
+            libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
     for index in range(args.processes):
         rendezvous = [
             f"--coordinator={coordinator}",
@@ -80,14 +88,19 @@ def main(argv: list[str] | None = None) -> int:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
+                preexec_fn=end_with_launcher,
             )
         except OSError as error:
             parser.error(f"cannot start {command[0]}: {error.strerror}")
         processes.append(process)
         for number in told:  # while we were starting
             process.send_signal(number)
-        readers.append(threading.Thread(target=_relay, args=(index, process.stdout), daemon=True))
-        readers[-1].start()
+    readers = [  # after all forks: what runs between fork and exec must not meet another thread's locks
+        threading.Thread(target=_relay, args=(index, process.stdout), daemon=True)
+        for index, process in enumerate(processes)
+    ]
+    for reader in readers:
+        reader.start()
 
     status = _wait(processes, told, args.grace)
     for reader in readers:

@@ -240,9 +240,10 @@ def check_folders(runs: Sequence[Run]) -> None:
     faults = []
     for run in runs:
         stored = run.folder / "config.json"
-        if not stored.exists():
+        try:
+            old = flatten(json.loads(stored.read_text()) if stored.exists() else {})
+        except json.JSONDecodeError:  # a kill cut it off; the trainer asks the checkpoint's own
             continue
-        old = flatten(json.loads(stored.read_text()))
         new = flatten(json.loads(config_lib.to_json(run.config)))
         faults += [
             f"{run.folder}: was trained with {key} = {old[key]!r}, now it is {new[key]!r}; take"
@@ -255,17 +256,20 @@ def check_folders(runs: Sequence[Run]) -> None:
 
 
 def finished(run: Run) -> bool:
-    """Whether the run's last step is logged and saved.
-
-    Of a run whose length is in epochs, which only its data set can turn into steps, the sign is the picture
-    that the trainer draws last.
-    """
-    step = sweep_table.last_step(run.folder)
-    if not step or not (run.folder / "checkpoints" / str(step)).is_dir():
+    """Whether the run's last step is logged and saved, and all of the report is there that the trainer then makes."""
+    evals = run.config.evals.values()
+    report = ["curves.png"]
+    if evals:
+        report.append("results.json")
+    if run.config.pictures and any(entry.kind == "grounding" for entry in evals):
+        report.append("regions.png")
+    if not all((run.folder / name).exists() for name in report):
         return False
-    if run.config.total_steps is not None:
-        return step == run.config.total_steps
-    return (run.folder / "curves.png").exists()
+    from grain_jax import checkpoint  # JAX: seconds, and only for what may be finished
+
+    step = sweep_table.last_step(run.folder)
+    # Only the data set can turn a length in epochs into steps.
+    return step in checkpoint.finished_steps(run.folder) and run.config.total_steps in (None, step)
 
 
 def share_done(run: Run) -> float:

@@ -65,9 +65,9 @@ def _values(folder: epath.Path) -> dict[str, float]:
         values |= {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
     for key in values:
         if not key.startswith("eval/"):
-            values[key] = statistics.fmean(
-                line[key] for line in lines[-_LAST:] if isinstance(line.get(key), (int, float))
-            )
+            recent = [v for line in lines[-_LAST:] if isinstance(v := line.get(key), (int, float))]
+            if recent:  # else it stands as it was logged last
+                values[key] = statistics.fmean(recent)
     return values
 
 

@@ -39,12 +39,13 @@ case $action in
     # The machines' own Python may be too old; uv brings one.
     everywhere 'mkdir -p grain && tar -xf grain.tar -C grain && python3 -m pip install --user uv &&
       cd grain && python3 -m uv venv --allow-existing --python 3.11 &&
-      python3 -m uv pip install -c constraints.txt -e ".[data,tpu]"'
+      python3 -m uv pip install -c constraints.txt -e ".[data,gcs,tpu]"'
     ;;
   run)
     printf -v arguments ' %q' "$@"
+    # The braces: else a shell that waits for the trainer keeps ssh's output open until the run ends.
     everywhere "cd grain && export JAX_COMPILATION_CACHE_DIR=\$HOME/compiled &&
-      nohup setsid .venv/bin/python -m grain_jax.train$arguments >>train.log 2>&1 </dev/null &"
+      { nohup setsid .venv/bin/python -m grain_jax.train$arguments >>train.log 2>&1 </dev/null & }"
     ;;
   tail) gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker="${1:-0}" --command="tail -F grain/train.log" ;;
   stop) everywhere 'pkill -TERM -f "[g]rain_jax.train"' ;; # the bracket: not this command itself

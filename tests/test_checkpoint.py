@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grain_jax import checkpoint
+from grain_jax import checkpoint, digests
 from tests import tiny
 
 
@@ -19,6 +19,9 @@ class State(NamedTuple):
 
     step: jax.Array
     params: Any
+    opt_state: Any = ()
+    ema_params: Any = ()
+    receipt: Any = np.zeros((2, 2), np.uint32)
 
 
 def state(step, width=8):
@@ -36,7 +39,9 @@ def abstract(like):
 def save_steps(workdir, steps, config, metrics=None, width=8):
     checkpoints = checkpoint.manager(workdir, config)
     for step in steps:
-        checkpoint.save(checkpoints, state(step, width), config, {}, metrics and metrics(step))
+        saved = state(step, width)
+        record = {"step": step, **digests.chains(saved.receipt), "state": digests.of_state(saved)}
+        checkpoint.save(checkpoints, saved, config, record, metrics and metrics(step))
     checkpoints.wait_until_finished()
     checkpoints.close()
 
@@ -78,7 +83,9 @@ def test_there_is_none_yet(tmp_path):
 
 
 def _largest(folder):
-    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    """The file with the arrays."""
+    files = [p for p in (folder / "state").rglob("*") if p.is_file()]
+    return max(files, key=lambda p: p.stat().st_size)
 
 
 def _remove(folder):
@@ -87,7 +94,14 @@ def _remove(folder):
     folder.rmdir()
 
 
+def _flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 DAMAGE = {
+    "bit flipped": lambda f: _flip_a_bit(_largest(f)),
     "truncated": lambda f: _largest(f).write_bytes(_largest(f).read_bytes()[:100]),
     "data gone": lambda f: _largest(f).unlink(),
     "garbage": lambda f: _largest(f).write_bytes(bytes(range(256)) * 16),
@@ -114,6 +128,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_written_again(tmp_path, damage)
     else:
         step = 4
         assert len(said) == 1 and said[0].startswith("checkpoint 8 is damaged"), said
+        assert ("not what was saved: state" in said[0]) == (damage == "bit flipped"), said
         assert kept(tmp_path) == [4] and (tmp_path / "damaged_checkpoints/8").is_dir()
         save_steps(tmp_path, (8,), config, lambda step: {"loss": float(step)})
     assert int(restored.step) == step
@@ -170,7 +185,7 @@ def test_a_mismatch_is_a_tree_of_differences(tmp_path):
 def test_a_full_disk_is_one_line(error):
     if error is None:  # TensorStore's have no number
         error = ValueError("RESOURCE_EXHAUSTED: writing x: [OS error 28: No space left on device]")
-    with pytest.raises(checkpoint.CheckpointError, match="^/run: no space left") as e:
+    with pytest.raises(checkpoint.FullDisk, match="^/run: no space left") as e:
         with checkpoint.full_disk_in_a_line("/run"):
             try:
                 raise error

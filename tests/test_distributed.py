@@ -160,16 +160,43 @@ with distributed.ending_together(heartbeat):
 """
 
 
-def _pair(*, fails=0, heartbeat=10):
+# Ends as it is told, in training or outside it; prints the call of `reached` at which it did, or all the time.
+_LISTENER = """
+import contextlib, sys, time
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from grain_jax import distributed, preemption
+port, me, heartbeat, outside = sys.argv[1], *map(int, sys.argv[2:])
+notice = preemption.Notice()
+notice.listen()
+distributed.initialize(f"127.0.0.1:{port}", 2, me, heartbeat)
+with distributed.ending_together(heartbeat):
+    multihost_utils.process_allgather(jnp.ones(1))
+    print("up", flush=True)
+    while outside:
+        time.sleep(0.1)
+    with notice.training():
+        calls = 1
+        while not notice.reached():
+            multihost_utils.process_allgather(jnp.ones(1))  # as a step does
+            time.sleep(0.1)
+            calls += 1
+    print("reached", calls, flush=True)
+    sys.exit(notice.status)
+"""
+_TALKER = _LISTENER.replace("time.sleep(0.1)", "time.sleep(0.1); print('on', file=sys.stderr)")
+
+
+def _pair(script=_WORKER, *, flags=(0, 0), heartbeat=10):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     pair = []
     for me in (0, 1):
-        arguments = [port, str(me), str(heartbeat), str(int(me == 1 and fails))]
+        arguments = [port, str(me), str(heartbeat), str(flags[me])]
         pair.append(
             subprocess.Popen(
-                [sys.executable, "-c", _WORKER, *arguments],
+                [sys.executable, "-c", script, *arguments],
                 cwd=ROOT,
                 env={**os.environ, "XLA_FLAGS": ""},
                 stdout=subprocess.PIPE,
@@ -200,9 +227,57 @@ def test_when_one_is_killed_the_other_ends_within_a_minute_and_names_it(victim):
 
 
 def test_one_that_fails_alone_does_not_wait_for_the_others():
-    pair = _pair(fails=1)
+    pair = _pair(flags=(0, 1))
     said = pair[1].communicate(timeout=20)[1]  # an ordinary exit would take five minutes
     assert pair[1].returncode == 2
     assert said.strip().splitlines()[-1] == "no such folder"
     pair[0].kill()
     pair[0].communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_in_training_a_signal_to_one_ends_both_at_the_same_step(number):
+    pair = _pair(_LISTENER, heartbeat=60)
+    pair[1].send_signal(number)
+    said = [process.communicate(timeout=60) for process in pair]
+    assert [process.returncode for process in pair] == [75, 75], said
+    calls = [out.split("reached ")[1] for out, _ in said]
+    assert calls[0] == calls[1]
+    assert f"{number.name}: saving after this step" in said[1][1]
+
+
+@pytest.mark.parametrize("number,status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_outside_training_it_ends_at_once_also_where_nobody_reads_what_it_says(number, status):
+    pair = _pair(_LISTENER, flags=(1, 1), heartbeat=60)
+    pair[1].stderr.close()
+    for process in pair:
+        process.send_signal(number)
+    said = pair[0].communicate(timeout=20)[1]  # with JAX's own handler in place: never
+    assert pair[1].wait(20) == pair[0].returncode == status
+    assert said.strip().splitlines()[-1] == f"{number.name}: there is nothing to save"
+    pair[1].stdout.close()
+
+
+def test_outside_training_one_that_waits_for_the_other_at_its_exit_is_told_too():
+    """As where process 0 draws the last pictures."""
+    script = _LISTENER.replace(
+        "    with notice.training", "    sys.exit(0)\n    with notice.training"
+    )
+    pair = _pair(script, flags=(1, 0), heartbeat=60)
+    time.sleep(1)
+    assert pair[1].poll() is None
+    for process in pair:
+        process.send_signal(signal.SIGTERM)
+    for process in pair:
+        process.communicate(timeout=20)
+    assert [process.returncode for process in pair] == [75, 75]
+
+
+def test_one_that_cannot_print_any_more_leaves_and_so_the_other_ends():
+    pair = _pair(_TALKER, flags=(1, 1))
+    pair[0].stderr.close()  # as where its launcher was killed
+    assert pair[0].wait(20) == 1
+    said = pair[1].communicate(timeout=60)[1]
+    assert pair[1].returncode == -signal.SIGABRT
+    assert "ending: process 0" in said
+    pair[0].stdout.close()

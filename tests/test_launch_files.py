@@ -3,9 +3,11 @@
 "Rendered, not run" where there is no such cluster; tests/slurm/run.sh runs the SLURM one for real.
 """
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import string
 import subprocess
 import sys
@@ -77,6 +79,14 @@ def test_slurm_trains_and_requeues_what_was_preempted(stand_in, status):
     assert calls[1:] == (["scontrol requeue 7"] if status == 75 else [])
 
 
+@pytest.mark.parametrize("given,handed_on", [({}, ""), ({"SLURM_CPUS_PER_TASK": "64"}, "64")])
+def test_srun_gets_the_cores_that_sbatch_was_asked_for(stand_in, tmp_path, given, handed_on):
+    stand_in("srun", f'echo "$SRUN_CPUS_PER_TASK" >{tmp_path}/cores')
+    done = _run("launch/slurm.sbatch", GRAIN_ARGS="--workdir w", SLURM_JOB_ID="7", **given)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "cores").read_text() == f"{handed_on}\n"
+
+
 def test_a_cancelled_slurm_job_saves_and_stays_cancelled(stand_in):
     stand_in("srun", "kill -TERM $PPID; sleep 0.2; exit 75")  # scancel signals the batch shell too
     stand_in("scontrol")
@@ -139,18 +149,27 @@ def test_tpu_vm_creates_and_waits(stand_in, tmp_path):
     assert _run("launch/tpu_vm.sh", "create", **TPU, **kind).returncode == 1
 
 
-def test_tpu_vm_runs_on_all_workers_with_the_words_intact(stand_in, tmp_path):
+@pytest.fixture
+def worker(stand_in, tmp_path):
+    """The home of a worker; returns what puts a script in the place of its Python."""
     # The stand-in does what ssh does: a shell takes the command apart, in the worker's home.
     home = tmp_path / "home"
     (home / "grain" / ".venv" / "bin").mkdir(parents=True)
-    python = home / "grain" / ".venv" / "bin" / "python"
-    python.write_text(
-        f'#!/bin/bash\nprintf "%s\\n" "$@" >{home}/words\nmv {home}/words {home}/done\n'
-    )
-    python.chmod(0o755)
     stand_in(
         "gcloud", f'last="${{@: -1}}"; cd {home} && HOME={home} bash -c "${{last#--command=}}"'
     )
+
+    def python(script):
+        path = home / "grain" / ".venv" / "bin" / "python"
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        path.chmod(0o755)
+        return home
+
+    return python
+
+
+def test_tpu_vm_runs_on_all_workers_with_the_words_intact(stand_in, worker):
+    home = worker('printf "%s\\n" "$@" >~/words\nmv ~/words ~/done')
     done = _run("launch/tpu_vm.sh", "run", "--config", "a b.py", "--config.x='y'", **TPU)
     assert done.returncode == 0, done.stderr
     deadline = time.monotonic() + 30
@@ -159,6 +178,25 @@ def test_tpu_vm_runs_on_all_workers_with_the_words_intact(stand_in, tmp_path):
     words = (home / "done").read_text().splitlines()
     assert words == ["-m", "grain_jax.train", "--config", "a b.py", "--config.x='y'"]
     assert "tpu-vm ssh pod --zone=us-central1-a --worker=all --command=" in stand_in.called()[0]
+
+
+def test_tpu_vm_run_does_not_wait_for_the_training(worker):
+    home = worker("echo $$ >~/pid; exec sleep 60")
+    began = time.monotonic()
+    done = _run("launch/tpu_vm.sh", "run", "--config", "a.py", **TPU)  # until its output is closed
+    took = time.monotonic() - began
+    while not (home / "pid").exists() or not (home / "pid").read_text():
+        time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int((home / "pid").read_text()), signal.SIGKILL)
+    assert done.returncode == 0, done.stderr
+    assert took < 30
+
+
+def test_tpu_vm_installs_what_reads_and_writes_a_bucket(stand_in):
+    stand_in("gcloud")
+    assert _run("launch/tpu_vm.sh", "install", **TPU).returncode == 0
+    assert '-e ".[data,gcs,tpu]"' in "\n".join(stand_in.called())
 
 
 def test_tpu_vm_says_what_is_missing(stand_in):
@@ -194,7 +232,8 @@ def test_the_jobset_as_rendered_not_run():
     assert job["backoffLimit"] == 0
     exits, disrupted = job["podFailurePolicy"]["rules"]
     assert exits["action"] == disrupted["action"] == "FailJob"
-    assert exits["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [75]}
+    assert exits["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [75, 134]}
+    assert disrupted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # podFailurePolicy asks for it
     assert pod["terminationGracePeriodSeconds"] == 120
@@ -214,6 +253,6 @@ def test_the_image_has_what_it_copies_and_installs():
     for line in re.findall(r"^COPY (.*) \S+$", text, re.M):
         assert all((ROOT / source).exists() for source in line.split())
     setup = (ROOT / "setup.py").read_text()
-    assert '".[data,${BACKEND}]"' in text
-    assert all(f'"{extra}":' in setup for extra in ("data", "tpu", "cuda"))
+    assert '".[data,gcs,${BACKEND}]"' in text
+    assert all(f'"{extra}":' in setup for extra in ("data", "gcs", "tpu", "cuda"))
     assert text.rstrip().endswith('ENTRYPOINT ["python", "-m", "grain_jax.train"]')

@@ -1,5 +1,6 @@
 """launch.local with small stand-ins for the trainer: what it hands over, signals, deaths, statuses."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -105,6 +106,43 @@ def test_a_signal_before_the_processes_can_listen_is_a_preemption_too():
 def test_a_process_that_leaves_preempted_and_one_that_jax_aborts_for_it_are_a_preemption():
     script = "time.sleep(me); sys.exit(75) if me == 0 else os.kill(os.getpid(), signal.SIGABRT)"
     assert _run(script, "--processes=2") == (75, "")
+
+
+def test_where_the_launcher_is_killed_the_processes_save_and_end(tmp_path):
+    """They are real ones, and have nobody left to print to. The lock tells that a process lives."""
+    script = f"""
+import fcntl, jax.numpy as jnp
+from jax.experimental import multihost_utils
+from grain_jax import distributed, preemption
+mine = open(f"{tmp_path}/{{me}}", "w")
+fcntl.flock(mine, fcntl.LOCK_EX)
+notice = preemption.Notice()
+notice.listen()
+distributed.initialize(sys.argv[-3].partition("=")[2], 2, me, 60)
+with distributed.ending_together(60), notice.training():
+    print("training", flush=True)
+    while not notice.reached():
+        multihost_utils.process_allgather(jnp.ones(1))  # as a step does
+        time.sleep(0.1)
+    mine.write("saved")
+    sys.exit(notice.status)"""
+    process = _start(script, "--processes=2")
+    ready = 0
+    while ready < 2:
+        ready += "training" in process.stderr.readline()
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 60
+    for me in "01":
+        with open(tmp_path / me) as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    assert time.monotonic() < deadline, f"process {me} is still there"
+                    time.sleep(0.1)
+            assert lock.read() == "saved"
 
 
 @pytest.mark.parametrize(

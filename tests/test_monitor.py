@@ -246,10 +246,10 @@ def test_wandb_gets_a_restart_under_the_same_id_and_no_step_twice(tmp_path, monk
 
 
 def _wandb_history(file):
-    """{step: {name: value}} of an offline run's file: records in blocks, as in LevelDB's log."""
+    """{step: {name: value}} of an offline run's file, and whether it adds to a run: records in blocks, as in LevelDB's log."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, record, history = file.read_bytes(), 7, b"", {}
+    data, at, record, history, adds = file.read_bytes(), 7, b"", {}, None
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:
             at += 32768 - at % 32768
@@ -259,13 +259,15 @@ def _wandb_history(file):
         at += 7 + length
         if kind in (1, 4):  # whole, or the last piece
             parsed, record = Record.FromString(record), b""
+            if parsed.HasField("run"):
+                adds = parsed.run.resume
             if parsed.HasField("history"):
                 items = {
                     item.key or item.nested_key[0]: json.loads(item.value_json)
                     for item in parsed.history.item
                 }
                 history[items["_step"]] = items
-    return history
+    return history, adds
 
 
 def test_wandb_offline_leaves_a_folder_a_start_with_one_id(tmp_path):
@@ -279,7 +281,8 @@ def test_wandb_offline_leaves_a_folder_a_start_with_one_id(tmp_path):
     wandb.teardown()  # what its service process has buffered is in the files now
     name = (tmp_path / "wandb_id.txt").read_text().strip()
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*-{name}*/run-{name}.wandb"))
-    histories = [_wandb_history(file) for file in files]
+    histories, adds = zip(*(_wandb_history(file) for file in files))
+    assert adds == (True, True)  # a sync adds both to one run
     assert [list(history) for history in histories] == [[1, 2, 3], [3, 4]]
     assert [history[3]["loss"] for history in histories] == [1.5, 1.5]
 

@@ -17,6 +17,7 @@ from etils import epath
 
 from benchmarks import claim
 from benchmarks import claim_design as design
+from configs import common
 from configs.sweeps import points
 from grain_jax import command_line, errors
 from launch import jobs, sweep, sweep_table
@@ -128,7 +129,7 @@ def make(tmp_path, overrides, **base):
     return sweep.make_runs(tiny.config(**base), arguments, overrides, epath.Path(tmp_path))
 
 
-def pretend(run, step, *, saved=True, **metrics):
+def pretend(run, step, *, saved=True, reported=("curves.png",), **metrics):
     """What the trainer leaves at `step`."""
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.json").write_text(sweep.config_lib.to_json(run.config))
@@ -136,20 +137,28 @@ def pretend(run, step, *, saved=True, **metrics):
     (run.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     if saved:
         (run.folder / "checkpoints" / str(step)).mkdir(parents=True)
+    for name in reported:
+        (run.folder / name).write_bytes(b"")
 
 
-def test_finished_is_the_last_step_logged_and_saved(tmp_path):
-    a, b, c, d = make(tmp_path, [{"seed": s} for s in range(4)])
+def test_finished_is_the_last_step_logged_and_saved_and_the_report_there(tmp_path):
+    a, b, c, d, e = make(tmp_path, [{"seed": s} for s in range(5)])
     pretend(a, 10)
     pretend(b, 10, saved=False)
     pretend(c, 8)
-    assert [sweep.finished(run) for run in (a, b, c, d)] == [True, False, False, False]
-    assert [sweep.share_done(run) for run in (a, c, d)] == [1.0, 0.8, 0.0]
-    (by_epochs,) = make(tmp_path, [{"total_epochs": 1.0}])
+    pretend(d, 10, reported=())  # killed between its last save and its report
+    assert [sweep.finished(run) for run in (a, b, c, d, e)] == [True, False, False, False, False]
+    assert [sweep.share_done(run) for run in (a, c, e)] == [1.0, 0.8, 0.0]
+    by_epochs, killed = make(tmp_path, [{"total_epochs": 1.0}, {"total_epochs": 2.0}])
     pretend(by_epochs, 10)
-    assert not sweep.finished(by_epochs)
-    (by_epochs.folder / "curves.png").write_bytes(b"")
-    assert sweep.finished(by_epochs)
+    pretend(killed, 20, reported=())
+    assert sweep.finished(by_epochs) and not sweep.finished(killed)
+    birds = common.evaluator("grounding", "birds", annotations="birds.jsonl")
+    (evaluated,) = make(tmp_path / "e", [{"seed": 0}], evals={"birds": birds}, pictures=8)
+    drawn = ("curves.png", "results.json", "regions.png")
+    for count in range(4):
+        pretend(evaluated, 10, saved=count == 0, reported=drawn[:count])
+        assert sweep.finished(evaluated) == (count == 3)
 
 
 def test_a_folder_of_another_config_is_refused(tmp_path):
@@ -157,6 +166,10 @@ def test_a_folder_of_another_config_is_refused(tmp_path):
     pretend(run, 10)
     sweep.check_folders(make(tmp_path, [{"seed": 0}], log_every=5, checkpoint_every=2))
     with pytest.raises(errors.UserError, match=r"was trained with batch_size = 16, now it is 32"):
+        sweep.check_folders(make(tmp_path, [{"seed": 0}], batch_size=32))
+    stored = run.folder / "config.json"
+    for cut_off in ("", stored.read_text()[:100]):  # by a kill: as if it were not there
+        stored.write_text(cut_off)
         sweep.check_folders(make(tmp_path, [{"seed": 0}], batch_size=32))
 
 
@@ -245,6 +258,30 @@ def test_waits_for_a_run_of_a_runner_that_was_killed(tmp_path):
     assert scripts.run().done == ["slow"]
     assert scripts.said[0] == "slow: runs already, started by another call; waiting"
     assert "slow: started" not in scripts.said and left.wait() == 0
+
+
+def test_runs_of_a_runner_that_was_killed_take_slots(tmp_path):
+    """`a` runs on without a runner: the next call, one at a time, starts nothing beside it; two at a time, one job."""
+    beside = "(me / 'done').write_text(str((me.parent / 'a' / 'on').exists()))\n"
+    until_all_done = "while not (me.parent / 'c' / 'done').exists(): time.sleep(0.02)\n"
+    for parallel, wait, expected in (
+        (1, "time.sleep(1.5)\n", {"False"}),
+        (2, until_all_done, {"True"}),
+    ):
+        a = f"(me / 'on').touch()\n{wait}(me / 'on').unlink()\n{DONE}"
+        scripts = Scripts(tmp_path / str(parallel), b=beside, c=beside, a=a)
+        a = scripts.all[-1]  # the last to be started
+        a.log.parent.mkdir(parents=True)
+        with a.log.open("a") as log:
+            jobs.fcntl.flock(log, jobs.fcntl.LOCK_EX)
+            left = subprocess.Popen(a.command, stdout=log)
+        while not (scripts.folder / "a" / "on").exists():
+            time.sleep(0.02)
+        assert set(scripts.run(parallel=parallel).done) == {"a", "b", "c"}
+        assert left.wait() == 0
+        seen = {(scripts.folder / name / "done").read_text() for name in "bc"}
+        assert seen == expected
+        assert "a: started" not in scripts.said
 
 
 def test_a_signal_is_passed_on_and_the_next_call_resumes(tmp_path):
@@ -442,6 +479,16 @@ def test_the_table_is_sorted_and_averages_over_seeds(tmp_path):
     assert [row.values["loss"] for row in by_loss] == [1.0, 1.0, 1.0, 6.5]
     with pytest.raises(errors.UserError, match="did you mean eval/seen/chance"):
         sweep_table.check(rows, "eval/seen/chanse")
+
+
+def test_a_metric_that_the_last_lines_lack_keeps_its_last_value(tmp_path):
+    (run,) = make(tmp_path, [{"seed": 0}])
+    pretend(run, 10)
+    path = run.folder / "metrics.jsonl"
+    first = json.dumps({"step": 1, "loss": 8.0, "images_per_second": 70.0})
+    path.write_text("\n".join([first, *path.read_text().splitlines()[1:]]) + "\n")
+    (row,) = sweep_table.read([run], [True])
+    assert row.values == {"loss": 1.0, "images_per_second": 70.0}
 
 
 def test_csv_and_picture(tmp_path):

@@ -110,6 +110,16 @@ def test_with_fewer_devices_losses_are_compared(finished, capsys, monkeypatch):
     assert "bit for bit" not in out
 
 
+def test_what_rounding_has_become_far_from_a_checkpoint_is_shown_and_not_judged(
+    finished, capsys, monkeypatch
+):
+    monkeypatch.setattr(jax, "devices", lambda: ALL()[:2])
+    monkeypatch.setitem(verify.TOLERANCE, "float32", 0.0)
+    monkeypatch.setattr(verify, "HORIZON", 0)
+    status, out, err = _verify(capsys, finished, "--from", "4", "--steps", "3")
+    assert status == 0 and "not judged: after 0 steps, rounding has grown" in out, out + err
+
+
 def test_a_save_that_was_cut_off_is_no_contradiction(copy, capsys):
     shutil.rmtree(copy / "checkpoints" / "10")
     run = verify.read(copy)

@@ -18,7 +18,10 @@ finish() {
   done
   sleep 3
   for daemon in slurmd slurmctld munged; do
-    [[ ! -s $scratch/$daemon.pid ]] || kill "$(<"$scratch/$daemon.pid")" || true
+    [[ -s $scratch/$daemon.pid ]] || continue
+    pid=$(<"$scratch/$daemon.pid")
+    kill "$pid" || continue
+    timeout 30 tail --pid="$pid" -f /dev/null || true # it writes there to its end
   done
   [[ -n ${SCRATCH:-} ]] || rm -rf "$scratch"
 }
