@@ -1,5 +1,6 @@
 """Mixtures of record sets: exact shares, each set's own epochs, and a stream that is a function of the step."""
 
+import dataclasses
 import itertools
 import re
 
@@ -308,3 +309,13 @@ def test_a_run_keeps_its_mixture(folder, tmp_path, capsys):
     status = verify.main(["verify", str(workdir), "--from", "4"])
     out, err = capsys.readouterr()
     assert status == 0 and "bit for bit" in out, out + err
+
+
+def test_checkpoints_from_before_mixtures_are_of_the_same_run(folder, tmp_path, monkeypatch):
+    config = record_sets.config(folder, name="birds")
+    stored = dataclasses.asdict(config)
+    del stored["input"]["datasets"]
+    monkeypatch.setattr(checkpoint, "read_json", lambda *_: stored)
+    checkpoint.check_same_run(tmp_path, config)
+    with pytest.raises(checkpoint.CheckpointError, match=r"input.datasets: .* has \[\], got \[{"):
+        checkpoint.check_same_run(tmp_path, mixture(folder))
