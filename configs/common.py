@@ -130,6 +130,7 @@ def base(size: str = "B/16") -> ConfigDict:
             source="records",
             data_dir="",
             name="",
+            datasets=(),  # or several: dict(name=, data_dir=, weight=, split="train") each
             prepare=placeholder(str),
             lanes=16,
             shards_per_block=1,

@@ -170,6 +170,7 @@ _ORDER_OF_DATA = (
     "input.lanes",
     "input.shards_per_block",
     "input.name",
+    "input.datasets",
     "input.source",
 )
 
@@ -279,16 +280,27 @@ def read_json(folder: epath.Path, item: str) -> dict[str, Any]:
         return reader.restore(folder / item)
 
 
+def _order_of_data(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `_ORDER_OF_DATA`; of a mixture, all but where its sets lie, which may move."""
+    values = {}
+    for name in _ORDER_OF_DATA:
+        *groups, key = name.split(".")
+        values[name] = functools.reduce(lambda group, key: group[key], groups, config).get(key)
+    values["input.datasets"] = [
+        {key: entry[key] for key in entry if key != "data_dir"}
+        for entry in values["input.datasets"] or ()  # checkpoints that are older have none
+    ]
+    return values
+
+
 def check_same_run(folder: epath.Path, config: config_lib.Config) -> None:
     """Raises CheckpointError where the config in the checkpoint `folder` orders the data in another way."""
-    stored = read_json(folder, "config")
-    faults = []
-    for name in _ORDER_OF_DATA:
-        old, new = stored, dataclasses.asdict(config)
-        for key in name.split("."):
-            old, new = old[key], new[key]
-        if old != new:
-            faults.append(f"{name}: the run in this workdir has {old!r}, got {new!r}")
+    stored = _order_of_data(read_json(folder, "config"))
+    faults = [
+        f"{name}: the run in this workdir has {stored[name]!r}, got {new!r}"
+        for name, new in _order_of_data(dataclasses.asdict(config)).items()
+        if stored[name] != new
+    ]
     if faults:
         raise CheckpointError(
             "\n".join(faults)

@@ -128,6 +128,16 @@ class Init:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A record set and its share of the examples."""
+
+    name: str
+    data_dir: str
+    weight: float  # more than 0; against the sum of all weights it is the share
+    split: str = "train"
+
+
+@dataclasses.dataclass(frozen=True)
 class Input:
     """Where examples come from, in which order, and how they are varied."""
 
@@ -147,6 +157,12 @@ class Input:
     )
     crop_min_area: float  # smallest share of the picture that a random crop keeps; 1 = no crop
     reader_threads: int  # 0 = as many as tf.data wants
+    datasets: tuple[Dataset, ...] = ()  # a mixture, instead of `data_dir` and `name`
+
+    @property
+    def sets(self) -> tuple[Dataset, ...]:
+        """The sets of the mixture, or the single one."""
+        return self.datasets or (Dataset(self.name, self.data_dir, 1.0),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +304,9 @@ def _convert(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
         if isinstance(value, (list, tuple)):
             inner = args[:1] * len(value) if args[-1] is Ellipsis else args
             if len(inner) == len(value):
-                return tuple(_convert(a, v, path, faults) for a, v in zip(inner, value))
+                numbered = len(inner) and dataclasses.is_dataclass(inner[0])
+                paths = [f"{path}[{i}]" if numbered else path for i in range(len(inner))]
+                return tuple(_convert(*part, faults) for part in zip(inner, value, paths))
         faults.append(f"{path}: got {value!r}, expected a list")
         return ()
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -309,7 +327,8 @@ def _build(cls: type, value: Any, path: str, faults: list[str]) -> Any:
             faults.append(f"{at(key)}: {unknown_key(at(key), [at(h) for h in hints])}")
     new = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
     missing = [key for key in hints if key not in value and key not in new]
-    faults.extend(f"{at(key)}: missing; configs/common.py has its default" for key in missing)
+    default = "" if path.endswith("]") else "; configs/common.py has its default"
+    faults.extend(f"{at(key)}: missing{default}" for key in missing)
     if missing:
         return None
     return cls(**{k: _convert(t, value[k], at(k), faults) for k, t in hints.items() if k in value})
@@ -485,6 +504,21 @@ def _check_model(model: Model, faults: list[str]) -> None:
         )
 
 
+def _check_mixture(data: Input, faults: list[str]) -> None:
+    names = [entry.name for entry in data.datasets]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        faults.append(f"input.datasets: has {name!r} more than once, expected each name once")
+    for i, entry in enumerate(data.datasets):
+        if not 0 < entry.weight < math.inf:
+            faults.append(f"input.datasets[{i}].weight: got {entry.weight}, expected more than 0")
+    for key in ("name", "data_dir", "prepare"):
+        if data.datasets and getattr(data, key):
+            faults.append(
+                f"input.{key}: got {getattr(data, key)!r} beside input.datasets, which names all sets;"
+                f" expected one of the two: take out input.datasets or input.{key}"
+            )
+
+
 def _check(config: Config, faults: list[str]) -> None:
     _check_bounds(config, "", faults)
     if faults:
@@ -501,6 +535,7 @@ def _check(config: Config, faults: list[str]) -> None:
         )
     _one_of("wandb.mode", config.wandb.mode, ("off", "online", "offline"), faults)
     _one_of("input.source", config.input.source, ("records", "synthetic"), faults)
+    _check_mixture(config.input, faults)
     _one_of("checkpoint_best_mode", config.checkpoint_best_mode, ("max", "min"), faults)
     best = config.checkpoint_best_metric.split("/")
     if best[0] == "eval":
@@ -590,6 +625,8 @@ def without_new_fields(part: Any) -> dict[str, Any]:
     def plain(value):
         if isinstance(value, dict):
             return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, tuple):
+            return tuple(map(plain, value))
         return without_new_fields(value) if dataclasses.is_dataclass(value) else value
 
     return {

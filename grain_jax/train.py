@@ -113,7 +113,7 @@ def prepare_data(config: config_lib.Input, notice: preemption.Notice) -> None:
 
 
 def resolve_steps(config: config_lib.Config, num_examples: int) -> tuple[int, float]:
-    """(total steps, steps an epoch)."""
+    """(total steps, steps an epoch); of a mixture, an epoch is as many records as all sets have."""
     steps_per_epoch = num_examples / config.batch_size
     total = config.total_steps
     if total is None:

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ _COMPUTED = (
 )
 _NOT_COMPUTED = (
     "input.data_dir",
+    "input.datasets.data_dir",
     "input.prepare",
     "input.reader_threads",
     "loss.tile",
@@ -259,7 +261,10 @@ def _computed(config: config_lib.Config) -> dict[str, Any]:
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 visit(f"{path}.{key}", inner)
-        elif path not in _NOT_COMPUTED:
+        elif path == "input.datasets":
+            for i, entry in enumerate(value):
+                visit(f"{path}[{i}]", entry)
+        elif re.sub(r"\[\d+\]", "", path) not in _NOT_COMPUTED:
             flat[path] = value
 
     for key in _COMPUTED:

@@ -5,11 +5,14 @@ its blocks in an order drawn by (seed, epoch, lane), each with its records in an
 epoch, lane, block); epochs follow one another without a seam. So a position in a lane's stream tells
 which block to open, and a step tells the positions: a checkpoint needs the step alone.
 
+Of a mixture of sets a lane has a stream of each set, and draws from them by weight (`MixedLane`).
+
 Random numbers come from an integer hash written out here, so that the order also survives new
 versions of numpy and TensorFlow.
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -85,21 +88,87 @@ class Lane:
         return permutation(hash_key(self.seed, epoch, self.index), len(self.blocks))
 
 
+class MixedLane:
+    """A lane's endless stream over several sets, each in its own order, drawn from by weight.
+
+    The heaviest set has floor(share * p + phase) of the first p records. The next heaviest divides those
+    that are left in the same way, and so on: where each set stands at p takes a division a set. Of n
+    records in a row, a set has share * n, but for less than 1 record of two sets, less than 2 of three,
+    less than 1 + (1 + 1/2 + ... + 1/(k - 2)) of k. The phases of a set are spread evenly over the lanes,
+    each set with another lane first, so that most of these errors cancel in a global batch.
+
+    Args:
+      streams: the lane's stream of each set.
+      weights: of the sets, more than 0; their sum does not matter.
+      lanes: how many there are.
+      seed: of the run.
+    """
+
+    def __init__(self, streams: Sequence[Lane], weights: Sequence[float], *, lanes: int, seed: int):
+        self.streams = list(streams)
+        self.index = self.streams[0].index
+        exact = [Fraction(str(weight)) for weight in weights]  # 0.1 is a tenth
+        self._splits = []
+        left = sum(exact)
+        # Python's whole numbers: no position is too large for them.
+        *heavier, self._last = sorted(range(len(exact)), key=lambda i: -exact[i])
+        for i in heavier:
+            share = exact[i] / left
+            below = share.denominator * lanes
+            key = hash_key(seed, len(exact), i)
+            turn = int(permutation(key, lanes)[self.index])
+            phase = int(key[0]) + turn * share.denominator
+            self._splits.append((i, share.numerator * lanes, phase % below, below))
+            left -= exact[i]
+
+    def positions(self, position: int) -> list[int]:
+        """Where each set's stream stands when the lane stands there."""
+        at = [0] * len(self.streams)
+        left = position
+        for i, above, phase, below in self._splits:
+            at[i] = (above * left + phase) // below
+            left -= at[i]
+        at[self._last] = left
+        return at
+
+    def choices(self, first: int, last: int) -> np.ndarray:
+        """int64 [last - first], which set each record from `first` until before `last` comes from."""
+        stands = np.array([self.positions(p) for p in range(first, last + 1)], np.int64)
+        return np.diff(stands, axis=0).argmax(axis=1)
+
+
 def make_lanes(
-    shards: Sequence[Shard], *, lanes: int, shards_per_block: int, seed: int
+    shards: Sequence[Shard], *, name: str, lanes: int, shards_per_block: int, seed: int
 ) -> list[Lane]:
-    """All lanes; shards go round them one by one. Raises OrderError."""
+    """All lanes of the set `name`; shards go round them one by one. Raises OrderError."""
     shards = [shard for shard in shards if shard.num_records]
     if len(shards) < lanes:
         raise OrderError(
-            f"input.lanes: got {lanes}, expected at most {len(shards)}, the number of shards; set"
-            f" input.lanes={len(shards)} or fewer, or rebuild with data.build --num-shards {lanes}"
+            f"input.lanes: got {lanes}, expected at most {len(shards)}, the number of shards of"
+            f" {name!r}; set input.lanes={len(shards)} or fewer, or rebuild with data.build --num-shards"
+            f" {lanes}"
         )
     if shards_per_block < 1:
         raise OrderError(f"input.shards_per_block: got {shards_per_block}, expected at least 1")
     return [
         Lane(i, shards[i::lanes], shards_per_block=shards_per_block, seed=seed)
         for i in range(lanes)
+    ]
+
+
+def seed_of_set(seed: int, index: int) -> int:
+    """The seed of a mixture's set; the first has the run's, so that alone it is no mixture."""
+    return int(hash_key(seed, index)[0]) if index else seed
+
+
+def mix(
+    lanes_of_sets: Sequence[Sequence[Lane]], weights: Sequence[float], *, seed: int
+) -> list[MixedLane]:
+    """All lanes of a mixture, from those of its sets, which have equally many."""
+    lanes = len(lanes_of_sets[0])
+    return [
+        MixedLane(streams, weights, lanes=lanes, seed=seed)
+        for streams in zip(*lanes_of_sets, strict=True)
     ]
 
 

@@ -1,6 +1,6 @@
 """Training batches from a TFDS-format record set, in the order of order.py.
 
-    find(config)          is the set there, and has it what training needs?
+    find(config)          are the sets there, and have they what training needs?
     num_examples(config)  records an epoch
     batches(config, ...)  each global batch, or what some lanes have of it, from any step on
 
@@ -24,16 +24,16 @@ import tensorflow_datasets as tfds  # noqa: E402
 from etils import epath  # noqa: E402
 
 from grain_jax import errors
-from grain_jax.config import Config  # noqa: E402
+from grain_jax.config import Config, Dataset  # noqa: E402
 from grain_jax.input_pipeline import assemble, order, tokenizer, transforms  # noqa: E402
 from grain_jax.schema import Batch  # noqa: E402
 
-SPLIT = "train"
 _FEATURES = ("image", "captions", "synthetic_caption", "regions")
 _DAMAGE = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
 _UNEVEN = 1.1  # lanes whose lengths differ by more than this are worth a warning
 _READ_BYTES = 8 << 20  # a read from a remote file
 _ENDLESS = 2**62
+_CHOICES = 256  # records of a mixture whose sets are chosen at once
 
 
 class DataError(errors.UserError):
@@ -47,20 +47,25 @@ class MissingData(errors.UserError):
 class RecordSet(NamedTuple):
     """Where a set is and the lengths of its shards."""
 
+    source: Dataset
     directory: epath.Path
     shards: tuple[order.Shard, ...]
 
 
-def find(config: Config) -> RecordSet:
-    """The newest version of the set that the config names.
+def find(config: Config) -> list[RecordSet]:
+    """The newest version of each set that the config names.
 
     Raises:
       MissingData: no complete set is there.
-      DataError: it has no split "train", other features, or is not in TFRecord files.
+      DataError: one has not the split, other features, or is not in TFRecord files.
     """
-    folder = epath.Path(config.input.data_dir) / config.input.name
+    return [_find(source) for source in config.input.sets]
+
+
+def _find(source: Dataset) -> RecordSet:
+    folder = epath.Path(source.data_dir) / source.name
     versions = []
-    if config.input.name and folder.is_dir():
+    if source.name and folder.is_dir():
         versions = [
             (tuple(map(int, path.name.split("."))), path)
             for path in folder.iterdir()
@@ -68,27 +73,30 @@ def find(config: Config) -> RecordSet:
         ]
     if not versions:
         raise MissingData(
-            f"no record set {config.input.name!r} in {config.input.data_dir!r} (looked for"
+            f"no record set {source.name!r} in {source.data_dir!r} (looked for"
             f" {folder}/1.0.0); make it with: python -m data.build --annotations A.jsonl --images DIR"
-            f" --output {config.input.data_dir or 'DIR'} --name {config.input.name or 'NAME'}"
+            f" --output {source.data_dir or 'DIR'} --name {source.name or 'NAME'}"
         )
     directory = max(versions)[1]
     info = tfds.builder_from_directory(directory).info
     missing = [name for name in _FEATURES if name not in info.features]
-    if missing or SPLIT not in info.splits:
-        what = f"has no feature {', '.join(missing)}" if missing else f"has no split {SPLIT!r}"
-        raise DataError(f"{directory} {what}; expected a set that data.build wrote")
+    if missing or source.split not in info.splits:
+        what = f"feature {', '.join(missing)}" if missing else f"split {source.split!r}"
+        raise DataError(f"{directory} has no {what}; expected a set that data.build wrote")
     if info.file_format != tfds.core.FileFormat.TFRECORD:
         raise DataError(f"{directory} is in {info.file_format} files, expected TFRecord")
-    split = info.splits[SPLIT]
+    split = info.splits[source.split]
     paths = map(os.fspath, split.filepaths)
     shards = tuple(order.Shard(p, n) for p, n in zip(paths, split.shard_lengths, strict=True))
-    return RecordSet(directory, shards)
+    return RecordSet(source, directory, shards)
 
 
 def num_examples(config: Config) -> int:
-    """Records an epoch. Raises as `find`."""
-    return sum(shard.num_records for shard in find(config).shards)
+    """Records an epoch: of a mixture, as many as all its sets have together. Raises as `find`.
+
+    With weights as the numbers of records, each is seen once an epoch; twice the weight, twice as often.
+    """
+    return sum(shard.num_records for one in find(config) for shard in one.shards)
 
 
 def batches(
@@ -98,29 +106,37 @@ def batches(
 
     Raises (here, not at the first batch):
       MissingData, DataError: as `find`.
-      order.OrderError: there are fewer shards than `input.lanes`.
+      order.OrderError: a set has fewer shards than `input.lanes`.
     A damaged record raises DataError, naming its shard and its place there, when its batch is due.
     """
-    every_lane = order.make_lanes(
-        find(config).shards,
-        lanes=config.input.lanes,
-        shards_per_block=config.input.shards_per_block,
-        seed=config.seed,
-    )
-    served = every_lane if lanes is None else [every_lane[i] for i in lanes]
-    lengths = [lane.num_records for lane in every_lane]
-    if served[0].index == 0 and max(lengths) > _UNEVEN * min(lengths):
-        logging.warning(
-            "input.lanes=%d: lanes have %d to %d records, so some are seen more often than others;"
-            " a number of shards that is a multiple of the lanes avoids that",
-            len(every_lane),
-            min(lengths),
-            max(lengths),
+    sets = find(config)
+    lanes_of_sets = [
+        order.make_lanes(
+            one.shards,
+            name=one.source.name,
+            lanes=config.input.lanes,
+            shards_per_block=config.input.shards_per_block,
+            seed=order.seed_of_set(config.seed, i),
         )
+        for i, one in enumerate(sets)
+    ]
+    every_lane = order.mix(lanes_of_sets, [one.source.weight for one in sets], seed=config.seed)
+    served = every_lane if lanes is None else [every_lane[i] for i in lanes]
+    for one, of_set in zip(sets, lanes_of_sets, strict=True):
+        lengths = [lane.num_records for lane in of_set]
+        if served[0].index == 0 and max(lengths) > _UNEVEN * min(lengths):
+            logging.warning(
+                "input.lanes=%d: lanes have %d to %d records of %r, so some are seen more often than"
+                " others; a number of shards that is a multiple of the lanes avoids that",
+                len(of_set),
+                min(lengths),
+                max(lengths),
+                one.source.name,
+            )
     return _batches(config, served, start_step)
 
 
-def _batches(config: Config, lanes: list[order.Lane], step: int) -> Iterator[Batch]:
+def _batches(config: Config, lanes: list[order.MixedLane], step: int) -> Iterator[Batch]:
     text_tokenizer = tokenizer.of_tower(config.model.text)
     per_lane = config.batch_size // config.input.lanes
     dataset = _dataset(config, lanes, per_lane, step)
@@ -136,10 +152,10 @@ def _batches(config: Config, lanes: list[order.Lane], step: int) -> Iterator[Bat
 
 
 def _dataset(
-    config: Config, lanes: list[order.Lane], per_lane: int, start_step: int
+    config: Config, lanes: list[order.MixedLane], per_lane: int, start_step: int
 ) -> tf.data.Dataset:
     """Batches of `transforms.Example`, in order."""
-    streams = [_lane_stream(lane, start_step * per_lane).batch(per_lane) for lane in lanes]
+    streams = [_mixed_stream(lane, start_step * per_lane).batch(per_lane) for lane in lanes]
     dataset = tf.data.Dataset.zip(tuple(streams)).map(
         lambda *parts: tuple(tf.concat(column, 0) for column in zip(*parts, strict=True))
     )
@@ -154,6 +170,25 @@ def _dataset(
     if config.input.reader_threads:
         options.threading.private_threadpool_size = config.input.reader_threads
     return dataset.with_options(options)
+
+
+def _mixed_stream(lane: order.MixedLane, position: int) -> tf.data.Dataset:
+    """The `_lane_stream`s of the lane's sets, in the order in which it draws from them."""
+    streams = [
+        _lane_stream(stream, at)
+        for stream, at in zip(lane.streams, lane.positions(position), strict=True)
+    ]
+    if len(streams) == 1:
+        return streams[0]
+
+    def choose(first):
+        chosen = tf.numpy_function(
+            lambda first: lane.choices(int(first), int(first) + _CHOICES), [first], tf.int64
+        )
+        return tf.ensure_shape(chosen, [_CHOICES])
+
+    choices = tf.data.Dataset.range(position, _ENDLESS, _CHOICES).map(choose).unbatch()
+    return tf.data.Dataset.choose_from_datasets(streams, choices)
 
 
 def _lane_stream(lane: order.Lane, position: int) -> tf.data.Dataset:
@@ -208,7 +243,7 @@ def _to_batch(columns: tuple, config: Config, text_tokenizer: tokenizer.Tokenize
 
 
 def _damage(
-    lanes: list[order.Lane],
+    lanes: list[order.MixedLane],
     per_lane: int,
     step: int,
     transform: transforms.Transform,
@@ -216,8 +251,13 @@ def _damage(
 ) -> DataError:
     """Which record of that step's batch could not be read; looks at each again, one by one."""
     advice = "rebuild the set with data.build"
-    for lane in lanes:
-        positions = range(step * per_lane, (step + 1) * per_lane)
+    begin, end = step * per_lane, (step + 1) * per_lane
+    stretches = [
+        (stream, range(first, last))
+        for lane in lanes
+        for stream, first, last in zip(lane.streams, lane.positions(begin), lane.positions(end))
+    ]
+    for lane, positions in stretches:
         for ordinal in sorted({lane.ordinal(p) for p in positions}):
             for shard in lane.block(ordinal).shards:
                 count = 0
@@ -232,7 +272,7 @@ def _damage(
                     return DataError(
                         f"{shard.path}: got {count} records, expected {shard.num_records}; {advice}"
                     )
-        stream = _lane_stream(lane, step * per_lane)
+        stream = _lane_stream(lane, positions.start)
         for position, (record, draws) in zip(positions, stream):
             try:
                 transform(record, draws)

@@ -52,6 +52,6 @@ def test_a_position_is_found_in_its_block():
 
 
 def test_shards_go_round_the_lanes():
-    lanes = order.make_lanes(shards(1, 0, 2, 3, 4), lanes=2, shards_per_block=1, seed=0)
+    lanes = order.make_lanes(shards(1, 0, 2, 3, 4), name="x", lanes=2, shards_per_block=1, seed=0)
     paths = [[s.path for block in lane.blocks for s in block] for lane in lanes]
     assert paths == [["s0", "s3"], ["s2", "s4"]]

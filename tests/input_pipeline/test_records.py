@@ -116,7 +116,7 @@ def test_resuming_gives_the_uninterrupted_stream(output):
 def test_resuming_opens_only_its_block(output):
     config = record_sets.config(output, lanes=1, shards_per_block=1)
     (lane,) = order.make_lanes(
-        records.find(config).shards, lanes=1, shards_per_block=1, seed=config.seed
+        records.find(config)[0].shards, name="x", lanes=1, shards_per_block=1, seed=config.seed
     )
     step = 3
     wanted = {s.path for p in (24, 31) for s in lane.block(lane.ordinal(p)).shards}
@@ -144,7 +144,7 @@ def test_resuming_opens_only_its_block(output):
 def test_every_record_once_an_epoch_in_a_new_order(output):
     config = record_sets.config(output, batch_size=4, pack_group=1)
     lanes = order.make_lanes(
-        records.find(config).shards, lanes=LANES, shards_per_block=1, seed=config.seed
+        records.find(config)[0].shards, name="x", lanes=LANES, shards_per_block=1, seed=config.seed
     )
     batches = take(config, 40)
     seen = []
@@ -278,7 +278,7 @@ def damaged(tmp_path):
     record_sets.write_annotations(tmp_path / "in", 12, size=(16, 16))
     assert record_sets.build_set(tmp_path / "in", tmp_path, "--num-shards=2") == 0
     config = record_sets.config(tmp_path, batch_size=4, lanes=2)
-    path = records.find(config).shards[1].path
+    path = records.find(config)[0].shards[1].path
     contents = [r.numpy() for r in tf.data.TFRecordDataset(path)]
     return config, path, contents
 

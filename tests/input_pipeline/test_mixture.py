@@ -1,0 +1,321 @@
+"""Mixtures of record sets: exact shares, each set's own epochs, and a stream that is a function of the step."""
+
+import dataclasses
+import itertools
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from grain_jax import checkpoint, train, verify
+from grain_jax import config as config_lib
+from grain_jax.input_pipeline import order, records
+from tests import record_sets, tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # TFDS with protobuf 6
+
+COUNTS = {"birds": 24, "stones": 8, "trees": 16}
+FIRST = {"birds": 0, "stones": 24, "trees": 32}  # number of each set's first picture
+WEIGHTS = {"birds": 0.5, "stones": 0.3, "trees": 0.2}
+LANES, PER_LANE = 4, 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixture")
+    lines = record_sets.write_annotations(folder / "in", sum(COUNTS.values()), size=(16, 16))
+    for name, count in COUNTS.items():
+        chosen = range(FIRST[name], FIRST[name] + count)
+        text = (folder / "in" / "A.jsonl").read_text().splitlines(keepends=True)
+        (folder / "in" / f"{name}.jsonl").write_text("".join(text[i] for i in chosen))
+        status = record_sets.build_set(
+            folder / "in",
+            folder,
+            "--num-shards=8",
+            f"--annotations={folder / 'in' / name}.jsonl",
+            name=name,
+        )
+        assert status == 0
+    assert len(lines) == 48
+    return folder
+
+
+def entries(folder, weights=WEIGHTS):
+    return [dict(name=n, data_dir=str(folder), weight=w) for n, w in weights.items()]
+
+
+def mixture(folder, weights=WEIGHTS, **values):
+    return record_sets.config("", name="", datasets=entries(folder, weights), **values)
+
+
+def take(config, count, **arguments):
+    return list(itertools.islice(records.batches(config, **arguments), count))
+
+
+def numbers(batch):
+    """Which picture each row is: its first pixel tells."""
+    return batch.image[:, 0, 0].astype(int) @ [1, 256, 0]
+
+
+def lane_streams(batches):
+    """The pictures' numbers of each lane, in order: int [LANES, len(batches) * PER_LANE]."""
+    return np.stack([numbers(b).reshape(LANES, PER_LANE) for b in batches], axis=1).reshape(
+        LANES, -1
+    )
+
+
+def mixed_lanes(weights, lanes=8, seed=0):
+    sets = [
+        order.make_lanes(
+            [order.Shard(f"{k}/{i}", 5) for i in range(lanes)],
+            name=str(k),
+            lanes=lanes,
+            shards_per_block=1,
+            seed=order.seed_of_set(seed, k),
+        )
+        for k in range(len(weights))
+    ]
+    return order.mix(sets, weights, seed=seed)
+
+
+@pytest.mark.parametrize(
+    "weights,bound",
+    [
+        ([1.0, 1.0], 1),
+        ([0.9, 0.1], 1),
+        ([0.123456789, 3.0], 1),
+        ([0.2, 0.5, 0.3], 2),
+        ([0.39, 0.01, 0.6], 2),
+        ([1.0, 1.0, 1.0, 0.001], 2.5),
+        ([12423374.0, 3318333.0, 5e6, 9e4], 2.5),
+    ],
+)
+def test_shares_are_exact_in_every_window(weights, bound):
+    share = np.array(weights) / sum(weights)
+    for lane in mixed_lanes(weights):
+        for start in (0, 10**15):
+            stands = np.array([lane.positions(start + p) for p in range(1001)])
+            assert (np.diff(stands, axis=0).sum(axis=1) == 1).all()
+            assert np.diff(stands, axis=0).min() == 0
+            assert (lane.choices(start, start + 1000) == np.diff(stands, axis=0).argmax(1)).all()
+            error = stands - stands[0] - np.arange(1001)[:, None] * share
+            # The largest error of any window is that of its ends against each other.
+            assert (error.max(axis=0) - error.min(axis=0)).max() < bound
+    assert lane.positions(0) == [0] * len(weights)
+
+
+def test_the_lanes_errors_cancel():
+    weights = [0.7, 0.3]
+    lanes = mixed_lanes(weights, lanes=16)
+    stands = np.array([[lane.positions(p)[0] for p in range(0, 801, 4)] for lane in lanes])
+    error = stands.sum(axis=0) - 0.7 * 16 * np.arange(0, 801, 4)
+    assert error.max() - error.min() < 1  # as one lane alone
+    assert len({tuple(lane.choices(0, 20)) for lane in lanes}) > 5
+
+
+def test_mixed_order_never_changes():
+    # Written down once: another value would reorder every run that resumes.
+    lane = mixed_lanes([0.2, 0.7, 0.31], lanes=4, seed=7)[2]
+    assert lane.positions(10**12) == [165289256198, 578512396694, 256198347108]
+    assert lane.choices(0, 12).tolist() == [2, 1, 2, 1, 1, 0, 1, 2, 1, 0, 1, 1]
+
+
+def test_each_set_is_walked_once_an_epoch_of_its_own(folder):
+    config = mixture(folder)
+    assert records.num_examples(config) == 48
+    streams = lane_streams(take(config, 100))  # 200 records a lane
+    for name, count in COUNTS.items():
+        seen = []
+        for stream in streams:
+            own = stream[(stream >= FIRST[name]) & (stream < FIRST[name] + count)]
+            assert abs(len(own) - 200 * WEIGHTS[name]) < 2
+            length = count // LANES
+            epochs = own[: len(own) // length * length].reshape(-1, length)
+            assert (np.sort(epochs) == np.sort(epochs[0])).all() and len(epochs) >= 10
+            assert len({tuple(epoch) for epoch in epochs}) > 1
+            seen += epochs[0].tolist()
+        assert sorted(seen) == list(range(FIRST[name], FIRST[name] + count))
+
+
+def test_a_set_is_walked_as_it_is_alone(folder):
+    """The first set's order is that of a run on it alone, and a mixture of one is that run."""
+    flipped = record_sets.config(folder, name="birds", flip_rate=0.5)
+    one = mixture(folder, {"birds": 3.0}, flip_rate=0.5)
+    for got, expected in zip(take(one, 10), take(flipped, 10), strict=True):
+        record_sets.assert_batches_equal(got, expected)
+    alone = record_sets.config(folder, name="birds")
+    mixed = lane_streams(take(mixture(folder), 20))
+    for got, expected in zip(mixed, lane_streams(take(alone, 20)), strict=True):
+        own = got[got < COUNTS["birds"]]
+        assert len(own) >= 19 and own.tolist() == expected[: len(own)].tolist()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_global_batch_does_not_depend_on_processes(folder, processes):
+    config = mixture(folder, flip_rate=0.5, crop_min_area=0.5)
+    whole = take(config, 6, start_step=5)
+    parts = [
+        take(config, 6, start_step=5, lanes=served.tolist())
+        for served in np.split(np.arange(LANES), processes)
+    ]
+    for step, expected in enumerate(whole):
+        joined = type(expected)(*map(np.concatenate, zip(*(part[step] for part in parts))))
+        record_sets.assert_batches_equal(joined, expected)
+
+
+def test_resuming_gives_the_uninterrupted_stream(folder):
+    config = mixture(folder, flip_rate=0.5, crop_min_area=0.5, shards_per_block=2)
+    whole = take(config, 24)
+    for step in range(1, 24):
+        got = take(config, 1, start_step=step)[0]
+        record_sets.assert_batches_equal(got, whole[step])
+    for got, expected in zip(take(config, 11, start_step=13), whole[13:], strict=True):
+        record_sets.assert_batches_equal(got, expected)
+
+
+def test_resuming_opens_only_its_blocks(folder):
+    config = mixture(folder, lanes=1)
+    opened = []
+    real = tf.data.TFRecordDataset
+
+    def watched(paths, **arguments):
+        def note(x):
+            opened.extend(p.decode() for p in x)
+            return x
+
+        return real(tf.numpy_function(note, [paths], tf.string), **arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf.data, "TFRecordDataset", watched)
+        take(config, 1, start_step=20)
+    sets = records.find(config)
+    lanes = [
+        order.make_lanes(
+            one.shards,
+            name="x",
+            lanes=1,
+            shards_per_block=1,
+            seed=order.seed_of_set(config.seed, i),
+        )
+        for i, one in enumerate(sets)
+    ]
+    (mixed,) = order.mix(lanes, list(WEIGHTS.values()), seed=config.seed)
+    for one, stream, at in zip(sets, mixed.streams, mixed.positions(160), strict=True):
+        mine = [path for path in opened if f"/{one.source.name}/" in path]
+        first = stream.ordinal(at)
+        # From the block of the step on, without a gap: nothing before it is touched.
+        assert mine and mine == [stream.block(first + i).shards[0].path for i in range(len(mine))]
+
+
+def test_a_set_of_few_shards_and_a_missing_one_are_named(folder):
+    with pytest.raises(order.OrderError) as error:
+        records.batches(mixture(folder, batch_size=16, pack_group=1, lanes=16))
+    assert str(error.value).startswith(
+        "input.lanes: got 16, expected at most 8, the number of shards of 'birds'; set input.lanes=8"
+    )
+    with pytest.raises(records.MissingData, match="no record set 'fish' in .*--name fish$"):
+        records.batches(mixture(folder, {"birds": 1.0, "fish": 1.0}))
+    values = entries(folder)
+    values[1]["split"] = "validation"
+    with pytest.raises(records.DataError, match="stones/1.0.0 has no split 'validation'"):
+        records.batches(record_sets.config("", name="", datasets=values))
+
+
+def test_a_damaged_record_is_named(folder, tmp_path):
+    tf.io.gfile.makedirs(str(tmp_path / "trees/1.0.0"))
+    for path in (folder / "trees/1.0.0").iterdir():
+        tf.io.gfile.copy(str(path), str(tmp_path / "trees/1.0.0" / path.name))
+    values = entries(folder)
+    values[2]["data_dir"] = str(tmp_path)
+    config = record_sets.config("", name="", datasets=values)
+    path = records.find(config)[2].shards[5].path
+    contents = [r.numpy() for r in tf.data.TFRecordDataset(path)]
+    example = tf.train.Example.FromString(contents[1])
+    picture = example.features.feature["image"].bytes_list
+    picture.value[0] = picture.value[0][:50]
+    contents[1] = example.SerializeToString()
+    with tf.io.TFRecordWriter(path) as writer:
+        for record in contents:
+            writer.write(record)
+    with pytest.raises(records.DataError) as error:
+        take(config, 30)
+    assert re.fullmatch(
+        rf"{path}, record 1: .*PNG.*; rebuild the set with data.build", str(error.value)
+    )
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (
+            lambda d: d.update(name="birds"),
+            "input.name: got 'birds' beside input.datasets, which names all sets; expected one of the"
+            " two: take out input.datasets or input.name",
+        ),
+        (
+            lambda d: d.update(prepare="data.aviary"),
+            "input.prepare: got 'data.aviary' beside input.datasets, which names all sets; expected one"
+            " of the two: take out input.datasets or input.prepare",
+        ),
+        (
+            lambda d: d["datasets"][1].update(weight=0),
+            "input.datasets[1].weight: got 0.0, expected more than 0",
+        ),
+        (
+            lambda d: d["datasets"][1].update(weight=float("nan")),
+            "input.datasets[1].weight: got nan, expected more than 0",
+        ),
+        (
+            lambda d: d["datasets"][1].update(name="birds"),
+            "input.datasets: has 'birds' more than once, expected each name once",
+        ),
+        (
+            lambda d: d["datasets"][1].update(splt="train"),
+            "input.datasets[1].splt: no such key; did you mean input.datasets[1].split?",
+        ),
+        (lambda d: d["datasets"][1].pop("weight"), "input.datasets[1].weight: missing"),
+    ],
+)
+def test_faults_of_the_config_are_a_line(change, message):
+    values = tiny.dictionary(input__datasets=entries("x")).to_dict()
+    change(values["input"])
+    with pytest.raises(config_lib.ConfigError) as caught:
+        config_lib.from_dict(values)
+    assert str(caught.value) == message
+
+
+def test_a_run_keeps_its_mixture(folder, tmp_path, capsys):
+    """It resumes and is verified where the sets have moved, and refuses another weight."""
+
+    def run(sets, steps):
+        return tiny.config(
+            input__source="records", input__datasets=sets, total_steps=steps, checkpoint_keep=3
+        )
+
+    workdir = tmp_path / "run"
+    train.train(run(entries(folder), 4), workdir)
+    heavier = entries(folder, {**WEIGHTS, "stones": 0.4})
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        train.train(run(heavier, 8), workdir)
+    fault, advice = str(caught.value).splitlines()
+    assert fault.startswith("input.datasets: the run in this workdir has [{'name': 'birds', ")
+    assert "'stones', 'weight': 0.3" in fault and "'stones', 'weight': 0.4" in fault
+    assert "use another --workdir, or the old values" in advice
+    moved = tmp_path / "moved"
+    moved.symlink_to(folder)
+    train.train(run(entries(moved), 8), workdir)
+    capsys.readouterr()
+    status = verify.main(["verify", str(workdir), "--from", "4"])
+    out, err = capsys.readouterr()
+    assert status == 0 and "bit for bit" in out, out + err
+
+
+def test_checkpoints_from_before_mixtures_are_of_the_same_run(folder, tmp_path, monkeypatch):
+    config = record_sets.config(folder, name="birds")
+    stored = dataclasses.asdict(config)
+    del stored["input"]["datasets"]
+    monkeypatch.setattr(checkpoint, "read_json", lambda *_: stored)
+    checkpoint.check_same_run(tmp_path, config)
+    with pytest.raises(checkpoint.CheckpointError, match=r"input.datasets: .* has \[\], got \[{"):
+        checkpoint.check_same_run(tmp_path, mixture(folder))
