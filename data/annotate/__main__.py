@@ -94,6 +94,11 @@ def parser() -> build.Parser:
         metavar="F",
         help="share of pictures (default %(default)s)",
     )
+    add(
+        "--no-images",
+        action="store_true",
+        help="do not write the pictures of tars and TFDS sets to OUTPUT/images (nor does --records)",
+    )
     add("--retry-failed", action="store_true", help="run what failed in shards that are done again")
 
     add = out.add_argument_group("models").add_argument
@@ -262,7 +267,7 @@ def _job(args: argparse.Namespace, output: outputs.Output) -> Job:
         passes=args.passes,
         limits=checks.Limits(args.min_side, args.max_side),
         batch_size=batch_size,
-        keep_pictures=not (sources.are_files(_source(args)) or args.records),
+        keep_pictures=not (sources.are_files(_source(args)) or args.records or args.no_images),
         chat=chat,
         detector=detector.Options(
             model=args.detector, threshold=args.threshold, batch_size=args.batch_size
@@ -355,6 +360,7 @@ def _records_arguments(args: argparse.Namespace) -> argparse.Namespace:
         "--store-size": args.store_size,
         "--encoding": args.encoding,
         "--num-shards": args.num_shards,
+        "--max-faults": args.max_faults,
     }
     pairs = [f"{name}={value}" for name, value in given.items() if value is not None]
     return build.parser().parse_args([*pairs, "--overwrite"])
@@ -381,6 +387,11 @@ def _lines_with_pictures(
                 number += 1
                 yield example.Line(number, json.dumps(line).encode(), item.encoded)
                 line = next(lines, None)
+        if line:
+            raise AnnotateError(
+                f"source {shard.source}: got no picture {line['image']}, which was there when it was"
+                " annotated, expected the same source; give another --output"
+            )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,12 +20,14 @@ _BULLET = re.compile(
     r"^(?:[\s>*•·▪◦‣●○■□–—\-+#_\"'“”‘’`]|[(\[]?\d{1,2}[.):\]](?!\d)|\(?[a-zA-Z][.)]\s)+"
 )
 _TAIL = re.compile(r"[\s.,;:!*_\"'“”‘’`]+$")
+_BROKEN = re.compile("[\ufffd\ud800-\udfff]")
 _MARKDOWN = re.compile(r"\*\*|__|`")
 _KEY = re.compile(r"^(subject|caption)\s*:\s*", re.IGNORECASE)
 _REFUSAL = re.compile(
     r"as an? (?:ai|artificial intelligence|(?:large )?language model)\b"
     r"|^(?:(?:i am|i'm|we are|we're) (?:\w+ )?(?:sorry|unable|not able|afraid)\b"
     r"|(?:sorry|apologies|unfortunately)\b|i apologi[sz]e\b"
+    r"|unable to (?:see|view|provide|assist|determine)\b"
     r"|(?:i|we) (?:cannot|can't|can not|could not|couldn't|do not|don't|won't|will not)\b"
     r"|(?:there is )?no (?:image|picture|photo) (?:was|is|has been|provided|attached)\b)",
     re.IGNORECASE,
@@ -126,15 +128,19 @@ def parse_descriptions(
     return dropped[0] if dropped else Refused(EMPTY, _show(text))
 
 
+def is_refusal(line: str) -> bool:
+    """Whether a model declines in this line, instead of describing a picture."""
+    return bool(_REFUSAL.search(line.replace("’", "'")))
+
+
 def _whole(text: str, cut_off: bool) -> Refused | None:
     """Why nothing of an answer can be used."""
     if not text.strip():
         return Refused(EMPTY, _show(text))
     if cut_off:
         return Refused(CUT_OFF, _show(text))
-    for line in text.replace("’", "'").splitlines():
-        if _REFUSAL.search(_KEY.sub("", _clean(line))):
-            return Refused(REFUSAL, _show(text))
+    if any(is_refusal(_KEY.sub("", _clean(line))) for line in text.splitlines()):
+        return Refused(REFUSAL, _show(text))
     return None
 
 
@@ -144,8 +150,8 @@ def _clean(line: str, *, tail: bool = True) -> str:
 
 
 def _has_words(text: str) -> bool:
-    """Whether there is a letter, and no replacement character that a broken decoding leaves."""
-    return any(char.isalpha() for char in text) and "\ufffd" not in text
+    """Whether there is a letter, and nothing that a broken decoding leaves: U+FFFD, half surrogates."""
+    return any(char.isalpha() for char in text) and not _BROKEN.search(text)
 
 
 def _show(text: str) -> str:

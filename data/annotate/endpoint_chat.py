@@ -76,7 +76,7 @@ class EndpointChat:
         self._options = options
         self._url = options.url.rstrip("/") + "/chat/completions"
         self._headers = {"Content-Type": "application/json"}
-        key = os.environ.get(options.key_variable)
+        key = os.environ.get(options.key_variable, "").strip()  # files of keys end with a new line
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
         self._pool = concurrent.futures.ThreadPoolExecutor(options.concurrency)

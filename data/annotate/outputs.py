@@ -33,9 +33,11 @@ class Output(NamedTuple):
     def read(self, kind: str, shard: str) -> list[dict[str, Any]]:
         """The lines that a shard has there; none if it has no such file."""
         try:
-            return list(map(json.loads, self.path(kind, f"{shard}.jsonl").read_text().splitlines()))
+            content = self.path(kind, f"{shard}.jsonl").read_bytes()
         except FileNotFoundError:
             return []
+        # Of bytes, since a text's splitlines() also cuts at U+2028, which web captions have.
+        return list(map(json.loads, content.splitlines()))
 
     def write(self, kind: str, shard: str, lines: Iterable[dict[str, Any]]) -> None:
         """Puts the lines in the place of the shard's."""
@@ -48,7 +50,9 @@ class Output(NamedTuple):
         path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path("incomplete", uuid.uuid4().hex)
         new.parent.mkdir(parents=True, exist_ok=True)
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        # Half surrogates (a file's name that is not UTF-8) become \udc80, which JSON reads back.
+        encode = lambda text: text.encode("utf-8", "backslashreplace")
+        new.write_bytes(encode(content) if isinstance(content, str) else content)
         new.replace(path)
 
     def put_tally(self, shard: str, tally: dict[str, Any]) -> None:

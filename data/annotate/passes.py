@@ -8,7 +8,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +20,9 @@ from data.annotate import answers, checks, detector, endpoint_chat, local_chat, 
 from data.annotate.chat import Answer, Chat, Failure
 from grain_jax import annotations, errors
 
+BATCH_PIXELS = (
+    1 << 27
+)  # 400 MB as RGB; two batches are held. 64 photographs of 24 MP would be 4.6 GB
 FAILURES_IN_A_ROW = 50  # of a model: then it is not the pictures' fault, and the job ends
 
 
@@ -198,10 +200,20 @@ def _read(shard: sources.Shard, job: Job, known: dict, letters: dict) -> Iterato
 
 
 def _batches(items: Iterable[_Work], size: int) -> Iterator[list[_Work]]:
-    """Lists of `size` items, one read ahead by a thread while the models run."""
+    """Lists of `size` items, fewer of large pictures; one is read ahead by a thread while the models run."""
     items = iter(items)
+
+    def take() -> list[_Work]:
+        batch, pixels = [], 0
+        while len(batch) < size and pixels < BATCH_PIXELS:
+            work = next(items, None)
+            if work is None:
+                break
+            batch.append(work)
+            pixels += work.picture.width * work.picture.height if work.picture else 0
+        return batch
+
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        take = lambda: list(itertools.islice(items, size))
         waiting = reader.submit(take)
         while batch := waiting.result():
             waiting = reader.submit(take)

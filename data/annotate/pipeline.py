@@ -20,7 +20,7 @@ from data import progress, sources
 from data.annotate import passes
 from grain_jax import errors
 
-SECONDS_BETWEEN_LOOKS = 2.0  # at the output folder, for the progress line
+SECONDS_BETWEEN_LOOKS = 10.0  # at the output folder, for the progress line: a list of all shards
 _MARK = "#user-error#"
 _LOCAL = ("directrunner", "direct", "switchingdirectrunner", "fnapirunner")
 

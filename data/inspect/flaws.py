@@ -2,14 +2,11 @@
 
 import re
 
+from data.annotate import answers
+
 ROW_LENGTH = 77  # tokens, CLIP's: what training cuts texts to
 LONG_DESCRIPTION = 24  # tokens; descriptions have 4 to 12
 
-_REFUSAL = re.compile(
-    r"\bi(?:'| a)m sorry\b|\bi apologi[sz]e\b|\bas an ai\b|\b(?:ai|language) (?:assistant|model)\b"
-    r"|\bi (?:cannot|can't|can not|am unable to|am not able to)\b|\bi'm (?:unable|not able) to\b"
-    r"|\bunable to (?:see|view|provide|assist|determine)\b|\bno (?:image|picture) (?:was )?provided\b"
-)
 _LEFTOVER = re.compile(
     r"[-*\u2022\u00b7#>]\s|\(?\d{1,2}[.):]\s|\*\*|(?:sure|certainly|of course)[,!]|here (?:are|is) "
     r"|(?:caption|description|subject|answer)s?\s*:"
@@ -26,7 +23,7 @@ def of_text(kind: str, plain: str, tokens: int) -> list[str]:
     """
     found = []
     if kind != "web":
-        if _REFUSAL.search(plain):
+        if answers.is_refusal(plain):
             found.append("refusal in")
         elif _LEFTOVER.match(plain):
             found.append("markup in")

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-from data import annotations, build, example, parallel
+from data import annotations, build, example, parallel, sources
 from grain_jax import errors
 
 SPLIT = "train"
@@ -68,6 +68,7 @@ def open_set(path: epath.PathLike, images: epath.PathLike | None) -> Source:
 
     Raises:
       InspectError: neither is there, or the records have other features.
+      data.sources.SourceError: the folder holds no record set.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -78,7 +79,7 @@ def open_set(path: epath.PathLike, images: epath.PathLike | None) -> Source:
                 f"--images {images}: {path} is a folder of records, which hold their pictures;"
                 " expected an A.jsonl with --images"
             )
-        return _records(_version_folder(path))
+        return _records(sources.tfds.directory(path))
     folder = epath.Path(path.parent if images is None else images)
     if not folder.is_dir():
         raise InspectError(f"--images {folder}: no such folder, expected the pictures of {path}")
@@ -123,23 +124,6 @@ def _cause(fault: str) -> str:
     """`regions[3].box: got ...` -> `regions.box`: what faults of a kind have in common."""
     head, colon, _ = fault.partition(":")
     return re.sub(r"\[\d+\]", "", head) if colon else "not a JSON object"
-
-
-def _version_folder(path: epath.Path) -> epath.Path:
-    """The folder with dataset_info.json: `path`, or the newest version below it."""
-    if (path / "dataset_info.json").exists():
-        return path
-    versions = [
-        (tuple(map(int, child.name.split("."))), child)
-        for child in path.iterdir()
-        if re.fullmatch(r"\d+\.\d+\.\d+", child.name) and (child / "dataset_info.json").exists()
-    ]
-    if not versions:
-        raise InspectError(
-            f"{path}: got neither dataset_info.json nor a folder such as 1.0.0 that has one,"
-            " expected a set that data.build wrote (OUTPUT/NAME), or an A.jsonl"
-        )
-    return max(versions)[1]
 
 
 def _records(path: epath.Path) -> Source:

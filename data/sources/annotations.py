@@ -1,5 +1,7 @@
 """The project's own A.jsonl with its folder of pictures; a shard is a part of the file, by bytes."""
 
+import hashlib
+import itertools
 from collections.abc import Iterator
 
 from etils import epath
@@ -18,24 +20,17 @@ def shards(options: base.Options) -> list[base.Shard]:
     for path in map(epath.Path, options.annotations):
         if not path.exists() or path.is_dir():
             raise base.SourceError(f"{path}: no such file, expected one JSON object a line")
-        first, lines, start, stop = 1, 0, 0, 0
+        first, start = 1, 0
         with path.open("rb") as file:
-            for line in file:
-                lines, stop = lines + 1, stop + len(line)
-                if lines == options.shard_size:
-                    out.append(_shard(len(out), path, options, first, start, stop))
-                    first, lines, start = first + lines, 0, stop
-        if lines:
-            out.append(_shard(len(out), path, options, first, start, stop))
+            while lines := list(itertools.islice(file, options.shard_size)):
+                stop = start + sum(map(len, lines))
+                arguments = {"file": str(path), "images": str(options.images)}
+                arguments |= {"first_line": first, "start": start, "stop": stop}
+                # Another content gets another name, so that it is not taken for one that is finished.
+                digest = hashlib.sha256(b"".join(lines)).hexdigest()[:8]
+                out.append(base.Shard(f"{len(out):06d}-{digest}", "annotations", arguments))
+                first, start = first + len(lines), stop
     return out
-
-
-def _shard(
-    number: int, path: epath.Path, options: base.Options, first: int, start: int, stop: int
-) -> base.Shard:
-    arguments = {"file": str(path), "images": str(options.images)}
-    arguments |= {"first_line": first, "start": start, "stop": stop}
-    return base.Shard(f"{number:06d}-{start}-{stop}", "annotations", arguments)
 
 
 def read(shard: base.Shard) -> Iterator[base.Picture | base.Fault]:

@@ -79,7 +79,7 @@ class Picture(NamedTuple):
 class Shard(NamedTuple):
     """Some pictures of a source: the unit of work, and of what is done again after a kill."""
 
-    name: str  # safe in a file name, unique; shards sort by it; another content has another name
+    name: str  # safe in a file name, unique; shards sort by it. Lists with another content have another
     source: str
     arguments: Mapping[str, str | int]
 
@@ -143,6 +143,8 @@ def join(entry: Entry, encoded: bytes) -> Picture | Fault:
     """
     if not encoded:
         return Fault(entry.image, "empty file", "0 bytes, expected a picture")
+    if text(entry.image) != entry.image.strip():
+        return Fault(entry.image, "bad annotation", "expected a name in UTF-8")
     regions, left_out = [], [Fault(entry.image, *fault) for fault in entry.left_out]
     if entry.regions:
         try:

@@ -44,7 +44,7 @@ def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:
             sentences = (root / "Sentences" / f"{name}.txt").read_text(encoding="utf-8")
             xml = ET.fromstring((root / "Annotations" / f"{name}.xml").read_bytes())
             yield _entry(f"{name}.jpg", sentences, xml)
-        except (OSError, ET.ParseError, ValueError, TypeError) as error:
+        except (OSError, ET.ParseError, ValueError, TypeError, AttributeError) as error:
             yield base.Fault(f"{name}.jpg", "bad annotation", f"{type(error).__name__}: {error}")
 
 

@@ -29,7 +29,11 @@ class _Plain(pickle.Unpickler):
 
 def shards(options: base.Options) -> list[base.Shard]:
     """Lists of the pictures that have expressions."""
-    return staged.stage("refcoco", _entries(options), options)
+    try:
+        return staged.stage("refcoco", _entries(options), options)
+    except (KeyError, TypeError, AttributeError) as error:
+        got = f"{type(error).__name__} {error} in {', '.join(options.annotations)}"
+        raise base.SourceError(f"source refcoco: got {got}, expected {_EXPECTED}") from error
 
 
 def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:

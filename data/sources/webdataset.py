@@ -57,6 +57,9 @@ def read_tar(
     try:
         for key, files in _samples(epath.Path(shard.arguments["tar"])):
             image = f"{shard.arguments['prefix']}/{key}"
+            if ".." in key.split("/"):
+                yield base.Fault(image, "bad annotation", "expected a name without ..")
+                continue
             ending = next((end for end in files if f".{end}".lower() in base.PICTURE_ENDINGS), None)
             if ending is None:
                 got = ", ".join(files)

@@ -323,6 +323,7 @@ def test_counts_beyond_their_limits():
     [
         ("synthetic", "i'm sorry, i can't help with that", 12, ["refusal in"]),
         ("web", "i'm sorry, i can't help with that", 12, []),
+        ("synthetic", "a sign that says i'm sorry", 8, []),
         ("description", "as an ai, i cannot see it", 10, ["refusal in"]),
         ("description", "- a red wing", 6, ["markup in"]),
         ("description", "2) a red wing", 6, ["markup in"]),
@@ -409,7 +410,7 @@ def test_the_page_loads_nothing_and_trusts_no_text(record_set, tmp_path):
     "arguments,message",
     [
         (["{}/nothing"], "no such file or folder"),
-        (["{}/in"], "expected a set that data.build wrote"),
+        (["{}/in"], "got no dataset_info.json there, expected a TFDS set"),
         (["{}/in/empty.jsonl"], "the file is empty"),
         (["{}/in/A.jsonl", "--images={}/nothing"], "no such folder"),
         (["{}/out/tiny_set", "--images={}/in"], "which hold their pictures"),

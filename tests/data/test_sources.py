@@ -470,6 +470,18 @@ def test_tars_that_are_damaged_or_incomplete(tmp_path):
     assert items[-1].image == "00001/a/3.jpg" and items[-1].captions == ("of the json",)
 
 
+def test_names_that_no_output_may_have(tmp_path):
+    found = webdataset_sample(tmp_path)
+    members = [("../../1.jpg", encoded(1)), ("\udcff.jpg", encoded(2)), ("3.jpg", encoded(3))]
+    write_tar(tmp_path / "images/00000.tar", members)
+    items = [item for item in read_all("webdataset", found) if item.image.startswith("00000")]
+    assert causes(items) == {
+        "00000/../../1": "bad annotation",
+        "00000/\udcff.jpg": "bad annotation",
+    }
+    assert items[-1].image == "00000/3.jpg"
+
+
 def test_a_tar_with_a_broken_header_is_not_taken_for_its_end(tmp_path):
     found = webdataset_sample(tmp_path)
     path = tmp_path / "images/00000.tar"
@@ -500,6 +512,9 @@ def test_refcoco_splits_and_other_files(tmp_path):
     refs = pickle.loads((tmp_path / "refs(unc).p").read_bytes())
     path = write_json(tmp_path / "refs.json", refs)
     assert read_all("refcoco", found._replace(annotations=(path, found.annotations[1]))) == expected
+    path = write_json(tmp_path / "others.json", [{"ref": 1}])
+    with pytest.raises(sources.SourceError, match="got KeyError 'split' in .*others.json"):
+        sources.shards("refcoco", found._replace(annotations=(path, found.annotations[1])))
     # COCO's captions of the same pictures.
     images = [{"id": 5, "file_name": expected[1].image}, {"id": 6, "file_name": "another.jpg"}]
     captions = [{"image_id": 5 + n % 2, "caption": f"caption {n}"} for n in range(4)]
@@ -527,8 +542,10 @@ def test_descriptions_of_one_box_take_turns_with_those_of_others(tmp_path):
         "[/EN#13/people A man] at [/EN#23/other a table] .\n"
         "[/EN#13/people/other An old man] sits .\n[/EN#13/people A man] rests .\n"
     )
-    (tmp_path / "train.txt").write_text("3\n")
-    (picture,) = read_all("flickr30k_entities", found._replace(split="train"))
+    (tmp_path / "train.txt").write_text("3\n4\n")
+    (tmp_path / "Annotations/4.xml").write_text("<annotation></annotation>")
+    picture, fault = read_all("flickr30k_entities", found._replace(split="train"))
+    assert (fault.image, fault.cause) == ("4.jpg", "bad annotation")
     assert picture.captions == ("A man at a table .", "An old man sits .", "A man rests .")
     left, right = boxes(3)
     assert [(region.box_xyxy, region.description) for region in picture.regions] == [
@@ -549,6 +566,15 @@ def test_lines_with_a_fault_are_named(tmp_path):
         f"A.jsonl:{2 * COUNT + 2}": "bad annotation",
     }
     assert "regions[0].box: got [1, 2, 3], expected four finite numbers" in items[-2].detail
+
+
+def test_lines_that_changed_are_another_shard(tmp_path):
+    found = annotations_sample(tmp_path)._replace(shard_size=4)
+    before = [shard.name for shard in sources.shards("annotations", found)]
+    content = (tmp_path / "A.jsonl").read_text()
+    (tmp_path / "A.jsonl").write_text(content.replace("0.75", "0.74", 1))
+    after = [shard.name for shard in sources.shards("annotations", found)]
+    assert len(before) > 1 and after[0] != before[0] and after[1:] == before[1:]
 
 
 def test_a_list_longer_than_what_is_read_at_once(tmp_path, monkeypatch):

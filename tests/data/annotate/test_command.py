@@ -57,7 +57,7 @@ def test_what_a_source_has_is_taken_over_and_built_into_records(pictures, tmp_pa
     assert examples["id0"]["image"].shape == (16, 16, 3)
 
 
-def test_pictures_of_tar_shards_go_to_records_or_to_files(pictures, tmp_path):
+def test_pictures_of_tar_shards_go_to_records_or_to_files(pictures, tmp_path, capsys):
     import tarfile
 
     tars = tmp_path / "tars"
@@ -68,6 +68,7 @@ def test_pictures_of_tar_shards_go_to_records_or_to_files(pictures, tmp_path):
                 (pictures / name).with_suffix(".txt").write_text(f"text of {number} {name}")
                 tar.add(pictures / name, name)
                 tar.add((pictures / name).with_suffix(".txt"), name.replace("png", "txt"))
+    first = (tars / "00000.tar").read_bytes()
     given = [f"--images={tars}", "--passes=none"]
     assert command.main([*given, f"--output={tmp_path / 'a'}", "--records=tars"]) == 0
     assert not (tmp_path / "a" / "images").exists()
@@ -78,6 +79,13 @@ def test_pictures_of_tar_shards_go_to_records_or_to_files(pictures, tmp_path):
     expected = np.asarray(PIL.Image.open(pictures / "00001.png").convert("RGB"))
     np.testing.assert_array_equal(examples["00001/00001.png"]["image"], expected)
     assert examples["00001/00001.png"]["captions"].tolist() == [b"text of 1 00001.png"]
+
+    assert command.main([*given, f"--output={tmp_path / 'c'}", "--no-images"]) == 0
+    assert not (tmp_path / "c" / "images").exists()
+    (tars / "00000.tar").write_bytes(first[:1024])
+    assert command.main([*given, f"--output={tmp_path / 'c'}", "--records=tars"]) == 2
+    assert "got no picture 00000/0000" in capsys.readouterr().err
+    (tars / "00000.tar").write_bytes(first)
 
     assert command.main([*given, f"--output={tmp_path / 'b'}"]) == 0
     for name in names:

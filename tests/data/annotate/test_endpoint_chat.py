@@ -44,7 +44,7 @@ def test_answers_come_in_order_with_their_tokens():
 
 
 def test_what_is_sent(monkeypatch):
-    monkeypatch.setenv("A_KEY", "secret")
+    monkeypatch.setenv("A_KEY", "secret\n")
     large = PIL.Image.new("CMYK", (3000, 1500))
     with endpoint.serve() as server:
         client = _client(server, key_variable="A_KEY", max_tokens=77)

@@ -2,6 +2,7 @@
 
 import json
 
+import PIL.Image
 import pytest
 
 from data import sources
@@ -132,6 +133,22 @@ def test_files_are_replaced_whole(tmp_path):
     assert (tmp_path / "failed" / "s.jsonl").read_text() == '{"image": "b"}\n{"image": "c"}\n'
     assert list((tmp_path / "incomplete").iterdir()) == []
     assert output.read("failed", "another") == [] and output.tally("s") == {}
+
+
+def test_any_text_comes_back_as_it_was(tmp_path):
+    output = outputs.Output(str(tmp_path))
+    lines = [{"image": "a\u2028b\x85c\x0bd"}, {"image": "\udcff.jpg", "detail": "\u00e9"}]
+    output.write("failed", "s", lines)
+    assert output.read("failed", "s") == lines
+
+
+def test_batches_of_large_pictures_are_smaller(monkeypatch):
+    monkeypatch.setattr(passes, "BATCH_PIXELS", 1000)
+    sides = [10, 10, 10, 10, 40, 20, 20, 20, None, 10]
+    works = [passes._Work(None, side and PIL.Image.new("RGB", (side, side))) for side in sides]
+    found = list(passes._batches(works, 4))
+    assert [len(batch) for batch in found] == [4, 1, 3, 2]
+    assert [work for batch in found for work in batch] == works
 
 
 def test_sums_of_counters():
