@@ -207,6 +207,12 @@ def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
     counters = {}
     if todo:
         counters = pipeline.run(job, todo, beam_arguments, retry_failed=args.retry_failed)
+        missing = {shard.name for shard in todo} - output.finished(job.passes)
+        if missing:  # runners return from a job that somebody cancelled
+            raise AnnotateError(
+                f"--output {args.output}: the job ended with {len(missing)} of {len(shards)} shards not"
+                " done; give the same command again"
+            )
     seconds = time.monotonic() - start
     names = [shard.name for shard in shards]
     output.join(names)

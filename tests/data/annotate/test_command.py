@@ -112,6 +112,14 @@ def test_too_many_faults_end_with_status_2_and_are_listed(pictures, tmp_path, ca
     assert len((output / "A.jsonl").read_text().splitlines()) == 5
 
 
+def test_a_job_that_was_cancelled_is_not_taken_for_done(pictures, tmp_path, capsys, monkeypatch):
+    from data.annotate import pipeline
+
+    monkeypatch.setattr(pipeline, "run", lambda *arguments, **named: {})
+    assert command.main(arguments(pictures, tmp_path / "out", "--passes=none")) == 2
+    assert "ended with 1 of 1 shards not done" in capsys.readouterr().err
+
+
 def test_a_server_that_refuses_all_ends_the_job_in_one_line(pictures, tmp_path, capsys):
     with endpoint.serve(lambda asked: endpoint.Reply("who?", status=401)) as server:
         given = arguments(pictures, tmp_path / "out", f"--endpoint={server.url}", "--chat=tiny")
