@@ -1,0 +1,136 @@
+"""data.annotate without its models: pictures/s with one process and with two, and memory at ten times the pictures.
+
+  python -m benchmarks.annotate [--pictures 2000] [--repeats 3] [--json OUT.json]
+
+The pictures are JPEGs of 500 x 375 in tar shards; each is read, checked (decoded) and its line written by Beam's
+local runner. Memory is the sum of the resident sets of the command and its children (Linux), at its largest.
+"""
+
+import argparse
+import io
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+
+import numpy as np
+import PIL.Image
+from etils import epath
+
+IN_A_SHARD = 500
+WORKERS = {
+    1: [],
+    2: ["--direct_num_workers=2", "--direct_running_mode=multi_processing"],
+}
+
+
+def make_shards(folder: pathlib.Path, count: int) -> int:
+    """`count` pictures in tars as img2dataset writes them; returns the size of one in bytes."""
+    rng = np.random.default_rng(0)
+    coarse = PIL.Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((500, 375), PIL.Image.Resampling.BICUBIC), np.int16)
+    noisy = np.clip(pixels + rng.integers(-12, 13, pixels.shape), 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(noisy).save(file, "JPEG", quality=85)
+    folder.mkdir()
+    for first in range(0, count, IN_A_SHARD):
+        with tarfile.open(folder / f"{first // IN_A_SHARD:05d}.tar", "w") as tar:
+            for number in range(first, min(first + IN_A_SHARD, count)):
+                caption = f"picture number {number}".encode()
+                for ending, content in (("jpg", file.getvalue()), ("txt", caption)):
+                    member = tarfile.TarInfo(f"{number:09d}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return len(file.getvalue())
+
+
+def _resident_bytes(session: int) -> int:
+    """The resident sets of all processes of that session."""
+    kilobytes = 0
+    for status in pathlib.Path("/proc").glob("[0-9]*/status"):
+        try:
+            of = (status.parent / "stat").read_text().rpartition(")")[2].split()[3]
+            if int(of) == session:
+                lines = status.read_text().splitlines()
+                kilobytes += sum(int(x.split()[1]) for x in lines if x.startswith("VmRSS:"))
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended meanwhile
+    return 1024 * kilobytes
+
+
+def annotate(shards: pathlib.Path, output: pathlib.Path, workers: int) -> dict[str, float]:
+    """Runs the command once; returns its pictures/s, seconds and largest memory in MB."""
+    command = [sys.executable, "-m", "data.annotate", f"--images={shards}", f"--output={output}"]
+    command += ["--passes=none", "--no-images", *WORKERS[workers]]
+    began = time.monotonic()
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    most, ended = [0], threading.Event()
+
+    def watch():
+        while not ended.wait(0.1):
+            most[0] = max(most[0], _resident_bytes(process.pid))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    status = process.wait()
+    seconds = time.monotonic() - began
+    ended.set()
+    thread.join()
+    if status:
+        raise SystemExit(f"{' '.join(command)}: ended with {status}")
+    lines = sum(1 for _ in (output / "A.jsonl").open("rb"))
+    rate = json.loads((output / "summary.json").read_text())["this run"]["pictures/s"]
+    return dict(pictures=lines, pictures_per_s=rate, seconds=seconds, memory_mb=most[0] / 1e6)
+
+
+def main() -> None:
+    """Prints the table, and writes it as JSON on request."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=epath.Path)
+    args = parser.parse_args()
+    few, many = args.pictures, 10 * args.pictures
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        size = make_shards(folder / "few", few)
+        make_shards(folder / "many", many)
+        print(f"JPEGs of 500 x 375, {size} bytes, {IN_A_SHARD} a tar", flush=True)
+        runs = [(workers, "few") for _ in range(args.repeats) for workers in WORKERS]
+        runs += [(workers, "many") for workers in WORKERS]
+        found = {}
+        for number, (workers, which) in enumerate(runs):  # in turns
+            result = annotate(folder / which, folder / f"out{number}", workers)
+            found.setdefault((workers, which), []).append(result)
+    rows = []
+    print(
+        f"{'workers':>7} {'pictures':>8} {'pictures/s, median':>18} {'least':>6} {'most':>6} {'MB':>6}"
+    )
+    for (workers, _), results in found.items():
+        rates = [result["pictures_per_s"] for result in results]
+        memory = statistics.median(result["memory_mb"] for result in results)
+        row = dict(
+            workers=workers, pictures=results[0]["pictures"], median=statistics.median(rates)
+        )
+        rows.append(row | dict(least=min(rates), most=max(rates), memory_mb=memory))
+        print(
+            f"{workers:7} {row['pictures']:8} {row['median']:18.0f} {min(rates):6.0f} {max(rates):6.0f} {memory:6.0f}"
+        )
+    for workers in WORKERS:
+        less, more = (r["memory_mb"] for r in rows if r["workers"] == workers)
+        print(
+            f"{workers} worker(s): memory at {many} pictures is {more / less:.2f} of that at {few}"
+        )
+    if args.json:
+        args.json.write_text(json.dumps(dict(picture_bytes=size, runs=rows), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
