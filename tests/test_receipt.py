@@ -177,6 +177,7 @@ def test_the_configs_hash_does_not_change_when_keys_are_added():
     for part, cls in (
         (old["model"]["image"], config_lib.ImageTower),
         (old["model"]["text"], config_lib.TextTower),
+        (old["input"], config_lib.Input),
         (old["optim"], config_lib.Optim),
     ):
         for field in dataclasses.fields(cls):

@@ -263,7 +263,7 @@ def _shards(lengths: Sequence[int], lanes: int) -> dict[str, Any]:
     filled = [order.Shard(str(i), n) for i, n in enumerate(lengths) if n]
     per_lane = []
     if len(filled) >= lanes:
-        made = order.make_lanes(filled, lanes=lanes, shards_per_block=1, seed=0)
+        made = order.make_lanes(filled, name="this set", lanes=lanes, shards_per_block=1, seed=0)
         per_lane = [lane.num_records for lane in made]
     return {
         "count": len(lengths),
