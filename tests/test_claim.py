@@ -189,6 +189,7 @@ def test_every_arm_is_a_config(tmp_path, arm):
     assert (config.input.max_regions == 0) == (arm in design.CLIP_ARMS)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_result(tmp_path, monkeypatch):
     """The whole way, at a size at which nothing is learnt."""
     small = dict(images=64, seen_per_species=2, unseen_per_species=2, test_images=16)

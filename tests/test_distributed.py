@@ -172,10 +172,12 @@ notice.listen()
 distributed.initialize(f"127.0.0.1:{port}", 2, me, heartbeat)
 with distributed.ending_together(heartbeat):
     multihost_utils.process_allgather(jnp.ones(1))
-    print("up", flush=True)
-    while outside:
-        time.sleep(0.1)
+    if outside:
+        print("up", flush=True)
+        while True:
+            time.sleep(0.1)
     with notice.training():
+        print("up", flush=True)
         calls = 1
         while not notice.reached():
             multihost_utils.process_allgather(jnp.ones(1))  # as a step does

@@ -128,7 +128,7 @@ def test_another_mesh_goes_on_with_the_same_batches_and_losses(saved, workdir, m
     _assert_goes_on(saved, workdir)
 
 
-@pytest.mark.parametrize("processes,devices", [(2, 4), (1, 16)])
+@pytest.mark.parametrize("processes,devices", [(2, 4), pytest.param(1, 16, marks=pytest.mark.slow)])
 def test_other_processes_go_on_with_the_same_batches_and_losses(saved, workdir, processes, devices):
     command = [sys.executable, "-m", "launch.local", f"--processes={processes}"]
     command += [f"--devices-per-process={devices}", "--"]
