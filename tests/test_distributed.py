@@ -262,9 +262,8 @@ def test_outside_training_it_ends_at_once_also_where_nobody_reads_what_it_says(n
 
 def test_outside_training_one_that_waits_for_the_other_at_its_exit_is_told_too():
     """As where process 0 draws the last pictures."""
-    script = _LISTENER.replace(
-        "    with notice.training", "    sys.exit(0)\n    with notice.training"
-    )
+    leaves = '    print("up", flush=True)\n    sys.exit(0)\n'
+    script = _LISTENER.replace("    with notice.training", f"{leaves}    with notice.training")
     pair = _pair(script, flags=(1, 0), heartbeat=60)
     time.sleep(1)
     assert pair[1].poll() is None

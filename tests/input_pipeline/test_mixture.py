@@ -285,6 +285,7 @@ def test_faults_of_the_config_are_a_line(change, message):
     assert str(caught.value) == message
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_mixture(folder, tmp_path, capsys):
     """It resumes and is verified where the sets have moved, and refuses another weight."""
 
