@@ -1,30 +1,36 @@
-"""The train step with packed texts against padded texts, interleaved in one run.
+"""The train step against PyTorch's, with packed and with padded texts, turn by turn in one run.
 
     python -m benchmarks.train_step [--size B/16] [--batch 8] [--steps 5] [--json OUT.json]
 
-Texts have the synthetic source's lengths: captions of 10-20 tokens, 0-5 descriptions of 4-12. "padded"
-pads each of the 1 + 5 texts a picture can have to a row of 77; "padded, real texts" has only as many
-rows as there are texts (what a padding code base with ragged batches computes); "packed" shares rows.
+Texts have the synthetic source's lengths: captions of 10-20 tokens, 0-5 descriptions of 4-12. The same
+weights and the same batch everywhere, and before anything is timed the losses must agree (dropout off).
+PyTorch (`torch_step`) pads each real text to 77, as the reference does, or packs; each of them eager and
+through torch.compile. Ours has static shapes, so padded is a row for each of the 6 texts a picture can
+have. On a CPU float32, on a GPU bfloat16.
 """
 
 import argparse
-import json
-import platform
-import time
+import functools
+import math
+import sys
+from typing import Any
 
-import jax
 import numpy as np
-from etils import epath
 
+from benchmarks import side_by_side
 from configs import common
-from grain_jax import config as config_lib
-from grain_jax import optim, sharding, train, train_step
-from grain_jax.input_pipeline import packing, synthetic
-from grain_jax.models.grain import GRAIN
+
+# Rows that hold 99.9% of groups of so many pictures (benchmarks.packing).
+PACKED_ROWS = {8: 5, 16: 9, 32: 17, 64: 33, 128: 63}
+TOLERANCE = 1e-4  # of the losses, float32; bfloat16 3e-2
 
 
-def make_config(size: str, batch: int, **text) -> config_lib.Config:
-    """The recipe at that size, in float32, on one device and the synthetic source."""
+def make_config(size: str, batch: int, **text) -> Any:
+    """The recipe at that size, on one device and the synthetic source."""
+    import jax
+
+    from grain_jax import config as config_lib
+
     c = common.base(size)
     c.total_steps, c.optim.warmup_steps = 1000, 10
     c.batch_size, c.input.lanes, c.input.source = batch, 1, "synthetic"
@@ -34,77 +40,141 @@ def make_config(size: str, batch: int, **text) -> config_lib.Config:
     return config_lib.from_dict(c)
 
 
-def compile_step(config: config_lib.Config, state=None):
-    """(compiled step, a batch, fresh state if none was given)."""
-    model = GRAIN(config.model, config.dtype, config.remat)
-    schedule = optim.learning_rate(config.optim, total_steps=1000, steps_per_epoch=100)
-    tx = optim.optimizer(config.optim, schedule)
-    if state is None:
-        state = jax.jit(lambda: sharding.unbox(train_step.init_state(model, config, tx)))()
-    batch = next(synthetic.batches(config))
-    share = packing.padding_share(batch.text_segments)
-    batch = jax.device_put(batch)
-    step = jax.jit(train_step.make_train_step(model, config, tx, schedule), donate_argnums=0)
-    return step.lower(state, batch).compile(), batch, state, share
+def texts(batch: int) -> dict[str, dict[str, Any]]:
+    """The config's `text` keys of each of our variants."""
+    group = min(batch, 128)
+    return {
+        "packed": dict(packing=True, pack_group=group, pack_rows=PACKED_ROWS[group]),
+        "padded": dict(packing=False),
+    }
 
 
-def main() -> None:
-    """Times the variants in turn and prints medians, spread and ratios."""
+def jax_side(size: str, batch: int) -> dict[str, Any]:
+    """Our step: {variant: callable that returns the loss}, and "dropout off": the loss alone."""
+    import jax
+
+    from grain_jax import optim, sharding, train, train_step
+    from grain_jax.input_pipeline import synthetic
+    from grain_jax.models.grain import GRAIN
+
+    train.keep_freed_memory()
+    state, out = None, {}
+
+    def run(step, on_device):
+        nonlocal state
+        state, metrics = step(state, on_device)
+        return float(metrics["loss"])
+
+    for name, text in texts(batch).items():
+        config = make_config(size, batch, **text)
+        model = GRAIN(config.model, config.dtype, config.remat)
+        schedule = optim.learning_rate(config.optim, total_steps=1000, steps_per_epoch=100)
+        tx = optim.optimizer(config.optim, schedule)
+        if state is None:
+            state = jax.jit(lambda: sharding.unbox(train_step.init_state(model, config, tx)))()  # noqa: B023
+        on_device = jax.device_put(next(synthetic.batches(config)))
+        if name == "packed":
+            loss = jax.jit(functools.partial(_loss, model, config))(state.params, on_device)
+            out["dropout off"] = lambda loss=float(loss): loss
+        step = jax.jit(train_step.make_train_step(model, config, tx, schedule), donate_argnums=0)
+        out[name] = functools.partial(run, step.lower(state, on_device).compile(), on_device)
+    return out
+
+
+def _loss(model, config, params, batch):
+    from grain_jax import losses
+
+    return losses.total_loss(model.apply({"params": params}, batch, None), batch, config.loss).total
+
+
+def torch_side(size: str, batch: int, compiled: bool) -> dict[str, Any]:
+    """PyTorch's step with our first weights and our batch, as `jax_side`."""
+    import os
+
+    import jax
+
+    device_kind = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    import torch
+
+    from benchmarks import torch_step
+    from grain_jax import optim, sharding, train, train_step
+    from grain_jax.convert import torch as convert
+    from grain_jax.input_pipeline import synthetic
+    from grain_jax.models.grain import GRAIN
+
+    train.keep_freed_memory()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config = make_config(size, batch, **texts(batch)["packed"])
+    model = GRAIN(config.model)
+    tx = optim.optimizer(config.optim, optim.learning_rate(config.optim, total_steps=2, steps_per_epoch=1))
+    with jax.default_device(jax.devices("cpu")[0]):
+        params = jax.jit(lambda: sharding.unbox(train_step.init_state(model, config, tx)).params)()
+    module = convert.make_module(config.model, None)
+    convert.load_states(module, convert.to_states(config.model, jax.tree.map(np.asarray, params)))
+    del params
+    step = torch_step.TorchStep(
+        module.to(device_kind),
+        compiled=compiled,
+        autocast=torch.bfloat16 if device_kind == "cuda" else None,
+    )
+    data = next(synthetic.batches(config))
+    with torch.no_grad():
+        module.eval()
+        losses = {packed: float(step.loss(data, packed=packed)) for packed in (True, False)}
+    out = {f"dropout off {'packed' if p else 'padded'}": lambda v=v: v for p, v in losses.items()}
+    for packed in (True, False):
+        out["packed" if packed else "padded"] = torch_step.timed(step, data, packed=packed)
+    return out
+
+
+def main() -> int:
+    """Checks the losses, times the variants in turn, and prints medians, spread and ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="B/16", choices=common.SIZES)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=8, choices=sorted(PACKED_ROWS))
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--json", type=epath.Path)
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--json")
     args = parser.parse_args()
-    train.keep_freed_memory()
-
-    # On average 2.5 of 5 descriptions are real: 3.5 rows a picture; packed rows fit 99.9% of groups.
-    rows_packed = {8: 5, 16: 9, 32: 17, 64: 33, 128: 63}
-    if args.batch not in rows_packed:
-        parser.error(
-            f"--batch: got {args.batch}, expected one of {', '.join(map(str, rows_packed))}"
-        )
-    variants = {
-        "padded": dict(packing=False),
-        "padded, real texts": dict(
-            packing=True, pack_group=args.batch, pack_rows=7 * args.batch // 2
-        ),
-        "packed": dict(packing=True, pack_group=args.batch, pack_rows=rows_packed[args.batch]),
-    }
-    steps, state, seconds = {}, None, {name: [] for name in variants}
-    for name, text in variants.items():
-        config = make_config(args.size, args.batch, **text)
-        compiled, batch, state, share = compile_step(config, state)
-        steps[name] = compiled, batch, share
-    for turn in range(args.steps + 1):
-        for name, (compiled, batch, _) in steps.items():
-            began = time.perf_counter()
-            state, metrics = compiled(state, batch)
-            jax.block_until_ready(metrics)
-            if turn:  # the first turn warms up
-                seconds[name].append(time.perf_counter() - began)
-
-    base = np.median(seconds["padded"])
-    print(f"{args.size}, batch {args.batch}, {jax.devices()[0].device_kind}, {config.dtype}")
-    print(
-        f"{'texts':20} {'rows':>5} {'median s':>9} {'min':>7} {'max':>7} {'images/s':>9} {'of padded':>10}"
-    )
+    machine = side_by_side.machine("jax", "torch")
+    common_arguments = dict(size=args.size, batch=args.batch)
+    sides: dict[str, Any] = {"JAX": (jax_side, common_arguments)}
+    for name, compiled in (("PyTorch", False), ("torch.compile", True)):
+        if not (compiled and args.no_compile):
+            sides[name] = (torch_side, dict(common_arguments, compiled=compiled))
+    timings = side_by_side.measure(sides, turns=args.steps)
+    checked = {n: timings.pop(n).value for n in list(timings) if "dropout off" in n}
+    ours = checked["JAX dropout off"]
+    worst = max(abs(value - ours) / abs(ours) for value in checked.values())
+    print(f"{args.size}, batch {args.batch}, float32; {side_by_side.on(machine)}")
+    print(f"losses before training, dropout off: {ours:.6f}, worst difference {worst:.1e}")
+    if not worst < TOLERANCE:
+        print(*(f"  {name}: {value}" for name, value in checked.items()), sep="\n", file=sys.stderr)
+        return 1
+    best_padded = min(t.median for n, t in timings.items() if n.endswith("padded") and "JAX" not in n)
+    best_packed = min(t.median for n, t in timings.items() if n.endswith("packed") and "JAX" not in n)
+    print(f"{'step':22} {'seconds: median (least - most)':>32} {'images/s':>9} {'of padded PyTorch':>18}")
     table = {}
-    for name, times in seconds.items():
-        rows = int(np.prod(steps[name][1].text_tokens.shape[:2]))
-        median = float(np.median(times))
-        table[name] = dict(rows=rows, seconds=times, ratio=median / base)
+    for name, timing in timings.items():
+        if not math.isfinite(timing.value):
+            print(f"{name}: loss {timing.value}", file=sys.stderr)
+            return 1
+        table[name] = dict(seconds=timing.seconds, images_per_second=args.batch / timing.median)
         print(
-            f"{name:20} {rows:5} {median:9.3f} {min(times):7.3f} {max(times):7.3f}"
-            f" {args.batch / median:9.2f} {median / base:10.2f}"
+            f"{name:22} {side_by_side.spread(timing.seconds, digits=3):>32}"
+            f" {args.batch / timing.median:9.2f} {best_padded / timing.median:17.2f}x"
         )
-    print(f"padding in the packed rows: {steps['packed'][2]:.0%}")
-    if args.json:
-        machine = dict(
-            platform=platform.platform(), jax=jax.__version__, device=str(jax.devices()[0])
-        )
-        args.json.write_text(json.dumps(dict(machine=machine, table=table), indent=2) + "\n")
+    ours = timings["JAX packed"].median
+    ratios = dict(over_padded=best_padded / ours, over_packed=best_packed / ours)
+    print(
+        f"JAX packed does {ratios['over_padded']:.2f} times the images/s of the faster padded PyTorch step,"
+        f" {ratios['over_packed']:.2f} times those of the faster packed one"
+    )
+    side_by_side.write(
+        args.json, machine=machine, size=args.size, batch=args.batch, table=table, ratios=ratios
+    )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""GRAIN's train step in PyTorch, as one would write it for speed: the other side of `train_step`.
+
+The model is `grain_jax/convert/hf_files/modeling_grain.py` (attention by scaled_dot_product_attention), the
+optimiser torch's fused AdamW, the matching SciPy's on the host. Texts are padded to a row of 77 each, as
+the reference pads them (only texts that there are), or packed as ours.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+import torch
+import torch.nn.functional as F
+
+from grain_jax import schema
+from grain_jax.convert.hf_files import modeling_grain as modeling
+
+_NO_DECAY = ("query_embed", "pos_embed", "positional_embedding", "token_embedding", "cls_token")
+
+
+class TorchStep:
+    """A model, its optimiser and its compiled parts; `step` and `loss` take a numpy `schema.Batch`.
+
+    Args:
+      module: a `GrainModel`; it is trained.
+      compiled: whether towers and decoder go through torch.compile.
+      autocast: None, or the dtype of activations on a GPU.
+    """
+
+    def __init__(self, module: Any, *, compiled: bool = False, autocast: torch.dtype | None = None):
+        self.module, self.autocast = module, autocast
+        self.device = next(module.parameters()).device
+        backbone, decoder = module.backbone, module.decoder
+        wrap = (lambda part: torch.compile(part, dynamic=False)) if compiled else (lambda part: part)
+        self._visual, self._decoder = wrap(backbone.visual), wrap(decoder)
+        self._padded_texts, self._packed_texts = wrap(self._padded), wrap(self._packed)
+        named = list(module.named_parameters())
+        decays = [p for name, p in named if p.ndim > 1 and not any(n in name for n in _NO_DECAY)]
+        chosen = {id(p) for p in decays}
+        rest = [p for _, p in named if id(p) not in chosen]
+        self.optimizer = torch.optim.AdamW(
+            [dict(params=decays, weight_decay=0.1), dict(params=rest, weight_decay=0.0)],
+            lr=1e-3,
+            betas=(0.9, 0.98),
+            eps=1e-8,
+            fused=True,
+        )
+
+    def step(self, batch: schema.Batch, *, packed: bool) -> float:
+        """One step of training; returns the loss."""
+        self.module.train()
+        loss = self.loss(batch, packed=packed)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.module.clip_logit_scale()
+        return float(loss)
+
+    def loss(self, batch: schema.Batch, *, packed: bool) -> torch.Tensor:
+        """L_ic + L_box + L_rd (method.md, Losses), equal texts masked out of each other's negatives."""
+        to = lambda x: torch.as_tensor(np.asarray(x)).to(self.device)  # noqa: E731
+        backbone = self.module.backbone
+        pixels = to(schema.rescale_pixels(batch.image)).permute(0, 3, 1, 2)
+        mask = torch.as_tensor(batch.region_mask)
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            image, regions, boxes = self._decoder(self._visual(pixels))
+            ends = to(text_places(batch))
+            if packed:
+                rows = (batch.text_tokens, batch.text_positions, batch.text_segments)
+                texts = self._packed_texts(*(to(x).long().flatten(0, 1) for x in rows), ends)
+            else:
+                texts = self._padded_texts(to(padded_tokens(batch)).long())
+        image, regions, texts = (F.normalize(x.float(), dim=-1) for x in (image, regions, texts))
+        captions, descriptions = texts[: len(image)], texts[len(image) :]
+        scale = backbone.logit_scale.exp()
+
+        same = to(batch.caption_id)[:, None] == to(batch.caption_id)
+        same = same & ~torch.eye(len(image), dtype=torch.bool, device=self.device)
+        logits = (scale * image @ captions.T).masked_fill(same, -math.inf)
+        own = torch.arange(len(image), device=self.device)
+        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        if not len(descriptions):
+            return loss
+
+        target = to(batch.region_boxes_cxcywh)
+        picture, region, query = (x.to(self.device) for x in match(boxes[-1], target, mask))
+        pred, real = boxes[-1][picture, query], target[picture, region]
+        box = (pred - real).abs().sum() + (1 - modeling._giou(pred, real, 0.0)).sum()
+        # The descriptions lie in the order of the mask, as the pairs do.
+        ids = to(batch.description_id[batch.region_mask])
+        label = torch.arange(len(ids), device=self.device)
+        same = (ids[:, None] == ids) & (label[:, None] != label)
+        logits = (scale * regions[picture, query] @ descriptions.T).masked_fill(same, -math.inf)
+        return loss + box / len(ids) + F.cross_entropy(logits, label)
+
+    def _padded(self, tokens):
+        return self.module.backbone.encode_text(tokens)
+
+    def _packed(self, tokens, positions, segments, ends):
+        """Packed rows [rows, L] and the places of end tokens in them [N] -> [N, D]."""
+        backbone = self.module.backbone
+        x = backbone.token_embedding(tokens) + backbone.positional_embedding[positions]
+        length = tokens.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+        mask = (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]
+        for block in backbone.transformer.resblocks:
+            attention = block.attn
+            q, k, v = F.linear(
+                block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias
+            ).chunk(3, dim=-1)
+            q, k, v = (y.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for y in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            x = x + attention.out_proj(out.transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.ln_2(x))
+        return backbone.ln_final(x.flatten(0, 1)[ends]) @ backbone.text_projection
+
+
+def text_places(batch: schema.Batch) -> np.ndarray:
+    """Where the texts end in the batch's rows laid end to end, int64 [N]: captions, then real descriptions."""
+    groups, rows, length = batch.text_tokens.shape
+    group = np.arange(len(batch.image)) // (len(batch.image) // groups)
+    place = lambda group, at: (group * rows + at[..., 0]) * length + at[..., 1]  # noqa: E731
+    captions = place(group, batch.caption_at)
+    descriptions = place(group[:, None], batch.description_at)[batch.region_mask]
+    return np.concatenate([captions, descriptions]).astype(np.int64)
+
+
+def padded_tokens(batch: schema.Batch) -> np.ndarray:
+    """The same texts, a row each, int32 [N, L], zeros after the end."""
+    length = batch.text_tokens.shape[-1]
+    flat_tokens, flat_positions = batch.text_tokens.reshape(-1), batch.text_positions.reshape(-1)
+    ends = text_places(batch)
+    out = np.zeros((len(ends), length), np.int32)
+    for row, end in zip(out, ends):
+        count = flat_positions[end] + 1
+        row[:count] = flat_tokens[end + 1 - count : end + 1]
+    return out
+
+
+def match(boxes, target, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(picture, region, query) of every matched region, in the order of the mask, by SciPy on the host."""
+    with torch.no_grad():
+        pred, real = boxes[:, :, None].float(), target[:, None]
+        cost = 5 * (pred - real).abs().sum(-1) - 2 * modeling._giou(pred, real, 0.0)
+    cost, real_regions = cost.cpu().numpy(), mask.numpy()
+    pairs = []
+    for picture in range(len(cost)):
+        regions = np.flatnonzero(real_regions[picture])
+        query, column = scipy.optimize.linear_sum_assignment(cost[picture][:, regions])
+        order = np.argsort(column)
+        pairs += [(picture, r, q) for r, q in zip(regions, query[order])]
+    return torch.tensor(np.array(pairs, np.int64).reshape(-1, 3)).unbind(1)
+
+
+def timed(step: TorchStep, batch: schema.Batch, *, packed: bool) -> Callable[[], float]:
+    """A step on that batch as a callable for `side_by_side`; ends when the device is done."""
+
+    def run() -> float:
+        loss = step.step(batch, packed=packed)
+        if step.device.type == "cuda":
+            torch.cuda.synchronize()
+        return loss
+
+    return run
