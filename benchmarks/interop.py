@@ -1,22 +1,16 @@
-"""Do torch, transformers and ONNX Runtime give our outputs, and how long does a picture take in each?
+"""Do torch and transformers give our outputs, at full sizes?
 
-    python -m benchmarks.interop [--sizes S/16 B/16 L/14] [--pictures 8] [--repeats 5] [--json OUT.json]
+    python -m benchmarks.interop [--sizes S/16 B/16 L/14] [--json OUT.json]
 
 For each size a model with random weights, of which every one counts, goes through to-torch and to-hf
-(their parity reports are printed), torch.compile and ONNX. Then all of them take turns with the same
-pictures in this process, on the same cores, in float32: image embedding, regions and boxes. The last
-table has the errors of the conversions, max|a-b| / max|b|.
+(their parity reports are printed). The last table has the errors, max|a-b| / max|b|. `benchmarks.serving`
+has torch.compile, ONNX and the time that a picture takes.
 """
 
 import argparse
 import json
-import logging
-import statistics
 import sys
 import tempfile
-import time
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,9 +18,9 @@ import numpy as np
 from etils import epath
 
 from configs import common
-from grain_jax import checkpoint, inference
+from grain_jax import checkpoint
 from grain_jax import config as config_lib
-from grain_jax.convert import huggingface, parity
+from grain_jax.convert import huggingface
 from grain_jax.convert import torch as reference
 from grain_jax.models import grain
 
@@ -65,43 +59,8 @@ def perturbed(model: config_lib.Model, seed: int = 0) -> Any:
     return jax.tree_util.tree_map_with_path(draw, shapes, is_leaf=lambda x: hasattr(x, "value"))
 
 
-def image_sides(
-    folder: epath.Path, predictor: inference.Predictor, pictures: np.ndarray
-) -> dict[str, Callable[[], tuple[np.ndarray, ...]]]:
-    """Each side as a function that gives image_embed, region_embed and boxes_xyxy of `pictures`."""
-    import onnxruntime
-    import torch
-    import transformers
-
-    module = transformers.AutoModel.from_pretrained(str(folder), trust_remote_code=True).eval()
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # what it does not fold, line by line
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own
-        module.export_onnx(str(folder))
-    session = onnxruntime.InferenceSession(str(folder / "image.onnx"))
-    nchw = np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))
-    pixels = torch.tensor(nchw)
-    half = sys.modules[type(module).__module__].ImageHalf(module).eval()
-    compiled = torch.compile(half)
-
-    def jax_side():
-        image, regions = predictor.encode_image_and_regions(pictures)
-        return image, regions.embed, regions.boxes_xyxy
-
-    def torch_side(run):
-        with torch.no_grad():
-            return tuple(output.numpy() for output in run(pixels))
-
-    return {
-        "JAX": jax_side,
-        "torch": lambda: torch_side(half),
-        "torch.compile": lambda: torch_side(compiled),
-        "ONNX Runtime": lambda: tuple(session.run(None, {"pixel_values": nchw})),
-    }
-
-
-def measure(size: str, pictures: int, repeats: int) -> dict[str, Any]:
-    """Parity and milliseconds a picture for one size; the reports are printed on the way."""
+def measure(size: str) -> dict[str, Any]:
+    """Parity of both conversions for one size; the reports are printed on the way."""
     model = config_lib.model_from_dict(common.model(size).to_dict())
     params = perturbed(model)
     with tempfile.TemporaryDirectory() as scratch:
@@ -117,42 +76,18 @@ def measure(size: str, pictures: int, repeats: int) -> dict[str, Any]:
             for command, report in zip(("to-torch", "to-hf"), reports)
         }
         ok = all(report.ok for report in reports)
-        if not repeats:
-            return dict(size=size, ok=ok, errors=errors)
-        given = parity.inputs(model.image.image_size, 100, 10, count=pictures).pictures
-        sides = image_sides(root / "hf", inference.Predictor(model, params), given)
-        names = ("image_embed", "region_embed", "boxes_xyxy")
-        first = {side: dict(zip(names, run())) for side, run in sides.items()}
-        times: dict[str, list[float]] = {side: [] for side in sides}
-        for _ in range(repeats):
-            for side, run in sides.items():
-                began = time.perf_counter()
-                run()
-                times[side].append(1000 * (time.perf_counter() - began) / pictures)
-    rows = {}
-    print(f"\n{'side':15} {'ms/picture':>10} {'fastest':>8} {'worst error':>12}")
-    for side, taken in times.items():
-        worst = max(parity.compare(first["JAX"], first[side]), key=lambda c: c.error)
-        ok = ok and worst.ok
-        rows[side] = dict(median=statistics.median(taken), fastest=min(taken), error=worst.error)
-        print(
-            f"{side:15} {rows[side]['median']:10.1f} {min(taken):8.1f} {worst.error:12.2e}",
-            flush=True,
-        )
-    return dict(size=size, ok=ok, errors=errors, sides=rows)
+    return dict(size=size, ok=ok, errors=errors)
 
 
 def main() -> int:
     """Prints the reports and the tables; the exit status is 1 where outputs differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["S/16", "B/16", "L/14"])
-    parser.add_argument("--pictures", type=int, default=8, help="pictures a call")
-    parser.add_argument("--repeats", type=int, default=5, help="0: the conversions' errors alone")
     parser.add_argument("--json", help="file to write the figures to")
     args = parser.parse_args()
     print(f"device: {jax.devices()[0].device_kind}, jax {jax.__version__}, ", end="")
     print(reference.torch_versions())
-    results = [measure(size, args.pictures, args.repeats) for size in args.sizes]
+    results = [measure(size) for size in args.sizes]
     outputs = ("image_embed", "text_embed", "region_embed", "boxes_xyxy")
     print(f"\n{'size':6}{'command':10}", *(f"{name:>13}" for name in outputs))
     for result in results:

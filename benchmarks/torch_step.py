@@ -33,7 +33,9 @@ class TorchStep:
         self.module, self.autocast = module, autocast
         self.device = next(module.parameters()).device
         backbone, decoder = module.backbone, module.decoder
-        wrap = (lambda part: torch.compile(part, dynamic=False)) if compiled else (lambda part: part)
+        wrap = (
+            (lambda part: torch.compile(part, dynamic=False)) if compiled else (lambda part: part)
+        )
         self._visual, self._decoder = wrap(backbone.visual), wrap(decoder)
         self._padded_texts, self._packed_texts = wrap(self._padded), wrap(self._packed)
         named = list(module.named_parameters())

@@ -106,7 +106,9 @@ def torch_side(size: str, batch: int, compiled: bool) -> dict[str, Any]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = make_config(size, batch, **texts(batch)["packed"])
     model = GRAIN(config.model)
-    tx = optim.optimizer(config.optim, optim.learning_rate(config.optim, total_steps=2, steps_per_epoch=1))
+    tx = optim.optimizer(
+        config.optim, optim.learning_rate(config.optim, total_steps=2, steps_per_epoch=1)
+    )
     with jax.default_device(jax.devices("cpu")[0]):
         params = jax.jit(lambda: sharding.unbox(train_step.init_state(model, config, tx)).params)()
     module = convert.make_module(config.model, None)
@@ -151,9 +153,15 @@ def main() -> int:
     if not worst < TOLERANCE:
         print(*(f"  {name}: {value}" for name, value in checked.items()), sep="\n", file=sys.stderr)
         return 1
-    best_padded = min(t.median for n, t in timings.items() if n.endswith("padded") and "JAX" not in n)
-    best_packed = min(t.median for n, t in timings.items() if n.endswith("packed") and "JAX" not in n)
-    print(f"{'step':22} {'seconds: median (least - most)':>32} {'images/s':>9} {'of padded PyTorch':>18}")
+    best_padded = min(
+        t.median for n, t in timings.items() if n.endswith("padded") and "JAX" not in n
+    )
+    best_packed = min(
+        t.median for n, t in timings.items() if n.endswith("packed") and "JAX" not in n
+    )
+    print(
+        f"{'step':22} {'seconds: median (least - most)':>32} {'images/s':>9} {'of padded PyTorch':>18}"
+    )
     table = {}
     for name, timing in timings.items():
         if not math.isfinite(timing.value):

@@ -1,0 +1,108 @@
+"""The matching of queries to regions: ours, optax's under plain jit, and SciPy's through a host callback.
+
+    python -m benchmarks.matching [--images 128] [--turns 20] [--step-seconds S] [--json OUT.json]
+
+For every shape (queries x regions, a random number of the regions real) the three solve the same costs
+in turn in one process, and their least costs must agree. Then our share of a train step: of the B/16 step of
+`benchmarks.train_step`, whose seconds are measured here (batch 8) unless they are given.
+"""
+
+import argparse
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.optimize
+
+from benchmarks import side_by_side, train_step
+from grain_jax import matching
+
+SHAPES = ((5, 5), (6, 6), (8, 8), (10, 10), (20, 10), (50, 20), (100, 20))
+
+
+def by_optax(cost, mask):
+    """Query of each region, one image at a time; what is not real costs nothing."""
+    cost = jnp.where(mask[:, None], cost, 0.0)
+
+    def one(cost):
+        row, column = optax.assignment.hungarian_algorithm(cost)
+        return jnp.zeros(cost.shape[1], jnp.int32).at[column].set(row.astype(jnp.int32))
+
+    return jax.vmap(one)(cost)
+
+
+def _scipy(cost, mask):
+    out = np.zeros(mask.shape, np.int32)
+    for matrix, real, row in zip(np.asarray(cost), np.asarray(mask), out):
+        query, region = scipy.optimize.linear_sum_assignment(matrix[:, real])
+        row[np.flatnonzero(real)[region]] = query
+    return out
+
+
+def by_callback(cost, mask):
+    """SciPy on the host, called from the compiled program, as PyTorch ports do."""
+    return jax.pure_callback(_scipy, jax.ShapeDtypeStruct(mask.shape, jnp.int32), cost, mask)
+
+
+def least_cost(query, cost, mask) -> np.ndarray:
+    """Total cost of each image's assignment, float64 [B]."""
+    picked = np.take_along_axis(cost.astype(np.float64), np.asarray(query)[:, None], axis=1)[:, 0]
+    return np.where(mask, picked, 0).sum(1)
+
+
+def main() -> int:
+    """Times the three in turn for each shape and prints medians and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--step-seconds", type=float, help="of the B/16 step, batch 8")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    machine = side_by_side.machine("jax", "optax", "scipy")
+    ways = {
+        "ours": lambda cost, mask: matching.match(cost, mask).query_index,
+        "optax": by_optax,
+        "SciPy callback": by_callback,
+    }
+    print(
+        f"{args.images} images, float32, {jax.devices()[0].device_kind}; {side_by_side.on(machine)}"
+    )
+    print("ms: median (least - most)")
+    print(f"{'queries x regions':18}" + "".join(f"{name:>26}" for name in ways))
+    rng, rows = np.random.default_rng(0), []
+    for queries, regions in SHAPES:
+        cost = rng.normal(size=(args.images, queries, regions)).astype(np.float32)
+        mask = np.arange(regions) < rng.integers(0, regions + 1, (args.images, 1))
+        compiled = {n: jax.jit(f).lower(cost, mask).compile() for n, f in ways.items()}
+        on_device = jax.device_put((cost, mask))
+        totals = {n: least_cost(f(*on_device), cost, mask) for n, f in compiled.items()}
+        for name, total in totals.items():
+            if not np.allclose(total, totals["SciPy callback"], rtol=1e-5, atol=1e-4):
+                print(f"{queries} x {regions}: {name} found no least cost", file=sys.stderr)
+                return 1
+        seconds = {name: [] for name in ways}
+        for _ in range(args.turns):
+            for name, solve in compiled.items():
+                began = time.perf_counter()
+                jax.block_until_ready(solve(*on_device))
+                seconds[name].append(time.perf_counter() - began)
+        rows.append(dict(queries=queries, regions=regions, seconds=seconds))
+        cells = "".join(f"{side_by_side.spread(s, 1e3):>26}" for s in seconds.values())
+        print(f"{f'{queries} x {regions}':18}{cells}", flush=True)
+    step = args.step_seconds
+    if step is None:
+        sides = {"JAX": (train_step.jax_side, dict(size="B/16", batch=8))}
+        step = side_by_side.measure(sides, turns=3)["JAX packed"].median
+    ours = float(np.median(rows[0]["seconds"]["ours"])) / args.images * 8
+    print(f"5 x 5, 8 images: {1e3 * ours:.3f} ms of a step of {step:.2f} s, {ours / step:.4%}")
+    side_by_side.write(
+        args.json, machine=machine, images=args.images, rows=rows, share_of_step=ours / step
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
