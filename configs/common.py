@@ -142,7 +142,7 @@ def base(size: str = "B/16") -> ConfigDict:
             reader_threads=0,
         )
     )
-    c.text = ConfigDict(dict(packing=True, pack_group=64, pack_rows=40))
+    c.text = ConfigDict(dict(packing=True, pack_group=64, pack_rows=34))
     c.loss = ConfigDict(
         dict(
             image_caption=1.0,

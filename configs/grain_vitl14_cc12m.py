@@ -9,7 +9,7 @@ from configs import grain_vitb16_cc12m
 from configs.common import model, on_hardware
 
 # 32 images a chip, parameters and moments cut over 8 chips.
-HARDWARE = {"v5p-64": {"mesh.fsdp": 8, "text.pack_group": 32, "text.pack_rows": 20}}
+HARDWARE = {"v5p-64": {"mesh.fsdp": 8, "text.pack_group": 32, "text.pack_rows": 17}}
 
 
 def get_config(hardware=None):
