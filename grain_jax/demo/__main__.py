@@ -12,7 +12,7 @@ import PIL.Image
 import PIL.ImageDraw
 from etils import epath
 
-from grain_jax import command_line
+from grain_jax import command_line, errors
 
 _EXAMPLES = 12
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff".split())
@@ -48,20 +48,18 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Serves the page until it is stopped."""
     arguments = _arguments(argv[1:])
-    from grain_jax.demo import analysis
-
     if importlib.util.find_spec("gradio") is None:
-        raise analysis.DemoError(
+        raise errors.UserError(
             'the page needs gradio, which is not installed; run: pip install "gradio>=6"'
         )
+    # JAX and Gradio take seconds to import.
+    from grain_jax import inference
+    from grain_jax.demo import analysis, page
+
     classes = analysis.read_classes(arguments.classes) if arguments.classes else _CLASSES
     with tempfile.TemporaryDirectory(prefix="grain_jax_demo_") as folder:
         examples = _examples(arguments.examples, epath.Path(folder))
-        from grain_jax import inference
-
         predictor = inference.load(arguments.checkpoint)
-        from grain_jax.demo import page
-
         model = predictor.model
         queries = 0 if model.decoder is None else model.decoder.queries
         about = f"`{arguments.checkpoint}`: pictures of {model.image.image_size} pixels,"
@@ -74,17 +72,15 @@ def main(argv: Sequence[str]) -> None:
 
 def _examples(source: str | None, folder: epath.Path) -> list[str]:
     """Files of pictures in `folder`: copies of at most _EXAMPLES of the source's, evenly, or drawn ones."""
-    from grain_jax.demo import analysis
-
     if source is None:
         return [str(path) for path in _draw(folder)]
     source = epath.Path(source)
     if not source.is_dir():
-        raise analysis.DemoError(f"--examples: {source}: no such folder; expected one of pictures")
+        raise errors.UserError(f"--examples: {source}: no such folder; expected one of pictures")
     below = [source, *sorted(p for p in source.iterdir() if p.is_dir())]
     paths = [p for f in below for p in sorted(f.iterdir()) if p.suffix.lower() in _SUFFIXES]
     if not paths:
-        raise analysis.DemoError(f"--examples: {source}: holds no picture, nor do its folders")
+        raise errors.UserError(f"--examples: {source}: holds no picture, nor do its folders")
     count = min(_EXAMPLES, len(paths))
     copies = []
     for i in range(count):

@@ -18,7 +18,6 @@ from grain_jax import errors  # noqa: E402
 from grain_jax.demo import analysis, views  # noqa: E402
 
 FONT = ["system-ui", "sans-serif"]
-_SYNTAX = "One class a line: `name: description; description`, or names alone."
 
 
 def build(
@@ -33,9 +32,9 @@ def build(
       examples: files of pictures to choose from, in a folder that Gradio may read.
     """
     with_regions = analyst.queries > 0
+    start = views.hint("Drop a picture, or choose an example.")
     with gr.Blocks(title="grain_jax", analytics_enabled=False) as page:
         gr.Markdown(f"## grain_jax: what the model sees\n{model}")
-        message = gr.HTML(elem_id="message")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 picture = gr.Image(
@@ -43,17 +42,16 @@ def build(
                     type="filepath",
                     sources=["upload", "clipboard"],
                     buttons=[],
-                    height=300,
+                    height=240,
                     elem_id="picture",
                 )
                 # Gradio's own reads the file, and a faulty one would be its error, not our line.
                 picture.preprocess = lambda payload: payload.path if payload else None
-                if examples:
-                    gr.Examples(list(examples), picture, examples_per_page=12, elem_id="examples")
+                gr.Examples(list(examples), picture, examples_per_page=12, elem_id="examples")
                 text = gr.Textbox(
                     analysis.format_classes(classes),
                     label="Classes",
-                    info=_SYNTAX.replace("`", ""),
+                    info="One a line: name: description; description. Or names alone.",
                     lines=6,
                     max_lines=12,
                     elem_id="classes",
@@ -61,7 +59,16 @@ def build(
                 with gr.Row():
                     file = gr.UploadButton("Load D.json or names.txt", size="sm", elem_id="file")
                     go = gr.Button("Score", variant="primary", size="sm", elem_id="go")
+                with gr.Column(visible=with_regions):
+                    phrase = gr.Textbox(
+                        label="Find a phrase",
+                        info="Several with ; between them. Enter finds them.",
+                        placeholder="a long orange beak",
+                        elem_id="phrase",
+                    )
+                    found = gr.HTML(elem_id="found")
             with gr.Column(scale=3, min_width=320):
+                message = gr.HTML(elem_id="message")
                 gr.Markdown("### Scores")
                 with gr.Row():
                     alpha = gr.Slider(
@@ -69,42 +76,33 @@ def build(
                         1,
                         0.5 if with_regions else 1.0,
                         step=0.05,
-                        label="alpha: share of the whole picture's score",
+                        label="alpha: share of the whole picture",
                         visible=with_regions,
+                        scale=3,
                         elem_id="alpha",
                     )
                     softmax = gr.Checkbox(False, label="Softmax", min_width=100, elem_id="softmax")
-                table = gr.HTML(elem_id="scores")
+                table = gr.HTML(start, elem_id="scores")
+                with gr.Column(visible=with_regions):
+                    gr.Markdown("### Regions")
+                    with gr.Row():
+                        most = gr.Slider(
+                            1,
+                            max(2, analyst.queries),
+                            analyst.queries,
+                            step=1,
+                            label="At most",
+                            elem_id="most",
+                        )
+                        threshold = gr.Slider(
+                            -1, 1, -1, step=0.01, label="Cosine at least", elem_id="threshold"
+                        )
+                    boxes = gr.HTML(elem_id="regions")
         gr.Markdown("### Why")
         chosen = gr.Dropdown(
             [("the best one", "")], value="", label="Explain the class", elem_id="chosen"
         )
         reasons = gr.HTML(elem_id="why")
-        with gr.Row(visible=with_regions):
-            with gr.Column(min_width=320):
-                gr.Markdown("### Regions")
-                with gr.Row():
-                    most = gr.Slider(
-                        1,
-                        max(2, analyst.queries),
-                        analyst.queries,
-                        step=1,
-                        label="Regions at most",
-                        elem_id="most",
-                    )
-                    threshold = gr.Slider(
-                        -1, 1, -1, step=0.01, label="Cosine at least", elem_id="threshold"
-                    )
-                boxes = gr.HTML(elem_id="regions")
-            with gr.Column(min_width=320):
-                gr.Markdown("### Find a phrase")
-                phrase = gr.Textbox(
-                    label="Phrase",
-                    info="Several with ; between them. Enter finds them.",
-                    placeholder="a long orange beak",
-                    elem_id="phrase",
-                )
-                found = gr.HTML(elem_id="found")
 
         def everything(path, text, alpha, softmax, chosen, most, threshold):
             try:
@@ -133,9 +131,9 @@ def build(
             try:
                 picture = analysis.read_picture(path)
                 phrases = [part.strip() for part in phrase.split(";") if part.strip()]
-                return "", views.grounding(picture, analyst.ground(picture, phrases))
+                return views.grounding(picture, analyst.ground(picture, phrases))
             except errors.UserError as error:
-                return views.message(str(error)), ""
+                return views.message(str(error))
 
         def load(path):
             try:
@@ -151,7 +149,7 @@ def build(
         gr.on([go.click, text.submit, picture.change], everything, given, shown, **one)
         gr.on([alpha.change, softmax.change, chosen.input], numbers, given, shown[:3], **last)
         gr.on([most.change, threshold.change], regions, given, [message, boxes], **last)
-        phrase.submit(ground, [picture, phrase], [message, found], **one)
+        phrase.submit(ground, [picture, phrase], found, **one)
         picture.change(lambda: "", None, found, api_visibility="private", show_progress="hidden")
         file.upload(load, file, [message, text], **one).success(everything, given, shown, **one)
     return page

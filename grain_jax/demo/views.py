@@ -20,40 +20,48 @@ _EDGE = 900  # pixels of the longer edge that a picture is sent with, at most
 _ROWS = 20  # classes that are listed before the fold
 
 CSS = """
-.gj { color: var(--body-text-color); font-size: 14px; line-height: 1.4; }
+.gj { --quiet: color-mix(in srgb, var(--body-text-color) 72%, transparent);
+  --rule: color-mix(in srgb, var(--body-text-color) 18%, transparent);
+  color: var(--body-text-color); font-size: 14px; line-height: 1.4; }
+.gj table, .gj thead, .gj tbody, .gj tr { border: 0 !important; background: none; }
 .gj table { border-collapse: collapse; width: 100%; margin: 0 0 4px; }
-.gj th, .gj td { padding: 4px 8px; text-align: left; border: 0;
-  border-bottom: 1px solid var(--border-color-primary); vertical-align: middle; }
-.gj th { font-weight: 600; color: var(--body-text-color-subdued); font-size: 12px; }
-.gj .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.gj tr.sum td { font-weight: 700; border-top: 2px solid var(--body-text-color); border-bottom: 0; }
-.gj h3 { font-size: 16px; margin: 0 0 2px; }
-.gj h4 { font-size: 13px; margin: 14px 0 4px; color: var(--body-text-color-subdued); }
-.gj p { margin: 4px 0 8px; }
-.gj .quiet { color: var(--body-text-color-subdued); }
-.gj .scroll { overflow-x: auto; }
-.gj .bar { display: block; position: relative; height: 6px; min-width: 60px; margin-top: 2px;
-  border-radius: 3px; background: var(--border-color-primary); }
-.gj .bar i { position: absolute; top: 0; bottom: 0; border-radius: 3px;
-  background: var(--body-text-color-subdued); }
-.gj .main .bar i { background: #e67e00; }
+.gj th, .gj td { padding: 4px 8px; text-align: left; vertical-align: middle;
+  border: 0 !important; border-bottom: 1px solid var(--rule) !important; }
+.gj th { font-weight: 600; color: var(--quiet); font-size: 12px; vertical-align: bottom; }
+.gj td:first-child, .gj th:first-child { padding-left: 0; overflow-wrap: anywhere; min-width: 90px; }
+.gj .n { text-align: right; font-variant-numeric: tabular-nums; }
+.gj td.n { white-space: nowrap; }
+.gj tr.sum td { font-weight: 700; border-top: 2px solid var(--body-text-color) !important;
+  border-bottom: 0 !important; }
 .gj tr.chosen td:first-child { font-weight: 700; }
-.gj .pair { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
+.gj h3 { font-size: 16px; margin: 0 0 2px; }
+.gj h4 { font-size: 13px; margin: 14px 0 4px; }
+.gj p { margin: 4px 0 8px; }
+.gj .quiet, p.gj { color: var(--quiet); }
+.gj .scroll { overflow-x: auto; }
+.gj.scores td:not(:first-child) { width: 24%; }
+.gj .bar { display: block; position: relative; height: 6px; margin-top: 2px; border-radius: 3px;
+  background: var(--rule); }
+.gj .bar i { position: absolute; top: 0; bottom: 0; border-radius: 3px; background: var(--quiet); }
+.gj .main .bar i { background: #e67e00; }
+.gj .pair { display: grid; gap: 24px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
 .gj .pair > section { min-width: 0; }
 .gj .tag { display: inline-block; min-width: 20px; padding: 0 5px; border-radius: 4px; color: #fff;
   font: 700 12px/18px system-ui, sans-serif; text-align: center; background: var(--c); }
 .gj.figure { container-type: inline-size; position: relative; max-width: var(--most); margin: 0 auto; }
-.gj.figure > img { display: block; width: 100%; height: auto; border-radius: 6px; }
-.gj.figure label { display: flex; gap: 8px; align-items: baseline; padding: 4px 2px; cursor: pointer; }
+.gj.figure > img { display: block; width: 100%; height: auto; border-radius: 6px; margin: 0; }
+.gj.figure label { display: flex; gap: 8px; align-items: center; padding: 4px 2px; cursor: pointer; }
 .gj.figure label > .text { flex: 1; min-width: 0; overflow-wrap: anywhere; }
-.gj.figure input { flex: none; align-self: center; }
+.gj.figure input { appearance: auto; accent-color: var(--color-accent); flex: none; margin: 0; }
 .gj.figure .box { position: absolute; border: 3px solid var(--c); border-radius: 3px;
   box-shadow: 0 0 0 1px #fff, inset 0 0 0 1px #fff; transition: opacity .12s; }
-.gj.figure .box > .tag { position: absolute; left: -1px; top: -1px; border-radius: 0 0 4px 0; }
+.gj.figure .box > .tag { position: absolute; left: -1px; top: -1px; z-index: 1;
+  border-radius: 0 0 4px 0; }
 .gj.figure:has(label.region:hover) label.region:not(:hover) .box { opacity: 0; }
 .gj.figure:not(:has(label.region:hover)):has(label.region input:checked)
   label.region:not(:has(input:checked)) .box { opacity: 0; }
-#message .line { border-left: 4px solid #d62728; padding: 8px 12px;
+.gj.line { border-left: 4px solid #d62728; padding: 8px 12px; overflow-wrap: anywhere;
   background: var(--background-fill-secondary); }
 """
 
@@ -103,7 +111,7 @@ def scores(result: analysis.Result, *, softmax: bool, chosen: str = "") -> str:
     if len(rows) > _ROWS:
         table = _table(head, rows[_ROWS:])
         more = f"<details><summary>{len(rows) - _ROWS} more classes</summary>{table}</details>"
-    return f'<div class="gj">{note}{_table(head, rows[:_ROWS])}{more}{scale}</div>'
+    return f'<div class="gj scores">{note}{_table(head, rows[:_ROWS])}{more}{scale}</div>'
 
 
 def why(result: analysis.Result, chosen: str = "") -> str:
@@ -136,9 +144,7 @@ def _card(result: analysis.Result, c: int) -> str:
     rows = []
     for part in parts:
         if part.region is None:
-            label = "whole picture and the name in prompts"
-            if result.regions is not None:
-                label = "whole picture and name with descriptions in prompts"
+            label = "whole picture, against prompts"
         else:
             label = f"{_tag(part.region)} {html.escape(part.text)}"
         rows.append(
