@@ -17,8 +17,6 @@ import gradio as gr  # noqa: E402
 from grain_jax import errors  # noqa: E402
 from grain_jax.demo import analysis, views  # noqa: E402
 
-FONT = ["system-ui", "sans-serif"]
-
 
 def build(
     analyst: analysis.Analyst, model: str, classes: analysis.Classes, examples: Sequence[str]
@@ -180,7 +178,12 @@ def launch(page: gr.Blocks, host: str, port: int | None, folder: str) -> str:
             run_history=False,
             footer_links=[],
             allowed_paths=[folder],
-            theme=gr.themes.Base(font=FONT, font_mono=["monospace"]),
+            theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
+                # Gradio's own are too pale to read.
+                block_info_text_color="*neutral_600",
+                block_info_text_color_dark="*neutral_300",
+                block_label_text_color="*neutral_700",
+            ),
             css=views.CSS,
         )
     except OSError as error:
