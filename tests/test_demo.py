@@ -2,6 +2,7 @@ import html
 import importlib.util
 import json
 import re
+import socket
 import subprocess
 import sys
 
@@ -309,6 +310,16 @@ def test_without_gradio_it_is_one_line(monkeypatch, capsys):
     assert end.value.code == 2
     line = capsys.readouterr().err.strip()
     assert 'pip install "gradio>=6"' in line and "\n" not in line
+
+
+def test_a_taken_address_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(errors.UserError, match=f"--port {port}: Address already in use"):
+            command._check_address("127.0.0.1", port)
+    for host, port in [("127.0.0.1", 99999), ("192.0.2.1", None)]:
+        with pytest.raises(errors.UserError, match=f"--host {host} --port {port}: "):
+            command._check_address(host, port)
 
 
 @pytest.mark.slow  # a browser, which CI has not

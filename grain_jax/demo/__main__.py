@@ -5,6 +5,7 @@ python -m grain_jax.demo --checkpoint DIR [--classes D.json] [--examples FOLDER]
 
 import argparse
 import importlib.util
+import socket
 import tempfile
 from collections.abc import Sequence
 
@@ -52,6 +53,7 @@ def main(argv: Sequence[str]) -> None:
         raise errors.UserError(
             'the page needs gradio, which is not installed; run: pip install "gradio>=6"'
         )
+    _check_address(arguments.host, arguments.port)
     # JAX and Gradio take seconds to import.
     from grain_jax import inference
     from grain_jax.demo import analysis, page
@@ -68,6 +70,18 @@ def main(argv: Sequence[str]) -> None:
         url = page.launch(blocks, arguments.host, arguments.port, folder)
         print(f"{url} (Ctrl-C ends it)", flush=True)
         blocks.block_thread()
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Raises errors.UserError where nothing can listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port or 0), family=family).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise errors.UserError(
+            f"--host {host} --port {port}: {reason}; give others, or none"
+        ) from None
 
 
 def _examples(source: str | None, folder: epath.Path) -> list[str]:

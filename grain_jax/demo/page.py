@@ -163,7 +163,7 @@ def launch(page: gr.Blocks, host: str, port: int | None, folder: str) -> str:
       folder: that examples lie in.
 
     Raises:
-      analysis.DemoError: the port is taken.
+      analysis.DemoError: no port is free.
     """
     try:
         _, url, _ = page.launch(
@@ -187,7 +187,5 @@ def launch(page: gr.Blocks, host: str, port: int | None, folder: str) -> str:
             css=views.CSS,
         )
     except OSError as error:
-        raise analysis.DemoError(
-            f"--port {port or ''}: {' '.join(str(error).split())}".replace(" :", ":")
-        ) from None
+        raise analysis.DemoError(f"--port: {' '.join(str(error).split())}") from None
     return url
