@@ -74,14 +74,14 @@ def main(argv: Sequence[str]) -> None:
 
 def _check_address(host: str, port: int | None) -> None:
     """Raises errors.UserError where nothing can listen there."""
+    if port is not None and not 1 <= port <= 65535:
+        raise errors.UserError(f"--port: got {port}, expected a number from 1 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port or 0), family=family).close()
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise errors.UserError(
-            f"--host {host} --port {port}: {reason}; give others, or none"
-        ) from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise errors.UserError(f"--host {host} --port {port}: {reason}; give others") from None
 
 
 def _examples(source: str | None, folder: epath.Path) -> list[str]:

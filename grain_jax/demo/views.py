@@ -144,7 +144,7 @@ def _card(result: analysis.Result, c: int) -> str:
     rows = []
     for part in parts:
         if part.region is None:
-            label = "whole picture, against prompts"
+            label = "whole picture, mean over prompts"
         else:
             label = f"{_tag(part.region)} {html.escape(part.text)}"
         rows.append(
