@@ -274,6 +274,8 @@ def test_boxes_lie_where_the_model_sees_them(analyst, predictor, picture):
     expected = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
     expected[:, 1::2] *= tall
     np.testing.assert_allclose(np.array(places, float), expected, atol=0.011)
+    slim = views.regions(picture.resize((100, 600)), result, most=1)  # 80 of 320 pixels wide
+    assert f"left:{37.5 + boxes[0, 0] / 4:.2f}cqw;top:{boxes[0, 1] * 6 / 4:.2f}cqw" in slim
     assert "3 of 5 regions" in figure and 'src="data:image/jpeg;base64,' in figure
     between = (seen[1].cosine + seen[2].cosine) / 2
     assert "2 of 5 regions" in views.regions(picture, result, threshold=between)

@@ -17,6 +17,7 @@ from grain_jax.demo import analysis
 from grain_jax.report.pictures import COLOURS
 
 _EDGE = 900  # pixels of the longer edge that a picture is sent with, at most
+_WIDEST, _HIGHEST, _NARROWEST = 640, 480, 320  # CSS pixels of a figure
 _ROWS = 20  # classes that are listed before the fold
 
 CSS = """
@@ -40,6 +41,7 @@ CSS = """
 .gj .quiet, p.gj { color: var(--quiet); }
 .gj .scroll { overflow-x: auto; }
 .gj.scores td:not(:first-child) { width: 24%; }
+.gj.scores td:nth-child(2):last-child { width: 72%; }
 .gj .bar { display: block; position: relative; height: 6px; margin-top: 2px; border-radius: 3px;
   background: var(--rule); }
 .gj .bar i { position: absolute; top: 0; bottom: 0; border-radius: 3px; background: var(--quiet); }
@@ -50,7 +52,7 @@ CSS = """
 .gj .tag { display: inline-block; min-width: 20px; padding: 0 5px; border-radius: 4px; color: #fff;
   font: 700 12px/18px system-ui, sans-serif; text-align: center; background: var(--c); }
 .gj.figure { container-type: inline-size; position: relative; max-width: var(--most); margin: 0 auto; }
-.gj.figure > img { display: block; width: 100%; height: auto; border-radius: 6px; margin: 0; }
+.gj.figure > img { display: block; height: auto; border-radius: 6px; margin: 0 auto; }
 .gj.figure label { display: flex; gap: 8px; align-items: center; padding: 4px 2px; cursor: pointer; }
 .gj.figure label > .text { flex: 1; min-width: 0; overflow-wrap: anywhere; }
 .gj.figure input { appearance: auto; accent-color: var(--color-accent); flex: none; margin: 0; }
@@ -233,9 +235,13 @@ def _figure(
 ) -> str:
     """The picture, and for each box (colour's number, box_xyxy, HTML, score) an outline and a line."""
     tall = picture.height / picture.width
+    pixels = min(_WIDEST, _HIGHEST / tall)
+    width = max(_NARROWEST, pixels)  # of the figure: the lines need room below a slim picture
+    scale = 100 * pixels / width
     labels = []
     for number, box_xyxy, text, score in boxes:
-        x1, y1, x2, y2 = (float(x) * 100 for x in box_xyxy)
+        x1, y1, x2, y2 = (float(x) * scale for x in box_xyxy)
+        x1, x2 = x1 + (100 - scale) / 2, x2 + (100 - scale) / 2
         # In widths of the figure (cqw), so that its lines below the picture do not count.
         place = (
             f"left:{x1:.2f}cqw;top:{y1 * tall:.2f}cqw;width:{x2 - x1:.2f}cqw;"
@@ -249,11 +255,10 @@ def _figure(
             f'<span class="text">{text or f"region {number + 1}"}</span>{shown}</label>'
         )
     every = f'<label><input type="radio" name="{name}" value="all" checked> all</label>'
-    # At most 480 pixels high, whatever its shape.
     return (
-        f'<div class="gj figure" style="--most:{min(640, 480 / tall):.0f}px">'
-        f'<img alt="the picture" src="{_data_uri(picture)}">{every if len(labels) > 1 else ""}'
-        f"{''.join(labels)}{hint(below) if below else ''}</div>"
+        f'<div class="gj figure" style="--most:{width:.0f}px">'
+        f'<img alt="the picture" style="width:{scale:.2f}%" src="{_data_uri(picture)}">'
+        f"{every if len(labels) > 1 else ''}{''.join(labels)}{hint(below) if below else ''}</div>"
     )
 
 
