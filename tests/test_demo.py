@@ -1,6 +1,7 @@
 import html
 import importlib.util
 import json
+import os
 import re
 import socket
 import subprocess
@@ -337,12 +338,14 @@ def test_the_page_in_a_browser(tmp_path, predictor, picture):
     (tmp_path / "faulty.json").write_text('{"wren"')
     (tmp_path / "D.json").write_text(json.dumps(CLASSES))
     arguments = ["-m", "grain_jax.demo", "--checkpoint", tmp_path / "model"]
+    (tmp_path / "temporary").mkdir()
     log = tmp_path / "log.txt"
     with (
         log.open("w") as out,
         subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
             stdout=subprocess.PIPE,
             stderr=out,
             text=True,
@@ -357,7 +360,10 @@ def test_the_page_in_a_browser(tmp_path, predictor, picture):
                 assert complaints == [] and found.broken_pictures() == []
         finally:
             server.terminate()
+            server.wait()
     assert "Traceback" not in log.read_text()
+    assert server.returncode == 0
+    assert list((tmp_path / "temporary").iterdir()) == []  # uploads are gone
 
 
 def use_the_page(page, folder):

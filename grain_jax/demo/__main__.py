@@ -5,6 +5,8 @@ python -m grain_jax.demo --checkpoint DIR [--classes D.json] [--examples FOLDER]
 
 import argparse
 import importlib.util
+import os
+import signal
 import socket
 import tempfile
 from collections.abc import Sequence
@@ -54,22 +56,28 @@ def main(argv: Sequence[str]) -> None:
             'the page needs gradio, which is not installed; run: pip install "gradio>=6"'
         )
     _check_address(arguments.host, arguments.port)
+    with tempfile.TemporaryDirectory(prefix="grain_jax_demo_") as folder:
+        # Read when Gradio is imported; what users upload goes with the folder.
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        _serve(arguments, epath.Path(folder))
+
+
+def _serve(arguments: argparse.Namespace, folder: epath.Path) -> None:
     # JAX and Gradio take seconds to import.
     from grain_jax import inference
     from grain_jax.demo import analysis, page
 
     classes = analysis.read_classes(arguments.classes) if arguments.classes else _CLASSES
-    with tempfile.TemporaryDirectory(prefix="grain_jax_demo_") as folder:
-        examples = _examples(arguments.examples, epath.Path(folder))
-        predictor = inference.load(arguments.checkpoint)
-        model = predictor.model
-        queries = 0 if model.decoder is None else model.decoder.queries
-        about = f"`{arguments.checkpoint}`: pictures of {model.image.image_size} pixels,"
-        about += f" {queries} regions." if queries else " no regions."
-        blocks = page.build(analysis.Analyst(predictor), about, classes, examples)
-        url = page.launch(blocks, arguments.host, arguments.port, folder)
-        print(f"{url} (Ctrl-C ends it)", flush=True)
-        blocks.block_thread()
+    examples = _examples(arguments.examples, folder)
+    predictor = inference.load(arguments.checkpoint)
+    analyst = analysis.Analyst(predictor)
+    about = f"`{arguments.checkpoint}`: pictures of {predictor.model.image.image_size} pixels,"
+    about += f" {analyst.queries or 'no'} regions."
+    blocks = page.build(analyst, about, classes, examples)
+    url = page.launch(blocks, arguments.host, arguments.port, str(folder))
+    print(f"{url} (Ctrl-C ends it)", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    blocks.block_thread()
 
 
 def _check_address(host: str, port: int | None) -> None:
