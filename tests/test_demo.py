@@ -1,3 +1,4 @@
+import contextlib
 import html
 import importlib.util
 import json
@@ -326,44 +327,58 @@ def test_a_taken_address_is_one_line():
         command._check_address("127.0.0.1", 99999)
 
 
-@pytest.mark.slow  # a browser, which CI has not
-def test_the_page_in_a_browser(tmp_path, predictor, picture):
+@contextlib.contextmanager
+def in_browser(analyst, folder):
+    """A model's page in a browser, served by the command; it must end without a complaint."""
     pytest.importorskip("gradio")
     pytest.importorskip("playwright")
     from tests import browser
 
-    checkpoint.save_model(tmp_path / "model", predictor.model, predictor.params, source="test")
-    picture.save(tmp_path / "noise.png")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    (tmp_path / "faulty.json").write_text('{"wren"')
-    (tmp_path / "D.json").write_text(json.dumps(CLASSES))
-    arguments = ["-m", "grain_jax.demo", "--checkpoint", tmp_path / "model"]
-    (tmp_path / "temporary").mkdir()
-    log = tmp_path / "log.txt"
+    model = analyst.predictor
+    checkpoint.save_model(folder / "model", model.model, model.params, source="test")
+    (folder / "temporary").mkdir()
     with (
-        log.open("w") as out,
+        (folder / "log.txt").open("w") as log,
         subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
+            [sys.executable, "-m", "grain_jax.demo", "--checkpoint", str(folder / "model")],
             cwd=ROOT,
-            env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
+            env={**os.environ, "TMPDIR": str(folder / "temporary")},
             stdout=subprocess.PIPE,
-            stderr=out,
+            stderr=log,
             text=True,
         ) as server,
     ):
         try:
-            url = server.stdout.readline().split()[0]
-            with browser.opened(url) as found:
-                use_the_page(found.page, tmp_path)
+            with browser.opened(server.stdout.readline().split()[0]) as found:
+                yield found.page
                 # Gradio's own client says so of every page.
                 complaints = [c for c in found.complaints() if c != "Method not implemented."]
                 assert complaints == [] and found.broken_pictures() == []
         finally:
             server.terminate()
             server.wait()
-    assert "Traceback" not in log.read_text()
+    assert "Traceback" not in (folder / "log.txt").read_text()
     assert server.returncode == 0
-    assert list((tmp_path / "temporary").iterdir()) == []  # uploads are gone
+    assert list((folder / "temporary").iterdir()) == []  # uploads are gone
+
+
+@pytest.mark.slow  # a browser, which CI has not
+def test_the_page_in_a_browser(tmp_path, analyst, picture):
+    picture.save(tmp_path / "noise.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "faulty.json").write_text('{"wren"')
+    (tmp_path / "D.json").write_text(json.dumps(CLASSES))
+    with in_browser(analyst, tmp_path) as page:
+        use_the_page(page, tmp_path)
+
+
+@pytest.mark.slow  # a browser, which CI has not
+def test_the_page_of_a_model_without_regions(tmp_path, two_towers):
+    with in_browser(two_towers, tmp_path) as page:
+        page.locator("#examples button").first.click()
+        page.locator("#scores", has_text="The model has no regions").wait_for()
+        assert page.locator("#why tr.sum").count() == 2
+        assert [page.locator(x).count() for x in ("#regions", "#phrase", "#alpha")] == [0, 0, 0]
 
 
 def use_the_page(page, folder):
@@ -383,6 +398,14 @@ def use_the_page(page, folder):
         page.click("#file")
     chooser.value.set_files(folder / "faulty.json")
     said.get_by_text("faulty.json: not JSON").wait_for()
+    with page.expect_file_chooser() as chooser:
+        page.click("#file")
+    chooser.value.set_files(folder / "D.json")
+    page.locator("#scores td", has_text="heron").wait_for()
+    last = page.locator("#scores tbody tr td:first-child").all_inner_texts()[-1]
+    page.click("#chosen input")
+    page.get_by_role("option", name=last).click()
+    page.locator("#why section:first-child h3", has_text=last).wait_for()
     page.fill("#classes textarea", "${1}: {{a}} <u>tail\nkite: a forked tail; long wings")
     page.press("#classes textarea", "Shift+Enter")
     page.locator("#scores td", has_text="kite").wait_for()
@@ -412,7 +435,7 @@ def use_the_page(page, folder):
     page.keyboard.press("Enter")
     page.locator("#found .box").nth(1).wait_for()
     assert page.locator("#found .text").all_inner_texts() == ["long wings", "a tail"]
-    page.fill("#alpha input[type=number]", "1")
+    page.fill("#alpha input[type=number]", "3")
     page.locator("#scores th", has_text="alpha 1)").wait_for()
     rows = page.locator("#scores tbody tr").all()
     for row in rows:  # the whole picture alone

@@ -4,6 +4,7 @@ It asks nothing of any network: no fonts, no analytics, no sharing. What a user 
 the page.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 
@@ -43,8 +44,6 @@ def build(
                     height=240,
                     elem_id="picture",
                 )
-                # Gradio's own reads the file, and a faulty one would be its error, not our line.
-                picture.preprocess = lambda payload: payload.path if payload else None
                 gr.Examples(list(examples), picture, examples_per_page=12, elem_id="examples")
                 text = gr.Textbox(
                     analysis.format_classes(classes),
@@ -87,7 +86,7 @@ def build(
                         most = gr.Slider(
                             1,
                             max(2, analyst.queries),
-                            analyst.queries,
+                            max(1, analyst.queries),
                             step=1,
                             label="At most",
                             elem_id="most",
@@ -101,6 +100,13 @@ def build(
             [("the best one", "")], value="", label="Explain the class", elem_id="chosen"
         )
         reasons = gr.HTML(elem_id="why")
+
+        # Gradio's own checks end in a traceback: of a file that is no picture, a number outside its
+        # slider, a class that was there a moment ago. `everything` copes with all of them.
+        picture.preprocess = lambda payload: payload.path if payload else None
+        chosen.preprocess = lambda name: name
+        for slider in (alpha, most, threshold):
+            slider.preprocess = functools.partial(_within, slider)
 
         def everything(path, text, alpha, softmax, chosen, most, threshold):
             try:
@@ -151,6 +157,12 @@ def build(
         picture.change(lambda: "", None, found, api_visibility="private", show_progress="hidden")
         file.upload(load, file, [message, text], **one).success(everything, given, shown, **one)
     return page
+
+
+def _within(slider: gr.Slider, value: float | None) -> float:
+    """The value that is nearest on the slider; where it began if nothing is typed."""
+    value = slider.value if value is None else value
+    return min(max(value, slider.minimum), slider.maximum)
 
 
 def launch(page: gr.Blocks, host: str, port: int | None, folder: str) -> str:
