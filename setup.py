@@ -28,11 +28,13 @@ INTEROP = [
 ]
 # Of Beam, `apache-beam[gcp]` for Dataflow.
 ANNOTATE = ["apache-beam>=2.60", "transformers>=5.0", *TORCH]
+DEMO = ["gradio>=6"]
 DEV = [
     *DATA,
     *TPU,
     *INTEROP,
     *ANNOTATE,
+    *DEMO,
     "hypothesis",
     "pytest>=8",
     "pytest-timeout",
@@ -78,6 +80,7 @@ setup(
         "torch": TORCH,
         "interop": INTEROP,
         "annotate": ANNOTATE,
+        "demo": DEMO,
         "gcs": [
             "gcsfs",
             "google-cloud-storage",
