@@ -36,6 +36,7 @@ DEV = [
     *ANNOTATE,
     *DEMO,
     "hypothesis",
+    "playwright",  # slow tests open pages in Debian's chromium
     "pytest>=8",
     "pytest-timeout",
     "pytest-xdist",
