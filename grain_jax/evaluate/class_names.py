@@ -1,0 +1,145 @@
+"""The names of a data set's classes, as they stand in prompts: from a file or from the set's own labels.
+
+A file has one class a line, `name` or `label<TAB>name`; blank lines and `#` lines are skipped. Those that
+come with the package (`classes/`) are called after the TFDS set that they are for.
+"""
+
+import re
+from collections.abc import Sequence
+
+from etils import epath
+
+from grain_jax import errors
+
+SHIPPED = epath.Path(__file__).parent / "classes"
+OPEN_CLIP = "open_clip"  # as a file: ImageNet's names as that package publishes them
+
+_SUN397 = re.compile(r"/[a-z]/")  # /a/abbey: sorted into folders by the first letter
+_NUMBERED = re.compile(r"(\d+\.|n\d{8}-)")  # 001.Laysan_Albatross, n02085620-chihuahua
+_WNID = re.compile(r"n\d{8}")
+
+
+class ClassNameError(errors.UserError):
+    """There are no names for a set's classes, or those of a file are not of this set; one line."""
+
+
+def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) -> list[str]:
+    """The classes' names for prompts, in the order of the data set's labels.
+
+    Args:
+      labels: the set's own label names; None where it has none. Numbers (0, 1, ...) count as none.
+      count: of the set's classes.
+      classes: a class file: its path, the name of one that comes with the package, or OPEN_CLIP; None
+        for the labels themselves, made readable. Where labels and a file's labels are there, names are
+        found by label, and the file may have more; a file without labels must have the set's order.
+
+    Raises:
+      ClassNameError: no names, no such file, or names that are not those of this set.
+    """
+    if labels is not None and list(labels) == [str(i) for i in range(len(labels))]:
+        labels = None  # what TFDS gives for a set without label names
+    if classes is None:
+        return _readable_labels(labels, count)
+    lines = read(classes)
+    keyed = lines[0][0] is not None
+    if keyed and labels is not None:
+        names = dict(lines)
+        missing = [label for label in labels if label not in names]
+        if missing:
+            raise ClassNameError(
+                f"classes {classes}: got no name for {len(missing)} of the data set's {count} labels,"
+                f" the first: {missing[0]!r}; expected a file of this data set"
+            )
+        return [names[label] for label in labels]
+    if len(lines) != count:
+        raise ClassNameError(
+            f"classes {classes}: got {len(lines)} classes, expected the data set's {count}"
+        )
+    if labels is not None:
+        _check_order(classes, [name for _, name in lines], labels)
+    return [name for _, name in lines]
+
+
+def read(classes: str) -> list[tuple[str | None, str]]:
+    """The lines of a class file (as in `for_labels`) as (label or None, name), at least one.
+
+    Raises:
+      ClassNameError: no such file, an empty one, a label twice, or labels in some lines only.
+    """
+    if classes == OPEN_CLIP:
+        return _open_clip()
+    path = SHIPPED / f"{classes}.txt"
+    if "/" in classes or not path.exists():
+        path = epath.Path(classes)
+    if not path.is_file():
+        raise ClassNameError(
+            f"classes {classes}: no such file, expected one class a line, or one of {shipped()}"
+        )
+    lines: list[tuple[str | None, str]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.strip() and not line.startswith("#"):
+            label, tab, name = line.rpartition("\t")
+            lines.append((label.strip() if tab else None, name.strip()))
+    labels = [label for label, _ in lines]
+    if not lines or not all(name for _, name in lines):
+        raise ClassNameError(f"classes {path}: got no class or an empty name, expected names")
+    if labels.count(None) not in (0, len(labels)):
+        raise ClassNameError(
+            f"classes {path}: got label<TAB>name in some lines only, expected it in all or in none"
+        )
+    twice = [label for label in dict.fromkeys(labels) if label and labels.count(label) > 1]
+    if twice:
+        raise ClassNameError(f"classes {path}: got the label {twice[0]!r} twice, expected it once")
+    return lines
+
+
+def shipped() -> str:
+    """The names that `classes` may have besides paths, for messages."""
+    files = (path.stem for path in SHIPPED.iterdir() if path.suffix == ".txt")
+    return ", ".join([*sorted(files), OPEN_CLIP])
+
+
+def readable(label: str) -> str:
+    """A label as a name: `apple_pie` -> "apple pie", `/a/apse/indoor` -> "indoor apse"."""
+    label = _NUMBERED.sub("", label.strip(), count=1) if _NUMBERED.match(label.strip()) else label
+    parts = _SUN397.sub("", label, count=1) if _SUN397.match(label) else label
+    words = " ".join(reversed([part for part in parts.split("/") if part]))
+    return " ".join(words.replace("_", " ").split())
+
+
+def _readable_labels(labels: Sequence[str] | None, count: int) -> list[str]:
+    if labels is None or all(_WNID.fullmatch(label) for label in labels):
+        got = f"{count} classes without names" if labels is None else f"labels such as {labels[0]}"
+        raise ClassNameError(
+            f"classes: got {got}, expected a file of class names: a path, or one of {shipped()}"
+        )
+    names = [readable(label) for label in labels]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise ClassNameError(
+            f"classes: got two labels that read {twice[0]!r}, expected a file of label<TAB>name"
+        )
+    return names
+
+
+def _check_order(classes: str, names: Sequence[str], labels: Sequence[str]) -> None:
+    """Raises ClassNameError where a name stands in the place of another class."""
+    place = {readable(label).lower(): i for i, label in enumerate(labels)}
+    for i, name in enumerate(names):
+        if place.get(readable(name).lower(), i) != i:
+            raise ClassNameError(
+                f"classes {classes}: got {name!r} as class {i}, where the data set has {labels[i]!r};"
+                " expected the data set's order, or label<TAB>name"
+            )
+
+
+def _open_clip() -> list[tuple[str | None, str]]:
+    try:
+        from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+    except ImportError:
+        raise ClassNameError(
+            f"classes {OPEN_CLIP}: got no package open_clip, expected it;"
+            " pip install open_clip_torch"
+        ) from None
+    wnids = [label for label, _ in read("imagenet2012")]  # sorted, as its names are
+    return list(zip(wnids, IMAGENET_CLASSNAMES, strict=True))
