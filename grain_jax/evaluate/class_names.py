@@ -14,7 +14,6 @@ from grain_jax import errors
 SHIPPED = epath.Path(__file__).parent / "classes"
 OPEN_CLIP = "open_clip"  # as a file: ImageNet's names as that package publishes them
 
-_SUN397 = re.compile(r"/[a-z]/")  # /a/abbey: sorted into folders by the first letter
 _NUMBERED = re.compile(r"(\d+\.|n\d{8}-)")  # 001.Laysan_Albatross, n02085620-chihuahua
 _WNID = re.compile(r"n\d{8}")
 
@@ -100,11 +99,20 @@ def shipped() -> str:
 
 
 def readable(label: str) -> str:
-    """A label as a name: `apple_pie` -> "apple pie", `/a/apse/indoor` -> "indoor apse"."""
-    label = _NUMBERED.sub("", label.strip(), count=1) if _NUMBERED.match(label.strip()) else label
-    parts = _SUN397.sub("", label, count=1) if _SUN397.match(label) else label
-    words = " ".join(reversed([part for part in parts.split("/") if part]))
-    return " ".join(words.replace("_", " ").split())
+    """A label as a name: `apple_pie` -> "apple pie", `/a/apse/indoor` -> "indoor apse".
+
+    `/` ends a label's head only where the label has no spaces; a name never has one, since in prompts
+    that is a class and its parent.
+    """
+    label = label.strip()
+    numbered = _NUMBERED.match(label)
+    label = label[numbered.end() :] if numbered else label
+    if " " in label:
+        return label.replace("/", "-")
+    parts = label.removeprefix("/").split("/")
+    if label.startswith("/") and len(parts[0]) == 1:  # SUN397's folders by first letter
+        del parts[0]
+    return " ".join(" ".join(reversed(parts)).replace("_", " ").split())
 
 
 def _readable_labels(labels: Sequence[str] | None, count: int) -> list[str]:
