@@ -4,6 +4,7 @@ An evaluation is a function `evaluate(predictor, *, ...)` that returns a JSON-re
 is an `inference.Predictor` or anything with its `encode_image`, `encode_text` and `encode_regions`.
 """
 
+import importlib
 import math
 import sys
 import time
@@ -19,6 +20,14 @@ from grain_jax import config as config_lib
 from grain_jax import errors, images, schema
 
 BATCH_SIZE = 64
+# Kind of evaluation -> its module, which has `evaluate(predictor, *, ...)`; all but zeroshot also `read`.
+_MODULES = {
+    "zeroshot": "grain_jax.evaluate.zeroshot",
+    "retrieval": "grain_jax.evaluate.retrieval",
+    "grounding": "grain_jax.evaluate.grounding",
+    "boxes": "grain_jax.evaluate.box_classes",
+    "diagnostics": "grain_jax.evaluate.diagnostics",
+}
 _THREADS = 8  # that read pictures; decoding leaves Python's lock
 _SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
 _NAMED_PICTURES = 20  # unreadable ones that a result lists
@@ -58,6 +67,8 @@ def run(entry: config_lib.Evaluator, predictor: Any, **options: Any) -> dict[str
 def evaluate(entry: config_lib.Evaluator, predictor: Any, **options: Any) -> dict[str, Any]:
     """All that `run` measures, with counts and texts, as a JSON-ready dict; errors as there."""
     module = _module(entry)
+    if entry.kind == "boxes":
+        options |= dict(classes=entry.classes, templates=entry.templates)
     if entry.kind != "zeroshot":
         return module.evaluate(
             predictor, images=entry.images, annotations=entry.annotations, **options
@@ -118,14 +129,11 @@ def check(entry: config_lib.Evaluator, *, templates: epath.PathLike | None = Non
 
 def _module(entry: config_lib.Evaluator) -> Any:
     """The module that evaluates this kind. Raises InputError where the entry itself is wrong."""
-    from grain_jax.evaluate import grounding, retrieval, zeroshot  # they import this module
-
-    kinds = {"zeroshot": zeroshot, "retrieval": retrieval, "grounding": grounding}
-    if entry.kind not in kinds:
-        raise InputError(f"kind: got {entry.kind!r}, expected one of {', '.join(kinds)}")
+    if entry.kind not in _MODULES:
+        raise InputError(f"kind: got {entry.kind!r}, expected one of {', '.join(_MODULES)}")
     if entry.kind != "zeroshot" and entry.annotations is None:
         raise InputError(f"annotations: got nothing, expected a file (A.jsonl) for {entry.kind}")
-    return kinds[entry.kind]
+    return importlib.import_module(_MODULES[entry.kind])  # only now: they import this module
 
 
 def _alphas(entry: config_lib.Evaluator) -> Sequence[float]:
