@@ -250,6 +250,18 @@ class Evaluator:
 
 
 @dataclasses.dataclass(frozen=True)
+class Suite:
+    """A suite of evaluations (configs/eval.py); all but `evals` is what its entries were made from."""
+
+    data_dir: str  # of TFDS
+    folders: str  # of the sets that are no TFDS sets
+    descriptions: str | None  # folder of NAME.json
+    templates: str | None
+    alphas: tuple[float, ...]
+    evals: dict[str, Evaluator]
+
+
+@dataclasses.dataclass(frozen=True)
 class Wandb:
     """Weights & Biases, beside TensorBoard."""
 
@@ -368,6 +380,20 @@ def model_from_dict(value: Mapping[str, Any]) -> Model:
     if faults:
         raise ConfigError("\n".join(faults))
     return model
+
+
+def suite_from_dict(value: Mapping[str, Any]) -> Suite:
+    """The config of a suite, a plain dict or a ConfigDict, checked. Raises ConfigError, a line a fault."""
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    faults: list[str] = []
+    suite = _build(Suite, value, "", faults)
+    if not faults:
+        for name, entry in suite.evals.items():
+            _check_evaluator(f"evals.{name}", entry, faults)
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return suite
 
 
 def from_dict(value: Mapping[str, Any]) -> Config:
@@ -529,6 +555,17 @@ def _check_mixture(data: Input, faults: list[str]) -> None:
             )
 
 
+def _check_evaluator(path: str, entry: Evaluator, faults: list[str]) -> None:
+    _one_of(f"{path}.kind", entry.kind, EVAL_KINDS, faults)
+    _one_of(f"{path}.region_order", entry.region_order, ("queries", "descriptions"), faults)
+    _one_of(f"{path}.missing", entry.missing, ("error", "skip"), faults)
+    if entry.tfds is not None and (entry.images or entry.kind != "zeroshot"):
+        faults.append(
+            f"{path}.tfds: got {entry.tfds!r} with images={entry.images!r}, kind={entry.kind}; expected it"
+            " alone, in an entry of kind=zeroshot"
+        )
+
+
 def _check(config: Config, faults: list[str]) -> None:
     _check_bounds(config, "", faults)
     if faults:
@@ -558,10 +595,7 @@ def _check(config: Config, faults: list[str]) -> None:
     _one_of("optim.schedule", config.optim.schedule, ("cosine", "reference"), faults)
     _one_of("optim.decay_groups", config.optim.decay_groups, ("matrices", "reference"), faults)
     for name, entry in config.evals.items():
-        orders = ("queries", "descriptions")
-        _one_of(f"evals.{name}.kind", entry.kind, EVAL_KINDS, faults)
-        _one_of(f"evals.{name}.region_order", entry.region_order, orders, faults)
-        _one_of(f"evals.{name}.missing", entry.missing, ("error", "skip"), faults)
+        _check_evaluator(f"evals.{name}", entry, faults)
         needs_regions = entry.kind in ("grounding", "boxes", "diagnostics") or (
             entry.kind == "zeroshot"
             and entry.descriptions
