@@ -47,9 +47,9 @@ def evaluate(
 
     Returns: counts; `chance` (of top-1; `chance_top5`); `best_iou`, the mean IoU of the box and that
       query's; `found`, the share of boxes where it is FOUND_IOU or more; and under `region`, and of the
-      image embedding under `image`: `top1`, `top5`, `mean_per_class` (of top-1) and `per_class`. Under
-      `found_boxes` the same of the found ones alone. Shares have 95% intervals (`_low`, `_high`); ties
-      of classes count as if broken at random.
+      image embedding under `image`: `top1`, `top5`, `mean_per_class` (of top-1; of classes with a box)
+      and `per_class`. Under `found_boxes` the same of the found ones alone. Shares have 95% intervals
+      (`_low`, `_high`); ties of classes count as if broken at random.
 
     Raises:
       base.InputError, annotations.AnnotationError, class_names.ClassNameError, prompts.PromptError: what
@@ -59,20 +59,24 @@ def evaluate(
     filled = prompts.load_templates(templates)
     listed = None if classes is None else class_names.read(classes)
     unreadable: dict[str, str] = {}
-    predicted, region_embeds, image_embeds, kept, sizes = [], [], [], [], []
-    for batch in base.encode_pictures(
+    batches = base.encode_pictures(
         predictor,
         [folder / r.image for r in records],
         label="boxes",
         unreadable=unreadable,
         batch_size=batch_size,
-    ):
-        predicted.append(batch.regions.boxes_xyxy)
-        region_embeds.append(batch.regions.embed)
-        image_embeds.append(batch.image_embed)
-        kept += [records[i] for i in batch.index]
-        sizes += batch.sizes
-    described = grounding.described_boxes(kept, sizes)
+    )
+    seen = base.gather(
+        dict(
+            index=batch.index,
+            sizes=np.array(batch.sizes),
+            image_embed=batch.image_embed,
+            **batch.regions._asdict(),
+        )
+        for batch in batches
+    )
+    kept = [records[i] for i in seen["index"]]
+    described = grounding.described_boxes(kept, [tuple(size) for size in seen["sizes"].tolist()])
     names, class_of = _classes(described.texts, listed)
     target = class_of[described.text]
     use = target >= 0
@@ -82,14 +86,14 @@ def evaluate(
             " expected descriptions that are class names"
         )
     target, picture = target[use], described.picture[use]
-    found = best_query(np.concatenate(predicted)[picture], described.boxes_xyxy[use])
+    found = best_query(seen["boxes_xyxy"][picture], described.boxes_xyxy[use])
 
     texts = [prompts.class_texts(name, filled) for name in names]
     features = scores.class_features(base.encode_texts(predictor, texts))  # [C, D]
-    region_embed = np.concatenate(region_embeds)[picture, found.query]  # [M, D]
+    region_embed = seen["embed"][picture, found.query]  # [M, D]
     hits = {
         "region": _hits(region_embed, features, target),
-        "image": _hits(np.concatenate(image_embeds)[picture], features, target),
+        "image": _hits(seen["image_embed"][picture], features, target),
     }
     well = found.iou >= FOUND_IOU
     accuracies = lambda which: {
@@ -181,10 +185,11 @@ def _accuracy(
 ) -> dict[str, Any]:
     count = np.bincount(target, minlength=len(names))
     total = np.bincount(target, weights=top1, minlength=len(names))
-    per_class = {name: t / n for name, t, n in zip(names, total.tolist(), count) if n}
+    there = count > 0
+    share = total[there] / count[there]
     return {
         **base.rate("top1", top1),
         **base.rate("top5", top5),
-        "mean_per_class": float(np.mean(list(per_class.values()))),
-        "per_class": per_class,
+        **base.mean_rate("mean_per_class", share, count[there]),
+        "per_class": {names[i]: value for i, value in zip(np.flatnonzero(there), share.tolist())},
     }
