@@ -12,7 +12,8 @@ from etils import epath
 from grain_jax import errors
 
 SHIPPED = epath.Path(__file__).parent / "classes"
-OPEN_CLIP = "open_clip"  # as a file: ImageNet's names as that package publishes them
+# As a file: ImageNet's names as that package publishes them; two stand twice there (missile, sunglasses).
+OPEN_CLIP = "open_clip"
 
 _NUMBERED = re.compile(r"(\d+\.|n\d{8}-)")  # 001.Laysan_Albatross, n02085620-chihuahua
 _WNID = re.compile(r"n\d{8}")
