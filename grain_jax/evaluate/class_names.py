@@ -15,7 +15,8 @@ SHIPPED = epath.Path(__file__).parent / "classes"
 # As a file: ImageNet's names as that package publishes them; two stand twice there (missile, sunglasses).
 OPEN_CLIP = "open_clip"
 
-_NUMBERED = re.compile(r"(\d+\.|n\d{8}-)")  # 001.Laysan_Albatross, n02085620-chihuahua
+# Before a label: 001.Laysan_Albatross, n02085620-chihuahua, SUN397's /a/abbey.
+_SORTED = re.compile(r"\A(\d+\.|n\d{8}-|/([a-z]/)?)")
 _WNID = re.compile(r"n\d{8}")
 
 
@@ -36,8 +37,7 @@ def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) ->
     Raises:
       ClassNameError: no names, no such file, or names that are not those of this set.
     """
-    if labels is not None and list(labels) == [str(i) for i in range(len(labels))]:
-        labels = None  # what TFDS gives for a set without label names
+    labels = _texts(labels)
     if classes is None:
         return _readable_labels(labels, count)
     lines = read(classes)
@@ -99,21 +99,42 @@ def shipped() -> str:
     return ", ".join([*sorted(files), OPEN_CLIP])
 
 
+def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None:
+    """The labels without what sorts them, as published files of descriptions call classes.
+
+    So `apartment_building/outdoor` is found there by its label, whatever its name in prompts is.
+
+    Args:
+      labels, classes: as in `for_labels`, which has checked them.
+
+    Returns: in the order of the classes; None where neither the set nor the file has labels.
+    """
+    labels = _texts(labels)
+    if labels is None and classes is not None:
+        labels = [label for label, _ in read(classes)]
+    return None if labels is None or None in labels else [_stem(label) for label in labels]
+
+
 def readable(label: str) -> str:
     """A label as a name: `apple_pie` -> "apple pie", `/a/apse/indoor` -> "indoor apse".
 
     `/` ends a label's head only where the label has no spaces; a name never has one, since in prompts
     that is a class and its parent.
     """
-    label = label.strip()
-    numbered = _NUMBERED.match(label)
-    label = label[numbered.end() :] if numbered else label
-    if " " in label:
-        return label.replace("/", "-")
-    parts = label.removeprefix("/").split("/")
-    if label.startswith("/") and len(parts[0]) == 1:  # SUN397's folders by first letter
-        del parts[0]
-    return " ".join(" ".join(reversed(parts)).replace("_", " ").split())
+    stem = _stem(label)
+    if " " in stem:
+        return stem.replace("/", "-")
+    return " ".join(" ".join(reversed(stem.split("/"))).replace("_", " ").split())
+
+
+def _stem(label: str) -> str:
+    """A label without a number, WordNet's id or SUN397's folder (the first letter) before it."""
+    return _SORTED.sub("", label.strip(), count=1)
+
+
+def _texts(labels: Sequence[str] | None) -> Sequence[str] | None:
+    """None for 0, 1, 2, ...: what TFDS gives for a set without label names."""
+    return None if labels is None or list(labels) == list(map(str, range(len(labels)))) else labels
 
 
 def _readable_labels(labels: Sequence[str] | None, count: int) -> list[str]:

@@ -84,6 +84,17 @@ def test_readable(label, name):
     assert class_names.readable(label) == name
 
 
+def test_stems_are_what_published_descriptions_are_called_by():
+    assert class_names.stems(["/a/apse/indoor", "b_c"], None) == ["apse/indoor", "b_c"]
+    assert class_names.stems(["0", "1"], None) is None
+    assert class_names.stems(None, "caltech_birds2011")[8] == "Brewer_Blackbird"
+    assert class_names.stems(["n01440764"], "open_clip") == ["n01440764"]
+
+
+def test_names_alone_have_no_stems(tmp_path):
+    assert class_names.stems(None, file(tmp_path, "dog", "cat")) is None
+
+
 def test_labels_without_a_file():
     assert class_names.for_labels(["b_c", "a"], 2, None) == ["b c", "a"]
     assert "two labels that read 'b c'" in fault(["b_c", "b c"], 2, None)
