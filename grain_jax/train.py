@@ -7,6 +7,7 @@ SIGTERM or Ctrl-C the run saves and ends with status 75 or 130 (preemption.py).
 
 import contextlib
 import ctypes
+import dataclasses
 import difflib
 import functools
 import json
@@ -297,7 +298,7 @@ def train(
         results = evaluate_all(config, evals, state)
     predictor = make_predictor(config, state)
     if log:
-        report(config, workdir, predictor, results)
+        report(dataclasses.replace(config, evals=evals), workdir, predictor, results)
 
 
 def at_interval(step: int, every: int) -> bool:

@@ -90,12 +90,9 @@ def run(
         try:
             result = base.evaluate(task.entry, predictor, batch_size=batch_size)
         except Exception as error:
-            if not isinstance(error, errors.UserError):
-                traceback.print_exception(error)
-                if processes.own()[1] > 1:
-                    raise  # the others may stand where this one will not come
-            results["failed"][name] = _words(error)
-            _say(f"{of}: failed: {results['failed'][name]}")
+            if not isinstance(error, errors.UserError) and processes.own()[1] > 1:
+                raise  # the others may stand where this one will not come
+            _failed(name, error, results)
         else:
             seconds = round(time.monotonic() - began, 1)
             results["ran"][name] = {
@@ -133,9 +130,8 @@ def _tasks(
             results["skipped"][name] = _words(error)
             _say(f"{name}: skipped: {_words(error)}")
             continue
-        except errors.UserError as error:
-            results["failed"][name] = _words(error)
-            _say(f"{name}: failed: {_words(error)}")
+        except Exception as error:
+            _failed(name, error, results)
             continue
         if note:
             results["notes"][name] = note
@@ -144,6 +140,13 @@ def _tasks(
         inputs = {path: _digest_of_file(path) for path in files if path is not None}
         tasks[name] = _Task(entry, pictures, {"pictures": pictures, **inputs})
     return tasks
+
+
+def _failed(name: str, error: Exception, results: dict[str, Any]) -> None:
+    if not isinstance(error, errors.UserError):
+        traceback.print_exception(error)
+    results["failed"][name] = _words(error)
+    _say(f"{name}: failed: {_words(error)}")
 
 
 def _digest_of_file(path: str) -> str | None:
@@ -284,7 +287,8 @@ class _Clock:
         """The words for it, once these are done too."""
         self._left, self._done = self._left - pictures, self._done + pictures
         seconds = (time.monotonic() - self._began) / self._done * self._left
-        return f"; about {seconds / 60:.0f} min left in all" if self._left else ""
+        words = f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
+        return f"; about {words} left in all" if self._left else ""
 
 
 def _words(error: Exception) -> str:

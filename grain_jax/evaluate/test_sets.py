@@ -123,10 +123,11 @@ class TfdsSet:
             info.splits[part.splitname].num_examples
         )
         self._split, self._range = part.splitname, range(start, stop)
-        labels = info.features.get("label")
-        if "image" not in info.features or not isinstance(labels, tfds.features.ClassLabel):
+        features = dict(info.features)
+        labels = features.get("label")
+        if "image" not in features or not isinstance(labels, tfds.features.ClassLabel):
             raise InputError(
-                f"{folder}: has the features {', '.join(info.features)}, expected image and label (a class)"
+                f"{folder}: has the features {', '.join(features)}, expected image and label (a class)"
             )
         self.classes = class_names.for_labels(labels.names, labels.num_classes, classes)
 
@@ -198,7 +199,7 @@ def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.
     found = [(config, folder) for config, folder in found if folder is not None]
     if not found:
         raise MissingData(
-            f"{name}: not there (looked for {base / path}/{version or 'VERSION'}/dataset_info.json);"
+            f"no TFDS set {name} (looked for {base / path}/{version or 'VERSION'}/dataset_info.json);"
             f" to get it: {get}"
         )
     if len(found) > 1:
@@ -222,12 +223,13 @@ def _newest(folder: epath.Path, version: str) -> epath.Path | None:
 
 def _tensorflow_datasets(name: str):
     """The package; slow to import, and not on every machine."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its banners tell a user nothing
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         import tensorflow_datasets as tfds
     except ModuleNotFoundError as error:
         raise MissingData(
-            f"{name}: TFDS sets need {error.name}, which is not installed; to get it: pip install -e '.[data]'"
+            f"TFDS set {name}: needs {error.name}, which is not installed; to get it: pip install -e '.[data]'"
         ) from None
     return tfds
 
