@@ -41,7 +41,7 @@ def evaluate(
       images: the folder that the annotations' paths start from.
       annotations: `A.jsonl` whose descriptions are class names; pictures without regions are left out.
       classes: a class file (see `class_names`); a description means the class whose label or name it is,
-        and boxes of other descriptions are left out and counted. Default: the file's distinct ones.
+        and boxes of other descriptions are left out and counted. Default: the distinct descriptions.
       templates: prompts, one a line; default: the general set of the package.
       batch_size: pictures at a time.
 
@@ -77,7 +77,9 @@ def evaluate(
     )
     kept = [records[i] for i in seen["index"]]
     described = grounding.described_boxes(kept, [tuple(size) for size in seen["sizes"].tolist()])
-    names, class_of = _classes(described.texts, listed)
+    listed = listed or [class_names.Line(None, text) for text in described.texts]
+    names = [line.name for line in listed]
+    class_of = _classes(described.texts, listed)
     target = class_of[described.text]
     use = target >= 0
     if not use.any():
@@ -97,16 +99,20 @@ def evaluate(
     }
     well = found.iou >= FOUND_IOU
     accuracies = lambda which: {
-        key: _accuracy(*(part[which] for part in two), target[which], names)
-        for key, two in hits.items()
+        "boxes": int(which.sum()),
+        **{
+            key: _accuracy(*(part[which] for part in two), target[which], names)
+            for key, two in hits.items()
+        },
     }
+    group = np.array([line.group for line in listed])[target]
+    parts = {name: group == name for name in dict.fromkeys(line.group for line in listed)}
     return {
         "kind": "boxes",
         "pictures": len(kept),
         "without_regions": len(every.records) - len(records),
         "faulty_lines": every.faulty_lines,
         **base.report_unreadable(unreadable),
-        "boxes": len(target),
         "boxes_outside": described.outside,
         "boxes_of_other_classes": int((~use).sum()),
         "classes": len(names),
@@ -115,8 +121,11 @@ def evaluate(
         "chance_top5": min(1.0, 5 / len(names)),
         "best_iou": float(found.iou.mean()),
         **base.rate("found", well),
-        **accuracies(slice(None)),
-        **({"found_boxes": {"boxes": int(well.sum()), **accuracies(well)}} if well.any() else {}),
+        **accuracies(np.full(len(target), True)),
+        **({"found_boxes": accuracies(well)} if well.any() else {}),
+        "groups": {
+            name: accuracies(which) for name, which in parts.items() if name and which.any()
+        },
     }
 
 
@@ -148,22 +157,18 @@ def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Found:
     return Found(np.concatenate(query), np.concatenate(iou))
 
 
-def _classes(
-    texts: Sequence[str], listed: Sequence[tuple[str | None, str]] | None
-) -> tuple[list[str], np.ndarray]:
-    """The classes' names, and of each distinct description its class, int [len(texts)], -1 for none."""
-    if listed is None:
-        return list(texts), np.arange(len(texts))
+def _classes(texts: Sequence[str], listed: Sequence[class_names.Line]) -> np.ndarray:
+    """Of each distinct description its class, int [len(texts)], -1 for none."""
     place: dict[str, int] = {}
-    for column in zip(*listed):  # labels, where there are some, then names
-        for i, text in enumerate(column):
-            if text is not None:
-                place.setdefault(_key(text), i)
-    return [name for _, name in listed], np.array([place.get(_key(t), -1) for t in texts], int)
+    for column in ("label", "name"):
+        for i, line in enumerate(listed):
+            if getattr(line, column) is not None:
+                place.setdefault(_key(getattr(line, column)), i)
+    return np.array([place.get(_key(text), -1) for text in texts], int)
 
 
 def _key(text: str) -> str:
-    return tokenizer.clean(text).lower()
+    return tokenizer.clean(text).lower().replace("_", " ")
 
 
 def _hits(

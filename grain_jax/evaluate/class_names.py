@@ -1,11 +1,13 @@
 """The names of a data set's classes, as they stand in prompts: from a file or from the set's own labels.
 
-A file has one class a line, `name` or `label<TAB>name`; blank lines and `#` lines are skipped. Those that
-come with the package (`classes/`) are called after the TFDS set that they are for.
+A file has one class a line: `name`, `label<TAB>name`, or `label<TAB>name<TAB>group` where accuracies of
+groups of classes are wanted; blank lines and `#` lines are skipped. Those that come with the package
+(`classes/`) are called after the TFDS set that they are for.
 """
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from etils import epath
 
@@ -22,6 +24,14 @@ _WNID = re.compile(r"n\d{8}")
 
 class ClassNameError(errors.UserError):
     """There are no names for a set's classes, or those of a file are not of this set; one line."""
+
+
+class Line(NamedTuple):
+    """A class in a file."""
+
+    label: str | None  # the data set's; None where the file has names alone
+    name: str  # in prompts
+    group: str = ""  # LVIS: rare, common, frequent
 
 
 def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) -> list[str]:
@@ -41,9 +51,8 @@ def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) ->
     if classes is None:
         return _readable_labels(labels, count)
     lines = read(classes)
-    keyed = lines[0][0] is not None
-    if keyed and labels is not None:
-        names = dict(lines)
+    if lines[0].label is not None and labels is not None:
+        names = {line.label: line.name for line in lines}
         missing = [label for label in labels if label not in names]
         if missing:
             raise ClassNameError(
@@ -56,15 +65,15 @@ def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) ->
             f"classes {classes}: got {len(lines)} classes, expected the data set's {count}"
         )
     if labels is not None:
-        _check_order(classes, [name for _, name in lines], labels)
-    return [name for _, name in lines]
+        _check_order(classes, [line.name for line in lines], labels)
+    return [line.name for line in lines]
 
 
-def read(classes: str) -> list[tuple[str | None, str]]:
-    """The lines of a class file (as in `for_labels`) as (label or None, name), at least one.
+def read(classes: str) -> list[Line]:
+    """The lines of a class file (as in `for_labels`), at least one.
 
     Raises:
-      ClassNameError: no such file, an empty one, a label twice, or labels in some lines only.
+      ClassNameError: no such file, an empty one, a label twice, or lines of several forms.
     """
     if classes == OPEN_CLIP:
         return _open_clip()
@@ -75,18 +84,20 @@ def read(classes: str) -> list[tuple[str | None, str]]:
         raise ClassNameError(
             f"classes {classes}: no such file, expected one class a line, or one of {shipped()}"
         )
-    lines: list[tuple[str | None, str]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.strip() and not line.startswith("#"):
-            label, tab, name = line.rpartition("\t")
-            lines.append((label.strip() if tab else None, name.strip()))
-    labels = [label for label, _ in lines]
-    if not lines or not all(name for _, name in lines):
+    rows = [
+        [text.strip() for text in line.split("\t")]
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
+    if not rows or not all(text for row in rows for text in row):
         raise ClassNameError(f"classes {path}: got no class or an empty name, expected names")
-    if labels.count(None) not in (0, len(labels)):
+    if len(rows[0]) > 3 or {len(row) for row in rows} != {len(rows[0])}:
         raise ClassNameError(
-            f"classes {path}: got label<TAB>name in some lines only, expected it in all or in none"
+            f"classes {path}: got lines of several forms, expected all of name, of label<TAB>name or of"
+            " label<TAB>name<TAB>group"
         )
+    lines = [Line(None, *row) if len(row) == 1 else Line(*row) for row in rows]
+    labels = [line.label for line in lines]
     twice = [label for label in dict.fromkeys(labels) if label and labels.count(label) > 1]
     if twice:
         raise ClassNameError(f"classes {path}: got the label {twice[0]!r} twice, expected it once")
@@ -111,7 +122,7 @@ def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None
     """
     labels = _texts(labels)
     if labels is None and classes is not None:
-        labels = [label for label, _ in read(classes)]
+        labels = [line.label for line in read(classes)]
     return None if labels is None or None in labels else [_stem(label) for label in labels]
 
 
@@ -163,7 +174,7 @@ def _check_order(classes: str, names: Sequence[str], labels: Sequence[str]) -> N
             )
 
 
-def _open_clip() -> list[tuple[str | None, str]]:
+def _open_clip() -> list[Line]:
     try:
         from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
     except ImportError:
@@ -171,5 +182,5 @@ def _open_clip() -> list[tuple[str | None, str]]:
             f"classes {OPEN_CLIP}: got no package open_clip, expected it;"
             " pip install open_clip_torch"
         ) from None
-    wnids = [label for label, _ in read("imagenet2012")]  # sorted, as its names are
-    return list(zip(wnids, IMAGENET_CLASSNAMES, strict=True))
+    wnids = [line.label for line in read("imagenet2012")]  # sorted, as its names are
+    return [Line(*pair) for pair in zip(wnids, IMAGENET_CLASSNAMES, strict=True)]

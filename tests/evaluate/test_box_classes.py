@@ -73,6 +73,12 @@ def test_class_file(data, tmp_path):
     assert (got["boxes"], got["boxes_of_other_classes"]) == (2, 1)
     assert (got["classes"], got["classes_with_boxes"]) == (2, 2)
     assert got["region"]["per_class"] == {"cow": 1.0, "cat": 1.0}
+    assert got["groups"] == {}
+    path.write_text("small_cow\tcow\trare\nfelis\tcat\tfrequent\ncanis\tDog\tfrequent\n")
+    got = box_classes.evaluate(predictor, **given, classes=str(path))["groups"]
+    assert {name: part["boxes"] for name, part in got.items()} == {"rare": 1, "frequent": 2}
+    assert got["rare"]["region"]["per_class"] == {"cow": 1.0}
+    assert got["frequent"]["region"]["per_class"] == {"cat": 1.0, "Dog": 0.0}  # it says cow
     path.write_text("goat\n")
     with pytest.raises(base.InputError, match="got no box that is of one of 1 classes"):
         box_classes.evaluate(predictor, **given, classes=str(path))

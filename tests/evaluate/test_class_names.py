@@ -47,7 +47,16 @@ def test_shipped_names_are_those_of_the_tfds_set(name, count, tmp_path):
 
 
 def test_every_shipped_file_is_tested():
-    assert class_names.shipped() == ", ".join([*SETS, "open_clip"])
+    assert class_names.shipped() == ", ".join(sorted([*SETS, "lvis"]) + ["open_clip"])
+
+
+def test_lvis_has_groups():
+    lines = class_names.read("lvis")
+    assert collections.Counter(line.group for line in lines) == dict(
+        rare=337, common=461, frequent=405
+    )
+    assert lines[135] == ("bow_(weapon)", "bow (weapon)", "rare")
+    assert len({line.name.lower() for line in lines}) == len(lines) == 1203
 
 
 @pytest.mark.parametrize(
@@ -64,7 +73,7 @@ def test_every_shipped_file_is_tested():
     ],
 )
 def test_names(name, where, expected):
-    assert class_names.read(name)[where][1] == expected
+    assert class_names.read(name)[where].name == expected
 
 
 @pytest.mark.parametrize(
@@ -129,7 +138,8 @@ def test_a_shifted_order_is_a_fault(tmp_path):
     [
         ([], "got no class or an empty name"),
         (["cat\t"], "got no class or an empty name"),
-        (["cat\tcat", "dog"], "in some lines only"),
+        (["cat\tcat", "dog"], "lines of several forms"),
+        (["cat\tcat\tpet\tx"], "lines of several forms"),
         (["cat\tcat", "cat\tdog"], "the label 'cat' twice"),
     ],
 )
@@ -143,7 +153,7 @@ def test_no_such_file():
 
 
 def test_published_names(monkeypatch):
-    wnids = [label for label, _ in class_names.read("imagenet2012")]
+    wnids = [line.label for line in class_names.read("imagenet2012")]
     names = class_names.for_labels(wnids, 1000, "open_clip")
     assert names[134] == "crane bird" and names[-1] == "toilet paper"
     monkeypatch.setitem(sys.modules, "open_clip.zero_shot_metadata", None)
