@@ -151,8 +151,8 @@ def check(entry: config_lib.Evaluator) -> int:
     if entry.kind == "zeroshot":
         test_set = attempt(test_sets.open_set, entry)
         if entry.descriptions is not None:
-            classes = test_set.classes if test_set else ()
-            attempt(zeroshot.read_descriptions, entry.descriptions, classes)
+            known = (test_set.classes, test_set.stems) if test_set else ((), None)
+            attempt(zeroshot.read_descriptions, entry.descriptions, *known)
         attempt(zeroshot.check_alphas, _alphas(entry), entry.descriptions, entry.names)
         attempt(zeroshot.check_region_order, entry.region_order)
         if entry.names:

@@ -42,6 +42,7 @@ class TestSet(Protocol):
     """Pictures with the classes that they are to be told apart by."""
 
     classes: Sequence[str]  # names, in the order of the labels
+    stems: Sequence[str] | None  # what files of descriptions may call the classes instead
 
     def __len__(self) -> int: ...
 
@@ -67,9 +68,10 @@ class ClassFolders:
 
     def __init__(self, folder: epath.PathLike, classes: str | None = None, get: str | None = None):
         self.classes, self._paths, labels = class_folders(folder, get)
+        folders = list(dict.fromkeys(path.parent.name for path in self._paths))
         if classes is not None:
-            folders = list(dict.fromkeys(path.parent.name for path in self._paths))
             self.classes = class_names.for_labels(folders, len(folders), classes)
+        self.stems = class_names.stems(folders, classes)
         self._labels = labels.tolist()
 
     def __len__(self) -> int:
@@ -130,6 +132,7 @@ class TfdsSet:
                 f"{folder}: has the features {', '.join(features)}, expected image and label (a class)"
             )
         self.classes = class_names.for_labels(labels.names, labels.num_classes, classes)
+        self.stems = class_names.stems(labels.names, classes)
 
     def __len__(self) -> int:
         return len(self._range)

@@ -125,7 +125,9 @@ def predict(
     classes = list(test_set.classes)
     check_region_order(region_order)
     alphas = check_alphas(alphas, descriptions, names)
-    described = None if descriptions is None else read_descriptions(descriptions, classes)
+    described = None
+    if descriptions is not None:
+        described = read_descriptions(descriptions, classes, test_set.stems)
     features, embeds = _class_embeddings(predictor, classes, described, names, templates)
     ways = {f"alpha_{alpha}": (features, alpha) for alpha in alphas}
     if described is not None and names:
@@ -246,11 +248,19 @@ def description_scores(
     return np.add.reduceat(best, starts, axis=-1) / counts.astype(np.float32)
 
 
-def read_descriptions(path: epath.PathLike, classes: Sequence[str]) -> list[list[str]]:
+def read_descriptions(
+    path: epath.PathLike, classes: Sequence[str], stems: Sequence[str] | None = None
+) -> list[list[str]]:
     """For each class its descriptions, from {"class name": ["description", ...]}.
 
     `_` is a space in names. A class that is not in the file as it is spelt is found by its letters and
-    digits, whatever their case ("Black-footed albatross" has those of "black_footed Albatross").
+    digits, whatever their case ("Black-footed albatross" has those of "black_footed Albatross"), or else
+    by those of its stem.
+
+    Args:
+      path: of the file.
+      classes: the classes' names.
+      stems: what else each is called, if anything (see `test_sets.TestSet`).
 
     Raises:
       base.InputError: no such file, another format, or classes that have no description.
@@ -269,7 +279,10 @@ def read_descriptions(path: epath.PathLike, classes: Sequence[str]) -> list[list
             raise base.InputError(f"{path}: {name!r}: expected a list of texts that are not empty")
     known = {_letters(name): texts for name, texts in value.items()}
     known |= {test_sets.of_folder(name): texts for name, texts in value.items()}
-    found = [known.get(name) or known.get(_letters(name)) for name in classes]
+    found = [
+        known.get(name) or known.get(_letters(name)) or known.get(_letters(stem))
+        for name, stem in zip(classes, stems or classes)
+    ]
     missing = [name for name, texts in zip(classes, found) if not texts]
     if missing:
         raise base.InputError(f"{path}: no description of the classes {test_sets.listed(missing)}")

@@ -169,6 +169,7 @@ def test_descriptions_are_found_by_letters_and_digits(folder):
     )
     names = ["red fox", "Red fox", "RED FOX"]
     assert zeroshot.read_descriptions(path, names) == [["c"], ["c"], ["a"]]
+    assert zeroshot.read_descriptions(path, ["vulpes"], ["red.fox"]) == [["c"]]
 
 
 def test_faults(folder):
