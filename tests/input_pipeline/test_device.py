@@ -78,9 +78,9 @@ def test_a_wait_that_is_small_beside_the_step_does_not_count(monkeypatch, shardi
     for computing, waiting in ((0.0, 0.0009), (0.995, 0.005), (0.095, 0.005)):
         now[0] += computing
 
-        def slow(waiting=waiting):
+        def slow(*arguments, waiting=waiting, **options):
             now[0] += waiting
-            return get()
+            return get(*arguments, **options)
 
         batches._queue.get = slow
         next(batches)
