@@ -11,12 +11,11 @@ import math
 import sys
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
 from grain_jax import atomic, boxes
-from grain_jax.evaluate import base, grounding, scores
+from grain_jax.evaluate import base, grounding, processes, scores
 
 KEPT = 16  # evaluations whose matching is remembered: a run may resume from this many back
 TOP = 5  # descriptions that are named for each query
@@ -66,22 +65,23 @@ def evaluate(
         raise ValueError(f"state_path and step go together: got {state_path!r} and {step!r}")
     annotated = read(images, annotations)
     unreadable: dict[str, str] = {}
-    batches = list(
-        base.encode_pictures(
-            predictor,
-            [annotated.folder / record.image for record in annotated.records],
-            label="diagnostics",
-            unreadable=unreadable,
-            batch_size=batch_size,
-        )
+    batches = base.encode_pictures(
+        predictor,
+        [annotated.folder / record.image for record in annotated.records],
+        label="diagnostics",
+        unreadable=unreadable,
+        batch_size=batch_size,
     )
-    kept = [annotated.records[i] for batch in batches for i in batch.index]
-    described = grounding.described_boxes(kept, [size for batch in batches for size in batch.sizes])
+    found = base.gather(
+        dict(index=batch.index, sizes=np.array(batch.sizes), **batch.regions._asdict())
+        for batch in batches
+    )
+    kept = [annotated.records[i] for i in found["index"]]
+    described = grounding.described_boxes(kept, [tuple(size) for size in found["sizes"].tolist()])
     if not len(described.picture):
         raise base.InputError(f"{annotations}: every box lies outside its picture")
-    pred_boxes_xyxy = np.concatenate([batch.regions.boxes_xyxy for batch in batches])
-    region_embed = np.concatenate([batch.regions.embed for batch in batches])
-    text_embed = scores.unit(predictor.encode_text(described.texts))  # [T, D]
+    pred_boxes_xyxy, region_embed = found["boxes_xyxy"], found["embed"]
+    text_embed = scores.unit(base.encode_distinct(predictor, described.texts))  # [T, D]
 
     matched, text = grounding.match(pred_boxes_xyxy, described)
     at = matched.picture, matched.query
@@ -100,8 +100,8 @@ def evaluate(
         "query_usage_entropy": _entropy(uses) / math.log(queries) if queries > 1 else 1.0,
         "description_entropy": _entropy(np.bincount(text)),
     }
-    for k, found in hits.items():
-        result |= base.rate(f"region_to_description_r{k}", found)
+    for k, right in hits.items():
+        result |= base.rate(f"region_to_description_r{k}", right)
         result[f"chance_region_to_description_r{k}"] = min(1.0, k / len(described.texts))
     pred_boxes_cxcywh = np.asarray(boxes.xyxy_to_cxcywh(pred_boxes_xyxy[at]))
     state = None
@@ -113,7 +113,7 @@ def evaluate(
         str(q): _of_query(matched.query == q, pred_boxes_cxcywh, text, described.texts)
         for q in range(queries)
     }
-    if state is not None and jax.process_index() == 0:
+    if state is not None and processes.own()[0] == 0:
         state.write(matched.query, result)
     return result
 
