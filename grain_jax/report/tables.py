@@ -57,21 +57,21 @@ def suite(sets: Mapping[str, Mapping[str, Any]], averages: Mapping[str, Mapping[
       averages: way -> the mean rates over the sets that have it, and `sets`, how many these are.
     """
     described = [way for way in averages if way != "names"]
-    names = ("names: top-1", _INTERVAL, "top-5", "mean per class", _INTERVAL)
-    header = ["set", *names]
+    about = "Shares of pictures whose class is the best one; by class names"
+    header = ["set", "by name", _INTERVAL, "top-5", "mean per class", _INTERVAL]
     if described:
-        header += [f"described: {_alpha(way)}" for way in described] + ["best", _INTERVAL]
+        about += ", and by names with descriptions at each alpha"
+        header += [*map(_alpha, described), "best alpha", _INTERVAL]
     rows = [
         _suite_row(name, one["ways"], described)
-        + [f"{one['chance']:.1%}", f"{one['pictures']:.0f} pictures"]
+        + [f"{one['chance']:.1%}", f"{one['pictures']:.0f}"]
         for name, one in sets.items()
     ]
     if len(sets) > 1:
         counts = sorted({average["sets"] for average in averages.values()})
-        of = "sets with it" if len(counts) > 1 else "sets"
         row = _suite_row("average", averages, described)
-        rows.append([*row, "", f"{' or '.join(map(str, counts))} {of}"])
-    return table([*header, "chance", "of"], rows)
+        rows.append([*row, "", f"{' or '.join(map(str, counts))} sets"])
+    return f"{about}\n{table([*header, 'chance', 'pictures'], rows)}"
 
 
 def _suite_row(

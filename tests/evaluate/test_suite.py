@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 import grain_jax
+from configs import eval as benchmarks
+from grain_jax import config as config_lib
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import class_names, test_sets
+from tests import tiny
 from tests.evaluate import tfds_sets
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.paths import ROOT
@@ -129,9 +132,9 @@ def test_every_set_has_the_accuracy_that_was_counted_by_hand(suite, data, capsys
     assert averages["names"]["top1"] == pytest.approx((5 / 9 + 4 / 6 + 4 / 5 + 2 / 3) / 4)
 
     lines = out.splitlines()
-    assert lines[0].split("  ")[0] == "set" and "described: alpha 0.5" in lines[0]
+    assert lines[1].split("  ")[0] == "set" and "alpha 0.5" in lines[1]
     row = next(line for line in lines if line.startswith("dtd ")).split()
-    assert row[1] == "66.7%" and "alpha" in row and row[-2:] == ["6", "pictures"]
+    assert row[1] == "66.7%" and "alpha" in row and row[-1] == "6"
     assert next(line for line in lines if line.startswith("average ")).split()[1] == "67.2%"
     # What is not there is said, with how to get it; so is what has no descriptions.
     folder, _ = data
@@ -216,6 +219,24 @@ def test_a_misspelt_key_of_the_config_is_one_line(suite, capsys):
         suite("--config.evals.food101.splitt=train")
     assert end.value.code == 2
     assert "did you mean evals.food101.split?" in capsys.readouterr().err
+
+
+def test_entries_serve_a_training_config():
+    c = tiny.dictionary(checkpoint_best_metric="eval/cifar10/alpha_1.0/top1")
+    c.evals = benchmarks.entries(("cifar10", "lvis"), data_dir="D", folders="F", alphas=(1.0,))
+    evals = config_lib.from_dict(c).evals
+    assert list(evals) == ["cifar10", "lvis"]
+    assert (evals["cifar10"].tfds, evals["cifar10"].data_dir, evals["cifar10"].alphas) == (
+        *("cifar10", "D"),
+        (1.0,),
+    )
+    assert evals["lvis"].annotations == "F/lvis/A.jsonl" and evals["lvis"].missing == "skip"
+    assert set(benchmarks.get_config().evals) == set(benchmarks.SETS) and len(benchmarks.SETS) == 21
+    c.evals.cifar10.images = "x"
+    with pytest.raises(
+        config_lib.ConfigError, match="evals.cifar10.tfds: got 'cifar10' with images"
+    ):
+        config_lib.from_dict(c)
 
 
 def _read(test_set, positions):

@@ -47,10 +47,9 @@ def test_names(folder):
     assert alpha["top1"] == 0.75 and alpha["top5"] == 1.0
     assert alpha["per_class"] == {"cat": 0.5, "dog": 1.0, "red fox": 1.0}
     assert alpha["mean_per_class"] == pytest.approx(2.5 / 3)
-    # Variances at (1 + 2) / (2 + 4), (1 + 2) / (1 + 4) twice, over 3 squared.
-    half = 1.959964 * ((0.5 * 0.5 / 2 + 2 * 0.6 * 0.4) / 9) ** 0.5
-    assert alpha["mean_per_class_low"] == pytest.approx(2.5 / 3 - half)
-    assert alpha["mean_per_class_high"] == 1.0
+    # Of 2, 1 and 1 pictures: as a share among 9 / (1/2 + 1 + 1).
+    interval = alpha["mean_per_class_low"], alpha["mean_per_class_high"]
+    assert interval == pytest.approx(base.interval(2.5 / 3 * 3.6, 3.6))
     assert result["pictures_per_class"] == {"cat": 2, "dog": 1, "red fox": 1}
     assert (alpha["top1_low"], alpha["top1_high"]) == pytest.approx(base.interval(3, 4))
     assert "alpha_0.5" not in result
