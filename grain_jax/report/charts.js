@@ -1,6 +1,6 @@
 // Curves: drawn anew at the width they get; a cursor by pointer or arrow keys; series and runs can be put out.
-const HEIGHT = 230, LEFT = 52, RIGHT = 12, TOP = 8, BOTTOM = 22;
-const curves = { smooth: 0.6, hiddenRuns: new Set(), all: [] };
+const HEIGHT = 230, LEFT = 52, RIGHT = 16, TOP = 8, BOTTOM = 22;
+const curves = { smooth: 0, hiddenRuns: new Set(), all: [] };
 
 function smoothed(values, keep) {
   let total = 0, weight = 0;
@@ -151,6 +151,9 @@ function chart(spec) {
 
 function curvesSection() {
   if (!DATA.charts.length) return into("curves-content", el("p", { class: "none" }, "No run has logged a number yet."));
+  // Of a few points the average would only lag behind them.
+  const longest = Math.max(...RUNS.flatMap((run) => Object.values(run.series).map(([steps]) => steps.length)));
+  curves.smooth = longest < 60 ? 0 : 0.6;
   const redraw = () => curves.all.forEach((draw) => draw());
   const slider = el("input", { type: "range", min: 0, max: 0.95, step: 0.05, value: curves.smooth,
     oninput: (event) => { curves.smooth = Number(event.target.value); redraw(); } });
@@ -160,5 +163,6 @@ function curvesSection() {
       else curves.hiddenRuns.add(r);
       redraw();
     } }), swatch(r, colour(r)), run.label)) : [];
-  into("curves-content", tools(el("label", {}, "Smoothing", slider), runs), el("div", { class: "charts" }, DATA.charts.map(chart)));
+  const once = DATA.evaluations === 1 ? soft("Evaluated once: those numbers are in the table above.") : null;
+  into("curves-content", once, tools(el("label", {}, "Smoothing", slider), runs), el("div", { class: "charts" }, DATA.charts.map(chart)));
 }

@@ -6,6 +6,7 @@ Kept in `report_data.json` of the workdir, so that a second report needs neither
 import base64
 import collections
 import contextlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -230,9 +231,13 @@ def _regions(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]
     out_pictures = []
     for p in shown:
         mine = described.picture == p
+        # Matched boxes come in the order of their rank, and those that got no query are the last.
+        queries = matched.query[matched.picture == p].tolist()
         truths = [
-            {"box": _rounded(box), "text": int(text)}
-            for box, text in zip(described.boxes_xyxy[mine], described.text[mine])
+            {"box": _rounded(box), "text": int(text), "query": query}
+            for box, text, query in itertools.zip_longest(
+                described.boxes_xyxy[mine], described.text[mine], queries
+            )
         ]
         regions = []
         for q in range(decoder.queries):

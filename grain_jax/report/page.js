@@ -13,20 +13,21 @@ function fill(node, attributes, children) {
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
     else if (value !== null && value !== undefined && value !== false) node.setAttribute(key, value === true ? "" : value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
   return node;
 }
 const el = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
 const svg = (tag, attributes, ...children) =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
-const into = (id, ...children) => document.getElementById(id).replaceChildren(...children.flat());
+const into = (id, ...children) => document.getElementById(id).replaceChildren(...children.flat().filter(Boolean));
 const soft = (text) => el("p", { class: "soft" }, text);
 const percent = (share) => `${(100 * share).toFixed(1)}%`;
 const number = (x) => {
   if (x === 0) return "0";
   const size = Math.abs(x);
-  if (size >= 1e6 || size < 1e-3) return x.toExponential(2);
-  return String(Number(x.toPrecision(4)));
+  if (size < 1e-3) return Number(x.toPrecision(3)).toExponential();
+  const [unit, sign] = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k"]].find(([least]) => size >= least) || [1, ""];
+  return Number((x / (sign === "k" ? 1e3 : unit)).toPrecision(4)) + sign;
 };
 
 function swatch(index, stroke) {

@@ -154,7 +154,8 @@ def _payload(runs, found, names) -> dict[str, Any]:
                 else looked["lines"],
             }
         )
-    return {"runs": out, "charts": run_files.charts(keys, max(evaluations, default=0))}
+    most = max(evaluations, default=0)
+    return {"runs": out, "charts": run_files.charts(keys, most), "evaluations": most}
 
 
 def _per_class(run: run_files.Run, looked: Mapping[str, Any]) -> dict[str, Any]:

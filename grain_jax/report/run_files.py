@@ -129,8 +129,7 @@ def charts(keys: Iterable[str], evaluations: int) -> list[dict[str, Any]]:
 
     Args:
       keys: of `Run.series`, of all runs.
-      evaluations: the most that a run has evaluated; the numbers of one that are not its main ones have
-        a chart of their own from two on.
+      evaluations: the most that a run has evaluated; from two on there is a course to be seen.
 
     Returns: for each chart `title`, `series` ([key, label] pairs), `log` (whether its scale starts so) and
       `noisy` (whether the slider smooths it).
@@ -148,7 +147,8 @@ def charts(keys: Iterable[str], evaluations: int) -> list[dict[str, Any]]:
     losses = [key for key in left if key.startswith("loss_") and key not in _LOSSES]
     chart("Losses", _LOSSES | {key: key for key in losses}, noisy=True)
     main = [k for k in left if k.startswith("eval/") and k.endswith(tuple(pictures.HEADLINES))]
-    chart("Evaluations", {key: pictures.headline(key) for key in main})
+    if evaluations > 1:
+        chart("Evaluations", {key: pictures.headline(key) for key in main})
     matching = {
         key: key.replace("_", " ") for key in left if key.startswith(("query_", "matched_"))
     }

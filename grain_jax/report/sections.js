@@ -96,9 +96,7 @@ function overlaid(src, alt, size, kind, ...parts) {
 
 function regionCard(run, picture) {
   const texts = run.regions.texts;
-  const ofTruth = new Map(); // an annotated box has the colour of the query that it is matched to
   const lines = picture.predicted.map((region, q) => {
-    if (region.own !== null) ofTruth.set(region.own, q);
     const tone = BOXES[q % BOXES.length];
     const [[said, score], ...others] = region.best;
     const right = region.own === said;
@@ -112,7 +110,8 @@ function regionCard(run, picture) {
   });
   const group = (q, kind, box) => svg("g", { class: kind, "data-region": q },
     boxed(box, { class: "halo" }), boxed(box, { class: "line", stroke: q === null ? "#fff" : BOXES[q % BOXES.length] }));
-  const truths = picture.true.map((truth) => group(ofTruth.get(truth.text) ?? null, "true", truth.box));
+  // An annotated box has the colour of the query that it is matched to.
+  const truths = picture.true.map((truth) => group(truth.query, "true", truth.box));
   const predicted = picture.predicted.map((region, q) => group(q, "predicted", region.box));
   const card = el("figure", { class: "card", tabindex: 0, "aria-label": `${picture.name}: ${lines.length} regions; up and down arrows go through them` },
     overlaid(run.thumbs[picture.thumb], picture.name, picture.size, "boxes", truths, predicted),
@@ -185,7 +184,7 @@ function queriesSection() {
         el("p", { class: "soft" }, `Says most often, of ${found.different} different:`),
         el("ol", { class: "words" }, found.says.map(([text, n]) => el("li", {}, text, el("span", {}, percent(n / pictures))))));
     };
-    return el("div", {}, soft(`${pictures} pictures of ${run.regions.entry}.`), el("div", { class: "cards" }, queries.map(card)));
+    return el("div", {}, soft(`${pictures} pictures of ${run.regions.entry}.`), el("div", { class: "cards narrow" }, queries.map(card)));
   }));
 }
 
@@ -217,7 +216,7 @@ function lookedAt(run, place, layer, head, q) {
   const box = q < a.queries ? boxed(shown.predicted[q].box, { class: "box" }) : null;
   const rest = a.first ? `; ${percent(weights.slice(0, a.first).reduce((x, y) => x + y, 0))} on the class token` : "";
   const text = `${query(q, a.queries)}, layer ${layer + 1}, ${head === null ? "mean of the heads" : `head ${head + 1}`}: at most ${percent(most)} on a patch${rest}`;
-  return { picture: overlaid(run.thumbs[shown.thumb], `${shown.name}: ${text}`, shown.size, "looks", cells, box), text, shown };
+  return { picture: overlaid(run.thumbs[shown.thumb], `${shown.name}: ${text}`, shown.size, "heat", cells, box), text, shown };
 }
 
 function attentionSection() {
@@ -240,8 +239,8 @@ function attentionSection() {
     const small = range(own.queries + 1, (q) => query(q, own.queries)).map(({ value, label }) =>
       el("button", { type: "button", "aria-pressed": String(value === chosen), onclick: () => chooseQuery(value === own.queries ? null : value) },
         lookedAt(run, ...at, value).picture, label));
-    return el("div", { class: "looks" }, picture, el("p", { class: "soft", role: "status" }, `${shown.name}, ${text}. ${said}`),
-      el("div", { class: "all" }, small));
+    return el("div", { class: "looks" }, picture, el("div", {},
+      el("p", { class: "soft", role: "status" }, `${shown.name}, ${text}. ${said}`), el("div", { class: "all" }, small)));
   }));
   const chooseQuery = (q) => {
     choice.query = q;
