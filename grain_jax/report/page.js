@@ -108,7 +108,7 @@ function start() {
 
 function configTable() {
   const rows = [...document.querySelectorAll("#config-table tbody tr")];
-  let words = "", only = false;
+  let words = "", only = SEVERAL;
   const show = () => {
     let left = 0;
     for (const row of rows) {
@@ -118,7 +118,7 @@ function configTable() {
     count.textContent = `${left} of ${rows.length} keys`;
   };
   const count = el("span", { class: "soft", role: "status" });
-  const differences = SEVERAL ? check("only what differs", false, (on) => { only = on; show(); }) : null;
+  const differences = SEVERAL ? check("only what differs", true, (on) => { only = on; show(); }) : null;
   into("config-tools", tools(search("Filter", (text) => { words = text; show(); }), differences, count));
   show();
 }

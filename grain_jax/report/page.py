@@ -14,7 +14,7 @@ FILE = "report.html"
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _SCRIPTS = ("page.js", "charts.js", "sections.js")
 _SECTIONS = (  # id, heading, what one sees
-    ("results", "Results", "The last evaluations. The bar is the value, the black line its 95% interval, the upright line chance."),
+    ("results", "Results", "The last evaluations. The bar is the value, the thin line its 95% interval, the upright line chance."),
     ("curves", "Curves", "What was logged over the steps. Point at a chart, or focus it and press the arrow keys, to read the values at a step; press a name to put its curve out."),
     ("classes", "Classes", "How often each class is recognised: the share of its pictures whose top-1 is right."),
     ("confusions", "Hardest confusions", "Pairs of classes, the most frequent first: pictures of the one that were taken for the other, and (dashed) a picture of that other."),
@@ -255,7 +255,7 @@ def _table(name: str, what: str, names, rows, *, code: bool = True) -> str:
         for key, texts in rows
     )
     return (
-        f'<div class="scroll"><table id="{name}"><thead><tr><th scope="col">{what}</th>{head}</tr></thead>'
+        f'<div class="{"tall" if code else "scroll"}"><table id="{name}"><thead><tr><th scope="col">{what}</th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 

@@ -25,7 +25,7 @@ function evaluationPickers(id, field, extra, draw) {
 
 function classesSection() {
   let words = "", order = "worst", all = false;
-  const most = 120;
+  const most = 60;
   const orders = [["worst", "worst first"], ["best", "best first"], ["name", "by name"]];
   if (SEVERAL) orders.push(["apart", "most different"]);
   const extra = (body) => [
@@ -106,7 +106,7 @@ function regionCard(run, picture) {
     const next = others.map(([t, s]) => `${texts[t]} (${s.toFixed(2)})`).join("; ");
     return el("li", { "data-region": q }, el("b", { class: "badge", style: `background:${tone}` }, q + 1),
       el("span", {}, mark, `${texts[said]} (${score.toFixed(2)})`),
-      el("span", { class: "more" }, own), next ? el("span", { class: "more" }, `then: ${next}`) : null);
+      el("span", { class: "more" }, own), next ? el("span", { class: "more next" }, `then: ${next}`) : null);
   });
   const group = (q, kind, box) => svg("g", { class: kind, "data-region": q },
     boxed(box, { class: "halo" }), boxed(box, { class: "line", stroke: q === null ? "#fff" : BOXES[q % BOXES.length] }));
@@ -143,22 +143,29 @@ function regionsSection() {
   if (!able.length) return into("regions-content", perRun((run) => missing(run, "regions")));
   const place = document.getElementById("regions-content");
   const cards = [];
+  const most = SEVERAL ? 6 : 12; // then it goes on at a press
+  let words = "", all = false;
   const body = perRun((run) => {
     if (!run.regions) return missing(run, "regions");
-    const made = run.regions.pictures.map((picture) => [regionCard(run, picture), picture.name]);
-    cards.push(...made.map(([card]) => card));
+    const made = run.regions.pictures.map((picture) => regionCard(run, picture));
+    cards.push(...made.map((card, i) => [card, i]));
     return el("div", {}, soft(`${made.length} of ${run.regions.of} pictures of ${run.regions.entry}; texts are the nearest of ${run.regions.chosen_from} descriptions, with cosines.`),
-      el("div", { class: "cards" }, made.map(([card]) => card)));
+      el("div", { class: "cards" }, made));
   });
   const count = el("span", { class: "soft", role: "status" });
-  const filter = (words) => {
-    cards.forEach((card) => { card.hidden = !card.textContent.toLowerCase().includes(words); });
-    count.textContent = words ? `${cards.filter((card) => !card.hidden).length} of ${cards.length}` : "";
+  const more = el("button", { type: "button", onclick: () => { all = true; show(); } }, "Show all");
+  const show = () => {
+    for (const [card, i] of cards) card.hidden = words ? !card.textContent.toLowerCase().includes(words) : !all && i >= most;
+    more.hidden = all || words !== "" || cards.every(([card]) => !card.hidden);
+    count.textContent = words ? `${cards.filter(([card]) => !card.hidden).length} of ${cards.length}` : "";
   };
+  show();
+  place.classList.add("no-next");
   into("regions-content", tools(
     check("predicted boxes (solid)", true, (on) => place.classList.toggle("no-predicted", !on)),
     check("annotated boxes (dashed)", true, (on) => place.classList.toggle("no-true", !on)),
-    search("Filter", filter), count), body);
+    check("next best descriptions", false, (on) => place.classList.toggle("no-next", !on)),
+    search("Filter", (text) => { words = text; show(); }), count), body, more);
 }
 
 function queriesSection() {
