@@ -271,7 +271,7 @@ def _environment(workdir: epath.Path) -> dict[str, str]:
     out |= {
         "mesh": ", ".join(f"{axis} {size}" for axis, size in last["mesh"].items()),
         "processes": str(last["processes"]),
-        "receipt": f"{len(records)} records, "
+        "receipt": f"{len(records)} record{'s' if len(records) > 1 else ''}, "
         + ("an unbroken chain" if whole else "A BROKEN CHAIN: see grain_jax.verify"),
         "receipt, step": str(last["step"]),
         "receipt, batches": last["batch_chain"],

@@ -5,18 +5,13 @@ import pytest
 from grain_jax.models import grain
 from grain_jax.report import attention
 from tests import tiny
+from tests.report import workdirs
 
 
 @pytest.fixture(scope="module")
 def made():
     c = tiny.config(model__decoder__depth=3, model__decoder__heads=2)
-    batch = tiny.batch(c)
-    module = grain.GRAIN(c.model)
-    params = jax.jit(module.init)(jax.random.key(0), batch)["params"]
-    params = jax.tree.map(
-        lambda x: np.asarray(x.unbox()), params, is_leaf=lambda x: hasattr(x, "unbox")
-    )
-    return module, params, batch.image[:3]
+    return grain.GRAIN(c.model), workdirs.parameters(c.model), tiny.batch(c).image[:3]
 
 
 def test_attention_is_the_models_own(made):
@@ -31,7 +26,9 @@ def test_attention_is_the_models_own(made):
     ours = np.einsum("tbqkh,tkhe->tbqe", mixed, out["kernel"]) + out["bias"][:, None, None]
     assert np.abs(ours - got.outputs).max() < 1e-5
     # And layers that run one by one come to what the model's scan over them comes to.
-    (_, hidden) = module.apply({"params": params}, images, method=grain.GRAIN.image_features)
+    _, hidden = jax.jit(module.apply, static_argnames="method")(
+        {"params": params}, images, method=grain.GRAIN.image_features
+    )
     norm = params["decoder"]["norm"]
     x = got.content
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
