@@ -49,7 +49,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["grain_jax", "grain_jax.*"]),
-    package_data={"grain_jax": ["evaluate/*.txt"]},
+    package_data={"grain_jax": ["evaluate/*.txt", "report/*.css", "report/*.js"]},
     install_requires=[
         "absl-py",
         "etils[epath]",

@@ -17,7 +17,7 @@ from etils import epath
 import grain_jax
 from grain_jax import atomic, checkpoint, errors, images
 from grain_jax.evaluate import base, grounding, prompts, scores, zeroshot
-from grain_jax.report import attention
+from grain_jax.report import attention, looking
 from grain_jax.report.thumbnails import Thumbnails
 
 FILE = "report_data.json"
@@ -28,6 +28,7 @@ _PAIRS = 12  # confusions that are shown, for an evaluation and an alpha
 _EXAMPLES = 3  # pictures of a confusion
 _SMALL, _LARGE = 96, 224  # pixels of a thumbnail's longer side
 _TEXTS = 2000  # descriptions that regions choose from, at most
+_BEST = 3  # descriptions of a region that are shown
 _SAID = 8  # descriptions that are listed for a query
 _CELLS = 20  # along an edge of a query's map
 _LOOKED_AT = 8  # pictures whose attention is kept, if that is not too much
@@ -109,8 +110,10 @@ def _spread(count: int, wanted: int) -> np.ndarray:
 def _zeroshot(predictor, entry, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
     """Per class and confused, for each alpha of the entry."""
     if not entry["images"]:
+        raise _NotThere("pictures of a TFDS set are not gone over; its numbers are in the table")
+    if entry.get("classes"):
         raise _NotThere(
-            f"{entry.get('tfds')}: pictures of a TFDS set are not gone over; its numbers are in the table"
+            "a set with a file of class names is not gone over; its numbers are in the table"
         )
     classes, paths, labels = zeroshot.class_folders(entry["images"])
     described = None
@@ -119,45 +122,40 @@ def _zeroshot(predictor, entry, thumbs: Thumbnails, limit: int) -> dict[str, Any
     alphas = zeroshot.check_alphas(
         entry["alphas"] if described else [1.0], entry["descriptions"], entry["names"]
     )
-    embeds = described and base.encode_texts(predictor, described)
-    texts = described
+    with_regions = min(alphas) < 1
+    chosen = _spread(len(paths), limit)
+    found = looking.encode(predictor, [paths[i] for i in chosen], regions=with_regions)
+    seen = chosen[found.index]  # positions in `paths`
+    own = labels[seen]
+
+    embeds = described and looking.encode_texts(predictor, described)
+    of_classes = embeds
     if entry["names"]:
         filled = prompts.load_templates(entry.get("templates"))
         texts = [
             prompts.class_texts(name, filled, described and described[i])
             for i, name in enumerate(classes)
         ]
-    features = scores.class_features(base.encode_texts(predictor, texts))
-    chosen = _spread(len(paths), limit)
-    unreadable: dict[str, str] = {}
-    target, parts = [], {alpha: [] for alpha in alphas}
-    order = (
-        scores.region_scores if entry["region_order"] == "queries" else zeroshot.description_scores
-    )
-    for batch in base.encode_pictures(
-        predictor,
-        [paths[i] for i in chosen],
-        label="report: zero-shot",
-        unreadable=unreadable,
-        regions=min(alphas) < 1,
-    ):
-        target.append(chosen[batch.index])
-        global_scores = scores.global_scores(batch.image_embed, features)
-        region_scores = order(batch.regions.embed, embeds) if min(alphas) < 1 else None
-        for alpha in alphas:
-            parts[alpha].append(scores.combine(global_scores, region_scores, alpha))
-    seen = np.concatenate(target)  # positions in `paths`
+        of_classes = looking.encode_texts(predictor, texts)
+    global_scores = scores.global_scores(found.image_embed, scores.class_features(of_classes))
+    region_scores = None
+    if with_regions:
+        by_query = entry["region_order"] == "queries"
+        score = scores.region_scores if by_query else zeroshot.description_scores
+        region_scores = score(found.regions.embed, embeds)
+
     out = {"pictures": len(seen), "of": len(paths), "classes": len(classes), "alphas": {}}
     for alpha in alphas:
-        found = np.concatenate(parts[alpha])  # [n, C]
-        hits = base.topk_hits(found, labels[seen][:, None] == np.arange(len(classes)), 1)
-        per_class = {
-            name: [float(hits[labels[seen] == c].sum()), int((labels[seen] == c).sum())]
-            for c, name in enumerate(classes)
-            if (labels[seen] == c).any()
+        combined = scores.combine(global_scores, region_scores, alpha)  # [n, C]
+        hits = base.topk_hits(combined, own[:, None] == np.arange(len(classes)), 1)
+        out["alphas"][f"{alpha:g}"] = {
+            "per_class": {
+                name: [float(hits[own == c].sum()), int((own == c).sum())]
+                for c, name in enumerate(classes)
+                if (own == c).any()
+            },
+            "confusions": _confusions(combined, labels, seen, paths, classes, thumbs),
         }
-        pairs = _confusions(found, labels, seen, paths, classes, thumbs)
-        out["alphas"][f"{alpha:g}"] = {"per_class": per_class, "confusions": pairs}
     return out
 
 
@@ -197,101 +195,90 @@ def _regions(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]
     decoder = predictor.model.decoder
     if decoder is None or not decoder.queries:
         raise _NotThere("the model has no region queries")
-    name, entry = next(
-        ((n, e) for n, e in evals.items() if e["kind"] in ("grounding", "boxes", "diagnostics")),
-        (None, None),
-    )
-    if entry is None:
+    with_boxes = [n for n, e in evals.items() if e["kind"] in ("grounding", "boxes", "diagnostics")]
+    if not with_boxes:
         raise _NotThere("no entry of config.evals has annotated boxes (kind grounding)")
+    entry = evals[with_boxes[0]]
     annotated = grounding.read(entry["images"], entry["annotations"])
     records = [annotated.records[i] for i in _spread(len(annotated.records), limit)]
+    found = looking.encode(predictor, [annotated.folder / record.image for record in records])
+    records = [records[i] for i in found.index]
     paths = [annotated.folder / record.image for record in records]
-    unreadable: dict[str, str] = {}
-    boxes, embeds, sizes, index = [], [], [], []
-    for batch in base.encode_pictures(
-        predictor, paths, label="report: regions", unreadable=unreadable
-    ):
-        boxes.append(batch.regions.boxes_xyxy)
-        embeds.append(batch.regions.embed)
-        sizes += batch.sizes
-        index.append(batch.index)
-    index = np.concatenate(index)
-    records, paths = [records[i] for i in index], [paths[i] for i in index]
-    pred_boxes_xyxy, embed = np.concatenate(boxes), scores.unit(np.concatenate(embeds))
-    described = grounding.described_boxes(records, sizes)
-    matched, own_text = grounding.match(pred_boxes_xyxy, described)
+    described = grounding.described_boxes(records, found.sizes)
+    matched, own_text = grounding.match(found.regions.boxes_xyxy, described)
     others = [region.description for r in annotated.records for region in r.regions]
     texts = grounding.distinct(described.texts + others)  # the first ones are described.texts
     texts = texts[: max(_TEXTS, len(described.texts))]
-    similarity = embed @ scores.unit(predictor.encode_text(texts)).T  # [n, Q, T]
+    text_embed = scores.unit(predictor.encode_text(texts))
+    similarity = scores.unit(found.regions.embed) @ text_embed.T  # [n, Q, T]
 
     shown = _spread(len(records), SHOWN)
-    ious = {(p, q): float(iou) for p, q, iou in zip(*matched)}
-    owns = {(p, q): int(t) for p, q, t in zip(matched.picture, matched.query, own_text)}
-    out_pictures = []
-    for p in shown:
-        mine = described.picture == p
-        # Matched boxes come in the order of their rank, and those that got no query are the last.
-        queries = matched.query[matched.picture == p].tolist()
-        truths = [
-            {"box": _rounded(box), "text": int(text), "query": query}
-            for box, text, query in itertools.zip_longest(
-                described.boxes_xyxy[mine], described.text[mine], queries
-            )
-        ]
-        regions = []
-        for q in range(decoder.queries):
-            best = np.argsort(-similarity[p, q], kind="stable")[:3]
-            regions.append(
-                {
-                    "box": _rounded(pred_boxes_xyxy[p, q]),
-                    "best": [[int(t), round(float(similarity[p, q, t]), 3)] for t in best],
-                    "own": owns.get((p, q)),
-                    "own_score": round(float(similarity[p, q, owns[p, q]]), 3)
-                    if (p, q) in owns
-                    else None,
-                    "iou": round(ious[p, q], 3) if (p, q) in ious else None,
-                }
-            )
-        out_pictures.append(
-            {
-                "name": records[p].image,
-                "size": list(sizes[p]),
-                "thumb": thumbs.add(paths[p], _LARGE),
-                "predicted": regions,
-                "true": truths,
-            }
-        )
-    used = sorted(
+    regions = [
         {
-            t
-            for p in out_pictures
-            for r in p["predicted"]
-            for t in [r["own"], *next(zip(*r["best"]))]
+            "name": records[p].image,
+            "size": list(found.sizes[p]),
+            "thumb": thumbs.add(paths[p], _LARGE),
+            "predicted": _predicted(
+                found.regions.boxes_xyxy[p], similarity[p], matched, own_text, int(p)
+            ),
+            "true": _annotated(described, matched, int(p)),
         }
-        - {None}
-        | {r["text"] for p in out_pictures for r in p["true"]}
-    )
-    place = {t: i for i, t in enumerate(used)}
-    for p in out_pictures:
-        for r in p["true"]:
-            r["text"] = place[r["text"]]
-        for r in p["predicted"]:
-            r["own"] = None if r["own"] is None else place[r["own"]]
-            r["best"] = [[place[t], score] for t, score in r["best"]]
+        for p in shown
+    ]
     return {
         "regions": {
-            "entry": name,
-            "pictures": out_pictures,
-            "texts": [texts[t] for t in used],
+            "entry": with_boxes[0],
+            "pictures": regions,
+            "texts": _used_texts(regions, texts),
             "chosen_from": len(texts),
             "of": len(annotated.records),
         },
-        "queries": _queries(pred_boxes_xyxy, similarity.argmax(axis=2), texts, matched),
-        "attention": _attention(
-            predictor, [paths[p] for p in shown], [int(p) for p in range(len(shown))]
-        ),
+        "queries": _queries(found.regions.boxes_xyxy, similarity.argmax(axis=2), texts, matched),
+        "attention": _attention(predictor, [paths[p] for p in shown]),
     }
+
+
+def _predicted(boxes_xyxy, similarity, matched, own_text, picture: int) -> list[dict[str, Any]]:
+    """The regions of a picture: boxes_xyxy [Q, 4], similarity [Q, T] to the texts, and what they are matched to."""
+    out = []
+    for q, box in enumerate(boxes_xyxy):
+        best = np.argsort(-similarity[q], kind="stable")[:_BEST]
+        region = {
+            "box": _rounded(box),
+            "best": [[int(t), round(float(similarity[q, t]), 3)] for t in best],
+            "own": None,  # the text of the annotated box that it is matched to
+        }
+        for at in np.flatnonzero((matched.picture == picture) & (matched.query == q)):
+            region["own"] = int(own_text[at])
+            region["own_score"] = round(float(similarity[q, own_text[at]]), 3)
+            region["iou"] = round(float(matched.iou[at]), 3)
+        out.append(region)
+    return out
+
+
+def _annotated(described, matched, picture: int) -> list[dict[str, Any]]:
+    """The annotated boxes of a picture; matched ones come in the order of their rank, the others are the last."""
+    mine = described.picture == picture
+    queries = matched.query[matched.picture == picture].tolist()
+    return [
+        {"box": _rounded(box), "text": int(text), "query": query}
+        for box, text, query in itertools.zip_longest(
+            described.boxes_xyxy[mine], described.text[mine], queries
+        )
+    ]
+
+
+def _used_texts(regions: list[dict[str, Any]], texts: Sequence[str]) -> list[str]:
+    """The texts that the regions name, which then count in these."""
+    place: dict[int, int] = {}
+    at = lambda text: None if text is None else place.setdefault(text, len(place))
+    for picture in regions:
+        for box in picture["true"]:
+            box["text"] = at(box["text"])
+        for region in picture["predicted"]:
+            region["own"] = at(region["own"])
+            region["best"] = [[at(text), cosine] for text, cosine in region["best"]]
+    return [texts[text] for text in place]
 
 
 def _rounded(box: np.ndarray) -> list[float]:
@@ -337,14 +324,8 @@ def _queries(boxes_xyxy, said, texts: Sequence[str], matched) -> dict[str, Any]:
     return {"pictures": count, "queries": out}
 
 
-def _attention(predictor, paths: Sequence[epath.Path], places: Sequence[int]) -> dict[str, Any]:
-    """The decoder's attention over some of the pictures shown, in 8 bits of each query's largest.
-
-    Args:
-      predictor: the model.
-      paths: the pictures with regions that are shown.
-      places: their positions in the list of these.
-    """
+def _attention(predictor, paths: Sequence[epath.Path]) -> dict[str, Any]:
+    """The decoder's attention over some of the pictures shown, `paths`, in 8 bits of each query's largest."""
     model = predictor.model
     decoder = model.decoder
     first, side = attention.grid(model)
@@ -361,7 +342,7 @@ def _attention(predictor, paths: Sequence[epath.Path], places: Sequence[int]) ->
         "queries": decoder.queries,
         "first": first,
         "side": side,
-        "pictures": [places[i] for i in chosen],
+        "pictures": chosen.tolist(),
         "weights": [
             base64.b64encode((w / m * 255).round().astype(np.uint8).tobytes()).decode()
             for w, m in zip(weights, most)

@@ -164,7 +164,7 @@ def _per_class(run: run_files.Run, looked: Mapping[str, Any]) -> dict[str, Any]:
     for result in run.results:
         if result.per_class:
             alphas = {
-                f"{float(alpha):g}": {c: [share, None] for c, share in shares.items()}
+                alpha: {c: [share, result.counts.get(c)] for c, share in shares.items()}
                 for alpha, shares in result.per_class.items()
             }
             out[f"{result.name} ({result.source})"] = {"note": result.source, "alphas": alphas}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +34,6 @@ _SINGLE = {  # a chart each
     "logit_scale": "Logit scale (1 / temperature)",
     "learning_rate": "Learning rate",
     "images_per_second": "Images per second",
-    "input_wait_fraction": "Share of time spent waiting for input",
     "model_flops_per_second": "Model FLOPs per second",
     "texts_dropped": "Texts dropped in packing",
 }
@@ -50,6 +50,7 @@ class Result(NamedTuple):
     source: str  # which file, and which step where known
     numbers: dict[str, float]  # as `evaluate.base.scalars` returns them
     per_class: dict[str, dict[str, float]]  # alpha -> class -> share of its pictures
+    counts: dict[str, int]  # class -> its pictures, where that is known
 
 
 class Run(NamedTuple):
@@ -152,9 +153,13 @@ def charts(keys: Iterable[str], evaluations: int) -> list[dict[str, Any]]:
     matching = {
         key: key.replace("_", " ") for key in left if key.startswith(("query_", "matched_"))
     }
+    shares = {k: f"query {int(k[12:]) + 1}" for k in left if re.fullmatch(r"query_share/\d+", k)}
+    chart("Share of the matched regions, by query", shares, noisy=True)
     chart("Regions while training", matching | _MATCHING, noisy=True)
     norms = {key: key.removeprefix("grad_norm/") for key in left if key.startswith("grad_norm/")}
     chart("Gradient norms", {"grad_norm": "all"} | norms, log=True, noisy=True)
+    waits = {"input_wait_fraction": "of the time", "input_wait_steps": "of the steps"}
+    chart("Share spent waiting for input", waits, noisy=True)
     for key, title in _SINGLE.items():
         chart(title, {key: title}, noisy=key not in ("logit_scale", "learning_rate"))
     names = dict.fromkeys(key.split("/")[1] for key in left if key.startswith("eval/"))
@@ -176,7 +181,9 @@ def _is_beside(key: str) -> bool:
         "pictures captions classes descriptions regions regions_matched unreadable faulty_lines"
     )
     last = key.rpartition("/")[2]
-    return last.endswith(("_low", "_high")) or "chance" in last or last in counts.split()
+    beside = last.endswith(("_low", "_high")) or "chance" in last or last in counts.split()
+    # Of a query, its share; where its boxes lie is a section of its own.
+    return beside or ("/query/" in key and last != "share")
 
 
 def _json(path: epath.Path) -> dict[str, Any] | None:
@@ -216,7 +223,7 @@ def _training_results(workdir: epath.Path, series: Mapping[str, Any]) -> list[Re
         name, _, rest = key.removeprefix("eval/").partition("/")
         if isinstance(value, (int, float)):
             groups.setdefault(name, {})[rest] = value
-    return [Result(name, source, numbers, {}) for name, numbers in groups.items()]
+    return [Result(name, source, numbers, {}, {}) for name, numbers in groups.items()]
 
 
 def _evaluations(file: epath.Path, found: list[Result], unmeasured: list[str]) -> None:
@@ -227,7 +234,7 @@ def _evaluations(file: epath.Path, found: list[Result], unmeasured: list[str]) -
         return
     if isinstance(value.get("ran"), dict):
         found += [_result(name, file, result) for name, result in value["ran"].items()]
-        for what in ("skipped", "failed"):
+        for what in ("skipped", "failed", "notes"):
             lines = value.get(what) or {}
             unmeasured += [f"{name} ({file.name}): {what}: {line}" for name, line in lines.items()]
     elif "kind" in value:
@@ -235,13 +242,17 @@ def _evaluations(file: epath.Path, found: list[Result], unmeasured: list[str]) -
 
 
 def _result(name: str, file: epath.Path, value: Mapping[str, Any]) -> Result:
+    ways = {"": value, ", by name": value.get("by_name", {})}
     per_class = {
-        key.removeprefix("alpha_"): part["per_class"]
-        for key, part in value.items()
+        f"{float(key.removeprefix('alpha_')):g}{way}": part["per_class"]
+        for way, parts in ways.items()
+        for key, part in parts.items()
         if key.startswith("alpha_") and isinstance(part, Mapping) and "per_class" in part
     }
-    numbers = {k: v for k, v in base.scalars(value).items() if not k.startswith("per_class")}
-    return Result(name, file.name, numbers, per_class)
+    counts = value.get("pictures_per_class", {})
+    beside = ("entry", "inputs", "seconds", "per_class", "pictures_per_class")  # no results
+    numbers = base.scalars({key: part for key, part in value.items() if key not in beside})
+    return Result(name, file.name, numbers, per_class, counts)
 
 
 def _environment(workdir: epath.Path) -> dict[str, str]:

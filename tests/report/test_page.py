@@ -76,9 +76,9 @@ def test_it_holds_the_numbers(runs):
         list(range(2, 42, 2)),
         [float(f"{9 / s:.5g}") for s in range(2, 42, 2)],
     ]
-    assert run["perClass"]["cifar10 (suite.json)"]["alphas"]["1"] == {
-        "cat": [0.25, None],
-        "ship": [0.95, None],
+    assert run["perClass"]["cifar10 (suite.json)"]["alphas"] == {
+        "1": {"cat": [0.25, 20], "ship": [0.95, 20]},
+        "1, by name": {"cat": [0.05, 20], "ship": [0.95, 20]},
     }
     charts = {chart["title"]: dict(chart["series"]) for chart in _payload(text)["charts"]}
     assert charts["Losses"] == {"loss": "total", "loss_box": "boxes"}
@@ -109,7 +109,7 @@ def test_what_the_model_does_is_what_the_evaluations_measure(runs):
         assert all(len(p["pictures"]) == min(p["count"], 3) for p in pairs)
     measured = grounding.evaluate(predictor, images=data, annotations=data / "A.jsonl")
     regions = [
-        r for p in run["regions"]["pictures"] for r in p["predicted"] if r["iou"] is not None
+        r for p in run["regions"]["pictures"] for r in p["predicted"] if r["own"] is not None
     ]
     assert len(regions) == measured["regions_matched"] == 2 * workdirs.ANNOTATED
     assert np.mean([r["iou"] for r in regions]) == pytest.approx(measured["box_iou"], abs=1e-3)
@@ -224,3 +224,30 @@ def test_labels_and_thinning():
     assert run_files.labels(["/a/x", "/a/x"]) == ["//a/x (1)", "//a/x (2)"]
     steps, values = run_files.thinned(list(range(2000)), [s / 3 for s in range(2000)])
     assert len(steps) == 667 and steps[-1] == 1999 and values[-1] == 666.33
+
+
+def test_which_curves_share_a_chart():
+    keys = "mfu eval/d/query/0/share eval/d/query/0/cx eval/d/matched_iou eval/d/pictures query_share/1"
+    keys = keys.split() + [
+        "input_wait_fraction",
+        "input_wait_steps",
+        "matched_iou50",
+        "loss_x",
+        "loss",
+    ]
+    made = {chart["title"]: dict(chart["series"]) for chart in run_files.charts(keys, 2)}
+    assert made == {
+        "Losses": {"loss": "total", "loss_x": "loss_x"},
+        "Share of the matched regions, by query": {"query_share/1": "query 2"},
+        "Regions while training": {"matched_iou50": "share with IoU of 0.5 or more"},
+        "Share spent waiting for input": {
+            "input_wait_fraction": "of the time",
+            "input_wait_steps": "of the steps",
+        },
+        "Evaluation d: other numbers": {
+            "eval/d/query/0/share": "query/0/share",
+            "eval/d/matched_iou": "matched iou",
+        },
+        "mfu": {"mfu": "mfu"},
+    }
+    assert len(run_files.charts(keys, 1)) == len(made) - 1  # of one evaluation there is no course

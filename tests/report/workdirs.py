@@ -105,6 +105,8 @@ def workdir(folder, data_folder, learning_rate=1e-3):
                 "pictures": 40,
                 "chance": 0.1,
                 "alpha_1.0": {"top1": 0.6, "per_class": {"cat": 0.25, "ship": 0.95}},
+                "by_name": {"alpha_1.0": {"top1": 0.5, "per_class": {"cat": 0.05, "ship": 0.95}}},
+                "pictures_per_class": {"cat": 20, "ship": 20},
             }
         },
         "skipped": {"dtd": "no data: tfds build dtd"},
