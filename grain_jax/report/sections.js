@@ -1,13 +1,15 @@
 // The sections that are chosen from: classes, confusions, regions, queries, attention.
 const union = (lists) => [...new Set(lists.flat())];
 const plain = (values) => values.map((value) => ({ value, label: value.replaceAll("_", " ") }));
+const chosenWords = (name, alpha) => `${name.replaceAll("_", " ")}, alpha ${alpha}`; // for who sees no pickers, as on paper
 const keep = (value, values) => (values.includes(value) ? value : values[0]);
 
 // Two pickers that hang together, an evaluation and its alpha, and what is drawn for the choice.
 function evaluationPickers(id, field, extra, draw) {
   const names = union(RUNS.map((run) => Object.keys(run[field])));
   if (!names.length) return into(id, perRun((run) => missing(run, "zeroshot")));
-  const alphasOf = (name) => union(RUNS.map((run) => Object.keys(run[field][name]?.alphas || {})));
+  const alphasOf = (name) => union(RUNS.map((run) => Object.keys(run[field][name]?.alphas || {})))
+    .sort((a, b) => parseFloat(b) - parseFloat(a)); // keys that are whole numbers come first in any object
   const choice = { name: names[0], alpha: alphasOf(names[0])[0] };
   const box = el("div", {});
   const alphas = el("span", {});
@@ -56,7 +58,7 @@ function classesSection() {
     const more = found.length > shown.length
       ? el("button", { type: "button", onclick: () => { all = true; document.querySelector("#classes input[type=search]").dispatchEvent(new Event("input")); } }, `Show all ${found.length}`)
       : null;
-    return el("div", {}, soft(`${found.length} classes; ${union(notes).join("; ")}.`), legend,
+    return el("div", {}, soft(`${chosenWords(name, alpha)}: ${found.length} classes; ${union(notes).join("; ")}.`), legend,
       found.length ? el("ul", { class: "classes" }, shown.map(row)) : soft("No class has this in its name."), more);
   });
 }
@@ -76,7 +78,7 @@ function confusionsSection() {
         p.pictures.map((place) => picture(place, `a ${p.true}, taken for ${p.predicted}`, "")),
         el("span", { class: "arrow", "aria-hidden": "true" }, "\u2192"), picture(p.example, `a ${p.predicted}`, "example")),
       el("p", { class: "soft" }, `${p.count} of ${p.of} pictures of the class`));
-    return el("div", {}, soft(`${entry.pictures} of ${entry.of} pictures were looked at.`),
+    return el("div", {}, soft(`${chosenWords(name, alpha)}: ${entry.pictures} of ${entry.of} pictures were looked at.`),
       found.length ? el("div", { class: "cards" }, found.map(card)) : soft("No confusion to show."));
   }));
 }
@@ -185,13 +187,13 @@ function queriesSection() {
         svg("svg", { class: "map", viewBox: "0 0 1 1", role: "img", "aria-label": `where the boxes of query ${q + 1} lie` },
           parts, dots, boxed(found.mean_box, { class: "mean" }), boxed([0, 0, 1, 1], { class: "edge" })),
         el("dl", { class: "facts" },
-          fact("mean box", `${side(0, 2)} x ${side(1, 3)} of the picture, area ${percent(found.mean_area)}`),
-          fact("matched", `in ${found.matched} of ${pictures} pictures`),
-          fact("its IoU then", found.iou === null ? "none" : found.iou.toFixed(3))),
+          fact("mean box", `${side(0, 2)} x ${side(1, 3)}, area ${percent(found.mean_area)}`),
+          fact("matched", `${found.matched} of ${pictures}`),
+          fact("matched IoU", found.iou === null ? "none" : found.iou.toFixed(3))),
         el("p", { class: "soft" }, `Says most often, of ${found.different} different:`),
         el("ol", { class: "words" }, found.says.map(([text, n]) => el("li", {}, text, el("span", {}, percent(n / pictures))))));
     };
-    return el("div", {}, soft(`${pictures} pictures of ${run.regions.entry}.`), el("div", { class: "cards narrow" }, queries.map(card)));
+    return el("div", {}, soft(`${pictures} pictures of ${run.regions.entry}. Sizes are shares of the picture's.`), el("div", { class: "cards narrow" }, queries.map(card)));
   }));
 }
 
@@ -249,19 +251,22 @@ function attentionSection() {
     return el("div", { class: "looks" }, picture, el("div", {},
       el("p", { class: "soft", role: "status" }, `${shown.name}, ${text}. ${said}`), el("div", { class: "all" }, small)));
   }));
-  const chooseQuery = (q) => {
+  const chooseQuery = (q) => { // by one of the small pictures, which are drawn anew
     choice.query = q;
-    const buttons = document.querySelectorAll("#attention-query input");
-    buttons[q === null ? buttons.length - 1 : q].checked = true;
+    showQuery();
     body();
+    box.querySelector("[aria-pressed=true]").focus();
   };
+  const queryPicker = el("span", { id: "attention-query" });
+  const showQuery = () => queryPicker.replaceChildren(picker("Query", queries, choice.query, set("query")));
   const thumbs = a.attention.pictures.map((place, value) => {
     const shown = a.regions.pictures[place];
     return { value, label: shown.name, src: a.thumbs[shown.thumb] };
   });
   const queries = [...range(largest("queries"), (q) => String(q + 1)), { value: null, label: "image" }];
+  showQuery();
   into("attention-content", tools(picker("Picture", thumbs, 0, set("picture"), { thumbs: true })),
-    tools(el("span", { id: "attention-query" }, picker("Query", queries, 0, set("query"))),
+    tools(queryPicker,
       picker("Layer", range(largest("layers"), (i) => String(i + 1)), choice.layer, set("layer")),
       picker("Head", [{ value: null, label: "mean" }, ...range(largest("heads"), (i) => String(i + 1))], null, set("head"))),
     box);

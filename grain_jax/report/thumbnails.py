@@ -36,5 +36,8 @@ class Thumbnails:
 def data_uri(picture: PIL.Image.Image) -> str:
     """A picture as JPEG in a data URI."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=_QUALITY, subsampling=0, optimize=True)
+    coarse = (
+        2 if min(picture.size) > 64 else 0
+    )  # colours at half the resolution; small pictures need theirs
+    picture.save(buffer, "JPEG", quality=_QUALITY, subsampling=coarse, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

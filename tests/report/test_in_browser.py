@@ -73,7 +73,9 @@ def test_filters_and_toggles(urls):
         assert page.locator("#classes .name").all_inner_texts() == ["ship", "cat"]
         page.locator("#classes").get_by_text("birds", exact=True).click()
         assert page.locator("#classes .name").count() == 3
-        page.locator("#classes").get_by_text("0.5", exact=True).click()
+        alphas = page.locator("#classes fieldset").nth(1).locator("label")
+        assert alphas.all_inner_texts() == ["1", "0.5", "0"]
+        alphas.nth(1).click()
         assert "of 4" in page.locator("#classes .number").first.inner_text()
         page.fill("#confusions input[type=search]", "no such class")
         assert page.locator("#confusions .card").count() == 0

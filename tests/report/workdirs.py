@@ -66,7 +66,7 @@ def workdir(folder, data_folder, learning_rate=1e-3):
             "zeroshot",
             f"{data_folder}/classes",
             descriptions=f"{data_folder}/D.json",
-            alphas=(1.0, 0.5),
+            alphas=(1.0, 0.5, 0.0),
             names=False,
         ),
         "boxes": common.evaluator(
