@@ -53,7 +53,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["grain_jax", "grain_jax.*"]),
-    package_data={"grain_jax": ["evaluate/*.txt", "evaluate/classes/*.txt"]},
+    package_data={
+        "grain_jax": [
+            "evaluate/*.txt",
+            "evaluate/classes/*.txt",
+            "report/*.css",
+            "report/*.js",
+        ]
+    },
     install_requires=[
         "absl-py",
         "etils[epath]",

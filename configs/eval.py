@@ -110,6 +110,8 @@ def _annotated(name, folders, **fields) -> dict:
     images, output = folders + f"/pictures/{pictures}", folders + f"/{name}"
     get = f"python -m data.annotate --source {source} --annotations {files} --passes none --images "
     get = get + images + " --output " + output + (f" --split {split}" if split else "")
+    if name == "lvis":  # all 1203 classes, with their groups
+        fields["classes"] = "lvis"
     return evaluator(kind, images, annotations=output + "/A.jsonl", get=get, **fields)
 
 

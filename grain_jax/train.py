@@ -47,7 +47,7 @@ from grain_jax import config as config_lib
 from grain_jax.evaluate import base as evaluate
 from grain_jax.evaluate import processes
 from grain_jax.input_pipeline import device, synthetic
-from grain_jax.report import pictures
+from grain_jax.report import page, pictures
 
 CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: metrics, checkpoints, pictures")
@@ -260,11 +260,11 @@ def train(
                     monitor.check_finite(values, last_good_step, step)
                     last_good_step = step
                 if log and logs:
-                    values |= log.rates(step, batches.wait_seconds)
+                    values |= log.rates(step, batches.wait_seconds, batches.wait_steps)
                     log.progress(step, values)
                 if evaluates:
                     with log.pause() if log else contextlib.nullcontext():
-                        results = evaluate_all(config, evals, state)
+                        results = evaluate_all(config, evals, state, workdir)
                     values |= results
                     if results and best_is_evaluated:
                         check_best_metric(config, results)
@@ -295,7 +295,7 @@ def train(
 
     # 6. What came of it.
     if not results and evals:  # the run was complete already
-        results = evaluate_all(config, evals, state)
+        results = evaluate_all(config, evals, state, workdir)
     predictor = make_predictor(config, state)
     if log:
         report(dataclasses.replace(config, evals=evals), workdir, predictor, results)
@@ -365,18 +365,22 @@ def evaluate_all(
     config: config_lib.Config,
     evals: Mapping[str, config_lib.Evaluator],
     state: train_step.TrainState,
+    workdir: epath.Path,
 ) -> dict[str, float]:
     """The numbers of the evaluators `evals`; the processes share the pictures, and all get the numbers."""
-    predictor = make_predictor(config, state)
-    return {
-        f"eval/{name}/{key}": value
-        for name, entry in evals.items()
-        for key, value in evaluate.run(entry, predictor).items()
-    }
+    predictor, step = make_predictor(config, state), int(state.step)
+    results = {}
+    for name, entry in evals.items():
+        options = {}
+        if entry.kind == "diagnostics":  # compares with the evaluation before
+            options = dict(state_path=workdir / "diagnostics" / f"{name}.json", step=step)
+        numbers = evaluate.run(entry, predictor, **options)
+        results |= {f"eval/{name}/{key}": value for key, value in numbers.items()}
+    return results
 
 
 def report(config, workdir, predictor, results) -> None:
-    """Prints the final table and draws the curves and the test pictures."""
+    """Prints the final table, draws the curves and the test pictures, and writes report.html."""
     pictures.curves(workdir / "metrics.jsonl", workdir / "curves.png")
     if results:
         atomic.write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
@@ -390,6 +394,7 @@ def report(config, workdir, predictor, results) -> None:
             workdir / "regions.png",
             count=config.pictures,
         )
+    page.write(workdir, predictor, model=bool(config.pictures))
     print(f"Everything of this run is in {workdir}", file=sys.stderr)
 
 

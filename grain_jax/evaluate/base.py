@@ -137,7 +137,7 @@ def check(entry: config_lib.Evaluator) -> int:
       MissingData: it is the only fault, and the test set is not there.
       InputError: one line a fault, all of them; `__cause__` is the error if there was but one.
     """
-    from grain_jax.evaluate import prompts, zeroshot
+    from grain_jax.evaluate import class_names, prompts, zeroshot
 
     module, entry = _module(entry), _at_home(entry)
     found: list[Exception] = []
@@ -152,7 +152,7 @@ def check(entry: config_lib.Evaluator) -> int:
         test_set = attempt(test_sets.open_set, entry)
         if entry.descriptions is not None:
             known = (test_set.classes, test_set.stems) if test_set else ((), None)
-            attempt(zeroshot.read_descriptions, entry.descriptions, *known)
+            attempt(zeroshot.read_descriptions, entry.descriptions, *known, entry.names)
         attempt(zeroshot.check_alphas, _alphas(entry), entry.descriptions, entry.names)
         attempt(zeroshot.check_region_order, entry.region_order)
         if entry.names:
@@ -163,6 +163,10 @@ def check(entry: config_lib.Evaluator) -> int:
         if annotated:
             _report_left_out(entry.annotations, annotated.read)
             attempt(_some_picture, entry.annotations, annotated)
+        if entry.kind == "boxes":
+            attempt(prompts.load_templates, entry.templates)
+            if entry.classes is not None:
+                attempt(class_names.read, entry.classes)
     if len(found) == 1 and isinstance(found[0], MissingData):
         raise found[0]
     if found:

@@ -60,7 +60,9 @@ def evaluate(
       `chance_box_iou`: the same, with boxes of other pictures in place of the predicted ones;
       `region_to_description_r1`: a matched region's nearest text, among all distinct descriptions of the
         file, is its own; `chance_region_to_description_r1`;
-      `phrase_iou`, `phrase_acc50`: of each description, the box of its picture's best-scoring query;
+      `phrase_iou`, `phrase_acc50`: of each description of a picture, the box of the best-scoring query,
+        against the described box that it overlaps most, where several have that description ("any
+        box", as is usual on Flickr30k Entities);
       `chance_phrase_iou`, `chance_phrase_acc50`: a query at random in its place.
 
     Raises:
@@ -98,11 +100,16 @@ def evaluate(
         )
         for i in range(0, len(embed), _AT_ONCE)
     ]
-    # Phrase grounding: [M, Q] scores and overlaps of each described box's own picture's queries.
-    similarity = np.einsum(
-        "mqd,md->mq", scores.unit(region_embed)[described.picture], text_embed[described.text]
+    # Phrase grounding: [P, Q] scores and overlaps of the queries of each phrase's picture.
+    phrases, phrase_of = np.unique(
+        np.stack([described.picture, described.text], axis=1), axis=0, return_inverse=True
     )
-    overlap = _iou(pred_boxes_xyxy[described.picture], described.boxes_xyxy[:, None])
+    similarity = np.einsum(
+        "pqd,pd->pq", scores.unit(region_embed)[phrases[:, 0]], text_embed[phrases[:, 1]]
+    )
+    overlap = np.zeros(similarity.shape, np.float32)
+    each = _iou(pred_boxes_xyxy[described.picture], described.boxes_xyxy[:, None])  # [M, Q]
+    np.maximum.at(overlap, phrase_of.reshape(-1), each)
     best = similarity == similarity.max(axis=1, keepdims=True)
     share = best / best.sum(axis=1, keepdims=True)  # ties broken at random
     return {
@@ -115,6 +122,7 @@ def evaluate(
         "regions_outside": described.outside,
         "regions_matched": len(matched.iou),
         "distinct_descriptions": len(described.texts),
+        "phrases": len(phrases),
         "box_iou": float(matched.iou.mean()),
         "chance_box_iou": float(by_chance.iou.mean()),
         **base.rate("box_acc50", matched.iou >= 0.5),

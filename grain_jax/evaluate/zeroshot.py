@@ -127,7 +127,7 @@ def predict(
     alphas = check_alphas(alphas, descriptions, names)
     described = None
     if descriptions is not None:
-        described = read_descriptions(descriptions, classes, test_set.stems)
+        described = read_descriptions(descriptions, classes, test_set.stems, names)
     features, embeds = _class_embeddings(predictor, classes, described, names, templates)
     ways = {f"alpha_{alpha}": (features, alpha) for alpha in alphas}
     if described is not None and names:
@@ -249,18 +249,22 @@ def description_scores(
 
 
 def read_descriptions(
-    path: epath.PathLike, classes: Sequence[str], stems: Sequence[str] | None = None
+    path: epath.PathLike,
+    classes: Sequence[str],
+    stems: Sequence[str] | None = None,
+    names: bool = True,
 ) -> list[list[str]]:
     """For each class its descriptions, from {"class name": ["description", ...]}.
 
     `_` is a space in names. A class that is not in the file as it is spelt is found by its letters and
     digits, whatever their case ("Black-footed albatross" has those of "black_footed Albatross"), or else
-    by those of its stem.
+    by those of its stem. Published files have empty lists for a few classes: their names alone describe them.
 
     Args:
       path: of the file.
       classes: the classes' names.
       stems: what else each is called, if anything (see `test_sets.TestSet`).
+      names: whether a name alone may describe a class.
 
     Raises:
       base.InputError: no such file, another format, or classes that have no description.
@@ -280,10 +284,10 @@ def read_descriptions(
     known = {_letters(name): texts for name, texts in value.items()}
     known |= {test_sets.of_folder(name): texts for name, texts in value.items()}
     found = [
-        known.get(name) or known.get(_letters(name)) or known.get(_letters(stem))
+        next((known[key] for key in (name, _letters(name), _letters(stem)) if key in known), None)
         for name, stem in zip(classes, stems or classes)
     ]
-    missing = [name for name, texts in zip(classes, found) if not texts]
+    missing = [n for n, texts in zip(classes, found) if texts is None or not (texts or names)]
     if missing:
         raise base.InputError(f"{path}: no description of the classes {test_sets.listed(missing)}")
     return found
@@ -296,12 +300,15 @@ def _letters(name: str) -> tuple[str, ...]:
 
 def _class_embeddings(predictor, classes, described, names, templates):
     """Class features [C, D], and each class's descriptions' embeddings (None without descriptions)."""
-    embeds = None if described is None else base.encode_texts(predictor, described)
+    embeds = None
+    if described is not None:
+        texts = [found or [name] for name, found in zip(classes, described)]
+        embeds = base.encode_texts(predictor, texts)
     if not names:
         return scores.class_features(embeds), embeds
     filled = prompts.load_templates(templates)
     texts = [
-        prompts.class_texts(name, filled, described and described[i])
+        prompts.class_texts(name, filled, (described and described[i]) or None)
         for i, name in enumerate(classes)
     ]
     return scores.class_features(base.encode_texts(predictor, texts)), embeds

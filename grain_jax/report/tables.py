@@ -28,8 +28,40 @@ _GROUNDING = (
         "regions_matched",
         "boxes",
     ),
-    _Row("phrase_iou", "phrase to box IoU", "chance_phrase_iou", "regions", "phrases", False),
-    _Row("phrase_acc50", "phrase to box Acc@0.5", "chance_phrase_acc50", "regions", "phrases"),
+    _Row("phrase_iou", "phrase to box IoU", "chance_phrase_iou", "phrases", "phrases", False),
+    _Row("phrase_acc50", "phrase to box Acc@0.5", "chance_phrase_acc50", "phrases", "phrases"),
+)
+_BOXES = (
+    _Row("region/top1", "box to class top-1, by region", "chance", "boxes", "boxes"),
+    _Row("region/top5", "box to class top-5, by region", "chance_top5", "boxes", "boxes"),
+    _Row(
+        "region/mean_per_class",
+        "mean per class, by region",
+        "chance",
+        "classes_with_boxes",
+        "classes",
+    ),
+    _Row("image/top1", "box to class top-1, by the whole picture", "chance", "boxes", "boxes"),
+    _Row("found", "boxes that a query finds, IoU 0.5", None, "boxes", "boxes"),
+    _Row(
+        "found_boxes/region/top1",
+        "top-1 of those, by region",
+        "chance",
+        "found_boxes/boxes",
+        "boxes",
+    ),
+)
+_DIAGNOSTICS = (
+    _Row("matched_iou", "matched box IoU", None, "regions_matched", "boxes", False),
+    _Row("matched_iou50", "matched boxes with IoU > 0.5", None, "regions_matched", "boxes"),
+    _Row(
+        "matching_stability",
+        "regions that kept their query",
+        "chance_matching_stability",
+        "regions_matched",
+        "boxes",
+    ),
+    _Row("query_usage_entropy", "use of the queries (1: alike)", None, "", "", False),
 )
 
 
@@ -129,7 +161,7 @@ def _rows(numbers: Mapping[str, float]) -> list[_Row]:
     ):
         for k in (1, 5, 10):
             rows.append(_Row(f"{way}/r{k}", f"{label} R@{k}", f"{way}/chance_r{k}", count, unit))
-    return rows + list(_GROUNDING)
+    return [*rows, *_GROUNDING, *_BOXES, *_DIAGNOSTICS]
 
 
 def _cells(name: str, numbers: Mapping[str, float], row: _Row) -> tuple[str, ...]:

@@ -171,15 +171,29 @@ def test_descriptions_are_found_by_letters_and_digits(folder):
     assert zeroshot.read_descriptions(path, ["vulpes"], ["red.fox"]) == [["c"]]
 
 
+def test_a_class_with_an_empty_list_is_described_by_its_name(folder):
+    path = _write_descriptions(folder, {"cat": ["x"], "dog": [], "red fox": []})
+    classes = ["cat", "dog", "red fox"]
+    assert zeroshot.read_descriptions(path, classes) == [["x"], [], []]
+    texts = NAMES | {"x": [1, 0, 0], "dog": [0, 1, 0], "red fox": [0, 0, 1]}
+    texts |= {f"{name}, which has x": [1, 0, 0] for name in ("a cat", "the cat")}
+    regions = {i: (BOXES, np.eye(3)[[k, k]]) for i, k in enumerate((0, 0, 1, 2))}
+    images = {i: [1, 0, 0] for i in range(4)}
+    result = _evaluate(
+        folder, StubPredictor(images, texts, regions), descriptions=path, alphas=(0.0,)
+    )
+    assert result["alpha_0.0"]["per_class"] == {"cat": 1.0, "dog": 1.0, "red fox": 1.0}
+    with pytest.raises(base.InputError, match="no description of the classes dog, red fox"):
+        zeroshot.read_descriptions(path, classes, names=False)
+
+
 def test_faults(folder):
     predictor = StubPredictor()
     fault = lambda **options: pytest.raises(
         base.InputError, _evaluate, folder, predictor, **options
     )
     path = _write_descriptions(folder, {"cat": ["whiskers"], "dog": []})
-    assert str(fault(descriptions=path).value).endswith(
-        "no description of the classes dog, red fox"
-    )
+    assert str(fault(descriptions=path).value).endswith("no description of the classes red fox")
     path = _write_descriptions(folder, {"cat": "whiskers"})
     assert "'cat': expected a list of texts" in str(fault(descriptions=path).value)
     assert "expected a file (D.json) for alpha 0.5" in str(fault(alphas=(1.0, 0.5)).value)
