@@ -264,7 +264,7 @@ def train(
                     log.progress(step, values)
                 if evaluates:
                     with log.pause() if log else contextlib.nullcontext():
-                        results = evaluate_all(config, evals, state)
+                        results = evaluate_all(config, evals, state, workdir)
                     values |= results
                     if results and best_is_evaluated:
                         check_best_metric(config, results)
@@ -295,7 +295,7 @@ def train(
 
     # 6. What came of it.
     if not results and evals:  # the run was complete already
-        results = evaluate_all(config, evals, state)
+        results = evaluate_all(config, evals, state, workdir)
     predictor = make_predictor(config, state)
     if log:
         report(dataclasses.replace(config, evals=evals), workdir, predictor, results)
@@ -365,14 +365,19 @@ def evaluate_all(
     config: config_lib.Config,
     evals: Mapping[str, config_lib.Evaluator],
     state: train_step.TrainState,
+    workdir: epath.Path,
 ) -> dict[str, float]:
     """The numbers of the evaluators `evals`; the processes share the pictures, and all get the numbers."""
     predictor = make_predictor(config, state)
-    return {
-        f"eval/{name}/{key}": value
-        for name, entry in evals.items()
-        for key, value in evaluate.run(entry, predictor).items()
-    }
+    results = {}
+    for name, entry in evals.items():
+        options = {}
+        if entry.kind == "diagnostics":  # they compare with those of the evaluation before
+            path = workdir / "diagnostics" / f"{name}.json"
+            options = dict(state_path=path, step=int(state.step))
+        numbers = evaluate.run(entry, predictor, **options)
+        results |= {f"eval/{name}/{key}": value for key, value in numbers.items()}
+    return results
 
 
 def report(config, workdir, predictor, results) -> None:

@@ -32,6 +32,36 @@ _GROUNDING = (
     _Row("phrase_acc50", "phrase to box Acc@0.5", "chance_phrase_acc50", "regions", "phrases"),
 )
 
+_BOXES = (
+    _Row("found", "found by a query, IoU >= 0.5", None, "boxes", "boxes"),
+    _Row("region/top1", "class of a box by its region, top-1", "chance", "boxes", "boxes"),
+    _Row("region/top5", "class of a box by its region, top-5", "chance_top5", "boxes", "boxes"),
+    _Row(
+        "found_boxes/region/top1", "the same of those found", "chance", "found_boxes/boxes", "boxes"
+    ),
+    _Row("image/top1", "class of a box by its picture, top-1", "chance", "boxes", "boxes"),
+    _Row("image/top5", "class of a box by its picture, top-5", "chance_top5", "boxes", "boxes"),
+)
+_DIAGNOSTICS = (
+    _Row("matched_iou", "matched box IoU", None, "regions_matched", "boxes", False),
+    _Row("matched_iou50", "matched box Acc@0.5", None, "regions_matched", "boxes"),
+    _Row(
+        "matching_stability",
+        "same query as before",
+        "chance_matching_stability",
+        "regions_matched",
+        "boxes",
+    ),
+    _Row(
+        "query_usage_entropy",
+        "use of the queries, 1: even",
+        None,
+        "regions_matched",
+        "boxes",
+        False,
+    ),
+)
+
 
 def describe(results: Mapping[str, Mapping[str, float]]) -> str:
     """The table of several results, e.g. {"unseen": {"alpha_0.5/top1": 0.78, "chance": 0.025, ...}}.
@@ -129,7 +159,7 @@ def _rows(numbers: Mapping[str, float]) -> list[_Row]:
     ):
         for k in (1, 5, 10):
             rows.append(_Row(f"{way}/r{k}", f"{label} R@{k}", f"{way}/chance_r{k}", count, unit))
-    return rows + list(_GROUNDING)
+    return [*rows, *_GROUNDING, *_BOXES, *_DIAGNOSTICS]
 
 
 def _cells(name: str, numbers: Mapping[str, float], row: _Row) -> tuple[str, ...]:
