@@ -32,36 +32,33 @@ _GROUNDING = (
     _Row("phrase_acc50", "phrase to box Acc@0.5", "chance_phrase_acc50", "phrases", "phrases"),
 )
 _BOXES = (
-    _Row("region/top1", "box to class top-1, by region", "chance", "boxes", "boxes"),
-    _Row("region/top5", "box to class top-5, by region", "chance_top5", "boxes", "boxes"),
+    _Row("found", "found by a query, IoU >= 0.5", None, "boxes", "boxes"),
+    _Row("region/top1", "class of a box by its region, top-1", "chance", "boxes", "boxes"),
+    _Row("region/top5", "class of a box by its region, top-5", "chance_top5", "boxes", "boxes"),
     _Row(
-        "region/mean_per_class",
-        "mean per class, by region",
-        "chance",
-        "classes_with_boxes",
-        "classes",
+        "found_boxes/region/top1", "the same of those found", "chance", "found_boxes/boxes", "boxes"
     ),
-    _Row("image/top1", "box to class top-1, by the whole picture", "chance", "boxes", "boxes"),
-    _Row("found", "boxes that a query finds, IoU 0.5", None, "boxes", "boxes"),
-    _Row(
-        "found_boxes/region/top1",
-        "top-1 of those, by region",
-        "chance",
-        "found_boxes/boxes",
-        "boxes",
-    ),
+    _Row("image/top1", "class of a box by its picture, top-1", "chance", "boxes", "boxes"),
+    _Row("image/top5", "class of a box by its picture, top-5", "chance_top5", "boxes", "boxes"),
 )
 _DIAGNOSTICS = (
     _Row("matched_iou", "matched box IoU", None, "regions_matched", "boxes", False),
-    _Row("matched_iou50", "matched boxes with IoU > 0.5", None, "regions_matched", "boxes"),
+    _Row("matched_iou50", "matched box Acc@0.5", None, "regions_matched", "boxes"),
     _Row(
         "matching_stability",
-        "regions that kept their query",
+        "same query as before",
         "chance_matching_stability",
         "regions_matched",
         "boxes",
     ),
-    _Row("query_usage_entropy", "use of the queries (1: alike)", None, "", "", False),
+    _Row(
+        "query_usage_entropy",
+        "use of the queries, 1: even",
+        None,
+        "regions_matched",
+        "boxes",
+        False,
+    ),
 )
 
 

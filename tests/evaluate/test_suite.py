@@ -13,6 +13,7 @@ from configs import eval as benchmarks
 from grain_jax import config as config_lib
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import class_names, test_sets
+from grain_jax.report import tables
 from tests import tiny
 from tests.evaluate import tfds_sets
 from tests.evaluate.stub import StubPredictor, write_picture
@@ -284,3 +285,16 @@ def test_faults_of_tfds_sets(data, tmp_path):
     broken = test_sets.TfdsSet("cifar10", "test", str(tmp_path / "damaged"), "cifar10")
     with pytest.raises(test_sets.InputError, match="cifar10 test: cannot be read: "):
         list(broken.pictures(range(9)))
+
+
+def test_boxes_and_diagnostics_have_rows_of_their_own():
+    numbers = {"found": 0.5, "found_low": 0.4, "found_high": 0.6, "boxes": 100.0, "chance": 0.1}
+    numbers |= {"region/top1": 0.25, "found_boxes/region/top1": 0.5, "found_boxes/boxes": 50.0}
+    table = tables.describe({"lvis": numbers, "run": {"matched_iou": 0.3, "regions_matched": 7.0}})
+    rows = [" ".join(line.split()) for line in table.splitlines()[2:]]
+    assert rows == [
+        "lvis: found by a query, IoU >= 0.5 50.0% 40.0 - 60.0% 100 boxes",
+        "lvis: class of a box by its region, top-1 25.0% 10.0% 100 boxes",
+        "lvis: the same of those found 50.0% 10.0% 50 boxes",
+        "run: matched box IoU 0.300 7 boxes",
+    ]

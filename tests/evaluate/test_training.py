@@ -1,5 +1,6 @@
 """Entries of a suite as evaluators of a run: what is missing is skipped, and several processes measure as one."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -64,11 +65,26 @@ def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd
     )
     module = grain.GRAIN(config.model, "float32")
     params = nn.unbox(jax.jit(module.init)(jax.random.key(0), tiny.batch(config))["params"])
-    state = types.SimpleNamespace(params=params, ema_params=None)
-    results = train.evaluate_all(config, base.present(config.evals), state)
+    state = types.SimpleNamespace(params=params, ema_params=None, step=np.int32(7))
+    results = train.evaluate_all(config, base.present(config.evals), state, tmp_path)
     assert {key.split("/")[1] for key in results} == {"classes", "retrieval", "grounding"}
     assert results["eval/classes/pictures"] == 11.0 and results["eval/classes/descriptions"] == 6.0
     assert 0 <= results["eval/classes/by_name/alpha_0.5/mean_per_class"] <= 1
+
+
+def test_diagnostics_know_the_run_and_its_step(data, tmp_path, monkeypatch):
+    config = config_lib.from_dict(train_config.get_config(data))
+    seen = dataclasses.replace(config.evals["grounding"], kind="diagnostics")
+    state = types.SimpleNamespace(params=None, ema_params=None, step=np.int32(7))
+    monkeypatch.setattr(train, "make_predictor", lambda *_: None)
+    monkeypatch.setattr(train.evaluate, "run", lambda *_, **options: options)
+    results = train.evaluate_all(
+        config, {"seen": seen, "x": config.evals["classes"]}, state, tmp_path
+    )
+    assert results == {
+        "eval/seen/state_path": tmp_path / "diagnostics" / "seen.json",
+        "eval/seen/step": 7,
+    }
 
 
 @pytest.mark.slow
