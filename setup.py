@@ -49,7 +49,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["grain_jax", "grain_jax.*"]),
-    package_data={"grain_jax": ["evaluate/*.txt", "report/*.css", "report/*.js"]},
+    package_data={
+        "grain_jax": ["evaluate/*.txt", "evaluate/classes/*.txt", "report/*.css", "report/*.js"]
+    },
     install_requires=[
         "absl-py",
         "etils[epath]",

@@ -68,28 +68,29 @@ def evaluate(
     """
     every, records, folder = read(images, annotations)
     unreadable: dict[str, str] = {}
-    predicted, embeds, kept, sizes = [], [], [], []
-    for batch in base.encode_pictures(
+    batches = base.encode_pictures(
         predictor,
         [folder / r.image for r in records],
         label="grounding",
         unreadable=unreadable,
         batch_size=batch_size,
-    ):
-        predicted.append(batch.regions.boxes_xyxy)
-        embeds.append(batch.regions.embed)
-        kept += [records[i] for i in batch.index]
-        sizes += batch.sizes
-    pred_boxes_xyxy, region_embed = np.concatenate(predicted), np.concatenate(embeds)
+    )
+    found = base.gather(
+        dict(index=batch.index, sizes=np.array(batch.sizes), **batch.regions._asdict())
+        for batch in batches
+    )
+    kept = [records[i] for i in found["index"]]
+    sizes = [(width, height) for width, height in found["sizes"].tolist()]
+    pred_boxes_xyxy, region_embed = found["boxes_xyxy"], found["embed"]
     described = described_boxes(kept, sizes)
     if not len(described.picture):
         raise base.InputError(f"{annotations}: every box lies outside its picture")
-    text_embed = scores.unit(predictor.encode_text(described.texts))  # [T, D]
+    text_embed = scores.unit(base.encode_distinct(predictor, described.texts))  # [T, D]
 
     matched, text = match(pred_boxes_xyxy, described)
     by_chance, _ = match(_boxes_of_others(described, pred_boxes_xyxy.shape), described)
     embed = scores.unit(region_embed[matched.picture, matched.query])  # [n, D]
-    found = [
+    hits = [
         base.topk_hits(
             embed[i : i + _AT_ONCE] @ text_embed.T,
             text[i : i + _AT_ONCE, None] == np.arange(len(text_embed)),
@@ -118,7 +119,7 @@ def evaluate(
         "chance_box_iou": float(by_chance.iou.mean()),
         **base.rate("box_acc50", matched.iou >= 0.5),
         "chance_box_acc50": float((by_chance.iou >= 0.5).mean()),
-        **base.rate("region_to_description_r1", np.concatenate(found)),
+        **base.rate("region_to_description_r1", np.concatenate(hits)),
         "chance_region_to_description_r1": 1 / len(described.texts),
         "phrase_iou": float((share * overlap).sum(axis=1).mean()),
         "chance_phrase_iou": float(overlap.mean()),

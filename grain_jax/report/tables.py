@@ -1,9 +1,10 @@
 """Evaluation results as a table of text: what was measured, its 95% interval, chance, and how many it stands on."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-HEADER = ("measured", "value", "95% interval", "chance", "of")
+_INTERVAL = "95% interval"
+HEADER = ("measured", "value", _INTERVAL, "chance", "of")
 
 
 class _Row(NamedTuple):
@@ -47,6 +48,60 @@ def describe(results: Mapping[str, Mapping[str, float]]) -> str:
     return table(HEADER, rows)
 
 
+def suite(sets: Mapping[str, Mapping[str, Any]], averages: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of a suite's zero-shot sets: a row a set, then the averages.
+
+    Args:
+      sets: name -> `ways` (way of classifying -> its rates, as `evaluate.suite.ways` gives them), `chance`
+        and `pictures`.
+      averages: way -> the mean rates over the sets that have it, and `sets`, how many these are.
+    """
+    described = [way for way in averages if way != "names"]
+    names = ("names: top-1", _INTERVAL, "top-5", "mean per class", _INTERVAL)
+    header = ["set", *names]
+    if described:
+        header += [f"described: {_alpha(way)}" for way in described] + ["best", _INTERVAL]
+    rows = [
+        _suite_row(name, one["ways"], described)
+        + [f"{one['chance']:.1%}", f"{one['pictures']:.0f} pictures"]
+        for name, one in sets.items()
+    ]
+    if len(sets) > 1:
+        counts = sorted({average["sets"] for average in averages.values()})
+        of = "sets with it" if len(counts) > 1 else "sets"
+        row = _suite_row("average", averages, described)
+        rows.append([*row, "", f"{' or '.join(map(str, counts))} {of}"])
+    return table([*header, "chance", "of"], rows)
+
+
+def _suite_row(
+    name: str, ways: Mapping[str, Mapping[str, float]], described: Sequence[str]
+) -> list:
+    def cells(way: str, *keys: str) -> list[str]:
+        rates = ways.get(way, {})
+        return [f"{rates[key]:.1%}" if key in rates else "" for key in keys]
+
+    row = [name, *cells("names", "top1"), _interval(ways.get("names", {}), "top1")]
+    row += [*cells("names", "top5", "mean_per_class")]
+    row.append(_interval(ways.get("names", {}), "mean_per_class"))
+    if described:
+        row += [cell for way in described for cell in cells(way, "top1")]
+        there = [way for way in described if way in ways]
+        best = max(there, key=lambda way: ways[way]["top1"], default=None)
+        row.append("" if best is None else f"{_alpha(best)}: {ways[best]['top1']:.1%}")
+        row.append(_interval(ways.get(best, {}), "top1"))
+    return row
+
+
+def _alpha(way: str) -> str:
+    return f"alpha {float(way.rpartition('_')[2]):g}"
+
+
+def _interval(numbers: Mapping[str, float], key: str) -> str:
+    low, high = numbers.get(f"{key}_low"), numbers.get(f"{key}_high")
+    return "" if low is None or high is None else f"{100 * low:.1f} - {100 * high:.1f}%"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, the first to the left and the others to the right, under a ruled header."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -79,11 +134,10 @@ def _rows(numbers: Mapping[str, float]) -> list[_Row]:
 
 def _cells(name: str, numbers: Mapping[str, float], row: _Row) -> tuple[str, ...]:
     show = (lambda x: f"{x:.1%}") if row.is_share else (lambda x: f"{x:.3f}")
-    low, high = numbers.get(f"{row.key}_low"), numbers.get(f"{row.key}_high")
     return (
         f"{name}: {row.label}",
         show(numbers[row.key]),
-        "" if low is None or high is None else f"{100 * low:.1f} - {100 * high:.1f}%",
+        _interval(numbers, row.key),
         show(numbers[row.chance]) if row.chance in numbers else "",
         f"{numbers[row.count]:.0f} {row.unit}" if row.count in numbers else "",
     )

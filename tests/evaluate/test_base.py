@@ -190,9 +190,8 @@ def test_run_dispatches(tmp_path):
         images={0: [1, 0], 1: [1, 0]}, texts={"a cat": [1, 0], "a red fox": [0, 1]}
     )
     # Without descriptions there is no region score: only alpha 1 is reported.
-    numbers = base.run(
-        _entry(images=str(tmp_path)), predictor, templates=tmp_path / "templates.txt"
-    )
+    entry = _entry(images=str(tmp_path), templates=str(tmp_path / "templates.txt"))
+    numbers = base.run(entry, predictor)
     assert numbers["alpha_1.0/top1"] == 0.5 and numbers["chance"] == 0.5
     assert not any(key.startswith("alpha_0.5") for key in numbers)
     assert all(type(value) is float for value in numbers.values())

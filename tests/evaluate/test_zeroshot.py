@@ -47,6 +47,11 @@ def test_names(folder):
     assert alpha["top1"] == 0.75 and alpha["top5"] == 1.0
     assert alpha["per_class"] == {"cat": 0.5, "dog": 1.0, "red fox": 1.0}
     assert alpha["mean_per_class"] == pytest.approx(2.5 / 3)
+    # Variances at (1 + 2) / (2 + 4), (1 + 2) / (1 + 4) twice, over 3 squared.
+    half = 1.959964 * ((0.5 * 0.5 / 2 + 2 * 0.6 * 0.4) / 9) ** 0.5
+    assert alpha["mean_per_class_low"] == pytest.approx(2.5 / 3 - half)
+    assert alpha["mean_per_class_high"] == 1.0
+    assert result["pictures_per_class"] == {"cat": 2, "dog": 1, "red fox": 1}
     assert (alpha["top1_low"], alpha["top1_high"]) == pytest.approx(base.interval(3, 4))
     assert "alpha_0.5" not in result
 
@@ -118,6 +123,7 @@ def test_names_with_descriptions(folder):
         for phrase in DESCRIPTIONS[name]:
             for article in ("a", "the"):
                 texts[f"{article} {name}, {sentences[phrase]}"] = np.eye(3)[i]
+            texts[f"a {name}"] = texts[f"the {name}"] = np.eye(3)[(i + 1) % 3]  # by name all wrong
     images = {i: np.eye(3)[c] for i, c in enumerate((0, 0, 1, 0))}
     regions = {i: _regions([0, 0, 1], [0, 0, 1]) for i in range(4)}
     predictor = StubPredictor(images, texts, regions)
@@ -125,6 +131,9 @@ def test_names_with_descriptions(folder):
     assert result["alpha_1.0"]["top1"] == 0.75  # the default reports alpha 1 and 0.5
     # 3 at 0.5: cat .5, fox .5; the others: their own class .5, fox .5.
     assert result["alpha_0.5"]["top1"] == pytest.approx(0.5)
+    # In the same pass, by names alone: pictures 0, 1, 3 are a fox's, and 2 a cat's; only 3 is one.
+    assert result["by_name"]["alpha_1.0"]["per_class"] == {"cat": 0, "dog": 0, "red fox": 1}
+    assert result["by_name"]["alpha_0.5"]["top1"] == 0.25
     assert len(predictor.asked) == len(texts)
 
 
@@ -152,6 +161,15 @@ def test_unreadable_pictures_are_counted_and_named(folder):
     result = _evaluate(folder, StubPredictor(images, NAMES))
     assert result["pictures"] == 4 and result["unreadable"] == 1
     assert "bad.jpg" in result["unreadable_pictures"][0]
+
+
+def test_descriptions_are_found_by_letters_and_digits(folder):
+    path = _write_descriptions(
+        folder, {"Red-Fox": ["b"], "RED FOX": ["a"], "red_fox": ["c"], "x": []}
+    )
+    names = ["red fox", "Red fox", "RED FOX"]
+    assert zeroshot.read_descriptions(path, names) == [["c"], ["c"], ["a"]]
+    assert zeroshot.read_descriptions(path, ["vulpes"], ["red.fox"]) == [["c"]]
 
 
 def test_faults(folder):
