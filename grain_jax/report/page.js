@@ -108,6 +108,7 @@ function start() {
 
 function configTable() {
   const rows = [...document.querySelectorAll("#config-table tbody tr")];
+  if (!rows.length) return;
   let words = "", only = SEVERAL;
   const show = () => {
     let left = 0;

@@ -167,7 +167,10 @@ def _per_class(run: run_files.Run, looked: Mapping[str, Any]) -> dict[str, Any]:
                 alpha: {c: [share, result.counts.get(c)] for c, share in shares.items()}
                 for alpha, shares in result.per_class.items()
             }
-            out[f"{result.name} ({result.source})"] = {"note": result.source, "alphas": alphas}
+            out[f"{result.name} ({result.source})"] = {
+                "note": "all of its pictures",
+                "alphas": alphas,
+            }
     for name, entry in looked.get("zeroshot", {}).items():
         alphas = {
             alpha: {c: [hits / n, n] for c, (hits, n) in part["per_class"].items()}

@@ -282,8 +282,10 @@ def headline(key: str) -> str:
     name, _, rest = key.removeprefix("eval/").partition("/")
     label = next(label for ending, label in HEADLINES.items() if key.endswith(ending))
     group = rest.rpartition("/")[0]  # alpha_0.5, image_to_text, or nothing
-    if group.startswith("alpha_"):
-        return f"{name}: {label}, alpha {float(group.removeprefix('alpha_')):g}".replace("_", " ")
+    way, _, alpha = group.rpartition("/")  # by_name/alpha_0.5
+    if alpha.startswith("alpha_"):
+        name = f"{name}, {way}" if way else name
+        return f"{name}: {label}, alpha {float(alpha.removeprefix('alpha_')):g}".replace("_", " ")
     return f"{name}: {group} {label}".replace("_", " ").replace("  ", " ")
 
 

@@ -18,6 +18,7 @@ _OWN = (
     "results.json",
     "report_data.json",
 )  # JSON files that are no results of an evaluation
+_BY_NAME = "by_name/"  # numbers of the names alone, in an evaluation of names with descriptions
 _LOSSES = {
     "loss": "total",
     "loss_image_caption": "image to caption",
@@ -73,7 +74,7 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
       results: files that `grain_jax.evaluate` wrote, beside those that lie in the workdir.
 
     Raises:
-      InputError: no such folder, or nothing of a run is in it.
+      InputError: no such folder, nothing of a run is in it, or one of `results` cannot be read.
     """
     workdir = epath.Path(workdir)
     if not workdir.is_dir():
@@ -95,7 +96,13 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
         unmeasured.append(
             "the run has not evaluated yet (no results.json, no eval/... in its metrics)"
         )
-    for file in [*sorted(workdir.glob("*.json")), *map(epath.Path, results)]:
+    results = list(map(epath.Path, results))
+    for file in results:
+        if _json(file) is None:
+            raise InputError(
+                f"{file}: cannot be read, expected the results of an evaluation (JSON)"
+            )
+    for file in [*sorted(workdir.glob("*.json")), *results]:
         if file.name not in _OWN:
             _evaluations(file, found, unmeasured)
     names = {result.name for result in found}
@@ -223,7 +230,7 @@ def _training_results(workdir: epath.Path, series: Mapping[str, Any]) -> list[Re
         name, _, rest = key.removeprefix("eval/").partition("/")
         if isinstance(value, (int, float)):
             groups.setdefault(name, {})[rest] = value
-    return [Result(name, source, numbers, {}, {}) for name, numbers in groups.items()]
+    return [r for name, numbers in groups.items() for r in _results(name, source, numbers)]
 
 
 def _evaluations(file: epath.Path, found: list[Result], unmeasured: list[str]) -> None:
@@ -233,26 +240,44 @@ def _evaluations(file: epath.Path, found: list[Result], unmeasured: list[str]) -
         unmeasured.append(f"{file}: cannot be read as the results of an evaluation (JSON)")
         return
     if isinstance(value.get("ran"), dict):
-        found += [_result(name, file, result) for name, result in value["ran"].items()]
+        for name, result in value["ran"].items():
+            found += _of_file(name, file, result)
         for what in ("skipped", "failed", "notes"):
             lines = value.get(what) or {}
             unmeasured += [f"{name} ({file.name}): {what}: {line}" for name, line in lines.items()]
     elif "kind" in value:
-        found.append(_result(file.stem, file, value))
+        found += _of_file(file.stem, file, value)
 
 
-def _result(name: str, file: epath.Path, value: Mapping[str, Any]) -> Result:
-    ways = {"": value, ", by name": value.get("by_name", {})}
-    per_class = {
-        f"{float(key.removeprefix('alpha_')):g}{way}": part["per_class"]
-        for way, parts in ways.items()
-        for key, part in parts.items()
-        if key.startswith("alpha_") and isinstance(part, Mapping) and "per_class" in part
-    }
-    counts = value.get("pictures_per_class", {})
+def _results(name: str, source: str, numbers: Mapping[str, float]) -> list[Result]:
+    """The result of an evaluation and, where classes were also told apart by their names alone, that of this."""
+    out = []
+    alone = {k: v for k, v in numbers.items() if k.startswith(_BY_NAME)}
+    own = {k: v for k, v in numbers.items() if k not in alone}
+    out.append(Result(name, source, own, {}, {}))
+    if alone:
+        shared = {k: own[k] for k in ("chance", "chance_top5", "pictures") if k in own}
+        alone = {k.removeprefix(_BY_NAME): v for k, v in alone.items()}
+        out.append(Result(f"{name}, by name", source, shared | alone, {}, {}))
+    return out
+
+
+def _of_file(name: str, file: epath.Path, value: Mapping[str, Any]) -> list[Result]:
+    """The results in what `grain_jax.evaluate` wrote about one set."""
     beside = ("entry", "inputs", "seconds", "per_class", "pictures_per_class")  # no results
     numbers = base.scalars({key: part for key, part in value.items() if key not in beside})
-    return Result(name, file.name, numbers, per_class, counts)
+    parts = [value, value.get(_BY_NAME.removesuffix("/"), {})]
+    return [
+        result._replace(
+            per_class={
+                f"{float(key.removeprefix('alpha_')):g}": alpha["per_class"]
+                for key, alpha in part.items()
+                if key.startswith("alpha_") and isinstance(alpha, Mapping) and "per_class" in alpha
+            },
+            counts=value.get("pictures_per_class", {}),
+        )
+        for result, part in zip(_results(name, file.name, numbers), parts)
+    ]
 
 
 def _environment(workdir: epath.Path) -> dict[str, str]:

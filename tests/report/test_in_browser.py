@@ -42,6 +42,18 @@ def test_it_is_in_order(urls, which, width, dark):
         assert "[object" not in opened.page.inner_text("body")
 
 
+def test_a_run_of_which_little_is_known(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}')
+    with browser.opened(page.write(tmp_path).as_uri()) as opened:
+        assert opened.complaints() == []
+        assert "config.json is missing" in opened.page.inner_text("#config")
+        for section in ("classes", "confusions", "regions", "queries", "attention"):
+            assert "config.json is missing" in opened.page.inner_text(f"#{section} .none")
+        assert opened.page.locator("#curves circle").count() == 1
+        opened.page.keyboard.press("8")
+        assert opened.page.evaluate("document.activeElement.id") == "config-title"
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_theme(urls, dark):
     colour = "getComputedStyle(document.body).backgroundColor"

@@ -12,7 +12,7 @@ from configs import common
 from grain_jax import config as config_lib
 from grain_jax.evaluate import grounding, zeroshot
 from grain_jax.report import __main__ as command
-from grain_jax.report import collect, page, run_files
+from grain_jax.report import collect, page, pictures, run_files
 from tests import tiny
 from tests.evaluate import tfds_sets
 from tests.report import workdirs
@@ -68,6 +68,7 @@ def test_it_holds_the_numbers(runs):
         "birds: top-1, alpha 1 77.5% 70.0 - 83.0%; chance 33.3%; of 12 pictures",
         "boxes: matched box IoU 0.464 chance 0.200",
         "cifar10: top-1, alpha 1 60.0% chance 10.0%; of 40 pictures",
+        "cifar10, by name: top-1, alpha 1 50.0% chance 10.0%; of 40 pictures",
         "optim.learning_rate 0.001",
         "jax 9.8.7",
         "2 records, an unbroken chain",
@@ -80,10 +81,10 @@ def test_it_holds_the_numbers(runs):
         list(range(2, 42, 2)),
         [float(f"{9 / s:.5g}") for s in range(2, 42, 2)],
     ]
-    assert run["perClass"]["cifar10 (suite.json)"]["alphas"] == {
-        "1": {"cat": [0.25, 20], "ship": [0.95, 20]},
-        "1, by name": {"cat": [0.05, 20], "ship": [0.95, 20]},
-    }
+    for name, cat in (("cifar10", 0.25), ("cifar10, by name", 0.05)):
+        assert run["perClass"][f"{name} (suite.json)"]["alphas"] == {
+            "1": {"cat": [cat, 20], "ship": [0.95, 20]}
+        }
     charts = {chart["title"]: dict(chart["series"]) for chart in _payload(text)["charts"]}
     assert charts["Losses"] == {"loss": "total", "loss_box": "boxes"}
     assert charts["Gradient norms"] == {"grad_norm": "all", "grad_norm/image": "image"}
@@ -243,14 +244,19 @@ def test_wrong_use(tmp_path, capsys):
     assert command.main([str(tmp_path / "none")]) == 2
     assert command.main([str(tmp_path)]) == 2
     assert command.main([str(tmp_path), "--pictures", "0"]) == 2
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}')
+    assert command.main([str(tmp_path), "--results", str(tmp_path / "gone.json")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == f"{tmp_path / 'none'}: no such folder; expected the workdir of a run"
     assert "has neither config.json nor metrics.jsonl" in lines[1]
     assert "got '0', expected a number of pictures, at least 1" in lines[2]
-    assert len(lines) == 3
+    assert f"{tmp_path / 'gone.json'}: cannot be read" in lines[3]
+    assert len(lines) == 4
 
 
 def test_labels_and_thinning():
+    named = pictures.headline("eval/un_seen/by_name/alpha_0.50/top1")
+    assert named == "un seen, by name: top-1, alpha 0.5"
     assert run_files.labels(["/a/x/1", "/b/y/1"]) == ["x/1", "y/1"]
     assert run_files.labels(["/a/x", "/a/x"]) == ["//a/x (1)", "//a/x (2)"]
     steps, values = run_files.thinned(list(range(2000)), [s / 3 for s in range(2000)])
