@@ -16,7 +16,8 @@ from etils import epath
 
 import grain_jax
 from grain_jax import atomic, checkpoint, errors, images
-from grain_jax.evaluate import base, grounding, prompts, scores, zeroshot
+from grain_jax import config as config_lib
+from grain_jax.evaluate import base, grounding, prompts, scores, test_sets, zeroshot
 from grain_jax.report import attention, looking
 from grain_jax.report.thumbnails import Thumbnails
 
@@ -109,29 +110,33 @@ def _spread(count: int, wanted: int) -> np.ndarray:
 
 def _zeroshot(predictor, entry, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
     """Per class and confused, for each alpha of the entry."""
-    if not entry["images"]:
-        raise _NotThere("pictures of a TFDS set are not gone over; its numbers are in the table")
-    if entry.get("classes"):
-        raise _NotThere(
-            "a set with a file of class names is not gone over; its numbers are in the table"
-        )
-    classes, paths, labels = zeroshot.class_folders(entry["images"])
+    entry, _ = base.available(config_lib.Evaluator(**entry))
+    test_set = test_sets.open_set(entry)
+    classes = list(test_set.classes)
     described = None
-    if entry["descriptions"]:
-        described = zeroshot.read_descriptions(entry["descriptions"], classes)
+    if entry.descriptions:
+        described = zeroshot.read_descriptions(entry.descriptions, classes, test_set.stems)
     alphas = zeroshot.check_alphas(
-        entry["alphas"] if described else [1.0], entry["descriptions"], entry["names"]
+        entry.alphas if described else [1.0], entry.descriptions, entry.names
     )
     with_regions = min(alphas) < 1
-    chosen = _spread(len(paths), limit)
-    found = looking.encode(predictor, [paths[i] for i in chosen], regions=with_regions)
-    seen = chosen[found.index]  # positions in `paths`
-    own = labels[seen]
+    wanted = set(_spread(len(test_set), limit).tolist())
+    chosen: list[test_sets.Picture] = []
+    first: dict[int, int] = {}  # class -> its first picture's position
+    for position, picture in enumerate(test_set.pictures(range(len(test_set)))):
+        first.setdefault(picture.label, position)
+        if position in wanted:
+            chosen.append(picture)
+    if -1 in first:
+        raise base.InputError("the test set has pictures without a label, expected another split")
+    found = looking.encode(predictor, chosen, regions=with_regions)
+    seen = [chosen[i] for i in found.index]
+    own = np.array([picture.label for picture in seen])
 
     embeds = described and looking.encode_texts(predictor, described)
     of_classes = embeds
-    if entry["names"]:
-        filled = prompts.load_templates(entry.get("templates"))
+    if entry.names:
+        filled = prompts.load_templates(entry.templates)
         texts = [
             prompts.class_texts(name, filled, described and described[i])
             for i, name in enumerate(classes)
@@ -140,11 +145,11 @@ def _zeroshot(predictor, entry, thumbs: Thumbnails, limit: int) -> dict[str, Any
     global_scores = scores.global_scores(found.image_embed, scores.class_features(of_classes))
     region_scores = None
     if with_regions:
-        by_query = entry["region_order"] == "queries"
+        by_query = entry.region_order == "queries"
         score = scores.region_scores if by_query else zeroshot.description_scores
         region_scores = score(found.regions.embed, embeds)
 
-    out = {"pictures": len(seen), "of": len(paths), "classes": len(classes), "alphas": {}}
+    out = {"pictures": len(seen), "of": len(test_set), "classes": len(classes), "alphas": {}}
     for alpha in alphas:
         combined = scores.combine(global_scores, region_scores, alpha)  # [n, C]
         hits = base.topk_hits(combined, own[:, None] == np.arange(len(classes)), 1)
@@ -154,14 +159,30 @@ def _zeroshot(predictor, entry, thumbs: Thumbnails, limit: int) -> dict[str, Any
                 for c, name in enumerate(classes)
                 if (own == c).any()
             },
-            "confusions": _confusions(combined, labels, seen, paths, classes, thumbs),
+            "confusions": _confusions(combined, own, seen, test_set, first, thumbs),
         }
     return out
 
 
-def _confusions(found, labels, seen, paths, classes, thumbs: Thumbnails) -> list[dict[str, Any]]:
-    """The most frequent pairs of a class and another that was taken for it, with pictures."""
-    predicted, own = found.argmax(axis=1), labels[seen]
+def _confusions(
+    found: np.ndarray,
+    own: np.ndarray,
+    seen: Sequence[test_sets.Picture],
+    test_set: test_sets.TestSet,
+    first: Mapping[int, int],
+    thumbs: Thumbnails,
+) -> list[dict[str, Any]]:
+    """The most frequent pairs of a class and another that was taken for it, with pictures.
+
+    Args:
+      found: scores [n, C].
+      own: int [n], the right classes.
+      seen: the pictures, n.
+      test_set: that they are of.
+      first: class -> position of its first picture in the set; a class may have none.
+      thumbs: gets the pictures that are shown.
+    """
+    predicted = found.argmax(axis=1)
     wrong = np.flatnonzero(predicted != own)
     counts = collections.Counter((int(own[i]), int(predicted[i])) for i in wrong)
     totals = collections.Counter(own.tolist())
@@ -176,15 +197,20 @@ def _confusions(found, labels, seen, paths, classes, thumbs: Thumbnails) -> list
         mistaken = [i for i in wrong if (own[i], predicted[i]) == pair]
         mistaken.sort(key=lambda i: -lead[i])
         right = np.flatnonzero((own == pair[1]) & (predicted == pair[1]))
-        example = seen[right[0]] if len(right) else np.flatnonzero(labels == pair[1])[0]
+        example = None
+        if len(right):
+            example = seen[right[0]]
+        elif pair[1] in first:
+            place = first[pair[1]]
+            (example,) = test_set.pictures(range(place, place + 1))
         out.append(
             {
-                "true": classes[pair[0]],
-                "predicted": classes[pair[1]],
+                "true": test_set.classes[pair[0]],
+                "predicted": test_set.classes[pair[1]],
                 "count": counts[pair],
                 "of": totals[pair[0]],
-                "pictures": [thumbs.add(paths[seen[i]], _SMALL) for i in mistaken[:_EXAMPLES]],
-                "example": thumbs.add(paths[example], _SMALL),
+                "pictures": [thumbs.add(seen[i], _SMALL) for i in mistaken[:_EXAMPLES]],
+                "example": example and thumbs.add(example, _SMALL),
             }
         )
     return out
@@ -201,9 +227,9 @@ def _regions(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]
     entry = evals[with_boxes[0]]
     annotated = grounding.read(entry["images"], entry["annotations"])
     records = [annotated.records[i] for i in _spread(len(annotated.records), limit)]
-    found = looking.encode(predictor, [annotated.folder / record.image for record in records])
-    records = [records[i] for i in found.index]
-    paths = [annotated.folder / record.image for record in records]
+    pictures = [test_sets.of_path(annotated.folder / record.image) for record in records]
+    found = looking.encode(predictor, pictures)
+    records, pictures = ([x[i] for i in found.index] for x in (records, pictures))
     described = grounding.described_boxes(records, found.sizes)
     matched, own_text = grounding.match(found.regions.boxes_xyxy, described)
     others = [region.description for r in annotated.records for region in r.regions]
@@ -217,7 +243,7 @@ def _regions(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]
         {
             "name": records[p].image,
             "size": list(found.sizes[p]),
-            "thumb": thumbs.add(paths[p], _LARGE),
+            "thumb": thumbs.add(pictures[p], _LARGE),
             "predicted": _predicted(
                 found.regions.boxes_xyxy[p], similarity[p], matched, own_text, int(p)
             ),
@@ -234,7 +260,7 @@ def _regions(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]
             "of": len(annotated.records),
         },
         "queries": _queries(found.regions.boxes_xyxy, similarity.argmax(axis=2), texts, matched),
-        "attention": _attention(predictor, [paths[p] for p in shown]),
+        "attention": _attention(predictor, [pictures[p] for p in shown]),
     }
 
 
@@ -324,15 +350,15 @@ def _queries(boxes_xyxy, said, texts: Sequence[str], matched) -> dict[str, Any]:
     return {"pictures": count, "queries": out}
 
 
-def _attention(predictor, paths: Sequence[epath.Path]) -> dict[str, Any]:
-    """The decoder's attention over some of the pictures shown, `paths`, in 8 bits of each query's largest."""
+def _attention(predictor, pictures: Sequence[test_sets.Picture]) -> dict[str, Any]:
+    """The decoder's attention over some of the pictures shown, in 8 bits of each query's largest."""
     model = predictor.model
     decoder = model.decoder
     first, side = attention.grid(model)
     each = decoder.depth * decoder.heads * (decoder.queries + 1) * (first + side * side)
     wanted = max(2, min(_LOOKED_AT, _ATTENTION_BYTES // each))
-    chosen = _spread(len(paths), wanted)
-    squashed = [images.squash(images.load_image(paths[i]), model.image.image_size) for i in chosen]
+    chosen = _spread(len(pictures), wanted)
+    squashed = [images.squash(pictures[i].load(), model.image.image_size) for i in chosen]
     got = attention.cross_attention(model, predictor.params, np.stack(squashed)).weights
     weights = got.transpose(1, 0, 2, 3, 4)  # [B, T, K, Q+1, N]
     most = weights.max(axis=-1, keepdims=True)

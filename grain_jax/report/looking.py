@@ -9,10 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath
 
 from grain_jax import images, schema
-from grain_jax.evaluate import base
+from grain_jax.evaluate import base, test_sets
 
 _THREADS = 8  # that read pictures
 
@@ -20,18 +19,18 @@ _THREADS = 8  # that read pictures
 class Seen(NamedTuple):
     """The readable ones of some pictures."""
 
-    index: np.ndarray  # int [n], positions in the list of paths
+    index: np.ndarray  # int [n], positions in the list of pictures
     sizes: list[tuple[int, int]]  # width, height in pixels
     image_embed: np.ndarray  # float32 [n, D]
     regions: schema.Regions | None
 
 
-def encode(predictor: Any, paths: Sequence[epath.PathLike], *, regions: bool = True) -> Seen:
+def encode(predictor: Any, pictures: Sequence[test_sets.Picture], *, regions: bool = True) -> Seen:
     """Embeds the pictures that can be read.
 
     Args:
       predictor: the model (see `evaluate.base`).
-      paths: the pictures.
+      pictures: to look at.
       regions: whether region embeddings are wanted too.
 
     Raises:
@@ -39,20 +38,20 @@ def encode(predictor: Any, paths: Sequence[epath.PathLike], *, regions: bool = T
     """
     model = getattr(predictor, "model", None)  # test doubles may have none
 
-    def read(path: epath.PathLike) -> tuple[Any, tuple[int, int]] | images.ImageError:
+    def read(picture: test_sets.Picture) -> tuple[Any, tuple[int, int]] | images.ImageError:
         try:
-            picture = images.load_image(path)
-            squashed = images.squash(picture, model.image.image_size) if model else picture
-            return squashed, picture.size
+            loaded = picture.load()
+            squashed = images.squash(loaded, model.image.image_size) if model else loaded
+            return squashed, loaded.size
         except images.ImageError as error:
             return error
 
     embeds, boxes, region_embeds, sizes, index = [], [], [], [], []
     fault: Exception | None = None
     with ThreadPoolExecutor(_THREADS) as pool:
-        for first in range(0, len(paths), base.BATCH_SIZE):
-            batch = []
-            for i, got in enumerate(pool.map(read, paths[first : first + base.BATCH_SIZE]), first):
+        for first in range(0, len(pictures), base.BATCH_SIZE):
+            batch, part = [], pictures[first : first + base.BATCH_SIZE]
+            for i, got in enumerate(pool.map(read, part), first):
                 if isinstance(got, images.ImageError):
                     fault = fault or got
                     continue
@@ -72,7 +71,7 @@ def encode(predictor: Any, paths: Sequence[epath.PathLike], *, regions: bool = T
             boxes.append(found.boxes_xyxy)
             region_embeds.append(found.embed)
     if not index:
-        raise base.InputError(f"none of {len(paths)} pictures can be read; the first: {fault}")
+        raise base.InputError(f"none of {len(pictures)} pictures can be read; the first: {fault}")
     seen = schema.Regions(np.concatenate(boxes), np.concatenate(region_embeds)) if regions else None
     embed = np.concatenate(embeds)
     if not all(np.isfinite(x).all() for x in (embed, *(seen or ()))):

@@ -187,11 +187,8 @@ def _results(runs, names) -> str:
     for i, run in enumerate(runs):
         for result in run.results:
             rows = groups.setdefault(result.source, {})
-            found = [row for row in tables._rows(result.numbers) if row.key in result.numbers]
-            if not found:  # of no kind that is known here: every number as it is
-                found = [tables._Row(key, key, None, "", "", False) for key in result.numbers]
-            for row in found:
-                what, *cells = tables._cells(result.name.replace("_", " "), result.numbers, row)
+            for row in tables.rows_of(result.numbers):
+                what, *cells = tables.cells(result.name.replace("_", " "), result.numbers, row)
                 _, columns = rows.setdefault((result.name, row.key), (what, [""] * len(runs)))
                 columns[i] = _cell(result.numbers, row, *cells)
     if not groups:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from grain_jax import annotations as annotations_lib
 from grain_jax import images as images_lib
-from grain_jax.evaluate import base, grounding, scores
+from grain_jax.evaluate import base, grounding, scores, test_sets
 from grain_jax.report import looking, tables
 
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e67e00", "#0c8c96", "#c2388f", "#7a4b2a")
@@ -117,7 +117,7 @@ def regions_grid(
     chosen = [records[i] for i in places]
     folder = base.picture_folder(images_dir)
     paths = [folder / r.image for r in chosen]
-    batch = looking.encode(predictor, paths)
+    batch = looking.encode(predictor, [test_sets.of_path(path) for path in paths])
     shown = [chosen[i] for i in batch.index]
     described = grounding.described_boxes(shown, batch.sizes)
     texts = grounding.distinct(

@@ -76,7 +76,7 @@ function confusionsSection() {
       el("h3", {}, p.true, el("span", { class: "soft" }, " taken for "), p.predicted),
       el("div", { class: "pictures" },
         p.pictures.map((place) => picture(place, `a ${p.true}, taken for ${p.predicted}`, "")),
-        el("span", { class: "arrow", "aria-hidden": "true" }, "\u2192"), picture(p.example, `a ${p.predicted}`, "example")),
+        el("span", { class: "arrow", "aria-hidden": "true" }, "\u2192"), p.example === null ? "no picture" : picture(p.example, `a ${p.predicted}`, "example")),
       el("p", { class: "soft" }, `${p.count} of ${p.of} pictures of the class`));
     return el("div", {}, soft(`${chosenWords(name, alpha)}: ${entry.pictures} of ${entry.of} pictures were looked at.`),
       found.length ? el("div", { class: "cards" }, found.map(card)) : soft("No confusion to show."));

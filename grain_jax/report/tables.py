@@ -7,7 +7,7 @@ _INTERVAL = "95% interval"
 HEADER = ("measured", "value", _INTERVAL, "chance", "of")
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """How a number of a result is shown."""
 
     key: str  # in the result; the interval is KEY_low, KEY_high
@@ -19,39 +19,39 @@ class _Row(NamedTuple):
 
 
 _GROUNDING = (
-    _Row("box_iou", "matched box IoU", "chance_box_iou", "regions_matched", "boxes", False),
-    _Row("box_acc50", "matched box Acc@0.5", "chance_box_acc50", "regions_matched", "boxes"),
-    _Row(
+    Row("box_iou", "matched box IoU", "chance_box_iou", "regions_matched", "boxes", False),
+    Row("box_acc50", "matched box Acc@0.5", "chance_box_acc50", "regions_matched", "boxes"),
+    Row(
         "region_to_description_r1",
         "region to description R@1",
         "chance_region_to_description_r1",
         "regions_matched",
         "boxes",
     ),
-    _Row("phrase_iou", "phrase to box IoU", "chance_phrase_iou", "phrases", "phrases", False),
-    _Row("phrase_acc50", "phrase to box Acc@0.5", "chance_phrase_acc50", "phrases", "phrases"),
+    Row("phrase_iou", "phrase to box IoU", "chance_phrase_iou", "phrases", "phrases", False),
+    Row("phrase_acc50", "phrase to box Acc@0.5", "chance_phrase_acc50", "phrases", "phrases"),
 )
 _BOXES = (
-    _Row("found", "found by a query, IoU >= 0.5", None, "boxes", "boxes"),
-    _Row("region/top1", "class of a box by its region, top-1", "chance", "boxes", "boxes"),
-    _Row("region/top5", "class of a box by its region, top-5", "chance_top5", "boxes", "boxes"),
-    _Row(
+    Row("found", "found by a query, IoU >= 0.5", None, "boxes", "boxes"),
+    Row("region/top1", "class of a box by its region, top-1", "chance", "boxes", "boxes"),
+    Row("region/top5", "class of a box by its region, top-5", "chance_top5", "boxes", "boxes"),
+    Row(
         "found_boxes/region/top1", "the same of those found", "chance", "found_boxes/boxes", "boxes"
     ),
-    _Row("image/top1", "class of a box by its picture, top-1", "chance", "boxes", "boxes"),
-    _Row("image/top5", "class of a box by its picture, top-5", "chance_top5", "boxes", "boxes"),
+    Row("image/top1", "class of a box by its picture, top-1", "chance", "boxes", "boxes"),
+    Row("image/top5", "class of a box by its picture, top-5", "chance_top5", "boxes", "boxes"),
 )
 _DIAGNOSTICS = (
-    _Row("matched_iou", "matched box IoU", None, "regions_matched", "boxes", False),
-    _Row("matched_iou50", "matched box Acc@0.5", None, "regions_matched", "boxes"),
-    _Row(
+    Row("matched_iou", "matched box IoU", None, "regions_matched", "boxes", False),
+    Row("matched_iou50", "matched box Acc@0.5", None, "regions_matched", "boxes"),
+    Row(
         "matching_stability",
         "same query as before",
         "chance_matching_stability",
         "regions_matched",
         "boxes",
     ),
-    _Row(
+    Row(
         "query_usage_entropy",
         "use of the queries, 1: even",
         None,
@@ -70,11 +70,14 @@ def describe(results: Mapping[str, Mapping[str, float]]) -> str:
     """
     rows: list[tuple[str, ...]] = []
     for name, numbers in results.items():
-        shown = [row for row in _rows(numbers) if row.key in numbers]
-        if not shown:  # of no kind that is known here: every number as it is
-            shown = [_Row(key, key, None, "", "", False) for key in numbers]
-        rows += [_cells(name.replace("_", " "), numbers, row) for row in shown]
+        rows += [cells(name.replace("_", " "), numbers, row) for row in rows_of(numbers)]
     return table(HEADER, rows)
+
+
+def rows_of(numbers: Mapping[str, float]) -> list[Row]:
+    """The rows that an evaluation's numbers have; of no kind that is known here, every number as it is."""
+    shown = [row for row in _rows(numbers) if row.key in numbers]
+    return shown or [Row(key, key, None, "", "", False) for key in numbers]
 
 
 def suite(sets: Mapping[str, Mapping[str, Any]], averages: Mapping[str, Mapping[str, Any]]) -> str:
@@ -142,26 +145,25 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1:]])
 
 
-def _rows(numbers: Mapping[str, float]) -> list[_Row]:
+def _rows(numbers: Mapping[str, float]) -> list[Row]:
     rows = []
     for key in numbers:  # alphas in the order in which they were asked for
         if key.startswith("alpha_") and key.endswith("/top1"):
             at = key.removesuffix("/top1")
             alpha = f"alpha {float(at.removeprefix('alpha_')):g}"
-            rows.append(_Row(key, f"top-1, {alpha}", "chance", "pictures", "pictures"))
-            rows.append(
-                _Row(f"{at}/top5", f"top-5, {alpha}", "chance_top5", "pictures", "pictures")
-            )
+            rows.append(Row(key, f"top-1, {alpha}", "chance", "pictures", "pictures"))
+            rows.append(Row(f"{at}/top5", f"top-5, {alpha}", "chance_top5", "pictures", "pictures"))
     for way, label, count, unit in (
         ("image_to_text", "image to text", "pictures", "pictures"),
         ("text_to_image", "text to image", "captions", "captions"),
     ):
         for k in (1, 5, 10):
-            rows.append(_Row(f"{way}/r{k}", f"{label} R@{k}", f"{way}/chance_r{k}", count, unit))
+            rows.append(Row(f"{way}/r{k}", f"{label} R@{k}", f"{way}/chance_r{k}", count, unit))
     return [*rows, *_GROUNDING, *_BOXES, *_DIAGNOSTICS]
 
 
-def _cells(name: str, numbers: Mapping[str, float], row: _Row) -> tuple[str, ...]:
+def cells(name: str, numbers: Mapping[str, float], row: Row) -> tuple[str, ...]:
+    """A row as text, in the order of HEADER."""
     show = (lambda x: f"{x:.1%}") if row.is_share else (lambda x: f"{x:.3f}")
     return (
         f"{name}: {row.label}",

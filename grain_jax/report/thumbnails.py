@@ -4,9 +4,9 @@ import base64
 import io
 
 import PIL.Image
-from etils import epath
 
 from grain_jax import images
+from grain_jax.evaluate import test_sets
 
 _QUALITY = 82
 
@@ -18,18 +18,18 @@ class Thumbnails:
         self.uris: list[str] = []
         self._places: dict[tuple[str, int], int] = {}
 
-    def add(self, path: epath.PathLike, edge: int) -> int:
+    def add(self, picture: test_sets.Picture, edge: int) -> int:
         """The position of the picture in `uris`, with its longer side cut down to `edge` pixels.
 
         Raises:
           images.ImageError: it cannot be read.
         """
-        key = str(path), edge
+        key = picture.name, edge
         if key not in self._places:
-            picture = images.to_rgb(images.load_image(path))
-            picture.thumbnail((edge, edge), PIL.Image.Resampling.LANCZOS)
+            small = images.to_rgb(picture.load())
+            small.thumbnail((edge, edge), PIL.Image.Resampling.LANCZOS)
             self._places[key] = len(self.uris)
-            self.uris.append(data_uri(picture))
+            self.uris.append(data_uri(small))
         return self._places[key]
 
 

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 import grain_jax
+from configs import common
+from grain_jax import config as config_lib
 from grain_jax.evaluate import grounding, zeroshot
 from grain_jax.report import __main__ as command
 from grain_jax.report import collect, page, pictures, run_files
+from tests import tiny
+from tests.evaluate import tfds_sets
 from tests.report import workdirs
 
 
@@ -207,6 +211,33 @@ def test_what_is_missing_is_a_line(runs, tmp_path):
     (bare / "config.json").write_text((folder / "config.json").read_text())
     (run,) = _payload(page.write(bare, predictor, pictures=5).read_text())["runs"]
     assert "birds" not in run["lines"] and run["zeroshot"]["birds"]["pictures"] == 5
+
+
+def test_a_set_of_tfds_with_other_names(runs, tmp_path):
+    _, predictor = runs
+    numbers = [10, 60, 110, 160, 210, 250]
+    tfds_sets.write(
+        tmp_path, "dtd", "3.0.1", "test", tfds_sets.numbered(numbers), [0, 1] * 3, ["a", "b"]
+    )
+    (tmp_path / "names.txt").write_text("dotted\nwoven\n")
+    c = tiny.dictionary()
+    c.evals.dtd = common.evaluator(
+        "zeroshot", tfds="dtd", data_dir=str(tmp_path), classes=str(tmp_path / "names.txt")
+    )
+    config = json.loads(config_lib.to_json(config_lib.from_dict(c)))
+    found = collect.collect(tmp_path, config, predictor, step=1)
+    assert found["lines"] == {
+        "regions": "no entry of config.evals has annotated boxes (kind grounding)"
+    }
+    alpha = found["zeroshot"]["dtd"]["alphas"]["1"]
+    hits = {name: hits for name, (hits, n) in alpha["per_class"].items() if n == 3}
+    assert hits.keys() == {"dotted", "woven"}
+    assert sum(p["count"] for p in alpha["confusions"]) == 6 - sum(hits.values()) > 0
+    (pair, *_) = alpha["confusions"]
+    assert {pair["true"], pair["predicted"]} == {"dotted", "woven"}
+    # The pictures themselves, and one of the other class, whatever it was taken for.
+    assert len({*pair["pictures"], pair["example"]}) == pair["count"] + 1
+    assert found["whole"] and len(found["thumbs"]) > pair["count"]
 
 
 def test_wrong_use(tmp_path, capsys):
