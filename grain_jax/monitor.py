@@ -246,7 +246,7 @@ class Monitor:
             self._wandb = _open_wandb(self.workdir, config)
         self._start_step = self._step = start_step
         self._time = self._started = self._uploaded_at = time.monotonic()
-        self._wait = 0.0
+        self._wait, self._wait_steps = 0.0, 0
         self._printed = -math.inf
 
     def _keep_until(self, step: int) -> None:
@@ -262,16 +262,20 @@ class Monitor:
         if self._upload:
             self._upload.whole_metrics()
 
-    def rates(self, step: int, wait_seconds: float) -> dict[str, float]:
-        """What was done a second, and the share of time spent waiting for input, since the last call.
+    def rates(
+        self, step: int, wait_seconds: float, wait_steps: int | None = None
+    ) -> dict[str, float]:
+        """What was done a second, and the shares of time and steps that input held up, since the last call.
 
         Args:
           step: steps done.
           wait_seconds: seconds waited for input since the start.
+          wait_steps: steps that waited for input (`device.Prefetch`); None: not known.
 
         Returns:
-          `images_per_second`, `model_flops_per_second` (on all devices together), `input_wait_fraction` and,
-          where the peak is known, `mfu`: the share of it that the model's FLOPs are.
+          `images_per_second`, `model_flops_per_second` (on all devices together), `input_wait_fraction`;
+          `input_wait_steps`, the share of steps that waited, where `wait_steps` is given; and `mfu`, the
+          share of the peak that the model's FLOPs are, where the peak is known.
         """
         now = time.monotonic()
         elapsed = max(now - self._time, 1e-9)
@@ -281,6 +285,9 @@ class Monitor:
             "model_flops_per_second": images_per_second * self.flops_per_image,
             "input_wait_fraction": (wait_seconds - self._wait) / elapsed,
         }
+        if wait_steps is not None:
+            out["input_wait_steps"] = (wait_steps - self._wait_steps) / max(step - self._step, 1)
+            self._wait_steps = wait_steps
         if self.peak_flops:
             out["mfu"] = out["model_flops_per_second"] / self.peak_flops
         self._time, self._step, self._wait = now, step, wait_seconds

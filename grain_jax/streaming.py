@@ -38,6 +38,13 @@ class Columns(NamedTuple):
     real: Bool[Array, "k"]  # padding is nobody's negative
 
 
+class Negatives(NamedTuple):
+    """What rows met among the columns, see `negatives`."""
+
+    cost: Float[Array, "m"]
+    highest: Float[Array, "m"]  # logit, MASKED where a row has no negative; no gradient flows to it
+
+
 def similarity(a: Float[Array, "*n D"], b: Float[Array, "*m D"]) -> Array:
     """Every a . b over the last axis: [..., n, D], [..., m, D] -> float32 [..., n, m].
 
@@ -66,11 +73,11 @@ def negatives(
     columns: Columns,
     scale: Float[Array, ""],
     bias: Float[Array, ""],
-) -> Float[Array, "m"]:
+) -> Negatives:
     """What each row owes to its negatives, the real columns of the ring whose id is not its own.
 
-    With logits z = scale * row . column + bias this is log(sum(exp(z))) for "softmax", -inf where a row
-    has no negative, and sum(log(1 + exp(z))) for "sigmoid". See `loss_of_rows`.
+    With logits z = scale * row . column + bias the cost is log(sum(exp(z))) for "softmax", -inf where a
+    row has no negative, and sum(log(1 + exp(z))) for "sigmoid". See `loss_of_rows`.
 
     Args:
       contrast: "softmax" or "sigmoid".
@@ -86,16 +93,16 @@ def negatives(
 
 
 def loss_of_rows(
-    contrast: str, own_logit: Float[Array, "m"], negative: Float[Array, "m"]
+    contrast: str, own_logit: Float[Array, "m"], cost: Float[Array, "m"]
 ) -> Float[Array, "m"]:
-    """The loss of rows with that logit (bias included) of their own column and those `negatives`.
+    """The loss of rows with that logit (bias included) of their own column and that cost of `negatives`.
 
-    softmax: log(exp(own) + exp(negative)) - own, InfoNCE. sigmoid: log(1 + exp(-own)) + negative, SigLIP
+    softmax: log(exp(own) + exp(cost)) - own, InfoNCE. sigmoid: log(1 + exp(-own)) + cost, SigLIP
     (Zhai et al. 2023) without its division by the number of rows.
     """
     if contrast == "softmax":
-        return jax.nn.softplus(negative - own_logit)
-    return jax.nn.softplus(-own_logit) + negative
+        return jax.nn.softplus(cost - own_logit)
+    return jax.nn.softplus(-own_logit) + cost
 
 
 def _forward(contrast, tile, ring, rows, row_id, columns, scale, bias):
@@ -128,11 +135,13 @@ def _forward(contrast, tile, ring, rows, row_id, columns, scale, bias):
         out = sums.highest + jnp.log(sums.total)
         some = jnp.maximum(sums.total, jnp.finfo(jnp.float32).tiny)
         weight, mean = sums.total / some, sums.vectors / some[:, None]
-    return out, (rows, row_id, columns, scale, bias, out, weight, mean)
+    residuals = rows, row_id, columns, scale, bias, out, weight, mean
+    return Negatives(out, sums.highest), residuals
 
 
-def _backward(contrast, tile, ring, residuals, cotangent):
+def _backward(contrast, tile, ring, residuals, cotangents):
     rows, row_id, columns, scale, bias, out, weight, mean = residuals
+    cotangent = cotangents.cost
     column_tiles = Columns(*_cut(tuple(columns), tile))
 
     def update(gift, block):
@@ -176,7 +185,7 @@ negatives.defvjp(_forward, _backward)
 
 
 class _Sums(NamedTuple):
-    """What a row has seen so far; for a softmax relative to exp(highest)."""
+    """What a row has seen so far; for a softmax all but `highest` relative to exp(highest)."""
 
     highest: Array  # [m] logit
     total: Array  # [m] of exp(z), or of log(1 + exp(z))
@@ -199,18 +208,17 @@ def _logits(rows, row_id, columns, scale, bias):
 def _accumulate(contrast, state: _Sums, logits, allowed, columns: Columns) -> _Sums:
     """The sums with a tile of columns added."""
     highest, total, weight, vectors = state
+    higher = jnp.maximum(highest, jnp.where(allowed, logits, MASKED).max(1))
     if contrast == "sigmoid":
         share = jnp.where(allowed, jax.nn.sigmoid(logits), 0)
         total += jnp.where(allowed, jax.nn.softplus(logits), 0).sum(1)
     else:
-        logits = jnp.where(allowed, logits, MASKED)
-        higher = jnp.maximum(highest, logits.max(1))
         share = jnp.where(allowed, jnp.exp(logits - higher[:, None]), 0)
-        fade, highest = jnp.exp(highest - higher), higher
+        fade = jnp.exp(highest - higher)
         total = total * fade + share.sum(1)
         weight, vectors = weight * fade, vectors * fade[:, None]
     weight += share.sum(1)
-    return _Sums(highest, total, weight, vectors + _product("nm,md->nd", share, columns.embed))
+    return _Sums(higher, total, weight, vectors + _product("nm,md->nd", share, columns.embed))
 
 
 def _cut(tree, tile: int):

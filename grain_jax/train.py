@@ -7,7 +7,9 @@ SIGTERM or Ctrl-C the run saves and ends with status 75 or 130 (preemption.py).
 
 import contextlib
 import ctypes
+import dataclasses
 import difflib
+import functools
 import json
 import math
 import re
@@ -43,8 +45,9 @@ from grain_jax import (
 )
 from grain_jax import config as config_lib
 from grain_jax.evaluate import base as evaluate
+from grain_jax.evaluate import processes
 from grain_jax.input_pipeline import device, synthetic
-from grain_jax.report import pictures
+from grain_jax.report import page, pictures
 
 CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: metrics, checkpoints, pictures")
@@ -149,8 +152,10 @@ def train(
     )
     source = open_source(config, notice)
     total_steps, steps_per_epoch = resolve_steps(config, source.num_examples(config))
-    for entry in config.evals.values():
-        evaluate.check(entry)  # now, not after the last step
+    evals = evaluate.present(config.evals)
+    for entry in evals.values():  # now, not after the last step
+        processes.together(functools.partial(evaluate.check, entry))
+    check_best_entry(config, evals)
     monitor.check_wandb(config.wandb)
 
     # 2. Model, optimiser and step, as shapes only.
@@ -241,7 +246,7 @@ def train(
 
                 last = step == total_steps
                 preempted = notice.reached()
-                evaluates = config.evals and (last or at_interval(step, config.eval_every))
+                evaluates = evals and (last or at_interval(step, config.eval_every))
                 evaluates = evaluates and not preempted  # there may be half a minute left
                 saves = last or preempted or at_interval(step, config.checkpoint_every)
                 saves = saves or (evaluates and best_is_evaluated)
@@ -255,11 +260,11 @@ def train(
                     monitor.check_finite(values, last_good_step, step)
                     last_good_step = step
                 if log and logs:
-                    values |= log.rates(step, batches.wait_seconds)
+                    values |= log.rates(step, batches.wait_seconds, batches.wait_steps)
                     log.progress(step, values)
                 if evaluates:
                     with log.pause() if log else contextlib.nullcontext():
-                        results = evaluate_all(config, state)
+                        results = evaluate_all(config, evals, state, workdir)
                     values |= results
                     if results and best_is_evaluated:
                         check_best_metric(config, results)
@@ -289,11 +294,11 @@ def train(
         sys.exit(notice.status)
 
     # 6. What came of it.
-    if not results and config.evals:  # the run was complete already
-        results = evaluate_all(config, state)
+    if not results and evals:  # the run was complete already
+        results = evaluate_all(config, evals, state, workdir)
     predictor = make_predictor(config, state)
     if log:
-        report(config, workdir, predictor, results)
+        report(dataclasses.replace(config, evals=evals), workdir, predictor, results)
 
 
 def at_interval(step: int, every: int) -> bool:
@@ -326,39 +331,56 @@ def check_best_metric(config: config_lib.Config, known: Collection[str]) -> None
         )
 
 
+def check_best_entry(config: config_lib.Config, evals: Collection[str]) -> None:
+    """Raises UserError where `checkpoint_best_metric` is one of an entry that is skipped."""
+    group, _, rest = config.checkpoint_best_metric.partition("/")
+    name = rest.partition("/")[0]
+    if group == "eval" and name not in evals:
+        raise errors.UserError(
+            f"checkpoint_best_metric: got {config.checkpoint_best_metric!r}, but evals.{name} is skipped,"
+            " because its data is missing"
+        )
+
+
 def best_metric(config: config_lib.Config, values: Mapping[str, float]) -> dict[str, float] | None:
     """What the best checkpoint is chosen by, where this step has it: the first process's, on all of them."""
     name = config.checkpoint_best_metric
     if not name:
         return None
     value = values.get(name, math.nan)
-    if jax.process_count() > 1:  # only the first one evaluates
+    if jax.process_count() > 1:  # rates are known to the first one only
         value = float(multihost_utils.broadcast_one_to_all(jnp.asarray(value)))
     return None if math.isnan(value) else {name: value}
 
 
-def make_predictor(config: config_lib.Config, state: train_step.TrainState):
-    """The state's model (the average where one is kept) for evaluation; None but on the first process."""
+def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> inference.Predictor:
+    """The state's model (the average where one is kept) for evaluation, whole on every process."""
     params = state.ema_params or state.params
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
-    return inference.Predictor(config.model, params) if jax.process_index() == 0 else None
+    return inference.Predictor(config.model, params)
 
 
-def evaluate_all(config: config_lib.Config, state: train_step.TrainState) -> dict[str, float]:
-    """Every evaluator of the config; the first process measures, the others get {}."""
-    predictor = make_predictor(config, state)
-    if predictor is None:
-        return {}
-    return {
-        f"eval/{name}/{key}": value
-        for name, entry in config.evals.items()
-        for key, value in evaluate.run(entry, predictor).items()
-    }
+def evaluate_all(
+    config: config_lib.Config,
+    evals: Mapping[str, config_lib.Evaluator],
+    state: train_step.TrainState,
+    workdir: epath.Path,
+) -> dict[str, float]:
+    """The numbers of the evaluators `evals`; the processes share the pictures, and all get the numbers."""
+    predictor, step = make_predictor(config, state), int(state.step)
+    results = {}
+    for name, entry in evals.items():
+        options = {}
+        if entry.kind == "diagnostics":  # compares with the evaluation before
+            options = dict(state_path=workdir / "diagnostics" / f"{name}.json", step=step)
+        numbers = evaluate.run(entry, predictor, **options)
+        results |= {f"eval/{name}/{key}": value for key, value in numbers.items()}
+    return results
 
 
 def report(config, workdir, predictor, results) -> None:
-    """Prints the final table and draws the curves and the test pictures."""
+    """Prints the final table, draws the curves and the test pictures, and writes report.html."""
     pictures.curves(workdir / "metrics.jsonl", workdir / "curves.png")
     if results:
         atomic.write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
@@ -372,6 +394,7 @@ def report(config, workdir, predictor, results) -> None:
             workdir / "regions.png",
             count=config.pictures,
         )
+    page.write(workdir, predictor, model=bool(config.pictures))
     print(f"Everything of this run is in {workdir}", file=sys.stderr)
 
 

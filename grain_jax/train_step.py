@@ -7,7 +7,8 @@ full batch's, not an average of smaller contrastive losses.
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,6 +22,18 @@ from grain_jax import losses as losses_lib
 from grain_jax.config import Config
 from grain_jax.models import placement
 from grain_jax.models.grain import GRAIN
+
+MOST_QUERIES = 16  # with a metric of their own
+
+# Top level of the parameter tree -> the module that a `grad_norm/MODULE` is of; all else are heads.
+_MODULES = {
+    "image": "image",
+    "image_pool": "image",
+    "text": "text",
+    "text_norm": "text",
+    "text_pool": "text",
+    "decoder": "decoder",
+}
 
 
 class TrainState(NamedTuple):
@@ -174,6 +187,34 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
     return terms, grads
 
 
+def grad_norms(grads, frozen: Sequence[str]) -> dict[str, jax.Array]:
+    """The gradient's norm in each module, of its parameters that are not `frozen` (`optim.frozen`).
+
+    Returns: `grad_norm/image`, `/text`, `/decoder` and `/heads` (projections, boxes, logit scale and bias); a
+      module that is frozen, or that the model has not got, is left out.
+    """
+    modules: dict[str, list] = {}
+    paths = jax.tree_util.tree_leaves_with_path(grads)
+    for (path, leaf), is_frozen in zip(paths, jax.tree.leaves(optim.frozen_mask(grads, frozen))):
+        if not is_frozen:
+            modules.setdefault(_MODULES.get(path[0].key, "heads"), []).append(leaf)
+    return {f"grad_norm/{module}": optax.tree.norm(found) for module, found in modules.items()}
+
+
+def region_metrics(terms: losses_lib.Losses) -> dict[str, jax.Array]:
+    """What the regions of a batch tell beyond their losses: docs/diagnostics.md has their meaning."""
+    share = terms.query_share
+    out = {
+        "matched_iou50": terms.matched_iou50,
+        "region_description_accuracy": terms.region_description_accuracy,
+    }
+    if len(share) > 1:
+        out["query_usage_entropy"] = jax.scipy.special.entr(share).sum() / math.log(len(share))
+    if len(share) <= MOST_QUERIES:
+        out |= {f"query_share/{i}": share[i] for i in range(len(share))}
+    return out
+
+
 def make_train_step(
     model: GRAIN,
     config: Config,
@@ -199,12 +240,16 @@ def make_train_step(
             "loss_image_caption": terms.image_caption,
             "loss_region_description": terms.region_description,
             "loss_box": terms.box,
+            "image_caption_accuracy": terms.image_caption_accuracy,
             "matched_iou": terms.matched_iou,
             "logit_scale": jnp.exp(state.params["logit_scale"]),
             "learning_rate": schedule(state.step),
             "grad_norm": optax.tree.norm(grads),
+            **grad_norms(grads, config.optim.frozen),
             "texts_dropped": dropped,
         }
+        if config.input.max_regions:
+            metrics |= region_metrics(terms)
         receipt = digests.extend(state.receipt, digests.of_batch(batch), state.step)
         return TrainState(state.step + 1, params, opt_state, ema, dropped, receipt), metrics
 

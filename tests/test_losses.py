@@ -34,10 +34,19 @@ def _corners(box):
     return np.concatenate([box[:2] - box[2:] / 2, box[:2] + box[2:] / 2])
 
 
+def _overlap_and_union(p, t):
+    overlap = np.prod(np.maximum(np.minimum(p[2:], t[2:]) - np.maximum(p[:2], t[:2]), 0))
+    return overlap, np.prod(p[2:] - p[:2]) + np.prod(t[2:] - t[:2]) - overlap
+
+
+def _iou(p, t):
+    overlap, union = _overlap_and_union(_corners(p), _corners(t))
+    return overlap / union
+
+
 def _giou(p, t, epsilon):
     p, t = _corners(p), _corners(t)
-    overlap = np.prod(np.maximum(np.minimum(p[2:], t[2:]) - np.maximum(p[:2], t[:2]), 0))
-    union = np.prod(p[2:] - p[:2]) + np.prod(t[2:] - t[:2]) - overlap
+    overlap, union = _overlap_and_union(p, t)
     hull = np.prod(np.maximum(p[2:], t[2:]) - np.minimum(p[:2], t[:2]))
     return overlap / (union + epsilon) - (hull - union) / hull
 
@@ -48,8 +57,33 @@ def _cross_entropy(logits, label, allowed):
     return np.log(np.exp(z - z.max()).sum()) + z.max() - logits[label]
 
 
+def learnt(outputs, batch):
+    """The outputs of a model that has learnt something: about half of what it says is right."""
+    shown = outputs._replace(
+        image_embed=outputs.image_embed + 0.6 * outputs.text_embed,
+        region_embed=outputs.region_embed + 0.6 * outputs.region_text_embed[:, :Q],
+    )
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    boxes = outputs.pred_boxes_cxcywh.copy()
+    boxes[-1, ::2, :3] = batch.region_boxes_cxcywh[::2, :3] * 0.95
+    return shown._replace(
+        image_embed=unit(shown.image_embed),
+        region_embed=unit(shown.region_embed),
+        pred_boxes_cxcywh=boxes,
+    )
+
+
 def replica(outputs, batch, c):
     """(L_ic, L_box, L_rd) in float64."""
+    return replica_and_measures(outputs, batch, c)[0]
+
+
+def _beats_others(logits, label, allowed):
+    return logits[label] > max(logits[allowed & (np.arange(len(logits)) != label)])
+
+
+def replica_and_measures(outputs, batch, c):
+    """((L_ic, L_box, L_rd), the measures by their names in `losses.Losses`) in float64."""
     o = schema.Outputs(*(np.asarray(x, np.float64) for x in outputs))
     b, r = batch.region_mask.shape
     same = batch.caption_id[:, None] == batch.caption_id[None]
@@ -57,8 +91,9 @@ def replica(outputs, batch, c):
     logits = o.logit_scale * o.image_embed @ o.text_embed.T
     ic = [_cross_entropy(logits[i], i, allowed[i]) for i in range(b)]
     ic += [_cross_entropy(logits[:, i], i, allowed[:, i]) for i in range(b)]
+    right = [_beats_others(logits[i], i, allowed[i]) for i in range(b)]
     size = c.group_size or b
-    box, rd = [], []
+    box, rd, region_right, overlaps, queries = [], [], [], [], []
     for start in range(0, b, size):
         pairs, real = [], []
         for i in range(start, start + size):
@@ -101,9 +136,24 @@ def replica(outputs, batch, c):
         for i, q, j in pairs:
             label = real.index((i, j))
             ok = ids != ids[label] if c.mask_duplicates else np.ones(len(ids), bool)
-            terms.append(_cross_entropy(o.logit_scale * texts @ o.region_embed[i, q], label, ok))
+            logits = o.logit_scale * texts @ o.region_embed[i, q]
+            terms.append(_cross_entropy(logits, label, ok))
+            region_right.append(_beats_others(logits, label, ok))
+            overlaps.append(_iou(o.pred_boxes_cxcywh[-1, i, q], batch.region_boxes_cxcywh[i, j]))
+            queries.append(q)
         rd.append(np.mean(terms))
-    return np.mean(ic), np.mean(box), np.mean(rd)
+    return (np.mean(ic), np.mean(box), np.mean(rd)), {
+        "matched_iou": np.mean(overlaps),
+        "matched_iou50": np.mean(np.array(overlaps) > 0.5),
+        "image_caption_accuracy": np.mean(right),
+        "region_description_accuracy": np.mean(region_right),
+        "query_share": np.bincount(queries, minlength=Q) / len(queries),
+    }
+
+
+def assert_measures(got, expected):
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(got, name), value, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("group_size", [0, 4])
@@ -126,6 +176,33 @@ def test_equals_float64_replica(group_size, mask_duplicates, iou_epsilon):
         [got.image_caption, got.box, got.region_description], [ic, box, rd], rtol=1e-5
     )
     np.testing.assert_allclose(got.total, ic + 1.5 * box + 0.5 * rd, rtol=1e-5)
+
+
+@pytest.mark.parametrize("group_size,mask_duplicates", [(0, True), (4, False)])
+def test_measures_equal_the_replica(group_size, mask_duplicates):
+    c = tiny.config(loss__group_size=group_size, loss__mask_duplicates=mask_duplicates)
+    batch = tiny.batch(c)
+    outputs = learnt(_outputs(c), batch)
+    _, measures = replica_and_measures(outputs, batch, c.loss)
+    assert all(0.2 < measures[name] < 0.9 for name in measures if name != "query_share"), measures
+    assert_measures(losses.total_loss(outputs, batch, c.loss), measures)
+
+
+@pytest.mark.parametrize("contrast,bias", [("softmax", None), ("sigmoid", -1.0)])
+def test_a_model_that_says_the_same_of_everything_is_never_right(contrast, bias):
+    """Nor does rounding make it so: the own logit and the others are computed in different ways."""
+    c = tiny.config(loss__contrast=contrast, model__logit_bias_init=bias)
+    batch, outputs = tiny.batch(c), _outputs(c)
+    first = outputs.image_embed[0]
+    same = lambda x: np.broadcast_to(first, x.shape)
+    outputs = outputs._replace(
+        image_embed=same(outputs.image_embed),
+        text_embed=same(outputs.text_embed),
+        region_embed=same(outputs.region_embed),
+        region_text_embed=same(outputs.region_text_embed),
+    )
+    got = losses.total_loss(outputs, batch, c.loss)
+    assert got.image_caption_accuracy == got.region_description_accuracy == 0
 
 
 @pytest.mark.parametrize("boxes", [0.0, 1.0])
@@ -216,4 +293,5 @@ def test_padded_regions_change_nothing():
         batch._replace(region_boxes_cxcywh=boxes.astype(np.float32)),
         c.loss,
     )
-    np.testing.assert_allclose(first, second, rtol=1e-6)
+    for name, a, b in zip(first._fields, first, second):
+        np.testing.assert_allclose(b, a, rtol=1e-6, err_msg=name)

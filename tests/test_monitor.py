@@ -61,12 +61,16 @@ def test_pauses_are_left_out_of_the_rates(tmp_path, monkeypatch):
     with log.pause():
         now[0] = 50.0
     now[0] = 51.0
-    rates = log.rates(4, wait_seconds=0.5)
+    rates = log.rates(4, wait_seconds=0.5, wait_steps=1)
     assert rates == {
         "images_per_second": 20.0,
         "model_flops_per_second": 0.0,
         "input_wait_fraction": 0.25,
+        "input_wait_steps": 0.25,
     }
+    now[0] = 53.0
+    rates = log.rates(8, wait_seconds=0.5, wait_steps=4)  # what came before is not counted again
+    assert rates["input_wait_fraction"] == 0 and rates["input_wait_steps"] == 0.75
 
 
 def test_mfu_is_told_where_the_peak_is_known(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from grain_jax import errors, losses, matching, sharding, streaming
 from tests import tiny
-from tests.test_losses import _outputs, replica
+from tests.test_losses import _outputs, assert_measures, learnt, replica_and_measures
 
 M, D = 24, 16  # rows and columns a device
 
@@ -30,7 +30,7 @@ def _problem(devices, seed=0):
 
 
 def _exact(contrast, rows, columns, cotangent, scale, bias):
-    """(values, gradients of rows, columns, scale, bias) in float64."""
+    """(values, highest logits, gradients of rows, columns, scale, bias) in float64."""
     rows, embed, cotangent = (np.asarray(x, np.float64) for x in (rows, columns.embed, cotangent))
     z = scale * rows @ embed.T + bias
     allowed = columns.real & (columns.id[:, None] != columns.id)
@@ -42,7 +42,7 @@ def _exact(contrast, rows, columns, cotangent, scale, bias):
         share = 1 / (1 + np.exp(-z))
     share = np.where(allowed, share, 0) * cotangent[:, None]
     grads = (scale * share @ embed, scale * share.T @ rows, (share * (rows @ embed.T)).sum())
-    return value, *grads, share.sum()
+    return value, np.where(allowed, z, -np.inf).max(1), *grads, share.sum()
 
 
 def _streamed(contrast, tile, devices, gather, rows, columns, cotangent, scale, bias):
@@ -55,9 +55,12 @@ def _streamed(contrast, tile, devices, gather, rows, columns, cotangent, scale, 
         run = lambda rows, embed, scale, bias: streaming.negatives(
             contrast, tile, ring, rows, columns.id, columns._replace(embed=embed), scale, bias
         )
-        value, pull = jax.vjp(run, rows, columns.embed, jnp.float32(scale), jnp.float32(bias))
-        rows_bar, embed_bar, *scalars = pull(cotangent)
-        return value, rows_bar, embed_bar, *(x[None] for x in scalars)
+        (value, highest), pull = jax.vjp(
+            run, rows, columns.embed, jnp.float32(scale), jnp.float32(bias)
+        )
+        # What comes back to the highest logit is of no effect.
+        rows_bar, embed_bar, *scalars = pull(streaming.Negatives(cotangent, jnp.ones_like(highest)))
+        return value, highest, rows_bar, embed_bar, *(x[None] for x in scalars)
 
     run = jax.shard_map(value_and_pull, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     *arrays, scale_bar, bias_bar = jax.jit(run)(rows, columns, cotangent)
@@ -72,15 +75,16 @@ def test_values_and_gradients_equal_the_whole_matrix(contrast, devices, gather, 
     problem = (*_problem(devices), 20.0, -1.5)
     expected = _exact(contrast, *problem)
     got = _streamed(contrast, tile, devices, gather, *problem)
-    for name, a, b in zip(("value", "rows", "columns", "scale", "bias"), expected, got):
+    names = ("value", "highest", "rows", "columns", "scale", "bias")
+    for name, a, b in zip(names, expected, got, strict=True):
         np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5 * np.abs(a).max(), err_msg=name)
 
 
 def test_a_row_without_negatives_costs_nothing():
     rows, columns, cotangent = _problem(1)
     columns = columns._replace(id=np.zeros_like(columns.id))
-    value, *grads = _streamed("softmax", 1024, 1, 1, rows, columns, cotangent, 20.0, 0.0)
-    assert np.all(value == -np.inf)
+    value, highest, *grads = _streamed("softmax", 1024, 1, 1, rows, columns, cotangent, 20.0, 0.0)
+    assert np.all(value == -np.inf) and np.all(highest == np.float32(streaming.MASKED))
     assert not any(np.any(g) for g in grads)
     assert not np.any(streaming.loss_of_rows("softmax", np.ones(M, np.float32), value))
 
@@ -94,7 +98,7 @@ def _case(**overrides):
     batch, outputs = tiny.batch(c), _outputs(c)
     batch.region_boxes_cxcywh[3, 1, 2] = 0  # a box without area
     batch.region_mask[4:8] = False  # images without regions: uneven shards
-    return c, batch, outputs._replace(logit_bias=np.float32(-2))
+    return c, batch, learnt(outputs, batch)._replace(logit_bias=np.float32(-2))
 
 
 def _losses(c, batch, outputs, sizes):
@@ -131,10 +135,11 @@ def test_losses_and_gradients_are_the_same_on_every_mesh(sizes, group_size, gath
     )
     c = dataclasses.replace(c, loss=dataclasses.replace(c.loss, gather=gather))
     terms, grads = _losses(c, batch, outputs, sizes)
-    ic, box, rd = replica(outputs, batch, c.loss)
+    (ic, box, rd), measures = replica_and_measures(outputs, batch, c.loss)
     np.testing.assert_allclose(
         [terms.image_caption, terms.box, terms.region_description], [ic, box, rd], rtol=1e-5
     )
+    assert_measures(terms, measures)
     for name, a, b in zip(outputs._fields, expected[1], grads):
         np.testing.assert_allclose(
             b, a, rtol=1e-4, atol=1e-5 * max(np.abs(a).max(), 0.1), err_msg=name

@@ -17,7 +17,12 @@ from grain_jax import checkpoint, config, errors, monitor, preemption, sharding,
 from tests import tiny
 from tests.paths import ROOT
 
-TIMINGS = ("images_per_second", "input_wait_fraction", "model_flops_per_second")
+TIMINGS = (
+    "images_per_second",
+    "input_wait_fraction",
+    "input_wait_steps",
+    "model_flops_per_second",
+)
 
 
 def _lines(workdir):

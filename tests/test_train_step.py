@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grain_jax import optim, sharding, train_step
+from grain_jax import losses, optim, sharding, train_step
 from grain_jax.models.grain import GRAIN
 from launch import hlo
 from tests import tiny
@@ -192,6 +192,41 @@ def test_texts_dropped_are_counted_from_the_start():
     assert int(state.step) == 2 and int(state.texts_dropped) == 2 * a_step
 
 
+def test_metrics_of_modules_and_queries():
+    c = tiny.config()
+    metrics, _, _ = _run(ONE, ema_decay=0.9)
+    for m in metrics:
+        modules = [m[f"grad_norm/{name}"] for name in ("image", "text", "decoder", "heads")]
+        assert min(modules) > 1e-3
+        np.testing.assert_allclose(np.linalg.norm(modules), m["grad_norm"], rtol=1e-5)
+        share = np.array([m[f"query_share/{i}"] for i in range(c.model.decoder.queries)])
+        np.testing.assert_allclose(share.sum(), 1, rtol=1e-6)
+        share = share[share > 0]
+        entropy = -(share * np.log(share)).sum() / np.log(c.model.decoder.queries)
+        np.testing.assert_allclose(m["query_usage_entropy"], entropy, rtol=1e-5)
+
+
+def test_a_frozen_module_has_no_gradient_norm():
+    grads = {
+        "image": {"a": jnp.array([3.0]), "b": jnp.array([4.0])},
+        "text": {"a": jnp.array([5.0])},
+        "box_mlp": jnp.array([6.0]),
+        "logit_scale": jnp.array(8.0),
+    }
+    norms = jax.tree.map(float, train_step.grad_norms(grads, ("text/.*", "image/b")))
+    assert norms == {"grad_norm/image": 3.0, "grad_norm/heads": 10.0}
+
+
+@pytest.mark.parametrize("queries,entropy", [(1, False), (17, True)])
+def test_queries_have_metrics_only_where_they_tell_something(queries, entropy):
+    share = jnp.full(queries, 1 / queries)
+    terms = losses.Losses(*[0.0] * 8, query_share=share)
+    metrics = train_step.region_metrics(terms)
+    assert ("query_usage_entropy" in metrics) == entropy
+    assert sum(name.startswith("query_share/") for name in metrics) == (0 if entropy else 1)
+    assert not entropy or abs(metrics["query_usage_entropy"] - 1) < 1e-6
+
+
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_run_without_regions_trains_on_captions_alone(microbatches):
     """The CLIP baseline: no region is read."""
@@ -205,3 +240,7 @@ def test_a_run_without_regions_trains_on_captions_alone(microbatches):
     assert metrics[0]["loss"] == metrics[0]["loss_image_caption"] > 1
     assert metrics[1]["loss"] != metrics[0]["loss"]
     assert metrics[0]["loss_box"] == metrics[0]["loss_region_description"] == 0
+    assert 0 <= metrics[0]["image_caption_accuracy"] <= 1
+    assert not [
+        name for name in metrics[0] if name.startswith(("query", "region", "matched_iou50"))
+    ]

@@ -1,26 +1,33 @@
-"""`python -m grain_jax.evaluate zeroshot|retrieval|grounding --checkpoint DIR ... --output OUT.json`.
+"""`python -m grain_jax.evaluate zeroshot|retrieval|grounding|suite --checkpoint DIR ... --output OUT.json`.
 
-Prints the result as a table and writes it as JSON. Wrong usage or input: a line a fault, status 2.
+Prints the result as a table and writes it as JSON. Wrong usage or input: a line a fault, status 2. Several
+processes (launch.local, SLURM, TPU slices) share the pictures; the first one prints and writes.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
 from collections.abc import Sequence
 
+import jax
+from absl import flags
 from etils import epath
+from ml_collections import config_flags
 
 import grain_jax
-from grain_jax import annotations, config, errors
-from grain_jax.evaluate import base, zeroshot
+from grain_jax import annotations, atomic, command_line, config, distributed, errors
+from grain_jax.evaluate import base, processes, suite, text_cache, zeroshot
 from grain_jax.report import tables
 
 COMMANDS = {
     "zeroshot": "classifies a folder with one sub-folder a class",
     "retrieval": "R@1, R@5, R@10 between pictures and captions, both ways",
     "grounding": "box IoU, Acc@0.5, region-to-description R@1",
+    "suite": "all entries of a config such as configs/eval.py; --config.a.b=value changes it",
 }
+_HEARTBEAT_SECONDS = 20
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,37 +58,71 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--checkpoint", required=True, help="training workdir, checkpoint or converted folder"
         )
-        sub.add_argument("--images", required=True, help="folder of pictures (or class folders)")
+        if name != "suite":
+            sub.add_argument(
+                "--images", required=True, help="folder of pictures (or class folders)"
+            )
         sub.add_argument("--output", required=True, help="JSON file to write")
         sub.add_argument(
             "--batch-size", type=_batch_size, default=base.BATCH_SIZE, help="pictures at a time"
         )
-        if name != "zeroshot":
+        sub.add_argument(
+            "--cache",
+            default=text_cache.DEFAULT,
+            help='folder of texts\' embeddings, default %(default)s; "": none',
+        )
+        sub.add_argument("--coordinator", help="HOST:PORT of the first of several processes")
+        sub.add_argument("--processes", type=int, default=1, help="how many processes there are")
+        sub.add_argument("--process_id", type=int, default=0, help="which of them this is, from 0")
+        if name == "suite":
+            sub.add_argument("--only", help="names of entries, with commas between")
+            sub.add_argument(
+                "--again", action="store_true", help="does over what OUT.json has already"
+            )
+        if name in ("retrieval", "grounding"):
             sub.add_argument("--annotations", required=True, help="A.jsonl")
-            continue
-        sub.add_argument("--descriptions", help="D.json: {class name: [description, ...]}")
-        sub.add_argument(
-            "--alpha",
-            type=_alphas,
-            action="append",
-            help="share of the global score, also several (0.5,1); default 1, with descriptions 1,0.5",
-        )
-        sub.add_argument(
-            "--use-names",
-            choices=("yes", "no"),
-            default="yes",
-            help="no: a class is its descriptions alone (for names that mean nothing)",
-        )
-        sub.add_argument(
-            "--region-order",
-            choices=zeroshot.REGION_ORDERS,
-            default="queries",
-            help="what the region score is averaged over; queries: the paper's",
-        )
-        sub.add_argument(
-            "--templates", help="text file of prompts, one a line, with {} for the name"
-        )
+        if name == "zeroshot":
+            _add_zeroshot(sub)
     return parser
+
+
+def _add_zeroshot(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--descriptions", help="D.json: {class name: [description, ...]}")
+    sub.add_argument(
+        "--alpha",
+        type=_alphas,
+        action="append",
+        help="share of the global score, also several (0.5,1); default 1, with descriptions 1,0.5",
+    )
+    sub.add_argument(
+        "--use-names",
+        choices=("yes", "no"),
+        default="yes",
+        help="no: a class is its descriptions alone (for names that mean nothing)",
+    )
+    sub.add_argument(
+        "--region-order",
+        choices=zeroshot.REGION_ORDERS,
+        default="queries",
+        help="what the region score is averaged over; queries: the paper's",
+    )
+    sub.add_argument("--templates", help="text file of prompts, one a line, with {} for the name")
+    sub.add_argument("--predictions", help="file to write: a line of JSON a picture")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; of `suite` also its config, as `suite`."""
+    args, rest = _parser().parse_known_args(arguments)
+    if args.command == "suite":
+        values = flags.FlagValues()
+        argv = ["evaluate", *rest]
+        holder = config_flags.DEFINE_config_file(
+            "config", None, "config file, e.g. configs/eval.py", values, sys_argv=argv
+        )
+        args.suite = command_line.parse_config(argv, holder, values, config.suite_from_dict)
+    elif rest:
+        raise base.InputError(f"grain_jax.evaluate: unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def _entry(args: argparse.Namespace) -> config.Evaluator:
@@ -99,38 +140,82 @@ def _entry(args: argparse.Namespace) -> config.Evaluator:
         alphas=tuple(zeroshot.check_alphas(alphas, args.descriptions, names)),
         names=names,
         region_order=args.region_order,
+        templates=args.templates,
     )
 
 
-def _output(path: str) -> epath.Path:
+def _output(path: str, name: str = "--output") -> epath.Path:
     output = epath.Path(path)
     if output.is_dir():
-        raise base.InputError(f"--output: {output} is a folder, expected a file to write")
+        raise base.InputError(f"{name}: {output} is a folder, expected a file to write")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise base.InputError(f"--output: {output}: {error.strerror or error}") from None
+        raise base.InputError(f"{name}: {output}: {error.strerror or error}") from None
     return output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one evaluation; returns the exit status: 0, or 2 with a line a fault on stderr."""
+    """Runs one evaluation, or a suite; returns the exit status: 0, or 2 with a line a fault on stderr.
+
+    Of a suite, 1 where one of its entries failed, and 2 where there was nothing that could be run.
+    """
     try:
-        args = _parser().parse_args(arguments)
-        output, entry = _output(args.output), _entry(args)
-        options = {"templates": args.templates} if args.command == "zeroshot" else {}
-        base.check(entry, **options)  # before the checkpoint is read
-        predictor = grain_jax.load(args.checkpoint)
-        began = time.monotonic()
-        result = base.evaluate(entry, predictor, batch_size=args.batch_size, **options)
-        result["seconds"] = round(time.monotonic() - began, 1)
+        args = _parse(arguments)
+        distributed.initialize(
+            args.coordinator, args.processes, args.process_id, _HEARTBEAT_SECONDS
+        )
+        together = contextlib.nullcontext()
+        if jax.distributed.is_initialized():
+            together = distributed.ending_together(_HEARTBEAT_SECONDS)
+        with together:
+            return _suite(args) if args.command == "suite" else _one(args)
     except errors.UserError as error:
-        faults = str(error).split("\n")
-        print(*faults, sep="\n", file=sys.stderr)
-        own_summary = isinstance(error.__cause__, annotations.AnnotationError)
-        if len(faults) > 1 and not own_summary:
-            print(f"{len(faults)} faults; nothing was evaluated", file=sys.stderr)
-        return 2
+        if processes.own()[0] == 0:
+            _say_faults(error)
+        return errors.UserError.status
+
+
+def _say_faults(error: errors.UserError) -> None:
+    faults = str(error).split("\n")
+    print(*faults, sep="\n", file=sys.stderr)
+    own_summary = isinstance(error.__cause__, annotations.AnnotationError)
+    if len(faults) > 1 and not own_summary:
+        print(f"{len(faults)} faults; nothing was evaluated", file=sys.stderr)
+
+
+def _load(args: argparse.Namespace):
+    predictor = grain_jax.load(args.checkpoint)
+    return text_cache.CachedTexts(predictor, args.cache) if args.cache else predictor
+
+
+def _suite(args: argparse.Namespace) -> int:
+    output = processes.together(lambda: _output(args.output))
+    return suite.run(
+        args.suite,
+        output,
+        checkpoint=args.checkpoint,
+        load=lambda: _load(args),
+        only=None if args.only is None else args.only.split(","),
+        again=args.again,
+        batch_size=args.batch_size,
+    )
+
+
+def _one(args: argparse.Namespace) -> int:
+    options = {}
+    if getattr(args, "predictions", None):
+        options["predictions"] = processes.together(
+            lambda: _output(args.predictions, "--predictions")
+        )
+    output, entry = processes.together(lambda: (_output(args.output), _entry(args)))
+    processes.together(lambda: base.check(entry))  # before the checkpoint is read
+    predictor = processes.together(lambda: _load(args))
+    began = time.monotonic()
+    result = base.evaluate(entry, predictor, batch_size=args.batch_size, **options)
+    result["seconds"] = round(time.monotonic() - began, 1)
+    if processes.own()[0]:
+        return 0
     print(tables.describe({args.command: base.scalars(result)}), flush=True)
     for reason in result.get("unreadable_pictures", ()):
         print(f"left out: {reason}", file=sys.stderr)
@@ -143,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
     result |= {k: getattr(args, k) for k in ("checkpoint", "images", "annotations") if k in args}
     try:
-        output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        atomic.write_text(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:  # the numbers are on the screen at least
         print(f"--output: {output}: {error.strerror or error}; nothing was saved", file=sys.stderr)
         return 2

@@ -4,6 +4,10 @@ An evaluation is a function `evaluate(predictor, *, ...)` that returns a JSON-re
 is an `inference.Predictor` or anything with its `encode_image`, `encode_text` and `encode_regions`.
 """
 
+import dataclasses
+import functools
+import importlib
+import itertools
 import math
 import sys
 import time
@@ -17,25 +21,34 @@ from etils import epath
 from grain_jax import annotations as annotations_lib
 from grain_jax import config as config_lib
 from grain_jax import errors, images, schema
+from grain_jax.evaluate import processes, test_sets
+from grain_jax.evaluate.processes import gather
+from grain_jax.evaluate.test_sets import InputError, MissingData
 
 BATCH_SIZE = 64
+# Kind of evaluation -> its module, which has `evaluate(predictor, *, ...)`; all but zeroshot also `read`.
+_MODULES = {
+    "zeroshot": "grain_jax.evaluate.zeroshot",
+    "retrieval": "grain_jax.evaluate.retrieval",
+    "grounding": "grain_jax.evaluate.grounding",
+    "boxes": "grain_jax.evaluate.box_classes",
+    "diagnostics": "grain_jax.evaluate.diagnostics",
+}
 _THREADS = 8  # that read pictures; decoding leaves Python's lock
 _SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
+_OF_CLASSES = ("per_class", "pictures_per_class")  # a number for each class: not for a table
 _NAMED_PICTURES = 20  # unreadable ones that a result lists
 _Z = 1.959963984540054  # of the normal distribution, two sides, 95%
-
-
-class InputError(errors.UserError):
-    """What was given cannot be evaluated; the message has one line a fault."""
 
 
 class Encoded(NamedTuple):
     """A batch of readable pictures and what the model sees in them."""
 
-    index: np.ndarray  # int [B], positions in the list of paths
+    index: np.ndarray  # int [B], positions in the whole set
     sizes: list[tuple[int, int]]  # width, height in pixels
     image_embed: np.ndarray  # float32 [B, D]
     regions: schema.Regions | None
+    labels: np.ndarray  # int [B], of a test set's pictures; -1 else
 
 
 class Annotated(NamedTuple):
@@ -57,37 +70,76 @@ def run(entry: config_lib.Evaluator, predictor: Any, **options: Any) -> dict[str
 
 def evaluate(entry: config_lib.Evaluator, predictor: Any, **options: Any) -> dict[str, Any]:
     """All that `run` measures, with counts and texts, as a JSON-ready dict; errors as there."""
-    module = _module(entry)
-    if entry.kind != "zeroshot":
-        return module.evaluate(
-            predictor, images=entry.images, annotations=entry.annotations, **options
+    module, entry = _module(entry), _at_home(entry)
+    if entry.kind == "zeroshot":
+        options |= dict(
+            images=test_sets.open_set(entry),
+            descriptions=entry.descriptions,
+            alphas=_alphas(entry),
+            names=entry.names,
+            region_order=entry.region_order,
+            templates=entry.templates,
         )
-    return module.evaluate(
-        predictor,
-        images=entry.images,
-        descriptions=entry.descriptions,
-        alphas=_alphas(entry),
-        names=entry.names,
-        region_order=entry.region_order,
-        **options,
-    )
+    else:
+        options |= dict(images=entry.images, annotations=entry.annotations)
+    if entry.kind == "boxes":
+        options |= dict(classes=entry.classes, templates=entry.templates)
+    return module.evaluate(predictor, **options)
 
 
-def check(entry: config_lib.Evaluator, *, templates: epath.PathLike | None = None) -> None:
+def available(entry: config_lib.Evaluator) -> tuple[config_lib.Evaluator, str]:
+    """An entry as far as its data is there: where `missing` is "skip", it does without descriptions.
+
+    Returns: the entry, and a line that says what it does without, or "".
+
+    Raises:
+      MissingData: `missing` is "skip", and pictures or annotations are not there; one line.
+    """
+    if entry.missing != "skip":
+        return entry, ""
+    found, there = _at_home(entry), lambda path: epath.Path(path).exists()
+    if found.tfds is not None:
+        test_sets.find_tfds(found.tfds, found.data_dir, found.get)
+    else:
+        places = [place for place in (found.annotations, found.images) if place is not None]
+        absent = [place for place in places if not there(place)]
+        if absent:
+            raise MissingData(f"{', '.join(absent)}: not there{test_sets.how(found.get)}")
+    if found.descriptions is None or there(found.descriptions):
+        return entry, ""
+    line = f"{found.descriptions}: not there, expected descriptions of the classes"
+    if not found.names:
+        raise MissingData(line)
+    return dataclasses.replace(entry, descriptions=None), f"{line}; evaluated by names alone"
+
+
+def present(entries: Mapping[str, config_lib.Evaluator]) -> dict[str, config_lib.Evaluator]:
+    """The entries whose data is there, on every process; what is skipped is a line on stderr."""
+    out = {}
+    for name, entry in entries.items():
+        try:
+            out[name], line = processes.together(functools.partial(available, entry))
+        except MissingData as error:
+            line = f"skipped: {error}"
+        if line and processes.own()[0] == 0:
+            print(f"evals.{name}: {line}", file=sys.stderr, flush=True)
+    return out
+
+
+def check(entry: config_lib.Evaluator) -> int:
     """Finds without a model whatever in the entry's files would end an evaluation.
 
     Faulty lines few enough to be left out, and unknown keys, are reported on stderr.
 
-    Args:
-      entry: an entry of `config.evals`.
-      templates: zeroshot: file of prompts; default: the general set of the package.
+    Returns: how many pictures there are.
 
     Raises:
+      MissingData: it is the only fault, and the test set is not there.
       InputError: one line a fault, all of them; `__cause__` is the error if there was but one.
     """
-    from grain_jax.evaluate import prompts, zeroshot
+    from grain_jax.evaluate import class_names, prompts, zeroshot
 
-    module = _module(entry)
+    module, entry = _module(entry), _at_home(entry)
     found: list[Exception] = []
 
     def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -97,35 +149,47 @@ def check(entry: config_lib.Evaluator, *, templates: epath.PathLike | None = Non
             found.append(error)
 
     if entry.kind == "zeroshot":
-        folders = attempt(zeroshot.class_folders, entry.images)
+        test_set = attempt(test_sets.open_set, entry)
         if entry.descriptions is not None:
-            classes = folders[0] if folders else ()
-            attempt(zeroshot.read_descriptions, entry.descriptions, classes)
+            known = (test_set.classes, test_set.stems) if test_set else ((), None)
+            attempt(zeroshot.read_descriptions, entry.descriptions, *known, entry.names)
         attempt(zeroshot.check_alphas, _alphas(entry), entry.descriptions, entry.names)
         attempt(zeroshot.check_region_order, entry.region_order)
         if entry.names:
-            attempt(prompts.load_templates, templates)
+            attempt(prompts.load_templates, entry.templates)
     else:
         attempt(picture_folder, entry.images)
         annotated = attempt(module.read, entry.images, entry.annotations)
         if annotated:
             _report_left_out(entry.annotations, annotated.read)
             attempt(_some_picture, entry.annotations, annotated)
+        if entry.kind == "boxes":
+            attempt(prompts.load_templates, entry.templates)
+            if entry.classes is not None:
+                attempt(class_names.read, entry.classes)
+    if len(found) == 1 and isinstance(found[0], MissingData):
+        raise found[0]
     if found:
         lines = dict.fromkeys(line for error in found for line in str(error).split("\n"))
         raise InputError("\n".join(lines)) from (found[0] if len(found) == 1 else None)
+    return len(test_set if entry.kind == "zeroshot" else annotated.records)
 
 
 def _module(entry: config_lib.Evaluator) -> Any:
     """The module that evaluates this kind. Raises InputError where the entry itself is wrong."""
-    from grain_jax.evaluate import grounding, retrieval, zeroshot  # they import this module
-
-    kinds = {"zeroshot": zeroshot, "retrieval": retrieval, "grounding": grounding}
-    if entry.kind not in kinds:
-        raise InputError(f"kind: got {entry.kind!r}, expected one of {', '.join(kinds)}")
+    if entry.kind not in _MODULES:
+        raise InputError(f"kind: got {entry.kind!r}, expected one of {', '.join(_MODULES)}")
     if entry.kind != "zeroshot" and entry.annotations is None:
         raise InputError(f"annotations: got nothing, expected a file (A.jsonl) for {entry.kind}")
-    return kinds[entry.kind]
+    return importlib.import_module(_MODULES[entry.kind])  # only now: they import this module
+
+
+def _at_home(entry: config_lib.Evaluator) -> config_lib.Evaluator:
+    """The entry with paths that do not begin with `~`."""
+    names = ("images", "descriptions", "annotations", "templates")
+    paths = {name: getattr(entry, name) for name in names if getattr(entry, name)}
+    paths = {name: str(epath.Path(path).expanduser()) for name, path in paths.items()}
+    return dataclasses.replace(entry, **paths)
 
 
 def _alphas(entry: config_lib.Evaluator) -> Sequence[float]:
@@ -136,6 +200,8 @@ def _alphas(entry: config_lib.Evaluator) -> Sequence[float]:
 
 
 def _report_left_out(path: epath.PathLike, read: annotations_lib.Annotations) -> None:
+    if processes.own()[0]:
+        return
     lines = list(read.faults)
     if read.faults:  # few enough to go on without their lines
         lines.append(f"{path}: faulty lines left out: {read.faulty_lines}")
@@ -160,7 +226,7 @@ def scalars(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers of a result, nested names joined by `/`; texts and lists are left out."""
     out = {}
     for key, value in result.items():
-        if isinstance(value, Mapping) and key != "per_class":
+        if isinstance(value, Mapping) and key not in _OF_CLASSES:
             out |= scalars(value, f"{prefix}{key}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             out[prefix + key] = float(value)
@@ -169,64 +235,98 @@ def scalars(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 def encode_pictures(
     predictor: Any,
-    paths: Sequence[epath.PathLike],
+    pictures: test_sets.TestSet | Sequence[epath.PathLike],
     *,
     label: str,
     unreadable: dict[str, str],
     regions: bool = True,
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[Encoded]:
-    """Embeds pictures batch by batch; the next batch is read while the model works on this one.
+    """Embeds this process's share of the pictures; the next batch is read while the model works on this one.
+
+    Of several processes each gets a stretch of the pictures, and each picture is one process's. `gather`
+    brings together what they made of them, in the order of the pictures.
 
     Args:
       predictor: encodes lists of PIL pictures.
-      paths: the pictures.
+      pictures: a test set, or the pictures' paths.
       label: what the progress line calls them.
-      unreadable: gets path -> reason for each picture that is left out.
+      unreadable: gets, once all are done, name -> reason for each picture that was left out, by any process.
       regions: whether region embeddings are wanted too.
       batch_size: pictures at a time.
 
     Raises:
-      InputError: not a single picture could be read.
+      InputError: not a single picture could be read, or a test set's files are damaged.
+      processes.Failed: another process failed.
     """
+    mine = processes.share(len(pictures))
+    if hasattr(pictures, "pictures"):
+        stretch = pictures.pictures(mine)
+    else:
+        stretch = (test_sets.of_path(pictures[position]) for position in mine)
+    left_out: dict[str, str] = {}
+    seen, failure = 0, None
+    try:
+        for batch in _batches(
+            predictor, stretch, mine, label, len(pictures), left_out, regions, batch_size
+        ):
+            seen += len(batch.index)
+            yield batch
+    except Exception as error:  # all have to know before they wait for this one's results
+        failure = error
+    ends = processes.agree(failure, (seen, left_out, len(pictures)))
+    counts, unread, lengths = zip(*ends)
+    if len(set(lengths)) > 1:
+        raise InputError(
+            f"{label}: the processes found {', '.join(map(str, lengths))} pictures, expected the same"
+            " files on all machines"
+        )
+    for part in unread:
+        unreadable |= part
+    if not sum(counts):
+        first = next(iter(unreadable.values()), "there are none")
+        raise InputError(f"none of {len(pictures)} pictures can be read; the first: {first}")
 
+
+def _batches(predictor, stretch, mine, label, total, left_out, regions, batch_size):
+    """The batches of the pictures `stretch`, whose positions are `mine`; `left_out` gets the unreadable."""
     model = getattr(predictor, "model", None)  # a config.Model; test doubles may have none
     size = model.image.image_size if model else None
 
-    def read(path: epath.PathLike) -> tuple[Any, tuple[int, int]] | str:
+    def read(picture: test_sets.Picture) -> tuple[Any, tuple[int, int]] | str:
         try:
-            picture = images.load_image(path)
+            loaded = picture.load()
         except images.ImageError as error:
             return str(error)
         # Squashed here, a batch takes little memory and the work is spread over the threads.
-        return images.squash(picture, size) if size else images.to_rgb(picture), picture.size
+        return images.squash(loaded, size) if size else images.to_rgb(loaded), loaded.size
 
-    starts = range(0, len(paths), batch_size)
-    progress = _Progress(label, len(paths))
-    seen = 0
+    progress = _Progress(label, len(mine), total)
+    stretch = iter(stretch)
     with ThreadPoolExecutor(_THREADS) as pool:
-        submit = lambda start: [pool.submit(read, p) for p in paths[start : start + batch_size]]
-        coming = submit(0)
-        for start in starts:
-            current, coming = coming, submit(start + batch_size)
-            batch, sizes, index = [], [], []
-            for position, future in enumerate(current, start):
+        submit = lambda: [
+            (picture, pool.submit(read, picture))
+            for picture in itertools.islice(stretch, batch_size)
+        ]
+        coming, start = submit(), mine.start
+        while coming:
+            current, coming = coming, submit()
+            batch, sizes, index, labels = [], [], [], []
+            for position, (picture, future) in enumerate(current, start):
                 got = future.result()
                 if isinstance(got, str):
-                    unreadable[str(paths[position])] = got
+                    left_out[picture.name] = got
                 else:
                     batch.append(got[0])
                     sizes.append(got[1])
                     index.append(position)
+                    labels.append(picture.label)
+            start += len(current)
             if batch:
                 embed, found = _encode(predictor, batch, regions)
-                seen += len(batch)
-                yield Encoded(np.array(index), sizes, embed, found)
+                yield Encoded(np.array(index), sizes, embed, found, np.array(labels))
             progress.update(len(current))
     progress.close()
-    if not seen:
-        first = next(iter(unreadable.values()), "there are none")
-        raise InputError(f"none of {len(paths)} pictures can be read; the first: {first}")
 
 
 def _encode(predictor, batch, regions):
@@ -275,8 +375,15 @@ def picture_folder(path: epath.PathLike) -> epath.Path:
 def encode_texts(predictor: Any, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
     """For each list of texts its embeddings, float32 [n, D]; a text that stands in several is encoded once."""
     place = {text: i for i, text in enumerate(dict.fromkeys(t for group in texts for t in group))}
-    embed = np.asarray(predictor.encode_text(list(place)))
+    embed = encode_distinct(predictor, list(place))
     return [embed[[place[text] for text in group]] for group in texts]
+
+
+def encode_distinct(predictor: Any, texts: Sequence[str]) -> np.ndarray:
+    """Texts -> float32 [N, D]; of several processes each encodes a share, and all get the whole."""
+    mine = processes.share(len(texts))
+    encode = lambda: np.asarray(predictor.encode_text(list(texts[mine.start : mine.stop])))
+    return gather({"embed": processes.together(encode)})["embed"]
 
 
 def topk_hits(scores: np.ndarray, right: np.ndarray, k: int) -> np.ndarray:
@@ -313,7 +420,7 @@ def _drawn(right: np.ndarray, wrong: np.ndarray, draws: np.ndarray) -> np.ndarra
     return 1.0 - miss
 
 
-def interval(successes: float, count: int) -> tuple[float, float]:
+def interval(successes: float, count: float) -> tuple[float, float]:
     """Wilson's 95% interval of a share, (low, high); (0, 1) when nothing was counted.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
@@ -334,6 +441,24 @@ def rate(name: str, hits: np.ndarray) -> dict[str, float]:
     return {name: total / count if count else 0.0, f"{name}_low": low, f"{name}_high": high}
 
 
+def mean_rate(name: str, shares: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+    """The mean of the classes' shares of right answers under `name`, with a 95% interval.
+
+    The classes' shares are independent, so that the mean's variance is the sum of p (1 - p) / n over the
+    classes, divided by their number squared. With one p for all that is the variance of a share among
+    C^2 / sum of 1/n answers, of which the interval is Wilson's: all the answers, where the classes have
+    equally many. Where classes differ in p it is wider than need be, never too narrow for equal n.
+
+    Args:
+      name: of the number.
+      shares: [C] in [0, 1].
+      counts: [C], at least 1: how many answers each is a share of.
+    """
+    mean, number = float(shares.mean()), len(shares) ** 2 / (1 / counts).sum()
+    low, high = interval(mean * number, number)
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
+
 def report_unreadable(unreadable: Mapping[str, str]) -> dict[str, Any]:
     """The part of a result that counts and names (the first of) the pictures that were left out."""
     out: dict[str, Any] = {"unreadable": len(unreadable)}
@@ -345,20 +470,24 @@ def report_unreadable(unreadable: Mapping[str, str]) -> dict[str, Any]:
 class _Progress:
     """How far it is and how long it will take: a line that rewrites itself, or one now and then."""
 
-    def __init__(self, label: str, total: int):
+    def __init__(self, label: str, share: int, total: int):
         self._label, self._total, self._done = label, total, 0
+        self._times = total / max(share, 1)  # the other processes are about as far
         self._start = self._last = time.monotonic()
         self._terminal = sys.stderr.isatty()
+        self._silent = processes.own()[0] > 0
 
     def update(self, count: int) -> None:
-        self._done += count
+        if self._silent:
+            return
+        self._done += count * self._times
         now = time.monotonic()
         if now - self._last < (0.2 if self._terminal else _SECONDS_BETWEEN_LINES):
             return
         self._last = now
         left = (now - self._start) / self._done * (self._total - self._done)
         text = (
-            f"{self._label}: {self._done}/{self._total} pictures,"
+            f"{self._label}: {self._done:.0f}/{self._total} pictures,"
             f" {self._done / (now - self._start):.0f}/s, {left:.0f} s left"
         )
         if self._terminal:
@@ -367,5 +496,5 @@ class _Progress:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        if self._terminal:
+        if self._terminal and not self._silent:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

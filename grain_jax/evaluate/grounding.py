@@ -60,7 +60,9 @@ def evaluate(
       `chance_box_iou`: the same, with boxes of other pictures in place of the predicted ones;
       `region_to_description_r1`: a matched region's nearest text, among all distinct descriptions of the
         file, is its own; `chance_region_to_description_r1`;
-      `phrase_iou`, `phrase_acc50`: of each description, the box of its picture's best-scoring query;
+      `phrase_iou`, `phrase_acc50`: of each description of a picture, the box of the best-scoring query,
+        against the described box that it overlaps most, where several have that description ("any
+        box", as is usual on Flickr30k Entities);
       `chance_phrase_iou`, `chance_phrase_acc50`: a query at random in its place.
 
     Raises:
@@ -68,28 +70,29 @@ def evaluate(
     """
     every, records, folder = read(images, annotations)
     unreadable: dict[str, str] = {}
-    predicted, embeds, kept, sizes = [], [], [], []
-    for batch in base.encode_pictures(
+    batches = base.encode_pictures(
         predictor,
         [folder / r.image for r in records],
         label="grounding",
         unreadable=unreadable,
         batch_size=batch_size,
-    ):
-        predicted.append(batch.regions.boxes_xyxy)
-        embeds.append(batch.regions.embed)
-        kept += [records[i] for i in batch.index]
-        sizes += batch.sizes
-    pred_boxes_xyxy, region_embed = np.concatenate(predicted), np.concatenate(embeds)
+    )
+    found = base.gather(
+        dict(index=batch.index, sizes=np.array(batch.sizes), **batch.regions._asdict())
+        for batch in batches
+    )
+    kept = [records[i] for i in found["index"]]
+    sizes = [(width, height) for width, height in found["sizes"].tolist()]
+    pred_boxes_xyxy, region_embed = found["boxes_xyxy"], found["embed"]
     described = described_boxes(kept, sizes)
     if not len(described.picture):
         raise base.InputError(f"{annotations}: every box lies outside its picture")
-    text_embed = scores.unit(predictor.encode_text(described.texts))  # [T, D]
+    text_embed = scores.unit(base.encode_distinct(predictor, described.texts))  # [T, D]
 
     matched, text = match(pred_boxes_xyxy, described)
     by_chance, _ = match(_boxes_of_others(described, pred_boxes_xyxy.shape), described)
     embed = scores.unit(region_embed[matched.picture, matched.query])  # [n, D]
-    found = [
+    hits = [
         base.topk_hits(
             embed[i : i + _AT_ONCE] @ text_embed.T,
             text[i : i + _AT_ONCE, None] == np.arange(len(text_embed)),
@@ -97,11 +100,16 @@ def evaluate(
         )
         for i in range(0, len(embed), _AT_ONCE)
     ]
-    # Phrase grounding: [M, Q] scores and overlaps of each described box's own picture's queries.
-    similarity = np.einsum(
-        "mqd,md->mq", scores.unit(region_embed)[described.picture], text_embed[described.text]
+    # Phrase grounding: [P, Q] scores and overlaps of the queries of each phrase's picture.
+    phrases, phrase_of = np.unique(
+        np.stack([described.picture, described.text], axis=1), axis=0, return_inverse=True
     )
-    overlap = _iou(pred_boxes_xyxy[described.picture], described.boxes_xyxy[:, None])
+    similarity = np.einsum(
+        "pqd,pd->pq", scores.unit(region_embed)[phrases[:, 0]], text_embed[phrases[:, 1]]
+    )
+    overlap = np.zeros(similarity.shape, np.float32)
+    each = _iou(pred_boxes_xyxy[described.picture], described.boxes_xyxy[:, None])  # [M, Q]
+    np.maximum.at(overlap, phrase_of.reshape(-1), each)
     best = similarity == similarity.max(axis=1, keepdims=True)
     share = best / best.sum(axis=1, keepdims=True)  # ties broken at random
     return {
@@ -114,11 +122,12 @@ def evaluate(
         "regions_outside": described.outside,
         "regions_matched": len(matched.iou),
         "distinct_descriptions": len(described.texts),
+        "phrases": len(phrases),
         "box_iou": float(matched.iou.mean()),
         "chance_box_iou": float(by_chance.iou.mean()),
         **base.rate("box_acc50", matched.iou >= 0.5),
         "chance_box_acc50": float((by_chance.iou >= 0.5).mean()),
-        **base.rate("region_to_description_r1", np.concatenate(found)),
+        **base.rate("region_to_description_r1", np.concatenate(hits)),
         "chance_region_to_description_r1": 1 / len(described.texts),
         "phrase_iou": float((share * overlap).sum(axis=1).mean()),
         "chance_phrase_iou": float(overlap.mean()),

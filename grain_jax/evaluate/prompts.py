@@ -15,6 +15,7 @@ _CLAUSE = {
     "which": ("has", "often", "typically", "may", "can"),
 }
 _BEGINNING = {word: clause for clause, words in _CLAUSE.items() for word in words}
+_PARENT = re.compile(r"(?<=\w\w)/(?=\w\w)")  # between a class and its kind
 
 
 class PromptError(errors.UserError):
@@ -66,12 +67,20 @@ def class_texts(
 ) -> list[str]:
     """Every text of one class: all templates, or templates x descriptions (the templates run fastest).
 
+    A class "dog/poodle" is a poodle: "a photo of a poodle, a kind of dog". Of several parents the last
+    counts. A `/` between single letters or beside a space ("C/V", "jacket / coat") is part of the name.
+
+    DIFFERS: the reference says "a poodle, of a dog", and fails where the parent is one letter (quirk 19).
+
     Args:
       name: the class; `_` stands for a space, as in folder names.
       templates: with one `{}` each.
       descriptions: None for the name alone.
     """
-    filled = [template.replace("{}", name.replace("_", " ").strip()) for template in templates]
+    *parents, name = _PARENT.split(name.replace("_", " ").strip())
+    filled = [template.replace("{}", name) for template in templates]
+    if parents:
+        filled = [f"{text.rstrip(' ,.')}, a kind of {parents[-1]}" for text in filled]
     if descriptions is None:
         return filled
     return [

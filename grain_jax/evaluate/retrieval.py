@@ -43,20 +43,19 @@ def evaluate(
     """
     every, records, folder = read(images, annotations)
     unreadable: dict[str, str] = {}
-    embeds, kept = [], []
-    for batch in base.encode_pictures(
+    batches = base.encode_pictures(
         predictor,
         [folder / r.image for r in records],
         label="retrieval",
         unreadable=unreadable,
         regions=False,
         batch_size=batch_size,
-    ):
-        embeds.append(batch.image_embed)
-        kept += [records[i] for i in batch.index]
-    image_embed = scores.unit(np.concatenate(embeds))  # [N, D]
+    )
+    found = base.gather(dict(index=batch.index, embed=batch.image_embed) for batch in batches)
+    kept = [records[i] for i in found["index"]]
+    image_embed = scores.unit(found["embed"])  # [N, D]
     owner, text_of, texts = _pairs(kept)
-    text_embed = scores.unit(predictor.encode_text(texts))  # [M, D]
+    text_embed = scores.unit(base.encode_distinct(predictor, texts))  # [M, D]
 
     right = np.zeros((len(kept), len(texts)), bool)
     right[owner, text_of] = True

@@ -1,112 +1,210 @@
-"""Zero-shot classification of a folder with one sub-folder a class (method.md, Zero-shot evaluation).
+"""Zero-shot classification of a test set (method.md, Zero-shot evaluation).
 
-Three protocols: class names in prompts; names with descriptions; descriptions alone, for classes whose
-names mean nothing to the model (`names=False`: a class is the mean of its raw descriptions' embeddings).
+The paper's two protocols, in one pass over the pictures: class names in prompts, and names with
+descriptions. And descriptions alone, for classes whose names mean nothing to the model (`names=False`: a
+class is the mean of its raw descriptions' embeddings, which also serves files of whole sentences).
 """
 
 import json
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from grain_jax.evaluate import base, prompts, scores
+from grain_jax import atomic
+from grain_jax.evaluate import base, processes, prompts, scores, test_sets
 
 # How region . description similarities [Q, n_c] become one number for a class.
 REGION_ORDERS = (
     "queries",  # the paper: each query takes its best description, then the mean over queries
     "descriptions",  # each description takes its best query, then the mean over descriptions
 )
-_SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
+BY_NAME = "by_name"  # the part of a result where names alone make the classes beside descriptions
+BEST = 5  # classes that a picture's prediction lists
+
+class_folders = test_sets.class_folders  # callers outside of the package know it from here
+
+
+class Scored(NamedTuple):
+    """What one way of scoring says of each picture."""
+
+    top1: (
+        np.ndarray
+    )  # float64 [N], the chance that the class is the best one, ties broken at random
+    top5: np.ndarray  # float64 [N]
+    best: np.ndarray  # int32 [N, at most BEST], the best classes, best first
+    best_scores: np.ndarray  # float32 [N, at most BEST]
+
+
+class Predictions(NamedTuple):
+    """Every readable picture's classes, in the order of the test set."""
+
+    test_set: test_sets.TestSet
+    index: np.ndarray  # int [N], positions in the test set
+    target: np.ndarray  # int [N], the pictures' classes
+    scored: dict[str, Scored]  # "alpha_0.5", "by_name/alpha_1.0"
+    unreadable: dict[str, str]  # name of a picture -> why it is left out
+    descriptions: int  # how many there are, of all classes
 
 
 def evaluate(
     predictor: Any,
     *,
-    images: epath.PathLike,
+    images: epath.PathLike | test_sets.TestSet,
+    predictions: epath.PathLike | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Classifies every picture by alpha * global score + (1 - alpha) * region score.
+
+    Args:
+      predictor: the model (see `base`).
+      images: a test set, or a folder of class folders, each named after its class (`_` = space).
+      predictions: file to write, one JSON object a picture: its name, its class, its five best classes.
+      **options: of `predict`.
+
+    Returns: counts, `chance` (of top-1; `chance_top5`) and for each alpha, under `alpha_A`: `top1`, `top5`,
+      `mean_per_class` (of top-1; of all three 95% intervals: `_low`, `_high`) and `per_class`. With names
+      and descriptions the classes are both together; `by_name` has the same for names alone in the global
+      score, at alpha 1 and at each other alpha. Ties count as if broken at random.
+
+    Raises:
+      base.InputError, prompts.PromptError: what was given cannot be used.
+    """
+    found = predict(predictor, images=images, **options)
+    if predictions is not None and processes.own()[0] == 0:
+        _write(epath.Path(predictions), found)
+    classes = found.test_set.classes
+    counts = np.bincount(found.target, minlength=len(classes))
+    result = {
+        "kind": "zeroshot",
+        "classes": len(classes),
+        "pictures": len(found.target),
+        **base.report_unreadable(found.unreadable),
+        "names": options.get("names", True),
+        "descriptions": found.descriptions,
+        "region_order": options.get("region_order", "queries"),
+        "chance": 1 / len(classes),
+        "chance_top5": min(1.0, 5 / len(classes)),
+        "pictures_per_class": dict(zip(classes, counts.tolist())),
+    }
+    for key, scored in found.scored.items():
+        way, _, alpha = key.rpartition("/")
+        part = result.setdefault(way, {}) if way else result
+        part[alpha] = _rates(classes, counts, found.target, scored)
+    return result
+
+
+def predict(
+    predictor: Any,
+    *,
+    images: epath.PathLike | test_sets.TestSet,
     descriptions: epath.PathLike | None = None,
     alphas: Sequence[float] | None = None,
     names: bool = True,
     region_order: str = "queries",
     templates: epath.PathLike | None = None,
     batch_size: int = base.BATCH_SIZE,
-) -> dict[str, Any]:
-    """Classifies every picture of the folder by alpha * global score + (1 - alpha) * region score.
+) -> Predictions:
+    """What `evaluate` counts: each picture's best classes, and whether they are right.
 
     Args:
       predictor: the model (see `base`).
-      images: folder of class folders, each named after its class (`_` = space).
-      descriptions: `D.json`, {"class name": ["description", ...]}; classes without a folder are ignored.
+      images: as in `evaluate`.
+      descriptions: `D.json`, {"class name": ["description", ...]}; classes that the set has not are ignored.
       alphas: shares of the global score in [0, 1]; default 1 without descriptions, 1 and 0.5 with.
       names: the class names stand in the prompts; False: the descriptions alone make the class.
       region_order: what the region score averages over, one of REGION_ORDERS.
       templates: prompts, one a line; default: the general set of the package.
       batch_size: pictures at a time.
 
-    Returns: counts, `chance` (of top-1; `chance_top5`) and for each alpha, under `alpha_A`: `top1`, `top5`
-      (95% intervals: `_low`, `_high`), `mean_per_class` (of top-1) and `per_class`. Ties count as if
-      broken at random.
-
-    Raises:
-      base.InputError, prompts.PromptError: what was given cannot be used.
+    Raises: as `evaluate`.
     """
-    classes, paths, labels = class_folders(images)
+    test_set = images if hasattr(images, "pictures") else test_sets.ClassFolders(images)
+    classes = list(test_set.classes)
     check_region_order(region_order)
     alphas = check_alphas(alphas, descriptions, names)
-    described = None if descriptions is None else read_descriptions(descriptions, classes)
+    described = None
+    if descriptions is not None:
+        described = read_descriptions(descriptions, classes, test_set.stems, names)
     features, embeds = _class_embeddings(predictor, classes, described, names, templates)
+    ways = {f"alpha_{alpha}": (features, alpha) for alpha in alphas}
+    if described is not None and names:
+        alone, _ = _class_embeddings(predictor, classes, None, names, templates)
+        for alpha in dict.fromkeys([1.0, *alphas]):
+            ways[f"{BY_NAME}/alpha_{alpha}"] = alone, alpha
 
     with_regions = min(alphas) < 1
     unreadable: dict[str, str] = {}
-    targets, hits = [], {alpha: ([], []) for alpha in alphas}
+    parts = []
     for batch in base.encode_pictures(
         predictor,
-        paths,
+        test_set,
         label="zero-shot",
         unreadable=unreadable,
         regions=with_regions,
         batch_size=batch_size,
     ):
-        target = labels[batch.index]
-        right = target[:, None] == np.arange(len(classes))
-        global_scores = scores.global_scores(batch.image_embed, features)
         region_scores = None
         if with_regions:
             score = scores.region_scores if region_order == "queries" else description_scores
             region_scores = score(batch.regions.embed, embeds)
-        for alpha in alphas:
+        part = {"index": batch.index, "target": batch.labels}
+        for key, (of_classes, alpha) in ways.items():
+            global_scores = scores.global_scores(batch.image_embed, of_classes)
             combined = scores.combine(global_scores, region_scores, alpha)
-            for k, part in zip((1, 5), hits[alpha]):
-                part.append(base.topk_hits(combined, right, k))
-        targets.append(target)
+            scored = _score(combined, batch.labels)
+            part |= {f"{key} {name}": value for name, value in scored._asdict().items()}
+        parts.append(part)
+    found = base.gather(parts)
+    if found["target"].min() < 0:
+        raise base.InputError("the test set has pictures without a label, expected another split")
+    scored = {key: Scored(*(found[f"{key} {field}"] for field in Scored._fields)) for key in ways}
+    count = sum(map(len, described)) if described else 0
+    return Predictions(test_set, found["index"], found["target"], scored, unreadable, count)
 
-    target = np.concatenate(targets)
-    result = {
-        "kind": "zeroshot",
-        "classes": len(classes),
-        "pictures": len(target),
-        **base.report_unreadable(unreadable),
-        "names": names,
-        "descriptions": sum(map(len, described)) if described else 0,
-        "region_order": region_order,
-        "chance": 1 / len(classes),
-        "chance_top5": min(1.0, 5 / len(classes)),
+
+def _score(combined: np.ndarray, target: np.ndarray) -> Scored:
+    """Scores [B, C] and the right classes [B]."""
+    right = target[:, None] == np.arange(combined.shape[1])
+    right[target < 0, 0] = True  # without a label; `predict` ends in an error
+    best = np.argpartition(-combined, min(BEST, combined.shape[1]) - 1, axis=1)[:, :BEST]
+    order = np.argsort(-np.take_along_axis(combined, best, axis=1), axis=1, kind="stable")
+    best = np.take_along_axis(best, order, axis=1)
+    return Scored(
+        base.topk_hits(combined, right, 1),
+        base.topk_hits(combined, right, 5),
+        best.astype(np.int32),
+        np.take_along_axis(combined, best, axis=1),
+    )
+
+
+def _rates(classes, counts, target, scored: Scored) -> dict[str, Any]:
+    """The rates of one way of scoring, over all pictures and for each class that has some."""
+    hits = np.bincount(target, weights=scored.top1, minlength=len(classes))
+    there = counts > 0
+    shares = hits[there] / counts[there]
+    names = (name for name, some in zip(classes, there) if some)
+    return {
+        **base.rate("top1", scored.top1),
+        **base.rate("top5", scored.top5),
+        **base.mean_rate("mean_per_class", shares, counts[there]),
+        "per_class": dict(zip(names, shares.tolist())),
     }
-    for alpha in alphas:
-        top1, top5 = map(np.concatenate, hits[alpha])
-        per_class = {
-            name: float(top1[target == i].mean())
-            for i, name in enumerate(classes)
-            if (target == i).any()
-        }
-        result[f"alpha_{float(alpha)}"] = {
-            **base.rate("top1", top1),
-            **base.rate("top5", top5),
-            "mean_per_class": float(np.mean(list(per_class.values()))),
-            "per_class": per_class,
-        }
-    return result
+
+
+def _write(path: epath.Path, found: Predictions) -> None:
+    """One line a picture: {"picture", "class", "alpha_1.0": [[class, score], ...], ...}."""
+    classes = found.test_set.classes
+    lines = []
+    for row, (index, target) in enumerate(zip(found.index, found.target)):
+        line = {"picture": found.test_set.name(index), "class": classes[target]}
+        for key, scored in found.scored.items():
+            pairs = zip(scored.best[row].tolist(), scored.best_scores[row].tolist())
+            line[key] = [[classes[i], score] for i, score in pairs]
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    atomic.write_text(path, "".join(lines))
 
 
 def check_alphas(
@@ -150,53 +248,23 @@ def description_scores(
     return np.add.reduceat(best, starts, axis=-1) / counts.astype(np.float32)
 
 
-def class_folders(images: epath.PathLike) -> tuple[list[str], list[epath.Path], np.ndarray]:
-    """The class names (folder names, `_` = space, sorted), the pictures and their classes' positions.
+def read_descriptions(
+    path: epath.PathLike,
+    classes: Sequence[str],
+    stems: Sequence[str] | None = None,
+    names: bool = True,
+) -> list[list[str]]:
+    """For each class its descriptions, from {"class name": ["description", ...]}.
 
-    Hidden files and folders (`.DS_Store`, `._x.jpg`) do not count.
+    `_` is a space in names. A class that is not in the file as it is spelt is found by its letters and
+    digits, whatever their case ("Black-footed albatross" has those of "black_footed Albatross"), or else
+    by those of its stem. Published files have empty lists for a few classes: their names alone describe them.
 
-    Raises:
-      base.InputError: no such folder, fewer than two class folders, two of one name (`a_b` and `a b`),
-        or a class without pictures.
-    """
-    folder = epath.Path(images)
-    if not folder.is_dir():
-        raise base.InputError(f"{folder}: no such folder; expected one with a sub-folder a class")
-    folders = sorted(
-        (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")),
-        key=lambda p: p.name,
-    )
-    if len(folders) < 2:
-        raise base.InputError(
-            f"{folder}: got {len(folders)} sub-folders, expected at least 2, one a class"
-        )
-    of_name: dict[str, list[str]] = {}
-    for sub in folders:
-        of_name.setdefault(_name(sub.name), []).append(sub.name)
-    faults = [
-        f"{folder}: got the class folders {_listed([repr(s) for s in same])}, all of them the class"
-        f" {name!r} (_ = space), expected one folder a class"
-        for name, same in of_name.items()
-        if len(same) > 1
-    ]
-    paths, labels, empty = [], [], []
-    for label, sub in enumerate(folders):
-        found = sorted(
-            p for p in sub.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".")
-        )
-        if not found:
-            empty.append(sub.name)
-        paths += found
-        labels += [label] * len(found)
-    if empty:
-        faults.append(f"{folder}: no pictures in the class folders {_listed(empty)}")
-    if faults:
-        raise base.InputError("\n".join(faults))
-    return [_name(p.name) for p in folders], paths, np.array(labels)
-
-
-def read_descriptions(path: epath.PathLike, classes: Sequence[str]) -> list[list[str]]:
-    """For each class its descriptions, from {"class name": ["description", ...]} (`_` = space in names).
+    Args:
+      path: of the file.
+      classes: the classes' names.
+      stems: what else each is called, if anything (see `test_sets.TestSet`).
+      names: whether a name alone may describe a class.
 
     Raises:
       base.InputError: no such file, another format, or classes that have no description.
@@ -213,30 +281,34 @@ def read_descriptions(path: epath.PathLike, classes: Sequence[str]) -> list[list
     for name, texts in value.items():
         if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
             raise base.InputError(f"{path}: {name!r}: expected a list of texts that are not empty")
-    known = {_name(name): texts for name, texts in value.items()}
-    missing = [name for name in classes if not known.get(name)]
+    known = {_letters(name): texts for name, texts in value.items()}
+    known |= {test_sets.of_folder(name): texts for name, texts in value.items()}
+    found = [
+        next((known[key] for key in (name, _letters(name), _letters(stem)) if key in known), None)
+        for name, stem in zip(classes, stems or classes)
+    ]
+    missing = [n for n, texts in zip(classes, found) if texts is None or not (texts or names)]
     if missing:
-        raise base.InputError(f"{path}: no description of the classes {_listed(missing)}")
-    return [known[name] for name in classes]
+        raise base.InputError(f"{path}: no description of the classes {test_sets.listed(missing)}")
+    return found
+
+
+def _letters(name: str) -> tuple[str, ...]:
+    """Of another type than a name, so that both can be keys of one dict."""
+    return tuple(re.findall(r"[^\W_]+", name.casefold()))
 
 
 def _class_embeddings(predictor, classes, described, names, templates):
     """Class features [C, D], and each class's descriptions' embeddings (None without descriptions)."""
-    embeds = None if described is None else base.encode_texts(predictor, described)
+    embeds = None
+    if described is not None:
+        texts = [found or [name] for name, found in zip(classes, described)]
+        embeds = base.encode_texts(predictor, texts)
     if not names:
         return scores.class_features(embeds), embeds
     filled = prompts.load_templates(templates)
     texts = [
-        prompts.class_texts(name, filled, described and described[i])
+        prompts.class_texts(name, filled, (described and described[i]) or None)
         for i, name in enumerate(classes)
     ]
     return scores.class_features(base.encode_texts(predictor, texts)), embeds
-
-
-def _name(name: str) -> str:
-    return name.replace("_", " ").strip()
-
-
-def _listed(names: Sequence[str], limit: int = 10) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -13,6 +13,9 @@ import jax
 from grain_jax.schema import Batch
 
 _END = object()
+# A step waits for input where that takes longer than both; a batch that is ready comes within microseconds.
+WAIT_SECONDS = 1e-3
+WAIT_SHARE = 0.01  # of the time since the batch before
 
 
 class Prefetch:
@@ -20,10 +23,12 @@ class Prefetch:
 
     Attributes:
       wait_seconds: how long the consumer has waited for batches so far.
+      wait_steps: for how many batches it waited longer than `WAIT_SECONDS` and `WAIT_SHARE`.
     """
 
     def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int):
-        self.wait_seconds = 0.0
+        self.wait_seconds, self.wait_steps = 0.0, 0
+        self._last = time.monotonic()  # when the consumer got the batch before
         self._batches = batches
         self._sharding = sharding
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
@@ -40,7 +45,10 @@ class Prefetch:
             raise StopIteration
         start = time.monotonic()
         item = self._queue.get()
-        self.wait_seconds += time.monotonic() - start
+        now = time.monotonic()
+        self.wait_seconds += now - start
+        self.wait_steps += now - start > max(WAIT_SECONDS, WAIT_SHARE * (now - self._last))
+        self._last = now
         if isinstance(item, Batch):
             return item
         self.close()

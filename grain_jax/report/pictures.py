@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 
 from grain_jax import annotations as annotations_lib
 from grain_jax import images as images_lib
-from grain_jax.evaluate import base, grounding, scores
-from grain_jax.report import tables
+from grain_jax.evaluate import base, grounding, scores, test_sets
+from grain_jax.report import looking, tables
 
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e67e00", "#0c8c96", "#c2388f", "#7a4b2a")
 _LOSSES = {  # key of metrics.jsonl -> label, colour
@@ -27,7 +27,7 @@ _LOSSES = {  # key of metrics.jsonl -> label, colour
     "loss_region_description": ("region to description", COLOURS[2]),
     "loss_box": ("boxes", COLOURS[4]),
 }
-_HEADLINES = {  # ending of an evaluation's key -> label
+HEADLINES = {  # ending of an evaluation's key -> label
     "/top1": "top-1",
     "/r1": "R@1",
     "/box_iou": "box IoU",
@@ -58,7 +58,7 @@ def curves(metrics_jsonl: epath.PathLike, output_png: epath.PathLike) -> None:
         it tells the batch size, whose logarithm is the caption loss of a model that knows nothing.
       output_png: the file to write.
     """
-    lines = _read_lines(epath.Path(metrics_jsonl))
+    lines = read_lines(epath.Path(metrics_jsonl))
     series: dict[str, tuple[list[float], list[float]]] = {}
     for line in lines:
         for key, value in line.items():
@@ -117,9 +117,7 @@ def regions_grid(
     chosen = [records[i] for i in places]
     folder = base.picture_folder(images_dir)
     paths = [folder / r.image for r in chosen]
-    (batch,) = base.encode_pictures(
-        predictor, paths, label="pictures", unreadable={}, batch_size=len(paths)
-    )
+    batch = looking.encode(predictor, [test_sets.of_path(path) for path in paths])
     shown = [chosen[i] for i in batch.index]
     described = grounding.described_boxes(shown, batch.sizes)
     texts = grounding.distinct(
@@ -249,7 +247,7 @@ def _losses(axis: Axes, series, batch_size: int | None) -> None:
 
 def _headline_keys(series) -> dict[str, Any]:
     """The evaluations' main numbers and a colour for each."""
-    keys = [k for k in series if k.startswith("eval/") and k.endswith(tuple(_HEADLINES))]
+    keys = [k for k in series if k.startswith("eval/") and k.endswith(tuple(HEADLINES))]
     palette = matplotlib.colormaps["tab20"]
     return {key: palette((2 * i) % 20 + (i // 10) % 2) for i, key in enumerate(keys)}
 
@@ -271,7 +269,7 @@ def _bars(axis: Axes, series, colours: Mapping[str, Any]) -> None:
         value, chance = series[key][1][-1], _chance(series, key)
         axis.barh(i, value, height=0.42, color=colour)
         axis.text(value + 0.015, i, f"{value:.3f}", va="center", fontsize=8)
-        axis.text(0.0, i - 0.26, _headline(key), va="bottom", fontsize=8)
+        axis.text(0.0, i - 0.26, headline(key), va="bottom", fontsize=8)
         if chance is not None:
             axis.plot([chance, chance], [i - 0.21, i + 0.21], color="black", linewidth=1.6)
     axis.set_yticks([])
@@ -279,12 +277,15 @@ def _bars(axis: Axes, series, colours: Mapping[str, Any]) -> None:
     axis.set_xlim(0, 1.1)
 
 
-def _headline(key: str) -> str:
+def headline(key: str) -> str:
+    """What an evaluation's main number is called, e.g. `eval/unseen/alpha_0.5/top1`: "unseen: top-1, alpha 0.5"."""
     name, _, rest = key.removeprefix("eval/").partition("/")
-    label = next(label for ending, label in _HEADLINES.items() if key.endswith(ending))
+    label = next(label for ending, label in HEADLINES.items() if key.endswith(ending))
     group = rest.rpartition("/")[0]  # alpha_0.5, image_to_text, or nothing
-    if group.startswith("alpha_"):
-        return f"{name}: {label}, alpha {float(group.removeprefix('alpha_')):g}".replace("_", " ")
+    way, _, alpha = group.rpartition("/")  # by_name/alpha_0.5
+    if alpha.startswith("alpha_"):
+        name = f"{name}, {way}" if way else name
+        return f"{name}: {label}, alpha {float(alpha.removeprefix('alpha_')):g}".replace("_", " ")
     return f"{name}: {group} {label}".replace("_", " ").replace("  ", " ")
 
 
@@ -325,7 +326,8 @@ def _smooth(values: Sequence[float], keep: float = 0.6) -> list[float]:
     return out
 
 
-def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; one that was cut off is left out."""
     lines = []
     for text in path.read_text().splitlines():
         try:

@@ -26,6 +26,22 @@ def test_interval_of_nothing():
     assert base.rate("r1", np.array([])) == {"r1": 0.0, "r1_low": 0.0, "r1_high": 1.0}
 
 
+def test_interval_of_a_mean_over_classes_is_that_of_all_where_they_are_alike():
+    shares, counts = np.array([0.5, 0.75, 1.0]), np.array([40, 40, 40])
+    found = base.mean_rate("m", shares, counts)
+    assert found["m"] == 0.75
+    assert (found["m_low"], found["m_high"]) == pytest.approx(base.interval(90, 120))
+    # Unlike ones, of one p: it holds the mean in about 95% of the cases, also near 1.
+    random = np.random.default_rng(0)
+    counts = np.array([3, 5, 10, 40] * 10)
+    held = []
+    for p in (0.3, 0.97):
+        for _ in range(500):
+            found = base.mean_rate("m", random.binomial(counts, p) / counts, counts)
+            held.append(found["m_low"] <= p <= found["m_high"])
+    assert 0.93 < np.mean(held) < 0.97
+
+
 def _by_enumeration(scores, right, k):
     """The mean over all orders of the candidates of: sorted by score, is a right one among the first k?"""
     orders = list(itertools.permutations(range(len(scores))))
@@ -190,9 +206,8 @@ def test_run_dispatches(tmp_path):
         images={0: [1, 0], 1: [1, 0]}, texts={"a cat": [1, 0], "a red fox": [0, 1]}
     )
     # Without descriptions there is no region score: only alpha 1 is reported.
-    numbers = base.run(
-        _entry(images=str(tmp_path)), predictor, templates=tmp_path / "templates.txt"
-    )
+    entry = _entry(images=str(tmp_path), templates=str(tmp_path / "templates.txt"))
+    numbers = base.run(entry, predictor)
     assert numbers["alpha_1.0/top1"] == 0.5 and numbers["chance"] == 0.5
     assert not any(key.startswith("alpha_0.5") for key in numbers)
     assert all(type(value) is float for value in numbers.values())

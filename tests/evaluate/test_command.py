@@ -36,7 +36,7 @@ def folder(tmp_path, monkeypatch):
 def _run(folder, *arguments):
     status = command.main(
         [*arguments, "--checkpoint", "RUN", "--images", str(folder / "classes")]
-        + ["--output", str(folder / "new" / "out.json")]
+        + ["--output", str(folder / "new" / "out.json"), "--cache", ""]
     )
     return status, folder / "new" / "out.json"
 
@@ -92,10 +92,10 @@ def test_unknown_keys_are_counted(folder, capsys):
 
 
 def test_what_cannot_be_saved_is_shown(folder, capsys, monkeypatch):
-    def write_text(self, text):
+    def write_bytes(self, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(command.epath.Path("x").__class__, "write_text", write_text)
+    monkeypatch.setattr(command.epath.Path("x").__class__, "write_bytes", write_bytes)
     status, output = _run(folder, "retrieval", "--annotations", str(folder / "A.jsonl"))
     out, err = capsys.readouterr()
     assert status == 2 and "retrieval: image to text R@1" in out

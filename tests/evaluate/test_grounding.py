@@ -146,3 +146,26 @@ def test_faults(tmp_path):
     predictor = StubPredictor({0: [1, 0]}, TEXTS, {0: ([[0, 0, 1, 1]], [[1, 0, 0]])})
     with pytest.raises(base.InputError, match="every box lies outside"):
         grounding.evaluate(predictor, images=tmp_path, annotations=path)
+
+
+def test_a_phrase_with_several_boxes_is_found_by_any_of_them(tmp_path):
+    path = _write(
+        tmp_path,
+        [
+            [
+                ([0, 0, 10, 10], "beak", 0.5),
+                ([10, 0, 20, 10], "Beak", 0.5),
+                ([0, 0, 20, 5], "tail", 0.5),
+            ],
+            [([0, 0, 20, 10], "beak", 0.5)],
+        ],
+    )
+    # Query 0 says beak, and is the right half; query 1 says tail, and is the lower half.
+    regions = {i: ([[0.5, 0, 1, 1], [0, 0.5, 1, 1]], [[1, 0, 0], [0, 1, 0]]) for i in range(2)}
+    predictor = StubPredictor({0: [1, 0, 0], 1: [1, 0, 0]}, TEXTS, regions)
+    result = grounding.evaluate(predictor, images=tmp_path, annotations=path)
+    assert (result["regions"], result["phrases"]) == (4, 3)
+    assert result["phrase_iou"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert result["phrase_acc50"] == pytest.approx(2 / 3)
+    # The other query overlaps either beak by 50 of 150 pixels, the tail 1/3, the whole picture .5.
+    assert result["chance_phrase_iou"] == pytest.approx((1 + 1 / 3 + 1 / 3 + 0 + 0.5 + 0.5) / 6)

@@ -47,6 +47,10 @@ def test_names(folder):
     assert alpha["top1"] == 0.75 and alpha["top5"] == 1.0
     assert alpha["per_class"] == {"cat": 0.5, "dog": 1.0, "red fox": 1.0}
     assert alpha["mean_per_class"] == pytest.approx(2.5 / 3)
+    # Of 2, 1 and 1 pictures: as a share among 9 / (1/2 + 1 + 1).
+    interval = alpha["mean_per_class_low"], alpha["mean_per_class_high"]
+    assert interval == pytest.approx(base.interval(2.5 / 3 * 3.6, 3.6))
+    assert result["pictures_per_class"] == {"cat": 2, "dog": 1, "red fox": 1}
     assert (alpha["top1_low"], alpha["top1_high"]) == pytest.approx(base.interval(3, 4))
     assert "alpha_0.5" not in result
 
@@ -118,6 +122,7 @@ def test_names_with_descriptions(folder):
         for phrase in DESCRIPTIONS[name]:
             for article in ("a", "the"):
                 texts[f"{article} {name}, {sentences[phrase]}"] = np.eye(3)[i]
+            texts[f"a {name}"] = texts[f"the {name}"] = np.eye(3)[(i + 1) % 3]  # by name all wrong
     images = {i: np.eye(3)[c] for i, c in enumerate((0, 0, 1, 0))}
     regions = {i: _regions([0, 0, 1], [0, 0, 1]) for i in range(4)}
     predictor = StubPredictor(images, texts, regions)
@@ -125,6 +130,9 @@ def test_names_with_descriptions(folder):
     assert result["alpha_1.0"]["top1"] == 0.75  # the default reports alpha 1 and 0.5
     # 3 at 0.5: cat .5, fox .5; the others: their own class .5, fox .5.
     assert result["alpha_0.5"]["top1"] == pytest.approx(0.5)
+    # In the same pass, by names alone: pictures 0, 1, 3 are a fox's, and 2 a cat's; only 3 is one.
+    assert result["by_name"]["alpha_1.0"]["per_class"] == {"cat": 0, "dog": 0, "red fox": 1}
+    assert result["by_name"]["alpha_0.5"]["top1"] == 0.25
     assert len(predictor.asked) == len(texts)
 
 
@@ -154,15 +162,38 @@ def test_unreadable_pictures_are_counted_and_named(folder):
     assert "bad.jpg" in result["unreadable_pictures"][0]
 
 
+def test_descriptions_are_found_by_letters_and_digits(folder):
+    path = _write_descriptions(
+        folder, {"Red-Fox": ["b"], "RED FOX": ["a"], "red_fox": ["c"], "x": []}
+    )
+    names = ["red fox", "Red fox", "RED FOX"]
+    assert zeroshot.read_descriptions(path, names) == [["c"], ["c"], ["a"]]
+    assert zeroshot.read_descriptions(path, ["vulpes"], ["red.fox"]) == [["c"]]
+
+
+def test_a_class_with_an_empty_list_is_described_by_its_name(folder):
+    path = _write_descriptions(folder, {"cat": ["x"], "dog": [], "red fox": []})
+    classes = ["cat", "dog", "red fox"]
+    assert zeroshot.read_descriptions(path, classes) == [["x"], [], []]
+    texts = NAMES | {"x": [1, 0, 0], "dog": [0, 1, 0], "red fox": [0, 0, 1]}
+    texts |= {f"{name}, which has x": [1, 0, 0] for name in ("a cat", "the cat")}
+    regions = {i: (BOXES, np.eye(3)[[k, k]]) for i, k in enumerate((0, 0, 1, 2))}
+    images = {i: [1, 0, 0] for i in range(4)}
+    result = _evaluate(
+        folder, StubPredictor(images, texts, regions), descriptions=path, alphas=(0.0,)
+    )
+    assert result["alpha_0.0"]["per_class"] == {"cat": 1.0, "dog": 1.0, "red fox": 1.0}
+    with pytest.raises(base.InputError, match="no description of the classes dog, red fox"):
+        zeroshot.read_descriptions(path, classes, names=False)
+
+
 def test_faults(folder):
     predictor = StubPredictor()
     fault = lambda **options: pytest.raises(
         base.InputError, _evaluate, folder, predictor, **options
     )
     path = _write_descriptions(folder, {"cat": ["whiskers"], "dog": []})
-    assert str(fault(descriptions=path).value).endswith(
-        "no description of the classes dog, red fox"
-    )
+    assert str(fault(descriptions=path).value).endswith("no description of the classes red fox")
     path = _write_descriptions(folder, {"cat": "whiskers"})
     assert "'cat': expected a list of texts" in str(fault(descriptions=path).value)
     assert "expected a file (D.json) for alpha 0.5" in str(fault(alphas=(1.0, 0.5)).value)

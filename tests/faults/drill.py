@@ -22,7 +22,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TIMINGS = ("images_per_second", "input_wait_fraction", "model_flops_per_second", "mfu")
+TIMINGS = (
+    "images_per_second",
+    "input_wait_fraction",
+    "input_wait_steps",
+    "model_flops_per_second",
+    "mfu",
+)
 PATIENCE = 300  # seconds that a process may take to get somewhere, or to end
 CHECKPOINT_EVERY = 5
 

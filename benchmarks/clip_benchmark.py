@@ -1,0 +1,185 @@
+"""Does clip-benchmark give a GRAIN checkpoint the accuracy that ours does, on a folder with one sub-folder a class?
+
+    python -m benchmarks.clip_benchmark --checkpoint DIR --images CLASS_FOLDERS [--json OUT.json]
+
+in an environment that has clip-benchmark (docs/library.md). Its own command line runs, with the class names and
+prompts of ours. It makes the mean of a class's prompts a unit vector, which the GRAIN paper does not: with one
+prompt a class that changes nothing; with several, ours is measured both ways, and its command once more with
+class features by the paper's rule (--load_clfs). The exit status is 1 where a number differs.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+import torch
+from etils import epath
+
+import grain_jax
+from grain_jax import clip_benchmark_model, errors
+from grain_jax.evaluate import base, prompts, scores, zeroshot
+
+# A set of clip-benchmark that is any folder of class folders, with names and prompts from files.
+_DATASET = "imagenet_sketch"
+_METRICS = {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "mean_per_class"}
+
+
+def theirs(
+    checkpoint: str,
+    folder: str,
+    names: Sequence[str],
+    templates: Sequence[str],
+    scratch: epath.Path,
+    features: np.ndarray | None = None,
+) -> tuple[dict[str, float], np.ndarray]:
+    """clip-benchmark's command on the folder: its metrics, and its scores [N, C].
+
+    Args:
+      checkpoint: the model.
+      folder: of class folders.
+      names: of the classes, in the order of the folders.
+      templates: prompts with {}.
+      scratch: folder for files that go to it and come from it.
+      features: class features [C, D] in place of those that it makes of the prompts.
+    """
+    from clip_benchmark import cli
+    from clip_benchmark.metrics import zeroshot_classification
+
+    names_file, templates_file = scratch / "names.json", scratch / "templates.json"
+    names_file.write_text(json.dumps({_DATASET: list(names)}))
+    templates_file.write_text(json.dumps({_DATASET: [t.replace("{}", "{c}") for t in templates]}))
+    output = scratch / "metrics.json"
+    arguments = [
+        "clip_benchmark",
+        "eval",
+        f"--model_type={clip_benchmark_model.NAME}",
+        "--model=GRAIN",
+        f"--pretrained={checkpoint}",
+        f"--dataset={_DATASET}",
+        f"--dataset_root={folder}",
+        f"--custom_classname_file={names_file}",
+        f"--custom_template_file={templates_file}",
+        f"--output={output}",
+        "--no_amp",  # else it multiplies scores in bfloat16, whose ties change classes
+        "--num_workers=0",  # its processes would be forks of one that runs JAX
+        "--quiet",
+    ]
+    if features is not None:
+        torch.save(torch.from_numpy(features.T.copy()), scratch / "features.pt")
+        arguments.append(f"--load_clfs={scratch / 'features.pt'}")
+    classify, seen = zeroshot_classification.run_classification, []
+
+    def run_classification(*positional: Any, **named: Any) -> Any:
+        seen.append(classify(*positional, **named))
+        return seen[-1]
+
+    with (
+        mock.patch.object(sys, "argv", arguments),
+        mock.patch.object(zeroshot_classification, "run_classification", run_classification),
+    ):
+        cli.main()
+    return json.loads(output.read_text())["metrics"], seen[0][0].numpy() / 100
+
+
+def ours(
+    features: np.ndarray, image_embed: np.ndarray, labels: np.ndarray
+) -> tuple[dict[str, float], np.ndarray]:
+    """Our metrics by clip-benchmark's names, and our scores [N, C], of class features [C, D]."""
+    found = scores.global_scores(image_embed, features)
+    right = labels[:, None] == np.arange(len(features))
+    top1, top5 = (base.topk_hits(found, right, k) for k in (1, 5))
+    per_class = [top1[labels == label].mean() for label in range(len(features))]
+    values = (top1.mean(), top5.mean(), np.mean(per_class))
+    return dict(zip(_METRICS, map(float, values))), found
+
+
+def compare(checkpoint: str, folder: str) -> list[dict[str, Any]]:
+    """One row a comparison: both sides' metrics, how far scores differ, how many pictures get one class."""
+    names, paths, labels = zeroshot.class_folders(folder)
+    predictor = grain_jax.load(checkpoint)
+    several = prompts.load_templates()
+    embeds = [
+        batch.image_embed
+        for batch in base.encode_pictures(
+            predictor, paths, label="pictures", unreadable={}, regions=False
+        )
+    ]
+    image_embed = np.concatenate(embeds)
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = epath.Path(scratch)
+        for title, templates, rule in (
+            ("one prompt", several[:1], "ours"),
+            (f"{len(several)} prompts, unit means", several, "unit"),
+            (f"{len(several)} prompts, the paper's means", several, "handed over"),
+        ):
+            file = scratch / "templates.txt"
+            file.write_text("\n".join(templates) + "\n")
+            texts = [prompts.class_texts(name, templates) for name in names]
+            features = scores.class_features(base.encode_texts(predictor, texts))
+            if rule == "unit":
+                features = scores.unit(features)
+            else:
+                by_command = zeroshot.evaluate(predictor, images=folder, templates=file)
+            handed = features if rule == "handed over" else None
+            their, their_scores = theirs(checkpoint, folder, names, templates, scratch, handed)
+            our, our_scores = ours(features, image_embed, labels)
+            if rule != "unit":  # what the command prints is what is compared
+                our = {key: by_command["alpha_1.0"][name] for key, name in _METRICS.items()}
+            if rule == "ours":  # a single prompt: a longer or shorter mean is the same class
+                length = np.linalg.norm(features, axis=1)
+                np.testing.assert_allclose(length, 1, atol=1e-5)
+            same = their_scores.argmax(axis=1) == our_scores.argmax(axis=1)
+            rows.append(
+                {
+                    "name": title,
+                    "pictures": len(labels),
+                    "classes": len(names),
+                    "clip_benchmark": their,
+                    "ours": our,
+                    "same_class": float(same.mean()),
+                    "worst_score": float(np.abs(their_scores - our_scores).max()),
+                    "ok": all(abs(their[key] - our[key]) < 1e-9 for key in _METRICS)
+                    and bool(same.all()),
+                }
+            )
+    return rows
+
+
+def main() -> int:
+    """Prints a line for each comparison; the exit status is 1 where a number differs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--images", required=True, help="one folder a class, 5 classes or more")
+    parser.add_argument("--json", help="file to write the figures to")
+    args = parser.parse_args()
+    try:
+        clip_benchmark_model.register()
+        rows = compare(args.checkpoint, args.images)
+    except errors.UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    where = f"{jax.devices()[0].device_kind}, jax {jax.__version__}, torch {torch.__version__}"
+    print(f"{rows[0]['pictures']} pictures of {rows[0]['classes']} classes; {where}")
+    print(f"{'':30} {'':22} {'clip-benchmark':>14} {'ours':>9}")
+    for row in rows:
+        for key in _METRICS:
+            both = f"{row['clip_benchmark'][key]:14.4%} {row['ours'][key]:9.4%}"
+            print(f"{row['name']:30} {key:22} {both}")
+        print(
+            f"{'':30} {row['same_class']:.2%} of the pictures get the same class; scores differ by at"
+            f" most {row['worst_score']:.1e}{'' if row['ok'] else '  DIFFERS'}"
+        )
+    if args.json:
+        epath.Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

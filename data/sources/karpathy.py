@@ -1,0 +1,37 @@
+"""Karpathy's splits of Flickr30k and COCO: dataset_flickr30k.json, dataset_coco.json, on which retrieval is compared.
+
+All captions of a picture are taken (mostly five), as people wrote them. `split` is train, restval, val or test.
+Source: the files' keys, images[].filename, filepath (COCO: the folder), split, sentences[].raw.
+"""
+
+from collections.abc import Iterator
+
+from data.sources import base, staged
+
+FILES = True
+_EXPECTED = "dataset_flickr30k.json or dataset_coco.json of Karpathy's splits"
+read = staged.read
+
+
+def shards(options: base.Options) -> list[base.Shard]:
+    """Lists of the split's pictures; those of COCO start in train2014/ and val2014/."""
+    if len(options.annotations) != 1:
+        raise base.SourceError(f"source karpathy: expected one file as --annotations, {_EXPECTED}")
+    return staged.stage("karpathy", _entries(options.annotations[0], options.split), options)
+
+
+def _entries(path: str, split: str) -> Iterator[base.Entry]:
+    content = base.read_json(path, expected=_EXPECTED)
+    try:
+        known = {image["split"] for image in content["images"]}
+        if split and split not in known:
+            options = ", ".join(sorted(known))
+            raise base.SourceError(f"{path}: got --split {split}, expected one of: {options}")
+        for image in content["images"]:
+            if not split or image["split"] == split:
+                folder = f"{image['filepath']}/" if image.get("filepath") else ""
+                captions = [sentence["raw"] for sentence in image["sentences"]]
+                yield base.Entry(folder + image["filename"], captions)
+    except (KeyError, TypeError, AttributeError) as error:
+        got = f"{type(error).__name__} {error}"
+        raise base.SourceError(f"{path}: got {got}, expected {_EXPECTED}") from None

@@ -1,0 +1,49 @@
+"""LVIS: lvis_v1_train.json, lvis_v1_val.json, one or both. The pictures are COCO's, below train2017/ and val2017/.
+
+A region is an object: its description is the category's name, `bow_(weapon)` as "bow (weapon)". Where a
+picture has several of a category not all of them need have a box.
+"""
+
+from collections.abc import Iterator
+
+from data.sources import base, staged
+
+FILES = True
+_EXPECTED = "lvis_v1_train.json or lvis_v1_val.json"
+read = staged.read
+
+
+def shards(options: base.Options) -> list[base.Shard]:
+    """Lists of the files' pictures, also of those without an object."""
+    if not options.annotations:
+        raise base.SourceError(f"source lvis: got no --annotations, expected {_EXPECTED}")
+    return staged.stage("lvis", _entries(options.annotations), options)
+
+
+def _entries(paths: tuple[str, ...]) -> Iterator[base.Entry | base.Fault]:
+    for path in paths:
+        content = base.read_json(path, expected=_EXPECTED)
+        try:
+            names = {c["id"]: c["name"].replace("_", " ") for c in content["categories"]}
+            entries = {
+                image["id"]: base.Entry(
+                    # Its address ends in the split and the file: .../val2017/000000397133.jpg
+                    "/".join(image["coco_url"].split("/")[-2:]),
+                    regions=[],
+                    size=(image["width"], image["height"]),
+                )
+                for image in content["images"]
+            }
+            annotations = enumerate(content["annotations"])
+        except (KeyError, TypeError, AttributeError) as error:
+            got = f"{type(error).__name__} {error}"
+            raise base.SourceError(f"{path}: got {got}, expected {_EXPECTED}") from None
+        for number, item in annotations:
+            entry, name = entries.get(item.get("image_id")), names.get(item.get("category_id"))
+            if entry is None:
+                got = f"image_id {item.get('image_id')}"
+                detail = f"got {got}, expected a picture of the file"
+                yield base.Fault(f"{path}:annotations[{number}]", "bad annotation", detail)
+                continue
+            entry.regions.append((base.xywh(item.get("bbox")), name, base.WHOLE))
+        yield from entries.values()

@@ -1,0 +1,138 @@
+"""An interactive page: drop a picture, type classes with descriptions, and see scores, regions and why.
+
+python -m grain_jax.demo --checkpoint DIR [--classes D.json] [--examples FOLDER]
+"""
+
+import argparse
+import importlib.util
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Sequence
+
+import PIL.Image
+import PIL.ImageDraw
+from etils import epath
+
+from grain_jax import command_line, errors
+
+_EXAMPLES = 12
+_SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff".split())
+_CLASSES = {  # of the pictures that are drawn where none are given
+    "house": ("a red triangular roof", "a brown door", "a square wall"),
+    "boat": ("a white sail", "a brown hull", "blue water"),
+    "tree": ("a round green top", "a brown trunk", "green grass"),
+}
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m grain_jax.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, help="workdir, checkpoint or converted folder"
+    )
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable by others too")
+    parser.add_argument(
+        "--classes",
+        help='{"class name": ["description", ...]}, or a class a line; the page can change them',
+    )
+    parser.add_argument(
+        "--examples",
+        help="folder of pictures, or of folders of them; default: a few that are drawn",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Serves the page until it is stopped."""
+    arguments = _arguments(argv[1:])
+    if importlib.util.find_spec("gradio") is None:
+        raise errors.UserError(
+            'the page needs gradio, which is not installed; run: pip install "gradio>=6"'
+        )
+    _check_address(arguments.host, arguments.port)
+    with tempfile.TemporaryDirectory(prefix="grain_jax_demo_") as folder:
+        # Read when Gradio is imported; what users upload goes with the folder.
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        _serve(arguments, epath.Path(folder))
+
+
+def _serve(arguments: argparse.Namespace, folder: epath.Path) -> None:
+    # JAX and Gradio take seconds to import.
+    from grain_jax import inference
+    from grain_jax.demo import analysis, page
+
+    classes = analysis.read_classes(arguments.classes) if arguments.classes else _CLASSES
+    examples = _examples(arguments.examples, folder)
+    predictor = inference.load(arguments.checkpoint)
+    analyst = analysis.Analyst(predictor)
+    about = f"`{arguments.checkpoint}`: pictures of {predictor.model.image.image_size} pixels,"
+    about += f" {analyst.queries or 'no'} regions."
+    blocks = page.build(analyst, about, classes, examples)
+    url = page.launch(blocks, arguments.host, arguments.port, str(folder))
+    print(f"{url} (Ctrl-C ends it)", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    blocks.block_thread()
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Raises errors.UserError where nothing can listen there."""
+    if port is not None and not 1 <= port <= 65535:
+        raise errors.UserError(f"--port: got {port}, expected a number from 1 to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port or 0), family=family).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise errors.UserError(f"--host {host} --port {port}: {reason}; give others") from None
+
+
+def _examples(source: str | None, folder: epath.Path) -> list[str]:
+    """Files of pictures in `folder`: copies of at most _EXAMPLES of the source's, evenly, or drawn ones."""
+    if source is None:
+        return [str(path) for path in _draw(folder)]
+    source = epath.Path(source)
+    if not source.is_dir():
+        raise errors.UserError(f"--examples: {source}: no such folder; expected one of pictures")
+    below = [source, *sorted(p for p in source.iterdir() if p.is_dir())]
+    paths = [p for f in below for p in sorted(f.iterdir()) if p.suffix.lower() in _SUFFIXES]
+    if not paths:
+        raise errors.UserError(f"--examples: {source}: holds no picture, nor do its folders")
+    count = min(_EXAMPLES, len(paths))
+    copies = []
+    for i in range(count):
+        path = paths[i * len(paths) // count]
+        copies.append(folder / f"{i:02}_{path.name}")
+        path.copy(copies[-1])
+    return [str(path) for path in copies]
+
+
+def _draw(folder: epath.Path) -> list[epath.Path]:
+    """A house, a boat and a tree."""
+    paths = []
+    for name in _CLASSES:
+        picture = PIL.Image.new("RGB", (320, 240), "#bfe3f5")
+        pen = PIL.ImageDraw.Draw(picture)
+        pen.rectangle((0, 180, 320, 240), fill="#2f7fc1" if name == "boat" else "#6aa84f")
+        if name == "house":
+            pen.rectangle((90, 100, 230, 210), fill="#f3e1b5")
+            pen.polygon([(75, 100), (245, 100), (160, 35)], fill="#c0392b")
+            pen.rectangle((142, 150, 178, 210), fill="#7a4b2a")
+        elif name == "boat":
+            pen.polygon([(160, 30), (160, 155), (250, 155)], fill="white")
+            pen.polygon([(70, 160), (260, 160), (225, 205), (105, 205)], fill="#7a4b2a")
+        else:
+            pen.rectangle((147, 130, 173, 210), fill="#7a4b2a")
+            pen.ellipse((95, 30, 225, 150), fill="#2e7d32")
+        paths.append(folder / f"{name}.png")
+        picture.save(str(paths[-1]))
+    return paths
+
+
+if __name__ == "__main__":
+    command_line.main(main)

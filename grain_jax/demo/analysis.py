@@ -1,0 +1,337 @@
+"""What the page shows, as numbers: a picture and classes -> scores, regions, and the parts that each score is the sum of.
+
+Embeddings come from a `Predictor` and are kept between calls; the arithmetic is that of
+`Predictor.classify`. Nothing here needs Gradio.
+"""
+
+import collections
+import hashlib
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+from etils import epath
+
+from grain_jax import errors, images, inference
+from grain_jax.evaluate import scores
+
+DIGITS = 4  # that numbers are shown with
+MANY = 1000  # classes are refused beyond it: a page is no place for them
+_KEPT = 16  # pictures, and lists of classes, whose embeddings are kept
+_JSON = '{"class name": ["description", ...]}'
+
+Classes = dict[str, tuple[str, ...]]  # name -> descriptions; none anywhere: names alone
+
+
+class DemoError(errors.UserError):
+    """What the user gave cannot be shown; the message is one line."""
+
+
+class Result(NamedTuple):
+    """A picture among classes. C classes, n_c descriptions of class c, Q regions."""
+
+    classes: Classes
+    alpha: float  # that the scores have; 1 where there are no region scores
+    whole: np.ndarray  # float32 [C], global scores
+    regions: np.ndarray | None  # float32 [C], region scores
+    combined: np.ndarray  # float32 [C]
+    logit_scale: float
+    boxes_xyxy: np.ndarray  # float32 [Q, 4] in [0, 1]; Q is 0 without a region decoder
+    cosines: tuple[np.ndarray, ...]  # for each class float32 [Q, n_c]; empty without descriptions
+    note: str  # why there is only a global score, or nothing
+
+    @property
+    def names(self) -> list[str]:
+        """The classes, in the order of the arrays."""
+        return list(self.classes)
+
+    def ranked(self) -> list[int]:
+        """The classes from the best score to the worst; ties in the order given."""
+        return np.argsort(-self.combined, kind="stable").tolist()
+
+    def probabilities(self) -> np.ndarray:
+        """Softmax of the combined scores times the model's logit scale, float64 [C]."""
+        logits = self.logit_scale * self.combined.astype(np.float64)
+        odds = np.exp(logits - logits.max())
+        return odds / odds.sum()
+
+
+class Part(NamedTuple):
+    """One term of a class's score."""
+
+    region: int | None  # None: the whole picture
+    text: str  # the description that the region fits best; empty for the whole picture
+    value: float  # global score, or the cosine of region and description
+    weight: float
+    units: (
+        int  # what it adds to the score, in 10 ** -DIGITS; all parts add up to the score as shown
+    )
+
+
+class Found(NamedTuple):
+    """The region that fits a text best."""
+
+    text: str
+    region: int
+    cosine: float
+    box_xyxy: np.ndarray
+
+
+class Seen(NamedTuple):
+    """A region and the description that fits it best, of all classes."""
+
+    region: int
+    text: str  # empty where no class has descriptions
+    name: str  # the class of the description, the first that has it
+    cosine: float
+    box_xyxy: np.ndarray
+
+
+def parse_classes(text: str) -> Classes:
+    """Classes from what is typed: `name: description; description` or a name a line, or JSON.
+
+    Blank lines, and those that begin with `#`, do not count. JSON is {"name": ["description", ...]} or
+    ["name", ...].
+
+    Raises:
+      DemoError: no class, one given twice, JSON of another form, or only some have descriptions.
+    """
+    if text.lstrip().startswith(("{", "[")):
+        pairs = _from_json(text)
+    else:
+        pairs = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+            name, _, rest = line.partition(":")
+            if not name.strip():
+                raise DemoError(
+                    f"line {number}: got {line.strip()!r}, expected a name before the :"
+                )
+            pairs.append((name, rest.split(";")))
+    classes: Classes = {}
+    for name, descriptions in pairs:
+        name = name.strip()
+        if name in classes:
+            raise DemoError(f"class {name!r}: given twice, expected once; remove one")
+        classes[name] = tuple(d.strip() for d in descriptions if d.strip())
+    if not classes or "" in classes:
+        raise DemoError("no class name; type one a line, e.g. robin: a red breast; a short beak")
+    if len(classes) > MANY:
+        raise DemoError(
+            f"got {len(classes)} classes, expected at most {MANY}; for more use grain_jax.evaluate"
+        )
+    bare = [name for name, descriptions in classes.items() if not descriptions]
+    if bare and len(bare) < len(classes):
+        raise DemoError(
+            f"class {bare[0]!r}: no description, but others have some; describe all classes or none"
+        )
+    return classes
+
+
+def _from_json(text: str) -> list[tuple[str, Sequence[str]]]:
+    try:
+        value = json.loads(text, object_pairs_hook=list)  # keeps names that come twice
+    except (ValueError, RecursionError) as error:
+        raise DemoError(f"not JSON: {' '.join(str(error).split())}; expected {_JSON}") from None
+    named = [(item, []) if isinstance(item, str) else item for item in value]
+    for item in named:
+        if not (
+            isinstance(item, (list, tuple))
+            and len(item) == 2
+            and isinstance(item[0], str)
+            and isinstance(item[1], list)
+            and all(isinstance(text, str) for text in item[1])
+        ):
+            shown = json.dumps(item if not isinstance(item, tuple) else item[0])
+            raise DemoError(f"at {shown:.60}: expected {_JSON}")
+    return named
+
+
+def format_classes(classes: Mapping[str, Sequence[str]]) -> str:
+    """The text that `parse_classes` reads as these classes: lines, or JSON where a name has a `:` and such."""
+    lines = "\n".join(
+        f"{name}: {'; '.join(descriptions)}" if descriptions else name
+        for name, descriptions in classes.items()
+    )
+    try:
+        if parse_classes(lines) == classes:
+            return lines
+    except DemoError:
+        pass
+    described = any(classes.values())
+    return json.dumps(classes if described else list(classes), ensure_ascii=False, indent=1)
+
+
+def read_classes(path: epath.PathLike) -> Classes:
+    """The classes in a file, `D.json` or lines as in `parse_classes`. Raises DemoError, which names the file."""
+    path = epath.Path(path)
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError:
+        raise DemoError(f"{path}: not a text file; expected {_JSON} or a class a line") from None
+    except OSError as error:
+        raise DemoError(
+            f"{path}: {error.strerror or error}, expected {_JSON} or a class a line"
+        ) from None
+    try:
+        return parse_classes(text)
+    except DemoError as error:
+        raise DemoError(f"{path.name}: {error}") from None
+
+
+def read_picture(path: epath.PathLike | None) -> PIL.Image.Image:
+    """The picture at `path` as RGB. Raises DemoError where there is none or it cannot be read."""
+    if not path:
+        raise DemoError("no picture; drop one, or choose an example")
+    path = epath.Path(path)
+    try:
+        return images.to_rgb(images.load_image(path))
+    except images.ImageError as error:
+        raise DemoError(str(error).replace(str(path), path.name)) from None
+
+
+class Analyst:
+    """A model with the embeddings of the pictures and classes that it saw last.
+
+    Args:
+      predictor: the model.
+    """
+
+    def __init__(self, predictor: inference.Predictor):
+        self.predictor = predictor
+        decoder = predictor.model.decoder
+        self.queries = 0 if decoder is None else decoder.queries
+        self.logit_scale = float(np.exp(predictor.params["logit_scale"]))
+        self._classes: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+        self._pictures: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+
+    def analyse(self, picture: PIL.Image.Image, classes: Classes, alpha: float) -> Result:
+        """Scores of the picture and what they are made of.
+
+        Args:
+          picture: RGB.
+          classes: as from `parse_classes`.
+          alpha: share of the global score; only the global score counts where there is no other.
+
+        Returns: `combined` equals `Predictor.classify` with the same classes and alpha.
+        """
+        described = any(classes.values())
+        note = ""
+        if not self.queries:
+            note = "The model has no regions: scores are those of the whole picture."
+        elif not described:
+            note = "The classes have no descriptions: scores are those of the whole picture."
+        features = _remembered(
+            self._classes,
+            tuple(classes.items()),
+            lambda: self.predictor.class_features(classes if described else list(classes)),
+        )
+        image_embed, boxes, region_embed = self._encode(picture)
+        whole = scores.global_scores(image_embed, features.features)
+        regions, cosines = None, ()
+        if note:
+            alpha = 1.0
+        else:
+            regions = scores.region_scores(region_embed, features.descriptions)
+            unit = scores.unit(region_embed[0])
+            cosines = tuple(unit @ scores.unit(embeds).T for embeds in features.descriptions)
+        return Result(
+            classes=classes,
+            alpha=alpha,
+            whole=whole[0],
+            regions=None if regions is None else regions[0],
+            combined=scores.combine(whole, regions, alpha)[0],
+            logit_scale=self.logit_scale,
+            boxes_xyxy=boxes[0],
+            cosines=cosines,
+            note=note,
+        )
+
+    def ground(
+        self, picture: PIL.Image.Image, phrases: Sequence[str]
+    ) -> list[tuple[str, inference.Grounding]]:
+        """Each phrase with the box that fits it best. Raises DemoError where there is no phrase."""
+        if not phrases:
+            raise DemoError("no phrase; type one, e.g. a long orange beak")
+        return list(zip(phrases, self.predictor.ground(picture, phrases)))
+
+    def _encode(self, picture: PIL.Image.Image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """image_embed [1, D], boxes_xyxy [1, Q, 4], region_embed [1, Q, D]."""
+
+        def encode():
+            if self.queries:
+                image_embed, regions = self.predictor.encode_image_and_regions([picture])
+                return image_embed, regions.boxes_xyxy, regions.embed
+            image_embed = self.predictor.encode_image([picture])
+            return image_embed, np.zeros((1, 0, 4)), np.zeros((1, 0, image_embed.shape[1]))
+
+        key = (picture.size, hashlib.sha256(picture.tobytes()).digest())
+        return _remembered(self._pictures, key, encode)
+
+
+def _remembered(kept: collections.OrderedDict, key: Hashable, make: Callable[[], Any]) -> Any:
+    """`kept[key]`, made if it is not there; what was used longest ago goes."""
+    if key not in kept:
+        kept[key] = make()
+    kept.move_to_end(key)
+    if len(kept) > _KEPT:
+        kept.popitem(last=False)
+    return kept[key]
+
+
+def parts(result: Result, c: int) -> list[Part]:
+    """The terms of class c's score: alpha * global, and (1 - alpha) / Q * each region's best cosine.
+
+    Their `units` are rounded so that they add up to the score as it is shown (largest remainder).
+    """
+    terms = [(None, "", float(result.whole[c]), result.alpha)]
+    if result.regions is not None:
+        texts = result.classes[result.names[c]]
+        cosines = result.cosines[c]  # [Q, n_c]
+        weight = (1 - result.alpha) / len(cosines)
+        for region, best in enumerate(cosines.argmax(axis=1)):
+            terms.append((region, texts[best], float(cosines[region, best]), weight))
+    exact = np.array([value * weight for _, _, value, weight in terms]) * 10**DIGITS
+    units = np.floor(exact).astype(int)
+    missing = shown_units(result.combined[c]) - units.sum()
+    units[np.argsort(units - exact, kind="stable")[:missing]] += 1
+    return [Part(*term, int(unit)) for term, unit in zip(terms, units)]
+
+
+def shown_units(value: float) -> int:
+    """`value` in units of the last digit that is shown."""
+    return round(float(f"{float(value):.{DIGITS}f}") * 10**DIGITS)
+
+
+def found(result: Result, c: int) -> list[Found]:
+    """For each description of class c the region that fits it best."""
+    if result.regions is None:
+        return []
+    texts, cosines = result.classes[result.names[c]], result.cosines[c]
+    return [
+        Found(text, int(q), float(cosines[q, i]), result.boxes_xyxy[q])
+        for i, (text, q) in enumerate(zip(texts, cosines.argmax(axis=0)))
+    ]
+
+
+def seen(result: Result) -> list[Seen]:
+    """For each region the description of all classes that fits it best; the best fit comes first."""
+    if result.regions is None:
+        return [Seen(q, "", "", 0.0, box) for q, box in enumerate(result.boxes_xyxy)]
+    labels = [(text, name) for name, texts in result.classes.items() for text in texts]
+    cosines = np.concatenate(result.cosines, axis=1)  # [Q, sum of n_c]
+    best = cosines.argmax(axis=1)
+    return [
+        Seen(int(q), *labels[best[q]], float(cosines[q, best[q]]), result.boxes_xyxy[q])
+        for q in np.argsort(-cosines.max(axis=1), kind="stable")
+    ]
+
+
+def explained(result: Result, chosen: str) -> list[int]:
+    """The chosen class, the best one where `chosen` is no class, and the best of the others."""
+    ranked = result.ranked()
+    first = result.names.index(chosen) if chosen in result.classes else ranked[0]
+    return [first, *[c for c in ranked if c != first][:1]]

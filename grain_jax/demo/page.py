@@ -1,0 +1,203 @@
+"""The Gradio page around `analysis` and `views`; the only module that imports Gradio.
+
+It asks nothing of any network: no fonts, no analytics, no sharing. What a user gets wrong is a line in
+the page.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+
+# Read when Gradio and huggingface_hub are imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import gradio as gr  # noqa: E402
+
+from grain_jax import errors  # noqa: E402
+from grain_jax.demo import analysis, views  # noqa: E402
+
+
+def build(
+    analyst: analysis.Analyst, model: str, classes: analysis.Classes, examples: Sequence[str]
+) -> gr.Blocks:
+    """The page.
+
+    Args:
+      analyst: the model.
+      model: what the page says the model is.
+      classes: that it starts with.
+      examples: files of pictures to choose from, in a folder that Gradio may read.
+    """
+    with_regions = analyst.queries > 0
+    start = views.hint("Drop a picture, or choose an example.")
+    with gr.Blocks(title="grain_jax", analytics_enabled=False) as page:
+        gr.Markdown(f"## grain_jax: what the model sees\n{model}")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                picture = gr.Image(
+                    label="Picture",
+                    type="filepath",
+                    sources=["upload", "clipboard"],
+                    buttons=[],
+                    height=240,
+                    elem_id="picture",
+                )
+                gr.Examples(list(examples), picture, examples_per_page=12, elem_id="examples")
+                text = gr.Textbox(
+                    analysis.format_classes(classes),
+                    label="Classes",
+                    info="One a line: name: description; description. Or names alone.",
+                    lines=6,
+                    max_lines=12,
+                    elem_id="classes",
+                )
+                with gr.Row():
+                    file = gr.UploadButton("Load D.json or names.txt", size="sm", elem_id="file")
+                    go = gr.Button("Score", variant="primary", size="sm", elem_id="go")
+                with gr.Column(visible=with_regions):
+                    phrase = gr.Textbox(
+                        label="Find a phrase",
+                        info="Several with ; between them. Enter finds them.",
+                        placeholder="a long orange beak",
+                        elem_id="phrase",
+                    )
+                    found = gr.HTML(elem_id="found")
+            with gr.Column(scale=3, min_width=320):
+                message = gr.HTML(elem_id="message")
+                gr.Markdown("### Scores")
+                with gr.Row():
+                    alpha = gr.Slider(
+                        0,
+                        1,
+                        0.5 if with_regions else 1.0,
+                        step=0.05,
+                        label="alpha: share of the whole picture",
+                        visible=with_regions,
+                        scale=3,
+                        elem_id="alpha",
+                    )
+                    softmax = gr.Checkbox(False, label="Softmax", min_width=100, elem_id="softmax")
+                table = gr.HTML(start, elem_id="scores")
+                with gr.Column(visible=with_regions):
+                    gr.Markdown("### Regions")
+                    with gr.Row():
+                        most = gr.Slider(
+                            1,
+                            max(2, analyst.queries),
+                            max(1, analyst.queries),
+                            step=1,
+                            label="At most",
+                            elem_id="most",
+                        )
+                        threshold = gr.Slider(
+                            -1, 1, -1, step=0.01, label="Cosine at least", elem_id="threshold"
+                        )
+                    boxes = gr.HTML(elem_id="regions")
+        gr.Markdown("### Why")
+        chosen = gr.Dropdown(
+            [("the best one", "")], value="", label="Explain the class", elem_id="chosen"
+        )
+        reasons = gr.HTML(elem_id="why")
+
+        # Gradio's own checks end in a traceback: of a file that is no picture, a number outside its
+        # slider, a class that was there a moment ago. `everything` copes with all of them.
+        picture.preprocess = lambda payload: payload.path if payload else None
+        chosen.preprocess = lambda name: name
+        for slider in (alpha, most, threshold):
+            slider.preprocess = functools.partial(_within, slider)
+
+        def everything(path, text, alpha, softmax, chosen, most, threshold):
+            try:
+                picture = analysis.read_picture(path)
+                classes = analysis.parse_classes(text)
+                result = analyst.analyse(picture, classes, alpha)
+            except errors.UserError as error:
+                return views.message(str(error)), "", "", "", gr.skip()
+            chosen = chosen if chosen in classes else ""
+            return (
+                "",
+                views.scores(result, softmax=softmax, chosen=chosen),
+                views.why(result, chosen),
+                views.regions(picture, result, most=int(most), threshold=threshold),
+                gr.Dropdown([("the best one", ""), *classes], value=chosen),
+            )
+
+        def numbers(*given):
+            return everything(*given)[:3]
+
+        def regions(*given):
+            said, _, _, shown, _ = everything(*given)
+            return said, shown
+
+        def ground(path, phrase):
+            try:
+                picture = analysis.read_picture(path)
+                phrases = [part.strip() for part in phrase.split(";") if part.strip()]
+                return views.grounding(picture, analyst.ground(picture, phrases))
+            except errors.UserError as error:
+                return views.message(str(error))
+
+        def load(path):
+            try:
+                return "", analysis.format_classes(analysis.read_classes(path))
+            except errors.UserError as error:
+                return views.message(str(error)), gr.skip()
+
+        given = [picture, text, alpha, softmax, chosen, most, threshold]
+        shown = [message, table, reasons, boxes, chosen]
+        # One at a time: the model's caches are shared.
+        one = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+        last = {**one, "trigger_mode": "always_last", "show_progress": "hidden"}
+        gr.on([go.click, text.submit, picture.change], everything, given, shown, **one)
+        gr.on([alpha.change, softmax.change, chosen.input], numbers, given, shown[:3], **last)
+        gr.on([most.change, threshold.change], regions, given, [message, boxes], **last)
+        phrase.submit(ground, [picture, phrase], found, **one)
+        picture.change(lambda: "", None, found, api_visibility="private", show_progress="hidden")
+        file.upload(load, file, [message, text], **one).success(everything, given, shown, **one)
+    return page
+
+
+def _within(slider: gr.Slider, value: float | None) -> float:
+    """The value that is nearest on the slider; where it began if nothing is typed."""
+    value = slider.value if value is None else value
+    return min(max(value, slider.minimum), slider.maximum)
+
+
+def launch(page: gr.Blocks, host: str, port: int | None, folder: str) -> str:
+    """Starts to serve the page, and returns its address.
+
+    Args:
+      page: of `build`.
+      host: address to listen on.
+      port: None for the first free one from 7860.
+      folder: that examples lie in.
+
+    Raises:
+      analysis.DemoError: no port is free.
+    """
+    try:
+        _, url, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            run_history=False,
+            footer_links=[],
+            allowed_paths=[folder],
+            theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
+                # Gradio's own are too pale to read.
+                block_info_text_color="*neutral_600",
+                block_info_text_color_dark="*neutral_300",
+                block_label_text_color="*neutral_700",
+            ),
+            css=views.CSS,
+        )
+    except OSError as error:
+        raise analysis.DemoError(f"--port: {' '.join(str(error).split())}") from None
+    return url

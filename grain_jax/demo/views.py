@@ -1,0 +1,307 @@
+"""HTML of what `analysis` found: bars of scores, tables that add up, and boxes on the picture.
+
+No scripts: a box is shown alone by hovering it or by a radio button, through CSS, so the keyboard works
+too. Colours come from Gradio's theme, light and dark; a region has a number beside its colour.
+"""
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import PIL.Image
+
+from grain_jax import inference
+from grain_jax.demo import analysis
+from grain_jax.report.pictures import COLOURS
+
+_EDGE = 900  # pixels of the longer edge that a picture is sent with, at most
+_WIDEST, _HIGHEST, _NARROWEST = 640, 480, 320  # CSS pixels of a figure
+_ROWS = 20  # classes that are listed before the fold
+
+CSS = """
+.gj { --quiet: color-mix(in srgb, var(--body-text-color) 72%, transparent);
+  --rule: color-mix(in srgb, var(--body-text-color) 18%, transparent);
+  color: var(--body-text-color); font-size: 14px; line-height: 1.4; }
+.gj table, .gj thead, .gj tbody, .gj tr { border: 0 !important; background: none; }
+.gj table { border-collapse: collapse; width: 100%; margin: 0 0 4px; }
+.gj th, .gj td { padding: 4px 8px; text-align: left; vertical-align: middle;
+  border: 0 !important; border-bottom: 1px solid var(--rule) !important; }
+.gj th { font-weight: 600; color: var(--quiet); font-size: 12px; vertical-align: bottom; }
+.gj td:first-child, .gj th:first-child { padding-left: 0; overflow-wrap: anywhere; min-width: 90px; }
+.gj .n { text-align: right; font-variant-numeric: tabular-nums; }
+.gj td.n { white-space: nowrap; }
+.gj tr.sum td { font-weight: 700; border-top: 2px solid var(--body-text-color) !important;
+  border-bottom: 0 !important; }
+.gj tr.chosen td:first-child { font-weight: 700; }
+.gj h3 { font-size: 16px; margin: 0 0 2px; }
+.gj h4 { font-size: 13px; margin: 14px 0 4px; }
+.gj p { margin: 4px 0 8px; }
+.gj .quiet, p.gj { color: var(--quiet); }
+.gj .scroll { overflow-x: auto; }
+.gj.scores td:not(:first-child) { width: 24%; }
+.gj.scores td:nth-child(2):last-child { width: 72%; }
+.gj .bar { display: block; position: relative; height: 6px; margin-top: 2px; border-radius: 3px;
+  background: var(--rule); }
+.gj .bar i { position: absolute; top: 0; bottom: 0; border-radius: 3px; background: var(--quiet); }
+.gj .main .bar i { background: #e67e00; }
+.gj .pair { display: grid; gap: 24px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
+.gj .pair > section { min-width: 0; }
+.gj .tag { display: inline-block; min-width: 20px; padding: 0 5px; border-radius: 4px; color: #fff;
+  font: 700 12px/18px system-ui, sans-serif; text-align: center; background: var(--c); }
+.gj.figure { container-type: inline-size; position: relative; max-width: var(--most); margin: 0 auto; }
+.gj.figure > img { display: block; height: auto; border-radius: 6px; margin: 0 auto; }
+.gj.figure label { display: flex; gap: 8px; align-items: center; padding: 4px 2px; cursor: pointer; }
+.gj.figure label > .text { flex: 1; min-width: 0; overflow-wrap: anywhere; }
+.gj.figure input { appearance: auto; accent-color: var(--color-accent); flex: none; margin: 0; }
+.gj.figure .box { position: absolute; border: 3px solid var(--c); border-radius: 3px;
+  box-shadow: 0 0 0 1px #fff, inset 0 0 0 1px #fff; transition: opacity .12s; }
+.gj.figure .box > .tag { position: absolute; left: -1px; top: -1px; z-index: 1;
+  border-radius: 0 0 4px 0; }
+.gj.figure:has(label.region:hover) label.region:not(:hover) .box { opacity: 0; }
+.gj.figure:not(:has(label.region:hover)):has(label.region input:checked)
+  label.region:not(:has(input:checked)) .box { opacity: 0; }
+.gj.line { border-left: 4px solid #d62728; padding: 8px 12px; overflow-wrap: anywhere;
+  background: var(--background-fill-secondary); }
+"""
+
+
+def message(text: str) -> str:
+    """A line that says what is wrong, read out by screen readers; empty for no text."""
+    return f'<div class="gj line" role="alert">{html.escape(text)}</div>' if text else ""
+
+
+def hint(text: str) -> str:
+    """A quiet line where there is nothing to show yet."""
+    return f'<p class="gj quiet">{html.escape(text)}</p>'
+
+
+def scores(result: analysis.Result, *, softmax: bool, chosen: str = "") -> str:
+    """The classes with bars, best first: combined, whole picture and regions, and the softmax if asked for.
+
+    Args:
+      result: of `Analyst.analyse`.
+      softmax: whether a column has the softmax of the combined scores.
+      chosen: the class whose name is set in bold; the best one if it is none of the classes.
+    """
+    columns = [(f"score (alpha {result.alpha:g})", result.combined)]
+    if result.regions is not None:
+        columns += [("whole picture", result.whole), ("regions", result.regions)]
+    values = np.concatenate([column for _, column in columns])
+    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+    bold = analysis.explained(result, chosen)[0]
+    probabilities = result.probabilities() if softmax else None
+    head = "<th>class</th>" + "".join(f"<th>{html.escape(name)}</th>" for name, _ in columns)
+    if softmax:
+        head += '<th class="n">softmax</th>'
+    rows = []
+    for c in result.ranked():
+        cells = f"<td>{html.escape(result.names[c])}</td>"
+        for i, (_, column) in enumerate(columns):
+            kind = ' class="main"' if i == 0 else ""
+            cells += f"<td{kind}>{_number(column[c])}{_bar(float(column[c]), low, high)}</td>"
+        if softmax:
+            cells += f'<td class="n">{probabilities[c]:.1%}</td>'
+        rows.append(f"<tr{' class=chosen' if c == bold else ''}>{cells}</tr>")
+    note = f"<p class=quiet>{html.escape(result.note)}</p>" if result.note else ""
+    scale = ""
+    if softmax:
+        scale = f"<p class=quiet>Softmax of {result.logit_scale:.4g} (logit scale) x score.</p>"
+    more = ""
+    if len(rows) > _ROWS:
+        table = _table(head, rows[_ROWS:])
+        more = f"<details><summary>{len(rows) - _ROWS} more classes</summary>{table}</details>"
+    return f'<div class="gj scores">{note}{_table(head, rows[:_ROWS])}{more}{scale}</div>'
+
+
+def why(result: analysis.Result, chosen: str = "") -> str:
+    """How the score of the chosen class (else the best) came about, beside the best of the others."""
+    pair = analysis.explained(result, chosen)
+    cards = "".join(_card(result, c) for c in pair)
+    return (
+        f'<div class="gj"><p>{_comparison(result, pair)}</p><div class="pair">{cards}</div></div>'
+    )
+
+
+def _comparison(result: analysis.Result, pair: Sequence[int]) -> str:
+    if len(pair) < 2:
+        return "There is no other class."
+    names = [f"<b>{html.escape(result.names[c])}</b>" for c in pair]
+    of_class = [analysis.parts(result, c) for c in pair]
+    whole = of_class[0][0].units - of_class[1][0].units
+    total = sum(p.units for p in of_class[0]) - sum(p.units for p in of_class[1])
+    text = f"{names[0]} minus {names[1]}: <b>{_units(total, sign=True)}</b>"
+    if result.regions is not None:
+        text += (
+            f" = {_units(whole, sign=True)} from the whole picture"
+            f" and {_units(total - whole, sign=True)} from the regions"
+        )
+    return text + "."
+
+
+def _card(result: analysis.Result, c: int) -> str:
+    parts = analysis.parts(result, c)
+    rows = []
+    for part in parts:
+        if part.region is None:
+            label = "whole picture, mean over prompts"
+        else:
+            label = f"{_tag(part.region)} {html.escape(part.text)}"
+        rows.append(
+            f"<tr><td>{label}</td><td class=n>{_number(part.value)}</td>"
+            f"<td class=n>x {part.weight:.3g}</td><td class=n>{_units(part.units, sign=True)}</td></tr>"
+        )
+    rows.append(
+        "<tr class=sum><td>score</td><td></td><td></td>"
+        f"<td class=n>{_units(sum(p.units for p in parts))}</td></tr>"
+    )
+    head = "<th>part</th><th class=n>cosine</th><th class=n>weight</th><th class=n>adds</th>"
+    body = _table(head, rows)
+    if result.regions is not None:
+        a, q = result.alpha, len(result.boxes_xyxy)
+        body = (
+            f"<p class=quiet>alpha x whole + (1 - alpha) x mean over {q} regions of the best description:"
+            f" {a:g} x {result.whole[c]:.4f} + {1 - a:.3g} x {result.regions[c]:.4f}</p>{body}"
+        )
+        head = (
+            "<th>description</th><th>best region</th><th class=n>cosine</th>"
+            "<th class=n>box (x1 y1 x2 y2, %)</th>"
+        )
+        rows = [
+            f"<tr><td>{html.escape(f.text)}</td><td>{_tag(f.region)}</td>"
+            f"<td class=n>{_number(f.cosine)}</td><td class=n>{_percents(f.box_xyxy)}</td></tr>"
+            for f in analysis.found(result, c)
+        ]
+        body += f"<h4>Each description's best region</h4>{_table(head, rows)}"
+    return f"<section><h3>{html.escape(result.names[c])}</h3>{body}</section>"
+
+
+def regions(
+    picture: PIL.Image.Image,
+    result: analysis.Result,
+    *,
+    most: int = 100,
+    threshold: float = -1.0,
+    name: str = "regions",
+) -> str:
+    """The picture with its regions, each with the description that fits it best.
+
+    Args:
+      picture: RGB.
+      result: of `Analyst.analyse` for it.
+      most: regions to show at most; those that fit best.
+      threshold: cosine below which a region is left out.
+      name: of the radio buttons; one in a page.
+    """
+    if not len(result.boxes_xyxy):
+        return hint("The model has no regions.")
+    all_seen = analysis.seen(result)
+    if result.regions is None:
+        boxes = [(s.region, s.box_xyxy, "", None) for s in all_seen[:most]]
+        below = "With descriptions of the classes, each region shows the one that it fits best."
+    else:
+        boxes = [
+            (s.region, s.box_xyxy, f"{s.text} <span class=quiet>({s.name})</span>", s.cosine)
+            for s in (
+                s._replace(text=html.escape(s.text), name=html.escape(s.name)) for s in all_seen
+            )
+            if s.cosine >= threshold
+        ][:most]
+        below = f"{len(boxes)} of {len(all_seen)} regions." if len(boxes) < len(all_seen) else ""
+    return _figure(picture, boxes, name, below)
+
+
+def grounding(
+    picture: PIL.Image.Image,
+    answers: Iterable[tuple[str, inference.Grounding]],
+    *,
+    name: str = "phrases",
+) -> str:
+    """The picture with the box of each phrase; arguments as for `regions`, and what `Analyst.ground` returned."""
+    boxes = [
+        (i, answer.box_xyxy, html.escape(phrase), answer.score)
+        for i, (phrase, answer) in enumerate(answers)
+    ]
+    return _figure(picture, boxes, name, "")
+
+
+def _figure(
+    picture: PIL.Image.Image,
+    boxes: Sequence[tuple[int, np.ndarray, str, float | None]],
+    name: str,
+    below: str,
+) -> str:
+    """The picture, and for each box (colour's number, box_xyxy, HTML, score) an outline and a line."""
+    tall = picture.height / picture.width
+    pixels = min(_WIDEST, _HIGHEST / tall)
+    width = max(_NARROWEST, pixels)  # of the figure: the lines need room below a slim picture
+    scale = 100 * pixels / width
+    labels = []
+    for number, box_xyxy, text, score in boxes:
+        x1, y1, x2, y2 = (float(x) * scale for x in box_xyxy)
+        x1, x2 = x1 + (100 - scale) / 2, x2 + (100 - scale) / 2
+        # In widths of the figure (cqw), so that its lines below the picture do not count.
+        place = (
+            f"left:{x1:.2f}cqw;top:{y1 * tall:.2f}cqw;width:{x2 - x1:.2f}cqw;"
+            f"height:{(y2 - y1) * tall:.2f}cqw"
+        )
+        shown = "" if score is None else f"<span class=n>{_number(score)}</span>"
+        labels.append(
+            f'<label class="region" style="--c:{_colour(number)}">'
+            f'<input type="radio" name="{name}" value="{number}">'
+            f'<span class="box" style="{place}">{_tag(number)}</span>{_tag(number)}'
+            f'<span class="text">{text or f"region {number + 1}"}</span>{shown}</label>'
+        )
+    every = f'<label><input type="radio" name="{name}" value="all" checked> all</label>'
+    return (
+        f'<div class="gj figure" style="--most:{width:.0f}px">'
+        f'<img alt="the picture" style="width:{scale:.2f}%" src="{_data_uri(picture)}">'
+        f"{every if len(labels) > 1 else ''}{''.join(labels)}{hint(below) if below else ''}</div>"
+    )
+
+
+def _data_uri(picture: PIL.Image.Image) -> str:
+    scale = min(1.0, _EDGE / max(picture.size))
+    size = tuple(max(1, round(edge * scale)) for edge in picture.size)
+    buffer = io.BytesIO()
+    if scale < 1:
+        picture = picture.resize(size, PIL.Image.Resampling.LANCZOS)
+    picture.save(buffer, "JPEG", quality=90, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _table(head: str, rows: Iterable[str]) -> str:
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _bar(value: float, low: float, high: float) -> str:
+    """From zero to the value, on a scale that all bars share."""
+    width = (high - low) or 1.0
+    left, right = (min(0.0, value) - low) / width, (max(0.0, value) - low) / width
+    return f'<span class="bar"><i style="left:{left:.2%};width:{right - left:.2%}"></i></span>'
+
+
+def _number(value: float) -> str:
+    return _units(analysis.shown_units(value))
+
+
+def _units(units: int, sign: bool = False) -> str:
+    text = f"{units / 10**analysis.DIGITS:{'+' if sign else ''}.{analysis.DIGITS}f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _percents(box_xyxy: np.ndarray) -> str:
+    return " ".join(f"{100 * x:.0f}" for x in box_xyxy)
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _tag(number: int) -> str:
+    return f'<span class="tag" style="--c:{_colour(number)}">{number + 1}</span>'

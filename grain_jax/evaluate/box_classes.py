@@ -1,0 +1,200 @@
+"""Which class is in a given box (COCO, LVIS): said by the region embedding that overlaps the box most.
+
+The regions' descriptions are class names. The image embedding, which sees the whole picture and no box,
+is asked the same, so that one sees what regions add.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from grain_jax import boxes
+from grain_jax.evaluate import base, class_names, grounding, prompts, scores
+from grain_jax.input_pipeline import tokenizer
+
+FOUND_IOU = 0.5  # from which on a query has found the box
+_AT_ONCE = 4096  # boxes; bounds memory
+
+
+class Found(NamedTuple):
+    """For each annotated box the query that overlaps it most."""
+
+    query: np.ndarray  # int [M]
+    iou: np.ndarray  # float32 [M]
+
+
+def evaluate(
+    predictor: Any,
+    *,
+    images: epath.PathLike,
+    annotations: epath.PathLike,
+    classes: str | None = None,
+    templates: epath.PathLike | None = None,
+    batch_size: int = base.BATCH_SIZE,
+) -> dict[str, Any]:
+    """Classifies every annotated box by the region embedding of the query that overlaps it most.
+
+    Args:
+      predictor: the model (see `base`).
+      images: the folder that the annotations' paths start from.
+      annotations: `A.jsonl` whose descriptions are class names; pictures without regions are left out.
+      classes: a class file (see `class_names`); a description means the class whose label or name it is,
+        and boxes of other descriptions are left out and counted. Default: the distinct descriptions.
+      templates: prompts, one a line; default: the general set of the package.
+      batch_size: pictures at a time.
+
+    Returns: counts; `chance` (of top-1; `chance_top5`); `best_iou`, the mean IoU of the box and that
+      query's; `found`, the share of boxes where it is FOUND_IOU or more; and under `region`, and of the
+      image embedding under `image`: `top1`, `top5`, `mean_per_class` (of top-1; of classes with a box)
+      and `per_class`. Under `found_boxes` the same of the found ones alone. Shares have 95% intervals
+      (`_low`, `_high`); ties of classes count as if broken at random.
+
+    Raises:
+      base.InputError, annotations.AnnotationError, class_names.ClassNameError, prompts.PromptError: what
+        was given cannot be used.
+    """
+    every, records, folder = read(images, annotations)
+    filled = prompts.load_templates(templates)
+    listed = None if classes is None else class_names.read(classes)
+    unreadable: dict[str, str] = {}
+    batches = base.encode_pictures(
+        predictor,
+        [folder / r.image for r in records],
+        label="boxes",
+        unreadable=unreadable,
+        batch_size=batch_size,
+    )
+    seen = base.gather(
+        dict(
+            index=batch.index,
+            sizes=np.array(batch.sizes),
+            image_embed=batch.image_embed,
+            **batch.regions._asdict(),
+        )
+        for batch in batches
+    )
+    kept = [records[i] for i in seen["index"]]
+    described = grounding.described_boxes(kept, [tuple(size) for size in seen["sizes"].tolist()])
+    listed = listed or [class_names.Line(None, text) for text in described.texts]
+    names = [line.name for line in listed]
+    class_of = _classes(described.texts, listed)
+    target = class_of[described.text]
+    use = target >= 0
+    if not use.any():
+        raise base.InputError(
+            f"{annotations}: got no box that is of one of {len(names)} classes and lies in its picture,"
+            " expected descriptions that are class names"
+        )
+    target, picture = target[use], described.picture[use]
+    found = best_query(seen["boxes_xyxy"][picture], described.boxes_xyxy[use])
+
+    texts = [prompts.class_texts(name, filled) for name in names]
+    features = scores.class_features(base.encode_texts(predictor, texts))  # [C, D]
+    region_embed = seen["embed"][picture, found.query]  # [M, D]
+    hits = {
+        "region": _hits(region_embed, features, target),
+        "image": _hits(seen["image_embed"][picture], features, target),
+    }
+    well = found.iou >= FOUND_IOU
+    accuracies = lambda which: {
+        "boxes": int(which.sum()),
+        **{
+            key: _accuracy(*(part[which] for part in two), target[which], names)
+            for key, two in hits.items()
+        },
+    }
+    group = np.array([line.group for line in listed])[target]
+    parts = {name: group == name for name in dict.fromkeys(line.group for line in listed)}
+    return {
+        "kind": "boxes",
+        "pictures": len(kept),
+        "without_regions": len(every.records) - len(records),
+        "faulty_lines": every.faulty_lines,
+        **base.report_unreadable(unreadable),
+        "boxes_outside": described.outside,
+        "boxes_of_other_classes": int((~use).sum()),
+        "classes": len(names),
+        "classes_with_boxes": len(np.unique(target)),
+        "chance": 1 / len(names),
+        "chance_top5": min(1.0, 5 / len(names)),
+        "best_iou": float(found.iou.mean()),
+        **base.rate("found", well),
+        **accuracies(np.full(len(target), True)),
+        **({"found_boxes": accuracies(well)} if well.any() else {}),
+        "groups": {
+            name: accuracies(which) for name, which in parts.items() if name and which.any()
+        },
+    }
+
+
+def read(images: epath.PathLike, annotations: epath.PathLike) -> base.Annotated:
+    """The annotations with a region; errors as in `evaluate`."""
+    return base.read_annotations(
+        images,
+        annotations,
+        lambda record: record.regions,
+        "no line has a region; expected boxes with class names as descriptions",
+    )
+
+
+def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Found:
+    """The query of the largest IoU; of equal ones (as where none overlaps) that of the largest GIoU.
+
+    Args:
+      pred_boxes_xyxy: [M, Q, 4], of each box's own picture.
+      boxes_xyxy: [M, 4].
+    """
+    query, iou = [], []
+    for first in range(0, len(boxes_xyxy), _AT_ONCE):
+        part = slice(first, first + _AT_ONCE)
+        two = pred_boxes_xyxy[part], boxes_xyxy[part, None]
+        overlap = np.asarray(boxes.iou_and_union(*two)[0])  # [M, Q]
+        best = overlap == overlap.max(axis=1, keepdims=True)
+        query.append(np.where(best, boxes.giou(*two), -np.inf).argmax(axis=1))
+        iou.append(overlap.max(axis=1))
+    return Found(np.concatenate(query), np.concatenate(iou))
+
+
+def _classes(texts: Sequence[str], listed: Sequence[class_names.Line]) -> np.ndarray:
+    """Of each distinct description its class, int [len(texts)], -1 for none."""
+    place: dict[str, int] = {}
+    for column in ("label", "name"):
+        for i, line in enumerate(listed):
+            if getattr(line, column) is not None:
+                place.setdefault(_key(getattr(line, column)), i)
+    return np.array([place.get(_key(text), -1) for text in texts], int)
+
+
+def _key(text: str) -> str:
+    return tokenizer.clean(text).lower().replace("_", " ")
+
+
+def _hits(
+    embed: np.ndarray, features: np.ndarray, target: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Top-1 and top-5 hits [M] of embeddings [M, D] against class features [C, D]."""
+    parts = []
+    for first in range(0, len(embed), _AT_ONCE):
+        part = slice(first, first + _AT_ONCE)
+        score = scores.global_scores(embed[part], features)  # [m, C]
+        right = target[part, None] == np.arange(len(features))
+        parts.append([base.topk_hits(score, right, k) for k in (1, 5)])
+    top1, top5 = map(np.concatenate, zip(*parts))
+    return top1, top5
+
+
+def _accuracy(
+    top1: np.ndarray, top5: np.ndarray, target: np.ndarray, names: Sequence[str]
+) -> dict[str, Any]:
+    count = np.bincount(target, minlength=len(names))
+    total = np.bincount(target, weights=top1, minlength=len(names))
+    there = count > 0
+    share = total[there] / count[there]
+    return {
+        **base.rate("top1", top1),
+        **base.rate("top5", top5),
+        **base.mean_rate("mean_per_class", share, count[there]),
+        "per_class": {names[i]: value for i, value in zip(np.flatnonzero(there), share.tolist())},
+    }

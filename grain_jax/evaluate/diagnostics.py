@@ -1,0 +1,190 @@
+"""What the region queries have become: where each one looks, what it is matched to, and whether that still changes.
+
+DETR-like decoders learn slowly while the matching of queries to regions flips between evaluations
+(DN-DETR, Li et al. 2022, section 3.1); `matching_stability` is the share of regions that keep their query. Boxes,
+texts and the matching are those of `grounding`.
+"""
+
+import hashlib
+import json
+import math
+import sys
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from grain_jax import atomic, boxes
+from grain_jax.evaluate import base, grounding, processes, scores
+
+KEPT = 16  # evaluations whose matching is remembered: a run may resume from this many back
+TOP = 5  # descriptions that are named for each query
+_AT_ONCE = 1024  # regions; bounds memory
+
+read = grounding.read
+
+
+def evaluate(
+    predictor: Any,
+    *,
+    images: epath.PathLike,
+    annotations: epath.PathLike,
+    batch_size: int = base.BATCH_SIZE,
+    state_path: epath.PathLike | None = None,
+    step: int | None = None,
+) -> dict[str, Any]:
+    """Matches queries to the described boxes of a fixed set of pictures, and tells what each got.
+
+    Args:
+      predictor: the model (see `base`).
+      images: the folder that the annotations' paths start from.
+      annotations: `A.jsonl`; pictures without regions are left out.
+      batch_size: pictures at a time.
+      state_path: JSON file that remembers the matching of the run's last evaluations, and holds the newest
+        result with its texts; the first process writes it. None: no `matching_stability`.
+      step: of the run; what the file has from this step on, as after a resume, is dropped.
+
+    Returns: counts, and (95% intervals of shares: `_low`, `_high`)
+      `matched_iou`, `matched_iou50`: mean IoU of matched boxes, and the share with more than 0.5;
+      `region_to_description_r1`, `_r5`: a matched region's own text is among its 1 or 5 nearest of all
+        distinct descriptions; `chance_region_to_description_r1`, `_r5`;
+      `query_usage_entropy`: of the queries' shares of the matched regions, over ln Q; 1: all are used alike;
+      `description_entropy`: of the matched regions' descriptions, nats;
+      `matching_stability`: share of regions matched to the same query as at the evaluation before, that of
+        `stability_since_step`; left out where there was none of the same regions.
+        `chance_matching_stability`: if queries were dealt out anew, each as often as now and then;
+      `query`: number of the query -> `share` of the matched regions and, where that is not 0, mean predicted
+        box `cx`, `cy`, `w`, `h` in [0, 1] with standard deviations `cx_spread` ..., `description_entropy`
+        of its regions in nats, and `descriptions`: its most frequent ones with their counts.
+
+    Raises:
+      base.InputError, annotations.AnnotationError: what was given cannot be used.
+      ValueError: one of `state_path` and `step` is given without the other.
+    """
+    if (state_path is None) != (step is None):
+        raise ValueError(f"state_path and step go together: got {state_path!r} and {step!r}")
+    annotated = read(images, annotations)
+    unreadable: dict[str, str] = {}
+    batches = base.encode_pictures(
+        predictor,
+        [annotated.folder / record.image for record in annotated.records],
+        label="diagnostics",
+        unreadable=unreadable,
+        batch_size=batch_size,
+    )
+    found = base.gather(
+        dict(index=batch.index, sizes=np.array(batch.sizes), **batch.regions._asdict())
+        for batch in batches
+    )
+    kept = [annotated.records[i] for i in found["index"]]
+    described = grounding.described_boxes(kept, [tuple(size) for size in found["sizes"].tolist()])
+    if not len(described.picture):
+        raise base.InputError(f"{annotations}: every box lies outside its picture")
+    pred_boxes_xyxy, region_embed = found["boxes_xyxy"], found["embed"]
+    text_embed = scores.unit(base.encode_distinct(predictor, described.texts))  # [T, D]
+
+    matched, text = grounding.match(pred_boxes_xyxy, described)
+    at = matched.picture, matched.query
+    hits = _hits(scores.unit(region_embed[at]), text_embed, text)
+    queries = pred_boxes_xyxy.shape[1]
+    uses = np.bincount(matched.query, minlength=queries)
+    result = {
+        "kind": "diagnostics",
+        "pictures": len(kept),
+        **base.report_unreadable(unreadable),
+        "regions": len(described.picture),
+        "regions_matched": len(matched.query),
+        "distinct_descriptions": len(described.texts),
+        "matched_iou": float(matched.iou.mean()),
+        **base.rate("matched_iou50", matched.iou > 0.5),
+        "query_usage_entropy": _entropy(uses) / math.log(queries) if queries > 1 else 1.0,
+        "description_entropy": _entropy(np.bincount(text)),
+    }
+    for k, right in hits.items():
+        result |= base.rate(f"region_to_description_r{k}", right)
+        result[f"chance_region_to_description_r{k}"] = min(1.0, k / len(described.texts))
+    pred_boxes_cxcywh = np.asarray(boxes.xyxy_to_cxcywh(pred_boxes_xyxy[at]))
+    state = None
+    if state_path is not None:
+        paths = [record.image for record in kept]
+        state = _State(epath.Path(state_path), _digest(paths, described, queries), step)
+        result |= state.stability(matched.query, queries)
+    result["query"] = {
+        str(q): _of_query(matched.query == q, pred_boxes_cxcywh, text, described.texts)
+        for q in range(queries)
+    }
+    if state is not None and processes.own()[0] == 0:
+        state.write(matched.query, result)
+    return result
+
+
+def _hits(embed, text_embed, text) -> dict[int, np.ndarray]:
+    """For k = 1 and 5 whether each region's own text is among the k nearest; `embed` [n, D], `text` [n]."""
+    found: dict[int, list[np.ndarray]] = {1: [], 5: []}
+    for first in range(0, len(embed), _AT_ONCE):
+        part = slice(first, first + _AT_ONCE)
+        similarity = embed[part] @ text_embed.T
+        right = text[part, None] == np.arange(len(text_embed))
+        for k in found:
+            found[k].append(base.topk_hits(similarity, right, k))
+    return {k: np.concatenate(parts) for k, parts in found.items()}
+
+
+def _of_query(mine, boxes_cxcywh, text, texts) -> dict[str, Any]:
+    """What one query got; `mine` bool [n], of all matched regions."""
+    out: dict[str, Any] = {"share": float(mine.mean())}
+    if not mine.any():
+        return out
+    for name, values in zip(("cx", "cy", "w", "h"), boxes_cxcywh[mine].T):
+        out |= {name: float(values.mean()), f"{name}_spread": float(values.std())}
+    counts = np.bincount(text[mine])
+    often = np.argsort(-counts, kind="stable")[:TOP]
+    out["description_entropy"] = _entropy(counts)
+    out["descriptions"] = [[texts[i], int(counts[i])] for i in often if counts[i]]
+    return out
+
+
+def _entropy(counts: np.ndarray) -> float:
+    """Of a distribution given by counts, nats."""
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def _digest(paths: list[str], described: grounding.Described, queries: int) -> str:
+    """Of all that decides which regions are matched, and in which order."""
+    lists = [x.tolist() if isinstance(x, np.ndarray) else x for x in described]
+    return hashlib.sha256(json.dumps([paths, lists, queries]).encode()).hexdigest()
+
+
+class _State:
+    """The matching of the evaluations before `step`, of the same regions, in a file of the run."""
+
+    def __init__(self, path: epath.Path, regions: str, step: int):
+        self._path, self._regions, self._step = path, regions, step
+        self._before: list[dict[str, Any]] = []  # {"step": int, "query": of each matched region}
+        try:
+            stored = json.loads(path.read_text()) if path.exists() else None
+        except ValueError:  # a diagnostic must not end a run
+            print(f"{path}: no JSON; matching stability starts anew", file=sys.stderr)
+            return
+        if stored and stored["regions"] == regions:
+            self._before = [e for e in stored["evaluations"] if e["step"] < step]
+
+    def stability(self, query: np.ndarray, queries: int) -> dict[str, float]:
+        """The share of regions that kept their query since the newest evaluation before; {} without one."""
+        if not self._before:
+            return {}
+        before = np.array(self._before[-1]["query"])
+        now, then = (np.bincount(x, minlength=queries) / len(x) for x in (query, before))
+        return {
+            **base.rate("matching_stability", query == before),
+            "chance_matching_stability": float(now @ then),
+            "stability_since_step": self._before[-1]["step"],
+        }
+
+    def write(self, query: np.ndarray, result: dict[str, Any]) -> None:
+        """Puts this evaluation into the file, whole or not at all."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        evaluations = [*self._before, {"step": self._step, "query": query.tolist()}][-KEPT:]
+        content = {"result": result, "regions": self._regions, "evaluations": evaluations}
+        atomic.write_text(self._path, json.dumps(content, ensure_ascii=False) + "\n")

@@ -1,0 +1,302 @@
+"""A suite of evaluations on one checkpoint: what is there is run, what is missing is said, one failure stops nothing.
+
+Results are written after every set. The same command again goes on after the sets that are done.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from grain_jax import atomic, errors
+from grain_jax import config as config_lib
+from grain_jax.evaluate import base, processes, text_cache, zeroshot
+from grain_jax.report import tables
+
+_PACKAGES = ("grain_jax", "jax", "flax", "numpy", "pillow", "tensorflow-datasets")
+FAILED, NOTHING = 1, 2  # exit statuses
+
+
+class _Task(NamedTuple):
+    """An entry whose data is there."""
+
+    entry: config_lib.Evaluator  # as far as it is
+    pictures: int
+    inputs: dict[str, Any]  # what its result depends on, besides the checkpoint and the entry
+
+
+def run(
+    suite: config_lib.Suite,
+    output: epath.Path,
+    *,
+    checkpoint: str,
+    load: Callable[[], Any],
+    only: Sequence[str] | None = None,
+    again: bool = False,
+    batch_size: int = base.BATCH_SIZE,
+) -> int:
+    """Runs the suite's entries and writes `output` (docs/evaluate.md has its format); collective.
+
+    Args:
+      suite: the entries.
+      output: JSON file. What it holds of the same checkpoint is kept, and not measured again.
+      checkpoint: what to call it in the results.
+      load: gives its predictor.
+      only: names of entries; None for all.
+      again: measures also what `output` holds.
+      batch_size: pictures at a time.
+
+    Returns: the exit status: 0, FAILED where an entry failed, NOTHING where there was none that could run.
+
+    Raises:
+      InputError: `only` names no entry, or `output` is no suite's, or of another checkpoint.
+    """
+    entries = _chosen(suite, only)
+    before = processes.together(lambda: _read(output, again))
+    results: dict[str, Any] = {"ran": {}, "skipped": {}, "failed": {}, "notes": {}}
+    tasks = _tasks(entries, results)
+    if not tasks:
+        _say("nothing could be run")
+        return FAILED if results["failed"] else NOTHING
+
+    predictor = processes.together(load)
+    results = _identity(checkpoint, predictor) | results
+    if before:
+        _check_same(before, results, output, again)
+        if before["digest"] == results["digest"]:
+            results["ran"] = {
+                name: result
+                for name, result in before["ran"].items()
+                if name not in entries or (name in tasks and _same(result, tasks[name], again))
+            }
+    left = sum(task.pictures for name, task in tasks.items() if name not in results["ran"])
+    clock = _Clock(left)
+    for number, (name, task) in enumerate(tasks.items(), 1):
+        of = f"{name} ({number} of {len(tasks)})"
+        if name in results["ran"]:
+            _say(f"{of}: is in {output} already")
+            continue
+        began = time.monotonic()
+        try:
+            result = base.evaluate(task.entry, predictor, batch_size=batch_size)
+        except Exception as error:
+            if not isinstance(error, errors.UserError) and processes.own()[1] > 1:
+                raise  # the others may stand where this one will not come
+            _failed(name, error, results)
+        else:
+            seconds = round(time.monotonic() - began, 1)
+            results["ran"][name] = {
+                "entry": dataclasses.asdict(task.entry),
+                "inputs": task.inputs,
+                "seconds": seconds,
+                **result,
+            }
+            _say(f"{of}: {task.pictures} pictures in {seconds:.0f} s{clock.left(task.pictures)}")
+        _write(output, results, suite)
+    _write(output, results, suite)
+    if processes.own()[0] == 0:
+        _show(results)
+    return FAILED if results["failed"] else 0
+
+
+def _chosen(suite: config_lib.Suite, only: Sequence[str] | None) -> dict[str, config_lib.Evaluator]:
+    for name in only or ():
+        if name not in suite.evals:
+            words = config_lib.unknown_key(name, list(suite.evals))
+            raise base.InputError(f"--only: {name}: {words.replace('key', 'entry')}")
+    return {name: entry for name, entry in suite.evals.items() if only is None or name in only}
+
+
+def _tasks(
+    entries: Mapping[str, config_lib.Evaluator], results: dict[str, Any]
+) -> dict[str, _Task]:
+    """The entries that can be run; those that cannot get a line in `results`."""
+    tasks = {}
+    for name, entry in entries.items():
+        try:
+            entry, note = processes.together(lambda: base.available(entry))  # noqa: B023
+            pictures = processes.together(lambda: base.check(entry))  # noqa: B023
+        except base.MissingData as error:
+            results["skipped"][name] = _words(error)
+            _say(f"{name}: skipped: {_words(error)}")
+            continue
+        except Exception as error:
+            _failed(name, error, results)
+            continue
+        if note:
+            results["notes"][name] = note
+            _say(f"{name}: {note}")
+        files = (entry.descriptions, entry.annotations, entry.templates, entry.classes)
+        inputs = {path: _digest_of_file(path) for path in files if path is not None}
+        tasks[name] = _Task(entry, pictures, {"pictures": pictures, **inputs})
+    return tasks
+
+
+def _failed(name: str, error: Exception, results: dict[str, Any]) -> None:
+    if not isinstance(error, errors.UserError):
+        traceback.print_exception(error)
+    results["failed"][name] = _words(error)
+    _say(f"{name}: failed: {_words(error)}")
+
+
+def _digest_of_file(path: str) -> str | None:
+    """Of a file's bytes; None for the name of one that comes with the package."""
+    file = epath.Path(path).expanduser()
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+
+
+def _identity(path: str, predictor: Any) -> dict[str, Any]:
+    """What was evaluated, and with what."""
+    folder = str(getattr(predictor, "folder", None) or path)
+    step = re.fullmatch(r"\d+", epath.Path(folder).name)
+    params = getattr(predictor, "params", None)  # test doubles have none
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return {
+        "checkpoint": path,
+        "folder": folder,
+        "step": int(step.group()) if step else None,
+        "digest": None if params is None else text_cache.digest_of(params),
+        "versions": versions,
+        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        "processes": processes.own()[1],
+    }
+
+
+def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:
+    """What an earlier run left in the file."""
+    if not output.exists():
+        return None
+    try:
+        value = json.loads(output.read_text())
+        if isinstance(value["ran"], dict) and "digest" in value:
+            return value
+    except (ValueError, KeyError, TypeError, OSError):
+        pass
+    if again:
+        return None
+    raise base.InputError(
+        f"--output: {output}: holds something else than a suite's results; expected another file, or"
+        " --again to replace it"
+    )
+
+
+def _check_same(before, results, output: epath.Path, again: bool) -> None:
+    if not again and before["digest"] != results["digest"]:
+        raise base.InputError(
+            f"--output: {output}: holds the results of another checkpoint ({before['folder']}, now"
+            f" {results['folder']}); expected another file, or --again to start over"
+        )
+
+
+def _same(result: Mapping[str, Any], task: _Task, again: bool) -> bool:
+    """Whether an earlier result is what the task would give."""
+    now = json.loads(json.dumps([dataclasses.asdict(task.entry), task.inputs]))
+    return not again and [result.get("entry"), result.get("inputs")] == now
+
+
+def _write(output: epath.Path, results: dict[str, Any], suite: config_lib.Suite) -> None:
+    if processes.own()[0]:
+        return
+    # In the suite's order, also where a restart has filled gaps.
+    order = [name for name in suite.evals if name in results["ran"]]
+    results["ran"] = {name: results["ran"].pop(name) for name in order} | results["ran"]
+    seconds = sum(result["seconds"] for result in results["ran"].values())
+    results |= {"seconds": round(seconds, 1), "averages": averages(results["ran"])}
+    try:
+        text = json.dumps(results, indent=1, ensure_ascii=False)
+        atomic.write_text(output, text + "\n")
+    except OSError as error:  # what is measured comes on the screen at least
+        _say(f"--output: {output}: {error.strerror or error}; nothing was saved")
+
+
+def averages(ran: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The means over the zero-shot sets that ran, of each way to classify over the sets that have it.
+
+    Returns: `names` and, for each alpha, `described alpha_A`, each with `sets`, `top1`, `top5` and
+      `mean_per_class`.
+    """
+    of_way: dict[str, list[Mapping[str, float]]] = {}
+    for result in ran.values():
+        if result["kind"] == "zeroshot":
+            for way, rates in ways(result).items():
+                of_way.setdefault(way, []).append(rates)
+    return {
+        way: {"sets": len(rates)}
+        | {
+            key: float(np.mean([r[key] for r in rates]))
+            for key in ("top1", "top5", "mean_per_class")
+        }
+        for way, rates in of_way.items()
+    }
+
+
+def ways(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The paper's protocols in a zero-shot result: `names`, and `described alpha_A` for each alpha."""
+    out = {}
+    if result["names"]:
+        out["names"] = result.get(zeroshot.BY_NAME, result)["alpha_1.0"]
+    if result["descriptions"]:
+        out |= {f"described {k}": r for k, r in result.items() if k.startswith("alpha_")}
+    return out
+
+
+def _show(results: Mapping[str, Any]) -> None:
+    """Prints the tables, and what is not in them."""
+    classified = {
+        name: {"ways": ways(result), "chance": result["chance"], "pictures": result["pictures"]}
+        for name, result in results["ran"].items()
+        if result["kind"] == "zeroshot"
+    }
+    others = {
+        name: base.scalars(result)
+        for name, result in results["ran"].items()
+        if result["kind"] != "zeroshot"
+    }
+    if classified:
+        print(tables.suite(classified, results["averages"]))
+    if others:
+        print(tables.describe(others))
+    for kind in ("notes", "skipped", "failed"):
+        for name, line in results[kind].items():
+            print(f"{kind.removesuffix('s')}: {name}: {line}")
+    sys.stdout.flush()
+
+
+class _Clock:
+    """How long the rest will take, by the pictures so far."""
+
+    def __init__(self, pictures: int):
+        self._left, self._done, self._began = pictures, 0, time.monotonic()
+
+    def left(self, pictures: int) -> str:
+        """The words for it, once these are done too."""
+        self._left, self._done = self._left - pictures, self._done + pictures
+        seconds = (time.monotonic() - self._began) / self._done * self._left
+        words = f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
+        return f"; about {words} left in all" if self._left else ""
+
+
+def _words(error: Exception) -> str:
+    """An error as one line."""
+    kind = "" if isinstance(error, errors.UserError) else f"{type(error).__name__}: "
+    return kind + "; ".join(str(error).strip().split("\n"))
+
+
+def _say(line: str) -> None:
+    if processes.own()[0] == 0:
+        print(line, file=sys.stderr, flush=True)

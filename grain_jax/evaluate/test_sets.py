@@ -1,0 +1,307 @@
+"""Labelled pictures to classify: a folder with a sub-folder a class, or a set of TensorFlow Datasets.
+
+Both give encoded pictures, so that they are decoded and squashed in the same way. Nothing is ever
+downloaded: where the data is not there, MissingData says how to get it.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import PIL.Image
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax import errors, images
+from grain_jax.evaluate import class_names
+
+_SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+class InputError(errors.UserError):
+    """What was given cannot be evaluated; the message has one line a fault."""
+
+
+class MissingData(InputError):
+    """The data is not there; the message is one line: where it was looked for, and how to get it."""
+
+
+class Picture(NamedTuple):
+    """One of a test set's."""
+
+    name: str
+    load: Callable[[], PIL.Image.Image]  # raises images.ImageError
+    label: int  # -1: none
+
+
+class TestSet(Protocol):
+    """Pictures with the classes that they are to be told apart by."""
+
+    classes: Sequence[str]  # names, in the order of the labels
+    stems: Sequence[str] | None  # what files of descriptions may call the classes instead
+
+    def __len__(self) -> int: ...
+
+    def name(self, position: int) -> str:
+        """What a picture is called: its path, or its place in the TFDS set."""
+
+    def pictures(self, positions: range) -> Iterable[Picture]:
+        """A stretch of the set, in order; InputError where it cannot be read."""
+
+
+class ClassFolders:
+    """A folder with one sub-folder a class.
+
+    Args:
+      folder: of the class folders, each named after its class (`_` = space).
+      classes: file of names, by the folders' names (class_names); None: the folders' names.
+      get: how to get the data, for MissingData.
+
+    Raises:
+      MissingData, InputError: see `class_folders`.
+      class_names.ClassNameError: the file does not fit.
+    """
+
+    def __init__(self, folder: epath.PathLike, classes: str | None = None, get: str | None = None):
+        self.classes, self._paths, labels = class_folders(folder, get)
+        folders = list(dict.fromkeys(path.parent.name for path in self._paths))
+        if classes is not None:
+            self.classes = class_names.for_labels(folders, len(folders), classes)
+        self.stems = class_names.stems(folders, classes)
+        self._labels = labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, position: int) -> str:
+        return str(self._paths[position])
+
+    def pictures(self, positions: range) -> Iterable[Picture]:
+        return (of_path(self._paths[i], self._labels[i]) for i in positions)
+
+
+class TfdsSet:
+    """A split of a set that TensorFlow Datasets has prepared (TFRecord or ArrayRecord files).
+
+    Only the files are needed, not the code that made them.
+
+    Args:
+      name: "food101", "sun397/tfds" (with a config) or "food101:2.0.0"; the newest version else.
+      split: "test", or a part of one, "test[:1000]".
+      data_dir: TFDS's folder; None for its own default.
+      classes: see class_names.for_labels.
+      get: how to get the data, for MissingData; None for TFDS's own command.
+
+    Raises:
+      MissingData: there is no such set.
+      InputError: it has no such split, or its examples have no `image` and `label`.
+      class_names.ClassNameError: names for its classes are missing, or do not fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        data_dir: str | None = None,
+        classes: str | None = None,
+        get: str | None = None,
+    ):
+        tfds = _tensorflow_datasets(name)
+        folder = find_tfds(name, data_dir, get)
+        self._name, self._builder = name, tfds.builder_from_directory(folder)
+        info = self._builder.info
+        try:
+            (part,) = tfds.core.ReadInstruction.from_spec(split).to_absolute(info.splits)
+        except ValueError:  # also of more than one part
+            raise InputError(
+                f"{folder}: split: got {split!r}, expected one of {', '.join(info.splits)}, or a part"
+                " of it such as test[:1000]"
+            ) from None
+        start, stop, _ = slice(part.from_, part.to).indices(
+            info.splits[part.splitname].num_examples
+        )
+        self._split, self._range = part.splitname, range(start, stop)
+        features = dict(info.features)
+        labels = features.get("label")
+        if "image" not in features or not isinstance(labels, tfds.features.ClassLabel):
+            raise InputError(
+                f"{folder}: has the features {', '.join(features)}, expected image and label (a class)"
+            )
+        self.classes = class_names.for_labels(labels.names, labels.num_classes, classes)
+        self.stems = class_names.stems(labels.names, classes)
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    def name(self, position: int) -> str:
+        return f"{self._name} {self._split} {self._range[position]}"
+
+    def pictures(self, positions: range) -> Iterable[Picture]:
+        places = self._range[positions.start : positions.stop]
+        if not places:
+            return
+        try:
+            for position, example in zip(positions, self._examples(places), strict=True):
+                name = self.name(position)
+                load = functools.partial(images.decode_image, example["image"], name)
+                yield Picture(name, load, int(example["label"]))
+        except Exception as error:  # a damaged or a missing file; TensorFlow's errors have no base
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{self._name} {self._split}: cannot be read: {reason}") from None
+
+    def _examples(self, places: range) -> Iterable[dict]:
+        tfds = _tensorflow_datasets(self._name)
+        encoded = {"image": tfds.decode.SkipDecoding()}
+        if self._builder.info.file_format.value == "array_record":
+            source = self._builder.as_data_source(self._split, decoders=encoded)
+            return (source[place] for place in places)
+        return self._builder.as_dataset(
+            split=tfds.core.ReadInstruction(
+                self._split, from_=places.start, to=places.stop, unit="abs"
+            ),
+            decoders=tfds.decode.PartialDecoding({"image": True, "label": True}, encoded),
+            shuffle_files=False,
+            read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
+        ).as_numpy_iterator()
+
+
+def open_set(entry: config_lib.Evaluator) -> TestSet:
+    """The labelled pictures of a zero-shot entry; raises as ClassFolders or TfdsSet do."""
+    if entry.tfds is None:
+        return ClassFolders(entry.images, entry.classes, entry.get)
+    return TfdsSet(entry.tfds, entry.split, entry.data_dir, entry.classes, entry.get)
+
+
+def of_path(path: epath.PathLike, label: int = -1) -> Picture:
+    """The picture in a file."""
+    return Picture(str(path), functools.partial(images.load_image, path), label)
+
+
+def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.Path:
+    """The folder of a prepared TFDS set: of the version that `name` gives, or the newest.
+
+    Raises:
+      MissingData: there is none; with the command that gets it.
+      InputError: `name` has no config, and the set has several.
+    """
+    base = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
+    base = base.expanduser()
+    get = get or (
+        f'python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir={str(base)!r})'
+        '.download_and_prepare()"'
+    )
+    path, _, version = name.partition(":")
+    configs = [base / path]
+    if "/" not in path and configs[0].is_dir():
+        configs += sorted(sub for sub in configs[0].iterdir() if sub.is_dir())
+    found = [(config, _newest(config, version)) for config in configs]
+    found = [(config, folder) for config, folder in found if folder is not None]
+    if not found:
+        raise MissingData(
+            f"no TFDS set {name} (looked for {base / path}/{version or 'VERSION'}/dataset_info.json);"
+            f" to get it: {get}"
+        )
+    if len(found) > 1:
+        names = ", ".join(f"{path}/{config.name}" for config, _ in found)
+        raise InputError(f"{name}: has several configs, expected one of {names}")
+    return found[0][1]
+
+
+def _newest(folder: epath.Path, version: str) -> epath.Path | None:
+    """The newest prepared version in `folder`, or `version`."""
+    if not folder.is_dir():
+        return None
+    versions = [
+        sub
+        for sub in folder.iterdir()
+        if (sub.name == version if version else _VERSION.fullmatch(sub.name))
+        and (sub / "dataset_info.json").exists()
+    ]
+    return max(versions, key=lambda sub: tuple(map(int, sub.name.split("."))), default=None)
+
+
+def _tensorflow_datasets(name: str):
+    """The package; slow to import, and not on every machine."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its banners tell a user nothing
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    try:
+        import tensorflow_datasets as tfds
+    except ModuleNotFoundError as error:
+        raise MissingData(
+            f"TFDS set {name}: needs {error.name}, which is not installed; to get it: pip install -e '.[data]'"
+        ) from None
+    return tfds
+
+
+def class_folders(
+    images: epath.PathLike, get: str | None = None
+) -> tuple[list[str], list[epath.Path], np.ndarray]:
+    """The class names (folder names, `_` = space, sorted), the pictures and their classes' positions.
+
+    Hidden files and folders (`.DS_Store`, `._x.jpg`) do not count.
+
+    Args:
+      images: folder of the class folders.
+      get: how to get the data, for MissingData.
+
+    Raises:
+      MissingData: no such folder.
+      InputError: fewer than two class folders, two of one name (`a_b` and `a b`), or a class without
+        pictures.
+    """
+    folder = epath.Path(images).expanduser()
+    if not folder.is_dir():
+        raise MissingData(
+            f"{folder}: no such folder; expected one with a sub-folder a class{how(get)}"
+        )
+    folders = sorted(
+        (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")),
+        key=lambda p: p.name,
+    )
+    if len(folders) < 2:
+        raise InputError(
+            f"{folder}: got {len(folders)} sub-folders, expected at least 2, one a class"
+        )
+    of_name: dict[str, list[str]] = {}
+    for sub in folders:
+        of_name.setdefault(of_folder(sub.name), []).append(sub.name)
+    faults = [
+        f"{folder}: got the class folders {listed([repr(s) for s in same])}, all of them the class"
+        f" {name!r} (_ = space), expected one folder a class"
+        for name, same in of_name.items()
+        if len(same) > 1
+    ]
+    paths, labels, empty = [], [], []
+    for label, sub in enumerate(folders):
+        found = sorted(
+            p for p in sub.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".")
+        )
+        if not found:
+            empty.append(sub.name)
+        paths += found
+        labels += [label] * len(found)
+    if empty:
+        faults.append(f"{folder}: no pictures in the class folders {listed(empty)}")
+    if faults:
+        raise InputError("\n".join(faults))
+    return [of_folder(p.name) for p in folders], paths, np.array(labels)
+
+
+def of_folder(name: str) -> str:
+    """The class of a folder's name."""
+    return name.replace("_", " ").strip()
+
+
+def how(get: str | None) -> str:
+    """The end of a message about missing data."""
+    return f"; to get it: {get}" if get else ""
+
+
+def listed(names: Sequence[str], limit: int = 10) -> str:
+    """Names with commas between, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

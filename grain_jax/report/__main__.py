@@ -1,0 +1,68 @@
+"""python -m grain_jax.report DIR [DIR ...]: writes report.html, one page about a run or several side by side.
+
+The model of each run looks at pictures of the run's own evaluations; what it found is kept in
+`report_data.json` of the workdir. Wrong usage or input: a line a fault, status 2.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from grain_jax import errors
+from grain_jax.report import collect, page, run_files
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise run_files.InputError(f"{self.prog}: {message}")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of pictures, at least 1")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the page; returns the exit status: 0, or 2 with a line a fault on stderr."""
+    parser = _Parser(
+        prog="grain_jax.report",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("workdir", nargs="+", help="of a run; several are shown side by side")
+    parser.add_argument("--output", help="the page; default: report.html in the first workdir")
+    parser.add_argument(
+        "--results",
+        action="append",
+        default=[],
+        help="OUT.json of grain_jax.evaluate for the first run, also several; those in a workdir are found",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=_count,
+        default=collect.PICTURES,
+        help="of each evaluation that the model looks at (default %(default)s)",
+    )
+    parser.add_argument("--no-model", action="store_true", help="what the files say alone")
+    try:
+        args = parser.parse_args(arguments)
+        first, *others = args.workdir
+        path = page.write(
+            first,
+            others=others,
+            output=args.output,
+            results=args.results,
+            pictures=args.pictures,
+            model=not args.no_model,
+        )
+    except (errors.UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

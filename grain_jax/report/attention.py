@@ -1,0 +1,93 @@
+"""What the region decoder looks at: the cross-attention of every layer, head and query over the image tokens.
+
+The model does not return it, and its layers are one scan, out of which nothing can be captured. So the
+layers' own modules are run one after the other here, each with its slice of the parameters.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grain_jax import config as config_lib
+from grain_jax.models import grain, region_decoder
+
+_PARTS = ("query", "key", "value", "out")  # of an attention
+
+
+class Attention(NamedTuple):
+    """The attention of some pictures; T layers, K heads, the image query is the last of Q + 1."""
+
+    weights: np.ndarray  # float32 [T, B, K, Q+1, N], sums to 1 over the tokens
+    values: np.ndarray  # float32 [T, B, N, K, head_dim], what the weights are applied to
+    outputs: np.ndarray  # float32 [T, B, Q+1, E], what the model's own attention layers returned
+    content: np.ndarray  # float32 [B, Q+1, E], of the last layer, before the final norm
+
+
+def cross_attention(
+    model: config_lib.Model, params: Mapping[str, Any], images: np.ndarray
+) -> Attention:
+    """The decoder's attention for pictures.
+
+    Args:
+      model: one with a region decoder.
+      params: the model's, as `inference.Predictor.params`.
+      images: uint8 [B, S, S, 3], squashed to the model's size.
+    """
+    return Attention(*jax.tree.map(np.asarray, _program(model)(params, images)))
+
+
+def grid(model: config_lib.Model) -> tuple[int, int]:
+    """(tokens that are no patch and come first, patches along an edge)."""
+    tower = model.image
+    return int(tower.class_token), tower.image_size // tower.patch_size
+
+
+@functools.lru_cache(maxsize=4)
+def _program(model: config_lib.Model):
+    tower, dtype = model.decoder, jnp.dtype("float32")
+    module, block = grain.GRAIN(model), region_decoder.Block(tower, dtype)
+
+    def is_memory(part: nn.Module, _: str) -> bool:
+        return part.name == "memory_norm"
+
+    def is_attention(part: nn.Module, _: str) -> bool:
+        return part.name in _PARTS and part.path[:1] == ("cross_attention",)
+
+    def run(params, images):
+        with jax.default_matmul_precision("highest"):
+            _, captured = module.apply(
+                {"params": params},
+                images,
+                method=grain.GRAIN.image_features,
+                capture_intermediates=is_memory,
+                mutable=["intermediates"],
+            )
+            (memory,) = captured["intermediates"]["decoder"]["memory_norm"]["__call__"]
+            decoder = params["decoder"]
+            query_embed = decoder["query_embed"]
+            content = jnp.zeros((memory.shape[0], *query_embed.shape), dtype)
+            layers = []
+            for i in range(tower.depth):
+                own = jax.tree.map(lambda x, i=i: x[i], decoder["blocks"])
+                (content, _), captured = block.apply(
+                    {"params": own},
+                    content,
+                    i,
+                    memory,
+                    query_embed,
+                    None,
+                    capture_intermediates=is_attention,
+                    mutable=["intermediates"],
+                )
+                found = captured["intermediates"]["cross_attention"]
+                query, key, value, out = (found[name]["__call__"][0] for name in _PARTS)
+                logits = jnp.einsum("bqkh,bskh->bkqs", query * query.shape[-1] ** -0.5, key)
+                layers.append((nn.softmax(logits), value, out))
+        return (*(jnp.stack(x) for x in zip(*layers)), content)
+
+    return jax.jit(run)

@@ -1,0 +1,88 @@
+"""What the model sees in pictures, encoded by this process alone.
+
+The functions of `evaluate` share the pictures among all processes; a report is written by the first one,
+while the others may have ended.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from grain_jax import images, schema
+from grain_jax.evaluate import base, test_sets
+
+_THREADS = 8  # that read pictures
+
+
+class Seen(NamedTuple):
+    """The readable ones of some pictures."""
+
+    index: np.ndarray  # int [n], positions in the list of pictures
+    sizes: list[tuple[int, int]]  # width, height in pixels
+    image_embed: np.ndarray  # float32 [n, D]
+    regions: schema.Regions | None
+
+
+def encode(predictor: Any, pictures: Sequence[test_sets.Picture], *, regions: bool = True) -> Seen:
+    """Embeds the pictures that can be read.
+
+    Args:
+      predictor: the model (see `evaluate.base`).
+      pictures: to look at.
+      regions: whether region embeddings are wanted too.
+
+    Raises:
+      base.InputError: not a single one can be read, or the model's embeddings are not finite.
+    """
+    model = getattr(predictor, "model", None)  # test doubles may have none
+
+    def read(picture: test_sets.Picture) -> tuple[Any, tuple[int, int]] | images.ImageError:
+        try:
+            loaded = picture.load()
+            squashed = images.squash(loaded, model.image.image_size) if model else loaded
+            return squashed, loaded.size
+        except images.ImageError as error:
+            return error
+
+    embeds, boxes, region_embeds, sizes, index = [], [], [], [], []
+    fault: Exception | None = None
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for first in range(0, len(pictures), base.BATCH_SIZE):
+            batch, part = [], pictures[first : first + base.BATCH_SIZE]
+            for i, got in enumerate(pool.map(read, part), first):
+                if isinstance(got, images.ImageError):
+                    fault = fault or got
+                    continue
+                batch.append(got[0])
+                sizes.append(got[1])
+                index.append(i)
+            if not batch:
+                continue
+            if not regions:
+                embeds.append(predictor.encode_image(batch))
+                continue
+            if hasattr(predictor, "encode_image_and_regions"):  # in one pass
+                embed, found = predictor.encode_image_and_regions(batch)
+            else:
+                embed, found = predictor.encode_image(batch), predictor.encode_regions(batch)
+            embeds.append(embed)
+            boxes.append(found.boxes_xyxy)
+            region_embeds.append(found.embed)
+    if not index:
+        raise base.InputError(f"none of {len(pictures)} pictures can be read; the first: {fault}")
+    seen = schema.Regions(np.concatenate(boxes), np.concatenate(region_embeds)) if regions else None
+    embed = np.concatenate(embeds)
+    if not all(np.isfinite(x).all() for x in (embed, *(seen or ()))):
+        raise base.InputError(
+            "the model's embeddings are not finite: the checkpoint cannot be used"
+        )
+    return Seen(np.array(index), sizes, embed, seen)
+
+
+def encode_texts(predictor: Any, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
+    """For each list of texts its embeddings, float32 [n, D]; a text that stands in several is encoded once."""
+    place = {text: i for i, text in enumerate(dict.fromkeys(t for group in texts for t in group))}
+    embed = np.asarray(predictor.encode_text(list(place)))
+    return [embed[[place[text] for text in group]] for group in texts]

@@ -1,0 +1,276 @@
+"""report.html: one file that shows what came of a run, or of several side by side; it loads nothing."""
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from etils import epath
+
+from grain_jax import atomic
+from grain_jax.report import collect, run_files, tables
+
+FILE = "report.html"
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_SCRIPTS = ("page.js", "charts.js", "sections.js")
+_SECTIONS = (  # id, heading, what one sees
+    ("results", "Results", "The last evaluations. The bar is the value, the thin line its 95% interval, the upright line chance."),
+    ("curves", "Curves", "What was logged over the steps. Point at a chart, or focus it and press the arrow keys, to read the values at a step; press a name to put its curve out."),
+    ("classes", "Classes", "How often each class is recognised: the share of its pictures whose top-1 is right."),
+    ("confusions", "Hardest confusions", "Pairs of classes, the most frequent first: pictures of the one that were taken for the other, and (dashed) a picture of that other."),
+    ("regions", "Regions", "Test pictures with the boxes of the region queries, and the descriptions that these match best, against the annotated ones. Point at a box or a line to see it alone."),
+    ("queries", "Queries", "What each query has specialised in: how much of its boxes covers a place (darker is more), the centres (dots), the mean box (outlined), and what it says."),
+    ("attention", "Attention", "Where a query looks: its cross-attention over the patches of the picture, brightest at its largest. The dashed box is the one that the query predicts."),
+    ("config", "Config and environment", "The whole config, what differs between runs being marked; where and how the run ran; and what was not measured."),
+)  # fmt: skip
+_KEYS = (
+    ("1 to 8", "go to a section"),
+    ("/", "go to the nearest filter"),
+    ("Tab", "next chart, picture or control"),
+    ("\u2190 \u2192", "in a chart: step by step; Page Up and Down: ten steps; Home, End"),
+    ("\u2191 \u2193", "in a picture with regions: one region after the other"),
+    ("arrow keys", "in a row of choices: the next one"),
+    ("Esc", "leave a filter, a chart or a picture"),
+    ("t", "light or dark"),
+    ("?", "this list"),
+)
+
+
+def write(
+    workdir: epath.PathLike,
+    predictor: Any = None,
+    *,
+    others: Sequence[epath.PathLike] = (),
+    output: epath.PathLike | None = None,
+    results: Sequence[epath.PathLike] = (),
+    pictures: int = collect.PICTURES,
+    model: bool = True,
+) -> epath.Path:
+    """Writes the page.
+
+    Args:
+      workdir: of a run.
+      predictor: its model, where it is in memory already; else the newest checkpoint is loaded.
+      others: workdirs that are shown beside it.
+      output: the file; default: `report.html` in the workdir.
+      results: files of `grain_jax.evaluate`, of the first workdir.
+      pictures: of each evaluation that the model looks at.
+      model: False for what the files say alone.
+
+    Returns: the file.
+
+    Raises:
+      run_files.InputError: a folder holds no run.
+    """
+    workdirs = [epath.Path(workdir), *map(epath.Path, others)]
+    runs, found = [], []
+    for i, folder in enumerate(workdirs):
+        run = run_files.read(folder, results if i == 0 else ())
+        looked: dict[str, Any] = {"lines": {"model": "the model was not asked (--no-model)"}}
+        if model and run.config is None:
+            looked = {
+                "lines": {"model": f"{folder}: config.json is missing, so no model was loaded"}
+            }
+        elif model:
+            own = predictor if i == 0 else None
+            looked = collect.collect(folder, run.config, own, step=run.step, pictures=pictures)
+        runs.append(run)
+        found.append(looked)
+    path = epath.Path(output) if output else workdirs[0] / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(path, render(runs, found))
+    return path
+
+
+def render(runs: Sequence[run_files.Run], found: Sequence[Mapping[str, Any]]) -> str:
+    """The page, from what `run_files.read` and `collect.collect` return for each run."""
+    names = run_files.labels([run.workdir for run in runs])
+    here = epath.Path(__file__).parent
+    script = "".join((here / name).read_text() for name in _SCRIPTS)
+    contents = {name: f'<div id="{name}-content"></div>' for name, _, _ in _SECTIONS}
+    contents["results"] = _results(runs, names)
+    contents["config"] = (
+        _config(runs, names) + _environment(runs, names) + _unmeasured(runs, found, names)
+    )
+    links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in _SECTIONS)
+    body = "".join(
+        f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title" tabindex="-1">{title}</h2>'
+        f'<p class="soft">{sees}</p>{contents[name]}</section>'
+        for name, title, sees in _SECTIONS
+    )
+    keys = "".join(f"<dt><kbd>{key}</kbd></dt><dd>{does}</dd>" for key, does in _KEYS)
+    where = "<br>".join(
+        f"<code>{escape(str(run.workdir))}</code>"
+        + (f", step {run.step:,}" if run.step is not None else "")
+        for run in runs
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f"<title>{escape(' | '.join(names))}: grain_jax.report</title>"
+        f"<style>{(here / 'page.css').read_text()}</style></head><body><header><div>"
+        f'<h1>{"Runs side by side" if len(runs) > 1 else "Training run"}</h1><p class="soft">{where}</p></div>'
+        '<div class="tools"><button id="theme" type="button" aria-label="light or dark">Dark</button>'
+        '<button id="help" type="button">Keys (?)</button></div></header>'
+        f'<nav aria-label="Sections">{links}</nav><main>{body}</main>'
+        f'<dialog id="keys" aria-label="Keys"><h2>Keys</h2><dl class="facts">{keys}</dl>'
+        '<form method="dialog"><button>Close</button></form></dialog>'
+        '<noscript><p class="none">Curves and pictures need JavaScript.</p></noscript>'
+        f'<script type="application/json" id="data">{_embedded(_payload(runs, found, names))}</script>'
+        f"<script>{script}</script></body></html>\n"
+    )
+
+
+def _embedded(value: Any) -> str:
+    """JSON that ends no script element, whatever its texts hold."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _payload(runs, found, names) -> dict[str, Any]:
+    """What the page's script draws from."""
+    evaluations = [
+        len(s) for run in runs for k, (s, _) in run.series.items() if k.startswith("eval/")
+    ]
+    keys = dict.fromkeys(key for run in runs for key in run.series)
+    out = []
+    for run, looked, name in zip(runs, found, names):
+        out.append(
+            {
+                "label": name,
+                "series": {key: run_files.thinned(*curve) for key, curve in run.series.items()},
+                "perClass": _per_class(run, looked),
+                "zeroshot": looked.get("zeroshot", {}),
+                "regions": looked.get("regions"),
+                "queries": looked.get("queries"),
+                "attention": looked.get("attention"),
+                "thumbs": looked.get("thumbs", []),
+                "lines": {
+                    "zeroshot": "no zeroshot evaluation is in the run's config",
+                    **looked["lines"],
+                }
+                if not looked["lines"].get("model")
+                else looked["lines"],
+            }
+        )
+    most = max(evaluations, default=0)
+    return {"runs": out, "charts": run_files.charts(keys, most), "evaluations": most}
+
+
+def _per_class(run: run_files.Run, looked: Mapping[str, Any]) -> dict[str, Any]:
+    """Evaluation -> its note and, for each alpha, class -> [share, pictures or None]; whole results come first."""
+    out = {}
+    for result in run.results:
+        if result.per_class:
+            alphas = {
+                alpha: {c: [share, result.counts.get(c)] for c, share in shares.items()}
+                for alpha, shares in result.per_class.items()
+            }
+            out[f"{result.name} ({result.source})"] = {
+                "note": "all of its pictures",
+                "alphas": alphas,
+            }
+    for name, entry in looked.get("zeroshot", {}).items():
+        alphas = {
+            alpha: {c: [hits / n, n] for c, (hits, n) in part["per_class"].items()}
+            for alpha, part in entry["alphas"].items()
+        }
+        note = f"{entry['pictures']} of {entry['of']} pictures"
+        out[name] = {"note": note, "alphas": alphas}
+    return out
+
+
+def _results(runs, names) -> str:
+    """The headline table: a body for each source of results, a column for each run."""
+    groups: dict[str, dict[tuple[str, str], tuple[str, list[str]]]] = {}
+    for i, run in enumerate(runs):
+        for result in run.results:
+            rows = groups.setdefault(result.source, {})
+            for row in tables.rows_of(result.numbers):
+                what, *cells = tables.cells(result.name.replace("_", " "), result.numbers, row)
+                _, columns = rows.setdefault((result.name, row.key), (what, [""] * len(runs)))
+                columns[i] = _cell(result.numbers, row, *cells)
+    if not groups:
+        return '<p class="none">Nothing has been evaluated.</p>'
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    body = "".join(
+        f'<tbody class="group"><tr><th scope="colgroup" colspan="{len(runs) + 1}">{escape(source)}</th></tr></tbody>'
+        "<tbody>"
+        + "".join(
+            f'<tr><th scope="row">{escape(what)}</th>'
+            + "".join(
+                f'<td class="value">{column or "<small>none</small>"}</td>' for column in columns
+            )
+            + "</tr>"
+            for what, columns in rows.values()
+        )
+        + "</tbody>"
+        for source, rows in groups.items()
+    )
+    return f'<div class="scroll"><table><thead><tr><th scope="col">measured</th>{head}</tr></thead>{body}</table></div>'
+
+
+def _cell(numbers, row, value: str, between: str, chance: str, of: str) -> str:
+    """A number with its interval, chance and count, and all of them as a bar where they are shares."""
+    parts = [between, f"chance {chance}" if chance else "", f"of {of}" if of else ""]
+    text = f"<b>{escape(value)}</b> <small>{escape('; '.join(filter(None, parts)))}</small>"
+    number = numbers[row.key]
+    if not (row.is_share or row.chance) or not 0 <= number <= 1:
+        return text
+    bar = f'<i class="value" style="width:{100 * number:.2f}%"></i>'
+    low, high = numbers.get(f"{row.key}_low"), numbers.get(f"{row.key}_high")
+    if low is not None and high is not None:
+        bar += (
+            f'<i class="between" style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></i>'
+        )
+    if row.chance in numbers:
+        bar += f'<i class="chance" style="left:{100 * numbers[row.chance]:.2f}%"></i>'
+    return f'{text}<span class="scale" aria-hidden="true">{bar}</span>'
+
+
+def _config(runs, names) -> str:
+    flats = [run_files.flat(run.config) if run.config else {} for run in runs]
+    keys = dict.fromkeys(key for flat in flats for key in flat)
+    if not keys:
+        return '<p class="none">config.json is missing.</p>'
+    rows = [(key, [flat.get(key, "") for flat in flats]) for key in keys]
+    return f'<div id="config-tools"></div>{_table("config-table", "key", names, rows)}'
+
+
+def _environment(runs, names) -> str:
+    keys = dict.fromkeys(key for run in runs for key in run.environment)
+    rows = [(key, [run.environment.get(key, "") for run in runs]) for key in keys]
+    return f"<h3>Environment</h3>{_table('environment-table', 'what', names, rows, code=False)}"
+
+
+def _table(name: str, what: str, names, rows, *, code: bool = True) -> str:
+    """Rows of texts with a column for each run; a row whose texts differ is marked."""
+    tag = "code" if code else "span"
+    head = "".join(f'<th scope="col">{escape(n)}</th>' for n in names)
+    body = "".join(
+        f'<tr{" class=differs" if len(set(texts)) > 1 else ""}><th scope="row"><{tag}>{escape(key)}</{tag}></th>'
+        + "".join(f'<td class="long"><{tag}>{escape(text)}</{tag}></td>' for text in texts)
+        + "</tr>"
+        for key, texts in rows
+    )
+    return (
+        f'<div class="{"tall" if code else "scroll"}"><table id="{name}"><thead><tr><th scope="col">{what}</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _unmeasured(runs, found, names) -> str:
+    lines = []
+    for run, looked, name in zip(runs, found, names):
+        own = run.unmeasured + [f"{part}: {line}" for part, line in looked["lines"].items()]
+        for entry, part in looked.get("zeroshot", {}).items():
+            if part["pictures"] < part["of"]:
+                own.append(
+                    f"{entry}: confusions and classes stand on {part['pictures']} of {part['of']} pictures"
+                )
+        lines += [f"{name}: {line}" if len(runs) > 1 else line for line in own]
+    shown = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return "<h3>Not measured</h3>" + (
+        f"<ul>{shown}</ul>" if lines else "<p>Nothing is missing.</p>"
+    )

@@ -1,0 +1,319 @@
+"""What the files of a workdir say about a run: curves, results, config, environment. No model is needed."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from grain_jax import errors, receipt
+from grain_jax.evaluate import base
+from grain_jax.report import pictures
+
+_POINTS = 800  # of a curve that are kept; a page shows no more
+_OWN = (
+    "config.json",
+    "results.json",
+    "report_data.json",
+)  # JSON files that are no results of an evaluation
+_BY_NAME = "by_name/"  # numbers of the names alone, in an evaluation of names with descriptions
+_LOSSES = {
+    "loss": "total",
+    "loss_image_caption": "image to caption",
+    "loss_region_description": "region to description",
+    "loss_box": "boxes",
+}
+_MATCHING = {
+    "matched_iou": "IoU of matched boxes",
+    "matched_iou50": "share with IoU of 0.5 or more",
+    "region_description_accuracy": "own description is the nearest",
+    "query_usage_entropy": "entropy of which query is used",
+}
+_SINGLE = {  # a chart each
+    "logit_scale": "Logit scale (1 / temperature)",
+    "learning_rate": "Learning rate",
+    "images_per_second": "Images per second",
+    "model_flops_per_second": "Model FLOPs per second",
+    "texts_dropped": "Texts dropped in packing",
+}
+
+
+class InputError(errors.UserError):
+    """A folder or file that no report can be made of."""
+
+
+class Result(NamedTuple):
+    """One evaluation of a run."""
+
+    name: str
+    source: str  # which file, and which step where known
+    numbers: dict[str, float]  # as `evaluate.base.scalars` returns them
+    per_class: dict[str, dict[str, float]]  # alpha -> class -> share of its pictures
+    counts: dict[str, int]  # class -> its pictures, where that is known
+
+
+class Run(NamedTuple):
+    """A workdir's files."""
+
+    workdir: epath.Path
+    step: int | None  # last logged
+    config: dict[str, Any] | None
+    series: dict[str, tuple[list[float], list[float]]]  # key -> steps, values
+    results: list[Result]
+    environment: dict[str, str]  # what is said of the machine, versions and receipts
+    unmeasured: list[str]  # a line each
+
+
+def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run:
+    """All that the files say; what is missing becomes a line of `unmeasured`.
+
+    Args:
+      workdir: of a run.
+      results: files that `grain_jax.evaluate` wrote, beside those that lie in the workdir.
+
+    Raises:
+      InputError: no such folder, nothing of a run is in it, or one of `results` cannot be read.
+    """
+    workdir = epath.Path(workdir)
+    if not workdir.is_dir():
+        raise InputError(f"{workdir}: no such folder; expected the workdir of a run")
+    config = _json(workdir / "config.json")
+    metrics = workdir / "metrics.jsonl"
+    lines = pictures.read_lines(metrics) if metrics.exists() else []
+    if config is None and not lines:
+        raise InputError(
+            f"{workdir}: has neither config.json nor metrics.jsonl; expected the workdir of a run"
+        )
+    unmeasured = []
+    if not lines:
+        unmeasured.append(f"{metrics.name}: missing or empty, so there are no curves")
+    series = _series(lines)
+    step = int(lines[-1]["step"]) if lines else None
+    found = _training_results(workdir, series)
+    if not found:
+        unmeasured.append(
+            "the run has not evaluated yet (no results.json, no eval/... in its metrics)"
+        )
+    results = list(map(epath.Path, results))
+    for file in results:
+        if _json(file) is None:
+            raise InputError(
+                f"{file}: cannot be read, expected the results of an evaluation (JSON)"
+            )
+    for file in [*sorted(workdir.glob("*.json")), *results]:
+        if file.name not in _OWN:
+            _evaluations(file, found, unmeasured)
+    names = {result.name for result in found}
+    for name in (config or {}).get("evals", {}):
+        if found and name not in names:
+            unmeasured.append(f"{name}: an entry of config.evals without a result")
+    return Run(workdir, step, config, series, found, _environment(workdir), unmeasured)
+
+
+def labels(workdirs: Sequence[epath.PathLike]) -> list[str]:
+    """A short name for each folder: its own, with as many of those above as it takes to tell them apart."""
+    parts = [epath.Path(w).parts for w in workdirs]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{'/'.join(p)} ({i})" for i, p in enumerate(parts, 1)]
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, str]:
+    """A config as {"a.b": JSON text}; lists of plain values stay in one piece."""
+    if isinstance(config, Mapping) and config:
+        out = {}
+        for key, value in config.items():
+            out |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+        return out
+    return {prefix: json.dumps(config, ensure_ascii=False)}
+
+
+def charts(keys: Iterable[str], evaluations: int) -> list[dict[str, Any]]:
+    """Which curves share a chart, in the order of the page.
+
+    Args:
+      keys: of `Run.series`, of all runs.
+      evaluations: the most that a run has evaluated; from two on there is a course to be seen.
+
+    Returns: for each chart `title`, `series` ([key, label] pairs), `log` (whether its scale starts so) and
+      `noisy` (whether the slider smooths it).
+    """
+    left = dict.fromkeys(keys)
+    made: list[dict[str, Any]] = []
+
+    def chart(title: str, found: Mapping[str, str], log: bool = False, noisy: bool = False) -> None:
+        series = [[key, label] for key, label in found.items() if key in left]
+        if series:
+            made.append({"title": title, "series": series, "log": log, "noisy": noisy})
+        for key, _ in series:
+            left.pop(key)
+
+    losses = [key for key in left if key.startswith("loss_") and key not in _LOSSES]
+    chart("Losses", _LOSSES | {key: key for key in losses}, noisy=True)
+    main = [k for k in left if k.startswith("eval/") and k.endswith(tuple(pictures.HEADLINES))]
+    if evaluations > 1:
+        chart("Evaluations", {key: pictures.headline(key) for key in main})
+    matching = {
+        key: key.replace("_", " ") for key in left if key.startswith(("query_", "matched_"))
+    }
+    shares = {k: f"query {int(k[12:]) + 1}" for k in left if re.fullmatch(r"query_share/\d+", k)}
+    chart("Share of the matched regions, by query", shares, noisy=True)
+    chart("Regions while training", matching | _MATCHING, noisy=True)
+    norms = {key: key.removeprefix("grad_norm/") for key in left if key.startswith("grad_norm/")}
+    chart("Gradient norms", {"grad_norm": "all"} | norms, log=True, noisy=True)
+    waits = {"input_wait_fraction": "of the time", "input_wait_steps": "of the steps"}
+    chart("Share spent waiting for input", waits, noisy=True)
+    for key, title in _SINGLE.items():
+        chart(title, {key: title}, noisy=key not in ("logit_scale", "learning_rate"))
+    names = dict.fromkeys(key.split("/")[1] for key in left if key.startswith("eval/"))
+    for name in names:
+        own = [key for key in left if key.startswith(f"eval/{name}/")]
+        shown = {key: key.split("/", 2)[2].replace("_", " ") for key in own if not _is_beside(key)}
+        if evaluations > 1:
+            chart(f"Evaluation {name.replace('_', ' ')}: other numbers", shown)
+        for key in own:
+            left.pop(key, None)
+    for key in list(left):
+        chart(key.replace("_", " "), {key: key})
+    return made
+
+
+def _is_beside(key: str) -> bool:
+    """Whether a number of an evaluation only says something about another one."""
+    counts = (
+        "pictures captions classes descriptions regions regions_matched unreadable faulty_lines"
+    )
+    last = key.rpartition("/")[2]
+    beside = last.endswith(("_low", "_high")) or "chance" in last or last in counts.split()
+    # Of a query, its share; where its boxes lie is a section of its own.
+    return beside or ("/query/" in key and last != "share")
+
+
+def _json(path: epath.Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _series(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
+                steps, values = series.setdefault(key, ([], []))
+                steps.append(line["step"])
+                values.append(float(value))
+    return series
+
+
+def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most _POINTS of a curve, at even distances, with its last; values to five digits."""
+    every = -(-len(steps) // _POINTS)
+    first = (len(steps) - 1) % every
+    return list(steps[first::every]), [float(f"{v:.5g}") for v in values[first::every]]
+
+
+def _training_results(workdir: epath.Path, series: Mapping[str, Any]) -> list[Result]:
+    stored = _json(workdir / "results.json")
+    source = "results.json"
+    if stored is None:
+        source = "metrics.jsonl"
+        stored = {key: s[1][-1] for key, s in series.items() if key.startswith("eval/")}
+    groups: dict[str, dict[str, float]] = {}
+    for key, value in stored.items():
+        name, _, rest = key.removeprefix("eval/").partition("/")
+        if isinstance(value, (int, float)):
+            groups.setdefault(name, {})[rest] = value
+    return [r for name, numbers in groups.items() for r in _results(name, source, numbers)]
+
+
+def _evaluations(file: epath.Path, found: list[Result], unmeasured: list[str]) -> None:
+    """Adds what a file of `grain_jax.evaluate` has, a suite's or of one evaluation."""
+    value = _json(file)
+    if value is None:
+        unmeasured.append(f"{file}: cannot be read as the results of an evaluation (JSON)")
+        return
+    if isinstance(value.get("ran"), dict):
+        for name, result in value["ran"].items():
+            found += _of_file(name, file, result)
+        for what in ("skipped", "failed", "notes"):
+            lines = value.get(what) or {}
+            unmeasured += [f"{name} ({file.name}): {what}: {line}" for name, line in lines.items()]
+    elif "kind" in value:
+        found += _of_file(file.stem, file, value)
+
+
+def _results(name: str, source: str, numbers: Mapping[str, float]) -> list[Result]:
+    """The result of an evaluation and, where classes were also told apart by their names alone, that of this."""
+    out = []
+    alone = {k: v for k, v in numbers.items() if k.startswith(_BY_NAME)}
+    own = {k: v for k, v in numbers.items() if k not in alone}
+    out.append(Result(name, source, own, {}, {}))
+    if alone:
+        shared = {k: own[k] for k in ("chance", "chance_top5", "pictures") if k in own}
+        alone = {k.removeprefix(_BY_NAME): v for k, v in alone.items()}
+        out.append(Result(f"{name}, by name", source, shared | alone, {}, {}))
+    return out
+
+
+def _of_file(name: str, file: epath.Path, value: Mapping[str, Any]) -> list[Result]:
+    """The results in what `grain_jax.evaluate` wrote about one set."""
+    beside = ("entry", "inputs", "seconds", "per_class", "pictures_per_class")  # no results
+    numbers = base.scalars({key: part for key, part in value.items() if key not in beside})
+    parts = [value, value.get(_BY_NAME.removesuffix("/"), {})]
+    return [
+        result._replace(
+            per_class={
+                f"{float(key.removeprefix('alpha_')):g}": alpha["per_class"]
+                for key, alpha in part.items()
+                if key.startswith("alpha_") and isinstance(alpha, Mapping) and "per_class" in alpha
+            },
+            counts=value.get("pictures_per_class", {}),
+        )
+        for result, part in zip(_results(name, file.name, numbers), parts)
+    ]
+
+
+def _environment(workdir: epath.Path) -> dict[str, str]:
+    out = {"workdir": str(workdir)}
+    log = workdir / "log.txt"
+    if log.exists():
+        lines = log.read_text().splitlines()
+        commands = [line[2:] for line in lines if line.startswith("$ ")]
+        if commands:
+            out["command"] = commands[-1]
+            out["times started"] = str(len(commands))
+        devices = [line for line in lines if " device(s), mesh " in line]
+        if devices:
+            out["devices and model"] = devices[-1]
+    file = workdir / receipt.FILE
+    if not file.exists():
+        return out | {"receipt": f"none ({receipt.FILE} is missing)"}
+    try:
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+    except ValueError as error:
+        return out | {"receipt": f"{receipt.FILE} is damaged ({error})"}
+    if not records:
+        return out | {"receipt": "none yet"}
+    last = records[-1]
+    whole = all(b["previous"] == receipt.sha256(a) for a, b in zip(records, records[1:]))
+    out |= {key: str(value) for key, value in last["environment"].items() if value}
+    out |= {
+        "mesh": ", ".join(f"{axis} {size}" for axis, size in last["mesh"].items()),
+        "processes": str(last["processes"]),
+        "receipt": f"{len(records)} record{'s' if len(records) > 1 else ''}, "
+        + ("an unbroken chain" if whole else "A BROKEN CHAIN: see grain_jax.verify"),
+        "receipt, step": str(last["step"]),
+        "receipt, batches": last["batch_chain"],
+        "receipt, pixels": last["pixel_chain"],
+        "receipt, state": ", ".join(f"{part} {digest}" for part, digest in last["state"].items()),
+        "receipt, config": last["config"],
+        "receipt, metrics": last["metrics"],
+    }
+    return out

@@ -1,0 +1,92 @@
+import json
+
+import numpy as np
+import pytest
+
+from grain_jax.evaluate import base, box_classes
+from tests.evaluate.stub import StubPredictor, write_picture
+
+TEXTS = {"a cat": [1, 0, 0], "a Dog": [0, 1, 0], "a cow": [0, 0, 1]}
+LEFT, RIGHT, CORNER = [0, 0, 0.5, 1], [0.5, 0, 1, 1], [0.9, 0.9, 1, 1]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Three pictures of 20 x 10 pixels and their boxes; the last picture cannot be read."""
+    regions = [
+        [([0, 0, 10, 10], "cat"), ([10, 0, 20, 10], "Dog")],
+        # Query 0 covers .4 of it, as much as no other; the second lies outside.
+        [([0, 0, 10, 4], "cow"), ([30, 0, 40, 9], "cow")],
+        [([0, 0, 9, 9], "cat")],
+        [],
+    ]
+    lines = []
+    for i, found in enumerate(regions):
+        write_picture(tmp_path / f"{i}.png", i, (20, 10))
+        boxes = [{"box": box, "description": text, "score": 1} for box, text in found]
+        lines.append(json.dumps({"image": f"{i}.png", "regions": boxes}))
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    (tmp_path / "A.jsonl").write_text("\n".join(lines))
+    (tmp_path / "templates.txt").write_text("a {}")
+    predictor = StubPredictor(
+        # The picture says cat, and of the second one cow before dog.
+        images={0: [1, 0.5, 0], 1: [0, 0.1, 1]},
+        texts=TEXTS,
+        regions={
+            0: ([LEFT, [0.4, 0, 1, 1], CORNER], [[1, 0, 0], [0, 0.6, 0.7], [0, 1, 0]]),
+            1: ([LEFT, RIGHT, CORNER], [[0, 0, 1], [0, 1, 0], [1, 0, 0]]),
+        },
+    )
+    given = dict(images=tmp_path, annotations=tmp_path / "A.jsonl")
+    return predictor, given | dict(templates=tmp_path / "templates.txt")
+
+
+def test_hand_computed(data):
+    predictor, given = data
+    got = box_classes.evaluate(predictor, **given)
+    assert predictor.asked == list(TEXTS)
+    assert (got["pictures"], got["unreadable"], got["without_regions"]) == (2, 1, 1)
+    assert (got["boxes"], got["boxes_outside"], got["boxes_of_other_classes"]) == (3, 1, 0)
+    assert (got["classes"], got["chance"], got["chance_top5"]) == (3, 1 / 3, 1.0)
+    # cat by query 0 (IoU 1): right; dog by query 1 (IoU 5/6): it says cow; cow by query 0 (.4): right.
+    assert got["best_iou"] == pytest.approx((1 + 5 / 6 + 0.4) / 3)
+    assert got["found"] == pytest.approx(2 / 3)
+    assert got["region"]["top1"] == pytest.approx(2 / 3)
+    assert got["region"]["per_class"] == {"cat": 1.0, "Dog": 0.0, "cow": 1.0}
+    assert got["region"]["mean_per_class"] == pytest.approx(2 / 3)
+    low, high = base.interval(2, 3)
+    assert (got["region"]["top1_low"], got["region"]["top1_high"]) == (low, high)
+    # Of the two found ones cat is right. The image embedding knows cat and cow, too.
+    assert got["found_boxes"]["boxes"] == 2
+    assert got["found_boxes"]["region"]["per_class"] == {"cat": 1.0, "Dog": 0.0}
+    assert got["image"]["per_class"] == {"cat": 1.0, "Dog": 0.0, "cow": 1.0}
+    assert got["found_boxes"]["image"]["top1"] == 0.5
+    assert base.scalars(got)["region/top5"] == 1.0
+    json.dumps(got)
+
+
+def test_class_file(data, tmp_path):
+    predictor, given = data
+    path = tmp_path / "classes.txt"
+    path.write_text("cow\tcow\nfelis\tcat\n")
+    got = box_classes.evaluate(predictor, **given, classes=str(path))
+    assert (got["boxes"], got["boxes_of_other_classes"]) == (2, 1)
+    assert (got["classes"], got["classes_with_boxes"]) == (2, 2)
+    assert got["region"]["per_class"] == {"cow": 1.0, "cat": 1.0}
+    assert got["groups"] == {}
+    path.write_text("small_cow\tcow\trare\nfelis\tcat\tfrequent\ncanis\tDog\tfrequent\n")
+    got = box_classes.evaluate(predictor, **given, classes=str(path))["groups"]
+    assert {name: part["boxes"] for name, part in got.items()} == {"rare": 1, "frequent": 2}
+    assert got["rare"]["region"]["per_class"] == {"cow": 1.0}
+    assert got["frequent"]["region"]["per_class"] == {"cat": 1.0, "Dog": 0.0}  # it says cow
+    path.write_text("goat\n")
+    with pytest.raises(base.InputError, match="got no box that is of one of 1 classes"):
+        box_classes.evaluate(predictor, **given, classes=str(path))
+
+
+def test_best_query():
+    boxes = np.array([LEFT, [0, 0.5, 0.1, 1]], np.float32)
+    queries = np.array([[CORNER, RIGHT, LEFT], [CORNER, RIGHT, CORNER]], np.float32)
+    found = box_classes.best_query(queries, boxes)
+    # Nothing overlaps the second box: the right half is nearer to it, as GIoU has it, than a corner.
+    assert found.query.tolist() == [2, 1] and found.iou.tolist() == [1, 0]

@@ -1,0 +1,300 @@
+"""The suite's command on sets in TFDS's format, under their real names, and a class folder; counted by hand.
+
+A picture's number says which class the stub takes it for; a class is a direction of its own.
+"""
+
+import json
+
+import numpy as np
+import pytest
+
+import grain_jax
+from configs import eval as benchmarks
+from grain_jax import config as config_lib
+from grain_jax.evaluate import __main__ as command
+from grain_jax.evaluate import class_names, test_sets
+from grain_jax.report import tables
+from tests import tiny
+from tests.evaluate import tfds_sets
+from tests.evaluate.stub import StubPredictor, write_picture
+from tests.paths import ROOT
+
+# For each picture its class, and the class that the stub takes it for by its name.
+CIFAR10 = [(0, 0), (1, 1), (2, 0), (3, 3), (3, 3), (3, 5), (9, 9), (9, 8), (9, 7)]
+DTD = [(0, 0), (5, 5), (46, 46), (46, 1), (10, 2), (10, 10)]
+FLOWERS = [(0, 0), (101, 101), (50, 50), (50, 51), (7, 7)]
+PRODUCTS = [(0, 0), (0, 1), (1, 1)]
+SETS = {"cifar10": CIFAR10, "dtd": DTD, "oxford_flowers102": FLOWERS, "products2023": PRODUCTS}
+NUMBERS = {
+    "cifar10": 0,
+    "dtd": 20,
+    "oxford_flowers102": 40,
+    "products2023": 60,
+}  # the first picture's
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The sets, and the names of their classes."""
+    import tensorflow_datasets as tfds
+
+    folder = tmp_path_factory.mktemp("benchmarks")
+    names = {"cifar10": class_names.for_labels(None, 10, "cifar10")}
+    for name, version, format in (
+        ("cifar10", "3.0.2", "tfrecord"),
+        ("dtd", "3.0.1", "array_record"),
+        ("oxford_flowers102", "2.1.1", "tfrecord"),
+    ):
+        labels = None
+        if name != "cifar10":  # TFDS has its label names without the data
+            labels = tfds.builder(name, data_dir=str(folder)).info.features["label"].names
+            names[name] = class_names.for_labels(
+                labels, len(labels), "oxford_flowers102" if name == "oxford_flowers102" else None
+            )
+        first, answers = NUMBERS[name], SETS[name]
+        pictures = tfds_sets.numbered(range(first, first + len(answers)))
+        labels_of = [label for label, _ in answers]
+        tfds_sets.write(folder, name, version, "test", pictures, labels_of, labels, format)
+    names["products2023"] = ["air fryer", "e bike"]
+    for i, (label, _) in enumerate(PRODUCTS):
+        product = ("air_fryer", "e_bike")[label]
+        write_picture(folder / "products2023" / product / f"{i}.png", 60 + i)
+    (folder / "templates.txt").write_text("a {}\n")
+    return folder, names
+
+
+def _predictor(names) -> StubPredictor:
+    place = {(s, c): i for i, (s, c) in enumerate((s, c) for s in names for c in names[s])}
+    axes = np.eye(len(place))
+    texts = {f"a {name}": axes[i] for (_, name), i in place.items()}
+    images, regions = {}, {}
+    for s, answers in SETS.items():
+        for i, (label, taken_for) in enumerate(answers, NUMBERS[s]):
+            images[i] = axes[place[s, names[s][taken_for]]]
+            regions[i] = np.zeros((2, 4)), axes[[place[s, names[s][label]]] * 2]  # always right
+    for c, name in enumerate(names["dtd"]):  # with descriptions, the first two names change places
+        other = names["dtd"][1 - c] if c < 2 else name
+        texts[f"a {name}, which has {name} parts"] = axes[place["dtd", other]]
+        texts[f"{name} parts"] = axes[place["dtd", name]]
+    return StubPredictor(images, texts, regions)
+
+
+@pytest.fixture
+def suite(data, tmp_path, monkeypatch):
+    """Runs the suite's command: (status, results), and the predictor, which a test may change."""
+    folder, names = data
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "descriptions").mkdir()
+    described = {name: [f"{name} parts"] for name in names["dtd"]}
+    (tmp_path / "descriptions" / "dtd.json").write_text(json.dumps(described))
+
+    def run(*arguments):
+        run.predictor.asked.clear()
+        monkeypatch.setattr(grain_jax, "load", lambda path: run.predictor)
+        status = command.main(
+            ["suite", "--checkpoint", "RUN", "--config", str(ROOT / "configs" / "eval.py")]
+            + [f"--config.data_dir={folder}", f"--config.folders={folder}"]
+            + [f"--config.descriptions={tmp_path}/descriptions", "--config.alphas=(1.0, 0.5, 0.0)"]
+            + [f"--config.templates={folder}/templates.txt", "--cache", ""]
+            + ["--output", str(tmp_path / "out.json"), *arguments]
+        )
+        return status, json.loads((tmp_path / "out.json").read_text())
+
+    run.predictor, run.folder = _predictor(names), tmp_path
+    return run
+
+
+def test_every_set_has_the_accuracy_that_was_counted_by_hand(suite, data, capsys):
+    status, results = suite()
+    out, err = capsys.readouterr()
+    assert status == 0 and results["failed"] == {}
+    assert list(results["ran"]) == list(SETS)
+    # cifar10 has no names of its own: 0, 1, two of the three 3s and one of the three 9s are right.
+    rates = results["ran"]["cifar10"]["alpha_1.0"]
+    assert rates["top1"] == 5 / 9 and rates["mean_per_class"] == pytest.approx(0.6)
+    # Where it is wrong, the nine other classes tie: four of them are among the best five.
+    assert rates["top5"] == pytest.approx((5 + 4 * 4 / 9) / 9)
+    assert rates["per_class"] == pytest.approx(
+        {"airplane": 1, "automobile": 1, "bird": 0, "cat": 2 / 3, "truck": 1 / 3}
+    )
+    assert results["ran"]["cifar10"]["pictures"] == 9 and results["ran"]["cifar10"]["classes"] == 10
+    assert results["ran"]["oxford_flowers102"]["alpha_1.0"]["top1"] == 4 / 5
+    assert results["ran"]["oxford_flowers102"]["classes"] == 102
+    assert results["ran"]["products2023"]["alpha_1.0"]["top1"] == 2 / 3
+    # dtd by names: all but two. With descriptions 0 becomes 1; the regions are always right, and tie with
+    # the three wrong answers at 0.5.
+    dtd = results["ran"]["dtd"]
+    assert dtd["by_name"]["alpha_1.0"]["top1"] == pytest.approx(4 / 6)
+    assert dtd["by_name"]["alpha_1.0"]["mean_per_class"] == 0.75
+    found = [dtd[f"alpha_{alpha}"]["top1"] for alpha in (1.0, 0.5, 0.0)]
+    assert found == pytest.approx([3 / 6, 4.5 / 6, 1])
+    averages = results["averages"]
+    assert averages["names"]["sets"] == 4 and averages["described alpha_0.0"]["sets"] == 1
+    assert averages["names"]["top1"] == pytest.approx((5 / 9 + 4 / 6 + 4 / 5 + 2 / 3) / 4)
+
+    lines = out.splitlines()
+    assert lines[1].split("  ")[0] == "set" and "alpha 0.5" in lines[1]
+    row = next(line for line in lines if line.startswith("dtd ")).split()
+    assert row[1] == "66.7%" and "alpha" in row and row[-1] == "6"
+    assert next(line for line in lines if line.startswith("average ")).split()[1] == "67.2%"
+    # What is not there is said, with how to get it; so is what has no descriptions.
+    folder, _ = data
+    assert set(results["skipped"]) == {
+        *("caltech101", "caltech_birds2011", "cars196", "cifar100", "food101", "imagenet2012"),
+        *("oxford_iiit_pet", "places365_small", "sun397", "coco", "lvis", "flickr30k", "mscoco"),
+        *("flickr30k_entities", "refcoco_val", "refcoco_testA", "refcoco_testB"),
+    }
+    assert results["skipped"]["food101"] == (
+        f"no TFDS set food101 (looked for {folder}/food101/VERSION/dataset_info.json); to get it: python"
+        f" -c \"import tensorflow_datasets as tfds; tfds.builder('food101', data_dir='{folder}')"
+        '.download_and_prepare()"'
+    )
+    assert results["skipped"]["mscoco"].endswith(
+        "not there; to get it: python -m data.annotate --source karpathy --annotations"
+        f" dataset_coco.json --passes none --images {folder}/pictures/coco --output {folder}/mscoco"
+        " --split test"
+    )
+    assert results["notes"]["cifar10"].endswith(
+        "cifar10.json: not there, expected descriptions of the classes; evaluated by names alone"
+    )
+    assert f"skipped: food101: {results['skipped']['food101']}" in lines
+    assert "cifar10 (1 of 4): 9 pictures in" in err and "left in all" in err
+
+
+def test_a_restart_measures_only_what_is_new(suite, capsys):
+    assert suite("--only", "cifar10,dtd")[0] == 0
+    first = suite.predictor
+    suite.predictor = StubPredictor()  # knows no picture and no text
+    status, results = suite("--only", "cifar10")
+    assert status == 0 and list(results["ran"]) == ["cifar10", "dtd"]
+    assert "cifar10 (1 of 1): is in" in capsys.readouterr().err
+    # Other descriptions: dtd is measured again, cifar10 is not.
+    path = suite.folder / "descriptions" / "dtd.json"
+    path.write_text(path.read_text() + " ")
+    suite.predictor = first
+    status, results = suite("--only", "dtd,cifar10,products2023")
+    assert status == 0 and list(results["ran"]) == ["cifar10", "dtd", "products2023"]
+    assert "a banded" in first.asked and "a airplane" not in first.asked
+    assert suite("--only", "cifar10", "--again")[0] == 0 and "a airplane" in first.asked
+
+
+def test_a_failure_does_not_stop_the_others(suite, capsys):
+    (suite.folder / "descriptions" / "cifar10.json").write_text('{"cat": ["whiskers"]}')
+    del suite.predictor.images[41]  # of the flowers
+    status, results = suite()
+    assert status == 1
+    assert list(results["ran"]) == ["dtd", "products2023"]
+    assert "no description of the classes airplane, automobile" in results["failed"]["cifar10"]
+    assert results["failed"]["oxford_flowers102"] == "KeyError: 41"
+    assert "failed: oxford_flowers102: KeyError: 41" in capsys.readouterr().out
+    # The results are those of what ran; a second run does what failed, and only that.
+    suite.predictor.images[41] = suite.predictor.images[40]
+    (suite.folder / "descriptions" / "cifar10.json").unlink()
+    status, results = suite()
+    assert status == 0 and results["failed"] == {} and "a banded" not in suite.predictor.asked
+    assert results["ran"]["oxford_flowers102"]["alpha_1.0"]["top1"] == 3 / 5
+
+
+def _faults(run, capsys, *arguments):
+    (run.folder / "out.json").write_text("{}")
+    assert run(*arguments)[0] == 2
+    return capsys.readouterr().err.splitlines()
+
+
+def test_usage_and_inputs_that_cannot_be_used_are_status_2(suite, capsys):
+    (line,) = _faults(suite, capsys, "--only", "food10")
+    assert line == "--only: food10: no such entry; did you mean food101?"
+    skipped, last = _faults(suite, capsys, "--only", "food101", "--again")
+    assert skipped.startswith("food101: skipped: no TFDS") and last == "nothing could be run"
+    (line,) = _faults(suite, capsys, "--only", "cifar10")
+    assert "holds something else than a suite's results" in line
+    (suite.folder / "out.json").write_text('{"digest": "x", "folder": "OLD", "ran": {}}')
+    assert suite("--only", "products2023")[0] == 2
+    assert "holds the results of another checkpoint (OLD, now RUN)" in capsys.readouterr().err
+    assert suite("--only", "products2023", "--again")[0] == 0
+
+
+def test_a_misspelt_key_of_the_config_is_one_line(suite, capsys):
+    (suite.folder / "out.json").write_text("{}")
+    with pytest.raises(SystemExit) as end:
+        suite("--config.evals.food101.splitt=train")
+    assert end.value.code == 2
+    assert "did you mean evals.food101.split?" in capsys.readouterr().err
+
+
+def test_entries_serve_a_training_config():
+    c = tiny.dictionary(checkpoint_best_metric="eval/cifar10/alpha_1.0/top1")
+    c.evals = benchmarks.entries(("cifar10", "lvis"), data_dir="D", folders="F", alphas=(1.0,))
+    evals = config_lib.from_dict(c).evals
+    assert list(evals) == ["cifar10", "lvis"]
+    assert (evals["cifar10"].tfds, evals["cifar10"].data_dir, evals["cifar10"].alphas) == (
+        *("cifar10", "D"),
+        (1.0,),
+    )
+    assert evals["lvis"].annotations == "F/lvis/A.jsonl" and evals["lvis"].missing == "skip"
+    assert set(benchmarks.get_config().evals) == set(benchmarks.SETS) and len(benchmarks.SETS) == 21
+    c.evals.cifar10.images = "x"
+    with pytest.raises(
+        config_lib.ConfigError, match="evals.cifar10.tfds: got 'cifar10' with images"
+    ):
+        config_lib.from_dict(c)
+
+
+def _read(test_set, positions):
+    return [
+        (p.name, p.label, int(np.asarray(p.load())[0, 0, 0])) for p in test_set.pictures(positions)
+    ]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "dtd"])  # TFRecord and ArrayRecord files
+def test_a_stretch_of_a_tfds_set_is_that_of_the_whole(data, name):
+    folder, _ = data
+    classes = "cifar10" if name == "cifar10" else None
+    whole = test_sets.TfdsSet(name, "test", str(folder), classes)
+    everything = _read(whole, range(len(whole)))
+    labels = {number: label for number, (label, _) in enumerate(SETS[name], NUMBERS[name])}
+    assert {number: label for _, label, number in everything} == labels
+    assert [place for place, _, _ in everything] == [f"{name} test {i}" for i in range(len(whole))]
+    assert _read(whole, range(1, 4)) + _read(whole, range(4, 5)) == everything[1:5]
+    assert _read(whole, range(3, 3)) == []
+    part = test_sets.TfdsSet(name, "test[2:5]", str(folder), classes)
+    assert len(part) == 3 and _read(part, range(1, 3)) == everything[3:5]
+
+
+def test_faults_of_tfds_sets(data, tmp_path):
+    folder, _ = data
+    with pytest.raises(test_sets.InputError, match="got 'train', expected one of test"):
+        test_sets.TfdsSet("dtd", "train", str(folder))
+    with pytest.raises(test_sets.MissingData, match="dtd/9.9.9/dataset_info.json"):
+        test_sets.TfdsSet("dtd:9.9.9", "test", str(folder))
+    assert test_sets.find_tfds("dtd:3.0.1", str(folder)).name == "3.0.1"
+    for config in ("a", "b"):
+        for version in ("9.0.0", "10.0.0"):
+            (tmp_path / "set" / config / version).mkdir(parents=True)
+            (tmp_path / "set" / config / version / "dataset_info.json").write_text("{}")
+    with pytest.raises(test_sets.InputError, match="expected one of set/a, set/b"):
+        test_sets.find_tfds("set", str(tmp_path))
+    assert test_sets.find_tfds("set/b", str(tmp_path)) == tmp_path / "set" / "b" / "10.0.0"
+    damaged = tmp_path / "damaged" / "cifar10" / "3.0.2"
+    damaged.mkdir(parents=True)
+    for path in (folder / "cifar10" / "3.0.2").iterdir():
+        content = path.read_bytes()
+        damaged.joinpath(path.name).write_bytes(
+            content[:50] if "tfrecord" in path.name else content
+        )
+    broken = test_sets.TfdsSet("cifar10", "test", str(tmp_path / "damaged"), "cifar10")
+    with pytest.raises(test_sets.InputError, match="cifar10 test: cannot be read: "):
+        list(broken.pictures(range(9)))
+
+
+def test_boxes_and_diagnostics_have_rows_of_their_own():
+    numbers = {"found": 0.5, "found_low": 0.4, "found_high": 0.6, "boxes": 100.0, "chance": 0.1}
+    numbers |= {"region/top1": 0.25, "found_boxes/region/top1": 0.5, "found_boxes/boxes": 50.0}
+    table = tables.describe({"lvis": numbers, "run": {"matched_iou": 0.3, "regions_matched": 7.0}})
+    rows = [" ".join(line.split()) for line in table.splitlines()[2:]]
+    assert rows == [
+        "lvis: found by a query, IoU >= 0.5 50.0% 40.0 - 60.0% 100 boxes",
+        "lvis: class of a box by its region, top-1 25.0% 10.0% 100 boxes",
+        "lvis: the same of those found 50.0% 10.0% 50 boxes",
+        "run: matched box IoU 0.300 7 boxes",
+    ]

@@ -1,0 +1,108 @@
+"""Entries of a suite as evaluators of a run: what is missing is skipped, and several processes measure as one."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import types
+
+import flax.linen as nn
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from grain_jax import config as config_lib
+from grain_jax import errors, train
+from grain_jax.evaluate import base
+from grain_jax.models import grain
+from tests import tiny
+from tests.evaluate import train_config
+from tests.paths import ROOT
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """11 pictures of three classes, with descriptions and annotations."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    described = {}
+    with (folder / "A.jsonl").open("w") as file:
+        for name, count in (("cat", 5), ("dog", 3), ("fox", 3)):
+            (folder / "classes" / name).mkdir(parents=True)
+            described[name] = [f"{name} fur", "a tail"]
+            for i in range(count):
+                image = f"{name}/{i}.png"
+                pixels = rng.integers(0, 256, (9, 7, 3)).astype(np.uint8)
+                PIL.Image.fromarray(pixels).save(folder / "classes" / image)
+                region = {"box": [0, 0, 2 + i, 9], "description": f"{name} fur", "score": 1}
+                line = {"image": image, "caption": f"{name} {i}", "regions": [region]}
+                file.write(json.dumps(line) + "\n")
+    (folder / "D.json").write_text(json.dumps(described))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    train.train(config_lib.from_dict(train_config.get_config(data)), workdir)
+    return workdir
+
+
+def _results(workdir):
+    return json.loads((workdir / "results.json").read_text())
+
+
+def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd):
+    wanted = train_config.get_config(data)
+    wanted.checkpoint_best_metric = "eval/absent/alpha_1.0/top1"
+    config = config_lib.from_dict(wanted)
+    with pytest.raises(errors.UserError, match="but evals.absent is skipped"):
+        train.train(config, tmp_path)
+    assert (
+        f"evals.absent: skipped: {data}/absent: not there; to get it: ask" in capfd.readouterr().err
+    )
+    module = grain.GRAIN(config.model, "float32")
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), tiny.batch(config))["params"])
+    state = types.SimpleNamespace(params=params, ema_params=None, step=np.int32(7))
+    results = train.evaluate_all(config, base.present(config.evals), state, tmp_path)
+    assert {key.split("/")[1] for key in results} == {"classes", "retrieval", "grounding"}
+    assert results["eval/classes/pictures"] == 11.0 and results["eval/classes/descriptions"] == 6.0
+    assert 0 <= results["eval/classes/by_name/alpha_0.5/mean_per_class"] <= 1
+
+
+def test_diagnostics_know_the_run_and_its_step(data, tmp_path, monkeypatch):
+    config = config_lib.from_dict(train_config.get_config(data))
+    seen = dataclasses.replace(config.evals["grounding"], kind="diagnostics")
+    state = types.SimpleNamespace(params=None, ema_params=None, step=np.int32(7))
+    monkeypatch.setattr(train, "make_predictor", lambda *_: None)
+    monkeypatch.setattr(train.evaluate, "run", lambda *_, **options: options)
+    results = train.evaluate_all(
+        config, {"seen": seen, "x": config.evals["classes"]}, state, tmp_path
+    )
+    assert results == {
+        "eval/seen/state_path": tmp_path / "diagnostics" / "seen.json",
+        "eval/seen/step": 7,
+    }
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(finished, data, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.local", "--processes=2", "--devices-per-process=4", "--"]
+        + [sys.executable, "-m", "grain_jax.train", f"--workdir={tmp_path}"]
+        + [f"--config={ROOT}/tests/evaluate/train_config.py:{data}"],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(x) for x in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/classes/chance" in line] == [1, 2]
+    expected, found = _results(finished), _results(tmp_path)
+    assert found == pytest.approx(expected, abs=1e-4)
+    kept = [sorted(p.name for p in (run / "checkpoints").iterdir()) for run in (finished, tmp_path)]
+    assert kept[0] == kept[1]
+    assert done.stderr.count("evals.absent: skipped") == 1
