@@ -271,9 +271,11 @@ def _show(results: Mapping[str, Any]) -> None:
         print(tables.suite(classified, results["averages"]))
     if others:
         print(tables.describe(others))
-    for kind in ("notes", "skipped", "failed"):
+    for kind in ("notes", "failed"):
         for name, line in results[kind].items():
             print(f"{kind.removesuffix('s')}: {name}: {line}")
+    if results["skipped"]:  # each has had its line
+        print(f"skipped, data missing: {', '.join(results['skipped'])}")
     sys.stdout.flush()
 
 
