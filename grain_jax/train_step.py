@@ -188,17 +188,18 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
 
 
 def grad_norms(grads, frozen: Sequence[str]) -> dict[str, jax.Array]:
-    """The gradient's norm in each module, of its parameters that are not `frozen` (`optim.frozen`).
+    """The gradient's norm, of all parameters that are not `frozen` (`optim.frozen`) and of those in each module.
 
-    Returns: `grad_norm/image`, `/text`, `/decoder` and `/heads` (projections, boxes, logit scale and bias); a
-      module that is frozen, or that the model has not got, is left out.
+    Returns: `grad_norm`, and `grad_norm/image`, `/text`, `/decoder` and `/heads` (projections, boxes, logit
+      scale and bias); a module that is frozen, or that the model has not got, is left out.
     """
     modules: dict[str, list] = {}
     paths = jax.tree_util.tree_leaves_with_path(grads)
     for (path, leaf), is_frozen in zip(paths, jax.tree.leaves(optim.frozen_mask(grads, frozen))):
         if not is_frozen:
             modules.setdefault(_MODULES.get(path[0].key, "heads"), []).append(leaf)
-    return {f"grad_norm/{module}": optax.tree.norm(found) for module, found in modules.items()}
+    norms = {f"grad_norm/{module}": optax.tree.norm(found) for module, found in modules.items()}
+    return {"grad_norm": optax.tree.norm(list(norms.values())), **norms}  # gradients are read once
 
 
 def region_metrics(terms: losses_lib.Losses) -> dict[str, jax.Array]:
@@ -244,7 +245,6 @@ def make_train_step(
             "matched_iou": terms.matched_iou,
             "logit_scale": jnp.exp(state.params["logit_scale"]),
             "learning_rate": schedule(state.step),
-            "grad_norm": optax.tree.norm(grads),
             **grad_norms(grads, config.optim.frozen),
             "texts_dropped": dropped,
         }

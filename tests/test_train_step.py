@@ -214,6 +214,7 @@ def test_a_frozen_module_has_no_gradient_norm():
         "logit_scale": jnp.array(8.0),
     }
     norms = jax.tree.map(float, train_step.grad_norms(grads, ("text/.*", "image/b")))
+    assert norms.pop("grad_norm") == pytest.approx(109**0.5)
     assert norms == {"grad_norm/image": 3.0, "grad_norm/heads": 10.0}
 
 
