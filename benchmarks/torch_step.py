@@ -58,7 +58,7 @@ class TorchStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.module.clip_logit_scale()
-        return float(loss)
+        return float(loss.detach())
 
     def loss(self, batch: schema.Batch, *, packed: bool) -> torch.Tensor:
         """L_ic + L_box + L_rd (method.md, Losses), equal texts masked out of each other's negatives."""
