@@ -203,11 +203,22 @@ def mirror_boxes(boxes_xyxy: tf.Tensor) -> tf.Tensor:
 
 
 def squash(image: tf.Tensor, size: int) -> tf.Tensor:
-    """uint8 [H, W, 3] -> uint8 [S, S, 3], antialiased bicubic; a picture of that size passes untouched."""
+    """uint8 [H, W, 3] -> uint8 [S, S, 3], antialiased bicubic; a picture of that size passes untouched.
+
+    The bits are those of one `tf.image.resize`. Its second pass goes three numbers at a time, one pixel; here
+    each pass goes over whole lines, which takes half of the time or less (docs/input.md).
+    """
+
+    def resize_rows(image):
+        """[H, W, 3] -> [S, W, 3]: a picture of one pixel a line, which has 3 W channels."""
+        height, width, _ = tf.unstack(tf.shape(image))
+        lines = tf.reshape(image, [height, 1, 3 * width])
+        lines = tf.image.resize(lines, (size, 1), "bicubic", antialias=True)
+        return tf.reshape(lines, [size, width, 3])
 
     def resize():
-        resized = tf.image.resize(image, (size, size), "bicubic", antialias=True)
-        return tf.saturate_cast(tf.round(resized), tf.uint8)
+        turned = resize_rows(tf.transpose(resize_rows(image), [1, 0, 2]))
+        return tf.transpose(tf.saturate_cast(tf.round(turned), tf.uint8), [1, 0, 2])
 
     fits = tf.reduce_all(tf.equal(tf.shape(image)[:2], size))
     image = tf.cond(fits, lambda: image, resize)

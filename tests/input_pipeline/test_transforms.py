@@ -28,6 +28,15 @@ def test_tf_squash_is_near_pils(name):
     assert distance.max() <= worst and distance.mean() <= mean
 
 
+@pytest.mark.parametrize("shape", [(375, 500), (500, 40), (1, 9), (64, 63), (30, 64), (64, 200)])
+def test_squash_in_two_passes_is_tensorflows_resize_to_the_bit(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    pixels[pixels > 200], pixels[pixels < 50] = 255, 0  # to overshoot
+    whole = tf.image.resize(pixels, (64, 64), "bicubic", antialias=True)
+    expected = tf.saturate_cast(tf.round(whole), tf.uint8).numpy()
+    np.testing.assert_array_equal(transforms.squash(tf.constant(pixels), 64).numpy(), expected)
+
+
 @pytest.mark.parametrize("shape", [(2, 2), (2, 2, 4), (2, 2, 2, 3)])
 def test_squash_refuses_other_arrays(shape):
     if shape == (2, 2):

@@ -1,0 +1,419 @@
+"""Our input pipeline against a torch DataLoader, turn by turn in one run; what it costs, and where.
+
+    python -m benchmarks.input [--count 2000] [--batches 20] [--turns 5] [--pictures DIR] [--json OUT.json]
+
+Makes N JPEGs of 500 x 375 (about 55 KB: noise with the spectrum of photographs) with captions and regions,
+and builds them into records three ways: as they are, and squashed to 224 as JPEG and as PNG. Ours is
+`records.batches`, whole: read, parse, decode, squash, tokenise, pack. The DataLoader has 2 workers, PIL as in
+the reference or torchvision's decoder and resize, open_clip's tokenizer. Each side runs in a process of its
+own; before its clock starts, a turn uses up what was made ahead of it. Then pictures are compared with PIL's,
+and the CPU time of an image is divided among the stages.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from etils import epath
+
+from benchmarks import side_by_side
+from configs import common
+from data import build, example, parallel
+from grain_jax import config as config_lib
+from grain_jax import images
+
+SIZE = 224
+PICTURE = (375, 500)  # height, width
+QUALITY = 80  # of the JPEGs; gives 55 KB
+WORKERS = 2
+SETS = {  # name: arguments of data.build
+    "full_size": ("--encoding=original",),
+    "jpeg_224": ("--encoding=jpeg:95", f"--store-size={SIZE}"),
+    "png_224": ("--encoding=png", f"--store-size={SIZE}"),
+}
+BATCH = 64
+STORED_TURNS = 4  # times as many batches a turn from pictures stored at 224, which are quicker
+AHEAD = 6  # batches that a side may have made while others had their turn
+SETTLE_SECONDS = 1.5  # in which it makes them
+_WORDS = (
+    "a the of with and on in small large red green blue yellow bright dark long short round curved wing beak tail"
+    " feather bird dog car tree house window street river stone wooden metal striped spotted smooth shiny old new"
+    " standing sitting flying near under beside between two three morning evening water grass photo close view"
+).split()
+
+
+def picture(number: int) -> PIL.Image.Image:
+    """Noise whose amplitude falls with frequency as 1/f^1.25, in correlated colours."""
+    rng = np.random.default_rng(number)
+    shape = (384, 512)  # quick to transform; the picture is a part of it
+    frequency = np.hypot(np.fft.fftfreq(shape[0])[:, None] * shape[0], np.arange(shape[1] // 2 + 1))
+    frequency[0, 0] = np.inf
+    phases = np.exp(2j * np.pi * rng.random((3, *frequency.shape), np.float32))
+    fields = np.fft.irfft2(frequency**-1.25 * phases, shape)[:, : PICTURE[0], : PICTURE[1]]
+    grey, red, blue = fields / fields.std(axis=(1, 2), keepdims=True)
+    pixels = 118 + 50 * np.stack([grey + 0.3 * red, grey, grey + 0.3 * blue], axis=-1)
+    return PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def annotation(number: int) -> dict[str, Any]:
+    """A line of A.jsonl: captions of 8-18 words, 0-5 regions of 2-10."""
+    rng = np.random.default_rng((1, number))
+    words = lambda least, most: " ".join(rng.choice(_WORDS, rng.integers(least, most + 1)))  # noqa: E731
+    corner = rng.uniform(0, 0.5, (5, 2)) * PICTURE[::-1]
+    extent = rng.uniform(0.1, 0.5, (5, 2)) * PICTURE[::-1]
+    return {
+        "image": f"{number:06d}.jpg",
+        "caption": words(8, 18),
+        "synthetic_caption": words(8, 18),
+        "regions": [
+            {
+                "box": [*map(float, corner[i]), *map(float, corner[i] + extent[i])],
+                "description": words(2, 10),
+                "score": float(rng.uniform(0.3, 1)),
+            }
+            for i in range(rng.integers(0, 6))
+        ],
+    }
+
+
+def _save_picture(number: int, folder: str) -> None:
+    with (epath.Path(folder) / f"{number:06d}.jpg").open("wb") as file:
+        picture(number).save(file, "JPEG", quality=QUALITY)
+
+
+def make_data(folder: epath.Path, count: int) -> None:
+    """The pictures, `A.jsonl` and the three sets in `folder`."""
+    (folder / "pictures").mkdir(parents=True)
+    save = functools.partial(_save_picture, folder=str(folder / "pictures"))
+    for _ in parallel.ordered_map(save, range(count), workers=WORKERS):
+        pass
+    lines = (json.dumps(annotation(number)) + "\n" for number in range(count))
+    (folder / "A.jsonl").write_text("".join(lines))
+    for name, arguments in SETS.items():
+        status = build.main(
+            [
+                f"--annotations={folder / 'A.jsonl'}",
+                f"--images={folder / 'pictures'}",
+                f"--output={folder / 'records'}",
+                f"--name={name}",
+                *arguments,
+                "--num-shards=16",
+            ]
+        )
+        if status:
+            raise RuntimeError(f"data.build {name} ended with {status}")
+
+
+def make_config(folder: epath.PathLike, name: str) -> config_lib.Config:
+    """The recipe's input, on one of the sets."""
+    values = common.base("B/16")
+    values.total_steps, values.optim.warmup_steps = 1000, 10
+    values.batch_size = BATCH
+    values.input.update(dict(data_dir=str(epath.Path(folder) / "records"), name=name, lanes=4))
+    values.text.update(dict(pack_group=16, pack_rows=10))
+    return config_lib.from_dict(values)
+
+
+def timed(batches: Iterator[Any], count: int) -> Callable[[], list[float]]:
+    """A turn of `count` batches; returns the seconds of its turns so far.
+
+    While other sides have their turn this one works ahead: its clock starts when that is used up, and it
+    is given time to do it again before the next side starts.
+    """
+    seconds: list[float] = []
+
+    def turn() -> list[float]:
+        for _ in range(AHEAD):
+            next(batches)
+        began = time.perf_counter()
+        for _ in range(count):
+            next(batches)
+        seconds.append(time.perf_counter() - began)
+        time.sleep(SETTLE_SECONDS)
+        return seconds
+
+    return turn
+
+
+def our_side(folder: str, name: str, count: int) -> dict[str, Callable]:
+    """Our pipeline on one of the sets."""
+    from grain_jax.input_pipeline import records
+
+    return {name: timed(records.batches(make_config(folder, name)), count)}
+
+
+def torch_side(folder: str, kind: str, count: int) -> dict[str, Callable]:
+    """A DataLoader on the pictures' files, decoding with PIL or torchvision."""
+    import multiprocessing
+
+    import torch
+
+    from benchmarks import torch_input
+
+    # A side is a daemon, which may not have children of its own; the loader's end with its iterator.
+    multiprocessing.current_process()._config["daemon"] = False
+    dataset = torch_input.Pictures(epath.Path(folder), kind, SIZE)
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=BATCH,
+        sampler=torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=1 << 40),
+        num_workers=WORKERS,
+        persistent_workers=True,
+        collate_fn=torch_input.collate,
+    )
+    return {kind: timed(iter(loader), count)}
+
+
+def profile_side(folder: str, name: str, count: int) -> dict[str, Callable]:
+    """The pipeline's stages on one of the sets: a callable that returns {stage: CPU ms an image} a turn.
+
+    Each stage is what the pipeline costs less without it; texts are timed where they are processed.
+    """
+    import contextlib
+    from unittest import mock
+
+    import jax
+    import tensorflow as tf
+
+    from grain_jax.input_pipeline import assemble, device, records, transforms
+
+    config = make_config(folder, name)
+    spent = dict(tokenise=0.0, pack=0.0)
+
+    def counted(stage: str, function: Callable) -> Callable:
+        def run(*args, **kwargs):
+            began = time.thread_time()
+            out = function(*args, **kwargs)
+            spent[stage] += time.thread_time() - began
+            return out
+
+        return run
+
+    # Stand-ins that cost nothing, but need what the real ones need, lest TensorFlow leaves that out too.
+    def flat(number):
+        return tf.fill([SIZE, SIZE, 3], tf.cast(number % 2, tf.uint8))
+
+    def constant(record, draws):
+        regions = config.input.max_regions
+        return transforms.Example(
+            image=flat(tf.strings.length(record)),
+            caption=tf.constant("a bird"),
+            descriptions=tf.fill([regions], "a wing"),
+            region_boxes_cxcywh=tf.zeros([regions, 4]) + 0 * draws[0],
+            region_mask=tf.ones([regions], tf.bool),
+            region_scores=tf.ones([regions]),
+            flipped=tf.constant(False),
+        )
+
+    no_squash = mock.patch.object(
+        transforms, "squash", lambda image, size: flat(tf.shape(image)[0])
+    )
+    no_decode = mock.patch.object(
+        transforms, "decode", lambda encoded: flat(tf.strings.length(encoded))
+    )
+    nothing = mock.patch.object(transforms.Transform, "from_config", lambda config: constant)
+    pipelines = {}
+    for what, patches in (
+        ("whole", ()),
+        ("no squash", (no_squash,)),
+        ("no picture", (no_squash, no_decode)),
+        ("read", (nothing,)),
+    ):
+        pipelines[what] = records.batches(config)
+        with contextlib.ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
+            next(pipelines[what])  # builds the graph
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    turns: list[dict[str, float]] = []
+
+    def milliseconds(seconds: float) -> float:
+        return 1000 * seconds / (count * BATCH)
+
+    def turn() -> list[dict[str, float]]:
+        total, texts = {}, {}
+        for what, batches in pipelines.items():
+            for _ in range(AHEAD):
+                next(batches)
+            spent.update(tokenise=0.0, pack=0.0)
+            began = time.process_time()
+            for _ in range(count):
+                batch = next(batches)
+            total[what] = milliseconds(time.process_time() - began)
+            texts[what] = {stage: milliseconds(seconds) for stage, seconds in spent.items()}
+            time.sleep(SETTLE_SECONDS)
+        began = time.process_time()
+        for _ in range(count):
+            jax.block_until_ready(device.to_global(batch, sharding))
+        to_device = milliseconds(time.process_time() - began)
+        read = total["read"] - sum(texts["read"].values())
+        turns.append(
+            {
+                "read, order, batch": read,
+                "parse, choose": total["no picture"] - sum(texts["no picture"].values()) - read,
+                "decode": total["no squash"] - total["no picture"],
+                "squash": total["whole"] - total["no squash"],
+                **texts["whole"],
+                "to the device": to_device,
+            }
+        )
+        return turns
+
+    for function, stage in (("tokenize", "tokenise"), ("assemble", "pack")):
+        setattr(assemble, function, counted(stage, getattr(assemble, function)))
+    return {name: turn}
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two pictures, uint8, in dB; infinite where they are equal."""
+    error = np.mean((a.astype(np.float64) - b) ** 2)
+    return float(20 * np.log10(255) - 10 * np.log10(error)) if error else float("inf")
+
+
+def quality(paths: Sequence[epath.Path]) -> dict[str, Any]:
+    """What training sees of pictures, against PIL's squash of the file.
+
+    Returns: worst and mean difference in levels of full-size pictures and of PNGs, mean and least PSNR of
+      JPEGs, and how many pictures these are of.
+    """
+    from grain_jax.input_pipeline import transforms
+
+    differences, ratios = {"original": [], "png": []}, []
+    for path in paths:
+        encoded = path.read_bytes()
+        picture = images.decode_image(encoded, str(path))
+        expected = images.squash(picture, SIZE)
+        for kind, size, setting in (("original", 0, 0), ("png", SIZE, 0), ("jpeg", SIZE, 95)):
+            stored = example.encode_picture(picture, encoded, example.Encoding(kind, setting, size))
+            seen = transforms.squash(transforms.decode(stored), SIZE).numpy()
+            if kind == "jpeg":
+                ratios.append(psnr(seen, expected))
+            else:
+                differences[kind].append(np.abs(seen.astype(int) - expected))
+    return dict(
+        pictures=len(paths),
+        full_size_worst=max(int(d.max()) for d in differences["original"]),
+        full_size_mean=float(np.mean([d.mean() for d in differences["original"]])),
+        png_worst=max(int(d.max()) for d in differences["png"]),
+        jpeg_psnr_mean=statistics.mean(ratios),
+        jpeg_psnr_least=min(ratios),
+    )
+
+
+def throughput(folder: epath.Path, batches: int, turns: int) -> dict[str, Any]:
+    """Times all sides in turn, prints their table and returns it."""
+    sides: dict[str, Any] = {
+        f"DataLoader {kind}": (torch_side, dict(folder=str(folder), kind=kind, count=batches))
+        for kind in ("PIL", "torchvision")
+    }
+    counts = {name: batches * (1 if name == "full_size" else STORED_TURNS) for name in SETS}
+    for name, count in counts.items():
+        sides[f"ours {name}"] = (our_side, dict(folder=str(folder), name=name, count=count))
+    timings = side_by_side.measure(sides, turns=turns)
+    table = {}
+    for name, timing in timings.items():
+        side = name.rpartition(" ")[0]
+        count = counts.get(name.rpartition(" ")[2], batches)
+        rates = [count * BATCH / seconds for seconds in timing.value[1:]]  # the first turn warms up
+        table[side] = dict(images_per_second=rates)
+    pil, torchvision = (
+        statistics.median(table[f"DataLoader {kind}"]["images_per_second"])
+        for kind in ("PIL", "torchvision")
+    )
+    print(
+        f"{'pipeline':24} {'images/s: median (least - most)':>32} {'of PIL':>8} {'of torchvision':>15}"
+    )
+    for side, row in table.items():
+        rates = row["images_per_second"]
+        row.update(
+            of_pil=statistics.median(rates) / pil,
+            of_torchvision=statistics.median(rates) / torchvision,
+        )
+        print(
+            f"{side:24} {side_by_side.spread(rates, digits=0):>32} {row['of_pil']:7.2f}x"
+            f" {row['of_torchvision']:14.2f}x"
+        )
+    return table
+
+
+def profile(folder: epath.Path, batches: int, turns: int) -> dict[str, dict[str, float]]:
+    """Profiles each set, prints the table and returns the medians."""
+    out = {}
+    for name in SETS:
+        side = (profile_side, dict(folder=str(folder), name=name, count=batches))
+        (timing,) = side_by_side.measure({"profile": side}, turns=turns).values()
+        measured = timing.value[1:]
+        out[name] = {
+            stage: statistics.median(turn[stage] for turn in measured) for stage in measured[0]
+        }
+    print(f"{'CPU ms an image':24} " + "".join(f"{name:>12}" for name in SETS))
+    for stage in out["full_size"]:
+        print(f"{stage:24} " + "".join(f"{out[name][stage]:12.3f}" for name in SETS))
+    print(f"{'all':24} " + "".join(f"{sum(out[name].values()):12.3f}" for name in SETS))
+    return out
+
+
+def main() -> int:
+    """Makes the data, and prints throughput, quality and profile."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=2000, help="pictures that are made")
+    parser.add_argument("--batches", type=int, default=20, help=f"of {BATCH} pictures, a turn")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--pictures", type=epath.Path, help="real ones, for the quality")
+    parser.add_argument("--data", type=epath.Path, help="keep the data here, or take what is there")
+    parser.add_argument("--json", type=epath.Path)
+    args = parser.parse_args()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # as records.py does, for the sides too
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    machine = side_by_side.machine(
+        *("tensorflow-cpu", "jax", "torch", "torchvision", "open_clip_torch", "pillow", "numpy")
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.data or epath.Path(temporary)
+        if not (folder / "A.jsonl").exists():
+            make_data(folder, args.count)
+        made = sorted((folder / "pictures").glob("*.jpg"))
+        size = round(statistics.mean(path.stat().length for path in made))
+        print(side_by_side.on(machine))
+        print(
+            f"{len(made)} JPEGs of {PICTURE[1]} x {PICTURE[0]}, {size / 1000:.0f} kB each; batch {BATCH}"
+        )
+        table = throughput(folder, args.batches, args.turns)
+        qualities = {"made": quality(made[:100])}
+        if args.pictures:
+            real = [
+                p for p in args.pictures.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")
+            ]
+            qualities["real"] = quality(sorted(real))
+        for name, q in qualities.items():
+            print(
+                f"{q['pictures']} {name} pictures against PIL's squash: from full size mean"
+                f" {q['full_size_mean']:.3f} and worst {q['full_size_worst']} levels of 255 off; PNG worst"
+                f" {q['png_worst']}; JPEG q95 PSNR mean {q['jpeg_psnr_mean']:.1f}, least"
+                f" {q['jpeg_psnr_least']:.1f} dB"
+            )
+        stages = profile(folder, args.batches, args.turns)
+    side_by_side.write(
+        args.json,
+        machine=machine,
+        pictures=dict(count=len(made), height=PICTURE[0], width=PICTURE[1], bytes=size),
+        batch=BATCH,
+        size=SIZE,
+        throughput=table,
+        quality=qualities,
+        cpu_milliseconds=stages,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Pictures and texts by a torch Dataset, as one would write it: the other side of `input`.
+
+Texts are padded to 77 and of a picture at most five regions are kept, those of the highest score.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import open_clip
+import PIL.Image
+import torch
+import torchvision
+from etils import epath
+from torchvision.transforms import v2
+
+MAX_REGIONS = 5
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Pictures(torch.utils.data.Dataset):
+    """The pictures that `A.jsonl` in `folder` names, below `folder`/pictures.
+
+    Args:
+      folder: that folder.
+      kind: "PIL" (float32, normalised: the reference's way) or "torchvision" (uint8).
+      size: pixels of the square's edge.
+    """
+
+    def __init__(self, folder: epath.Path, kind: str, size: int):
+        self._folder, self._size = folder / "pictures", size
+        self._lines = [json.loads(line) for line in (folder / "A.jsonl").read_text().splitlines()]
+        self._tokenize = open_clip.SimpleTokenizer()
+        self._read = {"PIL": self._by_pil, "torchvision": self._by_torchvision}[kind]
+        self._transform = torchvision.transforms.Compose(
+            [
+                torchvision.transforms.Resize(
+                    (size, size), torchvision.transforms.InterpolationMode.BICUBIC
+                ),
+                torchvision.transforms.ToTensor(),
+                torchvision.transforms.Normalize(_MEAN, _STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        line = self._lines[index]
+        image, (height, width) = self._read(str(self._folder / line["image"]))
+        regions = sorted(line["regions"], key=lambda region: -region["score"])[:MAX_REGIONS]
+        caption = line[random.choice(("caption", "synthetic_caption"))]
+        boxes = torch.zeros(MAX_REGIONS, 4)
+        if regions:
+            corners = torch.tensor([region["box"] for region in regions])
+            corners = corners / torch.tensor([width, height, width, height])
+            boxes[: len(regions)] = torchvision.ops.box_convert(corners, "xyxy", "cxcywh")
+        return {
+            "image": image,
+            "tokens": self._tokenize([caption, *(region["description"] for region in regions)]),
+            "boxes": boxes,
+            "mask": torch.arange(MAX_REGIONS) < len(regions),
+        }
+
+    def _by_pil(self, path: str):
+        with PIL.Image.open(path) as picture:
+            return self._transform(picture.convert("RGB")), (picture.height, picture.width)
+
+    def _by_torchvision(self, path: str):
+        encoded = torchvision.io.read_file(path)
+        picture = torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB)
+        resized = v2.functional.resize(
+            picture, [self._size, self._size], v2.InterpolationMode.BICUBIC, antialias=True
+        )
+        return resized, picture.shape[1:]
+
+
+def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch; the texts that there are lie one after another, each picture's caption first."""
+    out = {key: torch.stack([e[key] for e in examples]) for key in ("image", "boxes", "mask")}
+    return out | {"tokens": torch.cat([e["tokens"] for e in examples])}
