@@ -206,7 +206,7 @@ def squash(image: tf.Tensor, size: int) -> tf.Tensor:
     """uint8 [H, W, 3] -> uint8 [S, S, 3], antialiased bicubic; a picture of that size passes untouched.
 
     The bits are those of one `tf.image.resize`. Its second pass goes three numbers at a time, one pixel; here
-    each pass goes over whole lines, which takes half of the time or less (docs/input.md).
+    each pass goes over whole lines, which takes about half of the time (docs/input.md).
     """
 
     def resize_rows(image):
