@@ -153,14 +153,10 @@ def our_side(folder: str, name: str, count: int) -> dict[str, Callable]:
 
 def torch_side(folder: str, kind: str, count: int) -> dict[str, Callable]:
     """A DataLoader on the pictures' files, decoding with PIL or torchvision."""
-    import multiprocessing
-
     import torch
 
     from benchmarks import torch_input
 
-    # A side is a daemon, which may not have children of its own; the loader's end with its iterator.
-    multiprocessing.current_process()._config["daemon"] = False
     dataset = torch_input.Pictures(epath.Path(folder), kind, SIZE)
     loader = torch.utils.data.DataLoader(
         dataset,

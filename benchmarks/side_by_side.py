@@ -77,7 +77,7 @@ def measure(
         for name, (side, arguments) in sides.items():
             pipes[name], other = context.Pipe()
             process = context.Process(
-                target=_serve, args=(other, side, arguments, environment or {}), daemon=True
+                target=_serve, args=(other, side, arguments, environment or {})
             )
             process.start()
             processes.append(process)
