@@ -78,7 +78,7 @@ def keep_freed_memory() -> None:
         return
     mallopt(m_arena_max, 1)
     mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_trim_threshold, -1)
 
 
 def open_source(config: config_lib.Config, notice: preemption.Notice | None = None):
