@@ -13,16 +13,28 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 Init = Callable
-ACTIVATIONS = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "relu": nn.relu,
-}
 zeros = nn.initializers.zeros_init()
 normal = nn.initializers.normal
 # What torch.nn.Linear starts from: uniform in +- fan_in ** -0.5.
 torch_linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _gelu(x):
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
+
+
+# The backward pass keeps what goes into them and works out the rest: [B, L, mlp_dim] is the widest array there
+# is, and JAX's derivative of the exact GELU would keep three more of it a layer.
+ACTIVATIONS = {
+    name: jax.checkpoint(function, prevent_cse=False)
+    for name, function in {
+        "gelu": _gelu,
+        "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+        "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+        "relu": nn.relu,
+    }.items()
+}
 
 
 def dense(
