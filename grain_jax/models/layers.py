@@ -20,12 +20,13 @@ torch_linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def _gelu(x):
+    """The exact GELU, any shape; in float32 inside, by erf as torch's."""
     y = x.astype(jnp.float32)
     return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
 
 # The backward pass keeps what goes into them and works out the rest: [B, L, mlp_dim] is the widest array there
-# is, and JAX's derivative of the exact GELU would keep three more of it a layer.
+# is, and JAX's derivative of the exact GELU would keep two more of it a layer.
 ACTIVATIONS = {
     name: jax.checkpoint(function, prevent_cse=False)
     for name, function in {
