@@ -32,7 +32,7 @@ class GRAIN(nn.Module):
         c, dtype = self.config, jnp.dtype(self.dtype)
         self.image = vit.ImageTransformer(c.image, dtype, self.remat)
         self.text = text.TextTransformer(c.text, dtype, self.remat)
-        self.text_norm = layers.layer_norm(c.text.norm_eps, dtype=dtype)
+        self.text_norm = layers.LayerNorm(c.text.norm_eps)
         if c.text.pool == "map":
             self.text_pool = layers.AttentionPool(c.text, dtype)
         project = lambda width, kind: layers.dense(  # noqa: E731

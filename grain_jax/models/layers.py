@@ -4,6 +4,7 @@ Every parameter names its logical axes (`config.sharding` maps them to mesh axes
 float32; activations have the module's `dtype`; softmax and norm statistics are float32.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,16 +26,11 @@ def _gelu(x):
     return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
 
-# The backward pass keeps what goes into them and works out the rest: [B, L, mlp_dim] is the widest array there
-# is, and JAX's derivative of the exact GELU would keep two more of it a layer.
 ACTIVATIONS = {
-    name: jax.checkpoint(function, prevent_cse=False)
-    for name, function in {
-        "gelu": _gelu,
-        "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
-        "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-        "relu": nn.relu,
-    }.items()
+    "gelu": _gelu,
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "relu": nn.relu,
 }
 
 
@@ -57,16 +53,70 @@ def dense(
     )
 
 
-def layer_norm(eps, *, dtype, name=None):
-    """LayerNorm with float32 statistics over the last axis."""
-    return nn.LayerNorm(
-        epsilon=eps,
-        dtype=dtype,
-        use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits that parity with torch needs
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("vector",)),
-        bias_init=nn.with_logical_partitioning(zeros, ("vector",)),
-        name=name,
-    )
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _norm(x, scale, bias, eps):
+    return _norm_forward(x, scale, bias, eps)[0]
+
+
+def _norm_forward(x, scale, bias, eps):
+    y = x.astype(jnp.float32)
+    mean = jnp.mean(y, -1)
+    centred = y - mean[..., None]
+    # Not E[x^2] - E[x]^2, which loses digits that parity with torch needs.
+    rstd = jax.lax.rsqrt(jnp.mean(centred * centred, -1) + eps)
+    y = centred * (rstd[..., None] * scale) + bias
+    return y.astype(x.dtype), (x, scale, mean, rstd)
+
+
+def _norm_backward(eps, kept, dy):
+    x, scale, mean, rstd = kept
+    dy = dy.astype(jnp.float32)
+    normed = (x.astype(jnp.float32) - mean[..., None]) * rstd[..., None]
+    d = dy * scale
+    d = d - jnp.mean(d, -1, keepdims=True) - normed * jnp.mean(d * normed, -1, keepdims=True)
+    rows = tuple(range(x.ndim - 1))
+    dx = (d * rstd[..., None]).astype(x.dtype)
+    return dx, jnp.sum(dy * normed, rows), jnp.sum(dy, rows)
+
+
+_norm.defvjp(_norm_forward, _norm_backward)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis, [..., E] to the same: float32 inside, the input's dtype outside.
+
+    For the backward pass it keeps its input and two numbers a row; derived by JAX, it keeps three float32
+    arrays of its input's shape, more than half of what a bfloat16 block keeps at all.
+    """
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        param = lambda name, init: self.param(  # noqa: E731
+            name, nn.with_logical_partitioning(init, ("vector",)), (x.shape[-1],)
+        )
+        return _norm(x, param("scale", nn.initializers.ones_init()), param("bias", zeros), self.eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def softmax(logits, dtype):
+    """Over the last axis: float32 logits in, weights of that dtype out, the only array kept for the backward pass."""
+    return nn.softmax(logits).astype(dtype)
+
+
+def _softmax_forward(logits, dtype):
+    weights = softmax(logits, dtype)
+    return weights, weights
+
+
+def _softmax_backward(dtype, weights, d):
+    weights, d = weights.astype(jnp.float32), d.astype(jnp.float32)
+    d = weights * d
+    return (d - weights * jnp.sum(d, -1, keepdims=True),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def example_dropout(x, keys, site: int, rate: float):
@@ -116,14 +166,14 @@ class Attention(nn.Module):
         v = project("value", value)
         q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
         if self.qk_norm_eps is not None:
-            q = layer_norm(self.qk_norm_eps, dtype=self.dtype, name="query_norm")(q)
-            k = layer_norm(self.qk_norm_eps, dtype=self.dtype, name="key_norm")(k)
+            q = LayerNorm(self.qk_norm_eps, name="query_norm")(q)
+            k = LayerNorm(self.qk_norm_eps, name="key_norm")(k)
         logits = jnp.einsum(
             "bqkh,bskh->bkqs", q * head_dim**-0.5, k, preferred_element_type=jnp.float32
         )
         if mask is not None:
             logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-        weights = nn.softmax(logits).astype(self.dtype)  # [B, K, Lq, Lk]
+        weights = softmax(logits, self.dtype)  # [B, K, Lq, Lk]
         weights = example_dropout(weights, dropout_keys, site, self.dropout)
         out = jnp.einsum("bkqs,bskh->bqkh", weights, v)
         return dense(
@@ -162,16 +212,24 @@ class MLP(nn.Module):
             bias_init=self.in_bias_init,
             name="in",
         )(x)
-        x = example_dropout(ACTIVATIONS[self.activation](x), dropout_keys, site, self.dropout)
-        return dense(
-            self.width,
-            ("mlp",),
-            ("width",),
-            dtype=self.dtype,
-            kernel_init=self.out_init,
-            bias_init=self.out_bias_init,
-            name="out",
-        )(x)
+
+        def from_hidden(module, x):
+            x = example_dropout(
+                ACTIVATIONS[module.activation](x), dropout_keys, site, module.dropout
+            )
+            return dense(
+                module.width,
+                ("mlp",),
+                ("width",),
+                dtype=module.dtype,
+                kernel_init=module.out_init,
+                bias_init=module.out_bias_init,
+                name="out",
+            )(x)
+
+        # [B, L, mlp_dim] is the widest array there is. The backward pass keeps it before the activation only and
+        # works the activation out again; JAX's derivative of the exact GELU would keep three more of it.
+        return nn.remat(from_hidden, prevent_cse=False)(self, x)
 
 
 class AttentionPool(nn.Module):
@@ -194,7 +252,7 @@ class AttentionPool(nn.Module):
         )
         probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, t.width))
         x = Attention(t.width, t.heads, self.dtype, xavier, xavier, name="attention")(probe, x, x)
-        y = layer_norm(t.norm_eps, dtype=self.dtype, name="norm")(x)
+        y = LayerNorm(t.norm_eps, name="norm")(x)
         mlp = MLP(t.width, t.mlp_dim, t.activation, self.dtype, xavier, xavier, name="mlp")
         return (x + mlp(y))[:, 0]
 

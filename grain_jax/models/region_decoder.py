@@ -26,7 +26,7 @@ class Block(nn.Module):
         keys = dropout_keys
         if keys is not None:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, layer)
-        norm = lambda name: layers.layer_norm(t.norm_eps, dtype=self.dtype, name=name)  # noqa: E731
+        norm = lambda name: layers.LayerNorm(t.norm_eps, name=name)  # noqa: E731
         drop = lambda x, site: layers.example_dropout(x, keys, site, t.dropout)  # noqa: E731
         # Query, key and value are one matrix in the reference; xavier over its [3E, E] is this over each [E, E].
         qkv_init = nn.initializers.variance_scaling(0.5 * t.qkv_init_gain**2, "fan_in", "uniform")
@@ -79,7 +79,7 @@ class QueryDecoder(nn.Module):
             use_bias=False,
             name="memory_projection",
         )(image_tokens)
-        memory = layers.layer_norm(t.norm_eps, dtype=self.dtype, name="memory_norm")(memory)
+        memory = layers.LayerNorm(t.norm_eps, name="memory_norm")(memory)
         query_embed = self.param(
             "query_embed",
             nn.with_logical_partitioning(layers.normal(1.0), ("queries", "width")),
@@ -95,7 +95,7 @@ class QueryDecoder(nn.Module):
         )(
             t, self.dtype, name="blocks"
         )(content, jnp.arange(t.depth), memory, query_embed, dropout_keys)
-        return layers.layer_norm(t.norm_eps, dtype=self.dtype, name="norm")(hidden)
+        return layers.LayerNorm(t.norm_eps, name="norm")(hidden)
 
 
 class BoxMLP(nn.Module):

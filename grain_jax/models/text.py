@@ -21,7 +21,7 @@ class Block(nn.Module):
         """x [rows, L, E], mask bool [rows, 1, L, L] or None -> [rows, L, E] and no per-layer output."""
         t = self.tower
         out_init = layers.normal(t.width**-0.5 * (2 * t.depth) ** -0.5)
-        y = layers.layer_norm(t.norm_eps, dtype=self.dtype, name="norm_1")(x)
+        y = layers.LayerNorm(t.norm_eps, name="norm_1")(x)
         x = x + layers.Attention(
             t.width,
             t.heads,
@@ -30,7 +30,7 @@ class Block(nn.Module):
             out_init=out_init,
             name="attention",
         )(y, y, y, mask)
-        y = layers.layer_norm(t.norm_eps, dtype=self.dtype, name="norm_2")(x)
+        y = layers.LayerNorm(t.norm_eps, name="norm_2")(x)
         x = x + layers.MLP(
             t.width,
             t.mlp_dim,

@@ -43,7 +43,7 @@ class Block(nn.Module):
         else:
             init = nn.initializers.truncated_normal(0.02)
             bias = lambda fan_in: layers.zeros  # noqa: E731
-        y = layers.layer_norm(t.norm_eps, dtype=self.dtype, name="norm_1")(x)
+        y = layers.LayerNorm(t.norm_eps, name="norm_1")(x)
         x = x + layers.Attention(
             t.width,
             t.heads,
@@ -54,7 +54,7 @@ class Block(nn.Module):
             qk_norm_eps=t.norm_eps if t.qk_norm else None,
             name="attention",
         )(y, y, y)
-        y = layers.layer_norm(t.norm_eps, dtype=self.dtype, name="norm_2")(x)
+        y = layers.LayerNorm(t.norm_eps, name="norm_2")(x)
         x = x + layers.MLP(
             t.width,
             t.mlp_dim,
@@ -122,9 +122,9 @@ class ImageTransformer(nn.Module):
             x = jnp.concatenate([token, x], axis=1)
         x = x + positions[None].astype(self.dtype)  # [B, N, E]
         if t.pre_norm:
-            x = layers.layer_norm(t.norm_eps, dtype=self.dtype, name="pre_norm")(x)
+            x = layers.LayerNorm(t.norm_eps, name="pre_norm")(x)
         x = placement.by_batch(x)
         x, _ = layers.scan_layers(Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=())(
             t, self.dtype, name="blocks"
         )(x)
-        return layers.layer_norm(t.norm_eps, dtype=self.dtype, name="norm")(x)
+        return layers.LayerNorm(t.norm_eps, name="norm")(x)

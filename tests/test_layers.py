@@ -1,0 +1,66 @@
+"""The derivatives that `models/layers.py` spells out, against Flax's, JAX's and torch's; and what a block keeps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import linen as nn
+
+from grain_jax.models import layers, vit
+from tests import tiny
+
+
+@pytest.fixture
+def draw():
+    rng = np.random.default_rng(0)
+    return lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+
+def test_layer_norm_and_its_gradients_are_torchs(draw):
+    x, dy, scale, bias = draw(3, 5, 24) + 4, draw(3, 5, 24), draw(24), draw(24)
+    variables = {"params": {"scale": scale, "bias": bias}}
+    y, backward = jax.vjp(lambda v, x: layers.LayerNorm(1e-6).apply(v, x), variables, x)
+    d_variables, dx = backward(jnp.asarray(dy))
+    theirs = [torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x, scale, bias)]
+    expected = torch.nn.functional.layer_norm(theirs[0], (24,), *theirs[1:], eps=1e-6)
+    expected.backward(torch.tensor(dy, dtype=torch.float64))
+    np.testing.assert_allclose(y, expected.detach().numpy(), rtol=1e-5, atol=1e-5)
+    ours = (dx, d_variables["params"]["scale"], d_variables["params"]["bias"])
+    for got, wanted in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(got, wanted.grad.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_layer_norm_is_flaxs_bit_for_bit(draw):
+    x = jnp.asarray(draw(2, 7, 16) * 30 + 100, jnp.bfloat16)
+    variables = {"params": {"scale": draw(16), "bias": draw(16)}}
+    flax = nn.LayerNorm(epsilon=1e-5, dtype=jnp.bfloat16, use_fast_variance=False)
+    np.testing.assert_array_equal(
+        jax.jit(layers.LayerNorm(1e-5).apply)(variables, x), jax.jit(flax.apply)(variables, x)
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_softmax_and_its_gradient_are_jaxs(draw, dtype, tolerance):
+    logits, d = jnp.asarray(draw(4, 9) * 5), jnp.asarray(draw(4, 9), dtype)
+    weights, backward = jax.vjp(lambda x: layers.softmax(x, jnp.dtype(dtype)), logits)
+    expected, expected_backward = jax.vjp(lambda x: jax.nn.softmax(x).astype(dtype), logits)
+    np.testing.assert_array_equal(weights, expected)
+    np.testing.assert_allclose(*backward(d), *expected_backward(d), atol=tolerance)
+
+
+def test_what_an_image_block_keeps_for_the_backward_pass():
+    """Of bfloat16: inputs of norms and products, weights of the attention; the widest array once, not four times."""
+    tower = tiny.config(dtype="bfloat16").model.image
+    block, x = vit.Block(tower, jnp.dtype("bfloat16")), jnp.ones((4, 17, tower.width), jnp.bfloat16)
+    variables = jax.jit(block.init)(jax.random.key(0), x)
+    _, backward = jax.vjp(lambda x: block.apply(variables, x)[0], x)
+    kept = [a for a in jax.tree.leaves(backward) if a.ndim >= 3 and a.shape[0] == 4]
+    assert all(
+        a.dtype == jnp.bfloat16 for a in kept if a.shape[-1] != tower.heads
+    )  # rows' statistics
+    shapes = [a.shape for a in kept]
+    assert shapes.count((4, 17, tower.mlp_dim)) == 1
+    assert shapes.count((4, tower.heads, 17, 17)) == 1
+    # The block's input, the second norm's, what the first product takes; q, k, v, normed q and k, attended values.
+    assert sum(a.size == x.size for a in kept) <= 9
