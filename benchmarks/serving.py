@@ -3,7 +3,8 @@
     python -m benchmarks.serving [--sizes S/16 B/16] [--batches 1 8] [--turns 7] [--json OUT.json]
 
 Image embedding, regions and boxes of the same pictures from the same random weights (`interop.perturbed`),
-float32, already normalised; each side in a process of its own, turn by turn. Outputs must agree to 1e-5.
+float32; ours take uint8 and normalise it, the others are given it normalised, with that not timed; each side in
+a process of its own, turn by turn. Outputs must agree to 1e-5.
 """
 
 import argparse
@@ -23,8 +24,8 @@ TOLERANCE = 1e-5  # of the outputs, max|a-b| / max|b|
 
 
 def pictures(size: int, count: int) -> np.ndarray:
-    """Normalised pictures, float32 [count, size, size, 3]."""
-    return np.random.default_rng(0).normal(size=(count, size, size, 3)).astype(np.float32)
+    """Noise, uint8 [count, size, size, 3]."""
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
 
 
 def jax_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Callable[[], Any]]:
@@ -47,7 +48,8 @@ def jax_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Callabl
         out = jax.tree.map(np.asarray, call(params, given))
         return tuple(out[name] for name in ("image_embed", "region_embed", "boxes_xyxy"))
 
-    return _variants({"grain_jax.load": loaded, "StableHLO": exported}, size, batches)
+    given = {count: pictures(size, count) for count in batches}
+    return _variants({"grain_jax.load": loaded, "StableHLO": exported}, given)
 
 
 def torch_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Callable[[], Any]]:
@@ -63,12 +65,12 @@ def torch_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Calla
 
     def run(function, given):
         with torch.inference_mode():
-            pixels = torch.from_numpy(given).permute(0, 3, 1, 2).contiguous()
+            pixels = torch.from_numpy(given)
             return tuple(output.numpy() for output in function(pixels))
 
     ways = {"PyTorch": half, "torch.compile": torch.compile(half, dynamic=False)}
     ways = {name: functools.partial(run, function) for name, function in ways.items()}
-    return _variants(ways, size, batches)
+    return _variants(ways, _normalised(size, batches))
 
 
 def onnx_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Callable[[], Any]]:
@@ -78,17 +80,26 @@ def onnx_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Callab
     session = onnxruntime.InferenceSession(f"{folder}/hf/image.onnx")
 
     def run(given):
-        nchw = np.ascontiguousarray(given.transpose(0, 3, 1, 2))
-        return tuple(session.run(None, {"pixel_values": nchw}))
+        return tuple(session.run(None, {"pixel_values": given}))
 
-    return _variants({"ONNX Runtime": run}, size, batches)
+    return _variants({"ONNX Runtime": run}, _normalised(size, batches))
 
 
-def _variants(ways, size: int, batches: list[int]) -> dict[str, Callable[[], Any]]:
+def _normalised(size: int, batches: list[int]) -> dict[int, np.ndarray]:
+    """What torch's models take, float32 [count, 3, size, size], by count."""
+    image = common.model("S/16").image  # the same for all sizes
+    mean, std = np.array(image.pixel_mean, np.float32), np.array(image.pixel_std, np.float32)
+    normalised = {
+        count: (pictures(size, count) / np.float32(255) - mean) / std for count in batches
+    }
+    return {n: np.ascontiguousarray(given.transpose(0, 3, 1, 2)) for n, given in normalised.items()}
+
+
+def _variants(ways, given: dict[int, np.ndarray]) -> dict[str, Callable[[], Any]]:
     return {
-        f"{name}|{count}": functools.partial(run, pictures(size, count))
+        f"{name}|{count}": functools.partial(run, of_count)
         for name, run in ways.items()
-        for count in batches
+        for count, of_count in given.items()
     }
 
 
