@@ -94,6 +94,7 @@ def main() -> int:
         print(f"{f'{queries} x {regions}':18}{cells}", flush=True)
     step = args.step_seconds
     if step is None:
+        print("the B/16 step, padded and packed, for its share: some two minutes", file=sys.stderr)
         sides = {"JAX": (train_step.jax_side, dict(size="B/16", batch=8))}
         step = side_by_side.measure(sides, turns=3)["JAX packed"].median
     ours = float(np.median(rows[0]["seconds"]["ours"])) / args.images * 8

@@ -101,7 +101,7 @@ class LayerNorm(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def softmax(logits, dtype):
-    """Over the last axis: float32 logits in, weights of that dtype out, the only array kept for the backward pass."""
+    """Over the last axis, float32 logits [..., L] to weights [..., L] of `dtype`: the one array kept for the backward pass."""
     return nn.softmax(logits).astype(dtype)
 
 
