@@ -67,10 +67,11 @@ def pack(
 ) -> Layout:
     """Packs the texts of `pack_group` consecutive images into `rows` rows, first-fit decreasing.
 
-    A group's layout depends on that group alone. If a group overflows, its region of the lowest
-    score goes (ties: the later image, then the later region) and the group is packed again, as
-    often as needed. If its captions alone overflow, the longest ones are cut to the largest
-    common length that fits.
+    A group's layout depends on that group alone. If a group overflows, a region goes and the group
+    is packed again, as often as needed: the one of the lowest score, but no image's best region
+    before every image has only that one left. Equal scores are spread over the group: each image
+    gives its last such region before any gives another. If the captions alone overflow, the longest
+    ones are cut to the largest common length that fits.
 
     Args:
       caption_lengths: i32[B], tokens with specials, 2..row_length.
@@ -109,9 +110,8 @@ def pack(
     row, start, fits = _first_fit(lengths, rows, row_length)
     failing = np.flatnonzero(~fits)
     if failing.size:
-        is_caption = np.arange(pack_group * slots) % slots == 0
         lengths[failing], row[failing], start[failing] = _shrink(
-            lengths[failing], scores.reshape(lengths.shape)[failing], is_caption, rows, row_length
+            lengths[failing], scores.reshape(lengths.shape)[failing], slots, rows, row_length
         )
     lengths = lengths.reshape(batch, slots)
     at = np.stack([row, start + lengths.reshape(row.shape) - 1], axis=-1)  # [G, slots, 2]
@@ -294,21 +294,37 @@ def _first_fit(
     return row.reshape(lengths.shape), start.reshape(lengths.shape), fits
 
 
+def _order_of_going(is_region: np.ndarray, scores: np.ndarray, slots: int) -> np.ndarray:
+    """The slots [F, N] of each group, those first whose regions go first; slots without one are last.
+
+    Args: is_region bool[F, N], scores f32[F, N], slots of an image.
+    """
+    of_image = (len(scores), -1, slots)
+    # An image's place by score, from 0, the best; of equal scores the earlier region is the better.
+    better_first = np.where(is_region, -scores, np.inf).reshape(of_image).argsort(-1, kind="stable")
+    place = np.empty_like(better_first)
+    np.put_along_axis(place, better_first, np.arange(slots)[None, None], axis=-1)
+    place = place.reshape(scores.shape)
+    when = np.where(is_region, np.where(place > 0, 0, 1), 2)
+    # Multiples of 2^32 over the golden ratio: neighbours in this order are far apart in the group.
+    turn = np.arange(scores.shape[1]) // slots * 2654435761 % 2**32
+    return np.lexsort((np.broadcast_to(turn, scores.shape), -place, scores, when))
+
+
 def _shrink(
-    lengths: np.ndarray, scores: np.ndarray, is_caption: np.ndarray, rows: int, row_length: int
+    lengths: np.ndarray, scores: np.ndarray, slots: int, rows: int, row_length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Drops regions, then cuts captions, of groups that do not fit, until each just does.
 
-    Args: lengths and scores [F, N] of the failing groups, is_caption bool[N].
+    Args: lengths and scores [F, N] of the failing groups, slots of an image (the first: its caption).
     Returns: lengths (0 where dropped), row, start, each [F, N].
     """
-    groups, slots = lengths.shape
+    groups, texts = lengths.shape
+    is_caption = np.arange(texts) % slots == 0
     is_region = ~is_caption & (lengths > 0)
-    # Order of going: by score, then from the last slot back. Captions and masked slots never go.
-    going = np.where(is_region, scores, np.inf)[:, ::-1].argsort(axis=1, kind="stable")
-    going = slots - 1 - going
+    going = _order_of_going(is_region, scores, slots)
     going_rank = np.empty_like(going)
-    np.put_along_axis(going_rank, going, np.arange(slots)[None], axis=1)
+    np.put_along_axis(going_rank, going, np.arange(texts)[None], axis=1)
     num_regions = is_region.sum(axis=1)
     # More tokens than room never fit: as many regions go at once as that alone takes.
     left = lengths.sum(axis=1, keepdims=True) - np.cumsum(

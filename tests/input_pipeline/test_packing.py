@@ -131,13 +131,25 @@ def plain_pack(batch, pack_group, rows, row_length):
         group = {name: array[g : g + pack_group] for name, array in batch.items()}
         descriptions = np.where(group["region_mask"], group["description_lengths"], 0)
         lengths = np.concatenate([group["caption_lengths"][:, None], descriptions], axis=1)
-        regions = [(group["region_scores"][i, r], -i, -r) for i, r in np.argwhere(descriptions)]
+        scores = group["region_scores"]
+        images = [  # the regions of each, the best first
+            sorted(np.flatnonzero(row), key=lambda r: (-scores[i, r], r))
+            for i, row in enumerate(descriptions)
+        ]
         cap = lengths[:, 0].max()
         while (at := plain_first_fit(lengths.ravel(), rows, row_length)) is None:
-            if regions:
-                lowest = min(regions)
-                regions.remove(lowest)
-                lengths[-lowest[1], 1 - lowest[2]] = 0
+            most = max(map(len, images))
+            if most:  # who gives a region: the lowest score, then who has most, then in turn
+                giving = [i for i, kept in enumerate(images) if len(kept) > (most > 1)]
+                give = min(
+                    giving,
+                    key=lambda i: (
+                        scores[i, images[i][-1]],
+                        -len(images[i]),
+                        i * 2654435761 % 2**32,
+                    ),
+                )
+                lengths[give, 1 + images[give].pop()] = 0
             else:
                 cap -= 1
                 lengths[:, 0] = np.minimum(group["caption_lengths"], cap)
@@ -189,19 +201,40 @@ def test_a_worked_example():
     assert packing.padding_share(packed.segments) == 0.0
 
 
-def test_overflow_drops_the_lowest_score_of_its_group_only():
+def test_overflow_drops_the_lowest_score_of_its_group_but_no_images_last_region():
     batch = make_batch(
         captions=[4, 4, 4, 4],
         descriptions=[[4, 4], [4, 4], [4, 4], [4, None]],
-        scores=[[0.9, 0.2], [0.3, 0.8], [0.1, 0.1], [0.1, 0.0]],
+        scores=[[0.9, 0.2], [0.3, 0.8], [0.4, 0.1], [0.05, 0.0]],
     )
     layout = packing.pack(**batch, pack_group=2, rows=2, row_length=10)
     # Each group has room for two texts a row: two captions and two descriptions.
-    # The second group's scores tie: the later image goes first, then the later region, then ...
-    assert layout.region_mask.tolist() == [[True, False], [False, True], [True, True], [False] * 2]
+    # In the second, 0.05 is the lowest score, but the last one of its image.
+    assert layout.region_mask.tolist() == [
+        [True, False],
+        [False, True],
+        [True, False],
+        [True, False],
+    ]
     assert layout.texts_dropped == 3 and layout.captions_cut == 0
-    assert layout.description_lengths.tolist() == [[4, 0], [0, 4], [4, 4], [0, 0]]
+    assert layout.description_lengths.tolist() == [[4, 0], [0, 4], [4, 0], [4, 0]]
     assert_sound(layout, batch)
+
+
+def test_equal_scores_are_spread_over_the_images():
+    rng = np.random.default_rng(0)
+    batch = make_batch(
+        captions=rng.integers(10, 21, 128), descriptions=rng.integers(4, 13, (128, 5))
+    )
+    layout = packing.pack(**batch, pack_group=64, rows=30, row_length=77)
+    kept = layout.region_mask.sum(axis=1).reshape(2, 64)
+    assert layout.texts_dropped > 200
+    assert (kept.max(axis=1) - kept.min(axis=1) <= 1).all() and kept.min() >= 1
+    assert (layout.region_mask == (np.arange(5) < kept.reshape(-1, 1))).all()  # the first ones stay
+    halves = kept.reshape(2, 2, 32).sum(axis=-1)
+    assert (
+        abs(halves[:, 0] - halves[:, 1]) <= 2
+    ).all()  # and no part of the group pays for another
 
 
 def test_captions_that_alone_overflow_are_cut_to_the_largest_length_that_fits():
