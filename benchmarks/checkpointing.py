@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from benchmarks import side_by_side, train_step
-from configs import common
+from grain_jax import recipe
 
 STEPS = 2  # a turn, before it saves
 LOGGED = 200  # steps logged, a turn
@@ -164,7 +164,7 @@ def shares(seconds: dict[str, float], saves_every: int, logs_every: int) -> dict
 def main() -> int:
     """Measures each size and prints its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", choices=common.SIZES, default=["S/16", "B/16"])
+    parser.add_argument("--sizes", nargs="+", choices=recipe.SIZES, default=["S/16", "B/16"])
     parser.add_argument("--batch", type=int, default=8, choices=sorted(train_step.PACKED_ROWS))
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument(
@@ -173,7 +173,7 @@ def main() -> int:
     parser.add_argument("--json", type=epath.Path)
     args = parser.parse_args()
     machine = side_by_side.machine("jax", "orbax-checkpoint", "tensorstore", "numpy")
-    shipped = common.base()
+    shipped = recipe.base()
     print(side_by_side.on(machine))
     results = {}
     for size in args.sizes:

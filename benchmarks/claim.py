@@ -31,8 +31,7 @@ from etils import epath
 
 from benchmarks import claim_data, claim_report
 from benchmarks import claim_design as design
-from configs import common
-from grain_jax import errors
+from grain_jax import errors, recipe
 from launch import jobs
 
 
@@ -59,21 +58,21 @@ def make_config(run: design.Run, file: str, main: pathlib.Path, work: pathlib.Pa
     evals = {}
     for split in ("validation", "test"):
         unseen = str(views / f"unseen_{split}")
-        evals[f"seen_{split}"] = common.evaluator(
+        evals[f"seen_{split}"] = recipe.evaluator(
             "zeroshot", str(views / f"seen_{split}"), alphas=(1.0,)
         )
-        evals[f"unseen_{split}"] = common.evaluator("zeroshot", unseen, **described)
-        evals[f"sentence_{split}"] = common.evaluator("zeroshot", unseen, **sentence)
-    evals["retrieval"] = common.evaluator("retrieval", test, annotations=f"{test}/A.jsonl")
+        evals[f"unseen_{split}"] = recipe.evaluator("zeroshot", unseen, **described)
+        evals[f"sentence_{split}"] = recipe.evaluator("zeroshot", unseen, **sentence)
+    evals["retrieval"] = recipe.evaluator("retrieval", test, annotations=f"{test}/A.jsonl")
     if regions:
-        evals["other_order"] = common.evaluator(
+        evals["other_order"] = recipe.evaluator(
             "zeroshot", unseen, region_order="descriptions", **described
         )
         for group in ("seen", "unseen"):
-            evals[f"grounding_{group}"] = common.evaluator(
+            evals[f"grounding_{group}"] = recipe.evaluator(
                 "grounding", test, annotations=f"{test}/{group}.jsonl"
             )
-    c.evals = common.ConfigDict(evals)
+    c.evals = recipe.ConfigDict(evals)
     return c
 
 

@@ -16,9 +16,9 @@ import time
 import PIL.Image
 from etils import epath
 
-from configs import common
 from data import example, tfds_writer
 from grain_jax import config as config_lib
+from grain_jax import recipe
 from grain_jax.input_pipeline import records
 
 
@@ -47,7 +47,7 @@ def make_records(output: epath.Path, count: int, num_shards: int) -> None:
 
 def config(output: epath.Path, batch_size: int) -> config_lib.Config:
     """A config that reads these records in 16 lanes."""
-    values = common.base("tiny")
+    values = recipe.base("tiny")
     values.total_epochs = 1.0
     values.optim.warmup_steps = 1
     values.batch_size = batch_size

@@ -26,10 +26,9 @@ import PIL.Image
 from etils import epath
 
 from benchmarks import side_by_side
-from configs import common
 from data import build, example, parallel
 from grain_jax import config as config_lib
-from grain_jax import images
+from grain_jax import images, recipe
 
 SIZE = 224
 PICTURE = (375, 500)  # height, width
@@ -115,7 +114,7 @@ def make_data(folder: epath.Path, count: int) -> None:
 
 def make_config(folder: epath.PathLike, name: str) -> config_lib.Config:
     """The recipe's input, on one of the sets."""
-    values = common.base("B/16")
+    values = recipe.base("B/16")
     values.total_steps, values.optim.warmup_steps = 1000, 10
     values.batch_size = BATCH
     values.input.update(dict(data_dir=str(epath.Path(folder) / "records"), name=name, lanes=4))

@@ -17,8 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from configs import common
-from grain_jax import checkpoint
+from grain_jax import checkpoint, recipe
 from grain_jax import config as config_lib
 from grain_jax.convert import huggingface
 from grain_jax.convert import torch as reference
@@ -61,7 +60,7 @@ def perturbed(model: config_lib.Model, seed: int = 0) -> Any:
 
 def measure(size: str) -> dict[str, Any]:
     """Parity of both conversions for one size; the reports are printed on the way."""
-    model = config_lib.model_from_dict(common.model(size).to_dict())
+    model = config_lib.model_from_dict(recipe.model(size).to_dict())
     params = perturbed(model)
     with tempfile.TemporaryDirectory() as scratch:
         root = epath.Path(scratch)

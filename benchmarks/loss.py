@@ -16,9 +16,8 @@ import jax
 import numpy as np
 
 from benchmarks import scale, side_by_side
-from configs import common
 from grain_jax import config as config_lib
-from grain_jax import losses
+from grain_jax import losses, recipe
 
 WIDTH = 512  # of the embeddings
 REGIONS = 5
@@ -32,7 +31,7 @@ def main() -> int:
     parser.add_argument("--json")
     args = parser.parse_args()
     machine = side_by_side.machine("jax")
-    settings = common.base("tiny")
+    settings = recipe.base("tiny")
     settings.total_steps, settings.optim.warmup_steps = 1, 0
     config = dataclasses.replace(config_lib.from_dict(settings).loss, box=0.0)
 

@@ -21,8 +21,7 @@ import optax
 from etils import epath
 
 from benchmarks import preprocessing
-from configs import common
-from grain_jax import boxes, matching, optim, schema, train_step
+from grain_jax import boxes, matching, optim, recipe, schema, train_step
 from grain_jax import config as config_lib
 from grain_jax import losses as losses_lib
 from grain_jax.convert import torch as from_torch
@@ -100,7 +99,7 @@ def goldens() -> Goldens:
 
 def config(**loss) -> config_lib.Config:
     """The reference's behaviour on the goldens' batch, with changes to `loss`."""
-    c = common.reference_behaviour(common.base())
+    c = recipe.reference_behaviour(recipe.base())
     c.total_steps, c.optim.warmup_steps = 200, 40
     c.batch_size, c.input.lanes, c.dtype = 6, 1, "float32"
     c.loss.group_size = 0  # the goldens come from one device

@@ -102,13 +102,12 @@ def pod(args) -> dict:
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from configs import common
     from grain_jax import config as config_lib
-    from grain_jax import losses, sharding
+    from grain_jax import losses, recipe, sharding
     from launch import hlo
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:16x16").devices
-    settings = common.base("B/16")
+    settings = recipe.base("B/16")
     settings.total_steps, settings.optim.warmup_steps = 1, 0
     config = config_lib.from_dict(settings)
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -182,11 +181,10 @@ def exactness(args) -> dict:
     import jax
     import numpy as np
 
-    from configs import common
     from grain_jax import config as config_lib
-    from grain_jax import losses, sharding
+    from grain_jax import losses, recipe, sharding
 
-    settings = common.base("B/16")
+    settings = recipe.base("B/16")
     settings.total_steps, settings.optim.warmup_steps = 1, 0
     settings.loss.update(box=0.0, tile=args.tile)
     config = config_lib.from_dict(settings)
@@ -243,13 +241,12 @@ def microbatches(args) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from configs import common
     from grain_jax import config as config_lib
-    from grain_jax import optim, sharding, train_step
+    from grain_jax import optim, recipe, sharding, train_step
     from grain_jax.input_pipeline import synthetic
     from grain_jax.models.grain import GRAIN
 
-    settings = common.base("tiny")
+    settings = recipe.base("tiny")
     settings.total_steps, settings.optim.warmup_steps = 10, 1
     settings.batch_size, settings.dtype = args.images, "float32"
     settings.input.update(source="synthetic", lanes=1)

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from benchmarks import side_by_side
-from configs import common
+from grain_jax import recipe
 
 TOLERANCE = 1e-5  # of the outputs, max|a-b| / max|b|
 
@@ -87,7 +87,7 @@ def onnx_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Callab
 
 def _normalised(size: int, batches: list[int]) -> dict[int, np.ndarray]:
     """What torch's models take, float32 [count, 3, size, size], by count."""
-    image = common.model("S/16").image  # the same for all sizes
+    image = recipe.model("S/16").image  # the same for all sizes
     mean, std = np.array(image.pixel_mean, np.float32), np.array(image.pixel_std, np.float32)
     normalised = {
         count: (pictures(size, count) / np.float32(255) - mean) / std for count in batches
@@ -115,7 +115,7 @@ def prepare(size: str, folder: epath.Path) -> int:
     from grain_jax import config as config_lib
     from grain_jax.convert import huggingface
 
-    model = config_lib.model_from_dict(common.model(size).to_dict())
+    model = config_lib.model_from_dict(recipe.model(size).to_dict())
     params = interop.perturbed(model)
     checkpoint.save_model(folder / "ours", model, params)
     huggingface.to_hf(folder / "ours", folder / "hf")

@@ -31,7 +31,7 @@ PARTS = {
 }
 DEMO_PICTURES = 1024
 _TINY = """
-from configs.common import base
+from grain_jax.recipe import base
 
 
 def get_config():

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import side_by_side
-from configs import common
+from grain_jax import recipe
 
 # Rows that hold 99.9% of groups of so many pictures (benchmarks.packing).
 PACKED_ROWS = {8: 5, 16: 9, 32: 17, 64: 33, 128: 63}
@@ -31,7 +31,7 @@ def make_config(size: str, batch: int, **text) -> Any:
 
     from grain_jax import config as config_lib
 
-    c = common.base(size)
+    c = recipe.base(size)
     c.total_steps, c.optim.warmup_steps = 1000, 10
     c.batch_size, c.input.lanes, c.input.source = batch, 1, "synthetic"
     c.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -132,7 +132,7 @@ def torch_side(size: str, batch: int, compiled: bool) -> dict[str, Any]:
 def main() -> int:
     """Checks the losses, times the variants in turn, and prints medians, spread and ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="B/16", choices=common.SIZES)
+    parser.add_argument("--size", default="B/16", choices=recipe.SIZES)
     parser.add_argument("--batch", type=int, default=8, choices=sorted(PACKED_ROWS))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")

@@ -1,1 +1,1 @@
-"""ml_collections configs, one file a recipe. They import neither JAX nor grain_jax."""
+"""ml_collections configs, one file a recipe. What they share is `grain_jax.recipe`; none imports JAX."""

@@ -5,7 +5,7 @@ COMMAND   python -m grain_jax.train --config configs/demo.py --workdir runs/demo
 HARDWARE  two CPU cores
 """
 
-from configs.common import base, evaluator
+from grain_jax.recipe import base, evaluator
 
 
 def get_config():

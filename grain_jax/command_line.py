@@ -1,12 +1,15 @@
 """`--config FILE[:arg] --config.a.b=value`: ml_collections' flags, with errors of one line and exit status 2."""
 
+import contextlib
 import logging
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from grain_jax import config as config_lib
@@ -31,6 +34,49 @@ def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
         if isinstance(config[key], ConfigDict):
             out += _keys(config[key], f"{prefix}{key}.")
     return out
+
+
+@contextlib.contextmanager
+def running_file(path: str, flag: str) -> Iterator[None]:
+    """While the user's Python file runs: it may import files of its own folder, and its faults are one line.
+
+    Args:
+      path: the file.
+      flag: which names it, for the message.
+
+    Raises:
+      UserError: whatever goes wrong, with the line of the file.
+    """
+    if not epath.Path(path).is_file():
+        example = "configs/sweeps/learning_rate.py" if flag == "sweep" else "configs/demo.py"
+        raise errors.UserError(f"--{flag}: no such file {path}; expected one such as {example}")
+    folder = str(epath.Path(path).parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    except errors.UserError:
+        raise
+    except Exception as error:
+        raise errors.UserError(f"--{flag}: {_cause_in(path, error)}") from None
+    finally:
+        sys.path.remove(folder)
+
+
+def _cause_in(path: str, error: Exception) -> str:
+    """Where in the file the error comes from, and what it is."""
+    cause: BaseException | None = error
+    while cause is not None:  # ml_collections and absl wrap the file's own error
+        frames = [f for f in traceback.extract_tb(cause.__traceback__) if f.filename == path]
+        inside = isinstance(cause, SyntaxError) and cause.filename == path
+        if frames or inside:
+            line = cause.lineno if inside else frames[-1].lineno
+            advice = ""
+            if isinstance(cause, ModuleNotFoundError) and str(cause.name).startswith("configs"):
+                advice = "; what configs share can be imported from anywhere as grain_jax.recipe"
+            return f"{path}:{line}: {type(cause).__name__}: {' '.join(str(cause).split())}{advice}"
+        cause = cause.__cause__ or cause.__context__
+    # ml_collections' message is the whole traceback: the cause is last.
+    return f"{path}: {str(error).strip().splitlines()[-1]}"
 
 
 # Pairs of which exactly one is set: the one that the command line sets wins over the file's other.
@@ -58,19 +104,20 @@ def parse_config(
     argv = argv[:1] + [re.sub(r"^-(?=\w)", "--", argument) for argument in argv[1:]]
     overrides = [a for a in argv[1:] if a.startswith(f"--{name}.")]
     try:
-        # The file alone first, among flags of its own, to know its keys.
-        scratch = flags.FlagValues()
         rest = [a for a in argv if a not in overrides]
-        file = config_flags.DEFINE_config_file(name, None, flag_values=scratch, sys_argv=rest)
-        try:
-            scratch(rest, known_only=True)
-            known = _keys(file.value) if file.value is not None else None
-        except OSError:  # ml_collections' message has four lines and no advice
-            raise errors.UserError(
-                f"--{name}: no such file; expected one such as configs/demo.py"
-            ) from None
-        if known is None:
+        path = flags.FlagValues()
+        flags.DEFINE_string(name, None, "", flag_values=path)
+        path(rest, known_only=True)
+        if not path[name].value:
             raise errors.UserError(f"--{name}: missing; e.g. --{name} configs/demo.py")
+        with running_file(path[name].value.partition(":")[0], name):
+            # The file alone first, among flags of its own, to know its keys.
+            scratch = flags.FlagValues()
+            file = config_flags.DEFINE_config_file(name, None, flag_values=scratch, sys_argv=rest)
+            scratch(rest, known_only=True)
+            if not hasattr(file.value, "copy_and_resolve_references"):
+                raise TypeError(f"get_config() returned {file.value!r}, expected a ConfigDict")
+            known = _keys(file.value)
         given = [a.partition("=")[0].removeprefix(f"--{name}.") for a in overrides]
         for key in given:
             if key not in known:
@@ -88,12 +135,8 @@ def parse_config(
         return resolve(config)
     except errors.UserError as error:
         fail(error)
-    except (flags.Error, AttributeError, KeyError, TypeError, SyntaxError, ValueError) as error:
-        # Where a config file fails, ml_collections' message is its whole traceback: the cause is last.
-        text = str(error).strip()
-        fail(
-            f"--{name}: {text.splitlines()[-1]}" if "Traceback" in text else " ".join(text.split())
-        )
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        fail(" ".join(str(error).split()))
 
 
 def show_help(argv: list[str], about: str) -> None:

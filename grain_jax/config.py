@@ -1,6 +1,6 @@
 """The resolved configuration as frozen dataclasses: every key a run can have.
 
-Defaults live in `configs/common.py` alone. `from_dict` consumes keys: a missing, misspelt or left-over
+Defaults live in `grain_jax.recipe` alone. `from_dict` consumes keys: a missing, misspelt or left-over
 key is an error that names the nearest one, wherever it was typed. A field with a value here came later
 than the first checkpoints: the value is what those that lack it mean. This module needs neither JAX nor
 ml_collections, so that a config can be checked anywhere.
@@ -349,7 +349,7 @@ def _build(cls: type, value: Any, path: str, faults: list[str]) -> Any:
             faults.append(f"{at(key)}: {unknown_key(at(key), [at(h) for h in hints])}")
     new = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
     missing = [key for key in hints if key not in value and key not in new]
-    default = "" if path.endswith("]") else "; configs/common.py has its default"
+    default = "" if path.endswith("]") else "; grain_jax.recipe.base has its default"
     faults.extend(f"{at(key)}: missing{default}" for key in missing)
     if missing:
         return None

@@ -19,7 +19,6 @@ import signal
 import string
 import subprocess
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from shutil import which
 from typing import Any
@@ -65,17 +64,9 @@ def load_points(path: epath.PathLike) -> list[dict[str, Any]]:
     Raises:
       UserError: no such file, no such function, it fails, or it yields nothing or no dicts of leaves.
     """
-    if not epath.Path(path).exists():
-        raise errors.UserError(
-            f"--sweep: no such file {path}; expected one such as configs/sweeps/learning_rate.py"
-        )
-    try:
+    with command_line.running_file(str(path), "sweep"):
         sweep = runpy.run_path(str(path)).get("sweep")
         points = None if sweep is None else list(sweep())
-    except Exception as error:
-        where = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        line = error.lineno if isinstance(error, SyntaxError) else where[-1].lineno if where else 0
-        raise errors.UserError(f"--sweep: {path}:{line}: {type(error).__name__}: {error}") from None
     if points is None:
         raise errors.UserError(f"--sweep: {path} has no function sweep() that yields overrides")
     if not points:

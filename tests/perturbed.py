@@ -1,15 +1,15 @@
 """Very small models for conversions; `params` gives them weights of which every one counts."""
 
 from benchmarks.interop import perturbed as params
-from configs import common
 from grain_jax import config as config_lib
+from grain_jax import recipe
 
 __all__ = ["params", "tiny"]
 
 
 def tiny(**changes) -> config_lib.Model:
     """A very small model, no two of its sizes alike; keys as flattened paths with `__` for `.`."""
-    c = common.model("tiny")
+    c = recipe.model("tiny")
     c.embed_dim = 28
     c.image.update(image_size=40, patch_size=8, width=48, depth=2, heads=4, mlp_dim=96)
     c.text.update(width=40, depth=2, heads=5, mlp_dim=80, vocab_size=300, context_length=32)

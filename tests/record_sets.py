@@ -5,9 +5,9 @@ import json
 import numpy as np
 import PIL.Image
 
-from configs import common
 from data import build
 from grain_jax import config as config_lib
+from grain_jax import recipe
 
 
 def picture(number, size=(16, 12)):
@@ -71,7 +71,7 @@ def config(
     **inputs,
 ):
     """A tiny config that reads the set."""
-    values = common.base("tiny")
+    values = recipe.base("tiny")
     values.seed = seed
     values.total_steps = 10
     values.optim.warmup_steps = 1

@@ -2,12 +2,15 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from grain_jax import config as config_lib
+from grain_jax import recipe
+from grain_jax.recipe import points
 from tests import tiny
 from tests.paths import ROOT
 
@@ -43,7 +46,7 @@ def test_reference_config_restores_what_the_spec_lists():
         (lambda d: d.update(batchsize=8), "batchsize: no such key; did you mean batch_size?"),
         (
             lambda d: d["text"].pop("pack_rows"),
-            "text.pack_rows: missing; configs/common.py has its default",
+            "text.pack_rows: missing; grain_jax.recipe.base has its default",
         ),
         (lambda d: d.update(batch_size="x"), "batch_size: got 'x', expected int"),
         (
@@ -124,14 +127,119 @@ def test_every_key_is_read():
     assert list(unread(config_lib.Config)) + list(unread(config_lib.Evaluator)) == []
 
 
-def test_configs_import_neither_jax_nor_grain_jax():
-    code = (
-        "import sys, importlib\n"
-        f"for name in {SHIPPED}: importlib.import_module('configs.' + name).get_config()\n"
-        "bad = {m.split('.')[0] for m in sys.modules} & {'jax', 'grain_jax', 'tensorflow', 'torch'}\n"
-        "assert not bad, bad"
+def _python(code, *arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, **options
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_configs_load_quickly_and_without_jax():
+    """CPU seconds, the least of three, of everything that a config file imports."""
+    code = (
+        "import sys, time; start = time.process_time()\n"
+        "from configs import demo; demo.get_config(); print(time.process_time() - start)\n"
+        "import importlib\n"
+        f"for name in {SHIPPED}: importlib.import_module('configs.' + name).get_config()\n"
+        "print(*{m.split('.')[0] for m in sys.modules} & {'jax', 'flax', 'tensorflow', 'torch'})"
+    )
+    done = [_python(code, cwd=ROOT, check=True).stdout.splitlines() for _ in range(3)]
+    assert min(float(seconds) for seconds, _ in done) < 0.1
+    assert {heavy for _, heavy in done} == {""}
+
+
+# A folder of someone's own: a config, the file of its folder that it imports, and a sweep that does so too.
+OWN = {
+    "gemeinsam.py": "BATCH = 24\n",
+    "mine.py": """
+import gemeinsam
+from grain_jax.recipe import base
+
+def get_config(size="tiny"):
+    c = base(size)
+    c.total_steps, c.optim.warmup_steps = 5, 1
+    c.batch_size = gemeinsam.BATCH
+    c.input.lanes, c.text.pack_group = 1, 24
+    return c
+""",
+    "sweep.py": """
+import gemeinsam
+from grain_jax.recipe.points import grid, seeds
+
+def sweep():
+    yield from seeds(2, grid({"batch_size": (gemeinsam.BATCH, 2 * gemeinsam.BATCH)}))
+""",
+    "old.py": "from configs.common import base\n",
+    "fails.py": "def get_config(size=0):\n    return 1 / size\n",
+}
+PARSE = (
+    "import sys; from grain_jax import command_line\n"
+    "c = command_line.parse_config(sys.argv, command_line.define_config())\n"
+    "print(c.batch_size, c.model.image.width)"
+)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A folder with such files, and the environment of an installed package: no checkout on the path."""
+    home = tmp_path_factory.mktemp("home")
+    site = home / "site"
+    site.mkdir()
+    for package in ("grain_jax", "launch"):
+        (site / package).symlink_to(ROOT / package)
+    folder = home / "meine Bilder, größer"
+    folder.mkdir()
+    for name, text in OWN.items():
+        (folder / name).write_text(text)
+    return folder, {**os.environ, "PYTHONPATH": str(site)}
+
+
+def test_a_config_anywhere_on_the_disk_works_with_the_installed_package(own):
+    folder, env = own
+    for path, cwd, width in (
+        ("mine.py", folder, 96),
+        (f"../{folder.name}/mine.py:S/16", folder, 384),
+        (f"{folder.name}/mine.py", folder.parent, 96),
+        (str(folder / "mine.py:B/16"), "/", 768),
+    ):
+        done = _python(PARSE, "--config", path, env=env, cwd=cwd)
+        assert done.stdout.split() == ["24", str(width)], done.stderr
+
+
+def test_a_sweep_anywhere_on_the_disk_works_with_the_installed_package(own):
+    folder, env = own
+    command = [sys.executable, "-m", "launch.sweep", "--config", f"{folder.name}/mine.py"]
+    command += ["--sweep", f"{folder.name}/sweep.py", "--workdir", "läufe 1", "--dry-run"]
+    done = subprocess.run(command, env=env, cwd=folder.parent, capture_output=True, text=True)
+    assert done.stdout.endswith("4 points, all valid; nothing was started\n"), done.stderr
+    assert "'--workdir=läufe 1/batch_size=48,seed=1'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "path,message",
+    [
+        ("old.py", "old.py:1: ModuleNotFoundError: No module named 'configs'; what configs share"),
+        ("fails.py", "fails.py:2: ZeroDivisionError: division by zero"),
+        ("gemeinsam.py", "gemeinsam.py: module 'config_config' has no attribute 'get_config'"),
+        (
+            "mine.py:L/15",
+            "mine.py:6: ValueError: model size: got 'L/15', expected one of tiny, S/16",
+        ),
+        ("none.py", "--config: no such file none.py"),
+    ],
+)
+def test_a_fault_in_a_config_file_is_one_line_with_its_place(own, path, message):
+    folder, env = own
+    done = _python(PARSE, f"--config={path}", env=env, cwd=folder)
+    assert done.returncode == 2 and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_configs_common_is_the_recipe():
+    from configs import common
+    from configs.sweeps import points as older
+
+    assert common.base is recipe.base and common.towers_of is recipe.towers_of
+    assert older.grid is points.grid and older.seeds is points.seeds
 
 
 def _command(*arguments):

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from configs import common
 from grain_jax import config as config_lib
 from grain_jax import flops, optim, train_step
+from grain_jax import recipe as recipes
 from grain_jax.models.grain import GRAIN
 from tests import tiny
 
 
 def recipe(size: str = "B/16", **overrides) -> config_lib.Config:
-    c = common.base(size)
+    c = recipes.base(size)
     c.total_steps, c.optim.warmup_steps, c.dtype = 10, 2, "float32"
     c.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
     return config_lib.from_dict(c)

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import common
-from grain_jax import checkpoint, digests, errors, initialise, optim, sharding, train_step
+from grain_jax import checkpoint, digests, errors, initialise, optim, recipe, sharding, train_step
 from grain_jax import config as config_lib
 from grain_jax.convert import torch_names, towers
 from grain_jax.models import grain
@@ -67,7 +66,7 @@ def _golden(which, folder):
 def _siglip(path, **overrides):
     """A tiny run whose towers are those of the golden, with pictures and texts larger than there."""
     c = tiny.dictionary()
-    common.towers_of(c, "siglip")
+    recipe.towers_of(c, "siglip")
     c.model.image.update(image_size=48, patch_size=8, width=32, heads=2, mlp_dim=128, depth=2)
     c.model.text.update(
         vocab_size=300,
@@ -272,11 +271,11 @@ def test_two_towers_train_without_regions():
 @pytest.mark.parametrize(
     "entry,fine",
     [
-        (common.evaluator("grounding", "test", annotations="A.jsonl"), False),
-        (common.evaluator("zeroshot", "seen", descriptions="D.json"), False),
-        (common.evaluator("zeroshot", "seen", descriptions="D.json", alphas=(1.0,)), True),
-        (common.evaluator("zeroshot", "seen"), True),  # without descriptions alpha is 1
-        (common.evaluator("retrieval", "test", annotations="A.jsonl"), True),
+        (recipe.evaluator("grounding", "test", annotations="A.jsonl"), False),
+        (recipe.evaluator("zeroshot", "seen", descriptions="D.json"), False),
+        (recipe.evaluator("zeroshot", "seen", descriptions="D.json", alphas=(1.0,)), True),
+        (recipe.evaluator("zeroshot", "seen"), True),  # without descriptions alpha is 1
+        (recipe.evaluator("retrieval", "test", annotations="A.jsonl"), True),
     ],
 )
 def test_evaluations_that_need_regions_are_refused_before_the_run(entry, fine):
@@ -324,7 +323,7 @@ def test_configs_that_contradict_themselves(change, message):
 
 
 def test_older_configs_mean_what_they_meant():
-    """Fields that came later may be missing; their values are configs/common.py's."""
+    """Fields that came later may be missing; their values are grain_jax.recipe's."""
     model = tiny.dictionary().model.to_dict()
     for tower, cls in (("image", config_lib.ImageTower), ("text", config_lib.TextTower)):
         for field in config_lib.dataclasses.fields(cls):

@@ -14,8 +14,11 @@ pytest.importorskip("open_clip")
 import open_clip.model as library  # noqa: E402
 import safetensors.torch  # noqa: E402
 
-from configs import common  # noqa: E402
-from grain_jax import checkpoint, initialise  # noqa: E402
+from grain_jax import (  # noqa: E402
+    checkpoint,
+    initialise,
+    recipe,  # noqa: E402
+)
 from grain_jax import config as config_lib  # noqa: E402
 from grain_jax.convert import open_clip, towers  # noqa: E402
 from tests import foreign, tiny  # noqa: E402
@@ -204,7 +207,7 @@ def test_one_tower_of_hugging_face_alone(tmp_path):
         open_clip.import_tower(stored, "text", NONE)
 
     c = tiny.dictionary(init__image=str(tmp_path))
-    common.towers_of(c, "siglip", ("image",))
+    recipe.towers_of(c, "siglip", ("image",))
     c.model.image.update(width=24, depth=3, heads=2, image_size=SIZE, activation="gelu")
     loaded = initialise.load(config_lib.from_dict(c))
     assert loaded.params.keys() == {n for n in tower.params if n.startswith("image/")}

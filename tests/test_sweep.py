@@ -17,9 +17,8 @@ from etils import epath
 
 from benchmarks import claim
 from benchmarks import claim_design as design
-from configs import common
-from configs.sweeps import points
-from grain_jax import command_line, errors
+from grain_jax import command_line, errors, recipe
+from grain_jax.recipe import points
 from launch import jobs, sweep, sweep_table
 from tests import test_claim, tiny
 from tests.paths import ROOT
@@ -153,7 +152,7 @@ def test_finished_is_the_last_step_logged_and_saved_and_the_report_there(tmp_pat
     pretend(by_epochs, 10)
     pretend(killed, 20, reported=())
     assert sweep.finished(by_epochs) and not sweep.finished(killed)
-    birds = common.evaluator("grounding", "birds", annotations="birds.jsonl")
+    birds = recipe.evaluator("grounding", "birds", annotations="birds.jsonl")
     (evaluated,) = make(tmp_path / "e", [{"seed": 0}], evals={"birds": birds}, pictures=8)
     drawn = ("curves.png", "results.json", "regions.png")
     for count in range(4):
@@ -519,7 +518,7 @@ def launch(*arguments):
 def test_a_sweep_from_the_command_line(tmp_path):
     """Two real runs; the second call starts nothing and prints the same table."""
     file = tmp_path / "seeds.py"
-    file.write_text("from configs.sweeps import points\nsweep = lambda: points.seeds(2)\n")
+    file.write_text("from grain_jax.recipe import points\nsweep = lambda: points.seeds(2)\n")
     usual = ["--config", "tests/run_config.py", "--sweep", str(file)]
     usual += ["--workdir", str(tmp_path / "w"), "--config.total_steps=3"]
     dry = launch(*usual, "--dry-run")

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 import grain_jax
-from configs import common
-from grain_jax import checkpoint, config, errors, monitor, preemption, sharding, train
+from grain_jax import checkpoint, config, errors, monitor, preemption, recipe, sharding, train
 from tests import tiny
 from tests.paths import ROOT
 
@@ -122,10 +121,10 @@ def test_a_run_that_would_see_other_data_is_refused(finished, tmp_path, key, val
 
 
 def test_a_missing_evaluation_set_is_found_before_training(tmp_path):
-    from configs import common
+    from grain_jax import recipe
 
     c = tiny.dictionary()
-    c.evals.birds = common.evaluator("zeroshot", str(tmp_path / "nothing"))
+    c.evals.birds = recipe.evaluator("zeroshot", str(tmp_path / "nothing"))
     with pytest.raises(errors.UserError, match="nothing"):
         train.train(config.from_dict(c), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -235,6 +234,6 @@ def test_a_misspelt_best_metric_is_refused_before_it_compiles(tmp_path):
 def test_a_best_metric_that_no_evaluation_measures_is_refused(tmp_path):
     measured = {"eval/birds/alpha_1.0/top1": 0.5, "eval/birds/chance": 0.1}
     wanted = tiny.dictionary(checkpoint_best_metric="eval/birds/alpha_1/top1")
-    wanted.evals.birds = common.evaluator("zeroshot", "x")
+    wanted.evals.birds = recipe.evaluator("zeroshot", "x")
     with pytest.raises(errors.UserError, match="did you mean 'eval/birds/alpha_1.0/top1'"):
         train.check_best_metric(config.from_dict(wanted), measured)

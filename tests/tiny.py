@@ -3,14 +3,13 @@
 import jax
 import numpy as np
 
-from configs import common
 from grain_jax import config as config_lib
-from grain_jax import schema, train_step
+from grain_jax import recipe, schema, train_step
 
 
 def dictionary(**overrides):
     """A ConfigDict of a very small run on the synthetic source; keys as flattened paths with `__` for `.`."""
-    c = common.base("tiny")
+    c = recipe.base("tiny")
     c.total_steps = 10
     c.optim.warmup_steps = 2
     c.batch_size = 16

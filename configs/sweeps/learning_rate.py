@@ -4,7 +4,7 @@ COMMAND   python -m launch.sweep --config configs/demo.py --sweep configs/sweeps
 HARDWARE  two CPU cores: --parallel 2
 """
 
-from configs.sweeps.points import grid, seeds
+from grain_jax.recipe.points import grid, seeds
 
 
 def sweep():

@@ -8,11 +8,12 @@ import json
 import numpy as np
 import pytest
 
+import configs.eval
 import grain_jax
-from configs import eval as benchmarks
 from grain_jax import config as config_lib
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import class_names, test_sets
+from grain_jax.recipe import suite as benchmarks
 from grain_jax.report import tables
 from tests import tiny
 from tests.evaluate import tfds_sets
@@ -233,7 +234,9 @@ def test_entries_serve_a_training_config():
         (1.0,),
     )
     assert evals["lvis"].annotations == "F/lvis/A.jsonl" and evals["lvis"].missing == "skip"
-    assert set(benchmarks.get_config().evals) == set(benchmarks.SETS) and len(benchmarks.SETS) == 21
+    assert (
+        set(configs.eval.get_config().evals) == set(benchmarks.SETS) and len(benchmarks.SETS) == 21
+    )
     c.evals.cifar10.images = "x"
     with pytest.raises(
         config_lib.ConfigError, match="evals.cifar10.tfds: got 'cifar10' with images"

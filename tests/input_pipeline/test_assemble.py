@@ -2,13 +2,13 @@ import dataclasses
 
 import numpy as np
 
-from configs import common
 from grain_jax import config as config_lib
+from grain_jax import recipe
 from grain_jax.input_pipeline import assemble, tokenizer
 
 
 def test_dropped_regions_and_cut_captions_are_counted_by_group():
-    values = common.base("tiny")
+    values = recipe.base("tiny")
     values.total_steps, values.optim.warmup_steps, values.batch_size = 10, 1, 4
     values.input.lanes = 1
     values.text.update(dict(pack_group=2, pack_rows=1))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import grain_jax
-from configs import common
 from grain_jax import config as config_lib
+from grain_jax import recipe
 from grain_jax.evaluate import grounding, zeroshot
 from grain_jax.report import __main__ as command
 from grain_jax.report import collect, page, pictures, run_files
@@ -221,7 +221,7 @@ def test_a_set_of_tfds_with_other_names(runs, tmp_path):
     )
     (tmp_path / "names.txt").write_text("dotted\nwoven\n")
     c = tiny.dictionary()
-    c.evals.dtd = common.evaluator(
+    c.evals.dtd = recipe.evaluator(
         "zeroshot", tfds="dtd", data_dir=str(tmp_path), classes=str(tmp_path / "names.txt")
     )
     config = json.loads(config_lib.to_json(config_lib.from_dict(c)))

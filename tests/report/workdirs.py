@@ -6,9 +6,8 @@ import numpy as np
 import PIL.Image
 from flax import traverse_util
 
-from configs import common
 from grain_jax import config as config_lib
-from grain_jax import inference, receipt
+from grain_jax import inference, receipt, recipe
 from grain_jax.models import grain
 from tests import tiny
 
@@ -62,14 +61,14 @@ def workdir(folder, data_folder, learning_rate=1e-3):
     """The files of a run of 40 steps, logged every second one and evaluated twice."""
     folder.mkdir()
     evals = {
-        "birds": common.evaluator(
+        "birds": recipe.evaluator(
             "zeroshot",
             f"{data_folder}/classes",
             descriptions=f"{data_folder}/D.json",
             alphas=(1.0, 0.5, 0.0),
             names=False,
         ),
-        "boxes": common.evaluator(
+        "boxes": recipe.evaluator(
             "grounding", str(data_folder), annotations=f"{data_folder}/A.jsonl"
         ),
     }

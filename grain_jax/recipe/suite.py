@@ -1,0 +1,106 @@
+"""The paper's benchmark suite as entries of `evals`: for configs/eval.py, and for training configs of your own."""
+
+from grain_jax.recipe import evaluator
+
+# Entry -> TFDS name, split, class names that come with the package (None: the set's own labels will do).
+TFDS = {
+    "cifar10": ("cifar10", "test", "cifar10"),
+    "cifar100": ("cifar100", "test", "cifar100"),
+    "sun397": ("sun397/tfds", "test", "sun397"),
+    "cars196": ("cars196", "test", "cars196"),
+    "dtd": ("dtd", "test", None),
+    "oxford_iiit_pet": ("oxford_iiit_pet", "test", None),
+    "caltech101": ("caltech101", "test", "caltech101"),
+    "oxford_flowers102": ("oxford_flowers102", "test", "oxford_flowers102"),
+    "caltech_birds2011": ("caltech_birds2011", "test", "caltech_birds2011"),
+    "places365_small": ("places365_small", "validation", "places365_small"),
+    "food101": ("food101", "validation", None),
+    "imagenet2012": ("imagenet2012", "validation", "imagenet2012"),
+}
+# Entry -> kind, pictures and A.jsonl (below the folders), and how to make that: pictures' name, data.annotate's
+# --source, --annotations and --split.
+ANNOTATED = {
+    "flickr30k": ("retrieval", "flickr30k", "karpathy", "dataset_flickr30k.json", "test"),
+    "mscoco": ("retrieval", "coco", "karpathy", "dataset_coco.json", "test"),
+    "flickr30k_entities": ("grounding", "flickr30k", "flickr30k_entities", "ENTITIES", "test"),
+    "refcoco_val": (
+        "grounding",
+        "coco/train2014",
+        "refcoco",
+        "'refs(unc).p' instances.json",
+        "val",
+    ),
+    "refcoco_testA": (
+        "grounding",
+        "coco/train2014",
+        "refcoco",
+        "'refs(unc).p' instances.json",
+        "testA",
+    ),
+    "refcoco_testB": (
+        "grounding",
+        "coco/train2014",
+        "refcoco",
+        "'refs(unc).p' instances.json",
+        "testB",
+    ),
+    "coco": ("boxes", "coco/val2017", "coco", "instances_val2017.json", ""),
+    "lvis": ("boxes", "coco", "lvis", "lvis_v1_val.json", ""),
+}
+SETS = (*TFDS, "products2023", *ANNOTATED)
+
+
+def entries(
+    sets=SETS,
+    data_dir="~/tensorflow_datasets",
+    folders="~/grain_benchmarks",
+    descriptions=None,
+    alphas=(1.0, 0.75, 0.5, 0.25, 0.0),
+    templates=None,
+    missing="skip",
+) -> dict[str, dict]:
+    """Entries of `evals`; a training config takes some of them over: `c.evals = entries(sets=("cifar10",))`.
+
+    Args:
+      sets: names, of SETS.
+      data_dir: TFDS's folder.
+      folders: has NAME/A.jsonl of the annotated sets, their pictures below pictures/, and products2023/.
+      descriptions: folder of NAME.json; where a set has none, it is evaluated by names alone.
+      alphas: shares of the global score, where there are descriptions.
+      templates: file of prompts; None for the general ones.
+      missing: "skip" or "error".
+    """
+    out = {}
+    for name in sets:
+        if name in ANNOTATED:
+            out[name] = _annotated(name, folders, templates=templates, missing=missing)
+            continue
+        fields = dict(alphas=alphas, templates=templates, missing=missing)
+        if descriptions is not None:
+            fields["descriptions"] = descriptions + f"/{name}.json"
+        if name == "products2023":
+            how = "a folder a product, named after it, with its pictures; they are the paper's authors' to give"
+            out[name] = evaluator("zeroshot", folders + "/products2023", get=how, **fields)
+            continue
+        fields |= dict(zip(("tfds", "split", "classes"), TFDS[name]), data_dir=data_dir)
+        if name == "imagenet2012":  # TFDS cannot fetch it
+            fields["get"] = (
+                "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org into "
+                + data_dir
+                + '/downloads/manual, then python -c "import tensorflow_datasets as tfds;'
+                " tfds.builder('imagenet2012', data_dir='"
+                + data_dir
+                + "').download_and_prepare()\""
+            )
+        out[name] = evaluator("zeroshot", **fields)
+    return out
+
+
+def _annotated(name, folders, **fields) -> dict:
+    kind, pictures, source, files, split = ANNOTATED[name]
+    images, output = folders + f"/pictures/{pictures}", folders + f"/{name}"
+    get = f"python -m data.annotate --source {source} --annotations {files} --passes none --images "
+    get = get + images + " --output " + output + (f" --split {split}" if split else "")
+    if name == "lvis":  # all 1203 classes, with their groups
+        fields["classes"] = "lvis"
+    return evaluator(kind, images, annotations=output + "/A.jsonl", get=get, **fields)
