@@ -41,6 +41,16 @@ def _passes(text: str) -> tuple[str, ...]:
     return tuple(name for name in PASSES if name in given)
 
 
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if 1e-3 <= value <= 1e6:
+        return value
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 0.001 to 1000000")
+
+
 def parser() -> build.Parser:
     """The command's own arguments."""
     out = build.Parser(
@@ -129,17 +139,17 @@ def parser() -> build.Parser:
     )
     add(
         "--requests-per-second",
-        type=float,
+        type=_number,
         default=remote.requests_per_second,
         metavar="R",
         help="at most, of a worker (default: no limit)",
     )
     add(
         "--request-seconds",
-        type=float,
+        type=_number,
         default=remote.seconds,
         metavar="S",
-        help="time-out (default %(default)s)",
+        help="that a request may take in all (default %(default)s)",
     )
     add(
         "--tries",

@@ -11,6 +11,8 @@ MAX_DESCRIPTIONS = 10  # of a picture, as in the paper
 MAX_SUBJECT_WORDS = 12
 MAX_CAPTION_WORDS = 60
 MAX_DESCRIPTION_WORDS = 15
+MAX_WORD_LENGTH = 10  # characters, on average: a text of W words has 10 W characters at most
+MAX_CHARACTERS = 10_000  # of an answer; 256 tokens have some 1,000
 
 EMPTY, REFUSAL, RUN_ON, REPEATED = "empty answer", "refusal", "run-on", "repeated line"
 CUT_OFF, NO_SUBJECT, NO_CAPTION, NO_WORDS = "cut off", "no subject", "no caption", "no words"
@@ -20,7 +22,7 @@ _BULLET = re.compile(
     r"^(?:[\s>*•·▪◦‣●○■□–—\-+#_\"'“”‘’`]|[(\[]?\d{1,2}[.):\]](?!\d)|\(?[a-zA-Z][.)]\s)+"
 )
 _TAIL = re.compile(r"[\s.,;:!*_\"'“”‘’`]+$")
-_BROKEN = re.compile("[\ufffd\ud800-\udfff]")
+_BROKEN = re.compile("[\x00-\x08\x0e-\x1f\x7f\ufffd\ud800-\udfff]")
 _MARKDOWN = re.compile(r"\*\*|__|`")
 _KEY = re.compile(r"^(subject|caption)\s*:\s*", re.IGNORECASE)
 _REFUSAL = re.compile(
@@ -83,10 +85,10 @@ def parse_caption(text: str, *, cut_off: bool = False) -> Captioned | Refused:
         value = found.get(name, "")
         if not _has_words(value):
             return Refused(cause, _show(text))
-        if len(value.split()) > limit:
-            return Refused(
-                RUN_ON, f"{name} of {len(value.split())} words, at most {limit}: {_show(value)}"
-            )
+        if _too_long(value, limit):
+            got = f"{name} of {len(value.split())} words and {len(value)} characters"
+            most = f"at most {limit} and {limit * MAX_WORD_LENGTH}"
+            return Refused(RUN_ON, f"{got}, {most}: {_show(value)}")
     return Captioned(found["subject"], found["caption"])
 
 
@@ -117,7 +119,7 @@ def parse_descriptions(
         description = _clean(line)
         if not _has_words(description):
             dropped.append(Refused(NO_WORDS, _show(line)))
-        elif len(description.split()) > MAX_DESCRIPTION_WORDS:
+        elif _too_long(description, MAX_DESCRIPTION_WORDS):
             dropped.append(Refused(RUN_ON, _show(line)))
         elif description.lower() in kept:
             dropped.append(Refused(REPEATED, _show(line)))
@@ -133,8 +135,16 @@ def is_refusal(line: str) -> bool:
     return bool(_REFUSAL.search(line.replace("’", "'")))
 
 
+def _too_long(text: str, words: int) -> bool:
+    """Whether a text has more than so many words, or more characters than these have."""
+    return len(text.split()) > words or len(text) > words * MAX_WORD_LENGTH
+
+
 def _whole(text: str, cut_off: bool) -> Refused | None:
     """Why nothing of an answer can be used."""
+    if len(text) > MAX_CHARACTERS:
+        got = f"an answer of {len(text)} characters, at most {MAX_CHARACTERS}"
+        return Refused(RUN_ON, f"{got}: {_show(text[:MAX_CHARACTERS])}")
     if not text.strip():
         return Refused(EMPTY, _show(text))
     if cut_off:
@@ -150,7 +160,7 @@ def _clean(line: str, *, tail: bool = True) -> str:
 
 
 def _has_words(text: str) -> bool:
-    """Whether there is a letter, and nothing that a broken decoding leaves: U+FFFD, half surrogates."""
+    """Whether there is a letter, and no control character, U+FFFD or half surrogate, which broken decodings leave."""
     return any(char.isalpha() for char in text) and not _BROKEN.search(text)
 
 

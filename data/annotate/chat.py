@@ -41,6 +41,8 @@ class Chat(Protocol):
 
 
 def one_line(value: object, limit: int = 200) -> str:
-    """A text or an exception on one line, cut to `limit` characters."""
-    text = " ".join(str(value).split()) or type(value).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    """A text or an exception on one line, cut to `limit` characters; control characters become U+FFFD."""
+    text = str(value)[: 100 * limit]  # white space may be most of it
+    text = " ".join(text.split()) or type(value).__name__
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)

@@ -1,7 +1,8 @@
 """A chat model behind an OpenAI-compatible endpoint: what vLLM, SGLang and `transformers serve` offer.
 
-By the standard library alone: answers take seconds, so a connection for each costs nothing, and proxies and
-certificates of the environment are followed.
+By the standard library alone (`transport`): answers take seconds, so a connection for each costs nothing, and
+proxies and certificates of the environment are followed. Whatever a server sends, a request ends in an answer,
+a failure of a fixed name, or EndpointError.
 """
 
 import base64
@@ -12,17 +13,17 @@ import io
 import json
 import os
 import random
+import re
 import threading
 import time
 import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import PIL.Image
 
-from data.annotate import chat
+from data.annotate import chat, transport
 from grain_jax import errors
 
 TIME_OUT, CONNECTION = "time-out", "no connection"
@@ -33,6 +34,7 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled each time
 LONGEST_RETRY_AFTER = 3600.0  # seconds; a server that asks for more is not waited for any longer
 MAX_SIDE = 1344  # pixels of the picture that is sent; LLaVA-NeXT looks at no more than 1008
 JPEG_QUALITY = 92
+MAX_TOKENS = 1 << 31  # of a request, by the server's count; counters are of 64 bits
 # What concerns every request alike: a wrong key, address or model. Going on would only fail 12 million times.
 _FATAL = {401: "the key is wrong or missing", 403: "not allowed", 404: "no such address or model"}
 _RETRIED = {408: TIME_OUT, 425: SERVER_ERROR, 429: RATE_LIMIT}  # and all from 500 on
@@ -46,7 +48,7 @@ class Options(NamedTuple):
     max_tokens: int = 256  # of an answer
     concurrency: int = 16  # requests at a time
     requests_per_second: float = 0.0  # at most, retries included; 0 = no limit
-    seconds: float = 120.0  # that the server may be silent in a request
+    seconds: float = 120.0  # of a request, from connecting to the last byte
     tries: int = 6  # of a request, the first included
     key_variable: str = (
         "OPENAI_API_KEY"  # the environment variable that holds the key, where one is needed
@@ -63,9 +65,15 @@ def build(options: Options) -> "EndpointChat":
     Raises:
       EndpointError: the address is none.
     """
-    address = urllib.parse.urlsplit(options.url)
-    if address.scheme not in ("http", "https") or not address.netloc:
-        raise EndpointError(f"{options.url}: no address, expected one like http://host:8000/v1")
+    try:
+        address = urllib.parse.urlsplit(options.url)
+        known = address.scheme in ("http", "https") and address.hostname and address.port != 0
+    except ValueError:  # a port or an IPv6 host that is none
+        known = False
+    if not known or not re.fullmatch("[!-~]+", options.url):
+        raise EndpointError(
+            f"{chat.one_line(options.url)}: no address, expected one like http://host:8000/v1"
+        )
     return EndpointChat(options)
 
 
@@ -78,6 +86,10 @@ class EndpointChat:
         self._headers = {"Content-Type": "application/json"}
         key = os.environ.get(options.key_variable, "").strip()  # files of keys end with a new line
         if key:
+            if not re.fullmatch("[!-~]+", key):
+                raise EndpointError(
+                    f"{options.key_variable}: holds white space or other than ASCII, expected a key"
+                )
             self._headers["Authorization"] = f"Bearer {key}"
         self._pool = concurrent.futures.ThreadPoolExecutor(options.concurrency)
         self._lock = threading.Lock()
@@ -92,7 +104,7 @@ class EndpointChat:
         "request rejected" (this picture or prompt) and "no answer in the response".
 
         Raises:
-          EndpointError: the endpoint refuses the key, or knows neither the address nor the model.
+          EndpointError: the endpoint refuses the key, knows neither the address nor the model, or redirects.
         """
         if len(pictures) != len(prompts):
             raise ValueError(f"got {len(pictures)} pictures and {len(prompts)} prompts")
@@ -123,24 +135,30 @@ class EndpointChat:
 
     def _try(self, body: bytes) -> tuple[chat.Answer | chat.Failure, float | None]:
         """A request: what came of it, and the seconds to wait before another (0: not said; None: do not)."""
-        request = urllib.request.Request(self._url, body, self._headers)
         try:
-            with urllib.request.urlopen(request, timeout=self._options.seconds) as response:
-                return _answer(response.read())
+            return _answer(
+                transport.post(self._url, body, self._headers, seconds=self._options.seconds)
+            )
         except urllib.error.HTTPError as error:
             with error:
                 return self._refusal(error)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
-            cause = TIME_OUT if isinstance(reason, TimeoutError) else CONNECTION
+            cause = NO_ANSWER  # not HTTP
+            if isinstance(reason, TimeoutError):
+                cause = TIME_OUT
+            elif isinstance(reason, (OSError, http.client.IncompleteRead)):
+                cause = CONNECTION
             return chat.Failure(cause, chat.one_line(f"{type(error).__name__}: {error}")), 0.0
 
     def _refusal(self, error: urllib.error.HTTPError) -> tuple[chat.Failure, float | None]:
-        try:
-            said = error.read().decode(errors="replace")
-        except (OSError, http.client.HTTPException):
-            said = ""
-        detail = chat.one_line(f"status {error.code}: {said}")
+        detail = chat.one_line(f"status {error.code}: {transport.refusal(error)}")
+        elsewhere = error.headers.get("Location")
+        if error.code < 400 and elsewhere:
+            raise EndpointError(
+                f"{self._url}: redirects to {chat.one_line(elsewhere)} (status {error.code}), where"
+                " neither pictures nor the key are sent; if you trust that address, give it as --endpoint"
+            )
         if error.code in _FATAL:
             raise EndpointError(
                 f"{self._url}: {_FATAL[error.code]} (model {self._options.model!r}, key from"
@@ -174,18 +192,28 @@ def _content(picture: PIL.Image.Image, prompt: str) -> list[dict[str, Any]]:
 
 def _answer(response: bytes) -> tuple[chat.Answer | chat.Failure, float | None]:
     try:
-        parsed = json.loads(response)
+        parsed = json.loads(response, parse_constant=_not_json)
         choice = parsed["choices"][0]
         text = choice["message"]["content"]
         if not isinstance(text, str):
             raise TypeError
         usage = parsed.get("usage") or {}
-        tokens = [int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens")]
+        tokens = [_count(usage.get(key)) for key in ("prompt_tokens", "completion_tokens")]
         return chat.Answer(text, *tokens, cut_off=choice.get("finish_reason") == "length"), None
-    except (ValueError, TypeError, LookupError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         # A proxy's page in between, for one: another try may reach the server.
         shown = chat.one_line(response[:400].decode(errors="replace"), 100)
         return chat.Failure(NO_ANSWER, f"expected choices[0].message.content, got {shown}"), 0.0
+
+
+def _not_json(constant: str) -> None:
+    """Python's reader takes NaN and Infinity for numbers."""
+    raise ValueError(constant)
+
+
+def _count(tokens: Any) -> int:
+    """The number of tokens; 0 where the server says none that can be."""
+    return int(tokens) if isinstance(tokens, int | float) and 0 <= tokens < MAX_TOKENS else 0
 
 
 def _seconds(retry_after: str | None) -> float:
@@ -197,6 +225,6 @@ def _seconds(retry_after: str | None) -> float:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError, OSError):  # no date, or one of no year that there is
             seconds = 0.0
     return seconds if seconds > 0 else 0.0  # also where it is not a number

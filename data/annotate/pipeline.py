@@ -5,6 +5,7 @@ would have nothing to show. So each shard is written when it is done, and a job 
 """
 
 import contextlib
+import logging
 import os
 import re
 import threading
@@ -71,6 +72,10 @@ def run(
       PipelineError: a worker met wrong usage or wrong input.
     """
     options = pipeline_options.PipelineOptions(list(beam_arguments))
+    # Beam logs the traceback of every error; the user's are told in a line.
+    logging.getLogger(beam.runners.common.__name__).addFilter(
+        lambda record: _MARK not in record.getMessage()
+    )
     # Beam's DirectRunner would first fetch another runner (Prism) from the internet.
     if not _is_local(options):
         # Beam runs `python -m build` in the folder of --setup_file: that must not find data/build.py.

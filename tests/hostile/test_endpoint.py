@@ -1,0 +1,303 @@
+"""What a hostile endpoint does to data.annotate: a dead letter with its cause, in time, and the key stays here."""
+
+import gzip
+import json
+import socket
+import time
+from typing import NamedTuple
+
+import PIL.Image
+import pytest
+
+from data.annotate import __main__ as command
+from data.annotate import answers, chat, endpoint_chat
+from tests.hostile import sockets
+
+PICTURE = PIL.Image.new("RGB", (20, 20), "teal")
+SECONDS = 0.5  # --request-seconds
+SLACK = 1.5  # of a busy machine
+DEEP = b"[" * 200_000
+KEY = "sk-very-secret"
+
+
+class Row(NamedTuple):
+    """What the server does, and what must come of it."""
+
+    name: str
+    behave: sockets.Behaviour
+    cause: str  # of the failure, or the text of the answer
+    detail: str = ""  # part of it
+
+
+def _after(seconds: float, behave: sockets.Behaviour) -> sockets.Behaviour:
+    return lambda connection, stop: (stop.wait(seconds), behave(connection, stop))
+
+
+ANSWER, NO, CONNECTION = sockets.answer(), endpoint_chat.NO_ANSWER, endpoint_chat.CONNECTION
+LATE, REJECTED = endpoint_chat.TIME_OUT, endpoint_chat.REJECTED
+LONG = f"Content-Length: {len(ANSWER)}"
+CHUNKED = sockets.head("Transfer-Encoding: chunked")
+CHUNK = b"%x\r\n%s\r\n" % (len(ANSWER), ANSWER)
+head, body, sent, dripping = sockets.head, sockets.body, sockets.sent, sockets.dripping
+ROWS = [
+    # Numbers and JSON.
+    Row("infinite tokens", body(sockets.answer(usage='{"prompt_tokens": Infinity}')), NO),
+    Row("no number of tokens", body(sockets.answer(usage='{"prompt_tokens": NaN}')), NO),
+    Row("tokens beyond a float", body(sockets.answer(usage='{"prompt_tokens": 1e400}')), "a beak"),
+    Row("tokens of 300 digits", body(sockets.answer(usage=f'{{"prompt_tokens": {10**300}}}')), "a beak"),
+    Row("tokens of 5000 digits", body(sockets.answer(usage='{"a": %s}' % ("9" * 5000))), NO),
+    Row("tokens below zero", body(sockets.answer(usage='{"completion_tokens": -5}')), "a beak"),
+    Row("tokens as a text", body(sockets.answer(usage='{"prompt_tokens": "many"}')), "a beak"),
+    Row("tokens as a list", body(sockets.answer(usage='{"prompt_tokens": [1]}')), "a beak"),
+    Row("usage as a list", body(sockets.answer(usage="[1]")), NO),
+    Row("deep lists", body(DEEP), NO),
+    Row("deep objects", body(b'{"a":' * 200_000), NO),
+    Row("deep usage", body(sockets.answer(usage="[" * 99_999 + "]" * 99_999)), NO),
+    Row("a key twice", body(ANSWER[:-1] + b', "usage": {"prompt_tokens": 1}}'), "a beak"),
+    Row("choices twice", body(ANSWER[:-1] + b', "choices": 3}'), NO),
+    Row("choices as an object", body(b'{"choices": {"0": 1}}'), NO),
+    Row("a message that is a text", body(b'{"choices": [{"message": "hi"}]}'), NO),
+    Row("content as parts", body(b'{"choices": [{"message": {"content": ["a"]}}]}'), NO),
+    Row("null", body(b"null"), NO),
+    Row("nothing", body(b""), NO),
+    Row("not UTF-8", body(b'{"choices": "\xff\xfe\x80"}'), NO),
+    Row("UTF-16", body(ANSWER.decode().encode("utf-16")), "a beak"),
+    Row("another content type", body(ANSWER, "Content-Type: image/png"), "a beak"),
+    Row("a page", body(b"<html>" * 1000, "Content-Type: text/html"), NO, "<html>"),
+    Row("terminal codes", body(b"\x1b[2J\x1b]0;owned\x07"), NO, "\ufffd[2J"),
+    Row(
+        "a gzip bomb",
+        body(gzip.compress(bytes(1 << 24)), "Content-Encoding: gzip"),
+        NO,
+    ),
+    # Lengths.
+    Row("a length that is too long", sent(head("Content-Length: 9999") + ANSWER), CONNECTION, "more expected"),
+    Row("a length of 1 TB", sent(head(f"Content-Length: {1 << 40}") + ANSWER), CONNECTION),
+    Row("a length beyond 64 bits", sent(head(f"Content-Length: {10**30}") + ANSWER), CONNECTION),
+    Row("a length of 5000 digits", sent(head("Content-Length: " + "9" * 5000) + ANSWER), "a beak"),
+    Row("a length that is too short", sent(head("Content-Length: 9") + ANSWER), NO),
+    Row("a length below zero", sent(head("Content-Length: -9") + ANSWER), "a beak"),
+    Row("a length that is no number", sent(head("Content-Length: all") + ANSWER), "a beak"),
+    Row("two lengths", sent(head("Content-Length: 5", LONG) + ANSWER), NO),
+    Row("HTTP/1.0 without a length", sent(b"HTTP/1.0 200 OK\r\n\r\n" + ANSWER), "a beak"),
+    Row("no content", sent(head(status="204 No Content")), NO),
+    Row("closed in the body", sent(head(LONG) + ANSWER[:20]), CONNECTION, "more expected"),
+    Row("closed in the head", sent(b"HTTP/1.1 200 OK\r\nContent-"), NO),
+    Row("closed at once", lambda connection, stop: None, CONNECTION),
+    # Without an end.
+    Row("an endless body", dripping(head(), b"x" * 65536, 0), NO, "more than 1048576 bytes"),
+    Row("an endless line of a head", dripping(b"HTTP/1.1 200 OK\r\nA: ", b"x" * 9999, 0), NO),
+    Row("an endless head", dripping(b"HTTP/1.1 200 OK\r\n", b"A: b\r\n" * 999, 0), NO),
+    Row("an endless status", dripping(b"HTTP/1.1 200 ", b"x" * 9999, 0), NO),
+    Row("continue for ever", dripping(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 999, 0), NO),
+    Row("endless chunks", dripping(CHUNKED, b"5\r\n12345\r\n" * 999, 0), NO),
+    Row("an endless chunk", dripping(CHUNKED + b"ffffffff\r\n", b"x" * 65536, 0), NO),
+    Row("an endless error", dripping(head(status="400 No"), b"x" * 65536, 0), REJECTED),
+    # Slowly: each piece comes in time, the answer does not.
+    Row("silence", lambda connection, stop: stop.wait(), LATE),
+    Row("a dripping body", dripping(head(), b"x"), LATE),
+    Row("a dripping head", dripping(b"HTTP/1.1 200 OK\r\n", b"A"), LATE),
+    Row("a dripping status", dripping(b"HTTP", b"/"), LATE),
+    Row("continue, slowly", dripping(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), LATE),
+    Row("dripping chunks", dripping(CHUNKED, b"1\r\nx\r\n"), LATE),
+    Row("a dripping length", dripping(head("Content-Length: 999"), b"x"), LATE),
+    Row("a dripping error", dripping(head(status="400 No"), b"x"), REJECTED),
+    Row("in time", _after(0.2, body(ANSWER)), "a beak"),
+    # Chunks.
+    Row("chunks", sent(CHUNKED + CHUNK + b"0\r\n\r\n"), "a beak"),
+    Row("chunks cut off", sent(CHUNKED + CHUNK[:30]), CONNECTION),
+    Row("a chunk below zero", sent(CHUNKED + b"-5\r\n" + CHUNK), NO),
+    Row("a chunk of -1", sent(CHUNKED + b"-1\r\n" + ANSWER), CONNECTION),
+    Row("a chunk beyond 64 bits", sent(CHUNKED + b"f" * 40 + b"\r\n" + ANSWER), CONNECTION),
+    Row("a chunk of no number", sent(CHUNKED + b"zz\r\n" + ANSWER), CONNECTION),
+    # What is not HTTP.
+    Row("no HTTP", sent(b"SSH-2.0-OpenSSH_9.6\r\n"), NO, "SSH-2.0"),
+    Row("binary", sent(bytes(range(256)) * 9), NO),
+    Row("a status of 0", sent(head(status="0 OK") + ANSWER), NO),
+    Row("a status of no number", sent(head(status="OK") + ANSWER), NO),
+    Row("a status of 5000 digits", sent(head(status="9" * 5000) + ANSWER), NO),
+    Row("early hints", sent(head(status="103 Early Hints") + ANSWER), REJECTED),
+    Row("other protocols", sent(head(status="101 Switching")), REJECTED),
+    Row("not modified", sent(head(status="304 Not Modified")), REJECTED),
+    Row("101 lines of a head", sent(head(*["A: b"] * 101) + ANSWER), NO, "100 headers"),
+    Row("a line of a head of 70 kB", sent(head("A: " + "b" * 70_000) + ANSWER), NO, "header line"),
+]  # fmt: skip
+
+
+def _ask(url: str, **options) -> chat.Answer | chat.Failure:
+    options = {"tries": 1, "seconds": SECONDS} | options
+    (found,) = endpoint_chat.build(endpoint_chat.Options(url, "tiny", **options)).answer(
+        [PICTURE], ["List."]
+    )
+    return found
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_response_is_an_answer_or_a_failure_with_its_cause_in_time(row):
+    start = time.monotonic()
+    with sockets.serve(row.behave) as server:
+        found = _ask(server.url)
+    assert time.monotonic() - start < SECONDS + SLACK
+    if isinstance(found, chat.Answer):
+        assert found.text == row.cause
+        assert 0 <= found.prompt_tokens < 1 << 31 and 0 <= found.answer_tokens < 1 << 31
+    else:
+        assert found.cause == row.cause and row.detail in found.detail
+        assert found.detail.isprintable() and len(found.detail) < 400
+    json.dumps(found._asdict())
+
+
+@pytest.mark.parametrize(
+    "retry_after,waits",
+    [
+        ("1000000000", False),
+        ("1e400", False),
+        ("-1", True),
+        ("nan", True),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", False),
+        ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", True),
+        ("Mon, 01 Jan 0001 00:00:00 GMT", True),
+        ("Mon, 01 Jan 0001 00:00:00 -0000", True),
+        ("Mon, 01 Jan 2024 00:00:00 +99999999999999", True),
+        ("Mon, 99 Foo 2024 99:99:99 GMT", True),
+        ("9" * 5000, False),
+        ("\x00", True),
+    ],
+)
+def test_a_rate_limit_for_ever_ends(monkeypatch, retry_after, waits):
+    monkeypatch.setattr(endpoint_chat, "FIRST_WAIT", 0.01)
+    limit = sent(head(f"Retry-After: {retry_after}", status="429 Slowly"))
+    start = time.monotonic()
+    with sockets.serve(limit) as server:
+        found = _ask(server.url, tries=3)
+        assert len(server.requests) == (3 if waits else 1)
+    assert found.cause == endpoint_chat.RATE_LIMIT
+    assert time.monotonic() - start < SLACK
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize(
+    "place",
+    ["{}/chat/completions", "https://127.0.0.1:1/", "file:///etc/passwd", "/v1/other", "//x"],
+)
+def test_the_key_goes_to_no_other_address(monkeypatch, status, place):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with sockets.serve(body(ANSWER)) as other:
+        place = place.format(other.url)
+        redirect = sent(head(f"Location: {place}", status=f"{status} Moved"))
+        with sockets.serve(redirect) as server:
+            with pytest.raises(endpoint_chat.EndpointError) as told:
+                _ask(server.url, tries=3)
+            assert len(server.requests) == 1 and KEY.encode() in server.requests[0]
+        assert other.requests == []
+    assert f"redirects to {place} (status {status})" in str(told.value)
+    assert "give it as --endpoint" in str(told.value) and KEY not in str(told.value)
+
+
+def test_tls_to_a_port_without_it():
+    with sockets.serve(body(ANSWER)) as server:
+        found = _ask(server.url.replace("http:", "https:"))
+    assert found.cause in (CONNECTION, LATE)
+
+
+def test_ipv6():
+    try:
+        with sockets.serve(body(ANSWER), socket.AF_INET6) as server:
+            assert _ask(server.url).text == "a beak"
+    except OSError as error:
+        pytest.skip(f"no IPv6: {error}")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1/v1",
+        "http://host:99999/v1",
+        "http://host:0/v1",
+        "http://host:port/v1",
+        "http://host/a b",
+        "http://host/\r\nHost: other",
+        "http://h\u00f6st/v1",
+        "http://:80/v1",
+        "http://\x1b[2J/",
+        "javascript:alert(1)",
+        "file:///etc/passwd",
+    ],
+)
+def test_an_address_that_is_none(url):
+    with pytest.raises(endpoint_chat.EndpointError, match="no address, expected one like") as told:
+        _ask(url)
+    assert str(told.value).isprintable()
+
+
+@pytest.mark.parametrize("key", ["two\nlines", "t\u00f6", "a b", "\x1b[2J"])
+def test_a_key_that_is_none_is_not_shown(monkeypatch, key):
+    monkeypatch.setenv("A_KEY", f"sk-secret{key}x")
+    with pytest.raises(endpoint_chat.EndpointError, match="A_KEY: holds white space or") as told:
+        _ask("http://127.0.0.1:1/v1", key_variable="A_KEY")
+    assert "secret" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "text,cause",
+    [
+        ("Subject: a wren\nCaption: A " + "w" * 700, answers.RUN_ON),
+        ("Subject: a " + "w" * 200 + "\nCaption: A wren sings.", answers.RUN_ON),
+        ("Subject: a wren\nCaption: A wren sings." + "." * 1_000_000 + "a", answers.RUN_ON),
+        ("Subject: a wren\nCaption: A wren \x1b[2J sings.", answers.NO_CAPTION),
+        ("x" * 1_000_000, answers.RUN_ON),
+        ("\n" * 1_000_000 + "x", answers.RUN_ON),
+    ],
+)
+def test_texts_are_bounded_in_characters(text, cause):
+    start = time.monotonic()
+    assert answers.parse_caption(text).cause == cause
+    assert isinstance(answers.parse_descriptions(text), answers.Refused | answers.Described)
+    assert time.monotonic() - start < 1
+
+
+def test_a_description_is_bounded_in_characters():
+    described = answers.parse_descriptions("a " + "w" * 200 + "\na long beak")
+    assert described.descriptions == ("a long beak",)
+    assert [line.cause for line in described.dropped] == [answers.RUN_ON]
+
+
+JOBS = [
+    ("infinite tokens", body(sockets.answer(usage='{"prompt_tokens": Infinity}')), 0, NO),
+    ("deep JSON", body(DEEP), 0, NO),
+    ("a false length", sent(head(f"Content-Length: {10**30}") + ANSWER), 0, CONNECTION),
+    ("an endless body", dripping(head(), b"x" * 65536, 0), 0, NO),
+    ("404", sent(head(status="404 Not Found") + b"no model"), 2, "no such address or model"),
+    ("a redirect", sent(head("Location: http://x/", status="302 Found")), 2, "redirects to http://x/"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name,behave,status,expected", JOBS, ids=[job[0] for job in JOBS])
+def test_a_job_ends_with_its_dead_letters_or_one_line(
+    tmp_path, capfd, monkeypatch, name, behave, status, expected
+):
+    (tmp_path / "images").mkdir()
+    PICTURE.save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").write_text("A wren.")
+    output = tmp_path / "out"
+    with sockets.serve(behave) as server:
+        given = [f"--images={tmp_path / 'images'}", f"--output={output}", "--chat=tiny"]
+        given += [f"--endpoint={server.url}", "--passes=caption", "--tries=1", "--max-faults=1"]
+        assert command.main([*given, "--request-seconds=2"]) == status
+    said = capfd.readouterr().err.splitlines()
+    if status == 0:
+        letters = [json.loads(line) for line in (output / "failed.jsonl").read_text().splitlines()]
+        assert [(x["stage"], x["cause"], x["kept"]) for x in letters] == [
+            ("caption", expected, True)
+        ]
+    else:
+        assert len(said) == 1 and expected in said[0]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1e300", "x"])
+@pytest.mark.parametrize("name", ["--request-seconds", "--requests-per-second"])
+def test_a_number_that_is_none(tmp_path, capsys, name, value):
+    with pytest.raises(SystemExit) as end:
+        command.main([f"--images={tmp_path}", f"--output={tmp_path / 'o'}", f"{name}={value}"])
+    said = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(said) == 1 and "expected a number from" in said[0]
