@@ -16,8 +16,17 @@ from jax.ad_checkpoint import checkpoint_name
 Init = Callable
 zeros = nn.initializers.zeros_init()
 normal = nn.initializers.normal
-# What torch.nn.Linear starts from: uniform in +- fan_in ** -0.5.
+# What torch.nn.Linear and torch.nn.Conv2d start from: uniform in +- fan_in ** -0.5.
 torch_linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_bias(fan_in: int) -> Init:
+    """What the biases of torch.nn.Linear and torch.nn.Conv2d start from: uniform in +- fan_in ** -0.5."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    return init
 
 
 def _gelu(x):

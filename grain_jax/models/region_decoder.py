@@ -51,6 +51,8 @@ class Block(nn.Module):
             self.dtype,
             in_init=xavier,
             out_init=xavier,
+            in_bias_init=layers.torch_bias(t.width),
+            out_bias_init=layers.torch_bias(t.mlp_dim),
             dropout=t.dropout,
             name="mlp",
         )
@@ -114,6 +116,7 @@ class BoxMLP(nn.Module):
                 ("vector",),
                 dtype=self.dtype,
                 kernel_init=layers.torch_linear,
+                bias_init=layers.torch_bias(self.width),
                 name=f"layer_{i}",
             )(hidden)
             if i < 2:

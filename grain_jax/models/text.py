@@ -11,7 +11,7 @@ from grain_jax.models import layers, placement
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, with CLIP's depth-scaled init."""
+    """Pre-norm attention and MLP, with CLIP's depth-scaled init; as there, the MLP's biases are torch's."""
 
     tower: TextTower
     dtype: jnp.dtype
@@ -38,6 +38,8 @@ class Block(nn.Module):
             self.dtype,
             in_init=layers.normal((2 * t.width) ** -0.5),
             out_init=out_init,
+            in_bias_init=layers.torch_bias(t.width),
+            out_bias_init=layers.torch_bias(t.mlp_dim),
             name="mlp",
         )(y)
         return placement.by_batch(x), None

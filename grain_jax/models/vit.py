@@ -34,15 +34,11 @@ class Block(nn.Module):
         """[B, N, E] -> [B, N, E] and no per-layer output."""
         t = self.tower
         if t.block_init == "torch":  # quirk 13: the reference rebuilds its blocks after timm's init
-            init = layers.torch_linear
-            bias = lambda fan_in: (
-                lambda key, shape, dtype=jnp.float32: (  # noqa: E731
-                    nn.initializers.uniform(2 * fan_in**-0.5)(key, shape, dtype) - fan_in**-0.5
-                )
-            )
+            init, bias = layers.torch_linear, layers.torch_bias
         else:
-            init = nn.initializers.truncated_normal(0.02)
-            bias = lambda fan_in: layers.zeros  # noqa: E731
+            # timm's trunc_normal_(std=0.02) cuts at -2 and 2, a hundred standard deviations away: a normal.
+            # JAX's truncated_normal cuts at two standard deviations and leaves one of 0.0176.
+            init, bias = layers.normal(0.02), lambda fan_in: layers.zeros
         y = layers.LayerNorm(t.norm_eps, name="norm_1")(x)
         x = x + layers.Attention(
             t.width,
@@ -93,7 +89,8 @@ class ImageTransformer(nn.Module):
             ("patch",),
             ("width",),
             dtype=self.dtype,
-            kernel_init=nn.initializers.lecun_normal(),
+            kernel_init=layers.torch_linear,
+            bias_init=layers.torch_bias(x.shape[-1]),
             use_bias=t.patch_bias,
             name="patch_embed",
         )(x)
