@@ -4,11 +4,9 @@ import json
 import pathlib
 import random
 
-import PIL.Image
-
 from benchmarks import claim_design as design
 from data import build, example
-from grain_jax import errors
+from grain_jax import errors, images
 
 _PARTS = ("A.jsonl", "seen", "unseen", "unseen.json", "test/A.jsonl", "test/seen.jsonl")
 _PARTS += ("test/unseen.jsonl",)
@@ -82,8 +80,9 @@ def degrade(
                 continue
             x1, y1, x2, y2 = region["box"]
             if jitter:
-                with PIL.Image.open(source.parent / record["image"]) as picture:
-                    right, bottom = picture.size
+                right, bottom = images.open_image(
+                    images.read_file(source.parent / record["image"]), record["image"]
+                ).size
                 width, height = (x2 - x1) * jitter, (y2 - y1) * jitter
                 x1, x2 = sorted(min(max(0.0, random_.gauss(x, width)), right) for x in (x1, x2))
                 y1, y2 = sorted(min(max(0.0, random_.gauss(y, height)), bottom) for y in (y1, y2))

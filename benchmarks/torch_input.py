@@ -64,7 +64,7 @@ class Pictures(torch.utils.data.Dataset):
         }
 
     def _by_pil(self, path: str):
-        with PIL.Image.open(path) as picture:
+        with PIL.Image.open(path, formats=["JPEG"]) as picture:
             return self._transform(picture.convert("RGB")), (picture.height, picture.width)
 
     def _by_torchvision(self, path: str):

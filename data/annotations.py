@@ -51,7 +51,7 @@ def _picture(
     got = f"image: got {annotations.show(name)}"
     try:
         if encoded is None:
-            encoded = (folder / name).read_bytes()
+            encoded = images.read_file(folder / name, got)
         return images.decode_image(encoded, got), encoded
     except FileNotFoundError:
         faults.append(f"{got}, expected a file; there is no {folder / name}")

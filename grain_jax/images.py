@@ -5,49 +5,119 @@ training input's own resize (`input_pipeline/transforms.py`) is measured against
 """
 
 import io
+import os
+import stat
 import warnings
 
 import numpy as np
 import PIL.Image
 from etils import epath
 
-from grain_jax import errors
+from grain_jax import errors, image_bounds
 
 _NO_RANGE = "mode F has no fixed range, expected 8 or 16 bits a colour"
+_READABLE = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+# All others are refused. Pillow reads many more, some through other programs: EPS starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 class ImageError(errors.UserError):
     """A picture cannot be read; the message says which and why."""
 
 
+class UnknownFormatError(ImageError):
+    """None of FORMATS."""
+
+
+class TooLargeError(ImageError):
+    """Beyond a bound of `image_bounds`."""
+
+
+def open_image(encoded: bytes, name: str = "picture") -> PIL.Image.Image:
+    """The picture in `encoded` as far as its header tells (size, mode, format); the pixels wait in the file.
+
+    Args:
+      encoded: a file of one of FORMATS. Of several frames the first one counts.
+      name: of the picture, for errors.
+
+    Raises:
+      ImageError: not such a file, damaged, or beyond a bound of `image_bounds`.
+    """
+    if fault := image_bounds.fault(encoded):
+        raise TooLargeError(f"{name}: {fault}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd metadata; the pixels are what counts
+            image = PIL.Image.open(io.BytesIO(encoded), formats=FORMATS)
+    except PIL.UnidentifiedImageError:
+        raise UnknownFormatError(
+            f"{name}: {len(encoded)} bytes that are no known picture format, expected {_READABLE}"
+        ) from None
+    except PIL.Image.DecompressionBombError as error:
+        raise TooLargeError(f"{name}: {error}") from None
+    except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error and more
+        raise _damaged(name, error) from None
+    if fault := image_bounds.pixels_fault(image.size):
+        raise TooLargeError(f"{name}: {fault}")
+    return image
+
+
 def decode_image(encoded: bytes, name: str = "picture") -> PIL.Image.Image:
-    """The picture in `encoded` (any format that PIL reads), wholly decoded, in its own mode.
+    """The picture in `encoded` (one of FORMATS), wholly decoded, in its own mode.
 
     The orientation tag of cameras is not applied: boxes are in pixels of the file, and tf.data does
     not apply it either.
 
     Raises:
-      ImageError: not a picture, truncated, damaged, or of floats, which have no fixed range.
+      ImageError: as `open_image`; also truncated, or of floats, which have no fixed range.
     """
+    image = open_image(encoded, name)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata; the pixels are what counts
-            image = PIL.Image.open(io.BytesIO(encoded))
+            warnings.simplefilter("ignore")
             image.load()
-    except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error and more
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, PIL.UnidentifiedImageError):
-            reason = f"{len(encoded)} bytes that are no known picture format"
-        raise ImageError(f"{name}: {reason}, expected a readable picture") from None
+    except Exception as error:
+        raise _damaged(name, error) from None
     if image.mode == "F":
         raise ImageError(f"{name}: {_NO_RANGE}")
     return image
 
 
+def _damaged(name: str, error: Exception) -> ImageError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ImageError(f"{name}: {reason}, expected a readable picture")
+
+
+def read_file(path: epath.PathLike, name: str | None = None) -> bytes:
+    """The content of a picture's file, local or remote; `name` is what errors call it, its path by default.
+
+    Raises:
+      OSError: there is none, or it cannot be read.
+      ImageError: not a regular file (a link to one is), or too long. Neither is opened.
+    """
+    path = epath.Path(path)
+    if "://" in str(path):
+        found = path.stat()
+        is_file, length = not found.is_directory, found.length
+    else:  # epath's own asks for the owner's name, which a container may not know
+        found = os.stat(path)
+        is_file, length = stat.S_ISREG(found.st_mode), found.st_size
+    if not is_file:
+        raise ImageError(f"{name or path}: got a folder, pipe or device, expected a picture's file")
+    if length > image_bounds.MAX_BYTES:
+        raise TooLargeError(
+            f"{name or path}: got {length:,} bytes, expected at most {image_bounds.MAX_BYTES:,}"
+        )
+    with path.open("rb") as file:
+        return file.read(length)
+
+
 def load_image(path: epath.PathLike) -> PIL.Image.Image:
     """The picture at `path` (local or remote). Raises ImageError."""
     try:
-        encoded = epath.Path(path).read_bytes()
+        encoded = read_file(path)
+    except ImageError:
+        raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ImageError(f"{path}: {reason}, expected a readable picture") from None

@@ -3,8 +3,6 @@
 Everything that can be wrong with a file has a cause of a fixed name, which is also its counter's.
 """
 
-import io
-import warnings
 from typing import NamedTuple
 
 import PIL.Image
@@ -14,7 +12,7 @@ from grain_jax import images
 
 CAUSES = (
     "empty file",
-    "unreadable",  # no picture format that PIL knows
+    "unreadable",  # none of images.FORMATS
     "damaged",  # a picture that begins well: truncated, or broken inside
     "animated",  # several frames
     "too small",
@@ -49,16 +47,13 @@ def check(item: sources.Picture, limits: Limits) -> PIL.Image.Image | sources.Fa
 def _header_fault(item: sources.Picture, limits: Limits) -> sources.Fault | None:
     """What is wrong with the file as far as its header tells, before its pixels take memory."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata
-            header = PIL.Image.open(io.BytesIO(item.encoded))
-    except PIL.Image.DecompressionBombError as error:
+        header = images.open_image(item.encoded)
+    except images.TooLargeError as error:
         return sources.Fault(item.image, "too large", str(error))
-    except PIL.UnidentifiedImageError:
-        detail = f"got {len(item.encoded)} bytes that are no known picture format"
-        return sources.Fault(item.image, "unreadable", f"{detail}, expected a picture")
-    except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error and more
-        return sources.Fault(item.image, "damaged", f"{type(error).__name__}: {error}")
+    except images.UnknownFormatError as error:
+        return sources.Fault(item.image, "unreadable", str(error))
+    except images.ImageError as error:
+        return sources.Fault(item.image, "damaged", str(error))
     width, height = header.size
     if max(width, height) > limits.max_side:
         return sources.Fault(
@@ -72,12 +67,8 @@ def _header_fault(item: sources.Picture, limits: Limits) -> sources.Fault | None
             "too small",
             f"got {width} x {height} pixels, expected at least {limits.min_side} a side",
         )
-    try:
-        # Phones put a second picture behind a JPEG (MPO): the first is the photograph.
-        several = header.format != "MPO" and getattr(header, "is_animated", False)
-        if several:
-            detail = f"got {header.n_frames} frames of {header.format}, expected one still picture"
-            return sources.Fault(item.image, "animated", detail)
-    except Exception as error:  # counting frames reads on
-        return sources.Fault(item.image, "damaged", f"{type(error).__name__}: {error}")
+    # Phones put a second picture behind a JPEG (MPO): the first is the photograph.
+    if header.format != "MPO" and getattr(header, "is_animated", False):
+        detail = f"got several frames of {header.format}, expected one still picture"
+        return sources.Fault(item.image, "animated", detail)
     return None

@@ -1,20 +1,18 @@
 """Reads a record set or an A.jsonl once, as a stream of `Item`s and `Fault`s that looks the same for both."""
 
 import functools
-import io
 import json
 import os
 import re
-import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL.Image
 from etils import epath
 
 from data import annotations, build, example, parallel, sources
 from grain_jax import errors
+from grain_jax import images as images_lib
 
 SPLIT = "train"
 _RECORDS_AT_ONCE = 64  # parsed together
@@ -198,12 +196,9 @@ def _rows(column) -> list:
 
 def _to_item(where, identity, encoded, captions, synthetic, boxes, descriptions, scores):
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about size and odd metadata; only the header is read
-            with PIL.Image.open(io.BytesIO(encoded)) as picture:
-                size, kind = picture.size, picture.format
-    except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error and more
-        return Fault(where, "image", f"{type(error).__name__}, expected a readable picture")
+        header = images_lib.open_image(encoded)
+    except images_lib.ImageError as error:
+        return Fault(where, "image", str(error))
     if not len(boxes) == 4 * len(descriptions) == 4 * len(scores):
         detail = (
             f"got {len(boxes)} numbers of boxes, {len(descriptions)} descriptions and"
@@ -215,8 +210,8 @@ def _to_item(where, identity, encoded, captions, synthetic, boxes, descriptions,
         name=_text(identity) or where,
         where=where,
         encoded=encoded,
-        format=kind,
-        size=size,
+        format=header.format,
+        size=header.size,
         captions=tuple(map(_text, captions)),
         synthetic_caption=_text(synthetic),
         descriptions=tuple(map(_text, descriptions)),

@@ -4,26 +4,23 @@ Boxes are checked against the picture here, since most public sets have a few th
 outside: such a region is left out by name, and its picture stays.
 """
 
-import io
 import itertools
 import json
 import math
 import posixpath
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import PIL.Image
 from etils import epath
 
-from grain_jax import annotations, errors
+from grain_jax import annotations, errors, images
 
 CAUSES = (
     "no such file",
     "empty file",
     "unreadable",  # as a file, or no picture in it
-    "too large",  # PIL suspects a decompression bomb
+    "too large",  # beyond a bound of grain_jax/image_bounds.py
     "another size",  # than the one that the boxes were drawn on
     "no picture",  # a sample of a tar without one
     "damaged shard",  # a tar that ends early; what came before is kept
@@ -128,9 +125,13 @@ def load(entry: Entry, folder: epath.PathLike) -> Picture | Fault:
         return Fault(entry.image, "bad annotation", "expected a path below the pictures' folder")
     file = epath.Path(folder) / path
     try:
-        encoded = file.read_bytes()
+        encoded = images.read_file(file)
     except FileNotFoundError:
         return Fault(path, "no such file", f"there is no {file}")
+    except images.TooLargeError as error:
+        return Fault(path, "too large", str(error))
+    except images.ImageError as error:
+        return Fault(path, "unreadable", str(error))
     except OSError as error:
         return Fault(path, "unreadable", f"{error.strerror or error}, expected a picture")
     return join(entry._replace(image=path), encoded)
@@ -148,13 +149,11 @@ def join(entry: Entry, encoded: bytes) -> Picture | Fault:
     regions, left_out = [], [Fault(entry.image, *fault) for fault in entry.left_out]
     if entry.regions:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # sizes are judged by the pipeline
-                size = PIL.Image.open(io.BytesIO(encoded)).size
-        except PIL.Image.DecompressionBombError as error:
+            size = images.open_image(encoded).size
+        except images.TooLargeError as error:
             return Fault(entry.image, "too large", str(error))
-        except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error, ...
-            return Fault(entry.image, "unreadable", f"{error}, expected a picture")
+        except images.ImageError as error:
+            return Fault(entry.image, "unreadable", str(error))
         if entry.size not in (None, size):
             expected = f"expected {entry.size[0]} x {entry.size[1]}, which its boxes were drawn on"
             return Fault(entry.image, "another size", f"got {size[0]} x {size[1]}, {expected}")

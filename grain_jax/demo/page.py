@@ -39,6 +39,8 @@ def build(
                 picture = gr.Image(
                     label="Picture",
                     type="filepath",
+                    # Else Gradio decodes the file itself, of whatever format.
+                    image_mode=None,
                     sources=["upload", "clipboard"],
                     buttons=[],
                     height=240,

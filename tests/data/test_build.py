@@ -68,7 +68,7 @@ MALFORMED = {
     "no such picture": (changed(image="gone.png"), 'image: got "gone.png", expected a file'),
     "truncated": (changed(image="short.png"), 'image: got "short.png": image file is truncated'),
     "not a picture": (changed(image="text.png"), "bytes that are no known picture format"),
-    "a folder": (changed(image="."), 'image: got ".", '),
+    "a folder": (changed(image="."), 'image: got ".": got a folder, pipe or device'),
     "leaves the folder": (changed(image="../00003.png"), "expected a path that stays below"),
     "absolute": (changed(image="/etc/hostname"), "expected a path that stays below"),
     "three numbers": (

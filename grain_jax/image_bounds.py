@@ -1,0 +1,169 @@
+"""What an image file may ask of the code that decodes it; checked before Pillow sees the file.
+
+Pillow bounds the pixels alone. Its readers take memory or time without bound for some metadata, so each
+format's structure is walked here first: no pixel is decoded, and no value is read but lengths.
+"""
+
+import struct
+from collections.abc import Iterator
+
+# RGB of so many pixels is 2^29 bytes, the most that tf.io, which training decodes with, takes. Pillow
+# refuses the same number by default. Decoded, it takes 0.7 GB.
+MAX_PIXELS = (1 << 29) // 3
+# A photograph of MAX_PIXELS takes 0.2 to 1.5 bytes a pixel, in JPEG and in PNG.
+MAX_BYTES = 256 << 20
+# Segments of a JPEG ahead of its pixels, chunks of a PNG: Pillow needs some microseconds for each. Encoders
+# that write a PNG in pieces of 8 KB make 32,768 of MAX_BYTES.
+MAX_PARTS = 1 << 16
+# Each scan of a progressive JPEG goes over all pixels anew; encoders write about ten. libtiff has the same.
+MAX_SCANS = 100
+# Bytes of a GIF ahead of a frame: Pillow joins comments in quadratic time, half a second for these.
+MAX_GIF_PREAMBLE = 4 << 20
+# Numbers under one tag of a TIFF: MAX_PIXELS in tiles of 16 x 16 have 700,000 offsets.
+MAX_TAG_VALUES = 1 << 20
+
+_TIFF_HEADS = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
+_UNIT_BYTES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)  # by a tag's type
+_BYTE_TYPES = (1, 2, 6, 7)
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
+
+
+def fault(encoded: bytes) -> str | None:
+    """What a file asks for beyond the bounds, in words, or None. Damage is left to the decoder to find."""
+    if len(encoded) > MAX_BYTES:
+        return f"got {len(encoded):,} bytes, expected at most {MAX_BYTES:,}"
+    if encoded.startswith(b"\xff\xd8\xff"):
+        return _jpeg_fault(encoded)
+    if encoded.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _png_fault(encoded)
+    if encoded.startswith((b"GIF87a", b"GIF89a")):
+        return _gif_fault(encoded)
+    if encoded[:4] in _TIFF_HEADS:
+        return _tags_fault(encoded, "TIFF")
+    if encoded.startswith(b"BM") and encoded[14:15] != b"\x0c":
+        # Pillow unpacks it into up to 255 lines for two bytes, whatever the width.
+        if encoded[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):
+            return "got a BMP with run lengths, expected one of plain pixels"
+    return None
+
+
+def pixels_fault(size: tuple[int, int]) -> str | None:
+    """The same of an image's width and height."""
+    width, height = size
+    if width * height > MAX_PIXELS:
+        return f"got {width} x {height} pixels, expected at most {MAX_PIXELS:,} in all"
+    return None
+
+
+def _jpeg_fault(encoded: bytes) -> str | None:
+    at, parts, exif = 2, 0, []
+    while at + 4 <= len(encoded):
+        parts += 1
+        if parts > MAX_PARTS:
+            return f"got over {MAX_PARTS:,} JPEG segments, expected fewer"
+        marker = encoded[at + 1]
+        if encoded[at] != 0xFF or marker in (0x00, 0xFF) or 0xD0 <= marker <= 0xD8:
+            at += 1  # filling, or a marker that stands alone: its second byte is no 0xff
+            continue
+        if marker == 0xDA:
+            break
+        length = int.from_bytes(encoded[at + 2 : at + 4])
+        content = encoded[at + 4 : at + 2 + length]
+        if marker == 0xE1 and content.startswith(b"Exif\0\0"):
+            exif.append(content[6:])
+        if marker == 0xE2 and content.startswith(b"MPF\0"):
+            if found := _tags_fault(content[4:], "JPEG's MPF"):
+                return found
+        at += 2 + max(length, 2)
+    if exif and (found := _tags_fault(b"".join(exif), "JPEG's Exif")):
+        return found
+    if encoded.count(b"\xff\xda") > MAX_SCANS and sum(_scans(encoded, at)) > MAX_SCANS:
+        return f"got over {MAX_SCANS} scans of a progressive JPEG, expected about ten"
+    return None
+
+
+def _scans(encoded: bytes, at: int) -> Iterator[bool]:
+    """For each segment from `at` to the first end of image whether it is a scan; thumbnails are inside others."""
+    while 0 <= at < len(encoded) - 3 and encoded[at + 1] != 0xD9:
+        marker = encoded[at + 1]
+        yield marker == 0xDA
+        if marker not in (0x00, 0xFF) and not 0xD0 <= marker <= 0xD8:
+            at += int.from_bytes(encoded[at + 2 : at + 4])
+        at = encoded.find(b"\xff", at + 1)
+
+
+def _png_fault(encoded: bytes) -> str | None:
+    at, parts = 8, 0
+    while at + 8 <= len(encoded):
+        parts += 1
+        if parts > MAX_PARTS:
+            return f"got over {MAX_PARTS:,} PNG chunks, expected fewer"
+        at += 12 + int.from_bytes(encoded[at : at + 4])
+    return None
+
+
+def _gif_fault(encoded: bytes) -> str | None:
+    """Of the first two frames: the second one is looked for to tell whether there are several."""
+    at = 6
+    for frame in range(2):
+        packed = at + (4 if frame == 0 else 9)  # of the screen, of a frame: has it a palette?
+        flags = encoded[packed] if packed < len(encoded) else 0
+        at = packed + (3 if frame == 0 else 2) + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+        if frame:  # its pixels
+            at, blocks = _skip_blocks(encoded, at, len(encoded))
+            if blocks > MAX_BYTES >> 8:
+                return "got a GIF of short blocks, expected blocks of 255 bytes"
+        start, end = at, min(len(encoded), at + MAX_GIF_PREAMBLE)
+        while at < end and encoded[at] not in b",;":
+            at = _skip_blocks(encoded, at + 2, end)[0] if encoded[at] == 0x21 else at + 1
+        if at - start >= MAX_GIF_PREAMBLE:
+            return f"got over {MAX_GIF_PREAMBLE:,} bytes of a GIF ahead of a frame, expected fewer"
+        if encoded[at : at + 1] != b",":
+            return None
+    return None
+
+
+def _skip_blocks(encoded: bytes, at: int, end: int) -> tuple[int, int]:
+    """The place behind a GIF's blocks, which end with an empty one, and their number."""
+    blocks = 0
+    while at < end and encoded[at]:
+        at += 1 + encoded[at]
+        blocks += 1
+    return at + 1, blocks
+
+
+def _tags_fault(encoded: bytes, what: str) -> str | None:
+    """Of the first directory of a TIFF, which Exif and MPF are too.
+
+    Pillow copies the values of each tag, and several tags may name the same bytes: 1 MB that every tag
+    names would become 64 GB.
+    """
+    order = _TIFF_HEADS.get(encoded[:4])
+    if order is None or len(encoded) < 16:
+        return None
+    big = b"+" in encoded[:4]
+    (at,) = struct.unpack_from(order + ("Q" if big else "L"), encoded, 8 if big else 4)
+    head, entry = order + ("Q" if big else "H"), order + ("HHQ8s" if big else "HHL4s")
+    if at + struct.calcsize(head) > len(encoded):
+        return None
+    (count,) = struct.unpack_from(head, encoded, at)
+    at += struct.calcsize(head)
+    size = struct.calcsize(entry)
+    if count > MAX_PARTS:
+        return f"got {count:,} tags in the {what}, expected at most {MAX_PARTS:,}"
+    total, tile = 0, {}
+    for place in range(at, min(at + count * size, len(encoded) - size + 1), size):
+        tag, kind, values, content = struct.unpack_from(entry, encoded, place)
+        unit = _UNIT_BYTES[kind] if kind < len(_UNIT_BYTES) else 0
+        length = values * unit
+        # A length beyond the file is damage that the decoder finds; what there is, it may copy.
+        total += min(length, len(encoded)) if length > len(content) else 0
+        if values > MAX_TAG_VALUES and kind not in _BYTE_TYPES and length <= len(encoded):
+            return f"got {values:,} numbers under tag {tag} of the {what}, expected at most {MAX_TAG_VALUES:,}"
+        if tag in (_TILE_WIDTH, _TILE_LENGTH) and kind in (3, 4, 16) and values == 1:
+            tile[tag] = int.from_bytes(content[:unit], "little" if order == "<" else "big")
+    if total > len(encoded):
+        return f"got {total:,} bytes of tags in the {what}, expected at most its {len(encoded):,}"
+    if len(tile) == 2 and (found := pixels_fault((tile[_TILE_WIDTH], tile[_TILE_LENGTH]))):
+        return f"{found} in a tile"
+    return None

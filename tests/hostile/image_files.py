@@ -1,0 +1,163 @@
+"""Image files made by hand, as no encoder would write them, and mutations of good ones."""
+
+import io
+import os
+import random
+import struct
+import zlib
+
+import numpy as np
+import PIL.Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+# Ghostscript, which Pillow runs for EPS, would make a file of this name, or never end.
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 10 10
+%%EndComments
+"""
+MARKER_EPS = EPS + b"(MARKER) (w) file closefile showpage\n%%EOF\n"
+LOOP_EPS = EPS + b"{} loop showpage\n%%EOF\n"
+
+
+def encode(kind: str, size=(24, 16), **options) -> bytes:
+    """A good file."""
+    y, x = np.mgrid[: size[1], : size[0]]
+    pixels = np.stack([x * 9, y * 7, (x + y) * 3], axis=-1) % 256
+    out = io.BytesIO()
+    PIL.Image.fromarray(pixels.astype(np.uint8)).save(out, kind, **options)
+    return out.getvalue()
+
+
+def mutate(encoded: bytes, seed: int) -> bytes:
+    """One to eight changes of bytes, runs, lengths or order, or a cut; which ones, the seed says."""
+    rng = random.Random(seed)
+    out = bytearray(encoded)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        at = rng.randrange(len(out))
+        how = rng.randrange(7)
+        if how == 0:
+            out[at] ^= 1 << rng.randrange(8)
+        elif how == 1:
+            out[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+        elif how == 2:
+            out[at : at + 4] = rng.choice(
+                (b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"\0\0\xff\xff")
+            )
+        elif how == 3:
+            del out[at : at + rng.randrange(1, 32)]
+        elif how == 4:
+            out[at:at] = out[at : at + rng.randrange(1, 64)]
+        elif how == 5:
+            out[at:at] = rng.randbytes(rng.randrange(1, 16))
+        else:
+            del out[max(at, 4) :]
+        if len(out) < 4:
+            break
+    return bytes(out)
+
+
+def png_chunk(name: bytes, content: bytes) -> bytes:
+    """With its length and checksum."""
+    return (
+        struct.pack(">L", len(content))
+        + name
+        + content
+        + struct.pack(">L", zlib.crc32(name + content))
+    )
+
+
+def png(width: int, height: int, *chunks: bytes) -> bytes:
+    """Of zeros, 8 bits of grey; of many rows only the first are there."""
+    data = zlib.compress(b"\0" * (width + 1) * min(height, 1000), 1)
+    header = struct.pack(">LLBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = [png_chunk(b"IHDR", header), *chunks, png_chunk(b"IDAT", data), png_chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def gif(*, before: bytes = b"", between: bytes = b"", frames: int = 1, size=(1, 1)) -> bytes:
+    """Of one pixel, or that says it has more; with extensions ahead of the first and the second frame."""
+    head = b"GIF89a" + struct.pack("<HH", *size) + b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
+    frame = b"\x2c\0\0\0\0\x01\0\x01\0\0\x02\x02\x44\x01\0"
+    return head + before + frame + (between + frame) * (frames - 1) + b";"
+
+
+def gif_comment(length: int) -> bytes:
+    """A comment of so many bytes."""
+    whole, rest = divmod(length, 255)
+    return (
+        b"!\xfe" + (b"\xff" + b"a" * 255) * whole + bytes([rest]) * bool(rest) + b"a" * rest + b"\0"
+    )
+
+
+def jpeg_segment(marker: int, content: bytes) -> bytes:
+    """With its length."""
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def jpeg_with(*segments: bytes, encoded: bytes | None = None) -> bytes:
+    """A good JPEG with segments behind its first marker."""
+    encoded = encoded or encode("JPEG")
+    return encoded[:2] + b"".join(segments) + encoded[2:]
+
+
+def jpeg_of_scans(scans: int, size=(64, 64)) -> bytes:
+    """A progressive JPEG whose last scan stands there so many times."""
+    encoded = encode("JPEG", size, progressive=True)
+    last = encoded.rindex(b"\xff\xda")
+    return encoded[:last] + encoded[last:-2] * scans + encoded[-2:]
+
+
+def tiff(*tags: tuple[int, int, int, int], tail: bytes = b"", size=(1, 1)) -> bytes:
+    """A grey image of zeros, and more tags: (tag, type, count, value or offset)."""
+    width, height = size
+    entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 1)]
+    entries += [(262, 3, 1, 1), (273, 4, 1, 8), (277, 3, 1, 1), (278, 4, 1, height), (279, 4, 1, 1)]
+    merged = {entry[0]: entry for entry in [*entries, *tags]}
+    directory = struct.pack("<H", len(merged))
+    directory += b"".join(struct.pack("<HHLL", *merged[tag]) for tag in sorted(merged))
+    data = b"\0" * 8
+    return b"II*\0" + struct.pack("<L", 8 + len(data)) + data + directory + b"\0" * 4 + tail
+
+
+def shared_tags(count: int, length: int) -> bytes:
+    """A TIFF with so many tags that all name the same bytes, of that length."""
+    return tiff(*((1000 + i, 7, length, 8) for i in range(count)), tail=b"\0" * length)
+
+
+def bmp_of_run_lengths(width: int, height: int) -> bytes:
+    """Its pixels skip 255 lines at a time: 255 * width bytes for four."""
+    header = struct.pack("<LLLHHLLLLLL", 40, width, height, 1, 8, 1, 4096, 0, 0, 2, 0)
+    palette = b"\0\0\0\0\xff\xff\xff\0"
+    head = b"BM" + struct.pack("<LHHL", 0, 0, 0, 14 + len(header) + len(palette))
+    return head + header + palette + b"\0\2\0\xff" * 1024
+
+
+def webp_animated(frames: int) -> bytes:
+    """Of several frames."""
+    first, *rest = (PIL.Image.new("RGB", (16, 16), (90 * i, 0, 0)) for i in range(frames))
+    out = io.BytesIO()
+    first.save(out, "WEBP", save_all=True, append_images=rest)
+    return out.getvalue()
+
+
+def exif_of_shared_values(segments: int) -> list[bytes]:
+    """Exif over several segments, whose tags all name all of it."""
+    length = segments * 60_000
+    content = shared_tags((length // 2) // 12, length // 2)[:length]
+    return [
+        jpeg_segment(0xE1, b"Exif\0\0" + content[at : at + 60_000])
+        for at in range(0, len(content), 60_000)
+    ]
+
+
+def not_regular(folder, kind: str):
+    """A FIFO, a link to a device, or a folder, called as an image."""
+    path = folder / "a.png"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    return path

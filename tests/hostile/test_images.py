@@ -1,0 +1,205 @@
+import io
+import os
+import random
+import resource
+import shutil
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from data.annotate import checks
+from data.sources import base
+from grain_jax import images
+from tests import record_sets
+from tests.hostile import cases, image_files
+
+MB = 1 << 20
+# (name, file, what the error says). Each would take minutes or gigabytes, or run something.
+REFUSED = [
+    ("EPS", image_files.MARKER_EPS, "no known picture format, expected JPEG, PNG, WebP, GIF"),
+    ("EPS that never ends", image_files.LOOP_EPS, "no known picture format"),
+    ("PPM", b"P6 1 1 255\n\0\0\0", "no known picture format"),
+    ("SVG", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no known picture format"),
+    ("empty", b"", "0 bytes that are no known"),
+    ("PNG of 200 Mpx", lambda: image_files.png(20_000, 10_000), "200000000 pixels|20000 x 10000"),
+    ("GIF that says 65535 x 65535", image_files.gif(size=(65535, 65535)), "pixels"),
+    ("TIFF that says 10^10 pixels", image_files.tiff(size=(100_000, 100_000)), "pixels"),
+    (
+        "TIFF of one tile of 10^9 pixels",
+        lambda: image_files.tiff((259, 3, 1, 5), (322, 4, 1, 40_000), (323, 4, 1, 30_000), (324, 4, 1, 8), (325, 4, 1, 1)),
+        "40000 x 30000 pixels, expected at most .* in a tile",
+    ),
+    ("TIFF whose tags share bytes", lambda: image_files.shared_tags(20_000, MB), "bytes of tags in the TIFF"),
+    (
+        "TIFF of 2 million strips",
+        lambda: image_files.tiff((273, 4, 2 * MB, 8), tail=b"\0" * (9 * MB)),
+        "2,097,152 numbers under tag 273",
+    ),
+    (
+        "JPEG whose Exif shares bytes",
+        lambda: image_files.jpeg_with(*image_files.exif_of_shared_values(8)),
+        "bytes of tags in the JPEG's Exif",
+    ),
+    (
+        "JPEG of 70,000 comments",
+        lambda: image_files.jpeg_with(image_files.jpeg_segment(0xFE, b"") * 70_000),
+        "over 65,536 JPEG segments",
+    ),
+    (
+        "JPEG of 70,000 bytes between markers",
+        lambda: image_files.jpeg_with(image_files.jpeg_segment(0xFE, b"") + b"\0" * 70_000),
+        "over 65,536 JPEG segments",
+    ),
+    ("JPEG of 200 scans", lambda: image_files.jpeg_of_scans(200), "over 100 scans"),
+    (
+        "PNG of 70,000 chunks",
+        lambda: image_files.png(1, 1, image_files.png_chunk(b"tEXt", b"a\0b") * 70_000),
+        "over 65,536 PNG chunks",
+    ),
+    ("GIF of a long comment", lambda: image_files.gif(before=image_files.gif_comment(6 * MB)), "bytes of a GIF ahead"),
+    (
+        "GIF of a long comment behind its first frame",
+        lambda: image_files.gif(between=image_files.gif_comment(6 * MB), frames=2),
+        "bytes of a GIF ahead",
+    ),
+    ("BMP of run lengths", image_files.bmp_of_run_lengths(170_000_000, 1), "run lengths"),
+    ("floats", lambda: float_tiff(), "mode F has no fixed range"),
+]  # fmt: skip
+
+
+def float_tiff():
+    out = io.BytesIO()
+    PIL.Image.new("F", (2, 2)).save(out, "TIFF")
+    return out.getvalue()
+
+
+def file_of(encoded):
+    return encoded() if callable(encoded) else encoded
+
+
+@pytest.mark.parametrize("name, encoded, line", REFUSED, ids=[row[0] for row in REFUSED])
+def test_a_file_is_refused_in_one_line_before_it_costs_anything(name, encoded, line):
+    encoded = file_of(encoded)
+    used, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(images.ImageError, match=line) as caught:
+        images.decode_image(encoded, "a.jpg")
+    assert str(caught.value).startswith("a.jpg: ") and "\n" not in str(caught.value)
+    assert time.monotonic() - start < 3
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used < 200 << 10  # KB
+
+
+GOOD = [
+    *((kind, image_files.encode(kind)) for kind in image_files.FORMATS),
+    ("two frames of GIF", image_files.gif(frames=2)),
+    ("three frames of WebP", image_files.webp_animated(3)),
+    ("a GIF with a comment", image_files.gif(before=image_files.gif_comment(MB))),
+    ("progressive", image_files.encode("JPEG", progressive=True)),
+    ("100 scans hidden in a thumbnail", image_files.jpeg_with(image_files.jpeg_segment(0xE2, b"\xff\xda\0\2" * 200))),
+    ("a JPEG with a film behind it", image_files.encode("JPEG") + b"\xff\xda\0\2" * 200),
+    ("a JPEG with Exif", image_files.encode("JPEG", exif=b"Exif\0\0" + image_files.tiff())),
+    ("a TIFF of LZW", image_files.encode("TIFF", compression="tiff_lzw")),
+    ("a TIFF of JPEG", image_files.encode("TIFF", compression="jpeg")),
+    ("a PNG with texts", image_files.png(2, 2, image_files.png_chunk(b"tEXt", b"a\0b") * 100)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("encoded", [row[1] for row in GOOD], ids=[row[0] for row in GOOD])
+def test_good_files_pass(encoded):
+    expected = PIL.Image.open(io.BytesIO(encoded))
+    np.testing.assert_array_equal(np.asarray(images.decode_image(encoded)), np.asarray(expected))
+
+
+@pytest.mark.skipif(shutil.which("gs") is None, reason="Ghostscript is not installed")
+def test_an_eps_called_jpg_runs_nothing(tmp_path, monkeypatch):
+    marker = tmp_path / "marker"
+    eps = image_files.MARKER_EPS.replace(b"MARKER", str(marker).encode())
+    for name, program in (("ran.jpg", eps), ("loop.jpg", image_files.LOOP_EPS)):
+        (tmp_path / name).write_bytes(program)
+        with pytest.raises(images.ImageError, match="no known picture format"):
+            images.load_image(tmp_path / name)
+    assert not marker.exists()
+
+
+def test_a_reader_that_another_package_registers_is_not_asked(monkeypatch):
+    asked = []
+    monkeypatch.setitem(PIL.Image.OPEN, "HEIF", (lambda *_: asked.append(1), lambda prefix: True))
+    monkeypatch.setattr(PIL.Image, "ID", [*PIL.Image.ID, "HEIF"])
+    with pytest.raises(images.UnknownFormatError):
+        images.decode_image(b"whatever it is")
+    assert not asked
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_what_is_no_file_is_not_opened(tmp_path, kind):
+    path = image_files.not_regular(tmp_path, kind)
+    with pytest.raises(images.ImageError, match="got a folder, pipe or device, expected a picture"):
+        images.load_image(path)
+    assert base.load(base.Entry("a.png"), tmp_path).cause == "unreadable"
+    record_sets.write_annotations(tmp_path / "in", 2)
+    (tmp_path / "in" / "00001.png").unlink()
+    path.rename(tmp_path / "in" / "00001.png")
+    outcome = cases.run(lambda _: record_sets.build_set(tmp_path / "in", tmp_path / "out"), [])
+    cases.check(outcome, r'A.jsonl:2: image: got "00001.png": .*got a folder, pipe or device')
+
+
+def test_a_link_to_a_file_and_a_long_file(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(image_files.encode("PNG"))
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    assert images.load_image(tmp_path / "b.png").size == (24, 16)
+    with (tmp_path / "long.png").open("wb") as file:
+        file.truncate(1 << 40)  # no bytes are behind it
+    with pytest.raises(images.TooLargeError, match="1,099,511,627,776 bytes, expected at most 268"):
+        images.load_image(tmp_path / "long.png")
+    assert base.load(base.Entry("long.png"), tmp_path).cause == "too large"
+    # A file without a length, as the kernel has some, which go on for ever.
+    if os.path.exists("/proc/self/pagemap"):
+        with pytest.raises(images.ImageError, match="0 bytes"):
+            images.load_image("/proc/self/pagemap")
+
+
+def test_causes_of_annotating():
+    limits = checks.Limits()
+    picture = lambda encoded: base.Picture("a", encoded, (), "", (), None, ())
+    found = lambda encoded: checks.check(picture(encoded), limits).cause
+    assert found(image_files.MARKER_EPS) == "unreadable"
+    assert found(image_files.png(20_000, 10_000)) == "too large"
+    assert found(image_files.encode("PNG")[:-40]) == "damaged"
+    assert found(image_files.webp_animated(2)) == "animated"
+
+
+def fuzz(count, seed=0, kinds=image_files.FORMATS):
+    """Decodes `count` mutated files of each format; returns how many of them could be read."""
+    read = 0
+    for kind in kinds:
+        seeds = [image_files.encode(kind), image_files.encode(kind, (61, 47))]
+        if kind == "JPEG":
+            seeds.append(image_files.encode(kind, progressive=True))
+        if kind == "TIFF":
+            seeds += [
+                image_files.encode(kind, compression=c)
+                for c in ("tiff_lzw", "jpeg", "tiff_deflate")
+            ]
+        if kind == "WEBP":
+            seeds += [image_files.webp_animated(2), image_files.encode(kind, lossless=True)]
+        for number in range(count):
+            encoded = image_files.mutate(seeds[number % len(seeds)], seed + number)
+            start = time.monotonic()
+            try:
+                picture = images.decode_image(encoded, "a")
+                images.to_rgb(picture)
+                read += 1
+            except images.ImageError as error:
+                assert str(error).startswith("a: ") and "\n" not in str(error)
+            assert time.monotonic() - start < 30, (kind, number)  # 168 Mpx in lossy WebP take 5
+    return read
+
+
+def test_mutated_files_are_read_or_named():
+    assert 100 < fuzz(150) < 800
+
+
+@pytest.mark.slow
+def test_many_mutated_files_are_read_or_named():
+    fuzz(5000, seed=random.randrange(1 << 30))
