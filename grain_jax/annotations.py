@@ -13,7 +13,7 @@ from etils import epath
 
 from grain_jax import errors
 
-KEYS = ("image", "caption", "captions", "synthetic_caption", "regions", "id")
+KEYS = ("image", "caption", "captions", "synthetic_caption", "regions", "phrases", "id")
 REGION_KEYS = ("box", "description", "score")
 MAX_FAULT_SHARE = 0.01  # of the lines; more is an error, fewer are left out and counted
 MIN_INSIDE = 0.5  # of a box's area; detectors hang over a little, a wrong box hangs over a lot
@@ -41,6 +41,9 @@ class Annotation(NamedTuple):
     synthetic_caption: str  # "" where there is none
     regions: tuple[Region, ...]
     id: str | None
+    # For evaluation: each phrase (referring expression) as often as it counts, as the positions in `regions` of
+    # all boxes that are right for it; its text is their description. None: each region is a phrase of its own.
+    phrases: tuple[tuple[int, ...], ...] | None = None
 
 
 class Parsed(NamedTuple):
@@ -140,8 +143,10 @@ def parse_line(line: bytes, *, caption_required: bool) -> Parsed:
         faults.append(f"id: got {show(identity)}, expected a text")
     regions, boxes_xyxy = _regions(item, faults, unknown)
     annotation = None
+    if not faults:  # positions in `regions` mean something
+        phrases = _phrases(item, regions, faults)
     if not faults:
-        annotation = Annotation(image, captions, synthetic, regions, identity)
+        annotation = Annotation(image, captions, synthetic, regions, identity, phrases)
     return Parsed(annotation, faults, unknown, image, boxes_xyxy)
 
 
@@ -221,6 +226,30 @@ def _regions(
         if len(faults) == faults_before:
             regions.append(Region(boxes_xyxy[-1], description.strip(), float(score)))
     return tuple(regions), boxes_xyxy
+
+
+def _phrases(
+    item: dict[str, Any], regions: tuple[Region, ...], faults: list[str]
+) -> tuple[tuple[int, ...], ...] | None:
+    """The optional phrases of a line whose `regions` have no fault."""
+    entries = item.get("phrases")
+    if entries is None:
+        return None
+    if not isinstance(entries, list):
+        faults.append(f"phrases: got {show(entries)}, expected a list")
+        return None
+    known = range(len(regions))
+    for index, entry in enumerate(entries):
+        at = f"phrases[{index}]: got {show(entry)}"
+        positions = entry if isinstance(entry, list) else []
+        integers = all(isinstance(x, int) and not isinstance(x, bool) for x in positions)
+        if not positions or not integers or not all(x in known for x in positions):
+            faults.append(f"{at}, expected positions in regions, 0 to {len(regions) - 1}")
+        elif len(set(positions)) < len(positions):
+            faults.append(f"{at}, expected each position once")
+        elif len({regions[x].description for x in positions}) > 1:
+            faults.append(f"{at}, expected positions of regions with one description")
+    return None if faults else tuple(map(tuple, entries))
 
 
 def _box(entry: dict[str, Any], at: str, faults: list[str]) -> Box | None:

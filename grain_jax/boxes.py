@@ -3,6 +3,11 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+# From this IoU on a box counts as found, in training and in every evaluation: 0.5 itself counts, as in the
+# evaluation scripts of RefCOCO (lichengunc/MAttNet, eval_dets_utils.py; djiajunustc/TransVG, eval_utils.py) and of
+# Flickr30k Entities (ashkamath/mdetr, flickr_eval.py).
+FOUND_IOU = 0.5
+
 
 def cxcywh_to_xyxy(boxes: Float[Array, "*n 4"]) -> Float[Array, "*n 4"]:
     """Centre and size to corners."""

@@ -31,7 +31,7 @@ class Losses(NamedTuple):
     region_description: Array
     box: Array
     matched_iou: Array  # mean IoU of the matched boxes
-    matched_iou50: Array  # share of them with more than 0.5
+    matched_iou50: Array  # share of them with boxes.FOUND_IOU or more
     image_caption_accuracy: Array  # share of images nearer to their caption than to any negative
     region_description_accuracy: Array  # share of matched regions nearer to their description
     query_share: Float[Array, "Q"]  # share of the matched regions that each query has
@@ -249,7 +249,7 @@ def _losses_of_shard(
         "box": Mean(total(box), total(box_mask)),
         "region_description": Mean(region_description.sum((1, 2)), matched),
         "matched_iou": share_of_matched(iou.sum()),
-        "matched_iou50": share_of_matched((iou > 0.5).sum()),
+        "matched_iou50": share_of_matched((iou >= boxes.FOUND_IOU).sum()),
         "image_caption_accuracy": Mean(
             image_right.sum()[None].astype(jnp.float32), jnp.float32(images)[None]
         ),

@@ -28,6 +28,7 @@ def test_reads(tmp_path):
             "image": "./sub//b.png",
             "synthetic_caption": "s",
             "regions": [_region(mask=0), _region(score=1, mask=0)],
+            "phrases": [[0, 1], [1], [1]],
         },
     )
     read = annotations.read(path)
@@ -36,6 +37,7 @@ def test_reads(tmp_path):
     first, second = read.records
     assert first == annotations.Annotation("a.png", ("one", "two"), "", (), "x")
     assert second.image == "sub/b.png" and second.synthetic_caption == "s" and second.id is None
+    assert second.phrases == ((0, 1), (1,), (1,))
     box_xyxy = (1.0, 2.0, 3.0, 4.0)
     assert second.regions == ((box_xyxy, "a beak", 0.5), (box_xyxy, "a beak", 1.0))
 
@@ -70,6 +72,17 @@ def test_reads(tmp_path):
         ({"image": "a", "regions": [_region(score="x")]}, 'regions[0].score: got "x"'),
         ({"image": "a", "regions": [_region(score=1.5)]}, "got 1.5, expected a number from 0 to 1"),
         ({"image": "a", "regions": [{"box": [1, 2, 3, 4], "description": "a"}]}, "score: got none"),
+        ({"image": "a", "phrases": 1}, "phrases: got 1, expected a list"),
+        ({"image": "a", "regions": [_region()], "phrases": [[0], [1]]}, "phrases[1]: got [1], exp"),
+        ({"image": "a", "regions": [_region()], "phrases": [[]]}, "[], expected positions in reg"),
+        (
+            {"image": "a", "regions": [_region()], "phrases": [[0, 0]]},
+            "expected each position once",
+        ),
+        (
+            {"image": "a", "regions": [_region(), _region(description="b")], "phrases": [[0, 1]]},
+            "phrases[0]: got [0, 1], expected positions of regions with one description",
+        ),
     ],
 )
 def test_faults_name_their_line(tmp_path, line, fault):

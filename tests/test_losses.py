@@ -144,7 +144,7 @@ def replica_and_measures(outputs, batch, c):
         rd.append(np.mean(terms))
     return (np.mean(ic), np.mean(box), np.mean(rd)), {
         "matched_iou": np.mean(overlaps),
-        "matched_iou50": np.mean(np.array(overlaps) > 0.5),
+        "matched_iou50": np.mean(np.array(overlaps) >= 0.5),
         "image_caption_accuracy": np.mean(right),
         "region_description_accuracy": np.mean(region_right),
         "query_share": np.bincount(queries, minlength=Q) / len(queries),
@@ -186,6 +186,15 @@ def test_measures_equal_the_replica(group_size, mask_duplicates):
     _, measures = replica_and_measures(outputs, batch, c.loss)
     assert all(0.2 < measures[name] < 0.9 for name in measures if name != "query_share"), measures
     assert_measures(losses.total_loss(outputs, batch, c.loss), measures)
+
+
+def test_an_iou_of_exactly_half_counts_as_in_evaluation():
+    c = tiny.config()
+    batch, outputs = tiny.batch(c), _outputs(c)
+    batch.region_boxes_cxcywh[:] = [0.5, 0.5, 1, 1]
+    outputs.pred_boxes_cxcywh[:] = [0.25, 0.5, 0.5, 1]
+    got = losses.total_loss(outputs, batch, c.loss)
+    assert (float(got.matched_iou), float(got.matched_iou50)) == (0.5, 1.0)
 
 
 @pytest.mark.parametrize("contrast,bias", [("softmax", None), ("sigmoid", -1.0)])

@@ -166,6 +166,8 @@ def _line(work: _Work) -> dict[str, Any] | None:
         out["synthetic_caption"] = synthetic
     found = work.results.get("ground", {}).get("regions", [])
     out["regions"] = [*map(_region, item.regions), *found]
+    if item.phrases is not None:
+        out["phrases"] = list(map(list, item.phrases))
     if item.id is not None:
         out["id"] = item.id
     return out if item.captions or synthetic or out["regions"] else None

@@ -57,5 +57,6 @@ def _picture(line: bytes, where: str, folder: str) -> base.Picture | base.Fault:
         synthetic_caption=found.synthetic_caption,
         regions=found.regions,
         id=found.id,
+        phrases=found.phrases,
     )
     return base.load(entry, folder)

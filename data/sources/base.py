@@ -71,6 +71,7 @@ class Picture(NamedTuple):
     ] = ()  # pixels of the file; may hang over its edge a little
     id: str | None = None
     left_out: tuple[Fault, ...] = ()  # regions that the source has and that cannot be used
+    phrases: tuple[tuple[int, ...], ...] | None = None  # as annotations.Annotation.phrases
 
 
 class Shard(NamedTuple):
@@ -92,6 +93,7 @@ class Entry(NamedTuple):
     size: tuple[int, int] | None = None  # width, height that the boxes were drawn on, where known
     id: str | None = None
     left_out: Sequence[tuple[str, str]] = ()  # (cause, detail) of regions
+    phrases: Sequence[Sequence[int]] | None = None  # as annotations.Annotation.phrases
 
 
 def text(value: Any) -> str:
@@ -147,6 +149,7 @@ def join(entry: Entry, encoded: bytes) -> Picture | Fault:
     if text(entry.image) != entry.image.strip():
         return Fault(entry.image, "bad annotation", "expected a name in UTF-8")
     regions, left_out = [], [Fault(entry.image, *fault) for fault in entry.left_out]
+    place: dict[int, int] = {}  # position of a region in the entry -> in the picture
     if entry.regions:
         try:
             size = images.open_image(encoded).size
@@ -157,9 +160,10 @@ def join(entry: Entry, encoded: bytes) -> Picture | Fault:
         if entry.size not in (None, size):
             expected = f"expected {entry.size[0]} x {entry.size[1]}, which its boxes were drawn on"
             return Fault(entry.image, "another size", f"got {size[0]} x {size[1]}, {expected}")
-        for found in entry.regions:
+        for position, found in enumerate(entry.regions):
             region = _region(*found, size=size, shares=entry.shares)
             if isinstance(region, annotations.Region):
+                place[position] = len(regions)
                 regions.append(region)
             else:
                 left_out.append(Fault(entry.image, *region))
@@ -171,7 +175,18 @@ def join(entry: Entry, encoded: bytes) -> Picture | Fault:
         regions=tuple(regions),
         id=entry.id,
         left_out=tuple(left_out),
+        phrases=_kept_phrases(entry.phrases, place),
     )
+
+
+def _kept_phrases(
+    phrases: Sequence[Sequence[int]] | None, place: Mapping[int, int]
+) -> tuple[tuple[int, ...], ...] | None:
+    """The phrases with their boxes that are kept, `place` old position -> new; without those that have none."""
+    if phrases is None:
+        return None
+    kept = (tuple(place[x] for x in phrase if x in place) for phrase in phrases)
+    return tuple(filter(None, kept))
 
 
 def _region(

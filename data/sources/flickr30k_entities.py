@@ -1,7 +1,9 @@
 """Flickr30k Entities: Sentences/ID.txt and Annotations/ID.xml; pictures are ID.jpg.
 
-A region is a box with a phrase of its coreference chain. Source: the README and flickr30k_entities_utils.py
-of BryanPlummer/flickr30k_entities; `split` reads its train.txt, val.txt or test.txt (a list of ids).
+A region is a box with a phrase of its coreference chain. A phrase to be grounded is one place in one sentence, with
+all boxes of its chain: what ashkamath/mdetr (flickr_eval.py) counts. Source of the files' form: the README and
+flickr30k_entities_utils.py of BryanPlummer/flickr30k_entities; `split` reads its train.txt, val.txt or test.txt (a
+list of ids).
 """
 
 import re
@@ -49,11 +51,12 @@ def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:
 
 
 def _entry(image: str, sentences: str, xml: ET.Element) -> base.Entry:
+    said = [found for found in _PHRASE.findall(sentences) if found[0] != _NOT_VISUAL]
     phrases: dict[str, dict[str, None]] = {}  # chain -> its phrases, in order, each once
-    for chain, phrase in _PHRASE.findall(sentences):
-        if chain != _NOT_VISUAL:
-            phrases.setdefault(chain, {})[phrase] = None
-    boxes: list[list[tuple[Any, str, float]]] = []
+    for chain, phrase in said:
+        phrases.setdefault(chain, {})[phrase] = None
+    boxes: list[list[tuple[Any, str]]] = []  # of each object: its (box, phrase)
+    chains: list[set[str]] = []  # of each object
     left_out = []
     for item in xml.iter("object"):
         corners = item.find("bndbox")
@@ -62,16 +65,25 @@ def _entry(image: str, sentences: str, xml: ET.Element) -> base.Entry:
         x1, y1, x2, y2 = (int(corners.findtext(tag)) for tag in ("xmin", "ymin", "xmax", "ymax"))
         # Pixels are counted from 1, the last one included: edges are at x1 - 1 and x2.
         box = (x1 - 1, y1 - 1, x2, y2)
-        texts = [text for name in item.iter("name") for text in phrases.get(name.text, ())]
-        boxes.append([(box, text, base.WHOLE) for text in texts])
+        names = [name.text for name in item.iter("name")]
+        texts = dict.fromkeys(text for name in names for text in phrases.get(name, ()))
+        boxes.append([(box, text) for text in texts])
+        chains.append(set(names))
         if not texts:
-            chains = ", ".join(name.text for name in item.iter("name"))
-            left_out.append(("no description", f"no sentence names chain {chains} at box {box}"))
+            listed = ", ".join(names)
+            left_out.append(("no description", f"no sentence names chain {listed} at box {box}"))
+    numbered = [[(k, region) for region in found] for k, found in enumerate(boxes)]
+    regions = list(base.taking_turns(numbered))
+    right = [
+        [at for at, (k, (_, text)) in enumerate(regions) if text == phrase and chain in chains[k]]
+        for chain, phrase in said
+    ]
     size = xml.find("size")
     return base.Entry(
         image,
         captions=[_PHRASE.sub(r"\2", line) for line in sentences.splitlines()],
-        regions=list(base.taking_turns(boxes)),
+        regions=[(*region, base.WHOLE) for _, region in regions],
         size=(int(size.findtext("width")), int(size.findtext("height"))),
         left_out=left_out,
+        phrases=list(filter(None, right)),  # of a chain without a box: none to be found
     )

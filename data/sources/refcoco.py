@@ -1,8 +1,9 @@
 """RefCOCO, RefCOCO+, RefCOCOg: refs(unc).p (a pickle, or the same as JSON) with instances.json.
 
 Also the JSON that MDETR made of them (finetune_refcoco_train.json): COCO's form, one expression a picture.
-A region is an object with one of its expressions; `split` is that of the refs (train, val, testA, ...).
-The sets have no captions; their pictures are COCO's, so captions_train2014.json may be given as well.
+A region is an object with one of its expressions, and each sentence of the refs is a phrase to be grounded, also
+where two people gave the same one: the protocol of lichengunc/MAttNet (eval_dets_utils.py), which counts every
+sentence with its own box. `split` is that of the refs (train, val, testA, ...). The sets have no captions; their pictures are COCO's, so captions_train2014.json may be given as well.
 """
 
 import pickle
@@ -57,7 +58,7 @@ def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:
         got = ", ".join(options.annotations) or "none"
         raise base.SourceError(f"source refcoco: got --annotations {got}, expected {_EXPECTED}")
 
-    pictures: dict[str, dict[Any, list[str]]] = {}  # file -> box -> expressions
+    pictures: dict[str, list[tuple[Any, str]]] = {}  # file -> (box, expression) of each sentence
     sizes: dict[str, tuple[int, int] | None] = {}
     for found in (*_of_refs(refs, instances, options.split), *_of_mdetr(mdetr)):
         if isinstance(found, base.Fault):
@@ -65,13 +66,19 @@ def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:
             continue
         image, size, box, expression = found
         sizes[image] = size
-        pictures.setdefault(image, {}).setdefault(box, []).append(expression)
-    for image, boxes in pictures.items():
-        regions = base.taking_turns(
-            [(box, text, base.WHOLE) for text in dict.fromkeys(texts)]
-            for box, texts in boxes.items()
+        pictures.setdefault(image, []).append((box, expression))
+    for image, sentences in pictures.items():
+        of_box: dict[Any, list[tuple[Any, str]]] = {}
+        for box, text in dict.fromkeys(sentences):
+            of_box.setdefault(box, []).append((box, text))
+        regions = list(base.taking_turns(of_box.values()))
+        yield base.Entry(
+            image,
+            captions.get(image, ()),
+            regions=[(*region, base.WHOLE) for region in regions],
+            size=sizes[image],
+            phrases=[[regions.index(sentence)] for sentence in sentences],
         )
-        yield base.Entry(image, captions.get(image, ()), regions=list(regions), size=sizes[image])
 
 
 def _load(path: epath.Path) -> Any:

@@ -14,7 +14,6 @@ from grain_jax import boxes
 from grain_jax.evaluate import base, class_names, grounding, prompts, scores
 from grain_jax.input_pipeline import tokenizer
 
-FOUND_IOU = 0.5  # from which on a query has found the box
 _AT_ONCE = 4096  # boxes; bounds memory
 
 
@@ -46,7 +45,7 @@ def evaluate(
       batch_size: pictures at a time.
 
     Returns: counts; `chance` (of top-1; `chance_top5`); `best_iou`, the mean IoU of the box and that
-      query's; `found`, the share of boxes where it is FOUND_IOU or more; and under `region`, and of the
+      query's; `found`, the share of boxes where it is boxes.FOUND_IOU or more; and under `region`, and of the
       image embedding under `image`: `top1`, `top5`, `mean_per_class` (of top-1; of classes with a box)
       and `per_class`. Under `found_boxes` the same of the found ones alone. Shares have 95% intervals
       (`_low`, `_high`); ties of classes count as if broken at random.
@@ -97,7 +96,7 @@ def evaluate(
         "region": _hits(region_embed, features, target),
         "image": _hits(seen["image_embed"][picture], features, target),
     }
-    well = found.iou >= FOUND_IOU
+    well = found.iou >= boxes.FOUND_IOU
     accuracies = lambda which: {
         "boxes": int(which.sum()),
         **{

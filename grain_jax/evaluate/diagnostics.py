@@ -45,7 +45,7 @@ def evaluate(
       step: of the run; what the file has from this step on, as after a resume, is dropped.
 
     Returns: counts, and (95% intervals of shares: `_low`, `_high`)
-      `matched_iou`, `matched_iou50`: mean IoU of matched boxes, and the share with more than 0.5;
+      `matched_iou`, `matched_iou50`: mean IoU of matched boxes, and the share with IoU >= 0.5;
       `region_to_description_r1`, `_r5`: a matched region's own text is among its 1 or 5 nearest of all
         distinct descriptions; `chance_region_to_description_r1`, `_r5`;
       `query_usage_entropy`: of the queries' shares of the matched regions, over ln Q; 1: all are used alike;
@@ -96,7 +96,7 @@ def evaluate(
         "regions_matched": len(matched.query),
         "distinct_descriptions": len(described.texts),
         "matched_iou": float(matched.iou.mean()),
-        **base.rate("matched_iou50", matched.iou > 0.5),
+        **base.rate("matched_iou50", matched.iou >= boxes.FOUND_IOU),
         "query_usage_entropy": _entropy(uses) / math.log(queries) if queries > 1 else 1.0,
         "description_entropy": _entropy(np.bincount(text)),
     }

@@ -3,6 +3,13 @@
 Queries are matched to a picture's described boxes by the cost of training (`matching`), its weights fixed
 at the paper's 5 (L1) and 2 (GIoU) whatever a run trained with, so that runs compare. Of more boxes than
 queries those with the highest scores count, as in training.
+
+A phrase is asked for once for each time that the annotations list it, with its own boxes (`phrases` of A.jsonl;
+without it each described box is a phrase of its own), so that equal phrases of one picture are not merged. That is
+RefCOCO's protocol, in which every sentence counts with the box of its object (lichengunc/MAttNet,
+lib/models/eval_dets_utils.py), and the two of Flickr30k Entities (ashkamath/mdetr, datasets/flickr_eval.py): "any
+box", found by the best overlap with one of the phrase's boxes, and "merged boxes", found by the overlap with the
+smallest box around all of them. All three count IoU >= 0.5 (`boxes.FOUND_IOU`).
 """
 
 from collections.abc import Sequence
@@ -40,6 +47,13 @@ class Described(NamedTuple):
     outside: int  # boxes left out because less than half of them lies in the picture
 
 
+class Phrases(NamedTuple):
+    """What is asked for, each phrase with its boxes: the pair k says that box `box[k]` is right for `phrase[k]`."""
+
+    phrase: np.ndarray  # int [K], 0 .. P-1, in order
+    box: np.ndarray  # int [K], position among the described boxes
+
+
 def evaluate(
     predictor: Any,
     *,
@@ -60,10 +74,13 @@ def evaluate(
       `chance_box_iou`: the same, with boxes of other pictures in place of the predicted ones;
       `region_to_description_r1`: a matched region's nearest text, among all distinct descriptions of the
         file, is its own; `chance_region_to_description_r1`;
-      `phrase_iou`, `phrase_acc50`: of each description of a picture, the box of the best-scoring query,
-        against the described box that it overlaps most, where several have that description ("any
-        box", as is usual on Flickr30k Entities);
-      `chance_phrase_iou`, `chance_phrase_acc50`: a query at random in its place.
+      `phrases`: how many phrases are asked for; of none, what follows is left out;
+      `phrase_iou`, `phrase_acc50`: of each phrase, the box of the best-scoring query against the phrase's
+        box, of several that which it overlaps most; and the share with IoU >= 0.5;
+      `chance_phrase_iou`, `chance_phrase_acc50`: a query at random in its place;
+      where some phrase has several boxes, `phrases_of_several_boxes`, how many have; `phrase_acc50_any_box`, which
+        is `phrase_acc50` by the name of its protocol; and `phrase_iou_merged_box`, `phrase_acc50_merged_box`
+        against the smallest box around all of a phrase's boxes; with their `chance_` as above.
 
     Raises:
       base.InputError, annotations.AnnotationError: what was given cannot be used.
@@ -84,7 +101,7 @@ def evaluate(
     kept = [records[i] for i in found["index"]]
     sizes = [(width, height) for width, height in found["sizes"].tolist()]
     pred_boxes_xyxy, region_embed = found["boxes_xyxy"], found["embed"]
-    described = described_boxes(kept, sizes)
+    described, phrases = described_phrases(kept, sizes)
     if not len(described.picture):
         raise base.InputError(f"{annotations}: every box lies outside its picture")
     text_embed = scores.unit(base.encode_distinct(predictor, described.texts))  # [T, D]
@@ -100,18 +117,6 @@ def evaluate(
         )
         for i in range(0, len(embed), _AT_ONCE)
     ]
-    # Phrase grounding: [P, Q] scores and overlaps of the queries of each phrase's picture.
-    phrases, phrase_of = np.unique(
-        np.stack([described.picture, described.text], axis=1), axis=0, return_inverse=True
-    )
-    similarity = np.einsum(
-        "pqd,pd->pq", scores.unit(region_embed)[phrases[:, 0]], text_embed[phrases[:, 1]]
-    )
-    overlap = np.zeros(similarity.shape, np.float32)
-    each = _iou(pred_boxes_xyxy[described.picture], described.boxes_xyxy[:, None])  # [M, Q]
-    np.maximum.at(overlap, phrase_of.reshape(-1), each)
-    best = similarity == similarity.max(axis=1, keepdims=True)
-    share = best / best.sum(axis=1, keepdims=True)  # ties broken at random
     return {
         "kind": "grounding",
         "pictures": len(kept),
@@ -122,17 +127,58 @@ def evaluate(
         "regions_outside": described.outside,
         "regions_matched": len(matched.iou),
         "distinct_descriptions": len(described.texts),
-        "phrases": len(phrases),
         "box_iou": float(matched.iou.mean()),
         "chance_box_iou": float(by_chance.iou.mean()),
-        **base.rate("box_acc50", matched.iou >= 0.5),
-        "chance_box_acc50": float((by_chance.iou >= 0.5).mean()),
+        **base.rate("box_acc50", matched.iou >= boxes.FOUND_IOU),
+        "chance_box_acc50": float((by_chance.iou >= boxes.FOUND_IOU).mean()),
         **base.rate("region_to_description_r1", np.concatenate(hits)),
         "chance_region_to_description_r1": 1 / len(described.texts),
-        "phrase_iou": float((share * overlap).sum(axis=1).mean()),
-        "chance_phrase_iou": float(overlap.mean()),
-        **base.rate("phrase_acc50", (share * (overlap >= 0.5)).sum(axis=1)),
-        "chance_phrase_acc50": float((overlap >= 0.5).mean()),
+        **_phrase_rates(phrases, described, pred_boxes_xyxy, region_embed, text_embed),
+    }
+
+
+def _phrase_rates(
+    phrases: Phrases,
+    described: Described,
+    pred_boxes_xyxy: np.ndarray,
+    region_embed: np.ndarray,
+    text_embed: np.ndarray,
+) -> dict[str, Any]:
+    """The part of the result about phrases; of N pictures pred_boxes_xyxy [N, Q, 4], region_embed [N, Q, D]."""
+    number, first, boxes_of = np.unique(phrases.phrase, return_index=True, return_counts=True)
+    if not len(number):
+        return {"phrases": 0}
+    picture, text = (x[phrases.box[first]] for x in (described.picture, described.text))  # [P]
+    pairs, pair_of = np.unique(np.stack([picture, text], axis=1), axis=0, return_inverse=True)
+    similarity = np.einsum(
+        "pqd,pd->pq", scores.unit(region_embed)[pairs[:, 0]], text_embed[pairs[:, 1]]
+    )[pair_of.reshape(-1)]  # [P, Q]
+    best = similarity == similarity.max(axis=1, keepdims=True)
+    share = best / best.sum(axis=1, keepdims=True)  # ties broken at random
+
+    true_boxes_xyxy = described.boxes_xyxy[phrases.box]  # [K, 4]
+    each = _iou(pred_boxes_xyxy[picture[phrases.phrase]], true_boxes_xyxy[:, None])  # [K, Q]
+    any_box = np.maximum.reduceat(each, first, axis=0)  # [P, Q]
+    out = {"phrases": len(number)} | _of_protocol("", any_box, share)
+    if boxes_of.max() > 1:
+        low = np.minimum.reduceat(true_boxes_xyxy[:, :2], first, axis=0)
+        high = np.maximum.reduceat(true_boxes_xyxy[:, 2:], first, axis=0)
+        merged_xyxy = np.concatenate([low, high], axis=1)[:, None]  # [P, 1, 4]
+        merged = _of_protocol("_merged_box", _iou(pred_boxes_xyxy[picture], merged_xyxy), share)
+        same = {key: value for key, value in out.items() if "phrase_acc50" in key}
+        out["phrases_of_several_boxes"] = int((boxes_of > 1).sum())
+        out |= {k.replace("acc50", "acc50_any_box"): v for k, v in same.items()} | merged
+    return out
+
+
+def _of_protocol(name: str, overlap: np.ndarray, share: np.ndarray) -> dict[str, float]:
+    """Rates of `overlap` [P, Q], the queries' IoU with what is right; `share` [P, Q]: how they are chosen."""
+    found = overlap >= boxes.FOUND_IOU
+    return {
+        f"phrase_iou{name}": float((share * overlap).sum(axis=1).mean()),
+        f"chance_phrase_iou{name}": float(overlap.mean()),
+        **base.rate(f"phrase_acc50{name}", (share * found).sum(axis=1)),
+        f"chance_phrase_acc50{name}": float(found.mean()),
     }
 
 
@@ -191,11 +237,20 @@ def described_boxes(
     records: Sequence[annotations_lib.Annotation], sizes: Sequence[tuple[int, int]]
 ) -> Described:
     """The described boxes of pictures; `sizes`: each picture's width and height in pixels."""
+    return described_phrases(records, sizes)[0]
+
+
+def described_phrases(
+    records: Sequence[annotations_lib.Annotation], sizes: Sequence[tuple[int, int]]
+) -> tuple[Described, Phrases]:
+    """As `described_boxes`, and the phrases that the records ask for, without those of which no box is left."""
     picture, rank, boxes_xyxy, text, texts, outside = [], [], [], [], [], 0
     place: dict[str, int] = {}
+    phrase_of: list[list[int]] = []  # of each phrase its boxes
     for i, (record, size) in enumerate(zip(records, sizes)):
-        order = 0
-        for region in sorted(record.regions, key=lambda r: -r.score):
+        box_of: dict[int, int] = {}  # position of a region in the record -> of its box
+        ranked = sorted(enumerate(record.regions), key=lambda found: -found[1].score)
+        for position, region in ranked:
             box_xyxy = annotations_lib.clip_box(region.box_xyxy, *size).box_xyxy
             if box_xyxy is None:
                 outside += 1
@@ -204,12 +259,17 @@ def described_boxes(
             if key not in place:
                 place[key] = len(texts)
                 texts.append(region.description)
+            rank.append(len(box_of))
+            box_of[position] = len(picture)
             picture.append(i)
-            rank.append(order)
             boxes_xyxy.append([x / edge for x, edge in zip(box_xyxy, (*size, *size))])
             text.append(place[key])
-            order += 1
-    return Described(
+        phrases = [(x,) for x in range(len(record.regions))]
+        for phrase in phrases if record.phrases is None else record.phrases:
+            kept = [box_of[x] for x in phrase if x in box_of]
+            if kept:
+                phrase_of.append(kept)
+    described = Described(
         np.array(picture, int),
         np.array(rank, int),
         np.array(boxes_xyxy, np.float32).reshape(-1, 4),
@@ -217,6 +277,8 @@ def described_boxes(
         texts,
         outside,
     )
+    pairs = [(phrase, box) for phrase, kept in enumerate(phrase_of) for box in kept]
+    return described, Phrases(*np.array(pairs, int).reshape(-1, 2).T)
 
 
 def _boxes_of_others(described: Described, shape: tuple[int, ...]) -> np.ndarray:

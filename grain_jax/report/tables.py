@@ -30,6 +30,20 @@ _GROUNDING = (
     ),
     Row("phrase_iou", "phrase to box IoU", "chance_phrase_iou", "phrases", "phrases", False),
     Row("phrase_acc50", "phrase to box Acc@0.5", "chance_phrase_acc50", "phrases", "phrases"),
+    Row(
+        "phrase_acc50_any_box",
+        "phrase to box Acc@0.5, any box",
+        "chance_phrase_acc50_any_box",
+        "phrases",
+        "phrases",
+    ),
+    Row(
+        "phrase_acc50_merged_box",
+        "phrase to box Acc@0.5, merged boxes",
+        "chance_phrase_acc50_merged_box",
+        "phrases",
+        "phrases",
+    ),
 )
 _BOXES = (
     Row("found", "found by a query, IoU >= 0.5", None, "boxes", "boxes"),

@@ -190,7 +190,7 @@ def refcoco_sample(folder):
                     "image_id": number,
                     "file_name": f"COCO_train2014_{number:012d}_{k}.jpg",
                     "split": "train" if number else "testA",
-                    "sentences": sentences * 2,  # a sentence that two people gave is one region
+                    "sentences": sentences * 2,  # said twice: one region, two phrases
                 }
             )
     path = folder / "refs(unc).p"
@@ -532,7 +532,7 @@ def test_refcoco_splits_and_other_files(tmp_path):
     images = {image["id"]: image for image in instances["images"]}
     of = {item["id"]: item for item in instances["annotations"]}
     expressions, objects = [], []
-    for number, ref in enumerate(refs):
+    for number, ref in enumerate(x for x in refs for _ in x["sentences"]):
         text = ref["sentences"][0]["sent"]
         expressions.append(images[ref["image_id"]] | {"id": number, "caption": text})
         objects.append(of[ref["ann_id"]] | {"image_id": number})

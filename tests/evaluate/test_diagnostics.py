@@ -34,7 +34,7 @@ def _predictor(swapped=()):
     for i in range(3):
         boxes, embed = [LEFT, RIGHT, AWAY], [[1, 0, 0], [0.4, 0.2, 0.3], [0, 0, 1]]
         if i == 1:
-            boxes[0] = [0, 0, 0.25, 1]  # IoU of exactly 0.5 with the left half: that is not more
+            boxes[0] = [0, 0, 0.25, 1]  # IoU of exactly 0.5 with the left half, which counts
         if i in swapped:
             boxes[:2] = boxes[1::-1]
         regions[i] = boxes, embed
@@ -52,7 +52,7 @@ def test_hand_computed(annotated):
     assert result["pictures"] == 3 and result["distinct_descriptions"] == 3
     assert result["regions"] == 5 == result["regions_matched"]
     assert result["matched_iou"] == pytest.approx((1 + 1 + 0.5 + 1 + 1) / 5)
-    assert result["matched_iou50"] == pytest.approx(4 / 5)
+    assert result["matched_iou50"] == 1.0
     # Query 0 says beak: right twice, wrong of the crest. Query 1 says beak, crest, tail: its tails come third.
     assert result["region_to_description_r1"] == pytest.approx(2 / 5)
     # Of three texts all are among five.

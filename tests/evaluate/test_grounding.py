@@ -148,7 +148,7 @@ def test_faults(tmp_path):
         grounding.evaluate(predictor, images=tmp_path, annotations=path)
 
 
-def test_a_phrase_with_several_boxes_is_found_by_any_of_them(tmp_path):
+def test_phrases_with_several_boxes(tmp_path):
     path = _write(
         tmp_path,
         [
@@ -156,6 +156,7 @@ def test_a_phrase_with_several_boxes_is_found_by_any_of_them(tmp_path):
                 ([0, 0, 10, 10], "beak", 0.5),
                 ([10, 0, 20, 10], "Beak", 0.5),
                 ([0, 0, 20, 5], "tail", 0.5),
+                ([90, 0, 99, 9], "tail", 0.5),  # outside
             ],
             [([0, 0, 20, 10], "beak", 0.5)],
         ],
@@ -164,8 +165,27 @@ def test_a_phrase_with_several_boxes_is_found_by_any_of_them(tmp_path):
     regions = {i: ([[0.5, 0, 1, 1], [0, 0.5, 1, 1]], [[1, 0, 0], [0, 1, 0]]) for i in range(2)}
     predictor = StubPredictor({0: [1, 0, 0], 1: [1, 0, 0]}, TEXTS, regions)
     result = grounding.evaluate(predictor, images=tmp_path, annotations=path)
-    assert (result["regions"], result["phrases"]) == (4, 3)
-    assert result["phrase_iou"] == pytest.approx((1 + 0 + 0.5) / 3)
-    assert result["phrase_acc50"] == pytest.approx(2 / 3)
-    # The other query overlaps either beak by 50 of 150 pixels, the tail 1/3, the whole picture .5.
-    assert result["chance_phrase_iou"] == pytest.approx((1 + 1 / 3 + 1 / 3 + 0 + 0.5 + 0.5) / 6)
+    # Each box is a phrase of its own: beak left (IoU 0), right (1); tail (0); the other picture's beak (.5).
+    assert (result["regions"], result["phrases"]) == (4, 4)
+    assert result["phrase_iou"] == pytest.approx((0 + 1 + 0 + 0.5) / 4)
+    assert result["phrase_acc50"] == 2 / 4
+    # The other query overlaps either beak by 50 of 150 pixels, the tail 1/3 (query 0), the whole picture .5.
+    third = 1 / 3
+    expected = (0 + third + 1 + third + third + 0 + 0.5 + 0.5) / 8
+    assert result["chance_phrase_iou"] == pytest.approx(expected)
+
+    first, second = path.read_text().splitlines()
+    first = json.loads(first) | {"phrases": [[0, 1], [2, 3], [0, 1], [3]]}
+    first["regions"][1]["description"] = "beak"
+    path.write_text(json.dumps(first) + "\n" + second + "\n")
+    result = grounding.evaluate(predictor, images=tmp_path, annotations=path)
+    # Of the tail one box is left, and of the last phrase none. Merged, the two beaks are the whole picture.
+    assert (result["phrases"], result["phrases_of_several_boxes"]) == (4, 2)
+    assert result["phrase_iou"] == pytest.approx((1 + 0 + 1 + 0.5) / 4)
+    assert result["phrase_acc50"] == 3 / 4 == result["phrase_acc50_any_box"]
+    assert result["phrase_iou_merged_box"] == pytest.approx((0.5 + 0 + 0.5 + 0.5) / 4)
+    assert result["phrase_acc50_merged_box"] == 3 / 4
+
+    path.write_text(json.dumps(first | {"phrases": []}) + "\n")
+    result = grounding.evaluate(predictor, images=tmp_path, annotations=path)
+    assert result["phrases"] == 0 and "phrase_acc50" not in result and "box_iou" in result
