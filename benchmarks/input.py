@@ -288,7 +288,9 @@ def quality(paths: Sequence[epath.Path]) -> dict[str, Any]:
         picture = images.decode_image(encoded, str(path))
         expected = images.squash(picture, SIZE)
         for kind, size, setting in (("original", 0, 0), ("png", SIZE, 0), ("jpeg", SIZE, 95)):
-            stored = example.encode_picture(picture, encoded, example.Encoding(kind, setting, size))
+            stored, _ = example.encode_picture(
+                picture, encoded, example.Encoding(kind, setting, size)
+            )
             seen = transforms.squash(transforms.decode(stored), SIZE).numpy()
             if kind == "jpeg":
                 ratios.append(psnr(seen, expected))

@@ -263,9 +263,14 @@ def examples(
     folder: epath.Path,
     encoding: example.Encoding,
     workers: int,
+    rescued: list[int],
     read_lines: ReadLines = example.read_lines,
 ) -> Iterator[dict]:
-    """The lines of `ids` as examples. Raises BuildError where the input changed since it was checked."""
+    """The lines of `ids` as examples. Raises BuildError where the input changed since it was checked.
+
+    Args:
+      rescued: gets the numbers of the lines whose files are stored anew, since training cannot read them.
+    """
     lines = (line for line in read_lines(annotations) if line.number in ids)
     encode = functools.partial(example.encode, folder=str(folder), encoding=encoding)
     encoded = parallel.ordered_map(encode, lines, workers=workers)
@@ -273,7 +278,9 @@ def examples(
     for (number, identity), item in zip(ids.items(), good, strict=True):
         if isinstance(item, list):
             raise BuildError(f"{annotations}:{number}: {item[0]} (it was right when checked)")
-        yield item | {"id": identity}
+        if item.rescued:
+            rescued.append(number)
+        yield item.features | {"id": identity}
 
 
 def default_num_shards(num_examples: int, num_bytes: int) -> int:
@@ -352,12 +359,14 @@ def build(args: argparse.Namespace, read_lines: ReadLines = example.read_lines) 
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a banner
     from data import tfds_writer  # TensorFlow: slow to start, so after the checks
 
+    rescued: list[int] = []
     of = functools.partial(
         examples,
         annotations=annotations,
         folder=folder,
         encoding=encoding,
         workers=workers,
+        rescued=rescued,
         read_lines=read_lines,
     )
     tfds_writer.write(
@@ -381,6 +390,12 @@ def build(args: argparse.Namespace, read_lines: ReadLines = example.read_lines) 
             ).encode(),
         },
     )
+    if rescued:
+        print(
+            f"{annotations}: {len(rescued)} of {len(found.ids)} images stored as PNG, since training cannot"
+            f" read their files; the first is line {min(rescued)}'s",
+            file=sys.stderr,
+        )
     found.write_faults(listed)  # after the records: the list is of the set that is there
     sizes = f"{len(division.train)} pictures"
     if division.validation:

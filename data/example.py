@@ -72,16 +72,24 @@ def check(line: Line, *, folder: str) -> Verdict:
     )
 
 
-def encode(line: Line, *, folder: str, encoding: Encoding) -> dict[str, Any] | list[str]:
-    """The line as features (see data/SCHEMA.md; `id` may be None), or the faults it has by now."""
+class Encoded(NamedTuple):
+    """A line, ready to be written."""
+
+    features: dict[str, Any]  # see data/SCHEMA.md; `id` may be None
+    rescued: bool  # its file is stored anew, since training cannot read it
+
+
+def encode(line: Line, *, folder: str, encoding: Encoding) -> Encoded | list[str]:
+    """The line as features, or the faults it has by now."""
     checked = annotations.check_line(line.text, folder, line.encoded_picture)
     found, picture = checked.annotation, checked.picture
     if found is None:
         return checked.faults
     width, height = picture.size
-    return {
+    stored, rescued = encode_picture(picture, checked.encoded, encoding)
+    features = {
         "id": found.id,
-        "image": encode_picture(picture, checked.encoded, encoding),
+        "image": stored,
         "captions": list(found.captions),
         "synthetic_caption": found.synthetic_caption,
         "regions": [
@@ -94,14 +102,23 @@ def encode(line: Line, *, folder: str, encoding: Encoding) -> dict[str, Any] | l
             for x1, y1, x2, y2 in [region.box_xyxy]
         ],
     }
+    return Encoded(features, rescued)
 
 
-def encode_picture(picture: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> bytes:
-    """The bytes to store. "original" keeps the file's own wherever its pixels need no change."""
+def encode_picture(
+    picture: PIL.Image.Image, encoded: bytes, encoding: Encoding
+) -> tuple[bytes, bool]:
+    """The bytes to store. "original" keeps the file's own wherever its pixels need no change.
+
+    Returns: the bytes, and whether the file's own would have been kept, but training cannot read them.
+    """
     fits = encoding.size in (0, picture.width) and encoding.size in (0, picture.height)
+    rescued = False
     if encoding.kind == "original" and fits:
         if picture.mode in _STORED_AS_THEY_ARE.get(picture.format, ()):
-            return encoded
+            if _is_read_by_training(encoded, picture.size):
+                return encoded, False
+            rescued = True
     if encoding.size:
         picture = PIL.Image.fromarray(images.squash(picture, encoding.size))
     out = io.BytesIO()
@@ -110,7 +127,20 @@ def encode_picture(picture: PIL.Image.Image, encoded: bytes, encoding: Encoding)
         images.to_rgb(picture).save(out, "JPEG", quality=encoding.quality, subsampling=0)
     else:
         images.to_rgb(picture).save(out, "PNG")
-    return out.getvalue()
+    return out.getvalue(), rescued
+
+
+def _is_read_by_training(encoded: bytes, size: tuple[int, int]) -> bool:
+    """Whether tf.io decodes the file to an image of that width and height: it refuses damage that PIL reads over."""
+    import tensorflow as tf  # slow to start, and of no use to those who only check
+
+    from grain_jax.input_pipeline import transforms
+
+    try:
+        height, width, _ = transforms.decode(tf.constant(encoded)).shape
+    except tf.errors.InvalidArgumentError:
+        return False
+    return (width, height) == size
 
 
 def read_lines(path: epath.PathLike):

@@ -41,7 +41,7 @@ def features(encoding_format: str | None) -> tfds.features.FeaturesDict:
 class AnnotatedPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Pictures with captions and described regions, from examples that are handed in.
 
-    `name` is the set's; `splits` are their examples, dicts as `data.example.encode` returns them,
+    `name` is the set's; `splits` are their examples, dicts as `data.build.examples` yields them,
     ids unique.
     """
 

@@ -4,12 +4,14 @@ Pillow bounds the pixels alone. Its readers take memory or time without bound fo
 format's structure is walked here first: no pixel is decoded, and no value is read but lengths.
 """
 
+import re
 import struct
-from collections.abc import Iterator
 
 # RGB of so many pixels is 2^29 bytes, the most that tf.io, which training decodes with, takes. Pillow
 # refuses the same number by default. Decoded, it takes 0.7 GB.
 MAX_PIXELS = (1 << 29) // 3
+# A JPEG has no longer side; PNG has, but libpng reads none above 1,000,000.
+MAX_SIDE = 65_500
 # A photograph of MAX_PIXELS takes 0.2 to 1.5 bytes a pixel, in JPEG and in PNG.
 MAX_BYTES = 256 << 20
 # Segments of a JPEG ahead of its pixels, chunks of a PNG: Pillow needs some microseconds for each. Encoders
@@ -25,6 +27,7 @@ MAX_TAG_VALUES = 1 << 20
 _TIFF_HEADS = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 _UNIT_BYTES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)  # by a tag's type
 _BYTE_TYPES = (1, 2, 6, 7)
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # of a JPEG; neither filling nor a restart
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 
@@ -52,6 +55,8 @@ def pixels_fault(size: tuple[int, int]) -> str | None:
     width, height = size
     if width * height > MAX_PIXELS:
         return f"got {width} x {height} pixels, expected at most {MAX_PIXELS:,} in all"
+    if max(size) > MAX_SIDE:
+        return f"got {width} x {height} pixels, expected at most {MAX_SIDE:,} a side"
     return None
 
 
@@ -77,19 +82,23 @@ def _jpeg_fault(encoded: bytes) -> str | None:
         at += 2 + max(length, 2)
     if exif and (found := _tags_fault(b"".join(exif), "JPEG's Exif")):
         return found
-    if encoded.count(b"\xff\xda") > MAX_SCANS and sum(_scans(encoded, at)) > MAX_SCANS:
+    if encoded.count(b"\xff\xda") > MAX_SCANS and _scans(encoded, at) > MAX_SCANS:
         return f"got over {MAX_SCANS} scans of a progressive JPEG, expected about ten"
     return None
 
 
-def _scans(encoded: bytes, at: int) -> Iterator[bool]:
-    """For each segment from `at` to the first end of image whether it is a scan; thumbnails are inside others."""
-    while 0 <= at < len(encoded) - 3 and encoded[at + 1] != 0xD9:
-        marker = encoded[at + 1]
-        yield marker == 0xDA
-        if marker not in (0x00, 0xFF) and not 0xD0 <= marker <= 0xD8:
-            at += int.from_bytes(encoded[at + 2 : at + 4])
-        at = encoded.find(b"\xff", at + 1)
+def _scans(encoded: bytes, at: int) -> int:
+    """Scans from `at` to the end of the image, behind which a phone may put a film; or a number above MAX_SCANS."""
+    scans = parts = 0
+    while scans <= MAX_SCANS and (found := _MARKER.search(encoded, at)):
+        parts += 1
+        if parts > MAX_PARTS:
+            return MAX_SCANS + 1
+        if found[0] == b"\xff\xd9":
+            break
+        scans += found[0] == b"\xff\xda"
+        at = found.start() + 2 + int.from_bytes(encoded[found.end() : found.end() + 2])
+    return scans
 
 
 def _png_fault(encoded: bytes) -> str | None:

@@ -213,7 +213,7 @@ def test_encodings():
         picture.save(file, file_format)
         encoded = file.getvalue()
         decoded = images.decode_image(encoded)
-        out = example.encode_picture(decoded, encoded, example.Encoding(**fields))
+        out, _ = example.encode_picture(decoded, encoded, example.Encoding(**fields))
         return encoded, out, images.decode_image(out)
 
     encoded, out, _ = stored(rgb, "JPEG", kind="original")
