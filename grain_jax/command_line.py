@@ -81,6 +81,28 @@ def _cause_in(path: str, error: Exception) -> str:
 
 # Pairs of which exactly one is set: the one that the command line sets wins over the file's other.
 _EITHER_OR = (("total_steps", "total_epochs"), ("optim.warmup_steps", "optim.warmup_epochs"))
+_UNSET = ("None", "none", "{}")  # values that take an evaluator out, or all of them
+
+
+def _unset(name: str, overrides: list[str]) -> dict[str, str]:
+    """Those of `overrides` that are about a whole evaluator (`evals.NAME`) or all (`evals`): flag -> key.
+
+    Raises:
+      UserError: one has another value than None, which is all that a whole evaluator can be set to.
+    """
+    found = {}
+    for flag in overrides:
+        key, _, value = flag.removeprefix(f"--{name}.").partition("=")
+        if key == "evals" or (key.startswith("evals.") and key.count(".") == 1):
+            if value not in _UNSET:
+                what = "the evaluators" if key == "evals" else "the evaluator"
+                example = "evals.NAME.images" if key == "evals" else f"{key}.images"
+                raise errors.UserError(
+                    f"--{name}.{key}: got {value!r}, expected None, which takes {what} out, or a key of"
+                    f" one, such as --{name}.{example}=FOLDER"
+                )
+            found[flag] = key
+    return found
 
 
 def parse_config(
@@ -92,7 +114,7 @@ def parse_config(
     """Parses all flags of `argv` and resolves the config file; wrong usage exits with status 2.
 
     `total_steps` on the command line wins over the file's `total_epochs`, and the other way round; so do
-    the two lengths of the warm-up.
+    the two lengths of the warm-up. `--config.evals.NAME=None` takes an evaluator out, `--config.evals=None` all.
 
     Args:
       argv: the program's name, then the flags.
@@ -122,6 +144,8 @@ def parse_config(
         for key in given:
             if key not in known:
                 raise errors.UserError(f"--{name}.{key}: {config_lib.unknown_key(key, known)}")
+        unset = _unset(name, overrides)
+        argv = [argument for argument in argv if argument not in unset]
         left_over = (flags.FLAGS if flag_values is None else flag_values)(argv)[1:]
         if left_over:
             raise errors.UserError(
@@ -132,6 +156,9 @@ def parse_config(
             for key, other in (pair, pair[::-1]):
                 if key in given and other not in given:
                     config.update_from_flattened_dict({other: None})
+        for entry in list(config.get("evals", ())):
+            if {"evals", f"evals.{entry}"} & set(unset.values()):
+                del config.evals[entry]
         return resolve(config)
     except errors.UserError as error:
         fail(error)

@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
+from grain_jax import command_line, recipe
 from grain_jax import config as config_lib
-from grain_jax import recipe
 from grain_jax.recipe import points
 from tests import tiny
 from tests.paths import ROOT
@@ -276,18 +278,67 @@ def test_wrong_usage_is_one_line_and_status_2(arguments, message):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_the_command_line_wins_over_the_file_in_either_or_pairs(monkeypatch):
-    from absl import flags
-
-    from grain_jax import command_line
-
+def _parsed(monkeypatch, *arguments):
+    """The Config of a command line."""
     values = flags.FlagValues()
     monkeypatch.setattr(flags, "FLAGS", values)
-    argv = ["train", "--config", "configs/grain_vitb16_cc12m.py"]
-    argv += ["--config.total_steps=100", "--config.optim.warmup_steps=5"]
-    from ml_collections import config_flags
-
+    argv = ["train", *arguments]
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    c = command_line.parse_config(argv, holder)
+    return command_line.parse_config(argv, holder)
+
+
+def test_the_command_line_wins_over_the_file_in_either_or_pairs(monkeypatch):
+    given = ["--config", "configs/grain_vitb16_cc12m.py", "--config.total_steps=100"]
+    c = _parsed(monkeypatch, *given, "--config.optim.warmup_steps=5")
     assert (c.total_steps, c.total_epochs) == (100, None)
     assert (c.optim.warmup_steps, c.optim.warmup_epochs) == (5, None)
+
+
+@pytest.mark.parametrize(
+    "given, left",
+    [
+        (["--config.evals.seen=None"], ["grounding", "retrieval", "unseen"]),
+        (
+            [
+                "--config.evals.unseen.names=True",
+                "--config.evals.grounding=none",
+                "-config.evals.seen={}",
+            ],
+            ["retrieval", "unseen"],
+        ),
+        (["--config.evals=None"], []),
+        (["--config.evals={}", "--config.seed=3"], []),
+    ],
+)
+def test_flags_take_evaluators_out(monkeypatch, given, left):
+    c = _parsed(monkeypatch, "--config=configs/demo.py", *given)
+    assert list(c.evals) == left
+    assert "unseen" not in left or c.evals["unseen"].names == (len(given) == 3)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (
+            ["--config.evals.sen=None"],
+            "--config.evals.sen: no such key; did you mean evals.seen?",
+        ),
+        (
+            ["--config.evals.seen=0"],
+            "--config.evals.seen: got '0', expected None, which takes the evaluator out, or a key of one,"
+            " such as --config.evals.seen.images=FOLDER",
+        ),
+        (
+            [
+                "--config.evals.seen=None",
+                "--config.checkpoint_best_metric=eval/seen/alpha_1.0/top1",
+            ],
+            "checkpoint_best_metric: got 'eval/seen', expected one of eval/grounding, eval/retrieval,"
+            " eval/unseen",
+        ),
+    ],
+)
+def test_faults_of_flags_about_evaluators(monkeypatch, capsys, given, message):
+    with pytest.raises(SystemExit, match="2"):
+        _parsed(monkeypatch, "--config=configs/demo.py", *given)
+    assert capsys.readouterr().err == message + "\n"

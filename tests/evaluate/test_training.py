@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from configs import demo
 from grain_jax import config as config_lib
 from grain_jax import errors, train
 from grain_jax.evaluate import base
@@ -70,6 +71,19 @@ def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd
     assert {key.split("/")[1] for key in results} == {"classes", "retrieval", "grounding"}
     assert results["eval/classes/pictures"] == 11.0 and results["eval/classes/descriptions"] == 6.0
     assert 0 <= results["eval/classes/by_name/alpha_0.5/mean_per_class"] <= 1
+
+
+def test_the_demo_on_other_data_skips_its_aviary(tmp_path, monkeypatch, capfd):
+    config = config_lib.from_dict(demo.get_config())
+    monkeypatch.chdir(tmp_path)  # where no aviary is
+    assert base.present(config.evals) == {}
+    lines = capfd.readouterr().err.splitlines()
+    get = "not there; to get it: python -m data.aviary --output runs/aviary"
+    assert len(lines) == 4
+    assert lines[-1] == f"evals.unseen: skipped: runs/aviary/unseen: {get}"
+    mistyped = dataclasses.replace(config.evals["seen"], missing="error", images="runs/aviray/seen")
+    with pytest.raises(errors.UserError, match="runs/aviray/seen: no such folder"):
+        base.check(base.present({"seen": mistyped})["seen"])
 
 
 def test_diagnostics_know_the_run_and_its_step(data, tmp_path, monkeypatch):
