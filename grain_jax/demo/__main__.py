@@ -36,7 +36,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--checkpoint", required=True, help="workdir, checkpoint or converted folder"
     )
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable by others too")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0: others can use it, without a login"
+    )
     parser.add_argument(
         "--classes",
         help='{"class name": ["description", ...]}, or a class a line; the page can change them',
@@ -57,12 +59,15 @@ def main(argv: Sequence[str]) -> None:
         )
     _check_address(arguments.host, arguments.port)
     with tempfile.TemporaryDirectory(prefix="grain_jax_demo_") as folder:
+        uploads, examples = (epath.Path(folder) / name for name in ("uploads", "examples"))
+        uploads.mkdir()
+        examples.mkdir()
         # Read when Gradio is imported; what users upload goes with the folder.
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        _serve(arguments, epath.Path(folder))
+        os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+        _serve(arguments, uploads, examples)
 
 
-def _serve(arguments: argparse.Namespace, folder: epath.Path) -> None:
+def _serve(arguments: argparse.Namespace, uploads: epath.Path, folder: epath.Path) -> None:
     # JAX and Gradio take seconds to import.
     from grain_jax import inference
     from grain_jax.demo import analysis, page
@@ -74,7 +79,9 @@ def _serve(arguments: argparse.Namespace, folder: epath.Path) -> None:
     about = f"`{arguments.checkpoint}`: pictures of {predictor.model.image.image_size} pixels,"
     about += f" {analyst.queries or 'no'} regions."
     blocks = page.build(analyst, about, classes, examples)
-    url = page.launch(blocks, arguments.host, arguments.port, str(folder))
+    url = page.launch(
+        blocks, arguments.host, arguments.port, uploads=str(uploads), examples=str(folder)
+    )
     print(f"{url} (Ctrl-C ends it)", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     blocks.block_thread()

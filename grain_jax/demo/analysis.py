@@ -7,6 +7,7 @@ Embeddings come from a `Predictor` and are kept between calls; the arithmetic is
 import collections
 import hashlib
 import json
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +15,19 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-from grain_jax import errors, images, inference
+from grain_jax import annotations, errors, images, inference
 from grain_jax.evaluate import scores
 
 DIGITS = 4  # that numbers are shown with
-MANY = 1000  # classes are refused beyond it: a page is no place for them
+# A page is no place for more than:
+MANY = 1000  # classes
+MANY_DESCRIPTIONS = 100  # of a class, and phrases to find
+MANY_IN_ALL = 5000  # descriptions
+LONG = 500  # characters of a name, description or phrase
+LARGE = 1 << 20  # bytes of a file of classes
+SECONDS = 30.0  # that classes may take to encode: everybody else waits
+_AT_ONCE = 16  # classes that are encoded between two looks at the clock
+_ELSEWHERE = "for more use grain_jax.evaluate"
 _KEPT = 16  # pictures, and lists of classes, whose embeddings are kept
 _JSON = '{"class name": ["description", ...]}'
 
@@ -96,7 +105,8 @@ def parse_classes(text: str) -> Classes:
     ["name", ...].
 
     Raises:
-      DemoError: no class, one given twice, JSON of another form, or only some have descriptions.
+      DemoError: no class, one given twice, JSON of another form, only some have descriptions, or too
+        many or too long texts.
     """
     if text.lstrip().startswith(("{", "[")):
         pairs = _from_json(text)
@@ -120,15 +130,28 @@ def parse_classes(text: str) -> Classes:
     if not classes or "" in classes:
         raise DemoError("no class name; type one a line, e.g. robin: a red breast; a short beak")
     if len(classes) > MANY:
-        raise DemoError(
-            f"got {len(classes)} classes, expected at most {MANY}; for more use grain_jax.evaluate"
-        )
+        raise DemoError(f"got {len(classes)} classes, expected at most {MANY}; {_ELSEWHERE}")
+    for name, descriptions in classes.items():
+        if len(descriptions) > MANY_DESCRIPTIONS:
+            got = f"class {name[:40]!r}: got {len(descriptions)} descriptions"
+            raise DemoError(f"{got}, expected at most {MANY_DESCRIPTIONS}")
+        _check_lengths([name, *descriptions])
+    total = sum(map(len, classes.values()))
+    if total > MANY_IN_ALL:
+        raise DemoError(f"got {total} descriptions, expected at most {MANY_IN_ALL}; {_ELSEWHERE}")
     bare = [name for name, descriptions in classes.items() if not descriptions]
     if bare and len(bare) < len(classes):
         raise DemoError(
             f"class {bare[0]!r}: no description, but others have some; describe all classes or none"
         )
     return classes
+
+
+def _check_lengths(texts: Sequence[str]) -> None:
+    for text in texts:
+        if len(text) > LONG:
+            got = f"got a text of {len(text)} characters ({text[:30]!r}...)"
+            raise DemoError(f"{got}, expected at most {LONG}")
 
 
 def _from_json(text: str) -> list[tuple[str, Sequence[str]]]:
@@ -145,8 +168,8 @@ def _from_json(text: str) -> list[tuple[str, Sequence[str]]]:
             and isinstance(item[1], list)
             and all(isinstance(text, str) for text in item[1])
         ):
-            shown = json.dumps(item if not isinstance(item, tuple) else item[0])
-            raise DemoError(f"at {shown:.60}: expected {_JSON}")
+            shown = annotations.show(item if not isinstance(item, tuple) else item[0])
+            raise DemoError(f"at {shown}: expected {_JSON}")
     return named
 
 
@@ -169,7 +192,11 @@ def read_classes(path: epath.PathLike) -> Classes:
     """The classes in a file, `D.json` or lines as in `parse_classes`. Raises DemoError, which names the file."""
     path = epath.Path(path)
     try:
-        text = path.read_text()
+        with path.open("rb") as file:
+            content = file.read(LARGE + 1)
+        if len(content) > LARGE:
+            raise DemoError(f"{path.name}: more than {LARGE >> 20} MiB; {_ELSEWHERE}")
+        text = content.decode()
     except UnicodeDecodeError:
         raise DemoError(f"{path}: not a text file; expected {_JSON} or a class a line") from None
     except OSError as error:
@@ -227,7 +254,7 @@ class Analyst:
         features = _remembered(
             self._classes,
             tuple(classes.items()),
-            lambda: self.predictor.class_features(classes if described else list(classes)),
+            lambda: self._encode_classes(classes, described),
         )
         image_embed, boxes, region_embed = self._encode(picture)
         whole = scores.global_scores(image_embed, features.features)
@@ -256,7 +283,28 @@ class Analyst:
         """Each phrase with the box that fits it best. Raises DemoError where there is no phrase."""
         if not phrases:
             raise DemoError("no phrase; type one, e.g. a long orange beak")
+        if len(phrases) > MANY_DESCRIPTIONS:
+            got = f"got {len(phrases)} phrases"
+            raise DemoError(f"{got}, expected at most {MANY_DESCRIPTIONS}")
+        _check_lengths(phrases)
         return list(zip(phrases, self.predictor.ground(picture, phrases)))
+
+    def _encode_classes(self, classes: Classes, described: bool) -> inference.ClassFeatures:
+        """The classes' embeddings. Raises DemoError where they take longer than SECONDS."""
+        names, parts, start = list(classes), [], time.monotonic()
+        for first in range(0, len(names), _AT_ONCE):
+            if time.monotonic() - start > SECONDS:
+                raise DemoError(
+                    f"{first} of {len(names)} classes took {SECONDS:g} s; give fewer; {_ELSEWHERE}"
+                )
+            some = names[first : first + _AT_ONCE]
+            given = {name: classes[name] for name in some} if described else some
+            parts.append(self.predictor.class_features(given))
+        return inference.ClassFeatures(
+            tuple(names),
+            np.concatenate([part.features for part in parts]),
+            sum((part.descriptions for part in parts), ()) if described else None,
+        )
 
     def _encode(self, picture: PIL.Image.Image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """image_embed [1, D], boxes_xyxy [1, Q, 4], region_embed [1, Q, D]."""

@@ -7,6 +7,7 @@ the page.
 import functools
 import os
 from collections.abc import Sequence
+from typing import Any
 
 # Read when Gradio and huggingface_hub are imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -14,9 +15,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import gradio as gr  # noqa: E402
+from etils import epath  # noqa: E402
+from starlette import middleware  # noqa: E402
 
-from grain_jax import errors  # noqa: E402
-from grain_jax.demo import analysis, views  # noqa: E402
+from grain_jax import annotations, errors  # noqa: E402
+from grain_jax.demo import analysis, guard, views  # noqa: E402
+
+_UPLOADS_KEPT = 3600  # seconds
+_WAITING = 100  # calls at most
 
 
 def build(
@@ -32,7 +38,8 @@ def build(
     """
     with_regions = analyst.queries > 0
     start = views.hint("Drop a picture, or choose an example.")
-    with gr.Blocks(title="grain_jax", analytics_enabled=False) as page:
+    kept = {"delete_cache": (_UPLOADS_KEPT // 6, _UPLOADS_KEPT)}
+    with gr.Blocks(title="grain_jax", analytics_enabled=False, **kept) as page:
         gr.Markdown(f"## grain_jax: what the model sees\n{model}")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
@@ -158,7 +165,59 @@ def build(
         phrase.submit(ground, [picture, phrase], found, **one)
         picture.change(lambda: "", None, found, api_visibility="private", show_progress="hidden")
         file.upload(load, file, [message, text], **one).success(everything, given, shown, **one)
-    return page
+    return page.queue(max_size=_WAITING, api_open=False)
+
+
+def check(page: gr.Blocks, folder: str, event: Any, values: Any) -> None:
+    """Raises ValueError for values that the page itself would not send to one of its functions.
+
+    Args:
+      page: of `build`.
+      folder: of the uploads; no other file is read.
+      event: number of the function, as a call has it.
+      values: of its inputs, as a call has them.
+    """
+    if type(event) is not int or event not in page.fns:
+        raise ValueError(f"fn_index: got {annotations.show(event)}, expected a number of the page")
+    inputs = page.fns[event].inputs
+    if not isinstance(values, list) or len(values) != len(inputs):
+        raise ValueError(f"data: expected a list of {len(inputs)} values")
+    for index, (component, value) in enumerate(zip(inputs, values)):
+        expected = _expected(component, value, folder)
+        if expected:
+            got = annotations.show(value)
+            raise ValueError(f"data[{index}]: got {got}, expected {expected}")
+
+
+def _expected(component: gr.components.Component, value: Any, folder: str) -> str:
+    """What a component's value should be; "" where it is."""
+    match component:
+        case gr.Image():
+            fits = value is None or _is_upload(value, folder)
+            return "" if fits else "null or a picture that was uploaded here"
+        case gr.UploadButton():
+            return "" if _is_upload(value, folder) else "a file that was uploaded here"
+        case gr.Textbox():
+            return "" if isinstance(value, str) else "a text"
+        case gr.Dropdown():
+            return "" if value is None or isinstance(value, str) else "a text"
+        case gr.Checkbox():
+            return "" if isinstance(value, bool) else "true or false"
+        case gr.Slider():
+            number = value is None or (isinstance(value, int | float) and abs(value) < 1e9)
+            return "" if number else "a number"
+        case gr.Dataset():
+            fits = type(value) is int and 0 <= value < len(component.raw_samples)
+            return "" if fits else "the number of an example"
+    return "a component of the page"
+
+
+def _is_upload(value: Any, folder: str) -> bool:
+    path = value.get("path") if isinstance(value, dict) else None
+    if not isinstance(path, str) or not path.startswith("/") or "\0" in path:
+        return False
+    file = epath.Path(path).resolve()
+    return file.is_relative_to(epath.Path(folder).resolve()) and file.is_file()
 
 
 def _within(slider: gr.Slider, value: float | None) -> float:
@@ -167,18 +226,22 @@ def _within(slider: gr.Slider, value: float | None) -> float:
     return min(max(value, slider.minimum), slider.maximum)
 
 
-def launch(page: gr.Blocks, host: str, port: int | None, folder: str) -> str:
+def launch(page: gr.Blocks, host: str, port: int | None, *, uploads: str, examples: str) -> str:
     """Starts to serve the page, and returns its address.
 
     Args:
       page: of `build`.
       host: address to listen on.
       port: None for the first free one from 7860.
-      folder: that examples lie in.
+      uploads: folder of what users upload; Gradio offers it for download, never for display.
+      examples: folder that examples lie in, and nothing that a user gave: it is served as it is.
 
     Raises:
       analysis.DemoError: no port is free.
     """
+    guarded = middleware.Middleware(
+        guard.Guard, folder=uploads, check=functools.partial(check, page, uploads)
+    )
     try:
         _, url, _ = page.launch(
             server_name=host,
@@ -191,7 +254,9 @@ def launch(page: gr.Blocks, host: str, port: int | None, folder: str) -> str:
             mcp_server=False,
             run_history=False,
             footer_links=[],
-            allowed_paths=[folder],
+            allowed_paths=[examples],
+            max_file_size=guard.MAX_FILE,
+            app_kwargs={"middleware": [guarded]},
             theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
                 # Gradio's own are too pale to read.
                 block_info_text_color="*neutral_600",

@@ -1,0 +1,181 @@
+"""What stands before the page: calls that the page itself would not make are refused with a status 4xx and one line.
+
+Gradio serves much that this page has no use for, reads paths and URLs out of calls, and answers what it
+cannot read with status 500 and a traceback. Nothing here needs Gradio: it is ASGI.
+"""
+
+import contextlib
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+MAX_FILE = 32 << 20  # bytes of an upload
+MAX_CALL = 1 << 20  # bytes of any other call
+MAX_STORED = 1 << 30  # bytes of all uploads that are not deleted yet
+_ENVELOPE = 64 << 10  # bytes around the file in an upload
+_API = "/gradio_api"
+_UPLOAD = f"{_API}/upload"
+_EVENTS = (f"{_API}/queue/join", f"{_API}/run/predict")
+_POSTS = (_UPLOAD, *_EVENTS, f"{_API}/cancel", f"{_API}/reset")
+# Other addresses, which Gradio would fetch for whoever asks; and sessions, which it would store.
+_ELSEWHERE = re.compile(f"{_API}/(proxy=|file=(?!/)|deep_link)")
+_ABANDONED = 600  # seconds after which what is left of an upload that was cut off is deleted
+_READ_ON = 1 << 30  # bytes of a refused upload: a client that is not read sees no response
+
+
+class Refused(Exception):
+    """A call that is refused.
+
+    Attributes:
+      status: of the response; the message is its line.
+    """
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(reason)
+        self.status = status
+
+
+class Guard:
+    """ASGI middleware.
+
+    Args:
+      app: what the other calls go to.
+      folder: of the uploads.
+      check: raises ValueError for the values of an event (its number, and the values as JSON has them)
+        that the page would not send; the message says which and why.
+    """
+
+    def __init__(self, app: Callable, folder: str, check: Callable[[Any, Any], None]):
+        self._app, self._folder, self._check = app, folder, check
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
+        """Serves a call."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = False
+
+        async def answer(message):
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, await self._checked(scope, receive), answer)
+        except Refused as error:
+            if error.status == 413:
+                await _read_on(receive)
+            await _refuse(answer, error.status, str(error), begun)
+        except Exception as error:  # of calls that Gradio cannot read, there are all kinds
+            reason = _line(f"{type(error).__name__}: {error}")
+            print(_line(f"{scope['method']} {scope['path']}: {reason}"), file=sys.stderr)
+            await _refuse(answer, 400, f"this cannot be served: {reason}", begun)
+
+    async def _checked(self, scope: dict[str, Any], receive: Callable) -> Callable:
+        """`receive` of a call that may go on; its body is bounded."""
+        path = scope["path"].rstrip("/")
+        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            if _ELSEWHERE.match(path):
+                raise Refused(404, "expected a part of the page, or a file that was uploaded here")
+            return receive
+        if path not in _POSTS:
+            raise Refused(404, "the page makes no such call")
+        if path == _UPLOAD:
+            if _stored(self._folder) > MAX_STORED:
+                raise Refused(413, "too many uploads are stored here; try again in an hour")
+            most, limit = MAX_FILE + _ENVELOPE, f"{MAX_FILE >> 20} MiB a file"
+            length = dict(scope["headers"]).get(b"content-length", b"")
+            if length.isdigit() and int(length[:20]) > most:
+                raise Refused(413, f"expected at most {limit}")
+            return _bounded(receive, most, limit)
+        receive = _bounded(receive, MAX_CALL, f"{MAX_CALL >> 20} MiB")
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        try:
+            call = json.loads(body, parse_constant=_not_json)
+            if not isinstance(call, dict):
+                raise ValueError("expected an object")
+            if path in _EVENTS:
+                self._check(call.get("fn_index"), call.get("data"))
+        except (ValueError, RecursionError) as error:
+            raise Refused(400, _line(str(error))) from None
+        return _repeated(body, receive)
+
+
+def _not_json(constant: str) -> None:
+    raise ValueError(f"got {constant}, expected JSON")
+
+
+def _bounded(receive: Callable, most: int, limit: str) -> Callable:
+    left = most
+
+    async def bounded():
+        nonlocal left
+        message = await receive()
+        left -= len(message.get("body", b""))
+        if left < 0:
+            raise Refused(413, f"expected at most {limit}")
+        return message
+
+    return bounded
+
+
+def _repeated(body: bytes, receive: Callable) -> Callable:
+    """`receive` that gives `body` again, which was read."""
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def repeated():
+        return waiting.pop() if waiting else await receive()
+
+    return repeated
+
+
+async def _read_on(receive: Callable) -> None:
+    """Reads what a client still sends, and keeps none of it."""
+    left, more = _READ_ON, True
+    while more and left > 0:
+        message = await receive()
+        left -= len(message.get("body", b""))
+        more = message.get("more_body", False)
+
+
+def _stored(folder: str) -> int:
+    """Bytes of all files in the folder and its folders, of which those that were abandoned are deleted first."""
+    total = 0
+    # Gradio moves whole uploads into folders of their own.
+    for pattern in ("*", "*/*"):
+        for path in epath.Path(folder).glob(pattern):
+            with contextlib.suppress(FileNotFoundError):  # deleted by now
+                found = path.stat()
+                if found.is_directory:
+                    continue
+                if pattern == "*" and time.time() - found.mtime > _ABANDONED:
+                    path.unlink()
+                else:
+                    total += found.length
+    return total
+
+
+async def _refuse(send: Callable, status: int, reason: str, begun: bool) -> None:
+    """Sends the line; ends the response where one has begun."""
+    if begun:
+        await send({"type": "http.response.body", "body": b""})
+        return
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    body = json.dumps({"detail": reason}).encode()
+    await send({"type": "http.response.body", "body": body})
+
+
+def _line(text: str) -> str:
+    """A text on one line that a terminal and a log can show."""
+    text = " ".join(text.split())[:300]
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
