@@ -9,3 +9,7 @@ class UserError(ValueError):
     """
 
     status = 2
+
+
+class MissingData(UserError):
+    """A data set is not there; the message is one line and names the command that makes it."""

@@ -22,6 +22,7 @@ import grain_jax
 from grain_jax import config as config_lib
 from grain_jax import errors, inference
 from grain_jax.convert import parity
+from grain_jax.input_pipeline import tokenizer
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Of max|b|, against the Predictor. In bfloat16 the compiler fuses other sums, each of which is rounded.
@@ -163,14 +164,19 @@ def _tokenizer_name(tower: config_lib.TextTower) -> str:
 
 
 def _copy_tokenizer(predictor: inference.Predictor, output: epath.Path) -> None:
+    """Copies the tokenizer's file from the model's folder; nothing that a config names elsewhere."""
     tower = predictor.model.text
     if tower.tokenizer == "clip":
         return
-    for folder in (predictor.folder or "", ""):
-        path = epath.Path(folder) / tower.tokenizer
-        if path.exists():
-            (output / path.name).write_bytes(path.read_bytes())
-            return
+    path = tokenizer.file_of(tower, predictor.folder)
+    if path.exists() and tokenizer.is_inside(path, predictor.folder):
+        (output / path.name).write_bytes(path.read_bytes())
+    else:
+        print(
+            f"model.text.tokenizer: {tower.tokenizer} is no file in {predictor.folder}, so it was not copied;"
+            f" put the tokenizer's file into {output}",
+            file=sys.stderr,
+        )
 
 
 def _compare(

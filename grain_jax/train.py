@@ -46,7 +46,7 @@ from grain_jax import (
 from grain_jax import config as config_lib
 from grain_jax.evaluate import base as evaluate
 from grain_jax.evaluate import processes
-from grain_jax.input_pipeline import device, synthetic
+from grain_jax.input_pipeline import device, synthetic, tokenizer
 from grain_jax.report import page, pictures
 
 CONFIG = command_line.define_config()
@@ -81,8 +81,13 @@ def keep_freed_memory() -> None:
     mallopt(m_trim_threshold, -1)
 
 
-def open_source(config: config_lib.Config, notice: preemption.Notice | None = None):
-    """The module that serves the config's batches; makes the data set first if the config says how."""
+def open_source(config: config_lib.Config):
+    """The module that serves the config's batches.
+
+    Raises:
+      MissingData: a record set is not there; `prepare_missing_data` may make it.
+      UserError: the records cannot be used, or TensorFlow is not installed.
+    """
     if config.input.source == "synthetic":
         return synthetic
     try:  # TensorFlow: not on every machine, and slow to import
@@ -92,18 +97,24 @@ def open_source(config: config_lib.Config, notice: preemption.Notice | None = No
             f"input.source=records needs {error.name}: pip install -e '.[data]', or take"
             " --config.input.source=synthetic"
         ) from None
-    if jax.process_index() == 0 and config.input.prepare:
-        try:
-            records.find(config)
-        except records.MissingData:
-            prepare_data(config.input, notice or preemption.Notice())
-    wait_for_all("data set prepared")
     records.find(config)
     return records
 
 
-def prepare_data(config: config_lib.Input, notice: preemption.Notice) -> None:
-    """Runs the config's command that makes the data set."""
+def prepare_missing_data(config: config_lib.Config, notice: preemption.Notice) -> None:
+    """Runs `input.prepare` where a record set is missing.
+
+    Only the trainer calls this, with the config that its user passed: a stored config may come from anyone.
+    """
+    if jax.process_index() == 0 and config.input.source == "records" and config.input.prepare:
+        try:
+            open_source(config)
+        except errors.MissingData:
+            _run_prepare(config.input, notice)
+    wait_for_all("data set prepared")
+
+
+def _run_prepare(config: config_lib.Input, notice: preemption.Notice) -> None:
     command = [word.format(**vars(config)) for word in shlex.split(config.prepare)]
     print(f"No data set yet: python -m {shlex.join(command)}", file=sys.stderr, flush=True)
     with subprocess.Popen([sys.executable, "-m", *command]) as notice.child:
@@ -150,7 +161,8 @@ def train(
         lanes=config.input.lanes,
         process_index=jax.process_index(),
     )
-    source = open_source(config, notice)
+    prepare_missing_data(config, notice)
+    source = open_source(config)
     total_steps, steps_per_epoch = resolve_steps(config, source.num_examples(config))
     evals = evaluate.present(config.evals)
     for entry in evals.values():  # now, not after the last step
@@ -180,6 +192,7 @@ def train(
     log = None
     if main_process:
         atomic.write_text(workdir / "config.json", config_lib.to_json(config))
+        tokenizer.keep_copy(config.model.text, workdir)
         peak = flops.peak_flops(jax.devices()[0].device_kind, config.dtype)
         log = monitor.Monitor(
             workdir,

@@ -17,6 +17,7 @@ from etils import epath
 
 import grain_jax
 from grain_jax import atomic, errors, inference
+from grain_jax.input_pipeline import tokenizer
 
 DEFAULT = "~/.cache/grain_jax/text_features"
 
@@ -64,10 +65,7 @@ class CachedTexts:
             digest.update(f"{word};".encode())
         digest.update(repr(model.text).encode())
         if model.text.tokenizer != "clip":
-            path = epath.Path(model.text.tokenizer)
-            if folder is not None and (epath.Path(folder) / path).exists():
-                path = epath.Path(folder) / path
-            digest.update(path.read_bytes())
+            digest.update(tokenizer.file_of(model.text, folder).read_bytes())
         of_text = {k: v for k, v in self.params.items() if k.startswith("text")}
         digest.update(digest_of(of_text).encode())
         return digest.digest()

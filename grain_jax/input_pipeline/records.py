@@ -40,10 +40,6 @@ class DataError(errors.UserError):
     """The set is there but cannot be used, or one of its records cannot; the message is one line."""
 
 
-class MissingData(errors.UserError):
-    """There is no such set; the message is one line and names the command that makes one."""
-
-
 class RecordSet(NamedTuple):
     """Where a set is and the lengths of its shards."""
 
@@ -72,7 +68,7 @@ def _find(source: Dataset) -> RecordSet:
             if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").exists()
         ]
     if not versions:
-        raise MissingData(
+        raise errors.MissingData(
             f"no record set {source.name!r} in {source.data_dir!r} (looked for"
             f" {folder}/1.0.0); make it with: python -m data.build --annotations A.jsonl --images DIR"
             f" --output {source.data_dir or 'DIR'} --name {source.name or 'NAME'}"

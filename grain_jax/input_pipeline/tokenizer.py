@@ -231,12 +231,55 @@ class FileTokenizer:
 Tokenizer = ClipTokenizer | FileTokenizer
 
 
+def file_of(tower: config_lib.TextTower, folder: epath.PathLike | None = None) -> epath.Path:
+    """The file that `model.text.tokenizer` names, whether it exists or not.
+
+    Args:
+      tower: a text tower whose tokenizer is a file.
+      folder: where the model lies. A relative path is looked for there first. Of a checkpoint in a
+        workdir, the copy that the trainer keeps in the workdir comes next.
+    """
+    path = epath.Path(tower.tokenizer)
+    if folder is not None:
+        folder = epath.Path(folder)
+        candidates = [] if path.is_absolute() else [folder / path]
+        if folder.parent.name == "checkpoints":
+            candidates.append(folder.parent.parent / path.name)
+        for candidate in candidates:
+            if candidate.exists():
+                return candidate
+    return path
+
+
+def is_inside(path: epath.Path, folder: epath.PathLike | None) -> bool:
+    """Whether `path` lies below the model's folder (or its workdir), also after links are followed."""
+    if folder is None:
+        return False
+    folder = epath.Path(folder)
+    if folder.parent.name == "checkpoints":
+        folder = folder.parent.parent
+    if "://" in str(folder):  # an object store has no links
+        return path.is_relative_to(folder) and ".." not in path.parts
+    real = os.path.realpath(folder)  # etils' own resolve() follows no links
+    return os.path.commonpath([real, os.path.realpath(path)]) == real
+
+
+def keep_copy(tower: config_lib.TextTower, workdir: epath.Path) -> None:
+    """Copies the tokenizer's file into the workdir, so that its checkpoints need nothing from outside."""
+    if tower.tokenizer == "clip":
+        return
+    path = file_of(tower)
+    copy = workdir / path.name
+    if path.exists() and not (copy.exists() and copy.read_bytes() == path.read_bytes()):
+        copy.write_bytes(path.read_bytes())
+
+
 def of_tower(tower: config_lib.TextTower, folder: epath.PathLike | None = None) -> Tokenizer:
     """The tokenizer of a text tower, as `model.text.tokenizer` names it.
 
     Args:
       tower: the text tower's config.
-      folder: where a converted model lies; a relative path is looked for there first.
+      folder: where the model lies (`file_of`).
 
     Raises:
       TokenizerError: it cannot be read, or has ids that the tower has no embedding for.
@@ -248,10 +291,7 @@ def of_tower(tower: config_lib.TextTower, folder: epath.PathLike | None = None) 
                 f"model.text.pad_id: got {tower.pad_id}, expected {PAD}, CLIP's tokenizer's"
             )
     else:
-        path = epath.Path(tower.tokenizer)
-        if folder is not None and (epath.Path(folder) / path).exists():
-            path = epath.Path(folder) / path
-        tokenizer = FileTokenizer(path, tower.cleaning, tower.pad_id)
+        tokenizer = FileTokenizer(file_of(tower, folder), tower.cleaning, tower.pad_id)
         vocabulary = tokenizer.vocab_size
     if vocabulary > tower.vocab_size:
         raise TokenizerError(

@@ -16,7 +16,7 @@ from etils import epath
 from safetensors import numpy as safetensors
 
 import grain_jax
-from grain_jax import checkpoint, images
+from grain_jax import checkpoint, digests, images, receipt
 from grain_jax.convert import huggingface, model_card, parity
 from grain_jax.convert import torch as reference
 from grain_jax.convert.__main__ import main
@@ -532,7 +532,10 @@ def test_a_run_is_told_of_in_the_model_card_and_its_average_is_what_is_written(t
     c = dataclasses.replace(c, model=model)
     workdir = tmp_path / "run"
     checkpoints = checkpoint.manager(workdir, c)
-    checkpoint.save(checkpoints, State(9, perturbed.params(model), average), c, {})
+    saved = State(9, perturbed.params(model), average)
+    digest = {"ema_params": digests.of_arrays(average)}
+    record = {"config": receipt.config_sha256(c), "state": digest}
+    checkpoint.save(checkpoints, saved, c, record)
     checkpoints.close()
     lines = [
         {"step": 5, "eval/birds/accuracy": 0.25},

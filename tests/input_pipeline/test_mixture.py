@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from grain_jax import checkpoint, train, verify
+from grain_jax import checkpoint, errors, train, verify
 from grain_jax import config as config_lib
 from grain_jax.input_pipeline import order, records
 from tests import record_sets, tiny
@@ -214,7 +214,7 @@ def test_a_set_of_few_shards_and_a_missing_one_are_named(folder):
     assert str(error.value).startswith(
         "input.lanes: got 16, expected at most 8, the number of shards of 'birds'; set input.lanes=8"
     )
-    with pytest.raises(records.MissingData, match="no record set 'fish' in .*--name fish$"):
+    with pytest.raises(errors.MissingData, match="no record set 'fish' in .*--name fish$"):
         records.batches(mixture(folder, {"birds": 1.0, "fish": 1.0}))
     values = entries(folder)
     values[1]["split"] = "validation"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from grain_jax import images
+from grain_jax import errors, images
 from grain_jax.input_pipeline import order, packing, records, tokenizer
 from tests import record_sets
 
@@ -253,7 +253,7 @@ def test_pictures_are_squashed_as_they_come(tmp_path):
 
 def test_a_missing_set_names_the_command(tmp_path):
     config = record_sets.config(tmp_path, name="birds")
-    with pytest.raises(records.MissingData) as error:
+    with pytest.raises(errors.MissingData) as error:
         records.batches(config)
     message = str(error.value)
     assert "\n" not in message and f"{tmp_path}/birds/1.0.0" in message
@@ -262,7 +262,7 @@ def test_a_missing_set_names_the_command(tmp_path):
         in message
     )
     (tmp_path / "birds/incomplete.ABC_1.0.0").mkdir(parents=True)
-    with pytest.raises(records.MissingData):
+    with pytest.raises(errors.MissingData):
         records.num_examples(config)
 
 
