@@ -41,6 +41,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 # model on 1 and on 4 devices), and the losses are printed without a judgement.
 HORIZON = 50
 STEPS = 5  # where no checkpoint says how far
+MOST_DEVICES = 512  # virtual ones; each has threads of its own, and a record may say any number
 
 # What of a config decides which numbers come out; the rest may change from one restart to the next.
 _COMPUTED = (
@@ -564,13 +565,14 @@ def _whole_number(text: str) -> int:
 
 
 def _recorded_devices(workdir: epath.Path) -> int:
-    """How many CPU devices the run had at most; 0 where it had others, or records cannot be read."""
+    """How many CPU devices the run had at most; 0 where it had others, too many to imitate, or bad records."""
     try:
         records = [json.loads(line) for line in receipt.read(workdir)]
         on_cpu = [r["mesh"] for r in records if r["environment"]["platform"] == "cpu"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        count = max((int(math.prod(mesh.values())) for mesh in on_cpu), default=0)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError, OSError):
         return 0
-    return max((math.prod(mesh.values()) for mesh in on_cpu), default=0)
+    return count if 0 < count <= MOST_DEVICES else 0
 
 
 def main(argv: list[str]) -> int:

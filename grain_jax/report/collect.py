@@ -81,7 +81,10 @@ def collect(
             made["whole"] &= isinstance(error, _NotThere)
 
     with line("model"):
-        predictor = predictor or grain_jax.load(workdir)
+        if predictor is None:
+            predictor = grain_jax.load(workdir)
+            # An older checkpoint, where the newest one is damaged.
+            made["asked"]["step"] = int(epath.Path(predictor.folder).name)
     if predictor is None:
         return made | {"thumbs": []}
     for name, entry in evals.items():
