@@ -73,15 +73,21 @@ def _calls_on_files(tree):
                     "_exit",
                     "dup",
                     "dup2",
+                    "stat",  # epath's asks for the owner's name, which a container may not know
                 ):
                     yield node.lineno, f"os.{node.func.attr}("
                 if node.func.value.id in ("pathlib", "shutil", "glob"):
                     yield node.lineno, f"{node.func.value.id}.{node.func.attr}("
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute):
-            if isinstance(node.value.value, ast.Name) and (
-                node.value.value.id,
-                node.value.attr,
-            ) == ("os", "path"):
+            if (
+                isinstance(node.value.value, ast.Name)
+                and (
+                    node.value.value.id,
+                    node.value.attr,
+                )
+                == ("os", "path")
+                and node.attr != "realpath"
+            ):  # epath's resolve() follows no links
                 yield node.lineno, f"os.path.{node.attr}"
 
 

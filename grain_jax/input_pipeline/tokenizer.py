@@ -260,8 +260,8 @@ def is_inside(path: epath.Path, folder: epath.PathLike | None) -> bool:
         folder = folder.parent.parent
     if "://" in str(folder):  # an object store has no links
         return path.is_relative_to(folder) and ".." not in path.parts
-    real = os.path.realpath(folder)  # etils' own resolve() follows no links
-    return os.path.commonpath([real, os.path.realpath(path)]) == real
+    # etils' own resolve() follows no links.
+    return epath.Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def keep_copy(tower: config_lib.TextTower, workdir: epath.Path) -> None:
