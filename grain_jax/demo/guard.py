@@ -6,7 +6,9 @@ cannot read with status 500 and a traceback. Nothing here needs Gradio: it is AS
 
 import contextlib
 import json
+import os
 import re
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -154,13 +156,13 @@ def _stored(folder: str) -> int:
     for pattern in ("*", "*/*"):
         for path in epath.Path(folder).glob(pattern):
             with contextlib.suppress(FileNotFoundError):  # deleted by now
-                found = path.stat()
-                if found.is_directory:
+                found = os.stat(path)
+                if stat.S_ISDIR(found.st_mode):
                     continue
-                if pattern == "*" and time.time() - found.mtime > _ABANDONED:
+                if pattern == "*" and time.time() - found.st_mtime > _ABANDONED:
                     path.unlink()
                 else:
-                    total += found.length
+                    total += found.st_size
     return total
 
 
