@@ -126,6 +126,9 @@ class Init:
     image: str | None = None  # ours, big_vision's .npz (`path:sub-tree`), CLIP's or SigLIP's
     text: str | None = None
     resize: str = "bilinear"  # of the image's positions to another grid; or "bicubic"
+    decoder: str | None = (
+        None  # ours: the decoder, projections of image and regions, box head, logit scale
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +216,7 @@ class Optim:
     decay_groups: str  # "matrices" or "reference" (quirk 7)
     clip_norm: float  # global norm that gradients are scaled down to; 0 = off
     frozen: tuple[str, ...] = ()  # regular expressions: parameters that are never updated (LiT)
+    layer_decay: float = 1.0  # of the towers' learning rates, a layer (optim.layer_scales); 1 = off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -446,6 +450,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "optim.warmup_steps": (0, math.inf),
     "optim.warmup_epochs": (0, math.inf),
     "optim.clip_norm": (0, math.inf),
+    "optim.layer_decay": (0.01, 1),
     "mesh.data": (-1, math.inf),
     "mesh.fsdp": (1, math.inf),
     "mesh.tensor": (1, math.inf),
@@ -616,6 +621,10 @@ def _check(config: Config, faults: list[str]) -> None:
         faults.append(
             f"input.max_regions: got {config.input.max_regions}, expected 0: a model without"
             " model.decoder has no regions"
+        )
+    if config.init.decoder is not None and config.model.decoder is None:
+        faults.append(
+            f"init.decoder: got {config.init.decoder!r}, but model.decoder is None; expected no init.decoder"
         )
     _one_of("init.resize", config.init.resize, ("bilinear", "bicubic"), faults)
     for pattern in config.optim.frozen:

@@ -1,4 +1,4 @@
-"""Towers that start from a checkpoint (`init.image`, `init.text`) instead of from the seed.
+"""Parts that start from a checkpoint (`init.image`, `init.text`, `init.decoder`) instead of from the seed.
 
 Every array is accounted for: what the model wants and the checkpoint lacks is an error, what the
 checkpoint has and the model does not take is named. Positions are resized to the model's.
@@ -26,9 +26,14 @@ _PREFIXES = {
     "text": (("text/", "text_norm/", "text_pool/", "text_projection/"), ()),
 }
 
+# The parameters of all towers of a model with a decoder.
+_TOWERS = tuple(prefix for own, _ in _PREFIXES.values() for prefix in own)
+# What a decoder's config says of its training and of its beginning.
+_NOT_COMPARED = {"dropout", "qkv_init_gain", "unroll"}
+
 
 class Loaded(NamedTuple):
-    """The arrays of towers, and what to say about them."""
+    """The arrays of towers and decoder, and what to say about them."""
 
     params: dict[str, np.ndarray]  # our flat names -> float32
     report: list[str]
@@ -37,7 +42,7 @@ class Loaded(NamedTuple):
 def state_of_step_0(
     config: config_lib.Config, program: train_step.Program, say: Callable[[str], None]
 ) -> train_step.TrainState:
-    """A run's first state: from its seed, with the towers of `config.init` in their places.
+    """A run's first state: from its seed, with the parts of `config.init` in their places.
 
     Args:
       config: the run's. Every process reads the checkpoints that it names.
@@ -48,7 +53,7 @@ def state_of_step_0(
       TowerError: as `load`.
     """
     state = program.init()
-    if config.init.image is None and config.init.text is None:
+    if {config.init.image, config.init.text, config.init.decoder} == {None}:
         return state
     loaded = load(config)
     for line in loaded.report:
@@ -102,7 +107,7 @@ def resize_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
 
 
 def load(config: config_lib.Config) -> Loaded:
-    """The arrays of the towers that `config.init` names; `config.model` says what they must be.
+    """The arrays of the parts that `config.init` names; `config.model` says what they must be.
 
     Raises:
       TowerError: a checkpoint cannot be read, has another tower than the config, or lacks arrays; a
@@ -119,7 +124,36 @@ def load(config: config_lib.Config) -> Loaded:
             loaded = _load_tower(config, which, path, shapes)
         params |= loaded.params
         report += loaded.report
+    if config.init.decoder is not None:
+        with towers.naming("init.decoder: "):
+            found = _load_decoder(config.model, config.init.decoder, shapes)
+        params |= found
+        report.append(f"init.decoder: {len(found)} arrays from {config.init.decoder}")
     return Loaded(params, report)
+
+
+def _load_decoder(model: config_lib.Model, path: str, shapes) -> dict[str, np.ndarray]:
+    """All that is no tower's, of a checkpoint of ours."""
+    ours, flat = _read_ours(path)
+    if ours.decoder is None:
+        raise TowerError(f"{path}: has no region decoder; expected a run or checkpoint of GRAIN's")
+    faults = towers.differences("decoder", ours.decoder, model.decoder, _NOT_COMPARED)
+    if faults:
+        raise TowerError("\n".join(f"{path}: {fault}" for fault in faults))
+    rest = lambda named: {  # noqa: E731
+        name: x for name, x in named.items() if not name.startswith(_TOWERS)
+    }
+    towers.check_shapes(rest(flat), rest(shapes), {})
+    return rest(flat)
+
+
+def _read_ours(path: str) -> tuple[config_lib.Model, dict[str, np.ndarray]]:
+    """The model of a workdir, checkpoint or converted folder, and its arrays by their flat names."""
+    try:
+        ours, params, _ = checkpoint.load_model(epath.Path(path))
+    except checkpoint.CheckpointError as error:
+        raise TowerError(str(error)) from None
+    return ours, {name: np.asarray(x, np.float32) for name, x in grain.flat(params).items()}
 
 
 def _load_tower(config, which: str, path: str, shapes) -> Loaded:
@@ -197,11 +231,7 @@ def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, list[s
         return tower, big_vision.unused(stored, tower)
     folder = epath.Path(path)
     if folder.is_dir() and any((folder / x).is_dir() for x in ("params", "checkpoints", "state")):
-        try:
-            ours, params, _ = checkpoint.load_model(folder)
-        except checkpoint.CheckpointError as error:
-            raise TowerError(str(error)) from None
-        flat = {name: np.asarray(x, np.float32) for name, x in grain.flat(params).items()}
+        ours, flat = _read_ours(path)
         params = _own(which, ours, flat)
         names = {name: name for name in params}
         tower = Tower(getattr(ours, which), params, names, (), prefix=f"{which}/")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import flax.core.meta
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from grain_jax import errors
@@ -24,6 +25,10 @@ REFERENCE_DECAY = re.compile(
     r"|text/(token_embed/embedding|position_embed)"
 )
 MATRICES_DECAY = re.compile(r".*/kernel")
+# What a tower has before its first layer.
+_EMBEDDINGS = re.compile(
+    r"(image|text)/(patch_embed|token_embed|class_token|position_embed|pre_norm)(/.*)?"
+)
 
 
 def decay_mask(params, groups: str):
@@ -79,6 +84,42 @@ def stop_frozen(params, patterns: Sequence[str]):
     )
 
 
+def layer_scales(params, decay: float):
+    """What layer-wise decay multiplies each parameter's learning rate by, float32, to broadcast over it.
+
+    In a tower of N layers: decay^(N - l) for layer l = 0 .. N-1, so that the last layer has decay^1, and
+    decay^(N + 1) for what comes before the layers (patches, tokens, positions, class token, the norm
+    after them). 1 for all else: the towers' last norms, projections, the decoder, heads, the logit scale.
+    Each tower counts its own layers. Source: microsoft/unilm beit/optim_factory.py and
+    facebookresearch/mae util/lr_decay.py (Clark et al. 2020, ELECTRA).
+
+    Args:
+      params: the parameter tree; layers are stacked along the first axis of `TOWER/blocks`.
+      decay: `optim.layer_decay`.
+    """
+    depth = {
+        tower: jax.tree.leaves(params[tower]["blocks"])[0].shape[0]
+        for tower in ("image", "text")
+        if tower in params
+    }
+
+    def scale(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        tower = name.partition("/")[0]
+        if name.startswith(("image/blocks/", "text/blocks/")):
+            layers = decay ** np.arange(depth[tower], 0, -1, dtype=np.float32)
+            return layers.reshape(-1, *[1] * (x.ndim - 1))
+        return np.float32(decay ** (depth[tower] + 1) if _EMBEDDINGS.fullmatch(name) else 1)
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def _scale_layers(decay: float) -> optax.GradientTransformation:
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(jnp.multiply, updates, layer_scales(params, decay))
+    )
+
+
 def learning_rate(config: Optim, *, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
     """The learning rate of each step, float32 [].
 
@@ -105,9 +146,10 @@ def learning_rate(config: Optim, *, total_steps: int, steps_per_epoch: float) ->
 
 
 def optimizer(config: Optim, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping by global norm (if on), Adam moments, decoupled decay, the schedule.
+    """Clipping by global norm (if on), Adam moments, decoupled decay, the schedule, layer-wise decay (if on).
 
-    Frozen parameters have no moments and an update of zero.
+    Frozen parameters have no moments and an update of zero. The learning rate, and with it layer-wise
+    decay, scales weight decay too, as in torch's AdamW.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adam = optax.chain(
@@ -118,14 +160,15 @@ def optimizer(config: Optim, schedule: optax.Schedule) -> optax.GradientTransfor
         ),
         optax.scale_by_learning_rate(schedule),
     )
-    if not config.frozen:
-        return adam
-    return optax.partition(
-        {"trained": adam, "frozen": optax.set_to_zero()},
-        lambda params: jax.tree.map(
-            lambda frozen: "frozen" if frozen else "trained", frozen_mask(params, config.frozen)
-        ),
-    )
+    if config.frozen:
+        adam = optax.partition(
+            {"trained": adam, "frozen": optax.set_to_zero()},
+            lambda params: jax.tree.map(
+                lambda frozen: "frozen" if frozen else "trained", frozen_mask(params, config.frozen)
+            ),
+        )
+    # Off, it is no link of the chain: the state of older checkpoints keeps its form.
+    return adam if config.layer_decay == 1 else optax.chain(adam, _scale_layers(config.layer_decay))
 
 
 def average(params, average_so_far, decay: float, frozen: Sequence[str] = ()):

@@ -239,6 +239,19 @@ def test_towers_of_our_own_checkpoints(tmp_path):
     assert loaded.keys() == {k for k in expected if k.startswith(("image/", "text"))}
     for name, array in loaded.items():
         np.testing.assert_array_equal(array, expected[name])
+    other.init.decoder = str(tmp_path / "ours")
+    everything = _load(other)
+    assert everything.params.keys() == expected.keys()
+    for name, array in everything.params.items():
+        np.testing.assert_array_equal(array, expected[name])
+    rest = len(expected) - len(loaded)
+    assert everything.report[-1] == f"init.decoder: {rest} arrays from {tmp_path / 'ours'}"
+    other.model.decoder.depth = 3
+    with pytest.raises(
+        towers.TowerError,
+        match="init.decoder: .*model.decoder.depth: got 3, but the checkpoint's decoder has 2",
+    ):
+        _load(other)
 
 
 def _two_towers(**changes):
@@ -303,6 +316,11 @@ def test_evaluations_that_need_regions_are_refused_before_the_run(entry, fine):
         ({"model.text.activation": "relu"}, "model.text.activation: got 'relu', expected one of"),
         ({"model.image.pool": "first"}, "model.image.pool: got 'first', expected one of none"),
         ({"optim.frozen": ("(",)}, "optim.frozen: got '(', no regular expression"),
+        (
+            {"init.decoder": "x", "model.decoder": None, "model.image.pool": "map"}
+            | {"input.max_regions": 0},
+            "init.decoder: got 'x', but model.decoder is None",
+        ),
         ({"init.resize": "nearest"}, "init.resize: got 'nearest', expected one of"),
         (
             {"model.text.cleaning": "none"},

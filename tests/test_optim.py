@@ -1,11 +1,14 @@
 """Schedule, decay groups and the update against numpy in float64 (the goldens' step is in tests/parity)."""
 
+import re
+
 import jax
 import numpy as np
 import optax
 import pytest
 
 from grain_jax import optim, sharding, train_step
+from grain_jax.models import grain
 from grain_jax.models.grain import GRAIN
 from tests import tiny
 
@@ -79,6 +82,70 @@ def test_update_equals_adamw_in_float64(clip_norm):
         decay = {"layer": {"kernel": 0.1, "bias": 0.0}}
         p = jax.tree.map(lambda p, s, d: p - 1e-2 * (s + d * p), p, step, decay)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, p)
+
+
+def _layer(name, depth):
+    """How many layers lie above, and of which layer, by the name of a parameter: written down once more."""
+    tower, _, rest = name.partition("/")
+    if tower not in ("image", "text") or rest.startswith("norm/"):
+        return [0]
+    return list(range(depth, 0, -1)) if rest.startswith("blocks/") else [depth + 1]
+
+
+@pytest.mark.parametrize("frozen", [(), ("text.*", "image/patch_embed/kernel")])
+def test_layer_decay_is_torchs_adamw_with_a_group_a_layer(frozen):
+    torch = pytest.importorskip("torch")
+    c = tiny.config(optim__layer_decay=0.6, optim__frozen=frozen, model__text__vocab_size=500)
+    rng = np.random.default_rng(0)
+    draw = lambda x: rng.normal(size=x.shape).astype(np.float32)  # noqa: E731
+    params = jax.tree.map(draw, _params(c))
+    tx = optim.optimizer(c.optim, lambda step: 1e-2)
+    state = tx.init(params)
+    theirs, groups = {}, []
+    for name, x in grain.flat(params).items():
+        above = _layer(name, depth=2)
+        layers = x if len(above) > 1 else x[None]
+        theirs[name] = [torch.nn.Parameter(torch.tensor(a, dtype=torch.float64)) for a in layers]
+        if not any(re.fullmatch(pattern, name) for pattern in frozen):
+            decay = 0.1 if name.endswith("/kernel") else 0.0
+            groups += [
+                dict(params=[p], lr=1e-2 * 0.6**n, weight_decay=decay)
+                for p, n in zip(theirs[name], above, strict=True)
+            ]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8)
+    update = jax.jit(tx.update)
+    for _ in range(3):
+        grads = jax.tree.map(draw, params)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for name, g in grain.flat(grads).items():
+            for p, a in zip(theirs[name], g if len(theirs[name]) > 1 else g[None], strict=True):
+                p.grad = torch.tensor(a, dtype=torch.float64)
+        adamw.step()
+    for name, x in grain.flat(params).items():
+        theirs_now = np.stack([p.detach().numpy() for p in theirs[name]]).reshape(x.shape)
+        np.testing.assert_allclose(x, theirs_now, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_layer_decay_counts_each_towers_own_layers():
+    c = tiny.config(model__text__depth=4)
+    scales = grain.flat(optim.layer_scales(_params(c), 0.5))
+    np.testing.assert_array_equal(scales["image/blocks/mlp/in/bias"], [[0.25], [0.5]])
+    np.testing.assert_array_equal(
+        scales["text/blocks/mlp/in/kernel"].ravel(), [0.0625, 0.125, 0.25, 0.5]
+    )
+    expected = {"image/class_token": 0.125, "image/position_embed": 0.125}
+    expected |= {"image/patch_embed/bias": 0.125, "text/token_embed/embedding": 0.03125}
+    ones = ("image/norm/scale", "text_norm/bias", "text_projection/kernel", "decoder/query_embed")
+    for name, scale in (expected | dict.fromkeys((*ones, "logit_scale"), 1)).items():
+        assert scales[name] == scale, name
+
+
+def test_layer_decay_that_is_off_leaves_the_states_form():
+    """So that a checkpoint from before it is restored."""
+    params = {"logit_scale": np.float32(1)}
+    tx = optim.optimizer(tiny.config().optim, lambda step: 1e-2)
+    assert len(tx.init(params)) == 4
 
 
 def test_logit_scale_is_clipped():

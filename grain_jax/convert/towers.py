@@ -225,11 +225,15 @@ def check_shapes(
 
 
 def differences(
-    tower: str, got: config_lib.ImageTower | config_lib.TextTower, wanted, ignored: set[str]
+    part: str,
+    got: config_lib.ImageTower | config_lib.TextTower | config_lib.RegionDecoder,
+    wanted,
+    ignored: set[str],
 ) -> list[str]:
-    """A line for each field in which a checkpoint's tower is not the one that the config describes."""
+    """A line for each field in which a checkpoint's part is not the one that the config describes."""
+    noun = "tower" if part in TOWERS else part
     return [
-        f"model.{tower}.{field.name}: got {getattr(wanted, field.name)!r}, but the checkpoint's tower has"
+        f"model.{part}.{field.name}: got {getattr(wanted, field.name)!r}, but the checkpoint's {noun} has"
         f" {getattr(got, field.name)!r}"
         for field in dataclasses.fields(got)
         if field.name not in _NOT_COMPARED | ignored

@@ -97,6 +97,10 @@ def available(entry: config_lib.Evaluator) -> tuple[config_lib.Evaluator, str]:
     """
     if entry.missing != "skip":
         return entry, ""
+    if not entry.images and entry.tfds is None:
+        raise MissingData(
+            f"no images are named; {entry.get}" if entry.get else "no images are named"
+        )
     found, there = _at_home(entry), lambda path: epath.Path(path).exists()
     if found.tfds is not None:
         test_sets.find_tfds(found.tfds, found.data_dir, found.get)

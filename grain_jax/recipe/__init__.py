@@ -184,6 +184,7 @@ def base(size: str = "B/16") -> ConfigDict:
             decay_groups="matrices",
             clip_norm=0.0,
             frozen=(),
+            layer_decay=1.0,
         )
     )
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, dcn_data=1))
@@ -202,7 +203,36 @@ def base(size: str = "B/16") -> ConfigDict:
         ("vector", None),
     )
     c.evals = ConfigDict()
-    c.init = ConfigDict(dict(image=placeholder(str), text=placeholder(str), resize="bilinear"))
+    c.init = ConfigDict({part: placeholder(str) for part in ("image", "text", "decoder")})
+    c.init.resize = "bilinear"
+    return c
+
+
+def own_images(size: str = "B/16") -> ConfigDict:
+    """What configs/own.py and configs/finetune.py share: one's own images on one machine."""
+    c = base(size)
+    c.log_every = 10
+    c.checkpoint_every = 0
+    c.checkpoint_every_minutes = 10.0
+    c.pictures = 12
+    c.input.lanes = 1
+    c.input.flip_rate = 0.5
+    c.input.crop_min_area = 0.5
+    c.text.pack_group = 8
+    c.text.pack_rows = 18
+    # What docs/claim.md found: as many queries as things are described in an image (set both), and a box
+    # loss that does not drown the captions.
+    c.model.decoder.queries = 8
+    c.input.max_regions = 8
+    c.loss.box = 0.2
+    c.loss.deep_supervision = True
+    c.optim.clip_norm = 1.0
+    # Measured after the last step, each one whose images are named.
+    for kind in ("zeroshot", "retrieval", "grounding"):
+        how = f"--config.evals.{kind}.images=FOLDER"
+        if kind != "zeroshot":
+            how += f" --config.evals.{kind}.annotations=A.jsonl"
+        c.evals[kind] = evaluator(kind, missing="skip", get=how)
     return c
 
 

@@ -219,16 +219,22 @@ def _confusions(
     return out
 
 
+def with_boxes(evals) -> tuple[str, config_lib.Evaluator]:
+    """The first evaluation with described boxes whose data is there, and its name."""
+    for name, entry in evals.items():
+        if entry["kind"] in ("grounding", "boxes", "diagnostics"):
+            with contextlib.suppress(base.MissingData):
+                return name, base.available(config_lib.Evaluator(**entry))[0]
+    raise _NotThere("no entry of config.evals has annotated boxes (kind grounding)")
+
+
 def _regions(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
-    """`regions`, `queries` and `attention`, on the pictures of the first evaluation with described boxes."""
+    """`regions`, `queries` and `attention`, on the pictures of `with_boxes`."""
     decoder = predictor.model.decoder
     if decoder is None or not decoder.queries:
         raise _NotThere("the model has no region queries")
-    with_boxes = [n for n, e in evals.items() if e["kind"] in ("grounding", "boxes", "diagnostics")]
-    if not with_boxes:
-        raise _NotThere("no entry of config.evals has annotated boxes (kind grounding)")
-    entry = evals[with_boxes[0]]
-    annotated = grounding.read(entry["images"], entry["annotations"])
+    name, entry = with_boxes(evals)
+    annotated = grounding.read(entry.images, entry.annotations)
     records = [annotated.records[i] for i in _spread(len(annotated.records), limit)]
     pictures = [test_sets.of_path(annotated.folder / record.image) for record in records]
     found = looking.encode(predictor, pictures)
@@ -256,7 +262,7 @@ def _regions(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]
     ]
     return {
         "regions": {
-            "entry": with_boxes[0],
+            "entry": name,
             "pictures": regions,
             "texts": _used_texts(regions, texts),
             "chosen_from": len(texts),

@@ -1,0 +1,87 @@
+"""Fine-tuning on your own images: a run of your own, or towers from elsewhere with regions on top.
+
+COMMAND   python -m grain_jax.train --config configs/finetune.py:FROM --workdir runs/finetuned \
+              --config.input.data_dir=records --config.input.name=mine
+FROM      a run of your own, e.g. runs/own: all of it is loaded, the decoder too. A folder that grain_jax.convert wrote,
+          of any size: its towers, under a fresh decoder. Or whose towers they are, with --config.init.image=FILE
+          --config.init.text=FILE: openai, open_clip (:B/16, :B/32, :L/14), siglip (:B/16, :L/16), e.g. open_clip:L/14.
+FREEZE    --config.optim.frozen="('image/.*',)" keeps the image tower as it is, "('image/.*', 'text.*')" both.
+HARDWARE  one GPU; docs/own_pictures.md has what fits where.
+"""
+
+import json
+
+from grain_jax.recipe import own_images, towers_of
+
+_LARGE = dict(width=1024, depth=24, heads=16, mlp_dim=4096)
+# Whose towers -> size -> (width of the joint space, image tower, text tower), beyond what `towers_of` sets.
+CLIP = {
+    "B/16": (512, {}, {}),
+    "B/32": (512, dict(patch_size=32), {}),
+    "L/14": (768, dict(patch_size=14, **_LARGE), dict(width=768, heads=12, mlp_dim=3072)),
+}
+SIGLIP = {
+    "B/16": (768, {}, {}),
+    "L/16": (1024, dict(image_size=256, **_LARGE), _LARGE),
+}
+FAMILIES = {"openai": CLIP, "open_clip": CLIP, "siglip": SIGLIP}
+
+
+def get_config(source="open_clip"):
+    c = own_images()
+    c.batch_size = 128
+    c.total_epochs = 10.0
+    c.optim.warmup_epochs = 1.0
+    # New parts, the decoder and the heads, learn at this rate; a tower's last layer at 0.75 of it, each layer
+    # below at 0.75 of the one above.
+    c.optim.learning_rate = 2e-4
+    c.optim.layer_decay = 0.75
+    family, _, size = source.partition(":")
+    if family in FAMILIES:
+        take_towers(c, family, size or "B/16")
+    else:
+        take_folder(c, source)
+    return c
+
+
+def take_towers(c, family, size):
+    """The model with two towers of that family."""
+    if size not in FAMILIES[family]:
+        sizes = ", ".join(FAMILIES[family])
+        raise ValueError(f"size of {family} towers: got {size!r}, expected one of {sizes}")
+    towers_of(c, "siglip" if family == "siglip" else "clip")
+    if family == "open_clip":  # most of its models; OpenAI's have quick_gelu
+        c.model.image.activation = c.model.text.activation = "gelu"
+    c.model.embed_dim, image, text = FAMILIES[family][size]
+    c.model.image.update(image)
+    c.model.text.update(text)
+    c.init.resize = "bilinear" if family == "siglip" else "bicubic"
+
+
+def take_folder(c, folder):
+    """The model of a run or a converted folder of ours, and its weights to start from."""
+    from etils import epath  # too slow to import for who needs no folder
+
+    file = epath.Path(folder) / "config.json"
+    model = json.loads(file.read_text()).get("model") if file.exists() else None
+    if model is None:
+        raise ValueError(
+            f"got {folder!r}, expected a run of yours, a folder that grain_jax.convert wrote (from-open-clip,"
+            f" from-big-vision, ...), or one of {', '.join(FAMILIES)}"
+        )
+    decoder = model.pop("decoder")
+    c.model.update(model)
+    c.init.image = c.init.text = folder
+    if decoder is not None:
+        c.model.decoder.update(decoder)
+        c.input.max_regions = c.model.decoder.queries
+        c.init.decoder = folder
+    else:  # two towers, whose pooling the decoder replaces
+        c.model.image.pool, c.model.image.projection = "none", "matrix"
+        c.model.logit_bias_init = None
+    if c.model.logit_bias_init is not None:
+        c.loss.contrast = "sigmoid"
+    tokenizer = epath.Path(folder) / c.model.text.tokenizer
+    if tokenizer.exists():  # it came with the weights
+        c.model.text.tokenizer = str(tokenizer)
+    c.text.packing = c.model.text.causal and c.model.text.pool == "end"
