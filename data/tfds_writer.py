@@ -7,6 +7,7 @@ build that is killed leaves nothing that looks complete, and loses no older set.
 import contextlib
 import dataclasses
 import io
+import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -16,7 +17,8 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core.utils import shard_utils
 
-from data import example, staging
+from data import digest, example, staging
+from grain_jax.input_pipeline import records
 
 
 def features(encoding_format: str | None) -> tfds.features.FeaturesDict:
@@ -129,11 +131,12 @@ def write(
     splits, shards = {"train": examples}, (num_shards,)
     if held_out_shards:
         splits, shards = splits | {"validation": held_out}, (num_shards, held_out_shards)
+    digests = {split: digest.Digest() for split in splits}
     with staging.replacing(target) as folder:
         builder = AnnotatedPictures(
             name=name,
             data_dir=folder,
-            splits=splits,
+            splits={name: digests[name].counting(items) for name, items in splits.items()},
             encoding_format=encoding_format,
             metadata=metadata,
         )
@@ -143,5 +146,10 @@ def write(
             builder.download_and_prepare(
                 download_dir=downloads, download_config=_Preparing(of_splits=shards)
             )
-        for file_name, content in (files or {}).items():
+        of_splits = {
+            split: {"digest": of.hex(), "shard_lengths": builder.info.splits[split].shard_lengths}
+            for split, of in digests.items()
+        }
+        files = {**(files or {}), records.DIGEST_FILE: json.dumps(of_splits).encode()}
+        for file_name, content in files.items():
             (epath.Path(builder.data_dir) / file_name).write_bytes(content)

@@ -1,7 +1,7 @@
 """Checkpoints on disk, by Orbax: a run's states under `WORKDIR/checkpoints/STEP`, or a model alone in a folder.
 
-A run's checkpoint has the items `state` (the TrainState; its step is the only data state there is) and
-`config` (the resolved config). A converted model is a folder with `config.json` ({"model": ...}) and
+A run's checkpoint has the items `state` (the TrainState; its step is the only data state there is),
+`config` (the resolved config), `receipt` (its record) and `data` (what tells its record sets from others). A converted model is a folder with `config.json` ({"model": ...}) and
 `params/`. `load_model` reads either.
 """
 
@@ -12,7 +12,7 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -113,6 +113,7 @@ def manager(workdir: epath.PathLike, config: config_lib.Config) -> Manager:
             "state": ocp.StandardCheckpointHandler(),
             "config": ocp.JsonCheckpointHandler(),
             "receipt": ocp.JsonCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
         },
     )
 
@@ -123,6 +124,7 @@ def save(
     config: config_lib.Config,
     record: Mapping[str, Any],
     metrics: Mapping[str, float] | None = None,
+    data: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Starts to write `state` under its own step; training goes on meanwhile.
 
@@ -132,6 +134,7 @@ def save(
       config: the run's.
       record: of this save (receipt.py); the first process's is stored.
       metrics: those of this step, of which `checkpoint_best_metric` is stored; the same on all processes.
+      data: the identities of the run's record sets (input_pipeline/records.py).
     """
     step, name = int(state.step), config.checkpoint_best_metric
     checkpoints.save(
@@ -140,6 +143,7 @@ def save(
             state=ocp.args.StandardSave(state._asdict()),
             config=ocp.args.JsonSave(dataclasses.asdict(config)),
             receipt=ocp.args.JsonSave(dict(record)),
+            data=ocp.args.JsonSave({"sets": list(data)}),
         ),
         metrics={name: metrics[name]} if metrics and name in metrics else None,
     )
@@ -180,6 +184,7 @@ def restore_newest(
     config: config_lib.Config,
     abstract_state: Any,
     say: Callable[[str], None],
+    data: Sequence[Mapping[str, Any]] = (),
 ) -> Any | None:
     """The state of the newest checkpoint that is as it was saved, or None where there is none yet.
 
@@ -192,10 +197,11 @@ def restore_newest(
       checkpoints: of the run.
       config: the run's.
       abstract_state: ShapeDtypeStructs with shardings.
-      say: gets a line for each that was passed over.
+      say: gets a line for each that was passed over, and one where its data cannot be compared.
+      data: the identities of the run's record sets (input_pipeline/records.py).
 
     Raises:
-      CheckpointError: the newest one is of another run or another model, or none can be read.
+      CheckpointError: the newest one is of another run, other data or another model, or none can be read.
     """
     damaged: list[tuple[int, str]] = []
     for step in sorted(checkpoints.all_steps(), reverse=True):
@@ -208,6 +214,7 @@ def restore_newest(
         if fault is None and (wrong := receipt.contradictions(record, state)):
             fault = f"it was read, but is not what was saved: {', '.join(wrong)}"
         if fault is None:
+            check_same_data(folder, data, say)
             _move_aside(checkpoints, [step for step, _ in damaged])
             return state
         say(f"checkpoint {step} is damaged, trying the one before ({fault})")
@@ -274,10 +281,10 @@ def _reader(handler: type[ocp.CheckpointHandler]) -> ocp.Checkpointer:
     return ocp.Checkpointer(handler(multiprocessing_options=alone), multiprocessing_options=alone)
 
 
-def read_json(folder: epath.Path, item: str) -> dict[str, Any]:
+def read_json(folder: epath.PathLike, item: str) -> dict[str, Any]:
     """The item `config` or `receipt` of the checkpoint `folder`."""
     with _reader(ocp.JsonCheckpointHandler) as reader:
-        return reader.restore(folder / item)
+        return reader.restore(_absolute(folder) / item)
 
 
 def _order_of_data(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,7 +315,59 @@ def check_same_run(folder: epath.Path, config: config_lib.Config) -> None:
         )
 
 
-def restore(folder: epath.Path, abstract_state: Any) -> Any:
+def read_data(folder: epath.PathLike) -> list[dict[str, Any]] | None:
+    """The identities of the record sets in the checkpoint `folder`; None: it is older than their record."""
+    folder = _absolute(folder)
+    return read_json(folder, "data")["sets"] if (folder / "data").is_dir() else None
+
+
+def check_same_data(
+    folder: epath.PathLike, data: Sequence[Mapping[str, Any]], say: Callable[[str], None]
+) -> None:
+    """Raises CheckpointError, a line a set, where `data` (identities) is not what the run has seen.
+
+    `say` gets a line where that cannot be told, because `folder` is older than the record of it or because
+    the digests are of different things.
+    """
+    stored = read_data(folder)
+    step = epath.Path(folder).name
+    if stored is None:
+        if data:
+            say(
+                f"checkpoint {step} has no record of its data: whether the sets are the same is not known"
+            )
+        return
+    faults = []
+    for then, now in zip(stored, data, strict=True):  # the config names the same sets
+        changes = []
+        shards = [len(one["shard_lengths"]) for one in (then, now)]
+        records = [sum(one["shard_lengths"]) for one in (then, now)]
+        comparable = then["digest_of"] == now["digest_of"]
+        if shards[0] != shards[1]:
+            changes.append(f"shards {shards[0]} -> {shards[1]}")
+        if records[0] != records[1]:
+            changes.append(f"records {records[0]} -> {records[1]}")
+        if not changes and then["shard_lengths"] != now["shard_lengths"]:
+            changes.append("records a shard")
+        if comparable and then["digest"] != now["digest"]:
+            changes.append("content")
+        if changes:
+            faults.append(
+                f"{now['name']} ({now['split']}): not the set that checkpoint {step} was trained on:"
+                f" {', '.join(changes)}. Put that one back (input.data_dir) to go on, or start anew with"
+                " another --workdir"
+            )
+        elif not comparable:
+            say(
+                f"{now['name']} ({now['split']}): as many shards and records as checkpoint {step} was trained"
+                f" on; the content cannot be compared, a digest of {then['digest_of']} with one of"
+                f" {now['digest_of']}"
+            )
+    if faults:
+        raise CheckpointError("\n".join(faults))
+
+
+def restore(folder: epath.PathLike, abstract_state: Any) -> Any:
     """The state in the checkpoint `folder`, placed as `abstract_state` (ShapeDtypeStructs with shardings) says.
 
     On which devices, meshes and processes it was saved does not matter.
@@ -317,7 +376,7 @@ def restore(folder: epath.Path, abstract_state: Any) -> Any:
       CheckpointError: what is stored has other names, shapes or types than `abstract_state`.
       Exception: whatever else a reader says of a damaged checkpoint.
     """
-    expected = abstract_state._asdict()
+    folder, expected = _absolute(folder), abstract_state._asdict()
     stored = _metadata(folder / "state")
     if not jax.tree.leaves(stored):  # what Orbax makes of metadata that it cannot read
         raise OSError(f"{folder / 'state'}: its metadata is gone")

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from grain_jax import atomic, digests
 from grain_jax import config as config_lib
 
 FILE = "receipts.jsonl"
-KEYS = (  # of a record
+KEYS = (  # of a record; newer ones have "data" too, the sha256 of the item `data` of their checkpoint
     "step",
     "batch_chain",  # digests of all batches so far
     "pixel_chain",
@@ -115,6 +115,7 @@ class Receipts:
       config: of the run.
       restored: the record in the checkpoint that the run goes on from; None at a fresh start. Records
         beyond it, of steps that are done again, are removed.
+      data: the identities of the run's record sets (input_pipeline/records.py).
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Receipts:
         mesh: Mesh,
         config: config_lib.Config,
         restored: Mapping[str, Any] | None,
+        data: Sequence[Mapping[str, Any]] = (),
     ):
         self._path = epath.Path(workdir) / FILE
         self._same = {
@@ -130,6 +132,7 @@ class Receipts:
             "mesh": axes(mesh),
             "processes": jax.process_count(),
             "environment": environment(config),
+            "data": sha256(list(data)),
         }
         self._last = restored
         self._lines: list[str] = []

@@ -164,6 +164,7 @@ def train(
     prepare_missing_data(config, notice)
     source = open_source(config)
     total_steps, steps_per_epoch = resolve_steps(config, source.num_examples(config))
+    data = processes.of_first(functools.partial(source.identities, config))
     evals = evaluate.present(config.evals)
     for entry in evals.values():  # now, not after the last step
         processes.together(functools.partial(evaluate.check, entry))
@@ -185,7 +186,7 @@ def train(
         program.shardings,
     )
     tell = lambda text: print(text, file=sys.stderr, flush=True) if main_process else None  # noqa: E731
-    state = checkpoint.restore_newest(checkpoints, config, placed, tell)
+    state = checkpoint.restore_newest(checkpoints, config, placed, tell, data)
     if state is None:
         state = initialise.state_of_step_0(config, program, tell)
     start_step = int(state.step)
@@ -210,6 +211,7 @@ def train(
         checkpoint.read_json(checkpoints.directory / str(start_step), "receipt")
         if start_step
         else None,
+        data,
     )
     say = log.say if log else lambda text: None
     millions = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
@@ -289,7 +291,8 @@ def train(
                         log.flush()
                     checkpoints.wait_until_finished()  # of the last one, before the next has a record
                     record = receipts.add(state, log.lines() if log else ())
-                    checkpoint.save(checkpoints, state, config, record, best_metric(config, values))
+                    best = best_metric(config, values)
+                    checkpoint.save(checkpoints, state, config, record, best, data)
                     last_save = time.monotonic()
                 if preempted:
                     break

@@ -75,6 +75,7 @@ class Kept(NamedTuple):
     folder: epath.Path
     config: config_lib.Config
     record: dict[str, Any]
+    data: str | None  # hash of what it says of its record sets
 
 
 class Run(NamedTuple):
@@ -110,6 +111,7 @@ def verify(workdir: epath.PathLike, *, start: int | None = None, steps: int | No
     first = _first_step(run, start)
     last = _last_step(run, first, steps)
     place = Place()
+    check_data(run)
     check_checkpoints(run, place)
     proved = replay(run, place, first, last)
     print(
@@ -126,7 +128,7 @@ def read(workdir: epath.Path) -> Run:
     folder = workdir / "checkpoints"
     kept, newest = {}, None
     for step in checkpoint.finished_steps(workdir):
-        kept[step] = Kept(folder / str(step), *_config_and_record(folder / str(step)))
+        kept[step] = _kept(folder / str(step))
     if not kept or not (records or faults):
         raise errors.UserError(
             f"{workdir}: no {'finished checkpoint' if records else receipt.FILE}; expected the workdir of a"
@@ -144,6 +146,8 @@ def read(workdir: epath.Path) -> Run:
             )
         elif by_step[step]["config"] != receipt.config_sha256(kept[step].config):
             faults.append(f"checkpoint {step}: its config is not the recorded one")
+        elif "data" in by_step[step] and by_step[step]["data"] != kept[step].data:
+            faults.append(f"checkpoint {step}: what it says of its data is not what was recorded")
         newest = step
     beyond = [record["step"] for record in records if record["step"] > newest]
     if len(beyond) > 1:  # one may be: of the save that was cut off
@@ -187,13 +191,15 @@ def _chain(workdir: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
     return records, faults
 
 
-def _config_and_record(folder: epath.Path) -> tuple[config_lib.Config, dict[str, Any]]:
+def _kept(folder: epath.Path) -> Kept:
     try:
         config = checkpoint.read_json(folder, "config")
         record = checkpoint.read_json(folder, "receipt")
+        data = checkpoint.read_data(folder)
     except (OSError, ValueError) as error:
         raise Mismatch(f"checkpoint {folder.name}: cannot be read ({error})") from None
-    return config_lib.from_dict(config), record
+    of_data = None if data is None else receipt.sha256(data)
+    return Kept(folder, config_lib.from_dict(config), record, of_data)
 
 
 def _config_json(workdir: epath.Path) -> config_lib.Config:
@@ -287,16 +293,34 @@ def _first_step(run: Run, start: int | None) -> int:
 
 def _last_step(run: Run, first: int, steps: int | None) -> int:
     after = sorted(step for step in run.kept if step > first)
-    if steps is None:
-        last = after[0] if after and first else first + STEPS
-    else:
-        last = first + steps
     there = [*run.metrics, *(record["step"] for record in run.records)]
+    newest = max(there)
+    if steps is not None:
+        last = first + steps
+        if last > newest > first:
+            raise errors.UserError(
+                f"--steps: got {steps}, expected at most {newest - first}: nothing is recorded of the steps"
+                f" after {newest}"
+            )
+    elif after and first:
+        last = after[0]
+    else:
+        last = min(first + STEPS, newest) if newest > first else first + STEPS
     if not any(first < step <= last for step in there):
         raise errors.UserError(
             f"{_steps(first + 1, last)}: nothing is recorded of them; take --from 0, or another --steps"
         )
     return last
+
+
+def check_data(run: Run) -> None:
+    """Raises UserError where a record set is not the one that the run was trained on any more."""
+    newest = max(run.kept)
+    folder, config = run.kept[newest].folder, run.kept[newest].config
+    unknown: list[str] = []
+    identities = train.open_source(config).identities(config)
+    checkpoint.check_same_data(folder, identities, unknown.append)
+    say("data", "; ".join(unknown) or f"as checkpoint {newest} was trained on")
 
 
 def check_checkpoints(run: Run, place: "Place") -> None:

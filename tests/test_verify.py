@@ -11,6 +11,7 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import receipt, train, verify
+from grain_jax.input_pipeline import records
 from tests import record_sets, tiny
 from tests.paths import ROOT
 
@@ -20,7 +21,7 @@ ALL = jax.devices  # the function: tests replace it
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """10 steps on 8 devices; checkpoints 4, 8 and 10 are kept."""
-    workdir = tmp_path_factory.mktemp("run")
+    workdir = tmp_path_factory.mktemp("runs") / "a run, größer"
     train.train(tiny.config(checkpoint_keep=3), workdir)
     return workdir
 
@@ -77,13 +78,24 @@ def _edit_metrics(workdir, step, **values):
     return texts
 
 
-def test_a_run_is_proved_bit_for_bit_where_it_was_made(finished, capsys):
-    status, out, err = _verify(capsys, finished)
+def test_a_run_is_proved_bit_for_bit_where_it_was_made(finished, capsys, monkeypatch):
+    monkeypatch.chdir(finished.parent)
+    status, out, err = _verify(capsys, finished.name)  # relative, with spaces and other letters
     assert status == 0, out + err
     assert "3, one chain, steps 4 to 10" in out and "10 lines, as recorded" in out
     assert "steps 5-8 again         on mesh 8 x 1 x 1" in out
     assert "equal bit for bit at step 8" in out and "4 lines, equal" in out
     assert out.strip().endswith("Steps 5-8: the same batches, and the same parameters bit for bit.")
+
+
+def test_no_step_is_claimed_that_the_run_has_not_made():
+    lines = {step: {"step": step} for step in (1, 2, 3)}
+    run = verify.Run([{"step": 3}], {3: None}, lines, None)
+    assert verify._first_step(run, None) == 0
+    assert verify._last_step(run, 0, None) == 3  # and not the 5 of a longer run
+    assert verify._last_step(run, 0, 2) == 2
+    with pytest.raises(verify.errors.UserError, match="--steps: got 9, expected at most 3"):
+        verify._last_step(run, 0, 9)
 
 
 def test_a_resumed_run_elsewhere_has_the_same_batches_and_is_proved(finished, elastic, capsys):
@@ -245,7 +257,12 @@ def test_edited_records_of_the_data_set_are_found(tmp_path, capsys):
         assert record_sets.build_set(folder, data, *arguments) == 0
         capsys.readouterr()
 
+    def build_unnoticed():
+        build()
+        (data / "tiny_set/1.0.0" / records.DIGEST_FILE).write_text(written)
+
     build()
+    written = (data / "tiny_set/1.0.0" / records.DIGEST_FILE).read_text()
     source = dict(input__source="records", input__data_dir=str(data), input__name="tiny_set")
     train.train(tiny.config(**source), workdir)
     build()  # other bytes, the same records
@@ -254,14 +271,14 @@ def test_edited_records_of_the_data_set_are_found(tmp_path, capsys):
 
     picture = (folder / lines[5]["image"]).read_bytes()
     record_sets.picture(200).save(folder / lines[5]["image"])
-    build()
+    build_unnoticed()
     status, _, err = _verify(capsys, workdir, "--from", "8")
     assert status == 1 and "step 9: the run has seen other pictures by then" in err
 
     (folder / lines[5]["image"]).write_bytes(picture)
     lines[5] |= {"caption": "another text", "captions": [], "synthetic_caption": "and another"}
     (folder / "A.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    build()
+    build_unnoticed()
     status, _, err = _verify(capsys, workdir, "--from", "8")
     assert status == 1 and "step 9: the run has seen other batches by then" in err
 

@@ -94,6 +94,21 @@ def together(function: Callable[[], T]) -> T:
     return result
 
 
+def of_first(function: Callable[[], T]) -> T:
+    """What `function` returns, ready for JSON, on the first process; where it fails, all of them raise.
+
+    Raises:
+      Exception: see `agree`.
+    """
+    failure = result = None
+    if own()[0] == 0:
+        try:
+            result = function()
+        except Exception as error:
+            failure = error
+    return agree(failure, result)[0]
+
+
 def agree(failure: Exception | None, value: Any = None) -> list[Any]:
     """Every process's JSON-ready `value`, unless one has a failure.
 

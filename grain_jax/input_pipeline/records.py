@@ -2,17 +2,21 @@
 
     find(config)          are the sets there, and have they what training needs?
     num_examples(config)  records an epoch
+    identities(config)    what tells the sets from others, for the checkpoints
     batches(config, ...)  each global batch, or what some lanes have of it, from any step on
 
 A batch's rows [i * b / lanes, (i + 1) * b / lanes) come from lane i. Only the shards of the lanes that are
 asked for are opened, and of these only the blocks of the step.
 """
 
+import concurrent.futures
+import hashlib
+import json
 import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # TensorFlow's banners tell a user nothing; decoding does not use oneDNN.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -34,6 +38,9 @@ _UNEVEN = 1.1  # lanes whose lengths differ by more than this are worth a warnin
 _READ_BYTES = 8 << 20  # a read from a remote file
 _ENDLESS = 2**62
 _CHOICES = 256  # records of a mixture whose sets are chosen at once
+
+DIGEST_FILE = "digest.json"  # of data.build: split -> digest of its records, lengths of its shards
+_LOOKED_INTO = 64  # shards of a set without it, whose size and first record stand for its content
 
 
 class DataError(errors.UserError):
@@ -93,6 +100,57 @@ def num_examples(config: Config) -> int:
     With weights as the numbers of records, each is seen once an epoch; twice the weight, twice as often.
     """
     return sum(shard.num_records for one in find(config) for shard in one.shards)
+
+
+def identities(config: Config) -> list[dict[str, Any]]:
+    """What tells each set of the config from others, wherever it lies, ready for JSON.
+
+    `shard_lengths`, which the order of the data depends on, and `digest`, of the content. That is of all
+    `records` where data.build has written it beside them: one small file is read. Of other sets it is of the
+    `files`: the names of the shards, and of at most 64 of them, evenly spread, the size and the first record.
+    That takes 64 listings and 64 reads, 16 at a time, however many shards there are; a change of other records
+    that keeps all sizes is not seen. Raises as `find`, and DataError where a first record cannot be read.
+    """
+    return [_identity(one) for one in find(config)]
+
+
+def _identity(one: RecordSet) -> dict[str, Any]:
+    lengths = [shard.num_records for shard in one.shards]
+    written: dict[str, Any] = {}
+    if (one.directory / DIGEST_FILE).exists():
+        written = json.loads((one.directory / DIGEST_FILE).read_text()).get(one.source.split, {})
+    if written.get("shard_lengths") == lengths:  # else it is of other shards than these
+        kind, digest = "records", written["digest"]
+    else:
+        kind, digest = "files", _digest_of_files([epath.Path(s.path) for s in one.shards])
+    return {
+        "name": one.source.name,
+        "split": one.source.split,
+        "shard_lengths": lengths,
+        "digest": digest,
+        "digest_of": kind,
+    }
+
+
+def _digest_of_files(shards: Sequence[epath.Path]) -> str:
+    chosen = [shards[i * len(shards) // _LOOKED_INTO] for i in range(_LOOKED_INTO)]
+    chosen = list(dict.fromkeys(chosen))  # all, where there are fewer
+
+    def look(path: epath.Path) -> list[Any]:
+        try:
+            first = next(tf.data.TFRecordDataset(os.fspath(path)).as_numpy_iterator(), b"")
+            features = tf.train.Example.FromString(first).features.feature
+            size = path.stat().length
+        except (*_DAMAGE, OSError, ValueError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise DataError(f"{path}, record 0: {reason}; rebuild the set") from None
+        # By name: the bytes of a map are in no order.
+        parts = [name.encode() + features[name].SerializeToString() for name in sorted(features)]
+        return [size, hashlib.sha256(b"".join(parts)).hexdigest()]
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        looked = list(pool.map(look, chosen))
+    return hashlib.sha256(json.dumps([[p.name for p in shards], looked]).encode()).hexdigest()
 
 
 def batches(

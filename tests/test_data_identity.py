@@ -1,0 +1,204 @@
+"""A run knows its record sets: a resume over another one is an error, wherever the same one lies."""
+
+import json
+import shutil
+
+import pytest
+import tensorflow_datasets as tfds
+
+from data import digest
+from grain_jax import checkpoint, receipt, train, verify
+from grain_jax.input_pipeline import records
+from tests import record_sets, tiny
+
+
+def _build(folder, output, *, shards=4):
+    shutil.rmtree(output, ignore_errors=True)
+    assert record_sets.build_set(folder, output, f"--num-shards={shards}", "--encoding=png") == 0
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    record_sets.write_annotations(folder, 16)
+    return folder
+
+
+@pytest.fixture
+def built(pictures, tmp_path):
+    _build(pictures, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def _edit(pictures, tmp_path, **changes):
+    """A copy of the pictures' folder whose line 5 has other values."""
+    folder = tmp_path / "edited"
+    shutil.copytree(pictures, folder)
+    lines = [json.loads(line) for line in (folder / "A.jsonl").read_text().splitlines()]
+    lines[5] |= changes
+    (folder / "A.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def _identity(output):
+    return records.identities(record_sets.config(output))[0]
+
+
+def test_the_digest_is_of_what_the_records_hold(pictures, built, tmp_path):
+    written = json.loads((built / "tiny_set/1.0.0" / records.DIGEST_FILE).read_text())
+    builder = tfds.builder_from_directory(built / "tiny_set/1.0.0")
+    stored = []
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    for item in tfds.as_numpy(builder.as_dataset(split="train", decoders=decoders)):
+        regions = item["regions"]
+        stored.append(
+            {
+                "id": item["id"].decode(),
+                "image": item["image"],
+                "captions": [text.decode() for text in item["captions"]],
+                "synthetic_caption": item["synthetic_caption"].decode(),
+                "regions": [
+                    dict(bbox=box, description=text.decode(), score=score)
+                    for box, text, score in zip(
+                        regions["bbox"], regions["description"], regions["score"], strict=True
+                    )
+                ],
+            }
+        )
+    of_stored = digest.Digest()
+    assert len(list(of_stored.counting(stored))) == 16
+    assert written == {"train": {"digest": of_stored.hex(), "shard_lengths": [4, 4, 4, 4]}}
+    assert _identity(built)["digest"] == of_stored.hex()
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_same_set_elsewhere_is_the_same_and_another_is_not(pictures, built, tmp_path, beside):
+    def identity(output):
+        if not beside:  # a set that data.build has not written, or an older one
+            (output / "tiny_set/1.0.0" / records.DIGEST_FILE).unlink(missing_ok=True)
+        return _identity(output)
+
+    here = identity(built)
+    assert here["digest_of"] == ("records" if beside else "files")
+    shutil.copytree(built, tmp_path / "moved é ü")
+    assert identity(tmp_path / "moved é ü") == here
+    _build(pictures, built)  # other bytes, the same records
+    assert identity(built) == here
+    longer = _edit(pictures, tmp_path, synthetic_caption="another text, of another length")
+    _build(longer, tmp_path / "other")
+    other = identity(tmp_path / "other")
+    assert other["digest"] != here["digest"]
+    assert other | {"digest": ""} == here | {"digest": ""}
+
+
+def test_a_digest_of_other_shards_is_not_taken(pictures, built):
+    path = built / "tiny_set/1.0.0" / records.DIGEST_FILE
+    old = path.read_text()
+    _build(pictures, built, shards=2)
+    path.write_text(old)
+    assert _identity(built)["digest_of"] == "files"
+
+
+def test_of_many_files_a_fixed_number_is_looked_into(built, monkeypatch):
+    shards = sorted((built / "tiny_set/1.0.0").glob("*tfrecord*"))
+    looked = []
+    monkeypatch.setattr(records, "_LOOKED_INTO", 2)
+    real = records.tf.data.TFRecordDataset
+    monkeypatch.setattr(
+        records.tf.data, "TFRecordDataset", lambda path: looked.append(path) or real(path)
+    )
+    records._digest_of_files([records.epath.Path(path) for path in shards])
+    assert sorted(looked) == [str(shards[0]), str(shards[2])]
+
+
+def _config(output, **overrides):
+    source = dict(input__source="records", input__data_dir=str(output), input__name="tiny_set")
+    return tiny.config(**source, total_steps=2, checkpoint_every=1, checkpoint_keep=2, **overrides)
+
+
+@pytest.fixture(scope="module")
+def run(pictures, tmp_path_factory):
+    """(workdir of 2 steps, its data)."""
+    place = tmp_path_factory.mktemp("run")
+    _build(pictures, place / "data")
+    train.train(_config(place / "data"), place / "workdir")
+    return place / "workdir", place / "data"
+
+
+def _restore(workdir, config):
+    """What the trainer does at its start; (lines that it says, the identities)."""
+    said = []
+    data = records.identities(config)
+    checkpoint.check_same_data(workdir / "checkpoints/2", data, said.append)
+    return said, data
+
+
+def test_a_run_keeps_what_its_data_is_and_goes_on_where_it_is_moved(run, tmp_path):
+    workdir, output = run
+    shutil.copytree(output, tmp_path / "moved")
+    said, data = _restore(workdir, _config(tmp_path / "moved"))
+    assert said == [] and checkpoint.read_data(workdir / "checkpoints/2") == data
+    last = json.loads(receipt.read(workdir)[-1])
+    assert last["data"] == receipt.sha256(data)
+
+
+def test_a_resume_over_a_rebuilt_set_says_what_changed(run, pictures, tmp_path):
+    workdir, _ = run
+    _build(pictures, tmp_path / "two", shards=2)
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        _restore(workdir, _config(tmp_path / "two", input__lanes=2))
+    assert str(caught.value) == (
+        "tiny_set (train): not the set that checkpoint 2 was trained on: shards 4 -> 2. Put that one back"
+        " (input.data_dir) to go on, or start anew with another --workdir"
+    )
+    fewer = tmp_path / "fewer"
+    record_sets.write_annotations(fewer, 14)
+    _build(fewer, tmp_path / "data")
+    with pytest.raises(checkpoint.CheckpointError, match="records 16 -> 14, content. Put"):
+        train.train(_config(tmp_path / "data"), workdir)
+    edited = _edit(pictures, tmp_path, caption="edited")
+    _build(edited, tmp_path / "data")
+    with pytest.raises(checkpoint.CheckpointError, match="trained on: content. Put that one back"):
+        train.train(_config(tmp_path / "data"), workdir)
+
+
+def test_an_old_checkpoint_goes_on_with_a_line(run, tmp_path, capsys):
+    workdir, output = run
+    shutil.copytree(workdir, tmp_path / "old")
+    shutil.rmtree(tmp_path / "old/checkpoints/2/data")
+    said, _ = _restore(tmp_path / "old", _config(output))
+    assert said == [
+        "checkpoint 2 has no record of its data: whether the sets are the same is not known"
+    ]
+
+
+def test_another_kind_of_digest_is_not_compared_and_says_so(run, tmp_path):
+    workdir, output = run
+    shutil.copytree(output, tmp_path / "bare")
+    (tmp_path / "bare/tiny_set/1.0.0" / records.DIGEST_FILE).unlink()
+    (line,), _ = _restore(workdir, _config(tmp_path / "bare"))
+    assert line.endswith("the content cannot be compared, a digest of records with one of files")
+
+
+def test_verify_does_not_call_a_run_false_whose_data_is_another(run, pictures, tmp_path):
+    workdir, output = run
+    shutil.copytree(output, tmp_path / "kept")
+    edited = _edit(pictures, tmp_path, caption="edited")
+    try:
+        _build(edited, output)
+        with pytest.raises(verify.errors.UserError, match="trained on: content"):
+            verify.main(["verify", str(workdir)])
+    finally:
+        shutil.rmtree(output)
+        shutil.copytree(tmp_path / "kept", output)
+
+
+def test_verify_finds_an_edited_record_of_the_data(run, tmp_path, capsys):
+    workdir = tmp_path / "tampered"
+    shutil.copytree(run[0], workdir)
+    stored = workdir / "checkpoints/2/data/metadata"
+    stored.write_text(stored.read_text().replace("[4, 4, 4, 4]", "[2, 6, 4, 4]"))
+    assert verify.main(["verify", str(workdir)]) == 1
+    assert (
+        "checkpoint 2: what it says of its data is not what was recorded" in capsys.readouterr().err
+    )
