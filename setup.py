@@ -29,12 +29,14 @@ INTEROP = [
 # Of Beam, `apache-beam[gcp]` for Dataflow.
 ANNOTATE = ["apache-beam>=2.60", "transformers>=5.0", *TORCH]
 DEMO = ["gradio>=6"]
+PROBE = ["scikit-learn>=1.5"]  # evaluate linear-probe
 DEV = [
     *DATA,
     *TPU,
     *INTEROP,
     *ANNOTATE,
     *DEMO,
+    *PROBE,
     "hypothesis",
     "playwright",  # slow tests open pages in Debian's chromium
     "pytest>=8",
@@ -89,6 +91,7 @@ setup(
         "interop": INTEROP,
         "annotate": ANNOTATE,
         "demo": DEMO,
+        "probe": PROBE,
         "gcs": [
             "gcsfs",
             "google-cloud-storage",

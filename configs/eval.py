@@ -3,16 +3,19 @@
 COMMAND   python -m grain_jax.evaluate suite --checkpoint DIR --config configs/eval.py --output OUT.json
           --config.data_dir=DIR (TFDS), --config.folders=DIR (the rest), --config.descriptions=DIR (NAME.json)
           --config.evals.food101.split='test[:1000]' and the like for one set
+          configs/eval.py:probes has linear probes of the TFDS sets as well, NAME_probe
 DATA      nothing is downloaded: a set that is not there is skipped, with the command that gets it
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from grain_jax.recipe.suite import entries
+from grain_jax.recipe.suite import entries, probes
 
 
-def get_config():
+def get_config(also=""):
+    if also not in ("", "probes"):
+        raise ValueError(f"got :{also}, expected :probes, or nothing")
     c = ConfigDict()
     c.data_dir = "~/tensorflow_datasets"
     c.folders = "~/grain_benchmarks"
@@ -22,4 +25,6 @@ def get_config():
     # References: what the command line sets here is set in the entries too.
     shared = ("data_dir", "folders", "descriptions", "templates", "alphas")
     c.evals = entries(**{key: c.get_ref(key) for key in shared})
+    if also:
+        c.evals.update(probes(data_dir=c.get_ref("data_dir")))
     return c

@@ -25,7 +25,11 @@ PROJECTIONS = ("none", "matrix", "affine")
 IMAGE_POOLS = ("none", "class", "map", "mean")
 TEXT_POOLS = ("end", "last", "map", "mean")
 TEXT_CLEANINGS = ("lower", "canonical", "none")
-EVAL_KINDS = ("zeroshot", "retrieval", "grounding", "boxes", "diagnostics")
+EVAL_KINDS = ("zeroshot", "linear_probe", "retrieval", "grounding", "boxes", "diagnostics")
+LABELLED_KINDS = (
+    "zeroshot",
+    "linear_probe",
+)  # of EVAL_KINDS: class folders or a TFDS set, no annotations
 
 
 class ConfigError(errors.UserError):
@@ -234,15 +238,16 @@ class Evaluator:
     """One measurement: what, on which pictures."""
 
     kind: str  # one of EVAL_KINDS
-    images: str  # class folders (zeroshot), else the folder that the annotations' paths start from
+    images: str  # class folders (LABELLED_KINDS), else the folder that the annotations' paths start from
     descriptions: str | None  # zeroshot: D.json
-    annotations: str | None  # all kinds but zeroshot: A.jsonl
+    annotations: str | None  # all kinds but LABELLED_KINDS: A.jsonl
     alphas: tuple[float, ...]  # zeroshot: shares of the global score
     names: bool  # zeroshot: class names stand in the prompts; False: descriptions alone
     region_order: (
         str  # zeroshot: the region score is a mean over "queries" (paper) or "descriptions"
     )
-    tfds: str | None = None  # zeroshot: a TFDS set, "name" or "name/config:version", not `images`
+    # LABELLED_KINDS: a TFDS set instead of `images`, "name" or "name/config:version".
+    tfds: str | None = None
     split: str = "test"  # of the TFDS set
     data_dir: str | None = None  # of TFDS; None: TFDS's own
     # zeroshot, boxes: file of class names, or the name of one in grain_jax/evaluate/classes; None: the
@@ -251,6 +256,13 @@ class Evaluator:
     templates: str | None = None  # zeroshot, boxes: file of prompts; None: the general ones
     missing: str = "error"  # where the data is not there; or "skip": a line says so
     get: str | None = None  # how to get the data, for that line
+    # linear_probe: class folders of the training images, or their split of the TFDS set. None: a seeded share of
+    # `images`, or "train".
+    train: str | None = None
+    shots: tuple[
+        int, ...
+    ] = ()  # linear_probe: training images a class, a probe each; 0, and (): all
+    seeds: int = 5  # linear_probe: draws of few shots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -564,11 +576,20 @@ def _check_evaluator(path: str, entry: Evaluator, faults: list[str]) -> None:
     _one_of(f"{path}.kind", entry.kind, EVAL_KINDS, faults)
     _one_of(f"{path}.region_order", entry.region_order, ("queries", "descriptions"), faults)
     _one_of(f"{path}.missing", entry.missing, ("error", "skip"), faults)
-    if entry.tfds is not None and (entry.images or entry.kind != "zeroshot"):
+    if entry.tfds is not None and (entry.images or entry.kind not in LABELLED_KINDS):
         faults.append(
             f"{path}.tfds: got {entry.tfds!r} with images={entry.images!r}, kind={entry.kind}; expected it"
-            " alone, in an entry of kind=zeroshot"
+            f" alone, in an entry of kind={' or '.join(LABELLED_KINDS)}"
         )
+    if entry.kind != "linear_probe" and (entry.train is not None or entry.shots):
+        faults.append(
+            f"{path}.train, {path}.shots: got {entry.train!r}, {entry.shots} with kind={entry.kind}; expected"
+            " them in an entry of kind=linear_probe"
+        )
+    if any(shots < 0 for shots in entry.shots):
+        faults.append(f"{path}.shots: got {entry.shots}, expected at least 1 each, or 0 for all")
+    if entry.seeds < 1:
+        faults.append(f"{path}.seeds: got {entry.seeds}, expected at least 1")
 
 
 def _check(config: Config, faults: list[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from tests.paths import ROOT
 
 HEAVY = [
+    "sklearn",
     "jax",
     "flax",
     "tensorflow",
@@ -41,7 +42,7 @@ def _loaded(module):
         ("grain_jax.train_step", {"tensorflow", "torch", "ml_collections"}),
         ("grain_jax.inference", {"tensorflow", "torch", "ml_collections", "transformers"}),
         ("grain_jax.train", {"tensorflow", "torch", "transformers"}),
-        ("grain_jax.evaluate.__main__", {"tensorflow", "torch", "transformers"}),
+        ("grain_jax.evaluate.__main__", {"tensorflow", "torch", "transformers", "sklearn"}),
         ("grain_jax.convert.__main__", {"tensorflow", "torch", "transformers"}),
         ("grain_jax.input_pipeline.synthetic", {"jax", "tensorflow", "torch", "flax"}),
         ("grain_jax.input_pipeline.records", {"torch", "flax"}),

@@ -1,4 +1,4 @@
-"""`python -m grain_jax.evaluate zeroshot|retrieval|grounding|suite --checkpoint DIR ... --output OUT.json`.
+"""`python -m grain_jax.evaluate zeroshot|linear-probe|retrieval|grounding|suite --checkpoint DIR ... --output OUT.json`.
 
 Prints the result as a table and writes it as JSON. Wrong usage or input: a line a fault, status 2. Several
 processes (launch.local, SLURM, TPU slices) share the pictures; the first one prints and writes.
@@ -23,6 +23,7 @@ from grain_jax.report import tables
 
 COMMANDS = {
     "zeroshot": "classifies a folder with one sub-folder a class",
+    "linear-probe": "classifies by a logistic regression on image embeddings, also of few shots",
     "retrieval": "R@1, R@5, R@10 between pictures and captions, both ways",
     "grounding": "box IoU, Acc@0.5, region-to-description R@1",
     "suite": "all entries of a config such as configs/eval.py; --config.a.b=value changes it",
@@ -42,6 +43,15 @@ def _alphas(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(
             f"got {text!r}, expected a number from 0 to 1, or several with commas between"
         ) from None
+
+
+def _shots(text: str) -> list[int]:
+    parts = ["0" if part == "all" else part for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected images a class, or all, or several with commas between (1,5,all)"
+        )
+    return list(map(int, parts))
 
 
 def _batch_size(text: str) -> int:
@@ -83,6 +93,20 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--annotations", required=True, help="A.jsonl")
         if name == "zeroshot":
             _add_zeroshot(sub)
+        if name == "linear-probe":
+            sub.add_argument(
+                "--train",
+                help="class folders to train on; default: a share of each class of --images",
+            )
+            sub.add_argument(
+                "--shots",
+                type=_shots,
+                default=[0],
+                help="training images a class, a probe each: 1,5,all; default all",
+            )
+            sub.add_argument(
+                "--seeds", type=int, default=5, help="draws of few shots, default %(default)s"
+            )
     return parser
 
 
@@ -127,9 +151,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _entry(args: argparse.Namespace) -> config.Evaluator:
     """The command as an entry of `config.evals`."""
-    common = dict(kind=args.command, images=args.images)
+    common = dict(kind=args.command.replace("-", "_"), images=args.images)
+    unused = dict(descriptions=None, alphas=(), names=True, region_order="queries")
+    if args.command == "linear-probe":
+        if args.seeds < 1:
+            raise base.InputError(f"--seeds: got {args.seeds}, expected at least 1")
+        given = dict(train=args.train, shots=tuple(args.shots), seeds=args.seeds)
+        return config.Evaluator(**common, **unused, annotations=None, **given)
     if args.command != "zeroshot":
-        unused = dict(descriptions=None, alphas=(), names=True, region_order="queries")
         return config.Evaluator(**common, **unused, annotations=args.annotations)
     alphas = list(dict.fromkeys(sum(args.alpha, []))) if args.alpha else None
     names = args.use_names == "yes"
@@ -226,7 +255,9 @@ def _one(args: argparse.Namespace) -> int:
             **result[f"alpha_{alpha}"],
             "descriptions_file": args.descriptions,
         }
-    result |= {k: getattr(args, k) for k in ("checkpoint", "images", "annotations") if k in args}
+    result |= {
+        k: getattr(args, k) for k in ("checkpoint", "images", "train", "annotations") if k in args
+    }
     try:
         atomic.write_text(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:  # the numbers are on the screen at least

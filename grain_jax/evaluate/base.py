@@ -26,9 +26,10 @@ from grain_jax.evaluate.processes import gather
 from grain_jax.evaluate.test_sets import InputError, MissingData
 
 BATCH_SIZE = 64
-# Kind of evaluation -> its module, which has `evaluate(predictor, *, ...)`; all but zeroshot also `read`.
+# Kind of evaluation -> its module, which has `evaluate(predictor, *, ...)`; those of annotations also `read`.
 _MODULES = {
     "zeroshot": "grain_jax.evaluate.zeroshot",
+    "linear_probe": "grain_jax.evaluate.linear_probe",
     "retrieval": "grain_jax.evaluate.retrieval",
     "grounding": "grain_jax.evaluate.grounding",
     "boxes": "grain_jax.evaluate.box_classes",
@@ -80,6 +81,9 @@ def evaluate(entry: config_lib.Evaluator, predictor: Any, **options: Any) -> dic
             region_order=entry.region_order,
             templates=entry.templates,
         )
+    elif entry.kind == "linear_probe":
+        test, train = module.open_sets(entry)
+        options |= dict(test=test, train=train, shots=entry.shots, seeds=entry.seeds)
     else:
         options |= dict(images=entry.images, annotations=entry.annotations)
     if entry.kind == "boxes":
@@ -105,7 +109,7 @@ def available(entry: config_lib.Evaluator) -> tuple[config_lib.Evaluator, str]:
     if found.tfds is not None:
         test_sets.find_tfds(found.tfds, found.data_dir, found.get)
     else:
-        places = [place for place in (found.annotations, found.images) if place is not None]
+        places = [x for x in (found.annotations, found.images, found.train) if x is not None]
         absent = [place for place in places if not there(place)]
         if absent:
             raise MissingData(f"{', '.join(absent)}: not there{test_sets.how(found.get)}")
@@ -144,6 +148,8 @@ def check(entry: config_lib.Evaluator) -> int:
     from grain_jax.evaluate import class_names, prompts, zeroshot
 
     module, entry = _module(entry), _at_home(entry)
+    if entry.kind == "linear_probe":
+        return module.check(entry)
     found: list[Exception] = []
 
     def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -183,14 +189,16 @@ def _module(entry: config_lib.Evaluator) -> Any:
     """The module that evaluates this kind. Raises InputError where the entry itself is wrong."""
     if entry.kind not in _MODULES:
         raise InputError(f"kind: got {entry.kind!r}, expected one of {', '.join(_MODULES)}")
-    if entry.kind != "zeroshot" and entry.annotations is None:
+    if entry.kind not in config_lib.LABELLED_KINDS and entry.annotations is None:
         raise InputError(f"annotations: got nothing, expected a file (A.jsonl) for {entry.kind}")
     return importlib.import_module(_MODULES[entry.kind])  # only now: they import this module
 
 
 def _at_home(entry: config_lib.Evaluator) -> config_lib.Evaluator:
     """The entry with paths that do not begin with `~`."""
-    names = ("images", "descriptions", "annotations", "templates")
+    names = ["images", "descriptions", "annotations", "templates"]
+    if entry.tfds is None:  # else a split
+        names.append("train")
     paths = {name: getattr(entry, name) for name in names if getattr(entry, name)}
     paths = {name: str(epath.Path(path).expanduser()) for name, path in paths.items()}
     return dataclasses.replace(entry, **paths)

@@ -77,6 +77,11 @@ class ClassFolders:
     def __len__(self) -> int:
         return len(self._paths)
 
+    @property
+    def class_counts(self) -> np.ndarray:
+        """How many pictures each class has, int [C]."""
+        return np.bincount(self._labels, minlength=len(self.classes))
+
     def name(self, position: int) -> str:
         return str(self._paths[position])
 
@@ -170,10 +175,30 @@ class TfdsSet:
 
 
 def open_set(entry: config_lib.Evaluator) -> TestSet:
-    """The labelled pictures of a zero-shot entry; raises as ClassFolders or TfdsSet do."""
+    """The labelled pictures of an entry, those to test on; raises as ClassFolders or TfdsSet do."""
     if entry.tfds is None:
         return ClassFolders(entry.images, entry.classes, entry.get)
     return TfdsSet(entry.tfds, entry.split, entry.data_dir, entry.classes, entry.get)
+
+
+def open_train_set(entry: config_lib.Evaluator) -> TestSet | None:
+    """The labelled training pictures of a linear probe; None where `images` is to be split. Raises as `open_set`.
+
+    Raises:
+      InputError: also where they are the test's.
+    """
+    if entry.tfds is None:
+        if entry.train is None:
+            return None
+        if epath.Path(entry.train).resolve() == epath.Path(entry.images).resolve():
+            raise InputError(
+                f"train: got {entry.train}, which are the test's images, expected others, or none to split them"
+            )
+        return ClassFolders(entry.train, entry.classes, entry.get)
+    split = entry.train or "train"
+    if split == entry.split:
+        raise InputError(f"train: got the split {split!r}, which is the test's, expected another")
+    return TfdsSet(entry.tfds, split, entry.data_dir, entry.classes, entry.get)
 
 
 def of_path(path: epath.PathLike, label: int = -1) -> Picture:

@@ -105,6 +105,8 @@ def evaluator(kind: str, images: str = "", **fields) -> dict:
     entry |= dict(split="test", missing="error")
     for unset in ("descriptions", "annotations", "tfds", "data_dir", "classes", "templates", "get"):
         entry[unset] = placeholder(str)  # so that the command line can set it
+    if kind == "linear_probe":
+        entry |= dict(train=placeholder(str), shots=(), seeds=5)
     return entry | {name: value for name, value in fields.items() if value is not None}
 
 

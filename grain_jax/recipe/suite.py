@@ -82,18 +82,39 @@ def entries(
             how = "a folder a product, named after it, with its pictures; they are the paper's authors' to give"
             out[name] = evaluator("zeroshot", folders + "/products2023", get=how, **fields)
             continue
-        fields |= dict(zip(("tfds", "split", "classes"), TFDS[name]), data_dir=data_dir)
-        if name == "imagenet2012":  # TFDS cannot fetch it
-            fields["get"] = (
-                "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org into "
-                + data_dir
-                + '/downloads/manual, then python -c "import tensorflow_datasets as tfds;'
-                " tfds.builder('imagenet2012', data_dir='"
-                + data_dir
-                + "').download_and_prepare()\""
-            )
-        out[name] = evaluator("zeroshot", **fields)
+        out[name] = evaluator("zeroshot", **_tfds(name, data_dir), **fields)
     return out
+
+
+def probes(
+    sets=tuple(TFDS), data_dir="~/tensorflow_datasets", shots=(), seeds=5, missing="skip"
+) -> dict[str, dict]:
+    """Linear probes of the TFDS sets, as entries NAME_probe of `evals`: trained on `train`, tested as zero-shot is.
+
+    Args:
+      sets: names, of TFDS.
+      data_dir: TFDS's folder.
+      shots: training images a class, a probe each; 0, and (): all.
+      seeds: draws of few shots.
+      missing: "skip" or "error".
+    """
+    fields = dict(shots=shots, seeds=seeds, missing=missing)
+    return {
+        f"{name}_probe": evaluator("linear_probe", **_tfds(name, data_dir), **fields)
+        for name in sets
+    }
+
+
+def _tfds(name, data_dir) -> dict:
+    fields = dict(zip(("tfds", "split", "classes"), TFDS[name]), data_dir=data_dir)
+    if name == "imagenet2012":  # TFDS cannot fetch it
+        fields["get"] = (
+            "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org into "
+            + data_dir
+            + '/downloads/manual, then python -c "import tensorflow_datasets as tfds;'
+            " tfds.builder('imagenet2012', data_dir='" + data_dir + "').download_and_prepare()\""
+        )
+    return fields
 
 
 def _annotated(name, folders, **fields) -> dict:

@@ -167,6 +167,22 @@ def _rows(numbers: Mapping[str, float]) -> list[Row]:
             alpha = f"alpha {float(at.removeprefix('alpha_')):g}"
             rows.append(Row(key, f"top-1, {alpha}", "chance", "pictures", "pictures"))
             rows.append(Row(f"{at}/top5", f"top-5, {alpha}", "chance_top5", "pictures", "pictures"))
+    for key in numbers:
+        if key.startswith("shots_") and key.endswith("/top1"):
+            at = key.removesuffix("/top1")
+            number = at.removeprefix("shots_")
+            name = "all training images" if number == "all" else f"few shots, {number} a class"
+            rows.append(Row(key, f"{name}, top-1", "chance", "pictures", "pictures"))
+            rows.append(Row(f"{at}/top5", f"{name}, top-5", "chance_top5", "pictures", "pictures"))
+            rows.append(
+                Row(
+                    f"{at}/mean_per_class",
+                    f"{name}, mean per class",
+                    "chance",
+                    "pictures",
+                    "pictures",
+                )
+            )
     for way, label, count, unit in (
         ("image_to_text", "image to text", "pictures", "pictures"),
         ("text_to_image", "text to image", "captions", "captions"),

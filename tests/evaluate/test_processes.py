@@ -89,7 +89,7 @@ def test_two_processes_give_what_one_gives(model, tmp_path):
     results = [json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2)]
     one, both = results
     assert (one["processes"], both["processes"]) == (1, 2) and one["digest"] == both["digest"]
-    assert list(both["ran"]) == ["classes", "grounding", "retrieval"]
+    assert list(both["ran"]) == ["classes", "grounding", "probe", "retrieval"]
     assert both["ran"]["classes"]["pictures"] == 12 == both["ran"]["grounding"]["pictures"]
     assert (
         both["ran"]["classes"]["unreadable_pictures"]
@@ -105,6 +105,9 @@ def test_two_processes_give_what_one_gives(model, tmp_path):
     for part in ("", "by_name"):
         found = [r["ran"]["classes"].get(part, r["ran"]["classes"])["alpha_0.5"] for r in results]
         assert found[0]["per_class"] == found[1]["per_class"]
+    probes = [r["ran"]["probe"] for r in results]
+    assert probes[0]["pictures"] + probes[0]["train_pictures"] == 12
+    assert all(probes[0][part] == probes[1][part] for part in ("shots_1", "shots_all"))
     lines = done.stderr.splitlines()  # launch.local's; one process speaks
     assert len([line for line in lines if line.startswith("[0] classes ")]) == 2
     assert not any("classes" in line or "skipped" in line for line in lines if "[1]" in line)

@@ -3,6 +3,7 @@
 A picture's number says which class the stub takes it for; a class is a direction of its own.
 """
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ import grain_jax
 from grain_jax import config as config_lib
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import class_names, test_sets
+from grain_jax.evaluate import suite as suite_module
 from grain_jax.recipe import suite as benchmarks
 from grain_jax.report import tables
 from tests import tiny
@@ -289,6 +291,30 @@ def test_faults_of_tfds_sets(data, tmp_path):
     broken = test_sets.TfdsSet("cifar10", "test", str(tmp_path / "damaged"), "cifar10")
     with pytest.raises(test_sets.InputError, match="cifar10 test: cannot be read: "):
         list(broken.pictures(range(9)))
+
+
+def test_probes_stand_beside_the_suite_where_they_are_asked_for():
+    c = configs.eval.get_config("probes")
+    c.data_dir = "D"
+    entries = config_lib.suite_from_dict(c.copy_and_resolve_references()).evals
+    assert entries["dtd_probe"].kind == "linear_probe" and entries["dtd_probe"].data_dir == "D"
+    assert not any(name.endswith("_probe") for name in configs.eval.get_config().evals)
+    with pytest.raises(ValueError, match="got :probe, expected :probes"):
+        configs.eval.get_config("probe")
+
+
+def test_what_was_measured_before_a_field_was_added_is_kept():
+    entry = config_lib.suite_from_dict(
+        configs.eval.get_config().copy_and_resolve_references()
+    ).evals["dtd"]
+    before = dataclasses.asdict(entry)
+    for later in ("train", "shots", "seeds"):
+        del before[later]
+    task = suite_module._Task(entry, 3, {"pictures": 3})
+    result = json.loads(json.dumps({"entry": before, "inputs": {"pictures": 3}}))
+    assert suite_module._same(result, task, False)
+    task = task._replace(entry=dataclasses.replace(entry, seeds=4))
+    assert not suite_module._same(result, task, False)
 
 
 def test_boxes_and_diagnostics_have_rows_of_their_own():

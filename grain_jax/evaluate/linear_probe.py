@@ -1,0 +1,339 @@
+"""Linear probe and few-shot probe: how well a logistic regression on image embeddings classifies.
+
+The protocol is that of CLIP (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
+Supervision", appendix A.3): scikit-learn's L-BFGS logistic regression of at most 1000 iterations; the strength of
+the L2 penalty is searched on a validation part of the training set over 1e-6 ... 1e6, in steps of two decades that
+are halved around the best four times (8 steps a decade); the final fit has the validation part as well. Few shots
+have up to 4 others of each class for validation, as CoOp (Zhou et al. 2022, "Learning to Prompt for
+Vision-Language Models"), and the final fit has the shots alone.
+
+Features are the model's image embeddings: after the projection, of unit length, as in the example of openai/CLIP's
+README; the tables of CLIP's paper have those before the projection.
+"""
+
+import importlib.util
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from grain_jax import config as config_lib
+from grain_jax.evaluate import base, processes, test_sets
+
+TRAIN_SHARE = 0.7  # of a class's images, where one folder is split
+VALIDATION_SHARE = 0.2  # of a class's training images
+VALIDATION_SHOTS = 4  # images a class that few shots are validated on, at most
+MAX_ITERATIONS = 1000
+EXPONENTS = tuple(
+    range(-6, 7, 2)
+)  # of 10: the values of C, 1 / strength, that the search begins with
+_HALVINGS = 4  # 2 decades -> 1/8
+_SEED = 0  # of the splits
+
+
+class Data(NamedTuple):
+    """Image embeddings and their classes."""
+
+    embed: np.ndarray  # float64 [N, D]
+    label: np.ndarray  # int [N]
+
+
+class Fitted(NamedTuple):
+    """A regression and how it was chosen."""
+
+    model: Any  # scikit-learn's LogisticRegression
+    c: float
+    validation_top1: float  # at that C, of the fit without the validation part
+    converged: bool
+
+
+def evaluate(
+    predictor: Any,
+    *,
+    test: test_sets.TestSet,
+    train: test_sets.TestSet | None = None,
+    shots: Sequence[int] = (),
+    seeds: int = 5,
+    batch_size: int = base.BATCH_SIZE,
+) -> dict[str, Any]:
+    """Fits on the embeddings of training images and classifies the test images; each image is encoded once.
+
+    Args:
+      predictor: the model (see `base`); its regions are not used.
+      test: the test images.
+      train: the training images, of the same classes. None: a seeded TRAIN_SHARE of each class of `test`, and the
+        rest is the test.
+      shots: training images a class, a probe each; 0: all. Default: all.
+      seeds: how many draws of few shots there are.
+      batch_size: images at a time.
+
+    Returns: counts, `chance` (of top-1; `chance_top5`), and for each probe, under `shots_all` or `shots_N`, `top1`,
+      `top5`, `mean_per_class` (of top-1), each with a 95% interval `_low`, `_high`, and `per_class`. Of all images:
+      intervals as of every evaluation, `C` and `validation_top1`. Of few shots: means over the draws with Student's
+      interval of that mean (of a single draw the interval of the test images), and lists of `C` and `top1_of_draws`.
+      `unconverged`: how many final fits stopped at MAX_ITERATIONS.
+
+    Raises:
+      base.InputError: what was given cannot be used, or scikit-learn is missing.
+    """
+    check_scikit_learn()
+    unreadable: dict[str, str] = {}
+    tested = _encode(predictor, test, unreadable, batch_size)
+    if train is None:
+        learnt, tested = _split(tested, test.classes)
+    else:
+        learnt = _encode(predictor, train, unreadable, batch_size)
+    classes = test.classes
+    counts = np.bincount(tested.label, minlength=len(classes))
+    result = {
+        "kind": "linear_probe",
+        "classes": len(classes),
+        "pictures": len(tested.label),
+        "train_pictures": len(learnt.label),
+        **base.report_unreadable(unreadable),
+        "chance": 1 / len(classes),
+        "chance_top5": min(1.0, 5 / len(classes)),
+        "pictures_per_class": dict(zip(classes, counts.tolist())),
+    }
+    numbers = list(dict.fromkeys(shots or (0,)))
+    for number in numbers:
+        check_shots(number, np.bincount(learnt.label, minlength=len(classes)), classes)
+    # The first process fits: the others wait, and all get its numbers.
+    probes = lambda: {  # noqa: E731
+        f"shots_{number or 'all'}": _probe(learnt, tested, number, seeds, classes)
+        for number in numbers
+    }
+    fitted = processes.together(lambda: probes() if processes.own()[0] == 0 else None)
+    return result | processes.gather_values(fitted)[0]
+
+
+def check(entry: config_lib.Evaluator) -> int:
+    """Finds without a model what would end an evaluation; how many images there are. Raises InputError."""
+    check_scikit_learn()
+    test, train = open_sets(entry)
+    # TFDS sets tell their classes' sizes only as they are read.
+    counts = getattr(train or test, "class_counts", None)
+    if counts is not None:
+        counts = counts if train else np.array([_train_count(n) for n in counts])
+        for number in entry.shots or (0,):
+            check_shots(number, counts, test.classes)
+    return len(test) + (len(train) if train else 0)
+
+
+def open_sets(
+    entry: config_lib.Evaluator,
+) -> tuple[test_sets.TestSet, test_sets.TestSet | None]:
+    """The test set, and the training set where the entry has one. Raises as test_sets.open_set, and InputError."""
+    test, train = test_sets.open_set(entry), test_sets.open_train_set(entry)
+    if train is not None and list(train.classes) != list(test.classes):
+        only = [
+            sorted(set(a) - set(b))
+            for a, b in ((train.classes, test.classes), (test.classes, train.classes))
+        ]
+        raise base.InputError(
+            f"train: got other classes than the test's, expected the same; only in train:"
+            f" {test_sets.listed(only[0]) or 'none'}; only in the test: {test_sets.listed(only[1]) or 'none'}"
+        )
+    return test, train
+
+
+def check_scikit_learn() -> None:
+    """Raises InputError where it is not installed."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise base.InputError("linear_probe: needs scikit-learn: pip install -e '.[probe]'")
+
+
+def check_shots(number: int, counts: np.ndarray, classes: Sequence[str]) -> None:
+    """Raises InputError where a class has too few training images, `counts` [C], for `number` of them a class.
+
+    Few shots need one image more, for validation; all of them (0) need one class with two.
+    """
+    if number:
+        few = [f"{name} ({n})" for name, n in zip(classes, counts) if n <= number]
+        if few:
+            raise base.InputError(
+                f"shots: got {number}, expected fewer than each class has training images, so that one is left"
+                f" for validation; too few are of {test_sets.listed(few)}"
+            )
+    elif (counts > 0).sum() < 2 or counts.max() < 2:
+        raise base.InputError(
+            "train: got no two classes with images, one of which has two, expected more to train and validate on"
+        )
+
+
+def fit(learnt: Data, validation: Data, final: Data) -> Fitted:
+    """A regression on `final`, with the C of those on `learnt` that is best on `validation`.
+
+    The best has the highest accuracy; of equal ones the lowest log loss, then the smallest C.
+    """
+    tried: dict[float, tuple[float, float, float]] = {}
+
+    def rank(exponent: float) -> tuple[float, float, float]:
+        if exponent not in tried:
+            model, _ = _regression(learnt, 10.0**exponent)
+            scores = _scores(model, validation.embed, int(validation.label.max()) + 1)
+            loss = float(_log_loss(scores, validation.label))
+            right = validation.label[:, None] == np.arange(scores.shape[1])
+            tried[exponent] = (float(base.topk_hits(scores, right, 1).mean()), -loss, -exponent)
+        return tried[exponent]
+
+    step, best = float(EXPONENTS[1] - EXPONENTS[0]), float(max(EXPONENTS, key=rank))
+    for _ in range(_HALVINGS):
+        step /= 2
+        around = [x for x in (best - step, best, best + step) if EXPONENTS[0] <= x <= EXPONENTS[-1]]
+        best = max(around, key=rank)
+    model, converged = _regression(final, 10.0**best)
+    return Fitted(model, 10.0**best, tried[best][0], converged)
+
+
+def hold_out(label: np.ndarray, seed: int) -> np.ndarray:
+    """Which of the training images, bool [N], are for validation: a share of each class, but never all of it."""
+    held = np.zeros(len(label), bool)
+    for own in _of_each_class(label, seed):
+        held[own[: min(len(own) - 1, max(1, round(VALIDATION_SHARE * len(own))))]] = True
+    return held
+
+
+def draw(label: np.ndarray, shots: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of `shots` images of each class, and of up to VALIDATION_SHOTS others, both int."""
+    classes = _of_each_class(label, seed)
+    more = min(shots, VALIDATION_SHOTS)
+    chosen = np.concatenate([own[:shots] for own in classes])
+    return chosen, np.concatenate([own[shots : shots + more] for own in classes])
+
+
+def _of_each_class(label: np.ndarray, seed: int) -> list[np.ndarray]:
+    """For each class the positions of its images in a random order, which other classes do not change."""
+    return [
+        np.random.default_rng([seed, int(c)]).permutation(np.flatnonzero(label == c))
+        for c in np.unique(label)
+    ]
+
+
+def _train_count(count: int) -> int:
+    return min(count - 1, max(1, round(TRAIN_SHARE * count)))
+
+
+def _split(data: Data, classes: Sequence[str]) -> tuple[Data, Data]:
+    """The training and the test images of one set. Raises InputError where a class has a single image."""
+    counts = np.bincount(data.label, minlength=len(classes))
+    single = [name for name, n in zip(classes, counts) if n < 2]
+    if single:
+        raise base.InputError(
+            "train: got none, so that the images are split, expected two or more of each class that can be read;"
+            f" too few are of {test_sets.listed(single)}"
+        )
+    train = np.zeros(len(data.label), bool)
+    for own in _of_each_class(data.label, _SEED):
+        train[own[: _train_count(len(own))]] = True
+    return _take(data, train), _take(data, ~train)
+
+
+def _take(data: Data, which: np.ndarray) -> Data:
+    return Data(data.embed[which], data.label[which])
+
+
+def _encode(predictor, pictures: test_sets.TestSet, unreadable: dict[str, str], batch_size) -> Data:
+    """The embeddings of a set's readable images, on every process."""
+    found = base.gather(
+        dict(embed=batch.image_embed, label=batch.labels)
+        for batch in base.encode_pictures(
+            predictor,
+            pictures,
+            label="linear probe",
+            unreadable=unreadable,
+            regions=False,
+            batch_size=batch_size,
+        )
+    )
+    if found["label"].min() < 0:
+        raise base.InputError("the set has images without a label, expected another split")
+    return Data(found["embed"].astype(np.float64), found["label"])
+
+
+def _probe(learnt: Data, tested: Data, shots: int, seeds: int, classes: Sequence[str]) -> dict:
+    """The rates of one number of shots."""
+    if not shots:
+        held = hold_out(learnt.label, _SEED)
+        fitted = fit(_take(learnt, ~held), _take(learnt, held), learnt)
+        return {
+            **_rates(fitted.model, tested, classes),
+            "C": fitted.c,
+            "validation_top1": fitted.validation_top1,
+            "unconverged": int(not fitted.converged),
+        }
+    fits, rates = [], []
+    for seed in range(seeds):
+        chosen, validation = (_take(learnt, x) for x in draw(learnt.label, shots, seed))
+        fits.append(fit(chosen, validation, chosen))
+        rates.append(_rates(fits[-1].model, tested, classes))
+    out: dict[str, Any] = {"draws": seeds}
+    for key in ("top1", "top5", "mean_per_class"):
+        values = np.array([rate[key] for rate in rates])
+        low, high = rates[0][f"{key}_low"], rates[0][f"{key}_high"]
+        if seeds > 1:
+            low, high = student_interval(values)
+        out |= {key: float(values.mean()), f"{key}_low": low, f"{key}_high": high}
+    out["per_class"] = {
+        name: float(np.mean([rate["per_class"][name] for rate in rates]))
+        for name in rates[0]["per_class"]
+    }
+    out["top1_of_draws"] = [rate["top1"] for rate in rates]
+    out["C"] = [fitted.c for fitted in fits]
+    out["unconverged"] = sum(not fitted.converged for fitted in fits)
+    return out
+
+
+def student_interval(values: np.ndarray) -> tuple[float, float]:
+    """Student's 95% interval of the mean of two or more shares, within [0, 1]."""
+    from scipy import stats  # slow to import
+
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return max(0.0, float(values.mean() - half)), min(1.0, float(values.mean() + half))
+
+
+def _rates(model: Any, tested: Data, classes: Sequence[str]) -> dict[str, Any]:
+    """The rates of a regression on the test images, over all and for each class that has some."""
+    scores = _scores(model, tested.embed, len(classes))
+    right = tested.label[:, None] == np.arange(len(classes))
+    top1 = base.topk_hits(scores, right, 1)
+    counts = np.bincount(tested.label, minlength=len(classes))
+    there = counts > 0
+    shares = np.bincount(tested.label, weights=top1, minlength=len(classes))[there] / counts[there]
+    names = [name for name, some in zip(classes, there) if some]
+    return {
+        **base.rate("top1", top1),
+        **base.rate("top5", base.topk_hits(scores, right, 5)),
+        **base.mean_rate("mean_per_class", shares, counts[there]),
+        "per_class": dict(zip(names, shares.tolist())),
+    }
+
+
+def _regression(data: Data, c: float) -> tuple[Any, bool]:
+    """scikit-learn's regression at that C, and whether it has converged."""
+    from sklearn import exceptions, linear_model
+
+    model = linear_model.LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", exceptions.ConvergenceWarning)  # it is counted
+        model.fit(*data)
+    return model, bool(model.n_iter_.max() < MAX_ITERATIONS)
+
+
+def _scores(model: Any, embed: np.ndarray, classes: int) -> np.ndarray:
+    """Logits float64 [N, C]; minus infinity for classes that the regression has not seen."""
+    found = model.decision_function(embed)
+    if found.ndim == 1:  # of two classes scikit-learn gives the second one's, against 0
+        found = np.stack([np.zeros_like(found), found], axis=1)
+    scores = np.full((len(embed), max(classes, int(model.classes_.max()) + 1)), -np.inf)
+    scores[:, model.classes_] = found
+    return scores
+
+
+def _log_loss(scores: np.ndarray, label: np.ndarray) -> float:
+    """Mean over the images; infinite where a class has not been seen."""
+    top = scores.max(axis=1)
+    total = np.log(np.exp(scores - top[:, None]).sum(axis=1)) + top
+    return float((total - scores[np.arange(len(label)), label]).mean())

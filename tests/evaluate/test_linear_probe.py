@@ -1,0 +1,218 @@
+"""The linear probe: against scikit-learn run by hand, on toys whose answer is known, by the command and in training."""
+
+import json
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import grain_jax
+from grain_jax import config as config_lib
+from grain_jax.evaluate import __main__ as command
+from grain_jax.evaluate import base, linear_probe, test_sets
+from grain_jax.recipe import evaluator
+from tests.evaluate import tfds_sets
+from tests.evaluate.stub import StubPredictor, write_picture
+
+linear_model = pytest.importorskip("sklearn.linear_model")
+CLASSES = ("bee", "cow", "doe")
+
+
+def _folders(folder, counts, first=0):
+    """Class folders of pictures that the stub knows by their numbers, from `first` on; the labels."""
+    labels = []
+    for label, (name, count) in enumerate(zip(CLASSES, counts)):
+        for _ in range(count):
+            write_picture(folder / name / f"{first + len(labels):02d}.png", first + len(labels))
+            labels.append(label)
+    return np.array(labels)
+
+
+def _embeddings(labels, noise, seed):
+    """Unit embeddings around a direction a class, [N, 8]."""
+    rng = np.random.default_rng(seed)
+    embed = np.eye(3, 8)[labels] + noise * rng.normal(size=(len(labels), 8))
+    return (embed / np.linalg.norm(embed, axis=1, keepdims=True)).astype(np.float32)
+
+
+def _entry(**fields):
+    return config_lib.Evaluator(**ConfigDict(evaluator(**fields)).to_dict())
+
+
+@pytest.fixture
+def noisy(tmp_path):
+    """A training and a test folder and their embeddings, of which a probe gets some wrong."""
+    train = _folders(tmp_path / "train", (12, 9, 10))
+    test = _folders(tmp_path / "test", (8, 5, 9), first=len(train))
+    x_train, x_test = _embeddings(train, 0.7, 0), _embeddings(test, 0.7, 1)
+    embed = np.concatenate([x_train, x_test])
+    return tmp_path, StubPredictor(dict(enumerate(embed))), (x_train, train), (x_test, test)
+
+
+def _evaluate(folder, predictor, **options):
+    train = options.pop("train", "train")
+    return linear_probe.evaluate(
+        predictor,
+        test=test_sets.ClassFolders(folder / "test"),
+        train=test_sets.ClassFolders(folder / train) if train else None,
+        **options,
+    )
+
+
+def test_is_scikit_learns_on_the_same_features(noisy):
+    folder, predictor, (x_train, y_train), (x_test, y_test) = noisy
+    result = _evaluate(folder, predictor)
+    assert (result["pictures"], result["train_pictures"], result["classes"]) == (22, 31, 3)
+    assert (result["chance"], result["chance_top5"]) == (1 / 3, 1.0)
+    found = result["shots_all"]
+    # The C by hand: all that the search could have tried, at an eighth of a decade.
+    held = linear_probe.hold_out(y_train, 0)
+    assert np.bincount(y_train[held]).tolist() == [2, 2, 2]
+    fit = lambda x, y, c: linear_model.LogisticRegression(C=c, max_iter=1000).fit(x, y)
+    x_train, x_test = x_train.astype(np.float64), x_test.astype(np.float64)
+    validated = lambda c: fit(x_train[~held], y_train[~held], c).score(x_train[held], y_train[held])
+    assert found["validation_top1"] == validated(found["C"])
+    assert found["validation_top1"] >= max(validated(10.0**e) for e in range(-6, 7, 2))
+    model = fit(x_train, y_train, found["C"])
+    predicted = model.predict(x_test)
+    assert found["top1"] == model.score(x_test, y_test) and 0.4 < found["top1"] < 1
+    shares = [(predicted[y_test == c] == c).mean() for c in range(3)]
+    assert found["per_class"] == pytest.approx(dict(zip(CLASSES, shares)))
+    assert found["mean_per_class"] == pytest.approx(np.mean(shares))
+    low, high = base.interval(found["top1"] * 22, 22)
+    assert (found["top1_low"], found["top1_high"]) == pytest.approx((low, high))
+    assert found["top5"] == 1.0 and found["unconverged"] == 0
+    assert _evaluate(folder, predictor, batch_size=5) == result
+
+
+def test_few_shots_are_means_over_draws(noisy):
+    folder, predictor, (x_train, y_train), (x_test, y_test) = noisy
+    result = _evaluate(folder, predictor, shots=(2, 0), seeds=3)
+    few = result["shots_2"]
+    assert result["shots_all"] == _evaluate(folder, predictor)["shots_all"]
+    for seed in range(3):
+        chosen, validation = linear_probe.draw(y_train, 2, seed)
+        assert np.bincount(y_train[chosen]).tolist() == [2, 2, 2]
+        assert np.bincount(y_train[validation]).tolist() == [2, 2, 2]
+        assert not set(chosen) & set(validation)
+        model = linear_model.LogisticRegression(C=few["C"][seed], max_iter=1000)
+        model.fit(x_train[chosen].astype(np.float64), y_train[chosen])
+        assert few["top1_of_draws"][seed] == model.score(x_test.astype(np.float64), y_test)
+    values = np.array(few["top1_of_draws"])
+    assert few["top1"] == pytest.approx(values.mean()) and few["draws"] == 3
+    half = 4.302653 * values.std(ddof=1) / 3**0.5  # Student's, two degrees of freedom
+    assert few["top1_high"] - few["top1"] == pytest.approx(half, rel=1e-5)
+    one = _evaluate(folder, predictor, shots=(2,), seeds=1)["shots_2"]
+    assert one["top1"] == values[0]
+    assert one["top1_low"] == pytest.approx(base.interval(values[0] * 22, 22)[0])
+    assert base.scalars(result)["shots_2/top1"] == few["top1"]
+
+
+def test_separable_classes_are_told_apart_and_equal_ones_are_at_chance(tmp_path):
+    train = _folders(tmp_path / "train", (3, 4, 5))
+    test = _folders(tmp_path / "test", (2, 2, 2), first=len(train))
+    every = np.concatenate([train, test])
+    told = StubPredictor(dict(enumerate(np.eye(3)[every])))
+    for shots in ((1,), (2,), (0,)):
+        (found,) = (v for k, v in _evaluate(tmp_path, told, shots=shots).items() if "shots" in k)
+        assert found["top1"] == 1.0 == found["mean_per_class"]
+    alike = StubPredictor(dict.fromkeys(range(len(every)), [1, 0, 0]))
+    # Of one embedding the most frequent class of the training set is the answer.
+    assert _evaluate(tmp_path, alike)["shots_all"]["per_class"] == {"bee": 0, "cow": 0, "doe": 1}
+
+
+def test_two_classes_and_a_split_of_one_folder(tmp_path):
+    labels = _folders(tmp_path / "test", (10, 10))
+    predictor = StubPredictor(dict(enumerate(np.eye(2)[labels])))
+    result = _evaluate(tmp_path, predictor, train=None)
+    assert (result["train_pictures"], result["pictures"]) == (14, 6)
+    assert result["pictures_per_class"] == {"bee": 3, "cow": 3}
+    assert result["shots_all"]["top1"] == 1.0
+    (tmp_path / "test/bee/00.png").write_bytes(b"no picture")
+    result = _evaluate(tmp_path, predictor, train=None)
+    assert result["unreadable"] == 1 and result["train_pictures"] + result["pictures"] == 19
+
+
+def test_a_tfds_set_is_probed_by_its_splits(tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    labels = np.array([0, 1, 0, 1, 0, 1, 1, 0])
+    pictures = tfds_sets.numbered(range(8))
+    tfds_sets.write(tmp_path, "dtd", "3.0.1", "test", pictures, labels, names=["a", "b"])
+    entry = _entry(
+        kind="linear_probe", tfds="dtd", data_dir=str(tmp_path), train="test[:5]", split="test[5:]"
+    )
+    predictor = StubPredictor(dict(enumerate(np.eye(2)[labels])))
+    assert base.check(entry) == 8
+    result = base.evaluate(entry, predictor)
+    assert (result["train_pictures"], result["pictures"]) == (5, 3)
+    assert result["shots_all"]["top1"] == 1.0
+
+
+def _command(folder, *arguments):
+    given = ["linear-probe", "--checkpoint=RUN", f"--images={folder / 'test'}", "--cache="]
+    return command.main([*given, f"--output={folder / 'p.json'}", *arguments])
+
+
+def test_the_command(noisy, monkeypatch, capsys):
+    folder, predictor, _, _ = noisy
+    monkeypatch.setattr(grain_jax, "load", lambda path: predictor)
+    assert _command(folder, f"--train={folder / 'train'}", "--shots=2,all", "--seeds=2") == 0
+    result = json.loads((folder / "p.json").read_text())
+    expected = _evaluate(folder, predictor, shots=(2, 0), seeds=2)
+    assert {key: result[key] for key in expected} == expected
+    assert result["train"] == str(folder / "train")
+    table = capsys.readouterr().out
+    assert "linear-probe: few shots, 2 a class, top-1" in table
+    assert "linear-probe: all training images, mean per class" in table
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--train={}/none"], "{}/none: no such folder"),
+        (["--train={}/test"], "train: got {}/test, which are the test's images"),
+        (["--train={}/train", "--shots=9,all"], "shots: got 9, expected fewer than each class has"),
+        (["--train={}/train", "--shots=x"], "--shots: got 'x', expected images a class, or all"),
+        (["--train={}/train", "--seeds=0"], "--seeds: got 0, expected at least 1"),
+        (["--train={}/other"], "only in train: ant; only in the test: bee, cow, doe"),
+        (["--shots=5"], "shots: got 5, expected fewer than each class has training images"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(noisy, capsys, arguments, message):
+    folder = noisy[0]
+    for name in ("ant", "doe"):
+        write_picture(folder / "other" / name / "0.png", 0)
+    if "other" in str(arguments):
+        message = "only in train: ant; only in the test: bee, cow"
+    assert _command(folder, *(text.format(folder) for text in arguments)) == 2
+    error = capsys.readouterr().err
+    assert message.format(folder) in error and len(error.splitlines()) == 1
+
+
+def test_without_scikit_learn_the_extra_is_named(noisy, capsys, monkeypatch):
+    find = linear_probe.importlib.util.find_spec
+    monkeypatch.setattr(
+        linear_probe.importlib.util, "find_spec", lambda x: None if x == "sklearn" else find(x)
+    )
+    assert _command(noisy[0], f"--train={noisy[0] / 'train'}") == 2
+    line = "linear_probe: needs scikit-learn: pip install -e '.[probe]'\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            dict(kind="zeroshot", shots=(1,)),
+            "evals.x.train, evals.x.shots: got None, (1,) with kind=zeroshot",
+        ),
+        (dict(kind="linear_probe", shots=(-1,)), "evals.x.shots: got (-1,), expected at least 1"),
+        (dict(kind="linear_probe", seeds=0), "evals.x.seeds: got 0, expected at least 1"),
+    ],
+)
+def test_faults_of_an_entry(fields, message):
+    suite = dict(data_dir="", folders="", descriptions=None, templates=None, alphas=(1.0,))
+    entry = ConfigDict(evaluator(images="x", **fields)).to_dict()
+    with pytest.raises(config_lib.ConfigError) as error:
+        config_lib.suite_from_dict(suite | {"evals": {"x": entry}})
+    assert message in str(error.value)
