@@ -213,5 +213,5 @@ def test_run_dispatches(tmp_path):
     assert all(type(value) is float for value in numbers.values())
     with pytest.raises(base.InputError, match="annotations: got nothing"):
         base.run(_entry(kind="grounding", images=str(tmp_path)), predictor)
-    with pytest.raises(base.InputError, match="expected one of zeroshot, retrieval, grounding"):
+    with pytest.raises(base.InputError, match="expected one of zeroshot, linear_probe, retrieval"):
         base.run(_entry(kind="captioning", images=str(tmp_path)), predictor)
