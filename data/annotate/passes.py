@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,8 @@ from grain_jax import annotations, errors
 BATCH_PIXELS = (
     1 << 27
 )  # 400 MB as RGB; two batches are held. 64 photographs of 24 MP would be 4.6 GB
+# What the name of a picture can be the reason of: a part of it is too long, or another picture's file.
+_NO_NAME = (NotADirectoryError, IsADirectoryError, FileExistsError)
 FAILURES_IN_A_ROW = 50  # of a model: then it is not the pictures' fault, and the job ends
 
 
@@ -310,6 +313,14 @@ def _finish(work: _Work, job: Job) -> dict[str, Any] | None:
         work.fail("picture", "no caption", "got neither caption nor regions, expected one of them")
     if line is not None and job.keep_pictures:
         path = job.output.path("images", work.item.image)
-        if not path.exists():
-            job.output.put(work.item.encoded, "images", work.item.image)
+        try:
+            if path.is_dir() or not path.exists():
+                job.output.put(work.item.encoded, "images", work.item.image)
+        except OSError as error:
+            if not isinstance(error, _NO_NAME) and error.errno != errno.ENAMETOOLONG:
+                raise
+            reason = error.strerror or "a folder has the name"
+            detail = f"{reason}: cannot be written as a file below {job.output.path('images')}"
+            work.fail("picture", "bad annotation", detail)
+            return None
     return line

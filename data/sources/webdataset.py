@@ -4,8 +4,12 @@ Members of one sample stand next to each other and share the name up to its firs
 tar; its pictures are called TAR/MEMBER, since keys may be repeated in another tar.
 """
 
+import hashlib
 import itertools
 import json
+import os
+import re
+import stat
 import tarfile
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -14,8 +18,25 @@ from typing import Any
 from etils import epath
 
 from data.sources import base
+from grain_jax import image_bounds
 
 FILES = False
+MAX_NAME = 255  # bytes of a part of a name: no file system takes more
+MAX_PATH = 1024  # bytes of a name
+MAX_FILES = 64  # of a sample
+MAX_TEXT = 1 << 20  # bytes of a text or a JSON
+_TEXTS = ("txt", "json")
+_MAX_SHARD_NAME = 200  # characters of a shard's name, which becomes a file's
+_UNWANTED = re.compile(
+    "[\x00-\x1f\x7f\ud800-\udfff]"
+)  # in a name: control characters, half surrogates
+_HEADERS = (  # members that are part of the next one's header, read whole
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 
 
 def shards(options: base.Options) -> list[base.Shard]:
@@ -42,6 +63,9 @@ def tar_shards(source: str, options: base.Options) -> list[base.Shard]:
     for path in paths:
         prefix = path.relative_to(root).with_suffix("").as_posix()
         name = urllib.parse.quote(prefix, safe="")
+        if len(name) > _MAX_SHARD_NAME:
+            digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+            name = f"{name[: _MAX_SHARD_NAME - 17]}-{digest}"
         out.append(base.Shard(name, source, {"tar": str(path), "prefix": prefix}))
     return sorted(out, key=lambda shard: shard.name)
 
@@ -53,37 +77,70 @@ def read_tar(
 
     `entry` raises ValueError for what it cannot use.
     """
-    name = f"{shard.arguments['prefix']}.tar"
+    name, seen = f"{shard.arguments['prefix']}.tar", set()
+    samples = _samples(epath.Path(shard.arguments["tar"]))
+    while True:
+        try:
+            key, files = next(samples, ("", None))
+        except FileNotFoundError:
+            yield base.Fault(name, "no such file", f"there is no {shard.arguments['tar']}")
+            return
+        except (
+            Exception
+        ) as error:  # tarfile also raises ValueError, IndexError, RecursionError, ...
+            lost = "the sample before it and all behind it are lost"
+            yield base.Fault(name, "damaged shard", f"{error or type(error).__name__}; {lost}")
+            return
+        if files is None:
+            return
+        yield _read_sample(f"{shard.arguments['prefix']}/{key}", files, entry, seen)
+
+
+def _read_sample(
+    image: str,
+    files: dict[str, bytes | None],
+    entry: Callable[[str, dict[str, bytes]], base.Entry],
+    seen: set[str],
+) -> base.Picture | base.Fault:
+    """A sample's picture; `seen` are the names of those before it, and then its own too."""
+    if ".." in image.split("/"):
+        return base.Fault(image, "bad annotation", "expected a name without ..")
+    ending = next(filter(_is_picture, files), None)
+    if ending is None:
+        got = ", ".join(files)
+        return base.Fault(image, "no picture", f"got {got:.200}, expected a picture beside it")
+    image = f"{image}.{ending}"
+    if fault := _name_fault(image):
+        return base.Fault(image, "bad annotation", fault)
+    if image in seen:
+        return base.Fault(image, "bad annotation", "the name is there twice, expected it once")
+    seen.add(image)
+    if None in files.values():
+        most = f"{image_bounds.MAX_BYTES:,} bytes, {MAX_TEXT:,} of a text, and {MAX_FILES} files"
+        return base.Fault(image, "too large", f"expected a sample of at most {most}")
     try:
-        for key, files in _samples(epath.Path(shard.arguments["tar"])):
-            image = f"{shard.arguments['prefix']}/{key}"
-            if ".." in key.split("/"):
-                yield base.Fault(image, "bad annotation", "expected a name without ..")
-                continue
-            ending = next((end for end in files if f".{end}".lower() in base.PICTURE_ENDINGS), None)
-            if ending is None:
-                got = ", ".join(files)
-                yield base.Fault(image, "no picture", f"got {got}, expected a picture beside it")
-                continue
-            image = f"{image}.{ending}"
-            try:
-                found = entry(image, files)
-            except ValueError as error:
-                yield base.Fault(image, "bad annotation", str(error))
-                continue
-            yield base.join(found, files[ending])
-    except FileNotFoundError:
-        yield base.Fault(name, "no such file", f"there is no {shard.arguments['tar']}")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        lost = "the sample before it and all behind it are lost"
-        yield base.Fault(name, "damaged shard", f"{error}; {lost}")
+        found = entry(image, files)
+    except ValueError as error:
+        return base.Fault(image, "bad annotation", str(error))
+    return base.join(found, files[ending])
+
+
+def _name_fault(image: str) -> str:
+    """What is wrong with a picture's name; "" if nothing is."""
+    if _UNWANTED.search(image):
+        return "expected a name in UTF-8 without control characters"
+    longest = max(len(part.encode()) for part in image.split("/"))
+    size = len(image.encode())
+    if size > MAX_PATH or longest > MAX_NAME:
+        return f"got a name of {size} bytes, expected at most {MAX_PATH}, and {MAX_NAME} a part"
+    return ""
 
 
 def metadata(files: dict[str, bytes]) -> dict[str, Any]:
     """The sample's JSON; empty if it has none. Raises ValueError."""
     try:
         found = json.loads(files.get("json", b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"json: not JSON ({error}), expected an object") from None
     if not isinstance(found, dict):
         raise ValueError(f"json: got a {type(found).__name__}, expected an object")
@@ -96,23 +153,59 @@ class _Member(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
         try:
-            return super().frombuf(buf, encoding, errors)
+            found = super().frombuf(buf, encoding, errors)
         except tarfile.EOFHeaderError:
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error}, expected a member or the tar's end") from None
+        if found.size < 0 or (found.type in _HEADERS and found.size > MAX_TEXT):
+            raise tarfile.ReadError(f"a header says {found.size} bytes")
+        return found
 
 
-def _samples(path: epath.Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, ending -> bytes) of each sample, the tar read once from front to end."""
+def _samples(path: epath.Path) -> Iterator[tuple[str, dict[str, bytes | None]]]:
+    """(key, ending -> bytes) of each sample, the tar read once from front to end.
+
+    Only a sample's texts and its first picture are read; the bytes are None where they are too many, or the
+    files. Links, devices and sparse files are no part of a sample.
+    """
+    if "://" in str(path):
+        length = path.stat().length
+    else:  # epath's own asks for the owner's name, which a container may not know
+        found = os.stat(path)
+        length = found.st_size
+        if not stat.S_ISREG(found.st_mode):
+            raise tarfile.ReadError("not a regular file")
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar:
         members = (
-            (*_key(member.name), tar.extractfile(member).read())
-            for member in tar
-            if member.isfile()
+            member for member in _within(tar, length) if member.isfile() and not member.issparse()
         )
-        for key, group in itertools.groupby(members, key=lambda member: member[0]):
-            yield key, {ending: content for _, ending, content in group}
+        for key, group in itertools.groupby(members, key=lambda member: _key(member.name)[0]):
+            files: dict[str, bytes | None] = {}
+            for member in group:
+                ending = _key(member.name)[1]
+                most = MAX_TEXT if ending in _TEXTS else 0
+                if _is_picture(ending) and not any(map(_is_picture, files)):
+                    most = image_bounds.MAX_BYTES
+                if len(files) == MAX_FILES:
+                    ending, most = max(files), -1  # one of them says that there are too many
+                files[ending] = b""
+                if most:
+                    fits = 0 <= member.size <= most
+                    files[ending] = tar.extractfile(member).read() if fits else None
+            yield key, files
+
+
+def _within(tar: tarfile.TarFile, length: int) -> Iterator[tarfile.TarInfo]:
+    """The members; tarfile would step through terabytes that one claims to have, behind the end."""
+    for member in tar:
+        if tar.offset > length:
+            raise tarfile.ReadError("unexpected end of data")
+        yield member
+
+
+def _is_picture(ending: str) -> bool:
+    return f".{ending}".lower() in base.PICTURE_ENDINGS
 
 
 def _key(name: str) -> tuple[str, str]:
