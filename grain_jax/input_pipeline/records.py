@@ -138,7 +138,7 @@ def _digest_of_files(shards: Sequence[epath.Path]) -> str:
 
     def look(path: epath.Path) -> list[Any]:
         try:
-            first = next(tf.data.TFRecordDataset(os.fspath(path)).as_numpy_iterator(), b"")
+            first = next(tf.data.TFRecordDataset(str(path)).as_numpy_iterator(), b"")
             features = tf.train.Example.FromString(first).features.feature
             size = path.stat().length
         except (*_DAMAGE, OSError, ValueError) as error:
