@@ -26,6 +26,7 @@ from grain_jax import (
     digests,
     errors,
     initialise,
+    metrics_file,
     monitor,
     receipt,
     sharding,
@@ -210,17 +211,17 @@ def _config_json(workdir: epath.Path) -> config_lib.Config:
 
 
 def _metrics(workdir: epath.Path) -> dict[int, dict[str, Any]]:
-    """The lines of metrics.jsonl by step, each with its text; of a killed run, what can be read."""
+    """The lines of metrics.jsonl by step, each with its text; but for the one that a kill cut off.
+
+    Raises Mismatch where it has others, or two of a step.
+    """
     lines: dict[int, dict[str, Any]] = {}
-    for path in (workdir / "metrics.jsonl", *sorted((workdir / "metrics.parts").glob("*.jsonl"))):
-        for text in path.read_text().splitlines() if path.exists() else ():
-            try:
-                values = json.loads(text)
-                step = values["step"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue  # the line that the run was killed in; an edited one will be missed
-            if lines.setdefault(step, values | {"text": text})["text"] != text:
-                raise Mismatch(f"{path.name}: two lines of step {step}")
+    read, faults = metrics_file.read(metrics_file.files(workdir))
+    if faults:
+        raise Mismatch("\n".join(faults))
+    for step, values, text in read:
+        if lines.setdefault(step, values | {"text": text})["text"] != text:
+            raise Mismatch(f"{metrics_file.FILE}: two lines of step {step}")
     return lines
 
 

@@ -3,15 +3,15 @@
 import csv
 import dataclasses
 import io
-import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, metrics_file
 from grain_jax.report import tables
 
 SEED = "seed"
@@ -40,35 +40,22 @@ class Row:
     values: Mapping[str, float]
 
 
-def _lines(folder: epath.Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            pass  # the one that is being written
-    return lines
-
-
 def last_step(folder: epath.Path) -> int:
     """The last step that a run has logged; 0 before the first."""
-    lines = _lines(folder)
-    return lines[-1]["step"] if lines else 0
+    lines, _ = metrics_file.read(metrics_file.files(folder))
+    return lines[-1].step if lines else 0
 
 
-def _values(folder: epath.Path) -> dict[str, float]:
+def _values(lines: Sequence[metrics_file.Line]) -> dict[str, float]:
     """A run's metrics: of its evaluations the last, of the others the mean over the last logged steps."""
-    lines = _lines(folder)
-    values: dict[str, float] = {}
-    for line in lines:
-        values |= {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
-    for key in values:
-        if not key.startswith("eval/"):
-            recent = [v for line in lines[-_LAST:] if isinstance(v := line.get(key), (int, float))]
-            if recent:  # else it stands as it was logged last
-                values[key] = statistics.fmean(recent)
-    return values
+    recent = metrics_file.series(lines[-_LAST:])
+    values = {key: of_steps[-1] for key, (_, of_steps) in metrics_file.series(lines).items()}
+    means = {
+        key: statistics.fmean(of_steps)
+        for key, (_, of_steps) in recent.items()
+        if not key.startswith("eval/")
+    }
+    return values | means  # what was not logged of late stands as it was
 
 
 def read(runs: Sequence[Run], finished: Sequence[bool]) -> list[Row]:
@@ -80,10 +67,13 @@ def read(runs: Sequence[Run], finished: Sequence[bool]) -> list[Row]:
     """
     rows = []
     for run, is_finished in zip(runs, finished, strict=True):
-        step, total = last_step(run.folder), run.config.total_steps
+        lines, faults = metrics_file.read(metrics_file.files(run.folder))
+        for fault in faults:
+            print(fault, file=sys.stderr)
+        step, total = lines[-1].step if lines else 0, run.config.total_steps
         state = f"step {step}" + (f" of {total}" if total else "") if step else "not started"
         state = "finished" if is_finished else state
-        rows.append(Row(run.name, run.swept, state, step, _values(run.folder)))
+        rows.append(Row(run.name, run.swept, state, step, _values(lines)))
     return rows
 
 

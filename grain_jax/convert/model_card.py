@@ -1,12 +1,12 @@
 """The model card (README.md) of a converted model, from what its run left behind."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from grain_jax import checkpoint
+from grain_jax import checkpoint, metrics_file
 from grain_jax import config as config_lib
 from grain_jax.convert import parity
 
@@ -32,21 +32,11 @@ def read_run(folder: epath.PathLike) -> Run:
         return Run({}, None, {}, None, str(notes.get("source", "")))
     workdir, step = folder.parent.parent, int(folder.name) if folder.name.isdigit() else None
     metrics, measured_at = {}, None
-    for line in _log(workdir):
-        here = {key: value for key, value in line.items() if key.startswith("eval/")}
-        if here and step is not None and line.get("step", step + 1) <= step:
-            metrics, measured_at = here, line["step"]
+    for line in metrics_file.read(metrics_file.files(workdir))[0]:
+        here = {key: value for key, value in metrics_file.numbers(line) if key.startswith("eval/")}
+        if here and step is not None and line.step <= step:
+            metrics, measured_at = here, line.step
     return Run(checkpoint.read_json(folder, "config"), step, metrics, measured_at, "")
-
-
-def _log(workdir: epath.Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl; of a run that goes on, or was killed, those that are whole."""
-    for path in (workdir / "metrics.jsonl", *sorted((workdir / "metrics.parts").glob("*.jsonl"))):
-        for text in path.read_text().splitlines() if path.exists() else ():
-            try:
-                yield json.loads(text)
-            except json.JSONDecodeError:
-                continue
 
 
 def write(

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from grain_jax import annotations as annotations_lib
 from grain_jax import images as images_lib
+from grain_jax import metrics_file
 from grain_jax.evaluate import base, grounding, scores, test_sets
 from grain_jax.report import looking, tables
 
@@ -54,18 +55,11 @@ def curves(metrics_jsonl: epath.PathLike, output_png: epath.PathLike) -> None:
     """Draws a run's losses, evaluations, temperature, learning rate and speed.
 
     Args:
-      metrics_jsonl: the run's `metrics.jsonl`; a line that was cut off is skipped. A `config.json` beside
+      metrics_jsonl: the run's `metrics.jsonl`; lines that are no records of a step are skipped. A `config.json` beside
         it tells the batch size, whose logarithm is the caption loss of a model that knows nothing.
       output_png: the file to write.
     """
-    lines = read_lines(epath.Path(metrics_jsonl))
-    series: dict[str, tuple[list[float], list[float]]] = {}
-    for line in lines:
-        for key, value in line.items():
-            if isinstance(value, (int, float)) and key != "step":
-                steps, values = series.setdefault(key, ([], []))
-                steps.append(line["step"])
-                values.append(value)
+    series = metrics_file.series(metrics_file.read([epath.Path(metrics_jsonl)])[0])
     figure = Figure(figsize=(16, 7.2), layout="constrained", dpi=110)
     grid = figure.add_gridspec(2, 4, width_ratios=[1, 1, 1, 1.05])
     axes = [figure.add_subplot(grid[i // 3, i % 3]) for i in range(6)]
@@ -324,19 +318,6 @@ def _smooth(values: Sequence[float], keep: float = 0.6) -> list[float]:
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
         out.append(total / weight)
     return out
-
-
-def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; one that was cut off is left out."""
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # the process was killed while it wrote this one
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
-    return lines
 
 
 def _batch_size(workdir: epath.Path) -> int | None:

@@ -1,14 +1,13 @@
 """What the files of a workdir say about a run: curves, results, config, environment. No model is needed."""
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from grain_jax import errors, receipt
+from grain_jax import errors, metrics_file, receipt
 from grain_jax.evaluate import base
 from grain_jax.report import pictures
 
@@ -80,17 +79,16 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
     if not workdir.is_dir():
         raise InputError(f"{workdir}: no such folder; expected the workdir of a run")
     config = _json(workdir / "config.json")
-    metrics = workdir / "metrics.jsonl"
-    lines = pictures.read_lines(metrics) if metrics.exists() else []
+    lines, faults = metrics_file.read(metrics_file.files(workdir))
     if config is None and not lines:
         raise InputError(
             f"{workdir}: has neither config.json nor metrics.jsonl; expected the workdir of a run"
         )
-    unmeasured = []
+    unmeasured = faults
     if not lines:
-        unmeasured.append(f"{metrics.name}: missing or empty, so there are no curves")
-    series = _series(lines)
-    step = int(lines[-1]["step"]) if lines else None
+        unmeasured.append(f"{metrics_file.FILE}: missing or empty, so there are no curves")
+    series = metrics_file.series(lines)
+    step = lines[-1].step if lines else None
     found = _training_results(workdir, series)
     if not found:
         unmeasured.append(
@@ -199,17 +197,6 @@ def _json(path: epath.Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _series(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
-    series: dict[str, tuple[list[float], list[float]]] = {}
-    for line in lines:
-        for key, value in line.items():
-            if key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                steps, values = series.setdefault(key, ([], []))
-                steps.append(line["step"])
-                values.append(float(value))
-    return series
 
 
 def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:

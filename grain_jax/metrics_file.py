@@ -1,0 +1,87 @@
+"""Reads `metrics.jsonl`: the one place that says which of its lines count.
+
+A line is a JSON object with a whole number `step`. A killed process leaves a last line without its end, which
+is no fault. Anything else is one: it is counted, named and left out.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from etils import epath
+
+FILE = "metrics.jsonl"
+_LARGEST_STEP = 2**31 - 1  # as config.total_steps
+
+
+class Line(NamedTuple):
+    """One logged step.
+
+    Attributes:
+      step: its number.
+      values: all of the object, `step` included.
+      text: as it stands in the file.
+    """
+
+    step: int
+    values: dict[str, Any]
+    text: str
+
+
+def files(workdir: epath.PathLike) -> list[epath.Path]:
+    """`metrics.jsonl` and, of a run in an object store, its parts, in order; none where there are none."""
+    workdir = epath.Path(workdir)
+    whole = [workdir / FILE] if (workdir / FILE).exists() else []
+    return [*whole, *sorted((workdir / "metrics.parts").glob("*.jsonl"))]
+
+
+def read(paths: Iterable[epath.Path]) -> tuple[list[Line], list[str]]:
+    """The lines of the files, and a fault for each file that has others."""
+    lines: list[Line] = []
+    faults = []
+    for path in paths:
+        content = path.read_bytes()
+        texts = content.decode(errors="replace").split("\n")
+        cut_off = texts.pop()  # "" where the last line has its end
+        parsed = [(number, text, _parse(text)) for number, text in enumerate(texts, 1) if text]
+        if last := _parse(cut_off):
+            parsed.append((len(texts) + 1, cut_off, last))
+        lines += [line for _, _, line in parsed if line]
+        bad = [(number, text) for number, text, line in parsed if line is None]
+        if bad:
+            number, text = bad[0]
+            faults.append(
+                f"{path}, line {number}: got {text[:40]!r}, expected a JSON object with a whole number step;"
+                f" left out, {len(bad)} of {len(parsed)} lines in all"
+            )
+    return lines, faults
+
+
+def series(lines: Iterable[Line]) -> dict[str, tuple[list[float], list[float]]]:
+    """key -> (steps, values) of all numbers that are finite."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for line in lines:
+        for key, value in numbers(line):
+            steps, values = found.setdefault(key, ([], []))
+            steps.append(line.step)
+            values.append(value)
+    return found
+
+
+def numbers(line: Line) -> Iterator[tuple[str, float]]:
+    """(key, value) of the line's finite numbers, without its step."""
+    for key, value in line.values.items():
+        if key != "step" and isinstance(value, (int, float)) and abs(value) < math.inf:
+            yield key, float(value)
+
+
+def _parse(text: str) -> Line | None:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    step = values.get("step") if isinstance(values, dict) else None
+    if type(step) is not int or not 0 <= step <= _LARGEST_STEP:
+        return None
+    return Line(step, values, text)
