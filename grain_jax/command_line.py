@@ -79,6 +79,20 @@ def _cause_in(path: str, error: Exception) -> str:
     return f"{path}: {str(error).strip().splitlines()[-1]}"
 
 
+def _check_values(argv: list[str], flag_values: flags.FlagValues) -> None:
+    """Raises UserError where a flag has no value: absl would take the next flag for it."""
+    for argument, following in zip(argv[1:], [*argv[2:], "--"]):
+        flag = argument.removeprefix("--")
+        if flag == argument or flag not in flag_values or flag_values[flag].boolean:
+            continue
+        if following.startswith("--"):
+            raise errors.UserError(
+                f"{argument}: has no value"
+                + (f", but the flag {following} after it" if following != "--" else "")
+                + f"; expected {argument} VALUE, or {argument}=VALUE where that begins with --"
+            )
+
+
 # Pairs of which exactly one is set: the one that the command line sets wins over the file's other.
 _EITHER_OR = (("total_steps", "total_epochs"), ("optim.warmup_steps", "optim.warmup_epochs"))
 _UNSET = ("None", "none", "{}")  # values that take an evaluator out, or all of them
@@ -125,7 +139,9 @@ def parse_config(
     name = holder.name
     argv = argv[:1] + [re.sub(r"^-(?=\w)", "--", argument) for argument in argv[1:]]
     overrides = [a for a in argv[1:] if a.startswith(f"--{name}.")]
+    flag_values = flags.FLAGS if flag_values is None else flag_values
     try:
+        _check_values(argv, flag_values)
         rest = [a for a in argv if a not in overrides]
         path = flags.FlagValues()
         flags.DEFINE_string(name, None, "", flag_values=path)
@@ -146,7 +162,7 @@ def parse_config(
                 raise errors.UserError(f"--{name}.{key}: {config_lib.unknown_key(key, known)}")
         unset = _unset(name, overrides)
         argv = [argument for argument in argv if argument not in unset]
-        left_over = (flags.FLAGS if flag_values is None else flag_values)(argv)[1:]
+        left_over = flag_values(argv)[1:]
         if left_over:
             raise errors.UserError(
                 f"{left_over[0]}: expected a flag, such as --{name}.batch_size=64"

@@ -348,7 +348,9 @@ def _convert(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
         faults.append(f"{path}: got {value!r}, expected a list")
         return ()
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        faults.append(f"{path}: got {value}, expected a finite number")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         faults.append(f"{path}: got {value!r}, expected {kind.__name__}")
     return value
@@ -430,57 +432,69 @@ def _one_of(name: str, value: str, choices: tuple[str, ...], faults: list[str]) 
         faults.append(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
 
 
-# The smallest and largest value of each number that has bounds.
+_MOST = 2**31 - 1  # steps and sizes are int32 on the devices
+_WIDEST = (
+    2**17
+)  # several times any published width or image size; what is above is a slip of the finger
+# The smallest and largest value of each number that has bounds; any float is finite (`_convert`).
 _BOUNDS: dict[str, tuple[float, float]] = {
-    "total_steps": (1, math.inf),
-    "total_epochs": (0, math.inf),
-    "batch_size": (1, math.inf),
-    "microbatches": (1, math.inf),
+    "seed": (-(2**63), 2**63 - 1),
+    "total_steps": (1, _MOST),
+    "total_epochs": (0, 1e6),
+    "batch_size": (1, _MOST),
+    "microbatches": (1, _MOST),
     "ema_decay": (0, 1),
-    "log_every": (1, math.inf),
-    "checkpoint_every": (0, math.inf),
+    "log_every": (1, _MOST),
+    "checkpoint_every": (0, _MOST),
     "checkpoint_every_minutes": (0, math.inf),
-    "checkpoint_keep": (1, math.inf),
-    "checkpoint_keep_every": (0, math.inf),
-    "eval_every": (0, math.inf),
-    "pictures": (0, math.inf),
-    "profile_start": (0, math.inf),
-    "profile_steps": (1, math.inf),
-    "input.lanes": (1, math.inf),
-    "input.shards_per_block": (1, math.inf),
-    "input.max_regions": (0, math.inf),
+    "checkpoint_keep": (1, _MOST),
+    "checkpoint_keep_every": (0, _MOST),
+    "eval_every": (0, _MOST),
+    "pictures": (0, _MOST),
+    "profile_start": (0, _MOST),
+    "profile_steps": (1, _MOST),
+    "input.lanes": (1, _MOST),
+    "input.shards_per_block": (1, _MOST),
+    "input.max_regions": (0, _MOST),
     "input.synthetic_caption_rate": (0, 1),
-    "input.descriptions_in_captions": (0, math.inf),
+    "input.descriptions_in_captions": (0, _MOST),
     "input.flip_rate": (0, 1),
     "input.crop_min_area": (0.01, 1),
-    "input.reader_threads": (0, math.inf),
-    "text.pack_group": (1, math.inf),
-    "text.pack_rows": (1, math.inf),
-    "loss.group_size": (0, math.inf),
-    "loss.tile": (1, math.inf),
-    "loss.gather": (1, math.inf),
-    "optim.warmup_steps": (0, math.inf),
+    "input.reader_threads": (0, _MOST),
+    "text.pack_group": (1, _MOST),
+    "text.pack_rows": (1, _MOST),
+    "loss.group_size": (0, _MOST),
+    "loss.tile": (1, _MOST),
+    "loss.gather": (1, _MOST),
+    "optim.warmup_steps": (0, _MOST),
     "optim.warmup_epochs": (0, math.inf),
     "optim.clip_norm": (0, math.inf),
     "optim.layer_decay": (0.01, 1),
-    "mesh.data": (-1, math.inf),
-    "mesh.fsdp": (1, math.inf),
-    "mesh.tensor": (1, math.inf),
-    "mesh.dcn_data": (1, math.inf),
-    "model.embed_dim": (1, math.inf),
+    "mesh.data": (-1, _MOST),
+    "mesh.fsdp": (1, _MOST),
+    "mesh.tensor": (1, _MOST),
+    "mesh.dcn_data": (1, _MOST),
+    "model.image.image_size": (1, _WIDEST),
+    "model.embed_dim": (1, _WIDEST),
     "model.logit_scale_init": (1, 100),
-    "model.image.patch_size": (1, math.inf),
+    "model.image.patch_size": (1, _WIDEST),
     "model.image.position_period": (1, math.inf),
-    "model.text.vocab_size": (3, math.inf),
-    "model.text.context_length": (3, math.inf),
-    "model.text.pad_id": (0, math.inf),
-    "model.decoder.queries": (0, math.inf),
+    "model.text.vocab_size": (3, 10_000_000),
+    "model.text.context_length": (3, 1_000_000),
+    "model.text.pad_id": (0, _MOST),
+    "model.decoder.queries": (0, _WIDEST),
     "model.decoder.dropout": (0, 0.99),
     "model.decoder.qkv_init_gain": (0, math.inf),
     **{
-        f"model.{tower}.{field}": (1, math.inf)
+        f"model.{tower}.{field}": (1, most)
         for tower in ("image", "text", "decoder")
-        for field in ("width", "depth", "heads", "mlp_dim", "unroll")
+        for field, most in (
+            ("width", _WIDEST),
+            ("depth", 10_000),
+            ("heads", _WIDEST),
+            ("mlp_dim", 4 * _WIDEST),
+            ("unroll", 10_000),
+        )
     },
 }
 
@@ -493,7 +507,7 @@ def _check_bounds(part: Any, prefix: str, faults: list[str]) -> None:
         for key in name.removeprefix(prefix).split("."):
             value = getattr(value, key, None)  # a model without a decoder has none of its numbers
         if value is not None and not low <= value <= high:
-            limit = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            limit = f"at least {low}" if value < low and high >= _WIDEST else f"{low} to {high}"
             faults.append(f"{name}: got {value}, expected {limit}")
 
 
@@ -502,7 +516,7 @@ def _check_model(model: Model, faults: list[str]) -> None:
     if faults:
         return  # what follows divides by these numbers
     image = model.image
-    if image.image_size <= 0 or image.image_size % image.patch_size:
+    if image.image_size % image.patch_size:
         faults.append(
             f"model.image.image_size: got {image.image_size}, expected a multiple of"
             f" model.image.patch_size = {image.patch_size}"

@@ -85,6 +85,26 @@ def test_reference_config_restores_what_the_spec_lists():
             "model.image.heads: got 0, expected at least 1",
         ),
         (lambda d: d.update(total_steps=0), "total_steps: got 0, expected at least 1"),
+        (
+            lambda d: d["optim"].update(learning_rate=float("nan")),
+            "optim.learning_rate: got nan, expected a finite number",
+        ),
+        (
+            lambda d: d["optim"].update(eps=10**400),
+            "optim.eps: got inf, expected a finite number",
+        ),
+        (
+            lambda d: d["model"]["image"].update(width=10**9),
+            "model.image.width: got 1000000000, expected 1 to 131072",
+        ),
+        (
+            lambda d: d.update(total_steps=2**31),
+            "total_steps: got 2147483648, expected 1 to 2147483647",
+        ),
+        (
+            lambda d: d.update(seed=2**64),
+            "seed: got 18446744073709551616, expected -9223372036854775808",
+        ),
         (lambda d: d.update(evals=None), "evals: got None, expected a group of keys"),
         (
             lambda d: d["loss"].update(zzz=1),
