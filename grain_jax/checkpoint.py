@@ -5,14 +5,12 @@ A run's checkpoint has the items `state` (the TrainState; its step is the only d
 `params/`. `load_model` reads either.
 """
 
-import contextlib
 import dataclasses
-import errno
 import functools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,12 +31,6 @@ from grain_jax import digests, errors, receipt
 
 class CheckpointError(errors.UserError):
     """There is no usable checkpoint where one was named; the message is one line."""
-
-
-class FullDisk(CheckpointError):
-    """A checkpoint or another file of the run did not fit; nobody's usage is wrong, and there may be room later."""
-
-    status = 1
 
 
 _DIFFERENCES = 30  # lines that a message shows of them
@@ -147,24 +139,6 @@ def save(
         ),
         metrics={name: metrics[name]} if metrics and name in metrics else None,
     )
-
-
-@contextlib.contextmanager
-def full_disk_in_a_line(workdir: epath.PathLike) -> Iterator[None]:
-    """A full disk or quota, whoever met it inside, becomes a FullDisk."""
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            if full or "No space left on device" in str(cause):
-                raise FullDisk(
-                    f"{workdir}: no space left on the device; the checkpoints that are finished are whole:"
-                    " make room, and the same command goes on from the newest"
-                ) from None
-            cause = cause.__cause__ or cause.__context__
-        raise
 
 
 # What of a config decides which examples a step sees. A run that changes it is another run.

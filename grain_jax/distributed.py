@@ -12,13 +12,12 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from grain_jax import errors, native_log, preemption
+from grain_jax import ending, errors, native_log, preemption
 
 START_SECONDS = 300  # that processes may come up after one another: pods pull images
 # What JAX reads under srun; a shell inside `salloc` or a batch script has only some of them.
@@ -155,26 +154,15 @@ def ending_together(heartbeat_seconds: int) -> Iterator[None]:
     except SystemExit as end:
         if end.code in _AGREED:
             raise
-        _leave(end.code if isinstance(end.code, int) else 1)
+        ending.leave(end.code if isinstance(end.code, int) else 1)
     except errors.UserError as error:
-        _say(str(error))
-        _leave(error.status)
+        ending.leave(error.status, str(error))
     except BaseException as error:
         if "Gloo" in str(error):  # a peer is gone: JAX will know which, and end this process
-            _say(f"a collective failed, so another process may be gone: {error}")
+            with contextlib.suppress(OSError):  # nobody reads it any more: no reason to stay
+                print(
+                    f"a collective failed, so another process may be gone: {error}", file=sys.stderr
+                )
             time.sleep(heartbeat_seconds + 5)
-        else:
-            _say(traceback.format_exc().rstrip())
-        _leave(130 if isinstance(error, KeyboardInterrupt) else 1)
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads it any more: no reason to stay
-        print(text, file=sys.stderr)
-
-
-def _leave(status: int) -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
-    os._exit(status)
+            ending.leave(1)
+        ending.leave(130 if isinstance(error, KeyboardInterrupt) else 1, ending.describe(error))

@@ -4,9 +4,9 @@ An object store cannot append to a file: where the workdir is one, the files gro
 machine and are uploaded at checkpoints and now and then (`_Upload`).
 """
 
-import atexit
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -19,7 +19,7 @@ from shutil import get_terminal_size
 
 from etils import epath
 
-from grain_jax import atomic, errors
+from grain_jax import atomic, ending, errors, metrics_file
 from grain_jax import config as config_lib
 
 PLAIN_LINE_EVERY = 5.0  # seconds, where there is no terminal to rewrite a line on
@@ -31,8 +31,10 @@ LOSS_TERMS = ("loss_image_caption", "loss_box", "loss_region_description", "loss
 CHECKED = (*LOSS_TERMS, "grad_norm")  # a finite loss may have a gradient that is not
 
 
-class NotFinite(ArithmeticError):
+class NotFinite(errors.UserError, ArithmeticError):
     """A loss became NaN or infinite; the message names the term and the steps."""
+
+    status = 1  # the command was right
 
 
 def duration(seconds: float) -> str:
@@ -95,18 +97,13 @@ def _open_wandb(workdir: epath.Path, config: config_lib.Config):
         ) from None
 
 
-def _lines_until(step: int, files: Iterable[epath.Path]) -> str:
-    """The lines of `files` up to `step`, each step once, without the line that a kill cut off."""
+def _text_until(step: int, lines: Iterable[metrics_file.Line]) -> str:
+    """The `lines` up to `step`, each step once."""
     kept, last = [], -1
-    for file in files:
-        for line in file.read_text().splitlines():
-            try:
-                number = json.loads(line)["step"]
-            except (json.JSONDecodeError, KeyError):
-                continue
-            if last < number <= step:
-                kept.append(line + "\n")
-                last = number
+    for line in lines:
+        if last < line.step <= step:
+            kept.append(line.text + "\n")
+            last = line.step
     return "".join(kept)
 
 
@@ -166,15 +163,11 @@ class _Upload:
 
     def __init__(self, workdir: epath.Path):
         self.folder = epath.Path(tempfile.mkdtemp(prefix="grain_jax_"))
-        atexit.register(self.folder.rmtree, missing_ok=True)
+        ending.at_end(functools.partial(self.folder.rmtree, missing_ok=True))
         self.workdir = workdir
         self._whole = -1  # bytes of the store's metrics.jsonl; -1: not known
         self._uploaded = 0  # and of its parts together with it
         self._event_bytes: dict[str, int] = {}
-
-    def parts(self) -> list[epath.Path]:
-        """The parts of metrics.jsonl in the store, in order."""
-        return sorted((self.workdir / "metrics.parts").glob("*.jsonl"))
 
     def metrics(self, step: int) -> None:
         """Uploads what is new in metrics.jsonl: its lines up to `step`, or all of it where that is due."""
@@ -192,8 +185,8 @@ class _Upload:
         if len(data) == self._whole:
             return
         (self.workdir / "metrics.jsonl").write_bytes(data)
-        for part in self.parts():
-            part.unlink()
+        for file in metrics_file.files(self.workdir)[1:]:
+            file.unlink()
         self._whole = self._uploaded = len(data)
 
     def events(self) -> None:
@@ -250,14 +243,13 @@ class Monitor:
         self._printed = -math.inf
 
     def _keep_until(self, step: int) -> None:
-        stored = self.workdir / "metrics.jsonl"
-        files = [stored] if stored.exists() else []
-        if self._upload:
-            files += self._upload.parts()
+        lines, faults = metrics_file.read(metrics_file.files(self.workdir))
+        for fault in faults:
+            self.say(fault)
         new = self._path.with_suffix(
             ".new"
         )  # a kill while it is written leaves the old file as it was
-        new.write_text(_lines_until(step, files))
+        new.write_text(_text_until(step, lines))
         new.replace(self._path)
         if self._upload:
             self._upload.whole_metrics()
@@ -319,7 +311,7 @@ class Monitor:
 
     def lines(self) -> list[str]:
         """The lines of `metrics.jsonl` so far."""
-        return self._path.read_text().splitlines()
+        return [line.text for line in metrics_file.read([self._path])[0]]
 
     def flush(self) -> None:
         """Brings an object store up to date; before a checkpoint, so that it has its lines."""

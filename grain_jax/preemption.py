@@ -1,5 +1,7 @@
 """SIGTERM and Ctrl-C: the run ends after a step that all processes agree on, with its state saved.
 
+A second signal, more than a second after the first, ends the process at once: whatever hangs, the thread that hears
+signals does not.
 A process that has nothing to save (it starts, compiles, or draws the last pictures) ends at once, also under
 `jax.distributed`, whose own handler of SIGTERM would not let it. Either way the status is 75, which launchers
 answer with the same command again, or 130 after Ctrl-C.
@@ -7,7 +9,6 @@ answer with the same command again, or 130 after Ctrl-C.
 
 import contextlib
 import ctypes
-import os
 import signal
 import socket
 import subprocess
@@ -19,9 +20,12 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
+from grain_jax import ending
+
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 130  # what shells report after Ctrl-C
 _HEARD = (signal.SIGTERM, signal.SIGINT)
+_SAME_SECONDS = 1.0  # a terminal's Ctrl-C reaches a process twice, also from its launcher
 _FOR_ALL_TO_HEAR = 2.0  # seconds that process 0 stays: the others are aborted once it is gone
 
 _tell_jax: Callable[[int], None] | None = None  # its handler of SIGTERM, under `jax.distributed`
@@ -61,6 +65,7 @@ class Notice:
         self._told = False
         self._training = False
         self._calls = 0
+        self._first = 0.0  # when the first signal of the training came
 
     def listen(self) -> None:
         """Hears SIGTERM and SIGINT from now on; on the main thread, and before `jax.distributed` starts."""
@@ -76,7 +81,7 @@ class Notice:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Inside, there is something to save: signals wait for `reached`."""
+        """Inside, there is something to save: the first signal waits for `reached`."""
         self._training = True
         try:
             yield
@@ -84,7 +89,7 @@ class Notice:
             self._training = False
 
     def tell(self, number: int) -> None:
-        """What `listen` does with a signal in training; later ones change nothing."""
+        """What `listen` does with a signal in training; the first one counts."""
         if _tell_jax:
             _tell_jax(signal.SIGTERM)  # all processes hear of it, also of a Ctrl-C to one
         elif not self._told:
@@ -107,18 +112,32 @@ class Notice:
     def _hear(self, signals: socket.socket) -> None:
         while True:
             for number in signals.recv(16):
-                name = signal.Signals(number).name
-                if number not in _HEARD:
-                    continue
-                training = self._training
-                what = "saving after this step" if training else "there is nothing to save"
-                with contextlib.suppress(OSError):  # nobody reads it any more: no reason to stay
-                    print(f"\n{name}: {what}", file=sys.stderr, flush=True)
-                if training:
-                    self.tell(number)
-                    continue
-                if self.child is not None:
-                    self.child.terminate()
-                if _leaves_last:
-                    time.sleep(_FOR_ALL_TO_HEAR)
-                os._exit(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
+                if number in _HEARD:
+                    self._answer(number)
+
+    def _answer(self, number: int) -> None:
+        name, now = signal.Signals(number).name, time.monotonic()
+        status = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+        if not self._training:
+            if self.child is not None:
+                self.child.terminate()
+            if _leaves_last:
+                time.sleep(_FOR_ALL_TO_HEAR)
+            ending.leave(status, f"\n{name}: there is nothing to save")
+        if not self._first:
+            self._first = now
+            self.tell(number)
+            # A thread of its own: where nobody reads the output, this one must hear the second signal.
+            said = f"\n{name}: saving after this step; a second signal ends without"
+            words = threading.Thread(target=_say, args=[said], daemon=True)
+            words.start()
+        elif now - self._first > _SAME_SECONDS:
+            ending.leave(
+                status,
+                f"\n{name}, the second: ending at once; the same command goes on from the newest checkpoint",
+            )
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

@@ -2,7 +2,8 @@
 
 Reads top to bottom. The same command again resumes from the last checkpoint: the order of the data is a
 function of the step (method.md), so nothing else is needed to go on as if nothing had happened. After
-SIGTERM or Ctrl-C the run saves and ends with status 75 or 130 (preemption.py).
+SIGTERM or Ctrl-C the run saves and ends with status 75 or 130 (preemption.py), at a second one without saving. One
+trainer at a time has a workdir (lock.py), and one that does not step ends itself (watchdog.py).
 """
 
 import contextlib
@@ -32,16 +33,20 @@ from grain_jax import (
     command_line,
     digests,
     distributed,
+    ending,
     errors,
     flops,
     inference,
     initialise,
+    lock,
     monitor,
     preemption,
     profiling,
     receipt,
     sharding,
+    storage_faults,
     train_step,
+    watchdog,
 )
 from grain_jax import config as config_lib
 from grain_jax.evaluate import base as evaluate
@@ -58,6 +63,11 @@ PROCESSES = flags.DEFINE_integer("processes", 1, "how many processes there are")
 PROCESS_ID = flags.DEFINE_integer("process_id", 0, "which of them this is, from 0")
 HEARTBEAT_SECONDS = flags.DEFINE_integer(
     "heartbeat_seconds", 20, "silence after which a process counts as dead and the run ends"
+)
+STALL_SECONDS = flags.DEFINE_integer(
+    "stall_seconds",
+    1800,
+    "seconds without a step after which the run ends with status 124; 0: never",
 )
 PRINT_SHARDINGS = flags.DEFINE_bool(
     "print_shardings", False, "print where each array of the state lies, and stop"
@@ -141,16 +151,33 @@ def resolve_steps(config: config_lib.Config, num_examples: int) -> tuple[int, fl
 
 
 def train(
-    config: config_lib.Config, workdir: epath.Path, notice: preemption.Notice | None = None
+    config: config_lib.Config,
+    workdir: epath.Path,
+    notice: preemption.Notice | None = None,
+    watch: watchdog.Watchdog | None = None,
 ) -> None:
     """One run, from where its workdir stands to its last step, or to the one where `notice` ends it.
+
+    `watch` ends the process where the run stands still.
 
     Raises:
       UserError: the input, the workdir or the disk does not allow the run.
       NotFinite: a loss is not finite any more.
       SystemExit: the run was told to end, and is saved.
     """
-    notice = notice or preemption.Notice()
+    with contextlib.ExitStack() as ends:
+        notice, watch = notice or preemption.Notice(), watch or watchdog.Watchdog()
+        _train(config, workdir, notice, watch, ends)
+
+
+def _train(
+    config: config_lib.Config,
+    workdir: epath.Path,
+    notice: preemption.Notice,
+    watch: watchdog.Watchdog,
+    ends: contextlib.ExitStack,
+) -> None:
+    """`train`; what lasts to the end of the run is left to `ends`."""
     # 1. Devices and data.
     main_process = jax.process_index() == 0
     mesh = sharding.make_mesh(config.mesh)
@@ -177,8 +204,8 @@ def train(
     )
 
     # 3. State: the newest checkpoint that is whole, else a fresh start from the seed and `config.init`.
-    if main_process:
-        workdir.mkdir(parents=True, exist_ok=True)
+    mark = ends.enter_context(lock.held(workdir)) if main_process else None
+    ends.enter_context(storage_faults.in_a_line(workdir))
     checkpoints = checkpoint.manager(workdir, config)
     placed = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -250,14 +277,24 @@ def train(
     last_good_step, last_save = start_step, time.monotonic()
     results: dict[str, float] = {}
     preempted = False
-    with notice.training():
-        try:
+    with notice.training(), contextlib.ExitStack() as closes:
+        closes.callback(watch.stop)  # whatever ends the loop, these run from the last to the first
+        if log:
+            closes.callback(log.close)
+        closes.callback(trace.close)
+        closes.callback(checkpoints.close)
+        closes.callback(checkpoints.wait_until_finished)  # the save under way is finished
+        closes.callback(batches.close)
+        with watch.running(start_step), storage_faults.in_a_line(workdir):
             for step in range(start_step + 1, total_steps + 1):
                 trace.begin(step)
                 batch = next(batches)
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
                 trace.end(step, metrics)
+                watch.stepped(step)
+                if mark:
+                    mark.check()
 
                 last = step == total_steps
                 preempted = notice.reached()
@@ -278,7 +315,7 @@ def train(
                     values |= log.rates(step, batches.wait_seconds, batches.wait_steps)
                     log.progress(step, values)
                 if evaluates:
-                    with log.pause() if log else contextlib.nullcontext():
+                    with watch.pause(), log.pause() if log else contextlib.nullcontext():
                         results = evaluate_all(config, evals, state, workdir)
                     values |= results
                     if results and best_is_evaluated:
@@ -296,13 +333,6 @@ def train(
                     last_save = time.monotonic()
                 if preempted:
                     break
-        finally:  # whatever ended the loop, the save under way is finished
-            batches.close()
-            checkpoints.wait_until_finished()
-            checkpoints.close()
-            trace.close()
-            if log:
-                log.close()
     if preempted:
         say(
             f"told to end: saved at step {step} of {total_steps}; the same command goes on from there"
@@ -428,8 +458,9 @@ def main(argv: list[str]) -> None:
     if not WORKDIR.value:
         command_line.fail("--workdir: missing; the folder that the run writes to")
     keep_freed_memory()
-    notice = preemption.Notice()
+    notice, watch = preemption.Notice(), watchdog.Watchdog(STALL_SECONDS.value)
     notice.listen()
+    storage_faults.quiet_threads()
     found = distributed.initialize(
         COORDINATOR.value, PROCESSES.value, PROCESS_ID.value, HEARTBEAT_SECONDS.value
     )
@@ -437,9 +468,8 @@ def main(argv: list[str]) -> None:
         print(found, file=sys.stderr, flush=True)
     workdir = epath.Path(WORKDIR.value)
     with distributed.ending_together(HEARTBEAT_SECONDS.value):
-        with checkpoint.full_disk_in_a_line(workdir):
-            train(config, workdir, notice)
+        train(config, workdir, notice, watch)
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    ending.run(functools.partial(command_line.main, main))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grain_jax import checkpoint, digests
+from grain_jax import checkpoint, digests, storage_faults
 from tests import tiny
 
 
@@ -185,15 +185,15 @@ def test_a_mismatch_is_a_tree_of_differences(tmp_path):
 def test_a_full_disk_is_one_line(error):
     if error is None:  # TensorStore's have no number
         error = ValueError("RESOURCE_EXHAUSTED: writing x: [OS error 28: No space left on device]")
-    with pytest.raises(checkpoint.FullDisk, match="^/run: no space left") as e:
-        with checkpoint.full_disk_in_a_line("/run"):
+    with pytest.raises(storage_faults.StorageFault, match="^/run: no space left") as e:
+        with storage_faults.in_a_line("/run"):
             try:
                 raise error
             except Exception as cause:
                 raise RuntimeError("save failed") from cause
     assert len(str(e.value).splitlines()) == 1
     with pytest.raises(RuntimeError, match="another"):
-        with checkpoint.full_disk_in_a_line("/run"):
+        with storage_faults.in_a_line("/"):
             raise RuntimeError("another")
 
 
@@ -203,8 +203,8 @@ def test_a_full_disk_for_real(tmp_path):
     if subprocess.run(tmpfs, capture_output=True).returncode:
         pytest.skip("only root can mount a small disk")
     try:
-        with pytest.raises(checkpoint.CheckpointError, match="no space left"):
-            with checkpoint.full_disk_in_a_line(tmp_path):
+        with pytest.raises(storage_faults.StorageFault, match="no space left"):
+            with storage_faults.in_a_line(tmp_path):
                 save_steps(tmp_path, range(1, 99), config, width=256)
         last = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
         subprocess.run(["mount", "-o", "remount,size=8m", str(tmp_path)], check=True)

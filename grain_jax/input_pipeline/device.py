@@ -15,6 +15,7 @@ from grain_jax.schema import Batch
 _END = object()
 # A step waits for input where that takes longer than both; a batch that is ready comes within microseconds.
 WAIT_SECONDS = 1e-3
+CLOSE_SECONDS = 5.0  # for the read under way
 WAIT_SHARE = 0.01  # of the time since the batch before
 
 
@@ -57,9 +58,12 @@ class Prefetch:
         raise item
 
     def close(self) -> None:
-        """Stops the thread and lets go of the batches that are ready."""
+        """Stops the thread and lets go of the batches that are ready; one that stands at a hung disk is left."""
         self._closed.set()
-        while self._thread.is_alive():  # it may stand at a full queue
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while (
+            self._thread.is_alive() and time.monotonic() < deadline
+        ):  # it may stand at a full queue
             self._drain()
             self._thread.join(timeout=0.05)
         self._drain()

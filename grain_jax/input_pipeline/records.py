@@ -16,6 +16,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 # TensorFlow's banners tell a user nothing; decoding does not use oneDNN.
@@ -91,6 +92,12 @@ def _find(source: Dataset) -> RecordSet:
     split = info.splits[source.split]
     paths = map(os.fspath, split.filepaths)
     shards = tuple(order.Shard(p, n) for p, n in zip(paths, split.shard_lengths, strict=True))
+    for shard in shards:
+        path = Path(shard.path)  # a URL is no path here, so nothing is asked of an object store
+        if path.exists() and not path.is_file():  # a FIFO would never be read to its end
+            raise DataError(
+                f"{shard.path}: no regular file; expected a shard that data.build wrote"
+            )
     return RecordSet(source, directory, shards)
 
 

@@ -1,0 +1,102 @@
+"""A disk that is full, a folder that is gone: one line, whichever thread or library met it."""
+
+import contextlib
+import errno
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+
+from etils import epath
+
+from grain_jax import errors
+
+
+class StorageFault(errors.UserError):
+    """A file of the run cannot be written; nobody's usage is wrong."""
+
+    status = 1
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and all that it came from."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether it came from a full disk or quota, or from one that has no inodes left."""
+    return any(
+        getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        or "No space left on device" in str(cause)
+        for cause in _causes(error)
+    )
+
+
+@contextlib.contextmanager
+def in_a_line(workdir: epath.PathLike) -> Iterator[None]:
+    """What inside failed for a full disk, a workdir that was removed or one that cannot be written.
+
+    Raises:
+      StorageFault: in its place.
+    """
+    try:
+        yield
+    except errors.UserError:
+        raise
+    except Exception as error:
+        text = _line(epath.Path(workdir), error)
+        if text is None:
+            raise
+        raise StorageFault(text) from None
+
+
+def _line(workdir: epath.Path, error: Exception) -> str | None:
+    if is_full_disk(error):
+        return (
+            f"{workdir}: no space left on the device; the checkpoints that are finished are whole:"
+            " make room, and the same command goes on from the newest"
+        )
+    if "://" not in str(workdir) and not workdir.exists():
+        return f"{workdir}: the folder was removed while the run was writing to it"
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and str(cause.filename or "").startswith(str(workdir)):
+            gone = isinstance(cause, FileNotFoundError)
+            what = "removed while the run was writing to it" if gone else cause.strerror
+            return f"{cause.filename}: {what}; the same command goes on from the newest checkpoint"
+    return None
+
+
+def _follows(error: BaseException | None) -> bool:
+    """Whether it only follows from a save that failed: its event loop is gone before all of its writes are."""
+    return is_full_disk(error) or str(error) == "Event loop is closed"
+
+
+def quiet_threads() -> None:
+    """From now on other threads say nothing of a full disk, and Orbax's nothing of any fault: the main thread tells.
+
+    They fail one by one with tracebacks, by their own hooks and by the logs of absl and asyncio; what fails in a
+    save is raised again by the next wait for it.
+    """
+    of_thread, of_unraisable, of_c = threading.excepthook, sys.unraisablehook, sys.excepthook
+
+    def in_thread(args):
+        if not _follows(args.exc_value):
+            of_thread(args)
+
+    def unraisable(args):
+        if not _follows(args.exc_value):
+            of_unraisable(args)
+
+    def in_c(
+        kind, error, stack
+    ):  # by TensorStore's threads; the main thread's faults do not come here
+        if not _follows(error):
+            of_c(kind, error, stack)
+
+    threading.excepthook, sys.unraisablehook, sys.excepthook = in_thread, unraisable, in_c
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: not record.exc_info)

@@ -1,0 +1,47 @@
+"""Two trainers started on one workdir at the same moment: one trains, one is refused, nothing is lost."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.faults import drill
+from tests.paths import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def _start(workdir, folder):
+    command = [sys.executable, "-m", "grain_jax.train", "--config", "tests/run_config.py"]
+    command += ["--workdir", str(workdir), "--config.total_steps=30"]
+    command += ["--config.model.text.vocab_size=600"]
+    command += [f"--config.model.{tower}.depth=1" for tower in ("image", "text", "decoder")]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_of_two_at_once_one_trains_as_if_alone(tmp_path):
+    alone = _start(tmp_path / "alone", tmp_path)
+    assert alone.wait() == 0, alone.stderr.read()
+    expected = drill.metrics(tmp_path / "alone")
+    starts = int(os.environ.get("DOUBLE_STARTS", 20))
+    for i in range(starts):
+        workdir = tmp_path / str(i)
+        pair = [_start(workdir, tmp_path) for _ in range(2)]
+        said = [process.communicate()[1] for process in pair]
+        assert sorted(process.returncode for process in pair) == [0, 2], "\n".join(said)
+        refused, first = sorted(pair, key=lambda process: -process.returncode)
+        line = said[pair.index(refused)].strip()
+        assert line.startswith(f"{workdir}: process {first.pid} on ") and "\n" not in line
+        assert drill.metrics(workdir) == expected
+        saved = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+        assert saved == ["28", "30"] and not (workdir / "trainer.lock").exists()
+        assert json.loads((workdir / "receipts.jsonl").read_text().splitlines()[-1])["step"] == 30
