@@ -55,6 +55,8 @@ def take_towers(c, family, size):
     c.model.embed_dim, image, text = FAMILIES[family][size]
     c.model.image.update(image)
     c.model.text.update(text)
+    if size.startswith("L"):
+        c.microbatches = 4  # else it needs more than a GPU of 40 GB
     c.init.resize = "bilinear" if family == "siglip" else "bicubic"
 
 

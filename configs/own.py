@@ -2,8 +2,8 @@
 
 COMMAND   python -m grain_jax.train --config configs/own.py[:S/16|:B/16] --workdir runs/own \
               --config.input.data_dir=records --config.input.name=mine
-DATA      records of data.build (docs/own_pictures.md). With fewer than some 100,000 images, start from towers that
-          have seen more: configs/finetune.py.
+DATA      records of data.build (docs/own_pictures.md). The paper trains on millions of images; with fewer, start from
+          towers that have seen more: configs/finetune.py.
 HARDWARE  any batch size that the devices divide; docs/own_pictures.md has what fits where.
 """
 
