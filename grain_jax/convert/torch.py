@@ -348,7 +348,9 @@ def write(path: epath.PathLike, states: Mapping[str, StateDict]) -> None:
     }
     stored |= {"epoch": 0, "iteration": 0, "best_acc": 0.0}
     stored |= {"optimizer": {"state": {}, "param_groups": []}}
-    with epath.Path(path).open("wb") as file:
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
         torch.save(stored, file)
 
 

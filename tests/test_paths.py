@@ -1,0 +1,163 @@
+"""Every command from another folder, by relative paths with spaces and other letters than English ones.
+
+One tiny run is shared by all. `verify` and its workdir are in test_verify.py.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from data import build
+from data.annotate import __main__ as annotate
+from data.aviary import __main__ as aviary
+from data.inspect import __main__ as inspect
+from grain_jax import checkpoint, errors, export, train
+from grain_jax.convert import __main__ as convert
+from grain_jax.demo import __main__ as demo
+from grain_jax.evaluate import __main__ as evaluate
+from grain_jax.report import __main__ as report
+from launch import local
+from tests import record_sets, tiny
+from tests.paths import ROOT
+
+PICTURES, DATA, RUN = "schöne Bilder", "Sätze, gebaut", "mein Lauf 1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    """The working directory, with pictures, records and a run of two steps."""
+    folder = tmp_path_factory.mktemp("anderer Ordner ß")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        record_sets.write_annotations(epath.Path(PICTURES), 16, size=(40, 30))
+        for name in ("linke Hälfte", "right_half"):
+            (folder / "Klassen ä" / name).mkdir(parents=True)
+            shutil.copy(f"{PICTURES}/00003.png", folder / "Klassen ä" / name)
+        arguments = ["--annotations", f"{PICTURES}/A.jsonl", "--images", PICTURES]
+        arguments += ["--output", DATA, "--name", "tiny_set", "--num-shards", "4"]
+        assert build.main(arguments) == 0
+        train.train(_config(), epath.Path(RUN))
+        yield folder
+
+
+def _config():
+    source = dict(input__source="records", input__data_dir=DATA, input__name="tiny_set")
+    return tiny.config(**source, total_steps=2, checkpoint_every=1)
+
+
+def _config_file(**overrides):
+    """A config file of the run in this folder."""
+    text = f"""
+from tests import tiny
+
+def get_config():
+    return tiny.dictionary(input__source="records", input__data_dir={DATA!r}, input__name="tiny_set",
+                           total_steps=2, checkpoint_every=1, **{overrides!r})
+"""
+    epath.Path("Rezept ü.py").write_text(text)
+    return "Rezept ü.py"
+
+
+def test_the_run_is_where_it_was_asked_for():
+    assert checkpoint.finished_steps(RUN)[-1] == 2
+    assert checkpoint.read_data(f"{RUN}/checkpoints/2")[0]["shard_lengths"] == [4, 4, 4, 4]
+    assert (epath.Path(RUN) / "report.html").exists()
+
+
+ANNOTATED = ["--annotations", f"{PICTURES}/A.jsonl", "--images", PICTURES]
+CHECKPOINT = ["--checkpoint", RUN]
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "main,arguments,written",
+    [
+        (inspect.main, [f"{DATA}/tiny_set/1.0.0", "--output", "Blatt ö"], "Blatt ö/inspect.html"),
+        (report.main, [RUN, "--output", "Seite ö.html"], "Seite ö.html"),
+        (
+            evaluate.main,
+            ["zeroshot", *CHECKPOINT, "--images", "Klassen ä", "--output", "neu ö/z.json"],
+            "neu ö/z.json",
+        ),
+        (
+            evaluate.main,
+            ["retrieval", *CHECKPOINT, *ANNOTATED, "--output", "r ö.json"],
+            "r ö.json",
+        ),
+        (
+            evaluate.main,
+            ["grounding", *CHECKPOINT, *ANNOTATED, "--output", "g ö.json"],
+            "g ö.json",
+        ),
+        (
+            convert.main,
+            ["to-torch", "--input", RUN, "--output", "torch ö/m.pt"],
+            "torch ö/m.pt",
+        ),
+        (
+            annotate.main,
+            ["--images", PICTURES, "--output", "Zeilen ö", "--source=annotations", "--passes=none"]
+            + ["--annotations", f"{PICTURES}/A.jsonl"],
+            "Zeilen ö/A.jsonl",
+        ),
+        pytest.param(
+            convert.main,
+            ["to-hf", "--input", RUN, "--output", "hf ö"],
+            "hf ö/model.safetensors",
+            marks=slow,
+        ),
+        pytest.param(
+            export.main, [*CHECKPOINT, "--output", "Export ö"], "Export ö/params.npz", marks=slow
+        ),
+        pytest.param(
+            aviary.main, ["--output", "Vögel 1", "--images", "8"], "Vögel 1/A.jsonl", marks=slow
+        ),
+    ],
+)
+def test_a_command_reads_and_writes_there(main, arguments, written):
+    assert main(arguments) == 0
+    assert epath.Path(written).stat().length > 0
+
+
+def test_the_demo_names_the_missing_path_that_was_given():
+    pytest.importorskip("gradio")
+    for flag in (["--checkpoint", "nicht da ö"], ["--checkpoint", RUN, "--examples", "fehlt ö"]):
+        with pytest.raises(errors.UserError, match=" ö"):
+            demo.main(["demo", *flag])
+
+
+@pytest.mark.slow
+def test_back_from_what_the_conversions_wrote():
+    heads = [f"--{tower}-heads=4" for tower in ("image", "text", "decoder")]
+    assert convert.main(["to-torch", "--input", RUN, "--output", "hin ö.pt"]) == 0
+    assert convert.main(["from-torch", "--input", "hin ö.pt", "--output", "her ö", *heads]) == 0
+    assert convert.main(["to-hf", "--input", "her ö", "--output", "hf ä"]) == 0
+    assert convert.main(["from-hf", "--input", "hf ä", "--output", "wieder her"]) == 0
+    assert checkpoint.load_model("wieder her")[0] == checkpoint.load_model(RUN)[0]
+
+
+def _run(*command):
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_plan_local_and_sweep_pass_such_paths_on(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    recipe = ["--config", _config_file()]
+    _run("-m", "launch.plan", *recipe, "--topology", "v5e:2x2", "--json", "Plan ö.json")
+    assert json.loads(epath.Path("Plan ö.json").read_text())["fits"]
+    train_it = [sys.executable, "-m", "grain_jax.train", *recipe, "--workdir", "zu zweit ö"]
+    assert local.main(["--processes", "2", "--", *train_it]) == 0
+    stored = checkpoint.read_data("zu zweit ö/checkpoints/2")
+    assert stored == checkpoint.read_data(f"{RUN}/checkpoints/2")
+    epath.Path("Punkte ö.py").write_text("def sweep():\n    yield {'seed': 1}\n")
+    _run("-m", "launch.sweep", *recipe, "--sweep", "Punkte ö.py", "--workdir", "Suche ö")
+    (folder,) = epath.Path("Suche ö").glob("*/checkpoints")
+    assert checkpoint.finished_steps(folder.parent)[-1] == 2
