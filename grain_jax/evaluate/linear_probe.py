@@ -31,6 +31,9 @@ EXPONENTS = tuple(
 )  # of 10: the values of C, 1 / strength, that the search begins with
 _HALVINGS = 4  # 2 decades -> 1/8
 _SEED = 0  # of the splits
+_ONE_THREAD = (
+    10**9
+)  # products an iteration; up to here several threads wait for each other more than they gain
 
 
 class Data(NamedTuple):
@@ -313,10 +316,12 @@ def _rates(model: Any, tested: Data, classes: Sequence[str]) -> dict[str, Any]:
 
 def _regression(data: Data, c: float) -> tuple[Any, bool]:
     """scikit-learn's regression at that C, and whether it has converged."""
+    import threadpoolctl  # comes with scikit-learn
     from sklearn import exceptions, linear_model
 
+    small = data.embed.size * len(np.unique(data.label)) < _ONE_THREAD
     model = linear_model.LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
-    with warnings.catch_warnings():
+    with threadpoolctl.threadpool_limits(1 if small else None), warnings.catch_warnings():
         warnings.simplefilter("ignore", exceptions.ConvergenceWarning)  # it is counted
         model.fit(*data)
     return model, bool(model.n_iter_.max() < MAX_ITERATIONS)
