@@ -198,6 +198,8 @@ def main(run: Callable[[list[str]], int | None]) -> None:
     """Runs a command; faults of the user's input become their lines and status 2."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        sys.exit(run(sys.argv) or 0)
+        with errors.out_of_memory_in_a_line(sys.argv[0].rpartition("/")[2]):
+            status = run(sys.argv)
+        sys.exit(status or 0)
     except errors.UserError as error:
         fail(error, error.status)

@@ -224,7 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", choices=config_lib.DTYPES)
     try:
         args = parser.parse_args(arguments)
-        compared = export_model(inference.load(args.checkpoint, args.dtype), args.output)
+        with errors.out_of_memory_in_a_line("export"):
+            compared = export_model(inference.load(args.checkpoint, args.dtype), args.output)
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -39,6 +39,7 @@ from grain_jax import (
     inference,
     initialise,
     lock,
+    memory,
     monitor,
     preemption,
     profiling,
@@ -104,7 +105,7 @@ def open_source(config: config_lib.Config):
         from grain_jax.input_pipeline import records
     except ModuleNotFoundError as error:
         raise errors.UserError(
-            f"input.source=records needs {error.name}: pip install -e '.[data]', or take"
+            f"input.source=records needs {error.name}: pip install 'grain_jax[data]', or take"
             " --config.input.source=synthetic"
         ) from None
     records.find(config)
@@ -182,6 +183,8 @@ def _train(
     main_process = jax.process_index() == 0
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)  # before the data set is made
+    there = memory.limit()
+    memory.check(config, mesh, there)
     lanes = sharding.lanes_of_process(
         sharding.batch_sharding(mesh),
         batch_size=config.batch_size,
@@ -202,6 +205,7 @@ def _train(
     program = train_step.build(
         config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
     )
+    memory.check(config, mesh, there, program)
 
     # 3. State: the newest checkpoint that is whole, else a fresh start from the seed and `config.init`.
     mark = ends.enter_context(lock.held(workdir)) if main_process else None
@@ -257,6 +261,9 @@ def _train(
             check_best_metric(config, lowered.out_info[1])
         step_fn = lowered.compile()
     say(f"compiled in {monitor.duration(time.monotonic() - began)}")
+    warning = memory.check_step(config, mesh, program, step_fn, there)
+    if warning:
+        say(warning)
     wait_for_all("compiled")
 
     # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
@@ -414,14 +421,15 @@ def evaluate_all(
     workdir: epath.Path,
 ) -> dict[str, float]:
     """The numbers of the evaluators `evals`; the processes share the pictures, and all get the numbers."""
-    predictor, step = make_predictor(config, state), int(state.step)
-    results = {}
-    for name, entry in evals.items():
-        options = {}
-        if entry.kind == "diagnostics":  # compares with the evaluation before
-            options = dict(state_path=workdir / "diagnostics" / f"{name}.json", step=step)
-        numbers = evaluate.run(entry, predictor, **options)
-        results |= {f"eval/{name}/{key}": value for key, value in numbers.items()}
+    results, step = {}, int(state.step)
+    with errors.out_of_memory_in_a_line("evaluation", lambda: evaluate.SMALLER):
+        predictor = make_predictor(config, state)
+        for name, entry in evals.items():
+            options = {}
+            if entry.kind == "diagnostics":  # compares with the evaluation before
+                options = dict(state_path=workdir / "diagnostics" / f"{name}.json", step=step)
+            numbers = evaluate.run(entry, predictor, **options)
+            results |= {f"eval/{name}/{key}": value for key, value in numbers.items()}
     return results
 
 
@@ -468,7 +476,8 @@ def main(argv: list[str]) -> None:
         print(found, file=sys.stderr, flush=True)
     workdir = epath.Path(WORKDIR.value)
     with distributed.ending_together(HEARTBEAT_SECONDS.value):
-        train(config, workdir, notice, watch)
+        with errors.out_of_memory_in_a_line("training", lambda: memory.training_advice(config)):
+            train(config, workdir, notice, watch)
 
 
 if __name__ == "__main__":

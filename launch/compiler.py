@@ -262,6 +262,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     from jax.experimental import topologies
 
     from grain_jax import flops, sharding, train_step
+    from grain_jax import memory as memory_lib
 
     config = config_lib.from_dict(request["config"])
     name = request["topology"]
@@ -314,7 +315,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
         partial.write_bytes(gzip.compress(compiled.as_text().encode(), compresslevel=4))
         partial.replace(hlo)
     answer = Compiled(
-        state_bytes=state_bytes(program),
+        state_bytes=memory_lib.state_bytes(program),
         checkpoint_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)),
         memory=memory,
         traced_flops=flops.matmul_flops(program.step, program.state, program.batch),
@@ -332,26 +333,6 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     partial.write_text(json.dumps(kept))
     partial.replace(facts)
     return {"key": key, "cached": False}
-
-
-def state_bytes(program: Any) -> dict[str, int]:
-    """Bytes a chip of a `train_step.Program`'s arguments by kind, before any padding."""
-    import jax
-
-    def total(shapes: Any, shardings: Any) -> int:
-        return sum(
-            math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
-            for x, s in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings))
-        )
-
-    state, shardings = program.state, program.shardings
-    batch = jax.tree.leaves(program.batch)
-    return {
-        "parameters": total(state.params, shardings.params),
-        "moments": total(state.opt_state, shardings.opt_state),
-        "ema": total(state.ema_params, shardings.ema_params),
-        "batch": total(batch, [program.batch_sharding] * len(batch)),
-    }
 
 
 if __name__ == "__main__":

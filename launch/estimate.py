@@ -4,9 +4,7 @@ Exact are the state's bytes and what the forward pass keeps for the backward pas
 program. XLA adds buffers that are not counted here and fuses others away: trust it to a fifth.
 """
 
-import dataclasses
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,19 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from grain_jax import config as config_lib
-from grain_jax import losses, optim, sharding, train_step
-from grain_jax.models.grain import GRAIN
-from launch import chips, compiler, hlo
-
-FLOAT = 4  # bytes
-
-
-class Kept(NamedTuple):
-    """An array that the forward pass leaves for the backward pass."""
-
-    bytes: int
-    shape: str  # "bfloat16[12,64,197,768]"
-    where: str  # the module that makes it
+from grain_jax import losses, memory, sharding, train_step
+from launch import chips, hlo
 
 
 class Estimate(NamedTuple):
@@ -45,53 +32,6 @@ class Estimate(NamedTuple):
     checkpoint_bytes: int
     collectives: list[hlo.Collective]
     mesh: dict[str, int]
-
-
-def kept(config: config_lib.Config, images: int) -> list[Kept]:
-    """What the towers' forward pass keeps for the backward pass, the largest first.
-
-    Args:
-      config: model, dtype, remat policy and the layout of texts.
-      images: of one chip and one micro-batch, a multiple of the packing group.
-
-    Returns:
-      The arrays; parameters and inputs, which are there anyway, are left out.
-    """
-    config = dataclasses.replace(config, batch_size=images)
-    model = GRAIN(config.model, config.dtype, config.remat)
-    batch = train_step.abstract_batch(config)
-    keys = jax.eval_shape(lambda: train_step.dropout_keys(0, 0, jnp.arange(images)))
-    one = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
-    params = jax.eval_shape(lambda: sharding.unbox(model.init(jax.random.key(0), one)["params"]))
-
-    def apply(params, batch, keys):
-        params = optim.stop_frozen(params, config.optim.frozen)
-        return model.apply({"params": params}, batch, keys)
-
-    def residuals(params, batch, keys):
-        _, pull_back = jax.vjp(lambda p: apply(p, batch, keys), params)
-        return jax.tree.leaves(pull_back)
-
-    jaxpr = jax.make_jaxpr(residuals)(params, batch, keys).jaxpr
-    # Inputs and constants are not made by an equation.
-    makers = {id(v): equation for equation in jaxpr.eqns for v in equation.outvars}
-    found = {id(v): v.aval for v in jaxpr.outvars if id(v) in makers}
-    return sorted(
-        (
-            Kept(
-                aval.size * aval.dtype.itemsize,
-                f"{aval.dtype}[{','.join(map(str, aval.shape))}]",
-                _module(str(makers[key].source_info.name_stack)),
-            )
-            for key, aval in found.items()
-        ),
-        reverse=True,
-    )
-
-
-def _module(name_stack: str) -> str:
-    """The module below the model, such as image/norm, of "jvp(GRAIN)/GRAIN.encode_image/image/norm"."""
-    return "/".join(part for part in name_stack.split("/") if "GRAIN" not in part)
 
 
 def mesh_sizes(mesh: config_lib.Mesh, count: int, nodes: int) -> dict[str, int]:
@@ -126,45 +66,14 @@ def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
         total_steps=1,
         steps_per_epoch=1.0,
     )
-    state = compiler.state_bytes(program)
-    trained = _trained_bytes(program, config.optim.frozen)
-    shards = sizes["data"] * sizes["fsdp"]
-    images = config.batch_size // shards
-    part = images // config.microbatches
-    activations = sum(k.bytes for k in kept(config, part))
-    nothing_again = dataclasses.replace(
-        config, remat="none", optim=dataclasses.replace(config.optim, frozen=())
-    )
-    layer = sum(k.bytes for k in kept(nothing_again, part)) // config.model.image.depth
-    temporaries = {
-        "gradients": trained * min(config.microbatches, 2),
-        "activations": activations,
-        "layer": layer,
-        "losses": _loss_bytes(config, images),
-    }
+    state = memory.state_bytes(program)
+    trained = memory.trained_bytes(program, config.optim.frozen)
     return Estimate(
         state,
-        temporaries,
+        memory.temporaries(config, program, sizes["data"] * sizes["fsdp"]),
         sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)),
         _collectives(config, topology, sizes, state["parameters"], trained),
         sizes,
-    )
-
-
-def _loss_bytes(config: config_lib.Config, images: int) -> int:
-    """Of a chip's losses: three tiles (logits, their softmax, the mask), and blocks that are there, come and collect."""
-    vectors = images * config.loss.gather * (2 + config.input.max_regions)
-    return FLOAT * (3 * config.loss.tile**2 + 3 * vectors * config.model.embed_dim)
-
-
-def _trained_bytes(program: train_step.Program, frozen: Sequence[str]) -> int:
-    """Bytes a chip of the parameters that have a gradient."""
-    state, shardings = program.state.params, program.shardings.params
-    masks = optim.frozen_mask(state, frozen)
-    return sum(
-        math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
-        for x, s, stays in zip(*map(jax.tree.leaves, (state, shardings, masks)))
-        if not stays
     )
 
 
@@ -205,7 +114,7 @@ def _rings(config, topology, shards) -> list[hlo.Collective]:
         (lies.in_group, config.input.max_regions * images),
     ):
         together = config.loss.gather if ring.gather else 1
-        size = 2 * vectors * width * FLOAT
+        size = 2 * vectors * width * memory.FLOAT
         if ring.gather and vectors:
             args = ("all-gather", True, False, together, 1, sharding.BATCH_AXES)
             out.append(hlo.Collective(*args, 2, size * together))

@@ -20,6 +20,7 @@ from etils import epath
 
 from grain_jax import command_line, errors, flops
 from grain_jax import config as config_lib
+from grain_jax import memory as memory_lib
 from launch import chips, compiler, cost, estimate, hlo, plan_text, search
 
 PER_MILLION = 1_000_000  # examples, where nobody said how many there are
@@ -138,7 +139,7 @@ def _of_compiled(compiled: compiler.Compiled, config, topology) -> dict[str, Any
         total, there_is, largest = compiler.parse_out_of_memory(compiled.out_of_memory)
         arguments = sum(kinds.values())
         out["memory"] = _memory(kinds, arguments, total - arguments, 0, 0, 0, there_is or limit)
-        named = [estimate.Kept(*buffer) for buffer in largest] or estimate.kept(
+        named = [memory_lib.Kept(*buffer) for buffer in largest] or memory_lib.kept(
             config, _part(config, compiled.mesh)
         )
         return out | {
@@ -161,7 +162,7 @@ def _of_compiled(compiled: compiler.Compiled, config, topology) -> dict[str, Any
     roofline = cost.roofline(work, hlo.bytes_accessed(module), sums, topology.chip)
     if not out["fits"]:
         found = hlo.largest_buffers(module, 4 * LARGEST)
-        named = [estimate.Kept(round(b.bytes), b.shape, b.op_name) for b in found]
+        named = [memory_lib.Kept(round(b.bytes), b.shape, b.op_name) for b in found]
         out["largest"] = grouped(named)[:LARGEST]
     return out | {
         "flops": round(a_chip * topology.count),
@@ -191,7 +192,7 @@ def _of_estimate(guess: estimate.Estimate, model_flops, config, topology) -> dic
         "roofline": roofline._asdict(),
     }
     if not out["fits"]:
-        out["largest"] = grouped(estimate.kept(config, _part(config, guess.mesh)))[:LARGEST]
+        out["largest"] = grouped(memory_lib.kept(config, _part(config, guess.mesh)))[:LARGEST]
     return out
 
 
@@ -215,7 +216,7 @@ def _memory(kinds, arguments, temporaries, output, aliased, code, limit) -> dict
     }
 
 
-def grouped(buffers: list[estimate.Kept]) -> list[dict[str, Any]]:
+def grouped(buffers: list[memory_lib.Kept]) -> list[dict[str, Any]]:
     """Buffers of the same shape and origin as one entry with their number, by the bytes of all."""
     sums: dict[tuple[str, str, int], int] = {}
     for b in buffers:

@@ -75,6 +75,7 @@ def _calls_on_files(tree):
                     "dup",
                     "dup2",
                     "stat",  # epath's asks for the owner's name, which a container may not know
+                    "sysconf",
                 ):
                     yield node.lineno, f"os.{node.func.attr}("
                 if node.func.value.id in ("pathlib", "shutil", "glob"):

@@ -100,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one conversion; returns the exit status, the faults on stderr, a line each."""
     try:
         args = _parse(sys.argv[1:] if arguments is None else arguments)
-        report = COMMANDS[args.command].run(args)
+        with errors.out_of_memory_in_a_line(args.command):
+            report = COMMANDS[args.command].run(args)
     except parity.ParityError as error:
         print(error, file=sys.stderr)
         print("parity: FAILED: the two sides cannot be compared", file=sys.stderr)

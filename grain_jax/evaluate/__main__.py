@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         together = contextlib.nullcontext()
         if jax.distributed.is_initialized():
             together = distributed.ending_together(_HEARTBEAT_SECONDS)
-        with together:
+        with together, errors.out_of_memory_in_a_line("evaluation", lambda: base.SMALLER):
             return _suite(args) if args.command == "suite" else _one(args)
     except errors.UserError as error:
         if processes.own()[0] == 0:

@@ -26,6 +26,11 @@ from grain_jax.evaluate.processes import gather
 from grain_jax.evaluate.test_sets import InputError, MissingData
 
 BATCH_SIZE = 64
+# What to do where memory runs out.
+SMALLER = (
+    "run grain_jax.evaluate on a checkpoint, where no optimiser state is in memory, with a smaller --batch-size;"
+    f" or {errors.MORE_MEMORY}"
+)
 # Kind of evaluation -> its module, which has `evaluate(predictor, *, ...)`; those of annotations also `read`.
 _MODULES = {
     "zeroshot": "grain_jax.evaluate.zeroshot",
@@ -279,11 +284,12 @@ def encode_pictures(
     left_out: dict[str, str] = {}
     seen, failure = 0, None
     try:
-        for batch in _batches(
-            predictor, stretch, mine, label, len(pictures), left_out, regions, batch_size
-        ):
-            seen += len(batch.index)
-            yield batch
+        with errors.out_of_memory_in_a_line(label, lambda: SMALLER):
+            for batch in _batches(
+                predictor, stretch, mine, label, len(pictures), left_out, regions, batch_size
+            ):
+                seen += len(batch.index)
+                yield batch
     except Exception as error:  # all have to know before they wait for this one's results
         failure = error
     ends = processes.agree(failure, (seen, left_out, len(pictures)))

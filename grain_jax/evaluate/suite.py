@@ -143,7 +143,7 @@ def _tasks(
 
 
 def _failed(name: str, error: Exception, results: dict[str, Any]) -> None:
-    if not isinstance(error, errors.UserError):
+    if not isinstance(error, errors.UserError) and not errors.is_out_of_memory(error):
         traceback.print_exception(error)
     results["failed"][name] = _words(error)
     _say(f"{name}: failed: {_words(error)}")

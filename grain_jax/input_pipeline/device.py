@@ -13,6 +13,8 @@ import jax
 from grain_jax.schema import Batch
 
 _END = object()
+# Batches ahead: with 2 the demo's steps wait for 2% of their time, with 4 for 0.1%; reading comes in bursts.
+DEPTH = 4
 # A step waits for input where that takes longer than both; a batch that is ready comes within microseconds.
 WAIT_SECONDS = 1e-3
 CLOSE_SECONDS = 5.0  # for the read under way
@@ -101,13 +103,14 @@ def to_global(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
     return Batch(*(jax.make_array_from_process_local_data(sharding, field) for field in batch))
 
 
-def prefetch(batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int = 4) -> Prefetch:
+def prefetch(
+    batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int = DEPTH
+) -> Prefetch:
     """Keeps up to `depth` global batches ready on the devices.
 
     Args:
       batches: this process's batches, numpy.
       sharding: of the leading axis.
-      depth: batches ahead; each holds device memory. With 2 the demo's steps wait for 2% of their time, with 4
-        for 0.1%: reading comes in bursts.
+      depth: batches ahead; each holds device memory.
     """
     return Prefetch(batches, sharding, depth)

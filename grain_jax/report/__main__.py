@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from grain_jax import errors
 from grain_jax.report import collect, page, run_files
 
+_SMALLER = f"give a smaller --pictures, or --no-model; or {errors.MORE_MEMORY}"
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -49,14 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(arguments)
         first, *others = args.workdir
-        path = page.write(
-            first,
-            others=others,
-            output=args.output,
-            results=args.results,
-            pictures=args.pictures,
-            model=not args.no_model,
-        )
+        with errors.out_of_memory_in_a_line("report", lambda: _SMALLER):
+            path = page.write(
+                first,
+                others=others,
+                output=args.output,
+                results=args.results,
+                pictures=args.pictures,
+                model=not args.no_model,
+            )
     except (errors.UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
