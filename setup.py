@@ -66,6 +66,7 @@ setup(
     install_requires=[
         "absl-py",
         "etils[epath]",
+        "flatbuffers",  # needed by jax.export's files, not declared by it
         "flax>=0.10.4",
         "ftfy",
         "instant-clip-tokenizer; python_version < '3.13'",

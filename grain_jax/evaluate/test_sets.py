@@ -257,7 +257,7 @@ def _tensorflow_datasets(name: str):
         import tensorflow_datasets as tfds
     except ModuleNotFoundError as error:
         raise MissingData(
-            f"TFDS set {name}: needs {error.name}, which is not installed; to get it: pip install -e '.[data]'"
+            f"TFDS set {name}: needs {error.name}, which is not installed; to get it: pip install 'grain_jax[data]'"
         ) from None
     return tfds
 

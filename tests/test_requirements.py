@@ -1,0 +1,95 @@
+"""setup.py declares what grain_jax imports: with the package itself, or with the extras that bring it."""
+
+import ast
+import re
+import runpy
+import sys
+
+import setuptools
+
+from tests.paths import ROOT
+
+# Top-level module -> the distribution that has it, where the names differ.
+DISTRIBUTION = {
+    "PIL": "pillow",
+    "absl": "absl-py",
+    "instant_clip_tokenizer": "instant-clip-tokenizer",
+    "jaxlib": "jax",  # requires it
+    "open_clip": "open_clip_torch",
+    "orbax": "orbax-checkpoint",
+    "sklearn": "scikit-learn",
+    "starlette": "gradio",  # requires it
+    "tensorflow": "tensorflow-cpu",
+    "tensorflow_datasets": "tensorflow-datasets",
+    "timm": "open_clip_torch",  # requires it
+}
+# What the base installation has not -> the extras that bring it.
+EXTRAS = {
+    "gradio": {"demo"},
+    "open_clip_torch": {"interop"},
+    "safetensors": {"interop"},
+    "scikit-learn": {"probe"},
+    "sentencepiece": {"interop"},
+    "tensorflow-cpu": {"data"},
+    "tensorflow-datasets": {"data"},
+    "torch": {"torch", "interop", "annotate"},
+    "transformers": {"interop", "annotate"},
+    "wandb": {"wandb"},
+}
+# They import us.
+HOSTS = {"big_vision", "clip_benchmark"}
+
+
+def _declared(monkeypatch):
+    """(base requirements, extra -> requirements), names alone."""
+    found = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **given: found.update(given))
+    runpy.run_path(str(ROOT / "setup.py"))
+    names = lambda lines: {re.match(r"[\w.-]+", line)[0] for line in lines}  # noqa: E731
+    extras = {extra: names(lines) for extra, lines in found["extras_require"].items()}
+    return names(found["install_requires"]), extras
+
+
+def _imported():
+    """Distribution -> a file that imports something of it, anywhere in its code."""
+    found = {}
+    for path in sorted((ROOT / "grain_jax").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            for name in names:
+                top = name.split(".")[0]
+                if top not in sys.stdlib_module_names and top not in HOSTS | {"grain_jax"}:
+                    found[DISTRIBUTION.get(top, top)] = path.name
+    return found
+
+
+def test_imports_are_declared(monkeypatch):
+    base, extras = _declared(monkeypatch)
+    imported = _imported()
+    assert {"jax", "flax", "pillow", "tensorflow-cpu"} <= imported.keys()
+    missing = {name: file for name, file in imported.items() if name not in base}
+    assert missing.keys() == EXTRAS.keys(), missing
+    for name, expected in EXTRAS.items():
+        assert {extra for extra, has in extras.items() if name in has} - {"dev"} == expected, name
+        assert name in extras["dev"]
+
+
+def test_what_others_import_for_us_is_declared(monkeypatch):
+    """`serialize` and `deserialize` of jax.export import flatbuffers, on which JAX does not depend."""
+    base, _ = _declared(monkeypatch)
+    assert "flatbuffers" in base
+
+
+def test_constraints_pin_what_is_declared(monkeypatch):
+    base, extras = _declared(monkeypatch)
+    pinned = {
+        re.split("[=<]", line)[0]
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    }
+    needed = (base | extras["dev"]) - {"tensorflow"}  # macOS's, beside tensorflow-cpu
+    assert not needed - pinned, needed - pinned
