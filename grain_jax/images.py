@@ -5,15 +5,13 @@ training input's own resize (`input_pipeline/transforms.py`) is measured against
 """
 
 import io
-import os
-import stat
 import warnings
 
 import numpy as np
 import PIL.Image
 from etils import epath
 
-from grain_jax import errors, image_bounds
+from grain_jax import errors, image_bounds, regular_file
 
 _NO_RANGE = "mode F has no fixed range, expected 8 or 16 bits a colour"
 _READABLE = "JPEG, PNG, WebP, GIF, BMP or TIFF"
@@ -96,13 +94,8 @@ def read_file(path: epath.PathLike, name: str | None = None) -> bytes:
       ImageError: not a regular file (a link to one is), or too long. Neither is opened.
     """
     path = epath.Path(path)
-    if "://" in str(path):
-        found = path.stat()
-        is_file, length = not found.is_directory, found.length
-    else:  # epath's own asks for the owner's name, which a container may not know
-        found = os.stat(path)
-        is_file, length = stat.S_ISREG(found.st_mode), found.st_size
-    if not is_file:
+    length = regular_file.length(path)
+    if length is None:
         raise ImageError(f"{name or path}: got a folder, pipe or device, expected a picture's file")
     if length > image_bounds.MAX_BYTES:
         raise TooLargeError(

@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.convert import parity, towers
+from grain_jax import regular_file
+from grain_jax.convert import archives, parity, towers
 from grain_jax.convert import torch_names as names
 from grain_jax.convert.towers import Row, Settings, Tower, TowerError
 
@@ -49,11 +49,13 @@ def read(path: epath.PathLike) -> Checkpoint:
     if (match := re.fullmatch(r"(.*\.npz):(.+)", text)) is not None:
         file, subtree = match.groups()
     file = epath.Path(file)
-    if not file.is_file():
+    if not regular_file.is_one(file):
         raise TowerError(f"{file}: no such file; expected big_vision's .npz, or FILE.npz:sub-tree")
     try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
-            arrays = {name: _float32(stored[name]) for name in stored.files}
+        with archives.reading(file, TowerError):
+            arrays = archives.read_npz(file)
+    except TowerError:
+        raise
     except Exception as error:  # a damaged zip may raise anything
         raise TowerError(
             f"{file}: not a .npz of plain arrays ({type(error).__name__}: {str(error)[:120]})"
@@ -75,12 +77,6 @@ def read(path: epath.PathLike) -> Checkpoint:
             raise TowerError(f"{text}: no sub-tree {subtree!r}; there are: {', '.join(there)}")
         arrays = inside
     return Checkpoint(text, _stacked(arrays, text))
-
-
-def _float32(array: np.ndarray) -> np.ndarray:
-    if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # numpy forgets bfloat16's name
-        array = array.view(jnp.dtype("bfloat16"))
-    return array.astype(np.float32)
 
 
 def _stacked(arrays: Mapping[str, np.ndarray], path: str) -> dict[str, np.ndarray]:

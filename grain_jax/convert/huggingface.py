@@ -12,13 +12,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from grain_jax import checkpoint, images
+from grain_jax import checkpoint, images, regular_file
 from grain_jax import config as config_lib
-from grain_jax.convert import model_card, parity
+from grain_jax.convert import archives, model_card, parity
 from grain_jax.convert import torch as reference
 from grain_jax.convert import torch_names as names
 from grain_jax.input_pipeline import tokenizer as tokenizers_lib
@@ -26,7 +25,6 @@ from grain_jax.input_pipeline import tokenizer as tokenizers_lib
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"  # of weights that transformers cut into several files
 _MODELING = "modeling_grain.py"  # a folder that has it is one of ours
-_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CODE = epath.Path(__file__).parent / "hf_files"
 # GRAIN's recipe (method.md, Losses), for models whose own run is not known.
 LOSSES = dict(
@@ -103,14 +101,15 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     reference.check_free(folder, "params")
     model = _read_config(source / "config.json")
     weights = source / WEIGHTS
-    if not weights.is_file() and (source / _INDEX).is_file():
+    if not regular_file.is_one(weights) and regular_file.is_one(source / _INDEX):
         weights = source / _INDEX
     states = _read_weights(weights)
     try:
         params = reference.to_params(states["backbone"], states["decoder"], model)
     except reference.ConvertError as error:
         raise reference.in_file(weights, error) from error
-    proof = _prove_weights(source, model, params)
+    # The folder may come from anyone: transformers reads none of it, and none of its code is run.
+    proof = reference.prove(model, params, states)
     reference.save(folder, model, params, source, proof)
     return proof._replace(text=f"from-hf: {source} -> {folder}\n\n{proof.text}")
 
@@ -281,9 +280,8 @@ def _read_weights(path: epath.Path) -> dict[str, dict[str, np.ndarray]]:
     """{"backbone": ..., "decoder": ...} of a safetensors file, or of those that an index lists."""
     files = [path]
     if path.name == _INDEX:
-        with _reading(path, "transformers' index, with the key weight_map"):
-            index = json.loads(path.read_text())["weight_map"]
-            files = [path.parent / name for name in sorted(set(index.values()))]
+        with archives.reading(path, reference.ConvertError):
+            files = archives.files_of_index(path)
     states: dict[str, dict[str, np.ndarray]] = {"backbone": {}, "decoder": {}}
     faults = []
     for file in files:
@@ -304,48 +302,24 @@ def read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
     Raises:
       ConvertError: no such file, not a whole one, or another type; a line each.
     """
-    safetensors = _safetensors(path)
-    if not path.is_file():
+    if not regular_file.is_one(path):
         raise reference.ConvertError(f"{path}: no such file; expected a folder written by to-hf")
-    try:
-        # Not safetensors.numpy.load: it has no bfloat16.
-        stored = safetensors.deserialize(path.read_bytes())
-    except safetensors.SafetensorError as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise reference.ConvertError(
-            f"{path}: not a whole safetensors file ({reason[:120]}); copy it again"
-        ) from error
-    faults = [
-        f"{path}: {name}: got {entry['dtype']}, expected one of {', '.join(_FLOATS)}"
-        for name, entry in stored
-        if entry["dtype"] not in _FLOATS
-    ]
-    if faults:
-        raise reference.ConvertError("\n".join(faults))
-    return {
-        name: np.frombuffer(entry["data"], jnp.dtype(_FLOATS[entry["dtype"]]))
-        .astype(np.float32)
-        .reshape(entry["shape"])
-        for name, entry in stored
-    }
-
-
-@contextlib.contextmanager
-def _reading(path: epath.Path, expected: str) -> Iterator[None]:
-    try:
-        yield
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise reference.ConvertError(
-            f"{path}: got {type(error).__name__} {error}, expected {expected}"
-        ) from error
+    _safetensors(path)
+    with archives.reading(path, reference.ConvertError):
+        return archives.read_safetensors(path)
 
 
 def _read_config(path: epath.Path) -> config_lib.Model:
-    if not path.is_file():
+    if not regular_file.is_one(path):
         raise reference.ConvertError(f"{path}: no such file; expected a folder written by to-hf")
-    with _reading(path, "to-hf's config with the key towers"):
-        towers = json.loads(path.read_text())["towers"]
-    model = config_lib.model_from_dict(towers)
+    with archives.reading(path, reference.ConvertError):
+        towers = archives.read_json(path).get("towers")
+        if not isinstance(towers, dict):
+            raise archives.ArchiveError("got no sizes under towers, expected to-hf's config.json")
+    try:
+        model = config_lib.model_from_dict(towers)
+    except config_lib.ConfigError as error:
+        raise reference.in_file(path, error) from None
     _check(model)
     return model
 
@@ -384,28 +358,6 @@ def _prove_folder(
             inputs = load(transformers.AutoProcessor)(text=_TEXTS, padding="max_length")
             theirs["token_ids"] = inputs["input_ids"].numpy()
     found = parity.compare(ours, theirs)
-    return parity.report(found, f"{reference.torch_versions()} on {folder}", given)
-
-
-def _prove_weights(folder: epath.Path, model: config_lib.Model, params: Any) -> parity.Report:
-    """Our model against transformers with the folder's weights and OUR modeling file.
-
-    The folder may come from anyone, so none of its code is run.
-    """
-    try:
-        import torch
-
-        from grain_jax.convert.hf_files import modeling_grain
-    except ImportError as error:
-        return parity.not_proven(params, f"{error}; pip install torch transformers")
-    with _on_disk(folder) as path:  # float32, also where they are stored as less
-        module = modeling_grain.GrainModel.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True
-        )
-    given = _inputs(model)
-    found = parity.compare(
-        reference.outputs(model, params, given), reference.run_module(module.eval(), given)
-    )
     return parity.report(found, f"{reference.torch_versions()} on {folder}", given)
 
 

@@ -5,18 +5,17 @@ beside them, by flag, or is assumed; the report says which. Nothing in a file is
 """
 
 import functools
-import json
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.convert import parity, torchscript, towers
+from grain_jax import regular_file
+from grain_jax.convert import archives, parity, torchscript, towers
 from grain_jax.convert import torch as torch_format
 from grain_jax.convert import torch_names as names
 from grain_jax.convert.towers import Row, Settings, Tower, TowerError
@@ -33,21 +32,40 @@ _WEIGHTS = (
     "open_clip_pytorch_model.bin",
 )
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
-_SAFETENSORS = {  # its names of the types; its own reader for numpy has no bfloat16
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": jnp.dtype("bfloat16"),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-}
+_INTEGERS = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4")}  # position ids, counters
 # Entries that are no parameters: sizes that OpenAI's archives carry, masks and counters that can be rebuilt.
 _NO_PARAMETERS = re.compile(
     r"input_resolution|context_length|vocab_size|(text\.)?attn_mask|.*\.position_ids"
 )
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_MOST_NESTED = 3  # state dicts in state dicts, as trainers save them; one may hold itself
 _SIGLIP_VOCABULARY = 32000  # SigLIP 1's SentencePiece model; SigLIP 2 has Gemma's, of 256,000
 _HEAD_WIDTHS = {1152: 72, 1536: 96}  # SigLIP's So400m and g-opt; all others have heads of 64
+
+
+_GROUP = "an object", lambda x: isinstance(x, Mapping)
+_TEXT = "a text", lambda x: isinstance(x, str)
+_SIZE = "a whole number from 1 to 10^6", lambda x: type(x) is int and 0 < x <= 10**6
+_POSITIVE = "a number from 0 to 1", lambda x: isinstance(x, int | float) and 0 < x < 1
+_CHANNELS = (
+    "three numbers",
+    lambda x: (
+        isinstance(x, list)
+        and len(x) == 3
+        and all(isinstance(c, int | float) and abs(c) < 1e3 for c in x)
+    ),
+)
+# The packages that build the other side of a parity would take memory by it.
+_ANY = "at most 10^6", lambda x: not isinstance(x, int | float) or abs(x) <= 10**6
+# What is read of config.json, preprocessor_config.json and open_clip_config.json, in whatever group.
+_TYPES = {
+    **dict.fromkeys(("vision_config", "text_config", "model_cfg", "preprocess_cfg"), _GROUP),
+    **dict.fromkeys(("vision_cfg", "text_cfg", "norm_kwargs", "act_kwargs"), _GROUP),
+    **dict.fromkeys(("model_type", "hidden_act", "pool_type", "approximate"), _TEXT),
+    **dict.fromkeys(("num_attention_heads", "width", "head_width", "heads"), _SIZE),
+    **dict.fromkeys(("layer_norm_eps", "eps"), _POSITIVE),
+    **dict.fromkeys(("image_mean", "image_std", "mean", "std"), _CHANNELS),
+}
 
 
 class Checkpoint(NamedTuple):
@@ -97,15 +115,16 @@ def read(path: epath.PathLike) -> Checkpoint:
     """
     path = epath.Path(path)
     if path.is_dir():
-        found = [path / name for name in _WEIGHTS if (path / name).is_file()]
+        found = [path / name for name in _WEIGHTS if regular_file.is_one(path / name)]
         if not found:
             raise TowerError(f"{path}: holds no weights; expected one of {', '.join(_WEIGHTS)}")
         path = found[0]
-    if not path.is_file():
+    if not regular_file.is_one(path):
         raise TowerError(f"{path}: no such file; expected a .pt, .bin or .safetensors")
     if path.name.endswith(".index.json"):
-        parts = sorted(set(_json(path).get("weight_map", {}).values()))
-        state = {k: v for part in parts for k, v in _safetensors(path.parent / part).items()}
+        with archives.reading(path, TowerError):
+            parts = archives.files_of_index(path)
+        state = {k: v for part in parts for k, v in _safetensors(part).items()}
     else:
         state = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
     beside = path.parent
@@ -114,59 +133,58 @@ def read(path: epath.PathLike) -> Checkpoint:
     state = _whole_names(state, hf)
     stated = (preprocessor.get("image_mean"), preprocessor.get("image_std"))
     if None in stated:
-        stated = tuple(native.get("preprocess_cfg", {}).get(key) for key in ("mean", "std"))
+        stated = tuple(_of(native, "preprocess_cfg").get(key) for key in ("mean", "std"))
     return Checkpoint(
         path,
         {k: v for k, v in state.items() if not _NO_PARAMETERS.fullmatch(k)},
         "input_resolution" in state,
         hf
-        if re.fullmatch("(clip|siglip2?)(_(vision|text)_model)?", hf.get("model_type", ""))
+        if re.fullmatch("(clip|siglip2?)(_(vision|text)_model)?", hf.get("model_type") or "")
         else {},
-        native.get("model_cfg", {}),
+        _of(native, "model_cfg"),
         None if None in stated else (tuple(stated[0]), tuple(stated[1])),
-        tuple(beside / name for name in _TOKENIZERS if (beside / name).is_file()),
+        tuple(beside / name for name in _TOKENIZERS if regular_file.is_one(beside / name)),
     )
 
 
 def _whole_names(state: dict[str, np.ndarray], hf: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The names in a whole model; transformers 5 saves a tower of its own without their first part."""
     for prefix in ("vision_model", "text_model"):
-        alone = hf.get("model_type", "").endswith(f"_{prefix}")
+        alone = (hf.get("model_type") or "").endswith(f"_{prefix}")
         if alone and not any(name.startswith(f"{prefix}.") for name in state):
             return {f"{prefix}.{name}": array for name, array in state.items()}
     return state
 
 
 def _json(path: epath.Path) -> dict:
-    if not path.is_file():
+    """The file's object, with the types that `_TYPES` gives to its keys; {} where there is none."""
+    if not regular_file.is_one(path):
         return {}
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise TowerError(f"{path}: not JSON ({error})") from None
-    return value if isinstance(value, dict) else {}
+    with archives.reading(path, TowerError):
+        value = archives.read_json(path)
+        faults = list(_type_faults(value))
+        if faults:
+            raise archives.ArchiveError("\n".join(faults))
+    return value
+
+
+def _type_faults(value: Mapping[str, Any], where: str = "") -> Iterator[str]:
+    for key, got in value.items():
+        expected, fits = _TYPES.get(key, _ANY)
+        if got is None:  # as left out
+            continue
+        if not fits(got):
+            yield f"{where}{key}: got {str(got)[:100]}, expected {expected}"
+        elif isinstance(got, Mapping):
+            yield from _type_faults(got, f"{where}{key}.")
 
 
 def _safetensors(path: epath.Path) -> dict[str, np.ndarray]:
     try:
-        import safetensors
+        with archives.reading(path, TowerError):
+            return archives.read_safetensors(path, _INTEGERS)
     except ImportError:
         raise TowerError(f"{path}: needs `pip install safetensors`") from None
-    try:
-        stored = dict(safetensors.deserialize(path.read_bytes()))
-    except (OSError, safetensors.SafetensorError) as error:
-        raise TowerError(f"{path}: not a whole safetensors file ({str(error)[:120]})") from None
-    kinds = {entry["dtype"] for entry in stored.values()} - _SAFETENSORS.keys()
-    if kinds:
-        raise TowerError(
-            f"{path}: holds numbers of type {', '.join(sorted(kinds))}, expected {', '.join(_SAFETENSORS)}"
-        )
-    return {
-        name: np.frombuffer(entry["data"], _SAFETENSORS[entry["dtype"]])
-        .reshape(entry["shape"])
-        .astype(np.float32)
-        for name, entry in stored.items()
-    }
 
 
 def _pickled(path: epath.Path) -> dict[str, np.ndarray]:
@@ -175,26 +193,26 @@ def _pickled(path: epath.Path) -> dict[str, np.ndarray]:
     except ImportError:
         torch = None  # OpenAI's archives need none
     try:
-        with path.open("rb") as file:
-            if torchscript.is_archive(file):
-                return {k: v.astype(np.float32) for k, v in torchscript.read(file).items()}
-            if torch is not None:
-                stored = torch.load(file, map_location="cpu", weights_only=True)
+        with archives.reading(path, TowerError):
+            with path.open("rb") as file:
+                if torchscript.is_archive(file):
+                    return {k: v.astype(np.float32) for k, v in torchscript.read(file).items()}
+            stored = None if torch is None else archives.load_torch(path)
+    except TowerError:
+        raise
     except Exception as error:  # a damaged or hostile pickle may raise anything
         raise TowerError(
             f"{path}: not a checkpoint of plain tensors ({torch_format.refusal(error)})"
         ) from None
     if torch is None:
         raise TowerError(f"{path}: PyTorch is needed to read it, or give a .safetensors")
-    while isinstance(stored, Mapping) and isinstance(stored.get("state_dict"), Mapping):
-        stored = stored["state_dict"]
+    for _ in range(_MOST_NESTED):
+        if isinstance(stored, Mapping) and isinstance(stored.get("state_dict"), Mapping):
+            stored = stored["state_dict"]
     if not isinstance(stored, Mapping) or not any(torch.is_tensor(v) for v in stored.values()):
         raise TowerError(f"{path}: got a {type(stored).__name__}, expected a state dict of tensors")
-    return {
-        str(name).removeprefix("module."): value.detach().to(torch.float32).numpy()
-        for name, value in stored.items()
-        if torch.is_tensor(value)
-    }
+    with archives.reading(path, TowerError):
+        return archives.tensors_to_float32(path, stored)
 
 
 def import_tower(checkpoint: Checkpoint, which: str, settings: Settings) -> Tower:
@@ -322,7 +340,7 @@ def _of(cfg: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _hf_config(checkpoint: Checkpoint, which: str) -> Mapping[str, Any] | None:
     """What config.json says of a tower, which may be the whole model; None where there is no config.json."""
-    if checkpoint.hf.get("model_type", "").endswith(f"_{which}_model"):
+    if (checkpoint.hf.get("model_type") or "").endswith(f"_{which}_model"):
         return checkpoint.hf
     group = f"{which}_config"
     # A config.json leaves out what equals its class's defaults, all of the group maybe.
@@ -338,10 +356,10 @@ def _image(checkpoint: Checkpoint, settings: Settings) -> Tower:
         layers, parts, token = "visual.transformer.resblocks.", _NATIVE, "visual.class_embedding"
         pre, final = "visual.ln_pre", "visual.ln_post"
         head, projection = None, [Row("image_projection/kernel", "visual.proj")]
-        eps = _of(oc, "norm_kwargs").get("eps", 1e-5)
+        eps = _of(oc, "norm_kwargs").get("eps") or 1e-5
         stated, fallback = _stated_activation(checkpoint, oc), "gelu"
-        heads = oc.get("width", 768) // oc.get("head_width", 64) if oc else None
-        pool = {"tok": "class", "avg": "mean"}.get(name := oc.get("pool_type", "tok"), name)
+        heads = (oc.get("width") or 768) // (oc.get("head_width") or 64) if oc else None
+        pool = {"tok": "class", "avg": "mean"}.get(name := oc.get("pool_type") or "tok", name)
         if pool == "mean" and oc.get("final_ln_after_pool"):
             raise TowerError("vision_cfg: final_ln_after_pool with pool_type avg is not supported")
     elif "visual.trunk.patch_embed.proj.weight" in state:
@@ -378,8 +396,9 @@ def _image(checkpoint: Checkpoint, settings: Settings) -> Tower:
         fallback = _ACTIVATIONS.get(default, default)
         eps, stated, heads = 1e-6 if of_siglip else 1e-5, None, None
         if (hf := _hf_config(checkpoint, "vision")) is not None:
-            eps = hf.get("layer_norm_eps", eps)
-            stated, heads = hf.get("hidden_act", default), hf.get("num_attention_heads", 12)
+            eps = hf.get("layer_norm_eps") or eps
+            stated = hf.get("hidden_act") or default
+            heads = hf.get("num_attention_heads") or 12
         pool = "class"
     else:
         raise TowerError(
@@ -466,13 +485,13 @@ def _text(checkpoint: Checkpoint, settings: Settings) -> Tower:
             projection = _linear("text_projection", linear, bias=f"{linear}.bias" in state)
         siglip = f"{linear}.bias" in state
         root, fallback = prefix or "transformer.", "gelu"
-        stated, heads = _stated_activation(checkpoint, oc), oc.get("heads", 8) if oc else None
-        causal, pool, eps = not oc.get("no_causal_mask"), oc.get("pool_type", "argmax"), 1e-5
+        stated, heads = _stated_activation(checkpoint, oc), (oc.get("heads") or 8) if oc else None
+        causal, pool, eps = not oc.get("no_causal_mask"), oc.get("pool_type") or "argmax", 1e-5
         if siglip and not oc:
             causal, pool, eps = False, "last", 1e-6
             assumed.append("SigLIP's: bidirectional, read at the last position, norm epsilon 1e-6")
         pool = {"argmax": "end", "eos": "end"}.get(pool, pool)
-        eps = _of(oc, "norm_kwargs").get("eps", eps)
+        eps = _of(oc, "norm_kwargs").get("eps") or eps
     elif "text_model.embeddings.token_embedding.weight" in state:
         token = "text_model.embeddings.token_embedding.weight"
         position = "text_model.embeddings.position_embedding.weight"
@@ -486,9 +505,9 @@ def _text(checkpoint: Checkpoint, settings: Settings) -> Tower:
         fallback = _ACTIVATIONS.get(default, default)
         eps, stated, heads = 1e-6 if siglip else 1e-5, None, None
         if (hf := _hf_config(checkpoint, "text")) is not None:
-            eps = hf.get("layer_norm_eps", eps)
-            stated = hf.get("hidden_act", default)
-            heads = hf.get("num_attention_heads", 12 if siglip else 8)
+            eps = hf.get("layer_norm_eps") or eps
+            stated = hf.get("hidden_act") or default
+            heads = hf.get("num_attention_heads") or (12 if siglip else 8)
     else:
         raise TowerError(
             "no text tower; expected token_embedding.weight (OpenAI, open_clip) or text_model.*"
@@ -593,6 +612,7 @@ def _parity(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> pa
     """Ours against the checkpoint's own architecture, built by its own package and loaded strictly."""
     given = parity.inputs(model.image.image_size, model.text.vocab_size, model.text.context_length)
     hf = "text_model.embeddings.token_embedding.weight" in checkpoint.state
+    _check_sizes(checkpoint, model)
     try:
         import torch
 
@@ -601,6 +621,14 @@ def _parity(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> pa
         return parity.not_proven(
             params, f"{error.name} is not installed, so nothing could be compared."
         )
+    except TowerError:
+        raise
+    except Exception as error:  # the packages raise many kinds for a config that is none
+        reason = " ".join(str(error).split())[:200]
+        raise TowerError(
+            f"{checkpoint.path}: its own package does not take the config beside it"
+            f" ({type(error).__name__}: {reason})"
+        ) from None
     state = {k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()}
     own = module.state_dict()
     scalar = {k: v.reshape(own[k].shape) for k, v in state.items() if k in own and k in _SCALARS}
@@ -618,6 +646,67 @@ def _parity(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> pa
     return parity.report(
         parity.compare(parity.outputs(model, params, given), theirs), package, given
     )
+
+
+def _check_sizes(checkpoint: Checkpoint, model: config_lib.Model) -> None:
+    """Raises TowerError where the config beside the weights has other sizes, or names another model.
+
+    The other side of the parity is built by that config: with 10^6 layers it would take all memory, and
+    a model's name would be looked up on the internet.
+    """
+    image, text = model.image, model.text
+    hf_sizes = lambda t: dict(  # noqa: E731
+        hidden_size=t.width, intermediate_size=t.mlp_dim, num_hidden_layers=t.depth
+    )
+    oc_sizes = lambda t: dict(width=t.width, layers=t.depth)  # noqa: E731
+    grid = image.image_size // image.patch_size
+    pixels = dict(patch_size=image.patch_size, num_channels=3, num_patches=grid * grid)
+    words = dict(vocab_size=text.vocab_size, max_position_embeddings=text.context_length)
+    vision_cfg = _of(checkpoint.open_clip, "vision_cfg")
+    timm = vision_cfg.get("timm_model_name")  # its trunk's sizes are the name's
+    groups = {
+        "vision_config": (
+            checkpoint.hf,
+            hf_sizes(image) | pixels | dict(image_size=image.image_size),
+        ),
+        "text_config": (checkpoint.hf, hf_sizes(text) | words),
+        "vision_cfg": (
+            checkpoint.open_clip,
+            {} if timm else oc_sizes(image) | dict(patch_size=image.patch_size),
+        ),
+        "text_cfg": (
+            checkpoint.open_clip,
+            oc_sizes(text) | dict(vocab_size=text.vocab_size, context_length=text.context_length),
+        ),
+    }
+    faults = []
+    for group, (config, sizes) in groups.items():
+        said = _of(config, group)
+        for key, size in sizes.items():
+            if said.get(key, size) not in (size, [size, size], None):
+                faults.append(
+                    f"{group}.{key}: got {str(said[key])[:100]}, but the arrays have {size}"
+                )
+    for group, tower in (("vision_cfg", image), ("text_cfg", text)):
+        ratio = _of(checkpoint.open_clip, group).get("mlp_ratio")
+        if ratio is not None and not timm:
+            if (
+                not isinstance(ratio, int | float)
+                or abs(ratio - tower.mlp_dim / tower.width) > 0.01
+            ):
+                faults.append(
+                    f"{group}.mlp_ratio: got {str(ratio)[:100]}, but the arrays have"
+                    f" {tower.mlp_dim / tower.width:g}"
+                )
+    if timm is not None and not (isinstance(timm, str) and re.fullmatch(r"[\w.]+", timm)):
+        faults.append(
+            f"vision_cfg.timm_model_name: got {str(timm)[:100]!r}, expected a name of timm's"
+        )
+    for group in ("vision_cfg", "text_cfg"):
+        if _of(checkpoint.open_clip, group).get("hf_model_name") is not None:
+            faults.append(f"{group}.hf_model_name: got one, expected a tower of open_clip's own")
+    if faults:
+        raise TowerError("\n".join(f"{checkpoint.path}: {fault}" for fault in faults))
 
 
 def _build_hf(checkpoint: Checkpoint, model: config_lib.Model):
@@ -692,18 +781,13 @@ def _build_open_clip(checkpoint: Checkpoint, model: config_lib.Model):
         vision_cfg, text_cfg = dict(_of(stated, "vision_cfg")) | size, dict(_of(stated, "text_cfg"))
         quick_gelu = bool(stated.get("quick_gelu"))
     custom = "text.token_embedding.weight" in checkpoint.state
-    try:
-        module = (library.CustomTextCLIP if custom else library.CLIP)(
-            model.embed_dim,
-            vision_cfg,
-            text_cfg,
-            quick_gelu=quick_gelu,
-            init_logit_bias=model.logit_bias_init,
-        )
-    except TypeError as error:
-        raise TowerError(
-            f"{checkpoint.path}: open_clip {open_clip.__version__} does not take its config ({error})"
-        ) from None
+    module = (library.CustomTextCLIP if custom else library.CLIP)(
+        model.embed_dim,
+        vision_cfg,
+        text_cfg,
+        quick_gelu=quick_gelu,
+        init_logit_bias=model.logit_bias_init,
+    )
     if "visual.trunk.patch_embed.proj.weight" in checkpoint.state and not stated:
         module.visual = _timm_trunk(image)
     return (

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from grain_jax import checkpoint, errors
+from grain_jax import checkpoint, errors, regular_file
 from grain_jax import config as config_lib
-from grain_jax.convert import parity
+from grain_jax.convert import archives, parity
 from grain_jax.convert import torch_names as names
 
 StateDict = dict[str, np.ndarray]
@@ -51,7 +51,7 @@ def read(path: epath.PathLike) -> dict[str, StateDict]:
       ConvertError: no such file, not a checkpoint, or one that asks to run code.
     """
     path = epath.Path(path)
-    if not path.is_file():
+    if not regular_file.is_one(path):
         raise ConvertError(f"{path}: no such file; expected the reference's .pth.tar")
     try:
         import torch
@@ -60,8 +60,10 @@ def read(path: epath.PathLike) -> dict[str, StateDict]:
             f"{path}: PyTorch is needed to read it; pip install 'grain_jax[torch]'"
         ) from error
     try:
-        with path.open("rb") as file:
-            stored = torch.load(file, map_location="cpu", weights_only=True)
+        with archives.reading(path, ConvertError):
+            stored = archives.load_torch(path)
+    except ConvertError:
+        raise
     except Exception as error:  # a damaged or hostile pickle may raise anything
         raise ConvertError(
             f"{path}: not a checkpoint of plain tensors ({refusal(error)})"
@@ -76,18 +78,13 @@ def read(path: epath.PathLike) -> dict[str, StateDict]:
             found = ", ".join(map(str, list(stored)[:8])) or "nothing"
             faults.append(f"{path}: no state dict {key!r}; the file has {found}")
             continue
-        out[module] = {}
         for name, value in stored[key].items():
             if not isinstance(value, torch.Tensor):
                 faults.append(f"{path}: {module} {name}: got {type(value).__name__}, not a tensor")
-                continue
-            if not value.is_floating_point() or value.layout != torch.strided:
+            elif not value.is_floating_point():
                 faults.append(f"{path}: {module} {name}: got {value.dtype}, expected plain floats")
-                continue
-            name = str(name).removeprefix("module.")
-            if name in out[module]:
-                faults.append(f"{path}: {module} {name}: is there with and without module.")
-            out[module][name] = value.detach().to(torch.float32).numpy()
+        with archives.reading(f"{path}: {module}", ConvertError):
+            out[module] = archives.tensors_to_float32(path, stored[key])
     _raise(faults)
     return out
 
@@ -257,7 +254,12 @@ def to_params(backbone: StateDict, decoder: StateDict, model: config_lib.Model) 
     """
     states = {"backbone": backbone, "decoder": decoder}
     sizes = sizes_of(model)
-    faults: list[str] = []
+    faults = [
+        f"{tower}: got {of_tower['layers']} layers, expected at most {_MOST_LAYERS}"
+        for tower, of_tower in sizes.items()
+        if of_tower["layers"] > _MOST_LAYERS
+    ]
+    _raise(faults)
     expected: dict[str, set[str]] = {m: set(unused) for m, unused in names.UNUSED.items()}
     params: dict = {}
     for tower, module, rows in names.TABLES:
@@ -433,7 +435,7 @@ def check_free(path: epath.Path, mark: str) -> None:
             raise ConvertError(f"{path}: is in use by something else; expected a new folder")
 
 
-def in_file(path: epath.PathLike, error: ConvertError) -> ConvertError:
+def in_file(path: epath.PathLike, error: errors.UserError) -> ConvertError:
     """The error with the file's name before each of its lines."""
     return ConvertError("\n".join(f"{path}: {line}" for line in str(error).split("\n")))
 

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
+from grain_jax.convert import archives
+
 _DTYPES = {
     "FloatStorage": "float32",
     "DoubleStorage": "float64",
@@ -22,6 +24,7 @@ _DTYPES = {
     "IntStorage": "int32",
     "BoolStorage": "bool",
 }
+_MOST_DEEP, _MOST_MODULES = 50, 100_000  # modules in modules, and in all
 
 
 class _Module:
@@ -31,10 +34,10 @@ class _Module:
         self.attributes = state
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, archive: zipfile.ZipFile, root: str):
+class _Unpickler(pickle._Unpickler):  # Python's own: the one in C takes gigabytes for a far memo
+    def __init__(self, archive: zipfile.ZipFile, root: str, budget: archives.Budget):
         super().__init__(archive.open(f"{root}data.pkl"))
-        self._archive, self._root = archive, root
+        self._archive, self._root, self._budget = archive, root, budget
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
@@ -42,7 +45,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return jnp.dtype(_DTYPES[name])
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
+            return self._rebuild
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch.jit._pickle" and name.startswith("build_"):
@@ -51,7 +54,13 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         _, dtype, key, _, _ = pid
-        return np.frombuffer(self._archive.read(f"{self._root}data/{key}"), dtype)
+        member = self._archive.getinfo(f"{self._root}data/{key}")
+        self._budget.spend(4 * member.file_size // dtype.itemsize)  # each time that it is asked for
+        return np.frombuffer(self._archive.read(member), dtype)
+
+    def _rebuild(self, storage: np.ndarray, offset: int, size: tuple, *rest: Any) -> np.ndarray:
+        self._budget.spend(4 * math.prod(size))  # many may be of one storage
+        return _tensor(storage, offset, size, *rest)
 
 
 def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_) -> np.ndarray:
@@ -77,21 +86,29 @@ def read(file: BinaryIO) -> dict[str, np.ndarray]:
     """Every tensor of the archive under its dotted name, as in the module's state_dict.
 
     Raises:
+      ArchiveError: it unpacks to more than weights would, or its modules are no tree.
       Exception: of several kinds, where the archive is damaged or names anything but tensors.
     """
+    budget = archives.Budget(file)
     with zipfile.ZipFile(file) as archive:
+        budget.check(archive)
         root = next(x for x in archive.namelist() if x.endswith("/data.pkl")).removesuffix(
             "data.pkl"
         )
-        top = _Unpickler(archive, root).load()
+        top = _Unpickler(archive, root, budget).load()
     out: dict[str, np.ndarray] = {}
+    entered = 0
 
-    def walk(prefix: str, module: _Module) -> None:
+    def walk(prefix: str, module: _Module, depth: int) -> None:
+        nonlocal entered
+        entered += 1
+        if depth > _MOST_DEEP or entered > _MOST_MODULES:
+            raise archives.ArchiveError("its modules hold each other without end, expected a tree")
         for name, value in module.attributes.items():
             if isinstance(value, _Module):
-                walk(f"{prefix}{name}.", value)
+                walk(f"{prefix}{name}.", value, depth + 1)
             elif isinstance(value, np.ndarray):
-                out[prefix + name] = value
+                out[f"{prefix}{name}"] = value
 
-    walk("", top)
+    walk("", top, 0)
     return out

@@ -186,7 +186,7 @@ def two_tower_model(
     bias = scalars.get("logit_bias")
     model = config_lib.Model(
         embed_dim=width.pop(),
-        logit_scale_init=float(np.clip(np.exp(scalars["logit_scale"]), 1, 100)),
+        logit_scale_init=float(np.clip(np.exp(np.minimum(scalars["logit_scale"], 88)), 1, 100)),
         logit_bias_init=None if bias is None else float(bias),
         image=image.config,
         text=text.config,

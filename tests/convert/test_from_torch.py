@@ -359,7 +359,7 @@ def test_bad_files_are_one_line(tmp_path, capsys, case):
     elif case == "twice":
         names = {"a": torch.zeros(2), "module.a": torch.zeros(2)}
         torch.save({"state_dict": names, "backbone_state_dict": {}}, path)
-        said = "decoder a: is there with and without module."
+        said = "decoder: a: is there with and without module."
     elif case == "list":
         torch.save([torch.zeros(2)], path)
         said = "got a list, expected a dict with backbone_state_dict and state_dict"

@@ -188,7 +188,7 @@ def test_weights_in_several_files_come_back(small, tmp_path, capsys):
     files[0].unlink()
     arguments = ["from-hf", "--input", str(tmp_path / "cut"), "--output", str(tmp_path / "out")]
     assert main(arguments) == 2
-    assert f"{files[0]}: no such file" in capsys.readouterr().err
+    assert f"names {files[0].name!r}, which is no file beside it" in capsys.readouterr().err
     (tmp_path / "cut" / "model.safetensors.index.json").write_text("{}")
     assert main(arguments) == 2
     assert "expected transformers' index, with the key weight_map" in capsys.readouterr().err
@@ -395,8 +395,11 @@ W, C = "{folder}/model.safetensors: ", "{folder}/config.json: "
         (unknown, [W + "head.weight: unknown key, shape (3,)"]),
         (integers, [W + "decoder.obj_proj: got I32, expected one of F64, F32, F16, BF16"]),
         (not_finite, [W + "backbone ln_final.bias: holds values that are not finite"]),
-        (heads_do_not_divide, ["model.text.heads: got 7, must divide width 40"]),
-        (no_towers, [C + "got KeyError 'towers', expected to-hf's config with the key towers"]),
+        (
+            heads_do_not_divide,
+            ["{folder}/config.json: model.text.heads: got 7, must divide width 40"],
+        ),
+        (no_towers, [C + "got no sizes under towers, expected to-hf's config.json"]),
     ],
 )
 def test_a_wrong_folder_is_one_line(small, tmp_path, capsys, change, said):

@@ -1,0 +1,542 @@
+"""from-hf, from-open-clip, from-torch and from-big-vision against files that anyone may have made."""
+
+import dataclasses
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+import safetensors.numpy  # noqa: E402
+
+from grain_jax.convert import archives, big_vision, open_clip, towers  # noqa: E402
+from grain_jax.convert import torch as reference  # noqa: E402
+from grain_jax.convert import torch_names as names  # noqa: E402
+from grain_jax.convert.__main__ import main  # noqa: E402
+from tests import perturbed  # noqa: E402
+from tests.hostile import cases  # noqa: E402
+
+
+def save(path, state):
+    safetensors.numpy.save_file(state, path)
+
+
+def clip_state(width=16, depth=2, vocab=30, length=8, embed=12):
+    """A CLIP of open_clip's names, of random numbers."""
+    rng = np.random.default_rng(0)
+    random = lambda *shape: rng.normal(0, 0.1, shape).astype(np.float32)
+    state = {
+        "visual.conv1.weight": random(width, 3, 4, 4),
+        "visual.positional_embedding": random(5, width),
+        "visual.class_embedding": random(width),
+        "visual.proj": random(width, embed),
+        "token_embedding.weight": random(vocab, width),
+        "positional_embedding": random(length, width),
+        "text_projection": random(width, embed),
+        "logit_scale": np.array(2.0, np.float32),
+    }
+    for norm in ("visual.ln_pre", "visual.ln_post", "ln_final"):
+        state |= {f"{norm}.weight": random(width), f"{norm}.bias": random(width)}
+    for layers in ("visual.transformer.resblocks", "transformer.resblocks"):
+        for i in range(depth):
+            at = f"{layers}.{i}"
+            for name, shape in {
+                "ln_1": (width,),
+                "ln_2": (width,),
+                "attn.out_proj": (width, width),
+                "mlp.c_fc": (4 * width, width),
+                "mlp.c_proj": (width, 4 * width),
+            }.items():
+                state[f"{at}.{name}.weight"] = random(*shape)
+                state[f"{at}.{name}.bias"] = random(shape[0])
+            state[f"{at}.attn.in_proj_weight"] = random(3 * width, width)
+            state[f"{at}.attn.in_proj_bias"] = random(3 * width)
+    return state
+
+
+STATE = clip_state()
+VISION = dict(image_size=8, layers=2, width=16, head_width=8, patch_size=4)
+TEXT = dict(context_length=8, vocab_size=30, width=16, heads=2, layers=2)
+
+
+def config(**changes):
+    """open_clip_config.json; `vision__width=1` changes a group's."""
+    cfg = {"embed_dim": 12, "vision_cfg": dict(VISION), "text_cfg": dict(TEXT)}
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        if name:
+            cfg[f"{group}_cfg"][name] = value
+        else:
+            cfg[key] = value
+    return json.dumps({"model_cfg": cfg})
+
+
+def with_config(text):
+    def make(folder):
+        save(folder / "model.safetensors", STATE)
+        (folder / "open_clip_config.json").write_text(text)
+
+    return make
+
+
+def with_files(**texts):
+    """Texts or bytes of files beside good weights; `__` for the dot of their names."""
+
+    def make(folder):
+        save(folder / "model.safetensors", STATE)
+        for name, content in texts.items():
+            path = folder / name.replace("__", ".")
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return make
+
+
+def with_state(**changes):
+    def make(folder):
+        state = STATE | {key.replace("__", "."): value for key, value in changes.items()}
+        save(folder / "model.safetensors", {k: v for k, v in state.items() if v is not None})
+
+    return make
+
+
+def with_index(weight_map, *, prepare=lambda folder: None):
+    def make(folder):
+        save(folder / "part.safetensors", STATE)
+        prepare(folder)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return make
+
+
+def with_pt(build, name="pytorch_model.bin"):
+    def make(folder):
+        value = build()
+        if isinstance(value, bytes):
+            (folder / name).write_bytes(value)
+        else:
+            torch.save(value, folder / name)
+
+    return make
+
+
+def a_dict_that_holds_itself():
+    out = {}
+    out["state_dict"] = out
+    return out
+
+
+class Module:
+    """Pickled as a module of TorchScript's program."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def __reduce__(self):
+        return _New, (), self.state
+
+
+class _New:
+    __module__, __qualname__ = "__torch__", "M"
+
+
+def pickled(build):
+    """A pickle of modules: each names itself __torch__.M and has a dict as its state."""
+    out = io.BytesIO()
+    pickler = pickle._Pickler(out, 2)
+    write = out.write
+
+    def module(attributes, memo={}):  # noqa: B006
+        key = id(attributes)
+        if key in memo:
+            write(b"j" + struct.pack("<I", memo[key]))
+            return
+        memo[key] = 1000 + len(memo)
+        write(b"c__torch__\nM\n)\x81r" + struct.pack("<I", memo[key]) + b"}")
+        for name, value in attributes.items():
+            write(b"X" + struct.pack("<I", len(name)) + name.encode())
+            module(value)
+            write(b"s")
+        write(b"b")
+
+    del pickler
+    write(b"\x80\x02")
+    module(build())
+    write(b".")
+    return out.getvalue()
+
+
+def program(data, compression=zipfile.ZIP_STORED, **members):
+    """A TorchScript archive with that data.pkl."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", compression) as archive:
+        archive.writestr("m/constants.pkl", b"")
+        archive.writestr("m/data.pkl", data)
+        for name, content in members.items():
+            archive.writestr(f"m/data/{name}", content)
+    return out.getvalue()
+
+
+def cyclic_modules():
+    top = {}
+    top |= {"a": top, "b": top}
+    return top
+
+
+def shared_modules():
+    """A graph of 60 modules with 2^60 ways through it."""
+    below = {}
+    for _ in range(60):
+        below = {"a": below, "b": below}
+    return below
+
+
+def zip_bomb():
+    """128 MB of zeros in 128 KB, compressed."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m/constants.pkl", b"")
+        archive.writestr("m/data.pkl", b"N.")
+        with archive.open("m/data/0", "w") as member:
+            for _ in range(16):
+                member.write(bytes(8 << 20))
+    return out.getvalue()
+
+
+def expanded():
+    """Of one number, 10^12 times."""
+    return {"token_embedding.weight": torch.zeros(1).expand(10**6, 10**6)}
+
+
+def repeated():
+    """100 names of one array of 8 MB, saved once."""
+    array = torch.zeros(1 << 20, dtype=torch.float64)
+    return {f"a{i}": array for i in range(100)}
+
+
+def sparse():
+    with_layout = torch.eye(3).to_sparse()
+    return {"a": with_layout}
+
+
+def fifo(folder):
+    os.mkfifo(folder / "model.safetensors")
+
+
+def link_out(folder):
+    (folder.parent / "elsewhere").mkdir()
+    save(folder.parent / "elsewhere" / "secret.safetensors", STATE)
+    (folder / "link.safetensors").symlink_to(folder.parent / "elsewhere" / "secret.safetensors")
+
+
+DEEP = "[" * 200_000 + "]" * 200_000
+F = "model.safetensors"
+
+OPEN_CLIP = [
+    # weights
+    ("nothing there", lambda folder: None, "holds no weights; expected one of model.safetensors"),
+    ("a FIFO", fifo, "holds no weights"),
+    ("a folder as weights", lambda f: (f / F).mkdir(), "holds no weights"),
+    ("empty", lambda f: (f / F).write_bytes(b""), "not a whole safetensors file"),
+    ("noise", lambda f: (f / F).write_bytes(bytes(range(256)) * 9), "not a whole safetensors"),
+    ("a header of 2^63 bytes", lambda f: (f / F).write_bytes(b"\xff" * 7 + b"\x7f{}"), "not a whole"),
+    ("a deep header", lambda f: (f / F).write_bytes(struct.pack("<Q", len(DEEP)) + DEEP.encode()), "not a whole"),
+    ("no arrays", lambda f: save(f / F, {}), "no image tower"),
+    ("an array of no numbers", with_state(ln_final__weight=np.zeros((0, 10**9), np.float32)), "ln_final.weight"),
+    ("NaN", with_state(ln_final__weight=np.full(16, np.nan, np.float32)), "ln_final.weight: holds values that are not finite"),
+    ("a scale that is infinite", with_state(logit_scale=np.array(np.inf, np.float32)), "logit_scale: got inf"),
+    ("a scale of many", with_state(logit_scale=np.zeros(7, np.float32)), "logit_scale: got"),
+    ("missing", with_state(ln_final__bias=None), "ln_final.bias: missing"),
+    ("unknown", with_state(evil=np.zeros(3, np.float32)), "evil: unknown key"),
+    ("another shape", with_state(text_projection=np.zeros((3, 12), np.float32)), "text_projection: got"),
+    ("one axis", with_state(token_embedding__weight=np.zeros(9, np.float32)), "token_embedding.weight: got shape"),
+    ("no axis", with_state(positional_embedding=np.zeros((), np.float32)), "positional_embedding: got shape"),
+    ("6 positions", with_state(visual__positional_embedding=np.zeros((6 + 1, 16), np.float32)), "got 7 positions, expected a square"),
+    ("flat patches of no side", with_state(visual__conv1__weight=np.zeros((16, 0, 4, 4), np.float32)), "conv1.weight: got shape"),
+    ("patches of 1 x 9", with_state(visual__conv1__weight=np.zeros((16, 3, 1, 9), np.float32)), "conv1.weight|does not fit|patch"),
+    ("layer 10^9", with_state(**{"transformer__resblocks__1000000000__x": np.zeros(1, np.float32)}), "no such layer"),
+    ("a layer with a gap", with_state(**{"transformer__resblocks__5__ln_1__bias": np.zeros(16, np.float32)}), "resblocks.2.ln_1.weight: missing"),
+    ("16 bits of whole numbers", with_state(ln_final__bias=np.zeros(16, np.int16)), "got I16, expected one of"),
+    # the index
+    ("an index that leaves", with_index({"a": "../part.safetensors"}), "names the file '../part.safetensors', expected one beside it"),
+    ("an absolute index", with_index({"a": "/etc/passwd"}), "names the file '/etc/passwd'"),
+    ("an index that links out", with_index({"a": "link.safetensors"}, prepare=link_out), "a link to elsewhere"),
+    ("an index of a folder", with_index({"a": "sub"}, prepare=lambda f: (f / "sub").mkdir()), "no file beside it"),
+    ("an index of numbers", with_index({"a": 3}), "no names of files under weight_map"),
+    ("an index of a list", with_index([1]), "no names of files under weight_map"),
+    ("an index of itself", with_index({"a": "model.safetensors.index.json"}), "not a whole safetensors file"),
+    ("an empty index", with_index({}), "names no file"),
+    ("an index with a NUL", with_index({"a": "a\0b"}), "names the file"),
+    ("a long index", with_index({"a": "x" * 5000}), "names the file|no file beside it|too long"),
+    # config.json and its like
+    ("JSON that is none", with_files(open_clip_config__json="{"), "open_clip_config.json: not JSON"),
+    ("JSON of a list", with_files(config__json="[1]"), "config.json: got a list, expected a JSON object"),
+    ("deep JSON", with_files(config__json=DEEP), "config.json: got JSON of too many levels"),
+    ("binary JSON", with_files(config__json=b"\xff\xfe\0\1"), "config.json: not JSON"),
+    ("a number of 10,000 digits", with_files(config__json='{"a": ' + "9" * 10_000 + "}"), "config.json: not JSON"),
+    ("a model_type of a number", with_files(config__json='{"model_type": 3}'), "model_type: got 3, expected a text"),
+    ("pixels of texts", with_files(preprocessor_config__json='{"image_mean": ["a", 1, 2], "image_std": [1, 1, 1]}'), "image_mean: got"),
+    ("pixels of two", with_files(preprocessor_config__json='{"image_mean": [1, 2], "image_std": [1, 1, 1]}'), "image_mean: got"),
+    ("pixels without spread", with_files(preprocessor_config__json='{"image_mean": [1, 2, 3], "image_std": [0, 0, 0]}'), "pixel_std"),
+    ("pixels of infinity", with_files(preprocessor_config__json='{"image_mean": [1e999, 2, 3], "image_std": [1, 1, 1]}'), "got the number 1e999"),
+    ("model_cfg of a list", with_files(open_clip_config__json='{"model_cfg": [1]}'), "model_cfg: got .*, expected an object"),
+    ("preprocess_cfg of a text", with_files(open_clip_config__json='{"preprocess_cfg": "x"}'), "preprocess_cfg: got x"),
+    ("a width of a text", with_config(config(vision__width="16")), "vision_cfg.width: got 16, expected a whole number"),
+    ("a head of 0", with_config(config(vision__head_width=0)), "vision_cfg.head_width: got 0"),
+    ("a head of a list", with_config(config(text__heads=[[2]])), "text_cfg.heads: got"),
+    ("heads that do not divide", with_config(config(text__heads=5)), "text heads: got 5, expected a divisor"),
+    ("an epsilon of a text", with_config(config(vision__norm_kwargs={"eps": "small"})), "norm_kwargs.eps: got small"),
+    ("an epsilon of NaN", with_config(config(vision__norm_kwargs={"eps": float("nan")})), "got the number NaN"),
+    ("an unknown pool", with_config(config(vision__pool_type="magic")), "magic"),
+    ("10^5 layers", with_config(config(text__layers=100_000)), "text_cfg.layers: got 100000, but the arrays have 2"),
+    ("10^12 words", with_config(config(text__vocab_size=10**12)), "vocab_size: got 1000000000000, expected at most"),
+    ("an MLP of 10^5", with_config(config(vision__mlp_ratio=100_000)), "vision_cfg.mlp_ratio: got 100000"),
+    ("another place's tower", with_config(config(text__hf_model_name="evil/repo")), "text_cfg.hf_model_name"),
+    ("another place's trunk", with_config(config(vision__timm_model_name="hf-hub:evil/repo")), "timm_model_name: got 'hf-hub:evil/repo'"),
+    # pickles and programs
+    ("a dict that holds itself", with_pt(a_dict_that_holds_itself), "got a dict, expected a state dict of tensors"),
+    ("a list", with_pt(lambda: [1]), "got a list, expected a state dict"),
+    ("sparse", with_pt(sparse), "a: got .*sparse.*, expected plain numbers"),
+    ("complex", with_pt(lambda: {"a": torch.zeros(2, dtype=torch.complex64)}), "a: got torch.complex64"),
+    ("without storage", with_pt(lambda: {"a": torch.zeros(2, device="meta")}), "a: got|not a checkpoint"),
+    ("10^12 times one number", with_pt(expanded), "its arrays take more than"),
+    ("one array 100 times", with_pt(repeated), "its arrays take more than"),
+    ("names twice", with_pt(lambda: {"a": torch.zeros(2), "module.a": torch.zeros(2)}), "a: is there with and without module"),
+    ("a bomb", with_pt(zip_bomb), "its members unpack to"),
+    ("modules that hold themselves", with_pt(lambda: program(pickled(cyclic_modules))), "hold each other without end"),
+    ("modules that are shared", with_pt(lambda: program(pickled(shared_modules))), "hold each other without end"),
+    ("a far memo", with_pt(lambda: program(b"\x80\x02Nr\xff\xff\xff\x7f.")), "not a checkpoint of plain tensors"),
+    ("a program of nothing", with_pt(lambda: program(b"")), "not a checkpoint of plain tensors"),
+    ("a program of a number", with_pt(lambda: program(b"K\x01.")), "not a checkpoint of plain tensors"),
+    ("a cut zip", with_pt(lambda: zip_bomb()[:1000]), "not a checkpoint of plain tensors"),
+    ("noise in .bin", with_pt(lambda: bytes(range(256)) * 9), "not a checkpoint of plain tensors"),
+    ("an empty .bin", with_pt(lambda: b""), "not a checkpoint of plain tensors"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "make, line", [row[1:] for row in OPEN_CLIP], ids=[r[0] for r in OPEN_CLIP]
+)
+def test_from_open_clip(tmp_path, make, line):
+    (tmp_path / "in").mkdir()
+    make(tmp_path / "in")
+    outcome = cases.run(
+        main, ["from-open-clip", "--input", tmp_path / "in", "--output", tmp_path / "out"]
+    )
+    cases.check(outcome, line)
+    assert not (tmp_path / "out").exists()
+
+
+MODEL = perturbed.tiny()
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """A folder of to-hf, as far as from-hf reads it."""
+    folder = tmp_path_factory.mktemp("hf")
+    states = names.state_dicts(perturbed.params(MODEL), reference.sizes_of(MODEL))
+    flat = {
+        f"{m}.{n}": np.asarray(x, order="C")
+        for m, state in states.items()
+        for n, x in state.items()
+    }
+    save(folder / F, flat)
+    towers_ = dataclasses.asdict(MODEL)
+    (folder / "config.json").write_text(json.dumps({"model_type": "grain", "towers": towers_}))
+    return folder
+
+
+def rewritten(**changes):
+    """config.json with other values of towers; `image__width=1` changes a tower's."""
+
+    def make(folder):
+        value = json.loads((folder / "config.json").read_text())
+        for key, new in changes.items():
+            *groups, name = key.split("__")
+            at = value["towers"]
+            for group in groups:
+                at = at[group]
+            at[name] = new
+        (folder / "config.json").write_text(json.dumps(value))
+
+    return make
+
+
+def text_of(name, content):
+    return lambda f: (f / name).write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
+
+
+def hf_state(**changes):
+    def make(folder):
+        state = safetensors.numpy.load_file(folder / F)
+        save(folder / F, state | {k.replace("__", "."): v for k, v in changes.items()})
+
+    return make
+
+
+def hf_index(weight_map):
+    def make(folder):
+        (folder / F).rename(folder / "part.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return make
+
+
+FROM_HF = [
+    ("no config", lambda f: (f / "config.json").unlink(), "config.json: no such file"),
+    ("a config that is a folder", lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()), "config.json: no such file"),
+    ("a config that is empty", text_of("config.json", ""), "config.json: not JSON"),
+    ("a config of noise", text_of("config.json", b"\xff\0\1"), "config.json: not JSON"),
+    ("a deep config", text_of("config.json", DEEP), "too many levels"),
+    ("a config of a list", text_of("config.json", "[]"), "got a list, expected a JSON object"),
+    ("no towers", text_of("config.json", "{}"), "got no sizes under towers"),
+    ("towers of a text", text_of("config.json", '{"towers": "x"}'), "got no sizes under towers"),
+    ("towers of nothing", text_of("config.json", '{"towers": {}}'), "model"),
+    ("a tower of a list", rewritten(image=[1]), "model.image"),
+    ("a tower of null", rewritten(image=None), "model.image"),
+    ("no decoder", rewritten(decoder=None), "model.image.pool: got none without model.decoder"),
+    ("a width of a text", rewritten(image__width="48"), "model.image.width"),
+    ("a width of a list", rewritten(image__width=[[48]]), "model.image.width"),
+    ("a width of NaN", rewritten(image__width=float("nan")), "got the number NaN"),
+    ("a width of -1", rewritten(image__width=-1), "model.image.width"),
+    ("a width of 10^30", rewritten(image__width=10**30), "model.image|got shape"),
+    ("10^12 layers", rewritten(image__depth=10**12), "model.image|layers, expected at most"),
+    ("3 layers", rewritten(image__depth=3), "visual.blocks.2.*: missing"),
+    ("1 layer", rewritten(image__depth=1), "visual.blocks.1.*: unknown key"),
+    ("no heads", rewritten(text__heads=0), "model.text.heads"),
+    ("a patch of 0", rewritten(image__patch_size=0), "model.image"),
+    ("10^12 words", rewritten(text__vocab_size=10**12), "model.text|got shape"),
+    ("a tokenizer elsewhere", rewritten(text__tokenizer="../../etc/passwd"), "tokenizer"),
+    ("a tokenizer of a number", rewritten(text__tokenizer=3), "model.text.tokenizer"),
+    ("a pool that is unknown", rewritten(text__pool="magic"), "model.text.pool"),
+    ("an activation of a list", rewritten(image__activation=["gelu"]), "model.image.activation"),
+    ("pixels of two", rewritten(image__pixel_mean=[0, 1]), "model.image.pixel_mean"),
+    ("an epsilon of infinity", rewritten(image__norm_eps=float("inf")), "got the number Infinity, expected a finite"),
+    ("an unknown key", rewritten(image__evil=3), "model.image.evil: no such key"),
+    ("no weights", lambda f: (f / F).unlink(), f"{F}: no such file"),
+    ("weights that are a folder", lambda f: ((f / F).unlink(), (f / F).mkdir()), f"{F}: no such file"),
+    ("empty weights", text_of(F, b""), "not a whole safetensors file"),
+    ("NaN", hf_state(decoder__query_embed__weight=np.full((4, 36), np.nan, np.float32)), "holds values that are not finite"),
+    ("whole numbers", hf_state(decoder__query_embed__weight=np.zeros((4, 36), np.int32)), "got I32, expected one of F64"),
+    ("another shape", hf_state(decoder__query_embed__weight=np.zeros((0, 10**6), np.float32)), "got shape"),
+    ("an unknown array", hf_state(evil=np.zeros(3, np.float32)), "evil: unknown key"),
+    ("an index that leaves", hf_index({"a": "../x"}), "names the file '../x', expected one beside it"),
+    ("an index of numbers", hf_index({"a": 1.5}), "no names of files under weight_map"),
+    ("an index of null", hf_index(None), "no names of files under weight_map"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make, line", [row[1:] for row in FROM_HF], ids=[r[0] for r in FROM_HF])
+def test_from_hf(hf, tmp_path, make, line):
+    shutil.copytree(hf, tmp_path / "in")
+    make(tmp_path / "in")
+    outcome = cases.run(main, ["from-hf", "--input", tmp_path / "in", "--output", tmp_path / "out"])
+    cases.check(outcome, line)
+    assert not (tmp_path / "out").exists()
+
+
+def npy(shape, dtype="<f4", content=b"\0" * 16):
+    """An array's file that says whatever."""
+    header = repr({"descr": dtype, "fortran_order": False, "shape": shape}).encode() + b"\n"
+    return b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header + content
+
+
+def npz(members, compression=zipfile.ZIP_STORED):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", compression) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+def npz_bomb():
+    """128 MB of zeros, compressed to 128 KB."""
+    return npz([("a.npy", npy((32 << 20,), content=bytes(128 << 20)))], zipfile.ZIP_DEFLATED)
+
+
+NPZ = [
+    ("a bomb", npz_bomb, "its members unpack to 134,217,\\d+ bytes, expected at most"),
+    ("a shape of 10^15", lambda: npz([("a.npy", npy((10**15,)))]), "a: got shape \\(1000000000000000,\\)"),
+    ("a shape of 10^30", lambda: npz([("a.npy", npy((10**15, 10**15)))]), "a: got shape"),
+    ("a negative shape", lambda: npz([("a.npy", npy((-4,)))]), "a: got shape \\(-4,\\)"),
+    ("objects", lambda: npz([("a.npy", npy((2,), "|O"))]), "a: got object, expected an array of numbers"),
+    ("texts", lambda: npz([("a.npy", npy((2,), "<U2"))]), "a: got <U2"),
+    ("complex", lambda: npz([("a.npy", npy((2,), "<c8"))]), "a: got complex64"),
+    ("twice the same", lambda: npz([("a.npy", npy((4,))), ("a.npy", npy((4,)))]), "members of the same name"),
+    ("no array", lambda: npz([("a.txt", b"hello there, all of you")]), "not a .npz of plain arrays"),
+    ("a header of code", lambda: npz([("a.npy", b"\x93NUMPY\x01\0\x10\0__import__('os')")]), "not a .npz of plain arrays"),
+    ("version 3", lambda: npz([("a.npy", b"\x93NUMPY\x03\0" + b"\0" * 20)]), "got version \\(3, 0\\)"),
+    ("an .npy", lambda: npy((4,)), "not a .npz of plain arrays"),
+    ("empty", lambda: b"", "not a .npz of plain arrays"),
+    ("nothing in it", lambda: npz([]), "no|missing|expected"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("make, line", [row[1:] for row in NPZ], ids=[row[0] for row in NPZ])
+def test_from_big_vision(tmp_path, make, line):
+    (tmp_path / "m.npz").write_bytes(make())
+    outcome = cases.run(
+        main, ["from-big-vision", "--input", tmp_path / "m.npz", "--output", tmp_path / "out"]
+    )
+    cases.check(outcome, line)
+
+
+def test_a_member_that_unpacks_to_more_than_it_says_is_damage(tmp_path):
+    whole = bytearray(npz([("a.npy", npy((4,)) + b"\0" * 4000)], zipfile.ZIP_DEFLATED))
+    length = struct.pack("<L", len(npy((4,))) + 4000)
+    said = struct.pack("<L", len(npy((4,))))
+    assert whole.count(length) == 2
+    (tmp_path / "m.npz").write_bytes(bytes(whole).replace(length, said))
+    with pytest.raises(towers.TowerError, match="BadZipFile"):
+        big_vision.read(tmp_path / "m.npz")
+
+
+def test_arrays_of_npz_are_numpys(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "f": rng.normal(size=(2, 3)).astype(np.float32),
+        "columns": np.asfortranarray(rng.normal(size=(2, 3))),
+        "half": rng.normal(size=3).astype(np.float16),
+        "whole": np.arange(4),
+        "none": np.zeros((0, 3)),
+        "scalar": np.float64(2.5),
+        "bits": np.array([True, False]),
+    }
+    for save_as in (np.savez, np.savez_compressed):
+        save_as(tmp_path / "m.npz", **arrays)
+        found = archives.read_npz(open_clip.epath.Path(tmp_path / "m.npz"))
+        assert found.keys() == arrays.keys()
+        for name, array in found.items():
+            assert array.dtype == np.float32 and array.shape == np.shape(arrays[name])
+            np.testing.assert_array_equal(array, np.asarray(arrays[name], np.float32))
+
+
+def test_links_of_hugging_faces_cache_are_followed(tmp_path):
+    folder, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    save(blobs / "123", STATE)
+    (folder / "part.safetensors").symlink_to("../../blobs/123")
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "part.safetensors"}}'
+    )
+    assert open_clip.read(folder).state.keys() == STATE.keys()
+
+
+def test_a_program_that_asks_for_one_storage_many_times(tmp_path):
+    """100,000 times the same 1 MB, in a pickle of 3 MB."""
+    storage = b"X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuJ\0\0\4\0t"
+    one = b"h\0h\1K\0J\0\0\4\0\x85K\1\x85tR0"  # _rebuild_tensor_v2(storage, 0, (n,), (1,)), dropped
+    data = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nq\0(" + storage + b"Qq\x010"
+    data += b"".join(b"h\0(" + one[2:] for _ in range(1000)) + b"N."
+    (tmp_path / "m.pt").write_bytes(program(data, **{"0": bytes(1 << 20)}))
+    with pytest.raises(towers.TowerError, match="its arrays take more than"):
+        open_clip.read(tmp_path / "m.pt")
