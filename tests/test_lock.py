@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import os
 import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from grain_jax import errors, lock
+from tests import storage_emulator
+from tests.paths import ROOT
 
 ELSEWHERE = lock.Holder("node7", 4242, "2026-01-01 00:00:00+00:00", "another boot", 17, "abc")
 
@@ -175,3 +179,51 @@ def test_conditional_writes_of_an_object_store(tmp_path):
     assert content == b"one"
     assert two.swap(version, b"two") and not one.swap(version, None)
     assert one.swap(one.read()[1], None) and two.read()[0] is None
+
+
+_HOSTS = """
+import dataclasses, threading
+from etils import epath
+from grain_jax import lock
+lock.RENEW_SECONDS, lock.DEAD_SECONDS, lock.SETTLE_SECONDS = 0.3, 1.5, 0.1
+url = epath.Path("gs://bucket/run")
+def start(found):
+    storage = lock._Bucket(str(url))
+    try:
+        found.append(lock.Mark(url, storage, lock._take(url, storage)))
+    except lock.Held as error:
+        found.append(str(error))
+first, second = [], []
+start(first)
+start(second)
+me = first[0]._holder
+assert second[0].startswith(f"gs://bucket/run: process {me.pid} on {me.host} trains there"), second
+first[0].release()
+storage = lock._Bucket(str(url))
+dead = dataclasses.replace(me, place="another boot")
+assert storage.swap(storage.read()[1], lock._bytes(dead))
+found = []
+threads = [threading.Thread(target=start, args=[found]) for _ in range(5)]
+lives = lock.Holder.lives
+lock.Holder.lives = lambda holder: None  # as if each were on a host of its own
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+marks = [mark for mark in found if isinstance(mark, lock.Mark)]
+assert (len(found), len(marks)) == (5, 1), found
+marks[0].release()
+assert storage.read()[0] is None
+"""
+
+
+def test_of_many_hosts_one_takes_over_a_dead_mark_in_an_object_store(tmp_path):
+    with storage_emulator.serve(tmp_path) as (store, environment):
+        done = subprocess.run(
+            [sys.executable, "-c", _HOSTS],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert not store.names("bucket")
