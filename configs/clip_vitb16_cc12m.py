@@ -16,5 +16,4 @@ def get_config():
     c.loss.region_description = 0.0
     c.loss.box = 0.0
     c.input.max_regions = 0
-    c.text.pack_rows = 28  # captions only: 64 of up to about 30 tokens in rows of 77
     return c

@@ -19,10 +19,7 @@ def get_config():
     c.pictures = 12
     c.input.data_dir = f"{data}/records"
     c.input.name = "aviary"
-    c.input.lanes = 4
     c.input.prepare = f"data.aviary --output {data} --records {{data_dir}} --name {{name}}"
-    c.text.pack_group = 16
-    c.text.pack_rows = 10
     # What a model this small needs to leave the plateau within minutes, seen on this data: weights that
     # scale with the width (0.02 is for wide towers), a stronger box loss on every decoder layer, and
     # names, which only web captions have, in most captions.

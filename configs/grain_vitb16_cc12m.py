@@ -8,10 +8,10 @@ HARDWARE  the paper: 16 H100 x 128 images. v5e-64, v5e-256, h100-8: see below (p
 
 from grain_jax.recipe import base, on_hardware
 
-# What 2048 images a step need there. Small shares of the batch are packed in small groups.
+# What 2048 images a step need there.
 HARDWARE = {
-    "v5e-64": {"text.pack_group": 32, "text.pack_rows": 17},  # 32 images a chip
-    "v5e-256": {"text.pack_group": 8, "text.pack_rows": 5},  # 8 images a chip
+    "v5e-64": {},  # 32 images a chip
+    "v5e-256": {},  # 8 images a chip
     "h100-8": {},  # 256 images a GPU; nothing need be computed twice
 }
 

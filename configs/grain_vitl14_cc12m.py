@@ -9,9 +9,7 @@ from configs import grain_vitb16_cc12m
 from grain_jax.recipe import model, on_hardware
 
 # 32 images a chip, parameters and moments cut over 8 chips; all activations fit.
-HARDWARE = {
-    "v5p-64": {"mesh.fsdp": 8, "text.pack_group": 32, "text.pack_rows": 17, "remat": "none"}
-}
+HARDWARE = {"v5p-64": {"mesh.fsdp": 8, "remat": "none"}}
 
 
 def get_config(hardware=None):

@@ -358,8 +358,10 @@ def build(args: argparse.Namespace, read_lines: ReadLines = example.read_lines) 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the faults are what people should read
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a banner
     from data import tfds_writer  # TensorFlow: slow to start, so after the checks
+    from grain_jax.input_pipeline import text_lengths, tokenizer
 
     rescued: list[int] = []
+    lengths = text_lengths.Sample()
     of = functools.partial(
         examples,
         annotations=annotations,
@@ -371,7 +373,7 @@ def build(args: argparse.Namespace, read_lines: ReadLines = example.read_lines) 
     )
     tfds_writer.write(
         target,
-        examples=of(division.train),
+        examples=lengths.watch(of(division.train)),
         encoding_format=encoding.tfds_format,
         metadata={
             "store_size": encoding.size,
@@ -383,11 +385,12 @@ def build(args: argparse.Namespace, read_lines: ReadLines = example.read_lines) 
         num_shards=num_shards,
         held_out=of(division.validation),
         held_out_shards=default_shards(division.validation),
-        files={
+        files=lambda: {
             duplicates.FILE: duplicates.encode(division.fingerprints),
             "duplicates.jsonl": "".join(
                 json.dumps(line) + "\n" for line in division.duplicates
             ).encode(),
+            text_lengths.FILE: lengths.encode(args.name, tokenizer.ClipTokenizer()),
         },
     )
     if rescued:

@@ -9,7 +9,7 @@ import dataclasses
 import io
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -114,7 +114,7 @@ def write(
     num_shards: int,
     held_out: Iterable[dict[str, Any]] = (),
     held_out_shards: int = 0,
-    files: Mapping[str, bytes] | None = None,
+    files: Callable[[], Mapping[str, bytes]] = dict,
 ) -> None:
     """Writes the set OUTPUT/NAME/VERSION (`target`); one that is there already is replaced at the end.
 
@@ -125,7 +125,7 @@ def write(
       num_shards: files to spread them over.
       held_out: of the split "validation".
       held_out_shards: its files; 0 if there is no such split.
-      files: name -> content of what is to stand beside the records.
+      files: gives name -> content of what is to stand beside the records; called when these are written.
     """
     name = target.parent.name
     splits, shards = {"train": examples}, (num_shards,)
@@ -150,6 +150,6 @@ def write(
             split: {"digest": of.hex(), "shard_lengths": builder.info.splits[split].shard_lengths}
             for split, of in digests.items()
         }
-        files = {**(files or {}), records.DIGEST_FILE: json.dumps(of_splits).encode()}
-        for file_name, content in files.items():
+        beside = {**files(), records.DIGEST_FILE: json.dumps(of_splits).encode()}
+        for file_name, content in beside.items():
             (epath.Path(builder.data_dir) / file_name).write_bytes(content)

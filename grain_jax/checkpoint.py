@@ -34,6 +34,9 @@ class CheckpointError(errors.UserError):
 
 
 _DIFFERENCES = 30  # lines that a message shows of them
+_NEW_PARTS = (
+    "text_counts",
+)  # of a TrainState, that came later than the first checkpoints: 0 there
 
 
 class Manager(ocp.CheckpointManager):
@@ -70,6 +73,19 @@ def finished_steps(workdir: epath.PathLike) -> list[int]:
         for path in folder.iterdir()
         if path.name.isdigit() and (renamed or (path / "commit_success.txt").exists())
     )
+
+
+def newest_config(workdir: epath.PathLike) -> tuple[config_lib.Config | None, str]:
+    """The config of the newest checkpoint whose config can be read, and that checkpoint in words; or (None, "")."""
+    folder = _absolute(workdir) / "checkpoints"
+    for step in reversed(finished_steps(workdir)):
+        try:
+            return config_lib.from_dict(
+                read_json(folder / str(step), "config")
+            ), f"checkpoint {step}"
+        except Exception:  # damaged; `restore_newest` says so, and takes the one before
+            continue
+    return None, ""
 
 
 def manager(workdir: epath.PathLike, config: config_lib.Config) -> Manager:
@@ -354,6 +370,7 @@ def restore(folder: epath.PathLike, abstract_state: Any) -> Any:
     stored = _metadata(folder / "state")
     if not jax.tree.leaves(stored):  # what Orbax makes of metadata that it cannot read
         raise OSError(f"{folder / 'state'}: its metadata is gone")
+    new = {name: expected.pop(name) for name in _NEW_PARTS if name not in stored}
     faults = _differences(stored, expected)
     if faults:
         more = len(faults) - _DIFFERENCES
@@ -365,7 +382,13 @@ def restore(folder: epath.PathLike, abstract_state: Any) -> Any:
         )
     with _reader(ocp.StandardCheckpointHandler) as reader:
         restored = reader.restore(folder / "state", args=ocp.args.StandardRestore(expected))
-    return type(abstract_state)(**restored)
+    return type(abstract_state)(**restored, **jax.tree.map(_zeros, new))
+
+
+def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros, placed as `x` says."""
+    zeros = np.zeros(x.shape, x.dtype)
+    return jax.make_array_from_callback(x.shape, x.sharding, lambda index: zeros[index])
 
 
 def _differences(stored: Any, expected: Any) -> list[str]:

@@ -13,7 +13,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grain_jax import errors
@@ -153,7 +153,9 @@ class Input:
     data_dir: str
     name: str
     prepare: str | None  # command that makes the data set when it is not there yet
-    lanes: int  # sub-batches with shards of their own; a constant of the run (method.md, Order of the data)
+    # Sub-batches with shards of their own; a constant of the run (method.md, Order of the data). None, as
+    # for the numbers of Text: derived (derived.py).
+    lanes: int | None
     shards_per_block: int  # shards that are read whole and permuted together
     max_regions: int  # R: the regions with the highest scores are kept
     synthetic_caption_rate: float  # chance that the synthetic caption stands in for the web caption
@@ -178,8 +180,10 @@ class Text:
     """How texts are laid out in rows (method.md, Packing)."""
 
     packing: bool  # several texts share a row; False: each has its own, padded
-    pack_group: int  # consecutive images that share rows
-    pack_rows: int  # rows a group
+    pack_group: int | None  # consecutive images that share rows
+    pack_rows: int | None  # rows a group
+    # A run ends where more of the texts between two lines of metrics.jsonl do not fit; 1 = never.
+    max_dropped_share: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -463,6 +467,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "input.reader_threads": (0, _MOST),
     "text.pack_group": (1, _MOST),
     "text.pack_rows": (1, _MOST),
+    "text.max_dropped_share": (0, 1),
     "loss.group_size": (0, _MOST),
     "loss.tile": (1, _MOST),
     "loss.gather": (1, _MOST),
@@ -691,18 +696,36 @@ def _check(config: Config, faults: list[str]) -> None:
             faults.append(f"{', '.join(pair)}: exactly one must be set")
     divides = {
         "microbatches": config.microbatches,
-        "input.lanes": config.input.lanes,
+        "input.lanes": config.input.lanes or 1,
         "loss.group_size": config.loss.group_size or 1,
     }
     for name, number in divides.items():
         if config.batch_size % number:
-            faults.append(f"{name}: got {number}, must divide batch_size {config.batch_size}")
-    lane_batch = config.batch_size // config.input.lanes
-    if config.text.packing and lane_batch % config.text.pack_group:
+            good = flags_of(name, divisors(config.batch_size), number)
+            faults.append(
+                f"{name}: got {number}, must divide batch_size {config.batch_size}; set {good}"
+            )
+    lanes, group = config.input.lanes or 1, config.text.pack_group or 1
+    lane_batch, rest = divmod(config.batch_size, lanes)
+    if config.text.packing and not rest and lane_batch % group:
+        good = flags_of("text.pack_group", divisors(lane_batch), group)
         faults.append(
-            f"text.pack_group: got {config.text.pack_group}, must divide batch_size / input.lanes"
-            f" = {lane_batch}, so that no group crosses a process"
+            f"text.pack_group: got {group}, must divide batch_size / input.lanes = {lane_batch}, so that no"
+            f" group crosses a process; set {good}"
         )
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a number above 0, in order."""
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*low, *(number // n for n in low)})
+
+
+def flags_of(key: str, choices: Sequence[int], wanted: int) -> str:
+    """The flags that set `key` to the choices next to `wanted`, on both sides where there are two."""
+    near = [max((n for n in choices if n < wanted), default=None)]
+    near.append(min((n for n in choices if n > wanted), default=None))
+    return " or ".join(f"--config.{key}={n}" for n in near if n is not None)
 
 
 def without_new_fields(part: Any) -> dict[str, Any]:

@@ -54,8 +54,11 @@ def of_batch(batch: schema.Batch) -> jax.Array:
     They are apart because the pictures are decoded and resized in floating point, which another kind of
     CPU or another TensorFlow may round in another way.
     """
+    # `text_counts` follows from the records, and came later than the first receipts.
     examples = sum(
-        of_array(value, name) for name, value in batch._asdict().items() if name != "image"
+        of_array(value, name)
+        for name, value in batch._asdict().items()
+        if name not in ("image", "text_counts")
     )
     red, green, blue = jnp.moveaxis(batch.image.astype(jnp.uint32), -1, 0)  # a word a pixel
     return jnp.stack([examples, of_array(red | green << 8 | blue << 16, "image")])

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from grain_jax import boxes, errors, matching, schema, streaming
+from grain_jax import config as config_lib
 from grain_jax.config import Loss
 from grain_jax.streaming import Columns, Ring
 
@@ -274,16 +275,19 @@ def layout(images: int, config: Loss, shards: int) -> Layout:
     size, shard = config.group_size or images, images // shards
     faults = []
     if max(size, shard) % min(size, shard):
+        whole = [n for n in config_lib.divisors(images) if n % shard == 0 or shard % n == 0]
         faults.append(
             f"loss.group_size: got {size}, expected a divisor or a multiple of the {shard} images that a"
-            f" device has (batch_size {images} over data x fsdp = {shards})"
+            f" device has (batch_size {images} over data x fsdp = {shards}); set"
+            f" {config_lib.flags_of('loss.group_size', whole, size)}"
         )
     per_group = max(1, size // shard)
     neighbours = per_group if per_group > 1 else shards
     if neighbours % config.gather:
         faults.append(
             f"loss.gather: got {config.gather}, expected a divisor of the {neighbours} devices that share"
-            " negatives"
+            " negatives; set"
+            f" {config_lib.flags_of('loss.gather', config_lib.divisors(neighbours), config.gather)}"
         )
     if faults:
         raise errors.UserError("\n".join(faults))
@@ -323,7 +327,8 @@ def total_loss(
     lies = layout(batch.caption_id.shape[0], config, shards)
     # What the losses do not read stays outside: pictures and tokens are large.
     batch = batch._replace(image=None, text_tokens=None, text_positions=None, text_segments=None)
-    batch = batch._replace(caption_at=None, description_at=None, texts_dropped=None)
+    batch = batch._replace(caption_at=None, description_at=None)
+    batch = batch._replace(texts_dropped=None, text_counts=None)
     of_shard = functools.partial(_losses_of_shard, config=config, layout=lies)
     if mesh is None:
         means = of_shard(outputs, batch)

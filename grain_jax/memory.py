@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from grain_jax import config as config_lib
-from grain_jax import errors, optim, sharding, train_step
+from grain_jax import derived, errors, optim, sharding, train_step
 from grain_jax.input_pipeline import device
 from grain_jax.models.grain import GRAIN
 
@@ -234,6 +234,7 @@ def host_bytes(root: epath.PathLike = "/") -> int:
 
 def estimate(config: config_lib.Config, mesh: Mesh) -> Need:
     """What a device needs, by arithmetic. Raises ShardingError where the config does not fit the mesh."""
+    config, _ = derived.planned(config, derived.Place(sharding.batch_shards(mesh)))
     program = train_step.build(config, mesh, total_steps=1, steps_per_epoch=1.0)
     factor = 1.0
     if _on_cpu(mesh):
@@ -436,6 +437,7 @@ def _cut_over_devices(config, mesh, need, room) -> list[str]:
         with contextlib.suppress(errors.UserError):  # a parameter that does not divide
             changed = dataclasses.replace(config, mesh=cut)
             wide = sharding.make_mesh(cut, list(mesh.devices.flat))
+            changed, _ = derived.planned(changed, derived.Place(sharding.batch_shards(wide)))
             program = train_step.build(changed, wide, total_steps=1, steps_per_epoch=1.0)
             less = _need(changed, program, wide, need.activations)
             if less.total(images, config.microbatches) <= room:

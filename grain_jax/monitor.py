@@ -14,7 +14,7 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from shutil import get_terminal_size
 
 from etils import epath
@@ -56,6 +56,77 @@ def check_finite(metrics: Mapping[str, float], last_good_step: int, step: int) -
                 " The checkpoints before it are kept. Lower optim.learning_rate, set optim.clip_norm, or"
                 " look at the data of these steps; where a restart fails again, remove the newest checkpoint."
             )
+
+
+class TextsLost(errors.UserError):
+    """Too many texts do not fit into their rows; the message says what to set."""
+
+
+class TextCounts:
+    """How many texts came, and what became of them, from one line of `metrics.jsonl` to the next.
+
+    Sums of whole numbers, so that they are the same on every mesh and after a restart. The step counts
+    modulo 2**32, this class without.
+
+    Args:
+      last: those of NAMES at the last line, or at the start where there is none.
+      max_share: of the texts, above which `check` ends the run.
+    """
+
+    NAMES = ("texts", "texts_dropped", "texts_too_long")
+    WARN = 0.01  # share of the texts
+
+    def __init__(self, last: Mapping[str, float], max_share: float):
+        self._last = {name: int(last[name]) for name in self.NAMES}
+        self._new = dict.fromkeys(self.NAMES, 0)
+        self._max_share = max_share
+
+    def add(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What a line says of the texts.
+
+        Args:
+          metrics: of its step.
+
+        Returns:
+          `texts`, `texts_dropped`, `texts_too_long` since step 0; and the shares of the texts since the
+          line before that were dropped or cut to fit into rows (`texts_dropped_share`), and that the
+          tokenizer cut (`texts_too_long_share`).
+        """
+        self._new = {n: (int(metrics[n]) - self._last[n]) % 2**32 for n in self.NAMES}
+        self._last = {n: self._last[n] + self._new[n] for n in self.NAMES}
+        shares = {f"{n}_share": self._share(n) for n in self.NAMES[1:]}
+        return {name: float(value) for name, value in self._last.items()} | shares
+
+    def _share(self, name: str) -> float:
+        return self._new[name] / max(self._new["texts"], 1)
+
+    def _above(self, share: float) -> bool:
+        """Whether more than that share was dropped, by more than two standard deviations: lines may be short."""
+        dropped = self._new["texts_dropped"]
+        return dropped - 2 * math.sqrt(dropped) > share * self._new["texts"]
+
+    def check(self, step: int, advice: Callable[[], str]) -> str | None:
+        """A warning about the last line's texts, or None.
+
+        Args:
+          step: of the line.
+          advice: gives the words for what to set.
+
+        Raises:
+          TextsLost: the share is above `max_share`.
+        """
+        if not self._above(self.WARN):
+            return None
+        found = (
+            f"step {step}: {self._share('texts_dropped'):.1%} of the texts since the line before were"
+            f" dropped or cut, because they do not fit into their rows"
+        )
+        if self._max_share < 1 and self._above(self._max_share):
+            raise TextsLost(
+                f"{found}; text.max_dropped_share = {self._max_share:g} ends the run: {advice()}, or"
+                " --config.text.max_dropped_share=1 to go on"
+            )
+        return f"{found}: {advice()}"
 
 
 def is_object_store(path: epath.PathLike) -> bool:
@@ -340,6 +411,7 @@ class Monitor:
             f"  {metrics['images_per_second']:.0f} images/s"
             + (f"  MFU {metrics['mfu']:.1%}" if "mfu" in metrics else "")
             + f"  input wait {metrics['input_wait_fraction']:.1%}"
+            + f"  texts dropped {metrics['texts_dropped_share']:.1%}"
         )
         end = "\n" if last or not terminal else ""
         if terminal:  # a line that wraps could not be rewritten

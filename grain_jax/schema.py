@@ -41,6 +41,8 @@ class Batch(NamedTuple):
     region_boxes_cxcywh: Array  # float32 [B, R, 4]
     region_mask: Array  # bool [B, R]
     texts_dropped: Array  # int32 [G], regions that did not fit into their group's rows, and captions cut to fit
+    # int32 [G, 2], captions and real regions; those whose text the tokenizer cut to L. None: not counted.
+    text_counts: Array = None
 
 
 class Outputs(NamedTuple):

@@ -61,15 +61,47 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
-    """Raises ShardingError where images or packing groups do not divide over the mesh and micro-batches."""
-    shards = batch_shards(mesh) * config.microbatches
-    group = config.text.pack_group if config.text.packing else 1
-    if config.batch_size % (shards * group):
-        raise ShardingError(
-            f"batch_size: got {config.batch_size}, expected a multiple of data x fsdp x microbatches x"
-            f" text.pack_group = {shards} x {group}, so that no packing group is cut"
+    """Raises ShardingError, a line a fault, where the batch does not divide: over the mesh, into micro-batches, ...
+
+    The lines have the flags that would do.
+    """
+    batch, parts = config.batch_size, batch_shards(mesh)
+    faults = []
+    if batch % parts:
+        near = [n for n in (batch // parts * parts, -(-batch // parts) * parts) if n]
+        faults.append(
+            f"batch_size: got {batch}, expected a multiple of data x fsdp = {parts}; set"
+            f" {config_lib.flags_of('batch_size', near, batch)}"
         )
-    losses.layout(config.batch_size, config.loss, batch_shards(mesh))
+    elif batch // parts % config.microbatches:
+        choices = config_lib.divisors(batch // parts)
+        faults.append(
+            f"microbatches: got {config.microbatches}, expected a divisor of the {batch // parts} images"
+            f" of a device; set {config_lib.flags_of('microbatches', choices, config.microbatches)}"
+        )
+    elif config.text.packing and config.text.pack_group:
+        part = batch // (parts * config.microbatches)
+        if part % config.text.pack_group:
+            faults.append(_group_that_fits(config.text, part))
+    if not batch % parts:
+        try:
+            losses.layout(batch, config.loss, parts)
+        except errors.UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise ShardingError("\n".join(faults))
+
+
+def _group_that_fits(text: config_lib.Text, part: int) -> str:
+    """The fault of a packing group that does not divide the `part` images of a device's micro-batch."""
+    smaller = max(n for n in config_lib.divisors(part) if n < text.pack_group)
+    good = f"--config.text.pack_group={smaller}"
+    if text.pack_rows:  # a row more, since small groups leave more padding
+        good += f" --config.text.pack_rows={-(-text.pack_rows * smaller // text.pack_group) + 1}"
+    return (
+        f"text.pack_group: got {text.pack_group}, expected a divisor of the {part} images of a device's"
+        f" micro-batch, so that no group is cut; set {good}"
+    )
 
 
 def lanes_of_process(
@@ -90,20 +122,32 @@ def lanes_of_process(
       ShardingError: a lane lies partly on one process and partly on another.
     """
     per_lane = batch_size // lanes
+    held = _rows_of_processes(sharding, batch_size)
+    for process, rows in sorted(held.items()):
+        of_lane = rows.reshape(lanes, per_lane).sum(axis=1)
+        for lane in np.flatnonzero((of_lane > 0) & (of_lane < per_lane)):
+            raise ShardingError(
+                f"input.lanes: got {lanes}, but process {process} holds {of_lane[lane]} of the {per_lane}"
+                f" images of lane {lane}; expected a multiple of {lanes_needed(sharding, batch_size)}, or"
+                " another mesh"
+            )
+    return tuple(np.flatnonzero(held[process_index].reshape(lanes, per_lane)[:, 0]).tolist())
+
+
+def _rows_of_processes(sharding: NamedSharding, batch_size: int) -> dict[int, np.ndarray]:
+    """Process -> bool [batch_size], the rows of the global batch that its devices hold."""
     parts = sharding.devices_indices_map((batch_size,)).items()
     held = {device.process_index: np.zeros(batch_size, bool) for device, _ in parts}
     for device, (rows,) in parts:
         held[device.process_index][rows] = True
-    for process, rows in sorted(held.items()):
-        of_lane = rows.reshape(lanes, per_lane).sum(axis=1)
-        for lane in np.flatnonzero((of_lane > 0) & (of_lane < per_lane)):
-            starts = np.flatnonzero(np.diff(rows)) + 1
-            raise ShardingError(
-                f"input.lanes: got {lanes}, but process {process} holds {of_lane[lane]} of the {per_lane}"
-                f" images of lane {lane}; expected a multiple of"
-                f" {batch_size // math.gcd(batch_size, *starts.tolist())}, or another mesh"
-            )
-    return tuple(np.flatnonzero(held[process_index].reshape(lanes, per_lane)[:, 0]).tolist())
+    return held
+
+
+def lanes_needed(sharding: NamedSharding, batch_size: int) -> int:
+    """What the number of lanes must be a multiple of, so that each lies on one process."""
+    held = _rows_of_processes(sharding, batch_size).values()
+    starts = [np.flatnonzero(np.diff(rows)) + 1 for rows in held]
+    return batch_size // math.gcd(batch_size, *np.concatenate(starts).tolist())
 
 
 def table(abstract: Any, shardings: Any) -> str:

@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from grain_jax import (
     atomic,
     checkpoint,
     command_line,
+    derived,
     digests,
     distributed,
     ending,
@@ -137,6 +138,35 @@ def _run_prepare(config: config_lib.Input, notice: preemption.Notice) -> None:
         )
 
 
+def derive(
+    config: config_lib.Config, mesh: jax.sharding.Mesh, source, workdir: epath.Path
+) -> tuple[config_lib.Config, str]:
+    """The config with the numbers that it leaves open (derived.py), and a line about them.
+
+    The first process works them out, from the newest checkpoint's config that can be read where there is one.
+
+    Raises:
+      DerivedError: no numbers will do. DataError: a record cannot be read.
+    """
+    if not derived.is_open(config):
+        return config, ""
+
+    def resolve():
+        stored, where = checkpoint.newest_config(workdir)
+        place = derived.Place(
+            sharding.batch_shards(mesh),
+            sharding.lanes_needed(sharding.batch_sharding(mesh), config.batch_size),
+            source.num_shards(config),
+        )
+        found, line = derived.resolve(
+            config, place, lambda: source.text_lengths(config), stored, where
+        )
+        return found.input.lanes, found.text.pack_group, found.text.pack_rows, line
+
+    *numbers, line = processes.of_first(resolve)
+    return derived.with_numbers(config, *numbers), line
+
+
 def resolve_steps(config: config_lib.Config, num_examples: int) -> tuple[int, float]:
     """(total steps, steps an epoch); of a mixture, an epoch is as many records as all sets have."""
     steps_per_epoch = num_examples / config.batch_size
@@ -185,14 +215,17 @@ def _train(
     sharding.check_batch(config, mesh)  # before the data set is made
     there = memory.limit()
     memory.check(config, mesh, there)
+    prepare_missing_data(config, notice)
+    source = open_source(config)
+    asked = config  # what memory.py suggests values for
+    config, derived_from = derive(config, mesh, source, workdir)
+    sharding.check_batch(config, mesh)
     lanes = sharding.lanes_of_process(
         sharding.batch_sharding(mesh),
         batch_size=config.batch_size,
         lanes=config.input.lanes,
         process_index=jax.process_index(),
     )
-    prepare_missing_data(config, notice)
-    source = open_source(config)
     total_steps, steps_per_epoch = resolve_steps(config, source.num_examples(config))
     data = processes.of_first(functools.partial(source.identities, config))
     evals = evaluate.present(config.evals)
@@ -205,7 +238,7 @@ def _train(
     program = train_step.build(
         config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
     )
-    memory.check(config, mesh, there, program)
+    memory.check(asked, mesh, there, program)
 
     # 3. State: the newest checkpoint that is whole, else a fresh start from the seed and `config.init`.
     mark = ends.enter_context(lock.held(workdir)) if main_process else None
@@ -244,6 +277,11 @@ def _train(
         else None,
         data,
     )
+    if derived_from:
+        tell(derived_from)
+    text_counts = monitor.TextCounts(
+        last_text_counts(state, log.lines() if log else []), config.text.max_dropped_share
+    )
     say = log.say if log else lambda text: None
     millions = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
     say(
@@ -261,7 +299,7 @@ def _train(
             check_best_metric(config, lowered.out_info[1])
         step_fn = lowered.compile()
     say(f"compiled in {monitor.duration(time.monotonic() - began)}")
-    warning = memory.check_step(config, mesh, program, step_fn, there)
+    warning = memory.check_step(asked, mesh, program, step_fn, there)
     if warning:
         say(warning)
     wait_for_all("compiled")
@@ -318,6 +356,8 @@ def _train(
                     values = {name: float(value) for name, value in metrics.items()}
                     monitor.check_finite(values, last_good_step, step)
                     last_good_step = step
+                if logs:
+                    values |= text_counts.add(values)
                 if log and logs:
                     values |= log.rates(step, batches.wait_seconds, batches.wait_steps)
                     log.progress(step, values)
@@ -330,6 +370,10 @@ def _train(
                 if log and logs:
                     # Before the save: what is restored has its lines.
                     log.write(step, values | digests.chains(state.receipt))
+                if logs and (
+                    warning := text_counts.check(step, lambda: row_advice(config, source))
+                ):
+                    say(warning)
                 if saves:
                     if log:
                         log.flush()
@@ -372,6 +416,28 @@ def agreed(due: bool) -> bool:
     if jax.process_count() == 1:
         return due
     return bool(multihost_utils.broadcast_one_to_all(jnp.asarray(due)))
+
+
+def last_text_counts(state: train_step.TrainState, lines: Sequence[str]) -> dict[str, float]:
+    """`monitor.TextCounts.NAMES` at the first process's last line, or in `state` where that has none of them."""
+
+    def last():
+        line = json.loads(lines[-1]) if lines else {}
+        if "texts" in line:
+            return {name: line[name] for name in monitor.TextCounts.NAMES}
+        counts = (state.text_counts[0], state.texts_dropped, state.text_counts[1])
+        return dict(zip(monitor.TextCounts.NAMES, map(int, counts)))
+
+    return processes.of_first(last)
+
+
+def row_advice(config: config_lib.Config, source) -> str:
+    """What to set where too many texts do not fit: rows by the lengths of the data set's texts."""
+    rows = derived.rows_of(config, config.text.pack_group, source.text_lengths(config)).rows
+    return (
+        f"set --config.text.pack_rows={max(rows, config.text.pack_rows + 1)} (got"
+        f" {config.text.pack_rows}, for groups of {config.text.pack_group})"
+    )
 
 
 def check_best_metric(config: config_lib.Config, known: Collection[str]) -> None:
@@ -459,6 +525,7 @@ def main(argv: list[str]) -> None:
     config = command_line.parse_config(argv, CONFIG)
     if PRINT_SHARDINGS.value:
         mesh = sharding.make_mesh(config.mesh)
+        config, _ = derived.planned(config, derived.Place(sharding.batch_shards(mesh)))
         program = train_step.build(config, mesh, total_steps=1, steps_per_epoch=1.0)
         print(f"mesh {dict(mesh.shape)}")
         print(sharding.table(program.state, program.shardings))

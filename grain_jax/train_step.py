@@ -6,6 +6,7 @@ to carry these back into the parameters (Gao et al. 2021, gradient caching). The
 full batch's, not an average of smaller contrastive losses.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -47,6 +48,9 @@ class TrainState(NamedTuple):
         jax.Array
     )  # int32 [], regions that fitted into no row and captions cut, since step 0
     receipt: jax.Array  # uint32 [2, 2], the chains over all batches so far (digests.extend)
+    # uint32 [2], the sums of `Batch.text_counts` since step 0, or since the step of a checkpoint that had
+    # none; modulo 2**32
+    text_counts: jax.Array
 
 
 def abstract_batch(config: Config) -> schema.Batch:
@@ -69,14 +73,16 @@ def abstract_batch(config: Config) -> schema.Batch:
         region_boxes_cxcywh=of(jnp.float32, b, r, 4),
         region_mask=of(jnp.bool_, b, r),
         texts_dropped=of(jnp.int32, groups),
+        text_counts=of(jnp.int32, groups, 2),
     )
 
 
 def init_state(model: GRAIN, config: Config, tx: optax.GradientTransformation) -> TrainState:
     """A fresh TrainState from the config's seed, parameters boxed with their logical axes."""
-    # Init needs a batch, though parameters do not depend on its size.
+    # Init needs a batch, though parameters do not depend on its size, nor on how its texts are packed.
+    padded = dataclasses.replace(config, text=dataclasses.replace(config.text, packing=False))
     batch = jax.tree.map(
-        lambda x: jnp.zeros((min(x.shape[0], 1), *x.shape[1:]), x.dtype), abstract_batch(config)
+        lambda x: jnp.zeros((min(x.shape[0], 1), *x.shape[1:]), x.dtype), abstract_batch(padded)
     )
     params = model.init(jax.random.key(config.seed), batch)["params"]
     return TrainState(
@@ -86,6 +92,7 @@ def init_state(model: GRAIN, config: Config, tx: optax.GradientTransformation) -
         ema_params=jax.tree.map(jnp.copy, params) if config.ema_decay else {},
         texts_dropped=jnp.zeros((), jnp.int32),
         receipt=nn.Partitioned(jnp.zeros((2, 2), jnp.uint32), (None, None)),
+        text_counts=nn.Partitioned(jnp.zeros(2, jnp.uint32), (None,)),
     )
 
 
@@ -235,7 +242,10 @@ def make_train_step(
         ema = state.ema_params
         if config.ema_decay:
             ema = optim.average(params, ema, config.ema_decay, config.optim.frozen)
-        dropped = state.texts_dropped + batch.texts_dropped.sum()
+        # Summed up together: one collective.
+        sums = jnp.concatenate([batch.texts_dropped[:, None], batch.text_counts], axis=1).sum(0)
+        dropped = state.texts_dropped + sums[0]
+        text_counts = state.text_counts + sums[1:].astype(jnp.uint32)
         metrics = {
             "loss": terms.total,
             "loss_image_caption": terms.image_caption,
@@ -247,11 +257,14 @@ def make_train_step(
             "learning_rate": schedule(state.step),
             **grad_norms(grads, config.optim.frozen),
             "texts_dropped": dropped,
+            "texts": text_counts[0],
+            "texts_too_long": text_counts[1],
         }
         if config.input.max_regions:
             metrics |= region_metrics(terms)
         receipt = digests.extend(state.receipt, digests.of_batch(batch), state.step)
-        return TrainState(state.step + 1, params, opt_state, ema, dropped, receipt), metrics
+        step = state.step + 1
+        return TrainState(step, params, opt_state, ema, dropped, receipt, text_counts), metrics
 
     return train_step
 

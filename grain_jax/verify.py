@@ -63,6 +63,7 @@ _NOT_COMPUTED = (
     "input.reader_threads",
     "loss.tile",
     "loss.gather",
+    "text.max_dropped_share",
 )
 
 

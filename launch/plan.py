@@ -18,7 +18,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from grain_jax import command_line, errors, flops
+from grain_jax import command_line, derived, errors, flops
 from grain_jax import config as config_lib
 from grain_jax import memory as memory_lib
 from launch import chips, compiler, cost, estimate, hlo, plan_text, search
@@ -72,6 +72,12 @@ def make(
       UserError: config and topology do not fit each other, or libtpu is missing.
       CompilerFailed: libtpu crashed.
     """
+    mesh = estimate.mesh_sizes(config.mesh, topology.count, topology.slices)
+    # As the trainer derives them: each host's images are whole lanes.
+    lanes = topology.hosts if config.batch_size % topology.hosts == 0 else 1
+    config, derived_from = derived.planned(
+        config, derived.Place(mesh["data"] * mesh["fsdp"], lanes)
+    )
     total_steps, per_epoch, examples, made_up = length(config, options.examples)
     per_image = flops.per_image(config)
     plan: dict[str, Any] = {
@@ -82,6 +88,7 @@ def make(
         "estimate": not topology.chip.is_tpu,
         "batch_size": config.batch_size,
         "levers": levers(config),
+        "derived": derived_from,
         "model_flops": round(per_image.train * config.batch_size),
     }
     if topology.chip.is_tpu:

@@ -94,6 +94,8 @@ def _heading(plan) -> list[str]:
         lines.append(
             f"compiled by libtpu {versions['libtpu']}, jax {versions['jax']}; no chip was used"
         )
+    if plan["derived"]:
+        lines += textwrap.wrap("derived: " + plan["derived"], WIDTH)
     if plan["overrides"]:
         lines += textwrap.wrap("given: " + " ".join(plan["overrides"]), WIDTH)
     lines += ["", verdict]

@@ -16,6 +16,9 @@ from grain_jax import errors, losses
 MAX_COMPILES = 8
 GOAL = 0.97  # of the limit: what a prediction aims at
 GATHER = 4  # chips that share columns before the ring: what is tried against none
+DERIVED_GROUP = (
+    8  # images a packing group, at least, of the batches that are tried where it is derived
+)
 GROWTH = 4  # times the last batch, at most: a line does not reach further
 
 
@@ -51,10 +54,10 @@ def unit(config: config_lib.Config, shards: int) -> int:
     Args:
       shards: parts that the batch is cut into (data x fsdp).
     """
-    group = config.text.pack_group if config.text.packing else 1
+    group = (config.text.pack_group or DERIVED_GROUP) if config.text.packing else 1
     whole = math.lcm(
         shards * config.microbatches * group,
-        config.input.lanes * group,
+        (config.input.lanes or 1) * group,
         config.loss.group_size or 1,
     )
     return whole // shards

@@ -35,7 +35,9 @@ HERE = epath.Path(__file__).parent
 # What may change between two calls: it has no effect on what a run learns.
 _FREE = ("mesh", "sharding", "remat", "microbatches", "loss.tile", "loss.gather", "log_every")
 _FREE += ("checkpoint_", "pictures", "input.data_dir", "input.prepare", "input.reader_threads")
-_FREE += ("wandb", "profile")
+_FREE += ("wandb", "profile", "text.max_dropped_share")
+# Where these are not set, the trainer derives them, and config.json has the numbers.
+_DERIVED = ("input.lanes", "text.pack_group", "text.pack_rows")
 # Pairs of which exactly one is set, as the command line has them.
 _EITHER_OR = (("total_steps", "total_epochs"), ("optim.warmup_steps", "optim.warmup_epochs"))
 _LONGEST_NAME = 200  # characters; file systems end at 255
@@ -240,7 +242,10 @@ def check_folders(runs: Sequence[Run]) -> None:
             f"{run.folder}: was trained with {key} = {old[key]!r}, now it is {new[key]!r}; take"
             " another --workdir, or remove that folder"
             for key in new
-            if key in old and old[key] != new[key] and not key.startswith(_FREE)
+            if key in old
+            and old[key] != new[key]
+            and not key.startswith(_FREE)
+            and not (key in _DERIVED and new[key] is None)
         ]
     if faults:
         raise errors.UserError("\n".join(faults))

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from grain_jax import config as config_lib
-from grain_jax import flops, optim, train_step
+from grain_jax import derived, flops, optim, train_step
 from grain_jax import recipe as recipes
 from grain_jax.models.grain import GRAIN
 from tests import tiny
@@ -19,7 +19,7 @@ def recipe(size: str = "B/16", **overrides) -> config_lib.Config:
     c = recipes.base(size)
     c.total_steps, c.optim.warmup_steps, c.dtype = 10, 2, "float32"
     c.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
-    return config_lib.from_dict(c)
+    return derived.planned(config_lib.from_dict(c), derived.Place())[0]
 
 
 def one_group(**overrides) -> config_lib.Config:
@@ -83,7 +83,9 @@ def test_text_tower_is_as_published():
     padded = flops.per_image(recipe(text__packing=False))
     assert padded.text / 6 / 1e9 == pytest.approx(5.96, abs=0.006)  # a caption and 5 descriptions
     packed, projection = flops.per_image(recipe()), 2 * 6 * 512 * 512
-    rows = 34 / 64  # the recipe's pack_rows of a pack_group
+    text = recipe().text
+    assert text.pack_group == 64
+    rows = text.pack_rows / 64
     assert (packed.text - projection) == (padded.text - projection) / 6 * rows
 
 

@@ -11,7 +11,43 @@ from etils import epath
 from grain_jax import errors, monitor
 from tests import tiny
 
-METRICS = {term: 1.0 for term in monitor.CHECKED} | {"matched_iou": 0.5}
+METRICS = {term: 1.0 for term in monitor.CHECKED} | {"matched_iou": 0.5, "texts_dropped_share": 0}
+
+
+def _counted(texts, dropped, too_long=0):
+    return dict(zip(monitor.TextCounts.NAMES, (texts, dropped, too_long)))
+
+
+def test_texts_are_counted_from_line_to_line():
+    counts = monitor.TextCounts(_counted(100, 4, 1), max_share=0.1)
+    assert counts.add(_counted(1100, 24, 1)) == {
+        "texts": 1100,
+        "texts_dropped": 24,
+        "texts_too_long": 1,
+        "texts_dropped_share": 0.02,
+        "texts_too_long_share": 0,
+    }
+    assert counts.check(7, lambda: "more rows") == (
+        "step 7: 2.0% of the texts since the line before were dropped or cut, because they do not fit into"
+        " their rows: more rows"
+    )
+    counts.add(_counted(2100, 33, 1))  # 0.9%
+    assert counts.check(8, lambda: "more rows") is None
+    counts.add(_counted(2148, 39, 1))  # 6 of 48 may be chance, for 10%
+    assert counts.check(9, lambda: "more rows")
+    counts.add(_counted(3148, 239, 1))
+    with pytest.raises(
+        monitor.TextsLost, match=r"^step 10: 20.0% .* more rows, or --config.text.max_dropped_share"
+    ):
+        counts.check(10, lambda: "more rows")
+
+
+def test_counts_of_the_step_may_wrap_around():
+    counts = monitor.TextCounts(_counted(2**33 - 10, 5), max_share=1.0)
+    line = counts.add(_counted(40, 10))
+    assert line["texts"] == 2**33 + 40 and line["texts_dropped_share"] == 0.1
+    assert counts.add(_counted(90, 60))["texts_dropped_share"] == 1
+    assert "100.0%" in counts.check(1, lambda: "")  # allowed: a warning
 
 
 def test_lines_beyond_the_restored_step_are_removed(tmp_path):

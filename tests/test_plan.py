@@ -10,6 +10,7 @@ import sys
 import jax
 import pytest
 
+from grain_jax import config as config_lib
 from grain_jax import errors, flops, losses, train, train_step
 from grain_jax import memory as memory_lib
 from grain_jax.models import grain
@@ -104,8 +105,8 @@ def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
     batch = train_step.abstract_batch(config)
     assert kinds["batch"] == sum(x.size * x.dtype.itemsize for x in batch) // 8
     assert (
-        found["checkpoint"]["bytes"] == 3 * size + 2 * 4 + 2 * 4 + 16
-    )  # step, texts_dropped, receipt
+        found["checkpoint"]["bytes"] == 3 * size + 2 * 4 + 2 * 4 + 16 + 8
+    )  # step, texts_dropped, receipt, text_counts
     assert memory["limit_bytes"] == 15.75 * 2**30
     assert memory["total_bytes"] == (
         memory["arguments_bytes"]
@@ -282,6 +283,12 @@ def test_search_moves_in_whole_packing_groups_lanes_and_microbatches():
     config = tiny.config(batch_size=384, microbatches=3, loss__group_size=96)
     # lanes 4 x group 2 = 8; 8 chips x 3 parts x group 2 = 48; groups of 96: 96 images, 12 a chip.
     assert search.unit(config, 8) == 12
+
+
+def test_search_keeps_eight_images_together_where_groups_are_derived():
+    values = tiny.dictionary(batch_size=384).unlock()
+    values.input.lanes = values.text.pack_group = values.text.pack_rows = None
+    assert search.unit(config_lib.from_dict(values), 4) == 8
 
 
 def test_search_of_a_plan_compiles_eight_times_at_most(monkeypatch):

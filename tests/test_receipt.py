@@ -105,7 +105,7 @@ def _state(mesh, params):
     spec = {"a": PartitionSpec("fsdp", None, "tensor"), "b": PartitionSpec(("data", "fsdp"))}
     put = lambda x, s: jax.device_put(x, NamedSharding(mesh, s))  # noqa: E731
     placed = {k: put(v, spec[k]) for k, v in params.items()}
-    return train_step.TrainState(None, placed, {"m": placed["a"]}, {}, None, None)
+    return train_step.TrainState(None, placed, {"m": placed["a"]}, {}, None, None, None)
 
 
 def test_a_states_digest_is_that_of_plain_integers_on_any_mesh():

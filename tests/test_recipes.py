@@ -91,6 +91,7 @@ def _small(source):
         c.update_from_flattened_dict({f"{part}.{key}": value for key, value in values.items()})
     c.update(dict(total_steps=3, total_epochs=None, batch_size=8, dtype="float32"))
     c.input.source = "synthetic"
+    c.input.lanes, c.text.pack_group, c.text.pack_rows = 1, 8, 18  # which tiny.batch fits into
     return c
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from configs.grain_vitb16_cc12m import get_config as b16
 from grain_jax import config as config_lib
-from grain_jax import optim, sharding, train_step
+from grain_jax import derived, optim, sharding, train_step
 from grain_jax.models.grain import GRAIN
 from tests import tiny
 
@@ -71,12 +71,14 @@ def test_a_dimension_that_does_not_divide_is_an_error():
 
 def test_no_packing_group_is_cut():
     c = tiny.config(text__pack_group=4)
-    with pytest.raises(sharding.ShardingError, match="multiple of data x fsdp x microbatches"):
+    with pytest.raises(
+        sharding.ShardingError, match="pack_group: got 4, expected a divisor of the 2 images"
+    ):
         sharding.check_batch(c, _mesh(8, 1, 1))
 
 
 def test_fsdp_keeps_an_eighth_of_the_state():
-    c = config_lib.from_dict(b16())
+    c, _ = derived.planned(config_lib.from_dict(b16()), derived.Place(8))
     mesh = sharding.make_mesh(dataclasses.replace(c.mesh, data=1, fsdp=8))
     program = train_step.build(c, mesh, total_steps=10, steps_per_epoch=1)
     lines = sharding.table(program.state, program.shardings).splitlines()

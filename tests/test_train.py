@@ -3,16 +3,19 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import grain_jax
 from grain_jax import checkpoint, config, errors, monitor, preemption, recipe, sharding, train
+from grain_jax.input_pipeline import synthetic
 from tests import tiny
 from tests.paths import ROOT
 
@@ -22,6 +25,18 @@ TIMINGS = (
     "input_wait_steps",
     "model_flops_per_second",
 )
+
+
+class _EndsAt(preemption.Notice):
+    """A notice that is given after so many steps."""
+
+    def __init__(self, step):
+        super().__init__()
+        self._left = step
+
+    def reached(self):
+        self._left -= 1
+        return self._left <= 0
 
 
 def _lines(workdir):
@@ -52,6 +67,8 @@ def test_workdir_holds_what_the_contract_says(finished):
         "logit_scale",
         "learning_rate",
         "texts_dropped",
+        "texts_dropped_share",
+        "texts_too_long_share",
         *TIMINGS,
     ):
         assert all(np.isfinite(line[key]) for line in lines), key
@@ -65,6 +82,48 @@ def test_workdir_holds_what_the_contract_says(finished):
         rtol=1e-5,
     )
     assert lines[0]["learning_rate"] == pytest.approx(1e-6) and lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_lines_have_the_share_of_the_texts_that_do_not_fit(tmp_path, capfd):
+    c = tiny.config(text__pack_rows=2, total_steps=5, log_every=2, checkpoint_every=2)
+    with pytest.raises(monitor.TextsLost, match=r"^step 2: 25\.\d% of the texts .* ends the run"):
+        train.train(c, tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())  # nothing is saved
+    c = tiny.config(
+        text__pack_rows=2,
+        total_steps=5,
+        log_every=2,
+        checkpoint_every=3,
+        text__max_dropped_share=1.0,
+    )
+    with pytest.raises(SystemExit):  # at step 3, between two lines
+        train.train(c, tmp_path, notice=_EndsAt(3))
+    train.train(c, tmp_path)
+    batches = synthetic.batches(c)
+    counts = np.array(
+        [[b.text_counts[:, 0].sum(), b.texts_dropped.sum()] for b, _ in zip(batches, range(5))]
+    )
+    expected = [counts[:2].sum(0), counts[2:4].sum(0), counts[4]]
+    lines = _lines(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert [line["texts_dropped_share"] for line in lines] == [d / n for n, d in expected]
+    assert lines[-1]["texts"] == counts[:, 0].sum()
+    assert lines[-1]["texts_dropped"] == counts[:, 1].sum()
+    assert capfd.readouterr().err.count("of the texts since the line before") == 3
+
+
+def test_a_checkpoint_that_counted_no_texts_goes_on(finished, tmp_path):
+    state = dict(ocp.StandardCheckpointer().restore(finished / "checkpoints" / "8" / "state"))
+    assert state.pop("text_counts").tolist() == [_lines(finished)[7]["texts"], 0]
+    shutil.copytree(finished / "checkpoints" / "8", tmp_path / "checkpoints" / "8")
+    with ocp.StandardCheckpointer() as old:
+        old.save(tmp_path / "checkpoints" / "8" / "state", state, force=True)
+    train.train(tiny.config(), tmp_path)
+    before, after = _lines(finished)[8:], _lines(tmp_path)
+    n = before[0]["texts"] - _lines(finished)[7]["texts"]
+    assert [line["texts"] for line in after] == [n, n + before[1]["texts"] - before[0]["texts"]]
+    for a, b in zip(before, after):
+        assert a | {"texts": 0} == b | {"texts": 0}
 
 
 def test_the_finished_run_loads_and_runs_again_to_no_effect(finished):

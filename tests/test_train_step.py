@@ -190,6 +190,9 @@ def test_texts_dropped_are_counted_from_the_start():
     assert a_step > 0
     assert [m["texts_dropped"] for m in metrics] == [a_step, 2 * a_step]
     assert int(state.step) == 2 and int(state.texts_dropped) == 2 * a_step
+    counts = tiny.batch(c).text_counts.sum(axis=0)
+    assert state.text_counts.tolist() == (2 * counts).tolist()
+    assert [(m["texts"], m["texts_too_long"]) for m in metrics] == [(*counts,), (*(2 * counts),)]
 
 
 def test_metrics_of_modules_and_queries():

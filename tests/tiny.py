@@ -59,6 +59,7 @@ def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
         region_boxes_cxcywh=np.concatenate([low + size / 2, size], -1).astype(np.float32),
         region_mask=rng.random((b, r)) < 0.7,
         texts_dropped=rng.integers(0, 2, groups).astype(np.int32),
+        text_counts=rng.integers(0, 2, (groups, 2)).astype(np.int32) + b // groups * (1 + r),
     )
 
 

@@ -176,7 +176,8 @@ def _padding(padding: dict[str, Any]) -> str:
     )
     return (
         f"{table}<p>Rows hold 99.9% of the groups (all, if fewer were tried); this is the least for"
-        f" <code>text.pack_rows</code>. One text a row would be {padding['unpacked']:.1%} padding.</p>"
+        f" <code>text.pack_rows</code>, which training derives where it is not set. One text a row would"
+        f" be {padding['unpacked']:.1%} padding.</p>"
         '<p class="soft">Packed by the code of training, with each picture\'s caption (web and synthetic'
         " in turn) and its five regions of the highest score, in a mixed order.</p>"
     )

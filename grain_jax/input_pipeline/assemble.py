@@ -22,6 +22,7 @@ class Texts(NamedTuple):
     ids: np.ndarray
     lengths: np.ndarray
     text_ids: np.ndarray  # equal texts have equal ids
+    too_long: np.ndarray  # bool [N], those that the tokenizer cut
 
 
 def tokenize(
@@ -31,7 +32,7 @@ def tokenize(
     if not len(texts):
         return Texts(*(np.zeros(0, np.int32) for _ in Texts._fields))
     tokens = text_tokenizer.encode(texts, context_length)
-    return Texts(tokens.ids, tokens.lengths, text_tokenizer.text_id(texts))
+    return Texts(tokens.ids, tokens.lengths, text_tokenizer.text_id(texts), tokens.too_long)
 
 
 def exchange_sides(text: str) -> str:
@@ -97,8 +98,17 @@ def assemble(
     description_id = np.zeros(region_mask.shape, np.int32)
     description_id[region_mask] = descriptions.text_ids
     kept = layout.region_mask
-    misfits = (region_mask & ~kept).sum(axis=1) + (layout.caption_lengths < captions.lengths)
-    dropped = misfits.reshape(len(packed.tokens), -1).sum(axis=1)  # [G]
+    too_long = np.zeros(region_mask.shape, bool)
+    too_long[region_mask] = descriptions.too_long
+    of_image = np.stack(
+        [
+            (region_mask & ~kept).sum(axis=1) + (layout.caption_lengths < captions.lengths),
+            1 + region_mask.sum(axis=1),
+            captions.too_long + too_long.sum(axis=1),
+        ],
+        axis=1,
+    )  # [B, 3]: dropped or cut to fit, texts, cut by the tokenizer
+    of_group = of_image.reshape(len(packed.tokens), -1, 3).sum(axis=1).astype(np.int32)
     return Batch(
         image=image,
         text_tokens=packed.tokens,
@@ -110,5 +120,6 @@ def assemble(
         description_id=np.where(kept, description_id, 0),
         region_boxes_cxcywh=np.where(kept[..., None], region_boxes_cxcywh, np.float32(0)),
         region_mask=kept,
-        texts_dropped=dropped.astype(np.int32),
+        texts_dropped=of_group[:, 0],
+        text_counts=of_group[:, 1:],
     )

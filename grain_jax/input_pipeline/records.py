@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +28,9 @@ import tensorflow_datasets as tfds  # noqa: E402
 from etils import epath  # noqa: E402
 
 from grain_jax import errors
-from grain_jax.config import Config, Dataset  # noqa: E402
+from grain_jax.config import Config, Dataset, TextTower  # noqa: E402
 from grain_jax.input_pipeline import assemble, order, tokenizer, transforms  # noqa: E402
+from grain_jax.input_pipeline import text_lengths as text_lengths_lib  # noqa: E402
 from grain_jax.schema import Batch  # noqa: E402
 
 _FEATURES = ("image", "captions", "synthetic_caption", "regions")
@@ -38,6 +38,7 @@ _DAMAGE = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.No
 _UNEVEN = 1.1  # lanes whose lengths differ by more than this are worth a warning
 _READ_BYTES = 8 << 20  # a read from a remote file
 _ENDLESS = 2**62
+_SAMPLED_SHARDS = 64  # at most, of which the first records are read for the lengths of their texts
 _CHOICES = 256  # records of a mixture whose sets are chosen at once
 
 DIGEST_FILE = "digest.json"  # of data.build: split -> digest of its records, lengths of its shards
@@ -67,21 +68,13 @@ def find(config: Config) -> list[RecordSet]:
 
 
 def _find(source: Dataset) -> RecordSet:
-    folder = epath.Path(source.data_dir) / source.name
-    versions = []
-    if source.name and folder.is_dir():
-        versions = [
-            (tuple(map(int, path.name.split("."))), path)
-            for path in folder.iterdir()
-            if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").exists()
-        ]
-    if not versions:
+    directory = text_lengths_lib.newest_version(source)
+    if directory is None:
         raise errors.MissingData(
             f"no record set {source.name!r} in {source.data_dir!r} (looked for"
-            f" {folder}/1.0.0); make it with: python -m data.build --annotations A.jsonl --images DIR"
+            f" {epath.Path(source.data_dir) / source.name}/1.0.0); make it with: python -m data.build --annotations A.jsonl --images DIR"
             f" --output {source.data_dir or 'DIR'} --name {source.name or 'NAME'}"
         )
-    directory = max(versions)[1]
     info = tfds.builder_from_directory(directory).info
     missing = [name for name in _FEATURES if name not in info.features]
     if missing or source.split not in info.splits:
@@ -158,6 +151,62 @@ def _digest_of_files(shards: Sequence[epath.Path]) -> str:
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         looked = list(pool.map(look, chosen))
     return hashlib.sha256(json.dumps([[p.name for p in shards], looked]).encode()).hexdigest()
+
+
+def num_shards(config: Config) -> dict[str, int]:
+    """Name -> files that have records, of each set. Raises as `find`."""
+    return {
+        one.source.name: sum(shard.num_records > 0 for shard in one.shards) for one in find(config)
+    }
+
+
+def text_lengths(config: Config) -> list[text_lengths_lib.TextLengths]:
+    """The lengths of the texts of each set: as they stand beside its records, else of a sample of these.
+
+    Raises: as `find`; DataError where a record cannot be read.
+    """
+    tower = config.model.text
+    return [
+        text_lengths_lib.read(one.source, tower.tokenizer) or _sample(one, tower)
+        for one in find(config)
+    ]
+
+
+def _sample(one: RecordSet, tower: TextTower) -> text_lengths_lib.TextLengths:
+    """The first records of shards that are spread over the set; no picture is decoded."""
+    shards = [shard for shard in one.shards if shard.num_records]
+    chosen = [
+        shards[i] for i in np.linspace(0, len(shards) - 1, _SAMPLED_SHARDS).round().astype(int)
+    ]
+    chosen = list(dict.fromkeys(chosen))
+    each = -(-text_lengths_lib.IMAGES // len(chosen))
+    features = {k: v for k, v in transforms.FEATURES.items() if k not in ("image", "regions/bbox")}
+    images = []
+    for shard in chosen:
+        try:
+            for record in tf.data.TFRecordDataset(shard.path, buffer_size=_READ_BYTES).take(each):
+                fields = tf.io.parse_single_example(record, features)
+                web, synthetic, descriptions, scores = (
+                    fields[name].numpy()
+                    for name in (
+                        "captions",
+                        "synthetic_caption",
+                        "regions/description",
+                        "regions/score",
+                    )
+                )
+                best = text_lengths_lib.best_first(descriptions, scores)
+                images.append(([text for text in web if text], synthetic, best))
+        except _DAMAGE as error:
+            reason = str(error.message).splitlines()[0][:200]
+            raise DataError(f"{shard.path}: {reason}; rebuild the set with data.build") from None
+    return text_lengths_lib.of_texts(
+        images,
+        tokenizer.of_tower(tower),
+        name=repr(one.source.name),
+        tokenizer=tower.tokenizer,
+        records=sum(shard.num_records for shard in shards),
+    )
 
 
 def batches(

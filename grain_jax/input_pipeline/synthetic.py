@@ -10,6 +10,7 @@ import numpy as np
 
 from grain_jax.config import Config
 from grain_jax.input_pipeline import assemble, order
+from grain_jax.input_pipeline.text_lengths import IMAGES, TextLengths
 from grain_jax.schema import Batch
 
 NUM_EXAMPLES = 1 << 20  # an "epoch", so that lengths in epochs mean something
@@ -28,6 +29,34 @@ def identities(config: Config) -> list[dict]:
     """None: the examples are a function of the config."""
     del config
     return []
+
+
+def num_shards(config: Config) -> dict[str, int]:
+    """No files: any number of lanes will do."""
+    del config
+    return {}
+
+
+def text_lengths(config: Config) -> list[TextLengths]:
+    """Lengths as `batches` draws them."""
+    rng = np.random.default_rng(0)
+    images, regions = IMAGES, min(MAX_REGIONS, config.input.max_regions)
+    real = np.arange(regions) < rng.integers(0, regions, size=(images, 1), endpoint=True)
+    of_regions = rng.integers(*DESCRIPTION_TOKENS, size=real.shape, endpoint=True)
+    low, high = CAPTION_TOKENS
+    name = f"captions of {low}-{high} tokens"
+    if regions:
+        name += ", 0-{} descriptions of {}-{}".format(regions, *DESCRIPTION_TOKENS)
+    return [
+        TextLengths(
+            name=name,
+            tokenizer=config.model.text.tokenizer,
+            records=NUM_EXAMPLES,
+            captions=rng.integers(low, high, size=(images, 1), endpoint=True, dtype=np.int32),
+            synthetic=np.zeros(images, np.int32),
+            descriptions=np.where(real, of_regions, 0).astype(np.int32),
+        )
+    ]
 
 
 def batches(
@@ -75,4 +104,4 @@ def _texts(
     ids[ends] = text.vocab_size - 1
     ids[ends - lengths + 1] = text.vocab_size - 2
     text_ids = rng.integers(1, 2**31 - 1, size=count, dtype=np.int32)
-    return assemble.Texts(ids, lengths.astype(np.int32), text_ids)
+    return assemble.Texts(ids, lengths.astype(np.int32), text_ids, np.zeros(count, bool))

@@ -49,10 +49,14 @@ class TokenizerError(errors.UserError):
 
 
 class TokenizedTexts(NamedTuple):
-    """Ragged tokens: `ids` i32[sum(lengths)] laid end to end, `lengths` i32[N], each 2 or more."""
+    """Ragged tokens: `ids` i32[sum(lengths)] laid end to end, `lengths` i32[N], each 2 or more.
+
+    `too_long` bool[N]: the texts that were cut.
+    """
 
     ids: np.ndarray
     lengths: np.ndarray
+    too_long: np.ndarray
 
 
 def clean(text: str | bytes) -> str:
@@ -119,9 +123,9 @@ class ClipTokenizer:
           texts: N strings (or UTF-8 bytes), cleaned and lowered here.
           context_length: most tokens a text, specials included; 3 or more.
         """
-        padded, lengths = self._padded(texts, context_length)
+        padded, lengths, too_long = self._padded(texts, context_length)
         real = np.arange(padded.shape[1]) < lengths[:, None]
-        return TokenizedTexts(ids=padded[real].astype(np.int32), lengths=lengths)
+        return TokenizedTexts(padded[real].astype(np.int32), lengths, too_long)
 
     def __call__(self, texts: Sequence[str], context_length: int = 77) -> np.ndarray:
         """Returns i32[N, context_length], padded with 0. As `encode`; 2-D even for one text."""
@@ -131,7 +135,8 @@ class ClipTokenizer:
         """Returns i32[N], equal where texts are equal after cleaning and lowering. See `text_ids`."""
         return text_ids(_prepare(texts))
 
-    def _padded(self, texts, context_length) -> tuple[np.ndarray, np.ndarray]:
+    def _padded(self, texts, context_length) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids [N, context_length], lengths [N], and whether each text was cut [N]."""
         if context_length < 3:
             raise TokenizerError(
                 f"context_length {context_length}: expected 3 or more (start, a token, end)"
@@ -141,9 +146,10 @@ class ClipTokenizer:
         special = [
             i for i, t in enumerate(texts) if "<" in t and any(n in t for n in _SPECIAL_NAMES)
         ]
-        spelt = {i: self._spell(texts[i], context_length) for i in special}
+        spelt = {i: self._spell(texts[i], context_length + 1) for i in special}
+        # One place more tells what does not fit from what just does.
         padded = self._tokenize(
-            ["" if i in spelt else t for i, t in enumerate(texts)], context_length
+            ["" if i in spelt else t for i, t in enumerate(texts)], context_length + 1
         )
         # The end token stands once in a row here, and last.
         lengths = (padded == END_OF_TEXT).argmax(axis=1).astype(np.int32) + 1
@@ -151,13 +157,15 @@ class ClipTokenizer:
             padded[i, : len(ids)] = ids
             padded[i, len(ids) :] = PAD
             lengths[i] = len(ids)
-        return padded, lengths
+        too_long = lengths > context_length
+        padded[too_long, context_length - 1] = END_OF_TEXT
+        return padded[:, :context_length], np.minimum(lengths, context_length), too_long
 
-    def _spell(self, text: str, context_length: int) -> list[int]:
+    def _spell(self, text: str, most: int) -> list[int]:
         ids = [START_OF_TEXT]
         for word in _WORD_OR_SPECIAL.findall(text):
             ids.extend([_SPECIAL[word]] if word in _SPECIAL else self._word_ids(word))
-        return [*ids[: context_length - 1], END_OF_TEXT]
+        return [*ids[: most - 1], END_OF_TEXT]
 
 
 def text_ids(texts: Sequence[str]) -> np.ndarray:
@@ -204,13 +212,16 @@ class FileTokenizer:
 
     def encode(self, texts: Sequence[str], context_length: int) -> TokenizedTexts:
         """As `ClipTokenizer.encode`; a text of fewer than two tokens is padded to two."""
-        rows = [
-            [*ids, *[self._pad_id] * (2 - len(ids))]
-            for ids in self._ids(self._prepare(texts), context_length)
-        ]
+        prepared = self._prepare(texts)
+        rows = self._ids(prepared, context_length + 1)
+        too_long = [i for i, ids in enumerate(rows) if len(ids) > context_length]
+        for i, ids in zip(too_long, self._ids([prepared[i] for i in too_long], context_length)):
+            rows[i] = ids
+        rows = [[*ids, *[self._pad_id] * (2 - len(ids))] for ids in rows]
         return TokenizedTexts(
             ids=np.array([i for row in rows for i in row], np.int32),
             lengths=np.array([len(row) for row in rows], np.int32),
+            too_long=np.isin(np.arange(len(rows)), too_long),
         )
 
     def __call__(self, texts: Sequence[str], context_length: int) -> np.ndarray:

@@ -16,7 +16,7 @@ _WEB_OR_SYNTHETIC, _WHICH_CAPTION, _FLIP, _AREA, _ASPECT, _TOP, _LEFT = range(NU
 _MAX_ASPECT_CHANGE = 4 / 3  # of a random crop against the picture
 _MIN_INSIDE = 0.5  # of a box's area, below which a crop drops the region
 
-_FEATURES = {
+FEATURES = {
     "image": tf.io.FixedLenFeature([], tf.string),
     "captions": tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True),
     "synthetic_caption": tf.io.FixedLenFeature([], tf.string, default_value=""),
@@ -63,7 +63,7 @@ class Transform:
 
     def __call__(self, record: tf.Tensor, draws: tf.Tensor) -> Example:
         """Args: record string [], draws float32 [NUM_DRAWS]."""
-        fields = tf.io.parse_single_example(record, _FEATURES)
+        fields = tf.io.parse_single_example(record, FEATURES)
         boxes_xyxy = tf.gather(fields["regions/bbox"], [1, 0, 3, 2], axis=1)
         scores = fields["regions/score"]
         kept = tf.ones_like(scores, tf.bool)

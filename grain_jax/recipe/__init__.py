@@ -141,7 +141,8 @@ def base(size: str = "B/16") -> ConfigDict:
             name="",
             datasets=(),  # or several: dict(name=, data_dir=, weight=, split="train") each
             prepare=placeholder(str),
-            lanes=16,
+            # None, as pack_group and pack_rows below: derived (grain_jax/derived.py).
+            lanes=placeholder(int),
             shards_per_block=1,
             max_regions=5,
             synthetic_caption_rate=0.5,
@@ -151,7 +152,14 @@ def base(size: str = "B/16") -> ConfigDict:
             reader_threads=0,
         )
     )
-    c.text = ConfigDict(dict(packing=True, pack_group=64, pack_rows=34))
+    c.text = ConfigDict(
+        dict(
+            packing=True,
+            pack_group=placeholder(int),
+            pack_rows=placeholder(int),
+            max_dropped_share=0.1,
+        )
+    )
     c.loss = ConfigDict(
         dict(
             image_caption=1.0,
@@ -217,11 +225,8 @@ def own_images(size: str = "B/16") -> ConfigDict:
     c.checkpoint_every = 0
     c.checkpoint_every_minutes = 10.0
     c.pictures = 12
-    c.input.lanes = 1
     c.input.flip_rate = 0.5
     c.input.crop_min_area = 0.5
-    c.text.pack_group = 8
-    c.text.pack_rows = 18
     # What docs/claim.md found: as many queries as things are described in an image (set both), and a box
     # loss that does not drown the captions.
     c.model.decoder.queries = 8

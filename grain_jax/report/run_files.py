@@ -36,6 +36,7 @@ _SINGLE = {  # a chart each
     "images_per_second": "Images per second",
     "model_flops_per_second": "Model FLOPs per second",
     "texts_dropped": "Texts dropped in packing",
+    "texts_dropped_share": "Share of the texts that packing dropped or cut",
 }
 
 

@@ -5,6 +5,7 @@ import numpy as np
 from grain_jax import config as config_lib
 from grain_jax import recipe
 from grain_jax.input_pipeline import assemble, tokenizer
+from tests import record_sets
 
 
 def test_dropped_regions_and_cut_captions_are_counted_by_group():
@@ -33,3 +34,21 @@ def test_dropped_regions_and_cut_captions_are_counted_by_group():
     )
     assert batch.region_mask.tolist() == [[False], [False], [True], [False]]
     assert batch.texts_dropped.tolist() == [3, 1]
+    assert batch.text_counts.tolist() == [[3, 0], [4, 0]]
+
+
+def test_texts_that_the_tokenizer_cuts_are_counted_too():
+    found = assemble.tokenize(["a " * 5, "a " * 6, "a " * 7], tokenizer.ClipTokenizer(), 8)
+    assert found.lengths.tolist() == [7, 8, 8]
+    assert found.too_long.tolist() == [False, False, True]
+    config = record_sets.config("", batch_size=2, lanes=1, pack_group=2, pack_rows=4)
+    batch = assemble.assemble(
+        image=np.zeros((2, 32, 32, 3), np.uint8),
+        captions=assemble.tokenize(["a " * 90, "a"], tokenizer.ClipTokenizer(), 77),
+        descriptions=assemble.tokenize(["a " * 76, "a " * 75], tokenizer.ClipTokenizer(), 77),
+        region_boxes_cxcywh=np.full((2, 2, 4), 0.5, np.float32),
+        region_mask=np.array([[True, True], [False, False]]),
+        region_scores=np.zeros((2, 2), np.float32),
+        config=config,
+    )
+    assert batch.text_counts.tolist() == [[4, 2]] and batch.texts_dropped.tolist() == [0]

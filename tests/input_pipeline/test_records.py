@@ -1,11 +1,13 @@
 import itertools
+import shutil
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from etils import epath
 
 from grain_jax import errors, images
-from grain_jax.input_pipeline import order, packing, records, tokenizer
+from grain_jax.input_pipeline import order, packing, records, text_lengths, tokenizer
 from tests import record_sets
 
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # TFDS with protobuf 6
@@ -337,3 +339,39 @@ def test_a_lost_shard_is_named(damaged):
     config, path, _ = damaged
     tf.io.gfile.remove(path)
     assert until_error(config) == f"{path}: the shard is gone; rebuild the set with data.build"
+
+
+def test_lengths_of_texts_beside_the_records_are_those_of_the_records(output, tmp_path):
+    shutil.copytree(output / "tiny_set", tmp_path / "tiny_set")
+    config = record_sets.config(tmp_path)
+
+    def images():
+        (found,) = records.text_lengths(config)
+        assert (found.name, found.records, found.tokenizer) == ("'tiny_set'", COUNT, "clip")
+        rows = zip(found.captions.tolist(), found.synthetic, found.descriptions.tolist())
+        return sorted((tuple(web), int(synthetic), tuple(of)) for web, synthetic, of in rows)
+
+    stored, expected = images(), []
+    clip_tokenizer = tokenizer.ClipTokenizer()
+    for number in range(COUNT):
+        line = record_sets.annotation(number, (16, 16))
+        best = sorted(line["regions"], key=lambda region: -region["score"])
+        texts = [line["caption"], *line["captions"], line["synthetic_caption"]]
+        web1, web2, synthetic, *of = (
+            len(clip_tokenizer.encode([text], 77).ids)
+            for text in [*texts, *(region["description"] for region in best)]
+        )
+        expected.append(((web1, web2), synthetic, tuple(of + [0] * (3 - len(of)))))
+    assert stored == sorted(expected)
+    (tmp_path / "tiny_set/1.0.0" / text_lengths.FILE).unlink()  # of a set that is older
+    assert images() == stored
+    assert records.num_shards(config) == {"tiny_set": 9}
+
+
+def test_a_damaged_record_is_named_when_lengths_are_sampled(damaged):
+    config, path, contents = damaged
+    (epath.Path(path).parent / text_lengths.FILE).write_text("{")
+    with tf.io.TFRecordWriter(path) as writer:
+        writer.write(b"nothing that can be parsed")
+    with pytest.raises(records.DataError, match=r"tfrecord-00001-of-00002: .*rebuild the set"):
+        records.text_lengths(config)

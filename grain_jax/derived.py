@@ -1,0 +1,300 @@
+"""What a config leaves open, in numbers: `input.lanes`, `text.pack_group` and `text.pack_rows` where they are None.
+
+Lanes and group follow from batch, micro-batches and devices; the rows follow from the lengths of the data
+set's own texts, so that at most `MISFITS` of them are dropped or cut. What a run has derived belongs to it:
+its config.json and its checkpoints hold the numbers, and a resumed run takes them from there. Needs neither
+JAX nor TensorFlow.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from grain_jax import config as config_lib
+from grain_jax import errors
+from grain_jax.config import Config
+from grain_jax.input_pipeline import packing, synthetic, text_lengths
+from grain_jax.input_pipeline.text_lengths import TextLengths
+
+KEYS = ("input.lanes", "text.pack_group", "text.pack_rows")
+LANES = 16  # where nothing asks for others
+LANE_IMAGES = 16  # of a batch, that a lane has where the batch is small: groups smaller than that leave much padding
+LARGEST_GROUP = 64  # images; larger ones leave little less padding
+MISFITS = 1e-3  # share of the texts that may be dropped or cut
+_DRAWS = 8  # regroupings of the sample, in each of which that holds
+_GROUPS = 256  # of a draw, at least
+
+
+class DerivedError(errors.UserError):
+    """No number will do; a line a fault, with the flags that would."""
+
+
+class Place(NamedTuple):
+    """Where a run is to be.
+
+    Attributes:
+      parts: shards that the batch is cut into (data x fsdp).
+      lanes: what the number of lanes must be a multiple of (`sharding.lanes_needed`).
+      shards: files of each data set, by name; {}: not known, or there are none.
+    """
+
+    parts: int = 1
+    lanes: int = 1
+    shards: Mapping[str, int] = {}
+
+
+class Rows(NamedTuple):
+    """A number of rows a group, and what it costs."""
+
+    rows: int
+    misfits: float  # share of the texts that are dropped or cut
+    too_long: float  # share of the captions that are longer than a row
+
+
+def is_open(config: Config) -> bool:
+    """Whether the config has a number left to derive."""
+    return None in (config.input.lanes, config.text.pack_group, config.text.pack_rows)
+
+
+def resolve(
+    config: Config,
+    place: Place,
+    lengths: Callable[[], Sequence[TextLengths]],
+    stored: Config | None = None,
+    where: str = "",
+) -> tuple[Config, str]:
+    """The config with numbers, and a line that says which were derived from what ("": none).
+
+    Args:
+      config: as the user has it.
+      place: where the run is to be.
+      lengths: gives those of each of `config.input.sets`; called where rows must be derived.
+      stored: the config of the checkpoint that the run goes on from; its numbers are taken.
+      where: that checkpoint, in words.
+
+    Raises:
+      DerivedError: no number will do.
+    """
+    if not is_open(config):
+        return config, ""
+    lanes, group, rows = config.input.lanes, config.text.pack_group, config.text.pack_rows
+    if stored and stored.batch_size != config.batch_size:
+        stored = None  # another run, which `checkpoint.check_same_run` refuses
+    told, kept = [], []
+
+    def take(name: str, value: int) -> int:
+        (told if stored is None else kept).append(f"{name}={value}")
+        return value
+
+    if lanes is None:
+        lanes = take(KEYS[0], stored.input.lanes if stored else _lanes(config, place))
+    if not config.text.packing:
+        group, rows = 1, 1 + config.input.max_regions
+    if group is None:
+        group = take(KEYS[1], stored.text.pack_group if stored else _group(config, place, lanes))
+    source = ""
+    if rows is None and stored and stored.text.pack_group == group:
+        rows = take(KEYS[2], stored.text.pack_rows)
+    elif rows is None:
+        found = lengths()
+        answer = rows_of(config, group, found)
+        rows = answer.rows
+        told = [word for word in told if not word.startswith(KEYS[1])]
+        told.append(f"{KEYS[2]}={rows} for groups of {group}")
+        source = f": from {_names(found)}; {_percent(answer.misfits)} of their texts do not fit"
+        if answer.too_long:
+            source += f", {_percent(answer.too_long)} of their captions are cut to a row's length"
+    line = ", ".join(told) + source
+    if kept:
+        line = "; ".join(filter(None, (f"{', '.join(kept)}: as in {where}", line)))
+    return with_numbers(config, lanes, group, rows), line
+
+
+def with_numbers(config: Config, lanes: int, group: int, rows: int) -> Config:
+    """The config with these for `KEYS`."""
+    return dataclasses.replace(
+        config,
+        input=dataclasses.replace(config.input, lanes=lanes),
+        text=dataclasses.replace(config.text, pack_group=group, pack_rows=rows),
+    )
+
+
+def planned(config: Config, place: Place) -> tuple[Config, str]:
+    """`resolve` where the data set need not be: by what stands beside its records, else by a guess.
+
+    The guess is the synthetic source's: captions of 10-20 tokens, 0-5 descriptions of 4-12.
+    """
+    found = [text_lengths.read(one, config.model.text.tokenizer) for one in config.input.sets]
+    if config.input.source == "synthetic" or None in found:
+        found = synthetic.text_lengths(config)
+        if config.input.source != "synthetic":
+            names = ", ".join(repr(one.name) for one in config.input.sets)
+            guess = f"a guess ({found[0].name}), since the texts of {names} are not known here"
+            found = [found[0]._replace(name=guess)]
+    return resolve(config, place, lambda: found)
+
+
+def _lanes(config: Config, place: Place) -> int:
+    """Near `LANES`, with `LANE_IMAGES` of a batch each; the same on 1, 2, 4, ... processes where it can be."""
+    batch = config.batch_size
+    fewest = min(place.shards.values(), default=batch)
+    wanted = min(LANES, max(1, batch // LANE_IMAGES), fewest)
+    group = config.text.pack_group or 1
+    fits = [
+        n
+        for n in config_lib.divisors(batch)
+        if n % place.lanes == 0 and n <= fewest and batch // n % group == 0
+    ]
+    if not fits and place.lanes > fewest:
+        name = min(place.shards, key=place.shards.get)
+        raise DerivedError(
+            f"input.lanes: {name!r} has {fewest} shards, but the processes that batch_size {batch} is"
+            f" spread over need {place.lanes} lanes; rebuild it with data.build --num-shards"
+            f" {place.lanes}, or take fewer processes"
+        )
+    if not fits:
+        raise DerivedError(
+            f"text.pack_group: got {group}, but a lane has at most {batch // place.lanes} of the"
+            f" {batch} images; expected a divisor of that:"
+            f" {flags('text.pack_group', batch // place.lanes, group)}"
+        )
+
+    def unlikeness(n: int) -> tuple:
+        halves = math.gcd(n, 2 ** int(math.log2(wanted)))  # processes of 2, 4, ... that it serves
+        return -halves, abs(math.log(n / wanted)), n
+
+    return min(fits, key=unlikeness)
+
+
+def _group(config: Config, place: Place, lanes: int) -> int:
+    """The largest that crosses no lane, no device and no micro-batch, up to `LARGEST_GROUP`."""
+    part = config.batch_size // (place.parts * config.microbatches)
+    whole = math.gcd(config.batch_size // lanes, part)
+    return max(n for n in config_lib.divisors(whole) if n <= LARGEST_GROUP)
+
+
+def flags(key: str, number: int, wanted: int) -> str:
+    """The flags that set `key` to the divisors of `number` on both sides of `wanted`."""
+    return config_lib.flags_of(key, config_lib.divisors(number), wanted)
+
+
+def rows_of(config: Config, group: int, lengths: Sequence[TextLengths]) -> Rows:
+    """The smallest number of rows for `group` images at which at most `MISFITS` of the texts do not fit.
+
+    The samples are drawn and grouped several times over, always alike; the share holds in each of them.
+
+    Args:
+      config: `input` and `model.text` say how an image's texts are chosen.
+      group: images.
+      lengths: of each of `config.input.sets`.
+    """
+    # A group whose captions are cut has most of them cut: so many groups tell how often that is.
+    images = max(_GROUPS * group, text_lengths.IMAGES // group * group)
+    row_length = config.model.text.context_length
+    draws, too_long = [], []
+    for seed in range(_DRAWS):
+        texts, cut = draw(config, lengths, images, np.random.default_rng(seed))
+        draws.append(texts)
+        too_long.append(cut)
+    rows, misfits = smallest_rows(draws, group, row_length, MISFITS)
+    return Rows(rows, misfits, float(np.mean(too_long)))
+
+
+def draw(
+    config: Config, lengths: Sequence[TextLengths], images: int, rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], float]:
+    """Texts of so many images as training would draw them: arguments of `packing.pack`, and the share of cut captions.
+
+    A sample that is not the whole of its set is drawn from with replacement, so that draws differ as
+    samples do.
+    """
+    regions, row_length = config.input.max_regions, config.model.text.context_length
+    weights = np.array([one.weight for one in config.input.sets[: len(lengths)]])
+    ends = np.round(np.cumsum(weights) / weights.sum() * images).astype(int)
+    captions, descriptions = [], []
+    for one, number in zip(lengths, np.diff(ends, prepend=0), strict=True):
+        size = len(one.synthetic)
+        if size < one.records:
+            chosen = rng.integers(size, size=number)
+        else:
+            times = -(-number // size)
+            chosen = np.concatenate([rng.permutation(size) for _ in range(times)])[:number]
+        web, synthetic_caption = one.captions[chosen], one.synthetic[chosen]
+        count = (web > 0).sum(axis=1)
+        of_web = np.zeros(number, np.int32)
+        if web.shape[1]:
+            which = (rng.random(number) * count).astype(int)
+            of_web = web[np.arange(number), which]
+        takes_synthetic = (synthetic_caption > 0) & (
+            (rng.random(number) < config.input.synthetic_caption_rate) | (count == 0)
+        )
+        caption = np.where(takes_synthetic, synthetic_caption, of_web)
+        of_regions = np.zeros((number, max(regions, one.descriptions.shape[1])), np.int32)
+        of_regions[:, : one.descriptions.shape[1]] = one.descriptions[chosen]
+        # A comma, and the description without its start and end.
+        added = np.maximum(of_regions[:, : config.input.descriptions_in_captions] - 1, 0)
+        captions.append(caption + added.sum(axis=1))
+        descriptions.append(of_regions[:, :regions])
+    mixed = rng.permutation(images)
+    caption = np.concatenate(captions)[mixed]
+    description = np.concatenate(descriptions)[mixed]
+    texts = dict(
+        caption_lengths=caption.clip(packing.MIN_TEXT_LENGTH, row_length),
+        description_lengths=description.clip(packing.MIN_TEXT_LENGTH, row_length),
+        region_mask=description > 0,
+        region_scores=np.broadcast_to(-np.arange(regions, dtype=np.float32), description.shape),
+    )
+    return texts, float((caption > row_length).mean())
+
+
+def smallest_rows(
+    draws: Sequence[Mapping[str, np.ndarray]], group: int, row_length: int, misfits: float
+) -> tuple[int, float]:
+    """The smallest number of rows at which at most that share of the texts does not fit, in each of the draws.
+
+    Args:
+      draws: texts as arguments of `packing.pack`.
+      group: images.
+      row_length: tokens a row.
+      misfits: share of the texts, dropped or cut.
+
+    Returns:
+      The rows, and the share of all draws that does not fit then.
+    """
+
+    def shares(rows: int) -> list[float]:
+        out = []
+        for texts in draws:
+            layout = packing.pack(**texts, pack_group=group, rows=rows, row_length=row_length)
+            number = len(texts["caption_lengths"]) + int(texts["region_mask"].sum())
+            out.append((layout.texts_dropped + layout.captions_cut) / number)
+        return out
+
+    tokens = [
+        t["caption_lengths"] + np.where(t["region_mask"], t["description_lengths"], 0).sum(axis=1)
+        for t in draws
+    ]
+    most = max(int(of.reshape(-1, group).sum(axis=1).max()) for of in tokens)
+    least = -(-group // (row_length // packing.MIN_TEXT_LENGTH))  # for two tokens of each caption
+    # Half of all rows but one are more than half full; the mean needs no more than that.
+    rows, found = max(least, 2 * most // row_length + 1), [0.0]
+    low = max(least, int(np.mean(np.concatenate(tokens)) * group / row_length))
+    while low < rows:
+        middle = (low + rows) // 2
+        tried = shares(middle)
+        if max(tried) <= misfits:
+            rows, found = middle, tried
+        else:
+            low = middle + 1
+    return rows, float(np.mean(found))
+
+
+def _names(lengths: Sequence[TextLengths]) -> str:
+    return ", ".join(f"{len(one.synthetic)} images of {one.name}" for one in lengths)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}" if share < 0.1 else f"{share:.0%}"
