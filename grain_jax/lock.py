@@ -34,6 +34,8 @@ FILE = "trainer.lock"
 RENEW_SECONDS = 10
 DEAD_SECONDS = 90  # NFS shows another host's file up to 60 s late
 SETTLE_SECONDS = 2.0
+_LARGEST = 4096  # bytes of a mark
+_RELEASE_SECONDS = 5  # for a renewal under way, which may stand at a hung disk
 
 
 class Held(errors.UserError):
@@ -122,11 +124,14 @@ class _Folder:
     """A mark in a folder: its version is its content, which no two marks share."""
 
     def __init__(self, folder: Path):
-        self._folder, self._path = folder, folder / FILE
+        self._path = folder / FILE
 
     def read(self) -> tuple[bytes | None, bytes | None]:
+        if self._path.is_symlink() or (self._path.exists() and not self._path.is_file()):
+            raise errors.UserError(f"{self._path}: got no regular file; remove it")
         try:
-            content = self._path.read_bytes()
+            with self._path.open("rb") as file:
+                content = file.read(_LARGEST)
         except FileNotFoundError:
             return None, None
         return content, content
@@ -209,7 +214,12 @@ class Mark:
     def check(self) -> None:
         """Raises Lost where the mark is another trainer's; asks the storage only where a renewal is overdue."""
         if time.monotonic() - self._renewed_at > 2 * RENEW_SECONDS:
-            self._renew()
+            try:
+                self._renew()
+            except Lost:
+                raise
+            except Exception:  # the storage does not answer: the thread tells
+                self._renewed_at = time.monotonic()
 
     def release(self) -> None:
         """Removes the mark, if it is still this process's."""
@@ -217,13 +227,13 @@ class Mark:
             return
         self._released.set()
         ending.forget(self.release)
-        with (
-            self._lock,
-            contextlib.suppress(Exception),
-        ):  # a mark that stays locks nobody out for long
+        if not self._lock.acquire(timeout=_RELEASE_SECONDS):
+            return
+        with contextlib.suppress(Exception):  # a mark that stays locks nobody out for long
             content, version = self._storage.read()
             if content is not None and self._is_mine(content):
                 self._storage.swap(version, None)
+        self._lock.release()
 
     def _is_mine(self, content: bytes) -> bool:
         holder = _parse(content)
@@ -236,14 +246,12 @@ class Mark:
                 self._renew()
             except Lost as error:
                 ending.leave(error.status, str(error))
-            except Exception as error:  # a network that is down, a full disk: perhaps the next time
-                if not told and not storage_faults.is_full_disk(
-                    error
-                ):  # the next save tells of that
-                    print(
-                        f"{self._workdir / FILE}: not renewed: {error}", file=sys.stderr, flush=True
-                    )
-                    told = True
+            except Exception as error:  # a network that is down: perhaps the next time
+                if storage_faults.is_full_disk(error) or told:
+                    continue  # the next save tells of a full disk
+                what = f"{self._workdir / FILE}: not renewed: {error}"
+                print(what, file=sys.stderr, flush=True)
+                told = True
 
     def _renew(self) -> None:
         with self._lock:
@@ -295,10 +303,13 @@ def take(workdir: epath.Path) -> Mark:
         remote = "://" in str(workdir)
         storage = _Bucket(str(workdir)) if remote else _Folder(Path(workdir))
         return Mark(workdir, storage, _take(workdir, storage))
-    except OSError as error:
-        what = "a file" if isinstance(error, FileExistsError) else error.strerror or error
+    except errors.UserError:
+        raise
+    except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+        what = "a file" if isinstance(error, FileExistsError) else getattr(error, "strerror", None)
         raise errors.UserError(
-            f"--workdir: {workdir}: got {what}, expected a folder that can be written"
+            f"--workdir: {workdir}: got {what or ' '.join(str(error).split())}, expected a folder that can be"
+            " written"
         ) from None
 
 
@@ -332,6 +343,7 @@ def _take(workdir: epath.Path, storage: _Storage) -> Holder:
             time.sleep(1)
             continue
         if not storage.swap(version, _bytes(me)):
+            time.sleep(0.01)
             continue
         if seen is not None:  # of another host, which may have taken it over too
             time.sleep(SETTLE_SECONDS)

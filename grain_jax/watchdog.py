@@ -22,6 +22,7 @@ _PLACES = {
     ("monitor.py", "write"): "writing metrics.jsonl",
     ("monitor.py", "flush"): "uploading the metrics",
     ("receipt.py", "add"): "writing the receipt",
+    ("lock.py", "check"): "asking whether the workdir is still its own (trainer.lock)",
     ("train.py", "_train"): "waiting for the devices (a step)",
 }
 

@@ -77,7 +77,19 @@ def _trained(workdir):
     (workdir / lock.FILE).write_bytes(lock._bytes(holder))
 
 
+def _mark(make):
+    def prepare(workdir):
+        workdir.mkdir(parents=True)
+        make(workdir / lock.FILE)
+
+    return prepare
+
+
 WORKDIRS = [
+    (_mark(os.mkfifo), "trainer.lock: got no regular file; remove it"),
+    (_mark(os.mkdir), "trainer.lock: got no regular file; remove it"),
+    (_mark(lambda path: path.symlink_to("/dev/zero")), "trainer.lock: got no regular file"),
+    (_mark(lambda path: path.symlink_to("nowhere")), "trainer.lock: got no regular file"),
     (_file, "run: got a file, expected a folder"),
     (_under_a_file, "run: got Not a directory, expected a folder"),
     (_trained, f"process 1 on {socket.gethostname()} trains there, since .* expected no other"),
