@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from data import duplicates, example, parallel, progress, staging
-from grain_jax import errors
+from grain_jax import errors, shown
 
 SHARD_BYTES = 64 << 20  # aimed at: a block of a lane, one shard by default, is held in memory whole
 SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal shares
@@ -151,7 +151,8 @@ class Survey:
                 ]
         for fault in faults:
             self.faults.append((verdict.number, fault))
-            print(f"{self.file_name}:{verdict.number}: {fault}", file=sys.stderr)
+            line = shown.plain(f"{self.file_name}:{verdict.number}: {fault}")
+            print(line, file=sys.stderr)
         if faults:
             return
         self.ids[verdict.number] = identity
@@ -169,7 +170,9 @@ class Survey:
                 f"{self.boxes_clipped} of {sum(self.regions)} boxes clipped to their picture"
             )
         if self.unknown_keys:
-            named = ", ".join(f"{key} ({n})" for key, n in self.unknown_keys.most_common())
+            named = ", ".join(
+                f"{shown.plain(key, 60)} ({n})" for key, n in self.unknown_keys.most_common()
+            )
             parts.append(f"unknown keys kept out: {named}")
         return f"{self.file_name}: " + "; ".join(parts)
 
@@ -327,7 +330,7 @@ def build(args: argparse.Namespace, read_lines: ReadLines = example.read_lines) 
     found = survey(annotations, folder, workers=workers, total=total, read_lines=read_lines)
     too_many = found.faulty_lines > args.max_faults * found.lines or not found.ids
     listed = target.parent / "faults.jsonl"
-    print(found.summary(), file=sys.stderr)
+    print(shown.plain(found.summary()), file=sys.stderr)
     if too_many:
         if not target.exists():  # a set that stays keeps the list of its own faults
             found.write_faults(listed)

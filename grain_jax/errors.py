@@ -4,6 +4,8 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 
+from grain_jax import shown
+
 
 class UserError(ValueError):
     """Wrong usage or wrong input; the message has one line a fault: what, where, got, expected, what to do.
@@ -13,6 +15,10 @@ class UserError(ValueError):
     """
 
     status = 2
+
+    def __str__(self) -> str:
+        """The message; file names and texts in it cannot move the terminal."""
+        return shown.plain(super().__str__(), keep="\n\t")
 
 
 class MissingData(UserError):

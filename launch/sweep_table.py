@@ -192,7 +192,14 @@ def picture(rows: Sequence[Row], metric: str, path: epath.Path) -> bool:
     Returns:
       Whether there was a finished run to draw.
     """
-    from matplotlib.figure import Figure  # half a second to import
+    import matplotlib  # half a second to import
+
+    with matplotlib.rc_context({"text.parse_math": False}):  # values are texts, not formulas
+        return _draw(rows, metric, path)
+
+
+def _draw(rows: Sequence[Row], metric: str, path: epath.Path) -> bool:
+    from matplotlib.figure import Figure
 
     done = [row for row in rows if row.state == "finished" and metric in row.values]
     if not done:

@@ -11,6 +11,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from data.inspect import panels
+from grain_jax import shown as shown_text
 
 COLUMNS = 4
 _MARGIN = 14
@@ -85,6 +86,7 @@ def draw_boxes(panel: panels.Panel) -> PIL.Image.Image:
 
 def wrap(text: str, width: int, limit: int) -> list[str]:
     """Lines of at most `width` pixels, at most `limit` of them; what is cut off becomes an ellipsis."""
+    text = shown_text.plain(" ".join(text[: 10 * width].split()), width * limit // 2)
     measure, lines, line = _font(12).getlength, [], ""
     for word in text.split():
         while word:

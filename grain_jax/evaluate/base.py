@@ -20,7 +20,7 @@ from etils import epath
 
 from grain_jax import annotations as annotations_lib
 from grain_jax import config as config_lib
-from grain_jax import errors, images, schema
+from grain_jax import errors, images, schema, shown
 from grain_jax.evaluate import processes, test_sets
 from grain_jax.evaluate.processes import gather
 from grain_jax.evaluate.test_sets import InputError, MissingData
@@ -223,10 +223,10 @@ def _report_left_out(path: epath.PathLike, read: annotations_lib.Annotations) ->
     if read.faults:  # few enough to go on without their lines
         lines.append(f"{path}: faulty lines left out: {read.faulty_lines}")
     if read.unknown_keys:
-        named = ", ".join(f"{key} ({n})" for key, n in read.unknown_keys.items())
+        named = ", ".join(f"{shown.plain(key, 60)} ({n})" for key, n in read.unknown_keys.items())
         lines.append(f"{path}: unknown keys kept out: {named}")
     if lines:
-        print(*lines, sep="\n", file=sys.stderr)
+        print(*(shown.plain(line) for line in lines), sep="\n", file=sys.stderr)
 
 
 def _some_picture(path: epath.PathLike, annotated: Annotated) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 
 from grain_jax import annotations as annotations_lib
 from grain_jax import images as images_lib
-from grain_jax import metrics_file
+from grain_jax import metrics_file, shown
 from grain_jax.evaluate import base, grounding, scores, test_sets
 from grain_jax.report import looking, tables
 
@@ -38,8 +39,13 @@ HEADLINES = {  # ending of an evaluation's key -> label
 _COLUMNS = 4  # of the grid
 _CELL = 3.2  # inches that a picture of the grid has
 _LINE = 42  # characters of text under a picture
+_LONGEST = 240  # characters of one text; more is cut off
 _LINE_HEIGHT = 0.165  # inches
 _PIXELS = 360  # that a picture's longer side is drawn with, at least
+
+
+# Else two $ in a description are a formula.
+_texts_as_they_are = matplotlib.rc_context({"text.parse_math": False})
 
 
 def print_table(results: Mapping[str, float]) -> None:
@@ -51,6 +57,7 @@ def print_table(results: Mapping[str, float]) -> None:
     print(tables.describe(groups))
 
 
+@_texts_as_they_are
 def curves(metrics_jsonl: epath.PathLike, output_png: epath.PathLike) -> None:
     """Draws a run's losses, evaluations, temperature, learning rate and speed.
 
@@ -82,6 +89,7 @@ def curves(metrics_jsonl: epath.PathLike, output_png: epath.PathLike) -> None:
     _save(figure, output_png)
 
 
+@_texts_as_they_are
 def regions_grid(
     predictor: Any,
     annotations: epath.PathLike,
@@ -112,8 +120,8 @@ def regions_grid(
     folder = base.picture_folder(images_dir)
     paths = [folder / r.image for r in chosen]
     batch = looking.encode(predictor, [test_sets.of_path(path) for path in paths])
-    shown = [chosen[i] for i in batch.index]
-    described = grounding.described_boxes(shown, batch.sizes)
+    read = [chosen[i] for i in batch.index]
+    described = grounding.described_boxes(read, batch.sizes)
     texts = grounding.distinct(
         described.texts + [region.description for r in records for region in r.regions]
     )
@@ -122,7 +130,7 @@ def regions_grid(
     nearest = (embed @ scores.unit(predictor.encode_text(texts)).T).argmax(axis=1)  # [n]
 
     captions = []  # of each picture, (colour, line) pairs
-    for i in range(len(shown)):
+    for i in range(len(read)):
         mine = np.flatnonzero(matched.picture == i)
         captions.append(_wrapped(texts, nearest[mine], truth[mine]))
     figure, axes = _grid(
@@ -151,9 +159,10 @@ def _wrapped(texts: Sequence[str], nearest: np.ndarray, truth: np.ndarray) -> li
     """What the regions of a picture say, a (colour, line) each; a wrong one with the annotated text."""
     lines = []
     for j, (said, own) in enumerate(zip(nearest, truth)):
-        text = f"\N{CHECK MARK} {texts[said]}"
+        said_text, own_text = (shown.plain(texts[i], _LONGEST) for i in (said, own))
+        text = f"\N{CHECK MARK} {said_text}"
         if said != own:
-            text = f"\N{BALLOT X} {texts[said]} (annotated: {texts[own]})"
+            text = f"\N{BALLOT X} {said_text} (annotated: {own_text})"
         colour = COLOURS[j % len(COLOURS)]
         lines += [(colour, part) for part in textwrap.wrap(text, _LINE, subsequent_indent="    ")]
     return lines
@@ -263,7 +272,7 @@ def _bars(axis: Axes, series, colours: Mapping[str, Any]) -> None:
         value, chance = series[key][1][-1], _chance(series, key)
         axis.barh(i, value, height=0.42, color=colour)
         axis.text(value + 0.015, i, f"{value:.3f}", va="center", fontsize=8)
-        axis.text(0.0, i - 0.26, headline(key), va="bottom", fontsize=8)
+        axis.text(0.0, i - 0.26, shown.plain(headline(key), _LONGEST), va="bottom", fontsize=8)
         if chance is not None:
             axis.plot([chance, chance], [i - 0.21, i + 0.21], color="black", linewidth=1.6)
     axis.set_yticks([])
@@ -329,7 +338,11 @@ def _batch_size(workdir: epath.Path) -> int | None:
 
 def _save(figure: Figure, path: epath.PathLike) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        # Of characters that the font lacks, such as emoji; it draws boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        warnings.filterwarnings("ignore", "Matplotlib currently does not support .* natively")
+        figure.savefig(buffer, format="png")
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(buffer.getvalue())

@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from grain_jax import shown
+
 _INTERVAL = "95% interval"
+_LONGEST = 120  # characters of a cell; more is cut off
 HEADER = ("measured", "value", _INTERVAL, "chance", "of")
 
 
@@ -90,8 +93,8 @@ def describe(results: Mapping[str, Mapping[str, float]]) -> str:
 
 def rows_of(numbers: Mapping[str, float]) -> list[Row]:
     """The rows that an evaluation's numbers have; of no kind that is known here, every number as it is."""
-    shown = [row for row in _rows(numbers) if row.key in numbers]
-    return shown or [Row(key, key, None, "", "", False) for key in numbers]
+    known = [row for row in _rows(numbers) if row.key in numbers]
+    return known or [Row(key, key, None, "", "", False) for key in numbers]
 
 
 def suite(sets: Mapping[str, Mapping[str, Any]], averages: Mapping[str, Mapping[str, Any]]) -> str:
@@ -150,6 +153,7 @@ def _interval(numbers: Mapping[str, float], key: str) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, the first to the left and the others to the right, under a ruled header."""
+    rows = [[shown.plain(cell, _LONGEST) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])

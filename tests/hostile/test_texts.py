@@ -1,0 +1,123 @@
+"""Texts of users in every place that shows them: whatever they hold, nothing ends and the terminal stays."""
+
+import json
+import re
+import unicodedata
+
+import hypothesis
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import strategies as st
+
+from data import build
+from data.inspect import sheet
+from grain_jax import command_line, errors, images, shown
+from grain_jax.report import pictures, tables
+from tests import record_sets
+from tests.evaluate.stub import StubPredictor, write_picture
+from tests.hostile import cases
+
+NASTY = [
+    "from $5^ to $6 each",
+    "$\\frac{$",
+    "\x1b[2J\x1b[1;1Howned\x07\r\b",
+    "\N{RIGHT-TO-LEFT OVERRIDE}gpj.exe",
+    "\N{PARROT}\N{ZERO WIDTH JOINER}\N{FIRE} and \N{HEBREW LETTER ALEF}",
+    "</script><script>alert(1)</script>&amp;\"'",
+    "\0\ud800\uffff\N{LINE SEPARATOR}",
+    "x" * 1_000_000,
+    "a word " * 100_000,
+    "%s {0} {name} \\n",
+    "\N{COMBINING ACUTE ACCENT}" * 300,
+]
+texts = st.one_of(st.sampled_from(NASTY), st.text(max_size=60))
+few = hypothesis.settings(max_examples=40, deadline=None, database=None, derandomize=True)
+
+
+def moves_nothing(text, keep=""):
+    return all(
+        x in keep or unicodedata.category(x) not in ("Cc", "Cs", "Zl", "Zp") for x in text
+    ) and not re.search(
+        "[\N{LEFT-TO-RIGHT EMBEDDING}-\N{RIGHT-TO-LEFT OVERRIDE}\u2066-\u2069]", text
+    )
+
+
+@few
+@hypothesis.given(texts)
+def test_plain(text):
+    found = shown.plain(text, 200)
+    assert moves_nothing(found) and len(found) <= 10 * 200
+    found.encode()  # raises for halves of characters
+    if text.isprintable() and len(text) <= 200:
+        assert found == text
+
+
+@few
+@hypothesis.given(texts)
+def test_an_errors_lines_cannot_move_the_terminal(text):
+    for kind in (errors.UserError, images.ImageError, build.BuildError):
+        assert moves_nothing(str(kind(f"{text}: got it\nand more")), keep="\n\t")
+
+
+def test_fail_prints_them_so(capsys):
+    with pytest.raises(SystemExit):
+        command_line.fail(errors.UserError(NASTY[2]))
+    assert capsys.readouterr().err == "\\x1b[2J\\x1b[1;1Howned\\x07\\r\\x08\n"
+
+
+@few
+@hypothesis.given(texts)
+def test_tables(text):
+    lines = tables.table(["set", "value"], [[text, "1"], ["b", text]]).splitlines()
+    assert all(moves_nothing(line) for line in lines) and len(lines) == 4
+    assert max(map(len, lines)) < 3000
+
+
+@few
+@hypothesis.given(texts)
+def test_the_contact_sheet(text):
+    lines = sheet.wrap(text, 300, 3)
+    assert len(lines) <= 3 and all(moves_nothing(line) for line in lines)
+    font = sheet._font(12)
+    assert all(font.getlength(line) <= 330 for line in lines)
+    pen = sheet.PIL.ImageDraw.Draw(PIL.Image.new("RGB", (320, 20)))
+    for line in lines:
+        pen.text((0, 0), line, font=font)
+
+
+def test_a_picture_of_a_run_with_such_descriptions(tmp_path):
+    lines = []
+    for i, text in enumerate(NASTY):
+        write_picture(tmp_path / f"{i}.png", 200 + i, size=(64, 64))
+        text = text.replace("\ud800", "")
+        regions = [{"box": [8, 8, 40, 40], "description": text, "score": 0.9}]
+        lines.append(json.dumps({"image": f"{i}.png", "regions": regions}))
+    (tmp_path / "A.jsonl").write_text("\n".join(lines))
+    regions = ([[0.1, 0.1, 0.6, 0.6], [0.5, 0.5, 0.9, 0.9], [0, 0, 1, 1]], np.eye(2)[[0, 0, 1]])
+    numbers = range(200, 220)
+
+    class Predictor(StubPredictor):
+        def encode_text(self, texts):
+            return np.eye(2, dtype=np.float32)[[int("$" in text) for text in texts]]
+
+    predictor = Predictor({n: [1, 0] for n in numbers}, {}, {n: regions for n in numbers})
+    pictures.regions_grid(predictor, tmp_path / "A.jsonl", tmp_path, tmp_path / "x.png", count=11)
+    assert images.load_image(tmp_path / "x.png").width == 352 * 4
+
+
+def test_curves_of_evaluations_of_such_names(tmp_path):
+    record = {"step": 1, "loss": 1.0} | {f"eval/{text[:300]}/top1": 0.5 for text in NASTY}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    pictures.curves(tmp_path / "metrics.jsonl", tmp_path / "x.png")
+    assert images.load_image(tmp_path / "x.png").width == 1760
+
+
+def test_build_names_such_keys_and_files(tmp_path):
+    record_sets.write_annotations(tmp_path / "in", 2)
+    line = record_sets.annotation(0) | {"image": NASTY[2].replace("\0", ""), NASTY[2]: 1}
+    with (tmp_path / "in" / "A.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    outcome = cases.run(lambda _: record_sets.build_set(tmp_path / "in", tmp_path / "out"), [])
+    cases.check(outcome, r"A.jsonl:3: image: got .*u001b")
+    assert moves_nothing(outcome.err, keep="\n") and "\\x1b[2J" in outcome.err
