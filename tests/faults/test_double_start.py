@@ -28,20 +28,26 @@ def _start(workdir, folder):
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_of_two_at_once_one_trains_as_if_alone(tmp_path):
-    alone = _start(tmp_path / "alone", tmp_path)
-    assert alone.wait() == 0, alone.stderr.read()
-    expected = drill.metrics(tmp_path / "alone")
-    starts = int(os.environ.get("DOUBLE_STARTS", 20))
-    for i in range(starts):
-        workdir = tmp_path / str(i)
-        pair = [_start(workdir, tmp_path) for _ in range(2)]
-        said = [process.communicate()[1] for process in pair]
-        assert sorted(process.returncode for process in pair) == [0, 2], "\n".join(said)
-        refused, first = sorted(pair, key=lambda process: -process.returncode)
-        line = said[pair.index(refused)].strip()
-        assert line.startswith(f"{workdir}: process {first.pid} on ") and "\n" not in line
-        assert drill.metrics(workdir) == expected
-        saved = sorted(path.name for path in (workdir / "checkpoints").iterdir())
-        assert saved == ["28", "30"] and not (workdir / "trainer.lock").exists()
-        assert json.loads((workdir / "receipts.jsonl").read_text().splitlines()[-1])["step"] == 30
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With a run that was left alone."""
+    folder = tmp_path_factory.mktemp("double")
+    alone = _start(folder / "alone", folder)
+    said = alone.communicate()[1]
+    assert alone.returncode == 0, said
+    return folder
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_of_two_at_once_one_trains_as_if_alone(folder, number):
+    workdir = folder / str(number)
+    pair = [_start(workdir, folder) for _ in range(2)]
+    said = [process.communicate()[1] for process in pair]
+    assert sorted(process.returncode for process in pair) == [0, 2], "\n".join(said)
+    refused, first = sorted(pair, key=lambda process: -process.returncode)
+    line = said[pair.index(refused)].strip()
+    assert line.startswith(f"{workdir}: process {first.pid} on ") and "\n" not in line
+    assert drill.metrics(workdir) == drill.metrics(folder / "alone")
+    saved = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    assert saved == ["28", "30"] and not (workdir / "trainer.lock").exists()
+    assert json.loads((workdir / "receipts.jsonl").read_text().splitlines()[-1])["step"] == 30
