@@ -196,15 +196,15 @@ def restore_newest(
     damaged: list[tuple[int, str]] = []
     for step in sorted(checkpoints.all_steps(), reverse=True):
         folder = checkpoints.directory / str(step)
-        state, record, fault = _read_saved(folder, config, abstract_state)
+        state, record, stored, fault = _read_saved(folder, config, abstract_state)
         if fault and "://" in str(folder):  # a network may have been down for a moment
-            state, record, fault = _read_saved(folder, config, abstract_state)
+            state, record, stored, fault = _read_saved(folder, config, abstract_state)
         if jax.process_count() > 1 and multihost_utils.process_allgather(fault is not None).any():
             fault = fault or "another process cannot read it"
         if fault is None and (wrong := receipt.contradictions(record, state)):
             fault = f"it was read, but is not what was saved: {', '.join(wrong)}"
         if fault is None:
-            check_same_data(folder, data, say)
+            check_same_data(step, stored, data, say)
             _move_aside(checkpoints, [step for step, _ in damaged])
             return state
         say(f"checkpoint {step} is damaged, trying the one before ({fault})")
@@ -220,18 +220,19 @@ def restore_newest(
 
 def _read_saved(
     folder: epath.Path, config: config_lib.Config, abstract_state: Any
-) -> tuple[Any, dict[str, Any], str | None]:
-    """(state, record, None) of a checkpoint, or (None, {}, what is wrong with it)."""
+) -> tuple[Any, dict[str, Any], list[dict[str, Any]] | None, str | None]:
+    """(state, record, what it says of its data, None) of a checkpoint; the last is what is wrong with it."""
     try:
         check_same_run(folder, config)
-        return restore(folder, abstract_state), read_json(folder, "receipt"), None
+        state = restore(folder, abstract_state)
+        return state, read_json(folder, "receipt"), read_data(folder), None
     except errors.UserError:
         raise
     except Exception as error:  # whatever a reader makes of bytes that nobody wrote
         _silence_half_read()
         while error.__cause__ is not None:  # Orbax wraps what TensorStore says
             error = error.__cause__
-        return None, {}, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return None, {}, None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 @functools.cache  # once is enough
@@ -312,15 +313,20 @@ def read_data(folder: epath.PathLike) -> list[dict[str, Any]] | None:
 
 
 def check_same_data(
-    folder: epath.PathLike, data: Sequence[Mapping[str, Any]], say: Callable[[str], None]
+    step: int,
+    stored: Sequence[Mapping[str, Any]] | None,
+    data: Sequence[Mapping[str, Any]],
+    say: Callable[[str], None],
 ) -> None:
-    """Raises CheckpointError, a line a set, where `data` (identities) is not what the run has seen.
+    """Raises CheckpointError, a line a set, where `data` is not what the run has seen.
 
-    `say` gets a line where that cannot be told, because `folder` is older than the record of it or because
-    the digests are of different things.
+    Args:
+      step: of the checkpoint.
+      stored: the identities in it, as `read_data` gives them.
+      data: those of the config's sets now.
+      say: gets a line where it cannot be told, because the checkpoint is older than the record of it or
+        because the digests are of different things.
     """
-    stored = read_data(folder)
-    step = epath.Path(folder).name
     if stored is None:
         if data:
             say(

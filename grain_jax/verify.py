@@ -77,7 +77,7 @@ class Kept(NamedTuple):
     folder: epath.Path
     config: config_lib.Config
     record: dict[str, Any]
-    data: str | None  # hash of what it says of its record sets
+    data: list[dict[str, Any]] | None  # what it says of its record sets
 
 
 class Run(NamedTuple):
@@ -148,7 +148,7 @@ def read(workdir: epath.Path) -> Run:
             )
         elif by_step[step]["config"] != receipt.config_sha256(kept[step].config):
             faults.append(f"checkpoint {step}: its config is not the recorded one")
-        elif "data" in by_step[step] and by_step[step]["data"] != kept[step].data:
+        elif by_step[step].get("data") not in (None, receipt.sha256(kept[step].data)):
             faults.append(f"checkpoint {step}: what it says of its data is not what was recorded")
         newest = step
     beyond = [record["step"] for record in records if record["step"] > newest]
@@ -200,8 +200,7 @@ def _kept(folder: epath.Path) -> Kept:
         data = checkpoint.read_data(folder)
     except (OSError, ValueError) as error:
         raise Mismatch(f"checkpoint {folder.name}: cannot be read ({error})") from None
-    of_data = None if data is None else receipt.sha256(data)
-    return Kept(folder, config_lib.from_dict(config), record, of_data)
+    return Kept(folder, config_lib.from_dict(config), record, data)
 
 
 def _config_json(workdir: epath.Path) -> config_lib.Config:
@@ -318,10 +317,10 @@ def _last_step(run: Run, first: int, steps: int | None) -> int:
 def check_data(run: Run) -> None:
     """Raises UserError where a record set is not the one that the run was trained on any more."""
     newest = max(run.kept)
-    folder, config = run.kept[newest].folder, run.kept[newest].config
+    stored, config = run.kept[newest].data, run.kept[newest].config
     unknown: list[str] = []
     identities = train.open_source(config).identities(config)
-    checkpoint.check_same_data(folder, identities, unknown.append)
+    checkpoint.check_same_data(newest, stored, identities, unknown.append)
     say("data", "; ".join(unknown) or f"as checkpoint {newest} was trained on")
 
 

@@ -129,7 +129,8 @@ def _restore(workdir, config):
     """What the trainer does at its start; (lines that it says, the identities)."""
     said = []
     data = records.identities(config)
-    checkpoint.check_same_data(workdir / "checkpoints/2", data, said.append)
+    stored = checkpoint.read_data(workdir / "checkpoints/2")
+    checkpoint.check_same_data(2, stored, data, said.append)
     return said, data
 
 
@@ -170,6 +171,25 @@ def test_an_old_checkpoint_goes_on_with_a_line(run, tmp_path, capsys):
     assert said == [
         "checkpoint 2 has no record of its data: whether the sets are the same is not known"
     ]
+
+
+def test_a_damaged_record_of_the_data_is_a_damaged_checkpoint(run, tmp_path, monkeypatch):
+    workdir, output = run
+    shutil.copytree(workdir / "checkpoints/2", tmp_path / "2")
+    monkeypatch.setattr(checkpoint, "restore", lambda *_: "the state")
+    read = lambda: checkpoint._read_saved(tmp_path / "2", _config(output), None)  # noqa: E731
+    state, _, data, fault = read()
+    assert (state, fault) == ("the state", None) and data[0]["name"] == "tiny_set"
+    (tmp_path / "2/data/metadata").write_text('{"sets": [')
+    assert read()[3].startswith("JSONDecodeError")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"test": {}}', '{"train": 3}'])
+def test_a_digest_that_data_build_has_not_written_is_one_line(built, content):
+    (built / "tiny_set/1.0.0" / records.DIGEST_FILE).write_text(content)
+    with pytest.raises(records.DataError, match="not what data.build writes") as caught:
+        _identity(built)
+    assert "\n" not in str(caught.value)
 
 
 def test_another_kind_of_digest_is_not_compared_and_says_so(run, tmp_path):

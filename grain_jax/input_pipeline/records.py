@@ -116,11 +116,17 @@ def identities(config: Config) -> list[dict[str, Any]]:
 
 def _identity(one: RecordSet) -> dict[str, Any]:
     lengths = [shard.num_records for shard in one.shards]
-    written: dict[str, Any] = {}
-    if (one.directory / DIGEST_FILE).exists():
-        written = json.loads((one.directory / DIGEST_FILE).read_text()).get(one.source.split, {})
+    path, written = one.directory / DIGEST_FILE, {}
+    try:
+        if path.exists():
+            written = dict(json.loads(path.read_text())[one.source.split])
+    except (ValueError, KeyError, TypeError):
+        raise DataError(
+            f"{path}: not what data.build writes, expected the split {one.source.split}; put it back, or"
+            " remove it, and the files are compared instead"
+        ) from None
     if written.get("shard_lengths") == lengths:  # else it is of other shards than these
-        kind, digest = "records", written["digest"]
+        kind, digest = "records", written.get("digest")
     else:
         kind, digest = "files", _digest_of_files([epath.Path(s.path) for s in one.shards])
     return {
