@@ -282,6 +282,7 @@ def _train(
     text_counts = monitor.TextCounts(
         last_text_counts(state, log.lines() if log else []), config.text.max_dropped_share
     )
+    advice = functools.cache(functools.partial(row_advice, config, source))
     say = log.say if log else lambda text: None
     millions = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
     say(
@@ -370,9 +371,7 @@ def _train(
                 if log and logs:
                     # Before the save: what is restored has its lines.
                     log.write(step, values | digests.chains(state.receipt))
-                if logs and (
-                    warning := text_counts.check(step, lambda: row_advice(config, source))
-                ):
+                if logs and (warning := text_counts.check(step, advice)):
                     say(warning)
                 if saves:
                     if log:
@@ -423,8 +422,9 @@ def last_text_counts(state: train_step.TrainState, lines: Sequence[str]) -> dict
 
     def last():
         line = json.loads(lines[-1]) if lines else {}
-        if "texts" in line:
-            return {name: line[name] for name in monitor.TextCounts.NAMES}
+        found = {name: line.get(name) for name in monitor.TextCounts.NAMES}
+        if all(isinstance(n, (int, float)) and math.isfinite(n) for n in found.values()):
+            return found
         counts = (state.text_counts[0], state.texts_dropped, state.text_counts[1])
         return dict(zip(monitor.TextCounts.NAMES, map(int, counts)))
 
