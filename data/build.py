@@ -309,6 +309,8 @@ def build(args: argparse.Namespace, read_lines: ReadLines = example.read_lines) 
 
     Raises:
       BuildError: wrong usage or wrong input.
+      staging.BusyError: another process builds the same set.
+      OSError: the output cannot be written.
     """
     start = time.monotonic()
     annotations, folder = epath.Path(args.annotations), epath.Path(args.images)
@@ -319,6 +321,19 @@ def build(args: argparse.Namespace, read_lines: ReadLines = example.read_lines) 
         )
     if not folder.is_dir():
         raise BuildError(f"--images {folder}: no such folder, expected the pictures")
+    with staging.locked(target):
+        return _build(args, annotations, folder, target, read_lines, start)
+
+
+def _build(
+    args: argparse.Namespace,
+    annotations: epath.Path,
+    folder: epath.Path,
+    target: epath.Path,
+    read_lines: ReadLines,
+    start: float,
+) -> str:
+    """`build` with its lock."""
     staging.recover(target)
     if target.exists() and not args.overwrite:
         raise BuildError(f"{target}: a set is there already; --overwrite replaces it")
@@ -412,13 +427,24 @@ def build(args: argparse.Namespace, read_lines: ReadLines = example.read_lines) 
     )
 
 
+def of_system(error: OSError) -> str:
+    """A line about what the system refused: a full or read-only disk, a file in a folder's place."""
+    where = f"{error.filename}: " if error.filename else ""
+    return (
+        f"{where}{error.strerror or error}; no set was changed; make room, or give another --output"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     args = parser().parse_args(argv)
     try:
         print(build(args))
-    except (errors.UserError, PermissionError, NotADirectoryError) as error:
+    except errors.UserError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(of_system(error), file=sys.stderr)
         return 2
     return 0
 

@@ -1,13 +1,61 @@
 """Replaces a record set by one that is complete: written beside it, then exchanged by renaming.
 
 A build that is killed leaves the old set or the new one; between the two renames neither stands in its
-place, and `recover` puts the old one back.
+place, and `recover` puts the old one back. One build at a time writes a set: `locked`.
 """
 
 import contextlib
+import fcntl
+import os
+import socket
 from collections.abc import Iterator
 
 from etils import epath
+
+from grain_jax import errors
+
+
+class BusyError(errors.UserError):
+    """Another build writes this set; the message names it."""
+
+
+@contextlib.contextmanager
+def locked(target: epath.Path) -> Iterator[None]:
+    """Keeps other builds of the set `target` (OUTPUT/NAME/VERSION) out while the block runs.
+
+    The lock is the system's: it goes with its process, however that ends. Object stores have none.
+
+    Raises:
+      BusyError: another process has it.
+    """
+    if "://" in str(target):
+        yield
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mark = target.parent / f"incomplete.lock_{target.name}"
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(mark.open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = mark.read_text()[:100].strip() if mark.exists() else ""
+                raise BusyError(
+                    f"{target}: {holder or 'another process'} is building this set; wait for it, or give another --name"
+                ) from None
+            # Whoever had it before may have deleted the file meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(mark).st_ino == os.stat(file.fileno()).st_ino:
+                    break
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            mark.unlink(missing_ok=True)
+            with contextlib.suppress(OSError, ValueError):  # it is not empty
+                target.parent.rmdir()
 
 
 def recover(target: epath.Path) -> None:

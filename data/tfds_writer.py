@@ -6,6 +6,7 @@ build that is killed leaves nothing that looks complete, and loses no older set.
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import tempfile
@@ -143,11 +144,22 @@ def write(
         tfds.disable_progress_bar()  # ours has the time left
         # TFDS announces on stdout, and wants a folder for downloads that are not.
         with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
-            builder.download_and_prepare(
-                download_dir=downloads, download_config=_Preparing(of_splits=shards)
-            )
+            try:
+                builder.download_and_prepare(
+                    download_dir=downloads, download_config=_Preparing(of_splits=shards)
+                )
+            except RuntimeError as error:  # TFDS makes one of TensorFlow's errors
+                if "No space left on device" not in str(error):
+                    raise
+                raise OSError(errno.ENOSPC, "No space left on device", str(target)) from None
         of_splits = {
-            split: {"digest": of.hex(), "shard_lengths": builder.info.splits[split].shard_lengths}
+            split: {
+                "digest": of.hex(),
+                "shard_lengths": builder.info.splits[split].shard_lengths,
+                "shard_bytes": [
+                    epath.Path(path).stat().length for path in builder.info.splits[split].filepaths
+                ],
+            }
             for split, of in digests.items()
         }
         beside = {**files(), records.DIGEST_FILE: json.dumps(of_splits).encode()}

@@ -67,7 +67,9 @@ def test_the_digest_is_of_what_the_records_hold(pictures, built, tmp_path):
         )
     of_stored = digest.Digest()
     assert len(list(of_stored.counting(stored))) == 16
-    assert written == {"train": {"digest": of_stored.hex(), "shard_lengths": [4, 4, 4, 4]}}
+    sizes = [path.stat().st_size for path in sorted(built.rglob("*.tfrecord-*"))]
+    expected = {"digest": of_stored.hex(), "shard_lengths": [4] * 4, "shard_bytes": sizes}
+    assert written == {"train": expected}
     assert _identity(built)["digest"] == of_stored.hex()
 
 

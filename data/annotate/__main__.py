@@ -418,8 +418,8 @@ def main(argv: list[str] | None = None) -> int:
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return error.status
-    except (PermissionError, NotADirectoryError) as error:
-        print(error, file=sys.stderr)
+    except OSError as error:
+        print(build.of_system(error), file=sys.stderr)
         return 2
     return 0
 

@@ -5,6 +5,7 @@ would have nothing to show. So each shard is written when it is done, and a job 
 """
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ from grain_jax import errors
 
 SECONDS_BETWEEN_LOOKS = 10.0  # at the output folder, for the progress line: a list of all shards
 _MARK = "#user-error#"
+_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _LOCAL = ("directrunner", "direct", "switchingdirectrunner", "fnapirunner")
 
 
@@ -128,6 +130,11 @@ def _told() -> Iterator[None]:
         yield
     except errors.UserError as error:
         raise RuntimeError(f"{_MARK}{error}{_MARK}") from error
+    except OSError as error:
+        if error.errno not in _OF_DISK:
+            raise
+        told = f"{error.filename}: {error.strerror}; mend it, and give the same command again"
+        raise RuntimeError(f"{_MARK}{told}{_MARK}") from error
 
 
 @contextlib.contextmanager

@@ -83,6 +83,9 @@ def pictures(folder: epath.PathLike) -> Iterator[base.Picture | base.Fault]:
 def _builder(folder: epath.PathLike) -> Any:
     import tensorflow_datasets as tfds  # slow to start, so only where it is needed
 
+    from grain_jax.input_pipeline import records
+
+    records.read_info(directory(folder))  # damage in a line
     return tfds.builder_from_directory(directory(folder))
 
 

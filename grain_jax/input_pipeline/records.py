@@ -14,8 +14,8 @@ import hashlib
 import json
 import logging
 import os
+import stat
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 # TensorFlow's banners tell a user nothing; decoding does not use oneDNN.
@@ -35,13 +35,18 @@ from grain_jax.schema import Batch  # noqa: E402
 
 _FEATURES = ("image", "captions", "synthetic_caption", "regions")
 _DAMAGE = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
+_DESCRIPTIONS = ("dataset_info.json", "features.json")
+_REBUILD = "rebuild the set with data.build, or copy it anew"
+_LEAST_BYTES = 16  # of a record: its length and the checksums of both
 _UNEVEN = 1.1  # lanes whose lengths differ by more than this are worth a warning
 _READ_BYTES = 8 << 20  # a read from a remote file
 _ENDLESS = 2**62
 _SAMPLED_SHARDS = 64  # at most, of which the first records are read for the lengths of their texts
 _CHOICES = 256  # records of a mixture whose sets are chosen at once
 
-DIGEST_FILE = "digest.json"  # of data.build: split -> digest of its records, lengths of its shards
+DIGEST_FILE = (
+    "digest.json"  # of data.build: split -> digest of its records, lengths and sizes of its shards
+)
 _LOOKED_INTO = 64  # shards of a set without it, whose size and first record stand for its content
 
 
@@ -75,23 +80,110 @@ def _find(source: Dataset) -> RecordSet:
             f" {epath.Path(source.data_dir) / source.name}/1.0.0); make it with: python -m data.build --annotations A.jsonl --images DIR"
             f" --output {source.data_dir or 'DIR'} --name {source.name or 'NAME'}"
         )
-    info = tfds.builder_from_directory(directory).info
+    info = read_info(directory)
     missing = [name for name in _FEATURES if name not in info.features]
     if missing or source.split not in info.splits:
         what = f"feature {', '.join(missing)}" if missing else f"split {source.split!r}"
         raise DataError(f"{directory} has no {what}; expected a set that data.build wrote")
     if info.file_format != tfds.core.FileFormat.TFRECORD:
         raise DataError(f"{directory} is in {info.file_format} files, expected TFRecord")
-    split = info.splits[source.split]
-    paths = map(os.fspath, split.filepaths)
-    shards = tuple(order.Shard(p, n) for p, n in zip(paths, split.shard_lengths, strict=True))
-    for shard in shards:
-        path = Path(shard.path)  # a URL is no path here, so nothing is asked of an object store
-        if path.exists() and not path.is_file():  # a FIFO would never be read to its end
+    return RecordSet(source, directory, _shards(directory, info.splits[source.split]))
+
+
+def read_info(directory: epath.Path) -> tfds.core.DatasetInfo:
+    """What TFDS knows of the set in a folder.
+
+    Raises:
+      DataError: `dataset_info.json` or `features.json` is missing or damaged, or names other classes than TFDS's.
+    """
+    for name in _DESCRIPTIONS:
+        path = directory / name
+        try:
+            content = json.loads(path.read_bytes())
+            if not isinstance(content, dict):
+                raise ValueError(f"got a {type(content).__name__}, expected an object")
+            # TFDS imports the modules of these names.
+            foreign = [x for x in _values(content, "pythonClassName") if not _is_of_tfds(x)]
+            if foreign:
+                raise ValueError(f"names the class {foreign[0]!r:.60}, expected TFDS's own")
+        except (OSError, ValueError, RecursionError) as error:
+            reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+            raise DataError(f"{path}: {reason}; {_REBUILD}") from None
+    try:
+        info = tfds.builder_from_directory(directory).info
+        for split in info.splits.values():
+            list(zip(split.filepaths, split.shard_lengths, strict=True))
+        return info
+    except Exception as error:  # of wrong types in either file there are all kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        files = " or ".join(_DESCRIPTIONS)
+        raise DataError(f"{directory}: {files} is damaged ({reason}); {_REBUILD}") from None
+
+
+def _values(content: Any, key: str) -> Iterator[Any]:
+    """All that stands under the key, however deep."""
+    if isinstance(content, dict):
+        yield from (value for name, value in content.items() if name == key)
+        content = list(content.values())
+    if isinstance(content, list):
+        for value in content:
+            yield from _values(value, key)
+
+
+def _is_of_tfds(name: Any) -> bool:
+    return isinstance(name, str) and name.startswith("tensorflow_datasets.")
+
+
+def _shards(directory: epath.Path, split: tfds.core.SplitInfo) -> tuple[order.Shard, ...]:
+    """The split's shards; of those on a disk, each has the size that data.build noted for it, not for another.
+
+    What is damaged inside is found when it is read, which names the record.
+    """
+    paths = list(map(os.fspath, split.filepaths))
+    noted = _of_split(directory, split.name).get("shard_bytes", [])
+    sizes = noted if len(noted) == len(paths) else [None] * len(paths)
+    for path, length, size in zip(paths, split.shard_lengths, sizes, strict=True):
+        if length < 0:
             raise DataError(
-                f"{shard.path}: no regular file; expected a shard that data.build wrote"
+                f"{directory / _DESCRIPTIONS[0]}: a shard of {length} records; {_REBUILD}"
             )
-    return RecordSet(source, directory, shards)
+        if "://" in path:
+            continue
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:  # whoever reads it says so
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"{path}: no regular file; expected a shard that data.build wrote")
+        if size not in (None, found.st_size) and found.st_size in noted:
+            raise DataError(
+                f"{path}: got {found.st_size} bytes, which another shard has, expected {size}: shards have"
+                f" each other's names; {_REBUILD}"
+            )
+        if length * _LEAST_BYTES > found.st_size:
+            raise DataError(
+                f"{path}: {found.st_size} bytes cannot be the {length} records that"
+                f" {_DESCRIPTIONS[0]} says; {_REBUILD}"
+            )
+    return tuple(map(order.Shard, paths, split.shard_lengths))
+
+
+def _of_split(directory: epath.Path, split: str) -> dict[str, Any]:
+    """What data.build noted of a split in DIGEST_FILE; nothing of a set that has no such file."""
+    path = directory / DIGEST_FILE
+    if not path.exists():
+        return {}
+    try:
+        noted = dict(json.loads(path.read_bytes())[split])
+        for key in ("shard_lengths", "shard_bytes"):
+            if not isinstance(noted.get(key, []), list):
+                raise TypeError
+        return noted
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise DataError(
+            f"{path}: not what data.build writes, expected the split {split}; put it back, or remove it,"
+            " and the files are compared instead"
+        ) from None
 
 
 def num_examples(config: Config) -> int:
@@ -116,15 +208,7 @@ def identities(config: Config) -> list[dict[str, Any]]:
 
 def _identity(one: RecordSet) -> dict[str, Any]:
     lengths = [shard.num_records for shard in one.shards]
-    path, written = one.directory / DIGEST_FILE, {}
-    try:
-        if path.exists():
-            written = dict(json.loads(path.read_text())[one.source.split])
-    except (ValueError, KeyError, TypeError):
-        raise DataError(
-            f"{path}: not what data.build writes, expected the split {one.source.split}; put it back, or"
-            " remove it, and the files are compared instead"
-        ) from None
+    written = _of_split(one.directory, one.source.split)
     if written.get("shard_lengths") == lengths:  # else it is of other shards than these
         kind, digest = "records", written.get("digest")
     else:
