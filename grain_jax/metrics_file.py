@@ -53,7 +53,7 @@ def read(paths: Iterable[epath.Path]) -> tuple[list[Line], list[str]]:
             number, text = bad[0]
             faults.append(
                 f"{path}, line {number}: got {text[:40]!r}, expected a JSON object with a whole number step;"
-                f" left out, {len(bad)} of {len(parsed)} lines in all"
+                f" {len(bad)} of {len(parsed)} lines do not count"
             )
     return lines, faults
 

@@ -44,7 +44,7 @@ def test_a_hostile_line_is_named_and_left_out(workdir):
     (fault,) = faults  # the line that a kill cut off is none
     assert fault.startswith(_said(workdir))
     assert fault.endswith(
-        "expected a JSON object with a whole number step; left out, 1 of 3 lines in all"
+        "expected a JSON object with a whole number step; 1 of 3 lines do not count"
     )
 
 
