@@ -427,12 +427,10 @@ def _build(
     )
 
 
-def of_system(error: OSError) -> str:
+def of_system(error: OSError, output: epath.PathLike) -> str:
     """A line about what the system refused: a full or read-only disk, a file in a folder's place."""
-    where = f"{error.filename}: " if error.filename else ""
-    return (
-        f"{where}{error.strerror or error}; no set was changed; make room, or give another --output"
-    )
+    reason = f"{error.filename or output}: {error.strerror or error}"
+    return f"{reason}; no set was changed; make room, or give another --output"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -444,7 +442,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        print(of_system(error), file=sys.stderr)
+        print(of_system(error, args.output), file=sys.stderr)
         return 2
     return 0
 

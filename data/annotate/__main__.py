@@ -419,7 +419,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.status
     except OSError as error:
-        print(build.of_system(error), file=sys.stderr)
+        print(build.of_system(error, args.output), file=sys.stderr)
         return 2
     return 0
 

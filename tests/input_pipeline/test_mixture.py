@@ -264,7 +264,7 @@ def test_a_damaged_record_is_named(folder, tmp_path):
         ),
         (
             lambda d: d["datasets"][1].update(weight=float("nan")),
-            "input.datasets[1].weight: got nan, expected more than 0",
+            "input.datasets[1].weight: got nan, expected a finite number",
         ),
         (
             lambda d: d["datasets"][1].update(name="birds"),
