@@ -261,6 +261,7 @@ def _panel(panel, rows: Sequence[Row], metric: str, axis: str, others: Sequence[
 
 def summary(run: Run, metric: str | None) -> str:
     """A finished run's metric, in a few words; nothing where it was not measured."""
-    row = Row(run.name, {}, "finished", 0, _values(run.folder))
+    lines, _ = metrics_file.read(metrics_file.files(run.folder))
+    row = Row(run.name, {}, "finished", 0, _values(lines))
     metric = metric or default_metric([row])
     return f"{metric} {row.values[metric]:.4f}" if metric in row.values else ""

@@ -22,7 +22,6 @@ from grain_jax.convert import __main__ as convert
 from grain_jax.demo import __main__ as demo
 from grain_jax.evaluate import __main__ as evaluate
 from grain_jax.report import __main__ as report
-from launch import local
 from tests import record_sets, tiny
 from tests.paths import ROOT
 
@@ -167,7 +166,7 @@ def test_plan_reads_and_writes_there(recipe):
 @slow
 def test_two_processes_train_there_and_agree_on_their_data(recipe):
     train_it = [sys.executable, "-m", "grain_jax.train", *recipe, "--workdir", "zu zweit ö"]
-    assert local.main(["--processes", "2", "--", *train_it]) == 0
+    _run("-m", "launch.local", "--processes", "2", "--", *train_it)
     stored = checkpoint.read_data("zu zweit ö/checkpoints/2")
     assert stored == checkpoint.read_data(f"{RUN}/checkpoints/2")
 

@@ -547,3 +547,11 @@ def test_the_command_loads_no_jax():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_finished_run_is_told_with_its_metric(tmp_path):
+    lines = [{"step": step, "loss": loss} for step, loss in ((1, 2.0), (2, 1.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = types.SimpleNamespace(name="a", folder=epath.Path(tmp_path))
+    assert sweep_table.summary(run, None) == "loss 1.5000"
+    assert sweep_table.summary(run, "eval/x") == ""
