@@ -21,6 +21,8 @@ DISTRIBUTION = {
     "starlette": "gradio",  # requires it
     "tensorflow": "tensorflow-cpu",
     "tensorflow_datasets": "tensorflow-datasets",
+    "tensorstore": "orbax-checkpoint",  # requires it
+    "threadpoolctl": "scikit-learn",  # requires it
     "timm": "open_clip_torch",  # requires it
 }
 # What the base installation has not -> the extras that bring it.
