@@ -1,0 +1,302 @@
+"""python -m tests.hostile.fuzz --minutes M [--seed S] [--kinds lines images ...]: a seeded fuzzer.
+
+Each case damages one good input and gives it to what reads it. A case may end in the result of the good input, or in a
+UserError of plain lines. It fails on any other exception (a traceback), after SECONDS (a hang), or where another result
+comes out of damaged bytes that carry a digest (a silent difference). Status 1 where a case failed; its kind and seed
+are printed, and `--kinds KIND --seed SEED --cases 1` runs it again.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import os
+import pathlib
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from grain_jax import checkpoint, errors, images  # noqa: E402
+from grain_jax import config as config_lib  # noqa: E402
+from grain_jax.input_pipeline import records  # noqa: E402
+from grain_jax.report import run_files  # noqa: E402
+from tests import perturbed, record_sets, tiny  # noqa: E402
+from tests.hostile import image_files  # noqa: E402
+
+SECONDS = 30.0
+RECORDS = 16
+NASTY: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    2**63,
+    10**400,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "\0",
+    "a" * 10**5,
+    "\u202eabc\ud83d\ude00$x$\n\x1b[2J",
+    "../../etc/passwd",
+    [],
+    {},
+    [[[[]]]],
+    {"a": {"b": {}}},
+)
+
+
+class Hang(Exception):  # noqa: N818
+    """A case took longer than SECONDS."""
+
+
+class SilentDifference(Exception):  # noqa: N818
+    """Damaged input gave another result than the good one, and nothing was said."""
+
+
+@contextlib.contextmanager
+def limit(seconds: float) -> Iterator[None]:
+    """Raises Hang in the block after so many seconds."""
+
+    def end(*_):
+        raise Hang(f"no end after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def put_somewhere(value: Any, rng: random.Random) -> Any:
+    """`value` (JSON) with one part replaced, removed, renamed or doubled."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(sorted(value))
+        how = rng.randrange(6)
+        if how == 0:
+            return {k: v for k, v in value.items() if k != key}
+        if how == 1:
+            return {**value, rng.choice(("", "x", key + "s", key.upper())): value[key]}
+        return {**value, key: put_somewhere(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        at = rng.randrange(len(value))
+        how = rng.randrange(5)
+        if how == 0:
+            return value * 2
+        if how == 1:
+            return value[:at]
+        return [*value[:at], put_somewhere(value[at], rng), *value[at + 1 :]]
+    return rng.choice(NASTY)
+
+
+def dump(value: Any) -> bytes:
+    """JSON as a hostile writer would: NaN and lone surrogates stay in it."""
+    return json.dumps(value).encode()
+
+
+class Fuzzer:
+    """Good inputs in a folder of its own, and a method `case_KIND(rng)` for each kind of damage."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        record_sets.write_annotations(folder / "images", RECORDS)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            assert record_sets.build_set(folder / "images", folder / "data", "--num-shards=4") == 0
+        source = dict(
+            input__source="records", input__data_dir=str(folder / "data"), input__name="tiny_set"
+        )
+        self.config = tiny.config(**source)
+        self.batch = next(records.batches(self.config))
+        model = perturbed.tiny()
+        checkpoint.save_model(folder / "model", model, perturbed.params(model))
+        self.model = checkpoint.load_model(folder / "model")[:2]
+        (folder / "run").mkdir()
+        lines = [{"step": i, "loss": 1.0 / i, "eval/seen/top1": 0.1 * i} for i in range(1, 9)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "run" / "metrics.jsonl").write_text(text)
+        (folder / "run" / "config.json").write_text(config_lib.to_json(self.config))
+
+    def case_lines(self, rng: random.Random) -> str:
+        """An annotation file with one damaged line, through data.build."""
+        lines = [dump(record_sets.annotation(i)) for i in range(4)]
+        at = rng.randrange(len(lines))
+        if rng.random() < 0.5:
+            lines[at] = dump(put_somewhere(json.loads(lines[at]), rng))
+        else:
+            lines[at] = image_files.mutate(lines[at], rng.randrange(1 << 30))
+        path = self.folder / "images" / "A.jsonl"
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                status = record_sets.build_set(
+                    self.folder / "images",
+                    self.folder / "out",
+                    "--num-shards=1",
+                    "--max-faults=1",
+                    "--overwrite",
+                )
+            except SystemExit as end:
+                status = end.code
+        if status not in (0, 2):
+            raise AssertionError(f"status {status}")
+        return "read" if status == 0 else "refused"
+
+    def case_images(self, rng: random.Random) -> str:
+        """A damaged image file; no digest protects it, so that it may be read as another one."""
+        encoded = image_files.encode(rng.choice(image_files.FORMATS))
+        picture = images.decode_image(image_files.mutate(encoded, rng.randrange(1 << 30)), "a")
+        images.to_rgb(picture)
+        return "read"
+
+    def case_shards(self, rng: random.Random) -> str:
+        """A damaged file of a record set, read as training does."""
+        files = sorted(x for x in (self.folder / "data").rglob("*") if x.is_file())
+        path = rng.choice(files)
+        with damaged(path, rng):
+            batch = next(records.batches(self.config))
+        for name, before, after in zip(self.batch._fields, self.batch, batch, strict=True):
+            if not np.array_equal(before, after):
+                if (
+                    path.suffix == ".json"
+                ):  # names and counts that fit: another set, not a damaged one
+                    return "read as another set"
+                raise SilentDifference(f"{path.name}: {name}")
+        return "the same"
+
+    def case_checkpoints(self, rng: random.Random) -> str:
+        """A damaged file of a model's folder."""
+        files = [x for x in (self.folder / "model").rglob("*") if x.is_file()]
+        files = sorted(x for x in files if x.stat().st_size)
+        with damaged(rng.choice(files), rng) as path:
+            model, params, _ = checkpoint.load_model(self.folder / "model")
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(self.model[1]), strict=True)
+        if model != self.model[0] or not all(np.array_equal(a, b) for a, b in pairs):
+            raise SilentDifference(path.name)
+        return "the same"
+
+    def case_configs(self, rng: random.Random) -> str:
+        """A config with one or two damaged values."""
+        value = dataclasses.asdict(self.config)
+        for _ in range(rng.choice((1, 1, 2))):
+            value = put_somewhere(value, rng)
+        config_lib.from_dict(value)
+        return "read"
+
+    def case_workdirs(self, rng: random.Random) -> str:
+        """Damaged metrics or config of a workdir, read as the report does."""
+        path = self.folder / "run" / rng.choice(("metrics.jsonl", "config.json"))
+        if rng.random() < 0.5:
+            with damaged(path, rng):
+                run_files.read(self.folder / "run")
+            return "read"
+        before = path.read_bytes()
+        lines = before.splitlines() if path.suffix == ".jsonl" else [before]
+        at = rng.randrange(len(lines))
+        lines[at] = dump(put_somewhere(json.loads(lines[at]), rng))
+        try:
+            path.write_bytes(b"\n".join(lines) + b"\n")
+            run_files.read(self.folder / "run")
+        finally:
+            path.write_bytes(before)
+        return "read"
+
+
+KINDS = tuple(name.removeprefix("case_") for name in dir(Fuzzer) if name.startswith("case_"))
+
+
+@contextlib.contextmanager
+def damaged(path: pathlib.Path, rng: random.Random) -> Iterator[pathlib.Path]:
+    """The file with changed bytes, cut, empty, gone, or a folder in its place; it is put back after the block."""
+    before, how = path.read_bytes(), rng.randrange(10)
+    if how < 7:
+        changed = image_files.mutate(before, rng.randrange(1 << 30)) if before else b"x"
+        path.write_bytes(changed)
+    elif how == 7:
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+        if how == 9:
+            path.mkdir()
+    try:
+        yield path
+    finally:
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.write_bytes(before)
+
+
+def run_case(case: Callable[[random.Random], str], seed: int) -> tuple[str, str | None]:
+    """(outcome, None), or ("traceback", "hang" or "silent difference", what it was)."""
+    try:
+        with limit(SECONDS):
+            return case(random.Random(seed)), None
+    except errors.UserError as error:
+        if "Traceback" in str(error):
+            return "traceback", str(error)
+        return "refused", None
+    except Hang as error:
+        return "hang", str(error)
+    except SilentDifference as error:
+        return "silent difference", str(error)
+    except Exception:
+        return "traceback", traceback.format_exc()
+
+
+def fuzz(
+    kinds: tuple[str, ...], seed: int, *, minutes: float = 0.0, cases: int = 0
+) -> tuple[collections.Counter, list[str]]:
+    """Runs cases of the kinds in turn until time or number is up; (outcomes by kind, failures)."""
+    outcomes: collections.Counter = collections.Counter()
+    failures, end = [], time.monotonic() + 60 * minutes
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        fuzzer, number = Fuzzer(pathlib.Path(folder)), 0
+        while number < cases if cases else time.monotonic() < end:
+            kind = kinds[number % len(kinds)]
+            outcome, what = run_case(getattr(fuzzer, f"case_{kind}"), seed + number)
+            outcomes[kind, outcome] += 1
+            if what is not None:
+                failures.append(f"{kind}, seed {seed + number}: {outcome}: {what}")
+                print(failures[-1], file=sys.stderr, flush=True)
+            number += 1
+    logging.disable(logging.NOTSET)
+    return outcomes, failures
+
+
+def main() -> int:
+    """Parses the command line and fuzzes."""
+    parser = argparse.ArgumentParser(prog="tests.hostile.fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--cases", type=int, default=0, help="so many cases instead of minutes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    args = parser.parse_args()
+    outcomes, failures = fuzz(tuple(args.kinds), args.seed, minutes=args.minutes, cases=args.cases)
+    for (kind, outcome), count in sorted(outcomes.items()):
+        print(f"{kind:12} {outcome:20} {count:8,}")
+    names = ("traceback", "hang", "silent difference")
+    totals = {name: sum(n for (_, o), n in outcomes.items() if o == name) for name in names}
+    print(f"{sum(outcomes.values()):,} cases, seed {args.seed}; {totals}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
