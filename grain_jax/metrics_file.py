@@ -41,7 +41,11 @@ def read(paths: Iterable[epath.Path]) -> tuple[list[Line], list[str]]:
     lines: list[Line] = []
     faults = []
     for path in paths:
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            faults.append(f"{path}: cannot be read ({error.strerror or error}), expected a file")
+            continue
         texts = content.decode(errors="replace").split("\n")
         cut_off = texts.pop()  # "" where the last line has its end
         parsed = [(number, text, _parse(text)) for number, text in enumerate(texts, 1) if text]

@@ -86,6 +86,10 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
             f"{workdir}: has neither config.json nor metrics.jsonl; expected the workdir of a run"
         )
     unmeasured = faults
+    evals = (config or {}).get("evals", {})
+    if not (isinstance(evals, dict) and all(isinstance(x, dict) for x in evals.values())):
+        unmeasured.append(f"config.json: evals: got {str(evals)[:40]!r}, expected named entries")
+        config, evals = {**config, "evals": {}}, {}
     if not lines:
         unmeasured.append(f"{metrics_file.FILE}: missing or empty, so there are no curves")
     series = metrics_file.series(lines)
@@ -105,7 +109,7 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
         if file.name not in _OWN:
             _evaluations(file, found, unmeasured)
     names = {result.name for result in found}
-    for name in (config or {}).get("evals", {}):
+    for name in evals:
         if found and name not in names:
             unmeasured.append(f"{name}: an entry of config.evals without a result")
     return Run(workdir, step, config, series, found, _environment(workdir), unmeasured)
