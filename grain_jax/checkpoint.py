@@ -376,7 +376,9 @@ def restore(folder: epath.PathLike, abstract_state: Any) -> Any:
     stored = _metadata(folder / "state")
     if not jax.tree.leaves(stored):  # what Orbax makes of metadata that it cannot read
         raise OSError(f"{folder / 'state'}: its metadata is gone")
-    new = {name: expected.pop(name) for name in _NEW_PARTS if name not in stored}
+    new = {
+        name: expected.pop(name) for name in _NEW_PARTS if name in expected and name not in stored
+    }
     faults = _differences(stored, expected)
     if faults:
         more = len(faults) - _DIFFERENCES
