@@ -61,6 +61,7 @@ def test_the_chain_over_batches_is_that_of_plain_integers_on_any_mesh():
     for step, batch in enumerate((first, second)):
         fields = batch._asdict()
         image = fields.pop("image").astype(np.uint32)
+        del fields["text_counts"]  # came later than the first receipts
         pixels = image[..., 0] + 256 * image[..., 1] + 65536 * image[..., 2]
         words = [_digest(value, name) for name, value in fields.items()]
         examples = [sum(column) % M for column in zip(*words)]
@@ -86,7 +87,7 @@ def test_the_chain_over_batches_is_that_of_plain_integers_on_any_mesh():
     assert (swapped != np.asarray(found)).all()
 
 
-@pytest.mark.parametrize("field", schema.Batch._fields)
+@pytest.mark.parametrize("field", [f for f in schema.Batch._fields if f != "text_counts"])
 def test_every_field_of_a_batch_counts_and_so_does_its_place(field):
     batch = tiny.batch(tiny.config())
     whole = np.asarray(digests.of_batch(batch))
@@ -178,6 +179,7 @@ def test_the_configs_hash_does_not_change_when_keys_are_added():
         (old["model"]["image"], config_lib.ImageTower),
         (old["model"]["text"], config_lib.TextTower),
         (old["input"], config_lib.Input),
+        (old["text"], config_lib.Text),
         (old["optim"], config_lib.Optim),
     ):
         for field in dataclasses.fields(cls):
