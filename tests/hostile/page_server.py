@@ -1,6 +1,7 @@
-"""The interactive page around no model, in a process of its own: python -m tests.hostile.page_server UPLOADS EXAMPLES PORT."""
+"""The interactive page around no model, in a process of its own: python -m tests.hostile.page_server UPLOADS EXAMPLES."""
 
 import os
+import random
 import sys
 
 from grain_jax.demo import __main__ as command
@@ -18,16 +19,24 @@ class Analyst(analysis.Analyst):
         raise analysis.DemoError(f"{picture.size} {list(classes)} {alpha}")
 
 
-def main(uploads: str, examples: str, port: str) -> None:
-    """Serves it until it is killed."""
+def main(uploads: str, examples: str) -> None:
+    """Prints its address and serves it until it is killed."""
     os.environ["GRADIO_TEMP_DIR"] = uploads
     from grain_jax.demo import page
 
     pictures = [str(path) for path in command._draw(command.epath.Path(examples))]
     blocks = page.build(Analyst(), "a test", {"wren": ()}, pictures)
-    print(
-        page.launch(blocks, "127.0.0.1", int(port), uploads=uploads, examples=examples), flush=True
-    )
+    for last in (False, False, False, True):
+        port = random.randrange(20_000, 30_000)  # below those that the kernel gives to anyone
+        try:
+            print(
+                page.launch(blocks, "127.0.0.1", port, uploads=uploads, examples=examples),
+                flush=True,
+            )
+            break
+        except analysis.DemoError:
+            if last:
+                raise
     blocks.block_thread()
 
 

@@ -4,10 +4,10 @@ import http.client
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 from typing import NamedTuple
 
 import numpy as np
@@ -68,14 +68,15 @@ def server(tmp_path_factory):
     uploads, examples = folder / "uploads", folder / "examples"
     uploads.mkdir()
     examples.mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tests.hostile.page_server", uploads, examples, str(port)]
+    command = [sys.executable, "-m", "tests.hostile.page_server", uploads, examples]
     with (folder / "log.txt").open("a") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log)
         with process:
-            assert process.stdout.readline().startswith(b"http"), (folder / "log.txt").read_text()
-            yield Served(port, str(uploads), folder / "log.txt")
+            address = process.stdout.readline().decode()
+            assert address.startswith("http"), (folder / "log.txt").read_text()
+            yield Served(
+                urllib.parse.urlsplit(address.strip()).port, str(uploads), folder / "log.txt"
+            )
             process.kill()
 
 
