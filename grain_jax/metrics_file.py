@@ -5,7 +5,7 @@ is no fault. Anything else is one: it is counted, named and left out.
 """
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -76,7 +76,7 @@ def series(lines: Iterable[Line]) -> dict[str, tuple[list[float], list[float]]]:
 def numbers(line: Line) -> Iterator[tuple[str, float]]:
     """(key, value) of the line's finite numbers, without its step."""
     for key, value in line.values.items():
-        if key != "step" and isinstance(value, (int, float)) and abs(value) < math.inf:
+        if key != "step" and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:
             yield key, float(value)
 
 

@@ -10,6 +10,12 @@ def test_damaged_input_of_every_kind_is_read_or_refused_in_plain_lines():
     assert sum(n for (_, outcome), n in outcomes.items() if outcome == "refused") > 10
 
 
+def test_what_the_fuzzer_has_found_stays_mended():
+    """An integer in metrics.jsonl that is larger than any float."""
+    outcomes, failures = fuzz.fuzz(("workdirs",), seed=200527, cases=1)
+    assert not failures and outcomes["workdirs", "read"] == 1
+
+
 def test_the_fuzzer_notices_what_it_is_there_for():
     def crash(rng):
         return [][rng.randrange(3)]
