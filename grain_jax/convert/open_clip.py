@@ -205,7 +205,9 @@ def _pickled(path: epath.Path) -> dict[str, np.ndarray]:
             f"{path}: not a checkpoint of plain tensors ({torch_format.refusal(error)})"
         ) from None
     if torch is None:
-        raise TowerError(f"{path}: PyTorch is needed to read it, or give a .safetensors")
+        raise TowerError(
+            f"{path}: PyTorch is needed to read it; pip install 'grain_jax[torch]', or give a .safetensors"
+        )
     for _ in range(_MOST_NESTED):
         if isinstance(stored, Mapping) and isinstance(stored.get("state_dict"), Mapping):
             stored = stored["state_dict"]
