@@ -57,7 +57,7 @@ setup(
     packages=find_packages(include=["grain_jax", "grain_jax.*"]),
     package_data={
         "grain_jax": [
-            "evaluate/*.txt",
+            "inference/*.txt",
             "evaluate/classes/*.txt",
             "report/*.css",
             "report/*.js",

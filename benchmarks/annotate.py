@@ -1,8 +1,8 @@
-"""data.annotate without its models: pictures/s with one process and with two, and memory at ten times the pictures.
+"""data.annotate without its models: images/s with one process and with two, and memory at ten times the images.
 
   python -m benchmarks.annotate [--pictures 2000] [--repeats 3] [--json OUT.json]
 
-The pictures are JPEGs of 500 x 375 in tar shards; each is read, checked (decoded) and its line written by Beam's
+The images are JPEGs of 500 x 375 in tar shards; each is read, checked (decoded) and its line written by Beam's
 local runner. Memory is the sum of the resident sets of the command and its children (Linux), at its largest.
 """
 
@@ -30,7 +30,7 @@ WORKERS = {
 
 
 def make_shards(folder: pathlib.Path, count: int) -> int:
-    """`count` pictures in tars as img2dataset writes them; returns the size of one in bytes."""
+    """`count` images in tars as img2dataset writes them; returns the size of one in bytes."""
     rng = np.random.default_rng(0)
     coarse = PIL.Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
     pixels = np.asarray(coarse.resize((500, 375), PIL.Image.Resampling.BICUBIC), np.int16)
@@ -41,7 +41,7 @@ def make_shards(folder: pathlib.Path, count: int) -> int:
     for first in range(0, count, IN_A_SHARD):
         with tarfile.open(folder / f"{first // IN_A_SHARD:05d}.tar", "w") as tar:
             for number in range(first, min(first + IN_A_SHARD, count)):
-                caption = f"picture number {number}".encode()
+                caption = f"image number {number}".encode()
                 for ending, content in (("jpg", file.getvalue()), ("txt", caption)):
                     member = tarfile.TarInfo(f"{number:09d}.{ending}")
                     member.size = len(content)
@@ -64,7 +64,7 @@ def _resident_bytes(session: int) -> int:
 
 
 def annotate(shards: pathlib.Path, output: pathlib.Path, workers: int) -> dict[str, float]:
-    """Runs the command once; returns its pictures/s, seconds and largest memory in MB."""
+    """Runs the command once; returns its images/s, seconds and largest memory in MB."""
     command = [sys.executable, "-m", "data.annotate", f"--images={shards}", f"--output={output}"]
     command += ["--passes=none", "--no-images", *WORKERS[workers]]
     began = time.monotonic()
@@ -86,7 +86,7 @@ def annotate(shards: pathlib.Path, output: pathlib.Path, workers: int) -> dict[s
     if status:
         raise SystemExit(f"{' '.join(command)}: ended with {status}")
     lines = sum(1 for _ in (output / "A.jsonl").open("rb"))
-    rate = json.loads((output / "summary.json").read_text())["this run"]["pictures/s"]
+    rate = json.loads((output / "summary.json").read_text())["this run"]["images/s"]
     return dict(pictures=lines, pictures_per_s=rate, seconds=seconds, memory_mb=most[0] / 1e6)
 
 
@@ -111,7 +111,7 @@ def main() -> None:
             found.setdefault((workers, which), []).append(result)
     rows = []
     print(
-        f"{'workers':>7} {'pictures':>8} {'pictures/s, median':>18} {'least':>6} {'most':>6} {'MB':>6}"
+        f"{'workers':>7} {'pictures':>8} {'images/s, median':>18} {'least':>6} {'most':>6} {'MB':>6}"
     )
     for (workers, _), results in found.items():
         rates = [result["pictures_per_s"] for result in results]
@@ -125,9 +125,7 @@ def main() -> None:
         )
     for workers in WORKERS:
         less, more = (r["memory_mb"] for r in rows if r["workers"] == workers)
-        print(
-            f"{workers} worker(s): memory at {many} pictures is {more / less:.2f} of that at {few}"
-        )
+        print(f"{workers} worker(s): memory at {many} images is {more / less:.2f} of that at {few}")
     if args.json:
         args.json.write_text(json.dumps(dict(picture_bytes=size, runs=rows), indent=2) + "\n")
 

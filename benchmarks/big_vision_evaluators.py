@@ -4,7 +4,7 @@
         --images CLASS_FOLDERS --pictures DIR --annotations A.jsonl [--json OUT.json]
 
 BIG_VISION is a checkout of github.com/google-research/big_vision (run with commit 0127fb6); these parts of
-it need einops beside our `data` extra. The pictures become local TFDS data sets; its discriminative_classifier and
+it need einops beside our `data` extra. The images become local TFDS data sets; its discriminative_classifier and
 its retrieval evaluator run on them through its own `evaluators.common`, ours on the files. Its classifier
 makes the mean of a class's prompts a unit vector, which the GRAIN paper does not: ours is measured both
 ways. The exit status is 1 where a number differs.
@@ -23,9 +23,12 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from grain_jax import annotations, big_vision_model, errors, images, inference
-from grain_jax.evaluate import retrieval, scores, zeroshot
+from grain_jax import errors, inference
+from grain_jax.evaluate import retrieval, zeroshot
+from grain_jax.files import annotations, images
+from grain_jax.inference import scores
 from grain_jax.input_pipeline import tokenizer
+from grain_jax.integrations import big_vision
 
 PROMPTS = ("class_name_only", "clip_paper")  # big_vision's names for its sets of templates
 _IMAGE_TEXT = "proj.image_text"
@@ -45,13 +48,13 @@ def class_set(folder: epath.PathLike, data_dir: epath.Path) -> list[str]:
 def caption_set(
     pictures: epath.PathLike, path: epath.PathLike, data_dir: epath.Path
 ) -> tuple[epath.Path, int]:
-    """Writes captioned pictures as the TFDS set `grain_captions`.
+    """Writes captioned images as the TFDS set `grain_captions`.
 
-    To big_vision equal captions of two pictures are each other's wrong answers, to us they are right ones:
-    a picture is left out that shares a caption with an earlier one.
+    To big_vision equal captions of two images are each other's wrong answers, to us they are right ones:
+    an image is left out that shares a caption with an earlier one.
 
     Returns:
-      (those pictures' lines as a file that our retrieval reads, how many were left out).
+      (those images' lines as a file that our retrieval reads, how many were left out).
     """
     import tensorflow_datasets as tfds
 
@@ -93,7 +96,7 @@ def _write(tfds: Any, name: str, features: Mapping, examples: list, data_dir: ep
         features=tfds.features.FeaturesDict(features),
         split_datasets={"test": list(enumerate(examples))},  # each with a key
         data_dir=data_dir,
-        disable_shuffling=True,  # so that picture can be compared with picture
+        disable_shuffling=True,  # so that image can be compared with image
     )
 
 
@@ -101,7 +104,7 @@ def evaluators(checkpoint: str, names: list[str], data_dir: epath.Path, batch_si
     """big_vision's config, its model with the checkpoint's parameters, and the evaluators it makes of them."""
     from big_vision.evaluators import common
 
-    big_vision_model.register()
+    big_vision.register()
     prepare = dict(
         pp_img=f"grain_image({checkpoint!r})",
         pp_txt=f"grain_text({checkpoint!r})",
@@ -109,7 +112,7 @@ def evaluators(checkpoint: str, names: list[str], data_dir: epath.Path, batch_si
     )
     config = ml_collections.ConfigDict(
         dict(
-            model_name=big_vision_model.NAME,
+            model_name=big_vision.NAME,
             model=dict(checkpoint=checkpoint),
             model_init=checkpoint,
             batch_size=batch_size,
@@ -207,7 +210,7 @@ def main() -> int:
             rows.append({"name": name, "big_vision": their_value, "ours": value})
     pictures = len(zeroshot.class_folders(args.images)[1])
     print(
-        f"{pictures} pictures of {len(names)} classes; {found['pictures']} pictures with"
+        f"{pictures} images of {len(names)} classes; {found['pictures']} images with"
         f" {found['captions']} captions ({left_out} left out that share a caption);"
         f" {jax.devices()[0].device_kind}, jax {jax.__version__}"
     )
@@ -218,7 +221,7 @@ def main() -> int:
         if "worst_score" in row:
             print(
                 f"  scores differ by at most {row['worst_score']:.1e}, {row['same_class']:.2%} of the"
-                f" pictures get the same class; by the paper's rule {row['by_the_paper']:.4%}",
+                f" images get the same class; by the paper's rule {row['by_the_paper']:.4%}",
                 end="",
             )
         print("" if row["ok"] else "  DIFFERS")

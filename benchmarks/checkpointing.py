@@ -41,9 +41,11 @@ def checkpointing_side(size: str, batch: int, folder: str) -> dict[str, Callable
     import jax
     import orbax.checkpoint as ocp
 
-    from grain_jax import checkpoint, digests, monitor, receipt, sharding, train
-    from grain_jax import train_step as train_step_lib
+    from grain_jax import train
     from grain_jax.input_pipeline import synthetic
+    from grain_jax.runtime import checkpoint, digests, metrics_writer, receipt
+    from grain_jax.training import sharding
+    from grain_jax.training import train_step as train_step_lib
 
     train.keep_freed_memory()
     config = train_step.make_config(size, batch, **train_step.texts(batch)["packed"])
@@ -91,10 +93,10 @@ def checkpointing_side(size: str, batch: int, folder: str) -> dict[str, Callable
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             checkpointer.save(where, args=ocp.args.StandardSave(state._asdict()))
 
-    def log(writer: monitor.Monitor) -> None:
+    def log(writer: metrics_writer.MetricsWriter) -> None:
         for number in range(LOGGED):
             values = {name: float(value) for name, value in metrics.items()}
-            monitor.check_finite(values, 0, number)
+            metrics_writer.check_finite(values, 0, number)
             values |= writer.rates(number, 0.0)
             writer.progress(number, values)
             writer.write(number, values | digests.chains(state.receipt))
@@ -131,7 +133,7 @@ def checkpointing_side(size: str, batch: int, folder: str) -> dict[str, Callable
             where = place / "plain"
             out[name] = seconds(write, where)
             where.rmtree()
-        writer = monitor.Monitor(place / "log", 0, LOGGED + 1, batch)
+        writer = metrics_writer.MetricsWriter(place / "log", 0, LOGGED + 1, batch)
         with contextlib.redirect_stderr(io.StringIO()):
             out["a logged step"] = seconds(log, writer) / LOGGED
         writer.close()

@@ -1,15 +1,15 @@
 """The claim, tested: does aligning regions with descriptions beat CLIP at equal data and compute?
 
     python -m benchmarks.claim run     trains whatever has no result file yet; stop it and start it again at will
-    python -m benchmarks.claim report  prints the tables (Markdown) and draws the pictures
+    python -m benchmarks.claim report  prints the tables (Markdown) and draws the images
 
-Every arm has the same towers, pictures, batch, schedule and grid of learning rates; an arm differs by the few
+Every arm has the same towers, images, batch, schedule and grid of learning rates; an arm differs by the few
 keys in `ARMS`. Half of the classes that training never shows are for validation (they choose the learning
 rate), the other half is reported. docs/claim.md says what was fixed before the first run, and what came out.
 
 On data of your own: --data DIR, a folder with
-    A.jsonl                           training annotations (data/SCHEMA.md), pictures below DIR
-    seen/CLASS/*, unseen/CLASS/*      pictures of classes whose names captions know, and of classes that they do not
+    A.jsonl                           training annotations (data/SCHEMA.md), images below DIR
+    seen/CLASS/*, unseen/CLASS/*      images of classes whose names captions know, and of classes that they do not
     unseen.json                       {"class": ["description", ...]} of the unseen ones
     test/A.jsonl, test/seen.jsonl, test/unseen.jsonl   annotations below DIR/test, for retrieval and grounding
 and --config FILE for a larger model (default: configs/demo.py).
@@ -81,9 +81,9 @@ def train(run: design.Run, args: argparse.Namespace) -> None:
     import jax
 
     from grain_jax import config as config_lib
-    from grain_jax import flops, optim, sharding, train_step
     from grain_jax import train as trainer
     from grain_jax.models.grain import GRAIN
+    from grain_jax.training import flops, optim, sharding, train_step
 
     main = args.data or args.workdir / ("main" if run.data in design.NOISE else run.data)
     config = config_lib.from_dict(make_config(run, args.config, main, args.workdir))
@@ -247,7 +247,7 @@ def main() -> int:
             run = design.Run("grain", grain, design.SEEDS[0], args.steps)
             folder = args.workdir / "runs" / run.name
             if folder.exists():  # results travel, checkpoints do not
-                print("## Queries of GRAIN (first seed, unseen test pictures)\n")
+                print("## Queries of GRAIN (first seed, unseen test images)\n")
                 print(
                     claim_report.query_table(folder, (args.data or args.workdir / "main") / "test")
                 )

@@ -6,7 +6,8 @@ import random
 
 from benchmarks import claim_design as design
 from data import build, example
-from grain_jax import errors, images
+from grain_jax import errors
+from grain_jax.files import images
 
 _PARTS = ("A.jsonl", "seen", "unseen", "unseen.json", "test/A.jsonl", "test/seen.jsonl")
 _PARTS += ("test/unseen.jsonl",)
@@ -69,7 +70,7 @@ def degrade(
     jitter: float = 0.0,
     wrong: float = 0.0,
 ) -> None:
-    """Writes annotations with noise added to their regions (see `design.NOISE`); pictures and captions stay."""
+    """Writes annotations with noise added to their regions (see `design.NOISE`); images and captions stay."""
     records = [json.loads(line) for line in source.read_text().splitlines()]
     descriptions = [region["description"] for r in records for region in r.get("regions", [])]
     random_ = random.Random(f"{misses} {jitter} {wrong}")
@@ -98,7 +99,7 @@ def degrade(
 
 
 def make_views(main: pathlib.Path, views: pathlib.Path) -> None:
-    """Links the seen pictures, every other one, and the unseen classes, by halves, into validation and test."""
+    """Links the seen images, every other one, and the unseen classes, by halves, into validation and test."""
     if (views / "sentences.json").exists():
         return
     described = json.loads((main / "unseen.json").read_text())

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 CONFIG = "configs/demo.py"
 STEPS = 500
 RATES = (5e-4, 1e-3)
-SEEDS = (0, 1, 2)  # of weights and of the order of the data; the pictures and the species stay
+SEEDS = (0, 1, 2)  # of weights and of the order of the data; the images and the species stay
 ALPHAS = (1.0, 0.75, 0.5, 0.25, 0.0)
 ALPHA = 0.5  # of the headline, for arms whose regions learn words
 
@@ -26,7 +26,7 @@ SETTING: dict[str, Any] = {
     "model.decoder.qkv_init_gain": 2.5,
     "model.image.position_period": 16.0,
 }
-# Rows for 32 pictures' texts, so that nothing is cut and little is padded.
+# Rows for 32 images' texts, so that nothing is cut and little is padded.
 _ROWS = {rows: {"text.pack_rows": rows} for rows in (3, 6, 18, 20, 31)}
 _CLIP = {"input.max_regions": 0}
 _WEB = {"input.synthetic_caption_rate": 0.0}
@@ -78,7 +78,7 @@ AVIARIES: dict[str, dict[str, Any]] = {
     "more_species": {"genera": 48},
 }
 # Noise on top of the data set's, in its annotations: this share of regions is lost, boxes' edges move by this
-# share of their side (standard deviation), this share of regions gets the description of another picture's.
+# share of their side (standard deviation), this share of regions gets the description of another image's.
 NOISE: dict[str, dict[str, float]] = {
     "misses_80": {"misses": 0.8},
     "wrong_60": {"wrong": 0.6},

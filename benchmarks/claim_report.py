@@ -1,4 +1,4 @@
-"""Tables and pictures of `benchmarks.claim`: means over seeds with their spread, differences with their interval."""
+"""Tables and images of `benchmarks.claim`: means over seeds with their spread, differences with their interval."""
 
 import collections
 import math
@@ -318,7 +318,7 @@ def query_table(run_folder: pathlib.Path, test: pathlib.Path) -> str:
 
     Args:
       run_folder: workdir of the run, with its checkpoint.
-      test: folder of the test pictures and of unseen.jsonl.
+      test: folder of the test images and of unseen.jsonl.
     """
     predictor = grain_jax.load(run_folder)
     every = grounding.read(test, test / "unseen.jsonl")
@@ -391,7 +391,7 @@ def _draw_noise(noise, main, path: pathlib.Path) -> None:
     words = {
         "misses": "regions lost, %",
         "jitter": "box edges moved by, % of the side",
-        "wrong": "descriptions of other pictures, %",
+        "wrong": "descriptions of other images, %",
     }
     for axis, kind in zip(axes, kinds, strict=True):
         points = {0.0: noise["none"]} | {

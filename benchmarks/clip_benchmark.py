@@ -22,8 +22,10 @@ import torch
 from etils import epath
 
 import grain_jax
-from grain_jax import clip_benchmark_model, errors
-from grain_jax.evaluate import base, prompts, scores, zeroshot
+from grain_jax import errors
+from grain_jax.evaluate import base, zeroshot
+from grain_jax.inference import prompts, scores
+from grain_jax.integrations import clip_benchmark
 
 # A set of clip-benchmark that is any folder of class folders, with names and prompts from files.
 _DATASET = "imagenet_sketch"
@@ -58,7 +60,7 @@ def theirs(
     arguments = [
         "clip_benchmark",
         "eval",
-        f"--model_type={clip_benchmark_model.NAME}",
+        f"--model_type={clip_benchmark.NAME}",
         "--model=GRAIN",
         f"--pretrained={checkpoint}",
         f"--dataset={_DATASET}",
@@ -100,7 +102,7 @@ def ours(
 
 
 def compare(checkpoint: str, folder: str) -> list[dict[str, Any]]:
-    """One row a comparison: both sides' metrics, how far scores differ, how many pictures get one class."""
+    """One row a comparison: both sides' metrics, how far scores differ, how many images get one class."""
     names, paths, labels = zeroshot.class_folders(folder)
     predictor = grain_jax.load(checkpoint)
     several = prompts.load_templates()
@@ -160,20 +162,20 @@ def main() -> int:
     parser.add_argument("--json", help="file to write the figures to")
     args = parser.parse_args()
     try:
-        clip_benchmark_model.register()
+        clip_benchmark.register()
         rows = compare(args.checkpoint, args.images)
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return 2
     where = f"{jax.devices()[0].device_kind}, jax {jax.__version__}, torch {torch.__version__}"
-    print(f"{rows[0]['pictures']} pictures of {rows[0]['classes']} classes; {where}")
+    print(f"{rows[0]['pictures']} images of {rows[0]['classes']} classes; {where}")
     print(f"{'':30} {'':22} {'clip-benchmark':>14} {'ours':>9}")
     for row in rows:
         for key in _METRICS:
             both = f"{row['clip_benchmark'][key]:14.4%} {row['ours'][key]:9.4%}"
             print(f"{row['name']:30} {key:22} {both}")
         print(
-            f"{'':30} {row['same_class']:.2%} of the pictures get the same class; scores differ by at"
+            f"{'':30} {row['same_class']:.2%} of the images get the same class; scores differ by at"
             f" most {row['worst_score']:.1e}{'' if row['ok'] else '  DIFFERS'}"
         )
     if args.json:

@@ -23,7 +23,7 @@ from grain_jax.input_pipeline import records
 
 
 def make_records(output: epath.Path, count: int, num_shards: int) -> None:
-    """`count` records of one 16 x 16 picture each, made without files in between."""
+    """`count` records of one 16 x 16 image each, made without files in between."""
     file = io.BytesIO()
     PIL.Image.linear_gradient("L").resize((16, 16)).convert("RGB").save(file, "JPEG")
     region = {"bbox": (0.1, 0.1, 0.6, 0.7), "description": "a long orange beak", "score": 0.9}

@@ -3,10 +3,10 @@
     python -m benchmarks.input [--count 2000] [--batches 20] [--turns 5] [--pictures DIR] [--json OUT.json]
 
 Makes N JPEGs of 500 x 375 (about 55 KB: noise with the spectrum of photographs) with captions and regions,
-and builds them into records three ways: as they are, and squashed to 224 as JPEG and as PNG. Ours is
-`records.batches`, whole: read, parse, decode, squash, tokenise, pack. The DataLoader has 2 workers, PIL as in
+and builds them into records three ways: as they are, and resized to 224 as JPEG and as PNG. Ours is
+`records.batches`, whole: read, parse, decode, resize, tokenise, pack. The DataLoader has 2 workers, PIL as in
 the reference or torchvision's decoder and resize, open_clip's tokenizer. Each side runs in a process of its
-own; before its clock starts, a turn uses up what was made ahead of it. Then pictures are compared with PIL's,
+own; before its clock starts, a turn uses up what was made ahead of it. Then images are compared with PIL's,
 and the CPU time of an image is divided among the stages.
 """
 
@@ -28,7 +28,8 @@ from etils import epath
 from benchmarks import side_by_side
 from data import build, example, parallel
 from grain_jax import config as config_lib
-from grain_jax import images, recipe
+from grain_jax import recipe
+from grain_jax.files import images
 
 SIZE = 224
 PICTURE = (375, 500)  # height, width
@@ -40,7 +41,7 @@ SETS = {  # name: arguments of data.build
     "png_224": ("--encoding=png", f"--store-size={SIZE}"),
 }
 BATCH = 64
-STORED_TURNS = 4  # times as many batches a turn from pictures stored at 224, which are quicker
+STORED_TURNS = 4  # times as many batches a turn from images stored at 224, which are quicker
 AHEAD = 6  # batches that a side may have made while others had their turn
 SETTLE_SECONDS = 1.5  # in which it makes them
 _WORDS = (
@@ -53,7 +54,7 @@ _WORDS = (
 def picture(number: int) -> PIL.Image.Image:
     """Noise whose amplitude falls with frequency as 1/f^1.25, in correlated colours."""
     rng = np.random.default_rng(number)
-    shape = (384, 512)  # quick to transform; the picture is a part of it
+    shape = (384, 512)  # quick to transform; the image is a part of it
     frequency = np.hypot(np.fft.fftfreq(shape[0])[:, None] * shape[0], np.arange(shape[1] // 2 + 1))
     frequency[0, 0] = np.inf
     phases = np.exp(2j * np.pi * rng.random((3, *frequency.shape), np.float32))
@@ -90,7 +91,7 @@ def _save_picture(number: int, folder: str) -> None:
 
 
 def make_data(folder: epath.Path, count: int) -> None:
-    """The pictures, `A.jsonl` and the three sets in `folder`."""
+    """The images, `A.jsonl` and the three sets in `folder`."""
     (folder / "pictures").mkdir(parents=True)
     save = functools.partial(_save_picture, folder=str(folder / "pictures"))
     for _ in parallel.ordered_map(save, range(count), workers=WORKERS):
@@ -151,7 +152,7 @@ def our_side(folder: str, name: str, count: int) -> dict[str, Callable]:
 
 
 def torch_side(folder: str, kind: str, count: int) -> dict[str, Callable]:
-    """A DataLoader on the pictures' files, decoding with PIL or torchvision."""
+    """A DataLoader on the images' files, decoding with PIL or torchvision."""
     import torch
 
     from benchmarks import torch_input
@@ -209,8 +210,8 @@ def profile_side(folder: str, name: str, count: int) -> dict[str, Callable]:
             flipped=tf.constant(False),
         )
 
-    no_squash = mock.patch.object(
-        transforms, "squash", lambda image, size: flat(tf.shape(image)[0])
+    no_resize = mock.patch.object(
+        transforms, "resize", lambda image, size: flat(tf.shape(image)[0])
     )
     no_decode = mock.patch.object(
         transforms, "decode", lambda encoded: flat(tf.strings.length(encoded))
@@ -219,8 +220,8 @@ def profile_side(folder: str, name: str, count: int) -> dict[str, Callable]:
     pipelines = {}
     for what, patches in (
         ("whole", ()),
-        ("no squash", (no_squash,)),
-        ("no picture", (no_squash, no_decode)),
+        ("no resize", (no_resize,)),
+        ("no picture", (no_resize, no_decode)),
         ("read", (nothing,)),
     ):
         pipelines[what] = records.batches(config)
@@ -248,15 +249,15 @@ def profile_side(folder: str, name: str, count: int) -> dict[str, Callable]:
             time.sleep(SETTLE_SECONDS)
         began = time.process_time()
         for _ in range(count):
-            jax.block_until_ready(device.to_global(batch, sharding))
+            jax.block_until_ready(device.shard_batch(batch, sharding))
         to_device = milliseconds(time.process_time() - began)
         read = total["read"] - sum(texts["read"].values())
         turns.append(
             {
                 "read, order, batch": read,
                 "parse, choose": total["no picture"] - sum(texts["no picture"].values()) - read,
-                "decode": total["no squash"] - total["no picture"],
-                "squash": total["whole"] - total["no squash"],
+                "decode": total["no resize"] - total["no picture"],
+                "resize": total["whole"] - total["no resize"],
                 **texts["whole"],
                 "to the device": to_device,
             }
@@ -269,16 +270,16 @@ def profile_side(folder: str, name: str, count: int) -> dict[str, Callable]:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two pictures, uint8, in dB; infinite where they are equal."""
+    """Peak signal-to-noise ratio of two images, uint8, in dB; infinite where they are equal."""
     error = np.mean((a.astype(np.float64) - b) ** 2)
     return float(20 * np.log10(255) - 10 * np.log10(error)) if error else float("inf")
 
 
 def quality(paths: Sequence[epath.Path]) -> dict[str, Any]:
-    """What training sees of pictures, against PIL's squash of the file.
+    """What training sees of images, against PIL's resize of the file.
 
-    Returns: worst and mean difference in levels of full-size pictures and of PNGs, mean and least PSNR of
-      JPEGs, and how many pictures these are of.
+    Returns: worst and mean difference in levels of full-size images and of PNGs, mean and least PSNR of
+      JPEGs, and how many images these are of.
     """
     from grain_jax.input_pipeline import transforms
 
@@ -286,12 +287,12 @@ def quality(paths: Sequence[epath.Path]) -> dict[str, Any]:
     for path in paths:
         encoded = path.read_bytes()
         picture = images.decode_image(encoded, str(path))
-        expected = images.squash(picture, SIZE)
+        expected = images.resize(picture, SIZE)
         for kind, size, setting in (("original", 0, 0), ("png", SIZE, 0), ("jpeg", SIZE, 95)):
             stored, _ = example.encode_picture(
                 picture, encoded, example.Encoding(kind, setting, size)
             )
-            seen = transforms.squash(transforms.decode(stored), SIZE).numpy()
+            seen = transforms.resize(transforms.decode(stored), SIZE).numpy()
             if kind == "jpeg":
                 ratios.append(psnr(seen, expected))
             else:
@@ -363,7 +364,7 @@ def main() -> int:
     """Makes the data, and prints throughput, quality and profile."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=2000, help="pictures that are made")
-    parser.add_argument("--batches", type=int, default=20, help=f"of {BATCH} pictures, a turn")
+    parser.add_argument("--batches", type=int, default=20, help=f"of {BATCH} images, a turn")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--pictures", type=epath.Path, help="real ones, for the quality")
     parser.add_argument("--data", type=epath.Path, help="keep the data here, or take what is there")
@@ -393,7 +394,7 @@ def main() -> int:
             qualities["real"] = quality(sorted(real))
         for name, q in qualities.items():
             print(
-                f"{q['pictures']} {name} pictures against PIL's squash: from full size mean"
+                f"{q['pictures']} {name} images against PIL's resize: from full size mean"
                 f" {q['full_size_mean']:.3f} and worst {q['full_size_worst']} levels of 255 off; PNG worst"
                 f" {q['png_worst']}; JPEG q95 PSNR mean {q['jpeg_psnr_mean']:.1f}, least"
                 f" {q['jpeg_psnr_least']:.1f} dB"

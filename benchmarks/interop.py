@@ -4,7 +4,7 @@
 
 For each size a model with random weights, of which every one counts, goes through to-torch and to-hf
 (their parity reports are printed). The last table has the errors, max|a-b| / max|b|. `benchmarks.serving`
-has torch.compile, ONNX and the time that a picture takes.
+has torch.compile, ONNX and the time that an image takes.
 """
 
 import argparse
@@ -17,11 +17,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from grain_jax import checkpoint, recipe
 from grain_jax import config as config_lib
+from grain_jax import recipe
 from grain_jax.convert import huggingface
 from grain_jax.convert import torch as reference
 from grain_jax.models import grain
+from grain_jax.runtime import checkpoint
 
 
 def perturbed(model: config_lib.Model, seed: int = 0) -> Any:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.loss [--batches 256 1024 4096] [--turns 7] [--json OUT.json]
 
-Value and gradient of L_ic + L_rd (5 regions a picture) with respect to all embeddings, on one device, in
+Value and gradient of L_ic + L_rd (5 regions an image) with respect to all embeddings, on one device, in
 turn in one process. Both are at HIGHEST precision; their values must agree. `benchmarks.scale` has the
 same on 256 chips, by the compiler.
 """

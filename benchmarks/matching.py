@@ -18,7 +18,7 @@ import optax
 import scipy.optimize
 
 from benchmarks import side_by_side, train_step
-from grain_jax import matching
+from grain_jax.losses import matching
 
 SHAPES = ((5, 5), (6, 6), (8, 8), (10, 10), (20, 10), (50, 20), (100, 20))
 

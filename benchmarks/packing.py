@@ -9,7 +9,7 @@ Lengths are simulated after Conceptual Captions with region descriptions: captio
 number of rows a group at which at most 0.1% of the texts are dropped or cut.
 
 `--cases`: what groups of 64 lose in FIXED rows, a number that suits the lengths above, at other lengths of texts;
-and in the rows that the trainer derives from these lengths (grain_jax/derived.py), with what they cost: padding,
+and in the rows that the trainer derives from these lengths (grain_jax/input_pipeline/derived.py), with what they cost: padding,
 and FLOPs of the B/16's text tower.
 """
 
@@ -23,8 +23,9 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import derived, flops, recipe
-from grain_jax.input_pipeline import packing, text_lengths
+from grain_jax import recipe
+from grain_jax.input_pipeline import derived, packing, text_lengths
+from grain_jax.training import flops
 
 GROUP_SIZES = (1, 8, 16, 32, 64, 128)
 REGIONS = 5

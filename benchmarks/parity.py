@@ -21,14 +21,16 @@ import optax
 from etils import epath
 
 from benchmarks import preprocessing
-from grain_jax import boxes, matching, optim, recipe, schema, train_step
 from grain_jax import config as config_lib
 from grain_jax import losses as losses_lib
+from grain_jax import recipe, schema
 from grain_jax.convert import torch as from_torch
 from grain_jax.convert import torch_names
-from grain_jax.evaluate import scores
+from grain_jax.inference import scores
 from grain_jax.input_pipeline import packing, tokenizer
+from grain_jax.losses import boxes, matching
 from grain_jax.models import grain
+from grain_jax.training import optim, train_step
 
 GOLDENS = epath.Path(__file__).absolute().parent.parent / "tests" / "goldens"
 RELATIVE = 1e-5  # of max |reference|
@@ -108,7 +110,7 @@ def config(**loss) -> config_lib.Config:
 
 
 def batch(boxes_pixels: np.ndarray, *, packed: bool) -> schema.Batch:
-    """The goldens' inputs as a Batch; boxes are xyxy pixels of a 224 picture, clipped here."""
+    """The goldens' inputs as a Batch; boxes are xyxy pixels of a 224 image, clipped here."""
     arrays = goldens().arrays
     mask = arrays["inputs/avail"] == 1
     captions, descriptions = arrays["inputs/text"], arrays["inputs/desc"][mask]
@@ -401,7 +403,7 @@ def tokens() -> Iterator[Comparison]:
 
 
 def preprocessing_pil() -> Iterator[Comparison]:
-    """The PIL path (evaluation, `grain_jax.load`): the worst pixel of each picture, in levels of 255."""
+    """The PIL path (evaluation, `grain_jax.load`): the worst pixel of each image, in levels of 255."""
     for name in preprocessing.names():
         yield Comparison(name, float(preprocessing.pil_distance(name).max()), 0.0)
 

@@ -1,4 +1,4 @@
-"""Our squash of pictures against the reference's (preprocess.npz): its inputs, outputs and tolerances.
+"""Our resize of images against the reference's (preprocess.npz): its inputs, outputs and tolerances.
 
 Shared by the parity table and tests/input_pipeline/test_transforms.py; TensorFlow is imported by `tf_distance` alone.
 """
@@ -10,7 +10,7 @@ import PIL
 import PIL.Image
 from etils import epath
 
-from grain_jax import images
+from grain_jax.files import images
 
 GOLDENS = epath.Path(__file__).absolute().parent.parent / "tests" / "goldens"
 SIZE = 64  # of the goldens' outputs
@@ -38,12 +38,12 @@ def golden() -> dict[str, np.ndarray]:
 
 
 def names() -> list[str]:
-    """The goldens' pictures."""
+    """The goldens' images."""
     return [key.removeprefix("input/") for key in golden() if key.startswith("input/")]
 
 
 def picture(name: str) -> PIL.Image.Image:
-    """The picture as the reference got it."""
+    """The image as the reference got it."""
     pixels = golden()[f"input/{name}"]
     if name.startswith("palette"):
         out = PIL.Image.fromarray(pixels, "L").convert("P")
@@ -63,7 +63,7 @@ def expected(name: str) -> np.ndarray:
 
 def pil_distance(name: str) -> np.ndarray:
     """|our PIL path - the reference| in levels, int [64, 64, 3]."""
-    ours = images.squash(picture(name), SIZE, convert_first=False)
+    ours = images.resize(picture(name), SIZE, convert_first=False)
     return np.abs(ours.astype(int) - expected(name))
 
 
@@ -74,7 +74,7 @@ def tf_distance(name: str) -> np.ndarray:
     from grain_jax.input_pipeline import transforms
 
     rgb = picture(name).convert("RGB")
-    ours = transforms.squash(tf.constant(np.asarray(rgb)), SIZE).numpy()
+    ours = transforms.resize(tf.constant(np.asarray(rgb)), SIZE).numpy()
     if ours.dtype != np.uint8:
         raise ValueError(f"{name}: dtype {ours.dtype}, expected uint8")
-    return np.abs(ours.astype(int) - images.squash(rgb, SIZE))
+    return np.abs(ours.astype(int) - images.resize(rgb, SIZE))

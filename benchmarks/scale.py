@@ -103,7 +103,8 @@ def pod(args) -> dict:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from grain_jax import config as config_lib
-    from grain_jax import losses, recipe, sharding
+    from grain_jax import losses, recipe
+    from grain_jax.training import sharding
     from launch import hlo
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:16x16").devices
@@ -182,7 +183,8 @@ def exactness(args) -> dict:
     import numpy as np
 
     from grain_jax import config as config_lib
-    from grain_jax import losses, recipe, sharding
+    from grain_jax import losses, recipe
+    from grain_jax.training import sharding
 
     settings = recipe.base("B/16")
     settings.total_steps, settings.optim.warmup_steps = 1, 0
@@ -242,9 +244,10 @@ def microbatches(args) -> dict:
     import numpy as np
 
     from grain_jax import config as config_lib
-    from grain_jax import optim, recipe, sharding, train_step
+    from grain_jax import recipe
     from grain_jax.input_pipeline import synthetic
     from grain_jax.models.grain import GRAIN
+    from grain_jax.training import optim, sharding, train_step
 
     settings = recipe.base("tiny")
     settings.total_steps, settings.optim.warmup_steps = 10, 1

@@ -1,8 +1,8 @@
-"""Milliseconds a picture of a trained model: ours, exported, PyTorch, torch.compile and ONNX Runtime.
+"""Milliseconds an image of a trained model: ours, exported, PyTorch, torch.compile and ONNX Runtime.
 
     python -m benchmarks.serving [--sizes S/16 B/16] [--batches 1 8] [--turns 7] [--json OUT.json]
 
-Image embedding, regions and boxes of the same pictures from the same random weights (`interop.perturbed`),
+Image embedding, regions and boxes of the same images from the same random weights (`interop.perturbed`),
 float32; ours take uint8 and normalise it, the others are given it normalised, with that not timed; each side in
 a process of its own, turn by turn. Outputs must agree to 1e-5.
 """
@@ -104,16 +104,17 @@ def _variants(ways, given: dict[int, np.ndarray]) -> dict[str, Callable[[], Any]
 
 
 def prepare(size: str, folder: epath.Path) -> int:
-    """Writes the model in every form below `folder`; returns the pictures' size."""
+    """Writes the model in every form below `folder`; returns the images' size."""
     import logging
     import warnings
 
     import transformers
 
     from benchmarks import interop
-    from grain_jax import checkpoint, export, inference
     from grain_jax import config as config_lib
+    from grain_jax import export, inference
     from grain_jax.convert import huggingface
+    from grain_jax.runtime import checkpoint
 
     model = config_lib.model_from_dict(recipe.model(size).to_dict())
     params = interop.perturbed(model)
@@ -148,7 +149,7 @@ def main() -> int:
                 {n: (s, given) for n, s in sides.items()}, turns=args.turns
             )
         print(
-            f"\n{size:22} {'pictures':>8} {'ms a picture: median (least - most)':>36} {'error':>9}"
+            f"\n{size:22} {'pictures':>8} {'ms an image: median (least - most)':>36} {'error':>9}"
         )
         for name, timing in timings.items():
             way, _, count = name.partition(" ")[2].partition("|")

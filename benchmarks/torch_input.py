@@ -1,6 +1,6 @@
-"""Pictures and texts by a torch Dataset, as one would write it: the other side of `input`.
+"""Images and texts by a torch Dataset, as one would write it: the other side of `input`.
 
-Texts are padded to 77 and of a picture at most five regions are kept, those of the highest score.
+Texts are padded to 77 and of an image at most five regions are kept, those of the highest score.
 """
 
 import json
@@ -20,7 +20,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Pictures(torch.utils.data.Dataset):
-    """The pictures that `A.jsonl` in `folder` names, below `folder`/pictures.
+    """The images that `A.jsonl` in `folder` names, below `folder`/pictures.
 
     Args:
       folder: that folder.
@@ -77,6 +77,6 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch; the texts that there are lie one after another, each picture's caption first."""
+    """A batch; the texts that there are lie one after another, each image's caption first."""
     out = {key: torch.stack([e[key] for e in examples]) for key in ("image", "boxes", "mask")}
     return out | {"tokens": torch.cat([e["tokens"] for e in examples])}

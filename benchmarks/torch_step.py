@@ -142,7 +142,7 @@ def padded_tokens(batch: schema.Batch) -> np.ndarray:
 
 
 def match(boxes, target, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(picture, region, query) of every matched region, in the order of the mask, by SciPy on the host."""
+    """(image, region, query) of every matched region, in the order of the mask, by SciPy on the host."""
     with torch.no_grad():
         pred, real = boxes[:, :, None].float(), target[:, None]
         cost = 5 * (pred - real).abs().sum(-1) - 2 * modeling._giou(pred, real, 0.0)

@@ -5,7 +5,7 @@
 Texts have the synthetic source's lengths: captions of 10-20 tokens, 0-5 descriptions of 4-12. The same
 weights and the same batch everywhere, and before anything is timed the losses must agree (dropout off).
 PyTorch (`torch_step`) pads each real text to 77, as the reference does, or packs; each of them eager and
-through torch.compile. Ours has static shapes, so padded is a row for each of the 6 texts a picture can
+through torch.compile. Ours has static shapes, so padded is a row for each of the 6 texts an image can
 have. On a CPU float32, on a GPU bfloat16.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks import side_by_side
 from grain_jax import recipe
 
-# Rows that hold 99.9% of groups of so many pictures (benchmarks.packing).
+# Rows that hold 99.9% of groups of so many images (benchmarks.packing).
 PACKED_ROWS = {8: 5, 16: 9, 32: 17, 64: 33, 128: 63}
 TOLERANCE = 1e-4  # of the losses, float32; bfloat16 3e-2
 
@@ -53,9 +53,10 @@ def jax_side(size: str, batch: int) -> dict[str, Any]:
     """Our step: {variant: callable that returns the loss}, and "dropout off": the loss alone."""
     import jax
 
-    from grain_jax import optim, sharding, train, train_step
+    from grain_jax import train
     from grain_jax.input_pipeline import synthetic
     from grain_jax.models.grain import GRAIN
+    from grain_jax.training import optim, sharding, train_step
 
     train.keep_freed_memory()
     state, out = None, {}
@@ -97,10 +98,11 @@ def torch_side(size: str, batch: int, compiled: bool) -> dict[str, Any]:
     import torch
 
     from benchmarks import torch_step
-    from grain_jax import optim, sharding, train, train_step
+    from grain_jax import train
     from grain_jax.convert import torch as convert
     from grain_jax.input_pipeline import synthetic
     from grain_jax.models.grain import GRAIN
+    from grain_jax.training import optim, sharding, train_step
 
     train.keep_freed_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))

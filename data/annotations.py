@@ -1,4 +1,4 @@
-"""Checks annotation lines together with their pictures; without them `grain_jax/annotations.py` does.
+"""Checks annotation lines together with their images; without them `grain_jax/files/annotations.py` does.
 
 A line becomes an `Annotation` or a list of faults, never an exception; `data/build.py` decides what
 many faults mean.
@@ -10,15 +10,15 @@ from typing import NamedTuple
 import PIL.Image
 from etils import epath
 
-from grain_jax import annotations, images
+from grain_jax.files import annotations, images
 
 
 class Checked(NamedTuple):
-    """What a line came to: an annotation with its picture, or faults."""
+    """What a line came to: an annotation with its image, or faults."""
 
-    annotation: annotations.Annotation | None  # its boxes are clipped to the picture
+    annotation: annotations.Annotation | None  # its boxes are clipped to the image
     picture: PIL.Image.Image | None
-    encoded: bytes  # the picture's file
+    encoded: bytes  # the image's file
     faults: list[str]
     boxes_clipped: int
     unknown_keys: list[str]
@@ -27,7 +27,7 @@ class Checked(NamedTuple):
 def check_line(
     line: bytes, folder: epath.PathLike, encoded_picture: bytes | None = None
 ) -> Checked:
-    """Checks one line and its picture, which lies below `folder` unless its file is handed in."""
+    """Checks one line and its image, which lies below `folder` unless its file is handed in."""
     parsed = annotations.parse_line(line, caption_required=True)
     faults = list(parsed.faults)
     picture, encoded = None, b""
@@ -56,7 +56,7 @@ def _picture(
     except FileNotFoundError:
         faults.append(f"{got}, expected a file; there is no {folder / name}")
     except OSError as error:
-        faults.append(f"{got}, {error.strerror or error}, expected a picture")
+        faults.append(f"{got}, {error.strerror or error}, expected an image")
     except images.ImageError as error:
         faults.append(str(error))
     return None, b""
@@ -65,7 +65,7 @@ def _picture(
 def _clipped(
     boxes_xyxy: list[annotations.Box | None], picture: PIL.Image.Image, faults: list[str]
 ) -> list[annotations.Box | None]:
-    """Each box within the picture; None, and a fault, for one that hangs over too far."""
+    """Each box within the image; None, and a fault, for one that hangs over too far."""
     out = []
     for index, box_xyxy in enumerate(boxes_xyxy):
         if box_xyxy is None:  # its own fault is reported already
@@ -77,7 +77,7 @@ def _clipped(
             kept = math.floor(100 * clipped.kept)  # 49.9% is not said to be 50%
             faults.append(
                 f"regions[{index}].box: got {annotations.show(typed)}, {kept}% of it"
-                f" in the picture of {picture.width} x {picture.height},"
+                f" in the image of {picture.width} x {picture.height},"
                 f" expected at least {annotations.MIN_INSIDE:.0%}"
             )
         out.append(clipped.box_xyxy)

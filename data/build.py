@@ -1,8 +1,8 @@
-"""Annotations and pictures -> a TFDS-format record set (format: data/SCHEMA.md).
+"""Annotations and images -> a TFDS-format record set (format: data/SCHEMA.md).
 
   python -m data.build --annotations A.jsonl --images DIR --output DIR --name NAME
 
-First every line is checked and every picture decoded: all faults are named, by file and line, before
+First every line is checked and every image decoded: all faults are named, by file and line, before
 anything is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from data import duplicates, example, parallel, progress, staging
-from grain_jax import errors, shown
+from grain_jax import errors, printable
 
 SHARD_BYTES = 64 << 20  # aimed at: a block of a lane, one shard by default, is held in memory whole
 SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal shares
@@ -87,13 +87,13 @@ def parser() -> Parser:
     add("--output", required=True, metavar="DIR", help="the set goes to DIR/NAME/1.0.0")
     add("--name", required=True, type=_name, help="name of the set, for input.name and TFDS")
     add("--num-shards", type=positive, help="default: 64 MB each, a multiple of 16")
-    add("--store-size", type=positive, metavar="S", help="squash pictures to S x S once, here")
+    add("--store-size", type=positive, metavar="S", help="resize images to S x S once, here")
     add(
         "--encoding",
         type=_encoding,
         default="original",
         metavar="original|png|jpeg:Q",
-        help="how pictures are stored; original keeps files that need no change (default)",
+        help="how images are stored; original keeps files that need no change (default)",
     )
     add("--max-faults", type=share, default=0.01, metavar="F", help="share of lines (default 0.01)")
     add("--overwrite", action="store_true", help="replace an existing set of that name")
@@ -102,14 +102,14 @@ def parser() -> Parser:
         type=share,
         default=0.0,
         metavar="SHARE",
-        help="of the pictures, chosen by their hash: split validation beside train (default 0)",
+        help="of the images, chosen by their hash: split validation beside train (default 0)",
     )
     add(
         "--exclude-duplicates-of",
         nargs="+",
         default=[],
         metavar="SET_DIR",
-        help="leave out pictures that these TFDS sets have, in whatever size or compression",
+        help="leave out images that these TFDS sets have, in whatever size or compression",
     )
     add("--workers", type=positive, help="processes (default: one a core; none for small sets)")
     return out
@@ -140,7 +140,7 @@ class Survey:
         faults = list(verdict.faults)
         if not faults:
             identity = verdict.id
-            if identity is None:  # its picture's path, unless another line has that picture too
+            if identity is None:  # its image's path, unless another line has that image too
                 identity = verdict.image
                 if identity in self._line_of_id:
                     identity = f"{verdict.image}#{verdict.number}"
@@ -151,7 +151,7 @@ class Survey:
                 ]
         for fault in faults:
             self.faults.append((verdict.number, fault))
-            line = shown.plain(f"{self.file_name}:{verdict.number}: {fault}")
+            line = printable.plain(f"{self.file_name}:{verdict.number}: {fault}")
             print(line, file=sys.stderr)
         if faults:
             return
@@ -167,11 +167,11 @@ class Survey:
         parts = [f"{self.faulty_lines} of {self.lines} lines faulty ({len(self.faults)} faults)"]
         if self.boxes_clipped:
             parts.append(
-                f"{self.boxes_clipped} of {sum(self.regions)} boxes clipped to their picture"
+                f"{self.boxes_clipped} of {sum(self.regions)} boxes clipped to their image"
             )
         if self.unknown_keys:
             named = ", ".join(
-                f"{shown.plain(key, 60)} ({n})" for key, n in self.unknown_keys.most_common()
+                f"{printable.plain(key, 60)} ({n})" for key, n in self.unknown_keys.most_common()
             )
             parts.append(f"unknown keys kept out: {named}")
         return f"{self.file_name}: " + "; ".join(parts)
@@ -195,7 +195,7 @@ def survey(
     total: int,
     read_lines: ReadLines = example.read_lines,
 ) -> Survey:
-    """Checks all lines and decodes all pictures."""
+    """Checks all lines and decodes all images."""
     found = Survey(str(annotations))
     check = functools.partial(example.check, folder=str(folder))
     verdicts = parallel.ordered_map(check, read_lines(annotations), workers=workers)
@@ -218,7 +218,7 @@ class Division(NamedTuple):
 def divide(found: Survey, args: argparse.Namespace, workers: int) -> Division:
     """Leaves out what other sets have, and holds out a share.
 
-    A picture's side depends on its file only, so it is the same in each run and in each set; but one that
+    An image's side depends on its file only, so it is the same in each run and in each set; but one that
     is nearly a held-out one is held out too.
 
     Raises:
@@ -253,7 +253,7 @@ def divide(found: Survey, args: argparse.Namespace, workers: int) -> Division:
     if not splits[0] or (args.holdout and not splits[1]):
         raise BuildError(
             f"--holdout {args.holdout:g}, {len(args.exclude_duplicates_of)} sets excluded: of"
-            f" {len(lines)} pictures {len(splits[0])} are left for train and {len(splits[1])} for"
+            f" {len(lines)} images {len(splits[0])} are left for train and {len(splits[1])} for"
             " validation, expected at least one; no records were written"
         )
     regions = int(np.asarray(found.regions)[kept].sum())
@@ -305,7 +305,7 @@ def build(args: argparse.Namespace, read_lines: ReadLines = example.read_lines) 
 
     Args:
       args: as `parser` gives them.
-      read_lines: gives the lines of `args.annotations`, with their pictures where these are no files.
+      read_lines: gives the lines of `args.annotations`, with their images where these are no files.
 
     Raises:
       BuildError: wrong usage or wrong input.
@@ -320,7 +320,7 @@ def build(args: argparse.Namespace, read_lines: ReadLines = example.read_lines) 
             f"--annotations {annotations}: no such file, expected one JSON object a line"
         )
     if not folder.is_dir():
-        raise BuildError(f"--images {folder}: no such folder, expected the pictures")
+        raise BuildError(f"--images {folder}: no such folder, expected the images")
     with staging.locked(target):
         return _build(args, annotations, folder, target, read_lines, start)
 
@@ -345,7 +345,7 @@ def _build(
     found = survey(annotations, folder, workers=workers, total=total, read_lines=read_lines)
     too_many = found.faulty_lines > args.max_faults * found.lines or not found.ids
     listed = target.parent / "faults.jsonl"
-    print(shown.plain(found.summary()), file=sys.stderr)
+    print(printable.plain(found.summary()), file=sys.stderr)
     if too_many:
         if not target.exists():  # a set that stays keeps the list of its own faults
             found.write_faults(listed)
@@ -360,7 +360,7 @@ def _build(
         ("go to validation", len(division.validation)),
     ):
         if count:
-            print(f"{annotations}: {count} of {len(found.ids)} pictures {what}", file=sys.stderr)
+            print(f"{annotations}: {count} of {len(found.ids)} images {what}", file=sys.stderr)
     encoding = example.Encoding(args.encoding.kind, args.encoding.quality, args.store_size or 0)
     bytes_each = _stored_bytes(found, encoding) / len(found.ids)
 
@@ -418,7 +418,7 @@ def _build(
             file=sys.stderr,
         )
     found.write_faults(listed)  # after the records: the list is of the set that is there
-    sizes = f"{len(division.train)} pictures"
+    sizes = f"{len(division.train)} images"
     if division.validation:
         sizes += f" and {len(division.validation)} held out"
     return (

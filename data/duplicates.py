@@ -1,7 +1,7 @@
-"""Finds pictures that are there twice, within a set and across sets, by two fingerprints.
+"""Finds images that are there twice, within a set and across sets, by two fingerprints.
 
 `exact` is a hash of the file: it sees through another name. `near` is a difference hash of the pixels:
-also of a copy that was resized, squashed or compressed anew, of which up to NEAR_BITS of 64 bits differ.
+also of a copy that was resized, resized or compressed anew, of which up to NEAR_BITS of 64 bits differ.
 So it works whatever size either set is stored at.
 """
 
@@ -14,21 +14,21 @@ import PIL.Image
 from etils import epath
 
 from data import parallel, sources
-from grain_jax import images
+from grain_jax.files import images
 
-FILE = "fingerprints.npy"  # beside a set's records: a row a picture
+FILE = "fingerprints.npy"  # beside a set's records: a row an image
 NEAR_BITS = 3
 _BANDS = 4  # of 16 bits: with 3 bits changed, one of four is as it was
-_TELLING = 8  # bits of either kind; with fewer, a hash is that of any flat picture
+_TELLING = 8  # bits of either kind; with fewer, a hash is that of any flat image
 _PAIRS = 1 << 18  # compared at once
 
 Fingerprint = tuple[int, int]  # exact, near: 64 bits each
 
 
 def fingerprint(encoded: bytes, picture: PIL.Image.Image) -> Fingerprint:
-    """Of a file and the picture in it.
+    """Of a file and the image in it.
 
-    `near` says of each of 8 x 8 places of the squashed, grey picture whether it is darker than the place to
+    `near` says of each of 8 x 8 places of the resized, grey image whether it is darker than the place to
     its right.
     """
     exact = hashlib.sha256(encoded).digest()[:8]
@@ -53,10 +53,10 @@ def encode(fingerprints: np.ndarray) -> bytes:
 
 
 def of_set(folder: epath.PathLike, *, workers: int) -> np.ndarray:
-    """Fingerprints of the pictures of a TFDS set, all splits: uint64 [N, 2].
+    """Fingerprints of the images of a TFDS set, all splits: uint64 [N, 2].
 
     Of sets that data.build wrote, those of the files that they were made from; of others, those of the
-    pictures that they hold, which takes time.
+    images that they hold, which takes time.
 
     Raises:
       data.sources.SourceError: there is no set.
@@ -71,7 +71,7 @@ def of_set(folder: epath.PathLike, *, workers: int) -> np.ndarray:
 
 
 def _of_encoded(encoded: bytes) -> Fingerprint | tuple[()]:
-    """Nothing for a picture that cannot be read: no good one is like it."""
+    """Nothing for an image that cannot be read: no good one is like it."""
     try:
         return fingerprint(encoded, images.decode_image(encoded))
     except images.ImageError:
@@ -79,14 +79,14 @@ def _of_encoded(encoded: bytes) -> Fingerprint | tuple[()]:
 
 
 def earlier_twins(fingerprints: np.ndarray) -> np.ndarray:
-    """For each picture the first one that is the same file; -1 if it is the first itself. int64 [N]."""
+    """For each image the first one that is the same file; -1 if it is the first itself. int64 [N]."""
     _, first, which = np.unique(fingerprints[:, 0], return_index=True, return_inverse=True)
     out = first[which]
     return np.where(out < np.arange(len(out)), out, -1)
 
 
 def matches(fingerprints: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which pictures are among the known ones: bool [N] exactly, bool [N] nearly (or exactly)."""
+    """Which images are among the known ones: bool [N] exactly, bool [N] nearly (or exactly)."""
     exact = np.isin(fingerprints[:, 0], known[:, 0])
     near = exact.copy()
     of, among = fingerprints[:, 1], known[:, 1]

@@ -8,7 +8,7 @@ import PIL.Image
 from etils import epath
 
 from data import annotations, duplicates
-from grain_jax import images
+from grain_jax.files import images
 
 VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
 
@@ -18,7 +18,7 @@ _STORED_AS_THEY_ARE = {"JPEG": ("RGB", "L"), "PNG": ("RGB", "L", "P", "1", "RGBA
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How a picture is stored: `kind` "original", "png" or "jpeg" with `quality`; `size` 0 = as it is."""
+    """How an image is stored: `kind` "original", "png" or "jpeg" with `quality`; `size` 0 = as it is."""
 
     kind: str
     quality: int = 0
@@ -38,7 +38,7 @@ class Line(NamedTuple):
 
     number: int
     text: bytes
-    encoded_picture: bytes | None = None  # where it is no file in the pictures' folder
+    encoded_picture: bytes | None = None  # where it is no file in the images' folder
 
 
 class Verdict(NamedTuple):
@@ -56,7 +56,7 @@ class Verdict(NamedTuple):
 
 
 def check(line: Line, *, folder: str) -> Verdict:
-    """Checks a line and decodes its picture."""
+    """Checks a line and decodes its image."""
     checked = annotations.check_line(line.text, folder, line.encoded_picture)
     found = checked.annotation
     return Verdict(
@@ -120,7 +120,7 @@ def encode_picture(
                 return encoded, False
             rescued = True
     if encoding.size:
-        picture = PIL.Image.fromarray(images.squash(picture, encoding.size))
+        picture = PIL.Image.fromarray(images.resize(picture, encoding.size))
     out = io.BytesIO()
     if encoding.kind == "jpeg":
         # Colours at full resolution: halved, they cost quality 95 nine decibels (docs/input.md).

@@ -165,7 +165,7 @@ class Input:
     flip_rate: (
         float  # chance of a mirror image; boxes move, left and right change places in the words
     )
-    crop_min_area: float  # smallest share of the picture that a random crop keeps; 1 = no crop
+    crop_min_area: float  # smallest share of the image that a random crop keeps; 1 = no crop
     reader_threads: int  # 0 = as many as tf.data wants
     datasets: tuple[Dataset, ...] = ()  # a mixture, instead of `data_dir` and `name`
 
@@ -239,7 +239,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """One measurement: what, on which pictures."""
+    """One measurement: what, on which images."""
 
     kind: str  # one of EVAL_KINDS
     images: str  # class folders (LABELLED_KINDS), else the folder that the annotations' paths start from
@@ -312,7 +312,7 @@ class Config:
     checkpoint_best_metric: str  # the best by this key of metrics.jsonl, e.g. "loss"; "" = none
     checkpoint_best_mode: str  # "max" or "min"
     eval_every: int  # steps; 0 = only after the last
-    pictures: int  # test pictures drawn with their regions after the last step; 0 = none
+    pictures: int  # test images drawn with their regions after the last step; 0 = none
     profile_start: int  # first step of a profiler trace; 0 = none
     profile_steps: int  # how many steps it has
     wandb: Wandb

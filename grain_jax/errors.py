@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 
-from grain_jax import shown
+from grain_jax import printable
 
 
 class UserError(ValueError):
@@ -18,7 +18,7 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         """The message; file names and texts in it cannot move the terminal."""
-        return shown.plain(super().__str__(), keep="\n\t")
+        return printable.plain(super().__str__(), keep="\n\t")
 
 
 class MissingData(UserError):

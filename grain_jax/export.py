@@ -2,7 +2,7 @@
 
   python -m grain_jax.export --checkpoint DIR --output DIR [--dtype float32|bfloat16]
 
-Every function takes any number of pictures or texts and is lowered for CPUs, CUDA and TPUs at once. The
+Every function takes any number of images or texts and is lowered for CPUs, CUDA and TPUs at once. The
 parameters lie beside them in one file, since the functions share them (docs/library.md shows their use).
 """
 
@@ -134,7 +134,7 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
         "functions": {name: signature(*made) for name, made in functions.items()},
         "image": {
             "size": model.image.image_size,
-            "prepare": "RGB, squashed to a square by Pillow's bicubic filter (antialiased), no crop",
+            "prepare": "RGB, resized to a square by Pillow's bicubic filter (antialiased), no crop",
             "pixel_mean": list(model.image.pixel_mean),
             "pixel_std": list(model.image.pixel_std),
             "normalised_by": "the function: give it the uint8 values",
@@ -182,7 +182,7 @@ def _copy_tokenizer(predictor: inference.Predictor, output: epath.Path) -> None:
 def _compare(
     predictor: inference.Predictor, output: epath.Path, functions: Mapping[str, Any]
 ) -> list[parity.Comparison]:
-    """The functions, as they were written, against the predictor, on random pictures and texts."""
+    """The functions, as they were written, against the predictor, on random images and texts."""
     model = predictor.model
     with (output / "params.npz").open("rb") as file:
         params = jax.device_put(dict(np.load(file)))

@@ -2,7 +2,7 @@
 
 Axis letters, used in every shape comment of the project:
 
-  B  images of the batch          H W  picture height and width     P  image patches
+  B  images of the batch          H W  image height and width     P  image patches
   N  image tokens (P + 1)         L    text positions of a row      G  packing groups (B / pack_group)
   R  target regions an image      Q    region queries               D  joint embedding
   E  tower width                  K    attention heads              T  decoder layers

@@ -27,34 +27,29 @@ from absl import flags
 from etils import epath
 from jax.experimental import multihost_utils
 
-from grain_jax import (
-    atomic,
+from grain_jax import config as config_lib
+from grain_jax import errors, inference
+from grain_jax.convert import initialise
+from grain_jax.evaluate import base as evaluate
+from grain_jax.files import atomic
+from grain_jax.input_pipeline import derived, device, synthetic, tokenizer
+from grain_jax.report import page, pictures
+from grain_jax.runtime import (
     checkpoint,
     command_line,
-    derived,
     digests,
     distributed,
     ending,
-    errors,
-    flops,
-    inference,
-    initialise,
     lock,
-    memory,
-    monitor,
+    metrics_writer,
     preemption,
+    processes,
     profiling,
     receipt,
-    sharding,
     storage_faults,
-    train_step,
     watchdog,
 )
-from grain_jax import config as config_lib
-from grain_jax.evaluate import base as evaluate
-from grain_jax.evaluate import processes
-from grain_jax.input_pipeline import device, synthetic, tokenizer
-from grain_jax.report import page, pictures
+from grain_jax.training import flops, memory, sharding, train_step
 
 CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: metrics, checkpoints, pictures")
@@ -230,9 +225,9 @@ def _train(
     data = processes.of_first(functools.partial(source.identities, config))
     evals = evaluate.present(config.evals)
     for entry in evals.values():  # now, not after the last step
-        processes.together(functools.partial(evaluate.check, entry))
+        processes.run_together(functools.partial(evaluate.check, entry))
     check_best_entry(config, evals)
-    monitor.check_wandb(config.wandb)
+    metrics_writer.check_wandb(config.wandb)
 
     # 2. Model, optimiser and step, as shapes only.
     program = train_step.build(
@@ -259,7 +254,7 @@ def _train(
         atomic.write_text(workdir / "config.json", config_lib.to_json(config))
         tokenizer.keep_copy(config.model.text, workdir)
         peak = flops.peak_flops(jax.devices()[0].device_kind, config.dtype)
-        log = monitor.Monitor(
+        log = metrics_writer.MetricsWriter(
             workdir,
             start_step,
             total_steps,
@@ -279,7 +274,7 @@ def _train(
     )
     if derived_from:
         tell(derived_from)
-    text_counts = monitor.TextCounts(
+    text_counts = metrics_writer.TextCounts(
         last_text_counts(state, log.lines() if log else []), config.text.max_dropped_share
     )
     advice = functools.cache(functools.partial(row_advice, config, source))
@@ -299,7 +294,7 @@ def _train(
         if not best_is_evaluated:
             check_best_metric(config, lowered.out_info[1])
         step_fn = lowered.compile()
-    say(f"compiled in {monitor.duration(time.monotonic() - began)}")
+    say(f"compiled in {metrics_writer.duration(time.monotonic() - began)}")
     warning = memory.check_step(asked, mesh, program, step_fn, there)
     if warning:
         say(warning)
@@ -355,7 +350,7 @@ def _train(
                     )
                 if logs or saves:  # a state that is not finite is never saved
                     values = {name: float(value) for name, value in metrics.items()}
-                    monitor.check_finite(values, last_good_step, step)
+                    metrics_writer.check_finite(values, last_good_step, step)
                     last_good_step = step
                 if logs:
                     values |= text_counts.add(values)
@@ -418,15 +413,15 @@ def agreed(due: bool) -> bool:
 
 
 def last_text_counts(state: train_step.TrainState, lines: Sequence[str]) -> dict[str, float]:
-    """`monitor.TextCounts.NAMES` at the first process's last line, or in `state` where that has none of them."""
+    """`metrics_writer.TextCounts.NAMES` at the first process's last line, or in `state` where that has none of them."""
 
     def last():
         line = json.loads(lines[-1]) if lines else {}
-        found = {name: line.get(name) for name in monitor.TextCounts.NAMES}
+        found = {name: line.get(name) for name in metrics_writer.TextCounts.NAMES}
         if all(isinstance(n, (int, float)) and math.isfinite(n) for n in found.values()):
             return found
         counts = (state.text_counts[0], state.texts_dropped, state.text_counts[1])
-        return dict(zip(monitor.TextCounts.NAMES, map(int, counts)))
+        return dict(zip(metrics_writer.TextCounts.NAMES, map(int, counts)))
 
     return processes.of_first(last)
 
@@ -486,7 +481,7 @@ def evaluate_all(
     state: train_step.TrainState,
     workdir: epath.Path,
 ) -> dict[str, float]:
-    """The numbers of the evaluators `evals`; the processes share the pictures, and all get the numbers."""
+    """The numbers of the evaluators `evals`; the processes share the images, and all get the numbers."""
     results, step = {}, int(state.step)
     with errors.out_of_memory_in_a_line("evaluation", lambda: evaluate.SMALLER):
         predictor = make_predictor(config, state)
@@ -500,7 +495,7 @@ def evaluate_all(
 
 
 def report(config, workdir, predictor, results) -> None:
-    """Prints the final table, draws the curves and the test pictures, and writes report.html."""
+    """Prints the final table, draws the curves and the test images, and writes report.html."""
     pictures.curves(workdir / "metrics.jsonl", workdir / "curves.png")
     if results:
         atomic.write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")

@@ -20,21 +20,19 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from grain_jax import (
+from grain_jax import config as config_lib
+from grain_jax import errors, train
+from grain_jax.convert import initialise
+from grain_jax.input_pipeline import device
+from grain_jax.runtime import (
     checkpoint,
     command_line,
     digests,
-    errors,
-    initialise,
     metrics_file,
-    monitor,
+    metrics_writer,
     receipt,
-    sharding,
-    train,
-    train_step,
 )
-from grain_jax import config as config_lib
-from grain_jax.input_pipeline import device
+from grain_jax.training import sharding, train_step
 
 # The largest difference of a loss term, as a share of the loss, that rounding on another mesh explains.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
@@ -507,7 +505,7 @@ class _Replay:
                 " another order"
             )
         if chains["pixel_chain"] != there.get("pixel_chain"):
-            what = f"step {step}: the run has seen other pictures by then"
+            what = f"step {step}: the run has seen other images by then"
             if self._exact:
                 raise Mismatch(f"{what}, though versions and machine are the same")
             if not any("pictures" in reason for reason in self._reasons):
@@ -575,7 +573,7 @@ def _list(steps: list[int]) -> str:
 def _loss_error(metrics: Mapping[str, Any], line: Mapping[str, Any]) -> float:
     """The largest difference of a loss term, as a share of the logged loss."""
     scale = max(abs(line["loss"]), 1e-9)
-    return max(abs(float(metrics[term]) - line[term]) for term in monitor.LOSS_TERMS) / scale
+    return max(abs(float(metrics[term]) - line[term]) for term in metrics_writer.LOSS_TERMS) / scale
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,7 +5,7 @@ https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (FLOPs, HBM, ICI, chip
 specs" of https://jax-ml.github.io/scaling-book/tpus (DCN of v4, where Google Cloud prints none);
 https://cloud.google.com/compute/docs/gpus/gpu-network-bandwidth and /accelerator-optimized-machines (vCPUs
 and network of the machines a2-highgpu-8g, a2-ultragpu-8g, a3-megagpu-8g and a3-ultragpu-8g); NVIDIA's data
-sheets of A100, H100 SXM and H200 SXM (memory, NVLink); peak FLOPs are those of `grain_jax.flops`. The memory of
+sheets of A100, H100 SXM and H200 SXM (memory, NVLink); peak FLOPs are those of `grain_jax.training.flops`. The memory of
 a TPU is what the compiler of libtpu 0.0.42.1 allows a program, most often a little less than is printed; of a
 GPU, the share that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 """
@@ -16,7 +16,7 @@ import re
 from typing import NamedTuple
 
 from grain_jax import errors
-from grain_jax.flops import peak_flops
+from grain_jax.training.flops import peak_flops
 
 _GIB = 2**30
 _JAX_TAKES = 0.75  # of a GPU's memory, https://docs.jax.dev/en/latest/gpu_memory_allocation.html

@@ -24,7 +24,8 @@ from typing import Any
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import errors, monitor
+from grain_jax import errors
+from grain_jax.runtime import metrics_writer
 from launch import chips
 
 ROOT = epath.Path(__file__).resolve().parent.parent
@@ -181,7 +182,7 @@ def _run(
                         " fewer chips"
                     )
                 if now - told >= (1.0 if terminal else LINE_EVERY):
-                    say(f"{what} ... {monitor.duration(now - began)}")
+                    say(f"{what} ... {metrics_writer.duration(now - began)}")
                     told = now
                 time.sleep(0.05)
         finally:
@@ -261,8 +262,8 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     import jax
     from jax.experimental import topologies
 
-    from grain_jax import flops, sharding, train_step
-    from grain_jax import memory as memory_lib
+    from grain_jax.training import flops, sharding, train_step
+    from grain_jax.training import memory as memory_lib
 
     config = config_lib.from_dict(request["config"])
     name = request["topology"]

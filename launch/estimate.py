@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from grain_jax import config as config_lib
-from grain_jax import losses, memory, sharding, train_step
+from grain_jax import losses
+from grain_jax.training import memory, sharding, train_step
 from launch import chips, hlo
 
 

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 from etils import epath
 
-from grain_jax import command_line, errors, monitor
+from grain_jax import errors
+from grain_jax.runtime import command_line, metrics_writer
 
 PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
 POLL = 0.5  # seconds between two looks at the processes
@@ -293,7 +294,7 @@ class Runner:
         for other in ended:
             job, status = other.job, other.process.returncode
             del self._running[job.name]
-            took = monitor.duration(time.monotonic() - other.began)
+            took = metrics_writer.duration(time.monotonic() - other.began)
             if status == 0:
                 self._done.append(job.name)
                 result = self.result(job)
@@ -328,7 +329,7 @@ class Runner:
         eta = ""
         if done - self._given > LEAST_FOR_ETA:
             left = elapsed / (done - self._given) * (total - done)
-            eta = f", ETA {monitor.duration(left)}"
+            eta = f", ETA {metrics_writer.duration(left)}"
         at = ", ".join(
             f"{name} ({self.share_done(other.job):.0%})" for name, other in self._running.items()
         )

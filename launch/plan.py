@@ -18,9 +18,12 @@ import jax
 from absl import flags
 from etils import epath
 
-from grain_jax import command_line, derived, errors, flops
 from grain_jax import config as config_lib
-from grain_jax import memory as memory_lib
+from grain_jax import errors
+from grain_jax.input_pipeline import derived
+from grain_jax.runtime import command_line
+from grain_jax.training import flops
+from grain_jax.training import memory as memory_lib
 from launch import chips, compiler, cost, estimate, hlo, plan_text, search
 
 PER_MILLION = 1_000_000  # examples, where nobody said how many there are
@@ -372,7 +375,7 @@ def define_flags() -> flags.FlagHolder:
         1.0,
     )
     number("input-rate", default.input_rate, "images/s that one host core prepares", 1e-3)
-    number("image-bytes", default.image_bytes, "bytes of a picture as stored", 1.0)
+    number("image-bytes", default.image_bytes, "bytes of an image as stored", 1.0)
     number("storage-rate", default.storage_rate / 1e9, "GB/s between a host and storage", 1e-6)
     number("timeout", default.timeout, "seconds that one compile may take", 1.0)
     return command_line.define_config()

@@ -3,7 +3,7 @@
 import textwrap
 from typing import Any
 
-from grain_jax import monitor
+from grain_jax.runtime import metrics_writer
 
 WIDTH = 96
 # What to change when memory runs out, the cheapest in time first.
@@ -40,7 +40,7 @@ def gigabytes(size: float) -> str:
 
 def seconds(time: float) -> str:
     """Seconds as ms below one, else as s, minutes, hours."""
-    return f"{time * 1e3:.3g} ms" if time < 1 else monitor.duration(time)
+    return f"{time * 1e3:.3g} ms" if time < 1 else metrics_writer.duration(time)
 
 
 def page(plan: dict[str, Any]) -> str:
@@ -242,7 +242,7 @@ def _speed(plan) -> list[str]:
 
 
 def _days(days: float) -> str:
-    return f"{days:.1f} days" if days >= 1 else monitor.duration(days * 86400)
+    return f"{days:.1f} days" if days >= 1 else metrics_writer.duration(days * 86400)
 
 
 def _input(plan) -> list[str]:
@@ -279,19 +279,19 @@ def _input(plan) -> list[str]:
     lines = [_section("Input and storage"), *_rows(rows)]
     if feed and not feed["cores_are_enough"]:
         lines.append(
-            "  THE HOSTS' CORES ARE THE LIMIT: store the pictures at the training size (data.build"
+            "  THE HOSTS' CORES ARE THE LIMIT: store the images at the training size (data.build"
         )
         lines.append("  --store-size), which about doubles the rate, or take chips with more hosts")
     if feed and not feed["storage_is_enough"]:
         lines.append(
-            "  STORAGE IS THE LIMIT at this --storage-rate: smaller pictures (data.build --store-size),"
+            "  STORAGE IS THE LIMIT at this --storage-rate: smaller images (data.build --store-size),"
         )
         lines.append("  or storage that is faster for each host")
     if feed:
         lines.append(
             "  250 images/s a core: tf.data on two cores, JPEGs of 55 kB decoded and resized as PIL does;"
         )
-        lines.append("  pictures stored at the training size about twice that. Measure yours.")
+        lines.append("  images stored at the training size about twice that. Measure yours.")
     return lines
 
 

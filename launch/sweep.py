@@ -26,8 +26,9 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from grain_jax import command_line, errors
 from grain_jax import config as config_lib
+from grain_jax import errors
+from grain_jax.runtime import command_line
 from launch import jobs, sweep_table
 
 LAUNCHERS = ("local", "slurm", "gke")
@@ -261,7 +262,7 @@ def finished(run: Run) -> bool:
         report.append("regions.png")
     if not all((run.folder / name).exists() for name in report):
         return False
-    from grain_jax import checkpoint  # JAX: seconds, and only for what may be finished
+    from grain_jax.runtime import checkpoint  # JAX: seconds, and only for what may be finished
 
     step = sweep_table.last_step(run.folder)
     # Only the data set can turn a length in epochs into steps.

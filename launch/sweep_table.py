@@ -1,4 +1,4 @@
-"""What came of a sweep: one row a run, sorted by a metric, as text, CSV and a picture with the seeds' spread."""
+"""What came of a sweep: one row a run, sorted by a metric, as text, CSV and an image with the seeds' spread."""
 
 import csv
 import dataclasses
@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import errors, metrics_file
-from grain_jax.report import tables
+from grain_jax import errors
+from grain_jax.evaluate import tables
+from grain_jax.runtime import metrics_file
 
 SEED = "seed"
 _HEADLINES = ("/top1", "/r1", "/box_iou")  # endings of the keys that a table is sorted by unasked

@@ -26,7 +26,7 @@ class Opened:
         return self.console + self.errors + self.elsewhere
 
     def broken_pictures(self) -> list[str]:
-        """The starts of the addresses of pictures that did not load."""
+        """The starts of the addresses of images that did not load."""
         return self.page.eval_on_selector_all(
             "img",
             "all => all.filter(i => !(i.complete && i.naturalWidth)).map(i => i.src.slice(0, 80))",

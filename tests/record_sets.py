@@ -1,4 +1,4 @@
-"""Makes small annotation files, pictures and record sets for tests."""
+"""Makes small annotation files, images and record sets for tests."""
 
 import json
 
@@ -11,7 +11,7 @@ from grain_jax import recipe
 
 
 def picture(number, size=(16, 12)):
-    """A picture with a smooth, unique pattern; its first pixel tells its number."""
+    """An image with a smooth, unique pattern; its first pixel tells its number."""
     y, x = np.mgrid[: size[1], : size[0]]
     pixels = np.stack([x * 9 + number, y * 7 + number, (x + y) * 3], axis=-1) % 256
     pixels[0, 0] = (number % 256, number // 256, 7)
@@ -36,7 +36,7 @@ def annotation(number, size=(16, 12)):
 
 
 def write_annotations(folder, count, size=(16, 12)):
-    """`count` pictures and their A.jsonl in `folder`; returns the lines as dicts."""
+    """`count` images and their A.jsonl in `folder`; returns the lines as dicts."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [annotation(number, size) for number in range(count)]
     for number, line in enumerate(lines):

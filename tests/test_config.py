@@ -10,9 +10,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from grain_jax import command_line, recipe
 from grain_jax import config as config_lib
+from grain_jax import recipe
 from grain_jax.recipe import points
+from grain_jax.runtime import command_line
 from tests import tiny
 from tests.paths import ROOT
 

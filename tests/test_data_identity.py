@@ -7,8 +7,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from data import digest
-from grain_jax import checkpoint, receipt, train, verify
+from grain_jax import train, verify
 from grain_jax.input_pipeline import records
+from grain_jax.runtime import checkpoint, receipt
 from tests import record_sets, tiny
 
 
@@ -31,7 +32,7 @@ def built(pictures, tmp_path):
 
 
 def _edit(pictures, tmp_path, **changes):
-    """A copy of the pictures' folder whose line 5 has other values."""
+    """A copy of the images' folder whose line 5 has other values."""
     folder = tmp_path / "edited"
     shutil.copytree(pictures, folder)
     lines = [json.loads(line) for line in (folder / "A.jsonl").read_text().splitlines()]

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from grain_jax import sharding, train
+from grain_jax import train
 from grain_jax.input_pipeline import synthetic
+from grain_jax.training import sharding
 from tests import tiny
 from tests.paths import ROOT
 

@@ -17,11 +17,12 @@ from data import build
 from data.annotate import __main__ as annotate
 from data.aviary import __main__ as aviary
 from data.inspect import __main__ as inspect
-from grain_jax import checkpoint, errors, export, train
+from grain_jax import errors, export, train
 from grain_jax.convert import __main__ as convert
 from grain_jax.demo import __main__ as demo
 from grain_jax.evaluate import __main__ as evaluate
 from grain_jax.report import __main__ as report
+from grain_jax.runtime import checkpoint
 from tests import record_sets, tiny
 from tests.paths import ROOT
 
@@ -30,7 +31,7 @@ PICTURES, DATA, RUN = "schöne Bilder", "Sätze, gebaut", "mein Lauf 1"
 
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory):
-    """The working directory, with pictures, records and a run of two steps."""
+    """The working directory, with images, records and a run of two steps."""
     folder = tmp_path_factory.mktemp("anderer Ordner ß")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

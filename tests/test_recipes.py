@@ -8,12 +8,14 @@ import pytest
 
 from benchmarks import claim_design
 from configs import claim, demo, finetune, own
-from grain_jax import checkpoint, errors, initialise, sharding, train_step
 from grain_jax import config as config_lib
-from grain_jax.convert import torch_names
+from grain_jax import errors
+from grain_jax.convert import initialise, torch_names
 from grain_jax.evaluate import base as evaluate
 from grain_jax.models import grain
 from grain_jax.report import collect
+from grain_jax.runtime import checkpoint
+from grain_jax.training import sharding, train_step
 from tests import foreign, tiny
 
 SIZE, PATCH, LENGTH, VOCAB = 32, 8, 32, 500

@@ -14,8 +14,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 import grain_jax
-from grain_jax import checkpoint, config, errors, monitor, preemption, recipe, sharding, train
+from grain_jax import config, errors, recipe, train
 from grain_jax.input_pipeline import synthetic
+from grain_jax.runtime import checkpoint, metrics_writer, preemption
+from grain_jax.training import sharding
 from tests import tiny
 from tests.paths import ROOT
 
@@ -86,7 +88,9 @@ def test_workdir_holds_what_the_contract_says(finished):
 
 def test_lines_have_the_share_of_the_texts_that_do_not_fit(tmp_path, capfd):
     c = tiny.config(text__pack_rows=2, total_steps=5, log_every=2, checkpoint_every=2)
-    with pytest.raises(monitor.TextsLost, match=r"^step 2: 25\.\d% of the texts .* ends the run"):
+    with pytest.raises(
+        metrics_writer.TextsLost, match=r"^step 2: 25\.\d% of the texts .* ends the run"
+    ):
         train.train(c, tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())  # nothing is saved
     c = tiny.config(
@@ -150,7 +154,8 @@ def test_other_meshes_have_the_same_losses(finished, mesh, tmp_path):
 def test_nan_stops_the_run_and_names_the_term(tmp_path):
     broken = tiny.config(optim__learning_rate=1e30, optim__warmup_steps=3, checkpoint_every=1)
     with pytest.raises(
-        monitor.NotFinite, match=r"loss_image_caption is nan at step \d; it was finite at step \d"
+        metrics_writer.NotFinite,
+        match=r"loss_image_caption is nan at step \d; it was finite at step \d",
     ):
         train.train(broken, tmp_path)
     assert len(_lines(tmp_path)) < 10

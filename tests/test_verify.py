@@ -10,8 +10,9 @@ import jax
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import receipt, train, verify
+from grain_jax import train, verify
 from grain_jax.input_pipeline import records
+from grain_jax.runtime import receipt
 from tests import record_sets, tiny
 from tests.paths import ROOT
 
@@ -273,7 +274,7 @@ def test_edited_records_of_the_data_set_are_found(tmp_path, capsys):
     record_sets.picture(200).save(folder / lines[5]["image"])
     build_unnoticed()
     status, _, err = _verify(capsys, workdir, "--from", "8")
-    assert status == 1 and "step 9: the run has seen other pictures by then" in err
+    assert status == 1 and "step 9: the run has seen other images by then" in err
 
     (folder / lines[5]["image"]).write_bytes(picture)
     lines[5] |= {"caption": "another text", "captions": [], "synthetic_caption": "and another"}

@@ -1,1 +1,1 @@
-"""Pictures in, grounded descriptions out: a chat model's captions and descriptions, a detector's boxes."""
+"""Images in, grounded descriptions out: a chat model's captions and descriptions, a detector's boxes."""

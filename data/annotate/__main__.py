@@ -1,4 +1,4 @@
-"""Pictures -> captions, descriptions and boxes of an MLLM and a detector, on Apache Beam (docs/annotate.md).
+"""Images -> captions, descriptions and boxes of an MLLM and a detector, on Apache Beam (docs/annotate.md).
 
   python -m data.annotate --images FOLDER_OR_SHARDS --output DIR [--passes caption,describe] ...
 
@@ -60,7 +60,7 @@ def parser() -> build.Parser:
         allow_abbrev=False,
     )
     add = out.add_argument_group("pictures").add_argument
-    add("--images", required=True, metavar="DIR", help="folder of pictures, or of tar shards")
+    add("--images", required=True, metavar="DIR", help="folder of images, or of tar shards")
     add("--output", required=True, metavar="DIR", help="all results; the same again to go on")
     add(
         "--source",
@@ -102,12 +102,12 @@ def parser() -> build.Parser:
         type=build.share,
         default=0.01,
         metavar="F",
-        help="share of pictures (default %(default)s)",
+        help="share of images (default %(default)s)",
     )
     add(
         "--no-images",
         action="store_true",
-        help="do not write the pictures of tars and TFDS sets to OUTPUT/images (nor does --records)",
+        help="do not write the images of tars and TFDS sets to OUTPUT/images (nor does --records)",
     )
     add("--retry-failed", action="store_true", help="run what failed in shards that are done again")
 
@@ -233,20 +233,18 @@ def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
     for cause, count in sorted(total["failures"].items()):
         print(f"{output.path('failed.jsonl')}: {count} {cause}", file=sys.stderr)
     if not total["annotated"]:
-        raise AnnotateError(
-            f"{args.output}: none of {total['pictures']} pictures could be annotated"
-        )
+        raise AnnotateError(f"{args.output}: none of {total['pictures']} images could be annotated")
     if total["faulty"] > args.max_faults * total["pictures"]:
         raise AnnotateError(
-            f"{args.output}: {total['faulty']} of {total['pictures']} pictures have a fault, more than"
+            f"{args.output}: {total['faulty']} of {total['pictures']} images have a fault, more than"
             f" --max-faults {args.max_faults:g} allows; A.jsonl has what is left"
         )
     if records:
         print(build.build(records, _read_lines(args, output, shards)))
     return (
-        f"{output.path('A.jsonl')}: {total['annotated']} of {total['pictures']} pictures,"
+        f"{output.path('A.jsonl')}: {total['annotated']} of {total['pictures']} images,"
         f" {total['regions']} regions, {len(todo)} of {len(shards)} shards in this run,"
-        f" {counters.get('pictures', 0)} pictures in {seconds:.1f} s"
+        f" {counters.get('pictures', 0)} images in {seconds:.1f} s"
     )
 
 
@@ -348,7 +346,7 @@ def _has_gaps(tally: dict[str, Any]) -> bool:
 def _summary(total: dict[str, Any], counters: dict[str, int], seconds: float) -> dict[str, Any]:
     """The counters of all runs and of this one, with what people ask for."""
     rates = {
-        name: {"pictures/s": round(found["pictures"] / found["seconds"], 3)}
+        name: {"images/s": round(found["pictures"] / found["seconds"], 3)}
         for name, found in total["passes"].items()
         if found.get("seconds")
     }
@@ -360,7 +358,7 @@ def _summary(total: dict[str, Any], counters: dict[str, int], seconds: float) ->
         "this run": {
             "pictures": pictures,
             "seconds": round(seconds, 3),
-            "pictures/s": round(pictures / seconds, 3),
+            "images/s": round(pictures / seconds, 3),
         },
     }
 
@@ -385,7 +383,7 @@ def _records_arguments(args: argparse.Namespace) -> argparse.Namespace:
 def _read_lines(
     args: argparse.Namespace, output: outputs.Output, shards: Sequence[sources.Shard]
 ) -> build.ReadLines:
-    """How data.build comes by the lines of A.jsonl, with pictures that are no files."""
+    """How data.build comes by the lines of A.jsonl, with images that are no files."""
     if sources.are_files(_source(args)):
         return example.read_lines
     return lambda annotations: _lines_with_pictures(output, shards)
@@ -405,7 +403,7 @@ def _lines_with_pictures(
                 line = next(lines, None)
         if line:
             raise AnnotateError(
-                f"source {shard.source}: got no picture {line['image']}, which was there when it was"
+                f"source {shard.source}: got no image {line['image']}, which was there when it was"
                 " annotated, expected the same source; give another --output"
             )
 

@@ -7,7 +7,7 @@ ramble and repeat themselves, which would become training text and is therefore 
 import re
 from typing import NamedTuple
 
-MAX_DESCRIPTIONS = 10  # of a picture, as in the paper
+MAX_DESCRIPTIONS = 10  # of an image, as in the paper
 MAX_SUBJECT_WORDS = 12
 MAX_CAPTION_WORDS = 60
 MAX_DESCRIPTION_WORDS = 15
@@ -31,7 +31,7 @@ _REFUSAL = re.compile(
     r"|(?:sorry|apologies|unfortunately)\b|i apologi[sz]e\b"
     r"|unable to (?:see|view|provide|assist|determine)\b"
     r"|(?:i|we) (?:cannot|can't|can not|could not|couldn't|do not|don't|won't|will not)\b"
-    r"|(?:there is )?no (?:image|picture|photo) (?:was|is|has been|provided|attached)\b)",
+    r"|(?:there is )?no (?:image|image|photo) (?:was|is|has been|provided|attached)\b)",
     re.IGNORECASE,
 )
 
@@ -131,7 +131,7 @@ def parse_descriptions(
 
 
 def is_refusal(line: str) -> bool:
-    """Whether a model declines in this line, instead of describing a picture."""
+    """Whether a model declines in this line, instead of describing an image."""
     return bool(_REFUSAL.search(line.replace("’", "'")))
 
 

@@ -44,7 +44,7 @@ class Batches:
             return model(batch)
         except errors.UserError:
             raise
-        except Exception as error:  # one picture must not end a job of millions, whatever it does
+        except Exception as error:  # one image must not end a job of millions, whatever it does
             # The error holds the frames, and they the tensors: keep only its text beyond this block.
             memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
             detail = chat.one_line(f"{type(error).__name__}: {error}")
@@ -55,9 +55,9 @@ class Batches:
         half = len(batch) // 2
         if memory:
             self.size = half
-            logging.warning("memory ran out at %d pictures: %d at a time now", len(batch), half)
+            logging.warning("memory ran out at %d images: %d at a time now", len(batch), half)
         else:
             logging.warning(
-                "a batch of %d pictures failed, trying its halves: %s", len(batch), detail
+                "a batch of %d images failed, trying its halves: %s", len(batch), detail
             )
         return self._attempt(model, batch[:half]) + self._attempt(model, batch[half:])

@@ -1,4 +1,4 @@
-"""What the passes ask of a multimodal chat model, wherever it runs: a picture and a prompt in, an answer out.
+"""What the passes ask of a multimodal chat model, wherever it runs: an image and a prompt in, an answer out.
 
 `local_chat` runs one on this machine, `endpoint_chat` asks a server; both only import here what they need.
 """
@@ -10,17 +10,17 @@ import PIL.Image
 
 
 class Failure(NamedTuple):
-    """Why a model gave nothing for a picture."""
+    """Why a model gave nothing for an image."""
 
     cause: str  # of a small fixed set, the name of a counter: "out of memory", "time-out", ...
     detail: str  # one line: what happened
 
 
 class Answer(NamedTuple):
-    """What a model said about a picture."""
+    """What a model said about an image."""
 
     text: str  # as it came; may be empty
-    prompt_tokens: int  # the picture's included; 0 where a server does not say
+    prompt_tokens: int  # the image's included; 0 where a server does not say
     answer_tokens: int  # 0 where a server does not say
     cut_off: bool  # the limit of tokens was reached, so that the last line may be unfinished
 
@@ -31,10 +31,10 @@ class Chat(Protocol):
     def answer(
         self, pictures: Sequence[PIL.Image.Image], prompts: Sequence[str]
     ) -> list[Answer | Failure]:
-        """One answer for each picture with its prompt, in their order.
+        """One answer for each image with its prompt, in their order.
 
         Args:
-          pictures: any number, of any size and mode; it is split into what fits.
+          images: any number, of any size and mode; it is split into what fits.
           prompts: as many.
         """
         ...

@@ -1,4 +1,4 @@
-"""Which pictures a model is shown: one still picture a file, whole, and of a size that makes sense.
+"""Which images a model is shown: one still image a file, whole, and of a size that makes sense.
 
 Everything that can be wrong with a file has a cause of a fixed name, which is also its counter's.
 """
@@ -8,12 +8,12 @@ from typing import NamedTuple
 import PIL.Image
 
 from data import sources
-from grain_jax import images
+from grain_jax.files import images
 
 CAUSES = (
     "empty file",
     "unreadable",  # none of images.FORMATS
-    "damaged",  # a picture that begins well: truncated, or broken inside
+    "damaged",  # an image that begins well: truncated, or broken inside
     "animated",  # several frames
     "too small",
     "too large",
@@ -21,14 +21,14 @@ CAUSES = (
 
 
 class Limits(NamedTuple):
-    """Pixels of a picture's edges. The upper one also keeps decompression bombs from being decoded."""
+    """Pixels of an image's edges. The upper one also keeps decompression bombs from being decoded."""
 
     min_side: int = 16
     max_side: int = 10_000
 
 
 def check(item: sources.Picture, limits: Limits) -> PIL.Image.Image | sources.Fault:
-    """The picture as RGB, whatever its colour mode (CMYK, palette, 16 bits, ...), or what is wrong.
+    """The image as RGB, whatever its colour mode (CMYK, palette, 16 bits, ...), or what is wrong.
 
     The orientation tag of cameras is not applied: boxes are in pixels of the file.
     """
@@ -67,8 +67,8 @@ def _header_fault(item: sources.Picture, limits: Limits) -> sources.Fault | None
             "too small",
             f"got {width} x {height} pixels, expected at least {limits.min_side} a side",
         )
-    # Phones put a second picture behind a JPEG (MPO): the first is the photograph.
+    # Phones put a second image behind a JPEG (MPO): the first is the photograph.
     if header.format != "MPO" and getattr(header, "is_animated", False):
-        detail = f"got several frames of {header.format}, expected one still picture"
+        detail = f"got several frames of {header.format}, expected one still image"
         return sources.Fault(item.image, "animated", detail)
     return None

@@ -1,7 +1,7 @@
-"""The open-vocabulary detector: which part of a picture each description is about.
+"""The open-vocabulary detector: which part of an image each description is about.
 
-The boxes' way back to the picture is where such pipelines go wrong: OWLv2's boxes are shares of a square
-that the picture was padded to, Grounding DINO's are shares of the picture without its padding.
+The boxes' way back to the image is where such pipelines go wrong: OWLv2's boxes are shares of a square
+that the image was padded to, Grounding DINO's are shares of the image without its padding.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ import numpy as np
 import PIL.Image
 
 from data.annotate import batches, chat, checkpoint
-from grain_jax import annotations
+from grain_jax.files import annotations
 
-# A larger picture is shrunk first: OWLv2 pads to a square of floats before it resizes, 4.8 GB for a
+# A larger image is shrunk first: OWLv2 pads to a square of floats before it resizes, 4.8 GB for a
 # panorama of 20,000 pixels. Twice the size that the models look at.
 MAX_SIDE = 2048
-MIN_SIDE = 1.0  # of a box, in pixels of the picture
+MIN_SIDE = 1.0  # of a box, in pixels of the image
 
 
 class Options(NamedTuple):
@@ -25,15 +25,15 @@ class Options(NamedTuple):
     model: str = "google/owlv2-base-patch16-ensemble"  # a folder, or a name on the Hub
     threshold: float = 0.3  # of the score; the paper's
     merge_iou: float = 0.5  # of two boxes of a description that overlap more, the better one stays
-    batch_size: int = 8  # pictures at a time; halved when memory runs out
+    batch_size: int = 8  # images at a time; halved when memory runs out
     device: str = ""  # "" takes the accelerator if there is one
 
 
 class _Scores(NamedTuple):
-    """A picture's part of a model's output, in the form that the processors' post-processing takes."""
+    """An image's part of a model's output, in the form that the processors' post-processing takes."""
 
     logits: Any  # [1, boxes, descriptions]
-    pred_boxes: Any  # [1, boxes, 4] cxcywh, in the model's own share of a picture
+    pred_boxes: Any  # [1, boxes, 4] cxcywh, in the model's own share of an image
 
 
 def build(options: Options) -> "Detector":
@@ -57,7 +57,7 @@ def build(options: Options) -> "Detector":
 
 
 class Detector:
-    """Grounds descriptions in pictures."""
+    """Grounds descriptions in images."""
 
     def __init__(self, loaded: checkpoint.Loaded, options: Options):
         self._model, self._processor, self._device = loaded
@@ -68,15 +68,15 @@ class Detector:
     def detect(
         self, pictures: Sequence[PIL.Image.Image], descriptions: Sequence[Sequence[str]]
     ) -> list[list[annotations.Region] | chat.Failure]:
-        """The regions of each picture, best first.
+        """The regions of each image, best first.
 
         Args:
-          pictures: of any size and mode.
-          descriptions: those of each picture; a picture without any has no region and is not run.
+          images: of any size and mode.
+          descriptions: those of each image; an image without any has no region and is not run.
 
         Returns:
-          For each picture its boxes above the threshold, each with the one description that it fits
-          best, in pixels of the picture as it lies in the file (an EXIF orientation is not followed:
+          For each image its boxes above the threshold, each with the one description that it fits
+          best, in pixels of the image as it lies in the file (an EXIF orientation is not followed:
           training does not follow it either), clipped to it, duplicates merged; or why there are none:
           "out of memory", "model error".
         """
@@ -123,13 +123,13 @@ def _plain(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _regions(scored, size: tuple[int, int], merge_iou: float) -> list[annotations.Region]:
-    """Clips boxes to a picture of (width, height) pixels; of each description's, overlapping ones merge."""
+    """Clips boxes to an image of (width, height) pixels; of each description's, overlapping ones merge."""
     regions: list[annotations.Region] = []
     for score, box, description in sorted(scored, key=lambda entry: -entry[0]):
         if min(box[2] - box[0], box[3] - box[1]) <= 0:
             continue
         clipped = annotations.clip_box(tuple(box), *size).box_xyxy
-        if clipped is None:  # most of it lies beside the picture, in the padding
+        if clipped is None:  # most of it lies beside the image, in the padding
             continue
         if min(clipped[2] - clipped[0], clipped[3] - clipped[1]) < MIN_SIDE:
             continue
@@ -169,7 +169,7 @@ def _owl_scores(processor, inputs, logits, index: int, descriptions: int):
 
 
 def _dino_inputs(processor, config, pictures, texts, device):
-    # One text a picture, descriptions between full stops. The model takes "." and "?" for the end of one
+    # One text an image, descriptions between full stops. The model takes "." and "?" for the end of one
     # wherever they stand, so none may have any.
     return processor(
         images=pictures,
@@ -205,7 +205,7 @@ def _dino_scores(processor, inputs, logits, index: int, descriptions: int):
     return torch.stack(scores, dim=-1)[None]
 
 
-# The kinds of detectors: what each needs of pictures and descriptions, and its scores of a picture's boxes.
+# The kinds of detectors: what each needs of images and descriptions, and its scores of an image's boxes.
 _KINDS = {
     "owlv2": (_owl_inputs, _owl_scores),
     "grounding-dino": (_dino_inputs, _dino_scores),

@@ -32,7 +32,7 @@ REJECTED, NO_ANSWER = "request rejected", "no answer in the response"
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled each time
 LONGEST_RETRY_AFTER = 3600.0  # seconds; a server that asks for more is not waited for any longer
-MAX_SIDE = 1344  # pixels of the picture that is sent; LLaVA-NeXT looks at no more than 1008
+MAX_SIDE = 1344  # pixels of the image that is sent; LLaVA-NeXT looks at no more than 1008
 JPEG_QUALITY = 92
 MAX_TOKENS = 1 << 31  # of a request, by the server's count; counters are of 64 bits
 # What concerns every request alike: a wrong key, address or model. Going on would only fail 12 million times.
@@ -101,13 +101,13 @@ class EndpointChat:
         """See `chat.Chat.answer`.
 
         Failures: "time-out", "no connection", "server error" and "rate limit" after the last try;
-        "request rejected" (this picture or prompt) and "no answer in the response".
+        "request rejected" (this image or prompt) and "no answer in the response".
 
         Raises:
           EndpointError: the endpoint refuses the key, knows neither the address nor the model, or redirects.
         """
         if len(pictures) != len(prompts):
-            raise ValueError(f"got {len(pictures)} pictures and {len(prompts)} prompts")
+            raise ValueError(f"got {len(pictures)} images and {len(prompts)} prompts")
         return list(self._pool.map(self._ask, pictures, prompts))
 
     def _ask(self, picture: PIL.Image.Image, prompt: str) -> chat.Answer | chat.Failure:
@@ -157,7 +157,7 @@ class EndpointChat:
         if error.code < 400 and elsewhere:
             raise EndpointError(
                 f"{self._url}: redirects to {chat.one_line(elsewhere)} (status {error.code}), where"
-                " neither pictures nor the key are sent; if you trust that address, give it as --endpoint"
+                " neither images nor the key are sent; if you trust that address, give it as --endpoint"
             )
         if error.code in _FATAL:
             raise EndpointError(

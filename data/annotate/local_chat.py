@@ -1,4 +1,4 @@
-"""A chat model on this machine, by `transformers`: LLaVA-NeXT 1.6 and others that take one picture and a text."""
+"""A chat model on this machine, by `transformers`: LLaVA-NeXT 1.6 and others that take one image and a text."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class Options(NamedTuple):
     model: str = (
         "llava-hf/llava-v1.6-mistral-7b-hf"  # a folder, local or remote, or a name on the Hub
     )
-    batch_size: int = 8  # pictures at a time; halved when memory runs out
+    batch_size: int = 8  # images at a time; halved when memory runs out
     max_tokens: int = 256  # of an answer
     device: str = ""  # "" takes the accelerator if there is one
 
@@ -82,7 +82,7 @@ class LocalChat:
         return chat.Answer(text, prompt_tokens, length, cut_off=length == len(tokens))
 
     def _conversation(self, prompt: str) -> str:
-        # A prompt can quote an answer; in it, the mark of a picture's place would count as a picture.
+        # A prompt can quote an answer; in it, the mark of an image's place would count as an image.
         mark = getattr(self._processor, "image_token", None)
         text = prompt.replace(mark, "") if mark else prompt
         content = [{"type": "image"}, {"type": "text", "text": text}]

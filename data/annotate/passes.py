@@ -1,6 +1,6 @@
-"""The three passes over a shard's pictures: caption, describe, ground. No Beam in here.
+"""The three passes over a shard's images: caption, describe, ground. No Beam in here.
 
-A picture that one pass fails keeps what it has: it stays in the annotations as long as these hold a text or
+An image that one pass fails keeps what it has: it stays in the annotations as long as these hold a text or
 a region, and the dead letters say what is missing and why.
 """
 
@@ -19,14 +19,15 @@ import PIL.Image
 from data import sources
 from data.annotate import answers, checks, detector, endpoint_chat, local_chat, outputs, prompt
 from data.annotate.chat import Answer, Chat, Failure
-from grain_jax import annotations, errors
+from grain_jax import errors
+from grain_jax.files import annotations
 
 BATCH_PIXELS = (
     1 << 27
 )  # 400 MB as RGB; two batches are held. 64 photographs of 24 MP would be 4.6 GB
-# What the name of a picture can be the reason of: a part of it is too long, or another picture's file.
+# What the name of an image can be the reason of: a part of it is too long, or another image's file.
 _NO_NAME = (NotADirectoryError, IsADirectoryError, FileExistsError)
-FAILURES_IN_A_ROW = 50  # of a model: then it is not the pictures' fault, and the job ends
+FAILURES_IN_A_ROW = 50  # of a model: then it is not the images' fault, and the job ends
 
 
 class ModelDown(errors.UserError):
@@ -39,8 +40,8 @@ class Job(NamedTuple):
     output: outputs.Output
     passes: tuple[str, ...]
     limits: checks.Limits
-    batch_size: int  # pictures that a model is given at once
-    keep_pictures: bool  # write the pictures of annotated lines below OUTPUT/images
+    batch_size: int  # images that a model is given at once
+    keep_pictures: bool  # write the images of annotated lines below OUTPUT/images
     chat: local_chat.Options | endpoint_chat.Options
     detector: detector.Options
     prompts: dict[str, prompt.Prompt]  # by pass
@@ -65,7 +66,7 @@ class Models:
 
 @dataclasses.dataclass
 class _Work:
-    """A picture on its way through the passes."""
+    """An image on its way through the passes."""
 
     item: sources.Picture | sources.Fault
     picture: PIL.Image.Image | None = None
@@ -136,7 +137,7 @@ def _ground(models: Models, works: list[_Work], tally: collections.Counter) -> I
 
 
 class Pass(NamedTuple):
-    """A pass over pictures: `run` yields what it found, or a Failure or Refused, for each of them."""
+    """A pass over images: `run` yields what it found, or a Failure or Refused, for each of them."""
 
     needs: str | None  # the pass whose results it takes
     run: Callable[[Models, list[_Work], collections.Counter], Iterator]
@@ -158,7 +159,7 @@ def _region(region: annotations.Region) -> dict[str, Any]:
 
 
 def _line(work: _Work) -> dict[str, Any] | None:
-    """The picture's line of A.jsonl; None if there is nothing to learn from it."""
+    """The image's line of A.jsonl; None if there is nothing to learn from it."""
     item, out = work.item, {"image": work.item.image}
     if len(item.captions) == 1:
         out["caption"] = item.captions[0]
@@ -177,7 +178,7 @@ def _line(work: _Work) -> dict[str, Any] | None:
 
 
 def _read(shard: sources.Shard, job: Job, known: dict, letters: dict) -> Iterator[_Work]:
-    """The shard's pictures, decoded and with what earlier jobs found."""
+    """The shard's images, decoded and with what earlier jobs found."""
     first = job.passes[0] if job.passes else None
     for item in sources.read(shard):
         results = {name: known[name][item.image] for name in known if item.image in known[name]}
@@ -205,7 +206,7 @@ def _read(shard: sources.Shard, job: Job, known: dict, letters: dict) -> Iterato
 
 
 def _batches(items: Iterable[_Work], size: int) -> Iterator[list[_Work]]:
-    """Lists of `size` items, fewer of large pictures; one is read ahead by a thread while the models run."""
+    """Lists of `size` items, fewer of large images; one is read ahead by a thread while the models run."""
     items = iter(items)
 
     def take() -> list[_Work]:
@@ -247,7 +248,7 @@ def _run(name: str, batch: list[_Work], models: Models, tally: collections.Count
             models.failures = models.failures + 1 if isinstance(found, Failure) else 0
             if models.failures >= FAILURES_IN_A_ROW:
                 raise ModelDown(
-                    f"pass {name}: {models.failures} pictures in a row failed, the last by"
+                    f"pass {name}: {models.failures} images in a row failed, the last by"
                     f" {found.cause} ({found.detail}); mend it, and give the same command again"
                 )
         tally["seconds"] += time.monotonic() - start
@@ -305,7 +306,7 @@ def annotate_shard(shard: sources.Shard, job: Job, models: Models) -> dict[str, 
 
 
 def _finish(work: _Work, job: Job) -> dict[str, Any] | None:
-    """The picture's line, if it is to have one; its file goes with it where nobody else has it as one."""
+    """The image's line, if it is to have one; its file goes with it where nobody else has it as one."""
     if any(letter["stage"] == "picture" for letter in work.letters):
         return None
     line = _line(work)

@@ -1,4 +1,4 @@
-"""The passes on Apache Beam. One element is one shard of the source: a few hundred pictures, or a tar of them.
+"""The passes on Apache Beam. One element is one shard of the source: a few hundred images, or a tar of them.
 
 There is no GroupByKey behind the work: batch runners finish everything before it first, so that a killed job
 would have nothing to show. So each shard is written when it is done, and a job that starts again skips it.

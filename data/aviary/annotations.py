@@ -1,4 +1,4 @@
-"""The words and boxes of a picture: noisy as the web, an MLLM and a detector are, or exact.
+"""The words and boxes of an image: noisy as the web, an MLLM and a detector are, or exact.
 
 Every kind of noise has its own stream of chance, and each draws the same numbers whatever the
 rates are: raising one rate changes nothing that the other kinds do, and adds faults to those that
@@ -14,7 +14,7 @@ from data.aviary.species import Species
 from data.aviary.vocabulary import PARTS, TRAITS
 
 _ALL_TRAITS = tuple(trait for part in PARTS for trait in TRAITS[part])
-_LEAST_AREA = 0.001  # of the picture: what is smaller counts as hidden
+_LEAST_AREA = 0.001  # of the image: what is smaller counts as hidden
 
 _WEB_CAPTIONS = (
     "a photo of a {name} seen {place}",
@@ -78,7 +78,7 @@ EXACT = Noise(**dict.fromkeys((field.name for field in dataclasses.fields(Noise)
 
 
 def visible_parts(picture: Picture) -> list[str]:
-    """The parts that show at least a thousandth of the picture."""
+    """The parts that show at least a thousandth of the image."""
     return [part for part in PARTS if picture.areas.get(part, 0) >= _LEAST_AREA]
 
 
@@ -128,7 +128,7 @@ def regions(
 ) -> list[dict]:
     """From `least` to `most` visible parts, less what is missed: box, description and score.
 
-    `box` is [x1, y1, x2, y2] in pixels, inside the picture. A score falls with the box's error
+    `box` is [x1, y1, x2, y2] in pixels, inside the image. A score falls with the box's error
     and with a wrong description, as a detector's does, and stays in [0.3, 0.99].
     """
     rng = random.Random(key + "/parts")
@@ -175,7 +175,7 @@ def _describe(species, part, rng, wrong_rate, paraphrase_rate):
 
 
 def _jittered(box, size, rng, jitter):
-    """`box` with each edge moved, sorted, at least a pixel wide, inside the picture."""
+    """`box` with each edge moved, sorted, at least a pixel wide, inside the image."""
     edges = []
     for axis in (0, 1):
         low, high = box[axis], box[axis + 2]

@@ -1,4 +1,4 @@
-"""The bird's shapes, in units of a hundredth of the picture, looking towards +x, y downwards.
+"""The bird's shapes, in units of a hundredth of the image, looking towards +x, y downwards.
 
 A *layer* is (outline, tone); tones are names of shades made from one colour (see `drawing.tones`).
 `PART_LAYERS[part, shape]` are a part's layers from back to front; `BODY_BACK`, `EYE` and the order

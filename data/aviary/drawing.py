@@ -1,4 +1,4 @@
-"""Draws a bird of a species in a scene: a picture and the exact box of each part.
+"""Draws a bird of a species in a scene: an image and the exact box of each part.
 
 The foreground is drawn as polygons on a supersampled canvas of palette indices, which is then
 averaged down.  Every index belongs to one part (or none), so that the canvas itself tells which
@@ -21,7 +21,7 @@ from data.aviary.vocabulary import PARTS
 @dataclasses.dataclass(frozen=True)
 class Pose:
     """How freely birds stand: scale from/to, turn (degrees either way), shift (share of the
-    picture either way), share of mirrored birds, and how far colours vary (share of 255)."""
+    image either way), share of mirrored birds, and how far colours vary (share of 255)."""
 
     scale_from: float = 0.8
     scale_to: float = 1.1
@@ -33,8 +33,8 @@ class Pose:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A drawn picture: RGB `image`; part -> (x1, y1, x2, y2) in pixels of what can be seen of the
-    part (a part out of sight is missing); part -> share of the picture's area that it covers;
+    """A drawn image: RGB `image`; part -> (x1, y1, x2, y2) in pixels of what can be seen of the
+    part (a part out of sight is missing); part -> share of the image's area that it covers;
     the `scene` in words."""
 
     image: Image.Image
@@ -44,7 +44,7 @@ class Picture:
 
 
 class _Canvas:
-    """Polygons in picture units (0..100) on a canvas of palette indices; 0 is see-through."""
+    """Polygons in image units (0..100) on a canvas of palette indices; 0 is see-through."""
 
     def __init__(self, size, supersampling):
         self.supersampling = supersampling

@@ -1,4 +1,4 @@
-"""Writes the data set: pictures by several processes, annotations in the order of the pictures."""
+"""Writes the data set: images by several processes, annotations in the order of the images."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)"
 class Settings:
     """All that the files depend on; `python -m data.aviary --help` explains each.
 
-    Picture i of a split depends on the seed, the species and i, not on how many there are.
+    Image i of a split depends on the seed, the species and i, not on how many there are.
     """
 
     seed: int = 0
@@ -46,7 +46,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One picture: the `index` of its `split`, its species, and its file: `image` below `folder`
+    """One image: the `index` of its `split`, its species, and its file: `image` below `folder`
     of the data set, where `image` is what the annotation calls it."""
 
     split: str
@@ -76,7 +76,7 @@ def picture_of(settings: Settings, split: str, index: int, species: Species) -> 
 
 
 def record_of(settings: Settings, task: Task, picture: drawing.Picture) -> dict | None:
-    """The annotation of a training picture (noisy) or a test picture (exact), None for others."""
+    """The annotation of a training image (noisy) or a test image (exact), None for others."""
     key = f"aviary {settings.seed}/{task.split}/{task.index}"
     parts = {"least": settings.least_parts, "most": settings.most_parts}
     if task.split == "training":
@@ -152,8 +152,8 @@ def write(output: epath.PathLike, settings: Settings = Settings(), *, processes:
 
 
 def tasks_of(settings: Settings) -> Iterator[Task]:
-    """All pictures of the data set. In "training" and "test" the species take turns, in an order
-    drawn anew for each round; every second test picture is of an unseen species."""
+    """All images of the data set. In "training" and "test" the species take turns, in an order
+    drawn anew for each round; every second test image is of an unseen species."""
     aviary = species_of(settings)
     suffix = "png" if settings.size <= 128 else "jpg"
     for split, groups, count, folder in (
@@ -189,7 +189,7 @@ def _order(key, count):
 
 
 def _make(output, settings, task):
-    """Draws and writes one picture; returns its annotation."""
+    """Draws and writes one image; returns its annotation."""
     picture = picture_of(settings, task.split, task.index, task.species)
     encoded = io.BytesIO()
     if task.image.endswith(".png"):
@@ -212,12 +212,12 @@ Made by `python -m data.aviary` (settings: `settings.json`; seed {settings.seed}
 
 | | |
 |---|---|
-| `A.jsonl`, `images/` | {settings.images} annotated training pictures of {len(aviary.training)} \
+| `A.jsonl`, `images/` | {settings.images} annotated training images of {len(aviary.training)} \
 species; noisy on purpose |
-| `seen/`, `seen.json` | new pictures of these species, a folder each; their descriptions |
-| `unseen/`, `unseen.json` | pictures of {len(aviary.held_out)} species that training never \
+| `seen/`, `seen.json` | new images of these species, a folder each; their descriptions |
+| `unseen/`, `unseen.json` | images of {len(aviary.held_out)} species that training never \
 shows or names; their descriptions |
-| `test/A.jsonl`, `test/images/` | {settings.test_images} pictures with exact boxes and words, half \
+| `test/A.jsonl`, `test/images/` | {settings.test_images} images with exact boxes and words, half \
 of them of unseen species; `test/seen.jsonl` and `test/unseen.jsonl` are its two halves |
 
 A species is a look of each of 8 parts (crest, beak, eye, throat, breast, wing, tail, legs). Names

@@ -14,7 +14,7 @@ COLOURS = {
     "black": (46, 44, 54),
     "brown": (136, 82, 44),
 }
-# Plumage that no description speaks of: it differs from picture to picture, not between species.
+# Plumage that no description speaks of: it differs from image to image, not between species.
 BODY_COLOURS = (
     (164, 168, 178),
     (196, 172, 138),

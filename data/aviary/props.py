@@ -1,4 +1,4 @@
-"""What the bird stands on, and other things in the picture that no description speaks of."""
+"""What the bird stands on, and other things in the image that no description speaks of."""
 
 # Coordinates read better in rows.
 # fmt: off
@@ -82,7 +82,7 @@ THINGS = {"flower": (_flower(), True), "mushroom": (_mushroom(), True), "sign": 
           "butterfly": (_butterfly(), False), "leaf": (_leaf(), False),
           "balloon": (_balloon(), False), "kite": (_stripes_of_kite(), False),
           "berry twig": (_berries(), False)}
-# Where things may stand, seen from the middle of the picture, for a bird that looks towards +x.
+# Where things may stand, seen from the middle of the image, for a bird that looks towards +x.
 _ON_GROUND = ((-33, 27), (35, 24), (-18, 32))
 _IN_AIR = ((-32, -31), (37, -37), (-38, -14), (38, 16))
 

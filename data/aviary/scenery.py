@@ -1,4 +1,4 @@
-"""The scene of a picture, in words and as a softly blurred background."""
+"""The scene of an image, in words and as a softly blurred background."""
 
 import dataclasses
 import math
@@ -90,7 +90,7 @@ class Scene:
 
 
 def make_scene(rng: random.Random, size: int) -> tuple[Scene, Image.Image]:
-    """A scene, and its background as an RGB picture of `size` x `size` pixels."""
+    """A scene, and its background as an RGB image of `size` x `size` pixels."""
     kind = rng.choice(tuple(_KINDS))
     above, below, places, backgrounds = _KINDS[kind]
     image = _background(kind, vary(above, rng, 0.05), vary(below, rng, 0.03), rng)

@@ -2,7 +2,7 @@
 
 A *trait* is one look of one part: ``Trait("beak", "hooked", "red")``.  The 8 parts have 101 traits
 together; each trait has one plain phrase ("a hooked red beak") and some paraphrases.  No phrase
-speaks of left or right, so mirroring a picture never contradicts its words.
+speaks of left or right, so mirroring an image never contradicts its words.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
   python -m data.inspect DIR [--output OUT] [--pictures N]                 a record set
   python -m data.inspect A.jsonl [--images FOLDER] [--output OUT] ...      annotations
 
-The set is read once. Memory does not grow with it: beyond 250,000 different texts or pictures, copies
+The set is read once. Memory does not grow with it: beyond 250,000 different texts or images, copies
 are estimated from a share of them.
 """
 
@@ -42,7 +42,7 @@ def parser() -> build.Parser:
     )
     add = out.add_argument
     add("set", metavar="DIR", help="OUTPUT/NAME or OUTPUT/NAME/1.0.0 of data.build, or an A.jsonl")
-    add("--images", metavar="FOLDER", help="of an A.jsonl's pictures (default: where it stands)")
+    add("--images", metavar="FOLDER", help="of an A.jsonl's images (default: where it stands)")
     add("--output", metavar="OUT", help="folder to write (default: inspect beside the set)")
     add(
         "--pictures",
@@ -87,7 +87,7 @@ def inspect(args: argparse.Namespace) -> str:
     }
     if shown:
         title = (
-            f"{source.path}: {len(shown)} of {stats.pictures:,} pictures."
+            f"{source.path}: {len(shown)} of {stats.pictures:,} images."
             " Boxes are numbered by score, which stands behind each description."
         )
         written["contact_sheet.png"] = sheet.draw(shown, title)
@@ -105,15 +105,15 @@ def _summary(result: dict, found: list[problems.Problem]) -> str:
     left_out = f" ({pictures['left_out']:,} left out)" if pictures["left_out"] else ""
     lines = [
         f"{result['set']['path']}: {kind}",
-        f"pictures      {pictures['count']:,}{left_out}; {pictures['bytes'] / 1e6:,.1f} MB; {sizes}",
+        f"images      {pictures['count']:,}{left_out}; {pictures['bytes'] / 1e6:,.1f} MB; {sizes}",
     ]
     for name, texts, some in (
-        ("web", captions["web"], f"{captions['pictures_with_web']:,} pictures have one or more"),
-        ("synthetic", captions["synthetic"], f"{captions['pictures_with_synthetic']:,} pictures"),
+        ("web", captions["web"], f"{captions['pictures_with_web']:,} images have one or more"),
+        ("synthetic", captions["synthetic"], f"{captions['pictures_with_synthetic']:,} images"),
         (
             "descriptions",
             result["descriptions"],
-            f"{regions['count'] / count:.2f} regions a picture",
+            f"{regions['count'] / count:.2f} regions an image",
         ),
     ):
         total = texts["words"]["count"]
@@ -126,7 +126,7 @@ def _summary(result: dict, found: list[problems.Problem]) -> str:
             )
         lines.append(f"{name:13} {total:,}; {some}{lengths}")
     if captions["pictures_with_none"]:
-        lines.append(f"no caption    {captions['pictures_with_none']:,} pictures")
+        lines.append(f"no caption    {captions['pictures_with_none']:,} images")
     groups = result["padding"]["groups"]
     if groups:
         shares = ", ".join(f"{g['group']}: {g['rows']} rows {g['padding']:.0%}" for g in groups)

@@ -15,13 +15,13 @@ from grain_jax.input_pipeline import packing
 GROUPS = (1, 8, 16, 32, 64, 128)
 MAX_REGIONS = 5  # input.max_regions
 FIT = 0.999  # share of the groups that the proposed number of rows holds
-_CHUNK = 1024  # pictures that are mixed, and packed together; a multiple of every group
+_CHUNK = 1024  # images that are mixed, and packed together; a multiple of every group
 
 
 class Padding:
-    """Packs each picture's caption and best regions in groups of pictures, in a mixed order.
+    """Packs each image's caption and best regions in groups of images, in a mixed order.
 
-    The caption is the synthetic one of every second picture that has both kinds, as training draws them.
+    The caption is the synthetic one of every second image that has both kinds, as training draws them.
     """
 
     def __init__(self):
@@ -32,7 +32,7 @@ class Padding:
         self._random = np.random.default_rng(0)
 
     def add(self, caption_tokens: int, description_tokens: list[int]) -> None:
-        """Lengths of the texts of a picture that training would take, 2..flaws.ROW_LENGTH tokens each."""
+        """Lengths of the texts of an image that training would take, 2..flaws.ROW_LENGTH tokens each."""
         self._waiting.append((caption_tokens, description_tokens))
         if len(self._waiting) == _CHUNK:
             self._pack()
@@ -64,7 +64,7 @@ class Padding:
         found = []
         for group, needed in self.rows_needed.items():
             tried = needed.total()
-            if not tried:  # fewer pictures than that
+            if not tried:  # fewer images than that
                 continue
             rows_by_need = sorted(needed.elements())
             rows = rows_by_need[min(tried - 1, int(np.ceil(FIT * tried)) - 1)]

@@ -9,7 +9,7 @@ from etils import epath
 
 from data.inspect import charts, panels, problems
 
-_FREQUENT = 12  # texts of each kind that are listed, if more than one picture has them
+_FREQUENT = 12  # texts of each kind that are listed, if more than one image has them
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -21,7 +21,7 @@ def render(
     Args:
       result: as `statistics.Statistics.result` returns it.
       found: the problems.
-      shown: the pictures of the contact sheet; may be none.
+      shown: the images of the contact sheet; may be none.
     """
     here = epath.Path(__file__).parent
     style, script = (here / "page.css").read_text(), (here / "page.js").read_text()
@@ -72,7 +72,7 @@ def _tiles(result: dict[str, Any], found: Sequence[problems.Problem]) -> str:
         (f"{pictures['count']:,}", "pictures", size),
         (f"{captions['web']['words']['count']:,}", "web captions", _of(captions["pictures_with_web"], count)),
         (f"{captions['synthetic']['words']['count']:,}", "synthetic captions", _of(captions["pictures_with_synthetic"], count)),
-        (f"{regions['count']:,}", "regions", f"{regions['count'] / count:.2f} a picture"),
+        (f"{regions['count']:,}", "regions", f"{regions['count'] / count:.2f} an image"),
         (f"{result['descriptions']['distinct']['distinct']:,}", "different descriptions", _exact(result["descriptions"]["distinct"])),
         (f"{len(found)}", "kinds of problems", "see below" if found else "none found"),
     ]  # fmt: skip
@@ -82,7 +82,7 @@ def _tiles(result: dict[str, Any], found: Sequence[problems.Problem]) -> str:
 
 
 def _of(part: int, whole: int) -> str:
-    return f"{part / whole:.1%} of the pictures"
+    return f"{part / whole:.1%} of the images"
 
 
 def _exact(distinct: dict[str, Any]) -> str:
@@ -178,7 +178,7 @@ def _padding(padding: dict[str, Any]) -> str:
         f"{table}<p>Rows hold 99.9% of the groups (all, if fewer were tried); this is the least for"
         f" <code>text.pack_rows</code>, which training derives where it is not set. One text a row would"
         f" be {padding['unpacked']:.1%} padding.</p>"
-        '<p class="soft">Packed by the code of training, with each picture\'s caption (web and synthetic'
+        '<p class="soft">Packed by the code of training, with each image\'s caption (web and synthetic'
         " in turn) and its five regions of the highest score, in a mixed order.</p>"
     )
 
@@ -224,7 +224,7 @@ def _pictures(result: dict[str, Any]) -> str:
     )
     return (
         f'<div class="charts">{figures}</div><p>{formats}. Most frequent sizes: {sizes}.</p>'
-        f"<p>{copies['copies']:,} pictures are copies of earlier ones, byte by byte ({_exact(copies)}).</p>"
+        f"<p>{copies['copies']:,} images are copies of earlier ones, byte by byte ({_exact(copies)}).</p>"
     )
 
 
@@ -262,10 +262,10 @@ def _frequent(result: dict[str, Any]) -> str:
 
 def _sheet(result: dict[str, Any], shown: Sequence[panels.Panel]) -> str:
     if not shown:
-        return '<p class="soft">No pictures.</p>'
+        return '<p class="soft">No images.</p>'
     return (
-        f'<p class="soft">{len(shown)} of {result["pictures"]["count"]:,} pictures, drawn by the hash of'
-        " their ids. Regions are numbered by score. Point at a description, or focus a picture and press"
+        f'<p class="soft">{len(shown)} of {result["pictures"]["count"]:,} images, drawn by the hash of'
+        " their ids. Regions are numbered by score. Point at a description, or focus an image and press"
         ' the up and down arrows, to see its box alone.</p><div class="sheet">'
         + "".join(map(_panel, shown))
         + "</div>"

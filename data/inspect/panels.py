@@ -1,4 +1,4 @@
-"""A picture of the contact sheet, ready to be drawn: scaled, its boxes numbered, the numbers placed."""
+"""An image of the contact sheet, ready to be drawn: scaled, its boxes numbered, the numbers placed."""
 
 import io
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ import numpy as np
 import PIL.Image
 
 from data.inspect import reading
-from grain_jax import images
+from grain_jax.files import images
 
 SIDE = 300  # pixels of a panel's longer side
-SHOWN = 10  # regions a picture
+SHOWN = 10  # regions an image
 COLOURS = ("#d62728", "#1f77b4", "#2a8a2a", "#8250b8", "#c25700", "#0b7d87", "#c2388f", "#7a4b2a")
 BADGE = (17, 16)  # pixels of a one-digit number's badge; a digit more takes 7 more
 
@@ -31,18 +31,18 @@ class Mark(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A picture and what is said of it."""
+    """An image and what is said of it."""
 
     name: str
     picture: PIL.Image.Image  # RGB
-    size: tuple[int, int]  # of the picture itself
+    size: tuple[int, int]  # of the image itself
     captions: tuple[tuple[str, str], ...]  # (web or synthetic, text)
     marks: tuple[Mark, ...]  # highest score first
     more: int  # regions that are not shown
 
 
 def make(item: reading.Item) -> Panel | None:
-    """The panel of an item; None if its picture is damaged."""
+    """The panel of an item; None if its image is damaged."""
     try:
         picture = images.decode_image(item.encoded).convert("RGB")
     except images.ImageError:
@@ -97,13 +97,13 @@ def place_badges(
         anywhere.sort(key=lambda at: (at[0] - x1) ** 2 + (at[1] - y1) ** 2)
         inside = [_within(at, width, size) for at in (*wanted, *anywhere)]
         free = (at for at in inside if not any(_overlap(at, width, other) for other in placed))
-        chosen = next(free, inside[0])  # a picture may be too narrow for all its numbers
+        chosen = next(free, inside[0])  # an image may be too narrow for all its numbers
         placed.append((*chosen, width))
     return [(x, y) for x, y, _ in placed]
 
 
 def jpeg(picture: PIL.Image.Image) -> bytes:
-    """The picture as a small JPEG."""
+    """The image as a small JPEG."""
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=82)
     return out.getvalue()

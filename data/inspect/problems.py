@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 from data.inspect import flaws, padding, statistics
 
-LARGE_SHARE = 0.1  # of the pictures that have one text
-MANY = 20  # pictures, below which a share says little
+LARGE_SHARE = 0.1  # of the images that have one text
+MANY = 20  # images, below which a share says little
 _UNEVEN = 1.1  # as training warns of
-_FEW_REGIONS = 0.2  # share of the pictures without any
+_FEW_REGIONS = 0.2  # share of the images without any
 
 
 class Problem(NamedTuple):
@@ -41,13 +41,13 @@ _ISSUES = {
     "cut synthetic caption": (f"synthetic captions over {flaws.ROW_LENGTH} tokens", "synthetic", "ask the model for shorter ones: training cuts them"),
     "cut description": (f"descriptions over {flaws.ROW_LENGTH} tokens", "regions", "look for run-on answers: training cuts them"),
     "long description": (f"descriptions over {flaws.LONG_DESCRIPTION} tokens", "regions", "look for sentences where phrases should be: they fill the rows"),
-    "repeated description": ("descriptions that their picture has already", "regions", "merge the boxes, or keep the best one"),
+    "repeated description": ("descriptions that their image has already", "regions", "merge the boxes, or keep the best one"),
     "box without area": ("boxes without an area", "regions", "leave the regions out: they teach nothing"),
     "box outside": ("boxes that leave their picture", "regions", "clip them; if many, check their unit (shares, not pixels)"),
-    "tiny box": (f"boxes under {statistics.TINY:.1%} of their picture", "regions", "drop them: at 224 pixels they are less than 7 x 7"),
-    "whole-picture box": (f"boxes of {statistics.WHOLE:.0%} of their picture or more", "regions", "drop them if the description is of a part"),
+    "tiny box": (f"boxes under {statistics.TINY:.1%} of their image", "regions", "drop them: at 224 pixels they are less than 7 x 7"),
+    "whole-picture box": (f"boxes of {statistics.WHOLE:.0%} of their image or more", "regions", "drop them if the description is of a part"),
     "odd score": ("scores that are not in [0, 1]", "regions", "set them: training keeps the regions of the highest score"),
-    "long picture": (f"pictures over {statistics.LONG_SHAPE:g} times as long as wide, or the other way round", "pictures", "crop or drop them: training squashes them to a square"),
+    "long picture": (f"images over {statistics.LONG_SHAPE:g} times as long as wide, or the other way round", "pictures", "crop or drop them: training resizes them to a square"),
 }  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def _of_shares(stats: statistics.Statistics, result: dict[str, Any]) -> list[Pro
     found, pictures = [], stats.pictures
     bare = stats.issues["no region"]
     if bare.count > _FEW_REGIONS * pictures:
-        advice = "nothing, if you know it: these pictures train the caption loss alone"
+        advice = "nothing, if you know it: these images train the caption loss alone"
         found.append(
             Problem("pictures without regions", bare.count, pictures, bare.example, advice)
         )
@@ -110,7 +110,7 @@ def _of_shares(stats: statistics.Statistics, result: dict[str, Any]) -> list[Pro
         if common and pictures >= MANY:
             (text, count), others = common[0], len(common) - 1
             example = f"{text!r}" + (f", and {others} more such" if others else "")
-            what = f"pictures that share {what} (over {LARGE_SHARE:.0%} of all)"
+            what = f"images that share {what} (over {LARGE_SHARE:.0%} of all)"
             found.append(Problem(what, count, pictures, example, advice))
     scores = result["scores"]
     if scores["count"] > 1 and scores["min"] == scores["max"]:
@@ -140,7 +140,7 @@ def _of_duplicates(result: dict[str, Any]) -> list[Problem]:
         if texts["copies"]:
             found.append(
                 Problem(
-                    f"{kind} captions that another picture has too",
+                    f"{kind} captions that another image has too",
                     texts["copies"],
                     texts["total"],
                     repr(texts["examples"][0][0]),

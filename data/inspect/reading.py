@@ -12,7 +12,7 @@ from etils import epath
 
 from data import annotations, build, example, parallel, sources
 from grain_jax import errors
-from grain_jax import images as images_lib
+from grain_jax.files import images as images_lib
 
 SPLIT = "train"
 _RECORDS_AT_ONCE = 64  # parsed together
@@ -24,7 +24,7 @@ class InspectError(errors.UserError):
 
 
 class Item(NamedTuple):
-    """A picture with its texts and boxes."""
+    """An image with its texts and boxes."""
 
     name: str
     where: str  # FILE:LINE, or SHARD, record N
@@ -34,7 +34,7 @@ class Item(NamedTuple):
     captions: tuple[str, ...]  # of the web
     synthetic_caption: str  # "" where there is none
     descriptions: tuple[str, ...]
-    boxes_xyxy: np.ndarray  # float32 [R, 4], shares of the picture
+    boxes_xyxy: np.ndarray  # float32 [R, 4], shares of the image
     scores: np.ndarray  # float32 [R]
 
 
@@ -62,7 +62,7 @@ def open_set(path: epath.PathLike, images: epath.PathLike | None) -> Source:
 
     Args:
       path: an `A.jsonl`, or the folder of a record set: OUTPUT/NAME or OUTPUT/NAME/VERSION.
-      images: the folder of an A.jsonl's pictures; None: the folder that it stands in.
+      images: the folder of an A.jsonl's images; None: the folder that it stands in.
 
     Raises:
       InspectError: neither is there, or the records have other features.
@@ -74,13 +74,13 @@ def open_set(path: epath.PathLike, images: epath.PathLike | None) -> Source:
     if path.is_dir():
         if images is not None:
             raise InspectError(
-                f"--images {images}: {path} is a folder of records, which hold their pictures;"
+                f"--images {images}: {path} is a folder of records, which hold their images;"
                 " expected an A.jsonl with --images"
             )
         return _records(sources.tfds.directory(path))
     folder = epath.Path(path.parent if images is None else images)
     if not folder.is_dir():
-        raise InspectError(f"--images {folder}: no such folder, expected the pictures of {path}")
+        raise InspectError(f"--images {folder}: no such folder, expected the images of {path}")
     total = sum(1 for _ in example.read_lines(path))
     if not total:
         raise InspectError(f"{path}: the file is empty, expected one JSON object a line")

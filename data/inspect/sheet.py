@@ -1,4 +1,4 @@
-"""The contact sheet as one PNG: pictures with numbered boxes, and what they say below them."""
+"""The contact sheet as one PNG: images with numbered boxes, and what they say below them."""
 
 import functools
 import io
@@ -11,7 +11,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from data.inspect import panels
-from grain_jax import shown as shown_text
+from grain_jax import printable as shown_text
 
 COLUMNS = 4
 _MARGIN = 14
@@ -23,7 +23,7 @@ _INDENT = 30  # pixels, of descriptions behind their numbers
 
 
 class _Line(NamedTuple):
-    """A line below a picture."""
+    """A line below an image."""
 
     text: str
     colour: str
@@ -71,7 +71,7 @@ def draw(shown: Sequence[panels.Panel], title: str) -> bytes:
 
 
 def draw_boxes(panel: panels.Panel) -> PIL.Image.Image:
-    """The panel's picture with its boxes, each line between two thin white ones, and their numbers."""
+    """The panel's image with its boxes, each line between two thin white ones, and their numbers."""
     picture = panel.picture.copy()
     pen = PIL.ImageDraw.Draw(picture)
     for mark in reversed(panel.marks):  # the best on top
@@ -112,7 +112,7 @@ def wrap(text: str, width: int, limit: int) -> list[str]:
 
 
 def _lines(panel: panels.Panel) -> list[_Line]:
-    """What stands below a picture."""
+    """What stands below an image."""
     width, height = panel.size
     head = wrap(f"{panel.name}, {width} x {height}", panels.SIDE, 1)
     lines = [_Line(text, _SOFT, 0) for text in head]

@@ -12,11 +12,11 @@ from data.inspect import counting, flaws, padding, reading
 from grain_jax.input_pipeline import order, tokenizer
 
 LONGEST = 256  # tokens that texts are counted up to
-TINY = 0.001  # share of the picture: 7 x 7 pixels of 224 x 224, a fifth of a patch
-WHOLE = 0.95  # share of the picture
-LONG_SHAPE = 3.0  # longer by shorter side; training squashes pictures to a square
+TINY = 0.001  # share of the image: 7 x 7 pixels of 224 x 224, a fifth of a patch
+WHOLE = 0.95  # share of the image
+LONG_SHAPE = 3.0  # longer by shorter side; training resizes images to a square
 GRID = 24  # cells a side of the heat maps
-AREA_EDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the picture
+AREA_EDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the image
 SCORE_BINS = 20
 TOP = 20  # most frequent texts and sizes
 
@@ -113,7 +113,7 @@ class Statistics:
             self.tokens[kind].counts[tokens] += 1
             for issue in flaws.of_text(kind, plain, tokens):
                 self.issues[f"{issue} {name}"].see(f"{item.where}: {_cut(text)!r}")
-        for kind, different in seen.items():  # once a picture
+        for kind, different in seen.items():  # once an image
             self.frequent[kind].add(different.keys())
             for plain in different:
                 self.distinct[kind].add(plain.encode(), plain)
@@ -155,7 +155,7 @@ class Statistics:
                 corner = ", ".join(f"{x:.3f}" for x in boxes[i, :2])
                 self.issues[issue].see(
                     f"{item.where}: {_cut(text)!r}, {width:.1f} x {height:.1f} pixels"
-                    f" from ({corner}) of the picture, score {scores[i]:g}"
+                    f" from ({corner}) of the image, score {scores[i]:g}"
                 )
         self.areas += np.histogram(areas[good], AREA_EDGES)[0]
         columns, rows = np.minimum(sides[good] * GRID, GRID - 1).astype(int).T
@@ -241,7 +241,7 @@ class Statistics:
             "words": self.words[kind].result(),
             "tokens": self.tokens[kind].result(),
             "distinct": self.distinct[kind].result(),
-            "most_frequent": frequent.top(TOP),  # [text, pictures that have it]
+            "most_frequent": frequent.top(TOP),  # [text, images that have it]
             "most_frequent_too_low_by": frequent.too_low_by,
         }
 

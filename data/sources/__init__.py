@@ -1,10 +1,10 @@
-"""Where pictures come from: one reader for each public format, behind two functions.
+"""Where images come from: one reader for each public format, behind two functions.
 
   shards(source, options)   the source in pieces that are worked on apart
-  read(shard)               the pictures of a piece, and what is wrong with the others
+  read(shard)               the images of a piece, and what is wrong with the others
 
 A reader is a module of this folder with `shards(options)`, `read(shard)` and `FILES`: whether its
-pictures are files below `options.images`.
+images are files below `options.images`.
 """
 
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ SOURCES: dict[str, ModuleType] = {
 def shards(source: str, options: Options) -> list[Shard]:
     """The source's shards, in order; the same again as long as the source is the same.
 
-    Reads whole annotation files where the source has such, and writes lists of their pictures to
+    Reads whole annotation files where the source has such, and writes lists of their images to
     `options.scratch`, which workers must be able to read.
 
     Raises:
@@ -66,17 +66,17 @@ def shards(source: str, options: Options) -> list[Shard]:
     """
     found = _module(source).shards(options)
     if not found:
-        raise SourceError(f"source {source}: got no pictures from {options.images}, expected some")
+        raise SourceError(f"source {source}: got no images from {options.images}, expected some")
     return found
 
 
 def read(shard: Shard) -> Iterator[Picture | Fault]:
-    """The shard's pictures in order, each one as Picture or as Fault; needs no other shard."""
+    """The shard's images in order, each one as Image or as Fault; needs no other shard."""
     return _module(shard.source).read(shard)
 
 
 def are_files(source: str) -> bool:
-    """Whether the pictures are files below `options.images`; else they come out of larger files."""
+    """Whether the images are files below `options.images`; else they come out of larger files."""
     return _module(source).FILES
 
 

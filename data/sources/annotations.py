@@ -1,4 +1,4 @@
-"""The project's own A.jsonl with its folder of pictures; a shard is a part of the file, by bytes."""
+"""The project's own A.jsonl with its folder of images; a shard is a part of the file, by bytes."""
 
 import hashlib
 import itertools
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from data.sources import base
-from grain_jax import annotations
+from grain_jax.files import annotations
 
 FILES = True
 
@@ -34,7 +34,7 @@ def shards(options: base.Options) -> list[base.Shard]:
 
 
 def read(shard: base.Shard) -> Iterator[base.Picture | base.Fault]:
-    """The part's pictures; a line with a fault is left out whole, as data.build does."""
+    """The part's images; a line with a fault is left out whole, as data.build does."""
     path, stop = epath.Path(shard.arguments["file"]), shard.arguments["stop"]
     with path.open("rb") as file:
         at = file.seek(shard.arguments["start"])

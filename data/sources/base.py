@@ -1,7 +1,7 @@
-"""What every source speaks: pictures, faults, shards, options; and how a picture's file meets its regions.
+"""What every source speaks: images, faults, shards, options; and how an image's file meets its regions.
 
-Boxes are checked against the picture here, since most public sets have a few that are empty or lie
-outside: such a region is left out by name, and its picture stays.
+Boxes are checked against the image here, since most public sets have a few that are empty or lie
+outside: such a region is left out by name, and its image stays.
 """
 
 import itertools
@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from grain_jax import annotations, errors, images
+from grain_jax import errors
+from grain_jax.files import annotations, images
 
 CAUSES = (
     "no such file",
     "empty file",
-    "unreadable",  # as a file, or no picture in it
-    "too large",  # beyond a bound of grain_jax/image_bounds.py
+    "unreadable",  # as a file, or no image in it
+    "too large",  # beyond a bound of grain_jax/files/image_bounds.py
     "another size",  # than the one that the boxes were drawn on
     "no picture",  # a sample of a tar without one
     "damaged shard",  # a tar that ends early; what came before is kept
@@ -44,15 +45,15 @@ class SourceError(errors.UserError):
 class Options(NamedTuple):
     """Where a source is; plain values, so that they go to workers."""
 
-    images: str  # folder of the pictures, of tar files, or of a TFDS set
+    images: str  # folder of the images, of tar files, or of a TFDS set
     annotations: tuple[str, ...] = ()  # the files (or folders) that the source's reader names
     split: str = ""  # of sources that have splits; "" is all of them (TFDS: train)
-    scratch: str = ""  # folder for the lists of pictures that workers read
-    shard_size: int = 1000  # pictures a shard, where the source has no shards of its own
+    scratch: str = ""  # folder for the lists of images that workers read
+    shard_size: int = 1000  # images a shard, where the source has no shards of its own
 
 
 class Fault(NamedTuple):
-    """Why a picture, or one region of a picture, is left out."""
+    """Why an image, or one region of an image, is left out."""
 
     image: str  # as Picture.image; where there is none, what stands in its place (FILE:LINE, a tar)
     cause: str  # one of a fixed set of words: counters have these names
@@ -60,9 +61,9 @@ class Fault(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture with what its source says about it."""
+    """An image with what its source says about it."""
 
-    image: str  # path below the pictures' folder, with /; unique in the source and stable over runs
+    image: str  # path below the images' folder, with /; unique in the source and stable over runs
     encoded: bytes  # the file as it is
     captions: tuple[str, ...] = ()
     synthetic_caption: str = ""
@@ -75,7 +76,7 @@ class Picture(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Some pictures of a source: the unit of work, and of what is done again after a kill."""
+    """Some images of a source: the unit of work, and of what is done again after a kill."""
 
     name: str  # safe in a file name, unique; shards sort by it. Lists with another content have another
     source: str
@@ -83,7 +84,7 @@ class Shard(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What an annotation file says of a picture, before the picture is seen."""
+    """What an annotation file says of an image, before the image is seen."""
 
     image: str
     captions: Sequence[str] = ()
@@ -121,10 +122,10 @@ def taking_turns(groups: Iterable[Iterable[Any]]) -> Iterator[Any]:
 
 
 def load(entry: Entry, folder: epath.PathLike) -> Picture | Fault:
-    """The entry with its picture, which is a file below `folder`."""
+    """The entry with its image, which is a file below `folder`."""
     path = posixpath.normpath(entry.image)
     if posixpath.isabs(path) or path.split("/")[0] == ".." or "\0" in path:
-        return Fault(entry.image, "bad annotation", "expected a path below the pictures' folder")
+        return Fault(entry.image, "bad annotation", "expected a path below the images' folder")
     file = epath.Path(folder) / path
     try:
         encoded = images.read_file(file)
@@ -135,21 +136,21 @@ def load(entry: Entry, folder: epath.PathLike) -> Picture | Fault:
     except images.ImageError as error:
         return Fault(path, "unreadable", str(error))
     except OSError as error:
-        return Fault(path, "unreadable", f"{error.strerror or error}, expected a picture")
+        return Fault(path, "unreadable", f"{error.strerror or error}, expected an image")
     return join(entry._replace(image=path), encoded)
 
 
 def join(entry: Entry, encoded: bytes) -> Picture | Fault:
-    """The entry with its picture; boxes that cannot be are left out by name.
+    """The entry with its image; boxes that cannot be are left out by name.
 
-    A picture without regions is not looked at: whoever decodes it finds what is wrong with it.
+    An image without regions is not looked at: whoever decodes it finds what is wrong with it.
     """
     if not encoded:
         return Fault(entry.image, "empty file", "0 bytes, expected a picture")
     if text(entry.image) != entry.image.strip():
         return Fault(entry.image, "bad annotation", "expected a name in UTF-8")
     regions, left_out = [], [Fault(entry.image, *fault) for fault in entry.left_out]
-    place: dict[int, int] = {}  # position of a region in the entry -> in the picture
+    place: dict[int, int] = {}  # position of a region in the entry -> in the image
     if entry.regions:
         try:
             size = images.open_image(encoded).size
@@ -206,7 +207,7 @@ def _region(
     if shares:
         x1, y1, x2, y2 = x1 * width, y1 * height, x2 * width, y2 * height
     if annotations.clip_box((x1, y1, x2, y2), width, height).box_xyxy is None:
-        inside = f"at least {annotations.MIN_INSIDE:.0%} of it in the picture"
+        inside = f"at least {annotations.MIN_INSIDE:.0%} of it in the image"
         return "bad box", f"got {got}, expected {inside} of {width} x {height}"
     if not text(description):
         return "no description", f"got {annotations.show(description)} at {got}, expected a text"

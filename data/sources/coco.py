@@ -13,7 +13,7 @@ read = staged.read
 
 
 def shards(options: base.Options) -> list[base.Shard]:
-    """Lists of the files' pictures; all `options.annotations` are joined by the pictures' file names."""
+    """Lists of the files' images; all `options.annotations` are joined by the images' file names."""
     if not options.annotations:
         raise base.SourceError(f"source coco: got no --annotations, expected {_EXPECTED}")
     return staged.stage("coco", _entries(options.annotations), options)
@@ -39,7 +39,7 @@ def _entries(paths: tuple[str, ...]) -> Iterator[base.Entry | base.Fault]:
             entry = entries.get(files.get(item.get("image_id")))
             if entry is None or not ("caption" in item or "bbox" in item):
                 where, got = f"{path}:annotations[{number}]", f"image_id {item.get('image_id')}"
-                expected = "expected a picture of the file, and a caption or a bbox"
+                expected = "expected an image of the file, and a caption or a bbox"
                 yield base.Fault(where, "bad annotation", f"got {got}, {expected}")
                 continue
             if "caption" in item:

@@ -1,7 +1,7 @@
-"""FineHARD (qihoo360/FineHARD): jsonfiles/*.json, each a list of pictures with described boxes.
+"""FineHARD (qihoo360/FineHARD): jsonfiles/*.json, each a list of images with described boxes.
 
-Keys: `f_path` (below the pictures' folder), `caption` (long, of a model), `short_caption`, and `bbox_info`: a
-list of `bbox` (x1, y1, x2, y2 as shares of the picture, then a score), `short_expr`, `long_expr`. The short
+Keys: `f_path` (below the images' folder), `caption` (long, of a model), `short_caption`, and `bbox_info`: a
+list of `bbox` (x1, y1, x2, y2 as shares of the image, then a score), `short_expr`, `long_expr`. The short
 expression is the description. The hard negatives (`short_expr_negs`) are not used: L_rd has none.
 Source of these names: 360CVGroup/FG-CLIP, fgclip2/train/train_fgclip2.py and data/data.md at b1af1cd.
 """
@@ -12,14 +12,14 @@ from typing import Any
 from etils import epath
 
 from data.sources import base, staged
-from grain_jax import annotations
+from grain_jax.files import annotations
 
 FILES = True
 read = staged.read
 
 
 def shards(options: base.Options) -> list[base.Shard]:
-    """Lists of the pictures of `options.annotations`: JSON files, or folders of them."""
+    """Lists of the images of `options.annotations`: JSON files, or folders of them."""
     paths = []
     for path in map(epath.Path, options.annotations):
         paths += sorted(path.glob("*.json")) if path.is_dir() else [path]

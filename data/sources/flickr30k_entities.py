@@ -1,4 +1,4 @@
-"""Flickr30k Entities: Sentences/ID.txt and Annotations/ID.xml; pictures are ID.jpg.
+"""Flickr30k Entities: Sentences/ID.txt and Annotations/ID.xml; images are ID.jpg.
 
 A region is a box with a phrase of its coreference chain. A phrase to be grounded is one place in one sentence, with
 all boxes of its chain: what ashkamath/mdetr (flickr_eval.py) counts. Source of the files' form: the README and
@@ -22,7 +22,7 @@ _NOT_VISUAL = "0"
 
 
 def shards(options: base.Options) -> list[base.Shard]:
-    """Lists of the pictures that have a file in Sentences."""
+    """Lists of the images that have a file in Sentences."""
     if len(options.annotations) != 1:
         raise base.SourceError(
             "source flickr30k_entities: expected --annotations, the folder with Sentences and Annotations"

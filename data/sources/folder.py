@@ -1,4 +1,4 @@
-"""A folder of pictures, sub-folders included; a text file beside a picture is its web caption.
+"""A folder of images, sub-folders included; a text file beside an image is its web caption.
 
 So are the files that img2dataset writes by default: 00000/000000012.jpg and 000000012.txt.
 """
@@ -20,7 +20,7 @@ def shards(options: base.Options) -> list[base.Shard]:
 
 def _entries(folder: epath.Path, below: str) -> Iterator[base.Entry | base.Fault]:
     if not folder.is_dir():
-        raise base.SourceError(f"--images {folder}: no such folder, expected pictures")
+        raise base.SourceError(f"--images {folder}: no such folder, expected images")
     paths = sorted(folder.iterdir(), key=lambda path: path.name)
     texts = {path.name for path in paths if path.suffix == ".txt"}
     for path in paths:

@@ -1,7 +1,7 @@
 """GRIT (zzliang/GRIT): tar shards of img2dataset with the columns `noun_chunks` and `ref_exps` in the JSON.
 
 Download with `--save_additional_columns '["id","noun_chunks","ref_exps"]'`. Each entry of these columns is
-[start, end, x1, y1, x2, y2, score]: the caption's characters, and the box as shares of the picture, so
+[start, end, x1, y1, x2, y2, score]: the caption's characters, and the box as shares of the image, so
 img2dataset must neither crop nor pad it (`--resize_mode no` or `keep_ratio`).
 """
 
@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 
 from data.sources import base, webdataset
-from grain_jax import annotations
+from grain_jax.files import annotations
 
 FILES = False
 
@@ -20,7 +20,7 @@ def shards(options: base.Options) -> list[base.Shard]:
 
 
 def read(shard: base.Shard) -> Iterator[base.Picture | base.Fault]:
-    """The tar's pictures; a region's description is its part of the caption."""
+    """The tar's images; a region's description is its part of the caption."""
     return webdataset.read_tar(shard, _entry)
 
 

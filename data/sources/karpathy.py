@@ -1,6 +1,6 @@
 """Karpathy's splits of Flickr30k and COCO: dataset_flickr30k.json, dataset_coco.json, on which retrieval is compared.
 
-All captions of a picture are taken (mostly five), as people wrote them. `split` is train, restval, val or test.
+All captions of an image are taken (mostly five), as people wrote them. `split` is train, restval, val or test.
 Source: the files' keys, images[].filename, filepath (COCO: the folder), split, sentences[].raw.
 """
 
@@ -14,7 +14,7 @@ read = staged.read
 
 
 def shards(options: base.Options) -> list[base.Shard]:
-    """Lists of the split's pictures; those of COCO start in train2014/ and val2014/."""
+    """Lists of the split's images; those of COCO start in train2014/ and val2014/."""
     if len(options.annotations) != 1:
         raise base.SourceError(f"source karpathy: expected one file as --annotations, {_EXPECTED}")
     return staged.stage("karpathy", _entries(options.annotations[0], options.split), options)

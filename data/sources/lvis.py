@@ -1,7 +1,7 @@
-"""LVIS: lvis_v1_train.json, lvis_v1_val.json, one or both. The pictures are COCO's, below train2017/ and val2017/.
+"""LVIS: lvis_v1_train.json, lvis_v1_val.json, one or both. The images are COCO's, below train2017/ and val2017/.
 
 A region is an object: its description is the category's name, `bow_(weapon)` as "bow (weapon)". Where a
-picture has several of a category not all of them need have a box.
+image has several of a category not all of them need have a box.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ read = staged.read
 
 
 def shards(options: base.Options) -> list[base.Shard]:
-    """Lists of the files' pictures, also of those without an object."""
+    """Lists of the files' images, also of those without an object."""
     if not options.annotations:
         raise base.SourceError(f"source lvis: got no --annotations, expected {_EXPECTED}")
     return staged.stage("lvis", _entries(options.annotations), options)
@@ -42,7 +42,7 @@ def _entries(paths: tuple[str, ...]) -> Iterator[base.Entry | base.Fault]:
             entry, name = entries.get(item.get("image_id")), names.get(item.get("category_id"))
             if entry is None:
                 got = f"image_id {item.get('image_id')}"
-                detail = f"got {got}, expected a picture of the file"
+                detail = f"got {got}, expected an image of the file"
                 yield base.Fault(f"{path}:annotations[{number}]", "bad annotation", detail)
                 continue
             entry.regions.append((base.xywh(item.get("bbox")), name, base.WHOLE))

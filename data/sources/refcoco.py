@@ -1,9 +1,9 @@
 """RefCOCO, RefCOCO+, RefCOCOg: refs(unc).p (a pickle, or the same as JSON) with instances.json.
 
-Also the JSON that MDETR made of them (finetune_refcoco_train.json): COCO's form, one expression a picture.
+Also the JSON that MDETR made of them (finetune_refcoco_train.json): COCO's form, one expression an image.
 A region is an object with one of its expressions, and each sentence of the refs is a phrase to be grounded, also
 where two people gave the same one: the protocol of lichengunc/MAttNet (eval_dets_utils.py), which counts every
-sentence with its own box. `split` is that of the refs (train, val, testA, ...). The sets have no captions; their pictures are COCO's, so captions_train2014.json may be given as well.
+sentence with its own box. `split` is that of the refs (train, val, testA, ...). The sets have no captions; their images are COCO's, so captions_train2014.json may be given as well.
 """
 
 import pickle
@@ -29,7 +29,7 @@ class _Plain(pickle.Unpickler):
 
 
 def shards(options: base.Options) -> list[base.Shard]:
-    """Lists of the pictures that have expressions."""
+    """Lists of the images that have expressions."""
     try:
         return staged.stage("refcoco", _entries(options), options)
     except (KeyError, TypeError, AttributeError) as error:

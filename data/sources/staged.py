@@ -1,6 +1,6 @@
-"""Sources whose pictures are files and whose annotations are one large file, or none: cut into lists.
+"""Sources whose images are files and whose annotations are one large file, or none: cut into lists.
 
-The annotations are read once, where the pipeline starts; workers read a list of some pictures each.
+The annotations are read once, where the pipeline starts; workers read a list of some images each.
 So a worker needs neither COCO's 500 MB nor time to find its part of them.
 """
 
@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator
 from etils import epath
 
 from data.sources import base
-from grain_jax import atomic
+from grain_jax.files import atomic
 
 
 def stage(
     source: str, items: Iterable[base.Entry | base.Fault], options: base.Options
 ) -> list[base.Shard]:
-    """Writes the lists to `options.scratch`; one shard each, `options.shard_size` pictures long."""
+    """Writes the lists to `options.scratch`; one shard each, `options.shard_size` images long."""
     if not options.scratch:
         raise base.SourceError(
             f"source {source}: got no scratch folder, expected one for its lists"
@@ -41,7 +41,7 @@ def stage(
 
 
 def read(shard: base.Shard) -> Iterator[base.Picture | base.Fault]:
-    """The pictures of one list."""
+    """The images of one list."""
     with epath.Path(shard.arguments["list"]).open("r") as file:
         for line in file:
             kind, values = json.loads(line)

@@ -40,7 +40,7 @@ def shards(options: base.Options) -> list[base.Shard]:
 
 
 def read(shard: base.Shard) -> Iterator[base.Picture | base.Fault]:
-    """The range's pictures, as they are stored."""
+    """The range's images, as they are stored."""
     import tensorflow_datasets as tfds
 
     split, start, stop = (shard.arguments[name] for name in ("split", "start", "stop"))
@@ -74,7 +74,7 @@ def directory(folder: epath.PathLike) -> epath.Path:
 
 
 def pictures(folder: epath.PathLike) -> Iterator[base.Picture | base.Fault]:
-    """The pictures of all splits."""
+    """The images of all splits."""
     for split in _builder(folder).info.splits:
         for shard in shards(base.Options(str(folder), split=split)):
             yield from read(shard)

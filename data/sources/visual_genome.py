@@ -1,6 +1,6 @@
 """Visual Genome: region_descriptions.json, and image_data.json for the sizes that boxes were drawn on.
 
-The pictures' folder holds VG_100K and VG_100K_2, or all pictures at once; names are their ids.
+The images' folder holds VG_100K and VG_100K_2, or all images at once; names are their ids.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from data.sources import base, staged
-from grain_jax import annotations
+from grain_jax.files import annotations
 
 FILES = True
 _EXPECTED = "a list: Visual Genome's region_descriptions.json or image_data.json"
@@ -17,7 +17,7 @@ read = staged.read
 
 
 def shards(options: base.Options) -> list[base.Shard]:
-    """Lists of the pictures of region_descriptions.json."""
+    """Lists of the images of region_descriptions.json."""
     sizes, descriptions = {}, []
     for path in options.annotations:
         for item in base.read_json_list(path, expected=_EXPECTED):

@@ -1,7 +1,7 @@
 """Tar shards as img2dataset and webdataset write them (CC3M, CC12M): KEY.jpg with KEY.txt, KEY.json.
 
 Members of one sample stand next to each other and share the name up to its first dot. A shard is one
-tar; its pictures are called TAR/MEMBER, since keys may be repeated in another tar.
+tar; its images are called TAR/MEMBER, since keys may be repeated in another tar.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import Any
 from etils import epath
 
 from data.sources import base
-from grain_jax import image_bounds
+from grain_jax.files import image_bounds
 
 FILES = False
 MAX_NAME = 255  # bytes of a part of a name: no file system takes more
@@ -45,7 +45,7 @@ def shards(options: base.Options) -> list[base.Shard]:
 
 
 def read(shard: base.Shard) -> Iterator[base.Picture | base.Fault]:
-    """The tar's pictures with their caption: the text beside them, else the JSON's `caption`."""
+    """The tar's images with their caption: the text beside them, else the JSON's `caption`."""
     return read_tar(shard, _entry)
 
 
@@ -73,7 +73,7 @@ def tar_shards(source: str, options: base.Options) -> list[base.Shard]:
 def read_tar(
     shard: base.Shard, entry: Callable[[str, dict[str, bytes]], base.Entry]
 ) -> Iterator[base.Picture | base.Fault]:
-    """The tar's pictures as `entry` makes them of their name and the texts beside them.
+    """The tar's images as `entry` makes them of their name and the texts beside them.
 
     `entry` raises ValueError for what it cannot use.
     """
@@ -102,13 +102,13 @@ def _read_sample(
     entry: Callable[[str, dict[str, bytes]], base.Entry],
     seen: set[str],
 ) -> base.Picture | base.Fault:
-    """A sample's picture; `seen` are the names of those before it, and then its own too."""
+    """A sample's image; `seen` are the names of those before it, and then its own too."""
     if ".." in image.split("/"):
         return base.Fault(image, "bad annotation", "expected a name without ..")
     ending = next(filter(_is_picture, files), None)
     if ending is None:
         got = ", ".join(files)
-        return base.Fault(image, "no picture", f"got {got:.200}, expected a picture beside it")
+        return base.Fault(image, "no picture", f"got {got:.200}, expected an image beside it")
     image = f"{image}.{ending}"
     if fault := _name_fault(image):
         return base.Fault(image, "bad annotation", fault)
@@ -126,7 +126,7 @@ def _read_sample(
 
 
 def _name_fault(image: str) -> str:
-    """What is wrong with a picture's name; "" if nothing is."""
+    """What is wrong with an image's name; "" if nothing is."""
     if _UNWANTED.search(image):
         return "expected a name in UTF-8 without control characters"
     longest = max(len(part.encode()) for part in image.split("/"))
@@ -166,7 +166,7 @@ class _Member(tarfile.TarInfo):
 def _samples(path: epath.Path) -> Iterator[tuple[str, dict[str, bytes | None]]]:
     """(key, ending -> bytes) of each sample, the tar read once from front to end.
 
-    Only a sample's texts and its first picture are read; the bytes are None where they are too many, or the
+    Only a sample's texts and its first image are read; the bytes are None where they are too many, or the
     files. Links, devices and sparse files are no part of a sample.
     """
     if "://" in str(path):

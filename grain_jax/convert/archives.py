@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from grain_jax import errors, regular_file
+from grain_jax import errors
+from grain_jax.files import regular_file
 
 # How much a file may become as float32: 8 bits a number make it 4 times as long, two names of one array 8.
 MAX_GROWTH = 8

@@ -12,10 +12,10 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import regular_file
 from grain_jax.convert import archives, parity, towers
 from grain_jax.convert import torch_names as names
 from grain_jax.convert.towers import Row, Settings, Tower, TowerError
+from grain_jax.files import regular_file
 
 PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # its value_range(-1, 1)
 _SCALARS = {"logit_scale": "t", "logit_bias": "b"}

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from grain_jax import checkpoint, images, regular_file
 from grain_jax import config as config_lib
 from grain_jax.convert import archives, model_card, parity
 from grain_jax.convert import torch as reference
 from grain_jax.convert import torch_names as names
+from grain_jax.files import images, regular_file
 from grain_jax.input_pipeline import tokenizer as tokenizers_lib
+from grain_jax.runtime import checkpoint
 
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"  # of weights that transformers cut into several files
@@ -327,7 +328,7 @@ def _read_config(path: epath.Path) -> config_lib.Model:
 def _prove_folder(
     folder: epath.Path, model: config_lib.Model, params: Any, has_tokenizer: bool
 ) -> parity.Report:
-    """Our model against what transformers makes of a folder of ours, from raw pictures and texts on."""
+    """Our model against what transformers makes of a folder of ours, from raw images and texts on."""
     try:
         import torch  # noqa: F401 (transformers loads without it, and then has no models)
         import transformers
@@ -337,9 +338,9 @@ def _prove_folder(
     ours = reference.outputs(model, params, given)
     rng = np.random.default_rng(1)
     pictures = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in ((37, 53), (300, 200))]
-    squashed = np.stack([images.squash(p, model.image.image_size) for p in pictures])
+    resized = np.stack([images.resize(p, model.image.image_size) for p in pictures])
     mean, std = np.array(model.image.pixel_mean), np.array(model.image.pixel_std)
-    ours["pixels"] = (squashed / 255 - mean) / std
+    ours["pixels"] = (resized / 255 - mean) / std
     if has_tokenizer:
         context = model.text.context_length
         ids = tokenizers_lib.ClipTokenizer()(_TEXTS, context)

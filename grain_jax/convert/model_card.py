@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from grain_jax import checkpoint, metrics_file
 from grain_jax import config as config_lib
 from grain_jax.convert import parity
+from grain_jax.runtime import checkpoint, metrics_file
 
 
 class Run(NamedTuple):
@@ -59,7 +59,7 @@ def write(
         "",
         "# GRAIN",
         "",
-        "Embeds pictures, texts and regions of pictures in one space: zero-shot classification with"
+        "Embeds images, texts and regions of images in one space: zero-shot classification with"
         " class names or descriptions, and boxes for what a text describes. The method is Halbe et"
         ' al., "Grounding Descriptions in Images informs Zero-Shot Visual Recognition" (WACV 2026,'
         " arXiv 2412.04429); this folder was written by `python -m grain_jax.convert to-hf`.",
@@ -84,7 +84,7 @@ def write(
     if not has_tokenizer:
         lines.append(
             f"There is no tokenizer: the vocabulary has {text.vocab_size} ids, so give token ids;"
-            " pictures go through `AutoImageProcessor`."
+            " images go through `AutoImageProcessor`."
         )
     lines += [
         "",
@@ -144,9 +144,9 @@ def write(
         "",
         "## Limits",
         "",
-        f"- At most {decoder.queries} regions a picture, whatever it shows; a box is given for every"
+        f"- At most {decoder.queries} regions an image, whatever it shows; a box is given for every"
         " query, also where there is nothing.",
-        "- Pictures are squashed to a square: long ones are distorted, small things may vanish.",
+        "- Images are resized to a square: long ones are distorted, small things may vanish.",
         f"- Texts are cut to {text.context_length} tokens. Scores are cosines, not probabilities.",
         "- Captions and descriptions of such training sets come from the web and from other models;"
         " what they get wrong or leave out, and their biases, are in this model. Not for decisions"

@@ -14,11 +14,11 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import regular_file
 from grain_jax.convert import archives, parity, torchscript, towers
 from grain_jax.convert import torch as torch_format
 from grain_jax.convert import torch_names as names
 from grain_jax.convert.towers import Row, Settings, Tower, TowerError
+from grain_jax.files import regular_file
 
 _SCALARS = {"logit_scale": "logit_scale", "logit_bias": "logit_bias"}
 CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -1,4 +1,4 @@
-"""The parity report that every conversion ends with: the same pictures and texts through both sides.
+"""The parity report that every conversion ends with: the same images and texts through both sides.
 
 The other side must be an implementation that is not ours: real transformers, open_clip, or a module
 run by torch. Where it is not installed the report says NOT PROVEN; our own way back proves nothing.
@@ -54,7 +54,7 @@ class Report(NamedTuple):
 def inputs(
     image_size: int, vocab_size: int, context_length: int, *, count: int = 4, seed: int = 0
 ) -> Inputs:
-    """Random pictures and texts, the same for the same arguments.
+    """Random images and texts, the same for the same arguments.
 
     Args:
       image_size: S, pixels.
@@ -62,7 +62,7 @@ def inputs(
       context_length: L. The first text is empty, the second fills all of L.
     """
     rng = np.random.default_rng(seed)
-    # A value for each quarter and noise on top: pictures differ at large and in detail.
+    # A value for each quarter and noise on top: images differ at large and in detail.
     half = -(-image_size // 2)
     coarse = rng.standard_normal((count, 2, 2, 3)).repeat(half, 1).repeat(half, 2)
     coarse = coarse[:, :image_size, :image_size]
@@ -131,7 +131,7 @@ def report(comparisons: list[Comparison], other_side: str, given: Inputs | None 
       other_side: what ours was compared with, such as "transformers 5.24.0".
       given: where they come from `inputs`, these.
     """
-    of = f", {len(given.pictures)} pictures and {len(given.token_ids)} texts" if given else ""
+    of = f", {len(given.pictures)} images and {len(given.token_ids)} texts" if given else ""
     lines = [
         f"parity: our outputs against {other_side}{of}",
         f"{'output':20} {'max|a-b|/max|b|':>15} {'cosine':>12} {'tolerance':>10}",

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from grain_jax import checkpoint, errors, regular_file
 from grain_jax import config as config_lib
+from grain_jax import errors
 from grain_jax.convert import archives, parity
 from grain_jax.convert import torch_names as names
+from grain_jax.files import regular_file
+from grain_jax.runtime import checkpoint
 
 StateDict = dict[str, np.ndarray]
 _KEYS = {"backbone": "backbone_state_dict", "decoder": "state_dict"}

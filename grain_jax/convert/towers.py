@@ -13,11 +13,12 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from grain_jax import checkpoint, errors
 from grain_jax import config as config_lib
+from grain_jax import errors
 from grain_jax.convert import parity
 from grain_jax.convert import torch_names as names
 from grain_jax.models import grain
+from grain_jax.runtime import checkpoint
 
 TOWERS = ("image", "text")
 # What a tower's config says beside its function: where a fresh tower would start, and what may be resized.

@@ -1,4 +1,4 @@
-"""An interactive page: drop a picture, type classes with descriptions, and see scores, regions and why.
+"""An interactive page: drop an image, type classes with descriptions, and see scores, regions and why.
 
 python -m grain_jax.demo --checkpoint DIR [--classes D.json] [--examples FOLDER]
 """
@@ -15,11 +15,12 @@ import PIL.Image
 import PIL.ImageDraw
 from etils import epath
 
-from grain_jax import command_line, errors
+from grain_jax import errors
+from grain_jax.runtime import command_line
 
 _EXAMPLES = 12
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff".split())
-_CLASSES = {  # of the pictures that are drawn where none are given
+_CLASSES = {  # of the images that are drawn where none are given
     "house": ("a red triangular roof", "a brown door", "a square wall"),
     "boat": ("a white sail", "a brown hull", "blue water"),
     "tree": ("a round green top", "a brown trunk", "green grass"),
@@ -45,7 +46,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--examples",
-        help="folder of pictures, or of folders of them; default: a few that are drawn",
+        help="folder of images, or of folders of them; default: a few that are drawn",
     )
     return parser.parse_args(argv)
 
@@ -76,7 +77,7 @@ def _serve(arguments: argparse.Namespace, uploads: epath.Path, folder: epath.Pat
     examples = _examples(arguments.examples, folder)
     predictor = inference.load(arguments.checkpoint)
     analyst = analysis.Analyst(predictor)
-    about = f"`{arguments.checkpoint}`: pictures of {predictor.model.image.image_size} pixels,"
+    about = f"`{arguments.checkpoint}`: images of {predictor.model.image.image_size} pixels,"
     about += f" {analyst.queries or 'no'} regions."
     blocks = page.build(analyst, about, classes, examples)
     url = page.launch(
@@ -100,16 +101,16 @@ def _check_address(host: str, port: int | None) -> None:
 
 
 def _examples(source: str | None, folder: epath.Path) -> list[str]:
-    """Files of pictures in `folder`: copies of at most _EXAMPLES of the source's, evenly, or drawn ones."""
+    """Files of images in `folder`: copies of at most _EXAMPLES of the source's, evenly, or drawn ones."""
     if source is None:
         return [str(path) for path in _draw(folder)]
     source = epath.Path(source)
     if not source.is_dir():
-        raise errors.UserError(f"--examples: {source}: no such folder; expected one of pictures")
+        raise errors.UserError(f"--examples: {source}: no such folder; expected one of images")
     below = [source, *sorted(p for p in source.iterdir() if p.is_dir())]
     paths = [p for f in below for p in sorted(f.iterdir()) if p.suffix.lower() in _SUFFIXES]
     if not paths:
-        raise errors.UserError(f"--examples: {source}: holds no picture, nor do its folders")
+        raise errors.UserError(f"--examples: {source}: holds no image, nor do its folders")
     count = min(_EXAMPLES, len(paths))
     copies = []
     for i in range(count):

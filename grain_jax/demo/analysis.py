@@ -1,4 +1,4 @@
-"""What the page shows, as numbers: a picture and classes -> scores, regions, and the parts that each score is the sum of.
+"""What the page shows, as numbers: an image and classes -> scores, regions, and the parts that each score is the sum of.
 
 Embeddings come from a `Predictor` and are kept between calls; the arithmetic is that of
 `Predictor.classify`. Nothing here needs Gradio.
@@ -15,8 +15,9 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-from grain_jax import annotations, errors, images, inference
-from grain_jax.evaluate import scores
+from grain_jax import errors, inference
+from grain_jax.files import annotations, images
+from grain_jax.inference import scores
 
 DIGITS = 4  # that numbers are shown with
 # A page is no place for more than:
@@ -28,7 +29,7 @@ LARGE = 1 << 20  # bytes of a file of classes
 SECONDS = 30.0  # that classes may take to encode: everybody else waits
 _AT_ONCE = 16  # classes that are encoded between two looks at the clock
 _ELSEWHERE = "for more use grain_jax.evaluate"
-_KEPT = 16  # pictures, and lists of classes, whose embeddings are kept
+_KEPT = 16  # images, and lists of classes, whose embeddings are kept
 _JSON = '{"class name": ["description", ...]}'
 
 Classes = dict[str, tuple[str, ...]]  # name -> descriptions; none anywhere: names alone
@@ -39,7 +40,7 @@ class DemoError(errors.UserError):
 
 
 class Result(NamedTuple):
-    """A picture among classes. C classes, n_c descriptions of class c, Q regions."""
+    """An image among classes. C classes, n_c descriptions of class c, Q regions."""
 
     classes: Classes
     alpha: float  # that the scores have; 1 where there are no region scores
@@ -70,8 +71,8 @@ class Result(NamedTuple):
 class Part(NamedTuple):
     """One term of a class's score."""
 
-    region: int | None  # None: the whole picture
-    text: str  # the description that the region fits best; empty for the whole picture
+    region: int | None  # None: the whole image
+    text: str  # the description that the region fits best; empty for the whole image
     value: float  # global score, or the cosine of region and description
     weight: float
     units: (
@@ -210,9 +211,9 @@ def read_classes(path: epath.PathLike) -> Classes:
 
 
 def read_picture(path: epath.PathLike | None) -> PIL.Image.Image:
-    """The picture at `path` as RGB. Raises DemoError where there is none or it cannot be read."""
+    """The image at `path` as RGB. Raises DemoError where there is none or it cannot be read."""
     if not path:
-        raise DemoError("no picture; drop one, or choose an example")
+        raise DemoError("no image; drop one, or choose an example")
     path = epath.Path(path)
     try:
         return images.to_rgb(images.load_image(path))
@@ -221,7 +222,7 @@ def read_picture(path: epath.PathLike | None) -> PIL.Image.Image:
 
 
 class Analyst:
-    """A model with the embeddings of the pictures and classes that it saw last.
+    """A model with the embeddings of the images and classes that it saw last.
 
     Args:
       predictor: the model.
@@ -236,10 +237,10 @@ class Analyst:
         self._pictures: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
 
     def analyse(self, picture: PIL.Image.Image, classes: Classes, alpha: float) -> Result:
-        """Scores of the picture and what they are made of.
+        """Scores of the image and what they are made of.
 
         Args:
-          picture: RGB.
+          image: RGB.
           classes: as from `parse_classes`.
           alpha: share of the global score; only the global score counts where there is no other.
 
@@ -248,9 +249,9 @@ class Analyst:
         described = any(classes.values())
         note = ""
         if not self.queries:
-            note = "The model has no regions: scores are those of the whole picture."
+            note = "The model has no regions: scores are those of the whole image."
         elif not described:
-            note = "The classes have no descriptions: scores are those of the whole picture."
+            note = "The classes have no descriptions: scores are those of the whole image."
         features = _remembered(
             self._classes,
             tuple(classes.items()),

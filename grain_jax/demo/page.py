@@ -18,8 +18,9 @@ import gradio as gr  # noqa: E402
 from etils import epath  # noqa: E402
 from starlette import middleware  # noqa: E402
 
-from grain_jax import annotations, errors  # noqa: E402
+from grain_jax import errors  # noqa: E402
 from grain_jax.demo import analysis, guard, views  # noqa: E402
+from grain_jax.files import annotations
 
 _UPLOADS_KEPT = 3600  # seconds
 _WAITING = 100  # calls at most
@@ -34,10 +35,10 @@ def build(
       analyst: the model.
       model: what the page says the model is.
       classes: that it starts with.
-      examples: files of pictures to choose from, in a folder that Gradio may read.
+      examples: files of images to choose from, in a folder that Gradio may read.
     """
     with_regions = analyst.queries > 0
-    start = views.hint("Drop a picture, or choose an example.")
+    start = views.hint("Drop an image, or choose an example.")
     kept = {"delete_cache": (_UPLOADS_KEPT // 6, _UPLOADS_KEPT)}
     with gr.Blocks(title="grain_jax", analytics_enabled=False, **kept) as page:
         gr.Markdown(f"## grain_jax: what the model sees\n{model}")
@@ -110,7 +111,7 @@ def build(
         )
         reasons = gr.HTML(elem_id="why")
 
-        # Gradio's own checks end in a traceback: of a file that is no picture, a number outside its
+        # Gradio's own checks end in a traceback: of a file that is no image, a number outside its
         # slider, a class that was there a moment ago. `everything` copes with all of them.
         picture.preprocess = lambda payload: payload.path if payload else None
         chosen.preprocess = lambda name: name
@@ -194,7 +195,7 @@ def _expected(component: gr.components.Component, value: Any, folder: str) -> st
     match component:
         case gr.Image():
             fits = value is None or _is_upload(value, folder)
-            return "" if fits else "null or a picture that was uploaded here"
+            return "" if fits else "null or an image that was uploaded here"
         case gr.UploadButton():
             return "" if _is_upload(value, folder) else "a file that was uploaded here"
         case gr.Textbox():

@@ -1,4 +1,4 @@
-"""HTML of what `analysis` found: bars of scores, tables that add up, and boxes on the picture.
+"""HTML of what `analysis` found: bars of scores, tables that add up, and boxes on the image.
 
 No scripts: a box is shown alone by hovering it or by a radio button, through CSS, so the keyboard works
 too. Colours come from Gradio's theme, light and dark; a region has a number beside its colour.
@@ -16,7 +16,7 @@ from grain_jax import inference
 from grain_jax.demo import analysis
 from grain_jax.report.pictures import COLOURS
 
-_EDGE = 900  # pixels of the longer edge that a picture is sent with, at most
+_EDGE = 900  # pixels of the longer edge that an image is sent with, at most
 _WIDEST, _HIGHEST, _NARROWEST = 640, 480, 320  # CSS pixels of a figure
 _ROWS = 20  # classes that are listed before the fold
 
@@ -79,7 +79,7 @@ def hint(text: str) -> str:
 
 
 def scores(result: analysis.Result, *, softmax: bool, chosen: str = "") -> str:
-    """The classes with bars, best first: combined, whole picture and regions, and the softmax if asked for.
+    """The classes with bars, best first: combined, whole image and regions, and the softmax if asked for.
 
     Args:
       result: of `Analyst.analyse`.
@@ -135,7 +135,7 @@ def _comparison(result: analysis.Result, pair: Sequence[int]) -> str:
     text = f"{names[0]} minus {names[1]}: <b>{_units(total, sign=True)}</b>"
     if result.regions is not None:
         text += (
-            f" = {_units(whole, sign=True)} from the whole picture"
+            f" = {_units(whole, sign=True)} from the whole image"
             f" and {_units(total - whole, sign=True)} from the regions"
         )
     return text + "."
@@ -146,7 +146,7 @@ def _card(result: analysis.Result, c: int) -> str:
     rows = []
     for part in parts:
         if part.region is None:
-            label = "whole picture, mean over prompts"
+            label = "whole image, mean over prompts"
         else:
             label = f"{_tag(part.region)} {html.escape(part.text)}"
         rows.append(
@@ -186,10 +186,10 @@ def regions(
     threshold: float = -1.0,
     name: str = "regions",
 ) -> str:
-    """The picture with its regions, each with the description that fits it best.
+    """The image with its regions, each with the description that fits it best.
 
     Args:
-      picture: RGB.
+      image: RGB.
       result: of `Analyst.analyse` for it.
       most: regions to show at most; those that fit best.
       threshold: cosine below which a region is left out.
@@ -219,7 +219,7 @@ def grounding(
     *,
     name: str = "phrases",
 ) -> str:
-    """The picture with the box of each phrase; arguments as for `regions`, and what `Analyst.ground` returned."""
+    """The image with the box of each phrase; arguments as for `regions`, and what `Analyst.ground` returned."""
     boxes = [
         (i, answer.box_xyxy, html.escape(phrase), answer.score)
         for i, (phrase, answer) in enumerate(answers)
@@ -233,16 +233,16 @@ def _figure(
     name: str,
     below: str,
 ) -> str:
-    """The picture, and for each box (colour's number, box_xyxy, HTML, score) an outline and a line."""
+    """The image, and for each box (colour's number, box_xyxy, HTML, score) an outline and a line."""
     tall = picture.height / picture.width
     pixels = min(_WIDEST, _HIGHEST / tall)
-    width = max(_NARROWEST, pixels)  # of the figure: the lines need room below a slim picture
+    width = max(_NARROWEST, pixels)  # of the figure: the lines need room below a slim image
     scale = 100 * pixels / width
     labels = []
     for number, box_xyxy, text, score in boxes:
         x1, y1, x2, y2 = (float(x) * scale for x in box_xyxy)
         x1, x2 = x1 + (100 - scale) / 2, x2 + (100 - scale) / 2
-        # In widths of the figure (cqw), so that its lines below the picture do not count.
+        # In widths of the figure (cqw), so that its lines below the image do not count.
         place = (
             f"left:{x1:.2f}cqw;top:{y1 * tall:.2f}cqw;width:{x2 - x1:.2f}cqw;"
             f"height:{(y2 - y1) * tall:.2f}cqw"

@@ -1,7 +1,7 @@
 """`python -m grain_jax.evaluate zeroshot|linear-probe|retrieval|grounding|suite --checkpoint DIR ... --output OUT.json`.
 
 Prints the result as a table and writes it as JSON. Wrong usage or input: a line a fault, status 2. Several
-processes (launch.local, SLURM, TPU slices) share the pictures; the first one prints and writes.
+processes (launch.local, SLURM, TPU slices) share the images; the first one prints and writes.
 """
 
 import argparse
@@ -17,14 +17,16 @@ from etils import epath
 from ml_collections import config_flags
 
 import grain_jax
-from grain_jax import annotations, atomic, command_line, config, distributed, errors
-from grain_jax.evaluate import base, processes, suite, text_cache, zeroshot
-from grain_jax.report import tables
+from grain_jax import config, errors
+from grain_jax.evaluate import base, suite, tables, zeroshot
+from grain_jax.files import annotations, atomic
+from grain_jax.inference import text_cache
+from grain_jax.runtime import command_line, distributed, processes
 
 COMMANDS = {
     "zeroshot": "classifies a folder with one sub-folder a class",
     "linear-probe": "classifies by a logistic regression on image embeddings, also of few shots",
-    "retrieval": "R@1, R@5, R@10 between pictures and captions, both ways",
+    "retrieval": "R@1, R@5, R@10 between images and captions, both ways",
     "grounding": "box IoU, Acc@0.5, region-to-description R@1",
     "suite": "all entries of a config such as configs/eval.py; --config.a.b=value changes it",
 }
@@ -56,7 +58,7 @@ def _shots(text: str) -> list[int]:
 
 def _batch_size(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of pictures, at least 1")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of images, at least 1")
     return int(text)
 
 
@@ -69,9 +71,7 @@ def _parser() -> argparse.ArgumentParser:
             "--checkpoint", required=True, help="training workdir, checkpoint or converted folder"
         )
         if name != "suite":
-            sub.add_argument(
-                "--images", required=True, help="folder of pictures (or class folders)"
-            )
+            sub.add_argument("--images", required=True, help="folder of images (or class folders)")
         sub.add_argument("--output", required=True, help="JSON file to write")
         sub.add_argument(
             "--batch-size", type=_batch_size, default=base.BATCH_SIZE, help="pictures at a time"
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with together, errors.out_of_memory_in_a_line("evaluation", lambda: base.SMALLER):
             return _suite(args) if args.command == "suite" else _one(args)
     except errors.UserError as error:
-        if processes.own()[0] == 0:
+        if processes.process_info()[0] == 0:
             _say_faults(error)
         return errors.UserError.status
 
@@ -219,7 +219,7 @@ def _load(args: argparse.Namespace):
 
 
 def _suite(args: argparse.Namespace) -> int:
-    output = processes.together(lambda: _output(args.output))
+    output = processes.run_together(lambda: _output(args.output))
     return suite.run(
         args.suite,
         output,
@@ -234,16 +234,16 @@ def _suite(args: argparse.Namespace) -> int:
 def _one(args: argparse.Namespace) -> int:
     options = {}
     if getattr(args, "predictions", None):
-        options["predictions"] = processes.together(
+        options["predictions"] = processes.run_together(
             lambda: _output(args.predictions, "--predictions")
         )
-    output, entry = processes.together(lambda: (_output(args.output), _entry(args)))
-    processes.together(lambda: base.check(entry))  # before the checkpoint is read
-    predictor = processes.together(lambda: _load(args))
+    output, entry = processes.run_together(lambda: (_output(args.output), _entry(args)))
+    processes.run_together(lambda: base.check(entry))  # before the checkpoint is read
+    predictor = processes.run_together(lambda: _load(args))
     began = time.monotonic()
     result = base.evaluate(entry, predictor, batch_size=args.batch_size, **options)
     result["seconds"] = round(time.monotonic() - began, 1)
-    if processes.own()[0]:
+    if processes.process_info()[0]:
         return 0
     print(tables.describe({args.command: base.scalars(result)}), flush=True)
     for reason in result.get("unreadable_pictures", ()):

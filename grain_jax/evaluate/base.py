@@ -1,4 +1,4 @@
-"""What every evaluation needs: pictures in batches, ties, chances and intervals; and `run` and `check`, which pick one.
+"""What every evaluation needs: images in batches, ties, chances and intervals; and `run` and `check`, which pick one.
 
 An evaluation is a function `evaluate(predictor, *, ...)` that returns a JSON-ready dict. The predictor
 is an `inference.Predictor` or anything with its `encode_image`, `encode_text` and `encode_regions`.
@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from grain_jax import annotations as annotations_lib
 from grain_jax import config as config_lib
-from grain_jax import errors, images, schema, shown
-from grain_jax.evaluate import processes, test_sets
-from grain_jax.evaluate.processes import gather
+from grain_jax import errors, printable, schema
+from grain_jax.evaluate import test_sets
 from grain_jax.evaluate.test_sets import InputError, MissingData
+from grain_jax.files import annotations as annotations_lib
+from grain_jax.files import images
+from grain_jax.runtime import processes
 
 BATCH_SIZE = 64
 # What to do where memory runs out.
@@ -40,7 +41,7 @@ _MODULES = {
     "boxes": "grain_jax.evaluate.box_classes",
     "diagnostics": "grain_jax.evaluate.diagnostics",
 }
-_THREADS = 8  # that read pictures; decoding leaves Python's lock
+_THREADS = 8  # that read images; decoding leaves Python's lock
 _SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
 _OF_CLASSES = ("per_class", "pictures_per_class")  # a number for each class: not for a table
 _NAMED_PICTURES = 20  # unreadable ones that a result lists
@@ -48,13 +49,13 @@ _Z = 1.959963984540054  # of the normal distribution, two sides, 95%
 
 
 class Encoded(NamedTuple):
-    """A batch of readable pictures and what the model sees in them."""
+    """A batch of readable images and what the model sees in them."""
 
     index: np.ndarray  # int [B], positions in the whole set
     sizes: list[tuple[int, int]]  # width, height in pixels
     image_embed: np.ndarray  # float32 [B, D]
     regions: schema.Regions | None
-    labels: np.ndarray  # int [B], of a test set's pictures; -1 else
+    labels: np.ndarray  # int [B], of a test set's images; -1 else
 
 
 class Annotated(NamedTuple):
@@ -102,7 +103,7 @@ def available(entry: config_lib.Evaluator) -> tuple[config_lib.Evaluator, str]:
     Returns: the entry, and a line that says what it does without, or "".
 
     Raises:
-      MissingData: `missing` is "skip", and pictures or annotations are not there; one line.
+      MissingData: `missing` is "skip", and images or annotations are not there; one line.
     """
     if entry.missing != "skip":
         return entry, ""
@@ -131,10 +132,10 @@ def present(entries: Mapping[str, config_lib.Evaluator]) -> dict[str, config_lib
     out = {}
     for name, entry in entries.items():
         try:
-            out[name], line = processes.together(functools.partial(available, entry))
+            out[name], line = processes.run_together(functools.partial(available, entry))
         except MissingData as error:
             line = f"skipped: {error}"
-        if line and processes.own()[0] == 0:
+        if line and processes.process_info()[0] == 0:
             print(f"evals.{name}: {line}", file=sys.stderr, flush=True)
     return out
 
@@ -144,13 +145,14 @@ def check(entry: config_lib.Evaluator) -> int:
 
     Faulty lines few enough to be left out, and unknown keys, are reported on stderr.
 
-    Returns: how many pictures there are.
+    Returns: how many images there are.
 
     Raises:
       MissingData: it is the only fault, and the test set is not there.
       InputError: one line a fault, all of them; `__cause__` is the error if there was but one.
     """
-    from grain_jax.evaluate import class_names, prompts, zeroshot
+    from grain_jax.evaluate import class_names, zeroshot
+    from grain_jax.inference import prompts
 
     module, entry = _module(entry), _at_home(entry)
     if entry.kind == "linear_probe":
@@ -217,24 +219,26 @@ def _alphas(entry: config_lib.Evaluator) -> Sequence[float]:
 
 
 def _report_left_out(path: epath.PathLike, read: annotations_lib.Annotations) -> None:
-    if processes.own()[0]:
+    if processes.process_info()[0]:
         return
     lines = list(read.faults)
     if read.faults:  # few enough to go on without their lines
         lines.append(f"{path}: faulty lines left out: {read.faulty_lines}")
     if read.unknown_keys:
-        named = ", ".join(f"{shown.plain(key, 60)} ({n})" for key, n in read.unknown_keys.items())
+        named = ", ".join(
+            f"{printable.plain(key, 60)} ({n})" for key, n in read.unknown_keys.items()
+        )
         lines.append(f"{path}: unknown keys kept out: {named}")
     if lines:
-        print(*(shown.plain(line) for line in lines), sep="\n", file=sys.stderr)
+        print(*(printable.plain(line) for line in lines), sep="\n", file=sys.stderr)
 
 
 def _some_picture(path: epath.PathLike, annotated: Annotated) -> None:
-    """Raises InputError where not one picture is there, as below a wrong folder."""
+    """Raises InputError where not one image is there, as below a wrong folder."""
     places = [annotated.folder / record.image for record in annotated.records]
     if not any(place.exists() for place in places):  # mostly ends at the first
         raise InputError(
-            f"{annotated.folder}: none of the {len(places)} pictures of {path} is there; the first:"
+            f"{annotated.folder}: none of the {len(places)} images of {path} is there; the first:"
             f" {places[0]}; expected the folder that the annotations' paths start from"
         )
 
@@ -259,21 +263,21 @@ def encode_pictures(
     regions: bool = True,
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[Encoded]:
-    """Embeds this process's share of the pictures; the next batch is read while the model works on this one.
+    """Embeds this process's share of the images; the next batch is read while the model works on this one.
 
-    Of several processes each gets a stretch of the pictures, and each picture is one process's. `gather`
-    brings together what they made of them, in the order of the pictures.
+    Of several processes each gets a stretch of the images, and each image is one process's. `allgather`
+    brings together what they made of them, in the order of the images.
 
     Args:
-      predictor: encodes lists of PIL pictures.
-      pictures: a test set, or the pictures' paths.
+      predictor: encodes lists of PIL images.
+      images: a test set, or the images' paths.
       label: what the progress line calls them.
-      unreadable: gets, once all are done, name -> reason for each picture that was left out, by any process.
+      unreadable: gets, once all are done, name -> reason for each image that was left out, by any process.
       regions: whether region embeddings are wanted too.
-      batch_size: pictures at a time.
+      batch_size: images at a time.
 
     Raises:
-      InputError: not a single picture could be read, or a test set's files are damaged.
+      InputError: not a single image could be read, or a test set's files are damaged.
       processes.Failed: another process failed.
     """
     mine = processes.share(len(pictures))
@@ -296,18 +300,18 @@ def encode_pictures(
     counts, unread, lengths = zip(*ends)
     if len(set(lengths)) > 1:
         raise InputError(
-            f"{label}: the processes found {', '.join(map(str, lengths))} pictures, expected the same"
+            f"{label}: the processes found {', '.join(map(str, lengths))} images, expected the same"
             " files on all machines"
         )
     for part in unread:
         unreadable |= part
     if not sum(counts):
         first = next(iter(unreadable.values()), "there are none")
-        raise InputError(f"none of {len(pictures)} pictures can be read; the first: {first}")
+        raise InputError(f"none of {len(pictures)} images can be read; the first: {first}")
 
 
 def _batches(predictor, stretch, mine, label, total, left_out, regions, batch_size):
-    """The batches of the pictures `stretch`, whose positions are `mine`; `left_out` gets the unreadable."""
+    """The batches of the images `stretch`, whose positions are `mine`; `left_out` gets the unreadable."""
     model = getattr(predictor, "model", None)  # a config.Model; test doubles may have none
     size = model.image.image_size if model else None
 
@@ -316,8 +320,8 @@ def _batches(predictor, stretch, mine, label, total, left_out, regions, batch_si
             loaded = picture.load()
         except images.ImageError as error:
             return str(error)
-        # Squashed here, a batch takes little memory and the work is spread over the threads.
-        return images.squash(loaded, size) if size else images.to_rgb(loaded), loaded.size
+        # Resized here, a batch takes little memory and the work is spread over the threads.
+        return images.resize(loaded, size) if size else images.to_rgb(loaded), loaded.size
 
     progress = _Progress(label, len(mine), total)
     stretch = iter(stretch)
@@ -401,7 +405,7 @@ def encode_distinct(predictor: Any, texts: Sequence[str]) -> np.ndarray:
     """Texts -> float32 [N, D]; of several processes each encodes a share, and all get the whole."""
     mine = processes.share(len(texts))
     encode = lambda: np.asarray(predictor.encode_text(list(texts[mine.start : mine.stop])))
-    return gather({"embed": processes.together(encode)})["embed"]
+    return processes.allgather({"embed": processes.run_together(encode)})["embed"]
 
 
 def topk_hits(scores: np.ndarray, right: np.ndarray, k: int) -> np.ndarray:
@@ -478,7 +482,7 @@ def mean_rate(name: str, shares: np.ndarray, counts: np.ndarray) -> dict[str, fl
 
 
 def report_unreadable(unreadable: Mapping[str, str]) -> dict[str, Any]:
-    """The part of a result that counts and names (the first of) the pictures that were left out."""
+    """The part of a result that counts and names (the first of) the images that were left out."""
     out: dict[str, Any] = {"unreadable": len(unreadable)}
     if unreadable:
         out["unreadable_pictures"] = list(unreadable.values())[:_NAMED_PICTURES]
@@ -493,7 +497,7 @@ class _Progress:
         self._times = total / max(share, 1)  # the other processes are about as far
         self._start = self._last = time.monotonic()
         self._terminal = sys.stderr.isatty()
-        self._silent = processes.own()[0] > 0
+        self._silent = processes.process_info()[0] > 0
 
     def update(self, count: int) -> None:
         if self._silent:
@@ -505,7 +509,7 @@ class _Progress:
         self._last = now
         left = (now - self._start) / self._done * (self._total - self._done)
         text = (
-            f"{self._label}: {self._done:.0f}/{self._total} pictures,"
+            f"{self._label}: {self._done:.0f}/{self._total} images,"
             f" {self._done / (now - self._start):.0f}/s, {left:.0f} s left"
         )
         if self._terminal:

@@ -1,6 +1,6 @@
 """Which class is in a given box (COCO, LVIS): said by the region embedding that overlaps the box most.
 
-The regions' descriptions are class names. The image embedding, which sees the whole picture and no box,
+The regions' descriptions are class names. The image embedding, which sees the whole image and no box,
 is asked the same, so that one sees what regions add.
 """
 
@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from grain_jax import boxes
-from grain_jax.evaluate import base, class_names, grounding, prompts, scores
+from grain_jax.evaluate import base, class_names, grounding
+from grain_jax.inference import prompts, scores
 from grain_jax.input_pipeline import tokenizer
+from grain_jax.losses import boxes
 
 _AT_ONCE = 4096  # boxes; bounds memory
 
@@ -38,11 +39,11 @@ def evaluate(
     Args:
       predictor: the model (see `base`).
       images: the folder that the annotations' paths start from.
-      annotations: `A.jsonl` whose descriptions are class names; pictures without regions are left out.
+      annotations: `A.jsonl` whose descriptions are class names; images without regions are left out.
       classes: a class file (see `class_names`); a description means the class whose label or name it is,
         and boxes of other descriptions are left out and counted. Default: the distinct descriptions.
       templates: prompts, one a line; default: the general set of the package.
-      batch_size: pictures at a time.
+      batch_size: images at a time.
 
     Returns: counts; `chance` (of top-1; `chance_top5`); `best_iou`, the mean IoU of the box and that
       query's; `found`, the share of boxes where it is boxes.FOUND_IOU or more; and under `region`, and of the
@@ -65,7 +66,7 @@ def evaluate(
         unreadable=unreadable,
         batch_size=batch_size,
     )
-    seen = base.gather(
+    seen = base.allgather(
         dict(
             index=batch.index,
             sizes=np.array(batch.sizes),
@@ -83,7 +84,7 @@ def evaluate(
     use = target >= 0
     if not use.any():
         raise base.InputError(
-            f"{annotations}: got no box that is of one of {len(names)} classes and lies in its picture,"
+            f"{annotations}: got no box that is of one of {len(names)} classes and lies in its image,"
             " expected descriptions that are class names"
         )
     target, picture = target[use], described.picture[use]
@@ -142,7 +143,7 @@ def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Found:
     """The query of the largest IoU; of equal ones (as where none overlaps) that of the largest GIoU.
 
     Args:
-      pred_boxes_xyxy: [M, Q, 4], of each box's own picture.
+      pred_boxes_xyxy: [M, Q, 4], of each box's own image.
       boxes_xyxy: [M, 4].
     """
     query, iou = [], []

@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from grain_jax import atomic, boxes
-from grain_jax.evaluate import base, grounding, processes, scores
+from grain_jax.evaluate import base, grounding
+from grain_jax.files import atomic
+from grain_jax.inference import scores
+from grain_jax.losses import boxes
+from grain_jax.runtime import processes
 
 KEPT = 16  # evaluations whose matching is remembered: a run may resume from this many back
 TOP = 5  # descriptions that are named for each query
@@ -33,13 +36,13 @@ def evaluate(
     state_path: epath.PathLike | None = None,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """Matches queries to the described boxes of a fixed set of pictures, and tells what each got.
+    """Matches queries to the described boxes of a fixed set of images, and tells what each got.
 
     Args:
       predictor: the model (see `base`).
       images: the folder that the annotations' paths start from.
-      annotations: `A.jsonl`; pictures without regions are left out.
-      batch_size: pictures at a time.
+      annotations: `A.jsonl`; images without regions are left out.
+      batch_size: images at a time.
       state_path: JSON file that remembers the matching of the run's last evaluations, and holds the newest
         result with its texts; the first process writes it. None: no `matching_stability`.
       step: of the run; what the file has from this step on, as after a resume, is dropped.
@@ -72,14 +75,14 @@ def evaluate(
         unreadable=unreadable,
         batch_size=batch_size,
     )
-    found = base.gather(
+    found = base.allgather(
         dict(index=batch.index, sizes=np.array(batch.sizes), **batch.regions._asdict())
         for batch in batches
     )
     kept = [annotated.records[i] for i in found["index"]]
     described = grounding.described_boxes(kept, [tuple(size) for size in found["sizes"].tolist()])
     if not len(described.picture):
-        raise base.InputError(f"{annotations}: every box lies outside its picture")
+        raise base.InputError(f"{annotations}: every box lies outside its image")
     pred_boxes_xyxy, region_embed = found["boxes_xyxy"], found["embed"]
     text_embed = scores.unit(base.encode_distinct(predictor, described.texts))  # [T, D]
 
@@ -113,7 +116,7 @@ def evaluate(
         str(q): _of_query(matched.query == q, pred_boxes_cxcywh, text, described.texts)
         for q in range(queries)
     }
-    if state is not None and processes.own()[0] == 0:
+    if state is not None and processes.process_info()[0] == 0:
         state.write(matched.query, result)
     return result
 

@@ -1,11 +1,11 @@
 """Where the regions are and what they say: box IoU, Acc@0.5, region-to-description R@1, phrase grounding.
 
-Queries are matched to a picture's described boxes by the cost of training (`matching`), its weights fixed
+Queries are matched to an image's described boxes by the cost of training (`matching`), its weights fixed
 at the paper's 5 (L1) and 2 (GIoU) whatever a run trained with, so that runs compare. Of more boxes than
 queries those with the highest scores count, as in training.
 
 A phrase is asked for once for each time that the annotations list it, with its own boxes (`phrases` of A.jsonl;
-without it each described box is a phrase of its own), so that equal phrases of one picture are not merged. That is
+without it each described box is a phrase of its own), so that equal phrases of one image are not merged. That is
 RefCOCO's protocol, in which every sentence counts with the box of its object (lichengunc/MAttNet,
 lib/models/eval_dets_utils.py), and the two of Flickr30k Entities (ashkamath/mdetr, datasets/flickr_eval.py): "any
 box", found by the best overlap with one of the phrase's boxes, and "merged boxes", found by the overlap with the
@@ -18,33 +18,34 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from grain_jax import annotations as annotations_lib
-from grain_jax import boxes, matching
-from grain_jax.evaluate import base, scores
+from grain_jax.evaluate import base
+from grain_jax.files import annotations as annotations_lib
+from grain_jax.inference import scores
 from grain_jax.input_pipeline import tokenizer
+from grain_jax.losses import boxes, matching
 
 MATCH_L1, MATCH_GIOU = 5.0, 2.0  # of the matching cost (method.md, Losses)
 _SEED = 0  # of the boxes that chance is measured with
-_AT_ONCE = 1024  # pictures or regions; bounds memory
+_AT_ONCE = 1024  # images or regions; bounds memory
 
 
 class Matched(NamedTuple):
     """The described boxes that got a query, one for each entry."""
 
-    picture: np.ndarray  # int [n], position among the readable pictures
+    picture: np.ndarray  # int [n], position among the readable images
     query: np.ndarray  # int [n]
     iou: np.ndarray  # float [n], of the query's box and the described one
 
 
 class Described(NamedTuple):
-    """Every described box of the readable pictures, by falling score within a picture."""
+    """Every described box of the readable images, by falling score within an image."""
 
-    picture: np.ndarray  # int [M], position among the readable pictures
-    rank: np.ndarray  # int [M], within the picture, 0 = highest score
+    picture: np.ndarray  # int [M], position among the readable images
+    rank: np.ndarray  # int [M], within the image, 0 = highest score
     boxes_xyxy: np.ndarray  # float32 [M, 4] in [0, 1]
     text: np.ndarray  # int [M], position in `texts`
     texts: list[str]  # distinct after the tokenizer's cleaning and lower-casing
-    outside: int  # boxes left out because less than half of them lies in the picture
+    outside: int  # boxes left out because less than half of them lies in the image
 
 
 class Phrases(NamedTuple):
@@ -61,17 +62,17 @@ def evaluate(
     annotations: epath.PathLike,
     batch_size: int = base.BATCH_SIZE,
 ) -> dict[str, Any]:
-    """Compares predicted regions with the described boxes of each picture.
+    """Compares predicted regions with the described boxes of each image.
 
     Args:
       predictor: the model (see `base`).
       images: the folder that the annotations' paths start from.
-      annotations: `A.jsonl`; pictures without regions are left out.
-      batch_size: pictures at a time.
+      annotations: `A.jsonl`; images without regions are left out.
+      batch_size: images at a time.
 
     Returns: counts, and (95% intervals of shares: `_low`, `_high`)
       `box_iou`, `box_acc50`: mean IoU of matched boxes, and the share with IoU >= 0.5;
-      `chance_box_iou`: the same, with boxes of other pictures in place of the predicted ones;
+      `chance_box_iou`: the same, with boxes of other images in place of the predicted ones;
       `region_to_description_r1`: a matched region's nearest text, among all distinct descriptions of the
         file, is its own; `chance_region_to_description_r1`;
       `phrases`: how many phrases are asked for; of none, what follows is left out;
@@ -94,7 +95,7 @@ def evaluate(
         unreadable=unreadable,
         batch_size=batch_size,
     )
-    found = base.gather(
+    found = base.allgather(
         dict(index=batch.index, sizes=np.array(batch.sizes), **batch.regions._asdict())
         for batch in batches
     )
@@ -103,7 +104,7 @@ def evaluate(
     pred_boxes_xyxy, region_embed = found["boxes_xyxy"], found["embed"]
     described, phrases = described_phrases(kept, sizes)
     if not len(described.picture):
-        raise base.InputError(f"{annotations}: every box lies outside its picture")
+        raise base.InputError(f"{annotations}: every box lies outside its image")
     text_embed = scores.unit(base.encode_distinct(predictor, described.texts))  # [T, D]
 
     matched, text = match(pred_boxes_xyxy, described)
@@ -144,7 +145,7 @@ def _phrase_rates(
     region_embed: np.ndarray,
     text_embed: np.ndarray,
 ) -> dict[str, Any]:
-    """The part of the result about phrases; of N pictures pred_boxes_xyxy [N, Q, 4], region_embed [N, Q, D]."""
+    """The part of the result about phrases; of N images pred_boxes_xyxy [N, Q, 4], region_embed [N, Q, D]."""
     number, first, boxes_of = np.unique(phrases.phrase, return_index=True, return_counts=True)
     if not len(number):
         return {"phrases": 0}
@@ -236,7 +237,7 @@ def _key(text: str) -> str:
 def described_boxes(
     records: Sequence[annotations_lib.Annotation], sizes: Sequence[tuple[int, int]]
 ) -> Described:
-    """The described boxes of pictures; `sizes`: each picture's width and height in pixels."""
+    """The described boxes of images; `sizes`: each image's width and height in pixels."""
     return described_phrases(records, sizes)[0]
 
 
@@ -282,7 +283,7 @@ def described_phrases(
 
 
 def _boxes_of_others(described: Described, shape: tuple[int, ...]) -> np.ndarray:
-    """For each picture as many boxes as it has queries, drawn from the other pictures' described ones."""
+    """For each image as many boxes as it has queries, drawn from the other images' described ones."""
     random = np.random.default_rng(_SEED)
     count, queries, _ = shape
     first = np.searchsorted(described.picture, np.arange(count + 1))
@@ -293,7 +294,7 @@ def _boxes_of_others(described: Described, shape: tuple[int, ...]) -> np.ndarray
         if others:
             drawn = random.integers(others, size=queries)
             out[i] = described.boxes_xyxy[drawn + own * (drawn >= first[i])]
-        else:  # there is but one picture
+        else:  # there is but one image
             corners = np.sort(random.random((queries, 2, 2), np.float32), axis=1)
             out[i] = corners.reshape(queries, 4)
     return out

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.evaluate import base, processes, test_sets
+from grain_jax.evaluate import base, test_sets
+from grain_jax.runtime import processes
 
 TRAIN_SHARE = 0.7  # of a class's images, where one folder is split
 VALIDATION_SHARE = 0.2  # of a class's training images
@@ -108,8 +109,8 @@ def evaluate(
         f"shots_{number or 'all'}": _probe(learnt, tested, number, seeds, classes)
         for number in numbers
     }
-    fitted = processes.together(lambda: probes() if processes.own()[0] == 0 else None)
-    return result | processes.gather_values(fitted)[0]
+    fitted = processes.run_together(lambda: probes() if processes.process_info()[0] == 0 else None)
+    return result | processes.allgather_values(fitted)[0]
 
 
 def check(entry: config_lib.Evaluator) -> int:
@@ -240,7 +241,7 @@ def _take(data: Data, which: np.ndarray) -> Data:
 
 def _encode(predictor, pictures: test_sets.TestSet, unreadable: dict[str, str], batch_size) -> Data:
     """The embeddings of a set's readable images, on every process."""
-    found = base.gather(
+    found = base.allgather(
         dict(embed=batch.image_embed, label=batch.labels)
         for batch in base.encode_pictures(
             predictor,

@@ -1,6 +1,6 @@
-"""Retrieval between pictures and captions, both ways: R@1, R@5, R@10 (Flickr30k, MS-COCO, or any A.jsonl).
+"""Retrieval between images and captions, both ways: R@1, R@5, R@10 (Flickr30k, MS-COCO, or any A.jsonl).
 
-Every caption of a picture counts. Pictures whose captions are equal are all right answers to that text;
+Every caption of an image counts. Images whose captions are equal are all right answers to that text;
 the texts to choose from are the distinct ones.
 """
 
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from grain_jax.evaluate import base, scores
+from grain_jax.evaluate import base
+from grain_jax.inference import scores
 from grain_jax.input_pipeline import tokenizer
 
 KS = (1, 5, 10)
@@ -23,16 +24,16 @@ def evaluate(
     annotations: epath.PathLike,
     batch_size: int = base.BATCH_SIZE,
 ) -> dict[str, Any]:
-    """Ranks all distinct captions for each picture, and all pictures for each caption.
+    """Ranks all distinct captions for each image, and all images for each caption.
 
-    A picture without a web caption stands in with its synthetic one, and without either is left out;
+    An image without a web caption stands in with its synthetic one, and without either is left out;
     both are counted. Two captions are equal if the tokenizer's cleaning and lower-casing makes them so.
 
     Args:
       predictor: the model (see `base`).
       images: the folder that the annotations' paths start from.
       annotations: `A.jsonl`.
-      batch_size: pictures at a time.
+      batch_size: images at a time.
 
     Returns: counts; `image_to_text` and `text_to_image`, each with `r1`, `r5`, `r10` (a right answer among
       the first k; 95% intervals `_low`, `_high`) and `chance_r1`... (of a random order). Ties count as if
@@ -51,7 +52,7 @@ def evaluate(
         regions=False,
         batch_size=batch_size,
     )
-    found = base.gather(dict(index=batch.index, embed=batch.image_embed) for batch in batches)
+    found = base.allgather(dict(index=batch.index, embed=batch.image_embed) for batch in batches)
     kept = [records[i] for i in found["index"]]
     image_embed = scores.unit(found["embed"])  # [N, D]
     owner, text_of, texts = _pairs(kept)
@@ -84,7 +85,7 @@ def read(images: epath.PathLike, annotations: epath.PathLike) -> base.Annotated:
 
 
 def _pairs(records) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Every caption's picture and text, as positions, and the distinct texts."""
+    """Every caption's image and text, as positions, and the distinct texts."""
     place: dict[str, int] = {}
     owner, text_of, texts = [], [], []
     for i, record in enumerate(records):

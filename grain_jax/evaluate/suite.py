@@ -18,10 +18,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from grain_jax import atomic, errors
 from grain_jax import config as config_lib
-from grain_jax.evaluate import base, processes, text_cache, zeroshot
-from grain_jax.report import tables
+from grain_jax import errors
+from grain_jax.evaluate import base, tables, zeroshot
+from grain_jax.files import atomic
+from grain_jax.inference import text_cache
+from grain_jax.runtime import processes
 
 _PACKAGES = ("grain_jax", "jax", "flax", "numpy", "pillow", "tensorflow-datasets")
 FAILED, NOTHING = 1, 2  # exit statuses
@@ -54,7 +56,7 @@ def run(
       load: gives its predictor.
       only: names of entries; None for all.
       again: measures also what `output` holds.
-      batch_size: pictures at a time.
+      batch_size: images at a time.
 
     Returns: the exit status: 0, FAILED where an entry failed, NOTHING where there was none that could run.
 
@@ -62,14 +64,14 @@ def run(
       InputError: `only` names no entry, or `output` is no suite's, or of another checkpoint.
     """
     entries = _chosen(suite, only)
-    before = processes.together(lambda: _read(output, again))
+    before = processes.run_together(lambda: _read(output, again))
     results: dict[str, Any] = {"ran": {}, "skipped": {}, "failed": {}, "notes": {}}
     tasks = _tasks(entries, results)
     if not tasks:
         _say("nothing could be run")
         return FAILED if results["failed"] else NOTHING
 
-    predictor = processes.together(load)
+    predictor = processes.run_together(load)
     results = _identity(checkpoint, predictor) | results
     if before:
         _check_same(before, results, output, again)
@@ -90,7 +92,7 @@ def run(
         try:
             result = base.evaluate(task.entry, predictor, batch_size=batch_size)
         except Exception as error:
-            if not isinstance(error, errors.UserError) and processes.own()[1] > 1:
+            if not isinstance(error, errors.UserError) and processes.process_info()[1] > 1:
                 raise  # the others may stand where this one will not come
             _failed(name, error, results)
         else:
@@ -101,10 +103,10 @@ def run(
                 "seconds": seconds,
                 **result,
             }
-            _say(f"{of}: {task.pictures} pictures in {seconds:.0f} s{clock.left(task.pictures)}")
+            _say(f"{of}: {task.pictures} images in {seconds:.0f} s{clock.left(task.pictures)}")
         _write(output, results, suite)
     _write(output, results, suite)
-    if processes.own()[0] == 0:
+    if processes.process_info()[0] == 0:
         _show(results)
     return FAILED if results["failed"] else 0
 
@@ -124,8 +126,8 @@ def _tasks(
     tasks = {}
     for name, entry in entries.items():
         try:
-            entry, note = processes.together(lambda: base.available(entry))  # noqa: B023
-            pictures = processes.together(lambda: base.check(entry))  # noqa: B023
+            entry, note = processes.run_together(lambda: base.available(entry))  # noqa: B023
+            pictures = processes.run_together(lambda: base.check(entry))  # noqa: B023
         except base.MissingData as error:
             results["skipped"][name] = _words(error)
             _say(f"{name}: skipped: {_words(error)}")
@@ -173,7 +175,7 @@ def _identity(path: str, predictor: Any) -> dict[str, Any]:
         "digest": None if params is None else text_cache.digest_of(params),
         "versions": versions,
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
-        "processes": processes.own()[1],
+        "processes": processes.process_info()[1],
     }
 
 
@@ -218,7 +220,7 @@ def _same(result: Mapping[str, Any], task: _Task, again: bool) -> bool:
 
 
 def _write(output: epath.Path, results: dict[str, Any], suite: config_lib.Suite) -> None:
-    if processes.own()[0]:
+    if processes.process_info()[0]:
         return
     # In the suite's order, also where a restart has filled gaps.
     order = [name for name in suite.evals if name in results["ran"]]
@@ -288,7 +290,7 @@ def _show(results: Mapping[str, Any]) -> None:
 
 
 class _Clock:
-    """How long the rest will take, by the pictures so far."""
+    """How long the rest will take, by the images so far."""
 
     def __init__(self, pictures: int):
         self._left, self._done, self._began = pictures, 0, time.monotonic()
@@ -308,5 +310,5 @@ def _words(error: Exception) -> str:
 
 
 def _say(line: str) -> None:
-    if processes.own()[0] == 0:
+    if processes.process_info()[0] == 0:
         print(line, file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""Labelled pictures to classify: a folder with a sub-folder a class, or a set of TensorFlow Datasets.
+"""Labelled images to classify: a folder with a sub-folder a class, or a set of TensorFlow Datasets.
 
-Both give encoded pictures, so that they are decoded and squashed in the same way. Nothing is ever
+Both give encoded images, so that they are decoded and resized in the same way. Nothing is ever
 downloaded: where the data is not there, MissingData says how to get it.
 """
 
@@ -15,8 +15,9 @@ import PIL.Image
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import errors, images
+from grain_jax import errors
 from grain_jax.evaluate import class_names
+from grain_jax.files import images
 
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -47,7 +48,7 @@ class TestSet(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, position: int) -> str:
-        """What a picture is called: its path, or its place in the TFDS set."""
+        """What an image is called: its path, or its place in the TFDS set."""
 
     def pictures(self, positions: range) -> Iterable[Picture]:
         """A stretch of the set, in order; InputError where it cannot be read."""
@@ -79,7 +80,7 @@ class ClassFolders:
 
     @property
     def class_counts(self) -> np.ndarray:
-        """How many pictures each class has, int [C]."""
+        """How many images each class has, int [C]."""
         return np.bincount(self._labels, minlength=len(self.classes))
 
     def name(self, position: int) -> str:
@@ -175,14 +176,14 @@ class TfdsSet:
 
 
 def open_set(entry: config_lib.Evaluator) -> TestSet:
-    """The labelled pictures of an entry, those to test on; raises as ClassFolders or TfdsSet do."""
+    """The labelled images of an entry, those to test on; raises as ClassFolders or TfdsSet do."""
     if entry.tfds is None:
         return ClassFolders(entry.images, entry.classes, entry.get)
     return TfdsSet(entry.tfds, entry.split, entry.data_dir, entry.classes, entry.get)
 
 
 def open_train_set(entry: config_lib.Evaluator) -> TestSet | None:
-    """The labelled training pictures of a linear probe; None where `images` is to be split. Raises as `open_set`.
+    """The labelled training images of a linear probe; None where `images` is to be split. Raises as `open_set`.
 
     Raises:
       InputError: also where they are the test's.
@@ -202,7 +203,7 @@ def open_train_set(entry: config_lib.Evaluator) -> TestSet | None:
 
 
 def of_path(path: epath.PathLike, label: int = -1) -> Picture:
-    """The picture in a file."""
+    """The image in a file."""
     return Picture(str(path), functools.partial(images.load_image, path), label)
 
 
@@ -265,7 +266,7 @@ def _tensorflow_datasets(name: str):
 def class_folders(
     images: epath.PathLike, get: str | None = None
 ) -> tuple[list[str], list[epath.Path], np.ndarray]:
-    """The class names (folder names, `_` = space, sorted), the pictures and their classes' positions.
+    """The class names (folder names, `_` = space, sorted), the images and their classes' positions.
 
     Hidden files and folders (`.DS_Store`, `._x.jpg`) do not count.
 
@@ -276,7 +277,7 @@ def class_folders(
     Raises:
       MissingData: no such folder.
       InputError: fewer than two class folders, two of one name (`a_b` and `a b`), or a class without
-        pictures.
+        images.
     """
     folder = epath.Path(images).expanduser()
     if not folder.is_dir():
@@ -310,7 +311,7 @@ def class_folders(
         paths += found
         labels += [label] * len(found)
     if empty:
-        faults.append(f"{folder}: no pictures in the class folders {listed(empty)}")
+        faults.append(f"{folder}: no images in the class folders {listed(empty)}")
     if faults:
         raise InputError("\n".join(faults))
     return [of_folder(p.name) for p in folders], paths, np.array(labels)

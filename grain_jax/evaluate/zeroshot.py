@@ -1,6 +1,6 @@
 """Zero-shot classification of a test set (method.md, Zero-shot evaluation).
 
-The paper's two protocols, in one pass over the pictures: class names in prompts, and names with
+The paper's two protocols, in one pass over the images: class names in prompts, and names with
 descriptions. And descriptions alone, for classes whose names mean nothing to the model (`names=False`: a
 class is the mean of its raw descriptions' embeddings, which also serves files of whole sentences).
 """
@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from grain_jax import atomic
-from grain_jax.evaluate import base, processes, prompts, scores, test_sets
+from grain_jax.evaluate import base, test_sets
+from grain_jax.files import atomic
+from grain_jax.inference import prompts, scores
+from grain_jax.runtime import processes
 
 # How region . description similarities [Q, n_c] become one number for a class.
 REGION_ORDERS = (
@@ -22,13 +24,13 @@ REGION_ORDERS = (
     "descriptions",  # each description takes its best query, then the mean over descriptions
 )
 BY_NAME = "by_name"  # the part of a result where names alone make the classes beside descriptions
-BEST = 5  # classes that a picture's prediction lists
+BEST = 5  # classes that an image's prediction lists
 
 class_folders = test_sets.class_folders  # callers outside of the package know it from here
 
 
 class Scored(NamedTuple):
-    """What one way of scoring says of each picture."""
+    """What one way of scoring says of each image."""
 
     top1: (
         np.ndarray
@@ -39,13 +41,13 @@ class Scored(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """Every readable picture's classes, in the order of the test set."""
+    """Every readable image's classes, in the order of the test set."""
 
     test_set: test_sets.TestSet
     index: np.ndarray  # int [N], positions in the test set
-    target: np.ndarray  # int [N], the pictures' classes
+    target: np.ndarray  # int [N], the images' classes
     scored: dict[str, Scored]  # "alpha_0.5", "by_name/alpha_1.0"
-    unreadable: dict[str, str]  # name of a picture -> why it is left out
+    unreadable: dict[str, str]  # name of an image -> why it is left out
     descriptions: int  # how many there are, of all classes
 
 
@@ -56,12 +58,12 @@ def evaluate(
     predictions: epath.PathLike | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Classifies every picture by alpha * global score + (1 - alpha) * region score.
+    """Classifies every image by alpha * global score + (1 - alpha) * region score.
 
     Args:
       predictor: the model (see `base`).
       images: a test set, or a folder of class folders, each named after its class (`_` = space).
-      predictions: file to write, one JSON object a picture: its name, its class, its five best classes.
+      predictions: file to write, one JSON object an image: its name, its class, its five best classes.
       **options: of `predict`.
 
     Returns: counts, `chance` (of top-1; `chance_top5`) and for each alpha, under `alpha_A`: `top1`, `top5`,
@@ -73,7 +75,7 @@ def evaluate(
       base.InputError, prompts.PromptError: what was given cannot be used.
     """
     found = predict(predictor, images=images, **options)
-    if predictions is not None and processes.own()[0] == 0:
+    if predictions is not None and processes.process_info()[0] == 0:
         _write(epath.Path(predictions), found)
     classes = found.test_set.classes
     counts = np.bincount(found.target, minlength=len(classes))
@@ -107,7 +109,7 @@ def predict(
     templates: epath.PathLike | None = None,
     batch_size: int = base.BATCH_SIZE,
 ) -> Predictions:
-    """What `evaluate` counts: each picture's best classes, and whether they are right.
+    """What `evaluate` counts: each image's best classes, and whether they are right.
 
     Args:
       predictor: the model (see `base`).
@@ -117,7 +119,7 @@ def predict(
       names: the class names stand in the prompts; False: the descriptions alone make the class.
       region_order: what the region score averages over, one of REGION_ORDERS.
       templates: prompts, one a line; default: the general set of the package.
-      batch_size: pictures at a time.
+      batch_size: images at a time.
 
     Raises: as `evaluate`.
     """
@@ -157,9 +159,9 @@ def predict(
             scored = _score(combined, batch.labels)
             part |= {f"{key} {name}": value for name, value in scored._asdict().items()}
         parts.append(part)
-    found = base.gather(parts)
+    found = base.allgather(parts)
     if found["target"].min() < 0:
-        raise base.InputError("the test set has pictures without a label, expected another split")
+        raise base.InputError("the test set has images without a label, expected another split")
     scored = {key: Scored(*(found[f"{key} {field}"] for field in Scored._fields)) for key in ways}
     count = sum(map(len, described)) if described else 0
     return Predictions(test_set, found["index"], found["target"], scored, unreadable, count)
@@ -181,7 +183,7 @@ def _score(combined: np.ndarray, target: np.ndarray) -> Scored:
 
 
 def _rates(classes, counts, target, scored: Scored) -> dict[str, Any]:
-    """The rates of one way of scoring, over all pictures and for each class that has some."""
+    """The rates of one way of scoring, over all images and for each class that has some."""
     hits = np.bincount(target, weights=scored.top1, minlength=len(classes))
     there = counts > 0
     shares = hits[there] / counts[there]
@@ -195,7 +197,7 @@ def _rates(classes, counts, target, scored: Scored) -> dict[str, Any]:
 
 
 def _write(path: epath.Path, found: Predictions) -> None:
-    """One line a picture: {"picture", "class", "alpha_1.0": [[class, score], ...], ...}."""
+    """One line an image: {"picture", "class", "alpha_1.0": [[class, score], ...], ...}."""
     classes = found.test_set.classes
     lines = []
     for row, (index, target) in enumerate(zip(found.index, found.target)):

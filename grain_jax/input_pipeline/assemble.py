@@ -1,4 +1,4 @@
-"""Texts, boxes and pictures of a batch -> `Batch`: tokenises all texts at once and lays them out.
+"""Texts, boxes and images of a batch -> `Batch`: tokenises all texts at once and lays them out.
 
 Shared by the record reader and the synthetic source; numpy only.
 """
@@ -36,7 +36,7 @@ def tokenize(
 
 
 def exchange_sides(text: str) -> str:
-    """The text of the mirrored picture: left and right change places ("leftmost" too, "bright" not)."""
+    """The text of the mirrored image: left and right change places ("leftmost" too, "bright" not)."""
 
     def other(match: re.Match) -> str:
         word = match.group()

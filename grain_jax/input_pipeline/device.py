@@ -83,7 +83,7 @@ class Prefetch:
             for batch in self._batches:
                 if self._closed.is_set():
                     return
-                self._queue.put(to_global(batch, self._sharding))
+                self._queue.put(shard_batch(batch, self._sharding))
         except BaseException as error:  # whatever it is, the consumer must hear of it
             last = error
         finally:
@@ -92,7 +92,7 @@ class Prefetch:
         self._queue.put(last)
 
 
-def to_global(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
+def shard_batch(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
     """This process's rows of each field as its part of a global array.
 
     Args:

@@ -263,7 +263,7 @@ def text_lengths(config: Config) -> list[text_lengths_lib.TextLengths]:
 
 
 def _sample(one: RecordSet, tower: TextTower) -> text_lengths_lib.TextLengths:
-    """The first records of shards that are spread over the set; no picture is decoded."""
+    """The first records of shards that are spread over the set; no image is decoded."""
     shards = [shard for shard in one.shards if shard.num_records]
     chosen = [
         shards[i] for i in np.linspace(0, len(shards) - 1, _SAMPLED_SHARDS).round().astype(int)

@@ -1,7 +1,7 @@
-"""What tf.data does to one record: choose its texts and regions, decode, crop, squash, mirror.
+"""What tf.data does to one record: choose its texts and regions, decode, crop, resize, mirror.
 
 Every random choice reads one of the record's `draws` (uniform in [0, 1), see order.py), so that a
-record's fate depends on its place in the stream alone. Pictures stay uint8: the device normalises.
+record's fate depends on its place in the stream alone. Images stay uint8: the device normalises.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from grain_jax.config import Config
 
 NUM_DRAWS = 7
 _WEB_OR_SYNTHETIC, _WHICH_CAPTION, _FLIP, _AREA, _ASPECT, _TOP, _LEFT = range(NUM_DRAWS)
-_MAX_ASPECT_CHANGE = 4 / 3  # of a random crop against the picture
+_MAX_ASPECT_CHANGE = 4 / 3  # of a random crop against the image
 _MIN_INSIDE = 0.5  # of a box's area, below which a crop drops the region
 
 FEATURES = {
@@ -72,7 +72,7 @@ class Transform:
             boxes_xyxy, kept = crop_boxes(boxes_xyxy, window_xyxy)
         else:
             image = decode(fields["image"])
-        image = squash(image, self.size)
+        image = resize(image, self.size)
         flipped = draws[_FLIP] < self.flip_rate
         if self.flip_rate > 0:
             image = tf.cond(flipped, lambda: tf.reverse(image, [1]), lambda: image)
@@ -149,9 +149,9 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
 def decode_cropped(
     encoded: tf.Tensor, draws: tf.Tensor, min_area: float
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """A random window of the picture; of a JPEG only the window is decoded.
+    """A random window of the image; of a JPEG only the window is decoded.
 
-    Returns: uint8 [h, w, 3] and the window as shares of the picture, xyxy float32 [4].
+    Returns: uint8 [h, w, 3] and the window as shares of the image, xyxy float32 [4].
     """
 
     def jpeg():
@@ -175,7 +175,7 @@ def decode_cropped(
 
 
 def crop_window(shape: tf.Tensor, draws: tf.Tensor, min_area: float) -> tuple[tf.Tensor, tf.Tensor]:
-    """A window of at least `min_area` of the picture: int32 (top, left, height, width), shares xyxy."""
+    """A window of at least `min_area` of the image: int32 (top, left, height, width), shares xyxy."""
     size = tf.cast(shape[:2], tf.float32)
     area = min_area + (1 - min_area) * draws[_AREA]
     aspect = _MAX_ASPECT_CHANGE ** (2 * draws[_ASPECT] - 1)
@@ -197,20 +197,20 @@ def crop_boxes(boxes_xyxy: tf.Tensor, window_xyxy: tf.Tensor) -> tuple[tf.Tensor
 
 
 def mirror_boxes(boxes_xyxy: tf.Tensor) -> tf.Tensor:
-    """Boxes of the picture that was mirrored left to right."""
+    """Boxes of the image that was mirrored left to right."""
     x1, y1, x2, y2 = tf.unstack(boxes_xyxy, axis=1)
     return tf.stack([1 - x2, y1, 1 - x1, y2], axis=1)
 
 
-def squash(image: tf.Tensor, size: int) -> tf.Tensor:
-    """uint8 [H, W, 3] -> uint8 [S, S, 3], antialiased bicubic; a picture of that size passes untouched.
+def resize(image: tf.Tensor, size: int) -> tf.Tensor:
+    """uint8 [H, W, 3] -> uint8 [S, S, 3], antialiased bicubic; an image of that size passes untouched.
 
     The bits are those of one `tf.image.resize`. Its second pass goes three numbers at a time, one pixel; here
     each pass goes over whole lines, which takes about half of the time (docs/input.md).
     """
 
     def resize_rows(image):
-        """[H, W, 3] -> [S, W, 3]: a picture of one pixel a line, which has 3 W channels."""
+        """[H, W, 3] -> [S, W, 3]: an image of one pixel a line, which has 3 W channels."""
         height, width, _ = tf.unstack(tf.shape(image))
         lines = tf.reshape(image, [height, 1, 3 * width])
         lines = tf.image.resize(lines, (size, 1), "bicubic", antialias=True)

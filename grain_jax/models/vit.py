@@ -74,7 +74,7 @@ class ImageTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, image):
-        """Normalised pictures [B, H, W, 3] -> tokens [B, N, E], after the final norm."""
+        """Normalised images [B, H, W, 3] -> tokens [B, N, E], after the final norm."""
         t = self.tower
         x = image.astype(self.dtype)
         patch = t.patch_size

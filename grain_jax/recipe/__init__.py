@@ -100,7 +100,7 @@ def on_hardware(c: ConfigDict, table: dict[str, dict], name: str | None) -> Conf
 
 
 def evaluator(kind: str, images: str = "", **fields) -> dict:
-    """An entry of `evals`: what to measure, on which pictures (docs/evaluate.md)."""
+    """An entry of `evals`: what to measure, on which images (docs/evaluate.md)."""
     entry = dict(kind=kind, images=images, alphas=(1.0, 0.5), names=True, region_order="queries")
     entry |= dict(split="test", missing="error")
     for unset in ("descriptions", "annotations", "tfds", "data_dir", "classes", "templates", "get"):
@@ -141,7 +141,7 @@ def base(size: str = "B/16") -> ConfigDict:
             name="",
             datasets=(),  # or several: dict(name=, data_dir=, weight=, split="train") each
             prepare=placeholder(str),
-            # None, as pack_group and pack_rows below: derived (grain_jax/derived.py).
+            # None, as pack_group and pack_rows below: derived (grain_jax/input_pipeline/derived.py).
             lanes=placeholder(int),
             shards_per_block=1,
             max_regions=5,

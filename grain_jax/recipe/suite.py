@@ -17,7 +17,7 @@ TFDS = {
     "food101": ("food101", "validation", None),
     "imagenet2012": ("imagenet2012", "validation", "imagenet2012"),
 }
-# Entry -> kind, pictures and A.jsonl (below the folders), and how to make that: pictures' name, data.annotate's
+# Entry -> kind, images and A.jsonl (below the folders), and how to make that: images' name, data.annotate's
 # --source, --annotations and --split.
 ANNOTATED = {
     "flickr30k": ("retrieval", "flickr30k", "karpathy", "dataset_flickr30k.json", "test"),
@@ -64,7 +64,7 @@ def entries(
     Args:
       sets: names, of SETS.
       data_dir: TFDS's folder.
-      folders: has NAME/A.jsonl of the annotated sets, their pictures below pictures/, and products2023/.
+      folders: has NAME/A.jsonl of the annotated sets, their images below pictures/, and products2023/.
       descriptions: folder of NAME.json; where a set has none, it is evaluated by names alone.
       alphas: shares of the global score, where there are descriptions.
       templates: file of prompts; None for the general ones.
@@ -79,7 +79,7 @@ def entries(
         if descriptions is not None:
             fields["descriptions"] = descriptions + f"/{name}.json"
         if name == "products2023":
-            how = "a folder a product, named after it, with its pictures; they are the paper's authors' to give"
+            how = "a folder a product, named after it, with its images; they are the paper's authors' to give"
             out[name] = evaluator("zeroshot", folders + "/products2023", get=how, **fields)
             continue
         out[name] = evaluator("zeroshot", **_tfds(name, data_dir), **fields)

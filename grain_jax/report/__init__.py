@@ -1,1 +1,1 @@
-"""Pictures and tables of what a run came to."""
+"""Images and tables of what a run came to."""

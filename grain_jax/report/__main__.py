@@ -1,6 +1,6 @@
 """python -m grain_jax.report DIR [DIR ...]: writes report.html, one page about a run or several side by side.
 
-The model of each run looks at pictures of the run's own evaluations; what it found is kept in
+The model of each run looks at images of the run's own evaluations; what it found is kept in
 `report_data.json` of the workdir. Wrong usage or input: a line a fault, status 2.
 """
 
@@ -21,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of pictures, at least 1")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of images, at least 1")
     return int(text)
 
 

@@ -20,7 +20,7 @@ _PARTS = ("query", "key", "value", "out")  # of an attention
 
 
 class Attention(NamedTuple):
-    """The attention of some pictures; T layers, K heads, the image query is the last of Q + 1."""
+    """The attention of some images; T layers, K heads, the image query is the last of Q + 1."""
 
     weights: np.ndarray  # float32 [T, B, K, Q+1, N], sums to 1 over the tokens
     values: np.ndarray  # float32 [T, B, N, K, head_dim], what the weights are applied to
@@ -31,12 +31,12 @@ class Attention(NamedTuple):
 def cross_attention(
     model: config_lib.Model, params: Mapping[str, Any], images: np.ndarray
 ) -> Attention:
-    """The decoder's attention for pictures.
+    """The decoder's attention for images.
 
     Args:
       model: one with a region decoder.
       params: the model's, as `inference.Predictor.params`.
-      images: uint8 [B, S, S, 3], squashed to the model's size.
+      images: uint8 [B, S, S, 3], resized to the model's size.
     """
     return Attention(*jax.tree.map(np.asarray, _program(model)(params, images)))
 

@@ -1,6 +1,6 @@
-"""What a run's model does on pictures of its own evaluations: classes, confusions, regions, queries, attention.
+"""What a run's model does on images of its own evaluations: classes, confusions, regions, queries, attention.
 
-Kept in `report_data.json` of the workdir, so that a second report needs neither the model nor the pictures.
+Kept in `report_data.json` of the workdir, so that a second report needs neither the model nor the images.
 """
 
 import base64
@@ -15,24 +15,27 @@ import numpy as np
 from etils import epath
 
 import grain_jax
-from grain_jax import atomic, checkpoint, errors, images
 from grain_jax import config as config_lib
-from grain_jax.evaluate import base, grounding, prompts, scores, test_sets, zeroshot
+from grain_jax import errors
+from grain_jax.evaluate import base, grounding, test_sets, zeroshot
+from grain_jax.files import atomic, images
+from grain_jax.inference import prompts, scores
 from grain_jax.report import attention, looking
 from grain_jax.report.thumbnails import Thumbnails
+from grain_jax.runtime import checkpoint
 
 FILE = "report_data.json"
 PICTURES = 300  # of an evaluation that the model looks at
-SHOWN = 24  # pictures with their regions
+SHOWN = 24  # images with their regions
 _VERSION = 1  # of the file's format
 _PAIRS = 12  # confusions that are shown, for an evaluation and an alpha
-_EXAMPLES = 3  # pictures of a confusion
+_EXAMPLES = 3  # images of a confusion
 _SMALL, _LARGE = 96, 224  # pixels of a thumbnail's longer side
 _TEXTS = 2000  # descriptions that regions choose from, at most
 _BEST = 3  # descriptions of a region that are shown
 _SAID = 8  # descriptions that are listed for a query
 _CELLS = 20  # along an edge of a query's map
-_LOOKED_AT = 8  # pictures whose attention is kept, if that is not too much
+_LOOKED_AT = 8  # images whose attention is kept, if that is not too much
 _ATTENTION_BYTES = 500_000
 
 
@@ -55,7 +58,7 @@ def collect(
       config: what `config.json` holds.
       predictor: the model, where it is in memory already (`inference.Predictor`).
       step: that the predictor stands at.
-      pictures: of each evaluation, spread over it evenly.
+      images: of each evaluation, spread over it evenly.
 
     Returns: JSON-ready; `lines` says what could not be made and why.
     """
@@ -125,13 +128,13 @@ def _zeroshot(predictor, entry, thumbs: Thumbnails, limit: int) -> dict[str, Any
     with_regions = min(alphas) < 1
     wanted = set(_spread(len(test_set), limit).tolist())
     chosen: list[test_sets.Picture] = []
-    first: dict[int, int] = {}  # class -> its first picture's position
+    first: dict[int, int] = {}  # class -> its first image's position
     for position, picture in enumerate(test_set.pictures(range(len(test_set)))):
         first.setdefault(picture.label, position)
         if position in wanted:
             chosen.append(picture)
     if -1 in first:
-        raise base.InputError("the test set has pictures without a label, expected another split")
+        raise base.InputError("the test set has images without a label, expected another split")
     found = looking.encode(predictor, chosen, regions=with_regions)
     seen = [chosen[i] for i in found.index]
     own = np.array([picture.label for picture in seen])
@@ -175,15 +178,15 @@ def _confusions(
     first: Mapping[int, int],
     thumbs: Thumbnails,
 ) -> list[dict[str, Any]]:
-    """The most frequent pairs of a class and another that was taken for it, with pictures.
+    """The most frequent pairs of a class and another that was taken for it, with images.
 
     Args:
       found: scores [n, C].
       own: int [n], the right classes.
-      seen: the pictures, n.
+      seen: the images, n.
       test_set: that they are of.
-      first: class -> position of its first picture in the set; a class may have none.
-      thumbs: gets the pictures that are shown.
+      first: class -> position of its first image in the set; a class may have none.
+      thumbs: gets the images that are shown.
     """
     predicted = found.argmax(axis=1)
     wrong = np.flatnonzero(predicted != own)
@@ -229,7 +232,7 @@ def with_boxes(evals) -> tuple[str, config_lib.Evaluator]:
 
 
 def _regions(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
-    """`regions`, `queries` and `attention`, on the pictures of `with_boxes`."""
+    """`regions`, `queries` and `attention`, on the images of `with_boxes`."""
     decoder = predictor.model.decoder
     if decoder is None or not decoder.queries:
         raise _NotThere("the model has no region queries")
@@ -274,7 +277,7 @@ def _regions(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]
 
 
 def _predicted(boxes_xyxy, similarity, matched, own_text, picture: int) -> list[dict[str, Any]]:
-    """The regions of a picture: boxes_xyxy [Q, 4], similarity [Q, T] to the texts, and what they are matched to."""
+    """The regions of an image: boxes_xyxy [Q, 4], similarity [Q, T] to the texts, and what they are matched to."""
     out = []
     for q, box in enumerate(boxes_xyxy):
         best = np.argsort(-similarity[q], kind="stable")[:_BEST]
@@ -292,7 +295,7 @@ def _predicted(boxes_xyxy, similarity, matched, own_text, picture: int) -> list[
 
 
 def _annotated(described, matched, picture: int) -> list[dict[str, Any]]:
-    """The annotated boxes of a picture; matched ones come in the order of their rank, the others are the last."""
+    """The annotated boxes of an image; matched ones come in the order of their rank, the others are the last."""
     mine = described.picture == picture
     queries = matched.query[matched.picture == picture].tolist()
     return [
@@ -360,15 +363,15 @@ def _queries(boxes_xyxy, said, texts: Sequence[str], matched) -> dict[str, Any]:
 
 
 def _attention(predictor, pictures: Sequence[test_sets.Picture]) -> dict[str, Any]:
-    """The decoder's attention over some of the pictures shown, in 8 bits of each query's largest."""
+    """The decoder's attention over some of the images shown, in 8 bits of each query's largest."""
     model = predictor.model
     decoder = model.decoder
     first, side = attention.grid(model)
     each = decoder.depth * decoder.heads * (decoder.queries + 1) * (first + side * side)
     wanted = max(2, min(_LOOKED_AT, _ATTENTION_BYTES // each))
     chosen = _spread(len(pictures), wanted)
-    squashed = [images.squash(pictures[i].load(), model.image.image_size) for i in chosen]
-    got = attention.cross_attention(model, predictor.params, np.stack(squashed)).weights
+    resized = [images.resize(pictures[i].load(), model.image.image_size) for i in chosen]
+    got = attention.cross_attention(model, predictor.params, np.stack(resized)).weights
     weights = got.transpose(1, 0, 2, 3, 4)  # [B, T, K, Q+1, N]
     most = weights.max(axis=-1, keepdims=True)
     return {

@@ -1,6 +1,6 @@
-"""What the model sees in pictures, encoded by this process alone.
+"""What the model sees in images, encoded by this process alone.
 
-The functions of `evaluate` share the pictures among all processes; a report is written by the first one,
+The functions of `evaluate` share the images among all processes; a report is written by the first one,
 while the others may have ended.
 """
 
@@ -10,27 +10,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grain_jax import images, schema
+from grain_jax import schema
 from grain_jax.evaluate import base, test_sets
+from grain_jax.files import images
 
-_THREADS = 8  # that read pictures
+_THREADS = 8  # that read images
 
 
 class Seen(NamedTuple):
-    """The readable ones of some pictures."""
+    """The readable ones of some images."""
 
-    index: np.ndarray  # int [n], positions in the list of pictures
+    index: np.ndarray  # int [n], positions in the list of images
     sizes: list[tuple[int, int]]  # width, height in pixels
     image_embed: np.ndarray  # float32 [n, D]
     regions: schema.Regions | None
 
 
 def encode(predictor: Any, pictures: Sequence[test_sets.Picture], *, regions: bool = True) -> Seen:
-    """Embeds the pictures that can be read.
+    """Embeds the images that can be read.
 
     Args:
       predictor: the model (see `evaluate.base`).
-      pictures: to look at.
+      images: to look at.
       regions: whether region embeddings are wanted too.
 
     Raises:
@@ -41,8 +42,8 @@ def encode(predictor: Any, pictures: Sequence[test_sets.Picture], *, regions: bo
     def read(picture: test_sets.Picture) -> tuple[Any, tuple[int, int]] | images.ImageError:
         try:
             loaded = picture.load()
-            squashed = images.squash(loaded, model.image.image_size) if model else loaded
-            return squashed, loaded.size
+            resized = images.resize(loaded, model.image.image_size) if model else loaded
+            return resized, loaded.size
         except images.ImageError as error:
             return error
 
@@ -71,7 +72,7 @@ def encode(predictor: Any, pictures: Sequence[test_sets.Picture], *, regions: bo
             boxes.append(found.boxes_xyxy)
             region_embeds.append(found.embed)
     if not index:
-        raise base.InputError(f"none of {len(pictures)} pictures can be read; the first: {fault}")
+        raise base.InputError(f"none of {len(pictures)} images can be read; the first: {fault}")
     seen = schema.Regions(np.concatenate(boxes), np.concatenate(region_embeds)) if regions else None
     embed = np.concatenate(embeds)
     if not all(np.isfinite(x).all() for x in (embed, *(seen or ()))):

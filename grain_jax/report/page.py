@@ -7,8 +7,9 @@ from typing import Any
 
 from etils import epath
 
-from grain_jax import atomic
-from grain_jax.report import collect, run_files, tables
+from grain_jax.evaluate import tables
+from grain_jax.files import atomic
+from grain_jax.report import collect, run_files
 
 FILE = "report.html"
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -16,19 +17,19 @@ _SCRIPTS = ("page.js", "charts.js", "sections.js")
 _SECTIONS = (  # id, heading, what one sees
     ("results", "Results", "The last evaluations. The bar is the value, the thin line its 95% interval, the upright line chance."),
     ("curves", "Curves", "What was logged over the steps. Point at a chart, or focus it and press the arrow keys, to read the values at a step; press a name to put its curve out."),
-    ("classes", "Classes", "How often each class is recognised: the share of its pictures whose top-1 is right."),
-    ("confusions", "Hardest confusions", "Pairs of classes, the most frequent first: pictures of the one that were taken for the other, and (dashed) a picture of that other."),
-    ("regions", "Regions", "Test pictures with the boxes of the region queries, and the descriptions that these match best, against the annotated ones. Point at a box or a line to see it alone."),
+    ("classes", "Classes", "How often each class is recognised: the share of its images whose top-1 is right."),
+    ("confusions", "Hardest confusions", "Pairs of classes, the most frequent first: images of the one that were taken for the other, and (dashed) an image of that other."),
+    ("regions", "Regions", "Test images with the boxes of the region queries, and the descriptions that these match best, against the annotated ones. Point at a box or a line to see it alone."),
     ("queries", "Queries", "What each query has specialised in: how much of its boxes covers a place (darker is more), the centres (dots), the mean box (outlined), and what it says."),
-    ("attention", "Attention", "Where a query looks: its cross-attention over the patches of the picture, brightest at its largest. The dashed box is the one that the query predicts."),
+    ("attention", "Attention", "Where a query looks: its cross-attention over the patches of the image, brightest at its largest. The dashed box is the one that the query predicts."),
     ("config", "Config and environment", "The whole config, what differs between runs being marked; where and how the run ran; and what was not measured."),
 )  # fmt: skip
 _KEYS = (
     ("1 to 8", "go to a section"),
     ("/", "go to the nearest filter"),
-    ("Tab", "next chart, picture or control"),
+    ("Tab", "next chart, image or control"),
     ("\u2190 \u2192", "in a chart: step by step; Page Up and Down: ten steps; Home, End"),
-    ("\u2191 \u2193", "in a picture with regions: one region after the other"),
+    ("\u2191 \u2193", "in an image with regions: one region after the other"),
     ("arrow keys", "in a row of choices: the next one"),
     ("Esc", "leave a filter, a chart or a picture"),
     ("t", "light or dark"),
@@ -54,7 +55,7 @@ def write(
       others: workdirs that are shown beside it.
       output: the file; default: `report.html` in the workdir.
       results: files of `grain_jax.evaluate`, of the first workdir.
-      pictures: of each evaluation that the model looks at.
+      images: of each evaluation that the model looks at.
       model: False for what the files say alone.
 
     Returns: the file.
@@ -116,7 +117,7 @@ def render(runs: Sequence[run_files.Run], found: Sequence[Mapping[str, Any]]) ->
         f'<nav aria-label="Sections">{links}</nav><main>{body}</main>'
         f'<dialog id="keys" aria-label="Keys"><h2>Keys</h2><dl class="facts">{keys}</dl>'
         '<form method="dialog"><button>Close</button></form></dialog>'
-        '<noscript><p class="none">Curves and pictures need JavaScript.</p></noscript>'
+        '<noscript><p class="none">Curves and images need JavaScript.</p></noscript>'
         f'<script type="application/json" id="data">{_embedded(_payload(runs, found, names))}</script>'
         f"<script>{script}</script></body></html>\n"
     )
@@ -159,7 +160,7 @@ def _payload(runs, found, names) -> dict[str, Any]:
 
 
 def _per_class(run: run_files.Run, looked: Mapping[str, Any]) -> dict[str, Any]:
-    """Evaluation -> its note and, for each alpha, class -> [share, pictures or None]; whole results come first."""
+    """Evaluation -> its note and, for each alpha, class -> [share, images or None]; whole results come first."""
     out = {}
     for result in run.results:
         if result.per_class:
@@ -176,7 +177,7 @@ def _per_class(run: run_files.Run, looked: Mapping[str, Any]) -> dict[str, Any]:
             alpha: {c: [hits / n, n] for c, (hits, n) in part["per_class"].items()}
             for alpha, part in entry["alphas"].items()
         }
-        note = f"{entry['pictures']} of {entry['of']} pictures"
+        note = f"{entry['pictures']} of {entry['of']} images"
         out[name] = {"note": note, "alphas": alphas}
     return out
 
@@ -267,7 +268,7 @@ def _unmeasured(runs, found, names) -> str:
         for entry, part in looked.get("zeroshot", {}).items():
             if part["pictures"] < part["of"]:
                 own.append(
-                    f"{entry}: confusions and classes stand on {part['pictures']} of {part['of']} pictures"
+                    f"{entry}: confusions and classes stand on {part['pictures']} of {part['of']} images"
                 )
         lines += [f"{name}: {line}" if len(runs) > 1 else line for line in own]
     shown = "".join(f"<li>{escape(line)}</li>" for line in lines)

@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and test pictures with what the regions see; and the final table, printed."""
+"""Images of a run: its curves, and test images with what the regions see; and the final table, printed."""
 
 import io
 import json
@@ -16,11 +16,13 @@ from matplotlib import patches, patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grain_jax import annotations as annotations_lib
-from grain_jax import images as images_lib
-from grain_jax import metrics_file, shown
-from grain_jax.evaluate import base, grounding, scores, test_sets
-from grain_jax.report import looking, tables
+from grain_jax import printable
+from grain_jax.evaluate import base, grounding, tables, test_sets
+from grain_jax.files import annotations as annotations_lib
+from grain_jax.files import images as images_lib
+from grain_jax.inference import scores
+from grain_jax.report import looking
+from grain_jax.runtime import metrics_file
 
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e67e00", "#0c8c96", "#c2388f", "#7a4b2a")
 _LOSSES = {  # key of metrics.jsonl -> label, colour
@@ -37,11 +39,11 @@ HEADLINES = {  # ending of an evaluation's key -> label
     "/phrase_acc50": "phrase to box Acc@0.5",
 }
 _COLUMNS = 4  # of the grid
-_CELL = 3.2  # inches that a picture of the grid has
-_LINE = 42  # characters of text under a picture
+_CELL = 3.2  # inches that an image of the grid has
+_LINE = 42  # characters of text under an image
 _LONGEST = 240  # characters of one text; more is cut off
 _LINE_HEIGHT = 0.165  # inches
-_PIXELS = 360  # that a picture's longer side is drawn with, at least
+_PIXELS = 360  # that an image's longer side is drawn with, at least
 
 
 # Else two $ in a description are a formula.
@@ -97,7 +99,7 @@ def regions_grid(
     output_png: epath.PathLike,
     count: int = 12,
 ) -> None:
-    """Draws test pictures with their predicted and annotated boxes and what the regions say.
+    """Draws test images with their predicted and annotated boxes and what the regions say.
 
     A predicted box (solid) has the colour of the annotated one (dashed) that it is matched to; the text
     in that colour is the nearest of all distinct descriptions of the file.
@@ -107,10 +109,10 @@ def regions_grid(
       annotations: `A.jsonl`.
       images_dir: the folder that the annotations' paths start from.
       output_png: the file to write.
-      count: pictures, taken evenly from the file's with regions.
+      count: images, taken evenly from the file's with regions.
 
     Raises:
-      base.InputError, annotations.AnnotationError: no picture of the file can be drawn.
+      base.InputError, annotations.AnnotationError: no image of the file can be drawn.
     """
     records = [r for r in annotations_lib.read(annotations).records if r.regions]
     if not records:
@@ -129,7 +131,7 @@ def regions_grid(
     embed = scores.unit(batch.regions.embed[matched.picture, matched.query])
     nearest = (embed @ scores.unit(predictor.encode_text(texts)).T).argmax(axis=1)  # [n]
 
-    captions = []  # of each picture, (colour, line) pairs
+    captions = []  # of each image, (colour, line) pairs
     for i in range(len(read)):
         mine = np.flatnonzero(matched.picture == i)
         captions.append(_wrapped(texts, nearest[mine], truth[mine]))
@@ -156,10 +158,10 @@ def regions_grid(
 
 
 def _wrapped(texts: Sequence[str], nearest: np.ndarray, truth: np.ndarray) -> list[tuple[str, str]]:
-    """What the regions of a picture say, a (colour, line) each; a wrong one with the annotated text."""
+    """What the regions of an image say, a (colour, line) each; a wrong one with the annotated text."""
     lines = []
     for j, (said, own) in enumerate(zip(nearest, truth)):
-        said_text, own_text = (shown.plain(texts[i], _LONGEST) for i in (said, own))
+        said_text, own_text = (printable.plain(texts[i], _LONGEST) for i in (said, own))
         text = f"\N{CHECK MARK} {said_text}"
         if said != own:
             text = f"\N{BALLOT X} {said_text} (annotated: {own_text})"
@@ -169,10 +171,10 @@ def _wrapped(texts: Sequence[str], nearest: np.ndarray, truth: np.ndarray) -> li
 
 
 def _grid(captions: Sequence[Sequence[Any]], title: str) -> tuple[Figure, list[tuple[Axes, Axes]]]:
-    """A figure with, for each picture, axes for it and for the lines below; rows are as high as they need."""
+    """A figure with, for each image, axes for it and for the lines below; rows are as high as they need."""
     columns = min(_COLUMNS, len(captions))
     rows = [captions[i : i + columns] for i in range(0, len(captions), columns)]
-    heights = []  # inches: picture, lines, picture, lines ...
+    heights = []  # inches: image, lines, image, lines ...
     for row in rows:
         heights += [_CELL - 0.1, 0.3 + _LINE_HEIGHT * max(map(len, row))]
     title = textwrap.fill(title, _LINE * columns)
@@ -272,7 +274,7 @@ def _bars(axis: Axes, series, colours: Mapping[str, Any]) -> None:
         value, chance = series[key][1][-1], _chance(series, key)
         axis.barh(i, value, height=0.42, color=colour)
         axis.text(value + 0.015, i, f"{value:.3f}", va="center", fontsize=8)
-        axis.text(0.0, i - 0.26, shown.plain(headline(key), _LONGEST), va="bottom", fontsize=8)
+        axis.text(0.0, i - 0.26, printable.plain(headline(key), _LONGEST), va="bottom", fontsize=8)
         if chance is not None:
             axis.plot([chance, chance], [i - 0.21, i + 0.21], color="black", linewidth=1.6)
     axis.set_yticks([])

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from grain_jax import errors, metrics_file, receipt
+from grain_jax import errors
 from grain_jax.evaluate import base
 from grain_jax.report import pictures
+from grain_jax.runtime import metrics_file, receipt
 
 _POINTS = 800  # of a curve that are kept; a page shows no more
 _OWN = (
@@ -50,8 +51,8 @@ class Result(NamedTuple):
     name: str
     source: str  # which file, and which step where known
     numbers: dict[str, float]  # as `evaluate.base.scalars` returns them
-    per_class: dict[str, dict[str, float]]  # alpha -> class -> share of its pictures
-    counts: dict[str, int]  # class -> its pictures, where that is known
+    per_class: dict[str, dict[str, float]]  # alpha -> class -> share of its images
+    counts: dict[str, int]  # class -> its images, where that is known
 
 
 class Run(NamedTuple):

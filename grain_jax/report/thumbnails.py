@@ -1,25 +1,25 @@
-"""Small pictures as data URIs, each kept once however often a page shows it."""
+"""Small images as data URIs, each kept once however often a page shows it."""
 
 import base64
 import io
 
 import PIL.Image
 
-from grain_jax import images
 from grain_jax.evaluate import test_sets
+from grain_jax.files import images
 
 _QUALITY = 82
 
 
 class Thumbnails:
-    """A growing list of pictures; `uris` is what a page needs."""
+    """A growing list of images; `uris` is what a page needs."""
 
     def __init__(self) -> None:
         self.uris: list[str] = []
         self._places: dict[tuple[str, int], int] = {}
 
     def add(self, picture: test_sets.Picture, edge: int) -> int:
-        """The position of the picture in `uris`, with its longer side cut down to `edge` pixels.
+        """The position of the image in `uris`, with its longer side cut down to `edge` pixels.
 
         Raises:
           images.ImageError: it cannot be read.
@@ -34,10 +34,10 @@ class Thumbnails:
 
 
 def data_uri(picture: PIL.Image.Image) -> str:
-    """A picture as JPEG in a data URI."""
+    """An image as JPEG in a data URI."""
     buffer = io.BytesIO()
     coarse = (
         2 if min(picture.size) > 64 else 0
-    )  # colours at half the resolution; small pictures need theirs
+    )  # colours at half the resolution; small images need theirs
     picture.save(buffer, "JPEG", quality=_QUALITY, subsampling=coarse, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -16,11 +16,12 @@ from etils import epath
 from safetensors import numpy as safetensors
 
 import grain_jax
-from grain_jax import checkpoint, digests, images, receipt
 from grain_jax.convert import huggingface, model_card, parity
 from grain_jax.convert import torch as reference
 from grain_jax.convert.__main__ import main
+from grain_jax.files import images
 from grain_jax.input_pipeline import tokenizer
+from grain_jax.runtime import checkpoint, digests, receipt
 from tests import perturbed, tiny
 from tests.paths import GOLDENS, ROOT
 
@@ -71,7 +72,7 @@ given = dict(np.load(given))
 model = AutoModel.from_pretrained(folder, trust_remote_code=True, local_files_only=True).eval()
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
 ids = lambda texts: processor(text=list(texts))["input_ids"]
-pictures = [PIL.Image.fromarray(given[f"picture_{i}"]) for i in range(3)]
+images = [PIL.Image.fromarray(given[f"picture_{i}"]) for i in range(3)]
 with torch.no_grad():
     pixels = processor(images=pictures)["pixel_values"]
     regions = model.get_regions(pixels)
@@ -204,7 +205,7 @@ def test_the_processor_that_transformers_saves_gives_the_same(converted, tmp_pat
         assert torch.equal(before[name], after[name])
 
 
-def test_pictures_of_every_mode_are_squashed_as_ours(converted):
+def test_pictures_of_every_mode_are_resized_as_ours(converted):
     processor = transformers.AutoProcessor.from_pretrained(converted[1], **REMOTE)
     rng = np.random.default_rng(7)
     rgba = PIL.Image.fromarray(rng.integers(0, 256, (61, 33, 4), np.uint8), "RGBA")
@@ -213,9 +214,9 @@ def test_pictures_of_every_mode_are_squashed_as_ours(converted):
     found = processor(images=given)["pixel_values"].permute(0, 2, 3, 1).numpy()
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     levels = np.rint((found * std + mean) * 255)
-    np.testing.assert_array_equal(levels, [images.squash(picture, 40) for picture in given])
+    np.testing.assert_array_equal(levels, [images.resize(picture, 40) for picture in given])
     for wrong in (np.zeros((40, 40, 3), np.float32), np.zeros((3, 40, 40), np.uint8)):
-        with pytest.raises(ValueError, match="expected PIL pictures or uint8"):
+        with pytest.raises(ValueError, match="expected PIL images or uint8"):
             processor(images=[wrong])
 
 
@@ -255,7 +256,7 @@ def test_compiled_and_exported_to_onnx_it_gives_the_same(small, tmp_path):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own
-        module.export_onnx(tmp_path)  # made with 2 pictures, run with 3
+        module.export_onnx(tmp_path)  # made with 2 images, run with 3
     run = lambda name, **feed: onnxruntime.InferenceSession(tmp_path / name).run(None, feed)
     image, region, boxes = run("image.onnx", pixel_values=pixels.numpy())
     (text,) = run("text.onnx", input_ids=ids.numpy())

@@ -3,11 +3,12 @@ import pytest
 import torch
 
 from benchmarks import parity as goldens_parity
-from grain_jax import checkpoint, losses
+from grain_jax import losses
 from grain_jax.convert import huggingface, parity, torch_names
 from grain_jax.convert import torch as reference
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.hf_files import modeling_grain
+from grain_jax.runtime import checkpoint
 from tests import perturbed
 from tests.paths import GOLDENS
 

@@ -63,7 +63,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(aviary):
-    """(species, picture, key) of a hundred pictures, drawn once."""
+    """(species, image, key) of a hundred images, drawn once."""
     settings = Settings(images=100)
     tasks = itertools.islice(generate.tasks_of(settings), 100)
     return [
@@ -155,7 +155,7 @@ def test_impossible_species(arguments, message):
         make_species(0, **arguments)
 
 
-# Pictures and boxes
+# Images and boxes
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -239,7 +239,7 @@ def test_no_word_tells_left_from_right(drawn):
 
 
 def _regions(drawn, noise, repeats=10):
-    """(species, picture, region) of all regions of the drawn pictures, annotated repeatedly."""
+    """(species, image, region) of all regions of the drawn images, annotated repeatedly."""
     return [
         (species, picture, region)
         for species, picture, key in drawn
@@ -284,7 +284,7 @@ def test_wrong_description_rate(drawn, rate):
 
 @pytest.mark.parametrize("rate", [0.05, 0.15])
 def test_jitter(drawn, rate):
-    """Edges move by a normal amount of `rate` of the side (those not cut by the picture's edge)."""
+    """Edges move by a normal amount of `rate` of the side (those not cut by the image's edge)."""
     moved, overlaps, scores = [], [], []
     for species, picture, region in _regions(drawn, dataclasses.replace(EXACT, jitter=rate)):
         x1, _, x2, _ = true = picture.boxes_xyxy[_part_of(species, region["description"]).part]
@@ -389,7 +389,7 @@ def test_nothing_held_out_is_in_training_and_all_its_words_are():
 
 
 def test_pictures_depend_on_seed_and_number_only(small, tmp_path):
-    """Other processes and another number of pictures: the same pictures and lines."""
+    """Other processes and another number of images: the same images and lines."""
     generate.write(tmp_path / "other", dataclasses.replace(SMALL, images=50), processes=2)
     before, after = _hashes(small), _hashes(tmp_path / "other")
     different = {name for name, digest in after.items() if before[name] != digest}

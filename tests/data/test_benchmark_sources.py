@@ -33,7 +33,7 @@ def karpathy(*images):
 
 
 def test_karpathy_split(tmp_path):
-    five = [f"A picture, {k}." for k in range(5)]
+    five = [f"An image, {k}." for k in range(5)]
     for name in ("val2014/1.jpg", "val2014/2.jpg", "3.jpg"):
         picture(tmp_path / name)
     content = karpathy(

@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from data import annotations, build, duplicates, example
-from grain_jax import images
+from grain_jax.files import images
 from tests import record_sets
 from tests.paths import ROOT
 
@@ -64,10 +64,10 @@ MALFORMED = {
     "broken JSON": (b'{"image": "00003.png", ', "not JSON: "),
     "not UTF-8": (b'{"image": "\xff.png"}', "not JSON: "),
     "not an object": (b"[1, 2]", "got [1, 2], expected one JSON object"),
-    "no picture named": (json.dumps({"caption": "a"}).encode(), "image: got none, expected"),
+    "no image named": (json.dumps({"caption": "a"}).encode(), "image: got none, expected"),
     "no such picture": (changed(image="gone.png"), 'image: got "gone.png", expected a file'),
     "truncated": (changed(image="short.png"), 'image: got "short.png": image file is truncated'),
-    "not a picture": (changed(image="text.png"), "bytes that are no known picture format"),
+    "not a picture": (changed(image="text.png"), "bytes that are no known image format"),
     "a folder": (changed(image="."), 'image: got ".": got a folder, pipe or device'),
     "leaves the folder": (changed(image="../00003.png"), "expected a path that stays below"),
     "absolute": (changed(image="/etc/hostname"), "expected a path that stays below"),
@@ -80,7 +80,7 @@ MALFORMED = {
     "a text in the box": (with_region(box=[0, 0, 5, "9"]), 'got [0, 0, 5, "9"], expected four'),
     "inverted": (with_region(box=[9, 2, 3, 8]), "regions[0].box: got [9, 2, 3, 8], inverted"),
     "no area": (with_region(box=[3, 2, 3, 8]), "regions[0].box: got [3, 2, 3, 8], no area"),
-    "mostly outside": (with_region(box=[12, 0, 24, 8]), "33% of it in the picture of 16 x 12"),
+    "mostly outside": (with_region(box=[12, 0, 24, 8]), "33% of it in the image of 16 x 12"),
     "no description": (with_region(description=...), "regions[0].description: got none"),
     "empty description": (
         with_region(description=" "),
@@ -163,11 +163,11 @@ def test_all_faults_of_a_line(tmp_path):
         "regions[1].score",
     ]
     assert [fault.split(":")[0] for fault in faults] == expected
-    # The picture is looked at in a faulty line too.
+    # The image is looked at in a faulty line too.
     line["regions"][1]["box"] = [8, 0, 25, 4]
     faults = annotations.check_line(json.dumps(line).encode(), tmp_path).faults
     assert [fault.split(":")[0] for fault in faults] == [*expected, "regions[1].box"]
-    assert "got [8, 0, 25, 4], 47% of it in the picture of 16 x 12" in faults[-1]
+    assert "got [8, 0, 25, 4], 47% of it in the image of 16 x 12" in faults[-1]
     line["image"] = "gone.png"
     faults = annotations.check_line(json.dumps(line).encode(), tmp_path).faults
     assert [fault.split(":")[0] for fault in faults] == [*expected, "image"]
@@ -195,13 +195,13 @@ def test_ids_default_to_the_path(tmp_path):
     assert sorted(read_back(tmp_path / "out")[1]) == ["00000.png", "00000.png#2"]
 
 
-def test_stored_size_is_the_exact_squash(tmp_path):
+def test_stored_size_is_the_exact_resize(tmp_path):
     record_sets.write_annotations(tmp_path / "in", 4, size=(40, 31))
     arguments = ("--store-size=16", "--encoding=png")
     assert record_sets.build_set(tmp_path / "in", tmp_path / "out", *arguments) == 0
     _, examples = read_back(tmp_path / "out")
     for number in range(4):
-        expected = images.squash(record_sets.picture(number, (40, 31)), 16)
+        expected = images.resize(record_sets.picture(number, (40, 31)), 16)
         np.testing.assert_array_equal(examples[f"id{number}"]["image"], expected)
 
 
@@ -280,8 +280,8 @@ def test_a_build_that_fails_keeps_the_old_set(tmp_path, monkeypatch, capsys):
         ("--images=/no/such", "no such folder"),
         ("--num-shards=9", "at most one shard each"),
         ("--colour=red", "unrecognized arguments: --colour=red"),
-        ("--holdout=1", "of 3 pictures 0 are left for train and 3 for validation"),
-        ("--holdout=1e-9", "of 3 pictures 3 are left for train and 0 for validation"),
+        ("--holdout=1", "of 3 images 0 are left for train and 3 for validation"),
+        ("--holdout=1e-9", "of 3 images 3 are left for train and 0 for validation"),
         ("--exclude-duplicates-of=/no/set", "/no/set: got no dataset_info.json there"),
     ],
 )
@@ -350,13 +350,13 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path):
 
 
 def noise(number):
-    """A picture of 9 x 8 grey places, told from others by its difference hash."""
+    """An image of 9 x 8 grey places, told from others by its difference hash."""
     places = np.random.default_rng(number).integers(0, 256, (8, 9), np.uint8)
     return PIL.Image.fromarray(places).resize((72, 64), PIL.Image.Resampling.NEAREST)
 
 
 def write_noise(folder, numbers):
-    """A.jsonl and pictures; the id of each is its number."""
+    """A.jsonl and images; the id of each is its number."""
     folder.mkdir(parents=True)
     lines = []
     for number in numbers:
@@ -386,7 +386,7 @@ def duplicates_of(output):
 
 def test_a_held_out_share_is_chosen_by_hash(tmp_path, capsys):
     lines = write_noise(tmp_path / "in", range(80))
-    for number in range(20):  # the same file, the same pixels, and the picture at half its size
+    for number in range(20):  # the same file, the same pixels, and the image at half its size
         noise(number).save(tmp_path / f"in/{number}b.png")
         noise(number).save(tmp_path / f"in/{number}.bmp")
         noise(number).resize((36, 32)).convert("RGB").save(
@@ -398,7 +398,7 @@ def test_a_held_out_share_is_chosen_by_hash(tmp_path, capsys):
     write_lines(tmp_path / "in", lines)
     arguments = ("--holdout=0.3", "--store-size=16")
     assert record_sets.build_set(tmp_path / "in", tmp_path / "out", *arguments) == 0
-    assert "20 of 140 pictures are the file of an earlier line" in capsys.readouterr().err
+    assert "20 of 140 images are the file of an earlier line" in capsys.readouterr().err
     splits = ids_of(tmp_path / "out")
     held_out = set(splits["validation"])
     assert splits["train"] == sorted({line["id"] for line in lines} - held_out)
@@ -441,7 +441,7 @@ def test_pictures_of_another_set_are_left_out(tmp_path, capsys, stored):
     found = f"--exclude-duplicates-of={other}"
     assert record_sets.build_set(tmp_path / "in", tmp_path / "new", found) == 0
     error = capsys.readouterr().err
-    assert "A.jsonl: 6 of 27 pictures are of other sets and left out" in error
+    assert "A.jsonl: 6 of 27 images are of other sets and left out" in error
     expected = sorted([*map(str, range(20, 40)), "flat.png"])
     assert ids_of(tmp_path / "new") == {"train": expected}
     kind = "exact" if stored else "near"
@@ -455,7 +455,7 @@ def test_near_fingerprints_are_those_that_differ_by_few_bits(monkeypatch):
     monkeypatch.setattr(duplicates, "_PAIRS", 50)
     rng = np.random.default_rng(0)
     known = rng.integers(0, 2**64, (300, 2), np.uint64, endpoint=False)
-    known[:5, 1] = [0, 2**64 - 1, 1, 127, 255]  # flat pictures' but for the last one
+    known[:5, 1] = [0, 2**64 - 1, 1, 127, 255]  # flat images' but for the last one
     copies = known[rng.integers(0, 300, 400)].copy()
     flips = rng.integers(0, 6, 400)
     for row, count in enumerate(flips):
@@ -476,8 +476,8 @@ def test_a_copy_has_a_near_fingerprint_whatever_its_size():
         picture = noise(number).convert("RGB")
         _, near = duplicates.fingerprint(b"", picture)
         copies = [
-            PIL.Image.fromarray(images.squash(picture, 224)),
-            PIL.Image.fromarray(images.squash(picture, 32)),
+            PIL.Image.fromarray(images.resize(picture, 224)),
+            PIL.Image.fromarray(images.resize(picture, 32)),
             picture.resize((36, 32)),
         ]
         for copy in copies:

@@ -14,7 +14,7 @@ LEFT, RIGHT, WHOLE = [0, 0, 0.5, 1], [0.5, 0, 1, 1], [0, 0, 1, 1]
 
 
 def grounding(folder, source, files, regions, monkeypatch, texts):
-    """The result of both commands on pictures of 40 x 20 pixels; `regions` as StubPredictor's."""
+    """The result of both commands on images of 40 x 20 pixels; `regions` as StubPredictor's."""
     given = [f"--source={source}", "--annotations", *map(str, files), "--passes=none"]
     given += [f"--images={folder / 'images'}", f"--output={folder / 'out'}"]
     assert annotate.main(given) == 0

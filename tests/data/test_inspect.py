@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")
 
 @pytest.fixture(scope="module")
 def record_set(tmp_path_factory):
-    """40 pictures of 16 x 12 in 8 shards."""
+    """40 images of 16 x 12 in 8 shards."""
     folder = tmp_path_factory.mktemp("inspect")
     record_sets.write_annotations(folder / "in", 40)
     assert record_sets.build_set(folder / "in", folder / "out", "--num-shards=8") == 0
@@ -46,7 +46,7 @@ def test_numbers_of_a_record_set(record_set, tmp_path, capsys):
     assert captions["web"]["words"]["histogram"] == [[5, 5, 80]]
     assert captions["synthetic"]["words"]["histogram"] == [[4, 4, 40]]
     assert captions["pictures_with_web"] == captions["pictures_with_synthetic"] == 40
-    # Pictures have 0, 1, 2, 3, 0 ... regions: halves, then a box of 4 x 4.
+    # Images have 0, 1, 2, 3, 0 ... regions: halves, then a box of 4 x 4.
     regions = result["regions"]
     assert regions["count"] == 60
     assert regions["per_picture"]["histogram"] == [[0, 0, 10], [1, 1, 10], [2, 2, 10], [3, 3, 10]]
@@ -94,7 +94,7 @@ def plant(folder):
     def region(description, **fields):
         return box | {"description": description} | fields
 
-    lines[0]["synthetic_caption"] = "I'm sorry, but I cannot see the picture."
+    lines[0]["synthetic_caption"] = "I'm sorry, but I cannot see the image."
     lines[1]["regions"] = [region("As an AI language model, I can't tell")]
     lines[2]["regions"] = [region("1. a red wing")]
     lines[3]["regions"] = [region("a speck", box=[5, 5, 8, 8])]
@@ -117,8 +117,8 @@ def plant(folder):
         "refusals among descriptions": 2,
         "descriptions with list marks or a preamble": 3,
         "boxes under 0.1% of their picture": 4,
-        "boxes of 95% of their picture or more": 5,
-        "descriptions that their picture has already": 6,
+        "boxes of 95% of their image or more": 5,
+        "descriptions that their image has already": 6,
         "descriptions over 24 tokens": 7,
         "web captions over 77 tokens": 8,
         "lines with faulty regions.box": 9,
@@ -142,12 +142,12 @@ def test_planted_problems_are_found(tmp_path):
     assert common["example"] == "'the main subject'"
     copies = problem_of["pictures that are copies, byte by byte, of earlier ones"]
     assert (copies["count"], copies["example"]) == (1, "id14 is id13")
-    assert problem_of["web captions that another picture has too"]["count"] == 1
+    assert problem_of["web captions that another image has too"]["count"] == 1
     others = {"pictures without regions"}
     assert set(problem_of) - set(expected) - others == {
         "pictures that share one description (over 10% of all)",
         "pictures that are copies, byte by byte, of earlier ones",
-        "web captions that another picture has too",
+        "web captions that another image has too",
     }
     assert result["pictures"]["left_out"] == 3
 
@@ -270,7 +270,7 @@ def test_padding_of_groups_that_are_all_alike():
     for _ in range(40):
         counted.add(40, [])
     by_group = {group["group"]: group for group in counted.result()["groups"]}
-    assert set(by_group) == {1, 8, 16, 32}  # there are no 64 pictures
+    assert set(by_group) == {1, 8, 16, 32}  # there are no 64 images
     for size, group in by_group.items():
         assert group["rows"] == size and group["padding"] == pytest.approx(37 / 77)
         assert group["groups"] == 40 // size
@@ -436,4 +436,4 @@ def test_nothing_but_faults_is_still_reported(tmp_path):
     result = inspect(tmp_path / "A.jsonl", tmp_path / "out")
     assert result["pictures"]["count"] == 0 and len(result["problems"]) == 1
     assert not (tmp_path / "out" / "contact_sheet.png").exists()
-    assert "No pictures." in (tmp_path / "out" / "inspect.html").read_text()
+    assert "No images." in (tmp_path / "out" / "inspect.html").read_text()

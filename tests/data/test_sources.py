@@ -42,7 +42,7 @@ def encoded(number):
 
 
 def write_pictures(folder, name):
-    """The pictures as files, called `name` with their number filled in."""
+    """The images as files, called `name` with their number filled in."""
     for number in range(COUNT):
         path = folder / name.format(number)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -289,7 +289,7 @@ def read_all(source, found):
 
 
 def write_lines(pictures, folder):
-    """A.jsonl and the pictures, as data.annotate writes them; a picture without caption gets one."""
+    """A.jsonl and the images, as data.annotate writes them; an image without caption gets one."""
     lines = []
     for picture in pictures:
         path = folder / picture.image
@@ -520,14 +520,14 @@ def test_refcoco_splits_and_other_files(tmp_path):
     path = write_json(tmp_path / "others.json", [{"ref": 1}])
     with pytest.raises(sources.SourceError, match="got KeyError 'split' in .*others.json"):
         sources.shards("refcoco", found._replace(annotations=(path, found.annotations[1])))
-    # COCO's captions of the same pictures.
+    # COCO's captions of the same images.
     images = [{"id": 5, "file_name": expected[1].image}, {"id": 6, "file_name": "another.jpg"}]
     captions = [{"image_id": 5 + n % 2, "caption": f"caption {n}"} for n in range(4)]
     content = {"images": images, "annotations": captions}
     path = write_json(tmp_path / "captions_train2014.json", content)
     items = read_all("refcoco", found._replace(annotations=(*found.annotations, path)))
     assert [item.captions for item in items[:3]] == [(), ("caption 0", "caption 2"), ()]
-    # MDETR's form: a picture entry for each expression.
+    # MDETR's form: an image entry for each expression.
     instances = json.loads((tmp_path / "instances.json").read_text())
     images = {image["id"]: image for image in instances["images"]}
     of = {item["id"]: item for item in instances["annotations"]}

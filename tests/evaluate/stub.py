@@ -1,6 +1,6 @@
 """A predictor that looks embeddings up in tables: what it answers is known, so accuracies can be computed by hand.
 
-A picture is known by its number, which is the red value of its first pixel; a text by its words.
+An image is known by its number, which is the red value of its first pixel; a text by its words.
 """
 
 import numpy as np
@@ -13,9 +13,9 @@ class StubPredictor:
     """Has `encode_image`, `encode_text` and `encode_regions` of `inference.Predictor`, from tables.
 
     Args:
-      images: picture number -> embedding [D].
+      images: image number -> embedding [D].
       texts: text -> embedding [D]; other texts are a KeyError, and `asked` lists those that were asked for.
-      regions: picture number -> (boxes_xyxy [Q, 4], embed [Q, D]).
+      regions: image number -> (boxes_xyxy [Q, 4], embed [Q, D]).
     """
 
     def __init__(self, images=None, texts=None, regions=None):

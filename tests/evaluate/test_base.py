@@ -96,7 +96,7 @@ def test_pictures_come_in_order_and_the_unreadable_are_named(tmp_path):
     assert (
         "2.png" in report["unreadable_pictures"][0] and "5.png" in report["unreadable_pictures"][1]
     )
-    with pytest.raises(base.InputError, match="none of 1 pictures can be read.*2.png"):
+    with pytest.raises(base.InputError, match="none of 1 images can be read.*2.png"):
         list(base.encode_pictures(predictor, paths[2:3], label="", unreadable={}))
 
 
@@ -173,7 +173,7 @@ def test_check_of_annotations(tmp_path, capsys, kind):
     good = _entry(kind=kind, images=str(tmp_path), annotations=str(path))
     base.check(good)
     assert capsys.readouterr().err.splitlines() == [
-        f"{path}:201: image: got none, expected the path of a picture",
+        f"{path}:201: image: got none, expected the path of an image",
         f"{path}: faulty lines left out: 1",
         f"{path}: unknown keys kept out: licence (200), regions.mask (200)",
     ]
@@ -190,7 +190,7 @@ def test_check_of_annotations(tmp_path, capsys, kind):
         "no.jsonl: no such file, expected one JSON object a line",
     ]
     (tmp_path / "empty").mkdir()
-    assert "none of the 200 pictures of" in faults(images=str(tmp_path / "empty"))[0]
+    assert "none of the 200 images of" in faults(images=str(tmp_path / "empty"))[0]
     path.write_text('{"image": "0.png"}\n[]\n')
     assert "2 lines are faulty, more than 1%" in faults()[-1]
     path.write_text('{"image": "0.png"}\n')

@@ -12,7 +12,7 @@ LEFT, RIGHT, CORNER = [0, 0, 0.5, 1], [0.5, 0, 1, 1], [0.9, 0.9, 1, 1]
 
 @pytest.fixture
 def data(tmp_path):
-    """Three pictures of 20 x 10 pixels and their boxes; the last picture cannot be read."""
+    """Three images of 20 x 10 pixels and their boxes; the last image cannot be read."""
     regions = [
         [([0, 0, 10, 10], "cat"), ([10, 0, 20, 10], "Dog")],
         # Query 0 covers .4 of it, as much as no other; the second lies outside.
@@ -29,7 +29,7 @@ def data(tmp_path):
     (tmp_path / "A.jsonl").write_text("\n".join(lines))
     (tmp_path / "templates.txt").write_text("a {}")
     predictor = StubPredictor(
-        # The picture says cat, and of the second one cow before dog.
+        # The image says cat, and of the second one cow before dog.
         images={0: [1, 0.5, 0], 1: [0, 0.1, 1]},
         texts=TEXTS,
         regions={

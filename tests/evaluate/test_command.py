@@ -79,7 +79,7 @@ def test_few_faulty_lines_are_named_and_left_out(folder, capsys):
     status, output = _run(folder, "retrieval", "--annotations", str(path))
     assert status == 0 and json.loads(output.read_text())["faulty_lines"] == 1
     assert capsys.readouterr().err.splitlines()[:2] == [
-        f"{path}:121: image: got 5, expected the path of a picture",
+        f"{path}:121: image: got 5, expected the path of an image",
         f"{path}: faulty lines left out: 1",
     ]
 

@@ -15,7 +15,7 @@ TEXTS = {"beak": [1, 0, 0], "tail": [0, 1, 0], "crest": [0, 0, 1]}
 
 @pytest.fixture
 def annotated(tmp_path):
-    """Three pictures of a left half (beak, beak, crest); the first two have a right half (tail) too."""
+    """Three images of a left half (beak, beak, crest); the first two have a right half (tail) too."""
     lines = []
     for i, words in enumerate((("beak", "tail"), ("Beak", "tail"), ("crest",))):
         write_picture(tmp_path / "images" / f"{i}.png", i, (20, 10))
@@ -29,7 +29,7 @@ def annotated(tmp_path):
 
 
 def _predictor(swapped=()):
-    """Query 0 sees left halves and query 1 right ones, but the other way round in the `swapped` pictures."""
+    """Query 0 sees left halves and query 1 right ones, but the other way round in the `swapped` images."""
     regions = {}
     for i in range(3):
         boxes, embed = [LEFT, RIGHT, AWAY], [[1, 0, 0], [0.4, 0.2, 0.3], [0, 0, 1]]
@@ -83,7 +83,7 @@ def test_stability_since_the_evaluation_before(annotated):
     path = annotated / "run" / "diagnostics" / "test.json"
     run = lambda step, swapped: _evaluate(annotated, swapped, state_path=path, step=step)
     assert "matching_stability" not in run(10, ())
-    second = run(20, (0,))  # the first picture's two regions change places
+    second = run(20, (0,))  # the first image's two regions change places
     assert second["matching_stability"] == pytest.approx(3 / 5)
     assert second["stability_since_step"] == 10
     # Shares of the queries are 3/5 and 2/5 both times.

@@ -7,7 +7,7 @@ import pytest
 
 import grain_jax
 from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import prompts
+from grain_jax.inference import prompts
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.paths import GOLDENS
 

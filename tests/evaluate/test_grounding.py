@@ -54,16 +54,16 @@ def test_hand_computed(tmp_path):
     assert result["distinct_descriptions"] == 2
     assert result["box_iou"] == pytest.approx((1 + 0.5 + 1) / 3)
     assert result["box_acc50"] == 1.0
-    # Matched regions: tail right; beak's says tail, wrong; the second picture's beak right.
+    # Matched regions: tail right; beak's says tail, wrong; the second image's beak right.
     assert result["region_to_description_r1"] == pytest.approx(2 / 3)
     assert result["chance_region_to_description_r1"] == 0.5
     # Phrases: tail -> query 0 (IoU 1); beak -> both queries score 0: a tie of IoU 0 and .5;
-    # picture 1's beak -> query 0 (1 against .994), which lies elsewhere (IoU 0).
+    # image 1's beak -> query 0 (1 against .994), which lies elsewhere (IoU 0).
     assert result["phrase_iou"] == pytest.approx((1 + 0.25 + 0) / 3)
     assert result["phrase_acc50"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert result["chance_phrase_iou"] == pytest.approx((1 + 0.5 + 1) / 6)  # the other queries: 0
-    # Boxes of the other picture in place of the predicted ones: picture 0 gets the upper half twice
-    # (IoU 1/3 with either half), picture 1 two of the halves (IoU 1/3 each).
+    # Boxes of the other image in place of the predicted ones: image 0 gets the upper half twice
+    # (IoU 1/3 with either half), image 1 two of the halves (IoU 1/3 each).
     assert result["chance_box_iou"] == pytest.approx(1 / 3)
     again = grounding.evaluate(predictor, images=tmp_path, annotations=path, batch_size=1)
     assert again == result
@@ -165,11 +165,11 @@ def test_phrases_with_several_boxes(tmp_path):
     regions = {i: ([[0.5, 0, 1, 1], [0, 0.5, 1, 1]], [[1, 0, 0], [0, 1, 0]]) for i in range(2)}
     predictor = StubPredictor({0: [1, 0, 0], 1: [1, 0, 0]}, TEXTS, regions)
     result = grounding.evaluate(predictor, images=tmp_path, annotations=path)
-    # Each box is a phrase of its own: beak left (IoU 0), right (1); tail (0); the other picture's beak (.5).
+    # Each box is a phrase of its own: beak left (IoU 0), right (1); tail (0); the other image's beak (.5).
     assert (result["regions"], result["phrases"]) == (4, 4)
     assert result["phrase_iou"] == pytest.approx((0 + 1 + 0 + 0.5) / 4)
     assert result["phrase_acc50"] == 2 / 4
-    # The other query overlaps either beak by 50 of 150 pixels, the tail 1/3 (query 0), the whole picture .5.
+    # The other query overlaps either beak by 50 of 150 pixels, the tail 1/3 (query 0), the whole image .5.
     third = 1 / 3
     expected = (0 + third + 1 + third + third + 0 + 0.5 + 0.5) / 8
     assert result["chance_phrase_iou"] == pytest.approx(expected)
@@ -179,7 +179,7 @@ def test_phrases_with_several_boxes(tmp_path):
     first["regions"][1]["description"] = "beak"
     path.write_text(json.dumps(first) + "\n" + second + "\n")
     result = grounding.evaluate(predictor, images=tmp_path, annotations=path)
-    # Of the tail one box is left, and of the last phrase none. Merged, the two beaks are the whole picture.
+    # Of the tail one box is left, and of the last phrase none. Merged, the two beaks are the whole image.
     assert (result["phrases"], result["phrases_of_several_boxes"]) == (4, 2)
     assert result["phrase_iou"] == pytest.approx((1 + 0 + 1 + 0.5) / 4)
     assert result["phrase_acc50"] == 3 / 4 == result["phrase_acc50_any_box"]

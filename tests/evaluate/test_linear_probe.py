@@ -19,7 +19,7 @@ CLASSES = ("bee", "cow", "doe")
 
 
 def _folders(folder, counts, first=0):
-    """Class folders of pictures that the stub knows by their numbers, from `first` on; the labels."""
+    """Class folders of images that the stub knows by their numbers, from `first` on; the labels."""
     labels = []
     for label, (name, count) in enumerate(zip(CLASSES, counts)):
         for _ in range(count):

@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from grain_jax.annotations import AnnotationError
 from grain_jax.evaluate import base, retrieval
+from grain_jax.files.annotations import AnnotationError
 from tests.evaluate.stub import StubPredictor, write_picture
 
 
@@ -37,13 +37,13 @@ def test_hand_computed(tmp_path):
     assert predictor.asked == ["one", "uno", "two", "three"]
     assert (result["pictures"], result["captions"], result["distinct_captions"]) == (3, 4, 4)
     assert result["synthetic_captions"] == 1 and result["without_caption"] == 1
-    # Pictures: 0 finds "two" first (1 against uno .86): wrong, then uno; 1 "two"; 2 "three".
+    # Images: 0 finds "two" first (1 against uno .86): wrong, then uno; 1 "two"; 2 "three".
     way = result["image_to_text"]
     assert way["r1"] == pytest.approx(2 / 3) and way["r5"] == 1.0
     assert (way["r1_low"], way["r1_high"]) == pytest.approx(base.interval(2, 3))
-    # By chance: picture 0 has two of four texts, the others one of four.
+    # By chance: image 0 has two of four texts, the others one of four.
     assert way["chance_r1"] == pytest.approx((0.5 + 0.25 + 0.25) / 3)
-    # Texts: one -> 0 (right), uno -> 0 (.86 against .796: right), two -> picture 0 (.995, .995): a tie
+    # Texts: one -> 0 (right), uno -> 0 (.86 against .796: right), two -> image 0 (.995, .995): a tie
     # of .1 and .1, which counts half; three -> 2.
     way = result["text_to_image"]
     assert way["r1"] == pytest.approx(3.5 / 4) and way["r10"] == 1.0
@@ -58,7 +58,7 @@ def test_equal_captions_are_right_for_each_other(tmp_path):
     assert (result["captions"], result["distinct_captions"]) == (3, 2)
     assert result["image_to_text"]["r1"] == 1.0
     assert result["text_to_image"]["r1"] == 1.0
-    # Both lines that say "a bird" are asked, and either picture is right for it.
+    # Both lines that say "a bird" are asked, and either image is right for it.
     assert result["text_to_image"]["chance_r1"] == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
 
 

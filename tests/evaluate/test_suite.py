@@ -1,6 +1,6 @@
 """The suite's command on sets in TFDS's format, under their real names, and a class folder; counted by hand.
 
-A picture's number says which class the stub takes it for; a class is a direction of its own.
+An image's number says which class the stub takes it for; a class is a direction of its own.
 """
 
 import dataclasses
@@ -13,16 +13,15 @@ import configs.eval
 import grain_jax
 from grain_jax import config as config_lib
 from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import class_names, test_sets
+from grain_jax.evaluate import class_names, tables, test_sets
 from grain_jax.evaluate import suite as suite_module
 from grain_jax.recipe import suite as benchmarks
-from grain_jax.report import tables
 from tests import tiny
 from tests.evaluate import tfds_sets
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.paths import ROOT
 
-# For each picture its class, and the class that the stub takes it for by its name.
+# For each image its class, and the class that the stub takes it for by its name.
 CIFAR10 = [(0, 0), (1, 1), (2, 0), (3, 3), (3, 3), (3, 5), (9, 9), (9, 8), (9, 7)]
 DTD = [(0, 0), (5, 5), (46, 46), (46, 1), (10, 2), (10, 10)]
 FLOWERS = [(0, 0), (101, 101), (50, 50), (50, 51), (7, 7)]
@@ -33,7 +32,7 @@ NUMBERS = {
     "dtd": 20,
     "oxford_flowers102": 40,
     "products2023": 60,
-}  # the first picture's
+}  # the first image's
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +161,13 @@ def test_every_set_has_the_accuracy_that_was_counted_by_hand(suite, data, capsys
     )
     assert f"food101: skipped: {results['skipped']['food101']}" in err.splitlines()
     assert lines[-1].startswith("skipped, data missing: caltech101, caltech_birds2011, cars196,")
-    assert "cifar10 (1 of 4): 9 pictures in" in err and "left in all" in err
+    assert "cifar10 (1 of 4): 9 images in" in err and "left in all" in err
 
 
 def test_a_restart_measures_only_what_is_new(suite, capsys):
     assert suite("--only", "cifar10,dtd")[0] == 0
     first = suite.predictor
-    suite.predictor = StubPredictor()  # knows no picture and no text
+    suite.predictor = StubPredictor()  # knows no image and no text
     status, results = suite("--only", "cifar10")
     assert status == 0 and list(results["ran"]) == ["cifar10", "dtd"]
     assert "cifar10 (1 of 1): is in" in capsys.readouterr().err

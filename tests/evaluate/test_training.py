@@ -25,7 +25,7 @@ from tests.paths import ROOT
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """11 pictures of three classes, with descriptions and annotations."""
+    """11 images of three classes, with descriptions and annotations."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     described = {}

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from grain_jax.evaluate import base, scores, zeroshot
+from grain_jax.evaluate import base, zeroshot
+from grain_jax.inference import scores
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.paths import GOLDENS
 
@@ -12,7 +13,7 @@ BOXES = np.zeros((2, 4))
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three classes: cat has pictures 0, 1; dog 2; red fox 3."""
+    """Three classes: cat has images 0, 1; dog 2; red fox 3."""
     for i, name in enumerate(("cat", "cat", "dog", "red_fox")):
         write_picture(tmp_path / "classes" / name / f"{i}.png", i)
     (tmp_path / "classes" / ".hidden").mkdir()
@@ -47,7 +48,7 @@ def test_names(folder):
     assert alpha["top1"] == 0.75 and alpha["top5"] == 1.0
     assert alpha["per_class"] == {"cat": 0.5, "dog": 1.0, "red fox": 1.0}
     assert alpha["mean_per_class"] == pytest.approx(2.5 / 3)
-    # Of 2, 1 and 1 pictures: as a share among 9 / (1/2 + 1 + 1).
+    # Of 2, 1 and 1 images: as a share among 9 / (1/2 + 1 + 1).
     interval = alpha["mean_per_class_low"], alpha["mean_per_class_high"]
     assert interval == pytest.approx(base.interval(2.5 / 3 * 3.6, 3.6))
     assert result["pictures_per_class"] == {"cat": 2, "dog": 1, "red fox": 1}
@@ -93,7 +94,7 @@ def test_descriptions_alone(folder):
     # Global features: cat (.5, .5, 0), dog (0, 1, 0), fox (0, 0, 1).
     assert result["alpha_1.0"]["per_class"] == {"cat": 0.5, "dog": 1.0, "red fox": 1.0}
     assert result["alpha_0.0"]["per_class"] == {"cat": 1.0, "dog": 0.5, "red fox": 0.5}
-    # Picture 1 at 0.5: cat .5 * .5 + .5 * 1 = .75; dog .5 * 1 + .5 * .5 = .75: a tie.
+    # Image 1 at 0.5: cat .5 * .5 + .5 * 1 = .75; dog .5 * 1 + .5 * .5 = .75: a tie.
     assert result["alpha_0.5"]["per_class"] == {"cat": 0.75, "dog": 1.0, "red fox": 1.0}
     assert sorted(predictor.asked) == sorted(PHRASES)  # no name, no template, each once
     assert result["descriptions"] == 4 and result["names"] is False
@@ -130,7 +131,7 @@ def test_names_with_descriptions(folder):
     assert result["alpha_1.0"]["top1"] == 0.75  # the default reports alpha 1 and 0.5
     # 3 at 0.5: cat .5, fox .5; the others: their own class .5, fox .5.
     assert result["alpha_0.5"]["top1"] == pytest.approx(0.5)
-    # In the same pass, by names alone: pictures 0, 1, 3 are a fox's, and 2 a cat's; only 3 is one.
+    # In the same pass, by names alone: images 0, 1, 3 are a fox's, and 2 a cat's; only 3 is one.
     assert result["by_name"]["alpha_1.0"]["per_class"] == {"cat": 0, "dog": 0, "red fox": 1}
     assert result["by_name"]["alpha_0.5"]["top1"] == 0.25
     assert len(predictor.asked) == len(texts)
@@ -201,7 +202,7 @@ def test_faults(folder):
     assert "got 1.5, expected a number from 0 to 1" in str(fault(alphas=(1.5,)).value)
     assert "expected one of queries, descriptions" in str(fault(region_order="x").value)
     (folder / "classes" / "eel").mkdir()
-    assert "no pictures in the class folders eel" in str(fault().value)
+    assert "no images in the class folders eel" in str(fault().value)
     with pytest.raises(base.InputError, match="got 0 sub-folders"):
         zeroshot.evaluate(predictor, images=folder / "classes" / "cat")
 
@@ -221,7 +222,7 @@ def test_two_folders_of_one_class_are_an_error(folder):
         zeroshot.class_folders(folder / "classes")
     names, empty = str(found.value).split("\n")
     assert "got the class folders 'red fox', 'red_fox', all of them the class 'red fox'" in names
-    assert empty.endswith("no pictures in the class folders eel")
+    assert empty.endswith("no images in the class folders eel")
 
 
 def test_accuracies_of_the_reference():

@@ -1,4 +1,4 @@
-"""Tiny sets in TFDS's own format, under the real names: what TFDS would have prepared, but for the number of pictures."""
+"""Tiny sets in TFDS's own format, under the real names: what TFDS would have prepared, but for the number of images."""
 
 import contextlib
 import io
@@ -8,15 +8,15 @@ import numpy as np
 
 
 def write(data_dir, name, version, split, pictures, labels, names=None, format="tfrecord"):
-    """Writes a set with one split; its pictures come back in another order than they are given in.
+    """Writes a set with one split; its images come back in another order than they are given in.
 
     Args:
       data_dir: TFDS's folder.
       name: of the set, "dtd" or "sun397/tfds".
       version: "3.0.1".
       split: "test".
-      pictures: uint8 [N, H, W, 3].
-      labels: the pictures' classes, numbers.
+      images: uint8 [N, H, W, 3].
+      labels: the images' classes, numbers.
       names: of the classes; None: the set has but their number, 1 + the highest label.
       format: "tfrecord" or "array_record".
     """

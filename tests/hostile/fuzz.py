@@ -31,10 +31,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from grain_jax import checkpoint, errors, images  # noqa: E402
 from grain_jax import config as config_lib  # noqa: E402
+from grain_jax import errors  # noqa: E402
+from grain_jax.files import images
 from grain_jax.input_pipeline import records  # noqa: E402
 from grain_jax.report import run_files  # noqa: E402
+from grain_jax.runtime import checkpoint
 from tests import perturbed, record_sets, tiny  # noqa: E402
 from tests.hostile import image_files  # noqa: E402
 

@@ -11,17 +11,17 @@ import pytest
 
 from data.annotate import checks
 from data.sources import base
-from grain_jax import images
+from grain_jax.files import images
 from tests import record_sets
 from tests.hostile import cases, image_files
 
 MB = 1 << 20
 # (name, file, what the error says). Each would take minutes or gigabytes, or run something.
 REFUSED = [
-    ("EPS", image_files.MARKER_EPS, "no known picture format, expected JPEG, PNG, WebP, GIF"),
-    ("EPS that never ends", image_files.LOOP_EPS, "no known picture format"),
-    ("PPM", b"P6 1 1 255\n\0\0\0", "no known picture format"),
-    ("SVG", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no known picture format"),
+    ("EPS", image_files.MARKER_EPS, "no known image format, expected JPEG, PNG, WebP, GIF"),
+    ("EPS that never ends", image_files.LOOP_EPS, "no known image format"),
+    ("PPM", b"P6 1 1 255\n\0\0\0", "no known image format"),
+    ("SVG", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no known image format"),
     ("empty", b"", "0 bytes that are no known"),
     ("PNG of 200 Mpx", lambda: image_files.png(20_000, 10_000), "200000000 pixels|20000 x 10000"),
     ("GIF that says 65535 x 65535", image_files.gif(size=(65535, 65535)), "pixels"),
@@ -117,7 +117,7 @@ def test_an_eps_called_jpg_runs_nothing(tmp_path, monkeypatch):
     eps = image_files.MARKER_EPS.replace(b"MARKER", str(marker).encode())
     for name, program in (("ran.jpg", eps), ("loop.jpg", image_files.LOOP_EPS)):
         (tmp_path / name).write_bytes(program)
-        with pytest.raises(images.ImageError, match="no known picture format"):
+        with pytest.raises(images.ImageError, match="no known image format"):
             images.load_image(tmp_path / name)
     assert not marker.exists()
 

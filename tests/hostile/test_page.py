@@ -88,7 +88,7 @@ def served(server):
 
 
 def picture(**values):
-    """A picture as a call names it."""
+    """An image as a call names it."""
     return {"meta": {"_type": "gradio.FileData"}, **values}
 
 
@@ -98,7 +98,7 @@ def inputs(first=None, text=TEXT, alpha=0.5, softmax=False, chosen="", most=3, t
 
 
 JSON = {"Content-Type": "application/json"}
-ELSEWHERE, NONE = "a picture that was uploaded here", "the page makes no such call"
+ELSEWHERE, NONE = "an image that was uploaded here", "the page makes no such call"
 JOINS = [
     ("a path outside", 1, inputs(picture(path="/etc/passwd")), ELSEWHERE),
     ("a path with ..", 1, inputs(picture(path="{uploads}/../../x")), ELSEWHERE),

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import grain_jax
-from grain_jax import checkpoint, errors, export, receipt, train, verify
 from grain_jax import config as config_lib
+from grain_jax import errors, export, train, verify
+from grain_jax.runtime import checkpoint, receipt
 from tests import tiny
 
 

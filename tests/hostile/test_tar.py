@@ -11,7 +11,7 @@ import pytest
 
 from data import sources
 from data.annotate import __main__ as command
-from grain_jax import image_bounds
+from grain_jax.files import image_bounds
 
 SECONDS = 5.0
 
@@ -51,7 +51,7 @@ def record(key: str, value: str) -> bytes:
 END = bytes(1024)
 AFTER = b"".join(member(*one) for one in GOOD)
 KEPT = ("00000/good.png", None)
-# name, bytes before two good members, what the pictures come to: (image, cause or None).
+# name, bytes before two good members, what the images come to: (image, cause or None).
 ROWS = [
     ("deep JSON", member("x.png", PNG) + member("x.json", b"[" * 200_000), [("00000/x.png", "bad annotation"), KEPT]),
     ("JSON of 5000 digits", member("x.png", PNG) + member("x.json", b"9" * 5000), [("00000/x.png", "bad annotation"), KEPT]),

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from data import build
 from data.inspect import sheet
-from grain_jax import command_line, errors, images, shown
-from grain_jax.report import pictures, tables
+from grain_jax import errors, printable
+from grain_jax.evaluate import tables
+from grain_jax.files import images
+from grain_jax.report import pictures
+from grain_jax.runtime import command_line
 from tests import record_sets
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.hostile import cases
@@ -46,7 +49,7 @@ def moves_nothing(text, keep=""):
 @few
 @hypothesis.given(texts)
 def test_plain(text):
-    found = shown.plain(text, 200)
+    found = printable.plain(text, 200)
     assert moves_nothing(found) and len(found) <= 10 * 200
     found.encode()  # raises for halves of characters
     if text.isprintable() and len(text) <= 200:

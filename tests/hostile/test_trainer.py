@@ -8,8 +8,9 @@ import socket
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import lock, monitor, storage_faults, train
+from grain_jax import train
 from grain_jax.input_pipeline import records
+from grain_jax.runtime import lock, metrics_writer, storage_faults
 from tests import record_sets, tiny
 from tests.hostile import cases
 
@@ -111,14 +112,14 @@ def test_hostile_metrics_are_left_out_and_a_workdir_that_is_removed_is_a_line(
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / "metrics.jsonl").write_bytes(b'{"step": "x"}\n\xff\x00\n{"step": 1e400}\n')
-    write = monitor.Monitor.write
+    write = metrics_writer.MetricsWriter.write
 
     def remove(self, step, metrics):
         if step == 3:
             shutil.rmtree(workdir)
         write(self, step, metrics)
 
-    monkeypatch.setattr(monitor.Monitor, "write", remove)
+    monkeypatch.setattr(metrics_writer.MetricsWriter, "write", remove)
     monkeypatch.setattr(cases, "SECONDS", 300)  # it compiles
     outcome = cases.run(lambda _: train.train(tiny.config(checkpoint_every=0), workdir), [])
     cases.check(outcome, "run: the folder was removed", storage_faults.StorageFault.status)

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from grain_jax import checkpoint, errors, train, verify
 from grain_jax import config as config_lib
+from grain_jax import errors, train, verify
 from grain_jax.input_pipeline import order, records
+from grain_jax.runtime import checkpoint
 from tests import record_sets, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # TFDS with protobuf 6
 
 COUNTS = {"birds": 24, "stones": 8, "trees": 16}
-FIRST = {"birds": 0, "stones": 24, "trees": 32}  # number of each set's first picture
+FIRST = {"birds": 0, "stones": 24, "trees": 32}  # number of each set's first image
 WEIGHTS = {"birds": 0.5, "stones": 0.3, "trees": 0.2}
 LANES, PER_LANE = 4, 2
 
@@ -54,12 +55,12 @@ def take(config, count, **arguments):
 
 
 def numbers(batch):
-    """Which picture each row is: its first pixel tells."""
+    """Which image each row is: its first pixel tells."""
     return batch.image[:, 0, 0].astype(int) @ [1, 256, 0]
 
 
 def lane_streams(batches):
-    """The pictures' numbers of each lane, in order: int [LANES, len(batches) * PER_LANE]."""
+    """The images' numbers of each lane, in order: int [LANES, len(batches) * PER_LANE]."""
     return np.stack([numbers(b).reshape(LANES, PER_LANE) for b in batches], axis=1).reshape(
         LANES, -1
     )

@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 from etils import epath
 
-from grain_jax import errors, images
+from grain_jax import errors
+from grain_jax.files import images
 from grain_jax.input_pipeline import order, packing, records, text_lengths, tokenizer
 from tests import record_sets
 
@@ -28,7 +29,7 @@ def take(config, count, **arguments):
 
 
 def numbers(batch):
-    """Which picture each row is: its first pixel tells."""
+    """Which image each row is: its first pixel tells."""
     return batch.image[:, 0, 0].astype(int) @ [1, 256, 0]
 
 
@@ -194,7 +195,7 @@ def test_descriptions_are_added_to_captions(output, flip_rate):
     assert batch.region_mask.shape == (8, 0)
     side = "right" if flip_rate else "left"
     for row in range(8):
-        # The first pixel tells the number; it is the last of its row in a mirrored picture.
+        # The first pixel tells the number; it is the last of its row in a mirrored image.
         number = int(batch.image[row, 0, -1 if flip_rate else 0].astype(int) @ [1, 256, 0])
         line = record_sets.annotation(number, (16, 16))
         best = [r["description"] for r in line["regions"]][::-1][:2]
@@ -241,13 +242,13 @@ def test_mirrored_pictures_move_boxes_and_words(output):
             np.testing.assert_array_equal(b.description_id[row][mask[row]], swapped)
 
 
-def test_pictures_are_squashed_as_they_come(tmp_path):
+def test_pictures_are_resized_as_they_come(tmp_path):
     record_sets.write_annotations(tmp_path / "in", 8, size=(50, 37))
     assert record_sets.build_set(tmp_path / "in", tmp_path) == 0
     batch = take(record_sets.config(tmp_path, batch_size=8, size=24, lanes=2), 1)[0]
     assert batch.image.shape == (8, 24, 24, 3)
-    wanted = [images.squash(record_sets.picture(n, (50, 37)), 24).astype(int) for n in range(8)]
-    # The squash mixes the pixel that tells the number: find the picture by what is nearest.
+    wanted = [images.resize(record_sets.picture(n, (50, 37)), 24).astype(int) for n in range(8)]
+    # The resize mixes the pixel that tells the number: find the image by what is nearest.
     distance = np.abs(batch.image[:, None].astype(int) - np.stack(wanted)).mean(axis=(2, 3, 4))
     assert sorted(distance.argmin(axis=1)) == list(range(8))
     assert distance.min(axis=1).max() < 0.6

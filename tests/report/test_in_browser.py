@@ -146,7 +146,7 @@ def test_keyboard(urls):
         assert card.locator("li.one").count() == 1 and card.locator("g.one").count() >= 1
         press("Escape")
         assert card.locator(".one").count() == 0
-        # The arrow keys go through the choices, and the picture follows.
+        # The arrow keys go through the choices, and the image follows.
         page.locator("#attention-query input").first.focus()
         before = page.locator("#attention [role=status]").inner_text()
         press("ArrowRight")

@@ -235,7 +235,7 @@ def test_a_set_of_tfds_with_other_names(runs, tmp_path):
     assert sum(p["count"] for p in alpha["confusions"]) == 6 - sum(hits.values()) > 0
     (pair, *_) = alpha["confusions"]
     assert {pair["true"], pair["predicted"]} == {"dotted", "woven"}
-    # The pictures themselves, and one of the other class, whatever it was taken for.
+    # The images themselves, and one of the other class, whatever it was taken for.
     assert len({*pair["pictures"], pair["example"]}) == pair["count"] + 1
     assert found["whole"] and len(found["thumbs"]) > pair["count"]
 
@@ -249,7 +249,7 @@ def test_wrong_use(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == f"{tmp_path / 'none'}: no such folder; expected the workdir of a run"
     assert "has neither config.json nor metrics.jsonl" in lines[1]
-    assert "got '0', expected a number of pictures, at least 1" in lines[2]
+    assert "got '0', expected a number of images, at least 1" in lines[2]
     assert f"{tmp_path / 'gone.json'}: cannot be read" in lines[3]
     assert len(lines) == 4
 

@@ -5,8 +5,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from grain_jax.evaluate import base
-from grain_jax.report import pictures, tables
+from grain_jax.evaluate import base, tables
+from grain_jax.report import pictures
 from tests.evaluate.stub import StubPredictor, write_picture
 
 RESULTS = {

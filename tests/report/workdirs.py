@@ -1,4 +1,4 @@
-"""Workdirs of runs that trained nothing: a tiny random model, its evaluations' pictures, and the files of a run."""
+"""Workdirs of runs that trained nothing: a tiny random model, its evaluations' images, and the files of a run."""
 
 import json
 
@@ -7,8 +7,9 @@ import PIL.Image
 from flax import traverse_util
 
 from grain_jax import config as config_lib
-from grain_jax import inference, receipt, recipe
+from grain_jax import inference, recipe
 from grain_jax.models import grain
+from grain_jax.runtime import receipt
 from tests import tiny
 
 BAD = "</script><script>document.title='bad'</script>"  # that would run, if a page let it

@@ -63,10 +63,10 @@ import numpy as np, PIL.Image
 import grain_jax
 
 model = grain_jax.load("run")
-pictures = [PIL.Image.open(f"classes/{name}/0.png") for name in ("grass", "sky")]
-scores = model.classify(pictures, {"grass": ["green corner"], "sky": ["blue corner"]}, alpha=0.5)
+images = [PIL.Image.open(f"classes/{name}/0.png") for name in ("grass", "sky")]
+scores = model.classify(images, {"grass": ["green corner"], "sky": ["blue corner"]}, alpha=0.5)
 assert scores.shape == (2, 2) and np.isfinite(scores).all(), scores
-(found,) = model.ground(pictures[0], ["a green corner"])
+(found,) = model.ground(images[0], ["a green corner"])
 assert found.box_xyxy.shape == (4,) and -1 <= found.score <= 1, found
 np.save("texts.npy", model.encode_text(["a wren", "a house by the sea"]))
 loaded = {name.split(".")[0] for name in sys.modules}

@@ -2,7 +2,7 @@
 
 Halbe et al., "Grounding Descriptions in Images informs Zero-Shot Visual Recognition", WACV 2026.
 Parameters have the names of the authors' PyTorch code, below `backbone.` and `decoder.`. Letters in
-shapes: B pictures, N texts, L tokens, Q regions, D embedding, C classes, R target regions.
+shapes: B images, N texts, L tokens, Q regions, D embedding, C classes, R target regions.
 """
 
 import math
@@ -119,7 +119,7 @@ class ImageTower(nn.Module):
         if pixel_values.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(
                 f"pixel_values: got shape {list(pixel_values.shape)}, expected"
-                f" [B, 3, {self.image_size}, {self.image_size}]; the processor makes such pictures"
+                f" [B, 3, {self.image_size}, {self.image_size}]; the processor makes such images"
             )
         x = self.patch_embed.proj(pixel_values).flatten(2).transpose(1, 2)
         if self.cls_token is not None:
@@ -181,7 +181,7 @@ class Backbone(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among queries, attention to the picture's tokens, ReLU MLP."""
+    """Self-attention among queries, attention to the image's tokens, ReLU MLP."""
 
     def __init__(self, tower):
         super().__init__()
@@ -203,7 +203,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Learned queries look at the picture's tokens; the last one stands for the whole picture."""
+    """Learned queries look at the image's tokens; the last one stands for the whole image."""
 
     def __init__(self, towers):
         super().__init__()
@@ -303,7 +303,7 @@ class GrainPreTrainedModel(PreTrainedModel):
 
 
 class GrainModel(GrainPreTrainedModel):
-    """Embeddings of pictures, texts and regions, zero-shot scores, and the training loss."""
+    """Embeddings of images, texts and regions, zero-shot scores, and the training loss."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -366,7 +366,7 @@ class GrainModel(GrainPreTrainedModel):
 
         Args:
           pixel_values: [B, 3, S, S].
-          input_ids: texts [N, L]; for the loss N = B, the pictures' captions.
+          input_ids: texts [N, L]; for the loss N = B, the images' captions.
           description_ids: [B, R, L], the regions' descriptions.
           region_boxes_cxcywh: [B, R, 4], centre and size in [0, 1].
           region_mask: bool [B, R], True where there is a region.
@@ -479,7 +479,7 @@ class GrainModel(GrainPreTrainedModel):
         return (pred - real).abs().sum() + (1 - overlap).sum()
 
     def export_onnx(self, folder):
-        """Writes `image.onnx` and `text.onnx` to `folder`; the number of pictures or texts stays free.
+        """Writes `image.onnx` and `text.onnx` to `folder`; the number of images or texts stays free.
 
         image.onnx: pixel_values -> image_embeds, region_embeds, boxes_xyxy. text.onnx: input_ids
         [N, context length] -> text_embeds. Needs the packages onnx and onnxscript.
@@ -569,7 +569,7 @@ def assign(cost):
     """The columns, a different one for each row, whose costs have the least sum.
 
     Exact (successive shortest paths over reduced costs, O(rows^2 * columns)); for the few regions of a
-    picture plain Python is quick enough, and needs no package.
+    image plain Python is quick enough, and needs no package.
 
     Args:
       cost: rows of numbers, no more rows than columns.

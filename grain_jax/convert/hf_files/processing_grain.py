@@ -1,4 +1,4 @@
-"""Pictures and texts to GRAIN's inputs: a bicubic squash to a square, and CLIP's byte pairs."""
+"""Images and texts to GRAIN's inputs: a bicubic resize to a square, and CLIP's byte pairs."""
 
 import html
 import re
@@ -10,7 +10,7 @@ from transformers.processing_utils import ImagesKwargs
 
 
 class GrainImageProcessor(ImageProcessingMixin):
-    """Squashes pictures to a square (no crop, proportions are lost) and normalises them.
+    """Resizes images to a square (no crop, proportions are lost) and normalises them.
 
     Args:
       size: {"height": S, "width": S}, pixels.
@@ -25,22 +25,22 @@ class GrainImageProcessor(ImageProcessingMixin):
         self.size, self.image_mean, self.image_std = size, image_mean, image_std
 
     def __call__(self, images, return_tensors="pt"):
-        """A PIL picture, a uint8 array [H, W, 3], or a list of either -> pixel_values [B, 3, S, S]."""
+        """A PIL image, a uint8 array [H, W, 3], or a list of either -> pixel_values [B, 3, S, S]."""
         if isinstance(images, PIL.Image.Image) or getattr(images, "ndim", 4) == 3:
             images = [images]
         mean, std = (np.array(x, np.float32) for x in (self.image_mean, self.image_std))
-        pixels = np.stack([self._squash(image) for image in images]).astype(np.float32) / 255
+        pixels = np.stack([self._resize(image) for image in images]).astype(np.float32) / 255
         pixels = ((pixels - mean) / std).transpose(0, 3, 1, 2)
         return BatchFeature(
             {"pixel_values": np.ascontiguousarray(pixels)}, tensor_type=return_tensors
         )
 
-    def _squash(self, image):
+    def _resize(self, image):
         if not isinstance(image, PIL.Image.Image):
             array = np.asarray(image)
             if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
                 raise ValueError(
-                    f"images: got an array {array.dtype} {list(array.shape)}, expected PIL pictures"
+                    f"images: got an array {array.dtype} {list(array.shape)}, expected PIL images"
                     " or uint8 [H, W, 3]"
                 )
             image = PIL.Image.fromarray(array)

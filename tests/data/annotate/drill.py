@@ -1,8 +1,8 @@
-"""Kills data.annotate in the middle, starts it again, and counts: every picture once, every fault by its cause.
+"""Kills data.annotate in the middle, starts it again, and counts: every image once, every fault by its cause.
 
   python -m tests.data.annotate.drill --folder DIR [--pictures 200]
 
-`test_command.py` does the same with few pictures.
+`test_command.py` does the same with few images.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SLOWLY = 0.05  # seconds an answer takes while a kill is waited for
 
 
 def plant(folder: pathlib.Path, pictures: int) -> tuple[list[str], dict[str, str]]:
-    """Draws pictures and plants all faults among them; returns all names and the causes of the files'."""
+    """Draws images and plants all faults among them; returns all names and the causes of the files'."""
     drawn = ["--images", str(pictures), "--output", str(folder), "--processes", "1"]
     nothing = ("--seen-per-species", "--unseen-per-species", "--test-images")
     drawn += [part for name in nothing for part in (name, "0")]
@@ -123,13 +123,13 @@ def remote(folder: pathlib.Path, names: list[str], causes: dict[str, str], tell:
 
 
 def main() -> None:
-    """Runs both with many pictures, and shows the dead letters."""
+    """Runs both with many images, and shows the dead letters."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", required=True, type=pathlib.Path, help="an empty one")
     parser.add_argument("--pictures", type=int, default=200)
     args = parser.parse_args()
     names, causes = plant(args.folder, args.pictures)
-    print(f"{args.pictures} drawn pictures, {len(names) - args.pictures} planted ones")
+    print(f"{args.pictures} drawn images, {len(names) - args.pictures} planted ones")
     for drill in (local, remote):
         drill(args.folder, names, causes, print)
     print((args.folder / "local" / "failed.jsonl").read_text())

@@ -10,7 +10,7 @@ import PIL.Image
 
 from tests.data.annotate import endpoint, models
 
-# Pictures of these widths are what a server has trouble with; all others have 64 pixels.
+# Images of these widths are what a server has trouble with; all others have 64 pixels.
 FIRST_WIDTH = 80
 HEIGHT = 72
 TIME_OUT = 3.0  # seconds that a request must not take
@@ -37,7 +37,7 @@ SERVER = {f"server_{name}.png": (cause, kept) for name, (_, cause, kept) in _SER
 
 
 def plant_files(folder: pathlib.Path) -> dict[str, str | None]:
-    """Writes faulty pictures; returns by name the stage and cause, or None for what must be readable."""
+    """Writes faulty images; returns by name the stage and cause, or None for what must be readable."""
     picture = PIL.Image.effect_mandelbrot((96, 96), (-2, -1, 1, 1), 50).convert("RGB")
     jpeg, png = _encode(picture, "JPEG"), _encode(picture, "PNG")
     frames = [picture, picture.rotate(90), picture.rotate(180)]
@@ -77,13 +77,13 @@ def plant_files(folder: pathlib.Path) -> dict[str, str | None]:
 
 
 def plant_pictures_for_server(folder: pathlib.Path) -> None:
-    """Writes the good pictures that `reply` has trouble with."""
+    """Writes the good images that `reply` has trouble with."""
     for number, name in enumerate(SERVER):
         PIL.Image.new("RGB", (FIRST_WIDTH + number, HEIGHT), "teal").save(folder / name)
 
 
 def reply(asked: endpoint.Asked) -> endpoint.Reply:
-    """The server: right answers, but for the pictures that it has trouble with."""
+    """The server: right answers, but for the images that it has trouble with."""
     width, height = asked.picture.size
     if height == HEIGHT and 0 <= width - FIRST_WIDTH < len(_SERVER):
         trouble, cause, _ = list(_SERVER.values())[width - FIRST_WIDTH]
@@ -94,11 +94,11 @@ def reply(asked: endpoint.Asked) -> endpoint.Reply:
 
 
 def check(output: pathlib.Path, images: list[str], expected: dict[str, str], kept: set[str]) -> str:
-    """Asserts that each picture is there exactly once, and each dead letter has its cause.
+    """Asserts that each image is there exactly once, and each dead letter has its cause.
 
     Args:
       output: of the job.
-      images: all pictures of the source.
+      images: all images of the source.
       expected: stage and cause of each faulty one.
       kept: the faulty ones that have a line all the same.
 
@@ -107,10 +107,10 @@ def check(output: pathlib.Path, images: list[str], expected: dict[str, str], kep
     lines = [json.loads(line) for line in (output / "A.jsonl").read_text().splitlines()]
     letters = [json.loads(line) for line in (output / "failed.jsonl").read_text().splitlines()]
     annotated = [line["image"] for line in lines]
-    assert len(annotated) == len(set(annotated)), "a picture is there twice"
+    assert len(annotated) == len(set(annotated)), "an image is there twice"
     assert set(annotated) == set(images) - set(expected) | kept
     found = {letter["image"]: f"{letter['stage']}: {letter['cause']}" for letter in letters}
-    assert len(found) == len(letters), "a picture has two dead letters"
+    assert len(found) == len(letters), "an image has two dead letters"
     assert found == expected
     assert {letter["image"] for letter in letters if letter["kept"]} == kept
     summary = json.loads((output / "summary.json").read_text())["total"]
@@ -120,7 +120,7 @@ def check(output: pathlib.Path, images: list[str], expected: dict[str, str], kep
     assert sum(summary["failures"].values()) == summary["faulty"] == len(expected)
     assert list(summary["results"].values())[-1] == len(annotated) - len(kept)  # of the last pass
     return (
-        f"{len(images)} pictures: {len(annotated)} lines, none twice; {len(letters)} dead letters, each"
+        f"{len(images)} images: {len(annotated)} lines, none twice; {len(letters)} dead letters, each"
         " with the cause that was planted"
     )
 

@@ -19,7 +19,7 @@ TURNS = ("<caption>", "<describe>")
 
 
 def owlv2(folder: pathlib.Path, *, size: int = 96) -> str:
-    """An OWLv2 with 36 boxes a picture; its processor pads to a square and resizes to `size` pixels."""
+    """An OWLv2 with 36 boxes an image; its processor pads to a square and resizes to `size` pixels."""
     torch.manual_seed(0)
     tokenizer = _clip_tokenizer()
     layers = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
@@ -53,7 +53,7 @@ def owlv2(folder: pathlib.Path, *, size: int = 96) -> str:
 
 
 def grounding_dino(folder: pathlib.Path, *, shortest: int = 64, longest: int = 106) -> str:
-    """A Grounding DINO with 20 boxes a picture; sizes in pixels as its processor resizes to."""
+    """A Grounding DINO with 20 boxes an image; sizes in pixels as its processor resizes to."""
     torch.manual_seed(0)
     swin = transformers.SwinConfig(
         embed_dim=16,
@@ -98,7 +98,7 @@ def llava_next(folder: pathlib.Path, *, answers: bool = True) -> str:
       folder: to save it in.
       answers: whether it gives SUBJECT and CAPTION to a prompt that has "Subject:" in it, and
         DESCRIPTIONS to any other. Else all its weights are random and its answers are noise, which
-        depends on the picture and on the whole prompt.
+        depends on the image and on the whole prompt.
     """
     torch.manual_seed(0)
     chain = [TURNS[0], SUBJECT, CAPTION], [TURNS[1], *DESCRIPTIONS]

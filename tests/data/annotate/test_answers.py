@@ -41,7 +41,7 @@ def test_a_caption_in_the_form_that_was_asked_for(text, subject, caption):
         ("Subject: a wren\nCaption: " + "sings " * 61, "run-on"),
         ("I'm sorry, but I cannot help with that.", "refusal"),
         ("Subject: a wren\nCaption: Unable to determine what is shown", "refusal"),
-        ("I’m really sorry, I can’t see any picture.", "refusal"),
+        ("I’m really sorry, I can’t see any image.", "refusal"),
         ("Subject: As an AI language model I see nothing\nCaption: none", "refusal"),
         ("Subject: Unfortunately, nothing\nCaption: none", "refusal"),
         ("There is no image provided.", "refusal"),

@@ -25,7 +25,7 @@ def test_every_planted_file_has_its_cause(tmp_path):
                     continue
                 assert item.cause in checks.CAUSES
             assert item.detail and "\n" not in item.detail
-            found[item.image] = f"picture: {item.cause}"
+            found[item.image] = f"image: {item.cause}"
     assert found == {name: cause for name, cause in expected.items() if cause}
     assert {name for name in expected if name.startswith("fine_")} == set(expected) - set(found)
 

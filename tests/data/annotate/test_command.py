@@ -84,7 +84,7 @@ def test_pictures_of_tar_shards_go_to_records_or_to_files(pictures, tmp_path, ca
     assert not (tmp_path / "c" / "images").exists()
     (tars / "00000.tar").write_bytes(first[:1024])
     assert command.main([*given, f"--output={tmp_path / 'c'}", "--records=tars"]) == 2
-    assert "got no picture 00000/0000" in capsys.readouterr().err
+    assert "got no image 00000/0000" in capsys.readouterr().err
     (tars / "00000.tar").write_bytes(first)
 
     assert command.main([*given, f"--output={tmp_path / 'b'}"]) == 0
@@ -106,7 +106,7 @@ def test_too_many_faults_end_with_status_2_and_are_listed(pictures, tmp_path, ca
     (pictures / "00002.png").write_bytes(b"")
     output = tmp_path / "out"
     assert command.main(arguments(pictures, output, "--passes=none")) == 2
-    assert "1 of 6 pictures have a fault, more than --max-faults 0.01" in capsys.readouterr().err
+    assert "1 of 6 images have a fault, more than --max-faults 0.01" in capsys.readouterr().err
     letter = json.loads((output / "failed.jsonl").read_text())
     assert (letter["image"], letter["cause"], letter["kept"]) == ("00002.png", "empty file", False)
     assert len((output / "A.jsonl").read_text().splitlines()) == 5

@@ -16,7 +16,7 @@ from tests import storage_emulator
 from tests.data.annotate import models
 from tests.paths import ROOT
 
-# Width x height of the pictures, 1:10 to 10:1, most of them odd; the last is shrunk before it is shown.
+# Width x height of the images, 1:10 to 10:1, most of them odd; the last is shrunk before it is shown.
 SIZES = [
     (53, 530),
     (61, 427),
@@ -51,7 +51,7 @@ def small(request, folders):
 
 
 def _picture(width, height):
-    """A picture, and the box of the one thing in it."""
+    """An image, and the box of the one thing in it."""
     box = (width // 7, height // 3, width - width // 5, height - height // 4)
     picture = PIL.Image.new("RGB", (width, height), GROUND)
     picture.paste(OBJECT, box)
@@ -83,7 +83,7 @@ def _seeing(config):
     """A network that sees the object, and gives its box in the shares that the published weights give.
 
     OWLv2's are shares of all that it is shown (its box bias is a grid over it, padding included); Grounding
-    DINO's of what the mask says is picture (its proposals are a grid over that).
+    DINO's of what the mask says is image (its proposals are a grid over that).
     """
     output = transformers.utils.ModelOutput
 
@@ -154,7 +154,7 @@ def test_owlv2_gives_boxes_as_shares_of_the_padded_square(folders):
 
 def test_grounding_dino_gives_boxes_as_shares_of_the_picture_without_padding(folders):
     finder = detector.build(detector.Options(folders["grounding_dino"]))
-    # Without what it learns, the network's boxes start as a grid over the picture.
+    # Without what it learns, the network's boxes start as a grid over the image.
     last = finder._model.model.encoder_output_bbox_embed.layers[-1]
     last.weight.data.zero_()
     last.bias.data.zero_()

@@ -30,7 +30,7 @@ def make_environment(folder: pathlib.Path) -> pathlib.Path:
 
 
 def run(python: pathlib.Path, folder: pathlib.Path) -> str:
-    """Annotates pictures by workers that run with `python`, started in `folder`; returns what they say."""
+    """Annotates images by workers that run with `python`, started in `folder`; returns what they say."""
     names, causes = drill.plant(folder / "pictures", 24)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

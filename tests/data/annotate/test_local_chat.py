@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def noise_folder(tmp_path_factory):
-    """A model whose answers depend on the picture and on every word of the prompt."""
+    """A model whose answers depend on the image and on every word of the prompt."""
     return models.llava_next(tmp_path_factory.mktemp("noise"), answers=False)
 
 
@@ -55,7 +55,7 @@ def test_answers_come_in_order_with_their_tokens(llava):
 
 def test_a_batch_gives_what_each_picture_gives_alone(noise_folder, caplog):
     pictures = _pictures((60, 30), (30, 90), (28, 28), (200, 20), (57, 33))
-    prompts = ["a", "what is in this picture? " * 4, "list", "list", "say a few words"]
+    prompts = ["a", "what is in this image? " * 4, "list", "list", "say a few words"]
     alone = local_chat.build(local_chat.Options(noise_folder, batch_size=1, max_tokens=12))
     together = local_chat.build(local_chat.Options(noise_folder, batch_size=5, max_tokens=12))
     expected = alone.answer(pictures, prompts)
@@ -63,7 +63,7 @@ def test_a_batch_gives_what_each_picture_gives_alone(noise_folder, caplog):
     assert not caplog.records  # the batch did not fall apart
     assert len({answer.text for answer in expected}) == 5
     assert len({answer.prompt_tokens for answer in expected}) > 2
-    # The answers are to these pictures and these prompts.
+    # The answers are to these images and these prompts.
     assert alone.answer(pictures[1:2], prompts[:1])[0].text != expected[0].text
     assert alone.answer(pictures[:1], prompts[1:2])[0].text != expected[0].text
 

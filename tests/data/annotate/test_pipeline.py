@@ -116,7 +116,7 @@ def test_workers_in_processes(tmp_path, shards):
 def test_a_server_that_is_down_ends_the_job_before_it_fails_millions(tmp_path, shards, monkeypatch):
     monkeypatch.setattr(passes, "FAILURES_IN_A_ROW", 4)
     job = make_job(tmp_path, names=["caption"])
-    with pytest.raises(errors.UserError, match="4 pictures in a row failed, the last by no conn"):
+    with pytest.raises(errors.UserError, match="4 images in a row failed, the last by no conn"):
         counters(job, shards)
     done = job.output.finished(job.passes)
     assert done == {shards[0].name} or done == set()

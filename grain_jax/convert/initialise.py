@@ -1,0 +1,255 @@
+"""Parts that start from a checkpoint (`init.image`, `init.text`, `init.decoder`) instead of from the seed.
+
+Every array is accounted for: what the model wants and the checkpoint lacks is an error, what the
+checkpoint has and the model does not take is named. Positions are resized to the model's.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import scipy.ndimage
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax.convert import big_vision, open_clip, towers
+from grain_jax.convert.towers import Tower, TowerError
+from grain_jax.models import grain
+from grain_jax.runtime import checkpoint
+from grain_jax.training import train_step
+
+_KEPT_POSITIONS = 20  # of a text; see `resize_text_positions`
+# The parameters of each tower; those of the second line only where no decoder takes their place.
+_PREFIXES = {
+    "image": (("image/",), ("image_pool/", "image_projection/")),
+    "text": (("text/", "text_norm/", "text_pool/", "text_projection/"), ()),
+}
+
+# The parameters of all towers of a model with a decoder.
+_TOWERS = tuple(prefix for own, _ in _PREFIXES.values() for prefix in own)
+# What a decoder's config says of its training and of its beginning.
+_NOT_COMPARED = {"dropout", "qkv_init_gain", "unroll"}
+
+
+class Loaded(NamedTuple):
+    """The arrays of towers and decoder, and what to say about them."""
+
+    params: dict[str, np.ndarray]  # our flat names -> float32
+    report: list[str]
+
+
+def state_of_step_0(
+    config: config_lib.Config, program: train_step.Program, say: Callable[[str], None]
+) -> train_step.TrainState:
+    """A run's first state: from its seed, with the parts of `config.init` in their places.
+
+    Args:
+      config: the run's. Every process reads the checkpoints that it names.
+      program: the run's.
+      say: gets a line for each thing to know about them.
+
+    Raises:
+      TowerError: as `load`.
+    """
+    state = program.init()
+    if {config.init.image, config.init.text, config.init.decoder} == {None}:
+        return state
+    loaded = load(config)
+    for line in loaded.report:
+        say(line)
+    params = _replace(state.params, program.shardings.params, loaded.params)
+    average = _replace(state.ema_params, program.shardings.ema_params, loaded.params)
+    return state._replace(params=params, ema_params=average)
+
+
+def resize_image_positions(
+    positions: np.ndarray, grid: int, *, class_token: bool, method: str = "bilinear"
+) -> np.ndarray:
+    """Positions [N, E] of a square grid as those of a grid of `grid` x `grid`; the class token's stays.
+
+    "bilinear" lays the grids' corners on each other, as big_vision does (models/vit.py,
+    resample_posemb); "bicubic" their edges, with antialiasing, as timm and open_clip do.
+
+    Args:
+      positions: float32 [N, E], row by row, the class token's first.
+      grid: patches a side that are wanted.
+      class_token: whether there is one.
+      method: "bilinear" or "bicubic".
+    """
+    token, patches = positions[: int(class_token)], positions[int(class_token) :]
+    old = round(len(patches) ** 0.5)
+    if old != grid:
+        square = patches.reshape(old, old, -1)
+        if method == "bilinear":
+            square = scipy.ndimage.zoom(square, (grid / old, grid / old, 1), order=1)
+        else:
+            square = np.asarray(jax.image.resize(square, (grid, grid, square.shape[2]), "bicubic"))
+        patches = square.reshape(grid * grid, -1)
+    return np.concatenate([token, patches]).astype(np.float32)
+
+
+def resize_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
+    """Positions [L, E] of texts for another context length, first and last kept.
+
+    A shorter context keeps the first ones. A longer one keeps the first 20, within which most texts
+    end, and stretches the rest linearly (Long-CLIP, Zhang et al. 2024).
+    """
+    old = len(positions)
+    if length <= old:
+        return positions[:length]
+    kept = min(_KEPT_POSITIONS, old - 1)
+    at = np.concatenate([np.arange(kept), np.linspace(kept, old - 1, length - kept)])
+    low = np.minimum(at.astype(int), old - 2)
+    share = (at - low)[:, None]
+    stretched = (1 - share) * positions[low] + share * positions[low + 1]
+    return stretched.astype(np.float32)
+
+
+def load(config: config_lib.Config) -> Loaded:
+    """The arrays of the parts that `config.init` names; `config.model` says what they must be.
+
+    Raises:
+      TowerError: a checkpoint cannot be read, has another tower than the config, or lacks arrays; a
+        line each.
+    """
+    shapes = grain.parameter_shapes(config.model)
+    params: dict[str, np.ndarray] = {}
+    report: list[str] = []
+    for which in towers.TOWERS:
+        path = getattr(config.init, which)
+        if path is None:
+            continue
+        with towers.naming(f"init.{which}: "):
+            loaded = _load_tower(config, which, path, shapes)
+        params |= loaded.params
+        report += loaded.report
+    if config.init.decoder is not None:
+        with towers.naming("init.decoder: "):
+            found = _load_decoder(config.model, config.init.decoder, shapes)
+        params |= found
+        report.append(f"init.decoder: {len(found)} arrays from {config.init.decoder}")
+    return Loaded(params, report)
+
+
+def _load_decoder(model: config_lib.Model, path: str, shapes) -> dict[str, np.ndarray]:
+    """All that is no tower's, of a checkpoint of ours."""
+    ours, flat = _read_ours(path)
+    if ours.decoder is None:
+        raise TowerError(f"{path}: has no region decoder; expected a run or checkpoint of GRAIN's")
+    faults = towers.differences("decoder", ours.decoder, model.decoder, _NOT_COMPARED)
+    if faults:
+        raise TowerError("\n".join(f"{path}: {fault}" for fault in faults))
+    rest = lambda named: {  # noqa: E731
+        name: x for name, x in named.items() if not name.startswith(_TOWERS)
+    }
+    towers.check_shapes(rest(flat), rest(shapes), {})
+    return rest(flat)
+
+
+def _read_ours(path: str) -> tuple[config_lib.Model, dict[str, np.ndarray]]:
+    """The model of a workdir, checkpoint or converted folder, and its arrays by their flat names."""
+    try:
+        ours, params, _ = checkpoint.load_model(epath.Path(path))
+    except checkpoint.CheckpointError as error:
+        raise TowerError(str(error)) from None
+    return ours, {name: np.asarray(x, np.float32) for name, x in grain.flat(params).items()}
+
+
+def _load_tower(config, which: str, path: str, shapes) -> Loaded:
+    model = config.model
+    tower, unused = _read(model, which, path)
+    wanted = getattr(model, which)
+    ignored = {"pool", "projection"} if which == "image" and model.decoder is not None else set()
+    faults = towers.differences(which, tower.config, wanted, ignored)
+    if faults:
+        raise TowerError("\n".join(f"{path}: {fault}" for fault in faults))
+    # What lies inside the tower and has no place in ours would change what it computes.
+    unknown = [name for name in unused if name.startswith(tower.prefix)]
+    if unknown:
+        raise TowerError("\n".join(f"{path}: {name}: unknown key" for name in unknown))
+    expected = _own(which, model, shapes)
+    params = _own(which, model, tower.params)
+    # Query, key and value may come from one entry.
+    unused = unused + sorted({tower.theirs[name] for name in tower.params if name not in params})
+    position = f"{which}/position_embed"
+    old = params[position].shape[0]
+    if which == "image":
+        params[position] = resize_image_positions(
+            params[position],
+            wanted.image_size // wanted.patch_size,
+            class_token=wanted.class_token,
+            method=config.init.resize,
+        )
+    else:
+        params[position] = resize_text_positions(params[position], wanted.context_length)
+    towers.check_shapes(params, expected, tower.theirs)
+    report = [f"init.{which}: {len(params)} arrays from {path}"]
+    if len(params[position]) != old:
+        report.append(f"init.{which}: {old} positions resized to {len(params[position])}")
+    report += [f"init.{which}: ASSUMED {words}" for words in tower.assumed]
+    if which == "text":
+        report += [
+            f"init.text: CHECK model.text.{field}: got {getattr(wanted, field)!r}; such a tower's is"
+            f" {getattr(tower.config, field)!r}"
+            for field in ("cleaning", "pad_id")
+            if getattr(wanted, field) != getattr(tower.config, field)
+        ]
+    if unused:
+        report.append(f"init.{which}: not used: {', '.join(_in_short(unused, tower.prefix))}")
+    return Loaded(params, report)
+
+
+def _in_short(names: list[str], prefix: str) -> list[str]:
+    """Names of a checkpoint: those with the tower's prefix each, of other parts how many there are."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        whole = name.startswith(prefix) or not re.search("[./]", name)
+        parts.setdefault(name if whole else re.split("[./]", name)[0], []).append(name)
+    return [
+        found[0] if len(found) == 1 else f"{part} ({len(found)} arrays)"
+        for part, found in sorted(parts.items())
+    ]
+
+
+def _own(which: str, model: config_lib.Model, named: dict[str, Any]) -> dict[str, Any]:
+    """Those of `named`, by our flat names, that are parameters of that tower of `model`."""
+    own, pooled = _PREFIXES[which]
+    prefixes = own + (pooled if model.decoder is None else ())
+    return {name: value for name, value in named.items() if name.startswith(prefixes)}
+
+
+def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, list[str]]:
+    """The tower in a checkpoint of any kind, and the checkpoint's entries that are not part of it."""
+    wanted = getattr(model, which)
+    settings = towers.Settings(
+        heads={which: wanted.heads}, activation={which: wanted.activation}, pad_id=None
+    )
+    if big_vision.is_path(path):
+        stored = big_vision.read(path)
+        tower = big_vision.import_tower(stored, which, settings)
+        return tower, big_vision.unused(stored, tower)
+    folder = epath.Path(path)
+    if folder.is_dir() and any((folder / x).is_dir() for x in ("params", "checkpoints", "state")):
+        ours, flat = _read_ours(path)
+        params = _own(which, ours, flat)
+        names = {name: name for name in params}
+        tower = Tower(getattr(ours, which), params, names, (), prefix=f"{which}/")
+        return tower, sorted(flat.keys() - params.keys())
+    stored = open_clip.read(path)
+    tower = open_clip.import_tower(stored, which, settings)
+    return tower, open_clip.unused(stored, tower)
+
+
+def _replace(params: Any, shardings: Any, loaded: dict[str, np.ndarray]) -> Any:
+    """`params` with the loaded arrays, by their flat names, in their places, laid out as `shardings` says."""
+
+    def place(path, leaf, sharding):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name not in loaded:
+            return leaf
+        array = loaded[name]
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda at: array[at])
+
+    return jax.tree_util.tree_map_with_path(place, params, shardings)

@@ -1,0 +1,208 @@
+"""Evaluation results as a table of text: what was measured, its 95% interval, chance, and how many it stands on."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from grain_jax import printable
+
+_INTERVAL = "95% interval"
+_LONGEST = 120  # characters of a cell; more is cut off
+HEADER = ("measured", "value", _INTERVAL, "chance", "of")
+
+
+class Row(NamedTuple):
+    """How a number of a result is shown."""
+
+    key: str  # in the result; the interval is KEY_low, KEY_high
+    label: str
+    chance: str | None  # the key of its chance
+    count: str  # the key of what it is a mean over
+    unit: str  # of the count
+    is_share: bool = True  # shown as per cent
+
+
+_GROUNDING = (
+    Row("box_iou", "matched box IoU", "chance_box_iou", "regions_matched", "boxes", False),
+    Row("box_acc50", "matched box Acc@0.5", "chance_box_acc50", "regions_matched", "boxes"),
+    Row(
+        "region_to_description_r1",
+        "region to description R@1",
+        "chance_region_to_description_r1",
+        "regions_matched",
+        "boxes",
+    ),
+    Row("phrase_iou", "phrase to box IoU", "chance_phrase_iou", "phrases", "phrases", False),
+    Row("phrase_acc50", "phrase to box Acc@0.5", "chance_phrase_acc50", "phrases", "phrases"),
+    Row(
+        "phrase_acc50_any_box",
+        "phrase to box Acc@0.5, any box",
+        "chance_phrase_acc50_any_box",
+        "phrases",
+        "phrases",
+    ),
+    Row(
+        "phrase_acc50_merged_box",
+        "phrase to box Acc@0.5, merged boxes",
+        "chance_phrase_acc50_merged_box",
+        "phrases",
+        "phrases",
+    ),
+)
+_BOXES = (
+    Row("found", "found by a query, IoU >= 0.5", None, "boxes", "boxes"),
+    Row("region/top1", "class of a box by its region, top-1", "chance", "boxes", "boxes"),
+    Row("region/top5", "class of a box by its region, top-5", "chance_top5", "boxes", "boxes"),
+    Row(
+        "found_boxes/region/top1", "the same of those found", "chance", "found_boxes/boxes", "boxes"
+    ),
+    Row("image/top1", "class of a box by its image, top-1", "chance", "boxes", "boxes"),
+    Row("image/top5", "class of a box by its image, top-5", "chance_top5", "boxes", "boxes"),
+)
+_DIAGNOSTICS = (
+    Row("matched_iou", "matched box IoU", None, "regions_matched", "boxes", False),
+    Row("matched_iou50", "matched box Acc@0.5", None, "regions_matched", "boxes"),
+    Row(
+        "matching_stability",
+        "same query as before",
+        "chance_matching_stability",
+        "regions_matched",
+        "boxes",
+    ),
+    Row(
+        "query_usage_entropy",
+        "use of the queries, 1: even",
+        None,
+        "regions_matched",
+        "boxes",
+        False,
+    ),
+)
+
+
+def describe(results: Mapping[str, Mapping[str, float]]) -> str:
+    """The table of several results, e.g. {"unseen": {"alpha_0.5/top1": 0.78, "chance": 0.025, ...}}.
+
+    Args:
+      results: name -> the numbers of an evaluation, as `evaluate.base.run` returns them.
+    """
+    rows: list[tuple[str, ...]] = []
+    for name, numbers in results.items():
+        rows += [cells(name.replace("_", " "), numbers, row) for row in rows_of(numbers)]
+    return table(HEADER, rows)
+
+
+def rows_of(numbers: Mapping[str, float]) -> list[Row]:
+    """The rows that an evaluation's numbers have; of no kind that is known here, every number as it is."""
+    known = [row for row in _rows(numbers) if row.key in numbers]
+    return known or [Row(key, key, None, "", "", False) for key in numbers]
+
+
+def suite(sets: Mapping[str, Mapping[str, Any]], averages: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of a suite's zero-shot sets: a row a set, then the averages.
+
+    Args:
+      sets: name -> `ways` (way of classifying -> its rates, as `evaluate.suite.ways` gives them), `chance`
+        and `pictures`.
+      averages: way -> the mean rates over the sets that have it, and `sets`, how many these are.
+    """
+    described = [way for way in averages if way != "names"]
+    about = "Shares of images whose class is the best one; by class names"
+    header = ["set", "by name", _INTERVAL, "top-5", "mean per class", _INTERVAL]
+    if described:
+        about += ", and by names with descriptions at each alpha"
+        header += [*map(_alpha, described), "best alpha", _INTERVAL]
+    rows = [
+        _suite_row(name, one["ways"], described)
+        + [f"{one['chance']:.1%}", f"{one['pictures']:.0f}"]
+        for name, one in sets.items()
+    ]
+    if len(sets) > 1:
+        counts = sorted({average["sets"] for average in averages.values()})
+        row = _suite_row("average", averages, described)
+        rows.append([*row, "", f"{' or '.join(map(str, counts))} sets"])
+    return f"{about}\n{table([*header, 'chance', 'pictures'], rows)}"
+
+
+def _suite_row(
+    name: str, ways: Mapping[str, Mapping[str, float]], described: Sequence[str]
+) -> list:
+    def cells(way: str, *keys: str) -> list[str]:
+        rates = ways.get(way, {})
+        return [f"{rates[key]:.1%}" if key in rates else "" for key in keys]
+
+    row = [name, *cells("names", "top1"), _interval(ways.get("names", {}), "top1")]
+    row += [*cells("names", "top5", "mean_per_class")]
+    row.append(_interval(ways.get("names", {}), "mean_per_class"))
+    if described:
+        row += [cell for way in described for cell in cells(way, "top1")]
+        there = [way for way in described if way in ways]
+        best = max(there, key=lambda way: ways[way]["top1"], default=None)
+        row.append("" if best is None else f"{_alpha(best)}: {ways[best]['top1']:.1%}")
+        row.append(_interval(ways.get(best, {}), "top1"))
+    return row
+
+
+def _alpha(way: str) -> str:
+    return f"alpha {float(way.rpartition('_')[2]):g}"
+
+
+def _interval(numbers: Mapping[str, float], key: str) -> str:
+    low, high = numbers.get(f"{key}_low"), numbers.get(f"{key}_high")
+    return "" if low is None or high is None else f"{100 * low:.1f} - {100 * high:.1f}%"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the first to the left and the others to the right, under a ruled header."""
+    rows = [[printable.plain(cell, _LONGEST) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
+        for row in [header, *rows]
+    ]
+    rule = "-" * max(map(len, lines))
+    return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1:]])
+
+
+def _rows(numbers: Mapping[str, float]) -> list[Row]:
+    rows = []
+    for key in numbers:  # alphas in the order in which they were asked for
+        if key.startswith("alpha_") and key.endswith("/top1"):
+            at = key.removesuffix("/top1")
+            alpha = f"alpha {float(at.removeprefix('alpha_')):g}"
+            rows.append(Row(key, f"top-1, {alpha}", "chance", "pictures", "pictures"))
+            rows.append(Row(f"{at}/top5", f"top-5, {alpha}", "chance_top5", "pictures", "pictures"))
+    for key in numbers:
+        if key.startswith("shots_") and key.endswith("/top1"):
+            at = key.removesuffix("/top1")
+            number = at.removeprefix("shots_")
+            name = "all training images" if number == "all" else f"few shots, {number} a class"
+            rows.append(Row(key, f"{name}, top-1", "chance", "pictures", "pictures"))
+            rows.append(Row(f"{at}/top5", f"{name}, top-5", "chance_top5", "pictures", "pictures"))
+            rows.append(
+                Row(
+                    f"{at}/mean_per_class",
+                    f"{name}, mean per class",
+                    "chance",
+                    "pictures",
+                    "pictures",
+                )
+            )
+    for way, label, count, unit in (
+        ("image_to_text", "image to text", "pictures", "pictures"),
+        ("text_to_image", "text to image", "captions", "captions"),
+    ):
+        for k in (1, 5, 10):
+            rows.append(Row(f"{way}/r{k}", f"{label} R@{k}", f"{way}/chance_r{k}", count, unit))
+    return [*rows, *_GROUNDING, *_BOXES, *_DIAGNOSTICS]
+
+
+def cells(name: str, numbers: Mapping[str, float], row: Row) -> tuple[str, ...]:
+    """A row as text, in the order of HEADER."""
+    show = (lambda x: f"{x:.1%}") if row.is_share else (lambda x: f"{x:.3f}")
+    return (
+        f"{name}: {row.label}",
+        show(numbers[row.key]),
+        _interval(numbers, row.key),
+        show(numbers[row.chance]) if row.chance in numbers else "",
+        f"{numbers[row.count]:.0f} {row.unit}" if row.count in numbers else "",
+    )

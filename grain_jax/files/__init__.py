@@ -1,0 +1,1 @@
+"""Users' files: annotations, images, and writes that are whole or absent."""

@@ -1,0 +1,23 @@
+"""A trained model at work: `load` gives a `Predictor`, which embeds images, texts and regions."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grain_jax.inference.predictor import (
+        ClassFeatures,
+        Grounding,
+        InputError,
+        Predictor,
+        load,
+        programs,
+    )
+
+__all__ = ["ClassFeatures", "Grounding", "InputError", "Predictor", "load", "programs"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names of `predictor`, which imports JAX, on first use; `scores` and `prompts` need numpy alone."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("grain_jax.inference.predictor"), name)

@@ -1,0 +1,92 @@
+"""Embeddings of texts on disk: 1000 classes x 20 templates are computed once for a checkpoint.
+
+A file's name is a digest of all that its embeddings depend on, so that nothing in it can be out of date.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+import grain_jax
+from grain_jax import errors, inference
+from grain_jax.files import atomic
+from grain_jax.input_pipeline import tokenizer
+
+DEFAULT = "~/.cache/grain_jax/text_features"
+
+
+class CachedTexts:
+    """An `inference.Predictor` whose `encode_text` looks into a folder first; all else is the predictor's.
+
+    Args:
+      predictor: the model; its parameters do not change.
+      folder: of the embeddings, local or remote; is made.
+    """
+
+    def __init__(self, predictor: inference.Predictor, folder: epath.PathLike):
+        self._predictor, self._folder = predictor, epath.Path(folder).expanduser()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._predictor, name)
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        """As `inference.Predictor.encode_text`, of strings. A file that cannot be read is written anew."""
+        digest = hashlib.sha256(self._tower)
+        digest.update(json.dumps(list(texts)).encode())
+        path = self._folder / f"{digest.hexdigest()[:40]}.npz"
+        embed = _read(path, len(texts))
+        if embed is None:
+            embed = self._predictor.encode_text(texts)
+            file = io.BytesIO()
+            np.savez(file, embed=embed)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                atomic.write_bytes(path, file.getvalue())
+            except OSError as error:
+                raise errors.UserError(
+                    f"--cache: {self._folder}: {error.strerror or error}, expected a folder to write to;"
+                    ' --cache "" does without'
+                ) from None
+        return embed
+
+    @functools.cached_property
+    def _tower(self) -> bytes:
+        """A digest of the text tower, its tokenizer and the arithmetic."""
+        model, folder = self.model, self._predictor.folder
+        digest = hashlib.sha256()
+        for word in (grain_jax.__version__, jax.default_backend(), self.dtype, model.embed_dim):
+            digest.update(f"{word};".encode())
+        digest.update(repr(model.text).encode())
+        if model.text.tokenizer != "clip":
+            digest.update(tokenizer.file_of(model.text, folder).read_bytes())
+        of_text = {k: v for k, v in self.params.items() if k.startswith("text")}
+        digest.update(digest_of(of_text).encode())
+        return digest.digest()
+
+
+def digest_of(params: Any) -> str:
+    """A digest of a tree of arrays: their names, shapes, types and bytes; 40 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        value = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape};".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()[:40]
+
+
+def _read(path: epath.Path, count: int) -> np.ndarray | None:
+    """The embeddings in a file; None where it is not there or damaged."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as arrays:
+            embed = arrays["embed"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return embed if len(embed) == count and np.isfinite(embed).all() else None

@@ -1,0 +1,205 @@
+"""big_vision beside us: a GRAIN checkpoint as one of its models, so that its evaluators run it.
+
+In a config file of big_vision, or before its evaluators are made (docs/library.md):
+
+  big_vision_model.register()
+  config.model_name, config.model, config.model_init = "grain_jax", dict(checkpoint=DIR), DIR
+  pp_img, pp_txt = "grain_image('DIR')", "grain_text('DIR')"
+
+What is said of big_vision is of its commit 0127fb6. Only `register` imports it, and only the two
+preprocessing ops import TensorFlow.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grain_jax import config as config_lib
+from grain_jax import errors
+from grain_jax.files import images
+from grain_jax.input_pipeline import tokenizer
+from grain_jax.models import grain
+from grain_jax.runtime import checkpoint as checkpoint_lib
+
+NAME = "grain_jax"  # big_vision's config.model_name
+_PADDING = -1  # after a text, where no id can be meant
+
+
+class BigVisionError(errors.UserError):
+    """big_vision is missing, or asks for what this adapter does not do; the message is one line."""
+
+
+def register() -> None:
+    """Makes the model and the two preprocessing ops known to big_vision.
+
+    Raises:
+      BigVisionError: big_vision is not on the path.
+    """
+    try:
+        from big_vision.pp import registry
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] != "big_vision":
+            raise
+        raise BigVisionError(
+            "big_vision: not on the path; clone github.com/google-research/big_vision and add the"
+            " folder to PYTHONPATH"
+        ) from None
+    # Its trainers import big_vision.models.{config.model_name}.
+    sys.modules[f"big_vision.models.{NAME}"] = sys.modules[__name__]
+    for name, op in (("grain_image", grain_image), ("grain_text", grain_text)):
+        registry.Registry.register(f"preprocess_ops.{name}", replace=True)(op)
+
+
+class Model(nn.Module):
+    """As big_vision's two_towers.Model, with the parameters of `grain.GRAIN`.
+
+    Attributes:
+      checkpoint: workdir, checkpoint or converted model that the sizes are read from.
+      dtype: of activations, "float32" (at full precision on every device) or "bfloat16".
+    """
+
+    checkpoint: str
+    dtype: str = "float32"
+
+    def setup(self):
+        self.grain = grain.GRAIN(_sizes(self.checkpoint)[0], self.dtype)
+        nn.share_scope(self, self.grain)  # parameters are named as in the checkpoint
+
+    @nn.nowrap
+    def init(self, *args, **kwargs):
+        """As flax's, but plain arrays: big_vision knows nothing of logical axes."""
+        return nn.unbox(super().init(*args, **kwargs))
+
+    def __call__(self, image, text=None, train: bool = False):
+        """Embeds images, texts or both; either may be None.
+
+        Args:
+          image: uint8 [B, S, S, 3], or float32 normalised by the model's `pixel_mean` and `pixel_std`.
+          text: int32 [N, L], of `grain_text`. Of another op: CLIP's ids whatever their padding, others
+            padded with -1; SigLIP's as big_vision's own op makes them.
+          train: only False.
+
+        Returns:
+          (zimg [B, D], ztxt [N, D], out): of unit length, None for what was not given. `out` has
+          "img/normalized", "txt/normalized", "t" (the logit scale, [1]), "t/parameter" (its
+          logarithm), and of a model with a sigmoid's bias "b".
+
+        Raises:
+          BigVisionError: `train` is True.
+        """
+        if train:
+            raise BigVisionError(
+                "train: this adapter evaluates; train with `python -m grain_jax.train`"
+            )
+        zimg = ztxt = None
+        out = {}
+        with jax.default_matmul_precision("highest" if self.dtype == "float32" else None):
+            if image is not None:
+                zimg, _, _ = self.grain.encode_image(image)
+                out["img/normalized"] = zimg
+            if text is not None:
+                ztxt = self._encode_text(jnp.asarray(text))
+                out["txt/normalized"] = ztxt
+        out["t/parameter"] = self.grain.logit_scale[None]
+        out["t"] = jnp.exp(out["t/parameter"])
+        if self.grain.config.logit_bias_init is not None:
+            out["b"] = self.grain.logit_bias[None]
+        return zimg, ztxt, out
+
+    def _encode_text(self, tokens):
+        tower = self.grain.config.text
+        if not tower.packable:  # the padding belongs to the text
+            missing = tower.context_length - tokens.shape[1]
+            tokens = jnp.pad(tokens, ((0, 0), (0, missing)), constant_values=_PADDING)
+        real = tokens != _PADDING
+        # CLIP's end token is its highest id; of others' texts only the padding tells the end.
+        ends = tokens.argmax(1) if tower.tokenizer == "clip" else real.sum(1) - 1
+        tokens = jnp.where(real, tokens, tower.pad_id)[:, None]  # a group a text
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
+        at = jnp.stack([jnp.zeros_like(ends), ends], axis=1)
+        (embed,) = self.grain.encode_text(tokens, positions, jnp.ones_like(positions), at)
+        return embed
+
+
+def load(init_params: Any, init_file: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint's parameters, as big_vision's trainers ask for `config.model_init`.
+
+    Args:
+      init_params: what `Model.init` gave; not looked at, since the checkpoint has every parameter.
+      init_file: workdir, checkpoint or converted model.
+      model_cfg: of `Model`; its `checkpoint` may be another one of the same model.
+
+    Raises:
+      BigVisionError: the two checkpoints' models differ.
+      checkpoint.CheckpointError: there is none.
+    """
+    del init_params
+    if not isinstance(init_file, str):
+        raise BigVisionError(
+            f"model_init: got {init_file!r}, expected the path of one checkpoint of grain_jax"
+        )
+    if _sizes(init_file)[0] != _sizes(model_cfg["checkpoint"])[0]:
+        raise BigVisionError(
+            f"model_init: {init_file} has another model than model.checkpoint,"
+            f" {model_cfg['checkpoint']}; expected the same towers"
+        )
+    return checkpoint_lib.load_model(init_file)[1]
+
+
+def predict_fn(model: Model) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Any]:
+    """What big_vision's evaluators call: ({"params": ...}, {"image" or "labels": ...}) -> Model's results."""
+
+    def predict(train_state, batch):
+        variables = {"params": train_state["params"]}
+        return model.apply(variables, batch.get("image"), batch.get("labels"))
+
+    return predict
+
+
+def grain_image(checkpoint: str, key: str = "image") -> Callable[[dict], dict]:
+    """Preprocessing op: images (uint8 [H, W, 3], or a file's bytes) -> uint8 [S, S, 3], as in our evaluations."""
+    import tensorflow as tf
+
+    size = _sizes(checkpoint)[0].image.image_size
+
+    def resize(picture):
+        if isinstance(picture, bytes):
+            picture = images.decode_image(picture)
+        return images.resize(picture, size)
+
+    def op(data):
+        picture = tf.numpy_function(resize, [data[key]], tf.uint8)
+        return {**data, key: tf.ensure_shape(picture, (size, size, 3))}
+
+    return op
+
+
+def grain_text(checkpoint: str, inkey: str = "texts", outkey: str = "labels") -> Callable:
+    """Preprocessing op: a string -> int32 [context length] of the text tower's tokenizer, padded with -1."""
+    import tensorflow as tf
+
+    model, folder = _sizes(checkpoint)
+    library, context = tokenizer.of_tower(model.text, folder), model.text.context_length
+
+    def tokenize(text):
+        ids = library.encode([text], context).ids
+        return np.pad(ids, (0, context - len(ids)), constant_values=_PADDING)
+
+    def op(data):
+        tokens = tf.numpy_function(tokenize, [data[inkey]], tf.int32)
+        return {**data, outkey: tf.ensure_shape(tokens, (context,))}
+
+    return op
+
+
+@functools.lru_cache(maxsize=8)
+def _sizes(path: str) -> tuple[config_lib.Model, str]:
+    """The model in a checkpoint, and the folder that it was found in; without the parameters."""
+    model, _, folder = checkpoint_lib.load_model(path)
+    return model, folder

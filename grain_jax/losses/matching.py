@@ -1,0 +1,124 @@
+"""Hungarian matching of region queries to real regions, inside the compiled step (method.md, Losses).
+
+Small problems (at most 6 queries and 6 regions, GRAIN's own are 5 x 5) are solved exactly by the
+minimum over all injections: no loop, so nothing that chips would have to wait for. Larger ones go
+through `optax.assignment`; call it inside `jax.shard_map`, as `losses.py` does: under plain jit the
+condition of its while loop would be synchronised over all chips at every turn.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from grain_jax.losses import boxes
+
+EXACT_UP_TO = 6  # 6! = 720 candidates
+
+
+class Match(NamedTuple):
+    """Which query each region got."""
+
+    query_index: Int[Array, "B R"]  # 0 where not valid
+    valid: Bool[Array, "B R"]  # real and matched
+
+
+def cost_matrix(
+    pred_boxes_cxcywh: Float[Array, "B Q 4"],
+    target_boxes_cxcywh: Float[Array, "B R 4"],
+    *,
+    l1: float,
+    giou: float,
+    iou_epsilon: float = 0.0,
+    description: float = 0.0,
+    cosine: Float[Array, "B Q R"] | None = None,
+) -> Float[Array, "B Q R"]:
+    """l1 * |p - t|_1 - giou * GIoU(p, t) - description * cosine of every query and region of an image.
+
+    Args:
+      cosine: of each query's embedding and each region's description; where not given, its term is 0.
+    """
+    pred, target = pred_boxes_cxcywh[:, :, None], target_boxes_cxcywh[:, None]
+    distance = jnp.abs(pred - target).sum(-1)
+    overlap = boxes.giou(
+        boxes.cxcywh_to_xyxy(pred), boxes.cxcywh_to_xyxy(target), epsilon=iou_epsilon
+    )
+    cost = l1 * distance - giou * overlap
+    return cost if cosine is None else cost - description * cosine
+
+
+@functools.cache
+def _injections(queries: int, regions: int) -> np.ndarray:
+    """Every way to give the regions different queries, int32 [ways, R]; numbers >= Q are "no query"."""
+    size = max(queries, regions)
+    ways = sorted({way[:regions] for way in itertools.permutations(range(size))})
+    return np.array(ways, np.int32).reshape(-1, regions)
+
+
+def _exact(cost, mask):
+    """Minimum over all injections; cost [B, Q, R], mask [B, R] -> query of each region [B, R], Q or more: none."""
+    _, queries, regions = cost.shape
+    ways = _injections(queries, regions)  # [W, R]
+    usable = jnp.isfinite(cost)
+    # Ordered by: real regions without a query, then pairs without a finite cost, then the cost.
+    total, unusable = 0.0, 0.0
+    missing = jnp.asarray(ways >= queries)
+    for r in range(regions):
+        column = ways[:, r].clip(max=queries - 1)
+        real = mask[:, r, None] & ~missing[:, r]  # [B, W]
+        total += jnp.where(real, jnp.where(usable, cost, 0)[:, column, r], 0)
+        bad = jnp.where(missing[:, r], regions + 1, ~usable[:, column, r])
+        unusable += jnp.where(mask[:, r, None], bad, 0)
+    total = jnp.where(unusable == unusable.min(axis=1, keepdims=True), total, jnp.inf)
+    return jnp.asarray(ways)[jnp.argmin(total, axis=1)]
+
+
+def _hungarian(cost, mask):
+    """The same by optax's O(n^3) algorithm, an image at a time."""
+    _, queries, regions = cost.shape
+    real = mask[:, None, :] & jnp.isfinite(cost)
+    low = jnp.min(jnp.where(real, cost, jnp.inf), axis=(1, 2), keepdims=True)
+    low = jnp.where(jnp.isfinite(low), low, 0)
+    cost = jnp.where(real, cost - low, 0)
+    spread = jnp.max(cost, axis=(1, 2), keepdims=True)
+    spread = jnp.where(spread == 0, 1, spread)
+    # One unusable pair must cost more than any set of usable ones. A region that is not real costs
+    # nothing where queries suffice, else a little more than any pair, so that real ones come first.
+    # No more than that: large penalties cost float32 digits.
+    unusable = mask[:, None, :] & ~real
+    penalty = spread * (min(queries, regions) + 1)
+    padding = 2 * jnp.where(unusable.any((1, 2), keepdims=True), penalty, spread)
+    cost = jnp.where(unusable, penalty, cost)
+    cost = jnp.where(mask[:, None, :], cost, 0.0 if queries >= regions else padding)
+
+    def one(c):
+        row, column = optax.assignment.hungarian_algorithm(c)
+        return jnp.full(regions, queries, jnp.int32).at[column].set(row.astype(jnp.int32))
+
+    return jax.vmap(one)(cost)
+
+
+def match(cost: Float[Array, "B Q R"], mask: Bool[Array, "B R"]) -> Match:
+    """The assignment of queries to real regions with the least total cost; no gradient flows through it.
+
+    Where regions outnumber queries, as many as there are queries are matched. A pair whose cost is not
+    finite is taken only where nothing else is left (the loss of such a pair is then not finite either,
+    and the trainer stops and says so).
+
+    Args:
+      cost: of every query and region.
+      mask: which regions are real.
+    """
+    cost = jax.lax.stop_gradient(cost)
+    _, queries, regions = cost.shape
+    if regions == 0:
+        return Match(jnp.zeros(mask.shape, jnp.int32), mask)
+    solve = _exact if max(queries, regions) <= EXACT_UP_TO else _hungarian
+    query = solve(cost, mask)
+    valid = mask & (query < queries)
+    return Match(jnp.where(valid, query, 0), valid)

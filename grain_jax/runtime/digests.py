@@ -1,0 +1,150 @@
+"""Digests of batches and states: equal on every mesh and for any number of processes, exact to the bit.
+
+A digest is a sum of integers that wraps around, with a term for each element that mixes its bits with its
+place in the whole array. So each device, or host, sums up what it holds, in any order. It tells other data
+and other states apart; it is not a cryptographic hash.
+"""
+
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from grain_jax import schema
+
+EXAMPLES, PIXELS = 0, 1  # rows of the chains
+
+
+def scramble(x: jax.Array) -> jax.Array:
+    """uint32 -> uint32, one to one, every bit matters (the finaliser of MurmurHash3, Appleby 2011)."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def of_array(x: jax.Array, name: str) -> jax.Array:
+    """The digest of an array of numbers of at most 32 bits.
+
+    Args:
+      x: any shape, at most 2**32 elements.
+      name: equal arrays of other names have other digests.
+
+    Returns:
+      uint32 [2].
+    """
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    place = jnp.full(x.shape, zlib.crc32(name.encode()), jnp.uint32)
+    for axis in range(x.ndim):
+        stride = np.uint32(math.prod(x.shape[axis + 1 :]))
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
+    hashes = scramble(bits ^ scramble(place))
+    other = scramble(hashes ^ np.uint32(0x9E3779B9))
+    return jnp.stack([hashes.sum(dtype=jnp.uint32), other.sum(dtype=jnp.uint32)])
+
+
+def of_batch(batch: schema.Batch) -> jax.Array:
+    """uint32 [2, 2]: the digests of everything but the images, and of the images.
+
+    They are apart because the images are decoded and resized in floating point, which another kind of
+    CPU or another TensorFlow may round in another way.
+    """
+    # `text_counts` follows from the records, and came later than the first receipts.
+    examples = sum(
+        of_array(value, name)
+        for name, value in batch._asdict().items()
+        if name not in ("image", "text_counts")
+    )
+    red, green, blue = jnp.moveaxis(batch.image.astype(jnp.uint32), -1, 0)  # a word a pixel
+    return jnp.stack([examples, of_array(red | green << 8 | blue << 16, "image")])
+
+
+def extend(chains: jax.Array, digests: jax.Array, step: jax.Array) -> jax.Array:
+    """The chains [2, 2] after `step`'s batch; each depends on all batches so far and on their order."""
+    first = scramble(scramble(chains[:, 0] + step.astype(jnp.uint32)) ^ digests[:, 0])
+    second = scramble(scramble(chains[:, 1] ^ first) + digests[:, 1])
+    return jnp.stack([first, second], axis=1)
+
+
+def text(words: Any) -> str:
+    """A digest, or a chain, of two uint32 words as 16 hexadecimal digits."""
+    first, second = np.asarray(words).tolist()
+    return f"{first:08x}{second:08x}"
+
+
+def chains(receipt: Any) -> dict[str, str]:
+    """`TrainState.receipt` as metrics and records show it; no other process is needed."""
+    words = np.asarray(receipt)
+    return {"batch_chain": text(words[EXAMPLES]), "pixel_chain": text(words[PIXELS])}
+
+
+def of_state(state: Any) -> dict[str, str]:
+    """The digest of the bits of each part of a TrainState that is a tree of arrays.
+
+    This one is computed by the hosts, where a save brings the arrays anyway: each sums up the shards that
+    no other has. A number at (i, j, ...) counts by the product of odd 64-bit keys of i, j, ..., modulo 2**64.
+
+    Args:
+      state: a NamedTuple, placed. Of several processes, each must call.
+
+    Returns:
+      Part -> 16 hexadecimal digits: `params`, `opt_state` and, where an average is kept, `ema_params`.
+    """
+    sums = {}
+    for part in ("params", "opt_state", "ema_params"):
+        leaves = jax.tree_util.tree_leaves_with_path(getattr(state, part))
+        shards = [_of_shards(leaf, jax.tree_util.keystr(path)) for path, leaf in leaves]
+        if shards:
+            sums[part] = sum(shards) % 2**64
+    words = np.array([divmod(value, 2**32) for value in sums.values()], np.uint32)
+    if jax.process_count() > 1:
+        everywhere = multihost_utils.process_allgather(words).astype(np.uint64)
+        totals = [(int(high) << 32) + int(low) for high, low in everywhere.sum(axis=0)]
+        words = np.array([divmod(total % 2**64, 2**32) for total in totals], np.uint32)
+    return {part: text(pair) for part, pair in zip(sums, words)}
+
+
+def of_arrays(tree: Any) -> str:
+    """The digest that `of_state` gives for a part that holds these arrays, whole and on the host.
+
+    Args:
+      tree: nested dict of numpy arrays.
+
+    Returns:
+      16 hexadecimal digits.
+    """
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        everything = (slice(None),) * leaf.ndim
+        total += _of_block(np.asarray(leaf), jax.tree_util.keystr(path), leaf.shape, everything)
+    return text(divmod(total % 2**64, 2**32))
+
+
+def _of_shards(x: jax.Array, name: str) -> int:
+    """The sum of this process's shards of `x`, each counted on one process alone."""
+    return sum(
+        _of_block(np.asarray(shard.data), name, x.shape, shard.index)
+        for shard in x.addressable_shards
+        if not shard.replica_id
+    )
+
+
+def _of_block(
+    values: np.ndarray, name: str, shape: tuple[int, ...], index: tuple[slice, ...]
+) -> int:
+    """The sum of `values`, which stand at `index` in an array of that name and shape."""
+    values = values.view(f"uint{8 * values.dtype.itemsize}")
+    for axis in reversed(range(values.ndim)):
+        keys = _keys(name, axis, shape[axis])[index[axis]]
+        values = np.einsum("...i,i->...", values, keys, dtype=np.uint64, casting="unsafe")
+    return int(values)
+
+
+def _keys(name: str, axis: int, size: int) -> np.ndarray:
+    """Odd numbers, uint64 [size]; numpy never changes the raw stream of a bit generator."""
+    return np.random.Philox(key=(zlib.crc32(name.encode()) << 8) + axis).random_raw(size) | 1

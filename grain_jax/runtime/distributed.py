@@ -1,0 +1,169 @@
+"""Joins the processes of a run, and sees to it that one that fails does not leave the others waiting.
+
+Who coordinates and who is who comes from flags, SLURM, Kubernetes or the TPU's metadata; all but the flags
+is JAX's own detection.
+"""
+
+import contextlib
+import importlib.util
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from grain_jax import errors
+from grain_jax.runtime import ending, native_log, preemption
+
+START_SECONDS = 300  # that processes may come up after one another: pods pull images
+# What JAX reads under srun; a shell inside `salloc` or a batch script has only some of them.
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+_GKE_TPU = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+_AGREED = (None, 0, 75, 130)  # statuses that all processes end with: done, or told to end and saved
+
+
+def initialize(
+    coordinator: str | None, processes: int, process_id: int, heartbeat_seconds: int
+) -> str:
+    """Joins the other processes, where there are any; comes before anything that asks for devices.
+
+    Args:
+      coordinator: HOST:PORT of process 0, or None to look for a cluster.
+      processes: how many there are; with a coordinator.
+      process_id: which of them this is, from 0; with a coordinator.
+      heartbeat_seconds: silence after which a process counts as dead and the others end; at least 1.
+
+    Returns:
+      What was found, for this process's log: "SLURM job 12: process 1 of 4, on node3" or "a single process".
+
+    Raises:
+      UserError: flags that do not fit together, or a package that the cluster needs is missing.
+    """
+    if heartbeat_seconds < 1:
+        raise errors.UserError(
+            f"--heartbeat_seconds: got {heartbeat_seconds}, expected at least 1, such as 20"
+        )
+    found = find(coordinator, processes, process_id, os.environ)
+    if found is None:
+        return "a single process"
+    name, arguments = found
+    native_log.redirect(heartbeat_seconds, START_SECONDS)
+    patience = threading.Timer(
+        10, print, [f"{name}: waiting for the other processes"], dict(file=sys.stderr, flush=True)
+    )
+    patience.start()
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=START_SECONDS,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+        )
+        preemption.take_sigterm_back(leaves_last=jax.process_index() == 0)
+    finally:
+        patience.cancel()
+    return (
+        f"{name}: process {jax.process_index()} of {jax.process_count()}, on {socket.gethostname()}"
+    )
+
+
+def find(
+    coordinator: str | None, processes: int, process_id: int, environment: Mapping[str, str]
+) -> tuple[str, dict[str, Any]] | None:
+    """(name of the cluster, arguments of `jax.distributed.initialize`), or None for a single process.
+
+    Args:
+      coordinator, processes, process_id: see `initialize`.
+      environment: variables, after JAX was imported (it notes there whether the machine has TPU chips).
+
+    Raises:
+      UserError: see `initialize`.
+    """
+    if coordinator is None:
+        if processes != 1 or process_id != 0:
+            raise errors.UserError(
+                f"--coordinator: missing, with --processes={processes} --process_id={process_id}; expected"
+                " HOST:PORT of process 0, or none of the three"
+            )
+        return _find_cluster(environment)
+    if not re.fullmatch(r".+:\d+", coordinator):
+        raise errors.UserError(
+            f"--coordinator: got {coordinator!r}, expected HOST:PORT of process 0, such as 10.0.0.1:8476"
+        )
+    if not 0 <= process_id < processes:
+        raise errors.UserError(
+            f"--process_id: got {process_id} with --processes={processes}, expected 0 to --processes - 1"
+        )
+    return f"coordinator {coordinator}", dict(
+        coordinator_address=coordinator,
+        num_processes=processes,
+        process_id=process_id,
+        cluster_detection_method="deactivate",
+    )
+
+
+def _find_cluster(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
+    if all(name in environment for name in _SLURM):
+        if int(environment["SLURM_NTASKS"]) == 1:
+            return None
+        arguments: dict[str, Any] = dict(cluster_detection_method="slurm")
+        # JAX would take one GPU, that of the process's number on its node, also where a process has a node.
+        gpus = environment.get("CUDA_VISIBLE_DEVICES")
+        if gpus:
+            arguments["local_device_ids"] = list(range(len(gpus.split(","))))
+        return f"SLURM job {environment['SLURM_JOB_ID']}", arguments
+
+    cpu_only = environment.get("JAX_PLATFORMS") == "cpu"
+    hosts = next((environment[name] for name in _GKE_TPU if name in environment), None)
+    if hosts and not cpu_only:
+        slices = int(environment.get("MEGASCALE_NUM_SLICES") or 1)
+        many = "," in hosts or slices > 1
+        return ("GKE's TPU slice", dict(cluster_detection_method="gketpu")) if many else None
+    if "KUBERNETES_SERVICE_HOST" in environment:
+        if "JOB_COMPLETION_INDEX" not in environment:
+            return None  # a pod that is no part of an indexed job
+        if importlib.util.find_spec("kubernetes") is None:
+            raise errors.UserError(
+                "Kubernetes: this is a pod of an indexed job, and JAX asks its API who the others are:"
+                " pip install 'jax[k8s]', or give --coordinator, --processes and --process_id"
+            )
+        return "Kubernetes", dict(cluster_detection_method="k8s")
+    if "TPU_SKIP_MDS_QUERY" in environment or cpu_only:
+        return None  # JAX sets it where there are no TPU chips
+    return "TPU metadata", dict(cluster_detection_method="gcetpu")
+
+
+@contextlib.contextmanager
+def ending_together(heartbeat_seconds: int) -> Iterator[None]:
+    """What runs inside and fails on one process leaves at once, so that the others soon end too.
+
+    An ordinary exit waits for all processes, up to five minutes, and one that waits still sends heartbeats: the
+    others would stand in a collective all the while. Ends that all agree on (0, 75, 130) are ordinary exits.
+
+    Args:
+      heartbeat_seconds: as given to `initialize`.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    try:
+        yield
+    except SystemExit as end:
+        if end.code in _AGREED:
+            raise
+        ending.leave(end.code if isinstance(end.code, int) else 1)
+    except errors.UserError as error:
+        ending.leave(error.status, str(error))
+    except BaseException as error:
+        if "Gloo" in str(error):  # a peer is gone: JAX will know which, and end this process
+            with contextlib.suppress(OSError):  # nobody reads it any more: no reason to stay
+                print(
+                    f"a collective failed, so another process may be gone: {error}", file=sys.stderr
+                )
+            time.sleep(heartbeat_seconds + 5)
+            ending.leave(1)
+        ending.leave(130 if isinstance(error, KeyboardInterrupt) else 1, ending.describe(error))

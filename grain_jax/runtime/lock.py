@@ -1,0 +1,354 @@
+"""One trainer a workdir: the mark `WORKDIR/trainer.lock` says which process trains there.
+
+A second trainer is refused. Whether the first one lives is known for certain where its process can be looked up:
+the same boot of the same machine, the same container. Elsewhere (another host, an object store) it lives as long as
+it renews its mark, every RENEW_SECONDS; a mark that does not change for DEAD_SECONDS is a dead one's. The second
+trainer counts these by its own clock, so the clocks of two machines need not agree.
+
+The mark is made and replaced atomically: by an exclusive link, then under flock in a folder, by conditional writes
+(TensorStore's) in an object store. A folder that two hosts mount without any locks has the exclusive link only:
+where both take over the same dead mark within SETTLE_SECONDS of each other, the later one wins and the other ends at
+its next renewal. So ends a trainer that was suspended for longer than DEAD_SECONDS while another took its place.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from etils import epath
+
+from grain_jax import errors
+from grain_jax.runtime import ending, storage_faults
+
+FILE = "trainer.lock"
+RENEW_SECONDS = 10
+DEAD_SECONDS = 90  # NFS shows another host's file up to 60 s late
+SETTLE_SECONDS = 2.0
+_LARGEST = 4096  # bytes of a mark
+_RELEASE_SECONDS = 5  # for a renewal under way, which may stand at a hung disk
+
+
+class Held(errors.UserError):
+    """Another process trains in the workdir; the message names it."""
+
+
+class Lost(errors.UserError):
+    """The mark is another trainer's now: this one was taken for dead."""
+
+    status = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """Who holds a mark.
+
+    Attributes:
+      host, pid: of the process.
+      began: when it came, for people.
+      place: within which process numbers mean something, "" where that is not known.
+      started: of the process, in ticks since the boot: its number may be given to another one.
+      token: of this mark.
+      renewed: how often.
+    """
+
+    host: str
+    pid: int
+    began: str
+    place: str
+    started: int
+    token: str
+    renewed: int = 0
+
+    def lives(self) -> bool | None:
+        """Whether its process is there; None where it cannot be looked up."""
+        if not self.place or self.place != _place():
+            return None
+        return _started(self.pid) == self.started
+
+
+def _place() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # no Linux
+        return ""
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in ticks; None where there is none, or one that is dead and not waited for."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _myself() -> Holder:
+    began = datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds")
+    pid, token = os.getpid(), secrets.token_hex(8)
+    return Holder(socket.gethostname(), pid, began, _place(), _started(pid) or 0, token)
+
+
+def _parse(content: bytes) -> Holder | None:
+    """The holder that a mark names; None where it is no mark, whoever wrote it."""
+    try:
+        holder = Holder(**json.loads(content))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    for field in dataclasses.fields(Holder):
+        value = getattr(holder, field.name)
+        if type(value) is not field.type or not str(value).isprintable():
+            return None
+    return holder
+
+
+class _Storage(Protocol):
+    def read(self) -> tuple[bytes | None, bytes | None]:
+        """(the mark's content or None, its version)."""
+
+    def swap(self, version: bytes | None, content: bytes | None) -> bool:
+        """Puts `content` (None: nothing) in the place of that version; False where it is another by now."""
+
+
+class _Folder:
+    """A mark in a folder: its version is its content, which no two marks share."""
+
+    def __init__(self, folder: Path):
+        self._path = folder / FILE
+
+    def read(self) -> tuple[bytes | None, bytes | None]:
+        if self._path.is_symlink() or (self._path.exists() and not self._path.is_file()):
+            raise errors.UserError(f"{self._path}: got no regular file; remove it")
+        try:
+            with self._path.open("rb") as file:
+                content = file.read(_LARGEST)
+        except FileNotFoundError:
+            return None, None
+        return content, content
+
+    def swap(self, version: bytes | None, content: bytes | None) -> bool:
+        new = self._path.with_name(f"{FILE}.{secrets.token_hex(4)}")
+        try:
+            if content is not None:
+                new.write_bytes(content)
+            if version is None:
+                return self._create(new)
+            return self._replace(version, new if content is not None else None)
+        finally:
+            new.unlink(missing_ok=True)
+
+    def _create(self, new: Path) -> bool:
+        try:
+            self._path.hardlink_to(new)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            try:
+                with self._path.open("xb") as file:
+                    file.write(new.read_bytes())
+            except FileExistsError:
+                return False
+        return True
+
+    def _replace(self, version: bytes, new: Path | None) -> bool:
+        try:
+            file = self._path.open("r+b")
+        except FileNotFoundError:
+            return False
+        # The lock is on the file that is replaced: who waits for it finds another one in its place.
+        with file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if self.read()[1] != version:
+                return False
+            if new is None:
+                self._path.unlink()
+            else:
+                new.replace(self._path)
+            return True
+
+
+class _Bucket:
+    """A mark in an object store: its version is the object's generation."""
+
+    def __init__(self, url: str):
+        import tensorstore  # Orbax's; a second to import
+
+        self._store = tensorstore.KvStore.open(url.rstrip("/") + "/").result()
+
+    def read(self) -> tuple[bytes | None, bytes]:
+        found = self._store.read(FILE).result()
+        return found.value if found.state == "value" else None, found.stamp.generation
+
+    def swap(self, version: bytes, content: bytes | None) -> bool:
+        return self._store.write(FILE, content, if_equal=version).result().generation != b""
+
+
+class Mark:
+    """The mark of this process, renewed by a thread until `release`.
+
+    Args:
+      workdir: of the run.
+      storage: where the mark lies.
+      holder: this process.
+    """
+
+    def __init__(self, workdir: epath.Path, storage: _Storage, holder: Holder):
+        self._workdir, self._storage, self._holder = workdir, storage, holder
+        self._released = threading.Event()
+        self._lock = threading.Lock()
+        self._renewed_at = time.monotonic()
+        ending.at_end(self.release)
+        threading.Thread(target=self._renew_always, name="trainer.lock", daemon=True).start()
+
+    def check(self) -> None:
+        """Raises Lost where the mark is another trainer's; asks the storage only where a renewal is overdue."""
+        if time.monotonic() - self._renewed_at > 2 * RENEW_SECONDS:
+            try:
+                self._renew()
+            except Lost:
+                raise
+            except Exception:  # the storage does not answer: the thread tells
+                self._renewed_at = time.monotonic()
+
+    def release(self) -> None:
+        """Removes the mark, if it is still this process's."""
+        if self._released.is_set():
+            return
+        self._released.set()
+        ending.forget(self.release)
+        if not self._lock.acquire(timeout=_RELEASE_SECONDS):
+            return
+        with contextlib.suppress(Exception):  # a mark that stays locks nobody out for long
+            content, version = self._storage.read()
+            if content is not None and self._is_mine(content):
+                self._storage.swap(version, None)
+        self._lock.release()
+
+    def _is_mine(self, content: bytes) -> bool:
+        holder = _parse(content)
+        return holder is not None and holder.token == self._holder.token
+
+    def _renew_always(self) -> None:
+        told = False
+        while not self._released.wait(RENEW_SECONDS):
+            try:
+                self._renew()
+            except Lost as error:
+                ending.leave(error.status, str(error))
+            except Exception as error:  # a network that is down: perhaps the next time
+                if storage_faults.is_full_disk(error) or told:
+                    continue  # the next save tells of a full disk
+                what = f"{self._workdir / FILE}: not renewed: {error}"
+                print(what, file=sys.stderr, flush=True)
+                told = True
+
+    def _renew(self) -> None:
+        with self._lock:
+            if self._released.is_set():
+                return
+            content, version = self._storage.read()
+            if content is not None and not self._is_mine(content):
+                raise Lost(
+                    f"ending: {_who(self._workdir, _parse(content))}, which took this one for dead"
+                )
+            if content is None and not self._workdir.exists():
+                raise Lost(
+                    f"ending: {self._workdir}: the folder was removed while the run was using it"
+                )
+            self._holder = dataclasses.replace(self._holder, renewed=self._holder.renewed + 1)
+            if self._storage.swap(version, _bytes(self._holder)):
+                self._renewed_at = time.monotonic()
+
+
+def _bytes(holder: Holder) -> bytes:
+    return (json.dumps(dataclasses.asdict(holder)) + "\n").encode()
+
+
+def _who(workdir: epath.Path, holder: Holder | None) -> str:
+    if holder is None:
+        return f"{workdir}: another process trains there"
+    return f"{workdir}: process {holder.pid} on {holder.host} trains there, since {holder.began}"
+
+
+@contextlib.contextmanager
+def held(workdir: epath.Path) -> Iterator[Mark]:
+    """Inside, this process is the one that trains in `workdir`, which is made if it is not there.
+
+    Raises:
+      Held: another one is.
+      UserError: the workdir cannot be made or written.
+    """
+    mark = take(workdir)
+    try:
+        yield mark
+    finally:
+        mark.release()
+
+
+def take(workdir: epath.Path) -> Mark:
+    """The mark of `workdir`. Raises as `held`."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        remote = "://" in str(workdir)
+        storage = _Bucket(str(workdir)) if remote else _Folder(Path(workdir))
+        return Mark(workdir, storage, _take(workdir, storage))
+    except errors.UserError:
+        raise
+    except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+        what = "a file" if isinstance(error, FileExistsError) else getattr(error, "strerror", None)
+        raise errors.UserError(
+            f"--workdir: {workdir}: got {what or ' '.join(str(error).split())}, expected a folder that can be"
+            " written"
+        ) from None
+
+
+def _take(workdir: epath.Path, storage: _Storage) -> Holder:
+    me = _myself()
+    seen: bytes | None = None  # of a process that cannot be looked up
+    since, said = 0.0, False
+    while True:
+        content, version = storage.read()
+        holder = _parse(content) if content is not None else None
+        lives = False if content is None else holder and holder.lives()
+        if lives is None:
+            if content != seen:
+                lives = True if seen is not None else None  # it was renewed
+                seen, since = content, time.monotonic()
+            elif time.monotonic() - since > DEAD_SECONDS:
+                lives = False
+        if lives:
+            raise Held(
+                f"{_who(workdir, holder)}; expected no other: end it, or take another --workdir"
+                f" (the mark: {workdir / FILE})"
+            )
+        if lives is None:
+            if not said:
+                print(
+                    f"{_who(workdir, holder)}, or is dead: waiting up to {DEAD_SECONDS} s for a sign of life",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            said = True
+            time.sleep(1)
+            continue
+        if not storage.swap(version, _bytes(me)):
+            time.sleep(0.01)
+            continue
+        if seen is not None:  # of another host, which may have taken it over too
+            time.sleep(SETTLE_SECONDS)
+            if storage.read()[0] != _bytes(me):
+                seen = None
+                continue
+        return me

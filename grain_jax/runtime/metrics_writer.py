@@ -1,0 +1,434 @@
+"""What a run tells: `metrics.jsonl`, TensorBoard, Weights & Biases, a progress line, and the stop on NaN.
+
+An object store cannot append to a file: where the workdir is one, the files grow in a folder on this
+machine and are uploaded at checkpoints and now and then (`_Upload`).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from shutil import get_terminal_size
+
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax import errors
+from grain_jax.files import atomic
+from grain_jax.runtime import ending, metrics_file
+
+PLAIN_LINE_EVERY = 5.0  # seconds, where there is no terminal to rewrite a line on
+UPLOAD_EVERY = 30.0  # seconds between uploads to an object store; a checkpoint does not wait for it
+SMALL_BYTES = 256 << 10  # up to this size, an upload of the whole file is as good as one of its end
+EVENT_FILE_BYTES = 1 << 20  # TensorBoard reads many files as one; so no upload is much larger
+
+LOSS_TERMS = ("loss_image_caption", "loss_box", "loss_region_description", "loss")
+CHECKED = (*LOSS_TERMS, "grad_norm")  # a finite loss may have a gradient that is not
+
+
+class NotFinite(errors.UserError, ArithmeticError):
+    """A loss became NaN or infinite; the message names the term and the steps."""
+
+    status = 1  # the command was right
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 42s, 3m05s or 2h10m."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def check_finite(metrics: Mapping[str, float], last_good_step: int, step: int) -> None:
+    """Raises NotFinite, naming the first bad term and the steps in which it turned bad."""
+    for term in CHECKED:
+        if not math.isfinite(metrics[term]):
+            raise NotFinite(
+                f"{term} is {metrics[term]} at step {step}; it was finite at step {last_good_step}."
+                " The checkpoints before it are kept. Lower optim.learning_rate, set optim.clip_norm, or"
+                " look at the data of these steps; where a restart fails again, remove the newest checkpoint."
+            )
+
+
+class TextsLost(errors.UserError):
+    """Too many texts do not fit into their rows; the message says what to set."""
+
+
+class TextCounts:
+    """How many texts came, and what became of them, from one line of `metrics.jsonl` to the next.
+
+    Sums of whole numbers, so that they are the same on every mesh and after a restart. The step counts
+    modulo 2**32, this class without.
+
+    Args:
+      last: those of NAMES at the last line, or at the start where there is none.
+      max_share: of the texts, above which `check` ends the run.
+    """
+
+    NAMES = ("texts", "texts_dropped", "texts_too_long")
+    WARN = 0.01  # share of the texts
+
+    def __init__(self, last: Mapping[str, float], max_share: float):
+        self._last = {name: int(last[name]) for name in self.NAMES}
+        self._new = dict.fromkeys(self.NAMES, 0)
+        self._max_share = max_share
+
+    def add(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What a line says of the texts.
+
+        Args:
+          metrics: of its step.
+
+        Returns:
+          `texts`, `texts_dropped`, `texts_too_long` since step 0; and the shares of the texts since the
+          line before that were dropped or cut to fit into rows (`texts_dropped_share`), and that the
+          tokenizer cut (`texts_too_long_share`).
+        """
+        self._new = {n: (int(metrics[n]) - self._last[n]) % 2**32 for n in self.NAMES}
+        self._last = {n: self._last[n] + self._new[n] for n in self.NAMES}
+        shares = {f"{n}_share": self._share(n) for n in self.NAMES[1:]}
+        return {name: float(value) for name, value in self._last.items()} | shares
+
+    def _share(self, name: str) -> float:
+        return self._new[name] / max(self._new["texts"], 1)
+
+    def _above(self, share: float) -> bool:
+        """Whether more than that share was dropped, by more than two standard deviations: lines may be short."""
+        dropped = self._new["texts_dropped"]
+        return dropped - 2 * math.sqrt(dropped) > share * self._new["texts"]
+
+    def check(self, step: int, advice: Callable[[], str]) -> str | None:
+        """A warning about the last line's texts, or None.
+
+        Args:
+          step: of the line.
+          advice: gives the words for what to set.
+
+        Raises:
+          TextsLost: the share is above `max_share`.
+        """
+        if not self._above(self.WARN):
+            return None
+        found = (
+            f"step {step}: {self._share('texts_dropped'):.1%} of the texts since the line before were"
+            f" dropped or cut, because they do not fit into their rows"
+        )
+        if self._max_share < 1 and self._above(self._max_share):
+            raise TextsLost(
+                f"{found}; text.max_dropped_share = {self._max_share:g} ends the run: {advice()}, or"
+                " --config.text.max_dropped_share=1 to go on"
+            )
+        return f"{found}: {advice()}"
+
+
+def is_object_store(path: epath.PathLike) -> bool:
+    """Whether `path` is a URL such as gs://bucket/run, where files are written whole or not at all."""
+    return "://" in str(path)
+
+
+def check_wandb(options: config_lib.Wandb) -> None:
+    """Raises UserError where Weights & Biases is asked for and its package is not there."""
+    if options.mode != "off" and importlib.util.find_spec("wandb") is None:
+        raise errors.UserError(
+            f"wandb.mode={options.mode} needs the package wandb: pip install wandb, or take"
+            " --config.wandb.mode=off"
+        )
+
+
+def _open_wandb(workdir: epath.Path, config: config_lib.Config):
+    """The run at Weights & Biases; the same one after a restart, by the id that the workdir holds."""
+    import wandb  # optional, and a second to import
+
+    id_path = workdir / "wandb_id.txt"
+    if not id_path.exists():
+        atomic.write_text(id_path, secrets.token_hex(4) + "\n")
+    try:
+        return wandb.init(
+            project=config.wandb.project,
+            name=config.wandb.name or workdir.name,
+            id=id_path.read_text().strip(),
+            resume="allow",  # offline it is noted in the file, so that a sync adds to the run
+            mode=config.wandb.mode,
+            dir=None if is_object_store(workdir) else str(workdir),
+            config=dataclasses.asdict(config),
+            settings=wandb.Settings(silent=True, console="off"),  # the progress line is ours
+        )
+    except wandb.Error as error:
+        raise errors.UserError(
+            f"wandb.mode={config.wandb.mode}: {' '.join(str(error).split())} Or take"
+            " --config.wandb.mode=offline, or off"
+        ) from None
+
+
+def _text_until(step: int, lines: Iterable[metrics_file.Line]) -> str:
+    """The `lines` up to `step`, each step once."""
+    kept, last = [], -1
+    for line in lines:
+        if last < line.step <= step:
+            kept.append(line.text + "\n")
+            last = line.step
+    return "".join(kept)
+
+
+class _Events:
+    """TensorBoard's scalars. Unlike a SummaryWriter it queues nothing: what was written is in the file.
+
+    Args:
+      folder: on this machine; made when the first event comes.
+      purge_step: TensorBoard forgets what earlier files have from this step on.
+    """
+
+    def __init__(self, folder: epath.Path, purge_step: int):
+        self.folder, self._purge_step = folder, purge_step
+        self._writer = None
+        self._files = self._bytes = 0
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One event with all scalars; a file that has grown large is followed by another."""
+        from tensorboardX.event_file_writer import EventsWriter  # half a second to import
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        if self._bytes > EVENT_FILE_BYTES:
+            self.close()
+        if self._writer is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # The suffix tells files of one second apart, those of a restart too, and keeps them in order.
+            suffix = f".{self._purge_step:09d}.{self._files:05d}"
+            self._writer = EventsWriter(str(self.folder / "events"), suffix)
+            if not self._files:
+                start = SessionLog(status=SessionLog.START)
+                self._writer.write_event(Event(step=self._purge_step, session_log=start))
+            self._files += 1
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        event = Event(step=step, wall_time=time.time(), summary=Summary(value=values))
+        self._writer.write_event(event)
+        self._writer.flush()
+        self._bytes += event.ByteSize()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer, self._bytes = None, 0
+
+
+class _Upload:
+    """Brings files that grow in a folder of this machine to a workdir in an object store.
+
+    `metrics.jsonl` is uploaded whole while it is small. Later only its new lines are, as
+    `metrics.parts/STEP.jsonl`, and the whole again when these have become an eighth of it: so no line is
+    uploaded more than about nine times, however long the run. What is in parts when a run is killed is
+    read by its restart; a run that ends leaves one file.
+
+    Args:
+      workdir: the URL.
+    """
+
+    def __init__(self, workdir: epath.Path):
+        self.folder = epath.Path(tempfile.mkdtemp(prefix="grain_jax_"))
+        ending.at_end(functools.partial(self.folder.rmtree, missing_ok=True))
+        self.workdir = workdir
+        self._whole = -1  # bytes of the store's metrics.jsonl; -1: not known
+        self._uploaded = 0  # and of its parts together with it
+        self._event_bytes: dict[str, int] = {}
+
+    def metrics(self, step: int) -> None:
+        """Uploads what is new in metrics.jsonl: its lines up to `step`, or all of it where that is due."""
+        data = (self.folder / "metrics.jsonl").read_bytes()
+        if len(data) <= SMALL_BYTES or len(data) - self._whole > len(data) / 8:
+            self.whole_metrics()
+        elif len(data) > self._uploaded:
+            part = self.workdir / "metrics.parts" / f"{step:012d}.jsonl"
+            part.write_bytes(data[self._uploaded :])
+            self._uploaded = len(data)
+
+    def whole_metrics(self) -> None:
+        """Uploads all of metrics.jsonl where the store has not got it in one file, and removes the parts."""
+        data = (self.folder / "metrics.jsonl").read_bytes()
+        if len(data) == self._whole:
+            return
+        (self.workdir / "metrics.jsonl").write_bytes(data)
+        for file in metrics_file.files(self.workdir)[1:]:
+            file.unlink()
+        self._whole = self._uploaded = len(data)
+
+    def events(self) -> None:
+        """Uploads TensorBoard's files that have grown."""
+        for file in (self.folder / "tensorboard").iterdir():
+            data = file.read_bytes()
+            if self._event_bytes.get(file.name) != len(data):
+                (self.workdir / "tensorboard" / file.name).write_bytes(data)
+                self._event_bytes[file.name] = len(data)
+
+
+class MetricsWriter:
+    """Writes a run's metrics; only the first process of a run should have one.
+
+    Args:
+      workdir: the run's folder, or its URL in an object store.
+      start_step: metrics beyond it, of a run that was cut off, are removed.
+      total_steps: for the ETA.
+      batch_size: for images/s.
+      flops_per_image: FLOPs that training needs an image (`flops.PerImage.train`).
+      peak_flops: FLOPs a second that all devices can do together; None where it is not known.
+      config: of the run; its `wandb` says whether Weights & Biases gets the metrics too. None: it does not.
+
+    Raises:
+      UserError: Weights & Biases is asked for and cannot be reached.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        start_step: int,
+        total_steps: int,
+        batch_size: int,
+        *,
+        flops_per_image: float = 0.0,
+        peak_flops: float | None = None,
+        config: config_lib.Config | None = None,
+    ):
+        self.workdir = epath.Path(workdir)
+        self.total_steps, self.batch_size = total_steps, batch_size
+        self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
+        self._upload = _Upload(self.workdir) if is_object_store(workdir) else None
+        self._folder = self._upload.folder if self._upload else self.workdir
+        self._path = self._folder / "metrics.jsonl"
+        self._keep_until(start_step)
+        self._written = start_step
+        self._events = _Events(self._folder / "tensorboard", purge_step=start_step + 1)
+        self._wandb = None
+        if config is not None and config.wandb.mode != "off":
+            self._wandb = _open_wandb(self.workdir, config)
+        self._start_step = self._step = start_step
+        self._time = self._started = self._uploaded_at = time.monotonic()
+        self._wait, self._wait_steps = 0.0, 0
+        self._printed = -math.inf
+
+    def _keep_until(self, step: int) -> None:
+        lines, faults = metrics_file.read(metrics_file.files(self.workdir))
+        for fault in faults:
+            self.say(fault)
+        new = self._path.with_suffix(
+            ".new"
+        )  # a kill while it is written leaves the old file as it was
+        new.write_text(_text_until(step, lines))
+        new.replace(self._path)
+        if self._upload:
+            self._upload.whole_metrics()
+
+    def rates(
+        self, step: int, wait_seconds: float, wait_steps: int | None = None
+    ) -> dict[str, float]:
+        """What was done a second, and the shares of time and steps that input held up, since the last call.
+
+        Args:
+          step: steps done.
+          wait_seconds: seconds waited for input since the start.
+          wait_steps: steps that waited for input (`device.Prefetch`); None: not known.
+
+        Returns:
+          `images_per_second`, `model_flops_per_second` (on all devices together), `input_wait_fraction`;
+          `input_wait_steps`, the share of steps that waited, where `wait_steps` is given; and `mfu`, the
+          share of the peak that the model's FLOPs are, where the peak is known.
+        """
+        now = time.monotonic()
+        elapsed = max(now - self._time, 1e-9)
+        images_per_second = (step - self._step) * self.batch_size / elapsed
+        out = {
+            "images_per_second": images_per_second,
+            "model_flops_per_second": images_per_second * self.flops_per_image,
+            "input_wait_fraction": (wait_seconds - self._wait) / elapsed,
+        }
+        if wait_steps is not None:
+            out["input_wait_steps"] = (wait_steps - self._wait_steps) / max(step - self._step, 1)
+            self._wait_steps = wait_steps
+        if self.peak_flops:
+            out["mfu"] = out["model_flops_per_second"] / self.peak_flops
+        self._time, self._step, self._wait = now, step, wait_seconds
+        return out
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Leaves what happens inside (compiling, evaluating) out of rates and ETA."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            away = time.monotonic() - began
+            self._time += away
+            self._started += away
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds a line to `metrics.jsonl` and its numbers to TensorBoard and Weights & Biases."""
+        self._written = step
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        metrics = {k: v for k, v in metrics.items() if not isinstance(v, str)}
+        self._events.write(step, metrics)
+        # After a restart some steps come again, with the same values: the service keeps the first.
+        if self._wandb and step >= self._wandb.step:
+            self._wandb.log(dict(metrics), step=step)
+        if time.monotonic() - self._uploaded_at > UPLOAD_EVERY:
+            self.flush()
+
+    def lines(self) -> list[str]:
+        """The lines of `metrics.jsonl` so far."""
+        return [line.text for line in metrics_file.read([self._path])[0]]
+
+    def flush(self) -> None:
+        """Brings an object store up to date; before a checkpoint, so that it has its lines."""
+        if self._upload and self._written > self._start_step:
+            self._upload.metrics(self._written)
+            self._upload.events()
+            self._uploaded_at = time.monotonic()
+
+    def progress(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Rewrites the progress line of a terminal, or prints one now and then elsewhere."""
+        terminal, now = sys.stderr.isatty(), time.monotonic()
+        last = step >= self.total_steps
+        if not terminal and not last and now - self._printed < PLAIN_LINE_EVERY:
+            return
+        self._printed = now
+        done = step - self._start_step
+        eta = (now - self._started) / max(done, 1) * (self.total_steps - step)
+        line = (
+            f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})"
+            f"  ETA {duration(eta)}"
+            f"  loss {metrics['loss']:.3f}"
+            f" = caption {metrics['loss_image_caption']:.3f}"
+            f", box {metrics['loss_box']:.3f}"
+            f", region {metrics['loss_region_description']:.3f}"
+            f"  IoU {metrics['matched_iou']:.2f}"
+            f"  {metrics['images_per_second']:.0f} images/s"
+            + (f"  MFU {metrics['mfu']:.1%}" if "mfu" in metrics else "")
+            + f"  input wait {metrics['input_wait_fraction']:.1%}"
+            + f"  texts dropped {metrics['texts_dropped_share']:.1%}"
+        )
+        end = "\n" if last or not terminal else ""
+        if terminal:  # a line that wraps could not be rewritten
+            line = line[: get_terminal_size().columns - 1]
+        print(("\r\x1b[2K" if terminal else "") + line, end=end, file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress line."""
+        print(("\r\x1b[2K" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Ends TensorBoard's file and the run at Weights & Biases; an object store gets the rest."""
+        self._events.close()
+        if self._upload and self._written > self._start_step:
+            self._upload.whole_metrics()
+            self._upload.events()
+        if self._wandb is not None:
+            self._wandb.finish()

@@ -1,0 +1,150 @@
+"""Evaluations on several processes: each does its share of the work, and all get the whole of it.
+
+With a single process nothing here asks for devices, or waits. All functions but `own` and `share` are
+collective: every process calls them, in the same order.
+"""
+
+import itertools
+import json
+import math
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from grain_jax import errors
+
+T = TypeVar("T")
+
+_PATIENCE_MS = 7 * 24 * 3600 * 1000  # one share may take hours longer than another
+_meetings = itertools.count()
+
+
+class Failed(errors.UserError):
+    """A process could not do its part; the message has its number and its lines."""
+
+
+def process_info() -> tuple[int, int]:
+    """This process's number and how many there are."""
+    if not jax.distributed.is_initialized():
+        return 0, 1
+    return jax.process_index(), jax.process_count()
+
+
+def share(count: int) -> range:
+    """The positions, of `count`, that are this process's: one stretch, and each position one process's."""
+    index, processes = process_info()
+    each, more = divmod(count, processes)
+    start = index * each + min(index, more)
+    return range(start, start + each + (index < more))
+
+
+def allgather(parts: Iterable[Mapping[str, np.ndarray]] | Mapping[str, np.ndarray]) -> dict:
+    """All processes' rows of each array, one process after the other, bit for bit.
+
+    Args:
+      parts: batches, each name -> [N, ...] of one N (or a single one). Names, types and the other axes are
+        the same everywhere; a process may have no batch at all, but some process has one.
+
+    Returns: name -> [sum of N, ...], the same on all processes.
+    """
+    batches = [parts] if isinstance(parts, Mapping) else list(parts)
+    here = {
+        name: np.concatenate([batch[name] for batch in batches]) for name in (batches or [{}])[0]
+    }
+    if process_info()[1] == 1:
+        return here
+    kinds = [[name, value.dtype.str, value.shape[1:]] for name, value in here.items()]
+    kinds = next(filter(None, allgather_values(kinds)))
+    here = here or {name: np.zeros((0, *row), dtype) for name, dtype, row in kinds}
+    rows = len(here[kinds[0][0]])
+    packed = [np.ascontiguousarray(here[name]).reshape(-1).view(np.uint8) for name, _, _ in kinds]
+    widths = [np.dtype(dtype).itemsize * math.prod(row) for _, dtype, row in kinds]
+    packed = [part.reshape(rows, width) for part, width in zip(packed, widths)]
+    everything = np.concatenate(_of_all(np.concatenate(packed, axis=1)))
+    columns = np.split(everything, np.cumsum(widths)[:-1], axis=1)
+    return {
+        name: np.ascontiguousarray(part).reshape(-1).view(dtype).reshape(-1, *row)
+        for part, (name, dtype, row) in zip(columns, kinds)
+    }
+
+
+def allgather_values(value: Any) -> list[Any]:
+    """Each process's JSON-ready value, in the order of the processes."""
+    if process_info()[1] == 1:
+        return [value]
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)[:, None]
+    return [json.loads(part.tobytes()) for part in _of_all(encoded)]
+
+
+def run_together(function: Callable[[], T]) -> T:
+    """What `function` returns here; where it fails on one process, all of them raise.
+
+    Raises:
+      Exception: see `agree`.
+    """
+    failure = result = None
+    try:
+        result = function()
+    except Exception as error:
+        failure = error
+    agree(failure)
+    return result
+
+
+def of_first(function: Callable[[], T]) -> T:
+    """What `function` returns, ready for JSON, on the first process; where it fails, all of them raise.
+
+    Raises:
+      Exception: see `agree`.
+    """
+    failure = result = None
+    if process_info()[0] == 0:
+        try:
+            result = function()
+        except Exception as error:
+            failure = error
+    return agree(failure, result)[0]
+
+
+def agree(failure: Exception | None, value: Any = None) -> list[Any]:
+    """Every process's JSON-ready `value`, unless one has a failure.
+
+    Raises:
+      Exception: this process's failure, where it is the only process, or where it is the user's.
+      Failed: another process's, or another failure (its traceback is printed).
+    """
+    if failure is not None and process_info()[1] == 1:
+        raise failure
+    ends = allgather_values([_words(failure), value])
+    if isinstance(failure, errors.UserError):
+        raise failure
+    if failure is not None:
+        traceback.print_exception(failure)
+    for index, (message, _) in enumerate(ends):
+        if message is not None:
+            raise Failed(f"process {index}: {message}") from None
+    return [value for _, value in ends]
+
+
+def _words(failure: Exception | None) -> str | None:
+    if failure is None or isinstance(failure, errors.UserError):
+        return None if failure is None else str(failure)
+    return f"{type(failure).__name__}: {failure}"
+
+
+def _of_all(rows: np.ndarray) -> list[np.ndarray]:
+    """Each process's `rows`, uint8 [N, W], of which N may differ."""
+    import orbax.checkpoint as ocp  # slow to import, and a single process needs none of it
+    from jax.experimental import multihost_utils
+
+    # A collective gives up after half a minute on CPUs; this waits, and the heartbeat ends it for the dead.
+    meet = ocp.multihost.get_barrier_sync_fn()
+    meet(key=f"evaluation {next(_meetings)}", timeout_ms=_PATIENCE_MS)
+    lengths = multihost_utils.process_allgather(np.array([len(rows)], np.int32)).reshape(-1)
+    padded = np.zeros((lengths.max(), rows.shape[1]), np.uint8)
+    padded[: len(rows)] = rows
+    everything = np.asarray(multihost_utils.process_allgather(padded))
+    return [part[:length] for part, length in zip(everything, lengths)]

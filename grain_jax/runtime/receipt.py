@@ -1,0 +1,181 @@
+"""The run's receipt: `WORKDIR/receipts.jsonl`, a record for each save, chained by their hashes.
+
+A record says which batches the run has seen, what it saved, what it logged and where it ran. Each
+checkpoint carries its own record too. `python -m grain_jax.verify WORKDIR` checks all of it.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+import grain_jax
+from grain_jax import config as config_lib
+from grain_jax.files import atomic
+from grain_jax.runtime import digests
+
+FILE = "receipts.jsonl"
+KEYS = (  # of a record; newer ones have "data" too, the sha256 of the item `data` of their checkpoint
+    "step",
+    "batch_chain",  # digests of all batches so far
+    "pixel_chain",
+    "state",  # part of the state -> digest
+    "metrics",  # sha256 of the lines of metrics.jsonl since the record before
+    "config",  # sha256
+    "mesh",  # axis -> size
+    "processes",
+    "environment",  # versions, device, XLA's flags
+    "previous",  # sha256 of the record before; None in a run's first
+)
+
+
+def sha256(value: Any) -> str:
+    """The hash of a JSON value, however it is laid out: of a config, or of a record."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def config_sha256(config: config_lib.Config) -> str:
+    """The hash of a config; keys that came after the first receipts count where they are set."""
+    return sha256(config_lib.without_new_fields(config))
+
+
+def metrics_sha256(lines: Iterable[str], after: int, until: int) -> str:
+    """The hash of the lines of `metrics.jsonl` of the steps after `after`, up to and with `until`."""
+    digest = hashlib.sha256()
+    for line in lines:
+        if after < json.loads(line)["step"] <= until:
+            digest.update(line.strip().encode() + b"\n")
+    return digest.hexdigest()
+
+
+def environment(config: config_lib.Config) -> dict[str, str]:
+    """What the rounding of a run depends on, beside its mesh: versions, device and XLA's flags."""
+    modules = [grain_jax, jax, jaxlib, np]
+    if config.input.source == "records":
+        import tensorflow  # loaded by the reader of the records already
+
+        modules.append(tensorflow)
+    device = jax.devices()[0]
+    flags = sorted(
+        flag
+        for flag in os.environ.get("XLA_FLAGS", "").split()
+        if not flag.startswith("--xla_force_host_platform_device_count")
+    )
+    return {
+        **{module.__name__: module.__version__ for module in modules},
+        "platform": device.platform,
+        "device": _cpu() if device.platform == "cpu" else device.device_kind,
+        "xla_flags": " ".join(flags),
+    }
+
+
+def contradictions(record: Mapping[str, Any], state: Any) -> list[str]:
+    """The keys of a record that say something else than `state` (a TrainState) holds.
+
+    Of several processes, each must call.
+    """
+    found = {"step": int(state.step), **digests.chains(state.receipt)}
+    found["state"] = digests.of_state(state)
+    return [key for key, value in found.items() if record.get(key) != value]
+
+
+def axes(mesh: Mesh) -> dict[str, int]:
+    """The sizes of a mesh's axes, as a record has them."""
+    return {axis: int(size) for axis, size in mesh.shape.items()}
+
+
+def _cpu() -> str:
+    """The processor's model: XLA compiles for its instruction set."""
+    info = epath.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def read(workdir: epath.PathLike) -> list[str]:
+    """The lines of the workdir's receipts; none where there are none."""
+    path = epath.Path(workdir) / FILE
+    return path.read_text().splitlines() if path.exists() else []
+
+
+class Receipts:
+    """Keeps a run's records; every process has one, and the first process's writes.
+
+    Args:
+      workdir: the run's folder.
+      mesh: that the run is on.
+      config: of the run.
+      restored: the record in the checkpoint that the run goes on from; None at a fresh start. Records
+        beyond it, of steps that are done again, are removed.
+      data: the identities of the run's record sets (input_pipeline/records.py).
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        mesh: Mesh,
+        config: config_lib.Config,
+        restored: Mapping[str, Any] | None,
+        data: Sequence[Mapping[str, Any]] = (),
+    ):
+        self._path = epath.Path(workdir) / FILE
+        self._same = {
+            "config": config_sha256(config),
+            "mesh": axes(mesh),
+            "processes": jax.process_count(),
+            "environment": environment(config),
+            "data": sha256(list(data)),
+        }
+        self._last = restored
+        self._lines: list[str] = []
+        if jax.process_index() == 0:
+            if restored:
+                # Its own line is written anew: it may be the only thing that was copied to this workdir.
+                before = [line for line in read(workdir) if _step(line) < restored["step"]]
+                self._lines = [*before, json.dumps(restored)]
+            self._write()
+
+    def add(self, state: Any, metrics_lines: Iterable[str]) -> dict[str, Any]:
+        """Adds the record of a save, just before it.
+
+        Args:
+          state: the TrainState that is to be saved. All processes call, each with its shards.
+          metrics_lines: of `metrics.jsonl`, this step's included; read on the first process only.
+
+        Returns:
+          The record, for the checkpoint.
+        """
+        step = int(state.step)
+        record = {
+            "step": step,
+            **digests.chains(state.receipt),
+            "state": digests.of_state(state),
+            "metrics": metrics_sha256(metrics_lines, self._last["step"] if self._last else 0, step),
+            **self._same,
+            "previous": sha256(self._last) if self._last else None,
+        }
+        self._last = record
+        if jax.process_index() == 0:
+            self._lines.append(json.dumps(record))
+            self._write()
+        return record
+
+    def _write(self) -> None:
+        """The whole file: object stores cannot append."""
+        atomic.write_text(self._path, "".join(line + "\n" for line in self._lines))
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return -1  # not a record: verify is to find it

@@ -1,0 +1,307 @@
+"""One step of training, pure: towers, losses over the whole batch, gradients, update, metrics.
+
+With `microbatches` > 1 the towers see a part of the batch at a time, but the loss still sees all of it:
+embeddings of all parts are computed first, the loss gives their cotangents, then each part is run again
+to carry these back into the parameters (Gao et al. 2021, gradient caching). The result is the
+full batch's, not an average of smaller contrastive losses.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from grain_jax import losses as losses_lib
+from grain_jax import schema
+from grain_jax.config import Config
+from grain_jax.models import placement
+from grain_jax.models.grain import GRAIN
+from grain_jax.runtime import digests
+from grain_jax.training import optim, sharding
+
+MOST_QUERIES = 16  # with a metric of their own
+
+# Top level of the parameter tree -> the module that a `grad_norm/MODULE` is of; all else are heads.
+_MODULES = {
+    "image": "image",
+    "image_pool": "image",
+    "text": "text",
+    "text_norm": "text",
+    "text_pool": "text",
+    "decoder": "decoder",
+}
+
+
+class TrainState(NamedTuple):
+    """All that a checkpoint holds. The step is also the position in the data."""
+
+    step: jax.Array  # int32 []
+    params: Any
+    opt_state: Any
+    ema_params: Any  # {} where no average is kept
+    texts_dropped: (
+        jax.Array
+    )  # int32 [], regions that fitted into no row and captions cut, since step 0
+    receipt: jax.Array  # uint32 [2, 2], the chains over all batches so far (digests.extend)
+    # uint32 [2], the sums of `Batch.text_counts` since step 0, or since the step of a checkpoint that had
+    # none; modulo 2**32
+    text_counts: jax.Array
+
+
+def abstract_batch(config: Config) -> schema.Batch:
+    """The shapes of the config's global Batch, as ShapeDtypeStructs."""
+    b, r, size = config.batch_size, config.input.max_regions, config.model.image.image_size
+    groups, rows = b, 1 + r  # padded: a text a row
+    if config.text.packing:
+        groups, rows = b // config.text.pack_group, config.text.pack_rows
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    row = of(jnp.int32, groups, rows, config.model.text.context_length)
+    return schema.Batch(
+        image=of(jnp.uint8, b, size, size, 3),
+        text_tokens=row,
+        text_positions=row,
+        text_segments=row,
+        caption_at=of(jnp.int32, b, 2),
+        caption_id=of(jnp.int32, b),
+        description_at=of(jnp.int32, b, r, 2),
+        description_id=of(jnp.int32, b, r),
+        region_boxes_cxcywh=of(jnp.float32, b, r, 4),
+        region_mask=of(jnp.bool_, b, r),
+        texts_dropped=of(jnp.int32, groups),
+        text_counts=of(jnp.int32, groups, 2),
+    )
+
+
+def init_state(model: GRAIN, config: Config, tx: optax.GradientTransformation) -> TrainState:
+    """A fresh TrainState from the config's seed, parameters boxed with their logical axes."""
+    # Init needs a batch, though parameters do not depend on its size, nor on how its texts are packed.
+    padded = dataclasses.replace(config, text=dataclasses.replace(config.text, packing=False))
+    batch = jax.tree.map(
+        lambda x: jnp.zeros((min(x.shape[0], 1), *x.shape[1:]), x.dtype), abstract_batch(padded)
+    )
+    params = model.init(jax.random.key(config.seed), batch)["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        ema_params=jax.tree.map(jnp.copy, params) if config.ema_decay else {},
+        texts_dropped=jnp.zeros((), jnp.int32),
+        receipt=nn.Partitioned(jnp.zeros((2, 2), jnp.uint32), (None, None)),
+        text_counts=nn.Partitioned(jnp.zeros(2, jnp.uint32), (None,)),
+    )
+
+
+def dropout_keys(seed: int, step, index):
+    """PRNG keys [B] of the examples at `index` [B] of the global batch: no matter where they are computed."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
+
+
+def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batch, keys):
+    """The losses of a batch and the gradient of their total.
+
+    Args:
+      model: the GRAIN module.
+      config: for the loss weights and the number of micro-batches.
+      mesh: the device mesh, or None on one device.
+      params: parameter tree.
+      batch: global Batch.
+      keys: dropout keys [B], or None.
+
+    Returns:
+      (losses.Losses, gradients as `params`).
+    """
+
+    def apply(params, batch, keys):
+        params = optim.stop_frozen(params, config.optim.frozen)
+        with placement.on(mesh, sharding.BATCH_AXES):
+            return model.apply({"params": params}, batch, keys)
+
+    loss_of = functools.partial(
+        losses_lib.total_loss,
+        batch=batch,
+        config=config.loss,
+        mesh=mesh,
+        batch_axes=sharding.BATCH_AXES if mesh is not None else (),
+    )
+
+    def total(outputs):
+        terms = loss_of(outputs)
+        return terms.total, terms
+
+    if config.microbatches == 1:
+        (_, terms), grads = jax.value_and_grad(
+            lambda p: total(apply(p, batch, keys)), has_aux=True
+        )(params)
+        return terms, grads
+
+    # An image, its packing group and its key stay together: all leading axes are cut alike. Each part
+    # must lie on all devices, so parts interleave the devices' shards rather than take whole ones.
+    parts = config.microbatches
+    shards = 1 if mesh is None else sharding.batch_shards(mesh)
+
+    def cut(x):
+        n = x.shape[0] // (shards * parts)
+        x = x.reshape(shards, parts, n, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(parts, shards * n, *x.shape[3:])
+        if mesh is not None:
+            x = jax.lax.with_sharding_constraint(
+                x, NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
+            )
+        return x
+
+    def join(x, axis=0):  # the inverse, of [parts, ..., n, ...] with the images on `axis` + 1
+        x = jnp.moveaxis(x, axis + 1, 1)
+        n = x.shape[1] // shards
+        x = x.reshape(parts, shards, n, *x.shape[2:]).swapaxes(0, 1)
+        return jnp.moveaxis(x.reshape(parts * shards * n, *x.shape[3:]), 0, axis)
+
+    image_axis = schema.Outputs(0, 0, 0, 0, 1, None, None)
+    cut_batch = jax.tree.map(cut, batch)
+    cut_keys = None if keys is None else cut(keys)
+
+    def forward(_, part):
+        return None, apply(params, *part)
+
+    _, stacked = jax.lax.scan(forward, None, (cut_batch, cut_keys))
+    outputs = schema.Outputs(
+        *(x[0] if axis is None else join(x, axis) for x, axis in zip(stacked, image_axis))
+    )
+    cotangents, terms = jax.grad(total, has_aux=True)(outputs)
+    # Scale and bias are the same in each part: their cotangents go back through the first one alone.
+    first = jnp.arange(parts) == 0
+    cut_cotangents = schema.Outputs(
+        *(
+            jnp.where(first, c, 0)
+            if axis is None
+            else jnp.moveaxis(cut(jnp.moveaxis(c, axis, 0)), 1, axis + 1)
+            for c, axis in zip(cotangents, image_axis)
+        )
+    )
+
+    def backward(grads, part):
+        *inputs, cotangent = part
+        _, vjp = jax.vjp(lambda p: apply(p, *inputs), params)
+        return jax.tree.map(jnp.add, grads, vjp(cotangent)[0]), None
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, _ = jax.lax.scan(backward, zeros, (cut_batch, cut_keys, cut_cotangents))
+    return terms, grads
+
+
+def grad_norms(grads, frozen: Sequence[str]) -> dict[str, jax.Array]:
+    """The gradient's norm, of all parameters that are not `frozen` (`optim.frozen`) and of those in each module.
+
+    Returns: `grad_norm`, and `grad_norm/image`, `/text`, `/decoder` and `/heads` (projections, boxes, logit
+      scale and bias); a module that is frozen, or that the model has not got, is left out.
+    """
+    modules: dict[str, list] = {}
+    paths = jax.tree_util.tree_leaves_with_path(grads)
+    for (path, leaf), is_frozen in zip(paths, jax.tree.leaves(optim.frozen_mask(grads, frozen))):
+        if not is_frozen:
+            modules.setdefault(_MODULES.get(path[0].key, "heads"), []).append(leaf)
+    norms = {f"grad_norm/{module}": optax.tree.norm(found) for module, found in modules.items()}
+    return {"grad_norm": optax.tree.norm(list(norms.values())), **norms}  # gradients are read once
+
+
+def region_metrics(terms: losses_lib.Losses) -> dict[str, jax.Array]:
+    """What the regions of a batch tell beyond their losses: docs/diagnostics.md has their meaning."""
+    share = terms.query_share
+    out = {
+        "matched_iou50": terms.matched_iou50,
+        "region_description_accuracy": terms.region_description_accuracy,
+    }
+    if len(share) > 1:
+        out["query_usage_entropy"] = jax.scipy.special.entr(share).sum() / math.log(len(share))
+    if len(share) <= MOST_QUERIES:
+        out |= {f"query_share/{i}": share[i] for i in range(len(share))}
+    return out
+
+
+def make_train_step(
+    model: GRAIN,
+    config: Config,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh | None = None,
+):
+    """The function (state, batch) -> (state, metrics) that the trainer compiles."""
+
+    def train_step(state: TrainState, batch: schema.Batch):
+        keys = dropout_keys(config.seed, state.step, jnp.arange(batch.image.shape[0]))
+        terms, grads = loss_and_grads(model, config, mesh, state.params, batch, keys)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optim.clip_logit_scale(
+            optax.apply_updates(state.params, updates), config.optim.frozen
+        )
+        ema = state.ema_params
+        if config.ema_decay:
+            ema = optim.average(params, ema, config.ema_decay, config.optim.frozen)
+        # Summed up together: one collective.
+        sums = jnp.concatenate([batch.texts_dropped[:, None], batch.text_counts], axis=1).sum(0)
+        dropped = state.texts_dropped + sums[0]
+        text_counts = state.text_counts + sums[1:].astype(jnp.uint32)
+        metrics = {
+            "loss": terms.total,
+            "loss_image_caption": terms.image_caption,
+            "loss_region_description": terms.region_description,
+            "loss_box": terms.box,
+            "image_caption_accuracy": terms.image_caption_accuracy,
+            "matched_iou": terms.matched_iou,
+            "logit_scale": jnp.exp(state.params["logit_scale"]),
+            "learning_rate": schedule(state.step),
+            **grad_norms(grads, config.optim.frozen),
+            "texts_dropped": dropped,
+            "texts": text_counts[0],
+            "texts_too_long": text_counts[1],
+        }
+        if config.input.max_regions:
+            metrics |= region_metrics(terms)
+        receipt = digests.extend(state.receipt, digests.of_batch(batch), state.step)
+        step = state.step + 1
+        return TrainState(step, params, opt_state, ema, dropped, receipt, text_counts), metrics
+
+    return train_step
+
+
+class Program(NamedTuple):
+    """All that is compiled for a run. The trainer and `launch.plan` build it alike."""
+
+    state: TrainState  # ShapeDtypeStructs
+    shardings: TrainState  # NamedShardings
+    batch: schema.Batch  # ShapeDtypeStructs
+    batch_sharding: NamedSharding
+    init: Callable  # jitted: () -> state, fresh from the seed; see `initialise.state_of_step_0`
+    step: Callable  # jitted: (state, batch) -> (state, metrics); the old state is given up
+
+
+def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: float) -> Program:
+    """The program of a run on that mesh; nothing is computed yet.
+
+    Raises:
+      ShardingError: the batch or a parameter does not fit the mesh.
+    """
+    sharding.check_batch(config, mesh)
+    model = GRAIN(config.model, config.dtype, config.remat)
+    schedule = optim.learning_rate(
+        config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+    )
+    tx = optim.optimizer(config.optim, schedule)
+    init = functools.partial(init_state, model, config, tx)
+    state, shardings = sharding.place_state(jax.eval_shape(init), config.sharding, mesh)
+    batch_sharding = sharding.batch_sharding(mesh)
+    step = jax.jit(
+        make_train_step(model, config, tx, schedule, mesh),
+        in_shardings=(shardings, batch_sharding),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+    fresh = jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings)
+    return Program(state, shardings, abstract_batch(config), batch_sharding, fresh, step)

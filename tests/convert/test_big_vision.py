@@ -1,0 +1,146 @@
+"""from-big-vision against what big_vision itself gave (goldens/big_vision_*.npz), and what it says of faults."""
+
+import numpy as np
+import pytest
+
+from grain_jax.convert import big_vision, towers
+from grain_jax.runtime import checkpoint
+from tests import foreign
+from tests.paths import GOLDENS
+
+NONE = towers.Settings()
+
+
+def _golden(which):
+    with np.load(GOLDENS / f"big_vision_{which}.npz") as stored:
+        return dict(stored)
+
+
+def _params(golden):
+    return {k: v for k, v in golden.items() if k.startswith("params/")}
+
+
+@pytest.mark.parametrize("which", ["map", "tok"])
+def test_outputs_are_big_visions(which, tmp_path):
+    golden = _golden(which)
+    np.savez(tmp_path / "m.npz", **_params(golden))
+    report = big_vision.convert(tmp_path / "m.npz", tmp_path / "ours", NONE)
+    assert report.ok
+    model, params, _ = checkpoint.load_model(tmp_path / "ours")
+    ours = foreign.outputs_of_ours(model, params, golden["inputs/image"], golden["inputs/text"])
+    foreign.close(ours[0], golden["outputs/image_embed"])
+    foreign.close(ours[1], golden["outputs/text_embed"])
+    np.testing.assert_allclose(np.exp(params["logit_scale"]), golden["outputs/t"][0], rtol=1e-6)
+    assert ("logit_bias" in params) == (which == "map")
+    assert model.image.pool == {"map": "map", "tok": "class"}[which]
+    assert model.image.projection == {"map": "none", "tok": "affine"}[which]
+    assert (model.image.heads, model.text.pool, model.text.causal) == (2, "last", False)
+
+
+def _stacked(params):
+    """As big_vision's scan keeps layers."""
+    out = {k: v for k, v in params.items() if "encoderblock_" not in k}
+    for name in params:
+        if "encoderblock_0" in name:
+            other = name.replace("encoderblock_0", "encoderblock_1")
+            out[name.replace("encoderblock_0", "encoderblock")] = np.stack(
+                [params[name], params[other]]
+            )
+    return out
+
+
+def _old_layout(params):
+    """Positions and pooling head where older files have them; some positions added twice."""
+    out = dict(params)
+    out["params/img/Transformer/posembed_input/pos_embedding"] = out.pop("params/img/pos_embedding")
+    out["params/txt/Encoder_0/pos_embedding"] = out["params/txt/pos_embedding"] * 0.25
+    out["params/txt/pos_embedding"] = out["params/txt/pos_embedding"] * 0.75
+    for name in list(out):
+        if "/MAPHead_0/" in name:
+            out[name.replace("/MAPHead_0/", "/")] = out.pop(name)
+    return out
+
+
+@pytest.mark.parametrize("change", [_stacked, _old_layout], ids=["scan", "old"])
+def test_other_layouts_are_the_same_model(change, tmp_path):
+    params = _params(_golden("map"))
+    np.savez(tmp_path / "a.npz", **params)
+    np.savez(tmp_path / "b.npz", **change(params))
+    a, b = (big_vision.read(tmp_path / f"{x}.npz") for x in "ab")
+    for which in towers.TOWERS:
+        one, other = (big_vision.import_tower(x, which, NONE) for x in (a, b))
+        assert one.config == other.config and one.params.keys() == other.params.keys()
+        for name in one.params:
+            np.testing.assert_allclose(
+                one.params[name], other.params[name], rtol=1e-6, err_msg=name
+            )
+    both = [big_vision.import_tower(b, which, NONE) for which in towers.TOWERS]
+    assert big_vision.unused(b, *both) == ["b", "t"]
+
+
+def test_a_position_of_the_class_token(tmp_path):
+    params = _params(_golden("tok"))
+    own = np.full((1, 1, 32), 0.5, np.float32)
+    name = "params/img/pos_embedding"
+    np.savez(tmp_path / "m.npz", **params | {name: np.concatenate([own, params[name]], axis=1)})
+    tower = big_vision.import_tower(big_vision.read(tmp_path / "m.npz:img"), "image", NONE)
+    np.testing.assert_array_equal(tower.params["image/position_embed"][0], own[0, 0])
+    np.testing.assert_array_equal(tower.params["image/position_embed"][1:], params[name][0])
+
+
+def test_subtree_and_bfloat16(tmp_path):
+    import jax.numpy as jnp
+
+    params = {
+        "opt/target" + k.removeprefix("params"): v.astype(jnp.dtype("bfloat16")).view("V2")
+        for k, v in _params(_golden("map")).items()
+    }
+    np.savez(tmp_path / "m.npz", **params)
+    path = f"{tmp_path}/m.npz:img"
+    assert big_vision.is_path(path) and not big_vision.is_path(tmp_path / "m.pt")
+    stored = big_vision.read(path)
+    tower = big_vision.import_tower(stored, "image", NONE)
+    assert big_vision.unused(stored, tower) == []
+    exact = _golden("map")["params/img/embedding/kernel"].reshape(-1, 32)
+    np.testing.assert_allclose(tower.params["image/patch_embed/kernel"], exact, rtol=2**-8)
+
+
+@pytest.mark.parametrize(
+    "change,path,message",
+    [
+        (lambda p: p.pop("params/img/embedding/kernel"), "", "img/embedding/kernel: missing"),
+        (lambda p: p.pop("params/t"), "", "m.npz: t: missing; expected a model of two towers"),
+        (lambda p: p.update({"params/img/pre_logits/bias": np.zeros(3)}), "", "unknown key"),
+        (
+            lambda p: p.update({"params/txt/head/bias": np.zeros(3)}),
+            "",
+            "txt/head/bias: got text_projection/bias of shape (3,), expected (32,)",
+        ),
+        (
+            lambda p: p.pop("params/txt/Encoder_0/encoderblock_0/LayerNorm_0/bias"),
+            "",
+            "txt/Encoder_0/encoderblock/LayerNorm_0/bias: got layers [1]",
+        ),
+        (lambda p: None, ":image", "no sub-tree 'image'; there are: b, img, t, txt"),
+    ],
+)
+def test_faults_are_one_line_each(change, path, message, tmp_path):
+    params = _params(_golden("map"))
+    change(params)
+    np.savez(tmp_path / "m.npz", **params)
+    with pytest.raises(towers.TowerError) as error:
+        big_vision.convert(f"{tmp_path}/m.npz{path}", tmp_path / "ours", NONE)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
+    np.savez(tmp_path / "objects.npz", a=np.array([{}], object))
+    for name, said in (
+        ("cut.npz", "not a .npz of plain arrays"),
+        ("objects.npz", "a: got object, expected an array of numbers"),
+    ):
+        with pytest.raises(towers.TowerError, match=said):
+            big_vision.read(tmp_path / name)
+    with pytest.raises(towers.TowerError, match="none.npz: no such file"):
+        big_vision.read(tmp_path / "none.npz:img")

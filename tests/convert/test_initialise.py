@@ -1,0 +1,352 @@
+"""`init.image`, `init.text` and `optim.frozen`: towers that start from elsewhere, and ones that stay as they are."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from grain_jax import config as config_lib
+from grain_jax import errors, recipe
+from grain_jax.convert import initialise, torch_names, towers
+from grain_jax.models import grain
+from grain_jax.runtime import checkpoint, digests
+from grain_jax.training import optim, sharding, train_step
+from tests import tiny
+from tests.paths import GOLDENS
+
+
+def test_image_positions_are_resized_as_big_vision_does():
+    # A plane is what bilinear resizing keeps: with corners on corners, a plane over [0, 1] stays one.
+    def plane(n):
+        y, x = np.meshgrid(np.linspace(0, 1, n), np.linspace(0, 1, n), indexing="ij")
+        return np.stack([x, y, 2 * x - y], axis=-1).reshape(n * n, 3).astype(np.float32)
+
+    token = np.full((1, 3), 7, np.float32)
+    out = initialise.resize_image_positions(np.concatenate([token, plane(4)]), 7, class_token=True)
+    np.testing.assert_allclose(out, np.concatenate([token, plane(7)]), atol=1e-6)
+    assert out.dtype == np.float32
+    np.testing.assert_array_equal(
+        initialise.resize_image_positions(plane(4), 4, class_token=False), plane(4)
+    )
+
+
+@pytest.mark.parametrize("new", [3, 9])
+def test_bicubic_is_torchs(new):
+    torch = pytest.importorskip("torch")
+    old = np.random.default_rng(0).standard_normal((36, 5)).astype(np.float32)
+    square = torch.from_numpy(old.reshape(1, 6, 6, 5).transpose(0, 3, 1, 2))
+    theirs = torch.nn.functional.interpolate(square, (new, new), mode="bicubic", antialias=True)
+    ours = initialise.resize_image_positions(old, new, class_token=False, method="bicubic")
+    theirs = theirs[0].permute(1, 2, 0).reshape(-1, 5).numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_text_positions_are_stretched_after_the_first_twenty():
+    old = np.random.default_rng(0).standard_normal((77, 5)).astype(np.float32)
+    new = initialise.resize_text_positions(old, 248)
+    np.testing.assert_array_equal(new[:21], old[:21])
+    np.testing.assert_array_equal(new[-1], old[-1])
+    step = (76 - 20) / (248 - 20 - 1)  # places of the old table a place of the new one
+    at = 20 + 100 * step
+    low = int(at)
+    expected = old[low] + (at - low) * (old[low + 1] - old[low])
+    np.testing.assert_allclose(new[120], expected, rtol=1e-4)
+    np.testing.assert_array_equal(initialise.resize_text_positions(old, 30), old[:30])
+    np.testing.assert_array_equal(
+        initialise.resize_text_positions(old[:4], 5)[[0, -1]], old[[0, 3]]
+    )
+
+
+def _golden(which, folder):
+    with np.load(GOLDENS / f"big_vision_{which}.npz") as stored:
+        params = {k: v for k, v in stored.items() if k.startswith("params/")}
+    np.savez(folder / "m.npz", **params)
+    return folder / "m.npz", params
+
+
+def _siglip(path, **overrides):
+    """A tiny run whose towers are those of the golden, with images and texts larger than there."""
+    c = tiny.dictionary()
+    recipe.towers_of(c, "siglip")
+    c.model.image.update(image_size=48, patch_size=8, width=32, heads=2, mlp_dim=128, depth=2)
+    c.model.text.update(
+        vocab_size=300,
+        context_length=24,
+        width=32,
+        heads=2,
+        mlp_dim=128,
+        depth=2,
+        projection="affine",
+    )
+    c.model.embed_dim = 32
+    c.update_from_flattened_dict({"init.image": f"{path}:img", "init.text": str(path), **overrides})
+    return c
+
+
+def _build(config, devices=1):
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    return train_step.build(config, mesh, total_steps=10, steps_per_epoch=5.0)
+
+
+def _saved_and_restored(state, config, elsewhere, workdir):
+    """`state` as a run on other devices finds it."""
+    checkpoints = checkpoint.manager(workdir, config)
+    checkpoint.save(checkpoints, state, config, {})
+    checkpoints.wait_until_finished()
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        elsewhere.state,
+        elsewhere.shardings,
+    )
+    restored = checkpoint.restore(checkpoints.directory / str(int(state.step)), placed)
+    checkpoints.close()
+    return restored
+
+
+def test_a_run_starts_from_big_visions_towers_and_lit_trains_the_rest(tmp_path):
+    path, params = _golden("map", tmp_path)
+    changes = {"optim.frozen": ("image/.*", "logit_scale"), "ema_decay": 0.9}
+    c = config_lib.from_dict(_siglip(path, **changes))
+    program = _build(c)
+    moments = grain.flat(program.state.opt_state)
+    assert not any("image/blocks" in name for name in moments)
+    assert any("decoder/blocks" in name for name in moments)
+    said: list[str] = []
+    state = initialise.state_of_step_0(c, program, said.append)
+    assert "init.image: 16 positions resized to 36" in said
+    not_used = {x.split(": ")[0]: x.split(": ")[2].split(", ") for x in said if "not used" in x}
+    assert "MAPHead_0/probe" in not_used["init.image"]
+    assert not_used["init.text"] == ["b", "img (36 arrays)", "t"]
+    image = state.params["image"]
+    kernel = params["params/img/embedding/kernel"].reshape(-1, 32)
+    np.testing.assert_array_equal(image["patch_embed"]["kernel"], kernel)
+    old = params["params/img/pos_embedding"][0].reshape(4, 4, 32)
+    new = np.asarray(image["position_embed"]).reshape(6, 6, 32)
+    np.testing.assert_allclose(new[::5, ::5], old[::3, ::3], rtol=1e-6)  # corners
+    np.testing.assert_array_equal(
+        state.params["text"]["position_embed"][:15], params["params/txt/pos_embedding"][0][:15]
+    )
+    np.testing.assert_array_equal(
+        state.params["text_projection"]["bias"], params["params/txt/head/bias"]
+    )
+    before = jax.tree.map(np.asarray, state)
+    batch = jax.device_put(tiny.batch(c), program.batch_sharding)
+    after, metrics = program.step(state, batch)
+    assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+    old, new = grain.flat(before.params), grain.flat(after.params)
+    for name in old:
+        frozen = name.startswith("image/") or name == "logit_scale"
+        assert np.array_equal(old[name], new[name]) == frozen, name
+    # Moments that only some parameters have go through a checkpoint and onto another mesh.
+    two = _build(config_lib.from_dict(_siglip(path, **changes, **{"mesh.fsdp": 2})), devices=2)
+    restored = _saved_and_restored(after, c, two, tmp_path / "run")
+    assert digests.of_state(restored) == digests.of_state(after)
+    kernel = restored.params["image"]["patch_embed"]["kernel"]
+    assert [shard.data.shape for shard in kernel.addressable_shards] == [(192, 16)] * 2
+    old, new = grain.flat(before.ema_params), grain.flat(after.ema_params)
+    for name in old:
+        frozen = name.startswith("image/") or name == "logit_scale"
+        assert np.array_equal(old[name], new[name]) == frozen, name
+
+
+def test_no_gradient_flows_to_frozen_parameters():
+    params = {"image": {"kernel": np.float32(3)}, "text": {"kernel": np.float32(5)}}
+    total = lambda p: (lambda q: q["image"]["kernel"] * q["text"]["kernel"])(  # noqa: E731
+        optim.stop_frozen(p, ("image/.*",))
+    )
+    grads = jax.grad(total)(params)
+    assert (grads["image"]["kernel"], grads["text"]["kernel"]) == (0, 3)
+
+
+def test_a_pattern_that_freezes_nothing_is_named():
+    with pytest.raises(errors.UserError, match="optim.frozen: 'img/.\\*' matches no parameter"):
+        optim.frozen_mask({"image": {"bias": np.zeros(2)}}, ("img/.*",))
+
+
+def _load(c):
+    return initialise.load(config_lib.from_dict(c))
+
+
+@pytest.mark.parametrize(
+    "change,messages",
+    [
+        (
+            {"model.image.activation": "gelu"},
+            ["image activation: got gelu, but the checkpoint says gelu_tanh"],
+        ),
+        (
+            {"model.image.pre_norm": True, "model.image.depth": 3},
+            [
+                "model.image.depth: got 3, but the checkpoint's tower has 2",
+                "model.image.pre_norm: got True, but the checkpoint's tower has False",
+            ],
+        ),
+        (
+            {"model.image.pixel_mean": (0.4, 0.4, 0.4)},
+            ["model.image.pixel_mean: got (0.4, 0.4, 0.4), but the checkpoint's tower has"],
+        ),
+        (
+            {"model.embed_dim": 16},
+            ["txt/head/bias: got text_projection/bias of shape (32,)", "kernel"],
+        ),
+        ({"init.image": "nowhere.npz:img"}, ["init.image: nowhere.npz: no such file"]),
+        ({"model.image.heads": 4}, ["model.image.heads: got 4, but the checkpoint's tower has 2"]),
+    ],
+)
+def test_another_tower_than_the_configs_is_refused(change, messages, tmp_path):
+    path, _ = _golden("map", tmp_path)
+    with pytest.raises(towers.TowerError) as error:
+        _load(_siglip(path, **change))
+    lines = str(error.value).split("\n")
+    assert len(lines) == len(messages)
+    for line, message in zip(lines, messages):
+        assert message in line and line.startswith("init.")
+
+
+def test_what_the_config_says_otherwise_and_what_lies_inside_a_tower_is_told(tmp_path):
+    path, params = _golden("map", tmp_path)
+    report = _load(_siglip(path, **{"model.text.pad_id": 0})).report
+    assert not [x for x in report if "CHECK" in x]
+    report = _load(_siglip(path, **{"model.text.pad_id": 2, "model.text.cleaning": "none"})).report
+    assert [x for x in report if "CHECK" in x] == [
+        "init.text: CHECK model.text.cleaning: got 'none'; such a tower's is 'canonical'",
+        "init.text: CHECK model.text.pad_id: got 2; such a tower's is 0",
+    ]
+    # Layer scale, say: without it the tower would compute something else.
+    for name in ("a", "b"):
+        params[f"params/img/Transformer/encoderblock/gamma_{name}"] = np.ones((2, 32), np.float32)
+    np.savez(path, **params)
+    with pytest.raises(towers.TowerError) as error:
+        _load(_siglip(path))
+    assert str(error.value).split("\n") == [
+        f"init.image: {path}:img: Transformer/encoderblock/gamma_{name}: unknown key"
+        for name in ("a", "b")
+    ]
+
+
+def test_towers_of_our_own_checkpoints(tmp_path):
+    c = tiny.config()
+    rng = np.random.default_rng(0)
+    expected = {
+        name: rng.standard_normal(shape).astype(np.float32)
+        for name, shape in grain.parameter_shapes(c.model).items()
+    }
+    params: dict = {}
+    for name, array in expected.items():
+        torch_names.put(params, name, array)
+    checkpoint.save_model(tmp_path / "ours", c.model, params)
+    other = tiny.dictionary(init__image=str(tmp_path / "ours"), init__text=str(tmp_path / "ours"))
+    loaded = _load(other).params
+    assert loaded.keys() == {k for k in expected if k.startswith(("image/", "text"))}
+    for name, array in loaded.items():
+        np.testing.assert_array_equal(array, expected[name])
+    other.init.decoder = str(tmp_path / "ours")
+    everything = _load(other)
+    assert everything.params.keys() == expected.keys()
+    for name, array in everything.params.items():
+        np.testing.assert_array_equal(array, expected[name])
+    rest = len(expected) - len(loaded)
+    assert everything.report[-1] == f"init.decoder: {rest} arrays from {tmp_path / 'ours'}"
+    other.model.decoder.depth = 3
+    with pytest.raises(
+        towers.TowerError,
+        match="init.decoder: .*model.decoder.depth: got 3, but the checkpoint's decoder has 2",
+    ):
+        _load(other)
+
+
+def _two_towers(**changes):
+    c = tiny.dictionary()
+    c.model.decoder = None
+    c.model.image.update(pool="map", depth=1)
+    c.model.text.depth = 1
+    c.input.max_regions = 0
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+def test_two_towers_train_without_regions():
+    found = []
+    for parts in (1, 2):
+        config = config_lib.from_dict(_two_towers(microbatches=parts))
+        model = grain.GRAIN(config.model)
+        batch = tiny.batch(config)
+        params = sharding.unbox(jax.jit(model.init)(jax.random.key(0), batch)["params"])
+        assert not {"decoder", "box_mlp", "region_projection"} & params.keys()
+        step = functools.partial(train_step.loss_and_grads, model, config, None)
+        losses, grads = jax.jit(lambda p, b, step=step: step(p, b, None))(params, batch)
+        assert 0 < float(losses.image_caption) < 20 and losses.box == 0
+        assert float(losses.total) == pytest.approx(float(losses.image_caption))
+        found.append((losses.total, *jax.tree.leaves(grads)))
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-5 * max(np.abs(one).max(), 1))
+
+
+@pytest.mark.parametrize(
+    "entry,fine",
+    [
+        (recipe.evaluator("grounding", "test", annotations="A.jsonl"), False),
+        (recipe.evaluator("zeroshot", "seen", descriptions="D.json"), False),
+        (recipe.evaluator("zeroshot", "seen", descriptions="D.json", alphas=(1.0,)), True),
+        (recipe.evaluator("zeroshot", "seen"), True),  # without descriptions alpha is 1
+        (recipe.evaluator("retrieval", "test", annotations="A.jsonl"), True),
+    ],
+)
+def test_evaluations_that_need_regions_are_refused_before_the_run(entry, fine):
+    c = _two_towers()
+    c.evals.x = entry
+    if fine:
+        assert config_lib.from_dict(c).evals["x"].kind == entry["kind"]
+        return
+    with pytest.raises(
+        config_lib.ConfigError, match="evals.x: got kind=.* has no regions"
+    ) as error:
+        config_lib.from_dict(c)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (
+            {"model.text.causal": False},
+            "text.packing: got True, but a text tower with causal=False and pool=end",
+        ),
+        ({"model.text.pool": "last"}, "text.packing: got True, but a text tower with causal=True"),
+        ({"model.image.pool": "map"}, "model.image.pool, model.image.projection: got map, matrix"),
+        ({"model.text.activation": "relu"}, "model.text.activation: got 'relu', expected one of"),
+        ({"model.image.pool": "first"}, "model.image.pool: got 'first', expected one of none"),
+        ({"optim.frozen": ("(",)}, "optim.frozen: got '(', no regular expression"),
+        (
+            {"init.decoder": "x", "model.decoder": None, "model.image.pool": "map"}
+            | {"input.max_regions": 0},
+            "init.decoder: got 'x', but model.decoder is None",
+        ),
+        ({"init.resize": "nearest"}, "init.resize: got 'nearest', expected one of"),
+        (
+            {"model.text.cleaning": "none"},
+            "model.text.cleaning: got none, expected lower, which is",
+        ),
+        (
+            {"model.text.projection": "none"},
+            "model.embed_dim: got 16, expected model.text.width = 32",
+        ),
+    ],
+)
+def test_configs_that_contradict_themselves(change, message):
+    c = tiny.dictionary()
+    c.update_from_flattened_dict(change)
+    with pytest.raises(config_lib.ConfigError) as error:
+        config_lib.from_dict(c)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_older_configs_mean_what_they_meant():
+    """Fields that came later may be missing; their values are grain_jax.recipe's."""
+    model = tiny.dictionary().model.to_dict()
+    for tower, cls in (("image", config_lib.ImageTower), ("text", config_lib.TextTower)):
+        for field in config_lib.dataclasses.fields(cls):
+            if field.default is not config_lib.dataclasses.MISSING:
+                del model[tower][field.name]
+    assert config_lib.model_from_dict(model) == tiny.config().model

@@ -1,0 +1,437 @@
+"""from-open-clip: random models of the real packages give the same embeddings here; faults are named."""
+
+import json
+import pickle
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("open_clip")
+import open_clip.model as library  # noqa: E402
+import safetensors.torch  # noqa: E402
+
+from grain_jax import config as config_lib  # noqa: E402
+from grain_jax import recipe  # noqa: E402
+from grain_jax.convert import initialise, open_clip, towers  # noqa: E402
+from grain_jax.runtime import checkpoint  # noqa: E402
+from tests import foreign, tiny  # noqa: E402
+
+VOCAB, LENGTH, SIZE, PATCH = 300, 16, 32, 8
+NONE = towers.Settings()
+HF_TEXT = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=VOCAB,
+    max_position_embeddings=LENGTH,
+    bos_token_id=VOCAB - 2,
+    eos_token_id=VOCAB - 1,
+    pad_token_id=1,
+)
+HF_IMAGE = dict(
+    hidden_size=24,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    patch_size=PATCH,
+)
+
+
+def _hf(kind):
+    text, image = dict(HF_TEXT), dict(HF_IMAGE)
+    if kind == "CLIP":
+        extra = dict(projection_dim=20)
+        text |= extra
+        image |= dict(image_size=SIZE) | extra
+    else:
+        extra = {}
+        text |= dict(projection_size=24)
+        image |= dict(num_patches=16) if kind == "Siglip2" else dict(image_size=SIZE)
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=image, **extra)
+    return foreign.perturb(getattr(transformers, f"{kind}Model")(config))
+
+
+def _hf_outputs(module, kind, pictures, ids):
+    x = foreign.torch_pictures(pictures)
+    inputs = dict(pixel_values=x)
+    if kind == "Siglip2":
+        grid = SIZE // PATCH
+        x = torch.from_numpy(pictures).reshape(-1, grid, PATCH, grid, PATCH, 3)
+        x = x.transpose(2, 3).reshape(len(x), grid * grid, -1)
+        inputs = dict(
+            pixel_values=x,
+            pixel_attention_mask=torch.ones(x.shape[:2], dtype=torch.int32),
+            spatial_shapes=torch.tensor([[grid, grid]] * len(x)),
+        )
+    with torch.no_grad():
+        out = module(input_ids=torch.from_numpy(ids), **inputs)
+    return out.image_embeds.numpy(), out.text_embeds.numpy()
+
+
+def _check(folder, theirs, pictures, ids):
+    model, params, _ = checkpoint.load_model(folder)
+    for ours, other in zip(foreign.outputs_of_ours(model, params, pictures, ids), theirs):
+        foreign.close(ours, other)
+    return model, params
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip", "Siglip2"])
+def test_hugging_face(kind, tmp_path):
+    module = _hf(kind)
+    module.save_pretrained(tmp_path / "theirs")
+    report = open_clip.convert(tmp_path / "theirs", tmp_path / "ours", NONE)
+    pictures, ids = foreign.inputs(SIZE, VOCAB, LENGTH)
+    theirs = _hf_outputs(module, kind, pictures, ids)
+    model, params = _check(tmp_path / "ours", theirs, pictures, ids)
+    assert report.verdict == "PROVEN", report.text
+    assert (model.image.heads, model.text.heads) == (2, 4)  # config.json tells
+    assert model.text.packable == (kind == "CLIP")
+    assert model.image.pool == ("class" if kind == "CLIP" else "map")
+    assert model.image.pixel_mean == (open_clip.CLIP_PIXELS if kind == "CLIP" else ((0.5,) * 3,))[0]
+    np.testing.assert_allclose(params["logit_scale"], module.logit_scale.detach().numpy().item())
+    assert ("logit_bias" in params) == (kind != "CLIP")
+
+
+def _open_clip(**changes):
+    kwargs = dict(quick_gelu=False) | changes
+    vision = dict(
+        layers=2, width=64, head_width=32, mlp_ratio=2.0, patch_size=PATCH, image_size=SIZE
+    )
+    text = dict(context_length=LENGTH, vocab_size=VOCAB, width=48, heads=3, layers=2)
+    return foreign.perturb(library.CLIP(20, vision, text, **kwargs)), vision, text
+
+
+def _open_clip_outputs(module, pictures, ids):
+    with torch.no_grad():
+        return (
+            module.encode_image(foreign.torch_pictures(pictures), normalize=True).numpy(),
+            module.encode_text(torch.from_numpy(ids), normalize=True).numpy(),
+        )
+
+
+@pytest.mark.parametrize("origin", ["open_clip", "with its config", "openai"])
+def test_open_clip_and_openai(origin, tmp_path):
+    module, vision, text = _open_clip(quick_gelu=origin == "openai")
+    state = module.state_dict()
+    settings = towers.Settings(heads={"image": 2, "text": 3})
+    if origin == "openai":  # as its archives: the layers of its activation, and three sizes
+        for name in ("input_resolution", "context_length", "vocab_size"):
+            state[name] = torch.tensor(1)
+    if origin == "with its config":
+        config = {"model_cfg": {"embed_dim": 20, "vision_cfg": vision, "text_cfg": text}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+        settings = NONE
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "m.pt")
+    report = open_clip.convert(tmp_path / "m.pt", tmp_path / "ours", settings)
+    pictures, ids = foreign.inputs(SIZE, VOCAB, LENGTH)
+    model, _ = _check(tmp_path / "ours", _open_clip_outputs(module, pictures, ids), pictures, ids)
+    assert report.verdict == "PROVEN"
+    assert model.image.activation == ("quick_gelu" if origin == "openai" else "gelu")
+    assert ("ASSUMED  image: activation gelu" in report.text) == (origin == "open_clip")
+    assert ("NOT PROVEN by the parity below" in report.text) == (origin != "with its config")
+    assert (model.image.pre_norm, model.image.patch_bias, model.image.mlp_dim) == (True, False, 128)
+
+
+def _convert_with_config(module, config, folder, settings=NONE):
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.save(module.state_dict(), folder / "m.pt")
+    return open_clip.convert(folder / "m.pt", folder / "ours", settings)
+
+
+def test_the_config_decides_what_arrays_cannot_tell(tmp_path):
+    """Patches' mean, a bias without SigLIP's other habits, norm epsilon, pixels: of open_clip's own classes."""
+    vision = dict(layers=2, width=64, head_width=16, patch_size=PATCH, image_size=SIZE)
+    vision |= dict(pool_type="avg", norm_kwargs=dict(eps=1e-2), act_kwargs=dict(approximate="tanh"))
+    text = dict(
+        context_length=LENGTH, vocab_size=VOCAB, width=48, heads=3, layers=2, proj_bias=True
+    )
+    module = foreign.perturb(library.CustomTextCLIP(20, vision, text))
+    pixels = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    config = dict(
+        model_cfg=dict(embed_dim=20, vision_cfg=vision, text_cfg=text), preprocess_cfg=pixels
+    )
+    report = _convert_with_config(module, config, tmp_path)
+    assert report.verdict == "PROVEN" and "ASSUMED" not in report.text, report.text
+    pictures, ids = foreign.inputs(SIZE, VOCAB, LENGTH)
+    model, _ = _check(tmp_path / "ours", _open_clip_outputs(module, pictures, ids), pictures, ids)
+    image, text = model.image, model.text
+    assert (image.pool, image.class_token, image.heads) == ("mean", True, 4)
+    assert (image.norm_eps, image.activation) == (1e-2, "gelu_tanh")
+    assert (image.pixel_mean, image.pixel_std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (text.causal, text.pool, text.projection, text.norm_eps) == (True, "end", "affine", 1e-5)
+
+    vision["final_ln_after_pool"] = True
+    with pytest.raises(
+        towers.TowerError, match="m.pt: vision_cfg: final_ln_after_pool with pool_ty"
+    ):
+        _convert_with_config(module, config, tmp_path)
+    del vision["final_ln_after_pool"]
+    vision["layers"] = 3
+    with pytest.raises(towers.TowerError, match="vision_cfg.layers: got 3, but the arrays have 2"):
+        _convert_with_config(module, config, tmp_path)
+
+
+def test_a_wrong_assumption_fails_where_the_config_knows_better(tmp_path):
+    """timm's name in the config has 2 heads of 32; we assume heads of 64."""
+    vision = dict(timm_model_name="test_vit", timm_pool="", image_size=160)
+    text = dict(context_length=LENGTH, vocab_size=VOCAB, width=48, heads=3, layers=1)
+    module = foreign.perturb(library.CustomTextCLIP(20, vision, text))
+    config = dict(model_cfg=dict(embed_dim=20, vision_cfg=vision, text_cfg=text))
+    report = _convert_with_config(module, config, tmp_path)
+    assert report.verdict == "FAILED" and "ASSUMED  image: 1 heads" in report.text
+    right = towers.Settings(heads={"image": 2})
+    report = _convert_with_config(module, config, tmp_path, right)
+    assert report.verdict == "PROVEN", report.text
+    assert "image: 2 heads, as told; towers of width 64 have 1 as a rule" in report.text
+
+
+def test_one_tower_of_hugging_face_alone(tmp_path):
+    """config.json is the tower's own then, without a group for it."""
+    config = transformers.SiglipVisionConfig(**HF_IMAGE | dict(image_size=SIZE, hidden_act="gelu"))
+    transformers.SiglipVisionModel(config).save_pretrained(tmp_path)
+    stored = open_clip.read(tmp_path)
+    tower = open_clip.import_tower(stored, "image", NONE)
+    assert (tower.config.heads, tower.config.activation) == (2, "gelu")
+    assert open_clip.unused(stored, tower) == []
+    with pytest.raises(towers.TowerError, match="no text tower; expected token_embedding.weight"):
+        open_clip.import_tower(stored, "text", NONE)
+
+    c = tiny.dictionary(init__image=str(tmp_path))
+    recipe.towers_of(c, "siglip", ("image",))
+    c.model.image.update(width=24, depth=3, heads=2, image_size=SIZE, activation="gelu")
+    loaded = initialise.load(config_lib.from_dict(c))
+    assert loaded.params.keys() == {n for n in tower.params if n.startswith("image/")}
+    (not_used,) = [line for line in loaded.report if "not used" in line]
+    assert not_used.split("not used: ")[1].split(", ")[:2] == [
+        f"vision_model.head.attention.in_proj_{kind}" for kind in ("bias", "weight")
+    ]
+
+
+@pytest.mark.parametrize("vocab,kept", [(32000, "spiece.model"), (VOCAB, "tokenizer.json")])
+def test_of_two_tokenizers_the_towers_own_is_taken(vocab, kept, tmp_path):
+    for name in ("spiece.model", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    state = {k: v.numpy() for k, v in _hf("Siglip").state_dict().items()}
+    table = "text_model.embeddings.token_embedding.weight"
+    state[table] = np.ones((vocab, 32), np.float32)
+    files = tuple(open_clip.epath.Path(tmp_path / x) for x in open_clip._TOKENIZERS)
+    stored = open_clip.Checkpoint(tmp_path, state, False, {}, {}, None, files)
+    text = open_clip.import_tower(stored, "text", NONE).config
+    assert text.tokenizer == kept
+    assert (text.cleaning, text.pad_id) == (("canonical", 1) if vocab == 32000 else ("lower", 0))
+
+
+def test_siglip_of_open_clip(tmp_path):
+    from timm.models.vision_transformer import VisionTransformer
+
+    text = dict(
+        context_length=LENGTH,
+        vocab_size=VOCAB,
+        width=32,
+        heads=4,
+        layers=2,
+        no_causal_mask=True,
+        proj_bias=True,
+        pool_type="last",
+        norm_kwargs=dict(eps=1e-6),
+    )
+    module = library.CustomTextCLIP(
+        24, dict(layers=1, width=64, image_size=SIZE), text, init_logit_bias=-10
+    )
+    trunk = VisionTransformer(
+        img_size=SIZE,
+        patch_size=PATCH,
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+        class_token=False,
+        global_pool="map",
+        num_classes=0,
+        act_layer="gelu_tanh",
+    )
+    module.visual = torch.nn.Sequential(OrderedDict(trunk=trunk))
+    foreign.perturb(module)
+    torch.save(module.state_dict(), tmp_path / "m.pt")
+    settings = towers.Settings(heads={"image": 2, "text": 4}, activation={"image": "gelu_tanh"})
+    report = open_clip.convert(tmp_path / "m.pt", tmp_path / "ours", settings)
+    pictures, ids = foreign.inputs(SIZE, VOCAB, LENGTH)
+    model, params = _check(
+        tmp_path / "ours", _open_clip_outputs(module, pictures, ids), pictures, ids
+    )
+    assert report.verdict == "PROVEN"
+    assert not model.text.causal and model.text.pool == "last"
+    np.testing.assert_allclose(params["logit_bias"], module.logit_bias.item())
+
+
+def test_one_wrong_weight_fails_the_parity(tmp_path, monkeypatch):
+    module, *_ = _open_clip()
+    torch.save(module.state_dict(), tmp_path / "m.pt")
+    two_tower_model = towers.two_tower_model
+
+    def spoilt(*arguments):
+        model, params = two_tower_model(*arguments)
+        params["text"]["blocks"]["mlp"]["in"]["bias"] = np.roll(
+            params["text"]["blocks"]["mlp"]["in"]["bias"], 1
+        )
+        return model, params
+
+    monkeypatch.setattr(towers, "two_tower_model", spoilt)
+    heads = towers.Settings(heads={"image": 2, "text": 3})
+    report = open_clip.convert(tmp_path / "m.pt", tmp_path / "ours", heads)
+    assert not report.ok and report.verdict == "FAILED"
+
+
+@pytest.fixture(scope="module")
+def state():
+    return _open_clip()[0].state_dict()
+
+
+@pytest.mark.parametrize(
+    "change,settings,message",
+    [
+        (lambda s: s.pop("visual.ln_post.bias"), NONE, "visual.ln_post.bias: missing"),
+        (
+            lambda s: s.pop("transformer.resblocks.1.ln_1.bias"),
+            NONE,
+            "transformer.resblocks.1.ln_1.bias: missing",
+        ),
+        (
+            lambda s: s.update(extra=torch.zeros(3)),
+            NONE,
+            "extra: unknown key",
+        ),
+        (
+            lambda s: s.update({"text_projection": torch.zeros(7, 20)}),
+            NONE,
+            "text_projection: got text_projection/kernel of shape (7, 20), expected (48, 20)",
+        ),
+        (
+            lambda s: s["visual.proj"].fill_(torch.nan),
+            NONE,
+            "visual.proj: holds values that are not finite",
+        ),
+        (
+            lambda s: s.update({"visual.positional_embedding": torch.zeros(19, 64)}),
+            NONE,
+            "visual.positional_embedding: got 19 positions, expected a square",
+        ),
+        (
+            lambda s: None,
+            towers.Settings(heads={"image": 5, "text": 3}),
+            "image heads: got 5, expected a divisor of the width 64",
+        ),
+        (
+            lambda s: s.pop("logit_scale"),
+            NONE,
+            "logit_scale: missing",
+        ),
+        (
+            lambda s: s.update(logit_scale=torch.ones(3)),
+            NONE,
+            "logit_scale: got [1.0, 1.0, 1.0], expected one finite number",
+        ),
+        (  # as many numbers, but which are which?
+            lambda s: s.update(
+                {
+                    "transformer.resblocks.1.attn.out_proj.weight": s[
+                        "transformer.resblocks.1.attn.out_proj.weight"
+                    ].flatten()
+                }
+            ),
+            NONE,
+            "transformer.resblocks.1.attn.out_proj.weight: got shape (2304,), which does not fit",
+        ),
+    ],
+)
+def test_faults_are_one_line_each(state, change, settings, message, tmp_path):
+    changed = {k: v.clone() for k, v in state.items()}
+    change(changed)
+    torch.save(changed, tmp_path / "m.pt")
+    if settings is NONE:
+        settings = towers.Settings(heads={"image": 2, "text": 3})
+    with pytest.raises(towers.TowerError) as error:
+        open_clip.convert(tmp_path / "m.pt", tmp_path / "ours", settings)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "ours").exists()
+
+
+class _Hostile:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_files_that_are_no_state_dicts(tmp_path, capfd):
+    def fails(path, message):
+        with pytest.raises(towers.TowerError, match=message) as error:
+            open_clip.read(path)
+        assert "\n" not in str(error.value)
+
+    torch.save({"a": _Hostile()}, tmp_path / "hostile.pt")
+    fails(tmp_path / "hostile.pt", "not a checkpoint of plain tensors .it asks for")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
+    fails(tmp_path / "cut.safetensors", "not a whole safetensors file .*: invalid header length")
+    whole = safetensors.torch.save({"a": torch.zeros(100)})
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-10])
+    fails(tmp_path / "cut.safetensors", "not a whole safetensors file .*file not fully covered")
+    safetensors.torch.save_file(
+        {"a": torch.zeros(3).to(torch.float8_e4m3fn)}, tmp_path / "small.safetensors"
+    )
+    fails(tmp_path / "small.safetensors", "a: got F8_E4M3, expected one of F64, F32")
+    torch.save([1, 2], tmp_path / "list.pt")
+    fails(tmp_path / "list.pt", "got a list, expected a state dict of tensors")
+    (tmp_path / "empty").mkdir()
+    fails(tmp_path / "empty", "holds no weights; expected one of model.safetensors")
+    fails(tmp_path / "none.pt", "no such file")
+    assert "executed" not in capfd.readouterr().out
+
+
+def test_half_precision_is_read(tmp_path):
+    numbers = torch.tensor([1.0, -0.15625, 3e4])
+    kinds = {"b": torch.bfloat16, "h": torch.float16, "d": torch.float64}
+    stored = {name: numbers.to(kind) for name, kind in kinds.items()}
+    safetensors.torch.save_file(stored, tmp_path / "m.safetensors")
+    for name, array in open_clip.read(tmp_path / "m.safetensors").state.items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, stored[name].float().numpy())
+
+
+class _Program(torch.nn.Module):
+    """A module with a program of its own, half numbers and a transposed parameter, as OpenAI's files."""
+
+    def __init__(self):
+        super().__init__()
+        self.visual = torch.nn.Sequential(torch.nn.Linear(3, 2).half())
+        self.proj = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3).t())
+        self.register_buffer("input_resolution", torch.tensor(224))
+
+    def forward(self, x):
+        return self.visual(x) + self.proj.sum()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_programs_are_read_but_not_run(tmp_path, capfd):
+    module = _Program()
+    torch.jit.script(module).save(str(tmp_path / "m.pt"))
+    found = open_clip.read(tmp_path / "m.pt")
+    expected = {k: v.float().numpy() for k, v in module.state_dict().items()}
+    assert found.openai and found.state.keys() == expected.keys() - {"input_resolution"}
+    for name, array in found.state.items():
+        np.testing.assert_array_equal(array, expected[name])
+
+    with zipfile.ZipFile(tmp_path / "hostile.pt", "w") as archive:
+        archive.writestr("m/constants.pkl", b"")
+        archive.writestr("m/data.pkl", pickle.dumps(_Hostile()))
+    with pytest.raises(towers.TowerError, match="UnpicklingError: it asks for builtins.print"):
+        open_clip.read(tmp_path / "hostile.pt")
+    assert "executed" not in capfd.readouterr().out
+
+
+def test_stated_and_given_must_agree(tmp_path):
+    _hf("CLIP").save_pretrained(tmp_path)
+    with pytest.raises(towers.TowerError, match="text heads: got 8, but the checkpoint says 4"):
+        open_clip.import_tower(open_clip.read(tmp_path), "text", towers.Settings(heads={"text": 8}))

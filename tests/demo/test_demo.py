@@ -1,0 +1,443 @@
+import contextlib
+import html
+import importlib.util
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+from flax import linen as nn
+
+from grain_jax import config as config_lib
+from grain_jax import errors, inference
+from grain_jax.demo import __main__ as command
+from grain_jax.demo import analysis, views
+from grain_jax.models import grain
+from grain_jax.runtime import checkpoint
+from tests import tiny
+from tests.paths import ROOT
+
+CLASSES = {
+    "wren": ("a short tail", "a brown <b>back</b>"),
+    "kite": ("a forked tail", "a short tail", "long wings"),
+    "heron": ("a long beak",),
+}
+ALPHAS = (0.0, 0.15, 0.5, 1.0)
+
+
+def model_of(c):
+    """A model's settings and parameters, of which every one counts."""
+    module = grain.GRAIN(c.model)
+    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), tiny.batch(c)))["params"]
+    rng = np.random.default_rng(0)
+    value = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32)
+    return c.model, jax.tree.map(value, shapes)
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return inference.Predictor(*model_of(tiny.config()))
+
+
+@pytest.fixture(scope="module")
+def analyst(predictor):
+    return analysis.Analyst(predictor)
+
+
+@pytest.fixture(scope="module")
+def two_towers():
+    c = tiny.dictionary()
+    c.model.decoder = None
+    c.model.image.pool = "map"
+    c.input.max_regions = 0
+    return analysis.Analyst(inference.Predictor(*model_of(config_lib.from_dict(c))))
+
+
+@pytest.fixture(scope="module")
+def picture():
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8)
+    return PIL.Image.fromarray(noise)
+
+
+def test_scores_are_those_of_classify(analyst, predictor, picture):
+    for alpha in ALPHAS:
+        result = analyst.analyse(picture, CLASSES, alpha)
+        assert result.alpha == alpha and result.note == ""
+        expected = predictor.classify([picture], CLASSES, alpha=alpha)[0]
+        np.testing.assert_array_equal(result.combined, expected)
+    np.testing.assert_array_equal(result.whole, predictor.classify([picture], CLASSES)[0])
+    np.testing.assert_array_equal(
+        result.regions, predictor.classify([picture], CLASSES, alpha=0.0)[0]
+    )
+    assert np.ptp(result.whole) > 1e-3 and np.ptp(result.regions) > 1e-3
+    odds = np.exp(np.exp(float(predictor.params["logit_scale"])) * result.combined.astype(float))
+    np.testing.assert_allclose(result.probabilities(), odds / odds.sum(), rtol=1e-5)
+
+
+def test_names_alone_and_a_model_without_regions_have_the_global_score(
+    analyst, predictor, two_towers, picture
+):
+    names = dict.fromkeys(CLASSES, ())
+    result = analyst.analyse(picture, names, 0.5)
+    assert result.alpha == 1 and result.regions is None and "no descriptions" in result.note
+    np.testing.assert_array_equal(result.combined, predictor.classify([picture], list(CLASSES))[0])
+    assert [s.text for s in analysis.seen(result)] == [""] * 5
+
+    result = two_towers.analyse(picture, CLASSES, 0.5)
+    assert result.alpha == 1 and result.regions is None and "no regions" in result.note
+    expected = two_towers.predictor.classify([picture], CLASSES)[0]
+    np.testing.assert_array_equal(result.combined, expected)
+    (part,) = analysis.parts(result, 0)
+    assert part.units == analysis.shown_units(expected[0])
+    assert result.note in views.scores(result, softmax=False)
+    assert "no regions" in views.regions(picture, result)
+    with pytest.raises(errors.UserError, match="ground: the model has two towers"):
+        two_towers.ground(picture, ["a tail"])
+
+
+def test_texts_and_pictures_are_encoded_once(predictor, picture, monkeypatch):
+    texts, pictures = [], []
+    encode_text, encode = predictor.encode_text, predictor._encode
+    monkeypatch.setattr(predictor, "encode_text", lambda x: texts.append(x) or encode_text(x))
+    monkeypatch.setattr(predictor, "_encode", lambda x: pictures.append(x) or encode(x))
+    analyst = analysis.Analyst(predictor)
+    first = analyst.analyse(picture, CLASSES, 0.5)
+    assert texts and len(pictures) == 1
+    texts.clear()
+    again = analyst.analyse(picture.copy(), dict(CLASSES), 0.25)
+    assert not texts and len(pictures) == 1
+    np.testing.assert_array_equal(first.regions, again.regions)
+    analyst.analyse(picture.rotate(180), CLASSES, 0.5)
+    assert not texts and len(pictures) == 2
+    analyst.analyse(picture, {**CLASSES, "heron": ("grey wings",)}, 0.5)
+    assert texts and len(pictures) == 2
+
+
+def test_the_parts_of_a_score_add_up(analyst, predictor, picture):
+    _, regions = predictor.encode_image_and_regions([picture])
+    for alpha in ALPHAS:
+        result = analyst.analyse(picture, CLASSES, alpha)
+        for c, texts in enumerate(CLASSES.values()):
+            parts = analysis.parts(result, c)
+            assert sum(p.units for p in parts) == analysis.shown_units(result.combined[c])
+            assert all(abs(p.units - p.value * p.weight * 1e4) <= 1 for p in parts)
+            assert [p.region for p in parts] == [None, 0, 1, 2, 3, 4]
+            assert [p.weight for p in parts] == [alpha] + [(1 - alpha) / 5] * 5
+            assert parts[0].value == result.whole[c]
+            embeds = predictor.encode_text(list(texts))
+            for part in parts[1:]:
+                cosines = embeds @ regions.embed[0, part.region]
+                np.testing.assert_allclose(part.value, cosines.max(), atol=1e-6)
+                assert part.text == texts[cosines.argmax()]
+
+
+def test_regions_and_descriptions_find_each_other(analyst, predictor, picture):
+    result = analyst.analyse(picture, CLASSES, 0.5)
+    for c, texts in enumerate(CLASSES.values()):
+        found = analysis.found(result, c)
+        assert [f.text for f in found] == list(texts)
+        for f, (text, answer) in zip(found, analyst.ground(picture, texts)):
+            assert f.text == text
+            np.testing.assert_allclose(f.cosine, answer.score, atol=1e-6)
+            np.testing.assert_array_equal(f.box_xyxy, answer.box_xyxy)
+
+    distinct = list(dict.fromkeys(text for texts in CLASSES.values() for text in texts))
+    cosines = (
+        analyst.predictor.encode_text(distinct) @ predictor.encode_regions([picture]).embed[0].T
+    )
+    seen = analysis.seen(result)
+    assert sorted(s.region for s in seen) == [0, 1, 2, 3, 4]
+    assert [s.cosine for s in seen] == sorted((s.cosine for s in seen), reverse=True)
+    for s in seen:
+        assert s.text == distinct[cosines[:, s.region].argmax()]
+        assert s.name == next(name for name, texts in CLASSES.items() if s.text in texts)
+
+
+def test_the_runner_up_is_the_best_of_the_others(analyst, picture):
+    result = analyst.analyse(picture, CLASSES, 0.5)
+    ranked = np.argsort(-result.combined).tolist()
+    assert result.ranked() == ranked
+    assert analysis.explained(result, "") == ranked[:2]
+    assert analysis.explained(result, result.names[ranked[2]]) == [ranked[2], ranked[0]]
+    alone = analyst.analyse(picture, {"wren": ("a tail",)}, 0.5)
+    assert analysis.explained(alone, "gone") == [0]
+    assert "no other class" in views.why(alone)
+
+
+def test_classes_as_they_are_typed():
+    typed = "# birds\nwren: a short tail ; ; a brown back;\n\n kite:a forked tail"
+    described = {"wren": ("a short tail", "a brown back"), "kite": ("a forked tail",)}
+    assert analysis.parse_classes(typed) == described
+    assert analysis.parse_classes("wren\nkite:\n") == {"wren": (), "kite": ()}
+    assert analysis.parse_classes('["a: b", "c"]') == {"a: b": (), "c": ()}
+    assert analysis.parse_classes(json.dumps(described)) == described
+    assert analysis.format_classes(described).splitlines()[1] == "kite: a forked tail"
+    for odd in ({"a: b": ("c",)}, {"a": ("b; c",)}, {"#1": (), "[x": ()}, {"a\nb": ("c",)}):
+        assert analysis.parse_classes(analysis.format_classes(odd)) == odd
+
+
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        ("", "no class name"),
+        ("[]", "no class name"),
+        ("wren: a tail\n : red", "line 2: got ': red', expected a name"),
+        ("wren: a tail\nkite", "'kite': no description, but others have some"),
+        ("wren\nkite\nwren", "'wren': given twice"),
+        ('{"wren": ["a"], "wren": ["b"]}', "'wren': given twice"),
+        ('{"wren": ["a"]', "not JSON: "),
+        ('{"wren": "a tail"}', 'at "wren": expected {"class name": ["description", ...]}'),
+        ('{"wren": [1]}', 'at "wren": expected'),
+        ("[3]", "at 3: expected"),
+        ("\n".join(map(str, range(1001))), "got 1001 classes, expected at most 1000"),
+    ],
+)
+def test_faulty_classes_are_one_line(text, expected):
+    with pytest.raises(analysis.DemoError) as error:
+        analysis.parse_classes(text)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_faulty_files_are_one_line(tmp_path, picture):
+    (tmp_path / "D.json").write_text('{"wren"')
+    (tmp_path / "x.png").write_bytes(b"\xff\xfe no picture")
+    for read, name, expected in [
+        (analysis.read_classes, "D.json", "D.json: not JSON"),
+        (analysis.read_classes, "x.png", "not a text file"),
+        (analysis.read_classes, "gone.txt", "No such file"),
+        (analysis.read_picture, "x.png", "x.png: 13 bytes that are no known image format"),
+        (analysis.read_picture, "gone.png", "No such file"),
+    ]:
+        with pytest.raises(analysis.DemoError, match=expected):
+            read(tmp_path / name)
+    with pytest.raises(analysis.DemoError, match="no image; drop one"):
+        analysis.read_picture(None)
+    picture.convert("P").save(tmp_path / "palette.png")
+    assert analysis.read_picture(tmp_path / "palette.png").mode == "RGB"
+
+
+def cells(table):
+    """The texts of a table's rows; a minus sign as Python reads it."""
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", table)
+    text = lambda cell: html.unescape(re.sub("<[^>]*>", " ", cell)).replace("\N{MINUS SIGN}", "-")
+    return [[text(cell).strip() for cell in re.findall(r"<td[^>]*>(.*?)</td>", r)] for r in rows]
+
+
+def test_what_the_page_shows(analyst, predictor, picture):
+    result = analyst.analyse(picture, CLASSES, 0.15)
+    expected = dict(zip(CLASSES, predictor.classify([picture], CLASSES, alpha=0.15)[0]))
+    first, second, _ = ranked = sorted(expected, key=lambda name: -expected[name])
+
+    shown = views.scores(result, softmax=True)
+    rows = cells(shown)[1:]
+    assert [row[0] for row in rows] == ranked
+    assert [row[1] for row in rows] == [f"{expected[name]:.4f}" for name in ranked]
+    np.testing.assert_allclose(sum(float(row[4].rstrip("%")) for row in rows), 100, atol=0.2)
+    widths = [float(w) for w in re.findall(r"width:([\d.]+)%", shown)]
+    assert len(widths) == 9 and max(widths) <= 100
+    assert "softmax" not in views.scores(result, softmax=False)
+
+    why = views.why(result)
+    cards = why.split("<section>")[1:]
+    assert "a brown &lt;b&gt;back&lt;/b&gt;" in views.why(result, "wren")
+    totals = []
+    for card, name in zip(cards, (first, second)):
+        assert f"<h3>{name}</h3>" in card
+        rows = cells(card.split("<h4>")[0])
+        adds = [round(float(row[3]) * 1e4) for row in rows[1:]]
+        assert len(adds) == 7 and sum(adds[:-1]) == adds[-1]
+        assert rows[-1] == ["score", "", "", f"{expected[name]:.4f}"]
+        assert [row[0] for row in cells(card.split("<h4>")[1])[1:]] == list(CLASSES[name])
+        totals.append(adds[-1])
+    gap, whole, regions = (
+        round(float(x) * 1e4)
+        for x in re.findall(
+            r"[+-]\d\.\d{4}", cells(f"<tr><td>{why.split('</p>')[0]}</td></tr>")[0][0]
+        )
+    )
+    assert gap == totals[0] - totals[1] == whole + regions
+
+
+def test_boxes_lie_where_the_model_sees_them(analyst, predictor, picture):
+    result = analyst.analyse(picture, CLASSES, 0.5)
+    seen = analysis.seen(result)
+    figure = views.regions(picture, result, most=3)
+    places = re.findall(
+        r"left:([\d.]+)cqw;top:([\d.]+)cqw;width:([\d.]+)cqw;height:([\d.]+)cqw", figure
+    )
+    boxes = np.stack([s.box_xyxy for s in seen[:3]]) * 100
+    tall = 30 / 40  # the image's height in its widths
+    expected = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+    expected[:, 1::2] *= tall
+    np.testing.assert_allclose(np.array(places, float), expected, atol=0.011)
+    slim = views.regions(picture.resize((100, 600)), result, most=1)  # 80 of 320 pixels wide
+    assert f"left:{37.5 + boxes[0, 0] / 4:.2f}cqw;top:{boxes[0, 1] * 6 / 4:.2f}cqw" in slim
+    assert "3 of 5 regions" in figure and 'src="data:image/jpeg;base64,' in figure
+    between = (seen[1].cosine + seen[2].cosine) / 2
+    assert "2 of 5 regions" in views.regions(picture, result, threshold=between)
+
+    answers = analyst.ground(picture, ["a <i>tail", "wings"])
+    figure = views.grounding(picture, answers)
+    assert "a &lt;i&gt;tail" in figure
+    for _, answer in answers:
+        assert f"left:{answer.box_xyxy[0] * 100:.2f}cqw" in figure
+
+
+def test_examples_are_copied_or_drawn(tmp_path, picture):
+    (tmp_path / "drawn").mkdir()
+    drawn = command._examples(None, tmp_path / "drawn")
+    assert [analysis.read_picture(path).size for path in drawn] == [(320, 240)] * 3
+    for i in range(20):
+        (tmp_path / "birds" / f"c{i % 2}").mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "birds" / f"c{i % 2}" / f"{i:02}.png")
+    (tmp_path / "copies").mkdir()
+    copied = command._examples(str(tmp_path / "birds"), command.epath.Path(tmp_path / "copies"))
+    assert len(copied) == 12 and copied[0].endswith("00_00.png") and copied[6].endswith("06_01.png")
+    with pytest.raises(errors.UserError, match="no such folder"):
+        command._examples(str(tmp_path / "gone"), tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(errors.UserError, match="holds no picture"):
+        command._examples(str(tmp_path / "empty"), tmp_path)
+
+
+def test_without_gradio_it_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["demo", "--checkpoint", "none"])
+    with pytest.raises(SystemExit) as end:
+        command.command_line.main(command.main)
+    assert end.value.code == 2
+    line = capsys.readouterr().err.strip()
+    assert 'pip install "gradio>=6"' in line and "\n" not in line
+
+
+def test_a_taken_address_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(errors.UserError, match=f"--port {port}: Address already in use"):
+            command._check_address("127.0.0.1", port)
+    with pytest.raises(errors.UserError, match="--host 192.0.2.1 --port None: "):
+        command._check_address("192.0.2.1", None)
+    with pytest.raises(errors.UserError, match="--port: got 99999, expected"):
+        command._check_address("127.0.0.1", 99999)
+
+
+@contextlib.contextmanager
+def in_browser(analyst, folder):
+    """A model's page in a browser, served by the command; it must end without a complaint."""
+    pytest.importorskip("gradio")
+    pytest.importorskip("playwright")
+    from tests import browser
+
+    model = analyst.predictor
+    checkpoint.save_model(folder / "model", model.model, model.params, source="test")
+    (folder / "temporary").mkdir()
+    with (
+        (folder / "log.txt").open("w") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", "grain_jax.demo", "--checkpoint", str(folder / "model")],
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(folder / "temporary")},
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as server,
+    ):
+        try:
+            with browser.opened(server.stdout.readline().split()[0]) as found:
+                yield found.page
+                # Gradio's own client says so of every page.
+                complaints = [c for c in found.complaints() if c != "Method not implemented."]
+                assert complaints == [] and found.broken_pictures() == []
+        finally:
+            server.terminate()
+            server.wait()
+    assert "Traceback" not in (folder / "log.txt").read_text()
+    assert server.returncode == 0
+    assert list((folder / "temporary").iterdir()) == []  # uploads are gone
+
+
+@pytest.mark.slow  # a browser, which CI has not
+def test_the_page_in_a_browser(tmp_path, analyst, picture):
+    picture.save(tmp_path / "noise.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "faulty.json").write_text('{"wren"')
+    (tmp_path / "D.json").write_text(json.dumps(CLASSES))
+    with in_browser(analyst, tmp_path) as page:
+        use_the_page(page, tmp_path)
+
+
+@pytest.mark.slow  # a browser, which CI has not
+def test_the_page_of_a_model_without_regions(tmp_path, two_towers):
+    with in_browser(two_towers, tmp_path) as page:
+        page.locator("#examples button").first.click()
+        page.locator("#scores", has_text="The model has no regions").wait_for()
+        assert page.locator("#why tr.sum").count() == 2
+        assert [page.locator(x).count() for x in ("#regions", "#phrase", "#alpha")] == [0, 0, 0]
+
+
+def use_the_page(page, folder):
+    """What a user does, right and wrong."""
+    said = page.locator("#message")
+    page.click("#go")
+    said.get_by_text("no image; drop one, or choose an example").wait_for()
+    page.set_input_files("#image input[type=file]", folder / "broken.png")
+    said.get_by_text("broken.png: 10 bytes that are no known image format").wait_for()
+    page.click("#image button[aria-label='Remove Image']")
+    page.set_input_files("#image input[type=file]", folder / "noise.png")
+    page.locator("#scores td", has_text="house").wait_for()
+    assert said.inner_text().strip() == ""
+    assert page.locator("#scores tbody tr").count() == 3
+
+    with page.expect_file_chooser() as chooser:
+        page.click("#file")
+    chooser.value.set_files(folder / "faulty.json")
+    said.get_by_text("faulty.json: not JSON").wait_for()
+    with page.expect_file_chooser() as chooser:
+        page.click("#file")
+    chooser.value.set_files(folder / "D.json")
+    page.locator("#scores td", has_text="heron").wait_for()
+    last = page.locator("#scores tbody tr td:first-child").all_inner_texts()[-1]
+    page.click("#chosen input")
+    page.get_by_role("option", name=last).click()
+    page.locator("#why section:first-child h3", has_text=last).wait_for()
+    page.fill("#classes textarea", "${1}: {{a}} <u>tail\nkite: a forked tail; long wings")
+    page.press("#classes textarea", "Shift+Enter")
+    page.locator("#scores td", has_text="kite").wait_for()
+    page.locator("#why", has_text="{{a}} <u>tail").wait_for()
+    assert page.locator("#scores td:first-child").all_inner_texts().count("${1}") == 1
+    for card in page.locator("#why section").all():
+        table = card.locator("table").first
+        adds = [
+            text.replace("\N{MINUS SIGN}", "-")
+            for text in table.locator("td:last-child").all_inner_texts()
+        ]
+        units = [round(float(text) * 1e4) for text in adds]
+        assert len(units) == 7 and sum(units[:-1]) == units[-1]
+
+    visible = "e => +getComputedStyle(e).opacity"
+    boxes = page.locator("#regions .box")
+    assert boxes.count() == 5
+    page.locator("#regions input[value='all']").focus()
+    page.keyboard.press("ArrowDown")
+    page.wait_for_timeout(300)  # the boxes fade
+    assert [box.evaluate(visible) for box in boxes.all()] == [1, 0, 0, 0, 0]
+    page.locator("#regions label.region").nth(2).hover()
+    page.wait_for_timeout(300)
+    assert [box.evaluate(visible) for box in boxes.all()] == [0, 0, 1, 0, 0]
+
+    page.fill("#phrase input, #phrase textarea", "long wings; a tail")
+    page.keyboard.press("Enter")
+    page.locator("#found .box").nth(1).wait_for()
+    assert page.locator("#found .text").all_inner_texts() == ["long wings", "a tail"]
+    page.fill("#alpha input[type=number]", "3")
+    page.locator("#scores th", has_text="alpha 1)").wait_for()
+    rows = page.locator("#scores tbody tr").all()
+    for row in rows:  # the whole image alone
+        assert row.locator("td").nth(1).inner_text() == row.locator("td").nth(2).inner_text()

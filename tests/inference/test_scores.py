@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+
+from grain_jax.inference import scores
+
+
+def test_unit_keeps_zeros():
+    np.testing.assert_allclose(scores.unit([[3.0, 4.0], [0.0, 0.0]]), [[0.6, 0.8], [0.0, 0.0]])
+
+
+def test_class_feature_is_the_mean_and_not_normalised_again():
+    features = scores.class_features([np.array([[2.0, 0], [0, 5]]), np.array([[0.0, 3]])])
+    np.testing.assert_allclose(features, [[0.5, 0.5], [0.0, 1.0]])
+    np.testing.assert_allclose(scores.global_scores([[7.0, 0]], features), [[0.5, 0.0]])
+
+
+def test_region_score_is_the_best_description_averaged_over_queries():
+    descriptions = [np.array([[1.0, 0], [0, 2]]), np.array([[-3.0, 0]])]
+    regions = np.array([[[1.0, 0], [0, -1]], [[0.6, 0.8], [0, 1]]])
+    # Class 0: max(1, 0), max(0, -1); max(.6, .8), max(0, 1). Class 1: -1, 0; -.6, 0.
+    np.testing.assert_allclose(
+        scores.region_scores(regions, descriptions), [[0.5, -0.5], [0.9, -0.3]], atol=1e-7
+    )
+
+
+def test_region_scores_of_many_images_equal_a_loop():
+    rng = np.random.default_rng(0)
+    regions = rng.standard_normal((600, 3, 8))
+    descriptions = [rng.standard_normal((n, 8)) for n in (1, 4, 2)]
+    expected = np.stack(
+        [(scores.unit(regions) @ scores.unit(d).T).max(axis=2).mean(axis=1) for d in descriptions],
+        axis=1,
+    )
+    np.testing.assert_allclose(
+        scores.region_scores(regions, descriptions), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_class_without_descriptions_is_an_error():
+    with pytest.raises(ValueError, match="class 1: has no description"):
+        scores.region_scores(np.ones((1, 1, 2)), [np.ones((1, 2)), np.ones((0, 2))])
+
+
+def test_combine():
+    whole, region = np.array([[0.2, 0.4]], np.float32), np.array([[1.0, 0.0]], np.float32)
+    np.testing.assert_allclose(scores.combine(whole, region, 0.75), [[0.4, 0.3]], rtol=1e-6)
+    np.testing.assert_array_equal(scores.combine(whole, None, 1.0), whole)
+    np.testing.assert_array_equal(scores.combine(whole, region, 0.0), region)

@@ -1,0 +1,254 @@
+"""What a config leaves open: lanes, packing groups and rows."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from grain_jax import config as config_lib
+from grain_jax import errors, train
+from grain_jax.input_pipeline import derived, packing, records, synthetic, text_lengths
+from grain_jax.input_pipeline.text_lengths import TextLengths
+from grain_jax.training import sharding
+from tests import record_sets, tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # of TFDS
+
+OPEN = dict(input__lanes=None, text__pack_group=None, text__pack_rows=None)
+CLIP_ROW = dict(model__text__context_length=77)
+
+
+def open_config(**overrides):
+    values = tiny.dictionary().unlock()
+    values.update_from_flattened_dict(
+        {k.replace("__", "."): v for k, v in (CLIP_ROW | OPEN | overrides).items()}
+    )
+    return config_lib.from_dict(values)
+
+
+def numbers(config):
+    return config.input.lanes, config.text.pack_group, config.text.pack_rows
+
+
+def lengths(captions, descriptions, synthetic=None, records=None):
+    """A sample of images with one web caption each."""
+    captions = np.asarray(captions, np.int32).reshape(-1, 1)
+    count = len(captions)
+    return TextLengths(
+        name="'birds'",
+        tokenizer="clip",
+        records=records or count,
+        captions=captions,
+        synthetic=np.zeros(count, np.int32) if synthetic is None else np.asarray(synthetic),
+        descriptions=np.asarray(descriptions, np.int32).reshape(count, -1),
+    )
+
+
+ANYWHERE = derived.Place()
+
+
+def resolve(config, place=ANYWHERE, of=None, **stored):
+    return derived.resolve(config, place, lambda: of or synthetic.text_lengths(config), **stored)
+
+
+@pytest.mark.parametrize(
+    "batch,place,expected",
+    [
+        (2048, (1, 1), (16, 64)),
+        (2048, (256, 64), (64, 8)),  # 64 hosts of 4 chips
+        (64, (1, 1), (4, 16)),
+        (64, (8, 1), (4, 8)),
+        (24, (1, 1), (1, 24)),
+        (24, (2, 2), (2, 12)),
+        (8, (1, 1), (1, 8)),
+        (7, (1, 1), (1, 7)),
+        (1000, (8, 1), (8, 25)),
+        (1, (1, 1), (1, 1)),
+    ],
+)
+def test_lanes_and_group_of_any_batch(batch, place, expected):
+    got, line = resolve(open_config(batch_size=batch), derived.Place(*place))
+    assert numbers(got)[:2] == expected and got.text.pack_rows >= 1
+    assert line.startswith(f"input.lanes={expected[0]}, text.pack_rows={got.text.pack_rows} for")
+    assert config_lib.from_dict(dataclasses.asdict(got)) == got  # with numbers it is a config
+
+
+@pytest.mark.parametrize("batch", [64, 96, 100, 512, 1000, 2048])
+def test_the_numbers_are_the_same_on_1_2_and_4_devices_and_processes(batch):
+    config = open_config(batch_size=batch)
+    found = {numbers(resolve(config, derived.Place(n, n))[0]) for n in (1, 2, 4)}
+    assert len(found) == 1
+
+
+def test_microbatches_and_a_set_of_few_shards_are_followed():
+    config = open_config(batch_size=64, microbatches=4)
+    assert numbers(resolve(config, derived.Place(shards={"birds": 3}))[0])[:2] == (2, 16)
+    config = open_config(batch_size=64, text__pack_group=32)
+    assert numbers(resolve(config)[0])[:2] == (2, 32)
+    with pytest.raises(
+        derived.DerivedError, match=r"'birds' has 3 shards, .* need 4 lanes.*shards 4"
+    ):
+        resolve(config, derived.Place(4, 4, {"birds": 3}))
+    with pytest.raises(
+        derived.DerivedError, match="set --config.text.pack_group=16|: --config.text"
+    ):
+        resolve(config, derived.Place(4, 4))
+
+
+def test_explicit_numbers_stay_and_padded_texts_need_none():
+    config = open_config(batch_size=64, input__lanes=2, text__pack_rows=50)
+    got, line = resolve(config)
+    assert numbers(got) == (2, 32, 50) and line == "text.pack_group=32"
+    assert resolve(got) == (got, "")
+    padded = resolve(open_config(text__packing=False))[0]
+    assert numbers(padded)[1:] == (1, 6)
+
+
+CASES = {  # captions, descriptions, regions
+    "five regions": ((10, 20), (4, 12), 5),
+    "long captions and descriptions": ((12, 30), (5, 12), 5),
+    "captions only": ((10, 77), (4, 12), 0),
+}
+
+
+def drawn(case, images, seed):
+    rng = np.random.default_rng(seed)
+    caption, description, regions = CASES[case]
+    return lengths(
+        rng.integers(*caption, size=images, endpoint=True),
+        rng.integers(*description, size=(images, regions), endpoint=True),
+        records=10**6,
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("group", [8, 64])
+def test_rows_hold_other_images_of_the_same_kind(case, group):
+    config = open_config(batch_size=2048, input__max_regions=CASES[case][2])
+    rows = derived.rows_of(config, group, [drawn(case, 4096, 0)])
+    texts, _ = derived.draw(config, [drawn(case, 16384, 1)], 16384, np.random.default_rng(99))
+    pack = lambda n: packing.pack(**texts, pack_group=group, rows=n, row_length=77)  # noqa: E731
+    layout, number = pack(rows.rows), 16384 + texts["region_mask"].sum()
+    assert (layout.texts_dropped + layout.captions_cut) / number <= derived.MISFITS
+    assert layout.region_mask.any(axis=1).sum() == texts["region_mask"].any(axis=1).sum()
+    less = pack(rows.rows - max(2, rows.rows // 10))  # and not many more rows than that takes
+    assert (less.texts_dropped + less.captions_cut) / number > derived.MISFITS
+
+
+def test_texts_are_chosen_as_training_chooses_them():
+    config = open_config(
+        input__max_regions=2, input__descriptions_in_captions=1, input__synthetic_caption_rate=1.0
+    )
+    one = lengths([70, 90], [[9, 8, 7], [6, 0, 0]], synthetic=[20, 0])
+    texts, too_long = derived.draw(config, [one], 64, np.random.default_rng(0))
+    both = np.column_stack([texts["caption_lengths"], texts["description_lengths"]])
+    # 20, a comma and 7 more; 90 and 5 more are cut.
+    assert {tuple(row) for row in both.tolist()} == {(28, 9, 8), (77, 6, 2)}
+    assert texts["region_mask"].sum(axis=1).tolist().count(2) == 32  # the whole set, as often
+    assert too_long == 0.5
+    config = dataclasses.replace(
+        config, input=dataclasses.replace(config.input, synthetic_caption_rate=0.25)
+    )
+    texts, _ = derived.draw(config, [one], 4096, np.random.default_rng(0))
+    assert (texts["caption_lengths"] == 28).mean() == pytest.approx(0.125, abs=0.02)
+
+
+def test_a_mixture_is_drawn_by_weight():
+    values = tiny.dictionary(**CLIP_ROW)
+    values.input.update(source="records")
+    values.input.datasets = (
+        dict(name="short", data_dir="", weight=3.0),
+        dict(name="long", data_dir="", weight=1.0),
+    )
+    config = config_lib.from_dict(values)
+    of = [lengths([5], [[4]]), lengths([50], [[40]])]
+    texts, _ = derived.draw(config, of, 64, np.random.default_rng(0))
+    assert sorted(texts["caption_lengths"].tolist()) == [5] * 48 + [50] * 16
+
+
+def test_a_resumed_run_has_its_own_numbers():
+    first, _ = resolve(open_config(batch_size=64), of=[lengths([20], [[9]])])
+    stored = dict(stored=first, where="checkpoint 7")
+    longer = [lengths([60], [[30]])]
+    again, line = resolve(open_config(batch_size=64), of=longer, **stored)
+    assert again == first
+    assert line == (
+        f"input.lanes=4, text.pack_group=16, text.pack_rows={first.text.pack_rows}: as in checkpoint 7"
+    )
+    with_other_batch, _ = resolve(open_config(batch_size=6), **stored)  # refused later, in a line
+    assert with_other_batch.input.lanes == 1
+    # Another group is asked for: its rows are those that the texts need.
+    other, line = resolve(open_config(batch_size=64, text__pack_group=8), of=longer, **stored)
+    assert numbers(other) == (4, 8, 12)
+    assert line.startswith(
+        "input.lanes=4: as in checkpoint 7; text.pack_rows=12 for groups of 8: from 1"
+    )
+
+
+def test_what_does_not_fit_the_mesh_is_told_with_the_flags_that_do():
+    mesh = sharding.make_mesh(tiny.config().mesh)  # 8 devices
+    cases = [
+        (dict(batch_size=20), "batch_size: got 20, expected a multiple of data x fsdp = 8; set"
+         " --config.batch_size=16 or --config.batch_size=24"),
+        (dict(batch_size=16, microbatches=4), "microbatches: got 4, expected a divisor of the 2 images of a"
+         " device; set --config.microbatches=2"),
+        (dict(batch_size=16, text__pack_group=4, text__pack_rows=8), "text.pack_group: got 4, expected a"
+         " divisor of the 2 images of a device's micro-batch, so that no group is cut; set"
+         " --config.text.pack_group=2 --config.text.pack_rows=5"),
+        (dict(batch_size=24, loss__group_size=2, loss__gather=3, microbatches=2), "microbatches: got 2,"
+         " expected a divisor of the 3 images of a device; set --config.microbatches=1 or"
+         " --config.microbatches=3\nloss.group_size: got 2, expected a divisor or a multiple of the 3 images"
+         " that a device has (batch_size 24 over data x fsdp = 8); set --config.loss.group_size=1 or"
+         " --config.loss.group_size=3\nloss.gather: got 3, expected a divisor of the 8 devices that share"
+         " negatives; set --config.loss.gather=2 or --config.loss.gather=4"),
+    ]  # fmt: skip
+    for changes, message in cases:
+        with pytest.raises(errors.UserError) as caught:
+            sharding.check_batch(open_config(**changes), mesh)
+        assert str(caught.value) == message
+    sharding.check_batch(open_config(batch_size=16, loss__group_size=8), mesh)
+
+
+def test_a_plan_without_the_data_says_that_it_guesses(tmp_path):
+    config = open_config(batch_size=64, input__source="records", input__name="cc12m")
+    got, line = derived.planned(config, derived.Place())
+    assert numbers(got) == (4, 16, 10)
+    assert line == (
+        "input.lanes=4, text.pack_rows=10 for groups of 16: from 4096 images of a guess (captions of 10-20"
+        " tokens, 0-5 descriptions of 4-12), since the texts of 'cc12m' are not known here; 0.00% of their"
+        " texts do not fit"
+    )
+
+
+def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path, capfd):
+    record_sets.write_annotations(tmp_path / "in", 24, size=(16, 16))
+    assert record_sets.build_set(tmp_path / "in", tmp_path, "--num-shards=4") == 0
+
+    def run(steps, workdir, **overrides):
+        config = open_config(
+            batch_size=8, total_steps=steps, input__source="records", input__name="tiny_set",
+            input__data_dir=str(tmp_path), checkpoint_every=1, **overrides,
+            **{f"model__{tower}__depth": 1 for tower in ("image", "text", "decoder")},
+        )  # fmt: skip
+        train.train(config, tmp_path / workdir)
+        stored = json.loads((tmp_path / workdir / "config.json").read_text())
+        return stored["input"]["lanes"], stored["text"]["pack_group"], stored["text"]["pack_rows"]
+
+    first = run(1, "run")
+    assert first == (1, 1, 1)  # 8 devices, one image each
+    said = capfd.readouterr().err
+    assert "text.pack_rows=1 for groups of 1: from 24 images of 'tiny_set'; 0.00% of" in said
+    path = tmp_path / "tiny_set/1.0.0" / text_lengths.FILE
+    longer = json.loads(path.read_text())
+    longer["images"] = [[[60], 60, [30, 30, 30]]] * 24
+    path.write_text(json.dumps(longer))
+    assert run(2, "run") == first
+    assert "text.pack_rows=1: as in checkpoint 1" in capfd.readouterr().err
+    with open(tmp_path / "run/metrics.jsonl") as lines:
+        assert [json.loads(line)["texts_dropped_share"] for line in lines] == [0, 0]
+    config = open_config(
+        batch_size=8, input__source="records", input__name="tiny_set", input__data_dir=str(tmp_path)
+    )
+    found = resolve(config, derived.Place(8), records.text_lengths(config))[0]
+    assert numbers(found) == (1, 1, 3)  # those of a new run

@@ -1,0 +1,420 @@
+"""launch.plan: one real compile for TPUs, the search, the estimate by hand, and what the user is told."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from grain_jax import config as config_lib
+from grain_jax import errors, losses, train
+from grain_jax.models import grain
+from grain_jax.training import flops, train_step
+from grain_jax.training import memory as memory_lib
+from launch import chips, compiler, estimate, plan, plan_text, search
+from tests import tiny
+from tests.paths import ROOT
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="no TPU compiler for this platform"
+)
+TOPOLOGY = chips.parse_topology("v5e:2x4")  # 8 chips, as many as the tests have CPU devices
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("plans")
+
+
+@pytest.fixture
+def cached(cache, monkeypatch):
+    """Every plan of this file shares one cache, which is not the user's."""
+    monkeypatch.setenv("GRAIN_JAX_CACHE", str(cache))
+
+
+@pytest.fixture(scope="module")
+def compiled(cache):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRAIN_JAX_CACHE", str(cache))
+        return compiler.compile_step(
+            tiny.config(),
+            TOPOLOGY,
+            total_steps=10,
+            steps_per_epoch=10.0,
+            timeout=500,
+            say=lambda text: None,
+        )
+
+
+def command(*arguments, cache):
+    return subprocess.run(
+        [sys.executable, "-m", "launch.plan", *arguments],
+        cwd=ROOT,
+        env={**compiler.os.environ, "GRAIN_JAX_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+
+
+class _Built(Exception):
+    """Ends a training run once its program is built."""
+
+
+@needs_libtpu
+def test_plan_and_train_lower_the_same_program(compiled, monkeypatch, tmp_path):
+    real = train_step.build
+
+    def build(*args, **kwargs):
+        raise _Built(real(*args, **kwargs))
+
+    monkeypatch.setattr(train_step, "build", build)
+    with pytest.raises(_Built) as caught:
+        train.train(tiny.config(), tmp_path)
+    program = caught.value.args[0]
+    traced = program.step.trace(program.state, program.batch)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert compiled.program == hashlib.sha256(text.encode()).hexdigest()
+
+
+@needs_libtpu
+def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
+    out = tmp_path / "plan.json"
+    done = command(
+        "--config=tests/run_config.py",
+        "--topology=v5e:2x4",
+        f"--json={out}",
+        "--price=2",
+        cache=cache,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "from the cache" in done.stderr  # the fixture's compile
+    found = json.loads(out.read_text())
+    config = tiny.config()
+    memory = found["memory"]
+    assert found["fits"] and "FITS" in done.stdout
+
+    # By hand: the parameters are replicated, the batch is cut in 8, Adam has two moments and a count.
+    params = jax.tree.leaves(_params(config))
+    size = sum(x.size * 4 for x in params)
+    kinds = memory["arguments"]
+    assert kinds["parameters"] == size
+    assert kinds["moments"] == 2 * size + 2 * 4  # Adam's count and the schedule's
+    batch = train_step.abstract_batch(config)
+    assert kinds["batch"] == sum(x.size * x.dtype.itemsize for x in batch) // 8
+    assert (
+        found["checkpoint"]["bytes"] == 3 * size + 2 * 4 + 2 * 4 + 16 + 8
+    )  # step, texts_dropped, receipt, text_counts
+    assert memory["limit_bytes"] == 15.75 * 2**30
+    assert memory["total_bytes"] == (
+        memory["arguments_bytes"]
+        + memory["output_bytes"]
+        - memory["aliased_bytes"]
+        + memory["temporaries_bytes"]
+        + memory["code_bytes"]
+    )
+    assert memory["aliased_bytes"] >= 3 * size  # the state is given up
+
+    assert found["model_flops"] == round(flops.per_image(config).train * 16)
+    assert found["flops"] == pytest.approx(found["model_flops"], rel=0.05)
+    sums = found["collectives"]["all-reduce"]
+    assert sums["bytes"] >= size  # the gradients, at least
+    assert sums["count"] == sums["sync"]["count"] + sums["overlapped"]["count"]
+    assert found["images_per_second_at_most"] >= found["images_per_second"] > 0
+    assert found["unknown_loops"] == 0
+    told = plan_text.page({"topology": "v5e:2x4", "overrides": [], **found, "unknown_loops": 2})
+    assert "2 loop(s) of unknown length" in told and "unknown length" not in done.stdout
+    hours = 8 * 160 / found["images_per_second"] / 3600
+    assert found["bill"]["chip_hours"] == pytest.approx(hours)
+    assert found["bill"]["cost"] == pytest.approx(2 * hours)
+    assert found["versions"]["jax"] == jax.__version__
+
+
+def _params(config):
+    program = train_step.build(
+        config,
+        jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor")),
+        total_steps=1,
+        steps_per_epoch=1,
+    )
+    return program.state.params
+
+
+@pytest.mark.parametrize(
+    "arguments,told",
+    [
+        (["--topology=v9:2x2"], "v5p"),
+        (["--topology=h100:3"], "batch_size"),  # 16 images do not divide over 3
+    ],
+)
+def test_wrong_usage_is_one_line(arguments, told, cache):
+    done = command("--config=tests/run_config.py", *arguments, cache=cache)
+    assert done.returncode == 2
+    assert told in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_the_compiler_the_user_is_told_what_to_install(monkeypatch, cached):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(errors.UserError, match=r'pip install -e "\.\[tpu\]"'):
+        compile_with(timeout=10)
+
+
+def compile_with(*, timeout):
+    return compiler.compile_step(
+        tiny.config(),
+        TOPOLOGY,
+        total_steps=10,
+        steps_per_epoch=10.0,
+        timeout=timeout,
+        say=lambda text: None,
+    )
+
+
+@pytest.mark.parametrize(
+    "script,error,told",
+    [
+        ("kill -SEGV $$", compiler.CompilerFailed, "crashed with SIGSEGV on v5e:2x4"),
+        ("echo 'F: no such flag' >&2; exit 1", compiler.CompilerFailed, "F: no such flag"),
+        ("exec sleep 30", errors.UserError, "--timeout: compiling for v5e:2x4 took more than 1 s"),
+    ],
+)
+def test_a_compiler_that_dies_is_one_line(script, error, told, monkeypatch, tmp_path, cached):
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\ncat >/dev/null\n{script}\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(compiler.sys, "executable", str(fake))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(error) as caught:
+        compile_with(timeout=1)
+    assert told in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+# Recorded: B/16 with 64 images a chip on v5e:2x2, remat=none, libtpu 0.0.42.1.
+EARLY = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries"
+    " (18.29G) exceeds available HBM (15.75G)."
+)
+
+
+def test_out_of_memory_names_the_arrays_and_what_to_change():
+    total, limit, named = compiler.parse_out_of_memory(EARLY)
+    assert (total, limit, named) == (round(18.29 * 2**30), round(15.75 * 2**30), [])
+    with pytest.raises(compiler.CompilerFailed, match="vmem"):
+        compiler.parse_out_of_memory("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.")
+
+    config = tiny.config()
+    failed = compiler.Compiled(
+        state_bytes={"parameters": 10**9, "moments": 2 * 10**9, "ema": 0, "batch": 10**6},
+        checkpoint_bytes=3 * 10**9,
+        memory={},
+        traced_flops=1,
+        out_of_memory=EARLY,
+        program="",
+        hlo="",
+        mesh={"data": 8, "fsdp": 1, "tensor": 1},
+        versions={"jax": "0", "libtpu": "0"},
+        seconds=1.0,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "compile_step", lambda *a, **k: failed)
+        found = plan.make(config, TOPOLOGY, plan.Options())
+    # The hidden layer of the text tower's MLP: 2 layers, 1 group of 8 rows, 32 positions, 64 wide.
+    hidden = "float32[2,8,32,64]"
+    assert not found["fits"]
+    assert found["memory"]["temporaries_bytes"] == total - 3 * 10**9 - 10**6
+    assert found["flops"] is found["roofline"] is found["images_per_second"] is None
+    # The hidden layer of the image tower's MLP: 2 layers, 2 images a chip, 5 tokens, 64 wide.
+    assert any(entry["shape"] == hidden for entry in found["largest"])
+    text = plan_text.page({"topology": "v5e:2x4", "overrides": [], **found})
+    assert "DOES NOT FIT: 19.64 GB a chip, 2.73 GB more than the 16.91 GB" in text
+    assert "--config.remat" in text and hidden in text
+
+
+def _linear(fixed, slopes, limit, calls, rates={1: 100.0, 4: 90.0}):  # noqa: B006
+    """An `ask` with those images/s by `loss.gather`, whose memory is linear in the images of a chip (8 chips)."""
+
+    def ask(config):
+        calls.append((config.remat, config.batch_size, config.loss.gather))
+        total = round(fixed + slopes[config.remat] * config.batch_size / 8)
+        fits = total <= limit
+        return search.Answer(fits, total, limit, rates[config.loss.gather] if fits else None)
+
+    return ask
+
+
+SLOPES = {"none": 250, "dots": 50, "qkv": 40, "full": 10}
+
+
+def test_search_finds_the_cheapest_policy_and_the_largest_batch():
+    config, calls = tiny.config(batch_size=512, input__lanes=1), []  # 64 images a chip
+    found = search.search(config, 8, _linear(1000, SLOPES, 10_000, calls))
+    assert found.at_batch.remat == "dots"  # 1000 + 64 x 50 fits, 1000 + 64 x 250 does not
+    assert found.at_batch.gather == 1 and ("dots", 512, 4) in calls  # it was tried, and slower
+    assert found.largest.remat == "full"
+    assert search.unit(config, 8) == 2  # a packing group
+    assert 900 >= found.largest.images_per_chip >= 0.97 * 900  # (10000 - 1000) / 10
+    assert len(calls) <= search.MAX_COMPILES and len(set(calls)) == len(calls)
+    faster = _linear(1000, SLOPES, 10_000, [], rates={1: 100.0, 4: 110.0})
+    assert search.search(config, 8, faster).at_batch.gather == 4
+
+
+def test_search_goes_down_where_the_batch_does_not_fit():
+    calls = []
+    config = tiny.config(batch_size=512, input__lanes=1)
+    found = search.search(config, 8, _linear(1000, SLOPES, 1500, calls))
+    assert found.at_batch is None
+    assert 50 >= found.largest.images_per_chip >= 46  # (1500 - 1000) / 10
+    assert len(calls) <= search.MAX_COMPILES
+    nothing = search.search(config, 8, _linear(2000, SLOPES, 1500, []))
+    assert nothing.largest is None
+
+
+def test_search_keeps_what_it_found_when_a_compile_takes_too_long():
+    config = tiny.config(batch_size=512, input__lanes=1)
+    linear = _linear(1000, SLOPES, 10_000, [])
+    ask = lambda c: None if c.batch_size > 512 else linear(c)
+    found = search.search(config, 8, ask)
+    assert (found.at_batch.remat, found.largest.images_per_chip) == ("dots", 64)
+
+
+def test_search_moves_in_whole_packing_groups_lanes_and_microbatches():
+    config = tiny.config(batch_size=384, microbatches=3, loss__group_size=96)
+    # lanes 4 x group 2 = 8; 8 chips x 3 parts x group 2 = 48; groups of 96: 96 images, 12 a chip.
+    assert search.unit(config, 8) == 12
+
+
+def test_search_keeps_eight_images_together_where_groups_are_derived():
+    values = tiny.dictionary(batch_size=384).unlock()
+    values.input.lanes = values.text.pack_group = values.text.pack_rows = None
+    assert search.unit(config_lib.from_dict(values), 4) == 8
+
+
+def test_search_of_a_plan_compiles_eight_times_at_most(monkeypatch):
+    calls = []
+    ask = _linear(1000, SLOPES, 1500, calls)
+
+    def make(config, topology, options, say):
+        answer = ask(config)
+        memory = {"total_bytes": answer.total_bytes, "limit_bytes": answer.limit_bytes}
+        rate = answer.images_per_second
+        return {"fits": answer.fits, "memory": memory, "images_per_second": rate}
+
+    monkeypatch.setattr(plan, "make", make)
+    # "dots" is tried again by the search, and must not be compiled again.
+    config = tiny.config(batch_size=512, input__lanes=1, remat="dots")
+    say = lambda text: None
+    base = make(config, TOPOLOGY, plan.Options(), say)
+    found = plan.find(config, TOPOLOGY, plan.Options(), say, base)
+    assert calls.count(("dots", 512, 1)) == 1 and len(calls) <= search.MAX_COMPILES
+    assert found["at_batch"] is None
+    largest = found["largest"]
+    assert largest["batch_size"] == 8 * largest["images_per_chip"]
+    assert largest["total_bytes"] == 1000 + 10 * largest["images_per_chip"]
+
+
+def test_gpu_estimate_by_hand():
+    config = tiny.config(remat="full", batch_size=32, model__image__image_size=24)
+    found = estimate.of_gpus(config, chips.parse_topology("h100:8x2"))
+    assert found.mesh == {"data": 16, "fsdp": 1, "tensor": 1}
+    size = sum(x.size * 4 for x in jax.tree.leaves(_params(config)))
+    assert found.state_bytes["parameters"] == found.temporaries["gradients"] == size
+    assert found.state_bytes["moments"] == 2 * size + 2 * 4
+    # remat=full keeps each layer's input: image 2 layers x 2 images x 10 tokens x 32 wide; text 2 layers
+    # x 1 group of 8 rows x 32 positions x 32 wide.
+    inputs = {"float32[2,2,10,32]": 4 * 2 * 2 * 10 * 32, "float32[2,8,32,32]": 4 * 2 * 8 * 32 * 32}
+    kept = memory_lib.kept(config, 2)
+    for shape, size_of_it in inputs.items():
+        assert size_of_it in [k.bytes for k in kept if k.shape == shape]
+    assert found.temporaries["activations"] == sum(k.bytes for k in kept)
+    # remat=none also keeps the softmax of the attention, 2 layers x 2 images x 4 heads x 10 x 10 tokens.
+    softmax = "float32[2,2,4,10,10]"
+    everything = memory_lib.kept(dataclasses.replace(config, remat="none"), 2)
+    assert softmax in [k.shape for k in everything if k.where == "image"]
+    assert softmax not in [k.shape for k in kept]
+    reduce, captions, regions = found.collectives
+    assert (reduce.kind, reduce.bytes, reduce.slices) == ("all-reduce", size, 2)
+    # 15 hops of 2 images' captions and embeddings, and of 5 descriptions each, 16 wide, float32; twice.
+    assert (captions.count, captions.bytes) == (30, 30 * 2 * 2 * 16 * 4)
+    assert (regions.count, regions.bytes, regions.slices) == (30, 30 * 2 * 5 * 16 * 4, 2)
+
+    grouped = tiny.config(remat="full", batch_size=32, loss__group_size=4, microbatches=1)
+    reduce, captions, regions = estimate.of_gpus(
+        grouped, chips.parse_topology("h100:8x2")
+    ).collectives
+    assert (regions.count, regions.bytes, regions.slices) == (2, 2 * 2 * 5 * 16 * 4, 1)  # 2 chips
+    gathered = tiny.config(batch_size=32, loss__gather=4)
+    found = estimate.of_gpus(gathered, chips.parse_topology("h100:8x2")).collectives
+    assert [(c.kind, c.count) for c in found[1:3]] == [("all-gather", 2), ("collective-permute", 6)]
+    assert found[2].bytes == 6 * 4 * 2 * 2 * 16 * 4  # four chips' blocks a hop
+
+
+def test_gpu_estimate_of_frozen_towers():
+    gpus = chips.parse_topology("h100:8")
+    config = tiny.config(mesh__fsdp=2)
+    frozen = tiny.config(mesh__fsdp=2, optim__frozen=("image/.*", "text.*", "logit_scale"))
+    everything, found = (estimate.of_gpus(c, gpus) for c in (config, frozen))
+    size = {
+        "all": everything.temporaries["gradients"],
+        "decoder": found.temporaries["gradients"],
+    }
+    towers = sum(
+        x.size * 4
+        for name, x in grain.flat(_params(config)).items()
+        if name.startswith(("image/", "text"))
+    )
+    # A chip has half of what has a width, and all of the biases and norms.
+    assert towers / 2 <= size["all"] - size["decoder"] <= towers
+    assert found.state_bytes["parameters"] == size["all"]
+    assert found.state_bytes["moments"] == 2 * size["decoder"] + 2 * 4  # and counts
+    reduce, gather, scatter = found.collectives[:3]
+    assert (reduce.kind, reduce.bytes) == ("all-reduce", size["decoder"])
+    assert (gather.kind, gather.bytes) == ("all-gather", 2 * (size["all"] + size["decoder"]))
+    assert (scatter.kind, scatter.bytes) == ("reduce-scatter", 2 * size["decoder"])
+    # The towers run forward only, so that nothing of them is kept but what the decoder needs.
+    kept = memory_lib.kept(frozen, 2)
+    assert not [k for k in kept if k.where.startswith(("image/", "text")) and "blocks" in k.where]
+    assert sum(k.bytes for k in kept) < sum(k.bytes for k in memory_lib.kept(config, 2)) / 2
+
+
+def test_gpu_meshes_that_cross_nodes_are_refused():
+    for mesh in (dict(mesh__fsdp=16), dict(mesh__dcn_data=7)):
+        with pytest.raises(errors.UserError, match="nothing but data is cut over the network"):
+            estimate.of_gpus(tiny.config(batch_size=32, **mesh), chips.parse_topology("h100:8x2"))
+
+
+def test_hosts_of_small_slices():
+    assert chips.parse_topology("h100:4x4").hosts == 4
+    assert chips.parse_topology("v5e:1x1*4").hosts == 4
+    assert chips.parse_topology("v5e:16x16*2").hosts == 128
+
+
+def test_search_keeps_groups_whole():
+    config = tiny.config(batch_size=32, input__lanes=1, loss__group_size=32)
+    tried = []
+
+    def ask(candidate):
+        losses.layout(candidate.batch_size, candidate.loss, 8)  # raises where they are cut
+        tried.append(candidate.batch_size // 8)
+        return search.Answer(tried[-1] <= 40, tried[-1], 40, 1.0)
+
+    assert search.search(config, 8, ask).largest.images_per_chip == 32
+    assert all(32 % n == 0 or n % 32 == 0 for n in tried)
+
+
+def test_gpu_estimate_of_parameters_cut_over_chips():
+    config = tiny.config(batch_size=32, mesh__fsdp=2)
+    whole = estimate.of_gpus(tiny.config(batch_size=32), chips.parse_topology("h100:4"))
+    cut = estimate.of_gpus(config, chips.parse_topology("h100:4"))
+    assert cut.state_bytes["parameters"] < 0.6 * whole.state_bytes["parameters"]
+    assert cut.checkpoint_bytes == whole.checkpoint_bytes
+    assert {c.kind for c in cut.collectives} >= {"all-gather", "reduce-scatter", "all-reduce"}
+
+
+def test_length_of_a_run():
+    config = tiny.config(total_steps=None, total_epochs=2.0)
+    assert plan.length(config, 320) == (40, 20.0, 320, False)
+    assert plan.length(config, None) == (125_000, 62_500.0, 1_000_000, True)
+    assert plan.length(tiny.config(), None) == (10, 10.0, 160, False)

@@ -1,0 +1,307 @@
+"""The losses against a float64 replica that loops over images, written from method.md."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+from grain_jax import losses, schema
+from grain_jax.losses import matching
+from tests import tiny
+
+D, Q = 16, 5
+
+
+def _outputs(c, seed=0, layers=2, width=D):
+    rng = np.random.default_rng(seed)
+    b, r = c.batch_size, c.input.max_regions
+    unit = lambda *shape: (x := rng.normal(size=shape)) / np.linalg.norm(x, axis=-1, keepdims=True)
+    low = rng.uniform(0.2, 0.8, (layers, b, Q, 4))
+    out = schema.Outputs(
+        unit(b, width),
+        unit(b, width),
+        unit(b, Q, width),
+        unit(b, r, width),
+        low,
+        np.float64(12.0),
+        np.float64(0),
+    )
+    return schema.Outputs(*(np.asarray(x, np.float32) for x in out))
+
+
+def _corners(box):
+    return np.concatenate([box[:2] - box[2:] / 2, box[:2] + box[2:] / 2])
+
+
+def _overlap_and_union(p, t):
+    overlap = np.prod(np.maximum(np.minimum(p[2:], t[2:]) - np.maximum(p[:2], t[:2]), 0))
+    return overlap, np.prod(p[2:] - p[:2]) + np.prod(t[2:] - t[:2]) - overlap
+
+
+def _iou(p, t):
+    overlap, union = _overlap_and_union(_corners(p), _corners(t))
+    return overlap / union
+
+
+def _giou(p, t, epsilon):
+    p, t = _corners(p), _corners(t)
+    overlap, union = _overlap_and_union(p, t)
+    hull = np.prod(np.maximum(p[2:], t[2:]) - np.minimum(p[:2], t[:2]))
+    return overlap / (union + epsilon) - (hull - union) / hull
+
+
+def _cross_entropy(logits, label, allowed):
+    allowed = allowed | (np.arange(len(logits)) == label)
+    z = logits[allowed]
+    return np.log(np.exp(z - z.max()).sum()) + z.max() - logits[label]
+
+
+def learnt(outputs, batch):
+    """The outputs of a model that has learnt something: about half of what it says is right."""
+    shown = outputs._replace(
+        image_embed=outputs.image_embed + 0.6 * outputs.text_embed,
+        region_embed=outputs.region_embed + 0.6 * outputs.region_text_embed[:, :Q],
+    )
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    boxes = outputs.pred_boxes_cxcywh.copy()
+    boxes[-1, ::2, :3] = batch.region_boxes_cxcywh[::2, :3] * 0.95
+    return shown._replace(
+        image_embed=unit(shown.image_embed),
+        region_embed=unit(shown.region_embed),
+        pred_boxes_cxcywh=boxes,
+    )
+
+
+def replica(outputs, batch, c):
+    """(L_ic, L_box, L_rd) in float64."""
+    return replica_and_measures(outputs, batch, c)[0]
+
+
+def _beats_others(logits, label, allowed):
+    return logits[label] > max(logits[allowed & (np.arange(len(logits)) != label)])
+
+
+def replica_and_measures(outputs, batch, c):
+    """((L_ic, L_box, L_rd), the measures by their names in `losses.Losses`) in float64."""
+    o = schema.Outputs(*(np.asarray(x, np.float64) for x in outputs))
+    b, r = batch.region_mask.shape
+    same = batch.caption_id[:, None] == batch.caption_id[None]
+    allowed = ~same if c.mask_duplicates else np.ones((b, b), bool)
+    logits = o.logit_scale * o.image_embed @ o.text_embed.T
+    ic = [_cross_entropy(logits[i], i, allowed[i]) for i in range(b)]
+    ic += [_cross_entropy(logits[:, i], i, allowed[:, i]) for i in range(b)]
+    right = [_beats_others(logits[i], i, allowed[i]) for i in range(b)]
+    size = c.group_size or b
+    box, rd, region_right, overlaps, queries = [], [], [], [], []
+    for start in range(0, b, size):
+        pairs, real = [], []
+        for i in range(start, start + size):
+            t = [
+                j
+                for j in range(r)
+                if batch.region_mask[i, j] and (batch.region_boxes_cxcywh[i, j, 2:] > 0).all()
+            ]
+            real += [(i, j) for j in t]
+            target = batch.region_boxes_cxcywh[i, t].astype(np.float64)
+            pred = o.pred_boxes_cxcywh[-1, i]
+            cost = [
+                [
+                    c.match_l1 * np.abs(p - x).sum()
+                    - c.match_giou * _giou(p, x, c.iou_epsilon)
+                    - c.match_description * (o.region_embed[i, q] @ o.region_text_embed[i, j])
+                    for x, j in zip(target, t)
+                ]
+                for q, p in enumerate(pred)
+            ]
+            for q, j in zip(*linear_sum_assignment(np.array(cost).reshape(len(pred), len(t)))):
+                pairs.append((i, q, t[j]))
+        if not real:
+            box.append(0.0), rd.append(0.0)
+            continue
+        total = sum(
+            np.abs(o.pred_boxes_cxcywh[-1, i, q] - batch.region_boxes_cxcywh[i, j]).sum()
+            + 1
+            - _giou(
+                o.pred_boxes_cxcywh[-1, i, q],
+                batch.region_boxes_cxcywh[i, j].astype(float),
+                c.iou_epsilon,
+            )
+            for i, q, j in pairs
+        )
+        box.append(total / len(real))
+        texts = np.array([o.region_text_embed[i, j] for i, j in real])
+        ids = np.array([batch.description_id[i, j] for i, j in real])
+        terms = []
+        for i, q, j in pairs:
+            label = real.index((i, j))
+            ok = ids != ids[label] if c.mask_duplicates else np.ones(len(ids), bool)
+            logits = o.logit_scale * texts @ o.region_embed[i, q]
+            terms.append(_cross_entropy(logits, label, ok))
+            region_right.append(_beats_others(logits, label, ok))
+            overlaps.append(_iou(o.pred_boxes_cxcywh[-1, i, q], batch.region_boxes_cxcywh[i, j]))
+            queries.append(q)
+        rd.append(np.mean(terms))
+    return (np.mean(ic), np.mean(box), np.mean(rd)), {
+        "matched_iou": np.mean(overlaps),
+        "matched_iou50": np.mean(np.array(overlaps) >= 0.5),
+        "image_caption_accuracy": np.mean(right),
+        "region_description_accuracy": np.mean(region_right),
+        "query_share": np.bincount(queries, minlength=Q) / len(queries),
+    }
+
+
+def assert_measures(got, expected):
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(got, name), value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("group_size", [0, 4])
+@pytest.mark.parametrize("mask_duplicates", [True, False])
+@pytest.mark.parametrize("iou_epsilon", [0.0, 1e-4])
+def test_equals_float64_replica(group_size, mask_duplicates, iou_epsilon):
+    c = tiny.config(
+        loss__group_size=group_size,
+        loss__mask_duplicates=mask_duplicates,
+        loss__iou_epsilon=iou_epsilon,
+        loss__box=1.5,
+        loss__region_description=0.5,
+    )
+    batch, outputs = tiny.batch(c), _outputs(c)
+    batch.region_boxes_cxcywh[3, 1, 2] = 0  # a box without area
+    batch.region_mask[4:8] = False  # a group without regions
+    got = losses.total_loss(outputs, batch, c.loss)
+    ic, box, rd = replica(outputs, batch, c.loss)
+    np.testing.assert_allclose(
+        [got.image_caption, got.box, got.region_description], [ic, box, rd], rtol=1e-5
+    )
+    np.testing.assert_allclose(got.total, ic + 1.5 * box + 0.5 * rd, rtol=1e-5)
+
+
+@pytest.mark.parametrize("group_size,mask_duplicates", [(0, True), (4, False)])
+def test_measures_equal_the_replica(group_size, mask_duplicates):
+    c = tiny.config(loss__group_size=group_size, loss__mask_duplicates=mask_duplicates)
+    batch = tiny.batch(c)
+    outputs = learnt(_outputs(c), batch)
+    _, measures = replica_and_measures(outputs, batch, c.loss)
+    assert all(0.2 < measures[name] < 0.9 for name in measures if name != "query_share"), measures
+    assert_measures(losses.total_loss(outputs, batch, c.loss), measures)
+
+
+def test_an_iou_of_exactly_half_counts_as_in_evaluation():
+    c = tiny.config()
+    batch, outputs = tiny.batch(c), _outputs(c)
+    batch.region_boxes_cxcywh[:] = [0.5, 0.5, 1, 1]
+    outputs.pred_boxes_cxcywh[:] = [0.25, 0.5, 0.5, 1]
+    got = losses.total_loss(outputs, batch, c.loss)
+    assert (float(got.matched_iou), float(got.matched_iou50)) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize("contrast,bias", [("softmax", None), ("sigmoid", -1.0)])
+def test_a_model_that_says_the_same_of_everything_is_never_right(contrast, bias):
+    """Nor does rounding make it so: the own logit and the others are computed in different ways."""
+    c = tiny.config(loss__contrast=contrast, model__logit_bias_init=bias)
+    batch, outputs = tiny.batch(c), _outputs(c)
+    first = outputs.image_embed[0]
+    same = lambda x: np.broadcast_to(first, x.shape)
+    outputs = outputs._replace(
+        image_embed=same(outputs.image_embed),
+        text_embed=same(outputs.text_embed),
+        region_embed=same(outputs.region_embed),
+        region_text_embed=same(outputs.region_text_embed),
+    )
+    got = losses.total_loss(outputs, batch, c.loss)
+    assert got.image_caption_accuracy == got.region_description_accuracy == 0
+
+
+@pytest.mark.parametrize("boxes", [0.0, 1.0])
+def test_matching_by_words(boxes):
+    by_words = dict(loss__match_l1=5 * boxes, loss__match_giou=2 * boxes)
+    c = tiny.config(loss__match_description=1.0, **by_words)
+    batch, outputs = tiny.batch(c), _outputs(c)
+    got = losses.total_loss(outputs, batch, c.loss)
+    _, box, rd = replica(outputs, batch, c.loss)
+    np.testing.assert_allclose([got.box, got.region_description], [box, rd], rtol=1e-5)
+    without = dataclasses.replace(c.loss, match_description=0.0, match_l1=5.0)
+    assert abs(losses.total_loss(outputs, batch, without).region_description - rd) > 1e-3
+
+
+def test_no_region_in_the_whole_batch_is_zero_with_zero_gradient():
+    c = tiny.config()
+    batch, outputs = tiny.batch(c), _outputs(c)
+    batch = batch._replace(region_mask=np.zeros_like(batch.region_mask))
+    value, grads = jax.value_and_grad(
+        lambda o: (x := losses.total_loss(o, batch, c.loss)).box + x.region_description
+    )(outputs)
+    assert float(value) == 0
+    for g in grads:
+        assert not np.any(g)
+
+
+def test_equal_texts_are_negatives_only_with_the_switch_off():
+    c = tiny.config()
+    batch, outputs = tiny.batch(c), _outputs(c)
+    batch = batch._replace(
+        caption_id=np.zeros_like(batch.caption_id),
+        description_id=np.zeros_like(batch.description_id),
+    )
+    # Every other text is the same text: nothing is left to tell apart.
+    got = losses.total_loss(outputs, batch, c.loss)
+    np.testing.assert_allclose([got.image_caption, got.region_description], 0, atol=1e-6)
+    off = losses.total_loss(outputs, batch, dataclasses.replace(c.loss, mask_duplicates=False))
+    assert off.image_caption > 1 and off.region_description > 1
+
+
+def test_deep_supervision_adds_the_earlier_layers_boxes():
+    c = tiny.config(loss__deep_supervision=True)
+    batch, outputs = tiny.batch(c), _outputs(c, layers=3)
+    expected = sum(
+        replica(
+            outputs._replace(pred_boxes_cxcywh=outputs.pred_boxes_cxcywh[: n + 1]), batch, c.loss
+        )[1]
+        for n in range(3)
+    )
+    np.testing.assert_allclose(losses.total_loss(outputs, batch, c.loss).box, expected, rtol=1e-5)
+
+
+def test_more_regions_than_queries():
+    c = tiny.config(input__max_regions=8, text__pack_rows=8)
+    batch = tiny.batch(tiny.config(input__max_regions=8, text__pack_rows=8))
+    outputs = _outputs(c)
+    got = losses.total_loss(outputs, batch, c.loss)
+    _, box, rd = replica(outputs, batch, c.loss)
+    np.testing.assert_allclose([got.box, got.region_description], [box, rd], rtol=1e-5)
+
+
+def test_no_gradient_flows_through_the_matching():
+    cost = np.random.default_rng(0).normal(size=(2, 5, 5)).astype(np.float32)
+    grad = jax.grad(
+        lambda c: matching.match(c, np.ones((2, 5), bool)).query_index.astype(float).sum()
+    )(cost)
+    assert not np.any(grad)
+
+
+def test_padded_regions_change_nothing():
+    c = tiny.config()
+    batch, outputs = tiny.batch(c), _outputs(c)
+    first = losses.total_loss(outputs, batch, c.loss)
+    junk = np.random.default_rng(5)
+    hidden = ~batch.region_mask
+    boxes = np.where(
+        hidden[..., None],
+        junk.uniform(0, 1, batch.region_boxes_cxcywh.shape),
+        batch.region_boxes_cxcywh,
+    )
+    texts = np.where(
+        hidden[..., None],
+        junk.normal(size=outputs.region_text_embed.shape),
+        outputs.region_text_embed,
+    )
+    second = losses.total_loss(
+        outputs._replace(region_text_embed=texts.astype(np.float32)),
+        batch._replace(region_boxes_cxcywh=boxes.astype(np.float32)),
+        c.loss,
+    )
+    for name, a, b in zip(first._fields, first, second):
+        np.testing.assert_allclose(b, a, rtol=1e-6, err_msg=name)

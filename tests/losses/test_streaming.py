@@ -1,0 +1,224 @@
+"""Streamed contrast against a float64 replica of the whole matrix, and what its compiled form holds in memory."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from grain_jax import errors, losses
+from grain_jax.losses import matching, streaming
+from grain_jax.training import sharding
+from tests import tiny
+from tests.losses.test_losses import _outputs, assert_measures, learnt, replica_and_measures
+
+M, D = 24, 16  # rows and columns a device
+
+
+def _problem(devices, seed=0):
+    rng = np.random.default_rng(seed)
+    unit = lambda n: (x := rng.normal(size=(n, D))) / np.linalg.norm(x, axis=1, keepdims=True)
+    n = devices * M
+    rows, embed = unit(n).astype(np.float32), unit(n).astype(np.float32)
+    ids = rng.integers(0, n // 2, n).astype(np.int32)
+    real = rng.random(n) < 0.8
+    cotangent = rng.normal(size=n).astype(np.float32)
+    return rows, streaming.Columns(embed, ids, real), cotangent
+
+
+def _exact(contrast, rows, columns, cotangent, scale, bias):
+    """(values, highest logits, gradients of rows, columns, scale, bias) in float64."""
+    rows, embed, cotangent = (np.asarray(x, np.float64) for x in (rows, columns.embed, cotangent))
+    z = scale * rows @ embed.T + bias
+    allowed = columns.real & (columns.id[:, None] != columns.id)
+    if contrast == "softmax":
+        value = np.log(np.where(allowed, np.exp(z), 0).sum(1))
+        share = np.exp(z - value[:, None])
+    else:
+        value = np.where(allowed, np.log1p(np.exp(z)), 0).sum(1)
+        share = 1 / (1 + np.exp(-z))
+    share = np.where(allowed, share, 0) * cotangent[:, None]
+    grads = (scale * share @ embed, scale * share.T @ rows, (share * (rows @ embed.T)).sum())
+    return value, np.where(allowed, z, -np.inf).max(1), *grads, share.sum()
+
+
+def _streamed(contrast, tile, devices, gather, rows, columns, cotangent, scale, bias):
+    grid = np.array(jax.devices()[:devices]).reshape(-1, gather)
+    mesh = jax.sharding.Mesh(grid, ("ring", "gather"))
+    ring = streaming.Ring(("ring",), devices // gather, "gather" if gather > 1 else None)
+    spec = PartitionSpec(("ring", "gather"))
+
+    def value_and_pull(rows, columns, cotangent):
+        run = lambda rows, embed, scale, bias: streaming.negatives(
+            contrast, tile, ring, rows, columns.id, columns._replace(embed=embed), scale, bias
+        )
+        (value, highest), pull = jax.vjp(
+            run, rows, columns.embed, jnp.float32(scale), jnp.float32(bias)
+        )
+        # What comes back to the highest logit is of no effect.
+        rows_bar, embed_bar, *scalars = pull(streaming.Negatives(cotangent, jnp.ones_like(highest)))
+        return value, highest, rows_bar, embed_bar, *(x[None] for x in scalars)
+
+    run = jax.shard_map(value_and_pull, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    *arrays, scale_bar, bias_bar = jax.jit(run)(rows, columns, cotangent)
+    return *arrays, scale_bar.sum(), bias_bar.sum()
+
+
+@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    "devices,gather,tile", [(1, 1, 7), (1, 1, 1024), (8, 1, 10), (8, 4, 24), (8, 8, 50)]
+)
+def test_values_and_gradients_equal_the_whole_matrix(contrast, devices, gather, tile):
+    problem = (*_problem(devices), 20.0, -1.5)
+    expected = _exact(contrast, *problem)
+    got = _streamed(contrast, tile, devices, gather, *problem)
+    names = ("value", "highest", "rows", "columns", "scale", "bias")
+    for name, a, b in zip(names, expected, got, strict=True):
+        np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5 * np.abs(a).max(), err_msg=name)
+
+
+def test_a_row_without_negatives_costs_nothing():
+    rows, columns, cotangent = _problem(1)
+    columns = columns._replace(id=np.zeros_like(columns.id))
+    value, highest, *grads = _streamed("softmax", 1024, 1, 1, rows, columns, cotangent, 20.0, 0.0)
+    assert np.all(value == -np.inf) and np.all(highest == np.float32(streaming.MASKED))
+    assert not any(np.any(g) for g in grads)
+    assert not np.any(streaming.loss_of_rows("softmax", np.ones(M, np.float32), value))
+
+
+EVERY = dict(batch_size=32, loss__tile=7)
+
+
+@functools.cache
+def _case(**overrides):
+    c = tiny.config(**EVERY, **overrides)
+    batch, outputs = tiny.batch(c), _outputs(c)
+    batch.region_boxes_cxcywh[3, 1, 2] = 0  # a box without area
+    batch.region_mask[4:8] = False  # images without regions: uneven shards
+    return c, batch, learnt(outputs, batch)._replace(logit_bias=np.float32(-2))
+
+
+def _losses(c, batch, outputs, sizes):
+    data, fsdp, tensor = sizes
+    mesh = sharding.make_mesh(
+        dataclasses.replace(c.mesh, data=data, fsdp=fsdp, tensor=tensor),
+        jax.devices()[: math.prod(sizes)],
+    )
+
+    def run(outputs, batch):
+        terms = losses.total_loss(outputs, batch, c.loss, mesh=mesh, batch_axes=sharding.BATCH_AXES)
+        return terms.total, terms
+
+    place = sharding.batch_sharding(mesh)
+    batch = jax.device_put(batch, place)
+    (_, terms), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(outputs, batch)
+    return terms, grads
+
+
+@pytest.mark.parametrize(
+    "sizes,group_size,gather,masked",
+    [
+        ((1, 1, 1), 0, 1, True),
+        ((8, 1, 1), 0, 2, False),
+        ((4, 2, 1), 16, 2, True),  # a group is four devices
+        ((2, 2, 2), 0, 1, True),
+        ((8, 1, 1), 2, 4, False),  # a device holds two groups
+    ],
+)
+def test_losses_and_gradients_are_the_same_on_every_mesh(sizes, group_size, gather, masked):
+    c, batch, outputs = _case(loss__group_size=group_size, loss__mask_duplicates=masked)
+    expected = jax.jit(jax.value_and_grad(lambda o, b: losses.total_loss(o, b, c.loss).total))(
+        outputs, batch
+    )
+    c = dataclasses.replace(c, loss=dataclasses.replace(c.loss, gather=gather))
+    terms, grads = _losses(c, batch, outputs, sizes)
+    (ic, box, rd), measures = replica_and_measures(outputs, batch, c.loss)
+    np.testing.assert_allclose(
+        [terms.image_caption, terms.box, terms.region_description], [ic, box, rd], rtol=1e-5
+    )
+    assert_measures(terms, measures)
+    for name, a, b in zip(outputs._fields, expected[1], grads):
+        np.testing.assert_allclose(
+            b, a, rtol=1e-4, atol=1e-5 * max(np.abs(a).max(), 0.1), err_msg=name
+        )
+
+
+def test_sigmoid_equals_a_float64_loop():
+    c, batch, outputs = _case(loss__contrast="sigmoid", model__logit_bias_init=-10.0)
+    terms, grads = _losses(c, batch, outputs, (4, 2, 1))
+    o = jax.tree.map(lambda x: np.asarray(x, np.float64), outputs)
+    softplus = lambda x: np.log1p(np.exp(x))
+    z = o.logit_scale * o.image_embed @ o.text_embed.T + o.logit_bias
+    same = batch.caption_id[:, None] == batch.caption_id
+    expected = (softplus(-np.diag(z)) + np.where(same, 0, softplus(z)).sum(1)).mean()
+    np.testing.assert_allclose(terms.image_caption, expected, rtol=1e-5)
+
+    # Regions: the softmax's matching, then every pair by itself.
+    real = batch.region_mask & (batch.region_boxes_cxcywh[..., 2:] > 0).all(-1)
+    cost = matching.cost_matrix(
+        outputs.pred_boxes_cxcywh[-1], batch.region_boxes_cxcywh, l1=5.0, giou=2.0
+    )
+    found = matching.match(cost, real)
+    i, j = np.nonzero(np.asarray(found.valid))
+    rows = o.region_embed[i, np.asarray(found.query_index)[i, j]]
+    z = o.logit_scale * rows @ o.region_text_embed[real].T + o.logit_bias
+    ids = batch.description_id
+    own = o.logit_scale * (rows * o.region_text_embed[i, j]).sum(-1) + o.logit_bias
+    different = ids[i, j][:, None] != ids[real]
+    expected = (softplus(-own) + np.where(different, softplus(z), 0).sum(1)).mean()
+    np.testing.assert_allclose(terms.region_description, expected, rtol=1e-5)
+
+    alone = jax.grad(lambda o: losses.total_loss(o, batch, c.loss).total)(outputs)
+    for name, a, b in zip(outputs._fields, alone, grads):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5 * np.abs(a).max(), err_msg=name)
+
+
+def test_groups_that_cross_devices_are_refused():
+    c = tiny.config(batch_size=48)
+    with pytest.raises(errors.UserError, match=r"loss.group_size: got 4, expected a divisor or a"):
+        losses.layout(48, dataclasses.replace(c.loss, group_size=4), 8)
+    with pytest.raises(errors.UserError, match=r"loss.gather: got 3, expected a divisor of the 8"):
+        losses.layout(48, dataclasses.replace(c.loss, gather=3), 8)
+
+
+@pytest.mark.parametrize("gather", [1, 2])
+def test_memory_of_the_losses_does_not_hold_the_global_batch(gather):
+    """No buffer of the compiled value and gradient is as large as the batch, however its shape is spelt."""
+    per_device, width = 2 * 13, 19  # no other product of sizes has these primes
+    c = tiny.config(batch_size=8 * per_device, loss__gather=gather, loss__tile=32)
+    mesh = sharding.make_mesh(c.mesh)
+    outputs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _outputs(c, width=width)
+    )
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tiny.batch(c))
+    place = sharding.batch_sharding(mesh)
+    cut = jax.tree.map(lambda x: place if x.ndim and x.ndim < 4 else None, outputs)
+    cut = cut._replace(
+        pred_boxes_cxcywh=jax.sharding.NamedSharding(mesh, PartitionSpec(None, *place.spec))
+    )
+    step = jax.jit(
+        jax.grad(
+            lambda o, b: (
+                losses.total_loss(o, b, c.loss, mesh=mesh, batch_axes=sharding.BATCH_AXES).total
+            )
+        ),
+        in_shardings=(cut, place),
+        out_shardings=cut,
+    )
+    text = step.lower(outputs, batch).compile().as_text()
+    sizes = [
+        math.prod(int(n) for n in shape.split(",") if n)
+        for shape in re.findall(r"\b(?:f32|bf16|s32|pred)\[([\d,]*)\]", text)
+    ]
+    images, regions = 8 * per_device, 8 * per_device * c.input.max_regions
+    forbidden = {n * k * width for n in (images, regions) for k in (1, 2)}
+    forbidden |= {images**2, 2 * images**2, regions**2}
+    assert not forbidden & set(sizes), forbidden & set(sizes)
+    assert max(sizes) < regions * width
+    permutes = re.findall(r"= \S+ collective-permute\(|collective-permute-start\(", text)
+    assert permutes and ("all-gather" in text) == (gather > 1)

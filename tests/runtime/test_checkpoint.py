@@ -1,0 +1,223 @@
+"""Checkpoints on disk: which are kept, what happens to damaged ones and on a full disk, what a mismatch says."""
+
+import errno
+import json
+import subprocess
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grain_jax.runtime import checkpoint, digests, storage_faults
+from tests import tiny
+
+
+class State(NamedTuple):
+    """What `save` needs of a TrainState."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any = ()
+    ema_params: Any = ()
+    receipt: Any = np.zeros((2, 2), np.uint32)
+
+
+def state(step, width=8):
+    weights = jax.random.normal(
+        jax.random.key(step), (64, width)
+    )  # random: it must not compress away
+    return State(jnp.int32(step), {"tower": {"weights": weights, "bias": jnp.zeros(width)}})
+
+
+def abstract(like):
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like)
+
+
+def save_steps(workdir, steps, config, metrics=None, width=8):
+    checkpoints = checkpoint.manager(workdir, config)
+    for step in steps:
+        saved = state(step, width)
+        record = {"step": step, **digests.chains(saved.receipt), "state": digests.of_state(saved)}
+        checkpoint.save(checkpoints, saved, config, record, metrics and metrics(step))
+    checkpoints.wait_until_finished()
+    checkpoints.close()
+
+
+def restore(workdir, config, like=None):
+    """(the restored state or None, what was said)."""
+    said = []
+    checkpoints = checkpoint.manager(workdir, config)
+    restored = checkpoint.restore_newest(
+        checkpoints, config, abstract(like or state(0)), said.append
+    )
+    checkpoints.close()
+    return restored, said
+
+
+def kept(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def test_the_last_every_k_and_the_best_are_kept(tmp_path):
+    losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: 3.0, 6: 2.5}  # 5, 7 and 8 have none
+    config = tiny.config(
+        checkpoint_keep=2,
+        checkpoint_keep_every=3,
+        checkpoint_best_metric="loss",
+        checkpoint_best_mode="min",
+    )
+    measured = lambda step: {"loss": losses[step]} if step in losses else None  # noqa: E731
+    save_steps(tmp_path, range(1, 6), config, measured)
+    save_steps(tmp_path, range(6, 9), config, measured)  # a restart knows them all
+    assert kept(tmp_path) == [2, 3, 6, 7, 8]
+    (tmp_path / "last").mkdir()
+    save_steps(tmp_path / "last", range(1, 6), tiny.config(checkpoint_keep=2))
+    assert kept(tmp_path / "last") == [4, 5]
+
+
+def test_there_is_none_yet(tmp_path):
+    assert restore(tmp_path, tiny.config()) == (None, [])
+
+
+def _largest(folder):
+    """The file with the arrays."""
+    files = [p for p in (folder / "state").rglob("*") if p.is_file()]
+    return max(files, key=lambda p: p.stat().st_size)
+
+
+def _remove(folder):
+    for path in folder.iterdir():
+        path.unlink() if path.is_file() else _remove(path)
+    folder.rmdir()
+
+
+def _flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "bit flipped": lambda f: _flip_a_bit(_largest(f)),
+    "truncated": lambda f: _largest(f).write_bytes(_largest(f).read_bytes()[:100]),
+    "data gone": lambda f: _largest(f).unlink(),
+    "garbage": lambda f: _largest(f).write_bytes(bytes(range(256)) * 16),
+    "metadata cut": lambda f: (f / "state/_METADATA").write_text('{"tree_metadata": {'),
+    "metadata gone": lambda f: (f / "state/_METADATA").unlink(),
+    "state gone": lambda f: _remove(f / "state"),
+    "config cut": lambda f: (f / "config/metadata").write_text("{"),
+    "config gone": lambda f: _remove(f / "config"),
+    "receipt cut": lambda f: (f / "receipt/metadata").write_text(""),
+    "metrics cut": lambda f: (f / "metrics/metrics").write_text("{"),
+    "step metadata": lambda f: (f / "_CHECKPOINT_METADATA").write_text("garbage"),
+    "empty": lambda f: [p.unlink() if p.is_file() else _remove(p) for p in f.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_and_written_again(tmp_path, damage):
+    config = tiny.config(checkpoint_keep=2, checkpoint_best_metric="loss")
+    save_steps(tmp_path, (4, 8), config, lambda step: {"loss": float(step)})
+    DAMAGE[damage](tmp_path / "checkpoints" / "8")
+    restored, said = restore(tmp_path, config)
+    if damage in ("step metadata", "metrics cut"):  # the state does not need it
+        step = 8
+    else:
+        step = 4
+        assert len(said) == 1 and said[0].startswith("checkpoint 8 is damaged"), said
+        assert ("not what was saved: state" in said[0]) == (damage == "bit flipped"), said
+        assert kept(tmp_path) == [4] and (tmp_path / "damaged_checkpoints/8").is_dir()
+        save_steps(tmp_path, (8,), config, lambda step: {"loss": float(step)})
+    assert int(restored.step) == step
+    np.testing.assert_array_equal(
+        restored.params["tower"]["weights"], state(step).params["tower"]["weights"]
+    )
+    restored, said = restore(tmp_path, config)
+    assert int(restored.step) == 8 and not said
+
+
+def test_all_damaged_is_one_line_and_moves_nothing(tmp_path):
+    save_steps(tmp_path, (4, 8), tiny.config())
+    for step in ("4", "8"):
+        DAMAGE["truncated"](tmp_path / "checkpoints" / step)
+    with pytest.raises(checkpoint.CheckpointError, match="none of the checkpoints 8, 4 can") as e:
+        restore(tmp_path, tiny.config())
+    assert len(str(e.value).splitlines()) == 1
+    assert kept(tmp_path) == [4, 8]
+
+
+def test_what_a_cut_off_save_left_is_neither_read_nor_kept(tmp_path):
+    save_steps(tmp_path, (4,), tiny.config())
+    half = tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp"
+    (half / "state").mkdir(parents=True)
+    restored, said = restore(tmp_path, tiny.config())
+    assert int(restored.step) == 4 and not said
+    save_steps(tmp_path, (8,), tiny.config())
+    assert kept(tmp_path) == [4, 8]
+
+
+def test_a_mismatch_is_a_tree_of_differences(tmp_path):
+    save_steps(tmp_path, (4,), tiny.config())
+    other = State(
+        jnp.int32(0),
+        {
+            "tower": {"weights": jnp.zeros((64, 8), jnp.bfloat16), "bias": jnp.zeros(8)},
+            "head": {"weights": jnp.zeros(2), "bias": jnp.zeros(2)},
+        },
+    )
+    with pytest.raises(checkpoint.CheckpointError) as e:
+        restore(tmp_path, tiny.config(), other)
+    assert str(e.value).splitlines()[1:] == [
+        "  params/head: stored nothing, expected 2 arrays",
+        "  params/tower/weights: stored (64, 8) float32, expected (64, 8) bfloat16",
+    ]
+    with pytest.raises(checkpoint.CheckpointError, match=r"seed: the run .* has 0, got 1"):
+        restore(tmp_path, tiny.config(seed=1))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "quota"), None],
+)
+def test_a_full_disk_is_one_line(error):
+    if error is None:  # TensorStore's have no number
+        error = ValueError("RESOURCE_EXHAUSTED: writing x: [OS error 28: No space left on device]")
+    with pytest.raises(storage_faults.StorageFault, match="^/run: no space left") as e:
+        with storage_faults.in_a_line("/run"):
+            try:
+                raise error
+            except Exception as cause:
+                raise RuntimeError("save failed") from cause
+    assert len(str(e.value).splitlines()) == 1
+    with pytest.raises(RuntimeError, match="another"):
+        with storage_faults.in_a_line("/"):
+            raise RuntimeError("another")
+
+
+def test_a_full_disk_for_real(tmp_path):
+    config = tiny.config(checkpoint_keep=99)
+    tmpfs = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if subprocess.run(tmpfs, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        with pytest.raises(storage_faults.StorageFault, match="no space left"):
+            with storage_faults.in_a_line(tmp_path):
+                save_steps(tmp_path, range(1, 99), config, width=256)
+        last = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+        subprocess.run(["mount", "-o", "remount,size=8m", str(tmp_path)], check=True)
+        restored, said = restore(tmp_path, config, state(0, width=256))
+        assert int(restored.step) == last and not said
+        save_steps(tmp_path, (last + 1,), config, width=256)
+        assert kept(tmp_path) == list(range(1, last + 2))
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_the_stored_metric(tmp_path):
+    config = tiny.config(checkpoint_best_metric="loss")
+    save_steps(tmp_path, (4,), config, lambda step: {"loss": 2.0, "other": 1.0})
+    stored = json.loads((tmp_path / "checkpoints/4/metrics/metrics").read_text())
+    assert stored == {"loss": 2.0}

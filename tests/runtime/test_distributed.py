@@ -1,0 +1,285 @@
+"""Who joins whom, by environment; and that a process that dies or fails ends the others, with a line."""
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from jax._src import clusters
+
+from grain_jax import errors
+from grain_jax.runtime import distributed, native_log
+from tests.paths import ROOT
+
+NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}
+SRUN = {
+    "SLURM_JOB_ID": "12",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    **NO_TPU,
+}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", **NO_TPU}
+SLICE = {**POD, "TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0", "JOB_COMPLETION_INDEX": "0"}
+
+
+@pytest.mark.parametrize(
+    "environment,expected",
+    [
+        (NO_TPU, None),
+        (SRUN, ("SLURM job 12", {"cluster_detection_method": "slurm"})),
+        (
+            {**SRUN, "CUDA_VISIBLE_DEVICES": "0,1,2,3"},
+            (
+                "SLURM job 12",
+                {"cluster_detection_method": "slurm", "local_device_ids": [0, 1, 2, 3]},
+            ),
+        ),
+        ({**SRUN, "SLURM_NTASKS": "1"}, None),
+        ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_NODELIST"}, None),  # a shell of salloc
+        (SLICE, ("GKE's TPU slice", {"cluster_detection_method": "gketpu"})),
+        ({**SLICE, "TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        (
+            {**SLICE, "TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"},
+            ("GKE's TPU slice", {"cluster_detection_method": "gketpu"}),
+        ),
+        (POD, None),
+        ({}, ("TPU metadata", {"cluster_detection_method": "gcetpu"})),
+        ({"JAX_PLATFORMS": "cpu"}, None),  # a look at one machine of a pod
+    ],
+)
+def test_what_the_environment_says(environment, expected):
+    assert distributed.find(None, 1, 0, environment) == expected
+    if expected:
+        names = [cluster.name for cluster in clusters.ClusterEnv._cluster_types]
+        assert expected[1]["cluster_detection_method"] in names
+
+
+def test_an_indexed_job_needs_the_kubernetes_package(monkeypatch):
+    job = {**POD, "JOB_COMPLETION_INDEX": "1"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(errors.UserError, match=r"pip install 'jax\[k8s\]'"):
+        distributed.find(None, 1, 0, job)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert distributed.find(None, 1, 0, job) == (
+        "Kubernetes",
+        {"cluster_detection_method": "k8s"},
+    )
+
+
+def test_flags_win_over_the_environment():
+    assert distributed.find("10.0.0.1:8476", 4, 3, SRUN) == (
+        "coordinator 10.0.0.1:8476",
+        {
+            "coordinator_address": "10.0.0.1:8476",
+            "num_processes": 4,
+            "process_id": 3,
+            "cluster_detection_method": "deactivate",
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    "flags,fault",
+    [
+        ((None, 2, 0, 20), "--coordinator: missing"),
+        ((None, 1, 1, 20), "--coordinator: missing"),
+        (("10.0.0.1", 2, 0, 20), "--coordinator: got '10.0.0.1', expected HOST:PORT"),
+        (("h:1", 2, 2, 20), "--process_id: got 2 with --processes=2"),
+        (("h:1", 0, 0, 20), "--process_id: got 0 with --processes=0"),
+        (("h:1", 2, 0, 0), "--heartbeat_seconds: got 0"),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_line(flags, fault):
+    with pytest.raises(errors.UserError) as caught:
+        distributed.initialize(*flags)
+    assert str(caught.value).startswith(fault) and "\n" not in str(caught.value)
+
+
+_FATAL = (
+    "F1125 03:03:06.380413   18003 client.h:80] Terminating process because the JAX distributed service"
+    " detected fatal errors. See the other task logs for more details. absl::Status: "
+)
+
+
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        (
+            "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1\nThe tasks",
+            "process 1 has not answered for 20 s",
+        ),
+        (
+            "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n7\n10\nThe",
+            "process 7 and process 10 have not answered for 20 s",
+        ),
+        (
+            "INTERNAL: Shutdown barrier has failed. UNAVAILABLE: Task 3 heartbeat timeout. This",
+            "process 3 has not answered for 20 s",
+        ),
+        ("UNAVAILABLE: Socket closed\nRPC: /PollForError", "process 0, through which all others"),
+        ("DEADLINE_EXCEEDED: Deadline Exceeded\nRPC: /RegisterTask", "came up within 300 s"),
+    ],
+)
+def test_the_verdict_on_what_jax_prints(text, expected):
+    # Recorded from jaxlib 0.10.2.
+    assert expected in native_log.verdict(_FATAL + text, "20", "300")
+    assert "\n" not in native_log.verdict(_FATAL + text, "20", "300")
+
+
+def test_what_has_no_verdict_is_printed_as_it_is():
+    log = f"an ordinary line\n{_FATAL}INTERNAL: something new\n*** Check failure stack trace: ***\n"
+    done = subprocess.run(
+        [sys.executable, native_log.__file__, "20", "300"],
+        input=log,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.strip() == log.strip()
+
+
+_WORKER = """
+import sys, time
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from grain_jax import distributed, errors
+port, me, heartbeat, fails = sys.argv[1], *map(int, sys.argv[2:])
+print(distributed.initialize(f"127.0.0.1:{port}", 2, me, heartbeat), file=sys.stderr)
+with distributed.ending_together(heartbeat):
+    multihost_utils.process_allgather(jnp.ones(1))
+    print("up", flush=True)
+    if fails:
+        raise errors.UserError("no such folder")
+    while True:
+        time.sleep(0.1)
+"""
+
+
+# Ends as it is told, in training or outside it; prints the call of `reached` at which it did, or all the time.
+_LISTENER = """
+import contextlib, sys, time
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from grain_jax import distributed, preemption
+port, me, heartbeat, outside = sys.argv[1], *map(int, sys.argv[2:])
+notice = preemption.Notice()
+notice.listen()
+distributed.initialize(f"127.0.0.1:{port}", 2, me, heartbeat)
+with distributed.ending_together(heartbeat):
+    multihost_utils.process_allgather(jnp.ones(1))
+    if outside:
+        print("up", flush=True)
+        while True:
+            time.sleep(0.1)
+    with notice.training():
+        print("up", flush=True)
+        calls = 1
+        while not notice.reached():
+            multihost_utils.process_allgather(jnp.ones(1))  # as a step does
+            time.sleep(0.1)
+            calls += 1
+    print("reached", calls, flush=True)
+    sys.exit(notice.status)
+"""
+_TALKER = _LISTENER.replace("time.sleep(0.1)", "time.sleep(0.1); print('on', file=sys.stderr)")
+
+
+def _pair(script=_WORKER, *, flags=(0, 0), heartbeat=10):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    pair = []
+    for me in (0, 1):
+        arguments = [port, str(me), str(heartbeat), str(flags[me])]
+        pair.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script, *arguments],
+                cwd=ROOT,
+                env={**os.environ, "XLA_FLAGS": ""},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for process in pair:
+        while "up" not in (line := process.stdout.readline()):  # Gloo prints there too
+            assert line, process.stderr.read()
+    return pair
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_the_other_ends_within_a_minute_and_names_it(victim):
+    pair = _pair()
+    pair[victim].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    said = pair[1 - victim].communicate(timeout=60)[1]
+    assert time.monotonic() - began < 60
+    assert pair[1 - victim].returncode == -signal.SIGABRT
+    lines = said.strip().splitlines()
+    assert f"process {1 - victim} of 2, on {socket.gethostname()}" in lines[0]
+    assert lines[-1].startswith(f"ending: process {victim}"), said
+    assert "The same command resumes the run." in lines[-1]
+    assert "stack trace" not in said
+    pair[victim].communicate()
+
+
+def test_one_that_fails_alone_does_not_wait_for_the_others():
+    pair = _pair(flags=(0, 1))
+    said = pair[1].communicate(timeout=20)[1]  # an ordinary exit would take five minutes
+    assert pair[1].returncode == 2
+    assert said.strip().splitlines()[-1] == "no such folder"
+    pair[0].kill()
+    pair[0].communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_in_training_a_signal_to_one_ends_both_at_the_same_step(number):
+    pair = _pair(_LISTENER, heartbeat=60)
+    pair[1].send_signal(number)
+    said = [process.communicate(timeout=60) for process in pair]
+    assert [process.returncode for process in pair] == [75, 75], said
+    calls = [out.split("reached ")[1] for out, _ in said]
+    assert calls[0] == calls[1]
+    assert f"{number.name}: saving after this step" in said[1][1]
+
+
+@pytest.mark.parametrize("number,status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_outside_training_it_ends_at_once_also_where_nobody_reads_what_it_says(number, status):
+    pair = _pair(_LISTENER, flags=(1, 1), heartbeat=60)
+    pair[1].stderr.close()
+    for process in pair:
+        process.send_signal(number)
+    said = pair[0].communicate(timeout=20)[1]  # with JAX's own handler in place: never
+    assert pair[1].wait(20) == pair[0].returncode == status
+    assert said.strip().splitlines()[-1] == f"{number.name}: there is nothing to save"
+    pair[1].stdout.close()
+
+
+def test_outside_training_one_that_waits_for_the_other_at_its_exit_is_told_too():
+    """As where process 0 draws the last images."""
+    leaves = '    print("up", flush=True)\n    sys.exit(0)\n'
+    script = _LISTENER.replace("    with notice.training", f"{leaves}    with notice.training")
+    pair = _pair(script, flags=(1, 0), heartbeat=60)
+    time.sleep(1)
+    assert pair[1].poll() is None
+    for process in pair:
+        process.send_signal(signal.SIGTERM)
+    for process in pair:
+        process.communicate(timeout=20)
+    assert [process.returncode for process in pair] == [75, 75]
+
+
+def test_one_that_cannot_print_any_more_leaves_and_so_the_other_ends():
+    pair = _pair(_TALKER, flags=(1, 1))
+    pair[0].stderr.close()  # as where its launcher was killed
+    assert pair[0].wait(20) == 1
+    said = pair[1].communicate(timeout=60)[1]
+    assert pair[1].returncode == -signal.SIGABRT
+    assert "ending: process 0" in said
+    pair[0].stdout.close()

@@ -1,0 +1,230 @@
+"""One trainer a workdir: who is refused, whose mark is taken over, and who finds out that it lost its own."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from grain_jax import errors
+from grain_jax.runtime import lock
+from tests import storage_emulator
+from tests.paths import ROOT
+
+ELSEWHERE = lock.Holder("node7", 4242, "2026-01-01 00:00:00+00:00", "another boot", 17, "abc")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(lock, "DEAD_SECONDS", 1.5)
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.05)
+
+
+def _write(workdir, holder):
+    (workdir / lock.FILE).write_bytes(lock._bytes(holder))
+
+
+def _holder(workdir):
+    return lock._parse((workdir / lock.FILE).read_bytes())
+
+
+def test_the_second_is_refused_at_once_and_told_who_the_first_is(tmp_path):
+    workdir = tmp_path / "new" / "run"
+    with lock.held(workdir):
+        me = _holder(workdir)
+        began = time.monotonic()
+        with pytest.raises(
+            lock.Held, match=f"process {me.pid} on {me.host} trains there, since {me.began[:10]}"
+        ) as refused:
+            lock.take(workdir)
+        assert time.monotonic() - began < 0.5 and len(str(refused.value).splitlines()) == 1
+    assert list(workdir.iterdir()) == []  # the mark goes with its holder
+    lock.take(workdir).release()
+
+
+def _killed(wait):
+    """A process that was killed; without `wait` its number is not free yet."""
+    process = subprocess.Popen(["sleep", "60"])
+    holder = dataclasses.replace(
+        lock._myself(), pid=process.pid, started=lock._started(process.pid)
+    )
+    assert holder.lives()
+    process.kill()
+    while holder.lives():
+        time.sleep(0.01)
+    if wait:
+        process.wait()
+    return holder, process
+
+
+def _number_given_anew():
+    return dataclasses.replace(lock._myself(), started=lock._myself().started - 1)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_killed_one_of_this_machine_locks_nobody_out_for_a_moment(tmp_path, wait):
+    holder, process = _killed(wait)
+    _write(tmp_path, holder)
+    began = time.monotonic()
+    lock.take(tmp_path).release()
+    assert time.monotonic() - began < 0.5
+    process.wait()
+
+
+def test_a_number_that_was_given_to_another_process_is_no_trainer(tmp_path):
+    _write(tmp_path, _number_given_anew())
+    lock.take(tmp_path).release()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lock._bytes(ELSEWHERE),
+        b"",
+        b"\xff\x00",
+        b"[" * 100_000,
+        b'{"host": "x"}',
+        json.dumps(dataclasses.asdict(ELSEWHERE) | {"pid": "../1"}).encode(),
+    ],
+    ids=["another host", "empty", "binary", "deep", "short", "path"],
+)
+def test_a_mark_that_nobody_renews_is_taken_over_after_a_time(tmp_path, content, capsys):
+    (tmp_path / lock.FILE).write_bytes(content)
+    lock.take(tmp_path).release()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "waiting up to 1.5 s for a sign of life" in said
+
+
+def test_a_mark_that_another_host_renews_refuses(tmp_path):
+    _write(tmp_path, ELSEWHERE)
+    again = threading.Timer(
+        0.7, _write, [tmp_path, dataclasses.replace(ELSEWHERE, renewed=1)]
+    )  # its clock may say what it likes
+    again.start()
+    with pytest.raises(lock.Held, match="process 4242 on node7 trains there"):
+        lock.take(tmp_path)
+    again.join()
+    assert _holder(tmp_path).renewed == 1
+
+
+@pytest.mark.parametrize("left", [None, _number_given_anew], ids=["free", "dead one's"])
+def test_of_many_at_once_one_gets_it(tmp_path, left):
+    for round_ in range(20):
+        workdir = tmp_path / str(round_)
+        workdir.mkdir()
+        if left:
+            _write(workdir, left())
+        got, refused = [], []
+        gate = threading.Barrier(8)
+
+        def start(workdir=workdir, gate=gate, got=got, refused=refused):
+            gate.wait()
+            try:
+                got.append(lock.take(workdir))
+            except lock.Held as error:
+                refused.append(error)
+
+        threads = [threading.Thread(target=start) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (len(got), len(refused)) == (1, 7)
+        got[0].release()
+        assert not list(workdir.iterdir())
+
+
+def test_a_trainer_that_was_taken_for_dead_ends_and_leaves_the_others_mark(tmp_path):
+    mark = lock.take(tmp_path)
+    mark.check()
+    _write(tmp_path, ELSEWHERE)
+    mark._renewed_at -= 60  # it was suspended
+    with pytest.raises(lock.Lost, match="process 4242 on node7 .* took this one for dead"):
+        mark.check()
+    mark.release()
+    assert _holder(tmp_path) == ELSEWHERE
+
+
+def test_a_mark_that_was_removed_comes_again_but_for_a_folder_that_was_removed(tmp_path):
+    mark = lock.take(tmp_path / "run")
+    (tmp_path / "run" / lock.FILE).unlink()
+    mark._renew()
+    assert _holder(tmp_path / "run").renewed == 1
+    (tmp_path / "run" / lock.FILE).unlink()
+    (tmp_path / "run").rmdir()
+    with pytest.raises(lock.Lost, match="run: the folder was removed"):
+        mark._renew()
+    mark.release()
+
+
+def test_a_workdir_that_cannot_be_is_a_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(
+            errors.UserError, match=f"--workdir: {workdir}: got .*, expected a folder"
+        ):
+            lock.take(workdir)
+
+
+def test_conditional_writes_of_an_object_store(tmp_path):
+    """TensorStore's, here on files: one of two writers of the same version wins."""
+    one, two = (lock._Bucket(f"file://{tmp_path}/bucket") for _ in range(2))
+    absent = one.read()
+    assert absent[0] is None
+    assert one.swap(absent[1], b"one") and not two.swap(absent[1], b"two")
+    content, version = two.read()
+    assert content == b"one"
+    assert two.swap(version, b"two") and not one.swap(version, None)
+    assert one.swap(one.read()[1], None) and two.read()[0] is None
+
+
+_HOSTS = """
+import dataclasses, threading
+from etils import epath
+from grain_jax import lock
+lock.RENEW_SECONDS, lock.DEAD_SECONDS, lock.SETTLE_SECONDS = 0.3, 1.5, 0.1
+url = epath.Path("gs://bucket/run")
+def start(found):
+    storage = lock._Bucket(str(url))
+    try:
+        found.append(lock.Mark(url, storage, lock._take(url, storage)))
+    except lock.Held as error:
+        found.append(str(error))
+first, second = [], []
+start(first)
+start(second)
+me = first[0]._holder
+assert second[0].startswith(f"gs://bucket/run: process {me.pid} on {me.host} trains there"), second
+first[0].release()
+storage = lock._Bucket(str(url))
+dead = dataclasses.replace(me, place="another boot")
+assert storage.swap(storage.read()[1], lock._bytes(dead))
+found = []
+threads = [threading.Thread(target=start, args=[found]) for _ in range(5)]
+lives = lock.Holder.lives
+lock.Holder.lives = lambda holder: None  # as if each were on a host of its own
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+marks = [mark for mark in found if isinstance(mark, lock.Mark)]
+assert (len(found), len(marks)) == (5, 1), found
+marks[0].release()
+assert storage.read()[0] is None
+"""
+
+
+def test_of_many_hosts_one_takes_over_a_dead_mark_in_an_object_store(tmp_path):
+    with storage_emulator.serve(tmp_path) as (store, environment):
+        done = subprocess.run(
+            [sys.executable, "-c", _HOSTS],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert not store.names("bucket")

@@ -1,0 +1,341 @@
+import json
+import math
+import os
+import struct
+import sys
+import types
+
+import pytest
+from etils import epath
+
+from grain_jax import errors
+from grain_jax.runtime import metrics_writer
+from tests import tiny
+
+METRICS = {term: 1.0 for term in metrics_writer.CHECKED} | {
+    "matched_iou": 0.5,
+    "texts_dropped_share": 0,
+}
+
+
+def _counted(texts, dropped, too_long=0):
+    return dict(zip(metrics_writer.TextCounts.NAMES, (texts, dropped, too_long)))
+
+
+def test_texts_are_counted_from_line_to_line():
+    counts = metrics_writer.TextCounts(_counted(100, 4, 1), max_share=0.1)
+    assert counts.add(_counted(1100, 24, 1)) == {
+        "texts": 1100,
+        "texts_dropped": 24,
+        "texts_too_long": 1,
+        "texts_dropped_share": 0.02,
+        "texts_too_long_share": 0,
+    }
+    assert counts.check(7, lambda: "more rows") == (
+        "step 7: 2.0% of the texts since the line before were dropped or cut, because they do not fit into"
+        " their rows: more rows"
+    )
+    counts.add(_counted(2100, 33, 1))  # 0.9%
+    assert counts.check(8, lambda: "more rows") is None
+    counts.add(_counted(2148, 39, 1))  # 6 of 48 may be chance, for 10%
+    assert counts.check(9, lambda: "more rows")
+    counts.add(_counted(3148, 239, 1))
+    with pytest.raises(
+        metrics_writer.TextsLost,
+        match=r"^step 10: 20.0% .* more rows, or --config.text.max_dropped_share",
+    ):
+        counts.check(10, lambda: "more rows")
+
+
+def test_counts_of_the_step_may_wrap_around():
+    counts = metrics_writer.TextCounts(_counted(2**33 - 10, 5), max_share=1.0)
+    line = counts.add(_counted(40, 10))
+    assert line["texts"] == 2**33 + 40 and line["texts_dropped_share"] == 0.1
+    assert counts.add(_counted(90, 60))["texts_dropped_share"] == 1
+    assert "100.0%" in counts.check(1, lambda: "")  # allowed: a warning
+
+
+def test_lines_beyond_the_restored_step_are_removed(tmp_path):
+    first = metrics_writer.MetricsWriter(tmp_path, 0, 10, 4)
+    for step in range(1, 6):
+        first.write(step, {"loss": float(step)})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed in the middle of a line
+    second = metrics_writer.MetricsWriter(tmp_path, 3, 10, 4)
+    second.write(4, {"loss": 40.0})
+    second.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+@pytest.mark.parametrize("term", metrics_writer.CHECKED)
+def test_the_first_bad_term_is_named(term):
+    with pytest.raises(
+        metrics_writer.NotFinite, match=f"^{term} is nan at step 9; it was finite at step 5"
+    ):
+        metrics_writer.check_finite({**METRICS, term: math.nan}, 5, 9)
+    metrics_writer.check_finite(METRICS, 5, 9)
+
+
+def test_durations():
+    assert [metrics_writer.duration(s) for s in (4.4, 65, 7800)] == ["4s", "1m05s", "2h10m"]
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
+    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 4)
+    rates = log.rates(10, 0.0)
+    log.progress(10, METRICS | rates)
+    log.progress(11, METRICS | rates)  # too soon after the last
+    log.progress(100, METRICS | rates)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("step 10/100 (10%)  ETA ") and "loss 1.000" in lines[0]
+    assert "ETA 0s" in lines[1]
+
+
+def test_pauses_are_left_out_of_the_rates(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics_writer.time, "monotonic", lambda: now[0])
+    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 10)
+    now[0] = 1.0
+    with log.pause():
+        now[0] = 50.0
+    now[0] = 51.0
+    rates = log.rates(4, wait_seconds=0.5, wait_steps=1)
+    assert rates == {
+        "images_per_second": 20.0,
+        "model_flops_per_second": 0.0,
+        "input_wait_fraction": 0.25,
+        "input_wait_steps": 0.25,
+    }
+    now[0] = 53.0
+    rates = log.rates(8, wait_seconds=0.5, wait_steps=4)  # what came before is not counted again
+    assert rates["input_wait_fraction"] == 0 and rates["input_wait_steps"] == 0.75
+
+
+def test_mfu_is_told_where_the_peak_is_known(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(metrics_writer.time, "monotonic", lambda: now[0])
+    known = metrics_writer.MetricsWriter(tmp_path, 0, 100, 10, flops_per_image=3e9, peak_flops=4e11)
+    unknown = metrics_writer.MetricsWriter(tmp_path, 0, 100, 10, flops_per_image=3e9)
+    now[0] = 2.0
+    rates = known.rates(10, 0.0)  # 50 images/s
+    assert rates["model_flops_per_second"] == 150e9 and rates["mfu"] == 0.375
+    known.progress(10, METRICS | rates)
+    assert "  50 images/s  MFU 37.5%  input wait" in capsys.readouterr().err
+    rates = unknown.rates(10, 0.0)
+    assert rates["model_flops_per_second"] == 150e9 and "mfu" not in rates
+    unknown.progress(10, METRICS | rates)
+    assert "  50 images/s  input wait" in capsys.readouterr().err
+
+
+def test_a_terminal_line_is_rewritten_and_never_wraps(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics_writer.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(metrics_writer, "get_terminal_size", lambda: os.terminal_size((60, 24)))
+    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 4)
+    log.progress(10, METRICS | log.rates(10, 0.0))
+    written = capsys.readouterr().err
+    assert written.startswith("\r\x1b[2Kstep 10/100") and not written.endswith("\n")
+    assert len(written.removeprefix("\r\x1b[2K")) == 59
+
+
+@pytest.fixture
+def object_store(tmp_path, monkeypatch):
+    """A folder that is treated as an object store, and the sizes of the uploads to it by file name."""
+    (tmp_path / "store" / "metrics.parts").mkdir(parents=True)
+    (tmp_path / "store" / "tensorboard").mkdir()
+    monkeypatch.setattr(metrics_writer, "is_object_store", lambda path: True)
+    uploads, write_bytes = [], type(epath.Path(tmp_path)).write_bytes
+
+    def recorded(path, data):
+        uploads.append((path.name, len(data)))
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", recorded)
+    return tmp_path / "store", uploads
+
+
+def _steps(file):
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()]
+
+
+def test_an_object_store_has_the_lines_at_each_checkpoint_and_one_file_at_the_end(
+    object_store, monkeypatch
+):
+    store, _ = object_store
+    monkeypatch.setattr(metrics_writer, "SMALL_BYTES", 0)
+    first = metrics_writer.MetricsWriter(store, 0, 200, 4)
+    for step in range(1, 58):
+        first.write(step, {"loss": 1.0})
+        if step <= 56:
+            first.flush()
+    first._events.close()  # killed here: the line of step 57 never gets there
+    held = _steps(store / "metrics.jsonl")
+    parts = sorted((store / "metrics.parts").iterdir())
+    assert held == list(range(1, held[-1] + 1)) and len(held) > 0.85 * 56
+    assert [s for part in parts for s in _steps(part)] == list(range(held[-1] + 1, 57))
+    second = metrics_writer.MetricsWriter(store, 55, 200, 4)
+    assert _steps(store / "metrics.jsonl") == list(range(1, 56))
+    assert not list((store / "metrics.parts").iterdir())
+    second.write(56, {"loss": 2.0})
+    second.close()
+    assert _steps(store / "metrics.jsonl") == list(range(1, 57))
+    scalars, purges = _scalars(store / "tensorboard")
+    assert purges == [1, 56] and [step for step, _ in scalars] == [*range(1, 57), 56]
+
+
+def test_uploads_grow_with_the_run_and_not_with_its_square(object_store, monkeypatch):
+    store, uploads = object_store
+    monkeypatch.setattr(metrics_writer, "SMALL_BYTES", 200)
+    monkeypatch.setattr(metrics_writer, "EVENT_FILE_BYTES", 1000)
+    log = metrics_writer.MetricsWriter(store, 0, 150, 4)
+    for step in range(1, 151):
+        log.write(step, {"loss": 1.0})
+        log.flush()
+    log.close()
+    size = (store / "metrics.jsonl").stat().st_size
+    sent = sum(n for name, n in uploads if name.endswith(".jsonl"))
+    assert size < sent < 12 * size  # whole each time: 75 times
+    assert max(n for name, n in uploads if name.startswith("events")) < 2000
+
+
+def test_an_upload_waits_its_time(object_store, monkeypatch):
+    store, uploads = object_store
+    now = [0.0]
+    monkeypatch.setattr(metrics_writer.time, "monotonic", lambda: now[0])
+    log = metrics_writer.MetricsWriter(store, 0, 100, 4)
+    uploads.clear()
+    for step, seconds in enumerate((1, 29, 31, 40, 62), 1):
+        now[0] = seconds
+        log.write(step, {"loss": 1.0})
+    assert [name for name, _ in uploads if name == "metrics.jsonl"] == ["metrics.jsonl"] * 2
+    assert _steps(store / "metrics.jsonl") == [1, 2, 3, 4, 5]
+    log.close()
+
+
+def _scalars(folder):
+    """[(step, {name: value})] and the steps from which files purge, of TensorBoard's files in order."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    scalars, purges = [], []
+    for file in sorted(folder.glob("events.*")):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.HasField("session_log"):
+                purges.append(event.step)
+            if event.summary.value:
+                values = {v.tag: v.simple_value for v in event.summary.value}
+                scalars.append((event.step, values))
+    return scalars, purges
+
+
+def test_tensorboard_has_each_step_at_once_and_forgets_those_beyond_a_restart(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(metrics_writer, "EVENT_FILE_BYTES", 60)  # two events
+    first = metrics_writer.MetricsWriter(tmp_path, 0, 10, 4)
+    for step in range(1, 6):
+        first.write(step, {"loss": float(step), "eval/birds/top1": 0.5})
+    folder = tmp_path / "tensorboard"
+    assert len(list(folder.iterdir())) == 3
+    expected = [(s, {"loss": float(s), "eval/birds/top1": 0.5}) for s in range(1, 6)]
+    assert _scalars(folder) == (expected, [1])  # before it is closed: a kill loses nothing
+    first.close()
+    monkeypatch.setattr(metrics_writer.time, "time", lambda: 4e9)  # file names have whole seconds
+    second = metrics_writer.MetricsWriter(tmp_path, 3, 10, 4)
+    second.write(4, {"loss": 40.0})
+    second.close()
+    assert _scalars(folder) == ([*expected, (4, {"loss": 40.0})], [1, 4])
+
+
+class _Run:
+    """Stands in for Weights & Biases' run: what its server would keep."""
+
+    def __init__(self, step):
+        self.step, self.logged, self.finished = step, [], False
+
+    def log(self, metrics, step):
+        self.step = step
+        self.logged.append((step, metrics["loss"]))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_wandb_gets_a_restart_under_the_same_id_and_no_step_twice(tmp_path, monkeypatch):
+    started = []
+
+    def init(**options):
+        started.append((_Run(6 * len(started)), options))  # the first run logged up to step 5
+        return started[-1][0]
+
+    fake = types.SimpleNamespace(init=init, Settings=dict, Error=RuntimeError)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = tiny.config(wandb__mode="online", wandb__project="birds")
+    for start, steps in ((0, range(1, 6)), (3, range(4, 9))):
+        log = metrics_writer.MetricsWriter(tmp_path, start, 10, 4, config=config)
+        for step in steps:
+            log.write(step, {"loss": float(step)})
+        log.close()
+    (first, options), (second, again) = started
+    assert first.logged == [(s, float(s)) for s in range(1, 6)]
+    assert second.logged == [(s, float(s)) for s in range(6, 9)]
+    assert first.finished and second.finished
+    assert options["id"] == again["id"] == (tmp_path / "wandb_id.txt").read_text().strip()
+    assert options["project"] == "birds" and options["name"] == tmp_path.name
+    assert options["resume"] == "allow" and options["config"]["batch_size"] == 16
+
+
+def _wandb_history(file):
+    """{step: {name: value}} of an offline run's file, and whether it adds to a run: records in blocks, as in LevelDB's log."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record, history, adds = file.read_bytes(), 7, b"", {}, None
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            parsed, record = Record.FromString(record), b""
+            if parsed.HasField("run"):
+                adds = parsed.run.resume
+            if parsed.HasField("history"):
+                items = {
+                    item.key or item.nested_key[0]: json.loads(item.value_json)
+                    for item in parsed.history.item
+                }
+                history[items["_step"]] = items
+    return history, adds
+
+
+def test_wandb_offline_leaves_a_folder_a_start_with_one_id(tmp_path):
+    wandb = pytest.importorskip("wandb")
+    config = tiny.config(wandb__mode="offline", wandb__name="wrens")
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        log = metrics_writer.MetricsWriter(tmp_path, start, 10, 4, config=config)
+        for step in steps:
+            log.write(step, {"loss": step / 2})
+        log.close()
+    wandb.teardown()  # what its service process has buffered is in the files now
+    name = (tmp_path / "wandb_id.txt").read_text().strip()
+    files = sorted((tmp_path / "wandb").glob(f"offline-run-*-{name}*/run-{name}.wandb"))
+    histories, adds = zip(*(_wandb_history(file) for file in files))
+    assert adds == (True, True)  # a sync adds both to one run
+    assert [list(history) for history in histories] == [[1, 2, 3], [3, 4]]
+    assert [history[3]["loss"] for history in histories] == [1.5, 1.5]
+
+
+def test_wandb_that_is_not_there_is_a_line(monkeypatch):
+    monkeypatch.setattr(metrics_writer.importlib.util, "find_spec", lambda name: None)
+    metrics_writer.check_wandb(tiny.config().wandb)
+    with pytest.raises(errors.UserError, match="^wandb.mode=offline needs the package wandb: pip"):
+        metrics_writer.check_wandb(tiny.config(wandb__mode="offline").wandb)
+    with pytest.raises(errors.UserError, match="wandb.mode: got 'on', expected one of off, online"):
+        tiny.config(wandb__mode="on")

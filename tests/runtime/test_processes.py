@@ -1,0 +1,183 @@
+"""The same numbers on one device, on eight, and on two processes of four, of sets that nothing divides."""
+
+import json
+import os
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from grain_jax import errors, inference
+from grain_jax.evaluate import __main__ as command
+from grain_jax.evaluate import base, zeroshot
+from grain_jax.models import grain
+from grain_jax.runtime import checkpoint, processes
+from tests import tiny
+from tests.paths import ROOT
+
+CLASSES = ("cat", "dog", "red_fox")
+
+
+@pytest.fixture(scope="module")
+def model():
+    c = tiny.config()
+    module = grain.GRAIN(c.model, "float32")
+    return c.model, nn.unbox(jax.jit(module.init)(jax.random.key(0), tiny.batch(c))["params"])
+
+
+def _write_pictures(folder, counts):
+    rng = np.random.default_rng(0)
+    paths = []
+    for name, count in zip(CLASSES, counts):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            # Of one colour and some noise: a random tower tells these apart.
+            pixels = rng.integers(0, 256, 3) * 0.8 + rng.integers(0, 50, (9, 7, 3))
+            paths.append(folder / name / f"{i:03d}.png")
+            PIL.Image.fromarray(pixels.astype(np.uint8)).save(paths[-1])
+    return paths
+
+
+def test_one_device_and_eight_count_the_same(model, tmp_path):
+    _write_pictures(tmp_path, (60, 40, 31))
+    config, params = model
+    results = []
+    for device in (jax.devices()[1], None):  # parameters that lie elsewhere keep the work there
+        placed = params if device is None else jax.device_put(params, device)
+        predictor = inference.Predictor(config, placed)
+        assert len(predictor._devices) == (8 if device is None else 1)
+        found = zeroshot.predict(predictor, images=tmp_path, batch_size=100)
+        results.append(found)
+    one, eight = results
+    assert one.index.tolist() == list(range(131)) == eight.index.tolist()
+    for name in ("top1", "top5", "best"):
+        one_way, other = (getattr(r.scored["alpha_1.0"], name) for r in results)
+        np.testing.assert_array_equal(one_way, other)
+    assert 0.1 < one.scored["alpha_1.0"].top1.mean() < 0.9  # it is no answer that all would give
+
+
+def _numbers(results):
+    """All that was measured, without times."""
+    return {
+        name: {k: v for k, v in base.scalars(r).items() if k != "seconds"}
+        for name, r in results["ran"].items()
+    }
+
+
+def test_two_processes_give_what_one_gives(model, tmp_path):
+    paths = _write_pictures(tmp_path / "classes", (5, 4, 4))
+    paths[6].write_bytes(b"no picture")  # 12 are left
+    checkpoint.save_model(tmp_path / "model", *model)
+    described = {name.replace("_", " "): [f"{name} parts", "a tail"] for name in CLASSES}
+    (tmp_path / "D.json").write_text(json.dumps(described))
+    with (tmp_path / "A.jsonl").open("w") as file:
+        for i, path in enumerate(paths):
+            region = {"box": [0, 0, 2 + i % 5, 9], "description": f"part {i % 3}", "score": 1}
+            line = {"image": f"{path.parent.name}/{path.name}", "caption": f"image {i}"}
+            file.write(json.dumps(line | {"regions": [region]}) + "\n")
+    arguments = ["suite", "--checkpoint", str(tmp_path / "model"), "--batch-size=4", "--cache"]
+    arguments += [str(tmp_path / "cache")]
+    arguments += [f"--config={ROOT}/tests/evaluate/suite_config.py:{tmp_path}", "--output"]
+    assert command.main([*arguments, str(tmp_path / "1.json")]) == 0
+    two = [sys.executable, "-m", "launch.local", "--processes=2", "--devices-per-process=4", "--"]
+    two += [sys.executable, "-m", "grain_jax.evaluate", *arguments, str(tmp_path / "2.json")]
+    done = subprocess.run(two, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2)]
+    one, both = results
+    assert (one["processes"], both["processes"]) == (1, 2) and one["digest"] == both["digest"]
+    assert list(both["ran"]) == ["classes", "grounding", "probe", "retrieval"]
+    assert both["ran"]["classes"]["pictures"] == 12 == both["ran"]["grounding"]["pictures"]
+    assert (
+        both["ran"]["classes"]["unreadable_pictures"]
+        == one["ran"]["classes"]["unreadable_pictures"]
+    )
+    assert (
+        both["skipped"]
+        == one["skipped"]
+        == {"absent": f"{tmp_path}/absent: not there; to get it: ask"}
+    )
+    for name, numbers in _numbers(one).items():
+        assert _numbers(both)[name] == pytest.approx(numbers, abs=1e-6), name
+    for part in ("", "by_name"):
+        found = [r["ran"]["classes"].get(part, r["ran"]["classes"])["alpha_0.5"] for r in results]
+        assert found[0]["per_class"] == found[1]["per_class"]
+    probes = [r["ran"]["probe"] for r in results]
+    assert probes[0]["pictures"] + probes[0]["train_pictures"] == 12
+    assert all(probes[0][part] == probes[1][part] for part in ("shots_1", "shots_all"))
+    lines = done.stderr.splitlines()  # launch.local's; one process speaks
+    assert len([line for line in lines if line.startswith("[0] classes ")]) == 2
+    assert not any("classes" in line or "skipped" in line for line in lines if "[1]" in line)
+
+
+def test_shares_and_gathering_of_one_process():
+    assert processes.share(7) == range(7)
+    parts = [{"x": np.arange(2), "y": np.ones((2, 3))}, {"x": np.arange(1), "y": np.zeros((1, 3))}]
+    found = processes.allgather(iter(parts))
+    assert found["x"].tolist() == [0, 1, 0] and found["y"].shape == (3, 3)
+    with pytest.raises(ZeroDivisionError):
+        processes.run_together(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 50])
+def test_shares_are_stretches_that_make_the_whole(monkeypatch, count):
+    positions = []
+    for index in range(8):
+        monkeypatch.setattr(processes, "own", lambda i=index: (i, 8))
+        positions += processes.share(count)
+        assert len(processes.share(count)) in (count // 8, count // 8 + 1)
+    assert positions == list(range(count))
+
+
+class _Peer:
+    """What another process would send, in the place of a collective."""
+
+    def __init__(self, monkeypatch, theirs):
+        monkeypatch.setattr(processes, "own", lambda: (0, 2))
+        self.theirs = iter(theirs)
+        monkeypatch.setattr(processes, "_of_all", lambda rows: [rows, next(self.theirs)])
+
+
+def _encoded(value):
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)[:, None]
+
+
+def test_a_process_without_a_batch_gets_the_others(monkeypatch):
+    theirs = {"x": np.array([0.1, 2]), "y": np.array([[1, 2], [3, 4]], np.int32)}
+    kinds = [["x", "<f8", []], ["y", "<i4", [2]]]
+    packed = np.concatenate([v.reshape(2, -1).view(np.uint8) for v in theirs.values()], axis=1)
+    _Peer(monkeypatch, [_encoded(kinds), packed])
+    found = processes.allgather([])
+    np.testing.assert_array_equal(found["x"], theirs["x"])
+    np.testing.assert_array_equal(found["y"], theirs["y"])
+    assert found["x"].dtype == np.float64 and found["y"].dtype == np.int32
+
+
+def test_where_one_process_fails_all_do(monkeypatch, capsys):
+    _Peer(monkeypatch, [_encoded(["no such folder", None])])
+    with pytest.raises(processes.Failed, match="process 1: no such folder"):
+        processes.run_together(lambda: 5)
+    _Peer(monkeypatch, [_encoded([None, None])])
+    with pytest.raises(processes.Failed, match="process 0: ZeroDivisionError: division by zero"):
+        processes.run_together(lambda: 1 / 0)
+    assert "ZeroDivisionError" in capsys.readouterr().err  # with its traceback
+    _Peer(monkeypatch, [_encoded([None, None])])
+    with pytest.raises(errors.UserError, match="^mine$"):
+        processes.agree(errors.UserError("mine"))
+
+
+def test_processes_that_see_other_files_are_an_error(monkeypatch, tmp_path):
+    paths = _write_pictures(tmp_path, (2, 2, 2))
+    from tests.evaluate.stub import StubPredictor
+
+    class Any(StubPredictor):
+        def encode_image(self, pictures):
+            return np.ones((len(pictures), 2), np.float32)
+
+    _Peer(monkeypatch, [_encoded([None, [3, {}, 5]])])
+    with pytest.raises(base.InputError, match="found 6, 5 images, expected the same files"):
+        list(base.encode_pictures(Any(), paths, label="x", unreadable={}, regions=False))

@@ -1,0 +1,193 @@
+"""FLOPs against hand counts, published profiles of CLIP's towers, the model's jaxpr and XLA's own count."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from grain_jax import config as config_lib
+from grain_jax import recipe as recipes
+from grain_jax.input_pipeline import derived
+from grain_jax.models.grain import GRAIN
+from grain_jax.training import flops, optim, train_step
+from tests import tiny
+
+
+def recipe(size: str = "B/16", **overrides) -> config_lib.Config:
+    c = recipes.base(size)
+    c.total_steps, c.optim.warmup_steps, c.dtype = 10, 2, "float32"
+    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+    return derived.planned(config_lib.from_dict(c), derived.Place())[0]
+
+
+def one_group(**overrides) -> config_lib.Config:
+    """B/16 with 8 images, which share 5 rows of text as 64 share 40."""
+    few = dict(batch_size=8, input__lanes=1, text__pack_group=8, text__pack_rows=5)
+    return recipe(**few, **overrides)
+
+
+def shapes(config):
+    """(the config's model, shapes of its parameters, shapes of its batch)."""
+    model = GRAIN(config.model, config.dtype, config.remat)
+    batch = train_step.abstract_batch(config)
+    init = (
+        lambda: model.init(  # noqa: E731
+            jax.random.key(0), jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
+        )
+    )
+    return model, nn.unbox(jax.eval_shape(init))["params"], batch
+
+
+def test_flops_are_those_of_the_matrix_products():
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5, 7, 11), (11, 13)))
+    product = 2 * 5 * 7 * 11 * 13
+    assert flops.matmul_flops(jnp.matmul, x, w) == product
+
+    def loss(w, x):
+        def body(carry, _):
+            return jnp.tanh(jnp.matmul(carry, w)), None
+
+        return jax.lax.scan(body, x, None, length=4)[0].sum()
+
+    square = jax.ShapeDtypeStruct((11, 11), jnp.float32)
+    one = 2 * 5 * 7 * 11 * 11
+    assert flops.matmul_flops(loss, square, x) == 4 * one
+    # Backward: the cotangents of the carry and of w, at each of 4 trips.
+    assert flops.matmul_flops(jax.grad(loss), square, x) == 12 * one
+
+
+def test_flops_of_all_devices_are_counted():
+    mesh = Mesh(jax.devices()[:4], "data")
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 3), (3, 5)))
+    spec = PartitionSpec("data")
+    shared = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
+    assert flops.matmul_flops(shared, x, w) == 2 * 8 * 3 * 5
+
+
+def test_a_loop_without_a_known_end_is_refused():
+    doubled = lambda x: jax.lax.while_loop(lambda y: y.sum() < 1, lambda y: y @ y, x)  # noqa: E731
+    with pytest.raises(NotImplementedError, match="trips"):
+        flops.matmul_flops(doubled, jnp.ones((2, 2)))
+
+
+# open_clip's docs/model_profile.csv (ViT-S-16, ViT-B-16, ViT-L-14), GFLOPs of an image. It counts an image
+# projection that stands in our decoder: 0.002 at most.
+@pytest.mark.parametrize("size,gflops", [("S/16", 9.20), ("B/16", 35.13), ("L/14", 162.03)])
+def test_image_towers_are_as_published(size, gflops):
+    assert flops.per_image(recipe(size)).image / 1e9 == pytest.approx(gflops, abs=0.007)
+
+
+def test_text_tower_is_as_published():
+    padded = flops.per_image(recipe(text__packing=False))
+    assert padded.text / 6 / 1e9 == pytest.approx(5.96, abs=0.006)  # a caption and 5 descriptions
+    packed, projection = flops.per_image(recipe()), 2 * 6 * 512 * 512
+    text = recipe().text
+    assert text.pack_group == 64
+    rows = text.pack_rows / 64
+    assert (packed.text - projection) == (padded.text - projection) / 6 * rows
+
+
+def test_losses_by_hand():
+    count = lambda **kw: flops.per_image(recipe(**kw)).losses  # noqa: E731
+    captions = 2 * 2048 * 512
+    assert count() == captions + 5 * 2 * (2048 * 5) * 512
+    assert count(loss__group_size=128) == captions + 5 * 2 * (128 * 5) * 512
+    assert count(batch_size=4096) == 2 * count()
+    assert count(input__max_regions=0) == captions
+    matched = count(loss__match_description=1.0, model__decoder__queries=7)
+    assert matched == count() + 2 * 7 * 5 * 512
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        recipe(),
+        recipe("L/14", text__packing=False),
+        tiny.config(model__decoder__queries=7, input__max_regions=3, model__embed_dim=24),
+    ],
+    ids=["B/16", "L/14 padded", "tiny"],
+)
+def test_towers_are_those_of_the_model(config):
+    model, params, batch = shapes(config)
+    apply = lambda params, batch: model.apply({"params": params}, batch)  # noqa: E731
+    ours = flops.per_image(config)
+    towers = ours.forward - ours.losses
+    assert flops.matmul_flops(apply, params, batch) == towers * config.batch_size
+
+    def total(params, batch):
+        return sum(x.sum() for x in apply(params, batch))
+
+    image = config.model.image
+    # Nobody asks for the gradient of the pixels.
+    pixels = 2 * (image.image_size**2 * 3) * image.width
+    counted = flops.matmul_flops(jax.grad(total), params, batch)
+    assert counted == (3 * towers - pixels) * config.batch_size
+
+
+@pytest.mark.parametrize(
+    "frozen,parts",
+    [
+        (("image/.*",), {"image"}),
+        (("text.*",), {"text"}),
+        (("image/.*", "text.*", "logit_scale"), {"image", "text"}),
+        (("decoder/.*", "box_mlp/.*", ".*_projection/.*"), {"decoder"}),
+        (("image/blocks/.*", "text_norm/.*"), set()),
+    ],
+)
+def test_what_is_frozen_has_no_gradient_to_compute(frozen, parts):
+    config = tiny.config(optim__frozen=frozen)
+    model, params, batch = shapes(config)
+    ours, image, decoder = flops.per_image(config), config.model.image, config.model.decoder
+    assert ours.frozen == parts
+    if parts - {
+        "image",
+        "text",
+    }:  # through a decoder of fixed weights the activations' gradient goes
+        assert ours.train == 3 * ours.forward - ours.decoder
+        return
+
+    def total(params, batch):
+        params = optim.stop_frozen(params, frozen)
+        return sum(x.sum() for x in model.apply({"params": params}, batch))
+
+    spared = 2 * image.image_size**2 * 3 * image.width  # the gradient of the pixels
+    if "image" in parts:
+        tokens = 1 + (image.image_size // image.patch_size) ** 2
+        spared = 2 * tokens * image.width * decoder.width  # of the decoder's input
+    if parts:
+        counted = flops.matmul_flops(jax.grad(total), params, batch)
+        assert counted == (ours.train - 3 * ours.losses - spared) * config.batch_size
+    else:
+        assert ours.train == 3 * ours.forward
+
+
+def test_train_step_is_xlas_own_count():
+    """Within 2%: XLA counts element-wise work too, and leaves out the gradient of the pixels."""
+
+    def ratio(counted, config):
+        return flops.per_image(config).train * config.batch_size / counted.cost_analysis()["flops"]
+
+    def lower(config):
+        model, params, batch = shapes(config)
+        step = functools.partial(train_step.loss_and_grads, model, config, None)
+        return jax.jit(lambda params, batch: step(params, batch, None)).lower(params, batch)
+
+    towers = {"image": 12, "text": 12, "decoder": 6}
+    full = one_group(**{f"model__{name}__unroll": depth for name, depth in towers.items()})
+    assert 0.98 < ratio(lower(full), full) < 1.02  # before XLA's passes
+    few = {f"model__{t}__{key}": 2 for t in towers for key in ("depth", "unroll")}
+    shallow = one_group(**few)
+    assert 0.98 < ratio(lower(shallow).compile(), shallow) < 1.02
+
+
+def test_peaks():
+    assert flops.peak_flops("TPU v5 lite", "bfloat16") == 197e12
+    assert flops.peak_flops("TPU v5", "float32") == 459e12  # one bfloat16 pass
+    assert flops.peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
+    assert flops.peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert flops.peak_flops("NVIDIA A100-SXM4-40GB", "float32") == 156e12  # TF32
+    for unknown in ("cpu", "TPU v4 lite", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
+        assert flops.peak_flops(unknown, "bfloat16") is None

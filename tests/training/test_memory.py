@@ -1,0 +1,266 @@
+"""Out of memory is one line with what to set, and what it names fits: limits are faked, one command is real."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from grain_jax import config as config_lib
+from grain_jax import errors, export, inference, train
+from grain_jax.convert import __main__ as convert_command
+from grain_jax.evaluate import base
+from grain_jax.report import __main__ as report_command
+from grain_jax.training import memory, sharding, train_step
+from tests import tiny
+from tests.paths import ROOT
+
+HUGE = 1 << 20
+XLA = "RESOURCE_EXHAUSTED: Out of memory allocating 315363503480 bytes."
+LIBTPU = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.29G of 15.75G hbm."
+
+
+def _limit(total):
+    """Of a machine with so many bytes, which the tests' 8 CPU devices share."""
+    return memory.Limit(total // 8, 8, total)
+
+
+def _set(config, line):
+    """For each `--config.KEY=VALUE` that the line names, the config that has it."""
+    found = {}
+    for key, value in re.findall(r"--config\.([\w.]+)=(\w+)", line):
+        value = int(value) if value.isdigit() else value
+        if "." in key:
+            part = dataclasses.replace(
+                config.mesh, **{key.removeprefix("mesh."): value, "data": -1}
+            )
+            key, value = "mesh", part
+        found[key] = dataclasses.replace(config, **{key: value})
+    return found
+
+
+def _compiled_bytes(config):
+    """What the compiler says that a device needs for a step."""
+    mesh = sharding.make_mesh(config.mesh)
+    program = train_step.build(config, mesh, total_steps=10, steps_per_epoch=1.0)
+    found = program.step.lower(program.state, program.batch).compile().memory_analysis()
+    return (
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+        + found.temp_size_in_bytes
+    )
+
+
+def test_a_step_that_does_not_fit_is_refused_before_the_first_and_what_is_named_fits(
+    tmp_path, monkeypatch
+):
+    config = tiny.config(batch_size=512, text__pack_group=1)
+    needs = 8 * _compiled_bytes(config)
+    there = _limit(round(0.6 * needs))
+    monkeypatch.setattr(memory, "limit", lambda: there)
+    monkeypatch.setattr(train.device, "prefetch", lambda *_: pytest.fail("the input was started"))
+    with pytest.raises(errors.OutOfMemory) as caught:
+        train.train(config, tmp_path)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith(
+        f"out of memory: the step needs about {memory.gigabytes(needs)}, this machine has"
+        f" {memory.gigabytes(0.6 * needs)}; largest: activations, "
+    )
+    named = _set(config, line)
+    assert "batch_size" in named and named["batch_size"].batch_size < 512
+    smaller = config_lib.from_dict(dataclasses.asdict(named["batch_size"]))
+    assert _compiled_bytes(smaller) <= there.bytes
+
+
+def test_arithmetic_refuses_before_the_data_set_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "open_source", lambda *_: pytest.fail("the data set was opened"))
+    config = tiny.config(batch_size=HUGE)
+    with pytest.raises(errors.OutOfMemory, match="largest: activations.*which grow with"):
+        monkeypatch.setattr(memory, "limit", lambda: _limit(2**30))
+        train.train(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+    # An accelerator with room for it, on a host that cannot hold two batches of 800 MB.
+    monkeypatch.setattr(memory, "limit", lambda: memory.Limit(2**40, None, 10**9))
+    with pytest.raises(
+        errors.OutOfMemory,
+        match=r"makes batches of 805.3 MB on this machine, which has 1.0 GB. Set --config.batch_size=262144,",
+    ):
+        train.train(config, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def large():
+    """A config, its mesh and its need."""
+    config = tiny.config(batch_size=4096, text__pack_group=8, text__pack_rows=24)
+    mesh = sharding.make_mesh(config.mesh)
+    return config, mesh, memory.estimate(config, mesh)
+
+
+def test_all_that_is_named_can_be_set_and_fits_by_the_same_arithmetic(large):
+    config, mesh, need = large
+    room = 0.5 * need.total(512, 1)
+    named = _set(config, memory.advice(config, mesh, need, room))
+    assert set(named) == {"batch_size", "microbatches", "remat"}
+    assert named["batch_size"].batch_size == 1024 and named["microbatches"].microbatches == 4
+    for key, changed in named.items():
+        changed = config_lib.from_dict(dataclasses.asdict(changed))
+        sharding.check_batch(changed, mesh)
+        needs = memory.estimate(changed, mesh).total(changed.batch_size // 8, changed.microbatches)
+        assert needs <= room, key
+
+
+def test_nothing_is_named_that_would_not_help(large):
+    config, mesh, need = large
+    image = dataclasses.replace(
+        config.model.image, unroll=2
+    )  # XLA's CPU backend undoes remat there
+    unrolled = dataclasses.replace(config, model=dataclasses.replace(config.model, image=image))
+    named = _set(config, memory.advice(unrolled, mesh, need, 0.5 * need.total(512, 1)))
+    assert set(named) == {"batch_size", "microbatches"}
+    assert "alone is enough" in memory.advice(unrolled, mesh, need, 1000)
+
+
+def test_a_state_that_does_not_fit_is_to_be_cut(monkeypatch):
+    config = tiny.config()
+    mesh = sharding.make_mesh(config.mesh)
+    program = train_step.build(config, mesh, total_steps=10, steps_per_epoch=1.0)
+    state = sum(memory.state_bytes(program).values())
+    there = memory.Limit(state - 1, None, 2**40)
+    memory.check(config, mesh, there)
+    with pytest.raises(errors.OutOfMemory, match="parameters, optimiser state") as caught:
+        memory.check(config, mesh, there, program)
+    named = _set(config, str(caught.value))
+    assert set(named) == {"mesh"} and named["mesh"].mesh.fsdp > 1
+    assert "a device has" in str(caught.value)
+
+
+def test_a_failure_at_run_time_names_half_at_most(large, monkeypatch):
+    """Others may hold the memory: that the arithmetic would have let it pass says nothing."""
+    config = large[0]
+    monkeypatch.setattr(memory, "limit", lambda: _limit(2**40))
+    with pytest.raises(errors.OutOfMemory) as caught:
+        with errors.out_of_memory_in_a_line("training", lambda: memory.training_advice(config)):
+            raise jax.errors.JaxRuntimeError(XLA)
+    line = str(caught.value)
+    assert line.startswith(
+        "out of memory in training (Out of memory allocating 315363503480 bytes); largest: activations"
+    )
+    assert _set(config, line)["batch_size"].batch_size <= 2048
+
+
+@pytest.mark.parametrize(
+    "error,line",
+    [
+        (jax.errors.JaxRuntimeError(XLA), "(Out of memory allocating 315363503480 bytes); "),
+        (jax.errors.JaxRuntimeError(LIBTPU), "(Ran out of memory in memory space hbm. Used"),
+        (MemoryError(), "out of memory in it; "),
+    ],
+)
+def test_every_allocator_has_its_line(error, line):
+    with pytest.raises(errors.OutOfMemory) as caught:
+        with errors.out_of_memory_in_a_line("it"):
+            raise error
+    assert line in str(caught.value) and str(caught.value).endswith(errors.MORE_MEMORY)
+
+
+def test_numpy_and_tensorflow_are_allocators_and_a_quota_is_none():
+    with pytest.raises(errors.OutOfMemory, match=r"\(Unable to allocate 3.64 TiB for an array"):
+        with errors.out_of_memory_in_a_line("it"):
+            np.zeros((1000, 1000, 1000, 1000), np.float32)
+    exhausted = type("ResourceExhaustedError", (Exception,), {})
+    assert errors.is_out_of_memory(exhausted("OOM when allocating tensor with shape[10]"))
+    quota = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: quota of requests exceeded")
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        with errors.out_of_memory_in_a_line("it"):
+            raise quota
+
+
+def test_the_container_counts(tmp_path):
+    machine = memory.host_bytes(tmp_path)  # no control groups there
+    groups = tmp_path / "sys/fs/cgroup"
+    (groups / "a/b").mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/a/b\n")
+    (groups / "a/b/memory.max").write_text("max\n")
+    assert memory.host_bytes(tmp_path) == machine
+    (groups / "a/memory.max").write_text("1000000\n")
+    assert memory.host_bytes(tmp_path) == 1000000
+    (groups / "memory").mkdir()
+    (groups / "memory/memory.limit_in_bytes").write_text("2000\n")  # version 1
+    assert memory.host_bytes(tmp_path) == 2000
+
+
+def _runs_out(*_, **__):
+    raise jax.errors.JaxRuntimeError(XLA)
+
+
+def test_an_evaluation_says_it(tmp_path):
+    predictor = type("Predictor", (), {"encode_image": _runs_out, "encode_regions": _runs_out})()
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(errors.OutOfMemory, match="out of memory in images .*--batch-size"):
+        for _ in base.encode_pictures(
+            predictor, [tmp_path / "a.png"], label="pictures", unreadable={}
+        ):
+            pass
+
+
+@pytest.mark.parametrize(
+    "main,arguments",
+    [
+        (export.main, ["--checkpoint=a", "--output=b"]),
+        (convert_command.main, ["to-torch", "--input=a", "--output=b"]),
+        (report_command.main, ["a"]),
+    ],
+)
+def test_commands_that_load_a_model_say_it(main, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(inference, "load", _runs_out)
+    monkeypatch.setattr(report_command.page, "write", _runs_out)
+    monkeypatch.setitem(
+        convert_command.COMMANDS,
+        "to-torch",
+        convert_command.COMMANDS["to-torch"]._replace(run=_runs_out),
+    )
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("out of memory in ") and "Traceback" not in str(lines)
+
+
+def _command(code, *flags):
+    done = subprocess.run(
+        [sys.executable, *code, "--config", "tests/run_config.py", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stderr.strip().splitlines()
+
+
+def test_the_command_with_a_million_images(tmp_path):
+    began = time.monotonic()
+    status, lines = _command(
+        ["-m", "grain_jax.train"], f"--workdir={tmp_path}/w", "--config.batch_size=1000000000"
+    )
+    assert status == 2 and len(lines) == 1, lines
+    assert lines[0].startswith("out of memory: the step needs about ")
+    assert "this machine has" in lines[0] and "--config.batch_size=" in lines[0]
+    assert time.monotonic() - began < 120 and not (tmp_path / "w").exists()
+
+
+def test_the_command_whose_step_is_refused_by_the_allocator(tmp_path):
+    """As it is where others hold the memory, or a TPU's compiler does not find room."""
+    code = (
+        "import jax; from grain_jax import command_line, train\n"
+        f"def step(*_): raise jax.errors.JaxRuntimeError({XLA!r})\n"
+        "train.train = step; command_line.main(train.main)"
+    )
+    status, lines = _command(["-c", code], f"--workdir={tmp_path}", "--config.batch_size=4096")
+    assert status == 2 and len(lines) == 1, lines
+    assert lines[0].startswith("out of memory in training (Out of memory allocating 3153635")
+    assert "Set --config.batch_size=1024 (about" in lines[0]

@@ -1,0 +1,116 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from configs.grain_vitb16_cc12m import get_config as b16
+from grain_jax import config as config_lib
+from grain_jax.input_pipeline import derived
+from grain_jax.models.grain import GRAIN
+from grain_jax.training import optim, sharding, train_step
+from tests import tiny
+
+
+def _abstract(c):
+    model = GRAIN(c.model)
+    tx = optim.optimizer(c.optim, lambda step: 0.0)
+    return jax.eval_shape(lambda: train_step.init_state(model, c, tx))
+
+
+def _mesh(data, fsdp, tensor):
+    c = tiny.config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor)
+    return sharding.make_mesh(c.mesh)
+
+
+def test_mesh_takes_the_rest_and_refuses_what_does_not_fit():
+    assert dict(_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    with pytest.raises(sharding.ShardingError, match="= 3, expected 8 devices"):
+        _mesh(3, 1, 1)
+
+
+def test_moments_follow_their_parameters():
+    c = tiny.config()
+    _, placed = sharding.place_state(_abstract(c), c.sharding, _mesh(2, 2, 2))
+    spec = placed.params["image"]["blocks"]["mlp"]["in"]["kernel"].spec
+    assert tuple(spec) == (None, "fsdp", "tensor")
+    assert placed.opt_state[1].mu["image"]["blocks"]["mlp"]["in"]["kernel"].spec == spec
+    assert tuple(placed.params["text"]["token_embed"]["embedding"].spec) == ("tensor", "fsdp")
+    assert tuple(placed.step.spec) == ()
+
+
+def test_an_axis_without_a_rule_is_an_error_that_names_the_parameter():
+    c = tiny.config()
+    rules = tuple(rule for rule in c.sharding if rule[0] != "mlp")
+    with pytest.raises(
+        sharding.ShardingError, match=r"mlp/in/kernel: `sharding` has no rule for its axis 'mlp'"
+    ):
+        sharding.place_state(_abstract(c), rules, _mesh(8, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "axis,to,told",
+    [
+        ("mlp", "model", r"'mlp' to 'model', expected one of data, fsdp, tensor"),
+        ("mlp", "fsdp", r"mlp/in/kernel: `sharding` sends two of its axes to 'fsdp'"),
+    ],
+)
+def test_a_rule_to_no_axis_or_to_a_taken_one_is_an_error(axis, to, told):
+    c = tiny.config()
+    rules = tuple((a, to if a == axis else m) for a, m in c.sharding)
+    with pytest.raises(sharding.ShardingError, match=told):
+        sharding.place_state(_abstract(c), rules, _mesh(4, 2, 1))
+
+
+def test_a_dimension_that_does_not_divide_is_an_error():
+    c = tiny.config(model__decoder__heads=1)
+    with pytest.raises(
+        sharding.ShardingError, match=r"axis 'heads' of 1 does not divide by mesh.tensor = 2"
+    ):
+        sharding.place_state(_abstract(c), c.sharding, _mesh(2, 2, 2))
+
+
+def test_no_packing_group_is_cut():
+    c = tiny.config(text__pack_group=4)
+    with pytest.raises(
+        sharding.ShardingError, match="pack_group: got 4, expected a divisor of the 2 images"
+    ):
+        sharding.check_batch(c, _mesh(8, 1, 1))
+
+
+def test_fsdp_keeps_an_eighth_of_the_state():
+    c, _ = derived.planned(config_lib.from_dict(b16()), derived.Place(8))
+    mesh = sharding.make_mesh(dataclasses.replace(c.mesh, data=1, fsdp=8))
+    program = train_step.build(c, mesh, total_steps=10, steps_per_epoch=1)
+    lines = sharding.table(program.state, program.shardings).splitlines()
+    here, whole = 0, 0
+    leaves = zip(jax.tree.leaves(program.state), jax.tree.leaves(program.shardings))
+    for leaf, placed in leaves:
+        here += np.prod(placed.shard_shape(leaf.shape)) * 4
+        whole += np.prod(leaf.shape) * 4
+    assert here / whole <= 0.15
+    assert lines[-1].startswith(f"{here / 1e6:,.1f} MB a device, {here / whole:.3f} of")
+    row = next(line for line in lines if "params/image/blocks/mlp/in/kernel" in line)
+    assert row.split() == [
+        "params/image/blocks/mlp/in/kernel", "12x768x3072", "float32", "(None,", "fsdp,", "tensor)",
+        f"{12 * 768 * 3072 * 4 // 8:,}",
+    ]  # fmt: skip
+
+
+class _Chip:
+    def __init__(self, index, slice_index):
+        self.id, self.slice_index, self.process_index = index, slice_index, index // 4
+        self.platform, self.device_kind = "cpu", "cpu"
+
+
+def test_slices_are_cut_over_data_first():
+    chips = [_Chip(i, i % 2) for i in range(16)]  # slices interleaved
+    c = tiny.config(mesh__data=4, mesh__fsdp=2, mesh__tensor=2, mesh__dcn_data=2)
+    slices = np.vectorize(lambda d: d.slice_index)(sharding.make_mesh(c.mesh, chips).devices)
+    np.testing.assert_array_equal(slices, np.broadcast_to([[[0]], [[0]], [[1]], [[1]]], (4, 2, 2)))
+    with pytest.raises(
+        sharding.ShardingError, match="dcn_data: got 1, expected a multiple of the 2"
+    ):
+        sharding.make_mesh(dataclasses.replace(c.mesh, dcn_data=1), chips)
+    with pytest.raises(sharding.ShardingError, match="divisor of mesh.data = 4"):
+        sharding.make_mesh(dataclasses.replace(c.mesh, dcn_data=8), chips)

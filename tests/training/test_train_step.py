@@ -1,0 +1,251 @@
+"""One step on 8 virtual devices: the same numbers on every mesh, with micro-batches, and a clean HLO."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grain_jax import losses
+from grain_jax.models.grain import GRAIN
+from grain_jax.training import optim, sharding, train_step
+from launch import hlo
+from tests import tiny
+
+
+def _build(c):
+    n = np.prod([c.mesh.data, c.mesh.fsdp, c.mesh.tensor])
+    mesh = sharding.make_mesh(c.mesh, jax.devices()[:n])
+    return train_step.build(c, mesh, total_steps=c.total_steps, steps_per_epoch=1)
+
+
+@functools.cache
+def _run(mesh, **overrides):
+    data, fsdp, tensor = mesh
+    c = tiny.config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, **overrides)
+    program = _build(c)
+    step = program.step.lower(program.state, program.batch).compile()
+    state = program.init()
+    batch = jax.device_put(tiny.batch(c), program.batch_sharding)
+    metrics = []
+    for _ in range(2):
+        state, m = step(state, batch)
+        metrics.append(jax.tree.map(float, m))
+    return metrics, jax.device_get(state), step
+
+
+ONE = (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "mesh,overrides",
+    [
+        ((8, 1, 1), {}),
+        ((4, 2, 1), {}),
+        ((2, 2, 2), {"remat": "full"}),
+        (ONE, {"microbatches": 4}),
+        ((4, 1, 2), {"remat": "dots"}),
+        ((2, 2, 2), {"microbatches": 2, "remat": "qkv", "loss__gather": 2, "loss__tile": 7}),
+    ],
+)
+def test_mesh_microbatches_and_remat_change_nothing(mesh, overrides):
+    """Dropout is on: its mask belongs to the example, wherever that is computed."""
+    expected, state, _ = _run(ONE, ema_decay=0.9)
+    metrics, other, _ = _run(mesh, ema_decay=0.9, **overrides)
+    for a, b in zip(expected, metrics):
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=2e-5, err_msg=name)
+    for a, b in zip(jax.tree.leaves(state.ema_params), jax.tree.leaves(other.ema_params)):
+        # An Adam step moves parameters whose gradient is float noise by up to the learning rate.
+        np.testing.assert_allclose(a, b, atol=3e-4)
+
+
+def test_gradients_of_microbatches_equal_the_full_batch():
+    c = tiny.config()
+    model = GRAIN(c.model)
+    tx = optim.optimizer(c.optim, lambda step: 0.0)
+    params = jax.jit(lambda: sharding.unbox(train_step.init_state(model, c, tx)))().params
+    batch = jax.tree.map(jnp.asarray, tiny.batch(c))
+    keys = train_step.dropout_keys(0, 3, jnp.arange(c.batch_size))
+    grads = {}
+    for k in (1, 4):
+        run = functools.partial(train_step.loss_and_grads, model, tiny.config(microbatches=k), None)
+        _, grads[k] = jax.jit(run)(params, batch, keys)
+    for (path, a), b in zip(
+        jax.tree_util.tree_flatten_with_path(grads[1])[0], jax.tree.leaves(grads[4])
+    ):
+        # Key biases and the like have a gradient of 0 but for rounding: compare those absolutely.
+        error = np.abs(a - b).max() / max(np.abs(a).max(), 1e-2)
+        assert error < 2e-5, (jax.tree_util.keystr(path), error)
+
+
+def test_group_size_gives_the_same_loss_on_1_and_8_devices():
+    one, _, _ = _run(ONE, loss__group_size=4)
+    eight, _, _ = _run((8, 1, 1), loss__group_size=4)
+    everything, _, _ = _run(ONE, ema_decay=0.9)
+    np.testing.assert_allclose(one[0]["loss"], eight[0]["loss"], rtol=1e-6)
+    assert one[0]["loss_region_description"] < everything[0]["loss_region_description"] - 0.5
+
+
+def _placed_in_loops(step):
+    """(instruction, whether it runs in a loop) of the compiled step."""
+    module = hlo.parse(step.as_text())
+    for name, computation in module.computations.items():
+        for instruction in computation.instructions.values():
+            yield instruction, name in module.in_loop
+
+
+def test_no_buffer_of_the_step_grows_with_the_global_batch():
+    """Every switch on; no array of the compiled step has a batch-sized dimension, nor a batch's elements spelt otherwise."""
+    # 13 images on each part of a device, 19 values an embedding: no other product of sizes has these factors.
+    c = tiny.config(
+        batch_size=4 * 2 * 2 * 13,
+        model__embed_dim=19,
+        loss__tile=64,
+        mesh__data=2,
+        mesh__fsdp=2,
+        mesh__tensor=2,
+        microbatches=2,
+        remat="full",
+        ema_decay=0.9,
+    )
+    program = _build(c)
+    step = program.step.lower(program.state, program.batch).compile()
+    b, r = c.batch_size, c.input.max_regions
+    limits = {b * b, b * r * b * r, b * c.model.embed_dim, b * r * c.model.embed_dim}
+    for instruction, _ in _placed_in_loops(step):
+        for shape in instruction.shapes:
+            assert not {b, b * r, b * (1 + r)} & set(shape.dims), instruction
+            assert math.prod(shape.dims) not in limits, instruction
+
+
+def test_fsdp_gathers_a_layer_at_a_time():
+    c = tiny.config(mesh__data=1, mesh__fsdp=8, remat="full")
+    program = _build(c)
+    step = program.step.lower(program.state, program.batch).compile()
+    stacked = {
+        leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(program.state.params)
+        if "kernel" in jax.tree_util.keystr(path) and "blocks" in jax.tree_util.keystr(path)
+    }
+    layer = {shape[1:] for shape in stacked}
+    gathered, in_loops = set(), 0
+    for instruction, in_loop in _placed_in_loops(step):
+        if instruction.opcode.startswith("all-gather"):
+            for shape in instruction.shapes:
+                assert shape.dims not in stacked, instruction
+                dims = tuple(n for n in shape.dims if n != 1)
+                if in_loop and dims in layer:
+                    gathered.add(dims)
+                in_loops += in_loop
+    assert in_loops and gathered == layer, (gathered, layer)
+
+
+def test_products_of_the_losses_are_float32_at_highest_precision():
+    c = tiny.config(dtype="bfloat16", mesh__data=8)
+    program = _build(c)
+    jaxpr = jax.make_jaxpr(program.step)(program.state, program.batch)
+    found = []
+
+    def visit(jaxpr, inside):
+        for equation in jaxpr.eqns:
+            name = equation.primitive.name
+            if inside and name == "dot_general":
+                types = {v.aval.dtype.name for v in (*equation.invars, *equation.outvars)}
+                found.append((types, equation.params["precision"]))
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                visit(inner, inside or name == "shard_map")
+
+    visit(jaxpr.jaxpr, False)
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    # Forward and backward of two directions of captions and one of regions.
+    assert len(found) >= 9
+    assert all(types == {"float32"} and precision == highest for types, precision in found), found
+
+
+COLLECTIVES = re.compile(r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(")
+
+
+def test_matching_has_no_collective_loop_or_host_callback():
+    _, _, step = _run((8, 1, 1), loss__group_size=4)
+    lines = step.as_text().splitlines()
+    scoped = [line for line in lines if re.search(r'op_name="[^"]*matching', line)]
+    assert len(scoped) > 20, "the scope's name is gone: this test sees nothing"
+    assert not [line for line in scoped if COLLECTIVES.search(line)]
+    assert not [
+        line for line in scoped if re.search(r"\bwhile\(|custom-call\(|infeed|outfeed", line)
+    ]
+    assert any(COLLECTIVES.search(line) for line in lines), (
+        "no collective at all: is the batch sharded?"
+    )
+
+
+def test_texts_dropped_are_counted_from_the_start():
+    c = tiny.config()
+    metrics, state, _ = _run(ONE, ema_decay=0.9)
+    a_step = int(tiny.batch(c).texts_dropped.sum())
+    assert a_step > 0
+    assert [m["texts_dropped"] for m in metrics] == [a_step, 2 * a_step]
+    assert int(state.step) == 2 and int(state.texts_dropped) == 2 * a_step
+    counts = tiny.batch(c).text_counts.sum(axis=0)
+    assert state.text_counts.tolist() == (2 * counts).tolist()
+    assert [(m["texts"], m["texts_too_long"]) for m in metrics] == [(*counts,), (*(2 * counts),)]
+
+
+def test_metrics_of_modules_and_queries():
+    c = tiny.config()
+    metrics, _, _ = _run(ONE, ema_decay=0.9)
+    for m in metrics:
+        modules = [m[f"grad_norm/{name}"] for name in ("image", "text", "decoder", "heads")]
+        assert min(modules) > 1e-3
+        np.testing.assert_allclose(np.linalg.norm(modules), m["grad_norm"], rtol=1e-5)
+        share = np.array([m[f"query_share/{i}"] for i in range(c.model.decoder.queries)])
+        np.testing.assert_allclose(share.sum(), 1, rtol=1e-6)
+        share = share[share > 0]
+        entropy = -(share * np.log(share)).sum() / np.log(c.model.decoder.queries)
+        np.testing.assert_allclose(m["query_usage_entropy"], entropy, rtol=1e-5)
+
+
+def test_a_frozen_module_has_no_gradient_norm():
+    grads = {
+        "image": {"a": jnp.array([3.0]), "b": jnp.array([4.0])},
+        "text": {"a": jnp.array([5.0])},
+        "box_mlp": jnp.array([6.0]),
+        "logit_scale": jnp.array(8.0),
+    }
+    norms = jax.tree.map(float, train_step.grad_norms(grads, ("text/.*", "image/b")))
+    assert norms.pop("grad_norm") == pytest.approx(109**0.5)
+    assert norms == {"grad_norm/image": 3.0, "grad_norm/heads": 10.0}
+
+
+@pytest.mark.parametrize("queries,entropy", [(1, False), (17, True)])
+def test_queries_have_metrics_only_where_they_tell_something(queries, entropy):
+    share = jnp.full(queries, 1 / queries)
+    terms = losses.Losses(*[0.0] * 8, query_share=share)
+    metrics = train_step.region_metrics(terms)
+    assert ("query_usage_entropy" in metrics) == entropy
+    assert sum(name.startswith("query_share/") for name in metrics) == (0 if entropy else 1)
+    assert not entropy or abs(metrics["query_usage_entropy"] - 1) < 1e-6
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_run_without_regions_trains_on_captions_alone(microbatches):
+    """The CLIP baseline: no region is read."""
+    metrics, _, _ = _run(
+        ONE,
+        input__max_regions=0,
+        loss__box=0.0,
+        loss__region_description=0.0,
+        microbatches=microbatches,
+    )
+    assert metrics[0]["loss"] == metrics[0]["loss_image_caption"] > 1
+    assert metrics[1]["loss"] != metrics[0]["loss"]
+    assert metrics[0]["loss_box"] == metrics[0]["loss_region_description"] == 0
+    assert 0 <= metrics[0]["image_caption_accuracy"] <= 1
+    assert not [
+        name for name in metrics[0] if name.startswith(("query", "region", "matched_iou50"))
+    ]
