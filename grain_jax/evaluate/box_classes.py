@@ -14,6 +14,7 @@ from grain_jax.evaluate import base, class_names, grounding
 from grain_jax.inference import prompts, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.losses import boxes
+from grain_jax.runtime import processes
 
 _AT_ONCE = 4096  # boxes; bounds memory
 
@@ -66,7 +67,7 @@ def evaluate(
         unreadable=unreadable,
         batch_size=batch_size,
     )
-    seen = base.allgather(
+    seen = processes.allgather(
         dict(
             index=batch.index,
             sizes=np.array(batch.sizes),

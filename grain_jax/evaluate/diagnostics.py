@@ -75,7 +75,7 @@ def evaluate(
         unreadable=unreadable,
         batch_size=batch_size,
     )
-    found = base.allgather(
+    found = processes.allgather(
         dict(index=batch.index, sizes=np.array(batch.sizes), **batch.regions._asdict())
         for batch in batches
     )

@@ -23,6 +23,7 @@ from grain_jax.files import annotations as annotations_lib
 from grain_jax.inference import scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.losses import boxes, matching
+from grain_jax.runtime import processes
 
 MATCH_L1, MATCH_GIOU = 5.0, 2.0  # of the matching cost (method.md, Losses)
 _SEED = 0  # of the boxes that chance is measured with
@@ -95,7 +96,7 @@ def evaluate(
         unreadable=unreadable,
         batch_size=batch_size,
     )
-    found = base.allgather(
+    found = processes.allgather(
         dict(index=batch.index, sizes=np.array(batch.sizes), **batch.regions._asdict())
         for batch in batches
     )

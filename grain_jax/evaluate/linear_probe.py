@@ -241,7 +241,7 @@ def _take(data: Data, which: np.ndarray) -> Data:
 
 def _encode(predictor, pictures: test_sets.TestSet, unreadable: dict[str, str], batch_size) -> Data:
     """The embeddings of a set's readable images, on every process."""
-    found = base.allgather(
+    found = processes.allgather(
         dict(embed=batch.image_embed, label=batch.labels)
         for batch in base.encode_pictures(
             predictor,

@@ -12,6 +12,7 @@ from etils import epath
 from grain_jax.evaluate import base
 from grain_jax.inference import scores
 from grain_jax.input_pipeline import tokenizer
+from grain_jax.runtime import processes
 
 KS = (1, 5, 10)
 _ROWS_AT_ONCE = 1024  # bounds the similarities in memory
@@ -52,7 +53,9 @@ def evaluate(
         regions=False,
         batch_size=batch_size,
     )
-    found = base.allgather(dict(index=batch.index, embed=batch.image_embed) for batch in batches)
+    found = processes.allgather(
+        dict(index=batch.index, embed=batch.image_embed) for batch in batches
+    )
     kept = [records[i] for i in found["index"]]
     image_embed = scores.unit(found["embed"])  # [N, D]
     owner, text_of, texts = _pairs(kept)

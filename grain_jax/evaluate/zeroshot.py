@@ -159,7 +159,7 @@ def predict(
             scored = _score(combined, batch.labels)
             part |= {f"{key} {name}": value for name, value in scored._asdict().items()}
         parts.append(part)
-    found = base.allgather(parts)
+    found = processes.allgather(parts)
     if found["target"].min() < 0:
         raise base.InputError("the test set has images without a label, expected another split")
     scored = {key: Scored(*(found[f"{key} {field}"] for field in Scored._fields)) for key in ways}
