@@ -39,6 +39,7 @@ DEV = [
     *PROBE,
     "hypothesis",
     "playwright",  # slow tests open pages in Debian's chromium
+    "pyright[nodejs]",
     "pytest>=8",
     "pytest-timeout",
     "pytest-xdist",
@@ -57,6 +58,7 @@ setup(
     packages=find_packages(include=["grain_jax", "grain_jax.*"]),
     package_data={
         "grain_jax": [
+            "py.typed",
             "inference/*.txt",
             "evaluate/classes/*.txt",
             "report/*.css",
