@@ -55,7 +55,7 @@ def picture(name: str) -> PIL.Image.Image:
 
 def expected(name: str) -> np.ndarray:
     """What the reference makes of it, uint8 [64, 64, 3], with the Pillow that is installed."""
-    # Pillow 13 orders the two passes otherwise on some shapes (goldens, quirk 20).
+    # Pillow 13 orders the two passes otherwise on some shapes (quirk 20).
     older = f"pillow_10_1_0/resized_u8/{name}"
     new = int(PIL.__version__.split(".")[0]) >= 13
     return golden()[f"resized_u8/{name}" if new or older not in golden() else older]

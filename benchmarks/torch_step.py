@@ -61,7 +61,7 @@ class TorchStep:
         return float(loss.detach())
 
     def loss(self, batch: schema.Batch, *, packed: bool) -> torch.Tensor:
-        """L_ic + L_box + L_rd (method.md, Losses), equal texts masked out of each other's negatives."""
+        """L_ic + L_box + L_rd (docs/method.md, Losses), equal texts masked out of each other's negatives."""
         to = lambda x: torch.as_tensor(np.asarray(x)).to(self.device)  # noqa: E731
         backbone = self.module.backbone
         pixels = to(schema.rescale_pixels(batch.image)).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""GRAIN ViT-B/16 on CC3M with synthetic annotations (method.md, Training recipe).
+"""GRAIN ViT-B/16 on CC3M with synthetic annotations (docs/method.md, Training recipe).
 
 COMMAND   python -m grain_jax.train --config configs/grain_vitb16_cc3m.py --workdir gs://BUCKET/grain_b16_cc3m \
               --config.input.data_dir=gs://BUCKET/records

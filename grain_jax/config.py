@@ -38,7 +38,7 @@ class ConfigError(errors.UserError):
 
 @dataclasses.dataclass(frozen=True)
 class ImageTower:
-    """A vision transformer (method.md, Model): learned positions, norms before attention and MLP."""
+    """A vision transformer (docs/method.md, Model): learned positions, norms before attention and MLP."""
 
     image_size: int  # pixels, height = width
     patch_size: int  # pixels; must divide image_size
@@ -153,7 +153,7 @@ class Input:
     data_dir: str
     name: str
     prepare: str | None  # command that makes the data set when it is not there yet
-    # Sub-batches with shards of their own; a constant of the run (method.md, Order of the data). None, as
+    # Sub-batches with shards of their own; a constant of the run (docs/method.md, Order of the data). None, as
     # for the numbers of Text: derived (derived.py).
     lanes: int | None
     shards_per_block: int  # shards that are read whole and permuted together
@@ -177,7 +177,7 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """How texts are laid out in rows (method.md, Packing)."""
+    """How texts are laid out in rows (docs/method.md, Packing)."""
 
     packing: bool  # several texts share a row; False: each has its own, padded
     pack_group: int | None  # consecutive images that share rows
@@ -188,7 +188,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """Weights and switches of the losses (method.md, Losses and the last table)."""
+    """Weights and switches of the losses (docs/method.md, Losses and Where it differs)."""
 
     image_caption: float  # weight of L_ic
     region_description: float  # weight of L_rd
@@ -208,7 +208,7 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """AdamW and its schedule (method.md, Training recipe)."""
+    """AdamW and its schedule (docs/method.md, Training recipe)."""
 
     learning_rate: float
     warmup_init: float  # learning rate of step 0

@@ -17,7 +17,7 @@ import numpy as np
 
 Array = Any  # a numpy or a jax array
 
-# Pixels are normalised on the device with ImageNet's statistics (spec: method.md, Annotations).
+# Pixels are normalised on the device with ImageNet's statistics (docs/method.md, Annotations).
 IMAGE_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 IMAGE_STD = np.array((0.229, 0.224, 0.225), np.float32)
 

@@ -1,7 +1,7 @@
 """The trainer: python -m grain_jax.train --config configs/X.py --workdir DIR [--config.a.b=value ...]
 
 Reads top to bottom. The same command again resumes from the last checkpoint: the order of the data is a
-function of the step (method.md), so nothing else is needed to go on as if nothing had happened. After
+function of the step (docs/method.md, Order of the data), so nothing else is needed to go on as if nothing had happened. After
 SIGTERM or Ctrl-C the run saves and ends with status 75 or 130 (preemption.py), at a second one without saving. One
 trainer at a time has a workdir (lock.py), and one that does not step ends itself (watchdog.py).
 """

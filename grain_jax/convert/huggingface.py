@@ -27,7 +27,7 @@ WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"  # of weights that transformers cut into several files
 _MODELING = "modeling_grain.py"  # a folder that has it is one of ours
 CODE = epath.Path(__file__).parent / "hf_files"
-# GRAIN's recipe (method.md, Losses), for models whose own run is not known.
+# GRAIN's recipe (docs/method.md, Losses), for models whose own run is not known.
 LOSSES = dict(
     image_caption=1.0,
     region_description=1.0,

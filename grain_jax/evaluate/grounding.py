@@ -25,7 +25,7 @@ from grain_jax.input_pipeline import tokenizer
 from grain_jax.losses import boxes, matching
 from grain_jax.runtime import processes
 
-MATCH_L1, MATCH_GIOU = 5.0, 2.0  # of the matching cost (method.md, Losses)
+MATCH_L1, MATCH_GIOU = 5.0, 2.0  # of the matching cost (docs/method.md, Losses)
 _SEED = 0  # of the boxes that chance is measured with
 _AT_ONCE = 1024  # images or regions; bounds memory
 

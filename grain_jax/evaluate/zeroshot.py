@@ -1,4 +1,4 @@
-"""Zero-shot classification of a test set (method.md, Zero-shot evaluation).
+"""Zero-shot classification of a test set (docs/method.md, Zero-shot evaluation).
 
 The paper's two protocols, in one pass over the images: class names in prompts, and names with
 descriptions. And descriptions alone, for classes whose names mean nothing to the model (`names=False`: a

@@ -217,7 +217,7 @@ class Predictor:
         return out
 
     def class_features(self, classes: Iterable[str] | Mapping[str, Sequence[str]]) -> ClassFeatures:
-        """Names through the templates, or names x descriptions, as embeddings (method.md, Zero-shot evaluation).
+        """Names through the templates, or names x descriptions, as embeddings (docs/method.md, Zero-shot evaluation).
 
         Args:
           classes: names, or {name: [description, ...]}.

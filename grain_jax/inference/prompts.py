@@ -1,4 +1,4 @@
-"""Class names and descriptions to the sentences that the text tower reads (method.md, Zero-shot evaluation)."""
+"""Class names and descriptions to the sentences that the text tower reads (docs/method.md, Zero-shot evaluation)."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The arithmetic of zero-shot scores on embeddings, in numpy (method.md, Zero-shot evaluation).
+"""The arithmetic of zero-shot scores on embeddings, in numpy (docs/method.md, Zero-shot evaluation).
 
 Letters as in `schema`; C classes, n_c texts of class c. Embeddings need not have unit length: every
 function takes cosines.

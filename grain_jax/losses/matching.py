@@ -1,4 +1,4 @@
-"""Hungarian matching of region queries to real regions, inside the compiled step (method.md, Losses).
+"""Hungarian matching of region queries to real regions, inside the compiled step (docs/method.md, Losses).
 
 Small problems (at most 6 queries and 6 regions, GRAIN's own are 5 x 5) are solved exactly by the
 minimum over all injections: no loop, so nothing that chips would have to wait for. Larger ones go

@@ -1,4 +1,4 @@
-"""GRAIN's three losses (method.md, Losses), with global meaning: they see the whole batch on any mesh.
+"""GRAIN's three losses (docs/method.md, Losses), with global meaning: they see the whole batch on any mesh.
 
     total = L_ic (image to caption) + L_box (matched boxes) + L_rd (region to description)
 

@@ -1,4 +1,4 @@
-"""GRAIN: two towers and a region decoder, from a batch to unit-length embeddings and boxes (method.md, Model).
+"""GRAIN: two towers and a region decoder, from a batch to unit-length embeddings and boxes (docs/method.md, Model).
 
 Without a decoder it is a two-tower model, such as CLIP: no regions, and the image embedding is pooled.
 """

@@ -1,6 +1,6 @@
 """Region decoder: learned queries look at the image tokens; the last query stands for the whole image.
 
-Method.md, Model; the layer is DETR's pre-norm one (Carion et al. 2020), without positions on the memory.
+docs/method.md, Model; the layer is DETR's pre-norm one (Carion et al. 2020), without positions on the memory.
 """
 
 import flax.linen as nn

@@ -1,4 +1,4 @@
-"""Text tower: CLIP's causal transformer over packed rows, read at each text's end token (method.md, Packing).
+"""Text tower: CLIP's causal transformer over packed rows, read at each text's end token (docs/method.md, Packing).
 
 A tower that sees its padding (`not TextTower.packable`), such as SigLIP's, has one text in each row.
 """

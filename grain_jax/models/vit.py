@@ -1,4 +1,4 @@
-"""Image tower: a vision transformer whose tokens ALL go on to the region decoder (method.md, Model).
+"""Image tower: a vision transformer whose tokens ALL go on to the region decoder (docs/method.md, Model).
 
 Its switches also make it CLIP's or SigLIP's tower, whose tokens a model without a decoder pools.
 """

@@ -111,7 +111,7 @@ def evaluator(kind: str, images: str = "", **fields) -> dict:
 
 
 def base(size: str = "B/16") -> ConfigDict:
-    """GRAIN's recipe (method.md, Training recipe); a config file names its data set and length."""
+    """GRAIN's recipe (docs/method.md, Training recipe); a config file names its data set and length."""
     c = ConfigDict()
     c.seed = 0
     c.total_steps = placeholder(int)  # exactly one of these two; the command line wins
@@ -299,7 +299,7 @@ def towers_of(
 
 
 def reference_behaviour(c: ConfigDict) -> ConfigDict:
-    """Switches `c` to what the PyTorch reference does (method.md, last table), for comparisons with it."""
+    """Switches `c` to what the PyTorch reference does (docs/method.md, Where it differs), for comparisons with it."""
     c.text.packing = False
     c.loss.group_size = 128
     c.loss.mask_duplicates = False

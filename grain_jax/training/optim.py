@@ -1,4 +1,4 @@
-"""The optimiser: AdamW with the recipe's schedule and decay groups (method.md, Training recipe)."""
+"""The optimiser: AdamW with the recipe's schedule and decay groups (docs/method.md, Training recipe)."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from grain_jax.config import Optim
 
 MAX_LOG_SCALE = 4.6052  # ln 100, as the reference writes it
 
-# The reference's groups on our names (goldens, quirk 7): in the decoder module norm weights, attention
+# The reference's groups on our names (quirk 7): in the decoder module norm weights, attention
 # input biases and queries are decayed; in the backbone the class token, positions and embeddings are.
 REFERENCE_DECAY = re.compile(
     r".*/kernel"

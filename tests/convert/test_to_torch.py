@@ -261,7 +261,7 @@ def test_every_parameter_counts():
     given = parity.inputs(40, 300, 32)
     before = reference.run_module(module, given)
     # Mathematically without effect: what shifts all logits of a softmax alike, and the first layer's
-    # normalised zeros (goldens' README, quirk 14).
+    # normalised zeros (quirk 14).
     blind = ("k_norm.bias", "layers.0.norm1.weight", "layers.0.self_attn.in_proj")
     for name, parameter in module.named_parameters():
         if name.endswith(blind) or any(part in name for part in blind):

@@ -1,4 +1,4 @@
-"""The losses against a float64 replica that loops over images, written from method.md."""
+"""The losses against a float64 replica that loops over images, written from docs/method.md."""
 
 import dataclasses
 
