@@ -1,0 +1,53 @@
+"""Finds an extension: by its name in a table of the package's own, or as `module:Name` in any module that Python finds.
+
+Loss terms, evaluators, towers and data sources are chosen this way. Imports nothing but `errors`.
+"""
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from grain_jax import errors
+
+
+def find(kind: str, name: str, table: Mapping[str, Any]) -> Any:
+    """The value of `name` in `table`, or the attribute of a module that `module:Name` names.
+
+    Args:
+      kind: what is looked for, as an error says it, e.g. "data source".
+      name: a key of `table`, or `module:Name`.
+      table: the package's own, by name.
+
+    Raises:
+      errors.UserError: there is no such name, module or attribute; the line lists what there is.
+    """
+    if name in table:
+        return table[name]
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        near = difflib.get_close_matches(name, table, n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        known = ", ".join(sorted(table))
+        raise errors.UserError(
+            f"{kind} {name!r}: {meant}expected one of: {known}; or module:Name of your own"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError, SyntaxError) as error:
+        reason = f"{module_name!r} cannot be imported ({error})"
+        raise errors.UserError(
+            f"{kind} {name!r}: {reason}; expected module:Name of a module on Python's path"
+        ) from error
+    if not hasattr(module, attribute):
+        known = [key for key, value in vars(module).items() if _is_own(module_name, key, value)]
+        raise errors.UserError(
+            f"{kind} {name!r}: {module_name} has no {attribute!r}, expected one of:"
+            f" {', '.join(known) or 'nothing is defined there'}"
+        )
+    return getattr(module, attribute)
+
+
+def _is_own(module_name: str, key: str, value: Any) -> bool:
+    """Whether a name is public and defined in the module, not imported into it."""
+    return not key.startswith("_") and getattr(value, "__module__", None) == module_name
