@@ -241,7 +241,7 @@ def description_scores(
       region_embed: [B, Q, D].
       description_embeds: for each class its descriptions' embeddings, [n_c, D], n_c >= 1.
 
-    Returns: float32 [B, C]. Source: spec/small_scale.md (6), where it beats the paper's order.
+    Returns: float32 [B, C]. docs/claim.md compares it with the order of the paper.
     """
     counts = np.array([len(embeds) for embeds in description_embeds])
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])

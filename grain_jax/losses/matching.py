@@ -2,7 +2,7 @@
 
 Small problems (at most 6 queries and 6 regions, GRAIN's own are 5 x 5) are solved exactly by the
 minimum over all injections: no loop, so nothing that chips would have to wait for. Larger ones go
-through `optax.assignment`; call it inside `jax.shard_map`, as `losses.py` does: under plain jit the
+through `optax.assignment`; call it inside `jax.shard_map`, as `total.py` does: under plain jit the
 condition of its while loop would be synchronised over all chips at every turn.
 """
 

@@ -73,7 +73,7 @@ def test_a_loop_without_a_known_end_is_refused():
         flops.matmul_flops(doubled, jnp.ones((2, 2)))
 
 
-# open_clip's docs/model_profile.csv (ViT-S-16, ViT-B-16, ViT-L-14), GFLOPs of an image. It counts an image
+# The model_profile.csv of open_clip (ViT-S-16, ViT-B-16, ViT-L-14), GFLOPs of an image. It counts an image
 # projection that stands in our decoder: 0.002 at most.
 @pytest.mark.parametrize("size,gflops", [("S/16", 9.20), ("B/16", 35.13), ("L/14", 162.03)])
 def test_image_towers_are_as_published(size, gflops):

@@ -1,0 +1,196 @@
+"""What the documents, docstrings, comments and messages cite is there: files, functions, sections, links, quirks."""
+
+import ast
+import functools
+import io
+import pathlib
+import re
+import tokenize
+
+import pytest
+
+from tests.paths import ROOT
+
+FOLDERS = ".ci grain_jax configs data launch tests benchmarks examples docs".split()
+SUFFIXES = "py md sh js css yaml toml sbatch".split()
+# Names in a command that stand for a file of the user's.
+PLACEHOLDERS = {"X.py", "Y.py", "configs/X.py", "configs/sweeps/Y.py", "data/sources/NAME.py", "path/to/it.py"}
+# Files of other projects that a source names, and files that a command writes.
+ELSEWHERE = {
+    "beit/optim_factory.py",  # microsoft/unilm
+    "clip/custom_models.py",  # the reference
+    "data/data.md",  # 360CVGroup/FG-CLIP
+    "datasets/flickr_eval.py",  # ashkamath/mdetr
+    "datasets/refexp.py",  # ashkamath/mdetr
+    "eval_utils.py",  # djiajunustc/TransVG
+    "fgclip2/train/train_fgclip2.py",  # 360CVGroup/FG-CLIP
+    "flickr30k_entities_utils.py",  # BryanPlummer/flickr30k_entities
+    "lib/models/eval_dets_utils.py",  # lichengunc/MAttNet
+    "models/proj/image_text/text_transformer.py",  # google-research/big_vision
+    "our_eval.py",  # the reference
+    "checkpoint_manager.py",  # Orbax
+    "util/lr_decay.py",  # facebookresearch/mae
+    "DIR/README.md",  # data.aviary
+}
+
+PATH = re.compile(rf"(?<![\w/.{{}}<>*-])((?:[\w.-]+/)*[\w-]+\.(?:{'|'.join(SUFFIXES)}))\b(?!\()")
+FOLDER = re.compile(r"(?<![\w/.{}<>*-])(docs/[\w./-]*\w)")
+FUNCTION = re.compile(r"`((?!configs)\w+/[\w/]+\.py):([A-Za-z_][\w.]*)`")
+SECTION = re.compile(r"(docs/\w+\.md), ((?:[A-Z]|\")[^;:.)\n\"]*)")
+QUIRKS = re.compile(r"\b[Qq]uirks? ((?:\d+(?:, | and |-)?)+)")
+MODULE = re.compile(r"python3? -m ((?:grain_jax|data|launch|benchmarks|tests)(?:\.\w+)*)")
+LINK = re.compile(r"(?<!\\)\[[^\]]*\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```.*?^```", re.M | re.S)
+
+
+@functools.cache
+def tracked() -> tuple[str, ...]:
+    """Paths of the repository's files, without caches and hidden files."""
+    found = [path for path in ROOT.iterdir() if path.is_file()]
+    for folder in FOLDERS:
+        found += (path for path in (ROOT / folder).rglob("*") if path.is_file())
+    names = (path.relative_to(ROOT).as_posix() for path in found)
+    return tuple(sorted(name for name in names if "__pycache__" not in name))
+
+
+@functools.cache
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def documents() -> list[str]:
+    return [name for name in tracked() if name.endswith(".md")]
+
+
+def prose(name: str) -> list[tuple[int, str]]:
+    """(line, text) of what a file says to readers: of a test its comments and docstrings, of others all."""
+    if not (name.startswith("tests/") and name.endswith(".py")):
+        return [(1, text_of(name))]
+    tokens = tokenize.generate_tokens(io.StringIO(text_of(name)).readline)
+    found = [(t.start[0], t.string) for t in tokens if t.type == tokenize.COMMENT]
+    for node in ast.walk(ast.parse(text_of(name))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            found.append((node.body[0].lineno, ast.get_docstring(node, clean=False)))
+    return found
+
+
+@functools.cache
+def sources() -> tuple[str, ...]:
+    """Files that speak to readers. Goldens and results are data; this file cites what is not there."""
+    kinds = {f".{x}" for x in SUFFIXES} | {".cff"}
+    return tuple(
+        name
+        for name in tracked()
+        if (pathlib.PurePath(name).suffix in kinds or name in (".ci/run", "launch/Dockerfile"))
+        and not name.startswith(("tests/goldens/", "benchmarks/results/"))
+        and name != "tests/test_documents.py"
+    )
+
+
+def cited(pattern: re.Pattern) -> list[tuple[str, re.Match]]:
+    """(place "file:line", match) of every match in the prose of `sources`."""
+    return [
+        (f"{name}:{first + text.count(chr(10), 0, match.start())}", match)
+        for name in sources()
+        for first, text in prose(name)
+        for match in pattern.finditer(text)
+    ]
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@functools.cache
+def headings(name: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"^#+ (.*)$", FENCE.sub("", text_of(name)), re.M))
+
+
+def names_in(path: str) -> set[str]:
+    """Dotted names of the functions, classes, methods and constants that a module defines."""
+    found = set()
+
+    def visit(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                found.add(prefix + child.name)
+                visit(child, f"{prefix}{child.name}.")
+            elif isinstance(child, ast.Assign):
+                found.update(prefix + t.id for t in child.targets if isinstance(t, ast.Name))
+            elif isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
+                found.add(prefix + child.target.id)
+
+    visit(ast.parse(text_of(path)), "")
+    return found
+
+
+def test_cited_files_exist():
+    known = set(tracked())
+    ends = {tuple(name.split("/")[-n:]) for name in known for n in range(1, name.count("/") + 2)}
+    others = {tuple(name.split("/")[-n:]) for name in ELSEWHERE for n in (1, 2, 3, 4)}
+    others |= {tuple(name.split("/")) for name in PLACEHOLDERS}
+    missing = []
+    for place, match in cited(PATH):
+        parts = tuple(p for p in match[1].split("/") if p not in (".", ".."))
+        if parts not in ends | others:
+            missing.append(f"{place}: {match[1]}")
+    for place, match in cited(FOLDER):
+        if match[1] not in known and not (ROOT / match[1]).is_dir():
+            missing.append(f"{place}: {match[1]}")
+    assert not missing, "\n".join(missing)
+
+
+def test_cited_functions_exist():
+    missing = [
+        f"{place}: {match[0]}"
+        for place, match in cited(FUNCTION)
+        if match[1] not in tracked() or match[2] not in names_in(match[1])
+    ]
+    assert not missing, "\n".join(missing)
+
+
+def test_cited_modules_exist():
+    missing = []
+    for place, match in cited(MODULE):
+        path = ROOT / match[1].replace(".", "/")
+        if not (path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()):
+            missing.append(f"{place}: {match[0]}")
+    assert not missing, "\n".join(missing)
+
+
+def test_cited_sections_exist():
+    """`docs/method.md, Losses`: a heading of that document begins so, or the words go on after one."""
+    missing = []
+    for place, match in cited(SECTION):
+        if match[1] in tracked():
+            words = match[2].strip('" ')
+            if not any(words.startswith(h) for h in headings(match[1])):
+                missing.append(f"{place}: {match[0]}")
+    assert not missing, "\n".join(missing)
+
+
+def test_cited_quirks_exist():
+    known = {int(n) for h in headings("docs/reference_quirks.md") for n in re.findall(r"Quirk (\d+)", h)}
+    assert known == set(range(1, 23))
+    missing = [
+        f"{place}: {match[0]}"
+        for place, match in cited(QUIRKS)
+        if not known >= {int(n) for n in re.findall(r"\d+", match[1])}
+    ]
+    assert not missing, "\n".join(missing)
+
+
+@pytest.mark.parametrize("name", documents())
+def test_links_lead_somewhere(name):
+    dead = []
+    for target in LINK.findall(FENCE.sub("", text_of(name))):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        if not file.exists():
+            dead.append(target)
+        elif anchor and anchor not in map(slug, headings(str(file.resolve().relative_to(ROOT.resolve())))):
+            dead.append(target)
+    assert not dead, dead
