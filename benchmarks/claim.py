@@ -1,16 +1,17 @@
-"""The claim, tested: does aligning regions with descriptions beat CLIP at equal data and compute?
+"""Tests the claim of the paper: does aligning regions with descriptions beat CLIP at equal data and compute?
 
-    python -m benchmarks.claim run     trains whatever has no result file yet; stop it and start it again at will
+    python -m benchmarks.claim run     trains every run that has no row in the table of results; may be stopped at
+                                       any time and started again
     python -m benchmarks.claim report  prints the tables (Markdown) and draws the images
 
-Every arm has the same towers, images, batch, schedule and grid of learning rates; an arm differs by the few
-keys in `ARMS`. Half of the classes that training never shows are for validation (they choose the learning
-rate), the other half is reported. docs/claim.md says what was fixed before the first run, and what came out.
+Every arm has the same towers, images, batch, schedule and grid of learning rates; arms differ in the few keys
+of `claim_design.ARMS`. Half of the held-out classes choose the learning rate, the other half is reported.
+docs/claim.md lists what was fixed before the first run, and the results.
 
-On data of your own: --data DIR, a folder with
+With your own data: --data DIR, a folder with
     A.jsonl                           training annotations (data/SCHEMA.md), images below DIR
-    seen/CLASS/*, unseen/CLASS/*      images of classes whose names captions know, and of classes that they do not
-    unseen.json                       {"class": ["description", ...]} of the unseen ones
+    seen/CLASS/*, unseen/CLASS/*      images of classes that captions name, and of held-out classes
+    unseen.json                       {"class": ["description", ...]} of the held-out classes
     test/A.jsonl, test/seen.jsonl, test/unseen.jsonl   annotations below DIR/test, for retrieval and grounding
 and --config FILE for a larger model (default: configs/demo.py).
 """
@@ -20,7 +21,6 @@ import fcntl
 import json
 import os
 import pathlib
-import platform
 import runpy
 import sys
 import time
@@ -29,19 +29,14 @@ from typing import Any
 
 from etils import epath
 
-from benchmarks import claim_data, claim_report
+from benchmarks import claim_data, claim_report, claim_results
 from benchmarks import claim_design as design
 from grain_jax import errors, recipe
 from launch import jobs
 
 
-def read_results(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Name -> result of every run that is done."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-
-
 def make_config(run: design.Run, file: str, main: pathlib.Path, work: pathlib.Path) -> Any:
-    """The run's config: the file's, with the run's changes, on the data set in `main`."""
+    """The config of a run: the file, the changes of the run, and the data set in `main`."""
     c = runpy.run_path(file)["get_config"]()
     changed = design.changes(run, file)
     c.update_from_flattened_dict(changed)
@@ -77,7 +72,7 @@ def make_config(run: design.Run, file: str, main: pathlib.Path, work: pathlib.Pa
 
 
 def train(run: design.Run, args: argparse.Namespace) -> None:
-    """Trains and evaluates one run, in this process, and writes its result file."""
+    """Trains and evaluates one run in this process and appends its row to the table."""
     import jax
 
     from grain_jax import config as config_lib
@@ -105,43 +100,31 @@ def train(run: design.Run, args: argparse.Namespace) -> None:
     )
     evaluated = json.loads((workdir / "results.json").read_text())
     result = {
+        "design": design.DESIGN,
         **run._asdict(),
         "settings": design.settings_of(run, args.config),
         "batch_size": config.batch_size,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
         "seconds": round(seconds, 1),
         "images_per_second": round(speeds[len(speeds) // 2], 1),
         "flops_per_step": step_flops,
-        "device": jax.devices()[0].device_kind,
-        "host": platform.processor() or platform.machine(),
-        "jax": jax.__version__,
-        "train": {
-            key: sum(line[key] for line in last) / len(last)
-            for key in (
-                "loss_image_caption",
-                "loss_region_description",
-                "loss_box",
-                "matched_iou",
-                "logit_scale",
-            )
-        },
-        "texts_dropped": last[-1]["texts_dropped"],
-        "eval": {
-            key.removeprefix("eval/"): round(value, 6)
-            for key, value in evaluated.items()
-            if "per_class" not in key
-        },
     }
-    path = args.results / f"{run.name}.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.rename(path)
+    for key in claim_results.TRAINED:
+        result[key] = round(sum(line[key] for line in last) / len(last), 6)
+    for key in claim_results.MEASURED:
+        if f"eval/{key}" in evaluated:
+            result[key] = round(evaluated[f"eval/{key}"], 6)
+    claim_results.append(args.results, result)
 
 
 def train_named(args: argparse.Namespace) -> int:
-    """Trains the run `args.run` of the plan, on data that is made first where it is not there."""
+    """Trains the run `args.run` of the plan; makes its data first where that is missing."""
     from grain_jax import train as trainer
 
-    studies = design.plan(read_results(args.results), steps=args.steps, aviaries=args.data is None)
+    studies = design.plan(
+        claim_results.read(args.results), steps=args.steps, aviaries=args.data is None
+    )
     run = next(run for run in design.order(studies) if run.name == args.run)
     trainer.keep_freed_memory()
     locks = args.workdir / "locks"
@@ -154,25 +137,23 @@ def train_named(args: argparse.Namespace) -> int:
 
 
 def check_results(results: Mapping[str, Mapping[str, Any]], config: str) -> None:
-    """Raises claim_data.ClaimError if a result was made with other settings than this file's."""
+    """Raises claim_data.ClaimError where a result has other settings than `claim_design`."""
     for name, result in results.items():
-        run = design.Run(*(result[field] for field in design.Run._fields))
-        if design.settings_of(run, config) != result["settings"]:
+        if design.settings_of(claim_results.run_of(result), config) != result["settings"]:
             raise claim_data.ClaimError(
-                f"{name}.json: made with other settings than benchmarks/claim.py has now; move it"
-                " away, or give another --results"
+                f"{name}: its result has other settings than benchmarks/claim_design.py; delete its row,"
+                " or give another --results"
             )
 
 
 def run_all(args: argparse.Namespace) -> int:
-    """Trains whatever has no result file yet, as many runs at a time as there are jobs."""
-    args.results.mkdir(parents=True, exist_ok=True)
-    check_results(read_results(args.results), args.config)
-    claim_data.prepare("main", args.data, args.workdir)  # by all cores
+    """Trains every run that has no result yet, as many at a time as there are jobs."""
+    check_results(claim_results.read(args.results), args.config)
+    claim_data.prepare("main", args.data, args.workdir)  # on all cores
     logs = epath.Path(args.workdir / "logs")
 
     def known() -> list[jobs.Job]:
-        results = read_results(args.results)
+        results = claim_results.read(args.results)
         studies = design.plan(results, steps=args.steps, aviaries=args.data is None)
         command = (sys.executable, "-m", "benchmarks.claim", "train", *_flags(args))
         return [
@@ -182,7 +163,7 @@ def run_all(args: argparse.Namespace) -> int:
 
     runner = jobs.Runner(
         jobs=known,
-        finished=lambda job: (args.results / f"{job.name}.json").exists(),
+        finished=lambda job: job.name in claim_results.read(args.results),
         slots=jobs.slots(args.jobs),
         screen=jobs.Screen("claim: "),
         # Runs that differ in their seed alone share a compiled program.
@@ -205,7 +186,7 @@ def _flags(args: argparse.Namespace) -> list[str]:
 
 
 def main() -> int:
-    """Parses the command line."""
+    """Runs one command; returns the exit status."""
     defaults = {}
     parser = argparse.ArgumentParser(
         "python -m benchmarks.claim",
@@ -213,7 +194,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=["run", "report", "train"], metavar="run|report")
-    parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="your own data")
+    parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="folder of your own data")
     parser.add_argument("--config", default=design.CONFIG, metavar="FILE")
     parser.add_argument("--steps", type=int, default=design.STEPS, help=f"default: {design.STEPS}")
     parser.add_argument(
@@ -222,7 +203,7 @@ def main() -> int:
     parser.add_argument("--run", metavar="NAME", help=argparse.SUPPRESS)  # of the command train
     for flag, ours, own in (
         ("workdir", "runs/claim", "claim"),
-        ("results", "benchmarks/results/claim", "claim/results"),
+        ("results", "benchmarks/results/claim.tsv", "claim/results.tsv"),
         ("pictures", "docs", "claim"),
     ):
         parser.add_argument(
@@ -238,7 +219,7 @@ def main() -> int:
             return run_all(args)
         if args.command == "train":
             return train_named(args)
-        results = read_results(args.results)
+        results = claim_results.read(args.results)
         check_results(results, args.config)
         studies = design.plan(results, steps=args.steps, aviaries=args.data is None)
         claim_report.report(studies, results, args.pictures)
@@ -246,7 +227,7 @@ def main() -> int:
         if grain is not None:
             run = design.Run("grain", grain, design.SEEDS[0], args.steps)
             folder = args.workdir / "runs" / run.name
-            if folder.exists():  # results travel, checkpoints do not
+            if folder.exists():  # the table is in the repository, checkpoints are not
                 print("## Queries of GRAIN (first seed, unseen test images)\n")
                 print(
                     claim_report.query_table(folder, (args.data or args.workdir / "main") / "test")

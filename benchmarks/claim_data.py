@@ -1,4 +1,4 @@
-"""Data sets of `benchmarks.claim`: drawn or the user's own, with noise, and their classes split for validation and test."""
+"""Data sets of `benchmarks.claim`: drawn or the user's own, with added noise, split into validation and test classes."""
 
 import json
 import pathlib
@@ -14,15 +14,15 @@ _PARTS += ("test/unseen.jsonl",)
 
 
 class ClaimError(errors.UserError):
-    """What was given cannot be used; the message is one line."""
+    """Unusable input; the message is one line."""
 
 
 def prepare(data: str, source: pathlib.Path | None, work: pathlib.Path) -> pathlib.Path:
-    """Makes the data set `data` if it is not there: drawn, or the main one with noise; returns its folder.
+    """Makes the data set `data` unless it exists: drawn, or the main one with noise; returns its folder.
 
     Args:
       source: the user's own main data set, or None to draw one.
-      work: everything that is made goes below it.
+      work: folder for all output.
     """
     records = work / "records"
     main = source or work / "main"
@@ -45,7 +45,7 @@ def prepare(data: str, source: pathlib.Path | None, work: pathlib.Path) -> pathl
         missing = [part for part in _PARTS if not (main / part).exists()]
         if missing:
             raise ClaimError(
-                f"{main}: has no {', '.join(missing)}; python -m benchmarks.claim --help lists what is needed"
+                f"{main}: has no {', '.join(missing)}; expected the files that python -m benchmarks.claim --help lists"
             )
         _build(main / "A.jsonl", main, records, data)
     make_views(main, work / "views" / data)
@@ -70,7 +70,7 @@ def degrade(
     jitter: float = 0.0,
     wrong: float = 0.0,
 ) -> None:
-    """Writes annotations with noise added to their regions (see `design.NOISE`); images and captions stay."""
+    """Writes annotations with noise added to their regions (see `design.NOISE`); captions are copied."""
     records = [json.loads(line) for line in source.read_text().splitlines()]
     descriptions = [region["description"] for r in records for region in r.get("regions", [])]
     random_ = random.Random(f"{misses} {jitter} {wrong}")
@@ -99,19 +99,19 @@ def degrade(
 
 
 def make_views(main: pathlib.Path, views: pathlib.Path) -> None:
-    """Links the seen images, every other one, and the unseen classes, by halves, into validation and test."""
+    """Links seen images (alternately) and unseen classes (by halves) into folders for validation and test."""
     if (views / "sentences.json").exists():
         return
     described = json.loads((main / "unseen.json").read_text())
-    names = list(described)  # in the file's order, which keeps related classes together
+    names = list(described)  # the order of the file keeps related classes together
     halves = {"validation": names[: len(names) // 2], "test": names[len(names) // 2 :]}
     for split, classes in halves.items():
         for name in classes:
             _link(main / "unseen" / name, views / f"unseen_{split}" / name)
     for folder in sorted((main / "seen").iterdir()):
-        for i, picture in enumerate(sorted(folder.iterdir())):
+        for i, image in enumerate(sorted(folder.iterdir())):
             split = ("validation", "test")[i % 2]
-            _link(picture, views / f"seen_{split}" / folder.name / picture.name)
+            _link(image, views / f"seen_{split}" / folder.name / image.name)
     sentences = {name: [", ".join(words)] for name, words in described.items()}
     (views / "sentences.json").write_text(json.dumps(sentences, indent=1) + "\n")
 

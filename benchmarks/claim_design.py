@@ -1,4 +1,4 @@
-"""What `benchmarks.claim` compares: the settings that were fixed before the first run, the arms, and the plan of runs."""
+"""The design of `benchmarks.claim`: settings (fixed before the first run), arms, and the plan of runs."""
 
 import hashlib
 import itertools
@@ -6,14 +6,17 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+DESIGN = (
+    2  # of the settings below; rows of design 1 are in the table of results for docs/claim.md alone
+)
 CONFIG = "configs/demo.py"
 STEPS = 500
 RATES = (5e-4, 1e-3)
-SEEDS = (0, 1, 2)  # of weights and of the order of the data; the images and the species stay
+SEEDS = (0, 1, 2)  # of weights and of the order of the data; images and species are the same
 ALPHAS = (1.0, 0.75, 0.5, 0.25, 0.0)
-ALPHA = 0.5  # of the headline, for arms whose regions learn words
+ALPHA = 0.5  # of the headline, for arms with region embeddings aligned to descriptions
 
-# The recipe that all arms share, as far as it differs from CONFIG. Another config is taken as it is.
+# Changes to CONFIG that all arms share; another --config is used unchanged.
 SETTING: dict[str, Any] = {
     "input.synthetic_caption_rate": 0.25,
     "input.lanes": 1,
@@ -26,18 +29,18 @@ SETTING: dict[str, Any] = {
     "model.decoder.qkv_init_gain": 2.5,
     "model.image.position_period": 16.0,
 }
-# Rows for 32 images' texts, so that nothing is cut and little is padded.
+# Packed rows for the texts of 32 images: no text is dropped, little is padded.
 _ROWS = {rows: {"text.pack_rows": rows} for rows in (3, 6, 18, 20, 31)}
 _CLIP = {"input.max_regions": 0}
 _WEB = {"input.synthetic_caption_rate": 0.0}
-_WORDS = {"input.descriptions_in_captions": 8}  # GRAIN's words: its regions' descriptions
+_WORDS = {"input.descriptions_in_captions": 8}  # the region descriptions that GRAIN trains on
 
 ARMS: dict[str, dict[str, Any]] = {
     "clip": {**_CLIP, **_ROWS[3], **_WEB},
     "clip_synthetic": {**_CLIP, **_ROWS[6]},
     "clip_descriptions": {**_CLIP, **_ROWS[18], **_WORDS},
     "grain_no_rd": {"loss.region_description": 0.0},
-    "grain_no_box": {  # queries are matched by words: the cosine of query and description
+    "grain_no_box": {  # queries are matched by the cosine of query and description
         "loss.box": 0.0,
         "loss.match_l1": 0.0,
         "loss.match_giou": 0.0,
@@ -50,7 +53,7 @@ ARMS: dict[str, dict[str, Any]] = {
 CLIP_ARMS = ("clip", "clip_synthetic", "clip_descriptions")
 CONTROL = "clip_descriptions"
 
-# Arms and data sets that answer single questions; at GRAIN's learning rate.
+# Arms that answer single questions, at the learning rate of GRAIN.
 QUESTIONS: dict[str, dict[str, Any]] = {
     "grain_boxes_and_words": {"loss.match_description": 5.0},
     "grain_and_descriptions": {**_ROWS[31], **_WORDS},
@@ -77,8 +80,8 @@ AVIARIES: dict[str, dict[str, Any]] = {
     "independent_parts": {"parts_changed": 8},
     "more_species": {"genera": 48},
 }
-# Noise on top of the data set's, in its annotations: this share of regions is lost, boxes' edges move by this
-# share of their side (standard deviation), this share of regions gets the description of another image's.
+# Noise added to the annotations: share of regions lost (misses); standard deviation of box edges as a share of the
+# side (jitter); share of regions with the description of another region (wrong).
 NOISE: dict[str, dict[str, float]] = {
     "misses_80": {"misses": 0.8},
     "wrong_60": {"wrong": 0.6},
@@ -90,7 +93,7 @@ NOISE: dict[str, dict[str, float]] = {
     "wrong_90": {"wrong": 0.9},
 }
 NOISE_ARMS = ("grain", CONTROL)
-KEY_ARMS = ("clip", CONTROL, "grain_no_box", "grain")  # which come first
+KEY_ARMS = ("clip", CONTROL, "grain_no_box", "grain")  # these run first
 
 
 class Run(NamedTuple):
@@ -104,15 +107,15 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folder and of its result file."""
+        """Name of its folder and key of its result."""
         return f"{self.data}-{self.arm}-lr{self.rate:g}-steps{self.steps}-seed{self.seed}"
 
 
 def changes(run: Run, config: str) -> dict[str, Any]:
-    """What the run's config differs in from the config file `config`, paths apart."""
+    """The changes of the run to the config file `config`, without paths."""
     arm = {**ARMS, **QUESTIONS}[run.arm]
     run_keys = {"seed": run.seed, "total_steps": run.steps, "optim.learning_rate": run.rate}
-    if config != CONFIG:  # its rows are meant for GRAIN's texts
+    if config != CONFIG:  # its text.pack_rows fits its own texts
         return {**run_keys, **{key: arm[key] for key in arm if key != "text.pack_rows"}}
     return {
         **run_keys,
@@ -126,22 +129,22 @@ def changes(run: Run, config: str) -> dict[str, Any]:
 
 
 def headline_alpha(arm: str) -> float:
-    """Share of the global score in the arm's headline: all of it where no region has learnt words."""
+    """Weight of the global score in the headline of an arm: 1 where no region loss aligns regions and text."""
     return 1.0 if arm in (*CLIP_ARMS, "grain_no_rd") else ALPHA
 
 
 def validation_score(result: Mapping[str, Any]) -> float:
-    """What chooses an arm's learning rate: unseen classes by description, or names where an arm reads nothing else."""
-    numbers, arm = result["eval"], result["arm"]
+    """The score that chooses the learning rate of an arm: unseen classes by description; seen classes by name for "clip"."""
+    arm = result["arm"]
     if arm == "clip":
-        return numbers["seen_validation/alpha_1.0/top1"]
-    alone = numbers[f"unseen_validation/alpha_{headline_alpha(arm)}/top1"]
-    # Who has read all descriptions in one sentence may be asked with one, if that serves it better.
-    return max(alone, numbers["sentence_validation/alpha_1.0/top1"]) if arm in CLIP_ARMS else alone
+        return result["seen_validation/alpha_1.0/top1"]
+    alone = result[f"unseen_validation/alpha_{headline_alpha(arm)}/top1"]
+    # CLIP arms are prompted with single descriptions or one sentence of all; the better counts.
+    return max(alone, result["sentence_validation/alpha_1.0/top1"]) if arm in CLIP_ARMS else alone
 
 
 def best_rate(results: Mapping[str, Mapping[str, Any]], arm: str, steps: int) -> float | None:
-    """The arm's learning rate with the best validation score on the first seed; None before all have run."""
+    """The learning rate of an arm with the best validation score on the first seed; None before all have run."""
     scores = {}
     for rate in RATES:
         result = results.get(Run(arm, rate, SEEDS[0], steps).name)
@@ -154,11 +157,11 @@ def best_rate(results: Mapping[str, Mapping[str, Any]], arm: str, steps: int) ->
 def plan(
     results: Mapping[str, Mapping[str, Any]], *, steps: int, aviaries: bool
 ) -> dict[str, list[Run]]:
-    """Study -> its runs, as far as they are known: what follows from learning rates waits for them.
+    """Study -> its runs; runs that depend on a learning rate are absent until it is chosen.
 
     Args:
-      results: name of a finished run -> its result.
-      steps: of a run at equal steps.
+      results: name of a finished run -> its row.
+      steps: training steps of the main comparison.
       aviaries: whether data sets other than the main one can be drawn.
     """
     studies = {"grid": [Run(a, r, SEEDS[0], steps) for a in ARMS for r in RATES]}
@@ -183,7 +186,7 @@ def plan(
         Run(arm, best[arm], first, steps, data)
         for data in NOISE
         for arm in NOISE_ARMS
-        if arm != CONTROL or "jitter" not in NOISE[data]  # its captions have no boxes
+        if arm != CONTROL or "jitter" not in NOISE[data]  # the control reads no boxes
     ]
     flops = {a: results[Run(a, best[a], first, steps).name]["flops_per_step"] for a in known}
     fair = {arm: round(steps * flops["grain"] / flops[arm]) for arm in CLIP_ARMS if arm in known}
@@ -197,7 +200,7 @@ def plan(
 
 
 def order(studies: Mapping[str, list[Run]]) -> list[Run]:
-    """All runs, the most telling first, so that a plan cut short says something of each study."""
+    """All runs, the most informative first, so that an interrupted plan has results of every study."""
     first = [run for s in ("grid", "equal steps") for run in studies[s] if run.arm in KEY_ARMS]
     others = [studies.get(study, []) for study in ("questions", "noise", "equal FLOPs")]
     in_turn = [run for runs in itertools.zip_longest(*others) for run in runs if run]
@@ -206,7 +209,7 @@ def order(studies: Mapping[str, list[Run]]) -> list[Run]:
 
 
 def settings_of(run: Run, config: str) -> str:
-    """A fingerprint of everything that was fixed and that the run depends on."""
+    """Fingerprint of all settings that a run depends on."""
     data = AVIARY, AVIARIES.get(run.data), NOISE.get(run.data)
     text = json.dumps([changes(run, config), data, config], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,11 +1,10 @@
-"""Tables and images of `benchmarks.claim`: means over seeds with their spread, differences with their interval."""
+"""Tables and charts of `benchmarks.claim`: means and standard deviations over seeds, differences with intervals."""
 
 import collections
 import math
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -13,9 +12,9 @@ from matplotlib.figure import Figure
 
 import grain_jax
 from benchmarks import claim_design as design
+from benchmarks.claim_results import Result
 from grain_jax.evaluate import base, grounding
 
-Result = Mapping[str, Any]
 LABELS = {
     "clip": "CLIP, web captions",
     "clip_synthetic": "CLIP, web and synthetic captions",
@@ -34,23 +33,23 @@ LABELS = {
 
 
 def headline(result: Result) -> float:
-    """Top-1 of the unseen test classes by description, at the arm's alpha; of CLIP the better of two ways to ask."""
-    numbers, arm = result["eval"], result["arm"]
-    alone = numbers[f"unseen_test/alpha_{design.headline_alpha(arm)}/top1"]
-    return max(alone, numbers["sentence_test/alpha_1.0/top1"]) if arm in design.CLIP_ARMS else alone
+    """Top-1 of the unseen test classes by description, at the alpha of the arm; for CLIP the better of two prompts."""
+    arm = result["arm"]
+    alone = result[f"unseen_test/alpha_{design.headline_alpha(arm)}/top1"]
+    return max(alone, result["sentence_test/alpha_1.0/top1"]) if arm in design.CLIP_ARMS else alone
 
 
 def health(result: Result) -> float:
-    """L_ic at the end over ln B; 1 is a model that knows nothing."""
-    return result["train"]["loss_image_caption"] / math.log(result["batch_size"])
+    """Final L_ic over ln B; 1 means that nothing was learnt."""
+    return result["loss_image_caption"] / math.log(result["batch_size"])
 
 
 def faults(result: Result) -> list[str]:
-    """Why an arm counts as never trained; nothing if it does not."""
+    """Signs that a run did not train; empty for a healthy one."""
     found = []
     if health(result) >= 0.9:
         found.append(f"L_ic is {health(result):.2f} ln B")
-    seen, chance = (result["eval"][f"seen_test/{key}"] for key in ("alpha_1.0/top1", "chance"))
+    seen, chance = (result[f"seen_test/{key}"] for key in ("alpha_1.0/top1", "chance"))
     if seen < 10 * chance:
         found.append(f"seen names are at {100 * seen:.1f}%, less than 10 times chance")
     return found
@@ -71,17 +70,17 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
+    """A Markdown table; the first column is left-aligned, the others right-aligned."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
 
 
 def _cell(results: Sequence[Result], key: str, scale: float = 100, digits: int = 1) -> str:
-    values = [r["eval"][key] for r in results if key in r["eval"]]
+    values = [r[key] for r in results if key in r]
     return _spread(values, scale, digits) if values else "-"
 
 
-COLUMNS = {  # heading -> key of a result's numbers, scale, digits
+COLUMNS = {  # heading -> column of the results, scale, digits
     "seen by name": ("seen_test/alpha_1.0/top1", 100, 1),
     "unseen, alpha 1": ("unseen_test/alpha_1.0/top1", 100, 1),
     "one sentence": ("sentence_test/alpha_1.0/top1", 100, 1),
@@ -117,7 +116,7 @@ def _rows(groups: Mapping[str, Sequence[Result]], columns: Mapping[str, tuple]) 
 
 
 def _grouped(runs: Sequence[design.Run], results: Mapping[str, Result]) -> dict[str, list[Result]]:
-    """Label -> its runs' results, those that are done, in the plan's order."""
+    """Label -> results of its finished runs, in the order of the plan."""
     groups: dict[str, list[Result]] = {}
     order = list(design.ARMS) + list(design.QUESTIONS)
     for run in sorted(runs, key=lambda run: order.index(run.arm)):
@@ -129,9 +128,9 @@ def _grouped(runs: Sequence[design.Run], results: Mapping[str, Result]) -> dict[
 def report(
     studies: Mapping[str, Sequence[design.Run]],
     results: Mapping[str, Result],
-    pictures: pathlib.Path,
+    charts: pathlib.Path,
 ) -> None:
-    """Prints the tables of all studies and draws `claim_arms.png` and `claim_noise.png` into `pictures`."""
+    """Prints the tables of all studies and draws `claim_arms.png` and `claim_noise.png` in the folder `charts`."""
     main = _grouped(studies.get("equal steps", []), results)
     if not main:
         print("No arm has finished its learning rates yet.")
@@ -154,14 +153,14 @@ def report(
                 LABELS[arm]: [r for r in main.get(LABELS[arm], []) if r["seed"] == design.SEEDS[0]]
                 for arm in ("clip", design.CONTROL, "grain")
             }
-            same = study == "longer"  # arms of the main table, with another number of steps
+            same = study == "longer"  # arms of the main table at more steps
             named = {f"{k}, longer" if same else k: value for k, value in groups.items()}
             _print_main(f"{study.capitalize()} (seed {design.SEEDS[0]})", first | named)
     noise = _noise(studies, results, main)
     if noise:
         _print_noise(noise, main)
-        _draw_noise(noise, main, pictures / "claim_noise.png")
-    _draw_arms(main, pictures / "claim_arms.png")
+        _draw_noise(noise, main, charts / "claim_noise.png")
+    _draw_arms(main, charts / "claim_arms.png")
 
 
 def _print_rates(studies, results) -> None:
@@ -185,7 +184,7 @@ def _print_health(main) -> None:
                 str(len(results)),
                 f"{results[0]['rate']:g}",
                 _spread([health(r) for r in results], 1, 2),
-                _spread([r["train"]["logit_scale"] for r in results], 1, 1),
+                _spread([r["logit_scale"] for r in results], 1, 1),
                 _spread([r["seconds"] / 60 for r in results], 1, 1),
                 _spread([r["flops_per_step"] / 1e9 for r in results[:1]], 1, 1),
                 "; ".join(found) or "trained",
@@ -197,7 +196,7 @@ def _print_health(main) -> None:
 
 def _print_main(title: str, groups) -> None:
     print(f"## {title}\n")
-    chance = next(iter(groups.values()))[0]["eval"]
+    chance = next(iter(groups.values()))[0]
     row = ["chance", f"{100 * chance['seen_test/chance']:.1f}"]
     row += [f"{100 * chance['unseen_test/chance']:.1f}"] * 6
     row += [
@@ -206,10 +205,10 @@ def _print_main(title: str, groups) -> None:
     ]
     print(table(["", "steps", *COLUMNS], _with_steps(groups, COLUMNS) + [[row[0], "", *row[1:]]]))
     print()
-    regions = {k: v for k, v in groups.items() if v and "grounding_unseen/box_iou" in v[0]["eval"]}
+    regions = {k: v for k, v in groups.items() if v and "grounding_unseen/box_iou" in v[0]}
     if regions:
-        # Chance depends on the boxes that an arm predicts: GRAIN's.
-        by = regions.get(LABELS["grain"], list(regions.values())[-1])[0]["eval"]
+        # Chance depends on the predicted boxes; these are of GRAIN.
+        by = regions.get(LABELS["grain"], list(regions.values())[-1])[0]
         chance = [
             "chance",
             "",
@@ -269,13 +268,15 @@ def _noise(studies, results, main) -> dict[str, dict[str, Result]]:
     for run in studies.get("noise", []):
         if run.name in results:
             found.setdefault(run.data, {})[run.arm] = results[run.name]
-            if "jitter" in run.data and design.CONTROL in found["none"]:  # it reads no boxes
+            if (
+                "jitter" in run.data and design.CONTROL in found["none"]
+            ):  # the control reads no boxes
                 found[run.data][design.CONTROL] = found["none"][design.CONTROL]
     return found if len(found) > 1 else {}
 
 
 def _without_regions(main) -> tuple[str, float]:
-    """(label, headline of the first seed) of the best CLIP arm that no noise in the regions can harm."""
+    """(label, headline of the first seed) of the best CLIP arm that reads no regions."""
     first = {
         label: headline(result)
         for label, results in main.items()
@@ -294,13 +295,13 @@ def _print_noise(noise, main) -> None:
     other, floor = _without_regions(main)
     for name, arms in noise.items():
         grain, control = (arms.get(arm) for arm in design.NOISE_ARMS)
-        region = grain and grain["eval"]["unseen_test/alpha_0.0/top1"]
+        region = grain and grain["unseen_test/alpha_0.0/top1"]
         rows.append(
             [
                 name.replace("_", " ") + ("" if name == "none" else "%"),
                 f"{100 * headline(grain):.1f}" if grain else "-",
                 f"{100 * region:.1f}" if grain else "-",
-                f"{grain['eval']['grounding_unseen/box_iou']:.3f}" if grain else "-",
+                f"{grain['grounding_unseen/box_iou']:.3f}" if grain else "-",
                 f"{100 * headline(control):.1f}" if control else "-",
                 f"{100 * floor:.1f}",
                 f"{100 * (headline(grain) - max(headline(control), floor)):+.1f}"
@@ -314,10 +315,10 @@ def _print_noise(noise, main) -> None:
 
 
 def query_table(run_folder: pathlib.Path, test: pathlib.Path) -> str:
-    """What each query of a trained model has become: how often it is matched, where it looks, and at what.
+    """For each query of a trained model: share of matches, box centre, IoU, and the parts that it is matched to.
 
     Args:
-      run_folder: workdir of the run, with its checkpoint.
+      run_folder: workdir of the run.
       test: folder of the test images and of unseen.jsonl.
     """
     predictor = grain_jax.load(run_folder)
@@ -359,11 +360,11 @@ _STYLE = {"grain": "#2ca02c", design.CONTROL: "#d62728"}
 
 
 def _draw_arms(main, path: pathlib.Path) -> None:
-    """Every arm's seeds as dots, its mean as a bar: seen by name, unseen by description."""
+    """For each arm its seeds as dots and their mean as a bar: unseen classes by description, seen ones by name."""
     figure = Figure(figsize=(11, 0.5 * len(main) + 1.6), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     labels = list(main)[::-1]
-    seen = lambda r: r["eval"]["seen_test/alpha_1.0/top1"]  # noqa: E731
+    seen = lambda r: r["seen_test/alpha_1.0/top1"]  # noqa: E731
     for axis, title, measure, key in (
         (left, "classes never seen, by description", headline, "unseen_test/chance"),
         (right, "seen classes, by name", seen, "seen_test/chance"),
@@ -374,7 +375,7 @@ def _draw_arms(main, path: pathlib.Path) -> None:
             axis.barh(y, statistics.mean(values), height=0.55, color=colour, alpha=0.35)
             axis.plot(values, [y] * len(values), "o", color=colour, markersize=5)
             axis.text(max(values) + 2, y, f"{statistics.mean(values):.0f}", va="center", fontsize=9)
-        axis.axvline(100 * main[labels[0]][0]["eval"][key], color="#555555", linestyle=":")
+        axis.axvline(100 * main[labels[0]][0][key], color="#555555", linestyle=":")
         axis.set_xlim(0, 108)
         axis.set_xlabel("top-1, % (dotted: chance)", fontsize=9)
         axis.set_title(title, fontsize=11)
@@ -384,7 +385,7 @@ def _draw_arms(main, path: pathlib.Path) -> None:
 
 
 def _draw_noise(noise, main, path: pathlib.Path) -> None:
-    """One panel a kind of noise: GRAIN and the control against how much of it there is."""
+    """One panel for each kind of noise: headline of GRAIN and of the control over its strength."""
     kinds = list(dict.fromkeys(name.rpartition("_")[0] for name in noise if name != "none"))
     figure = Figure(figsize=(3.9 * len(kinds), 3.7), dpi=110, layout="constrained")
     axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
@@ -405,7 +406,7 @@ def _draw_noise(noise, main, path: pathlib.Path) -> None:
             axis.plot(*zip(*curve), "o-", color=_STYLE[arm], label=LABELS[arm])
         other, floor = _without_regions(main)
         axis.axhline(100 * floor, color="#1f77b4", linestyle="--", label=f"{other}, no regions")
-        chance = next(iter(main.values()))[0]["eval"]["unseen_test/chance"]
+        chance = next(iter(main.values()))[0]["unseen_test/chance"]
         axis.axhline(100 * chance, color="#555555", linestyle=":", label="chance")
         axis.set_xlabel(words.get(kind, kind), fontsize=9)
         axis.set_ylim(0, 100)

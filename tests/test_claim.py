@@ -1,20 +1,21 @@
-"""The claim's machinery on made-up results: the plan, the choice of learning rates, noise, tables."""
+"""`benchmarks.claim` on made-up results: the plan, the choice of learning rates, noise, tables."""
 
 import argparse
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
 
-from benchmarks import claim, claim_data, claim_report
+from benchmarks import claim, claim_data, claim_report, claim_results
 from benchmarks import claim_design as design
 from grain_jax import config as config_lib
 from tests import record_sets
 
 
 def result(run, score=0.5, **changes):
-    """A result file's content; `score` is every accuracy."""
+    """A row of the table of results; `score` is every accuracy."""
     numbers = {}
     for name, heads in (
         ("seen_validation", ("alpha_1.0/top1",)),
@@ -37,6 +38,7 @@ def result(run, score=0.5, **changes):
                 numbers[f"grounding_{group}/chance_{key}"] = 0.01
     clip = run.arm in design.CLIP_ARMS
     return {
+        "design": design.DESIGN,
         **run._asdict(),
         "settings": design.settings_of(run, design.CONFIG),
         "batch_size": 64,
@@ -44,8 +46,9 @@ def result(run, score=0.5, **changes):
         "flops_per_step": 8e9 if clip else 10e9,
         "device": "cpu",
         "jax": "0",
-        "train": {"loss_image_caption": 1.0, "logit_scale": 14.0},
-        "eval": numbers,
+        "loss_image_caption": 1.0,
+        "logit_scale": 14.0,
+        **{key: numbers[key] for key in claim_results.MEASURED if key in numbers},
         **changes,
     }
 
@@ -53,7 +56,7 @@ def result(run, score=0.5, **changes):
 def everything(steps=100):
     """Results of the whole plan: GRAIN 0.8, others 0.3; 1e-3 is the better rate of GRAIN, 5e-4 of others."""
     results = {}
-    for _ in range(3):  # each round makes more of the plan known
+    for _ in range(3):  # each round adds the runs that depend on the last
         for runs in design.plan(results, steps=steps, aviaries=True).values():
             for run in runs:
                 score = 0.8 if run.arm.startswith("grain") else 0.3
@@ -62,7 +65,7 @@ def everything(steps=100):
     return results
 
 
-def test_the_plan_follows_from_what_is_done():
+def test_the_plan_follows_from_the_finished_runs():
     first = design.plan({}, steps=100, aviaries=True)
     assert len(first["grid"]) == len(design.ARMS) * len(design.RATES)
     assert first["equal steps"] == []
@@ -77,23 +80,23 @@ def test_the_plan_follows_from_what_is_done():
     assert not {run.data for run in own["questions"]} & (set(design.AVIARIES) - {"main"})
 
 
-def test_clip_is_asked_in_the_way_that_serves_it_better():
+def test_clip_counts_with_the_better_of_two_prompts():
     run = design.Run("clip_descriptions", 1e-3, 0, 100)
     made = result(run)
-    made["eval"]["sentence_validation/alpha_1.0/top1"] = 0.7
-    made["eval"]["sentence_test/alpha_1.0/top1"] = 0.6
+    made["sentence_validation/alpha_1.0/top1"] = 0.7
+    made["sentence_test/alpha_1.0/top1"] = 0.6
     assert design.validation_score(made) == 0.7
     assert claim_report.headline(made) == 0.6
     grain = result(design.Run("grain", 1e-3, 0, 100))
-    grain["eval"]["unseen_test/alpha_0.5/top1"] = 0.4
+    grain["unseen_test/alpha_0.5/top1"] = 0.4
     assert claim_report.headline(grain) == 0.4
 
 
 def test_an_arm_that_never_trained_is_named():
     made = result(design.Run("clip", 1e-3, 0, 100))
     assert claim_report.faults(made) == []
-    made["train"]["loss_image_caption"] = 0.95 * math.log(64)
-    made["eval"]["seen_test/alpha_1.0/top1"] = 0.05
+    made["loss_image_caption"] = 0.95 * math.log(64)
+    made["seen_test/alpha_1.0/top1"] = 0.05
     assert claim_report.faults(made) == [
         "L_ic is 0.95 ln B",
         "seen names are at 5.0%, less than 10 times chance",
@@ -118,8 +121,51 @@ def test_report_prints_every_study_and_draws(tmp_path, capsys):
 def test_results_of_other_settings_are_refused():
     run = design.Run("grain", 1e-3, 0, 100)
     claim.check_results({run.name: result(run)}, design.CONFIG)
-    with pytest.raises(claim_data.ClaimError, match="made with other settings"):
+    with pytest.raises(claim_data.ClaimError, match="its result has other settings"):
         claim.check_results({run.name: result(run, settings="x")}, design.CONFIG)
+
+
+def test_the_table_keeps_every_finished_run(tmp_path):
+    """Also after a run was killed while it wrote its row; rows of another design stay and are not read."""
+    table = tmp_path / "results.tsv"
+    assert claim_results.read(table) == {}
+    made = everything()
+    for other in made.values():
+        claim_results.append(table, other)
+    claim_results.append(table, result(design.Run("clip", 1e-3, 0, 550), design=1))
+    assert claim_results.read(table) == made
+
+    whole = table.read_text()
+    with table.open("a") as file:
+        file.write(whole.splitlines()[1][:40])
+    assert claim_results.read(table) == made
+    last = design.Run("grain", 1e-3, 0, 7)
+    claim_results.append(table, result(last))
+    assert claim_results.read(table) == made | {last.name: result(last)}
+    assert table.read_text().startswith(whole)
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("jax\t", "version\t", "has other columns"),
+        ("\t100\t", "\tmany\t", "line 2: not a result"),
+    ],
+)
+def test_another_table_is_refused(tmp_path, old, new, message):
+    table = tmp_path / "results.tsv"
+    claim_results.append(table, result(design.Run("grain", 1e-3, 0, 100)))
+    table.write_text(table.read_text().replace(old, new))
+    with pytest.raises(claim_data.ClaimError, match=message):
+        claim_results.read(table)
+
+
+def test_the_published_results_are_of_these_settings():
+    published = claim_results.read(pathlib.Path("benchmarks/results/claim.tsv"))
+    claim.check_results(published, design.CONFIG)
+    assert len(published) == 58
+    grain = [published[design.Run("grain", 1e-3, seed, 500).name] for seed in design.SEEDS]
+    assert [round(100 * claim_report.headline(r), 1) for r in grain] == [94.7, 99.3, 95.8]
 
 
 def test_noise_goes_into_the_regions_alone(tmp_path):
@@ -152,7 +198,7 @@ def test_noise_goes_into_the_regions_alone(tmp_path):
     assert np.std(moved) == pytest.approx(0.1, abs=0.02) and abs(np.mean(moved)) < 0.02
 
 
-def test_validation_and_test_share_no_class_and_no_picture(tmp_path):
+def test_validation_and_test_share_no_class_and_no_image(tmp_path):
     for group, count in (("seen", 3), ("unseen", 5)):
         for name in range(count):
             folder = tmp_path / "main" / group / f"{group}{name}"
@@ -167,9 +213,9 @@ def test_validation_and_test_share_no_class_and_no_picture(tmp_path):
     for group, count in (("seen", 12), ("unseen", 20)):
         validation, test = (
             {
-                str(picture.resolve())
+                str(image.resolve())
                 for folder in (views / f"{group}_{split}").iterdir()
-                for picture in folder.iterdir()
+                for image in folder.iterdir()
             }
             for split in ("validation", "test")
         )
@@ -190,22 +236,21 @@ def test_every_arm_is_a_config(tmp_path, arm):
 
 
 @pytest.mark.slow
-def test_a_run_leaves_its_result(tmp_path, monkeypatch):
-    """The whole way, at a size at which nothing is learnt."""
+def test_a_run_appends_its_row(tmp_path, monkeypatch):
+    """Data, training and evaluation end in a row; nothing is learnt at this size."""
     small = dict(images=64, seen_per_species=2, unseen_per_species=2, test_images=16)
     small |= dict(genera=2, species_per_genus=2, held_out_genera=2, held_out_species_per_genus=2)
     monkeypatch.setitem(design.__dict__, "AVIARY", design.AVIARY | small | {"parts_changed": 8})
     args = argparse.Namespace(
-        workdir=tmp_path, results=tmp_path / "results", config=design.CONFIG, data=None
+        workdir=tmp_path, results=tmp_path / "results.tsv", config=design.CONFIG, data=None
     )
-    args.results.mkdir()
     shallow = {f"model.{tower}.depth": 1 for tower in ("image", "text", "decoder")}
     for key, value in {"text.pack_group": 8, "text.pack_rows": 7, **shallow}.items():  # 8 devices
         monkeypatch.setitem(design.SETTING, key, value)
     claim_data.prepare("misses_80", None, tmp_path)
     run = design.Run("grain", 1e-3, 0, 2, "misses_80")
     claim.train(run, args)
-    made = claim.read_results(args.results)[run.name]
+    made = claim_results.read(args.results)[run.name]
     assert made["steps"] == 2 and made["flops_per_step"] > 1e9 / 4
-    assert 0 <= made["eval"]["unseen_test/alpha_0.5/top1"] <= 1
+    assert 0 <= made["unseen_test/alpha_0.5/top1"] <= 1
     assert 0.8 < claim_report.health(made) < 1.5  # nothing is learnt in 2 steps

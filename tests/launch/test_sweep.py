@@ -15,7 +15,7 @@ import yaml
 from absl import flags
 from etils import epath
 
-from benchmarks import claim
+from benchmarks import claim, claim_results
 from benchmarks import claim_design as design
 from grain_jax import errors, recipe
 from grain_jax.recipe import points
@@ -426,26 +426,29 @@ def test_clusters_do_not_make_a_data_set_many_times(tmp_path):
 
 
 def test_the_claim_runs_on_it(tmp_path, monkeypatch):
-    """Its plan grows with the results; a stand-in for the training copies results that were made up."""
+    """Its plan grows with the results; a stand-in for the training appends rows that were made up."""
     made = test_claim.everything()
     for name, result in made.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(result))
-    results = tmp_path / "results"
-    copy = (
-        f"cp {tmp_path}/$run.json {results}/$run.part; mv {results}/$run.part {results}/$run.json"
-    )
-    command(tmp_path, "python", f'for last in "$@"; do :; done; run="${{last#--run=}}"; {copy}')
+        claim_results.append(tmp_path / name, result)
+    results = tmp_path / "results.tsv"
+    row = f"flock {results}.lock tail -n 1 {tmp_path}/$run >> {results}"
+    command(tmp_path, "python", f'for last in "$@"; do :; done; run="${{last#--run=}}"; {row}')
     monkeypatch.setattr(claim.sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(claim.claim_data, "prepare", lambda *_: None)
+    header = (tmp_path / name).read_text().splitlines()[0]
+    results.write_text(f"{header}\n")
     args = types.SimpleNamespace(
         workdir=tmp_path / "w", results=results, config=design.CONFIG, data=None, steps=100, jobs=8
     )
     assert claim.run_all(args) == 0
-    assert claim.read_results(results) == made
-    gone = results / f"{next(iter(made))}.json"
-    gone.unlink()
+    assert claim_results.read(results) == made
+    gone = next(iter(made))
+    results.unlink()
+    for name, result in made.items():
+        if name != gone:
+            claim_results.append(results, result)
     command(tmp_path, "python", "echo no luck; exit 3")
-    with pytest.raises(errors.UserError, match=f"1 runs failed: {gone.stem}"):
+    with pytest.raises(errors.UserError, match=f"1 runs failed: {gone}"):
         claim.run_all(args)
 
 

@@ -1,0 +1,129 @@
+"""The results of `benchmarks.claim`: a tab-separated table, one row a run, which a run appends when it has finished."""
+
+import csv
+import fcntl
+import io
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks import claim_design as design
+from benchmarks.claim_data import ClaimError
+
+Result = Mapping[str, Any]  # column -> value; without the columns that the arm does not measure
+
+# The numbers of the final evaluation that the plan, the report and docs/claim.md use: names of metrics.jsonl.
+MEASURED = (
+    "seen_validation/alpha_1.0/top1",
+    "unseen_validation/alpha_1.0/top1",
+    "unseen_validation/alpha_0.5/top1",
+    "sentence_validation/alpha_1.0/top1",
+    "seen_test/alpha_1.0/top1",
+    "seen_test/chance",
+    *(f"unseen_test/alpha_{alpha}/top1" for alpha in design.ALPHAS),
+    "unseen_test/chance",
+    "sentence_test/alpha_1.0/top1",
+    "other_order/alpha_0.5/top1",
+    "other_order/alpha_0.0/top1",
+    "other_order/chance",
+    "retrieval/image_to_text/r1",
+    "retrieval/image_to_text/chance_r1",
+    "retrieval/text_to_image/r1",
+    "retrieval/text_to_image/chance_r1",
+    "grounding_seen/region_to_description_r1",
+    "grounding_seen/chance_region_to_description_r1",
+    "grounding_unseen/box_iou",
+    "grounding_unseen/chance_box_iou",
+    "grounding_unseen/box_acc50",
+    "grounding_unseen/chance_box_acc50",
+    "grounding_unseen/region_to_description_r1",
+    "grounding_unseen/chance_region_to_description_r1",
+    "grounding_unseen/phrase_acc50",
+    "grounding_unseen/chance_phrase_acc50",
+)
+# Means over the last five lines of metrics.jsonl.
+TRAINED = (
+    "loss_image_caption",
+    "loss_region_description",
+    "loss_box",
+    "matched_iou",
+    "logit_scale",
+)
+COLUMNS: dict[str, type] = {
+    "design": int,
+    "data": str,
+    "arm": str,
+    "rate": float,
+    "steps": int,
+    "seed": int,
+    "settings": str,  # fingerprint, see `design.settings_of`
+    "batch_size": int,
+    "device": str,
+    "jax": str,
+    "seconds": float,
+    "images_per_second": float,
+    "flops_per_step": float,
+    **dict.fromkeys((*TRAINED, *MEASURED), float),
+}
+
+
+def run_of(result: Result) -> design.Run:
+    """The run that a row is of."""
+    return design.Run(*(result[field] for field in design.Run._fields))
+
+
+def read(path: pathlib.Path) -> dict[str, Result]:
+    """Name -> result of every finished run of this design; empty where there is no file yet.
+
+    A last line without its line break is not there yet: its run was killed while writing it.
+
+    Raises:
+      ClaimError: the table has other columns, or a cell is not of its column's type.
+    """
+    if not path.exists():
+        return {}
+    text = path.read_text()
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    _check_header(path, lines[:1])
+    results = {}
+    for number, row in enumerate(csv.DictReader(lines, delimiter="\t"), start=2):
+        try:
+            result = {key: COLUMNS[key](cell) for key, cell in row.items() if cell}
+            if result["design"] == design.DESIGN:
+                results[run_of(result).name] = result
+        except (KeyError, ValueError) as error:
+            raise ClaimError(f"{path}, line {number}: not a result ({error!r})") from None
+    return results
+
+
+def append(path: pathlib.Path, result: Result) -> None:
+    """Adds a row, whole or not at all; runs of other processes may do so at the same time.
+
+    Raises:
+      ClaimError: the table has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        text = file.read()
+        whole = text.rfind("\n") + 1
+        file.truncate(len(text[:whole].encode()))  # what a killed run began to write
+        _check_header(path, text[:whole].splitlines()[:1])
+        out = io.StringIO()
+        writer = csv.DictWriter(out, COLUMNS, delimiter="\t", lineterminator="\n")
+        if not whole:
+            writer.writeheader()
+        writer.writerow(result)
+        file.write(out.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check_header(path: pathlib.Path, first_line: list[str]) -> None:
+    if first_line and first_line[0].split("\t") != list(COLUMNS):
+        raise ClaimError(
+            f"{path}: has other columns than benchmarks/claim_results.py writes; move it away, or give"
+            " another --results"
+        )
