@@ -14,7 +14,14 @@ from tests.paths import ROOT
 FOLDERS = ".ci grain_jax configs data launch tests benchmarks examples docs".split()
 SUFFIXES = "py md sh js css yaml toml sbatch".split()
 # Names in a command that stand for a file of the user's.
-PLACEHOLDERS = {"X.py", "Y.py", "configs/X.py", "configs/sweeps/Y.py", "data/sources/NAME.py", "path/to/it.py"}
+PLACEHOLDERS = {
+    "X.py",
+    "Y.py",
+    "configs/X.py",
+    "configs/sweeps/Y.py",
+    "data/sources/NAME.py",
+    "path/to/it.py",
+}
 # Files of other projects that a source names, and files that a command writes.
 ELSEWHERE = {
     "beit/optim_factory.py",  # microsoft/unilm
@@ -69,7 +76,9 @@ def prose(name: str) -> list[tuple[int, str]]:
     tokens = tokenize.generate_tokens(io.StringIO(text_of(name)).readline)
     found = [(t.start[0], t.string) for t in tokens if t.type == tokenize.COMMENT]
     for node in ast.walk(ast.parse(text_of(name))):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
             found.append((node.body[0].lineno, ast.get_docstring(node, clean=False)))
     return found
 
@@ -171,7 +180,9 @@ def test_cited_sections_exist():
 
 
 def test_cited_quirks_exist():
-    known = {int(n) for h in headings("docs/reference_quirks.md") for n in re.findall(r"Quirk (\d+)", h)}
+    known = {
+        int(n) for h in headings("docs/reference_quirks.md") for n in re.findall(r"Quirk (\d+)", h)
+    }
     assert known == set(range(1, 23))
     missing = [
         f"{place}: {match[0]}"
@@ -191,6 +202,8 @@ def test_links_lead_somewhere(name):
         file = (ROOT / name).parent / path if path else ROOT / name
         if not file.exists():
             dead.append(target)
-        elif anchor and anchor not in map(slug, headings(str(file.resolve().relative_to(ROOT.resolve())))):
+        elif anchor and anchor not in map(
+            slug, headings(str(file.resolve().relative_to(ROOT.resolve())))
+        ):
             dead.append(target)
     assert not dead, dead
