@@ -32,7 +32,7 @@ from grain_jax import errors, inference
 from grain_jax.convert import initialise
 from grain_jax.evaluate import base as evaluate
 from grain_jax.files import atomic
-from grain_jax.input_pipeline import derived, device, synthetic, tokenizer
+from grain_jax.input_pipeline import derived, device, sources, tokenizer
 from grain_jax.report import page, pictures
 from grain_jax.runtime import (
     checkpoint,
@@ -88,34 +88,14 @@ def keep_freed_memory() -> None:
     mallopt(m_trim_threshold, -1)
 
 
-def open_source(config: config_lib.Config):
-    """The module that serves the config's batches.
-
-    Raises:
-      MissingData: a record set is not there; `prepare_missing_data` may make it.
-      UserError: the records cannot be used, or TensorFlow is not installed.
-    """
-    if config.input.source == "synthetic":
-        return synthetic
-    try:  # TensorFlow: not on every machine, and slow to import
-        from grain_jax.input_pipeline import records
-    except ModuleNotFoundError as error:
-        raise errors.UserError(
-            f"input.source=records needs {error.name}: pip install 'grain_jax[data]', or take"
-            " --config.input.source=synthetic"
-        ) from None
-    records.find(config)
-    return records
-
-
 def prepare_missing_data(config: config_lib.Config, notice: preemption.Notice) -> None:
     """Runs `input.prepare` where a record set is missing.
 
     Only the trainer calls this, with the config that its user passed: a stored config may come from anyone.
     """
-    if jax.process_index() == 0 and config.input.source == "records" and config.input.prepare:
+    if jax.process_index() == 0 and config.input.prepare:
         try:
-            open_source(config)
+            sources.open_source(config)
         except errors.MissingData:
             _run_prepare(config.input, notice)
     wait_for_all("data set prepared")
@@ -134,7 +114,10 @@ def _run_prepare(config: config_lib.Input, notice: preemption.Notice) -> None:
 
 
 def derive(
-    config: config_lib.Config, mesh: jax.sharding.Mesh, source, workdir: epath.Path
+    config: config_lib.Config,
+    mesh: jax.sharding.Mesh,
+    source: sources.DataSource,
+    workdir: epath.Path,
 ) -> tuple[config_lib.Config, str]:
     """The config with the numbers that it leaves open (derived.py), and a line about them.
 
@@ -211,7 +194,7 @@ def _train(
     there = memory.limit()
     memory.check(config, mesh, there)
     prepare_missing_data(config, notice)
-    source = open_source(config)
+    source = sources.open_source(config)
     asked = config  # what memory.py suggests values for
     config, derived_from = derive(config, mesh, source, workdir)
     sharding.check_batch(config, mesh)
@@ -426,7 +409,7 @@ def last_text_counts(state: train_step.TrainState, lines: Sequence[str]) -> dict
     return processes.of_first(last)
 
 
-def row_advice(config: config_lib.Config, source) -> str:
+def row_advice(config: config_lib.Config, source: sources.DataSource) -> str:
     """What to set where too many texts do not fit: rows by the lengths of the data set's texts."""
     rows = derived.rows_of(config, config.text.pack_group, source.text_lengths(config)).rows
     return (

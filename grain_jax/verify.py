@@ -23,7 +23,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax import errors, train
 from grain_jax.convert import initialise
-from grain_jax.input_pipeline import device
+from grain_jax.input_pipeline import device, sources
 from grain_jax.runtime import (
     checkpoint,
     command_line,
@@ -317,7 +317,7 @@ def check_data(run: Run) -> None:
     newest = max(run.kept)
     stored, config = run.kept[newest].data, run.kept[newest].config
     unknown: list[str] = []
-    identities = train.open_source(config).identities(config)
+    identities = sources.open_source(config).identities(config)
     checkpoint.check_same_data(newest, stored, identities, unknown.append)
     say("data", "; ".join(unknown) or f"as checkpoint {newest} was trained on")
 
@@ -362,7 +362,7 @@ class Place:
         mesh = self.mesh(config, record)
         key = (receipt.config_sha256(config), str(mesh.shape))
         if key != self._key:
-            self._source = train.open_source(config)
+            self._source = sources.open_source(config)
             total, per_epoch = train.resolve_steps(config, self._source.num_examples(config))
             self._program = train_step.build(
                 config, mesh, total_steps=total, steps_per_epoch=per_epoch

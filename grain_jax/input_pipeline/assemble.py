@@ -35,6 +35,56 @@ def tokenize(
     return Texts(tokens.ids, tokens.lengths, text_tokenizer.text_id(texts), tokens.too_long)
 
 
+class Example(NamedTuple):
+    """An image with its texts and boxes, as a data source has them."""
+
+    image: np.ndarray  # uint8 [S, S, 3], S = model.image.image_size
+    caption: str
+    descriptions: Sequence[str] = ()  # of its regions, at most `input.max_regions`, the best first
+    boxes_cxcywh: Sequence[Sequence[float]] = ()  # a box for each, in [0, 1]
+
+
+def of_examples(
+    examples: Sequence[Example], config: Config, text_tokenizer: tokenizer.Tokenizer
+) -> Batch:
+    """A Batch of the examples, in their order: texts tokenised and laid out as `config.text` says.
+
+    Args:
+      examples: B, a multiple of `text.pack_group`.
+      config: the run's, with numbers for the rows.
+      text_tokenizer: `tokenizer.of_tower(config.model.text)`.
+
+    Raises:
+      ValueError: an image of another shape or type, other numbers of boxes than descriptions, or too many.
+    """
+    size, most = config.model.image.image_size, config.input.max_regions
+    boxes = np.zeros((len(examples), most, 4), np.float32)
+    mask = np.zeros((len(examples), most), bool)
+    for i, example in enumerate(examples):
+        count = len(example.descriptions)
+        if example.image.shape != (size, size, 3) or example.image.dtype != np.uint8:
+            got = f"{example.image.dtype} {list(example.image.shape)}"
+            raise ValueError(f"example {i}: image is {got}, expected uint8 [{size}, {size}, 3]")
+        if count != len(example.boxes_cxcywh) or count > most:
+            raise ValueError(
+                f"example {i}: got {count} descriptions and {len(example.boxes_cxcywh)} boxes, expected as"
+                f" many of both, at most input.max_regions = {most}"
+            )
+        mask[i, :count] = True
+        boxes[i, :count] = np.reshape(example.boxes_cxcywh, (count, 4))
+    context_length = config.model.text.context_length
+    descriptions = [text for example in examples for text in example.descriptions]
+    return assemble(
+        image=np.stack([example.image for example in examples]),
+        captions=tokenize([x.caption for x in examples], text_tokenizer, context_length),
+        descriptions=tokenize(descriptions, text_tokenizer, context_length),
+        region_boxes_cxcywh=boxes,
+        region_mask=mask,
+        region_scores=np.broadcast_to(-np.arange(most, dtype=np.float32), mask.shape),
+        config=config,
+    )
+
+
 def exchange_sides(text: str) -> str:
     """The text of the mirrored image: left and right change places ("leftmost" too, "bright" not)."""
 

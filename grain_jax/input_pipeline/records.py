@@ -1,6 +1,6 @@
 """Training batches from a TFDS-format record set, in the order of order.py.
 
-    find(config)          are the sets there, and have they what training needs?
+    check(config)         are the sets there, and have they what training needs?
     num_examples(config)  records an epoch
     identities(config)    what tells the sets from others, for the checkpoints
     batches(config, ...)  each global batch, or what some lanes have of it, from any step on
@@ -29,7 +29,7 @@ from etils import epath  # noqa: E402
 
 from grain_jax import errors
 from grain_jax.config import Config, Dataset, TextTower  # noqa: E402
-from grain_jax.input_pipeline import assemble, order, tokenizer, transforms  # noqa: E402
+from grain_jax.input_pipeline import assemble, order, sources, tokenizer, transforms  # noqa: E402
 from grain_jax.input_pipeline import text_lengths as text_lengths_lib  # noqa: E402
 from grain_jax.schema import Batch  # noqa: E402
 
@@ -60,6 +60,11 @@ class RecordSet(NamedTuple):
     source: Dataset
     directory: epath.Path
     shards: tuple[order.Shard, ...]
+
+
+def check(config: Config) -> None:
+    """Raises as `find`."""
+    find(config)
 
 
 def find(config: Config) -> list[RecordSet]:
@@ -194,7 +199,7 @@ def num_examples(config: Config) -> int:
     return sum(shard.num_records for one in find(config) for shard in one.shards)
 
 
-def identities(config: Config) -> list[dict[str, Any]]:
+def identities(config: Config) -> list[sources.Identity]:
     """What tells each set of the config from others, wherever it lies, ready for JSON.
 
     `shard_lengths`, which the order of the data depends on, and `digest`, of the content. That is of all
@@ -206,7 +211,7 @@ def identities(config: Config) -> list[dict[str, Any]]:
     return [_identity(one) for one in find(config)]
 
 
-def _identity(one: RecordSet) -> dict[str, Any]:
+def _identity(one: RecordSet) -> sources.Identity:
     lengths = [shard.num_records for shard in one.shards]
     written = _of_split(one.directory, one.source.split)
     if written.get("shard_lengths") == lengths:  # else it is of other shards than these
@@ -314,7 +319,7 @@ def batches(
         order.make_lanes(
             one.shards,
             name=one.source.name,
-            lanes=config.input.lanes,
+            lanes=sources.num_lanes(config),
             shards_per_block=config.input.shards_per_block,
             seed=order.seed_of_set(config.seed, i),
         )
@@ -338,7 +343,7 @@ def batches(
 
 def _batches(config: Config, lanes: list[order.MixedLane], step: int) -> Iterator[Batch]:
     text_tokenizer = tokenizer.of_tower(config.model.text)
-    per_lane = config.batch_size // config.input.lanes
+    per_lane = config.batch_size // sources.num_lanes(config)
     dataset = _dataset(config, lanes, per_lane, step)
     iterator = dataset.as_numpy_iterator()
     while True:

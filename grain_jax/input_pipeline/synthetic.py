@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from grain_jax.config import Config
-from grain_jax.input_pipeline import assemble, order
+from grain_jax.input_pipeline import assemble, order, sources
 from grain_jax.input_pipeline.text_lengths import IMAGES, TextLengths
 from grain_jax.schema import Batch
 
@@ -19,14 +19,19 @@ DESCRIPTION_TOKENS = (4, 12)
 MAX_REGIONS = 5
 
 
+def check(config: Config) -> None:
+    """Nothing to check."""
+    del config
+
+
 def num_examples(config: Config) -> int:
     """Examples that count as one epoch."""
     del config
     return NUM_EXAMPLES
 
 
-def identities(config: Config) -> list[dict]:
-    """None: the examples are a function of the config."""
+def identities(config: Config) -> list[sources.Identity]:
+    """[]: the examples are a function of the config."""
     del config
     return []
 
@@ -63,18 +68,13 @@ def batches(
     config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
 ) -> Iterator[Batch]:
     """The part of each global batch that comes from `lanes` (None: all of it), from `start_step` on, endless."""
-    lanes = range(config.input.lanes) if lanes is None else lanes
-    step = start_step
-    while True:
-        parts = [_lane_batch(config, lane, step) for lane in lanes]
-        yield Batch(*(np.concatenate(field) for field in zip(*parts, strict=True)))
-        step += 1
+    return sources.lane_by_lane(_lane_batch, config, lanes, start_step)
 
 
 def _lane_batch(config: Config, lane: int, step: int) -> Batch:
     key = int(order.hash_key(config.seed, lane, step)[0])
     rng = np.random.Generator(np.random.Philox(key=key))
-    size, images = config.model.image.image_size, config.batch_size // config.input.lanes
+    size, images = config.model.image.image_size, config.batch_size // sources.num_lanes(config)
     regions = config.input.max_regions
     count = rng.integers(0, min(MAX_REGIONS, regions), size=images, endpoint=True)
     mask = np.arange(regions) < count[:, None]

@@ -80,7 +80,8 @@ def test_a_step_that_does_not_fit_is_refused_before_the_first_and_what_is_named_
 
 
 def test_arithmetic_refuses_before_the_data_set_is_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "open_source", lambda *_: pytest.fail("the data set was opened"))
+    opened = lambda *_: pytest.fail("the data set was opened")  # noqa: E731
+    monkeypatch.setattr(train.sources, "open_source", opened)
     config = tiny.config(batch_size=HUGE)
     with pytest.raises(errors.OutOfMemory, match="largest: activations.*which grow with"):
         monkeypatch.setattr(memory, "limit", lambda: _limit(2**30))

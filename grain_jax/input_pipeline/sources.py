@@ -1,0 +1,181 @@
+"""Data sources: where the batches of a run come from, chosen by `input.source`.
+
+A source is "records" (TFDS-format TFRecords), "synthetic" (random), or a class of a user, `module:Class`, that
+follows `DataSource`; `LaneSource` is the short way to write one. examples/data_source has one.
+
+    source = sources.open_source(config)
+    for batch in source.batches(config, lanes=(0, 1), start_step=1000): ...
+"""
+
+import abc
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, TypedDict
+
+import numpy as np
+
+from grain_jax import errors, named
+from grain_jax.config import Config
+from grain_jax.input_pipeline.text_lengths import TextLengths
+from grain_jax.schema import Batch
+
+# Name -> the module that is the source; imported when it is chosen (records need TensorFlow).
+BUILT_IN = {
+    "records": "grain_jax.input_pipeline.records",
+    "synthetic": "grain_jax.input_pipeline.synthetic",
+}
+
+
+class Identity(TypedDict):
+    """What tells a data set from others; a checkpoint holds it as JSON, and a resumed run compares."""
+
+    name: str
+    split: str
+    shard_lengths: list[int]  # records of each shard
+    digest: str  # of the content
+    digest_of: str  # what of the content, in a word; digests of different things are not compared
+
+
+class DataSource(Protocol):
+    """What serves the batches of a run. A module with these functions is one, too.
+
+    A source keeps no position: each batch is a function of (config, lane, step). So a checkpoint needs the step
+    alone, and a resumed run sees the batches that an uninterrupted one would. The global batch consists of
+    `input.lanes` equal parts, one after the other; each process asks for the lanes whose images its devices
+    hold, whatever their number, so the batches do not depend on how many processes there are.
+    """
+
+    def check(self, config: Config) -> None:
+        """Called first, before anything is compiled.
+
+        Raises:
+          MissingData: the data is not there; `input.prepare`, where it is set, is run then.
+          UserError: the data cannot be used.
+        """
+        ...
+
+    def num_examples(self, config: Config) -> int:
+        """Examples that count as one epoch."""
+        ...
+
+    def identities(self, config: Config) -> list[Identity]:
+        """That of each data set. []: the data is a function of the config."""
+        ...
+
+    def num_shards(self, config: Config) -> Mapping[str, int]:
+        """Data set -> shards, which `input.lanes` cannot exceed. {}: any number of lanes will do."""
+        ...
+
+    def text_lengths(self, config: Config) -> list[TextLengths]:
+        """Lengths of a sample of the texts, of each data set; `text.pack_rows` is derived from them."""
+        ...
+
+    def batches(
+        self, config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
+    ) -> Iterator[Batch]:
+        """The part of each global batch that comes from `lanes` (None: all of it), from `start_step` on, endless.
+
+        Args:
+          config: `input.lanes`, `text.pack_group` and `text.pack_rows` are numbers here.
+          lanes: ascending; the rows of a batch are in their order.
+          start_step: 0 for the first batch of the run.
+        """
+        ...
+
+
+class LaneSource(abc.ABC):
+    """A DataSource that makes the part of a batch of one lane at a time: implement `num_examples` and `lane_batch`.
+
+    Its data is a function of the config, unless `identities` says otherwise.
+    """
+
+    def check(self, config: Config) -> None:
+        """Nothing to check."""
+        del config
+
+    @abc.abstractmethod
+    def num_examples(self, config: Config) -> int:
+        """Examples that count as one epoch."""
+
+    @abc.abstractmethod
+    def lane_batch(self, config: Config, lane: int, step: int) -> Batch:
+        """The `batch_size / input.lanes` images of that lane in the batch of that step, as numpy arrays.
+
+        A function of the arguments alone; `order.hash_key(config.seed, lane, step)` seeds random choices, and
+        `assemble.of_examples` lays out images, texts and boxes as a Batch.
+        """
+
+    def identities(self, config: Config) -> list[Identity]:
+        """[]: the data is a function of the config."""
+        del config
+        return []
+
+    def num_shards(self, config: Config) -> Mapping[str, int]:
+        """{}: any number of lanes will do."""
+        del config
+        return {}
+
+    def text_lengths(self, config: Config) -> list[TextLengths]:
+        """Raises UserError: no rows can be derived."""
+        raise errors.UserError(
+            f"text.pack_rows: got None, but input.source={config.input.source} does not tell the lengths of"
+            " its texts; set text.pack_group and text.pack_rows, or text.packing=False"
+        )
+
+    def batches(
+        self, config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
+    ) -> Iterator[Batch]:
+        """As DataSource.batches."""
+        return lane_by_lane(self.lane_batch, config, lanes, start_step)
+
+
+def lane_by_lane(
+    lane_batch: Callable[[Config, int, int], Batch],
+    config: Config,
+    lanes: Sequence[int] | None,
+    step: int,
+) -> Iterator[Batch]:
+    """The batches from `step` on, each put together of `lane_batch(config, lane, step)` of the lanes (None: all)."""
+    served = range(num_lanes(config)) if lanes is None else lanes
+    while True:
+        parts = [lane_batch(config, lane, step) for lane in served]
+        yield Batch(*(np.concatenate(field) for field in zip(*parts, strict=True)))
+        step += 1
+
+
+def num_lanes(config: Config) -> int:
+    """`input.lanes` where it is a number, as `derived.resolve` makes it."""
+    if config.input.lanes is None:
+        raise ValueError("input.lanes is None; derived.resolve gives the number")
+    return config.input.lanes
+
+
+def of(config: Config) -> DataSource:
+    """The source that `input.source` names; its data is not looked at.
+
+    Raises:
+      UserError: there is no such source, or what it needs is not installed.
+    """
+    name = config.input.source
+    found = named.find("input.source", name, BUILT_IN)
+    if name not in BUILT_IN:
+        return found()
+    try:  # TensorFlow: not on every machine, and slow to import
+        return importlib.import_module(found)
+    except ModuleNotFoundError as error:
+        raise errors.UserError(
+            f"input.source={name} needs {error.name}: pip install 'grain_jax[data]', or take"
+            " --config.input.source=synthetic"
+        ) from None
+
+
+def open_source(config: Config) -> DataSource:
+    """The source that `input.source` names, checked.
+
+    Raises:
+      MissingData: its data is not there.
+      UserError: it cannot be used.
+    """
+    source = of(config)
+    source.check(config)
+    return source
