@@ -1,11 +1,16 @@
-"""Every key with its default, and the sizes of the towers: what config files share.
+"""What config files share: the defaults of grain_jax/config/fields.py as a ConfigDict, and the sizes of the towers.
 
 A config file starts from `base` and changes what differs. It may lie anywhere: this package imports
 ml_collections alone, no JAX.
 """
 
+import dataclasses
+from typing import Any
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+from grain_jax.config import fields, parse
 
 # What differs from B/16, by the size that papers name. The larger ones are the reference's
 # (clip/custom_models.py: S/16 has 12 heads of 32, not timm's 6 of 64; L/14 keeps the 512-wide text tower).
@@ -22,70 +27,30 @@ SIZES = {
 }
 
 
+def defaults(cls: type) -> ConfigDict:
+    """The keys of a dataclass with their defaults; those without one are left out.
+
+    A key whose default is None is a placeholder, so that the command line can set it.
+    """
+    c = ConfigDict()
+    for name, (field, kind) in parse.types_of(cls).items():
+        default = fields.default_of(field)
+        if default is None:
+            c[name] = placeholder(parse.inner_of(kind))
+        elif dataclasses.is_dataclass(default):
+            c[name] = defaults(type(default))
+        elif default == {}:
+            c[name] = ConfigDict()
+        elif default is not dataclasses.MISSING:
+            c[name] = default
+    return c
+
+
 def model(size: str = "B/16") -> ConfigDict:
     """The model of that size: one of tiny, S/16, B/16, L/14."""
     if size not in SIZES:
         raise ValueError(f"model size: got {size!r}, expected one of {', '.join(SIZES)}")
-    c = ConfigDict()
-    c.embed_dim = 512
-    c.logit_scale_init = 1 / 0.07
-    c.logit_bias_init = placeholder(float)
-    c.image = ConfigDict(
-        dict(
-            image_size=224,
-            patch_size=16,
-            width=768,
-            depth=12,
-            heads=12,
-            mlp_dim=3072,
-            qk_norm=True,
-            norm_eps=1e-6,
-            position_init="normal",
-            position_period=1e4,
-            block_init="trunc_normal",
-            unroll=1,
-            class_token=True,
-            patch_bias=True,
-            pre_norm=False,
-            activation="gelu",
-            pool="none",
-            projection="matrix",
-            pixel_mean=(0.485, 0.456, 0.406),
-            pixel_std=(0.229, 0.224, 0.225),
-        )
-    )
-    c.text = ConfigDict(
-        dict(
-            vocab_size=49408,
-            context_length=77,
-            width=512,
-            depth=12,
-            heads=8,
-            mlp_dim=2048,
-            norm_eps=1e-5,
-            unroll=1,
-            causal=True,
-            activation="quick_gelu",
-            pool="end",
-            projection="matrix",
-            tokenizer="clip",
-            cleaning="lower",
-            pad_id=0,
-        )
-    )
-    c.decoder = ConfigDict(
-        dict(
-            queries=5,
-            width=512,
-            depth=6,
-            heads=8,
-            mlp_dim=2048,
-            dropout=0.1,
-            norm_eps=1e-5,
-            qkv_init_gain=1.0,
-            unroll=1,
-        )
-    )
+    c = defaults(fields.Model)
     c.update(SIZES[size])
     return c
 
@@ -99,122 +64,26 @@ def on_hardware(c: ConfigDict, table: dict[str, dict], name: str | None) -> Conf
     return c
 
 
-def evaluator(kind: str, images: str = "", **fields) -> dict:
-    """An entry of `evals`: what to measure, on which images (docs/evaluate.md)."""
-    entry = dict(kind=kind, images=images, alphas=(1.0, 0.5), names=True, region_order="queries")
-    entry |= dict(split="test", missing="error")
-    for unset in ("descriptions", "annotations", "tfds", "data_dir", "classes", "templates", "get"):
-        entry[unset] = placeholder(str)  # so that the command line can set it
-    if kind == "linear_probe":
-        entry |= dict(train=placeholder(str), shots=(), seeds=5)
-    return entry | {name: value for name, value in fields.items() if value is not None}
+def evaluator(kind: str, images: str = "", **options: Any) -> dict[str, Any]:
+    """An entry of `evals`: what to measure, on which images (docs/evaluate.md).
+
+    Args:
+      kind: of config.EVAL_KINDS.
+      images: class folders, or the folder that the paths of the annotations start from.
+      **options: the other fields of config.Evaluator; None leaves the default.
+    """
+    entry = dict(defaults(fields.Evaluator).items(preserve_field_references=True))
+    if kind != "linear_probe":
+        for key in ("train", "shots", "seeds"):
+            del entry[key]
+    given = {name: value for name, value in options.items() if value is not None}
+    return entry | dict(kind=kind, images=images) | given
 
 
 def base(size: str = "B/16") -> ConfigDict:
     """GRAIN's recipe (docs/method.md, Training recipe); a config file names its data set and length."""
-    c = ConfigDict()
-    c.seed = 0
-    c.total_steps = placeholder(int)  # exactly one of these two; the command line wins
-    c.total_epochs = placeholder(float)
-    c.batch_size = 2048
-    c.microbatches = 1
-    c.dtype = "bfloat16"
-    c.remat = "none"
-    c.ema_decay = 0.0
-    c.log_every = 50
-    c.checkpoint_every = 1000
-    c.checkpoint_every_minutes = 0.0
-    c.checkpoint_keep = 2
-    c.checkpoint_keep_every = 0
-    c.checkpoint_best_metric = ""
-    c.checkpoint_best_mode = "max"
-    c.eval_every = 0
-    c.pictures = 0
-    c.profile_start = 0
-    c.profile_steps = 3
-    c.wandb = ConfigDict(dict(mode="off", project="grain_jax", name=""))
+    c = defaults(fields.Config)
     c.model = model(size)
-    c.input = ConfigDict(
-        dict(
-            source="records",
-            data_dir="",
-            name="",
-            datasets=(),  # or several: dict(name=, data_dir=, weight=, split="train") each
-            prepare=placeholder(str),
-            # None, as pack_group and pack_rows below: derived (grain_jax/input_pipeline/derived.py).
-            lanes=placeholder(int),
-            shards_per_block=1,
-            max_regions=5,
-            synthetic_caption_rate=0.5,
-            descriptions_in_captions=0,
-            flip_rate=0.0,
-            crop_min_area=1.0,
-            reader_threads=0,
-        )
-    )
-    c.text = ConfigDict(
-        dict(
-            packing=True,
-            pack_group=placeholder(int),
-            pack_rows=placeholder(int),
-            max_dropped_share=0.1,
-        )
-    )
-    c.loss = ConfigDict(
-        dict(
-            image_caption=1.0,
-            region_description=1.0,
-            box=1.0,
-            contrast="softmax",
-            group_size=0,
-            mask_duplicates=True,
-            match_l1=5.0,
-            match_giou=2.0,
-            match_description=0.0,
-            iou_epsilon=0.0,
-            deep_supervision=False,
-            shift_labels_after_empty_box=False,
-            tile=1024,
-            gather=1,
-        )
-    )
-    c.optim = ConfigDict(
-        dict(
-            learning_rate=1e-3,
-            warmup_init=1e-6,
-            end_learning_rate=1e-5,
-            warmup_steps=placeholder(int),
-            warmup_epochs=placeholder(float),
-            schedule="cosine",
-            b1=0.9,
-            b2=0.98,
-            eps=1e-8,
-            moment_dtype="float32",
-            weight_decay=0.1,
-            decay_groups="matrices",
-            clip_norm=0.0,
-            frozen=(),
-            layer_decay=1.0,
-        )
-    )
-    c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, dcn_data=1))
-    # Logical axis of a parameter -> mesh axis. Exhaustive: an axis that stands in no row is an error.
-    c.sharding = (
-        ("layers", None),
-        ("width", "fsdp"),
-        ("mlp", "tensor"),
-        ("heads", "tensor"),
-        ("head_dim", None),
-        ("vocab", "tensor"),
-        ("patch", None),
-        ("positions", None),
-        ("queries", None),
-        ("embed", None),
-        ("vector", None),
-    )
-    c.evals = ConfigDict()
-    c.init = ConfigDict({part: placeholder(str) for part in ("image", "text", "decoder")})
-    c.init.resize = "bilinear"
     return c
 
 

@@ -1,0 +1,72 @@
+"""The configuration of a run as frozen dataclasses: what keys there are (`fields`), `from_dict` (`parse`), and what
+contradicts itself (`checks`).
+
+Needs neither JAX nor ml_collections, so that a config can be checked anywhere.
+"""
+
+from grain_jax.config.checks import divisors, flags_of
+from grain_jax.config.fields import (
+    ACTIVATIONS,
+    DTYPES,
+    EITHER_OR,
+    EVAL_KINDS,
+    LABELLED_KINDS,
+    REMAT_POLICIES,
+    Config,
+    Dataset,
+    Evaluator,
+    ImageTower,
+    Init,
+    Input,
+    Loss,
+    Mesh,
+    Model,
+    Optim,
+    RegionDecoder,
+    Suite,
+    Text,
+    TextTower,
+    Wandb,
+)
+from grain_jax.config.parse import (
+    ConfigError,
+    from_dict,
+    model_from_dict,
+    suite_from_dict,
+    to_json,
+    unknown_key,
+    without_new_fields,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "DTYPES",
+    "EITHER_OR",
+    "EVAL_KINDS",
+    "LABELLED_KINDS",
+    "REMAT_POLICIES",
+    "Config",
+    "ConfigError",
+    "Dataset",
+    "Evaluator",
+    "ImageTower",
+    "Init",
+    "Input",
+    "Loss",
+    "Mesh",
+    "Model",
+    "Optim",
+    "RegionDecoder",
+    "Suite",
+    "Text",
+    "TextTower",
+    "Wandb",
+    "divisors",
+    "flags_of",
+    "from_dict",
+    "model_from_dict",
+    "suite_from_dict",
+    "to_json",
+    "unknown_key",
+    "without_new_fields",
+]

@@ -1,0 +1,416 @@
+"""Every key of a run: its type, default, bounds or choices, and its role, in one declaration each.
+
+`grain_jax.recipe` makes the ConfigDict of the defaults from these classes, `parse` makes the classes from a
+dict, and `checks` finds values out of bounds and keys that contradict each other.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+# What a run that resumes with another value of the key is:
+# - "order": the key decides which examples a step sees. The trainer refuses to resume.
+# - "numbers": it decides what a step computes from them. `verify` and `launch.sweep` call it another run.
+# - "result": it changes how a run starts or ends or what is measured, not how a step computes. `launch.sweep`
+#   calls it another run.
+# - "free": it changes where a run computes, how fast, or what is kept and shown. The same run.
+Role = Literal["order", "numbers", "result", "free"]
+ROLES = ("order", "numbers", "result", "free")
+
+REMAT_POLICIES = ("none", "dots", "qkv", "full")  # from most memory to most recomputation
+DTYPES = ("float32", "bfloat16")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+PROJECTIONS = ("none", "matrix", "affine")
+IMAGE_POOLS = ("none", "class", "map", "mean")
+TEXT_POOLS = ("end", "last", "map", "mean")
+TEXT_CLEANINGS = ("lower", "canonical", "none")
+EVAL_KINDS = ("zeroshot", "linear_probe", "retrieval", "grounding", "boxes", "diagnostics")
+LABELLED_KINDS = ("zeroshot", "linear_probe")  # read class folders or a TFDS set, no annotations
+# Pairs of which exactly one is set; the command line's choice wins over the config file's.
+EITHER_OR = (("total_steps", "total_epochs"), ("optim.warmup_steps", "optim.warmup_epochs"))
+
+MOST = 2**31 - 1  # steps and sizes are int32 on the devices
+WIDEST = 2**17  # several times any published width or image size; more is a typing error
+DEEPEST = 10_000
+
+
+def key(
+    default: Any = dataclasses.MISSING,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    choices: tuple[str, ...] = (),
+    role: Role | None = None,
+    added: bool = False,
+) -> Any:
+    """The declaration of a key, or of a group of keys.
+
+    Args:
+      default: its value; the class of a group, for a group with its defaults. Without one the key must be given.
+      low: the smallest value.
+      high: the largest value.
+      choices: the values of a key that names one.
+      role: see Role; None takes that of the group.
+      added: the key came after the first checkpoints. A config without it has the default, and a config with
+        the default has the digest of one without the key.
+    """
+    limits = {"low": low, "high": high, "choices": choices, "role": role, "added": added}
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=limits)
+    return dataclasses.field(default=default, metadata=limits)
+
+
+def count(default: Any = dataclasses.MISSING, *, low: float = 0, high: float = MOST, **more) -> Any:
+    """`key` of a whole number of 32 bits."""
+    return key(default, low=low, high=high, **more)
+
+
+def size(default: Any) -> Any:
+    """`key` of a size of a tower."""
+    return count(default, low=1, high=WIDEST)
+
+
+def layers(default: Any) -> Any:
+    """`key` of a number of layers."""
+    return count(default, low=1, high=DEEPEST)
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """The field's default; MISSING where it has none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTower:
+    """A vision transformer (docs/method.md, Model): learned positions, norms before attention and MLP."""
+
+    image_size: int = size(224)  # pixels, height = width
+    patch_size: int = size(16)  # pixels; must divide image_size
+    width: int = size(768)  # E
+    depth: int = layers(12)
+    heads: int = size(12)  # must divide width
+    mlp_dim: int = count(3072, low=1, high=4 * WIDEST)
+    qk_norm: bool = key(True)  # LayerNorm on the queries and keys of each head
+    norm_eps: float = key(1e-6)
+    # "normal" (0.02) or "sincos2d"; the positions are learned either way.
+    position_init: str = key("normal", choices=("normal", "sincos2d"))
+    position_period: float = key(1e4, low=1)  # of sincos2d: longest wave / shortest wave
+    # "trunc_normal" (0.02, zero biases) or "torch" (as the reference, quirk 13).
+    block_init: str = key("trunc_normal", choices=("trunc_normal", "torch"))
+    # Layers of the scan that are unrolled; depth = no loop (faster for tiny towers on a CPU).
+    unroll: int = layers(1)
+    class_token: bool = key(True, added=True)  # a learned token before the patches
+    patch_bias: bool = key(True, added=True)
+    # LayerNorm between the positions and the first layer (CLIP's ln_pre).
+    pre_norm: bool = key(False, added=True)
+    activation: str = key("gelu", choices=ACTIVATIONS, added=True)  # of the MLP; "gelu" is exact
+    # How tokens become one vector where there is no decoder: "class" (the class token), "map" (attention
+    # pooling) or "mean". "none" where there is a decoder.
+    pool: str = key("none", choices=IMAGE_POOLS, added=True)
+    # To the joint space: "matrix", "affine" (with a bias) or "none".
+    projection: str = key("matrix", choices=PROJECTIONS, added=True)
+    # Of pixels in [0, 1]; the defaults are ImageNet's.
+    pixel_mean: tuple[float, ...] = key((0.485, 0.456, 0.406), added=True)
+    pixel_std: tuple[float, ...] = key((0.229, 0.224, 0.225), added=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTower:
+    """A text transformer: CLIP's (causal, read at the end token of each text), or one such as SigLIP's."""
+
+    vocab_size: int = count(49408, low=3, high=10_000_000)
+    context_length: int = count(77, low=3, high=1_000_000)  # L, also the length of a packed row
+    width: int = size(512)
+    depth: int = layers(12)
+    heads: int = size(8)
+    mlp_dim: int = count(2048, low=1, high=4 * WIDEST)
+    norm_eps: float = key(1e-5)
+    unroll: int = layers(1)
+    causal: bool = key(True, added=True)  # False: every position sees all of the row
+    activation: str = key("quick_gelu", choices=ACTIVATIONS, added=True)  # as ImageTower.activation
+    # "end": the end token; "last": the last position of the row; "map" (attention pooling) and "mean": all of
+    # the row.
+    pool: str = key("end", choices=TEXT_POOLS, added=True)
+    projection: str = key("matrix", choices=PROJECTIONS, added=True)  # as ImageTower.projection
+    # "clip", or the path of a tokenizer.json or of a SentencePiece .model.
+    tokenizer: str = key("clip", added=True)
+    # Of texts before the tokenizer: "lower", "canonical" (no punctuation) or "none".
+    cleaning: str = key("lower", choices=TEXT_CLEANINGS, added=True)
+    # The token of the padding; it matters only to towers that are not packable.
+    pad_id: int = count(0, added=True)
+
+    @property
+    def packable(self) -> bool:
+        """Whether several texts may share a row: no output depends on the padding."""
+        return self.causal and self.pool == "end"
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionDecoder:
+    """DETR-like decoder: `queries` region queries and one more for the image."""
+
+    queries: int = count(5, high=WIDEST)  # Q, without the image query
+    width: int = size(512)
+    depth: int = layers(6)
+    heads: int = size(8)
+    mlp_dim: int = count(2048, low=1, high=4 * WIDEST)
+    dropout: float = key(0.1, low=0, high=0.99)
+    norm_eps: float = key(1e-5)
+    # Factor on the initial query, key and value weights; 1 = xavier, as the reference.
+    qkv_init_gain: float = key(1.0, low=0)
+    unroll: int = layers(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The towers and the width D of the joint space; the defaults are GRAIN B/16."""
+
+    embed_dim: int = size(512)  # D
+    # The factor itself, not its logarithm; CLIP's 1 / 0.07, SigLIP's 10.
+    logit_scale_init: float = key(1 / 0.07, low=1, high=100)
+    # Of loss.contrast=sigmoid; SigLIP's is -10. None: no bias.
+    logit_bias_init: float | None = key(None)
+    image: ImageTower = key(ImageTower)
+    text: TextTower = key(TextTower)
+    decoder: RegionDecoder | None = key(RegionDecoder)  # None: two towers, without regions
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """Checkpoints that the towers start from; None: random weights."""
+
+    image: str | None = key(
+        None, added=True
+    )  # ours, big_vision's .npz (`path:sub-tree`), CLIP's or SigLIP's
+    text: str | None = key(None, added=True)
+    # Of the image positions to another grid.
+    resize: str = key("bilinear", choices=("bilinear", "bicubic"), added=True)
+    # Ours: the decoder, the projections of image and regions, the box head, the logit scale.
+    decoder: str | None = key(None, added=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A record set and its share of the examples."""
+
+    name: str = key()
+    data_dir: str = key(role="free")
+    weight: float = key()  # more than 0; the share is weight / sum of all weights
+    split: str = key("train", added=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """Which examples are read, in which order, and how they are varied."""
+
+    # "records" (TFDS-format TFRecords) or "synthetic" (random, no TensorFlow).
+    source: str = key("records", choices=("records", "synthetic"), role="order")
+    data_dir: str = key("", role="free")
+    name: str = key("", role="order")
+    # Command that makes the data set where it is missing.
+    prepare: str | None = key(None, role="free")
+    # Sub-batches with shards of their own (docs/method.md, Order of the data); a constant of the run.
+    # None: derived (input_pipeline/derived.py), as text.pack_group and text.pack_rows.
+    lanes: int | None = count(None, low=1, role="order")
+    # Shards that are read whole and permuted together.
+    shards_per_block: int = count(1, low=1, role="order")
+    max_regions: int = count(5)  # R: the regions with the highest scores are kept
+    # Chance that the synthetic caption replaces the web caption.
+    synthetic_caption_rate: float = key(0.5, low=0, high=1)
+    # The descriptions of so many regions, best scores first, are added to the caption.
+    descriptions_in_captions: int = count(0)
+    # Chance of a mirror image; boxes move, "left" and "right" change places in the texts.
+    flip_rate: float = key(0.0, low=0, high=1)
+    # Smallest share of the image that a random crop keeps; 1 = no crop.
+    crop_min_area: float = key(1.0, low=0.01, high=1)
+    reader_threads: int = count(0, role="free")  # 0 = tf.data chooses
+    # A mixture, instead of `data_dir` and `name`.
+    datasets: tuple[Dataset, ...] = key((), role="order", added=True)
+
+    @property
+    def sets(self) -> tuple[Dataset, ...]:
+        """The sets of the mixture, or the single one."""
+        return self.datasets or (Dataset(self.name, self.data_dir, 1.0),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """How texts are laid out in rows (docs/method.md, Packing)."""
+
+    packing: bool = key(True)  # several texts share a row; False: a padded row for each text
+    pack_group: int | None = count(None, low=1)  # consecutive images that share rows
+    pack_rows: int | None = count(None, low=1)  # rows per group
+    # The run ends where a larger share of the texts between two lines of metrics.jsonl does not fit; 1 = never.
+    max_dropped_share: float = key(0.1, low=0, high=1, role="free", added=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Weights and switches of the losses (docs/method.md, Losses and Where it differs)."""
+
+    image_caption: float = key(1.0)  # weight of L_ic
+    region_description: float = key(1.0)  # weight of L_rd
+    box: float = key(1.0)  # weight of L_box
+    # Contrastive loss type: "softmax" (InfoNCE) or "sigmoid" (each pair alone, as SigLIP).
+    contrast: str = key("softmax", choices=("softmax", "sigmoid"))
+    group_size: int = count(0)  # images whose descriptions are negatives of each other; 0 = all
+    mask_duplicates: bool = key(True)  # equal texts are not negatives of each other
+    match_l1: float = key(5.0)  # weight of L1 in the matching cost
+    match_giou: float = key(2.0)  # weight of -GIoU in the matching cost
+    match_description: float = key(
+        0.0
+    )  # weight of -cosine(region, description) in the matching cost
+    iou_epsilon: float = key(0.0)  # added to the union in the IoU (reference: 1e-4, quirk 15)
+    deep_supervision: bool = key(False)  # adds the box loss of the earlier decoder layers
+    shift_labels_after_empty_box: bool = key(False)  # quirk 1
+    # Rows and columns of a tile of similarities (losses/streaming.py); no effect on the result.
+    tile: int = count(1024, low=1, role="free")
+    # Neighbouring devices that gather their columns before these go round the ring; no effect on the result.
+    gather: int = count(1, low=1, role="free")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """AdamW and its schedule (docs/method.md, Training recipe)."""
+
+    learning_rate: float = key(1e-3)
+    warmup_init: float = key(1e-6)  # learning rate of step 0
+    end_learning_rate: float = key(1e-5)
+    warmup_steps: int | None = count(None)  # exactly one of these two
+    warmup_epochs: float | None = key(None, low=0)
+    schedule: str = key("cosine", choices=("cosine", "reference"))  # "reference": quirk 12
+    b1: float = key(0.9)
+    b2: float = key(0.98)
+    eps: float = key(1e-8)
+    moment_dtype: str = key("float32", choices=DTYPES)  # of the first moment; "bfloat16" halves it
+    weight_decay: float = key(0.1)
+    decay_groups: str = key("matrices", choices=("matrices", "reference"))  # "reference": quirk 7
+    clip_norm: float = key(0.0, low=0)  # largest global norm of the gradients; 0 = off
+    # Regular expressions of parameters that are never updated (LiT).
+    frozen: tuple[str, ...] = key((), added=True)
+    # Factor per layer of the learning rates of the towers (optim.layer_scales); 1 = off.
+    layer_decay: float = key(1.0, low=0.01, high=1, added=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Device mesh; the batch is cut over data and fsdp."""
+
+    data: int = count(-1, low=-1)  # -1: what the other axes leave
+    fsdp: int = count(1, low=1)
+    tensor: int = count(1, low=1)
+    # Slices or nodes, joined by the slow network; only `data` is cut over them.
+    dcn_data: int = count(1, low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """One measurement: what, on which images."""
+
+    kind: str = key(choices=EVAL_KINDS)
+    # Class folders (LABELLED_KINDS), else the folder that the paths of the annotations start from.
+    images: str = key()
+    descriptions: str | None = key(None)  # zeroshot: D.json
+    annotations: str | None = key(None)  # all kinds but LABELLED_KINDS: A.jsonl
+    alphas: tuple[float, ...] = key((1.0, 0.5))  # zeroshot: shares of the global score
+    # zeroshot: class names stand in the prompts; False: descriptions alone.
+    names: bool = key(True)
+    # zeroshot: the region score is a mean over "queries" (paper) or "descriptions".
+    region_order: str = key("queries", choices=("queries", "descriptions"))
+    # LABELLED_KINDS: a TFDS set instead of `images`, "name" or "name/config:version".
+    tfds: str | None = key(None, added=True)
+    split: str = key("test", added=True)  # of the TFDS set
+    data_dir: str | None = key(None, added=True)  # of TFDS; None: the default of TFDS
+    # zeroshot, boxes: file of class names, or the name of one in grain_jax/evaluate/classes; None: those of
+    # the data set.
+    classes: str | None = key(None, added=True)
+    # zeroshot, boxes: file of prompts; None: the general ones.
+    templates: str | None = key(None, added=True)
+    # Where the data is missing: "error", or "skip" with a line that says so.
+    missing: str = key("error", choices=("error", "skip"), added=True)
+    get: str | None = key(None, added=True)  # how to get the data, for that line
+    # linear_probe: class folders of the training images, or their split of the TFDS set. None: a seeded
+    # share of `images`, or "train".
+    train: str | None = key(None, added=True)
+    # linear_probe: training images per class, a probe each; 0, and (): all.
+    shots: tuple[int, ...] = key((), added=True)
+    seeds: int = count(5, low=1, added=True)  # linear_probe: draws of few shots
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A suite of evaluations (configs/eval.py); the entries are made from the other keys."""
+
+    data_dir: str = key()  # of TFDS
+    folders: str = key()  # of the sets that are no TFDS sets
+    descriptions: str | None = key()  # folder of NAME.json
+    templates: str | None = key()
+    alphas: tuple[float, ...] = key()
+    evals: dict[str, Evaluator] = key()
+
+
+@dataclasses.dataclass(frozen=True)
+class Wandb:
+    """Weights & Biases, beside TensorBoard."""
+
+    # "offline" writes into the workdir, for `wandb sync`.
+    mode: str = key("off", choices=("off", "online", "offline"))
+    project: str = key("grain_jax")
+    name: str = key("")  # of the run; "" = the name of the workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run. The defaults are the recipe of the paper for GRAIN B/16 (docs/method.md, Training recipe)."""
+
+    seed: int = key(0, low=-(2**63), high=2**63 - 1, role="order")
+    total_steps: int | None = count(None, low=1, role="result")  # exactly one of these two
+    total_epochs: float | None = key(None, low=0, high=1e6, role="result")
+    batch_size: int = count(2048, low=1, role="order")  # global
+    # The towers see batch_size / microbatches images at a time; the loss sees all.
+    microbatches: int = count(1, low=1, role="free")
+    dtype: str = key("bfloat16", choices=DTYPES, role="numbers")  # of activations
+    remat: str = key("none", choices=REMAT_POLICIES, role="free")
+    ema_decay: float = key(0.0, low=0, high=1, role="numbers")  # 0 = no average is kept
+    log_every: int = count(50, low=1, role="free")
+    checkpoint_every: int = count(1000, role="free")  # steps; 0 = only the last
+    checkpoint_every_minutes: float = key(0.0, low=0, role="free")  # 0 = by steps only
+    checkpoint_keep: int = count(2, low=1, role="free")  # the newest ones, and beside these:
+    # those of steps that this divides, for good; 0 = none
+    checkpoint_keep_every: int = count(0, role="free")
+    # and the best by this key of metrics.jsonl, e.g. "loss"; "" = none.
+    checkpoint_best_metric: str = key("", role="free")
+    checkpoint_best_mode: str = key("max", choices=("max", "min"), role="free")
+    eval_every: int = count(0, role="result")  # steps; 0 = only after the last
+    # Test images that are drawn with their regions after the last step; 0 = none.
+    pictures: int = count(0, role="free")
+    profile_start: int = count(0, role="free")  # first step of a profiler trace; 0 = none
+    profile_steps: int = count(3, low=1, role="free")  # steps of the trace
+    wandb: Wandb = key(Wandb, role="free")
+    model: Model = key(Model, role="numbers")
+    input: Input = key(Input, role="numbers")
+    text: Text = key(Text, role="numbers")
+    loss: Loss = key(Loss, role="numbers")
+    optim: Optim = key(Optim, role="numbers")
+    mesh: Mesh = key(Mesh, role="free")
+    # Logical axis of a parameter -> mesh axis. Exhaustive: an axis in no row is an error.
+    sharding: tuple[tuple[str, str | None], ...] = key(
+        (
+            ("layers", None),
+            ("width", "fsdp"),
+            ("mlp", "tensor"),
+            ("heads", "tensor"),
+            ("head_dim", None),
+            ("vocab", "tensor"),
+            ("patch", None),
+            ("positions", None),
+            ("queries", None),
+            ("embed", None),
+            ("vector", None),
+        ),
+        role="free",
+    )
+    evals: dict[str, Evaluator] = key(dict, role="result")
+    init: Init = key(Init, role="result", added=True)

@@ -1,0 +1,196 @@
+"""From a dict to the classes of `fields`, and back.
+
+Every key is consumed: a missing, misspelt or left-over one is an error that names the nearest key.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from grain_jax import errors
+from grain_jax.config import checks, fields
+from grain_jax.config.fields import Config, Model, Suite
+
+T = typing.TypeVar("T")
+
+
+class ConfigError(errors.UserError):
+    """The configuration cannot be used; the message has one line a fault."""
+
+
+def from_dict(value: Mapping[str, Any]) -> Config:
+    """A plain dict, or ml_collections' ConfigDict, as a checked Config. Raises ConfigError, a line a fault."""
+    faults: list[str] = []
+    config = build(Config, _plain(value), "", faults)
+    if config is not None and not faults:
+        checks.check_config(config, faults)
+    return _or_raise(config, faults)
+
+
+def model_from_dict(value: Mapping[str, Any]) -> Model:
+    """The `model` part alone, as converted checkpoints carry it. Raises ConfigError, a line a fault."""
+    faults: list[str] = []
+    model = build(Model, value, "model", faults)
+    if model is not None and not faults:
+        checks.check_model(model, faults)
+    return _or_raise(model, faults)
+
+
+def suite_from_dict(value: Mapping[str, Any]) -> Suite:
+    """The config of a suite, a plain dict or a ConfigDict, checked. Raises ConfigError, a line a fault."""
+    faults: list[str] = []
+    suite = build(Suite, _plain(value), "", faults)
+    if suite is not None and not faults:
+        checks.check_values(suite, "", faults)
+        for name, entry in suite.evals.items():
+            checks.check_evaluator(f"evals.{name}", entry, faults)
+    return _or_raise(suite, faults)
+
+
+def _plain(value: Any) -> Mapping[str, Any]:
+    return value.to_dict() if hasattr(value, "to_dict") else value
+
+
+def _or_raise(built: T | None, faults: list[str]) -> T:
+    if built is None or faults:
+        raise ConfigError("\n".join(faults))
+    return built
+
+
+def build(cls: type[T], value: Any, path: str, faults: list[str]) -> T | None:
+    """An instance of a dataclass whose fields are declared with `fields.key`.
+
+    Args:
+      cls: the dataclass.
+      value: a mapping from the names of its fields to their values.
+      path: its key, for the faults; "" for a whole config.
+      faults: gets a line for each key that is unknown, missing or of another type.
+
+    Returns:
+      The instance, or None where a key is missing. Only without faults may it be used.
+    """
+    if not isinstance(value, Mapping):
+        faults.append(f"{path}: got {value!r}, expected a group of keys")
+        return None
+    known = types_of(cls)
+
+    def at(key: Any) -> str:
+        return f"{path}.{key}" if path else str(key)
+
+    for key in value:
+        if key not in known:
+            faults.append(f"{at(key)}: {unknown_key(at(key), [at(name) for name in known])}")
+    missing = [
+        field.name
+        for field, _ in known.values()
+        if field.name not in value and not _may_lack(field)
+    ]
+    default = "" if path.endswith("]") else "; grain_jax.recipe.base has its default"
+    faults.extend(f"{at(key)}: missing{default}" for key in missing)
+    if missing:
+        return None
+    given = {key: kind for key, (_, kind) in known.items() if key in value}
+    return cls(**{key: _convert(kind, value[key], at(key), faults) for key, kind in given.items()})
+
+
+@functools.cache
+def types_of(cls: type) -> dict[str, tuple[dataclasses.Field, Any]]:
+    """The fields of a dataclass by name, each with its resolved type."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: (field, hints[field.name]) for field in dataclasses.fields(cls)}
+
+
+def _may_lack(field: dataclasses.Field) -> bool:
+    """Whether a dict without the field is complete. Fields that `fields.key` did not declare may have a default."""
+    return field.metadata.get("added", fields.default_of(field) is not dataclasses.MISSING)
+
+
+def _convert(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
+    """`value` as an instance of the annotated type `kind`; what does not fit is added to `faults`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return build(typing.cast(type, kind), value, path, faults)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            faults.append(f"{path}: got {value!r}, expected a group of keys")
+            return {}
+        return {k: _convert(args[1], v, f"{path}.{k}", faults) for k, v in value.items()}
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(inner_of(kind), value, path, faults)
+    if origin is tuple:
+        return _convert_tuple(args, value, path, faults)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) < 1e300 else math.inf
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        faults.append(f"{path}: got {value}, expected a finite number")
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        faults.append(f"{path}: got {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _convert_tuple(
+    args: tuple[Any, ...], value: Any, path: str, faults: list[str]
+) -> tuple[Any, ...]:
+    if isinstance(value, (list, tuple)):
+        inner = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if len(inner) == len(value):
+            numbered = len(inner) and dataclasses.is_dataclass(inner[0])
+            paths = [f"{path}[{i}]" if numbered else path for i in range(len(inner))]
+            return tuple(_convert(*part, faults) for part in zip(inner, value, paths))
+    faults.append(f"{path}: got {value!r}, expected a list")
+    return ()
+
+
+def inner_of(kind: Any) -> Any:
+    """T of the type `T | None`; another type as it is."""
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
+        return kind
+    return next(arg for arg in typing.get_args(kind) if arg is not type(None))
+
+
+def unknown_key(path: str, known: list[str]) -> str:
+    """The words for a key that does not exist, with the nearest one of `known`, or those of its group."""
+    group, _, leaf = path.rpartition(".")
+
+    def likeness(key: str) -> tuple[float, bool]:
+        owner, _, name = key.rpartition(".")
+        return difflib.SequenceMatcher(None, leaf, name).ratio(), owner == group
+
+    near = max(known, key=likeness)
+    if likeness(near)[0] > 0.6:
+        return f"no such key; did you mean {near}?"
+    beside = [key for key in known if key.rpartition(".")[0] == group]
+    return f"no such key; there are: {', '.join(beside or known)}"
+
+
+def without_new_fields(part: Any) -> dict[str, Any]:
+    """A Config (or a part of one) as a dict, without the `added` fields that have their default.
+
+    So the dict of a config, and its digest, do not change when fields are added.
+    """
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, tuple):
+            return tuple(map(plain, value))
+        return without_new_fields(value) if dataclasses.is_dataclass(value) else value
+
+    return {
+        field.name: plain(getattr(part, field.name))
+        for field in dataclasses.fields(part)
+        if not (_may_lack(field) and getattr(part, field.name) == fields.default_of(field))
+    }
+
+
+def to_json(config: Any) -> str:
+    """A Config (or a part of one) as indented JSON that `from_dict` reads back."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
