@@ -6,7 +6,7 @@ FROM      a run of your own, e.g. runs/own: all of it is loaded, the decoder too
           of any size: its towers, under a fresh decoder. Or whose towers they are, with --config.init.image=FILE
           --config.init.text=FILE: openai, open_clip (:B/16, :B/32, :L/14), siglip (:B/16, :L/16), e.g. open_clip:L/14.
 FREEZE    --config.optim.frozen="('image/.*',)" keeps the image tower as it is, "('image/.*', 'text.*')" both.
-HARDWARE  one GPU; docs/own_pictures.md has what fits where.
+HARDWARE  one GPU; docs/own_images.md has what fits where.
 """
 
 import json

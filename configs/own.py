@@ -2,9 +2,9 @@
 
 COMMAND   python -m grain_jax.train --config configs/own.py[:S/16|:B/16] --workdir runs/own \
               --config.input.data_dir=records --config.input.name=mine
-DATA      records of data.build (docs/own_pictures.md). The paper trains on millions of images; with fewer, start from
+DATA      records of data.build (docs/own_images.md). The paper trains on millions of images; with fewer, start from
           towers that have seen more: configs/finetune.py.
-HARDWARE  any batch size that the devices divide; docs/own_pictures.md has what fits where.
+HARDWARE  any batch size that the devices divide; docs/own_images.md has what fits where.
 """
 
 from grain_jax.recipe import own_images

@@ -80,7 +80,7 @@ class Predictor:
       model: the towers' sizes.
       params: nested dict of arrays. Arrays that are on a device already stay as they are.
       dtype: of activations, "float32" (at full precision on every device) or "bfloat16".
-      templates: sentences for class names; None for `evaluate/templates.txt`.
+      templates: sentences for class names; None for `inference/templates.txt`.
       folder: where the model lies; files that its tokenizer needs are looked for there first.
       progress: whether calls show on stderr how many images they have encoded.
     """

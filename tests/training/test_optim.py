@@ -1,4 +1,4 @@
-"""Schedule, decay groups and the update against numpy in float64 (the goldens' step is in tests/parity)."""
+"""Schedule, decay groups and the update against numpy in float64 (the goldens' step is in tests/test_parity.py)."""
 
 import re
 
