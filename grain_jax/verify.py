@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -41,28 +40,6 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 HORIZON = 50
 STEPS = 5  # where no checkpoint says how far
 MOST_DEVICES = 512  # virtual ones; each has threads of its own, and a record may say any number
-
-# What of a config decides which numbers come out; the rest may change from one restart to the next.
-_COMPUTED = (
-    "seed",
-    "batch_size",
-    "dtype",
-    "ema_decay",
-    "model",
-    "input",
-    "text",
-    "loss",
-    "optim",
-)
-_NOT_COMPUTED = (
-    "input.data_dir",
-    "input.datasets.data_dir",
-    "input.prepare",
-    "input.reader_threads",
-    "loss.tile",
-    "loss.gather",
-    "text.max_dropped_share",
-)
 
 
 class Mismatch(Exception):  # noqa: N818
@@ -249,7 +226,10 @@ def check_metrics(run: Run) -> None:
 def check_config(run: Run) -> None:
     """Raises Mismatch where config.json has other numbers than the newest checkpoint was made with."""
     newest = max(run.kept)
-    here, there = (_computed(c) for c in (run.config, run.kept[newest].config))
+    here, there = (
+        config_lib.select(dataclasses.asdict(c), {"order", "numbers"})
+        for c in (run.config, run.kept[newest].config)
+    )
     faults = [
         f"config.json: {key}: got {here.get(key)!r}; checkpoint {newest} was made with {there.get(key)!r}"
         for key in sorted(here | there)
@@ -258,24 +238,6 @@ def check_config(run: Run) -> None:
     if faults:
         raise Mismatch("\n".join(faults))
     say("config.json", f"as in checkpoint {newest}")
-
-
-def _computed(config: config_lib.Config) -> dict[str, Any]:
-    flat = {}
-
-    def visit(path, value):
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                visit(f"{path}.{key}", inner)
-        elif path == "input.datasets":
-            for i, entry in enumerate(value):
-                visit(f"{path}[{i}]", entry)
-        elif re.sub(r"\[\d+\]", "", path) not in _NOT_COMPUTED:
-            flat[path] = value
-
-    for key in _COMPUTED:
-        visit(key, dataclasses.asdict(config)[key])
-    return flat
 
 
 def _first_step(run: Run, start: int | None) -> int:

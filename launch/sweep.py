@@ -28,19 +28,13 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax import errors
+from grain_jax.input_pipeline import derived
 from grain_jax.runtime import command_line
 from launch import jobs, sweep_table
 
 LAUNCHERS = ("local", "slurm", "gke")
 HERE = epath.Path(__file__).parent
-# What may change between two calls: it has no effect on what a run learns.
-_FREE = ("mesh", "sharding", "remat", "microbatches", "loss.tile", "loss.gather", "log_every")
-_FREE += ("checkpoint_", "pictures", "input.data_dir", "input.prepare", "input.reader_threads")
-_FREE += ("wandb", "profile", "text.max_dropped_share")
-# Where these are not set, the trainer derives them, and config.json has the numbers.
-_DERIVED = ("input.lanes", "text.pack_group", "text.pack_rows")
-# Pairs of which exactly one is set, as the command line has them.
-_EITHER_OR = (("total_steps", "total_epochs"), ("optim.warmup_steps", "optim.warmup_epochs"))
+DEFINING = {"order", "numbers", "result"}  # roles of the keys that may not change between two calls
 _LONGEST_NAME = 200  # characters; file systems end at 255
 
 
@@ -126,7 +120,7 @@ def resolve(
     if faults:
         raise errors.UserError("\n".join(faults))
     changed = dict(overrides)
-    for pair in _EITHER_OR:
+    for pair in config_lib.EITHER_OR:
         for key, other in (pair, pair[::-1]):
             if key in overrides and other not in (*overrides, *given):
                 changed[other] = None
@@ -233,20 +227,23 @@ def check_folders(runs: Sequence[Run]) -> None:
     """Raises UserError where a run's folder was trained with another config: its results are not the point's."""
     faults = []
     for run in runs:
-        stored = run.folder / "config.json"
+        file = run.folder / "config.json"
         try:
-            old = flatten(json.loads(stored.read_text()) if stored.exists() else {})
+            stored = json.loads(file.read_text()) if file.exists() else None
         except json.JSONDecodeError:  # a kill cut it off; the trainer asks the checkpoint's own
             continue
-        new = flatten(json.loads(config_lib.to_json(run.config)))
+        if stored is None:
+            continue
+        old = config_lib.select(stored, DEFINING)
+        new = config_lib.select(dataclasses.asdict(run.config), DEFINING)
         faults += [
             f"{run.folder}: was trained with {key} = {old[key]!r}, now it is {new[key]!r}; take"
             " another --workdir, or remove that folder"
             for key in new
             if key in old
             and old[key] != new[key]
-            and not key.startswith(_FREE)
-            and not (key in _DERIVED and new[key] is None)
+            # Where these are not set, the trainer derives them, and config.json has the numbers.
+            and not (key in derived.KEYS and new[key] is None)
         ]
     if faults:
         raise errors.UserError("\n".join(faults))

@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from grain_jax import config as config_lib
 from grain_jax import recipe
+from grain_jax.config import roles
 from grain_jax.recipe import points
 from grain_jax.runtime import command_line
 from tests import tiny
@@ -146,6 +147,60 @@ def test_every_key_is_read():
                 yield prefix + name
 
     assert list(unread(config_lib.Config)) + list(unread(config_lib.Evaluator)) == []
+
+
+# The keys of each role; every other key decides the numbers of a step.
+ROLES = {
+    "order": "seed batch_size input.source input.name input.lanes input.shards_per_block"
+    " input.datasets.name input.datasets.weight input.datasets.split",
+    "result": "total_steps total_epochs eval_every evals init.image init.text init.resize init.decoder",
+    "free": "microbatches remat log_every checkpoint_every checkpoint_every_minutes checkpoint_keep"
+    " checkpoint_keep_every checkpoint_best_metric checkpoint_best_mode pictures profile_start"
+    " profile_steps wandb.mode wandb.project wandb.name input.data_dir input.datasets.data_dir"
+    " input.prepare input.reader_threads text.max_dropped_share loss.tile loss.gather mesh.data"
+    " mesh.fsdp mesh.tensor mesh.dcn_data sharding",
+}
+
+
+def test_every_key_has_a_role():
+    found = roles.of_keys()
+    listed = {key: role for role, keys in ROLES.items() for key in keys.split()}
+    assert {key: role for key, role in found.items() if role != "numbers"} == listed
+    groups = {key.partition(".")[0] for key, role in found.items() if role == "numbers"}
+    assert groups == {"dtype", "ema_decay", "model", "input", "text", "loss", "optim"}
+
+
+def test_the_part_of_a_config_by_roles():
+    c = tiny.dictionary(
+        input__datasets=(
+            {"name": "a", "data_dir": "x", "weight": 2.0},
+            {"name": "b", "data_dir": "y", "weight": 1.0},
+        )
+    ).to_dict()
+    del c["init"]  # as a config of an older version
+    assert config_lib.select(c, {"order"}) == {
+        "seed": 0,
+        "batch_size": 16,
+        "input.source": "synthetic",
+        "input.name": "",
+        "input.lanes": 4,
+        "input.shards_per_block": 1,
+        "input.datasets": [
+            {"name": "a", "weight": 2.0, "split": "train"},
+            {"name": "b", "weight": 1.0, "split": "train"},
+        ],
+    }
+    c["evals"]["x"] = recipe.evaluator("retrieval", "test")
+    result = config_lib.select(c, {"result"})
+    assert (result["total_steps"], result["init.resize"]) == (10, "bilinear")
+    assert (result["evals.x.kind"], result["evals.x.images"]) == ("retrieval", "test")
+    c["model"]["decoder"] = None
+    numbers = config_lib.select(c, {"numbers"})
+    assert numbers["model.decoder"] is None and numbers["model.image.width"] == 32
+    assert not {"loss.tile", "text.max_dropped_share", "input.data_dir"} & numbers.keys()
+    older = tiny.dictionary().to_dict()
+    del older["input"]["datasets"]
+    assert config_lib.select(older, {"order"})["input.datasets"] == []
 
 
 def _python(code, *arguments, **options):

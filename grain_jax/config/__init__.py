@@ -37,6 +37,7 @@ from grain_jax.config.parse import (
     unknown_key,
     without_new_fields,
 )
+from grain_jax.config.roles import select
 
 __all__ = [
     "ACTIVATIONS",
@@ -65,6 +66,7 @@ __all__ = [
     "flags_of",
     "from_dict",
     "model_from_dict",
+    "select",
     "suite_from_dict",
     "to_json",
     "unknown_key",

@@ -12,8 +12,10 @@ from ml_collections.config_dict import placeholder
 
 from grain_jax.config import fields, parse
 
-# What differs from B/16, by the size that papers name. The larger ones are the reference's
-# (clip/custom_models.py: S/16 has 12 heads of 32, not timm's 6 of 64; L/14 keeps the 512-wide text tower).
+Keys = Any  # a ConfigDict, whose keys are attributes that type checkers do not know
+
+# Where a size differs from B/16. S/16, B/16 and L/14 are those of the reference (clip/custom_models.py): S/16 has
+# 12 heads of 32, not timm's 6 of 64; L/14 keeps the text tower of width 512.
 SIZES = {
     "tiny": dict(
         embed_dim=64,
@@ -27,7 +29,7 @@ SIZES = {
 }
 
 
-def defaults(cls: type) -> ConfigDict:
+def defaults(cls: type) -> Keys:
     """The keys of a dataclass with their defaults; those without one are left out.
 
     A key whose default is None is a placeholder, so that the command line can set it.
@@ -46,7 +48,7 @@ def defaults(cls: type) -> ConfigDict:
     return c
 
 
-def model(size: str = "B/16") -> ConfigDict:
+def model(size: str = "B/16") -> Keys:
     """The model of that size: one of tiny, S/16, B/16, L/14."""
     if size not in SIZES:
         raise ValueError(f"model size: got {size!r}, expected one of {', '.join(SIZES)}")
@@ -55,8 +57,8 @@ def model(size: str = "B/16") -> ConfigDict:
     return c
 
 
-def on_hardware(c: ConfigDict, table: dict[str, dict], name: str | None) -> ConfigDict:
-    """`c` with the overrides that `table` has for that hardware; None: as it is."""
+def on_hardware(c: Keys, table: dict[str, dict], name: str | None) -> Keys:
+    """`c` with the overrides that `table` has for that hardware; None: unchanged."""
     if name is not None:
         if name not in table:
             raise ValueError(f"hardware: got {name!r}, expected one of {', '.join(table)}")
@@ -80,15 +82,15 @@ def evaluator(kind: str, images: str = "", **options: Any) -> dict[str, Any]:
     return entry | dict(kind=kind, images=images) | given
 
 
-def base(size: str = "B/16") -> ConfigDict:
-    """GRAIN's recipe (docs/method.md, Training recipe); a config file names its data set and length."""
+def base(size: str = "B/16") -> Keys:
+    """The recipe of the paper (docs/method.md, Training recipe), without a data set and a length."""
     c = defaults(fields.Config)
     c.model = model(size)
     return c
 
 
-def own_images(size: str = "B/16") -> ConfigDict:
-    """What configs/own.py and configs/finetune.py share: one's own images on one machine."""
+def own_images(size: str = "B/16") -> Keys:
+    """What configs/own.py and configs/finetune.py share: a user's images on one machine."""
     c = base(size)
     c.log_every = 10
     c.checkpoint_every = 0
@@ -96,14 +98,14 @@ def own_images(size: str = "B/16") -> ConfigDict:
     c.pictures = 12
     c.input.flip_rate = 0.5
     c.input.crop_min_area = 0.5
-    # What docs/claim.md found: as many queries as things are described in an image (set both), and a box
-    # loss that does not drown the captions.
+    # As docs/claim.md measures: as many queries as an image has described regions (set both), and a box loss
+    # with a weight that leaves the captions room.
     c.model.decoder.queries = 8
     c.input.max_regions = 8
     c.loss.box = 0.2
     c.loss.deep_supervision = True
     c.optim.clip_norm = 1.0
-    # Measured after the last step, each one whose images are named.
+    # Measured after the last step where their images are named.
     for kind in ("zeroshot", "retrieval", "grounding"):
         how = f"--config.evals.{kind}.images=FOLDER"
         if kind != "zeroshot":
@@ -112,8 +114,8 @@ def own_images(size: str = "B/16") -> ConfigDict:
     return c
 
 
-# Where the towers of others differ from ours, beyond their sizes: OpenAI's CLIP (open_clip's models are
-# alike, but most have activation="gelu"), and SigLIP (big_vision's models, sizes of SigLIP B's text tower).
+# Third-party towers, where they differ from the defaults beyond their sizes: "clip" is OpenAI's (most open_clip
+# models differ from it in activation="gelu"); "siglip" is big_vision's, with the text tower of SigLIP B.
 FAMILIES = {
     "clip": dict(
         image=dict(
@@ -154,10 +156,8 @@ FAMILIES = {
 }
 
 
-def towers_of(
-    c: ConfigDict, family: str, towers: tuple[str, ...] = ("image", "text")
-) -> ConfigDict:
-    """`c` with the model's `towers` built as that family's ("clip" or "siglip"), for `init.image`, `init.text`."""
+def towers_of(c: Keys, family: str, towers: tuple[str, ...] = ("image", "text")) -> Keys:
+    """`c` with towers of another family ("clip" or "siglip"), which `init.image` and `init.text` may then load."""
     if family not in FAMILIES:
         raise ValueError(f"family of towers: got {family!r}, expected one of {', '.join(FAMILIES)}")
     for tower in towers:
@@ -167,8 +167,8 @@ def towers_of(
     return c
 
 
-def reference_behaviour(c: ConfigDict) -> ConfigDict:
-    """Switches `c` to what the PyTorch reference does (docs/method.md, Where it differs), for comparisons with it."""
+def reference_behaviour(c: Keys) -> Keys:
+    """`c` with the behaviour of the PyTorch reference (docs/method.md, Where it differs), for comparisons."""
     c.text.packing = False
     c.loss.group_size = 128
     c.loss.mask_duplicates = False

@@ -1,8 +1,10 @@
-"""The paper's benchmark suite as entries of `evals`: for configs/eval.py, and for training configs of your own."""
+"""The benchmark suite of the paper as entries of `evals`, for configs/eval.py and for training configs."""
+
+from typing import Any
 
 from grain_jax.recipe import evaluator
 
-# Entry -> TFDS name, split, class names that come with the package (None: the set's own labels will do).
+# Entry -> TFDS name, split, class names that come with the package (None: the labels of the set are names).
 TFDS = {
     "cifar10": ("cifar10", "test", "cifar10"),
     "cifar100": ("cifar100", "test", "cifar100"),
@@ -59,11 +61,11 @@ def entries(
     templates=None,
     missing="skip",
 ) -> dict[str, dict]:
-    """Entries of `evals`; a training config takes some of them over: `c.evals = entries(sets=("cifar10",))`.
+    """Entries of `evals`; a training config may use some of them: `c.evals = entries(sets=("cifar10",))`.
 
     Args:
       sets: names, of SETS.
-      data_dir: TFDS's folder.
+      data_dir: folder of TFDS.
       folders: has NAME/A.jsonl of the annotated sets, their images below pictures/, and products2023/.
       descriptions: folder of NAME.json; where a set has none, it is evaluated by names alone.
       alphas: shares of the global score, where there are descriptions.
@@ -75,11 +77,11 @@ def entries(
         if name in ANNOTATED:
             out[name] = _annotated(name, folders, templates=templates, missing=missing)
             continue
-        fields = dict(alphas=alphas, templates=templates, missing=missing)
+        fields: dict[str, Any] = dict(alphas=alphas, templates=templates, missing=missing)
         if descriptions is not None:
             fields["descriptions"] = descriptions + f"/{name}.json"
         if name == "products2023":
-            how = "a folder a product, named after it, with its images; they are the paper's authors' to give"
+            how = "a folder per product, named after it, with its images, which the authors of the paper have"
             out[name] = evaluator("zeroshot", folders + "/products2023", get=how, **fields)
             continue
         out[name] = evaluator("zeroshot", **_tfds(name, data_dir), **fields)
@@ -89,23 +91,23 @@ def entries(
 def probes(
     sets=tuple(TFDS), data_dir="~/tensorflow_datasets", shots=(), seeds=5, missing="skip"
 ) -> dict[str, dict]:
-    """Linear probes of the TFDS sets, as entries NAME_probe of `evals`: trained on `train`, tested as zero-shot is.
+    """Linear probes of the TFDS sets, as entries NAME_probe of `evals`: trained on `train`, tested on the zero-shot images.
 
     Args:
       sets: names, of TFDS.
-      data_dir: TFDS's folder.
-      shots: training images a class, a probe each; 0, and (): all.
+      data_dir: folder of TFDS.
+      shots: training images per class, a probe each; 0, and (): all.
       seeds: draws of few shots.
       missing: "skip" or "error".
     """
-    fields = dict(shots=shots, seeds=seeds, missing=missing)
+    fields: dict[str, Any] = dict(shots=shots, seeds=seeds, missing=missing)
     return {
         f"{name}_probe": evaluator("linear_probe", **_tfds(name, data_dir), **fields)
         for name in sets
     }
 
 
-def _tfds(name, data_dir) -> dict:
+def _tfds(name, data_dir) -> dict[str, Any]:
     fields = dict(zip(("tfds", "split", "classes"), TFDS[name]), data_dir=data_dir)
     if name == "imagenet2012":  # TFDS cannot fetch it
         fields["get"] = (

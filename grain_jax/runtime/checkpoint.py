@@ -158,18 +158,6 @@ def save(
     )
 
 
-# What of a config decides which examples a step sees. A run that changes it is another run.
-_ORDER_OF_DATA = (
-    "seed",
-    "batch_size",
-    "input.lanes",
-    "input.shards_per_block",
-    "input.name",
-    "input.datasets",
-    "input.source",
-)
-
-
 def restore_newest(
     checkpoints: Manager,
     config: config_lib.Config,
@@ -279,25 +267,12 @@ def read_json(folder: epath.PathLike, item: str) -> dict[str, Any]:
         return reader.restore(_absolute(folder) / item)
 
 
-def _order_of_data(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of `_ORDER_OF_DATA`; of a mixture, all but where its sets lie, which may move."""
-    values = {}
-    for name in _ORDER_OF_DATA:
-        *groups, key = name.split(".")
-        values[name] = functools.reduce(lambda group, key: group[key], groups, config).get(key)
-    values["input.datasets"] = [
-        {key: entry[key] for key in entry if key != "data_dir"}
-        for entry in values["input.datasets"] or ()  # checkpoints that are older have none
-    ]
-    return values
-
-
 def check_same_run(folder: epath.Path, config: config_lib.Config) -> None:
     """Raises CheckpointError where the config in the checkpoint `folder` orders the data in another way."""
-    stored = _order_of_data(read_json(folder, "config"))
+    stored = config_lib.select(read_json(folder, "config"), {"order"})
     faults = [
         f"{name}: the run in this workdir has {stored[name]!r}, got {new!r}"
-        for name, new in _order_of_data(dataclasses.asdict(config)).items()
+        for name, new in config_lib.select(dataclasses.asdict(config), {"order"}).items()
         if stored[name] != new
     ]
     if faults:

@@ -93,8 +93,6 @@ def _check_values(argv: list[str], flag_values: flags.FlagValues) -> None:
             )
 
 
-# Pairs of which exactly one is set: the one that the command line sets wins over the file's other.
-_EITHER_OR = (("total_steps", "total_epochs"), ("optim.warmup_steps", "optim.warmup_epochs"))
 _UNSET = ("None", "none", "{}")  # values that take an evaluator out, or all of them
 
 
@@ -168,7 +166,7 @@ def parse_config(
                 f"{left_over[0]}: expected a flag, such as --{name}.batch_size=64"
             )
         config = holder.value.copy_and_resolve_references().unlock()
-        for pair in _EITHER_OR:
+        for pair in config_lib.EITHER_OR:
             for key, other in (pair, pair[::-1]):
                 if key in given and other not in given:
                     config.update_from_flattened_dict({other: None})
