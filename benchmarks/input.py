@@ -289,7 +289,7 @@ def quality(paths: Sequence[epath.Path]) -> dict[str, Any]:
         picture = images.decode_image(encoded, str(path))
         expected = images.resize(picture, SIZE)
         for kind, size, setting in (("original", 0, 0), ("png", SIZE, 0), ("jpeg", SIZE, 95)):
-            stored, _ = example.encode_picture(
+            stored, _ = example.encode_image(
                 picture, encoded, example.Encoding(kind, setting, size)
             )
             seen = transforms.resize(transforms.decode(stored), SIZE).numpy()

@@ -24,15 +24,13 @@ class Checked(NamedTuple):
     unknown_keys: list[str]
 
 
-def check_line(
-    line: bytes, folder: epath.PathLike, encoded_picture: bytes | None = None
-) -> Checked:
+def check_line(line: bytes, folder: epath.PathLike, encoded_image: bytes | None = None) -> Checked:
     """Checks one line and its image, which lies below `folder` unless its file is handed in."""
     parsed = annotations.parse_line(line, caption_required=True)
     faults = list(parsed.faults)
     picture, encoded = None, b""
     if parsed.image:
-        picture, encoded = _picture(parsed.image, epath.Path(folder), encoded_picture, faults)
+        picture, encoded = _picture(parsed.image, epath.Path(folder), encoded_image, faults)
     boxes_xyxy = [] if picture is None else _clipped(parsed.boxes_xyxy, picture, faults)
     if faults:
         return Checked(None, None, b"", faults, 0, parsed.unknown_keys)

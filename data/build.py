@@ -7,40 +7,25 @@ anything is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0.
 """
 
 import argparse
-import array
-import collections
 import functools
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
-import numpy as np
 from etils import epath
 
-from data import duplicates, example, parallel, progress, staging
+from data import duplicates, example, parallel, progress, splits, staging, survey
+from data.arguments import Parser, positive, share
+from data.survey import BuildError
 from grain_jax import errors, printable
 
-SHARD_BYTES = 64 << 20  # aimed at: a block of a lane, one shard by default, is held in memory whole
+SHARD_BYTES = (
+    64 << 20
+)  # aimed at: the deterministic shuffle holds a block of shards, one by default, in memory
 SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal shares
-INLINE_LINES = 1000  # below this, starting processes takes longer than the work
-
-ReadLines = Callable[[epath.Path], Iterable[example.Line]]
-
-
-class BuildError(errors.UserError):
-    """The set cannot be built from this input; the message is one line."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Wrong usage is one line and status 2."""
-
-    def error(self, message: str):
-        """Called by argparse."""
-        self.exit(2, f"{self.prog}: {message}; --help lists the arguments\n")
 
 
 def _encoding(text: str) -> example.Encoding:
@@ -58,24 +43,6 @@ def _name(text: str) -> str:
     raise argparse.ArgumentTypeError(
         f"got {text!r}, expected a TFDS name: lower-case letters, digits and _, a letter first"
     )
-
-
-def positive(text: str) -> int:
-    """An argument that is a whole number above 0."""
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
-
-
-def share(text: str) -> float:
-    """An argument that is a share, from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if 0 <= value <= 1:
-        return value
-    raise argparse.ArgumentTypeError(f"got {text!r}, expected a share from 0 to 1")
 
 
 def parser() -> Parser:
@@ -115,164 +82,19 @@ def parser() -> Parser:
     return out
 
 
-class Survey:
-    """What the first pass found: which lines are good, and what is wrong with the others."""
-
-    def __init__(self, file_name: str):
-        self.file_name = file_name
-        self.ids: dict[int, str] = {}  # line -> id, of the good lines
-        self.faults: list[tuple[int, str]] = []  # (line, what)
-        self.lines = self.picture_bytes = self.boxes_clipped = 0
-        self.regions = array.array("I")  # of each good line
-        self.unknown_keys: collections.Counter[str] = collections.Counter()
-        self.fingerprints = array.array("Q")  # exact and near, of the good lines in order
-        self._line_of_id: dict[str, int] = {}
-
-    @property
-    def faulty_lines(self) -> int:
-        """Lines with at least one fault."""
-        return self.lines - len(self.ids)
-
-    def add(self, verdict: example.Verdict) -> None:
-        """Counts a line; its faults go to stderr at once."""
-        self.lines += 1
-        self.unknown_keys.update(verdict.unknown_keys)
-        faults = list(verdict.faults)
-        if not faults:
-            identity = verdict.id
-            if identity is None:  # its image's path, unless another line has that image too
-                identity = verdict.image
-                if identity in self._line_of_id:
-                    identity = f"{verdict.image}#{verdict.number}"
-            if identity in self._line_of_id:
-                faults = [
-                    f"id: got {json.dumps(identity)}, which line {self._line_of_id[identity]} has"
-                    " already, expected one of its own"
-                ]
-        for fault in faults:
-            self.faults.append((verdict.number, fault))
-            line = printable.plain(f"{self.file_name}:{verdict.number}: {fault}")
-            print(line, file=sys.stderr)
-        if faults:
-            return
-        self.ids[verdict.number] = identity
-        self.fingerprints.extend(verdict.fingerprint)
-        self._line_of_id[identity] = verdict.number
-        self.picture_bytes += verdict.picture_bytes
-        self.regions.append(verdict.regions)
-        self.boxes_clipped += verdict.boxes_clipped
-
-    def summary(self) -> str:
-        """One line about all that was left out or changed."""
-        parts = [f"{self.faulty_lines} of {self.lines} lines faulty ({len(self.faults)} faults)"]
-        if self.boxes_clipped:
-            parts.append(
-                f"{self.boxes_clipped} of {sum(self.regions)} boxes clipped to their image"
-            )
-        if self.unknown_keys:
-            named = ", ".join(
-                f"{printable.plain(key, 60)} ({n})" for key, n in self.unknown_keys.most_common()
-            )
-            parts.append(f"unknown keys kept out: {named}")
-        return f"{self.file_name}: " + "; ".join(parts)
-
-    def write_faults(self, path: epath.Path) -> None:
-        """One JSON object a fault: file, line, fault."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            "".join(
-                json.dumps({"file": self.file_name, "line": line, "fault": fault}) + "\n"
-                for line, fault in self.faults
-            )
-        )
-
-
-def survey(
-    annotations: epath.Path,
-    folder: epath.Path,
-    *,
-    workers: int,
-    total: int,
-    read_lines: ReadLines = example.read_lines,
-) -> Survey:
-    """Checks all lines and decodes all images."""
-    found = Survey(str(annotations))
-    check = functools.partial(example.check, folder=str(folder))
-    verdicts = parallel.ordered_map(check, read_lines(annotations), workers=workers)
-    for verdict in progress.progress(verdicts, total=total, what="checking"):
-        found.add(verdict)
-    return found
-
-
-class Division(NamedTuple):
-    """Which good lines go where."""
-
-    train: dict[int, str]  # line -> id
-    validation: dict[int, str]
-    fingerprints: np.ndarray  # uint64 [N, 2] of both
-    regions: int  # of both
-    duplicates: list[dict]  # a line of duplicates.jsonl each
-    left_out: int
-
-
-def divide(found: Survey, args: argparse.Namespace, workers: int) -> Division:
-    """Leaves out what other sets have, and holds out a share.
-
-    An image's side depends on its file only, so it is the same in each run and in each set; but one that
-    is nearly a held-out one is held out too.
-
-    Raises:
-      BuildError: nothing is left for one of the splits.
-      data.sources.SourceError: one of the other sets is not there.
-    """
-    lines, ids = list(found.ids), list(found.ids.values())
-    prints = duplicates.table(found.fingerprints)
-    kept, listed = np.ones(len(lines), bool), []
-
-    def note(index: int, kind: str, of: str, left_out: bool) -> None:
-        line = {"file": found.file_name, "line": lines[index], "id": ids[index]}
-        listed.append(line | {"kind": kind, "of": of, "left_out": left_out})
-
-    for other in args.exclude_duplicates_of:
-        known = duplicates.of_set(other, workers=workers)
-        exact, near = duplicates.matches(prints, known)
-        for index in np.nonzero(near & kept)[0]:
-            note(index, "exact" if exact[index] else "near", str(other), True)
-        kept &= ~near
-    twins = duplicates.earlier_twins(prints)
-    for index in np.nonzero((twins >= 0) & kept)[0]:
-        note(index, "exact", f"line {lines[twins[index]]}", False)
-
-    aside = kept & (prints[:, 0] < args.holdout * 2.0**64)
-    while (more := duplicates.matches(prints, prints[aside])[1] & kept & ~aside).any():
-        aside |= more
-    splits = [
-        {lines[index]: ids[index] for index in np.nonzero(chosen)[0]}
-        for chosen in (kept & ~aside, aside)
-    ]
-    if not splits[0] or (args.holdout and not splits[1]):
-        raise BuildError(
-            f"--holdout {args.holdout:g}, {len(args.exclude_duplicates_of)} sets excluded: of"
-            f" {len(lines)} images {len(splits[0])} are left for train and {len(splits[1])} for"
-            " validation, expected at least one; no records were written"
-        )
-    regions = int(np.asarray(found.regions)[kept].sum())
-    return Division(*splits, prints[kept], regions, listed, int((~kept).sum()))
-
-
 def examples(
     ids: dict[int, str],
     annotations: epath.Path,
     folder: epath.Path,
     encoding: example.Encoding,
     workers: int,
-    rescued: list[int],
-    read_lines: ReadLines = example.read_lines,
+    stored_anew: list[int],
+    read_lines: survey.ReadLines = example.read_lines,
 ) -> Iterator[dict]:
     """The lines of `ids` as examples. Raises BuildError where the input changed since it was checked.
 
     Args:
-      rescued: gets the numbers of the lines whose files are stored anew, since training cannot read them.
+      stored_anew: gets the numbers of the lines whose images are stored as PNG, since training cannot read their files.
     """
     lines = (line for line in read_lines(annotations) if line.number in ids)
     encode = functools.partial(example.encode, folder=str(folder), encoding=encoding)
@@ -281,8 +103,8 @@ def examples(
     for (number, identity), item in zip(ids.items(), good, strict=True):
         if isinstance(item, list):
             raise BuildError(f"{annotations}:{number}: {item[0]} (it was right when checked)")
-        if item.rescued:
-            rescued.append(number)
+        if item.stored_anew:
+            stored_anew.append(number)
         yield item.features | {"id": identity}
 
 
@@ -292,15 +114,15 @@ def default_num_shards(num_examples: int, num_bytes: int) -> int:
     return min(wanted, num_examples)
 
 
-def _stored_bytes(found: Survey, encoding: example.Encoding) -> int:
+def _stored_bytes(found: survey.Survey, encoding: example.Encoding) -> int:
     """A guess at the set's size: the files', or 3 bytes a pixel shrunk as photographs do."""
     if not encoding.size:
-        return found.picture_bytes
+        return found.image_bytes
     bytes_per_pixel = 0.4 if encoding.kind == "jpeg" else 1.8
     return int(len(found.ids) * encoding.size**2 * bytes_per_pixel)
 
 
-def build(args: argparse.Namespace, read_lines: ReadLines = example.read_lines) -> str:
+def build(args: argparse.Namespace, read_lines: survey.ReadLines = example.read_lines) -> str:
     """Builds the set; returns a line about it.
 
     Args:
@@ -322,55 +144,84 @@ def build(args: argparse.Namespace, read_lines: ReadLines = example.read_lines) 
     if not folder.is_dir():
         raise BuildError(f"--images {folder}: no such folder, expected the images")
     with staging.locked(target):
-        return _build(args, annotations, folder, target, read_lines, start)
-
-
-def _build(
-    args: argparse.Namespace,
-    annotations: epath.Path,
-    folder: epath.Path,
-    target: epath.Path,
-    read_lines: ReadLines,
-    start: float,
-) -> str:
-    """`build` with its lock."""
-    staging.recover(target)
-    if target.exists() and not args.overwrite:
-        raise BuildError(f"{target}: a set is there already; --overwrite replaces it")
-    total = sum(1 for _ in example.read_lines(annotations))
-    if not total:
-        raise BuildError(f"{annotations}: the file is empty, expected one JSON object a line")
-    workers = args.workers or (0 if total < INLINE_LINES else os.cpu_count() or 1)
-
-    found = survey(annotations, folder, workers=workers, total=total, read_lines=read_lines)
-    too_many = found.faulty_lines > args.max_faults * found.lines or not found.ids
-    listed = target.parent / "faults.jsonl"
-    print(printable.plain(found.summary()), file=sys.stderr)
-    if too_many:
-        if not target.exists():  # a set that stays keeps the list of its own faults
-            found.write_faults(listed)
-        raise BuildError(
-            f"{annotations}: {found.faulty_lines} of {found.lines} lines are faulty, more than"
-            f" --max-faults {args.max_faults:g} allows; no records were written"
+        staging.recover(target)
+        if target.exists() and not args.overwrite:
+            raise BuildError(f"{target}: a set is there already; --overwrite replaces it")
+        total = sum(1 for _ in example.read_lines(annotations))
+        if not total:
+            raise BuildError(f"{annotations}: the file is empty, expected one JSON object a line")
+        workers = args.workers or parallel.default_workers(total)
+        found = survey.take(
+            annotations, folder, workers=workers, total=total, read_lines=read_lines
         )
-    division = divide(found, args, workers)
+        _check_faults(found, args, target)
+        divided = _divide(found, args, workers)
+        num_shards = _write(args, found, divided, target, read_lines, workers)
+        found.write_faults(_faults_file(target))  # after the records: the list is of the set there
+    sizes = f"{len(divided.train)} images"
+    if divided.validation:
+        sizes += f" and {len(divided.validation)} held out"
+    return (
+        f"{target}: {sizes}, {divided.regions} regions, {num_shards} shards,"
+        f" {time.monotonic() - start:.1f} s"
+    )
+
+
+def _faults_file(target: epath.Path) -> epath.Path:
+    return target.parent / "faults.jsonl"
+
+
+def _check_faults(found: survey.Survey, args: argparse.Namespace, target: epath.Path) -> None:
+    """Prints what the first pass found. Raises BuildError where it is more than --max-faults allows."""
+    print(printable.plain(found.summary()), file=sys.stderr)
+    if found.faulty_lines <= args.max_faults * found.lines and found.ids:
+        return
+    if not target.exists():  # a set that stays keeps the list of its own faults
+        found.write_faults(_faults_file(target))
+    raise BuildError(
+        f"{args.annotations}: {found.faulty_lines} of {found.lines} lines are faulty, more than"
+        f" --max-faults {args.max_faults:g} allows; no records were written"
+    )
+
+
+def _divide(found: survey.Survey, args: argparse.Namespace, workers: int) -> splits.Splits:
+    """The splits, of which a line each is printed. Raises BuildError, SourceError."""
+    divided = splits.divide(
+        found,
+        holdout=args.holdout,
+        exclude_duplicates_of=args.exclude_duplicates_of,
+        workers=workers,
+    )
     for what, count in (
-        ("are of other sets and left out", division.left_out),
-        ("are the file of an earlier line", len(division.duplicates) - division.left_out),
-        ("go to validation", len(division.validation)),
+        ("are of other sets and left out", divided.left_out),
+        ("are the file of an earlier line", len(divided.duplicates) - divided.left_out),
+        ("go to validation", len(divided.validation)),
     ):
         if count:
-            print(f"{annotations}: {count} of {len(found.ids)} images {what}", file=sys.stderr)
+            total = len(found.ids)
+            print(f"{args.annotations}: {count} of {total} images {what}", file=sys.stderr)
+    return divided
+
+
+def _write(
+    args: argparse.Namespace,
+    found: survey.Survey,
+    divided: splits.Splits,
+    target: epath.Path,
+    read_lines: survey.ReadLines,
+    workers: int,
+) -> int:
+    """Writes the set; returns the number of shards of train. Raises BuildError."""
     encoding = example.Encoding(args.encoding.kind, args.encoding.quality, args.store_size or 0)
     bytes_each = _stored_bytes(found, encoding) / len(found.ids)
 
     def default_shards(ids: dict[int, str]) -> int:
         return default_num_shards(len(ids), int(len(ids) * bytes_each))
 
-    num_shards = args.num_shards or default_shards(division.train)
-    if num_shards > len(division.train):
+    num_shards = args.num_shards or default_shards(divided.train)
+    if num_shards > len(divided.train):
         raise BuildError(
-            f"--num-shards {num_shards}: there are {len(division.train)} good lines, expected at most"
+            f"--num-shards {num_shards}: there are {len(divided.train)} good lines, expected at most"
             " one shard each"
         )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the faults are what people should read
@@ -378,53 +229,46 @@ def _build(
     from data import tfds_writer  # TensorFlow: slow to start, so after the checks
     from grain_jax.input_pipeline import text_lengths, tokenizer
 
-    rescued: list[int] = []
+    stored_anew: list[int] = []
     lengths = text_lengths.Sample()
-    of = functools.partial(
+    examples_of = functools.partial(
         examples,
-        annotations=annotations,
-        folder=folder,
+        annotations=epath.Path(args.annotations),
+        folder=epath.Path(args.images),
         encoding=encoding,
         workers=workers,
-        rescued=rescued,
+        stored_anew=stored_anew,
         read_lines=read_lines,
     )
     tfds_writer.write(
         target,
-        examples=lengths.watch(of(division.train)),
+        examples=lengths.watch(examples_of(divided.train)),
         encoding_format=encoding.tfds_format,
         metadata={
             "store_size": encoding.size,
             "encoding": str(encoding),
             "faulty_lines": found.faulty_lines,
             "boxes_clipped": found.boxes_clipped,
-            "duplicates_left_out": division.left_out,
+            "duplicates_left_out": divided.left_out,
         },
         num_shards=num_shards,
-        held_out=of(division.validation),
-        held_out_shards=default_shards(division.validation),
+        held_out=examples_of(divided.validation),
+        held_out_shards=default_shards(divided.validation),
         files=lambda: {
-            duplicates.FILE: duplicates.encode(division.fingerprints),
+            duplicates.FILE: duplicates.encode(divided.fingerprints),
             "duplicates.jsonl": "".join(
-                json.dumps(line) + "\n" for line in division.duplicates
+                json.dumps(line) + "\n" for line in divided.duplicates
             ).encode(),
             text_lengths.FILE: lengths.encode(args.name, tokenizer.ClipTokenizer()),
         },
     )
-    if rescued:
+    if stored_anew:
         print(
-            f"{annotations}: {len(rescued)} of {len(found.ids)} images stored as PNG, since training cannot"
-            f" read their files; the first is line {min(rescued)}'s",
+            f"{args.annotations}: {len(stored_anew)} of {len(found.ids)} images stored as PNG, since training"
+            f" cannot read their files; the first is in line {min(stored_anew)}",
             file=sys.stderr,
         )
-    found.write_faults(listed)  # after the records: the list is of the set that is there
-    sizes = f"{len(division.train)} images"
-    if division.validation:
-        sizes += f" and {len(division.validation)} held out"
-    return (
-        f"{target}: {sizes}, {division.regions} regions, {num_shards} shards,"
-        f" {time.monotonic() - start:.1f} s"
-    )
+    return num_shards
 
 
 def of_system(error: OSError, output: epath.PathLike) -> str:

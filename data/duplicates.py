@@ -14,6 +14,7 @@ import PIL.Image
 from etils import epath
 
 from data import parallel, sources
+from data.sources import tfds
 from grain_jax.files import images
 
 FILE = "fingerprints.npy"  # beside a set's records: a row an image
@@ -61,11 +62,11 @@ def of_set(folder: epath.PathLike, *, workers: int) -> np.ndarray:
     Raises:
       data.sources.SourceError: there is no set.
     """
-    directory = sources.tfds.directory(folder)
+    directory = tfds.directory(folder)
     if (directory / FILE).exists():
         return table(np.load(io.BytesIO((directory / FILE).read_bytes()), allow_pickle=False))
-    items = sources.tfds.pictures(directory)
-    encoded = (item.encoded for item in items if isinstance(item, sources.Picture))
+    items = tfds.all_images(directory)
+    encoded = (item.encoded for item in items if isinstance(item, sources.Image))
     found = parallel.ordered_map(_of_encoded, encoded, workers=workers)
     return table([value for one in found for value in one])
 

@@ -38,7 +38,7 @@ class Line(NamedTuple):
 
     number: int
     text: bytes
-    encoded_picture: bytes | None = None  # where it is no file in the images' folder
+    encoded_image: bytes | None = None  # where it is no file in the images' folder
 
 
 class Verdict(NamedTuple):
@@ -48,7 +48,7 @@ class Verdict(NamedTuple):
     faults: list[str]
     id: str | None
     image: str
-    picture_bytes: int
+    image_bytes: int
     regions: int
     boxes_clipped: int
     unknown_keys: list[str]
@@ -57,14 +57,14 @@ class Verdict(NamedTuple):
 
 def check(line: Line, *, folder: str) -> Verdict:
     """Checks a line and decodes its image."""
-    checked = annotations.check_line(line.text, folder, line.encoded_picture)
+    checked = annotations.check_line(line.text, folder, line.encoded_image)
     found = checked.annotation
     return Verdict(
         number=line.number,
         faults=checked.faults,
         id=found.id if found else None,
         image=found.image if found else "",
-        picture_bytes=len(checked.encoded),
+        image_bytes=len(checked.encoded),
         regions=len(found.regions) if found else 0,
         boxes_clipped=checked.boxes_clipped,
         unknown_keys=checked.unknown_keys,
@@ -76,17 +76,17 @@ class Encoded(NamedTuple):
     """A line, ready to be written."""
 
     features: dict[str, Any]  # see data/SCHEMA.md; `id` may be None
-    rescued: bool  # its file is stored anew, since training cannot read it
+    stored_anew: bool  # its file is stored anew, since training cannot read it
 
 
 def encode(line: Line, *, folder: str, encoding: Encoding) -> Encoded | list[str]:
     """The line as features, or the faults it has by now."""
-    checked = annotations.check_line(line.text, folder, line.encoded_picture)
+    checked = annotations.check_line(line.text, folder, line.encoded_image)
     found, picture = checked.annotation, checked.picture
     if found is None:
         return checked.faults
     width, height = picture.size
-    stored, rescued = encode_picture(picture, checked.encoded, encoding)
+    stored, stored_anew = encode_image(picture, checked.encoded, encoding)
     features = {
         "id": found.id,
         "image": stored,
@@ -102,10 +102,10 @@ def encode(line: Line, *, folder: str, encoding: Encoding) -> Encoded | list[str
             for x1, y1, x2, y2 in [region.box_xyxy]
         ],
     }
-    return Encoded(features, rescued)
+    return Encoded(features, stored_anew)
 
 
-def encode_picture(
+def encode_image(
     picture: PIL.Image.Image, encoded: bytes, encoding: Encoding
 ) -> tuple[bytes, bool]:
     """The bytes to store. "original" keeps the file's own wherever its pixels need no change.
@@ -113,12 +113,12 @@ def encode_picture(
     Returns: the bytes, and whether the file's own would have been kept, but training cannot read them.
     """
     fits = encoding.size in (0, picture.width) and encoding.size in (0, picture.height)
-    rescued = False
+    stored_anew = False
     if encoding.kind == "original" and fits:
         if picture.mode in _STORED_AS_THEY_ARE.get(picture.format, ()):
             if _is_read_by_training(encoded, picture.size):
                 return encoded, False
-            rescued = True
+            stored_anew = True
     if encoding.size:
         picture = PIL.Image.fromarray(images.resize(picture, encoding.size))
     out = io.BytesIO()
@@ -127,7 +127,7 @@ def encode_picture(
         images.to_rgb(picture).save(out, "JPEG", quality=encoding.quality, subsampling=0)
     else:
         images.to_rgb(picture).save(out, "PNG")
-    return out.getvalue(), rescued
+    return out.getvalue(), stored_anew
 
 
 def _is_read_by_training(encoded: bytes, size: tuple[int, int]) -> bool:

@@ -13,6 +13,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 CHUNK = 32  # items a task: large enough to hide the cost of a task
 CHUNKS_AHEAD = 4  # a worker: the backlog that is held in memory
+_INLINE = 1000  # items below which starting processes takes longer than the work
 
 
 def _leave_with_parent() -> None:
@@ -24,6 +25,11 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def default_workers(items: int) -> int:
+    """Processes for so many items: one a core, and none (0: this process) for a few."""
+    return 0 if items < _INLINE else os.cpu_count() or 1
 
 
 def _apply(function: Callable[[Item], Result], chunk: tuple[Item, ...]) -> list[Result]:

@@ -41,8 +41,8 @@ def features(encoding_format: str | None) -> tfds.features.FeaturesDict:
     )
 
 
-class AnnotatedPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Pictures with captions and described regions, from examples that are handed in.
+class AnnotatedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Images with captions and described regions, from examples that are handed in.
 
     `name` is the set's; `splits` are their examples, dicts as `data.build.examples` yields them,
     ids unique.
@@ -82,8 +82,8 @@ class AnnotatedPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True)
             regions = [
                 region | {"bbox": tfds.features.BBox(*region["bbox"])} for region in item["regions"]
             ]
-            picture = io.BytesIO(item["image"])
-            yield item["id"], item | {"image": picture, "regions": regions}
+            image = io.BytesIO(item["image"])
+            yield item["id"], item | {"image": image, "regions": regions}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ def write(
 
     Args:
       target: the set's folder; its last part is `data.example.VERSION`.
-      examples: of the split "train", as `AnnotatedPictures` takes them; so are `encoding_format` and
+      examples: of the split "train", as `AnnotatedImages` takes them; so are `encoding_format` and
         `metadata`.
       num_shards: files to spread them over.
       held_out: of the split "validation".
@@ -134,7 +134,7 @@ def write(
         splits, shards = splits | {"validation": held_out}, (num_shards, held_out_shards)
     digests = {split: digest.Digest() for split in splits}
     with staging.replacing(target) as folder:
-        builder = AnnotatedPictures(
+        builder = AnnotatedImages(
             name=name,
             data_dir=folder,
             splits={name: digests[name].counting(items) for name, items in splits.items()},

@@ -27,7 +27,7 @@ class Limits(NamedTuple):
     max_side: int = 10_000
 
 
-def check(item: sources.Picture, limits: Limits) -> PIL.Image.Image | sources.Fault:
+def check(item: sources.Image, limits: Limits) -> PIL.Image.Image | sources.Fault:
     """The image as RGB, whatever its colour mode (CMYK, palette, 16 bits, ...), or what is wrong.
 
     The orientation tag of cameras is not applied: boxes are in pixels of the file.
@@ -44,7 +44,7 @@ def check(item: sources.Picture, limits: Limits) -> PIL.Image.Image | sources.Fa
     return images.to_rgb(picture)
 
 
-def _header_fault(item: sources.Picture, limits: Limits) -> sources.Fault | None:
+def _header_fault(item: sources.Image, limits: Limits) -> sources.Fault | None:
     """What is wrong with the file as far as its header tells, before its pixels take memory."""
     try:
         header = images.open_image(item.encoded)

@@ -41,7 +41,7 @@ class Job(NamedTuple):
     passes: tuple[str, ...]
     limits: checks.Limits
     batch_size: int  # images that a model is given at once
-    keep_pictures: bool  # write the images of annotated lines below OUTPUT/images
+    keep_images: bool  # write the images of annotated lines below OUTPUT/images
     chat: local_chat.Options | endpoint_chat.Options
     detector: detector.Options
     prompts: dict[str, prompt.Prompt]  # by pass
@@ -68,7 +68,7 @@ class Models:
 class _Work:
     """An image on its way through the passes."""
 
-    item: sources.Picture | sources.Fault
+    item: sources.Image | sources.Fault
     picture: PIL.Image.Image | None = None
     results: dict[str, dict] = dataclasses.field(default_factory=dict)
     letters: list[dict] = dataclasses.field(default_factory=list)
@@ -194,7 +194,7 @@ def _read(shard: sources.Shard, job: Job, known: dict, letters: dict) -> Iterato
             if letter["stage"] in PASSES and letter["stage"] not in job.passes
         ]
         fault = item
-        if isinstance(item, sources.Picture):
+        if isinstance(item, sources.Image):
             for region_fault in item.left_out:
                 work.fail("region", region_fault.cause, region_fault.detail)
             fault = checks.check(item, job.limits)
@@ -312,7 +312,7 @@ def _finish(work: _Work, job: Job) -> dict[str, Any] | None:
     line = _line(work)
     if line is None and not work.letters:
         work.fail("picture", "no caption", "got neither caption nor regions, expected one of them")
-    if line is not None and job.keep_pictures:
+    if line is not None and job.keep_images:
         path = job.output.path("images", work.item.image)
         try:
             if path.is_dir() or not path.exists():

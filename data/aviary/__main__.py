@@ -12,6 +12,7 @@ import sys
 
 from etils import epath
 
+from data import arguments as arguments_lib
 from data import example, staging
 from data.aviary import generate
 from data.aviary.annotations import Noise
@@ -73,27 +74,6 @@ _RANGES = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Wrong usage is one line and status 2."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; --help lists the arguments\n")
-
-
-def _number(kind, low, high):
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {what} in {low}..{high}")
-        return value
-
-    return parse
-
-
 def _add(parser, defaults):
     for field in dataclasses.fields(defaults):
         default = getattr(defaults, field.name)
@@ -103,13 +83,13 @@ def _add(parser, defaults):
                 "--" + field.name.replace("_", "-"),
                 default=default,
                 metavar="X",
-                type=_number(type(default), low, high),
+                type=arguments_lib.number(type(default), low, high),
                 help=f"{_HELP[field.name]} (default: {default})",
             )
 
 
 def _parse(argv):
-    parser = _Parser(
+    parser = arguments_lib.Parser(
         "python -m data.aviary",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -120,7 +100,7 @@ def _parse(argv):
     parser.add_argument("--name", default="aviary", help="their name (default: aviary)")
     parser.add_argument(
         "--processes",
-        type=_number(int, 1, 1024),
+        type=arguments_lib.number(int, 1, 1024),
         metavar="P",
         default=len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")

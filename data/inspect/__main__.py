@@ -12,11 +12,10 @@ import itertools
 import json
 import sys
 import textwrap
-from collections.abc import Callable
 
 from etils import epath
 
-from data import build, progress
+from data import arguments, progress
 from data.inspect import counting, page, panels, problems, reading, sheet, statistics
 from grain_jax import errors
 
@@ -24,18 +23,9 @@ _MOST_PICTURES = 200  # the PNG has some 25,000 lines then
 _BATCH = 256  # items that are counted together
 
 
-def _number(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if text.isdecimal() and low <= int(text) <= high:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number in {low}..{high}")
-
-    return parse
-
-
-def parser() -> build.Parser:
+def parser() -> arguments.Parser:
     """The command's arguments."""
-    out = build.Parser(
+    out = arguments.Parser(
         prog="python -m data.inspect",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,14 +36,14 @@ def parser() -> build.Parser:
     add("--output", metavar="OUT", help="folder to write (default: inspect beside the set)")
     add(
         "--pictures",
-        type=_number(0, _MOST_PICTURES),
+        type=arguments.number(int, 0, _MOST_PICTURES),
         default=24,
         metavar="N",
         help="on the contact sheet (default 24)",
     )
     add(
         "--lanes",
-        type=_number(1, 10**6),
+        type=arguments.number(int, 1, 10**6),
         default=16,
         metavar="N",
         help="input.lanes of the training, for which shards are judged (default 16)",
@@ -87,7 +77,7 @@ def inspect(args: argparse.Namespace) -> str:
     }
     if shown:
         title = (
-            f"{source.path}: {len(shown)} of {stats.pictures:,} images."
+            f"{source.path}: {len(shown)} of {stats.images:,} images."
             " Boxes are numbered by score, which stands behind each description."
         )
         written["contact_sheet.png"] = sheet.draw(shown, title)
@@ -105,7 +95,7 @@ def _summary(result: dict, found: list[problems.Problem]) -> str:
     left_out = f" ({pictures['left_out']:,} left out)" if pictures["left_out"] else ""
     lines = [
         f"{result['set']['path']}: {kind}",
-        f"images      {pictures['count']:,}{left_out}; {pictures['bytes'] / 1e6:,.1f} MB; {sizes}",
+        f"images        {pictures['count']:,}{left_out}; {pictures['bytes'] / 1e6:,.1f} MB; {sizes}",
     ]
     for name, texts, some in (
         ("web", captions["web"], f"{captions['pictures_with_web']:,} images have one or more"),

@@ -25,7 +25,7 @@ class Padding:
     """
 
     def __init__(self):
-        self.tokens = self.pictures = 0
+        self.tokens = self.images = 0
         self.rows_needed = {group: collections.Counter() for group in GROUPS}  # -> {rows: groups}
         self.packed_tokens = dict.fromkeys(GROUPS, 0)  # what stood in these groups
         self._waiting: list[tuple[int, list[int]]] = []
@@ -44,7 +44,7 @@ class Padding:
         for row, i in enumerate(order):
             lengths = self._waiting[i][1]
             descriptions[row, : len(lengths)] = lengths
-        self.pictures += len(order)
+        self.images += len(order)
         self.tokens += int(captions.sum() + descriptions.sum())
         for group, needed in self.rows_needed.items():
             whole = len(order) // group * group
@@ -59,7 +59,7 @@ class Padding:
         """`unpacked` and `groups`: group, groups (tried), rows, padding and overflowing, shares in [0, 1]."""
         if self._waiting:
             self._pack()
-        if not self.pictures:
+        if not self.images:
             return {"row_length": flaws.ROW_LENGTH, "unpacked": None, "groups": []}
         found = []
         for group, needed in self.rows_needed.items():
@@ -77,7 +77,7 @@ class Padding:
                     "overflowing": sum(n for need, n in needed.items() if need > rows) / tried,
                 }
             )
-        unpacked = 1 - self.tokens / (self.pictures * (1 + MAX_REGIONS) * flaws.ROW_LENGTH)
+        unpacked = 1 - self.tokens / (self.images * (1 + MAX_REGIONS) * flaws.ROW_LENGTH)
         return {"row_length": flaws.ROW_LENGTH, "unpacked": unpacked, "groups": found}
 
 

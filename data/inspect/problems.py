@@ -24,12 +24,12 @@ _LOST = "mend them: data.build leaves such lines out"
 _AGAIN = "run the model's pass again for these, or take the text out"
 # Issue -> (what it is called here, what it is a part of, what to do).
 _ISSUES = {
-    "fault: image": ("pictures that cannot be read", "pictures", "take them out or fetch them again"),
+    "fault: image": ("images that cannot be read", "images", "take them out or fetch them again"),
     "fault: no caption": ("lines without any caption", "", _LOST),
     "fault: damaged shard": ("damaged shards, not read to their end", "", "rebuild the set"),
     "fault: missing shard": ("missing shards", "", "copy the set again, or rebuild it"),
     "fault: shard length": ("shards of another length than dataset_info.json says", "", "rebuild the set"),
-    "no caption": ("pictures without any caption", "pictures", "add one: training would give them an empty text"),
+    "no caption": ("images without any caption", "images", "add one: training would give them an empty text"),
     "empty web caption": ("empty web captions", "web", "leave them out"),
     "empty synthetic caption": ("empty synthetic captions", "synthetic", "leave them out"),
     "empty description": ("empty descriptions", "regions", "leave their regions out"),
@@ -43,11 +43,11 @@ _ISSUES = {
     "long description": (f"descriptions over {flaws.LONG_DESCRIPTION} tokens", "regions", "look for sentences where phrases should be: they fill the rows"),
     "repeated description": ("descriptions that their image has already", "regions", "merge the boxes, or keep the best one"),
     "box without area": ("boxes without an area", "regions", "leave the regions out: they teach nothing"),
-    "box outside": ("boxes that leave their picture", "regions", "clip them; if many, check their unit (shares, not pixels)"),
+    "box outside": ("boxes that leave their image", "regions", "clip them; if many, check their unit (shares, not pixels)"),
     "tiny box": (f"boxes under {statistics.TINY:.1%} of their image", "regions", "drop them: at 224 pixels they are less than 7 x 7"),
-    "whole-picture box": (f"boxes of {statistics.WHOLE:.0%} of their image or more", "regions", "drop them if the description is of a part"),
+    "whole-image box": (f"boxes of {statistics.WHOLE:.0%} of their image or more", "regions", "drop them if the description is of a part"),
     "odd score": ("scores that are not in [0, 1]", "regions", "set them: training keeps the regions of the highest score"),
-    "long picture": (f"images over {statistics.LONG_SHAPE:g} times as long as wide, or the other way round", "pictures", "crop or drop them: training resizes them to a square"),
+    "long image": (f"images over {statistics.LONG_SHAPE:g} times as long as wide, or the other way round", "images", "crop or drop them: training resizes them to a square"),
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def find(stats: statistics.Statistics, result: dict[str, Any]) -> list[Problem]:
     """All problems, those of whole sets and files first. `result` is of `stats.result`."""
     parts = {
         "": 0,
-        "pictures": stats.pictures,
+        "images": stats.images,
         "regions": stats.regions,
         "web": result["captions"]["web"]["words"]["count"],
         "synthetic": result["captions"]["synthetic"]["words"]["count"],
@@ -93,12 +93,12 @@ def _of_shards(shards: dict[str, Any]) -> list[Problem]:
 
 
 def _of_shares(stats: statistics.Statistics, result: dict[str, Any]) -> list[Problem]:
-    found, pictures = [], stats.pictures
+    found, images = [], stats.images
     bare = stats.issues["no region"]
-    if bare.count > _FEW_REGIONS * pictures:
+    if bare.count > _FEW_REGIONS * images:
         advice = "nothing, if you know it: these images train the caption loss alone"
         found.append(
-            Problem("pictures without regions", bare.count, pictures, bare.example, advice)
+            Problem("images without regions", bare.count, images, bare.example, advice)
         )
     kinds = (
         ("one description", result["descriptions"], "see whether the model copies its prompt"),
@@ -106,12 +106,12 @@ def _of_shares(stats: statistics.Statistics, result: dict[str, Any]) -> list[Pro
         ("one web caption", result["captions"]["web"], "drop it if it is a placeholder"),
     )
     for what, texts, advice in kinds:
-        common = [(text, n) for text, n in texts["most_frequent"] if n > LARGE_SHARE * pictures]
-        if common and pictures >= MANY:
+        common = [(text, n) for text, n in texts["most_frequent"] if n > LARGE_SHARE * images]
+        if common and images >= MANY:
             (text, count), others = common[0], len(common) - 1
             example = f"{text!r}" + (f", and {others} more such" if others else "")
             what = f"images that share {what} (over {LARGE_SHARE:.0%} of all)"
-            found.append(Problem(what, count, pictures, example, advice))
+            found.append(Problem(what, count, images, example, advice))
     scores = result["scores"]
     if scores["count"] > 1 and scores["min"] == scores["max"]:
         found.append(
@@ -131,7 +131,7 @@ def _of_duplicates(result: dict[str, Any]) -> list[Problem]:
     copies = result["duplicate_pictures"]
     if copies["copies"]:
         first, again = copies["examples"][0]
-        what = "pictures that are copies, byte by byte, of earlier ones"
+        what = "images that are copies, byte by byte, of earlier ones"
         advice = "drop them, or merge their texts into one line"
         example = f"{again} is {first}"
         found.append(Problem(what, copies["copies"], copies["total"], example, advice))

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from data import annotations, build, example, parallel, sources
+from data import annotations, example, parallel
+from data.sources import tfds
 from grain_jax import errors
 from grain_jax.files import images as images_lib
 
@@ -77,7 +78,7 @@ def open_set(path: epath.PathLike, images: epath.PathLike | None) -> Source:
                 f"--images {images}: {path} is a folder of records, which hold their images;"
                 " expected an A.jsonl with --images"
             )
-        return _records(sources.tfds.directory(path))
+        return _records(tfds.directory(path))
     folder = epath.Path(path.parent if images is None else images)
     if not folder.is_dir():
         raise InspectError(f"--images {folder}: no such folder, expected the images of {path}")
@@ -88,7 +89,7 @@ def open_set(path: epath.PathLike, images: epath.PathLike | None) -> Source:
 
 
 def _read_annotations(path: epath.Path, folder: epath.Path, total: int) -> Iterator[Item | Fault]:
-    workers = 0 if total < build.INLINE_LINES else os.cpu_count() or 1
+    workers = parallel.default_workers(total)
     read = functools.partial(_read_line, file=path.name, folder=str(folder))
     for found in parallel.ordered_map(read, example.read_lines(path), workers=workers):
         yield from found

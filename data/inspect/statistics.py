@@ -41,17 +41,17 @@ class Statistics:
 
     def __init__(self):
         self.issues: dict[str, Issue] = collections.defaultdict(Issue)
-        self.pictures = self.picture_bytes = self.regions = 0
+        self.images = self.image_bytes = self.regions = 0
         self.with_web = self.with_synthetic = self.without_caption = 0
         self.formats: collections.Counter[str] = collections.Counter()
         self.sizes = counting.Frequent()
         self.widths, self.heights = counting.Numbers(), counting.Numbers()
-        self.regions_per_picture = counting.Numbers()
+        self.regions_per_image = counting.Numbers()
         self.words = {kind: counting.Numbers() for kind in ("web", "synthetic", "description")}
         self.tokens = {kind: counting.Numbers() for kind in self.words}
         self.frequent = {kind: counting.Frequent() for kind in self.words}
         self.distinct = {
-            kind: counting.Distinct() for kind in ("picture", "web", "synthetic", "description")
+            kind: counting.Distinct() for kind in ("image", "web", "synthetic", "description")
         }
         self.padding = padding.Padding()
         self.areas = np.zeros(len(AREA_EDGES) - 1, np.int64)
@@ -74,23 +74,23 @@ class Statistics:
         flat = [text for of_item in texts for _, text in of_item]
         lengths = iter(self._tokenizer.encode(flat, LONGEST).lengths.tolist())
         for item, of_item in zip(items, texts, strict=True):
-            self._add_picture(item)
+            self._add_image(item)
             self._add_texts(item, of_item, list(itertools.islice(lengths, len(of_item))))
         self.widths.add(item.size[0] for item in items)
         self.heights.add(item.size[1] for item in items)
-        self.regions_per_picture.add(len(item.descriptions) for item in items)
+        self.regions_per_image.add(len(item.descriptions) for item in items)
         self._add_boxes(items)
 
-    def _add_picture(self, item: reading.Item) -> None:
+    def _add_image(self, item: reading.Item) -> None:
         width, height = item.size
-        self.pictures += 1
-        self.picture_bytes += len(item.encoded)
+        self.images += 1
+        self.image_bytes += len(item.encoded)
         self.formats[item.format] += 1
         self.sizes.add([f"{width} x {height}"])
         self.regions += len(item.descriptions)
-        self.distinct["picture"].add(item.encoded, item.name)
+        self.distinct["image"].add(item.encoded, item.name)
         if max(item.size) > LONG_SHAPE * min(item.size):
-            self.issues["long picture"].see(f"{item.where}: {width} x {height} pixels")
+            self.issues["long image"].see(f"{item.where}: {width} x {height} pixels")
         if not item.descriptions:
             self.issues["no region"].see(item.where)
 
@@ -126,7 +126,7 @@ class Statistics:
 
     def _add_padding(self, item: reading.Item, tokens: dict[str, list[int]]) -> None:
         kinds = [kind for kind in ("web", "synthetic") if tokens[kind]]
-        caption = tokens[kinds[self.pictures % len(kinds)]][0] if kinds else 2
+        caption = tokens[kinds[self.images % len(kinds)]][0] if kinds else 2
         best = np.argsort(-item.scores, kind="stable")[: padding.MAX_REGIONS]
         limit = flaws.ROW_LENGTH
         described = [min(tokens["description"][i], limit) for i in best]
@@ -146,7 +146,7 @@ class Statistics:
             ("box without area", ~good),
             ("box outside", outside),
             ("tiny box", good & (areas < TINY)),
-            ("whole-picture box", good & (areas >= WHOLE)),
+            ("whole-image box", good & (areas >= WHOLE)),
             ("odd score", odd_scores),
         ):
             for i in np.flatnonzero(flags):
@@ -188,9 +188,9 @@ class Statistics:
                 "shards": _shards(source.shard_lengths, lanes),
             },
             "pictures": {
-                "count": self.pictures,
-                "left_out": source.total - self.pictures,
-                "bytes": self.picture_bytes,
+                "count": self.images,
+                "left_out": source.total - self.images,
+                "bytes": self.image_bytes,
                 "formats": dict(self.formats.most_common()),
                 "width": self.widths.result(),
                 "height": self.heights.result(),
@@ -206,10 +206,10 @@ class Statistics:
             "descriptions": self._text_result("description"),
             "regions": {
                 "count": self.regions,
-                "per_picture": self.regions_per_picture.result(),
+                "per_picture": self.regions_per_image.result(),
                 "beyond_max_regions": sum(
                     n * (value - padding.MAX_REGIONS)
-                    for value, n in self.regions_per_picture.counts.items()
+                    for value, n in self.regions_per_image.counts.items()
                     if value > padding.MAX_REGIONS
                 ),
             },
@@ -232,7 +232,7 @@ class Statistics:
                 ],
             },
             "padding": self.padding.result(),
-            "duplicate_pictures": self.distinct["picture"].result(),
+            "duplicate_pictures": self.distinct["image"].result(),
         }
 
     def _text_result(self, kind: str) -> dict[str, Any]:

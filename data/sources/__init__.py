@@ -1,86 +1,84 @@
-"""Where images come from: one reader for each public format, behind two functions.
+"""Where images come from: one reader for each public format, by name, and anybody's own as `module:Class`.
 
   shards(source, options)   the source in pieces that are worked on apart
   read(shard)               the images of a piece, and what is wrong with the others
 
-A reader is a module of this folder with `shards(options)`, `read(shard)` and `FILES`: whether its
-images are files below `options.images`.
+What a source is: `data/sources/base.py`.
 """
 
-from collections.abc import Iterator
-from types import ModuleType
+from collections.abc import Iterator, Mapping
 
-from data.sources import (
-    annotations,
-    coco,
-    finehard,
-    flickr30k_entities,
-    folder,
-    grit,
-    karpathy,
-    lvis,
-    refcoco,
-    tfds,
-    visual_genome,
-    webdataset,
-)
-from data.sources.base import CAUSES, Fault, Options, Picture, Shard, SourceError
+from data.sources import own_options
+from data.sources.annotations import Annotations
+from data.sources.base import CAUSES, Fault, Image, Options, Shard, Source, SourceError
+from data.sources.coco import Coco
+from data.sources.finehard import FineHard
+from data.sources.flickr30k_entities import Flickr30kEntities
+from data.sources.folder import Folder
+from data.sources.grit import Grit
+from data.sources.karpathy import Karpathy
+from data.sources.lvis import Lvis
+from data.sources.refcoco import RefCoco
+from data.sources.tfds import Tfds
+from data.sources.visual_genome import VisualGenome
+from data.sources.webdataset import WebDataset
+from grain_jax import named
 
 __all__ = [
     "CAUSES",
     "SOURCES",
     "Fault",
+    "Image",
     "Options",
-    "Picture",
     "Shard",
+    "Source",
     "SourceError",
-    "are_files",
+    "make",
     "read",
     "shards",
 ]
 
-SOURCES: dict[str, ModuleType] = {
-    "annotations": annotations,
-    "coco": coco,
-    "finehard": finehard,
-    "flickr30k_entities": flickr30k_entities,
-    "folder": folder,
-    "grit": grit,
-    "karpathy": karpathy,
-    "lvis": lvis,
-    "refcoco": refcoco,
-    "tfds": tfds,
-    "visual_genome": visual_genome,
-    "webdataset": webdataset,
+SOURCES: dict[str, type[Source]] = {
+    "annotations": Annotations,
+    "coco": Coco,
+    "finehard": FineHard,
+    "flickr30k_entities": Flickr30kEntities,
+    "folder": Folder,
+    "grit": Grit,
+    "karpathy": Karpathy,
+    "lvis": Lvis,
+    "refcoco": RefCoco,
+    "tfds": Tfds,
+    "visual_genome": VisualGenome,
+    "webdataset": WebDataset,
 }
 
 
-def shards(source: str, options: Options) -> list[Shard]:
+def make(source: str, own: Mapping[str, str] | None = None) -> Source:
+    """The source of that name, or `module:Class`, with options of its own.
+
+    Raises:
+      errors.UserError: there is no such source; the line lists what there is.
+      SourceError: the class is no source, or an option is wrong.
+    """
+    return own_options.make(source, named.find("data source", source, SOURCES), own or {})
+
+
+def shards(source: str, options: Options, own: Mapping[str, str] | None = None) -> list[Shard]:
     """The source's shards, in order; the same again as long as the source is the same.
 
     Reads whole annotation files where the source has such, and writes lists of their images to
     `options.scratch`, which workers must be able to read.
 
     Raises:
-      SourceError: there is no such source, or its files are not as expected.
+      errors.UserError: as `make`; SourceError: the source's files are not as expected.
     """
-    found = _module(source).shards(options)
+    found = make(source, own).shards(options)
     if not found:
         raise SourceError(f"source {source}: got no images from {options.images}, expected some")
-    return found
+    return [shard._replace(source=source, options=dict(own or {})) for shard in found]
 
 
-def read(shard: Shard) -> Iterator[Picture | Fault]:
+def read(shard: Shard) -> Iterator[Image | Fault]:
     """The shard's images in order, each one as Image or as Fault; needs no other shard."""
-    return _module(shard.source).read(shard)
-
-
-def are_files(source: str) -> bool:
-    """Whether the images are files below `options.images`; else they come out of larger files."""
-    return _module(source).FILES
-
-
-def _module(source: str) -> ModuleType:
-    if source not in SOURCES:
-        raise SourceError(f"source {source!r}: expected one of: {', '.join(sorted(SOURCES))}")
-    return SOURCES[source]
+    return make(shard.source, shard.options).read(shard)

@@ -3,50 +3,53 @@
 import hashlib
 import itertools
 from collections.abc import Iterator
+from typing import ClassVar
 
 from etils import epath
 
-from data.sources import base
+from data.sources import base, join
 from grain_jax.files import annotations
 
-FILES = True
 
+class Annotations:
+    """A `base.Source` of annotation lines; a shard is a part of a file, by bytes."""
 
-def shards(options: base.Options) -> list[base.Shard]:
-    """Parts of `options.shard_size` lines of each file."""
-    if not options.annotations:
-        raise base.SourceError("source annotations: got no --annotations, expected A.jsonl")
-    out = []
-    for path in map(epath.Path, options.annotations):
-        if not path.exists() or path.is_dir():
-            raise base.SourceError(f"{path}: no such file, expected one JSON object a line")
-        first, start = 1, 0
+    images_are_files: ClassVar[bool] = True
+
+    def shards(self, options: base.Options) -> list[base.Shard]:
+        """Parts of `options.shard_size` lines of each file."""
+        if not options.annotations:
+            raise base.SourceError("source annotations: got no --annotations, expected A.jsonl")
+        out = []
+        for path in map(epath.Path, options.annotations):
+            if not path.exists() or path.is_dir():
+                raise base.SourceError(f"{path}: no such file, expected one JSON object a line")
+            first, start = 1, 0
+            with path.open("rb") as file:
+                while lines := list(itertools.islice(file, options.shard_size)):
+                    stop = start + sum(map(len, lines))
+                    arguments = {"file": str(path), "images": str(options.images)}
+                    arguments |= {"first_line": first, "start": start, "stop": stop}
+                    # Another content gets another name, so that it is not taken for one that is finished.
+                    digest = hashlib.sha256(b"".join(lines)).hexdigest()[:8]
+                    out.append(base.Shard(f"{len(out):06d}-{digest}", arguments))
+                    first, start = first + len(lines), stop
+        return out
+
+    def read(self, shard: base.Shard) -> Iterator[base.Image | base.Fault]:
+        """The part's images; a line with a fault is left out whole, as data.build does."""
+        path, stop = epath.Path(shard.arguments["file"]), shard.arguments["stop"]
         with path.open("rb") as file:
-            while lines := list(itertools.islice(file, options.shard_size)):
-                stop = start + sum(map(len, lines))
-                arguments = {"file": str(path), "images": str(options.images)}
-                arguments |= {"first_line": first, "start": start, "stop": stop}
-                # Another content gets another name, so that it is not taken for one that is finished.
-                digest = hashlib.sha256(b"".join(lines)).hexdigest()[:8]
-                out.append(base.Shard(f"{len(out):06d}-{digest}", "annotations", arguments))
-                first, start = first + len(lines), stop
-    return out
+            at = file.seek(shard.arguments["start"])
+            for number, line in enumerate(file, shard.arguments["first_line"]):
+                at += len(line)
+                if line.strip():
+                    yield _image(line, f"{path.name}:{number}", shard.arguments["images"])
+                if at >= stop:
+                    return
 
 
-def read(shard: base.Shard) -> Iterator[base.Picture | base.Fault]:
-    """The part's images; a line with a fault is left out whole, as data.build does."""
-    path, stop = epath.Path(shard.arguments["file"]), shard.arguments["stop"]
-    with path.open("rb") as file:
-        at = file.seek(shard.arguments["start"])
-        for number, line in enumerate(file, shard.arguments["first_line"]):
-            at += len(line)
-            if line.strip():
-                yield _picture(line, f"{path.name}:{number}", shard.arguments["images"])
-            if at >= stop:
-                return
-
-
-def _picture(line: bytes, where: str, folder: str) -> base.Picture | base.Fault:
+def _image(line: bytes, where: str, folder: str) -> base.Image | base.Fault:
     parsed = annotations.parse_line(line, caption_required=False)
     if parsed.annotation is None:
         return base.Fault(parsed.image or where, "bad annotation", "; ".join(parsed.faults))
@@ -59,4 +62,4 @@ def _picture(line: bytes, where: str, folder: str) -> base.Picture | base.Fault:
         id=found.id,
         phrases=found.phrases,
     )
-    return base.load(entry, folder)
+    return join.load(entry, folder)

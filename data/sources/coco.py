@@ -5,24 +5,24 @@ A region is an object: its description is the category's name. Boxes around crow
 
 from collections.abc import Iterator
 
-from data.sources import base, staged
+from data.sources import base, json_files, staged
 
-FILES = True
 _EXPECTED = "COCO's captions or instances"
-read = staged.read
 
 
-def shards(options: base.Options) -> list[base.Shard]:
-    """Lists of the files' images; all `options.annotations` are joined by the images' file names."""
-    if not options.annotations:
-        raise base.SourceError(f"source coco: got no --annotations, expected {_EXPECTED}")
-    return staged.stage("coco", _entries(options.annotations), options)
+class Coco(staged.ListedSource):
+    """Images of one or several of COCO's files, which are joined by the images' file names."""
+
+    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
+        if not options.annotations:
+            raise base.SourceError(f"source coco: got no --annotations, expected {_EXPECTED}")
+        return _entries(options.annotations)
 
 
 def _entries(paths: tuple[str, ...]) -> Iterator[base.Entry | base.Fault]:
     entries: dict[str, base.Entry] = {}
     for path in paths:
-        content = base.read_json(path, expected=_EXPECTED)
+        content = json_files.read_json(path, expected=_EXPECTED)
         try:
             names = {item["id"]: item["name"] for item in content.get("categories", ())}
             files = {image["id"]: image["file_name"] for image in content["images"]}

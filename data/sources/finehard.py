@@ -11,28 +11,27 @@ from typing import Any
 
 from etils import epath
 
-from data.sources import base, staged
+from data.sources import base, json_files, staged
 from grain_jax.files import annotations
 
-FILES = True
-read = staged.read
 
+class FineHard(staged.ListedSource):
+    """Images of JSON files, or of folders of them."""
 
-def shards(options: base.Options) -> list[base.Shard]:
-    """Lists of the images of `options.annotations`: JSON files, or folders of them."""
-    paths = []
-    for path in map(epath.Path, options.annotations):
-        paths += sorted(path.glob("*.json")) if path.is_dir() else [path]
-    if not paths:
-        raise base.SourceError(
-            "source finehard: expected --annotations jsonfiles, a folder of .json"
-        )
-    return staged.stage("finehard", _entries(paths), options)
+    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
+        paths = []
+        for path in map(epath.Path, options.annotations):
+            paths += sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if not paths:
+            raise base.SourceError(
+                "source finehard: expected --annotations jsonfiles, a folder of .json"
+            )
+        return _entries(paths)
 
 
 def _entries(paths: list[epath.Path]) -> Iterator[base.Entry | base.Fault]:
     for path in paths:
-        items = base.read_json_list(path, expected="a list: FineHARD's pictures")
+        items = json_files.read_json_list(path, expected="a list: FineHARD's images")
         for number, item in enumerate(items):
             try:
                 entry = _entry(item)

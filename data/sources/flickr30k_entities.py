@@ -15,19 +15,19 @@ from etils import epath
 
 from data.sources import base, staged
 
-FILES = True
-read = staged.read
 _PHRASE = re.compile(r"\[/EN#(\d+)/\S+\s+([^\]]*)\]")  # [/EN#CHAIN/TYPE/TYPE word word]
 _NOT_VISUAL = "0"
 
 
-def shards(options: base.Options) -> list[base.Shard]:
-    """Lists of the images that have a file in Sentences."""
-    if len(options.annotations) != 1:
-        raise base.SourceError(
-            "source flickr30k_entities: expected --annotations, the folder with Sentences and Annotations"
-        )
-    return staged.stage("flickr30k_entities", _entries(options), options)
+class Flickr30kEntities(staged.ListedSource):
+    """Images that have a file in Sentences."""
+
+    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
+        if len(options.annotations) != 1:
+            raise base.SourceError(
+                "source flickr30k_entities: expected --annotations, the folder with Sentences and Annotations"
+            )
+        return _entries(options)
 
 
 def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:

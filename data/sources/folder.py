@@ -9,13 +9,12 @@ from etils import epath
 
 from data.sources import base, staged
 
-FILES = True
-read = staged.read
 
+class Folder(staged.ListedSource):
+    """The folder's images, in the order of their names."""
 
-def shards(options: base.Options) -> list[base.Shard]:
-    """Lists the folder, in the order of the names."""
-    return staged.stage("folder", _entries(epath.Path(options.images), ""), options)
+    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
+        return _entries(epath.Path(options.images), "")
 
 
 def _entries(folder: epath.Path, below: str) -> Iterator[base.Entry | base.Fault]:
@@ -25,7 +24,7 @@ def _entries(folder: epath.Path, below: str) -> Iterator[base.Entry | base.Fault
     texts = {path.name for path in paths if path.suffix == ".txt"}
     for path in paths:
         image = below + path.name
-        if path.suffix.lower() in base.PICTURE_ENDINGS:
+        if path.suffix.lower() in base.IMAGE_ENDINGS:
             caption = ""
             if f"{path.stem}.txt" in texts:
                 try:

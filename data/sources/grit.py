@@ -6,22 +6,16 @@ img2dataset must neither crop nor pad it (`--resize_mode no` or `keep_ratio`).
 """
 
 import math
-from collections.abc import Iterator
 
 from data.sources import base, webdataset
 from grain_jax.files import annotations
 
-FILES = False
 
+class Grit(webdataset.WebDataset):
+    """Images of tars; a region's description is its part of the caption."""
 
-def shards(options: base.Options) -> list[base.Shard]:
-    """One a tar."""
-    return webdataset.tar_shards("grit", options)
-
-
-def read(shard: base.Shard) -> Iterator[base.Picture | base.Fault]:
-    """The tar's images; a region's description is its part of the caption."""
-    return webdataset.read_tar(shard, _entry)
+    def entry(self, image: str, files: dict[str, bytes]) -> base.Entry:
+        return _entry(image, files)
 
 
 def _entry(image: str, files: dict[str, bytes]) -> base.Entry:

@@ -6,22 +6,24 @@ Source: the files' keys, images[].filename, filepath (COCO: the folder), split, 
 
 from collections.abc import Iterator
 
-from data.sources import base, staged
+from data.sources import base, json_files, staged
 
-FILES = True
 _EXPECTED = "dataset_flickr30k.json or dataset_coco.json of Karpathy's splits"
-read = staged.read
 
 
-def shards(options: base.Options) -> list[base.Shard]:
-    """Lists of the split's images; those of COCO start in train2014/ and val2014/."""
-    if len(options.annotations) != 1:
-        raise base.SourceError(f"source karpathy: expected one file as --annotations, {_EXPECTED}")
-    return staged.stage("karpathy", _entries(options.annotations[0], options.split), options)
+class Karpathy(staged.ListedSource):
+    """The split's images; those of COCO start in train2014/ and val2014/."""
+
+    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
+        if len(options.annotations) != 1:
+            raise base.SourceError(
+                f"source karpathy: expected one file as --annotations, {_EXPECTED}"
+            )
+        return _entries(options.annotations[0], options.split)
 
 
 def _entries(path: str, split: str) -> Iterator[base.Entry]:
-    content = base.read_json(path, expected=_EXPECTED)
+    content = json_files.read_json(path, expected=_EXPECTED)
     try:
         known = {image["split"] for image in content["images"]}
         if split and split not in known:

@@ -6,23 +6,23 @@ image has several of a category not all of them need have a box.
 
 from collections.abc import Iterator
 
-from data.sources import base, staged
+from data.sources import base, json_files, staged
 
-FILES = True
 _EXPECTED = "lvis_v1_train.json or lvis_v1_val.json"
-read = staged.read
 
 
-def shards(options: base.Options) -> list[base.Shard]:
-    """Lists of the files' images, also of those without an object."""
-    if not options.annotations:
-        raise base.SourceError(f"source lvis: got no --annotations, expected {_EXPECTED}")
-    return staged.stage("lvis", _entries(options.annotations), options)
+class Lvis(staged.ListedSource):
+    """The files' images, also those without an object."""
+
+    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
+        if not options.annotations:
+            raise base.SourceError(f"source lvis: got no --annotations, expected {_EXPECTED}")
+        return _entries(options.annotations)
 
 
 def _entries(paths: tuple[str, ...]) -> Iterator[base.Entry | base.Fault]:
     for path in paths:
-        content = base.read_json(path, expected=_EXPECTED)
+        content = json_files.read_json(path, expected=_EXPECTED)
         try:
             names = {c["id"]: c["name"].replace("_", " ") for c in content["categories"]}
             entries = {

@@ -12,11 +12,9 @@ from typing import Any
 
 from etils import epath
 
-from data.sources import base, staged
+from data.sources import base, json_files, staged
 
-FILES = True
 _EXPECTED = "refs(...).p with instances.json, or MDETR's finetune_refcoco_*.json"
-read = staged.read
 
 _Expression = tuple[str, tuple[int, int] | None, Any, str]  # file, its size, xyxy box, expression
 
@@ -28,13 +26,15 @@ class _Plain(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants {module}.{name}")
 
 
-def shards(options: base.Options) -> list[base.Shard]:
-    """Lists of the images that have expressions."""
-    try:
-        return staged.stage("refcoco", _entries(options), options)
-    except (KeyError, TypeError, AttributeError) as error:
-        got = f"{type(error).__name__} {error} in {', '.join(options.annotations)}"
-        raise base.SourceError(f"source refcoco: got {got}, expected {_EXPECTED}") from error
+class RefCoco(staged.ListedSource):
+    """Images that have expressions."""
+
+    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
+        try:
+            yield from _entries(options)
+        except (KeyError, TypeError, AttributeError) as error:
+            got = f"{type(error).__name__} {error} in {', '.join(options.annotations)}"
+            raise base.SourceError(f"source refcoco: got {got}, expected {_EXPECTED}") from error
 
 
 def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:
@@ -58,7 +58,9 @@ def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:
         got = ", ".join(options.annotations) or "none"
         raise base.SourceError(f"source refcoco: got --annotations {got}, expected {_EXPECTED}")
 
-    pictures: dict[str, list[tuple[Any, str]]] = {}  # file -> (box, expression) of each sentence
+    sentences_of: dict[
+        str, list[tuple[Any, str]]
+    ] = {}  # file -> (box, expression) of each sentence
     sizes: dict[str, tuple[int, int] | None] = {}
     for found in (*_of_refs(refs, instances, options.split), *_of_mdetr(mdetr)):
         if isinstance(found, base.Fault):
@@ -66,8 +68,8 @@ def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:
             continue
         image, size, box, expression = found
         sizes[image] = size
-        pictures.setdefault(image, []).append((box, expression))
-    for image, sentences in pictures.items():
+        sentences_of.setdefault(image, []).append((box, expression))
+    for image, sentences in sentences_of.items():
         of_box: dict[Any, list[tuple[Any, str]]] = {}
         for box, text in dict.fromkeys(sentences):
             of_box.setdefault(box, []).append((box, text))
@@ -83,7 +85,7 @@ def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:
 
 def _load(path: epath.Path) -> Any:
     if path.suffix == ".json":
-        return base.read_json(path, expected=_EXPECTED)
+        return json_files.read_json(path, expected=_EXPECTED)
     try:
         with path.open("rb") as file:
             # Python 2 wrote it: its byte strings are texts.

@@ -1,53 +1,65 @@
-"""Sources whose images are files and whose annotations are one large file, or none: cut into lists.
+"""Sources whose images are files and whose annotations are a few large files, or none: cut into lists.
 
-The annotations are read once, where the pipeline starts; workers read a list of some images each.
-So a worker needs neither COCO's 500 MB nor time to find its part of them.
+The annotations are read once, where the pipeline starts; a worker reads a list of some images. So a worker needs
+neither COCO's 500 MB nor the time to find its part of them.
 """
 
+import abc
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import ClassVar
 
 from etils import epath
 
-from data.sources import base
+from data.sources import base, join
 from grain_jax.files import atomic
 
 
-def stage(
-    source: str, items: Iterable[base.Entry | base.Fault], options: base.Options
-) -> list[base.Shard]:
-    """Writes the lists to `options.scratch`; one shard each, `options.shard_size` images long."""
-    if not options.scratch:
-        raise base.SourceError(
-            f"source {source}: got no scratch folder, expected one for its lists"
-        )
-    folder = epath.Path(options.scratch)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = []
-    rest = iter(items)
-    batches = iter(lambda: list(itertools.islice(rest, options.shard_size)), [])
-    for number, batch in enumerate(batches):
-        lines = "".join(json.dumps([type(item).__name__, item]) + "\n" for item in batch)
-        # Another content gets another name, so that it is not taken for one that is finished.
-        digest = hashlib.sha256(lines.encode()).hexdigest()[:8]
-        name = f"{number:06d}-{digest}"
-        path = folder / f"{name}.jsonl"
-        atomic.write_text(path, lines)
-        arguments = {"list": str(path), "images": str(options.images)}
-        shards.append(base.Shard(name, source, arguments))
-    return shards
+class ListedSource(abc.ABC):
+    """A `base.Source` but for `entries`: `shards` writes the entries to lists, `read` joins those of one with their images."""
 
+    images_are_files: ClassVar[bool] = True
 
-def read(shard: base.Shard) -> Iterator[base.Picture | base.Fault]:
-    """The images of one list."""
-    with epath.Path(shard.arguments["list"]).open("r") as file:
-        for line in file:
-            kind, values = json.loads(line)
-            if kind == "Fault":
-                yield base.Fault(*values)
-                continue
-            entry = base.Entry(*values)
-            size = tuple(entry.size) if entry.size else None
-            yield base.load(entry._replace(size=size), shard.arguments["images"])
+    @abc.abstractmethod
+    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
+        """What the annotations say of each image, in an order that depends on the files alone.
+
+        Boxes and descriptions need no check here: `read` leaves out those that the image cannot have.
+
+        Raises:
+          base.SourceError: the files are not as expected. A fault of one image is yielded instead.
+        """
+
+    def shards(self, options: base.Options) -> list[base.Shard]:
+        """Writes the lists to `options.scratch`; one shard each, `options.shard_size` images long."""
+        if not options.scratch:
+            raise base.SourceError("got no scratch folder, expected one for the lists of images")
+        folder = epath.Path(options.scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        shards = []
+        rest = iter(self.entries(options))
+        batches = iter(lambda: list(itertools.islice(rest, options.shard_size)), [])
+        for number, batch in enumerate(batches):
+            lines = "".join(json.dumps([type(item).__name__, item]) + "\n" for item in batch)
+            # Other content gets another name, so that it is not taken for a shard that is finished.
+            digest = hashlib.sha256(lines.encode()).hexdigest()[:8]
+            name = f"{number:06d}-{digest}"
+            path = folder / f"{name}.jsonl"
+            atomic.write_text(path, lines)
+            arguments = {"list": str(path), "images": str(options.images)}
+            shards.append(base.Shard(name, arguments))
+        return shards
+
+    def read(self, shard: base.Shard) -> Iterator[base.Image | base.Fault]:
+        """The images of one list."""
+        with epath.Path(shard.arguments["list"]).open("r") as file:
+            for line in file:
+                kind, values = json.loads(line)
+                if kind == "Fault":
+                    yield base.Fault(*values)
+                    continue
+                entry = base.Entry(*values)
+                size = tuple(entry.size) if entry.size else None
+                yield join.load(entry._replace(size=size), shard.arguments["images"])

@@ -6,54 +6,58 @@ read from sets with the features of data/SCHEMA.md.
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from etils import epath
 
-from data.sources import base
-
-FILES = False
+from data.sources import base, join
 
 
-def shards(options: base.Options) -> list[base.Shard]:
-    """Ranges of `options.shard_size` examples of the split."""
-    builder = _builder(options.images)
-    split = options.split or "train"
-    if split not in builder.info.splits:
-        known = ", ".join(builder.info.splits)
-        raise base.SourceError(f"{options.images}: got --split {split}, expected one of: {known}")
-    if "image" not in builder.info.features:
-        known = ", ".join(builder.info.features)
-        raise base.SourceError(f"{options.images}: has {known}, expected a feature image")
-    total = builder.info.splits[split].num_examples
-    out = []
-    for start in range(0, total, options.shard_size):
-        arguments = {
-            "directory": str(builder.data_dir),
-            "split": split,
-            "start": start,
-            "stop": min(start + options.shard_size, total),
-        }
-        name = f"{split}-{start:09d}-{arguments['stop']:09d}"
-        out.append(base.Shard(name, "tfds", arguments))
-    return out
+class Tfds:
+    """A `base.Source` of a TFDS set; a shard is a range of its examples."""
 
+    images_are_files: ClassVar[bool] = False
 
-def read(shard: base.Shard) -> Iterator[base.Picture | base.Fault]:
-    """The range's images, as they are stored."""
-    import tensorflow_datasets as tfds
+    def shards(self, options: base.Options) -> list[base.Shard]:
+        """Ranges of `options.shard_size` examples of the split."""
+        builder = _builder(options.images)
+        split = options.split or "train"
+        if split not in builder.info.splits:
+            known = ", ".join(builder.info.splits)
+            raise base.SourceError(
+                f"{options.images}: got --split {split}, expected one of: {known}"
+            )
+        if "image" not in builder.info.features:
+            known = ", ".join(builder.info.features)
+            raise base.SourceError(f"{options.images}: has {known}, expected a feature image")
+        total = builder.info.splits[split].num_examples
+        out = []
+        for start in range(0, total, options.shard_size):
+            arguments = {
+                "directory": str(builder.data_dir),
+                "split": split,
+                "start": start,
+                "stop": min(start + options.shard_size, total),
+            }
+            name = f"{split}-{start:09d}-{arguments['stop']:09d}"
+            out.append(base.Shard(name, arguments))
+        return out
 
-    split, start, stop = (shard.arguments[name] for name in ("split", "start", "stop"))
-    examples = _builder(shard.arguments["directory"]).as_dataset(
-        split=tfds.core.ReadInstruction(split, from_=start, to=stop, unit="abs"),
-        decoders={"image": tfds.decode.SkipDecoding()},
-        # One file after another, so that a place has the same example whatever the range.
-        read_config=tfds.ReadConfig(interleave_cycle_length=1),
-    )
-    for index, example in enumerate(tfds.as_numpy(examples), start):
-        encoded = example["image"]
-        ending = "png" if encoded.startswith(b"\x89PNG") else "jpg"
-        yield base.join(_entry(f"{split}/{index:09d}.{ending}", example), encoded)
+    def read(self, shard: base.Shard) -> Iterator[base.Image | base.Fault]:
+        """The range's images, as they are stored."""
+        import tensorflow_datasets as tfds
+
+        split, start, stop = (shard.arguments[name] for name in ("split", "start", "stop"))
+        examples = _builder(shard.arguments["directory"]).as_dataset(
+            split=tfds.core.ReadInstruction(split, from_=start, to=stop, unit="abs"),
+            decoders={"image": tfds.decode.SkipDecoding()},
+            # One file after another, so that a place has the same example whatever the range.
+            read_config=tfds.ReadConfig(interleave_cycle_length=1),
+        )
+        for index, example in enumerate(tfds.as_numpy(examples), start):
+            encoded = example["image"]
+            ending = "png" if encoded.startswith(b"\x89PNG") else "jpg"
+            yield join.join(_entry(f"{split}/{index:09d}.{ending}", example), encoded)
 
 
 def directory(folder: epath.PathLike) -> epath.Path:
@@ -73,11 +77,12 @@ def directory(folder: epath.PathLike) -> epath.Path:
     return max(found, key=lambda path: [int(x) for x in path.name.split(".") if x.isdecimal()])
 
 
-def pictures(folder: epath.PathLike) -> Iterator[base.Picture | base.Fault]:
+def all_images(folder: epath.PathLike) -> Iterator[base.Image | base.Fault]:
     """The images of all splits."""
+    source = Tfds()
     for split in _builder(folder).info.splits:
-        for shard in shards(base.Options(str(folder), split=split)):
-            yield from read(shard)
+        for shard in source.shards(base.Options(str(folder), split=split)):
+            yield from source.read(shard)
 
 
 def _builder(folder: epath.PathLike) -> Any:

@@ -8,29 +8,29 @@ from typing import Any
 
 from etils import epath
 
-from data.sources import base, staged
+from data.sources import base, json_files, staged
 from grain_jax.files import annotations
 
-FILES = True
 _EXPECTED = "a list: Visual Genome's region_descriptions.json or image_data.json"
-read = staged.read
 
 
-def shards(options: base.Options) -> list[base.Shard]:
-    """Lists of the images of region_descriptions.json."""
-    sizes, descriptions = {}, []
-    for path in options.annotations:
-        for item in base.read_json_list(path, expected=_EXPECTED):
-            if "regions" in item:
-                descriptions.append(path)
-                break
-            if item.keys() >= {"image_id", "width", "height"}:
-                sizes[item["image_id"]] = (item["width"], item["height"])
-    if not descriptions:
-        raise base.SourceError(
-            "source visual_genome: expected --annotations region_descriptions.json"
-        )
-    return staged.stage("visual_genome", _entries(descriptions, sizes, options.images), options)
+class VisualGenome(staged.ListedSource):
+    """The images of region_descriptions.json."""
+
+    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
+        sizes, descriptions = {}, []
+        for path in options.annotations:
+            for item in json_files.read_json_list(path, expected=_EXPECTED):
+                if "regions" in item:
+                    descriptions.append(path)
+                    break
+                if item.keys() >= {"image_id", "width", "height"}:
+                    sizes[item["image_id"]] = (item["width"], item["height"])
+        if not descriptions:
+            raise base.SourceError(
+                "source visual_genome: expected --annotations region_descriptions.json"
+            )
+        return _entries(descriptions, sizes, options.images)
 
 
 def _entries(
@@ -43,10 +43,10 @@ def _entries(
         for folder in folders
         if folder.is_dir()
         for path in folder.iterdir()
-        if path.suffix.lower() in base.PICTURE_ENDINGS
+        if path.suffix.lower() in base.IMAGE_ENDINGS
     }
     for path in paths:
-        for number, item in enumerate(base.read_json_list(path, expected=_EXPECTED)):
+        for number, item in enumerate(json_files.read_json_list(path, expected=_EXPECTED)):
             identity = item.get("id", item.get("image_id"))
             regions = item.get("regions")
             if identity is None or not isinstance(regions, list):

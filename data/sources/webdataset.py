@@ -13,14 +13,13 @@ import stat
 import tarfile
 import urllib.parse
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from etils import epath
 
-from data.sources import base
+from data.sources import base, join
 from grain_jax.files import image_bounds
 
-FILES = False
 MAX_NAME = 255  # bytes of a part of a name: no file system takes more
 MAX_PATH = 1024  # bytes of a name
 MAX_FILES = 64  # of a sample
@@ -39,18 +38,40 @@ _HEADERS = (  # members that are part of the next one's header, read whole
 )
 
 
-def shards(options: base.Options) -> list[base.Shard]:
-    """One for each tar file in `options.images` or a folder of it, or that one tar."""
-    return tar_shards("webdataset", options)
+class WebDataset:
+    """A `base.Source` of tars: images with their caption, the text beside them, else the JSON's `caption`.
+
+    A subclass with another `entry` reads more of what stands beside an image.
+    """
+
+    images_are_files: ClassVar[bool] = False
+
+    def shards(self, options: base.Options) -> list[base.Shard]:
+        """One for each tar file in `options.images` or a folder of it, or that one tar."""
+        return _tar_shards(options)
+
+    def read(self, shard: base.Shard) -> Iterator[base.Image | base.Fault]:
+        """The tar's images as `entry` makes them of their name and the files beside them."""
+        return _read_tar(shard, self.entry)
+
+    def entry(self, image: str, files: dict[str, bytes]) -> base.Entry:
+        """What the files of a sample say of its image.
+
+        Args:
+          image: its name.
+          files: ending -> content; of images only the first has its content.
+
+        Raises:
+          ValueError: they cannot be used; the message becomes the fault's detail.
+        """
+        if "txt" in files:
+            caption = files["txt"].decode("utf-8", "replace")
+        else:
+            caption = metadata(files).get("caption")
+        return base.Entry(image, (caption,))
 
 
-def read(shard: base.Shard) -> Iterator[base.Picture | base.Fault]:
-    """The tar's images with their caption: the text beside them, else the JSON's `caption`."""
-    return read_tar(shard, _entry)
-
-
-def tar_shards(source: str, options: base.Options) -> list[base.Shard]:
-    """Shards of `source`, one a tar."""
+def _tar_shards(options: base.Options) -> list[base.Shard]:
     root = epath.Path(options.images)
     if root.is_dir():
         paths = [*root.glob("*.tar"), *root.glob("*/*.tar")]
@@ -66,17 +87,13 @@ def tar_shards(source: str, options: base.Options) -> list[base.Shard]:
         if len(name) > _MAX_SHARD_NAME:
             digest = hashlib.sha256(name.encode()).hexdigest()[:16]
             name = f"{name[: _MAX_SHARD_NAME - 17]}-{digest}"
-        out.append(base.Shard(name, source, {"tar": str(path), "prefix": prefix}))
+        out.append(base.Shard(name, {"tar": str(path), "prefix": prefix}))
     return sorted(out, key=lambda shard: shard.name)
 
 
-def read_tar(
+def _read_tar(
     shard: base.Shard, entry: Callable[[str, dict[str, bytes]], base.Entry]
-) -> Iterator[base.Picture | base.Fault]:
-    """The tar's images as `entry` makes them of their name and the texts beside them.
-
-    `entry` raises ValueError for what it cannot use.
-    """
+) -> Iterator[base.Image | base.Fault]:
     name, seen = f"{shard.arguments['prefix']}.tar", set()
     samples = _samples(epath.Path(shard.arguments["tar"]))
     while True:
@@ -101,11 +118,11 @@ def _read_sample(
     files: dict[str, bytes | None],
     entry: Callable[[str, dict[str, bytes]], base.Entry],
     seen: set[str],
-) -> base.Picture | base.Fault:
+) -> base.Image | base.Fault:
     """A sample's image; `seen` are the names of those before it, and then its own too."""
     if ".." in image.split("/"):
         return base.Fault(image, "bad annotation", "expected a name without ..")
-    ending = next(filter(_is_picture, files), None)
+    ending = next(filter(_is_image, files), None)
     if ending is None:
         got = ", ".join(files)
         return base.Fault(image, "no picture", f"got {got:.200}, expected an image beside it")
@@ -122,7 +139,7 @@ def _read_sample(
         found = entry(image, files)
     except ValueError as error:
         return base.Fault(image, "bad annotation", str(error))
-    return base.join(found, files[ending])
+    return join.join(found, files[ending])
 
 
 def _name_fault(image: str) -> str:
@@ -185,7 +202,7 @@ def _samples(path: epath.Path) -> Iterator[tuple[str, dict[str, bytes | None]]]:
             for member in group:
                 ending = _key(member.name)[1]
                 most = MAX_TEXT if ending in _TEXTS else 0
-                if _is_picture(ending) and not any(map(_is_picture, files)):
+                if _is_image(ending) and not any(map(_is_image, files)):
                     most = image_bounds.MAX_BYTES
                 if len(files) == MAX_FILES:
                     ending, most = max(files), -1  # one of them says that there are too many
@@ -204,8 +221,8 @@ def _within(tar: tarfile.TarFile, length: int) -> Iterator[tarfile.TarInfo]:
         yield member
 
 
-def _is_picture(ending: str) -> bool:
-    return f".{ending}".lower() in base.PICTURE_ENDINGS
+def _is_image(ending: str) -> bool:
+    return f".{ending}".lower() in base.IMAGE_ENDINGS
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -213,11 +230,3 @@ def _key(name: str) -> tuple[str, str]:
     folder, _, base_name = name.removeprefix("./").rpartition("/")
     stem, _, ending = base_name.partition(".")
     return f"{folder}/{stem}" if folder else stem, ending
-
-
-def _entry(image: str, files: dict[str, bytes]) -> base.Entry:
-    if "txt" in files:
-        caption = files["txt"].decode("utf-8", "replace")
-    else:
-        caption = metadata(files).get("caption")
-    return base.Entry(image, (caption,))

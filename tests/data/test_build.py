@@ -181,7 +181,7 @@ def test_boxes_are_clipped_and_unknown_keys_counted(tmp_path, capsys):
     (folder / "A.jsonl").write_text(json.dumps(line))
     assert record_sets.build_set(folder, tmp_path / "out") == 0
     summary = capsys.readouterr().err.splitlines()[-1]
-    assert "1 of 1 boxes clipped to their picture" in summary
+    assert "1 of 1 boxes clipped to their image" in summary
     assert "unknown keys kept out: licence (1), regions.mask (1)" in summary
     _, examples = read_back(tmp_path / "out")
     np.testing.assert_allclose(examples["id0"]["regions"]["bbox"], [[0.25, 0, 1, 0.5]])
@@ -213,7 +213,7 @@ def test_encodings():
         picture.save(file, file_format)
         encoded = file.getvalue()
         decoded = images.decode_image(encoded)
-        out, _ = example.encode_picture(decoded, encoded, example.Encoding(**fields))
+        out, _ = example.encode_image(decoded, encoded, example.Encoding(**fields))
         return encoded, out, images.decode_image(out)
 
     encoded, out, _ = stored(rgb, "JPEG", kind="original")
@@ -322,8 +322,8 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path):
     code = (
         "import itertools, sys\nfrom data import build\n"
         # The survey is not what is killed here: all lines are good.
-        "build.survey = lambda *_, **__: found\n"
-        "found = build.Survey('A')\nfound.ids = {i + 1: str(i) for i in range(60_000)}\nfound.lines = 60_000\n"
+        "build.survey.take = lambda *_, **__: found\n"
+        "found = build.survey.Survey('A')\nfound.ids = {i + 1: str(i) for i in range(60_000)}\nfound.lines = 60_000\n"
         "found.fingerprints.extend(range(120_000))\nfound.regions.extend([0] * 60_000)\n"
         "sys.exit(build.main(sys.argv[1:]))"
     )

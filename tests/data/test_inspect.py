@@ -68,7 +68,7 @@ def test_numbers_of_a_record_set(record_set, tmp_path, capsys):
     assert shards["records_per_lane"] == [10, 10]
     assert result["contact_sheet"] == {"shown": 5, "damaged": 0}
     printed = capsys.readouterr().out.splitlines()
-    assert printed[1].startswith("pictures      40; ")
+    assert printed[1].startswith("images        40; ")
     assert printed[-1].endswith("inspect.html, statistics.json, contact_sheet.png")
 
 
@@ -116,15 +116,15 @@ def plant(folder):
         "refusals among synthetic captions": 1,
         "refusals among descriptions": 2,
         "descriptions with list marks or a preamble": 3,
-        "boxes under 0.1% of their picture": 4,
+        "boxes under 0.1% of their image": 4,
         "boxes of 95% of their image or more": 5,
         "descriptions that their image has already": 6,
         "descriptions over 24 tokens": 7,
         "web captions over 77 tokens": 8,
         "lines with faulty regions.box": 9,
         "lines without any caption": 10,
-        "pictures over 3 times as long as wide, or the other way round": 13,
-        "pictures that cannot be read": 16,
+        "images over 3 times as long as wide, or the other way round": 13,
+        "images that cannot be read": 16,
     }
 
 
@@ -136,17 +136,17 @@ def test_planted_problems_are_found(tmp_path):
         assert problem_of[what]["count"] == 1, what
         assert problem_of[what]["example"].startswith(f"A.jsonl:{line}: "), what
         assert problem_of[what]["advice"]
-    assert problem_of["pictures that cannot be read"]["of"] == 57
-    common = problem_of["pictures that share one description (over 10% of all)"]
+    assert problem_of["images that cannot be read"]["of"] == 57
+    common = problem_of["images that share one description (over 10% of all)"]
     assert (common["count"], common["of"]) == (10, 57)
     assert common["example"] == "'the main subject'"
-    copies = problem_of["pictures that are copies, byte by byte, of earlier ones"]
+    copies = problem_of["images that are copies, byte by byte, of earlier ones"]
     assert (copies["count"], copies["example"]) == (1, "id14 is id13")
     assert problem_of["web captions that another image has too"]["count"] == 1
-    others = {"pictures without regions"}
+    others = {"images without regions"}
     assert set(problem_of) - set(expected) - others == {
-        "pictures that share one description (over 10% of all)",
-        "pictures that are copies, byte by byte, of earlier ones",
+        "images that share one description (over 10% of all)",
+        "images that are copies, byte by byte, of earlier ones",
         "web captions that another image has too",
     }
     assert result["pictures"]["left_out"] == 3
@@ -154,7 +154,7 @@ def test_planted_problems_are_found(tmp_path):
 
 def test_no_problem_is_found_in_a_good_set(record_set, tmp_path):
     result = inspect(record_set / "out" / "tiny_set", tmp_path, "--lanes=8")
-    assert set(found(result)) == {"pictures without regions"}  # a quarter, on purpose
+    assert set(found(result)) == {"images without regions"}  # a quarter, on purpose
 
 
 def item(**fields):
@@ -201,8 +201,8 @@ def test_what_only_records_of_others_can_hold():
     assert stats.areas.sum() == 2 and stats.scores.sum() == 2
     source = reading.Source("set", "TFDS records", iter(()), 1, (1,), {})
     names = [problem.what for problem in problems.find(stats, stats.result(source, lanes=1))]
-    assert names[0] == "pictures without any caption"
-    assert "boxes that leave their picture" in names and "boxes without an area" in names
+    assert names[0] == "images without any caption"
+    assert "boxes that leave their image" in names and "boxes without an area" in names
 
 
 def test_damaged_and_missing_shards_do_not_stop_it(record_set, tmp_path):
@@ -413,7 +413,7 @@ def test_the_page_loads_nothing_and_trusts_no_text(record_set, tmp_path):
         (["{}/in"], "got no dataset_info.json there, expected a TFDS set"),
         (["{}/in/empty.jsonl"], "the file is empty"),
         (["{}/in/A.jsonl", "--images={}/nothing"], "no such folder"),
-        (["{}/out/tiny_set", "--images={}/in"], "which hold their pictures"),
+        (["{}/out/tiny_set", "--images={}/in"], "which hold their images"),
         (["{}/in/A.jsonl", "--output={}/in/A.jsonl"], "A.jsonl"),
     ],
 )

@@ -12,6 +12,8 @@ import pytest
 from etils import epath
 
 from data import build, sources
+from data.sources import json_files
+from grain_jax import errors
 from tests import record_sets
 from tests.paths import ROOT
 
@@ -342,12 +344,12 @@ def test_reads_its_public_format(source, tmp_path):
     assert shards == sources.shards(source, found)  # stable over runs
     names = [shard.name for shard in shards]
     assert names == sorted(set(names)) and not any("/" in name for name in names)
-    assert json.loads(json.dumps(shards)) == [[n, s, a] for n, s, a in shards]
+    assert json.loads(json.dumps(shards)) == [list(shard) for shard in shards]
     pictures = [picture for shard in shards for picture in sources.read(shard)]
-    assert all(isinstance(picture, sources.Picture) for picture in pictures), pictures
+    assert all(isinstance(picture, sources.Image) for picture in pictures), pictures
     assert len({picture.image for picture in pictures}) == len(pictures) == COUNT
     assert read_all(source, found._replace(shard_size=5)) == pictures
-    if sources.are_files(source):
+    if sources.make(source).images_are_files:
         files = [(epath.Path(found.images) / p.image).read_bytes() for p in pictures]
         assert [p.encoded for p in pictures] == files
     numbers = {encoded(number): number for number in range(COUNT)}
@@ -373,7 +375,7 @@ def test_a_sample_becomes_records_and_a_training_step(tmp_path):
 
 def test_a_source_that_is_not_there_lists_the_others(tmp_path):
     with pytest.raises(
-        sources.SourceError, match="source 'imagenet': expected one of: annotations"
+        errors.UserError, match="source 'imagenet': expected one of: annotations, coco"
     ):
         sources.shards("imagenet", options(tmp_path))
 
@@ -583,20 +585,20 @@ def test_lines_that_changed_are_another_shard(tmp_path):
 
 
 def test_a_list_longer_than_what_is_read_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources.base, "_CHUNK", 7)
+    monkeypatch.setattr(json_files, "_CHUNK", 7)
     items = [{"a": "[x,] " * 9, "b": [1, {"c": n}]} for n in range(5)]
     path = tmp_path / "list.json"
     for text in (json.dumps(items), json.dumps(items, indent=2), " [ ]"):
         path.write_text(text)
         expected = json.loads(text)
-        assert list(sources.base.read_json_list(path, expected="a list")) == expected
+        assert list(json_files.read_json_list(path, expected="a list")) == expected
     for text in (json.dumps(items)[:-9], json.dumps(items)[:-1], "[1]", "{}", ""):
         path.write_text(text)
         with pytest.raises(sources.SourceError, match="list.json: .*expected a list"):
-            list(sources.base.read_json_list(path, expected="a list"))
+            list(json_files.read_json_list(path, expected="a list"))
     path.write_bytes(b'[{"a": "\xff"}]')
     with pytest.raises(sources.SourceError, match="list.json: not UTF-8 text, expected a list"):
-        list(sources.base.read_json_list(path, expected="a list"))
+        list(json_files.read_json_list(path, expected="a list"))
 
 
 @pytest.mark.parametrize("source", sorted(set(SAMPLES) - {"folder", "webdataset", "tfds"}))

@@ -34,7 +34,7 @@ def test_training_reads_what_was_built(tmp_path, change):
         lambda _: record_sets.build_set(tmp_path / "in", tmp_path / "out", "--num-shards=4"), []
     )
     assert outcome.status == 0
-    rescued = "1 of 16 images stored as PNG, since training cannot read their files; the first is line 4's"
+    rescued = "1 of 16 images stored as PNG, since training cannot read their files; the first is in line 4"
     assert (rescued in outcome.err) == (change is not bytes)
     config = record_sets.config(tmp_path / "out")
     batches = records.batches(config)
@@ -56,7 +56,7 @@ def test_no_mutated_image_is_accepted_that_training_refuses(kind):
             picture = images.decode_image(encoded)
         except images.ImageError:
             continue
-        stored, anew = example.encode_picture(picture, encoded, original)
+        stored, anew = example.encode_image(picture, encoded, original)
         decoded = transforms.decode(tf.constant(stored)).numpy()  # raises where training would
         assert decoded.shape == (picture.height, picture.width, 3)
         accepted, rescued = accepted + 1, rescued + anew

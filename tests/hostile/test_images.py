@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from data.annotate import checks
-from data.sources import base
+from data.sources import base, join
 from grain_jax.files import images
 from tests import record_sets
 from tests.hostile import cases, image_files
@@ -134,9 +134,9 @@ def test_a_reader_that_another_package_registers_is_not_asked(monkeypatch):
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
 def test_what_is_no_file_is_not_opened(tmp_path, kind):
     path = image_files.not_regular(tmp_path, kind)
-    with pytest.raises(images.ImageError, match="got a folder, pipe or device, expected a picture"):
+    with pytest.raises(images.ImageError, match="got a folder, pipe or device, expected an image"):
         images.load_image(path)
-    assert base.load(base.Entry("a.png"), tmp_path).cause == "unreadable"
+    assert join.load(base.Entry("a.png"), tmp_path).cause == "unreadable"
     record_sets.write_annotations(tmp_path / "in", 2)
     (tmp_path / "in" / "00001.png").unlink()
     path.rename(tmp_path / "in" / "00001.png")
@@ -152,7 +152,7 @@ def test_a_link_to_a_file_and_a_long_file(tmp_path, monkeypatch):
         file.truncate(1 << 40)  # no bytes are behind it
     with pytest.raises(images.TooLargeError, match="1,099,511,627,776 bytes, expected at most 268"):
         images.load_image(tmp_path / "long.png")
-    assert base.load(base.Entry("long.png"), tmp_path).cause == "too large"
+    assert join.load(base.Entry("long.png"), tmp_path).cause == "too large"
     # A file without a length, as the kernel has some, which go on for ever.
     if os.path.exists("/proc/self/pagemap"):
         with pytest.raises(images.ImageError, match="0 bytes"):
@@ -161,7 +161,7 @@ def test_a_link_to_a_file_and_a_long_file(tmp_path, monkeypatch):
 
 def test_causes_of_annotating():
     limits = checks.Limits()
-    picture = lambda encoded: base.Picture("a", encoded, (), "", (), None, ())
+    picture = lambda encoded: base.Image("a", encoded, (), "", (), None, ())
     found = lambda encoded: checks.check(picture(encoded), limits).cause
     assert found(image_files.MARKER_EPS) == "unreadable"
     assert found(image_files.png(20_000, 10_000)) == "too large"

@@ -113,7 +113,7 @@ def test_a_tar_that_ends_early(tmp_path, length):
     (tmp_path / "00000.tar").write_bytes(AFTER[:length])
     (shard,) = sources.shards("webdataset", sources.Options(str(tmp_path)))
     found = list(sources.read(shard))
-    assert all(isinstance(item, sources.Fault | sources.Picture) for item in found)
+    assert all(isinstance(item, sources.Fault | sources.Image) for item in found)
     assert [x.cause for x in found if isinstance(x, sources.Fault)] == ["damaged shard"]
 
 

@@ -19,13 +19,13 @@ def test_every_planted_file_has_its_cause(tmp_path):
     found = {}
     for shard in sources.shards("folder", options):
         for item in sources.read(shard):
-            if isinstance(item, sources.Picture):
+            if isinstance(item, sources.Image):
                 item = checks.check(item, checks.Limits())
                 if isinstance(item, PIL.Image.Image):
                     continue
                 assert item.cause in checks.CAUSES
             assert item.detail and "\n" not in item.detail
-            found[item.image] = f"image: {item.cause}"
+            found[item.image] = f"picture: {item.cause}"
     assert found == {name: cause for name, cause in expected.items() if cause}
     assert {name for name in expected if name.startswith("fine_")} == set(expected) - set(found)
 
@@ -33,7 +33,7 @@ def test_every_planted_file_has_its_cause(tmp_path):
 def checked(picture, kind, limits=None, **options):
     out = io.BytesIO()
     picture.save(out, kind, **options)
-    return checks.check(sources.Picture("x", out.getvalue()), limits or checks.Limits())
+    return checks.check(sources.Image("x", out.getvalue()), limits or checks.Limits())
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16"])
@@ -80,5 +80,5 @@ def test_a_file_cut_anywhere_is_a_fault_never_an_error(kind):
     PIL.Image.fromarray(noise).save(out, kind)
     whole = out.getvalue()
     for length in range(0, len(whole) * 9 // 10, max(1, len(whole) // 40)):
-        fault = checks.check(sources.Picture("x", whole[:length]), checks.Limits())
+        fault = checks.check(sources.Image("x", whole[:length]), checks.Limits())
         assert fault.cause in ("empty file", "unreadable", "damaged")

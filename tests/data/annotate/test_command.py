@@ -133,12 +133,19 @@ def test_a_server_that_refuses_all_ends_the_job_in_one_line(pictures, tmp_path, 
     [
         ("--passes=captoin", "expected all, none, or some of caption,describe,ground"),
         ("--runnner=DirectRunner", "got --runnner, expected an argument of this command"),
-        ("--source=tdfs", "invalid choice: 'tdfs'"),
+        (
+            "--source=tdfs",
+            "data source 'tdfs': did you mean tfds? expected one of: annotations, coco",
+        ),
+        ("--source=no.where:Source", "'no.where' cannot be imported (No module named 'no')"),
+        ("--source=json:JSONDecoder", "got a class without images_are_files, shards, read"),
+        ("--option=delimiter", "got 'delimiter', expected KEY=VALUE"),
+        ("--option=a=b", "--option a of data source 'annotations': the source has no options"),
         ("--passes=describe", "1 of 1 shards have no results of the pass caption yet"),
         ("--endpoint=http://127.0.0.1:1/v1", "got no --chat"),
         ("--records=Big Set", "expected a TFDS name"),
         ("--prompts=/nowhere", "/nowhere/caption.txt: no such file"),
-        ("--images=/nowhere  --source=folder", "no such folder, expected pictures"),
+        ("--images=/nowhere  --source=folder", "no such folder, expected images"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(pictures, tmp_path, capsys, given, expected):

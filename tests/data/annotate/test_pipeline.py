@@ -36,7 +36,7 @@ def make_job(tmp_path, url="http://127.0.0.1:1/v1", names=("caption", "describe"
         passes=tuple(names),
         limits=checks.Limits(),
         batch_size=2,
-        keep_pictures=False,
+        keep_images=False,
         chat=endpoint_chat.Options(url=url, model="tiny", tries=1),
         detector=detector.Options(),
         prompts={

@@ -1,0 +1,108 @@
+"""The first pass of data.build: every line is checked and every image decoded, before anything is written."""
+
+import array
+import collections
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterable
+
+from etils import epath
+
+from data import example, parallel, progress
+from grain_jax import errors, printable
+
+ReadLines = Callable[[epath.Path], Iterable[example.Line]]
+
+
+class BuildError(errors.UserError):
+    """The set cannot be built from this input; the message is one line."""
+
+
+class Survey:
+    """What the first pass found: which lines are good, and what is wrong with the others."""
+
+    def __init__(self, file_name: str):
+        self.file_name = file_name
+        self.ids: dict[int, str] = {}  # line -> id, of the good lines
+        self.faults: list[tuple[int, str]] = []  # (line, what)
+        self.lines = self.image_bytes = self.boxes_clipped = 0
+        self.regions = array.array("I")  # of each good line
+        self.unknown_keys: collections.Counter[str] = collections.Counter()
+        self.fingerprints = array.array("Q")  # exact and near, of the good lines in order
+        self._line_of_id: dict[str, int] = {}
+
+    @property
+    def faulty_lines(self) -> int:
+        """Lines with at least one fault."""
+        return self.lines - len(self.ids)
+
+    def add(self, verdict: example.Verdict) -> None:
+        """Counts a line; its faults go to stderr at once."""
+        self.lines += 1
+        self.unknown_keys.update(verdict.unknown_keys)
+        faults = list(verdict.faults)
+        if not faults:
+            identity = verdict.id
+            if identity is None:  # its image's path, unless another line has that image too
+                identity = verdict.image
+                if identity in self._line_of_id:
+                    identity = f"{verdict.image}#{verdict.number}"
+            if identity in self._line_of_id:
+                faults = [
+                    f"id: got {json.dumps(identity)}, which line {self._line_of_id[identity]} has"
+                    " already, expected one of its own"
+                ]
+        for fault in faults:
+            self.faults.append((verdict.number, fault))
+            line = printable.plain(f"{self.file_name}:{verdict.number}: {fault}")
+            print(line, file=sys.stderr)
+        if faults:
+            return
+        self.ids[verdict.number] = identity
+        self.fingerprints.extend(verdict.fingerprint)
+        self._line_of_id[identity] = verdict.number
+        self.image_bytes += verdict.image_bytes
+        self.regions.append(verdict.regions)
+        self.boxes_clipped += verdict.boxes_clipped
+
+    def summary(self) -> str:
+        """One line about all that was left out or changed."""
+        parts = [f"{self.faulty_lines} of {self.lines} lines faulty ({len(self.faults)} faults)"]
+        if self.boxes_clipped:
+            parts.append(
+                f"{self.boxes_clipped} of {sum(self.regions)} boxes clipped to their image"
+            )
+        if self.unknown_keys:
+            named = ", ".join(
+                f"{printable.plain(key, 60)} ({n})" for key, n in self.unknown_keys.most_common()
+            )
+            parts.append(f"unknown keys kept out: {named}")
+        return f"{self.file_name}: " + "; ".join(parts)
+
+    def write_faults(self, path: epath.Path) -> None:
+        """One JSON object a fault: file, line, fault."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            "".join(
+                json.dumps({"file": self.file_name, "line": line, "fault": fault}) + "\n"
+                for line, fault in self.faults
+            )
+        )
+
+
+def take(
+    annotations: epath.Path,
+    folder: epath.Path,
+    *,
+    workers: int,
+    total: int,
+    read_lines: ReadLines = example.read_lines,
+) -> Survey:
+    """Checks all lines and decodes all images."""
+    found = Survey(str(annotations))
+    check = functools.partial(example.check, folder=str(folder))
+    verdicts = parallel.ordered_map(check, read_lines(annotations), workers=workers)
+    for verdict in progress.progress(verdicts, total=total, what="checking"):
+        found.add(verdict)
+    return found

@@ -1,0 +1,58 @@
+"""A data source of your own: boxes and phrases in a CSV file, one row a box.
+
+  image,caption,x1,y1,x2,y2,phrase
+  street/001.jpg,a bus at a stop,12,30,200,180,a red bus
+
+Rows of one image stand together; a row without a phrase has a caption alone. From the folder that holds `examples`:
+
+  python -m data.annotate --source examples.source.csv_boxes:CsvBoxes --annotations boxes.csv --images DIR \
+    --option unit=share --passes none --output OUT --records my_set
+
+reads the file, writes OUT/A.jsonl and builds OUT/records/my_set/1.0.0, which training reads.
+"""
+
+import csv
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from data.sources import base, staged
+
+UNITS = ("pixel", "share")
+COLUMNS = ("image", "caption", "x1", "y1", "x2", "y2", "phrase")
+
+
+@dataclasses.dataclass(frozen=True)
+class CsvBoxes(staged.ListedSource):
+    """Images of CSV files. The fields are its options: `--option delimiter=;`."""
+
+    delimiter: str = ","
+    unit: str = "pixel"  # of x1 to y2; share: of the image's width and height
+
+    def __post_init__(self):
+        if self.unit not in UNITS:
+            raise ValueError(f"unit: got {self.unit!r}, expected one of {', '.join(UNITS)}")
+
+    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
+        """An entry an image; whether a box lies in its image is checked when the image is read."""
+        for path in options.annotations:
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = csv.DictReader(file, delimiter=self.delimiter)
+                if missing := set(COLUMNS) - set(rows.fieldnames or ()):
+                    raise base.SourceError(
+                        f"{path}: has no column {', '.join(sorted(missing))} between {self.delimiter!r}"
+                    )
+                for image, of_image in itertools.groupby(rows, key=lambda row: row["image"]):
+                    yield self._entry(image, list(of_image))
+
+    def _entry(self, image: str, rows: list[dict[str, str]]) -> base.Entry | base.Fault:
+        try:
+            regions = [
+                ([float(row[side]) for side in ("x1", "y1", "x2", "y2")], row["phrase"], base.WHOLE)
+                for row in rows
+                if row["phrase"]
+            ]
+        except (TypeError, ValueError) as error:  # a short row; no number
+            return base.Fault(image, "bad annotation", f"a box: {error}")
+        captions = list(dict.fromkeys(row["caption"] for row in rows))
+        return base.Entry(image, captions, regions=regions, shares=self.unit == "share")

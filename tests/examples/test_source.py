@@ -1,0 +1,83 @@
+"""examples/source: a user's CSV reader as a data source, through the real command to records that training reads."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data.annotate import __main__ as command
+from tests import record_sets
+from tests.paths import ROOT
+
+HEADER = "image;caption;x1;y1;x2;y2;phrase\n"
+ROWS = """\
+street/0.png;a bus;0.25;0.5;0.75;1;a red bus
+street/0.png;a bus at a stop;0;0;0.5;0.5;a sign
+street/1.png;an empty road;;;;;
+"""
+SIZE = (40, 20)
+
+
+def arguments(folder, *more):
+    return [
+        "--source=examples.source.csv_boxes:CsvBoxes",
+        f"--annotations={folder / 'boxes.csv'}",
+        f"--images={folder}",
+        f"--output={folder / 'out'}",
+        "--passes=none",
+        *more,
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "street").mkdir()
+    for number in range(2):
+        record_sets.picture(number, SIZE).save(tmp_path / f"street/{number}.png")
+    (tmp_path / "boxes.csv").write_text(HEADER + ROWS)
+    return tmp_path
+
+
+def test_the_command_converts_the_file_and_builds_records(folder):
+    import tensorflow_datasets as tfds
+
+    given = arguments(folder, "--option=delimiter=;", "--option=unit=share", "--records=street")
+    command_line = [sys.executable, "-m", "data.annotate", *given]
+    run = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "2 of 2 images, 2 regions" in run.stdout
+    builder = tfds.builder("street", data_dir=folder / "out/records")
+    found = {x["id"].decode(): x for x in tfds.as_numpy(builder.as_dataset(split="train"))}
+    assert sorted(found) == ["street/0.png", "street/1.png"]
+    first, second = found["street/0.png"], found["street/1.png"]
+    assert first["captions"].tolist() == [b"a bus", b"a bus at a stop"]
+    assert first["regions"]["description"].tolist() == [b"a red bus", b"a sign"]
+    yxyx = [[0.5, 0.25, 1, 0.75], [0, 0, 0.5, 0.5]]
+    np.testing.assert_allclose(first["regions"]["bbox"], yxyx, atol=1e-6)
+    assert first["regions"]["score"].tolist() == [1, 1]
+    np.testing.assert_array_equal(first["image"], np.asarray(record_sets.picture(0, SIZE)))
+    assert second["captions"].tolist() == [b"an empty road"]
+    assert len(second["regions"]["score"]) == 0
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        (["unti=share"], "--option unti of data source"),
+        (["unti=share"], "no such key; did you mean unit?"),
+        (["unit=inch"], "unit: got 'inch', expected one of pixel, share"),
+        (["delimiter=,"], "boxes.csv: has no column caption, image, phrase, x1, x2, y1, y2"),
+    ],
+)
+def test_a_wrong_option_is_one_line(folder, options, line, capsys):
+    assert command.main(arguments(folder, *(f"--option={option}" for option in options))) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert line in said
+
+
+def test_a_box_that_is_no_number_is_a_fault_of_its_image(folder, capsys):
+    (folder / "boxes.csv").write_text(HEADER + ROWS.replace("0.75;1;", "wide;1;"))
+    assert command.main(arguments(folder, "--option=delimiter=;", "--option=unit=share")) == 2
+    assert "1 of 2 images have a fault" in capsys.readouterr().err
+    assert '"cause": "bad annotation"' in (folder / "out/failed.jsonl").read_text()
