@@ -97,9 +97,7 @@ def _of_shares(stats: statistics.Statistics, result: dict[str, Any]) -> list[Pro
     bare = stats.issues["no region"]
     if bare.count > _FEW_REGIONS * images:
         advice = "nothing, if you know it: these images train the caption loss alone"
-        found.append(
-            Problem("images without regions", bare.count, images, bare.example, advice)
-        )
+        found.append(Problem("images without regions", bare.count, images, bare.example, advice))
     kinds = (
         ("one description", result["descriptions"], "see whether the model copies its prompt"),
         ("one synthetic caption", result["captions"]["synthetic"], "see whether the model fails"),
