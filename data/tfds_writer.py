@@ -19,7 +19,7 @@ from etils import epath
 from tensorflow_datasets.core.utils import shard_utils
 
 from data import digest, example, staging
-from grain_jax.input_pipeline import records
+from grain_jax.input_pipeline import record_files
 
 
 def features(encoding_format: str | None) -> tfds.features.FeaturesDict:
@@ -162,6 +162,6 @@ def write(
             }
             for split, of in digests.items()
         }
-        beside = {**files(), records.DIGEST_FILE: json.dumps(of_splits).encode()}
+        beside = {**files(), record_files.DIGEST_FILE: json.dumps(of_splits).encode()}
         for file_name, content in beside.items():
             (epath.Path(builder.data_dir) / file_name).write_bytes(content)

@@ -1,14 +1,48 @@
 """Finds an extension: by its name in a table of the package's own, or as `module:Name` in any module that Python finds.
 
 Loss terms, evaluators, towers and data sources are chosen this way. Imports nothing but `errors`.
+
+A stored config (of a checkpoint, a workdir) may come from anyone, so a name in it imports no code: its module must
+be imported already, or be listed in the environment variable GRAIN_JAX_IMPORT, separated by commas. For the config
+that a user passes to a command, the command switches imports on (`importing`).
 """
 
+import contextlib
+import contextvars
 import difflib
 import importlib
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from grain_jax import errors
+
+VARIABLE = "GRAIN_JAX_IMPORT"
+_importing = contextvars.ContextVar("importing", default=False)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Inside, names may import their modules."""
+    token = _importing.set(True)
+    try:
+        yield
+    finally:
+        _importing.reset(token)
+
+
+def is_external(name: str) -> bool:
+    """Whether a name is `module:Name`, not one of the package."""
+    return ":" in name
+
+
+def may_import(name: str) -> bool:
+    """Whether `find` may look into the module of `module:Name`; True of a built-in name."""
+    module_name = name.partition(":")[0]
+    listed = [module.strip() for module in os.environ.get(VARIABLE, "").split(",")]
+    own = not is_external(name) or module_name.partition(".")[0] == "grain_jax"
+    return own or _importing.get() or module_name in sys.modules or module_name in listed
 
 
 def find(kind: str, name: str, table: Mapping[str, Any]) -> Any:
@@ -20,7 +54,8 @@ def find(kind: str, name: str, table: Mapping[str, Any]) -> Any:
       table: the package's own, by name.
 
     Raises:
-      errors.UserError: there is no such name, module or attribute; the line lists what there is.
+      errors.UserError: there is no such name, module or attribute (the line lists what there is), or the module
+        may not be imported.
     """
     if name in table:
         return table[name]
@@ -31,6 +66,11 @@ def find(kind: str, name: str, table: Mapping[str, Any]) -> Any:
         known = ", ".join(sorted(table))
         raise errors.UserError(
             f"{kind} {name!r}: {meant}expected one of: {known}; or module:Name of your own"
+        )
+    if not may_import(name):
+        raise errors.UserError(
+            f"{kind} {name!r}: a stored config imports no code; if you trust it, import {module_name} first,"
+            f" or set {VARIABLE}={module_name}"
         )
     try:
         module = importlib.import_module(module_name)

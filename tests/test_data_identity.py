@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 
 from data import digest
 from grain_jax import train, verify
-from grain_jax.input_pipeline import records
+from grain_jax.input_pipeline import record_files, records
 from grain_jax.runtime import checkpoint, receipt
 from tests import record_sets, tiny
 
@@ -46,7 +46,7 @@ def _identity(output):
 
 
 def test_the_digest_is_of_what_the_records_hold(pictures, built, tmp_path):
-    written = json.loads((built / "tiny_set/1.0.0" / records.DIGEST_FILE).read_text())
+    written = json.loads((built / "tiny_set/1.0.0" / record_files.DIGEST_FILE).read_text())
     builder = tfds.builder_from_directory(built / "tiny_set/1.0.0")
     stored = []
     decoders = {"image": tfds.decode.SkipDecoding()}
@@ -78,7 +78,7 @@ def test_the_digest_is_of_what_the_records_hold(pictures, built, tmp_path):
 def test_the_same_set_elsewhere_is_the_same_and_another_is_not(pictures, built, tmp_path, beside):
     def identity(output):
         if not beside:  # a set that data.build has not written, or an older one
-            (output / "tiny_set/1.0.0" / records.DIGEST_FILE).unlink(missing_ok=True)
+            (output / "tiny_set/1.0.0" / record_files.DIGEST_FILE).unlink(missing_ok=True)
         return _identity(output)
 
     here = identity(built)
@@ -95,7 +95,7 @@ def test_the_same_set_elsewhere_is_the_same_and_another_is_not(pictures, built, 
 
 
 def test_a_digest_of_other_shards_is_not_taken(pictures, built):
-    path = built / "tiny_set/1.0.0" / records.DIGEST_FILE
+    path = built / "tiny_set/1.0.0" / record_files.DIGEST_FILE
     old = path.read_text()
     _build(pictures, built, shards=2)
     path.write_text(old)
@@ -105,12 +105,12 @@ def test_a_digest_of_other_shards_is_not_taken(pictures, built):
 def test_of_many_files_a_fixed_number_is_looked_into(built, monkeypatch):
     shards = sorted((built / "tiny_set/1.0.0").glob("*tfrecord*"))
     looked = []
-    monkeypatch.setattr(records, "_LOOKED_INTO", 2)
+    monkeypatch.setattr(record_files, "_LOOKED_INTO", 2)
     real = records.tf.data.TFRecordDataset
     monkeypatch.setattr(
         records.tf.data, "TFRecordDataset", lambda path: looked.append(path) or real(path)
     )
-    records._digest_of_files([records.epath.Path(path) for path in shards])
+    record_files._digest_of_files([record_files.epath.Path(path) for path in shards])
     assert sorted(looked) == [str(shards[0]), str(shards[2])]
 
 
@@ -189,8 +189,8 @@ def test_a_damaged_record_of_the_data_is_a_damaged_checkpoint(run, tmp_path, mon
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"test": {}}', '{"train": 3}'])
 def test_a_digest_that_data_build_has_not_written_is_one_line(built, content):
-    (built / "tiny_set/1.0.0" / records.DIGEST_FILE).write_text(content)
-    with pytest.raises(records.DataError, match="not what data.build writes") as caught:
+    (built / "tiny_set/1.0.0" / record_files.DIGEST_FILE).write_text(content)
+    with pytest.raises(record_files.DataError, match="not what data.build writes") as caught:
         _identity(built)
     assert "\n" not in str(caught.value)
 
@@ -198,7 +198,7 @@ def test_a_digest_that_data_build_has_not_written_is_one_line(built, content):
 def test_another_kind_of_digest_is_not_compared_and_says_so(run, tmp_path):
     workdir, output = run
     shutil.copytree(output, tmp_path / "bare")
-    (tmp_path / "bare/tiny_set/1.0.0" / records.DIGEST_FILE).unlink()
+    (tmp_path / "bare/tiny_set/1.0.0" / record_files.DIGEST_FILE).unlink()
     (line,), _ = _restore(workdir, _config(tmp_path / "bare"))
     assert line.endswith("the content cannot be compared, a digest of records with one of files")
 

@@ -1,5 +1,7 @@
 """Extensions by name and as module:Name, and what an unknown one is told."""
 
+import sys
+
 import pytest
 
 from grain_jax import errors, named
@@ -25,13 +27,35 @@ def test_what_is_found(name, found):
             "'no_such' cannot be imported (No module named 'no_such'); expected module",
         ),
         (":Source", "'' cannot be imported (Empty module name); expected module:Name"),
-        ("grain_jax.named:Find", "grain_jax.named has no 'Find', expected one of: find"),
+        (
+            "grain_jax.named:Find",
+            "grain_jax.named has no 'Find', expected one of: importing, is_external, may_import, find",
+        ),
         ("grain_jax.printable:x", "grain_jax.printable has no 'x', expected one of: plain"),
     ],
 )
 def test_what_is_not_found(name, message):
-    with pytest.raises(errors.UserError) as error:
+    with named.importing(), pytest.raises(errors.UserError) as error:
         named.find("data source", name, TABLE)
     assert str(error.value).startswith("data source ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_module_is_imported_where_the_user_allows_it(monkeypatch, tmp_path):
+    (tmp_path / "of_a_stranger.py").write_text("class Source: pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "of_a_stranger:Source"
+    with pytest.raises(
+        errors.UserError, match="import of_a_stranger first, or set GRAIN_JAX_IMPORT"
+    ):
+        named.find("data source", name, TABLE)
+    assert "of_a_stranger" not in sys.modules
+    monkeypatch.setenv(named.VARIABLE, "another, of_a_stranger")
+    assert named.find("data source", name, TABLE).__name__ == "Source"
+    monkeypatch.delenv(named.VARIABLE)
+    assert named.find("data source", name, TABLE).__name__ == "Source"  # it is imported already
+    monkeypatch.delitem(sys.modules, "of_a_stranger")
+    with named.importing():
+        assert named.find("data source", name, TABLE).__name__ == "Source"
+    monkeypatch.delitem(sys.modules, "of_a_stranger")

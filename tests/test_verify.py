@@ -11,7 +11,7 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import train, verify
-from grain_jax.input_pipeline import records
+from grain_jax.input_pipeline import record_files
 from grain_jax.runtime import receipt
 from tests import record_sets, tiny
 from tests.paths import ROOT
@@ -260,10 +260,10 @@ def test_edited_records_of_the_data_set_are_found(tmp_path, capsys):
 
     def build_unnoticed():
         build()
-        (data / "tiny_set/1.0.0" / records.DIGEST_FILE).write_text(written)
+        (data / "tiny_set/1.0.0" / record_files.DIGEST_FILE).write_text(written)
 
     build()
-    written = (data / "tiny_set/1.0.0" / records.DIGEST_FILE).read_text()
+    written = (data / "tiny_set/1.0.0" / record_files.DIGEST_FILE).read_text()
     source = dict(input__source="records", input__data_dir=str(data), input__name="tiny_set")
     train.train(tiny.config(**source), workdir)
     build()  # other bytes, the same records

@@ -130,9 +130,9 @@ def _records(path: epath.Path) -> Source:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow_datasets as tfds  # slow to start
 
-    from grain_jax.input_pipeline import records
+    from grain_jax.input_pipeline import record_files
 
-    info = records.read_info(path)
+    info = record_files.read_info(path)
     wanted = ("image", "captions", "synthetic_caption", "regions")
     missing = [name for name in wanted if name not in info.features]
     if missing or SPLIT not in info.splits:

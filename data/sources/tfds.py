@@ -88,9 +88,9 @@ def all_images(folder: epath.PathLike) -> Iterator[base.Image | base.Fault]:
 def _builder(folder: epath.PathLike) -> Any:
     import tensorflow_datasets as tfds  # slow to start, so only where it is needed
 
-    from grain_jax.input_pipeline import records
+    from grain_jax.input_pipeline import record_files
 
-    records.read_info(directory(folder))  # damage in a line
+    record_files.read_info(directory(folder))  # damage in a line
     return tfds.builder_from_directory(directory(folder))
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from grain_jax import named
 from grain_jax.config import fields
 from grain_jax.config.fields import Config, Evaluator, Input, Model
 
@@ -66,6 +67,12 @@ def check_values(part: Any, path: str, faults: list[str]) -> None:
         choices = field.metadata.get("choices", ())
         if choices and value not in choices:
             faults.append(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
+        built_in = field.metadata.get("built_in", ())
+        if built_in and value not in built_in and not named.is_external(value):
+            known = ", ".join(built_in)
+            faults.append(
+                f"{name}: got {value!r}, expected one of {known}, or module:Class of your own"
+            )
         low, high = field.metadata.get("low", -math.inf), field.metadata.get("high", math.inf)
         if (low, high) != (-math.inf, math.inf) and not low <= value <= high:
             least = value < low and high >= fields.WIDEST
@@ -96,12 +103,15 @@ def check_model(model: Model, faults: list[str]) -> None:
     if faults:
         return
     image, text, decoder = model.image, model.text, model.decoder
-    if image.image_size % image.patch_size:
+    is_vit = not named.is_external(image.tower)
+    if is_vit and image.image_size % image.patch_size:
         faults.append(
             f"model.image.image_size: got {image.image_size}, expected a multiple of"
             f" model.image.patch_size = {image.patch_size}"
         )
-    for name, tower in (("image", image), ("text", text), ("decoder", decoder)):
+    built_in = {"image": image if is_vit else None, "decoder": decoder}
+    built_in["text"] = None if named.is_external(text.tower) else text
+    for name, tower in built_in.items():
         if tower is not None and tower.width % tower.heads:
             faults.append(f"model.{name}.heads: got {tower.heads}, must divide width {tower.width}")
     for name, tower in (("image", image), ("text", text)):
@@ -111,16 +121,26 @@ def check_model(model: Model, faults: list[str]) -> None:
                 f"model.embed_dim: got {model.embed_dim}, expected model.{name}.width = {tower.width},"
                 f" because model.{name}.projection is none"
             )
-    if decoder is not None and (image.pool != "none" or image.projection != "matrix"):
+    if _pooled(image):
+        if decoder is not None or image.pool != "none":
+            faults.append(
+                f"model.image.pool, model.decoder: got {image.pool}, {'None' if decoder is None else 'a decoder'}"
+                f" with the tower {image.tower}, which pools its tokens; expected none, None"
+            )
+    elif decoder is not None and (image.pool != "none" or image.projection != "matrix"):
         faults.append(
             f"model.image.pool, model.image.projection: got {image.pool}, {image.projection} with a"
             " decoder, which pools and projects itself; expected none, matrix"
         )
-    if decoder is None and image.pool == "none":
+    elif decoder is None and image.pool == "none" and named.may_import(image.tower):
         faults.append(
             "model.image.pool: got none without model.decoder; expected class, map or mean"
         )
-    if image.pool == "class" and not image.class_token:
+    if _pooled(text) and text.pool != "end":
+        faults.append(
+            f"model.text.pool: got {text.pool} with the tower {text.tower}, which pools its rows; expected end"
+        )
+    if is_vit and image.pool == "class" and not image.class_token:
         faults.append("model.image.pool: got class, but model.image.class_token is False")
     for name, value in (("pixel_mean", image.pixel_mean), ("pixel_std", image.pixel_std)):
         if len(value) != 3 or (name == "pixel_std" and min(value) <= 0):
@@ -135,6 +155,13 @@ def check_model(model: Model, faults: list[str]) -> None:
             f"model.text.pad_id: got {text.pad_id}, expected less than model.text.vocab_size"
             f" = {text.vocab_size}"
         )
+
+
+def _pooled(tower: fields.ImageTower | fields.TextTower) -> bool:
+    """Whether the tower gives one vector an image or row (models/towers.py), as far as its class may be imported."""
+    if not named.is_external(tower.tower) or not named.may_import(tower.tower):
+        return False
+    return getattr(named.find("tower", tower.tower, {}), "pooled", False)
 
 
 def check_evaluator(path: str, entry: Evaluator, faults: list[str]) -> None:
@@ -220,7 +247,13 @@ def _loss(config: Config, faults: list[str]) -> None:
 
 def _text_rows(config: Config, faults: list[str]) -> None:
     text = config.model.text
-    if config.text.packing and not text.packable:
+    if named.is_external(text.tower):
+        if config.text.packing and named.may_import(text.tower) and not text.packable:
+            faults.append(
+                f"text.packing: got True, but the text tower {text.tower} is not packable: each text needs a row"
+                " of its own; set text.packing=False"
+            )
+    elif config.text.packing and not text.packable:
         faults.append(
             f"text.packing: got True, but a text tower with causal={text.causal} and pool={text.pool}"
             " sees its padding, so that each text needs a row of its own; set text.packing=False"

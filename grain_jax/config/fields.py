@@ -8,6 +8,8 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+from grain_jax import named
+
 # What a run that resumes with another value of the key is:
 # - "order": the key decides which examples a step sees. The trainer refuses to resume.
 # - "numbers": it decides what a step computes from them. `verify` and `launch.sweep` call it another run.
@@ -19,6 +21,9 @@ ROLES = ("order", "numbers", "result", "free")
 
 REMAT_POLICIES = ("none", "dots", "qkv", "full")  # from most memory to most recomputation
 DTYPES = ("float32", "bfloat16")
+IMAGE_TOWERS = ("vit",)
+TEXT_TOWERS = ("transformer",)
+SOURCES = ("records", "synthetic")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 PROJECTIONS = ("none", "matrix", "affine")
 IMAGE_POOLS = ("none", "class", "map", "mean")
@@ -42,6 +47,8 @@ def key(
     choices: tuple[str, ...] = (),
     role: Role | None = None,
     added: bool = False,
+    built_in: tuple[str, ...] = (),
+    options_of: str = "",
 ) -> Any:
     """The declaration of a key, or of a group of keys.
 
@@ -53,8 +60,19 @@ def key(
       role: see Role; None takes that of the group.
       added: the key came after the first checkpoints. A config without it has the default, and a config with
         the default has the digest of one without the key.
+      built_in: names that the package has; the key is one of them, or `module:Name` of a class (grain_jax/named.py).
+      options_of: the key beside this one that names a class: the group has the keys of its `Options`, a frozen
+        dataclass. Without options, and of a built-in name, it is NoOptions.
     """
-    limits = {"low": low, "high": high, "choices": choices, "role": role, "added": added}
+    limits = {
+        "low": low,
+        "high": high,
+        "choices": choices,
+        "role": role,
+        "added": added,
+        "built_in": built_in,
+        "options_of": options_of,
+    }
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=limits)
     return dataclasses.field(default=default, metadata=limits)
@@ -83,9 +101,20 @@ def default_of(field: dataclasses.Field) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageTower:
-    """A vision transformer (docs/method.md, Model): learned positions, norms before attention and MLP."""
+class NoOptions:
+    """The options of a class that has none, and of the built-in ones, which have keys of their own."""
 
+
+@dataclasses.dataclass(frozen=True)
+class ImageTower:
+    """The image tower: "vit" is a vision transformer (docs/method.md, Model) with learned positions and pre-norm layers.
+
+    Another tower (models/towers.py) reads of these keys what it likes; all towers have image_size, pool, projection,
+    pixel_mean and pixel_std.
+    """
+
+    tower: str = key("vit", built_in=IMAGE_TOWERS, added=True)
+    options: Any = key(NoOptions, options_of="tower", added=True)
     image_size: int = size(224)  # pixels, height = width
     patch_size: int = size(16)  # pixels; must divide image_size
     width: int = size(768)  # E
@@ -118,8 +147,14 @@ class ImageTower:
 
 @dataclasses.dataclass(frozen=True)
 class TextTower:
-    """A text transformer: CLIP's (causal, read at the end token of each text), or one such as SigLIP's."""
+    """The text tower: "transformer" is CLIP's (causal, read at the end token of each text), or one such as SigLIP's.
 
+    Another tower (models/towers.py) reads of these keys what it likes; all towers have vocab_size, context_length,
+    norm_eps, pool, projection, tokenizer, cleaning and pad_id.
+    """
+
+    tower: str = key("transformer", built_in=TEXT_TOWERS, added=True)
+    options: Any = key(NoOptions, options_of="tower", added=True)
     vocab_size: int = count(49408, low=3, high=10_000_000)
     context_length: int = count(77, low=3, high=1_000_000)  # L, also the length of a packed row
     width: int = size(512)
@@ -143,7 +178,13 @@ class TextTower:
 
     @property
     def packable(self) -> bool:
-        """Whether several texts may share a row: no output depends on the padding."""
+        """Whether several texts may share a row: no output depends on the padding.
+
+        Raises:
+          UserError: `tower` names a class that is not there, or may not be imported.
+        """
+        if named.is_external(self.tower):
+            return named.find("model.text.tower", self.tower, {}).packable(self)
         return self.causal and self.pool == "end"
 
 
@@ -205,8 +246,9 @@ class Dataset:
 class Input:
     """Which examples are read, in which order, and how they are varied."""
 
-    # "records" (TFDS-format TFRecords) or "synthetic" (random, no TensorFlow).
-    source: str = key("records", choices=("records", "synthetic"), role="order")
+    # "records" (TFDS-format TFRecords), "synthetic" (random, no TensorFlow) or a class (input_pipeline/sources.py).
+    source: str = key("records", built_in=SOURCES, role="order")
+    options: Any = key(NoOptions, options_of="source", role="order", added=True)
     data_dir: str = key("", role="free")
     name: str = key("", role="order")
     # Command that makes the data set where it is missing.

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from grain_jax import errors
+from grain_jax import errors, named
 from grain_jax.config import checks, fields
 from grain_jax.config.fields import Config, Model, Suite
 
@@ -95,8 +95,42 @@ def build(cls: type[T], value: Any, path: str, faults: list[str]) -> T | None:
     faults.extend(f"{at(key)}: missing{default}" for key in missing)
     if missing:
         return None
-    given = {key: kind for key, (_, kind) in known.items() if key in value}
-    return cls(**{key: _convert(kind, value[key], at(key), faults) for key, kind in given.items()})
+    given = {
+        key: _options_of(field.metadata["options_of"], field, value, path, faults)
+        if field.metadata.get("options_of")
+        else _convert(kind, value[key], at(key), faults)
+        for key, (field, kind) in known.items()
+        if key in value or field.metadata.get("options_of")
+    }
+    try:
+        return cls(**given)
+    except ValueError as error:  # of a class's own check of its options
+        faults.append(f"{path}: {error}")
+        return None
+
+
+def _options_of(
+    owner: str, field: dataclasses.Field, group: Mapping[str, Any], path: str, faults: list[str]
+) -> Any:
+    """The options of the class that `group[owner]` names, in the field of that group.
+
+    Where the class may not be imported (grain_jax/named.py), they stay as they are.
+    """
+    at = lambda key: f"{path}.{key}" if path else key  # noqa: E731
+    name, value = group.get(owner, ""), group.get(field.name)
+    cls = fields.NoOptions
+    if isinstance(name, str) and named.is_external(name):
+        if not named.may_import(name):
+            return value or {}
+        try:
+            cls = getattr(named.find(at(owner), name, {}), "Options", None) or cls
+        except errors.UserError as error:
+            faults.append(str(error))
+            return value
+    if cls is fields.NoOptions and value:
+        given = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
+        faults.append(f"{at(field.name)}: got {given}, but {at(owner)}={name} has no options")
+    return build(cls, value or {}, at(field.name), [] if cls is fields.NoOptions else faults)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from grain_jax.convert import archives, model_card, parity
 from grain_jax.convert import torch as reference
 from grain_jax.convert import torch_names as names
 from grain_jax.files import images, regular_file
-from grain_jax.input_pipeline import tokenizer as tokenizers_lib
+from grain_jax.input_pipeline import clip_tokenizer as tokenizers_lib
 from grain_jax.runtime import checkpoint
 
 WEIGHTS = "model.safetensors"
@@ -54,7 +54,7 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     Raises:
       ConvertError: a model that the modeling file cannot express, or the folder holds something else.
       checkpoint.CheckpointError: nothing to read.
-      tokenizer.TokenizerError: CLIP's vocabulary is not found.
+      text_cleaning.TokenizerError: CLIP's vocabulary is not found.
     """
     folder = epath.Path(folder)
     reference.check_free(folder, _MODELING)
@@ -207,9 +207,9 @@ def _tokenizer_files(context_length: int) -> dict[str, Any]:
         processors,
     )
 
-    start, end = tokenizers_lib._SPECIAL
-    merges = tokenizers_lib._read_merges(None)
-    characters = tokenizers_lib._byte_characters()
+    start, end = tokenizers_lib.SPECIAL
+    merges = tokenizers_lib.read_merges(None)
+    characters = tokenizers_lib.byte_characters()
     tokens = [*characters, *(c + "</w>" for c in characters), *("".join(m) for m in merges)]
     library = Tokenizer(
         models.BPE(
@@ -219,7 +219,7 @@ def _tokenizer_files(context_length: int) -> dict[str, Any]:
             end_of_word_suffix="</w>",
         )
     )
-    word = Regex(tokenizers_lib._WORD)
+    word = Regex(tokenizers_lib.WORD)
     library.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(word, behavior="removed", invert=True),

@@ -1,6 +1,6 @@
-"""Texts, boxes and images of a batch -> `Batch`: tokenises all texts at once and lays them out.
+"""Images, texts and boxes -> Batch: tokenises all texts at once and lays them out in rows.
 
-Shared by the record reader and the synthetic source; numpy only.
+Every data source makes its batches with this; numpy only.
 """
 
 import re
@@ -17,11 +17,11 @@ _SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|side)?\b)", re.IGNOREC
 
 
 class Texts(NamedTuple):
-    """N texts as tokens: `ids` i32[sum(lengths)] end to end, `lengths` i32[N], `text_ids` i32[N]."""
+    """N texts as tokens."""
 
-    ids: np.ndarray
-    lengths: np.ndarray
-    text_ids: np.ndarray  # equal texts have equal ids
+    ids: np.ndarray  # int32 [sum(lengths)], text after text
+    lengths: np.ndarray  # int32 [N]
+    text_ids: np.ndarray  # int32 [N], equal where texts are equal
     too_long: np.ndarray  # bool [N], those that the tokenizer cut
 
 
@@ -108,7 +108,7 @@ def assemble(
     region_scores: np.ndarray,
     config: Config,
 ) -> Batch:
-    """Lays out the texts of consecutive images, packed or one a row as `config.text` says.
+    """Lays out the texts of consecutive images, packed or one per row as `config.text` says.
 
     Args:
       image: uint8 [B, H, W, 3].
@@ -116,27 +116,34 @@ def assemble(
       descriptions: a text for each real region, in the order of `region_mask`, row by row.
       region_boxes_cxcywh: float32 [B, R, 4]; ignored where masked.
       region_mask: bool [B, R].
-      region_scores: float32 [B, R]; which regions go first if a packing group overflows.
+      region_scores: float32 [B, R]; where a packing group overflows, low scores are dropped first.
       config: `text` and `model.text.context_length` are used.
     """
     row_length = config.model.text.context_length
     description_lengths = np.zeros(region_mask.shape, np.int32)
     description_lengths[region_mask] = descriptions.lengths
-    lengths = dict(
-        caption_lengths=captions.lengths,
-        description_lengths=description_lengths,
-        region_mask=region_mask,
-        row_length=row_length,
-    )
     if config.text.packing:
+        group, rows = config.text.pack_group, config.text.pack_rows
+        if group is None or rows is None:
+            raise ValueError(
+                "text.pack_group or text.pack_rows is None; derived.resolve gives numbers"
+            )
         layout = packing.pack(
-            **lengths,
+            caption_lengths=captions.lengths,
+            description_lengths=description_lengths,
+            region_mask=region_mask,
             region_scores=region_scores,
-            pack_group=config.text.pack_group,
-            rows=config.text.pack_rows,
+            pack_group=group,
+            rows=rows,
+            row_length=row_length,
         )
     else:
-        layout = packing.one_text_per_row(**lengths)
+        layout = packing.one_text_per_row(
+            caption_lengths=captions.lengths,
+            description_lengths=description_lengths,
+            region_mask=region_mask,
+            row_length=row_length,
+        )
     packed = packing.fill(
         layout,
         caption_ids=captions.ids,

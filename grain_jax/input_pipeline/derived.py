@@ -1,9 +1,8 @@
-"""What a config leaves open, in numbers: `input.lanes`, `text.pack_group` and `text.pack_rows` where they are None.
+"""Numbers for the keys that a config leaves open: `input.lanes`, `text.pack_group`, `text.pack_rows` set to None.
 
-Lanes and group follow from batch, micro-batches and devices; the rows follow from the lengths of the data
-set's own texts, so that at most `MISFITS` of them are dropped or cut. What a run has derived belongs to it:
-its config.json and its checkpoints hold the numbers, and a resumed run takes them from there. Needs neither
-JAX nor TensorFlow.
+Lanes and group follow from batch, micro-batches and devices. The rows follow from the lengths of the texts of
+the data set, so that at most `MISFITS` of them are dropped or cut. config.json and the checkpoints of a run hold
+the numbers, and a resumed run takes them from there. Needs neither JAX nor TensorFlow.
 """
 
 import dataclasses
@@ -20,25 +19,25 @@ from grain_jax.input_pipeline import packing, synthetic, text_lengths
 from grain_jax.input_pipeline.text_lengths import TextLengths
 
 KEYS = ("input.lanes", "text.pack_group", "text.pack_rows")
-LANES = 16  # where nothing asks for others
-LANE_IMAGES = 16  # of a batch, that a lane has where the batch is small: groups smaller than that leave much padding
-LARGEST_GROUP = 64  # images; larger ones leave little less padding
+LANES = 16  # unless the processes, shards or batch ask for another number
+LANE_IMAGES = 16  # images of a lane in a small batch: smaller packing groups leave much padding
+LARGEST_GROUP = 64  # images; larger groups save little more padding
 MISFITS = 1e-3  # share of the texts that may be dropped or cut
-_DRAWS = 8  # regroupings of the sample, in each of which that holds
-_GROUPS = 256  # of a draw, at least
+_DRAWS = 8  # groupings of the sample, in each of which MISFITS holds
+_GROUPS = 256  # of images in a draw, at least
 
 
 class DerivedError(errors.UserError):
-    """No number will do; a line a fault, with the flags that would."""
+    """No number is possible; a line per fault, with the flags that make one possible."""
 
 
 class Place(NamedTuple):
-    """Where a run is to be.
+    """The devices, processes and data that the numbers must suit.
 
     Attributes:
-      parts: shards that the batch is cut into (data x fsdp).
-      lanes: what the number of lanes must be a multiple of (`sharding.lanes_needed`).
-      shards: files of each data set, by name; {}: not known, or there are none.
+      parts: shards of the batch (data x fsdp).
+      lanes: the number of lanes is a multiple of this (`sharding.lanes_needed`).
+      shards: name of each data set -> number of its shards; {}: not known, or any number of lanes will do.
     """
 
     parts: int = 1
@@ -47,7 +46,7 @@ class Place(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A number of rows a group, and what it costs."""
+    """A number of rows per group, and the texts that do not fit into it."""
 
     rows: int
     misfits: float  # share of the texts that are dropped or cut
@@ -69,47 +68,53 @@ def resolve(
     """The config with numbers, and a line that says which were derived from what ("": none).
 
     Args:
-      config: as the user has it.
-      place: where the run is to be.
-      lengths: gives those of each of `config.input.sets`; called where rows must be derived.
-      stored: the config of the checkpoint that the run goes on from; its numbers are taken.
+      config: of the user.
+      place: of the run.
+      lengths: gives the text lengths of each data set; called where rows must be derived.
+      stored: the config of the checkpoint that the run resumes from; its numbers are taken.
       where: that checkpoint, in words.
 
     Raises:
-      DerivedError: no number will do.
+      DerivedError: no number is possible.
     """
     if not is_open(config):
         return config, ""
     lanes, group, rows = config.input.lanes, config.text.pack_group, config.text.pack_rows
     if stored and stored.batch_size != config.batch_size:
         stored = None  # another run, which `checkpoint.check_same_run` refuses
-    told, kept = [], []
+    derived, taken = [], []  # "key=value" each
 
-    def take(name: str, value: int) -> int:
-        (told if stored is None else kept).append(f"{name}={value}")
-        return value
+    def take(name: str, value: int | None, otherwise: Callable[[], int]) -> int:
+        """The value of the checkpoint, else the one that is derived."""
+        found = otherwise() if value is None else value
+        (derived if value is None else taken).append(f"{name}={found}")
+        return found
 
     if lanes is None:
-        lanes = take(KEYS[0], stored.input.lanes if stored else _lanes(config, place))
+        before = stored.input.lanes if stored else None
+        lanes = take(KEYS[0], before, lambda: _lanes(config, place))
     if not config.text.packing:
         group, rows = 1, 1 + config.input.max_regions
     if group is None:
-        group = take(KEYS[1], stored.text.pack_group if stored else _group(config, place, lanes))
+        before = stored.text.pack_group if stored else None
+        group = take(KEYS[1], before, lambda: _group(config, place, lanes))
     source = ""
     if rows is None and stored and stored.text.pack_group == group:
-        rows = take(KEYS[2], stored.text.pack_rows)
-    elif rows is None:
+        rows = stored.text.pack_rows
+        if rows is not None:
+            taken.append(f"{KEYS[2]}={rows}")
+    if rows is None:
         found = lengths()
         answer = rows_of(config, group, found)
         rows = answer.rows
-        told = [word for word in told if not word.startswith(KEYS[1])]
-        told.append(f"{KEYS[2]}={rows} for groups of {group}")
+        derived = [word for word in derived if not word.startswith(KEYS[1])]
+        derived.append(f"{KEYS[2]}={rows} for groups of {group}")
         source = f": from {_names(found)}; {_percent(answer.misfits)} of their texts do not fit"
         if answer.too_long:
             source += f", {_percent(answer.too_long)} of their captions are cut to a row's length"
-    line = ", ".join(told) + source
-    if kept:
-        line = "; ".join(filter(None, (f"{', '.join(kept)}: as in {where}", line)))
+    line = ", ".join(derived) + source
+    if taken:
+        line = "; ".join(filter(None, (f"{', '.join(taken)}: as in {where}", line)))
     return with_numbers(config, lanes, group, rows), line
 
 
@@ -123,22 +128,24 @@ def with_numbers(config: Config, lanes: int, group: int, rows: int) -> Config:
 
 
 def planned(config: Config, place: Place) -> tuple[Config, str]:
-    """`resolve` where the data set need not be: by what stands beside its records, else by a guess.
+    """`resolve` without the data set: by the lengths in the file beside its records, else by a guess.
 
-    The guess is the synthetic source's: captions of 10-20 tokens, 0-5 descriptions of 4-12.
+    The guess is that of the synthetic source: captions of 10-20 tokens, 0-5 descriptions of 4-12.
     """
-    found = [text_lengths.read(one, config.model.text.tokenizer) for one in config.input.sets]
-    if config.input.source == "synthetic" or None in found:
+    source, sets = config.input.source, config.input.sets
+    read = [text_lengths.read(one, config.model.text.tokenizer) for one in sets]
+    found = [lengths for lengths in read if lengths is not None]
+    if source != "records" or len(found) < len(sets):
         found = synthetic.text_lengths(config)
-        if config.input.source != "synthetic":
-            names = ", ".join(repr(one.name) for one in config.input.sets)
+        if source != "synthetic":
+            names = ", ".join(repr(one.name) for one in sets) if source == "records" else source
             guess = f"a guess ({found[0].name}), since the texts of {names} are not known here"
             found = [found[0]._replace(name=guess)]
     return resolve(config, place, lambda: found)
 
 
 def _lanes(config: Config, place: Place) -> int:
-    """Near `LANES`, with `LANE_IMAGES` of a batch each; the same on 1, 2, 4, ... processes where it can be."""
+    """A number near `LANES`, with `LANE_IMAGES` images each, that suits 1, 2, 4, ... processes where possible."""
     batch = config.batch_size
     fewest = min(place.shards.values(), default=batch)
     wanted = min(LANES, max(1, batch // LANE_IMAGES), fewest)
@@ -149,7 +156,7 @@ def _lanes(config: Config, place: Place) -> int:
         if n % place.lanes == 0 and n <= fewest and batch // n % group == 0
     ]
     if not fits and place.lanes > fewest:
-        name = min(place.shards, key=place.shards.get)
+        name = min(place.shards, key=lambda name: place.shards[name])
         raise DerivedError(
             f"input.lanes: {name!r} has {fewest} shards, but the processes that batch_size {batch} is"
             f" spread over need {place.lanes} lanes; rebuild it with data.build --num-shards"
@@ -170,7 +177,7 @@ def _lanes(config: Config, place: Place) -> int:
 
 
 def _group(config: Config, place: Place, lanes: int) -> int:
-    """The largest that crosses no lane, no device and no micro-batch, up to `LARGEST_GROUP`."""
+    """The largest group, up to `LARGEST_GROUP`, that lies in one lane, one device and one micro-batch."""
     part = config.batch_size // (place.parts * config.microbatches)
     whole = math.gcd(config.batch_size // lanes, part)
     return max(n for n in config_lib.divisors(whole) if n <= LARGEST_GROUP)
@@ -184,14 +191,14 @@ def flags(key: str, number: int, wanted: int) -> str:
 def rows_of(config: Config, group: int, lengths: Sequence[TextLengths]) -> Rows:
     """The smallest number of rows for `group` images at which at most `MISFITS` of the texts do not fit.
 
-    The samples are drawn and grouped several times over, always alike; the share holds in each of them.
+    Samples are drawn and grouped several times, with fixed seeds; the share holds in each draw.
 
     Args:
-      config: `input` and `model.text` say how an image's texts are chosen.
+      config: `input` and `model.text` say how the texts of an image are chosen.
       group: images.
       lengths: of each of `config.input.sets`.
     """
-    # A group whose captions are cut has most of them cut: so many groups tell how often that is.
+    # Cut captions come many in one group, so their share needs many groups.
     images = max(_GROUPS * group, text_lengths.IMAGES // group * group)
     row_length = config.model.text.context_length
     draws, too_long = [], []
@@ -206,10 +213,9 @@ def rows_of(config: Config, group: int, lengths: Sequence[TextLengths]) -> Rows:
 def draw(
     config: Config, lengths: Sequence[TextLengths], images: int, rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], float]:
-    """Texts of so many images as training would draw them: arguments of `packing.pack`, and the share of cut captions.
+    """Texts of so many images, drawn as in training: arguments of `packing.pack`, and the share of cut captions.
 
-    A sample that is not the whole of its set is drawn from with replacement, so that draws differ as
-    samples do.
+    Where the lengths are of a part of the set, the draw is with replacement: draws differ as samples do.
     """
     regions, row_length = config.input.max_regions, config.model.text.context_length
     weights = np.array([one.weight for one in config.input.sets[: len(lengths)]])
@@ -234,7 +240,7 @@ def draw(
         caption = np.where(takes_synthetic, synthetic_caption, of_web)
         of_regions = np.zeros((number, max(regions, one.descriptions.shape[1])), np.int32)
         of_regions[:, : one.descriptions.shape[1]] = one.descriptions[chosen]
-        # A comma, and the description without its start and end.
+        # A comma, and the description without its start and end token.
         added = np.maximum(of_regions[:, : config.input.descriptions_in_captions] - 1, 0)
         captions.append(caption + added.sum(axis=1))
         descriptions.append(of_regions[:, :regions])
@@ -262,7 +268,7 @@ def smallest_rows(
       misfits: share of the texts, dropped or cut.
 
     Returns:
-      The rows, and the share of all draws that does not fit then.
+      The rows, and the share of the texts of all draws that does not fit.
     """
 
     def shares(rows: int) -> list[float]:
@@ -279,7 +285,8 @@ def smallest_rows(
     ]
     most = max(int(of.reshape(-1, group).sum(axis=1).max()) for of in tokens)
     least = -(-group // (row_length // packing.MIN_TEXT_LENGTH))  # for two tokens of each caption
-    # Half of all rows but one are more than half full; the mean needs no more than that.
+    # Bounds: after first fit no two rows could be one, so they are more than half full on average; and the mean
+    # number of tokens needs `low` rows.
     rows, found = max(least, 2 * most // row_length + 1), [0.0]
     low = max(least, int(np.mean(np.concatenate(tokens)) * group / row_length))
     while low < rows:

@@ -1,4 +1,4 @@
-"""Batches of this process -> global `jax.Array`s on the devices, ahead of time in a thread of their own.
+"""The batches of this process -> global `jax.Array`s on the devices, made ahead of time in a thread.
 
 The only file of the input pipeline that needs JAX.
 """
@@ -15,23 +15,23 @@ from grain_jax.schema import Batch
 _END = object()
 # Batches ahead: with 2 the demo's steps wait for 2% of their time, with 4 for 0.1%; reading comes in bursts.
 DEPTH = 4
-# A step waits for input where that takes longer than both; a batch that is ready comes within microseconds.
+# A step counts as waiting for input where it waits longer than both; a batch that is ready takes microseconds.
 WAIT_SECONDS = 1e-3
+WAIT_SHARE = 0.01  # of the time since the previous batch
 CLOSE_SECONDS = 5.0  # for the read under way
-WAIT_SHARE = 0.01  # of the time since the batch before
 
 
 class Prefetch:
     """An iterator over `batches` as global arrays; see `prefetch`.
 
     Attributes:
-      wait_seconds: how long the consumer has waited for batches so far.
-      wait_steps: for how many batches it waited longer than `WAIT_SECONDS` and `WAIT_SHARE`.
+      wait_seconds: sum of the waits of the consumer for a batch.
+      wait_steps: number of batches that it waited for longer than `WAIT_SECONDS` and `WAIT_SHARE`.
     """
 
     def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int):
         self.wait_seconds, self.wait_steps = 0.0, 0
-        self._last = time.monotonic()  # when the consumer got the batch before
+        self._last = time.monotonic()  # when the consumer got the previous batch
         self._batches = batches
         self._sharding = sharding
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
@@ -60,13 +60,11 @@ class Prefetch:
         raise item
 
     def close(self) -> None:
-        """Stops the thread and lets go of the batches that are ready; one that stands at a hung disk is left."""
+        """Stops the thread and drops the batches that are ready; after CLOSE_SECONDS a thread that hangs is left."""
         self._closed.set()
         deadline = time.monotonic() + CLOSE_SECONDS
-        while (
-            self._thread.is_alive() and time.monotonic() < deadline
-        ):  # it may stand at a full queue
-            self._drain()
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            self._drain()  # the thread may wait for room in the queue
             self._thread.join(timeout=0.05)
         self._drain()
 
@@ -84,20 +82,21 @@ class Prefetch:
                 if self._closed.is_set():
                     return
                 self._queue.put(shard_batch(batch, self._sharding))
-        except BaseException as error:  # whatever it is, the consumer must hear of it
+        except BaseException as error:  # of any kind: the consumer raises it
             last = error
         finally:
-            if isinstance(self._batches, Iterator) and hasattr(self._batches, "close"):
-                self._batches.close()  # a generator holds tf.data's threads
+            close = getattr(self._batches, "close", None)
+            if close is not None:
+                close()  # a generator holds the threads of tf.data
         self._queue.put(last)
 
 
 def shard_batch(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
-    """This process's rows of each field as its part of a global array.
+    """The global Batch of which this process holds these rows.
 
     Args:
-      batch: numpy; the leading axis of every field has the rows that this process's devices hold, in their
-        order in the global batch (`sharding.lanes_of_process`).
+      batch: numpy; the leading axis of every field has the rows that the devices of this process hold, in the
+        order of the global batch (`sharding.lanes_of_process`).
       sharding: of the leading axis, e.g. NamedSharding(mesh, P(("data", "fsdp"))).
     """
     return Batch(*(jax.make_array_from_process_local_data(sharding, field) for field in batch))
@@ -109,7 +108,7 @@ def prefetch(
     """Keeps up to `depth` global batches ready on the devices.
 
     Args:
-      batches: this process's batches, numpy.
+      batches: those of this process, numpy.
       sharding: of the leading axis.
       depth: batches ahead; each holds device memory.
     """

@@ -1,274 +1,70 @@
-"""Training batches from a TFDS-format record set, in the order of order.py.
+"""The data source "records": training batches from TFDS-format record sets, in the order of order.py.
 
-    check(config)         are the sets there, and have they what training needs?
-    num_examples(config)  records an epoch
-    identities(config)    what tells the sets from others, for the checkpoints
-    batches(config, ...)  each global batch, or what some lanes have of it, from any step on
-
-A batch's rows [i * b / lanes, (i + 1) * b / lanes) come from lane i. Only the shards of the lanes that are
-asked for are opened, and of these only the blocks of the step.
+The functions are those of sources.DataSource. The rows [i * b / lanes, (i + 1) * b / lanes) of a batch come from
+lane i. Only the shards of the lanes that are asked for are opened, and of these only the blocks of the step.
 """
 
-import concurrent.futures
-import hashlib
-import json
 import logging
-import os
-import stat
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-# TensorFlow's banners tell a user nothing; decoding does not use oneDNN.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+from grain_jax.input_pipeline import record_files  # isort: skip  (before TensorFlow, whose logging it sets)
+import numpy as np
+import tensorflow as tf
 
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
-import tensorflow_datasets as tfds  # noqa: E402
-from etils import epath  # noqa: E402
+from grain_jax.config import Config, TextTower
+from grain_jax.input_pipeline import assemble, order, sources, tokenizer, transforms
+from grain_jax.input_pipeline import text_lengths as text_lengths_lib
+from grain_jax.input_pipeline.record_files import DAMAGE, DataError
+from grain_jax.schema import Batch
 
-from grain_jax import errors
-from grain_jax.config import Config, Dataset, TextTower  # noqa: E402
-from grain_jax.input_pipeline import assemble, order, sources, tokenizer, transforms  # noqa: E402
-from grain_jax.input_pipeline import text_lengths as text_lengths_lib  # noqa: E402
-from grain_jax.schema import Batch  # noqa: E402
-
-_FEATURES = ("image", "captions", "synthetic_caption", "regions")
-_DAMAGE = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
-_DESCRIPTIONS = ("dataset_info.json", "features.json")
-_REBUILD = "rebuild the set with data.build, or copy it anew"
-_LEAST_BYTES = 16  # of a record: its length and the checksums of both
 _UNEVEN = 1.1  # lanes whose lengths differ by more than this are worth a warning
 _READ_BYTES = 8 << 20  # a read from a remote file
 _ENDLESS = 2**62
 _SAMPLED_SHARDS = 64  # at most, of which the first records are read for the lengths of their texts
 _CHOICES = 256  # records of a mixture whose sets are chosen at once
 
-DIGEST_FILE = (
-    "digest.json"  # of data.build: split -> digest of its records, lengths and sizes of its shards
-)
-_LOOKED_INTO = 64  # shards of a set without it, whose size and first record stand for its content
-
-
-class DataError(errors.UserError):
-    """The set is there but cannot be used, or one of its records cannot; the message is one line."""
-
-
-class RecordSet(NamedTuple):
-    """Where a set is and the lengths of its shards."""
-
-    source: Dataset
-    directory: epath.Path
-    shards: tuple[order.Shard, ...]
-
 
 def check(config: Config) -> None:
-    """Raises as `find`."""
-    find(config)
-
-
-def find(config: Config) -> list[RecordSet]:
-    """The newest version of each set that the config names.
-
-    Raises:
-      MissingData: no complete set is there.
-      DataError: one has not the split, other features, or is not in TFRecord files.
-    """
-    return [_find(source) for source in config.input.sets]
-
-
-def _find(source: Dataset) -> RecordSet:
-    directory = text_lengths_lib.newest_version(source)
-    if directory is None:
-        raise errors.MissingData(
-            f"no record set {source.name!r} in {source.data_dir!r} (looked for"
-            f" {epath.Path(source.data_dir) / source.name}/1.0.0); make it with: python -m data.build --annotations A.jsonl --images DIR"
-            f" --output {source.data_dir or 'DIR'} --name {source.name or 'NAME'}"
-        )
-    info = read_info(directory)
-    missing = [name for name in _FEATURES if name not in info.features]
-    if missing or source.split not in info.splits:
-        what = f"feature {', '.join(missing)}" if missing else f"split {source.split!r}"
-        raise DataError(f"{directory} has no {what}; expected a set that data.build wrote")
-    if info.file_format != tfds.core.FileFormat.TFRECORD:
-        raise DataError(f"{directory} is in {info.file_format} files, expected TFRecord")
-    return RecordSet(source, directory, _shards(directory, info.splits[source.split]))
-
-
-def read_info(directory: epath.Path) -> tfds.core.DatasetInfo:
-    """What TFDS knows of the set in a folder.
-
-    Raises:
-      DataError: `dataset_info.json` or `features.json` is missing or damaged, or names other classes than TFDS's.
-    """
-    for name in _DESCRIPTIONS:
-        path = directory / name
-        try:
-            content = json.loads(path.read_bytes())
-            if not isinstance(content, dict):
-                raise ValueError(f"got a {type(content).__name__}, expected an object")
-            # TFDS imports the modules of these names.
-            foreign = [x for x in _values(content, "pythonClassName") if not _is_of_tfds(x)]
-            if foreign:
-                raise ValueError(f"names the class {foreign[0]!r:.60}, expected TFDS's own")
-        except (OSError, ValueError, RecursionError) as error:
-            reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
-            raise DataError(f"{path}: {reason}; {_REBUILD}") from None
-    try:
-        info = tfds.builder_from_directory(directory).info
-        for split in info.splits.values():
-            list(zip(split.filepaths, split.shard_lengths, strict=True))
-        return info
-    except Exception as error:  # of wrong types in either file there are all kinds
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        files = " or ".join(_DESCRIPTIONS)
-        raise DataError(f"{directory}: {files} is damaged ({reason}); {_REBUILD}") from None
-
-
-def _values(content: Any, key: str) -> Iterator[Any]:
-    """All that stands under the key, however deep."""
-    if isinstance(content, dict):
-        yield from (value for name, value in content.items() if name == key)
-        content = list(content.values())
-    if isinstance(content, list):
-        for value in content:
-            yield from _values(value, key)
-
-
-def _is_of_tfds(name: Any) -> bool:
-    return isinstance(name, str) and name.startswith("tensorflow_datasets.")
-
-
-def _shards(directory: epath.Path, split: tfds.core.SplitInfo) -> tuple[order.Shard, ...]:
-    """The split's shards; of those on a disk, each has the size that data.build noted for it, not for another.
-
-    What is damaged inside is found when it is read, which names the record.
-    """
-    paths = list(map(os.fspath, split.filepaths))
-    noted = _of_split(directory, split.name).get("shard_bytes", [])
-    sizes = noted if len(noted) == len(paths) else [None] * len(paths)
-    for path, length, size in zip(paths, split.shard_lengths, sizes, strict=True):
-        if length < 0:
-            raise DataError(
-                f"{directory / _DESCRIPTIONS[0]}: a shard of {length} records; {_REBUILD}"
-            )
-        if "://" in path:
-            continue
-        try:
-            found = os.stat(path)
-        except FileNotFoundError:  # whoever reads it says so
-            continue
-        if not stat.S_ISREG(found.st_mode):
-            raise DataError(f"{path}: no regular file; expected a shard that data.build wrote")
-        if size not in (None, found.st_size) and found.st_size in noted:
-            raise DataError(
-                f"{path}: got {found.st_size} bytes, which another shard has, expected {size}: shards have"
-                f" each other's names; {_REBUILD}"
-            )
-        if length * _LEAST_BYTES > found.st_size:
-            raise DataError(
-                f"{path}: {found.st_size} bytes cannot be the {length} records that"
-                f" {_DESCRIPTIONS[0]} says; {_REBUILD}"
-            )
-    return tuple(map(order.Shard, paths, split.shard_lengths))
-
-
-def _of_split(directory: epath.Path, split: str) -> dict[str, Any]:
-    """What data.build noted of a split in DIGEST_FILE; nothing of a set that has no such file."""
-    path = directory / DIGEST_FILE
-    if not path.exists():
-        return {}
-    try:
-        noted = dict(json.loads(path.read_bytes())[split])
-        for key in ("shard_lengths", "shard_bytes"):
-            if not isinstance(noted.get(key, []), list):
-                raise TypeError
-        return noted
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise DataError(
-            f"{path}: not what data.build writes, expected the split {split}; put it back, or remove it,"
-            " and the files are compared instead"
-        ) from None
+    """Raises as `record_files.find`."""
+    record_files.find(config)
 
 
 def num_examples(config: Config) -> int:
-    """Records an epoch: of a mixture, as many as all its sets have together. Raises as `find`.
+    """Records per epoch; of a mixture, the sum over its sets. Raises as `record_files.find`.
 
-    With weights as the numbers of records, each is seen once an epoch; twice the weight, twice as often.
+    With weights in proportion to the numbers of records, each record is seen once per epoch.
     """
-    return sum(shard.num_records for one in find(config) for shard in one.shards)
+    return sum(shard.num_records for one in record_files.find(config) for shard in one.shards)
 
 
 def identities(config: Config) -> list[sources.Identity]:
-    """What tells each set of the config from others, wherever it lies, ready for JSON.
-
-    `shard_lengths`, which the order of the data depends on, and `digest`, of the content. That is of all
-    `records` where data.build has written it beside them: one small file is read. Of other sets it is of the
-    `files`: the names of the shards, and of at most 64 of them, evenly spread, the size and the first record.
-    That takes 64 listings and 64 reads, 16 at a time, however many shards there are; a change of other records
-    that keeps all sizes is not seen. Raises as `find`, and DataError where a first record cannot be read.
-    """
-    return [_identity(one) for one in find(config)]
-
-
-def _identity(one: RecordSet) -> sources.Identity:
-    lengths = [shard.num_records for shard in one.shards]
-    written = _of_split(one.directory, one.source.split)
-    if written.get("shard_lengths") == lengths:  # else it is of other shards than these
-        kind, digest = "records", written.get("digest")
-    else:
-        kind, digest = "files", _digest_of_files([epath.Path(s.path) for s in one.shards])
-    return {
-        "name": one.source.name,
-        "split": one.source.split,
-        "shard_lengths": lengths,
-        "digest": digest,
-        "digest_of": kind,
-    }
-
-
-def _digest_of_files(shards: Sequence[epath.Path]) -> str:
-    chosen = [shards[i * len(shards) // _LOOKED_INTO] for i in range(_LOOKED_INTO)]
-    chosen = list(dict.fromkeys(chosen))  # all, where there are fewer
-
-    def look(path: epath.Path) -> list[Any]:
-        try:
-            first = next(tf.data.TFRecordDataset(str(path)).as_numpy_iterator(), b"")
-            features = tf.train.Example.FromString(first).features.feature
-            size = path.stat().length
-        except (*_DAMAGE, OSError, ValueError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise DataError(f"{path}, record 0: {reason}; rebuild the set") from None
-        # By name: the bytes of a map are in no order.
-        parts = [name.encode() + features[name].SerializeToString() for name in sorted(features)]
-        return [size, hashlib.sha256(b"".join(parts)).hexdigest()]
-
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        looked = list(pool.map(look, chosen))
-    return hashlib.sha256(json.dumps([[p.name for p in shards], looked]).encode()).hexdigest()
+    """Those of the sets; see record_files.identities. Raises as it and `record_files.find`."""
+    return record_files.identities(record_files.find(config))
 
 
 def num_shards(config: Config) -> dict[str, int]:
-    """Name -> files that have records, of each set. Raises as `find`."""
+    """Name of each set -> number of its shards that have records. Raises as `record_files.find`."""
     return {
-        one.source.name: sum(shard.num_records > 0 for shard in one.shards) for one in find(config)
+        one.source.name: sum(shard.num_records > 0 for shard in one.shards)
+        for one in record_files.find(config)
     }
 
 
 def text_lengths(config: Config) -> list[text_lengths_lib.TextLengths]:
-    """The lengths of the texts of each set: as they stand beside its records, else of a sample of these.
+    """The lengths of the texts of each set: from the file beside its records, else of a sample of the records.
 
-    Raises: as `find`; DataError where a record cannot be read.
+    Raises: as `record_files.find`; DataError where a record cannot be read.
     """
     tower = config.model.text
     return [
         text_lengths_lib.read(one.source, tower.tokenizer) or _sample(one, tower)
-        for one in find(config)
+        for one in record_files.find(config)
     ]
 
 
-def _sample(one: RecordSet, tower: TextTower) -> text_lengths_lib.TextLengths:
-    """The first records of shards that are spread over the set; no image is decoded."""
+def _sample(one: record_files.RecordSet, tower: TextTower) -> text_lengths_lib.TextLengths:
+    """Lengths of the texts of the first records of shards that are spread over the set; no image is decoded."""
     shards = [shard for shard in one.shards if shard.num_records]
     chosen = [
         shards[i] for i in np.linspace(0, len(shards) - 1, _SAMPLED_SHARDS).round().astype(int)
@@ -292,7 +88,7 @@ def _sample(one: RecordSet, tower: TextTower) -> text_lengths_lib.TextLengths:
                 )
                 best = text_lengths_lib.best_first(descriptions, scores)
                 images.append(([text for text in web if text], synthetic, best))
-        except _DAMAGE as error:
+        except DAMAGE as error:
             reason = str(error.message).splitlines()[0][:200]
             raise DataError(f"{shard.path}: {reason}; rebuild the set with data.build") from None
     return text_lengths_lib.of_texts(
@@ -310,11 +106,11 @@ def batches(
     """The part of each global batch that comes from `lanes` (None: all of it), from `start_step` on, endless.
 
     Raises (here, not at the first batch):
-      MissingData, DataError: as `find`.
+      MissingData, DataError: as `record_files.find`.
       order.OrderError: a set has fewer shards than `input.lanes`.
-    A damaged record raises DataError, naming its shard and its place there, when its batch is due.
+    A damaged record raises DataError with its shard and its place there, at the batch that it is in.
     """
-    sets = find(config)
+    sets = record_files.find(config)
     lanes_of_sets = [
         order.make_lanes(
             one.shards,
@@ -348,8 +144,8 @@ def _batches(config: Config, lanes: list[order.MixedLane], step: int) -> Iterato
     iterator = dataset.as_numpy_iterator()
     while True:
         try:
-            columns = next(iterator)
-        except _DAMAGE as error:
+            columns: Any = next(iterator)  # arrays, typed as one
+        except DAMAGE as error:
             transform = transforms.Transform.from_config(config)
             raise _damage(lanes, per_lane, step, transform, error) from None
         yield _to_batch(columns, config, text_tokenizer)
@@ -397,7 +193,7 @@ def _mixed_stream(lane: order.MixedLane, position: int) -> tf.data.Dataset:
 
 
 def _lane_stream(lane: order.Lane, position: int) -> tf.data.Dataset:
-    """(serialized record, its draws) from that position on, endless; opens the block it stands in first."""
+    """(serialized record, its draws) from that position on, endless; opens the block of the position first."""
     first = lane.ordinal(position)
 
     def plan(ordinal):
@@ -420,11 +216,13 @@ def _lane_stream(lane: order.Lane, position: int) -> tf.data.Dataset:
         records = files.batch(length).get_single_element()
         return tf.gather(records, chosen), draws
 
-    # The next block is read while this one is served.
+    # Reads the next block while this one is served.
     return tf.data.Dataset.range(first, _ENDLESS).map(load).prefetch(1).unbatch()
 
 
-def _to_batch(columns: tuple, config: Config, text_tokenizer: tokenizer.Tokenizer) -> Batch:
+def _to_batch(
+    columns: Sequence[np.ndarray], config: Config, text_tokenizer: tokenizer.Tokenizer
+) -> Batch:
     examples = transforms.Example(*columns)
     captions, descriptions = examples.caption, examples.descriptions[examples.region_mask]
     if examples.flipped.any():
@@ -454,7 +252,7 @@ def _damage(
     transform: transforms.Transform,
     error: tf.errors.OpError,
 ) -> DataError:
-    """Which record of that step's batch could not be read; looks at each again, one by one."""
+    """The error that names the record of the step that cannot be read; reads each again, one by one."""
     advice = "rebuild the set with data.build"
     begin, end = step * per_lane, (step + 1) * per_lane
     stretches = [

@@ -10,7 +10,7 @@ follows `DataSource`; `LaneSource` is the short way to write one. examples/data_
 import abc
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, TypedDict
+from typing import Protocol, TypedDict, cast
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class Identity(TypedDict):
     name: str
     split: str
     shard_lengths: list[int]  # records of each shard
-    digest: str  # of the content
+    digest: str | None  # of the content
     digest_of: str  # what of the content, in a word; digests of different things are not compared
 
 
@@ -161,7 +161,7 @@ def of(config: Config) -> DataSource:
     if name not in BUILT_IN:
         return found()
     try:  # TensorFlow: not on every machine, and slow to import
-        return importlib.import_module(found)
+        return cast(DataSource, importlib.import_module(found))
     except ModuleNotFoundError as error:
         raise errors.UserError(
             f"input.source={name} needs {error.name}: pip install 'grain_jax[data]', or take"

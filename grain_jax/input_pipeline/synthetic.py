@@ -1,7 +1,6 @@
-"""Random batches of the right form, for benchmarks and for machines without TensorFlow or data.
+"""The data source "synthetic": random batches, for benchmarks and for machines without TensorFlow or data.
 
-Text lengths are those of web captions and region descriptions. A batch is a function of (seed, lanes,
-step), as the records' are.
+The functions are those of sources.DataSource. Text lengths are those of web captions and region descriptions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +12,8 @@ from grain_jax.input_pipeline import assemble, order, sources
 from grain_jax.input_pipeline.text_lengths import IMAGES, TextLengths
 from grain_jax.schema import Batch
 
-NUM_EXAMPLES = 1 << 20  # an "epoch", so that lengths in epochs mean something
-CAPTION_TOKENS = (10, 20)  # with start and end, both ends included
+NUM_EXAMPLES = 1 << 20  # per epoch
+CAPTION_TOKENS = (10, 20)  # lowest and highest number, start and end tokens included
 DESCRIPTION_TOKENS = (4, 12)
 MAX_REGIONS = 5
 
@@ -37,13 +36,13 @@ def identities(config: Config) -> list[sources.Identity]:
 
 
 def num_shards(config: Config) -> dict[str, int]:
-    """No files: any number of lanes will do."""
+    """{}: any number of lanes will do."""
     del config
     return {}
 
 
 def text_lengths(config: Config) -> list[TextLengths]:
-    """Lengths as `batches` draws them."""
+    """Lengths with the distribution of `batches`."""
     rng = np.random.default_rng(0)
     images, regions = IMAGES, min(MAX_REGIONS, config.input.max_regions)
     real = np.arange(regions) < rng.integers(0, regions, size=(images, 1), endpoint=True)
@@ -67,7 +66,7 @@ def text_lengths(config: Config) -> list[TextLengths]:
 def batches(
     config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
 ) -> Iterator[Batch]:
-    """The part of each global batch that comes from `lanes` (None: all of it), from `start_step` on, endless."""
+    """As sources.DataSource.batches."""
     return sources.lane_by_lane(_lane_batch, config, lanes, start_step)
 
 

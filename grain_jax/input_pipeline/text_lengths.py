@@ -1,6 +1,6 @@
-"""How long the texts of a record set are, in tokens: a sample of its images, from which rows are derived.
+"""Lengths of the texts of a data set, in tokens, of a sample of its images: `text.pack_rows` is derived from them.
 
-`data.build` writes it beside the records (`FILE`; data/SCHEMA.md). Reading it needs neither TensorFlow nor JAX.
+`data.build` writes them beside the records (`FILE`; data/SCHEMA.md). Reading it needs neither TensorFlow nor JAX.
 """
 
 import hashlib
@@ -8,7 +8,7 @@ import heapq
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from etils import epath
@@ -17,15 +17,18 @@ from grain_jax.config import Dataset
 
 FILE = "text_lengths.json"
 IMAGES = 4096  # in a sample, at most
-LONGEST = 1024  # tokens; a longer text counts as one of so many
-_CHUNK = 2048  # texts that are tokenised at once
+LONGEST = 1024  # tokens; a longer text counts as this long
+_CHUNK = 2048  # texts per call of the tokenizer
+
+
+Text = TypeVar("Text", str, bytes)
 
 
 class TextLengths(NamedTuple):
-    """The tokens of the texts of N images, with start and end, before any cut.
+    """Numbers of tokens of the texts of N images, start and end included, before any cut.
 
     Attributes:
-      name: words for what the images are of, such as the set's name.
+      name: of the data set, for messages.
       tokenizer: `model.text.tokenizer`.
       records: images of the set; N or more.
       captions: int32 [N, C], the web captions of an image, 0 behind them.
@@ -80,25 +83,24 @@ def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
     return out
 
 
-def best_first(descriptions: Sequence[str], scores: Sequence[float]) -> list[str]:
-    """The descriptions by falling score; of equal ones the first comes first."""
-    return [descriptions[i] for i in np.argsort(-np.asarray(scores), kind="stable")]
+def best_first(descriptions: Sequence[Text], scores: Sequence[float]) -> list[Text]:
+    """The descriptions, the highest score first; among equals the first comes first."""
+    return [descriptions[int(i)] for i in np.argsort(-np.asarray(scores), kind="stable")]
 
 
 class Sample:
     """Chooses the images of a sample while a set is written: those whose ids have the lowest hashes.
 
-    So the sample depends neither on the order nor on the number of the workers.
+    So the sample does not depend on the order or the number of the workers.
     """
 
     def __init__(self):
         self.records = 0
-        self._heap: list[
-            tuple[int, str, tuple]
-        ] = []  # the highest hash first, as a negative number
+        # (minus the hash, id, texts): the highest hash comes first.
+        self._heap: list[tuple[int, str, tuple]] = []
 
     def watch(self, examples: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-        """Passes the examples on, as `data.example.encode` gives them, with their ids."""
+        """Yields the examples (of `data.example.encode`) and keeps the texts of the sample."""
         for item in examples:
             self.records += 1
             key = -int.from_bytes(hashlib.sha256(item["id"].encode()).digest()[:8], "big")
@@ -118,7 +120,7 @@ class Sample:
 
 
 def to_json(lengths: TextLengths) -> str:
-    """As `FILE` has it: `images` has [web captions, synthetic caption, descriptions] of each image."""
+    """The content of `FILE`: `images` has [web captions, synthetic caption, descriptions] of each image."""
     images = [
         [web[web > 0].tolist(), int(synthetic), of[of > 0].tolist()]
         for web, synthetic, of in zip(lengths.captions, lengths.synthetic, lengths.descriptions)
@@ -128,7 +130,7 @@ def to_json(lengths: TextLengths) -> str:
 
 
 def newest_version(source: Dataset) -> epath.Path | None:
-    """The folder of the newest version of that set, or None where there is none."""
+    """The folder of the newest version of the set, or None where there is none."""
     folder = epath.Path(source.data_dir) / source.name
     if not source.name or not folder.is_dir():
         return None
@@ -141,7 +143,7 @@ def newest_version(source: Dataset) -> epath.Path | None:
 
 
 def read(source: Dataset, tokenizer: str) -> TextLengths | None:
-    """What stands beside the records of that set; None: nothing, or of another tokenizer or split."""
+    """The lengths in the file beside the records of the set; None: no file, or one of another tokenizer or split."""
     folder = newest_version(source)
     if folder is None or source.split != "train" or not (folder / FILE).exists():
         return None
@@ -155,5 +157,10 @@ def read(source: Dataset, tokenizer: str) -> TextLengths | None:
             tokenizer=tokenizer,
             records=int(found["records"]),
         )
-    except (ValueError, KeyError, TypeError, OverflowError):  # the records themselves tell as much
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        OverflowError,
+    ):  # damaged: the records are read instead
         return None

@@ -1,15 +1,17 @@
-"""What tf.data does to one record: choose its texts and regions, decode, crop, resize, mirror.
+"""The transform of a record in tf.data: choose its texts and regions, decode, crop, resize, mirror.
 
-Every random choice reads one of the record's `draws` (uniform in [0, 1), see order.py), so that a
-record's fate depends on its place in the stream alone. Images stay uint8: the device normalises.
+Every random choice reads one of the `draws` of the record (uniform in [0, 1), see order.py), so the result
+depends on the record and its position in the stream alone. Images stay uint8: the device normalises them.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from grain_jax.config import Config
+
+Array = Any  # a tf.Tensor within tf.data, a numpy array after it
 
 NUM_DRAWS = 7
 _WEB_OR_SYNTHETIC, _WHICH_CAPTION, _FLIP, _AREA, _ASPECT, _TOP, _LEFT = range(NUM_DRAWS)
@@ -27,20 +29,20 @@ FEATURES = {
 
 
 class Example(NamedTuple):
-    """One record, ready to be batched; texts are UTF-8 bytes, still unflipped."""
+    """One record, ready to be batched (with numpy arrays: a batch of them). Texts are UTF-8 bytes, not yet flipped."""
 
-    image: tf.Tensor  # uint8 [S, S, 3]
-    caption: tf.Tensor  # string []
-    descriptions: tf.Tensor  # string [R]
-    region_boxes_cxcywh: tf.Tensor  # float32 [R, 4]
-    region_mask: tf.Tensor  # bool [R]
-    region_scores: tf.Tensor  # float32 [R], highest first
-    flipped: tf.Tensor  # bool [], left and right must change places in the texts
+    image: Array  # uint8 [S, S, 3]
+    caption: Array  # string []
+    descriptions: Array  # string [R]
+    region_boxes_cxcywh: Array  # float32 [R, 4]
+    region_mask: Array  # bool [R]
+    region_scores: Array  # float32 [R], highest first
+    flipped: Array  # bool [], left and right must change places in the texts
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """A serialized record and its draws -> `Example`."""
+    """A serialized record and its draws -> Example."""
 
     size: int  # S, pixels
     max_regions: int  # R
@@ -93,7 +95,7 @@ class Transform:
 
 
 def choose_caption(fields: dict[str, tf.Tensor], draws: tf.Tensor, rate: float) -> tf.Tensor:
-    """One of the web captions, or with probability `rate` the synthetic one; what there is, if one is missing."""
+    """One of the web captions, or with probability `rate` the synthetic one; the other kind where one is missing."""
     synthetic = fields["synthetic_caption"]
     web = tf.boolean_mask(fields["captions"], tf.strings.length(fields["captions"]) > 0)
     has_synthetic = tf.strings.length(synthetic) > 0
@@ -106,7 +108,7 @@ def choose_caption(fields: dict[str, tf.Tensor], draws: tf.Tensor, rate: float) 
 
 
 def best_regions(scores: tf.Tensor, kept: tf.Tensor, number: int) -> tf.Tensor:
-    """Places of the at most `number` kept regions of the highest score; of equal ones the first come first."""
+    """Indices of at most `number` kept regions with the highest scores; among equals the first come first."""
     chosen = tf.boolean_mask(tf.range(tf.size(scores)), kept)
     # top_k takes the lower index first among equals.
     best = tf.math.top_k(tf.gather(scores, chosen), tf.minimum(tf.size(chosen), number)).indices
@@ -124,15 +126,13 @@ def top_regions(
     boxes = tf.gather(boxes_xyxy, chosen)
     low, high = boxes[:, :2], boxes[:, 2:]
     padding = [[0, number - tf.size(chosen)]]
-    padded = [
-        tf.pad(tf.gather(descriptions, chosen), padding),
-        tf.pad(tf.concat([(low + high) / 2, high - low], 1), [*padding, [0, 0]]),
-        tf.pad(tf.ones_like(chosen, tf.bool), padding),
-        tf.pad(tf.gather(scores, chosen), padding),
-    ]
-    for tensor, shape in zip(padded, ([number], [number, 4], [number], [number])):
-        tensor.set_shape(shape)
-    return tuple(padded)
+    centre_and_size = tf.concat([(low + high) / 2, high - low], 1)
+    return (
+        tf.ensure_shape(tf.pad(tf.gather(descriptions, chosen), padding), [number]),
+        tf.ensure_shape(tf.pad(centre_and_size, [*padding, [0, 0]]), [number, 4]),
+        tf.ensure_shape(tf.pad(tf.ones_like(chosen, tf.bool), padding), [number]),
+        tf.ensure_shape(tf.pad(tf.gather(scores, chosen), padding), [number]),
+    )
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
@@ -178,7 +178,7 @@ def crop_window(shape: tf.Tensor, draws: tf.Tensor, min_area: float) -> tuple[tf
     """A window of at least `min_area` of the image: int32 (top, left, height, width), shares xyxy."""
     size = tf.cast(shape[:2], tf.float32)
     area = min_area + (1 - min_area) * draws[_AREA]
-    aspect = _MAX_ASPECT_CHANGE ** (2 * draws[_ASPECT] - 1)
+    aspect = tf.pow(_MAX_ASPECT_CHANGE, 2 * draws[_ASPECT] - 1)
     height = tf.clip_by_value(tf.sqrt(area * aspect), area, 1.0)
     window = tf.minimum(tf.math.ceil(tf.stack([height, area / height]) * size), size)
     corner = tf.floor(tf.stack([draws[_TOP], draws[_LEFT]]) * (size - window + 1))
@@ -187,7 +187,7 @@ def crop_window(shape: tf.Tensor, draws: tf.Tensor, min_area: float) -> tuple[tf
 
 
 def crop_boxes(boxes_xyxy: tf.Tensor, window_xyxy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Boxes in the window's shares, clipped to it; and which keep at least half of their area."""
+    """Boxes as shares of the window, clipped to it; and a mask of those that keep at least half of their area."""
     corner = tf.tile(window_xyxy[:2], [2])
     extent = tf.tile(window_xyxy[2:] - window_xyxy[:2], [2])
     moved = (boxes_xyxy - corner) / extent
@@ -203,10 +203,10 @@ def mirror_boxes(boxes_xyxy: tf.Tensor) -> tf.Tensor:
 
 
 def resize(image: tf.Tensor, size: int) -> tf.Tensor:
-    """uint8 [H, W, 3] -> uint8 [S, S, 3], antialiased bicubic; an image of that size passes untouched.
+    """uint8 [H, W, 3] -> uint8 [S, S, 3], antialiased bicubic; an image of that size is returned as it is.
 
-    The bits are those of one `tf.image.resize`. Its second pass goes three numbers at a time, one pixel; here
-    each pass goes over whole lines, which takes about half of the time (docs/input.md).
+    The bits are those of one `tf.image.resize`, whose second pass goes pixel by pixel, three numbers at a time.
+    Here each pass goes over whole lines, in about half of the time (docs/input.md).
     """
 
     def resize_rows(image):

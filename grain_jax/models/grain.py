@@ -10,11 +10,11 @@ import numpy as np
 
 from grain_jax import config as config_lib
 from grain_jax import schema
-from grain_jax.models import layers, region_decoder, text, vit
+from grain_jax.models import layers, region_decoder, text, towers
 
 
 def normalize(x):
-    """Unit length over the last axis, in float32; as torch.nn.functional.normalize (norm at least 1e-12)."""
+    """`x` [..., D] with unit length over the last axis, float32; as torch.nn.functional.normalize (norm >= 1e-12)."""
     x = x.astype(jnp.float32)
     # The square root's gradient at 0 is infinite: a zero vector must give a zero gradient, not NaN.
     square = jnp.sum(x * x, axis=-1, keepdims=True)
@@ -22,7 +22,13 @@ def normalize(x):
 
 
 class GRAIN(nn.Module):
-    """The model. `dtype` is that of activations ("float32" or "bfloat16"); parameters are float32."""
+    """The model.
+
+    Attributes:
+      config: towers, decoder and the width D of the joint space.
+      dtype: of activations, "float32" or "bfloat16"; parameters are float32.
+      remat: what the backward pass keeps (config.REMAT_POLICIES).
+    """
 
     config: config_lib.Model
     dtype: str = "float32"
@@ -30,8 +36,8 @@ class GRAIN(nn.Module):
 
     def setup(self):
         c, dtype = self.config, jnp.dtype(self.dtype)
-        self.image = vit.ImageTransformer(c.image, dtype, self.remat)
-        self.text = text.TextTransformer(c.text, dtype, self.remat)
+        self.image = towers.image_tower(c.image)(c.image, dtype, self.remat)
+        self.text = towers.text_tower(c.text)(c.text, dtype, self.remat)
         self.text_norm = layers.LayerNorm(c.text.norm_eps)
         if c.text.pool == "map":
             self.text_pool = layers.AttentionPool(c.text, dtype)
@@ -55,42 +61,39 @@ class GRAIN(nn.Module):
                 self.image_pool = layers.AttentionPool(c.image, dtype)
             if c.image.projection != "none":
                 self.image_projection = project(c.image.width, c.image.projection)
-        # In log space, as CLIP's; Outputs hold its exponential.
-        self.logit_scale = self.param(
-            "logit_scale",
-            nn.with_logical_partitioning(nn.initializers.constant(np.log(c.logit_scale_init)), ()),
-            (),
-        )
+        # In log space, as in CLIP; Outputs hold its exponential.
+        scale = nn.initializers.constant(np.log(c.logit_scale_init))
+        self.logit_scale = layers.parameter(self, "logit_scale", scale, (), ())
         if c.logit_bias_init is not None:
-            self.logit_bias = self.param(
-                "logit_bias",
-                nn.with_logical_partitioning(nn.initializers.constant(c.logit_bias_init), ()),
-                (),
-            )
+            bias = nn.initializers.constant(c.logit_bias_init)
+            self.logit_bias = layers.parameter(self, "logit_bias", bias, (), ())
 
-    def image_tokens(self, image):
-        """Pictures, uint8 [B, H, W, 3] or float32 already normalised, -> tokens [B, N, E_image]."""
+    def image_tokens(self, image: jax.Array) -> jax.Array:
+        """Images, uint8 [B, H, W, 3] or float32 already normalised, -> tokens [B, N, E_image].
+
+        [B, E_image] with a tower that pools them itself.
+        """
         if image.dtype == jnp.uint8:
-            tower = self.config.image
-            mean, std = (np.array(x, np.float32) for x in (tower.pixel_mean, tower.pixel_std))
+            config = self.config.image
+            mean, std = (np.array(x, np.float32) for x in (config.pixel_mean, config.pixel_std))
             image = (image.astype(jnp.float32) / 255.0 - mean) / std
         return self.image(image)
 
-    def image_features(self, image, dropout_keys=None):
-        """Pictures to the decoder's features.
+    def image_features(self, image: jax.Array, dropout_keys: jax.Array | None = None):
+        """Images to the features of the decoder.
 
         Args:
           image: uint8 [B, H, W, 3], or float32 [B, H, W, 3] already normalised.
           dropout_keys: PRNG keys [B] (training), or None.
 
         Returns:
-          (tokens [B, N, E_image], hidden [T, B, Q+1, E]); the last query is the image's.
+          (tokens [B, N, E_image], hidden [T, B, Q+1, E]); the last query is that of the image.
         """
         tokens = self.image_tokens(image)
         return tokens, self.decoder(tokens, dropout_keys)
 
-    def encode_image(self, image, dropout_keys=None):
-        """Pictures [B, H, W, 3] -> (image_embed [B, D], region_embed [B, Q, D], pred_boxes_cxcywh [T, B, Q, 4]).
+    def encode_image(self, image: jax.Array, dropout_keys: jax.Array | None = None):
+        """Images [B, H, W, 3] -> (image_embed [B, D], region_embed [B, Q, D], pred_boxes_cxcywh [T, B, Q, 4]).
 
         Without a decoder Q is 0 and T is 1.
         """
@@ -109,44 +112,52 @@ class GRAIN(nn.Module):
             self.box_mlp(hidden[:, :, :-1]),
         )
 
-    def _pooled_image(self, tokens):
-        """Tokens [B, N, E_image] -> [B, D], by the tower's pooling and projection."""
-        tower = self.config.image
-        if tower.pool == "map":
+    def _pooled_image(self, tokens: jax.Array) -> jax.Array:
+        """Tokens [B, N, E_image] -> [B, D], by `pool` and `projection`; [B, E_image] is pooled already."""
+        config, tower = self.config.image, self.image
+        if tower.pooled:
+            x = tokens
+        elif config.pool == "map":
             x = self.image_pool(tokens)
+        elif config.pool == "class":
+            x = tokens[:, 0]
         else:
-            # A class token is no patch: it is left out of the mean, as in open_clip and timm.
-            patches = tokens[:, int(tower.class_token) :]
-            x = tokens[:, 0] if tower.pool == "class" else patches.mean(axis=1)
-        return x if tower.projection == "none" else self.image_projection(x)
+            # The mean leaves out the class token, as in open_clip and timm.
+            x = tokens[:, tower.leading_tokens(config) :].mean(axis=1)
+        return x if config.projection == "none" else self.image_projection(x)
 
-    def text_features(self, tokens, positions, segments, *at):
-        """Packed rows [G, rows, L] -> for each `at` ([B, 2] or [B, R, 2]) the texts' features, projected."""
-        tower = self.config.text
-        features = self.text(tokens, positions, segments)
-        if tower.pool in ("map", "mean"):  # a row is a text
-            features = self.text_norm(features)
-            rows = features.reshape(-1, *features.shape[2:])
-            pooled = self.text_pool(rows) if tower.pool == "map" else rows.mean(axis=1)
-            features = pooled.reshape(*features.shape[:2], 1, -1)
-            at = [a * np.array([1, 0]) for a in at]
-        elif tower.pool == "last":
-            at = [a.at[..., 1].set(features.shape[2] - 1) for a in map(jnp.asarray, at)]
+    def text_features(self, tokens, positions, segments, *at: jax.Array) -> tuple[jax.Array, ...]:
+        """Rows [G, rows, L] -> for each `at` ([B, 2] or [B, R, 2]) the projected features of its texts."""
+        config, tower = self.config.text, self.text
+        features = tower(tokens, positions, segments)
+        row_is_text = tower.pooled or config.pool in ("map", "mean")
+        if row_is_text:
+            if not tower.pooled:
+                x = self.text_norm(features)
+                rows = x.reshape(-1, *x.shape[2:])
+                rows = self.text_pool(rows) if config.pool == "map" else rows.mean(axis=1)
+                features = rows.reshape(*x.shape[:2], -1)
+            features = features[:, :, None]  # [G, rows, 1, E]
+            at = tuple(a * np.array([1, 0]) for a in at)
+        elif config.pool == "last":
+            at = tuple(a.at[..., 1].set(features.shape[2] - 1) for a in map(jnp.asarray, at))
 
-        def read(a):
+        def read(a: jax.Array) -> jax.Array:
             x = text.gather_texts(features, a)
-            if tower.pool not in ("map", "mean"):
+            if not row_is_text:
                 x = self.text_norm(x)
-            return x if tower.projection == "none" else self.text_projection(x)
+            return x if config.projection == "none" else self.text_projection(x)
 
         return tuple(read(a) for a in at)
 
-    def encode_text(self, tokens, positions, segments, *at):
+    def encode_text(self, tokens, positions, segments, *at: jax.Array) -> tuple[jax.Array, ...]:
         """As `text_features`, of unit length."""
         return tuple(map(normalize, self.text_features(tokens, positions, segments, *at)))
 
-    def __call__(self, batch: schema.Batch, dropout_keys=None) -> schema.Outputs:
-        """A batch to its embeddings, boxes and logit scale; `dropout_keys` [B] switches training on."""
+    def __call__(
+        self, batch: schema.Batch, dropout_keys: jax.Array | None = None
+    ) -> schema.Outputs:
+        """A batch to its embeddings, boxes and logit scale; with `dropout_keys` [B] as in training."""
         image_embed, region_embed, boxes = self.encode_image(batch.image, dropout_keys)
         text_embed, region_text_embed = self.encode_text(
             batch.text_tokens,
@@ -167,7 +178,7 @@ class GRAIN(nn.Module):
 
 
 def flat(params) -> dict:
-    """A parameter tree as {"a/b/c": leaf}, with or without the boxes of logical axes."""
+    """A parameter tree as {"a/b/c": leaf}, with or without the flax boxes of logical axes."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
@@ -175,7 +186,7 @@ def flat(params) -> dict:
 
 
 def parameter_shapes(config: config_lib.Model) -> dict[str, tuple[int, ...]]:
-    """The model's flat parameter names and their shapes; nothing is computed."""
+    """The name and shape of every parameter of the model; nothing is computed."""
     size, length = config.image.image_size, config.text.context_length
     of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     row = of(np.int32, 1, 1, length)

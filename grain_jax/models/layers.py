@@ -1,4 +1,4 @@
-"""Building blocks that the three towers share: dense layers, norms, attention, MLP, the layer scan.
+"""Building blocks of the towers and the region decoder: dense layers, norms, attention, MLP, the layer scan.
 
 Every parameter names its logical axes (`config.sharding` maps them to mesh axes). Parameters are
 float32; activations have the module's `dtype`; softmax and norm statistics are float32.
@@ -6,22 +6,25 @@ float32; activations have the module's `dtype`; softmax and norm statistics are 
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-Init = Callable
+from grain_jax.config import ImageTower, TextTower
+
+Init: TypeAlias = Callable[..., Any]
 zeros = nn.initializers.zeros_init()
 normal = nn.initializers.normal
-# What torch.nn.Linear and torch.nn.Conv2d start from: uniform in +- fan_in ** -0.5.
+# The initial weights of torch.nn.Linear and torch.nn.Conv2d: uniform in +- fan_in ** -0.5.
 torch_linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def torch_bias(fan_in: int) -> Init:
-    """What the biases of torch.nn.Linear and torch.nn.Conv2d start from: uniform in +- fan_in ** -0.5."""
+    """The initial biases of torch.nn.Linear and torch.nn.Conv2d: uniform in +- fan_in ** -0.5."""
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
@@ -30,7 +33,7 @@ def torch_bias(fan_in: int) -> Init:
 
 
 def _gelu(x):
-    """The exact GELU, any shape; in float32 inside, by erf as torch's."""
+    """The exact GELU of an array of any shape, computed in float32 with erf, as in torch."""
     y = x.astype(jnp.float32)
     return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
@@ -43,10 +46,37 @@ ACTIVATIONS = {
 }
 
 
+def parameter(
+    module: nn.Module, name: str, init: Init, axes: tuple[str, ...], shape: tuple[int, ...]
+) -> jax.Array:
+    """A parameter of `module`, float32 of that shape, with its logical axes."""
+    # Flax types what the initialiser makes, the box with the axes; `param` returns what is in the box.
+    return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape))
+
+
 def dense(
-    features, in_axes, out_axes, *, dtype, kernel_init, bias_init=zeros, use_bias=True, name=None
-):
-    """A linear map over the trailing `len(in_axes)` axes; `features` and `out_axes` may be tuples."""
+    features: int | tuple[int, ...],
+    in_axes: tuple[str, ...],
+    out_axes: tuple[str, ...],
+    *,
+    dtype: np.dtype,
+    kernel_init: Init,
+    bias_init: Init = zeros,
+    use_bias: bool = True,
+    name: str | None = None,
+) -> nn.DenseGeneral:
+    """A linear map over the trailing `len(in_axes)` axes, to trailing axes of the sizes `features`.
+
+    Args:
+      features: sizes of the output axes.
+      in_axes: logical axes of the input.
+      out_axes: logical axes of the output.
+      dtype: of the products and the output.
+      kernel_init: initialiser of the kernel.
+      bias_init: initialiser of the bias.
+      use_bias: whether there is a bias.
+      name: of the module; None: the attribute that it is assigned to.
+    """
     features = features if isinstance(features, tuple) else (features,)
     return nn.DenseGeneral(
         features,
@@ -54,7 +84,7 @@ def dense(
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(kernel_init, (*in_axes, *out_axes)),
-        # A bias is small: it is cut along heads and mlp with its kernel, never along the width.
+        # A bias is small: it is sharded along heads and mlp with its kernel, never along the width.
         bias_init=nn.with_logical_partitioning(
             bias_init, tuple("vector" if a in ("width", "embed") else a for a in out_axes)
         ),
@@ -62,9 +92,11 @@ def dense(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _norm(x, scale, bias, eps):
+def _norm_primal(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
     return _norm_forward(x, scale, bias, eps)[0]
+
+
+_norm = jax.custom_vjp(_norm_primal, nondiff_argnums=(3,))
 
 
 def _norm_forward(x, scale, bias, eps):
@@ -77,8 +109,8 @@ def _norm_forward(x, scale, bias, eps):
     return y.astype(x.dtype), (x, scale, mean, rstd)
 
 
-def _norm_backward(eps, kept, dy):
-    x, scale, mean, rstd = kept
+def _norm_backward(eps, residuals, dy):
+    x, scale, mean, rstd = residuals
     dy = dy.astype(jnp.float32)
     normed = (x.astype(jnp.float32) - mean[..., None]) * rstd[..., None]
     d = dy * scale
@@ -92,25 +124,28 @@ _norm.defvjp(_norm_forward, _norm_backward)
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last axis, [..., E] to the same: float32 inside, the input's dtype outside.
+    """LayerNorm over the last axis, [..., E] -> [..., E]; computed in float32, returned in the dtype of the input.
 
-    For the backward pass it keeps its input and two numbers a row; derived by JAX, it keeps three float32
-    arrays of its input's shape, more than half of what a bfloat16 block keeps at all.
+    The backward pass keeps the input and two numbers a row. JAX's own derivative keeps three float32 arrays of
+    the input's shape, more than half of all that a bfloat16 block keeps.
     """
 
     eps: float
 
     @nn.compact
-    def __call__(self, x):
-        param = lambda name, init: self.param(  # noqa: E731
-            name, nn.with_logical_partitioning(init, ("vector",)), (x.shape[-1],)
-        )
-        return _norm(x, param("scale", nn.initializers.ones_init()), param("bias", zeros), self.eps)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1],)
+        scale = parameter(self, "scale", nn.initializers.ones_init(), ("vector",), shape)
+        bias = parameter(self, "bias", zeros, ("vector",), shape)
+        return _norm(x, scale, bias, self.eps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def softmax(logits, dtype):
-    """Over the last axis, float32 logits [..., L] to weights [..., L] of `dtype`: the one array kept for the backward pass."""
+    """Softmax over the last axis: float32 logits [..., L] -> weights [..., L] of `dtype`.
+
+    The backward pass keeps the weights alone.
+    """
     return nn.softmax(logits).astype(dtype)
 
 
@@ -129,13 +164,13 @@ softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def example_dropout(x, keys, site: int, rate: float):
-    """Dropout whose mask is a function of each example's own key, not of its place in the batch.
+    """Dropout whose mask depends on the key of the example, not on its place in the batch.
 
     Args:
       x: [B, ...].
       keys: PRNG keys [B], or None for no dropout.
-      site: a number that tells this dropout from the others of the layer.
-      rate: chance that a value is dropped.
+      site: a number that differs between the dropouts of a layer.
+      rate: probability that a value is dropped, in [0, 1).
     """
     if keys is None or rate == 0.0:
         return x
@@ -146,11 +181,11 @@ def example_dropout(x, keys, site: int, rate: float):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, optionally with LayerNorm on each head's queries and keys."""
+    """Multi-head attention, optionally with LayerNorm on the queries and keys of each head."""
 
     width: int
     heads: int
-    dtype: jnp.dtype
+    dtype: np.dtype
     kernel_init: Init
     out_init: Init
     bias_init: Init = zeros
@@ -202,7 +237,7 @@ class MLP(nn.Module):
     width: int
     mlp_dim: int
     activation: str
-    dtype: jnp.dtype
+    dtype: np.dtype
     in_init: Init
     out_init: Init
     in_bias_init: Init = zeros
@@ -236,29 +271,28 @@ class MLP(nn.Module):
                 name="out",
             )(x)
 
-        # [B, L, mlp_dim] is the widest array there is. The backward pass keeps it before the activation only and
-        # works the activation out again; JAX's derivative of the exact GELU would keep three more of it.
+        # [B, L, mlp_dim] is the widest array. The backward pass keeps it before the activation only and
+        # computes the activation again; JAX's derivative of the exact GELU keeps three more arrays of its size.
         return nn.remat(from_hidden, prevent_cse=False)(self, x)
 
 
 class AttentionPool(nn.Module):
-    """One learned query looks at all tokens: SigLIP's and big_vision's MAP head (Zhai et al. 2022).
+    """One learned query attends to all tokens: the MAP head of SigLIP and big_vision (Zhai et al. 2022).
 
     Args:
-      tower: `config.ImageTower` or `config.TextTower`; its heads, MLP and norm are the head's too.
+      tower: its width, heads, MLP, activation and norm are those of the pool.
+      dtype: of activations.
     """
 
-    tower: Any
-    dtype: jnp.dtype
+    tower: ImageTower | TextTower
+    dtype: np.dtype
 
     @nn.compact
     def __call__(self, x):
         """Normed tokens [B, L, E] -> [B, E]."""
         t = self.tower
         xavier = nn.initializers.xavier_uniform()
-        probe = self.param(
-            "probe", nn.with_logical_partitioning(normal(0.02), ("vector",)), (t.width,)
-        )
+        probe = parameter(self, "probe", normal(0.02), ("vector",), (t.width,))
         probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, t.width))
         x = Attention(t.width, t.heads, self.dtype, xavier, xavier, name="attention")(probe, x, x)
         y = LayerNorm(t.norm_eps, name="norm")(x)
@@ -273,13 +307,16 @@ REMAT = {
 }
 
 
-def scan_layers(block: type[nn.Module], depth: int, *, remat: str, unroll: int, in_axes: tuple):
-    """`depth` blocks as one scan: parameters are stacked on a leading "layers" axis.
+def scan_layers(
+    block: type[nn.Module], depth: int, *, remat: str, unroll: int, in_axes: tuple[Any, ...]
+) -> Callable[..., nn.Module]:
+    """`depth` blocks as one scan: a module whose parameters are stacked on a leading "layers" axis.
 
     Args:
       block: module with `__call__(carry, *inputs) -> (carry, per-layer output)`.
-      remat: "none", or the name of what the backward pass keeps (`REMAT`).
-      unroll: layers without a loop between them.
+      depth: number of blocks.
+      remat: "none", or what the backward pass keeps, a key of `REMAT`.
+      unroll: blocks in one iteration of the loop.
       in_axes: for each input, 0 (scanned over layers) or nn.broadcast.
     """
     if remat != "none":
@@ -288,7 +325,7 @@ def scan_layers(block: type[nn.Module], depth: int, *, remat: str, unroll: int, 
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=in_axes,
+        in_axes=cast(Any, in_axes),  # typed as one int; one a input is documented
         length=depth,
         unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},

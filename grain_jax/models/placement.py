@@ -1,11 +1,12 @@
-"""Where activations lie on the mesh, told by the trainer and asked for by the towers.
+"""Where activations are placed on the mesh: the trainer sets the mesh, the models apply it.
 
-Left alone, XLA may follow the layout of fsdp's parameters and move activations between devices where it
-should gather a layer's weights.
+Left alone, XLA may follow the sharding of fsdp's parameters and move activations between devices where it
+should gather the weights of a layer.
 """
 
 import contextlib
 import contextvars
+from collections.abc import Iterator
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -15,8 +16,8 @@ _mesh_and_axes = contextvars.ContextVar("mesh_and_axes", default=None)
 
 
 @contextlib.contextmanager
-def on(mesh: Mesh | None, batch_axes: tuple[str, ...]):
-    """Inside, `by_batch` and `whole` bind arrays to the mesh; outside, or without a mesh, they do nothing."""
+def on(mesh: Mesh | None, batch_axes: tuple[str, ...]) -> Iterator[None]:
+    """Inside, `by_batch` and `whole` constrain arrays to the mesh; outside, or with mesh None, they do nothing."""
     token = _mesh_and_axes.set(None if mesh is None else (mesh, batch_axes))
     try:
         yield
@@ -25,18 +26,19 @@ def on(mesh: Mesh | None, batch_axes: tuple[str, ...]):
 
 
 def by_batch(x: jax.Array) -> jax.Array:
-    """`x` with its leading axis cut like the batch."""
-    return _bind(x, cut=True)
+    """`x` with its leading axis sharded like the batch, all other axes whole."""
+    return _constrain(x, sharded=True)
 
 
 def whole(x: jax.Array) -> jax.Array:
-    """`x` on every device, such as a table that is about to be looked up in."""
-    return _bind(x, cut=False)
+    """`x` whole on every device, such as a table before a lookup."""
+    return _constrain(x, sharded=False)
 
 
-def _bind(x, *, cut):
-    if _mesh_and_axes.get() is None:
+def _constrain(x: jax.Array, *, sharded: bool) -> jax.Array:
+    found = _mesh_and_axes.get()
+    if found is None:
         return x
-    mesh, batch_axes = _mesh_and_axes.get()
-    spec = PartitionSpec(batch_axes) if cut else PartitionSpec()
+    mesh, batch_axes = found
+    spec = PartitionSpec(batch_axes) if sharded else PartitionSpec()
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

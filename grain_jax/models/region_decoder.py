@@ -1,4 +1,4 @@
-"""Region decoder: learned queries look at the image tokens; the last query stands for the whole image.
+"""Region decoder: learned queries attend to the image tokens; the last query is that of the whole image.
 
 docs/method.md, Model; the layer is DETR's pre-norm one (Carion et al. 2020), without positions on the memory.
 """
@@ -6,6 +6,7 @@ docs/method.md, Model; the layer is DETR's pre-norm one (Carion et al. 2020), wi
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grain_jax.config import RegionDecoder
 from grain_jax.models import layers, placement
@@ -17,18 +18,18 @@ class Block(nn.Module):
     """Self-attention among queries, cross-attention to the memory, ReLU MLP."""
 
     tower: RegionDecoder
-    dtype: jnp.dtype
+    dtype: np.dtype
 
     @nn.compact
     def __call__(self, content, layer, memory, query_embed, dropout_keys):
-        """content [B, Q+1, E], layer int32 [], memory [B, N, E], query_embed [Q+1, E] -> content, twice."""
+        """content [B, Q+1, E], layer int32 [], memory [B, N, E], query_embed [Q+1, E] -> (carry, per-layer output)."""
         t = self.tower
         keys = dropout_keys
         if keys is not None:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, layer)
         norm = lambda name: layers.LayerNorm(t.norm_eps, name=name)  # noqa: E731
         drop = lambda x, site: layers.example_dropout(x, keys, site, t.dropout)  # noqa: E731
-        # Query, key and value are one matrix in the reference; xavier over its [3E, E] is this over each [E, E].
+        # In the reference query, key and value are one [3E, E] matrix: this is its xavier for each [E, E].
         qkv_init = nn.initializers.variance_scaling(0.5 * t.qkv_init_gain**2, "fan_in", "uniform")
         attend = lambda name: layers.Attention(  # noqa: E731
             t.width,
@@ -62,10 +63,10 @@ class Block(nn.Module):
 
 
 class QueryDecoder(nn.Module):
-    """Image tokens to the content of every query after every layer."""
+    """Image tokens -> content of every query after every layer."""
 
     tower: RegionDecoder
-    dtype: jnp.dtype
+    dtype: np.dtype
     remat: str = "none"
 
     @nn.compact
@@ -82,21 +83,15 @@ class QueryDecoder(nn.Module):
             name="memory_projection",
         )(image_tokens)
         memory = layers.LayerNorm(t.norm_eps, name="memory_norm")(memory)
-        query_embed = self.param(
-            "query_embed",
-            nn.with_logical_partitioning(layers.normal(1.0), ("queries", "width")),
-            (t.queries + 1, t.width),
+        query_embed = layers.parameter(
+            self, "query_embed", layers.normal(1.0), ("queries", "width"), (t.queries + 1, t.width)
         ).astype(self.dtype)
         content = jnp.zeros((memory.shape[0], *query_embed.shape), self.dtype)
-        _, hidden = layers.scan_layers(
-            Block,
-            t.depth,
-            remat=self.remat,
-            unroll=t.unroll,
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-        )(
-            t, self.dtype, name="blocks"
-        )(content, jnp.arange(t.depth), memory, query_embed, dropout_keys)
+        every = nn.broadcast
+        blocks = layers.scan_layers(
+            Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=(0, every, every, every)
+        )(t, self.dtype, name="blocks")
+        _, hidden = blocks(content, jnp.arange(t.depth), memory, query_embed, dropout_keys)
         return layers.LayerNorm(t.norm_eps, name="norm")(hidden)
 
 
@@ -104,7 +99,7 @@ class BoxMLP(nn.Module):
     """Three dense layers with ReLU between and a sigmoid after."""
 
     width: int
-    dtype: jnp.dtype
+    dtype: np.dtype
 
     @nn.compact
     def __call__(self, hidden):

@@ -1,24 +1,27 @@
-"""Text tower: CLIP's causal transformer over packed rows, read at each text's end token (docs/method.md, Packing).
+"""The text tower "transformer": CLIP's causal transformer over packed rows (docs/method.md, Packing).
 
-A tower that sees its padding (`not TextTower.packable`), such as SigLIP's, has one text in each row.
+The features of a text are read at its end token. A tower that attends to its padding, such as SigLIP's, is not
+packable: each text has a row of its own.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from grain_jax.config import TextTower
-from grain_jax.models import layers, placement
+from grain_jax import config as config_lib
+from grain_jax.models import layers, placement, towers
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, with CLIP's depth-scaled init; as there, the MLP's biases are torch's."""
+    """Pre-norm attention and MLP with CLIP's initial values: scaled by depth, the MLP biases as in torch."""
 
-    tower: TextTower
-    dtype: jnp.dtype
+    tower: config_lib.TextTower
+    dtype: np.dtype
 
     @nn.compact
     def __call__(self, x, mask):
-        """x [rows, L, E], mask bool [rows, 1, L, L] or None -> [rows, L, E] and no per-layer output."""
+        """x [rows, L, E], mask bool [rows, 1, L, L] or None -> (carry [rows, L, E], no per-layer output)."""
         t = self.tower
         out_init = layers.normal(t.width**-0.5 * (2 * t.depth) ** -0.5)
         y = layers.LayerNorm(t.norm_eps, name="norm_1")(x)
@@ -45,24 +48,25 @@ class Block(nn.Module):
         return placement.by_batch(x), None
 
 
-class TextTransformer(nn.Module):
-    """Token rows to features of every position."""
+class TextTransformer(towers.TextTower):
+    """Rows of tokens to the features of every position."""
 
-    tower: TextTower
-    dtype: jnp.dtype
-    remat: str = "none"
+    @classmethod
+    def packable(cls, config: config_lib.TextTower) -> bool:
+        """Whether no feature depends on the padding."""
+        return config.causal and config.pool == "end"
 
     @nn.compact
-    def __call__(self, tokens, positions, segments):
-        """int32 [G, rows, L] each -> [G, rows, L, E], before the final norm (`self.norm` is the caller's)."""
-        t = self.tower
+    def __call__(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+        """int32 [G, rows, L] each -> [G, rows, L, E], before the final norm, which is the model's."""
+        t = self.config
         shape = tokens.shape
         tokens, positions, segments = (
             a.reshape(-1, shape[-1]) for a in (tokens, positions, segments)
         )
-        if (
-            not t.packable
-        ):  # the padding belongs to the text: its own token, and positions that go on
+        if not self.packable(
+            t
+        ):  # the padding is part of the text: a token, with positions that count on
             tokens = jnp.where(segments > 0, tokens, t.pad_id)
             positions = jnp.broadcast_to(jnp.arange(shape[-1]), tokens.shape)
             segments = jnp.ones_like(segments)
@@ -72,27 +76,27 @@ class TextTransformer(nn.Module):
             embedding_init=nn.with_logical_partitioning(layers.normal(0.02), ("vocab", "width")),
             name="token_embed",
         ).embedding
-        position_embed = self.param(
-            "position_embed",
-            nn.with_logical_partitioning(layers.normal(0.01), ("positions", "width")),
-            (t.context_length, t.width),
+        shape_of_positions = (t.context_length, t.width)
+        position_embed = layers.parameter(
+            self, "position_embed", layers.normal(0.01), ("positions", "width"), shape_of_positions
         )
-        # Looked up in float32: the gradient of a frequent token is a sum over thousands of places.
+        # Looked up in float32: the gradient of a frequent token is a sum over thousands of positions.
         x = placement.whole(token_embed)[tokens] + placement.whole(position_embed)[positions]
         x = placement.by_batch(x.astype(self.dtype))  # [G*rows, L, E]
         mask = None
         if t.causal:
-            # And within the same text. Padding is a segment of its own, so no row of the mask is empty.
+            # Within the same text, too. Padding is a segment of its own, so no row of the mask is empty.
             causal = jnp.tril(jnp.ones((shape[-1], shape[-1]), bool))
             mask = (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]
-        x, _ = layers.scan_layers(
+        blocks = layers.scan_layers(
             Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=(nn.broadcast,)
-        )(t, self.dtype, name="blocks")(x, mask)
+        )(t, self.dtype, name="blocks")
+        x, _ = blocks(x, mask)
         return x.reshape(*shape, t.width)
 
 
-def gather_texts(features, at):
-    """The features at the texts' end tokens.
+def gather_texts(features: jax.Array, at: jax.Array) -> jax.Array:
+    """The features at the end token of each text.
 
     Args:
       features: [G, rows, L, E].

@@ -1,20 +1,21 @@
-"""Image tower: a vision transformer whose tokens ALL go on to the region decoder (docs/method.md, Model).
+"""The image tower "vit": a vision transformer whose tokens all go to the region decoder (docs/method.md, Model).
 
-Its switches also make it CLIP's or SigLIP's tower, whose tokens a model without a decoder pools.
+Its options also make it the tower of CLIP or SigLIP, whose tokens a model without a decoder pools.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grain_jax.config import ImageTower
-from grain_jax.models import layers, placement
+from grain_jax import config as config_lib
+from grain_jax.models import layers, placement, towers
 
 
 def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
     """Sine-cosine position features of a square grid, float32 [grid * grid, width] (as in MoCo v3, period 1e4).
 
-    The waves' lengths go from 2 pi patches to `period` times that: with 1e4 most are constant over a small grid.
+    Wavelengths go from 2 pi patches to `period` times that: with 1e4 most are constant over a small grid.
     """
     omega = period ** -(np.arange(width // 4) / (width // 4))
     y, x = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
@@ -26,18 +27,20 @@ def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
 class Block(nn.Module):
     """Pre-norm attention and MLP, each added to its input."""
 
-    tower: ImageTower
-    dtype: jnp.dtype
+    tower: config_lib.ImageTower
+    dtype: np.dtype
 
     @nn.compact
     def __call__(self, x):
-        """[B, N, E] -> [B, N, E] and no per-layer output."""
+        """[B, N, E] -> (carry [B, N, E], no per-layer output)."""
         t = self.tower
-        if t.block_init == "torch":  # quirk 13: the reference rebuilds its blocks after timm's init
+        if (
+            t.block_init == "torch"
+        ):  # quirk 13: the reference builds its blocks anew after timm's init
             init, bias = layers.torch_linear, layers.torch_bias
         else:
-            # timm's trunc_normal_(std=0.02) cuts at -2 and 2, a hundred standard deviations away: a normal.
-            # JAX's truncated_normal cuts at two standard deviations and leaves one of 0.0176.
+            # timm's trunc_normal_(std=0.02) truncates at -2 and 2, which is 100 standard deviations: a normal.
+            # JAX's truncated_normal truncates at two standard deviations, which leaves one of 0.0176.
             init, bias = layers.normal(0.02), lambda fan_in: layers.zeros
         y = layers.LayerNorm(t.norm_eps, name="norm_1")(x)
         x = x + layers.Attention(
@@ -65,17 +68,18 @@ class Block(nn.Module):
         return placement.by_batch(x), None
 
 
-class ImageTransformer(nn.Module):
-    """Pictures to tokens: class token first (if there is one), then patches row by row."""
+class ImageTransformer(towers.ImageTower):
+    """Images to tokens: the class token first (if there is one), then patches row by row."""
 
-    tower: ImageTower
-    dtype: jnp.dtype
-    remat: str = "none"
+    @classmethod
+    def leading_tokens(cls, config: config_lib.ImageTower) -> int:
+        """The class token."""
+        return int(config.class_token)
 
     @nn.compact
-    def __call__(self, image):
+    def __call__(self, image: jax.Array) -> jax.Array:
         """Normalised images [B, H, W, 3] -> tokens [B, N, E], after the final norm."""
-        t = self.tower
+        t = self.config
         x = image.astype(self.dtype)
         patch = t.patch_size
         batch, height, width, channels = x.shape
@@ -94,11 +98,10 @@ class ImageTransformer(nn.Module):
             use_bias=t.patch_bias,
             name="patch_embed",
         )(x)
+        token = None
         if t.class_token:
-            class_token = self.param(
-                "class_token",
-                nn.with_logical_partitioning(layers.normal(1e-6), ("vector",)),
-                (t.width,),
+            token = layers.parameter(
+                self, "class_token", layers.normal(1e-6), ("vector",), (t.width,)
             )
 
         def init_positions(key, shape, dtype=jnp.float32):
@@ -109,19 +112,19 @@ class ImageTransformer(nn.Module):
                 ((int(t.class_token), 0), (0, 0)),
             )
 
-        positions = self.param(
-            "position_embed",
-            nn.with_logical_partitioning(init_positions, ("positions", "width")),
-            (t.class_token + x.shape[1], t.width),
+        shape = (t.class_token + x.shape[1], t.width)
+        positions = layers.parameter(
+            self, "position_embed", init_positions, ("positions", "width"), shape
         )
-        if t.class_token:
-            token = jnp.broadcast_to(class_token, (batch, 1, t.width)).astype(self.dtype)
+        if token is not None:
+            token = jnp.broadcast_to(token, (batch, 1, t.width)).astype(self.dtype)
             x = jnp.concatenate([token, x], axis=1)
         x = x + positions[None].astype(self.dtype)  # [B, N, E]
         if t.pre_norm:
             x = layers.LayerNorm(t.norm_eps, name="pre_norm")(x)
         x = placement.by_batch(x)
-        x, _ = layers.scan_layers(Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=())(
+        blocks = layers.scan_layers(Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=())(
             t, self.dtype, name="blocks"
-        )(x)
+        )
+        x, _ = blocks(x)
         return layers.LayerNorm(t.norm_eps, name="norm")(x)

@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, named
 
 USAGE_ERROR = errors.UserError.status
 
@@ -173,7 +173,8 @@ def parse_config(
         for entry in list(config.get("evals", ())):
             if {"evals", f"evals.{entry}"} & set(unset.values()):
                 del config.evals[entry]
-        return resolve(config)
+        with named.importing():  # the classes that the config of the user names
+            return resolve(config)
     except errors.UserError as error:
         fail(error)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:

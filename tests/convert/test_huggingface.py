@@ -20,7 +20,7 @@ from grain_jax.convert import huggingface, model_card, parity
 from grain_jax.convert import torch as reference
 from grain_jax.convert.__main__ import main
 from grain_jax.files import images
-from grain_jax.input_pipeline import tokenizer
+from grain_jax.input_pipeline import clip_tokenizer
 from grain_jax.runtime import checkpoint, digests, receipt
 from tests import perturbed, tiny
 from tests.paths import GOLDENS, ROOT
@@ -41,7 +41,7 @@ def pictures():
 def converted(tmp_path_factory):
     """(folder of ours, folder for transformers), with CLIP's vocabulary."""
     root = tmp_path_factory.mktemp("hf")
-    model = perturbed.tiny(text__vocab_size=tokenizer.VOCAB_SIZE, text__context_length=20)
+    model = perturbed.tiny(text__vocab_size=clip_tokenizer.VOCAB_SIZE, text__context_length=20)
     checkpoint.save_model(root / "ours", model, perturbed.params(model))
     report = huggingface.to_hf(root / "ours", root / "hf")
     assert report.ok and report.text.endswith("parity: PROVEN"), report.text
@@ -227,7 +227,8 @@ def test_the_golden_strings_have_our_ids(converted):
     wrong = [
         s["text"]
         for s, row in zip(strings, ids["input_ids"].tolist())
-        if row[: len(s["ids"])] != s["ids"] or set(row[len(s["ids"]) :]) - {tokenizer.END_OF_TEXT}
+        if row[: len(s["ids"])] != s["ids"]
+        or set(row[len(s["ids"]) :]) - {clip_tokenizer.END_OF_TEXT}
     ]
     assert not wrong
 

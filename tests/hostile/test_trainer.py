@@ -9,7 +9,7 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import train
-from grain_jax.input_pipeline import records
+from grain_jax.input_pipeline import record_files
 from grain_jax.runtime import lock, metrics_writer, storage_faults
 from tests import record_sets, tiny
 from tests.hostile import cases
@@ -135,5 +135,5 @@ def test_a_shard_that_is_no_file_is_not_read(tmp_path, make):
     shard.unlink()
     make(shard)
     config = record_sets.config(tmp_path / "out")
-    outcome = cases.run(lambda _: records.find(config) and 0, [])
+    outcome = cases.run(lambda _: record_files.find(config) and 0, [])
     cases.check(outcome, f"^{shard}: no regular file; expected a shard that data.build wrote")

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from grain_jax import config as config_lib
 from grain_jax import errors, train, verify
-from grain_jax.input_pipeline import order, records
+from grain_jax.input_pipeline import order, record_files, records
 from grain_jax.runtime import checkpoint
 from tests import record_sets, tiny
 
@@ -190,7 +190,7 @@ def test_resuming_opens_only_its_blocks(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tf.data, "TFRecordDataset", watched)
         take(config, 1, start_step=20)
-    sets = records.find(config)
+    sets = record_files.find(config)
     lanes = [
         order.make_lanes(
             one.shards,
@@ -219,7 +219,7 @@ def test_a_set_of_few_shards_and_a_missing_one_are_named(folder):
         records.batches(mixture(folder, {"birds": 1.0, "fish": 1.0}))
     values = entries(folder)
     values[1]["split"] = "validation"
-    with pytest.raises(records.DataError, match="stones/1.0.0 has no split 'validation'"):
+    with pytest.raises(record_files.DataError, match="stones/1.0.0 has no split 'validation'"):
         records.batches(record_sets.config("", name="", datasets=values))
 
 
@@ -230,7 +230,7 @@ def test_a_damaged_record_is_named(folder, tmp_path):
     values = entries(folder)
     values[2]["data_dir"] = str(tmp_path)
     config = record_sets.config("", name="", datasets=values)
-    path = records.find(config)[2].shards[5].path
+    path = record_files.find(config)[2].shards[5].path
     contents = [r.numpy() for r in tf.data.TFRecordDataset(path)]
     example = tf.train.Example.FromString(contents[1])
     picture = example.features.feature["image"].bytes_list
@@ -239,7 +239,7 @@ def test_a_damaged_record_is_named(folder, tmp_path):
     with tf.io.TFRecordWriter(path) as writer:
         for record in contents:
             writer.write(record)
-    with pytest.raises(records.DataError) as error:
+    with pytest.raises(record_files.DataError) as error:
         take(config, 30)
     assert re.fullmatch(
         rf"{path}, record 1: .*PNG.*; rebuild the set with data.build", str(error.value)

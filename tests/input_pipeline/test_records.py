@@ -8,7 +8,7 @@ from etils import epath
 
 from grain_jax import errors
 from grain_jax.files import images
-from grain_jax.input_pipeline import order, packing, records, text_lengths, tokenizer
+from grain_jax.input_pipeline import order, packing, record_files, records, text_lengths, tokenizer
 from tests import record_sets
 
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # TFDS with protobuf 6
@@ -119,7 +119,7 @@ def test_resuming_gives_the_uninterrupted_stream(output):
 def test_resuming_opens_only_its_block(output):
     config = record_sets.config(output, lanes=1, shards_per_block=1)
     (lane,) = order.make_lanes(
-        records.find(config)[0].shards, name="x", lanes=1, shards_per_block=1, seed=config.seed
+        record_files.find(config)[0].shards, name="x", lanes=1, shards_per_block=1, seed=config.seed
     )
     step = 3
     wanted = {s.path for p in (24, 31) for s in lane.block(lane.ordinal(p)).shards}
@@ -147,7 +147,11 @@ def test_resuming_opens_only_its_block(output):
 def test_every_record_once_an_epoch_in_a_new_order(output):
     config = record_sets.config(output, batch_size=4, pack_group=1)
     lanes = order.make_lanes(
-        records.find(config)[0].shards, name="x", lanes=LANES, shards_per_block=1, seed=config.seed
+        record_files.find(config)[0].shards,
+        name="x",
+        lanes=LANES,
+        shards_per_block=1,
+        seed=config.seed,
     )
     batches = take(config, 40)
     seen = []
@@ -281,7 +285,7 @@ def damaged(tmp_path):
     record_sets.write_annotations(tmp_path / "in", 12, size=(16, 16))
     assert record_sets.build_set(tmp_path / "in", tmp_path, "--num-shards=2") == 0
     config = record_sets.config(tmp_path, batch_size=4, lanes=2)
-    path = records.find(config)[0].shards[1].path
+    path = record_files.find(config)[0].shards[1].path
     contents = [r.numpy() for r in tf.data.TFRecordDataset(path)]
     return config, path, contents
 
@@ -292,7 +296,7 @@ def test_uneven_lanes_are_warned_of(output, caplog):
 
 
 def until_error(config):
-    with pytest.raises(records.DataError) as error:
+    with pytest.raises(record_files.DataError) as error:
         take(config, 3)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -374,5 +378,5 @@ def test_a_damaged_record_is_named_when_lengths_are_sampled(damaged):
     (epath.Path(path).parent / text_lengths.FILE).write_text("{")
     with tf.io.TFRecordWriter(path) as writer:
         writer.write(b"nothing that can be parsed")
-    with pytest.raises(records.DataError, match=r"tfrecord-00001-of-00002: .*rebuild the set"):
+    with pytest.raises(record_files.DataError, match=r"tfrecord-00001-of-00002: .*rebuild the set"):
         records.text_lengths(config)

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grain_jax.input_pipeline import tokenizer
-from grain_jax.input_pipeline.tokenizer import END_OF_TEXT, START_OF_TEXT, TokenizerError
+from grain_jax.input_pipeline import clip_tokenizer, text_cleaning
+from grain_jax.input_pipeline.clip_tokenizer import END_OF_TEXT, START_OF_TEXT
+from grain_jax.input_pipeline.text_cleaning import TokenizerError
 
 GOLDENS = json.loads(
     (pathlib.Path(__file__).parents[1] / "goldens" / "tokenizer.json").read_text("utf-8")
@@ -49,13 +50,13 @@ def vocabulary(tmp_path_factory):
 @pytest.fixture(scope="session")
 def instant():
     pytest.importorskip("instant_clip_tokenizer", reason="has no wheel for this Python")
-    return tokenizer.ClipTokenizer("instant")
+    return clip_tokenizer.ClipTokenizer("instant")
 
 
 @pytest.fixture(scope="session")
 def huggingface(vocabulary):
     pytest.importorskip("tokenizers", reason="dev extra is not installed")
-    return tokenizer.ClipTokenizer("huggingface", vocabulary)
+    return clip_tokenizer.ClipTokenizer("huggingface", vocabulary)
 
 
 @pytest.fixture(params=["instant", "huggingface"])
@@ -121,14 +122,16 @@ def test_the_backends_agree(instant, huggingface, texts):
     ],
 )
 def test_clean(text, cleaned):
-    assert tokenizer.clean(text) == cleaned
+    assert text_cleaning.clean(text) == cleaned
 
 
 @given(text=st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=60))
 def test_the_short_way_of_clean_changes_nothing(text):
     # A non-ASCII word at the end sends the same text the long way.
     if "&" not in text:
-        assert tokenizer.clean(text + " \u00e9") == f"{tokenizer.clean(text)} \u00e9".strip()
+        assert (
+            text_cleaning.clean(text + " \u00e9") == f"{text_cleaning.clean(text)} \u00e9".strip()
+        )
 
 
 def test_text_id_is_of_the_cleaned_lowered_text(clip):
@@ -160,15 +163,15 @@ def test_wrong_input_is_one_line(clip, call, message):
 
 def test_unknown_backend_lists_the_known():
     with pytest.raises(TokenizerError, match=r"'sentencepiece': expected one of .*instant"):
-        tokenizer.ClipTokenizer("sentencepiece")
+        clip_tokenizer.ClipTokenizer("sentencepiece")
 
 
 def test_vocabulary_by_environment_variable(vocabulary, huggingface, monkeypatch):
     if vocabulary is None:
         pytest.skip("needs a vocabulary file")
-    monkeypatch.setenv(tokenizer.VOCABULARY_VARIABLE, str(vocabulary))
+    monkeypatch.setenv(clip_tokenizer.VOCABULARY_VARIABLE, str(vocabulary))
     np.testing.assert_array_equal(
-        tokenizer.ClipTokenizer("huggingface")(["a bird"]), huggingface(["a bird"])
+        clip_tokenizer.ClipTokenizer("huggingface")(["a bird"]), huggingface(["a bird"])
     )
 
 
@@ -176,25 +179,25 @@ def test_another_vocabulary_is_refused(huggingface, tmp_path):
     path = tmp_path / "merges.txt"
     path.write_text("#version: 0.2\ni n\nt h\n")
     with pytest.raises(TokenizerError, match=r"merges.txt is not CLIP's vocabulary"):
-        tokenizer.ClipTokenizer("huggingface", path)
+        clip_tokenizer.ClipTokenizer("huggingface", path)
     with pytest.raises(TokenizerError, match=r"cannot read CLIP's vocabulary .*absent.txt"):
-        tokenizer.ClipTokenizer("huggingface", tmp_path / "absent.txt")
+        clip_tokenizer.ClipTokenizer("huggingface", tmp_path / "absent.txt")
 
 
 def test_missing_libraries_say_what_to_install(monkeypatch):
     installed = {"tokenizers"}
     find_spec = importlib.util.find_spec
-    monkeypatch.delenv(tokenizer.VOCABULARY_VARIABLE, raising=False)
+    monkeypatch.delenv(clip_tokenizer.VOCABULARY_VARIABLE, raising=False)
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: find_spec(name) if name in installed else None
     )
     with pytest.raises(TokenizerError, match="pip install --no-deps open_clip_torch"):
-        tokenizer.ClipTokenizer()
+        clip_tokenizer.ClipTokenizer()
     installed.clear()
     with pytest.raises(TokenizerError, match="pip install tokenizers"):
-        tokenizer.ClipTokenizer()
+        clip_tokenizer.ClipTokenizer()
     with pytest.raises(TokenizerError, match="pip install instant-clip-tokenizer"):
-        tokenizer.ClipTokenizer("instant")
+        clip_tokenizer.ClipTokenizer("instant")
 
 
 def test_vocabulary_is_found_in_a_package_without_importing_it(vocabulary, tmp_path, huggingface):
@@ -206,7 +209,7 @@ def test_vocabulary_is_found_in_a_package_without_importing_it(vocabulary, tmp_p
     (package / vocabulary.name).write_bytes(vocabulary.read_bytes())
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from grain_jax.input_pipeline.tokenizer import ClipTokenizer\n"
+        "from grain_jax.input_pipeline.clip_tokenizer import ClipTokenizer\n"
         "print(ClipTokenizer('huggingface')(['a bird'], 5).tolist())\n"
         "assert not {'jax', 'tensorflow', 'torch', 'open_clip'} & set(sys.modules)\n"
     )

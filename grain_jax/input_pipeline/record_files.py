@@ -1,0 +1,219 @@
+"""The files of record sets: where they are, whether they are whole, and what tells them from others."""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+# TensorFlow's banners tell a user nothing; decoding does not use oneDNN.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import tensorflow as tf  # noqa: E402
+import tensorflow_datasets as tfds  # noqa: E402
+from etils import epath  # noqa: E402
+
+from grain_jax import errors  # noqa: E402
+from grain_jax.config import Config, Dataset  # noqa: E402
+from grain_jax.input_pipeline import order, sources, text_lengths  # noqa: E402
+
+DAMAGE = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
+_FEATURES = ("image", "captions", "synthetic_caption", "regions")
+_DESCRIPTIONS = ("dataset_info.json", "features.json")
+_REBUILD = "rebuild the set with data.build, or copy it anew"
+_LEAST_BYTES = 16  # of a record: its length and the checksums of both
+# Written by data.build: split -> digest of its records, lengths and sizes of its shards.
+DIGEST_FILE = "digest.json"
+_LOOKED_INTO = 64  # shards of a set without DIGEST_FILE, whose size and first record are digested
+
+
+class DataError(errors.UserError):
+    """A set, or one of its records, cannot be used; the message is one line."""
+
+
+class RecordSet(NamedTuple):
+    """A set of the config, as it lies on the storage."""
+
+    source: Dataset
+    directory: epath.Path  # of its newest version
+    shards: tuple[order.Shard, ...]
+
+
+def find(config: Config) -> list[RecordSet]:
+    """The newest version of each set that the config names.
+
+    Raises:
+      MissingData: no complete set is there.
+      DataError: one lacks the split or a feature, or is not in TFRecord files.
+    """
+    return [_find(source) for source in config.input.sets]
+
+
+def _find(source: Dataset) -> RecordSet:
+    directory = text_lengths.newest_version(source)
+    if directory is None:
+        raise errors.MissingData(
+            f"no record set {source.name!r} in {source.data_dir!r} (looked for"
+            f" {epath.Path(source.data_dir) / source.name}/1.0.0); make it with: python -m data.build --annotations A.jsonl --images DIR"
+            f" --output {source.data_dir or 'DIR'} --name {source.name or 'NAME'}"
+        )
+    info = read_info(directory)
+    features = info.features if isinstance(info.features, tfds.features.FeaturesDict) else {}
+    missing = [name for name in _FEATURES if name not in features]
+    split = dict(info.splits).get(source.split)
+    if missing or not isinstance(split, tfds.core.SplitInfo):
+        what = f"feature {', '.join(missing)}" if missing else f"split {source.split!r}"
+        raise DataError(f"{directory} has no {what}; expected a set that data.build wrote")
+    if info.file_format != tfds.core.FileFormat.TFRECORD:
+        raise DataError(f"{directory} is in {info.file_format} files, expected TFRecord")
+    return RecordSet(source, directory, _shards(directory, split))
+
+
+def read_info(directory: epath.Path) -> tfds.core.DatasetInfo:
+    """What TFDS reads of the set in a folder.
+
+    Raises:
+      DataError: `dataset_info.json` or `features.json` is missing or damaged, or names other classes than TFDS's.
+    """
+    for name in _DESCRIPTIONS:
+        path = directory / name
+        try:
+            content = json.loads(path.read_bytes())
+            if not isinstance(content, dict):
+                raise ValueError(f"got a {type(content).__name__}, expected an object")
+            # TFDS imports the modules of these classes.
+            foreign = [x for x in _values(content, "pythonClassName") if not _is_of_tfds(x)]
+            if foreign:
+                raise ValueError(f"names the class {foreign[0]!r:.60}, expected TFDS's own")
+        except (OSError, ValueError, RecursionError) as error:
+            reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+            raise DataError(f"{path}: {reason}; {_REBUILD}") from None
+    try:
+        info = tfds.builder_from_directory(directory).info
+        for split in info.splits.values():
+            list(zip(split.filepaths, split.shard_lengths, strict=True))
+        return info
+    except Exception as error:  # of wrong types in either file there are all kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        files = " or ".join(_DESCRIPTIONS)
+        raise DataError(f"{directory}: {files} is damaged ({reason}); {_REBUILD}") from None
+
+
+def _values(content: Any, key: str) -> Iterator[Any]:
+    """Every value of the key, at any depth."""
+    if isinstance(content, dict):
+        yield from (value for name, value in content.items() if name == key)
+        content = list(content.values())
+    if isinstance(content, list):
+        for value in content:
+            yield from _values(value, key)
+
+
+def _is_of_tfds(name: Any) -> bool:
+    return isinstance(name, str) and name.startswith("tensorflow_datasets.")
+
+
+def _shards(directory: epath.Path, split: tfds.core.SplitInfo) -> tuple[order.Shard, ...]:
+    """The shards of the split. A local one must not have the size that data.build noted for another shard.
+
+    A damaged record is found when it is read, and named then.
+    """
+    paths = list(map(os.fspath, split.filepaths))
+    noted = _of_split(directory, split.name).get("shard_bytes", [])
+    sizes = noted if len(noted) == len(paths) else [None] * len(paths)
+    for path, length, size in zip(paths, split.shard_lengths, sizes, strict=True):
+        if length < 0:
+            raise DataError(
+                f"{directory / _DESCRIPTIONS[0]}: a shard of {length} records; {_REBUILD}"
+            )
+        if "://" in path:
+            continue
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:  # the reader of the shard says so
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"{path}: no regular file; expected a shard that data.build wrote")
+        if size not in (None, found.st_size) and found.st_size in noted:
+            raise DataError(
+                f"{path}: got {found.st_size} bytes, which another shard has, expected {size}: shards have"
+                f" each other's names; {_REBUILD}"
+            )
+        if length * _LEAST_BYTES > found.st_size:
+            raise DataError(
+                f"{path}: {found.st_size} bytes cannot be the {length} records that"
+                f" {_DESCRIPTIONS[0]} says; {_REBUILD}"
+            )
+    return tuple(map(order.Shard, paths, split.shard_lengths))
+
+
+def _of_split(directory: epath.Path, split: str) -> dict[str, Any]:
+    """The entry of a split in DIGEST_FILE; {} where the set has no such file."""
+    path = directory / DIGEST_FILE
+    if not path.exists():
+        return {}
+    try:
+        noted = dict(json.loads(path.read_bytes())[split])
+        for key in ("shard_lengths", "shard_bytes"):
+            if not isinstance(noted.get(key, []), list):
+                raise TypeError
+        return noted
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise DataError(
+            f"{path}: not what data.build writes, expected the split {split}; put it back, or remove it,"
+            " and the files are compared instead"
+        ) from None
+
+
+def identities(sets: Sequence[RecordSet]) -> list[sources.Identity]:
+    """What tells each set from others, wherever it lies.
+
+    The order of the data depends on `shard_lengths`. `digest` is one of all `records` where data.build wrote it
+    beside them (one small file is read), else one of the `files`: the names of all shards, and the size and the
+    first record of at most 64 shards, evenly spread. That takes 64 listings and 64 reads, 16 at a time; a change
+    of other records that keeps all sizes is not found.
+
+    Raises:
+      DataError: DIGEST_FILE is damaged, or a first record cannot be read.
+    """
+    return [_identity(one) for one in sets]
+
+
+def _identity(one: RecordSet) -> sources.Identity:
+    lengths = [shard.num_records for shard in one.shards]
+    written = _of_split(one.directory, one.source.split)
+    if written.get("shard_lengths") == lengths:  # else DIGEST_FILE is of other shards
+        kind, digest = "records", written.get("digest")
+    else:
+        kind, digest = "files", _digest_of_files([epath.Path(s.path) for s in one.shards])
+    return {
+        "name": one.source.name,
+        "split": one.source.split,
+        "shard_lengths": lengths,
+        "digest": digest,
+        "digest_of": kind,
+    }
+
+
+def _digest_of_files(shards: Sequence[epath.Path]) -> str:
+    chosen = [shards[i * len(shards) // _LOOKED_INTO] for i in range(_LOOKED_INTO)]
+    chosen = list(dict.fromkeys(chosen))  # each once
+
+    def look(path: epath.Path) -> list[Any]:
+        try:
+            first = next(tf.data.TFRecordDataset(str(path)).as_numpy_iterator(), b"")
+            features = tf.train.Example.FromString(first).features.feature
+            size = path.stat().length
+        except (*DAMAGE, OSError, ValueError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise DataError(f"{path}, record 0: {reason}; rebuild the set") from None
+        # Sorted: a protobuf map has no order.
+        parts = [name.encode() + features[name].SerializeToString() for name in sorted(features)]
+        return [size, hashlib.sha256(b"".join(parts)).hexdigest()]
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        looked = list(pool.map(look, chosen))
+    return hashlib.sha256(json.dumps([[p.name for p in shards], looked]).encode()).hexdigest()

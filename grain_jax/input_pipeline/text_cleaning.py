@@ -1,0 +1,95 @@
+"""Texts before the tokenizer: repair, the cleaning of each tower, and ids that are equal where texts are equal."""
+
+import hashlib
+import html
+import string
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import ftfy
+import numpy as np
+import regex
+
+from grain_jax import errors
+
+
+class TokenizerError(errors.UserError):
+    """The tokenizer cannot be built, or was given something that is not text."""
+
+
+class TokenizedTexts(NamedTuple):
+    """The tokens of N texts, without padding."""
+
+    ids: np.ndarray  # int32 [sum(lengths)], text after text
+    lengths: np.ndarray  # int32 [N], each 2 or more
+    too_long: np.ndarray  # bool [N], the texts that were cut
+
+
+def clean(text: str | bytes) -> str:
+    """Returns `text` with mojibake, HTML entities and white space repaired, as the reference does.
+
+    Case is kept: the tokenizer lowers it.
+
+    Args:
+      text: a string, or UTF-8 bytes (as tf.data gives).
+
+    Raises:
+      TokenizerError: `text` is neither, or the bytes are not UTF-8.
+    """
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise TokenizerError(
+                f"text {text[:40]!r} is not UTF-8 ({error.reason} at byte {error.start}); "
+                "convert the records to UTF-8"
+            ) from None
+    elif not isinstance(text, str):
+        raise TokenizerError(
+            f"expected a text (str), got {type(text).__name__}: {str(text)[:40]}; "
+            "pass a list of strings"
+        )
+    if text.isascii() and text.isprintable() and "&" not in text:  # nothing to repair
+        return " ".join(text.split()) if "  " in text else text.strip()
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return regex.sub(r"\s+", " ", text).strip()
+
+
+def text_ids(texts: Sequence[str]) -> np.ndarray:
+    """Returns i32[N], equal where the (cleaned) texts are equal.
+
+    The ids mask duplicates in the contrastive losses. They depend on the text alone (BLAKE2b, 32 bits), not on
+    process, machine or PYTHONHASHSEED. Two different texts share an id with probability 2^-32, so among n
+    different texts about n^2 / 2^33 pairs do: one in 33,000 batches of 512, one in 32 batches of 16,384. The
+    loss leaves such a pair out of the negatives, no more.
+    """
+    digests = b"".join(
+        hashlib.blake2b(text.encode("utf-8"), digest_size=4).digest() for text in texts
+    )
+    return np.frombuffer(digests, dtype="<i4").astype(np.int32)
+
+
+def _text(text: str | bytes) -> str:
+    return text.decode("utf-8") if isinstance(text, bytes) else text
+
+
+def _canonical(text: str | bytes) -> str:
+    """Lower case, without ASCII punctuation, single spaces: the cleaning of SigLIP's texts."""
+    return " ".join(_text(text).lower().translate(_NO_PUNCTUATION).split())
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+CLEANINGS: dict[str, Callable[[str | bytes], str]] = {
+    "lower": lambda text: clean(text).lower(),
+    "canonical": _canonical,
+    "none": _text,
+}
+
+
+def clean_all(texts: Sequence[str | bytes], cleaning: str = "lower") -> list[str]:
+    """The texts after the `cleaning`, a key of CLEANINGS. Raises TokenizerError."""
+    if isinstance(texts, str | bytes):  # would be taken letter by letter
+        raise TokenizerError(
+            f"expected a list of texts, got one text {texts[:40]!r}; wrap it in []"
+        )
+    return [CLEANINGS[cleaning](text) for text in texts]
