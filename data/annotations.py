@@ -17,7 +17,7 @@ class Checked(NamedTuple):
     """What a line came to: an annotation with its image, or faults."""
 
     annotation: annotations.Annotation | None  # its boxes are clipped to the image
-    picture: PIL.Image.Image | None
+    image: PIL.Image.Image | None
     encoded: bytes  # the image's file
     faults: list[str]
     boxes_clipped: int
@@ -28,10 +28,10 @@ def check_line(line: bytes, folder: epath.PathLike, encoded_image: bytes | None 
     """Checks one line and its image, which lies below `folder` unless its file is handed in."""
     parsed = annotations.parse_line(line, caption_required=True)
     faults = list(parsed.faults)
-    picture, encoded = None, b""
+    image, encoded = None, b""
     if parsed.image:
-        picture, encoded = _picture(parsed.image, epath.Path(folder), encoded_image, faults)
-    boxes_xyxy = [] if picture is None else _clipped(parsed.boxes_xyxy, picture, faults)
+        image, encoded = _image(parsed.image, epath.Path(folder), encoded_image, faults)
+    boxes_xyxy = [] if image is None else _clipped(parsed.boxes_xyxy, image, faults)
     if faults:
         return Checked(None, None, b"", faults, 0, parsed.unknown_keys)
     found = parsed.annotation
@@ -40,10 +40,10 @@ def check_line(line: bytes, folder: epath.PathLike, encoded_image: bytes | None 
     )
     changed = sum(old.box_xyxy != new.box_xyxy for old, new in zip(found.regions, regions))
     found = found._replace(regions=regions)
-    return Checked(found, picture, encoded, [], changed, parsed.unknown_keys)
+    return Checked(found, image, encoded, [], changed, parsed.unknown_keys)
 
 
-def _picture(
+def _image(
     name: str, folder: epath.Path, encoded: bytes | None, faults: list[str]
 ) -> tuple[PIL.Image.Image | None, bytes]:
     got = f"image: got {annotations.show(name)}"
@@ -61,7 +61,7 @@ def _picture(
 
 
 def _clipped(
-    boxes_xyxy: list[annotations.Box | None], picture: PIL.Image.Image, faults: list[str]
+    boxes_xyxy: list[annotations.Box | None], image: PIL.Image.Image, faults: list[str]
 ) -> list[annotations.Box | None]:
     """Each box within the image; None, and a fault, for one that hangs over too far."""
     out = []
@@ -69,13 +69,13 @@ def _clipped(
         if box_xyxy is None:  # its own fault is reported already
             out.append(None)
             continue
-        clipped = annotations.clip_box(box_xyxy, *picture.size)
+        clipped = annotations.clip_box(box_xyxy, *image.size)
         if clipped.box_xyxy is None:
             typed = [int(x) if x.is_integer() else x for x in box_xyxy]
             kept = math.floor(100 * clipped.kept)  # 49.9% is not said to be 50%
             faults.append(
                 f"regions[{index}].box: got {annotations.show(typed)}, {kept}% of it"
-                f" in the image of {picture.width} x {picture.height},"
+                f" in the image of {image.width} x {image.height},"
                 f" expected at least {annotations.MIN_INSIDE:.0%}"
             )
         out.append(clipped.box_xyxy)

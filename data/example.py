@@ -68,7 +68,7 @@ def check(line: Line, *, folder: str) -> Verdict:
         regions=len(found.regions) if found else 0,
         boxes_clipped=checked.boxes_clipped,
         unknown_keys=checked.unknown_keys,
-        fingerprint=(duplicates.fingerprint(checked.encoded, checked.picture) if found else None),
+        fingerprint=(duplicates.fingerprint(checked.encoded, checked.image) if found else None),
     )
 
 
@@ -82,11 +82,11 @@ class Encoded(NamedTuple):
 def encode(line: Line, *, folder: str, encoding: Encoding) -> Encoded | list[str]:
     """The line as features, or the faults it has by now."""
     checked = annotations.check_line(line.text, folder, line.encoded_image)
-    found, picture = checked.annotation, checked.picture
+    found, image = checked.annotation, checked.image
     if found is None:
         return checked.faults
-    width, height = picture.size
-    stored, stored_anew = encode_image(picture, checked.encoded, encoding)
+    width, height = image.size
+    stored, stored_anew = encode_image(image, checked.encoded, encoding)
     features = {
         "id": found.id,
         "image": stored,
@@ -105,28 +105,26 @@ def encode(line: Line, *, folder: str, encoding: Encoding) -> Encoded | list[str
     return Encoded(features, stored_anew)
 
 
-def encode_image(
-    picture: PIL.Image.Image, encoded: bytes, encoding: Encoding
-) -> tuple[bytes, bool]:
+def encode_image(image: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> tuple[bytes, bool]:
     """The bytes to store. "original" keeps the file's own wherever its pixels need no change.
 
     Returns: the bytes, and whether the file's own would have been kept, but training cannot read them.
     """
-    fits = encoding.size in (0, picture.width) and encoding.size in (0, picture.height)
+    fits = encoding.size in (0, image.width) and encoding.size in (0, image.height)
     stored_anew = False
     if encoding.kind == "original" and fits:
-        if picture.mode in _STORED_AS_THEY_ARE.get(picture.format, ()):
-            if _is_read_by_training(encoded, picture.size):
+        if image.mode in _STORED_AS_THEY_ARE.get(image.format, ()):
+            if _is_read_by_training(encoded, image.size):
                 return encoded, False
             stored_anew = True
     if encoding.size:
-        picture = PIL.Image.fromarray(images.resize(picture, encoding.size))
+        image = PIL.Image.fromarray(images.resize(image, encoding.size))
     out = io.BytesIO()
     if encoding.kind == "jpeg":
         # Colours at full resolution: halved, they cost quality 95 nine decibels (docs/input.md).
-        images.to_rgb(picture).save(out, "JPEG", quality=encoding.quality, subsampling=0)
+        images.to_rgb(image).save(out, "JPEG", quality=encoding.quality, subsampling=0)
     else:
-        images.to_rgb(picture).save(out, "PNG")
+        images.to_rgb(image).save(out, "PNG")
     return out.getvalue(), stored_anew
 
 

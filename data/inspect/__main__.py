@@ -87,15 +87,15 @@ def inspect(args: argparse.Namespace) -> str:
 
 
 def _summary(result: dict, found: list[problems.Problem]) -> str:
-    pictures, captions, regions = result["pictures"], result["captions"], result["regions"]
-    count = max(pictures["count"], 1)
-    sizes = ", ".join(f"{size} ({n / count:.0%})" for size, n in pictures["sizes"][:3])
+    images, captions, regions = result["pictures"], result["captions"], result["regions"]
+    count = max(images["count"], 1)
+    sizes = ", ".join(f"{size} ({n / count:.0%})" for size, n in images["sizes"][:3])
     shards = result["set"]["shards"]["count"]
     kind = result["set"]["kind"] + (f", {shards} shards" if shards else "")
-    left_out = f" ({pictures['left_out']:,} left out)" if pictures["left_out"] else ""
+    left_out = f" ({images['left_out']:,} left out)" if images["left_out"] else ""
     lines = [
         f"{result['set']['path']}: {kind}",
-        f"images        {pictures['count']:,}{left_out}; {pictures['bytes'] / 1e6:,.1f} MB; {sizes}",
+        f"images        {images['count']:,}{left_out}; {images['bytes'] / 1e6:,.1f} MB; {sizes}",
     ]
     for name, texts, some in (
         ("web", captions["web"], f"{captions['pictures_with_web']:,} images have one or more"),

@@ -1,16 +1,15 @@
 """inspect.html: one file that shows statistics, problems and the contact sheet; it loads nothing."""
 
-import base64
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from etils import epath
 
-from data.inspect import charts, panels, problems
+from data.inspect import panels, problems
+from grain_jax.report import html
 
 _FREQUENT = 12  # texts of each kind that are listed, if more than one image has them
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def render(
@@ -23,32 +22,25 @@ def render(
       found: the problems.
       shown: the images of the contact sheet; may be none.
     """
-    here = epath.Path(__file__).parent
-    style, script = (here / "page.css").read_text(), (here / "page.js").read_text()
-    path = escape(result["set"]["path"])
-    sections = {
+    contents = {
         "Problems": _problems(found),
         "Texts": _texts(result),
         "Padding": _padding(result["padding"]),
         "Regions": _regions(result),
-        "Pictures": _pictures(result),
+        "Images": _images(result),
         "Frequent texts": _frequent(result),
         "Contact sheet": _sheet(result, shown),
     }
-    anchors = {name: name.lower().replace(" ", "-") for name in sections}
-    links = "".join(f'<a href="#{anchors[name]}">{name}</a>' for name in sections)
-    body = "".join(
-        f'<section id="{anchors[name]}"><h2>{name}</h2>{content}</section>'
-        for name, content in sections.items()
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>{path}: data.inspect</title><style>{style}</style></head><body>"
-        f'<h1>Data set</h1><p class="soft"><code>{path}</code> ({escape(result["set"]["kind"])}'
-        f'{_shards(result["set"])})</p><nav aria-label="Sections">{links}</nav>'
-        f"{_tiles(result, found)}{body}<script>{script}</script></body></html>\n"
+    path, here = result["set"]["path"], epath.Path(__file__).parent
+    return html.document(
+        title=f"{path}: data.inspect",
+        header=f'<div><h1>Data set</h1><p class="soft"><code>{escape(path)}</code>'
+        f" ({escape(result['set']['kind'])}{_shards(result['set'])})</p></div>{_tiles(result, found)}",
+        sections=[
+            html.Section(name.lower().replace(" ", "-"), name, content)
+            for name, content in contents.items()
+        ],
+        files=[here / "page.css", here / "page.js"],
     )
 
 
@@ -63,13 +55,13 @@ def _shards(described: dict[str, Any]) -> str:
 
 
 def _tiles(result: dict[str, Any], found: Sequence[problems.Problem]) -> str:
-    pictures, regions, captions = result["pictures"], result["regions"], result["captions"]
-    count = max(pictures["count"], 1)
-    size = f"{pictures['bytes'] / 1e6:,.1f} MB"
-    if pictures["left_out"]:
-        size += f"; {pictures['left_out']:,} left out"
+    images, regions, captions = result["pictures"], result["regions"], result["captions"]
+    count = max(images["count"], 1)
+    size = f"{images['bytes'] / 1e6:,.1f} MB"
+    if images["left_out"]:
+        size += f"; {images['left_out']:,} left out"
     tiles = [
-        (f"{pictures['count']:,}", "pictures", size),
+        (f"{images['count']:,}", "images", size),
         (f"{captions['web']['words']['count']:,}", "web captions", _of(captions["pictures_with_web"], count)),
         (f"{captions['synthetic']['words']['count']:,}", "synthetic captions", _of(captions["pictures_with_synthetic"], count)),
         (f"{regions['count']:,}", "regions", f"{regions['count'] / count:.2f} an image"),
@@ -91,7 +83,7 @@ def _exact(distinct: dict[str, Any]) -> str:
 
 def _problems(found: Sequence[problems.Problem]) -> str:
     if not found:
-        return '<p class="none">None found.</p>'
+        return '<p class="right">None found.</p>'
     rows = [
         (
             f'<span class="problem">{escape(p.what)}</span>',
@@ -103,20 +95,7 @@ def _problems(found: Sequence[problems.Problem]) -> str:
         for p in found
     ]
     classes = ("", "number", "number", "example", "")
-    return _table(("what", "count", "share", "first example", "what to do"), rows, classes)
-
-
-def _table(header, rows, classes, extra: str = "") -> str:
-    """Cells are HTML already."""
-    head = "".join(f'<th scope="col" class="{c}">{h}</th>' for h, c in zip(header, classes))
-    body = "".join(
-        "<tr>" + "".join(f'<td class="{c}">{cell}</td>' for cell, c in zip(row, classes)) + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll"><table class="{extra}"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    return html.table(("what", "count", "share", "first example", "what to do"), rows, classes)
 
 
 def _histogram(title: str, numbers: dict[str, Any], unit: str) -> str:
@@ -131,11 +110,7 @@ def _histogram(title: str, numbers: dict[str, Any], unit: str) -> str:
         f"mean {numbers['mean']:.1f}, median {numbers['median']:,}, 95% up to {numbers['p95']:,},"
         f" 99% up to {numbers['p99']:,}, longest {numbers['max']:,} {unit}"
     )
-    return _figure(title, charts.bars(values, f"{title}: {spread}"), spread)
-
-
-def _figure(title: str, chart: str, caption: str) -> str:
-    return f"<figure><h3>{title}</h3>{chart}<figcaption>{caption}</figcaption></figure>"
+    return html.figure(title, html.histogram(values, f"{title}: {spread}"), spread)
 
 
 def _texts(result: dict[str, Any]) -> str:
@@ -171,8 +146,11 @@ def _padding(padding: dict[str, Any]) -> str:
         for g in padding["groups"]
     ]
     header = ("text.pack_group", "rows needed", "padding", "", "overflowing", "groups tried")
-    table = _table(
-        header, rows, ("number", "number", "number", "bar", "number", "number"), "narrow"
+    table = html.table(
+        header,
+        rows,
+        ("number", "number", "number", "bar", "number", "number"),
+        table_class="narrow",
     )
     return (
         f"{table}<p>Rows hold 99.9% of the groups (all, if fewer were tried); this is the least for"
@@ -196,14 +174,14 @@ def _regions(result: dict[str, Any]) -> str:
     most = max(map(max, boxes["places"]))
     beyond = regions["beyond_max_regions"]
     note = f"; {beyond:,} regions are beyond the 5 that training keeps" if beyond else ""
-    per_picture = _histogram("Regions a picture", regions["per_picture"], "regions")
+    per_image = _histogram("Regions an image", regions["per_picture"], "regions")
     return '<div class="charts">' + "".join(
         [
-            per_picture.replace("</figcaption>", f"{note}</figcaption>"),
-            _figure("Box area, share of the picture", charts.bars(areas, "box areas"), "bars are not of equal width: each covers about half a decade"),
-            _figure("Scores", charts.bars(binned, f"scores: {spread}"), spread),
-            _figure("Where boxes are", charts.heat_map(boxes["places"], "where boxes are"), f"share of the boxes that cover a place, 0 to {most:.0%}"),
-            _figure("Width and height of boxes", charts.heat_map(boxes["shapes"], "box shapes", from_below=True), "width from left to right, height from the bottom up, 0 to the whole picture"),
+            per_image.replace("</figcaption>", f"{note}</figcaption>"),
+            html.figure("Box area, share of the image", html.histogram(areas, "box areas"), "bars are not of equal width: each covers about half a decade"),
+            html.figure("Scores", html.histogram(binned, f"scores: {spread}"), spread),
+            html.figure("Where boxes are", html.heat_map(boxes["places"], "where boxes are"), f"share of the boxes that cover a place, 0 to {most:.0%}"),
+            html.figure("Width and height of boxes", html.heat_map(boxes["shapes"], "box shapes", from_below=True), "width from left to right, height from the bottom up, 0 to the whole image"),
         ]
     ) + "</div>"  # fmt: skip
 
@@ -212,15 +190,15 @@ def _percent(share: float) -> str:
     return f"{100 * share:g}%"
 
 
-def _pictures(result: dict[str, Any]) -> str:
-    pictures, copies = result["pictures"], result["duplicate_pictures"]
-    count = max(pictures["count"], 1)
-    formats = ", ".join(f"{escape(k)} {n:,}" for k, n in pictures["formats"].items())
-    sizes = ", ".join(f"{escape(size)} ({n / count:.0%})" for size, n in pictures["sizes"][:6])
+def _images(result: dict[str, Any]) -> str:
+    images, copies = result["pictures"], result["duplicate_pictures"]
+    count = max(images["count"], 1)
+    formats = ", ".join(f"{escape(k)} {n:,}" for k, n in images["formats"].items())
+    sizes = ", ".join(f"{escape(size)} ({n / count:.0%})" for size, n in images["sizes"][:6])
     figures = "".join(
-        _histogram(f"{side.title()} in pixels", pictures[side], "pixels")
+        _histogram(f"{side.title()} in pixels", images[side], "pixels")
         for side in ("width", "height")
-        if len(pictures[side]["histogram"]) > 1
+        if len(images[side]["histogram"]) > 1
     )
     return (
         f'<div class="charts">{figures}</div><p>{formats}. Most frequent sizes: {sizes}.</p>'
@@ -255,7 +233,7 @@ def _frequent(result: dict[str, Any]) -> str:
             note += f"; counts are too low by at most {texts['most_frequent_too_low_by']:,}"
         table = ""
         if rows:
-            table = _table(("text", "pictures", "share"), rows, ("", "number", "number"))
+            table = html.table(("text", "images", "share"), rows, ("", "number", "number"))
         parts.append(f'<div><h3>{name}</h3><p class="soft">{note}</p>{table}</div>')
     return f'<div class="columns">{"".join(parts)}</div>'
 
@@ -266,33 +244,32 @@ def _sheet(result: dict[str, Any], shown: Sequence[panels.Panel]) -> str:
     return (
         f'<p class="soft">{len(shown)} of {result["pictures"]["count"]:,} images, drawn by the hash of'
         " their ids. Regions are numbered by score. Point at a description, or focus an image and press"
-        ' the up and down arrows, to see its box alone.</p><div class="sheet">'
+        ' the up and down arrows, to see its box alone.</p><div class="cards">'
         + "".join(map(_panel, shown))
         + "</div>"
     )
 
 
 def _panel(panel: panels.Panel) -> str:
-    width, height = panel.picture.size
-    encoded = base64.b64encode(panels.jpeg(panel.picture)).decode()
+    width, height = panel.image.size
     # Numbers after all boxes, so that no line crosses one.
     boxes = "".join([*map(_box, panel.marks), *map(_badge, panel.marks)])
-    said = "".join(
-        f'<p class="said">{kind}: <q>{escape(text)}</q></p>' for kind, text in panel.captions
+    captions = "".join(
+        f'<p class="caption">{kind}: <q>{escape(text)}</q></p>' for kind, text in panel.captions
     )
     lines = "".join(
-        f'<li data-region="{mark.number}"><b style="background:{mark.colour}">{mark.number}</b>{escape(mark.description)}'
-        f"<span>{mark.score:.2f}</span></li>"
+        f'<li data-region="{mark.number}"><b class="badge" style="background:{mark.colour}">{mark.number}</b>'
+        f'<span>{escape(mark.description)} <span class="soft">{mark.score:.2f}</span></span></li>'
         for mark in panel.marks
     )
-    more = f'<p class="said">and {panel.more} more regions</p>' if panel.more else ""
+    more = f'<p class="caption">and {panel.more} more regions</p>' if panel.more else ""
     name = escape(panel.name)
     return (
-        f'<figure tabindex="0" aria-label="{name}"><div class="picture">'
-        f'<img src="data:image/jpeg;base64,{encoded}" width="{width}" height="{height}" alt="{name}">'
-        f'<svg viewBox="0 0 {width} {height}" aria-hidden="true">{boxes}</svg></div>'
-        f'<p class="name">{name} <span class="soft">{panel.size[0]} x {panel.size[1]}</span></p>'
-        f"{said}<ol>{lines}</ol>{more}</figure>"
+        f'<figure class="card" tabindex="0" aria-label="{name}"><div class="image">'
+        f'<img src="{html.data_uri(panel.image)}" width="{width}" height="{height}" alt="{name}">'
+        f'<svg class="boxes" viewBox="0 0 {width} {height}" aria-hidden="true">{boxes}</svg></div>'
+        f'<p>{name} <span class="soft">{panel.size[0]} x {panel.size[1]}</span></p>'
+        f'{captions}<ol class="said">{lines}</ol>{more}</figure>'
     )
 
 

@@ -1,6 +1,5 @@
 """An image of the contact sheet, ready to be drawn: scaled, its boxes numbered, the numbers placed."""
 
-import io
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,10 +8,10 @@ import PIL.Image
 
 from data.inspect import reading
 from grain_jax.files import images
+from grain_jax.report.html import REGION_COLOURS
 
 SIDE = 300  # pixels of a panel's longer side
 SHOWN = 10  # regions an image
-COLOURS = ("#d62728", "#1f77b4", "#2a8a2a", "#8250b8", "#c25700", "#0b7d87", "#c2388f", "#7a4b2a")
 BADGE = (17, 16)  # pixels of a one-digit number's badge; a digit more takes 7 more
 
 Point = tuple[float, float]
@@ -34,7 +33,7 @@ class Panel(NamedTuple):
     """An image and what is said of it."""
 
     name: str
-    picture: PIL.Image.Image  # RGB
+    image: PIL.Image.Image  # RGB
     size: tuple[int, int]  # of the image itself
     captions: tuple[tuple[str, str], ...]  # (web or synthetic, text)
     marks: tuple[Mark, ...]  # highest score first
@@ -44,12 +43,12 @@ class Panel(NamedTuple):
 def make(item: reading.Item) -> Panel | None:
     """The panel of an item; None if its image is damaged."""
     try:
-        picture = images.decode_image(item.encoded).convert("RGB")
+        image = images.decode_image(item.encoded).convert("RGB")
     except images.ImageError:
         return None
-    scale = SIDE / max(picture.size)
-    size = tuple(max(1, round(edge * scale)) for edge in picture.size)
-    picture = picture.resize(size, PIL.Image.Resampling.LANCZOS)
+    scale = SIDE / max(image.size)
+    size = tuple(max(1, round(edge * scale)) for edge in image.size)
+    image = image.resize(size, PIL.Image.Resampling.LANCZOS)
     best = np.argsort(-item.scores, kind="stable")[:SHOWN].tolist()
     boxes = np.clip(np.nan_to_num(item.boxes_xyxy[best]), 0, 1) * [*size, *size]
     widths = [BADGE[0] + 7 * (number > 9) for number in range(1, len(best) + 1)]
@@ -57,7 +56,7 @@ def make(item: reading.Item) -> Panel | None:
     marks = tuple(
         Mark(
             number=number,
-            colour=COLOURS[(number - 1) % len(COLOURS)],
+            colour=REGION_COLOURS[(number - 1) % len(REGION_COLOURS)],
             box_xyxy=tuple(box),
             badge_xy=badge,
             badge_width=width,
@@ -71,7 +70,7 @@ def make(item: reading.Item) -> Panel | None:
     synthetic = [("synthetic", item.synthetic_caption)] if item.synthetic_caption else []
     captions = (*(("web", text) for text in item.captions), *synthetic)
     more = len(item.descriptions) - len(best)
-    return Panel(item.name, picture, item.size, captions, marks, more)
+    return Panel(item.name, image, item.size, captions, marks, more)
 
 
 def place_badges(
@@ -100,13 +99,6 @@ def place_badges(
         chosen = next(free, inside[0])  # an image may be too narrow for all its numbers
         placed.append((*chosen, width))
     return [(x, y) for x, y, _ in placed]
-
-
-def jpeg(picture: PIL.Image.Image) -> bytes:
-    """The image as a small JPEG."""
-    out = io.BytesIO()
-    picture.save(out, "JPEG", quality=82)
-    return out.getvalue()
 
 
 def _within(at: Point, width: int, size: tuple[int, int]) -> Point:

@@ -99,7 +99,7 @@ def _read_line(line: example.Line, *, file: str, folder: str) -> list[Item | Fau
     """One item, or the faults that data.build would name."""
     where = f"{file}:{line.number}"
     checked = annotations.check_line(line.text, folder)
-    found, picture = checked.annotation, checked.picture
+    found, image = checked.annotation, checked.image
     if found is None:
         return [Fault(where, _cause(fault), fault) for fault in checked.faults]
     boxes = np.array([r.box_xyxy for r in found.regions], np.float32).reshape(-1, 4)
@@ -108,12 +108,12 @@ def _read_line(line: example.Line, *, file: str, folder: str) -> list[Item | Fau
             name=found.id or found.image,
             where=where,
             encoded=checked.encoded,
-            format=picture.format,
-            size=picture.size,
+            format=image.format,
+            size=image.size,
             captions=found.captions,
             synthetic_caption=found.synthetic_caption,
             descriptions=tuple(region.description for region in found.regions),
-            boxes_xyxy=boxes / np.array([*picture.size, *picture.size], np.float32),
+            boxes_xyxy=boxes / np.array([*image.size, *image.size], np.float32),
             scores=np.array([region.score for region in found.regions], np.float32),
         )
     ]

@@ -45,22 +45,22 @@ def draw(shown: Sequence[panels.Panel], title: str) -> bytes:
     head = wrap(title, width - 2 * _MARGIN, 6)
     rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
     top = _MARGIN + _LINE * len(head) + _MARGIN
-    tall = [max(p.picture.height for p in row) for row in rows]
+    tall = [max(p.image.height for p in row) for row in rows]
     texts = [[_lines(panel) for panel in row] for row in rows]
     heights = [
-        picture + 6 + _LINE * max(map(len, lines)) + 2 * _MARGIN
-        for picture, lines in zip(tall, texts)
+        image_height + 6 + _LINE * max(map(len, lines)) + 2 * _MARGIN
+        for image_height, lines in zip(tall, texts)
     ]
     canvas = PIL.Image.new("RGB", (width, top + sum(heights)), _PAPER)
     pen = PIL.ImageDraw.Draw(canvas)
     for i, line in enumerate(head):
         pen.text((_MARGIN, _MARGIN + i * _LINE), line, fill=_INK, font=_font(13))
-    for row, picture_height, lines, height in zip(rows, tall, texts, heights):
+    for row, image_height, lines, height in zip(rows, tall, texts, heights):
         for column, (panel, below) in enumerate(zip(row, lines)):
             left = _MARGIN + column * (panels.SIDE + _MARGIN)
             canvas.paste(draw_boxes(panel), (left, top))
             for i, line in enumerate(below):
-                y = top + picture_height + 6 + i * _LINE
+                y = top + image_height + 6 + i * _LINE
                 if line.mark is not None:
                     _badge(pen, line.mark, (left, y))
                 pen.text((left + line.indent, y), line.text, fill=line.colour, font=_font(12))
@@ -72,16 +72,16 @@ def draw(shown: Sequence[panels.Panel], title: str) -> bytes:
 
 def draw_boxes(panel: panels.Panel) -> PIL.Image.Image:
     """The panel's image with its boxes, each line between two thin white ones, and their numbers."""
-    picture = panel.picture.copy()
-    pen = PIL.ImageDraw.Draw(picture)
+    image = panel.image.copy()
+    pen = PIL.ImageDraw.Draw(image)
     for mark in reversed(panel.marks):  # the best on top
         x1, y1, x2, y2 = (round(edge) for edge in mark.box_xyxy)
-        x2, y2 = max(x1, min(x2, picture.width) - 1), max(y1, min(y2, picture.height) - 1)
+        x2, y2 = max(x1, min(x2, image.width) - 1), max(y1, min(y2, image.height) - 1)
         pen.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="white", width=1)
         pen.rectangle((x1, y1, x2, y2), outline=mark.colour, width=2)
     for mark in panel.marks:
         _badge(pen, mark, mark.badge_xy)
-    return picture
+    return image
 
 
 def wrap(text: str, width: int, limit: int) -> list[str]:

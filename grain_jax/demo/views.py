@@ -4,9 +4,7 @@ No scripts: a box is shown alone by hovering it or by a radio button, through CS
 too. Colours come from Gradio's theme, light and dark; a region has a number beside its colour.
 """
 
-import base64
 import html
-import io
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -14,7 +12,7 @@ import PIL.Image
 
 from grain_jax import inference
 from grain_jax.demo import analysis
-from grain_jax.report.pictures import COLOURS
+from grain_jax.report import html as html_lib
 
 _EDGE = 900  # pixels of the longer edge that an image is sent with, at most
 _WIDEST, _HIGHEST, _NARROWEST = 640, 480, 320  # CSS pixels of a figure
@@ -262,14 +260,10 @@ def _figure(
     )
 
 
-def _data_uri(picture: PIL.Image.Image) -> str:
-    scale = min(1.0, _EDGE / max(picture.size))
-    size = tuple(max(1, round(edge * scale)) for edge in picture.size)
-    buffer = io.BytesIO()
-    if scale < 1:
-        picture = picture.resize(size, PIL.Image.Resampling.LANCZOS)
-    picture.save(buffer, "JPEG", quality=90, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _data_uri(image: PIL.Image.Image) -> str:
+    small = image.copy()
+    small.thumbnail((_EDGE, _EDGE), PIL.Image.Resampling.LANCZOS)
+    return html_lib.data_uri(small, quality=90, whole_colour=True)
 
 
 def _table(head: str, rows: Iterable[str]) -> str:
@@ -300,7 +294,7 @@ def _percents(box_xyxy: np.ndarray) -> str:
 
 
 def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
+    return html_lib.REGION_COLOURS[number % len(html_lib.REGION_COLOURS)]
 
 
 def _tag(number: int) -> str:

@@ -1,34 +1,10 @@
-// The page's frame: elements, pickers, navigation, theme, keys. Every text of a run goes in as text, never as HTML.
-"use strict";
+// The report's frame: pickers, navigation, theme, keys.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const RUNS = DATA.runs;
 const SEVERAL = RUNS.length > 1;
 const DASHES = ["", "6 4", "2 3", "9 3 2 3"];
 const colour = (i) => `var(--c${i % 8})`;
-// Boxes lie on photographs, whatever the theme; the same colours as regions.png.
-const BOXES = ["#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e67e00", "#0c8c96", "#c2388f", "#7a4b2a"];
-
-function fill(node, attributes, children) {
-  for (const [key, value] of Object.entries(attributes || {})) {
-    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(key, value === true ? "" : value);
-  }
-  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
-  return node;
-}
-const el = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
-const svg = (tag, attributes, ...children) =>
-  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 const into = (id, ...children) => document.getElementById(id).replaceChildren(...children.flat().filter(Boolean));
-const soft = (text) => el("p", { class: "soft" }, text);
-const percent = (share) => `${(100 * share).toFixed(1)}%`;
-const number = (x) => {
-  if (x === 0) return "0";
-  const size = Math.abs(x);
-  if (size < 1e-3) return Number(x.toPrecision(3)).toExponential();
-  const [unit, sign] = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k"]].find(([least]) => size >= least) || [1, ""];
-  return Number((x / (sign === "k" ? 1e3 : unit)).toPrecision(4)) + sign;
-};
 
 function swatch(index, stroke) {
   const line = svg("line", { x1: 0, y1: 5, x2: 28, y2: 5, stroke, "stroke-dasharray": DASHES[index % 4] });

@@ -1,6 +1,5 @@
 """report.html: one file that shows what came of a run, or of several side by side; it loads nothing."""
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -9,11 +8,10 @@ from etils import epath
 
 from grain_jax.evaluate import tables
 from grain_jax.files import atomic
-from grain_jax.report import collect, run_files
+from grain_jax.report import collect, html, run_files
 
 FILE = "report.html"
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-_SCRIPTS = ("page.js", "charts.js", "sections.js")
+_FILES = ("page.css", "page.js", "curves.js", "sections.js")
 _SECTIONS = (  # id, heading, what one sees
     ("results", "Results", "The last evaluations. The bar is the value, the thin line its 95% interval, the upright line chance."),
     ("curves", "Curves", "What was logged over the steps. Point at a chart, or focus it and press the arrow keys, to read the values at a step; press a name to put its curve out."),
@@ -31,7 +29,7 @@ _KEYS = (
     ("\u2190 \u2192", "in a chart: step by step; Page Up and Down: ten steps; Home, End"),
     ("\u2191 \u2193", "in an image with regions: one region after the other"),
     ("arrow keys", "in a row of choices: the next one"),
-    ("Esc", "leave a filter, a chart or a picture"),
+    ("Esc", "leave a filter, a chart or an image"),
     ("t", "light or dark"),
     ("?", "this list"),
 )
@@ -86,18 +84,10 @@ def write(
 def render(runs: Sequence[run_files.Run], found: Sequence[Mapping[str, Any]]) -> str:
     """The page, from what `run_files.read` and `collect.collect` return for each run."""
     names = run_files.labels([run.workdir for run in runs])
-    here = epath.Path(__file__).parent
-    script = "".join((here / name).read_text() for name in _SCRIPTS)
     contents = {name: f'<div id="{name}-content"></div>' for name, _, _ in _SECTIONS}
     contents["results"] = _results(runs, names)
     contents["config"] = (
         _config(runs, names) + _environment(runs, names) + _unmeasured(runs, found, names)
-    )
-    links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in _SECTIONS)
-    body = "".join(
-        f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title" tabindex="-1">{title}</h2>'
-        f'<p class="soft">{sees}</p>{contents[name]}</section>'
-        for name, title, sees in _SECTIONS
     )
     keys = "".join(f"<dt><kbd>{key}</kbd></dt><dd>{does}</dd>" for key, does in _KEYS)
     where = "<br>".join(
@@ -105,28 +95,21 @@ def render(runs: Sequence[run_files.Run], found: Sequence[Mapping[str, Any]]) ->
         + (f", step {run.step:,}" if run.step is not None else "")
         for run in runs
     )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>{escape(' | '.join(names))}: grain_jax.report</title>"
-        f"<style>{(here / 'page.css').read_text()}</style></head><body><header><div>"
-        f'<h1>{"Runs side by side" if len(runs) > 1 else "Training run"}</h1><p class="soft">{where}</p></div>'
+    heading = "Runs side by side" if len(runs) > 1 else "Training run"
+    here = epath.Path(__file__).parent
+    return html.document(
+        title=f"{' | '.join(names)}: grain_jax.report",
+        header=f'<div><h1>{heading}</h1><p class="soft">{where}</p></div>'
         '<div class="tools"><button id="theme" type="button" aria-label="light or dark">Dark</button>'
-        '<button id="help" type="button">Keys (?)</button></div></header>'
-        f'<nav aria-label="Sections">{links}</nav><main>{body}</main>'
-        f'<dialog id="keys" aria-label="Keys"><h2>Keys</h2><dl class="facts">{keys}</dl>'
-        '<form method="dialog"><button>Close</button></form></dialog>'
-        '<noscript><p class="none">Curves and images need JavaScript.</p></noscript>'
-        f'<script type="application/json" id="data">{_embedded(_payload(runs, found, names))}</script>'
-        f"<script>{script}</script></body></html>\n"
+        '<button id="help" type="button">Keys (?)</button></div>',
+        sections=[
+            html.Section(name, title, contents[name], sees) for name, title, sees in _SECTIONS
+        ],
+        files=[here / name for name in _FILES],
+        data=_payload(runs, found, names),
+        after=f'<dialog id="keys" aria-label="Keys"><h2>Keys</h2><dl class="facts">{keys}</dl>'
+        '<form method="dialog"><button>Close</button></form></dialog>',
     )
-
-
-def _embedded(value: Any) -> str:
-    """JSON that ends no script element, whatever its texts hold."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def _payload(runs, found, names) -> dict[str, Any]:
@@ -169,7 +152,7 @@ def _per_class(run: run_files.Run, looked: Mapping[str, Any]) -> dict[str, Any]:
                 for alpha, shares in result.per_class.items()
             }
             out[f"{result.name} ({result.source})"] = {
-                "note": "all of its pictures",
+                "note": "all of its images",
                 "alphas": alphas,
             }
     for name, entry in looked.get("zeroshot", {}).items():

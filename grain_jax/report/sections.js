@@ -4,7 +4,7 @@ const plain = (values) => values.map((value) => ({ value, label: value.replaceAl
 const chosenWords = (name, alpha) => `${name.replaceAll("_", " ")}, alpha ${alpha}`; // for who sees no pickers, as on paper
 const keep = (value, values) => (values.includes(value) ? value : values[0]);
 
-// Two pickers that hang together, an evaluation and its alpha, and what is drawn for the choice.
+// Two pickers that depend on each other, an evaluation and its alpha, and what is drawn for the choice.
 function evaluationPickers(id, field, extra, draw) {
   const names = union(RUNS.map((run) => Object.keys(run[field])));
   if (!names.length) return into(id, perRun((run) => missing(run, "zeroshot")));
@@ -71,35 +71,31 @@ function confusionsSection() {
     const pairs = entry?.alphas[alpha]?.confusions;
     if (!pairs) return missing(run, name);
     const found = pairs.filter((p) => `${p.true} ${p.predicted}`.toLowerCase().includes(words));
-    const picture = (place, text, kind) => el("figure", { class: kind }, el("img", { src: run.thumbs[place], alt: text }));
+    const image = (place, text, kind) => el("figure", { class: kind }, el("img", { src: run.thumbs[place], alt: text }));
     const card = (p) => el("article", { class: "card pair" },
       el("h3", {}, p.true, el("span", { class: "soft" }, " taken for "), p.predicted),
-      el("div", { class: "pictures" },
-        p.pictures.map((place) => picture(place, `a ${p.true}, taken for ${p.predicted}`, "")),
-        el("span", { class: "arrow", "aria-hidden": "true" }, "\u2192"), p.example === null ? "no picture" : picture(p.example, `a ${p.predicted}`, "example")),
-      el("p", { class: "soft" }, `${p.count} of ${p.of} pictures of the class`));
-    return el("div", {}, soft(`${chosenWords(name, alpha)}: ${entry.pictures} of ${entry.of} pictures were looked at.`),
+      el("div", { class: "images" },
+        p.pictures.map((place) => image(place, `a ${p.true}, taken for ${p.predicted}`, "")),
+        el("span", { class: "arrow", "aria-hidden": "true" }, "\u2192"), p.example === null ? "no image" : image(p.example, `a ${p.predicted}`, "example")),
+      el("p", { class: "soft" }, `${p.count} of ${p.of} images of the class`));
+    return el("div", {}, soft(`${chosenWords(name, alpha)}: ${entry.pictures} of ${entry.of} images were looked at.`),
       found.length ? el("div", { class: "cards" }, found.map(card)) : soft("No confusion to show."));
   }));
 }
 
 const query = (q, queries) => (q === queries ? "image query" : `query ${q + 1}`);
 
-function boxed([x1, y1, x2, y2], attributes) {
-  return svg("rect", { x: x1, y: y1, width: x2 - x1, height: y2 - y1, ...attributes });
-}
-
-// A picture with boxes in [0, 1]; its drawing is square, and stretched over the picture.
+// An image with boxes in [0, 1]; the drawing is square, and stretched over the image.
 function overlaid(src, alt, size, kind, ...parts) {
-  return el("div", { class: "picture", style: `aspect-ratio:${size[0]}/${size[1]}` },
+  return el("div", { class: "image", style: `aspect-ratio:${size[0]}/${size[1]}` },
     el("img", { src, alt, width: size[0], height: size[1] }),
     svg("svg", { class: kind, viewBox: "0 0 1 1", preserveAspectRatio: "none", "aria-hidden": "true" }, parts));
 }
 
-function regionCard(run, picture) {
+function regionCard(run, image) {
   const texts = run.regions.texts;
-  const lines = picture.predicted.map((region, q) => {
-    const tone = BOXES[q % BOXES.length];
+  const lines = image.predicted.map((region, q) => {
+    const tone = REGION_COLOURS[q % REGION_COLOURS.length];
     const [[said, score], ...others] = region.best;
     const right = region.own === said;
     const mark = region.own === null ? null : el("span", { class: right ? "right" : "wrong", "aria-label": right ? "right: " : "wrong: " }, right ? "\u2713 " : "\u2717 ");
@@ -111,32 +107,14 @@ function regionCard(run, picture) {
       el("span", { class: "more" }, own), next ? el("span", { class: "more next" }, `then: ${next}`) : null);
   });
   const group = (q, kind, box) => svg("g", { class: kind, "data-region": q },
-    boxed(box, { class: "halo" }), boxed(box, { class: "line", stroke: q === null ? "#fff" : BOXES[q % BOXES.length] }));
+    boxed(box, { class: "halo" }), boxed(box, { class: "line", stroke: q === null ? "#fff" : REGION_COLOURS[q % REGION_COLOURS.length] }));
   // An annotated box has the colour of the query that it is matched to.
-  const truths = picture.true.map((truth) => group(truth.query, "true", truth.box));
-  const predicted = picture.predicted.map((region, q) => group(q, "predicted", region.box));
-  const card = el("figure", { class: "card", tabindex: 0, "aria-label": `${picture.name}: ${lines.length} regions; up and down arrows go through them` },
-    overlaid(run.thumbs[picture.thumb], picture.name, picture.size, "boxes", truths, predicted),
-    el("figcaption", {}, picture.name), el("ol", { class: "said" }, lines));
-  const parts = [...card.querySelectorAll("[data-region]")];
-  let chosen = -1;
-  const choose = (q) => {
-    chosen = q;
-    card.toggleAttribute("data-one", q >= 0);
-    parts.forEach((part) => part.classList.toggle("one", q >= 0 && part.dataset.region === String(q)));
-  };
-  for (const part of parts.filter((p) => p.dataset.region !== "null")) {
-    part.addEventListener("pointerenter", () => choose(Number(part.dataset.region)));
-    part.addEventListener("pointerleave", () => choose(-1));
-  }
-  card.addEventListener("blur", () => choose(-1));
-  card.addEventListener("keydown", (event) => {
-    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-    if (event.key === "Escape") choose(-1);
-    if (!step) return;
-    event.preventDefault();
-    choose(((chosen + 1 + step + lines.length + 1) % (lines.length + 1)) - 1);
-  });
+  const truths = image.true.map((truth) => group(truth.query, "true", truth.box));
+  const predicted = image.predicted.map((region, q) => group(q, "predicted", region.box));
+  const card = el("figure", { class: "card", tabindex: 0, "aria-label": `${image.name}: ${lines.length} regions; up and down arrows go through them` },
+    overlaid(run.thumbs[image.thumb], image.name, image.size, "boxes", truths, predicted),
+    el("figcaption", {}, image.name), el("ol", { class: "said" }, lines));
+  pointAtRegions(card);
   return card;
 }
 
@@ -149,9 +127,9 @@ function regionsSection() {
   let words = "", all = false;
   const body = perRun((run) => {
     if (!run.regions) return missing(run, "regions");
-    const made = run.regions.pictures.map((picture) => regionCard(run, picture));
+    const made = run.regions.pictures.map((image) => regionCard(run, image));
     cards.push(...made.map((card, i) => [card, i]));
-    return el("div", {}, soft(`${made.length} of ${run.regions.of} pictures of ${run.regions.entry}; texts are the nearest of ${run.regions.chosen_from} descriptions, with cosines.`),
+    return el("div", {}, soft(`${made.length} of ${run.regions.of} images of ${run.regions.entry}; texts are the nearest of ${run.regions.chosen_from} descriptions, with cosines.`),
       el("div", { class: "cards" }, made));
   });
   const count = el("span", { class: "soft", role: "status" });
@@ -175,17 +153,12 @@ function queriesSection() {
     if (!run.queries) return missing(run, "regions");
     const { pictures, queries } = run.queries;
     const card = (found, q) => {
-      const cells = found.map.length;
-      const most = Math.max(...found.map.flat()) || 1;
-      const parts = found.map.flatMap((row, y) => row.map((value, x) => value && svg("rect", {
-        class: "cell", x: x / cells, y: y / cells, width: 1 / cells, height: 1 / cells, "fill-opacity": ((0.9 * value) / most).toFixed(2) },
-        svg("title", {}, `${percent(value)} of its boxes cover this place`)))).filter(Boolean);
       const dots = found.centres.map(([x, y]) => svg("circle", { class: "dot", cx: x, cy: y, r: 0.008 }));
       const side = (a, b) => `${percent(found.mean_box[b] - found.mean_box[a])}`;
       const fact = (name, value) => [el("dt", {}, name), el("dd", {}, value)];
       return el("article", { class: "card" }, el("h3", {}, `Query ${q + 1}`),
-        svg("svg", { class: "map", viewBox: "0 0 1 1", role: "img", "aria-label": `where the boxes of query ${q + 1} lie` },
-          parts, dots, boxed(found.mean_box, { class: "mean" }), boxed([0, 0, 1, 1], { class: "edge" })),
+        heatMap({ cells: found.map, what: `where the boxes of query ${q + 1} lie`,
+          tell: (value) => `${percent(value)} of its boxes cover this place`, over: [dots, boxed(found.mean_box, { class: "mean" })] }),
         el("dl", { class: "facts" },
           fact("mean box", `${side(0, 2)} x ${side(1, 3)}, area ${percent(found.mean_area)}`),
           fact("matched", `${found.matched} of ${pictures}`),
@@ -193,19 +166,19 @@ function queriesSection() {
         el("p", { class: "soft" }, `Says most often, of ${found.different} different:`),
         el("ol", { class: "words" }, found.says.map(([text, n]) => el("li", {}, text, el("span", {}, percent(n / pictures))))));
     };
-    return el("div", {}, soft(`${pictures} pictures of ${run.regions.entry}. Sizes are shares of the picture's.`), el("div", { class: "cards narrow" }, queries.map(card)));
+    return el("div", {}, soft(`${pictures} images of ${run.regions.entry}. Sizes are shares of the image's.`), el("div", { class: "cards narrow" }, queries.map(card)));
   }));
 }
 
-// Weights of a picture: 8 bits of the largest of their query, for each layer, head, query and token.
-function attended(run, picture, layer, head, q) {
+// Weights of an image: 8 bits of the largest of their query, for each layer, head, query and token.
+function attended(run, image, layer, head, q) {
   const a = run.attention;
   const tokens = a.first + a.side * a.side, queries = a.queries + 1;
   a.bytes ??= a.weights.map((text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)));
   const of = (k) => {
     const row = (layer * a.heads + k) * queries + q;
-    const scale = a.most[picture][row] / 255;
-    return Array.from(a.bytes[picture].subarray(row * tokens, (row + 1) * tokens), (byte) => byte * scale);
+    const scale = a.most[image][row] / 255;
+    return Array.from(a.bytes[image].subarray(row * tokens, (row + 1) * tokens), (byte) => byte * scale);
   };
   if (head !== null) return of(head);
   const heads = Array.from({ length: a.heads }, (_, k) => of(k));
@@ -225,7 +198,7 @@ function lookedAt(run, place, layer, head, q) {
   const box = q < a.queries ? boxed(shown.predicted[q].box, { class: "box" }) : null;
   const rest = a.first ? `; ${percent(weights.slice(0, a.first).reduce((x, y) => x + y, 0))} on the class token` : "";
   const text = `${query(q, a.queries)}, layer ${layer + 1}, ${head === null ? "mean of the heads" : `head ${head + 1}`}: at most ${percent(most)} on a patch${rest}`;
-  return { picture: overlaid(run.thumbs[shown.thumb], `${shown.name}: ${text}`, shown.size, "heat", cells, box), text, shown };
+  return { image: overlaid(run.thumbs[shown.thumb], `${shown.name}: ${text}`, shown.size, "heat", cells, box), text, shown };
 }
 
 function attentionSection() {
@@ -233,7 +206,7 @@ function attentionSection() {
   if (!able.length) return into("attention-content", perRun((run) => missing(run, "regions")));
   const largest = (field) => Math.max(...able.map((run) => run.attention[field]));
   const a = able[0];
-  const choice = { picture: 0, query: 0, layer: largest("layers") - 1, head: null };
+  const choice = { image: 0, query: 0, layer: largest("layers") - 1, head: null };
   const box = el("div", {});
   const range = (count, label) => Array.from({ length: count }, (_, i) => ({ value: i, label: label(i) }));
   const set = (key) => (value) => { choice[key] = value; body(); };
@@ -241,17 +214,17 @@ function attentionSection() {
     if (!run.attention) return missing(run, "regions");
     const own = run.attention;
     const within = (value, count) => Math.min(value, count - 1);
-    const at = [within(choice.picture, own.pictures.length), within(choice.layer, own.layers), choice.head === null ? null : within(choice.head, own.heads)];
+    const at = [within(choice.image, own.pictures.length), within(choice.layer, own.layers), choice.head === null ? null : within(choice.head, own.heads)];
     const chosen = choice.query === null ? own.queries : within(choice.query, own.queries);
-    const { picture, text, shown } = lookedAt(run, ...at, chosen);
-    const said = chosen < own.queries ? `It says: ${run.regions.texts[shown.predicted[chosen].best[0][0]]}.` : "It stands for the whole picture.";
+    const { image, text, shown } = lookedAt(run, ...at, chosen);
+    const said = chosen < own.queries ? `It says: ${run.regions.texts[shown.predicted[chosen].best[0][0]]}.` : "It stands for the whole image.";
     const small = range(own.queries + 1, (q) => query(q, own.queries)).map(({ value, label }) =>
       el("button", { type: "button", "aria-pressed": String(value === chosen), onclick: () => chooseQuery(value === own.queries ? null : value) },
-        lookedAt(run, ...at, value).picture, label));
-    return el("div", { class: "looks" }, picture, el("div", {},
+        lookedAt(run, ...at, value).image, label));
+    return el("div", { class: "looks" }, image, el("div", {},
       el("p", { class: "soft", role: "status" }, `${shown.name}, ${text}. ${said}`), el("div", { class: "all" }, small)));
   }));
-  const chooseQuery = (q) => { // by one of the small pictures, which are drawn anew
+  const chooseQuery = (q) => { // by one of the small images, which are drawn anew
     choice.query = q;
     showQuery();
     body();
@@ -265,7 +238,7 @@ function attentionSection() {
   });
   const queries = [...range(largest("queries"), (q) => String(q + 1)), { value: null, label: "image" }];
   showQuery();
-  into("attention-content", tools(picker("Picture", thumbs, 0, set("picture"), { thumbs: true })),
+  into("attention-content", tools(picker("Image", thumbs, 0, set("image"), { thumbs: true })),
     tools(queryPicker,
       picker("Layer", range(largest("layers"), (i) => String(i + 1)), choice.layer, set("layer")),
       picker("Head", [{ value: null, label: "mean" }, ...range(largest("heads"), (i) => String(i + 1))], null, set("head"))),
