@@ -71,9 +71,9 @@ def main(argv: Sequence[str]) -> None:
 def _serve(arguments: argparse.Namespace, uploads: epath.Path, folder: epath.Path) -> None:
     # JAX and Gradio take seconds to import.
     from grain_jax import inference
-    from grain_jax.demo import analysis, page
+    from grain_jax.demo import analysis, class_lists, page
 
-    classes = analysis.read_classes(arguments.classes) if arguments.classes else _CLASSES
+    classes = class_lists.read(arguments.classes) if arguments.classes else _CLASSES
     examples = _examples(arguments.examples, folder)
     predictor = inference.load(arguments.checkpoint)
     analyst = analysis.Analyst(predictor)
@@ -104,10 +104,10 @@ def _examples(source: str | None, folder: epath.Path) -> list[str]:
     """Files of images in `folder`: copies of at most _EXAMPLES of the source's, evenly, or drawn ones."""
     if source is None:
         return [str(path) for path in _draw(folder)]
-    source = epath.Path(source)
-    if not source.is_dir():
+    root = epath.Path(source)
+    if not root.is_dir():
         raise errors.UserError(f"--examples: {source}: no such folder; expected one of images")
-    below = [source, *sorted(p for p in source.iterdir() if p.is_dir())]
+    below = [root, *sorted(p for p in root.iterdir() if p.is_dir())]
     paths = [p for f in below for p in sorted(f.iterdir()) if p.suffix.lower() in _SUFFIXES]
     if not paths:
         raise errors.UserError(f"--examples: {source}: holds no image, nor do its folders")
@@ -124,8 +124,8 @@ def _draw(folder: epath.Path) -> list[epath.Path]:
     """A house, a boat and a tree."""
     paths = []
     for name in _CLASSES:
-        picture = PIL.Image.new("RGB", (320, 240), "#bfe3f5")
-        pen = PIL.ImageDraw.Draw(picture)
+        image = PIL.Image.new("RGB", (320, 240), "#bfe3f5")
+        pen = PIL.ImageDraw.Draw(image)
         pen.rectangle((0, 180, 320, 240), fill="#2f7fc1" if name == "boat" else "#6aa84f")
         if name == "house":
             pen.rectangle((90, 100, 230, 210), fill="#f3e1b5")
@@ -138,7 +138,7 @@ def _draw(folder: epath.Path) -> list[epath.Path]:
             pen.rectangle((147, 130, 173, 210), fill="#7a4b2a")
             pen.ellipse((95, 30, 225, 150), fill="#2e7d32")
         paths.append(folder / f"{name}.png")
-        picture.save(str(paths[-1]))
+        image.save(str(paths[-1]))
     return paths
 
 

@@ -6,37 +6,29 @@ Embeddings come from a `Predictor` and are kept between calls; the arithmetic is
 
 import collections
 import hashlib
-import json
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
 from etils import epath
 
-from grain_jax import errors, inference
-from grain_jax.files import annotations, images
+from grain_jax import inference
+from grain_jax.demo.class_lists import (
+    ELSEWHERE,
+    MANY_DESCRIPTIONS,
+    Classes,
+    DemoError,
+    check_lengths,
+)
+from grain_jax.files import images
 from grain_jax.inference import scores
 
 DIGITS = 4  # that numbers are shown with
-# A page is no place for more than:
-MANY = 1000  # classes
-MANY_DESCRIPTIONS = 100  # of a class, and phrases to find
-MANY_IN_ALL = 5000  # descriptions
-LONG = 500  # characters of a name, description or phrase
-LARGE = 1 << 20  # bytes of a file of classes
 SECONDS = 30.0  # that classes may take to encode: everybody else waits
 _AT_ONCE = 16  # classes that are encoded between two looks at the clock
-_ELSEWHERE = "for more use grain_jax.evaluate"
 _KEPT = 16  # images, and lists of classes, whose embeddings are kept
-_JSON = '{"class name": ["description", ...]}'
-
-Classes = dict[str, tuple[str, ...]]  # name -> descriptions; none anywhere: names alone
-
-
-class DemoError(errors.UserError):
-    """What the user gave cannot be shown; the message is one line."""
 
 
 class Result(NamedTuple):
@@ -99,118 +91,7 @@ class Seen(NamedTuple):
     box_xyxy: np.ndarray
 
 
-def parse_classes(text: str) -> Classes:
-    """Classes from what is typed: `name: description; description` or a name a line, or JSON.
-
-    Blank lines, and those that begin with `#`, do not count. JSON is {"name": ["description", ...]} or
-    ["name", ...].
-
-    Raises:
-      DemoError: no class, one given twice, JSON of another form, only some have descriptions, or too
-        many or too long texts.
-    """
-    if text.lstrip().startswith(("{", "[")):
-        pairs = _from_json(text)
-    else:
-        pairs = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if not line.strip() or line.lstrip().startswith("#"):
-                continue
-            name, _, rest = line.partition(":")
-            if not name.strip():
-                raise DemoError(
-                    f"line {number}: got {line.strip()!r}, expected a name before the :"
-                )
-            pairs.append((name, rest.split(";")))
-    classes: Classes = {}
-    for name, descriptions in pairs:
-        name = name.strip()
-        if name in classes:
-            raise DemoError(f"class {name!r}: given twice, expected once; remove one")
-        classes[name] = tuple(d.strip() for d in descriptions if d.strip())
-    if not classes or "" in classes:
-        raise DemoError("no class name; type one a line, e.g. robin: a red breast; a short beak")
-    if len(classes) > MANY:
-        raise DemoError(f"got {len(classes)} classes, expected at most {MANY}; {_ELSEWHERE}")
-    for name, descriptions in classes.items():
-        if len(descriptions) > MANY_DESCRIPTIONS:
-            got = f"class {name[:40]!r}: got {len(descriptions)} descriptions"
-            raise DemoError(f"{got}, expected at most {MANY_DESCRIPTIONS}")
-        _check_lengths([name, *descriptions])
-    total = sum(map(len, classes.values()))
-    if total > MANY_IN_ALL:
-        raise DemoError(f"got {total} descriptions, expected at most {MANY_IN_ALL}; {_ELSEWHERE}")
-    bare = [name for name, descriptions in classes.items() if not descriptions]
-    if bare and len(bare) < len(classes):
-        raise DemoError(
-            f"class {bare[0]!r}: no description, but others have some; describe all classes or none"
-        )
-    return classes
-
-
-def _check_lengths(texts: Sequence[str]) -> None:
-    for text in texts:
-        if len(text) > LONG:
-            got = f"got a text of {len(text)} characters ({text[:30]!r}...)"
-            raise DemoError(f"{got}, expected at most {LONG}")
-
-
-def _from_json(text: str) -> list[tuple[str, Sequence[str]]]:
-    try:
-        value = json.loads(text, object_pairs_hook=list)  # keeps names that come twice
-    except (ValueError, RecursionError) as error:
-        raise DemoError(f"not JSON: {' '.join(str(error).split())}; expected {_JSON}") from None
-    named = [(item, []) if isinstance(item, str) else item for item in value]
-    for item in named:
-        if not (
-            isinstance(item, (list, tuple))
-            and len(item) == 2
-            and isinstance(item[0], str)
-            and isinstance(item[1], list)
-            and all(isinstance(text, str) for text in item[1])
-        ):
-            shown = annotations.show(item if not isinstance(item, tuple) else item[0])
-            raise DemoError(f"at {shown}: expected {_JSON}")
-    return named
-
-
-def format_classes(classes: Mapping[str, Sequence[str]]) -> str:
-    """The text that `parse_classes` reads as these classes: lines, or JSON where a name has a `:` and such."""
-    lines = "\n".join(
-        f"{name}: {'; '.join(descriptions)}" if descriptions else name
-        for name, descriptions in classes.items()
-    )
-    try:
-        if parse_classes(lines) == classes:
-            return lines
-    except DemoError:
-        pass
-    described = any(classes.values())
-    return json.dumps(classes if described else list(classes), ensure_ascii=False, indent=1)
-
-
-def read_classes(path: epath.PathLike) -> Classes:
-    """The classes in a file, `D.json` or lines as in `parse_classes`. Raises DemoError, which names the file."""
-    path = epath.Path(path)
-    try:
-        with path.open("rb") as file:
-            content = file.read(LARGE + 1)
-        if len(content) > LARGE:
-            raise DemoError(f"{path.name}: more than {LARGE >> 20} MiB; {_ELSEWHERE}")
-        text = content.decode()
-    except UnicodeDecodeError:
-        raise DemoError(f"{path}: not a text file; expected {_JSON} or a class a line") from None
-    except OSError as error:
-        raise DemoError(
-            f"{path}: {error.strerror or error}, expected {_JSON} or a class a line"
-        ) from None
-    try:
-        return parse_classes(text)
-    except DemoError as error:
-        raise DemoError(f"{path.name}: {error}") from None
-
-
-def read_picture(path: epath.PathLike | None) -> PIL.Image.Image:
+def read_image(path: epath.PathLike | None) -> PIL.Image.Image:
     """The image at `path` as RGB. Raises DemoError where there is none or it cannot be read."""
     if not path:
         raise DemoError("no image; drop one, or choose an example")
@@ -234,14 +115,14 @@ class Analyst:
         self.queries = 0 if decoder is None else decoder.queries
         self.logit_scale = float(np.exp(predictor.params["logit_scale"]))
         self._classes: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
-        self._pictures: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+        self._images: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
 
-    def analyse(self, picture: PIL.Image.Image, classes: Classes, alpha: float) -> Result:
+    def analyse(self, image: PIL.Image.Image, classes: Classes, alpha: float) -> Result:
         """Scores of the image and what they are made of.
 
         Args:
           image: RGB.
-          classes: as from `parse_classes`.
+          classes: as from `class_lists.parse`.
           alpha: share of the global score; only the global score counts where there is no other.
 
         Returns: `combined` equals `Predictor.classify` with the same classes and alpha.
@@ -257,7 +138,7 @@ class Analyst:
             tuple(classes.items()),
             lambda: self._encode_classes(classes, described),
         )
-        image_embed, boxes, region_embed = self._encode(picture)
+        image_embed, boxes, region_embed = self._encode(image)
         whole = scores.global_scores(image_embed, features.features)
         regions, cosines = None, ()
         if note:
@@ -279,7 +160,7 @@ class Analyst:
         )
 
     def ground(
-        self, picture: PIL.Image.Image, phrases: Sequence[str]
+        self, image: PIL.Image.Image, phrases: Sequence[str]
     ) -> list[tuple[str, inference.Grounding]]:
         """Each phrase with the box that fits it best. Raises DemoError where there is no phrase."""
         if not phrases:
@@ -287,8 +168,8 @@ class Analyst:
         if len(phrases) > MANY_DESCRIPTIONS:
             got = f"got {len(phrases)} phrases"
             raise DemoError(f"{got}, expected at most {MANY_DESCRIPTIONS}")
-        _check_lengths(phrases)
-        return list(zip(phrases, self.predictor.ground(picture, phrases)))
+        check_lengths(phrases)
+        return list(zip(phrases, self.predictor.ground(image, phrases)))
 
     def _encode_classes(self, classes: Classes, described: bool) -> inference.ClassFeatures:
         """The classes' embeddings. Raises DemoError where they take longer than SECONDS."""
@@ -296,7 +177,7 @@ class Analyst:
         for first in range(0, len(names), _AT_ONCE):
             if time.monotonic() - start > SECONDS:
                 raise DemoError(
-                    f"{first} of {len(names)} classes took {SECONDS:g} s; give fewer; {_ELSEWHERE}"
+                    f"{first} of {len(names)} classes took {SECONDS:g} s; give fewer; {ELSEWHERE}"
                 )
             some = names[first : first + _AT_ONCE]
             given = {name: classes[name] for name in some} if described else some
@@ -307,18 +188,18 @@ class Analyst:
             sum((part.descriptions for part in parts), ()) if described else None,
         )
 
-    def _encode(self, picture: PIL.Image.Image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _encode(self, image: PIL.Image.Image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """image_embed [1, D], boxes_xyxy [1, Q, 4], region_embed [1, Q, D]."""
 
         def encode():
             if self.queries:
-                image_embed, regions = self.predictor.encode_image_and_regions([picture])
+                image_embed, regions = self.predictor.encode_image_and_regions([image])
                 return image_embed, regions.boxes_xyxy, regions.embed
-            image_embed = self.predictor.encode_image([picture])
+            image_embed = self.predictor.encode_image([image])
             return image_embed, np.zeros((1, 0, 4)), np.zeros((1, 0, image_embed.shape[1]))
 
-        key = (picture.size, hashlib.sha256(picture.tobytes()).digest())
-        return _remembered(self._pictures, key, encode)
+        key = (image.size, hashlib.sha256(image.tobytes()).digest())
+        return _remembered(self._images, key, encode)
 
 
 def _remembered(kept: collections.OrderedDict, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -336,13 +217,15 @@ def parts(result: Result, c: int) -> list[Part]:
 
     Their `units` are rounded so that they add up to the score as it is shown (largest remainder).
     """
-    terms = [(None, "", float(result.whole[c]), result.alpha)]
+    terms: list[tuple[int | None, str, float, float]] = [
+        (None, "", float(result.whole[c]), result.alpha)
+    ]
     if result.regions is not None:
         texts = result.classes[result.names[c]]
         cosines = result.cosines[c]  # [Q, n_c]
         weight = (1 - result.alpha) / len(cosines)
         for region, best in enumerate(cosines.argmax(axis=1)):
-            terms.append((region, texts[best], float(cosines[region, best]), weight))
+            terms.append((int(region), texts[best], float(cosines[region, best]), weight))
     exact = np.array([value * weight for _, _, value, weight in terms]) * 10**DIGITS
     units = np.floor(exact).astype(int)
     missing = shown_units(result.combined[c]) - units.sum()
@@ -373,10 +256,11 @@ def seen(result: Result) -> list[Seen]:
     labels = [(text, name) for name, texts in result.classes.items() for text in texts]
     cosines = np.concatenate(result.cosines, axis=1)  # [Q, sum of n_c]
     best = cosines.argmax(axis=1)
-    return [
-        Seen(int(q), *labels[best[q]], float(cosines[q, best[q]]), result.boxes_xyxy[q])
-        for q in np.argsort(-cosines.max(axis=1), kind="stable")
-    ]
+    found = []
+    for q in np.argsort(-cosines.max(axis=1), kind="stable").tolist():
+        text, name = labels[best[q]]
+        found.append(Seen(q, text, name, float(cosines[q, best[q]]), result.boxes_xyxy[q]))
+    return found
 
 
 def explained(result: Result, chosen: str) -> list[int]:

@@ -6,7 +6,7 @@ the page.
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # Read when Gradio and huggingface_hub are imported.
@@ -16,10 +16,11 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import gradio as gr  # noqa: E402
 from etils import epath  # noqa: E402
+from gradio import themes  # noqa: E402
 from starlette import middleware  # noqa: E402
 
 from grain_jax import errors  # noqa: E402
-from grain_jax.demo import analysis, guard, views  # noqa: E402
+from grain_jax.demo import analysis, class_lists, guard, views  # noqa: E402
 from grain_jax.files import annotations
 
 _UPLOADS_KEPT = 3600  # seconds
@@ -27,7 +28,7 @@ _WAITING = 100  # calls at most
 
 
 def build(
-    analyst: analysis.Analyst, model: str, classes: analysis.Classes, examples: Sequence[str]
+    analyst: analysis.Analyst, model: str, classes: class_lists.Classes, examples: Sequence[str]
 ) -> gr.Blocks:
     """The page.
 
@@ -39,24 +40,24 @@ def build(
     """
     with_regions = analyst.queries > 0
     start = views.hint("Drop an image, or choose an example.")
-    kept = {"delete_cache": (_UPLOADS_KEPT // 6, _UPLOADS_KEPT)}
-    with gr.Blocks(title="grain_jax", analytics_enabled=False, **kept) as page:
+    kept = (_UPLOADS_KEPT // 6, _UPLOADS_KEPT)
+    with gr.Blocks(title="grain_jax", analytics_enabled=False, delete_cache=kept) as page:
         gr.Markdown(f"## grain_jax: what the model sees\n{model}")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                picture = gr.Image(
-                    label="Picture",
+                image = gr.Image(
+                    label="Image",
                     type="filepath",
                     # Else Gradio decodes the file itself, of whatever format.
                     image_mode=None,
                     sources=["upload", "clipboard"],
                     buttons=[],
                     height=240,
-                    elem_id="picture",
+                    elem_id="image",
                 )
-                gr.Examples(list(examples), picture, examples_per_page=12, elem_id="examples")
+                gr.Examples(list(examples), image, examples_per_page=12, elem_id="examples")
                 text = gr.Textbox(
-                    analysis.format_classes(classes),
+                    class_lists.format(classes),
                     label="Classes",
                     info="One a line: name: description; description. Or names alone.",
                     lines=6,
@@ -83,7 +84,7 @@ def build(
                         1,
                         0.5 if with_regions else 1.0,
                         step=0.05,
-                        label="alpha: share of the whole picture",
+                        label="alpha: share of the whole image",
                         visible=with_regions,
                         scale=3,
                         elem_id="alpha",
@@ -113,16 +114,16 @@ def build(
 
         # Gradio's own checks end in a traceback: of a file that is no image, a number outside its
         # slider, a class that was there a moment ago. `everything` copes with all of them.
-        picture.preprocess = lambda payload: payload.path if payload else None
-        chosen.preprocess = lambda name: name
+        _preprocess(image, lambda payload: payload.path if payload else None)
+        _preprocess(chosen, lambda name: name)
         for slider in (alpha, most, threshold):
-            slider.preprocess = functools.partial(_within, slider)
+            _preprocess(slider, functools.partial(_within, slider))
 
         def everything(path, text, alpha, softmax, chosen, most, threshold):
             try:
-                picture = analysis.read_picture(path)
-                classes = analysis.parse_classes(text)
-                result = analyst.analyse(picture, classes, alpha)
+                image = analysis.read_image(path)
+                classes = class_lists.parse(text)
+                result = analyst.analyse(image, classes, alpha)
             except errors.UserError as error:
                 return views.message(str(error)), "", "", "", gr.skip()
             chosen = chosen if chosen in classes else ""
@@ -130,7 +131,7 @@ def build(
                 "",
                 views.scores(result, softmax=softmax, chosen=chosen),
                 views.why(result, chosen),
-                views.regions(picture, result, most=int(most), threshold=threshold),
+                views.regions(image, result, most=int(most), threshold=threshold),
                 gr.Dropdown([("the best one", ""), *classes], value=chosen),
             )
 
@@ -143,30 +144,35 @@ def build(
 
         def ground(path, phrase):
             try:
-                picture = analysis.read_picture(path)
+                image = analysis.read_image(path)
                 phrases = [part.strip() for part in phrase.split(";") if part.strip()]
-                return views.grounding(picture, analyst.ground(picture, phrases))
+                return views.grounding(image, analyst.ground(image, phrases))
             except errors.UserError as error:
                 return views.message(str(error))
 
         def load(path):
             try:
-                return "", analysis.format_classes(analysis.read_classes(path))
+                return "", class_lists.format(class_lists.read(path))
             except errors.UserError as error:
                 return views.message(str(error)), gr.skip()
 
-        given = [picture, text, alpha, softmax, chosen, most, threshold]
+        given = [image, text, alpha, softmax, chosen, most, threshold]
         shown = [message, table, reasons, boxes, chosen]
         # One at a time: the model's caches are shared.
         one = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
         last = {**one, "trigger_mode": "always_last", "show_progress": "hidden"}
-        gr.on([go.click, text.submit, picture.change], everything, given, shown, **one)
+        gr.on([go.click, text.submit, image.change], everything, given, shown, **one)
         gr.on([alpha.change, softmax.change, chosen.input], numbers, given, shown[:3], **last)
         gr.on([most.change, threshold.change], regions, given, [message, boxes], **last)
-        phrase.submit(ground, [picture, phrase], found, **one)
-        picture.change(lambda: "", None, found, api_visibility="private", show_progress="hidden")
+        phrase.submit(ground, [image, phrase], found, **one)
+        image.change(lambda: "", None, found, api_visibility="private", show_progress="hidden")
         file.upload(load, file, [message, text], **one).success(everything, given, shown, **one)
     return page.queue(max_size=_WAITING, api_open=False)
+
+
+def _preprocess(component: Any, function: Callable[[Any], Any]) -> None:
+    """Sets what a component makes of the value of a call."""
+    component.preprocess = function
 
 
 def check(page: gr.Blocks, folder: str, event: Any, values: Any) -> None:
@@ -190,7 +196,7 @@ def check(page: gr.Blocks, folder: str, event: Any, values: Any) -> None:
             raise ValueError(f"data[{index}]: got {got}, expected {expected}")
 
 
-def _expected(component: gr.components.Component, value: Any, folder: str) -> str:
+def _expected(component: object, value: Any, folder: str) -> str:
     """What a component's value should be; "" where it is."""
     match component:
         case gr.Image():
@@ -208,7 +214,7 @@ def _expected(component: gr.components.Component, value: Any, folder: str) -> st
             number = value is None or (isinstance(value, int | float) and abs(value) < 1e9)
             return "" if number else "a number"
         case gr.Dataset():
-            fits = type(value) is int and 0 <= value < len(component.raw_samples)
+            fits = type(value) is int and 0 <= value < len(component.raw_samples or ())
             return "" if fits else "the number of an example"
     return "a component of the page"
 
@@ -223,7 +229,7 @@ def _is_upload(value: Any, folder: str) -> bool:
 
 def _within(slider: gr.Slider, value: float | None) -> float:
     """The value that is nearest on the slider; where it began if nothing is typed."""
-    value = slider.value if value is None else value
+    value = float(slider.value or 0) if value is None else value
     return min(max(value, slider.minimum), slider.maximum)
 
 
@@ -238,7 +244,7 @@ def launch(page: gr.Blocks, host: str, port: int | None, *, uploads: str, exampl
       examples: folder that examples lie in, and nothing that a user gave: it is served as it is.
 
     Raises:
-      analysis.DemoError: no port is free.
+      class_lists.DemoError: no port is free.
     """
     guarded = middleware.Middleware(
         guard.Guard, folder=uploads, check=functools.partial(check, page, uploads)
@@ -258,7 +264,7 @@ def launch(page: gr.Blocks, host: str, port: int | None, *, uploads: str, exampl
             allowed_paths=[examples],
             max_file_size=guard.MAX_FILE,
             app_kwargs={"middleware": [guarded]},
-            theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
+            theme=themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
                 # Gradio's own are too pale to read.
                 block_info_text_color="*neutral_600",
                 block_info_text_color_dark="*neutral_300",
@@ -267,5 +273,5 @@ def launch(page: gr.Blocks, host: str, port: int | None, *, uploads: str, exampl
             css=views.CSS,
         )
     except OSError as error:
-        raise analysis.DemoError(f"--port: {' '.join(str(error).split())}") from None
+        raise class_lists.DemoError(f"--port: {' '.join(str(error).split())}") from None
     return url

@@ -86,11 +86,11 @@ def scores(result: analysis.Result, *, softmax: bool, chosen: str = "") -> str:
     """
     columns = [(f"score (alpha {result.alpha:g})", result.combined)]
     if result.regions is not None:
-        columns += [("whole picture", result.whole), ("regions", result.regions)]
+        columns += [("whole image", result.whole), ("regions", result.regions)]
     values = np.concatenate([column for _, column in columns])
     low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
     bold = analysis.explained(result, chosen)[0]
-    probabilities = result.probabilities() if softmax else None
+    probabilities = result.probabilities()
     head = "<th>class</th>" + "".join(f"<th>{html.escape(name)}</th>" for name, _ in columns)
     if softmax:
         head += '<th class="n">softmax</th>'
@@ -177,7 +177,7 @@ def _card(result: analysis.Result, c: int) -> str:
 
 
 def regions(
-    picture: PIL.Image.Image,
+    image: PIL.Image.Image,
     result: analysis.Result,
     *,
     most: int = 100,
@@ -208,11 +208,11 @@ def regions(
             if s.cosine >= threshold
         ][:most]
         below = f"{len(boxes)} of {len(all_seen)} regions." if len(boxes) < len(all_seen) else ""
-    return _figure(picture, boxes, name, below)
+    return _figure(image, boxes, name, below)
 
 
 def grounding(
-    picture: PIL.Image.Image,
+    image: PIL.Image.Image,
     answers: Iterable[tuple[str, inference.Grounding]],
     *,
     name: str = "phrases",
@@ -222,17 +222,17 @@ def grounding(
         (i, answer.box_xyxy, html.escape(phrase), answer.score)
         for i, (phrase, answer) in enumerate(answers)
     ]
-    return _figure(picture, boxes, name, "")
+    return _figure(image, boxes, name, "")
 
 
 def _figure(
-    picture: PIL.Image.Image,
+    image: PIL.Image.Image,
     boxes: Sequence[tuple[int, np.ndarray, str, float | None]],
     name: str,
     below: str,
 ) -> str:
     """The image, and for each box (colour's number, box_xyxy, HTML, score) an outline and a line."""
-    tall = picture.height / picture.width
+    tall = image.height / image.width
     pixels = min(_WIDEST, _HIGHEST / tall)
     width = max(_NARROWEST, pixels)  # of the figure: the lines need room below a slim image
     scale = 100 * pixels / width
@@ -255,7 +255,7 @@ def _figure(
     every = f'<label><input type="radio" name="{name}" value="all" checked> all</label>'
     return (
         f'<div class="gj figure" style="--most:{width:.0f}px">'
-        f'<img alt="the picture" style="width:{scale:.2f}%" src="{_data_uri(picture)}">'
+        f'<img alt="the image" style="width:{scale:.2f}%" src="{_data_uri(image)}">'
         f"{every if len(labels) > 1 else ''}{''.join(labels)}{hint(below) if below else ''}</div>"
     )
 

@@ -18,7 +18,7 @@ from flax import linen as nn
 from grain_jax import config as config_lib
 from grain_jax import errors, inference
 from grain_jax.demo import __main__ as command
-from grain_jax.demo import analysis, views
+from grain_jax.demo import analysis, class_lists, views
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
 from tests import tiny
@@ -174,13 +174,13 @@ def test_the_runner_up_is_the_best_of_the_others(analyst, picture):
 def test_classes_as_they_are_typed():
     typed = "# birds\nwren: a short tail ; ; a brown back;\n\n kite:a forked tail"
     described = {"wren": ("a short tail", "a brown back"), "kite": ("a forked tail",)}
-    assert analysis.parse_classes(typed) == described
-    assert analysis.parse_classes("wren\nkite:\n") == {"wren": (), "kite": ()}
-    assert analysis.parse_classes('["a: b", "c"]') == {"a: b": (), "c": ()}
-    assert analysis.parse_classes(json.dumps(described)) == described
-    assert analysis.format_classes(described).splitlines()[1] == "kite: a forked tail"
+    assert class_lists.parse(typed) == described
+    assert class_lists.parse("wren\nkite:\n") == {"wren": (), "kite": ()}
+    assert class_lists.parse('["a: b", "c"]') == {"a: b": (), "c": ()}
+    assert class_lists.parse(json.dumps(described)) == described
+    assert class_lists.format(described).splitlines()[1] == "kite: a forked tail"
     for odd in ({"a: b": ("c",)}, {"a": ("b; c",)}, {"#1": (), "[x": ()}, {"a\nb": ("c",)}):
-        assert analysis.parse_classes(analysis.format_classes(odd)) == odd
+        assert class_lists.parse(class_lists.format(odd)) == odd
 
 
 @pytest.mark.parametrize(
@@ -200,8 +200,8 @@ def test_classes_as_they_are_typed():
     ],
 )
 def test_faulty_classes_are_one_line(text, expected):
-    with pytest.raises(analysis.DemoError) as error:
-        analysis.parse_classes(text)
+    with pytest.raises(class_lists.DemoError) as error:
+        class_lists.parse(text)
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
@@ -209,18 +209,18 @@ def test_faulty_files_are_one_line(tmp_path, picture):
     (tmp_path / "D.json").write_text('{"wren"')
     (tmp_path / "x.png").write_bytes(b"\xff\xfe no picture")
     for read, name, expected in [
-        (analysis.read_classes, "D.json", "D.json: not JSON"),
-        (analysis.read_classes, "x.png", "not a text file"),
-        (analysis.read_classes, "gone.txt", "No such file"),
-        (analysis.read_picture, "x.png", "x.png: 13 bytes that are no known image format"),
-        (analysis.read_picture, "gone.png", "No such file"),
+        (class_lists.read, "D.json", "D.json: not JSON"),
+        (class_lists.read, "x.png", "not a text file"),
+        (class_lists.read, "gone.txt", "No such file"),
+        (analysis.read_image, "x.png", "x.png: 13 bytes that are no known image format"),
+        (analysis.read_image, "gone.png", "No such file"),
     ]:
-        with pytest.raises(analysis.DemoError, match=expected):
+        with pytest.raises(class_lists.DemoError, match=expected):
             read(tmp_path / name)
-    with pytest.raises(analysis.DemoError, match="no image; drop one"):
-        analysis.read_picture(None)
+    with pytest.raises(class_lists.DemoError, match="no image; drop one"):
+        analysis.read_image(None)
     picture.convert("P").save(tmp_path / "palette.png")
-    assert analysis.read_picture(tmp_path / "palette.png").mode == "RGB"
+    assert analysis.read_image(tmp_path / "palette.png").mode == "RGB"
 
 
 def cells(table):
@@ -293,7 +293,7 @@ def test_boxes_lie_where_the_model_sees_them(analyst, predictor, picture):
 def test_examples_are_copied_or_drawn(tmp_path, picture):
     (tmp_path / "drawn").mkdir()
     drawn = command._examples(None, tmp_path / "drawn")
-    assert [analysis.read_picture(path).size for path in drawn] == [(320, 240)] * 3
+    assert [analysis.read_image(path).size for path in drawn] == [(320, 240)] * 3
     for i in range(20):
         (tmp_path / "birds" / f"c{i % 2}").mkdir(parents=True, exist_ok=True)
         picture.save(tmp_path / "birds" / f"c{i % 2}" / f"{i:02}.png")
@@ -303,7 +303,7 @@ def test_examples_are_copied_or_drawn(tmp_path, picture):
     with pytest.raises(errors.UserError, match="no such folder"):
         command._examples(str(tmp_path / "gone"), tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(errors.UserError, match="holds no picture"):
+    with pytest.raises(errors.UserError, match="holds no image"):
         command._examples(str(tmp_path / "empty"), tmp_path)
 
 

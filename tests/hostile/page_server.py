@@ -5,7 +5,7 @@ import random
 import sys
 
 from grain_jax.demo import __main__ as command
-from grain_jax.demo import analysis
+from grain_jax.demo import analysis, class_lists
 
 
 class Analyst(analysis.Analyst):
@@ -16,7 +16,7 @@ class Analyst(analysis.Analyst):
 
     def analyse(self, picture, classes, alpha):
         """Raises DemoError."""
-        raise analysis.DemoError(f"{picture.size} {list(classes)} {alpha}")
+        raise class_lists.DemoError(f"{picture.size} {list(classes)} {alpha}")
 
 
 def main(uploads: str, examples: str) -> None:
@@ -34,7 +34,7 @@ def main(uploads: str, examples: str) -> None:
                 flush=True,
             )
             break
-        except analysis.DemoError:
+        except class_lists.DemoError:
             if last:
                 raise
     blocks.block_thread()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from grain_jax.demo import analysis, guard
+from grain_jax.demo import analysis, class_lists, guard
 from tests.hostile import page_server
 from tests.paths import ROOT
 
@@ -280,21 +280,21 @@ def test_what_an_upload_that_was_cut_off_left_is_deleted(tmp_path):
 )
 def test_classes_are_bounded(text, expected):
     start = time.monotonic()
-    with pytest.raises(analysis.DemoError) as told:
-        analysis.parse_classes(text)
+    with pytest.raises(class_lists.DemoError) as told:
+        class_lists.parse(text)
     assert expected in str(told.value) and len(str(told.value)) < 300
     assert time.monotonic() - start < 2
 
 
 def test_phrases_and_files_of_classes_are_bounded(tmp_path):
     analyst = page_server.Analyst()
-    with pytest.raises(analysis.DemoError, match="got 101 phrases, expected at most 100"):
+    with pytest.raises(class_lists.DemoError, match="got 101 phrases, expected at most 100"):
         analyst.ground(None, ["a"] * 101)
-    with pytest.raises(analysis.DemoError, match="got a text of 501 characters"):
+    with pytest.raises(class_lists.DemoError, match="got a text of 501 characters"):
         analyst.ground(None, ["a" * 501])
     (tmp_path / "D.json").write_bytes(b"a\n" * (1 << 20))
-    with pytest.raises(analysis.DemoError, match="D.json: more than 1 MiB; for more use"):
-        analysis.read_classes(tmp_path / "D.json")
+    with pytest.raises(class_lists.DemoError, match="D.json: more than 1 MiB; for more use"):
+        class_lists.read(tmp_path / "D.json")
 
 
 def test_classes_that_take_too_long_are_given_up(monkeypatch):
@@ -311,7 +311,7 @@ def test_classes_that_take_too_long_are_given_up(monkeypatch):
     found = analyst._encode_classes(classes, described=False)
     assert found.names == tuple(classes) and found.features.shape == (100, 4)
     monkeypatch.setattr(analysis, "SECONDS", 0.08)
-    with pytest.raises(analysis.DemoError, match="32 of 100 classes took 0.08 s; give fewer"):
+    with pytest.raises(class_lists.DemoError, match="32 of 100 classes took 0.08 s; give fewer"):
         analyst._encode_classes(classes, described=False)
 
 

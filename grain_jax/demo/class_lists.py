@@ -1,0 +1,139 @@
+"""The classes of the page, as they are typed, stored in a file or given as JSON; what is too much for a page is refused."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+
+from grain_jax import errors
+from grain_jax.files import annotations
+
+# Bounds of what a page takes:
+MANY = 1000  # classes
+MANY_DESCRIPTIONS = 100  # of a class, and phrases to find
+MANY_IN_ALL = 5000  # descriptions
+LONG = 500  # characters of a name, description or phrase
+LARGE = 1 << 20  # bytes of a file of classes
+ELSEWHERE = "for more use grain_jax.evaluate"
+_JSON = '{"class name": ["description", ...]}'
+
+Classes = dict[str, tuple[str, ...]]  # name -> descriptions; without any: names alone
+
+
+class DemoError(errors.UserError):
+    """What the user gave cannot be shown; the message is one line."""
+
+
+def parse(text: str) -> Classes:
+    """Classes from what is typed: `name: description; description` or a name a line, or JSON.
+
+    Blank lines, and those that begin with `#`, do not count. JSON is {"name": ["description", ...]} or
+    ["name", ...].
+
+    Raises:
+      DemoError: no class, one given twice, JSON of another form, only some have descriptions, or too
+        many or too long texts.
+    """
+    if text.lstrip().startswith(("{", "[")):
+        pairs = _from_json(text)
+    else:
+        pairs = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+            name, _, rest = line.partition(":")
+            if not name.strip():
+                raise DemoError(
+                    f"line {number}: got {line.strip()!r}, expected a name before the :"
+                )
+            pairs.append((name, rest.split(";")))
+    classes: Classes = {}
+    for name, descriptions in pairs:
+        name = name.strip()
+        if name in classes:
+            raise DemoError(f"class {name!r}: given twice, expected once; remove one")
+        classes[name] = tuple(d.strip() for d in descriptions if d.strip())
+    if not classes or "" in classes:
+        raise DemoError("no class name; type one a line, e.g. robin: a red breast; a short beak")
+    if len(classes) > MANY:
+        raise DemoError(f"got {len(classes)} classes, expected at most {MANY}; {ELSEWHERE}")
+    for name, descriptions in classes.items():
+        if len(descriptions) > MANY_DESCRIPTIONS:
+            got = f"class {name[:40]!r}: got {len(descriptions)} descriptions"
+            raise DemoError(f"{got}, expected at most {MANY_DESCRIPTIONS}")
+        check_lengths([name, *descriptions])
+    total = sum(map(len, classes.values()))
+    if total > MANY_IN_ALL:
+        raise DemoError(f"got {total} descriptions, expected at most {MANY_IN_ALL}; {ELSEWHERE}")
+    bare = [name for name, descriptions in classes.items() if not descriptions]
+    if bare and len(bare) < len(classes):
+        raise DemoError(
+            f"class {bare[0]!r}: no description, but others have some; describe all classes or none"
+        )
+    return classes
+
+
+def check_lengths(texts: Sequence[str]) -> None:
+    """Raises DemoError for a text of more than LONG characters."""
+    for text in texts:
+        if len(text) > LONG:
+            got = f"got a text of {len(text)} characters ({text[:30]!r}...)"
+            raise DemoError(f"{got}, expected at most {LONG}")
+
+
+def _from_json(text: str) -> list[tuple[str, Sequence[str]]]:
+    try:
+        value = json.loads(text, object_pairs_hook=list)  # keeps names that come twice
+    except (ValueError, RecursionError) as error:
+        raise DemoError(f"not JSON: {' '.join(str(error).split())}; expected {_JSON}") from None
+    named: list[tuple[str, Sequence[str]]] = []
+    for item in value:
+        if isinstance(item, str):
+            item = (item, [])
+        if not (
+            isinstance(item, (list, tuple))
+            and len(item) == 2
+            and isinstance(item[0], str)
+            and isinstance(item[1], list)
+            and all(isinstance(text, str) for text in item[1])
+        ):
+            shown = annotations.show(item if not isinstance(item, tuple) else item[0])
+            raise DemoError(f"at {shown}: expected {_JSON}")
+        named.append((item[0], item[1]))
+    return named
+
+
+def format(classes: Mapping[str, Sequence[str]]) -> str:
+    """The text that `parse` reads as these classes: lines, or JSON where a name has a `:` and such."""
+    lines = "\n".join(
+        f"{name}: {'; '.join(descriptions)}" if descriptions else name
+        for name, descriptions in classes.items()
+    )
+    try:
+        if parse(lines) == classes:
+            return lines
+    except DemoError:
+        pass
+    described = any(classes.values())
+    return json.dumps(classes if described else list(classes), ensure_ascii=False, indent=1)
+
+
+def read(path: epath.PathLike) -> Classes:
+    """The classes in a file, `D.json` or lines as in `parse`. Raises DemoError, which names the file."""
+    path = epath.Path(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGE + 1)
+        if len(content) > LARGE:
+            raise DemoError(f"{path.name}: more than {LARGE >> 20} MiB; {ELSEWHERE}")
+        text = content.decode()
+    except UnicodeDecodeError:
+        raise DemoError(f"{path}: not a text file; expected {_JSON} or a class a line") from None
+    except OSError as error:
+        raise DemoError(
+            f"{path}: {error.strerror or error}, expected {_JSON} or a class a line"
+        ) from None
+    try:
+        return parse(text)
+    except DemoError as error:
+        raise DemoError(f"{path.name}: {error}") from None
