@@ -20,7 +20,8 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax import recipe
 from grain_jax.convert import huggingface
-from grain_jax.convert import torch as reference
+from grain_jax.convert.reference.commands import to_torch
+from grain_jax.convert.reference.module import torch_versions
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
 
@@ -67,7 +68,7 @@ def measure(size: str) -> dict[str, Any]:
         root = epath.Path(scratch)
         checkpoint.save_model(root / "ours", model, params)
         print(f"\n== {size}", flush=True)
-        reports = [reference.convert_back(root / "ours", root / "x.pth.tar")]
+        reports = [to_torch(root / "ours", root / "x.pth.tar")]
         (root / "x.pth.tar").unlink()
         reports.append(huggingface.to_hf(root / "ours", root / "hf"))
         print(*(report.text for report in reports), sep="\n\n", flush=True)
@@ -86,7 +87,7 @@ def main() -> int:
     parser.add_argument("--json", help="file to write the figures to")
     args = parser.parse_args()
     print(f"device: {jax.devices()[0].device_kind}, jax {jax.__version__}, ", end="")
-    print(reference.torch_versions())
+    print(torch_versions())
     results = [measure(size) for size in args.sizes]
     outputs = ("image_embed", "text_embed", "region_embed", "boxes_xyxy")
     print(f"\n{'size':6}{'command':10}", *(f"{name:>13}" for name in outputs))

@@ -24,8 +24,9 @@ from benchmarks import preprocessing
 from grain_jax import config as config_lib
 from grain_jax import losses as losses_lib
 from grain_jax import recipe, schema
-from grain_jax.convert import torch as from_torch
-from grain_jax.convert import torch_names
+from grain_jax.convert.reference import names as torch_names
+from grain_jax.convert.reference.parameters import to_params
+from grain_jax.convert.reference.sizes import infer, sizes_of
 from grain_jax.inference import scores
 from grain_jax.input_pipeline import packing, tokenizer
 from grain_jax.losses import boxes, matching
@@ -51,7 +52,7 @@ class Comparison(NamedTuple):
 
 
 class Goldens(NamedTuple):
-    """grain_public.npz and the model in it, converted by `convert.torch`."""
+    """grain_public.npz and the model in it, as converted from the reference."""
 
     arrays: dict[str, np.ndarray]
     meta: dict[str, Any]
@@ -93,8 +94,8 @@ def goldens() -> Goldens:
         }
         for module in ("backbone", "decoder")
     }
-    model = from_torch.infer(states, HEADS).model
-    params = from_torch.to_params(states["backbone"], states["decoder"], model)
+    model = infer(states, HEADS).model
+    params = to_params(states["backbone"], states["decoder"], model)
     meta = json.loads(str(arrays["meta_json"]))
     return Goldens(arrays, meta, model, jax.tree.map(jnp.asarray, params))
 
@@ -168,7 +169,7 @@ def run(which: str = "", *, packed: bool = False):
     """(losses, gradients, gradients under the reference's names) of the batch `which`: "" or "degenerate/"."""
     g = goldens()
     terms, grads = _loss_and_grads(g.params, batch(g.arrays[f"{which}inputs/boxes"], packed=packed))
-    named = torch_names.state_dicts(grads, from_torch.sizes_of(g.model))
+    named = torch_names.state_dicts(grads, sizes_of(g.model))
     return terms, grads, {f"{m}/{name}": array for m in named for name, array in named[m].items()}
 
 
@@ -290,7 +291,7 @@ def decay_groups() -> Iterator[Comparison]:
     g = goldens()
     mask = optim.decay_mask(g.params, "reference")
     ours = jax.tree.map(lambda p, decayed: np.full(p.shape, decayed, bool), g.params, mask)
-    named = torch_names.state_dicts(ours, from_torch.sizes_of(g.model))
+    named = torch_names.state_dicts(ours, sizes_of(g.model))
     groups = json.loads((GOLDENS / "grain_public_param_groups.json").read_text())
     unused = {f"{m}/{name}" for m, names in torch_names.UNUSED.items() for name in names}
     for group, decayed in (("decay", True), ("no_decay", False)):
@@ -309,7 +310,7 @@ def adamw() -> Iterator[Comparison]:
         updates, _ = tx.update(grads, tx.init(params), params)
         return optim.clip_logit_scale(optax.apply_updates(params, updates))
 
-    named = torch_names.state_dicts(step(g.params, run()[1]), from_torch.sizes_of(g.model))
+    named = torch_names.state_dicts(step(g.params, run()[1]), sizes_of(g.model))
     checksums = g.meta["adamw_checksum_after_[sum,sumabs]"]
     for module, entries in named.items():
         for key, ours in entries.items():

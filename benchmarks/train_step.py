@@ -99,7 +99,8 @@ def torch_side(size: str, batch: int, compiled: bool) -> dict[str, Any]:
 
     from benchmarks import torch_step
     from grain_jax import train
-    from grain_jax.convert import torch as convert
+    from grain_jax.convert.reference import module as torch_module
+    from grain_jax.convert.reference.parameters import to_states
     from grain_jax.input_pipeline import synthetic
     from grain_jax.models.grain import GRAIN
     from grain_jax.training import optim, sharding, train_step
@@ -113,8 +114,8 @@ def torch_side(size: str, batch: int, compiled: bool) -> dict[str, Any]:
     )
     with jax.default_device(jax.devices("cpu")[0]):
         params = jax.jit(lambda: sharding.unbox(train_step.init_state(model, config, tx)).params)()
-    module = convert.make_module(config.model, None)
-    convert.load_states(module, convert.to_states(config.model, jax.tree.map(np.asarray, params)))
+    module = torch_module.make_module(config.model, None)
+    torch_module.load_states(module, to_states(config.model, jax.tree.map(np.asarray, params)))
     del params
     step = torch_step.TorchStep(
         module.to(device_kind),

@@ -21,20 +21,20 @@ def perturb(module, seed: int = 0):
 def inputs(size: int, vocab: int, length: int, *, padded_with: int = 0, seed: int = 0):
     """Pictures float32 [4, S, S, 3] and ids int64 [4, L] whose texts end at the highest id."""
     rng = np.random.default_rng(seed)
-    pictures = rng.standard_normal((4, size, size, 3)).astype(np.float32)
+    images = rng.standard_normal((4, size, size, 3)).astype(np.float32)
     ids = rng.integers(2, vocab - 2, (4, length))
     for row, end in zip(ids, (2, 5, length - 1, 7)):
         row[0], row[end], row[end + 1 :] = vocab - 2, vocab - 1, padded_with
-    return pictures, ids
+    return images, ids
 
 
-def torch_pictures(pictures):
+def torch_images(images):
     import torch
 
-    return torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy())
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
-def outputs_of_ours(model, params, pictures, ids):
+def outputs_of_ours(model, params, images, ids):
     """(image_embed, text_embed) of our model, called as the trainer calls it."""
     import jax
     import jax.numpy as jnp
@@ -50,7 +50,7 @@ def outputs_of_ours(model, params, pictures, ids):
     text = jax.jit(lambda p, *x: module.apply({"params": p}, *x, method=GRAIN.encode_text))
     with jax.default_matmul_precision("highest"):
         return (
-            np.asarray(image(params, pictures)[0]),
+            np.asarray(image(params, images)[0]),
             np.asarray(text(params, ids[None], positions, jnp.ones_like(positions), at)[0]),
         )
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from configs import grain_vitb16_cc12m
 from grain_jax import config as config_lib
-from grain_jax.convert import torch as convert
+from grain_jax.convert.reference.parameters import to_params
 from grain_jax.models import grain
 from tests import paths
 
@@ -63,7 +63,7 @@ def _draw(qk_norm: bool) -> dict[str, np.ndarray]:
         {name: x.detach().numpy() for name, x in module.state_dict().items()}
         for module in (backbone, decoder)
     )
-    params = convert.to_params(*states, model(qk_norm=qk_norm))
+    params = to_params(*states, model(qk_norm=qk_norm))
     return {name: np.asarray(x) for name, x in grain.flat(params).items()}
 
 

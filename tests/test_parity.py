@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import parity
-from grain_jax.convert import torch_names
+from grain_jax.convert.reference import names as torch_names
 
 
 @pytest.mark.parametrize("group", parity.GROUPS)

@@ -10,7 +10,7 @@ from benchmarks import claim_design
 from configs import claim, demo, finetune, own
 from grain_jax import config as config_lib
 from grain_jax import errors
-from grain_jax.convert import initialise, torch_names
+from grain_jax.convert import initialise, layouts
 from grain_jax.evaluate import base as evaluate
 from grain_jax.models import grain
 from grain_jax.report import collect
@@ -159,7 +159,7 @@ def _saved(folder, model):
     rng = np.random.default_rng(0)
     params: dict = {}
     for name, shape in grain.parameter_shapes(model).items():
-        torch_names.put(params, name, rng.standard_normal(shape).astype(np.float32))
+        layouts.put(params, name, rng.standard_normal(shape).astype(np.float32))
     checkpoint.save_model(folder, model, params)
     return grain.flat(params)
 

@@ -1,6 +1,6 @@
-"""`python -m grain_jax.convert COMMAND --input IN --output OUT`: checkpoints between frameworks.
+"""`python -m grain_jax.convert COMMAND --input IN --output OUT`: conversion of checkpoints.
 
-Every conversion ends with a parity report. Exit status: 0; 1 where parity failed; 2 for wrong input.
+Every conversion ends with a parity report. Exit status: 0; 1 if parity failed; 2 for wrong input.
 """
 
 import argparse
@@ -10,22 +10,19 @@ from typing import NamedTuple
 
 from grain_jax import config as config_lib
 from grain_jax import errors
-from grain_jax.convert import big_vision, huggingface, open_clip, parity, towers
-from grain_jax.convert import torch as reference
-
-TOWERS = ("image", "text", "decoder")
+from grain_jax.convert import huggingface, parity, towers
+from grain_jax.convert.big_vision.command import from_big_vision
+from grain_jax.convert.faults import ConvertError
+from grain_jax.convert.open_clip.command import from_open_clip
+from grain_jax.convert.reference import commands as reference
+from grain_jax.convert.reference.sizes import TOWERS
 
 
 class Command(NamedTuple):
     """One conversion."""
 
-    does: str
+    about: str
     run: Callable[[argparse.Namespace], parity.Report]
-
-
-def _from_torch(args) -> parity.Report:
-    heads = {tower: getattr(args, f"{tower}_heads") for tower in TOWERS}
-    return reference.convert(args.input, args.output, heads)
 
 
 def _settings(args) -> towers.Settings:
@@ -37,59 +34,66 @@ def _settings(args) -> towers.Settings:
 
 COMMANDS = {
     "from-torch": Command(
-        "the PyTorch reference's .pth.tar -> a folder that grain_jax.load reads", _from_torch
+        "the PyTorch reference's .pth.tar -> a folder for grain_jax.load",
+        lambda args: reference.from_torch(
+            args.input,
+            args.output,
+            {tower: getattr(args, f"{tower}_heads") for tower in TOWERS},
+        ),
     ),
     "to-torch": Command(
         "a workdir, checkpoint or folder -> the PyTorch reference's .pth.tar",
-        lambda args: reference.convert_back(args.input, args.output),
+        lambda args: reference.to_torch(args.input, args.output),
     ),
     "to-hf": Command(
         "a workdir, checkpoint or folder -> a folder for transformers' AutoModel",
         lambda args: huggingface.to_hf(args.input, args.output),
     ),
     "from-hf": Command(
-        "a folder of to-hf -> a folder that grain_jax.load reads",
+        "a folder of to-hf -> a folder for grain_jax.load",
         lambda args: huggingface.from_hf(args.input, args.output),
     ),
     "from-open-clip": Command(
-        "CLIP's or SigLIP's weights (OpenAI, open_clip, Hugging Face) -> a folder of ours, two towers",
-        lambda args: open_clip.convert(args.input, args.output, _settings(args)),
+        "CLIP or SigLIP weights (OpenAI, open_clip, Hugging Face) -> a two-tower model for grain_jax.load",
+        lambda args: from_open_clip(args.input, args.output, _settings(args)),
     ),
     "from-big-vision": Command(
-        "a two_towers .npz of big_vision (FILE.npz:sub-tree) -> a folder of ours, two towers",
-        lambda args: big_vision.convert(args.input, args.output, _settings(args)),
+        "a two_towers .npz of big_vision (FILE.npz:sub-tree) -> a two-tower model for grain_jax.load",
+        lambda args: from_big_vision(args.input, args.output, _settings(args)),
     ),
 }
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise reference.ConvertError(f"{self.prog}: {message}")
+        raise ConvertError(f"{self.prog}: {message}")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    known = "\n".join(f"  {name}: {command.does}" for name, command in COMMANDS.items())
+    known = "\n".join(f"  {name}: {command.about}" for name, command in COMMANDS.items())
     parser = _Parser(
         prog="grain_jax.convert",
         description=f"Commands:\n{known}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", help=", ".join(COMMANDS))
-    parser.add_argument("--input", required=True, help="what to read")
+    parser.add_argument("--input", required=True, help="the checkpoint to read")
     parser.add_argument(
-        "--output", required=True, help="what to write: new, or an older conversion"
+        "--output",
+        required=True,
+        help="where to write: a new folder or file, or an older conversion",
     )
     for tower in TOWERS:
         parser.add_argument(
             f"--{tower}-heads",
             type=int,
-            help=f"attention heads of the {tower} tower; a state dict does not hold them",
+            help=f"attention heads of the {tower} tower, where the checkpoint does not state them",
         )
     for tower in towers.TOWERS:
         parser.add_argument(
             f"--{tower}-activation",
             choices=config_lib.ACTIVATIONS,
-            help=f"of the {tower} tower of from-open-clip, where no file beside the weights tells",
+            help=f"of the {tower} tower, where the checkpoint does not state it (from-open-clip)",
         )
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         parser.error(f"no such command: {arguments[0]!r}; there are: {', '.join(COMMANDS)}")
@@ -97,7 +101,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one conversion; returns the exit status, the faults on stderr, a line each."""
+    """Runs one conversion and returns the exit status; prints faults on stderr, a line each."""
     try:
         args = _parse(sys.argv[1:] if arguments is None else arguments)
         with errors.out_of_memory_in_a_line(args.command):
@@ -113,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(report.text)
     if not report.ok:
-        print(f"{args.output}: was written, but gives other outputs; see above", file=sys.stderr)
+        print(f"{args.output}: was written, but its outputs differ; see above", file=sys.stderr)
     return 0 if report.ok else 1
 
 

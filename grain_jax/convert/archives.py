@@ -1,30 +1,30 @@
-"""Files of weights that anyone may have made: what they declare is bounded before anything in them takes memory.
+"""Readers of weight files from untrusted sources: sizes are checked before memory is taken, nothing is executed.
 
-An archive of a few KB can declare, or repeat, terabytes. Weights hardly compress, so the bound follows
-the file's own length. Nothing in a file is executed.
+An archive of a few KB can declare, or repeat, terabytes. Weights hardly compress, so the bound is a multiple
+of the length of the file.
 """
 
 import contextlib
 import json
 import math
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from grain_jax import errors
+from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.files import regular_file
 
-# How much a file may become as float32: 8 bits a number make it 4 times as long, two names of one array 8.
+# Limit of the arrays as float32, in lengths of the file: 4 for 8-bit numbers, 8 for two names of each array.
 MAX_GROWTH = 8
-# Small models may be all zeros, which compress to nothing.
-ALLOWANCE = 64 << 20
+ALLOWANCE = 64 << 20  # bytes on top: a small model of zeros compresses to nothing
 MAX_JSON = 64 << 20  # bytes; the index of 10,000 arrays takes 1 MB
-_FLOATS = {  # safetensors' names; its own reader for numpy has no bfloat16
+_FLOATS = {  # names of safetensors, whose numpy reader has no bfloat16
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -36,58 +36,53 @@ _HEADERS = {
 }
 
 
-class ArchiveError(errors.UserError):
-    """A file of weights cannot be used; the message has one line a fault, without the file's name."""
-
-
 @contextlib.contextmanager
-def reading(path: epath.PathLike, error: type[errors.UserError]) -> Iterator[None]:
-    """Turns an ArchiveError, or an OSError, raised inside into `error`, with the file's name on each line."""
-    try:
-        yield
-    except ArchiveError as fault:
-        lines = str(fault).split("\n")
-        raise error("\n".join(f"{path}: {line}" for line in lines)) from None
-    except OSError as fault:
-        raise error(
-            f"{path}: {fault.strerror or fault}, expected a file that can be read"
-        ) from None
+def reading(path: epath.PathLike) -> Iterator[None]:
+    """Puts the name of the file before each line of a ConvertError raised inside; an OSError becomes one."""
+    with prefixed(f"{path}: "):
+        try:
+            yield
+        except OSError as error:
+            raise ConvertError(
+                f"{error.strerror or error}, expected a file that can be read"
+            ) from None
 
 
 class Budget:
-    """The bytes that the arrays of one file may take as float32."""
+    """Counts down the bytes that the arrays of one file may take as float32."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: IO[bytes]):
         self.length = file.seek(0, 2)
         self.total = self._left = ALLOWANCE + MAX_GROWTH * self.length
         file.seek(0)
 
     def spend(self, count: int) -> None:
-        """Takes `count` bytes off. Raises ArchiveError where there are not as many."""
+        """Takes `count` bytes from the budget. Raises ConvertError where fewer are left."""
         self._left -= count
         if self._left < 0:
-            raise ArchiveError(
+            raise ConvertError(
                 f"its arrays take more than {self.total:,} bytes, {MAX_GROWTH} times the file's"
                 f" {self.length:,} and {ALLOWANCE >> 20} MiB; expected weights"
             )
 
     def check(self, archive: zipfile.ZipFile) -> None:
-        """Raises ArchiveError where the members, by the archive's directory, unpack to more than there is."""
+        """Raises ConvertError where the directory of the zip declares more bytes than the budget."""
         members = archive.infolist()
-        if sum(member.file_size for member in members) > self.total:
-            raise ArchiveError(
-                f"its members unpack to {sum(member.file_size for member in members):,} bytes, expected"
+        total = sum(member.file_size for member in members)
+        if total > self.total:
+            raise ConvertError(
+                f"its members unpack to {total:,} bytes, expected"
                 f" at most {self.total:,} of a file of {self.length:,}"
             )
         if len({member.filename for member in members}) < len(members):
-            raise ArchiveError("has members of the same name, expected each once")
+            raise ConvertError("has members of the same name, expected each once")
 
 
 def read_npz(path: epath.Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz as float32.
 
     Raises:
-      ArchiveError: an array of no numbers, or one that is longer or shorter than it says.
+      ConvertError: an array is not of numbers, or has another length than its header declares.
       Exception: of several kinds, where the archive is damaged.
     """
     out = {}
@@ -100,20 +95,20 @@ def read_npz(path: epath.Path) -> dict[str, np.ndarray]:
                 with archive.open(member) as opened:
                     version = np.lib.format.read_magic(opened)
                     if version not in _HEADERS:
-                        raise ArchiveError(
+                        raise ConvertError(
                             f"{name}: got version {version} of .npy, expected 1 or 2"
                         )
                     shape, by_columns, dtype = _HEADERS[version](opened)
                     if dtype.kind not in "fiub" and dtype.str != "|V2":
-                        raise ArchiveError(f"{name}: got {dtype}, expected an array of numbers")
-                    count = math.prod(shape)  # of Python's numbers, which do not overflow
+                        raise ConvertError(f"{name}: got {dtype}, expected an array of numbers")
+                    count = math.prod(shape)  # Python integers do not overflow
                     if count * dtype.itemsize != member.file_size - opened.tell():
-                        raise ArchiveError(
+                        raise ConvertError(
                             f"{name}: got shape {shape} of {dtype}, which is not the {member.file_size:,}"
                             " bytes that it has"
                         )
                     budget.spend(4 * count)
-                    if dtype.kind == "V":  # numpy forgets bfloat16's name
+                    if dtype.kind == "V":  # numpy stores bfloat16 as raw bytes
                         dtype = jnp.dtype("bfloat16")
                     array = np.frombuffer(opened.read(), dtype) if count else np.zeros(0, dtype)
                 out[name] = array.astype(np.float32).reshape(
@@ -123,11 +118,11 @@ def read_npz(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def load_torch(path: epath.Path) -> Any:
-    """What torch.load reads (`weights_only`), where the zip's directory keeps within its budget.
+    """The object in a file of torch.save, by torch.load with `weights_only`.
 
     Raises:
-      ArchiveError: it does not.
-      Exception: of many kinds, where the file is damaged or asks to run code.
+      ConvertError: the directory of the zip declares more bytes than the budget.
+      Exception: of many kinds, where the file is damaged or asks to run code; see `refusal`.
     """
     import torch
 
@@ -140,13 +135,26 @@ def load_torch(path: epath.Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def tensors_to_float32(path: epath.Path, named: Mapping[Any, Any]) -> dict[str, np.ndarray]:
-    """The tensors of a state dict as arrays, its other entries left out; names without `module.`.
+def refusal(error: Exception) -> str:
+    """The reason why torch.load refused a file, without its advice to load the file unchecked."""
+    text = str(error).strip()
+    asked = re.search(r"unsupported global:?(?: global)? (\S+)", text, re.IGNORECASE)
+    if asked:
+        return f"it asks for {asked[1]}; what might run code is not loaded"
+    told = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+    reason = told[1] if told else text.partition(". ")[0].partition("\n")[0]
+    return f"{type(error).__name__}: {reason[:120]}" if reason else type(error).__name__
 
-    Tensors may repeat the same numbers: as arrays they keep within the file's budget.
+
+def tensors_to_float32(path: epath.Path, named: Mapping[Any, Any]) -> dict[str, np.ndarray]:
+    """The tensors of a state dict as arrays, without its other entries; names without `module.`.
+
+    Args:
+      path: the file that holds it; its length bounds the arrays, since tensors may share storage.
+      named: the state dict.
 
     Raises:
-      ArchiveError: a tensor of another kind than plain numbers, or a name that is there twice; a line each.
+      ConvertError: a tensor that is not of plain numbers, or a name that is there twice; a line each.
     """
     import torch
 
@@ -167,8 +175,7 @@ def tensors_to_float32(path: epath.Path, named: Mapping[Any, Any]) -> dict[str, 
         else:
             budget.spend(4 * value.numel())
             out[name] = value.detach().to(torch.float32).numpy()
-    if faults:
-        raise ArchiveError("\n".join(faults))
+    raise_any(faults)
     return out
 
 
@@ -179,10 +186,10 @@ def read_safetensors(
 
     Args:
       path: the file.
-      integers: safetensors' names of whole numbers that are read too, and their types.
+      integers: integer types that are accepted too, by the names of safetensors.
 
     Raises:
-      ArchiveError: not a whole file, or numbers of another type; a line each.
+      ConvertError: not a whole file, or numbers of another type; a line each.
       ImportError: the package is missing.
       OSError: it cannot be read.
     """
@@ -193,16 +200,16 @@ def read_safetensors(
         stored = safetensors.deserialize(path.read_bytes())
     except safetensors.SafetensorError as error:
         reason = next(iter(str(error).splitlines()), "")
-        raise ArchiveError(
+        raise ConvertError(
             f"not a whole safetensors file ({reason[:120]}); copy it again"
         ) from None
-    faults = [
-        f"{name}: got {entry['dtype']}, expected one of {', '.join(kinds)}"
-        for name, entry in stored
-        if entry["dtype"] not in kinds
-    ]
-    if faults:
-        raise ArchiveError("\n".join(faults))
+    raise_any(
+        [
+            f"{name}: got {entry['dtype']}, expected one of {', '.join(kinds)}"
+            for name, entry in stored
+            if entry["dtype"] not in kinds
+        ]
+    )
     return {
         name: np.frombuffer(entry["data"], kinds[entry["dtype"]])
         .astype(np.float32)
@@ -215,55 +222,55 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-      ArchiveError: it is none, too long, or too deep.
+      ConvertError: it is not JSON, not an object, too long, or nested too deep.
       OSError: it cannot be read.
     """
     with path.open("rb") as file:
         content = file.read(MAX_JSON + 1)
     if len(content) > MAX_JSON:
-        raise ArchiveError(f"got over {MAX_JSON:,} bytes, expected a JSON object")
+        raise ConvertError(f"got over {MAX_JSON:,} bytes, expected a JSON object")
     try:
         value = json.loads(content, parse_float=_finite, parse_constant=_finite)
     except RecursionError:
-        raise ArchiveError("got JSON of too many levels, expected an object of few") from None
+        raise ConvertError("got JSON of too many levels, expected an object of few") from None
     except ValueError as error:
-        raise ArchiveError(f"not JSON ({error}), expected an object") from None
+        raise ConvertError(f"not JSON ({error}), expected an object") from None
     if not isinstance(value, dict):
-        raise ArchiveError(f"got a {type(value).__name__}, expected a JSON object")
+        raise ConvertError(f"got a {type(value).__name__}, expected a JSON object")
     return value
 
 
 def files_of_index(path: epath.Path) -> list[epath.Path]:
-    """The files that an index of weights names, each once: those beside it alone.
+    """The files that an index of weights names, each once; they must be in its folder.
 
-    A link may lead elsewhere only within Hugging Face's cache, whose folders hold links to ../../blobs.
+    A link may lead out of the folder only in the cache of Hugging Face, which links to ../../blobs.
 
     Raises:
-      ArchiveError: no index, or a file that is not beside it.
+      ConvertError: not an index, or a file that is not in its folder.
       OSError: it cannot be read.
     """
     expected = "transformers' index, with the key weight_map"
     named = read_json(path).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(x, str) for x in named.values()):
-        raise ArchiveError(f"got no names of files under weight_map, expected {expected}")
+        raise ConvertError(f"got no names of files under weight_map, expected {expected}")
     out = []
     for name in sorted(set(named.values())):
         file = path.parent / name
         if not name or "\0" in name or "/" in name or "\\" in name or name in (".", ".."):
-            raise ArchiveError(f"names the file {name[:200]!r}, expected one beside it")
+            raise ConvertError(f"names the file {name[:200]!r}, expected one beside it")
         if "://" not in str(file):
             folder, blobs = epath.Path(os.path.realpath(path.parent)), None
             if folder.parent.name == "snapshots":
                 blobs = folder.parent.parent / "blobs"
             if epath.Path(os.path.realpath(file)).parent not in (folder, blobs):
-                raise ArchiveError(
+                raise ConvertError(
                     f"names {name!r}, a link to elsewhere, expected a file beside it"
                 )
         if not regular_file.is_one(file):
-            raise ArchiveError(f"names {name!r}, which is no file beside it")
+            raise ConvertError(f"names {name!r}, which is no file beside it")
         out.append(file)
     if not out:
-        raise ArchiveError(f"names no file, expected {expected}")
+        raise ConvertError(f"names no file, expected {expected}")
     return out
 
 

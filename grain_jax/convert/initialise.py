@@ -1,7 +1,7 @@
-"""Parts that start from a checkpoint (`init.image`, `init.text`, `init.decoder`) instead of from the seed.
+"""Initialisation from checkpoints: `init.image`, `init.text` and `init.decoder` name one for a part of the model.
 
-Every array is accounted for: what the model wants and the checkpoint lacks is an error, what the
-checkpoint has and the model does not take is named. Positions are resized to the model's.
+Every array is accounted for: a missing one is an error, an unused one is reported. Positions are resized to the
+sizes of the model.
 """
 
 import re
@@ -14,27 +14,33 @@ import scipy.ndimage
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.convert import big_vision, open_clip, towers
-from grain_jax.convert.towers import Tower, TowerError
+from grain_jax.convert import towers
+from grain_jax.convert.big_vision import checkpoint as big_vision
+from grain_jax.convert.big_vision.towers import import_image, import_text
+from grain_jax.convert.faults import ConvertError, prefixed, raise_any
+from grain_jax.convert.open_clip import checkpoint as open_clip
+from grain_jax.convert.open_clip import image_tower, text_tower
+from grain_jax.convert.towers import Tower
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
 from grain_jax.training import train_step
 
-_KEPT_POSITIONS = 20  # of a text; see `resize_text_positions`
-# The parameters of each tower; those of the second line only where no decoder takes their place.
+_KEPT_POSITIONS = 20  # see `resize_text_positions`
+# Tower -> prefixes of its parameters, and of those that it has only in a model without a decoder.
 _PREFIXES = {
     "image": (("image/",), ("image_pool/", "image_projection/")),
     "text": (("text/", "text_norm/", "text_pool/", "text_projection/"), ()),
 }
-
-# The parameters of all towers of a model with a decoder.
 _TOWERS = tuple(prefix for own, _ in _PREFIXES.values() for prefix in own)
-# What a decoder's config says of its training and of its beginning.
-_NOT_COMPARED = {"dropout", "qkv_init_gain", "unroll"}
+_NOT_COMPARED = {
+    "dropout",
+    "qkv_init_gain",
+    "unroll",
+}  # of a decoder: training, initialisation, speed
 
 
 class Loaded(NamedTuple):
-    """The arrays of towers and decoder, and what to say about them."""
+    """The arrays of the named parts, and a line for each thing to report about them."""
 
     params: dict[str, np.ndarray]  # our flat names -> float32
     report: list[str]
@@ -43,15 +49,15 @@ class Loaded(NamedTuple):
 def state_of_step_0(
     config: config_lib.Config, program: train_step.Program, say: Callable[[str], None]
 ) -> train_step.TrainState:
-    """A run's first state: from its seed, with the parts of `config.init` in their places.
+    """The first state of a run: from its seed, with the parts that `config.init` names from their checkpoints.
 
     Args:
-      config: the run's. Every process reads the checkpoints that it names.
-      program: the run's.
-      say: gets a line for each thing to know about them.
+      config: of the run. Every process reads the checkpoints that it names.
+      program: of the run.
+      say: called with each line of the report.
 
     Raises:
-      TowerError: as `load`.
+      ConvertError: as `load`.
     """
     state = program.init()
     if {config.init.image, config.init.text, config.init.decoder} == {None}:
@@ -67,15 +73,15 @@ def state_of_step_0(
 def resize_image_positions(
     positions: np.ndarray, grid: int, *, class_token: bool, method: str = "bilinear"
 ) -> np.ndarray:
-    """Positions [N, E] of a square grid as those of a grid of `grid` x `grid`; the class token's stays.
+    """Resizes the positions of a square grid to `grid` x `grid`; keeps the position of the class token.
 
-    "bilinear" lays the grids' corners on each other, as big_vision does (models/vit.py,
-    resample_posemb); "bicubic" their edges, with antialiasing, as timm and open_clip do.
+    "bilinear" aligns the corners of the grids, as in big_vision (models/vit.py, resample_posemb); "bicubic" aligns
+    their edges, with antialiasing, as in timm and open_clip.
 
     Args:
-      positions: float32 [N, E], row by row, the class token's first.
-      grid: patches a side that are wanted.
-      class_token: whether there is one.
+      positions: float32 [N, E], row by row; that of the class token is first.
+      grid: patches a side of the result.
+      class_token: whether `positions` has one for it.
       method: "bilinear" or "bicubic".
     """
     token, patches = positions[: int(class_token)], positions[int(class_token) :]
@@ -83,18 +89,20 @@ def resize_image_positions(
     if old != grid:
         square = patches.reshape(old, old, -1)
         if method == "bilinear":
-            square = scipy.ndimage.zoom(square, (grid / old, grid / old, 1), order=1)
+            zoom = (grid / old, grid / old, 1)
+            square = np.asarray(scipy.ndimage.zoom(square, zoom, order=1))
         else:
-            square = np.asarray(jax.image.resize(square, (grid, grid, square.shape[2]), "bicubic"))
+            wanted = (grid, grid, square.shape[2])
+            square = np.asarray(jax.image.resize(square, wanted, "bicubic"))
         patches = square.reshape(grid * grid, -1)
     return np.concatenate([token, patches]).astype(np.float32)
 
 
 def resize_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
-    """Positions [L, E] of texts for another context length, first and last kept.
+    """Resizes text positions [L, E] to another context length.
 
-    A shorter context keeps the first ones. A longer one keeps the first 20, within which most texts
-    end, and stretches the rest linearly (Long-CLIP, Zhang et al. 2024).
+    A shorter context keeps the first positions. A longer one keeps the first 20, enough for most texts, and
+    interpolates the rest linearly (Long-CLIP, Zhang et al. 2024).
     """
     old = len(positions)
     if length <= old:
@@ -108,10 +116,10 @@ def resize_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
 
 
 def load(config: config_lib.Config) -> Loaded:
-    """The arrays of the parts that `config.init` names; `config.model` says what they must be.
+    """The arrays of the parts that `config.init` names, checked against `config.model`.
 
     Raises:
-      TowerError: a checkpoint cannot be read, has another tower than the config, or lacks arrays; a
+      ConvertError: a checkpoint cannot be read, its tower differs from the config, or arrays are missing; a
         line each.
     """
     shapes = grain.parameter_shapes(config.model)
@@ -121,12 +129,12 @@ def load(config: config_lib.Config) -> Loaded:
         path = getattr(config.init, which)
         if path is None:
             continue
-        with towers.naming(f"init.{which}: "):
+        with prefixed(f"init.{which}: "):
             loaded = _load_tower(config, which, path, shapes)
         params |= loaded.params
         report += loaded.report
     if config.init.decoder is not None:
-        with towers.naming("init.decoder: "):
+        with prefixed("init.decoder: "):
             found = _load_decoder(config.model, config.init.decoder, shapes)
         params |= found
         report.append(f"init.decoder: {len(found)} arrays from {config.init.decoder}")
@@ -134,13 +142,12 @@ def load(config: config_lib.Config) -> Loaded:
 
 
 def _load_decoder(model: config_lib.Model, path: str, shapes) -> dict[str, np.ndarray]:
-    """All that is no tower's, of a checkpoint of ours."""
+    """The parameters of a GRAIN checkpoint that are not of its towers."""
     ours, flat = _read_ours(path)
     if ours.decoder is None:
-        raise TowerError(f"{path}: has no region decoder; expected a run or checkpoint of GRAIN's")
-    faults = towers.differences("decoder", ours.decoder, model.decoder, _NOT_COMPARED)
-    if faults:
-        raise TowerError("\n".join(f"{path}: {fault}" for fault in faults))
+        raise ConvertError(f"{path}: has no region decoder; expected a run or checkpoint of GRAIN")
+    with prefixed(f"{path}: "):
+        raise_any(towers.differences("decoder", ours.decoder, model.decoder, _NOT_COMPARED))
     rest = lambda named: {  # noqa: E731
         name: x for name, x in named.items() if not name.startswith(_TOWERS)
     }
@@ -149,11 +156,8 @@ def _load_decoder(model: config_lib.Model, path: str, shapes) -> dict[str, np.nd
 
 
 def _read_ours(path: str) -> tuple[config_lib.Model, dict[str, np.ndarray]]:
-    """The model of a workdir, checkpoint or converted folder, and its arrays by their flat names."""
-    try:
-        ours, params, _ = checkpoint.load_model(epath.Path(path))
-    except checkpoint.CheckpointError as error:
-        raise TowerError(str(error)) from None
+    """The model in a workdir, checkpoint or converted folder, and its arrays by flat name."""
+    ours, params, _ = checkpoint.load_model(epath.Path(path))
     return ours, {name: np.asarray(x, np.float32) for name, x in grain.flat(params).items()}
 
 
@@ -162,16 +166,13 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
     tower, unused = _read(model, which, path)
     wanted = getattr(model, which)
     ignored = {"pool", "projection"} if which == "image" and model.decoder is not None else set()
-    faults = towers.differences(which, tower.config, wanted, ignored)
-    if faults:
-        raise TowerError("\n".join(f"{path}: {fault}" for fault in faults))
-    # What lies inside the tower and has no place in ours would change what it computes.
-    unknown = [name for name in unused if name.startswith(tower.prefix)]
-    if unknown:
-        raise TowerError("\n".join(f"{path}: {name}: unknown key" for name in unknown))
+    with prefixed(f"{path}: "):
+        raise_any(towers.differences(which, tower.config, wanted, ignored))
+        # An unused entry of the tower itself would change its outputs.
+        raise_any([f"{x}: unknown key" for x in unused if x.startswith(tower.prefix)])
     expected = _own(which, model, shapes)
     params = _own(which, model, tower.params)
-    # Query, key and value may come from one entry.
+    # A set: query, key and value may share an entry.
     unused = unused + sorted({tower.theirs[name] for name in tower.params if name not in params})
     position = f"{which}/position_embed"
     old = params[position].shape[0]
@@ -202,7 +203,7 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
 
 
 def _in_short(names: list[str], prefix: str) -> list[str]:
-    """Names of a checkpoint: those with the tower's prefix each, of other parts how many there are."""
+    """Unused names for the report: those with the prefix of the tower one by one, other parts as a count."""
     parts: dict[str, list[str]] = {}
     for name in names:
         whole = name.startswith(prefix) or not re.search("[./]", name)
@@ -214,21 +215,21 @@ def _in_short(names: list[str], prefix: str) -> list[str]:
 
 
 def _own(which: str, model: config_lib.Model, named: dict[str, Any]) -> dict[str, Any]:
-    """Those of `named`, by our flat names, that are parameters of that tower of `model`."""
+    """The entries of `named` (flat name -> value) that are parameters of that tower of `model`."""
     own, pooled = _PREFIXES[which]
     prefixes = own + (pooled if model.decoder is None else ())
     return {name: value for name, value in named.items() if name.startswith(prefixes)}
 
 
 def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, list[str]]:
-    """The tower in a checkpoint of any kind, and the checkpoint's entries that are not part of it."""
+    """The tower in a checkpoint of any format, and the entries that are not part of it."""
     wanted = getattr(model, which)
     settings = towers.Settings(
         heads={which: wanted.heads}, activation={which: wanted.activation}, pad_id=None
     )
     if big_vision.is_path(path):
         stored = big_vision.read(path)
-        tower = big_vision.import_tower(stored, which, settings)
+        tower = (import_image if which == "image" else import_text)(stored, settings)
         return tower, big_vision.unused(stored, tower)
     folder = epath.Path(path)
     if folder.is_dir() and any((folder / x).is_dir() for x in ("params", "checkpoints", "state")):
@@ -238,12 +239,13 @@ def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, list[s
         tower = Tower(getattr(ours, which), params, names, (), prefix=f"{which}/")
         return tower, sorted(flat.keys() - params.keys())
     stored = open_clip.read(path)
-    tower = open_clip.import_tower(stored, which, settings)
+    module = image_tower if which == "image" else text_tower
+    tower = module.import_tower(stored, settings)
     return tower, open_clip.unused(stored, tower)
 
 
 def _replace(params: Any, shardings: Any, loaded: dict[str, np.ndarray]) -> Any:
-    """`params` with the loaded arrays, by their flat names, in their places, laid out as `shardings` says."""
+    """`params` with the arrays of `loaded` (by flat name) in their places, sharded as `shardings`."""
 
     def place(path, leaf, sharding):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,4 +1,4 @@
-"""The model card (README.md) of a converted model, from what its run left behind."""
+"""The model card (README.md) of a converted model, from the files of its run."""
 
 import json
 from collections.abc import Mapping
@@ -12,19 +12,19 @@ from grain_jax.runtime import checkpoint, metrics_file
 
 
 class Run(NamedTuple):
-    """What is known of how a model came about; empty where it is not."""
+    """The known origin of a model; empty where there is none."""
 
     config: dict[str, Any]
     step: int | None  # of the checkpoint
     metrics: dict[str, float]  # "eval/..."
-    measured_at: int | None  # the step that they are of
-    source: str  # of a converted model: the file that it was converted from
+    measured_at: int | None  # step of the metrics
+    source: str  # the file that a converted model comes from
 
 
 def read_run(folder: epath.PathLike) -> Run:
-    """The run behind a checkpoint in its workdir, WORKDIR/checkpoints/STEP, or behind a converted model.
+    """The run of a checkpoint in its workdir (WORKDIR/checkpoints/STEP), or the source of a converted model.
 
-    Of the metrics the newest are taken that were measured no later than the checkpoint's step.
+    The metrics are the newest that were measured at or before the step of the checkpoint.
     """
     folder = epath.Path(folder)
     if not (folder / "state").is_dir():
@@ -46,119 +46,123 @@ def write(
     proof: parity.Report,
     has_tokenizer: bool,
 ) -> str:
-    """The card's text, Markdown with the front matter that the Hugging Face hub reads."""
-    image, text, decoder = model.image, model.text, model.decoder
-    config = run.config
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: zero-shot-image-classification",
-        "tags: [grain, clip, grounding]",
-        "license: other",
-        "---",
-        "",
-        "# GRAIN",
-        "",
-        "Embeds images, texts and regions of images in one space: zero-shot classification with"
-        " class names or descriptions, and boxes for what a text describes. The method is Halbe et"
-        ' al., "Grounding Descriptions in Images informs Zero-Shot Visual Recognition" (WACV 2026,'
-        " arXiv 2412.04429); this folder was written by `python -m grain_jax.convert to-hf`.",
-        "",
-        "```python",
-        "import torch",
-        "from PIL import Image",
-        "from transformers import AutoModel, AutoProcessor",
-        "",
-        'model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True).eval()',
-        'processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)',
-        "with torch.no_grad():",
-        '    pixels = processor(images=Image.open("bird.jpg"))["pixel_values"]',
-        '    texts = [processor(text=[f"a photo of a {c}"])["input_ids"] for c in ("wren", "owl")]',
-        "    scores = model.zero_shot_logits(pixels, model.class_features(texts))",
-        "    regions = model.get_regions(pixels)  # .boxes_xyxy in [0, 1], .embeds",
-        "```",
-        "",
-        "Needs torch, transformers 5 and Pillow; with ftfy, texts with broken encodings are repaired"
-        " as in training.",
-    ]
+    """The text of the card: Markdown with the front matter of the Hugging Face hub."""
+    context_length, vocab_size = model.text.context_length, model.text.vocab_size
+    assert model.decoder is not None  # to-hf refuses a model without one
+    lines = [_USE]
     if not has_tokenizer:
         lines.append(
-            f"There is no tokenizer: the vocabulary has {text.vocab_size} ids, so give token ids;"
-            " images go through `AutoImageProcessor`."
+            f"There is no tokenizer: the vocabulary has {vocab_size} ids. Give the model token ids, and process"
+            " images with `AutoImageProcessor`."
         )
-    lines += [
-        "",
-        "## Model",
-        "",
-        "| part | |",
-        "|---|---|",
-        f"| image tower | {image.image_size} px, patch {image.patch_size}, width {image.width}, depth"
-        f" {image.depth}, {image.heads} heads, {image.activation}"
-        f"{', qk-norm' if image.qk_norm else ''} |",
-        f"| text tower | width {text.width}, depth {text.depth}, {text.heads} heads, context"
-        f" {text.context_length}, vocabulary {text.vocab_size} |",
-        f"| region decoder | {decoder.queries} regions, width {decoder.width}, depth {decoder.depth},"
-        f" {decoder.heads} heads |",
-        f"| embedding | {model.embed_dim} |",
-        "",
-        "## Data and training",
-        "",
-    ]
-    if "optim" in config:
-        length = (
-            f"{config['total_epochs']:g} epochs"
-            if config.get("total_steps") is None
-            else f"{config['total_steps']} steps"
-        )
-        decay = config["ema_decay"]
-        average = f"these are an average, of decay {decay:g}" if decay else "none"
-        lines += [
-            "| | |",
-            "|---|---|",
-            f"| data set | {config['input']['name'] or config['input']['source']} |",
-            f"| length | {length}; these weights are of step {run.step} |",
-            f"| batch | {config['batch_size']} |",
-            f"| learning rate, weight decay | {config['optim']['learning_rate']:g},"
-            f" {config['optim']['weight_decay']:g} |",
-            f"| average of weights | {average} |",
-            f"| activations | {config['dtype']} |",
-            *(f"| loss: {key} | {value} |" for key, value in losses.items()),
-        ]
+    lines += ["", "## Model", "", *_table(("part", ""), _parts(model, model.decoder)), ""]
+    lines += ["## Data and training", ""]
+    if "optim" in run.config:
+        lines += _table(("", ""), _training(run, losses))
     elif run.source:
-        lines.append(f"Converted from {run.source}; how that was trained is not recorded there.")
+        lines.append(f"Converted from {run.source}, which does not record the training.")
     else:
-        lines.append("Not recorded: there was no run's config beside the model.")
-    lines += ["", "## Measured", ""]
+        lines.append("Not recorded: the model came without the config of its run.")
+    lines += ["", "## Evaluation", ""]
     if run.metrics:
-        lines += [f"In the run, at step {run.measured_at}:", "", "| metric | value |", "|---|---|"]
-        lines += [f"| {name} | {_number(value)} |" for name, value in sorted(run.metrics.items())]
+        lines += [f"During training, at step {run.measured_at}:", ""]
+        measured = [(name, _number(value)) for name, value in sorted(run.metrics.items())]
+        lines += _table(("metric", "value"), measured)
     else:
-        lines.append("Nothing was measured in the run. Measure before you rely on it.")
+        lines.append("The run evaluated nothing. Evaluate the model before you rely on it.")
+    report = proof.text
+    if proof.verdict == parity.NOT_PROVEN:
+        report = report.splitlines()[-1]
+    lines += ["", "Parity of the conversion:", "", "```", report, "```", "", "## Limits", ""]
     lines += [
+        f"- The model predicts {model.decoder.queries} regions for every image, also where there is no object.",
+        "- Images are resized to a square without keeping the aspect ratio; small objects may disappear.",
+        f"- Texts are cut to {context_length} tokens. Scores are cosine similarities, not probabilities.",
+        "- Captions and descriptions of such training sets come from the web and from other models. Their errors,"
+        " gaps and biases are in this model. Do not use it for decisions about people.",
         "",
-        "Conversion:",
-        "",
-        "```",
-        proof.text.splitlines()[-1] if proof.verdict == parity.NOT_PROVEN else proof.text,
-        "```",
-        "",
-        "## Limits",
-        "",
-        f"- At most {decoder.queries} regions an image, whatever it shows; a box is given for every"
-        " query, also where there is nothing.",
-        "- Images are resized to a square: long ones are distorted, small things may vanish.",
-        f"- Texts are cut to {text.context_length} tokens. Scores are cosines, not probabilities.",
-        "- Captions and descriptions of such training sets come from the web and from other models;"
-        " what they get wrong or leave out, and their biases, are in this model. Not for decisions"
-        " about people.",
-        "",
-        "## Licence",
-        "",
-        "The code in this folder: Apache-2.0. The weights: not stated by the run; the terms of the"
-        " training data and of whoever trained it apply, so state one before you publish.",
-        "",
+        _LICENCE,
     ]
     return "\n".join(lines)
+
+
+_USE = """---
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+tags: [grain, clip, grounding]
+license: other
+---
+
+# GRAIN
+
+Embeds images, texts and image regions in one space: zero-shot classification by class names or descriptions, and
+boxes for what a text describes. Method: Halbe et al., "Grounding Descriptions in Images informs Zero-Shot Visual
+Recognition" (WACV 2026, arXiv 2412.04429). `python -m grain_jax.convert to-hf` wrote this folder.
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)
+with torch.no_grad():
+    pixels = processor(images=Image.open("bird.jpg"))["pixel_values"]
+    texts = [processor(text=[f"a photo of a {c}"])["input_ids"] for c in ("wren", "owl")]
+    scores = model.zero_shot_logits(pixels, model.class_features(texts))
+    regions = model.get_regions(pixels)  # .boxes_xyxy in [0, 1], .embeds
+```
+
+Needs torch, transformers 5 and Pillow. With ftfy installed, texts with broken encodings are repaired as in training."""
+_LICENCE = """## Licence
+
+The code in this folder: Apache-2.0. The weights: not stated by the run; the terms of the training data and of the
+model's author apply. State a licence before you publish the weights.
+"""
+
+
+def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> list[str]:
+    rule = "|---|---|"
+    return [f"| {' | '.join(header)} |", rule, *(f"| {key} | {value} |" for key, value in rows)]
+
+
+def _parts(model: config_lib.Model, decoder: config_lib.RegionDecoder) -> list[tuple[str, str]]:
+    image, text = model.image, model.text
+    return [
+        (
+            "image tower",
+            f"{image.image_size} px, patch {image.patch_size}, width {image.width}, depth {image.depth},"
+            f" {image.heads} heads, {image.activation}{', qk-norm' if image.qk_norm else ''}",
+        ),
+        (
+            "text tower",
+            f"width {text.width}, depth {text.depth}, {text.heads} heads, context {text.context_length},"
+            f" vocabulary {text.vocab_size}",
+        ),
+        (
+            "region decoder",
+            f"{decoder.queries} regions, width {decoder.width}, depth {decoder.depth}, {decoder.heads} heads",
+        ),
+        ("embedding", str(model.embed_dim)),
+    ]
+
+
+def _training(run: Run, losses: Mapping[str, Any]) -> list[tuple[str, str]]:
+    config = run.config
+    length = f"{config['total_steps']} steps"
+    if config.get("total_steps") is None:
+        length = f"{config['total_epochs']:g} epochs"
+    decay = config["ema_decay"]
+    optim = config["optim"]
+    return [
+        ("data set", config["input"]["name"] or config["input"]["source"]),
+        ("length", f"{length}; these weights are of step {run.step}"),
+        ("batch size", str(config["batch_size"])),
+        ("learning rate, weight decay", f"{optim['learning_rate']:g}, {optim['weight_decay']:g}"),
+        ("moving average", f"these weights, with decay {decay:g}" if decay else "none"),
+        ("activation dtype", config["dtype"]),
+        *((f"loss: {key}", str(value)) for key, value in losses.items()),
+    ]
 
 
 def _number(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""The parity report that every conversion ends with: the same images and texts through both sides.
+"""The parity report of a conversion: the same images and texts through our model and through the other side.
 
-The other side must be an implementation that is not ours: real transformers, open_clip, or a module
-run by torch. Where it is not installed the report says NOT PROVEN; our own way back proves nothing.
+The other side is an independent implementation: transformers, open_clip, big_vision or a torch module. Without
+its package the report says NOT PROVEN; a round trip through our own code would prove nothing.
 """
 
 from collections.abc import Mapping
@@ -18,36 +18,36 @@ NOT_PROVEN = "NOT PROVEN"
 
 
 class ParityError(errors.UserError):
-    """The two sides give other outputs or other shapes, so that there is nothing to compare."""
+    """The two sides cannot be compared: they give different outputs or shapes."""
 
 
 class Inputs(NamedTuple):
-    """What goes through both sides."""
+    """The inputs of both sides."""
 
-    pictures: np.ndarray  # float32 [N, S, S, 3], normalised
+    images: np.ndarray  # float32 [N, S, S, 3], normalised
     token_ids: np.ndarray  # int32 [N, L]: start (V - 2), words, end (V - 1), zeros
 
 
 class Comparison(NamedTuple):
-    """One output of ours (a) against the other side's (b)."""
+    """One output: ours (a) against the other side's (b)."""
 
     name: str
     error: float  # max|a - b| / max|b|
-    cosine: float  # the smallest over the last axis
+    cosine: float  # over the last axis; the smallest of all
     tolerance: float
 
     @property
     def ok(self) -> bool:
-        """Whether the error keeps within the tolerance; NaN does not."""
+        """Whether the error is within the tolerance; NaN is not."""
         return bool(self.error <= self.tolerance)
 
 
 class Report(NamedTuple):
-    """What a conversion prints; `ok` is False only where a comparison failed."""
+    """The printed report; `ok` is False only where a comparison failed."""
 
     text: str
     ok: bool
-    verdict: str  # "PROVEN", "FAILED" or "NOT PROVEN", for the notes of what was written
+    verdict: str  # "PROVEN", "FAILED" or "NOT PROVEN", stored in the converted folder
     comparisons: tuple[Comparison, ...] = ()
 
 
@@ -62,27 +62,32 @@ def inputs(
       context_length: L. The first text is empty, the second fills all of L.
     """
     rng = np.random.default_rng(seed)
-    # A value for each quarter and noise on top: images differ at large and in detail.
+    # One value a quarter, plus noise: images differ in coarse and fine structure.
     half = -(-image_size // 2)
     coarse = rng.standard_normal((count, 2, 2, 3)).repeat(half, 1).repeat(half, 2)
     coarse = coarse[:, :image_size, :image_size]
-    pictures = coarse + 0.5 * rng.standard_normal(coarse.shape)
+    images = coarse + 0.5 * rng.standard_normal(coarse.shape)
     ids = rng.integers(1, vocab_size - 2, (count, context_length))
     lengths = rng.integers(3, context_length + 1, count)
     lengths[:2] = (2, context_length)[:count]
     ids[:, 0] = vocab_size - 2
     for row, length in zip(ids, lengths):
         row[length - 1], row[length:] = vocab_size - 1, 0
-    return Inputs(pictures.astype(np.float32), ids.astype(np.int32))
+    return Inputs(images.astype(np.float32), ids.astype(np.int32))
+
+
+def inputs_of(model: config_lib.Model) -> Inputs:
+    """`inputs` in the sizes of a model."""
+    return inputs(model.image.image_size, model.text.vocab_size, model.text.context_length)
 
 
 def outputs(model: config_lib.Model, params: Any, given: Inputs) -> dict[str, np.ndarray]:
-    """What our model gives: image_embed, text_embed, and with a decoder region_embed and boxes_xyxy."""
+    """The outputs of our model: image_embed, text_embed; with a decoder also region_embed and boxes_xyxy."""
     predictor = inference.Predictor(model, params)
     out = {"text_embed": predictor.encode_text(given.token_ids)}
     if model.decoder is None:
-        return out | {"image_embed": predictor.encode_image(given.pictures)}
-    image_embed, regions = predictor.encode_image_and_regions(given.pictures)
+        return out | {"image_embed": predictor.encode_image(given.images)}
+    image_embed, regions = predictor.encode_image_and_regions(given.images)
     return out | dict(
         image_embed=image_embed, region_embed=regions.embed, boxes_xyxy=regions.boxes_xyxy
     )
@@ -94,10 +99,10 @@ def compare(
     *,
     tolerance: float = TOLERANCE,
 ) -> list[Comparison]:
-    """Every output of the two sides, by name. Whole numbers, such as token ids, must be equal.
+    """Compares the outputs of the two sides by name; integers, such as token ids, must be equal.
 
     Raises:
-      ParityError: a name or a shape that the two do not share; a line each.
+      ParityError: a name that only one side has, or two shapes; a line each.
     """
     faults = [
         f"parity: {name}: only one side gives it" for name in sorted(ours.keys() ^ theirs.keys())
@@ -114,7 +119,7 @@ def compare(
         error = difference / top if top else float(difference and np.inf)
         a, b = (np.atleast_1d(x) for x in (a, b))
         lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-        with np.errstate(invalid="ignore"):  # what is not finite fails by its error
+        with np.errstate(invalid="ignore"):  # a value that is not finite fails by its error
             cosine = (a * b).sum(-1) / np.where(lengths == 0, 1, lengths)
         cosine = float(cosine.min(initial=1))
         found.append(Comparison(name, float(error), cosine, 0.0 if exact else tolerance))
@@ -128,10 +133,10 @@ def report(comparisons: list[Comparison], other_side: str, given: Inputs | None 
 
     Args:
       comparisons: at least one.
-      other_side: what ours was compared with, such as "transformers 5.24.0".
-      given: where they come from `inputs`, these.
+      other_side: its name, such as "transformers 5.24.0".
+      given: the inputs, where they come from `inputs`.
     """
-    of = f", {len(given.pictures)} images and {len(given.token_ids)} texts" if given else ""
+    of = f", {len(given.images)} images and {len(given.token_ids)} texts" if given else ""
     lines = [
         f"parity: our outputs against {other_side}{of}",
         f"{'output':20} {'max|a-b|/max|b|':>15} {'cosine':>12} {'tolerance':>10}",
@@ -146,7 +151,7 @@ def report(comparisons: list[Comparison], other_side: str, given: Inputs | None 
 
 
 def not_proven(params: Any, why: str) -> Report:
-    """Names, shapes and norms of a nested dict of arrays, and why there was nothing to compare with."""
+    """The report without another side: names, shapes and norms of a nested dict of arrays, and the reason."""
     lines = [f"{'parameter':55} {'shape':24} {'norm':>12}"]
     for path, leaf in tree_util.tree_flatten_with_path(params)[0]:
         name = tree_util.keystr(path, simple=True, separator="/")

@@ -1,19 +1,20 @@
-"""The arrays in a TorchScript archive, such as OpenAI's own CLIP files, without running its program.
+"""The arrays in a TorchScript archive, such as the CLIP files of OpenAI, without running its program.
 
-The archive is a zip: `data.pkl` lists the modules' attributes, `data/N` hold the numbers. The pickle may
-name nothing but tensors, modules and plain containers here; anything else is refused.
+The archive is a zip: `data.pkl` holds the attributes of the modules, `data/N` the numbers. The pickle may name
+only tensors, modules and plain containers; anything else is refused.
 """
 
 import math
 import pickle
 import zipfile
 from collections import OrderedDict
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from grain_jax.convert import archives
+from grain_jax.convert.faults import ConvertError
 
 _DTYPES = {
     "FloatStorage": "float32",
@@ -24,17 +25,17 @@ _DTYPES = {
     "IntStorage": "int32",
     "BoolStorage": "bool",
 }
-_MOST_DEEP, _MOST_MODULES = 50, 100_000  # modules in modules, and in all
+_MAX_DEPTH, _MAX_MODULES = 50, 100_000  # nesting of modules, and their number
 
 
 class _Module:
-    """A module or object of the program: its attributes alone."""
+    """A module or object of the program, reduced to its attributes."""
 
     def __setstate__(self, state):
         self.attributes = state
 
 
-class _Unpickler(pickle._Unpickler):  # Python's own: the one in C takes gigabytes for a far memo
+class _Unpickler(pickle._Unpickler):  # in Python; the C one takes gigabytes for a large memo index
     def __init__(self, archive: zipfile.ZipFile, root: str, budget: archives.Budget):
         super().__init__(archive.open(f"{root}data.pkl"))
         self._archive, self._root, self._budget = archive, root, budget
@@ -55,11 +56,11 @@ class _Unpickler(pickle._Unpickler):  # Python's own: the one in C takes gigabyt
     def persistent_load(self, pid: Any) -> np.ndarray:
         _, dtype, key, _, _ = pid
         member = self._archive.getinfo(f"{self._root}data/{key}")
-        self._budget.spend(4 * member.file_size // dtype.itemsize)  # each time that it is asked for
+        self._budget.spend(4 * member.file_size // dtype.itemsize)  # once for each reference to it
         return np.frombuffer(self._archive.read(member), dtype)
 
     def _rebuild(self, storage: np.ndarray, offset: int, size: tuple, *rest: Any) -> np.ndarray:
-        self._budget.spend(4 * math.prod(size))  # many may be of one storage
+        self._budget.spend(4 * math.prod(size))  # many tensors may share a storage
         return _tensor(storage, offset, size, *rest)
 
 
@@ -72,8 +73,8 @@ def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_) ->
     return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
 
 
-def is_archive(file: BinaryIO) -> bool:
-    """Whether an open file is a TorchScript archive; it is left at its start."""
+def is_archive(file: IO[bytes]) -> bool:
+    """Whether an open file is a TorchScript archive; its position is reset to the start."""
     found = zipfile.is_zipfile(file)
     if found:
         with zipfile.ZipFile(file) as archive:
@@ -82,12 +83,12 @@ def is_archive(file: BinaryIO) -> bool:
     return found
 
 
-def read(file: BinaryIO) -> dict[str, np.ndarray]:
-    """Every tensor of the archive under its dotted name, as in the module's state_dict.
+def read(file: IO[bytes]) -> dict[str, np.ndarray]:
+    """Every tensor of the archive under its dotted name, as in the state_dict of the module.
 
     Raises:
-      ArchiveError: it unpacks to more than weights would, or its modules are no tree.
-      Exception: of several kinds, where the archive is damaged or names anything but tensors.
+      ConvertError: it unpacks to more than weights would, or its modules are not a tree.
+      Exception: of several kinds, where the archive is damaged or names anything else.
     """
     budget = archives.Budget(file)
     with zipfile.ZipFile(file) as archive:
@@ -102,8 +103,8 @@ def read(file: BinaryIO) -> dict[str, np.ndarray]:
     def walk(prefix: str, module: _Module, depth: int) -> None:
         nonlocal entered
         entered += 1
-        if depth > _MOST_DEEP or entered > _MOST_MODULES:
-            raise archives.ArchiveError("its modules hold each other without end, expected a tree")
+        if depth > _MAX_DEPTH or entered > _MAX_MODULES:
+            raise ConvertError("its modules hold each other without end, expected a tree")
         for name, value in module.attributes.items():
             if isinstance(value, _Module):
                 walk(f"{prefix}{name}.", value, depth + 1)

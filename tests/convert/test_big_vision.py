@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 
-from grain_jax.convert import big_vision, towers
+from grain_jax.convert import towers
+from grain_jax.convert.big_vision import checkpoint as files
+from grain_jax.convert.big_vision.command import from_big_vision
+from grain_jax.convert.big_vision.towers import import_image, import_text
+from grain_jax.convert.faults import ConvertError
 from grain_jax.runtime import checkpoint
 from tests import foreign
 from tests.paths import GOLDENS
@@ -24,7 +28,7 @@ def _params(golden):
 def test_outputs_are_big_visions(which, tmp_path):
     golden = _golden(which)
     np.savez(tmp_path / "m.npz", **_params(golden))
-    report = big_vision.convert(tmp_path / "m.npz", tmp_path / "ours", NONE)
+    report = from_big_vision(tmp_path / "m.npz", tmp_path / "ours", NONE)
     assert report.ok
     model, params, _ = checkpoint.load_model(tmp_path / "ours")
     ours = foreign.outputs_of_ours(model, params, golden["inputs/image"], golden["inputs/text"])
@@ -66,16 +70,16 @@ def test_other_layouts_are_the_same_model(change, tmp_path):
     params = _params(_golden("map"))
     np.savez(tmp_path / "a.npz", **params)
     np.savez(tmp_path / "b.npz", **change(params))
-    a, b = (big_vision.read(tmp_path / f"{x}.npz") for x in "ab")
-    for which in towers.TOWERS:
-        one, other = (big_vision.import_tower(x, which, NONE) for x in (a, b))
+    a, b = (files.read(tmp_path / f"{x}.npz") for x in "ab")
+    for importer in (import_image, import_text):
+        one, other = (importer(x, NONE) for x in (a, b))
         assert one.config == other.config and one.params.keys() == other.params.keys()
         for name in one.params:
             np.testing.assert_allclose(
                 one.params[name], other.params[name], rtol=1e-6, err_msg=name
             )
-    both = [big_vision.import_tower(b, which, NONE) for which in towers.TOWERS]
-    assert big_vision.unused(b, *both) == ["b", "t"]
+    both = [importer(b, NONE) for importer in (import_image, import_text)]
+    assert files.unused(b, *both) == ["b", "t"]
 
 
 def test_a_position_of_the_class_token(tmp_path):
@@ -83,7 +87,7 @@ def test_a_position_of_the_class_token(tmp_path):
     own = np.full((1, 1, 32), 0.5, np.float32)
     name = "params/img/pos_embedding"
     np.savez(tmp_path / "m.npz", **params | {name: np.concatenate([own, params[name]], axis=1)})
-    tower = big_vision.import_tower(big_vision.read(tmp_path / "m.npz:img"), "image", NONE)
+    tower = import_image(files.read(tmp_path / "m.npz:img"), NONE)
     np.testing.assert_array_equal(tower.params["image/position_embed"][0], own[0, 0])
     np.testing.assert_array_equal(tower.params["image/position_embed"][1:], params[name][0])
 
@@ -97,10 +101,10 @@ def test_subtree_and_bfloat16(tmp_path):
     }
     np.savez(tmp_path / "m.npz", **params)
     path = f"{tmp_path}/m.npz:img"
-    assert big_vision.is_path(path) and not big_vision.is_path(tmp_path / "m.pt")
-    stored = big_vision.read(path)
-    tower = big_vision.import_tower(stored, "image", NONE)
-    assert big_vision.unused(stored, tower) == []
+    assert files.is_path(path) and not files.is_path(tmp_path / "m.pt")
+    stored = files.read(path)
+    tower = import_image(stored, NONE)
+    assert files.unused(stored, tower) == []
     exact = _golden("map")["params/img/embedding/kernel"].reshape(-1, 32)
     np.testing.assert_allclose(tower.params["image/patch_embed/kernel"], exact, rtol=2**-8)
 
@@ -128,8 +132,8 @@ def test_faults_are_one_line_each(change, path, message, tmp_path):
     params = _params(_golden("map"))
     change(params)
     np.savez(tmp_path / "m.npz", **params)
-    with pytest.raises(towers.TowerError) as error:
-        big_vision.convert(f"{tmp_path}/m.npz{path}", tmp_path / "ours", NONE)
+    with pytest.raises(ConvertError) as error:
+        from_big_vision(f"{tmp_path}/m.npz{path}", tmp_path / "ours", NONE)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -140,7 +144,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
         ("cut.npz", "not a .npz of plain arrays"),
         ("objects.npz", "a: got object, expected an array of numbers"),
     ):
-        with pytest.raises(towers.TowerError, match=said):
-            big_vision.read(tmp_path / name)
-    with pytest.raises(towers.TowerError, match="none.npz: no such file"):
-        big_vision.read(tmp_path / "none.npz:img")
+        with pytest.raises(ConvertError, match=said):
+            files.read(tmp_path / name)
+    with pytest.raises(ConvertError, match="none.npz: no such file"):
+        files.read(tmp_path / "none.npz:img")

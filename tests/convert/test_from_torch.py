@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import grain_jax
-from grain_jax.convert import torch_names
 from grain_jax.convert.__main__ import main
+from grain_jax.convert.reference import names
+from grain_jax.convert.reference.parameters import to_params
+from grain_jax.convert.reference.sizes import _heads, infer, sizes_of
 
 # Not the goldens' sizes, and no two alike.
 IMAGE, PATCH, EMBED = 40, 8, 28
@@ -233,18 +235,18 @@ def test_another_size_gives_the_outputs_of_an_independent_forward(tmp_path, caps
     assert model.model.decoder.queries == 3 and model.model.embed_dim == EMBED
 
     rng = np.random.default_rng(1)
-    pictures = rng.standard_normal((3, IMAGE, IMAGE, 3)).astype(np.float32)
+    images = rng.standard_normal((3, IMAGE, IMAGE, 3)).astype(np.float32)
     ids = rng.integers(1, 298, (4, 32))
     for row, length in enumerate((2, 9, 31, 32)):
         ids[row, 0], ids[row, length - 1], ids[row, length:] = 298, 299, 0
     reference = Reference(states)
     expected = [
         reference.regions(reference.image_tokens(p.transpose(2, 0, 1).astype(np.float64)))
-        for p in pictures
+        for p in images
     ]
     image, region, boxes = (np.stack(x) for x in zip(*expected))
-    regions = model.encode_regions(pictures)
-    close(model.encode_image(pictures), unit(image))
+    regions = model.encode_regions(images)
+    close(model.encode_image(images), unit(image))
     close(regions.embed, unit(region))
     corners = np.concatenate(
         [boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], axis=-1
@@ -254,14 +256,12 @@ def test_another_size_gives_the_outputs_of_an_independent_forward(tmp_path, caps
 
 
 def test_names_in_both_directions():
-    from grain_jax.convert import torch as from_torch
-
     states = made_up()
-    model = from_torch.infer(states, dict(image=None, text=5, decoder=6)).model
-    params = from_torch.to_params(states["backbone"], states["decoder"], model)
-    back = torch_names.state_dicts(params, from_torch.sizes_of(model))
+    model = infer(states, dict(image=None, text=5, decoder=6)).model
+    params = to_params(states["backbone"], states["decoder"], model)
+    back = names.state_dicts(params, sizes_of(model))
     for module, state in states.items():
-        used = state.keys() - set(torch_names.UNUSED[module])
+        used = state.keys() - set(names.UNUSED[module])
         assert back[module].keys() == used
         for name in used:
             np.testing.assert_array_equal(back[module][name], state[name])
@@ -286,8 +286,6 @@ def test_heads_that_are_not_given(tmp_path, capsys):
 
 
 def test_assumed_heads_are_the_references():
-    from grain_jax.convert.torch import _heads
-
     faults = []
     assert [_heads(t, w, None, None, faults)[0] for t, w in (("image", 384), ("image", 768))] == [
         12,

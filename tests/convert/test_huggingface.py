@@ -17,8 +17,9 @@ from safetensors import numpy as safetensors
 
 import grain_jax
 from grain_jax.convert import huggingface, model_card, parity
-from grain_jax.convert import torch as reference
 from grain_jax.convert.__main__ import main
+from grain_jax.convert.reference import names
+from grain_jax.convert.reference.sizes import sizes_of
 from grain_jax.files import images
 from grain_jax.input_pipeline import clip_tokenizer
 from grain_jax.runtime import checkpoint, digests, receipt
@@ -31,7 +32,7 @@ TEXTS = ["a photo of a wren", "Blue &amp; WHITE,  1998!", "x"]
 CLASSES = {"wren": ["a long beak", "a tail"], "owl": ["big eyes"]}
 
 
-def pictures():
+def raw_images():
     rng = np.random.default_rng(5)
     shapes = ((30, 50), (90, 41), (40, 40))
     return [PIL.Image.fromarray(rng.integers(0, 256, (*s, 3), np.uint8)) for s in shapes]
@@ -72,14 +73,14 @@ given = dict(np.load(given))
 model = AutoModel.from_pretrained(folder, trust_remote_code=True, local_files_only=True).eval()
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
 ids = lambda texts: processor(text=list(texts))["input_ids"]
-images = [PIL.Image.fromarray(given[f"picture_{i}"]) for i in range(3)]
+images = [PIL.Image.fromarray(given[f"image_{i}"]) for i in range(3)]
 with torch.no_grad():
-    pixels = processor(images=pictures)["pixel_values"]
+    pixels = processor(images=images)["pixel_values"]
     regions = model.get_regions(pixels)
     names = ["a photo of a wren", "wren"], ["a photo of a owl", "owl"]
     features = model.class_features([ids(n) for n in names])
     described = [model.get_text_features(ids(given[k])) for k in ("wren", "owl")]
-    out_of_model = model(**processor(images=pictures, text=list(given["texts"])))
+    out_of_model = model(**processor(images=images, text=list(given["texts"])))
     np.savez(
         out, image=out_of_model.image_embeds, text=out_of_model.text_embeds,
         regions=regions.embeds, boxes=regions.boxes_xyxy,
@@ -91,7 +92,7 @@ with torch.no_grad():
 
 def test_a_process_without_jax_and_grain_jax_gives_our_outputs(converted, tmp_path):
     ours, hf = converted
-    arrays = {f"picture_{i}": np.asarray(p) for i, p in enumerate(pictures())}
+    arrays = {f"image_{i}": np.asarray(p) for i, p in enumerate(raw_images())}
     np.savez(tmp_path / "given.npz", texts=TEXTS, **CLASSES, **arrays)
     subprocess.run(
         [sys.executable, "-c", ELSEWHERE, hf, tmp_path / "given.npz", tmp_path / "out.npz"],
@@ -104,14 +105,14 @@ def test_a_process_without_jax_and_grain_jax_gives_our_outputs(converted, tmp_pa
     classes = model.class_features(list(CLASSES))
     described = tuple(model.encode_text(texts) for texts in CLASSES.values())
     classes = classes._replace(descriptions=described)
-    regions = model.encode_regions(pictures())
+    regions = model.encode_regions(raw_images())
     expected = dict(
-        image=model.encode_image(pictures()),
+        image=model.encode_image(raw_images()),
         text=model.encode_text(TEXTS),
         regions=regions.embed,
         boxes=regions.boxes_xyxy,
-        global_scores=model.classify(pictures(), classes),
-        both_scores=model.classify(pictures(), classes, alpha=0.3),
+        global_scores=model.classify(raw_images(), classes),
+        both_scores=model.classify(raw_images(), classes, alpha=0.3),
     )
     with np.load(tmp_path / "out.npz") as theirs:
         report = parity.report(parity.compare(expected, dict(theirs)), "another process")
@@ -125,9 +126,9 @@ def test_from_hf_gives_identical_arrays(converted, tmp_path, capsys):
     model, params, _ = checkpoint.load_model(ours)
     again, back, _ = checkpoint.load_model(tmp_path / "back")
     assert again == model
-    sizes = reference.sizes_of(model)
-    for module, state in reference.names.state_dicts(params, sizes).items():
-        for name, array in reference.names.state_dicts(back, sizes)[module].items():
+    sizes = sizes_of(model)
+    for module, state in names.state_dicts(params, sizes).items():
+        for name, array in names.state_dicts(back, sizes)[module].items():
             np.testing.assert_array_equal(array, state[name], err_msg=name)
 
 
@@ -160,9 +161,7 @@ def test_what_transformers_saves_comes_back(small, tmp_path):
 
 
 def as_stored(folder):
-    return reference.names.state_dicts(
-        checkpoint.load_model(folder)[1], reference.sizes_of(perturbed.tiny())
-    )
+    return names.state_dicts(checkpoint.load_model(folder)[1], sizes_of(perturbed.tiny()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -199,22 +198,22 @@ def test_the_processor_that_transformers_saves_gives_the_same(converted, tmp_pat
     processor = transformers.AutoProcessor.from_pretrained(converted[1], **REMOTE)
     processor.save_pretrained(tmp_path / "again")
     again = transformers.AutoProcessor.from_pretrained(tmp_path / "again", **REMOTE)
-    before, after = (p(images=pictures(), text=TEXTS) for p in (processor, again))
+    before, after = (p(images=raw_images(), text=TEXTS) for p in (processor, again))
     assert before["input_ids"].shape[1] < 20
     for name in ("pixel_values", "input_ids"):
         assert torch.equal(before[name], after[name])
 
 
-def test_pictures_of_every_mode_are_resized_as_ours(converted):
+def test_images_of_every_mode_are_resized_as_ours(converted):
     processor = transformers.AutoProcessor.from_pretrained(converted[1], **REMOTE)
     rng = np.random.default_rng(7)
     rgba = PIL.Image.fromarray(rng.integers(0, 256, (61, 33, 4), np.uint8), "RGBA")
     given = [rgba, *(rgba.convert("RGB").convert(mode) for mode in ("L", "P", "1", "CMYK"))]
-    given += [np.asarray(pictures()[0])]
+    given += [np.asarray(raw_images()[0])]
     found = processor(images=given)["pixel_values"].permute(0, 2, 3, 1).numpy()
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     levels = np.rint((found * std + mean) * 255)
-    np.testing.assert_array_equal(levels, [images.resize(picture, 40) for picture in given])
+    np.testing.assert_array_equal(levels, [images.resize(image, 40) for image in given])
     for wrong in (np.zeros((40, 40, 3), np.float32), np.zeros((3, 40, 40), np.uint8)):
         with pytest.raises(ValueError, match="expected PIL images or uint8"):
             processor(images=[wrong])
@@ -239,7 +238,7 @@ def test_compiled_and_exported_to_onnx_it_gives_the_same(small, tmp_path):
     model, params, _ = checkpoint.load_model(ours)
     given = parity.inputs(40, 300, 32, count=3)
     expected = parity.outputs(model, params, given)
-    pixels = torch.tensor(given.pictures).permute(0, 3, 1, 2).contiguous()
+    pixels = torch.tensor(given.images).permute(0, 3, 1, 2).contiguous()
     ids = torch.tensor(given.token_ids).long()
     with (
         torch.no_grad()
@@ -275,11 +274,13 @@ def test_the_zero_shot_pipeline_of_transformers_takes_it(converted):
         tokenizer=processor.tokenizer,
         image_processor=processor.image_processor,
     )
-    (found,) = pipeline(pictures()[:1], candidate_labels=["wren", "owl"], hypothesis_template="{}")
+    (found,) = pipeline(
+        raw_images()[:1], candidate_labels=["wren", "owl"], hypothesis_template="{}"
+    )
     model = grain_jax.load(ours)
     model.templates = ["{}"]
     scale = np.exp(2.5)
-    logits = scale * model.classify(pictures()[:1], ["wren", "owl"])[0]
+    logits = scale * model.classify(raw_images()[:1], ["wren", "owl"])[0]
     share = np.exp(logits) / np.exp(logits).sum()
     by_label = {entry["label"]: entry["score"] for entry in found}
     np.testing.assert_allclose([by_label["wren"], by_label["owl"]], share, rtol=1e-5)
@@ -287,7 +288,7 @@ def test_the_zero_shot_pipeline_of_transformers_takes_it(converted):
 
 def test_dropout_is_only_there_in_training(small):
     module = transformers.AutoModel.from_pretrained(small[1], **REMOTE)
-    pixels = torch.tensor(parity.inputs(40, 300, 32).pictures).permute(0, 3, 1, 2)
+    pixels = torch.tensor(parity.inputs(40, 300, 32).images).permute(0, 3, 1, 2)
     with torch.no_grad():
         still = [module.eval().get_image_features(pixels) for _ in range(2)]
         noisy = [module.train().get_image_features(pixels) for _ in range(2)]
@@ -530,7 +531,7 @@ class State(NamedTuple):
     ema_params: Any
 
 
-def test_a_run_is_told_of_in_the_model_card_and_its_average_is_what_is_written(tmp_path, capsys):
+def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, capsys):
     model = perturbed.tiny()
     average = perturbed.params(model, seed=1)
     c = tiny.config(input__name="cc12m", loss__box=1.5, ema_decay=0.99, model__decoder__queries=3)
@@ -556,13 +557,13 @@ def test_a_run_is_told_of_in_the_model_card_and_its_average_is_what_is_written(t
     for words in (
         "| data set | cc12m |",
         "| length | 10 steps; these weights are of step 9 |",
-        "| average of weights | these are an average, of decay 0.99 |",
+        "| moving average | these weights, with decay 0.99 |",
         "| loss: box | 1.5 |",
-        "In the run, at step 5:",
+        "During training, at step 5:",
         "| eval/birds/accuracy | 0.25 |",
         "parity: PROVEN",
         "There is no tokenizer: the vocabulary has 300 ids",
-        "At most 3 regions a picture",
+        "The model predicts 3 regions for every image",
         "The weights: not stated by the run",
     ):
         assert words in card
@@ -574,9 +575,9 @@ def test_a_run_is_told_of_in_the_model_card_and_its_average_is_what_is_written(t
 
 def test_the_model_card_says_what_is_not_known(small):
     card = (small[1] / "README.md").read_text()
-    assert "Not recorded" in card and "Nothing was measured" in card
+    assert "Not recorded" in card and "The run evaluated nothing" in card
     run = model_card.Run({}, None, {}, None, "x.pth.tar")
     proof = parity.not_proven({}, "torch is not installed")
     card = model_card.write(perturbed.tiny(), {}, run, proof, True)
-    assert "Converted from x.pth.tar; how that was trained is not recorded there." in card
+    assert "Converted from x.pth.tar, which does not record the training." in card
     assert "parity: NOT PROVEN. torch is not installed" in card and "no tokenizer" not in card

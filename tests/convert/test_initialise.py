@@ -9,7 +9,8 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import errors, recipe
-from grain_jax.convert import initialise, torch_names, towers
+from grain_jax.convert import initialise, layouts
+from grain_jax.convert.faults import ConvertError
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint, digests
 from grain_jax.training import optim, sharding, train_step
@@ -197,7 +198,7 @@ def _load(c):
 )
 def test_another_tower_than_the_configs_is_refused(change, messages, tmp_path):
     path, _ = _golden("map", tmp_path)
-    with pytest.raises(towers.TowerError) as error:
+    with pytest.raises(ConvertError) as error:
         _load(_siglip(path, **change))
     lines = str(error.value).split("\n")
     assert len(lines) == len(messages)
@@ -218,7 +219,7 @@ def test_what_the_config_says_otherwise_and_what_lies_inside_a_tower_is_told(tmp
     for name in ("a", "b"):
         params[f"params/img/Transformer/encoderblock/gamma_{name}"] = np.ones((2, 32), np.float32)
     np.savez(path, **params)
-    with pytest.raises(towers.TowerError) as error:
+    with pytest.raises(ConvertError) as error:
         _load(_siglip(path))
     assert str(error.value).split("\n") == [
         f"init.image: {path}:img: Transformer/encoderblock/gamma_{name}: unknown key"
@@ -235,7 +236,7 @@ def test_towers_of_our_own_checkpoints(tmp_path):
     }
     params: dict = {}
     for name, array in expected.items():
-        torch_names.put(params, name, array)
+        layouts.put(params, name, array)
     checkpoint.save_model(tmp_path / "ours", c.model, params)
     other = tiny.dictionary(init__image=str(tmp_path / "ours"), init__text=str(tmp_path / "ours"))
     loaded = _load(other).params
@@ -251,7 +252,7 @@ def test_towers_of_our_own_checkpoints(tmp_path):
     assert everything.report[-1] == f"init.decoder: {rest} arrays from {tmp_path / 'ours'}"
     other.model.decoder.depth = 3
     with pytest.raises(
-        towers.TowerError,
+        ConvertError,
         match="init.decoder: .*model.decoder.depth: got 3, but the checkpoint's decoder has 2",
     ):
         _load(other)

@@ -16,7 +16,11 @@ import safetensors.torch  # noqa: E402
 
 from grain_jax import config as config_lib  # noqa: E402
 from grain_jax import recipe  # noqa: E402
-from grain_jax.convert import initialise, open_clip, towers  # noqa: E402
+from grain_jax.convert import initialise, towers  # noqa: E402
+from grain_jax.convert.faults import ConvertError  # noqa: E402
+from grain_jax.convert.open_clip import checkpoint as files  # noqa: E402
+from grain_jax.convert.open_clip import image_tower, text_tower  # noqa: E402
+from grain_jax.convert.open_clip.command import from_open_clip  # noqa: E402
 from grain_jax.runtime import checkpoint  # noqa: E402
 from tests import foreign, tiny  # noqa: E402
 
@@ -56,12 +60,12 @@ def _hf(kind):
     return foreign.perturb(getattr(transformers, f"{kind}Model")(config))
 
 
-def _hf_outputs(module, kind, pictures, ids):
-    x = foreign.torch_pictures(pictures)
+def _hf_outputs(module, kind, images, ids):
+    x = foreign.torch_images(images)
     inputs = dict(pixel_values=x)
     if kind == "Siglip2":
         grid = SIZE // PATCH
-        x = torch.from_numpy(pictures).reshape(-1, grid, PATCH, grid, PATCH, 3)
+        x = torch.from_numpy(images).reshape(-1, grid, PATCH, grid, PATCH, 3)
         x = x.transpose(2, 3).reshape(len(x), grid * grid, -1)
         inputs = dict(
             pixel_values=x,
@@ -73,9 +77,9 @@ def _hf_outputs(module, kind, pictures, ids):
     return out.image_embeds.numpy(), out.text_embeds.numpy()
 
 
-def _check(folder, theirs, pictures, ids):
+def _check(folder, theirs, images, ids):
     model, params, _ = checkpoint.load_model(folder)
-    for ours, other in zip(foreign.outputs_of_ours(model, params, pictures, ids), theirs):
+    for ours, other in zip(foreign.outputs_of_ours(model, params, images, ids), theirs):
         foreign.close(ours, other)
     return model, params
 
@@ -84,15 +88,17 @@ def _check(folder, theirs, pictures, ids):
 def test_hugging_face(kind, tmp_path):
     module = _hf(kind)
     module.save_pretrained(tmp_path / "theirs")
-    report = open_clip.convert(tmp_path / "theirs", tmp_path / "ours", NONE)
-    pictures, ids = foreign.inputs(SIZE, VOCAB, LENGTH)
-    theirs = _hf_outputs(module, kind, pictures, ids)
-    model, params = _check(tmp_path / "ours", theirs, pictures, ids)
+    report = from_open_clip(tmp_path / "theirs", tmp_path / "ours", NONE)
+    images, ids = foreign.inputs(SIZE, VOCAB, LENGTH)
+    theirs = _hf_outputs(module, kind, images, ids)
+    model, params = _check(tmp_path / "ours", theirs, images, ids)
     assert report.verdict == "PROVEN", report.text
     assert (model.image.heads, model.text.heads) == (2, 4)  # config.json tells
     assert model.text.packable == (kind == "CLIP")
     assert model.image.pool == ("class" if kind == "CLIP" else "map")
-    assert model.image.pixel_mean == (open_clip.CLIP_PIXELS if kind == "CLIP" else ((0.5,) * 3,))[0]
+    assert (
+        model.image.pixel_mean == (image_tower.CLIP_PIXELS if kind == "CLIP" else ((0.5,) * 3,))[0]
+    )
     np.testing.assert_allclose(params["logit_scale"], module.logit_scale.detach().numpy().item())
     assert ("logit_bias" in params) == (kind != "CLIP")
 
@@ -106,10 +112,10 @@ def _open_clip(**changes):
     return foreign.perturb(library.CLIP(20, vision, text, **kwargs)), vision, text
 
 
-def _open_clip_outputs(module, pictures, ids):
+def _open_clip_outputs(module, images, ids):
     with torch.no_grad():
         return (
-            module.encode_image(foreign.torch_pictures(pictures), normalize=True).numpy(),
+            module.encode_image(foreign.torch_images(images), normalize=True).numpy(),
             module.encode_text(torch.from_numpy(ids), normalize=True).numpy(),
         )
 
@@ -127,9 +133,9 @@ def test_open_clip_and_openai(origin, tmp_path):
         (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
         settings = NONE
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "m.pt")
-    report = open_clip.convert(tmp_path / "m.pt", tmp_path / "ours", settings)
-    pictures, ids = foreign.inputs(SIZE, VOCAB, LENGTH)
-    model, _ = _check(tmp_path / "ours", _open_clip_outputs(module, pictures, ids), pictures, ids)
+    report = from_open_clip(tmp_path / "m.pt", tmp_path / "ours", settings)
+    images, ids = foreign.inputs(SIZE, VOCAB, LENGTH)
+    model, _ = _check(tmp_path / "ours", _open_clip_outputs(module, images, ids), images, ids)
     assert report.verdict == "PROVEN"
     assert model.image.activation == ("quick_gelu" if origin == "openai" else "gelu")
     assert ("ASSUMED  image: activation gelu" in report.text) == (origin == "open_clip")
@@ -140,7 +146,7 @@ def test_open_clip_and_openai(origin, tmp_path):
 def _convert_with_config(module, config, folder, settings=NONE):
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     torch.save(module.state_dict(), folder / "m.pt")
-    return open_clip.convert(folder / "m.pt", folder / "ours", settings)
+    return from_open_clip(folder / "m.pt", folder / "ours", settings)
 
 
 def test_the_config_decides_what_arrays_cannot_tell(tmp_path):
@@ -157,8 +163,8 @@ def test_the_config_decides_what_arrays_cannot_tell(tmp_path):
     )
     report = _convert_with_config(module, config, tmp_path)
     assert report.verdict == "PROVEN" and "ASSUMED" not in report.text, report.text
-    pictures, ids = foreign.inputs(SIZE, VOCAB, LENGTH)
-    model, _ = _check(tmp_path / "ours", _open_clip_outputs(module, pictures, ids), pictures, ids)
+    images, ids = foreign.inputs(SIZE, VOCAB, LENGTH)
+    model, _ = _check(tmp_path / "ours", _open_clip_outputs(module, images, ids), images, ids)
     image, text = model.image, model.text
     assert (image.pool, image.class_token, image.heads) == ("mean", True, 4)
     assert (image.norm_eps, image.activation) == (1e-2, "gelu_tanh")
@@ -166,13 +172,11 @@ def test_the_config_decides_what_arrays_cannot_tell(tmp_path):
     assert (text.causal, text.pool, text.projection, text.norm_eps) == (True, "end", "affine", 1e-5)
 
     vision["final_ln_after_pool"] = True
-    with pytest.raises(
-        towers.TowerError, match="m.pt: vision_cfg: final_ln_after_pool with pool_ty"
-    ):
+    with pytest.raises(ConvertError, match="m.pt: vision_cfg: final_ln_after_pool with pool_ty"):
         _convert_with_config(module, config, tmp_path)
     del vision["final_ln_after_pool"]
     vision["layers"] = 3
-    with pytest.raises(towers.TowerError, match="vision_cfg.layers: got 3, but the arrays have 2"):
+    with pytest.raises(ConvertError, match="vision_cfg.layers: got 3, but the arrays have 2"):
         _convert_with_config(module, config, tmp_path)
 
 
@@ -194,12 +198,12 @@ def test_one_tower_of_hugging_face_alone(tmp_path):
     """config.json is the tower's own then, without a group for it."""
     config = transformers.SiglipVisionConfig(**HF_IMAGE | dict(image_size=SIZE, hidden_act="gelu"))
     transformers.SiglipVisionModel(config).save_pretrained(tmp_path)
-    stored = open_clip.read(tmp_path)
-    tower = open_clip.import_tower(stored, "image", NONE)
+    stored = files.read(tmp_path)
+    tower = image_tower.import_tower(stored, NONE)
     assert (tower.config.heads, tower.config.activation) == (2, "gelu")
-    assert open_clip.unused(stored, tower) == []
-    with pytest.raises(towers.TowerError, match="no text tower; expected token_embedding.weight"):
-        open_clip.import_tower(stored, "text", NONE)
+    assert files.unused(stored, tower) == []
+    with pytest.raises(ConvertError, match="no text tower; expected token_embedding.weight"):
+        text_tower.import_tower(stored, NONE)
 
     c = tiny.dictionary(init__image=str(tmp_path))
     recipe.towers_of(c, "siglip", ("image",))
@@ -219,9 +223,9 @@ def test_of_two_tokenizers_the_towers_own_is_taken(vocab, kept, tmp_path):
     state = {k: v.numpy() for k, v in _hf("Siglip").state_dict().items()}
     table = "text_model.embeddings.token_embedding.weight"
     state[table] = np.ones((vocab, 32), np.float32)
-    files = tuple(open_clip.epath.Path(tmp_path / x) for x in open_clip._TOKENIZERS)
-    stored = open_clip.Checkpoint(tmp_path, state, False, {}, {}, None, files)
-    text = open_clip.import_tower(stored, "text", NONE).config
+    beside = tuple(files.epath.Path(tmp_path / x) for x in files._TOKENIZERS)
+    stored = files.Checkpoint(tmp_path, state, False, {}, {}, None, beside)
+    text = text_tower.import_tower(stored, NONE).config
     assert text.tokenizer == kept
     assert (text.cleaning, text.pad_id) == (("canonical", 1) if vocab == 32000 else ("lower", 0))
 
@@ -258,11 +262,9 @@ def test_siglip_of_open_clip(tmp_path):
     foreign.perturb(module)
     torch.save(module.state_dict(), tmp_path / "m.pt")
     settings = towers.Settings(heads={"image": 2, "text": 4}, activation={"image": "gelu_tanh"})
-    report = open_clip.convert(tmp_path / "m.pt", tmp_path / "ours", settings)
-    pictures, ids = foreign.inputs(SIZE, VOCAB, LENGTH)
-    model, params = _check(
-        tmp_path / "ours", _open_clip_outputs(module, pictures, ids), pictures, ids
-    )
+    report = from_open_clip(tmp_path / "m.pt", tmp_path / "ours", settings)
+    images, ids = foreign.inputs(SIZE, VOCAB, LENGTH)
+    model, params = _check(tmp_path / "ours", _open_clip_outputs(module, images, ids), images, ids)
     assert report.verdict == "PROVEN"
     assert not model.text.causal and model.text.pool == "last"
     np.testing.assert_allclose(params["logit_bias"], module.logit_bias.item())
@@ -282,7 +284,7 @@ def test_one_wrong_weight_fails_the_parity(tmp_path, monkeypatch):
 
     monkeypatch.setattr(towers, "two_tower_model", spoilt)
     heads = towers.Settings(heads={"image": 2, "text": 3})
-    report = open_clip.convert(tmp_path / "m.pt", tmp_path / "ours", heads)
+    report = from_open_clip(tmp_path / "m.pt", tmp_path / "ours", heads)
     assert not report.ok and report.verdict == "FAILED"
 
 
@@ -354,8 +356,8 @@ def test_faults_are_one_line_each(state, change, settings, message, tmp_path):
     torch.save(changed, tmp_path / "m.pt")
     if settings is NONE:
         settings = towers.Settings(heads={"image": 2, "text": 3})
-    with pytest.raises(towers.TowerError) as error:
-        open_clip.convert(tmp_path / "m.pt", tmp_path / "ours", settings)
+    with pytest.raises(ConvertError) as error:
+        from_open_clip(tmp_path / "m.pt", tmp_path / "ours", settings)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "ours").exists()
 
@@ -367,8 +369,8 @@ class _Hostile:
 
 def test_files_that_are_no_state_dicts(tmp_path, capfd):
     def fails(path, message):
-        with pytest.raises(towers.TowerError, match=message) as error:
-            open_clip.read(path)
+        with pytest.raises(ConvertError, match=message) as error:
+            files.read(path)
         assert "\n" not in str(error.value)
 
     torch.save({"a": _Hostile()}, tmp_path / "hostile.pt")
@@ -395,7 +397,7 @@ def test_half_precision_is_read(tmp_path):
     kinds = {"b": torch.bfloat16, "h": torch.float16, "d": torch.float64}
     stored = {name: numbers.to(kind) for name, kind in kinds.items()}
     safetensors.torch.save_file(stored, tmp_path / "m.safetensors")
-    for name, array in open_clip.read(tmp_path / "m.safetensors").state.items():
+    for name, array in files.read(tmp_path / "m.safetensors").state.items():
         assert array.dtype == np.float32
         np.testing.assert_array_equal(array, stored[name].float().numpy())
 
@@ -417,7 +419,7 @@ class _Program(torch.nn.Module):
 def test_programs_are_read_but_not_run(tmp_path, capfd):
     module = _Program()
     torch.jit.script(module).save(str(tmp_path / "m.pt"))
-    found = open_clip.read(tmp_path / "m.pt")
+    found = files.read(tmp_path / "m.pt")
     expected = {k: v.float().numpy() for k, v in module.state_dict().items()}
     assert found.openai and found.state.keys() == expected.keys() - {"input_resolution"}
     for name, array in found.state.items():
@@ -426,12 +428,12 @@ def test_programs_are_read_but_not_run(tmp_path, capfd):
     with zipfile.ZipFile(tmp_path / "hostile.pt", "w") as archive:
         archive.writestr("m/constants.pkl", b"")
         archive.writestr("m/data.pkl", pickle.dumps(_Hostile()))
-    with pytest.raises(towers.TowerError, match="UnpicklingError: it asks for builtins.print"):
-        open_clip.read(tmp_path / "hostile.pt")
+    with pytest.raises(ConvertError, match="UnpicklingError: it asks for builtins.print"):
+        files.read(tmp_path / "hostile.pt")
     assert "executed" not in capfd.readouterr().out
 
 
 def test_stated_and_given_must_agree(tmp_path):
     _hf("CLIP").save_pretrained(tmp_path)
-    with pytest.raises(towers.TowerError, match="text heads: got 8, but the checkpoint says 4"):
-        open_clip.import_tower(open_clip.read(tmp_path), "text", towers.Settings(heads={"text": 8}))
+    with pytest.raises(ConvertError, match="text heads: got 8, but the checkpoint says 4"):
+        text_tower.import_tower(files.read(tmp_path), towers.Settings(heads={"text": 8}))

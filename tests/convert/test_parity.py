@@ -6,7 +6,7 @@ from grain_jax.convert import parity
 
 def test_inputs_start_and_end_as_texts_do():
     given = parity.inputs(13, 50, 9, count=5)
-    assert given.pictures.shape == (5, 13, 13, 3) and given.pictures.dtype == np.float32
+    assert given.images.shape == (5, 13, 13, 3) and given.images.dtype == np.float32
     assert given.token_ids.shape == (5, 9) and given.token_ids.dtype == np.int32
     assert (given.token_ids[:, 0] == 48).all() and (given.token_ids == 49).sum(1).tolist() == [
         1

@@ -4,10 +4,14 @@ import torch
 
 from benchmarks import parity as goldens_parity
 from grain_jax import losses
-from grain_jax.convert import huggingface, parity, torch_names
-from grain_jax.convert import torch as reference
+from grain_jax.convert import huggingface, parity
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.hf_files import modeling_grain
+from grain_jax.convert.reference import checkpoint as files
+from grain_jax.convert.reference import module as torch_module
+from grain_jax.convert.reference import names
+from grain_jax.convert.reference.parameters import to_params
+from grain_jax.convert.reference.sizes import sizes_of
 from grain_jax.runtime import checkpoint
 from tests import perturbed
 from tests.paths import GOLDENS
@@ -39,8 +43,8 @@ def golden_losses():
 
 @pytest.fixture(scope="module")
 def module(golden, golden_losses):
-    made = reference.make_module(golden.model, golden_losses)
-    reference.load_states(made, golden_states(golden))
+    made = torch_module.make_module(golden.model, golden_losses)
+    torch_module.load_states(made, golden_states(golden))
     return made
 
 
@@ -56,11 +60,11 @@ def test_golden_to_jax_and_back_is_identical(golden, tmp_path, capsys):
         *("state_dict", "backbone_state_dict"),
     }
     assert all(name.startswith("module.") for name in stored["state_dict"])
-    written, original = reference.read(path), golden_states(golden)
+    written, original = files.read(path), golden_states(golden)
     for which, state in original.items():
         assert written[which].keys() == state.keys()  # the reference loads strictly
         for name, array in state.items():
-            if name in torch_names.UNUSED[which]:
+            if name in names.UNUSED[which]:
                 assert not written[which][name].any()
             else:
                 np.testing.assert_array_equal(written[which][name], array)
@@ -223,12 +227,12 @@ def test_costs_that_are_no_numbers_do_not_hang_the_assignment():
 def test_the_torch_module_follows_the_models_switches(changes):
     model = perturbed.tiny(**changes)
     params = perturbed.params(model)
-    states = torch_names.state_dicts(params, reference.sizes_of(model))
-    report = reference.prove(model, params, states)
+    states = names.state_dicts(params, sizes_of(model))
+    report = torch_module.prove(model, params, states)
     assert report.ok, report.text
     # And the table's inverse gives the parameters back.
-    back = reference.to_params(states["backbone"], states["decoder"], model)
-    again = torch_names.state_dicts(back, reference.sizes_of(model))
+    back = to_params(states["backbone"], states["decoder"], model)
+    again = names.state_dicts(back, sizes_of(model))
     for which, state in states.items():
         for name, array in state.items():
             np.testing.assert_array_equal(again[which][name], array)
@@ -238,7 +242,7 @@ def test_a_parameter_that_the_table_lacks_is_not_lost():
     model = perturbed.tiny()
     params = perturbed.params(model) | {"adapter": {"bias": np.zeros(3, np.float32)}}
     with pytest.raises(ValueError, match="without a name in torch: adapter/bias"):
-        torch_names.state_dicts(params, reference.sizes_of(model))
+        names.state_dicts(params, sizes_of(model))
 
 
 @pytest.mark.parametrize("heads, attention", [(4, True), (8, False)])
@@ -256,10 +260,10 @@ def test_every_parameter_counts():
     """Each tensor of the perturbed model, changed a little, changes an output: parity would notice."""
     model = perturbed.tiny()
     params = perturbed.params(model)
-    module = reference.make_module(model)
-    reference.load_states(module, torch_names.state_dicts(params, reference.sizes_of(model)))
+    module = torch_module.make_module(model)
+    torch_module.load_states(module, names.state_dicts(params, sizes_of(model)))
     given = parity.inputs(40, 300, 32)
-    before = reference.run_module(module, given)
+    before = torch_module.run_module(module, given)
     # Mathematically without effect: what shifts all logits of a softmax alike, and the first layer's
     # normalised zeros (quirk 14).
     blind = ("k_norm.bias", "layers.0.norm1.weight", "layers.0.self_attn.in_proj")
@@ -269,7 +273,7 @@ def test_every_parameter_counts():
         kept = parameter.detach().clone()
         with torch.no_grad():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.manual_seed(0))
-        after = reference.run_module(module, given)
+        after = torch_module.run_module(module, given)
         assert any(not c.ok for c in parity.compare(after, before)), name
         with torch.no_grad():
             parameter.copy_(kept)
@@ -296,9 +300,9 @@ def test_what_the_references_format_cannot_hold_is_a_line_each(tmp_path, capsys)
 def test_a_failed_parity_is_exit_status_1(tmp_path, capsys, monkeypatch):
     model = perturbed.tiny()
     checkpoint.save_model(tmp_path / "model", model, perturbed.params(model))
-    right = reference.run_module
+    right = torch_module.run_module
     monkeypatch.setattr(
-        reference,
+        torch_module,
         "run_module",
         lambda *args: right(*args) | {"text_embed": right(*args)["text_embed"] * 1.001},
     )
@@ -306,8 +310,8 @@ def test_a_failed_parity_is_exit_status_1(tmp_path, capsys, monkeypatch):
     assert main([*arguments, str(tmp_path / "x.pth.tar")]) == 1
     printed = capsys.readouterr()
     assert printed.out.rstrip().endswith("parity: FAILED: text_embed")
-    assert "gives other outputs" in printed.err
-    monkeypatch.setattr(reference, "run_module", lambda *args: {})
+    assert "its outputs differ" in printed.err
+    monkeypatch.setattr(torch_module, "run_module", lambda *args: {})
     assert main([*arguments, str(tmp_path / "x.pth.tar")]) == 1
     printed = capsys.readouterr().err
     assert "parity: text_embed: only one side gives it" in printed

@@ -15,10 +15,13 @@ import pytest
 torch = pytest.importorskip("torch")
 import safetensors.numpy  # noqa: E402
 
-from grain_jax.convert import archives, big_vision, open_clip, towers  # noqa: E402
-from grain_jax.convert import torch as reference  # noqa: E402
-from grain_jax.convert import torch_names as names  # noqa: E402
+from grain_jax.convert import archives  # noqa: E402
 from grain_jax.convert.__main__ import main  # noqa: E402
+from grain_jax.convert.big_vision import checkpoint as big_vision  # noqa: E402
+from grain_jax.convert.faults import ConvertError  # noqa: E402
+from grain_jax.convert.open_clip import checkpoint as open_clip  # noqa: E402
+from grain_jax.convert.reference import names  # noqa: E402
+from grain_jax.convert.reference.sizes import sizes_of  # noqa: E402
 from tests import perturbed  # noqa: E402
 from tests.hostile import cases  # noqa: E402
 
@@ -339,7 +342,7 @@ MODEL = perturbed.tiny()
 def hf(tmp_path_factory):
     """A folder of to-hf, as far as from-hf reads it."""
     folder = tmp_path_factory.mktemp("hf")
-    states = names.state_dicts(perturbed.params(MODEL), reference.sizes_of(MODEL))
+    states = names.state_dicts(perturbed.params(MODEL), sizes_of(MODEL))
     flat = {
         f"{m}.{n}": np.asarray(x, order="C")
         for m, state in states.items()
@@ -495,7 +498,7 @@ def test_a_member_that_unpacks_to_more_than_it_says_is_damage(tmp_path):
     said = struct.pack("<L", len(npy((4,))))
     assert whole.count(length) == 2
     (tmp_path / "m.npz").write_bytes(bytes(whole).replace(length, said))
-    with pytest.raises(towers.TowerError, match="BadZipFile"):
+    with pytest.raises(ConvertError, match="BadZipFile"):
         big_vision.read(tmp_path / "m.npz")
 
 
@@ -538,5 +541,5 @@ def test_a_program_that_asks_for_one_storage_many_times(tmp_path):
     data = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nq\0(" + storage + b"Qq\x010"
     data += b"".join(b"h\0(" + one[2:] for _ in range(1000)) + b"N."
     (tmp_path / "m.pt").write_bytes(program(data, **{"0": bytes(1 << 20)}))
-    with pytest.raises(towers.TowerError, match="its arrays take more than"):
+    with pytest.raises(ConvertError, match="its arrays take more than"):
         open_clip.read(tmp_path / "m.pt")

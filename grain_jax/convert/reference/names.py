@@ -1,8 +1,7 @@
-"""One table: each of our parameters, the PyTorch reference's entry that holds it, and how the two are laid out.
+"""The table of parameters: our name, the entry of the PyTorch reference, its shape and its layout.
 
-`{}` in the reference's name is the layer; ours are stacked over layers on the first axis. Shapes are
-the reference's, in the letters of `Sizes`. The table is read in both directions: `Form.ours` takes a
-torch array to our layout, `Form.theirs` back.
+`{}` in the entry is the layer; our parameters are stacked over layers on the first axis. Shapes are of the
+reference, in the letters of `sizes.sizes_of`. The table serves both directions.
 """
 
 import re
@@ -12,52 +11,35 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grain_jax import config as config_lib
-
-Sizes = Mapping[str, int]
-
-
-class Form(NamedTuple):
-    """A layout and its inverse; both take (array, sizes of the tower) and copy nothing but what they must."""
-
-    ours: Callable[[np.ndarray, Sizes], np.ndarray]
-    theirs: Callable[[np.ndarray, Sizes], np.ndarray]
-
-
-# fmt: off
-SAME = Form(lambda a, s: a, lambda a, s: a)
-BATCHED = Form(lambda a, s: a[0], lambda a, s: a[None])  # [1, N, E] <-> [N, E]
-TOKEN = Form(lambda a, s: a[0, 0], lambda a, s: a[None, None])  # [1, 1, E] <-> [E]
-LINEAR = Form(lambda a, s: a.T, lambda a, s: a.T)  # torch keeps [out, in]
-HEADS_IN = Form(  # [E, E] or [E], out first <-> [E, K, head_dim] or [K, head_dim]
-    lambda a, s: a.T.reshape(*a.shape[1:], s["K"], s["h"]),
-    lambda a, s: a.reshape(*a.shape[:-2], -1).T,
+from grain_jax.convert.layouts import (
+    BATCHED,
+    HEADS_IN,
+    HEADS_OUT,
+    LINEAR,
+    PATCHES,
+    SAME,
+    TOKEN,
+    Layout,
+    Sizes,
+    get,
 )
-HEADS_OUT = Form(  # [E, E] <-> [K, head_dim, E]
-    lambda a, s: a.T.reshape(s["K"], s["h"], -1),
-    lambda a, s: a.reshape(-1, a.shape[-1]).T,
-)
-PATCHES = Form(  # convolution [E, 3, p, p] <-> [p * p * 3, E], colours run fastest
-    lambda a, s: a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]),
-    lambda a, s: a.reshape(s["p"], s["p"], 3, -1).transpose(3, 2, 0, 1),
-)
-# fmt: on
 
 
 class Row(NamedTuple):
-    """A parameter of ours and the torch entry, or the third of one, that it equals."""
+    """A parameter of ours and the torch entry, or third of an entry, that holds it."""
 
     ours: str
     theirs: str
     shape: str  # of the torch entry, per layer
-    form: Form = SAME
-    third: int | None = None  # query, key and value lie one under the other in one torch entry
+    layout: Layout = SAME
+    third: int | None = None  # query, key and value are stacked in one torch entry
 
 
 class Table(NamedTuple):
-    """The rows that share one set of sizes."""
+    """The rows of one tower."""
 
-    tower: str  # name of the tower in `config.Model`
-    module: str  # whose state dict: "backbone" or "decoder"
+    tower: str  # its name in `config.Model`
+    module: str  # its state dict: "backbone" or "decoder"
     rows: tuple[Row, ...]
 
 
@@ -166,8 +148,8 @@ DECODER = Table("decoder", "decoder", (
 # fmt: on
 TABLES = (IMAGE, TEXT, DECODER)
 
-# Rows that only some models have. The reference has none of pre_norm and logit_bias and all of the
-# others; pre_norm has timm's name.
+# Parameters that only some models have. The reference has all of them but pre_norm (here under timm's name)
+# and logit_bias.
 OPTIONAL: tuple[tuple[str, Callable[[config_lib.Model], bool]], ...] = (
     ("image/pre_norm/", lambda m: m.image.pre_norm),
     ("image/class_token", lambda m: m.image.class_token),
@@ -176,8 +158,8 @@ OPTIONAL: tuple[tuple[str, Callable[[config_lib.Model], bool]], ...] = (
     ("logit_bias", lambda m: m.logit_bias_init is not None),
 )
 
-# The reference carries these and no output of GRAIN depends on them. Shapes as in its train.py, in the
-# letters of the image tower (backbone) and of the decoder: a head of 22,047 classes and one for none.
+# Entries of the reference that no output of GRAIN depends on. Shapes as in its train.py, in the letters of the
+# image tower (backbone) and of the decoder; class_embed has 22,047 classes and one for "no object".
 UNUSED = {
     "backbone": {"image_projection": "E D"},
     "decoder": {
@@ -190,12 +172,12 @@ UNUSED = {
 
 
 def is_in(row: Row, model: config_lib.Model) -> bool:
-    """Whether `model` has that parameter."""
+    """Whether `model` has the parameter."""
     return all(has(model) for pattern, has in OPTIONAL if re.match(pattern, row.ours))
 
 
 def unused(sizes: Mapping[str, Sizes]) -> dict[str, dict[str, np.ndarray]]:
-    """What the reference carries and never uses, as zeros: {"backbone": ..., "decoder": ...}."""
+    """The unused entries of the reference as zeros: {"backbone": ..., "decoder": ...}."""
     return {
         module: {
             name: np.zeros([_dimension(word, sizes[tower]) for word in shape.split()], np.float32)
@@ -206,7 +188,7 @@ def unused(sizes: Mapping[str, Sizes]) -> dict[str, dict[str, np.ndarray]]:
 
 
 def shape_of(row: Row, sizes: Sizes) -> tuple[int, ...]:
-    """The torch entry's shape: `row.shape` with the letters replaced."""
+    """The shape of the torch entry: `row.shape` with the letters replaced."""
     return tuple(_dimension(word, sizes) for word in row.shape.split())
 
 
@@ -221,15 +203,15 @@ def _dimension(word: str, sizes: Sizes) -> int:
 
 
 def to_ours(row: Row, array: np.ndarray, sizes: Sizes) -> np.ndarray:
-    """One torch entry, of one layer, as our parameter."""
+    """The torch entry of one layer as our parameter."""
     if row.third is not None:
         array = np.split(array, 3)[row.third]
-    return np.asarray(row.form.ours(array, sizes), order="C")
+    return np.asarray(row.layout.ours(array, sizes), order="C")
 
 
 def to_theirs(row: Row, array: np.ndarray, sizes: Sizes) -> np.ndarray:
-    """Our parameter, of one layer, as the torch entry, or as its third for query, key and value."""
-    return np.asarray(row.form.theirs(array, sizes), order="C")
+    """Our parameter of one layer as the torch entry, or as a third of it for query, key and value."""
+    return np.asarray(row.layout.theirs(array, sizes), order="C")
 
 
 def state_dicts(params: Any, sizes: Mapping[str, Sizes]) -> dict[str, dict[str, np.ndarray]]:
@@ -237,13 +219,13 @@ def state_dicts(params: Any, sizes: Mapping[str, Sizes]) -> dict[str, dict[str, 
 
     Args:
       params: nested dict, as `GRAIN.init` gives.
-      sizes: for each tower its sizes, as `torch.sizes_of` gives; "layers" among them.
+      sizes: of each tower, as `sizes.sizes_of` gives.
 
     Returns:
-      For each module its entries, without those that GRAIN does not use.
+      The entries of each module, without the unused ones.
 
     Raises:
-      ValueError: a parameter that no row has: it would be lost.
+      ValueError: a parameter that no row has.
     """
     lost = set(_paths(params)) - {row.ours for table in TABLES for row in table.rows}
     if lost:
@@ -253,7 +235,7 @@ def state_dicts(params: Any, sizes: Mapping[str, Sizes]) -> dict[str, dict[str, 
         for row in rows:
             leaf = get(params, row.ours)
             if leaf is None:
-                continue  # this model has none
+                continue  # an optional parameter
             layers = range(sizes[tower]["layers"]) if "{}" in row.theirs else (None,)
             for i in layers:
                 array = np.asarray(leaf if i is None else leaf[i])
@@ -268,20 +250,3 @@ def state_dicts(params: Any, sizes: Mapping[str, Sizes]) -> dict[str, dict[str, 
 def _paths(tree: Mapping, above: str = "") -> Iterator[str]:
     for key, value in tree.items():
         yield from _paths(value, f"{above}{key}/") if isinstance(value, Mapping) else [above + key]
-
-
-def get(tree: Any, path: str) -> Any:
-    """The leaf at `a/b/c`, or None."""
-    for key in path.split("/"):
-        if key not in tree:
-            return None
-        tree = tree[key]
-    return tree
-
-
-def put(tree: dict, path: str, leaf: Any) -> None:
-    """Sets the leaf at `a/b/c`, making the dicts on the way."""
-    *folders, name = path.split("/")
-    for key in folders:
-        tree = tree.setdefault(key, {})
-    tree[name] = leaf

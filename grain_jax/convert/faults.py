@@ -1,0 +1,26 @@
+"""The error that every conversion raises."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from grain_jax import errors
+
+
+class ConvertError(errors.UserError):
+    """A checkpoint cannot be converted; the message has one line a fault."""
+
+
+@contextlib.contextmanager
+def prefixed(where: str) -> Iterator[None]:
+    """Puts `where` before each line of a UserError raised inside, which becomes a ConvertError."""
+    try:
+        yield
+    except errors.UserError as error:
+        lines = str(error).split("\n")
+        raise ConvertError("\n".join(where + line for line in lines)) from error
+
+
+def raise_any(faults: Sequence[str]) -> None:
+    """Raises ConvertError with a line for each fault; does nothing where there are none."""
+    if faults:
+        raise ConvertError("\n".join(faults))

@@ -1,0 +1,1 @@
+"""Import of CLIP and SigLIP checkpoints: OpenAI, open_clip (with timm trunks), Hugging Face."""

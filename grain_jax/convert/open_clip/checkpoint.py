@@ -1,0 +1,208 @@
+"""Reading of a CLIP or SigLIP checkpoint: its arrays, and the configs beside it, whose types are checked."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from grain_jax.convert import archives, torchscript
+from grain_jax.convert.faults import ConvertError, raise_any
+from grain_jax.convert.towers import Tower
+from grain_jax.files import regular_file
+
+SCALARS = {"logit_scale": "logit_scale", "logit_bias": "logit_bias"}  # ours -> theirs
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
+_TOKENIZERS = ("tokenizer.json", "spiece.model")
+_INTEGERS = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4")}  # position ids, counters
+# Entries that are not parameters: sizes in the archives of OpenAI, masks and position ids.
+_NOT_PARAMETERS = re.compile(
+    r"input_resolution|context_length|vocab_size|(text\.)?attn_mask|.*\.position_ids"
+)
+_MAX_NESTING = 3  # state dicts in state dicts, as trainers save them; one may contain itself
+_GROUP = "an object", lambda x: isinstance(x, Mapping)
+_TEXT = "a text", lambda x: isinstance(x, str)
+_SIZE = "a whole number from 1 to 10^6", lambda x: type(x) is int and 0 < x <= 10**6
+_POSITIVE = "a number from 0 to 1", lambda x: isinstance(x, int | float) and 0 < x < 1
+_CHANNELS = (
+    "three numbers",
+    lambda x: (
+        isinstance(x, list)
+        and len(x) == 3
+        and all(isinstance(c, int | float) and abs(c) < 1e3 for c in x)
+    ),
+)
+# Larger sizes would make the packages of the parity comparison take all memory.
+_ANY = "at most 10^6", lambda x: not isinstance(x, int | float) or abs(x) <= 10**6
+# Keys that are read of config.json, preprocessor_config.json and open_clip_config.json, in any group.
+_TYPES = {
+    **dict.fromkeys(("vision_config", "text_config", "model_cfg", "preprocess_cfg"), _GROUP),
+    **dict.fromkeys(("vision_cfg", "text_cfg", "norm_kwargs", "act_kwargs"), _GROUP),
+    **dict.fromkeys(("model_type", "hidden_act", "pool_type", "approximate"), _TEXT),
+    **dict.fromkeys(("num_attention_heads", "width", "head_width", "heads"), _SIZE),
+    **dict.fromkeys(("layer_norm_eps", "eps"), _POSITIVE),
+    **dict.fromkeys(("image_mean", "image_std", "mean", "std"), _CHANNELS),
+}
+
+
+class Checkpoint(NamedTuple):
+    """The arrays of a checkpoint and the contents of the files beside it."""
+
+    path: epath.Path
+    state: dict[str, np.ndarray]
+    openai: bool  # an archive of OpenAI, by the sizes among its entries
+    hf: Mapping[str, Any]  # config.json of CLIP, SigLIP or SigLIP 2, or {}
+    open_clip: Mapping[str, Any]  # open_clip_config.json's model_cfg, or {}
+    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None  # mean and standard deviation
+    tokenizers: tuple[epath.Path, ...]  # tokenizer files beside it
+
+
+def read(path: epath.PathLike) -> Checkpoint:
+    """A .pt, .bin or .safetensors file, or a folder with one, as float32 arrays.
+
+    Raises:
+      ConvertError: no such file, a damaged one, or one that asks to run code; nothing in it is executed.
+    """
+    path = epath.Path(path)
+    if path.is_dir():
+        found = [path / name for name in _WEIGHTS if regular_file.is_one(path / name)]
+        if not found:
+            raise ConvertError(f"{path}: holds no weights; expected one of {', '.join(_WEIGHTS)}")
+        path = found[0]
+    if not regular_file.is_one(path):
+        raise ConvertError(f"{path}: no such file; expected a .pt, .bin or .safetensors")
+    if path.name.endswith(".index.json"):
+        with archives.reading(path):
+            parts = archives.files_of_index(path)
+        state = {k: v for part in parts for k, v in _safetensors(part).items()}
+    else:
+        state = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    beside = path.parent
+    hf, native = _json(beside / "config.json"), _json(beside / "open_clip_config.json")
+    preprocessor = _json(beside / "preprocessor_config.json")
+    state = _whole_names(state, hf)
+    mean, std = preprocessor.get("image_mean"), preprocessor.get("image_std")
+    if mean is None or std is None:
+        mean, std = (group(native, "preprocess_cfg").get(key) for key in ("mean", "std"))
+    return Checkpoint(
+        path,
+        {k: v for k, v in state.items() if not _NOT_PARAMETERS.fullmatch(k)},
+        "input_resolution" in state,
+        hf
+        if re.fullmatch("(clip|siglip2?)(_(vision|text)_model)?", hf.get("model_type") or "")
+        else {},
+        group(native, "model_cfg"),
+        None if mean is None or std is None else (tuple(mean), tuple(std)),
+        tuple(beside / name for name in _TOKENIZERS if regular_file.is_one(beside / name)),
+    )
+
+
+def _whole_names(state: dict[str, np.ndarray], hf: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Names as in a whole model: transformers 5 saves a single tower without the first part of its names."""
+    for prefix in ("vision_model", "text_model"):
+        alone = (hf.get("model_type") or "").endswith(f"_{prefix}")
+        if alone and not any(name.startswith(f"{prefix}.") for name in state):
+            return {f"{prefix}.{name}": array for name, array in state.items()}
+    return state
+
+
+def _json(path: epath.Path) -> dict:
+    """The JSON object in a file, its values checked by `_TYPES`; {} if there is no file."""
+    if not regular_file.is_one(path):
+        return {}
+    with archives.reading(path):
+        value = archives.read_json(path)
+        raise_any(list(_type_faults(value)))
+    return value
+
+
+def _type_faults(value: Mapping[str, Any], where: str = "") -> Iterator[str]:
+    for key, got in value.items():
+        expected, fits = _TYPES.get(key, _ANY)
+        if got is None:  # the same as a missing key
+            continue
+        if not fits(got):
+            yield f"{where}{key}: got {str(got)[:100]}, expected {expected}"
+        elif isinstance(got, Mapping):
+            yield from _type_faults(got, f"{where}{key}.")
+
+
+def _safetensors(path: epath.Path) -> dict[str, np.ndarray]:
+    try:
+        with archives.reading(path):
+            return archives.read_safetensors(path, _INTEGERS)
+    except ImportError:
+        raise ConvertError(f"{path}: needs `pip install safetensors`") from None
+
+
+def _pickled(path: epath.Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError:
+        torch = None  # not needed for archives of OpenAI
+    try:
+        with archives.reading(path):
+            with path.open("rb") as file:
+                if torchscript.is_archive(file):
+                    return {k: v.astype(np.float32) for k, v in torchscript.read(file).items()}
+            stored = None if torch is None else archives.load_torch(path)
+    except ConvertError:
+        raise
+    except Exception as error:  # a damaged or hostile pickle may raise anything
+        raise ConvertError(
+            f"{path}: not a checkpoint of plain tensors ({archives.refusal(error)})"
+        ) from None
+    if torch is None:
+        raise ConvertError(
+            f"{path}: PyTorch is needed to read it; pip install 'grain_jax[torch]', or give a .safetensors"
+        )
+    for _ in range(_MAX_NESTING):
+        if isinstance(stored, Mapping) and isinstance(stored.get("state_dict"), Mapping):
+            stored = stored["state_dict"]
+    if not isinstance(stored, Mapping) or not any(torch.is_tensor(v) for v in stored.values()):
+        raise ConvertError(
+            f"{path}: got a {type(stored).__name__}, expected a state dict of tensors"
+        )
+    with archives.reading(path):
+        return archives.tensors_to_float32(path, stored)
+
+
+def entry(state: Mapping[str, np.ndarray], name: str, axes: tuple[int, ...]) -> np.ndarray:
+    """The array `name`. Raises ConvertError if it is missing, empty, or has another number of axes."""
+    if name not in state:
+        raise ConvertError(f"{name}: missing")
+    if state[name].ndim not in axes or 0 in state[name].shape:
+        raise ConvertError(
+            f"{name}: got shape {state[name].shape}, expected {' or '.join(map(str, axes))} axes"
+        )
+    return state[name]
+
+
+def layer_count(state: Mapping[str, np.ndarray], prefix: str) -> int:
+    """The number of layers whose names start with `prefix`. Raises ConvertError if there are none."""
+    found = [int(m[1]) for name in state if (m := re.match(re.escape(prefix) + r"(\d+)\.", name))]
+    if not found or max(found) > 1000:
+        raise ConvertError(f"{prefix}0: no such layer")
+    return 1 + max(found)
+
+
+def group(cfg: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A group of keys in a config; {} if it is missing or null."""
+    return cfg.get(key) or {}
+
+
+def unused(checkpoint: Checkpoint, *used: Tower) -> list[str]:
+    """The entries that are in none of these towers, sorted."""
+    taken = set()
+    for tower in used:
+        for name in tower.theirs.values():
+            taken |= {name.format(i) for i in range(tower.config.depth)}
+    return sorted(checkpoint.state.keys() - taken)

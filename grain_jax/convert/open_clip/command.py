@@ -1,0 +1,44 @@
+"""The command from-open-clip."""
+
+from etils import epath
+
+from grain_jax.convert import output, parity, towers
+from grain_jax.convert.faults import prefixed, raise_any
+from grain_jax.convert.open_clip import checkpoint as files
+from grain_jax.convert.open_clip import comparison, image_tower, text_tower
+
+
+def from_open_clip(
+    source: epath.PathLike, folder: epath.PathLike, settings: towers.Settings
+) -> parity.Report:
+    """from-open-clip: the weights of CLIP or SigLIP to a two-tower model in `folder`.
+
+    Raises:
+      ConvertError: the checkpoint cannot be converted, or the folder holds something else.
+    """
+    folder = output.check_free(folder)
+    checkpoint = files.read(source)
+    image = image_tower.import_tower(checkpoint, settings)
+    text = text_tower.import_tower(checkpoint, settings)
+    with prefixed(f"{checkpoint.path}: "):
+        left = [name for name in files.unused(checkpoint, image, text) if name not in files.SCALARS]
+        raise_any([f"{name}: unknown key" for name in left])
+        scalars = towers.scalars(checkpoint.state, files.SCALARS)
+        model, params = towers.two_tower_model(image, text, scalars)
+    proof = comparison.prove(checkpoint, model, params)
+    output.save(folder, model, params, source, proof)
+    lines = [f"from-open-clip: {checkpoint.path} -> {folder}", *towers.describe(model, image, text)]
+    if not checkpoint.hf and not checkpoint.open_clip:
+        lines.append(
+            "NOT PROVEN by the parity below: heads and activations that are assumed or told above, since"
+            " there is no config and the other side is built with the same"
+        )
+    name = model.text.tokenizer
+    if name != "clip":
+        file = next((x for x in checkpoint.tokenizers if x.name == name), None)
+        if file:
+            file.copy(folder / name, overwrite=True)
+            lines.append(f"tokenizer {file}, copied")
+        else:
+            lines.append(f"tokenizer NOT FOUND; copy the tower's to {folder / name}")
+    return proof._replace(text="\n".join([*lines, "", proof.text]))

@@ -1,0 +1,45 @@
+"""Where a conversion writes its model."""
+
+from typing import Any
+
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax.convert import parity
+from grain_jax.convert.faults import ConvertError
+from grain_jax.runtime import checkpoint
+
+
+def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
+    """The folder to write to.
+
+    Args:
+      path: the folder.
+      mark: a file or folder that every conversion of this kind has; a folder with it may be overwritten.
+
+    Raises:
+      ConvertError: `path` is neither new, nor empty, nor an older conversion.
+    """
+    path = epath.Path(path)
+    if path.exists() and not (path.is_dir() and (path / mark).exists()):
+        if not path.is_dir() or any(path.iterdir()):
+            raise ConvertError(f"{path}: is in use by something else; expected a new folder")
+    return path
+
+
+def save(
+    folder: epath.Path,
+    model: config_lib.Model,
+    params: Any,
+    source: epath.PathLike,
+    proof: parity.Report,
+) -> None:
+    """Writes a model for `grain_jax.load`, with its source and the verdict of the parity.
+
+    Raises:
+      ConvertError: the folder cannot be written.
+    """
+    try:
+        checkpoint.save_model(folder, model, params, source=str(source), parity=proof.verdict)
+    except OSError as error:
+        raise ConvertError(f"{folder}: cannot be written ({error})") from error

@@ -1,0 +1,84 @@
+"""The torch module of a model (`hf_files/modeling_grain.py`) as the other side of the parity."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from grain_jax import config as config_lib
+from grain_jax.convert import parity
+from grain_jax.convert.reference import names
+from grain_jax.convert.reference.checkpoint import StateDict
+
+
+def make_module(model: config_lib.Model, losses: Mapping[str, Any] | None = None) -> Any:
+    """The torch module of a model, in eval mode, with random weights.
+
+    Raises:
+      ImportError: torch or transformers is missing.
+    """
+    from grain_jax.convert.hf_files import configuration_grain, modeling_grain
+
+    config = configuration_grain.GrainConfig(towers=dataclasses.asdict(model), losses=losses)
+    return modeling_grain.GrainModel(config).eval()
+
+
+def load_states(module: Any, states: Mapping[str, StateDict]) -> None:
+    """Loads the reference's state dicts into the torch module, strictly except for its unused entries."""
+    import torch
+
+    module.load_state_dict(
+        {
+            f"{part}.{name}": torch.tensor(array)
+            for part in names.UNUSED
+            for name, array in states[part].items()
+            if name not in names.UNUSED[part]
+        }
+    )
+
+
+def outputs(model: config_lib.Model, params: Any, given: parity.Inputs) -> dict[str, np.ndarray]:
+    """`parity.outputs`, and the scale (and bias) of the logits, of our model."""
+    out = parity.outputs(model, params, given) | {"logit_scale": np.exp(params["logit_scale"])}
+    return out | {name: params[name] for name in ("logit_bias",) if name in params}
+
+
+def run_module(module: Any, given: parity.Inputs) -> dict[str, np.ndarray]:
+    """The same outputs of the torch module."""
+    import torch
+
+    with torch.no_grad():
+        pixels = torch.tensor(given.images).permute(0, 3, 1, 2)
+        regions = module.get_regions(pixels)
+        unit = torch.nn.functional.normalize
+        out = dict(
+            image_embed=unit(module.get_image_features(pixels), dim=-1),
+            text_embed=unit(module.get_text_features(torch.tensor(given.token_ids).long()), dim=-1),
+            region_embed=regions.embeds,
+            boxes_xyxy=regions.boxes_xyxy,
+            logit_scale=module.backbone.logit_scale.exp(),
+        )
+        if module.backbone.logit_bias is not None:
+            out["logit_bias"] = module.backbone.logit_bias
+    return {name: value.detach().numpy() for name, value in out.items()}
+
+
+def prove(model: config_lib.Model, params: Any, states: Mapping[str, StateDict]) -> parity.Report:
+    """Compares our model with `params` and the torch module with `states`, the arrays of the file."""
+    try:
+        module = make_module(model)
+    except ImportError as error:
+        return parity.not_proven(params, f"{error}; pip install torch transformers")
+    load_states(module, states)
+    given = parity.inputs_of(model)
+    found = parity.compare(outputs(model, params, given), run_module(module, given))
+    return parity.report(found, f"the torch module, {torch_versions()}", given)
+
+
+def torch_versions() -> str:
+    """Versions of the packages that run the torch module, for reports."""
+    import torch
+    import transformers
+
+    return f"transformers {transformers.__version__}, torch {torch.__version__}"
