@@ -1,4 +1,4 @@
-"""The base of every error that is the user's to mend: commands print it as it is and exit with status 2."""
+"""The base of every user-fixable error: commands print its message and exit with status 2."""
 
 import contextlib
 import re
@@ -8,25 +8,25 @@ from grain_jax import printable
 
 
 class UserError(ValueError):
-    """Wrong usage or wrong input; the message has one line a fault: what, where, got, expected, what to do.
+    """Wrong usage or wrong input; the message has a line per fault: what, where, got, expected, what to do.
 
     Attributes:
-      status: that the command exits with.
+      status: the exit status of the command.
     """
 
     status = 2
 
     def __str__(self) -> str:
-        """The message; file names and texts in it cannot move the terminal."""
+        """The message, without control characters of file names and texts in it."""
         return printable.plain(super().__str__(), keep="\n\t")
 
 
 class MissingData(UserError):
-    """A data set is not there; the message is one line and names the command that makes it."""
+    """A data set does not exist; the message is one line and names the command that makes it."""
 
 
 class OutOfMemory(UserError):
-    """There is not enough memory; one line: what for, and what to set."""
+    """There is not enough memory; one line: for what, and what to set."""
 
 
 MORE_MEMORY = "end what else uses the memory, or take a device or a machine with more"
@@ -36,11 +36,11 @@ MORE_MEMORY = "end what else uses the memory, or take a device or a machine with
 def out_of_memory_in_a_line(
     what: str, tell: Callable[[], str] = lambda: MORE_MEMORY
 ) -> Iterator[None]:
-    """Memory that an allocator or a compiler refuses inside becomes an OutOfMemory.
+    """Inside, a failed allocation (of an allocator or a compiler) is raised as OutOfMemory.
 
     Args:
-      what: is being done: "training".
-      tell: says what to set.
+      what: the activity, such as "training".
+      tell: gives the advice what to set.
     """
     try:
         yield
@@ -52,7 +52,7 @@ def out_of_memory_in_a_line(
         said = f" ({said})" if said else ""
         try:
             advice = tell()
-        except Exception as second:  # there may be too little to work it out
+        except Exception as second:  # there may be too little memory for the advice
             if not is_out_of_memory(second):
                 raise
             advice = MORE_MEMORY
@@ -60,10 +60,10 @@ def out_of_memory_in_a_line(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether that is a refused allocation: of numpy or Python, of XLA, or of TensorFlow."""
+    """Whether it is a failed allocation of numpy, Python, XLA or TensorFlow."""
     if isinstance(error, MemoryError):
         return True
     text = str(error)
     exhausted = "RESOURCE_EXHAUSTED" in text or type(error).__name__ == "ResourceExhaustedError"
-    # The quota of a storage has that status, too.
+    # An exhausted quota of a storage has that status, too.
     return exhausted and bool(re.search(r"memory|alloc|\bhbm\b", text, re.IGNORECASE))

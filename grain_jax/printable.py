@@ -1,20 +1,20 @@
-"""Texts of users as people may see them: a description is data, whatever characters it has."""
+"""Texts of users made safe to print: control and invisible characters become escapes."""
 
 import unicodedata
 
-# Control characters, which move a terminal; marks that turn or hide what stands beside them; halves of
-# characters; separators of lines and paragraphs; code points without a meaning.
+# Control characters, format marks (which turn or hide neighbouring text), halves of surrogate pairs, code points
+# for private use or without a meaning, separators of lines and paragraphs.
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-# Emoji and the scripts of South Asia are joined by these two.
+# These two join emoji and letters of South Asian scripts.
 _JOINERS = "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
 
 
 def plain(text: str, limit: int | None = None, *, keep: str = "") -> str:
-    """`text` with what cannot be seen as escapes (`\\x1b`), cut to `limit` characters.
+    """`text` with escapes (`\\x1b`) for invisible characters, cut to `limit` characters.
 
     Args:
       text: any.
-      limit: characters at most, "..." among them.
+      limit: characters at most, "..." included.
       keep: characters that stay, such as the end of a line.
     """
     if limit is not None and len(text) > limit:

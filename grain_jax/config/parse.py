@@ -127,10 +127,12 @@ def _options_of(
         except errors.UserError as error:
             faults.append(str(error))
             return value
-    if cls is fields.NoOptions and value:
+    if cls is not fields.NoOptions:
+        return build(cls, value or {}, at(field.name), faults)
+    if value:
         given = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
         faults.append(f"{at(field.name)}: got {given}, but {at(owner)}={name} has no options")
-    return build(cls, value or {}, at(field.name), [] if cls is fields.NoOptions else faults)
+    return cls()
 
 
 @functools.cache

@@ -1,13 +1,13 @@
-"""Reads annotations (`A.jsonl`: an image, its captions and its described boxes a line) and names every fault.
+"""Reads annotations (`A.jsonl`: per line an image, its captions and its described boxes) and names every fault.
 
-The one parser of that format, for evaluation and for the offline tools in `data/`: needs the standard
-library and `etils.epath` only. What takes the image itself is in `data/annotations.py`.
+The only parser of that format, for evaluation and for the offline tools in `data/`; it needs the standard library
+and `etils.epath` alone. Checks that need the image itself are in data/annotations.py.
 """
 
 import json
 import math
 import posixpath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from etils import epath
 
@@ -15,8 +15,8 @@ from grain_jax import errors
 
 KEYS = ("image", "caption", "captions", "synthetic_caption", "regions", "phrases", "id")
 REGION_KEYS = ("box", "description", "score")
-MAX_FAULT_SHARE = 0.01  # of the lines; more is an error, fewer are left out and counted
-MIN_INSIDE = 0.5  # of a box's area; detectors hang over a little, a wrong box hangs over a lot
+MAX_FAULT_SHARE = 0.01  # of the lines; more is an error, fewer are skipped and counted
+MIN_INSIDE = 0.5  # of the area of a box; boxes of detectors overhang a little, wrong boxes a lot
 
 Box = tuple[float, float, float, float]
 
@@ -34,22 +34,22 @@ class Region(NamedTuple):
 
 
 class Annotation(NamedTuple):
-    """A line that has no fault."""
+    """A line without a fault."""
 
     image: str  # path below the images' folder
     captions: tuple[str, ...]  # of the web or of annotators; may be empty
     synthetic_caption: str  # "" where there is none
     regions: tuple[Region, ...]
     id: str | None
-    # For evaluation: each phrase (referring expression) as often as it counts, as the positions in `regions` of
-    # all boxes that are right for it; its text is their description. None: each region is a phrase of its own.
+    # For evaluation: each phrase (referring expression), as the indices in `regions` of all boxes that are right
+    # for it; its text is their description. A phrase may stand several times. None: each region is a phrase.
     phrases: tuple[tuple[int, ...], ...] | None = None
 
 
 class Parsed(NamedTuple):
-    """What a line came to. `image` and `boxes_xyxy` let a faulty line's image be checked as well."""
+    """The content of a line. With `image` and `boxes_xyxy` the image of a faulty line can be checked, too."""
 
-    annotation: Annotation | None  # None if there is a fault
+    annotation: Annotation | None  # None where there is a fault
     faults: list[str]  # each `what: got, expected`
     unknown_keys: list[str]  # those of regions as "regions.KEY"
     image: str  # "" where it is faulty
@@ -64,12 +64,12 @@ class ClippedBox(NamedTuple):
 
 
 class Annotations(NamedTuple):
-    """What `read` found."""
+    """The content of a file."""
 
-    records: list[Annotation]
-    faults: list[str]  # one line each; the faulty lines are left out of `records`
+    records: list[Annotation]  # of the lines without a fault
+    faults: list[str]  # one line each
     faulty_lines: int
-    unknown_keys: dict[str, int]  # key -> how often it stands there
+    unknown_keys: dict[str, int]  # key -> number of its occurrences
 
 
 def read(path: epath.PathLike, *, max_faults: float = MAX_FAULT_SHARE) -> Annotations:
@@ -77,7 +77,7 @@ def read(path: epath.PathLike, *, max_faults: float = MAX_FAULT_SHARE) -> Annota
 
     Args:
       path: the file, local or remote.
-      max_faults: the largest share of faulty lines, in [0, 1], that is put up with.
+      max_faults: the largest share of faulty lines, in [0, 1], that is no error.
 
     Raises:
       AnnotationError: no such file, nothing in it, or too many faulty lines (all faults are in the
@@ -109,12 +109,12 @@ def read(path: epath.PathLike, *, max_faults: float = MAX_FAULT_SHARE) -> Annota
 
 
 def parse_line(line: bytes, *, caption_required: bool) -> Parsed:
-    """Checks a line as far as that goes without its image; boxes stay as they are in the file.
+    """Checks a line without its image; boxes stay as they are in the file.
 
     Args:
       line: UTF-8 JSON; a byte order mark and white space at the ends do not matter.
-      caption_required: whether a line without caption, captions and synthetic_caption is faulty, as
-        it is for training.
+      caption_required: whether a line without caption, captions and synthetic_caption is faulty (for
+        training).
     """
     try:
         item = json.loads(line.rstrip().decode("utf-8-sig"))
@@ -143,7 +143,7 @@ def parse_line(line: bytes, *, caption_required: bool) -> Parsed:
         faults.append(f"id: got {show(identity)}, expected a text")
     regions, boxes_xyxy = _regions(item, faults, unknown)
     annotation = None
-    if not faults:  # positions in `regions` mean something
+    if not faults:  # indices in `regions` are those of the line
         phrases = _phrases(item, regions, faults)
     if not faults:
         annotation = Annotation(image, captions, synthetic, regions, identity, phrases)
@@ -188,7 +188,7 @@ def _text(item: dict[str, Any], key: str, faults: list[str]) -> str:
 
 
 def _captions(item: dict[str, Any], faults: list[str]) -> tuple[str, ...]:
-    """The web captions: `caption`, then those of `captions`; blank ones are left out."""
+    """The web captions: `caption`, then `captions`, without blank ones."""
     caption, several = _text(item, "caption", faults), item.get("captions")
     if several is not None and not (isinstance(several, list) and all(map(_is_text, several))):
         faults.append(f"captions: got {show(several)}, expected a list of texts")
@@ -218,7 +218,8 @@ def _regions(
         unknown += [f"regions.{key}" for key in entry if key not in REGION_KEYS]
         faults_before = len(faults)
         boxes_xyxy.append(_box(entry, at, faults))
-        description, score = entry.get("description"), entry.get("score")
+        description: Any = entry.get("description")
+        score: Any = entry.get("score")
         if not _is_text(description) or not description.strip():
             faults.append(f"{at}.description: got {_got(entry, 'description')}, expected a text")
         if not _is_number(score) or not 0 <= score <= 1:
@@ -270,17 +271,17 @@ def _box(entry: dict[str, Any], at: str, faults: list[str]) -> Box | None:
     return x1, y1, x2, y2
 
 
-def _is_text(value: Any) -> bool:
-    # JSON can spell half a surrogate pair, which no file can hold and no tokenizer takes.
+def _is_text(value: Any) -> TypeGuard[str]:
+    # JSON can spell half of a surrogate pair, which no file can hold and no tokenizer accepts.
     return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer beyond any float
+    except OverflowError:  # an integer larger than every float
         return False
 
 
@@ -289,7 +290,7 @@ def _got(item: dict[str, Any], key: str) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as the user typed it, cut to what fits on a line."""
+    """A value as the user typed it, at most 60 characters."""
     try:
         text = json.dumps(value)
     except RecursionError:

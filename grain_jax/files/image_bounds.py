@@ -1,7 +1,7 @@
-"""What an image file may ask of the code that decodes it; checked before Pillow sees the file.
+"""Bounds on the memory and time that decoding an image file takes, checked before Pillow opens the file.
 
-Pillow bounds the pixels alone. Its readers take memory or time without bound for some metadata, so each
-format's structure is walked here first: no pixel is decoded, and no value is read but lengths.
+Pillow bounds the pixels alone; its readers take memory or time without bound for some metadata. So the structure
+of each format is walked here first: no pixel is decoded, and no value but lengths is read.
 """
 
 import re
@@ -32,7 +32,7 @@ _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 
 def fault(encoded: bytes) -> str | None:
-    """What a file asks for beyond the bounds, in words, or None. Damage is left to the decoder to find."""
+    """The bound that a file exceeds, in words, or None. Damage is found by the decoder."""
     if len(encoded) > MAX_BYTES:
         return f"got {len(encoded):,} bytes, expected at most {MAX_BYTES:,}"
     if encoded.startswith(b"\xff\xd8\xff"):
@@ -51,7 +51,7 @@ def fault(encoded: bytes) -> str | None:
 
 
 def pixels_fault(size: tuple[int, int]) -> str | None:
-    """The same of an image's width and height."""
+    """The bound that a width and height exceed, in words, or None."""
     width, height = size
     if width * height > MAX_PIXELS:
         return f"got {width} x {height} pixels, expected at most {MAX_PIXELS:,} in all"
@@ -68,7 +68,7 @@ def _jpeg_fault(encoded: bytes) -> str | None:
             return f"got over {MAX_PARTS:,} JPEG segments, expected fewer"
         marker = encoded[at + 1]
         if encoded[at] != 0xFF or marker in (0x00, 0xFF) or 0xD0 <= marker <= 0xD8:
-            at += 1  # filling, or a marker that stands alone: its second byte is no 0xff
+            at += 1  # filling, or a marker without content: its second byte is no 0xff
             continue
         if marker == 0xDA:
             break
@@ -88,7 +88,7 @@ def _jpeg_fault(encoded: bytes) -> str | None:
 
 
 def _scans(encoded: bytes, at: int) -> int:
-    """Scans from `at` to the end of the image, behind which a phone may put a film; or a number above MAX_SCANS."""
+    """Scans from `at` to the end of the image (a phone may append a film), or a number above MAX_SCANS."""
     scans = parts = 0
     while scans <= MAX_SCANS and (found := _MARKER.search(encoded, at)):
         parts += 1
@@ -112,7 +112,7 @@ def _png_fault(encoded: bytes) -> str | None:
 
 
 def _gif_fault(encoded: bytes) -> str | None:
-    """Of the first two frames: the second one is looked for to tell whether there are several."""
+    """Checks the first two frames: Pillow looks for the second to know whether there are several."""
     at = 6
     for frame in range(2):
         packed = at + (4 if frame == 0 else 9)  # of the screen, of a frame: has it a palette?
@@ -133,7 +133,7 @@ def _gif_fault(encoded: bytes) -> str | None:
 
 
 def _skip_blocks(encoded: bytes, at: int, end: int) -> tuple[int, int]:
-    """The place behind a GIF's blocks, which end with an empty one, and their number."""
+    """The position after the blocks of a GIF, which end with an empty one, and their number."""
     blocks = 0
     while at < end and encoded[at]:
         at += 1 + encoded[at]
@@ -142,10 +142,10 @@ def _skip_blocks(encoded: bytes, at: int, end: int) -> tuple[int, int]:
 
 
 def _tags_fault(encoded: bytes, what: str) -> str | None:
-    """Of the first directory of a TIFF, which Exif and MPF are too.
+    """Checks the first directory of a TIFF; Exif and MPF have the same format.
 
-    Pillow copies the values of each tag, and several tags may name the same bytes: 1 MB that every tag
-    names would become 64 GB.
+    Pillow copies the values of each tag, and several tags may name the same bytes: 1 MB named by every tag
+    becomes 64 GB.
     """
     order = _TIFF_HEADS.get(encoded[:4])
     if order is None or len(encoded) < 16:
@@ -165,7 +165,7 @@ def _tags_fault(encoded: bytes, what: str) -> str | None:
         tag, kind, values, content = struct.unpack_from(entry, encoded, place)
         unit = _UNIT_BYTES[kind] if kind < len(_UNIT_BYTES) else 0
         length = values * unit
-        # A length beyond the file is damage that the decoder finds; what there is, it may copy.
+        # The decoder finds a length beyond the file; it may copy what there is.
         total += min(length, len(encoded)) if length > len(content) else 0
         if values > MAX_TAG_VALUES and kind not in _BYTE_TYPES and length <= len(encoded):
             return f"got {values:,} numbers under tag {tag} of the {what}, expected at most {MAX_TAG_VALUES:,}"

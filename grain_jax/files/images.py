@@ -1,7 +1,7 @@
-"""Images the way the reference sees them: PIL, resized to a square by its antialiased bicubic.
+"""Images read and resized as in the reference: by PIL, to a square, with its antialiased bicubic filter.
 
-Used where records are built and where a model is served; needs neither TensorFlow nor JAX. The
-training input's own resize (`input_pipeline/transforms.py`) is measured against this one.
+Used where records are built and where a model is served; needs neither TensorFlow nor JAX. The resize of the
+training input (input_pipeline/transforms.py) is measured against this one.
 """
 
 import io
@@ -33,10 +33,10 @@ class TooLargeError(ImageError):
 
 
 def open_image(encoded: bytes, name: str = "picture") -> PIL.Image.Image:
-    """The image in `encoded` as far as its header tells (size, mode, format); the pixels wait in the file.
+    """The image in `encoded` with its size, mode and format; the pixels are not decoded yet.
 
     Args:
-      encoded: a file of one of FORMATS. Of several frames the first one counts.
+      encoded: a file of one of FORMATS; of several frames the first is taken.
       name: of the image, for errors.
 
     Raises:
@@ -46,7 +46,7 @@ def open_image(encoded: bytes, name: str = "picture") -> PIL.Image.Image:
         raise TooLargeError(f"{name}: {fault}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata; the pixels are what counts
+            warnings.simplefilter("ignore")  # about odd metadata; the pixels alone count
             image = PIL.Image.open(io.BytesIO(encoded), formats=FORMATS)
     except PIL.UnidentifiedImageError:
         raise UnknownFormatError(
@@ -62,10 +62,10 @@ def open_image(encoded: bytes, name: str = "picture") -> PIL.Image.Image:
 
 
 def decode_image(encoded: bytes, name: str = "picture") -> PIL.Image.Image:
-    """The image in `encoded` (one of FORMATS), wholly decoded, in its own mode.
+    """The image in `encoded` (one of FORMATS), decoded, in its own mode.
 
-    The orientation tag of cameras is not applied: boxes are in pixels of the file, and tf.data does
-    not apply it either.
+    The orientation tag of cameras is not applied: boxes are in pixels of the file, and tf.data does not apply it
+    either.
 
     Raises:
       ImageError: as `open_image`; also truncated, or of floats, which have no fixed range.
@@ -88,7 +88,7 @@ def _damaged(name: str, error: Exception) -> ImageError:
 
 
 def read_file(path: epath.PathLike, name: str | None = None) -> bytes:
-    """The content of an image's file, local or remote; `name` is what errors call it, its path by default.
+    """The content of an image file, local or remote; `name` is its name in errors, by default the path.
 
     Raises:
       OSError: there is none, or it cannot be read.
@@ -97,7 +97,7 @@ def read_file(path: epath.PathLike, name: str | None = None) -> bytes:
     path = epath.Path(path)
     length = regular_file.length(path)
     if length is None:
-        raise ImageError(f"{name or path}: got a folder, pipe or device, expected an image's file")
+        raise ImageError(f"{name or path}: got a folder, pipe or device, expected an image file")
     if length > image_bounds.MAX_BYTES:
         raise TooLargeError(
             f"{name or path}: got {length:,} bytes, expected at most {image_bounds.MAX_BYTES:,}"
@@ -118,36 +118,36 @@ def load_image(path: epath.PathLike) -> PIL.Image.Image:
     return decode_image(encoded, str(path))
 
 
-def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """An image of any mode as RGB; of 16 bits the upper eight count, as in tf.data (PIL cuts off at 255).
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image of any mode as RGB; of 16 bits the upper eight are taken, as in tf.data (PIL clips at 255).
 
     Raises:
       ImageError: mode F, whose numbers have no fixed range.
     """
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.getextrema()[1] > 255):
-        return PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
-    if picture.mode == "F":
+    if image.mode.startswith("I;16") or (image.mode == "I" and np.max(image.getextrema()) > 255):
+        return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
         raise ImageError(_NO_RANGE)
-    if picture.mode == "P":  # PIL warns of a palette with transparency that becomes RGB at once
-        picture = picture.convert("RGBA")
-    return picture.convert("RGB")
+    if image.mode == "P":  # PIL warns where a palette with transparency becomes RGB at once
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def resize(
     image: PIL.Image.Image | np.ndarray, size: int, *, convert_first: bool = True
 ) -> np.ndarray:
-    """Resizes an image to a square, without keeping its proportions and without a crop.
+    """Resizes an image to a square, without a crop; the aspect ratio is not kept.
 
     Equals torchvision's `Resize((size, size), BICUBIC)` on PIL images. Which of its two passes
     Pillow runs first differs between versions (13.0 from earlier ones), by a few levels at worst.
 
-    DIFFERS: the reference resizes first and converts to RGB afterwards, which picks nearest
-    neighbours for palette images and lets hidden colours of transparent pixels matter. We convert
-    first; RGB and grey images come out the same. `convert_first=False` gives the reference's.
+    DIFFERS: the reference resizes first and converts to RGB afterwards, which takes nearest neighbours for
+    palette images and the hidden colours of transparent pixels. Here the conversion comes first; RGB and grey
+    images are the same either way. `convert_first=False` is the order of the reference.
 
     Args:
       image: PIL image of any mode, or uint8 [H, W, 3] or [H, W].
-      size: pixels of the square's edge, S.
+      size: pixels of an edge of the square, S.
 
     Returns: uint8 [S, S, 3].
     """

@@ -271,9 +271,9 @@ def check_same_run(folder: epath.Path, config: config_lib.Config) -> None:
     """Raises CheckpointError where the config in the checkpoint `folder` orders the data in another way."""
     stored = config_lib.select(read_json(folder, "config"), {"order"})
     faults = [
-        f"{name}: the run in this workdir has {stored[name]!r}, got {new!r}"
+        f"{name}: the run in this workdir has {stored.get(name)!r}, got {new!r}"
         for name, new in config_lib.select(dataclasses.asdict(config), {"order"}).items()
-        if stored[name] != new
+        if stored.get(name) != new
     ]
     if faults:
         raise CheckpointError(

@@ -1,18 +1,21 @@
 """Floating-point operations: those of a JAX function, those the model needs for an image, those a chip can do.
 
-Matrix products alone are counted, a multiply-add as two. Element-wise work is left out, as is usual for
-model FLOPs, so no number depends on the backend.
+Matrix products and convolutions alone are counted, a multiply-add as two. Element-wise work is left out, as is
+usual for model FLOPs, so no number depends on the backend.
 """
 
 import math
 import re
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
+import numpy as np
 
 from grain_jax import config as config_lib
+from grain_jax import named
 from grain_jax.config import Config
-from grain_jax.models import grain
+from grain_jax.models import grain, towers
 
 # Dense bfloat16 products a second, by `jax.Device.device_kind`; from the vendors' data sheets. A device is
 # a chip, but on TPU7x, where it is half of one.
@@ -91,21 +94,20 @@ class PerImage(NamedTuple):
 def per_image(config: Config) -> PerImage:
     """The model's FLOPs for an image of a batch of that config, by closed formulas.
 
+    A tower of a user has none: it is traced, and its products and convolutions are counted.
+
     Attention counts in full, masked pairs too, and rows count with their padding: both are computed. The
     losses grow with the batch (or `loss.group_size`), the rest does not.
     """
     image, text, decoder = config.model.image, config.model.text, config.model.decoder
     embed, regions = config.model.embed_dim, config.input.max_regions
-    patches = (image.image_size // image.patch_size) ** 2
-    tokens = image.class_token + patches
-    image_tower = 2 * patches * 3 * image.patch_size**2 * image.width
-    image_tower += image.depth * (_attention(image, tokens, tokens) + _mlp(image, tokens))
+    image_tower, tokens, width = _image_tower(config)
 
     rows = 1 + regions
     if config.text.packing:
         rows = config.text.pack_rows / config.text.pack_group
     length = text.context_length
-    text_tower = rows * text.depth * (_attention(text, length, length) + _mlp(text, length))
+    text_tower = _text_tower(config, rows)
     if text.pool == "map":
         text_tower += rows * (_attention(text, 1, length) + _mlp(text, 1))
     if text.projection != "none":
@@ -116,13 +118,13 @@ def per_image(config: Config) -> PerImage:
         if image.pool == "map":
             image_tower += _attention(image, 1, tokens) + _mlp(image, 1)
         if image.projection != "none":
-            image_tower += 2 * image.width * embed
+            image_tower += 2 * width * embed
     else:
         queries = decoder.queries + 1
         layer = _attention(decoder, queries, queries) + _attention(decoder, queries, tokens)
         layer += _mlp(decoder, queries)
         layer += 2 * decoder.queries * (2 * decoder.width**2 + 4 * decoder.width)  # boxes
-        region_decoder = 2 * tokens * image.width * decoder.width + decoder.depth * layer
+        region_decoder = 2 * tokens * width * decoder.width + decoder.depth * layer
         region_decoder += 2 * queries * decoder.width * embed
 
     group = config.loss.group_size or config.batch_size
@@ -130,6 +132,37 @@ def per_image(config: Config) -> PerImage:
     if config.loss.match_description and decoder is not None:
         losses += 2 * decoder.queries * regions * embed
     return PerImage(image_tower, text_tower, region_decoder, losses, _frozen(config))
+
+
+def _image_tower(config: Config) -> tuple[float, int, int]:
+    """(FLOPs an image, tokens, their width) of the image tower."""
+    image = config.model.image
+    if not named.is_external(image.tower):
+        patches = (image.image_size // image.patch_size) ** 2
+        tokens = image.class_token + patches
+        flops = 2 * patches * 3 * image.patch_size**2 * image.width
+        flops += image.depth * (_attention(image, tokens, tokens) + _mlp(image, tokens))
+        return flops, tokens, image.width
+    pixels = jax.ShapeDtypeStruct((1, image.image_size, image.image_size, 3), np.float32)
+    flops, out = _traced(towers.image_tower(image)(image, np.dtype(config.dtype)), pixels)
+    return flops, 1 if len(out.shape) == 2 else out.shape[1], out.shape[-1]
+
+
+def _text_tower(config: Config, rows: float) -> float:
+    """FLOPs of the text tower for so many rows."""
+    text, length = config.model.text, config.model.text.context_length
+    if not named.is_external(text.tower):
+        return rows * text.depth * (_attention(text, length, length) + _mlp(text, length))
+    row = jax.ShapeDtypeStruct((1, 1, length), np.int32)
+    tower = towers.text_tower(text)(text, np.dtype(config.dtype))
+    return rows * _traced(tower, row, row, row)[0]
+
+
+def _traced(tower: nn.Module, *inputs: jax.ShapeDtypeStruct) -> tuple[int, jax.ShapeDtypeStruct]:
+    """(FLOPs, output) of a tower, traced with these inputs."""
+    variables = nn.meta.unbox(jax.eval_shape(tower.init, jax.random.key(0), *inputs))
+    out = jax.eval_shape(tower.apply, variables, *inputs)
+    return matmul_flops(tower.apply, variables, *inputs), out
 
 
 def _frozen(config: Config) -> frozenset[str]:
@@ -183,6 +216,12 @@ def _count(jaxpr) -> int:
             (contracted, _), _ = params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             depth = math.prod(left[axis] for axis in contracted)
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
+            continue
+        if name == "conv_general_dilated":
+            # The kernel's input features are those of one group.
+            kernel, (out, *_) = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
+            depth = math.prod(kernel) // kernel[out]
             total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
             continue
         if name == "while":

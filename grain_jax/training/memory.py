@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, named
 from grain_jax.input_pipeline import derived, device
 from grain_jax.models.grain import GRAIN
 from grain_jax.training import optim, sharding, train_step
@@ -282,7 +282,7 @@ def check(
     pixels = 3 * image.image_size**2  # bytes
     own = config.batch_size // jax.process_count() * pixels  # of this process
     layers = 0
-    if not config.optim.frozen:
+    if not config.optim.frozen and not named.is_external(image.tower):
         tokens = (image.image_size // image.patch_size) ** 2
         layers = tokens * image.width * image.depth * jnp.dtype(config.dtype).itemsize
     needs = images * pixels + images // config.microbatches * layers

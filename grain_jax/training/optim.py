@@ -97,11 +97,14 @@ def layer_scales(params, decay: float):
       params: the parameter tree; layers are stacked along the first axis of `TOWER/blocks`.
       decay: `optim.layer_decay`.
     """
-    depth = {
-        tower: jax.tree.leaves(params[tower]["blocks"])[0].shape[0]
-        for tower in ("image", "text")
-        if tower in params
-    }
+    depth = {}
+    for tower in {"image", "text"} & set(params):
+        if "blocks" not in params[tower]:
+            raise errors.UserError(
+                f"optim.layer_decay: got {decay}, but the {tower} tower has no layers stacked below {tower}/blocks"
+                " (layers.scan_layers); expected 1"
+            )
+        depth[tower] = jax.tree.leaves(params[tower]["blocks"])[0].shape[0]
 
     def scale(path, x):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,0 +1,87 @@
+"""examples/data_source: an online source of a user through the real trainer."""
+
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from examples.data_source import shapes
+from grain_jax import config as config_lib
+from grain_jax import train
+from grain_jax.input_pipeline import sources, tokenizer
+from tests import record_sets, tiny
+
+SOURCE = "examples.data_source.shapes:Shapes"
+
+
+def config(steps=4, **overrides):
+    values = dict(
+        total_steps=steps,
+        checkpoint_every=2,
+        input__source=SOURCE,
+        input__max_regions=3,
+        model__decoder__queries=3,
+        model__image__image_size=32,
+        text__pack_group=None,
+        text__pack_rows=None,
+    )
+    c = tiny.dictionary(**(values | overrides))
+    c.input.options = dict(colours=("red", "blue"))
+    return config_lib.from_dict(c)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_batch_is_a_function_of_seed_lane_and_step():
+    c = config(text__pack_group=2, text__pack_rows=4)
+    source = sources.open_source(c)
+    whole = list(itertools.islice(source.batches(c), 3))
+    record_sets.assert_batches_equal(next(source.batches(c, start_step=2)), whole[2])
+    parts = [next(source.batches(c, lanes=lanes, start_step=2)) for lanes in ((0, 1), (2, 3))]
+    joined = type(whole[2])(*map(np.concatenate, zip(*parts)))
+    record_sets.assert_batches_equal(joined, whole[2])
+    assert whole[2].texts_dropped.sum() == 0
+
+
+def test_the_boxes_are_those_of_the_rectangles():
+    c = config(text__pack_group=2, text__pack_rows=4)
+    batch = next(sources.open_source(c).batches(c))
+    assert batch.region_mask[:, 0].all()
+    for image, boxes, mask in zip(batch.image, batch.region_boxes_cxcywh, batch.region_mask):
+        x, y, width, height = (boxes[mask][-1] * 32).round().astype(int)  # the last is in front
+        inside = image[y - height // 2 + 1, x - width // 2 + 1].tolist()
+        assert inside in [[220, 40, 40], [40, 70, 220]]
+
+
+def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path):
+    train.train(config(), tmp_path / "whole")
+    stored = json.loads((tmp_path / "whole/config.json").read_text())
+    assert stored["text"]["pack_group"] == 2 and 1 <= stored["text"]["pack_rows"] <= 8
+    assert stored["input"]["options"] == {"colours": ["red", "blue"], "examples": 4096}
+    whole = lines(tmp_path / "whole")
+    assert all(np.isfinite(line["loss"]) for line in whole)
+    # A run that is cut off after the checkpoint of step 2 goes on to the bit.
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/checkpoints/4")
+    train.train(config(), tmp_path / "cut")
+    again = lines(tmp_path / "cut")
+    assert [line["step"] for line in again] == [1, 2, 3, 4]
+    for a, b in zip(again, whole):
+        assert a["loss"] == b["loss"] and a["batch_chain"] == b["batch_chain"]
+
+
+def test_its_options_are_checked():
+    with pytest.raises(config_lib.ConfigError, match="input.options: colours: got .'pink'."):
+        c = tiny.dictionary(input__source=SOURCE)
+        c.input.options = dict(colours=("pink",))
+        config_lib.from_dict(c)
+    with pytest.raises(
+        config_lib.ConfigError, match="'shapes', expected one of records, synthetic"
+    ):
+        tiny.config(input__source="shapes")
+    assert config().input.options == shapes.Options(("red", "blue"))
+    assert isinstance(tokenizer.of_tower(config().model.text), tokenizer.ClipTokenizer)

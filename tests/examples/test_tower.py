@@ -1,0 +1,111 @@
+"""examples/tower: an image tower of a user through the real trainer, on meshes that shard its parameters."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from examples.tower import mixer
+from grain_jax import config as config_lib
+from grain_jax import train
+from grain_jax.models import grain, towers
+from grain_jax.training import flops, optim
+from tests import tiny
+
+TOWER = "examples.tower.mixer:Mixer"
+
+
+def config(steps=3, mesh=(8, 1, 1), **overrides):
+    c = tiny.dictionary(
+        total_steps=steps,
+        checkpoint_every=2,
+        model__image__tower=TOWER,
+        optim__learning_rate=1e-3,
+        **overrides,
+    )
+    c.model.image.options = dict(token_dim=32)
+    c.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh)))
+    return config_lib.from_dict(c)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_trains_alike_on_all_meshes_and_resumes_to_the_bit(tmp_path):
+    train.train(config(), tmp_path / "data")
+    train.train(config(mesh=(2, 2, 2)), tmp_path / "all")
+    got, expected = lines(tmp_path / "all"), lines(tmp_path / "data")
+    assert [line["step"] for line in expected] == [1, 2, 3]
+    for a, b in zip(got, expected):
+        for name in ("loss", "grad_norm/image"):
+            assert np.isfinite(b[name]) and b["grad_norm/image"] > 0
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-4)
+    # A run that is cut off after the checkpoint of step 2.
+    shutil.copytree(tmp_path / "data", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/checkpoints/3")
+    train.train(config(), tmp_path / "cut")
+    again = lines(tmp_path / "cut")[-1]
+    for name in ("step", "loss", "grad_norm/image", "batch_chain", "pixel_chain"):
+        assert again[name] == expected[-1][name], name
+
+
+def test_its_parameters_have_logical_axes_and_the_shapes_of_its_options():
+    shapes = grain.parameter_shapes(config().model)
+    assert shapes["image/stem"] == (3, 3, 3, 16)
+    assert shapes["image/blocks/tokens_in/kernel"] == (2, 4, 32)  # depth, patches, token_dim
+    assert towers.image_tower(config().model.image) is mixer.Mixer
+
+
+def test_flops_are_counted_in_its_trace():
+    c = config()
+    width, patches = 32, 4
+    stem = 2 * 16 * 16 * 3 * 3 * 3 * 16
+    embed = 2 * patches * (8 * 8 * 16) * width
+    layer = 2 * (2 * width * patches * 32) + 2 * (2 * patches * width * 64)
+    assert flops.per_image(c).image == stem + embed + 2 * layer
+    assert flops.per_image(c).train > 0
+
+
+def test_its_options_are_checked_and_stored():
+    c = config()
+    assert c.model.image.options == mixer.Options(token_dim=32)
+    again = config_lib.from_dict(json.loads(config_lib.to_json(c)))
+    assert again == c and hash(again.model) == hash(c.model)
+    wrong = dataclasses.asdict(c)
+    wrong["model"]["image"]["options"] = {"token_dims": 32}
+    with pytest.raises(config_lib.ConfigError, match="did you mean model.image.options.token_dim?"):
+        config_lib.from_dict(wrong)
+    wrong["model"]["image"] |= {"tower": "vit", "options": {"token_dim": 1}}
+    with pytest.raises(
+        config_lib.ConfigError, match="got token_dim, but model.image.tower=vit has no"
+    ):
+        config_lib.from_dict(wrong)
+    wrong["model"]["image"] |= {"tower": "mixer", "options": {}}
+    with pytest.raises(
+        config_lib.ConfigError, match="'mixer', expected one of vit, or module:Class"
+    ):
+        config_lib.from_dict(wrong)
+
+
+def test_what_is_no_tower_is_a_line():
+    image = dataclasses.replace(config().model.image, tower="examples.tower.mixer:Options")
+    with pytest.raises(config_lib.ConfigError.__base__, match="expected a class that derives from"):
+        towers.image_tower(image)
+
+
+def test_layer_decay_counts_its_layers():
+    params = jax.eval_shape(
+        lambda: grain.GRAIN(config().model).init(
+            jax.random.key(0),
+            jax.tree.map(
+                lambda x: np.zeros((1, *x.shape[1:]), x.dtype),
+                tiny.batch(config(text__packing=False)),
+            ),
+        )["params"]
+    )
+    with pytest.raises(config_lib.ConfigError.__base__, match="image/blocks"):
+        optim.layer_scales({"image": {"norm": params["image"]["norm"]}}, 0.5)
