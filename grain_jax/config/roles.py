@@ -59,8 +59,15 @@ def _select(
         elif inner is not None and isinstance(value, (list, tuple)):
             found[name] = [_select(entry, roles, inner, own) for entry in value]
         elif own in roles:
-            found[name] = list(value) if isinstance(value, tuple) else value
+            found[name] = _as_in_json(value)
     return found
+
+
+def _as_in_json(value: Any) -> Any:
+    """The value with lists for tuples, also inside the options of a class of a user."""
+    if isinstance(value, Mapping):
+        return {key: _as_in_json(inner) for key, inner in value.items()}
+    return [_as_in_json(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
