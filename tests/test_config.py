@@ -151,7 +151,7 @@ def test_every_key_is_read():
 
 # The keys of each role; every other key decides the numbers of a step.
 ROLES = {
-    "order": "seed batch_size input.source input.name input.lanes input.shards_per_block"
+    "order": "seed batch_size input.source input.options input.name input.lanes input.shards_per_block"
     " input.datasets.name input.datasets.weight input.datasets.split",
     "result": "total_steps total_epochs eval_every evals init.image init.text init.resize init.decoder",
     "free": "microbatches remat log_every checkpoint_every checkpoint_every_minutes checkpoint_keep"
