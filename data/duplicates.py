@@ -26,14 +26,14 @@ _PAIRS = 1 << 18  # compared at once
 Fingerprint = tuple[int, int]  # exact, near: 64 bits each
 
 
-def fingerprint(encoded: bytes, picture: PIL.Image.Image) -> Fingerprint:
+def fingerprint(encoded: bytes, image: PIL.Image.Image) -> Fingerprint:
     """Of a file and the image in it.
 
     `near` says of each of 8 x 8 places of the resized, grey image whether it is darker than the place to
     its right.
     """
     exact = hashlib.sha256(encoded).digest()[:8]
-    grey = picture.convert("RGB").convert("L")
+    grey = image.convert("RGB").convert("L")
     # The gap lets most pixels be averaged in blocks first: a quarter of the time.
     small = grey.resize((9, 8), PIL.Image.Resampling.BILINEAR, reducing_gap=3)
     pixels = np.asarray(small)

@@ -29,7 +29,7 @@ class Chat(Protocol):
     """A model, loaded or connected to."""
 
     def answer(
-        self, pictures: Sequence[PIL.Image.Image], prompts: Sequence[str]
+        self, images: Sequence[PIL.Image.Image], prompts: Sequence[str]
     ) -> list[Answer | Failure]:
         """One answer for each image with its prompt, in their order.
 

@@ -33,15 +33,15 @@ def check(item: sources.Image, limits: Limits) -> PIL.Image.Image | sources.Faul
     The orientation tag of cameras is not applied: boxes are in pixels of the file.
     """
     if not item.encoded:
-        return sources.Fault(item.image, "empty file", "got 0 bytes, expected a picture")
+        return sources.Fault(item.image, "empty file", "got 0 bytes, expected an image")
     fault = _header_fault(item, limits)
     if fault:
         return fault
     try:
-        picture = images.decode_image(item.encoded)
+        image = images.decode_image(item.encoded)
     except images.ImageError as error:
         return sources.Fault(item.image, "damaged", str(error))
-    return images.to_rgb(picture)
+    return images.to_rgb(image)
 
 
 def _header_fault(item: sources.Image, limits: Limits) -> sources.Fault | None:

@@ -66,7 +66,7 @@ class Detector:
         self._batches = batches.Batches(options.batch_size)
 
     def detect(
-        self, pictures: Sequence[PIL.Image.Image], descriptions: Sequence[Sequence[str]]
+        self, images: Sequence[PIL.Image.Image], descriptions: Sequence[Sequence[str]]
     ) -> list[list[annotations.Region] | chat.Failure]:
         """The regions of each image, best first.
 
@@ -81,43 +81,43 @@ class Detector:
           "out of memory", "model error".
         """
         wanted = {
-            index: (picture, tuple(dict.fromkeys(texts)))
-            for index, (picture, texts) in enumerate(zip(pictures, descriptions, strict=True))
+            index: (image, tuple(dict.fromkeys(texts)))
+            for index, (image, texts) in enumerate(zip(images, descriptions, strict=True))
             if texts
         }
         found = dict(zip(wanted, self._batches.run(self._ground, list(wanted.values()))))
-        return [found.get(index, []) for index in range(len(pictures))]
+        return [found.get(index, []) for index in range(len(images))]
 
     def _ground(
         self, batch: Sequence[tuple[PIL.Image.Image, tuple[str, ...]]]
     ) -> list[list[annotations.Region]]:
         import torch
 
-        shown = [_plain(picture) for picture, _ in batch]
+        shown = [_plain(image) for image, _ in batch]
         texts = [descriptions for _, descriptions in batch]
         inputs = self._inputs(self._processor, self._model.config, shown, texts, self._device)
         inputs = inputs.to(self._device)
         with torch.inference_mode():
             outputs = self._model(**inputs)
         regions = []
-        for index, (picture, descriptions) in enumerate(batch):
+        for index, (image, descriptions) in enumerate(batch):
             logits = self._scores(self._processor, inputs, outputs.logits, index, len(descriptions))
             found = self._processor.image_processor.post_process_object_detection(
                 _Scores(logits, outputs.pred_boxes[index : index + 1]),
                 threshold=self._options.threshold,
                 target_sizes=[(shown[index].height, shown[index].width)],
             )[0]
-            scale = np.array([p / s for p, s in zip(picture.size, shown[index].size)] * 2)
+            scale = np.array([p / s for p, s in zip(image.size, shown[index].size)] * 2)
             boxes_xyxy = found["boxes"].cpu().numpy() * scale
             labels = [descriptions[label] for label in found["labels"].tolist()]
             scored = zip(found["scores"].tolist(), boxes_xyxy.tolist(), labels)
-            regions.append(_regions(scored, picture.size, self._options.merge_iou))
+            regions.append(_regions(scored, image.size, self._options.merge_iou))
         return regions
 
 
-def _plain(picture: PIL.Image.Image) -> PIL.Image.Image:
+def _plain(image: PIL.Image.Image) -> PIL.Image.Image:
     """The pixels alone: a processor could follow the EXIF orientation, and turn the boxes with it."""
-    plain = PIL.Image.fromarray(np.asarray(picture.convert("RGB")))
+    plain = PIL.Image.fromarray(np.asarray(image.convert("RGB")))
     plain.thumbnail((MAX_SIDE, MAX_SIDE))
     return plain
 
@@ -149,10 +149,10 @@ def _iou(a: annotations.Box, b: annotations.Box) -> float:
     return width * height / (sum(areas) - width * height)
 
 
-def _owl_inputs(processor, config, pictures, texts, device):
+def _owl_inputs(processor, config, images, texts, device):
     # The text tower has 16 positions and fails on a longer text. Shorter lists are filled up with " ".
     return processor(
-        images=pictures,
+        images=images,
         text=[list(descriptions) for descriptions in texts],
         padding="max_length",
         truncation=True,
@@ -168,11 +168,11 @@ def _owl_scores(processor, inputs, logits, index: int, descriptions: int):
     return logits[index : index + 1, :, :descriptions]
 
 
-def _dino_inputs(processor, config, pictures, texts, device):
+def _dino_inputs(processor, config, images, texts, device):
     # One text an image, descriptions between full stops. The model takes "." and "?" for the end of one
     # wherever they stand, so none may have any.
     return processor(
-        images=pictures,
+        images=images,
         text=[
             " ".join(
                 " ".join(text.lower().replace(".", " ").replace("?", " ").split()) + " ."

@@ -96,7 +96,7 @@ class EndpointChat:
         self._next_start = 0.0  # of a request, on the monotonic clock
 
     def answer(
-        self, pictures: Sequence[PIL.Image.Image], prompts: Sequence[str]
+        self, images: Sequence[PIL.Image.Image], prompts: Sequence[str]
     ) -> list[chat.Answer | chat.Failure]:
         """See `chat.Chat.answer`.
 
@@ -106,15 +106,15 @@ class EndpointChat:
         Raises:
           EndpointError: the endpoint refuses the key, knows neither the address nor the model, or redirects.
         """
-        if len(pictures) != len(prompts):
-            raise ValueError(f"got {len(pictures)} images and {len(prompts)} prompts")
-        return list(self._pool.map(self._ask, pictures, prompts))
+        if len(images) != len(prompts):
+            raise ValueError(f"got {len(images)} images and {len(prompts)} prompts")
+        return list(self._pool.map(self._ask, images, prompts))
 
-    def _ask(self, picture: PIL.Image.Image, prompt: str) -> chat.Answer | chat.Failure:
+    def _ask(self, image: PIL.Image.Image, prompt: str) -> chat.Answer | chat.Failure:
         body = json.dumps(
             {
                 "model": self._options.model,
-                "messages": [{"role": "user", "content": _content(picture, prompt)}],
+                "messages": [{"role": "user", "content": _content(image, prompt)}],
                 "max_tokens": self._options.max_tokens,
                 "temperature": 0,
             }
@@ -181,11 +181,11 @@ class EndpointChat:
             self._next_start = max(self._next_start, time.monotonic() + seconds)
 
 
-def _content(picture: PIL.Image.Image, prompt: str) -> list[dict[str, Any]]:
-    picture = picture.convert("RGB")
-    picture.thumbnail((MAX_SIDE, MAX_SIDE))
+def _content(image: PIL.Image.Image, prompt: str) -> list[dict[str, Any]]:
+    image = image.convert("RGB")
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
 

@@ -48,16 +48,16 @@ class LocalChat:
         self._batches = batches.Batches(options.batch_size)
 
     def answer(
-        self, pictures: Sequence[PIL.Image.Image], prompts: Sequence[str]
+        self, images: Sequence[PIL.Image.Image], prompts: Sequence[str]
     ) -> list[chat.Answer | chat.Failure]:
         """See `chat.Chat.answer`; failures: "out of memory", "model error"."""
-        return self._batches.run(self._generate, list(zip(pictures, prompts, strict=True)))
+        return self._batches.run(self._generate, list(zip(images, prompts, strict=True)))
 
     def _generate(self, batch: Sequence[tuple[PIL.Image.Image, str]]) -> list[chat.Answer]:
         import torch
 
         inputs = self._processor(
-            images=[picture.convert("RGB") for picture, _ in batch],
+            images=[image.convert("RGB") for image, _ in batch],
             text=[self._conversation(prompt) for _, prompt in batch],
             padding=True,
             return_tensors="pt",

@@ -69,7 +69,7 @@ class _Work:
     """An image on its way through the passes."""
 
     item: sources.Image | sources.Fault
-    picture: PIL.Image.Image | None = None
+    image: PIL.Image.Image | None = None
     results: dict[str, dict] = dataclasses.field(default_factory=dict)
     letters: list[dict] = dataclasses.field(default_factory=list)
 
@@ -93,7 +93,7 @@ def build(job: Job) -> Models:
 
 
 def _ask(models: Models, works: list[_Work], texts: list[str], tally: collections.Counter) -> list:
-    answered = models.chat.answer([work.picture for work in works], texts)
+    answered = models.chat.answer([work.image for work in works], texts)
     for answer in answered:
         if isinstance(answer, Answer):
             tally["prompt tokens"] += answer.prompt_tokens
@@ -128,7 +128,7 @@ def _describe(models: Models, works: list[_Work], tally: collections.Counter) ->
 
 def _ground(models: Models, works: list[_Work], tally: collections.Counter) -> Iterator:
     texts = [work.results["describe"]["descriptions"] for work in works]
-    for found in models.detector.detect([work.picture for work in works], texts):
+    for found in models.detector.detect([work.image for work in works], texts):
         if isinstance(found, Failure):
             yield found
             continue
@@ -201,7 +201,7 @@ def _read(shard: sources.Shard, job: Job, known: dict, letters: dict) -> Iterato
         if isinstance(fault, sources.Fault):
             work.fail("picture", fault.cause, fault.detail)
         else:
-            work.picture = fault
+            work.image = fault
         yield work
 
 
@@ -216,7 +216,7 @@ def _batches(items: Iterable[_Work], size: int) -> Iterator[list[_Work]]:
             if work is None:
                 break
             batch.append(work)
-            pixels += work.picture.width * work.picture.height if work.picture else 0
+            pixels += work.image.width * work.image.height if work.image else 0
         return batch
 
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
@@ -232,7 +232,7 @@ def _run(name: str, batch: list[_Work], models: Models, tally: collections.Count
     todo = [
         work
         for work in batch
-        if work.picture is not None
+        if work.image is not None
         and name not in work.results
         and (needs is None or needs in work.results)
     ]
@@ -271,12 +271,12 @@ def annotate_shard(shard: sources.Shard, job: Job, models: Models) -> dict[str, 
         old_letters[letter["image"]].append(letter)
     tallies = {name: collections.Counter() for name in job.passes}
     found = {name: [] for name in job.passes}
-    lines, letters, faulty, pictures = [], [], 0, 0
+    lines, letters, faulty, images = [], [], 0, 0
     for batch in _batches(_read(shard, job, known, old_letters), job.batch_size):
         for name in job.passes:
             _run(name, batch, models, tallies[name])
         for work in batch:
-            pictures += 1
+            images += 1
             line = _finish(work, job)
             if line:
                 lines.append(line)
@@ -287,7 +287,7 @@ def annotate_shard(shard: sources.Shard, job: Job, models: Models) -> dict[str, 
                     found[name].append(work.results[name])
     shard_tally = {
         "shards": 1,
-        "pictures": pictures,
+        "pictures": images,
         "annotated": len(lines),
         "faulty": faulty,
         "regions": sum(len(line["regions"]) for line in lines),

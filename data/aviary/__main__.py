@@ -22,7 +22,7 @@ from data.aviary.generate import Settings
 _HELP = {
     "seed": "everything drawn and written follows from it",
     "size": "side of the images in pixels; PNG up to 128, JPEG above",
-    "images": "training pictures",
+    "images": "training images",
     "seen_per_species": "evaluation images of each training species",
     "unseen_per_species": "evaluation images of each held-out species",
     "test_images": "test images with exact boxes, seen and unseen species in turn",
@@ -37,7 +37,7 @@ _HELP = {
     "scale_from": "smallest bird",
     "scale_to": "largest bird",
     "turn": "birds lean up to so many degrees either way",
-    "shift": "birds stand off the middle by up to this share of the picture",
+    "shift": "birds stand off the middle by up to this share of the image",
     "mirrored": "share of birds that look the other way",
     "colour_variation": "colours vary by up to this share",
     "misses": "noise: share of parts that the detector misses",

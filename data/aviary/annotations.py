@@ -9,7 +9,7 @@ import dataclasses
 import math
 import random
 
-from data.aviary.drawing import Picture
+from data.aviary.drawing import Drawing
 from data.aviary.species import Species
 from data.aviary.vocabulary import PARTS, TRAITS
 
@@ -77,21 +77,21 @@ class Noise:
 EXACT = Noise(**dict.fromkeys((field.name for field in dataclasses.fields(Noise)), 0.0))
 
 
-def visible_parts(picture: Picture) -> list[str]:
+def visible_parts(drawing: Drawing) -> list[str]:
     """The parts that show at least a thousandth of the image."""
-    return [part for part in PARTS if picture.areas.get(part, 0) >= _LEAST_AREA]
+    return [part for part in PARTS if drawing.areas.get(part, 0) >= _LEAST_AREA]
 
 
 def web_caption(
-    species: Species, others: tuple[Species, ...], picture: Picture, key: str, noise: Noise
+    species: Species, others: tuple[Species, ...], drawing: Drawing, key: str, noise: Noise
 ) -> str:
     """Alt text as the web has it: the species' name, another one's of `others`, or none."""
     rng = random.Random(key + "/web")
     named, nameless = rng.choice(_WEB_CAPTIONS), rng.choice(_NAMELESS_CAPTIONS)
     wrong = rng.choice(others).name if others else species.name
     words = {
-        "place": picture.scene.place,
-        "perch": picture.scene.perch_phrase,
+        "place": drawing.scene.place,
+        "perch": drawing.scene.perch_phrase,
         "number": rng.randrange(1000, 10000),
         "day": rng.randrange(1, 30),
     }
@@ -103,28 +103,28 @@ def web_caption(
 
 
 def synthetic_caption(
-    species: Species, picture: Picture, key: str, noise: Noise, *, parts: int = 2
+    species: Species, drawing: Drawing, key: str, noise: Noise, *, parts: int = 2
 ) -> str:
     """A caption as an MLLM writes it: some parts, the perch or the background, never a name."""
     rng = random.Random(key + "/synthetic")
     template = rng.choice(_SYNTHETIC_CAPTIONS)
-    seen = visible_parts(picture)
+    seen = visible_parts(drawing)
     rng.shuffle(seen)
     phrases = [
         _describe(species, part, rng, noise.caption_errors, noise.synthetic_paraphrased)[0]
         for part in seen[:parts]
     ]
     caption = template.format(
-        parts=_join(phrases), perch=picture.scene.perch_phrase, background=picture.scene.background
+        parts=_join(phrases), perch=drawing.scene.perch_phrase, background=drawing.scene.background
     )
-    things = picture.scene.thing_phrases
+    things = drawing.scene.thing_phrases
     if things and rng.random() < 0.4:
         caption += f", next to {things[0]}"
     return caption
 
 
 def regions(
-    species: Species, picture: Picture, key: str, noise: Noise, *, least: int = 3, most: int = 5
+    species: Species, drawing: Drawing, key: str, noise: Noise, *, least: int = 3, most: int = 5
 ) -> list[dict]:
     """From `least` to `most` visible parts, less what is missed: box, description and score.
 
@@ -132,7 +132,7 @@ def regions(
     and with a wrong description, as a detector's does, and stays in [0.3, 0.99].
     """
     rng = random.Random(key + "/parts")
-    chosen = visible_parts(picture)
+    chosen = visible_parts(drawing)
     rng.shuffle(chosen)
     chosen = chosen[: rng.randint(least, most)]
     made = []
@@ -143,8 +143,8 @@ def regions(
         }
         if own["miss"].random() < noise.misses:
             continue
-        true_box = picture.boxes_xyxy[part]
-        box = _jittered(true_box, picture.image.size, own["box"], noise.jitter)
+        true_box = drawing.boxes_xyxy[part]
+        box = _jittered(true_box, drawing.image.size, own["box"], noise.jitter)
         description, wrong = _describe(
             species, part, own["words"], noise.wrong_descriptions, noise.paraphrased
         )

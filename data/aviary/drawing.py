@@ -32,7 +32,7 @@ class Pose:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class Drawing:
     """A drawn image: RGB `image`; part -> (x1, y1, x2, y2) in pixels of what can be seen of the
     part (a part out of sight is missing); part -> share of the image's area that it covers;
     the `scene` in words."""
@@ -93,7 +93,7 @@ class _Canvas:
         return boxes, areas
 
 
-def draw(species: Species, *, rng: random.Random, size: int = 64, pose: Pose = Pose()) -> Picture:
+def draw(species: Species, *, rng: random.Random, size: int = 64, pose: Pose = Pose()) -> Drawing:
     """Draws one bird of `species`, `size` x `size` pixels; all chance comes from `rng`.
 
     How much `rng` is used does not depend on the species: another look of a part changes that
@@ -128,7 +128,7 @@ def draw(species: Species, *, rng: random.Random, size: int = 64, pose: Pose = P
         ImageChops.multiply(background, Image.merge("RGB", (hidden,) * 3)), layer
     )
     boxes, areas = canvas.visible()
-    return Picture(image=image, boxes_xyxy=boxes, areas=areas, scene=scene)
+    return Drawing(image=image, boxes_xyxy=boxes, areas=areas, scene=scene)
 
 
 @functools.lru_cache(maxsize=4)

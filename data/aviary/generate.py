@@ -69,13 +69,13 @@ def species_of(settings: Settings) -> Aviary:
     )
 
 
-def picture_of(settings: Settings, split: str, index: int, species: Species) -> drawing.Picture:
-    """Picture `index` of `split` ("training", "seen", "unseen" or "test")."""
+def drawing_of(settings: Settings, split: str, index: int, species: Species) -> drawing.Drawing:
+    """Image `index` of `split` ("training", "seen", "unseen" or "test")."""
     rng = random.Random(f"aviary {settings.seed}/{split}/{index}")
     return drawing.draw(species, rng=rng, size=settings.size, pose=settings.pose)
 
 
-def record_of(settings: Settings, task: Task, picture: drawing.Picture) -> dict | None:
+def record_of(settings: Settings, task: Task, drawn: drawing.Drawing) -> dict | None:
     """The annotation of a training image (noisy) or a test image (exact), None for others."""
     key = f"aviary {settings.seed}/{task.split}/{task.index}"
     parts = {"least": settings.least_parts, "most": settings.most_parts}
@@ -83,19 +83,17 @@ def record_of(settings: Settings, task: Task, picture: drawing.Picture) -> dict 
         others = tuple(one for one in species_of(settings).training if one != task.species)
         noise = settings.noise
         words = {
-            "caption": annotations.web_caption(task.species, others, picture, key, noise),
+            "caption": annotations.web_caption(task.species, others, drawn, key, noise),
             "synthetic_caption": annotations.synthetic_caption(
-                task.species, picture, key, noise, parts=settings.caption_parts
+                task.species, drawn, key, noise, parts=settings.caption_parts
             ),
         }
     elif task.split == "test":
         noise = EXACT
-        words = {
-            "caption": annotations.synthetic_caption(task.species, picture, key, noise, parts=4)
-        }
+        words = {"caption": annotations.synthetic_caption(task.species, drawn, key, noise, parts=4)}
     else:
         return None
-    regions = annotations.regions(task.species, picture, key, noise, **parts)
+    regions = annotations.regions(task.species, drawn, key, noise, **parts)
     if noise is EXACT:
         regions = [{**region, "score": 1.0} for region in regions]
     return {"image": task.image, **words, "regions": regions, "id": f"{task.split}-{task.index}"}
@@ -190,14 +188,14 @@ def _order(key, count):
 
 def _make(output, settings, task):
     """Draws and writes one image; returns its annotation."""
-    picture = picture_of(settings, task.split, task.index, task.species)
+    drawn = drawing_of(settings, task.split, task.index, task.species)
     encoded = io.BytesIO()
     if task.image.endswith(".png"):
-        picture.image.save(encoded, "PNG", compress_level=6)
+        drawn.image.save(encoded, "PNG", compress_level=6)
     else:
-        picture.image.save(encoded, "JPEG", quality=95, subsampling=0)
+        drawn.image.save(encoded, "JPEG", quality=95, subsampling=0)
     (epath.Path(output) / task.folder / task.image).write_bytes(encoded.getvalue())
-    return record_of(settings, task, picture)
+    return record_of(settings, task, drawn)
 
 
 def _write_lines(path, records: Iterable[dict]):

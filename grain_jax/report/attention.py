@@ -50,6 +50,8 @@ def grid(model: config_lib.Model) -> tuple[int, int]:
 @functools.lru_cache(maxsize=4)
 def _program(model: config_lib.Model):
     tower, dtype = model.decoder, jnp.dtype("float32")
+    if tower is None:
+        raise ValueError("got a model without a region decoder, expected one with it")
     module, block = grain.GRAIN(model), region_decoder.Block(tower, dtype)
 
     def is_memory(part: nn.Module, _: str) -> bool:
@@ -60,21 +62,21 @@ def _program(model: config_lib.Model):
 
     def run(params, images):
         with jax.default_matmul_precision("highest"):
-            _, captured = module.apply(
+            applied: Any = module.apply(
                 {"params": params},
                 images,
                 method=grain.GRAIN.image_features,
                 capture_intermediates=is_memory,
                 mutable=["intermediates"],
             )
-            (memory,) = captured["intermediates"]["decoder"]["memory_norm"]["__call__"]
+            (memory,) = applied[1]["intermediates"]["decoder"]["memory_norm"]["__call__"]
             decoder = params["decoder"]
             query_embed = decoder["query_embed"]
             content = jnp.zeros((memory.shape[0], *query_embed.shape), dtype)
             layers = []
             for i in range(tower.depth):
                 own = jax.tree.map(lambda x, i=i: x[i], decoder["blocks"])
-                (content, _), captured = block.apply(
+                applied = block.apply(
                     {"params": own},
                     content,
                     i,
@@ -84,6 +86,7 @@ def _program(model: config_lib.Model):
                     capture_intermediates=is_attention,
                     mutable=["intermediates"],
                 )
+                (content, _), captured = applied
                 found = captured["intermediates"]["cross_attention"]
                 query, key, value, out = (found[name]["__call__"][0] for name in _PARTS)
                 logits = jnp.einsum("bqkh,bskh->bkqs", query * query.shape[-1] ** -0.5, key)

@@ -65,12 +65,13 @@ def write(
     runs, found = [], []
     for i, folder in enumerate(workdirs):
         run = run_files.read(folder, results if i == 0 else ())
-        looked: dict[str, Any] = {"lines": {"model": "the model was not asked (--no-model)"}}
-        if model and run.config is None:
-            looked = {
-                "lines": {"model": f"{folder}: config.json is missing, so no model was loaded"}
-            }
-        elif model:
+        looked: dict[str, Any]
+        if not model:
+            looked = {"lines": {"model": "the model was not asked (--no-model)"}}
+        elif run.config is None:
+            line = f"{folder}: config.json is missing, so no model was loaded"
+            looked = {"lines": {"model": line}}
+        else:
             own = predictor if i == 0 else None
             looked = collect.collect(folder, run.config, own, step=run.step, pictures=pictures)
         runs.append(run)

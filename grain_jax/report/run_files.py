@@ -90,7 +90,7 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
     evals = (config or {}).get("evals", {})
     if not (isinstance(evals, dict) and all(isinstance(x, dict) for x in evals.values())):
         unmeasured.append(f"config.json: evals: got {str(evals)[:40]!r}, expected named entries")
-        config, evals = {**config, "evals": {}}, {}
+        config, evals = {**(config or {}), "evals": {}}, {}
     if not lines:
         unmeasured.append(f"{metrics_file.FILE}: missing or empty, so there are no curves")
     series = metrics_file.series(lines)
@@ -100,13 +100,13 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
         unmeasured.append(
             "the run has not evaluated yet (no results.json, no eval/... in its metrics)"
         )
-    results = list(map(epath.Path, results))
-    for file in results:
+    given = [epath.Path(file) for file in results]
+    for file in given:
         if _json(file) is None:
             raise InputError(
                 f"{file}: cannot be read, expected the results of an evaluation (JSON)"
             )
-    for file in [*sorted(workdir.glob("*.json")), *results]:
+    for file in [*sorted(workdir.glob("*.json")), *given]:
         if file.name not in _OWN:
             _evaluations(file, found, unmeasured)
     names = {result.name for result in found}

@@ -69,7 +69,7 @@ def drawn(aviary):
     return [
         (
             task.species,
-            generate.picture_of(settings, "training", task.index, task.species),
+            generate.drawing_of(settings, "training", task.index, task.species),
             f"key{task.index}",
         )
         for task in tasks
