@@ -1,7 +1,7 @@
-"""Checks annotation lines together with their images; without them `grain_jax/files/annotations.py` does.
+"""Checks annotation lines together with their images; `grain_jax/files/annotations.py` checks lines alone.
 
-A line becomes an `Annotation` or a list of faults, never an exception; `data/build.py` decides what
-many faults mean.
+A line becomes an `Annotation` or a list of faults, never an exception; `data/build.py` decides how
+many faults end a build.
 """
 
 import math
@@ -14,7 +14,7 @@ from grain_jax.files import annotations, images
 
 
 class Checked(NamedTuple):
-    """What a line came to: an annotation with its image, or faults."""
+    """The result of checking a line: an annotation with its image, or faults."""
 
     annotation: annotations.Annotation | None  # its boxes are clipped to the image
     image: PIL.Image.Image | None
@@ -25,7 +25,7 @@ class Checked(NamedTuple):
 
 
 def check_line(line: bytes, folder: epath.PathLike, encoded_image: bytes | None = None) -> Checked:
-    """Checks one line and its image, which lies below `folder` unless its file is handed in."""
+    """Checks one line and its image: a file below `folder`, or `encoded_image`."""
     parsed = annotations.parse_line(line, caption_required=True)
     faults = list(parsed.faults)
     image, encoded = None, b""
@@ -63,7 +63,7 @@ def _image(
 def _clipped(
     boxes_xyxy: list[annotations.Box | None], image: PIL.Image.Image, faults: list[str]
 ) -> list[annotations.Box | None]:
-    """Each box within the image; None, and a fault, for one that hangs over too far."""
+    """Each box clipped to the image; None, and a fault, for a box with too little area inside."""
     out = []
     for index, box_xyxy in enumerate(boxes_xyxy):
         if box_xyxy is None:  # its own fault is reported already

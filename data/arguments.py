@@ -1,4 +1,4 @@
-"""What the commands of this folder have in common: wrong usage is one line, and the types of arguments."""
+"""Shared by the commands of this folder: the parser, which reports wrong usage in one line, and types of arguments."""
 
 import argparse
 from collections.abc import Callable

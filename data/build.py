@@ -91,7 +91,7 @@ def examples(
     stored_anew: list[int],
     read_lines: survey.ReadLines = example.read_lines,
 ) -> Iterator[dict]:
-    """The lines of `ids` as examples. Raises BuildError where the input changed since it was checked.
+    """The lines of `ids` as examples. Raises BuildError where the input has changed after the check.
 
     Args:
       stored_anew: gets the numbers of the lines whose images are stored as PNG, since training cannot read their files.
@@ -115,7 +115,7 @@ def default_num_shards(num_examples: int, num_bytes: int) -> int:
 
 
 def _stored_bytes(found: survey.Survey, encoding: example.Encoding) -> int:
-    """A guess at the set's size: the files', or 3 bytes a pixel shrunk as photographs do."""
+    """An estimate of the size of the set: that of the files, or what photographs of that size take."""
     if not encoding.size:
         return found.image_bytes
     bytes_per_pixel = 0.4 if encoding.kind == "jpeg" else 1.8
@@ -185,7 +185,7 @@ def _check_faults(found: survey.Survey, args: argparse.Namespace, target: epath.
 
 
 def _divide(found: survey.Survey, args: argparse.Namespace, workers: int) -> splits.Splits:
-    """The splits, of which a line each is printed. Raises BuildError, SourceError."""
+    """The splits; prints a line about each that is not empty. Raises BuildError, SourceError."""
     divided = splits.divide(
         found,
         holdout=args.holdout,
@@ -272,7 +272,7 @@ def _write(
 
 
 def of_system(error: OSError, output: epath.PathLike) -> str:
-    """A line about what the system refused: a full or read-only disk, a file in a folder's place."""
+    """A line about an operation that the system refused: a full or read-only disk, a file in a folder's place."""
     reason = f"{error.filename or output}: {error.strerror or error}"
     return f"{reason}; no set was changed; make room, or give another --output"
 

@@ -1,4 +1,4 @@
-"""What the records of a split are, in one number: `digest.json` beside them, which training reads.
+"""A digest of the records of a split, for `digest.json` beside them, which training reads.
 
 The bytes of a record are not reproducible (the order of a proto map), so it counts by what it holds. The
 order of the records is TFDS's, a function of their ids and of the shards' lengths, so it needs no place here.
@@ -18,7 +18,7 @@ class Digest:
         self._sum = 0
 
     def counting(self, examples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """`examples`, dicts as `data.example.encode` returns them with an id, each counted as it goes by."""
+        """`examples`, dicts as `data.example.encode` returns them with an id, each added to the sum."""
         for example in examples:
             self._sum += int.from_bytes(_of_example(example), "big")
             yield example

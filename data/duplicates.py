@@ -1,6 +1,6 @@
-"""Finds images that are there twice, within a set and across sets, by two fingerprints.
+"""Finds duplicate images, within a set and across sets, by two fingerprints.
 
-`exact` is a hash of the file: it sees through another name. `near` is a difference hash of the pixels:
+`exact` is a hash of the file: it does not depend on the name. `near` is a difference hash of the pixels:
 also of a copy that was resized, resized or compressed anew, of which up to NEAR_BITS of 64 bits differ.
 So it works whatever size either set is stored at.
 """
@@ -27,10 +27,10 @@ Fingerprint = tuple[int, int]  # exact, near: 64 bits each
 
 
 def fingerprint(encoded: bytes, image: PIL.Image.Image) -> Fingerprint:
-    """Of a file and the image in it.
+    """The fingerprints of a file and of the image in it.
 
-    `near` says of each of 8 x 8 places of the resized, grey image whether it is darker than the place to
-    its right.
+    `near` has a bit for each of 8 x 8 places of the resized grey image: whether it is darker than the place to its
+    right.
     """
     exact = hashlib.sha256(encoded).digest()[:8]
     grey = image.convert("RGB").convert("L")
@@ -56,8 +56,8 @@ def encode(fingerprints: np.ndarray) -> bytes:
 def of_set(folder: epath.PathLike, *, workers: int) -> np.ndarray:
     """Fingerprints of the images of a TFDS set, all splits: uint64 [N, 2].
 
-    Of sets that data.build wrote, those of the files that they were made from; of others, those of the
-    images that they hold, which takes time.
+    Sets that data.build wrote keep the fingerprints of their source files; images of other sets are decoded, which
+    takes time.
 
     Raises:
       data.sources.SourceError: there is no set.
@@ -72,7 +72,7 @@ def of_set(folder: epath.PathLike, *, workers: int) -> np.ndarray:
 
 
 def _of_encoded(encoded: bytes) -> Fingerprint | tuple[()]:
-    """Nothing for an image that cannot be read: no good one is like it."""
+    """Empty for an image that cannot be read."""
     try:
         return fingerprint(encoded, images.decode_image(encoded))
     except images.ImageError:

@@ -42,7 +42,7 @@ class Line(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What checking a line said; small, since every line's travels between processes."""
+    """The result of checking a line; small, since one is sent between processes for every line."""
 
     number: int
     faults: list[str]
@@ -80,7 +80,7 @@ class Encoded(NamedTuple):
 
 
 def encode(line: Line, *, folder: str, encoding: Encoding) -> Encoded | list[str]:
-    """The line as features, or the faults it has by now."""
+    """The line as features, or its faults."""
     checked = annotations.check_line(line.text, folder, line.encoded_image)
     found, image = checked.annotation, checked.image
     if found is None:
@@ -129,7 +129,7 @@ def encode_image(image: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> 
 
 
 def _is_read_by_training(encoded: bytes, size: tuple[int, int]) -> bool:
-    """Whether tf.io decodes the file to an image of that width and height: it refuses damage that PIL reads over."""
+    """Whether tf.io decodes the file to an image of that width and height: it refuses damage that PIL tolerates."""
     import tensorflow as tf  # slow to start, and of no use to those who only check
 
     from grain_jax.input_pipeline import transforms

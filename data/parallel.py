@@ -17,7 +17,7 @@ _INLINE = 1000  # items below which starting processes takes longer than the wor
 
 
 def _leave_with_parent() -> None:
-    """Workers of a parent that was killed would wait for ever."""
+    """Ends this worker when its parent ends: it would otherwise wait for ever."""
     parent = multiprocessing.parent_process()
 
     def wait():

@@ -1,4 +1,4 @@
-"""Progress of a long loop: a bar with the time left on a terminal, a plain line now and then elsewhere."""
+"""Progress of a long loop: a bar on a terminal, otherwise a line every 15 seconds, both with the time left."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""Which images of a build go to train, which to validation, and which are left out as those of other sets."""
+"""Divides the images of a build into train and validation, and leaves out duplicates of other sets."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from data.survey import BuildError, Survey
 
 
 class Splits(NamedTuple):
-    """Which good lines go where."""
+    """The good lines of each split."""
 
     train: dict[int, str]  # line -> id
     validation: dict[int, str]
@@ -23,7 +23,7 @@ class Splits(NamedTuple):
 def divide(
     found: Survey, *, holdout: float, exclude_duplicates_of: Sequence[str], workers: int
 ) -> Splits:
-    """Leaves out what other sets have, and holds out a share.
+    """Leaves out images that other sets have, and holds out a share of the rest.
 
     The split of an image depends on its file only, so it is the same in each run and in each set; but a near copy of
     a held-out image is held out too.

@@ -1,4 +1,4 @@
-"""Replaces a record set by one that is complete: written beside it, then exchanged by renaming.
+"""Replaces a record set atomically: the new set is written beside the old one, then exchanged by renaming.
 
 A build that is killed leaves the old set or the new one; between the two renames neither stands in its
 place, and `recover` puts the old one back. One build at a time writes a set: `locked`.
@@ -23,7 +23,7 @@ class BusyError(errors.UserError):
 def locked(target: epath.Path) -> Iterator[None]:
     """Keeps other builds of the set `target` (OUTPUT/NAME/VERSION) out while the block runs.
 
-    The lock is the system's: it goes with its process, however that ends. Object stores have none.
+    It is a lock of the operating system, which ends with the process. Object stores have none.
 
     Raises:
       BusyError: another process has it.
@@ -59,7 +59,7 @@ def locked(target: epath.Path) -> Iterator[None]:
 
 
 def recover(target: epath.Path) -> None:
-    """Undoes an exchange that was cut short: the older set of `target` (OUTPUT/NAME/VERSION) is back."""
+    """Undoes an interrupted exchange: puts the old set of `target` (OUTPUT/NAME/VERSION) back."""
     old = _old(target)
     if old.exists() and not target.exists():
         old.rename(target)
@@ -69,7 +69,7 @@ def recover(target: epath.Path) -> None:
 def replacing(target: epath.Path) -> Iterator[epath.Path]:
     """Gives a folder to write NAME/VERSION in; that then takes the place of `target`, OUTPUT/NAME/VERSION.
 
-    What killed builds of this very set left is deleted first. If the block raises, `target` stays as
+    Left-overs of killed builds of the same set are deleted first. If the block raises, `target` stays as
     it was.
     """
     name, version = target.parent.name, target.name

@@ -20,7 +20,7 @@ class BuildError(errors.UserError):
 
 
 class Survey:
-    """What the first pass found: which lines are good, and what is wrong with the others."""
+    """The result of the first pass: the good lines, and the faults of the others."""
 
     def __init__(self, file_name: str):
         self.file_name = file_name

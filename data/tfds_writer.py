@@ -42,7 +42,7 @@ def features(encoding_format: str | None) -> tfds.features.FeaturesDict:
 
 
 class AnnotatedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Images with captions and described regions, from examples that are handed in.
+    """Images with captions and described regions, from given examples.
 
     `name` is the set's; `splits` are their examples, dicts as `data.build.examples` yields them,
     ids unique.
@@ -98,7 +98,7 @@ class _Shards(shard_utils.ShardConfig):
 
 @dataclasses.dataclass
 class _Preparing(tfds.download.DownloadConfig):
-    """What `download_and_prepare` is to do."""
+    """The settings of `download_and_prepare`."""
 
     of_splits: tuple[int, ...] = ()
 

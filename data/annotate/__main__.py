@@ -2,7 +2,7 @@
 
   python -m data.annotate --images FOLDER_OR_SHARDS --output DIR [--passes caption,describe] ...
 
-The same command again goes on where it was cut off. Further arguments, from --runner on, are Beam's.
+The same command again resumes an interrupted job. Further arguments, from --runner on, go to Beam.
 """
 
 import argparse
@@ -144,7 +144,7 @@ def _job(args: argparse.Namespace, output: outputs.Output, source: sources.Sourc
 
 
 def _settings(args: argparse.Namespace, job: Job) -> dict[str, dict[str, Any]]:
-    """What the results depend on, by the part of the job that it belongs to."""
+    """The settings that results depend on: those of the source, and of each pass."""
     out: dict[str, dict[str, Any]] = {
         "source": {
             "name": arguments.source_name(args),

@@ -1,4 +1,4 @@
-"""Takes the chat model's answers apart, strictly: what is not in the form that was asked for is refused by name.
+"""Parses the answers of the chat model strictly: text in another form than the prompt asks for is refused with a cause.
 
 Models wrap a good answer in bullets, numbers, quotes and headings, which are taken off; they also refuse,
 ramble and repeat themselves, which would become training text and is therefore kept out and counted.
@@ -37,7 +37,7 @@ _REFUSAL = re.compile(
 
 
 class Refused(NamedTuple):
-    """An answer, or a line of it, that is kept out."""
+    """An answer, or a line of one, that is not used."""
 
     cause: str  # one of the names above; a counter's name
     detail: str  # what was got, cut to what fits on a line
@@ -58,7 +58,7 @@ class Described(NamedTuple):
 
 
 def parse_caption(text: str, *, cut_off: bool = False) -> Captioned | Refused:
-    """Takes subject and caption from an answer of two lines, `Subject: ...` and `Caption: ...`.
+    """Parses an answer of two lines, `Subject: ...` and `Caption: ...`.
 
     Args:
       text: the model's answer.
@@ -95,7 +95,7 @@ def parse_caption(text: str, *, cut_off: bool = False) -> Captioned | Refused:
 def parse_descriptions(
     text: str, *, limit: int = MAX_DESCRIPTIONS, cut_off: bool = False
 ) -> Described | Refused:
-    """Takes descriptions from an answer of one a line.
+    """Parses an answer with one description per line.
 
     Args:
       text: the model's answer.
@@ -141,7 +141,7 @@ def _too_long(text: str, words: int) -> bool:
 
 
 def _whole(text: str, cut_off: bool) -> Refused | None:
-    """Why nothing of an answer can be used."""
+    """The cause for which a whole answer is refused."""
     if len(text) > MAX_CHARACTERS:
         got = f"an answer of {len(text)} characters, at most {MAX_CHARACTERS}"
         return Refused(RUN_ON, f"{got}: {_show(text[:MAX_CHARACTERS])}")

@@ -1,4 +1,4 @@
-"""The arguments of `python -m data.annotate`; what is not among them goes to Beam."""
+"""The arguments of `python -m data.annotate`; unknown ones go to Beam."""
 
 import argparse
 
@@ -175,7 +175,7 @@ def parser(description: str | None) -> arguments.Parser:
 
 
 def source_name(args: argparse.Namespace) -> str:
-    """The source that is given, or that the images tell."""
+    """The source given by --source; otherwise `webdataset` for tar files and `folder` for images."""
     if args.source:
         return args.source
     images = epath.Path(args.images)

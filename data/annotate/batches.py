@@ -1,4 +1,4 @@
-"""Runs a model over batches: smaller ones when memory runs out, and one by one around what it cannot take."""
+"""Runs a model over batches; halves a batch when memory runs out or an item fails, down to single items."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -18,7 +18,7 @@ class Batches:
     """Splits items into batches.
 
     Attributes:
-      size: the most items in a batch; it falls when memory runs out, and stays there.
+      size: the most items in a batch; it is halved when memory runs out, and not raised again.
     """
 
     def __init__(self, size: int):
@@ -30,7 +30,7 @@ class Batches:
         """One result an item; a failure where the model raises even for that item alone.
 
         Raises:
-          UserError: the model's, as it is: it concerns every item.
+          UserError: raised by the model, since it concerns every item.
         """
         results: list[Result | chat.Failure] = []
         while len(results) < len(items):

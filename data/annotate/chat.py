@@ -1,4 +1,4 @@
-"""What the passes ask of a multimodal chat model, wherever it runs: an image and a prompt in, an answer out.
+"""The interface of a multimodal chat model: an image and a prompt in, an answer out.
 
 `local_chat` runs one on this machine, `endpoint_chat` asks a server; both only import here what they need.
 """
@@ -10,14 +10,14 @@ import PIL.Image
 
 
 class Failure(NamedTuple):
-    """Why a model gave nothing for an image."""
+    """The reason why a model has no result for an image."""
 
     cause: str  # of a small fixed set, the name of a counter: "out of memory", "time-out", ...
     detail: str  # one line: what happened
 
 
 class Answer(NamedTuple):
-    """What a model said about an image."""
+    """The answer of a model about an image."""
 
     text: str  # as it came; may be empty
     prompt_tokens: int  # the image's included; 0 where a server does not say

@@ -1,6 +1,6 @@
-"""Which images a model is shown: one still image a file, whole, and of a size that makes sense.
+"""Checks an image before a model sees it: one complete still image per file, with sides within limits.
 
-Everything that can be wrong with a file has a cause of a fixed name, which is also its counter's.
+Every fault has a cause of a fixed name, under which it is also counted.
 """
 
 from typing import NamedTuple
@@ -28,7 +28,7 @@ class Limits(NamedTuple):
 
 
 def check(item: sources.Image, limits: Limits) -> PIL.Image.Image | sources.Fault:
-    """The image as RGB, whatever its colour mode (CMYK, palette, 16 bits, ...), or what is wrong.
+    """The image as RGB, whatever its colour mode (CMYK, palette, 16 bits, ...), or its fault.
 
     The orientation tag of cameras is not applied: boxes are in pixels of the file.
     """
@@ -45,7 +45,7 @@ def check(item: sources.Image, limits: Limits) -> PIL.Image.Image | sources.Faul
 
 
 def _header_fault(item: sources.Image, limits: Limits) -> sources.Fault | None:
-    """What is wrong with the file as far as its header tells, before its pixels take memory."""
+    """The fault that the header of the file shows, before pixels are decoded."""
     try:
         header = images.open_image(item.encoded)
     except images.TooLargeError as error:

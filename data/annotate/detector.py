@@ -1,6 +1,6 @@
-"""The open-vocabulary detector: which part of an image each description is about.
+"""The open-vocabulary detector: finds the box of each description.
 
-The boxes' way back to the image is where such pipelines go wrong: OWLv2's boxes are shares of a square
+Boxes must be mapped back to the image, which differs between models: OWLv2's boxes are shares of a square
 that the image was padded to, Grounding DINO's are shares of the image without its padding.
 """
 
@@ -30,7 +30,7 @@ class Options(NamedTuple):
 
 
 class _Scores(NamedTuple):
-    """An image's part of a model's output, in the form that the processors' post-processing takes."""
+    """The output of a model for one image, in the form that the post-processing of processors takes."""
 
     logits: Any  # [1, boxes, descriptions]
     pred_boxes: Any  # [1, boxes, 4] cxcywh, in the model's own share of an image
@@ -116,7 +116,7 @@ class Detector:
 
 
 def _plain(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The pixels alone: a processor could follow the EXIF orientation, and turn the boxes with it."""
+    """The image without metadata: a processor could apply the EXIF orientation, which would rotate the boxes."""
     plain = PIL.Image.fromarray(np.asarray(image.convert("RGB")))
     plain.thumbnail((MAX_SIDE, MAX_SIDE))
     return plain

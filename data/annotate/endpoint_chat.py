@@ -41,7 +41,7 @@ _RETRIED = {408: TIME_OUT, 425: SERVER_ERROR, 429: RATE_LIMIT}  # and all from 5
 
 
 class Options(NamedTuple):
-    """What `build` needs; picklable. The key is no part of it: it would land in logs and summaries."""
+    """What `build` needs; picklable. The key is not part of it, so that it is not written to logs and summaries."""
 
     url: str  # up to the version, as in http://host:8000/v1
     model: str  # as the server calls it
@@ -63,7 +63,7 @@ def build(options: Options) -> "EndpointChat":
     """Makes the client; nothing is asked yet.
 
     Raises:
-      EndpointError: the address is none.
+      EndpointError: the address is not valid.
     """
     try:
         address = urllib.parse.urlsplit(options.url)
@@ -134,7 +134,7 @@ class EndpointChat:
         return result
 
     def _try(self, body: bytes) -> tuple[chat.Answer | chat.Failure, float | None]:
-        """A request: what came of it, and the seconds to wait before another (0: not said; None: do not)."""
+        """Sends one request; returns its result and the seconds to wait before a retry (0: unknown; None: no retry)."""
         try:
             return _answer(
                 transport.post(self._url, body, self._headers, seconds=self._options.seconds)
@@ -207,12 +207,12 @@ def _answer(response: bytes) -> tuple[chat.Answer | chat.Failure, float | None]:
 
 
 def _not_json(constant: str) -> None:
-    """Python's reader takes NaN and Infinity for numbers."""
+    """Refuses NaN and Infinity, which the json module accepts as numbers."""
     raise ValueError(constant)
 
 
 def _count(tokens: Any) -> int:
-    """The number of tokens; 0 where the server says none that can be."""
+    """The number of tokens; 0 where the response has no valid one."""
     return int(tokens) if isinstance(tokens, int | float) and 0 <= tokens < MAX_TOKENS else 0
 
 

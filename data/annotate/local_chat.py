@@ -76,7 +76,7 @@ class LocalChat:
         return [self._answer(row, ends, count) for row, count in zip(answers, prompt_tokens)]
 
     def _answer(self, tokens: list[int], ends: set[int], prompt_tokens: int) -> chat.Answer:
-        """What was generated up to the end token; beyond it a batch is padded."""
+        """The generated text up to the end token; the rest is padding of the batch."""
         length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
         text = self._processor.tokenizer.decode(tokens[:length], skip_special_tokens=True)
         return chat.Answer(text, prompt_tokens, length, cut_off=length == len(tokens))

@@ -1,9 +1,9 @@
-"""What a job writes, a shard at a time: each file is whole or not there, the last one says that it is done.
+"""The files that a job writes per shard; each is written atomically, and the last one marks the shard as done.
 
-OUTPUT/failed/SHARD.jsonl       what came to nothing, with its cause
+OUTPUT/failed/SHARD.jsonl       faults with their causes
 OUTPUT/shards/SHARD.json        counters
 OUTPUT/annotations/SHARD.jsonl  lines of A.jsonl
-OUTPUT/passes/PASS/SHARD.jsonl  what a pass found; there when the pass has done the shard
+OUTPUT/passes/PASS/SHARD.jsonl  results of a pass; its presence marks the shard as done
 """
 
 import collections
@@ -40,12 +40,12 @@ class Output(NamedTuple):
         return list(map(json.loads, content.splitlines()))
 
     def write(self, kind: str, shard: str, lines: Iterable[dict[str, Any]]) -> None:
-        """Puts the lines in the place of the shard's."""
+        """Replaces the lines of the shard."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         self.put(text, kind, f"{shard}.jsonl")
 
     def put(self, content: str | bytes, *names: str) -> None:
-        """Writes a file at once; a worker that was given up, yet goes on, cannot spoil it."""
+        """Writes a file atomically; a worker that the runner has abandoned cannot leave part of one."""
         path = self.path(*names)
         path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path("incomplete", uuid.uuid4().hex)
@@ -56,7 +56,7 @@ class Output(NamedTuple):
         new.replace(path)
 
     def put_tally(self, shard: str, tally: dict[str, Any]) -> None:
-        """Puts the shard's counters: a nested dict of numbers."""
+        """Replaces the counters of the shard: a nested dict of numbers."""
         self.put(json.dumps(tally, indent=1) + "\n", "shards", f"{shard}.json")
 
     def tally(self, shard: str) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Output(NamedTuple):
         return set.intersection(*map(self._shards, kinds))
 
     def is_finished(self, shard: str, passes: Sequence[str]) -> bool:
-        """Whether the shard is among the `finished`."""
+        """Whether `finished` has the shard."""
         if not passes:
             return self.path("annotations", f"{shard}.jsonl").exists()
         return all(self.path("passes", name, f"{shard}.jsonl").exists() for name in passes)
@@ -99,7 +99,7 @@ class Output(NamedTuple):
         self.put(json.dumps(known | settings, indent=1) + "\n", "settings.json")
 
     def join(self, shards: Iterable[str]) -> None:
-        """Writes A.jsonl and failed.jsonl, the shards' one after another."""
+        """Writes A.jsonl and failed.jsonl by joining those of the shards."""
         for kind, name in (("annotations", "A.jsonl"), ("failed", "failed.jsonl")):
             new = self.path("incomplete", uuid.uuid4().hex)
             new.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ class Output(NamedTuple):
             new.replace(self.path(name))
 
     def clear(self) -> None:
-        """Deletes what writers that were killed have left."""
+        """Deletes the unfinished files of killed writers."""
         self.path("incomplete").rmtree(missing_ok=True)
 
     def summary(self, shards: Iterable[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The three passes over a shard's images: caption, describe, ground. No Beam in here.
 
-An image that one pass fails keeps what it has: it stays in the annotations as long as these hold a text or
-a region, and the dead letters say what is missing and why.
+An image whose pass fails keeps its other results: it stays in the annotations while these have a text or a region,
+and failed.jsonl names what is missing and why.
 """
 
 import collections
@@ -31,7 +31,7 @@ FAILURES_IN_A_ROW = 50  # of a model: then it is not the images' fault, and the 
 
 
 class ModelDown(errors.UserError):
-    """A model, or the server of one, gives nothing any more; the message is one line."""
+    """A model or its server has failed for many images in a row; the message is one line."""
 
 
 class Job(NamedTuple):
@@ -159,7 +159,7 @@ def _region(region: annotations.Region) -> dict[str, Any]:
 
 
 def _line(work: _Work) -> dict[str, Any] | None:
-    """The image's line of A.jsonl; None if there is nothing to learn from it."""
+    """The line of A.jsonl for the image; None if it has neither a text nor a region."""
     item, out = work.item, {"image": work.item.image}
     if len(item.captions) == 1:
         out["caption"] = item.captions[0]
@@ -227,7 +227,7 @@ def _batches(items: Iterable[_Work], size: int) -> Iterator[list[_Work]]:
 
 
 def _run(name: str, batch: list[_Work], models: Models, tally: collections.Counter) -> None:
-    """Runs a pass over those of a batch that have what it needs and not yet what it gives."""
+    """Runs a pass over the images of a batch that have its inputs and lack its results."""
     needs, run = PASSES[name]
     todo = [
         work
@@ -249,14 +249,14 @@ def _run(name: str, batch: list[_Work], models: Models, tally: collections.Count
             if models.failures >= FAILURES_IN_A_ROW:
                 raise ModelDown(
                     f"pass {name}: {models.failures} images in a row failed, the last by"
-                    f" {found.cause} ({found.detail}); mend it, and give the same command again"
+                    f" {found.cause} ({found.detail}); fix it, then give the same command again"
                 )
         tally["seconds"] += time.monotonic() - start
     tally["pictures"] += len(todo)
 
 
 def annotate_shard(shard: sources.Shard, job: Job, models: Models) -> dict[str, Any]:
-    """Runs the job's passes over a shard and writes its files; what they found before is not done again.
+    """Runs the job's passes over a shard and writes its files; results of earlier jobs are kept.
 
     Returns: the counters of this run, as `tally` in `outputs` has them for all runs.
     """
@@ -306,7 +306,7 @@ def annotate_shard(shard: sources.Shard, job: Job, models: Models) -> dict[str, 
 
 
 def _finish(work: _Work, job: Job) -> dict[str, Any] | None:
-    """The image's line, if it is to have one; its file goes with it where nobody else has it as one."""
+    """The line of the image, or None; also writes the file of the image where the source has none."""
     if any(letter["stage"] == "picture" for letter in work.letters):
         return None
     line = _line(work)

@@ -1,7 +1,7 @@
 """The passes on Apache Beam. One element is one shard of the source: a few hundred images, or a tar of them.
 
-There is no GroupByKey behind the work: batch runners finish everything before it first, so that a killed job
-would have nothing to show. So each shard is written when it is done, and a job that starts again skips it.
+A worker writes each shard as soon as it is done, and a restarted job skips it. A GroupByKey would lose this: batch
+runners finish all work before one, so a killed job would have no results.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class PipelineError(errors.UserError):
 
 
 class AnnotateShards(beam.DoFn):
-    """Annotates shards with models that are loaded once per worker process, whatever its threads are."""
+    """Annotates shards with models that are loaded once per worker process, however many threads it has."""
 
     def __init__(self, job: passes.Job, retry_failed: bool):
         self._job, self._retry_failed = job, retry_failed
@@ -74,7 +74,7 @@ def run(
       PipelineError: a worker met wrong usage or wrong input.
     """
     options = pipeline_options.PipelineOptions(list(beam_arguments))
-    # Beam logs the traceback of every error; the user's are told in a line.
+    # Beam logs the traceback of every error; user errors are printed as one line.
     logging.getLogger(beam.runners.common.__name__).addFilter(
         lambda record: _MARK not in record.getMessage()
     )
@@ -104,7 +104,7 @@ def run(
 
 
 def check(beam_arguments: Sequence[str]) -> None:
-    """Raises PipelineError for what is no option of Beam's."""
+    """Raises PipelineError for an option that Beam does not have."""
     options = pipeline_options.PipelineOptions(list(beam_arguments))
     known = pipeline_options.PipelineOptions([]).get_all_options()
     given = options.get_all_options(retain_unknown_options=True)
@@ -125,7 +125,7 @@ def _is_local(options: pipeline_options.PipelineOptions) -> bool:
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """Marks the user's errors, of which runners hand on a text within much else."""
+    """Marks user errors, so that their text is found in the longer text that a runner raises."""
     try:
         yield
     except errors.UserError as error:
@@ -133,13 +133,13 @@ def _told() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _OF_DISK:
             raise
-        told = f"{error.filename}: {error.strerror}; mend it, and give the same command again"
+        told = f"{error.filename}: {error.strerror}; fix it, then give the same command again"
         raise RuntimeError(f"{_MARK}{told}{_MARK}") from error
 
 
 @contextlib.contextmanager
 def _shown(job: passes.Job, names: set[str]) -> Iterator[None]:
-    """Reports how many of the shards are done, as the output folder tells: that any runner fills."""
+    """Reports progress by the files of the output folder, which work with every runner."""
     ended = threading.Event()
 
     def newly_finished():

@@ -1,4 +1,4 @@
-"""The prompts' files: a line `version: N`, then the text. The version goes to the output, never to the model."""
+"""Prompt files: a line `version: N`, then the text. The version is recorded in the output and not sent to the model."""
 
 import re
 from typing import NamedTuple

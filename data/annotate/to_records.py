@@ -12,7 +12,7 @@ from grain_jax import errors
 
 
 class RecordsError(errors.UserError):
-    """The source has no longer the images that were annotated; the message is one line."""
+    """The source no longer has the images that were annotated; the message is one line."""
 
 
 def arguments_of_build(args: argparse.Namespace, source: sources.Source) -> argparse.Namespace:

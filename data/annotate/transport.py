@@ -1,4 +1,4 @@
-"""A request to a server that nobody vouches for: bounded in time and bytes, and never sent on to another address.
+"""A request to an untrusted server: bounded in time and bytes, and never redirected.
 
 urllib follows redirects with all headers, the key included; it waits anew for each piece that a server
 drips, and reads whatever length a server claims.
@@ -42,7 +42,7 @@ def post(url: str, body: bytes, headers: dict[str, str], *, seconds: float) -> b
 
 
 def refusal(error: Any) -> str:
-    """What a server said with a status that is none of success, as far as it can be read."""
+    """The readable part of a response with an error status."""
     try:
         return _read(error).decode(errors="replace")
     except (OSError, http.client.HTTPException, ValueError):

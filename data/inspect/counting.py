@@ -1,7 +1,7 @@
-"""Counts that stay small however long the stream is: numbers, different things, frequent things, a sample.
+"""Counters of bounded memory over a stream: numbers, distinct items, frequent items, a sample.
 
-All but `Numbers` are exact up to a limit and say what they are beyond it. What is kept depends on the
-things themselves (their hashes), never on their order or on chance.
+All but `Numbers` are exact up to a limit, and tell their error beyond it. What they keep depends on the hashes of the
+items, not on their order or on chance.
 """
 
 import collections
@@ -157,7 +157,7 @@ class Sample:
         self._added = 0
 
     def add(self, name: str, thing: Any) -> None:
-        """Takes part in the draw."""
+        """Adds an item, which the sample may keep."""
         self._added += 1
         entry = (-digest(name.encode()), -self._added, thing)
         if len(self._heap) < self.size:
@@ -166,5 +166,5 @@ class Sample:
             heapq.heapreplace(self._heap, entry)
 
     def things(self) -> list[Any]:
-        """What was drawn, in the order in which it was added."""
+        """The sample, in the order of adding."""
         return [thing for _, _, thing in sorted(self._heap, key=lambda entry: -entry[1])]

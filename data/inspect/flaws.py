@@ -1,4 +1,4 @@
-"""What may be wrong with a text of the annotations, told from the text alone."""
+"""Flaws of a text of the annotations that the text alone shows."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What packing would make of the set's own texts: rows that a group needs, and padding left in them.
+"""Packs the texts of the set: the rows that a group needs, and the padding in them.
 
 Uses the packing of training (`grain_jax/input_pipeline/packing.py`) with room for all texts, so that the
 rows it takes are the rows that a group needs.

@@ -30,7 +30,7 @@ class Mark(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """An image and what is said of it."""
+    """An image with its texts and regions."""
 
     name: str
     image: PIL.Image.Image  # RGB

@@ -1,4 +1,4 @@
-"""What may be wrong with a set: a line each, with how often, an example, and what to do."""
+"""The problems of a set: each with its count, an example and advice."""
 
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ class Problem(NamedTuple):
     advice: str
 
 
-_LOST = "mend them: data.build leaves such lines out"
+_LOST = "fix them: data.build leaves such lines out"
 _AGAIN = "run the model's pass again for these, or take the text out"
 # Issue -> (what it is called here, what it is a part of, what to do).
 _ISSUES = {

@@ -96,7 +96,7 @@ def _read_annotations(path: epath.Path, folder: epath.Path, total: int) -> Itera
 
 
 def _read_line(line: example.Line, *, file: str, folder: str) -> list[Item | Fault]:
-    """One item, or the faults that data.build would name."""
+    """One item, or its faults as data.build names them."""
     where = f"{file}:{line.number}"
     checked = annotations.check_line(line.text, folder)
     found, image = checked.annotation, checked.image
@@ -157,7 +157,7 @@ def _records(path: epath.Path) -> Source:
 
 
 def _read_records(shards: list[tuple[str, int]]) -> Iterator[Item | Fault]:
-    """All shards, one after another; a damaged one is left where the damage is."""
+    """All shards, one after another; a damaged shard is read up to the damage."""
     import tensorflow as tf
 
     text = tf.io.RaggedFeature(tf.string)

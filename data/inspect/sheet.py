@@ -1,4 +1,4 @@
-"""The contact sheet as one PNG: images with numbered boxes, and what they say below them."""
+"""The contact sheet as one PNG: images with numbered boxes, and their texts below."""
 
 import functools
 import io

@@ -22,7 +22,7 @@ TOP = 20  # most frequent texts and sizes
 
 
 class Issue:
-    """How often something was seen, and where first."""
+    """A count with the place of the first occurrence."""
 
     def __init__(self):
         self.count, self.example = 0, ""
@@ -36,7 +36,7 @@ class Issue:
 class Statistics:
     """Add batches of items, then ask for the result.
 
-    `issues` counts what may be wrong by name (see `problems`); causes of faults are `fault: CAUSE`.
+    `issues` counts possible problems by name (see `problems`); causes of faults are `fault: CAUSE`.
     """
 
     def __init__(self):

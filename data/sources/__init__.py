@@ -1,7 +1,7 @@
-"""Where images come from: one reader for each public format, by name, and anybody's own as `module:Class`.
+"""Data sources: a reader of each public format by its name, and any other as `module:Class`.
 
   shards(source, options)   the source in pieces that are worked on apart
-  read(shard)               the images of a piece, and what is wrong with the others
+  read(shard)               the images of a piece, and the faults of the others
 
 What a source is: `data/sources/base.py`.
 """

@@ -1,4 +1,4 @@
-"""What a data source gets and yields: `Source`, a small protocol, and the types that it speaks.
+"""The protocol of a data source, `Source`, and the types that it takes and yields.
 
 A source reads one format. `data.annotate` finds it by its name in `data/sources/__init__.py`, or as `module:Class`:
 a class of your own, in any module that Python finds (examples/source/csv_boxes.py). Its options are the fields of
@@ -39,7 +39,7 @@ class SourceError(errors.UserError):
 
 
 class Options(NamedTuple):
-    """What every source is told: the flags of `data.annotate`. Plain values, so that they go to workers."""
+    """The options that every source gets: flags of `data.annotate`. Plain values, so that they can be sent to workers."""
 
     images: str  # folder of the images, of tar files, or of a TFDS set
     annotations: tuple[str, ...] = ()  # the files (or folders) that the source's reader names
@@ -72,7 +72,7 @@ class Image(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Some images of a source: the unit of work, and of what is done again after a kill."""
+    """Some images of a source: the unit of work, and of what a restarted job repeats."""
 
     name: str  # safe in a file name, unique; shards sort by it. Other content gets another name
     arguments: Mapping[str, Any]  # all that `read` needs, as plain values that JSON keeps
@@ -122,7 +122,7 @@ def text(value: Any) -> str:
 
 
 def xywh(box: Any) -> Any:
-    """COCO's (left, top, width, height) as (x1, y1, x2, y2); what is no such box stays as it is."""
+    """COCO's (left, top, width, height) as (x1, y1, x2, y2); any other value is returned unchanged."""
     try:
         left, top, width, height = map(float, box)
         return left, top, left + width, top + height

@@ -1,4 +1,4 @@
-"""Joins what an annotation file says of an image with the image itself.
+"""Joins the entry of an annotation file with its image.
 
 Boxes are checked against the image here, since most public sets have a few that are empty or lie outside: such a
 region is left out with its cause, and its image stays.
@@ -35,9 +35,9 @@ def load(entry: Entry, folder: epath.PathLike) -> Image | Fault:
 
 
 def join(entry: Entry, encoded: bytes) -> Image | Fault:
-    """The entry with its image; boxes that cannot be are left out by name.
+    """The entry with its image; boxes that the image cannot have are left out with their cause.
 
-    An image without regions is not looked at: whoever decodes it finds what is wrong with it.
+    An image without regions is not decoded here: later steps find its faults.
     """
     if not encoded:
         return Fault(entry.image, "empty file", "0 bytes, expected an image")

@@ -3,7 +3,8 @@
 Also the JSON that MDETR made of them (finetune_refcoco_train.json): COCO's form, one expression an image.
 A region is an object with one of its expressions, and each sentence of the refs is a phrase to be grounded, also
 where two people gave the same one: the protocol of lichengunc/MAttNet (eval_dets_utils.py), which counts every
-sentence with its own box. `split` is that of the refs (train, val, testA, ...). The sets have no captions; their images are COCO's, so captions_train2014.json may be given as well.
+sentence with its own box. `split` is that of the refs (train, val, testA, ...). The sets have no captions; their images
+are COCO's, so captions_train2014.json may be given as well.
 """
 
 import pickle
@@ -20,7 +21,7 @@ _Expression = tuple[str, tuple[int, int] | None, Any, str]  # file, its size, xy
 
 
 class _Plain(pickle.Unpickler):
-    """Lists, dicts, texts and numbers; a pickle that names anything else could run any code."""
+    """Unpickles lists, dicts, texts and numbers only: a pickle that names anything else could run code."""
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it wants {module}.{name}")

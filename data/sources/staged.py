@@ -18,7 +18,7 @@ from grain_jax.files import atomic
 
 
 class ListedSource(abc.ABC):
-    """A `base.Source` but for `entries`: `shards` writes the entries to lists, `read` joins those of one with their images."""
+    """A `base.Source` whose subclass gives `entries`: `shards` writes them to lists, `read` joins them with their images."""
 
     images_are_files: ClassVar[bool] = True
 

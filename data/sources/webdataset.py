@@ -165,7 +165,7 @@ def metadata(files: dict[str, bytes]) -> dict[str, Any]:
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose header must be right: tarfile takes a broken or missing one for the tar's end."""
+    """A member with a strict check of its header: tarfile takes a broken or missing header for the end of the tar."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
@@ -214,7 +214,7 @@ def _samples(path: epath.Path) -> Iterator[tuple[str, dict[str, bytes | None]]]:
 
 
 def _within(tar: tarfile.TarFile, length: int) -> Iterator[tarfile.TarInfo]:
-    """The members; tarfile would step through terabytes that one claims to have, behind the end."""
+    """The members, up to the end of the file: tarfile would seek through the terabytes that a false header claims."""
     for member in tar:
         if tar.offset > length:
             raise tarfile.ReadError("unexpected end of data")

@@ -1,4 +1,4 @@
-"""What the page shows, as numbers: an image and classes -> scores, regions, and the parts that each score is the sum of.
+"""The numbers of the page: an image and classes -> scores, regions, and the terms of each score.
 
 Embeddings come from a `Predictor` and are kept between calls; the arithmetic is that of
 `Predictor.classify`. Nothing here needs Gradio.
@@ -118,7 +118,7 @@ class Analyst:
         self._images: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
 
     def analyse(self, image: PIL.Image.Image, classes: Classes, alpha: float) -> Result:
-        """Scores of the image and what they are made of.
+        """The scores of the image and their terms.
 
         Args:
           image: RGB.
@@ -203,7 +203,7 @@ class Analyst:
 
 
 def _remembered(kept: collections.OrderedDict, key: Hashable, make: Callable[[], Any]) -> Any:
-    """`kept[key]`, made if it is not there; what was used longest ago goes."""
+    """`kept[key]`, made if it is not there; the least recently used entry is dropped."""
     if key not in kept:
         kept[key] = make()
     kept.move_to_end(key)

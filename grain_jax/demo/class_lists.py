@@ -1,4 +1,4 @@
-"""The classes of the page, as they are typed, stored in a file or given as JSON; what is too much for a page is refused."""
+"""Parses the classes of the page: typed lines, a file or JSON, within bounds."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What stands before the page: calls that the page itself would not make are refused with a status 4xx and one line.
+"""ASGI middleware in front of the page: calls that the page itself would not make get a status 4xx and one line.
 
 Gradio serves much that this page has no use for, reads paths and URLs out of calls, and answers what it
 cannot read with status 500 and a traceback. Nothing here needs Gradio: it is ASGI.

@@ -1,7 +1,6 @@
 """The Gradio page around `analysis` and `views`; the only module that imports Gradio.
 
-It asks nothing of any network: no fonts, no analytics, no sharing. What a user gets wrong is a line in
-the page.
+It makes no request to any network: no fonts, no analytics, no sharing. A user error is one line in the page.
 """
 
 import functools

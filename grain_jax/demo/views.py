@@ -115,7 +115,7 @@ def scores(result: analysis.Result, *, softmax: bool, chosen: str = "") -> str:
 
 
 def why(result: analysis.Result, chosen: str = "") -> str:
-    """How the score of the chosen class (else the best) came about, beside the best of the others."""
+    """The terms of the score of the chosen class (by default the best), beside those of the best other class."""
     pair = analysis.explained(result, chosen)
     cards = "".join(_card(result, c) for c in pair)
     return (

@@ -1,1 +1,1 @@
-"""Images and tables of what a run came to."""
+"""The report of a run: the HTML page, curves.png, regions.png and the final table."""

@@ -1,4 +1,4 @@
-// Curves: drawn anew at the width they get; a cursor by pointer or arrow keys; series and runs can be put out.
+// Curves: drawn anew at the width they get; a cursor by pointer or arrow keys; series and runs can be hidden.
 const HEIGHT = 230, LEFT = 52, RIGHT = 16, TOP = 8, BOTTOM = 22;
 const curves = { smooth: 0, hiddenRuns: new Set(), all: [] };
 

@@ -1,4 +1,4 @@
-"""What the HTML pages have in common: one file that loads nothing, its frame, tables, charts and images.
+"""The shared parts of the HTML pages, which are self-contained files: frame, tables, charts and images.
 
 `grain_jax.report` and `data.inspect` write their pages with it. Imports neither JAX nor numpy. Charts are drawn in the
 browser by charts.js, whose colours are the page's and suit light and dark.
@@ -24,7 +24,7 @@ _STYLES, _SCRIPTS = ("base.css",), ("elements.js", "charts.js")
 
 
 class Section(NamedTuple):
-    """A part of a page that its navigation leads to."""
+    """A part of a page with an entry in the navigation."""
 
     name: str  # its id
     heading: str
@@ -79,7 +79,7 @@ def document(
 
 
 def _embedded(value: Any) -> str:
-    """JSON that ends no script element, whatever its texts hold."""
+    """JSON that cannot close its script element, whatever its texts contain."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 

@@ -1,4 +1,4 @@
-"""report.html: one file that shows what came of a run, or of several side by side; it loads nothing."""
+"""report.html: one self-contained file that shows the results of a run, or of several side by side."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -14,7 +14,7 @@ FILE = "report.html"
 _FILES = ("page.css", "page.js", "curves.js", "sections.js")
 _SECTIONS = (  # id, heading, what one sees
     ("results", "Results", "The last evaluations. The bar is the value, the thin line its 95% interval, the upright line chance."),
-    ("curves", "Curves", "What was logged over the steps. Point at a chart, or focus it and press the arrow keys, to read the values at a step; press a name to put its curve out."),
+    ("curves", "Curves", "What was logged over the steps. Point at a chart, or focus it and press the arrow keys, to read the values at a step; press a name to hide its curve."),
     ("classes", "Classes", "How often each class is recognised: the share of its images whose top-1 is right."),
     ("confusions", "Hardest confusions", "Pairs of classes, the most frequent first: images of the one that were taken for the other, and (dashed) an image of that other."),
     ("regions", "Regions", "Test images with the boxes of the region queries, and the descriptions that these match best, against the annotated ones. Point at a box or a line to see it alone."),
@@ -114,7 +114,7 @@ def render(runs: Sequence[run_files.Run], found: Sequence[Mapping[str, Any]]) ->
 
 
 def _payload(runs, found, names) -> dict[str, Any]:
-    """What the page's script draws from."""
+    """The data of the scripts."""
     evaluations = [
         len(s) for run in runs for k, (s, _) in run.series.items() if k.startswith("eval/")
     ]
