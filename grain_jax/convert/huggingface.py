@@ -142,12 +142,14 @@ def _check(model: config_lib.Model) -> None:
         )
     raise_any(
         [
-            f"model.text.{name}: got {got}, to-hf writes text towers with {expected}"
+            f"model.{name}: got {got}, to-hf writes towers with {expected}"
             for name, got, expected in (
-                ("causal", model.text.causal, True),
-                ("pool", model.text.pool, "end"),
-                ("projection", model.text.projection, "matrix"),
-                ("tokenizer", model.text.tokenizer, "clip"),
+                ("image.tower", model.image.tower, "vit"),
+                ("text.tower", model.text.tower, "transformer"),
+                ("text.causal", model.text.causal, True),
+                ("text.pool", model.text.pool, "end"),
+                ("text.projection", model.text.projection, "matrix"),
+                ("text.tokenizer", model.text.tokenizer, "clip"),
             )
             if got != expected
         ]

@@ -175,8 +175,10 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
     # A set: query, key and value may share an entry.
     unused = unused + sorted({tower.theirs[name] for name in tower.params if name not in params})
     position = f"{which}/position_embed"
-    old = params[position].shape[0]
-    if which == "image":
+    old = params[position].shape[0] if position in params else None
+    if old is None:  # a tower of a user need not have positions
+        pass
+    elif which == "image":
         params[position] = resize_image_positions(
             params[position],
             wanted.image_size // wanted.patch_size,
@@ -187,7 +189,7 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
         params[position] = resize_text_positions(params[position], wanted.context_length)
     towers.check_shapes(params, expected, tower.theirs)
     report = [f"init.{which}: {len(params)} arrays from {path}"]
-    if len(params[position]) != old:
+    if old is not None and len(params[position]) != old:
         report.append(f"init.{which}: {old} positions resized to {len(params[position])}")
     report += [f"init.{which}: ASSUMED {words}" for words in tower.assumed]
     if which == "text":

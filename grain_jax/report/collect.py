@@ -16,7 +16,7 @@ from etils import epath
 
 import grain_jax
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, named
 from grain_jax.evaluate import base, grounding, test_sets, zeroshot
 from grain_jax.files import atomic, images
 from grain_jax.inference import prompts, scores
@@ -362,9 +362,14 @@ def _queries(boxes_xyxy, said, texts: Sequence[str], matched) -> dict[str, Any]:
     return {"pictures": count, "queries": out}
 
 
-def _attention(predictor, pictures: Sequence[test_sets.Picture]) -> dict[str, Any]:
-    """The decoder's attention over some of the images shown, in 8 bits of each query's largest."""
+def _attention(predictor, pictures: Sequence[test_sets.Picture]) -> dict[str, Any] | None:
+    """The decoder's attention over some of the images shown, in 8 bits of each query's largest.
+
+    None with an image tower of a user, whose tokens need not be patches of a grid.
+    """
     model = predictor.model
+    if named.is_external(model.image.tower):
+        return None
     decoder = model.decoder
     first, side = attention.grid(model)
     each = decoder.depth * decoder.heads * (decoder.queries + 1) * (first + side * side)

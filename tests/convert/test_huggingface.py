@@ -472,8 +472,8 @@ def test_text_towers_of_another_kind_are_refused(tmp_path, capsys):
     arguments = ["to-hf", "--input", str(tmp_path / "ours"), "--output", str(tmp_path / "hf")]
     assert main(arguments) == 2
     assert capsys.readouterr().err.strip().split("\n")[:-1] == [
-        "model.text.causal: got False, to-hf writes text towers with True",
-        "model.text.pool: got last, to-hf writes text towers with end",
+        "model.text.causal: got False, to-hf writes towers with True",
+        "model.text.pool: got last, to-hf writes towers with end",
     ]
     assert not (tmp_path / "hf").exists()
 

@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import shutil
+import sys
 
-import jax
 import numpy as np
 import pytest
 
 from examples.tower import mixer
 from grain_jax import config as config_lib
-from grain_jax import train
+from grain_jax import errors, train
+from grain_jax.convert import huggingface
+from grain_jax.convert.reference import parameters
 from grain_jax.models import grain, towers
 from grain_jax.training import flops, optim
 from tests import tiny
@@ -93,19 +95,27 @@ def test_its_options_are_checked_and_stored():
 
 def test_what_is_no_tower_is_a_line():
     image = dataclasses.replace(config().model.image, tower="examples.tower.mixer:Options")
-    with pytest.raises(config_lib.ConfigError.__base__, match="expected a class that derives from"):
+    with pytest.raises(errors.UserError, match="expected a class that derives from"):
         towers.image_tower(image)
 
 
-def test_layer_decay_counts_its_layers():
-    params = jax.eval_shape(
-        lambda: grain.GRAIN(config().model).init(
-            jax.random.key(0),
-            jax.tree.map(
-                lambda x: np.zeros((1, *x.shape[1:]), x.dtype),
-                tiny.batch(config(text__packing=False)),
-            ),
-        )["params"]
-    )
-    with pytest.raises(config_lib.ConfigError.__base__, match="image/blocks"):
-        optim.layer_scales({"image": {"norm": params["image"]["norm"]}}, 0.5)
+def test_a_stored_config_imports_no_tower(monkeypatch):
+    stored = json.loads(config_lib.to_json(config()))
+    monkeypatch.delitem(sys.modules, "examples.tower.mixer")
+    read = config_lib.from_dict(stored)
+    assert read.model.image.options == {"token_dim": 32, "kernel": 3}
+    with pytest.raises(errors.UserError, match="import examples.tower.mixer first"):
+        towers.image_tower(read.model.image)
+    assert "examples.tower.mixer" not in sys.modules
+
+
+def test_converters_say_which_towers_they_know():
+    with pytest.raises(errors.UserError, match=f"image.tower: got {TOWER}, to-hf writes .* vit"):
+        huggingface._check(config().model)
+    with pytest.raises(errors.UserError, match=f"image.tower: got {TOWER}, the reference's .* vit"):
+        parameters.to_states(config().model, {})
+
+
+def test_layer_decay_without_stacked_layers_is_a_line():
+    with pytest.raises(errors.UserError, match="no layers stacked below image/blocks"):
+        optim.layer_scales({"image": {"norm": np.zeros(2)}}, 0.5)

@@ -78,6 +78,8 @@ def to_states(model: config_lib.Model, params: Any) -> dict[str, StateDict]:
     faults = []
     for name, got, expected in (
         ("logit_bias_init", model.logit_bias_init, None),
+        ("image.tower", image.tower, "vit"),
+        ("text.tower", text.tower, "transformer"),
         ("image.norm_eps", image.norm_eps, 1e-6),
         ("image.class_token", image.class_token, True),
         ("image.patch_bias", image.patch_bias, True),
