@@ -14,7 +14,7 @@ from grain_jax import errors, train
 from grain_jax.convert import huggingface
 from grain_jax.convert.reference import parameters
 from grain_jax.models import grain, towers
-from grain_jax.training import flops, optim
+from grain_jax.training import flops, optim, sharding, train_step
 from tests import tiny
 
 TOWER = "examples.tower.mixer:Mixer"
@@ -53,6 +53,15 @@ def test_it_trains_alike_on_all_meshes_and_resumes_to_the_bit(tmp_path):
     again = lines(tmp_path / "cut")[-1]
     for name in ("step", "loss", "grad_norm/image", "batch_chain", "pixel_chain"):
         assert again[name] == expected[-1][name], name
+
+
+def test_its_parameters_are_sharded():
+    c = config(mesh=(2, 2, 2))
+    mesh = sharding.make_mesh(c.mesh)
+    program = train_step.build(c, mesh, total_steps=3, steps_per_epoch=1.0)
+    blocks = program.shardings.params["image"]["blocks"]
+    assert tuple(blocks["tokens_in"]["kernel"].spec) == (None, None, "tensor")
+    assert tuple(blocks["mlp"]["in"]["kernel"].spec) == (None, "fsdp", "tensor")
 
 
 def test_its_parameters_have_logical_axes_and_the_shapes_of_its_options():
