@@ -78,6 +78,7 @@ def train(run: design.Run, args: argparse.Namespace) -> None:
     from grain_jax import config as config_lib
     from grain_jax import train as trainer
     from grain_jax.models.grain import GRAIN
+    from grain_jax.runtime import metrics_file
     from grain_jax.training import flops, optim, sharding, train_step
 
     main = args.data or args.workdir / ("main" if run.data in design.NOISE else run.data)
@@ -87,7 +88,7 @@ def train(run: design.Run, args: argparse.Namespace) -> None:
     trainer.train(config, epath.Path(workdir))
     seconds = time.monotonic() - began
 
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line.values for line in metrics_file.read([workdir / metrics_file.FILE])[0]]
     last = lines[-5:]
     speeds = sorted(line["images_per_second"] for line in lines)
     model = GRAIN(config.model, config.dtype, config.remat)

@@ -2,14 +2,21 @@
 
 import argparse
 from collections.abc import Callable
+from typing import NoReturn
+
+from grain_jax import errors
+from grain_jax.runtime import arguments
 
 
-class Parser(argparse.ArgumentParser):
-    """Wrong usage is one line and status 2."""
+class Parser(arguments.Parser):
+    """Wrong usage is one line and status 2, at once: the commands parse before they catch faults."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         """Called by argparse."""
-        self.exit(2, f"{self.prog}: {message}; --help lists the arguments\n")
+        try:
+            super().error(message)
+        except errors.UserError as error:
+            self.exit(error.status, f"{error}\n")
 
 
 def positive(text: str) -> int:

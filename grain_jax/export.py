@@ -6,7 +6,6 @@ Every function takes any number of images or texts and is lowered for CPUs, CUDA
 parameters lie beside them in one file, since the functions share them (docs/library.md shows their use).
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +22,12 @@ from grain_jax import config as config_lib
 from grain_jax import errors, inference
 from grain_jax.convert import parity
 from grain_jax.input_pipeline import tokenizer
+from grain_jax.runtime.arguments import Parser
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Of max|b|, against the Predictor. In bfloat16 the compiler fuses other sums, each of which is rounded.
 TOLERANCE = {"float32": parity.TOLERANCE, "bfloat16": 2e-2}
-_PICTURES = 3  # that the check runs; the Predictor pads them to another number
+_IMAGES = 3  # of the check; the Predictor pads them to another number
 
 
 class ExportError(errors.UserError):
@@ -56,7 +56,10 @@ def export_model(
       ExportError: the folder cannot be written.
     """
     output, model = epath.Path(output), predictor.model
-    params = traverse_util.flatten_dict(jax.tree.map(np.asarray, predictor.params), sep="/")
+    params: dict[str, Any] = {
+        name: np.asarray(x)
+        for name, x in traverse_util.flatten_dict(predictor.params, sep="/").items()
+    }
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
     functions = {}
     for name, (function, inputs) in _functions(model, predictor.dtype).items():
@@ -94,7 +97,7 @@ def _functions(model: config_lib.Model, dtype: str) -> dict[str, tuple[Callable,
 
     size, context = model.image.image_size, model.text.context_length
     (b,) = jax_export.symbolic_shape("b")
-    pictures = {"image": jax.ShapeDtypeStruct((b, size, size, 3), np.uint8)}
+    images = {"image": jax.ShapeDtypeStruct((b, size, size, 3), np.uint8)}
     rows, length = b, context
     if model.text.packable:  # another one sees its padding: rows as long as in training
         rows, length = jax_export.symbolic_shape("b, l", constraints=[f"l <= {context}"])
@@ -102,9 +105,9 @@ def _functions(model: config_lib.Model, dtype: str) -> dict[str, tuple[Callable,
         "tokens": jax.ShapeDtypeStruct((rows, length), np.int32),
         "end": jax.ShapeDtypeStruct((rows,), np.int32),
     }
-    functions = {"image": (image, pictures), "text": (text, texts)}
+    functions = {"image": (image, images), "text": (text, texts)}
     if model.decoder is not None and model.decoder.queries:
-        functions["regions"] = (regions, pictures)
+        functions["regions"] = (regions, images)
     return functions
 
 
@@ -153,7 +156,8 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
     }
 
 
-def _sizes(aval: jax.core.ShapedArray) -> str:
+def _sizes(aval: Any) -> str:
+    """The shape of a jax.core.ShapedArray, whose sizes may be symbols."""
     return ", ".join(map(str, aval.shape))
 
 
@@ -187,21 +191,21 @@ def _compare(
     with (output / "params.npz").open("rb") as file:
         params = jax.device_put(dict(np.load(file)))
     size, text = model.image.image_size, model.text
-    pictures = np.random.default_rng(0).integers(0, 256, (_PICTURES, size, size, 3))
-    pictures = pictures.astype(np.uint8)
-    tokens = parity.inputs(size, text.vocab_size, text.context_length, count=_PICTURES).token_ids
-    inputs = {"image": pictures, "tokens": tokens, "end": tokens.argmax(1).astype(np.int32)}
+    images = np.random.default_rng(0).integers(0, 256, (_IMAGES, size, size, 3))
+    images = images.astype(np.uint8)
+    tokens = parity.inputs(size, text.vocab_size, text.context_length, count=_IMAGES).token_ids
+    inputs = {"image": images, "tokens": tokens, "end": tokens.argmax(1).astype(np.int32)}
     expected = {"text_embed": predictor.encode_text(tokens)}
     if "regions" in functions:
-        image_embed, regions = predictor.encode_image_and_regions(pictures)
+        image_embed, regions = predictor.encode_image_and_regions(images)
         expected["region_embed"], expected["boxes_xyxy"] = regions.embed, regions.boxes_xyxy
     else:
-        image_embed = predictor.encode_image(pictures)
+        image_embed = predictor.encode_image(images)
     expected["image_embed"] = image_embed
     found = []
     for name, (_, names) in functions.items():
-        function = jax_export.deserialize((output / f"{name}.stablehlo").read_bytes())
-        got = function.call(params, *(inputs[each] for each in names))
+        function = jax_export.deserialize(bytearray((output / f"{name}.stablehlo").read_bytes()))
+        got: Any = function.call(params, *(inputs[each] for each in names))
         compared = parity.compare(
             got, {key: expected[key] for key in got}, tolerance=TOLERANCE[predictor.dtype]
         )
@@ -209,14 +213,9 @@ def _compare(
     return found
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ExportError(f"{self.prog}: {message}")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exports a checkpoint; returns 0, 1 where the functions give other outputs, 2 for wrong input."""
-    parser = _Parser(prog="grain_jax.export", description=__doc__.splitlines()[0])
+    parser = Parser(prog="grain_jax.export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--checkpoint", required=True, help="workdir, checkpoint or converted model"
     )

@@ -88,7 +88,7 @@ def keep_freed_memory() -> None:
     mallopt(m_trim_threshold, -1)
 
 
-def prepare_missing_data(config: config_lib.Config, notice: preemption.Notice) -> None:
+def prepare_missing_data(config: config_lib.Config, handler: preemption.PreemptionHandler) -> None:
     """Runs `input.prepare` where a record set is missing.
 
     Only the trainer calls this, with the config that its user passed: a stored config may come from anyone.
@@ -97,16 +97,16 @@ def prepare_missing_data(config: config_lib.Config, notice: preemption.Notice) -
         try:
             sources.open_source(config)
         except errors.MissingData:
-            _run_prepare(config.input, notice)
+            _run_prepare(config.input, handler)
     wait_for_all("data set prepared")
 
 
-def _run_prepare(config: config_lib.Input, notice: preemption.Notice) -> None:
+def _run_prepare(config: config_lib.Input, handler: preemption.PreemptionHandler) -> None:
     command = [word.format(**vars(config)) for word in shlex.split(config.prepare)]
     print(f"No data set yet: python -m {shlex.join(command)}", file=sys.stderr, flush=True)
-    with subprocess.Popen([sys.executable, "-m", *command]) as notice.child:
-        status = notice.child.wait()
-    notice.child = None
+    with subprocess.Popen([sys.executable, "-m", *command]) as handler.child:
+        status = handler.child.wait()
+    handler.child = None
     if status:
         raise errors.UserError(
             f"input.prepare: python -m {shlex.join(command)} ended with {status}"
@@ -162,10 +162,10 @@ def resolve_steps(config: config_lib.Config, num_examples: int) -> tuple[int, fl
 def train(
     config: config_lib.Config,
     workdir: epath.Path,
-    notice: preemption.Notice | None = None,
+    handler: preemption.PreemptionHandler | None = None,
     watch: watchdog.Watchdog | None = None,
 ) -> None:
-    """One run, from where its workdir stands to its last step, or to the one where `notice` ends it.
+    """One run, from where its workdir stands to its last step, or to the one where `handler` ends it.
 
     `watch` ends the process where the run stands still.
 
@@ -175,14 +175,14 @@ def train(
       SystemExit: the run was told to end, and is saved.
     """
     with contextlib.ExitStack() as ends:
-        notice, watch = notice or preemption.Notice(), watch or watchdog.Watchdog()
-        _train(config, workdir, notice, watch, ends)
+        handler, watch = handler or preemption.PreemptionHandler(), watch or watchdog.Watchdog()
+        _train(config, workdir, handler, watch, ends)
 
 
 def _train(
     config: config_lib.Config,
     workdir: epath.Path,
-    notice: preemption.Notice,
+    handler: preemption.PreemptionHandler,
     watch: watchdog.Watchdog,
     ends: contextlib.ExitStack,
 ) -> None:
@@ -193,7 +193,7 @@ def _train(
     sharding.check_batch(config, mesh)  # before the data set is made
     there = memory.limit()
     memory.check(config, mesh, there)
-    prepare_missing_data(config, notice)
+    prepare_missing_data(config, handler)
     source = sources.open_source(config)
     asked = config  # what memory.py suggests values for
     config, derived_from = derive(config, mesh, source, workdir)
@@ -222,11 +222,7 @@ def _train(
     mark = ends.enter_context(lock.held(workdir)) if main_process else None
     ends.enter_context(storage_faults.in_a_line(workdir))
     checkpoints = checkpoint.manager(workdir, config)
-    placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        program.state,
-        program.shardings,
-    )
+    placed = checkpoint.placed(program.state, program.shardings)
     tell = lambda text: print(text, file=sys.stderr, flush=True) if main_process else None  # noqa: E731
     state = checkpoint.restore_newest(checkpoints, config, placed, tell, data)
     if state is None:
@@ -301,7 +297,7 @@ def _train(
     last_good_step, last_save = start_step, time.monotonic()
     results: dict[str, float] = {}
     preempted = False
-    with notice.training(), contextlib.ExitStack() as closes:
+    with handler.training(), contextlib.ExitStack() as closes:
         closes.callback(watch.stop)  # whatever ends the loop, these run from the last to the first
         if log:
             closes.callback(log.close)
@@ -321,7 +317,7 @@ def _train(
                     mark.check()
 
                 last = step == total_steps
-                preempted = notice.reached()
+                preempted = handler.reached()
                 evaluates = evals and (last or at_interval(step, config.eval_every))
                 evaluates = evaluates and not preempted  # there may be half a minute left
                 saves = last or preempted or at_interval(step, config.checkpoint_every)
@@ -365,7 +361,7 @@ def _train(
         say(
             f"told to end: saved at step {step} of {total_steps}; the same command goes on from there"
         )
-        sys.exit(notice.status)
+        sys.exit(handler.status)
 
     # 6. What came of it.
     if not results and evals:  # the run was complete already
@@ -511,8 +507,8 @@ def main(argv: list[str]) -> None:
     if not WORKDIR.value:
         command_line.fail("--workdir: missing; the folder that the run writes to")
     keep_freed_memory()
-    notice, watch = preemption.Notice(), watchdog.Watchdog(STALL_SECONDS.value)
-    notice.listen()
+    handler, watch = preemption.PreemptionHandler(), watchdog.Watchdog(STALL_SECONDS.value)
+    handler.listen()
     storage_faults.quiet_threads()
     found = distributed.initialize(
         COORDINATOR.value, PROCESSES.value, PROCESS_ID.value, HEARTBEAT_SECONDS.value
@@ -522,7 +518,7 @@ def main(argv: list[str]) -> None:
     workdir = epath.Path(WORKDIR.value)
     with distributed.ending_together(HEARTBEAT_SECONDS.value):
         with errors.out_of_memory_in_a_line("training", lambda: memory.training_advice(config)):
-            train(config, workdir, notice, watch)
+            train(config, workdir, handler, watch)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from grain_jax.runtime import (
     metrics_writer,
     receipt,
 )
+from grain_jax.runtime.arguments import Parser
 from grain_jax.training import sharding, train_step
 
 # The largest difference of a loss term, as a share of the loss, that rounding on another mesh explains.
@@ -301,13 +302,8 @@ def check_checkpoints(run: Run, place: "Place") -> None:
 
 
 def _restore(kept: Kept, program: train_step.Program) -> train_step.TrainState:
-    placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        program.state,
-        program.shardings,
-    )
     try:
-        return checkpoint.restore(kept.folder, placed)
+        return checkpoint.restore(kept.folder, checkpoint.placed(program.state, program.shardings))
     except Exception as error:  # whatever a reader makes of bytes that nobody wrote
         first = " ".join(str(error).split())[:200]
         raise Mismatch(f"checkpoint {kept.folder.name}: cannot be read ({first})") from None
@@ -538,11 +534,6 @@ def _loss_error(metrics: Mapping[str, Any], line: Mapping[str, Any]) -> float:
     return max(abs(float(metrics[term]) - line[term]) for term in metrics_writer.LOSS_TERMS) / scale
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise errors.UserError(f"{self.prog}: {message}")
-
-
 def _whole_number(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of steps")
@@ -562,8 +553,7 @@ def _recorded_devices(workdir: epath.Path) -> int:
 
 def main(argv: list[str]) -> int:
     """Parses the command line and verifies; 0: proved, 1: not."""
-    parser = _Parser(prog="grain_jax.verify", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="grain_jax.verify", description=__doc__)
     parser.add_argument("workdir", help="of a run")
     parser.add_argument(
         "--from", dest="start", type=_whole_number, metavar="STEP", help="a kept checkpoint, or 0"

@@ -18,6 +18,9 @@ import sys
 import threading
 import time
 
+from grain_jax import errors
+from grain_jax.runtime.arguments import Parser
+
 GRACE_SECONDS = 30  # from the request to end until a process is killed
 PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
 INTERRUPTED = 130  # the same after Ctrl-C
@@ -27,11 +30,10 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def main(argv: list[str] | None = None) -> int:
     """Starts the processes, waits for them, and returns the launcher's status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m launch.local",
         usage="%(prog)s --processes P [--devices-per-process D] -- python -m grain_jax.train ...",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--processes", type=int, required=True, metavar="P")
     parser.add_argument("--devices-per-process", type=int, default=1, metavar="D", help="default 1")
@@ -43,12 +45,16 @@ def main(argv: list[str] | None = None) -> int:
         help="seconds that the others have to end in once a process failed; default %(default)s",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    if not command or args.processes < 1 or args.devices_per_process < 1 or args.grace < 0:
-        parser.error(
-            "expected --processes >= 1, --devices-per-process >= 1, --grace >= 0 and -- COMMAND"
-        )
+    try:
+        args = parser.parse_args(argv)
+        command = args.command[1:] if args.command[:1] == ["--"] else args.command
+        if not command or args.processes < 1 or args.devices_per_process < 1 or args.grace < 0:
+            parser.error(
+                "expected --processes >= 1, --devices-per-process >= 1, --grace >= 0 and -- COMMAND"
+            )
+    except errors.UserError as error:
+        print(error, file=sys.stderr)
+        return error.status
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"

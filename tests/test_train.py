@@ -29,8 +29,8 @@ TIMINGS = (
 )
 
 
-class _EndsAt(preemption.Notice):
-    """A notice that is given after so many steps."""
+class _EndsAt(preemption.PreemptionHandler):
+    """Tells the run to end after so many steps."""
 
     def __init__(self, step):
         super().__init__()
@@ -101,7 +101,7 @@ def test_lines_have_the_share_of_the_texts_that_do_not_fit(tmp_path, capfd):
         text__max_dropped_share=1.0,
     )
     with pytest.raises(SystemExit):  # at step 3, between two lines
-        train.train(c, tmp_path, notice=_EndsAt(3))
+        train.train(c, tmp_path, handler=_EndsAt(3))
     train.train(c, tmp_path)
     batches = synthetic.batches(c)
     counts = np.array(
@@ -209,18 +209,18 @@ def _processes(count, workdir, *flags, devices=4):
 
 
 def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(finished, tmp_path, capfd):
-    notice = preemption.Notice()
+    handler = preemption.PreemptionHandler()
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one counts
-        notice.tell(number)
+        handler.tell(number)
     with pytest.raises(SystemExit) as end:
-        train.train(tiny.config(), tmp_path, notice)
+        train.train(tiny.config(), tmp_path, handler)
     assert end.value.code == preemption.INTERRUPTED == 130
     assert "saved at step 1 of 10" in capfd.readouterr().err
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
-    notice = preemption.Notice()
-    notice.tell(signal.SIGTERM)
+    handler = preemption.PreemptionHandler()
+    handler.tell(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
-        train.train(tiny.config(), tmp_path, notice)
+        train.train(tiny.config(), tmp_path, handler)
     assert end.value.code == preemption.PREEMPTED == 75
     train.train(tiny.config(), tmp_path)
     assert _lines(tmp_path) == _lines(finished)
@@ -231,10 +231,10 @@ def test_told_to_end_while_there_is_nothing_to_save():
     code = """if True:
         import ctypes, subprocess
         from grain_jax import preemption
-        notice = preemption.Notice()
-        notice.listen()
-        notice.child = subprocess.Popen(["sleep", "60"])
-        print(notice.child.pid, flush=True)
+        handler = preemption.PreemptionHandler()
+        handler.listen()
+        handler.child = subprocess.Popen(["sleep", "60"])
+        print(handler.child.pid, flush=True)
         ctypes.CDLL(None).sleep(60)  # as compiling: no Python runs on this thread
         ctypes.CDLL(None).sleep(60)
     """

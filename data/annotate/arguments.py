@@ -32,8 +32,6 @@ def parser(description: str | None) -> arguments.Parser:
     out = arguments.Parser(
         prog="python -m data.annotate",
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = out.add_argument_group("images").add_argument
     add("--images", required=True, metavar="DIR", help="folder of images, or of tar shards")

@@ -5,7 +5,6 @@
 With --records R, DIR/A.jsonl is also built into TFRecords in R (as `python -m data.build` does).
 """
 
-import argparse
 import dataclasses
 import os
 import sys
@@ -92,8 +91,6 @@ def _parse(argv):
     parser = arguments_lib.Parser(
         "python -m data.aviary",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--records", metavar="DIR", help="also build TFRecords here")

@@ -28,7 +28,6 @@ def parser() -> arguments.Parser:
     out = arguments.Parser(
         prog="python -m data.inspect",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = out.add_argument
     add("set", metavar="DIR", help="OUTPUT/NAME or OUTPUT/NAME/1.0.0 of data.build, or an A.jsonl")

@@ -12,10 +12,10 @@ from grain_jax import config as config_lib
 from grain_jax import errors
 from grain_jax.convert import huggingface, parity, towers
 from grain_jax.convert.big_vision.command import from_big_vision
-from grain_jax.convert.faults import ConvertError
 from grain_jax.convert.open_clip.command import from_open_clip
 from grain_jax.convert.reference import commands as reference
 from grain_jax.convert.reference.sizes import TOWERS
+from grain_jax.runtime.arguments import Parser
 
 
 class Command(NamedTuple):
@@ -64,18 +64,9 @@ COMMANDS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ConvertError(f"{self.prog}: {message}")
-
-
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     known = "\n".join(f"  {name}: {command.about}" for name, command in COMMANDS.items())
-    parser = _Parser(
-        prog="grain_jax.convert",
-        description=f"Commands:\n{known}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="grain_jax.convert", description=f"Commands:\n{known}")
     parser.add_argument("command", help=", ".join(COMMANDS))
     parser.add_argument("--input", required=True, help="the checkpoint to read")
     parser.add_argument(

@@ -17,6 +17,7 @@ from etils import epath
 
 from grain_jax import errors
 from grain_jax.runtime import command_line
+from grain_jax.runtime.arguments import Parser
 
 _EXAMPLES = 12
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff".split())
@@ -28,10 +29,9 @@ _CLASSES = {  # of the images that are drawn where none are given
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m grain_jax.demo",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--checkpoint", required=True, help="workdir, checkpoint or converted folder"

@@ -22,6 +22,7 @@ from grain_jax.evaluate import base, suite, tables, zeroshot
 from grain_jax.files import annotations, atomic
 from grain_jax.inference import text_cache
 from grain_jax.runtime import command_line, distributed, processes
+from grain_jax.runtime.arguments import Parser
 
 COMMANDS = {
     "zeroshot": "classifies a folder with one sub-folder a class",
@@ -31,11 +32,6 @@ COMMANDS = {
     "suite": "all entries of a config such as configs/eval.py; --config.a.b=value changes it",
 }
 _HEARTBEAT_SECONDS = 20
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise base.InputError(f"{self.prog}: {message}")
 
 
 def _alphas(text: str) -> list[float]:
@@ -63,10 +59,10 @@ def _batch_size(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="grain_jax.evaluate", description=__doc__)
+    parser = Parser(prog="grain_jax.evaluate", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name, does in COMMANDS.items():
-        sub = commands.add_parser(name, help=does, description=does, allow_abbrev=False)
+        sub = commands.add_parser(name, help=does, description=does)
         sub.add_argument(
             "--checkpoint", required=True, help="training workdir, checkpoint or converted folder"
         )
@@ -136,7 +132,8 @@ def _add_zeroshot(sub: argparse.ArgumentParser) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; of `suite` also its config, as `suite`."""
-    args, rest = _parser().parse_known_args(arguments)
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
     if args.command == "suite":
         values = flags.FlagValues()
         argv = ["evaluate", *rest]
@@ -145,7 +142,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         )
         args.suite = command_line.parse_config(argv, holder, values, config.suite_from_dict)
     elif rest:
-        raise base.InputError(f"grain_jax.evaluate: unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
 
 

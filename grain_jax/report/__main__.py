@@ -9,14 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from grain_jax import errors
-from grain_jax.report import collect, page, run_files
+from grain_jax.report import collect, page
+from grain_jax.runtime.arguments import Parser
 
 _SMALLER = f"give a smaller --pictures, or --no-model; or {errors.MORE_MEMORY}"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise run_files.InputError(f"{self.prog}: {message}")
 
 
 def _count(text: str) -> int:
@@ -27,11 +23,9 @@ def _count(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the page; returns the exit status: 0, or 2 with a line a fault on stderr."""
-    parser = _Parser(
+    parser = Parser(
         prog="grain_jax.report",
         description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("workdir", nargs="+", help="of a run; several are shown side by side")
     parser.add_argument("--output", help="the page; default: report.html in the first workdir")

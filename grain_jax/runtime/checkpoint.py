@@ -23,6 +23,7 @@ from orbax.checkpoint.checkpoint_managers import (
     BestN,
     EveryNSteps,
     LatestN,
+    PreservationPolicy,
 )
 
 from grain_jax import config as config_lib
@@ -95,7 +96,7 @@ def manager(workdir: epath.PathLike, config: config_lib.Config) -> Manager:
     It keeps the last `checkpoint_keep`, those of every `checkpoint_keep_every` steps, and the best by
     `checkpoint_best_metric`.
     """
-    kept = [LatestN(config.checkpoint_keep)]
+    kept: list[PreservationPolicy] = [LatestN(config.checkpoint_keep)]
     if config.checkpoint_keep_every:
         kept.append(EveryNSteps(config.checkpoint_keep_every))
     best_fn = None
@@ -252,7 +253,7 @@ def _move_aside(checkpoints: Manager, steps: list[int]) -> None:
     checkpoints.reload()
 
 
-def _reader(handler: type[ocp.CheckpointHandler]) -> ocp.Checkpointer:
+def _reader(handler: Callable[..., ocp.CheckpointHandler]) -> ocp.Checkpointer:
     """A reader that waits for no other process: one that fails would leave the others at a barrier."""
     this = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
@@ -337,6 +338,15 @@ def check_same_data(
             )
     if faults:
         raise CheckpointError("\n".join(faults))
+
+
+def placed(state: Any, shardings: Any) -> Any:
+    """A tree of ShapeDtypeStructs with the shardings of an equal tree: what `restore` takes."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        shardings,
+    )
 
 
 def restore(folder: epath.PathLike, abstract_state: Any) -> Any:
@@ -533,6 +543,6 @@ def _read(folder: epath.Path, only: str | None = None) -> Any:
         return reader.restore(
             folder,
             args=ocp.args.PyTreeRestore(
-                item=tree, restore_args=as_numpy, **({"partial_restore": True} if only else {})
+                item=tree, restore_args=as_numpy, partial_restore=only is not None
             ),
         )

@@ -6,7 +6,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from etils import epath
@@ -18,7 +18,7 @@ from grain_jax import errors, named
 USAGE_ERROR = errors.UserError.status
 
 
-def fail(message: object, status: int = USAGE_ERROR) -> None:
+def fail(message: object, status: int = USAGE_ERROR) -> NoReturn:
     """Prints the fault (a line each, then their number) on stderr and exits, with status 2 for wrong usage."""
     lines = str(message).strip().splitlines()
     print(*lines, sep="\n", file=sys.stderr)
@@ -27,7 +27,7 @@ def fail(message: object, status: int = USAGE_ERROR) -> None:
     sys.exit(status)
 
 
-def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
+def _keys(config: Any, prefix: str = "") -> list[str]:
     out = []
     for key in config:
         out.append(prefix + key)
@@ -38,7 +38,7 @@ def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
 
 @contextlib.contextmanager
 def running_file(path: str, flag: str) -> Iterator[None]:
-    """While the user's Python file runs: it may import files of its own folder, and its faults are one line.
+    """Runs a Python file of the user inside: it may import files of its folder, and its faults are one line.
 
     Args:
       path: the file.
@@ -67,9 +67,10 @@ def _cause_in(path: str, error: Exception) -> str:
     cause: BaseException | None = error
     while cause is not None:  # ml_collections and absl wrap the file's own error
         frames = [f for f in traceback.extract_tb(cause.__traceback__) if f.filename == path]
-        inside = isinstance(cause, SyntaxError) and cause.filename == path
-        if frames or inside:
-            line = cause.lineno if inside else frames[-1].lineno
+        line = frames[-1].lineno if frames else None
+        if isinstance(cause, SyntaxError) and cause.filename == path:
+            line = cause.lineno
+        if line is not None:
             advice = ""
             if isinstance(cause, ModuleNotFoundError) and str(cause.name).startswith("configs"):
                 advice = "; what configs share can be imported from anywhere as grain_jax.recipe"
@@ -121,7 +122,7 @@ def parse_config(
     argv: list[str],
     holder: flags.FlagHolder,
     flag_values: flags.FlagValues | None = None,
-    resolve: Callable[[ConfigDict], Any] = config_lib.from_dict,
+    resolve: Callable[[Any], Any] = config_lib.from_dict,
 ) -> Any:
     """Parses all flags of `argv` and resolves the config file; wrong usage exits with status 2.
 
@@ -144,9 +145,10 @@ def parse_config(
         path = flags.FlagValues()
         flags.DEFINE_string(name, None, "", flag_values=path)
         path(rest, known_only=True)
-        if not path[name].value:
+        given_path = str(path[name].value or "")
+        if not given_path:
             raise errors.UserError(f"--{name}: missing; e.g. --{name} configs/demo.py")
-        with running_file(path[name].value.partition(":")[0], name):
+        with running_file(given_path.partition(":")[0], name):
             # The file alone first, among flags of its own, to know its keys.
             scratch = flags.FlagValues()
             file = config_flags.DEFINE_config_file(name, None, flag_values=scratch, sys_argv=rest)

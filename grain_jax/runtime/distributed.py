@@ -1,7 +1,7 @@
-"""Joins the processes of a run, and sees to it that one that fails does not leave the others waiting.
+"""Joins the processes of a run, and ends them all soon after one fails.
 
-Who coordinates and who is who comes from flags, SLURM, Kubernetes or the TPU's metadata; all but the flags
-is JAX's own detection.
+The coordinator and the number of each process come from flags, SLURM, Kubernetes or TPU metadata; JAX detects all
+but the flags.
 """
 
 import contextlib
@@ -20,17 +20,16 @@ import jax
 from grain_jax import errors
 from grain_jax.runtime import ending, native_log, preemption
 
-START_SECONDS = 300  # that processes may come up after one another: pods pull images
+START_SECONDS = 300  # between the starts of the first and the last process: pods pull images
 # What JAX reads under srun; a shell inside `salloc` or a batch script has only some of them.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _GKE_TPU = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
-_AGREED = (None, 0, 75, 130)  # statuses that all processes end with: done, or told to end and saved
 
 
 def initialize(
     coordinator: str | None, processes: int, process_id: int, heartbeat_seconds: int
 ) -> str:
-    """Joins the other processes, where there are any; comes before anything that asks for devices.
+    """Joins the other processes, where there are any. Call it before anything that asks for devices.
 
     Args:
       coordinator: HOST:PORT of process 0, or None to look for a cluster.
@@ -139,10 +138,10 @@ def _find_cluster(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]] 
 
 @contextlib.contextmanager
 def ending_together(heartbeat_seconds: int) -> Iterator[None]:
-    """What runs inside and fails on one process leaves at once, so that the others soon end too.
+    """Ends the process at once where the code inside fails, so that the other processes soon end too.
 
-    An ordinary exit waits for all processes, up to five minutes, and one that waits still sends heartbeats: the
-    others would stand in a collective all the while. Ends that all agree on (0, 75, 130) are ordinary exits.
+    An ordinary exit waits for all processes, up to five minutes, and a process that waits still sends heartbeats:
+    the others would stand in a collective all the while. The statuses of `ending.AGREED` are ordinary exits.
 
     Args:
       heartbeat_seconds: as given to `initialize`.
@@ -153,14 +152,14 @@ def ending_together(heartbeat_seconds: int) -> Iterator[None]:
     try:
         yield
     except SystemExit as end:
-        if end.code in _AGREED:
+        if end.code is None or end.code in ending.AGREED:
             raise
         ending.leave(end.code if isinstance(end.code, int) else 1)
     except errors.UserError as error:
         ending.leave(error.status, str(error))
     except BaseException as error:
-        if "Gloo" in str(error):  # a peer is gone: JAX will know which, and end this process
-            with contextlib.suppress(OSError):  # nobody reads it any more: no reason to stay
+        if "Gloo" in str(error):  # another process is gone; JAX finds out which, and ends this one
+            with contextlib.suppress(OSError):  # nobody reads it any more
                 print(
                     f"a collective failed, so another process may be gone: {error}", file=sys.stderr
                 )

@@ -1,7 +1,7 @@
-"""How the trainer's process ends: its last words are printed, its mark is removed, and nothing can hold it up.
+"""Ends the process of the trainer: prints its last message, removes its lock, and waits for no thread.
 
-An ordinary exit joins threads: those of Orbax kept a trainer whose save had failed for 300 s, a reader that stands
-at a hung disk would keep it for ever.
+An ordinary exit joins all threads. Those of Orbax wait for 300 s after a save that failed; a reader at a hung disk
+never ends.
 """
 
 import atexit
@@ -11,21 +11,19 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from grain_jax import errors
 
 LAST_WORDS_SECONDS = 5.0  # for the output and the actions together: the disk or the reader may hang
-_AGREED = (
-    0,
-    75,
-    130,
-)  # done, or told to end and saved: several processes leave by JAX's own barrier
+# Statuses that all processes of a run end with (done, or told to end and saved): JAX's own barrier ends them.
+AGREED = (0, 75, 130)
 
 _actions: list[Callable[[], None]] = []
 
 
 def at_end(action: Callable[[], None]) -> None:
-    """Lets `action` run once before the process ends, by `leave` or by itself."""
+    """Registers `action` to run once before the process ends, by `leave` or by an ordinary exit."""
     _actions.append(action)
     atexit.register(action)
 
@@ -36,11 +34,11 @@ def forget(action: Callable[[], None]) -> None:
     atexit.unregister(action)
 
 
-def leave(status: int, text: str = "") -> None:
+def leave(status: int, text: str = "") -> NoReturn:
     """Prints `text` on stderr, runs the actions and ends the process, within LAST_WORDS_SECONDS."""
 
     def last_words():
-        # Nobody may read it any more, and the disk may be what failed: no reason to stay.
+        # A reader that is gone or a disk that failed is no reason to stay.
         with contextlib.suppress(OSError, ValueError):
             if text:
                 print(text, file=sys.stderr)
@@ -57,15 +55,15 @@ def leave(status: int, text: str = "") -> None:
 
 
 def describe(error: BaseException) -> str:
-    """What to print of it: the line of a UserError, the traceback of any other."""
+    """The text to print: the lines of a UserError, the traceback of any other error."""
     if isinstance(error, errors.UserError):
         return str(error)
     return "".join(traceback.format_exception(error)).rstrip()
 
 
 def run(command: Callable[[], None]) -> None:
-    """Runs a command that ends by SystemExit, and then leaves without waiting for threads."""
-    import jax  # the launchers, which import the monitor, do without
+    """Runs a command, which may raise SystemExit, and ends the process without waiting for threads."""
+    import jax  # slow to import, and the launchers do without
 
     try:
         command()
@@ -74,6 +72,6 @@ def run(command: Callable[[], None]) -> None:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as error:
         leave(130 if isinstance(error, KeyboardInterrupt) else 1, describe(error))
-    if status in _AGREED and jax.distributed.is_initialized():
+    if status in AGREED and jax.distributed.is_initialized():
         sys.exit(status)
     leave(status)

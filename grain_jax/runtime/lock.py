@@ -115,10 +115,12 @@ def _parse(content: bytes) -> Holder | None:
 
 class _Storage(Protocol):
     def read(self) -> tuple[bytes | None, bytes | None]:
-        """(the mark's content or None, its version)."""
+        """(content of the lock or None, its version)."""
+        ...
 
     def swap(self, version: bytes | None, content: bytes | None) -> bool:
-        """Puts `content` (None: nothing) in the place of that version; False where it is another by now."""
+        """Replaces that version by `content` (None removes it); False where another process was faster."""
+        ...
 
 
 class _Folder:
@@ -191,7 +193,7 @@ class _Bucket:
         found = self._store.read(FILE).result()
         return found.value if found.state == "value" else None, found.stamp.generation
 
-    def swap(self, version: bytes, content: bytes | None) -> bool:
+    def swap(self, version: bytes | None, content: bytes | None) -> bool:
         return self._store.write(FILE, content, if_equal=version).result().generation != b""
 
 

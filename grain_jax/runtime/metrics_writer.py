@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from shutil import get_terminal_size
+from typing import Any
 
 from etils import epath
 
@@ -79,8 +80,8 @@ class TextCounts:
     WARN = 0.01  # share of the texts
 
     def __init__(self, last: Mapping[str, float], max_share: float):
-        self._last = {name: int(last[name]) for name in self.NAMES}
-        self._new = dict.fromkeys(self.NAMES, 0)
+        self._last: dict[str, int] = {name: int(last[name]) for name in self.NAMES}
+        self._new: dict[str, int] = dict.fromkeys(self.NAMES, 0)
         self._max_share = max_share
 
     def add(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -149,6 +150,7 @@ def _open_wandb(workdir: epath.Path, config: config_lib.Config):
     """The run at Weights & Biases; the same one after a restart, by the id that the workdir holds."""
     import wandb  # optional, and a second to import
 
+    options: Any = config.wandb  # whose strings are literals to wandb's types
     id_path = workdir / "wandb_id.txt"
     if not id_path.exists():
         atomic.write_text(id_path, secrets.token_hex(4) + "\n")
@@ -158,7 +160,7 @@ def _open_wandb(workdir: epath.Path, config: config_lib.Config):
             name=config.wandb.name or workdir.name,
             id=id_path.read_text().strip(),
             resume="allow",  # offline it is noted in the file, so that a sync adds to the run
-            mode=config.wandb.mode,
+            mode=options.mode,
             dir=None if is_object_store(workdir) else str(workdir),
             config=dataclasses.asdict(config),
             settings=wandb.Settings(silent=True, console="off"),  # the progress line is ours
@@ -196,8 +198,11 @@ class _Events:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One event with all scalars; a file that has grown large is followed by another."""
         from tensorboardX.event_file_writer import EventsWriter  # half a second to import
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        # protobuf makes these classes when the modules are imported
+        Event, SessionLog = vars(event_pb2)["Event"], vars(event_pb2)["SessionLog"]
+        Summary = vars(summary_pb2)["Summary"]
 
         if self._bytes > EVENT_FILE_BYTES:
             self.close()

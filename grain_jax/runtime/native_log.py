@@ -1,7 +1,7 @@
-"""Passes on what JAX's C++ prints, and says in one line why it ends the process when another one has died.
+"""Passes on the C++ log of JAX; where JAX ends the process because another one died, one line says which.
 
-JAX gives Python no say in it: the process aborts with a stack trace, and the death is named within. So a
-small process of its own reads the descriptor 2 of the trainer (`redirect`), and outlives it by a moment.
+JAX aborts the process with a stack trace in which the dead process is named, and Python cannot catch it. So a
+small second process reads descriptor 2 of the trainer (`redirect`) and ends a moment after it.
 """
 
 import collections
@@ -20,7 +20,7 @@ _DEAD = re.compile(
 
 
 def redirect(heartbeat_seconds: int, start_seconds: int) -> None:
-    """Sends descriptor 2 through a reader; Python's own `sys.stderr` stays where it was.
+    """Sends descriptor 2 through a reader; `sys.stderr` keeps writing to the terminal.
 
     Args:
       heartbeat_seconds: silence after which a process counts as dead, for the message.
@@ -32,6 +32,7 @@ def redirect(heartbeat_seconds: int, start_seconds: int) -> None:
         stdin=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C is for the trainer
     )
+    assert reader.stdin is not None  # it is a pipe
     os.dup2(reader.stdin.fileno(), 2)
     reader.stdin.close()
     sys.stderr = io.TextIOWrapper(
@@ -40,7 +41,7 @@ def redirect(heartbeat_seconds: int, start_seconds: int) -> None:
 
 
 def verdict(log: str, heartbeat_seconds: str, start_seconds: str) -> str | None:
-    """The line for a C++ log that ends in JAX's abort; None if nothing in it says why."""
+    """One line that says why JAX aborted; None if its log does not say."""
     if "RegisterTask" in log:
         return (
             f"ending: not all processes came up within {start_seconds} s; has one failed (see its log), and"
@@ -61,7 +62,7 @@ def verdict(log: str, heartbeat_seconds: str, start_seconds: str) -> str | None:
 
 
 def main(heartbeat_seconds: str, start_seconds: str) -> None:
-    """Passes lines on; those from the abort on are kept back, and the verdict stands for them."""
+    """Passes lines on; prints the verdict in place of those that JAX prints when it aborts."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM signals every process of a step
     before: collections.deque[str] = collections.deque(maxlen=40)
     kept: list[str] = []

@@ -1,6 +1,6 @@
-"""Evaluations on several processes: each does its share of the work, and all get the whole of it.
+"""Evaluations on several processes: each computes its share, and all get every result.
 
-With a single process nothing here asks for devices, or waits. All functions but `own` and `share` are
+With a single process no function asks for devices or waits. All functions but `process_info` and `share` are
 collective: every process calls them, in the same order.
 """
 
@@ -23,7 +23,7 @@ _meetings = itertools.count()
 
 
 class Failed(errors.UserError):
-    """A process could not do its part; the message has its number and its lines."""
+    """Another process failed; the message has its number and its lines."""
 
 
 def process_info() -> tuple[int, int]:
@@ -34,23 +34,26 @@ def process_info() -> tuple[int, int]:
 
 
 def share(count: int) -> range:
-    """The positions, of `count`, that are this process's: one stretch, and each position one process's."""
+    """The positions of this process, a contiguous part of range(count); each position has one process."""
     index, processes = process_info()
     each, more = divmod(count, processes)
     start = index * each + min(index, more)
     return range(start, start + each + (index < more))
 
 
-def allgather(parts: Iterable[Mapping[str, np.ndarray]] | Mapping[str, np.ndarray]) -> dict:
-    """All processes' rows of each array, one process after the other, bit for bit.
+def allgather(
+    parts: Iterable[Mapping[str, np.ndarray]] | Mapping[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """Concatenates the arrays of all processes, in the order of the processes, bit for bit.
 
     Args:
-      parts: batches, each name -> [N, ...] of one N (or a single one). Names, types and the other axes are
-        the same everywhere; a process may have no batch at all, but some process has one.
+      parts: batches, or one, each name -> [N, ...] with one N. Names, types and the other axes are the same everywhere;
+        a process may have no batch, but at least one process has one.
 
-    Returns: name -> [sum of N, ...], the same on all processes.
+    Returns:
+      Name -> [sum of N, ...], the same on all processes.
     """
-    batches = [parts] if isinstance(parts, Mapping) else list(parts)
+    batches: list[Any] = [parts] if isinstance(parts, Mapping) else list(parts)
     here = {
         name: np.concatenate([batch[name] for batch in batches]) for name in (batches or [{}])[0]
     }
@@ -80,22 +83,22 @@ def allgather_values(value: Any) -> list[Any]:
 
 
 def run_together(function: Callable[[], T]) -> T:
-    """What `function` returns here; where it fails on one process, all of them raise.
+    """Calls `function` and returns its result; where it fails on one process, all of them raise.
 
     Raises:
       Exception: see `agree`.
     """
-    failure = result = None
+    failure, results = None, []
     try:
-        result = function()
+        results.append(function())
     except Exception as error:
         failure = error
     agree(failure)
-    return result
+    return results[0]
 
 
 def of_first(function: Callable[[], T]) -> T:
-    """What `function` returns, ready for JSON, on the first process; where it fails, all of them raise.
+    """Calls `function` on the first process and returns its result, a JSON value, on all; all raise where it fails.
 
     Raises:
       Exception: see `agree`.
@@ -113,8 +116,8 @@ def agree(failure: Exception | None, value: Any = None) -> list[Any]:
     """Every process's JSON-ready `value`, unless one has a failure.
 
     Raises:
-      Exception: this process's failure, where it is the only process, or where it is the user's.
-      Failed: another process's, or another failure (its traceback is printed).
+      Exception: the failure of this process, where it is the only one or the failure is a UserError.
+      Failed: the failure of another process, or another error of this one (its traceback is printed).
     """
     if failure is not None and process_info()[1] == 1:
         raise failure

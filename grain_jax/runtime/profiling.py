@@ -1,7 +1,7 @@
 """A profiler trace of chosen steps of the training loop, where TensorBoard's profile plugin and XProf look for it.
 
-The profiler itself writes to folders of this machine alone, and names a trace after the second at which it
-ended; here every process's file comes to lie in `tensorboard/plugins/profile/step_N`, in an object store too.
+JAX's profiler writes to local folders alone, and names a trace after the second at which it ended. `StepTrace` moves
+the file of each process to `tensorboard/plugins/profile/step_N` of the workdir, also in an object store.
 """
 
 import tempfile
@@ -43,8 +43,8 @@ class StepTrace:
         self._annotation.__enter__()
 
     def end(self, step: int, outputs: Any) -> None:
-        """After the step was started: writes the trace when the last step's `outputs` (arrays) are there."""
-        if step not in self._steps:
+        """After the step was started: after the last step waits for `outputs` (arrays) and writes the trace."""
+        if step not in self._steps or self._annotation is None:
             return
         if step == self._steps[-1]:
             jax.block_until_ready(outputs)
@@ -53,7 +53,7 @@ class StepTrace:
             self.close()
 
     def close(self) -> None:
-        """Writes the trace that runs, if one does: the run may end before the last step that was asked for."""
+        """Writes the trace under way, if there is one: the run may end before the last step that was asked for."""
         if self._local is None:
             return
         jax.profiler.stop_trace()

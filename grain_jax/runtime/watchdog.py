@@ -29,12 +29,12 @@ _PLACES = {
 
 
 class Watchdog:
-    """Ends the process where the loop inside `running` does not step.
+    """Ends the process where the loop inside `running` takes no step for a time.
 
-    It counts its own seconds, so that a machine that was suspended is no reason to end.
+    It counts its own seconds, so that the time in which the machine was suspended does not count.
 
     Args:
-      stall_seconds: that may pass without a step; 0: any.
+      stall_seconds: the longest time without a step; 0: no limit.
     """
 
     def __init__(self, stall_seconds: int = 0):
@@ -50,7 +50,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def running(self, step: int) -> Iterator[None]:
-        """Watches from `step` on until `stop`; what leaves the block by a fault has FAULT_SECONDS until then."""
+        """Watches from `step` on until `stop`; after a fault inside, `stop` must come within FAULT_SECONDS."""
         self._step, self._watched = step, threading.get_ident()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         try:
@@ -66,7 +66,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """What is done inside (an evaluation) takes the time that it takes."""
+        """Does not count the time inside, such as that of an evaluation."""
         self._paused += 1
         try:
             yield
@@ -75,7 +75,7 @@ class Watchdog:
             self._idle = 0
 
     def stop(self) -> None:
-        """All is closed."""
+        """Ends the watch: the run is over."""
         self._stopped.set()
 
     def _watch(self) -> None:
@@ -87,16 +87,17 @@ class Watchdog:
 
     def _end(self, limit: int) -> None:
         where = f"{self._place()}, last step {self._step}. Stacks of all threads: {_dump()}"
-        if self._fault is None:
+        fault = self._fault
+        if fault is None:
             ending.leave(
                 STALLED,
                 f"ending: no step for {limit} s (--stall_seconds); {where}\n"
                 "The same command goes on from the newest checkpoint.",
             )
-        status = getattr(self._fault, "status", 1)
+        status = getattr(fault, "status", 1)
         ending.leave(
             status,
-            f"{ending.describe(self._fault)}\nending: not over {limit} s after this fault; {where}",
+            f"{ending.describe(fault)}\nending: not over {limit} s after this fault; {where}",
         )
 
     def _place(self) -> str:

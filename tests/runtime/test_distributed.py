@@ -168,8 +168,8 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from grain_jax import distributed, preemption
 port, me, heartbeat, outside = sys.argv[1], *map(int, sys.argv[2:])
-notice = preemption.Notice()
-notice.listen()
+handler = preemption.PreemptionHandler()
+handler.listen()
 distributed.initialize(f"127.0.0.1:{port}", 2, me, heartbeat)
 with distributed.ending_together(heartbeat):
     multihost_utils.process_allgather(jnp.ones(1))
@@ -177,15 +177,15 @@ with distributed.ending_together(heartbeat):
         print("up", flush=True)
         while True:
             time.sleep(0.1)
-    with notice.training():
+    with handler.training():
         print("up", flush=True)
         calls = 1
-        while not notice.reached():
+        while not handler.reached():
             multihost_utils.process_allgather(jnp.ones(1))  # as a step does
             time.sleep(0.1)
             calls += 1
     print("reached", calls, flush=True)
-    sys.exit(notice.status)
+    sys.exit(handler.status)
 """
 _TALKER = _LISTENER.replace("time.sleep(0.1)", "time.sleep(0.1); print('on', file=sys.stderr)")
 
@@ -264,7 +264,7 @@ def test_outside_training_it_ends_at_once_also_where_nobody_reads_what_it_says(n
 def test_outside_training_one_that_waits_for_the_other_at_its_exit_is_told_too():
     """As where process 0 draws the last images."""
     leaves = '    print("up", flush=True)\n    sys.exit(0)\n'
-    script = _LISTENER.replace("    with notice.training", f"{leaves}    with notice.training")
+    script = _LISTENER.replace("    with handler.training", f"{leaves}    with handler.training")
     pair = _pair(script, flags=(1, 0), heartbeat=60)
     time.sleep(1)
     assert pair[1].poll() is None

@@ -37,9 +37,9 @@ def _ends(process, status, within=20):
 
 
 _STANDS = """
-notice = preemption.Notice()
-notice.listen()
-with notice.training():
+handler = preemption.PreemptionHandler()
+handler.listen()
+with handler.training():
     print("training", file=sys.stderr, flush=True)
     for _ in range(4):  # a signal ends one
         ctypes.CDLL(None).sleep(60)  # no Python runs on this thread
@@ -93,12 +93,12 @@ with watch.running(7):
 
 def test_a_fault_that_cannot_be_closed_is_told_and_ends_the_process():
     process = _process("""
-from grain_jax import monitor
+from grain_jax.runtime import metrics_writer
 watchdog.FAULT_SECONDS = 2
 watch = watchdog.Watchdog(0)
 try:
     with watch.running(3):
-        raise monitor.NotFinite("loss is nan at step 4")
+        raise metrics_writer.NotFinite("loss is nan at step 4")
 finally:
     threading.Event().wait()  # as a save whose threads wait for each other
 """)
