@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from launch.chips import Chip
-from launch.hlo import Collective
+from launch.hlo_collectives import Collective
 
 LATENCY_SECONDS = 1e-6  # of one transfer between neighbours
 
@@ -44,9 +44,9 @@ def roofline(
     """The roofline of one step.
 
     Args:
-      flops: matrix products of one chip a step (`hlo.dot_flops`, with passes), priced at the bfloat16 peak.
-      hbm_bytes: traffic of one chip with its memory a step (`hlo.bytes_accessed`).
-      collectives: `hlo.collectives`; which of them leave a slice is in their `slices`.
+      flops: matrix products of one chip a step (`hlo_work.dot_flops`, with passes), priced at the bfloat16 peak.
+      hbm_bytes: traffic of one chip with its memory a step (`hlo_work.bytes_accessed`).
+      collectives: `hlo_collectives.collectives`; which of them leave a slice is in their `slices`.
       chip: what it runs on.
     """
     compute_s = flops / chip.bf16_flops

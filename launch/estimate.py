@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 from grain_jax import config as config_lib
 from grain_jax import losses
 from grain_jax.training import memory, sharding, train_step
-from launch import chips, hlo
+from launch import chips, hlo_collectives
 
 
 class Estimate(NamedTuple):
@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
     state_bytes: dict[str, int]
     temporaries: dict[str, int]
     checkpoint_bytes: int
-    collectives: list[hlo.Collective]
+    collectives: list[hlo_collectives.Collective]
     mesh: dict[str, int]
 
 
@@ -78,7 +78,7 @@ def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
     )
 
 
-def _collectives(config, topology, sizes, parameters, trained) -> list[hlo.Collective]:
+def _collectives(config, topology, sizes, parameters, trained) -> list[hlo_collectives.Collective]:
     """Gradients and parameters that are summed and gathered, and the rings of the losses.
 
     `parameters` and `trained` are bytes a chip.
@@ -87,7 +87,9 @@ def _collectives(config, topology, sizes, parameters, trained) -> list[hlo.Colle
     def collective(kind, axis, count, size):
         # Of several nodes only the data axis leaves one.
         slices = topology.slices if axis == "data" else 1
-        return hlo.Collective(kind, True, False, sizes[axis], slices, (axis,), count, size)
+        return hlo_collectives.Collective(
+            kind, True, False, sizes[axis], slices, (axis,), count, size
+        )
 
     out, parts = [], config.microbatches  # gradients are summed once a part
     if sizes["data"] > 1:
@@ -104,7 +106,7 @@ def _collectives(config, topology, sizes, parameters, trained) -> list[hlo.Colle
     return out + _rings(config, topology, sizes["data"] * sizes["fsdp"])
 
 
-def _rings(config, topology, shards) -> list[hlo.Collective]:
+def _rings(config, topology, shards) -> list[hlo_collectives.Collective]:
     """The columns of both contrastive losses, round the ring forward, and the rows backward (`streaming.py`)."""
     lies, width = losses.layout(config.batch_size, config.loss, shards), config.model.embed_dim
     images = config.batch_size // shards
@@ -118,13 +120,13 @@ def _rings(config, topology, shards) -> list[hlo.Collective]:
         size = 2 * vectors * width * memory.FLOAT
         if ring.gather and vectors:
             args = ("all-gather", True, False, together, 1, sharding.BATCH_AXES)
-            out.append(hlo.Collective(*args, 2, size * together))
+            out.append(hlo_collectives.Collective(*args, 2, size * together))
         hops = ring.size - 1
         if hops and vectors:
             # A group's ring leaves its node only where the group is larger.
             slices = min(topology.slices, -(-ring.size * together // topology.chip.chips_per_host))
             args = ("collective-permute", True, True, ring.size, slices, sharding.BATCH_AXES)
-            out.append(hlo.Collective(*args, 2 * hops, hops * size * together))
+            out.append(hlo_collectives.Collective(*args, 2 * hops, hops * size * together))
     return out
 
 

@@ -24,7 +24,17 @@ from grain_jax.input_pipeline import derived
 from grain_jax.runtime import command_line
 from grain_jax.training import flops
 from grain_jax.training import memory as memory_lib
-from launch import chips, compiler, cost, estimate, hlo, plan_text, search
+from launch import (
+    chips,
+    compiler,
+    cost,
+    estimate,
+    hlo,
+    hlo_collectives,
+    hlo_work,
+    plan_text,
+    search,
+)
 
 PER_MILLION = 1_000_000  # examples, where nobody said how many there are
 LARGEST = 6  # buffers named when memory runs out
@@ -166,12 +176,12 @@ def _of_compiled(compiled: compiler.Compiled, config, topology) -> dict[str, Any
     out["memory"]["peak_bytes"] = m["peak"]
     out["fits"] = out["memory"]["total_bytes"] <= limit
     module = hlo.parse(compiled.hlo)
-    sums = hlo.collectives(module, mesh=compiled.mesh, slices=topology.slices)
-    a_chip = hlo.dot_flops(module)
-    work = hlo.dot_flops(module, passes=True)
-    roofline = cost.roofline(work, hlo.bytes_accessed(module), sums, topology.chip)
+    sums = hlo_collectives.collectives(module, mesh=compiled.mesh, slices=topology.slices)
+    a_chip = hlo_work.dot_flops(module)
+    work = hlo_work.dot_flops(module, passes=True)
+    roofline = cost.roofline(work, hlo_work.bytes_accessed(module), sums, topology.chip)
     if not out["fits"]:
-        found = hlo.largest_buffers(module, 4 * LARGEST)
+        found = hlo_work.largest_buffers(module, 4 * LARGEST)
         named = [memory_lib.Kept(round(b.bytes), b.shape, b.op_name) for b in found]
         out["largest"] = grouped(named)[:LARGEST]
     return out | {
@@ -239,7 +249,7 @@ def grouped(buffers: list[memory_lib.Kept]) -> list[dict[str, Any]]:
     return sorted(entries, key=lambda e: -e["count"] * e["bytes"])
 
 
-def by_kind(collectives: list[hlo.Collective]) -> dict[str, Any]:
+def by_kind(collectives: list[hlo_collectives.Collective]) -> dict[str, Any]:
     """kind -> count and bytes a chip a step, in all and by whether work overlaps them, and over which axes."""
     out: dict[str, Any] = {}
     for c in collectives:

@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from data import digest
-from grain_jax import train, verify
+from grain_jax import errors, train, verify
 from grain_jax.input_pipeline import record_files, records
 from grain_jax.runtime import checkpoint, receipt
 from tests import record_sets, tiny
@@ -209,7 +209,7 @@ def test_verify_does_not_call_a_run_false_whose_data_is_another(run, pictures, t
     edited = _edit(pictures, tmp_path, caption="edited")
     try:
         _build(edited, output)
-        with pytest.raises(verify.errors.UserError, match="trained on: content"):
+        with pytest.raises(errors.UserError, match="trained on: content"):
             verify.main(["verify", str(workdir)])
     finally:
         shutil.rmtree(output)

@@ -10,9 +10,11 @@ import jax
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import train, verify
+from grain_jax import errors, train, verify
 from grain_jax.input_pipeline import record_files
 from grain_jax.runtime import receipt
+from grain_jax.verify import command, replay
+from grain_jax.verify import workdir as workdir_files
 from tests import record_sets, tiny
 from tests.paths import ROOT
 
@@ -91,12 +93,12 @@ def test_a_run_is_proved_bit_for_bit_where_it_was_made(finished, capsys, monkeyp
 
 def test_no_step_is_claimed_that_the_run_has_not_made():
     lines = {step: {"step": step} for step in (1, 2, 3)}
-    run = verify.Run([{"step": 3}], {3: None}, lines, None)
-    assert verify._first_step(run, None) == 0
-    assert verify._last_step(run, 0, None) == 3  # and not the 5 of a longer run
-    assert verify._last_step(run, 0, 2) == 2
-    with pytest.raises(verify.errors.UserError, match="--steps: got 9, expected at most 3"):
-        verify._last_step(run, 0, 9)
+    run = workdir_files.Run([{"step": 3}], {3: None}, lines, None)
+    assert command._first_step(run, None) == 0
+    assert command._last_step(run, 0, None) == 3  # and not the 5 of a longer run
+    assert command._last_step(run, 0, 2) == 2
+    with pytest.raises(errors.UserError, match="--steps: got 9, expected at most 3"):
+        command._last_step(run, 0, 9)
 
 
 def test_a_resumed_run_elsewhere_has_the_same_batches_and_is_proved(finished, elastic, capsys):
@@ -127,7 +129,7 @@ def test_what_rounding_has_become_far_from_a_checkpoint_is_shown_and_not_judged(
     finished, capsys, monkeypatch
 ):
     monkeypatch.setattr(jax, "devices", lambda: ALL()[:2])
-    monkeypatch.setitem(verify.TOLERANCE, "float32", 0.0)
+    monkeypatch.setitem(replay.TOLERANCE, "float32", 0.0)
     monkeypatch.setattr(verify, "HORIZON", 0)
     status, out, err = _verify(capsys, finished, "--from", "4", "--steps", "3")
     assert status == 0 and "not judged: after 0 steps, rounding has grown" in out, out + err
@@ -135,7 +137,7 @@ def test_what_rounding_has_become_far_from_a_checkpoint_is_shown_and_not_judged(
 
 def test_a_save_that_was_cut_off_is_no_contradiction(copy, capsys):
     shutil.rmtree(copy / "checkpoints" / "10")
-    run = verify.read(copy)
+    run = workdir_files.read(copy)
     assert sorted(run.kept) == [4, 8]
     assert "that of step 10 is of a save that was cut off" in capsys.readouterr().out
 
@@ -144,8 +146,8 @@ def test_a_copied_checkpoint_is_enough_to_go_on_from(finished, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     shutil.copytree(finished / "checkpoints" / "8", tmp_path / "checkpoints" / "8")
     train.train(tiny.config(checkpoint_keep=3), tmp_path)
-    run = verify.read(tmp_path)
-    verify.check_metrics(run)
+    run = workdir_files.read(tmp_path)
+    workdir_files.check_metrics(run)
     mine, theirs = run.records[-1], _records(finished)[-1]
     assert [r["step"] for r in run.records] == [8, 10]
     for key in ("batch_chain", "pixel_chain", "state", "previous"):

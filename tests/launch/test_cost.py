@@ -3,7 +3,7 @@
 import pytest
 
 from launch import chips, cost
-from launch.hlo import Collective
+from launch.hlo_collectives import Collective
 
 V5E = chips.CHIPS["v5e"]
 

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax.training import flops
-from launch import hlo
+from launch import hlo, hlo_collectives, hlo_work
 from tests import paths
 
 GOLDENS = paths.GOLDENS / "hlo"
@@ -170,7 +170,7 @@ def test_trips_from_start_step_and_limit():
     module = entry(LOOP_ENTRY, LOOP.format(direction="LT"))
     assert module.times["body"] == 4  # 1, 3, 5, 7
     assert module.in_loop == {"body", "add"} and module.unknown_loops == ()
-    assert hlo.dot_flops(module) == 4 * 2 * 4**3
+    assert hlo_work.dot_flops(module) == 4 * 2 * 4**3
 
 
 def test_trips_that_the_compiler_noted_win():
@@ -207,8 +207,8 @@ def test_replica_groups(text, groups):
         f"  ROOT %r = f32[4]{{0}} all-reduce(%p), channel_id=1, {text}, to_apply=%add"
     )
     root = module.computations["main"].root
-    assert sorted(map(sorted, hlo._groups(root, 8))) == groups
-    (row,) = hlo.collectives(module)
+    assert sorted(map(sorted, hlo_collectives._groups(root, 8))) == groups
+    (row,) = hlo_collectives.collectives(module)
     assert (row.group_size, row.bytes) == (len(groups[0]), 16)
 
 
@@ -217,7 +217,7 @@ def test_axes_and_slices_of_a_group():
   %r = f32[4]{0} all-reduce(%p), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
   ROOT %q = f32[4]{0} all-reduce(%r), replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add"""
     mesh = {"data": 4, "fsdp": 2, "tensor": 1}
-    rows = hlo.collectives(entry(body), mesh=mesh, slices=2)
+    rows = hlo_collectives.collectives(entry(body), mesh=mesh, slices=2)
     assert {(r.axes, r.group_size, r.slices) for r in rows} == {
         (("fsdp",), 2, 1),
         (("data",), 4, 2),
@@ -264,8 +264,8 @@ def test_a_pair_counts_once_and_work_between_hides_it(kind, start, done, payload
     module = entry(
         f"  %p = f32[1024]{{0}} parameter(0)\n  %s = {start}\n{between}  ROOT %d = {done}", wrapped
     )
-    (row,) = hlo.collectives(module)
-    assert row == hlo.Collective(kind, between == WORK, False, 8, 1, (), 1, payload)
+    (row,) = hlo_collectives.collectives(module)
+    assert row == hlo_collectives.Collective(kind, between == WORK, False, 8, 1, (), 1, payload)
 
 
 # What the TPU compiler wrote
@@ -280,8 +280,8 @@ def total(rows, **fields):
 def test_tpu_program_of_one_slice():
     module = golden("v5e_4x4")
     assert module.partitions == 16 and module.unknown_loops == ()
-    assert hlo.dot_flops(module) == expected_flops(16)
-    rows = hlo.collectives(module, mesh={"data": 8, "fsdp": 2, "tensor": 1})
+    assert hlo_work.dot_flops(module) == expected_flops(16)
+    rows = hlo_collectives.collectives(module, mesh={"data": 8, "fsdp": 2, "tensor": 1})
     kernel = 2 * WIDTH * 4 * WIDTH  # bytes of one, whole
     # Both kernels of a layer are gathered forward and backward; their gradients are scattered, then summed over
     # data; the ring turns 16 times, and its permutations are hidden behind the products.
@@ -299,21 +299,21 @@ def test_largest_buffers_of_the_tpu_program():
     arguments = module.computations[module.entry].parameters.values()
     # 10485760 is what memory_analysis() said of the same program
     assert sum(s.stored_bytes for i in arguments for s in i.shapes) == 10485760
-    largest, *_ = hlo.largest_buffers(module, 3)
+    largest, *_ = hlo_work.largest_buffers(module, 3)
     assert (largest.bytes, largest.shape) == (
         64 * MIB,
         "f32[16,1024,1024]",
     )  # kept for the gradient
     assert "shard_map" in largest.op_name
-    named = [b for b in hlo.largest_buffers(module, 20) if b.op_name == "params['a']"]
+    named = [b for b in hlo_work.largest_buffers(module, 20) if b.op_name == "params['a']"]
     assert [(b.shape, b.opcode) for b in named] == [("bf16[4,256,2048]", "parameter")]
 
 
 def test_tpu_program_of_two_slices():
     module = golden("v5e_2x2_two_slices")
     assert module.partitions == 4 and module.across_slices
-    assert hlo.dot_flops(module) == expected_flops(8)
-    rows = hlo.collectives(module, mesh={"data": 4, "fsdp": 2, "tensor": 1}, slices=2)
+    assert hlo_work.dot_flops(module) == expected_flops(8)
+    rows = hlo_collectives.collectives(module, mesh={"data": 4, "fsdp": 2, "tensor": 1}, slices=2)
     across = [row for row in rows if row.slices == 2]
     assert total(across, kind="collective-permute") == (8, 8 * 2 * ROWS * WIDTH)
     # The gradients, cut over the 4 chips of a slice, and the loss (stored as a row of 128).
@@ -332,14 +332,14 @@ def test_batched_products_of_the_tpu_are_dilated_convolutions():
 dim_labels=b01f_01io->b01f
   ROOT %c = bf16[8,12,200,200]{2,3,1,0} convolution(%q, %q), \
 window={size=8x12 stride=7x11 lhs_dilate=8x12}, dim_labels=0b1f_0o1i->01bf""")
-    assert hlo.dot_flops(module) == 2 * 8 * 12 * 200 * 200 * 64 + 2 * 4 * 14 * 14 * 256 * 768
+    assert hlo_work.dot_flops(module) == 2 * 8 * 12 * 200 * 200 * 64 + 2 * 4 * 14 * 14 * 256 * 768
 
 
 def test_padding_is_no_work():
     module = entry("""  %x = f32[1,5,1]{2,1,0} parameter(0)
   %k = f32[3,1,1]{2,1,0} parameter(1)
   ROOT %c = f32[1,5,1]{2,1,0} convolution(%x, %k), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f""")
-    assert hlo.dot_flops(module) == 2 * (2 + 3 + 3 + 3 + 2)
+    assert hlo_work.dot_flops(module) == 2 * (2 + 3 + 3 + 3 + 2)
 
 
 # Memory traffic
@@ -391,7 +391,7 @@ def test_traffic_of_an_instruction(line, expected):
         f"  %r = f32[1024]{{0}} parameter(2)\n  ROOT %x = {line}",
         FUSED,
     )
-    assert hlo.bytes_accessed(module) == expected
+    assert hlo_work.bytes_accessed(module) == expected
 
 
 def test_traffic_of_the_tpu_program_is_bounded_from_both_sides():
@@ -399,7 +399,7 @@ def test_traffic_of_the_tpu_program_is_bounded_from_both_sides():
     kept = 2 * (64 + 16) * MIB
     parameters = 2 * 2 * LAYERS * WIDTH * 4 * WIDTH / 2
     least = kept + 2 * parameters + 2 * (2 * ROWS * WIDTH)
-    assert least <= hlo.bytes_accessed(golden("v5e_4x4")) <= 1.5 * least
+    assert least <= hlo_work.bytes_accessed(golden("v5e_4x4")) <= 1.5 * least
 
 
 # Compiled here
@@ -409,9 +409,9 @@ def test_program_compiled_for_eight_cpu_devices():
     step, arguments = program(jax.devices(), jnp.float32)
     module = hlo.parse(step.lower(*arguments).compile().as_text())
     assert module.partitions == 8 and module.unknown_loops == ()
-    assert hlo.dot_flops(module) == expected_flops(8)
-    assert 8 * hlo.dot_flops(module) == flops.matmul_flops(step, *arguments)
-    rows = hlo.collectives(module, mesh={"data": 4, "fsdp": 2, "tensor": 1})
+    assert hlo_work.dot_flops(module) == expected_flops(8)
+    assert 8 * hlo_work.dot_flops(module) == flops.matmul_flops(step, *arguments)
+    rows = hlo_collectives.collectives(module, mesh={"data": 4, "fsdp": 2, "tensor": 1})
     assert not any(row.overlapped for row in rows)
     ring = total(rows, kind="collective-permute", group_size=8, axes=("data", "fsdp"))
     assert ring == (8, 8 * 4 * ROWS * WIDTH)
@@ -425,12 +425,12 @@ def test_batched_products_and_traffic_on_the_cpu():
 
     compiled = jax.jit(attention).lower(jax.ShapeDtypeStruct((3, 32, 16), jnp.float32)).compile()
     module = hlo.parse(compiled.as_text())
-    assert hlo.dot_flops(module) == flops.matmul_flops(
+    assert hlo_work.dot_flops(module) == flops.matmul_flops(
         attention, jax.ShapeDtypeStruct((3, 32, 16), jnp.float32)
     )
     q, logits = 4 * 3 * 32 * 16, 4 * 3 * 32 * 32
     # q is read three times at most (the compiler may see that both operands are one), and transposed perhaps
-    assert 2 * q + 2 * logits + q <= hlo.bytes_accessed(module) <= 3 * (3 * q + 2 * logits)
+    assert 2 * q + 2 * logits + q <= hlo_work.bytes_accessed(module) <= 3 * (3 * q + 2 * logits)
 
 
 def test_text_that_is_no_program():

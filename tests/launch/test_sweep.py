@@ -20,7 +20,7 @@ from benchmarks import claim_design as design
 from grain_jax import errors, recipe
 from grain_jax.recipe import points
 from grain_jax.runtime import command_line
-from launch import jobs, sweep, sweep_table
+from launch import jobs, sweep, sweep_clusters, sweep_runs, sweep_table
 from tests import test_claim, tiny
 from tests.paths import ROOT
 
@@ -43,24 +43,24 @@ def test_helpers_make_points():
 
 
 def test_the_shipped_sweep_is_six_runs():
-    found = sweep.load_points(ROOT / "configs" / "sweeps" / "learning_rate.py")
-    assert sweep.name_points(found) == [
+    found = sweep_runs.load_points(ROOT / "configs" / "sweeps" / "learning_rate.py")
+    assert sweep_runs.name_points(found) == [
         f"learning_rate={rate},seed={seed}" for rate in (0.0005, 0.001, 0.002) for seed in (0, 1)
     ]
 
 
 def test_names_are_of_what_differs():
     grid = list(points.grid({"batch_size": (8,), "optim.learning_rate": (1e-3, 3e-5)}))
-    assert sweep.name_points(grid) == ["learning_rate=0.001", "learning_rate=3e-05"]
+    assert sweep_runs.name_points(grid) == ["learning_rate=0.001", "learning_rate=3e-05"]
     towers = list(points.grid({"model.image.depth": (1, 2), "model.text.depth": (1,)}))
-    assert sweep.name_points(towers) == ["depth=1", "depth=2"]
+    assert sweep_runs.name_points(towers) == ["depth=1", "depth=2"]
     both = list(points.zipped({"model.image.depth": (1, 2), "model.text.depth": (1, 2)}))
-    assert sweep.name_points(both)[0] == "model.image.depth=1,model.text.depth=1"
-    assert sweep.name_points([{}, {"input.name": "a/b c"}]) == ["base", "name=a-b-c"]
+    assert sweep_runs.name_points(both)[0] == "model.image.depth=1,model.text.depth=1"
+    assert sweep_runs.name_points([{}, {"input.name": "a/b c"}]) == ["base", "name=a-b-c"]
     with pytest.raises(errors.UserError, match="points 1 and 3 are both seed=0"):
-        sweep.name_points([{"seed": 0}, {"seed": 1}, {"seed": 0}])
+        sweep_runs.name_points([{"seed": 0}, {"seed": 1}, {"seed": 0}])
     with pytest.raises(errors.UserError, match="its name has"):
-        sweep.name_points([{"input.name": "x" * 300}, {"input.name": "y"}])
+        sweep_runs.name_points([{"input.name": "x" * 300}, {"input.name": "y"}])
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_names_are_of_what_differs():
 def test_faults_of_a_sweep_file_are_one_line(tmp_path, text, message):
     (tmp_path / "Y.py").write_text(text)
     with pytest.raises(errors.UserError, match=message):
-        sweep.load_points(tmp_path / "Y.py")
+        sweep_runs.load_points(tmp_path / "Y.py")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_faults_of_a_sweep_file_are_one_line(tmp_path, text, message):
 )
 def test_every_point_is_checked(overrides, message):
     with pytest.raises(errors.UserError) as caught:
-        sweep.resolve(tiny.config(), overrides, given=["log_every"])
+        sweep_runs.resolve(tiny.config(), overrides, given=["log_every"])
     assert message in str(caught.value)
 
 
@@ -126,7 +126,7 @@ def test_a_run_s_command_line_gives_the_config_that_was_checked(tmp_path, monkey
 
 def make(tmp_path, overrides, **base):
     arguments = ("--config=tests/run_config.py", *(f"--config.{k}={v}" for k, v in base.items()))
-    return sweep.make_runs(tiny.config(**base), arguments, overrides, epath.Path(tmp_path))
+    return sweep_runs.make_runs(tiny.config(**base), arguments, overrides, epath.Path(tmp_path))
 
 
 def pretend(run, step, *, saved=True, reported=("curves.png",), **metrics):
@@ -147,30 +147,36 @@ def test_finished_is_the_last_step_logged_and_saved_and_the_report_there(tmp_pat
     pretend(b, 10, saved=False)
     pretend(c, 8)
     pretend(d, 10, reported=())  # killed between its last save and its report
-    assert [sweep.finished(run) for run in (a, b, c, d, e)] == [True, False, False, False, False]
-    assert [sweep.share_done(run) for run in (a, c, e)] == [1.0, 0.8, 0.0]
+    assert [sweep_runs.finished(run) for run in (a, b, c, d, e)] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
+    assert [sweep_runs.share_done(run) for run in (a, c, e)] == [1.0, 0.8, 0.0]
     by_epochs, killed = make(tmp_path, [{"total_epochs": 1.0}, {"total_epochs": 2.0}])
     pretend(by_epochs, 10)
     pretend(killed, 20, reported=())
-    assert sweep.finished(by_epochs) and not sweep.finished(killed)
+    assert sweep_runs.finished(by_epochs) and not sweep_runs.finished(killed)
     birds = recipe.evaluator("grounding", "birds", annotations="birds.jsonl")
     (evaluated,) = make(tmp_path / "e", [{"seed": 0}], evals={"birds": birds}, pictures=8)
     drawn = ("curves.png", "results.json", "regions.png")
     for count in range(4):
         pretend(evaluated, 10, saved=count == 0, reported=drawn[:count])
-        assert sweep.finished(evaluated) == (count == 3)
+        assert sweep_runs.finished(evaluated) == (count == 3)
 
 
 def test_a_folder_of_another_config_is_refused(tmp_path):
     (run,) = make(tmp_path, [{"seed": 0}])
     pretend(run, 10)
-    sweep.check_folders(make(tmp_path, [{"seed": 0}], log_every=5, checkpoint_every=2))
+    sweep_runs.check_folders(make(tmp_path, [{"seed": 0}], log_every=5, checkpoint_every=2))
     with pytest.raises(errors.UserError, match=r"was trained with batch_size = 16, now it is 32"):
-        sweep.check_folders(make(tmp_path, [{"seed": 0}], batch_size=32))
+        sweep_runs.check_folders(make(tmp_path, [{"seed": 0}], batch_size=32))
     stored = run.folder / "config.json"
     for cut_off in ("", stored.read_text()[:100]):  # by a kill: as if it were not there
         stored.write_text(cut_off)
-        sweep.check_folders(make(tmp_path, [{"seed": 0}], batch_size=32))
+        sweep_runs.check_folders(make(tmp_path, [{"seed": 0}], batch_size=32))
 
 
 class Scripts:
@@ -320,7 +326,7 @@ def test_runs_that_share_a_data_set_wait_for_the_first_to_make_it(tmp_path, monk
     monkeypatch.setattr(jobs.Runner, "run", lambda self: seen.update(ready=self.ready))
     prepared = dict(input__source="records", input__prepare="data.aviary")
     base = tiny.config(**prepared)
-    runs = sweep.make_runs(base, (), [{"seed": 0}, {"seed": 1}], epath.Path(tmp_path))
+    runs = sweep_runs.make_runs(base, (), [{"seed": 0}, {"seed": 1}], epath.Path(tmp_path))
     sweep.train_here(runs, epath.Path(tmp_path), None, 1, 0)
     second = types.SimpleNamespace(name="seed=1")
     assert not seen["ready"](second, frozenset({"seed=0"}))
@@ -354,26 +360,26 @@ def test_slurm_gets_one_array_and_no_second_one(tmp_path, monkeypatch):
     pretend(runs[0], 10)
     workdir = runs[0].folder.parent
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert "no sbatch here; where there is one: GRAIN_ARGS_FILE=" in sweep.submit_slurm(
+    assert "no sbatch here; where there is one: GRAIN_ARGS_FILE=" in sweep_clusters.submit_slurm(
         runs, workdir, None
     )
     log = tmp_path / "sent"
     command(tmp_path, "sbatch", f'echo "$GRAIN_ARGS_FILE $*" > {log}; echo "17;cluster"')
     command(tmp_path, "squeue", "echo '17_1 PENDING'")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "submitted 2 runs as job 17" in sweep.submit_slurm(runs, workdir, 4)
+    assert "submitted 2 runs as job 17" in sweep_clusters.submit_slurm(runs, workdir, 4)
     file, *arguments = log.read_text().split()
     assert arguments[1] == "--array=1-2%4" and arguments[-1].endswith("launch/slurm.sbatch")
     lines = epath.Path(file).read_text().splitlines()
     assert lines == [" ".join(run.arguments) for run in runs[1:]]
     with pytest.raises(errors.UserError, match="job 17 of this sweep is still in the queue"):
-        sweep.submit_slurm(runs, workdir, 4)
+        sweep_clusters.submit_slurm(runs, workdir, 4)
     command(tmp_path, "squeue", "echo 'Invalid job id' >&2; exit 1")
     command(tmp_path, "sbatch", "echo 'invalid partition' >&2; exit 1")
     with pytest.raises(errors.UserError, match="sbatch: invalid partition"):
-        sweep.submit_slurm(runs, workdir, 4)
+        sweep_clusters.submit_slurm(runs, workdir, 4)
     with pytest.raises(errors.UserError, match="takes arguments without blanks"):
-        sweep.submit_slurm(make(tmp_path, [{"input.name": "a b"}]), workdir, 4)
+        sweep_clusters.submit_slurm(make(tmp_path, [{"input.name": "a b"}]), workdir, 4)
 
 
 def test_gke_gets_a_jobset_for_each_run(tmp_path, monkeypatch):
@@ -381,17 +387,21 @@ def test_gke_gets_a_jobset_for_each_run(tmp_path, monkeypatch):
     pretend(runs[0], 10)
     template = tmp_path / "gke.yaml"
     template.write_text("name: ${NAME}\nimage: ${IMAGE}\nargs: ${ARGS}\nshell: $$HOME\n")
-    monkeypatch.setattr(sweep, "HERE", epath.Path(tmp_path))
+    monkeypatch.setattr(sweep_clusters, "HERE", epath.Path(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     workdir = runs[0].folder.parent
     monkeypatch.delenv("IMAGE", raising=False)
     with pytest.raises(errors.UserError, match="set IMAGE in the environment"):
-        sweep.apply_gke(runs, workdir)
+        sweep_clusters.apply_gke(runs, workdir)
     monkeypatch.setenv("IMAGE", "grain:1")
-    assert "rendered 2 JobSets" in sweep.apply_gke(runs, workdir)
+    assert "rendered 2 JobSets" in sweep_clusters.apply_gke(runs, workdir)
     text = (workdir / "gke" / "seed=1.yaml").read_text()
-    name = sweep.jobset_name(runs[1])
-    assert name.startswith("my-sweep-") and len(name) < 40 and name != sweep.jobset_name(runs[2])
+    name = sweep_clusters.jobset_name(runs[1])
+    assert (
+        name.startswith("my-sweep-")
+        and len(name) < 40
+        and name != sweep_clusters.jobset_name(runs[2])
+    )
     assert text == (
         f"name: {name}\nimage: grain:1\nargs: {' '.join(runs[1].arguments)}\nshell: $HOME\n"
     )
@@ -399,7 +409,7 @@ def test_gke_gets_a_jobset_for_each_run(tmp_path, monkeypatch):
     state = f'case "$*" in *{name}*terminalState*) echo Failed;; esac'
     command(tmp_path, "kubectl", f'echo "$*" >> {log}; {state}')
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "applied 2 JobSets" in sweep.apply_gke(runs, workdir)
+    assert "applied 2 JobSets" in sweep_clusters.apply_gke(runs, workdir)
     verbs = [line.split()[0] for line in log.read_text().splitlines()]
     assert verbs == ["get", "delete", "apply", "get", "apply"]  # the failed one is made anew
 
@@ -411,8 +421,8 @@ def test_the_shipped_jobset_takes_a_run(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "2")
     for name in ("IMAGE", "ACCELERATOR", "TOPOLOGY"):
         monkeypatch.setenv(name, "x")
-    jobset = yaml.safe_load(sweep.render_gke(run, (sweep.HERE / "gke.yaml").read_text()))
-    assert jobset["metadata"]["name"] == sweep.jobset_name(run)
+    jobset = yaml.safe_load(sweep_clusters.render_gke(run, (sweep_clusters.HERE / "gke.yaml").read_text()))
+    assert jobset["metadata"]["name"] == sweep_clusters.jobset_name(run)
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     assert pod["containers"][0]["args"][0].endswith(" ".join(run.arguments))
 
@@ -420,9 +430,9 @@ def test_the_shipped_jobset_takes_a_run(tmp_path, monkeypatch):
 def test_clusters_do_not_make_a_data_set_many_times(tmp_path):
     prepared = dict(input__source="records", input__prepare="data.aviary --name {name}")
     base = tiny.config(**prepared, input__data_dir=str(tmp_path), input__name="birds")
-    runs = sweep.make_runs(base, (), [{"seed": 0}], epath.Path(tmp_path))
+    runs = sweep_runs.make_runs(base, (), [{"seed": 0}], epath.Path(tmp_path))
     with pytest.raises(errors.UserError, match="python -m data.aviary --name birds"):
-        sweep.submit_slurm(runs, epath.Path(tmp_path), None)
+        sweep_clusters.submit_slurm(runs, epath.Path(tmp_path), None)
 
 
 def test_the_claim_runs_on_it(tmp_path, monkeypatch):
@@ -457,7 +467,7 @@ def table_of(tmp_path):
     for run, top1 in zip(runs, (0.5, 0.7, 0.8, 0.9)):
         pretend(run, 10, **{"eval/seen/chance": 0.1, "eval/seen/alpha_1.0/top1": top1})
     pretend(runs[3], 4, saved=False, **{"eval/seen/alpha_1.0/top1": 0.9})
-    rows = sweep_table.read(runs, [sweep.finished(run) for run in runs])
+    rows = sweep_table.read(runs, [sweep_runs.finished(run) for run in runs])
     return runs, rows
 
 

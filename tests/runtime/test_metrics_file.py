@@ -7,6 +7,7 @@ import pytest
 from grain_jax import verify
 from grain_jax.report import pictures, run_files
 from grain_jax.runtime import metrics_file, metrics_writer
+from grain_jax.verify import workdir as workdir_files
 from launch import sweep_table
 
 HOSTILE = [  # each ended the trainer, the report or the table in a traceback
@@ -69,7 +70,7 @@ def test_the_table_of_a_sweep_leaves_it_out(workdir):
 
 def test_verify_refuses_it(workdir):
     with pytest.raises(verify.Mismatch, match="line 2: got .* expected a JSON object"):
-        verify._metrics(workdir)
+        workdir_files._metrics(workdir)
 
 
 def test_numbers_that_are_not_finite_are_in_no_series(tmp_path):

@@ -1,0 +1,128 @@
+"""python -m grain_jax.verify WORKDIR [--from STEP] [--steps K]: is this run what its receipt says?
+
+Checks that the records of the saves form one unbroken chain, and that checkpoints, metrics and config are
+the recorded ones. Then trains K steps again, from a checkpoint (or from the seed: --from 0), on the data of the
+run: batches must be equal on any number of devices, parameters bit for bit where mesh and versions are the
+recorded ones, and losses within a tolerance elsewhere. Status 0: proved; 1: it is not; 2: it cannot be checked.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+
+import jax
+from etils import epath
+
+from grain_jax import errors
+from grain_jax.runtime import receipt
+from grain_jax.runtime.arguments import Parser
+from grain_jax.verify import replay, workdir
+
+STEPS = 5  # where no checkpoint says how far
+MOST_DEVICES = 512  # virtual ones; each has threads of its own, and a record may say any number
+
+
+def verify(folder: epath.PathLike, *, start: int | None = None, steps: int | None = None) -> None:
+    """Checks a workdir and prints what was found.
+
+    Args:
+      folder: the workdir of a run that has saved at least once.
+      start: the step of a kept checkpoint to train again from, or 0; None: the oldest kept one that
+        something follows.
+      steps: how many; None: up to the next kept checkpoint.
+
+    Raises:
+      Mismatch: the run is not what it claims to be.
+      UserError: it cannot be checked: no records, no such checkpoint, no data, nothing to compare.
+    """
+    run = workdir.read(epath.Path(folder))
+    workdir.check_metrics(run)
+    workdir.check_config(run)
+    first = _first_step(run, start)
+    last = _last_step(run, first, steps)
+    place = replay.Place()
+    workdir.check_data(run)
+    replay.check_checkpoints(run, place)
+    proved = replay.replay(run, place, first, last)
+    print(
+        f"\nVerdict: {folder} is the run that its receipt describes."
+        f" {workdir.steps_in_words(first + 1, last).capitalize()}: {proved}."
+    )
+
+
+def _first_step(run: workdir.Run, start: int | None) -> int:
+    kept = sorted(run.kept)
+    if start is None:
+        reached = max([*kept[1:], *run.metrics], default=0)
+        return kept[0] if reached > kept[0] else 0
+    if start and start not in run.kept:
+        raise errors.UserError(
+            f"--from: got {start}, expected 0 or one of the kept checkpoints, {', '.join(map(str, kept))}"
+        )
+    return start
+
+
+def _last_step(run: workdir.Run, first: int, steps: int | None) -> int:
+    after = sorted(step for step in run.kept if step > first)
+    there = [*run.metrics, *(record["step"] for record in run.records)]
+    newest = max(there)
+    if steps is not None:
+        last = first + steps
+        if last > newest > first:
+            raise errors.UserError(
+                f"--steps: got {steps}, expected at most {newest - first}: nothing is recorded of the steps"
+                f" after {newest}"
+            )
+    elif after and first:
+        last = after[0]
+    else:
+        last = min(first + STEPS, newest) if newest > first else first + STEPS
+    if not any(first < step <= last for step in there):
+        raise errors.UserError(
+            f"{workdir.steps_in_words(first + 1, last)}: nothing is recorded of them; take --from 0, or another --steps"
+        )
+    return last
+
+
+def _whole_number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of steps")
+    return int(text)
+
+
+def _recorded_devices(folder: epath.Path) -> int:
+    """The largest number of CPU devices of the run; 0 for other devices, for too many to imitate, or bad records."""
+    try:
+        records = [json.loads(line) for line in receipt.read(folder)]
+        on_cpu = [r["mesh"] for r in records if r["environment"]["platform"] == "cpu"]
+        count = max((int(math.prod(mesh.values())) for mesh in on_cpu), default=0)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError, OSError):
+        return 0
+    return count if 0 < count <= MOST_DEVICES else 0
+
+
+def main(argv: list[str]) -> int:
+    """Parses the command line and verifies; 0: proved, 1: not."""
+    parser = Parser(prog="grain_jax.verify", description=__doc__)
+    parser.add_argument("workdir", help="of a run")
+    parser.add_argument(
+        "--from", dest="start", type=_whole_number, metavar="STEP", help="a kept checkpoint, or 0"
+    )
+    parser.add_argument(
+        "--steps", type=_whole_number, metavar="K", help="default: up to the next kept checkpoint"
+    )
+    args = parser.parse_args(argv[1:])
+    if args.steps == 0:
+        parser.error("--steps: got 0, expected at least 1")
+    devices = _recorded_devices(epath.Path(args.workdir))
+    if devices and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", devices)  # virtual ones, as the run had
+    try:
+        verify(args.workdir, start=args.start, steps=args.steps)
+    except workdir.Mismatch as mismatch:
+        print(f"\nVerdict: {args.workdir} is NOT the run that its receipt describes:", flush=True)
+        print(mismatch, file=sys.stderr)
+        return 1
+    return 0

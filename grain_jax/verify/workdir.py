@@ -1,0 +1,197 @@
+"""What a workdir says of its run, and whether its files agree: records, checkpoints, metrics, config."""
+
+import dataclasses
+import json
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax import errors
+from grain_jax.input_pipeline import sources
+from grain_jax.runtime import checkpoint, metrics_file, receipt
+
+
+class Mismatch(Exception):  # noqa: N818
+    """The run is not what its receipt says; the message has one line a cause."""
+
+
+class Kept(NamedTuple):
+    """A checkpoint of the run."""
+
+    folder: epath.Path
+    config: config_lib.Config
+    record: dict[str, Any]
+    data: list[dict[str, Any]] | None  # the identities of its record sets; None: not stored
+
+
+class Run(NamedTuple):
+    """All that a workdir says of its run."""
+
+    records: list[dict[str, Any]]  # in the order of the steps
+    kept: dict[int, Kept]  # by step
+    metrics: dict[int, dict[str, Any]]  # lines of metrics.jsonl by step
+    config: config_lib.Config  # of config.json
+
+
+def say(what: str, found: str) -> None:
+    """Prints a row of the table."""
+    print(f"{what:<22}  {found}", flush=True)
+
+
+def read(workdir: epath.Path) -> Run:
+    """Reads what the workdir says, and checks that the records are one chain. Raises as `verify`."""
+    if not workdir.is_dir():
+        raise errors.UserError(f"{workdir}: no such folder; expected the --workdir of a run")
+    records, faults = _chain(workdir)
+    folder = workdir / "checkpoints"
+    kept, newest = {}, None
+    for step in checkpoint.finished_steps(workdir):
+        kept[step] = _kept(folder / str(step))
+    if not kept or not (records or faults):
+        raise errors.UserError(
+            f"{workdir}: no {'finished checkpoint' if records else receipt.FILE}; expected the workdir of a"
+            " run that has saved"
+        )
+    by_step = {record["step"]: record for record in records}
+    for step in sorted(kept):
+        if step not in by_step:
+            faults.append(f"checkpoint {step}: {receipt.FILE} has no record of it")
+        elif kept[step].record != by_step[step]:
+            keys = [k for k in by_step[step] if by_step[step][k] != kept[step].record.get(k)]
+            faults.append(
+                f"checkpoint {step}: the record in it is another one than in {receipt.FILE}"
+                f" ({', '.join(keys)})"
+            )
+        elif by_step[step]["config"] != receipt.config_sha256(kept[step].config):
+            faults.append(f"checkpoint {step}: its config is not the recorded one")
+        elif by_step[step].get("data") not in (None, receipt.sha256(kept[step].data)):
+            faults.append(f"checkpoint {step}: what it says of its data is not what was recorded")
+        newest = step
+    beyond = [record["step"] for record in records if record["step"] > newest]
+    if len(beyond) > 1:  # one may be: of the save that was cut off
+        faults.append(
+            f"{receipt.FILE}: goes on to step {beyond[-1]}, but the newest checkpoint is {newest}"
+        )
+    if faults:
+        raise Mismatch("\n".join(faults))
+    say(
+        "records", f"{len(records)}, one chain, steps {records[0]['step']} to {records[-1]['step']}"
+    )
+    if records[0]["previous"]:
+        say("", f"those before step {records[0]['step']} are not in this workdir")
+    if beyond:
+        say("", f"that of step {beyond[0]} is of a save that was cut off")
+    return Run(records, kept, _metrics(workdir), _config_json(workdir))
+
+
+def _chain(workdir: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
+    records, faults = [], []
+    for number, line in enumerate(receipt.read(workdir), 1):
+        try:
+            record = json.loads(line)
+            missing = [key for key in receipt.KEYS if key not in record]
+        except (json.JSONDecodeError, TypeError):
+            missing = receipt.KEYS
+        if missing:
+            fault = (
+                f"{receipt.FILE}:{number}: got {line[:60]!r}, expected a record with {missing[0]}"
+            )
+            return records, [*faults, fault]
+        step, previous = record["step"], record["previous"]
+        if records and previous != receipt.sha256(records[-1]):
+            faults.append(
+                f"{receipt.FILE}:{number}: the chain is broken: the record of step {step} does not follow"
+                f" from the one of step {records[-1]['step']}"
+            )
+        if records and step <= records[-1]["step"]:
+            faults.append(f"{receipt.FILE}:{number}: step {step} follows {records[-1]['step']}")
+        records.append(record)
+    return records, faults
+
+
+def _kept(folder: epath.Path) -> Kept:
+    try:
+        config = checkpoint.read_json(folder, "config")
+        record = checkpoint.read_json(folder, "receipt")
+        data = checkpoint.read_data(folder)
+    except (OSError, ValueError) as error:
+        raise Mismatch(f"checkpoint {folder.name}: cannot be read ({error})") from None
+    return Kept(folder, config_lib.from_dict(config), record, data)
+
+
+def _config_json(workdir: epath.Path) -> config_lib.Config:
+    try:
+        return config_lib.from_dict(json.loads((workdir / "config.json").read_text()))
+    except (OSError, json.JSONDecodeError) as error:
+        raise Mismatch(f"config.json: cannot be read ({error})") from None
+
+
+def _metrics(workdir: epath.Path) -> dict[int, dict[str, Any]]:
+    """The lines of metrics.jsonl by step, each with its text; but for the one that a kill cut off.
+
+    Raises Mismatch where it has others, or two of a step.
+    """
+    lines: dict[int, dict[str, Any]] = {}
+    read, faults = metrics_file.read(metrics_file.files(workdir))
+    if faults:
+        raise Mismatch("\n".join(faults))
+    for step, values, text in read:
+        if lines.setdefault(step, values | {"text": text})["text"] != text:
+            raise Mismatch(f"{metrics_file.FILE}: two lines of step {step}")
+    return lines
+
+
+def check_metrics(run: Run) -> None:
+    """Raises Mismatch where lines of metrics.jsonl are not those that a record has the hash of."""
+    texts = [values["text"] for values in run.metrics.values()]
+    before, faults, checked = 0, [], 0
+    for record in run.records:
+        step = record["step"]
+        lines = [s for s in run.metrics if before < s <= step]
+        # A checkpoint that was copied to a new workdir came without the lines before it.
+        copied = record is run.records[0] and record["previous"] and not lines
+        if not copied and receipt.metrics_sha256(texts, before, step) != record["metrics"]:
+            faults.append(
+                f"metrics.jsonl: the lines of {steps_in_words(before + 1, step)} are not those that were there at the"
+                " save"
+            )
+        for key in ("batch_chain", "pixel_chain"):
+            if step in run.metrics and run.metrics[step].get(key) != record[key]:
+                faults.append(f"metrics.jsonl: {key} of step {step} is not the recorded one")
+        before, checked = step, checked + len(lines)
+    if faults:
+        raise Mismatch("\n".join(faults))
+    say("metrics.jsonl", f"{checked} lines, as recorded")
+
+
+def check_config(run: Run) -> None:
+    """Raises Mismatch where config.json has other numbers than the newest checkpoint was made with."""
+    newest = max(run.kept)
+    here, there = (
+        config_lib.select(dataclasses.asdict(c), {"order", "numbers"})
+        for c in (run.config, run.kept[newest].config)
+    )
+    faults = [
+        f"config.json: {key}: got {here.get(key)!r}; checkpoint {newest} was made with {there.get(key)!r}"
+        for key in sorted(here | there)
+        if here.get(key) != there.get(key)
+    ]
+    if faults:
+        raise Mismatch("\n".join(faults))
+    say("config.json", f"as in checkpoint {newest}")
+
+
+def check_data(run: Run) -> None:
+    """Raises UserError where a record set is not the one that the run was trained on any more."""
+    newest = max(run.kept)
+    stored, config = run.kept[newest].data, run.kept[newest].config
+    unknown: list[str] = []
+    identities = sources.open_source(config).identities(config)
+    checkpoint.check_same_data(newest, stored, identities, unknown.append)
+    say("data", "; ".join(unknown) or f"as checkpoint {newest} was trained on")
+
+
+def steps_in_words(first: int, last: int) -> str:
+    """The words "step 3" or "steps 3-5"."""
+    return f"step {first}" if first == last else f"steps {first}-{last}"

@@ -1,0 +1,226 @@
+"""The collectives of a compiled program, summed over a step: kind, payload, mesh axes, whether they are hidden."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from launch import hlo
+
+_SMALL = 1024  # bytes: an instruction on less than this hides nothing
+
+
+class Collective(NamedTuple):
+    """Collectives of one sort, summed over a step.
+
+    Attributes:
+      kind: one of hlo.KINDS.
+      overlapped: whether the schedule runs other work between its start and its end.
+      in_loop: whether a loop repeats it.
+      group_size: chips that take part together (of a permutation: length of the ring).
+      slices: slices that a group spans; above 1 it goes over the data-centre network.
+      axes: mesh axes that it runs along, where the mesh was given.
+      count: runs a step.
+      bytes: payload of one chip, all runs together: the array that all chips of a group hold together at its
+        largest (all-reduce, reduce-scatter, all-to-all, permutation: the operand; all-gather: the result).
+    """
+
+    kind: str
+    overlapped: bool
+    in_loop: bool
+    group_size: int
+    slices: int
+    axes: tuple[str, ...]
+    count: int
+    bytes: float
+
+
+def _groups(instruction: hlo.Instruction, partitions: int) -> list[list[int]]:
+    """The chips of each group, as positions in the mesh; of a permutation the (source, target) pairs."""
+    rest = instruction.rest
+    pairs = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}\s]*\})\}", rest)
+    if pairs:
+        return [[int(n) for n in g.split(",")] for g in re.findall(r"\{([\d,\s]+)\}", pairs[1])]
+    if re.search(r"replica_groups=\{\}", rest) or "replica_groups=" not in rest:
+        return [list(range(partitions))]
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest)
+    if iota:
+        return _iota(iota[2]).reshape(_ints(iota[1])).tolist()
+    mesh = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[^)]*\)?)\))? \{(['\w,]*)\}", rest
+    )
+    if mesh is None:
+        raise ValueError(f"HLO: replica groups of an unknown form in {rest[:200]!r}")
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+    axes = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", mesh[3])]
+    ids = _iota(mesh[2]) if mesh[2] else np.arange(math.prod(sizes.values()))
+    ids = np.moveaxis(ids.reshape(list(sizes.values())), axes, range(-len(axes), 0))
+    return ids.reshape(-1, math.prod(ids.shape[-len(axes) :])).tolist()
+
+
+def _ints(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def _iota(text: str) -> np.ndarray:
+    """Reads "[8]" or "[4,2]T(1,0)": 0, 1, 2, ... in that shape, transposed; flat."""
+    shape, _, order = text.partition("T")
+    dims = _ints(shape.strip("[]"))
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    return (ids.transpose(_ints(order.strip("()"))) if order else ids).ravel()
+
+
+def _ring(pairs: list[list[int]]) -> int:
+    """Chips of the ring, or of the chain, that begins with the first pair."""
+    targets, at, seen = dict(pairs), pairs[0][0], set()
+    while at is not None and at not in seen:
+        seen.add(at)
+        at = targets.get(at)
+    return len(seen)
+
+
+def _is_work(
+    module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction
+) -> bool:
+    """Whether it keeps the chip busy enough to hide a transfer."""
+    if instruction.opcode in hlo.FREE - {"while", "call", "conditional"}:
+        return False
+    if hlo.ASYNC.fullmatch(instruction.opcode) or instruction.opcode.endswith("-start"):
+        return False
+    if instruction.target in hlo.FREE_CALLS:
+        return False
+    inner = module.called(instruction)
+    if inner and inner.root.target in (hlo.START, hlo.DONE):
+        return False
+    shapes = [*instruction.shapes, *computation.shapes(instruction)]
+    return max((s.bytes for s in shapes), default=0) > _SMALL
+
+
+def _overlapped(module, computation, start: hlo.Instruction, done: str | None) -> bool:
+    """Whether work is scheduled between `start` and the instruction named `done`."""
+    order = list(computation.instructions.values())
+    first = order.index(start) + 1
+    last = order.index(computation.instructions[done]) if done else first
+    return any(_is_work(module, computation, i) for i in order[first:last])
+
+
+def _end(module: hlo.Module, computation: hlo.Computation, start: hlo.Instruction) -> str | None:
+    """The instruction that waits for `start`."""
+    if start.opcode == "fusion":  # TPU: start, compute and wait are fusions that share a channel
+        channel = _channel(module, start)
+        return next(
+            (
+                i.name
+                for i in computation.instructions.values()
+                if i.opcode == "fusion"
+                and module.called(i).root.target == hlo.DONE
+                and _channel(module, i) == channel
+            ),
+            None,
+        )
+    if start.opcode == "send":
+        key = r'_xla_host_transfer_rendezvous="([^"]*)"'
+        for i in computation.instructions.values():
+            if i.opcode == "recv" and i.find(key) == start.find(key):
+                return next((u.name for u in computation.users[i.name]), None)
+        return None
+    for user in computation.users[start.name]:
+        if user.opcode == "async-update":
+            return _end(module, computation, user)
+        if user.opcode.endswith("-done"):
+            return user.name
+    return None
+
+
+def _channel(module: hlo.Module, fusion: hlo.Instruction) -> str | None:
+    inner = module.called(fusion).instructions.values()
+    return next((i.find(r"channel_id=(\d+)") for i in inner if i.opcode in hlo.KINDS), None)
+
+
+def _issued(module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction):
+    """(kind, the collective itself, where it stands, asynchronous) if `instruction` issues one, else None."""
+    opcode = instruction.opcode
+    if opcode in hlo.KINDS:
+        return opcode, instruction, computation, False
+    if opcode.removesuffix("-start") in hlo.KINDS:
+        return opcode.removesuffix("-start"), instruction, computation, True
+    if opcode not in ("fusion", "async-start"):
+        return None
+    inner = module.called(instruction)
+    found = [i for i in inner.instructions.values() if i.opcode in hlo.KINDS]
+    if not found:
+        return None
+    collective = found[0]
+    if hlo.is_continued(inner, collective):
+        return None
+    kind = collective.opcode
+    if kind == "all-reduce" and any(
+        i.opcode == "dynamic-slice" for i in inner.instructions.values()
+    ):
+        kind = "reduce-scatter"  # the TPU compiler's own fusion of the two
+    return kind, collective, inner, opcode == "async-start" or inner.root.target == hlo.START
+
+
+def collectives(
+    module: hlo.Module, *, mesh: Mapping[str, int] | None = None, slices: int = 1
+) -> list[Collective]:
+    """Every collective of a step, summed by sort; the largest payload first.
+
+    Args:
+      module: the program.
+      mesh: axis name -> size, in the order of the mesh, to name the axes; chips are numbered as in
+        `mesh.devices.flat`.
+      slices: equal slices (or GPU nodes) that the chips lie in, each a run of consecutive chips of the mesh.
+    """
+    per_slice = max(1, module.partitions // slices)
+    if module.across_slices:  # the text is of one slice: its groups stay within, its sends leave
+        per_slice = module.partitions
+        if mesh:
+            first, *rest = mesh
+            mesh = {first: mesh[first] // slices, **{axis: mesh[axis] for axis in rest}}
+    sums = defaultdict(lambda: [0, 0.0])
+    for computation in module.computations.values():
+        times = module.times.get(computation.name, 0)
+        if not times or computation.name in module.fused:
+            continue
+        in_loop = computation.name in module.in_loop
+        for instruction in computation.instructions.values():
+            across = instruction.find(r'_xla_megascale_transfer_type="(\w+)"')
+            if across and instruction.opcode == "send":
+                kind = across.lower().replace("_", "-").replace("one-to-one", hlo.KINDS[-1])
+                listed = instruction.find(r'_xla_megascale_target="\{([\d,]+)\}x')
+                size = len(listed.split(",")) if listed else slices
+                where, collective, spans, axes = computation, instruction, size, ()
+                asynchronous = True
+                payload = computation.instructions[instruction.operands[0]].shapes[0].bytes
+            else:
+                issued = _issued(module, computation, instruction)
+                if issued is None:
+                    continue
+                kind, collective, where, asynchronous = issued
+                groups = _groups(collective, module.partitions)
+                size = _ring(groups) if kind == "collective-permute" else len(groups[0])
+                if size == 1:
+                    continue
+                spans = max(len({chip // per_slice for chip in group}) for group in groups)
+                axes = _axes(groups, mesh) if mesh else ()
+                payload = sum(s.bytes for s in where.shapes(collective))
+            if kind == "all-gather":
+                payload *= size
+            hidden = asynchronous and _overlapped(
+                module, computation, instruction, _end(module, computation, instruction)
+            )
+            total = sums[kind, hidden, in_loop, size, spans, axes]
+            total[0] += times
+            total[1] += times * payload
+    rows = [Collective(*key, *total) for key, total in sums.items()]
+    return sorted(rows, key=lambda row: (-row.bytes, row))
+
+
+def _axes(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes along which chips of one group differ."""
+    places = np.asarray(np.unravel_index(groups, tuple(mesh.values())))  # [axis, group, member]
+    return tuple(name for name, at in zip(mesh, places) if (at != at[:, :1]).any())

@@ -1,0 +1,208 @@
+"""The work of one chip in a step of a compiled program: matrix FLOPs, memory traffic, the largest buffers."""
+
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from launch import hlo
+
+# A TPU multiplies bfloat16: so many passes it makes of a float32 product.
+_PASSES = {"highest": 6, "high": 3}
+
+
+class Buffer(NamedTuple):
+    """A result that lies in the chip's main memory; `bytes` as stored, with padding."""
+
+    bytes: float
+    shape: str
+    opcode: str
+    op_name: str
+
+
+def dot_flops(module: hlo.Module, *, passes: bool = False) -> float:
+    """FLOPs of matrix products a step on one chip, a multiply-add counting as two.
+
+    Dots and convolutions, which is what the TPU compiler makes of dots; products inside of custom calls
+    (cuBLAS) are not seen.
+
+    Args:
+      module: the compiled step.
+      passes: counts float32 products as often as a TPU makes them in bfloat16: 6 times at HIGHEST precision.
+    """
+    total = 0.0
+    for computation in module.computations.values():
+        times = module.times.get(computation.name, 0)
+        if not times:
+            continue
+        for instruction in computation.instructions.values():
+            if instruction.opcode not in ("dot", "convolution"):
+                continue
+            left = computation.instructions[instruction.operands[0]].shapes[0]
+            if instruction.opcode == "dot":
+                axes = instruction.find(r"lhs_contracting_dims=\{([\d,]+)\}")
+                depth = math.prod(left.dims[a] for a in map(int, axes.split(","))) if axes else 1
+                flops = 2 * math.prod(instruction.shapes[0].dims) * depth
+            else:
+                flops = _convolution_flops(computation, instruction)
+            if passes and left.dtype == "f32":
+                precision = instruction.find(r"operand_precision=\{(\w+),")
+                flops *= _PASSES.get(precision, 1)
+            total += times * flops
+    return total
+
+
+def _convolution_flops(computation: hlo.Computation, convolution: hlo.Instruction) -> float:
+    """Multiply-adds with real inputs alone: batched dots become dilated windows that are nearly all padding."""
+    left, kernel = (computation.instructions[n].shapes[0].dims for n in convolution.operands[:2])
+    out = convolution.shapes[0].dims
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.rest)
+    window = dict(re.findall(r"(\w+)=([\dx_-]+)", convolution.find(r"window=\{([^}]*)\}") or ""))
+    count = out[labels[3].index("b")] * out[labels[3].index("f")] * kernel[labels[2].index("i")]
+    spatial = sorted(set(labels[1]) - {"b", "f"})
+    for n, label in enumerate(spatial):
+
+        def setting(key, default, n=n):
+            return window[key].split("x")[n] if key in window else default
+
+        stride, dilate = int(setting("stride", 1)), int(setting("lhs_dilate", 1))
+        reach, low = int(setting("rhs_dilate", 1)), int(setting("pad", "0_0").split("_")[0])
+        result = np.arange(out[labels[3].index(label)])[:, None] * stride
+        at = result + np.arange(kernel[labels[2].index(label)]) * reach - low
+        inside = (at >= 0) & (at <= (left[labels[1].index(label)] - 1) * dilate)
+        count *= int((inside & (at % dilate == 0)).sum())
+    return 2.0 * count
+
+
+def bytes_accessed(module: hlo.Module) -> float:
+    """Traffic with main memory (HBM) a step on one chip, bytes: an estimate.
+
+    Operands and results of every instruction outside of fusions; what a slice or an update in place touches
+    instead of the whole buffer; nothing for arrays that the TPU compiler keeps in the core's own memory.
+    """
+    total = 0.0
+    for computation in module.computations.values():
+        times = module.times.get(computation.name, 0)
+        if not times or computation.name in module.fused:
+            continue
+        for instruction in computation.instructions.values():
+            total += times * _traffic(module, computation, instruction)
+    return total
+
+
+def _traffic(
+    module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction
+) -> float:
+    opcode = instruction.opcode
+    if opcode in hlo.FREE or instruction.target in hlo.FREE_CALLS:
+        return 0.0
+    operands = [computation.instructions[n].shapes for n in instruction.operands]
+    inputs = [s for shapes in operands for s in shapes]
+    if opcode in ("copy-start", "slice-start"):
+        # The result lists the operand again; a copy names its destination first, a slice after the operand.
+        target = instruction.shapes[0 if opcode == "copy-start" else 1]
+        return target.stored_bytes * (target.in_hbm + inputs[0].in_hbm)
+    results = instruction.shapes
+    if opcode == "async-start":
+        inner = module.called(instruction)
+        return sum(_traffic(module, inner, i) for i in inner.instructions.values())
+    if opcode == "send":
+        results = ()
+    elif opcode.endswith("-start") and len(results) > len(inputs):
+        results = results[len(inputs) :]  # the operands are listed again before the results
+    if opcode == "fusion":
+        inner = module.called(instruction)
+        if inner.root.target in hlo.FREE_CALLS:
+            return 0.0
+        read = [
+            _read(module, inner, inner.parameters[n].name) if n in inner.parameters else 0.0
+            for n, shapes in enumerate(operands)
+            if shapes[0].in_hbm
+        ]
+        return sum(read) + _written(module, inner, instruction.shapes)
+    if opcode in ("dynamic-slice", "slice", "gather"):
+        return sum(s.stored_bytes * (s.in_hbm + i.in_hbm) for s, i in zip(results, inputs))
+    if opcode == "dynamic-update-slice":
+        update = inputs[1]
+        return update.stored_bytes * (update.in_hbm + instruction.shapes[0].in_hbm)
+    return sum(s.stored_bytes for s in [*inputs, *results] if s.in_hbm)
+
+
+def _read(module: hlo.Module, computation: hlo.Computation, name: str) -> float:
+    """Bytes that a fused computation reads of one of its values that lies in memory."""
+    whole = computation.instructions[name].shapes[0].stored_bytes
+    total = 0.0
+    for user in computation.users[name]:
+        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+            total += user.shapes[0].stored_bytes
+        elif user.opcode == "bitcast":
+            total += _read(module, computation, user.name)
+        elif user.opcode == "fusion":
+            inner = module.called(user)
+            at = user.operands.index(name)
+            total += (
+                _read(module, inner, inner.parameters[at].name) if at in inner.parameters else 0.0
+            )
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            continue  # updated in place
+        elif user.opcode == "tuple" or hlo.is_continued(computation, user):
+            continue  # handed on, or read where the transfer starts
+        else:
+            return whole
+    return min(total, whole)
+
+
+def _written(
+    module: hlo.Module, computation: hlo.Computation, shapes: tuple[hlo.Shape, ...]
+) -> float:
+    """Bytes that a fused computation writes to memory; `shapes` are those of the fusion's results."""
+    root = computation.root
+    if root.target == hlo.START:  # its operand is listed again before the result
+        return sum(s.stored_bytes for s in shapes[1:] if s.in_hbm)
+    results = root.operands if root.opcode == "tuple" else [root.name]
+    total = 0.0
+    for name, shape in zip(results, shapes):
+        instruction = computation.instructions[name]
+        while instruction.opcode == "bitcast":
+            instruction = computation.instructions[instruction.operands[0]]
+        if not shape.in_hbm or instruction.opcode == "parameter":
+            continue
+        if hlo.is_continued(computation, instruction):
+            continue
+        if instruction.opcode == "dynamic-update-slice":
+            shape = computation.instructions[instruction.operands[1]].shapes[0]
+        if instruction.opcode == "fusion":
+            total += _written(module, module.called(instruction), (shape,))
+        else:
+            total += shape.stored_bytes
+    return total
+
+
+def largest_buffers(module: hlo.Module, n: int) -> list[Buffer]:
+    """The `n` largest results in main memory: arguments, and what instructions outside of fusions make.
+
+    An update in place makes no buffer. Results of equal shape and origin are listed once.
+    """
+    found = set()
+    for computation in module.computations.values():
+        if not module.times.get(computation.name) or computation.name in module.fused:
+            continue
+        for instruction in computation.instructions.values():
+            makes = instruction.opcode not in hlo.FREE and not hlo.ASYNC.fullmatch(
+                instruction.opcode
+            )
+            if instruction.opcode == "parameter":
+                makes = computation.name == module.entry
+            if not makes or instruction.opcode == "dynamic-update-slice":
+                continue
+            shapes = [s for s in instruction.shapes if s.in_hbm]
+            if instruction.opcode == "fusion":
+                stored = sum(s.stored_bytes for s in shapes)
+                if _written(module, module.called(instruction), instruction.shapes) < stored:
+                    continue
+            for shape in shapes:
+                found.add(
+                    Buffer(shape.stored_bytes, str(shape), instruction.opcode, instruction.op_name)
+                )
+    return sorted(found, key=lambda b: (-b.bytes, b))[:n]

@@ -1,0 +1,261 @@
+"""The points of a sweep as runs: overrides, names, checked configs, and whether their folders fit them."""
+
+import dataclasses
+import json
+import re
+import runpy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax import errors
+from grain_jax.input_pipeline import derived
+from grain_jax.runtime import command_line
+from launch import sweep_table
+
+DEFINING = {"order", "numbers", "result"}  # roles of the keys that may not change between two calls
+_LONGEST_NAME = 200  # characters; file systems end at 255
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One point of a sweep."""
+
+    name: str
+    overrides: Mapping[str, Any]  # config key -> value
+    swept: Mapping[str, Any]  # the same for the keys that differ between points
+    config: config_lib.Config
+    arguments: tuple[str, ...]  # of grain_jax.train
+    folder: epath.Path
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What trains it."""
+        return ("python", "-m", "grain_jax.train", *self.arguments)
+
+
+def load_points(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The flat overrides that the sweep file's `sweep()` yields.
+
+    Raises:
+      UserError: no such file, no such function, it fails, or it yields nothing or no dicts of leaves.
+    """
+    with command_line.running_file(str(path), "sweep"):
+        sweep = runpy.run_path(str(path)).get("sweep")
+        points = None if sweep is None else list(sweep())
+    if points is None:
+        raise errors.UserError(f"--sweep: {path} has no function sweep() that yields overrides")
+    if not points:
+        raise errors.UserError(f"--sweep: {path}: sweep() yields no point")
+    for number, point in enumerate(points, 1):
+        if not isinstance(point, Mapping):
+            raise errors.UserError(
+                f"--sweep: {path}: point {number} is {point!r}, expected a dict such as"
+                " {'optim.learning_rate': 1e-3}"
+            )
+    return [dict(point) for point in points]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def resolve(
+    base: config_lib.Config, overrides: Mapping[str, Any], given: Sequence[str] = ()
+) -> config_lib.Config:
+    """`base` with a point's overrides, as the trainer's command line would have it.
+
+    Args:
+      base: the config with the overrides of this command line.
+      overrides: flat; of `total_steps` and `total_epochs`, and of the warm-up's two lengths, one that is
+        set here unsets the other.
+      given: the keys that this command line sets.
+
+    Raises:
+      UserError: a key that does not exist, a value of the wrong kind or out of bounds; a line each.
+    """
+    tree = dataclasses.asdict(base)
+    known = flatten(tree)
+    faults = []
+    for key, value in overrides.items():
+        if key not in known:
+            inside = [k for k in known if k.startswith(f"{key}.")]
+            faults.append(
+                f"{key}: is a group of keys; set them one by one, such as {inside[0]}"
+                if inside
+                else f"{key}: {config_lib.unknown_key(str(key), list(known))}"
+            )
+        elif key in given:
+            faults.append(f"{key}: the sweep and the command line both set it; leave one out")
+        elif value is None or not isinstance(value, (bool, int, float, str, tuple)):
+            faults.append(f"{key}: got {value!r}, expected a number, a string, a bool or a tuple")
+    if faults:
+        raise errors.UserError("\n".join(faults))
+    changed = dict(overrides)
+    for pair in config_lib.EITHER_OR:
+        for key, other in (pair, pair[::-1]):
+            if key in overrides and other not in (*overrides, *given):
+                changed[other] = None
+    for key, value in changed.items():
+        *groups, leaf = key.split(".")
+        part = tree
+        for group in groups:
+            part = part[group]
+        part[leaf] = value
+    return config_lib.from_dict(tree)
+
+
+def _short(value: Any) -> str:
+    """A value as it stands in a run's name: digits as few as tell it, nothing that a path cannot hold."""
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return re.sub(r"[^\w.+-]+", "-", str(value)).strip("-")
+
+
+def name_points(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A readable name for each point, e.g. `learning_rate=0.001,seed=1`: what differs between them.
+
+    Raises:
+      UserError: two points are the same, or a name is too long for a folder.
+    """
+    columns: dict[str, list[Any]] = {}
+    for point in points:
+        for key in point:
+            columns.setdefault(key, [p.get(key) for p in points])
+    differ = [k for k, v in columns.items() if any(x != v[0] for x in v[1:])] or list(columns)
+    leaves = [key.rpartition(".")[2] for key in differ]
+    label = {k: k if leaves.count(leaf) > 1 else leaf for k, leaf in zip(differ, leaves)}
+    names: list[str] = []
+    for number, point in enumerate(points, 1):
+        parts = [f"{label[key]}={_short(point[key])}" for key in differ if key in point]
+        name = ",".join(parts) or "base"
+        if name in names:
+            raise errors.UserError(
+                f"--sweep: points {names.index(name) + 1} and {number} are both {name}; expected each"
+                " once"
+            )
+        if len(name) > _LONGEST_NAME:
+            raise errors.UserError(
+                f"--sweep: point {number}: its name has {len(name)} characters, expected at most"
+                f" {_LONGEST_NAME}; sweep over fewer keys at a time: {name}"
+            )
+        names.append(name)
+    return names
+
+
+def make_runs(
+    base: config_lib.Config,
+    base_arguments: Sequence[str],
+    points: Sequence[Mapping[str, Any]],
+    workdir: epath.Path,
+) -> list[Run]:
+    """The sweep's runs, each with its checked config.
+
+    Args:
+      base: the config with the overrides of this command line.
+      base_arguments: `--config=FILE` and those overrides.
+      points: as `load_points` gives them.
+      workdir: the runs' folders lie in it.
+
+    Raises:
+      UserError: a line for every fault of the points.
+    """
+    given = [a.partition("=")[0].removeprefix("--config.") for a in base_arguments]
+    labels = name_points(points)
+    first = points[0]
+    differ = {k for p in points for k in p if k not in first or p[k] != first[k]}
+    differ |= {k for k in first if any(k not in p for p in points)}
+    runs: list[Run] = []
+    faults: dict[str, list[str]] = {}  # fault -> the points that have it
+    for name, point in zip(labels, points):
+        try:
+            config = resolve(base, point, given)
+        except errors.UserError as error:
+            for line in str(error).splitlines():
+                faults.setdefault(line, []).append(name)
+            continue
+        folder = workdir / name
+        overrides = [f"--config.{key}={value}" for key, value in point.items()]
+        values = flatten(dataclasses.asdict(config))
+        swept = {
+            key: values[key]
+            for p in points
+            for key in p
+            if key in (differ or set(p)) & values.keys()
+        }
+        arguments = (*base_arguments, *overrides, f"--workdir={folder}")
+        runs.append(Run(name, point, swept, config, arguments, folder))
+    if faults:
+        raise errors.UserError(
+            "\n".join(
+                f"{line} (in {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''})"
+                for line, names in faults.items()
+            )
+        )
+    return runs
+
+
+def check_folders(runs: Sequence[Run]) -> None:
+    """Raises UserError where a run's folder was trained with another config: its results are not the point's."""
+    faults = []
+    for run in runs:
+        file = run.folder / "config.json"
+        try:
+            stored = json.loads(file.read_text()) if file.exists() else None
+        except json.JSONDecodeError:  # a kill cut it off; the trainer asks the checkpoint's own
+            continue
+        if stored is None:
+            continue
+        old = config_lib.select(stored, DEFINING)
+        new = config_lib.select(dataclasses.asdict(run.config), DEFINING)
+        faults += [
+            f"{run.folder}: was trained with {key} = {old[key]!r}, now it is {new[key]!r}; take"
+            " another --workdir, or remove that folder"
+            for key in new
+            if key in old
+            and old[key] != new[key]
+            # Where these are not set, the trainer derives them, and config.json has the numbers.
+            and not (key in derived.KEYS and new[key] is None)
+        ]
+    if faults:
+        raise errors.UserError("\n".join(faults))
+
+
+def finished(run: Run) -> bool:
+    """Whether the run's last step is logged and saved, and all of the report is there that the trainer then makes."""
+    evals = run.config.evals.values()
+    report = ["curves.png"]
+    if evals:
+        report.append("results.json")
+    if run.config.pictures and any(entry.kind == "grounding" for entry in evals):
+        report.append("regions.png")
+    if not all((run.folder / name).exists() for name in report):
+        return False
+    from grain_jax.runtime import checkpoint  # JAX: seconds, and only for what may be finished
+
+    step = sweep_table.last_step(run.folder)
+    # Only the data set can turn a length in epochs into steps.
+    return step in checkpoint.finished_steps(run.folder) and run.config.total_steps in (None, step)
+
+
+def share_done(run: Run) -> float:
+    """How much of the run is done, 0 to 1; 0 where its length is not known."""
+    if run.config.total_steps is None:
+        return 0.0
+    return sweep_table.last_step(run.folder) / run.config.total_steps
+
+
+def local_folder(workdir: epath.Path) -> epath.Path:
+    """Where logs and job files of a sweep lie: its workdir, or a folder of this machine if that is remote."""
+    if "://" not in str(workdir):
+        return workdir
+    return epath.Path("runs/sweeps") / re.sub(r"\W+", "_", str(workdir).partition("://")[2])
