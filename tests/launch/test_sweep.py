@@ -421,7 +421,9 @@ def test_the_shipped_jobset_takes_a_run(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "2")
     for name in ("IMAGE", "ACCELERATOR", "TOPOLOGY"):
         monkeypatch.setenv(name, "x")
-    jobset = yaml.safe_load(sweep_clusters.render_gke(run, (sweep_clusters.HERE / "gke.yaml").read_text()))
+    jobset = yaml.safe_load(
+        sweep_clusters.render_gke(run, (sweep_clusters.HERE / "gke.yaml").read_text())
+    )
     assert jobset["metadata"]["name"] == sweep_clusters.jobset_name(run)
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     assert pod["containers"][0]["args"][0].endswith(" ".join(run.arguments))

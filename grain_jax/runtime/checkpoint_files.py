@@ -1,0 +1,97 @@
+"""Reads the files of a checkpoint, each process by itself: one that fails leaves no other at a barrier."""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from grain_jax import errors
+
+
+class CheckpointError(errors.UserError):
+    """There is no usable checkpoint where one was named; the message is one line."""
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """`path` from the root, as Orbax needs it. A URL stays: pathlib would put the current folder before it."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.absolute()
+
+
+def finished_steps(workdir: epath.PathLike) -> list[int]:
+    """The steps of the finished checkpoints of a workdir, in order."""
+    folder = epath.Path(workdir) / "checkpoints"
+    if not folder.is_dir():
+        return []
+    # Orbax renames a finished folder; an object store cannot, and this file says that all is there.
+    renamed = "://" not in str(folder)
+    return sorted(
+        int(path.name)
+        for path in folder.iterdir()
+        if path.name.isdigit() and (renamed or (path / "commit_success.txt").exists())
+    )
+
+
+def read_json(folder: epath.PathLike, item: str) -> dict[str, Any]:
+    """The item `config` or `receipt` of the checkpoint `folder`."""
+    with open_reader(ocp.JsonCheckpointHandler) as reader:
+        return reader.restore(absolute(folder) / item)
+
+
+def read_data(folder: epath.PathLike) -> list[dict[str, Any]] | None:
+    """The identities of the record sets in the checkpoint `folder`; None: it stores none, as older ones."""
+    folder = absolute(folder)
+    return read_json(folder, "data")["sets"] if (folder / "data").is_dir() else None
+
+
+def open_reader(handler: Callable[..., ocp.CheckpointHandler]) -> ocp.Checkpointer:
+    """A reader that waits for no other process."""
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
+    )
+    return ocp.Checkpointer(handler(multiprocessing_options=alone), multiprocessing_options=alone)
+
+
+def metadata_of(folder: epath.Path) -> Any:
+    """Shapes and types of the arrays in `folder`, as Orbax stored them."""
+    # Orbax warns that an item has no metadata of its own; they lie beside the items.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    with open_reader(ocp.PyTreeCheckpointHandler) as reader:
+        metadata = reader.metadata(folder)
+    metadata = getattr(metadata, "item_metadata", metadata)
+    return getattr(metadata, "tree", metadata)
+
+
+def read_arrays(folder: epath.Path, only: str | None = None) -> Any:
+    """The tree of arrays in `folder`, or its part `only`, as numpy arrays, however it was sharded."""
+    tree = metadata_of(folder)
+    if only is not None:
+        tree = {only: tree[only]}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    with open_reader(ocp.PyTreeCheckpointHandler) as reader:
+        return reader.restore(
+            folder,
+            args=ocp.args.PyTreeRestore(
+                item=tree, restore_args=as_numpy, partial_restore=only is not None
+            ),
+        )
+
+
+@functools.cache  # once is enough
+def silence_half_read() -> None:
+    """Drops the messages of reads that Orbax abandons once one array cannot be read: they are pages long."""
+    before = sys.unraisablehook
+
+    def hook(unraisable):
+        reader = getattr(unraisable.object, "__name__", "") == "_read_array_index_and_device_put"
+        if not reader and str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook

@@ -1,0 +1,135 @@
+"""A model alone on disk: a folder with `params/` and `config.json`, as conversions write it; `load_model` reads the model of a
+run's checkpoint too.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax import errors
+from grain_jax.runtime import digests, receipt
+from grain_jax.runtime.checkpoint_files import (
+    CheckpointError,
+    absolute,
+    finished_steps,
+    metadata_of,
+    read_arrays,
+    read_json,
+    silence_half_read,
+)
+
+
+def save_model(folder: epath.PathLike, model: config_lib.Model, params: Any, **notes: Any) -> None:
+    """Writes `params/`, and `config.json` with `model`, `notes` (such as its source) and digests."""
+    folder = absolute(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    params = jax.tree.map(np.asarray, params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "params", params, force=True)
+    content = {"model": dataclasses.asdict(model), **notes, "digests": _digests(model, params)}
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _digests(model: config_lib.Model, params: Any) -> dict[str, str]:
+    """Digests that show damage. The path of the tokenizer may be edited, so it does not count."""
+    text = dataclasses.replace(model.text, tokenizer="")
+    described = config_lib.without_new_fields(dataclasses.replace(model, text=text))
+    return {"model": receipt.sha256(described), "params": digests.of_arrays(params)}
+
+
+def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
+    """The model in a training workdir (newest checkpoint), a checkpoint folder, or a converted folder.
+
+    The model must have the digests that were stored with it. In a workdir a damaged checkpoint is passed over with
+    a warning. Of a run with an average of the parameters (`ema_decay`), the average is returned.
+
+    Returns:
+      (model config, parameters as a nested dict of float32 numpy arrays, the folder that was read).
+
+    Raises:
+      CheckpointError: no such folder, none of the three kinds, or it is damaged.
+    """
+    path = absolute(path)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: no such folder; expected a workdir, a checkpoint or a converted model"
+        )
+    if (path / "config.json").exists() and (path / "params").is_dir():
+        model, params, fault = _try_to_read(_read_converted, path)
+        if fault:
+            raise CheckpointError(f"{path}: damaged: {fault}; convert again, or put back a copy")
+        return model, params, str(path)
+    folders = [path]
+    if (path / "checkpoints").is_dir():
+        steps = finished_steps(path)
+        if not steps:
+            raise CheckpointError(f"{path}: holds no finished checkpoint yet")
+        folders = [path / "checkpoints" / str(step) for step in reversed(steps)]
+    elif not (path / "state").is_dir():
+        raise CheckpointError(
+            f"{path}: neither a workdir (checkpoints/), nor a checkpoint (state/), nor a converted model"
+            " (params/ and config.json)"
+        )
+    for folder in folders:
+        model, params, fault = _try_to_read(_read_checkpoint, folder)
+        if not fault:
+            return model, params, str(folder)
+        if folder != folders[-1]:
+            logging.warning("%s is damaged, reading the checkpoint before it (%s)", folder, fault)
+    others = "" if len(folders) == 1 else ", and those before it are damaged too"
+    raise CheckpointError(f"{folder}: damaged: {fault}{others}; put back a copy")
+
+
+def _try_to_read(
+    read: Callable[[epath.Path], tuple[config_lib.Model, Any]], folder: epath.Path
+) -> tuple[Any, Any, str | None]:
+    """(model, params, None), or (None, None, fault)."""
+    for last in (False, True):
+        try:
+            return *read(folder), None
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged bytes make a reader fail in any way
+            silence_half_read()
+            while error.__cause__ is not None:  # Orbax wraps what TensorStore says
+                error = error.__cause__
+            name = "" if isinstance(error, errors.UserError) else f"{type(error).__name__}: "
+            fault = f"{name}{' '.join(str(error).split())[:200]}"
+        if last or "://" not in str(folder):  # a network may have been down for a moment
+            return None, None, fault
+    raise AssertionError("the second attempt is the last")
+
+
+def _read_converted(folder: epath.Path) -> tuple[config_lib.Model, Any]:
+    """The model of `save_model`; one that was written without digests is not checked."""
+    content = json.loads((folder / "config.json").read_text())
+    if not isinstance(content, dict) or "model" not in content:
+        raise CheckpointError("config.json has no key model")
+    model = config_lib.model_from_dict(content["model"])
+    params = read_arrays(folder / "params")
+    if "digests" in content:
+        for part, digest in _digests(model, params).items():
+            if content["digests"].get(part) != digest:
+                raise CheckpointError(f"{part}: not what config.json has the digest of")
+    return model, params
+
+
+def _read_checkpoint(folder: epath.Path) -> tuple[config_lib.Model, Any]:
+    """The model of a checkpoint, compared with its record."""
+    record = read_json(folder, "receipt")
+    config = config_lib.from_dict(read_json(folder, "config"))
+    if receipt.config_sha256(config) != record["config"]:
+        raise CheckpointError("config: not what the receipt has the hash of")
+    which = "ema_params" if metadata_of(folder / "state").get("ema_params") else "params"
+    params = read_arrays(folder / "state", only=which)[which]
+    if digests.of_arrays(params) != record["state"][which]:
+        raise CheckpointError(f"{which}: not what the receipt has the digest of")
+    return config.model, params
