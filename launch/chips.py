@@ -1,6 +1,6 @@
 """The chips that a run can be planned for, and the names of their slices and nodes.
 
-Peak rates as the makers print them, so a time computed from them is one that no run can beat. Sources:
+Peak rates are those of the makers, so a time computed from them is a lower bound. Sources:
 https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (FLOPs, HBM, ICI, chips a machine); the table "TPU
 specs" of https://jax-ml.github.io/scaling-book/tpus (DCN of v4, where Google Cloud prints none);
 https://cloud.google.com/compute/docs/gpus/gpu-network-bandwidth and /accelerator-optimized-machines (vCPUs

@@ -1,7 +1,7 @@
-"""Compiles a run's step for TPUs that are not here, in a child process, and keeps what came of it.
+"""Compiles the train step for TPUs that this machine does not have, in a child process, and caches the result.
 
-The child alone loads libtpu: its environment stays out of the caller, and where libtpu crashes, one line
-tells. Answers are cached by the program's text, so that a plan asked for again costs no compile.
+Only the child loads libtpu, so that a crash of libtpu is one line here. Results are cached by the text of the
+program, so that the same plan compiles once.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class CompilerFailed(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a step; bytes are those of one chip.
+    """The result of compiling a step; bytes are of one chip.
 
     Attributes:
       state_bytes: of the arguments by kind: parameters, moments, ema, batch (before padding to tiles), scalars.
@@ -92,7 +92,7 @@ def compile_step(
     timeout: float,
     say: Callable[[str], None],
 ) -> Compiled:
-    """Compiles the step that `train` would run on that topology; no chip is needed.
+    """Compiles the step that `train` runs on that topology; needs no chip.
 
     Args:
       config: the run.
@@ -143,7 +143,7 @@ def compile_step(
 
 
 def _topology_options(topology: chips.Topology) -> dict[str, Any]:
-    """What `get_topology_desc` must be told besides the name."""
+    """The arguments of `get_topology_desc` besides the name."""
     options: dict[str, Any] = {}
     if topology.chip.name == "v4":
         options["chip_config_name"] = "megacore"  # one device a chip, as on the real machine
@@ -158,7 +158,7 @@ def _topology_options(topology: chips.Topology) -> dict[str, Any]:
 def _run(
     request: str, environment: dict[str, str], timeout: float, what: str, say: Callable
 ) -> tuple[str, str, int]:
-    """(stdout, stderr, status) of the child; progress every now and then."""
+    """(stdout, stderr, status) of the child; prints progress."""
     began = told = time.monotonic()
     terminal = sys.stderr.isatty()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
@@ -226,7 +226,7 @@ def size(text: str) -> int:
 
 
 def parse_out_of_memory(message: str) -> tuple[int, int, list[tuple[int, str, str]]]:
-    """What RESOURCE_EXHAUSTED says.
+    """Reads the message of RESOURCE_EXHAUSTED.
 
     libtpu has two forms: an early one, with the sum of arguments and temporaries alone, and one from buffer
     assignment, with the largest allocations.
@@ -258,7 +258,7 @@ def parse_out_of_memory(message: str) -> tuple[int, int, list[tuple[int, str, st
 
 
 def _child(request: dict[str, Any]) -> dict[str, Any]:
-    """Lowers, looks into the cache, compiles; returns what the parent is told."""
+    """Lowers, looks into the cache, compiles; returns the answer for the parent."""
     import jax
     from jax.experimental import topologies
 

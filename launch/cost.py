@@ -1,4 +1,4 @@
-"""The least time that a step takes on given chips, from what the compiled program does: a roofline.
+"""The least time of a step on given chips, from the work of the compiled program: a roofline.
 
 Assumptions, all of them on the fast side but the second: every unit runs at its printed peak; a collective runs
 as one ring over one axis of the torus (over the whole of a torus XLA can be faster, over an axis that is not
@@ -17,7 +17,7 @@ LATENCY_SECONDS = 1e-6  # of one transfer between neighbours
 
 
 class Roofline(NamedTuple):
-    """Seconds a step: of each resource alone, and together.
+    """Seconds per step: of each resource alone, and together.
 
     Attributes:
       compute_s: matrix products at peak.

@@ -1,4 +1,4 @@
-"""Memory and traffic of a step by arithmetic, for GPUs, whose compiler needs the GPU. An ESTIMATE, not a measurement.
+"""Memory and traffic of a step by arithmetic, for GPUs, whose compiler needs a GPU. An estimate, not a measurement.
 
 Exact are the state's bytes and what the forward pass keeps for the backward pass, which is read off the traced
 program. XLA adds buffers that are not counted here and fuses others away: trust it to a fifth.
@@ -52,7 +52,7 @@ def mesh_sizes(mesh: config_lib.Mesh, count: int, nodes: int) -> dict[str, int]:
 
 
 def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
-    """The estimate for a step on these GPUs.
+    """Estimates a step on these GPUs.
 
     Assumed: XLA materialises the attention logits (no fused attention); activations are cut over data and
     fsdp, not over tensor; gradients are float32, twice with micro-batches (their sum, and a part's).

@@ -1,4 +1,4 @@
-"""Commands on this machine, N at a time, resumable: what `launch.sweep` and `benchmarks.claim` run their trainings with.
+"""Runs commands on this machine, N at a time, resumable; for `launch.sweep` and `benchmarks.claim`.
 
 A job that is finished is skipped, one that failed is started again after the others, one that was preempted
 (status 75) goes back into the queue. A job's process holds a lock on its log for as long as it lives, so that
@@ -40,14 +40,14 @@ class Job:
 
 
 class Slot(NamedTuple):
-    """A share of this machine that one job has to itself."""
+    """A share of this machine for one job."""
 
     prefix: tuple[str, ...] = ()  # stands before its command
     environment: Mapping[str, str] = {}
 
 
 class Outcome(NamedTuple):
-    """How the jobs stand when `run` returns."""
+    """The state of the jobs when `run` returns."""
 
     done: list[str]
     failed: dict[str, str]  # name -> how its last try ended
@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
 
 
 def slots(count: int) -> list[Slot]:
-    """`count` equal shares of the GPUs, or of the cores where there is none.
+    """`count` equal shares of the GPUs, or of the cores of a machine without one.
 
     Two runs of one core each are faster than two that share two cores.
 
@@ -134,7 +134,7 @@ class _Running:
 
 @dataclasses.dataclass
 class Runner:
-    """Runs jobs until all that there are have finished, or have failed once too often.
+    """Runs jobs until each has finished or has failed more than `retries` times.
 
     Attributes:
       jobs: gives all of them in the order in which they should start; asked again whenever one has ended,
@@ -170,7 +170,7 @@ class Runner:
         self._given = 0.0  # jobs' worth of work that calls before this one did
 
     def run(self) -> Outcome:
-        """Runs them. SIGTERM and SIGINT are passed on to the jobs; it returns when these have ended."""
+        """Runs the jobs. Passes SIGTERM and SIGINT on to them and returns when they have ended."""
         before = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._refresh()
@@ -206,7 +206,7 @@ class Runner:
         return Outcome(self._done, failed, self._stopped_by)
 
     def _refresh(self) -> None:
-        """Asks which jobs there are, and of those that are new or run elsewhere, whether they are finished or run."""
+        """Lists the jobs, and checks those that are new or run elsewhere."""
         seen = {job.name for job in self._known}
         self._known = list(self.jobs())
         for job in self._known:
@@ -218,7 +218,7 @@ class Runner:
                     self._look_elsewhere(job)
 
     def _look_elsewhere(self, job: Job) -> None:
-        """Notes whether another call's process is at work on a job; it takes a slot then, as ours do."""
+        """Notes whether the process of another call works on a job; that job then takes a slot."""
         if job.log.exists():
             with job.log.open() as log:
                 try:  # not for ourselves alone: two that look do not see each other
@@ -234,7 +234,7 @@ class Runner:
         self._elsewhere.add(job.name)
 
     def _waiting(self) -> list[Job]:
-        """The jobs that are to be started, those that failed last."""
+        """The jobs to start; those that failed come last."""
         tries = lambda job: len(self._failures.get(job.name, ()))  # noqa: E731
         return sorted(
             (
@@ -248,7 +248,7 @@ class Runner:
         )
 
     def _start_what_can(self) -> None:
-        """Fills the slots that neither our jobs nor those that run elsewhere take."""
+        """Starts jobs in the free slots; a job that runs elsewhere takes a slot."""
         for job in self._waiting():
             busy = frozenset(self._running) | self._elsewhere
             if self._stopped_by or len(busy) >= len(self.slots):
@@ -289,7 +289,7 @@ class Runner:
         self.screen.say(f"{job.name}: started{' again' if again else ''}")
 
     def _reap(self) -> bool:
-        """Takes note of the processes that ended; returns whether there were any."""
+        """Records the processes that ended; returns whether there were any."""
         ended = [other for other in self._running.values() if other.process.poll() is not None]
         for other in ended:
             job, status = other.job, other.process.returncode
@@ -315,13 +315,13 @@ class Runner:
         return bool(ended)
 
     def _stop(self, number: int, _) -> None:
-        """Passes a signal on; nothing is started any more."""
+        """Passes a signal on to the jobs, and starts no more."""
         self._stopped_by = number
         for other in self._running.values():
             other.process.send_signal(number)
 
     def _work_done(self) -> float:
-        """Finished jobs and the running ones' shares."""
+        """The number of finished jobs plus the shares of the running ones."""
         return len(self._done) + sum(self.share_done(r.job) for r in self._running.values())
 
     def _show(self, elapsed: float) -> None:

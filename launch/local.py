@@ -1,4 +1,4 @@
-"""A run of several processes on this machine's CPU, to see what a pod would do.
+"""Starts a run of several processes on the CPU of this machine, to try what a pod does.
 
     python -m launch.local --processes P --devices-per-process D -- python -m grain_jax.train ...
 
@@ -29,7 +29,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Starts the processes, waits for them, and returns the launcher's status."""
+    """Starts the processes, waits for them, and returns the exit status."""
     parser = Parser(
         prog="python -m launch.local",
         usage="%(prog)s --processes P [--devices-per-process D] -- python -m grain_jax.train ...",
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     told: list[int] = []
 
     def pass_on(number: int, _) -> None:
-        # A terminal's Ctrl-C has reached the processes already; the trainer does not mind a second one.
+        # Ctrl-C of a terminal reaches the processes too; the trainer ignores a second one within a second.
         told.append(number)
         for process in processes:
             process.send_signal(number)
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _wait(processes: list[subprocess.Popen], told: list[int], grace: float) -> int:
-    """Waits for all, ending the others once one has failed, and returns the launcher's status."""
+    """Waits for all processes, ends the others once one has failed, and returns the status of the launcher."""
     failure, deadline = None, 0.0
     while True:
         running = any([p.poll() is None for p in processes])
@@ -143,12 +143,12 @@ def _wait(processes: list[subprocess.Popen], told: list[int], grace: float) -> i
 
 
 def _code(code: int | None, told: list[int]) -> int | None:
-    """A return code; that of a signal passed on before the process could listen is what it stands for."""
+    """The return code of a process; a signal passed on before the process handled signals has its usual code."""
     return _PASSED_ON[-code] if code is not None and -code in told else code
 
 
 def _first_failure(codes: list[int | None], told: list[int]) -> int | None:
-    """Index of the process that is to blame, or None."""
+    """Index of the process that failed first, or None."""
     fine = [None, 0, PREEMPTED]
     if signal.SIGINT in told:
         fine.append(INTERRUPTED)

@@ -1,4 +1,4 @@
-"""What a run would need on chips that are not here: python -m launch.plan --config configs/X.py --topology v5e:16x16
+"""Plans a run for chips that this machine does not have: python -m launch.plan --config configs/X.py --topology v5e:16x16
 
     [--json OUT.json] [--search] [--examples N] [--price PER_CHIP_HOUR] [--efficiency SHARE_OF_PEAK]
     [--input-rate IMAGES_PER_S_A_CORE] [--image-bytes N] [--storage-rate GB_PER_S_A_HOST]
@@ -42,7 +42,7 @@ LARGEST = 6  # buffers named when memory runs out
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a plan assumes besides config and topology; the flags of the same names, in SI units."""
+    """The assumptions of a plan besides config and topology: the flags of the same names, in SI units."""
 
     examples: int | None = None
     price: float | None = None
@@ -54,7 +54,7 @@ class Options:
 
 
 def length(config: config_lib.Config, examples: int | None) -> tuple[int, float, int, bool]:
-    """(total steps, steps an epoch, examples of the data set, whether that number is made up).
+    """(total steps, steps per epoch, examples of the data set, whether that number is assumed).
 
     Without `examples`, a run of `total_steps` is one epoch, and a run of `total_epochs` has a data set of a
     million: its days and money are then "per million examples".
@@ -138,7 +138,7 @@ def make(
 
 
 def levers(config: config_lib.Config) -> dict[str, Any]:
-    """The keys that trade memory against time, with the values that they have."""
+    """The keys that trade memory against time, with their values."""
     return {
         "remat": config.remat,
         "microbatches": config.microbatches,
@@ -193,7 +193,7 @@ def _of_compiled(compiled: compiler.Compiled, config, topology) -> dict[str, Any
 
 
 def _of_estimate(guess: estimate.Estimate, model_flops, config, topology) -> dict[str, Any]:
-    """The same for GPUs, by arithmetic: FLOPs are the model's, and memory traffic is not known."""
+    """The same for GPUs, by arithmetic: FLOPs of the model, without memory traffic."""
     limit = round(topology.chip.hbm_bytes)
     arguments = sum(guess.state_bytes.values())
     temporaries = sum(guess.temporaries.values())
@@ -222,7 +222,7 @@ def _part(config: config_lib.Config, mesh: dict[str, int]) -> int:
 
 
 def _memory(kinds, arguments, temporaries, output, aliased, code, limit) -> dict[str, Any]:
-    """The page's memory table. Donated arguments and outputs share their bytes (`aliased`)."""
+    """The memory table. Donated arguments and outputs share their bytes (`aliased`)."""
     total = arguments + output - aliased + temporaries + code
     return {
         "arguments": dict(kinds, padding=arguments - sum(kinds.values())),
@@ -237,7 +237,7 @@ def _memory(kinds, arguments, temporaries, output, aliased, code, limit) -> dict
 
 
 def grouped(buffers: list[memory_lib.Kept]) -> list[dict[str, Any]]:
-    """Buffers of the same shape and origin as one entry with their number, by the bytes of all."""
+    """Buffers of equal shape and origin as one entry with their number, largest sum first."""
     sums: dict[tuple[str, str, int], int] = {}
     for b in buffers:
         key = (b.shape, b.where, b.bytes)
@@ -250,7 +250,7 @@ def grouped(buffers: list[memory_lib.Kept]) -> list[dict[str, Any]]:
 
 
 def by_kind(collectives: list[hlo_collectives.Collective]) -> dict[str, Any]:
-    """kind -> count and bytes a chip a step, in all and by whether work overlaps them, and over which axes."""
+    """kind -> count and bytes per chip and step: in all, by overlap with work, and by mesh axes."""
     out: dict[str, Any] = {}
     for c in collectives:
         entry = out.setdefault(
@@ -273,7 +273,7 @@ def by_kind(collectives: list[hlo_collectives.Collective]) -> dict[str, Any]:
 
 
 def _add_time(plan, config, topology, options: Options) -> None:
-    """Speed, days, what the input must deliver, and the bill; None where the program does not compile."""
+    """Speed, days, input rate and price; None where the program does not compile."""
     roof = plan["roofline"]
     plan["images_per_second"] = plan["images_per_second_at_most"] = None
     plan["input"] = plan["bill"] = None
@@ -310,7 +310,7 @@ def _add_time(plan, config, topology, options: Options) -> None:
 
 
 def find(config, topology, options: Options, say, base: dict[str, Any]) -> dict[str, Any]:
-    """`--search`: the points that were tried, and the two answers; `base` is the plan of the config itself."""
+    """The points of `--search` and its two answers; `base` is the plan of the config itself."""
     mesh = estimate.mesh_sizes(config.mesh, topology.count, topology.slices)
 
     def ask(candidate: config_lib.Config) -> search.Answer | None:
@@ -369,7 +369,7 @@ class _Progress:
 
 
 def define_flags() -> flags.FlagHolder:
-    """All flags but `--config`'s own, whose holder is returned; not at import, so that this is a library too."""
+    """Defines the flags and returns the holder of `--config`; not at import, so that other modules can use this one."""
     string, number = flags.DEFINE_string, flags.DEFINE_float
     default = Options()
     string("topology", None, "chips: v5e:16x16, v5e:16x16*2 (two slices), v4:4x4x8, h100:8x2")

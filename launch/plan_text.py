@@ -1,4 +1,4 @@
-"""The printed page of a plan: what `launch.plan` found, in the order in which a reader asks."""
+"""The printed page of a plan."""
 
 import textwrap
 from typing import Any
@@ -44,7 +44,7 @@ def seconds(time: float) -> str:
 
 
 def page(plan: dict[str, Any]) -> str:
-    """The whole page, from the dictionary that `plan.make` gives."""
+    """The page of a plan of `plan.make`."""
     parts = [
         _heading(plan),
         _memory(plan),

@@ -1,4 +1,4 @@
-"""Looks for the largest batch, the cheapest remat policy that fits and the faster ring, in few compiles.
+"""Finds the largest batch, the cheapest remat policy that fits and the faster ring, in few compiles.
 
 Memory grows nearly linearly with the images of a chip, so two answers predict where the limit is; each
 prediction is compiled, never trusted.
@@ -23,7 +23,7 @@ GROWTH = 4  # times the last batch, at most: a line does not reach further
 
 
 class Answer(NamedTuple):
-    """What a compile says of a point. Bytes of one chip."""
+    """The result of compiling a point; bytes are of one chip."""
 
     fits: bool
     total_bytes: int
@@ -49,7 +49,7 @@ class Found(NamedTuple):
 
 
 def unit(config: config_lib.Config, shards: int) -> int:
-    """The smallest step in images a chip that keeps every division of the batch whole.
+    """The smallest step in images per chip that keeps every division of the batch whole.
 
     Args:
       shards: parts that the batch is cut into (data x fsdp).
@@ -89,7 +89,7 @@ def search(
     start, step = config.batch_size // shards, unit(config, shards)
 
     def points():
-        """What to try next, given what was tried."""
+        """The points to try next."""
         for remat in config_lib.REMAT_POLICIES:  # from least recomputation to least memory
             yield remat, start, config.loss.gather
             if tried[-1].answer.fits:
@@ -132,7 +132,7 @@ def search(
 
 
 def _can_gather(config: config_lib.Config, shards: int) -> bool:
-    """Whether there is a ring left when `GATHER` neighbours share their columns."""
+    """Whether more than one group of `GATHER` neighbours remains for the ring."""
     group = (config.loss.group_size or config.batch_size) * shards // config.batch_size
     return shards > GATHER and shards % GATHER == 0 and (group <= 1 or group % GATHER == 0)
 

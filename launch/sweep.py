@@ -42,7 +42,7 @@ def train_here(
         return run.config.input.data_dir, run.config.input.name
 
     def ready(job: jobs.Job, running: frozenset[str]) -> bool:
-        """Where runs make a data set that they share, the first one goes alone until it is there."""
+        """Of runs that make the same data set, the first runs alone until the data set is complete."""
         run = by_name[job.name]
         if run.config.input.source == "synthetic" or not run.config.input.prepare:
             return True
@@ -68,7 +68,7 @@ def train_here(
 
 
 def check_metric(metric: str | None, config: config_lib.Config) -> None:
-    """Raises UserError if the metric is of an evaluator that the config does not have."""
+    """Raises UserError where the config has no such evaluator."""
     if metric and metric.startswith("eval/"):
         name = metric.split("/")[1]
         if name not in config.evals:
@@ -85,13 +85,13 @@ def tabulate(runs: Sequence[Run], workdir: epath.Path, metric: str | None) -> No
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "sweep.csv").write_text(sweep_table.csv_text(rows, metric))
     written = "sweep.csv"
-    if sweep_table.picture(rows, metric, workdir / "sweep.png"):
+    if sweep_table.draw(rows, metric, workdir / "sweep.png"):
         written += " and sweep.png"
     print(f"{workdir}: {written}", file=sys.stderr)
 
 
 def show_plan(runs: Sequence[Run]) -> None:
-    """What would be done: names, where they stand, commands."""
+    """Prints name, state and command of each run."""
     for run in runs:
         step = sweep_table.last_step(run.folder)
         state = "finished" if finished(run) else f"resumes (step {step})" if step else "new"

@@ -32,7 +32,7 @@ class Run:
 
     @property
     def command(self) -> tuple[str, ...]:
-        """What trains it."""
+        """The command that trains it."""
         return ("python", "-m", "grain_jax.train", *self.arguments)
 
 
@@ -58,21 +58,10 @@ def load_points(path: epath.PathLike) -> list[dict[str, Any]]:
     return [dict(point) for point in points]
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, keys joined by dots."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def resolve(
     base: config_lib.Config, overrides: Mapping[str, Any], given: Sequence[str] = ()
 ) -> config_lib.Config:
-    """`base` with a point's overrides, as the trainer's command line would have it.
+    """`base` with the overrides of a point, as the command line of the trainer resolves them.
 
     Args:
       base: the config with the overrides of this command line.
@@ -84,7 +73,7 @@ def resolve(
       UserError: a key that does not exist, a value of the wrong kind or out of bounds; a line each.
     """
     tree = dataclasses.asdict(base)
-    known = flatten(tree)
+    known = config_lib.flatten(tree)
     faults = []
     for key, value in overrides.items():
         if key not in known:
@@ -115,7 +104,7 @@ def resolve(
 
 
 def _short(value: Any) -> str:
-    """A value as it stands in a run's name: digits as few as tell it, nothing that a path cannot hold."""
+    """A value in the name of a run: as few digits as identify it, no characters that a path cannot have."""
     if isinstance(value, float) and float(f"{value:g}") == value:
         return f"{value:g}"
     return re.sub(r"[^\w.+-]+", "-", str(value)).strip("-")
@@ -158,13 +147,13 @@ def make_runs(
     points: Sequence[Mapping[str, Any]],
     workdir: epath.Path,
 ) -> list[Run]:
-    """The sweep's runs, each with its checked config.
+    """The runs of a sweep, each with its checked config.
 
     Args:
       base: the config with the overrides of this command line.
       base_arguments: `--config=FILE` and those overrides.
       points: as `load_points` gives them.
-      workdir: the runs' folders lie in it.
+      workdir: of the sweep; holds the folders of the runs.
 
     Raises:
       UserError: a line for every fault of the points.
@@ -185,7 +174,7 @@ def make_runs(
             continue
         folder = workdir / name
         overrides = [f"--config.{key}={value}" for key, value in point.items()]
-        values = flatten(dataclasses.asdict(config))
+        values = config_lib.flatten(dataclasses.asdict(config))
         swept = {
             key: values[key]
             for p in points
@@ -205,7 +194,7 @@ def make_runs(
 
 
 def check_folders(runs: Sequence[Run]) -> None:
-    """Raises UserError where a run's folder was trained with another config: its results are not the point's."""
+    """Raises UserError where the folder of a run has the results of another config."""
     faults = []
     for run in runs:
         file = run.folder / "config.json"
@@ -231,7 +220,7 @@ def check_folders(runs: Sequence[Run]) -> None:
 
 
 def finished(run: Run) -> bool:
-    """Whether the run's last step is logged and saved, and all of the report is there that the trainer then makes."""
+    """Whether the last step is logged and saved, and the report of the trainer is complete."""
     evals = run.config.evals.values()
     report = ["curves.png"]
     if evals:
@@ -248,14 +237,14 @@ def finished(run: Run) -> bool:
 
 
 def share_done(run: Run) -> float:
-    """How much of the run is done, 0 to 1; 0 where its length is not known."""
+    """The share of the steps that are done, 0 to 1; 0 where the length is not known."""
     if run.config.total_steps is None:
         return 0.0
     return sweep_table.last_step(run.folder) / run.config.total_steps
 
 
 def local_folder(workdir: epath.Path) -> epath.Path:
-    """Where logs and job files of a sweep lie: its workdir, or a folder of this machine if that is remote."""
+    """The folder of the logs and job files of a sweep: its workdir, or a local folder where that is remote."""
     if "://" not in str(workdir):
         return workdir
     return epath.Path("runs/sweeps") / re.sub(r"\W+", "_", str(workdir).partition("://")[2])

@@ -1,4 +1,4 @@
-"""What came of a sweep: one row a run, sorted by a metric, as text, CSV and an image with the seeds' spread."""
+"""The results of a sweep: one row per run, sorted by a metric, as text, CSV and an image with the spread of the seeds."""
 
 import csv
 import dataclasses
@@ -22,7 +22,7 @@ _MOST_LINES = 6  # of a panel that a legend still tells apart
 
 
 class Run(Protocol):
-    """What a table needs to know of a run."""
+    """The part of a run that a table needs."""
 
     name: str
     swept: Mapping[str, Any]  # the values of the keys that differ
@@ -32,7 +32,7 @@ class Run(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A run and what it has come to."""
+    """A run and its metrics."""
 
     name: str
     swept: Mapping[str, Any]
@@ -56,7 +56,7 @@ def _values(lines: Sequence[metrics_file.Line]) -> dict[str, float]:
         for key, (_, of_steps) in recent.items()
         if not key.startswith("eval/")
     }
-    return values | means  # what was not logged of late stands as it was
+    return values | means  # the last value of a metric that the recent lines lack
 
 
 def read(runs: Sequence[Run], finished: Sequence[bool]) -> list[Row]:
@@ -85,7 +85,7 @@ def default_metric(rows: Sequence[Row]) -> str:
 
 
 def smaller_is_better(metric: str) -> bool:
-    """Losses are; everything else counts as the larger, the better."""
+    """True for losses; of other metrics larger is better."""
     return "loss" in metric
 
 
@@ -187,8 +187,8 @@ def csv_text(rows: Sequence[Row], metric: str) -> str:
     return page.getvalue()
 
 
-def picture(rows: Sequence[Row], metric: str, path: epath.Path) -> bool:
-    """Draws the metric against each swept axis: a dot a run, and a line through the means over seeds with their range.
+def draw(rows: Sequence[Row], metric: str, path: epath.Path) -> bool:
+    """Draws the metric against each swept axis: a dot per run, and a line through the means over seeds with their range.
 
     Returns:
       Whether there was a finished run to draw.

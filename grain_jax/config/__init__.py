@@ -37,7 +37,7 @@ from grain_jax.config.parse import (
     unknown_key,
     without_new_fields,
 )
-from grain_jax.config.roles import select
+from grain_jax.config.roles import flatten, select
 
 __all__ = [
     "ACTIVATIONS",
@@ -64,6 +64,7 @@ __all__ = [
     "Wandb",
     "divisors",
     "flags_of",
+    "flatten",
     "from_dict",
     "model_from_dict",
     "select",

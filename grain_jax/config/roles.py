@@ -33,7 +33,18 @@ def select(config: Mapping[str, Any], roles: Collection[Role]) -> dict[str, Any]
       config: a Config as a dict, also one that an older version stored: `added` keys may be missing.
       roles: see `fields.Role`.
     """
-    return _flat(_select(config, roles, Config, None))
+    return flatten(_select(config, roles, Config, None))
+
+
+def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{path}{name}.")
+        else:
+            flat[f"{path}{name}"] = value
+    return flat
 
 
 def _group(kind: Any) -> type | None:
@@ -68,13 +79,3 @@ def _as_in_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _as_in_json(inner) for key, inner in value.items()}
     return [_as_in_json(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{path}{name}.")
-        else:
-            flat[f"{path}{name}"] = value
-    return flat

@@ -514,15 +514,15 @@ def test_csv_and_picture(tmp_path):
     assert float(table[0]["optim.learning_rate"]) == 2e-3 and float(table[0][metric]) == 0.8
     assert [row["step"] for row in table] == ["10", "10", "10", "4"]
     assert float(table[1]["eval/seen/chance"]) == 0.1
-    assert sweep_table.picture(rows, metric, epath.Path(tmp_path / "sweep.png"))
+    assert sweep_table.draw(rows, metric, epath.Path(tmp_path / "sweep.png"))
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     mixed = [
         dataclasses.replace(row, swept={**row.swept, "dtype": kind, "text.packing": True})
         for row in rows
         for kind in ("float32", "bfloat16")
     ]
-    assert sweep_table.picture(mixed, metric, epath.Path(tmp_path / "mixed.png"))
-    assert not sweep_table.picture([], metric, epath.Path(tmp_path / "none.png"))
+    assert sweep_table.draw(mixed, metric, epath.Path(tmp_path / "mixed.png"))
+    assert not sweep_table.draw([], metric, epath.Path(tmp_path / "none.png"))
 
 
 def launch(*arguments):
