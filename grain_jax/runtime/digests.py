@@ -1,8 +1,7 @@
-"""Digests of batches and states: equal on every mesh and for any number of processes, exact to the bit.
+"""Digests of the bits of batches and states, equal on every mesh and for any number of processes.
 
-A digest is a sum of integers that wraps around, with a term for each element that mixes its bits with its
-place in the whole array. So each device, or host, sums up what it holds, in any order. It tells other data
-and other states apart; it is not a cryptographic hash.
+A digest is a sum of unsigned integers that wraps around. The term of an element mixes its bits with its position in
+the whole array, so that devices and hosts can sum their parts in any order. It is not a cryptographic hash.
 """
 
 import math
@@ -51,10 +50,10 @@ def of_array(x: jax.Array, name: str) -> jax.Array:
 def of_batch(batch: schema.Batch) -> jax.Array:
     """uint32 [2, 2]: the digests of everything but the images, and of the images.
 
-    They are apart because the images are decoded and resized in floating point, which another kind of
-    CPU or another TensorFlow may round in another way.
+    The images have a digest of their own because another CPU or another TensorFlow may round differently when
+    they are decoded and resized.
     """
-    # `text_counts` follows from the records, and came later than the first receipts.
+    # `text_counts` follows from the records, and the first receipts lack it.
     examples = sum(
         of_array(value, name)
         for name, value in batch._asdict().items()
@@ -65,7 +64,7 @@ def of_batch(batch: schema.Batch) -> jax.Array:
 
 
 def extend(chains: jax.Array, digests: jax.Array, step: jax.Array) -> jax.Array:
-    """The chains [2, 2] after `step`'s batch; each depends on all batches so far and on their order."""
+    """The chains [2, 2] after the batch of `step`; each depends on all batches so far and on their order."""
     first = scramble(scramble(chains[:, 0] + step.astype(jnp.uint32)) ^ digests[:, 0])
     second = scramble(scramble(chains[:, 1] ^ first) + digests[:, 1])
     return jnp.stack([first, second], axis=1)
@@ -78,7 +77,7 @@ def text(words: Any) -> str:
 
 
 def chains(receipt: Any) -> dict[str, str]:
-    """`TrainState.receipt` as metrics and records show it; no other process is needed."""
+    """`TrainState.receipt` as metrics and records show it. Needs no other process."""
     words = np.asarray(receipt)
     return {"batch_chain": text(words[EXAMPLES]), "pixel_chain": text(words[PIXELS])}
 
@@ -86,11 +85,11 @@ def chains(receipt: Any) -> dict[str, str]:
 def of_state(state: Any) -> dict[str, str]:
     """The digest of the bits of each part of a TrainState that is a tree of arrays.
 
-    This one is computed by the hosts, where a save brings the arrays anyway: each sums up the shards that
-    no other has. A number at (i, j, ...) counts by the product of odd 64-bit keys of i, j, ..., modulo 2**64.
+    The hosts compute it, since a save copies the arrays to them: each sums the shards that no other host has. A
+    number at (i, j, ...) is multiplied by the odd 64-bit keys of i, j, ..., modulo 2**64.
 
     Args:
-      state: a NamedTuple, placed. Of several processes, each must call.
+      state: a NamedTuple of placed arrays. Every process must call.
 
     Returns:
       Part -> 16 hexadecimal digits: `params`, `opt_state` and, where an average is kept, `ema_params`.
@@ -110,7 +109,7 @@ def of_state(state: Any) -> dict[str, str]:
 
 
 def of_arrays(tree: Any) -> str:
-    """The digest that `of_state` gives for a part that holds these arrays, whole and on the host.
+    """The digest of `of_state` for a part of these arrays, whole and on the host.
 
     Args:
       tree: nested dict of numpy arrays.
@@ -126,7 +125,7 @@ def of_arrays(tree: Any) -> str:
 
 
 def _of_shards(x: jax.Array, name: str) -> int:
-    """The sum of this process's shards of `x`, each counted on one process alone."""
+    """The sum of the shards of `x` on this process; each shard is counted on one process only."""
     return sum(
         _of_block(np.asarray(shard.data), name, x.shape, shard.index)
         for shard in x.addressable_shards
@@ -137,7 +136,7 @@ def _of_shards(x: jax.Array, name: str) -> int:
 def _of_block(
     values: np.ndarray, name: str, shape: tuple[int, ...], index: tuple[slice, ...]
 ) -> int:
-    """The sum of `values`, which stand at `index` in an array of that name and shape."""
+    """The sum of `values`, the part at `index` of an array of that name and shape."""
     values = values.view(f"uint{8 * values.dtype.itemsize}")
     for axis in reversed(range(values.ndim)):
         keys = _keys(name, axis, shape[axis])[index[axis]]

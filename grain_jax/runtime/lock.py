@@ -1,14 +1,14 @@
-"""One trainer a workdir: the mark `WORKDIR/trainer.lock` says which process trains there.
+"""Allows one trainer per workdir: the lock `WORKDIR/trainer.lock` names the process that trains there.
 
-A second trainer is refused. Whether the first one lives is known for certain where its process can be looked up:
-the same boot of the same machine, the same container. Elsewhere (another host, an object store) it lives as long as
-it renews its mark, every RENEW_SECONDS; a mark that does not change for DEAD_SECONDS is a dead one's. The second
-trainer counts these by its own clock, so the clocks of two machines need not agree.
+A second trainer is refused while the first lives. On the same boot of the same machine and container the process is
+looked up. Elsewhere (another host, an object store) a trainer lives as long as it renews its lock, every
+RENEW_SECONDS; a lock that does not change for DEAD_SECONDS belongs to a dead trainer. The second trainer measures
+these by its own clock, so the clocks of two machines may differ.
 
-The mark is made and replaced atomically: by an exclusive link, then under flock in a folder, by conditional writes
-(TensorStore's) in an object store. A folder that two hosts mount without any locks has the exclusive link only:
-where both take over the same dead mark within SETTLE_SECONDS of each other, the later one wins and the other ends at
-its next renewal. So ends a trainer that was suspended for longer than DEAD_SECONDS while another took its place.
+The lock is made and replaced atomically: in a folder by an exclusive link, then under flock; in an object store by
+conditional writes of TensorStore. A folder that two hosts mount without file locks has the exclusive link only:
+where both replace the same dead lock within SETTLE_SECONDS, the later one wins and the other ends at its next
+renewal, as does a trainer that was suspended for longer than DEAD_SECONDS and replaced meanwhile.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ from grain_jax.runtime import ending, storage_faults
 
 FILE = "trainer.lock"
 RENEW_SECONDS = 10
-DEAD_SECONDS = 90  # NFS shows another host's file up to 60 s late
+DEAD_SECONDS = 90  # NFS shows the file of another host up to 60 s late
 SETTLE_SECONDS = 2.0
-_LARGEST = 4096  # bytes of a mark
-_RELEASE_SECONDS = 5  # for a renewal under way, which may stand at a hung disk
+_LARGEST = 4096  # bytes of a lock
+_RELEASE_SECONDS = 5  # for a renewal under way, which a hung disk may block
 
 
 class Held(errors.UserError):
@@ -44,22 +44,22 @@ class Held(errors.UserError):
 
 
 class Lost(errors.UserError):
-    """The mark is another trainer's now: this one was taken for dead."""
+    """Another trainer has the lock: it took this one for dead."""
 
     status = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds a mark.
+    """The process that holds a lock.
 
     Attributes:
       host, pid: of the process.
-      began: when it came, for people.
-      place: within which process numbers mean something, "" where that is not known.
-      started: of the process, in ticks since the boot: its number may be given to another one.
-      token: of this mark.
-      renewed: how often.
+      began: time and date, for people.
+      place: boot and container, in which `pid` is unique; "" where unknown.
+      started: start of the process in ticks since the boot, because a pid may be used again.
+      token: of this lock.
+      renewed: number of renewals.
     """
 
     host: str
@@ -71,7 +71,7 @@ class Holder:
     renewed: int = 0
 
     def lives(self) -> bool | None:
-        """Whether its process is there; None where it cannot be looked up."""
+        """Whether its process exists; None where it cannot be looked up."""
         if not self.place or self.place != _place():
             return None
         return _started(self.pid) == self.started
@@ -86,7 +86,7 @@ def _place() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in ticks; None where there is none, or one that is dead and not waited for."""
+    """The start of a process, in ticks; None where it does not exist or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -101,7 +101,7 @@ def _myself() -> Holder:
 
 
 def _parse(content: bytes) -> Holder | None:
-    """The holder that a mark names; None where it is no mark, whoever wrote it."""
+    """The holder that a lock names; None where the content is no lock."""
     try:
         holder = Holder(**json.loads(content))
     except (ValueError, TypeError, RecursionError):
@@ -124,7 +124,7 @@ class _Storage(Protocol):
 
 
 class _Folder:
-    """A mark in a folder: its version is its content, which no two marks share."""
+    """A lock in a folder; its version is its content, which is unique."""
 
     def __init__(self, folder: Path):
         self._path = folder / FILE
@@ -168,7 +168,7 @@ class _Folder:
             file = self._path.open("r+b")
         except FileNotFoundError:
             return False
-        # The lock is on the file that is replaced: who waits for it finds another one in its place.
+        # flock is on the file that is replaced: a process that waited for it finds another file.
         with file:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -182,7 +182,7 @@ class _Folder:
 
 
 class _Bucket:
-    """A mark in an object store: its version is the object's generation."""
+    """A lock in an object store; its version is the generation of the object."""
 
     def __init__(self, url: str):
         import tensorstore  # Orbax's; a second to import
@@ -197,12 +197,12 @@ class _Bucket:
         return self._store.write(FILE, content, if_equal=version).result().generation != b""
 
 
-class Mark:
-    """The mark of this process, renewed by a thread until `release`.
+class Lock:
+    """The lock of this process, renewed by a thread until `release`.
 
     Args:
       workdir: of the run.
-      storage: where the mark lies.
+      storage: of the lock.
       holder: this process.
     """
 
@@ -215,24 +215,26 @@ class Mark:
         threading.Thread(target=self._renew_always, name="trainer.lock", daemon=True).start()
 
     def check(self) -> None:
-        """Raises Lost where the mark is another trainer's; asks the storage only where a renewal is overdue."""
+        """Raises Lost where another trainer has the lock; reads the storage only where a renewal is overdue."""
         if time.monotonic() - self._renewed_at > 2 * RENEW_SECONDS:
             try:
                 self._renew()
             except Lost:
                 raise
-            except Exception:  # the storage does not answer: the thread tells
+            except Exception:  # the storage does not answer: the thread reports it
                 self._renewed_at = time.monotonic()
 
     def release(self) -> None:
-        """Removes the mark, if it is still this process's."""
+        """Removes the lock where it is still that of this process."""
         if self._released.is_set():
             return
         self._released.set()
         ending.forget(self.release)
         if not self._lock.acquire(timeout=_RELEASE_SECONDS):
             return
-        with contextlib.suppress(Exception):  # a mark that stays locks nobody out for long
+        with contextlib.suppress(
+            Exception
+        ):  # a lock that stays delays the next trainer by DEAD_SECONDS
             content, version = self._storage.read()
             if content is not None and self._is_mine(content):
                 self._storage.swap(version, None)
@@ -285,11 +287,11 @@ def _who(workdir: epath.Path, holder: Holder | None) -> str:
 
 
 @contextlib.contextmanager
-def held(workdir: epath.Path) -> Iterator[Mark]:
-    """Inside, this process is the one that trains in `workdir`, which is made if it is not there.
+def held(workdir: epath.Path) -> Iterator[Lock]:
+    """Holds the lock of `workdir`, which is made if it does not exist.
 
     Raises:
-      Held: another one is.
+      Held: another process has it.
       UserError: the workdir cannot be made or written.
     """
     mark = take(workdir)
@@ -299,13 +301,13 @@ def held(workdir: epath.Path) -> Iterator[Mark]:
         mark.release()
 
 
-def take(workdir: epath.Path) -> Mark:
-    """The mark of `workdir`. Raises as `held`."""
+def take(workdir: epath.Path) -> Lock:
+    """Takes the lock of `workdir`. Raises as `held`."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         remote = "://" in str(workdir)
         storage = _Bucket(str(workdir)) if remote else _Folder(Path(workdir))
-        return Mark(workdir, storage, _take(workdir, storage))
+        return Lock(workdir, storage, _take(workdir, storage))
     except errors.UserError:
         raise
     except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
@@ -333,7 +335,7 @@ def _take(workdir: epath.Path, storage: _Storage) -> Holder:
         if lives:
             raise Held(
                 f"{_who(workdir, holder)}; expected no other: end it, or take another --workdir"
-                f" (the mark: {workdir / FILE})"
+                f" (its lock: {workdir / FILE})"
             )
         if lives is None:
             if not said:

@@ -1,7 +1,7 @@
-"""Reads `metrics.jsonl`: the one place that says which of its lines count.
+"""Reads `metrics.jsonl`.
 
-A line is a JSON object with a whole number `step`. A killed process leaves a last line without its end, which
-is no fault. Anything else is one: it is counted, named and left out.
+A line is a JSON object with a whole number `step`. A killed process leaves an incomplete last line, which is no
+fault. Every other line is a fault: it is counted, reported and left out.
 """
 
 import json
@@ -20,8 +20,8 @@ class Line(NamedTuple):
 
     Attributes:
       step: its number.
-      values: all of the object, `step` included.
-      text: as it stands in the file.
+      values: the object, `step` included.
+      text: the line of the file.
     """
 
     step: int
@@ -30,14 +30,14 @@ class Line(NamedTuple):
 
 
 def files(workdir: epath.PathLike) -> list[epath.Path]:
-    """`metrics.jsonl` and, of a run in an object store, its parts, in order; none where there are none."""
+    """`metrics.jsonl` and its parts (of a run in an object store), in order; [] where there are none."""
     workdir = epath.Path(workdir)
     whole = [workdir / FILE] if (workdir / FILE).exists() else []
     return [*whole, *sorted((workdir / "metrics.parts").glob("*.jsonl"))]
 
 
 def read(paths: Iterable[epath.Path]) -> tuple[list[Line], list[str]]:
-    """The lines of the files, and a fault for each file that has others."""
+    """The valid lines of the files, and a fault for each file with invalid ones."""
     lines: list[Line] = []
     faults = []
     for path in paths:
@@ -74,7 +74,7 @@ def series(lines: Iterable[Line]) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def numbers(line: Line) -> Iterator[tuple[str, float]]:
-    """(key, value) of the line's finite numbers, without its step."""
+    """(key, value) of the finite numbers of a line, without its step."""
     for key, value in line.values.items():
         if key != "step" and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:
             yield key, float(value)

@@ -1,7 +1,7 @@
-"""The run's receipt: `WORKDIR/receipts.jsonl`, a record for each save, chained by their hashes.
+"""The receipt of a run: `WORKDIR/receipts.jsonl`, a record for each save, chained by hashes.
 
-A record says which batches the run has seen, what it saved, what it logged and where it ran. Each
-checkpoint carries its own record too. `python -m grain_jax.verify WORKDIR` checks all of it.
+A record holds digests of the batches so far, of the saved state and of the logged metrics, and the place of the
+run. Each checkpoint has its own record too. `python -m grain_jax.verify WORKDIR` checks all of it.
 """
 
 import hashlib
@@ -38,18 +38,18 @@ KEYS = (  # of a record; newer ones have "data" too, the sha256 of the item `dat
 
 
 def sha256(value: Any) -> str:
-    """The hash of a JSON value, however it is laid out: of a config, or of a record."""
+    """The hash of a JSON value (a config or a record), independent of spaces and the order of keys."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def config_sha256(config: config_lib.Config) -> str:
-    """The hash of a config; keys that came after the first receipts count where they are set."""
+    """The hash of a config; `added` keys count only where they differ from their default."""
     return sha256(config_lib.without_new_fields(config))
 
 
 def metrics_sha256(lines: Iterable[str], after: int, until: int) -> str:
-    """The hash of the lines of `metrics.jsonl` of the steps after `after`, up to and with `until`."""
+    """The hash of the lines of `metrics.jsonl` of the steps after `after`, up to and including `until`."""
     digest = hashlib.sha256()
     for line in lines:
         if after < json.loads(line)["step"] <= until:
@@ -58,7 +58,7 @@ def metrics_sha256(lines: Iterable[str], after: int, until: int) -> str:
 
 
 def environment(config: config_lib.Config) -> dict[str, str]:
-    """What the rounding of a run depends on, beside its mesh: versions, device and XLA's flags."""
+    """Versions, device and XLA flags: with the mesh, what the rounding of a run depends on."""
     modules = [grain_jax, jax, jaxlib, np]
     if config.input.source == "records":
         import tensorflow  # loaded by the reader of the records already
@@ -79,22 +79,19 @@ def environment(config: config_lib.Config) -> dict[str, str]:
 
 
 def contradictions(record: Mapping[str, Any], state: Any) -> list[str]:
-    """The keys of a record that say something else than `state` (a TrainState) holds.
-
-    Of several processes, each must call.
-    """
+    """The keys of a record that disagree with `state` (a TrainState). Every process must call it."""
     found = {"step": int(state.step), **digests.chains(state.receipt)}
     found["state"] = digests.of_state(state)
     return [key for key, value in found.items() if record.get(key) != value]
 
 
 def axes(mesh: Mesh) -> dict[str, int]:
-    """The sizes of a mesh's axes, as a record has them."""
+    """Mesh axis -> size, as a record stores them."""
     return {axis: int(size) for axis, size in mesh.shape.items()}
 
 
 def _cpu() -> str:
-    """The processor's model: XLA compiles for its instruction set."""
+    """The model of the processor, for whose instruction set XLA compiles."""
     info = epath.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -102,21 +99,21 @@ def _cpu() -> str:
 
 
 def read(workdir: epath.PathLike) -> list[str]:
-    """The lines of the workdir's receipts; none where there are none."""
+    """The lines of the receipts of a workdir; [] where there are none."""
     path = epath.Path(workdir) / FILE
     return path.read_text().splitlines() if path.exists() else []
 
 
 class Receipts:
-    """Keeps a run's records; every process has one, and the first process's writes.
+    """Keeps the records of a run. Every process has one; the first process writes the file.
 
     Args:
-      workdir: the run's folder.
-      mesh: that the run is on.
+      workdir: of the run.
+      mesh: of the run.
       config: of the run.
-      restored: the record in the checkpoint that the run goes on from; None at a fresh start. Records
-        beyond it, of steps that are done again, are removed.
-      data: the identities of the run's record sets (input_pipeline/records.py).
+      restored: the record in the checkpoint that the run resumes at; None at a fresh start. Later records, of steps
+        that are trained again, are removed.
+      data: the identities of the record sets (input_pipeline/records.py).
     """
 
     def __init__(
@@ -139,16 +136,16 @@ class Receipts:
         self._lines: list[str] = []
         if jax.process_index() == 0:
             if restored:
-                # Its own line is written anew: it may be the only thing that was copied to this workdir.
+                # The line of `restored` is written again: the workdir may have a copy of the checkpoint alone.
                 before = [line for line in read(workdir) if _step(line) < restored["step"]]
                 self._lines = [*before, json.dumps(restored)]
             self._write()
 
     def add(self, state: Any, metrics_lines: Iterable[str]) -> dict[str, Any]:
-        """Adds the record of a save, just before it.
+        """Adds the record of a save; call it just before the save.
 
         Args:
-          state: the TrainState that is to be saved. All processes call, each with its shards.
+          state: the TrainState to save. All processes call, each with its shards.
           metrics_lines: of `metrics.jsonl`, this step's included; read on the first process only.
 
         Returns:
@@ -170,7 +167,7 @@ class Receipts:
         return record
 
     def _write(self) -> None:
-        """The whole file: object stores cannot append."""
+        """Writes the whole file: object stores cannot append."""
         atomic.write_text(self._path, "".join(line + "\n" for line in self._lines))
 
 
@@ -178,4 +175,4 @@ def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        return -1  # not a record: verify is to find it
+        return -1  # not a record: verify reports it

@@ -1,4 +1,4 @@
-"""A disk that is full, a folder that is gone: one line, whichever thread or library met it."""
+"""One line for a full disk or a removed folder, whichever thread or library fails first."""
 
 import contextlib
 import errno
@@ -13,13 +13,13 @@ from grain_jax import errors
 
 
 class StorageFault(errors.UserError):
-    """A file of the run cannot be written; nobody's usage is wrong."""
+    """A file of the run cannot be written; the command was right."""
 
     status = 1
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and all that it came from."""
+    """The error and its causes."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -28,7 +28,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether it came from a full disk or quota, or from one that has no inodes left."""
+    """Whether the cause is a full disk or quota, or one without free inodes."""
     return any(
         getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         or "No space left on device" in str(cause)
@@ -38,10 +38,10 @@ def is_full_disk(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def in_a_line(workdir: epath.PathLike) -> Iterator[None]:
-    """What inside failed for a full disk, a workdir that was removed or one that cannot be written.
+    """Replaces errors inside that come from a full disk, or from a workdir that was removed or cannot be written.
 
     Raises:
-      StorageFault: in its place.
+      StorageFault: in place of such an error.
     """
     try:
         yield
@@ -71,15 +71,15 @@ def _line(workdir: epath.Path, error: Exception) -> str | None:
 
 
 def _follows(error: BaseException | None) -> bool:
-    """Whether it only follows from a save that failed: its event loop is gone before all of its writes are."""
+    """Whether it follows from a failed save, whose event loop closes before all writes end."""
     return is_full_disk(error) or str(error) == "Event loop is closed"
 
 
 def quiet_threads() -> None:
-    """From now on other threads say nothing of a full disk, and Orbax's nothing of any fault: the main thread tells.
+    """Silences other threads about a full disk, and the threads of Orbax about every error: the main thread reports.
 
-    They fail one by one with tracebacks, by their own hooks and by the logs of absl and asyncio; what fails in a
-    save is raised again by the next wait for it.
+    Otherwise each prints a traceback, by its hook and by the logs of absl and asyncio. The next wait for a save raises
+    its error on the main thread.
     """
     of_thread, of_unraisable, of_c = threading.excepthook, sys.unraisablehook, sys.excepthook
 

@@ -42,7 +42,7 @@ def test_the_second_is_refused_at_once_and_told_who_the_first_is(tmp_path):
         ) as refused:
             lock.take(workdir)
         assert time.monotonic() - began < 0.5 and len(str(refused.value).splitlines()) == 1
-    assert list(workdir.iterdir()) == []  # the mark goes with its holder
+    assert list(workdir.iterdir()) == []  # the lock goes with its holder
     lock.take(workdir).release()
 
 
@@ -191,7 +191,7 @@ url = epath.Path("gs://bucket/run")
 def start(found):
     storage = lock._Bucket(str(url))
     try:
-        found.append(lock.Mark(url, storage, lock._take(url, storage)))
+        found.append(lock.Lock(url, storage, lock._take(url, storage)))
     except lock.Held as error:
         found.append(str(error))
 first, second = [], []
@@ -209,7 +209,7 @@ lives = lock.Holder.lives
 lock.Holder.lives = lambda holder: None  # as if each were on a host of its own
 for thread in threads: thread.start()
 for thread in threads: thread.join()
-marks = [mark for mark in found if isinstance(mark, lock.Mark)]
+marks = [mark for mark in found if isinstance(mark, lock.Lock)]
 assert (len(found), len(marks)) == (5, 1), found
 marks[0].release()
 assert storage.read()[0] is None
