@@ -230,7 +230,7 @@ def test_told_to_end_while_there_is_nothing_to_save():
     """It ends at once, even where Python could not run a handler; a child ends with it."""
     code = """if True:
         import ctypes, subprocess
-        from grain_jax import preemption
+        from grain_jax.runtime import preemption
         handler = preemption.PreemptionHandler()
         handler.listen()
         handler.child = subprocess.Popen(["sleep", "60"])

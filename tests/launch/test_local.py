@@ -113,7 +113,7 @@ def test_where_the_launcher_is_killed_the_processes_save_and_end(tmp_path):
     script = f"""
 import fcntl, jax.numpy as jnp
 from jax.experimental import multihost_utils
-from grain_jax import distributed, preemption
+from grain_jax.runtime import distributed, preemption
 mine = open(f"{tmp_path}/{{me}}", "w")
 fcntl.flock(mine, fcntl.LOCK_EX)
 handler = preemption.PreemptionHandler()

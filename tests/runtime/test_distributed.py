@@ -148,7 +148,8 @@ _WORKER = """
 import sys, time
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
-from grain_jax import distributed, errors
+from grain_jax import errors
+from grain_jax.runtime import distributed
 port, me, heartbeat, fails = sys.argv[1], *map(int, sys.argv[2:])
 print(distributed.initialize(f"127.0.0.1:{port}", 2, me, heartbeat), file=sys.stderr)
 with distributed.ending_together(heartbeat):
@@ -166,7 +167,7 @@ _LISTENER = """
 import contextlib, sys, time
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
-from grain_jax import distributed, preemption
+from grain_jax.runtime import distributed, preemption
 port, me, heartbeat, outside = sys.argv[1], *map(int, sys.argv[2:])
 handler = preemption.PreemptionHandler()
 handler.listen()

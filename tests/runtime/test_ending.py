@@ -18,7 +18,8 @@ from tests.paths import ROOT
 
 _START = """
 import ctypes, os, sys, threading, time
-from grain_jax import ending, errors, preemption, watchdog
+from grain_jax import errors
+from grain_jax.runtime import ending, preemption, watchdog
 """
 
 

@@ -185,7 +185,7 @@ def test_conditional_writes_of_an_object_store(tmp_path):
 _HOSTS = """
 import dataclasses, threading
 from etils import epath
-from grain_jax import lock
+from grain_jax.runtime import lock
 lock.RENEW_SECONDS, lock.DEAD_SECONDS, lock.SETTLE_SECONDS = 0.3, 1.5, 0.1
 url = epath.Path("gs://bucket/run")
 def start(found):

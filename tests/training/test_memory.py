@@ -257,7 +257,7 @@ def test_the_command_with_a_million_images(tmp_path):
 def test_the_command_whose_step_is_refused_by_the_allocator(tmp_path):
     """As it is where others hold the memory, or a TPU's compiler does not find room."""
     code = (
-        "import jax; from grain_jax import command_line, train\n"
+        "import jax; from grain_jax import train; from grain_jax.runtime import command_line\n"
         f"def step(*_): raise jax.errors.JaxRuntimeError({XLA!r})\n"
         "train.train = step; command_line.main(train.main)"
     )
