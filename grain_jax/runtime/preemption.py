@@ -136,7 +136,7 @@ class PreemptionHandler:
         elif now - self._first > _SAME_SECONDS:
             ending.leave(
                 status,
-                f"\n{name}, the second: ending at once; the same command resumes at the newest checkpoint",
+                f"\n{name}, the second: ending at once; the same command goes on from the newest checkpoint",
             )
 
 
