@@ -127,7 +127,7 @@ def test_shares_and_gathering_of_one_process():
 def test_shares_are_stretches_that_make_the_whole(monkeypatch, count):
     positions = []
     for index in range(8):
-        monkeypatch.setattr(processes, "own", lambda i=index: (i, 8))
+        monkeypatch.setattr(processes, "process_info", lambda i=index: (i, 8))
         positions += processes.share(count)
         assert len(processes.share(count)) in (count // 8, count // 8 + 1)
     assert positions == list(range(count))
@@ -137,7 +137,7 @@ class _Peer:
     """What another process would send, in the place of a collective."""
 
     def __init__(self, monkeypatch, theirs):
-        monkeypatch.setattr(processes, "own", lambda: (0, 2))
+        monkeypatch.setattr(processes, "process_info", lambda: (0, 2))
         self.theirs = iter(theirs)
         monkeypatch.setattr(processes, "_of_all", lambda rows: [rows, next(self.theirs)])
 
