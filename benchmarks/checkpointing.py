@@ -58,11 +58,7 @@ def checkpointing_side(size: str, batch: int, folder: str) -> dict[str, Callable
     (place / "log").mkdir()
     checkpoints = checkpoint.manager(place / "run", config)
     receipts = receipt.Receipts(place / "run", mesh, config, None)
-    placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        program.state,
-        program.shardings,
-    )
+    placed = checkpoint.placed(program.state, program.shardings)
     turns: list[dict[str, float]] = []
 
     def seconds(function: Callable, *args: Any) -> float:

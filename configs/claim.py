@@ -1,6 +1,6 @@
-"""The GRAIN arm of docs/claim.md, on the demo's data set: configs/demo.py for fewer steps, all parts in a batch.
+"""The GRAIN arm of docs/claim.md, on the demo's data set: configs/demo.py for fewer steps, with all regions of an image.
 
-docs/claim.md's figures are of an aviary of their own, which `python -m benchmarks.claim run` draws; its GRAIN arm is
+The figures of docs/claim.md are of another aviary, which `python -m benchmarks.claim run` draws. Its GRAIN arm is
 this config (tests/test_recipes.py compares the two).
 
 COMMAND   python -m grain_jax.train --config configs/claim.py --workdir runs/claim

@@ -1,7 +1,7 @@
 """The CLIP baseline: GRAIN's trainer, towers and data, without regions.
 
 No region is read, so no description is encoded; the weights of the region losses are 0. The image
-embedding still comes from the decoder's image query, so that the two models have the same parts.
+embedding comes from the image query of the decoder, as in GRAIN, so that the two models are equal in size.
 
 COMMAND   python -m grain_jax.train --config configs/clip_vitb16_cc12m.py --workdir gs://BUCKET/clip_b16_cc12m \
               --config.input.data_dir=gs://BUCKET/records

@@ -20,23 +20,23 @@ def get_config():
     c.input.data_dir = f"{data}/records"
     c.input.name = "aviary"
     c.input.prepare = f"data.aviary --output {data} --records {{data_dir}} --name {{name}}"
-    # What a model this small needs to leave the plateau within minutes, seen on this data: weights that
-    # scale with the width (0.02 is for wide towers), position waves that fit a grid of 8 x 8, sharper attention in
-    # the decoder from the start, and names, which only web captions have, in most captions.
+    # A model this small leaves the plateau of this data within minutes with: weights that scale with the width (0.02
+    # is for wide towers), position waves that fit a grid of 8 x 8, sharper initial attention in the decoder, and
+    # names, which only web captions have, in most captions.
     c.model.image.block_init = "torch"
     c.model.image.position_init = "sincos2d"
     c.model.image.position_period = 16.0
     c.model.decoder.qkv_init_gain = 2.5
     c.model.decoder.dropout = 0.0
     c.input.synthetic_caption_rate = 0.25
-    # What docs/claim.md found: as many queries as birds have parts, so that each settles on one, and a box loss
-    # that does not drown the captions, on every decoder layer.
+    # As docs/claim.md measures: as many queries as birds have parts, so that each finds one, and a small weight of
+    # the box loss, on every decoder layer.
     c.model.decoder.queries = 8
     c.loss.box = 0.2
     c.loss.deep_supervision = True
     c.optim.clip_norm = 1.0
     c.optim.warmup_steps = 100
-    # They measure birds: on other data (input.data_dir, input.name) they are skipped where these are not there.
+    # They measure birds: where the data of birds is missing, they are skipped.
     birds = dict(missing="skip", get=f"python -m data.aviary --output {data}")
     test = dict(annotations=f"{data}/test/A.jsonl", **birds)
     c.evals.seen = evaluator("zeroshot", f"{data}/seen", **birds)

@@ -3,8 +3,8 @@
 COMMAND   python -m grain_jax.evaluate suite --checkpoint DIR --config configs/eval.py --output OUT.json
           --config.data_dir=DIR (TFDS), --config.folders=DIR (the rest), --config.descriptions=DIR (NAME.json)
           --config.evals.food101.split='test[:1000]' and the like for one set
-          configs/eval.py:probes has linear probes of the TFDS sets as well, NAME_probe
-DATA      nothing is downloaded: a set that is not there is skipped, with the command that gets it
+          configs/eval.py:probes adds linear probes of the TFDS sets, NAME_probe
+DATA      nothing is downloaded: a missing set is skipped, and a line says how to get it
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ def get_config(also=""):
     c.descriptions = placeholder(str)
     c.templates = placeholder(str)
     c.alphas = (1.0, 0.75, 0.5, 0.25, 0.0)
-    # References: what the command line sets here is set in the entries too.
+    # References: a value that the command line sets here is set in the entries too.
     shared = ("data_dir", "folders", "descriptions", "templates", "alphas")
     c.evals = entries(**{key: c.get_ref(key) for key in shared})
     if also:

@@ -1,12 +1,12 @@
-"""Fine-tuning on your own images: a run of your own, or towers from elsewhere with regions on top.
+"""Fine-tuning on your own images: of your own run, or of pretrained towers with a new region decoder.
 
 COMMAND   python -m grain_jax.train --config configs/finetune.py:FROM --workdir runs/finetuned \
               --config.input.data_dir=records --config.input.name=mine
-FROM      a run of your own, e.g. runs/own: all of it is loaded, the decoder too. A folder that grain_jax.convert wrote,
-          of any size: its towers, under a fresh decoder. Or whose towers they are, with --config.init.image=FILE
+FROM      your own run, e.g. runs/own: towers and decoder are loaded. Or a folder that grain_jax.convert wrote, of any
+          size: its towers are loaded, the decoder is new. Or a family of towers, with --config.init.image=FILE
           --config.init.text=FILE: openai, open_clip (:B/16, :B/32, :L/14), siglip (:B/16, :L/16), e.g. open_clip:L/14.
-FREEZE    --config.optim.frozen="('image/.*',)" keeps the image tower as it is, "('image/.*', 'text.*')" both.
-HARDWARE  one GPU; docs/own_images.md has what fits where.
+FREEZE    --config.optim.frozen="('image/.*',)" freezes the image tower, "('image/.*', 'text.*')" both.
+HARDWARE  one GPU; docs/own_images.md lists what fits where.
 """
 
 import json
@@ -14,7 +14,7 @@ import json
 from grain_jax.recipe import own_images, towers_of
 
 _LARGE = dict(width=1024, depth=24, heads=16, mlp_dim=4096)
-# Whose towers -> size -> (width of the joint space, image tower, text tower), beyond what `towers_of` sets.
+# Family -> size -> (width of the joint space, image tower, text tower), beyond the keys that `towers_of` sets.
 CLIP = {
     "B/16": (512, {}, {}),
     "B/32": (512, dict(patch_size=32), {}),
@@ -32,8 +32,8 @@ def get_config(source="open_clip"):
     c.batch_size = 128
     c.total_epochs = 10.0
     c.optim.warmup_epochs = 1.0
-    # New parts, the decoder and the heads, learn at this rate; a tower's last layer at 0.75 of it, each layer
-    # below at 0.75 of the one above.
+    # Learning rate of the new parts (decoder and heads). The last layer of a tower has 0.75 of it, and each layer
+    # below 0.75 of the one above.
     c.optim.learning_rate = 2e-4
     c.optim.layer_decay = 0.75
     family, _, size = source.partition(":")
@@ -50,19 +50,19 @@ def take_towers(c, family, size):
         sizes = ", ".join(FAMILIES[family])
         raise ValueError(f"size of {family} towers: got {size!r}, expected one of {sizes}")
     towers_of(c, "siglip" if family == "siglip" else "clip")
-    if family == "open_clip":  # most of its models; OpenAI's have quick_gelu
+    if family == "open_clip":  # of most of its models; OpenAI's have quick_gelu
         c.model.image.activation = c.model.text.activation = "gelu"
     c.model.embed_dim, image, text = FAMILIES[family][size]
     c.model.image.update(image)
     c.model.text.update(text)
     if size.startswith("L"):
-        c.microbatches = 4  # else it needs more than a GPU of 40 GB
+        c.microbatches = 4  # with 1, it needs more than 40 GB of GPU memory
     c.init.resize = "bilinear" if family == "siglip" else "bicubic"
 
 
 def take_folder(c, folder):
-    """The model of a run or a converted folder of ours, and its weights to start from."""
-    from etils import epath  # too slow to import for who needs no folder
+    """The model of a run or of a converted folder, and its weights as the start."""
+    from etils import epath  # slow to import, and needed for a folder only
 
     file = epath.Path(folder) / "config.json"
     model = json.loads(file.read_text()).get("model") if file.exists() else None

@@ -8,11 +8,11 @@ HARDWARE  the paper: 16 H100 x 128 images. v5e-64, v5e-256, h100-8: see below (p
 
 from grain_jax.recipe import base, on_hardware
 
-# What 2048 images a step need there.
+# The overrides for 2048 images per step.
 HARDWARE = {
     "v5e-64": {},  # 32 images a chip
     "v5e-256": {},  # 8 images a chip
-    "h100-8": {},  # 256 images a GPU; nothing need be computed twice
+    "h100-8": {},  # 256 images a GPU; no rematerialisation
 }
 
 

@@ -3,13 +3,13 @@
 COMMAND   python -m grain_jax.train --config configs/own.py[:S/16|:B/16] --workdir runs/own \
               --config.input.data_dir=records --config.input.name=mine
 DATA      records of data.build (docs/own_images.md). The paper trains on millions of images; with fewer, start from
-          towers that have seen more: configs/finetune.py.
-HARDWARE  any batch size that the devices divide; docs/own_images.md has what fits where.
+          pretrained towers: configs/finetune.py.
+HARDWARE  any batch size that the devices divide; docs/own_images.md lists what fits where.
 """
 
 from grain_jax.recipe import own_images
 
-# Size -> images a step, peak learning rate, dtype of activations. A CPU computes bfloat16 too, but slowly.
+# Size -> images per step, peak learning rate, dtype of activations. A CPU computes bfloat16 slowly.
 SIZES = {
     "tiny": (64, 1e-3, "float32"),
     "S/16": (256, 5e-4, "bfloat16"),
@@ -24,7 +24,7 @@ def get_config(size="tiny"):
     c.batch_size, c.optim.learning_rate, c.dtype = SIZES[size]
     c.total_epochs = 50.0
     c.optim.warmup_epochs = 2.0
-    if size == "tiny":  # as configs/claim.py: what a narrow model needs to leave the plateau
+    if size == "tiny":  # as configs/demo.py, for a narrow model
         c.model.image.block_init = "torch"
         c.model.image.position_init = "sincos2d"
         c.model.image.position_period = 16.0

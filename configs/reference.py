@@ -1,4 +1,4 @@
-"""The PyTorch reference's behaviour, switch by switch (docs/method.md, Where it differs), on CC12M.
+"""The behaviour of the PyTorch reference, switch by switch (docs/method.md, Where it differs), on CC12M.
 
 For comparisons with the reference. Quirks 2, 3, 6, 17 and 18 (crashes and dead code) are not reproduced.
 
