@@ -170,6 +170,20 @@ def test_every_key_has_a_role():
     assert groups == {"dtype", "ema_decay", "model", "input", "text", "loss", "optim"}
 
 
+def test_the_recipe_is_the_defaults_of_the_fields():
+    c = recipe.base()
+    assert json.loads(json.dumps(c.to_dict())) == json.loads(
+        config_lib.to_json(config_lib.Config())
+    )
+    unset = {"total_steps": int, "total_epochs": float, "input.prepare": str, "init.image": str}
+    for key, kind in {**unset, "input.lanes": int, "model.logit_bias_init": float}.items():
+        *groups, leaf = key.split(".")
+        part = c
+        for group in groups:
+            part = part[group]
+        assert part[leaf] is None and part.get_type(leaf) is kind
+
+
 def test_the_part_of_a_config_by_roles():
     c = tiny.dictionary(
         input__datasets=(
