@@ -61,7 +61,9 @@ def make(source: str, own: Mapping[str, str] | None = None) -> Source:
       errors.UserError: there is no such source; the line lists what there is.
       SourceError: the class is no source, or an option is wrong.
     """
-    return own_options.make(source, named.find("data source", source, SOURCES), own or {})
+    with named.importing():  # the name is the user's, from the command line
+        found = named.find("data source", source, SOURCES)
+    return own_options.make(source, found, own or {})
 
 
 def shards(source: str, options: Options, own: Mapping[str, str] | None = None) -> list[Shard]:
