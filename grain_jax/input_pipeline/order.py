@@ -1,14 +1,14 @@
-"""The order of the training records, as a function of (seed, lanes, step) and nothing else.
+"""A deterministic shuffle: the order of the training records is a function of (seed, lanes, step).
 
-Lane i owns every lanes-th shard, in blocks of a few shards that are read whole. An epoch of a lane is
-its blocks in an order drawn by (seed, epoch, lane), each with its records in an order drawn by (seed,
-epoch, lane, block); epochs follow one another without a seam. So a position in a lane's stream tells
-which block to open, and a step tells the positions: a checkpoint needs the step alone.
+The shuffle has `input.lanes` independent streams, the lanes. Lane i has the shards i, i + lanes, i + 2 lanes, ...,
+in blocks of `input.shards_per_block` shards that are read whole. In each epoch the blocks of a lane are permuted by
+(seed, epoch, lane), and the records of a block by (seed, epoch, lane, block); the next epoch follows at once. A
+position in the stream gives the block to open, and a step gives the position: a checkpoint needs the step alone.
 
-Of a mixture of sets a lane has a stream of each set, and draws from them by weight (`MixedLane`).
+For a mixture of sets a lane has a stream of each set, and takes records from them by weight (`MixedLane`).
 
-Random numbers come from an integer hash written out here, so that the order also survives new
-versions of numpy and TensorFlow.
+Random numbers come from the integer hash below, so the order does not change with the versions of numpy and
+TensorFlow.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from grain_jax import errors
 
 
 class OrderError(errors.UserError):
-    """The shards cannot be shared out as the config asks; the message is one line."""
+    """The shards cannot be divided into the lanes of the config; the message is one line."""
 
 
 class Shard(NamedTuple):
@@ -35,17 +35,19 @@ class Block(NamedTuple):
     """A block of a lane in one epoch."""
 
     shards: tuple[Shard, ...]
-    permutation: np.ndarray  # int64 [n], record of the block (shards end to end) at each place
-    first_position: int  # of the block in the lane's stream
+    permutation: (
+        np.ndarray
+    )  # int64 [n]: the record (counted over the shards) at each place of the block
+    first_position: int  # of the block in the stream of the lane
 
 
 class Lane:
-    """A lane's endless stream of records.
+    """The endless stream of records of a lane.
 
     Args:
-      index: which lane, from 0.
-      shards: the lane's own.
-      shards_per_block: shards a block; the last block may have fewer.
+      index: of the lane, from 0.
+      shards: those of the lane.
+      shards_per_block: shards per block; the last block may have fewer.
       seed: of the run.
     """
 
@@ -60,13 +62,13 @@ class Lane:
         self.draw_key = hash_key(seed, index)
 
     def ordinal(self, position: int) -> int:
-        """Which block, counted over all epochs, holds that position of the stream."""
+        """The number of the block, counted over all epochs, that has the position of the stream."""
         epoch, rest = divmod(position, self.num_records)
         ends = np.cumsum(self._lengths[self._block_order(epoch)])
         return epoch * len(self.blocks) + int(np.searchsorted(ends, rest, side="right"))
 
     def block(self, ordinal: int) -> Block:
-        """The block of that number, counted over all epochs."""
+        """The block of the number, counted over all epochs."""
         epoch, place = divmod(ordinal, len(self.blocks))
         order = self._block_order(epoch)
         index = int(order[place])
@@ -75,7 +77,7 @@ class Lane:
         return Block(self.blocks[index], permutation(key, int(self._lengths[index])), first)
 
     def locate(self, position: int) -> tuple[str, int]:
-        """(path of the shard, record in it) of that position, for messages."""
+        """(path of the shard, number of the record in it) at the position, for messages."""
         block = self.block(self.ordinal(position))
         record = int(block.permutation[position - block.first_position])
         for shard in block.shards:
@@ -89,16 +91,16 @@ class Lane:
 
 
 class MixedLane:
-    """A lane's endless stream over several sets, each in its own order, drawn from by weight.
+    """The endless stream of a lane over several sets, each in its own order, mixed by weight.
 
-    The heaviest set has floor(share * p + phase) of the first p records. The next heaviest divides those
-    that are left in the same way, and so on: where each set stands at p takes a division a set. Of n
-    records in a row, a set has share * n, but for less than 1 record of two sets, less than 2 of three,
-    less than 1 + (1 + 1/2 + ... + 1/(k - 2)) of k. The phases of a set are spread evenly over the lanes,
-    each set with another lane first, so that most of these errors cancel in a global batch.
+    Of the first p records, floor(share * p + phase) are of the heaviest set. The next heaviest divides the rest in
+    the same way, and so on, so the position in each set at p takes one division per set. Among n consecutive
+    records a set has share * n, with an error below 1 record for two sets, below 2 for three, below
+    1 + (1 + 1/2 + ... + 1/(k - 2)) for k. The phases of a set are spread evenly over the lanes, each set starting
+    at another lane, so that most of these errors cancel in a global batch.
 
     Args:
-      streams: the lane's stream of each set.
+      streams: the stream of each set in this lane.
       weights: of the sets, more than 0; their sum does not matter.
       lanes: how many there are.
       seed: of the run.
@@ -110,7 +112,7 @@ class MixedLane:
         exact = [Fraction(str(weight)) for weight in weights]  # 0.1 is a tenth
         self._splits = []
         left = sum(exact)
-        # Python's whole numbers: no position is too large for them.
+        # Python integers: they have no largest position.
         *heavier, self._last = sorted(range(len(exact)), key=lambda i: -exact[i])
         for i in heavier:
             share = exact[i] / left
@@ -122,7 +124,7 @@ class MixedLane:
             left -= exact[i]
 
     def positions(self, position: int) -> list[int]:
-        """Where each set's stream stands when the lane stands there."""
+        """The position in the stream of each set at the position of the lane."""
         at = [0] * len(self.streams)
         left = position
         for i, above, phase, below in self._splits:
@@ -132,7 +134,7 @@ class MixedLane:
         return at
 
     def choices(self, first: int, last: int) -> np.ndarray:
-        """int64 [last - first], which set each record from `first` until before `last` comes from."""
+        """int64 [last - first]: the set of each record from `first` to `last`, `last` not included."""
         stands = np.array([self.positions(p) for p in range(first, last + 1)], np.int64)
         return np.diff(stands, axis=0).argmax(axis=1)
 
@@ -140,7 +142,7 @@ class MixedLane:
 def make_lanes(
     shards: Sequence[Shard], *, name: str, lanes: int, shards_per_block: int, seed: int
 ) -> list[Lane]:
-    """All lanes of the set `name`; shards go round them one by one. Raises OrderError."""
+    """All lanes of the set `name`; the shards are dealt out one by one. Raises OrderError."""
     shards = [shard for shard in shards if shard.num_records]
     if len(shards) < lanes:
         raise OrderError(
@@ -157,14 +159,14 @@ def make_lanes(
 
 
 def seed_of_set(seed: int, index: int) -> int:
-    """The seed of a mixture's set; the first has the run's, so that alone it is no mixture."""
+    """The seed of a set of a mixture. That of the first is the seed of the run, as of a set alone."""
     return int(hash_key(seed, index)[0]) if index else seed
 
 
 def mix(
     lanes_of_sets: Sequence[Sequence[Lane]], weights: Sequence[float], *, seed: int
 ) -> list[MixedLane]:
-    """All lanes of a mixture, from those of its sets, which have equally many."""
+    """All lanes of a mixture, from the lanes of each of its sets, equally many."""
     lanes = len(lanes_of_sets[0])
     return [
         MixedLane(streams, weights, lanes=lanes, seed=seed)
@@ -173,7 +175,7 @@ def mix(
 
 
 def _scramble(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele et al. 2014), uint64 -> uint64; every bit matters."""
+    """The finaliser of SplitMix64 (Steele et al. 2014), uint64 -> uint64; the result depends on every bit."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -181,7 +183,7 @@ def _scramble(x: np.ndarray) -> np.ndarray:
 
 
 def hash_key(*numbers: int) -> np.ndarray:
-    """uint64 [1] from whole numbers; their order matters."""
+    """A hash uint64 [1] of integers, in this order."""
     key = np.full(1, len(numbers), np.uint64)
     for number in numbers:
         key = _scramble(key ^ np.array([number % 2**64], np.uint64))
@@ -189,7 +191,7 @@ def hash_key(*numbers: int) -> np.ndarray:
 
 
 def permutation(key: np.ndarray, n: int) -> np.ndarray:
-    """int64 [n], the numbers below n in an order that is a function of the key."""
+    """int64 [n]: the numbers below n, permuted by the key."""
     hashes = _scramble(_scramble(np.arange(n, dtype=np.uint64)) ^ key)
     return np.argsort(hashes, kind="stable")
 

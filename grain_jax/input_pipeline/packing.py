@@ -1,8 +1,8 @@
-"""Packs captions and region descriptions into rows of text, group by group of images.
+"""Packs captions and region descriptions into rows of text, for each group of images.
 
-A caption has 10-20 tokens and a row 77: with one text a row most of the text tower's work is
-padding. `pack` decides where every text goes (a `Layout`), `fill` puts the tokens there. The
-padded path is a layout too (`one_text_per_row`), so the model knows only one kind of input.
+A caption has 10-20 tokens and a row 77: with one text per row, most of the work of the text tower is padding.
+`pack` computes a Layout, the place of every text; `fill` writes the tokens there. Padded texts have a layout, too
+(`one_text_per_row`), so the model has one form of input.
 Letters: B images, R regions an image, G = B / pack_group groups, L = row_length.
 """
 
@@ -14,19 +14,19 @@ MIN_TEXT_LENGTH = 2  # start and end token
 
 
 class Layout(NamedTuple):
-    """Where the texts of a batch stand, and what it cost to make them fit.
+    """The places of the texts of a batch, and the texts that did not fit.
 
     Attributes:
-      caption_at: i32[B, 2], (row within the image's group, position of the end token).
+      caption_at: i32[B, 2], (row within the group of the image, position of the end token).
       description_at: i32[B, R, 2], the same for descriptions; (0, 0) where masked.
       region_mask: bool[B, R], regions that are real and were not dropped.
       caption_lengths: i32[B], after a cut.
       description_lengths: i32[B, R], 0 where masked.
       texts_dropped: descriptions dropped (with their regions) because a group overflowed.
-      captions_cut: captions shortened because a group's captions alone overflowed.
-      pack_group: images a group.
-      rows: rows a group.
-      row_length: tokens a row, L.
+      captions_cut: captions shortened because the captions of a group alone overflowed.
+      pack_group: images per group.
+      rows: rows per group.
+      row_length: tokens per row, L.
     """
 
     caption_at: np.ndarray
@@ -46,7 +46,7 @@ class PackedText(NamedTuple):
 
     Attributes:
       tokens: ids, 0 in the padding.
-      positions: place within the text, 0 at its start token and in the padding.
+      positions: position within the text, 0 at its start token and in the padding.
       segments: 1, 2, ... for the texts of a row from left to right, 0 for padding.
     """
 
@@ -67,20 +67,19 @@ def pack(
 ) -> Layout:
     """Packs the texts of `pack_group` consecutive images into `rows` rows, first-fit decreasing.
 
-    A group's layout depends on that group alone. If a group overflows, a region goes and the group
-    is packed again, as often as needed: the one of the lowest score, but no image's best region
-    before every image has only that one left. Equal scores are spread over the group: each image
-    gives its last such region before any gives another. If the captions alone overflow, the longest
-    ones are cut to the largest common length that fits.
+    The layout of a group depends on that group alone. While a group overflows, the region of the lowest score is
+    dropped and the group is packed again; the best region of an image is dropped only where every image of the
+    group has one region left. Among equal scores each image loses its last such region before any image loses a
+    second. If the captions alone overflow, the longest are cut to the largest common length that fits.
 
     Args:
       caption_lengths: i32[B], tokens with specials, 2..row_length.
       description_lengths: i32[B, R], the same; ignored where masked.
       region_mask: bool[B, R], True where a region is real.
       region_scores: f32[B, R], finite; ignored where masked.
-      pack_group: images a group; divides B.
-      rows: rows a group; at least enough for two tokens of every caption.
-      row_length: tokens a row.
+      pack_group: images per group; divides B.
+      rows: rows per group; at least enough for two tokens of every caption.
+      row_length: tokens per row.
 
     Raises:
       ValueError: an argument is outside these bounds.
@@ -138,7 +137,7 @@ def one_text_per_row(
     region_mask: np.ndarray,
     row_length: int,
 ) -> Layout:
-    """The padded path: groups of one image, caption in row 0, description r in row 1 + r.
+    """The layout of padded texts: groups of one image, the caption in row 0, description r in row 1 + r.
 
     Rows of masked regions stay padding. Arguments and errors as in `pack`.
     """
@@ -169,19 +168,19 @@ def fill(
     description_lengths: np.ndarray,
     region_mask: np.ndarray,
 ) -> PackedText:
-    """Writes the tokens of a batch where its layout says; a cut caption keeps its end token.
+    """Writes the tokens of a batch to their places in the layout; a cut caption keeps its end token.
 
     Args:
       layout: from `pack` or `one_text_per_row`.
-      caption_ids: i32[sum(caption_lengths)], the captions' tokens end to end.
-      caption_lengths: i32[B], as the tokenizer gave them (before a cut).
+      caption_ids: i32[sum(caption_lengths)], the tokens of the captions, text after text.
+      caption_lengths: i32[B], of the tokenizer (before a cut).
       description_ids: i32[sum(description_lengths)], the same for the real regions, in the order
         of `region_mask`, row by row, those included that the layout dropped.
       description_lengths: i32[number of real regions].
       region_mask: bool[B, R], the real regions BEFORE drops, as given to `pack`.
 
     Raises:
-      ValueError: lengths, ids and mask do not belong together.
+      ValueError: the shapes of lengths, ids and mask contradict each other.
     """
     region_mask = np.asarray(region_mask, dtype=bool)
     batch = layout.caption_at.shape[0]
@@ -194,8 +193,8 @@ def fill(
     ):
         if got != expected:
             raise ValueError(f"{name} has shape {got}, expected {expected} by the layout and mask")
-    # One entry a kept text: where it starts in the source, how long it is there and in the rows,
-    # where it ends in the rows (all rows of all groups laid end to end).
+    # One entry per kept text: its start and length in the source, its length in the rows, and its end there
+    # (counted over all rows of all groups).
     kept = layout.region_mask[region_mask]  # [number of real regions]
     chosen = np.concatenate([np.ones(batch, dtype=bool), kept])
     source_length = np.concatenate([caption_lengths, description_lengths])
@@ -204,7 +203,7 @@ def fill(
     length = np.concatenate(
         [layout.caption_lengths, layout.description_lengths[layout.region_mask]]
     )
-    first_row = np.arange(batch) // layout.pack_group * layout.rows  # of the image's group
+    first_row = np.arange(batch) // layout.pack_group * layout.rows  # of the group of the image
     image = np.concatenate([np.arange(batch), np.nonzero(layout.region_mask)[0]])
     at = np.concatenate([layout.caption_at, layout.description_at[layout.region_mask]])
     end = (first_row[image] + at[:, 0]) * layout.row_length + at[:, 1]
@@ -212,7 +211,7 @@ def fill(
 
     shape = (batch // layout.pack_group, layout.rows, layout.row_length)
     tokens, positions, segments, starts = (np.zeros(np.prod(shape), np.int32) for _ in range(4))
-    # One entry a token.
+    # One entry per token.
     position = _counts_up(length)
     into = np.repeat(start, length) + position
     source = np.concatenate([caption_ids, description_ids])
@@ -258,13 +257,13 @@ def _text_lengths(caption_lengths, description_lengths, region_mask, row_length)
 def _first_fit(
     lengths: np.ndarray, rows: int, row_length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First-fit decreasing for all groups at once; equal lengths go in the order of the slots.
+    """First-fit decreasing for all groups at once; equal lengths are placed in the order of the slots.
 
-    Texts of one length fill a row as far as it goes before they take the next, so a whole length
-    is placed by counting: the loop is over lengths, never over texts or groups.
+    Texts of one length fill a row before they take the next, so all texts of a length are placed by counting: the
+    loop is over lengths, not over texts or groups.
 
-    Returns: row [G, N], start in the row [G, N] (0 where the length is 0, meaningless where the
-      group does not fit) and fits bool[G].
+    Returns: row [G, N], start in the row [G, N] (0 where the length is 0, undefined where the group does not
+      fit) and fits bool[G].
     """
     groups, slots = lengths.shape
     flat = lengths.reshape(-1)
@@ -281,7 +280,7 @@ def _first_fit(
         room = np.maximum(space, 0) // length  # [G, rows]
         room_up_to = np.cumsum(room, axis=1)
         taken = np.clip(count - room_up_to + room, 0, room)
-        # What finds no room overfills the last row, so that every text still gets a place.
+        # Texts without room go to the last row, so that every text has a place.
         excess = np.maximum(count - room_up_to[:, -1:], 0)
         taken[:, -1:] += excess
         fits &= excess[:, 0] == 0
@@ -294,19 +293,19 @@ def _first_fit(
     return row.reshape(lengths.shape), start.reshape(lengths.shape), fits
 
 
-def _order_of_going(is_region: np.ndarray, scores: np.ndarray, slots: int) -> np.ndarray:
-    """The slots [F, N] of each group, those first whose regions go first; slots without one are last.
+def _order_of_dropping(is_region: np.ndarray, scores: np.ndarray, slots: int) -> np.ndarray:
+    """The slots [F, N] of each group in the order in which their regions are dropped; slots without one are last.
 
     Args: is_region bool[F, N], scores f32[F, N], slots of an image.
     """
     of_image = (len(scores), -1, slots)
-    # An image's place by score, from 0, the best; of equal scores the earlier region is the better.
+    # The rank of a region in its image, 0 for the best; of equal scores the earlier region is better.
     better_first = np.where(is_region, -scores, np.inf).reshape(of_image).argsort(-1, kind="stable")
     place = np.empty_like(better_first)
     np.put_along_axis(place, better_first, np.arange(slots)[None, None], axis=-1)
     place = place.reshape(scores.shape)
     when = np.where(is_region, np.where(place > 0, 0, 1), 2)
-    # Multiples of 2^32 over the golden ratio: neighbours in this order are far apart in the group.
+    # Multiples of 2^32 / golden ratio: neighbours in this order are far apart in the group.
     turn = np.arange(scores.shape[1]) // slots * 2654435761 % 2**32
     return np.lexsort((np.broadcast_to(turn, scores.shape), -place, scores, when))
 
@@ -314,7 +313,7 @@ def _order_of_going(is_region: np.ndarray, scores: np.ndarray, slots: int) -> np
 def _shrink(
     lengths: np.ndarray, scores: np.ndarray, slots: int, rows: int, row_length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Drops regions, then cuts captions, of groups that do not fit, until each just does.
+    """Drops regions, then cuts captions, of groups that do not fit, until each fits.
 
     Args: lengths and scores [F, N] of the failing groups, slots of an image (the first: its caption).
     Returns: lengths (0 where dropped), row, start, each [F, N].
@@ -322,22 +321,24 @@ def _shrink(
     groups, texts = lengths.shape
     is_caption = np.arange(texts) % slots == 0
     is_region = ~is_caption & (lengths > 0)
-    going = _order_of_going(is_region, scores, slots)
-    going_rank = np.empty_like(going)
-    np.put_along_axis(going_rank, going, np.arange(texts)[None], axis=1)
+    dropping = _order_of_dropping(is_region, scores, slots)
+    drop_rank = np.empty_like(dropping)
+    np.put_along_axis(drop_rank, dropping, np.arange(texts)[None], axis=1)
     num_regions = is_region.sum(axis=1)
-    # More tokens than room never fit: as many regions go at once as that alone takes.
+    # More tokens than room never fit: so many regions are dropped at once.
     left = lengths.sum(axis=1, keepdims=True) - np.cumsum(
-        np.take_along_axis(np.where(is_region, lengths, 0), going, axis=1), axis=1
+        np.take_along_axis(np.where(is_region, lengths, 0), dropping, axis=1), axis=1
     )
     dropped = np.minimum(1 + (left > rows * row_length).sum(axis=1), num_regions)
-    longest = np.where(is_caption, lengths, 0).max(axis=1)  # cap on the captions, [F]
+    longest = np.where(is_caption, lengths, 0).max(
+        axis=1
+    )  # [F], the length that captions are cut to
 
     result = lengths.copy()
     row, start = np.zeros_like(lengths), np.zeros_like(lengths)
     todo = np.arange(groups)
     while todo.size:
-        kept = ~is_region[todo] | (going_rank[todo] >= dropped[todo, None])
+        kept = ~is_region[todo] | (drop_rank[todo] >= dropped[todo, None])
         tried = np.where(kept, lengths[todo], 0)
         tried = np.where(is_caption, np.minimum(tried, longest[todo, None]), tried)
         row[todo], start[todo], fits = _first_fit(tried, rows, row_length)
@@ -350,6 +351,6 @@ def _shrink(
 
 
 def _counts_up(lengths: np.ndarray) -> np.ndarray:
-    """0..n-1 for each n of `lengths`, end to end."""
+    """0..n-1 for each n of `lengths`, one after the other."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
