@@ -5,6 +5,8 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["XLA_FLAGS"] = " ".join(
@@ -20,3 +22,54 @@ os.environ["XLA_FLAGS"] = " ".join(
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="grain_jax_compiled_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+# `python -m pytest -m quick`: files and tests that together touch every package, chosen by their measured seconds.
+# It leaves out what starts other processes, trains a whole run, or converts and annotates with models.
+QUICK = (
+    "tests/test_config.py",
+    "tests/test_documents.py",
+    "tests/test_imports.py",
+    "tests/test_parity.py",
+    "tests/test_named.py",
+    "tests/test_quick.py",
+    "tests/test_recipes.py",
+    "tests/test_verify.py::test_no_step_is_claimed",
+    "tests/convert/test_parity.py",
+    "tests/data/test_aviary.py",
+    "tests/data/test_benchmark_sources.py",
+    "tests/data/test_staging.py",
+    "tests/demo/test_demo.py::test_classes_as_they_are_typed",
+    "tests/demo/test_demo.py::test_faulty_classes_are_one_line",
+    "tests/demo/test_demo.py::test_scores_are_those_of_classify",
+    "tests/evaluate/test_base.py",
+    "tests/evaluate/test_goldens.py",
+    "tests/evaluate/test_retrieval.py",
+    "tests/evaluate/test_zeroshot.py",
+    "tests/files/test_annotations.py",
+    "tests/hostile/test_images.py",
+    "tests/inference/test_prompts.py",
+    "tests/inference/test_scores.py",
+    "tests/input_pipeline/test_assemble.py",
+    "tests/input_pipeline/test_order.py",
+    "tests/input_pipeline/test_packing.py",
+    "tests/input_pipeline/test_synthetic.py",
+    "tests/integrations/test_big_vision_adapter.py::test_register",
+    "tests/launch/test_cost.py",
+    "tests/losses/test_boxes.py",
+    "tests/losses/test_losses.py",
+    "tests/losses/test_matching.py",
+    "tests/models/test_layers.py",
+    "tests/report/test_pictures.py",
+    "tests/runtime/test_metrics_file.py",
+    "tests/runtime/test_metrics_writer.py",
+    "tests/training/test_optim.py",
+    "tests/training/test_sharding.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        name = item.nodeid
+        chosen = name.startswith(tuple(entry + ("" if "::" in entry else "::") for entry in QUICK))
+        if chosen and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.quick)
