@@ -130,7 +130,7 @@ def test_what_rounding_has_become_far_from_a_checkpoint_is_shown_and_not_judged(
 ):
     monkeypatch.setattr(jax, "devices", lambda: ALL()[:2])
     monkeypatch.setitem(replay.TOLERANCE, "float32", 0.0)
-    monkeypatch.setattr(verify, "HORIZON", 0)
+    monkeypatch.setattr(replay, "HORIZON", 0)
     status, out, err = _verify(capsys, finished, "--from", "4", "--steps", "3")
     assert status == 0 and "not judged: after 0 steps, rounding has grown" in out, out + err
 
