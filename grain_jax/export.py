@@ -17,9 +17,8 @@ from etils import epath
 from flax import traverse_util
 from jax import export as jax_export
 
-import grain_jax
+from grain_jax import __version__, errors, inference
 from grain_jax import config as config_lib
-from grain_jax import errors, inference
 from grain_jax.convert import parity
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.runtime.arguments import Parser
@@ -129,7 +128,7 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
     if model.logit_bias_init is not None:
         learnt["logit_bias"] = float(predictor.params["logit_bias"])
     return {
-        "grain_jax": grain_jax.__version__,
+        "grain_jax": __version__,
         "jax": jax.__version__,
         "calling_convention_version": any_function.calling_convention_version,
         "platforms": list(any_function.platforms),

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-import grain_jax
+from grain_jax import __version__
 from grain_jax import config as config_lib
 from grain_jax.files import atomic
 from grain_jax.runtime import digests
@@ -59,7 +59,7 @@ def metrics_sha256(lines: Iterable[str], after: int, until: int) -> str:
 
 def environment(config: config_lib.Config) -> dict[str, str]:
     """Versions, device and XLA flags: with the mesh, what the rounding of a run depends on."""
-    modules = [grain_jax, jax, jaxlib, np]
+    modules = [jax, jaxlib, np]
     if config.input.source == "records":
         import tensorflow  # loaded by the reader of the records already
 
@@ -71,6 +71,7 @@ def environment(config: config_lib.Config) -> dict[str, str]:
         if not flag.startswith("--xla_force_host_platform_device_count")
     )
     return {
+        "grain_jax": __version__,
         **{module.__name__: module.__version__ for module in modules},
         "platform": device.platform,
         "device": _cpu() if device.platform == "cpu" else device.device_kind,
