@@ -1,9 +1,9 @@
-"""data.annotate without its models: images/s with one process and with two, and memory at ten times the images.
+"""Throughput of data.annotate without its models, with one process and with two, and memory at ten times the images.
 
   python -m benchmarks.annotate [--pictures 2000] [--repeats 3] [--json OUT.json]
 
-The images are JPEGs of 500 x 375 in tar shards; each is read, checked (decoded) and its line written by Beam's
-local runner. Memory is the sum of the resident sets of the command and its children (Linux), at its largest.
+The images are JPEGs of 500 x 375 in tar shards. Beam's local runner reads and decodes each and writes its line. Memory
+is the largest sum of the resident sets of the command and its children (Linux).
 """
 
 import argparse
@@ -22,7 +22,9 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-IN_A_SHARD = 500
+from benchmarks import side_by_side
+
+IMAGES_PER_SHARD = 500
 WORKERS = {
     1: [],
     2: ["--direct_num_workers=2", "--direct_running_mode=multi_processing"],
@@ -30,7 +32,7 @@ WORKERS = {
 
 
 def make_shards(folder: pathlib.Path, count: int) -> int:
-    """`count` images in tars as img2dataset writes them; returns the size of one in bytes."""
+    """Writes `count` images in tars, as img2dataset does; returns the size of one in bytes."""
     rng = np.random.default_rng(0)
     coarse = PIL.Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
     pixels = np.asarray(coarse.resize((500, 375), PIL.Image.Resampling.BICUBIC), np.int16)
@@ -38,9 +40,9 @@ def make_shards(folder: pathlib.Path, count: int) -> int:
     file = io.BytesIO()
     PIL.Image.fromarray(noisy).save(file, "JPEG", quality=85)
     folder.mkdir()
-    for first in range(0, count, IN_A_SHARD):
-        with tarfile.open(folder / f"{first // IN_A_SHARD:05d}.tar", "w") as tar:
-            for number in range(first, min(first + IN_A_SHARD, count)):
+    for first in range(0, count, IMAGES_PER_SHARD):
+        with tarfile.open(folder / f"{first // IMAGES_PER_SHARD:05d}.tar", "w") as tar:
+            for number in range(first, min(first + IMAGES_PER_SHARD, count)):
                 caption = f"image number {number}".encode()
                 for ending, content in (("jpg", file.getvalue()), ("txt", caption)):
                     member = tarfile.TarInfo(f"{number:09d}.{ending}")
@@ -50,21 +52,21 @@ def make_shards(folder: pathlib.Path, count: int) -> int:
 
 
 def _resident_bytes(session: int) -> int:
-    """The resident sets of all processes of that session."""
+    """Sum of the resident sets of all processes of a session."""
     kilobytes = 0
     for status in pathlib.Path("/proc").glob("[0-9]*/status"):
         try:
-            of = (status.parent / "stat").read_text().rpartition(")")[2].split()[3]
-            if int(of) == session:
+            process_session = (status.parent / "stat").read_text().rpartition(")")[2].split()[3]
+            if int(process_session) == session:
                 lines = status.read_text().splitlines()
                 kilobytes += sum(int(x.split()[1]) for x in lines if x.startswith("VmRSS:"))
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended meanwhile
+            continue  # the process has ended
     return 1024 * kilobytes
 
 
 def annotate(shards: pathlib.Path, output: pathlib.Path, workers: int) -> dict[str, float]:
-    """Runs the command once; returns its images/s, seconds and largest memory in MB."""
+    """Runs the command once; returns images/s, seconds and the largest memory in MB."""
     command = [sys.executable, "-m", "data.annotate", f"--images={shards}", f"--output={output}"]
     command += ["--passes=none", "--no-images", *WORKERS[workers]]
     began = time.monotonic()
@@ -91,7 +93,7 @@ def annotate(shards: pathlib.Path, output: pathlib.Path, workers: int) -> dict[s
 
 
 def main() -> None:
-    """Prints the table, and writes it as JSON on request."""
+    """Prints the table; writes it as JSON on request."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=3)
@@ -102,7 +104,7 @@ def main() -> None:
         folder = pathlib.Path(folder)
         size = make_shards(folder / "few", few)
         make_shards(folder / "many", many)
-        print(f"JPEGs of 500 x 375, {size} bytes, {IN_A_SHARD} a tar", flush=True)
+        print(f"JPEGs of 500 x 375, {size} bytes, {IMAGES_PER_SHARD} a tar", flush=True)
         runs = [(workers, "few") for _ in range(args.repeats) for workers in WORKERS]
         runs += [(workers, "many") for workers in WORKERS]
         found = {}
@@ -111,7 +113,7 @@ def main() -> None:
             found.setdefault((workers, which), []).append(result)
     rows = []
     print(
-        f"{'workers':>7} {'pictures':>8} {'images/s, median':>18} {'least':>6} {'most':>6} {'MB':>6}"
+        f"{'workers':>7} {'images':>8} {'images/s, median':>18} {'least':>6} {'most':>6} {'MB':>6}"
     )
     for (workers, _), results in found.items():
         rates = [result["pictures_per_s"] for result in results]
@@ -126,8 +128,7 @@ def main() -> None:
     for workers in WORKERS:
         less, more = (r["memory_mb"] for r in rows if r["workers"] == workers)
         print(f"{workers} worker(s): memory at {many} images is {more / less:.2f} of that at {few}")
-    if args.json:
-        args.json.write_text(json.dumps(dict(picture_bytes=size, runs=rows), indent=2) + "\n")
+    side_by_side.write(args.json, dict(picture_bytes=size, runs=rows))
 
 
 if __name__ == "__main__":

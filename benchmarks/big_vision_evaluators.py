@@ -1,13 +1,13 @@
-"""Do big_vision's own evaluators give a GRAIN checkpoint the accuracy and the recalls that ours do?
+"""Accuracy and recalls of a GRAIN checkpoint by big_vision's evaluators and by ours.
 
     PYTHONPATH=.:BIG_VISION python -m benchmarks.big_vision_evaluators --checkpoint DIR \
         --images CLASS_FOLDERS --pictures DIR --annotations A.jsonl [--json OUT.json]
 
-BIG_VISION is a checkout of github.com/google-research/big_vision (run with commit 0127fb6); these parts of
-it need einops beside our `data` extra. The images become local TFDS data sets; its discriminative_classifier and
-its retrieval evaluator run on them through its own `evaluators.common`, ours on the files. Its classifier
-makes the mean of a class's prompts a unit vector, which the GRAIN paper does not: ours is measured both
-ways. The exit status is 1 where a number differs.
+BIG_VISION is a checkout of github.com/google-research/big_vision (tested with commit 0127fb6); its evaluators need
+einops beside our `data` extra. The images become local TFDS data sets; its discriminative_classifier and its
+retrieval evaluator run on them through its `evaluators.common`, ours on the files. Its classifier normalises the mean
+embedding of the prompts of a class, which the GRAIN paper does not: ours is measured both ways. The exit status is 1
+if a number differs.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from benchmarks import side_by_side
 from grain_jax import errors, inference
 from grain_jax.evaluate import retrieval, zeroshot
 from grain_jax.files import annotations, images
@@ -46,15 +47,15 @@ def class_set(folder: epath.PathLike, data_dir: epath.Path) -> list[str]:
 
 
 def caption_set(
-    pictures: epath.PathLike, path: epath.PathLike, data_dir: epath.Path
+    folder: epath.PathLike, path: epath.PathLike, data_dir: epath.Path
 ) -> tuple[epath.Path, int]:
     """Writes captioned images as the TFDS set `grain_captions`.
 
-    To big_vision equal captions of two images are each other's wrong answers, to us they are right ones:
-    an image is left out that shares a caption with an earlier one.
+    big_vision counts an equal caption of another image as a wrong answer, ours counts it as a right one. So images
+    that share a caption with an earlier one are left out.
 
     Returns:
-      (those images' lines as a file that our retrieval reads, how many were left out).
+      (annotations of the images that are kept, number of images left out).
     """
     import tensorflow_datasets as tfds
 
@@ -67,7 +68,7 @@ def caption_set(
             continue
         seen.update(keys)
         captions = list(record.captions)
-        image = _pixels(epath.Path(pictures) / record.image)
+        image = _pixels(epath.Path(folder) / record.image)
         examples.append({"image": image, "captions": captions})
         lines.append(json.dumps({"image": record.image, "captions": captions}))
     features = {
@@ -94,14 +95,14 @@ def _write(tfds: Any, name: str, features: Mapping, examples: list, data_dir: ep
         name=name,
         version="1.0.0",
         features=tfds.features.FeaturesDict(features),
-        split_datasets={"test": list(enumerate(examples))},  # each with a key
+        split_datasets={"test": list(enumerate(examples))},  # (key, example)
         data_dir=data_dir,
-        disable_shuffling=True,  # so that image can be compared with image
+        disable_shuffling=True,  # keeps the order of the images
     )
 
 
 def evaluators(checkpoint: str, names: list[str], data_dir: epath.Path, batch_size: int) -> Any:
-    """big_vision's config, its model with the checkpoint's parameters, and the evaluators it makes of them."""
+    """(parameters of the checkpoint in big_vision's model, name -> evaluator of big_vision)."""
     from big_vision.evaluators import common
 
     big_vision.register()
@@ -124,7 +125,7 @@ def evaluators(checkpoint: str, names: list[str], data_dir: epath.Path, batch_si
                         class_names=names,
                         prompt_templates=prompts,
                         canonicalize=False,
-                        dataset_overrides={},  # its default has a set that is not asked for
+                        dataset_overrides={},  # its default names another data set
                         **prepare,
                     )
                     for prompts in PROMPTS
@@ -138,7 +139,7 @@ def evaluators(checkpoint: str, names: list[str], data_dir: epath.Path, batch_si
             },
         )
     )
-    # From here on as its trainers do.
+    # As in its trainers.
     module = importlib.import_module(f"big_vision.models.{config.model_name}")
     model = module.Model(**config.model)
     params = module.load(None, config.model_init, config.model)
@@ -154,7 +155,7 @@ def evaluators(checkpoint: str, names: list[str], data_dir: epath.Path, batch_si
 def classify_both(
     checkpoint: str, folder: epath.PathLike, evaluator: Any, state: Any, scratch: epath.Path
 ) -> dict[str, float]:
-    """big_vision's accuracy; ours with class means of unit length, and by our rule; how far scores differ."""
+    """Accuracy of big_vision, ours with normalised class means and by the rule of the paper, and the score differences."""
     theirs = evaluator.evaluate(state, "grain_classes", return_embeddings=True)
     their_scores = theirs["images"]["embedding"] @ theirs["texts"]["average_embedding"].T
     templates = evaluator.prompt_templates
@@ -177,11 +178,11 @@ def classify_both(
 
 
 def main() -> int:
-    """Prints a line for each number of both sides; the exit status is 1 where two differ."""
+    """Prints a line for each number of both sides; the exit status is 1 if two differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--images", required=True, help="one folder a class")
-    parser.add_argument("--pictures", required=True, help="folder that the annotations start from")
+    parser.add_argument("--pictures", required=True, help="folder of the annotated images")
     parser.add_argument("--annotations", required=True, help="A.jsonl")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--json", help="file to write the figures to")
@@ -208,9 +209,9 @@ def main() -> int:
             name, value = f"{our_way} R@{k}", found[our_way][f"r{k}"]
             their_value = float(theirs[f"{their_way}_recall@{k}"])
             rows.append({"name": name, "big_vision": their_value, "ours": value})
-    pictures = len(zeroshot.class_folders(args.images)[1])
+    count = len(zeroshot.class_folders(args.images)[1])
     print(
-        f"{pictures} images of {len(names)} classes; {found['pictures']} images with"
+        f"{count} images of {len(names)} classes; {found['pictures']} images with"
         f" {found['captions']} captions ({left_out} left out that share a caption);"
         f" {jax.devices()[0].device_kind}, jax {jax.__version__}"
     )
@@ -225,8 +226,7 @@ def main() -> int:
                 end="",
             )
         print("" if row["ok"] else "  DIFFERS")
-    if args.json:
-        epath.Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+    side_by_side.write(args.json, rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 

@@ -1,11 +1,11 @@
-"""What saving and logging cost training: seconds that it is blocked, until all is on disk, and to restore.
+"""Cost of saving and logging: seconds that training is blocked, until all is on disk, and to restore.
 
     python -m benchmarks.checkpointing [--sizes S/16 B/16] [--batch 8] [--turns 3] [--folder DIR] [--json OUT.json]
 
-Per size a fresh process trains on the synthetic source (float32 parameters and AdamW moments), saves as the
-trainer does and goes on, turn by turn with a plain write of the same arrays (np.save and fsync, a file each) and
-Orbax's without its background. The share of training follows from the shipped configs' checkpoint_every and
-log_every and the step that was measured; where steps are shorter, the least step that keeps it under 1% tells.
+For each size a fresh process trains on the synthetic source (float32 parameters and AdamW moments) and saves as the
+trainer does, in turns with np.save and fsync of the same arrays, a file each, and with a blocking save of Orbax.
+The share of the training time is for checkpoint_every and log_every of the shipped configs and the measured step; the
+last figure is the shortest step at which it stays under 1%.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from etils import epath
 from benchmarks import side_by_side, train_step
 from grain_jax import recipe
 
-STEPS = 2  # a turn, before it saves
-LOGGED = 200  # steps logged, a turn
-LIMIT = 0.01  # of training, for saving and logging
+STEPS = 2  # before each save
+LOGGED = 200  # logged steps a turn
+LIMIT = 0.01  # largest share of the training time for saving and logging
 
 
 def size_of(folder: epath.Path) -> int:
@@ -37,7 +37,7 @@ def size_of(folder: epath.Path) -> int:
 
 
 def checkpointing_side(size: str, batch: int, folder: str) -> dict[str, Callable]:
-    """A callable that returns the turns so far, a dict of seconds (and bytes) each."""
+    """A callable that returns the turns up to now, a dict of seconds (and bytes) each."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -141,14 +141,14 @@ def checkpointing_side(size: str, batch: int, folder: str) -> dict[str, Callable
 
 
 def shares(seconds: dict[str, float], saves_every: int, logs_every: int) -> dict[str, float]:
-    """The parts of training that saving and logging take, by the step of `seconds`; and the step for 1%.
+    """The shares of the training time that saving and logging take, and the shortest step that keeps them under 1%.
 
     Args:
-      seconds: medians, as a turn has them.
-      saves_every: steps.
-      logs_every: steps.
+      seconds: medians of the entries of a turn.
+      saves_every: steps between checkpoints.
+      logs_every: steps between log lines.
 
-    Returns: `saving` and `logging`, shares of the steps' time, and `least_step`, in seconds.
+    Returns: `saving` and `logging`, shares of the time of the steps, and `least_step`, in seconds.
     """
     saving = (seconds["digests"] + seconds["save"]) / saves_every
     logging = seconds["a logged step"] / logs_every
@@ -178,7 +178,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             side = (checkpointing_side, dict(size=size, batch=args.batch, folder=folder))
             (timing,) = side_by_side.measure({"save": side}, turns=args.turns).values()
-        turns = timing.value[1:]  # the first one warms up
+        turns = timing.value[1:]  # the first turn is warm-up
         medians = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
         found = shares(medians, shipped.checkpoint_every, shipped.log_every)
         results[size] = dict(turns=turns, medians=medians, shares=found)
@@ -192,14 +192,14 @@ def main() -> int:
             f" logging every {shipped.log_every} {found['logging']:.4%}; together under 1% where a step takes"
             f" {found['least_step'] * 1000:.0f} ms or more"
         )
-    side_by_side.write(
-        args.json,
+    result = dict(
         machine=machine,
         batch=args.batch,
         checkpoint_every=shipped.checkpoint_every,
         log_every=shipped.log_every,
         results=results,
     )
+    side_by_side.write(args.json, result)
     return 0
 
 

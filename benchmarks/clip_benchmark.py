@@ -1,11 +1,11 @@
-"""Does clip-benchmark give a GRAIN checkpoint the accuracy that ours does, on a folder with one sub-folder a class?
+"""The zero-shot accuracy of a GRAIN checkpoint by clip-benchmark and by ours, on a folder with a sub-folder a class.
 
     python -m benchmarks.clip_benchmark --checkpoint DIR --images CLASS_FOLDERS [--json OUT.json]
 
-in an environment that has clip-benchmark (docs/library.md). Its own command line runs, with the class names and
-prompts of ours. It makes the mean of a class's prompts a unit vector, which the GRAIN paper does not: with one
-prompt a class that changes nothing; with several, ours is measured both ways, and its command once more with
-class features by the paper's rule (--load_clfs). The exit status is 1 where a number differs.
+in an environment that has clip-benchmark (docs/library.md). Its own command line runs, with our class names and
+prompts. It normalises the mean embedding of the prompts of a class, which the GRAIN paper does not. With one prompt a
+class that changes nothing; with several, ours is measured both ways, and its command runs once more with class
+features by the rule of the paper (--load_clfs). The exit status is 1 if a number differs.
 """
 
 import argparse
@@ -22,12 +22,13 @@ import torch
 from etils import epath
 
 import grain_jax
+from benchmarks import side_by_side
 from grain_jax import errors
 from grain_jax.evaluate import base, zeroshot
 from grain_jax.inference import prompts, scores
 from grain_jax.integrations import clip_benchmark
 
-# A set of clip-benchmark that is any folder of class folders, with names and prompts from files.
+# The data set name under which clip-benchmark reads any folder of class folders, with names and prompts from files.
 _DATASET = "imagenet_sketch"
 _METRICS = {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "mean_per_class"}
 
@@ -40,15 +41,15 @@ def theirs(
     scratch: epath.Path,
     features: np.ndarray | None = None,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """clip-benchmark's command on the folder: its metrics, and its scores [N, C].
+    """Runs the command of clip-benchmark on the folder: its metrics, and its scores [N, C].
 
     Args:
       checkpoint: the model.
       folder: of class folders.
       names: of the classes, in the order of the folders.
       templates: prompts with {}.
-      scratch: folder for files that go to it and come from it.
-      features: class features [C, D] in place of those that it makes of the prompts.
+      scratch: folder for its input and output files.
+      features: class features [C, D] to use instead of the prompts.
     """
     from clip_benchmark import cli
     from clip_benchmark.metrics import zeroshot_classification
@@ -68,8 +69,8 @@ def theirs(
         f"--custom_classname_file={names_file}",
         f"--custom_template_file={templates_file}",
         f"--output={output}",
-        "--no_amp",  # else it multiplies scores in bfloat16, whose ties change classes
-        "--num_workers=0",  # its processes would be forks of one that runs JAX
+        "--no_amp",  # bfloat16 scores have ties, which change classes
+        "--num_workers=0",  # workers would be forks of a process that runs JAX
         "--quiet",
     ]
     if features is not None:
@@ -92,7 +93,7 @@ def theirs(
 def ours(
     features: np.ndarray, image_embed: np.ndarray, labels: np.ndarray
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Our metrics by clip-benchmark's names, and our scores [N, C], of class features [C, D]."""
+    """Our metrics under the names of clip-benchmark, and our scores [N, C], of class features [C, D]."""
     found = scores.global_scores(image_embed, features)
     right = labels[:, None] == np.arange(len(features))
     top1, top5 = (base.topk_hits(found, right, k) for k in (1, 5))
@@ -102,7 +103,7 @@ def ours(
 
 
 def compare(checkpoint: str, folder: str) -> list[dict[str, Any]]:
-    """One row a comparison: both sides' metrics, how far scores differ, how many images get one class."""
+    """A row for each comparison: both metrics, the largest difference of scores, the share of images with the same class."""
     names, paths, labels = zeroshot.class_folders(folder)
     predictor = grain_jax.load(checkpoint)
     several = prompts.load_templates()
@@ -132,9 +133,9 @@ def compare(checkpoint: str, folder: str) -> list[dict[str, Any]]:
             handed = features if rule == "handed over" else None
             their, their_scores = theirs(checkpoint, folder, names, templates, scratch, handed)
             our, our_scores = ours(features, image_embed, labels)
-            if rule != "unit":  # what the command prints is what is compared
+            if rule != "unit":  # compare the metrics of our command
                 our = {key: by_command["alpha_1.0"][name] for key, name in _METRICS.items()}
-            if rule == "ours":  # a single prompt: a longer or shorter mean is the same class
+            if rule == "ours":  # with one prompt the class features have unit length
                 length = np.linalg.norm(features, axis=1)
                 np.testing.assert_allclose(length, 1, atol=1e-5)
             same = their_scores.argmax(axis=1) == our_scores.argmax(axis=1)
@@ -155,7 +156,7 @@ def compare(checkpoint: str, folder: str) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Prints a line for each comparison; the exit status is 1 where a number differs."""
+    """Prints a line for each comparison; the exit status is 1 if a number differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--images", required=True, help="one folder a class, 5 classes or more")
@@ -178,8 +179,7 @@ def main() -> int:
             f"{'':30} {row['same_class']:.2%} of the images get the same class; scores differ by at"
             f" most {row['worst_score']:.1e}{'' if row['ok'] else '  DIFFERS'}"
         )
-    if args.json:
-        epath.Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+    side_by_side.write(args.json, rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 

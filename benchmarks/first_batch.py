@@ -2,13 +2,12 @@
 
   python -m benchmarks.first_batch [--records 100000] [--json OUT.json]
 
-Resuming reads nothing that lies before the block it stands in, so both times should be alike. Each is
-the median over new iterators in one process whose TensorFlow is warm.
+A resumed run reads no record before its current block, so both times should be equal. Each is the median over new
+iterators in one process, after TensorFlow has warmed up.
 """
 
 import argparse
 import io
-import json
 import statistics
 import tempfile
 import time
@@ -16,6 +15,7 @@ import time
 import PIL.Image
 from etils import epath
 
+from benchmarks import side_by_side
 from data import example, tfds_writer
 from grain_jax import config as config_lib
 from grain_jax import recipe
@@ -23,7 +23,7 @@ from grain_jax.input_pipeline import records
 
 
 def make_records(output: epath.Path, count: int, num_shards: int) -> None:
-    """`count` records of one 16 x 16 image each, made without files in between."""
+    """Writes `count` records of one 16 x 16 image each, without intermediate files."""
     file = io.BytesIO()
     PIL.Image.linear_gradient("L").resize((16, 16)).convert("RGB").save(file, "JPEG")
     region = {"bbox": (0.1, 0.1, 0.6, 0.7), "description": "a long orange beak", "score": 0.9}
@@ -46,7 +46,7 @@ def make_records(output: epath.Path, count: int, num_shards: int) -> None:
 
 
 def config(output: epath.Path, batch_size: int) -> config_lib.Config:
-    """A config that reads these records in 16 lanes."""
+    """A config that reads these records."""
     values = recipe.base("tiny")
     values.total_epochs = 1.0
     values.optim.warmup_steps = 1
@@ -58,7 +58,7 @@ def config(output: epath.Path, batch_size: int) -> config_lib.Config:
 
 
 def first_batch_seconds(run: config_lib.Config, step: int) -> float:
-    """From asking for the iterator to holding its first batch."""
+    """Seconds from the creation of the iterator to its first batch."""
     start = time.monotonic()
     batches = records.batches(run, start_step=step)
     next(batches)
@@ -68,7 +68,7 @@ def first_batch_seconds(run: config_lib.Config, step: int) -> float:
 
 
 def main() -> None:
-    """Prints the table, and writes it as JSON on request."""
+    """Prints the table; writes it as JSON on request."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--shards", type=int, default=128)
@@ -82,10 +82,10 @@ def main() -> None:
         make_records(output, args.records, args.shards)
         print(f"made {args.records} records in {time.monotonic() - start:.0f} s", flush=True)
         run = config(output, args.batch_size)
-        first_batch_seconds(run, 0)  # warms TensorFlow up
+        first_batch_seconds(run, 0)  # TensorFlow warms up
         steps = {"step 0": 0, "near the end of the epoch": args.records // args.batch_size - 2}
         seconds = {name: [] for name in steps}
-        for _ in range(args.repeats):  # in turns: the machine's mood hits both
+        for _ in range(args.repeats):  # in turns: both see the same load of the machine
             for name, step in steps.items():
                 seconds[name].append(first_batch_seconds(run, step))
     rows = [
@@ -97,8 +97,7 @@ def main() -> None:
         print(
             f"{row['what']:28} {row['step']:6} {row['median']:9.2f} {row['least']:7.2f} {row['most']:7.2f}"
         )
-    if args.json:
-        args.json.write_text(json.dumps(dict(vars(args) | {"json": None}, rows=rows), indent=2))
+    side_by_side.write(args.json, dict(vars(args) | {"json": None}, rows=rows))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Our input pipeline against a torch DataLoader, turn by turn in one run; what it costs, and where.
+"""Our input pipeline against a torch DataLoader, in turns in one run, and the CPU time of its stages.
 
     python -m benchmarks.input [--count 2000] [--batches 20] [--turns 5] [--pictures DIR] [--json OUT.json]
 
-Makes N JPEGs of 500 x 375 (about 55 KB: noise with the spectrum of photographs) with captions and regions,
-and builds them into records three ways: as they are, and resized to 224 as JPEG and as PNG. Ours is
-`records.batches`, whole: read, parse, decode, resize, tokenise, pack. The DataLoader has 2 workers, PIL as in
-the reference or torchvision's decoder and resize, open_clip's tokenizer. Each side runs in a process of its
-own; before its clock starts, a turn uses up what was made ahead of it. Then images are compared with PIL's,
-and the CPU time of an image is divided among the stages.
+Makes N JPEGs of 500 x 375 (about 55 KB: noise with the spectrum of photographs) with captions and regions, and builds
+records of them in three ways: unchanged, and resized to 224 as JPEG and as PNG. Ours is all of `records.batches`: read,
+parse, decode, resize, tokenise, pack. The DataLoader has 2 workers, PIL as in the reference or torchvision's decoder
+and resize, and open_clip's tokenizer. Each side runs in a process of its own; a turn consumes the prefetched batches
+before its clock starts. Then the images are compared with PIL's, and the CPU time of an image is divided by stage.
 """
 
 import argparse
@@ -32,8 +31,8 @@ from grain_jax import recipe
 from grain_jax.files import images
 
 SIZE = 224
-PICTURE = (375, 500)  # height, width
-QUALITY = 80  # of the JPEGs; gives 55 KB
+HEIGHT, WIDTH = 375, 500  # of the JPEGs
+QUALITY = 80  # of the JPEGs: 55 KB each
 WORKERS = 2
 SETS = {  # name: arguments of data.build
     "full_size": ("--encoding=original",),
@@ -41,9 +40,9 @@ SETS = {  # name: arguments of data.build
     "png_224": ("--encoding=png", f"--store-size={SIZE}"),
 }
 BATCH = 64
-STORED_TURNS = 4  # times as many batches a turn from images stored at 224, which are quicker
-AHEAD = 6  # batches that a side may have made while others had their turn
-SETTLE_SECONDS = 1.5  # in which it makes them
+STORED_TURNS = 4  # factor of the batches a turn for images stored at 224, which are faster
+AHEAD = 6  # batches that a side may prefetch while others run
+SETTLE_SECONDS = 1.5  # time to prefetch them
 _WORDS = (
     "a the of with and on in small large red green blue yellow bright dark long short round curved wing beak tail"
     " feather bird dog car tree house window street river stone wooden metal striped spotted smooth shiny old new"
@@ -51,14 +50,14 @@ _WORDS = (
 ).split()
 
 
-def picture(number: int) -> PIL.Image.Image:
+def make_image(number: int) -> PIL.Image.Image:
     """Noise whose amplitude falls with frequency as 1/f^1.25, in correlated colours."""
     rng = np.random.default_rng(number)
-    shape = (384, 512)  # quick to transform; the image is a part of it
+    shape = (384, 512)  # fast to transform; the image is a crop of it
     frequency = np.hypot(np.fft.fftfreq(shape[0])[:, None] * shape[0], np.arange(shape[1] // 2 + 1))
     frequency[0, 0] = np.inf
     phases = np.exp(2j * np.pi * rng.random((3, *frequency.shape), np.float32))
-    fields = np.fft.irfft2(frequency**-1.25 * phases, shape)[:, : PICTURE[0], : PICTURE[1]]
+    fields = np.fft.irfft2(frequency**-1.25 * phases, shape)[:, :HEIGHT, :WIDTH]
     grey, red, blue = fields / fields.std(axis=(1, 2), keepdims=True)
     pixels = 118 + 50 * np.stack([grey + 0.3 * red, grey, grey + 0.3 * blue], axis=-1)
     return PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
@@ -68,8 +67,8 @@ def annotation(number: int) -> dict[str, Any]:
     """A line of A.jsonl: captions of 8-18 words, 0-5 regions of 2-10."""
     rng = np.random.default_rng((1, number))
     words = lambda least, most: " ".join(rng.choice(_WORDS, rng.integers(least, most + 1)))  # noqa: E731
-    corner = rng.uniform(0, 0.5, (5, 2)) * PICTURE[::-1]
-    extent = rng.uniform(0.1, 0.5, (5, 2)) * PICTURE[::-1]
+    corner = rng.uniform(0, 0.5, (5, 2)) * (WIDTH, HEIGHT)
+    extent = rng.uniform(0.1, 0.5, (5, 2)) * (WIDTH, HEIGHT)
     return {
         "image": f"{number:06d}.jpg",
         "caption": words(8, 18),
@@ -85,15 +84,15 @@ def annotation(number: int) -> dict[str, Any]:
     }
 
 
-def _save_picture(number: int, folder: str) -> None:
+def _save_image(number: int, folder: str) -> None:
     with (epath.Path(folder) / f"{number:06d}.jpg").open("wb") as file:
-        picture(number).save(file, "JPEG", quality=QUALITY)
+        make_image(number).save(file, "JPEG", quality=QUALITY)
 
 
 def make_data(folder: epath.Path, count: int) -> None:
-    """The images, `A.jsonl` and the three sets in `folder`."""
-    (folder / "pictures").mkdir(parents=True)
-    save = functools.partial(_save_picture, folder=str(folder / "pictures"))
+    """Makes the images, `A.jsonl` and the three sets in `folder`."""
+    (folder / "images").mkdir(parents=True)
+    save = functools.partial(_save_image, folder=str(folder / "images"))
     for _ in parallel.ordered_map(save, range(count), workers=WORKERS):
         pass
     lines = (json.dumps(annotation(number)) + "\n" for number in range(count))
@@ -102,7 +101,7 @@ def make_data(folder: epath.Path, count: int) -> None:
         status = build.main(
             [
                 f"--annotations={folder / 'A.jsonl'}",
-                f"--images={folder / 'pictures'}",
+                f"--images={folder / 'images'}",
                 f"--output={folder / 'records'}",
                 f"--name={name}",
                 *arguments,
@@ -114,7 +113,7 @@ def make_data(folder: epath.Path, count: int) -> None:
 
 
 def make_config(folder: epath.PathLike, name: str) -> config_lib.Config:
-    """The recipe's input, on one of the sets."""
+    """The recipe on one of the sets."""
     values = recipe.base("B/16")
     values.total_steps, values.optim.warmup_steps = 1000, 10
     values.batch_size = BATCH
@@ -124,10 +123,10 @@ def make_config(folder: epath.PathLike, name: str) -> config_lib.Config:
 
 
 def timed(batches: Iterator[Any], count: int) -> Callable[[], list[float]]:
-    """A turn of `count` batches; returns the seconds of its turns so far.
+    """A turn of `count` batches; returns the seconds of all turns up to now.
 
-    While other sides have their turn this one works ahead: its clock starts when that is used up, and it
-    is given time to do it again before the next side starts.
+    A side prefetches while others run. The clock starts when these batches are consumed, and the turn ends with a
+    pause in which they are made again.
     """
     seconds: list[float] = []
 
@@ -152,12 +151,12 @@ def our_side(folder: str, name: str, count: int) -> dict[str, Callable]:
 
 
 def torch_side(folder: str, kind: str, count: int) -> dict[str, Callable]:
-    """A DataLoader on the images' files, decoding with PIL or torchvision."""
+    """A DataLoader on the image files, which decodes with PIL or torchvision."""
     import torch
 
     from benchmarks import torch_input
 
-    dataset = torch_input.Pictures(epath.Path(folder), kind, SIZE)
+    dataset = torch_input.Images(epath.Path(folder), kind, SIZE)
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_size=BATCH,
@@ -172,7 +171,7 @@ def torch_side(folder: str, kind: str, count: int) -> dict[str, Callable]:
 def profile_side(folder: str, name: str, count: int) -> dict[str, Callable]:
     """The pipeline's stages on one of the sets: a callable that returns {stage: CPU ms an image} a turn.
 
-    Each stage is what the pipeline costs less without it; texts are timed where they are processed.
+    The time of a stage is the saving of a pipeline without it; the stages of texts are timed themselves.
     """
     import contextlib
     from unittest import mock
@@ -194,7 +193,7 @@ def profile_side(folder: str, name: str, count: int) -> dict[str, Callable]:
 
         return run
 
-    # Stand-ins that cost nothing, but need what the real ones need, lest TensorFlow leaves that out too.
+    # Stand-ins without cost that depend on the same inputs, so that TensorFlow does not prune the stages before them.
     def flat(number):
         return tf.fill([SIZE, SIZE, 3], tf.cast(number % 2, tf.uint8))
 
@@ -221,7 +220,7 @@ def profile_side(folder: str, name: str, count: int) -> dict[str, Callable]:
     for what, patches in (
         ("whole", ()),
         ("no resize", (no_resize,)),
-        ("no picture", (no_resize, no_decode)),
+        ("no image", (no_resize, no_decode)),
         ("read", (nothing,)),
     ):
         pipelines[what] = records.batches(config)
@@ -255,8 +254,8 @@ def profile_side(folder: str, name: str, count: int) -> dict[str, Callable]:
         turns.append(
             {
                 "read, order, batch": read,
-                "parse, choose": total["no picture"] - sum(texts["no picture"].values()) - read,
-                "decode": total["no resize"] - total["no picture"],
+                "parse, choose": total["no image"] - sum(texts["no image"].values()) - read,
+                "decode": total["no resize"] - total["no image"],
                 "resize": total["whole"] - total["no resize"],
                 **texts["whole"],
                 "to the device": to_device,
@@ -276,22 +275,20 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def quality(paths: Sequence[epath.Path]) -> dict[str, Any]:
-    """What training sees of images, against PIL's resize of the file.
+    """Images as training reads them, against PIL's resize of the file.
 
-    Returns: worst and mean difference in levels of full-size images and of PNGs, mean and least PSNR of
-      JPEGs, and how many images these are of.
+    Returns: worst and mean difference (in levels) of full-size images and of PNGs, mean and least PSNR of JPEGs, and
+      the number of images.
     """
     from grain_jax.input_pipeline import transforms
 
     differences, ratios = {"original": [], "png": []}, []
     for path in paths:
         encoded = path.read_bytes()
-        picture = images.decode_image(encoded, str(path))
-        expected = images.resize(picture, SIZE)
+        image = images.decode_image(encoded, str(path))
+        expected = images.resize(image, SIZE)
         for kind, size, setting in (("original", 0, 0), ("png", SIZE, 0), ("jpeg", SIZE, 95)):
-            stored, _ = example.encode_image(
-                picture, encoded, example.Encoding(kind, setting, size)
-            )
+            stored, _ = example.encode_image(image, encoded, example.Encoding(kind, setting, size))
             seen = transforms.resize(transforms.decode(stored), SIZE).numpy()
             if kind == "jpeg":
                 ratios.append(psnr(seen, expected))
@@ -308,7 +305,7 @@ def quality(paths: Sequence[epath.Path]) -> dict[str, Any]:
 
 
 def throughput(folder: epath.Path, batches: int, turns: int) -> dict[str, Any]:
-    """Times all sides in turn, prints their table and returns it."""
+    """Times all sides, prints their table and returns it."""
     sides: dict[str, Any] = {
         f"DataLoader {kind}": (torch_side, dict(folder=str(folder), kind=kind, count=batches))
         for kind in ("PIL", "torchvision")
@@ -321,7 +318,9 @@ def throughput(folder: epath.Path, batches: int, turns: int) -> dict[str, Any]:
     for name, timing in timings.items():
         side = name.rpartition(" ")[0]
         count = counts.get(name.rpartition(" ")[2], batches)
-        rates = [count * BATCH / seconds for seconds in timing.value[1:]]  # the first turn warms up
+        rates = [
+            count * BATCH / seconds for seconds in timing.value[1:]
+        ]  # the first turn is warm-up
         table[side] = dict(images_per_second=rates)
     pil, torchvision = (
         statistics.median(table[f"DataLoader {kind}"]["images_per_second"])
@@ -363,14 +362,20 @@ def profile(folder: epath.Path, batches: int, turns: int) -> dict[str, dict[str,
 def main() -> int:
     """Makes the data, and prints throughput, quality and profile."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=2000, help="pictures that are made")
+    parser.add_argument("--count", type=int, default=2000, help="number of images to make")
     parser.add_argument("--batches", type=int, default=20, help=f"of {BATCH} images, a turn")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--pictures", type=epath.Path, help="real ones, for the quality")
-    parser.add_argument("--data", type=epath.Path, help="keep the data here, or take what is there")
+    parser.add_argument(
+        "--pictures", type=epath.Path, help="folder of real images, for the comparison with PIL"
+    )
+    parser.add_argument(
+        "--data",
+        type=epath.Path,
+        help="folder to keep the data in, or with the data of an earlier run",
+    )
     parser.add_argument("--json", type=epath.Path)
     args = parser.parse_args()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # as records.py does, for the sides too
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # as in records.py; inherited by the sides
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     machine = side_by_side.machine(
         *("tensorflow-cpu", "jax", "torch", "torchvision", "open_clip_torch", "pillow", "numpy")
@@ -379,12 +384,10 @@ def main() -> int:
         folder = args.data or epath.Path(temporary)
         if not (folder / "A.jsonl").exists():
             make_data(folder, args.count)
-        made = sorted((folder / "pictures").glob("*.jpg"))
+        made = sorted((folder / "images").glob("*.jpg"))
         size = round(statistics.mean(path.stat().length for path in made))
         print(side_by_side.on(machine))
-        print(
-            f"{len(made)} JPEGs of {PICTURE[1]} x {PICTURE[0]}, {size / 1000:.0f} kB each; batch {BATCH}"
-        )
+        print(f"{len(made)} JPEGs of {WIDTH} x {HEIGHT}, {size / 1000:.0f} kB each; batch {BATCH}")
         table = throughput(folder, args.batches, args.turns)
         qualities = {"made": quality(made[:100])}
         if args.pictures:
@@ -400,16 +403,16 @@ def main() -> int:
                 f" {q['jpeg_psnr_least']:.1f} dB"
             )
         stages = profile(folder, args.batches, args.turns)
-    side_by_side.write(
-        args.json,
+    result = dict(
         machine=machine,
-        pictures=dict(count=len(made), height=PICTURE[0], width=PICTURE[1], bytes=size),
+        pictures=dict(count=len(made), height=HEIGHT, width=WIDTH, bytes=size),
         batch=BATCH,
         size=SIZE,
         throughput=table,
         quality=qualities,
         cpu_milliseconds=stages,
     )
+    side_by_side.write(args.json, result)
     return 0
 
 

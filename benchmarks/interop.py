@@ -1,14 +1,12 @@
-"""Do torch and transformers give our outputs, at full sizes?
+"""Parity of to-torch and to-hf at full sizes.
 
     python -m benchmarks.interop [--sizes S/16 B/16 L/14] [--json OUT.json]
 
-For each size a model with random weights, of which every one counts, goes through to-torch and to-hf
-(their parity reports are printed). The last table has the errors, max|a-b| / max|b|. `benchmarks.serving`
-has torch.compile, ONNX and the time that an image takes.
+For each size a model with random weights goes through to-torch and to-hf, whose parity reports are printed. The last
+table has the errors, max|a-b| / max|b|. `benchmarks.serving` has torch.compile, ONNX and the time an image.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from typing import Any
@@ -17,6 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from benchmarks import side_by_side
 from grain_jax import config as config_lib
 from grain_jax import recipe
 from grain_jax.convert import huggingface
@@ -27,9 +26,9 @@ from grain_jax.runtime import checkpoint
 
 
 def perturbed(model: config_lib.Model, seed: int = 0) -> Any:
-    """Random parameters as numpy arrays: no zeros and ones as fresh weights have, which hide errors.
+    """Random parameters as numpy arrays, without the zeros and ones of initial weights, which would hide errors.
 
-    They are scaled so that activations stay in bounds while texts and queries differ.
+    Their scale keeps activations in bounds and makes texts and queries differ.
     """
     size, rows = model.image.image_size, np.zeros((1, 1, model.text.context_length), np.int32)
 
@@ -61,7 +60,7 @@ def perturbed(model: config_lib.Model, seed: int = 0) -> Any:
 
 
 def measure(size: str) -> dict[str, Any]:
-    """Parity of both conversions for one size; the reports are printed on the way."""
+    """Parity of both conversions for one size; prints the reports."""
     model = config_lib.model_from_dict(recipe.model(size).to_dict())
     params = perturbed(model)
     with tempfile.TemporaryDirectory() as scratch:
@@ -81,7 +80,7 @@ def measure(size: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Prints the reports and the tables; the exit status is 1 where outputs differ."""
+    """Prints the reports and the tables; the exit status is 1 if outputs differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["S/16", "B/16", "L/14"])
     parser.add_argument("--json", help="file to write the figures to")
@@ -94,8 +93,7 @@ def main() -> int:
     for result in results:
         for command, errors in result["errors"].items():
             print(f"{result['size']:6}{command:10}", *(f"{errors[name]:13.2e}" for name in outputs))
-    if args.json:
-        epath.Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+    side_by_side.write(args.json, results)
     return 0 if all(result["ok"] for result in results) else 1
 
 

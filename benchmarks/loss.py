@@ -1,16 +1,15 @@
-"""The contrastive losses, streamed as ours and from the matrix of all similarities: time and memory.
+"""Time and memory of the contrastive losses, streamed (ours) and from the matrix of all similarities.
 
     python -m benchmarks.loss [--batches 256 1024 4096] [--turns 7] [--json OUT.json]
 
-Value and gradient of L_ic + L_rd (5 regions an image) with respect to all embeddings, on one device, in
-turn in one process. Both are at HIGHEST precision; their values must agree. `benchmarks.scale` has the
-same on 256 chips, by the compiler.
+Value and gradient of L_ic + L_rd (5 regions an image) with respect to all embeddings, on one device, in turns in
+one process. Both use HIGHEST precision, and their values must agree. `benchmarks.scale` compiles both for 256 chips.
 """
 
 import argparse
 import dataclasses
+import functools
 import sys
-import time
 
 import jax
 import numpy as np
@@ -23,8 +22,12 @@ WIDTH = 512  # of the embeddings
 REGIONS = 5
 
 
+def _value(run, outputs, batch) -> float:
+    return float(jax.block_until_ready(run(outputs, batch))[0])
+
+
 def main() -> int:
-    """Times both in turn for each batch size and prints medians, spread and temporaries."""
+    """Times both for each batch size and prints medians, spread and temporaries."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--turns", type=int, default=7)
@@ -53,24 +56,21 @@ def main() -> int:
             n: jax.jit(jax.value_and_grad(f)).lower(outputs, batch).compile()
             for n, f in ways.items()
         }
-        seconds, values = {name: [] for name in ways}, {}
-        for _ in range(args.turns + 1):
-            for name, run in compiled.items():
-                began = time.perf_counter()
-                values[name] = float(jax.block_until_ready(run(outputs, batch))[0])
-                seconds[name].append(time.perf_counter() - began)
+        runs = {n: functools.partial(_value, run, outputs, batch) for n, run in compiled.items()}
+        timings = side_by_side.in_turns(runs, turns=args.turns)
+        values = {name: timing.value for name, timing in timings.items()}
         if not np.isclose(*values.values(), rtol=1e-5):
             print(f"{images} images: the losses differ, {values}", file=sys.stderr)
             return 1
         for name, run in compiled.items():
             megabytes = run.memory_analysis().temp_size_in_bytes / 1e6
-            turns = seconds[name][1:]  # the first one warms up
+            turns = timings[name].seconds
             rows.append(dict(images=images, losses=name, seconds=turns, temporaries_mb=megabytes))
             print(
                 f"{images:7} {name:14} {side_by_side.spread(turns, digits=3):>32} {megabytes:15,.1f}",
                 flush=True,
             )
-    side_by_side.write(args.json, machine=machine, rows=rows)
+    side_by_side.write(args.json, dict(machine=machine, rows=rows))
     return 0
 
 

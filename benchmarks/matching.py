@@ -1,15 +1,15 @@
-"""The matching of queries to regions: ours, optax's under plain jit, and SciPy's through a host callback.
+"""Time of the matching of queries and regions: ours, optax under jit, and SciPy through a host callback.
 
     python -m benchmarks.matching [--images 128] [--turns 20] [--step-seconds S] [--json OUT.json]
 
-For every shape (queries x regions, a random number of the regions real) the three solve the same costs
-in turn in one process, and their least costs must agree. Then our share of a train step: of the B/16 step of
-`benchmarks.train_step`, whose seconds are measured here (batch 8) unless they are given.
+For every shape (queries x regions, of which a random number is real) the three solve the same costs in turns in one
+process, and their total costs must agree. The last line is our share of the B/16 train step of
+`benchmarks.train_step` at batch 8, which is timed here unless --step-seconds is given.
 """
 
 import argparse
+import functools
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ SHAPES = ((5, 5), (6, 6), (8, 8), (10, 10), (20, 10), (50, 20), (100, 20))
 
 
 def by_optax(cost, mask):
-    """Query of each region, one image at a time; what is not real costs nothing."""
+    """The query of each region, by optax; padded regions cost nothing."""
     cost = jnp.where(mask[:, None], cost, 0.0)
 
     def one(cost):
@@ -43,18 +43,22 @@ def _scipy(cost, mask):
 
 
 def by_callback(cost, mask):
-    """SciPy on the host, called from the compiled program, as PyTorch ports do."""
+    """The query of each region, by SciPy on the host, called from the compiled program."""
     return jax.pure_callback(_scipy, jax.ShapeDtypeStruct(mask.shape, jnp.int32), cost, mask)
 
 
 def least_cost(query, cost, mask) -> np.ndarray:
-    """Total cost of each image's assignment, float64 [B]."""
+    """Total cost of the assignment of each image, float64 [B]."""
     picked = np.take_along_axis(cost.astype(np.float64), np.asarray(query)[:, None], axis=1)[:, 0]
     return np.where(mask, picked, 0).sum(1)
 
 
+def _solve(solve, arguments) -> None:
+    jax.block_until_ready(solve(*arguments))
+
+
 def main() -> int:
-    """Times the three in turn for each shape and prints medians and ratios."""
+    """Times the three for each shape and prints medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--turns", type=int, default=20)
@@ -81,27 +85,26 @@ def main() -> int:
         totals = {n: least_cost(f(*on_device), cost, mask) for n, f in compiled.items()}
         for name, total in totals.items():
             if not np.allclose(total, totals["SciPy callback"], rtol=1e-5, atol=1e-4):
-                print(f"{queries} x {regions}: {name} found no least cost", file=sys.stderr)
+                print(
+                    f"{queries} x {regions}: {name} its total cost is not the least",
+                    file=sys.stderr,
+                )
                 return 1
-        seconds = {name: [] for name in ways}
-        for _ in range(args.turns):
-            for name, solve in compiled.items():
-                began = time.perf_counter()
-                jax.block_until_ready(solve(*on_device))
-                seconds[name].append(time.perf_counter() - began)
+        solvers = {n: functools.partial(_solve, f, on_device) for n, f in compiled.items()}
+        timings = side_by_side.in_turns(solvers, turns=args.turns, warm_up=0)
+        seconds = {name: timing.seconds for name, timing in timings.items()}
         rows.append(dict(queries=queries, regions=regions, seconds=seconds))
         cells = "".join(f"{side_by_side.spread(s, 1e3):>26}" for s in seconds.values())
         print(f"{f'{queries} x {regions}':18}{cells}", flush=True)
     step = args.step_seconds
     if step is None:
-        print("the B/16 step, padded and packed, for its share: some two minutes", file=sys.stderr)
+        print("timing the B/16 step, padded and packed: about two minutes", file=sys.stderr)
         sides = {"JAX": (train_step.jax_side, dict(size="B/16", batch=8))}
         step = side_by_side.measure(sides, turns=3)["JAX packed"].median
     ours = float(np.median(rows[0]["seconds"]["ours"])) / args.images * 8
     print(f"5 x 5, 8 images: {1e3 * ours:.3f} ms of a step of {step:.2f} s, {ours / step:.4%}")
-    side_by_side.write(
-        args.json, machine=machine, images=args.images, rows=rows, share_of_step=ours / step
-    )
+    result = dict(machine=machine, images=args.images, rows=rows, share_of_step=ours / step)
+    side_by_side.write(args.json, result)
     return 0
 
 

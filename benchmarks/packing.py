@@ -1,27 +1,25 @@
-"""How much padding packing leaves, against the number of images a group, and what it costs.
+"""Padding and cost of packed texts, by the number of images a group.
 
-    python benchmarks/packing.py [--json OUT.json] [--batch 2048] [--row-length 77] ...
-    python benchmarks/packing.py --cases [--json OUT.json]
+    python -m benchmarks.packing [--json OUT.json] [--batch 2048] [--row-length 77] ...
+    python -m benchmarks.packing --cases [--json OUT.json]
 
-Lengths are simulated after Conceptual Captions with region descriptions: captions of 10-20 tokens,
-0-5 descriptions of 4-12, specials included, each uniform. Two more tokens a description
-(`--description-tokens 6 14`) is the case of words counted without specials. For every group size: the smallest
-number of rows a group at which at most 0.1% of the texts are dropped or cut.
+Lengths are simulated like Conceptual Captions with region descriptions: captions of 10-20 tokens, 0-5 descriptions of
+4-12, special tokens included, all uniform; `--description-tokens 6 14` are the lengths if 4-12 counted words alone. For
+every group size the table has the smallest number of rows at which at most 0.1% of the texts are dropped or cut.
 
-`--cases`: what groups of 64 lose in FIXED rows, a number that suits the lengths above, at other lengths of texts;
-and in the rows that the trainer derives from these lengths (grain_jax/input_pipeline/derived.py), with what they cost: padding,
-and FLOPs of the B/16's text tower.
+`--cases`: the texts that groups of 64 lose at other lengths of texts, in FIXED rows, which suit the lengths above, and
+in the rows that the trainer derives from the lengths (grain_jax/input_pipeline/derived.py); with padding and FLOPs of
+the B/16 text tower.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from etils import epath
 
+from benchmarks import side_by_side
 from grain_jax import config as config_lib
 from grain_jax import recipe
 from grain_jax.input_pipeline import derived, packing, text_lengths
@@ -46,7 +44,7 @@ class Lengths(NamedTuple):
 
 
 def simulate(rng: np.random.Generator, images: int, shortest: int, longest: int) -> Lengths:
-    """Draws the lengths of `images` images, of descriptions between the two bounds."""
+    """Draws the text lengths of `images` images; description lengths are between the two bounds."""
     mask = np.arange(REGIONS) < rng.integers(0, REGIONS + 1, size=(images, 1))
     return Lengths(
         caption_lengths=rng.integers(10, 21, size=images, dtype=np.int32),
@@ -63,12 +61,12 @@ def _uniform(low: int, high: int):
 
 
 def _long_tail(rng, shape):
-    """About 30 tokens in the mean, log-normal, up to a row of 77."""
+    """Log-normal with a mean of about 30 tokens, at most a row of 77."""
     return np.round(rng.lognormal(np.log(30) - 0.18, 0.6, size=shape)).clip(4, 77)
 
 
 class Case(NamedTuple):
-    """Texts to simulate."""
+    """Distributions of text lengths to simulate."""
 
     name: str
     captions: Callable
@@ -77,7 +75,7 @@ class Case(NamedTuple):
     equal_scores: bool = False
 
     def draw(self, rng: np.random.Generator, images: int) -> Lengths:
-        """The lengths of so many images."""
+        """Draws the text lengths of `images` images."""
         count = rng.integers(self.fewest_regions, REGIONS + 1, size=(images, 1))
         mask = np.arange(REGIONS) < count
         scores = rng.random(mask.shape, dtype=np.float32)
@@ -99,7 +97,7 @@ CASES = (
 
 
 def derived_rows(texts: Lengths, config: config_lib.Config) -> int:
-    """The rows that the trainer would derive for a set of these images."""
+    """The rows that the trainer derives for a data set with these texts."""
     lengths = text_lengths.TextLengths(
         name="these",
         tokenizer="clip",
@@ -112,7 +110,7 @@ def derived_rows(texts: Lengths, config: config_lib.Config) -> int:
 
 
 def compare_cases(images: int) -> list[dict]:
-    """Prints what the cases lose and cost, in FIXED rows and in derived ones."""
+    """Prints losses and costs of the cases, in FIXED and in derived rows."""
     values = recipe.base("B/16")
     values.total_steps, values.optim.warmup_steps = 1, 0
     values.text.pack_group = GROUP
@@ -154,7 +152,7 @@ def compare_cases(images: int) -> list[dict]:
 
 
 def pack_all(batches: list[Lengths], **sizes: int) -> tuple[float, float]:
-    """Returns the padding's share of all rows and the share of texts dropped or cut."""
+    """Returns the share of padding in all rows and the share of texts dropped or cut."""
     layouts = [packing.pack(**lengths._asdict(), **sizes) for lengths in batches]
     tokens = sum(int(x.caption_lengths.sum() + x.description_lengths.sum()) for x in layouts)
     room = sum(len(x.caption_at) // x.pack_group * x.rows * x.row_length for x in layouts)
@@ -163,7 +161,7 @@ def pack_all(batches: list[Lengths], **sizes: int) -> tuple[float, float]:
 
 
 def smallest_rows(batches: list[Lengths], pack_group: int, row_length: int) -> dict[str, float]:
-    """Returns rows, padding and misfits of the first number of rows that fits well enough."""
+    """Returns the smallest number of rows within the limit of misfits, with padding and misfits."""
     together = Lengths(*(np.concatenate(column) for column in zip(*batches)))
     rows, _ = derived.smallest_rows([together._asdict()], pack_group, row_length, derived.MISFITS)
     padding, misfits = pack_all(batches, pack_group=pack_group, rows=rows, row_length=row_length)
@@ -203,7 +201,7 @@ def time_batch(
 
 
 def main() -> None:
-    """Prints the table and writes it as JSON when asked to."""
+    """Prints the table; writes it as JSON on request."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="file to write the table to")
     parser.add_argument("--batch", type=int, default=2048, help="images a batch")
@@ -214,11 +212,12 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--cases", action="store_true", help="other lengths, in fixed and in derived rows"
+        "--cases", action="store_true", help="other text lengths, in fixed and in derived rows"
     )
     args = parser.parse_args()
     if args.cases:
-        write(args, compare_cases(args.batch))
+        table = compare_cases(args.batch)
+        side_by_side.write(args.json, dict(settings=vars(args), table=table))
         return
     rng = np.random.default_rng(args.seed)
     batches = [simulate(rng, args.batch, *args.description_tokens) for _ in range(args.batches)]
@@ -237,15 +236,7 @@ def main() -> None:
             f"  {entry['padding_share']:7.1%}  {entry['misfit_share']:14.3%}"
             f"  {entry['pack_ms']:8.2f}  {entry['fill_ms']:8.2f}"
         )
-    write(args, table)
-
-
-def write(args: argparse.Namespace, table: list[dict]) -> None:
-    """The table as JSON where it is asked for."""
-    if args.json:
-        epath.Path(args.json).write_text(
-            json.dumps({"settings": vars(args), "table": table}, indent=2) + "\n"
-        )
+    side_by_side.write(args.json, dict(settings=vars(args), table=table))
 
 
 if __name__ == "__main__":

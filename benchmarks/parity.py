@@ -1,10 +1,10 @@
-"""The parity table: our numbers against those that the PyTorch reference gave, group by group.
+"""The parity table: our numbers against those of the PyTorch reference, in groups.
 
     python -m benchmarks.parity [--json OUT.json]
 
-Everything is float32 at full precision, on the goldens in tests/goldens (made by running the reference;
-tests/test_parity.py asserts the same comparisons). A line shows the comparison of its group that
-comes closest to its tolerance.
+Everything is float32 at full precision, on the goldens in tests/goldens, which are outputs of the reference
+(tests/test_parity.py asserts the same comparisons). Each line shows the comparison of its group that is closest to
+its tolerance.
 """
 
 import argparse
@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from etils import epath
 
-from benchmarks import preprocessing
+from benchmarks import preprocessing, side_by_side
+from benchmarks.preprocessing import GOLDENS, read_npz
 from grain_jax import config as config_lib
 from grain_jax import losses as losses_lib
 from grain_jax import recipe, schema
@@ -33,7 +33,6 @@ from grain_jax.losses import boxes, matching
 from grain_jax.models import grain
 from grain_jax.training import optim, train_step
 
-GOLDENS = epath.Path(__file__).absolute().parent.parent / "tests" / "goldens"
 RELATIVE = 1e-5  # of max |reference|
 HEADS = {"image": 4, "text": 4, "decoder": 4}  # of grain_public.npz
 
@@ -47,7 +46,7 @@ class Comparison(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether the error keeps within the tolerance; NaN does not."""
+        """Whether the error is within the tolerance; NaN is not."""
         return bool(self.error <= self.tolerance)
 
 
@@ -69,7 +68,7 @@ def relative(name: str, ours, reference, tolerance: float = RELATIVE) -> Compari
 
 
 def gradient(name: str, ours, reference) -> Comparison:
-    """max |a - b| against what float32 leaves of a gradient (goldens' README)."""
+    """max |a - b| against the float32 accuracy of a gradient."""
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     if ours.shape != reference.shape:
         raise ValueError(f"{name}: shape {ours.shape}, expected {reference.shape}")
@@ -77,15 +76,10 @@ def gradient(name: str, ours, reference) -> Comparison:
     return Comparison(name, np.abs(ours - reference).max(), tolerance)
 
 
-def _npz(name: str) -> dict[str, np.ndarray]:
-    with (GOLDENS / name).open("rb") as file, np.load(file) as stored:
-        return dict(stored)
-
-
 @functools.cache
 def goldens() -> Goldens:
     """Reads and converts grain_public.npz."""
-    arrays = _npz("grain_public.npz")
+    arrays = read_npz("grain_public.npz")
     states = {
         module: {
             key.removeprefix(f"params/{module}/"): array
@@ -101,7 +95,7 @@ def goldens() -> Goldens:
 
 
 def config(**loss) -> config_lib.Config:
-    """The reference's behaviour on the goldens' batch, with changes to `loss`."""
+    """The reference's behaviour on the batch of the goldens, with changes to `loss`."""
     c = recipe.reference_behaviour(recipe.base())
     c.total_steps, c.optim.warmup_steps = 200, 40
     c.batch_size, c.input.lanes, c.dtype = 6, 1, "float32"
@@ -111,7 +105,7 @@ def config(**loss) -> config_lib.Config:
 
 
 def batch(boxes_pixels: np.ndarray, *, packed: bool) -> schema.Batch:
-    """The goldens' inputs as a Batch; boxes are xyxy pixels of a 224 image, clipped here."""
+    """The inputs of the goldens as a Batch; boxes are xyxy pixels of a 224 image and are clipped here."""
     arrays = goldens().arrays
     mask = arrays["inputs/avail"] == 1
     captions, descriptions = arrays["inputs/text"], arrays["inputs/desc"][mask]
@@ -175,7 +169,7 @@ def run(which: str = "", *, packed: bool = False):
 
 @functools.cache
 def outputs(*, packed: bool = False) -> dict[str, np.ndarray]:
-    """What the towers and the decoder give for the goldens' batch, before normalisation."""
+    """Outputs of towers and decoder for the batch of the goldens, before normalisation."""
     g = goldens()
     inputs = batch(g.arrays["inputs/boxes"], packed=packed)
 
@@ -214,7 +208,7 @@ def text_tower() -> Iterator[Comparison]:
 
 
 def decoder() -> Iterator[Comparison]:
-    """Every layer's hidden state and boxes, and the embeddings before and after normalisation."""
+    """Hidden state and boxes of every layer, and the embeddings before and after normalisation."""
     arrays, ours = goldens().arrays, outputs()
     last = len(ours["decoder_hs"]) - 1
     for i in range(last + 1):
@@ -235,7 +229,7 @@ def decoder() -> Iterator[Comparison]:
 
 
 def matched() -> Iterator[Comparison]:
-    """The cost matrix, and the query that each region got, for each layer; errors are counted."""
+    """The cost matrix, and the matched query of each region in each layer; counts the errors."""
     arrays, c = goldens().arrays, config().loss
     inputs = batch(arrays["inputs/boxes"], packed=False)
     layers = outputs()["pred_boxes"]
@@ -278,7 +272,7 @@ def losses() -> Iterator[Comparison]:
 
 
 def gradients() -> Iterator[Comparison]:
-    """The gradient of every parameter that has one."""
+    """The gradient of every parameter that the reference has one for."""
     arrays, (_, _, ours) = goldens().arrays, run()
     stored = {k.removeprefix("grads/"): a for k, a in arrays.items() if k.startswith("grads/")}
     yield Comparison("names", float(len(stored.keys() ^ ours.keys())), 0.0)
@@ -287,7 +281,7 @@ def gradients() -> Iterator[Comparison]:
 
 
 def decay_groups() -> Iterator[Comparison]:
-    """Which parameters are decayed; errors are counted."""
+    """The parameters with weight decay; counts the errors."""
     g = goldens()
     mask = optim.decay_mask(g.params, "reference")
     ours = jax.tree.map(lambda p, decayed: np.full(p.shape, decayed, bool), g.params, mask)
@@ -300,7 +294,7 @@ def decay_groups() -> Iterator[Comparison]:
 
 
 def adamw() -> Iterator[Comparison]:
-    """Parameters after one step: those that are stored outside of `unreliable`, and all by checksum."""
+    """Parameters after one step: the stored ones outside of `unreliable` by value, all by checksum."""
     g = goldens()
     c = config()
     tx = optim.optimizer(c.optim, optax.constant_schedule(c.optim.learning_rate))
@@ -349,7 +343,7 @@ def degenerate() -> Iterator[Comparison]:
     for name, sums in g.meta["degenerate_grad_checksum_[sum,sumabs]"].items():
         ours = grads[name].astype(np.float64)
         error = np.abs(np.array([ours.sum(), np.abs(ours).sum()]) - sums).max()
-        # As `gradient`, of every element.
+        # The tolerance of `gradient` for every element.
         yield Comparison(
             f"{name} checksum", error, ours.size * max(1e-7, 2e-5 * np.abs(ours).max())
         )
@@ -364,7 +358,7 @@ def degenerate() -> Iterator[Comparison]:
 
 
 def packed() -> Iterator[Comparison]:
-    """Packed texts against the reference's padded ones: embeddings, losses, every gradient."""
+    """Our packed texts against the reference's padded ones: embeddings, losses, every gradient."""
     arrays = goldens().arrays
     for name in ("text_embed", "desc_embed"):
         yield relative(name, outputs(packed=True)[name], arrays[f"outputs/{name}"])
@@ -378,7 +372,7 @@ def packed() -> Iterator[Comparison]:
 
 def zero_shot() -> Iterator[Comparison]:
     """Class features, region scores and logits of eval.npz, with every alpha."""
-    arrays = _npz("eval.npz")
+    arrays = read_npz("eval.npz")
     count = len(json.loads(str(arrays["meta_json"]))["class_names"])
     embeds = lambda tag: [arrays[f"class_text_embed/{tag}/{i:02d}"] for i in range(count)]
     region = scores.region_scores(arrays["inputs/obj_embeds"], embeds("desc_only"))
@@ -393,7 +387,7 @@ def zero_shot() -> Iterator[Comparison]:
 
 
 def tokens() -> Iterator[Comparison]:
-    """The tokenizer's 338 strings; strings with other ids are counted."""
+    """The 338 strings of tokenizer.json; counts strings with other ids."""
     strings = json.loads((GOLDENS / "tokenizer.json").read_text())["strings"]
     ours = tokenizer.ClipTokenizer()([entry["text"] for entry in strings], 77)
     wrong = sum(
@@ -442,13 +436,13 @@ GROUPS = {
 
 
 def compare(group: str) -> list[Comparison]:
-    """All comparisons of that group of `GROUPS`, at full float32 precision."""
+    """All comparisons of a group of `GROUPS`, at full float32 precision."""
     with jax.default_matmul_precision("highest"):
         return list(GROUPS[group]())
 
 
 def main() -> int:
-    """Prints the table; the exit status is 1 where a comparison fails."""
+    """Prints the table; the exit status is 1 if a comparison fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="file to write every comparison to")
     args = parser.parse_args()
@@ -470,8 +464,7 @@ def main() -> int:
             f"{group:18} {len(found):8d} {failed:6d} {worst.error:11.2e} {worst.tolerance:9.1e}"
             f"  {worst.name}"
         )
-    if args.json:
-        epath.Path(args.json).write_text(json.dumps(everything, indent=2) + "\n")
+    side_by_side.write(args.json, everything)
     return 1 if failures else 0
 
 

@@ -1,6 +1,6 @@
-"""Our resize of images against the reference's (preprocess.npz): its inputs, outputs and tolerances.
+"""Our resize of images against the reference's (preprocess.npz): inputs, outputs and tolerances.
 
-Shared by the parity table and tests/input_pipeline/test_transforms.py; TensorFlow is imported by `tf_distance` alone.
+Used by the parity table and tests/input_pipeline/test_transforms.py; only `tf_distance` imports TensorFlow.
 """
 
 import functools
@@ -13,10 +13,10 @@ from etils import epath
 from grain_jax.files import images
 
 GOLDENS = epath.Path(__file__).absolute().parent.parent / "tests" / "goldens"
-SIZE = 64  # of the goldens' outputs
+SIZE = 64  # of the outputs in the goldens
 
-# Worst and mean distance in levels of 255 from PIL's. PIL rounds to whole levels and clips between
-# its two passes, which shows on noise and checkerboards.
+# Worst and mean distance to PIL, in levels of 255. PIL rounds to whole levels and clips between its two passes,
+# which shows on noise and checkerboards.
 TF_DISTANCE = {
     "checker_96x130": (12, 1.7),
     "noise_80x45": (17, 0.3),
@@ -27,23 +27,28 @@ TF_DISTANCE = {
     "rgb_65x63": (2, 0.25),
     "rgb_224x224": (1, 0.15),
     "rgb_300x200": (1, 0.15),
-}  # elsewhere 0
+}  # 0 for all other images
+
+
+def read_npz(name: str) -> dict[str, np.ndarray]:
+    """The arrays of a file of tests/goldens."""
+    with (GOLDENS / name).open("rb") as file, np.load(file) as stored:
+        return dict(stored)
 
 
 @functools.cache
 def golden() -> dict[str, np.ndarray]:
     """The arrays of preprocess.npz."""
-    with (GOLDENS / "preprocess.npz").open("rb") as file, np.load(file) as stored:
-        return dict(stored)
+    return read_npz("preprocess.npz")
 
 
 def names() -> list[str]:
-    """The goldens' images."""
+    """Names of the images in the goldens."""
     return [key.removeprefix("input/") for key in golden() if key.startswith("input/")]
 
 
-def picture(name: str) -> PIL.Image.Image:
-    """The image as the reference got it."""
+def image(name: str) -> PIL.Image.Image:
+    """The input image of the reference."""
     pixels = golden()[f"input/{name}"]
     if name.startswith("palette"):
         out = PIL.Image.fromarray(pixels, "L").convert("P")
@@ -54,8 +59,8 @@ def picture(name: str) -> PIL.Image.Image:
 
 
 def expected(name: str) -> np.ndarray:
-    """What the reference makes of it, uint8 [64, 64, 3], with the Pillow that is installed."""
-    # Pillow 13 orders the two passes otherwise on some shapes (quirk 20).
+    """The output of the reference, uint8 [64, 64, 3], for the installed Pillow."""
+    # Pillow 13 has another order of the two passes for some shapes (quirk 20).
     older = f"pillow_10_1_0/resized_u8/{name}"
     new = int(PIL.__version__.split(".")[0]) >= 13
     return golden()[f"resized_u8/{name}" if new or older not in golden() else older]
@@ -63,7 +68,7 @@ def expected(name: str) -> np.ndarray:
 
 def pil_distance(name: str) -> np.ndarray:
     """|our PIL path - the reference| in levels, int [64, 64, 3]."""
-    ours = images.resize(picture(name), SIZE, convert_first=False)
+    ours = images.resize(image(name), SIZE, convert_first=False)
     return np.abs(ours.astype(int) - expected(name))
 
 
@@ -73,7 +78,7 @@ def tf_distance(name: str) -> np.ndarray:
 
     from grain_jax.input_pipeline import transforms
 
-    rgb = picture(name).convert("RGB")
+    rgb = image(name).convert("RGB")
     ours = transforms.resize(tf.constant(np.asarray(rgb)), SIZE).numpy()
     if ours.dtype != np.uint8:
         raise ValueError(f"{name}: dtype {ours.dtype}, expected uint8")

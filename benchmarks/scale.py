@@ -1,6 +1,6 @@
-"""What streaming the losses buys and costs: memory on a pod, exactness on 8 devices, micro-batches.
+"""Streamed losses: memory on a pod, numerical error on 8 devices, micro-batches.
 
-    python -m benchmarks.scale pod           # compiles for 256 chips of v5e by libtpu; no chip is needed
+    python -m benchmarks.scale pod           # compiles for 256 chips of v5e with libtpu; needs no chip
     python -m benchmarks.scale exactness     # error against float64, streamed and materialised, on meshes
     python -m benchmarks.scale microbatches  # error and peak memory for k = 1, 2, 4, 8
 
@@ -10,11 +10,11 @@ Each takes `--json OUT.json`. Run from the checkout.
 import argparse
 import dataclasses
 import importlib.metadata
-import json
 import os
-import platform
 
 from etils import epath
+
+from benchmarks import side_by_side
 
 FLAGS = "--xla_force_host_platform_device_count=8"
 LIBTPU = {
@@ -28,9 +28,9 @@ MESHES = {"(1)": (1, 1, 1), "(8)": (8, 1, 1), "(4,2)": (4, 2, 1), "(2,2,2)": (2,
 
 
 def materialised_losses(outputs, batch, scale, mesh=None):
-    """L_ic and L_rd as other code bases write them: the matrix of all similarities at once.
+    """L_ic and L_rd from the matrix of all similarities.
 
-    Duplicates are masked and the negatives are global, as ours; regions are matched in their own order.
+    Duplicates are masked and the negatives are global, as in ours; query i is matched to region i.
     """
     import jax
     import jax.numpy as jnp
@@ -61,7 +61,7 @@ def materialised_losses(outputs, batch, scale, mesh=None):
 
 
 def problem(images: int, regions: int, width: int, seed: int = 0):
-    """(outputs, batch) with what the two contrastive losses read; boxes lie so that matching keeps the order."""
+    """(outputs, batch) with the fields that the two contrastive losses read; the boxes match query i to region i."""
     import numpy as np
 
     from grain_jax import schema
@@ -157,7 +157,7 @@ def pod(args) -> dict:
 
 
 def abstract_problem(images: int, regions: int, width: int):
-    """`problem` of that size as shapes; masks are arguments, so that nothing is folded away."""
+    """`problem` as shapes, for compilation; masks are arguments, so that XLA folds no constants."""
     import jax
 
     outputs, batch = problem(8, regions, width)
@@ -288,7 +288,7 @@ def microbatches(args) -> dict:
 
 
 def main() -> None:
-    """Runs one of the three, prints its table and writes it where asked."""
+    """Runs one of the three and prints its table; writes it as JSON on request."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -301,13 +301,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     result = globals()[args.what](args)
-    if args.json:
-        machine = dict(
-            platform=platform.platform(),
-            cores=os.cpu_count(),
-            jax=importlib.metadata.version("jax"),
-        )
-        args.json.write_text(json.dumps({"machine": machine, **result}, indent=2) + "\n")
+    side_by_side.write(args.json, {"machine": side_by_side.machine("jax"), **result})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Milliseconds an image of a trained model: ours, exported, PyTorch, torch.compile and ONNX Runtime.
+"""Inference time an image: grain_jax.load, StableHLO export, PyTorch, torch.compile and ONNX Runtime.
 
     python -m benchmarks.serving [--sizes S/16 B/16] [--batches 1 8] [--turns 7] [--json OUT.json]
 
-Image embedding, regions and boxes of the same images from the same random weights (`interop.perturbed`),
-float32; ours take uint8 and normalise it, the others are given it normalised, with that not timed; each side in
-a process of its own, turn by turn. Outputs must agree to 1e-5.
+Image embedding, regions and boxes of the same images with the same random weights (`interop.perturbed`), float32.
+Ours take uint8 and normalise it; the others get normalised images, and the normalisation is not timed. Each side
+runs in a process of its own, in turns. Outputs must agree to 1e-5.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from grain_jax import recipe
 TOLERANCE = 1e-5  # of the outputs, max|a-b| / max|b|
 
 
-def pictures(size: int, count: int) -> np.ndarray:
-    """Noise, uint8 [count, size, size, 3]."""
+def noise(size: int, count: int) -> np.ndarray:
+    """Images of noise, uint8 [count, size, size, 3]."""
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
 
 
 def jax_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Callable[[], Any]]:
-    """`grain_jax.load(...)`, and what `grain_jax.export` wrote, with the parameters on the device."""
+    """`grain_jax.load(...)`, and the model of `grain_jax.export` with its parameters on the device."""
     import jax
     from jax import export
 
@@ -48,12 +48,12 @@ def jax_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Callabl
         out = jax.tree.map(np.asarray, call(params, given))
         return tuple(out[name] for name in ("image_embed", "region_embed", "boxes_xyxy"))
 
-    given = {count: pictures(size, count) for count in batches}
+    given = {count: noise(size, count) for count in batches}
     return _variants({"grain_jax.load": loaded, "StableHLO": exported}, given)
 
 
 def torch_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Callable[[], Any]]:
-    """The Hugging Face folder's module, as it is and through torch.compile."""
+    """The module of the Hugging Face folder, eager and with torch.compile."""
     import os
 
     import torch
@@ -74,7 +74,7 @@ def torch_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Calla
 
 
 def onnx_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Callable[[], Any]]:
-    """The file that the module's `export_onnx` wrote, in ONNX Runtime."""
+    """The model of `export_onnx` in ONNX Runtime."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(f"{folder}/hf/image.onnx")
@@ -86,12 +86,10 @@ def onnx_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Callab
 
 
 def _normalised(size: int, batches: list[int]) -> dict[int, np.ndarray]:
-    """What torch's models take, float32 [count, 3, size, size], by count."""
+    """Count -> normalised images in torch's layout, float32 [count, 3, size, size]."""
     image = recipe.model("S/16").image  # the same for all sizes
     mean, std = np.array(image.pixel_mean, np.float32), np.array(image.pixel_std, np.float32)
-    normalised = {
-        count: (pictures(size, count) / np.float32(255) - mean) / std for count in batches
-    }
+    normalised = {count: (noise(size, count) / np.float32(255) - mean) / std for count in batches}
     return {n: np.ascontiguousarray(given.transpose(0, 3, 1, 2)) for n, given in normalised.items()}
 
 
@@ -104,7 +102,7 @@ def _variants(ways, given: dict[int, np.ndarray]) -> dict[str, Callable[[], Any]
 
 
 def prepare(size: str, folder: epath.Path) -> int:
-    """Writes the model in every form below `folder`; returns the images' size."""
+    """Writes the model in every format below `folder`; returns the image size."""
     import logging
     import warnings
 
@@ -121,16 +119,18 @@ def prepare(size: str, folder: epath.Path) -> int:
     checkpoint.save_model(folder / "ours", model, params)
     huggingface.to_hf(folder / "ours", folder / "hf")
     module = transformers.AutoModel.from_pretrained(str(folder / "hf"), trust_remote_code=True)
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # what it does not fold, line by line
+    logging.getLogger("onnxscript").setLevel(
+        logging.ERROR
+    )  # it logs each expression that it does not fold
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own
+        warnings.simplefilter("ignore")  # of the exporter itself
         module.eval().export_onnx(str(folder / "hf"))
     export.export_model(inference.Predictor(model, params), folder / "exported", ("cpu",))
     return model.image.image_size
 
 
 def main() -> int:
-    """Prints a table for each size; the exit status is 1 where outputs differ."""
+    """Prints a table for each size; the exit status is 1 if outputs differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["S/16", "B/16"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
@@ -148,9 +148,7 @@ def main() -> int:
             timings = side_by_side.measure(
                 {n: (s, given) for n, s in sides.items()}, turns=args.turns
             )
-        print(
-            f"\n{size:22} {'pictures':>8} {'ms an image: median (least - most)':>36} {'error':>9}"
-        )
+        print(f"\n{size:22} {'images':>8} {'ms an image: median (least - most)':>36} {'error':>9}")
         for name, timing in timings.items():
             way, _, count = name.partition(" ")[2].partition("|")
             ours = timings[f"JAX grain_jax.load|{count}"].value
@@ -160,7 +158,7 @@ def main() -> int:
             rows.append(dict(size=size, way=way, pictures=int(count), milliseconds=milliseconds))
             shown = side_by_side.spread(milliseconds, digits=1)
             print(f"{way:22} {count:>8} {shown:>36} {error:9.1e}", flush=True)
-    side_by_side.write(args.json, machine=machine, rows=rows, worst_error=worst)
+    side_by_side.write(args.json, dict(machine=machine, rows=rows, worst_error=worst))
     return 0 if worst < TOLERANCE else 1
 
 

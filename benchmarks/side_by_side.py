@@ -1,8 +1,8 @@
-"""Times things against each other in one run: turn by turn, each side in a process of its own.
+"""Timing of alternatives in one run, in turns: `measure` in a process a side, `in_turns` in this process.
 
-Sides that share a process would share its memory allocator and fight over its threads. A side is a
-function that returns its variants, {name: callable}; it runs in a fresh process, which waits while the
-others have their turn. What a variant returns (a loss, a count) comes back beside its seconds.
+In one process, sides of different frameworks would share its memory allocator and compete for its threads. A
+side is a function that returns its variants, {name: callable}; it runs in a fresh process, which waits while the
+others run. The return value of a variant (a loss, a count) is reported beside its seconds.
 """
 
 import json
@@ -21,10 +21,10 @@ Side = Callable[..., Mapping[str, Callable[[], Any]]]
 
 
 class Timing(NamedTuple):
-    """A variant's turns; the first ones, which warm up, are left out."""
+    """The turns of a variant, without the warm-up."""
 
     seconds: list[float]
-    value: Any  # what its last turn returned
+    value: Any  # return value of the last turn
 
     @property
     def median(self) -> float:
@@ -53,14 +53,14 @@ def measure(
     warm_up: int = 1,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Timing]:
-    """Runs every variant of every side `turns` times, in turns.
+    """Runs every variant of every side `turns` times, in turns, each side in a process of its own.
 
     Args:
-      sides: name -> (function, its keyword arguments); both must be picklable. The function imports what it
-        needs itself.
-      turns: that count.
-      warm_up: turns before them.
-      environment: variables for the sides' processes.
+      sides: name -> (function, its keyword arguments); both must be picklable. The function does its own
+        imports.
+      turns: timed runs of a variant.
+      warm_up: runs before them, not timed.
+      environment: variables for the processes of the sides.
 
     Returns: "SIDE VARIANT" -> `Timing`.
     """
@@ -95,7 +95,7 @@ def measure(
         for pipe in pipes.values():
             try:
                 pipe.send(None)
-            except OSError:  # its process is gone
+            except OSError:  # its process has ended
                 pass
         for process in processes:
             process.join(timeout=10)
@@ -103,8 +103,24 @@ def measure(
     return out
 
 
+def in_turns(
+    functions: Mapping[str, Callable[[], Any]], *, turns: int, warm_up: int = 1
+) -> dict[str, Timing]:
+    """Runs every function `warm_up` + `turns` times, in turns, in this process; name -> `Timing`."""
+    out = {name: Timing([], None) for name in functions}
+    for turn in range(warm_up + turns):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            value = function()
+            seconds = time.perf_counter() - began
+            out[name] = out[name]._replace(value=value)
+            if turn >= warm_up:
+                out[name].seconds.append(seconds)
+    return out
+
+
 def machine(*packages: str) -> dict[str, Any]:
-    """What the figures were measured on: processor, cores, load, and the versions of `packages`."""
+    """The machine of a measurement: processor, cores, load, and the versions of `packages`."""
     processor = platform.processor()
     info = epath.Path("/proc/cpuinfo")
     if info.exists():
@@ -121,7 +137,7 @@ def machine(*packages: str) -> dict[str, Any]:
 
 
 def on(machine: Mapping[str, Any]) -> str:
-    """The machine in a line."""
+    """The machine in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
         f"{machine['processor']}, {machine['cores']} cores, load {machine['load']} at the start;"
@@ -129,14 +145,14 @@ def on(machine: Mapping[str, Any]) -> str:
     )
 
 
-def write(path: epath.PathLike | None, **content: Any) -> None:
-    """Writes the results as JSON, where a file was asked for."""
+def write(path: epath.PathLike | None, content: Any) -> None:
+    """Writes results as JSON; does nothing without a path."""
     if path is not None:
         epath.Path(path).write_text(json.dumps(content, indent=2, default=list) + "\n")
 
 
 def spread(seconds: Sequence[float], scale: float = 1.0, digits: int = 2) -> str:
-    """Median (least - most), times `scale`."""
+    """Median (least - most) of values times `scale`."""
     median, least, most = (
         f"{scale * x:.{digits}f}" for x in (statistics.median(seconds), min(seconds), max(seconds))
     )

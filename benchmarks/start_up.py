@@ -1,11 +1,10 @@
-"""Seconds until training trains: imports, compiling, first step; without and with JAX's cache of compiled programs.
+"""Start-up time of training: imports, compilation, first step; with and without JAX's compilation cache.
 
     python -m benchmarks.start_up [--repeats 5] [--configs tiny demo] [--json OUT.json]
 
-Every figure is of a fresh process. `tiny` is that size on the synthetic source, `demo` configs/demo.py on a
-small aviary, which is drawn first. The trainer's own lines on stderr part a run: the state is there, the step
-is compiled, the first step is logged; then it is killed. With `JAX_COMPILATION_CACHE_DIR` at an empty folder it
-also writes what it compiled; "filled" is a folder that an earlier run has written to.
+Every figure is of a fresh process. `tiny` is the size tiny on the synthetic source, `demo` configs/demo.py on a small
+aviary, which is drawn first. The lines of the trainer on stderr divide a run into parts: state, compilation, first
+step; then the run is killed. `JAX_COMPILATION_CACHE_DIR` names no folder, an empty one, or one that an earlier run filled.
 """
 
 import argparse
@@ -23,13 +22,13 @@ from benchmarks import side_by_side
 REPOSITORY = epath.Path(__file__).absolute().parent.parent
 MODULES = ("grain_jax", "jax", "grain_jax.train", "grain_jax.input_pipeline.records")
 CACHES = ("none", "empty", "filled")
-# What the trainer says when each part is over.
+# Part of a run -> text in the line of the trainer that ends it.
 PARTS = {
     "imports, data, state": "device(s), mesh",
     "compiling": "compiled in",
     "first step": "step 1/",
 }
-DEMO_PICTURES = 1024
+DEMO_IMAGES = 1024
 _TINY = """
 from grain_jax.recipe import base
 
@@ -44,13 +43,13 @@ def get_config():
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Of a child process: this one's, the repository's modules, and no cache but one that is named."""
+    """The environment of a child process: this one's, the repository's modules, and no compilation cache unless given."""
     own = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     return own | {"PYTHONPATH": str(REPOSITORY)} | variables
 
 
 def import_seconds(module: str) -> float:
-    """Seconds that `import module` takes in a fresh process, the interpreter's start left out."""
+    """Seconds of `import module` in a fresh process, without the start of the interpreter."""
     code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
     command = [sys.executable, "-c", code]
     out = subprocess.run(command, env=environment(), check=True, capture_output=True, text=True)
@@ -58,11 +57,11 @@ def import_seconds(module: str) -> float:
 
 
 def prepare(folder: epath.Path, configs: list[str]) -> dict[str, epath.Path]:
-    """The config files by name; makes what they need below `folder`, where the runs start from."""
+    """Name -> config file; makes their data below `folder`, the working directory of the runs."""
     tiny = folder / "tiny.py"
     tiny.write_text(_TINY)
     if "demo" in configs:
-        command = f"data.aviary --output runs/aviary --records runs/aviary/records --name aviary --images {DEMO_PICTURES}"
+        command = f"data.aviary --output runs/aviary --records runs/aviary/records --name aviary --images {DEMO_IMAGES}"
         subprocess.run(
             [sys.executable, "-m", *command.split()], cwd=folder, env=environment(), check=True
         )
@@ -72,10 +71,10 @@ def prepare(folder: epath.Path, configs: list[str]) -> dict[str, epath.Path]:
 def run_seconds(
     folder: epath.Path, config: epath.Path, cache: epath.Path | None
 ) -> dict[str, float]:
-    """Seconds of each part of a run up to its first logged step, and of all of it.
+    """Seconds of each part of a run up to its first logged step, and of the whole.
 
     Raises:
-      RuntimeError: the run ended before it.
+      RuntimeError: the run ended before that step.
     """
     variables = {} if cache is None else {"JAX_COMPILATION_CACHE_DIR": str(cache)}
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
@@ -113,7 +112,7 @@ def run_seconds(
 
 
 def main() -> int:
-    """Times everything `--repeats` times in turn, and prints medians and spread."""
+    """Times everything `--repeats` times, in turns, and prints medians and spread."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--configs", nargs="+", choices=("tiny", "demo"), default=["tiny", "demo"])
@@ -157,7 +156,7 @@ def main() -> int:
             caches["filled"]["whole"]
         )
         print(f"  a filled cache saves {saved:.1f} s")
-    side_by_side.write(args.json, machine=machine, imports=imports, runs=runs)
+    side_by_side.write(args.json, dict(machine=machine, imports=imports, runs=runs))
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Images and texts by a torch Dataset, as one would write it: the other side of `input`.
+"""Images and texts by a torch Dataset: the other side of `benchmarks.input`.
 
-Texts are padded to 77 and of an image at most five regions are kept, those of the highest score.
+Texts are padded to 77, and the five regions of the highest score of an image are kept.
 """
 
 import json
@@ -19,17 +19,17 @@ MAX_REGIONS = 5
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class Pictures(torch.utils.data.Dataset):
-    """The images that `A.jsonl` in `folder` names, below `folder`/pictures.
+class Images(torch.utils.data.Dataset):
+    """The images that `A.jsonl` in `folder` names.
 
     Args:
-      folder: that folder.
+      folder: with A.jsonl and the folder `images`.
       kind: "PIL" (float32, normalised: the reference's way) or "torchvision" (uint8).
-      size: pixels of the square's edge.
+      size: edge of the square, pixels.
     """
 
     def __init__(self, folder: epath.Path, kind: str, size: int):
-        self._folder, self._size = folder / "pictures", size
+        self._folder, self._size = folder / "images", size
         self._lines = [json.loads(line) for line in (folder / "A.jsonl").read_text().splitlines()]
         self._tokenize = open_clip.SimpleTokenizer()
         self._read = {"PIL": self._by_pil, "torchvision": self._by_torchvision}[kind]
@@ -64,19 +64,19 @@ class Pictures(torch.utils.data.Dataset):
         }
 
     def _by_pil(self, path: str):
-        with PIL.Image.open(path, formats=["JPEG"]) as picture:
-            return self._transform(picture.convert("RGB")), (picture.height, picture.width)
+        with PIL.Image.open(path, formats=["JPEG"]) as image:
+            return self._transform(image.convert("RGB")), (image.height, image.width)
 
     def _by_torchvision(self, path: str):
         encoded = torchvision.io.read_file(path)
-        picture = torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB)
+        image = torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB)
         resized = v2.functional.resize(
-            picture, [self._size, self._size], v2.InterpolationMode.BICUBIC, antialias=True
+            image, [self._size, self._size], v2.InterpolationMode.BICUBIC, antialias=True
         )
-        return resized, picture.shape[1:]
+        return resized, image.shape[1:]
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch; the texts that there are lie one after another, each image's caption first."""
+    """A batch; its texts are concatenated, for each image the caption first."""
     out = {key: torch.stack([e[key] for e in examples]) for key in ("image", "boxes", "mask")}
     return out | {"tokens": torch.cat([e["tokens"] for e in examples])}

@@ -1,8 +1,8 @@
-"""GRAIN's train step in PyTorch, as one would write it for speed: the other side of `train_step`.
+"""GRAIN's train step in PyTorch, written for speed: the other side of `benchmarks.train_step`.
 
 The model is `grain_jax/convert/hf_files/modeling_grain.py` (attention by scaled_dot_product_attention), the
-optimiser torch's fused AdamW, the matching SciPy's on the host. Texts are padded to a row of 77 each, as
-the reference pads them (only texts that there are), or packed as ours.
+optimizer torch's fused AdamW, the matching SciPy's on the host. Each real text is padded to a row of 77, as in the
+reference, or the texts are packed as ours.
 """
 
 import math
@@ -21,12 +21,12 @@ _NO_DECAY = ("query_embed", "pos_embed", "positional_embedding", "token_embeddin
 
 
 class TorchStep:
-    """A model, its optimiser and its compiled parts; `step` and `loss` take a numpy `schema.Batch`.
+    """A model, its optimizer and its compiled parts; `step` and `loss` take a numpy `schema.Batch`.
 
     Args:
-      module: a `GrainModel`; it is trained.
-      compiled: whether towers and decoder go through torch.compile.
-      autocast: None, or the dtype of activations on a GPU.
+      module: the `GrainModel` to train.
+      compiled: whether towers and decoder are compiled by torch.compile.
+      autocast: the dtype of activations on a GPU, or None.
     """
 
     def __init__(self, module: Any, *, compiled: bool = False, autocast: torch.dtype | None = None):
@@ -61,7 +61,7 @@ class TorchStep:
         return float(loss.detach())
 
     def loss(self, batch: schema.Batch, *, packed: bool) -> torch.Tensor:
-        """L_ic + L_box + L_rd (docs/method.md, Losses), equal texts masked out of each other's negatives."""
+        """L_ic + L_box + L_rd (docs/method.md, Losses), without equal texts among the negatives."""
         to = lambda x: torch.as_tensor(np.asarray(x)).to(self.device)  # noqa: E731
         backbone = self.module.backbone
         pixels = to(schema.rescale_pixels(batch.image)).permute(0, 3, 1, 2)
@@ -87,21 +87,21 @@ class TorchStep:
             return loss
 
         target = to(batch.region_boxes_cxcywh)
-        picture, region, query = (x.to(self.device) for x in match(boxes[-1], target, mask))
-        pred, real = boxes[-1][picture, query], target[picture, region]
+        matched, region, query = (x.to(self.device) for x in match(boxes[-1], target, mask))
+        pred, real = boxes[-1][matched, query], target[matched, region]
         box = (pred - real).abs().sum() + (1 - modeling._giou(pred, real, 0.0)).sum()
-        # The descriptions lie in the order of the mask, as the pairs do.
+        # Descriptions and pairs are both in the order of the mask.
         ids = to(batch.description_id[batch.region_mask])
         label = torch.arange(len(ids), device=self.device)
         same = (ids[:, None] == ids) & (label[:, None] != label)
-        logits = (scale * regions[picture, query] @ descriptions.T).masked_fill(same, -math.inf)
+        logits = (scale * regions[matched, query] @ descriptions.T).masked_fill(same, -math.inf)
         return loss + box / len(ids) + F.cross_entropy(logits, label)
 
     def _padded(self, tokens):
         return self.module.backbone.encode_text(tokens)
 
     def _packed(self, tokens, positions, segments, ends):
-        """Packed rows [rows, L] and the places of end tokens in them [N] -> [N, D]."""
+        """Packed rows [rows, L] and the positions of end tokens in them [N] -> [N, D]."""
         backbone = self.module.backbone
         x = backbone.token_embedding(tokens) + backbone.positional_embedding[positions]
         length = tokens.shape[1]
@@ -120,7 +120,7 @@ class TorchStep:
 
 
 def text_places(batch: schema.Batch) -> np.ndarray:
-    """Where the texts end in the batch's rows laid end to end, int64 [N]: captions, then real descriptions."""
+    """Positions of the end tokens in the concatenated rows of the batch, int64 [N]: captions, then real descriptions."""
     groups, rows, length = batch.text_tokens.shape
     group = np.arange(len(batch.image)) // (len(batch.image) // groups)
     place = lambda group, at: (group * rows + at[..., 0]) * length + at[..., 1]  # noqa: E731
@@ -130,7 +130,7 @@ def text_places(batch: schema.Batch) -> np.ndarray:
 
 
 def padded_tokens(batch: schema.Batch) -> np.ndarray:
-    """The same texts, a row each, int32 [N, L], zeros after the end."""
+    """The same texts, one a row, int32 [N, L], zeros after the end."""
     length = batch.text_tokens.shape[-1]
     flat_tokens, flat_positions = batch.text_tokens.reshape(-1), batch.text_positions.reshape(-1)
     ends = text_places(batch)
@@ -148,16 +148,16 @@ def match(boxes, target, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
         cost = 5 * (pred - real).abs().sum(-1) - 2 * modeling._giou(pred, real, 0.0)
     cost, real_regions = cost.cpu().numpy(), mask.numpy()
     pairs = []
-    for picture in range(len(cost)):
-        regions = np.flatnonzero(real_regions[picture])
-        query, column = scipy.optimize.linear_sum_assignment(cost[picture][:, regions])
+    for image in range(len(cost)):
+        regions = np.flatnonzero(real_regions[image])
+        query, column = scipy.optimize.linear_sum_assignment(cost[image][:, regions])
         order = np.argsort(column)
-        pairs += [(picture, r, q) for r, q in zip(regions, query[order])]
+        pairs += [(image, r, q) for r, q in zip(regions, query[order])]
     return torch.tensor(np.array(pairs, np.int64).reshape(-1, 3)).unbind(1)
 
 
 def timed(step: TorchStep, batch: schema.Batch, *, packed: bool) -> Callable[[], float]:
-    """A step on that batch as a callable for `side_by_side`; ends when the device is done."""
+    """A step on a batch as a callable for `side_by_side`, which waits for the device."""
 
     def run() -> float:
         loss = step.step(batch, packed=packed)

@@ -1,12 +1,11 @@
-"""The train step against PyTorch's, with packed and with padded texts, turn by turn in one run.
+"""Our train step against PyTorch's, with packed and with padded texts, in turns in one run.
 
     python -m benchmarks.train_step [--size B/16] [--batch 8] [--steps 5] [--json OUT.json]
 
-Texts have the synthetic source's lengths: captions of 10-20 tokens, 0-5 descriptions of 4-12. The same
-weights and the same batch everywhere, and before anything is timed the losses must agree (dropout off).
-PyTorch (`torch_step`) pads each real text to 77, as the reference does, or packs; each of them eager and
-through torch.compile. Ours has static shapes, so padded is a row for each of the 6 texts an image can
-have. On a CPU float32, on a GPU bfloat16.
+Texts have the lengths of the synthetic source: captions of 10-20 tokens, 0-5 descriptions of 4-12. All sides have
+the same weights and batch, and their losses must agree (dropout off) before anything is timed. PyTorch
+(`torch_step`) pads each real text to 77, as the reference does, or packs; each eager and with torch.compile. Our
+shapes are static: padded is a row for each of the 6 texts that an image can have. float32 on a CPU, bfloat16 on a GPU.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import numpy as np
 from benchmarks import side_by_side
 from grain_jax import recipe
 
-# Rows that hold 99.9% of groups of so many images (benchmarks.packing).
+# Images a group -> rows that hold the texts of 99.9% of the groups (benchmarks.packing).
 PACKED_ROWS = {8: 5, 16: 9, 32: 17, 64: 33, 128: 63}
 TOLERANCE = 1e-4  # of the losses, float32; bfloat16 3e-2
 
@@ -41,7 +40,7 @@ def make_config(size: str, batch: int, **text) -> Any:
 
 
 def texts(batch: int) -> dict[str, dict[str, Any]]:
-    """The config's `text` keys of each of our variants."""
+    """Variant -> its keys of `config.text`."""
     group = min(batch, 128)
     return {
         "packed": dict(packing=True, pack_group=group, pack_rows=PACKED_ROWS[group]),
@@ -50,7 +49,7 @@ def texts(batch: int) -> dict[str, dict[str, Any]]:
 
 
 def jax_side(size: str, batch: int) -> dict[str, Any]:
-    """Our step: {variant: callable that returns the loss}, and "dropout off": the loss alone."""
+    """Our step: {variant: callable that returns the loss}, and "dropout off": the loss without a step."""
     import jax
 
     from grain_jax import train
@@ -89,7 +88,7 @@ def _loss(model, config, params, batch):
 
 
 def torch_side(size: str, batch: int, compiled: bool) -> dict[str, Any]:
-    """PyTorch's step with our first weights and our batch, as `jax_side`."""
+    """PyTorch's step with our initial weights and batch, in the form of `jax_side`."""
     import os
 
     import jax
@@ -133,7 +132,7 @@ def torch_side(size: str, batch: int, compiled: bool) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Checks the losses, times the variants in turn, and prints medians, spread and ratios."""
+    """Checks the losses, times the variants, and prints medians, spread and ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="B/16", choices=recipe.SIZES)
     parser.add_argument("--batch", type=int, default=8, choices=sorted(PACKED_ROWS))
@@ -181,9 +180,8 @@ def main() -> int:
         f"JAX packed does {ratios['over_padded']:.2f} times the images/s of the faster padded PyTorch step,"
         f" {ratios['over_packed']:.2f} times those of the faster packed one"
     )
-    side_by_side.write(
-        args.json, machine=machine, size=args.size, batch=args.batch, table=table, ratios=ratios
-    )
+    result = dict(machine=machine, size=args.size, batch=args.batch, table=table, ratios=ratios)
+    side_by_side.write(args.json, result)
     return 0
 
 

@@ -14,6 +14,7 @@ import scipy.ndimage
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax import named
 from grain_jax.convert import towers
 from grain_jax.convert.big_vision import checkpoint as big_vision
 from grain_jax.convert.big_vision.towers import import_image, import_text
@@ -22,6 +23,7 @@ from grain_jax.convert.open_clip import checkpoint as open_clip
 from grain_jax.convert.open_clip import image_tower, text_tower
 from grain_jax.convert.towers import Tower
 from grain_jax.models import grain
+from grain_jax.models import towers as built_in
 from grain_jax.runtime import checkpoint
 from grain_jax.training import train_step
 
@@ -174,23 +176,9 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
     params = _own(which, model, tower.params)
     # A set: query, key and value may share an entry.
     unused = unused + sorted({tower.theirs[name] for name in tower.params if name not in params})
-    position = f"{which}/position_embed"
-    old = params[position].shape[0] if position in params else None
-    if old is None:  # a tower of a user need not have positions
-        pass
-    elif which == "image":
-        params[position] = resize_image_positions(
-            params[position],
-            wanted.image_size // wanted.patch_size,
-            class_token=wanted.class_token,
-            method=config.init.resize,
-        )
-    else:
-        params[position] = resize_text_positions(params[position], wanted.context_length)
+    resized = _resize_positions(config, which, params)
     towers.check_shapes(params, expected, tower.theirs)
-    report = [f"init.{which}: {len(params)} arrays from {path}"]
-    if old is not None and len(params[position]) != old:
-        report.append(f"init.{which}: {old} positions resized to {len(params[position])}")
+    report = [f"init.{which}: {len(params)} arrays from {path}", *resized]
     report += [f"init.{which}: ASSUMED {words}" for words in tower.assumed]
     if which == "text":
         report += [
@@ -202,6 +190,26 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
     if unused:
         report.append(f"init.{which}: not used: {', '.join(_in_short(unused, tower.prefix))}")
     return Loaded(params, report)
+
+
+def _resize_positions(
+    config: config_lib.Config, which: str, params: dict[str, np.ndarray]
+) -> list[str]:
+    """Resizes the positions of a built-in tower to the model, in `params`; the line for the report, if any."""
+    name, tower = f"{which}/position_embed", getattr(config.model, which)
+    if named.is_external(tower.tower):
+        return []
+    old = params[name]
+    if which == "image":
+        grid = tower.image_size // tower.patch_size
+        params[name] = resize_image_positions(
+            old, grid, class_token=tower.class_token, method=config.init.resize
+        )
+    else:
+        params[name] = resize_text_positions(old, tower.context_length)
+    if len(params[name]) == len(old):
+        return []
+    return [f"init.{which}: {len(old)} positions resized to {len(params[name])}"]
 
 
 def _in_short(names: list[str], prefix: str) -> list[str]:
@@ -229,10 +237,6 @@ def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, list[s
     settings = towers.Settings(
         heads={which: wanted.heads}, activation={which: wanted.activation}, pad_id=None
     )
-    if big_vision.is_path(path):
-        stored = big_vision.read(path)
-        tower = (import_image if which == "image" else import_text)(stored, settings)
-        return tower, big_vision.unused(stored, tower)
     folder = epath.Path(path)
     if folder.is_dir() and any((folder / x).is_dir() for x in ("params", "checkpoints", "state")):
         ours, flat = _read_ours(path)
@@ -240,6 +244,15 @@ def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, list[s
         names = {name: name for name in params}
         tower = Tower(getattr(ours, which), params, names, (), prefix=f"{which}/")
         return tower, sorted(flat.keys() - params.keys())
+    if named.is_external(wanted.tower):
+        raise ConvertError(
+            f"model.{which}.tower: got {wanted.tower}, but only the built-in towers can start from {path}: the"
+            f" image tower {', '.join(built_in.IMAGE)}, the text tower {', '.join(built_in.TEXT)}"
+        )
+    if big_vision.is_path(path):
+        stored = big_vision.read(path)
+        tower = (import_image if which == "image" else import_text)(stored, settings)
+        return tower, big_vision.unused(stored, tower)
     stored = open_clip.read(path)
     module = image_tower if which == "image" else text_tower
     tower = module.import_tower(stored, settings)

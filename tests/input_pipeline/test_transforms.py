@@ -16,7 +16,7 @@ NAMES = preprocessing.names()
 def test_pil_resize_equals_the_reference(name):
     assert preprocessing.pil_distance(name).max() == 0
     if not name.startswith(("rgba", "palette")):
-        got = images.resize(preprocessing.picture(name), preprocessing.SIZE)
+        got = images.resize(preprocessing.image(name), preprocessing.SIZE)
         np.testing.assert_array_equal(got, preprocessing.expected(name))
 
 

@@ -1,14 +1,14 @@
-"""The configuration of a GRAIN model: its towers' sizes and the switches of its losses."""
+"""The configuration of a GRAIN model: sizes of its towers, weights and options of its losses."""
 
 from transformers import PreTrainedConfig
 
 
 class GrainConfig(PreTrainedConfig):
-    """What `config.json` holds.
+    """The contents of `config.json`.
 
     Args:
-      towers: sizes and switches of the image tower, the text tower and the region decoder.
-      losses: weights and switches of the training loss.
+      towers: sizes and options of the image tower, the text tower and the region decoder.
+      losses: weights and options of the training losses.
     """
 
     model_type = "grain"

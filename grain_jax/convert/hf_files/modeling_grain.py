@@ -1,8 +1,8 @@
-"""GRAIN in plain PyTorch: an image tower, a text tower and a decoder that finds regions.
+"""GRAIN in PyTorch: an image tower, a text tower and a region decoder.
 
 Halbe et al., "Grounding Descriptions in Images informs Zero-Shot Visual Recognition", WACV 2026.
-Parameters have the names of the authors' PyTorch code, below `backbone.` and `decoder.`. Letters in
-shapes: B images, N texts, L tokens, Q regions, D embedding, C classes, R target regions.
+Parameters have the names of the authors' PyTorch code, under `backbone.` and `decoder.`. Letters in shapes:
+B images, N texts, L tokens, Q region queries, D embedding, C classes, R target regions.
 """
 
 import math
@@ -24,14 +24,14 @@ ACTIVATIONS = {
 
 
 def _attend(q, k, v, heads, *, causal=False, dropout=0.0):
-    """Multi-head attention of [B, Lq, E] and [B, Lk, E], projected already -> [B, Lq, E]."""
+    """Multi-head attention of projected queries [B, Lq, E] to keys and values [B, Lk, E] -> [B, Lq, E]."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
     return out.transpose(1, 2).flatten(2)
 
 
 class ImageAttention(nn.Module):
-    """Self-attention, with a LayerNorm on each head's queries and keys where `qk_norm` says so."""
+    """Self-attention; with `qk_norm`, a LayerNorm on the queries and keys of each head."""
 
     def __init__(self, tower):
         super().__init__()
@@ -51,7 +51,7 @@ class ImageAttention(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention whose three input projections are one matrix, the names as in nn.MultiheadAttention."""
+    """Attention with one matrix for the three input projections; names as in nn.MultiheadAttention."""
 
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear maps with an activation between; `names` are what the two are called."""
+    """Two linear layers, named `names`, with an activation between them."""
 
     def __init__(self, tower, names):
         super().__init__()
@@ -97,7 +97,7 @@ class ImageBlock(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """A vision transformer; all of its tokens go on to the decoder."""
+    """A vision transformer; all of its tokens are inputs of the decoder."""
 
     def __init__(self, tower):
         super().__init__()
@@ -119,7 +119,7 @@ class ImageTower(nn.Module):
         if pixel_values.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(
                 f"pixel_values: got shape {list(pixel_values.shape)}, expected"
-                f" [B, 3, {self.image_size}, {self.image_size}]; the processor makes such images"
+                f" [B, 3, {self.image_size}, {self.image_size}]; use the processor of this folder"
             )
         x = self.patch_embed.proj(pixel_values).flatten(2).transpose(1, 2)
         if self.cls_token is not None:
@@ -166,12 +166,12 @@ class Backbone(nn.Module):
             self.logit_bias = nn.Parameter(torch.tensor(float(towers["logit_bias_init"])))
 
     def encode_text(self, input_ids):
-        """[N, L] -> [N, D], read at the first of each text's highest id, which is the end token."""
+        """[N, L] -> [N, D], read at the end token: the first position of the highest id of each text."""
         context = self.positional_embedding.shape[0]
         if input_ids.ndim != 2 or input_ids.shape[1] > context:
             raise ValueError(
                 f"input_ids: got shape {list(input_ids.shape)}, expected [N, at most {context}];"
-                " the processor cuts texts to that"
+                " the processor cuts texts to this length"
             )
         x = self.token_embedding(input_ids) + self.positional_embedding[: input_ids.shape[1]]
         for block in self.transformer.resblocks:
@@ -181,7 +181,7 @@ class Backbone(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among queries, attention to the image's tokens, ReLU MLP."""
+    """Self-attention of the queries, cross-attention to the image tokens, ReLU MLP."""
 
     def __init__(self, tower):
         super().__init__()
@@ -203,7 +203,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Learned queries look at the image's tokens; the last one stands for the whole image."""
+    """Learned queries attend to the image tokens; the last query embeds the whole image."""
 
     def __init__(self, towers):
         super().__init__()
@@ -240,7 +240,7 @@ class Decoder(nn.Module):
 
 @dataclass
 class GrainRegions(ModelOutput):
-    """Where the queries look and what they see there.
+    """The predicted regions of the queries.
 
     Args:
       boxes_xyxy: [B, Q, 4], corners in [0, 1].
@@ -253,11 +253,11 @@ class GrainRegions(ModelOutput):
 
 @dataclass
 class GrainOutput(ModelOutput):
-    """What `GrainModel.forward` gives.
+    """The outputs of `GrainModel.forward`.
 
     Args:
-      loss: the weighted sum of the three losses; only where they were asked for.
-      losses: each of them: image_caption, region_description, box.
+      loss: weighted sum of the three losses; only with `return_loss`.
+      losses: the three losses: image_caption, region_description, box.
       logits_per_image, logits_per_text: scaled cosines [B, N] and [N, B].
       image_embeds, text_embeds: unit length, [B, D] and [N, D].
       region_embeds: unit length, [B, Q, D].
@@ -286,7 +286,7 @@ class GrainPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Plain normal(0.02): enough to fine-tune a part from; a model starts from trained weights."""
+        """Normal with standard deviation 0.02, for parameters that a checkpoint lacks."""
         super()._init_weights(module)
         towers = self.config.towers
         constants = {
@@ -312,15 +312,15 @@ class GrainModel(GrainPreTrainedModel):
         self.post_init()
 
     def get_image_features(self, pixel_values):
-        """Pictures [B, 3, S, S] -> [B, D], not of unit length."""
+        """Images [B, 3, S, S] -> [B, D], not normalised."""
         return self.decoder(self.backbone.visual(pixel_values))[0]
 
     def get_text_features(self, input_ids):
-        """Token ids [N, L] -> [N, D], not of unit length. What follows a text's end token does not matter."""
+        """Token ids [N, L] -> [N, D], not normalised. Tokens after the end token are ignored."""
         return self.backbone.encode_text(input_ids)
 
     def get_regions(self, pixel_values):
-        """Pictures [B, 3, S, S] -> `GrainRegions`."""
+        """Images [B, 3, S, S] -> `GrainRegions`."""
         _, embeds, boxes = self.decoder(self.backbone.visual(pixel_values))
         return GrainRegions(boxes_xyxy=_corners(boxes[-1]).clamp(0, 1), embeds=_unit(embeds))
 
@@ -329,10 +329,9 @@ class GrainModel(GrainPreTrainedModel):
 
         Args:
           pixel_values: [B, 3, S, S].
-          class_features: [C, D], for each class the mean of its texts' unit-length features
-            (`class_features`); not normalised again.
-          descriptions: for each class its descriptions' features [n, D]; needed where alpha < 1.
-          alpha: share of the global score.
+          class_features: [C, D], as `class_features` returns; not normalised again.
+          descriptions: for each class the features [n, D] of its descriptions; needed for alpha < 1.
+          alpha: weight of the global score.
         """
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: got {alpha}, expected a number from 0 to 1")
@@ -362,7 +361,7 @@ class GrainModel(GrainPreTrainedModel):
         region_mask=None,
         return_loss=False,
     ):
-        """Pictures and texts -> `GrainOutput`.
+        """Images and texts -> `GrainOutput`.
 
         Args:
           pixel_values: [B, 3, S, S].
@@ -407,13 +406,13 @@ class GrainModel(GrainPreTrainedModel):
         return out
 
     def _losses(self, out, boxes, input_ids, description_ids, descriptions, target, mask):
-        """Image to caption, region to description, and matched boxes; negatives are this batch's."""
+        """The three losses by name; negatives are from this batch."""
         c = self.config.losses
         mask = mask.bool() & (target[..., 2:] > 0).all(-1)  # a box without area is no target
         images, slots = mask.shape
         own = torch.arange(images, device=mask.device)
         forbidden = torch.zeros(images, images, dtype=torch.bool, device=mask.device)
-        if c["mask_duplicates"]:  # equal texts are not each other's negatives
+        if c["mask_duplicates"]:  # equal texts are not negatives of each other
             forbidden = (input_ids[:, None] == input_ids).all(-1)
         image_caption = self._contrast(out.image_embeds, out.text_embeds, own, forbidden)
         if c["contrast"] == "softmax":
@@ -443,7 +442,7 @@ class GrainModel(GrainPreTrainedModel):
         )
 
     def _contrast(self, rows, columns, own, forbidden):
-        """The loss of each row, whose column is `own`; a forbidden column is not a negative of the row."""
+        """Contrastive loss of each row: `own` is its positive column, forbidden columns are not negatives."""
         logits = self.backbone.logit_scale.exp() * _cosines(rows, columns)
         if self.backbone.logit_bias is not None:
             logits = logits + self.backbone.logit_bias
@@ -455,7 +454,7 @@ class GrainModel(GrainPreTrainedModel):
 
     @torch.no_grad()
     def _match(self, boxes, target, cosine, mask):
-        """The cheapest assignment of queries to real regions: (image, region, query), a pair each."""
+        """The matching of least cost of queries and real regions: image, region and query of each pair."""
         c = self.config.losses
         pred, real = boxes[:, :, None], target[:, None]
         cost = c["match_l1"] * (pred - real).abs().sum(-1)
@@ -479,7 +478,7 @@ class GrainModel(GrainPreTrainedModel):
         return (pred - real).abs().sum() + (1 - overlap).sum()
 
     def export_onnx(self, folder):
-        """Writes `image.onnx` and `text.onnx` to `folder`; the number of images or texts stays free.
+        """Writes `image.onnx` and `text.onnx` to `folder`; the batch size is dynamic.
 
         image.onnx: pixel_values -> image_embeds, region_embeds, boxes_xyxy. text.onnx: input_ids
         [N, context length] -> text_embeds. Needs the packages onnx and onnxscript.
@@ -516,7 +515,7 @@ class GrainModel(GrainPreTrainedModel):
 
 
 class ImageHalf(nn.Module):
-    """Pictures [B, 3, S, S] -> image_embeds [B, D], region_embeds [B, Q, D], boxes_xyxy [B, Q, 4]."""
+    """Images [B, 3, S, S] -> image_embeds [B, D], region_embeds [B, Q, D], boxes_xyxy [B, Q, 4]."""
 
     def __init__(self, model):
         super().__init__()
@@ -543,13 +542,13 @@ def _unit(x):
 
 
 def _cosines(rows, columns):
-    """Of unit vectors [..., n, D] and [..., m, D] -> [..., n, m], in float32 also under autocast."""
+    """Cosines [..., n, m] of unit vectors [..., n, D] and [..., m, D], in float32 also under autocast."""
     with torch.autocast(rows.device.type, enabled=False):
         return rows @ columns.mT
 
 
 def _corners(boxes_cxcywh):
-    """Centre and size to corners."""
+    """Boxes as centre and size -> corners."""
     centre, half = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:] / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
@@ -566,10 +565,10 @@ def _giou(a_cxcywh, b_cxcywh, epsilon):
 
 
 def assign(cost):
-    """The columns, a different one for each row, whose costs have the least sum.
+    """The assignment of least cost: a different column for each row.
 
-    Exact (successive shortest paths over reduced costs, O(rows^2 * columns)); for the few regions of a
-    image plain Python is quick enough, and needs no package.
+    Exact (successive shortest paths over reduced costs, O(rows^2 * columns)). Plain Python is fast enough for the
+    few regions of an image, and needs no package.
 
     Args:
       cost: rows of numbers, no more rows than columns.
@@ -595,7 +594,7 @@ def assign(cost):
         for j in done[:-1]:
             row_price[owner[j]] += length - shortest[j]
             column_price[j] -= length - shortest[j]
-        while column is not None:  # everyone on the path moves on to the next column
+        while column is not None:  # each row on the path moves to the next column
             previous = before[column]
             owner[column] = start if previous is None else owner[previous]
             column = previous

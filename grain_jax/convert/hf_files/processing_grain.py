@@ -1,4 +1,4 @@
-"""Images and texts to GRAIN's inputs: a bicubic resize to a square, and CLIP's byte pairs."""
+"""Inputs of GRAIN: images resized to a square (bicubic), texts in CLIP's byte-pair tokens."""
 
 import html
 import re
@@ -10,7 +10,7 @@ from transformers.processing_utils import ImagesKwargs
 
 
 class GrainImageProcessor(ImageProcessingMixin):
-    """Resizes images to a square (no crop, proportions are lost) and normalises them.
+    """Resizes images to a square (no crop; the aspect ratio is not kept) and normalises them.
 
     Args:
       size: {"height": S, "width": S}, pixels.
@@ -18,7 +18,7 @@ class GrainImageProcessor(ImageProcessingMixin):
     """
 
     model_input_names = ["pixel_values"]
-    valid_kwargs = ImagesKwargs  # what pipelines may pass on
+    valid_kwargs = ImagesKwargs  # options that pipelines pass
 
     def __init__(self, size=None, image_mean=None, image_std=None, **kwargs):
         super().__init__(**kwargs)
@@ -45,26 +45,28 @@ class GrainImageProcessor(ImageProcessingMixin):
                 )
             image = PIL.Image.fromarray(array)
         wanted = (self.size["width"], self.size["height"])
-        image = image.convert("RGB")  # before the resize: palettes have no colours between
+        image = image.convert("RGB")  # before the resize: palette indices cannot be interpolated
         if image.size != wanted:
             image = image.resize(wanted, PIL.Image.Resampling.BICUBIC)
         return np.asarray(image)
 
 
 class GrainProcessor(ProcessorMixin):
-    """Both of a model's inputs. Texts are cleaned as in training: mojibake (with ftfy, if it is
-    installed), HTML entities and white space."""
+    """Images and texts to the inputs of the model.
+
+    Texts are cleaned as in training: broken encodings (if ftfy is installed), HTML entities and white space.
+    """
 
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
         super().__init__(image_processor, tokenizer, **kwargs)
 
     def __call__(self, images=None, text=None, return_tensors="pt", **kwargs):
-        """Pictures, texts (a string or a list), or both -> pixel_values and input_ids.
+        """Images, texts (a string or a list), or both -> pixel_values and input_ids.
 
         Args:
           images: as for `GrainImageProcessor`.
-          text: cut to the model's context length; padded to the longest, or as `kwargs` say.
-          kwargs: for the tokenizer.
+          text: cut to the context length of the model; padded to the longest text.
+          kwargs: options of the tokenizer, such as padding.
         """
         out = BatchFeature()
         if images is not None:
@@ -79,13 +81,13 @@ class GrainProcessor(ProcessorMixin):
 
 
 def clean(text):
-    """`text` with mojibake, HTML entities and white space repaired, in lower case."""
+    """`text` with encodings, HTML entities and white space repaired, in lower case."""
     if not (text.isascii() and text.isprintable() and "&" not in text):
         try:
             import ftfy
 
             text = ftfy.fix_text(text)
         except ImportError:
-            pass  # ordinary text has nothing that it would repair
+            pass  # optional: it only repairs broken encodings
         text = html.unescape(html.unescape(text))
     return re.sub(r"\s+", " ", text).strip().lower()
