@@ -97,7 +97,8 @@ def main(argv: list[str] | None = None) -> int:
                 preexec_fn=end_with_launcher,
             )
         except OSError as error:
-            parser.error(f"cannot start {command[0]}: {error.strerror}")
+            print(f"{parser.prog}: cannot start {command[0]}: {error.strerror}", file=sys.stderr)
+            return errors.UserError.status
         processes.append(process)
         for number in told:  # while we were starting
             process.send_signal(number)
