@@ -92,7 +92,7 @@ def checkpointing_side(size: str, batch: int, folder: str) -> dict[str, Callable
     def log(writer: metrics_writer.MetricsWriter) -> None:
         for number in range(LOGGED):
             values = {name: float(value) for name, value in metrics.items()}
-            metrics_writer.check_finite(values, 0, number)
+            metrics_writer.check_finite(values, 0, number, ())
             values |= writer.rates(number, 0.0)
             writer.progress(number, values)
             writer.write(number, values | digests.chains(state.receipt))

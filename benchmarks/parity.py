@@ -258,9 +258,9 @@ def matched() -> Iterator[Comparison]:
 def _losses(prefix: str, terms) -> Iterator[Comparison]:
     arrays = goldens().arrays
     for name, ours in (
-        ("clip_loss", terms.image_caption),
-        ("box_loss", 1.5 * terms.box),
-        ("word_loss", terms.region_description),
+        ("clip_loss", terms.terms["image_caption"]),
+        ("box_loss", 1.5 * terms.terms["box"]),
+        ("word_loss", terms.terms["region_description"]),
         ("total", terms.total),
     ):
         yield relative(name, ours, arrays[f"{prefix}losses/{name}"])
@@ -351,9 +351,11 @@ def degenerate() -> Iterator[Comparison]:
     c = config(shift_labels_after_empty_box=False).loss
     terms = jax.jit(lambda out: losses_lib.total_loss(out, inputs, c))(outputs()["outputs"])
     right = g.arrays["degenerate/losses/word_loss_if_labels_correct_and_desc_dropped"]
-    yield relative("word_loss, dropped from both", terms.region_description, right)
+    yield relative("word_loss, dropped from both", terms.terms["region_description"], right)
     yield relative(
-        "box_loss, dropped from both", 1.5 * terms.box, g.arrays["degenerate/losses/box_loss"]
+        "box_loss, dropped from both",
+        1.5 * terms.terms["box"],
+        g.arrays["degenerate/losses/box_loss"],
     )
 
 

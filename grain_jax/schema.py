@@ -23,11 +23,10 @@ IMAGE_STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 
 class Batch(NamedTuple):
-    """One batch, of a process (numpy) or of all of them (jax, leading axis sharded over the data axes).
+    """One batch, of a process (numpy) or the global one (jax, leading axis sharded over the data axes).
 
-    Texts are packed: `pack_group` consecutive images share `rows` rows of L positions. A text is found
-    by the row, within its image's group, and the position of its end token. The padded path is the
-    layout with one image a group and one text a row.
+    Texts are packed: `pack_group` consecutive images share `rows` rows of L positions. A text is found by its row
+    within the group and the position of its end token. Without packing a group is one image and a row one text.
     """
 
     image: Array  # uint8 [B, H, W, 3]
@@ -40,25 +39,27 @@ class Batch(NamedTuple):
     description_id: Array  # int32 [B, R], same text same id
     region_boxes_cxcywh: Array  # float32 [B, R, 4]
     region_mask: Array  # bool [B, R]
-    texts_dropped: Array  # int32 [G], regions that did not fit into their group's rows, and captions cut to fit
+    texts_dropped: Array  # int32 [G], regions that did not fit into the rows of their group, and captions cut to fit
     # int32 [G, 2], captions and real regions; those whose text the tokenizer cut to L. None: not counted.
     text_counts: Array = None
 
 
 class Outputs(NamedTuple):
-    """What the model predicts for a batch; embeddings are float32 and of unit length."""
+    """Outputs of the model for a batch; embeddings are float32 and of unit length."""
 
     image_embed: Array  # float32 [B, D], from the image query
     text_embed: Array  # float32 [B, D], the captions
     region_embed: Array  # float32 [B, Q, D]
     region_text_embed: Array  # float32 [B, R, D], the descriptions
-    pred_boxes_cxcywh: Array  # float32 [T, B, Q, 4], of every decoder layer; the last one counts
+    pred_boxes_cxcywh: (
+        Array  # float32 [T, B, Q, 4], of every decoder layer; the last one is the prediction
+    )
     logit_scale: Array  # float32 [], the factor itself (the parameter is its logarithm)
-    logit_bias: Array  # float32 [], of the sigmoid contrast; 0 in a model without
+    logit_bias: Array  # float32 [], of contrastive loss type sigmoid; 0 in a model without
 
 
 class Regions(NamedTuple):
-    """`encode_regions`' answer: where the queries look and what they see there."""
+    """Result of `encode_regions`: the boxes and embeddings of the region queries."""
 
     boxes_xyxy: Array  # float32 [B, Q, 4] in [0, 1]
     embed: Array  # float32 [B, Q, D], unit length

@@ -1,15 +1,14 @@
 """The trainer: python -m grain_jax.train --config configs/X.py --workdir DIR [--config.a.b=value ...]
 
-Reads top to bottom. The same command again resumes from the last checkpoint: the order of the data is a
-function of the step (docs/method.md, Order of the data), so nothing else is needed to go on as if nothing had happened. After
-SIGTERM or Ctrl-C the run saves and ends with status 75 or 130 (preemption.py), at a second one without saving. One
-trainer at a time has a workdir (lock.py), and one that does not step ends itself (watchdog.py).
+`_train` is a run from top to bottom. The same command again resumes from the last checkpoint: the order of the
+data is a function of the step (docs/method.md, Order of the data), so a checkpoint needs no position in the data.
+After SIGTERM or Ctrl-C the run saves and ends with status 75 or 130 (preemption.py), after a second one without
+saving. One trainer at a time has a workdir (lock.py). A run that does no step for long ends itself (watchdog.py).
 """
 
 import contextlib
 import ctypes
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -18,17 +17,17 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import flags
 from etils import epath
 from jax.experimental import multihost_utils
 
 from grain_jax import config as config_lib
-from grain_jax import errors, inference
+from grain_jax import errors, inference, losses
 from grain_jax.convert import initialise
 from grain_jax.evaluate import base as evaluate
 from grain_jax.files import atomic
@@ -49,7 +48,7 @@ from grain_jax.runtime import (
     storage_faults,
     watchdog,
 )
-from grain_jax.training import flops, memory, sharding, train_step
+from grain_jax.training import flops, memory, schedule, sharding, train_step
 
 CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: metrics, checkpoints, pictures")
@@ -150,7 +149,7 @@ def resolve_steps(config: config_lib.Config, num_examples: int) -> tuple[int, fl
     steps_per_epoch = num_examples / config.batch_size
     total = config.total_steps
     if total is None:
-        total = round(config.total_epochs * steps_per_epoch)
+        total = round((config.total_epochs or 0) * steps_per_epoch)
         if total < 1:
             raise errors.UserError(
                 f"total_epochs: {config.total_epochs} of {num_examples} examples are no whole batch of"
@@ -165,13 +164,13 @@ def train(
     handler: preemption.PreemptionHandler | None = None,
     watch: watchdog.Watchdog | None = None,
 ) -> None:
-    """One run, from where its workdir stands to its last step, or to the one where `handler` ends it.
+    """One run, from the newest checkpoint of its workdir to its last step, or to the one where `handler` ends it.
 
-    `watch` ends the process where the run stands still.
+    `watch` ends the process where no step is done for long.
 
     Raises:
       UserError: the input, the workdir or the disk does not allow the run.
-      NotFinite: a loss is not finite any more.
+      NotFinite: a loss is NaN or infinite.
       SystemExit: the run was told to end, and is saved.
     """
     with contextlib.ExitStack() as ends:
@@ -186,17 +185,108 @@ def _train(
     watch: watchdog.Watchdog,
     ends: contextlib.ExitStack,
 ) -> None:
-    """`train`; what lasts to the end of the run is left to `ends`."""
+    """`train`; `ends` closes what is open until the end of the run."""
     # 1. Devices and data.
-    main_process = jax.process_index() == 0
+    run = set_up(config, workdir, handler)
+    config = run.config
+
+    # 2. Model, optimiser and step, as shapes only.
+    program = train_step.build(
+        config, run.mesh, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch
+    )
+    memory.check(run.given, run.mesh, run.memory, program)
+
+    # 3. State: the newest checkpoint that is whole, else a fresh start from the seed and `config.init`.
+    mark = ends.enter_context(lock.held(workdir)) if jax.process_index() == 0 else None
+    ends.enter_context(storage_faults.in_a_line(workdir))
+    checkpoints = checkpoint.manager(workdir, config)
+    state = restore_or_initialise(checkpoints, run, program)
+    start_step = int(state.step)
+    records = Records(run, workdir, checkpoints, state)
+    records.say_what_runs(state)
+
+    # 4. Compile.
+    step_fn = compile_step(run, program, records)
+
+    # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
+    batches = device.prefetch(
+        run.source.batches(config, lanes=run.lanes, start_step=start_step), program.batch_sharding
+    )
+    trace = profiling.StepTrace(
+        workdir,
+        start=config.profile_start,
+        steps=config.profile_steps,
+        process_index=jax.process_index(),
+    )
+    plan = schedule.Schedule.of(config, run.total_steps, has_evals=bool(run.evals))
+    step, preempted = start_step, False
+    with handler.training(), contextlib.ExitStack() as closes:
+        closes.callback(watch.stop)  # whatever ends the loop, these run from the last to the first
+        closes.callback(records.close)
+        closes.callback(trace.close)
+        closes.callback(checkpoints.close)
+        closes.callback(checkpoints.wait_until_finished)  # the save under way is finished
+        closes.callback(batches.close)
+        with watch.running(start_step), storage_faults.in_a_line(workdir):
+            for step in range(start_step + 1, run.total_steps + 1):
+                trace.begin(step)
+                batch = next(batches)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step_fn(state, batch)
+                trace.end(step, metrics)
+                watch.stepped(step)
+                if mark:
+                    mark.check()
+                preempted = handler.reached()
+                due = plan.due(step, preempted=preempted, minutes_are_over=records.minutes_are_over)
+                records.after_step(step, due, state, metrics, batches, watch)
+                if preempted:
+                    break
+    if preempted:
+        records.say(
+            f"told to end: saved at step {step} of {run.total_steps}; the same command goes on from there"
+        )
+        sys.exit(handler.status)
+
+    # 6. Final evaluation and report.
+    results = records.results
+    if not results and run.evals:  # the run was complete already
+        results = evaluate_all(config, run.evals, state, workdir)
+    predictor = make_predictor(config, state)
+    if jax.process_index() == 0:
+        report(dataclasses.replace(config, evals=run.evals), workdir, predictor, results)
+
+
+class Run(NamedTuple):
+    """A run before it has a state: what `set_up` finds."""
+
+    given: config_lib.Config  # as the user gave it, for suggestions of other values
+    config: config_lib.Config  # without open numbers
+    derived_from: str  # how the open numbers were derived, or ""
+    mesh: jax.sharding.Mesh
+    memory: memory.Limit
+    source: sources.DataSource
+    lanes: tuple[int, ...]  # of this process
+    total_steps: int
+    steps_per_epoch: float
+    data: list[sources.Identity]
+    evals: dict[str, config_lib.Evaluator]  # whose data is there
+    terms: list[losses.LossTerm]
+
+
+def set_up(
+    config: config_lib.Config, workdir: epath.Path, handler: preemption.PreemptionHandler
+) -> Run:
+    """Checks all that can be checked before anything is computed, and makes the data set where it is missing."""
+    given, terms = config, [term for term, _ in losses.terms_of(config.loss)]
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)  # before the data set is made
-    there = memory.limit()
-    memory.check(config, mesh, there)
+    limit = memory.limit()
+    memory.check(config, mesh, limit)
     prepare_missing_data(config, handler)
     source = sources.open_source(config)
-    asked = config  # what memory.py suggests values for
     config, derived_from = derive(config, mesh, source, workdir)
+    assert config.input.lanes is not None  # derived
     sharding.check_batch(config, mesh)
     lanes = sharding.lanes_of_process(
         sharding.batch_sharding(mesh),
@@ -207,173 +297,167 @@ def _train(
     total_steps, steps_per_epoch = resolve_steps(config, source.num_examples(config))
     data = processes.of_first(functools.partial(source.identities, config))
     evals = evaluate.present(config.evals)
-    for entry in evals.values():  # now, not after the last step
+    for entry in evals.values():  # here, not after the last step
         processes.run_together(functools.partial(evaluate.check, entry))
-    check_best_entry(config, evals)
+    schedule.check_best_entry(config, evals)
     metrics_writer.check_wandb(config.wandb)
-
-    # 2. Model, optimiser and step, as shapes only.
-    program = train_step.build(
-        config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
-    )
-    memory.check(asked, mesh, there, program)
-
-    # 3. State: the newest checkpoint that is whole, else a fresh start from the seed and `config.init`.
-    mark = ends.enter_context(lock.held(workdir)) if main_process else None
-    ends.enter_context(storage_faults.in_a_line(workdir))
-    checkpoints = checkpoint.manager(workdir, config)
-    placed = checkpoint.placed(program.state, program.shardings)
-    tell = lambda text: print(text, file=sys.stderr, flush=True) if main_process else None  # noqa: E731
-    state = checkpoint.restore_newest(checkpoints, config, placed, tell, data)
-    if state is None:
-        state = initialise.state_of_step_0(config, program, tell)
-    start_step = int(state.step)
-    log = None
-    if main_process:
-        atomic.write_text(workdir / "config.json", config_lib.to_json(config))
-        tokenizer.keep_copy(config.model.text, workdir)
-        peak = flops.peak_flops(jax.devices()[0].device_kind, config.dtype)
-        log = metrics_writer.MetricsWriter(
-            workdir,
-            start_step,
-            total_steps,
-            config.batch_size,
-            flops_per_image=flops.per_image(config).train,
-            peak_flops=peak and peak * jax.device_count(),
-            config=config,
-        )
-    receipts = receipt.Receipts(
-        workdir,
-        mesh,
+    return Run(
+        given,
         config,
-        checkpoint.read_json(checkpoints.directory / str(start_step), "receipt")
-        if start_step
-        else None,
+        derived_from,
+        mesh,
+        limit,
+        source,
+        lanes,
+        total_steps,
+        steps_per_epoch,
         data,
-    )
-    if derived_from:
-        tell(derived_from)
-    text_counts = metrics_writer.TextCounts(
-        last_text_counts(state, log.lines() if log else []), config.text.max_dropped_share
-    )
-    advice = functools.cache(functools.partial(row_advice, config, source))
-    say = log.say if log else lambda text: None
-    millions = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
-    say(
-        f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)},"
-        f" {millions:.1f}M parameters, {total_steps} steps of {config.batch_size} images"
-        + (f", resumed at step {start_step}" if start_step else "")
+        evals,
+        terms,
     )
 
-    # 4. Compile.
+
+def tell(text: str) -> None:
+    """Prints a line; of several processes, the first does."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def restore_or_initialise(checkpoints, run: Run, program: train_step.Program):
+    """The state of the newest checkpoint that is whole, else of step 0."""
+    placed = checkpoint.placed(program.state, program.shardings)
+    state = checkpoint.restore_newest(checkpoints, run.config, placed, tell, run.data)
+    return initialise.state_of_step_0(run.config, program, tell) if state is None else state
+
+
+def compile_step(run: Run, program: train_step.Program, records: "Records"):
+    """The compiled step, which fits into memory and measures what the best checkpoint is chosen by."""
     began = time.monotonic()
-    with log.pause() if log else contextlib.nullcontext():
+    with records.pause():
         lowered = program.step.lower(program.state, program.batch)
-        best_is_evaluated = config.checkpoint_best_metric.startswith("eval/")
-        if not best_is_evaluated:
-            check_best_metric(config, lowered.out_info[1])
+        if not schedule.best_is_evaluated(run.config):
+            schedule.check_best_metric(run.config, lowered.out_info[1])
         step_fn = lowered.compile()
-    say(f"compiled in {metrics_writer.duration(time.monotonic() - began)}")
-    warning = memory.check_step(asked, mesh, program, step_fn, there)
+    records.say(f"compiled in {metrics_writer.duration(time.monotonic() - began)}")
+    warning = memory.check_step(run.given, run.mesh, program, step_fn, run.memory)
     if warning:
-        say(warning)
+        records.say(warning)
     wait_for_all("compiled")
+    return step_fn
 
-    # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
-    batches = device.prefetch(
-        source.batches(
-            config,
-            lanes=lanes,
-            start_step=start_step,
-        ),
-        program.batch_sharding,
-    )
-    trace = profiling.StepTrace(
-        workdir,
-        start=config.profile_start,
-        steps=config.profile_steps,
-        process_index=jax.process_index(),
-    )
-    last_good_step, last_save = start_step, time.monotonic()
-    results: dict[str, float] = {}
-    preempted = False
-    with handler.training(), contextlib.ExitStack() as closes:
-        closes.callback(watch.stop)  # whatever ends the loop, these run from the last to the first
-        if log:
-            closes.callback(log.close)
-        closes.callback(trace.close)
-        closes.callback(checkpoints.close)
-        closes.callback(checkpoints.wait_until_finished)  # the save under way is finished
-        closes.callback(batches.close)
-        with watch.running(start_step), storage_faults.in_a_line(workdir):
-            for step in range(start_step + 1, total_steps + 1):
-                trace.begin(step)
-                batch = next(batches)
-                with jax.transfer_guard("disallow"):
-                    state, metrics = step_fn(state, batch)
-                trace.end(step, metrics)
-                watch.stepped(step)
-                if mark:
-                    mark.check()
 
-                last = step == total_steps
-                preempted = handler.reached()
-                evaluates = evals and (last or at_interval(step, config.eval_every))
-                evaluates = evaluates and not preempted  # there may be half a minute left
-                saves = last or preempted or at_interval(step, config.checkpoint_every)
-                saves = saves or (evaluates and best_is_evaluated)
-                logs = last or evaluates or at_interval(step, config.log_every)
-                if logs and config.checkpoint_every_minutes and not saves:
-                    saves = agreed(
-                        time.monotonic() - last_save > 60 * config.checkpoint_every_minutes
-                    )
-                if logs or saves:  # a state that is not finite is never saved
-                    values = {name: float(value) for name, value in metrics.items()}
-                    metrics_writer.check_finite(values, last_good_step, step)
-                    last_good_step = step
-                if logs:
-                    values |= text_counts.add(values)
-                if log and logs:
-                    values |= log.rates(step, batches.wait_seconds, batches.wait_steps)
-                    log.progress(step, values)
-                if evaluates:
-                    with watch.pause(), log.pause() if log else contextlib.nullcontext():
-                        results = evaluate_all(config, evals, state, workdir)
-                    values |= results
-                    if results and best_is_evaluated:
-                        check_best_metric(config, results)
-                if log and logs:
-                    # Before the save: what is restored has its lines.
-                    log.write(step, values | digests.chains(state.receipt))
-                if logs and (warning := text_counts.check(step, advice)):
-                    say(warning)
-                if saves:
-                    if log:
-                        log.flush()
-                    checkpoints.wait_until_finished()  # of the last one, before the next has a record
-                    record = receipts.add(state, log.lines() if log else ())
-                    best = best_metric(config, values)
-                    checkpoint.save(checkpoints, state, config, record, best, data)
-                    last_save = time.monotonic()
-                if preempted:
-                    break
-    if preempted:
-        say(
-            f"told to end: saved at step {step} of {total_steps}; the same command goes on from there"
+class Records:
+    """What a run writes after its steps: metrics, evaluations, checkpoints with their receipts.
+
+    All processes have one; the first alone has a metrics writer.
+
+    Attributes:
+      results: numbers of the last evaluation; {} before the first.
+    """
+
+    def __init__(self, run: Run, workdir: epath.Path, checkpoints, state: train_step.TrainState):
+        config, start_step = run.config, int(state.step)
+        self.results: dict[str, float] = {}
+        self._run, self._config, self._workdir = run, config, workdir
+        self._checkpoints = checkpoints
+        self._last_good_step, self._last_save = start_step, time.monotonic()
+        self._log = None
+        if jax.process_index() == 0:
+            atomic.write_text(workdir / "config.json", config_lib.to_json(config))
+            tokenizer.keep_copy(config.model.text, workdir)
+            peak = flops.peak_flops(jax.devices()[0].device_kind, config.dtype)
+            self._log = metrics_writer.MetricsWriter(
+                workdir,
+                start_step,
+                run.total_steps,
+                config.batch_size,
+                flops_per_image=flops.per_image(config).train,
+                peak_flops=peak and peak * jax.device_count(),
+                config=config,
+                terms={term.metric: term.short for term in run.terms},
+            )
+        stored = None
+        if start_step:
+            stored = checkpoint.read_json(checkpoints.directory / str(start_step), "receipt")
+        self._receipts = receipt.Receipts(workdir, run.mesh, config, stored, run.data)
+        self._text_counts = metrics_writer.TextCounts(
+            last_text_counts(state, self._lines()), config.text.max_dropped_share
         )
-        sys.exit(handler.status)
+        self._advice = functools.cache(functools.partial(row_advice, config, run.source))
 
-    # 6. What came of it.
-    if not results and evals:  # the run was complete already
-        results = evaluate_all(config, evals, state, workdir)
-    predictor = make_predictor(config, state)
-    if log:
-        report(dataclasses.replace(config, evals=evals), workdir, predictor, results)
+    def say(self, text: str) -> None:
+        """Prints a line above the progress line; of several processes, the first does."""
+        if self._log:
+            self._log.say(text)
 
+    def say_what_runs(self, state: train_step.TrainState) -> None:
+        """Prints the devices, the mesh, the size of the model and of the run."""
+        run, start_step = self._run, int(state.step)
+        if run.derived_from:
+            self.say(run.derived_from)
+        millions = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
+        self.say(
+            f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(run.mesh.shape)},"
+            f" {millions:.1f}M parameters, {run.total_steps} steps of {self._config.batch_size} images"
+            + (f", resumed at step {start_step}" if start_step else "")
+        )
 
-def at_interval(step: int, every: int) -> bool:
-    """Whether `step` is a multiple of `every`; 0 is never."""
-    return bool(every) and step % every == 0
+    def pause(self) -> contextlib.AbstractContextManager:
+        """What happens inside is left out of the rates."""
+        return self._log.pause() if self._log else contextlib.nullcontext()
+
+    def minutes_are_over(self, minutes: float) -> bool:
+        """Whether the last save is so many minutes ago, by the first process's clock; a collective."""
+        return schedule.agreed(time.monotonic() - self._last_save > 60 * minutes)
+
+    def after_step(self, step: int, due: schedule.Due, state, metrics, batches, watch) -> None:
+        """Logs, evaluates and saves what is due.
+
+        Raises:
+          NotFinite: a loss or the gradient is not finite; such a state is never saved.
+          TextsLost: too many texts do not fit into their rows.
+        """
+        if not (due.logs or due.saves):
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        terms = [term.metric for term in self._run.terms]
+        metrics_writer.check_finite(values, self._last_good_step, step, terms)
+        self._last_good_step = step
+        if due.logs:
+            values |= self._text_counts.add(values)
+        if self._log and due.logs:
+            values |= self._log.rates(step, batches.wait_seconds, batches.wait_steps)
+            self._log.progress(step, values)
+        if due.evaluates:
+            with watch.pause(), self.pause():
+                self.results = evaluate_all(self._config, self._run.evals, state, self._workdir)
+            values |= self.results
+            if self.results and schedule.best_is_evaluated(self._config):
+                schedule.check_best_metric(self._config, self.results)
+        if self._log and due.logs:
+            # Before the save: what is restored has its lines.
+            self._log.write(step, values | digests.chains(state.receipt))
+        if due.logs and (warning := self._text_counts.check(step, self._advice)):
+            self.say(warning)
+        if due.saves:
+            self._save(state, values)
+
+    def _save(self, state: train_step.TrainState, values: Mapping[str, float]) -> None:
+        if self._log:
+            self._log.flush()
+        self._checkpoints.wait_until_finished()  # of the last one, before the next has a record
+        record = self._receipts.add(state, self._lines())
+        best = schedule.best_metric(self._config, values)
+        checkpoint.save(self._checkpoints, state, self._config, record, best, self._run.data)
+        self._last_save = time.monotonic()
+
+    def _lines(self) -> list[str]:
+        return self._log.lines() if self._log else []
+
+    def close(self) -> None:
+        """Ends the metrics' files."""
+        if self._log:
+            self._log.close()
 
 
 def wait_for_all(key: str) -> None:
@@ -384,66 +468,29 @@ def wait_for_all(key: str) -> None:
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=7 * 24 * 3600 * 1000)
 
 
-def agreed(due: bool) -> bool:
-    """The first process's opinion, on all of them: clocks differ."""
-    if jax.process_count() == 1:
-        return due
-    return bool(multihost_utils.broadcast_one_to_all(jnp.asarray(due)))
-
-
 def last_text_counts(state: train_step.TrainState, lines: Sequence[str]) -> dict[str, float]:
-    """`metrics_writer.TextCounts.NAMES` at the first process's last line, or in `state` where that has none of them."""
+    """`metrics_writer.TextCounts.NAMES` at the last line of the first process, or in `state` where it lacks them."""
 
-    def last():
+    def last() -> dict[str, float]:
         line = json.loads(lines[-1]) if lines else {}
-        found = {name: line.get(name) for name in metrics_writer.TextCounts.NAMES}
+        found: dict[str, Any] = {
+            str(name): line.get(name) for name in metrics_writer.TextCounts.NAMES
+        }
         if all(isinstance(n, (int, float)) and math.isfinite(n) for n in found.values()):
             return found
         counts = (state.text_counts[0], state.texts_dropped, state.text_counts[1])
-        return dict(zip(metrics_writer.TextCounts.NAMES, map(int, counts)))
+        return {str(n): int(count) for n, count in zip(metrics_writer.TextCounts.NAMES, counts)}
 
     return processes.of_first(last)
 
 
 def row_advice(config: config_lib.Config, source: sources.DataSource) -> str:
     """What to set where too many texts do not fit: rows by the lengths of the data set's texts."""
-    rows = derived.rows_of(config, config.text.pack_group, source.text_lengths(config)).rows
+    group, rows = config.text_layout
+    enough = derived.rows_of(config, group, source.text_lengths(config)).rows
     return (
-        f"set --config.text.pack_rows={max(rows, config.text.pack_rows + 1)} (got"
-        f" {config.text.pack_rows}, for groups of {config.text.pack_group})"
+        f"set --config.text.pack_rows={max(enough, rows + 1)} (got {rows}, for groups of {group})"
     )
-
-
-def check_best_metric(config: config_lib.Config, known: Collection[str]) -> None:
-    """Raises UserError where `checkpoint_best_metric` is set and none of the `known` names."""
-    name = config.checkpoint_best_metric
-    if name and name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-        raise errors.UserError(
-            f"checkpoint_best_metric: got {name!r}, which is not measured; did you mean {near[0]!r}?"
-        )
-
-
-def check_best_entry(config: config_lib.Config, evals: Collection[str]) -> None:
-    """Raises UserError where `checkpoint_best_metric` is one of an entry that is skipped."""
-    group, _, rest = config.checkpoint_best_metric.partition("/")
-    name = rest.partition("/")[0]
-    if group == "eval" and name not in evals:
-        raise errors.UserError(
-            f"checkpoint_best_metric: got {config.checkpoint_best_metric!r}, but evals.{name} is skipped,"
-            " because its data is missing"
-        )
-
-
-def best_metric(config: config_lib.Config, values: Mapping[str, float]) -> dict[str, float] | None:
-    """What the best checkpoint is chosen by, where this step has it: the first process's, on all of them."""
-    name = config.checkpoint_best_metric
-    if not name:
-        return None
-    value = values.get(name, math.nan)
-    if jax.process_count() > 1:  # rates are known to the first one only
-        value = float(multihost_utils.broadcast_one_to_all(jnp.asarray(value)))
-    return None if math.isnan(value) else {name: value}
 
 
 def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> inference.Predictor:
@@ -494,7 +541,7 @@ def report(config, workdir, predictor, results) -> None:
 
 def main(argv: list[str]) -> None:
     """Parses the command line and trains."""
-    command_line.show_help(argv, __doc__)
+    command_line.show_help(argv, __doc__ or "")
     argv = [re.sub("^--print-shardings", "--print_shardings", a) for a in argv]
     config = command_line.parse_config(argv, CONFIG)
     if PRINT_SHARDINGS.value:
@@ -504,7 +551,8 @@ def main(argv: list[str]) -> None:
         print(f"mesh {dict(mesh.shape)}")
         print(sharding.table(program.state, program.shardings))
         return
-    if not WORKDIR.value:
+    folder = WORKDIR.value
+    if not folder:
         command_line.fail("--workdir: missing; the folder that the run writes to")
     keep_freed_memory()
     handler, watch = preemption.PreemptionHandler(), watchdog.Watchdog(STALL_SECONDS.value)
@@ -515,7 +563,7 @@ def main(argv: list[str]) -> None:
     )
     if jax.distributed.is_initialized():
         print(found, file=sys.stderr, flush=True)
-    workdir = epath.Path(WORKDIR.value)
+    workdir = epath.Path(folder)
     with distributed.ending_together(HEARTBEAT_SECONDS.value):
         with errors.out_of_memory_in_a_line("training", lambda: memory.training_advice(config)):
             train(config, workdir, handler, watch)

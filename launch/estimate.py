@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 
 from grain_jax import config as config_lib
 from grain_jax import losses
-from grain_jax.training import memory, sharding, train_step
+from grain_jax.training import memory_use, sharding, train_step
 from launch import chips, hlo_collectives
 
 
@@ -67,11 +67,11 @@ def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
         total_steps=1,
         steps_per_epoch=1.0,
     )
-    state = memory.state_bytes(program)
-    trained = memory.trained_bytes(program, config.optim.frozen)
+    state = memory_use.state_bytes(program)
+    trained = memory_use.trained_bytes(program, config.optim.frozen)
     return Estimate(
         state,
-        memory.temporaries(config, program, sizes["data"] * sizes["fsdp"]),
+        memory_use.temporaries(config, program, sizes["data"] * sizes["fsdp"]),
         sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)),
         _collectives(config, topology, sizes, state["parameters"], trained),
         sizes,
@@ -108,16 +108,17 @@ def _collectives(config, topology, sizes, parameters, trained) -> list[hlo_colle
 
 def _rings(config, topology, shards) -> list[hlo_collectives.Collective]:
     """The columns of both contrastive losses, round the ring forward, and the rows backward (`streaming.py`)."""
-    lies, width = losses.layout(config.batch_size, config.loss, shards), config.model.embed_dim
+    layout = losses.make_layout(config.batch_size, config.loss, shards)
+    width = config.model.embed_dim
     images = config.batch_size // shards
     ways = 2 if config.loss.contrast == "softmax" else 1
     out = []
     for ring, vectors in (
-        (lies.everywhere, ways * images),
-        (lies.in_group, config.input.max_regions * images),
+        (layout.everywhere, ways * images),
+        (layout.in_group, config.input.max_regions * images),
     ):
         together = config.loss.gather if ring.gather else 1
-        size = 2 * vectors * width * memory.FLOAT
+        size = 2 * vectors * width * memory_use.FLOAT
         if ring.gather and vectors:
             args = ("all-gather", True, False, together, 1, sharding.BATCH_AXES)
             out.append(hlo_collectives.Collective(*args, 2, size * together))

@@ -140,7 +140,7 @@ def _can_gather(config: config_lib.Config, shards: int) -> bool:
 def _groups_fit(config: config_lib.Config, images: int, shards: int) -> bool:
     """Whether the groups of `loss.group_size` divide over chips that have so many images."""
     try:
-        losses.layout(images * shards, config.loss, shards)
+        losses.make_layout(images * shards, config.loss, shards)
     except errors.UserError:
         return False
     return True

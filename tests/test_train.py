@@ -17,7 +17,7 @@ import grain_jax
 from grain_jax import config, errors, recipe, train
 from grain_jax.input_pipeline import synthetic
 from grain_jax.runtime import checkpoint, metrics_writer, preemption
-from grain_jax.training import sharding
+from grain_jax.training import schedule, sharding
 from tests import tiny
 from tests.paths import ROOT
 
@@ -300,4 +300,4 @@ def test_a_best_metric_that_no_evaluation_measures_is_refused(tmp_path):
     wanted = tiny.dictionary(checkpoint_best_metric="eval/birds/alpha_1/top1")
     wanted.evals.birds = recipe.evaluator("zeroshot", "x")
     with pytest.raises(errors.UserError, match="did you mean 'eval/birds/alpha_1.0/top1'"):
-        train.check_best_metric(config.from_dict(wanted), measured)
+        schedule.check_best_metric(config.from_dict(wanted), measured)

@@ -31,6 +31,7 @@ from grain_jax.config.fields import (
 from grain_jax.config.parse import (
     ConfigError,
     from_dict,
+    loss_term,
     model_from_dict,
     suite_from_dict,
     to_json,
@@ -66,6 +67,7 @@ __all__ = [
     "flags_of",
     "flatten",
     "from_dict",
+    "loss_term",
     "model_from_dict",
     "select",
     "suite_from_dict",

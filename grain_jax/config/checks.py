@@ -243,6 +243,18 @@ def _loss(config: Config, faults: list[str]) -> None:
             "loss.match_l1, loss.match_giou, loss.match_description: got 0 for all, so that queries"
             " would be matched by their numbers; expected at least one that is not 0"
         )
+    keys = {field.name for field in dataclasses.fields(loss)}
+    for name, entry in loss.terms.items():
+        path = f"loss.terms.{name}"
+        if name in keys or not re.fullmatch(r"[a-z]\w*", name):
+            faults.append(
+                f"{path}: expected a name of letters, digits and _ that is no key of loss"
+            )
+        if not isinstance(entry.get("term"), str):
+            faults.append(f"{path}.term: got {entry.get('term')!r}, expected module:function")
+        weight = entry.get("weight", math.nan)
+        if type(weight) not in (int, float) or not math.isfinite(weight):
+            faults.append(f"{path}.weight: got {entry.get('weight')!r}, expected a finite number")
 
 
 def _text_rows(config: Config, faults: list[str]) -> None:

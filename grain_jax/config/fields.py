@@ -311,6 +311,9 @@ class Loss:
     tile: int = count(1024, low=1, role="free")
     # Neighbouring devices that gather their columns before these go round the ring; no effect on the result.
     gather: int = count(1, low=1, role="free")
+    # Further loss terms by name: {"term": "module:function or Class", "weight": 0.1, and its own options}
+    # (losses/total.py).
+    terms: dict[str, dict[str, Any]] = key(dict, added=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -456,3 +459,17 @@ class Config:
     )
     evals: dict[str, Evaluator] = key(dict, role="result")
     init: Init = key(Init, role="result", added=True)
+
+    @property
+    def text_layout(self) -> tuple[int, int]:
+        """(images of a packing group, rows of a group); without packing, an image and a row for each text.
+
+        Raises:
+          ValueError: the numbers are open (input_pipeline/derived.py).
+        """
+        text = self.text
+        if not text.packing:
+            return 1, 1 + self.input.max_regions
+        if text.pack_group is None or text.pack_rows is None:
+            raise ValueError("text.pack_group, text.pack_rows: got None, expected derived numbers")
+        return text.pack_group, text.pack_rows

@@ -6,11 +6,12 @@ Every key is consumed: a missing, misspelt or left-over one is an error that nam
 import dataclasses
 import difflib
 import functools
+import inspect
 import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from grain_jax import errors, named
@@ -30,6 +31,13 @@ def from_dict(value: Mapping[str, Any]) -> Config:
     config = build(Config, _plain(value), "", faults)
     if config is not None and not faults:
         checks.check_config(config, faults)
+    if config is not None and not faults:
+        for name, entry in config.loss.terms.items():
+            if named.is_external(entry["term"]) and named.may_import(entry["term"]):
+                try:
+                    loss_term(f"loss.terms.{name}", entry, {})
+                except errors.UserError as error:
+                    faults.append(str(error))
     return _or_raise(config, faults)
 
 
@@ -135,6 +143,63 @@ def _options_of(
     return cls()
 
 
+def loss_term(path: str, entry: Mapping[str, Any], table: Mapping[str, Any]) -> Any:
+    """The function of an entry of `loss.terms`, with its options.
+
+    Args:
+      path: its key, for errors.
+      entry: `term`, `weight` and the options. The term is a function `term(shard, *, option: float = 1.0)`, or a
+        frozen dataclass with the options as fields and `__call__(self, shard)`.
+      table: terms by name, which `term` may name instead of `module:Name`.
+
+    Raises:
+      UserError: the term cannot be found, or an option is unknown, missing or of another type.
+    """
+    target = named.find(f"{path}.term: loss term", entry["term"], table)
+    options = {key: value for key, value in entry.items() if key not in ("term", "weight")}
+    if dataclasses.is_dataclass(target):
+        return _with_options(typing.cast(type, target), options, path)
+    if isinstance(target, type) or not callable(target):
+        raise errors.UserError(
+            f"{path}.term: {entry['term']!r} is {target!r}, expected a function of a losses.Shard, or a frozen"
+            " dataclass with __call__(self, shard)"
+        )
+    options = vars(_with_options(_parameters_of(target, path), options, path))
+    return functools.partial(target, **options) if options else target
+
+
+def _parameters_of(function: Callable, path: str) -> type:
+    """A dataclass with the keyword parameters of a loss term as fields."""
+    hints = typing.get_type_hints(function)
+    found = []
+    for parameter in list(inspect.signature(function).parameters.values())[1:]:
+        if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name not in hints:
+            raise errors.UserError(
+                f"{path}.term: it has the parameter {parameter}, expected (shard, *, option: type = default, ...)"
+            )
+        default = dataclasses.MISSING if parameter.default is parameter.empty else parameter.default
+        found.append((parameter.name, hints[parameter.name], dataclasses.field(default=default)))
+    return dataclasses.make_dataclass("Options", found, frozen=True, kw_only=True)
+
+
+def _with_options(cls: type, options: Mapping[str, Any], path: str) -> Any:
+    """`cls(**options)`, with the types that it declares. Raises UserError, a line for each fault."""
+    declared = {field.name: field for field, _ in types_of(cls).values()}
+    faults = [
+        f"{path}.{name}: missing; the loss term has no default for it"
+        for name, field in declared.items()
+        if name not in options and fields.default_of(field) is dataclasses.MISSING
+    ]
+    known = [f"{path}.{name}" for name in ("term", "weight", *declared)]
+    for key in options:
+        if key not in declared:
+            faults.append(f"{path}.{key}: {unknown_key(f'{path}.{key}', known)}")
+    built = None if faults else build(cls, options, path, faults)
+    if faults:
+        raise errors.UserError("\n".join(faults))
+    return built
+
+
 @functools.cache
 def types_of(cls: type) -> dict[str, tuple[dataclasses.Field, Any]]:
     """The fields of a dataclass by name, each with its resolved type."""
@@ -150,6 +215,8 @@ def _may_lack(field: dataclasses.Field) -> bool:
 def _convert(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
     """`value` as an instance of the annotated type `kind`; what does not fit is added to `faults`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:  # JSON has lists for tuples
+        return tuple(value) if isinstance(value, list) else value
     if dataclasses.is_dataclass(kind):
         return build(typing.cast(type, kind), value, path, faults)
     if origin is dict:

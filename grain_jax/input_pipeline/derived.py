@@ -118,7 +118,7 @@ def resolve(
     return with_numbers(config, lanes, group, rows), line
 
 
-def with_numbers(config: Config, lanes: int, group: int, rows: int) -> Config:
+def with_numbers(config: Config, lanes: int | None, group: int | None, rows: int | None) -> Config:
     """The config with these for `KEYS`."""
     return dataclasses.replace(
         config,

@@ -1,23 +1,26 @@
-"""The losses: `total` adds them up, `streaming` contrasts over devices, `matching` and `boxes` pair queries with regions."""
+"""The losses: `total` has the table of their terms and the sum, `contrastive` and `box_loss` the terms.
 
-from grain_jax.losses.total import (
-    Layout,
-    Losses,
-    Mean,
-    box_loss,
-    image_caption_loss,
-    layout,
-    region_description_loss,
-    total_loss,
-)
+`shard` says what a term gets and gives; `matching` assigns queries to regions, `streaming` compares rows with the
+columns of all devices, `boxes` is box arithmetic.
+"""
+
+from grain_jax.losses.layout import Layout, make_layout
+from grain_jax.losses.shard import GroupMean, Mean, Shard, Targets, Term, TermOutput
+from grain_jax.losses.total import TERMS, Losses, LossTerm, labels_of, terms_of, total_loss
 
 __all__ = [
+    "TERMS",
+    "GroupMean",
     "Layout",
+    "LossTerm",
     "Losses",
     "Mean",
-    "box_loss",
-    "image_caption_loss",
-    "layout",
-    "region_description_loss",
+    "Shard",
+    "Targets",
+    "Term",
+    "TermOutput",
+    "labels_of",
+    "make_layout",
+    "terms_of",
     "total_loss",
 ]

@@ -1,14 +1,13 @@
 """Hungarian matching of region queries to real regions, inside the compiled step (docs/method.md, Losses).
 
-Small problems (at most 6 queries and 6 regions, GRAIN's own are 5 x 5) are solved exactly by the
-minimum over all injections: no loop, so nothing that chips would have to wait for. Larger ones go
-through `optax.assignment`; call it inside `jax.shard_map`, as `total.py` does: under plain jit the
-condition of its while loop would be synchronised over all chips at every turn.
+Small problems (at most 6 queries and 6 regions; those of GRAIN have 5 and 5) are solved exactly by the minimum over
+all injections, without a loop. Larger ones use `optax.assignment`; call it inside `jax.shard_map`, as the losses do:
+under plain jit all chips would synchronise the condition of its while loop at every turn.
 """
 
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ EXACT_UP_TO = 6  # 6! = 720 candidates
 
 
 class Match(NamedTuple):
-    """Which query each region got."""
+    """The query of each region."""
 
     query_index: Int[Array, "B R"]  # 0 where not valid
     valid: Bool[Array, "B R"]  # real and matched
@@ -41,7 +40,7 @@ def cost_matrix(
     """l1 * |p - t|_1 - giou * GIoU(p, t) - description * cosine of every query and region of an image.
 
     Args:
-      cosine: of each query's embedding and each region's description; where not given, its term is 0.
+      cosine: between the embedding of each query and of each description; None: its term is 0.
     """
     pred, target = pred_boxes_cxcywh[:, :, None], target_boxes_cxcywh[:, None]
     distance = jnp.abs(pred - target).sum(-1)
@@ -54,19 +53,20 @@ def cost_matrix(
 
 @functools.cache
 def _injections(queries: int, regions: int) -> np.ndarray:
-    """Every way to give the regions different queries, int32 [ways, R]; numbers >= Q are "no query"."""
+    """All assignments of different queries to the regions, int32 [ways, R]; numbers >= Q are "no query"."""
     size = max(queries, regions)
     ways = sorted({way[:regions] for way in itertools.permutations(range(size))})
     return np.array(ways, np.int32).reshape(-1, regions)
 
 
 def _exact(cost, mask):
-    """Minimum over all injections; cost [B, Q, R], mask [B, R] -> query of each region [B, R], Q or more: none."""
+    """Minimum over all injections; cost [B, Q, R], mask [B, R] -> query of each region [B, R]; Q or more is none."""
     _, queries, regions = cost.shape
     ways = _injections(queries, regions)  # [W, R]
     usable = jnp.isfinite(cost)
     # Ordered by: real regions without a query, then pairs without a finite cost, then the cost.
-    total, unusable = 0.0, 0.0
+    total: Any = 0.0  # [B, W] from the first region on, as `unusable`
+    unusable: Any = 0.0
     missing = jnp.asarray(ways >= queries)
     for r in range(regions):
         column = ways[:, r].clip(max=queries - 1)
@@ -79,7 +79,7 @@ def _exact(cost, mask):
 
 
 def _hungarian(cost, mask):
-    """The same by optax's O(n^3) algorithm, an image at a time."""
+    """As `_exact`, by the O(n^3) algorithm of optax, one image at a time."""
     _, queries, regions = cost.shape
     real = mask[:, None, :] & jnp.isfinite(cost)
     low = jnp.min(jnp.where(real, cost, jnp.inf), axis=(1, 2), keepdims=True)
@@ -88,8 +88,8 @@ def _hungarian(cost, mask):
     spread = jnp.max(cost, axis=(1, 2), keepdims=True)
     spread = jnp.where(spread == 0, 1, spread)
     # One unusable pair must cost more than any set of usable ones. A region that is not real costs
-    # nothing where queries suffice, else a little more than any pair, so that real ones come first.
-    # No more than that: large penalties cost float32 digits.
+    # nothing where queries suffice, else a little more than any pair, so that real ones are matched first.
+    # The penalties are no larger than that, because large ones cost float32 digits.
     unusable = mask[:, None, :] & ~real
     penalty = spread * (min(queries, regions) + 1)
     padding = 2 * jnp.where(unusable.any((1, 2), keepdims=True), penalty, spread)
@@ -106,9 +106,8 @@ def _hungarian(cost, mask):
 def match(cost: Float[Array, "B Q R"], mask: Bool[Array, "B R"]) -> Match:
     """The assignment of queries to real regions with the least total cost; no gradient flows through it.
 
-    Where regions outnumber queries, as many as there are queries are matched. A pair whose cost is not
-    finite is taken only where nothing else is left (the loss of such a pair is then not finite either,
-    and the trainer stops and says so).
+    Where regions outnumber queries, every query is matched. A pair whose cost is not finite is taken only where no
+    other pair is left; its loss is not finite either, and the trainer stops.
 
     Args:
       cost: of every query and region.

@@ -1,14 +1,13 @@
-"""Contrast of rows against all columns of all devices, in memory that does not grow with their number.
+"""Contrastive loss of rows against the columns of all devices, in memory that does not grow with their number.
 
-Columns travel round the ring of devices a block at a time, while each device keeps running sums over
-what passes by; within a device a block is cut into tiles. The sums are the loss of each row and, as in
-FlashAttention (Dao et al. 2022), its gradient. In the backward pass the rows travel, and each device sums
-up the gradient of its own columns: tiles are computed again (a custom VJP), and no gradient travels. All
-of this runs inside `jax.shard_map`.
+Columns travel round the ring of devices a block at a time. Each device keeps running sums over the blocks,
+which it cuts into tiles. The sums give the loss of each row and, as in FlashAttention (Dao et al. 2022), its
+gradient. In the backward pass the rows travel, and each device sums the gradient of its own columns: tiles are
+computed again (a custom VJP), and no gradient travels. All of this runs inside `jax.shard_map`.
 
-With k rows and columns of D values on each of n devices, a device holds about 4 k D + a few tile^2 numbers and
-sends n k D of them forward and as many backward. Where a `Ring` gathers, g neighbours first share their
-blocks: g times the memory, a g-th of the hops, each of g times the size.
+With k rows and columns of D values on each of n devices, a device holds about 4 k D + a few tile^2 numbers. It
+sends n k D numbers in the forward pass and as many in the backward pass. Where a `Ring` gathers, g neighbours
+first share their blocks: g times the memory, 1/g of the hops, each of g times the size.
 """
 
 import functools
@@ -29,20 +28,27 @@ class Ring(NamedTuple):
     size: int = 1  # devices along them
     gather: str | None = None  # the axis whose devices share their blocks before the first hop
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of its axes, as a collective such as `jax.lax.psum` takes them; () on one device."""
+        return self.axes + ((self.gather,) if self.gather else ())
+
 
 class Columns(NamedTuple):
     """What rows are compared with."""
 
     embed: Float[Array, "k D"]
-    id: Int[Array, "k"]  # a row never meets the columns that have its own id
-    real: Bool[Array, "k"]  # padding is nobody's negative
+    id: Int[Array, "k"]  # a column is no negative of the rows with the same id
+    real: Bool[Array, "k"]  # False: padding, a negative of no row
 
 
 class Negatives(NamedTuple):
-    """What rows met among the columns, see `negatives`."""
+    """Per-row results of `negatives`."""
 
-    cost: Float[Array, "m"]
-    highest: Float[Array, "m"]  # logit, MASKED where a row has no negative; no gradient flows to it
+    cost: Float[Array, "m"]  # the negative term of the loss
+    highest: Float[
+        Array, "m"
+    ]  # logit of a negative, MASKED where a row has none; it has no gradient
 
 
 def similarity(a: Float[Array, "*n D"], b: Float[Array, "*m D"]) -> Array:
@@ -74,20 +80,20 @@ def negatives(
     scale: Float[Array, ""],
     bias: Float[Array, ""],
 ) -> Negatives:
-    """What each row owes to its negatives, the real columns of the ring whose id is not its own.
+    """Per-row negative term of the loss: over the real columns of the ring with another id than the row.
 
     With logits z = scale * row . column + bias the cost is log(sum(exp(z))) for "softmax", -inf where a
     row has no negative, and sum(log(1 + exp(z))) for "sigmoid". See `loss_of_rows`.
 
     Args:
       contrast: "softmax" or "sigmoid".
-      tile: most rows and columns whose similarities are in memory at once.
-      ring: where the other columns are; outside of `jax.shard_map`, the default.
-      rows: this device's.
-      row_id: id of the columns that are no negatives of the row.
-      columns: this device's.
-      scale: of the similarities.
-      bias: added to them.
+      tile: largest number of rows, and of columns, whose similarities are in memory at once.
+      ring: the devices with the other columns; outside of `jax.shard_map`, the default.
+      rows: those on this device.
+      row_id: columns with this id are no negatives of the row.
+      columns: those on this device.
+      scale: factor of the similarities.
+      bias: added to the scaled similarities.
     """
     return _forward(contrast, tile, ring, rows, row_id, columns, scale, bias)[0]
 
@@ -95,7 +101,7 @@ def negatives(
 def loss_of_rows(
     contrast: str, own_logit: Float[Array, "m"], cost: Float[Array, "m"]
 ) -> Float[Array, "m"]:
-    """The loss of rows with that logit (bias included) of their own column and that cost of `negatives`.
+    """The loss of each row from the logit of its own column (bias included) and the cost of `negatives`.
 
     softmax: log(exp(own) + exp(cost)) - own, InfoNCE. sigmoid: log(1 + exp(-own)) + cost, SigLIP
     (Zhai et al. 2023) without its division by the number of rows.
@@ -144,39 +150,39 @@ def _backward(contrast, tile, ring, residuals, cotangents):
     cotangent = cotangents.cost
     column_tiles = Columns(*_cut(tuple(columns), tile))
 
-    def update(gift, block):
-        """Adds what the rows of a block have for this device's columns, scale left out."""
+    def update(column_gradients, block):
+        """Adds the gradients that the rows of a block give to this device's columns, without the scale."""
         row_tiles = _cut((block.vectors, block.labels.T), tile)
 
-        def one_tile(gift, rows):
+        def one_tile(column_gradients, rows):
             x, labels = rows
             x_id = labels[:, 0]
             x_out, x_cotangent = jax.lax.bitcast_convert_type(labels[:, 1:], jnp.float32).T
 
             def one_column_tile(part):
-                columns, gift = part
+                columns, gradients = part
                 logits, allowed = _logits(x, x_id, columns, scale, bias)
                 if contrast == "softmax":
                     share = jnp.exp(logits - x_out[:, None])
                 else:
                     share = jax.nn.sigmoid(logits)
                 share = jnp.where(allowed, share * x_cotangent[:, None], 0)  # [rows, columns]
-                return gift + _product("nm,nd->md", share, x)
+                return gradients + _product("nm,nd->md", share, x)
 
-            return jax.lax.map(one_column_tile, (column_tiles, gift)), None
+            return jax.lax.map(one_column_tile, (column_tiles, column_gradients)), None
 
-        return jax.lax.scan(one_tile, gift, row_tiles)[0]
+        return jax.lax.scan(one_tile, column_gradients, row_tiles)[0]
 
     as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
     block = _Block(rows, jnp.stack([row_id, as_int(out), as_int(cotangent)]))
-    gift = _stream(ring, block, update, jnp.zeros_like(column_tiles.embed))
-    gift = gift.reshape(-1, gift.shape[-1])[: len(columns.embed)]
-    pull = cotangent[:, None] * mean
+    column_gradients = _stream(ring, block, update, jnp.zeros_like(column_tiles.embed))
+    column_gradients = column_gradients.reshape(-1, rows.shape[-1])[: len(columns.embed)]
+    row_gradients = cotangent[:, None] * mean
     return (
-        scale * pull,
+        scale * row_gradients,
         None,
-        Columns(scale * gift, None, None),
-        jnp.sum(rows * pull),
+        Columns._make((scale * column_gradients, None, None)),
+        jnp.sum(rows * row_gradients),
         jnp.sum(cotangent * weight),
     )
 
@@ -185,16 +191,16 @@ negatives.defvjp(_forward, _backward)
 
 
 class _Sums(NamedTuple):
-    """What a row has seen so far; for a softmax all but `highest` relative to exp(highest)."""
+    """Running sums of each row over its negatives; those of a softmax are divided by exp(highest)."""
 
-    highest: Array  # [m] logit
-    total: Array  # [m] of exp(z), or of log(1 + exp(z))
-    weight: Array  # [m] of the derivatives of `total` by z
-    vectors: Array  # [m, D] of the columns, weighted likewise
+    highest: Array  # [m] largest logit
+    total: Array  # [m] sum of exp(z), or of log(1 + exp(z))
+    weight: Array  # [m] sum of the derivatives of `total` by z
+    vectors: Array  # [m, D] sum of the columns times these derivatives
 
 
 class _Block(NamedTuple):
-    """Rows or columns on their way: as few arrays as can be, since each is a transfer of its own."""
+    """Rows or columns that travel, in as few arrays as possible: each array is one transfer."""
 
     vectors: Array  # float32 [k, D]
     labels: Array  # int32 [n, k]
@@ -234,7 +240,7 @@ def _cut(tree, tile: int):
 
 
 def _stream(ring: Ring, block: _Block, update, state):
-    """`state = update(state, block)` for the block of every device of the ring, the own one first."""
+    """`state = update(state, block)` for the block of every device of the ring, this device's first."""
     if ring.gather is not None:
         gather = functools.partial(jax.lax.all_gather, axis_name=ring.gather, tiled=True)
         block = _Block(gather(block.vectors), gather(block.labels, axis=1))
@@ -243,7 +249,7 @@ def _stream(ring: Ring, block: _Block, update, state):
 
         def turn(carry, _):
             state, block = carry
-            # Does not wait for the tiles: the next block comes while this one is used.
+            # Independent of the tiles, so that the next block travels while this one is used.
             coming = jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axes, hops), block)
             return (update(state, block), coming), None
 

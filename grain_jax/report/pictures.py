@@ -16,7 +16,7 @@ from matplotlib import patches, patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grain_jax import printable
+from grain_jax import losses, printable
 from grain_jax.evaluate import base, grounding, tables, test_sets
 from grain_jax.files import annotations as annotations_lib
 from grain_jax.files import images as images_lib
@@ -25,12 +25,7 @@ from grain_jax.report import looking
 from grain_jax.runtime import metrics_file
 
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e67e00", "#0c8c96", "#c2388f", "#7a4b2a")
-_LOSSES = {  # key of metrics.jsonl -> label, colour
-    "loss": ("total", "#333333"),
-    "loss_image_caption": ("image to caption", COLOURS[1]),
-    "loss_region_description": ("region to description", COLOURS[2]),
-    "loss_box": ("boxes", COLOURS[4]),
-}
+_LOSS_COLOURS = ("#333333", COLOURS[1], COLOURS[4], COLOURS[2], COLOURS[3], *COLOURS[5:])
 HEADLINES = {  # ending of an evaluation's key -> label
     "/top1": "top-1",
     "/r1": "R@1",
@@ -231,11 +226,11 @@ def _draw_box(axis: Axes, box_xyxy, size: tuple[int, int], colour: str, *, dashe
 
 def _losses(axis: Axes, series, batch_size: int | None) -> None:
     axis.set_title("losses", fontsize=10)
-    for key, (label, colour) in _LOSSES.items():
-        if key in series:
-            steps, values = series[key]
-            axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-            axis.plot(steps, _smooth(values), color=colour, label=label, linewidth=1.6)
+    for i, (key, label) in enumerate(losses.labels_of(series).items()):
+        colour = _LOSS_COLOURS[i % len(_LOSS_COLOURS)]
+        steps, values = series[key]
+        axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        axis.plot(steps, _smooth(values), color=colour, label=label, linewidth=1.6)
     if batch_size and "loss_image_caption" in series:
         axis.axhline(
             math.log(batch_size),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from grain_jax import errors
+from grain_jax import errors, losses
 from grain_jax.evaluate import base
 from grain_jax.report import pictures
 from grain_jax.runtime import metrics_file, receipt
@@ -19,12 +19,6 @@ _OWN = (
     "report_data.json",
 )  # JSON files that are no results of an evaluation
 _BY_NAME = "by_name/"  # numbers of the names alone, in an evaluation of names with descriptions
-_LOSSES = {
-    "loss": "total",
-    "loss_image_caption": "image to caption",
-    "loss_region_description": "region to description",
-    "loss_box": "boxes",
-}
 _MATCHING = {
     "matched_iou": "IoU of matched boxes",
     "matched_iou50": "share with IoU of 0.5 or more",
@@ -156,8 +150,7 @@ def charts(keys: Iterable[str], evaluations: int) -> list[dict[str, Any]]:
         for key, _ in series:
             left.pop(key)
 
-    losses = [key for key in left if key.startswith("loss_") and key not in _LOSSES]
-    chart("Losses", _LOSSES | {key: key for key in losses}, noisy=True)
+    chart("Losses", losses.labels_of(left), noisy=True)
     main = [k for k in left if k.startswith("eval/") and k.endswith(tuple(pictures.HEADLINES))]
     if evaluations > 1:
         chart("Evaluations", {key: pictures.headline(key) for key in main})

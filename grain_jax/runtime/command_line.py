@@ -1,5 +1,6 @@
 """`--config FILE[:arg] --config.a.b=value`: ml_collections' flags, with errors of one line and exit status 2."""
 
+import ast
 import contextlib
 import logging
 import re
@@ -94,6 +95,8 @@ def _check_values(argv: list[str], flag_values: flags.FlagValues) -> None:
             )
 
 
+# Keys that the config file need not have: those of loss terms (docs/method.md, Losses).
+_OPEN = re.compile(r"loss\.terms\.\w+\.\w+")
 _UNSET = ("None", "none", "{}")  # values that take an evaluator out, or all of them
 
 
@@ -118,6 +121,14 @@ def _unset(name: str, overrides: list[str]) -> dict[str, str]:
     return found
 
 
+def _literal(text: str) -> Any:
+    """The number, text, list or other literal that a value of the command line is; else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return {"true": True, "false": False}.get(text, text)
+
+
 def parse_config(
     argv: list[str],
     holder: flags.FlagHolder,
@@ -128,6 +139,7 @@ def parse_config(
 
     `total_steps` on the command line wins over the file's `total_epochs`, and the other way round; so do
     the two lengths of the warm-up. `--config.evals.NAME=None` takes an evaluator out, `--config.evals=None` all.
+    `--config.loss.terms.NAME.KEY` may be a key that the file has not got.
 
     Args:
       argv: the program's name, then the flags.
@@ -157,17 +169,26 @@ def parse_config(
                 raise TypeError(f"get_config() returned {file.value!r}, expected a ConfigDict")
             known = _keys(file.value)
         given = [a.partition("=")[0].removeprefix(f"--{name}.") for a in overrides]
+        new = [a for a, key in zip(overrides, given) if key not in known and _OPEN.fullmatch(key)]
         for key in given:
-            if key not in known:
+            if key not in known and not _OPEN.fullmatch(key):
                 raise errors.UserError(f"--{name}.{key}: {config_lib.unknown_key(key, known)}")
         unset = _unset(name, overrides)
-        argv = [argument for argument in argv if argument not in unset]
+        argv = [argument for argument in argv if argument not in unset and argument not in new]
+        if new:  # ml_collections looks for overrides here, not in what it is called with
+            vars(flag_values[name])["_sys_argv"] = argv
         left_over = flag_values(argv)[1:]
         if left_over:
             raise errors.UserError(
                 f"{left_over[0]}: expected a flag, such as --{name}.batch_size=64"
             )
         config = holder.value.copy_and_resolve_references().unlock()
+        for flag in new:
+            key, _, value = flag.removeprefix(f"--{name}.loss.terms.").partition("=")
+            term, _, option = key.partition(".")
+            if term not in config.loss.terms:
+                config.loss.terms[term] = ConfigDict()
+            config.loss.terms[term][option] = _literal(value)
         for pair in config_lib.EITHER_OR:
             for key, other in (pair, pair[::-1]):
                 if key in given and other not in given:

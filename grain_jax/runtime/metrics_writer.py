@@ -30,9 +30,6 @@ UPLOAD_EVERY = 30.0  # seconds between uploads to an object store; a checkpoint 
 SMALL_BYTES = 256 << 10  # up to this size, an upload of the whole file is as good as one of its end
 EVENT_FILE_BYTES = 1 << 20  # TensorBoard reads many files as one; so no upload is much larger
 
-LOSS_TERMS = ("loss_image_caption", "loss_box", "loss_region_description", "loss")
-CHECKED = (*LOSS_TERMS, "grad_norm")  # a finite loss may have a gradient that is not
-
 
 class NotFinite(errors.UserError, ArithmeticError):
     """A loss became NaN or infinite; the message names the term and the steps."""
@@ -50,9 +47,18 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
-def check_finite(metrics: Mapping[str, float], last_good_step: int, step: int) -> None:
-    """Raises NotFinite, naming the first bad term and the steps in which it turned bad."""
-    for term in CHECKED:
+def check_finite(
+    metrics: Mapping[str, float], last_good_step: int, step: int, terms: Iterable[str]
+) -> None:
+    """Raises NotFinite with the first bad metric of the loss `terms`, the total and the gradient.
+
+    Args:
+      metrics: of the step.
+      last_good_step: the last step that was checked.
+      step: this step.
+      terms: metrics of the loss terms.
+    """
+    for term in (*terms, "loss", "grad_norm"):  # a finite loss may have a gradient that is not
         if not math.isfinite(metrics[term]):
             raise NotFinite(
                 f"{term} is {metrics[term]} at step {step}; it was finite at step {last_good_step}."
@@ -287,6 +293,7 @@ class MetricsWriter:
       flops_per_image: FLOPs that training needs an image (`flops.PerImage.train`).
       peak_flops: FLOPs a second that all devices can do together; None where it is not known.
       config: of the run; its `wandb` says whether Weights & Biases gets the metrics too. None: it does not.
+      terms: metric of each loss term -> its name in the progress line.
 
     Raises:
       UserError: Weights & Biases is asked for and cannot be reached.
@@ -302,8 +309,10 @@ class MetricsWriter:
         flops_per_image: float = 0.0,
         peak_flops: float | None = None,
         config: config_lib.Config | None = None,
+        terms: Mapping[str, str] | None = None,
     ):
         self.workdir = epath.Path(workdir)
+        self._terms = terms or {}
         self.total_steps, self.batch_size = total_steps, batch_size
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
         self._upload = _Upload(self.workdir) if is_object_store(workdir) else None
@@ -374,16 +383,16 @@ class MetricsWriter:
             self._time += away
             self._started += away
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Adds a line to `metrics.jsonl` and its numbers to TensorBoard and Weights & Biases."""
         self._written = step
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        metrics = {k: v for k, v in metrics.items() if not isinstance(v, str)}
-        self._events.write(step, metrics)
+        numbers = {k: v for k, v in metrics.items() if not isinstance(v, str)}
+        self._events.write(step, numbers)
         # After a restart some steps come again, with the same values: the service keeps the first.
         if self._wandb and step >= self._wandb.step:
-            self._wandb.log(dict(metrics), step=step)
+            self._wandb.log(numbers, step=step)
         if time.monotonic() - self._uploaded_at > UPLOAD_EVERY:
             self.flush()
 
@@ -407,13 +416,11 @@ class MetricsWriter:
         self._printed = now
         done = step - self._start_step
         eta = (now - self._started) / max(done, 1) * (self.total_steps - step)
+        terms = ", ".join(f"{name} {metrics[term]:.3f}" for term, name in self._terms.items())
         line = (
             f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})"
             f"  ETA {duration(eta)}"
-            f"  loss {metrics['loss']:.3f}"
-            f" = caption {metrics['loss_image_caption']:.3f}"
-            f", box {metrics['loss_box']:.3f}"
-            f", region {metrics['loss_region_description']:.3f}"
+            f"  loss {metrics['loss']:.3f}{' = ' if terms else ''}{terms}"
             f"  IoU {metrics['matched_iou']:.2f}"
             f"  {metrics['images_per_second']:.0f} images/s"
             + (f"  MFU {metrics['mfu']:.1%}" if "mfu" in metrics else "")

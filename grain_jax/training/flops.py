@@ -1,4 +1,4 @@
-"""Floating-point operations: those of a JAX function, those the model needs for an image, those a chip can do.
+"""Floating-point operations: of a JAX function, of the model per image, and the peak of a chip.
 
 Matrix products and convolutions alone are counted, a multiply-add as two. Element-wise work is left out, as is
 usual for model FLOPs, so no number depends on the backend.
@@ -17,8 +17,8 @@ from grain_jax import named
 from grain_jax.config import Config
 from grain_jax.models import grain, towers
 
-# Dense bfloat16 products a second, by `jax.Device.device_kind`; from the vendors' data sheets. A device is
-# a chip, but on TPU7x, where it is half of one.
+# Dense bfloat16 FLOPs per second by `jax.Device.device_kind`, from the data sheets of the vendors. A device is
+# a chip; on TPU7x it is half a chip.
 _TPU_PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -29,7 +29,7 @@ _TPU_PEAKS = {
     "TPU v6e": 918e12,
     "TPU7x": 2307e12 / 2,
 }
-# By the start of the name, which goes on with memory and socket; the first match counts.
+# By the start of the name (the rest names memory and socket); the first match counts.
 _GPU_PEAKS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
@@ -43,7 +43,7 @@ _GPU_PEAKS = {
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Matrix-product FLOPs a second that one device can do at best.
+    """Peak matrix-product FLOPs per second of one device.
 
     Args:
       device_kind: as `jax.Device.device_kind`.
@@ -51,7 +51,7 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
         bfloat16 on TPU, and to TF32, which has half of bfloat16's rate, on these GPUs.
 
     Returns:
-      FLOPs a second, or None where it is not known: a CPU, a part of a GPU (MIG), a device not in the table.
+      FLOPs per second; None for a CPU, a part of a GPU (MIG) and a device that is not in the table.
     """
     if device_kind in _TPU_PEAKS:
         return _TPU_PEAKS[device_kind]
@@ -62,15 +62,15 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 
 
 class PerImage(NamedTuple):
-    """FLOPs of a forward pass, an image."""
+    """FLOPs of a forward pass per image."""
 
     image: float  # the image tower
-    text: float  # the text tower over the image's share of rows, and the projection of its texts
+    text: float  # the text tower over the rows per image, and the projection of its texts
     decoder: float  # the region decoder, its projections before and after, and the boxes
     losses: float  # similarities
     frozen: frozenset[str] = (
         frozenset()
-    )  # those of image, text and decoder that do not train at all
+    )  # those of image, text and decoder without a trained parameter
 
     @property
     def forward(self) -> float:
@@ -79,10 +79,10 @@ class PerImage(NamedTuple):
 
     @property
     def train(self) -> float:
-        """FLOPs of forward and backward, nothing computed twice: a product has two in its backward pass.
+        """FLOPs of forward and backward pass without recomputation: a product has two in its backward pass.
 
-        A part that does not train has none, but for the decoder of a trained image tower, through which
-        the gradient of the activations goes. A part of which some is frozen counts as if it trained.
+        A frozen part has none, except a decoder on a trained image tower: it has one, for the gradient of its
+        input. A part that is frozen in parts counts as trained.
         """
         backward = 2 * self.forward
         for part in self.frozen:
@@ -92,20 +92,18 @@ class PerImage(NamedTuple):
 
 
 def per_image(config: Config) -> PerImage:
-    """The model's FLOPs for an image of a batch of that config, by closed formulas.
+    """FLOPs of the model per image of a batch, by closed formulas.
 
-    A tower of a user has none: it is traced, and its products and convolutions are counted.
-
-    Attention counts in full, masked pairs too, and rows count with their padding: both are computed. The
-    losses grow with the batch (or `loss.group_size`), the rest does not.
+    Attention counts masked pairs, and rows count their padding: both are computed. Only the losses depend on the
+    batch size (or `loss.group_size`); the terms of `loss.terms` are not counted. A tower from outside of the package
+    has no formula: it is traced, and its products and convolutions are counted.
     """
     image, text, decoder = config.model.image, config.model.text, config.model.decoder
     embed, regions = config.model.embed_dim, config.input.max_regions
     image_tower, tokens, width = _image_tower(config)
 
-    rows = 1 + regions
-    if config.text.packing:
-        rows = config.text.pack_rows / config.text.pack_group
+    group, rows_of_group = config.text_layout
+    rows = rows_of_group / group
     length = text.context_length
     text_tower = _text_tower(config, rows)
     if text.pool == "map":
@@ -166,7 +164,7 @@ def _traced(tower: nn.Module, *inputs: jax.ShapeDtypeStruct) -> tuple[int, jax.S
 
 
 def _frozen(config: Config) -> frozenset[str]:
-    """Those of image, text and decoder of which `optim.frozen` holds every parameter."""
+    """The parts of image, text and decoder of which `optim.frozen` matches every parameter."""
     if not config.optim.frozen:
         return frozenset()
     trained: dict[str, bool] = {}
@@ -178,7 +176,7 @@ def _frozen(config: Config) -> frozenset[str]:
 
 
 def _part(name: str, model: config_lib.Model) -> str:
-    """The field of PerImage that a parameter's products count in; "" for a scalar."""
+    """The field of PerImage that counts the products of a parameter; "" for a scalar."""
     if name in ("logit_scale", "logit_bias"):
         return ""
     if name.startswith("text"):
@@ -196,7 +194,7 @@ def _mlp(tower, tokens: int) -> int:
 
 
 def matmul_flops(function, *arguments: Any) -> int:
-    """FLOPs of one call, on all devices together, counted in the function's jaxpr with its loops unrolled.
+    """FLOPs of one call on all devices together, counted in the jaxpr of the function with loops unrolled.
 
     Args:
       function: what to trace.

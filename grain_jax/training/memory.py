@@ -1,7 +1,8 @@
-"""What a training step needs in memory against what there is: running out of it is one line that says what to set.
+"""Compares what a training step needs (memory_use.py) with the memory there is. Where it is too little, one line says
+what to set.
 
-`check` finds by arithmetic what is certain, before data is made or anything compiled; `check_step` has the
-compiler's figures, before the first step; `training_advice` is for what an allocator refuses after that
+`check` finds by arithmetic what is certain, before data is made or anything compiled. `check_step` has the
+figures of the compiler, before the first step. `training_advice` is for what an allocator refuses after that
 (`errors.out_of_memory_in_a_line`).
 """
 
@@ -12,7 +13,7 @@ import math
 import os
 import socket
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,67 +25,26 @@ from jax.sharding import Mesh
 
 from grain_jax import config as config_lib
 from grain_jax import errors, named
-from grain_jax.input_pipeline import derived, device
-from grain_jax.models.grain import GRAIN
-from grain_jax.training import optim, sharding, train_step
+from grain_jax.input_pipeline import derived
+from grain_jax.training import memory_use, sharding, train_step
+from grain_jax.training.memory_use import Need
 
-FLOAT = 4  # bytes
-# XLA's temporaries on CPUs against activations + layer of `temporaries` in float32, to which it takes bfloat16:
-# 1.18 and 1.29 for the demo, 0.81 to 0.99 for S/16.
-CPU_TEMPORARIES = 1.3
-BATCHES = device.DEPTH + 2  # on the devices: in use, ahead, and about to be
 HOST_BATCHES = 2  # at least, while one is put together of its parts
 ROOM = 0.9  # share of the memory that a suggestion may fill
 
 
 class Limit(NamedTuple):
-    """What a device's arrays may take.
+    """The memory that arrays may take.
 
     Attributes:
       bytes: of one device.
-      sharing: how many devices share one memory, of `sharing * bytes`; None where each has its own.
-      host: bytes of the machine's memory that this process may take.
+      sharing: how many devices share one memory of `sharing * bytes`; None where each has its own.
+      host: bytes of the memory of the machine that this process may take.
     """
 
     bytes: int
     sharing: int | None
     host: int
-
-
-class Kept(NamedTuple):
-    """An array that the forward pass leaves for the backward pass."""
-
-    bytes: int
-    shape: str  # "bfloat16[12,64,197,768]"
-    where: str  # the module that makes it
-
-
-class Need(NamedTuple):
-    """What one device needs.
-
-    Attributes:
-      state: bytes of parameters, optimiser state and averages.
-      gradients: bytes; there twice with micro-batches.
-      activations: bytes of each image of a micro-batch.
-      batch: bytes of each image of a batch.
-    """
-
-    state: float
-    gradients: float
-    activations: float
-    batch: float
-
-    def parts(self, images: int, microbatches: int) -> dict[str, float]:
-        """Bytes of each kind, for so many images a device; their sum is what the device needs."""
-        return {
-            "parameters, optimiser state and gradients": self.state
-            + self.gradients * min(microbatches, 2),
-            "activations": self.activations * images / microbatches,
-            "batches": self.batch * images * BATCHES,
-        }
-
-    def total(self, images: int, microbatches: int) -> float:
-        return sum(self.parts(images, microbatches).values())
 
 
 _GROWS = {
@@ -94,116 +54,9 @@ _GROWS = {
 }
 
 
-def kept(config: config_lib.Config, images: int) -> list[Kept]:
-    """What the towers' forward pass keeps for the backward pass, the largest first.
-
-    Args:
-      config: model, dtype, remat policy and the layout of texts.
-      images: of one device and one micro-batch, a multiple of the packing group.
-
-    Returns:
-      The arrays; parameters and inputs, which are there anyway, are left out.
-    """
-    config = dataclasses.replace(config, batch_size=images)
-    model = GRAIN(config.model, config.dtype, config.remat)
-    batch = train_step.abstract_batch(config)
-    keys = jax.eval_shape(lambda: train_step.dropout_keys(0, 0, jnp.arange(images)))
-    one = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
-    params = jax.eval_shape(lambda: sharding.unbox(model.init(jax.random.key(0), one)["params"]))
-
-    def apply(params, batch, keys):
-        params = optim.stop_frozen(params, config.optim.frozen)
-        return model.apply({"params": params}, batch, keys)
-
-    def residuals(params, batch, keys):
-        _, pull_back = jax.vjp(lambda p: apply(p, batch, keys), params)
-        return jax.tree.leaves(pull_back)
-
-    jaxpr = jax.make_jaxpr(residuals)(params, batch, keys).jaxpr
-    # Inputs and constants are not made by an equation.
-    makers = {id(v): equation for equation in jaxpr.eqns for v in equation.outvars}
-    found = {id(v): v.aval for v in jaxpr.outvars if id(v) in makers}
-    return sorted(
-        (
-            Kept(
-                aval.size * aval.dtype.itemsize,
-                f"{aval.dtype}[{','.join(map(str, aval.shape))}]",
-                _module(str(makers[key].source_info.name_stack)),
-            )
-            for key, aval in found.items()
-        ),
-        reverse=True,
-    )
-
-
-def _module(name_stack: str) -> str:
-    """The module below the model, such as image/norm, of "jvp(GRAIN)/GRAIN.encode_image/image/norm"."""
-    return "/".join(part for part in name_stack.split("/") if "GRAIN" not in part)
-
-
-def state_bytes(program: train_step.Program) -> dict[str, int]:
-    """Bytes a device of a program's arguments by kind, before any padding."""
-    state, shardings = program.state, program.shardings
-    batch = jax.tree.leaves(program.batch)
-    return {
-        "parameters": _total(state.params, shardings.params),
-        "moments": _total(state.opt_state, shardings.opt_state),
-        "ema": _total(state.ema_params, shardings.ema_params),
-        "batch": _total(batch, [program.batch_sharding] * len(batch)),
-    }
-
-
-def trained_bytes(program: train_step.Program, frozen: Sequence[str]) -> int:
-    """Bytes a device of the parameters that have a gradient."""
-    params, shardings = program.state.params, program.shardings.params
-    stays = jax.tree.leaves(optim.frozen_mask(params, frozen))
-    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(shardings))
-    trained = [pair for pair, fixed in zip(pairs, stays) if not fixed]
-    return _total([x for x, _ in trained], [s for _, s in trained])
-
-
-def _total(shapes: Any, shardings: Any) -> int:
-    return sum(
-        math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
-        for x, s in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings))
-    )
-
-
-def temporaries(
-    config: config_lib.Config, program: train_step.Program, shards: int
-) -> dict[str, int]:
-    """Bytes a device of what a step makes and drops, by arithmetic: trust it to a fifth on accelerators.
-
-    Args:
-      config: the run's.
-      program: built of it.
-      shards: parts that the batch is cut into.
-
-    Returns:
-      gradients, activations (kept by the remat policy), layer (one layer at work), losses.
-    """
-    images = config.batch_size // shards
-    part = images // config.microbatches
-    nothing_again = dataclasses.replace(
-        config, remat="none", optim=dataclasses.replace(config.optim, frozen=())
-    )
-    # Three tiles (logits, their softmax, the mask), and blocks that are there, come and collect.
-    vectors = images * config.loss.gather * (2 + config.input.max_regions)
-    tile = min(config.loss.tile, images * max(config.input.max_regions, 1))
-    activations = everything = sum(k.bytes for k in kept(config, part))
-    if nothing_again != config:
-        everything = sum(k.bytes for k in kept(nothing_again, part))
-    return {
-        "gradients": trained_bytes(program, config.optim.frozen) * min(config.microbatches, 2),
-        "activations": activations,
-        "layer": everything // config.model.image.depth,
-        "losses": FLOAT * (3 * tile**2 + 3 * vectors * config.model.embed_dim),
-    }
-
-
 @functools.cache
 def limit() -> Limit:
-    """What this process's devices may take. On CPUs all processes call it: those of one machine share it."""
+    """The memory for the devices of this process. On CPUs all processes must call it: those of a machine share it."""
     host = host_bytes()
     stats = jax.local_devices()[0].memory_stats() or {}
     if stats.get("bytes_limit"):
@@ -216,7 +69,7 @@ def limit() -> Limit:
 
 
 def host_bytes(root: epath.PathLike = "/") -> int:
-    """The memory of this machine, or of the container that the process is in."""
+    """Bytes of memory of this machine, or of the container that the process is in."""
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     root = epath.Path(root)
     names = ["sys/fs/cgroup/memory/memory.limit_in_bytes"]  # version 1
@@ -233,49 +86,19 @@ def host_bytes(root: epath.PathLike = "/") -> int:
     return min(found)
 
 
-def estimate(config: config_lib.Config, mesh: Mesh) -> Need:
-    """What a device needs, by arithmetic. Raises ShardingError where the config does not fit the mesh."""
-    config, _ = derived.planned(config, derived.Place(sharding.batch_shards(mesh)))
-    program = train_step.build(config, mesh, total_steps=1, steps_per_epoch=1.0)
-    factor = 1.0
-    if _on_cpu(mesh):
-        factor = CPU_TEMPORARIES
-        remat = config.remat if _recomputes(config, mesh) else "none"
-        config = dataclasses.replace(config, dtype="float32", remat=remat)
-    made = temporaries(config, program, sharding.batch_shards(mesh))
-    images = config.batch_size // sharding.batch_shards(mesh)
-    part = images // config.microbatches
-    activations = factor * (made["activations"] + made["layer"]) / part + made["losses"] / images
-    return _need(config, program, mesh, activations)
-
-
-def _on_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
-
-
-def _recomputes(config: config_lib.Config, mesh: Mesh) -> bool:
-    """Whether `remat` saves memory: XLA's CPU backend undoes it where layers are unrolled."""
-    image = config.model.image
-    return not _on_cpu(mesh) or image.unroll < image.depth
-
-
-def _need(config, program, mesh, activations: float) -> Need:
-    sizes = state_bytes(program)
-    batch = sizes.pop("batch") * sharding.batch_shards(mesh) / config.batch_size
-    trained = trained_bytes(program, config.optim.frozen)
-    return Need(sum(sizes.values()), trained, activations, batch)
-
-
 def check(
     config: config_lib.Config,
     mesh: Mesh,
     there: Limit,
     program: train_step.Program | None = None,
 ) -> None:
-    """Raises OutOfMemory where it is certain, from shapes alone: before the data set and the state are made.
+    """Checks by shapes alone, before the data set and the state are made.
 
-    Counted are the images of a batch, what each layer of the image tower keeps under any remat policy (its
-    input), and of a `program` the state.
+    Counts the images of a batch, the input of each layer of the image tower (kept under any remat policy), and the
+    state of the `program`.
+
+    Raises:
+      OutOfMemory: these do not fit.
     """
     image, shards = config.model.image, sharding.batch_shards(mesh)
     images = config.batch_size // shards
@@ -287,9 +110,9 @@ def check(
         layers = tokens * image.width * image.depth * jnp.dtype(config.dtype).itemsize
     needs = images * pixels + images // config.microbatches * layers
     if program is not None:
-        needs += sum(state_bytes(program).values())
+        needs += sum(memory_use.state_bytes(program).values())
     if needs > there.bytes:
-        _refuse(_line(config, mesh, estimate(config, mesh), there))
+        _refuse(_line(config, mesh, memory_use.estimate(config, mesh), there))
     if own * HOST_BATCHES > there.host:
         most = ROOM * there.host / (2 * HOST_BATCHES * pixels) * jax.process_count()
         sizes = (n for n in _smaller_batches(config, mesh) if n <= most)
@@ -307,10 +130,13 @@ def check_step(
     compiled: jax.stages.Compiled,
     there: Limit,
 ) -> str | None:
-    """Raises OutOfMemory where the compiled step needs more than there is.
+    """Checks the compiled step.
 
     Returns:
       A warning where the step fits and the batches that wait for it may not, or None.
+
+    Raises:
+      OutOfMemory: the step does not fit.
     """
     found = compiled.memory_analysis()
     if found is None:
@@ -329,14 +155,14 @@ def check_step(
 
 
 def _measured(config, mesh, program, made: int) -> Need:
-    """The need, of the temporaries' bytes that the compiler says."""
-    trained = trained_bytes(program, config.optim.frozen) * min(config.microbatches, 2)
+    """What a device needs, from the bytes of temporaries that the compiler reports."""
+    trained = memory_use.trained_bytes(program, config.optim.frozen) * min(config.microbatches, 2)
     part = config.batch_size // sharding.batch_shards(mesh) // config.microbatches
-    return _need(config, program, mesh, max(made - trained, 0) / part)
+    return memory_use.need_of(config, program, mesh, max(made - trained, 0) / part)
 
 
 def _refuse(message: str) -> None:
-    """Raises OutOfMemory; of several processes, which all find the same, the first says it."""
+    """Raises OutOfMemory; of several processes, which all find the same, the first has the message."""
     if jax.process_index():
         message = "out of memory: the first process says what to set"
     raise errors.OutOfMemory(message)
@@ -350,10 +176,10 @@ def _line(
     step: float | None = None,
     start: str = "out of memory: the step",
 ) -> str:
-    """What is needed and what there is, what is largest, and what to set."""
+    """The message: what is needed, what there is, the largest part, and what to set."""
     images = config.batch_size // sharding.batch_shards(mesh)
     parts = need.parts(images, config.microbatches)
-    largest = max(parts, key=parts.get)
+    largest = max(parts, key=lambda name: parts[name])
     times = there.sharing or 1
     owner = "this machine" if there.sharing else "a device"
     needs = gigabytes((step or sum(parts.values())) * times)
@@ -365,14 +191,14 @@ def _line(
 
 
 def advice(config: config_lib.Config, mesh: Mesh, need: Need, room: float, sharing: int = 1) -> str:
-    """A sentence: each of batch_size, microbatches, remat and mesh.fsdp that would fit alone.
+    """A sentence with each value of batch_size, microbatches, remat and mesh.fsdp that alone makes the step fit.
 
     Args:
-      config: the run's.
+      config: of the run.
       mesh: of its devices.
       need: of the run.
-      room: bytes that a device may be filled with.
-      sharing: devices whose sum is told.
+      room: bytes of a device that may be used.
+      sharing: number of devices that the printed sums are of.
     """
     shards = sharding.batch_shards(mesh)
     images, parts = config.batch_size // shards, config.microbatches
@@ -388,9 +214,12 @@ def advice(config: config_lib.Config, mesh: Mesh, need: Need, room: float, shari
             found.append(f"--config.microbatches={more}")
             break
         more *= 2
-    if config.remat != "full" and _recomputes(config, mesh):
+    if config.remat != "full" and memory_use.recomputes(config, mesh):
         full = dataclasses.replace(config, remat="full")
-        share = estimate(full, mesh).activations / estimate(config, mesh).activations
+        share = (
+            memory_use.estimate(full, mesh).activations
+            / memory_use.estimate(config, mesh).activations
+        )
         again = need._replace(activations=need.activations * share)
         if again.total(images, parts) <= room:
             found.append("--config.remat=full")
@@ -404,7 +233,7 @@ def advice(config: config_lib.Config, mesh: Mesh, need: Need, room: float, shari
 
 
 def _smaller_batches(config: config_lib.Config, mesh: Mesh) -> Iterator[int]:
-    """Batch sizes below the config's that it could have, the largest first: powers of two times the least."""
+    """Valid batch sizes below that of the config, the largest first: powers of two times the smallest."""
     group = (config.text.pack_group or 1) if config.text.packing else 1
     least = math.lcm(
         sharding.batch_shards(mesh) * config.microbatches * group,
@@ -440,7 +269,7 @@ def _cut_over_devices(config, mesh, need, room) -> list[str]:
             wide = sharding.make_mesh(cut, list(mesh.devices.flat))
             changed, _ = derived.planned(changed, derived.Place(sharding.batch_shards(wide)))
             program = train_step.build(changed, wide, total_steps=1, steps_per_epoch=1.0)
-            less = _need(changed, program, wide, need.activations)
+            less = memory_use.need_of(changed, program, wide, need.activations)
             if less.total(images, config.microbatches) <= room:
                 return [f"--config.mesh.fsdp={fsdp}"]
         fsdp *= 2
@@ -448,12 +277,12 @@ def _cut_over_devices(config, mesh, need, room) -> list[str]:
 
 
 def training_advice(config: config_lib.Config) -> str:
-    """What to set where a step ran out of memory, whatever the arithmetic says there would be."""
+    """What to set where a step ran out of memory although the arithmetic says that it fits."""
     mesh = sharding.make_mesh(config.mesh)
-    need, there = estimate(config, mesh), limit()
+    need, there = memory_use.estimate(config, mesh), limit()
     images = config.batch_size // sharding.batch_shards(mesh)
     parts = need.parts(images, config.microbatches)
-    largest = max(parts, key=parts.get)
+    largest = max(parts, key=lambda name: parts[name])
     room = ROOM * min(there.bytes, sum(parts.values()) / 2)
     times = there.sharing or 1
     return (

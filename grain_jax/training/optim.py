@@ -25,7 +25,7 @@ REFERENCE_DECAY = re.compile(
     r"|text/(token_embed/embedding|position_embed)"
 )
 MATRICES_DECAY = re.compile(r".*/kernel")
-# What a tower has before its first layer.
+# Parameters of a tower before its first layer.
 _EMBEDDINGS = re.compile(
     r"(image|text)/(patch_embed|token_embed|class_token|position_embed|pre_norm)(/.*)?"
 )
@@ -48,7 +48,7 @@ def decay_mask(params, groups: str):
 
 
 def frozen_mask(params, patterns: Sequence[str]):
-    """True for each parameter whose whole name one of the regular expressions matches.
+    """True for each parameter whose whole name matches one of the regular expressions.
 
     Args:
       params: the parameter tree, with or without the boxes of logical axes.
@@ -57,7 +57,7 @@ def frozen_mask(params, patterns: Sequence[str]):
     Raises:
       UserError: a pattern that matches no parameter.
     """
-    # A box is masked whole, so that a frozen parameter leaves no empty box among the moments.
+    # A box is a leaf, so that a frozen parameter leaves no empty box among the moments.
     is_box = lambda x: isinstance(x, flax.core.meta.AxisMetadata)  # noqa: E731
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
     found = [name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params, is_box)]
@@ -74,7 +74,7 @@ def frozen_mask(params, patterns: Sequence[str]):
 
 
 def stop_frozen(params, patterns: Sequence[str]):
-    """`params` through which no gradient flows to frozen ones, so that none is computed."""
+    """`params` with the gradient of frozen ones stopped, so that it is not computed."""
     if not patterns:
         return params
     return jax.tree.map(
@@ -85,7 +85,7 @@ def stop_frozen(params, patterns: Sequence[str]):
 
 
 def layer_scales(params, decay: float):
-    """What layer-wise decay multiplies each parameter's learning rate by, float32, to broadcast over it.
+    """The factor of the learning rate of each parameter by layer-wise decay, float32, to broadcast over it.
 
     In a tower of N layers: decay^(N - l) for layer l = 0 .. N-1, so that the last layer has decay^1, and
     decay^(N + 1) for what comes before the layers (patches, tokens, positions, class token, the norm
@@ -126,13 +126,13 @@ def _scale_layers(decay: float) -> optax.GradientTransformation:
 def learning_rate(config: Optim, *, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
     """The learning rate of each step, float32 [].
 
-    Linear from `warmup_init` to `learning_rate`, then a cosine to `end_learning_rate`, which the last
-    step has. The reference's form reaches the peak a step early, stays there for a step, and never
-    reaches the end (quirk 12).
+    Linear from `warmup_init` to `learning_rate`, then a cosine to `end_learning_rate` at the last step. The
+    schedule of the reference reaches the peak one step early, stays there for a step, and does not reach the
+    end (quirk 12).
     """
     warmup = config.warmup_steps
     if warmup is None:
-        warmup = round(config.warmup_epochs * steps_per_epoch)
+        warmup = round((config.warmup_epochs or 0) * steps_per_epoch)
     warmup = min(warmup, total_steps)
     peak, end = config.learning_rate, config.end_learning_rate
     early = 1 if config.schedule == "reference" else 0
@@ -170,12 +170,12 @@ def optimizer(config: Optim, schedule: optax.Schedule) -> optax.GradientTransfor
                 lambda frozen: "frozen" if frozen else "trained", frozen_mask(params, config.frozen)
             ),
         )
-    # Off, it is no link of the chain: the state of older checkpoints keeps its form.
+    # Without it, the chain has no link for it, so that the state has the form of older checkpoints.
     return adam if config.layer_decay == 1 else optax.chain(adam, _scale_layers(config.layer_decay))
 
 
 def average(params, average_so_far, decay: float, frozen: Sequence[str] = ()):
-    """The moving average with `params` taken in; frozen parameters stay what they are, to the bit."""
+    """The moving average updated with `params`; frozen parameters keep their bits."""
     moved = optax.incremental_update(params, average_so_far, 1 - decay)
     if not frozen:
         return moved
@@ -188,7 +188,7 @@ def average(params, average_so_far, decay: float, frozen: Sequence[str] = ()):
 
 
 def clip_logit_scale(params, frozen: Sequence[str] = ()):
-    """`logit_scale` back into [0, ln 100], as after every step of the reference; not where it is frozen."""
+    """Clips `logit_scale` to [0, ln 100], as the reference does after every step; not where it is frozen."""
     if any(re.fullmatch(pattern, "logit_scale") for pattern in frozen):
         return params
     return {**params, "logit_scale": jnp.clip(params["logit_scale"], 0, MAX_LOG_SCALE)}

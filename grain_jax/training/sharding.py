@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, and the table from logical axes of parameters to mesh axes."""
+"""The device mesh, and the sharding of batch, parameters and state by their logical axes."""
 
 import math
 from typing import Any
@@ -23,7 +23,10 @@ def make_mesh(config: config_lib.Mesh, devices: list | None = None) -> Mesh:
     """The (data, fsdp, tensor) mesh over all devices; an axis of -1 takes what the others leave.
 
     Neighbours in the mesh are neighbours in the network. With `dcn_data` slices (or nodes), the data axis
-    goes through one slice after the other: only its sums, and the losses' rings, cross the slow network.
+    runs through one slice after the other: only its sums, and the rings of the losses, cross the slow network.
+
+    Raises:
+      ShardingError: the axes do not multiply to the number of devices, or the slices do not divide.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -56,14 +59,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts a batch is cut."""
+    """The number of parts that a batch is cut into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
-    """Raises ShardingError, a line a fault, where the batch does not divide: over the mesh, into micro-batches, ...
+    """Checks that the batch divides: over the mesh, into micro-batches, packing groups and loss groups.
 
-    The lines have the flags that would do.
+    Raises:
+      ShardingError: it does not; a line for each fault, with flags that fit.
     """
     batch, parts = config.batch_size, batch_shards(mesh)
     faults = []
@@ -82,24 +86,24 @@ def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
     elif config.text.packing and config.text.pack_group:
         part = batch // (parts * config.microbatches)
         if part % config.text.pack_group:
-            faults.append(_group_that_fits(config.text, part))
+            faults.append(_group_that_fits(config.text.pack_group, config.text.pack_rows, part))
     if not batch % parts:
         try:
-            losses.layout(batch, config.loss, parts)
+            losses.make_layout(batch, config.loss, parts)
         except errors.UserError as error:
             faults.append(str(error))
     if faults:
         raise ShardingError("\n".join(faults))
 
 
-def _group_that_fits(text: config_lib.Text, part: int) -> str:
-    """The fault of a packing group that does not divide the `part` images of a device's micro-batch."""
-    smaller = max(n for n in config_lib.divisors(part) if n < text.pack_group)
+def _group_that_fits(group: int, rows: int | None, part: int) -> str:
+    """The error text where a packing group does not divide the `part` images of a micro-batch on a device."""
+    smaller = max(n for n in config_lib.divisors(part) if n < group)
     good = f"--config.text.pack_group={smaller}"
-    if text.pack_rows:  # a row more, since small groups leave more padding
-        good += f" --config.text.pack_rows={-(-text.pack_rows * smaller // text.pack_group) + 1}"
+    if rows:  # one row more, since small groups leave more padding
+        good += f" --config.text.pack_rows={-(-rows * smaller // group) + 1}"
     return (
-        f"text.pack_group: got {text.pack_group}, expected a divisor of the {part} images of a device's"
+        f"text.pack_group: got {group}, expected a divisor of the {part} images of a device's"
         f" micro-batch, so that no group is cut; set {good}"
     )
 
@@ -107,16 +111,16 @@ def _group_that_fits(text: config_lib.Text, part: int) -> str:
 def lanes_of_process(
     sharding: NamedSharding, *, batch_size: int, lanes: int, process_index: int
 ) -> tuple[int, ...]:
-    """The lanes whose rows of the global batch lie on that process's devices, in ascending order.
+    """The lanes whose rows of the global batch lie on the devices of that process, in ascending order.
 
-    Where devices lie in a mesh depends on the network, so a process's rows need not be one run of them. Two
+    The rows of a process need not be contiguous: the order of devices in a mesh follows the network. Two
     processes that hold the same rows (`tensor` across hosts) both serve them.
 
     Args:
       sharding: of the batch (`batch_sharding`).
       batch_size: rows; a multiple of `lanes`.
       lanes: lane i has the rows [i * batch_size / lanes, (i + 1) * batch_size / lanes).
-      process_index: whose lanes.
+      process_index: of the process.
 
     Raises:
       ShardingError: a lane lies partly on one process and partly on another.
@@ -144,14 +148,14 @@ def _rows_of_processes(sharding: NamedSharding, batch_size: int) -> dict[int, np
 
 
 def lanes_needed(sharding: NamedSharding, batch_size: int) -> int:
-    """What the number of lanes must be a multiple of, so that each lies on one process."""
+    """The number that `input.lanes` must be a multiple of, so that each lane lies on one process."""
     held = _rows_of_processes(sharding, batch_size).values()
     starts = [np.flatnonzero(np.diff(rows)) + 1 for rows in held]
     return batch_size // math.gcd(batch_size, *np.concatenate(starts).tolist())
 
 
 def table(abstract: Any, shardings: Any) -> str:
-    """Name, shape, dtype, spec and bytes a device of every array of a state, then their sums, as lines of text."""
+    """Name, shape, dtype, spec and bytes per device of every array of a state, then their sums, as lines of text."""
     rows, per_device, everything = [("array", "shape", "dtype", "spec", "bytes a device")], 0, 0
     placed = zip(jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(shardings))
     for (path, x), sharding in placed:
@@ -190,7 +194,7 @@ def place_state(
       (ShapeDtypeStructs, NamedShardings), trees without the boxes.
 
     Raises:
-      ShardingError: an axis that no rule covers, or one that does not divide, by parameter name.
+      ShardingError: no rule covers an axis, or an axis does not divide; a line for each parameter.
     """
     table = dict(rules)
     faults: list[str] = []

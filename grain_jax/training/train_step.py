@@ -1,9 +1,9 @@
-"""One step of training, pure: towers, losses over the whole batch, gradients, update, metrics.
+"""One training step, a pure function: towers, losses over the global batch, gradients, update, metrics.
 
-With `microbatches` > 1 the towers see a part of the batch at a time, but the loss still sees all of it:
-embeddings of all parts are computed first, the loss gives their cotangents, then each part is run again
-to carry these back into the parameters (Gao et al. 2021, gradient caching). The result is the
-full batch's, not an average of smaller contrastive losses.
+With `microbatches` > 1 the towers see a part of the batch at a time, but the losses still see all of it: the
+embeddings of all parts are computed first, the losses give their cotangents, then each part is run again
+to carry these back into the parameters (gradient caching, Gao et al. 2021). The result is that of the
+full batch, not an average of smaller contrastive losses.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from grain_jax.models.grain import GRAIN
 from grain_jax.runtime import digests
 from grain_jax.training import optim, sharding
 
-MOST_QUERIES = 16  # with a metric of their own
+MOST_QUERIES = 16  # up to so many queries, each has a metric
 
 # Top level of the parameter tree -> the module that a `grad_norm/MODULE` is of; all else are heads.
 _MODULES = {
@@ -40,29 +40,27 @@ _MODULES = {
 
 
 class TrainState(NamedTuple):
-    """All that a checkpoint holds. The step is also the position in the data."""
+    """The state that a checkpoint holds. The step is also the position in the data."""
 
     step: jax.Array  # int32 []
     params: Any
     opt_state: Any
-    ema_params: Any  # {} where no average is kept
+    ema_params: Any  # {} without an average
     texts_dropped: (
         jax.Array
-    )  # int32 [], regions that fitted into no row and captions cut, since step 0
-    receipt: jax.Array  # uint32 [2, 2], the chains over all batches so far (digests.extend)
-    # uint32 [2], the sums of `Batch.text_counts` since step 0, or since the step of a checkpoint that had
-    # none; modulo 2**32
-    text_counts: jax.Array
+    )  # int32 [], captions cut and descriptions dropped to fit rows, since step 0
+    receipt: Any  # uint32 [2, 2], the chains over all batches so far (digests.extend)
+    # uint32 [2], the sums of `Batch.text_counts` since step 0, or since the step of a checkpoint without them;
+    # modulo 2**32
+    text_counts: Any
 
 
 def abstract_batch(config: Config) -> schema.Batch:
     """The shapes of the config's global Batch, as ShapeDtypeStructs."""
     b, r, size = config.batch_size, config.input.max_regions, config.model.image.image_size
-    groups, rows = b, 1 + r  # padded: a text a row
-    if config.text.packing:
-        groups, rows = b // config.text.pack_group, config.text.pack_rows
+    group, rows = config.text_layout
     of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
-    row = of(jnp.int32, groups, rows, config.model.text.context_length)
+    row = of(jnp.int32, b // group, rows, config.model.text.context_length)
     return schema.Batch(
         image=of(jnp.uint8, b, size, size, 3),
         text_tokens=row,
@@ -74,8 +72,8 @@ def abstract_batch(config: Config) -> schema.Batch:
         description_id=of(jnp.int32, b, r),
         region_boxes_cxcywh=of(jnp.float32, b, r, 4),
         region_mask=of(jnp.bool_, b, r),
-        texts_dropped=of(jnp.int32, groups),
-        text_counts=of(jnp.int32, groups, 2),
+        texts_dropped=of(jnp.int32, b // group),
+        text_counts=of(jnp.int32, b // group, 2),
     )
 
 
@@ -99,7 +97,7 @@ def init_state(model: GRAIN, config: Config, tx: optax.GradientTransformation) -
 
 
 def dropout_keys(seed: int, step, index):
-    """PRNG keys [B] of the examples at `index` [B] of the global batch: no matter where they are computed."""
+    """PRNG keys [B] of the examples at `index` [B] of the global batch, the same on every mesh."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
@@ -116,10 +114,10 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
       keys: dropout keys [B], or None.
 
     Returns:
-      (losses.Losses, gradients as `params`).
+      (losses.Losses, gradients like `params`).
     """
 
-    def apply(params, batch, keys):
+    def apply(params, batch, keys) -> Any:
         params = optim.stop_frozen(params, config.optim.frozen)
         with placement.on(mesh, sharding.BATCH_AXES):
             return model.apply({"params": params}, batch, keys)
@@ -133,17 +131,17 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
     )
 
     def total(outputs):
-        terms = loss_of(outputs)
-        return terms.total, terms
+        found = loss_of(outputs)
+        return found.total, found
 
     if config.microbatches == 1:
-        (_, terms), grads = jax.value_and_grad(
+        (_, found), grads = jax.value_and_grad(
             lambda p: total(apply(p, batch, keys)), has_aux=True
         )(params)
-        return terms, grads
+        return found, grads
 
-    # An image, its packing group and its key stay together: all leading axes are cut alike. Each part
-    # must lie on all devices, so parts interleave the devices' shards rather than take whole ones.
+    # All leading axes are cut alike, so that an image, its packing group and its key stay together. Each part
+    # must lie on all devices: it takes a piece of every shard.
     parts = config.microbatches
     shards = 1 if mesh is None else sharding.batch_shards(mesh)
 
@@ -174,8 +172,8 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
     outputs = schema.Outputs(
         *(x[0] if axis is None else join(x, axis) for x, axis in zip(stacked, image_axis))
     )
-    cotangents, terms = jax.grad(total, has_aux=True)(outputs)
-    # Scale and bias are the same in each part: their cotangents go back through the first one alone.
+    cotangents, found = jax.grad(total, has_aux=True)(outputs)
+    # Scale and bias are the same in each part, so their cotangents go back through the first part only.
     first = jnp.arange(parts) == 0
     cut_cotangents = schema.Outputs(
         *(
@@ -193,14 +191,14 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     grads, _ = jax.lax.scan(backward, zeros, (cut_batch, cut_keys, cut_cotangents))
-    return terms, grads
+    return found, grads
 
 
 def grad_norms(grads, frozen: Sequence[str]) -> dict[str, jax.Array]:
-    """The gradient's norm, of all parameters that are not `frozen` (`optim.frozen`) and of those in each module.
+    """Norms of the gradient of all parameters that are not `frozen` (`optim.frozen`), and of those in each module.
 
     Returns: `grad_norm`, and `grad_norm/image`, `/text`, `/decoder` and `/heads` (projections, boxes, logit
-      scale and bias); a module that is frozen, or that the model has not got, is left out.
+      scale and bias); without the modules that are frozen or that the model has not got.
     """
     modules: dict[str, list] = {}
     paths = jax.tree_util.tree_leaves_with_path(grads)
@@ -211,17 +209,18 @@ def grad_norms(grads, frozen: Sequence[str]) -> dict[str, jax.Array]:
     return {"grad_norm": optax.tree.norm(list(norms.values())), **norms}  # gradients are read once
 
 
-def region_metrics(terms: losses_lib.Losses) -> dict[str, jax.Array]:
-    """What the regions of a batch tell beyond their losses: docs/diagnostics.md has their meaning."""
-    share = terms.query_share
-    out = {
-        "matched_iou50": terms.matched_iou50,
-        "region_description_accuracy": terms.region_description_accuracy,
-    }
-    if len(share) > 1:
+def loss_metrics(found: losses_lib.Losses) -> dict[str, jax.Array]:
+    """The total, the terms and their measures as metrics; docs/diagnostics.md explains each."""
+    out = {"loss": found.total}
+    out |= {f"loss_{name}": value for name, value in found.terms.items()}
+    for name, value in found.measures.items():
+        if value.ndim == 0:
+            out[name] = value
+        elif len(value) <= MOST_QUERIES:
+            out |= {f"{name}/{i}": value[i] for i in range(len(value))}
+    share = found.measures.get("query_share")
+    if share is not None and len(share) > 1:
         out["query_usage_entropy"] = jax.scipy.special.entr(share).sum() / math.log(len(share))
-    if len(share) <= MOST_QUERIES:
-        out |= {f"query_share/{i}": share[i] for i in range(len(share))}
     return out
 
 
@@ -236,7 +235,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: schema.Batch):
         keys = dropout_keys(config.seed, state.step, jnp.arange(batch.image.shape[0]))
-        terms, grads = loss_and_grads(model, config, mesh, state.params, batch, keys)
+        losses, grads = loss_and_grads(model, config, mesh, state.params, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optim.clip_logit_scale(
             optax.apply_updates(state.params, updates), config.optim.frozen
@@ -244,17 +243,12 @@ def make_train_step(
         ema = state.ema_params
         if config.ema_decay:
             ema = optim.average(params, ema, config.ema_decay, config.optim.frozen)
-        # Summed up together: one collective.
+        # Summed together, in one collective.
         sums = jnp.concatenate([batch.texts_dropped[:, None], batch.text_counts], axis=1).sum(0)
         dropped = state.texts_dropped + sums[0]
         text_counts = state.text_counts + sums[1:].astype(jnp.uint32)
         metrics = {
-            "loss": terms.total,
-            "loss_image_caption": terms.image_caption,
-            "loss_region_description": terms.region_description,
-            "loss_box": terms.box,
-            "image_caption_accuracy": terms.image_caption_accuracy,
-            "matched_iou": terms.matched_iou,
+            **loss_metrics(losses),
             "logit_scale": jnp.exp(state.params["logit_scale"]),
             "learning_rate": schedule(state.step),
             **grad_norms(grads, config.optim.frozen),
@@ -262,8 +256,6 @@ def make_train_step(
             "texts": text_counts[0],
             "texts_too_long": text_counts[1],
         }
-        if config.input.max_regions:
-            metrics |= region_metrics(terms)
         receipt = digests.extend(state.receipt, digests.of_batch(batch), state.step)
         step = state.step + 1
         return TrainState(step, params, opt_state, ema, dropped, receipt, text_counts), metrics
@@ -272,14 +264,14 @@ def make_train_step(
 
 
 class Program(NamedTuple):
-    """All that is compiled for a run. The trainer and `launch.plan` build it alike."""
+    """The functions that are compiled for a run, the same for the trainer and `launch.plan`."""
 
     state: TrainState  # ShapeDtypeStructs
     shardings: TrainState  # NamedShardings
     batch: schema.Batch  # ShapeDtypeStructs
     batch_sharding: NamedSharding
     init: Callable  # jitted: () -> state, fresh from the seed; see `initialise.state_of_step_0`
-    step: Callable  # jitted: (state, batch) -> (state, metrics); the old state is given up
+    step: Callable  # jitted: (state, batch) -> (state, metrics); donates `state`
 
 
 def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: float) -> Program:

@@ -278,8 +278,8 @@ def test_two_towers_train_without_regions():
         assert not {"decoder", "box_mlp", "region_projection"} & params.keys()
         step = functools.partial(train_step.loss_and_grads, model, config, None)
         losses, grads = jax.jit(lambda p, b, step=step: step(p, b, None))(params, batch)
-        assert 0 < float(losses.image_caption) < 20 and losses.box == 0
-        assert float(losses.total) == pytest.approx(float(losses.image_caption))
+        assert 0 < float(losses.terms["image_caption"]) < 20 and losses.terms["box"] == 0
+        assert float(losses.total) == pytest.approx(float(losses.terms["image_caption"]))
         found.append((losses.total, *jax.tree.leaves(grads)))
     for one, two in zip(*found, strict=True):
         np.testing.assert_allclose(one, two, rtol=0, atol=1e-5 * max(np.abs(one).max(), 1))

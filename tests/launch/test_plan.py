@@ -396,7 +396,7 @@ def test_search_keeps_groups_whole():
     tried = []
 
     def ask(candidate):
-        losses.layout(candidate.batch_size, candidate.loss, 8)  # raises where they are cut
+        losses.make_layout(candidate.batch_size, candidate.loss, 8)  # raises where they are cut
         tried.append(candidate.batch_size // 8)
         return search.Answer(tried[-1] <= 40, tried[-1], 40, 1.0)
 

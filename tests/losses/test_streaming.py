@@ -111,13 +111,15 @@ def _losses(c, batch, outputs, sizes):
     )
 
     def run(outputs, batch):
-        terms = losses.total_loss(outputs, batch, c.loss, mesh=mesh, batch_axes=sharding.BATCH_AXES)
-        return terms.total, terms
+        values = losses.total_loss(
+            outputs, batch, c.loss, mesh=mesh, batch_axes=sharding.BATCH_AXES
+        )
+        return values.total, values
 
     place = sharding.batch_sharding(mesh)
     batch = jax.device_put(batch, place)
-    (_, terms), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(outputs, batch)
-    return terms, grads
+    (_, values), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(outputs, batch)
+    return values, grads
 
 
 @pytest.mark.parametrize(
@@ -136,12 +138,14 @@ def test_losses_and_gradients_are_the_same_on_every_mesh(sizes, group_size, gath
         outputs, batch
     )
     c = dataclasses.replace(c, loss=dataclasses.replace(c.loss, gather=gather))
-    terms, grads = _losses(c, batch, outputs, sizes)
+    values, grads = _losses(c, batch, outputs, sizes)
     (ic, box, rd), measures = replica_and_measures(outputs, batch, c.loss)
     np.testing.assert_allclose(
-        [terms.image_caption, terms.box, terms.region_description], [ic, box, rd], rtol=1e-5
+        [values.terms[name] for name in ("image_caption", "box", "region_description")],
+        [ic, box, rd],
+        rtol=1e-5,
     )
-    assert_measures(terms, measures)
+    assert_measures(values, measures)
     for name, a, b in zip(outputs._fields, expected[1], grads):
         np.testing.assert_allclose(
             b, a, rtol=1e-4, atol=1e-5 * max(np.abs(a).max(), 0.1), err_msg=name
@@ -150,13 +154,13 @@ def test_losses_and_gradients_are_the_same_on_every_mesh(sizes, group_size, gath
 
 def test_sigmoid_equals_a_float64_loop():
     c, batch, outputs = _case(loss__contrast="sigmoid", model__logit_bias_init=-10.0)
-    terms, grads = _losses(c, batch, outputs, (4, 2, 1))
+    values, grads = _losses(c, batch, outputs, (4, 2, 1))
     o = jax.tree.map(lambda x: np.asarray(x, np.float64), outputs)
     softplus = lambda x: np.log1p(np.exp(x))
     z = o.logit_scale * o.image_embed @ o.text_embed.T + o.logit_bias
     same = batch.caption_id[:, None] == batch.caption_id
     expected = (softplus(-np.diag(z)) + np.where(same, 0, softplus(z)).sum(1)).mean()
-    np.testing.assert_allclose(terms.image_caption, expected, rtol=1e-5)
+    np.testing.assert_allclose(values.terms["image_caption"], expected, rtol=1e-5)
 
     # Regions: the softmax's matching, then every pair by itself.
     real = batch.region_mask & (batch.region_boxes_cxcywh[..., 2:] > 0).all(-1)
@@ -171,7 +175,7 @@ def test_sigmoid_equals_a_float64_loop():
     own = o.logit_scale * (rows * o.region_text_embed[i, j]).sum(-1) + o.logit_bias
     different = ids[i, j][:, None] != ids[real]
     expected = (softplus(-own) + np.where(different, softplus(z), 0).sum(1)).mean()
-    np.testing.assert_allclose(terms.region_description, expected, rtol=1e-5)
+    np.testing.assert_allclose(values.terms["region_description"], expected, rtol=1e-5)
 
     alone = jax.grad(lambda o: losses.total_loss(o, batch, c.loss).total)(outputs)
     for name, a, b in zip(outputs._fields, alone, grads):
@@ -181,9 +185,9 @@ def test_sigmoid_equals_a_float64_loop():
 def test_groups_that_cross_devices_are_refused():
     c = tiny.config(batch_size=48)
     with pytest.raises(errors.UserError, match=r"loss.group_size: got 4, expected a divisor or a"):
-        losses.layout(48, dataclasses.replace(c.loss, group_size=4), 8)
+        losses.make_layout(48, dataclasses.replace(c.loss, group_size=4), 8)
     with pytest.raises(errors.UserError, match=r"loss.gather: got 3, expected a divisor of the 8"):
-        losses.layout(48, dataclasses.replace(c.loss, gather=3), 8)
+        losses.make_layout(48, dataclasses.replace(c.loss, gather=3), 8)
 
 
 @pytest.mark.parametrize("gather", [1, 2])

@@ -12,7 +12,9 @@ from grain_jax import errors
 from grain_jax.runtime import metrics_writer
 from tests import tiny
 
-METRICS = {term: 1.0 for term in metrics_writer.CHECKED} | {
+TERMS = {"loss_image_caption": "caption", "loss_box": "box", "loss_uniform": "uniform"}
+CHECKED = (*TERMS, "loss", "grad_norm")
+METRICS = {term: 1.0 for term in CHECKED} | {
     "matched_iou": 0.5,
     "texts_dropped_share": 0,
 }
@@ -69,13 +71,13 @@ def test_lines_beyond_the_restored_step_are_removed(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
-@pytest.mark.parametrize("term", metrics_writer.CHECKED)
+@pytest.mark.parametrize("term", CHECKED)
 def test_the_first_bad_term_is_named(term):
     with pytest.raises(
         metrics_writer.NotFinite, match=f"^{term} is nan at step 9; it was finite at step 5"
     ):
-        metrics_writer.check_finite({**METRICS, term: math.nan}, 5, 9)
-    metrics_writer.check_finite(METRICS, 5, 9)
+        metrics_writer.check_finite({**METRICS, term: math.nan}, 5, 9, TERMS)
+    metrics_writer.check_finite(METRICS, 5, 9, TERMS)
 
 
 def test_durations():
@@ -83,14 +85,15 @@ def test_durations():
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
-    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 4)
+    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 4, terms=TERMS)
     rates = log.rates(10, 0.0)
     log.progress(10, METRICS | rates)
     log.progress(11, METRICS | rates)  # too soon after the last
     log.progress(100, METRICS | rates)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("step 10/100 (10%)  ETA ") and "loss 1.000" in lines[0]
+    assert lines[0].startswith("step 10/100 (10%)  ETA ")
+    assert "  loss 1.000 = caption 1.000, box 1.000, uniform 1.000  IoU " in lines[0]
     assert "ETA 0s" in lines[1]
 
 

@@ -16,7 +16,7 @@ from grain_jax import errors, export, inference, train
 from grain_jax.convert import __main__ as convert_command
 from grain_jax.evaluate import base
 from grain_jax.report import __main__ as report_command
-from grain_jax.training import memory, sharding, train_step
+from grain_jax.training import memory, memory_use, sharding, train_step
 from tests import tiny
 from tests.paths import ROOT
 
@@ -101,7 +101,7 @@ def large():
     """A config, its mesh and its need."""
     config = tiny.config(batch_size=4096, text__pack_group=8, text__pack_rows=24)
     mesh = sharding.make_mesh(config.mesh)
-    return config, mesh, memory.estimate(config, mesh)
+    return config, mesh, memory_use.estimate(config, mesh)
 
 
 def test_all_that_is_named_can_be_set_and_fits_by_the_same_arithmetic(large):
@@ -113,7 +113,9 @@ def test_all_that_is_named_can_be_set_and_fits_by_the_same_arithmetic(large):
     for key, changed in named.items():
         changed = config_lib.from_dict(dataclasses.asdict(changed))
         sharding.check_batch(changed, mesh)
-        needs = memory.estimate(changed, mesh).total(changed.batch_size // 8, changed.microbatches)
+        needs = memory_use.estimate(changed, mesh).total(
+            changed.batch_size // 8, changed.microbatches
+        )
         assert needs <= room, key
 
 
@@ -132,7 +134,7 @@ def test_a_state_that_does_not_fit_is_to_be_cut(monkeypatch):
     config = tiny.config()
     mesh = sharding.make_mesh(config.mesh)
     program = train_step.build(config, mesh, total_steps=10, steps_per_epoch=1.0)
-    state = sum(memory.state_bytes(program).values())
+    state = sum(memory_use.state_bytes(program).values())
     there = memory.Limit(state - 1, None, 2**40)
     memory.check(config, mesh, there)
     with pytest.raises(errors.OutOfMemory, match="parameters, optimiser state") as caught:

@@ -225,8 +225,8 @@ def test_a_frozen_module_has_no_gradient_norm():
 @pytest.mark.parametrize("queries,entropy", [(1, False), (17, True)])
 def test_queries_have_metrics_only_where_they_tell_something(queries, entropy):
     share = jnp.full(queries, 1 / queries)
-    terms = losses.Losses(*[0.0] * 8, query_share=share)
-    metrics = train_step.region_metrics(terms)
+    values = losses.Losses(jnp.float32(0), {}, {"query_share": share})
+    metrics = train_step.loss_metrics(values)
     assert ("query_usage_entropy" in metrics) == entropy
     assert sum(name.startswith("query_share/") for name in metrics) == (0 if entropy else 1)
     assert not entropy or abs(metrics["query_usage_entropy"] - 1) < 1e-6

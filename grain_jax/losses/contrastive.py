@@ -1,0 +1,106 @@
+"""The contrastive losses: images and captions, regions and descriptions (docs/method.md, Losses).
+
+Rows and columns that lie on other devices are met in `streaming`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from grain_jax.losses import streaming
+from grain_jax.losses.shard import GroupMean, Mean, Shard, TermOutput
+from grain_jax.losses.streaming import Columns
+
+TIE = 1e-5  # cosines nearer than this are equal but for rounding
+
+
+def image_caption(shard: Shard) -> TermOutput:
+    """L_ic: each image and its caption, against all captions and images of the batch.
+
+    The mean of both directions for "softmax" (CLIP). "sigmoid" is symmetric, so one direction suffices.
+    Measures `image_caption_accuracy`, the share of images nearest to their own caption.
+    """
+    outputs, config, caption_id = shard.outputs, shard.config, shard.targets.caption_id
+    image, text = outputs.image_embed, outputs.text_embed
+    own = outputs.logit_scale * jnp.sum(image * text, axis=-1) + outputs.logit_bias
+    directions = 1 if config.contrast == "sigmoid" else 2
+    rows, columns = jnp.stack([image, text]), jnp.stack([text, image])
+    real = jnp.ones(caption_id.shape, bool)
+    negatives = functools.partial(
+        streaming.negatives, config.contrast, config.tile, shard.layout.everywhere
+    )
+    # Both directions at once, so that their columns travel together.
+    negative = jax.vmap(negatives, in_axes=(0, None, Columns._make((0, None, None)), None, None))(
+        rows[:directions],
+        caption_id,
+        Columns(columns[:directions], caption_id, real),
+        outputs.logit_scale,
+        outputs.logit_bias,
+    )
+    loss = streaming.loss_of_rows(config.contrast, own, negative.cost).mean(0)
+    right = _is_nearest(own, negative.highest[0], outputs.logit_scale)
+    count = jnp.float32(len(caption_id))
+    return TermOutput(
+        Mean(loss.sum(), count),
+        {"image_caption_accuracy": Mean(right.sum().astype(jnp.float32), count)},
+    )
+
+
+def region_description(shard: Shard) -> TermOutput:
+    """L_rd: each matched query against the descriptions of its group; a mean over the group's matched regions.
+
+    Measures `region_description_accuracy`, the share of matched regions nearest to their own description.
+    """
+    per_group = shard.layout.per_group
+    loss, right = jax.vmap(
+        functools.partial(_region_description_of_group, config=shard.config, layout=shard.layout),
+        in_axes=(0, 0, None, None, 0, 0, 0, 0),
+    )(
+        per_group(shard.outputs.region_embed),
+        per_group(shard.outputs.region_text_embed),
+        shard.outputs.logit_scale,
+        shard.outputs.logit_bias,
+        per_group(shard.targets.description_id),
+        per_group(shard.targets.description_mask),
+        per_group(shard.targets.label_slot),
+        jax.tree.map(per_group, shard.match),
+    )
+    matched = per_group(shard.match.valid).sum((1, 2)).astype(jnp.float32)
+    measures = {}
+    if right.size:  # a run with regions
+        accuracy = Mean(right.sum().astype(jnp.float32), matched.sum())
+        measures["region_description_accuracy"] = accuracy
+    return TermOutput(GroupMean(loss.sum((1, 2)), matched), measures)
+
+
+def _region_description_of_group(
+    region_embed, region_text_embed, scale, bias, id_, mask, label_slot, match, *, config, layout
+):
+    """(loss of each region, 0 where none is matched; whether its own description is nearest), [b, R] each."""
+    b, slots = id_.shape
+    if slots == 0:  # a run without regions, such as the CLIP baseline
+        return jnp.zeros((b, 0)), jnp.zeros((b, 0), bool)
+    pred = jnp.take_along_axis(region_embed, match.query_index[..., None], axis=1)  # [b, R, D]
+    label = jnp.take_along_axis(region_text_embed, label_slot[..., None], axis=1)  # [b, R, D]
+    own = scale * jnp.sum(pred * label, axis=-1) + bias  # [b, R]
+    label_id = jnp.take_along_axis(id_, label_slot, axis=1)
+    flat = lambda x: x.reshape(b * slots, *x.shape[2:])  # noqa: E731
+    negative: streaming.Negatives = streaming.negatives(
+        config.contrast,
+        config.tile,
+        layout.in_group,
+        flat(pred),
+        flat(label_id),
+        Columns(flat(region_text_embed), flat(id_), flat(mask)),
+        scale,
+        bias,
+    )
+    cost, highest = (x.reshape(b, slots) for x in negative)
+    loss = streaming.loss_of_rows(config.contrast, own, cost)
+    return jnp.where(match.valid, loss, 0), match.valid & _is_nearest(own, highest, scale)
+
+
+def _is_nearest(own_logit, highest_negative, logit_scale):
+    """Whether the own logit beats every negative by more than rounding; a tie does not count."""
+    return own_logit - highest_negative > TIE * logit_scale

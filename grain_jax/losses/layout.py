@@ -1,0 +1,67 @@
+"""How the images of a batch and their groups (`loss.group_size`) lie on the devices."""
+
+from typing import NamedTuple
+
+from grain_jax import config as config_lib
+from grain_jax import errors
+from grain_jax.losses.streaming import Ring
+
+
+class Layout(NamedTuple):
+    """Where the images of a batch and of each group are.
+
+    Attributes:
+      sizes: of the mesh axes "group", "ring" and "gather" that the losses run over.
+      everywhere: the ring over all images.
+      in_group: the ring over the images of a group.
+      groups_per_shard: more than 1 where a device holds whole groups.
+      shards_per_group: more than 1 where a group spans devices.
+    """
+
+    sizes: tuple[int, int, int]
+    everywhere: Ring
+    in_group: Ring
+    groups_per_shard: int
+    shards_per_group: int
+
+    def per_group(self, x):
+        """[b, ...] of a shard -> [groups of the shard, images of the group, ...]."""
+        groups = self.groups_per_shard
+        return x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
+
+
+def make_layout(images: int, config: config_lib.Loss, shards: int) -> Layout:
+    """The layout of `images` on so many shards. A group spans shards, or a shard holds whole groups.
+
+    Raises:
+      UserError: a group overlaps a part of a shard, or `loss.gather` does not divide the shards of a group.
+    """
+    size, shard = config.group_size or images, images // shards
+    faults = []
+    if max(size, shard) % min(size, shard):
+        whole = [n for n in config_lib.divisors(images) if n % shard == 0 or shard % n == 0]
+        faults.append(
+            f"loss.group_size: got {size}, expected a divisor or a multiple of the {shard} images that a"
+            f" device has (batch_size {images} over data x fsdp = {shards}); set"
+            f" {config_lib.flags_of('loss.group_size', whole, size)}"
+        )
+    per_group = max(1, size // shard)
+    neighbours = per_group if per_group > 1 else shards
+    if neighbours % config.gather:
+        faults.append(
+            f"loss.gather: got {config.gather}, expected a divisor of the {neighbours} devices that share"
+            " negatives; set"
+            f" {config_lib.flags_of('loss.gather', config_lib.divisors(neighbours), config.gather)}"
+        )
+    if faults:
+        raise errors.UserError("\n".join(faults))
+    gather = "gather" if config.gather > 1 else None
+    ring = max(1, per_group // config.gather)
+    sizes = shards // (ring * config.gather), ring, config.gather
+    return Layout(
+        sizes,
+        everywhere=Ring(("group", "ring"), sizes[0] * ring, gather) if shards > 1 else Ring(),
+        in_group=Ring(("ring",), ring, gather) if per_group > 1 else Ring(),
+        groups_per_shard=max(1, shard // size),
+        shards_per_group=per_group,
+    )

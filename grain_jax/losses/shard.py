@@ -1,0 +1,130 @@
+"""What a loss term gets and gives: the images of one device, and sums and counts over them.
+
+A loss term is a function of a `Shard` that returns a `Mean`, a `GroupMean`, or a `TermOutput` with further
+numbers to log. It runs inside `jax.shard_map`, where an image's negatives may lie on other devices: the
+rings of `Shard.layout` reach them (streaming.py). `total.total_loss` adds the sums and counts of all devices
+up, so a term that only averages over its images needs no collective.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from grain_jax import schema
+from grain_jax.config import Loss
+from grain_jax.losses import matching, streaming
+from grain_jax.losses.layout import Layout
+
+
+class Mean(NamedTuple):
+    """A mean over all images: the sum on this device, and how many values it has."""
+
+    sum: Float[Array, "*n"]
+    count: Float[Array, ""]
+
+
+class GroupMean(NamedTuple):
+    """A mean over groups of each group's mean: the sums and counts of the groups that this device holds.
+
+    A group without values counts as 0.
+    """
+
+    sum: Float[Array, "g"]  # g = layout.groups_per_shard
+    count: Float[Array, "g"]
+
+
+class TermOutput(NamedTuple):
+    """The loss of a term, and numbers to log beside it (no gradient is taken of them)."""
+
+    loss: Mean | GroupMean
+    measures: Mapping[str, Mean | GroupMean]
+
+
+class Targets(NamedTuple):
+    """What the losses compare with; equal ids are not each other's negatives."""
+
+    caption_id: Int[Array, "b"]
+    boxes_cxcywh: Float[Array, "b R 4"]
+    box_mask: Bool[Array, "b R"]  # real regions whose box has an area: those that are matched
+    description_id: Int[Array, "b R"]
+    description_mask: Bool[Array, "b R"]  # descriptions that take part
+    label_slot: Int[Array, "b R"]  # where the description of each region is in its image
+
+
+class Shard(NamedTuple):
+    """The images of one device, b of them, as a loss term sees them."""
+
+    outputs: schema.Outputs  # logit_scale and logit_bias are the same on all devices
+    batch: schema.Batch  # ids, boxes and masks; images, tokens and where texts lie are None
+    targets: Targets
+    match: matching.Match  # of the queries of the last decoder layer and the regions
+    layout: Layout
+    config: Loss
+
+
+class Term(Protocol):
+    """A loss term: contrastive.image_caption is one."""
+
+    def __call__(self, shard: Shard, /) -> Mean | GroupMean | TermOutput: ...
+
+
+def make_shard(
+    outputs: schema.Outputs, batch: schema.Batch, *, config: Loss, layout: Layout
+) -> Shard:
+    """The images of this device with their targets, matched."""
+    targets = _targets(batch, config, layout)
+    match = match_regions(outputs.pred_boxes_cxcywh[-1], outputs, targets, config)
+    return Shard(outputs, batch, targets, match, layout, config)
+
+
+def match_regions(
+    pred_boxes_cxcywh: Float[Array, "b Q 4"],
+    outputs: schema.Outputs,
+    targets: Targets,
+    config: Loss,
+) -> matching.Match:
+    """The matching of the queries with these boxes and the regions (docs/method.md, Losses)."""
+    with jax.named_scope("matching"):
+        cosine = None
+        if config.match_description:
+            cosine = streaming.similarity(outputs.region_embed, outputs.region_text_embed)
+        cost = matching.cost_matrix(
+            pred_boxes_cxcywh,
+            targets.boxes_cxcywh,
+            l1=config.match_l1,
+            giou=config.match_giou,
+            iou_epsilon=config.iou_epsilon,
+            description=config.match_description,
+            cosine=cosine,
+        )
+        return matching.match(cost, targets.box_mask)
+
+
+def _targets(batch: schema.Batch, config: Loss, layout: Layout) -> Targets:
+    target = batch.region_boxes_cxcywh
+    # A box without area (after clipping) is no target.
+    box_mask = batch.region_mask & (target[..., 2:] > 0).all(-1)
+    description_mask = box_mask
+    label_slot = jnp.broadcast_to(jnp.arange(target.shape[1]), box_mask.shape)
+    if config.shift_labels_after_empty_box:
+        # DIFFERS by default: the reference drops the box but keeps its description, so that the labels
+        # of the image's later boxes fall on the descriptions before theirs (quirk 1).
+        description_mask = batch.region_mask
+        slots_of_texts = jnp.argsort(~description_mask, axis=1, stable=True)
+        rank = jnp.maximum(jnp.cumsum(box_mask, axis=1) - 1, 0)
+        label_slot = jnp.take_along_axis(slots_of_texts, rank, axis=1)
+    caption_id, description_id = batch.caption_id, batch.description_id
+    if not config.mask_duplicates:  # equal texts count as different ones
+        caption_id = _unique_ids(caption_id.shape, layout.everywhere)
+        description_id = _unique_ids(description_id.shape, layout.everywhere)
+    return Targets(caption_id, target, box_mask, description_id, description_mask, label_slot)
+
+
+def _unique_ids(shape: tuple[int, ...], ring: streaming.Ring) -> Int[Array, "..."]:
+    """Numbers that no other entry of the ring has."""
+    ids = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
+    return ids + math.prod(shape) * jax.lax.axis_index(ring.names) if ring.names else ids

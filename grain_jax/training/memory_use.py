@@ -1,0 +1,204 @@
+"""What a training step needs in memory: the state exactly, and what it makes and drops by arithmetic."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from grain_jax import config as config_lib
+from grain_jax.input_pipeline import derived, device
+from grain_jax.models.grain import GRAIN
+from grain_jax.training import optim, sharding, train_step
+
+FLOAT = 4  # bytes
+# Temporaries of XLA on CPUs / (activations + layer of `temporaries` in float32, to which it converts bfloat16):
+# 1.18 and 1.29 for the demo, 0.81 to 0.99 for S/16.
+CPU_TEMPORARIES = 1.3
+BATCHES = device.DEPTH + 2  # on the devices: in use, ahead, and about to be
+
+
+class Kept(NamedTuple):
+    """An array that the forward pass keeps for the backward pass."""
+
+    bytes: int
+    shape: str  # "bfloat16[12,64,197,768]"
+    where: str  # the module that makes it
+
+
+class Need(NamedTuple):
+    """What one device needs.
+
+    Attributes:
+      state: bytes of parameters, optimiser state and averages.
+      gradients: bytes; counted twice with micro-batches.
+      activations: bytes per image of a micro-batch.
+      batch: bytes per image of a batch.
+    """
+
+    state: float
+    gradients: float
+    activations: float
+    batch: float
+
+    def parts(self, images: int, microbatches: int) -> dict[str, float]:
+        """Bytes of each kind, for so many images a device; their sum is what the device needs."""
+        return {
+            "parameters, optimiser state and gradients": self.state
+            + self.gradients * min(microbatches, 2),
+            "activations": self.activations * images / microbatches,
+            "batches": self.batch * images * BATCHES,
+        }
+
+    def total(self, images: int, microbatches: int) -> float:
+        return sum(self.parts(images, microbatches).values())
+
+
+def kept(config: config_lib.Config, images: int) -> list[Kept]:
+    """The arrays that the forward pass of the towers keeps for the backward pass, the largest first.
+
+    Args:
+      config: model, dtype, remat policy and the layout of texts.
+      images: of one device and one micro-batch, a multiple of the packing group.
+
+    Returns:
+      The arrays without parameters and inputs.
+    """
+    config = dataclasses.replace(config, batch_size=images)
+    model = GRAIN(config.model, config.dtype, config.remat)
+    batch = train_step.abstract_batch(config)
+    keys = jax.eval_shape(lambda: train_step.dropout_keys(0, 0, jnp.arange(images)))
+    one = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
+    params = jax.eval_shape(lambda: sharding.unbox(model.init(jax.random.key(0), one)["params"]))
+
+    def apply(params, batch, keys):
+        params = optim.stop_frozen(params, config.optim.frozen)
+        return model.apply({"params": params}, batch, keys)
+
+    def residuals(params, batch, keys):
+        _, pull_back = jax.vjp(lambda p: apply(p, batch, keys), params)
+        return jax.tree.leaves(pull_back)
+
+    jaxpr = jax.make_jaxpr(residuals)(params, batch, keys).jaxpr
+    # Inputs and constants have no equation.
+    makers = {id(v): equation for equation in jaxpr.eqns for v in equation.outvars}
+    found = {id(v): v.aval for v in jaxpr.outvars if id(v) in makers}
+    return sorted(
+        (
+            Kept(
+                aval.size * aval.dtype.itemsize,
+                f"{aval.dtype}[{','.join(map(str, aval.shape))}]",
+                _module(str(makers[key].source_info.name_stack)),
+            )
+            for key, aval in found.items()
+        ),
+        reverse=True,
+    )
+
+
+def _module(name_stack: str) -> str:
+    """The module below the model, such as image/norm, of "jvp(GRAIN)/GRAIN.encode_image/image/norm"."""
+    return "/".join(part for part in name_stack.split("/") if "GRAIN" not in part)
+
+
+def state_bytes(program: train_step.Program) -> dict[str, int]:
+    """Bytes per device of the arguments of a program, by kind, before any padding."""
+    state, shardings = program.state, program.shardings
+    batch = jax.tree.leaves(program.batch)
+    return {
+        "parameters": _total(state.params, shardings.params),
+        "moments": _total(state.opt_state, shardings.opt_state),
+        "ema": _total(state.ema_params, shardings.ema_params),
+        "batch": _total(batch, [program.batch_sharding] * len(batch)),
+    }
+
+
+def trained_bytes(program: train_step.Program, frozen: Sequence[str]) -> int:
+    """Bytes per device of the parameters that have a gradient."""
+    params, shardings = program.state.params, program.shardings.params
+    stays = jax.tree.leaves(optim.frozen_mask(params, frozen))
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(shardings))
+    trained = [pair for pair, fixed in zip(pairs, stays) if not fixed]
+    return _total([x for x, _ in trained], [s for _, s in trained])
+
+
+def _total(shapes: Any, shardings: Any) -> int:
+    return sum(
+        math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, s in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings))
+    )
+
+
+def temporaries(
+    config: config_lib.Config, program: train_step.Program, shards: int
+) -> dict[str, int]:
+    """Bytes per device of the temporaries of a step, by arithmetic; right to a fifth on accelerators.
+
+    Args:
+      config: of the run.
+      program: built from it.
+      shards: parts that the batch is cut into.
+
+    Returns:
+      gradients, activations (kept by the remat policy), layer (one layer at work), losses.
+    """
+    images = config.batch_size // shards
+    part = images // config.microbatches
+    nothing_again = dataclasses.replace(
+        config, remat="none", optim=dataclasses.replace(config.optim, frozen=())
+    )
+    # Three tiles (logits, their softmax, the mask), and three blocks: in use, arriving, and of the sums.
+    vectors = images * config.loss.gather * (2 + config.input.max_regions)
+    tile = min(config.loss.tile, images * max(config.input.max_regions, 1))
+    activations = everything = sum(k.bytes for k in kept(config, part))
+    if nothing_again != config:
+        everything = sum(k.bytes for k in kept(nothing_again, part))
+    return {
+        "gradients": trained_bytes(program, config.optim.frozen) * min(config.microbatches, 2),
+        "activations": activations,
+        "layer": everything // config.model.image.depth,
+        "losses": FLOAT * (3 * tile**2 + 3 * vectors * config.model.embed_dim),
+    }
+
+
+def estimate(config: config_lib.Config, mesh: Mesh) -> Need:
+    """What a device needs, by arithmetic.
+
+    Raises:
+      ShardingError: the config does not fit the mesh.
+    """
+    config, _ = derived.planned(config, derived.Place(sharding.batch_shards(mesh)))
+    program = train_step.build(config, mesh, total_steps=1, steps_per_epoch=1.0)
+    factor = 1.0
+    if _on_cpu(mesh):
+        factor = CPU_TEMPORARIES
+        remat = config.remat if recomputes(config, mesh) else "none"
+        config = dataclasses.replace(config, dtype="float32", remat=remat)
+    made = temporaries(config, program, sharding.batch_shards(mesh))
+    images = config.batch_size // sharding.batch_shards(mesh)
+    part = images // config.microbatches
+    activations = factor * (made["activations"] + made["layer"]) / part + made["losses"] / images
+    return need_of(config, program, mesh, activations)
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def recomputes(config: config_lib.Config, mesh: Mesh) -> bool:
+    """Whether `remat` saves memory: XLA's CPU backend undoes it where layers are unrolled."""
+    image = config.model.image
+    return not _on_cpu(mesh) or image.unroll < image.depth
+
+
+def need_of(
+    config: config_lib.Config, program: train_step.Program, mesh: Mesh, activations: float
+) -> Need:
+    """What a device needs where an image of a micro-batch has so many bytes of activations."""
+    sizes = state_bytes(program)
+    batch = sizes.pop("batch") * sharding.batch_shards(mesh) / config.batch_size
+    trained = trained_bytes(program, config.optim.frozen)
+    return Need(sum(sizes.values()), trained, activations, batch)

@@ -1,0 +1,115 @@
+"""Which steps of a run are logged, evaluated and saved, and which number the best checkpoint is chosen by."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+
+from grain_jax import errors
+from grain_jax.config import Config
+
+
+class Due(NamedTuple):
+    """What is due after a step."""
+
+    logs: bool
+    evaluates: bool
+    saves: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Which steps are logged, evaluated and saved; a pure function of the step and the arguments of `due`."""
+
+    total_steps: int
+    log_every: int
+    eval_every: int  # 0: only after the last step
+    checkpoint_every: int  # 0: only after the last step, and by the clock
+    checkpoint_every_minutes: float  # 0: not by the clock
+    has_evals: bool
+    best_is_evaluated: bool  # every evaluation is saved, so that the best one has its state
+
+    @classmethod
+    def of(cls, config: Config, total_steps: int, *, has_evals: bool) -> "Schedule":
+        """The schedule of a run."""
+        return cls(
+            total_steps,
+            config.log_every,
+            config.eval_every,
+            config.checkpoint_every,
+            config.checkpoint_every_minutes,
+            has_evals,
+            best_is_evaluated(config),
+        )
+
+    def due(self, step: int, *, preempted: bool, minutes_are_over: Callable[[float], bool]) -> Due:
+        """What is due after `step` steps.
+
+        Args:
+          step: from 1 on.
+          preempted: the run ends after this step, perhaps within half a minute: it is saved and not evaluated.
+          minutes_are_over: whether the last save is so many minutes ago. Called only at steps that are logged and
+            not saved anyway: it may be a collective.
+        """
+        last = step == self.total_steps
+        evaluates = self.has_evals and (last or _at_interval(step, self.eval_every))
+        evaluates = evaluates and not preempted
+        saves = last or preempted or _at_interval(step, self.checkpoint_every)
+        saves = saves or (evaluates and self.best_is_evaluated)
+        logs = last or evaluates or _at_interval(step, self.log_every)
+        if logs and not saves and self.checkpoint_every_minutes:
+            saves = minutes_are_over(self.checkpoint_every_minutes)
+        return Due(logs, evaluates, saves)
+
+
+def _at_interval(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def agreed(opinion: bool) -> bool:
+    """The opinion of the first process, on all of them: clocks differ."""
+    if jax.process_count() == 1:
+        return opinion
+    return bool(multihost_utils.broadcast_one_to_all(jnp.asarray(opinion)))
+
+
+def best_is_evaluated(config: Config) -> bool:
+    """Whether the best checkpoint is chosen by a number of an evaluator."""
+    return config.checkpoint_best_metric.startswith("eval/")
+
+
+def check_best_metric(config: Config, known: Collection[str]) -> None:
+    """Raises UserError where `checkpoint_best_metric` is set and none of the `known` names."""
+    name = config.checkpoint_best_metric
+    if name and name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        raise errors.UserError(
+            f"checkpoint_best_metric: got {name!r}, which is not measured; did you mean {near[0]!r}?"
+        )
+
+
+def check_best_entry(config: Config, evals: Collection[str]) -> None:
+    """Raises UserError where `checkpoint_best_metric` is a number of an entry that is skipped."""
+    group, _, rest = config.checkpoint_best_metric.partition("/")
+    name = rest.partition("/")[0]
+    if group == "eval" and name not in evals:
+        raise errors.UserError(
+            f"checkpoint_best_metric: got {config.checkpoint_best_metric!r}, but evals.{name} is skipped,"
+            " because its data is missing"
+        )
+
+
+def best_metric(config: Config, values: Mapping[str, float]) -> dict[str, float] | None:
+    """The number that the best checkpoint is chosen by, of the first process, on all; None where it is not measured."""
+    name = config.checkpoint_best_metric
+    if not name:
+        return None
+    value = values.get(name, math.nan)
+    if jax.process_count() > 1:  # rates are known to the first one only
+        value = float(multihost_utils.broadcast_one_to_all(jnp.asarray(value)))
+    return None if math.isnan(value) else {name: value}

@@ -1,0 +1,140 @@
+"""examples/loss: a user's loss term, alone against a float64 replica and in a run of the trainer."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from examples.loss.uniformity import uniformity
+from grain_jax import losses, train
+from grain_jax.input_pipeline import synthetic
+from grain_jax.models.grain import GRAIN
+from grain_jax.runtime import command_line
+from grain_jax.training import sharding, train_step
+from launch import sweep_runs
+from tests import tiny
+from tests.losses.test_losses import _outputs
+from tests.paths import ROOT
+
+TERM = f"{uniformity.__module__}:{uniformity.__name__}"
+ENTRY = {"term": TERM, "weight": 0.25, "t": 3.0}
+
+
+def replica(region_embed, t):
+    """(the loss, the mean cosine) in float64."""
+    values, cosines = [], []
+    for x in np.asarray(region_embed, np.float64):
+        distances = [
+            ((x[i] - x[j]) ** 2).sum() for i in range(len(x)) for j in range(len(x)) if i != j
+        ]
+        values.append(np.log(np.exp(-t * np.array(distances)).mean()))
+        cosines.append(1 - np.mean(distances) / 2)
+    return np.mean(values), np.mean(cosines)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_term_equals_a_float64_replica_on_every_mesh(devices):
+    c = tiny.config(loss__terms__uniformity=ENTRY, loss__box=1.5)
+    batch, outputs = tiny.batch(c), _outputs(c)
+    mesh = sharding.make_mesh(c.mesh, jax.devices()[:devices])
+
+    def total(region_embed):
+        found = losses.total_loss(
+            outputs._replace(region_embed=region_embed),
+            batch,
+            c.loss,
+            mesh=mesh,
+            batch_axes=sharding.BATCH_AXES,
+        )
+        return found.total, found
+
+    run = jax.jit(jax.value_and_grad(total, has_aux=True))
+    (_, found), gradient = run(outputs.region_embed)
+    loss, cosine = replica(outputs.region_embed, t=3.0)
+    np.testing.assert_allclose(found.terms["uniformity"], loss, rtol=1e-5)
+    np.testing.assert_allclose(found.measures["uniformity/cosine"], cosine, atol=1e-6)
+    weights = {"image_caption": 1, "region_description": 1, "box": 1.5, "uniformity": 0.25}
+    expected = sum(weight * found.terms[name] for name, weight in weights.items())
+    np.testing.assert_allclose(found.total, expected, rtol=1e-6)
+    # Its gradient on the sphere, against differences of the replica.
+    without = jax.grad(
+        lambda x: (
+            losses.total_loss(
+                outputs._replace(region_embed=x), batch, tiny.config(loss__box=1.5).loss
+            ).total
+        )
+    )(outputs.region_embed)
+    x = np.asarray(outputs.region_embed, np.float64)
+    direction = np.random.default_rng(1).normal(size=x.shape)
+    direction -= (direction * x).sum(-1, keepdims=True) * x
+    above, below = (replica(x + e * direction, t=3.0)[0] for e in (1e-5, -1e-5))
+    slope = ((np.asarray(gradient, np.float64) - without) * direction).sum()
+    assert slope == pytest.approx(0.25 * (above - below) / 2e-5, rel=1e-3)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_run_trains_on_it(tmp_path, microbatches):
+    c = tiny.config(
+        loss__terms__uniformity=ENTRY,
+        batch_size=32,
+        total_steps=3,
+        checkpoint_every=0,
+        model__decoder__dropout=0.0,
+        optim__learning_rate=1e-2,
+        microbatches=microbatches,
+    )
+    train.train(c, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3
+    for line in lines:
+        terms = ("image_caption", "region_description", "box")
+        expected = sum(line[f"loss_{name}"] for name in terms) + 0.25 * line["loss_uniformity"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)
+    batch = next(synthetic.batches(c))
+    mesh = sharding.make_mesh(c.mesh)
+    program = train_step.build(c, mesh, total_steps=3, steps_per_epoch=1.0)
+    params = jax.device_get(program.init().params)
+    outputs = jax.jit(GRAIN(c.model, c.dtype).apply)({"params": params}, batch, None)
+    loss, cosine = replica(outputs.region_embed, t=3.0)
+    assert lines[0]["loss_uniformity"] == pytest.approx(loss, rel=1e-4)
+    assert lines[0]["uniformity/cosine"] == pytest.approx(cosine, abs=1e-5)
+    assert json.loads((tmp_path / "config.json").read_text())["loss"]["terms"] == {
+        "uniformity": ENTRY
+    }
+
+
+def parse(monkeypatch, *given):
+    """The Config of a command line."""
+    values = flags.FlagValues()
+    monkeypatch.setattr(flags, "FLAGS", values)
+    argv = ["train", f"--config={ROOT / 'tests/run_config.py'}", *given]
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    return command_line.parse_config(argv, holder)
+
+
+def test_the_command_line_switches_it_on(monkeypatch):
+    key = "--config.loss.terms.uniformity"
+    config = parse(monkeypatch, f"{key}.term={TERM}", f"{key}.weight=0.1", f"{key}.t=3")
+    assert config.loss.terms == {"uniformity": {"term": TERM, "weight": 0.1, "t": 3}}
+    assert losses.terms_of(config.loss)[-1][1] == 0.1
+    point = sweep_runs.resolve(config, {"loss.terms.uniformity.weight": 0.5})
+    assert point.loss.terms["uniformity"]["weight"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "options,fault",
+    [
+        (("weight=1", "tt=3"), "loss.terms.uniformity.tt: no such key; did you mean"),
+        (("weight=1", "t=high"), "loss.terms.uniformity.t: got 'high', expected float"),
+        (("weigth=1",), "loss.terms.uniformity.weight: got None, expected a finite number"),
+    ],
+)
+def test_what_is_wrong_is_one_line(options, fault, monkeypatch, capsys):
+    key = "--config.loss.terms.uniformity"
+    with pytest.raises(SystemExit) as ended:
+        parse(monkeypatch, f"{key}.term={TERM}", *(f"{key}.{option}" for option in options))
+    assert ended.value.code == 2
+    assert fault in capsys.readouterr().err

@@ -1,0 +1,172 @@
+"""The table of the loss terms, and terms from outside of the package: what they may be and what faults say."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grain_jax import config, errors, losses
+from grain_jax.training import sharding
+from tests import tiny
+from tests.losses.test_losses import _outputs
+from tests.paths import ROOT
+
+
+@dataclasses.dataclass(frozen=True)
+class Variance:
+    """Minus the variance of the image embeddings over the whole batch, on whatever devices they lie."""
+
+    floor: float = 0.0
+    names: tuple[str, ...] = ()
+
+    def __call__(self, shard: losses.Shard) -> losses.Mean:
+        x, axes = shard.outputs.image_embed, shard.layout.everywhere.names
+        over_all = functools.partial(jax.lax.psum, axis_name=axes) if axes else lambda x: x
+        images = over_all(jnp.float32(len(x)))
+        mean = over_all(x.sum(0)) / images
+        return losses.Mean(-((x - mean) ** 2).sum() + self.floor * len(x), jnp.float32(len(x)))
+
+
+def distance(shard: losses.Shard, *, power: int) -> losses.GroupMean:
+    """A mean over groups: of |caption - image|^power."""
+    distances = jnp.linalg.norm(shard.outputs.image_embed - shard.outputs.text_embed, axis=-1)
+    per_group = shard.layout.per_group(distances**power)
+    return losses.GroupMean(per_group.sum(1), jnp.full(len(per_group), per_group.shape[1]))
+
+
+def a_number(shard: losses.Shard) -> jax.Array:
+    return shard.outputs.image_embed.sum()
+
+
+def of_images(shard: losses.Shard) -> losses.Mean:
+    return losses.Mean(shard.outputs.image_embed.sum(-1), jnp.float32(1))
+
+
+def of_wrong_groups(shard: losses.Shard) -> losses.GroupMean:
+    return losses.GroupMean(jnp.zeros(3), jnp.zeros(3))
+
+
+def not_keyword(shard: losses.Shard, power: int = 1) -> losses.Mean:
+    return losses.Mean(jnp.float32(power), jnp.float32(1))
+
+
+def _loss(name, weight=1.0, loss=None, **options):
+    entry = {"term": f"{__name__}:{name}", "weight": weight, **options}
+    return dataclasses.replace(loss or tiny.config().loss, terms={"mine": entry})
+
+
+@pytest.mark.parametrize("devices,group_size", [(1, 4), (8, 4), (8, 1)])
+def test_terms_over_the_batch_and_over_groups(devices, group_size):
+    c = tiny.config(loss__group_size=group_size)
+    batch, outputs = tiny.batch(c), _outputs(c)
+    mesh = sharding.make_mesh(c.mesh, jax.devices()[:devices])
+    loss = _loss("Variance", 2.0, c.loss, floor=0.5)
+    other = {"term": f"{__name__}:distance", "weight": -1.0, "power": 3}
+    loss = dataclasses.replace(loss, terms=loss.terms | {"other": other})
+    run = functools.partial(losses.total_loss, mesh=mesh, batch_axes=sharding.BATCH_AXES)
+    found = jax.jit(lambda o, b: run(o, b, loss))(outputs, batch)
+    x, y = (np.asarray(v, np.float64) for v in (outputs.image_embed, outputs.text_embed))
+    variance = 0.5 - ((x - x.mean(0)) ** 2).sum(-1).mean()
+    distances = (np.linalg.norm(x - y, axis=-1) ** 3).mean()  # groups are of one size
+    np.testing.assert_allclose(found.terms["mine"], variance, rtol=1e-5)
+    np.testing.assert_allclose(found.terms["other"], distances, rtol=1e-5)
+    plain = sum(found.terms[name] for name in losses.TERMS)
+    np.testing.assert_allclose(found.total, plain + 2 * variance - distances, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name,options,fault",
+    [
+        ("nothing", {}, "tests.losses.test_terms has no 'nothing', expected one of: Variance,"),
+        ("Variance", {"flor": 1.0}, "loss.terms.mine.flor: no such key; did you mean loss.terms.mine.floor?"),
+        ("Variance", {"floor": "x"}, "loss.terms.mine.floor: got 'x', expected float"),
+        ("distance", {}, "loss.terms.mine.power: missing; the loss term has no default for it"),
+        ("distance", {"power": 1.5}, "loss.terms.mine.power: got 1.5, expected int"),
+        ("not_keyword", {}, "it has the parameter power: int = 1, expected (shard, *, option: type"),
+        ("ROOT", {}, "expected a function of a losses.Shard, or a frozen dataclass"),
+    ],
+)  # fmt: skip
+def test_a_term_that_cannot_be_built_is_one_line(name, options, fault):
+    with pytest.raises(errors.UserError) as error:
+        losses.terms_of(_loss(name, **options))
+    assert fault in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith("loss.terms.mine")
+    given = tiny.dictionary().to_dict()
+    given["loss"]["terms"] = {"mine": {"term": f"{__name__}:{name}", "weight": 1.0, **options}}
+    with pytest.raises(config.ConfigError) as again:  # a config says so when it is read
+        config.from_dict(given)
+    assert fault in str(again.value)
+
+
+def test_an_unknown_name_lists_the_terms_of_the_package():
+    loss = dataclasses.replace(tiny.config().loss, terms={"a": {"term": "boxx", "weight": 1.0}})
+    with pytest.raises(
+        errors.UserError, match="did you mean box. expected one of: box, image_capt"
+    ):
+        losses.terms_of(loss)
+
+
+@pytest.mark.parametrize(
+    "name,fault",
+    [
+        ("a_number", "its loss is a .*, expected losses.Mean"),
+        ("of_images", r"its loss have shapes \(16,\) and \(\), expected \(\) for both: a Mean"),
+        ("of_wrong_groups", r"\(3,\) and \(3,\), expected \(1,\) .* of 1 groups a device"),
+    ],
+)
+def test_what_a_term_returns_is_checked(name, fault):
+    c = tiny.config()
+    with pytest.raises(errors.UserError, match=f"loss term 'mine': .*{fault}"):
+        jax.eval_shape(
+            lambda o, b: losses.total_loss(o, b, _loss(name)), _outputs(c), tiny.batch(c)
+        )
+
+
+@pytest.mark.parametrize(
+    "entries,fault",
+    [
+        ({"box": {"term": "a:b", "weight": 1.0}}, "loss.terms.box: expected a name of letters"),
+        ({"A-b": {"term": "a:b", "weight": 1.0}}, "loss.terms.A-b: expected a name of letters"),
+        ({"x": {"weight": 1.0}}, "loss.terms.x.term: got None, expected module:function"),
+        ({"x": {"term": "a:b", "weight": "1"}}, "loss.terms.x.weight: got '1', expected a finite"),
+        ({"x": {"term": "a:b"}}, "loss.terms.x.weight: got None, expected a finite"),
+        ({"x": 1.0}, "loss.terms.x: got 1.0, expected a group of keys"),
+    ],
+)
+def test_entries_are_checked_when_a_config_is_read(entries, fault):
+    given = tiny.dictionary().to_dict()
+    given["loss"]["terms"] = entries
+    with pytest.raises(config.ConfigError) as error:
+        config.from_dict(given)
+    assert fault in str(error.value)
+
+
+def test_a_config_without_terms_is_as_before_they_were_keys():
+    """Its digest is that of the checkpoints before; with a term, JSON reads back the same."""
+    c = tiny.config()
+    assert "terms" not in config.without_new_fields(c)["loss"]
+    term = {"term": f"{__name__}:Variance", "weight": 1.0, "names": ("a", "b")}
+    c = tiny.config(loss__terms__mine=term)
+    assert config.without_new_fields(c)["loss"]["terms"] == {"mine": term}
+    assert config.from_dict(json.loads(config.to_json(c))) == c
+
+
+def test_charts_have_the_terms_in_the_order_of_the_table():
+    names = ["loss_x", "loss", "loss_region_description", "loss_box", "matched_iou"]
+    assert list(losses.labels_of(names).items()) == [
+        ("loss", "total"),
+        ("loss_box", "boxes"),
+        ("loss_region_description", "region to description"),
+        ("loss_x", "loss_x"),
+    ]
+
+
+def test_the_documents_have_every_term():
+    text = (ROOT / "docs/diagnostics.md").read_text()
+    assert all(f"`{term.metric}`" in text for term in losses.TERMS.values())
+    keys = {field.name for field in dataclasses.fields(config.Loss)}
+    assert set(losses.TERMS) <= keys
