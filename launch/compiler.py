@@ -262,8 +262,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     import jax
     from jax.experimental import topologies
 
-    from grain_jax.training import flops, sharding, train_step
-    from grain_jax.training import memory as memory_lib
+    from grain_jax.training import flops, memory_use, sharding, train_step
 
     config = config_lib.from_dict(request["config"])
     name = request["topology"]
@@ -316,7 +315,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
         partial.write_bytes(gzip.compress(compiled.as_text().encode(), compresslevel=4))
         partial.replace(hlo)
     answer = Compiled(
-        state_bytes=memory_lib.state_bytes(program),
+        state_bytes=memory_use.state_bytes(program),
         checkpoint_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)),
         memory=memory,
         traced_flops=flops.matmul_flops(program.step, program.state, program.batch),

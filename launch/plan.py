@@ -22,8 +22,7 @@ from grain_jax import config as config_lib
 from grain_jax import errors
 from grain_jax.input_pipeline import derived
 from grain_jax.runtime import command_line
-from grain_jax.training import flops
-from grain_jax.training import memory as memory_lib
+from grain_jax.training import flops, memory_use
 from launch import (
     chips,
     compiler,
@@ -159,7 +158,7 @@ def _of_compiled(compiled: compiler.Compiled, config, topology) -> dict[str, Any
         total, there_is, largest = compiler.parse_out_of_memory(compiled.out_of_memory)
         arguments = sum(kinds.values())
         out["memory"] = _memory(kinds, arguments, total - arguments, 0, 0, 0, there_is or limit)
-        named = [memory_lib.Kept(*buffer) for buffer in largest] or memory_lib.kept(
+        named = [memory_use.Kept(*buffer) for buffer in largest] or memory_use.kept(
             config, _part(config, compiled.mesh)
         )
         return out | {
@@ -182,7 +181,7 @@ def _of_compiled(compiled: compiler.Compiled, config, topology) -> dict[str, Any
     roofline = cost.roofline(work, hlo_work.bytes_accessed(module), sums, topology.chip)
     if not out["fits"]:
         found = hlo_work.largest_buffers(module, 4 * LARGEST)
-        named = [memory_lib.Kept(round(b.bytes), b.shape, b.op_name) for b in found]
+        named = [memory_use.Kept(round(b.bytes), b.shape, b.op_name) for b in found]
         out["largest"] = grouped(named)[:LARGEST]
     return out | {
         "flops": round(a_chip * topology.count),
@@ -212,7 +211,7 @@ def _of_estimate(guess: estimate.Estimate, model_flops, config, topology) -> dic
         "roofline": roofline._asdict(),
     }
     if not out["fits"]:
-        out["largest"] = grouped(memory_lib.kept(config, _part(config, guess.mesh)))[:LARGEST]
+        out["largest"] = grouped(memory_use.kept(config, _part(config, guess.mesh)))[:LARGEST]
     return out
 
 
@@ -236,7 +235,7 @@ def _memory(kinds, arguments, temporaries, output, aliased, code, limit) -> dict
     }
 
 
-def grouped(buffers: list[memory_lib.Kept]) -> list[dict[str, Any]]:
+def grouped(buffers: list[memory_use.Kept]) -> list[dict[str, Any]]:
     """Buffers of equal shape and origin as one entry with their number, largest sum first."""
     sums: dict[tuple[str, str, int], int] = {}
     for b in buffers:
