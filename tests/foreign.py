@@ -1,10 +1,10 @@
-"""Random models of other projects, every parameter perturbed, and what they answer."""
+"""Inputs, perturbed weights and comparisons for the models of other projects."""
 
 import numpy as np
 
 
 def perturb(module, seed: int = 0):
-    """Every parameter moved at random: zeros and ones would hide what is not read."""
+    """Adds noise to every parameter: zeros and ones would hide parameters that are not read."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -19,7 +19,7 @@ def perturb(module, seed: int = 0):
 
 
 def inputs(size: int, vocab: int, length: int, *, padded_with: int = 0, seed: int = 0):
-    """Pictures float32 [4, S, S, 3] and ids int64 [4, L] whose texts end at the highest id."""
+    """Images float32 [4, S, S, 3] and token ids int64 [4, L]; each text ends at the highest id."""
     rng = np.random.default_rng(seed)
     images = rng.standard_normal((4, size, size, 3)).astype(np.float32)
     ids = rng.integers(2, vocab - 2, (4, length))
