@@ -25,7 +25,7 @@ from etils import epath
 
 from benchmarks import side_by_side
 from grain_jax import errors, inference
-from grain_jax.evaluate import retrieval, zeroshot
+from grain_jax.evaluate import retrieval, test_sets, zeroshot
 from grain_jax.files import annotations, images
 from grain_jax.inference import scores
 from grain_jax.input_pipeline import tokenizer
@@ -39,7 +39,7 @@ def class_set(folder: epath.PathLike, data_dir: epath.Path) -> list[str]:
     """Writes the class folders as the TFDS set `grain_classes`; returns the names of the classes."""
     import tensorflow_datasets as tfds
 
-    names, paths, labels = zeroshot.class_folders(folder)
+    names, paths, labels = test_sets.class_folders(folder)
     features = {"image": _lossless(tfds), "label": tfds.features.ClassLabel(names=names)}
     examples = [{"image": _pixels(path), "label": int(label)} for path, label in zip(paths, labels)]
     _write(tfds, "grain_classes", features, examples, data_dir)
@@ -162,12 +162,12 @@ def classify_both(
     file = scratch / "templates.txt"
     file.write_text("\n".join(templates) + "\n")
     predictor = inference.load(checkpoint, templates=templates)
-    names, paths, labels = zeroshot.class_folders(folder)
+    names, paths, labels = test_sets.class_folders(folder)
     np.testing.assert_array_equal(theirs["images"]["label"], labels)
     classes = predictor.class_features(names)
     classes = classes._replace(features=scores.unit(classes.features))
     our_scores = predictor.classify((images.load_image(path) for path in paths), classes)
-    by_rule = zeroshot.evaluate(predictor, images=folder, templates=file)
+    by_rule = zeroshot.evaluate(predictor, test_sets.ClassFolders(folder), templates=file)
     return {
         "big_vision": float(theirs["accuracy"]),
         "ours": float((our_scores.argmax(axis=1) == labels).mean()),
@@ -209,7 +209,7 @@ def main() -> int:
             name, value = f"{our_way} R@{k}", found[our_way][f"r{k}"]
             their_value = float(theirs[f"{their_way}_recall@{k}"])
             rows.append({"name": name, "big_vision": their_value, "ours": value})
-    count = len(zeroshot.class_folders(args.images)[1])
+    count = len(test_sets.class_folders(args.images)[1])
     print(
         f"{count} images of {len(names)} classes; {found['pictures']} images with"
         f" {found['captions']} captions ({left_out} left out that share a caption);"

@@ -6,14 +6,13 @@ import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
 
 import grain_jax
 from benchmarks import claim_design as design
 from benchmarks.claim_results import Result
-from grain_jax.evaluate import base, grounding
+from grain_jax.evaluate import annotated, grounding
 
 LABELS = {
     "clip": "CLIP, web captions",
@@ -322,18 +321,10 @@ def query_table(run_folder: pathlib.Path, test: pathlib.Path) -> str:
       test: folder of the test images and of unseen.jsonl.
     """
     predictor = grain_jax.load(run_folder)
-    every = grounding.read(test, test / "unseen.jsonl")
-    batches = list(
-        base.encode_pictures(
-            predictor,
-            [every.folder / r.image for r in every.records],
-            label="queries",
-            unreadable={},
-        )
-    )
-    boxes_xyxy = np.concatenate([batch.regions.boxes_xyxy for batch in batches])
-    kept = [every.records[i] for batch in batches for i in batch.index]
-    described = grounding.described_boxes(kept, sum((batch.sizes for batch in batches), []))
+    every = annotated.read_regions(test, test / "unseen.jsonl")
+    kept, seen = annotated.gather(predictor, every, label="queries", unreadable={})
+    boxes_xyxy = seen.with_regions.boxes_xyxy
+    described = grounding.described_boxes(kept, seen.sizes)
     matched, text = grounding.match(boxes_xyxy, described)
     centre = (boxes_xyxy[..., :2] + boxes_xyxy[..., 2:]) / 2  # [N, Q, 2]
     rows = []

@@ -24,7 +24,7 @@ from etils import epath
 import grain_jax
 from benchmarks import side_by_side
 from grain_jax import errors
-from grain_jax.evaluate import base, zeroshot
+from grain_jax.evaluate import encode, rates, test_sets, zeroshot
 from grain_jax.inference import prompts, scores
 from grain_jax.integrations import clip_benchmark
 
@@ -96,7 +96,7 @@ def ours(
     """Our metrics under the names of clip-benchmark, and our scores [N, C], of class features [C, D]."""
     found = scores.global_scores(image_embed, features)
     right = labels[:, None] == np.arange(len(features))
-    top1, top5 = (base.topk_hits(found, right, k) for k in (1, 5))
+    top1, top5 = (rates.topk_hits(found, right, k) for k in (1, 5))
     per_class = [top1[labels == label].mean() for label in range(len(features))]
     values = (top1.mean(), top5.mean(), np.mean(per_class))
     return dict(zip(_METRICS, map(float, values))), found
@@ -104,16 +104,12 @@ def ours(
 
 def compare(checkpoint: str, folder: str) -> list[dict[str, Any]]:
     """A row for each comparison: both metrics, the largest difference of scores, the share of images with the same class."""
-    names, paths, labels = zeroshot.class_folders(folder)
+    names, paths, labels = test_sets.class_folders(folder)
     predictor = grain_jax.load(checkpoint)
     several = prompts.load_templates()
-    embeds = [
-        batch.image_embed
-        for batch in base.encode_pictures(
-            predictor, paths, label="pictures", unreadable={}, regions=False
-        )
-    ]
-    image_embed = np.concatenate(embeds)
+    image_embed = encode.gather_images(
+        predictor, paths, label="images", unreadable={}, regions=False
+    ).image_embed
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         scratch = epath.Path(scratch)
@@ -125,11 +121,13 @@ def compare(checkpoint: str, folder: str) -> list[dict[str, Any]]:
             file = scratch / "templates.txt"
             file.write_text("\n".join(templates) + "\n")
             texts = [prompts.class_texts(name, templates) for name in names]
-            features = scores.class_features(base.encode_texts(predictor, texts))
+            features = scores.class_features(encode.encode_texts(predictor, texts))
             if rule == "unit":
                 features = scores.unit(features)
             else:
-                by_command = zeroshot.evaluate(predictor, images=folder, templates=file)
+                by_command = zeroshot.evaluate(
+                    predictor, test_sets.ClassFolders(folder), templates=file
+                )
             handed = features if rule == "handed over" else None
             their, their_scores = theirs(checkpoint, folder, names, templates, scratch, handed)
             our, our_scores = ours(features, image_embed, labels)

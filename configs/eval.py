@@ -1,4 +1,4 @@
-"""The paper's benchmark suite: zero-shot classification, retrieval, grounding, box classification.
+"""The benchmark suite of the paper: zero-shot classification, retrieval, grounding, box classification.
 
 COMMAND   python -m grain_jax.evaluate suite --checkpoint DIR --config configs/eval.py --output OUT.json
           --config.data_dir=DIR (TFDS), --config.folders=DIR (the rest), --config.descriptions=DIR (NAME.json)

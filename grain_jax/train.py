@@ -28,8 +28,9 @@ from jax.experimental import multihost_utils
 
 from grain_jax import config as config_lib
 from grain_jax import errors, inference, losses
+from grain_jax.config.evals import Context
 from grain_jax.convert import initialise
-from grain_jax.evaluate import base as evaluate
+from grain_jax.evaluate import encode, entries, evaluators
 from grain_jax.files import atomic
 from grain_jax.input_pipeline import derived, device, sources, tokenizer
 from grain_jax.report import page, pictures
@@ -296,9 +297,9 @@ def set_up(
     )
     total_steps, steps_per_epoch = resolve_steps(config, source.num_examples(config))
     data = processes.of_first(functools.partial(source.identities, config))
-    evals = evaluate.present(config.evals)
+    evals = entries.present(config.evals)
     for entry in evals.values():  # here, not after the last step
-        processes.run_together(functools.partial(evaluate.check, entry))
+        processes.run_together(entry.check)
     schedule.check_best_entry(config, evals)
     metrics_writer.check_wandb(config.wandb)
     return Run(
@@ -509,13 +510,12 @@ def evaluate_all(
 ) -> dict[str, float]:
     """The numbers of the evaluators `evals`; the processes share the images, and all get the numbers."""
     results, step = {}, int(state.step)
-    with errors.out_of_memory_in_a_line("evaluation", lambda: evaluate.SMALLER):
+    with errors.out_of_memory_in_a_line("evaluation", lambda: encode.SMALLER):
         predictor = make_predictor(config, state)
         for name, entry in evals.items():
-            options = {}
-            if entry.kind == "diagnostics":  # compares with the evaluation before
-                options = dict(state_path=workdir / "diagnostics" / f"{name}.json", step=step)
-            numbers = evaluate.run(entry, predictor, **options)
+            state_path = workdir / "diagnostics" / f"{name}.json"
+            context = Context(encode.BATCH_SIZE, state_path, step)
+            numbers = entries.numbers(entry, predictor, context)
             results |= {f"eval/{name}/{key}": value for key, value in numbers.items()}
     return results
 
@@ -526,14 +526,12 @@ def report(config, workdir, predictor, results) -> None:
     if results:
         atomic.write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
         pictures.print_table(results)
-    entry = next((e for e in config.evals.values() if e.kind == "grounding"), None)
+    grounded = (e for e in config.evals.values() if isinstance(e, evaluators.Grounding))
+    entry = next(grounded, None)
     if config.pictures and entry:
+        images, annotations = entry.paths
         pictures.regions_grid(
-            predictor,
-            entry.annotations,
-            entry.images,
-            workdir / "regions.png",
-            count=config.pictures,
+            predictor, annotations, images, workdir / "regions.png", count=config.pictures
         )
     page.write(workdir, predictor, model=bool(config.pictures))
     print(f"Everything of this run is in {workdir}", file=sys.stderr)

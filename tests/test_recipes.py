@@ -11,7 +11,7 @@ from configs import claim, demo, finetune, own
 from grain_jax import config as config_lib
 from grain_jax import errors
 from grain_jax.convert import initialise, layouts
-from grain_jax.evaluate import base as evaluate
+from grain_jax.evaluate import entries as evaluate
 from grain_jax.models import grain
 from grain_jax.report import collect
 from grain_jax.runtime import checkpoint

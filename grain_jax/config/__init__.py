@@ -5,16 +5,14 @@ Needs neither JAX nor ml_collections, so that a config can be checked anywhere.
 """
 
 from grain_jax.config.checks import divisors, flags_of
+from grain_jax.config.evals import Evaluator
 from grain_jax.config.fields import (
     ACTIVATIONS,
     DTYPES,
     EITHER_OR,
-    EVAL_KINDS,
-    LABELLED_KINDS,
     REMAT_POLICIES,
     Config,
     Dataset,
-    Evaluator,
     ImageTower,
     Init,
     Input,
@@ -30,6 +28,7 @@ from grain_jax.config.fields import (
 )
 from grain_jax.config.parse import (
     ConfigError,
+    evaluator_from_dict,
     from_dict,
     loss_term,
     model_from_dict,
@@ -44,8 +43,6 @@ __all__ = [
     "ACTIVATIONS",
     "DTYPES",
     "EITHER_OR",
-    "EVAL_KINDS",
-    "LABELLED_KINDS",
     "REMAT_POLICIES",
     "Config",
     "ConfigError",
@@ -64,6 +61,7 @@ __all__ = [
     "TextTower",
     "Wandb",
     "divisors",
+    "evaluator_from_dict",
     "flags_of",
     "flatten",
     "from_dict",

@@ -11,7 +11,8 @@ from typing import Any
 
 from grain_jax import named
 from grain_jax.config import fields
-from grain_jax.config.fields import Config, Evaluator, Input, Model
+from grain_jax.config.evals import Evaluator
+from grain_jax.config.fields import Config, Input, Model
 
 
 def divisors(number: int) -> list[int]:
@@ -165,19 +166,8 @@ def _pooled(tower: fields.ImageTower | fields.TextTower) -> bool:
 
 
 def check_evaluator(path: str, entry: Evaluator, faults: list[str]) -> None:
-    """Checks an entry of `evals`."""
-    if entry.tfds is not None and (entry.images or entry.kind not in fields.LABELLED_KINDS):
-        faults.append(
-            f"{path}.tfds: got {entry.tfds!r} with images={entry.images!r}, kind={entry.kind}; expected it"
-            f" alone, in an entry of kind={' or '.join(fields.LABELLED_KINDS)}"
-        )
-    if entry.kind != "linear_probe" and (entry.train is not None or entry.shots):
-        faults.append(
-            f"{path}.train, {path}.shots: got {entry.train!r}, {entry.shots} with kind={entry.kind}; expected"
-            " them in an entry of kind=linear_probe"
-        )
-    if any(shots < 0 for shots in entry.shots):
-        faults.append(f"{path}.shots: got {entry.shots}, expected at least 1 each, or 0 for all")
+    """Checks an entry of `evals`, beyond the values of its keys."""
+    faults.extend(f"{path}.{fault}" for fault in entry.faults())
 
 
 def _lengths(config: Config, faults: list[str]) -> None:
@@ -221,13 +211,10 @@ def _regions(config: Config, faults: list[str]) -> None:
             f"init.decoder: got {config.init.decoder!r}, but model.decoder is None; expected no init.decoder"
         )
     for name, entry in config.evals.items():
-        by_regions = entry.descriptions and any(alpha < 1 for alpha in entry.alphas)
-        if entry.kind in ("grounding", "boxes", "diagnostics") or (
-            entry.kind == "zeroshot" and by_regions
-        ):
+        if entry.needs_regions:
             faults.append(
-                f"evals.{name}: got kind={entry.kind} with alphas {entry.alphas}, but a model without"
-                " model.decoder has no regions; take out the entry, or set alphas=(1.0,)"
+                f"evals.{name}: got kind={entry.kind}, which needs regions, but a model without"
+                " model.decoder has no regions; take out the entry, or set alphas=(1.0,) in one of kind=zeroshot"
             )
 
 

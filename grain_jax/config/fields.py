@@ -9,6 +9,7 @@ import math
 from typing import Any, Literal
 
 from grain_jax import named
+from grain_jax.config.evals import Evaluator
 
 # What a run that resumes with another value of the key is:
 # - "order": the key decides which examples a step sees. The trainer refuses to resume.
@@ -29,8 +30,6 @@ PROJECTIONS = ("none", "matrix", "affine")
 IMAGE_POOLS = ("none", "class", "map", "mean")
 TEXT_POOLS = ("end", "last", "map", "mean")
 TEXT_CLEANINGS = ("lower", "canonical", "none")
-EVAL_KINDS = ("zeroshot", "linear_probe", "retrieval", "grounding", "boxes", "diagnostics")
-LABELLED_KINDS = ("zeroshot", "linear_probe")  # read class folders or a TFDS set, no annotations
 # Pairs of which exactly one is set; the command line's choice wins over the config file's.
 EITHER_OR = (("total_steps", "total_epochs"), ("optim.warmup_steps", "optim.warmup_epochs"))
 
@@ -351,49 +350,15 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluator:
-    """One measurement: what, on which images."""
-
-    kind: str = key(choices=EVAL_KINDS)
-    # Class folders (LABELLED_KINDS), else the folder that the paths of the annotations start from.
-    images: str = key()
-    descriptions: str | None = key(None)  # zeroshot: D.json
-    annotations: str | None = key(None)  # all kinds but LABELLED_KINDS: A.jsonl
-    alphas: tuple[float, ...] = key((1.0, 0.5))  # zeroshot: shares of the global score
-    # zeroshot: class names stand in the prompts; False: descriptions alone.
-    names: bool = key(True)
-    # zeroshot: the region score is a mean over "queries" (paper) or "descriptions".
-    region_order: str = key("queries", choices=("queries", "descriptions"))
-    # LABELLED_KINDS: a TFDS set instead of `images`, "name" or "name/config:version".
-    tfds: str | None = key(None, added=True)
-    split: str = key("test", added=True)  # of the TFDS set
-    data_dir: str | None = key(None, added=True)  # of TFDS; None: the default of TFDS
-    # zeroshot, boxes: file of class names, or the name of one in grain_jax/evaluate/classes; None: those of
-    # the data set.
-    classes: str | None = key(None, added=True)
-    # zeroshot, boxes: file of prompts; None: the general ones.
-    templates: str | None = key(None, added=True)
-    # Where the data is missing: "error", or "skip" with a line that says so.
-    missing: str = key("error", choices=("error", "skip"), added=True)
-    get: str | None = key(None, added=True)  # how to get the data, for that line
-    # linear_probe: class folders of the training images, or their split of the TFDS set. None: a seeded
-    # share of `images`, or "train".
-    train: str | None = key(None, added=True)
-    # linear_probe: training images per class, a probe each; 0, and (): all.
-    shots: tuple[int, ...] = key((), added=True)
-    seeds: int = count(5, low=1, added=True)  # linear_probe: draws of few shots
-
-
-@dataclasses.dataclass(frozen=True)
 class Suite:
     """A suite of evaluations (configs/eval.py); the entries are made from the other keys."""
 
-    data_dir: str = key()  # of TFDS
-    folders: str = key()  # of the sets that are no TFDS sets
-    descriptions: str | None = key()  # folder of NAME.json
-    templates: str | None = key()
-    alphas: tuple[float, ...] = key()
     evals: dict[str, Evaluator] = key()
+    data_dir: str = key("", added=True)  # of TFDS
+    folders: str = key("", added=True)  # of the sets that are no TFDS sets
+    descriptions: str | None = key(None, added=True)  # folder of NAME.json
+    templates: str | None = key(None, added=True)
+    alphas: tuple[float, ...] = key((), added=True)
 
 
 @dataclasses.dataclass(frozen=True)

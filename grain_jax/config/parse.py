@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from grain_jax import errors, named
-from grain_jax.config import checks, fields
+from grain_jax.config import checks, evals, fields
+from grain_jax.config.evals import Evaluator
 from grain_jax.config.fields import Config, Model, Suite
 
 T = typing.TypeVar("T")
@@ -61,6 +62,36 @@ def suite_from_dict(value: Mapping[str, Any]) -> Suite:
     return _or_raise(suite, faults)
 
 
+def evaluator_from_dict(value: Any) -> Evaluator:
+    """An entry of `evals`, a plain dict or a ConfigDict, checked. Raises ConfigError, a line a fault."""
+    faults: list[str] = []
+    entry = _evaluator(_plain(value), "evaluator", faults)
+    if entry is not None and not faults:
+        checks.check_values(entry, "evaluator", faults)
+        checks.check_evaluator("evaluator", entry, faults)
+    return _or_raise(entry, faults)
+
+
+def _evaluator(value: Any, path: str, faults: list[str]) -> Evaluator | None:
+    """An entry of `evals` as an instance of the class that its `kind` names."""
+    kind = value.get("kind") if isinstance(value, Mapping) else None
+    if not isinstance(kind, str):
+        got = repr(value) if kind is None else f"kind={kind!r}"
+        known = ", ".join(evals.NAMED)
+        faults.append(
+            f"{path}: got {got}, expected a group with kind: one of {known}, or module:Class"
+        )
+        return None
+    if not named.may_import(kind):
+        return evals.NotImported(kind=kind, entry=value)
+    try:
+        cls = evals.find(kind)
+    except errors.UserError as error:
+        faults.append(f"{path}.kind: {error}")
+        return None
+    return build(cls, evals.without_keys_of_other_kinds(cls, value), path, faults)
+
+
 def _plain(value: Any) -> Mapping[str, Any]:
     return value.to_dict() if hasattr(value, "to_dict") else value
 
@@ -99,7 +130,8 @@ def build(cls: type[T], value: Any, path: str, faults: list[str]) -> T | None:
         for field, _ in known.values()
         if field.name not in value and not _may_lack(field)
     ]
-    default = "" if path.endswith("]") else "; grain_jax.recipe.base has its default"
+    in_recipe = not path.endswith("]") and not issubclass(cls, Evaluator)
+    default = "; grain_jax.recipe.base has its default" if in_recipe else ""
     faults.extend(f"{at(key)}: missing{default}" for key in missing)
     if missing:
         return None
@@ -217,6 +249,8 @@ def _convert(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:  # JSON has lists for tuples
         return tuple(value) if isinstance(value, list) else value
+    if kind is Evaluator:
+        return _evaluator(value, path, faults)
     if dataclasses.is_dataclass(kind):
         return build(typing.cast(type, kind), value, path, faults)
     if origin is dict:
@@ -285,6 +319,8 @@ def without_new_fields(part: Any) -> dict[str, Any]:
             return {key: plain(inner) for key, inner in value.items()}
         if isinstance(value, tuple):
             return tuple(map(plain, value))
+        if isinstance(value, Evaluator):
+            return evals.for_digest(value)
         return without_new_fields(value) if dataclasses.is_dataclass(value) else value
 
     return {

@@ -16,9 +16,10 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-import grain_jax
-from grain_jax import config, errors
-from grain_jax.evaluate import base, suite, tables, zeroshot
+from grain_jax import config, errors, inference
+from grain_jax.config.evals import Context
+from grain_jax.evaluate import encode, evaluators, suite, tables, zeroshot
+from grain_jax.evaluate.test_sets import InputError
 from grain_jax.files import annotations, atomic
 from grain_jax.inference import text_cache
 from grain_jax.runtime import command_line, distributed, processes
@@ -70,12 +71,12 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--images", required=True, help="folder of images (or class folders)")
         sub.add_argument("--output", required=True, help="JSON file to write")
         sub.add_argument(
-            "--batch-size", type=_batch_size, default=base.BATCH_SIZE, help="pictures at a time"
+            "--batch-size", type=_batch_size, default=encode.BATCH_SIZE, help="images at a time"
         )
         sub.add_argument(
             "--cache",
             default=text_cache.DEFAULT,
-            help='folder of texts\' embeddings, default %(default)s; "": none',
+            help='folder of text embeddings, default %(default)s; "": none',
         )
         sub.add_argument("--coordinator", help="HOST:PORT of the first of several processes")
         sub.add_argument("--processes", type=int, default=1, help="how many processes there are")
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "suite":
             sub.add_argument("--only", help="names of entries, with commas between")
             sub.add_argument(
-                "--again", action="store_true", help="does over what OUT.json has already"
+                "--again", action="store_true", help="measures what OUT.json has already, too"
             )
         if name in ("retrieval", "grounding"):
             sub.add_argument("--annotations", required=True, help="A.jsonl")
@@ -127,7 +128,7 @@ def _add_zeroshot(sub: argparse.ArgumentParser) -> None:
         help="what the region score is averaged over; queries: the paper's",
     )
     sub.add_argument("--templates", help="text file of prompts, one a line, with {} for the name")
-    sub.add_argument("--predictions", help="file to write: a line of JSON a picture")
+    sub.add_argument("--predictions", help="file to write: a line of JSON per image")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -147,37 +148,36 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _entry(args: argparse.Namespace) -> config.Evaluator:
-    """The command as an entry of `config.evals`."""
-    common = dict(kind=args.command.replace("-", "_"), images=args.images)
-    unused = dict(descriptions=None, alphas=(), names=True, region_order="queries")
+    """The entry of `config.evals` that the command is."""
     if args.command == "linear-probe":
         if args.seeds < 1:
-            raise base.InputError(f"--seeds: got {args.seeds}, expected at least 1")
-        given = dict(train=args.train, shots=tuple(args.shots), seeds=args.seeds)
-        return config.Evaluator(**common, **unused, annotations=None, **given)
-    if args.command != "zeroshot":
-        return config.Evaluator(**common, **unused, annotations=args.annotations)
-    alphas = list(dict.fromkeys(sum(args.alpha, []))) if args.alpha else None
-    names = args.use_names == "yes"
-    return config.Evaluator(
-        **common,
-        descriptions=args.descriptions,
-        annotations=None,
-        alphas=tuple(zeroshot.check_alphas(alphas, args.descriptions, names)),
-        names=names,
-        region_order=args.region_order,
-        templates=args.templates,
-    )
+            raise InputError(f"--seeds: got {args.seeds}, expected at least 1")
+        return evaluators.LinearProbe(
+            images=args.images, train=args.train, shots=tuple(args.shots), seeds=args.seeds
+        )
+    if args.command == "zeroshot":
+        alphas = list(dict.fromkeys(sum(args.alpha, []))) if args.alpha else None
+        names = args.use_names == "yes"
+        return evaluators.ZeroShot(
+            images=args.images,
+            descriptions=args.descriptions,
+            alphas=tuple(zeroshot.check_alphas(alphas, args.descriptions, names)),
+            names=names,
+            region_order=args.region_order,
+            templates=args.templates,
+        )
+    of_command = {"retrieval": evaluators.Retrieval, "grounding": evaluators.Grounding}
+    return of_command[args.command](images=args.images, annotations=args.annotations)
 
 
 def _output(path: str, name: str = "--output") -> epath.Path:
     output = epath.Path(path)
     if output.is_dir():
-        raise base.InputError(f"{name}: {output} is a folder, expected a file to write")
+        raise InputError(f"{name}: {output} is a folder, expected a file to write")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise base.InputError(f"{name}: {output}: {error.strerror or error}") from None
+        raise InputError(f"{name}: {output}: {error.strerror or error}") from None
     return output
 
 
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         together = contextlib.nullcontext()
         if jax.distributed.is_initialized():
             together = distributed.ending_together(_HEARTBEAT_SECONDS)
-        with together, errors.out_of_memory_in_a_line("evaluation", lambda: base.SMALLER):
+        with together, errors.out_of_memory_in_a_line("evaluation", lambda: encode.SMALLER):
             return _suite(args) if args.command == "suite" else _one(args)
     except errors.UserError as error:
         if processes.process_info()[0] == 0:
@@ -211,7 +211,7 @@ def _say_faults(error: errors.UserError) -> None:
 
 
 def _load(args: argparse.Namespace):
-    predictor = grain_jax.load(args.checkpoint)
+    predictor = inference.load(args.checkpoint)
     return text_cache.CachedTexts(predictor, args.cache) if args.cache else predictor
 
 
@@ -235,17 +235,17 @@ def _one(args: argparse.Namespace) -> int:
             lambda: _output(args.predictions, "--predictions")
         )
     output, entry = processes.run_together(lambda: (_output(args.output), _entry(args)))
-    processes.run_together(lambda: base.check(entry))  # before the checkpoint is read
+    processes.run_together(entry.check)  # before the checkpoint is read
     predictor = processes.run_together(lambda: _load(args))
     began = time.monotonic()
-    result = base.evaluate(entry, predictor, batch_size=args.batch_size, **options)
+    result = entry.evaluate(predictor, Context(args.batch_size), **options)
     result["seconds"] = round(time.monotonic() - began, 1)
     if processes.process_info()[0]:
         return 0
-    print(tables.describe({args.command: base.scalars(result)}), flush=True)
+    print(tables.describe({args.command: tables.scalars(result)}), flush=True)
     for reason in result.get("unreadable_pictures", ()):
         print(f"left out: {reason}", file=sys.stderr)
-    if args.command == "zeroshot":  # scripts that ask for one alpha find its numbers on top
+    if isinstance(entry, evaluators.ZeroShot):  # the numbers of the first alpha, on top
         alpha = entry.alphas[0]
         result |= {
             "alpha": alpha,
@@ -257,7 +257,7 @@ def _one(args: argparse.Namespace) -> int:
     }
     try:
         atomic.write_text(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:  # the numbers are on the screen at least
+    except OSError as error:  # the numbers have been printed
         print(f"--output: {output}: {error.strerror or error}; nothing was saved", file=sys.stderr)
         return 2
     return 0

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from grain_jax.evaluate import base, class_names, grounding
+from grain_jax.evaluate import annotated as annotated_lib
+from grain_jax.evaluate import class_names, encode, grounding, rates
+from grain_jax.evaluate.test_sets import InputError
 from grain_jax.inference import prompts, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.losses import boxes
-from grain_jax.runtime import processes
 
 _AT_ONCE = 4096  # boxes; bounds memory
 
@@ -27,18 +28,18 @@ class Found(NamedTuple):
 
 
 def evaluate(
-    predictor: Any,
+    predictor: encode.Predictor,
     *,
     images: epath.PathLike,
     annotations: epath.PathLike,
     classes: str | None = None,
     templates: epath.PathLike | None = None,
-    batch_size: int = base.BATCH_SIZE,
+    batch_size: int = encode.BATCH_SIZE,
 ) -> dict[str, Any]:
     """Classifies every annotated box by the region embedding of the query that overlaps it most.
 
     Args:
-      predictor: the model (see `base`).
+      predictor: the model.
       images: the folder that the annotations' paths start from.
       annotations: `A.jsonl` whose descriptions are class names; images without regions are left out.
       classes: a class file (see `class_names`); a description means the class whose label or name it is,
@@ -53,57 +54,46 @@ def evaluate(
       (`_low`, `_high`); ties of classes count as if broken at random.
 
     Raises:
-      base.InputError, annotations.AnnotationError, class_names.ClassNameError, prompts.PromptError: what
+      test_sets.InputError, annotations.AnnotationError, class_names.ClassNameError, prompts.PromptError: what
         was given cannot be used.
     """
-    every, records, folder = read(images, annotations)
+    annotated = annotated_lib.read_regions(
+        images, annotations, "boxes with class names as descriptions"
+    )
     filled = prompts.load_templates(templates)
     listed = None if classes is None else class_names.read(classes)
     unreadable: dict[str, str] = {}
-    batches = base.encode_pictures(
-        predictor,
-        [folder / r.image for r in records],
-        label="boxes",
-        unreadable=unreadable,
-        batch_size=batch_size,
+    kept, seen = annotated_lib.gather(
+        predictor, annotated, label="boxes", unreadable=unreadable, batch_size=batch_size
     )
-    seen = processes.allgather(
-        dict(
-            index=batch.index,
-            sizes=np.array(batch.sizes),
-            image_embed=batch.image_embed,
-            **batch.regions._asdict(),
-        )
-        for batch in batches
-    )
-    kept = [records[i] for i in seen["index"]]
-    described = grounding.described_boxes(kept, [tuple(size) for size in seen["sizes"].tolist()])
+    boxes_xyxy, embed = seen.with_regions
+    described = grounding.described_boxes(kept, seen.sizes)
     listed = listed or [class_names.Line(None, text) for text in described.texts]
     names = [line.name for line in listed]
     class_of = _classes(described.texts, listed)
     target = class_of[described.text]
     use = target >= 0
     if not use.any():
-        raise base.InputError(
+        raise InputError(
             f"{annotations}: got no box that is of one of {len(names)} classes and lies in its image,"
             " expected descriptions that are class names"
         )
     target, picture = target[use], described.picture[use]
-    found = best_query(seen["boxes_xyxy"][picture], described.boxes_xyxy[use])
+    found = best_query(boxes_xyxy[picture], described.boxes_xyxy[use])
 
     texts = [prompts.class_texts(name, filled) for name in names]
-    features = scores.class_features(base.encode_texts(predictor, texts))  # [C, D]
-    region_embed = seen["embed"][picture, found.query]  # [M, D]
+    features = scores.class_features(encode.encode_texts(predictor, texts))  # [C, D]
+    region_embed = embed[picture, found.query]  # [M, D]
     hits = {
         "region": _hits(region_embed, features, target),
-        "image": _hits(seen["image_embed"][picture], features, target),
+        "image": _hits(seen.image_embed[picture], features, target),
     }
     well = found.iou >= boxes.FOUND_IOU
     accuracies = lambda which: {
         "boxes": int(which.sum()),
         **{
-            key: _accuracy(*(part[which] for part in two), target[which], names)
-            for key, two in hits.items()
+            key: rates.of_classes(top1[which], top5[which], target[which], names)
+            for key, (top1, top5) in hits.items()
         },
     }
     group = np.array([line.group for line in listed])[target]
@@ -111,9 +101,9 @@ def evaluate(
     return {
         "kind": "boxes",
         "pictures": len(kept),
-        "without_regions": len(every.records) - len(records),
-        "faulty_lines": every.faulty_lines,
-        **base.report_unreadable(unreadable),
+        "without_regions": len(annotated.read.records) - len(annotated.records),
+        "faulty_lines": annotated.read.faulty_lines,
+        **encode.report_unreadable(unreadable),
         "boxes_outside": described.outside,
         "boxes_of_other_classes": int((~use).sum()),
         "classes": len(names),
@@ -121,23 +111,13 @@ def evaluate(
         "chance": 1 / len(names),
         "chance_top5": min(1.0, 5 / len(names)),
         "best_iou": float(found.iou.mean()),
-        **base.rate("found", well),
+        **rates.rate("found", well),
         **accuracies(np.full(len(target), True)),
         **({"found_boxes": accuracies(well)} if well.any() else {}),
         "groups": {
             name: accuracies(which) for name, which in parts.items() if name and which.any()
         },
     }
-
-
-def read(images: epath.PathLike, annotations: epath.PathLike) -> base.Annotated:
-    """The annotations with a region; errors as in `evaluate`."""
-    return base.read_annotations(
-        images,
-        annotations,
-        lambda record: record.regions,
-        "no line has a region; expected boxes with class names as descriptions",
-    )
 
 
 def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Found:
@@ -181,21 +161,6 @@ def _hits(
         part = slice(first, first + _AT_ONCE)
         score = scores.global_scores(embed[part], features)  # [m, C]
         right = target[part, None] == np.arange(len(features))
-        parts.append([base.topk_hits(score, right, k) for k in (1, 5)])
+        parts.append([rates.topk_hits(score, right, k) for k in (1, 5)])
     top1, top5 = map(np.concatenate, zip(*parts))
     return top1, top5
-
-
-def _accuracy(
-    top1: np.ndarray, top5: np.ndarray, target: np.ndarray, names: Sequence[str]
-) -> dict[str, Any]:
-    count = np.bincount(target, minlength=len(names))
-    total = np.bincount(target, weights=top1, minlength=len(names))
-    there = count > 0
-    share = total[there] / count[there]
-    return {
-        **base.rate("top1", top1),
-        **base.rate("top5", top5),
-        **base.mean_rate("mean_per_class", share, count[there]),
-        "per_class": {names[i]: value for i, value in zip(np.flatnonzero(there), share.tolist())},
-    }

@@ -111,7 +111,7 @@ def shipped() -> str:
 
 
 def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None:
-    """The labels without what sorts them, as published files of descriptions call classes.
+    """The labels without their sorting prefix: the names of classes in published files of descriptions.
 
     So `apartment_building/outdoor` is found there by its label, whatever its name in prompts is.
 
@@ -120,10 +120,11 @@ def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None
 
     Returns: in the order of the classes; None where neither the set nor the file has labels.
     """
-    labels = _texts(labels)
-    if labels is None and classes is not None:
-        labels = [line.label for line in read(classes)]
-    return None if labels is None or None in labels else [_stem(label) for label in labels]
+    found: Sequence[str | None] | None = _texts(labels)
+    if found is None and classes is not None:
+        found = [line.label for line in read(classes)]
+    known = [label for label in found or () if label is not None]
+    return None if found is None or len(known) < len(found) else [_stem(label) for label in known]
 
 
 def readable(label: str) -> str:

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from grain_jax.evaluate import base, grounding
+from grain_jax.evaluate import annotated as annotated_lib
+from grain_jax.evaluate import encode, grounding, rates
+from grain_jax.evaluate.test_sets import InputError
 from grain_jax.files import atomic
 from grain_jax.inference import scores
 from grain_jax.losses import boxes
@@ -24,22 +26,20 @@ KEPT = 16  # evaluations whose matching is remembered: a run may resume from thi
 TOP = 5  # descriptions that are named for each query
 _AT_ONCE = 1024  # regions; bounds memory
 
-read = grounding.read
-
 
 def evaluate(
-    predictor: Any,
+    predictor: encode.Predictor,
     *,
     images: epath.PathLike,
     annotations: epath.PathLike,
-    batch_size: int = base.BATCH_SIZE,
+    batch_size: int = encode.BATCH_SIZE,
     state_path: epath.PathLike | None = None,
     step: int | None = None,
 ) -> dict[str, Any]:
     """Matches queries to the described boxes of a fixed set of images, and tells what each got.
 
     Args:
-      predictor: the model (see `base`).
+      predictor: the model.
       images: the folder that the annotations' paths start from.
       annotations: `A.jsonl`; images without regions are left out.
       batch_size: images at a time.
@@ -61,30 +61,21 @@ def evaluate(
         of its regions in nats, and `descriptions`: its most frequent ones with their counts.
 
     Raises:
-      base.InputError, annotations.AnnotationError: what was given cannot be used.
+      test_sets.InputError, annotations.AnnotationError: what was given cannot be used.
       ValueError: one of `state_path` and `step` is given without the other.
     """
     if (state_path is None) != (step is None):
         raise ValueError(f"state_path and step go together: got {state_path!r} and {step!r}")
-    annotated = read(images, annotations)
+    annotated = annotated_lib.read_regions(images, annotations)
     unreadable: dict[str, str] = {}
-    batches = base.encode_pictures(
-        predictor,
-        [annotated.folder / record.image for record in annotated.records],
-        label="diagnostics",
-        unreadable=unreadable,
-        batch_size=batch_size,
+    kept, seen = annotated_lib.gather(
+        predictor, annotated, label="diagnostics", unreadable=unreadable, batch_size=batch_size
     )
-    found = processes.allgather(
-        dict(index=batch.index, sizes=np.array(batch.sizes), **batch.regions._asdict())
-        for batch in batches
-    )
-    kept = [annotated.records[i] for i in found["index"]]
-    described = grounding.described_boxes(kept, [tuple(size) for size in found["sizes"].tolist()])
+    described = grounding.described_boxes(kept, seen.sizes)
     if not len(described.picture):
-        raise base.InputError(f"{annotations}: every box lies outside its image")
-    pred_boxes_xyxy, region_embed = found["boxes_xyxy"], found["embed"]
-    text_embed = scores.unit(base.encode_distinct(predictor, described.texts))  # [T, D]
+        raise InputError(f"{annotations}: every box lies outside its image")
+    pred_boxes_xyxy, region_embed = seen.with_regions
+    text_embed = scores.unit(encode.encode_distinct(predictor, described.texts))  # [T, D]
 
     matched, text = grounding.match(pred_boxes_xyxy, described)
     at = matched.picture, matched.query
@@ -94,21 +85,21 @@ def evaluate(
     result = {
         "kind": "diagnostics",
         "pictures": len(kept),
-        **base.report_unreadable(unreadable),
+        **encode.report_unreadable(unreadable),
         "regions": len(described.picture),
         "regions_matched": len(matched.query),
         "distinct_descriptions": len(described.texts),
         "matched_iou": float(matched.iou.mean()),
-        **base.rate("matched_iou50", matched.iou >= boxes.FOUND_IOU),
+        **rates.rate("matched_iou50", matched.iou >= boxes.FOUND_IOU),
         "query_usage_entropy": _entropy(uses) / math.log(queries) if queries > 1 else 1.0,
         "description_entropy": _entropy(np.bincount(text)),
     }
     for k, right in hits.items():
-        result |= base.rate(f"region_to_description_r{k}", right)
+        result |= rates.rate(f"region_to_description_r{k}", right)
         result[f"chance_region_to_description_r{k}"] = min(1.0, k / len(described.texts))
     pred_boxes_cxcywh = np.asarray(boxes.xyxy_to_cxcywh(pred_boxes_xyxy[at]))
     state = None
-    if state_path is not None:
+    if state_path is not None and step is not None:
         paths = [record.image for record in kept]
         state = _State(epath.Path(state_path), _digest(paths, described, queries), step)
         result |= state.stability(matched.query, queries)
@@ -129,7 +120,7 @@ def _hits(embed, text_embed, text) -> dict[int, np.ndarray]:
         similarity = embed[part] @ text_embed.T
         right = text[part, None] == np.arange(len(text_embed))
         for k in found:
-            found[k].append(base.topk_hits(similarity, right, k))
+            found[k].append(rates.topk_hits(similarity, right, k))
     return {k: np.concatenate(parts) for k, parts in found.items()}
 
 
@@ -180,7 +171,7 @@ class _State:
         before = np.array(self._before[-1]["query"])
         now, then = (np.bincount(x, minlength=queries) / len(x) for x in (query, before))
         return {
-            **base.rate("matching_stability", query == before),
+            **rates.rate("matching_stability", query == before),
             "chance_matching_stability": float(now @ then),
             "stability_since_step": self._before[-1]["step"],
         }

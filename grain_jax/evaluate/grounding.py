@@ -15,15 +15,17 @@ smallest box around all of them. All three count IoU >= 0.5 (`boxes.FOUND_IOU`).
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from grain_jax.evaluate import base
+from grain_jax.evaluate import annotated as annotated_lib
+from grain_jax.evaluate import encode, rates
+from grain_jax.evaluate.test_sets import InputError
 from grain_jax.files import annotations as annotations_lib
 from grain_jax.inference import scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.losses import boxes, matching
-from grain_jax.runtime import processes
 
 MATCH_L1, MATCH_GIOU = 5.0, 2.0  # of the matching cost (docs/method.md, Losses)
 _SEED = 0  # of the boxes that chance is measured with
@@ -57,16 +59,16 @@ class Phrases(NamedTuple):
 
 
 def evaluate(
-    predictor: Any,
+    predictor: encode.Predictor,
     *,
     images: epath.PathLike,
     annotations: epath.PathLike,
-    batch_size: int = base.BATCH_SIZE,
+    batch_size: int = encode.BATCH_SIZE,
 ) -> dict[str, Any]:
     """Compares predicted regions with the described boxes of each image.
 
     Args:
-      predictor: the model (see `base`).
+      predictor: the model.
       images: the folder that the annotations' paths start from.
       annotations: `A.jsonl`; images without regions are left out.
       batch_size: images at a time.
@@ -85,34 +87,24 @@ def evaluate(
         against the smallest box around all of a phrase's boxes; with their `chance_` as above.
 
     Raises:
-      base.InputError, annotations.AnnotationError: what was given cannot be used.
+      test_sets.InputError, annotations.AnnotationError: what was given cannot be used.
     """
-    every, records, folder = read(images, annotations)
+    annotated = annotated_lib.read_regions(images, annotations)
     unreadable: dict[str, str] = {}
-    batches = base.encode_pictures(
-        predictor,
-        [folder / r.image for r in records],
-        label="grounding",
-        unreadable=unreadable,
-        batch_size=batch_size,
+    kept, seen = annotated_lib.gather(
+        predictor, annotated, label="grounding", unreadable=unreadable, batch_size=batch_size
     )
-    found = processes.allgather(
-        dict(index=batch.index, sizes=np.array(batch.sizes), **batch.regions._asdict())
-        for batch in batches
-    )
-    kept = [records[i] for i in found["index"]]
-    sizes = [(width, height) for width, height in found["sizes"].tolist()]
-    pred_boxes_xyxy, region_embed = found["boxes_xyxy"], found["embed"]
-    described, phrases = described_phrases(kept, sizes)
+    pred_boxes_xyxy, region_embed = seen.with_regions
+    described, phrases = described_phrases(kept, seen.sizes)
     if not len(described.picture):
-        raise base.InputError(f"{annotations}: every box lies outside its image")
-    text_embed = scores.unit(base.encode_distinct(predictor, described.texts))  # [T, D]
+        raise InputError(f"{annotations}: every box lies outside its image")
+    text_embed = scores.unit(encode.encode_distinct(predictor, described.texts))  # [T, D]
 
     matched, text = match(pred_boxes_xyxy, described)
     by_chance, _ = match(_boxes_of_others(described, pred_boxes_xyxy.shape), described)
     embed = scores.unit(region_embed[matched.picture, matched.query])  # [n, D]
     hits = [
-        base.topk_hits(
+        rates.topk_hits(
             embed[i : i + _AT_ONCE] @ text_embed.T,
             text[i : i + _AT_ONCE, None] == np.arange(len(text_embed)),
             1,
@@ -122,18 +114,18 @@ def evaluate(
     return {
         "kind": "grounding",
         "pictures": len(kept),
-        "without_regions": len(every.records) - len(records),
-        "faulty_lines": every.faulty_lines,
-        **base.report_unreadable(unreadable),
+        "without_regions": len(annotated.read.records) - len(annotated.records),
+        "faulty_lines": annotated.read.faulty_lines,
+        **encode.report_unreadable(unreadable),
         "regions": len(described.picture),
         "regions_outside": described.outside,
         "regions_matched": len(matched.iou),
         "distinct_descriptions": len(described.texts),
         "box_iou": float(matched.iou.mean()),
         "chance_box_iou": float(by_chance.iou.mean()),
-        **base.rate("box_acc50", matched.iou >= boxes.FOUND_IOU),
+        **rates.rate("box_acc50", matched.iou >= boxes.FOUND_IOU),
         "chance_box_acc50": float((by_chance.iou >= boxes.FOUND_IOU).mean()),
-        **base.rate("region_to_description_r1", np.concatenate(hits)),
+        **rates.rate("region_to_description_r1", np.concatenate(hits)),
         "chance_region_to_description_r1": 1 / len(described.texts),
         **_phrase_rates(phrases, described, pred_boxes_xyxy, region_embed, text_embed),
     }
@@ -179,19 +171,9 @@ def _of_protocol(name: str, overlap: np.ndarray, share: np.ndarray) -> dict[str,
     return {
         f"phrase_iou{name}": float((share * overlap).sum(axis=1).mean()),
         f"chance_phrase_iou{name}": float(overlap.mean()),
-        **base.rate(f"phrase_acc50{name}", (share * found).sum(axis=1)),
+        **rates.rate(f"phrase_acc50{name}", (share * found).sum(axis=1)),
         f"chance_phrase_acc50{name}": float(found.mean()),
     }
-
-
-def read(images: epath.PathLike, annotations: epath.PathLike) -> base.Annotated:
-    """The annotations with a region; errors as in `evaluate`."""
-    return base.read_annotations(
-        images,
-        annotations,
-        lambda record: record.regions,
-        "no line has a region; expected described boxes",
-    )
 
 
 def match(pred_boxes_xyxy: np.ndarray, described: Described) -> tuple[Matched, np.ndarray]:
@@ -207,12 +189,12 @@ def match(pred_boxes_xyxy: np.ndarray, described: Described) -> tuple[Matched, n
     for first in range(0, count, _AT_ONCE):
         part = slice(first, first + _AT_ONCE)
         cost = matching.cost_matrix(
-            boxes.xyxy_to_cxcywh(pred_boxes_xyxy[part]),
-            boxes.xyxy_to_cxcywh(true_boxes_xyxy[part]),
+            boxes.xyxy_to_cxcywh(jnp.asarray(pred_boxes_xyxy[part])),
+            boxes.xyxy_to_cxcywh(jnp.asarray(true_boxes_xyxy[part])),
             l1=MATCH_L1,
             giou=MATCH_GIOU,
         )
-        query[part] = matching.match(cost, mask[part]).query_index
+        query[part] = matching.match(cost, jnp.asarray(mask[part])).query_index
     picture, rank = np.nonzero(mask)
     query = query[picture, rank]
     iou = _iou(pred_boxes_xyxy[picture, query], true_boxes_xyxy[picture, rank])
@@ -236,20 +218,20 @@ def _key(text: str) -> str:
 
 
 def described_boxes(
-    records: Sequence[annotations_lib.Annotation], sizes: Sequence[tuple[int, int]]
+    records: Sequence[annotations_lib.Annotation], sizes: np.ndarray | Sequence[tuple[int, int]]
 ) -> Described:
-    """The described boxes of images; `sizes`: each image's width and height in pixels."""
+    """The described boxes of N images; `sizes` int [N, 2], their widths and heights in pixels."""
     return described_phrases(records, sizes)[0]
 
 
 def described_phrases(
-    records: Sequence[annotations_lib.Annotation], sizes: Sequence[tuple[int, int]]
+    records: Sequence[annotations_lib.Annotation], sizes: np.ndarray | Sequence[tuple[int, int]]
 ) -> tuple[Described, Phrases]:
     """As `described_boxes`, and the phrases that the records ask for, without those of which no box is left."""
     picture, rank, boxes_xyxy, text, texts, outside = [], [], [], [], [], 0
     place: dict[str, int] = {}
     phrase_of: list[list[int]] = []  # of each phrase its boxes
-    for i, (record, size) in enumerate(zip(records, sizes)):
+    for i, (record, size) in enumerate(zip(records, np.asarray(sizes).tolist())):
         box_of: dict[int, int] = {}  # position of a region in the record -> of its box
         ranked = sorted(enumerate(record.regions), key=lambda found: -found[1].score)
         for position, region in ranked:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grain_jax import config as config_lib
-from grain_jax.evaluate import base, test_sets
+from grain_jax.evaluate import encode, rates, test_sets
+from grain_jax.evaluate.test_sets import InputError
 from grain_jax.runtime import processes
 
 TRAIN_SHARE = 0.7  # of a class's images, where one folder is split
@@ -54,18 +54,18 @@ class Fitted(NamedTuple):
 
 
 def evaluate(
-    predictor: Any,
+    predictor: encode.Predictor,
     *,
     test: test_sets.TestSet,
     train: test_sets.TestSet | None = None,
     shots: Sequence[int] = (),
     seeds: int = 5,
-    batch_size: int = base.BATCH_SIZE,
+    batch_size: int = encode.BATCH_SIZE,
 ) -> dict[str, Any]:
     """Fits on the embeddings of training images and classifies the test images; each image is encoded once.
 
     Args:
-      predictor: the model (see `base`); its regions are not used.
+      predictor: the model; its regions are not used.
       test: the test images.
       train: the training images, of the same classes. None: a seeded TRAIN_SHARE of each class of `test`, and the
         rest is the test.
@@ -80,7 +80,7 @@ def evaluate(
       `unconverged`: how many final fits stopped at MAX_ITERATIONS.
 
     Raises:
-      base.InputError: what was given cannot be used, or scikit-learn is missing.
+      test_sets.InputError: what was given cannot be used, or scikit-learn is missing.
     """
     check_scikit_learn()
     unreadable: dict[str, str] = {}
@@ -96,7 +96,7 @@ def evaluate(
         "classes": len(classes),
         "pictures": len(tested.label),
         "train_pictures": len(learnt.label),
-        **base.report_unreadable(unreadable),
+        **encode.report_unreadable(unreadable),
         "chance": 1 / len(classes),
         "chance_top5": min(1.0, 5 / len(classes)),
         "pictures_per_class": dict(zip(classes, counts.tolist())),
@@ -113,40 +113,30 @@ def evaluate(
     return result | processes.allgather_values(fitted)[0]
 
 
-def check(entry: config_lib.Evaluator) -> int:
-    """Finds without a model what would end an evaluation; how many images there are. Raises InputError."""
+def check(test: test_sets.TestSet, train: test_sets.TestSet | None, shots: Sequence[int]) -> None:
+    """Raises InputError where scikit-learn is missing, the classes differ, or a class has too few images."""
     check_scikit_learn()
-    test, train = open_sets(entry)
-    # TFDS sets tell their classes' sizes only as they are read.
-    counts = getattr(train or test, "class_counts", None)
-    if counts is not None:
-        counts = counts if train else np.array([_train_count(n) for n in counts])
-        for number in entry.shots or (0,):
-            check_shots(number, counts, test.classes)
-    return len(test) + (len(train) if train else 0)
-
-
-def open_sets(
-    entry: config_lib.Evaluator,
-) -> tuple[test_sets.TestSet, test_sets.TestSet | None]:
-    """The test set, and the training set where the entry has one. Raises as test_sets.open_set, and InputError."""
-    test, train = test_sets.open_set(entry), test_sets.open_train_set(entry)
     if train is not None and list(train.classes) != list(test.classes):
         only = [
             sorted(set(a) - set(b))
             for a, b in ((train.classes, test.classes), (test.classes, train.classes))
         ]
-        raise base.InputError(
+        raise InputError(
             f"train: got other classes than the test's, expected the same; only in train:"
             f" {test_sets.listed(only[0]) or 'none'}; only in the test: {test_sets.listed(only[1]) or 'none'}"
         )
-    return test, train
+    # A TFDS set knows the sizes of its classes only once it is read.
+    counts = getattr(train or test, "class_counts", None)
+    if counts is not None:
+        counts = counts if train else np.array([_train_count(n) for n in counts])
+        for number in shots or (0,):
+            check_shots(number, counts, test.classes)
 
 
 def check_scikit_learn() -> None:
     """Raises InputError where it is not installed."""
     if importlib.util.find_spec("sklearn") is None:
-        raise base.InputError("linear_probe: needs scikit-learn: pip install -e '.[probe]'")
+        raise InputError("linear_probe: needs scikit-learn: pip install -e '.[probe]'")
 
 
 def check_shots(number: int, counts: np.ndarray, classes: Sequence[str]) -> None:
@@ -157,12 +147,12 @@ def check_shots(number: int, counts: np.ndarray, classes: Sequence[str]) -> None
     if number:
         few = [f"{name} ({n})" for name, n in zip(classes, counts) if n <= number]
         if few:
-            raise base.InputError(
+            raise InputError(
                 f"shots: got {number}, expected fewer than each class has training images, so that one is left"
                 f" for validation; too few are of {test_sets.listed(few)}"
             )
     elif (counts > 0).sum() < 2 or counts.max() < 2:
-        raise base.InputError(
+        raise InputError(
             "train: got no two classes with images, one of which has two, expected more to train and validate on"
         )
 
@@ -180,7 +170,7 @@ def fit(learnt: Data, validation: Data, final: Data) -> Fitted:
             scores = _scores(model, validation.embed, int(validation.label.max()) + 1)
             loss = float(_log_loss(scores, validation.label))
             right = validation.label[:, None] == np.arange(scores.shape[1])
-            tried[exponent] = (float(base.topk_hits(scores, right, 1).mean()), -loss, -exponent)
+            tried[exponent] = (float(rates.topk_hits(scores, right, 1).mean()), -loss, -exponent)
         return tried[exponent]
 
     step, best = float(EXPONENTS[1] - EXPONENTS[0]), float(max(EXPONENTS, key=rank))
@@ -225,7 +215,7 @@ def _split(data: Data, classes: Sequence[str]) -> tuple[Data, Data]:
     counts = np.bincount(data.label, minlength=len(classes))
     single = [name for name, n in zip(classes, counts) if n < 2]
     if single:
-        raise base.InputError(
+        raise InputError(
             "train: got none, so that the images are split, expected two or more of each class that can be read;"
             f" too few are of {test_sets.listed(single)}"
         )
@@ -239,22 +229,24 @@ def _take(data: Data, which: np.ndarray) -> Data:
     return Data(data.embed[which], data.label[which])
 
 
-def _encode(predictor, pictures: test_sets.TestSet, unreadable: dict[str, str], batch_size) -> Data:
-    """The embeddings of a set's readable images, on every process."""
-    found = processes.allgather(
-        dict(embed=batch.image_embed, label=batch.labels)
-        for batch in base.encode_pictures(
-            predictor,
-            pictures,
-            label="linear probe",
-            unreadable=unreadable,
-            regions=False,
-            batch_size=batch_size,
-        )
+def _encode(
+    predictor: encode.Predictor,
+    images: test_sets.TestSet,
+    unreadable: dict[str, str],
+    batch_size: int,
+) -> Data:
+    """The embeddings of the readable images of a set, on every process."""
+    seen = encode.gather_images(
+        predictor,
+        images,
+        label="linear probe",
+        unreadable=unreadable,
+        regions=False,
+        batch_size=batch_size,
     )
-    if found["label"].min() < 0:
-        raise base.InputError("the set has images without a label, expected another split")
-    return Data(found["embed"].astype(np.float64), found["label"])
+    if seen.labels.min() < 0:
+        raise InputError("the set has images without a label, expected another split")
+    return Data(seen.image_embed.astype(np.float64), seen.labels)
 
 
 def _probe(learnt: Data, tested: Data, shots: int, seeds: int, classes: Sequence[str]) -> dict:
@@ -268,23 +260,23 @@ def _probe(learnt: Data, tested: Data, shots: int, seeds: int, classes: Sequence
             "validation_top1": fitted.validation_top1,
             "unconverged": int(not fitted.converged),
         }
-    fits, rates = [], []
+    fits, found = [], []
     for seed in range(seeds):
         chosen, validation = (_take(learnt, x) for x in draw(learnt.label, shots, seed))
         fits.append(fit(chosen, validation, chosen))
-        rates.append(_rates(fits[-1].model, tested, classes))
+        found.append(_rates(fits[-1].model, tested, classes))
     out: dict[str, Any] = {"draws": seeds}
     for key in ("top1", "top5", "mean_per_class"):
-        values = np.array([rate[key] for rate in rates])
-        low, high = rates[0][f"{key}_low"], rates[0][f"{key}_high"]
+        values = np.array([rate[key] for rate in found])
+        low, high = found[0][f"{key}_low"], found[0][f"{key}_high"]
         if seeds > 1:
             low, high = student_interval(values)
         out |= {key: float(values.mean()), f"{key}_low": low, f"{key}_high": high}
     out["per_class"] = {
-        name: float(np.mean([rate["per_class"][name] for rate in rates]))
-        for name in rates[0]["per_class"]
+        name: float(np.mean([rate["per_class"][name] for rate in found]))
+        for name in found[0]["per_class"]
     }
-    out["top1_of_draws"] = [rate["top1"] for rate in rates]
+    out["top1_of_draws"] = [rate["top1"] for rate in found]
     out["C"] = [fitted.c for fitted in fits]
     out["unconverged"] = sum(not fitted.converged for fitted in fits)
     return out
@@ -302,17 +294,8 @@ def _rates(model: Any, tested: Data, classes: Sequence[str]) -> dict[str, Any]:
     """The rates of a regression on the test images, over all and for each class that has some."""
     scores = _scores(model, tested.embed, len(classes))
     right = tested.label[:, None] == np.arange(len(classes))
-    top1 = base.topk_hits(scores, right, 1)
-    counts = np.bincount(tested.label, minlength=len(classes))
-    there = counts > 0
-    shares = np.bincount(tested.label, weights=top1, minlength=len(classes))[there] / counts[there]
-    names = [name for name, some in zip(classes, there) if some]
-    return {
-        **base.rate("top1", top1),
-        **base.rate("top5", base.topk_hits(scores, right, 5)),
-        **base.mean_rate("mean_per_class", shares, counts[there]),
-        "per_class": dict(zip(names, shares.tolist())),
-    }
+    top1, top5 = (rates.topk_hits(scores, right, k) for k in (1, 5))
+    return rates.of_classes(top1, top5, tested.label, list(classes))
 
 
 def _regression(data: Data, c: float) -> tuple[Any, bool]:

@@ -4,34 +4,36 @@ Every caption of an image counts. Images whose captions are equal are all right 
 the texts to choose from are the distinct ones.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from grain_jax.evaluate import base
+from grain_jax.evaluate import annotated as annotated_lib
+from grain_jax.evaluate import encode, rates
+from grain_jax.files import annotations as annotations_lib
 from grain_jax.inference import scores
 from grain_jax.input_pipeline import tokenizer
-from grain_jax.runtime import processes
 
 KS = (1, 5, 10)
 _ROWS_AT_ONCE = 1024  # bounds the similarities in memory
 
 
 def evaluate(
-    predictor: Any,
+    predictor: encode.Predictor,
     *,
     images: epath.PathLike,
     annotations: epath.PathLike,
-    batch_size: int = base.BATCH_SIZE,
+    batch_size: int = encode.BATCH_SIZE,
 ) -> dict[str, Any]:
     """Ranks all distinct captions for each image, and all images for each caption.
 
-    An image without a web caption stands in with its synthetic one, and without either is left out;
-    both are counted. Two captions are equal if the tokenizer's cleaning and lower-casing makes them so.
+    An image without a web caption has its synthetic one instead, and one without either is left out; both are
+    counted. Two captions are equal where they are equal after the tokenizer's cleaning and lower-casing.
 
     Args:
-      predictor: the model (see `base`).
+      predictor: the model.
       images: the folder that the annotations' paths start from.
       annotations: `A.jsonl`.
       batch_size: images at a time.
@@ -41,25 +43,21 @@ def evaluate(
       broken at random.
 
     Raises:
-      base.InputError, annotations.AnnotationError: what was given cannot be used.
+      test_sets.InputError, annotations.AnnotationError: what was given cannot be used.
     """
-    every, records, folder = read(images, annotations)
+    annotated = annotated_lib.read_captions(images, annotations)
     unreadable: dict[str, str] = {}
-    batches = base.encode_pictures(
+    kept, seen = annotated_lib.gather(
         predictor,
-        [folder / r.image for r in records],
+        annotated,
         label="retrieval",
         unreadable=unreadable,
         regions=False,
         batch_size=batch_size,
     )
-    found = processes.allgather(
-        dict(index=batch.index, embed=batch.image_embed) for batch in batches
-    )
-    kept = [records[i] for i in found["index"]]
-    image_embed = scores.unit(found["embed"])  # [N, D]
+    image_embed = scores.unit(seen.image_embed)  # [N, D]
     owner, text_of, texts = _pairs(kept)
-    text_embed = scores.unit(base.encode_distinct(predictor, texts))  # [M, D]
+    text_embed = scores.unit(encode.encode_distinct(predictor, texts))  # [M, D]
 
     right = np.zeros((len(kept), len(texts)), bool)
     right[owner, text_of] = True
@@ -69,26 +67,18 @@ def evaluate(
         "captions": len(owner),
         "distinct_captions": len(texts),
         "synthetic_captions": sum(not r.captions for r in kept),
-        "without_caption": len(every.records) - len(records),
-        "faulty_lines": every.faulty_lines,
-        **base.report_unreadable(unreadable),
+        "without_caption": len(annotated.read.records) - len(annotated.records),
+        "faulty_lines": annotated.read.faulty_lines,
+        **encode.report_unreadable(unreadable),
         "image_to_text": _recalls(image_embed, text_embed, right),
         "text_to_image": _recalls(text_embed, image_embed, right.T, rows=text_of),
     }
 
 
-def read(images: epath.PathLike, annotations: epath.PathLike) -> base.Annotated:
-    """The annotations with a caption; errors as in `evaluate`."""
-    return base.read_annotations(
-        images,
-        annotations,
-        lambda record: record.captions or record.synthetic_caption,
-        "no line has a caption; expected captions to retrieve",
-    )
-
-
-def _pairs(records) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Every caption's image and text, as positions, and the distinct texts."""
+def _pairs(
+    records: Sequence[annotations_lib.Annotation],
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """For each caption the positions of its image and of its text, both int; and the distinct texts."""
     place: dict[str, int] = {}
     owner, text_of, texts = [], [], []
     for i, record in enumerate(records):
@@ -102,19 +92,30 @@ def _pairs(records) -> tuple[np.ndarray, np.ndarray, list[str]]:
     return np.array(owner), np.array(text_of), texts
 
 
-def _recalls(queries, candidates, right, rows=None) -> dict[str, float]:
-    """R@k of ranking `candidates` [C, D] for `queries` [N, D] (those at `rows`: a query may count often)."""
-    parts = {k: [] for k in KS}
+def _recalls(
+    queries: np.ndarray,
+    candidates: np.ndarray,
+    right: np.ndarray,
+    rows: np.ndarray | None = None,
+) -> dict[str, float]:
+    """R@k of ranking `candidates` [C, D] for `queries` [N, D].
+
+    Args:
+      queries, candidates: of unit length.
+      right: bool [N, C].
+      rows: int, the queries that count; one may stand in it more than once. None: each query once.
+    """
+    parts: dict[int, list[np.ndarray]] = {k: [] for k in KS}
     for first in range(0, len(queries), _ROWS_AT_ONCE):
         part = slice(first, first + _ROWS_AT_ONCE)
         similarity = queries[part] @ candidates.T
         for k in KS:
-            parts[k].append(base.topk_hits(similarity, right[part], k))
+            parts[k].append(rates.topk_hits(similarity, right[part], k))
     out = {}
     for k in KS:
         hits = np.concatenate(parts[k])
-        chance = base.chance_of_topk(right, k)
+        chance = rates.chance_of_topk(right, k)
         if rows is not None:
             hits, chance = hits[rows], chance[rows]
-        out |= {**base.rate(f"r{k}", hits), f"chance_r{k}": float(chance.mean())}
+        out |= {**rates.rate(f"r{k}", hits), f"chance_r{k}": float(chance.mean())}
     return out

@@ -1,6 +1,6 @@
-"""A suite of evaluations on one checkpoint: what is there is run, what is missing is said, one failure stops nothing.
+"""A suite of evaluations on one checkpoint: an entry without its data is skipped, and one that fails stops no other.
 
-Results are written after every set. The same command again goes on after the sets that are done.
+Results are written after every entry. The same command again goes on after the entries that are done.
 """
 
 import dataclasses
@@ -20,7 +20,9 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax import errors
-from grain_jax.evaluate import base, tables, zeroshot
+from grain_jax.config.evals import Context
+from grain_jax.evaluate import encode, tables, zeroshot
+from grain_jax.evaluate.test_sets import InputError
 from grain_jax.files import atomic
 from grain_jax.inference import text_cache
 from grain_jax.runtime import processes
@@ -32,9 +34,9 @@ FAILED, NOTHING = 1, 2  # exit statuses
 class _Task(NamedTuple):
     """An entry whose data is there."""
 
-    entry: config_lib.Evaluator  # as far as it is
-    pictures: int
-    inputs: dict[str, Any]  # what its result depends on, besides the checkpoint and the entry
+    entry: config_lib.Evaluator  # without what is missing
+    images: int
+    inputs: dict[str, Any]  # what the result depends on, besides the checkpoint and the entry
 
 
 def run(
@@ -45,17 +47,17 @@ def run(
     load: Callable[[], Any],
     only: Sequence[str] | None = None,
     again: bool = False,
-    batch_size: int = base.BATCH_SIZE,
+    batch_size: int = encode.BATCH_SIZE,
 ) -> int:
     """Runs the suite's entries and writes `output` (docs/evaluate.md has its format); collective.
 
     Args:
       suite: the entries.
       output: JSON file. What it holds of the same checkpoint is kept, and not measured again.
-      checkpoint: what to call it in the results.
-      load: gives its predictor.
+      checkpoint: its name in the results.
+      load: loads its predictor.
       only: names of entries; None for all.
-      again: measures also what `output` holds.
+      again: measures what `output` holds, too.
       batch_size: images at a time.
 
     Returns: the exit status: 0, FAILED where an entry failed, NOTHING where there was none that could run.
@@ -81,7 +83,7 @@ def run(
                 for name, result in before["ran"].items()
                 if name not in entries or (name in tasks and _same(result, tasks[name], again))
             }
-    left = sum(task.pictures for name, task in tasks.items() if name not in results["ran"])
+    left = sum(task.images for name, task in tasks.items() if name not in results["ran"])
     clock = _Clock(left)
     for number, (name, task) in enumerate(tasks.items(), 1):
         of = f"{name} ({number} of {len(tasks)})"
@@ -90,10 +92,10 @@ def run(
             continue
         began = time.monotonic()
         try:
-            result = base.evaluate(task.entry, predictor, batch_size=batch_size)
+            result = task.entry.evaluate(predictor, Context(batch_size))
         except Exception as error:
             if not isinstance(error, errors.UserError) and processes.process_info()[1] > 1:
-                raise  # the others may stand where this one will not come
+                raise  # the other processes may wait where this one does not get to
             _failed(name, error, results)
         else:
             seconds = round(time.monotonic() - began, 1)
@@ -101,9 +103,10 @@ def run(
                 "entry": dataclasses.asdict(task.entry),
                 "inputs": task.inputs,
                 "seconds": seconds,
+                "kind": task.entry.kind,
                 **result,
             }
-            _say(f"{of}: {task.pictures} images in {seconds:.0f} s{clock.left(task.pictures)}")
+            _say(f"{of}: {task.images} images in {seconds:.0f} s{clock.left(task.images)}")
         _write(output, results, suite)
     _write(output, results, suite)
     if processes.process_info()[0] == 0:
@@ -115,7 +118,7 @@ def _chosen(suite: config_lib.Suite, only: Sequence[str] | None) -> dict[str, co
     for name in only or ():
         if name not in suite.evals:
             words = config_lib.unknown_key(name, list(suite.evals))
-            raise base.InputError(f"--only: {name}: {words.replace('key', 'entry')}")
+            raise InputError(f"--only: {name}: {words.replace('key', 'entry')}")
     return {name: entry for name, entry in suite.evals.items() if only is None or name in only}
 
 
@@ -126,9 +129,9 @@ def _tasks(
     tasks = {}
     for name, entry in entries.items():
         try:
-            entry, note = processes.run_together(lambda: base.available(entry))  # noqa: B023
-            pictures = processes.run_together(lambda: base.check(entry))  # noqa: B023
-        except base.MissingData as error:
+            entry, note = processes.run_together(entry.available)
+            images = processes.run_together(entry.check)
+        except errors.MissingData as error:
             results["skipped"][name] = _words(error)
             _say(f"{name}: skipped: {_words(error)}")
             continue
@@ -138,9 +141,8 @@ def _tasks(
         if note:
             results["notes"][name] = note
             _say(f"{name}: {note}")
-        files = (entry.descriptions, entry.annotations, entry.templates, entry.classes)
-        inputs = {path: _digest_of_file(path) for path in files if path is not None}
-        tasks[name] = _Task(entry, pictures, {"pictures": pictures, **inputs})
+        inputs = {path: _digest_of_file(path) for path in entry.files if path is not None}
+        tasks[name] = _Task(entry, images, {"pictures": images, **inputs})
     return tasks
 
 
@@ -191,7 +193,7 @@ def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:
         pass
     if again:
         return None
-    raise base.InputError(
+    raise InputError(
         f"--output: {output}: holds something else than a suite's results; expected another file, or"
         " --again to replace it"
     )
@@ -199,7 +201,7 @@ def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:
 
 def _check_same(before, results, output: epath.Path, again: bool) -> None:
     if not again and before["digest"] != results["digest"]:
-        raise base.InputError(
+        raise InputError(
             f"--output: {output}: holds the results of another checkpoint ({before['folder']}, now"
             f" {results['folder']}); expected another file, or --again to start over"
         )
@@ -207,16 +209,13 @@ def _check_same(before, results, output: epath.Path, again: bool) -> None:
 
 def _same(result: Mapping[str, Any], task: _Task, again: bool) -> bool:
     """Whether an earlier result is what the task would give."""
-    now = json.loads(json.dumps([dataclasses.asdict(task.entry), task.inputs]))
-    # A field that came after the result was written has the value that it was measured with.
-    later = {f.name: f.default for f in dataclasses.fields(task.entry)}
-    later = {
-        k: v
-        for k, v in later.items()
-        if v is not dataclasses.MISSING and k not in result.get("entry", {})
-    }
-    then = json.loads(json.dumps([result.get("entry", {}) | later, result.get("inputs")]))
-    return not again and then == now
+    inputs = json.loads(json.dumps(task.inputs))
+    if again or result.get("inputs") != inputs:
+        return False
+    try:  # a key that came after the result was written has its default
+        return config_lib.evaluator_from_dict(result.get("entry")) == task.entry
+    except config_lib.ConfigError:
+        return False
 
 
 def _write(output: epath.Path, results: dict[str, Any], suite: config_lib.Suite) -> None:
@@ -230,7 +229,7 @@ def _write(output: epath.Path, results: dict[str, Any], suite: config_lib.Suite)
     try:
         text = json.dumps(results, indent=1, ensure_ascii=False)
         atomic.write_text(output, text + "\n")
-    except OSError as error:  # what is measured comes on the screen at least
+    except OSError as error:  # the results are still printed
         _say(f"--output: {output}: {error.strerror or error}; nothing was saved")
 
 
@@ -273,7 +272,7 @@ def _show(results: Mapping[str, Any]) -> None:
         if result["kind"] == "zeroshot"
     }
     others = {
-        name: base.scalars(result)
+        name: tables.scalars(result)
         for name, result in results["ran"].items()
         if result["kind"] != "zeroshot"
     }
@@ -284,20 +283,20 @@ def _show(results: Mapping[str, Any]) -> None:
     for kind in ("notes", "failed"):
         for name, line in results[kind].items():
             print(f"{kind.removesuffix('s')}: {name}: {line}")
-    if results["skipped"]:  # each has had its line
+    if results["skipped"]:  # each has a line above
         print(f"skipped, data missing: {', '.join(results['skipped'])}")
     sys.stdout.flush()
 
 
 class _Clock:
-    """How long the rest will take, by the images so far."""
+    """An estimate of the time left, from the images so far."""
 
-    def __init__(self, pictures: int):
-        self._left, self._done, self._began = pictures, 0, time.monotonic()
+    def __init__(self, images: int):
+        self._left, self._done, self._began = images, 0, time.monotonic()
 
-    def left(self, pictures: int) -> str:
-        """The words for it, once these are done too."""
-        self._left, self._done = self._left - pictures, self._done + pictures
+    def left(self, images: int) -> str:
+        """The words for it, once that many more are done."""
+        self._left, self._done = self._left - images, self._done + images
         seconds = (time.monotonic() - self._began) / self._done * self._left
         words = f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
         return f"; about {words} left in all" if self._left else ""

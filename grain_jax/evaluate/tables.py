@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from grain_jax import printable
 
+_OF_CLASSES = ("per_class", "pictures_per_class")  # a number for each class: not for a table
 _INTERVAL = "95% interval"
 _LONGEST = 120  # characters of a cell; more is cut off
 HEADER = ("measured", "value", _INTERVAL, "chance", "of")
@@ -79,11 +80,22 @@ _DIAGNOSTICS = (
 )
 
 
+def scalars(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a result, nested names joined by `/`; texts and lists are left out."""
+    out = {}
+    for key, value in result.items():
+        if isinstance(value, Mapping) and key not in _OF_CLASSES:
+            out |= scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            out[prefix + key] = float(value)
+    return out
+
+
 def describe(results: Mapping[str, Mapping[str, float]]) -> str:
     """The table of several results, e.g. {"unseen": {"alpha_0.5/top1": 0.78, "chance": 0.025, ...}}.
 
     Args:
-      results: name -> the numbers of an evaluation, as `evaluate.base.run` returns them.
+      results: name -> the numbers of an evaluation, as `scalars` returns them.
     """
     rows: list[tuple[str, ...]] = []
     for name, numbers in results.items():
@@ -138,7 +150,7 @@ def _suite_row(
         there = [way for way in described if way in ways]
         best = max(there, key=lambda way: ways[way]["top1"], default=None)
         row.append("" if best is None else f"{_alpha(best)}: {ways[best]['top1']:.1%}")
-        row.append(_interval(ways.get(best, {}), "top1"))
+        row.append("" if best is None else _interval(ways[best], "top1"))
     return row
 
 
@@ -203,6 +215,6 @@ def cells(name: str, numbers: Mapping[str, float], row: Row) -> tuple[str, ...]:
         f"{name}: {row.label}",
         show(numbers[row.key]),
         _interval(numbers, row.key),
-        show(numbers[row.chance]) if row.chance in numbers else "",
+        show(numbers[row.chance]) if row.chance and row.chance in numbers else "",
         f"{numbers[row.count]:.0f} {row.unit}" if row.count in numbers else "",
     )

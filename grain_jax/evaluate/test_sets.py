@@ -1,23 +1,23 @@
 """Labelled images to classify: a folder with a sub-folder a class, or a set of TensorFlow Datasets.
 
 Both give encoded images, so that they are decoded and resized in the same way. Nothing is ever
-downloaded: where the data is not there, MissingData says how to get it.
+downloaded: where the data is not there, errors.MissingData says how to get it.
 """
 
 import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import PIL.Image
 from etils import epath
 
-from grain_jax import config as config_lib
 from grain_jax import errors
+from grain_jax.config.evals import how_to_get
 from grain_jax.evaluate import class_names
-from grain_jax.files import images
+from grain_jax.files import images as image_files
 
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -27,31 +27,29 @@ class InputError(errors.UserError):
     """What was given cannot be evaluated; the message has one line a fault."""
 
 
-class MissingData(InputError):
-    """The data is not there; the message is one line: where it was looked for, and how to get it."""
-
-
-class Picture(NamedTuple):
-    """One of a test set's."""
+class Image(NamedTuple):
+    """An image of a test set."""
 
     name: str
-    load: Callable[[], PIL.Image.Image]  # raises images.ImageError
+    load: Callable[[], PIL.Image.Image]  # raises files.images.ImageError
     label: int  # -1: none
 
 
 class TestSet(Protocol):
-    """Pictures with the classes that they are to be told apart by."""
+    """Images, each of one of `classes`."""
 
-    classes: Sequence[str]  # names, in the order of the labels
-    stems: Sequence[str] | None  # what files of descriptions may call the classes instead
+    classes: list[str]  # names, in the order of the labels
+    stems: list[str] | None  # other names that files of descriptions may have for the classes
 
     def __len__(self) -> int: ...
 
     def name(self, position: int) -> str:
-        """What an image is called: its path, or its place in the TFDS set."""
+        """The path of an image, or its place in the TFDS set."""
+        ...
 
-    def pictures(self, positions: range) -> Iterable[Picture]:
+    def images(self, positions: range) -> Iterable[Image]:
         """A stretch of the set, in order; InputError where it cannot be read."""
+        ...
 
 
 class ClassFolders:
@@ -60,10 +58,10 @@ class ClassFolders:
     Args:
       folder: of the class folders, each named after its class (`_` = space).
       classes: file of names, by the folders' names (class_names); None: the folders' names.
-      get: how to get the data, for MissingData.
+      get: how to get the data, for errors.MissingData.
 
     Raises:
-      MissingData, InputError: see `class_folders`.
+      errors.MissingData, InputError: see `class_folders`.
       class_names.ClassNameError: the file does not fit.
     """
 
@@ -86,7 +84,7 @@ class ClassFolders:
     def name(self, position: int) -> str:
         return str(self._paths[position])
 
-    def pictures(self, positions: range) -> Iterable[Picture]:
+    def images(self, positions: range) -> Iterable[Image]:
         return (of_path(self._paths[i], self._labels[i]) for i in positions)
 
 
@@ -100,10 +98,10 @@ class TfdsSet:
       split: "test", or a part of one, "test[:1000]".
       data_dir: TFDS's folder; None for its own default.
       classes: see class_names.for_labels.
-      get: how to get the data, for MissingData; None for TFDS's own command.
+      get: how to get the data, for errors.MissingData; None for TFDS's own command.
 
     Raises:
-      MissingData: there is no such set.
+      errors.MissingData: there is no such set.
       InputError: it has no such split, or its examples have no `image` and `label`.
       class_names.ClassNameError: names for its classes are missing, or do not fit.
     """
@@ -119,7 +117,7 @@ class TfdsSet:
         tfds = _tensorflow_datasets(name)
         folder = find_tfds(name, data_dir, get)
         self._name, self._builder = name, tfds.builder_from_directory(folder)
-        info = self._builder.info
+        info: Any = self._builder.info
         try:
             (part,) = tfds.core.ReadInstruction.from_spec(split).to_absolute(info.splits)
         except ValueError:  # also of more than one part
@@ -132,7 +130,7 @@ class TfdsSet:
         )
         self._split, self._range = part.splitname, range(start, stop)
         features = dict(info.features)
-        labels = features.get("label")
+        labels: Any = features.get("label")
         if "image" not in features or not isinstance(labels, tfds.features.ClassLabel):
             raise InputError(
                 f"{folder}: has the features {', '.join(features)}, expected image and label (a class)"
@@ -146,15 +144,15 @@ class TfdsSet:
     def name(self, position: int) -> str:
         return f"{self._name} {self._split} {self._range[position]}"
 
-    def pictures(self, positions: range) -> Iterable[Picture]:
+    def images(self, positions: range) -> Iterable[Image]:
         places = self._range[positions.start : positions.stop]
         if not places:
             return
         try:
             for position, example in zip(positions, self._examples(places), strict=True):
                 name = self.name(position)
-                load = functools.partial(images.decode_image, example["image"], name)
-                yield Picture(name, load, int(example["label"]))
+                load = functools.partial(image_files.decode_image, example["image"], name)
+                yield Image(name, load, int(example["label"]))
         except Exception as error:  # a damaged or a missing file; TensorFlow's errors have no base
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{self._name} {self._split}: cannot be read: {reason}") from None
@@ -175,43 +173,16 @@ class TfdsSet:
         ).as_numpy_iterator()
 
 
-def open_set(entry: config_lib.Evaluator) -> TestSet:
-    """The labelled images of an entry, those to test on; raises as ClassFolders or TfdsSet do."""
-    if entry.tfds is None:
-        return ClassFolders(entry.images, entry.classes, entry.get)
-    return TfdsSet(entry.tfds, entry.split, entry.data_dir, entry.classes, entry.get)
-
-
-def open_train_set(entry: config_lib.Evaluator) -> TestSet | None:
-    """The labelled training images of a linear probe; None where `images` is to be split. Raises as `open_set`.
-
-    Raises:
-      InputError: also where they are the test's.
-    """
-    if entry.tfds is None:
-        if entry.train is None:
-            return None
-        if epath.Path(entry.train).resolve() == epath.Path(entry.images).resolve():
-            raise InputError(
-                f"train: got {entry.train}, which are the test's images, expected others, or none to split them"
-            )
-        return ClassFolders(entry.train, entry.classes, entry.get)
-    split = entry.train or "train"
-    if split == entry.split:
-        raise InputError(f"train: got the split {split!r}, which is the test's, expected another")
-    return TfdsSet(entry.tfds, split, entry.data_dir, entry.classes, entry.get)
-
-
-def of_path(path: epath.PathLike, label: int = -1) -> Picture:
+def of_path(path: epath.PathLike, label: int = -1) -> Image:
     """The image in a file."""
-    return Picture(str(path), functools.partial(images.load_image, path), label)
+    return Image(str(path), functools.partial(image_files.load_image, path), label)
 
 
 def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.Path:
     """The folder of a prepared TFDS set: of the version that `name` gives, or the newest.
 
     Raises:
-      MissingData: there is none; with the command that gets it.
+      errors.MissingData: there is none; with the command that gets it.
       InputError: `name` has no config, and the set has several.
     """
     base = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
@@ -227,7 +198,7 @@ def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.
     found = [(config, _newest(config, version)) for config in configs]
     found = [(config, folder) for config, folder in found if folder is not None]
     if not found:
-        raise MissingData(
+        raise errors.MissingData(
             f"no TFDS set {name} (looked for {base / path}/{version or 'VERSION'}/dataset_info.json);"
             f" to get it: {get}"
         )
@@ -250,14 +221,14 @@ def _newest(folder: epath.Path, version: str) -> epath.Path | None:
     return max(versions, key=lambda sub: tuple(map(int, sub.name.split("."))), default=None)
 
 
-def _tensorflow_datasets(name: str):
+def _tensorflow_datasets(name: str) -> Any:
     """The package; slow to import, and not on every machine."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its banners tell a user nothing
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no banners
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         import tensorflow_datasets as tfds
     except ModuleNotFoundError as error:
-        raise MissingData(
+        raise errors.MissingData(
             f"TFDS set {name}: needs {error.name}, which is not installed; to get it: pip install 'grain_jax[data]'"
         ) from None
     return tfds
@@ -272,17 +243,17 @@ def class_folders(
 
     Args:
       images: folder of the class folders.
-      get: how to get the data, for MissingData.
+      get: how to get the data, for errors.MissingData.
 
     Raises:
-      MissingData: no such folder.
+      errors.MissingData: no such folder.
       InputError: fewer than two class folders, two of one name (`a_b` and `a b`), or a class without
         images.
     """
     folder = epath.Path(images).expanduser()
     if not folder.is_dir():
-        raise MissingData(
-            f"{folder}: no such folder; expected one with a sub-folder a class{how(get)}"
+        raise errors.MissingData(
+            f"{folder}: no such folder; expected one with a sub-folder a class{how_to_get(get)}"
         )
     folders = sorted(
         (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")),
@@ -320,11 +291,6 @@ def class_folders(
 def of_folder(name: str) -> str:
     """The class of a folder's name."""
     return name.replace("_", " ").strip()
-
-
-def how(get: str | None) -> str:
-    """The end of a message about missing data."""
-    return f"; to get it: {get}" if get else ""
 
 
 def listed(names: Sequence[str], limit: int = 10) -> str:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from grain_jax.evaluate import base, test_sets
+from grain_jax.evaluate import encode, rates, test_sets
+from grain_jax.evaluate.test_sets import InputError
 from grain_jax.files import atomic
 from grain_jax.inference import prompts, scores
 from grain_jax.runtime import processes
@@ -26,15 +27,13 @@ REGION_ORDERS = (
 BY_NAME = "by_name"  # the part of a result where names alone make the classes beside descriptions
 BEST = 5  # classes that an image's prediction lists
 
-class_folders = test_sets.class_folders  # callers outside of the package know it from here
-
 
 class Scored(NamedTuple):
-    """What one way of scoring says of each image."""
+    """The result of one way of scoring, for each image."""
 
     top1: (
         np.ndarray
-    )  # float64 [N], the chance that the class is the best one, ties broken at random
+    )  # float64 [N], the chance that the class has the best score, ties broken at random
     top5: np.ndarray  # float64 [N]
     best: np.ndarray  # int32 [N, at most BEST], the best classes, best first
     best_scores: np.ndarray  # float32 [N, at most BEST]
@@ -52,17 +51,17 @@ class Predictions(NamedTuple):
 
 
 def evaluate(
-    predictor: Any,
+    predictor: encode.Predictor,
+    test_set: test_sets.TestSet,
     *,
-    images: epath.PathLike | test_sets.TestSet,
     predictions: epath.PathLike | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Classifies every image by alpha * global score + (1 - alpha) * region score.
 
     Args:
-      predictor: the model (see `base`).
-      images: a test set, or a folder of class folders, each named after its class (`_` = space).
+      predictor: the model.
+      test_set: images and their classes.
       predictions: file to write, one JSON object an image: its name, its class, its five best classes.
       **options: of `predict`.
 
@@ -72,9 +71,9 @@ def evaluate(
       score, at alpha 1 and at each other alpha. Ties count as if broken at random.
 
     Raises:
-      base.InputError, prompts.PromptError: what was given cannot be used.
+      InputError, prompts.PromptError: what was given cannot be used.
     """
-    found = predict(predictor, images=images, **options)
+    found = predict(predictor, test_set, **options)
     if predictions is not None and processes.process_info()[0] == 0:
         _write(epath.Path(predictions), found)
     classes = found.test_set.classes
@@ -83,7 +82,7 @@ def evaluate(
         "kind": "zeroshot",
         "classes": len(classes),
         "pictures": len(found.target),
-        **base.report_unreadable(found.unreadable),
+        **encode.report_unreadable(found.unreadable),
         "names": options.get("names", True),
         "descriptions": found.descriptions,
         "region_order": options.get("region_order", "queries"),
@@ -94,26 +93,26 @@ def evaluate(
     for key, scored in found.scored.items():
         way, _, alpha = key.rpartition("/")
         part = result.setdefault(way, {}) if way else result
-        part[alpha] = _rates(classes, counts, found.target, scored)
+        part[alpha] = rates.of_classes(scored.top1, scored.top5, found.target, classes)
     return result
 
 
 def predict(
-    predictor: Any,
+    predictor: encode.Predictor,
+    test_set: test_sets.TestSet,
     *,
-    images: epath.PathLike | test_sets.TestSet,
     descriptions: epath.PathLike | None = None,
     alphas: Sequence[float] | None = None,
     names: bool = True,
     region_order: str = "queries",
     templates: epath.PathLike | None = None,
-    batch_size: int = base.BATCH_SIZE,
+    batch_size: int = encode.BATCH_SIZE,
 ) -> Predictions:
     """What `evaluate` counts: each image's best classes, and whether they are right.
 
     Args:
-      predictor: the model (see `base`).
-      images: as in `evaluate`.
+      predictor: the model.
+      test_set: images and their classes.
       descriptions: `D.json`, {"class name": ["description", ...]}; classes that the set has not are ignored.
       alphas: shares of the global score in [0, 1]; default 1 without descriptions, 1 and 0.5 with.
       names: the class names stand in the prompts; False: the descriptions alone make the class.
@@ -123,7 +122,6 @@ def predict(
 
     Raises: as `evaluate`.
     """
-    test_set = images if hasattr(images, "pictures") else test_sets.ClassFolders(images)
     classes = list(test_set.classes)
     check_region_order(region_order)
     alphas = check_alphas(alphas, descriptions, names)
@@ -140,7 +138,7 @@ def predict(
     with_regions = min(alphas) < 1
     unreadable: dict[str, str] = {}
     parts = []
-    for batch in base.encode_pictures(
+    for batch in encode.encode_images(
         predictor,
         test_set,
         label="zero-shot",
@@ -149,9 +147,9 @@ def predict(
         batch_size=batch_size,
     ):
         region_scores = None
-        if with_regions:
+        if with_regions and embeds is not None:
             score = scores.region_scores if region_order == "queries" else description_scores
-            region_scores = score(batch.regions.embed, embeds)
+            region_scores = score(batch.with_regions.embed, embeds)
         part = {"index": batch.index, "target": batch.labels}
         for key, (of_classes, alpha) in ways.items():
             global_scores = scores.global_scores(batch.image_embed, of_classes)
@@ -161,7 +159,7 @@ def predict(
         parts.append(part)
     found = processes.allgather(parts)
     if found["target"].min() < 0:
-        raise base.InputError("the test set has images without a label, expected another split")
+        raise InputError("the test set has images without a label, expected another split")
     scored = {key: Scored(*(found[f"{key} {field}"] for field in Scored._fields)) for key in ways}
     count = sum(map(len, described)) if described else 0
     return Predictions(test_set, found["index"], found["target"], scored, unreadable, count)
@@ -175,25 +173,11 @@ def _score(combined: np.ndarray, target: np.ndarray) -> Scored:
     order = np.argsort(-np.take_along_axis(combined, best, axis=1), axis=1, kind="stable")
     best = np.take_along_axis(best, order, axis=1)
     return Scored(
-        base.topk_hits(combined, right, 1),
-        base.topk_hits(combined, right, 5),
+        rates.topk_hits(combined, right, 1),
+        rates.topk_hits(combined, right, 5),
         best.astype(np.int32),
         np.take_along_axis(combined, best, axis=1),
     )
-
-
-def _rates(classes, counts, target, scored: Scored) -> dict[str, Any]:
-    """The rates of one way of scoring, over all images and for each class that has some."""
-    hits = np.bincount(target, weights=scored.top1, minlength=len(classes))
-    there = counts > 0
-    shares = hits[there] / counts[there]
-    names = (name for name, some in zip(classes, there) if some)
-    return {
-        **base.rate("top1", scored.top1),
-        **base.rate("top5", scored.top5),
-        **base.mean_rate("mean_per_class", shares, counts[there]),
-        "per_class": dict(zip(names, shares.tolist())),
-    }
 
 
 def _write(path: epath.Path, found: Predictions) -> None:
@@ -212,24 +196,22 @@ def _write(path: epath.Path, found: Predictions) -> None:
 def check_alphas(
     alphas: Sequence[float] | None, descriptions: epath.PathLike | None, names: bool
 ) -> list[float]:
-    """The alphas to report (default 1, and 0.5 with descriptions). Raises base.InputError."""
+    """The alphas to report (default 1, and 0.5 with descriptions). Raises InputError."""
     if not alphas:
         alphas = (1.0,) if descriptions is None else (1.0, 0.5)
     for alpha in alphas:
         if not 0 <= alpha <= 1:
-            raise base.InputError(f"alpha: got {alpha}, expected a number from 0 to 1")
+            raise InputError(f"alpha: got {alpha}, expected a number from 0 to 1")
     if descriptions is None and (not names or min(alphas) < 1):
         asked = f"alpha {min(alphas):g}" if names else "a test without class names"
-        raise base.InputError(f"descriptions: got nothing, expected a file (D.json) for {asked}")
+        raise InputError(f"descriptions: got nothing, expected a file (D.json) for {asked}")
     return [float(alpha) for alpha in alphas]
 
 
 def check_region_order(order: str) -> None:
-    """Raises base.InputError if `order` is not one of REGION_ORDERS."""
+    """Raises InputError if `order` is not one of REGION_ORDERS."""
     if order not in REGION_ORDERS:
-        raise base.InputError(
-            f"region order: got {order!r}, expected one of {', '.join(REGION_ORDERS)}"
-        )
+        raise InputError(f"region order: got {order!r}, expected one of {', '.join(REGION_ORDERS)}")
 
 
 def description_scores(
@@ -269,20 +251,20 @@ def read_descriptions(
       names: whether a name alone may describe a class.
 
     Raises:
-      base.InputError: no such file, another format, or classes that have no description.
+      InputError: no such file, another format, or classes that have no description.
     """
     path = epath.Path(path)
     if not path.exists() or path.is_dir():
-        raise base.InputError(f"{path}: no such file; expected descriptions of the classes as JSON")
+        raise InputError(f"{path}: no such file; expected descriptions of the classes as JSON")
     try:
         value = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise base.InputError(f"{path}: not JSON ({error})") from None
+        raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise base.InputError(f'{path}: expected {{"class name": ["description", ...]}}')
+        raise InputError(f'{path}: expected {{"class name": ["description", ...]}}')
     for name, texts in value.items():
         if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise base.InputError(f"{path}: {name!r}: expected a list of texts that are not empty")
+            raise InputError(f"{path}: {name!r}: expected a list of texts that are not empty")
     known = {_letters(name): texts for name, texts in value.items()}
     known |= {test_sets.of_folder(name): texts for name, texts in value.items()}
     found = [
@@ -291,8 +273,8 @@ def read_descriptions(
     ]
     missing = [n for n, texts in zip(classes, found) if texts is None or not (texts or names)]
     if missing:
-        raise base.InputError(f"{path}: no description of the classes {test_sets.listed(missing)}")
-    return found
+        raise InputError(f"{path}: no description of the classes {test_sets.listed(missing)}")
+    return [texts for texts in found if texts is not None]
 
 
 def _letters(name: str) -> tuple[str, ...]:
@@ -300,17 +282,23 @@ def _letters(name: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[^\W_]+", name.casefold()))
 
 
-def _class_embeddings(predictor, classes, described, names, templates):
-    """Class features [C, D], and each class's descriptions' embeddings (None without descriptions)."""
+def _class_embeddings(
+    predictor: encode.Predictor,
+    classes: Sequence[str],
+    described: Sequence[Sequence[str]] | None,
+    names: bool,
+    templates: epath.PathLike | None,
+) -> tuple[np.ndarray, list[np.ndarray] | None]:
+    """Class features [C, D], and for each class the embeddings of its descriptions (None without descriptions)."""
     embeds = None
     if described is not None:
         texts = [found or [name] for name, found in zip(classes, described)]
-        embeds = base.encode_texts(predictor, texts)
-    if not names:
+        embeds = encode.encode_texts(predictor, texts)
+    if not names and embeds is not None:
         return scores.class_features(embeds), embeds
     filled = prompts.load_templates(templates)
     texts = [
-        prompts.class_texts(name, filled, (described and described[i]) or None)
+        prompts.class_texts(name, filled, described[i] or None if described else None)
         for i, name in enumerate(classes)
     ]
-    return scores.class_features(base.encode_texts(predictor, texts)), embeds
+    return scores.class_features(encode.encode_texts(predictor, texts)), embeds

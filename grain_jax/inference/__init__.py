@@ -1,4 +1,4 @@
-"""A trained model at work: `load` gives a `Predictor`, which embeds images, texts and regions."""
+"""Inference: `load` returns a `Predictor`, which embeds images, texts and regions."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ __all__ = ["ClassFeatures", "Grounding", "InputError", "Predictor", "load", "pro
 
 
 def __getattr__(name: str) -> Any:
-    """The public names of `predictor`, which imports JAX, on first use; `scores` and `prompts` need numpy alone."""
+    """Imports `predictor`, and with it JAX, on the first use of a public name; `scores` and `prompts` need numpy only."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("grain_jax.inference.predictor"), name)

@@ -1,16 +1,16 @@
-"""A trained model for users: `grain_jax.load(DIR)` gives a `Predictor` that encodes images, texts and regions.
+"""A trained model for users: `grain_jax.load(DIR)` returns a `Predictor` that encodes images, texts and regions.
 
-Any number of images or texts may be given, also by a generator; they run in batches of a few fixed
-sizes, so that only a few programs are compiled. Those are shared by all Predictors of one model
-configuration. Large calls use all devices of the process. A model without region queries, such as one of
-two towers, has no regions: what needs them says so.
+A call takes any number of images or texts, also from a generator, and runs them in batches of a few fixed sizes,
+so that few programs are compiled. All Predictors of one model configuration share the programs. Large calls use
+all devices of the process. A model without region queries, such as one of two towers, raises InputError where
+regions are asked for.
 """
 
 import functools
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +22,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax import errors, schema
-from grain_jax.files import images
+from grain_jax.files import images as image_files
 from grain_jax.inference import prompts, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
 
 MAX_BATCH = 64  # images or texts at once on a device; smaller calls take the next power of two
-_ROW_LENGTHS = (16, 32, 64)  # most texts are short, and attention costs by the row
+_ROW_LENGTHS = (16, 32, 64)  # most texts are short, and the cost of attention grows with the row
+
+# PIL images or uint8 [H, W, 3] to iterate over; uint8 [B, H, W, 3]; or float32 [B, H, W, 3].
+Images: TypeAlias = Iterable[PIL.Image.Image | np.ndarray] | np.ndarray
 
 
 class InputError(errors.UserError):
-    """Pictures, texts or classes that the model cannot take; the message is one line."""
+    """Images, texts or classes that the model cannot take; the message is one line."""
 
 
 class Grounding(NamedTuple):
@@ -44,7 +47,7 @@ class Grounding(NamedTuple):
 
 
 class ClassFeatures(NamedTuple):
-    """Classes as embeddings; compute them once for any number of images."""
+    """Classes as embeddings: computed once, they serve any number of images."""
 
     names: tuple[str, ...]
     features: np.ndarray  # float32 [C, D], means of normalised texts, not of unit length
@@ -77,11 +80,11 @@ class Predictor:
     """Encodes images and texts; every result is float32 numpy.
 
     Args:
-      model: the towers' sizes.
-      params: nested dict of arrays. Arrays that are on a device already stay as they are.
+      model: the sizes of the towers.
+      params: nested dict of arrays. Arrays on a device stay there.
       dtype: of activations, "float32" (at full precision on every device) or "bfloat16".
       templates: sentences for class names; None for `inference/templates.txt`.
-      folder: where the model lies; files that its tokenizer needs are looked for there first.
+      folder: of the model; the files of its tokenizer are looked for there first.
       progress: whether calls show on stderr how many images they have encoded.
     """
 
@@ -102,14 +105,14 @@ class Predictor:
         self.folder = folder
         self.progress = progress
         self.params = jax.tree.map(jnp.asarray, params)
-        # Parameters that the caller spread over a mesh keep their places, and so the work does.
+        # Parameters that the caller has put on a mesh stay on it, and the work runs there.
         places = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.params)))
         self._devices = jax.local_devices() if places == {jax.local_devices()[0]} else [None]
         self.templates = list(templates) if templates is not None else prompts.load_templates()
         self._encode_images, self._encode_texts = programs(model, dtype)
 
-    def encode_image(self, pictures) -> np.ndarray:
-        """Pictures -> float32 [B, D], unit length.
+    def encode_image(self, images: Images) -> np.ndarray:
+        """Images -> float32 [B, D], unit length.
 
         Args:
           images: PIL images of any mode or uint8 [H, W, 3] of any size, as a list, a generator or
@@ -120,20 +123,20 @@ class Predictor:
         Raises:
           InputError: images of another kind or shape, or one that cannot be read.
         """
-        return self._encode(pictures)[0]
+        return self._encode(images)[0]
 
-    def encode_regions(self, pictures) -> schema.Regions:
-        """Pictures, as for `encode_image` -> boxes_xyxy [B, Q, 4] in [0, 1] and embed [B, Q, D].
+    def encode_regions(self, images: Images) -> schema.Regions:
+        """Images, as for `encode_image` -> boxes_xyxy [B, Q, 4] in [0, 1] and embed [B, Q, D].
 
         Raises:
           InputError: also where the model has no region decoder.
         """
-        return self.encode_image_and_regions(pictures)[1]
+        return self.encode_image_and_regions(images)[1]
 
-    def encode_image_and_regions(self, pictures) -> tuple[np.ndarray, schema.Regions]:
-        """What `encode_image` and `encode_regions` return, in one pass; raises as the latter."""
+    def encode_image_and_regions(self, images: Images) -> tuple[np.ndarray, schema.Regions]:
+        """(`encode_image(images)`, `encode_regions(images)`) in one pass; raises as the latter."""
         self._need_regions("regions")
-        image, region, boxes = self._encode(pictures)
+        image, region, boxes = self._encode(images)
         return image, schema.Regions(boxes, region)
 
     def _need_regions(self, what: str) -> None:
@@ -147,45 +150,45 @@ class Predictor:
                 " encode_text, or classify with alpha 1"
             )
 
-    def _encode(self, pictures) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pictures -> float32 (image [B, D], regions [B, Q, D], boxes_xyxy [B, Q, 4])."""
-        pictures = _checked_pictures(pictures, self.model.image.image_size)
+    def _encode(self, images: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Images -> float32 (image [B, D], regions [B, Q, D], boxes_xyxy [B, Q, 4])."""
+        images = _checked_images(images, self.model.image.image_size)
         q = 0 if self.model.decoder is None else self.model.decoder.queries
         d = self.model.embed_dim
         parts = [(np.zeros((0, d)), np.zeros((0, q, d)), np.zeros((0, q, 4)))]
-        total = len(pictures) if hasattr(pictures, "__len__") else None
+        total = len(images) if isinstance(images, Sized) else None
         with tqdm.tqdm(
-            total=total, desc="pictures", unit="", file=sys.stderr, disable=not self.progress
+            total=total, desc="images", unit="", file=sys.stderr, disable=not self.progress
         ) as bar:
-            for part in self._parts(pictures):
+            for part in self._parts(images):
                 parts.append(self._run(self._encode_images, part))
                 bar.update(len(part))
         image, region, boxes = (np.concatenate(x).astype(np.float32) for x in zip(*parts))
         return image, region, boxes
 
-    def _parts(self, pictures) -> Iterator[np.ndarray]:
-        """Pictures, resized where they are not floats, in arrays [at most MAX_BATCH a device, S, S, 3]."""
+    def _parts(self, images: Images) -> Iterator[np.ndarray]:
+        """Images, resized unless they are floats, in arrays [at most MAX_BATCH per device, S, S, 3]."""
         size, most = self.model.image.image_size, MAX_BATCH * len(self._devices)
-        if _is_float(pictures):
-            yield from (pictures[first : first + most] for first in range(0, len(pictures), most))
+        if isinstance(images, np.ndarray) and images.dtype.kind == "f":
+            yield from (images[first : first + most] for first in range(0, len(images), most))
             return
-        numbered = enumerate(pictures)
+        numbered = enumerate(images)
         while part := [_resize(i, p, size) for i, p in itertools.islice(numbered, most)]:
             yield np.stack(part)
 
-    def _run(self, program, *rows: np.ndarray) -> Any:
-        """What `program` makes of `rows` (arrays of one length), as numpy.
+    def _run(self, program: Callable[..., Any], *rows: np.ndarray) -> Any:
+        """The results of `program` on `rows` (arrays of one length), as numpy.
 
-        They are padded, so that there are few programs; on one device to the next power of two.
-        More than MAX_BATCH are shared out among the devices.
+        The rows are padded, so that few programs are compiled; on one device to the next power of two. More
+        than MAX_BATCH of them are shared among the devices.
         """
         params, count = self.params, len(rows[0])
         if count > MAX_BATCH:
             params, sharding = self._on_all_devices
-            rows = [jax.device_put(_pad(x, len(self._devices)), sharding) for x in rows]
+            padded = [jax.device_put(_pad(x, len(self._devices)), sharding) for x in rows]
         else:
-            rows = [_pad(x) for x in rows]
-        return jax.tree.map(lambda x: np.asarray(x)[:count], program(params, *rows))
+            padded = [_pad(x) for x in rows]
+        return jax.tree.map(lambda x: np.asarray(x)[:count], program(params, *padded))
 
     @functools.cached_property
     def _on_all_devices(self) -> tuple[Any, NamedSharding]:
@@ -198,9 +201,8 @@ class Predictor:
         """Texts -> float32 [N, D], unit length.
 
         Args:
-          texts: strings, also from a generator, or int32 token ids [N, L]. Of ids, a text ends at its
-            highest one, as in CLIP; where the tower sees its padding (SigLIP), shorter rows are padded
-            as it expects.
+          texts: strings, also from a generator, or int32 token ids [N, L]. The highest id of a row ends its
+            text, as in CLIP; for a tower that sees its padding (SigLIP), shorter rows are padded.
         """
         tokens, ends = self._tokens(texts)
         out = np.empty((len(tokens), self.model.embed_dim), np.float32)
@@ -222,30 +224,31 @@ class Predictor:
         Args:
           classes: names, or {name: [description, ...]}.
         """
-        described = isinstance(classes, Mapping)
-        if not described and not isinstance(classes, str):
-            classes = list(classes)
-        if isinstance(classes, str) or not classes:
+        if isinstance(classes, Mapping):
+            pairs = list(classes.items())
+        else:
+            pairs = [] if isinstance(classes, str) else [(name, None) for name in classes]
+        if not pairs:
             raise InputError(f"classes: got {classes!r}, expected names or {{name: descriptions}}")
-        for name in classes:
-            if not isinstance(name, str) or (described and isinstance(classes[name], str)):
+        for name, own in pairs:
+            if not isinstance(name, str) or isinstance(own, str):
                 raise InputError(
                     f"classes: at {name!r}, expected a name or name: [description, ...]"
                 )
-            if described and not len(classes[name]):
+            if own is not None and not len(own):
                 raise InputError(f"classes: {name!r} has no description")
-        names = tuple(classes)
-        texts = [
-            prompts.class_texts(name, self.templates, classes[name] if described else None)
-            for name in names
-        ]
+        texts = [prompts.class_texts(name, self.templates, own) for name, own in pairs]
         features = scores.class_features(self._encode_lists(texts))
-        descriptions = self._encode_lists([list(classes[n]) for n in names]) if described else None
-        return ClassFeatures(names, features, descriptions)
+        described = [list(own) for _, own in pairs if own is not None]
+        return ClassFeatures(
+            tuple(name for name, _ in pairs),
+            features,
+            self._encode_lists(described) if described else None,
+        )
 
     def classify(
         self,
-        pictures,
+        images: Images,
         classes: Iterable[str] | Mapping[str, Sequence[str]] | ClassFeatures,
         alpha: float = 1.0,
     ) -> np.ndarray:
@@ -260,29 +263,38 @@ class Predictor:
             raise InputError(f"alpha: got {alpha}, expected a number from 0 to 1")
         if alpha < 1.0:
             self._need_regions(f"alpha {alpha}")
-        if not isinstance(classes, ClassFeatures):
-            if alpha < 1.0 and not isinstance(classes, Mapping):
+            if not isinstance(classes, (Mapping, ClassFeatures)):
                 raise InputError(_NEEDS_DESCRIPTIONS.format(alpha))
+        if not isinstance(classes, ClassFeatures):
             classes = self.class_features(classes)
         if alpha < 1.0 and classes.descriptions is None:
             raise InputError(_NEEDS_DESCRIPTIONS.format(alpha))
-        image_embed, region_embed, _ = self._encode(pictures)
-        region = scores.region_scores(region_embed, classes.descriptions) if alpha < 1.0 else None
+        image_embed, region_embed, _ = self._encode(images)
+        region = None
+        if alpha < 1.0 and classes.descriptions is not None:
+            region = scores.region_scores(region_embed, classes.descriptions)
         return scores.combine(scores.global_scores(image_embed, classes.features), region, alpha)
 
-    def ground(self, picture, texts: Iterable[str] | np.ndarray) -> list[Grounding]:
-        """For each text the box of the image's region that fits it best, and the cosine.
+    def ground(
+        self, image: PIL.Image.Image | np.ndarray, texts: Iterable[str] | np.ndarray
+    ) -> list[Grounding]:
+        """For each text the box of the region of the image that is nearest to it, and the cosine.
 
         Args:
           image: one: PIL, uint8 [H, W, 3], or float32 [H, W, 3] already normalised.
           texts: as for `encode_text`.
+
+        Raises:
+          InputError: as `encode_regions` and `encode_text`.
         """
         self._need_regions("ground")
-        if not isinstance(picture, PIL.Image.Image):
-            picture = np.asarray(picture)
-            if picture.ndim != 3:
-                raise InputError(f"image: got shape {list(picture.shape)}, expected [H, W, 3]")
-        regions = self.encode_regions(picture[None] if _is_float(picture) else [picture])
+        images: Images = [image]
+        if not isinstance(image, PIL.Image.Image):
+            image = np.asarray(image)
+            if image.ndim != 3:
+                raise InputError(f"image: got shape {list(image.shape)}, expected [H, W, 3]")
+            images = image[None] if image.dtype.kind == "f" else [image]
+        regions = self.encode_regions(images)
         similarity = self.encode_text(texts) @ regions.embed[0].T  # [N, Q]
         best = similarity.argmax(axis=1)
         return [
@@ -346,39 +358,29 @@ def programs(model: config_lib.Model, dtype: str):
       int32 [N], the positions of the texts' last tokens) -> [N, D].
     """
     module = grain.GRAIN(model, dtype)
-    # "float32" must mean it on chips whose matrix units would cut operands to fewer bits.
+    # float32 also on chips whose matrix units would round the operands.
     precision = "highest" if dtype == "float32" else None
 
-    def encode_images(params, image):
+    def apply(method: Callable[..., Any], params: Any, *arguments: Any) -> Any:
         with jax.default_matmul_precision(precision):
-            image_embed, region_embed, boxes = module.apply(
-                {"params": params}, image, method=grain.GRAIN.encode_image
-            )
+            return module.apply({"params": params}, *arguments, method=method)
+
+    def encode_images(params, image):
+        image_embed, region_embed, boxes = apply(grain.GRAIN.encode_image, params, image)
         center, size = boxes[-1, ..., :2], boxes[-1, ..., 2:]
         corners = jnp.concatenate([center - size / 2, center + size / 2], axis=-1)
         return image_embed, region_embed, jnp.clip(corners, 0.0, 1.0)
 
     def encode_texts(params, tokens, ends):
-        # A group a text, so that devices which share a batch need nothing of each other.
+        # A group per text, so that the devices of a batch exchange nothing.
         tokens = tokens[:, None]
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
         at = jnp.stack([jnp.zeros_like(ends), ends], axis=1)
-        with jax.default_matmul_precision(precision):
-            (embed,) = module.apply(
-                {"params": params},
-                tokens,
-                positions,
-                jnp.ones_like(positions),
-                at,
-                method=grain.GRAIN.encode_text,
-            )
+        segments = jnp.ones_like(positions)
+        (embed,) = apply(grain.GRAIN.encode_text, params, tokens, positions, segments, at)
         return embed
 
     return jax.jit(encode_images), jax.jit(encode_texts)
-
-
-def _is_float(pictures) -> bool:
-    return getattr(getattr(pictures, "dtype", None), "kind", "") == "f"
 
 
 def _pad(x: np.ndarray, devices: int = 1) -> np.ndarray:
@@ -387,45 +389,47 @@ def _pad(x: np.ndarray, devices: int = 1) -> np.ndarray:
     return np.concatenate([x, np.repeat(x[-1:], wanted - len(x), axis=0)])
 
 
-def _resize(index: int, picture: Any, size: int) -> np.ndarray:
+def _resize(index: int, image: Any, size: int) -> np.ndarray:
     """The image as uint8 [size, size, 3]. Raises InputError, which names it by its `index`."""
-    if isinstance(picture, PIL.Image.Image):
+    if isinstance(image, PIL.Image.Image):
         try:
-            picture = images.to_rgb(picture)
-        except Exception as error:  # PIL reads a file's pixels only now, and raises much
+            image = image_files.to_rgb(image)
+        except (
+            Exception
+        ) as error:  # PIL reads the pixels of a file only here, and raises many types
             raise InputError(
-                f"pictures[{index}]: {' '.join(str(error).split())}, expected a readable image"
+                f"images[{index}]: {' '.join(str(error).split())}, expected a readable image"
             ) from None
-    elif getattr(picture, "dtype", None) != np.uint8:
+    elif getattr(image, "dtype", None) != np.uint8:
         raise InputError(
-            f"pictures[{index}]: got {type(picture).__name__}, expected a PIL image or uint8 [H, W, 3]"
+            f"images[{index}]: got {type(image).__name__}, expected a PIL image or uint8 [H, W, 3]"
         )
     try:
-        return images.resize(picture, size)
-    except images.ImageError as error:
-        raise InputError(f"pictures[{index}]: {error}") from None
+        return image_files.resize(image, size)
+    except image_files.ImageError as error:
+        raise InputError(f"images[{index}]: {error}") from None
 
 
-def _checked_pictures(pictures, size: int):
-    """Pictures to iterate over, or float32 [B, size, size, 3]. Raises InputError."""
-    if isinstance(pictures, PIL.Image.Image):
-        raise InputError("pictures: got one PIL image, expected a list of them")
-    if not hasattr(pictures, "dtype"):
-        if not isinstance(pictures, Iterable) or isinstance(pictures, (str, bytes)):
+def _checked_images(images: Any, size: int) -> Images:
+    """Images to iterate over, or float32 [B, size, size, 3]. Raises InputError."""
+    if isinstance(images, PIL.Image.Image):
+        raise InputError("images: got one PIL image, expected a list of them")
+    if not hasattr(images, "dtype"):
+        if not isinstance(images, Iterable) or isinstance(images, (str, bytes)):
             raise InputError(
-                f"images: got {type(pictures).__name__}, expected images to iterate over"
+                f"images: got {type(images).__name__}, expected images to iterate over"
             )
-        return pictures
-    pictures = np.asarray(pictures)
-    if pictures.ndim != 4 or pictures.shape[3] != 3:
-        raise InputError(f"images: got shape {list(pictures.shape)}, expected [B, H, W, 3]")
-    if pictures.dtype == np.uint8:
-        return pictures
-    if not _is_float(pictures):
-        raise InputError(f"images: got {pictures.dtype}, expected uint8, or float32 normalised")
-    if pictures.shape[1:3] != (size, size):
+        return images
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[3] != 3:
+        raise InputError(f"images: got shape {list(images.shape)}, expected [B, H, W, 3]")
+    if images.dtype == np.uint8:
+        return images
+    if images.dtype.kind != "f":
+        raise InputError(f"images: got {images.dtype}, expected uint8, or float32 normalised")
+    if images.shape[1:3] != (size, size):
         raise InputError(
-            f"images: got float32 of {pictures.shape[1]} x {pictures.shape[2]} pixels, expected"
+            f"images: got float32 of {images.shape[1]} x {images.shape[2]} pixels, expected"
             f" {size} x {size}; give uint8 or PIL images to have them resized"
         )
-    return pictures.astype(np.float32)
+    return images.astype(np.float32)

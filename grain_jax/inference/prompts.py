@@ -1,4 +1,4 @@
-"""Class names and descriptions to the sentences that the text tower reads (docs/method.md, Zero-shot evaluation)."""
+"""Prompts: class names and descriptions as the sentences that the text tower reads (docs/method.md, Zero-shot evaluation)."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from grain_jax import errors
 
 DEFAULT_TEMPLATES = epath.Path(__file__).parent / "templates.txt"
 
-# How the clause begins, by the description's first word; every other word takes "which has".
+# Beginning of the clause -> first words of descriptions that take it; other words take "which has".
 _CLAUSE = {
     "which is": ("a", "an", "used"),
     "which": ("has", "often", "typically", "may", "can"),

@@ -1,7 +1,7 @@
 """The arithmetic of zero-shot scores on embeddings, in numpy (docs/method.md, Zero-shot evaluation).
 
-Letters as in `schema`; C classes, n_c texts of class c. Embeddings need not have unit length: every
-function takes cosines.
+Letters as in `schema`; C classes, n_c texts of class c. Embeddings may have any length: every function takes
+cosines.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def class_features(text_embeds: Sequence[np.ndarray]) -> np.ndarray:
-    """For each class the mean of its normalised texts; the mean is NOT normalised again.
+    """For each class the mean of its normalised texts; the mean is not normalised again.
 
     Args:
       text_embeds: for each class its texts' embeddings, [n_c, D].
 
     Returns:
-      float32 [C, D]; a feature is shorter the more its texts disagree, which lowers its class's score.
+      float32 [C, D]. The more the texts of a class disagree, the shorter is its feature and the lower its score.
     """
     return np.stack([unit(embeds).mean(axis=0) for embeds in text_embeds])
 
@@ -35,7 +35,7 @@ def global_scores(image_embed: np.ndarray, features: np.ndarray) -> np.ndarray:
 
 
 def region_scores(region_embed: np.ndarray, description_embeds: Sequence[np.ndarray]) -> np.ndarray:
-    """How well the regions fit each class: best description for each query, averaged over the queries.
+    """For each class the cosine of each query with its best description, averaged over the queries.
 
     Args:
       region_embed: [B, Q, D].
@@ -64,4 +64,6 @@ def combine(global_: np.ndarray, region: np.ndarray | None, alpha: float) -> np.
     """alpha * global + (1 - alpha) * region, float32 [B, C]; `region` may be None where alpha is 1."""
     if alpha == 1.0:
         return global_
+    if region is None:
+        raise ValueError(f"region: got None with alpha {alpha}, expected float32 [B, C]")
     return np.float32(alpha) * global_ + np.float32(1.0 - alpha) * region

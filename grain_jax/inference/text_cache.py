@@ -1,6 +1,6 @@
 """Embeddings of texts on disk: 1000 classes x 20 templates are computed once for a checkpoint.
 
-A file's name is a digest of all that its embeddings depend on, so that nothing in it can be out of date.
+The name of a file is a digest of everything that its embeddings depend on, so no file is ever out of date.
 """
 
 import functools
@@ -15,8 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-import grain_jax
-from grain_jax import errors, inference
+from grain_jax import __version__, errors, inference
 from grain_jax.files import atomic
 from grain_jax.input_pipeline import tokenizer
 
@@ -24,11 +23,11 @@ DEFAULT = "~/.cache/grain_jax/text_features"
 
 
 class CachedTexts:
-    """An `inference.Predictor` whose `encode_text` looks into a folder first; all else is the predictor's.
+    """An `inference.Predictor` whose `encode_text` looks into a folder first; it passes all other names on.
 
     Args:
-      predictor: the model; its parameters do not change.
-      folder: of the embeddings, local or remote; is made.
+      predictor: the model; its parameters must not change.
+      folder: of the embeddings, local or remote; it is created.
     """
 
     def __init__(self, predictor: inference.Predictor, folder: epath.PathLike):
@@ -38,7 +37,7 @@ class CachedTexts:
         return getattr(self._predictor, name)
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """As `inference.Predictor.encode_text`, of strings. A file that cannot be read is written anew."""
+        """As `inference.Predictor.encode_text`, of strings. A damaged file is written again."""
         digest = hashlib.sha256(self._tower)
         digest.update(json.dumps(list(texts)).encode())
         path = self._folder / f"{digest.hexdigest()[:40]}.npz"
@@ -62,7 +61,7 @@ class CachedTexts:
         """A digest of the text tower, its tokenizer and the arithmetic."""
         model, folder = self.model, self._predictor.folder
         digest = hashlib.sha256()
-        for word in (grain_jax.__version__, jax.default_backend(), self.dtype, model.embed_dim):
+        for word in (__version__, jax.default_backend(), self.dtype, model.embed_dim):
             digest.update(f"{word};".encode())
         digest.update(repr(model.text).encode())
         if model.text.tokenizer != "clip":

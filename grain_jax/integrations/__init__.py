@@ -1,1 +1,1 @@
-"""Adapters to the evaluators of other projects."""
+"""Adapters: a checkpoint as a model of another project, for its evaluators."""

@@ -1,13 +1,14 @@
-"""big_vision beside us: a GRAIN checkpoint as one of its models, so that its evaluators run it.
+"""A GRAIN checkpoint as a model of big_vision, for its evaluators.
 
 In a config file of big_vision, or before its evaluators are made (docs/library.md):
 
-  big_vision_model.register()
+  from grain_jax.integrations import big_vision
+  big_vision.register()
   config.model_name, config.model, config.model_init = "grain_jax", dict(checkpoint=DIR), DIR
   pp_img, pp_txt = "grain_image('DIR')", "grain_text('DIR')"
 
-What is said of big_vision is of its commit 0127fb6. Only `register` imports it, and only the two
-preprocessing ops import TensorFlow.
+Written for commit 0127fb6 of big_vision. Only `register` imports it, and only the two preprocessing ops import
+TensorFlow.
 """
 
 import functools
@@ -22,35 +23,36 @@ import numpy as np
 
 from grain_jax import config as config_lib
 from grain_jax import errors
-from grain_jax.files import images
+from grain_jax.files import images as image_files
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint as checkpoint_lib
 
 NAME = "grain_jax"  # big_vision's config.model_name
-_PADDING = -1  # after a text, where no id can be meant
+_PADDING = -1  # after a text; no token has this id
 
 
 class BigVisionError(errors.UserError):
-    """big_vision is missing, or asks for what this adapter does not do; the message is one line."""
+    """big_vision is missing, or uses the adapter in a way that it does not support; the message is one line."""
 
 
 def register() -> None:
-    """Makes the model and the two preprocessing ops known to big_vision.
+    """Registers the model and the two preprocessing ops with big_vision.
 
     Raises:
       BigVisionError: big_vision is not on the path.
     """
     try:
-        from big_vision.pp import registry
+        # Not a dependency of this package.
+        from big_vision.pp import registry  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] != "big_vision":
+        if str(error.name).partition(".")[0] != "big_vision":
             raise
         raise BigVisionError(
             "big_vision: not on the path; clone github.com/google-research/big_vision and add the"
             " folder to PYTHONPATH"
         ) from None
-    # Its trainers import big_vision.models.{config.model_name}.
+    # The trainers of big_vision import big_vision.models.{config.model_name}.
     sys.modules[f"big_vision.models.{NAME}"] = sys.modules[__name__]
     for name, op in (("grain_image", grain_image), ("grain_text", grain_text)):
         registry.Registry.register(f"preprocess_ops.{name}", replace=True)(op)
@@ -60,7 +62,7 @@ class Model(nn.Module):
     """As big_vision's two_towers.Model, with the parameters of `grain.GRAIN`.
 
     Attributes:
-      checkpoint: workdir, checkpoint or converted model that the sizes are read from.
+      checkpoint: workdir, checkpoint or converted model, for the sizes of the towers.
       dtype: of activations, "float32" (at full precision on every device) or "bfloat16".
     """
 
@@ -73,22 +75,22 @@ class Model(nn.Module):
 
     @nn.nowrap
     def init(self, *args, **kwargs):
-        """As flax's, but plain arrays: big_vision knows nothing of logical axes."""
+        """As `init` of flax, with plain arrays: big_vision has no logical axes."""
         return nn.unbox(super().init(*args, **kwargs))
 
     def __call__(self, image, text=None, train: bool = False):
         """Embeds images, texts or both; either may be None.
 
         Args:
-          image: uint8 [B, S, S, 3], or float32 normalised by the model's `pixel_mean` and `pixel_std`.
-          text: int32 [N, L], of `grain_text`. Of another op: CLIP's ids whatever their padding, others
-            padded with -1; SigLIP's as big_vision's own op makes them.
+          image: uint8 [B, S, S, 3], or float32 normalised with `model.image.pixel_mean` and `pixel_std`.
+          text: int32 [N, L] from `grain_text`. From another op: ids of CLIP with any padding; ids of SigLIP as
+            the op of big_vision pads them; other ids padded with -1.
           train: only False.
 
         Returns:
-          (zimg [B, D], ztxt [N, D], out): of unit length, None for what was not given. `out` has
+          (zimg [B, D], ztxt [N, D], out): of unit length; None where the argument is None. `out` has
           "img/normalized", "txt/normalized", "t" (the logit scale, [1]), "t/parameter" (its
-          logarithm), and of a model with a sigmoid's bias "b".
+          logarithm), and for a sigmoid loss "b" (the logit bias, [1]).
 
         Raises:
           BigVisionError: `train` is True.
@@ -106,21 +108,21 @@ class Model(nn.Module):
             if text is not None:
                 ztxt = self._encode_text(jnp.asarray(text))
                 out["txt/normalized"] = ztxt
-        out["t/parameter"] = self.grain.logit_scale[None]
+        out["t/parameter"] = jnp.asarray(self.grain.logit_scale)[None]
         out["t"] = jnp.exp(out["t/parameter"])
         if self.grain.config.logit_bias_init is not None:
-            out["b"] = self.grain.logit_bias[None]
+            out["b"] = jnp.asarray(self.grain.logit_bias)[None]
         return zimg, ztxt, out
 
     def _encode_text(self, tokens):
         tower = self.grain.config.text
-        if not tower.packable:  # the padding belongs to the text
+        if not tower.packable:  # the tower sees the padding
             missing = tower.context_length - tokens.shape[1]
             tokens = jnp.pad(tokens, ((0, 0), (0, missing)), constant_values=_PADDING)
         real = tokens != _PADDING
-        # CLIP's end token is its highest id; of others' texts only the padding tells the end.
+        # The end token of CLIP has the highest id; a text of another tokenizer ends before its padding.
         ends = tokens.argmax(1) if tower.tokenizer == "clip" else real.sum(1) - 1
-        tokens = jnp.where(real, tokens, tower.pad_id)[:, None]  # a group a text
+        tokens = jnp.where(real, tokens, tower.pad_id)[:, None]  # a group per text
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
         at = jnp.stack([jnp.zeros_like(ends), ends], axis=1)
         (embed,) = self.grain.encode_text(tokens, positions, jnp.ones_like(positions), at)
@@ -128,15 +130,15 @@ class Model(nn.Module):
 
 
 def load(init_params: Any, init_file: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint's parameters, as big_vision's trainers ask for `config.model_init`.
+    """The parameters of a checkpoint; the trainers of big_vision call it for `config.model_init`.
 
     Args:
-      init_params: what `Model.init` gave; not looked at, since the checkpoint has every parameter.
+      init_params: the result of `Model.init`; unused, since the checkpoint has every parameter.
       init_file: workdir, checkpoint or converted model.
-      model_cfg: of `Model`; its `checkpoint` may be another one of the same model.
+      model_cfg: the arguments of `Model`; its `checkpoint` may be another one of the same model.
 
     Raises:
-      BigVisionError: the two checkpoints' models differ.
+      BigVisionError: the models of the two checkpoints differ.
       checkpoint.CheckpointError: there is none.
     """
     del init_params
@@ -153,7 +155,7 @@ def load(init_params: Any, init_file: str, model_cfg: Mapping[str, Any]) -> dict
 
 
 def predict_fn(model: Model) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Any]:
-    """What big_vision's evaluators call: ({"params": ...}, {"image" or "labels": ...}) -> Model's results."""
+    """The function that the evaluators of big_vision call: ({"params": ...}, {"image" or "labels": ...}) -> `Model`."""
 
     def predict(train_state, batch):
         variables = {"params": train_state["params"]}
@@ -163,25 +165,25 @@ def predict_fn(model: Model) -> Callable[[Mapping[str, Any], Mapping[str, Any]],
 
 
 def grain_image(checkpoint: str, key: str = "image") -> Callable[[dict], dict]:
-    """Preprocessing op: images (uint8 [H, W, 3], or a file's bytes) -> uint8 [S, S, 3], as in our evaluations."""
+    """Preprocessing op: images (uint8 [H, W, 3], or a file's bytes) -> uint8 [S, S, 3], resized as in `grain_jax.evaluate`."""
     import tensorflow as tf
 
     size = _sizes(checkpoint)[0].image.image_size
 
-    def resize(picture):
-        if isinstance(picture, bytes):
-            picture = images.decode_image(picture)
-        return images.resize(picture, size)
+    def resize(image):
+        if isinstance(image, bytes):
+            image = image_files.decode_image(image)
+        return image_files.resize(image, size)
 
     def op(data):
-        picture = tf.numpy_function(resize, [data[key]], tf.uint8)
-        return {**data, key: tf.ensure_shape(picture, (size, size, 3))}
+        image = tf.numpy_function(resize, [data[key]], tf.uint8)
+        return {**data, key: tf.ensure_shape(image, (size, size, 3))}
 
     return op
 
 
 def grain_text(checkpoint: str, inkey: str = "texts", outkey: str = "labels") -> Callable:
-    """Preprocessing op: a string -> int32 [context length] of the text tower's tokenizer, padded with -1."""
+    """Preprocessing op: a string -> int32 [context length] by the tokenizer of the text tower, padded with -1."""
     import tensorflow as tf
 
     model, folder = _sizes(checkpoint)
@@ -200,6 +202,6 @@ def grain_text(checkpoint: str, inkey: str = "texts", outkey: str = "labels") ->
 
 @functools.lru_cache(maxsize=8)
 def _sizes(path: str) -> tuple[config_lib.Model, str]:
-    """The model in a checkpoint, and the folder that it was found in; without the parameters."""
+    """The model in a checkpoint without its parameters, and the folder of the checkpoint."""
     model, _, folder = checkpoint_lib.load_model(path)
     return model, folder

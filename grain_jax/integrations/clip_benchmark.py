@@ -1,12 +1,13 @@
-"""clip-benchmark beside us: a GRAIN checkpoint as one of its models, so that its tasks run it (docs/library.md).
+"""A GRAIN checkpoint as a model of clip-benchmark, for its tasks (docs/library.md).
 
   python -m grain_jax.integrations.clip_benchmark eval --model_type grain_jax --model GRAIN --pretrained DIR ...
 
-is its own command with this model type added. What is said of it is of clip-benchmark 1.6.2. Needs torch;
-the model itself runs in JAX.
+is the command of clip-benchmark with one more model type. Written for clip-benchmark 1.6.2. Needs torch; the model
+itself runs in JAX.
 """
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -14,28 +15,27 @@ import numpy as np
 import PIL.Image
 import torch
 
-import grain_jax
 from grain_jax import errors, inference
-from grain_jax.files import images
+from grain_jax.files import images as image_files
 from grain_jax.input_pipeline import tokenizer
 
 NAME = "grain_jax"  # clip-benchmark's --model_type
 
 
 class ClipBenchmarkError(errors.UserError):
-    """clip-benchmark is missing, or asks for what this adapter does not do; the message is one line."""
+    """clip-benchmark is missing, or the model does not fit it; the message is one line."""
 
 
 def register() -> None:
-    """Makes the model type known to clip-benchmark, also to a command line that is imported already.
+    """Registers the model type with clip-benchmark, also where its command line is imported already.
 
     Raises:
       ClipBenchmarkError: clip-benchmark is not installed.
     """
     try:
-        from clip_benchmark import models
+        models = importlib.import_module("clip_benchmark.models")
     except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] != "clip_benchmark":
+        if str(error.name).partition(".")[0] != "clip_benchmark":
             raise
         raise ClipBenchmarkError(
             "clip-benchmark: not installed, expected it; pip install clip-benchmark requests, in an"
@@ -50,17 +50,17 @@ class Model(torch.nn.Module):
     """A Predictor behind the two methods that clip-benchmark calls.
 
     Args:
-      predictor: the model; its parameters are JAX's, this module has none.
+      predictor: the model; it holds the parameters, as arrays of JAX.
     """
 
     def __init__(self, predictor: inference.Predictor):
         super().__init__()
         self.predictor = predictor
 
-    def encode_image(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures, uint8 [B, S, S, 3] of the transform -> float32 [B, D], unit length."""
-        embed = self.predictor.encode_image(pictures.cpu().numpy())
-        return torch.from_numpy(embed).to(pictures.device)
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """Images, uint8 [B, S, S, 3] of the transform -> float32 [B, D], unit length."""
+        embed = self.predictor.encode_image(images.cpu().numpy())
+        return torch.from_numpy(embed).to(images.device)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids, int32 [N, L] of the tokenizer -> float32 [N, D], unit length."""
@@ -71,18 +71,18 @@ class Model(torch.nn.Module):
 def load(
     model_name: str = "", pretrained: str = "", cache_dir: str | None = None, device: str = "cpu"
 ) -> tuple[Model, Callable[[PIL.Image.Image], torch.Tensor], Callable[..., torch.Tensor]]:
-    """What clip-benchmark's `load_clip` asks of a loader: (model, transform, tokenizer).
+    """The loader that `load_clip` of clip-benchmark calls: (model, transform, tokenizer).
 
     Args:
-      model_name: for its results' names only.
+      model_name: unused; clip-benchmark names its results with it.
       pretrained: a training workdir, a checkpoint or a converted folder.
-      cache_dir, device: not looked at; nothing is downloaded, and JAX chooses the device.
+      cache_dir, device: unused; nothing is downloaded, and JAX chooses the device.
 
     Raises:
-      ClipBenchmarkError: the end of this model's texts cannot be told from their ids.
+      ClipBenchmarkError: the ids of a text do not show where it ends.
       checkpoint.CheckpointError: there is no model.
     """
-    predictor = grain_jax.load(pretrained)
+    predictor = inference.load(pretrained)
     tower = predictor.model.text
     if tower.pool == "end" and tower.tokenizer != "clip":
         raise ClipBenchmarkError(
@@ -95,9 +95,9 @@ def load(
     return Model(predictor), functools.partial(_resize, predictor.model.image.image_size), ids
 
 
-def _resize(size: int, picture: PIL.Image.Image) -> torch.Tensor:
-    """As in our evaluations: uint8 [S, S, 3], normalised in the model."""
-    return torch.from_numpy(images.resize(picture, size).copy())
+def _resize(size: int, image: PIL.Image.Image) -> torch.Tensor:
+    """uint8 [S, S, 3], resized as in `grain_jax.evaluate`; the model normalises it."""
+    return torch.from_numpy(image_files.resize(image, size).copy())
 
 
 def _tokenize(
@@ -109,12 +109,10 @@ def _tokenize(
 
 
 def main() -> int:
-    """clip-benchmark's command with this model type; the exit status is 2 where our part is misused."""
+    """The command of clip-benchmark with this model type; exit status 2 for a UserError."""
     try:
         register()
-        from clip_benchmark import cli
-
-        cli.main()
+        importlib.import_module("clip_benchmark.cli").main()
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return 2

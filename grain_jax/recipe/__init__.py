@@ -10,7 +10,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from grain_jax.config import fields, parse
+from grain_jax import named
+from grain_jax.config import evals, fields, parse
 
 Keys = Any  # a ConfigDict, whose keys are attributes that type checkers do not know
 
@@ -66,18 +67,20 @@ def on_hardware(c: Keys, table: dict[str, dict], name: str | None) -> Keys:
     return c
 
 
-def evaluator(kind: str, images: str = "", **options: Any) -> dict[str, Any]:
-    """An entry of `evals`: what to measure, on which images (docs/evaluate.md).
+def evaluator(kind: str, images: Any = "", **options: Any) -> dict[str, Any]:
+    """An entry of `evals` with all options of its kind, so that the command line can set them (docs/evaluate.md).
 
     Args:
-      kind: of config.EVAL_KINDS.
+      kind: of config.evals.NAMED, or `module:Class`.
       images: class folders, or the folder that the paths of the annotations start from.
-      **options: the other fields of config.Evaluator; None leaves the default.
+      **options: the other fields of that class; None leaves the default.
+
+    Raises:
+      errors.UserError: there is no such kind.
     """
-    entry = dict(defaults(fields.Evaluator).items(preserve_field_references=True))
-    if kind != "linear_probe":
-        for key in ("train", "shots", "seeds"):
-            del entry[key]
+    with named.importing():  # a config file is code of the user already
+        cls = evals.find(kind)
+    entry = dict(defaults(cls).items(preserve_field_references=True))
     given = {name: value for name, value in options.items() if value is not None}
     return entry | dict(kind=kind, images=images) | given
 

@@ -1,10 +1,11 @@
 """The benchmark suite of the paper as entries of `evals`, for configs/eval.py and for training configs."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from grain_jax.recipe import evaluator
 
-# Entry -> TFDS name, split, class names that come with the package (None: the labels of the set are names).
+# Entry -> TFDS name, split, class names that come with the package (None: the labels of the set).
 TFDS = {
     "cifar10": ("cifar10", "test", "cifar10"),
     "cifar100": ("cifar100", "test", "cifar100"),
@@ -19,8 +20,8 @@ TFDS = {
     "food101": ("food101", "validation", None),
     "imagenet2012": ("imagenet2012", "validation", "imagenet2012"),
 }
-# Entry -> kind, images and A.jsonl (below the folders), and how to make that: images' name, data.annotate's
-# --source, --annotations and --split.
+# Entry -> kind, folder of the images below `folders`, and the flags of the data.annotate command that makes
+# A.jsonl: --source, --annotations and --split.
 ANNOTATED = {
     "flickr30k": ("retrieval", "flickr30k", "karpathy", "dataset_flickr30k.json", "test"),
     "mscoco": ("retrieval", "coco", "karpathy", "dataset_coco.json", "test"),
@@ -53,15 +54,17 @@ SETS = (*TFDS, "products2023", *ANNOTATED)
 
 
 def entries(
-    sets=SETS,
-    data_dir="~/tensorflow_datasets",
-    folders="~/grain_benchmarks",
-    descriptions=None,
-    alphas=(1.0, 0.75, 0.5, 0.25, 0.0),
-    templates=None,
-    missing="skip",
+    sets: Iterable[str] = SETS,
+    data_dir: Any = "~/tensorflow_datasets",
+    folders: Any = "~/grain_benchmarks",
+    descriptions: Any = None,
+    alphas: Any = (1.0, 0.75, 0.5, 0.25, 0.0),
+    templates: Any = None,
+    missing: str = "skip",
 ) -> dict[str, dict]:
-    """Entries of `evals`; a training config may use some of them: `c.evals = entries(sets=("cifar10",))`.
+    """Entries of `evals`; a training config takes some of them: `c.evals = entries(sets=("cifar10",))`.
+
+    All but `sets` and `missing` may be references of a ConfigDict.
 
     Args:
       sets: names, of SETS.
@@ -75,7 +78,7 @@ def entries(
     out = {}
     for name in sets:
         if name in ANNOTATED:
-            out[name] = _annotated(name, folders, templates=templates, missing=missing)
+            out[name] = _annotated(name, folders, templates, missing=missing)
             continue
         fields: dict[str, Any] = dict(alphas=alphas, templates=templates, missing=missing)
         if descriptions is not None:
@@ -89,13 +92,17 @@ def entries(
 
 
 def probes(
-    sets=tuple(TFDS), data_dir="~/tensorflow_datasets", shots=(), seeds=5, missing="skip"
+    sets: Iterable[str] = tuple(TFDS),
+    data_dir: Any = "~/tensorflow_datasets",
+    shots: Sequence[int] = (),
+    seeds: int = 5,
+    missing: str = "skip",
 ) -> dict[str, dict]:
-    """Linear probes of the TFDS sets, as entries NAME_probe of `evals`: trained on `train`, tested on the zero-shot images.
+    """Linear probes of the TFDS sets, as entries NAME_probe of `evals`: trained on `train`, tested like zero-shot.
 
     Args:
       sets: names, of TFDS.
-      data_dir: folder of TFDS.
+      data_dir: folder of TFDS; may be a reference of a ConfigDict.
       shots: training images per class, a probe each; 0, and (): all.
       seeds: draws of few shots.
       missing: "skip" or "error".
@@ -107,8 +114,8 @@ def probes(
     }
 
 
-def _tfds(name, data_dir) -> dict[str, Any]:
-    fields = dict(zip(("tfds", "split", "classes"), TFDS[name]), data_dir=data_dir)
+def _tfds(name: str, data_dir: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = dict(zip(("tfds", "split", "classes"), TFDS[name]), data_dir=data_dir)
     if name == "imagenet2012":  # TFDS cannot fetch it
         fields["get"] = (
             "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org into "
@@ -119,8 +126,10 @@ def _tfds(name, data_dir) -> dict[str, Any]:
     return fields
 
 
-def _annotated(name, folders, **fields) -> dict:
+def _annotated(name: str, folders: Any, templates: Any, **fields: Any) -> dict[str, Any]:
     kind, pictures, source, files, split = ANNOTATED[name]
+    if kind == "boxes":
+        fields["templates"] = templates
     images, output = folders + f"/pictures/{pictures}", folders + f"/{name}"
     get = f"python -m data.annotate --source {source} --annotations {files} --passes none --images "
     get = get + images + " --output " + output + (f" --split {split}" if split else "")

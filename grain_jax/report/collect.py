@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-import grain_jax
 from grain_jax import config as config_lib
-from grain_jax import errors, named
-from grain_jax.evaluate import base, grounding, test_sets, zeroshot
+from grain_jax import errors, inference, named
+from grain_jax.evaluate import annotated as annotated_lib
+from grain_jax.evaluate import evaluators, grounding, rates, test_sets, zeroshot
 from grain_jax.files import atomic, images
 from grain_jax.inference import prompts, scores
 from grain_jax.report import attention, looking
@@ -85,15 +85,16 @@ def collect(
 
     with line("model"):
         if predictor is None:
-            predictor = grain_jax.load(workdir)
+            predictor = inference.load(workdir)
             # An older checkpoint, where the newest one is damaged.
             made["asked"]["step"] = int(epath.Path(predictor.folder).name)
     if predictor is None:
         return made | {"thumbs": []}
     for name, entry in evals.items():
-        if entry["kind"] == "zeroshot":
-            with line(name):
-                made["zeroshot"][name] = _zeroshot(predictor, entry, thumbs, pictures)
+        with line(name):
+            parsed = config_lib.evaluator_from_dict(entry)
+            if isinstance(parsed, evaluators.ZeroShot):
+                made["zeroshot"][name] = _zeroshot(predictor, parsed, thumbs, pictures)
     with line("regions"):
         made |= _regions(predictor, evals, thumbs, pictures)
     made["thumbs"] = thumbs.uris
@@ -114,27 +115,29 @@ def _spread(count: int, wanted: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int))
 
 
-def _zeroshot(predictor, entry, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
+def _zeroshot(
+    predictor, entry: evaluators.ZeroShot, thumbs: Thumbnails, limit: int
+) -> dict[str, Any]:
     """Per class and confused, for each alpha of the entry."""
-    entry, _ = base.available(config_lib.Evaluator(**entry))
-    test_set = test_sets.open_set(entry)
+    entry, _ = entry.available()
+    test_set = entry.open()
     classes = list(test_set.classes)
     described = None
     if entry.descriptions:
         described = zeroshot.read_descriptions(entry.descriptions, classes, test_set.stems)
-    alphas = zeroshot.check_alphas(
-        entry.alphas if described else [1.0], entry.descriptions, entry.names
-    )
+    alphas = zeroshot.check_alphas(entry.shares, entry.descriptions, entry.names)
     with_regions = min(alphas) < 1
     wanted = set(_spread(len(test_set), limit).tolist())
-    chosen: list[test_sets.Picture] = []
+    chosen: list[test_sets.Image] = []
     first: dict[int, int] = {}  # class -> its first image's position
-    for position, picture in enumerate(test_set.pictures(range(len(test_set)))):
+    for position, picture in enumerate(test_set.images(range(len(test_set)))):
         first.setdefault(picture.label, position)
         if position in wanted:
             chosen.append(picture)
     if -1 in first:
-        raise base.InputError("the test set has images without a label, expected another split")
+        raise test_sets.InputError(
+            "the test set has images without a label, expected another split"
+        )
     found = looking.encode(predictor, chosen, regions=with_regions)
     seen = [chosen[i] for i in found.index]
     own = np.array([picture.label for picture in seen])
@@ -158,7 +161,7 @@ def _zeroshot(predictor, entry, thumbs: Thumbnails, limit: int) -> dict[str, Any
     out = {"pictures": len(seen), "of": len(test_set), "classes": len(classes), "alphas": {}}
     for alpha in alphas:
         combined = scores.combine(global_scores, region_scores, alpha)  # [n, C]
-        hits = base.topk_hits(combined, own[:, None] == np.arange(len(classes)), 1)
+        hits = rates.topk_hits(combined, own[:, None] == np.arange(len(classes)), 1)
         out["alphas"][f"{alpha:g}"] = {
             "per_class": {
                 name: [float(hits[own == c].sum()), int((own == c).sum())]
@@ -173,7 +176,7 @@ def _zeroshot(predictor, entry, thumbs: Thumbnails, limit: int) -> dict[str, Any
 def _confusions(
     found: np.ndarray,
     own: np.ndarray,
-    seen: Sequence[test_sets.Picture],
+    seen: Sequence[test_sets.Image],
     test_set: test_sets.TestSet,
     first: Mapping[int, int],
     thumbs: Thumbnails,
@@ -208,7 +211,7 @@ def _confusions(
             example = seen[right[0]]
         elif pair[1] in first:
             place = first[pair[1]]
-            (example,) = test_set.pictures(range(place, place + 1))
+            (example,) = test_set.images(range(place, place + 1))
         out.append(
             {
                 "true": test_set.classes[pair[0]],
@@ -222,12 +225,13 @@ def _confusions(
     return out
 
 
-def with_boxes(evals) -> tuple[str, config_lib.Evaluator]:
+def with_boxes(evals: Mapping[str, Any]) -> tuple[str, evaluators.AnnotatedRegions]:
     """The first evaluation with described boxes whose data is there, and its name."""
     for name, entry in evals.items():
-        if entry["kind"] in ("grounding", "boxes", "diagnostics"):
-            with contextlib.suppress(base.MissingData):
-                return name, base.available(config_lib.Evaluator(**entry))[0]
+        with contextlib.suppress(errors.MissingData, config_lib.ConfigError):
+            parsed = config_lib.evaluator_from_dict(entry)
+            if isinstance(parsed, evaluators.AnnotatedRegions):
+                return name, parsed.available()[0]
     raise _NotThere("no entry of config.evals has annotated boxes (kind grounding)")
 
 
@@ -237,7 +241,7 @@ def _regions(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]
     if decoder is None or not decoder.queries:
         raise _NotThere("the model has no region queries")
     name, entry = with_boxes(evals)
-    annotated = grounding.read(entry.images, entry.annotations)
+    annotated = annotated_lib.read_regions(*entry.paths)
     records = [annotated.records[i] for i in _spread(len(annotated.records), limit)]
     pictures = [test_sets.of_path(annotated.folder / record.image) for record in records]
     found = looking.encode(predictor, pictures)
@@ -362,7 +366,7 @@ def _queries(boxes_xyxy, said, texts: Sequence[str], matched) -> dict[str, Any]:
     return {"pictures": count, "queries": out}
 
 
-def _attention(predictor, pictures: Sequence[test_sets.Picture]) -> dict[str, Any] | None:
+def _attention(predictor, pictures: Sequence[test_sets.Image]) -> dict[str, Any] | None:
     """The decoder's attention over some of the images shown, in 8 bits of each query's largest.
 
     None with an image tower of a user, whose tokens need not be patches of a grid.

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grain_jax import schema
-from grain_jax.evaluate import base, test_sets
+from grain_jax.evaluate import encode as encode_lib
+from grain_jax.evaluate import test_sets
 from grain_jax.files import images
 
 _THREADS = 8  # that read images
@@ -26,20 +27,20 @@ class Seen(NamedTuple):
     regions: schema.Regions | None
 
 
-def encode(predictor: Any, pictures: Sequence[test_sets.Picture], *, regions: bool = True) -> Seen:
+def encode(predictor: Any, pictures: Sequence[test_sets.Image], *, regions: bool = True) -> Seen:
     """Embeds the images that can be read.
 
     Args:
-      predictor: the model (see `evaluate.base`).
+      predictor: the model (see `evaluate.encode.Predictor`).
       images: to look at.
       regions: whether region embeddings are wanted too.
 
     Raises:
-      base.InputError: not a single one can be read, or the model's embeddings are not finite.
+      test_sets.InputError: not a single one can be read, or the model's embeddings are not finite.
     """
     model = getattr(predictor, "model", None)  # test doubles may have none
 
-    def read(picture: test_sets.Picture) -> tuple[Any, tuple[int, int]] | images.ImageError:
+    def read(picture: test_sets.Image) -> tuple[Any, tuple[int, int]] | images.ImageError:
         try:
             loaded = picture.load()
             resized = images.resize(loaded, model.image.image_size) if model else loaded
@@ -50,8 +51,8 @@ def encode(predictor: Any, pictures: Sequence[test_sets.Picture], *, regions: bo
     embeds, boxes, region_embeds, sizes, index = [], [], [], [], []
     fault: Exception | None = None
     with ThreadPoolExecutor(_THREADS) as pool:
-        for first in range(0, len(pictures), base.BATCH_SIZE):
-            batch, part = [], pictures[first : first + base.BATCH_SIZE]
+        for first in range(0, len(pictures), encode_lib.BATCH_SIZE):
+            batch, part = [], pictures[first : first + encode_lib.BATCH_SIZE]
             for i, got in enumerate(pool.map(read, part), first):
                 if isinstance(got, images.ImageError):
                     fault = fault or got
@@ -64,19 +65,18 @@ def encode(predictor: Any, pictures: Sequence[test_sets.Picture], *, regions: bo
             if not regions:
                 embeds.append(predictor.encode_image(batch))
                 continue
-            if hasattr(predictor, "encode_image_and_regions"):  # in one pass
-                embed, found = predictor.encode_image_and_regions(batch)
-            else:
-                embed, found = predictor.encode_image(batch), predictor.encode_regions(batch)
+            embed, found = predictor.encode_image_and_regions(batch)
             embeds.append(embed)
             boxes.append(found.boxes_xyxy)
             region_embeds.append(found.embed)
     if not index:
-        raise base.InputError(f"none of {len(pictures)} images can be read; the first: {fault}")
+        raise test_sets.InputError(
+            f"none of {len(pictures)} images can be read; the first: {fault}"
+        )
     seen = schema.Regions(np.concatenate(boxes), np.concatenate(region_embeds)) if regions else None
     embed = np.concatenate(embeds)
     if not all(np.isfinite(x).all() for x in (embed, *(seen or ()))):
-        raise base.InputError(
+        raise test_sets.InputError(
             "the model's embeddings are not finite: the checkpoint cannot be used"
         )
     return Seen(np.array(index), sizes, embed, seen)

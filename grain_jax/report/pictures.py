@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from grain_jax import losses, printable
-from grain_jax.evaluate import base, grounding, tables, test_sets
+from grain_jax.evaluate import annotated, grounding, tables, test_sets
 from grain_jax.files import annotations as annotations_lib
 from grain_jax.files import images as images_lib
 from grain_jax.inference import scores
@@ -100,21 +100,21 @@ def regions_grid(
     in that colour is the nearest of all distinct descriptions of the file.
 
     Args:
-      predictor: the model (see `evaluate.base`).
+      predictor: the model (see `evaluate.encode.Predictor`).
       annotations: `A.jsonl`.
       images_dir: the folder that the annotations' paths start from.
       output_png: the file to write.
       count: images, taken evenly from the file's with regions.
 
     Raises:
-      base.InputError, annotations.AnnotationError: no image of the file can be drawn.
+      test_sets.InputError, annotations.AnnotationError: no image of the file can be drawn.
     """
     records = [r for r in annotations_lib.read(annotations).records if r.regions]
     if not records:
-        raise base.InputError(f"{annotations}: no line has a region; there is nothing to draw")
+        raise test_sets.InputError(f"{annotations}: no line has a region; there is nothing to draw")
     places = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)
     chosen = [records[i] for i in places]
-    folder = base.picture_folder(images_dir)
+    folder = annotated.image_folder(images_dir)
     paths = [folder / r.image for r in chosen]
     batch = looking.encode(predictor, [test_sets.of_path(path) for path in paths])
     read = [chosen[i] for i in batch.index]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from grain_jax import errors, losses
-from grain_jax.evaluate import base
+from grain_jax.evaluate import tables
 from grain_jax.report import pictures
 from grain_jax.runtime import metrics_file, receipt
 
@@ -44,7 +44,7 @@ class Result(NamedTuple):
 
     name: str
     source: str  # which file, and which step where known
-    numbers: dict[str, float]  # as `evaluate.base.scalars` returns them
+    numbers: dict[str, float]  # as `evaluate.tables.scalars` returns them
     per_class: dict[str, dict[str, float]]  # alpha -> class -> share of its images
     counts: dict[str, int]  # class -> its images, where that is known
 
@@ -251,7 +251,7 @@ def _results(name: str, source: str, numbers: Mapping[str, float]) -> list[Resul
 def _of_file(name: str, file: epath.Path, value: Mapping[str, Any]) -> list[Result]:
     """The results in what `grain_jax.evaluate` wrote about one set."""
     beside = ("entry", "inputs", "seconds", "per_class", "pictures_per_class")  # no results
-    numbers = base.scalars({key: part for key, part in value.items() if key not in beside})
+    numbers = tables.scalars({key: part for key, part in value.items() if key not in beside})
     parts = [value, value.get(_BY_NAME.removesuffix("/"), {})]
     return [
         result._replace(

@@ -14,7 +14,7 @@ class Thumbnails:
         self.uris: list[str] = []
         self._places: dict[tuple[str, int], int] = {}
 
-    def add(self, picture: test_sets.Picture, edge: int) -> int:
+    def add(self, picture: test_sets.Image, edge: int) -> int:
         """The position of the image in `uris`, with its longer side cut down to `edge` pixels.
 
         Raises:

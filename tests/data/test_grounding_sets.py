@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 
-import grain_jax
 from data.annotate import __main__ as annotate
+from grain_jax import inference
 from grain_jax.evaluate import __main__ as evaluate
 from tests.evaluate.stub import StubPredictor, write_picture
 
@@ -19,7 +19,7 @@ def grounding(folder, source, files, regions, monkeypatch, texts):
     given += [f"--images={folder / 'images'}", f"--output={folder / 'out'}"]
     assert annotate.main(given) == 0
     predictor = StubPredictor(dict.fromkeys(regions, [1, 0, 0]), texts, regions)
-    monkeypatch.setattr(grain_jax, "load", lambda path: predictor)
+    monkeypatch.setattr(inference, "load", lambda path: predictor)
     given = ["grounding", "--checkpoint=RUN", f"--images={folder / 'images'}", "--cache="]
     given += [f"--annotations={folder / 'out/A.jsonl'}", f"--output={folder / 'g.json'}"]
     assert evaluate.main(given) == 0

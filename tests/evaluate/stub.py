@@ -10,7 +10,7 @@ from grain_jax import schema
 
 
 class StubPredictor:
-    """Has `encode_image`, `encode_text` and `encode_regions` of `inference.Predictor`, from tables.
+    """Has the methods of `evaluate.encode.Predictor`, from tables.
 
     Args:
       images: image number -> embedding [D].
@@ -22,16 +22,17 @@ class StubPredictor:
         self.images, self.texts, self.regions = images or {}, texts or {}, regions or {}
         self.asked: list[str] = []
 
-    def encode_image(self, pictures):
-        return np.array([self.images[number(p)] for p in pictures], np.float32)
+    def encode_image(self, images):
+        return np.array([self.images[number(p)] for p in images], np.float32)
 
     def encode_text(self, texts):
         self.asked += texts
         return np.array([self.texts[text] for text in texts], np.float32)
 
-    def encode_regions(self, pictures):
-        boxes_xyxy, embed = zip(*(self.regions[number(p)] for p in pictures))
-        return schema.Regions(np.array(boxes_xyxy, np.float32), np.array(embed, np.float32))
+    def encode_image_and_regions(self, images):
+        boxes_xyxy, embed = zip(*(self.regions[number(p)] for p in images))
+        regions = schema.Regions(np.array(boxes_xyxy, np.float32), np.array(embed, np.float32))
+        return self.encode_image(images), regions
 
 
 def number(picture) -> int:

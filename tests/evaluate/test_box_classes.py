@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from grain_jax.evaluate import base, box_classes
+from grain_jax.evaluate import box_classes, rates, tables, test_sets
 from tests.evaluate.stub import StubPredictor, write_picture
 
 TEXTS = {"a cat": [1, 0, 0], "a Dog": [0, 1, 0], "a cow": [0, 0, 1]}
@@ -54,14 +54,14 @@ def test_hand_computed(data):
     assert got["region"]["top1"] == pytest.approx(2 / 3)
     assert got["region"]["per_class"] == {"cat": 1.0, "Dog": 0.0, "cow": 1.0}
     assert got["region"]["mean_per_class"] == pytest.approx(2 / 3)
-    low, high = base.interval(2, 3)
+    low, high = rates.interval(2, 3)
     assert (got["region"]["top1_low"], got["region"]["top1_high"]) == (low, high)
     # Of the two found ones cat is right. The image embedding knows cat and cow, too.
     assert got["found_boxes"]["boxes"] == 2
     assert got["found_boxes"]["region"]["per_class"] == {"cat": 1.0, "Dog": 0.0}
     assert got["image"]["per_class"] == {"cat": 1.0, "Dog": 0.0, "cow": 1.0}
     assert got["found_boxes"]["image"]["top1"] == 0.5
-    assert base.scalars(got)["region/top5"] == 1.0
+    assert tables.scalars(got)["region/top5"] == 1.0
     json.dumps(got)
 
 
@@ -80,7 +80,7 @@ def test_class_file(data, tmp_path):
     assert got["rare"]["region"]["per_class"] == {"cow": 1.0}
     assert got["frequent"]["region"]["per_class"] == {"cat": 1.0, "Dog": 0.0}  # it says cow
     path.write_text("goat\n")
-    with pytest.raises(base.InputError, match="got no box that is of one of 1 classes"):
+    with pytest.raises(test_sets.InputError, match="got no box that is of one of 1 classes"):
         box_classes.evaluate(predictor, **given, classes=str(path))
 
 

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-import grain_jax
+from grain_jax import inference
 from grain_jax.evaluate import __main__ as command
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.paths import ROOT
@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch):
             line = {"image": f"{name}/{i}.png", "caption": f"a {name}", "regions": [region]}
             file.write(json.dumps(line) + "\n")
     predictor = StubPredictor({0: [1, 0], 1: [0, 1]}, TEXTS, regions)
-    monkeypatch.setattr(grain_jax, "load", lambda path: predictor)
+    monkeypatch.setattr(inference, "load", lambda path: predictor)
     return tmp_path
 
 
@@ -123,7 +123,7 @@ def test_many_faulty_lines_end_with_2(folder, capsys):
         (["zeroshot", "--alpha", "0.5", "{rest}"], "expected a file (D.json) for alpha 0.5"),
         (["zeroshot", "--descriptions", "no.json", "{rest}"], "no.json: no such file"),
         (["zeroshot", "--templates", "no.txt", "{rest}"], "no.txt: no such file"),
-        (["zeroshot", "--batch-size", "0", "{rest}"], "got '0', expected a number of pictures"),
+        (["zeroshot", "--batch-size", "0", "{rest}"], "got '0', expected a number of images"),
         (["grounding", "--annotations", "no.jsonl", "{rest}"], "no.jsonl: no such file"),
         (["zeroshot", "--template", "x", "{rest}"], "unrecognized arguments: --template x"),
     ],

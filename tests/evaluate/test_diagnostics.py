@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from grain_jax.evaluate import base, diagnostics
+from grain_jax.evaluate import diagnostics, tables, test_sets
 from tests.evaluate.stub import StubPredictor, write_picture
 
 LEFT, RIGHT, AWAY = [0, 0, 0.5, 1], [0.5, 0, 1, 1], [0.4, 0.4, 0.6, 0.6]
@@ -73,7 +73,7 @@ def test_hand_computed(annotated):
     assert left["description_entropy"] == pytest.approx(entropy(2 / 3, 1 / 3))
     assert right["descriptions"] == [["tail", 2]] and right["description_entropy"] == 0
     assert "matching_stability" not in result
-    numbers = base.scalars(result)  # what a training run logs
+    numbers = tables.scalars(result)  # what a training run logs
     assert numbers["query/0/share"] == left["share"]
     assert not [name for name in numbers if name.endswith("descriptions") and "/" in name]
     assert _evaluate(annotated, batch_size=1) == result
@@ -125,5 +125,5 @@ def test_faults(annotated):
     region = {"box": [90, 0, 99, 9], "description": "beak", "score": 1.0}
     line = {"image": "images/0.png", "regions": [region]}
     (annotated / "A.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(base.InputError, match="every box lies outside"):
+    with pytest.raises(test_sets.InputError, match="every box lies outside"):
         _evaluate(annotated)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from grain_jax.evaluate import base, grounding
+from grain_jax.evaluate import grounding, test_sets
 from tests.evaluate.stub import StubPredictor, write_picture
 
 
@@ -140,11 +140,11 @@ def test_distinct_keeps_the_first():
 
 def test_faults(tmp_path):
     path = _write(tmp_path, [None])
-    with pytest.raises(base.InputError, match="no line has a region"):
+    with pytest.raises(test_sets.InputError, match="no line has a region"):
         grounding.evaluate(StubPredictor(), images=tmp_path, annotations=path)
     path = _write(tmp_path, [[([90, 0, 99, 9], "beak", 1.0)]])
     predictor = StubPredictor({0: [1, 0]}, TEXTS, {0: ([[0, 0, 1, 1]], [[1, 0, 0]])})
-    with pytest.raises(base.InputError, match="every box lies outside"):
+    with pytest.raises(test_sets.InputError, match="every box lies outside"):
         grounding.evaluate(predictor, images=tmp_path, annotations=path)
 
 

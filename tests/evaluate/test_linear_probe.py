@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-import grain_jax
 from grain_jax import config as config_lib
+from grain_jax import inference
 from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import base, linear_probe, test_sets
+from grain_jax.evaluate import linear_probe, rates, tables, test_sets
 from grain_jax.recipe import evaluator
 from tests.evaluate import tfds_sets
 from tests.evaluate.stub import StubPredictor, write_picture
@@ -36,7 +36,7 @@ def _embeddings(labels, noise, seed):
 
 
 def _entry(**fields):
-    return config_lib.Evaluator(**ConfigDict(evaluator(**fields)).to_dict())
+    return config_lib.evaluator_from_dict(ConfigDict(evaluator(**fields)))
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_is_scikit_learns_on_the_same_features(noisy):
     shares = [(predicted[y_test == c] == c).mean() for c in range(3)]
     assert found["per_class"] == pytest.approx(dict(zip(CLASSES, shares)))
     assert found["mean_per_class"] == pytest.approx(np.mean(shares))
-    low, high = base.interval(found["top1"] * 22, 22)
+    low, high = rates.interval(found["top1"] * 22, 22)
     assert (found["top1_low"], found["top1_high"]) == pytest.approx((low, high))
     assert found["top5"] == 1.0 and found["unconverged"] == 0
     assert _evaluate(folder, predictor, batch_size=5) == result
@@ -104,8 +104,8 @@ def test_few_shots_are_means_over_draws(noisy):
     assert few["top1_high"] - few["top1"] == pytest.approx(half, rel=1e-5)
     one = _evaluate(folder, predictor, shots=(2,), seeds=1)["shots_2"]
     assert one["top1"] == values[0]
-    assert one["top1_low"] == pytest.approx(base.interval(values[0] * 22, 22)[0])
-    assert base.scalars(result)["shots_2/top1"] == few["top1"]
+    assert one["top1_low"] == pytest.approx(rates.interval(values[0] * 22, 22)[0])
+    assert tables.scalars(result)["shots_2/top1"] == few["top1"]
 
 
 def test_separable_classes_are_told_apart_and_equal_ones_are_at_chance(tmp_path):
@@ -142,8 +142,8 @@ def test_a_tfds_set_is_probed_by_its_splits(tmp_path):
         kind="linear_probe", tfds="dtd", data_dir=str(tmp_path), train="test[:5]", split="test[5:]"
     )
     predictor = StubPredictor(dict(enumerate(np.eye(2)[labels])))
-    assert base.check(entry) == 8
-    result = base.evaluate(entry, predictor)
+    assert entry.check() == 8
+    result = entry.evaluate(predictor)
     assert (result["train_pictures"], result["pictures"]) == (5, 3)
     assert result["shots_all"]["top1"] == 1.0
 
@@ -155,7 +155,7 @@ def _command(folder, *arguments):
 
 def test_the_command(noisy, monkeypatch, capsys):
     folder, predictor, _, _ = noisy
-    monkeypatch.setattr(grain_jax, "load", lambda path: predictor)
+    monkeypatch.setattr(inference, "load", lambda path: predictor)
     assert _command(folder, f"--train={folder / 'train'}", "--shots=2,all", "--seeds=2") == 0
     result = json.loads((folder / "p.json").read_text())
     expected = _evaluate(folder, predictor, shots=(2, 0), seeds=2)
@@ -204,7 +204,7 @@ def test_without_scikit_learn_the_extra_is_named(noisy, capsys, monkeypatch):
     [
         (
             dict(kind="zeroshot", shots=(1,)),
-            "evals.x.train, evals.x.shots: got None, (1,) with kind=zeroshot",
+            "evals.x.shots: no such key; there are: evals.x.kind, evals.x.missing,",
         ),
         (dict(kind="linear_probe", shots=(-1,)), "evals.x.shots: got (-1,), expected at least 1"),
         (dict(kind="linear_probe", seeds=0), "evals.x.seeds: got 0, expected at least 1"),

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from grain_jax.evaluate import base, retrieval
+from grain_jax.evaluate import rates, retrieval, test_sets
 from grain_jax.files.annotations import AnnotationError
 from tests.evaluate.stub import StubPredictor, write_picture
 
@@ -40,7 +40,7 @@ def test_hand_computed(tmp_path):
     # Images: 0 finds "two" first (1 against uno .86): wrong, then uno; 1 "two"; 2 "three".
     way = result["image_to_text"]
     assert way["r1"] == pytest.approx(2 / 3) and way["r5"] == 1.0
-    assert (way["r1_low"], way["r1_high"]) == pytest.approx(base.interval(2, 3))
+    assert (way["r1_low"], way["r1_high"]) == pytest.approx(rates.interval(2, 3))
     # By chance: image 0 has two of four texts, the others one of four.
     assert way["chance_r1"] == pytest.approx((0.5 + 0.25 + 0.25) / 3)
     # Texts: one -> 0 (right), uno -> 0 (.86 against .796: right), two -> image 0 (.995, .995): a tie
@@ -86,9 +86,9 @@ def test_chunks_do_not_matter(tmp_path, monkeypatch):
 
 def test_faults(tmp_path):
     path = _write(tmp_path, [{}])
-    with pytest.raises(base.InputError, match="no line has a caption"):
+    with pytest.raises(test_sets.InputError, match="no line has a caption"):
         retrieval.evaluate(StubPredictor(), images=tmp_path, annotations=path)
-    with pytest.raises(base.InputError, match="no such folder"):
+    with pytest.raises(test_sets.InputError, match="no such folder"):
         retrieval.evaluate(StubPredictor(), images=tmp_path / "no", annotations=path)
     with pytest.raises(AnnotationError, match="no such file"):
         retrieval.evaluate(StubPredictor(), images=tmp_path, annotations=tmp_path / "no")

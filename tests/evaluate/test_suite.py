@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import configs.eval
-import grain_jax
 from grain_jax import config as config_lib
+from grain_jax import errors, inference
 from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import class_names, tables, test_sets
+from grain_jax.evaluate import class_names, test_sets
 from grain_jax.evaluate import suite as suite_module
 from grain_jax.recipe import suite as benchmarks
 from tests import tiny
@@ -92,7 +92,7 @@ def suite(data, tmp_path, monkeypatch):
 
     def run(*arguments):
         run.predictor.asked.clear()
-        monkeypatch.setattr(grain_jax, "load", lambda path: run.predictor)
+        monkeypatch.setattr(inference, "load", lambda path: run.predictor)
         status = command.main(
             ["suite", "--checkpoint", "RUN", "--config", str(ROOT / "configs" / "eval.py")]
             + [f"--config.data_dir={folder}", f"--config.folders={folder}"]
@@ -247,7 +247,7 @@ def test_entries_serve_a_training_config():
 
 def _read(test_set, positions):
     return [
-        (p.name, p.label, int(np.asarray(p.load())[0, 0, 0])) for p in test_set.pictures(positions)
+        (p.name, p.label, int(np.asarray(p.load())[0, 0, 0])) for p in test_set.images(positions)
     ]
 
 
@@ -270,7 +270,7 @@ def test_faults_of_tfds_sets(data, tmp_path):
     folder, _ = data
     with pytest.raises(test_sets.InputError, match="got 'train', expected one of test"):
         test_sets.TfdsSet("dtd", "train", str(folder))
-    with pytest.raises(test_sets.MissingData, match="dtd/9.9.9/dataset_info.json"):
+    with pytest.raises(errors.MissingData, match="dtd/9.9.9/dataset_info.json"):
         test_sets.TfdsSet("dtd:9.9.9", "test", str(folder))
     assert test_sets.find_tfds("dtd:3.0.1", str(folder)).name == "3.0.1"
     for config in ("a", "b"):
@@ -289,7 +289,7 @@ def test_faults_of_tfds_sets(data, tmp_path):
         )
     broken = test_sets.TfdsSet("cifar10", "test", str(tmp_path / "damaged"), "cifar10")
     with pytest.raises(test_sets.InputError, match="cifar10 test: cannot be read: "):
-        list(broken.pictures(range(9)))
+        list(broken.images(range(9)))
 
 
 def test_probes_stand_beside_the_suite_where_they_are_asked_for():
@@ -302,28 +302,18 @@ def test_probes_stand_beside_the_suite_where_they_are_asked_for():
         configs.eval.get_config("probe")
 
 
-def test_what_was_measured_before_a_field_was_added_is_kept():
-    entry = config_lib.suite_from_dict(
-        configs.eval.get_config().copy_and_resolve_references()
-    ).evals["dtd"]
-    before = dataclasses.asdict(entry)
-    for later in ("train", "shots", "seeds"):
-        del before[later]
+def test_results_of_an_older_version_are_kept():
+    suite = config_lib.suite_from_dict(configs.eval.get_config().copy_and_resolve_references())
+    entry = suite.evals["dtd"]
     task = suite_module._Task(entry, 3, {"pictures": 3})
+    before = dataclasses.asdict(entry) | dict(annotations=None, train=None, shots=[], seeds=5)
     result = json.loads(json.dumps({"entry": before, "inputs": {"pictures": 3}}))
     assert suite_module._same(result, task, False)
-    task = task._replace(entry=dataclasses.replace(entry, seeds=4))
-    assert not suite_module._same(result, task, False)
-
-
-def test_boxes_and_diagnostics_have_rows_of_their_own():
-    numbers = {"found": 0.5, "found_low": 0.4, "found_high": 0.6, "boxes": 100.0, "chance": 0.1}
-    numbers |= {"region/top1": 0.25, "found_boxes/region/top1": 0.5, "found_boxes/boxes": 50.0}
-    table = tables.describe({"lvis": numbers, "run": {"matched_iou": 0.3, "regions_matched": 7.0}})
-    rows = [" ".join(line.split()) for line in table.splitlines()[2:]]
-    assert rows == [
-        "lvis: found by a query, IoU >= 0.5 50.0% 40.0 - 60.0% 100 boxes",
-        "lvis: class of a box by its region, top-1 25.0% 10.0% 100 boxes",
-        "lvis: the same of those found 50.0% 10.0% 50 boxes",
-        "run: matched box IoU 0.300 7 boxes",
-    ]
+    assert not suite_module._same(result, task, True)
+    for later in ("data_dir", "templates", "annotations"):
+        del result["entry"][later]
+    assert not suite_module._same(result, task, False)  # data_dir is not the default
+    task = task._replace(entry=dataclasses.replace(entry, data_dir=None))
+    assert suite_module._same(result, task, False)
+    assert not suite_module._same(result | {"inputs": {"pictures": 4}}, task, False)
+    assert not suite_module._same(result | {"entry": {"kind": "x"}}, task, False)

@@ -16,7 +16,7 @@ import pytest
 from configs import demo
 from grain_jax import config as config_lib
 from grain_jax import errors, train
-from grain_jax.evaluate import base
+from grain_jax.evaluate import diagnostics, entries, evaluators
 from grain_jax.models import grain
 from tests import tiny
 from tests.evaluate import train_config
@@ -67,7 +67,7 @@ def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd
     module = grain.GRAIN(config.model, "float32")
     params = nn.unbox(jax.jit(module.init)(jax.random.key(0), tiny.batch(config))["params"])
     state = types.SimpleNamespace(params=params, ema_params=None, step=np.int32(7))
-    results = train.evaluate_all(config, base.present(config.evals), state, tmp_path)
+    results = train.evaluate_all(config, entries.present(config.evals), state, tmp_path)
     assert {key.split("/")[1] for key in results} == {"classes", "probe", "retrieval", "grounding"}
     assert results["eval/classes/pictures"] == 11.0 and results["eval/classes/descriptions"] == 6.0
     assert 0 <= results["eval/classes/by_name/alpha_0.5/mean_per_class"] <= 1
@@ -78,28 +78,30 @@ def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd
 def test_the_demo_on_other_data_skips_its_aviary(tmp_path, monkeypatch, capfd):
     config = config_lib.from_dict(demo.get_config())
     monkeypatch.chdir(tmp_path)  # where no aviary is
-    assert base.present(config.evals) == {}
+    assert entries.present(config.evals) == {}
     lines = capfd.readouterr().err.splitlines()
     get = "not there; to get it: python -m data.aviary --output runs/aviary"
     assert len(lines) == 4
     assert lines[-1] == f"evals.unseen: skipped: runs/aviary/unseen: {get}"
     mistyped = dataclasses.replace(config.evals["seen"], missing="error", images="runs/aviray/seen")
     with pytest.raises(errors.UserError, match="runs/aviray/seen: no such folder"):
-        base.check(base.present({"seen": mistyped})["seen"])
+        entries.present({"seen": mistyped})["seen"].check()
 
 
 def test_diagnostics_know_the_run_and_its_step(data, tmp_path, monkeypatch):
     config = config_lib.from_dict(train_config.get_config(data))
-    seen = dataclasses.replace(config.evals["grounding"], kind="diagnostics")
+    seen = evaluators.Diagnostics(images="x", annotations="A.jsonl")
     state = types.SimpleNamespace(params=None, ema_params=None, step=np.int32(7))
     monkeypatch.setattr(train, "make_predictor", lambda *_: None)
-    monkeypatch.setattr(train.evaluate, "run", lambda *_, **options: options)
-    results = train.evaluate_all(
-        config, {"seen": seen, "x": config.evals["classes"]}, state, tmp_path
-    )
-    assert results == {
-        "eval/seen/state_path": tmp_path / "diagnostics" / "seen.json",
-        "eval/seen/step": 7,
+    given = {}
+    monkeypatch.setattr(diagnostics, "evaluate", lambda *_, **options: given.update(options) or {})
+    assert train.evaluate_all(config, {"seen": seen}, state, tmp_path) == {}
+    assert given == {
+        "images": "x",
+        "annotations": "A.jsonl",
+        "batch_size": 64,
+        "state_path": tmp_path / "diagnostics" / "seen.json",
+        "step": 7,
     }
 
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from grain_jax.evaluate import base, zeroshot
+from grain_jax.evaluate import rates, test_sets, zeroshot
 from grain_jax.inference import scores
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.paths import GOLDENS
@@ -22,9 +22,8 @@ def folder(tmp_path):
 
 
 def _evaluate(folder, predictor, **options):
-    return zeroshot.evaluate(
-        predictor, images=folder / "classes", templates=folder / "templates.txt", **options
-    )
+    test_set = test_sets.ClassFolders(folder / "classes")
+    return zeroshot.evaluate(predictor, test_set, templates=folder / "templates.txt", **options)
 
 
 NAMES = {
@@ -50,9 +49,9 @@ def test_names(folder):
     assert alpha["mean_per_class"] == pytest.approx(2.5 / 3)
     # Of 2, 1 and 1 images: as a share among 9 / (1/2 + 1 + 1).
     interval = alpha["mean_per_class_low"], alpha["mean_per_class_high"]
-    assert interval == pytest.approx(base.interval(2.5 / 3 * 3.6, 3.6))
+    assert interval == pytest.approx(rates.interval(2.5 / 3 * 3.6, 3.6))
     assert result["pictures_per_class"] == {"cat": 2, "dog": 1, "red fox": 1}
-    assert (alpha["top1_low"], alpha["top1_high"]) == pytest.approx(base.interval(3, 4))
+    assert (alpha["top1_low"], alpha["top1_high"]) == pytest.approx(rates.interval(3, 4))
     assert "alpha_0.5" not in result
 
 
@@ -184,14 +183,14 @@ def test_a_class_with_an_empty_list_is_described_by_its_name(folder):
         folder, StubPredictor(images, texts, regions), descriptions=path, alphas=(0.0,)
     )
     assert result["alpha_0.0"]["per_class"] == {"cat": 1.0, "dog": 1.0, "red fox": 1.0}
-    with pytest.raises(base.InputError, match="no description of the classes dog, red fox"):
+    with pytest.raises(test_sets.InputError, match="no description of the classes dog, red fox"):
         zeroshot.read_descriptions(path, classes, names=False)
 
 
 def test_faults(folder):
     predictor = StubPredictor()
     fault = lambda **options: pytest.raises(
-        base.InputError, _evaluate, folder, predictor, **options
+        test_sets.InputError, _evaluate, folder, predictor, **options
     )
     path = _write_descriptions(folder, {"cat": ["whiskers"], "dog": []})
     assert str(fault(descriptions=path).value).endswith("no description of the classes red fox")
@@ -203,14 +202,14 @@ def test_faults(folder):
     assert "expected one of queries, descriptions" in str(fault(region_order="x").value)
     (folder / "classes" / "eel").mkdir()
     assert "no images in the class folders eel" in str(fault().value)
-    with pytest.raises(base.InputError, match="got 0 sub-folders"):
-        zeroshot.evaluate(predictor, images=folder / "classes" / "cat")
+    with pytest.raises(test_sets.InputError, match="got 0 sub-folders"):
+        test_sets.ClassFolders(folder / "classes" / "cat")
 
 
 def test_hidden_files_are_no_pictures(folder):
     for name in ("._0.png", ".DS_Store"):
         (folder / "classes" / "cat" / name).write_bytes(b"oops")
-    classes, paths, labels = zeroshot.class_folders(folder / "classes")
+    classes, paths, labels = test_sets.class_folders(folder / "classes")
     assert [path.name for path in paths] == ["0.png", "1.png", "2.png", "3.png"]
     assert classes == ["cat", "dog", "red fox"] and labels.tolist() == [0, 0, 1, 2]
 
@@ -218,8 +217,8 @@ def test_hidden_files_are_no_pictures(folder):
 def test_two_folders_of_one_class_are_an_error(folder):
     write_picture(folder / "classes" / "red fox" / "4.png", 4)
     (folder / "classes" / "eel").mkdir()
-    with pytest.raises(base.InputError) as found:
-        zeroshot.class_folders(folder / "classes")
+    with pytest.raises(test_sets.InputError) as found:
+        test_sets.class_folders(folder / "classes")
     names, empty = str(found.value).split("\n")
     assert "got the class folders 'red fox', 'red_fox', all of them the class 'red fox'" in names
     assert empty.endswith("no images in the class folders eel")
@@ -232,5 +231,5 @@ def test_accuracies_of_the_reference():
     tags = [key.removesuffix("/logits") for key in golden if key.endswith("/logits")]
     assert len(tags) == 10
     for tag in tags:
-        hits = [base.topk_hits(golden[f"{tag}/logits"], right, k).mean() for k in (1, 5)]
+        hits = [rates.topk_hits(golden[f"{tag}/logits"], right, k).mean() for k in (1, 5)]
         np.testing.assert_allclose(100 * np.array(hits), golden[f"{tag}/acc1_acc5"], atol=1e-6)

@@ -198,7 +198,7 @@ def test_progress_is_shown_where_it_is_asked_for(predictor, pictures, capsys):
     predictor.encode_image(pictures[:3])
     assert capsys.readouterr().err == ""
     inference.Predictor(predictor.model, predictor.params, progress=True).encode_image(pictures)
-    assert "pictures: 100%" in capsys.readouterr().err
+    assert "images: 100%" in capsys.readouterr().err
 
 
 def test_a_decoder_without_queries_has_no_regions(pictures):
@@ -395,22 +395,22 @@ def test_two_towers_have_no_regions(two_towers, pictures, call, said):
         ),
         (lambda p: p.encode_image(np.zeros((8, 8, 3), np.uint8)), r"got shape \[8, 8, 3\]"),
         (lambda p: p.encode_image(np.zeros((1, 8, 8, 3), np.int64)), "got int64, expected uint8"),
-        (lambda p: p.encode_image(["x.jpg"]), r"pictures\[0\]: got str"),
+        (lambda p: p.encode_image(["x.jpg"]), r"images\[0\]: got str"),
         (lambda p: p.encode_image(PIL.Image.new("RGB", (4, 4))), "expected a list"),
         (
             lambda p: inference.Predictor(p.model, p.params, "float16"),
             "dtype: got 'float16', expected float32 or bfloat16",
         ),
-        (lambda p: p.encode_image("x.jpg"), "got str, expected pictures"),
-        (lambda p: p.encode_image(None), "got NoneType, expected pictures"),
+        (lambda p: p.encode_image("x.jpg"), "got str, expected images"),
+        (lambda p: p.encode_image(None), "got NoneType, expected images"),
         (
             lambda p: p.encode_image([PIL.Image.new("L", (4, 4)), PIL.Image.new("F", (4, 4))]),
-            r"pictures\[1\]: mode F has no fixed range",
+            r"images\[1\]: mode F has no fixed range",
         ),
-        (lambda p: p.encode_image([cut_off()]), r"pictures\[0\]: .*truncated"),
+        (lambda p: p.encode_image([cut_off()]), r"images\[0\]: .*truncated"),
         (
             lambda p: p.encode_image([np.zeros((4, 4, 4), np.uint8)]),
-            r"pictures\[0\]: got an array uint8 \[4, 4, 4\]",
+            r"images\[0\]: got an array uint8 \[4, 4, 4\]",
         ),
         (lambda p: p.encode_text("wren"), "got one string"),
         (lambda p: p.encode_text(["wren", 3]), r"expected strings or int32"),

@@ -7,10 +7,9 @@ import re
 import numpy as np
 import pytest
 
-import grain_jax
 from grain_jax import config as config_lib
-from grain_jax import recipe
-from grain_jax.evaluate import grounding, zeroshot
+from grain_jax import inference, recipe
+from grain_jax.evaluate import grounding, test_sets, zeroshot
 from grain_jax.report import __main__ as command
 from grain_jax.report import collect, page, pictures, run_files
 from tests import tiny
@@ -97,7 +96,7 @@ def test_what_the_model_does_is_what_the_evaluations_measure(runs):
     data = folder.parent.parent / "data"
     measured = zeroshot.evaluate(
         predictor,
-        images=data / "classes",
+        test_sets.ClassFolders(data / "classes"),
         descriptions=data / "D.json",
         alphas=(1.0, 0.5),
         names=False,
@@ -163,7 +162,7 @@ def test_two_runs_side_by_side_need_no_model_again(runs, monkeypatch, capsys):
     def load(path):
         raise AssertionError(f"{path} was loaded")
 
-    monkeypatch.setattr(grain_jax, "load", load)
+    monkeypatch.setattr(inference, "load", load)
     folders, _ = runs
     output = folders[0].parent / "two.html"
     assert command.main([*map(str, folders), "--output", str(output)]) == 0

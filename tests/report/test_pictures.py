@@ -5,7 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from grain_jax.evaluate import base, tables
+from grain_jax.evaluate import tables, test_sets
 from grain_jax.report import pictures
 from tests.evaluate.stub import StubPredictor, write_picture
 
@@ -134,5 +134,5 @@ def test_what_the_regions_say():
 
 def test_nothing_to_draw(tmp_path):
     (tmp_path / "A.jsonl").write_text('{"image": "a.png"}\n')
-    with pytest.raises(base.InputError, match="there is nothing to draw"):
+    with pytest.raises(test_sets.InputError, match="there is nothing to draw"):
         pictures.regions_grid(_predictor(), tmp_path / "A.jsonl", tmp_path, tmp_path / "x.png")

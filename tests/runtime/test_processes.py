@@ -13,7 +13,7 @@ import pytest
 
 from grain_jax import errors, inference
 from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import base, zeroshot
+from grain_jax.evaluate import encode, tables, test_sets, zeroshot
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint, processes
 from tests import tiny
@@ -50,7 +50,7 @@ def test_one_device_and_eight_count_the_same(model, tmp_path):
         placed = params if device is None else jax.device_put(params, device)
         predictor = inference.Predictor(config, placed)
         assert len(predictor._devices) == (8 if device is None else 1)
-        found = zeroshot.predict(predictor, images=tmp_path, batch_size=100)
+        found = zeroshot.predict(predictor, test_sets.ClassFolders(tmp_path), batch_size=100)
         results.append(found)
     one, eight = results
     assert one.index.tolist() == list(range(131)) == eight.index.tolist()
@@ -63,7 +63,7 @@ def test_one_device_and_eight_count_the_same(model, tmp_path):
 def _numbers(results):
     """All that was measured, without times."""
     return {
-        name: {k: v for k, v in base.scalars(r).items() if k != "seconds"}
+        name: {k: v for k, v in tables.scalars(r).items() if k != "seconds"}
         for name, r in results["ran"].items()
     }
 
@@ -179,5 +179,5 @@ def test_processes_that_see_other_files_are_an_error(monkeypatch, tmp_path):
             return np.ones((len(pictures), 2), np.float32)
 
     _Peer(monkeypatch, [_encoded([None, [3, {}, 5]])])
-    with pytest.raises(base.InputError, match="found 6, 5 images, expected the same files"):
-        list(base.encode_pictures(Any(), paths, label="x", unreadable={}, regions=False))
+    with pytest.raises(test_sets.InputError, match="found 6, 5 images, expected the same files"):
+        list(encode.encode_images(Any(), paths, label="x", unreadable={}, regions=False))

@@ -14,7 +14,7 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax import errors, export, inference, train
 from grain_jax.convert import __main__ as convert_command
-from grain_jax.evaluate import base
+from grain_jax.evaluate import encode
 from grain_jax.report import __main__ as report_command
 from grain_jax.training import memory, memory_use, sharding, train_step
 from tests import tiny
@@ -208,7 +208,7 @@ def test_an_evaluation_says_it(tmp_path):
     predictor = type("Predictor", (), {"encode_image": _runs_out, "encode_regions": _runs_out})()
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(errors.OutOfMemory, match="out of memory in images .*--batch-size"):
-        for _ in base.encode_pictures(
+        for _ in encode.encode_images(
             predictor, [tmp_path / "a.png"], label="pictures", unreadable={}
         ):
             pass

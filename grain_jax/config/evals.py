@@ -1,0 +1,218 @@
+"""The entries of `config.evals`: the class that every evaluator derives from, and how its class is found.
+
+An entry is `dict(kind="zeroshot", ...)`: the kind names a class, and the other keys are the fields of that class. A
+kind is one of `NAMED`, or `module:Class` of a module that Python finds (examples/evaluator has one).
+"""
+
+import abc
+import dataclasses
+import inspect
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from grain_jax import errors, named
+
+# Of the package, each with the class that has its options. Looked up by name, so that a config can be parsed
+# without the libraries that an evaluation needs.
+NAMED = {
+    "zeroshot": "grain_jax.evaluate.evaluators:ZeroShot",
+    "linear_probe": "grain_jax.evaluate.evaluators:LinearProbe",
+    "retrieval": "grain_jax.evaluate.evaluators:Retrieval",
+    "grounding": "grain_jax.evaluate.evaluators:Grounding",
+    "boxes": "grain_jax.evaluate.evaluators:Boxes",
+    "diagnostics": "grain_jax.evaluate.evaluators:Diagnostics",
+}
+# Entries in a config.json of an older version have the keys of all kinds, with these values where they say
+# nothing; the digest of a config (runtime/receipt.py) counts `_OLDEST` in every entry, and the others where they differ.
+_OLDEST = dict(
+    images="",
+    descriptions=None,
+    annotations=None,
+    alphas=(1.0, 0.5),
+    names=True,
+    region_order="queries",
+)
+_OLDER = dict(
+    tfds=None,
+    split="test",
+    data_dir=None,
+    classes=None,
+    templates=None,
+    missing="error",
+    get=None,
+    train=None,
+    shots=(),
+    seeds=5,
+)
+
+
+class Context(typing.NamedTuple):
+    """What an evaluation is told beside its options."""
+
+    batch_size: int = 64  # images at a time
+    # Where a run keeps a file for this entry (an etils epath.Path), and the step of the run; None outside of a run.
+    state_path: Any = None
+    step: int | None = None
+
+
+STANDALONE = Context()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluator(abc.ABC):
+    """A measurement on a set of images; a subclass has its options as fields, each with a type and a default.
+
+    `faults` is called when a config is parsed, `available` and `check` before a model is loaded or trained,
+    `evaluate` with the model. On several processes all of them are called on every process.
+    """
+
+    kind: str = ""
+    # Where the data is missing: "error", or "skip" with a line that says so.
+    missing: str = dataclasses.field(default="error", metadata={"choices": ("error", "skip")})
+    get: str | None = None  # how to get the data, for that line
+
+    def faults(self) -> list[str]:
+        """Options that contradict each other, without a look at files: lines that begin with the option."""
+        return []
+
+    @property
+    def needs_regions(self) -> bool:
+        """Whether the model must have a region decoder."""
+        return False
+
+    @property
+    def data(self) -> tuple[str | None, ...]:
+        """Paths of the images, and of what else has to be there; None and "" are left out."""
+        return ()
+
+    @property
+    def files(self) -> tuple[str | None, ...]:
+        """Paths of small files that the result depends on: the suite measures again where one has changed."""
+        return ()
+
+    def available(self) -> tuple[typing.Self, str]:
+        """The entry as far as its data is there.
+
+        Returns: the entry, and a line that says what it does without, or "".
+
+        Raises:
+          errors.MissingData: `missing` is "skip", and the data is not there; one line.
+        """
+        if self.missing == "skip":
+            self.find_data()
+        return self, ""
+
+    def find_data(self) -> None:
+        """Raises errors.MissingData, with one line, where a path of `data` is not there."""
+        paths = [path for path in self.data if path]
+        if self.data and not paths:
+            raise errors.MissingData("no images are named" + (f"; {self.get}" if self.get else ""))
+        absent = [path for path in map(expanduser, paths) if not exists(path)]
+        if absent:
+            raise errors.MissingData(f"{', '.join(absent)}: not there{how_to_get(self.get)}")
+
+    @abc.abstractmethod
+    def check(self) -> int:
+        """Finds, without a model, whatever would end the evaluation.
+
+        Returns: how many images there are.
+
+        Raises:
+          errors.UserError: one line a fault.
+        """
+
+    @abc.abstractmethod
+    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+        """Measures.
+
+        Args:
+          predictor: the model: an `inference.Predictor`.
+          context: the batch size, and the state of the run.
+
+        Returns: JSON-ready, the same on every process. Its numbers, also of nested dicts, become metrics; a
+          number beside `KEY_low` and `KEY_high` is shown with that interval.
+
+        Raises:
+          errors.UserError: one line a fault.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NotImported(Evaluator):
+    """An entry of a stored config whose class may not be imported (grain_jax/named.py): it can be read, not run."""
+
+    entry: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def check(self) -> int:
+        find(self.kind)  # raises
+        return 0
+
+    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+        find(self.kind)
+        return {}
+
+
+def find(kind: str) -> type[Evaluator]:
+    """The class of that kind: one of NAMED, or `module:Class`. Raises errors.UserError, with one line."""
+    place = named.find("evaluator", kind, NAMED)
+    found = named.find("evaluator", place, {}) if isinstance(place, str) else place
+    if not (isinstance(found, type) and issubclass(found, Evaluator)):
+        raise errors.UserError(
+            f"evaluator {kind!r}: expected a subclass of grain_jax.config.Evaluator"
+        )
+    if inspect.isabstract(found):
+        lacks = ", ".join(sorted(found.__abstractmethods__))
+        raise errors.UserError(f"evaluator {kind!r}: has no {lacks}; expected check and evaluate")
+    return found
+
+
+def without_keys_of_other_kinds(cls: type[Evaluator], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry without the keys that older versions gave every kind, where they have the value that says nothing."""
+    own = {field.name for field in dataclasses.fields(cls)}
+    unset = _OLDEST | _OLDER
+
+    def says_nothing(key: str, value: Any) -> bool:
+        value = tuple(value) if isinstance(value, list) else value
+        return key in unset and key not in own and value == unset[key]
+
+    return {key: value for key, value in entry.items() if not says_nothing(key, value)}
+
+
+def for_digest(entry: Evaluator) -> dict[str, Any]:
+    """An entry as the digest of a config counts it: an entry of an older version has the digest it had there."""
+    if isinstance(entry, NotImported):
+        return dict(entry.entry)
+    own = {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}
+    if entry.kind not in NAMED:
+        return own
+    differs = {
+        key: value for key, value in own.items() if key not in _OLDER or value != _OLDER[key]
+    }
+    return _OLDEST | differs
+
+
+def how_to_get(get: str | None) -> str:
+    """The end of a message about missing data."""
+    return f"; to get it: {get}" if get else ""
+
+
+def expanduser(path: str) -> str:
+    """The path with the user's home for `~`."""
+    from etils import epath  # slower to import than a config may take
+
+    return str(epath.Path(path).expanduser())
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or folder, local or remote."""
+    from etils import epath
+
+    return epath.Path(path).exists()
+
+
+def same_place(a: str, b: str) -> bool:
+    """Whether two paths are the same file or folder."""
+    from etils import epath
+
+    return epath.Path(a).expanduser().resolve() == epath.Path(b).expanduser().resolve()

@@ -1,0 +1,125 @@
+"""Images with annotations (`A.jsonl`): those that an evaluation can use, and their embeddings."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from grain_jax import printable
+from grain_jax.evaluate import encode
+from grain_jax.evaluate.test_sets import InputError
+from grain_jax.files import annotations as annotations_lib
+from grain_jax.runtime import processes
+
+
+class Annotated(NamedTuple):
+    """Annotations, and those of them that an evaluation can use."""
+
+    read: annotations_lib.Annotations
+    records: list[annotations_lib.Annotation]
+    folder: epath.Path  # that the paths of the records start from
+
+    @property
+    def paths(self) -> list[epath.Path]:
+        """The files of the records' images."""
+        return [self.folder / record.image for record in self.records]
+
+
+def read(
+    images: epath.PathLike,
+    annotations: epath.PathLike,
+    usable: Callable[[annotations_lib.Annotation], Any],
+    none_usable: str,
+) -> Annotated:
+    """The annotations that are `usable`.
+
+    Raises:
+      InputError: no such folder, or (with the words `none_usable`) no record can be used.
+      annotations.AnnotationError: the file cannot be used.
+    """
+    found = annotations_lib.read(annotations)
+    folder = image_folder(images)
+    records = [record for record in found.records if usable(record)]
+    if not records:
+        raise InputError(f"{annotations}: {none_usable}")
+    return Annotated(found, records, folder)
+
+
+def read_captions(images: epath.PathLike, annotations: epath.PathLike) -> Annotated:
+    """The annotations with a caption; raises as `read`."""
+    return read(
+        images,
+        annotations,
+        lambda record: record.captions or record.synthetic_caption,
+        "no line has a caption; expected captions to retrieve",
+    )
+
+
+def read_regions(
+    images: epath.PathLike, annotations: epath.PathLike, expected: str = "described boxes"
+) -> Annotated:
+    """The annotations with a region; raises as `read`."""
+    return read(
+        images,
+        annotations,
+        lambda record: record.regions,
+        f"no line has a region; expected {expected}",
+    )
+
+
+def image_folder(path: epath.PathLike) -> epath.Path:
+    """The folder that the paths of annotations start from. Raises InputError if there is none."""
+    path = epath.Path(path)
+    if not path.is_dir():
+        raise InputError(
+            f"{path}: no such folder; expected the one that the annotations' paths start from"
+        )
+    return path
+
+
+def gather(
+    predictor: encode.Predictor,
+    annotated: Annotated,
+    *,
+    label: str,
+    unreadable: dict[str, str],
+    regions: bool = True,
+    batch_size: int = encode.BATCH_SIZE,
+) -> tuple[list[annotations_lib.Annotation], encode.Encoded]:
+    """The records whose image can be read, and these images encoded; arguments as of `encode.encode_images`."""
+    seen = encode.gather_images(
+        predictor,
+        annotated.paths,
+        label=label,
+        unreadable=unreadable,
+        regions=regions,
+        batch_size=batch_size,
+    )
+    return [annotated.records[i] for i in seen.index], seen
+
+
+def report_left_out(path: epath.PathLike, read: annotations_lib.Annotations) -> None:
+    """Names on stderr, on the first process, the faulty lines and the unknown keys of the file."""
+    if processes.process_info()[0]:
+        return
+    lines = list(read.faults)
+    if read.faults:  # few enough to go on without their lines
+        lines.append(f"{path}: faulty lines left out: {read.faulty_lines}")
+    if read.unknown_keys:
+        named = ", ".join(
+            f"{printable.plain(key, 60)} ({n})" for key, n in read.unknown_keys.items()
+        )
+        lines.append(f"{path}: unknown keys kept out: {named}")
+    if lines:
+        print(*(printable.plain(line) for line in lines), sep="\n", file=sys.stderr)
+
+
+def check_some_image(path: epath.PathLike, annotated: Annotated) -> None:
+    """Raises InputError where no image is there, as below a wrong folder."""
+    places = annotated.paths
+    if not any(place.exists() for place in places):  # mostly ends at the first
+        raise InputError(
+            f"{annotated.folder}: none of the {len(places)} images of {path} is there; the first:"
+            f" {places[0]}; expected the folder that the annotations' paths start from"
+        )

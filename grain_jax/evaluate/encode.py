@@ -1,0 +1,265 @@
+"""Embeddings of images and texts: the processes share the work, and all get the whole result.
+
+An evaluation takes a predictor: an `inference.Predictor`, or anything with the methods of `Predictor` here.
+"""
+
+import itertools
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from etils import epath
+
+from grain_jax import errors, schema
+from grain_jax.evaluate import test_sets
+from grain_jax.evaluate.test_sets import InputError
+from grain_jax.files import images as image_files
+from grain_jax.runtime import processes
+
+BATCH_SIZE = 64
+# What to do where memory runs out.
+SMALLER = (
+    "run grain_jax.evaluate on a checkpoint, where no optimiser state is in memory, with a smaller --batch-size;"
+    f" or {errors.MORE_MEMORY}"
+)
+_THREADS = 8  # that read images; decoding releases Python's lock
+_SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
+_NAMED_IMAGES = 20  # unreadable ones that a result lists
+
+
+class Predictor(Protocol):
+    """The methods of a model that evaluations call; images are lists of PIL images or uint8 [H, W, 3]."""
+
+    def encode_image(self, images: Any, /) -> np.ndarray:
+        """Images -> float32 [B, D]."""
+        ...
+
+    def encode_image_and_regions(self, images: Any, /) -> tuple[np.ndarray, schema.Regions]:
+        """Images -> float32 [B, D] and regions."""
+        ...
+
+    def encode_text(self, texts: Any, /) -> np.ndarray:
+        """Strings -> float32 [N, D]."""
+        ...
+
+
+class Encoded(NamedTuple):
+    """Readable images and their embeddings: of a batch, or of a whole set."""
+
+    index: np.ndarray  # int [B], positions in the whole set
+    sizes: np.ndarray  # int [B, 2], width and height in pixels
+    labels: np.ndarray  # int [B], of the images of a test set; -1 else
+    image_embed: np.ndarray  # float32 [B, D]
+    regions: schema.Regions | None  # None: not asked for
+
+    @property
+    def with_regions(self) -> schema.Regions:
+        """`regions`, where they were asked for."""
+        if self.regions is None:
+            raise ValueError("regions: not asked for; pass regions=True")
+        return self.regions
+
+
+def gather_images(
+    predictor: Predictor,
+    images: test_sets.TestSet | Sequence[epath.PathLike],
+    *,
+    label: str,
+    unreadable: dict[str, str],
+    regions: bool = True,
+    batch_size: int = BATCH_SIZE,
+) -> Encoded:
+    """All readable images, encoded, in order, the same on every process; arguments as of `encode_images`."""
+    found = processes.allgather(
+        {
+            **{key: value for key, value in batch._asdict().items() if key != "regions"},
+            **(batch.with_regions._asdict() if regions else {}),
+        }
+        for batch in encode_images(
+            predictor,
+            images,
+            label=label,
+            unreadable=unreadable,
+            regions=regions,
+            batch_size=batch_size,
+        )
+    )
+    parts = {key: found.pop(key) for key in schema.Regions._fields if key in found}
+    return Encoded(**found, regions=schema.Regions(**parts) if parts else None)
+
+
+def encode_images(
+    predictor: Predictor,
+    images: test_sets.TestSet | Sequence[epath.PathLike],
+    *,
+    label: str,
+    unreadable: dict[str, str],
+    regions: bool = True,
+    batch_size: int = BATCH_SIZE,
+) -> Iterator[Encoded]:
+    """Batches of the images of this process; the next batch is read while the model encodes this one.
+
+    Each of several processes gets a stretch of the images, and each image belongs to one process.
+    `processes.allgather` puts together what the processes computed, in the order of the images.
+
+    Args:
+      predictor: the model.
+      images: a test set, or the paths of images.
+      label: the name of the set in the progress line.
+      unreadable: gets, after the last batch, name -> reason for each image that any process left out.
+      regions: whether region embeddings are computed too.
+      batch_size: images at a time.
+
+    Raises:
+      InputError: no image could be read, or the files of a test set are damaged.
+      processes.Failed: another process failed.
+    """
+    mine = processes.share(len(images))
+    if isinstance(images, Sequence):
+        stretch = (test_sets.of_path(images[position]) for position in mine)
+    else:
+        stretch = images.images(mine)
+    left_out: dict[str, str] = {}
+    seen, failure = 0, None
+    try:
+        with errors.out_of_memory_in_a_line(label, lambda: SMALLER):
+            progress = _Progress(label, len(mine), len(images))
+            for batch in _batches(
+                predictor, stretch, mine.start, left_out, regions, batch_size, progress
+            ):
+                seen += len(batch.index)
+                yield batch
+    except (
+        Exception
+    ) as error:  # every process has to know before it waits for the results of this one
+        failure = error
+    ends = processes.agree(failure, (seen, left_out, len(images)))
+    counts, unread, lengths = zip(*ends)
+    if len(set(lengths)) > 1:
+        raise InputError(
+            f"{label}: the processes found {', '.join(map(str, lengths))} images, expected the same"
+            " files on all machines"
+        )
+    for part in unread:
+        unreadable |= part
+    if not sum(counts):
+        first = next(iter(unreadable.values()), "there are none")
+        raise InputError(f"none of {len(images)} images can be read; the first: {first}")
+
+
+def _batches(
+    predictor: Predictor,
+    stretch: Iterable[test_sets.Image],
+    start: int,
+    left_out: dict[str, str],
+    regions: bool,
+    batch_size: int,
+    progress: "_Progress",
+) -> Iterator[Encoded]:
+    """The batches of `stretch`, whose first image has position `start`; `left_out` gets the unreadable ones."""
+    model = getattr(predictor, "model", None)  # a config.Model; test doubles may have none
+    size = model.image.image_size if model else None
+
+    def read(image: test_sets.Image) -> tuple[Any, tuple[int, int]] | str:
+        try:
+            loaded = image.load()
+        except image_files.ImageError as error:
+            return str(error)
+        # Resized here, a batch takes little memory and the work is spread over the threads.
+        pixels = image_files.resize(loaded, size) if size else image_files.to_rgb(loaded)
+        return pixels, loaded.size
+
+    stretch = iter(stretch)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        submit = lambda: [
+            (image, pool.submit(read, image)) for image in itertools.islice(stretch, batch_size)
+        ]
+        coming = submit()
+        while coming:
+            current, coming = coming, submit()
+            batch, sizes, index, labels = [], [], [], []
+            for position, (image, future) in enumerate(current, start):
+                got = future.result()
+                if isinstance(got, str):
+                    left_out[image.name] = got
+                else:
+                    batch.append(got[0])
+                    sizes.append(got[1])
+                    index.append(position)
+                    labels.append(image.label)
+            start += len(current)
+            if batch:
+                embed, found = _encode(predictor, batch, regions)
+                yield Encoded(np.array(index), np.array(sizes), np.array(labels), embed, found)
+            progress.update(len(current))
+    progress.close()
+
+
+def _encode(
+    predictor: Predictor, batch: list[Any], regions: bool
+) -> tuple[np.ndarray, schema.Regions | None]:
+    if regions:
+        embed, found = predictor.encode_image_and_regions(batch)
+    else:
+        embed, found = predictor.encode_image(batch), None
+    if not np.isfinite(embed).all() or (found and not all(np.isfinite(a).all() for a in found)):
+        raise InputError("the model's embeddings are not finite: the checkpoint cannot be used")
+    return embed, found
+
+
+def encode_texts(predictor: Predictor, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
+    """For each list of texts its embeddings, float32 [n, D]; a text of several lists is encoded once."""
+    place = {text: i for i, text in enumerate(dict.fromkeys(t for group in texts for t in group))}
+    embed = encode_distinct(predictor, list(place))
+    return [embed[[place[text] for text in group]] for group in texts]
+
+
+def encode_distinct(predictor: Predictor, texts: Sequence[str]) -> np.ndarray:
+    """Texts -> float32 [N, D]; each of several processes encodes a share, and all get the whole."""
+    mine = processes.share(len(texts))
+    encode = lambda: np.asarray(predictor.encode_text(list(texts[mine.start : mine.stop])))
+    return processes.allgather({"embed": processes.run_together(encode)})["embed"]
+
+
+def report_unreadable(unreadable: Mapping[str, str]) -> dict[str, Any]:
+    """The part of a result that counts the images that were left out, and names the first ones."""
+    out: dict[str, Any] = {"unreadable": len(unreadable)}
+    if unreadable:
+        out["unreadable_pictures"] = list(unreadable.values())[:_NAMED_IMAGES]
+    return out
+
+
+class _Progress:
+    """Images done and time left: a line that rewrites itself on a terminal, else a line now and then."""
+
+    def __init__(self, label: str, share: int, total: int):
+        self._label, self._total, self._done = label, total, 0
+        self._times = total / max(share, 1)  # the other processes are about as far
+        self._start = self._last = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+        self._silent = processes.process_info()[0] > 0
+
+    def update(self, count: int) -> None:
+        if self._silent:
+            return
+        self._done += count * self._times
+        now = time.monotonic()
+        if now - self._last < (0.2 if self._terminal else _SECONDS_BETWEEN_LINES):
+            return
+        self._last = now
+        left = (now - self._start) / self._done * (self._total - self._done)
+        text = (
+            f"{self._label}: {self._done:.0f}/{self._total} images,"
+            f" {self._done / (now - self._start):.0f}/s, {left:.0f} s left"
+        )
+        if self._terminal:
+            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._terminal and not self._silent:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

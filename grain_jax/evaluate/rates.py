@@ -1,0 +1,104 @@
+"""Shares of right answers: ties, chance, and 95% intervals."""
+
+import math
+
+import numpy as np
+
+_Z = 1.959963984540054  # of the normal distribution, two sides, 95%
+
+
+def topk_hits(scores: np.ndarray, right: np.ndarray, k: int) -> np.ndarray:
+    """The chance, for each row, that a right candidate is among the k best, ties being broken at random.
+
+    So a model that gives every class the same score scores chance, whatever the order of the classes.
+
+    Args:
+      scores: [N, C].
+      right: bool [N, C], at least one a row.
+      k: 1 or more.
+
+    Returns: float64 [N] in [0, 1]; 0 or 1 where no tie matters.
+    """
+    best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+    above = (~right & (scores > best)).sum(axis=1)
+    tied_wrong = (~right & (scores == best)).sum(axis=1)
+    tied_right = (right & (scores == best)).sum(axis=1)
+    return _drawn(tied_right, tied_wrong, np.minimum(k, scores.shape[1]) - above)
+
+
+def chance_of_topk(right: np.ndarray, k: int) -> np.ndarray:
+    """`topk_hits` of candidates in a random order; `right` bool [N, C] -> float64 [N]."""
+    number = right.sum(axis=1)
+    return _drawn(number, right.shape[1] - number, np.full(len(right), min(k, right.shape[1])))
+
+
+def _drawn(right: np.ndarray, wrong: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """The chance that `draws` draws without replacement hold a right one (hypergeometric), all int [N]."""
+    miss = np.ones(len(right))
+    for draw in range(max(0, draws.max(initial=0))):
+        left = np.maximum(right + wrong - draw, 1)
+        miss = np.where(draw < draws, miss * np.maximum(wrong - draw, 0) / left, miss)
+    return 1.0 - miss
+
+
+def interval(successes: float, count: float) -> tuple[float, float]:
+    """Wilson's 95% interval of a share, (low, high); (0, 1) when nothing was counted.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    if count == 0:
+        return 0.0, 1.0
+    share, z2 = successes / count, _Z * _Z
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = _Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
+    half /= 1 + z2 / count
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def rate(name: str, hits: np.ndarray) -> dict[str, float]:
+    """The mean of `hits` [N] under `name`, with its 95% interval as `name_low` and `name_high`."""
+    total, count = float(np.sum(hits)), len(hits)
+    low, high = interval(total, count)
+    return {name: total / count if count else 0.0, f"{name}_low": low, f"{name}_high": high}
+
+
+def mean_rate(name: str, shares: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+    """The mean over the classes of their shares of right answers under `name`, with a 95% interval.
+
+    The shares are independent, so the variance of the mean is the sum of p (1 - p) / n over the classes,
+    divided by C^2. With one p for all classes that is the variance of a share among C^2 / sum of 1/n
+    answers, and the interval is Wilson's of such a share: all the answers, where every n is equal. Where p
+    differs the interval is wider than needed, and never too narrow for equal n.
+
+    Args:
+      name: of the number.
+      shares: [C] in [0, 1].
+      counts: [C], at least 1: n, the number of answers of each class.
+    """
+    mean, number = float(shares.mean()), len(shares) ** 2 / (1 / counts).sum()
+    low, high = interval(mean * number, number)
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
+
+def of_classes(
+    top1: np.ndarray, top5: np.ndarray, target: np.ndarray, classes: list[str]
+) -> dict[str, object]:
+    """Accuracy over all answers and for each class that has some.
+
+    Args:
+      top1, top5: hits [N] as `topk_hits` returns them.
+      target: int [N], the right classes.
+      classes: C names.
+
+    Returns: `top1`, `top5`, `mean_per_class` (of top-1), each with `_low` and `_high`, and `per_class`: name ->
+      top-1.
+    """
+    counts = np.bincount(target, minlength=len(classes))
+    there = np.flatnonzero(counts)
+    shares = np.bincount(target, weights=top1, minlength=len(classes))[there] / counts[there]
+    return {
+        **rate("top1", top1),
+        **rate("top5", top5),
+        **mean_rate("mean_per_class", shares, counts[there]),
+        "per_class": dict(zip([classes[i] for i in there], shares.tolist())),
+    }

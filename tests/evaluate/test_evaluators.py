@@ -1,0 +1,215 @@
+"""The evaluators of the package as entries of a config: their options, and what is checked before there is a model."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from grain_jax import config, errors, named, recipe
+from grain_jax.config import evals
+from grain_jax.evaluate import entries, evaluators
+from grain_jax.runtime import receipt
+from tests.evaluate.stub import StubPredictor, write_picture
+from tests.paths import ROOT
+
+OLD = (
+    ROOT / "tests" / "evaluate" / "old_run"
+)  # of a version with one union of options for all kinds
+
+
+def _faults(entry):
+    with pytest.raises(config.ConfigError) as found:
+        config.evaluator_from_dict(entry)
+    return str(found.value).split("\n")
+
+
+def test_a_config_is_parsed_without_the_libraries_that_compute():
+    code = f"""
+        import json, sys
+        from grain_jax import config
+        parsed = config.from_dict(json.loads(open({str(OLD / "config.json")!r}).read()))
+        print(*(type(entry).__name__ for entry in parsed.evals.values()))
+        print(*{{"jax", "tensorflow", "numpy", "etils", "PIL"}} & sys.modules.keys())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "Grounding Retrieval ZeroShot ZeroShot\n\n"
+
+
+def test_a_config_of_an_older_version_loads_and_has_its_digest():
+    stored = json.loads((OLD / "config.json").read_text())
+    parsed = config.from_dict(stored)
+    assert receipt.config_sha256(parsed) == (OLD / "digest.txt").read_text().strip()
+    assert parsed.evals["unseen"] == evaluators.ZeroShot(
+        images="runs/aviary/unseen",
+        descriptions="runs/aviary/unseen.json",
+        alphas=(1.0, 0.75, 0.5, 0.25, 0.0),
+        names=False,
+        missing="skip",
+        get="python -m data.aviary --output runs/aviary",
+    )
+    assert config.from_dict(json.loads(config.to_json(parsed))) == parsed
+    assert "alphas" not in json.loads(config.to_json(parsed))["evals"]["retrieval"]
+    # A key of another kind whose value is not its old default is not dropped in silence.
+    stored["evals"]["retrieval"]["alphas"] = [0.25]
+    with pytest.raises(
+        config.ConfigError, match="^evals.retrieval.alphas: no such key; there are: "
+    ):
+        config.from_dict(stored)
+
+
+@pytest.mark.parametrize("kind", evals.NAMED)
+def test_every_kind_has_its_options_from_the_recipe_to_the_class(kind):
+    entry = recipe.ConfigDict(recipe.evaluator(kind, "FOLDER", get="how")).to_dict()
+    parsed = config.evaluator_from_dict(entry)
+    assert type(parsed) is evals.find(kind) and parsed.kind == kind
+    assert parsed == type(parsed)(images="FOLDER", get="how")
+    assert dataclasses.asdict(parsed).keys() == entry.keys()
+    assert config.evaluator_from_dict({"kind": kind, "images": "FOLDER", "get": "how"}) == parsed
+
+
+def test_faults_of_an_entry():
+    (line,) = _faults({"kind": "zeroshott"})
+    assert line == (
+        "evaluator.kind: evaluator 'zeroshott': did you mean zeroshot? expected one of: boxes, diagnostics,"
+        " grounding, linear_probe, retrieval, zeroshot; or module:Name of your own"
+    )
+    assert "expected a group with kind: one of zeroshot, linear" in _faults({"images": "x"})[0]
+    assert "expected a group with kind" in _faults("zeroshot")[0]
+    assert _faults({"kind": "zeroshot", "descriptoins": "D.json"}) == [
+        "evaluator.descriptoins: no such key; did you mean evaluator.descriptions?"
+    ]
+    assert _faults({"kind": "zeroshot", "names": "yes", "alphas": 1.0, "missing": None}) == [
+        "evaluator.missing: got None, expected str",
+        "evaluator.alphas: got 1.0, expected a list",
+        "evaluator.names: got 'yes', expected bool",
+    ]
+    assert _faults({"kind": "zeroshot", "region_order": "x", "missing": "y"}) == [
+        "evaluator.missing: got 'y', expected one of error, skip",
+        "evaluator.region_order: got 'x', expected one of queries, descriptions",
+    ]
+    probe = {"kind": "linear_probe", "seeds": 0, "shots": (-1,), "tfds": "a", "images": "b"}
+    assert _faults(probe) == [
+        "evaluator.seeds: got 0, expected at least 1",
+        "evaluator.tfds: got 'a' with images='b', expected one of the two",
+        "evaluator.shots: got (-1,), expected at least 1 each, or 0 for all",
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unfinished(config.Evaluator):
+    """An evaluator that cannot evaluate."""
+
+    def check(self):
+        return 0
+
+
+def test_faults_of_a_class_from_outside():
+    here = Unfinished.__module__
+    assert _faults({"kind": f"{here}:Unfinished"}) == [
+        f"evaluator.kind: evaluator '{here}:Unfinished': has no evaluate; expected check and evaluate"
+    ]
+    (line,) = _faults({"kind": f"{here}:OLD"})
+    assert line.endswith("expected a subclass of grain_jax.config.Evaluator")
+    assert "has no 'Unfinnished', expected one of: " in _faults({"kind": f"{here}:Unfinnished"})[0]
+    with named.importing():
+        assert "'no.such' cannot be imported (No module" in _faults({"kind": "no.such:Class"})[0]
+
+
+def test_a_stored_config_imports_no_code():
+    stored = json.loads((OLD / "config.json").read_text())
+    entry = {"kind": "no.such:Class", "missing": "error", "get": None, "k": 3}
+    stored["evals"]["mine"] = entry
+    parsed = config.from_dict(stored)
+    assert parsed.evals["mine"].kind == "no.such:Class"
+    assert config.without_new_fields(parsed)["evals"]["mine"] == entry
+    with pytest.raises(errors.UserError, match="a stored config imports no code; if you trust it"):
+        parsed.evals["mine"].check()
+
+
+def test_check_finds_every_fault_before_there_is_a_model(tmp_path):
+    write_picture(tmp_path / "classes" / "cat" / "0.png", 0)
+    write_picture(tmp_path / "classes" / "dog" / "0.png", 1)
+    (tmp_path / "D.json").write_text('{"cat": ["whiskers"]}')
+    (tmp_path / "broken.json").write_text("{")
+    good = evaluators.ZeroShot(images=str(tmp_path / "classes"), alphas=(1.0, 0.5))
+    good.check()  # alpha 0.5 does not count without descriptions
+
+    def faults(**fields):
+        with pytest.raises(errors.UserError) as found:
+            dataclasses.replace(good, **fields).check()
+        return str(found.value).split("\n")
+
+    assert faults(images="no/such") == [
+        "no/such: no such folder; expected one with a sub-folder a class"
+    ]
+    described = dict(descriptions=str(tmp_path / "D.json"))
+    assert faults(**described, alphas=(0.5, 2.0), region_order="x") == [
+        f"{tmp_path}/D.json: no description of the classes dog",
+        "alpha: got 2.0, expected a number from 0 to 1",
+        "region order: got 'x', expected one of queries, descriptions",
+    ]
+    assert "got -1.0" in faults(alphas=(1.0, -1.0))[0]
+    assert "for a test without class names" in faults(names=False)[0]
+    assert "no.json: no such file" in faults(descriptions="no.json")[0]
+    assert "broken.json: not JSON" in faults(descriptions=str(tmp_path / "broken.json"))[0]
+
+
+@pytest.mark.parametrize("kind", ["retrieval", "grounding"])
+def test_check_of_annotations(tmp_path, capsys, kind):
+    write_picture(tmp_path / "0.png", 0)
+    region = {"box": [0, 0, 5, 5], "description": "a beak", "score": 1, "mask": 0}
+    line = {"image": "0.png", "caption": "a", "regions": [region], "licence": "CC0"}
+    path = tmp_path / "A.jsonl"
+    path.write_text((json.dumps(line) + "\n") * 200 + "{}\n")
+    good = evals.find(kind)(images=str(tmp_path), annotations=str(path))
+    good.check()
+    assert capsys.readouterr().err.splitlines() == [
+        f"{path}:201: image: got none, expected the path of an image",
+        f"{path}: faulty lines left out: 1",
+        f"{path}: unknown keys kept out: licence (200), regions.mask (200)",
+    ]
+
+    def faults(**fields):
+        with pytest.raises(errors.UserError) as found:
+            dataclasses.replace(good, **fields).check()
+        return str(found.value).split("\n")
+
+    no_folder = "no: no such folder; expected the one that the annotations' paths start from"
+    assert faults(images="no") == [no_folder]
+    assert faults(images="no", annotations="no.jsonl") == [
+        no_folder,
+        "no.jsonl: no such file, expected one JSON object a line",
+    ]
+    (tmp_path / "empty").mkdir()
+    assert "none of the 200 images of" in faults(images=str(tmp_path / "empty"))[0]
+    path.write_text('{"image": "0.png"}\n[]\n')
+    assert "2 lines are faulty, more than 1%" in faults()[-1]
+    path.write_text('{"image": "0.png"}\n')
+    assert "no line has a " in faults()[0]
+    assert "annotations: got nothing" in faults(annotations=None)[0]
+
+
+def test_an_entry_gives_numbers(tmp_path):
+    for i, name in enumerate(("cat", "red_fox")):
+        write_picture(tmp_path / name / "0.png", i)
+    (tmp_path / "templates.txt").write_text("a {}\n")
+    predictor = StubPredictor(
+        images={0: [1, 0], 1: [1, 0]}, texts={"a cat": [1, 0], "a red fox": [0, 1]}
+    )
+    # Without descriptions there is no region score: only alpha 1 is reported.
+    entry = evaluators.ZeroShot(images=str(tmp_path), templates=str(tmp_path / "templates.txt"))
+    numbers = entries.numbers(entry, predictor)
+    assert numbers["alpha_1.0/top1"] == 0.5 and numbers["chance"] == 0.5
+    assert not any(key.startswith("alpha_0.5") for key in numbers)
+    assert all(type(value) is float for value in numbers.values())
+    with pytest.raises(errors.UserError, match="annotations: got nothing"):
+        entries.numbers(evaluators.Grounding(images=str(tmp_path)), predictor)

@@ -1,0 +1,114 @@
+"""examples/evaluator: a user's k-nearest-neighbour evaluator, counted by hand, in training and in a suite."""
+
+import json
+
+import numpy as np
+import pytest
+
+from examples.evaluator import neighbours
+from grain_jax import config as config_lib
+from grain_jax import errors, inference, train
+from grain_jax.evaluate import __main__ as command
+from grain_jax.evaluate import entries
+from tests import tiny
+from tests.evaluate.stub import StubPredictor, write_picture
+
+KIND = "examples.evaluator.neighbours:Neighbours"
+# Number of an image -> its class and the angle of its embedding in degrees.
+TRAIN = {0: ("cat", 0), 1: ("cat", 10), 2: ("cat", 100), 3: ("dog", 90), 4: ("dog", 80)}
+TEST = {5: ("cat", 2), 6: ("cat", 97), 7: ("dog", 60), 8: ("dog", 30)}
+SUITE = """
+from ml_collections import ConfigDict
+from grain_jax import recipe
+
+def get_config():
+    c = ConfigDict()
+    c.evals = dict(mine=recipe.evaluator(%r, %r, train=%r))
+    return c
+"""
+
+
+def entry(folder, **options):
+    return dict(kind=KIND, images=f"{folder}/test", train=f"{folder}/train", **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for part, images in (("train", TRAIN), ("test", TEST)):
+        for number, (name, _) in images.items():
+            write_picture(tmp_path / part / name / f"{number}.png", number)
+    return tmp_path
+
+
+@pytest.fixture
+def predictor():
+    angle = {number: np.deg2rad(degrees) for number, (_, degrees) in (TRAIN | TEST).items()}
+    return StubPredictor({number: [np.cos(a), np.sin(a)] for number, a in angle.items()})
+
+
+# The nearest training images by angle: 5 (2 degrees): 0, 1, 4. 6 (97): 2, 3, 4. 7 (60): 4, 3, 2. 8 (30): 1, 0, 4.
+@pytest.mark.parametrize(
+    "k, cats, dogs", [(1, [1, 1], [1, 0]), (2, [1, 0.5], [1, 0]), (3, [1, 0], [1, 0])]
+)
+def test_accuracy_is_the_one_counted_by_hand(folder, predictor, k, cats, dogs):
+    numbers = entries.numbers(config_lib.evaluator_from_dict(entry(folder, k=k)), predictor)
+    assert numbers["top1"] == pytest.approx(np.mean(cats + dogs))
+    assert numbers["mean_per_class"] == pytest.approx((np.mean(cats) + np.mean(dogs)) / 2)
+    assert (numbers["pictures"], numbers["train_pictures"], numbers["chance"]) == (4, 5, 0.5)
+    assert numbers["top1_low"] < numbers["top1"] < numbers["top1_high"]
+
+
+def test_a_suite_has_it_beside_the_evaluators_of_the_package(
+    folder, predictor, monkeypatch, capsys
+):
+    (folder / "suite.py").write_text(SUITE % (KIND, f"{folder}/test", f"{folder}/train"))
+    monkeypatch.setattr(inference, "load", lambda path: predictor)
+    given = ["suite", "--checkpoint", "RUN", "--cache", "", "--output", str(folder / "o.json")]
+    given += ["--config", str(folder / "suite.py"), "--config.evals.mine.k=1"]
+    assert command.main(given) == 0
+    result = json.loads((folder / "o.json").read_text())["ran"]["mine"]
+    assert result["kind"] == result["entry"]["kind"] == KIND and result["entry"]["k"] == 1
+    assert result["top1"] == 0.75 and result["per_class"] == {"cat": 1.0, "dog": 0.5}
+    out, err = capsys.readouterr()
+    assert "mine (1 of 1): 9 images in" in err and "mine: top1" in out
+    assert command.main(given) == 0  # measures nothing again
+    assert "is in" in capsys.readouterr().err
+
+
+def test_a_run_measures_it_and_keeps_it_in_its_config(folder, tmp_path, capsys):
+    c = tiny.dictionary(total_steps=1, checkpoint_best_metric="eval/mine/top1")
+    c.evals = dict(mine=entry(folder, k=1), gone=entry(folder / "gone", missing="skip", get="ask"))
+    config = config_lib.from_dict(c)
+    assert config.evals["mine"] == neighbours.Neighbours(**entry(folder, k=1))
+    workdir = tmp_path / "run"
+    train.train(config, workdir)
+    results = json.loads((workdir / "results.json").read_text())
+    assert (
+        results["eval/mine/top1"] in (0, 0.25, 0.5, 0.75, 1) and results["eval/mine/pictures"] == 4
+    )
+    stored = json.loads((workdir / "config.json").read_text())
+    assert config_lib.from_dict(stored) == config
+    assert (
+        f"evals.gone: skipped: {folder}/gone/test, {folder}/gone/train: not there; to get it: ask"
+        in (capsys.readouterr().err)
+    )
+
+
+def test_faults_are_lines(folder):
+    def fault(**options):
+        with pytest.raises(errors.UserError) as found:
+            config_lib.evaluator_from_dict(entry(folder) | options).check()
+        return str(found.value)
+
+    assert fault(k=0) == "evaluator.k: got 0, expected at least 1"
+    assert fault(k="3") == "evaluator.k: got '3', expected int"
+    assert fault(neighbors=3).startswith(
+        "evaluator.neighbors: no such key; there are: evaluator.kind,"
+    )
+    assert fault(k=6) == "k: got 6, expected at most the 5 training images"
+    assert "no such folder" in fault(train="no/such")
+    assert "Neighbours', " not in fault(kind=KIND[:-1]) and "expected one of: Neighbours" in fault(
+        kind=KIND[:-1]
+    )
+    write_picture(folder / "train" / "eel" / "9.png", 9)
+    assert "got the classes cat, dog, eel, expected those of" in fault()
