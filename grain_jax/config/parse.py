@@ -311,7 +311,8 @@ def unknown_key(path: str, known: list[str]) -> str:
 def without_new_fields(part: Any) -> dict[str, Any]:
     """A Config (or a part of one) as a dict, without the `added` fields that have their default.
 
-    So the dict of a config, and its digest, do not change when fields are added.
+    So the dict of a config, and its digest, do not change when fields are added. Options are whole, but for those
+    that are declared as `added`: the class that has their defaults need not be there.
     """
 
     def plain(value):
@@ -323,11 +324,21 @@ def without_new_fields(part: Any) -> dict[str, Any]:
             return evals.for_digest(value)
         return without_new_fields(value) if dataclasses.is_dataclass(value) else value
 
-    return {
-        field.name: plain(getattr(part, field.name))
-        for field in dataclasses.fields(part)
-        if not (_may_lack(field) and getattr(part, field.name) == fields.default_of(field))
-    }
+    def options(value):
+        if isinstance(value, Mapping):
+            return plain(dict(value))
+        values = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        is_new = lambda field, x: field.metadata.get("added") and x == fields.default_of(field)  # noqa: E731
+        return {field.name: plain(x) for field, x in values if not is_new(field, x)}
+
+    found = {}
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if field.metadata.get("options_of"):
+            found |= {field.name: options(value)} if options(value) else {}
+        elif not (_may_lack(field) and value == fields.default_of(field)):
+            found[field.name] = plain(value)
+    return found
 
 
 def to_json(config: Any) -> str:

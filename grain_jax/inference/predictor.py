@@ -25,7 +25,7 @@ from grain_jax import errors, schema
 from grain_jax.files import images as image_files
 from grain_jax.inference import prompts, scores
 from grain_jax.input_pipeline import tokenizer
-from grain_jax.models import grain
+from grain_jax.models import grain, towers
 from grain_jax.runtime import checkpoint
 
 MAX_BATCH = 64  # images or texts at once on a device; smaller calls take the next power of two
@@ -100,6 +100,8 @@ class Predictor:
         if dtype not in config_lib.DTYPES:
             names = " or ".join(config_lib.DTYPES)
             raise InputError(f"dtype: got {dtype!r}, expected {names}")
+        # Before anything is built: a stored config may name towers that are not imported.
+        towers.image_tower(model.image), towers.text_tower(model.text)
         self.model = model
         self.dtype = dtype
         self.folder = folder

@@ -3,13 +3,14 @@
 import itertools
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 
 from examples.data_source import shapes
 from grain_jax import config as config_lib
-from grain_jax import train
+from grain_jax import inference, train
 from grain_jax.input_pipeline import sources, tokenizer
 from tests import record_sets, tiny
 
@@ -57,7 +58,7 @@ def test_the_boxes_are_those_of_the_rectangles():
         assert inside in [[220, 40, 40], [40, 70, 220]]
 
 
-def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path):
+def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path, monkeypatch):
     train.train(config(), tmp_path / "whole")
     stored = json.loads((tmp_path / "whole/config.json").read_text())
     assert stored["text"]["pack_group"] == 2 and 1 <= stored["text"]["pack_rows"] <= 8
@@ -72,6 +73,11 @@ def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path):
     assert [line["step"] for line in again] == [1, 2, 3, 4]
     for a, b in zip(again, whole):
         assert a["loss"] == b["loss"] and a["batch_chain"] == b["batch_chain"]
+
+    # The model is there for those who do not have the source.
+    monkeypatch.delitem(sys.modules, "examples.data_source.shapes")
+    assert inference.load(tmp_path / "cut").model == config().model
+    assert "examples.data_source.shapes" not in sys.modules
 
 
 def test_its_options_are_checked():

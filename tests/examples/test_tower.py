@@ -10,7 +10,7 @@ import pytest
 
 from examples.tower import mixer
 from grain_jax import config as config_lib
-from grain_jax import errors, train
+from grain_jax import errors, inference, train
 from grain_jax.convert import huggingface
 from grain_jax.convert.reference import parameters
 from grain_jax.models import grain, towers
@@ -37,7 +37,7 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_it_trains_alike_on_all_meshes_and_resumes_to_the_bit(tmp_path):
+def test_it_trains_alike_on_all_meshes_and_resumes_to_the_bit(tmp_path, monkeypatch):
     train.train(config(), tmp_path / "data")
     train.train(config(mesh=(2, 2, 2)), tmp_path / "all")
     got, expected = lines(tmp_path / "all"), lines(tmp_path / "data")
@@ -53,6 +53,10 @@ def test_it_trains_alike_on_all_meshes_and_resumes_to_the_bit(tmp_path):
     again = lines(tmp_path / "cut")[-1]
     for name in ("step", "loss", "grad_norm/image", "batch_chain", "pixel_chain"):
         assert again[name] == expected[-1][name], name
+    assert inference.load(tmp_path / "cut").model == config().model
+    monkeypatch.delitem(sys.modules, "examples.tower.mixer")
+    with pytest.raises(errors.UserError, match="import examples.tower.mixer first"):
+        inference.load(tmp_path / "cut")
 
 
 def test_its_parameters_are_sharded():
