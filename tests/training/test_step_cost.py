@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from grain_jax.training import flops, sharding, train_step
-from launch import hlo
+from launch import hlo, hlo_collectives, hlo_work
 from tests import paths, tiny
 
 GOLDEN = epath.Path(paths.GOLDENS) / "step_cost.json"
@@ -33,11 +33,11 @@ def _costs(name):
     compiled = program.step.lower(program.state, program.batch).compile()
     module = hlo.parse(compiled.as_text())
     kinds: dict[str, list[int]] = {}
-    for collective in hlo.collectives(module):
+    for collective in hlo_collectives.collectives(module):
         kinds.setdefault(collective.kind, []).append((collective.count, collective.bytes))
     return {
-        "flops": hlo.dot_flops(module),
-        "bytes_accessed": hlo.bytes_accessed(module),
+        "flops": hlo_work.dot_flops(module),
+        "bytes_accessed": hlo_work.bytes_accessed(module),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "collectives": {
             kind: {"count": sum(n for n, _ in found), "bytes": sum(b for _, b in found)}
