@@ -105,7 +105,7 @@ def pod(args) -> dict:
     from grain_jax import config as config_lib
     from grain_jax import losses, recipe
     from grain_jax.training import sharding
-    from launch import hlo
+    from launch import hlo, hlo_collectives
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:16x16").devices
     settings = recipe.base("B/16")
@@ -143,7 +143,7 @@ def pod(args) -> dict:
             )
             compiled = step.lower(outputs, batch).compile()
             megabytes = compiled.memory_analysis().temp_size_in_bytes / 1e6
-            found = hlo.collectives(hlo.parse(compiled.as_text()))
+            found = hlo_collectives.collectives(hlo.parse(compiled.as_text()))
             kinds = [
                 f"{c.count} {c.kind}{' overlapped' if c.overlapped else ''} ({c.bytes / 1e6:,.1f} MB)"
                 for c in found
