@@ -41,8 +41,9 @@ QUICK = (
     "tests/demo/test_demo.py::test_classes_as_they_are_typed",
     "tests/demo/test_demo.py::test_faulty_classes_are_one_line",
     "tests/demo/test_demo.py::test_scores_are_those_of_classify",
-    "tests/evaluate/test_base.py",
+    "tests/evaluate/test_evaluators.py",
     "tests/evaluate/test_goldens.py",
+    "tests/evaluate/test_rates.py",
     "tests/evaluate/test_retrieval.py",
     "tests/evaluate/test_zeroshot.py",
     "tests/files/test_annotations.py",
@@ -63,6 +64,7 @@ QUICK = (
     "tests/runtime/test_metrics_file.py",
     "tests/runtime/test_metrics_writer.py",
     "tests/training/test_optim.py",
+    "tests/training/test_schedule.py",
     "tests/training/test_sharding.py",
 )
 

@@ -1,6 +1,7 @@
-"""What may import what, with indirect imports counted; and that nothing opens a user's path by hand."""
+"""What may import what, lazy and indirect imports counted; that nothing opens a user's path by hand."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -102,3 +103,93 @@ def test_paths_go_through_epath():
                 f"{path.relative_to(ROOT)}:{line}: {what}" for line, what in _calls_on_files(tree)
             ]
     assert not found, "\n".join(found)
+
+
+# From the bottom up: a module imports its own package or lower ones only (CONTRIBUTING.md has the table).
+LAYERS = (
+    ("printable", "schema"),
+    ("errors",),
+    ("named",),
+    ("config", "files"),
+    ("recipe",),
+    ("models", "losses", "input_pipeline", "runtime"),
+    ("training",),
+    ("inference",),
+    ("convert", "evaluate"),
+    ("report", "integrations"),
+    ("demo", "train", "export"),
+    ("verify",),
+)
+LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
+# The table of built-in evaluators: `kind` of an entry names a class, built-in or `module:Class`, and the entry is
+# parsed by the fields of that class. The only names of higher modules.
+TABLE = "grain_jax.config.evals"
+# A name of a module in a string, as tables of extensions have it.
+NAMED = re.compile(r"(grain_jax(?:\.\w+)+)(?::\w+)?")
+
+
+def _modules():
+    """Dotted name -> path of every module; hf_files/ are data, they run where grain_jax is not installed."""
+    found = {}
+    for path in sorted((ROOT / "grain_jax").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if "hf_files" not in parts:
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def _imports(path, modules):
+    """(line, module of grain_jax, whether a string names it) of every import, lazy ones too; `__version__` apart."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names, in_string = [], False
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            named = NAMED.fullmatch(node.value)
+            names, in_string = ([named[1]] if named else []), True
+        for name in names:
+            if name.split(".")[0] != "grain_jax" or name == "grain_jax.__version__":
+                continue
+            while name not in modules:
+                name = name.rpartition(".")[0]
+            yield node.lineno, name, in_string
+
+
+def _package(module):
+    return (module.split(".") + [""])[1]
+
+
+def test_every_package_has_a_layer():
+    assert {_package(module) for module in _modules()} - {""} == set(LAYER)
+
+
+def test_no_module_imports_upwards():
+    modules, found = _modules(), []
+    for module, path in modules.items():
+        own = _package(module)
+        for line, name, in_string in _imports(path, modules):
+            # The package itself has `load`, which reaches high; it stands above all.
+            lower = name != "grain_jax" and LAYER[_package(name)] < LAYER.get(own, len(LAYERS))
+            if own != _package(name) and not lower and not (in_string and module == TABLE):
+                found.append(f"{path.relative_to(ROOT)}:{line}: {module} imports {name}")
+    assert not found, "\n".join(found)
+
+
+def test_no_imports_go_in_a_circle():
+    """Between modules, by import statements; a table that names its own package's modules is not one."""
+    modules = _modules()
+    graph = {
+        module: {name for _, name, in_string in _imports(path, modules) if not in_string} - {module}
+        for module, path in modules.items()
+    }
+    # What imports nothing that is left, or is imported by nothing that is left, is in no circle.
+    while True:
+        imported = set().union(*graph.values()) if graph else set()
+        rest = {m: targets & graph.keys() for m, targets in graph.items()}
+        rest = {m: targets for m, targets in rest.items() if targets and m in imported}
+        if rest == graph:
+            break
+        graph = rest
+    assert not graph, "\n".join(f"{m} -> {', '.join(sorted(t))}" for m, t in graph.items())
