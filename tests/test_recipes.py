@@ -13,7 +13,7 @@ from grain_jax import errors
 from grain_jax.convert import initialise, layouts
 from grain_jax.evaluate import entries as evaluate
 from grain_jax.models import grain
-from grain_jax.report import collect
+from grain_jax.report import regions
 from grain_jax.runtime import checkpoint
 from grain_jax.training import sharding, train_step
 from tests import foreign, tiny
@@ -44,13 +44,13 @@ def test_evaluations_are_skipped_until_their_images_are_named(tmp_path, capsys):
     assert evaluate.present(config.evals) == {}
     assert "evals.zeroshot: skipped: no images are named; --config.evals" in capsys.readouterr().err
     with pytest.raises(errors.UserError, match="no entry of config.evals has annotated boxes"):
-        collect.with_boxes(dataclasses.asdict(config)["evals"])
+        regions.with_boxes(dataclasses.asdict(config)["evals"])
     (tmp_path / "A.jsonl").write_text("{}")
     c.evals.grounding.update(images=str(tmp_path), annotations=str(tmp_path / "A.jsonl"))
     evals = config_lib.from_dict(c).evals
     assert evaluate.present(evals) == {"grounding": evals["grounding"]}
     entries = {name: dataclasses.asdict(entry) for name, entry in evals.items()}
-    assert collect.with_boxes(entries) == ("grounding", evals["grounding"])
+    assert regions.with_boxes(entries) == ("grounding", evals["grounding"])
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pictures",
         type=_count,
-        default=collect.PICTURES,
+        default=collect.IMAGES,
         help="of each evaluation that the model looks at (default %(default)s)",
     )
     parser.add_argument("--no-model", action="store_true", help="what the files say alone")

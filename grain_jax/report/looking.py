@@ -1,4 +1,4 @@
-"""What the model sees in images, encoded by this process alone.
+"""Embeds images and texts in this process alone.
 
 The functions of `evaluate` share the images among all processes; a report is written by the first one,
 while the others may have ended.
@@ -24,7 +24,14 @@ class Seen(NamedTuple):
     index: np.ndarray  # int [n], positions in the list of images
     sizes: list[tuple[int, int]]  # width, height in pixels
     image_embed: np.ndarray  # float32 [n, D]
-    regions: schema.Regions | None
+    regions: schema.Regions | None  # None: not asked for
+
+    @property
+    def with_regions(self) -> schema.Regions:
+        """`regions`, where they were asked for."""
+        if self.regions is None:
+            raise ValueError("regions: not asked for; pass regions=True")
+        return self.regions
 
 
 def encode(predictor: Any, pictures: Sequence[test_sets.Image], *, regions: bool = True) -> Seen:

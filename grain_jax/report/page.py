@@ -42,7 +42,7 @@ def write(
     others: Sequence[epath.PathLike] = (),
     output: epath.PathLike | None = None,
     results: Sequence[epath.PathLike] = (),
-    pictures: int = collect.PICTURES,
+    pictures: int = collect.IMAGES,
     model: bool = True,
 ) -> epath.Path:
     """Writes the page.

@@ -122,8 +122,9 @@ def regions_grid(
     texts = grounding.distinct(
         described.texts + [region.description for r in records for region in r.regions]
     )
-    matched, truth = grounding.match(batch.regions.boxes_xyxy, described)
-    embed = scores.unit(batch.regions.embed[matched.picture, matched.query])
+    found = batch.with_regions
+    matched, truth = grounding.match(found.boxes_xyxy, described)
+    embed = scores.unit(found.embed[matched.picture, matched.query])
     nearest = (embed @ scores.unit(predictor.encode_text(texts)).T).argmax(axis=1)  # [n]
 
     captions = []  # of each image, (colour, line) pairs
@@ -138,7 +139,7 @@ def regions_grid(
     for i, (position, (above, below)) in enumerate(zip(batch.index, axes)):
         picture = images_lib.load_image(paths[position]).convert("RGB")
         _draw_picture(above, picture)
-        pred_boxes_xyxy = batch.regions.boxes_xyxy[i, matched.query[matched.picture == i]]
+        pred_boxes_xyxy = found.boxes_xyxy[i, matched.query[matched.picture == i]]
         true_boxes_xyxy = described.boxes_xyxy[described.picture == i]  # ordered as the matches are
         for j, pred_box_xyxy in enumerate(pred_boxes_xyxy):
             colour = COLOURS[j % len(COLOURS)]
@@ -156,7 +157,8 @@ def _wrapped(texts: Sequence[str], nearest: np.ndarray, truth: np.ndarray) -> li
     """What the regions of an image say, a (colour, line) each; a wrong one with the annotated text."""
     lines = []
     for j, (said, own) in enumerate(zip(nearest, truth)):
-        said_text, own_text = (printable.plain(texts[i], _LONGEST) for i in (said, own))
+        said_text = printable.plain(texts[int(said)], _LONGEST)
+        own_text = printable.plain(texts[int(own)], _LONGEST)
         text = f"\N{CHECK MARK} {said_text}"
         if said != own:
             text = f"\N{BALLOT X} {said_text} (annotated: {own_text})"
