@@ -101,7 +101,8 @@ class Predictor:
             names = " or ".join(config_lib.DTYPES)
             raise InputError(f"dtype: got {dtype!r}, expected {names}")
         # Before anything is built: a stored config may name towers that are not imported.
-        towers.image_tower(model.image), towers.text_tower(model.text)
+        towers.image_tower(model.image)
+        towers.text_tower(model.text)
         self.model = model
         self.dtype = dtype
         self.folder = folder
