@@ -1,4 +1,4 @@
-"""Images with annotations (`A.jsonl`): those that an evaluation can use, and their embeddings."""
+"""Images with annotations (`A.jsonl`): selects those that an evaluation can use, and encodes them."""
 
 import sys
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class Annotated(NamedTuple):
 
     read: annotations_lib.Annotations
     records: list[annotations_lib.Annotation]
-    folder: epath.Path  # that the paths of the records start from
+    folder: epath.Path  # the paths of the records start from it
 
     @property
     def paths(self) -> list[epath.Path]:
@@ -32,10 +32,10 @@ def read(
     usable: Callable[[annotations_lib.Annotation], Any],
     none_usable: str,
 ) -> Annotated:
-    """The annotations that are `usable`.
+    """Reads annotations and selects those for which `usable` is true.
 
     Raises:
-      InputError: no such folder, or (with the words `none_usable`) no record can be used.
+      InputError: no such folder, or no record is usable; then the message is `none_usable`.
       annotations.AnnotationError: the file cannot be used.
     """
     found = annotations_lib.read(annotations)
@@ -100,11 +100,11 @@ def gather(
 
 
 def report_left_out(path: epath.PathLike, read: annotations_lib.Annotations) -> None:
-    """Names on stderr, on the first process, the faulty lines and the unknown keys of the file."""
+    """Prints on stderr the faulty lines and the unknown keys of the file; on the first process only."""
     if processes.process_info()[0]:
         return
     lines = list(read.faults)
-    if read.faults:  # few enough to go on without their lines
+    if read.faults:  # too many of them are an AnnotationError
         lines.append(f"{path}: faulty lines left out: {read.faulty_lines}")
     if read.unknown_keys:
         named = ", ".join(
@@ -116,9 +116,9 @@ def report_left_out(path: epath.PathLike, read: annotations_lib.Annotations) -> 
 
 
 def check_some_image(path: epath.PathLike, annotated: Annotated) -> None:
-    """Raises InputError where no image is there, as below a wrong folder."""
+    """Raises InputError if none of the images exists, as with a wrong folder."""
     places = annotated.paths
-    if not any(place.exists() for place in places):  # mostly ends at the first
+    if not any(place.exists() for place in places):  # usually the first exists
         raise InputError(
             f"{annotated.folder}: none of the {len(places)} images of {path} is there; the first:"
             f" {places[0]}; expected the folder that the annotations' paths start from"

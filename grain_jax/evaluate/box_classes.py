@@ -1,7 +1,7 @@
-"""Which class is in a given box (COCO, LVIS): said by the region embedding that overlaps the box most.
+"""Classification of given boxes (COCO, LVIS) by the embedding of the region that overlaps the box most.
 
-The regions' descriptions are class names. The image embedding, which sees the whole image and no box,
-is asked the same, so that one sees what regions add.
+The descriptions in the annotations are class names. For comparison, each box is also classified by the embedding of
+the whole image, which shows what the regions add.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from grain_jax.inference import prompts, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.losses import boxes
 
-_AT_ONCE = 4096  # boxes; bounds memory
+_AT_ONCE = 4096  # boxes; bounds the memory
 
 
 class Found(NamedTuple):
@@ -42,20 +42,20 @@ def evaluate(
       predictor: the model.
       images: the folder that the annotations' paths start from.
       annotations: `A.jsonl` whose descriptions are class names; images without regions are left out.
-      classes: a class file (see `class_names`); a description means the class whose label or name it is,
-        and boxes of other descriptions are left out and counted. Default: the distinct descriptions.
-      templates: prompts, one a line; default: the general set of the package.
+      classes: a class file (see `class_names`). A description stands for the class with that label or name; boxes
+        with other descriptions are left out and counted. Default: the distinct descriptions.
+      templates: file of prompts, one per line; default: the general set of the package.
       batch_size: images at a time.
 
-    Returns: counts; `chance` (of top-1; `chance_top5`); `best_iou`, the mean IoU of the box and that
-      query's; `found`, the share of boxes where it is boxes.FOUND_IOU or more; and under `region`, and of the
-      image embedding under `image`: `top1`, `top5`, `mean_per_class` (of top-1; of classes with a box)
-      and `per_class`. Under `found_boxes` the same of the found ones alone. Shares have 95% intervals
-      (`_low`, `_high`); ties of classes count as if broken at random.
+    Returns: counts; `chance` (of top-1), `chance_top5`; `best_iou`, the mean IoU of the box and the box of that
+      query; `found`, the share of boxes where the IoU is boxes.FOUND_IOU or more; under `region` (by the region
+      embedding) and under `image` (by the image embedding): `top1`, `top5`, `mean_per_class` (of top-1, over classes
+      with a box) and `per_class`; the same under `found_boxes` for the found boxes alone, and under `groups` for each
+      group of the class file. Shares have 95% intervals (`_low`, `_high`); ties count as if broken at random.
 
     Raises:
-      test_sets.InputError, annotations.AnnotationError, class_names.ClassNameError, prompts.PromptError: what
-        was given cannot be used.
+      test_sets.InputError, annotations.AnnotationError, class_names.ClassNameError, prompts.PromptError: images,
+        annotations, class file or prompts cannot be used.
     """
     annotated = annotated_lib.read_regions(
         images, annotations, "boxes with class names as descriptions"
@@ -78,15 +78,15 @@ def evaluate(
             f"{annotations}: got no box that is of one of {len(names)} classes and lies in its image,"
             " expected descriptions that are class names"
         )
-    target, picture = target[use], described.picture[use]
-    found = best_query(boxes_xyxy[picture], described.boxes_xyxy[use])
+    target, image = target[use], described.image[use]
+    found = best_query(boxes_xyxy[image], described.boxes_xyxy[use])
 
     texts = [prompts.class_texts(name, filled) for name in names]
     features = scores.class_features(encode.encode_texts(predictor, texts))  # [C, D]
-    region_embed = embed[picture, found.query]  # [M, D]
+    region_embed = embed[image, found.query]  # [M, D]
     hits = {
         "region": _hits(region_embed, features, target),
-        "image": _hits(seen.image_embed[picture], features, target),
+        "image": _hits(seen.image_embed[image], features, target),
     }
     well = found.iou >= boxes.FOUND_IOU
     accuracies = lambda which: {
@@ -121,10 +121,10 @@ def evaluate(
 
 
 def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Found:
-    """The query of the largest IoU; of equal ones (as where none overlaps) that of the largest GIoU.
+    """The query with the largest IoU; of equal ones (such as 0, without overlap) the one with the largest GIoU.
 
     Args:
-      pred_boxes_xyxy: [M, Q, 4], of each box's own image.
+      pred_boxes_xyxy: [M, Q, 4], the predicted boxes in the image of each box.
       boxes_xyxy: [M, 4].
     """
     query, iou = [], []
@@ -139,7 +139,7 @@ def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Found:
 
 
 def _classes(texts: Sequence[str], listed: Sequence[class_names.Line]) -> np.ndarray:
-    """Of each distinct description its class, int [len(texts)], -1 for none."""
+    """The class of each distinct description, int [len(texts)], -1 for none."""
     place: dict[str, int] = {}
     for column in ("label", "name"):
         for i, line in enumerate(listed):

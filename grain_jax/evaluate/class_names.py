@@ -1,8 +1,8 @@
-"""The names of a data set's classes, as they stand in prompts: from a file or from the set's own labels.
+"""The class names of a data set for prompts, read from a class file or made from the labels of the data set.
 
-A file has one class a line: `name`, `label<TAB>name`, or `label<TAB>name<TAB>group` where accuracies of
-groups of classes are wanted; blank lines and `#` lines are skipped. Those that come with the package
-(`classes/`) are called after the TFDS set that they are for.
+A class file has one class per line: `name`, `label<TAB>name`, or `label<TAB>name<TAB>group` (box_classes then
+reports accuracies per group). Blank lines and `#` lines are skipped. Each file in `classes/` is named after the
+TFDS set that it describes.
 """
 
 import re
@@ -14,38 +14,38 @@ from etils import epath
 from grain_jax import errors
 
 SHIPPED = epath.Path(__file__).parent / "classes"
-# As a file: ImageNet's names as that package publishes them; two stand twice there (missile, sunglasses).
+# A value of `classes`: the ImageNet class names of the package open_clip. Two names occur twice (missile, sunglasses).
 OPEN_CLIP = "open_clip"
 
-# Before a label: 001.Laysan_Albatross, n02085620-chihuahua, SUN397's /a/abbey.
+# Prefixes of labels that no name has: 001.Laysan_Albatross, n02085620-chihuahua, /a/abbey (SUN397).
 _SORTED = re.compile(r"\A(\d+\.|n\d{8}-|/([a-z]/)?)")
 _WNID = re.compile(r"n\d{8}")
 
 
 class ClassNameError(errors.UserError):
-    """There are no names for a set's classes, or those of a file are not of this set; one line."""
+    """A data set has no class names, or a class file does not fit it; the message is one line."""
 
 
 class Line(NamedTuple):
-    """A class in a file."""
+    """One line of a class file."""
 
-    label: str | None  # the data set's; None where the file has names alone
-    name: str  # in prompts
-    group: str = ""  # LVIS: rare, common, frequent
+    label: str | None  # the label in the data set; None where the file has only names
+    name: str  # the name in prompts
+    group: str = ""  # e.g. rare, common, frequent (LVIS); "": none
 
 
 def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) -> list[str]:
-    """The classes' names for prompts, in the order of the data set's labels.
+    """The class names for prompts, in the order of the labels of the data set.
 
     Args:
-      labels: the set's own label names; None where it has none. Numbers (0, 1, ...) count as none.
-      count: of the set's classes.
-      classes: a class file: its path, the name of one that comes with the package, or OPEN_CLIP; None
-        for the labels themselves, made readable. Where labels and a file's labels are there, names are
-        found by label, and the file may have more; a file without labels must have the set's order.
+      labels: the label names of the data set; None where it has none. Numbers (0, 1, ...) count as none.
+      count: the number of classes of the data set.
+      classes: a class file: its path, the name of a file in `classes/`, or OPEN_CLIP; None: names made from
+        the labels. If the data set and the file both have labels, each label is looked up in the file, which
+        may have further labels; otherwise the file must have the classes in the order of the data set.
 
     Raises:
-      ClassNameError: no names, no such file, or names that are not those of this set.
+      ClassNameError: no names, no such file, or the names of another data set.
     """
     labels = _texts(labels)
     if classes is None:
@@ -70,10 +70,10 @@ def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) ->
 
 
 def read(classes: str) -> list[Line]:
-    """The lines of a class file (as in `for_labels`), at least one.
+    """The lines of a class file, at least one; `classes` as in `for_labels`, but not None.
 
     Raises:
-      ClassNameError: no such file, an empty one, a label twice, or lines of several forms.
+      ClassNameError: no such file, an empty file, a repeated label, or lines with different numbers of columns.
     """
     if classes == OPEN_CLIP:
         return _open_clip()
@@ -105,20 +105,20 @@ def read(classes: str) -> list[Line]:
 
 
 def shipped() -> str:
-    """The names that `classes` may have besides paths, for messages."""
+    """The values of `classes` that are not paths, for messages: the files in `classes/`, and OPEN_CLIP."""
     files = (path.stem for path in SHIPPED.iterdir() if path.suffix == ".txt")
     return ", ".join([*sorted(files), OPEN_CLIP])
 
 
 def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None:
-    """The labels without their sorting prefix: the names of classes in published files of descriptions.
+    """The labels without their prefix (see `_stem`): the names that published files of descriptions use.
 
-    So `apartment_building/outdoor` is found there by its label, whatever its name in prompts is.
+    A class with the label `apartment_building/outdoor` is found there by it, whatever its name in prompts is.
 
     Args:
-      labels, classes: as in `for_labels`, which has checked them.
+      labels, classes: as in `for_labels`, which must have accepted them.
 
-    Returns: in the order of the classes; None where neither the set nor the file has labels.
+    Returns: in the order of the classes; None where neither the data set nor the class file has labels.
     """
     found: Sequence[str | None] | None = _texts(labels)
     if found is None and classes is not None:
@@ -128,10 +128,10 @@ def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None
 
 
 def readable(label: str) -> str:
-    """A label as a name: `apple_pie` -> "apple pie", `/a/apse/indoor` -> "indoor apse".
+    """A name made from a label: `apple_pie` -> "apple pie", `/a/apse/indoor` -> "indoor apse".
 
-    `/` ends a label's head only where the label has no spaces; a name never has one, since in prompts
-    that is a class and its parent.
+    The parts of a label between `/` are put in reverse order; in a label with spaces, `/` becomes `-` instead. No
+    name keeps a `/`, because inference/prompts.py reads it as PARENT/CLASS.
     """
     stem = _stem(label)
     if " " in stem:
@@ -140,12 +140,12 @@ def readable(label: str) -> str:
 
 
 def _stem(label: str) -> str:
-    """A label without a number, WordNet's id or SUN397's folder (the first letter) before it."""
+    """A label without its prefix: a number, a WordNet id or a one-letter folder (SUN397)."""
     return _SORTED.sub("", label.strip(), count=1)
 
 
 def _texts(labels: Sequence[str] | None) -> Sequence[str] | None:
-    """None for 0, 1, 2, ...: what TFDS gives for a set without label names."""
+    """The labels; None if they are 0, 1, 2, ..., which TFDS gives to a set without label names."""
     return None if labels is None or list(labels) == list(map(str, range(len(labels)))) else labels
 
 
@@ -165,7 +165,7 @@ def _readable_labels(labels: Sequence[str] | None, count: int) -> list[str]:
 
 
 def _check_order(classes: str, names: Sequence[str], labels: Sequence[str]) -> None:
-    """Raises ClassNameError where a name stands in the place of another class."""
+    """Raises ClassNameError if a name equals the label of a class at another position."""
     place = {readable(label).lower(): i for i, label in enumerate(labels)}
     for i, name in enumerate(names):
         if place.get(readable(name).lower(), i) != i:
@@ -183,5 +183,5 @@ def _open_clip() -> list[Line]:
             f"classes {OPEN_CLIP}: got no package open_clip, expected it;"
             " pip install open_clip_torch"
         ) from None
-    wnids = [line.label for line in read("imagenet2012")]  # sorted, as its names are
+    wnids = [line.label for line in read("imagenet2012")]  # sorted, as the names of open_clip are
     return [Line(*pair) for pair in zip(wnids, IMAGENET_CLASSNAMES, strict=True)]

@@ -1,4 +1,4 @@
-"""What the region queries have become: where each one looks, what it is matched to, and whether that still changes.
+"""Diagnostics of the region queries: where each predicts boxes, what it is matched to, whether that still changes.
 
 DETR-like decoders learn slowly while the matching of queries to regions flips between evaluations
 (DN-DETR, Li et al. 2022, section 3.1); `matching_stability` is the share of regions that keep their query. Boxes,
@@ -22,8 +22,8 @@ from grain_jax.inference import scores
 from grain_jax.losses import boxes
 from grain_jax.runtime import processes
 
-KEPT = 16  # evaluations whose matching is remembered: a run may resume from this many back
-TOP = 5  # descriptions that are named for each query
+KEPT = 16  # evaluations whose matching the file keeps, for a run that resumes from an earlier step
+TOP = 5  # most frequent descriptions that are listed per query
 _AT_ONCE = 1024  # regions; bounds memory
 
 
@@ -36,32 +36,32 @@ def evaluate(
     state_path: epath.PathLike | None = None,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """Matches queries to the described boxes of a fixed set of images, and tells what each got.
+    """Matches queries to the described boxes of a fixed set of images, and summarises the matches of each query.
 
     Args:
       predictor: the model.
       images: the folder that the annotations' paths start from.
       annotations: `A.jsonl`; images without regions are left out.
       batch_size: images at a time.
-      state_path: JSON file that remembers the matching of the run's last evaluations, and holds the newest
-        result with its texts; the first process writes it. None: no `matching_stability`.
-      step: of the run; what the file has from this step on, as after a resume, is dropped.
+      state_path: JSON file with the matching of the last KEPT evaluations of the run, and the newest result; the
+        first process writes it. None: no `matching_stability`.
+      step: the step of the run. Evaluations of this step and later ones, which a resumed run repeats, are dropped.
 
     Returns: counts, and (95% intervals of shares: `_low`, `_high`)
       `matched_iou`, `matched_iou50`: mean IoU of matched boxes, and the share with IoU >= 0.5;
-      `region_to_description_r1`, `_r5`: a matched region's own text is among its 1 or 5 nearest of all
-        distinct descriptions; `chance_region_to_description_r1`, `_r5`;
-      `query_usage_entropy`: of the queries' shares of the matched regions, over ln Q; 1: all are used alike;
-      `description_entropy`: of the matched regions' descriptions, nats;
-      `matching_stability`: share of regions matched to the same query as at the evaluation before, that of
-        `stability_since_step`; left out where there was none of the same regions.
-        `chance_matching_stability`: if queries were dealt out anew, each as often as now and then;
+      `region_to_description_r1`, `_r5`: share of matched regions whose own text is among the 1 or 5 nearest of
+        all distinct descriptions; `chance_region_to_description_r1`, `_r5`;
+      `query_usage_entropy`: entropy of the shares of matched regions per query, divided by ln Q; 1: equal shares;
+      `description_entropy`: entropy of the descriptions of the matched regions, in nats;
+      `matching_stability`: share of regions matched to the same query as at the previous evaluation, at step
+        `stability_since_step`; left out if the file has no earlier evaluation of the same regions.
+        `chance_matching_stability`: the share if both evaluations assigned their queries in a random order;
       `query`: number of the query -> `share` of the matched regions and, where that is not 0, mean predicted
         box `cx`, `cy`, `w`, `h` in [0, 1] with standard deviations `cx_spread` ..., `description_entropy`
         of its regions in nats, and `descriptions`: its most frequent ones with their counts.
 
     Raises:
-      test_sets.InputError, annotations.AnnotationError: what was given cannot be used.
+      test_sets.InputError, annotations.AnnotationError: the images or the annotations cannot be used.
       ValueError: one of `state_path` and `step` is given without the other.
     """
     if (state_path is None) != (step is None):
@@ -72,13 +72,13 @@ def evaluate(
         predictor, annotated, label="diagnostics", unreadable=unreadable, batch_size=batch_size
     )
     described = grounding.described_boxes(kept, seen.sizes)
-    if not len(described.picture):
+    if not len(described.image):
         raise InputError(f"{annotations}: every box lies outside its image")
     pred_boxes_xyxy, region_embed = seen.with_regions
     text_embed = scores.unit(encode.encode_distinct(predictor, described.texts))  # [T, D]
 
     matched, text = grounding.match(pred_boxes_xyxy, described)
-    at = matched.picture, matched.query
+    at = matched.image, matched.query
     hits = _hits(scores.unit(region_embed[at]), text_embed, text)
     queries = pred_boxes_xyxy.shape[1]
     uses = np.bincount(matched.query, minlength=queries)
@@ -86,7 +86,7 @@ def evaluate(
         "kind": "diagnostics",
         "pictures": len(kept),
         **encode.report_unreadable(unreadable),
-        "regions": len(described.picture),
+        "regions": len(described.image),
         "regions_matched": len(matched.query),
         "distinct_descriptions": len(described.texts),
         "matched_iou": float(matched.iou.mean()),
@@ -125,7 +125,7 @@ def _hits(embed, text_embed, text) -> dict[int, np.ndarray]:
 
 
 def _of_query(mine, boxes_cxcywh, text, texts) -> dict[str, Any]:
-    """What one query got; `mine` bool [n], of all matched regions."""
+    """Summary of one query; `mine` bool [n] says which of all matched regions are its own."""
     out: dict[str, Any] = {"share": float(mine.mean())}
     if not mine.any():
         return out
@@ -139,19 +139,19 @@ def _of_query(mine, boxes_cxcywh, text, texts) -> dict[str, Any]:
 
 
 def _entropy(counts: np.ndarray) -> float:
-    """Of a distribution given by counts, nats."""
+    """Entropy of the distribution that counts give, in nats."""
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log(share)).sum())
 
 
 def _digest(paths: list[str], described: grounding.Described, queries: int) -> str:
-    """Of all that decides which regions are matched, and in which order."""
+    """A digest of all that decides which regions are matched, and in which order."""
     lists = [x.tolist() if isinstance(x, np.ndarray) else x for x in described]
     return hashlib.sha256(json.dumps([paths, lists, queries]).encode()).hexdigest()
 
 
 class _State:
-    """The matching of the evaluations before `step`, of the same regions, in a file of the run."""
+    """The file with the matchings of earlier evaluations (before `step`) of the same regions."""
 
     def __init__(self, path: epath.Path, regions: str, step: int):
         self._path, self._regions, self._step = path, regions, step
@@ -177,7 +177,7 @@ class _State:
         }
 
     def write(self, query: np.ndarray, result: dict[str, Any]) -> None:
-        """Puts this evaluation into the file, whole or not at all."""
+        """Adds this evaluation to the file, which is replaced atomically."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         evaluations = [*self._before, {"step": self._step, "query": query.tolist()}][-KEPT:]
         content = {"result": result, "regions": self._regions, "evaluations": evaluations}

@@ -1,6 +1,6 @@
-"""Embeddings of images and texts: the processes share the work, and all get the whole result.
+"""Embeddings of images and texts for evaluations: the processes share the work, and each gets the whole result.
 
-An evaluation takes a predictor: an `inference.Predictor`, or anything with the methods of `Predictor` here.
+A predictor is an `inference.Predictor`, or any object with the methods of `Predictor` below.
 """
 
 import itertools
@@ -20,14 +20,14 @@ from grain_jax.files import images as image_files
 from grain_jax.runtime import processes
 
 BATCH_SIZE = 64
-# What to do where memory runs out.
+# Advice of the error message when memory runs out.
 SMALLER = (
     "run grain_jax.evaluate on a checkpoint, where no optimiser state is in memory, with a smaller --batch-size;"
     f" or {errors.MORE_MEMORY}"
 )
-_THREADS = 8  # that read images; decoding releases Python's lock
-_SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
-_NAMED_IMAGES = 20  # unreadable ones that a result lists
+_THREADS = 8  # that read images; decoding releases the lock of the Python interpreter
+_SECONDS_BETWEEN_LINES = 30.0  # between progress lines, if stderr is no terminal
+_NAMED_IMAGES = 20  # unreadable images that a result lists, at most
 
 
 class Predictor(Protocol):
@@ -51,13 +51,13 @@ class Encoded(NamedTuple):
 
     index: np.ndarray  # int [B], positions in the whole set
     sizes: np.ndarray  # int [B, 2], width and height in pixels
-    labels: np.ndarray  # int [B], of the images of a test set; -1 else
+    labels: np.ndarray  # int [B], positions in the classes of a test set; -1: no label
     image_embed: np.ndarray  # float32 [B, D]
-    regions: schema.Regions | None  # None: not asked for
+    regions: schema.Regions | None  # None: called with regions=False
 
     @property
     def with_regions(self) -> schema.Regions:
-        """`regions`, where they were asked for."""
+        """`regions`. Raises ValueError if there are none."""
         if self.regions is None:
             raise ValueError("regions: not asked for; pass regions=True")
         return self.regions
@@ -102,8 +102,8 @@ def encode_images(
 ) -> Iterator[Encoded]:
     """Batches of the images of this process; the next batch is read while the model encodes this one.
 
-    Each of several processes gets a stretch of the images, and each image belongs to one process.
-    `processes.allgather` puts together what the processes computed, in the order of the images.
+    Each of several processes gets consecutive images, and each image belongs to one process.
+    `processes.allgather` concatenates the results of the processes, in the order of the images.
 
     Args:
       predictor: the model.
@@ -134,7 +134,7 @@ def encode_images(
                 yield batch
     except (
         Exception
-    ) as error:  # every process has to know before it waits for the results of this one
+    ) as error:  # every process has to learn of it before it waits for the results of this one
         failure = error
     ends = processes.agree(failure, (seen, left_out, len(images)))
     counts, unread, lengths = zip(*ends)
@@ -168,7 +168,7 @@ def _batches(
             loaded = image.load()
         except image_files.ImageError as error:
             return str(error)
-        # Resized here, a batch takes little memory and the work is spread over the threads.
+        # Resizing here keeps a batch small in memory, and the threads share the work.
         pixels = image_files.resize(loaded, size) if size else image_files.to_rgb(loaded)
         return pixels, loaded.size
 
@@ -211,14 +211,14 @@ def _encode(
 
 
 def encode_texts(predictor: Predictor, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
-    """For each list of texts its embeddings, float32 [n, D]; a text of several lists is encoded once."""
+    """For each list of texts the embeddings, float32 [n, D]; a text in several lists is encoded once."""
     place = {text: i for i, text in enumerate(dict.fromkeys(t for group in texts for t in group))}
     embed = encode_distinct(predictor, list(place))
     return [embed[[place[text] for text in group]] for group in texts]
 
 
 def encode_distinct(predictor: Predictor, texts: Sequence[str]) -> np.ndarray:
-    """Texts -> float32 [N, D]; each of several processes encodes a share, and all get the whole."""
+    """Texts -> float32 [N, D]; each of several processes encodes a share, and all get the whole array."""
     mine = processes.share(len(texts))
     encode = lambda: np.asarray(predictor.encode_text(list(texts[mine.start : mine.stop])))
     return processes.allgather({"embed": processes.run_together(encode)})["embed"]
@@ -233,11 +233,11 @@ def report_unreadable(unreadable: Mapping[str, str]) -> dict[str, Any]:
 
 
 class _Progress:
-    """Images done and time left: a line that rewrites itself on a terminal, else a line now and then."""
+    """Shows images done and time left: on a terminal one line that is rewritten, else a line every 30 seconds."""
 
     def __init__(self, label: str, share: int, total: int):
         self._label, self._total, self._done = label, total, 0
-        self._times = total / max(share, 1)  # the other processes are about as far
+        self._times = total / max(share, 1)  # assumes that the other processes are as fast
         self._start = self._last = time.monotonic()
         self._terminal = sys.stderr.isatty()
         self._silent = processes.process_info()[0] > 0

@@ -1,4 +1,4 @@
-"""The entries of `config.evals` in a run: which have their data, and their numbers."""
+"""The evaluators of a training run (`config.evals`): which have their data, and the numbers of their results."""
 
 import sys
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from grain_jax.runtime import processes
 
 
 def present(entries: Mapping[str, config.Evaluator]) -> dict[str, config.Evaluator]:
-    """The entries whose data is there, on every process; each skipped one is a line on stderr."""
+    """The entries whose data is there, the same on every process. Prints a line on stderr for each skipped entry."""
     out = {}
     for name, entry in entries.items():
         try:
@@ -26,9 +26,9 @@ def present(entries: Mapping[str, config.Evaluator]) -> dict[str, config.Evaluat
 def numbers(
     entry: config.Evaluator, predictor: Any, context: Context = STANDALONE
 ) -> dict[str, float]:
-    """The numbers of the result of an entry, e.g. {"alpha_0.5/top1": 0.79, "chance": 0.025}.
+    """Runs an entry and returns the numbers of its result, e.g. {"alpha_0.5/top1": 0.79, "chance": 0.025}.
 
     Raises:
-      errors.UserError: the entry names files that cannot be used.
+      errors.UserError: a file or an option of the entry cannot be used.
     """
     return tables.scalars(entry.evaluate(predictor, context))

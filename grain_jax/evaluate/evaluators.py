@@ -1,7 +1,8 @@
-"""The evaluators of the package: their options, what they need, and the function that computes each.
+"""The evaluators of the package: their options, the data that they need, and calls of the functions that measure.
 
-This module imports nothing beyond `config`, so that a config is parsed without JAX, numpy or TensorFlow; the modules
-that compute are imported by the methods. docs/evaluate.md describes the protocols and the results.
+On import this module loads only `config` and `errors`, so that a config is parsed without JAX, numpy or TensorFlow;
+the methods import the modules that measure. docs/evaluate.md describes the protocols and the results. Below, N_low
+and N_high stand for the 95% interval of a number N.
 """
 
 import dataclasses
@@ -20,9 +21,13 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledImages(config.Evaluator):
-    """Images with classes: a folder with a sub-folder per class, or a set of TensorFlow Datasets."""
+    """Base of the evaluators on images with classes.
 
-    images: str = ""  # class folders
+    Options: `images`, a folder with one sub-folder per class, or `tfds`, a set of TensorFlow Datasets, with `split`
+    and `data_dir`; `classes`, the class names.
+    """
+
+    images: str = ""  # folder that holds the class folders
     tfds: str | None = None  # or a TFDS set: "name" or "name/config:version"
     split: str = "test"  # of the TFDS set
     data_dir: str | None = None  # of TFDS; None: the default of TFDS
@@ -51,7 +56,7 @@ class LabelledImages(config.Evaluator):
             test_sets.find_tfds(self.tfds, self.data_dir, self.get)
 
     def open(self) -> "TestSet":
-        """The images; raises as test_sets.ClassFolders and test_sets.TfdsSet."""
+        """The test set; raises the errors of test_sets.ClassFolders or test_sets.TfdsSet."""
         return self._open(self.images, self.split)
 
     def _open(self, folder: str, split: str) -> "TestSet":
@@ -67,7 +72,10 @@ class LabelledImages(config.Evaluator):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnnotatedImages(config.Evaluator):
-    """Images with annotations, `A.jsonl` (docs/annotate.md)."""
+    """Base of the evaluators on images with annotations.
+
+    Options: `images`, a folder, and `annotations`, the file `A.jsonl` (format: docs/annotate.md).
+    """
 
     images: str = ""  # folder that the paths of the annotations start from
     annotations: str | None = None  # A.jsonl
@@ -82,7 +90,7 @@ class AnnotatedImages(config.Evaluator):
 
     @property
     def paths(self) -> tuple[str, str]:
-        """The folder and the annotations, with the user's home for `~`. Raises errors.UserError."""
+        """`images` and `annotations` with `~` expanded. Raises errors.UserError if `annotations` is None."""
         if self.annotations is None:
             raise errors.UserError(
                 f"annotations: got nothing, expected a file (A.jsonl) for {self.kind}"
@@ -90,7 +98,7 @@ class AnnotatedImages(config.Evaluator):
         return expanduser(self.images), expanduser(self.annotations)
 
     def read(self) -> "Annotated":
-        """The annotations with a region; raises as annotated.read."""
+        """The annotations that have a region; raises the errors of annotated.read."""
         from grain_jax.evaluate import annotated
 
         return annotated.read_regions(*self.paths)
@@ -99,7 +107,7 @@ class AnnotatedImages(config.Evaluator):
         return self._check(_Attempts())
 
     def _check(self, attempt: "_Attempts") -> int:
-        """`check`, with the faults that `attempt` has caught already."""
+        """`check`, which also reports the faults that `attempt` holds already."""
         from grain_jax.evaluate import annotated
 
         folder, path = self.paths
@@ -114,18 +122,26 @@ class AnnotatedImages(config.Evaluator):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ZeroShot(LabelledImages):
-    """Classification by class names and by descriptions of the classes."""
+    """Zero-shot classification by class names and by descriptions of the classes (`zeroshot.evaluate`).
+
+    Measures how often the right class has the best score, or one of the five best.
+
+    Options: those of LabelledImages, `descriptions`, `alphas`, `names`, `region_order`, `templates`.
+
+    Result: for each alpha, under `alpha_A`: `top1`, `top5`, `mean_per_class`, `per_class`; the same under `by_name`
+    for names alone, if there are descriptions too; `chance`, `chance_top5`.
+    """
 
     kind: str = "zeroshot"
     descriptions: str | None = None  # D.json; None: class names alone
-    # Shares of the global score; those below 1 count where there are descriptions.
+    # Shares of the global score in the score of a class. Without descriptions only 1 is used.
     alphas: tuple[float, ...] = (1.0, 0.5)
-    names: bool = True  # class names stand in the prompts; False: descriptions alone
+    names: bool = True  # prompts have the class names; False: descriptions alone
     # The region score is a mean over "queries" (the paper) or over "descriptions".
     region_order: str = dataclasses.field(
         default="queries", metadata={"choices": ("queries", "descriptions")}
     )
-    templates: str | None = None  # file of prompts; None: the general ones
+    templates: str | None = None  # file of prompts; None: inference/templates.txt
 
     @property
     def needs_regions(self) -> bool:
@@ -137,7 +153,7 @@ class ZeroShot(LabelledImages):
 
     @property
     def shares(self) -> Sequence[float]:
-        """The alphas that count: 1 alone without descriptions, but numbers that are no shares stay as faults."""
+        """The alphas to evaluate; without descriptions 1 alone, or the alphas outside [0, 1], which `check` rejects."""
         if self.descriptions is not None:
             return self.alphas
         return [alpha for alpha in self.alphas if not 0 <= alpha <= 1] or (1.0,)
@@ -190,14 +206,26 @@ class ZeroShot(LabelledImages):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearProbe(LabelledImages):
-    """Classification by a logistic regression on image embeddings, also of few shots."""
+    """Linear probe and few-shot probes: a logistic regression on image embeddings (`linear_probe.evaluate`).
+
+    Measures how often the right class has the best score, or one of the five best.
+
+    Options: those of LabelledImages, `train`, `shots`, `seeds`.
+
+    Result: for each probe, under `shots_all` or `shots_N`: `top1`, `top5`, `mean_per_class`, `per_class`, `C`,
+    `unconverged`; `chance`, `chance_top5`.
+    """
 
     kind: str = "linear_probe"
-    # Class folders of the training images, or their split of the TFDS set. None: a seeded share of `images`,
-    # or "train".
+    # Folder of the training images, or their split of the TFDS set. None: a random part of `images` (fixed seed),
+    # or the split "train".
     train: str | None = None
-    shots: tuple[int, ...] = ()  # training images per class, a probe each; 0, and (): all
-    seeds: int = dataclasses.field(default=5, metadata={"low": 1})  # draws of few shots
+    shots: tuple[
+        int, ...
+    ] = ()  # training images per class, one probe for each number; 0 and (): all
+    seeds: int = dataclasses.field(
+        default=5, metadata={"low": 1}
+    )  # random draws of each few-shot probe
 
     def faults(self) -> list[str]:
         found = super().faults()
@@ -210,10 +238,10 @@ class LinearProbe(LabelledImages):
         return self.images, self.train
 
     def open_train(self) -> "TestSet | None":
-        """The training images; None where `images` is to be split.
+        """The training images; None if `images` is to be split.
 
         Raises:
-          errors.UserError: they are those of the test, or as `open`.
+          errors.UserError: they are the test images, or an error of `open`.
         """
         if self.tfds is not None:
             split = self.train or "train"
@@ -253,7 +281,14 @@ class LinearProbe(LabelledImages):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Retrieval(AnnotatedImages):
-    """R@1, R@5, R@10 between images and captions, both ways."""
+    """Retrieval between images and captions, in both directions (`retrieval.evaluate`).
+
+    Measures how often a right answer is among the first 1, 5 or 10.
+
+    Options: those of AnnotatedImages.
+
+    Result: under `image_to_text` and `text_to_image`: `r1`, `r5`, `r10`, `chance_r1`, `chance_r5`, `chance_r10`.
+    """
 
     kind: str = "retrieval"
 
@@ -273,7 +308,7 @@ class Retrieval(AnnotatedImages):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnnotatedRegions(AnnotatedImages):
-    """Images whose annotations have boxes with descriptions."""
+    """Base of the evaluators on images whose annotations have boxes with descriptions."""
 
     @property
     def needs_regions(self) -> bool:
@@ -282,7 +317,17 @@ class AnnotatedRegions(AnnotatedImages):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grounding(AnnotatedRegions):
-    """Box IoU, Acc@0.5, region-to-description R@1, phrase grounding."""
+    """Compares predicted regions with described boxes (`grounding.evaluate`).
+
+    Measures where the predicted boxes are, and whether region embeddings find their descriptions and phrases their
+    boxes.
+
+    Options: those of AnnotatedImages.
+
+    Result: `box_iou`, `box_acc50`, `region_to_description_r1`, `phrase_iou`, `phrase_acc50`, and each one with the
+    prefix `chance_`; if a phrase has several boxes, `phrase_acc50_any_box`, `phrase_iou_merged_box` and
+    `phrase_acc50_merged_box` too.
+    """
 
     kind: str = "grounding"
 
@@ -297,12 +342,21 @@ class Grounding(AnnotatedRegions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Boxes(AnnotatedRegions):
-    """The class of a given box, by the region that overlaps it most."""
+    """Classifies given boxes by the region that overlaps each box most (`box_classes.evaluate`).
+
+    Measures how often the right class has the best score, or one of the five best.
+
+    Options: those of AnnotatedImages, `classes`, `templates`.
+
+    Result: under `region` and, for comparison, under `image` (by the image embedding): `top1`, `top5`,
+    `mean_per_class`, `per_class`; the same under `found_boxes` and `groups`; `found`, `best_iou`, `chance`,
+    `chance_top5`.
+    """
 
     kind: str = "boxes"
     # File of class names, or the name of one in grain_jax/evaluate/classes; None: the distinct descriptions.
     classes: str | None = None
-    templates: str | None = None  # file of prompts; None: the general ones
+    templates: str | None = None  # file of prompts; None: inference/templates.txt
 
     @property
     def files(self) -> tuple[str | None, ...]:
@@ -339,7 +393,17 @@ class Boxes(AnnotatedRegions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Diagnostics(AnnotatedRegions):
-    """Where each query looks, what it is matched to, and how many regions keep their query (docs/diagnostics.md)."""
+    """Diagnostics of the region queries (`diagnostics.evaluate`, docs/diagnostics.md).
+
+    Measures where each query predicts boxes, what it is matched to, and how many regions keep their query from one
+    evaluation of a run to the next.
+
+    Options: those of AnnotatedImages.
+
+    Result: `matched_iou`, `matched_iou50`, `region_to_description_r1` and `_r5`, `query_usage_entropy`,
+    `description_entropy`; in a run, from the second evaluation on, `matching_stability`; under `query` the numbers
+    of each query.
+    """
 
     kind: str = "diagnostics"
 
@@ -358,7 +422,7 @@ class Diagnostics(AnnotatedRegions):
 
 
 def _at_home(path: str | None) -> str | None:
-    """A path with the user's home for `~`."""
+    """The path with `~` expanded; None stays None."""
     return path and expanduser(path)
 
 
@@ -376,11 +440,11 @@ class _Attempts:
             return None
 
     def done(self) -> None:
-        """Raises what was found.
+        """Raises the collected faults, if there are any.
 
         Raises:
-          errors.MissingData: it is the only fault.
-          errors.UserError: one line a fault; `__cause__` is the error if there was one.
+          errors.MissingData: the only fault is one.
+          errors.UserError: one line per fault; `__cause__` is the original error if there is only one.
         """
         if len(self.found) == 1 and isinstance(self.found[0], errors.MissingData):
             raise self.found[0]

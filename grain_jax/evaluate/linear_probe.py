@@ -2,13 +2,13 @@
 
 The protocol is that of CLIP (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
 Supervision", appendix A.3): scikit-learn's L-BFGS logistic regression of at most 1000 iterations; the strength of
-the L2 penalty is searched on a validation part of the training set over 1e-6 ... 1e6, in steps of two decades that
-are halved around the best four times (8 steps a decade); the final fit has the validation part as well. Few shots
-have up to 4 others of each class for validation, as CoOp (Zhou et al. 2022, "Learning to Prompt for
-Vision-Language Models"), and the final fit has the shots alone.
+the L2 penalty is searched on a validation part of the training set over 1e-6 ... 1e6, in steps of two decades, then
+around the best value with a step that is halved four times (8 steps per decade); the final fit uses the validation
+part too. A few-shot probe validates on up to 4 further images per class, as in CoOp (Zhou et al. 2022, "Learning to
+Prompt for Vision-Language Models"), and its final fit uses only the shots.
 
-Features are the model's image embeddings: after the projection, of unit length, as in the example of openai/CLIP's
-README; the tables of CLIP's paper have those before the projection.
+The features are image embeddings after the projection, with unit length, as in the example in the README of
+openai/CLIP. The tables of the CLIP paper use the features before the projection.
 """
 
 import importlib.util
@@ -23,18 +23,17 @@ from grain_jax.evaluate import encode, rates, test_sets
 from grain_jax.evaluate.test_sets import InputError
 from grain_jax.runtime import processes
 
-TRAIN_SHARE = 0.7  # of a class's images, where one folder is split
-VALIDATION_SHARE = 0.2  # of a class's training images
-VALIDATION_SHOTS = 4  # images a class that few shots are validated on, at most
+TRAIN_SHARE = 0.7  # of the images of each class, where one set is split
+VALIDATION_SHARE = 0.2  # of the training images of each class
+VALIDATION_SHOTS = 4  # validation images per class of a few-shot probe, at most
 MAX_ITERATIONS = 1000
-EXPONENTS = tuple(
-    range(-6, 7, 2)
-)  # of 10: the values of C, 1 / strength, that the search begins with
-_HALVINGS = 4  # 2 decades -> 1/8
+# log10 of the values of C (1 / strength of the penalty) that the search tries first.
+EXPONENTS = tuple(range(-6, 7, 2))
+_HALVINGS = 4  # of the step of the search: from 2 decades to 1/8 decade
 _SEED = 0  # of the splits
 _ONE_THREAD = (
     10**9
-)  # products an iteration; up to here several threads wait for each other more than they gain
+)  # multiplications per iteration; below this number one thread is faster than several
 
 
 class Data(NamedTuple):
@@ -45,11 +44,11 @@ class Data(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """A regression and how it was chosen."""
+    """A regression, and the strength of its penalty."""
 
     model: Any  # scikit-learn's LogisticRegression
-    c: float
-    validation_top1: float  # at that C, of the fit without the validation part
+    c: float  # 1 / strength of the L2 penalty
+    validation_top1: float  # with the same C, of the fit without the validation part
     converged: bool
 
 
@@ -67,20 +66,20 @@ def evaluate(
     Args:
       predictor: the model; its regions are not used.
       test: the test images.
-      train: the training images, of the same classes. None: a seeded TRAIN_SHARE of each class of `test`, and the
-        rest is the test.
-      shots: training images a class, a probe each; 0: all. Default: all.
-      seeds: how many draws of few shots there are.
+      train: the training images, of the same classes. None: `test` is split, a random TRAIN_SHARE of each class
+        (fixed seed) for training and the rest for the test.
+      shots: numbers of training images per class, one probe for each number; 0: all images. Empty: as (0,).
+      seeds: number of random draws of a few-shot probe.
       batch_size: images at a time.
 
-    Returns: counts, `chance` (of top-1; `chance_top5`), and for each probe, under `shots_all` or `shots_N`, `top1`,
-      `top5`, `mean_per_class` (of top-1), each with a 95% interval `_low`, `_high`, and `per_class`. Of all images:
-      intervals as of every evaluation, `C` and `validation_top1`. Of few shots: means over the draws with Student's
-      interval of that mean (of a single draw the interval of the test images), and lists of `C` and `top1_of_draws`.
-      `unconverged`: how many final fits stopped at MAX_ITERATIONS.
+    Returns: counts, `chance` (of top-1), `chance_top5`, and for each probe, under `shots_all` or `shots_N`:
+      `top1`, `top5`, `mean_per_class` (of top-1), each with a 95% interval `_low`, `_high`; `per_class`; `C`; and
+      `unconverged`, how many final fits stopped at MAX_ITERATIONS. `shots_all` also has `validation_top1`, and its
+      intervals are those of `rates.of_classes`. The rates of `shots_N` are means over `draws` draws, with Student's
+      interval of the mean (for one draw as `shots_all`); `C` and `top1_of_draws` are lists with a number per draw.
 
     Raises:
-      test_sets.InputError: what was given cannot be used, or scikit-learn is missing.
+      test_sets.InputError: images, options or labels cannot be used, or scikit-learn is missing.
     """
     check_scikit_learn()
     unreadable: dict[str, str] = {}
@@ -104,7 +103,7 @@ def evaluate(
     numbers = list(dict.fromkeys(shots or (0,)))
     for number in numbers:
         check_shots(number, np.bincount(learnt.label, minlength=len(classes)), classes)
-    # The first process fits: the others wait, and all get its numbers.
+    # Only the first process fits; the others wait for its result.
     probes = lambda: {  # noqa: E731
         f"shots_{number or 'all'}": _probe(learnt, tested, number, seeds, classes)
         for number in numbers
@@ -134,15 +133,16 @@ def check(test: test_sets.TestSet, train: test_sets.TestSet | None, shots: Seque
 
 
 def check_scikit_learn() -> None:
-    """Raises InputError where it is not installed."""
+    """Raises InputError if scikit-learn is not installed."""
     if importlib.util.find_spec("sklearn") is None:
         raise InputError("linear_probe: needs scikit-learn: pip install -e '.[probe]'")
 
 
 def check_shots(number: int, counts: np.ndarray, classes: Sequence[str]) -> None:
-    """Raises InputError where a class has too few training images, `counts` [C], for `number` of them a class.
+    """Raises InputError if the training images, `counts` [C] per class, are too few for `number` shots per class.
 
-    Few shots need one image more, for validation; all of them (0) need one class with two.
+    A few-shot probe needs one further image of each class, for validation. The probe on all images (`number` 0)
+    needs two classes with images, one of them with two.
     """
     if number:
         few = [f"{name} ({n})" for name, n in zip(classes, counts) if n <= number]
@@ -153,14 +153,14 @@ def check_shots(number: int, counts: np.ndarray, classes: Sequence[str]) -> None
             )
     elif (counts > 0).sum() < 2 or counts.max() < 2:
         raise InputError(
-            "train: got no two classes with images, one of which has two, expected more to train and validate on"
+            "train: got too few images, expected at least two classes with images, one of them with two or more"
         )
 
 
 def fit(learnt: Data, validation: Data, final: Data) -> Fitted:
-    """A regression on `final`, with the C of those on `learnt` that is best on `validation`.
+    """Fits a regression on `final`, with the C whose regression on `learnt` is best on `validation`.
 
-    The best has the highest accuracy; of equal ones the lowest log loss, then the smallest C.
+    The best C has the highest accuracy; ties go to the lowest log loss, then to the smallest C.
     """
     tried: dict[float, tuple[float, float, float]] = {}
 
@@ -183,7 +183,7 @@ def fit(learnt: Data, validation: Data, final: Data) -> Fitted:
 
 
 def hold_out(label: np.ndarray, seed: int) -> np.ndarray:
-    """Which of the training images, bool [N], are for validation: a share of each class, but never all of it."""
+    """Which training images are for validation, bool [N]: VALIDATION_SHARE of each class, never a whole class."""
     held = np.zeros(len(label), bool)
     for own in _of_each_class(label, seed):
         held[own[: min(len(own) - 1, max(1, round(VALIDATION_SHARE * len(own))))]] = True
@@ -191,7 +191,7 @@ def hold_out(label: np.ndarray, seed: int) -> np.ndarray:
 
 
 def draw(label: np.ndarray, shots: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of `shots` images of each class, and of up to VALIDATION_SHOTS others, both int."""
+    """Positions, int, of `shots` images per class, and of up to VALIDATION_SHOTS further ones per class."""
     classes = _of_each_class(label, seed)
     more = min(shots, VALIDATION_SHOTS)
     chosen = np.concatenate([own[:shots] for own in classes])
@@ -199,7 +199,7 @@ def draw(label: np.ndarray, shots: int, seed: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _of_each_class(label: np.ndarray, seed: int) -> list[np.ndarray]:
-    """For each class the positions of its images in a random order, which other classes do not change."""
+    """For each class the positions of its images, in a random order that no other class influences."""
     return [
         np.random.default_rng([seed, int(c)]).permutation(np.flatnonzero(label == c))
         for c in np.unique(label)
@@ -250,7 +250,7 @@ def _encode(
 
 
 def _probe(learnt: Data, tested: Data, shots: int, seeds: int, classes: Sequence[str]) -> dict:
-    """The rates of one number of shots."""
+    """The part of the result about one number of shots; 0: all training images."""
     if not shots:
         held = hold_out(learnt.label, _SEED)
         fitted = fit(_take(learnt, ~held), _take(learnt, held), learnt)
@@ -306,15 +306,19 @@ def _regression(data: Data, c: float) -> tuple[Any, bool]:
     small = data.embed.size * len(np.unique(data.label)) < _ONE_THREAD
     model = linear_model.LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
     with threadpoolctl.threadpool_limits(1 if small else None), warnings.catch_warnings():
-        warnings.simplefilter("ignore", exceptions.ConvergenceWarning)  # it is counted
+        warnings.simplefilter(
+            "ignore", exceptions.ConvergenceWarning
+        )  # the result counts such fits
         model.fit(*data)
     return model, bool(model.n_iter_.max() < MAX_ITERATIONS)
 
 
 def _scores(model: Any, embed: np.ndarray, classes: int) -> np.ndarray:
-    """Logits float64 [N, C]; minus infinity for classes that the regression has not seen."""
+    """Logits float64 [N, C]; minus infinity for classes without training images."""
     found = model.decision_function(embed)
-    if found.ndim == 1:  # of two classes scikit-learn gives the second one's, against 0
+    if (
+        found.ndim == 1
+    ):  # for two classes scikit-learn returns one logit, of the second against the first
         found = np.stack([np.zeros_like(found), found], axis=1)
     scores = np.full((len(embed), max(classes, int(model.classes_.max()) + 1)), -np.inf)
     scores[:, model.classes_] = found
@@ -322,7 +326,7 @@ def _scores(model: Any, embed: np.ndarray, classes: int) -> np.ndarray:
 
 
 def _log_loss(scores: np.ndarray, label: np.ndarray) -> float:
-    """Mean over the images; infinite where a class has not been seen."""
+    """Mean log loss of the images; infinite if a class of `label` had no training images."""
     top = scores.max(axis=1)
     total = np.log(np.exp(scores - top[:, None]).sum(axis=1)) + top
     return float((total - scores[np.arange(len(label)), label]).mean())

@@ -4,17 +4,17 @@ import math
 
 import numpy as np
 
-_Z = 1.959963984540054  # of the normal distribution, two sides, 95%
+_Z = 1.959963984540054  # 97.5% quantile of the normal distribution, for two-sided 95% intervals
 
 
 def topk_hits(scores: np.ndarray, right: np.ndarray, k: int) -> np.ndarray:
     """The chance, for each row, that a right candidate is among the k best, ties being broken at random.
 
-    So a model that gives every class the same score scores chance, whatever the order of the classes.
+    So a model that gives every class the same score has the accuracy of chance, in any order of the classes.
 
     Args:
       scores: [N, C].
-      right: bool [N, C], at least one a row.
+      right: bool [N, C], at least one True per row.
       k: 1 or more.
 
     Returns: float64 [N] in [0, 1]; 0 or 1 where no tie matters.
@@ -27,13 +27,13 @@ def topk_hits(scores: np.ndarray, right: np.ndarray, k: int) -> np.ndarray:
 
 
 def chance_of_topk(right: np.ndarray, k: int) -> np.ndarray:
-    """`topk_hits` of candidates in a random order; `right` bool [N, C] -> float64 [N]."""
+    """`topk_hits` for candidates in a random order; `right` bool [N, C] -> float64 [N]."""
     number = right.sum(axis=1)
     return _drawn(number, right.shape[1] - number, np.full(len(right), min(k, right.shape[1])))
 
 
 def _drawn(right: np.ndarray, wrong: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """The chance that `draws` draws without replacement hold a right one (hypergeometric), all int [N]."""
+    """The chance that `draws` draws without replacement include a right one (hypergeometric); arguments int [N]."""
     miss = np.ones(len(right))
     for draw in range(max(0, draws.max(initial=0))):
         left = np.maximum(right + wrong - draw, 1)
@@ -42,7 +42,7 @@ def _drawn(right: np.ndarray, wrong: np.ndarray, draws: np.ndarray) -> np.ndarra
 
 
 def interval(successes: float, count: float) -> tuple[float, float]:
-    """Wilson's 95% interval of a share, (low, high); (0, 1) when nothing was counted.
+    """The Wilson 95% interval of a share, (low, high); (0, 1) if `count` is 0.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
@@ -67,11 +67,12 @@ def mean_rate(name: str, shares: np.ndarray, counts: np.ndarray) -> dict[str, fl
 
     The shares are independent, so the variance of the mean is the sum of p (1 - p) / n over the classes,
     divided by C^2. With one p for all classes that is the variance of a share among C^2 / sum of 1/n
-    answers, and the interval is Wilson's of such a share: all the answers, where every n is equal. Where p
-    differs the interval is wider than needed, and never too narrow for equal n.
+    answers, and the result is the Wilson interval of that share; if
+    every n is equal, it is a share of all answers. If p differs between classes, the interval is wider than
+    needed, and never too narrow for equal n.
 
     Args:
-      name: of the number.
+      name: key of the number.
       shares: [C] in [0, 1].
       counts: [C], at least 1: n, the number of answers of each class.
     """
@@ -83,7 +84,7 @@ def mean_rate(name: str, shares: np.ndarray, counts: np.ndarray) -> dict[str, fl
 def of_classes(
     top1: np.ndarray, top5: np.ndarray, target: np.ndarray, classes: list[str]
 ) -> dict[str, object]:
-    """Accuracy over all answers and for each class that has some.
+    """Accuracy over all answers, and for each class with answers.
 
     Args:
       top1, top5: hits [N] as `topk_hits` returns them.

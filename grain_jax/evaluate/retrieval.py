@@ -1,7 +1,7 @@
-"""Retrieval between images and captions, both ways: R@1, R@5, R@10 (Flickr30k, MS-COCO, or any A.jsonl).
+"""Retrieval between images and captions, in both directions: R@1, R@5, R@10 (Flickr30k, MS-COCO, or any A.jsonl).
 
-Every caption of an image counts. Images whose captions are equal are all right answers to that text;
-the texts to choose from are the distinct ones.
+Every caption of an image is a query. The candidate texts are the distinct captions; if several images have the same
+caption, each of them is a right answer to it.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from grain_jax.inference import scores
 from grain_jax.input_pipeline import tokenizer
 
 KS = (1, 5, 10)
-_ROWS_AT_ONCE = 1024  # bounds the similarities in memory
+_ROWS_AT_ONCE = 1024  # queries; bounds the memory of the similarities
 
 
 def evaluate(
@@ -43,7 +43,7 @@ def evaluate(
       broken at random.
 
     Raises:
-      test_sets.InputError, annotations.AnnotationError: what was given cannot be used.
+      test_sets.InputError, annotations.AnnotationError: the images or the annotations cannot be used.
     """
     annotated = annotated_lib.read_captions(images, annotations)
     unreadable: dict[str, str] = {}
@@ -103,7 +103,7 @@ def _recalls(
     Args:
       queries, candidates: of unit length.
       right: bool [N, C].
-      rows: int, the queries that count; one may stand in it more than once. None: each query once.
+      rows: int, positions of the queries to average over, with repetitions; None: each query once.
     """
     parts: dict[int, list[np.ndarray]] = {k: [] for k in KS}
     for first in range(0, len(queries), _ROWS_AT_ONCE):

@@ -1,6 +1,6 @@
-"""A suite of evaluations on one checkpoint: an entry without its data is skipped, and one that fails stops no other.
+"""Runs a suite of evaluations on one checkpoint. An entry without data is skipped; one that fails stops no other.
 
-Results are written after every entry. The same command again goes on after the entries that are done.
+Results are written after every entry. The same command, run again, measures only the entries without a result.
 """
 
 import dataclasses
@@ -32,11 +32,11 @@ FAILED, NOTHING = 1, 2  # exit statuses
 
 
 class _Task(NamedTuple):
-    """An entry whose data is there."""
+    """An entry whose data is there, ready to run."""
 
-    entry: config_lib.Evaluator  # without what is missing
+    entry: config_lib.Evaluator  # as `Evaluator.available` returns it
     images: int
-    inputs: dict[str, Any]  # what the result depends on, besides the checkpoint and the entry
+    inputs: dict[str, Any]  # the images and files that the result depends on
 
 
 def run(
@@ -49,21 +49,21 @@ def run(
     again: bool = False,
     batch_size: int = encode.BATCH_SIZE,
 ) -> int:
-    """Runs the suite's entries and writes `output` (docs/evaluate.md has its format); collective.
+    """Runs the entries of a suite and writes `output` (format: docs/evaluate.md). Every process has to call it.
 
     Args:
       suite: the entries.
-      output: JSON file. What it holds of the same checkpoint is kept, and not measured again.
-      checkpoint: its name in the results.
-      load: loads its predictor.
+      output: JSON file. Results of the same checkpoint that it holds are kept, and not measured again.
+      checkpoint: name of the checkpoint in the results.
+      load: returns the predictor of the checkpoint.
       only: names of entries; None for all.
-      again: measures what `output` holds, too.
+      again: measures also the entries whose results `output` holds.
       batch_size: images at a time.
 
-    Returns: the exit status: 0, FAILED where an entry failed, NOTHING where there was none that could run.
+    Returns: the exit status: FAILED if an entry failed, NOTHING if no entry could run, else 0.
 
     Raises:
-      InputError: `only` names no entry, or `output` is no suite's, or of another checkpoint.
+      InputError: `only` has an unknown name, or `output` holds something else or the results of another checkpoint.
     """
     entries = _chosen(suite, only)
     before = processes.run_together(lambda: _read(output, again))
@@ -95,7 +95,7 @@ def run(
             result = task.entry.evaluate(predictor, Context(batch_size))
         except Exception as error:
             if not isinstance(error, errors.UserError) and processes.process_info()[1] > 1:
-                raise  # the other processes may wait where this one does not get to
+                raise  # another process may wait for this one in a collective operation
             _failed(name, error, results)
         else:
             seconds = round(time.monotonic() - began, 1)
@@ -125,7 +125,7 @@ def _chosen(suite: config_lib.Suite, only: Sequence[str] | None) -> dict[str, co
 def _tasks(
     entries: Mapping[str, config_lib.Evaluator], results: dict[str, Any]
 ) -> dict[str, _Task]:
-    """The entries that can be run; those that cannot get a line in `results`."""
+    """The entries that can be run; `results` gets a line for each of the others."""
     tasks = {}
     for name, entry in entries.items():
         try:
@@ -154,13 +154,13 @@ def _failed(name: str, error: Exception, results: dict[str, Any]) -> None:
 
 
 def _digest_of_file(path: str) -> str | None:
-    """Of a file's bytes; None for the name of one that comes with the package."""
+    """A digest of the bytes of a file; None for the name of a class file of the package."""
     file = epath.Path(path).expanduser()
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
 
 
 def _identity(path: str, predictor: Any) -> dict[str, Any]:
-    """What was evaluated, and with what."""
+    """The checkpoint, the package versions and the devices of the results."""
     folder = str(getattr(predictor, "folder", None) or path)
     step = re.fullmatch(r"\d+", epath.Path(folder).name)
     params = getattr(predictor, "params", None)  # test doubles have none
@@ -182,7 +182,7 @@ def _identity(path: str, predictor: Any) -> dict[str, Any]:
 
 
 def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:
-    """What an earlier run left in the file."""
+    """The results of an earlier run; None if there are none."""
     if not output.exists():
         return None
     try:
@@ -208,11 +208,11 @@ def _check_same(before, results, output: epath.Path, again: bool) -> None:
 
 
 def _same(result: Mapping[str, Any], task: _Task, again: bool) -> bool:
-    """Whether an earlier result is what the task would give."""
+    """Whether an earlier result has the options and the inputs of the task."""
     inputs = json.loads(json.dumps(task.inputs))
     if again or result.get("inputs") != inputs:
         return False
-    try:  # a key that came after the result was written has its default
+    try:  # an option that the stored entry lacks has its default
         return config_lib.evaluator_from_dict(result.get("entry")) == task.entry
     except config_lib.ConfigError:
         return False
@@ -221,7 +221,7 @@ def _same(result: Mapping[str, Any], task: _Task, again: bool) -> bool:
 def _write(output: epath.Path, results: dict[str, Any], suite: config_lib.Suite) -> None:
     if processes.process_info()[0]:
         return
-    # In the suite's order, also where a restart has filled gaps.
+    # In the order of the suite, in whatever order they were measured.
     order = [name for name in suite.evals if name in results["ran"]]
     results["ran"] = {name: results["ran"].pop(name) for name in order} | results["ran"]
     seconds = sum(result["seconds"] for result in results["ran"].values())
@@ -234,7 +234,7 @@ def _write(output: epath.Path, results: dict[str, Any], suite: config_lib.Suite)
 
 
 def averages(ran: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The means over the zero-shot sets that ran, of each way to classify over the sets that have it.
+    """Mean rates of the zero-shot sets that ran; a way to classify is averaged over the sets that have it.
 
     Returns: `names` and, for each alpha, `described alpha_A`, each with `sets`, `top1`, `top5` and
       `mean_per_class`.
@@ -265,7 +265,7 @@ def ways(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _show(results: Mapping[str, Any]) -> None:
-    """Prints the tables, and what is not in them."""
+    """Prints the tables, then the notes and the failed and skipped entries."""
     classified = {
         name: {"ways": ways(result), "chance": result["chance"], "pictures": result["pictures"]}
         for name, result in results["ran"].items()
@@ -283,19 +283,19 @@ def _show(results: Mapping[str, Any]) -> None:
     for kind in ("notes", "failed"):
         for name, line in results[kind].items():
             print(f"{kind.removesuffix('s')}: {name}: {line}")
-    if results["skipped"]:  # each has a line above
+    if results["skipped"]:  # the reasons are printed already
         print(f"skipped, data missing: {', '.join(results['skipped'])}")
     sys.stdout.flush()
 
 
 class _Clock:
-    """An estimate of the time left, from the images so far."""
+    """Estimates the time left from the number of images done."""
 
     def __init__(self, images: int):
         self._left, self._done, self._began = images, 0, time.monotonic()
 
     def left(self, images: int) -> str:
-        """The words for it, once that many more are done."""
+        """Counts `images` as done; returns the time left as the end of a line, "" if none is left."""
         self._left, self._done = self._left - images, self._done + images
         seconds = (time.monotonic() - self._began) / self._done * self._left
         words = f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"

@@ -1,13 +1,13 @@
-"""Evaluation results as a table of text: what was measured, its 95% interval, chance, and how many it stands on."""
+"""Evaluation results as text tables: value, 95% interval, chance level, and how many images or boxes were measured."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from grain_jax import printable
 
-_OF_CLASSES = ("per_class", "pictures_per_class")  # a number for each class: not for a table
+_OF_CLASSES = ("per_class", "pictures_per_class")  # a number per class: too many for a table
 _INTERVAL = "95% interval"
-_LONGEST = 120  # characters of a cell; more is cut off
+_LONGEST = 120  # characters of a cell; the rest is cut off
 HEADER = ("measured", "value", _INTERVAL, "chance", "of")
 
 
@@ -16,9 +16,9 @@ class Row(NamedTuple):
 
     key: str  # in the result; the interval is KEY_low, KEY_high
     label: str
-    chance: str | None  # the key of its chance
-    count: str  # the key of what it is a mean over
-    unit: str  # of the count
+    chance: str | None  # the key of its chance level
+    count: str  # the key of how many items it is a mean over
+    unit: str  # what these items are
     is_share: bool = True  # shown as per cent
 
 
@@ -104,13 +104,13 @@ def describe(results: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def rows_of(numbers: Mapping[str, float]) -> list[Row]:
-    """The rows that an evaluation's numbers have; of no kind that is known here, every number as it is."""
+    """The rows of the numbers of an evaluation; if none of the keys is known here, one row per number."""
     known = [row for row in _rows(numbers) if row.key in numbers]
     return known or [Row(key, key, None, "", "", False) for key in numbers]
 
 
 def suite(sets: Mapping[str, Mapping[str, Any]], averages: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table of a suite's zero-shot sets: a row a set, then the averages.
+    """The table of a suite's zero-shot sets: one row per set, then the averages.
 
     Args:
       sets: name -> `ways` (way of classifying -> its rates, as `evaluate.suite.ways` gives them), `chance`
@@ -177,7 +177,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _rows(numbers: Mapping[str, float]) -> list[Row]:
     rows = []
-    for key in numbers:  # alphas in the order in which they were asked for
+    for key in numbers:  # in the order of the option `alphas`
         if key.startswith("alpha_") and key.endswith("/top1"):
             at = key.removesuffix("/top1")
             alpha = f"alpha {float(at.removeprefix('alpha_')):g}"
@@ -209,7 +209,7 @@ def _rows(numbers: Mapping[str, float]) -> list[Row]:
 
 
 def cells(name: str, numbers: Mapping[str, float], row: Row) -> tuple[str, ...]:
-    """A row as text, in the order of HEADER."""
+    """The cells of a row, in the order of HEADER."""
     show = (lambda x: f"{x:.1%}") if row.is_share else (lambda x: f"{x:.3f}")
     return (
         f"{name}: {row.label}",

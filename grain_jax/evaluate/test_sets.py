@@ -1,7 +1,7 @@
-"""Labelled images to classify: a folder with a sub-folder a class, or a set of TensorFlow Datasets.
+"""Labelled images to classify: a folder with one sub-folder per class, or a set of TensorFlow Datasets (TFDS).
 
-Both give encoded images, so that they are decoded and resized in the same way. Nothing is ever
-downloaded: where the data is not there, errors.MissingData says how to get it.
+Images of both are decoded and resized by the same code. Nothing is ever downloaded: if the data is not there,
+errors.MissingData says how to get it.
 """
 
 import functools
@@ -24,7 +24,7 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 class InputError(errors.UserError):
-    """What was given cannot be evaluated; the message has one line a fault."""
+    """The data or the options of an evaluation cannot be used; the message has one line per fault."""
 
 
 class Image(NamedTuple):
@@ -32,37 +32,37 @@ class Image(NamedTuple):
 
     name: str
     load: Callable[[], PIL.Image.Image]  # raises files.images.ImageError
-    label: int  # -1: none
+    label: int  # position in the classes of the set; -1: no label
 
 
 class TestSet(Protocol):
-    """Images, each of one of `classes`."""
+    """Images, each of one class of `classes`."""
 
     classes: list[str]  # names, in the order of the labels
-    stems: list[str] | None  # other names that files of descriptions may have for the classes
+    stems: list[str] | None  # as class_names.stems: names of the classes in files of descriptions
 
     def __len__(self) -> int: ...
 
     def name(self, position: int) -> str:
-        """The path of an image, or its place in the TFDS set."""
+        """The path of an image, or its position in the TFDS set."""
         ...
 
     def images(self, positions: range) -> Iterable[Image]:
-        """A stretch of the set, in order; InputError where it cannot be read."""
+        """The images at consecutive positions, in order. Raises InputError if they cannot be read."""
         ...
 
 
 class ClassFolders:
-    """A folder with one sub-folder a class.
+    """A folder with one sub-folder per class.
 
     Args:
-      folder: of the class folders, each named after its class (`_` = space).
-      classes: file of names, by the folders' names (class_names); None: the folders' names.
+      folder: holds the class folders, each named after its class (`_` = space).
+      classes: class file with the folder names as labels (see class_names); None: the folder names are the names.
       get: how to get the data, for errors.MissingData.
 
     Raises:
       errors.MissingData, InputError: see `class_folders`.
-      class_names.ClassNameError: the file does not fit.
+      class_names.ClassNameError: `classes` does not fit the folders.
     """
 
     def __init__(self, folder: epath.PathLike, classes: str | None = None, get: str | None = None):
@@ -91,14 +91,14 @@ class ClassFolders:
 class TfdsSet:
     """A split of a set that TensorFlow Datasets has prepared (TFRecord or ArrayRecord files).
 
-    Only the files are needed, not the code that made them.
+    It needs the prepared files, but not the TFDS code that prepares them.
 
     Args:
-      name: "food101", "sun397/tfds" (with a config) or "food101:2.0.0"; the newest version else.
+      name: "food101", "sun397/tfds" (with a config) or "food101:2.0.0"; the newest version if none is given.
       split: "test", or a part of one, "test[:1000]".
-      data_dir: TFDS's folder; None for its own default.
+      data_dir: folder of the prepared sets; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       classes: see class_names.for_labels.
-      get: how to get the data, for errors.MissingData; None for TFDS's own command.
+      get: how to get the data, for errors.MissingData; None: a command that lets TFDS prepare it.
 
     Raises:
       errors.MissingData: there is no such set.
@@ -120,7 +120,7 @@ class TfdsSet:
         info: Any = self._builder.info
         try:
             (part,) = tfds.core.ReadInstruction.from_spec(split).to_absolute(info.splits)
-        except ValueError:  # also of more than one part
+        except ValueError:  # an unknown split, or more than one part
             raise InputError(
                 f"{folder}: split: got {split!r}, expected one of {', '.join(info.splits)}, or a part"
                 " of it such as test[:1000]"
@@ -153,7 +153,9 @@ class TfdsSet:
                 name = self.name(position)
                 load = functools.partial(image_files.decode_image, example["image"], name)
                 yield Image(name, load, int(example["label"]))
-        except Exception as error:  # a damaged or a missing file; TensorFlow's errors have no base
+        except (
+            Exception
+        ) as error:  # a damaged or missing file; the errors of TensorFlow have no common class
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{self._name} {self._split}: cannot be read: {reason}") from None
 
@@ -174,7 +176,7 @@ class TfdsSet:
 
 
 def of_path(path: epath.PathLike, label: int = -1) -> Image:
-    """The image in a file."""
+    """The image in the file `path`."""
     return Image(str(path), functools.partial(image_files.load_image, path), label)
 
 
@@ -182,7 +184,7 @@ def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.
     """The folder of a prepared TFDS set: of the version that `name` gives, or the newest.
 
     Raises:
-      errors.MissingData: there is none; with the command that gets it.
+      errors.MissingData: there is none; the message has the command that gets it.
       InputError: `name` has no config, and the set has several.
     """
     base = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
@@ -209,7 +211,7 @@ def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.
 
 
 def _newest(folder: epath.Path, version: str) -> epath.Path | None:
-    """The newest prepared version in `folder`, or `version`."""
+    """The folder of `version`, or if that is "" of the newest prepared version; None if there is none."""
     if not folder.is_dir():
         return None
     versions = [
@@ -222,8 +224,8 @@ def _newest(folder: epath.Path, version: str) -> epath.Path | None:
 
 
 def _tensorflow_datasets(name: str) -> Any:
-    """The package; slow to import, and not on every machine."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no banners
+    """Imports the package, which is slow to import and not on every machine."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no log lines at import
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         import tensorflow_datasets as tfds
@@ -237,12 +239,12 @@ def _tensorflow_datasets(name: str) -> Any:
 def class_folders(
     images: epath.PathLike, get: str | None = None
 ) -> tuple[list[str], list[epath.Path], np.ndarray]:
-    """The class names (folder names, `_` = space, sorted), the images and their classes' positions.
+    """The class names (the sorted folder names, `_` = space), the paths of the images, and their labels, int [N].
 
     Hidden files and folders (`.DS_Store`, `._x.jpg`) do not count.
 
     Args:
-      images: folder of the class folders.
+      images: folder that holds the class folders.
       get: how to get the data, for errors.MissingData.
 
     Raises:
@@ -289,11 +291,11 @@ def class_folders(
 
 
 def of_folder(name: str) -> str:
-    """The class of a folder's name."""
+    """The class name that a folder name stands for."""
     return name.replace("_", " ").strip()
 
 
 def listed(names: Sequence[str], limit: int = 10) -> str:
-    """Names with commas between, and how many more there are."""
+    """The first `limit` names, separated by commas, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

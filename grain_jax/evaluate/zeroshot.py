@@ -1,8 +1,8 @@
 """Zero-shot classification of a test set (docs/method.md, Zero-shot evaluation).
 
-The paper's two protocols, in one pass over the images: class names in prompts, and names with
-descriptions. And descriptions alone, for classes whose names mean nothing to the model (`names=False`: a
-class is the mean of its raw descriptions' embeddings, which also serves files of whole sentences).
+One pass over the images gives both protocols of the paper: class names in prompts, and class names with
+descriptions. With `names=False` a class is the mean of the embeddings of its descriptions, without name or prompt:
+for class names that mean nothing to the model, or descriptions that are whole sentences.
 """
 
 import json
@@ -19,35 +19,33 @@ from grain_jax.files import atomic
 from grain_jax.inference import prompts, scores
 from grain_jax.runtime import processes
 
-# How region . description similarities [Q, n_c] become one number for a class.
+# How the similarities of regions and descriptions [Q, n_c] become the region score of a class.
 REGION_ORDERS = (
     "queries",  # the paper: each query takes its best description, then the mean over queries
     "descriptions",  # each description takes its best query, then the mean over descriptions
 )
-BY_NAME = "by_name"  # the part of a result where names alone make the classes beside descriptions
-BEST = 5  # classes that an image's prediction lists
+BY_NAME = "by_name"  # key of the results by names alone, where there are descriptions too
+BEST = 5  # classes that the prediction of an image lists
 
 
 class Scored(NamedTuple):
-    """The result of one way of scoring, for each image."""
+    """The results of one way of scoring, for each image."""
 
-    top1: (
-        np.ndarray
-    )  # float64 [N], the chance that the class has the best score, ties broken at random
-    top5: np.ndarray  # float64 [N]
+    top1: np.ndarray  # float64 [N], hits as `rates.topk_hits` returns them
+    top5: np.ndarray  # float64 [N], the same among the five best
     best: np.ndarray  # int32 [N, at most BEST], the best classes, best first
     best_scores: np.ndarray  # float32 [N, at most BEST]
 
 
 class Predictions(NamedTuple):
-    """Every readable image's classes, in the order of the test set."""
+    """The right and the predicted classes of every readable image, in the order of the test set."""
 
     test_set: test_sets.TestSet
     index: np.ndarray  # int [N], positions in the test set
-    target: np.ndarray  # int [N], the images' classes
-    scored: dict[str, Scored]  # "alpha_0.5", "by_name/alpha_1.0"
+    target: np.ndarray  # int [N], the right classes
+    scored: dict[str, Scored]  # keys: "alpha_0.5", "by_name/alpha_1.0"
     unreadable: dict[str, str]  # name of an image -> why it is left out
-    descriptions: int  # how many there are, of all classes
+    descriptions: int  # how many all classes have together
 
 
 def evaluate(
@@ -62,16 +60,16 @@ def evaluate(
     Args:
       predictor: the model.
       test_set: images and their classes.
-      predictions: file to write, one JSON object an image: its name, its class, its five best classes.
+      predictions: file to write, one JSON object per image: its name, its right class, the five best classes.
       **options: of `predict`.
 
-    Returns: counts, `chance` (of top-1; `chance_top5`) and for each alpha, under `alpha_A`: `top1`, `top5`,
-      `mean_per_class` (of top-1; of all three 95% intervals: `_low`, `_high`) and `per_class`. With names
-      and descriptions the classes are both together; `by_name` has the same for names alone in the global
+    Returns: counts, `chance` (of top-1), `chance_top5`, and for each alpha, under `alpha_A`: `top1`, `top5`,
+      `mean_per_class` (of top-1), each with a 95% interval `_low`, `_high`, and `per_class`. If there are names and
+      descriptions, the global score uses both together; `by_name` has the same keys for names alone in the global
       score, at alpha 1 and at each other alpha. Ties count as if broken at random.
 
     Raises:
-      InputError, prompts.PromptError: what was given cannot be used.
+      InputError, prompts.PromptError: images, descriptions, prompts or options cannot be used.
     """
     found = predict(predictor, test_set, **options)
     if predictions is not None and processes.process_info()[0] == 0:
@@ -108,16 +106,16 @@ def predict(
     templates: epath.PathLike | None = None,
     batch_size: int = encode.BATCH_SIZE,
 ) -> Predictions:
-    """What `evaluate` counts: each image's best classes, and whether they are right.
+    """The best classes of each image, and whether they are right; `evaluate` averages them.
 
     Args:
       predictor: the model.
       test_set: images and their classes.
-      descriptions: `D.json`, {"class name": ["description", ...]}; classes that the set has not are ignored.
+      descriptions: `D.json`, {"class name": ["description", ...]}; classes that the test set does not have are ignored.
       alphas: shares of the global score in [0, 1]; default 1 without descriptions, 1 and 0.5 with.
-      names: the class names stand in the prompts; False: the descriptions alone make the class.
+      names: whether prompts have the class names; False: a class is made of its descriptions alone.
       region_order: what the region score averages over, one of REGION_ORDERS.
-      templates: prompts, one a line; default: the general set of the package.
+      templates: file of prompts, one per line; default: the general set of the package.
       batch_size: images at a time.
 
     Raises: as `evaluate`.
@@ -166,9 +164,9 @@ def predict(
 
 
 def _score(combined: np.ndarray, target: np.ndarray) -> Scored:
-    """Scores [B, C] and the right classes [B]."""
+    """The results of scores [B, C] for the right classes [B]."""
     right = target[:, None] == np.arange(combined.shape[1])
-    right[target < 0, 0] = True  # without a label; `predict` ends in an error
+    right[target < 0, 0] = True  # no label: any class will do, since `predict` raises InputError
     best = np.argpartition(-combined, min(BEST, combined.shape[1]) - 1, axis=1)[:, :BEST]
     order = np.argsort(-np.take_along_axis(combined, best, axis=1), axis=1, kind="stable")
     best = np.take_along_axis(best, order, axis=1)
@@ -181,7 +179,7 @@ def _score(combined: np.ndarray, target: np.ndarray) -> Scored:
 
 
 def _write(path: epath.Path, found: Predictions) -> None:
-    """One line an image: {"picture", "class", "alpha_1.0": [[class, score], ...], ...}."""
+    """Writes one line per image: {"picture", "class", "alpha_1.0": [[class, score], ...], ...}."""
     classes = found.test_set.classes
     lines = []
     for row, (index, target) in enumerate(zip(found.index, found.target)):
@@ -217,11 +215,11 @@ def check_region_order(order: str) -> None:
 def description_scores(
     region_embed: np.ndarray, description_embeds: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """The other order than `scores.region_scores`: best query for each description, mean over descriptions.
+    """Region scores of the order "descriptions": the best query for each description, mean over descriptions.
 
     Args:
       region_embed: [B, Q, D].
-      description_embeds: for each class its descriptions' embeddings, [n_c, D], n_c >= 1.
+      description_embeds: for each class the embeddings of its descriptions, [n_c, D], n_c >= 1.
 
     Returns: float32 [B, C]. docs/claim.md compares it with the order of the paper.
     """
@@ -238,17 +236,17 @@ def read_descriptions(
     stems: Sequence[str] | None = None,
     names: bool = True,
 ) -> list[list[str]]:
-    """For each class its descriptions, from {"class name": ["description", ...]}.
+    """Reads the descriptions of each class from a file {"class name": ["description", ...]}.
 
-    `_` is a space in names. A class that is not in the file as it is spelt is found by its letters and
-    digits, whatever their case ("Black-footed albatross" has those of "black_footed Albatross"), or else
-    by those of its stem. Published files have empty lists for a few classes: their names alone describe them.
+    In names `_` stands for a space. If a file does not have a name as it is spelt, letters and digits are compared
+    without case ("Black-footed albatross" matches "black_footed Albatross"), first those of the name, then those of
+    the stem. Published files have empty lists for a few classes, which are then described by their name alone.
 
     Args:
-      path: of the file.
-      classes: the classes' names.
-      stems: what else each is called, if anything (see `test_sets.TestSet`).
-      names: whether a name alone may describe a class.
+      path: the file.
+      classes: the class names.
+      stems: a second name of each class (see `test_sets.TestSet`), or None.
+      names: whether a class may have its name alone, with an empty list.
 
     Raises:
       InputError: no such file, another format, or classes that have no description.
@@ -278,7 +276,7 @@ def read_descriptions(
 
 
 def _letters(name: str) -> tuple[str, ...]:
-    """Of another type than a name, so that both can be keys of one dict."""
+    """The letters and digits of a name, without case; a tuple, so that it equals no name as the key of a dict."""
     return tuple(re.findall(r"[^\W_]+", name.casefold()))
 
 

@@ -17,7 +17,7 @@ __all__ = ["ClassFeatures", "Grounding", "InputError", "Predictor", "load", "pro
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `predictor`, and with it JAX, on the first use of a public name; `scores` and `prompts` need numpy only."""
+    """Imports `predictor`, and with it JAX, when a public name is first used; `scores` and `prompts` need numpy."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("grain_jax.inference.predictor"), name)

@@ -1,9 +1,8 @@
-"""A trained model for users: `grain_jax.load(DIR)` returns a `Predictor` that encodes images, texts and regions.
+"""Using a trained model: `grain_jax.load(DIR)` returns a `Predictor` that encodes images, texts and regions.
 
 A call takes any number of images or texts, also from a generator, and runs them in batches of a few fixed sizes,
-so that few programs are compiled. All Predictors of one model configuration share the programs. Large calls use
-all devices of the process. A model without region queries, such as one of two towers, raises InputError where
-regions are asked for.
+so that few programs are compiled. Predictors with the same model configuration share the programs. Large calls use
+all devices of the process. Methods that return or use regions raise InputError if the model has no region queries.
 """
 
 import functools
@@ -28,8 +27,8 @@ from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain, towers
 from grain_jax.runtime import checkpoint
 
-MAX_BATCH = 64  # images or texts at once on a device; smaller calls take the next power of two
-_ROW_LENGTHS = (16, 32, 64)  # most texts are short, and the cost of attention grows with the row
+MAX_BATCH = 64  # images or texts per device and batch; smaller batches are padded to a power of two
+_ROW_LENGTHS = (16, 32, 64)  # token rows are cut to these lengths: most texts are short
 
 # PIL images or uint8 [H, W, 3] to iterate over; uint8 [B, H, W, 3]; or float32 [B, H, W, 3].
 Images: TypeAlias = Iterable[PIL.Image.Image | np.ndarray] | np.ndarray
@@ -40,18 +39,20 @@ class InputError(errors.UserError):
 
 
 class Grounding(NamedTuple):
-    """Where a text is in an image."""
+    """The region of an image that fits a text best."""
 
     box_xyxy: np.ndarray  # float32 [4] in [0, 1]
     score: float  # cosine of the text and the best region
 
 
 class ClassFeatures(NamedTuple):
-    """Classes as embeddings: computed once, they serve any number of images."""
+    """Embeddings of classes, computed once for any number of images."""
 
     names: tuple[str, ...]
-    features: np.ndarray  # float32 [C, D], means of normalised texts, not of unit length
-    descriptions: tuple[np.ndarray, ...] | None  # for each class float32 [n_c, D], unit length
+    features: np.ndarray  # float32 [C, D], means of unit-length text embeddings; not of unit length
+    descriptions: (
+        tuple[np.ndarray, ...] | None
+    )  # per class float32 [n_c, D], unit length; None: no descriptions
 
 
 def load(
@@ -60,17 +61,15 @@ def load(
     templates: Sequence[str] | None = None,
     progress: bool = False,
 ) -> "Predictor":
-    """The model in a training workdir (its newest checkpoint), a checkpoint or a converted folder.
+    """Loads the model of a training workdir (its newest checkpoint), a checkpoint or a converted folder.
 
     Args:
-      path: of the folder, local or remote.
-      dtype: this and the others as in `Predictor`.
-      templates: sentences for class names.
-      progress: whether calls show on stderr how many images they have encoded.
+      path: the folder, local or remote.
+      dtype, templates, progress: as in `Predictor`.
 
     Raises:
-      checkpoint.CheckpointError: there is none.
-      InputError: no such dtype.
+      checkpoint.CheckpointError: there is no checkpoint.
+      InputError: unknown `dtype`.
     """
     model, params, folder = checkpoint.load_model(path)
     return Predictor(model, params, dtype, templates, folder, progress)
@@ -80,12 +79,15 @@ class Predictor:
     """Encodes images and texts; every result is float32 numpy.
 
     Args:
-      model: the sizes of the towers.
+      model: configuration of the model.
       params: nested dict of arrays. Arrays on a device stay there.
       dtype: of activations, "float32" (at full precision on every device) or "bfloat16".
-      templates: sentences for class names; None for `inference/templates.txt`.
-      folder: of the model; the files of its tokenizer are looked for there first.
+      templates: prompts with `{}` for the class name; None: those of `inference/templates.txt`.
+      folder: folder of the model, where the files of its tokenizer are looked for first.
       progress: whether calls show on stderr how many images they have encoded.
+
+    Raises:
+      InputError: unknown `dtype`.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class Predictor:
         if dtype not in config_lib.DTYPES:
             names = " or ".join(config_lib.DTYPES)
             raise InputError(f"dtype: got {dtype!r}, expected {names}")
-        # Before anything is built: a stored config may name towers that are not imported.
+        # Raises early if a stored config names towers that may not be imported.
         towers.image_tower(model.image)
         towers.text_tower(model.text)
         self.model = model
@@ -108,7 +110,7 @@ class Predictor:
         self.folder = folder
         self.progress = progress
         self.params = jax.tree.map(jnp.asarray, params)
-        # Parameters that the caller has put on a mesh stay on it, and the work runs there.
+        # Parameters that the caller has put on a mesh stay on it, and the programs run there.
         places = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.params)))
         self._devices = jax.local_devices() if places == {jax.local_devices()[0]} else [None]
         self.templates = list(templates) if templates is not None else prompts.load_templates()
@@ -132,12 +134,12 @@ class Predictor:
         """Images, as for `encode_image` -> boxes_xyxy [B, Q, 4] in [0, 1] and embed [B, Q, D].
 
         Raises:
-          InputError: also where the model has no region decoder.
+          InputError: as `encode_image`, or the model has no region queries.
         """
         return self.encode_image_and_regions(images)[1]
 
     def encode_image_and_regions(self, images: Images) -> tuple[np.ndarray, schema.Regions]:
-        """(`encode_image(images)`, `encode_regions(images)`) in one pass; raises as the latter."""
+        """(`encode_image(images)`, `encode_regions(images)`) in one pass; raises as `encode_regions`."""
         self._need_regions("regions")
         image, region, boxes = self._encode(images)
         return image, schema.Regions(boxes, region)
@@ -180,10 +182,10 @@ class Predictor:
             yield np.stack(part)
 
     def _run(self, program: Callable[..., Any], *rows: np.ndarray) -> Any:
-        """The results of `program` on `rows` (arrays of one length), as numpy.
+        """The results of `program` on `rows` (arrays of equal length), as numpy.
 
-        The rows are padded, so that few programs are compiled; on one device to the next power of two. More
-        than MAX_BATCH of them are shared among the devices.
+        The rows are padded to a power of two per device, so that few programs are compiled. Up to MAX_BATCH rows
+        run on one device, more on all devices.
         """
         params, count = self.params, len(rows[0])
         if count > MAX_BATCH:
@@ -195,7 +197,7 @@ class Predictor:
 
     @functools.cached_property
     def _on_all_devices(self) -> tuple[Any, NamedSharding]:
-        """The parameters on each device, and how a batch is cut."""
+        """The parameters replicated on every device, and the sharding of a batch."""
         mesh = Mesh(self._devices, ("batch",))
         params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
         return params, NamedSharding(mesh, PartitionSpec("batch"))
@@ -209,12 +211,12 @@ class Predictor:
         """
         tokens, ends = self._tokens(texts)
         out = np.empty((len(tokens), self.model.embed_dim), np.float32)
-        order = np.argsort(ends, kind="stable")  # short texts share batches, and short rows
+        order = np.argsort(ends, kind="stable")  # batches of short texts have short rows
         most = MAX_BATCH * len(self._devices)
         for first in range(0, len(tokens), most):
             rows = order[first : first + most]
             length = tokens.shape[1]
-            if self.model.text.packable:  # what follows the end token is never looked at
+            if self.model.text.packable:  # tokens after the end token have no effect
                 longest = int(ends[rows[-1]]) + 1
                 length = next((n for n in _ROW_LENGTHS if longest <= n), length)
             part = tokens[rows, :length]
@@ -222,10 +224,13 @@ class Predictor:
         return out
 
     def class_features(self, classes: Iterable[str] | Mapping[str, Sequence[str]]) -> ClassFeatures:
-        """Names through the templates, or names x descriptions, as embeddings (docs/method.md, Zero-shot evaluation).
+        """Embeds classes: names in prompts, or names with descriptions (docs/method.md, Zero-shot evaluation).
 
         Args:
           classes: names, or {name: [description, ...]}.
+
+        Raises:
+          InputError: no class, a value of another type, or an empty list of descriptions.
         """
         if isinstance(classes, Mapping):
             pairs = list(classes.items())
@@ -259,8 +264,11 @@ class Predictor:
 
         Args:
           images: as for `encode_image`.
-          classes: names, {name: [description, ...]}, or what `class_features` made of either.
-          alpha: share of the global score; below 1 needs descriptions.
+          classes: names, {name: [description, ...]}, or the result of `class_features`.
+          alpha: share of the global score; values below 1 need descriptions.
+
+        Raises:
+          InputError: images, classes or `alpha` cannot be used, or regions are needed and the model has none.
         """
         if not 0.0 <= alpha <= 1.0:
             raise InputError(f"alpha: got {alpha}, expected a number from 0 to 1")
@@ -281,7 +289,7 @@ class Predictor:
     def ground(
         self, image: PIL.Image.Image | np.ndarray, texts: Iterable[str] | np.ndarray
     ) -> list[Grounding]:
-        """For each text the box of the region of the image that is nearest to it, and the cosine.
+        """For each text the box of the region with the largest cosine, and that cosine.
 
         Args:
           image: one: PIL, uint8 [H, W, 3], or float32 [H, W, 3] already normalised.
@@ -305,7 +313,7 @@ class Predictor:
         ]
 
     def _encode_lists(self, texts: list[list[str]]) -> tuple[np.ndarray, ...]:
-        """For each list the embeddings of its texts; a text that comes twice is encoded once."""
+        """For each list the embeddings of its texts; equal texts are encoded once."""
         distinct = {text: i for i, text in enumerate(dict.fromkeys(sum(texts, [])))}
         embeds = self.encode_text(list(distinct))
         return tuple(embeds[[distinct[text] for text in part]] for part in texts)
@@ -361,7 +369,7 @@ def programs(model: config_lib.Model, dtype: str):
       int32 [N], the positions of the texts' last tokens) -> [N, D].
     """
     module = grain.GRAIN(model, dtype)
-    # float32 also on chips whose matrix units would round the operands.
+    # "highest": full float32 also on devices that by default round the operands of a matrix product.
     precision = "highest" if dtype == "float32" else None
 
     def apply(method: Callable[..., Any], params: Any, *arguments: Any) -> Any:
@@ -375,7 +383,7 @@ def programs(model: config_lib.Model, dtype: str):
         return image_embed, region_embed, jnp.clip(corners, 0.0, 1.0)
 
     def encode_texts(params, tokens, ends):
-        # A group per text, so that the devices of a batch exchange nothing.
+        # One group per text, so that the devices need no communication.
         tokens = tokens[:, None]
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
         at = jnp.stack([jnp.zeros_like(ends), ends], axis=1)
@@ -387,19 +395,19 @@ def programs(model: config_lib.Model, dtype: str):
 
 
 def _pad(x: np.ndarray, devices: int = 1) -> np.ndarray:
-    """`x` with copies of its last row, up to a power of two for each device."""
+    """`x` padded with copies of its last row, to a power of two of rows per device."""
     wanted = devices << (-(-len(x) // devices) - 1).bit_length()
     return np.concatenate([x, np.repeat(x[-1:], wanted - len(x), axis=0)])
 
 
 def _resize(index: int, image: Any, size: int) -> np.ndarray:
-    """The image as uint8 [size, size, 3]. Raises InputError, which names it by its `index`."""
+    """The image resized to uint8 [size, size, 3]. Raises InputError, which names the image by `index`."""
     if isinstance(image, PIL.Image.Image):
         try:
             image = image_files.to_rgb(image)
         except (
             Exception
-        ) as error:  # PIL reads the pixels of a file only here, and raises many types
+        ) as error:  # PIL reads the pixels of a file only here, and raises many types of error
             raise InputError(
                 f"images[{index}]: {' '.join(str(error).split())}, expected a readable image"
             ) from None
@@ -414,7 +422,7 @@ def _resize(index: int, image: Any, size: int) -> np.ndarray:
 
 
 def _checked_images(images: Any, size: int) -> Images:
-    """Images to iterate over, or float32 [B, size, size, 3]. Raises InputError."""
+    """The images, if their type and shape are right; an array of floats as float32. Raises InputError."""
     if isinstance(images, PIL.Image.Image):
         raise InputError("images: got one PIL image, expected a list of them")
     if not hasattr(images, "dtype"):

@@ -15,18 +15,18 @@ _CLAUSE = {
     "which": ("has", "often", "typically", "may", "can"),
 }
 _BEGINNING = {word: clause for clause, words in _CLAUSE.items() for word in words}
-_PARENT = re.compile(r"(?<=\w\w)/(?=\w\w)")  # between a class and its kind
+_PARENT = re.compile(r"(?<=\w\w)/(?=\w\w)")  # between PARENT and CLASS
 
 
 class PromptError(errors.UserError):
-    """A template file cannot be used; the message has one line a fault."""
+    """A template file cannot be used; the message has one line per fault."""
 
 
 def load_templates(path: epath.PathLike | None = None) -> list[str]:
-    """The templates in a text file, one a line, each with one `{}`; blank lines and `#` lines are skipped.
+    """Reads a text file of templates, one per line, each with one `{}`; blank lines and `#` lines are skipped.
 
     Args:
-      path: None for the general set that comes with the package.
+      path: the file; None: DEFAULT_TEMPLATES.
 
     Raises:
       PromptError: no such file, a line without exactly one `{}`, or no template at all.
@@ -53,7 +53,7 @@ def load_templates(path: epath.PathLike | None = None) -> list[str]:
 def descriptor_clause(description: str) -> str:
     """A description as a clause: "long tail" -> "which has long tail", "can swim" -> "which can swim".
 
-    The rule is Menon & Vondrick's, by whole words and whatever the case: "antlers" does not begin with "a".
+    The rule of Menon & Vondrick, applied to whole words and without case: "antlers" does not begin with "a".
     """
     words = re.sub(r"\s+", " ", description).strip(" .,;")
     first, _, rest = words.partition(" ")
@@ -65,17 +65,17 @@ def descriptor_clause(description: str) -> str:
 def class_texts(
     name: str, templates: Sequence[str], descriptions: Sequence[str] | None = None
 ) -> list[str]:
-    """Every text of one class: all templates, or templates x descriptions (the templates run fastest).
+    """The texts of one class: every template, or every template with every description (templates in the inner loop).
 
-    A class "dog/poodle" is a poodle: "a photo of a poodle, a kind of dog". Of several parents the last
-    counts. A `/` between single letters or beside a space ("C/V", "jacket / coat") is part of the name.
+    A name "dog/poodle" is PARENT/CLASS: "a photo of a poodle, a kind of dog". Of several parents the last
+    is used. A `/` between single letters or beside a space ("C/V", "jacket / coat") is part of the name.
 
     DIFFERS: the reference says "a poodle, of a dog", and fails where the parent is one letter (quirk 19).
 
     Args:
       name: the class; `_` stands for a space, as in folder names.
-      templates: with one `{}` each.
-      descriptions: None for the name alone.
+      templates: texts with one `{}` each.
+      descriptions: of the class; None: the name alone.
     """
     *parents, name = _PARENT.split(name.replace("_", " ").strip())
     filled = [template.replace("{}", name) for template in templates]

@@ -1,30 +1,30 @@
-"""The arithmetic of zero-shot scores on embeddings, in numpy (docs/method.md, Zero-shot evaluation).
+"""Zero-shot scores from embeddings, in numpy (docs/method.md, Zero-shot evaluation).
 
-Letters as in `schema`; C classes, n_c texts of class c. Embeddings may have any length: every function takes
-cosines.
+Letters in shapes are those of `schema`, with C classes and n_c texts of class c. Embeddings may have any length: every
+function normalises them, and scores are cosines.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-_IMAGES_AT_ONCE = 256  # bounds the [B, Q, all descriptions] similarities
+_IMAGES_AT_ONCE = 256  # bounds the memory of the similarities [B, Q, descriptions]
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    """`x` float32 [..., D] with unit length over the last axis; zeros stay zeros."""
+    """`x` [..., D] as float32, normalised to unit length over the last axis; zeros stay zeros."""
     x = np.asarray(x, np.float32)
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def class_features(text_embeds: Sequence[np.ndarray]) -> np.ndarray:
-    """For each class the mean of its normalised texts; the mean is not normalised again.
+    """For each class the mean of its unit-length text embeddings; the mean is not normalised again.
 
     Args:
-      text_embeds: for each class its texts' embeddings, [n_c, D].
+      text_embeds: for each class the embeddings of its texts, [n_c, D].
 
     Returns:
-      float32 [C, D]. The more the texts of a class disagree, the shorter is its feature and the lower its score.
+      float32 [C, D]. The less alike the texts of a class, the shorter its feature and the lower its scores.
     """
     return np.stack([unit(embeds).mean(axis=0) for embeds in text_embeds])
 
@@ -35,11 +35,11 @@ def global_scores(image_embed: np.ndarray, features: np.ndarray) -> np.ndarray:
 
 
 def region_scores(region_embed: np.ndarray, description_embeds: Sequence[np.ndarray]) -> np.ndarray:
-    """For each class the cosine of each query with its best description, averaged over the queries.
+    """For each class the cosine of each query and the best description of the class, averaged over the queries.
 
     Args:
       region_embed: [B, Q, D].
-      description_embeds: for each class its descriptions' embeddings, [n_c, D], n_c >= 1.
+      description_embeds: for each class the embeddings of its descriptions, [n_c, D], n_c >= 1.
 
     Returns:
       float32 [B, C].
@@ -61,7 +61,7 @@ def region_scores(region_embed: np.ndarray, description_embeds: Sequence[np.ndar
 
 
 def combine(global_: np.ndarray, region: np.ndarray | None, alpha: float) -> np.ndarray:
-    """alpha * global + (1 - alpha) * region, float32 [B, C]; `region` may be None where alpha is 1."""
+    """alpha * global + (1 - alpha) * region, float32 [B, C]. ValueError if `region` is None and alpha is not 1."""
     if alpha == 1.0:
         return global_
     if region is None:

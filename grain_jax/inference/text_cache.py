@@ -1,6 +1,6 @@
-"""Embeddings of texts on disk: 1000 classes x 20 templates are computed once for a checkpoint.
+"""Text embeddings on disk, so that e.g. 1000 classes x 20 templates are encoded once per checkpoint.
 
-The name of a file is a digest of everything that its embeddings depend on, so no file is ever out of date.
+The name of a file is a digest of everything that its embeddings depend on, so a file never goes out of date.
 """
 
 import functools
@@ -23,11 +23,11 @@ DEFAULT = "~/.cache/grain_jax/text_features"
 
 
 class CachedTexts:
-    """An `inference.Predictor` whose `encode_text` looks into a folder first; it passes all other names on.
+    """Wraps an `inference.Predictor`: `encode_text` reads stored embeddings if there are any; all else is passed on.
 
     Args:
       predictor: the model; its parameters must not change.
-      folder: of the embeddings, local or remote; it is created.
+      folder: folder of the stored embeddings, local or remote; it is created if needed.
     """
 
     def __init__(self, predictor: inference.Predictor, folder: epath.PathLike):
@@ -37,7 +37,11 @@ class CachedTexts:
         return getattr(self._predictor, name)
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """As `inference.Predictor.encode_text`, of strings. A damaged file is written again."""
+        """As `inference.Predictor.encode_text`, for strings only; a damaged file is replaced.
+
+        Raises:
+          errors.UserError: the folder cannot be written.
+        """
         digest = hashlib.sha256(self._tower)
         digest.update(json.dumps(list(texts)).encode())
         path = self._folder / f"{digest.hexdigest()[:40]}.npz"
@@ -58,7 +62,7 @@ class CachedTexts:
 
     @functools.cached_property
     def _tower(self) -> bytes:
-        """A digest of the text tower, its tokenizer and the arithmetic."""
+        """A digest of the text tower, its tokenizer, the dtype and backend, and the version of this package."""
         model, folder = self.model, self._predictor.folder
         digest = hashlib.sha256()
         for word in (__version__, jax.default_backend(), self.dtype, model.embed_dim):
@@ -82,7 +86,7 @@ def digest_of(params: Any) -> str:
 
 
 def _read(path: epath.Path, count: int) -> np.ndarray | None:
-    """The embeddings in a file; None where it is not there or damaged."""
+    """The embeddings in a file; None if the file is missing or damaged."""
     try:
         with np.load(io.BytesIO(path.read_bytes())) as arrays:
             embed = arrays["embed"]

@@ -1,1 +1,1 @@
-"""Adapters: a checkpoint as a model of another project, for its evaluators."""
+"""Adapters that let the evaluators of other projects use a checkpoint of this package."""

@@ -1,14 +1,14 @@
-"""A GRAIN checkpoint as a model of big_vision, for its evaluators.
+"""Adapter that lets the evaluators of big_vision use a GRAIN checkpoint.
 
-In a config file of big_vision, or before its evaluators are made (docs/library.md):
+Put these lines into a config file of big_vision, or run them before its evaluators are created (docs/library.md):
 
   from grain_jax.integrations import big_vision
   big_vision.register()
   config.model_name, config.model, config.model_init = "grain_jax", dict(checkpoint=DIR), DIR
   pp_img, pp_txt = "grain_image('DIR')", "grain_text('DIR')"
 
-Written for commit 0127fb6 of big_vision. Only `register` imports it, and only the two preprocessing ops import
-TensorFlow.
+Written for commit 0127fb6 of big_vision. Only `register` imports big_vision, and only the two preprocessing ops
+import TensorFlow.
 """
 
 import functools
@@ -28,8 +28,8 @@ from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint as checkpoint_lib
 
-NAME = "grain_jax"  # big_vision's config.model_name
-_PADDING = -1  # after a text; no token has this id
+NAME = "grain_jax"  # value of config.model_name in big_vision
+_PADDING = -1  # padding id after a text; no token has it
 
 
 class BigVisionError(errors.UserError):
@@ -59,10 +59,10 @@ def register() -> None:
 
 
 class Model(nn.Module):
-    """As big_vision's two_towers.Model, with the parameters of `grain.GRAIN`.
+    """The interface of two_towers.Model of big_vision, with the parameters of `grain.GRAIN`.
 
     Attributes:
-      checkpoint: workdir, checkpoint or converted model, for the sizes of the towers.
+      checkpoint: workdir, checkpoint or converted folder with the configuration of the model.
       dtype: of activations, "float32" (at full precision on every device) or "bfloat16".
     """
 
@@ -75,7 +75,7 @@ class Model(nn.Module):
 
     @nn.nowrap
     def init(self, *args, **kwargs):
-        """As `init` of flax, with plain arrays: big_vision has no logical axes."""
+        """As `init` of flax, but with plain arrays, because big_vision does not know logical axes."""
         return nn.unbox(super().init(*args, **kwargs))
 
     def __call__(self, image, text=None, train: bool = False):
@@ -83,12 +83,12 @@ class Model(nn.Module):
 
         Args:
           image: uint8 [B, S, S, 3], or float32 normalised with `model.image.pixel_mean` and `pixel_std`.
-          text: int32 [N, L] from `grain_text`. From another op: ids of CLIP with any padding; ids of SigLIP as
-            the op of big_vision pads them; other ids padded with -1.
-          train: only False.
+          text: int32 [N, L] from `grain_text`; or CLIP token ids with any padding; or SigLIP token ids, padded
+            by the op of big_vision; or other token ids, padded with -1.
+          train: has to be False.
 
         Returns:
-          (zimg [B, D], ztxt [N, D], out): of unit length; None where the argument is None. `out` has
+          (zimg [B, D], ztxt [N, D], out): embeddings of unit length, None if the argument is None. `out` has
           "img/normalized", "txt/normalized", "t" (the logit scale, [1]), "t/parameter" (its
           logarithm), and for a sigmoid loss "b" (the logit bias, [1]).
 
@@ -120,9 +120,9 @@ class Model(nn.Module):
             missing = tower.context_length - tokens.shape[1]
             tokens = jnp.pad(tokens, ((0, 0), (0, missing)), constant_values=_PADDING)
         real = tokens != _PADDING
-        # The end token of CLIP has the highest id; a text of another tokenizer ends before its padding.
+        # With CLIP the end token has the highest id; with other tokenizers it is the last token before the padding.
         ends = tokens.argmax(1) if tower.tokenizer == "clip" else real.sum(1) - 1
-        tokens = jnp.where(real, tokens, tower.pad_id)[:, None]  # a group per text
+        tokens = jnp.where(real, tokens, tower.pad_id)[:, None]  # one group per text
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
         at = jnp.stack([jnp.zeros_like(ends), ends], axis=1)
         (embed,) = self.grain.encode_text(tokens, positions, jnp.ones_like(positions), at)
@@ -130,16 +130,16 @@ class Model(nn.Module):
 
 
 def load(init_params: Any, init_file: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a checkpoint; the trainers of big_vision call it for `config.model_init`.
+    """Loads the parameters of a checkpoint; the trainers of big_vision call this for `config.model_init`.
 
     Args:
       init_params: the result of `Model.init`; unused, since the checkpoint has every parameter.
-      init_file: workdir, checkpoint or converted model.
-      model_cfg: the arguments of `Model`; its `checkpoint` may be another one of the same model.
+      init_file: workdir, checkpoint or converted folder.
+      model_cfg: the arguments of `Model`; its `checkpoint` may differ from `init_file` if the model is the same.
 
     Raises:
       BigVisionError: the models of the two checkpoints differ.
-      checkpoint.CheckpointError: there is none.
+      checkpoint.CheckpointError: there is no checkpoint.
     """
     del init_params
     if not isinstance(init_file, str):
@@ -165,7 +165,7 @@ def predict_fn(model: Model) -> Callable[[Mapping[str, Any], Mapping[str, Any]],
 
 
 def grain_image(checkpoint: str, key: str = "image") -> Callable[[dict], dict]:
-    """Preprocessing op: images (uint8 [H, W, 3], or a file's bytes) -> uint8 [S, S, 3], resized as in `grain_jax.evaluate`."""
+    """Preprocessing op: uint8 [H, W, 3] or file bytes -> uint8 [S, S, 3], resized as in `grain_jax.evaluate`."""
     import tensorflow as tf
 
     size = _sizes(checkpoint)[0].image.image_size

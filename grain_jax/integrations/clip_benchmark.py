@@ -1,4 +1,4 @@
-"""A GRAIN checkpoint as a model of clip-benchmark, for its tasks (docs/library.md).
+"""Adapter that lets the tasks of clip-benchmark use a GRAIN checkpoint (docs/library.md).
 
   python -m grain_jax.integrations.clip_benchmark eval --model_type grain_jax --model GRAIN --pretrained DIR ...
 
@@ -19,7 +19,7 @@ from grain_jax import errors, inference
 from grain_jax.files import images as image_files
 from grain_jax.input_pipeline import tokenizer
 
-NAME = "grain_jax"  # clip-benchmark's --model_type
+NAME = "grain_jax"  # value of --model_type in clip-benchmark
 
 
 class ClipBenchmarkError(errors.UserError):
@@ -27,7 +27,7 @@ class ClipBenchmarkError(errors.UserError):
 
 
 def register() -> None:
-    """Registers the model type with clip-benchmark, also where its command line is imported already.
+    """Registers the model type with clip-benchmark, even if its command line is already imported.
 
     Raises:
       ClipBenchmarkError: clip-benchmark is not installed.
@@ -50,7 +50,7 @@ class Model(torch.nn.Module):
     """A Predictor behind the two methods that clip-benchmark calls.
 
     Args:
-      predictor: the model; it holds the parameters, as arrays of JAX.
+      predictor: the model; it holds the parameters, as JAX arrays, so this module has none of its own.
     """
 
     def __init__(self, predictor: inference.Predictor):
@@ -58,12 +58,12 @@ class Model(torch.nn.Module):
         self.predictor = predictor
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """Images, uint8 [B, S, S, 3] of the transform -> float32 [B, D], unit length."""
+        """Images, uint8 [B, S, S, 3] from the transform -> float32 [B, D], unit length."""
         embed = self.predictor.encode_image(images.cpu().numpy())
         return torch.from_numpy(embed).to(images.device)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Token ids, int32 [N, L] of the tokenizer -> float32 [N, D], unit length."""
+        """Token ids, int32 [N, L] from the tokenizer -> float32 [N, D], unit length."""
         embed = self.predictor.encode_text(tokens.cpu().numpy())
         return torch.from_numpy(embed).to(tokens.device)
 
@@ -79,7 +79,7 @@ def load(
       cache_dir, device: unused; nothing is downloaded, and JAX chooses the device.
 
     Raises:
-      ClipBenchmarkError: the ids of a text do not show where it ends.
+      ClipBenchmarkError: the end of a text cannot be found from its token ids.
       checkpoint.CheckpointError: there is no model.
     """
     predictor = inference.load(pretrained)
@@ -103,13 +103,13 @@ def _resize(size: int, image: PIL.Image.Image) -> torch.Tensor:
 def _tokenize(
     library: tokenizer.Tokenizer, context_length: int, texts: str | Sequence[str]
 ) -> torch.Tensor:
-    """int32 [N, context length], padded as the tower was trained."""
+    """int32 [N, context length], padded as in training."""
     texts = [texts] if isinstance(texts, str) else list(texts)
     return torch.from_numpy(np.asarray(library(texts, context_length), np.int32))
 
 
 def main() -> int:
-    """The command of clip-benchmark with this model type; exit status 2 for a UserError."""
+    """Runs the command of clip-benchmark with this model type; exit status 2 after a UserError."""
     try:
         register()
         importlib.import_module("clip_benchmark.cli").main()

@@ -124,12 +124,12 @@ def regions_grid(
     )
     found = batch.with_regions
     matched, truth = grounding.match(found.boxes_xyxy, described)
-    embed = scores.unit(found.embed[matched.picture, matched.query])
+    embed = scores.unit(found.embed[matched.image, matched.query])
     nearest = (embed @ scores.unit(predictor.encode_text(texts)).T).argmax(axis=1)  # [n]
 
     captions = []  # of each image, (colour, line) pairs
     for i in range(len(read)):
-        mine = np.flatnonzero(matched.picture == i)
+        mine = np.flatnonzero(matched.image == i)
         captions.append(_wrapped(texts, nearest[mine], truth[mine]))
     figure, axes = _grid(
         captions,
@@ -139,8 +139,8 @@ def regions_grid(
     for i, (position, (above, below)) in enumerate(zip(batch.index, axes)):
         picture = images_lib.load_image(paths[position]).convert("RGB")
         _draw_picture(above, picture)
-        pred_boxes_xyxy = found.boxes_xyxy[i, matched.query[matched.picture == i]]
-        true_boxes_xyxy = described.boxes_xyxy[described.picture == i]  # ordered as the matches are
+        pred_boxes_xyxy = found.boxes_xyxy[i, matched.query[matched.image == i]]
+        true_boxes_xyxy = described.boxes_xyxy[described.image == i]  # ordered as the matches are
         for j, pred_box_xyxy in enumerate(pred_boxes_xyxy):
             colour = COLOURS[j % len(COLOURS)]
             _draw_box(above, true_boxes_xyxy[j], picture.size, colour, dashed=True)

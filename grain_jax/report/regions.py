@@ -103,7 +103,7 @@ def _predicted(boxes_xyxy, similarity, matched, own_text, image: int) -> list[di
             "best": [[int(t), round(float(similarity[q, t]), 3)] for t in best],
             "own": None,  # the text of the annotated box that it is matched to
         }
-        for at in np.flatnonzero((matched.picture == image) & (matched.query == q)):
+        for at in np.flatnonzero((matched.image == image) & (matched.query == q)):
             region["own"] = int(own_text[at])
             region["own_score"] = round(float(similarity[q, own_text[at]]), 3)
             region["iou"] = round(float(matched.iou[at]), 3)
@@ -113,8 +113,8 @@ def _predicted(boxes_xyxy, similarity, matched, own_text, image: int) -> list[di
 
 def _annotated(described, matched, image: int) -> list[dict[str, Any]]:
     """The annotated boxes of an image; matched ones come in the order of their rank, the others are the last."""
-    mine = described.picture == image
-    queries = matched.query[matched.picture == image].tolist()
+    mine = described.image == image
+    queries = matched.query[matched.image == image].tolist()
     return [
         {"box": _rounded(box), "text": int(text), "query": query}
         for box, text, query in itertools.zip_longest(

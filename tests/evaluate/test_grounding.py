@@ -103,7 +103,7 @@ def test_matching_is_scipys_of_the_training_cost():
     counts = [1, 2, 3, 4, 5, 5, 3, 2, 1]
     true = [np.sort(random.random((n, 2, 2)), axis=1).reshape(n, 4) for n in counts]
     described = grounding.Described(
-        picture=np.repeat(np.arange(9), counts),
+        image=np.repeat(np.arange(9), counts),
         rank=np.concatenate([np.arange(n) for n in counts]),
         boxes_xyxy=np.concatenate(true).astype(np.float32),
         text=np.arange(sum(counts)),
