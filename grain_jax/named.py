@@ -3,7 +3,8 @@
 Loss terms, evaluators, towers and data sources are chosen this way. Imports nothing but `errors`.
 
 A stored config (of a checkpoint, a workdir) may come from anyone, so a name in it imports no code: its module must
-be imported already, or be listed in the environment variable GRAIN_JAX_IMPORT, separated by commas. For the config
+be the user's own and imported already, or be listed in the environment variable GRAIN_JAX_IMPORT, separated by commas.
+Modules of Python and of installed packages are not the user's own: a stored `os:abort` finds nothing. For the config
 that a user passes to a command, the command switches imports on (`importing`).
 """
 
@@ -13,6 +14,8 @@ import difflib
 import importlib
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -42,7 +45,17 @@ def may_import(name: str) -> bool:
     module_name = name.partition(":")[0]
     listed = [module.strip() for module in os.environ.get(VARIABLE, "").split(",")]
     own = not is_external(name) or module_name.partition(".")[0] == "grain_jax"
-    return own or _importing.get() or module_name in sys.modules or module_name in listed
+    return own or _importing.get() or module_name in listed or _is_users_own(module_name)
+
+
+def _is_users_own(module_name: str) -> bool:
+    """Whether a module is imported already, and neither of Python nor of an installed package."""
+    file = getattr(sys.modules.get(module_name), "__file__", None)
+    if file is None:
+        return False
+    of_python = [sysconfig.get_path(key) + "/" for key in ("stdlib", "platstdlib")]
+    installed = any(f"/{folder}/" in file for folder in ("site-packages", "dist-packages"))
+    return not installed and not file.startswith(tuple(of_python))
 
 
 def find(kind: str, name: str, table: Mapping[str, Any]) -> Any:
@@ -74,8 +87,8 @@ def find(kind: str, name: str, table: Mapping[str, Any]) -> Any:
         )
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError, SyntaxError) as error:
-        reason = f"{module_name!r} cannot be imported ({error})"
+    except (Exception, SystemExit) as error:  # whatever the code of the module raises
+        reason = f"{module_name!r} cannot be imported ({_cause(error)})"
         raise errors.UserError(
             f"{kind} {name!r}: {reason}; expected module:Name of a module on Python's path"
         ) from error
@@ -86,6 +99,15 @@ def find(kind: str, name: str, table: Mapping[str, Any]) -> Any:
             f" {', '.join(known) or 'nothing is defined there'}"
         )
     return getattr(module, attribute)
+
+
+def _cause(error: BaseException) -> str:
+    """The error in a line; where it is not of the import itself, with its type and place."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ImportError, ValueError, SyntaxError)):
+        return text
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}: {type(error).__name__}: {text}"
 
 
 def _is_own(module_name: str, key: str, value: Any) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, named
 from grain_jax.runtime import metrics_writer
 from launch import chips
 
@@ -264,7 +264,8 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
 
     from grain_jax.training import flops, memory_use, sharding, train_step
 
-    config = config_lib.from_dict(request["config"])
+    with named.importing():  # the user's own config, from the command line of launch.plan
+        config = config_lib.from_dict(request["config"])
     name = request["topology"]
     try:
         devices = topologies.get_topology_desc(

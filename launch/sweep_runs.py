@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, named
 from grain_jax.input_pipeline import derived
 from grain_jax.runtime import command_line
 from launch import sweep_table
@@ -100,7 +100,8 @@ def resolve(
         for group in groups:
             part = part[group]
         part[leaf] = value
-    return config_lib.from_dict(tree)
+    with named.importing():  # the user's own sweep
+        return config_lib.from_dict(tree)
 
 
 def _short(value: Any) -> str:

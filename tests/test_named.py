@@ -1,5 +1,6 @@
 """Extensions by name and as module:Name, and what an unknown one is told."""
 
+import re
 import sys
 
 import pytest
@@ -59,3 +60,25 @@ def test_a_module_is_imported_where_the_user_allows_it(monkeypatch, tmp_path):
     with named.importing():
         assert named.find("data source", name, TABLE).__name__ == "Source"
     monkeypatch.delitem(sys.modules, "of_a_stranger")
+
+
+@pytest.mark.parametrize("name", ["os:abort", "sys:exit", "numpy:save", "builtins:exit"])
+def test_a_stored_config_finds_nothing_in_python_and_in_installed_packages(name):
+    with pytest.raises(errors.UserError, match="a stored config imports no code"):
+        named.find("data source", name, TABLE)
+
+
+@pytest.mark.parametrize(
+    "code, cause",
+    [
+        ("x = 1 / 0", "broken.py:1: ZeroDivisionError: division by zero"),
+        ("import sys\nsys.exit(3)", "broken.py:2: SystemExit: 3"),
+        ("{}['foo']", "broken.py:1: KeyError: 'foo'"),
+    ],
+)
+def test_an_error_of_the_module_is_a_line(monkeypatch, tmp_path, code, cause):
+    (tmp_path / "broken.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with named.importing(), pytest.raises(errors.UserError, match=re.escape(cause)) as error:
+        named.find("loss term", "broken:term", TABLE)
+    assert "\n" not in str(error.value)

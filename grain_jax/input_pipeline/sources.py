@@ -25,6 +25,8 @@ BUILT_IN = {
     "synthetic": "grain_jax.input_pipeline.synthetic",
 }
 
+_METHODS = ("check", "num_examples", "identities", "num_shards", "text_lengths", "batches")
+
 
 class Identity(TypedDict):
     """What tells a data set from others; a checkpoint holds it as JSON, and a resumed run compares."""
@@ -159,6 +161,12 @@ def of(config: Config) -> DataSource:
     name = config.input.source
     found = named.find("input.source", name, BUILT_IN)
     if name not in BUILT_IN:
+        missing = [method for method in _METHODS if not callable(getattr(found, method, None))]
+        if not isinstance(found, type) or missing:
+            raise errors.UserError(
+                f"input.source: got {name!r}, expected a class with the methods of DataSource"
+                f" (grain_jax/input_pipeline/sources.py); it lacks {', '.join(missing) or 'a class'}"
+            )
         return found()
     try:  # TensorFlow: not on every machine, and slow to import
         return cast(DataSource, importlib.import_module(found))

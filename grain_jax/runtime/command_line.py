@@ -95,8 +95,8 @@ def _check_values(argv: list[str], flag_values: flags.FlagValues) -> None:
             )
 
 
-# Keys that the config file need not have: those of loss terms (docs/method.md, Losses).
-_OPEN = re.compile(r"loss\.terms\.\w+\.\w+")
+# Keys that the config file need not have: those of loss terms, and options of one's own tower or data source.
+_OPEN = re.compile(r"loss\.terms\.\w+\.\w+|(model\.(image|text)|input)\.options\.\w+")
 _UNSET = ("None", "none", "{}")  # values that take an evaluator out, or all of them
 
 
@@ -184,11 +184,14 @@ def parse_config(
             )
         config = holder.value.copy_and_resolve_references().unlock()
         for flag in new:
-            key, _, value = flag.removeprefix(f"--{name}.loss.terms.").partition("=")
-            term, _, option = key.partition(".")
-            if term not in config.loss.terms:
-                config.loss.terms[term] = ConfigDict()
-            config.loss.terms[term][option] = _literal(value)
+            key, _, value = flag.removeprefix(f"--{name}.").partition("=")
+            *groups, option = key.split(".")
+            part = config
+            for group in groups:
+                if part.get(group) is None:
+                    part[group] = ConfigDict()
+                part = part[group]
+            part[option] = _literal(value)
         for pair in config_lib.EITHER_OR:
             for key, other in (pair, pair[::-1]):
                 if key in given and other not in given:

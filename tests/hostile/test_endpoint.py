@@ -303,4 +303,6 @@ def test_a_number_that_is_none(tmp_path, capsys, name, value):
     with pytest.raises(SystemExit) as end:
         command.main([f"--images={tmp_path}", f"--output={tmp_path / 'o'}", f"{name}={value}"])
     said = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(said) == 1 and "expected a number from" in said[0]
+    assert (
+        end.value.code == 2 and len(said) == 1 and "expected a number in 0.001..1000000" in said[0]
+    )

@@ -149,7 +149,7 @@ def test_pictures_and_texts_from_a_generator(predictor, pictures, monkeypatch):
             taken.append(i)
             yield PIL.Image.fromarray(picture) if i % 2 else picture
 
-    monkeypatch.setattr(inference, "MAX_BATCH", 4)
+    monkeypatch.setattr("grain_jax.inference.predictor.MAX_BATCH", 4)
     seen = []
     run = predictor._run
     monkeypatch.setattr(

@@ -182,6 +182,7 @@ def test_the_configs_hash_does_not_change_when_keys_are_added():
         (old["model"]["text"], config_lib.TextTower),
         (old["input"], config_lib.Input),
         (old["text"], config_lib.Text),
+        (old["loss"], config_lib.Loss),
         (old["optim"], config_lib.Optim),
     ):
         for field in dataclasses.fields(cls):

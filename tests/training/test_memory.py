@@ -205,11 +205,11 @@ def _runs_out(*_, **__):
 
 
 def test_an_evaluation_says_it(tmp_path):
-    predictor = type("Predictor", (), {"encode_image": _runs_out, "encode_regions": _runs_out})()
+    predictor = type("Predictor", (), {"encode_image_and_regions": _runs_out})()
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(errors.OutOfMemory, match="out of memory in images .*--batch-size"):
         for _ in encode.encode_images(
-            predictor, [tmp_path / "a.png"], label="pictures", unreadable={}
+            predictor, [tmp_path / "a.png"], label="images", unreadable={}
         ):
             pass
 
