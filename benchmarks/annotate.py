@@ -108,7 +108,7 @@ def main() -> None:
         runs = [(workers, "few") for _ in range(args.repeats) for workers in WORKERS]
         runs += [(workers, "many") for workers in WORKERS]
         found = {}
-        for number, (workers, which) in enumerate(runs):  # in turns
+        for number, (workers, which) in enumerate(runs):  # the worker counts alternate
             result = annotate(folder / which, folder / f"out{number}", workers)
             found.setdefault((workers, which), []).append(result)
     rows = []

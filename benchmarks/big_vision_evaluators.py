@@ -4,9 +4,10 @@
         --images CLASS_FOLDERS --pictures DIR --annotations A.jsonl [--json OUT.json]
 
 BIG_VISION is a checkout of github.com/google-research/big_vision (tested with commit 0127fb6); its evaluators need
-einops beside our `data` extra. The images become local TFDS data sets; its discriminative_classifier and its
-retrieval evaluator run on them through its `evaluators.common`, ours on the files. Its classifier normalises the mean
-embedding of the prompts of a class, which the GRAIN paper does not: ours is measured both ways. The exit status is 1
+einops in addition to our `data` extra. The images are written as local TFDS data sets. The discriminative_classifier
+and the retrieval evaluator of big_vision run on these through its `evaluators.common`; our evaluators run on the files.
+The classifier of big_vision normalises the mean embedding of the prompts of a class, which the GRAIN paper does not:
+ours is measured both ways. The exit status is 1
 if a number differs.
 """
 
@@ -125,7 +126,7 @@ def evaluators(checkpoint: str, names: list[str], data_dir: epath.Path, batch_si
                         class_names=names,
                         prompt_templates=prompts,
                         canonicalize=False,
-                        dataset_overrides={},  # its default names another data set
+                        dataset_overrides={},  # the default names another data set
                         **prepare,
                     )
                     for prompts in PROMPTS
@@ -139,7 +140,7 @@ def evaluators(checkpoint: str, names: list[str], data_dir: epath.Path, batch_si
             },
         )
     )
-    # As in its trainers.
+    # As in the trainers of big_vision.
     module = importlib.import_module(f"big_vision.models.{config.model_name}")
     model = module.Model(**config.model)
     params = module.load(None, config.model_init, config.model)
@@ -155,7 +156,7 @@ def evaluators(checkpoint: str, names: list[str], data_dir: epath.Path, batch_si
 def classify_both(
     checkpoint: str, folder: epath.PathLike, evaluator: Any, state: Any, scratch: epath.Path
 ) -> dict[str, float]:
-    """Accuracy of big_vision, ours with normalised class means and by the rule of the paper, and the score differences."""
+    """Three accuracies (big_vision; ours with normalised class means; ours by the rule of the paper) and score differences."""
     theirs = evaluator.evaluate(state, "grain_classes", return_embeddings=True)
     their_scores = theirs["images"]["embedding"] @ theirs["texts"]["average_embedding"].T
     templates = evaluator.prompt_templates

@@ -37,7 +37,7 @@ def size_of(folder: epath.Path) -> int:
 
 
 def checkpointing_side(size: str, batch: int, folder: str) -> dict[str, Callable]:
-    """A callable that returns the turns up to now, a dict of seconds (and bytes) each."""
+    """A callable that runs a turn and returns all turns so far: a dict of seconds (and bytes) each."""
     import jax
     import orbax.checkpoint as ocp
 

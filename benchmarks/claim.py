@@ -2,7 +2,7 @@
 
     python -m benchmarks.claim run     trains every run that has no row in the table of results; may be stopped at
                                        any time and started again
-    python -m benchmarks.claim report  prints the tables (Markdown) and draws the images
+    python -m benchmarks.claim report  prints the tables (Markdown) and draws the charts
 
 Every arm has the same towers, images, batch, schedule and grid of learning rates; arms differ in the few keys
 of `claim_design.ARMS`. Half of the held-out classes choose the learning rate, the other half is reported.

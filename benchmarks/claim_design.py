@@ -6,9 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-DESIGN = (
-    2  # of the settings below; rows of design 1 are in the table of results for docs/claim.md alone
-)
+DESIGN = 2  # number of the settings below; only docs/claim.md uses the rows of design 1
 CONFIG = "configs/demo.py"
 STEPS = 500
 RATES = (5e-4, 1e-3)
@@ -23,7 +21,7 @@ SETTING: dict[str, Any] = {
     "text.pack_group": 32,
     "text.pack_rows": 18,
     "model.text.context_length": 128,  # the control's captions are long
-    "input.max_regions": 8,  # as many as birds have parts, and as many queries: see docs/claim.md
+    "input.max_regions": 8,  # the number of parts of a bird, and of queries (docs/claim.md)
     "model.decoder.queries": 8,
     "loss.box": 0.2,
     "model.decoder.qkv_init_gain": 2.5,
@@ -107,7 +105,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of its folder and key of its result."""
+        """Name of the folder of the run, and key of its result."""
         return f"{self.data}-{self.arm}-lr{self.rate:g}-steps{self.steps}-seed{self.seed}"
 
 
@@ -115,7 +113,7 @@ def changes(run: Run, config: str) -> dict[str, Any]:
     """The changes of the run to the config file `config`, without paths."""
     arm = {**ARMS, **QUESTIONS}[run.arm]
     run_keys = {"seed": run.seed, "total_steps": run.steps, "optim.learning_rate": run.rate}
-    if config != CONFIG:  # its text.pack_rows fits its own texts
+    if config != CONFIG:  # its text.pack_rows suits its own texts
         return {**run_keys, **{key: arm[key] for key in arm if key != "text.pack_rows"}}
     return {
         **run_keys,

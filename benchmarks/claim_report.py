@@ -206,7 +206,7 @@ def _print_main(title: str, groups) -> None:
     print()
     regions = {k: v for k, v in groups.items() if v and "grounding_unseen/box_iou" in v[0]}
     if regions:
-        # Chance depends on the predicted boxes; these are of GRAIN.
+        # The chance level depends on the predicted boxes; this one is of the boxes of GRAIN.
         by = regions.get(LABELS["grain"], list(regions.values())[-1])[0]
         chance = [
             "chance",

@@ -69,17 +69,17 @@ COLUMNS: dict[str, type] = {
 
 
 def run_of(result: Result) -> design.Run:
-    """The run that a row is of."""
+    """The run of this row."""
     return design.Run(*(result[field] for field in design.Run._fields))
 
 
 def read(path: pathlib.Path) -> dict[str, Result]:
     """Name -> result of every finished run of this design; empty where there is no file yet.
 
-    A last line without its line break is not there yet: its run was killed while writing it.
+    A last line without a line break is skipped: its run was killed while writing it.
 
     Raises:
-      ClaimError: the table has other columns, or a cell is not of its column's type.
+      ClaimError: the table has other columns, or a cell does not have the type of its column.
     """
     if not path.exists():
         return {}
@@ -98,7 +98,7 @@ def read(path: pathlib.Path) -> dict[str, Result]:
 
 
 def append(path: pathlib.Path, result: Result) -> None:
-    """Adds a row, whole or not at all; runs of other processes may do so at the same time.
+    """Appends a row atomically; several processes may append at the same time.
 
     Raises:
       ClaimError: the table has other columns.
@@ -109,7 +109,7 @@ def append(path: pathlib.Path, result: Result) -> None:
         file.seek(0)
         text = file.read()
         whole = text.rfind("\n") + 1
-        file.truncate(len(text[:whole].encode()))  # what a killed run began to write
+        file.truncate(len(text[:whole].encode()))  # an incomplete line of a killed run
         _check_header(path, text[:whole].splitlines()[:1])
         out = io.StringIO()
         writer = csv.DictWriter(out, COLUMNS, delimiter="\t", lineterminator="\n")

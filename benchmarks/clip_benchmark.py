@@ -1,10 +1,10 @@
-"""The zero-shot accuracy of a GRAIN checkpoint by clip-benchmark and by ours, on a folder with a sub-folder a class.
+"""The zero-shot accuracy of a GRAIN checkpoint by clip-benchmark and by grain_jax, on a folder with a sub-folder a class.
 
     python -m benchmarks.clip_benchmark --checkpoint DIR --images CLASS_FOLDERS [--json OUT.json]
 
-in an environment that has clip-benchmark (docs/library.md). Its own command line runs, with our class names and
-prompts. It normalises the mean embedding of the prompts of a class, which the GRAIN paper does not. With one prompt a
-class that changes nothing; with several, ours is measured both ways, and its command runs once more with class
+in an environment that has clip-benchmark (docs/library.md). The command line of clip-benchmark
+runs with our class names and prompts. It normalises the mean embedding of the prompts of a class, which the GRAIN paper does not. With one prompt a
+class that changes nothing; with several, ours is measured both ways, and the command runs once more with class
 features by the rule of the paper (--load_clfs). The exit status is 1 if a number differs.
 """
 
@@ -41,14 +41,14 @@ def theirs(
     scratch: epath.Path,
     features: np.ndarray | None = None,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Runs the command of clip-benchmark on the folder: its metrics, and its scores [N, C].
+    """Runs the command of clip-benchmark on the folder; returns its metrics and scores [N, C].
 
     Args:
       checkpoint: the model.
-      folder: of class folders.
-      names: of the classes, in the order of the folders.
+      folder: the folder of the class folders.
+      names: names of the classes, in the order of the folders.
       templates: prompts with {}.
-      scratch: folder for its input and output files.
+      scratch: folder for the input and output files of the command.
       features: class features [C, D] to use instead of the prompts.
     """
     from clip_benchmark import cli

@@ -1,12 +1,12 @@
-"""Our input pipeline against a torch DataLoader, in turns in one run, and the CPU time of its stages.
+"""Compares our input pipeline with a torch DataLoader, in turns in one run, and measures the CPU time of our stages.
 
     python -m benchmarks.input [--count 2000] [--batches 20] [--turns 5] [--pictures DIR] [--json OUT.json]
 
 Makes N JPEGs of 500 x 375 (about 55 KB: noise with the spectrum of photographs) with captions and regions, and builds
-records of them in three ways: unchanged, and resized to 224 as JPEG and as PNG. Ours is all of `records.batches`: read,
-parse, decode, resize, tokenise, pack. The DataLoader has 2 workers, PIL as in the reference or torchvision's decoder
-and resize, and open_clip's tokenizer. Each side runs in a process of its own; a turn consumes the prefetched batches
-before its clock starts. Then the images are compared with PIL's, and the CPU time of an image is divided by stage.
+records of them in three ways: unchanged, and resized to 224 as JPEG and as PNG. Our side is all of `records.batches`:
+read, parse, decode, resize, tokenise, pack. The DataLoader has 2 workers, PIL as in the reference or torchvision's decoder
+and resize, and open_clip's tokenizer. Each side runs in its own process; a turn consumes the prefetched batches before
+its clock starts. Then the images are compared with those of PIL, and the CPU time of an image is divided by stage.
 """
 
 import argparse
@@ -53,7 +53,7 @@ _WORDS = (
 def make_image(number: int) -> PIL.Image.Image:
     """Noise whose amplitude falls with frequency as 1/f^1.25, in correlated colours."""
     rng = np.random.default_rng(number)
-    shape = (384, 512)  # fast to transform; the image is a crop of it
+    shape = (384, 512)  # a fast size for the FFT; the image is a crop
     frequency = np.hypot(np.fft.fftfreq(shape[0])[:, None] * shape[0], np.arange(shape[1] // 2 + 1))
     frequency[0, 0] = np.inf
     phases = np.exp(2j * np.pi * rng.random((3, *frequency.shape), np.float32))
@@ -123,10 +123,10 @@ def make_config(folder: epath.PathLike, name: str) -> config_lib.Config:
 
 
 def timed(batches: Iterator[Any], count: int) -> Callable[[], list[float]]:
-    """A turn of `count` batches; returns the seconds of all turns up to now.
+    """Runs a turn of `count` batches; returns the seconds of all turns so far.
 
-    A side prefetches while others run. The clock starts when these batches are consumed, and the turn ends with a
-    pause in which they are made again.
+    A side prefetches while others run. The clock starts after the prefetched batches are consumed, and the turn ends
+    with a pause in which the side prefetches again.
     """
     seconds: list[float] = []
 
@@ -171,7 +171,7 @@ def torch_side(folder: str, kind: str, count: int) -> dict[str, Callable]:
 def profile_side(folder: str, name: str, count: int) -> dict[str, Callable]:
     """The pipeline's stages on one of the sets: a callable that returns {stage: CPU ms an image} a turn.
 
-    The time of a stage is the saving of a pipeline without it; the stages of texts are timed themselves.
+    The time of a stage is the difference to a pipeline without it; the text stages are timed directly.
     """
     import contextlib
     from unittest import mock
@@ -193,7 +193,7 @@ def profile_side(folder: str, name: str, count: int) -> dict[str, Callable]:
 
         return run
 
-    # Stand-ins without cost that depend on the same inputs, so that TensorFlow does not prune the stages before them.
+    # Replacements of almost no cost that depend on the same inputs, so that TensorFlow does not prune earlier stages.
     def flat(number):
         return tf.fill([SIZE, SIZE, 3], tf.cast(number % 2, tf.uint8))
 
@@ -275,7 +275,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def quality(paths: Sequence[epath.Path]) -> dict[str, Any]:
-    """Images as training reads them, against PIL's resize of the file.
+    """Compares images as training reads them with PIL's resize of the file.
 
     Returns: worst and mean difference (in levels) of full-size images and of PNGs, mean and least PSNR of JPEGs, and
       the number of images.
@@ -375,7 +375,9 @@ def main() -> int:
     )
     parser.add_argument("--json", type=epath.Path)
     args = parser.parse_args()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # as in records.py; inherited by the sides
+    os.environ.setdefault(
+        "TF_CPP_MIN_LOG_LEVEL", "2"
+    )  # as in records.py; the processes of the sides inherit it
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     machine = side_by_side.machine(
         *("tensorflow-cpu", "jax", "torch", "torchvision", "open_clip_torch", "pillow", "numpy")

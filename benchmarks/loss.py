@@ -1,4 +1,4 @@
-"""Time and memory of the contrastive losses, streamed (ours) and from the matrix of all similarities.
+"""Time and memory of the contrastive losses: streamed (ours), and from the matrix of all similarities.
 
     python -m benchmarks.loss [--batches 256 1024 4096] [--turns 7] [--json OUT.json]
 

@@ -7,9 +7,9 @@ Lengths are simulated like Conceptual Captions with region descriptions: caption
 4-12, special tokens included, all uniform; `--description-tokens 6 14` are the lengths if 4-12 counted words alone. For
 every group size the table has the smallest number of rows at which at most 0.1% of the texts are dropped or cut.
 
-`--cases`: the texts that groups of 64 lose at other lengths of texts, in FIXED rows, which suit the lengths above, and
-in the rows that the trainer derives from the lengths (grain_jax/input_pipeline/derived.py); with padding and FLOPs of
-the B/16 text tower.
+`--cases`: for other distributions of lengths, the share of texts that groups of 64 drop or cut with FIXED rows (which
+suit the lengths above) and with the rows that the trainer derives (grain_jax/input_pipeline/derived.py), and the
+padding and FLOPs of the B/16 text tower.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The parity table: our numbers against those of the PyTorch reference, in groups.
+"""The parity table: compares our numbers with those of the PyTorch reference, in groups.
 
     python -m benchmarks.parity [--json OUT.json]
 
@@ -38,7 +38,7 @@ HEADS = {"image": 4, "text": 4, "decoder": 4}  # of grain_public.npz
 
 
 class Comparison(NamedTuple):
-    """One array of ours against the reference's."""
+    """The comparison of one of our arrays with that of the reference."""
 
     name: str
     error: float
@@ -95,7 +95,7 @@ def goldens() -> Goldens:
 
 
 def config(**loss) -> config_lib.Config:
-    """The reference's behaviour on the batch of the goldens, with changes to `loss`."""
+    """A config with the behaviour of the reference for the batch of the goldens, with changes to `loss`."""
     c = recipe.reference_behaviour(recipe.base())
     c.total_steps, c.optim.warmup_steps = 200, 40
     c.batch_size, c.input.lanes, c.dtype = 6, 1, "float32"

@@ -4,7 +4,7 @@
 
 Image embedding, regions and boxes of the same images with the same random weights (`interop.perturbed`), float32.
 Ours take uint8 and normalise it; the others get normalised images, and the normalisation is not timed. Each side
-runs in a process of its own, in turns. Outputs must agree to 1e-5.
+runs in its own process, in turns. Outputs must agree to 1e-5.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def prepare(size: str, folder: epath.Path) -> int:
         logging.ERROR
     )  # it logs each expression that it does not fold
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter itself
+        warnings.simplefilter("ignore")  # warnings of the exporter itself
         module.eval().export_onnx(str(folder / "hf"))
     export.export_model(inference.Predictor(model, params), folder / "exported", ("cpu",))
     return model.image.image_size

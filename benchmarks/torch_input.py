@@ -1,4 +1,4 @@
-"""Images and texts by a torch Dataset: the other side of `benchmarks.input`.
+"""Images and texts read by a torch Dataset, for the comparison in `benchmarks.input`.
 
 Texts are padded to 77, and the five regions of the highest score of an image are kept.
 """
@@ -23,8 +23,8 @@ class Images(torch.utils.data.Dataset):
     """The images that `A.jsonl` in `folder` names.
 
     Args:
-      folder: with A.jsonl and the folder `images`.
-      kind: "PIL" (float32, normalised: the reference's way) or "torchvision" (uint8).
+      folder: a folder with A.jsonl and the folder `images`.
+      kind: "PIL" (float32, normalised, as in the reference) or "torchvision" (uint8).
       size: edge of the square, pixels.
     """
 

@@ -1,4 +1,4 @@
-"""GRAIN's train step in PyTorch, written for speed: the other side of `benchmarks.train_step`.
+"""The train step of GRAIN in PyTorch, written for speed, for the comparison in `benchmarks.train_step`.
 
 The model is `grain_jax/convert/hf_files/modeling_grain.py` (attention by scaled_dot_product_attention), the
 optimizer torch's fused AdamW, the matching SciPy's on the host. Each real text is padded to a row of 77, as in the

@@ -1,11 +1,11 @@
-"""Our train step against PyTorch's, with packed and with padded texts, in turns in one run.
+"""Compares our train step with one in PyTorch, with packed and with padded texts, in turns in one run.
 
     python -m benchmarks.train_step [--size B/16] [--batch 8] [--steps 5] [--json OUT.json]
 
 Texts have the lengths of the synthetic source: captions of 10-20 tokens, 0-5 descriptions of 4-12. All sides have
 the same weights and batch, and their losses must agree (dropout off) before anything is timed. PyTorch
 (`torch_step`) pads each real text to 77, as the reference does, or packs; each eager and with torch.compile. Our
-shapes are static: padded is a row for each of the 6 texts that an image can have. float32 on a CPU, bfloat16 on a GPU.
+shapes are static, so our padded variant has a row for each of the 6 texts that an image can have. float32 on a CPU, bfloat16 on a GPU.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def _loss(model, config, params, batch):
 
 
 def torch_side(size: str, batch: int, compiled: bool) -> dict[str, Any]:
-    """PyTorch's step with our initial weights and batch, in the form of `jax_side`."""
+    """The PyTorch step with our initial weights and batch; returns what `jax_side` returns."""
     import os
 
     import jax

@@ -1,4 +1,4 @@
-"""The printed page of a plan."""
+"""Formats a plan (`launch.plan`) as text."""
 
 import textwrap
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from grain_jax.runtime import metrics_writer
 
 WIDTH = 96
-# What to change when memory runs out, the cheapest in time first.
+# (config key, values and effect) to try when memory runs out; the first cost the least time.
 REMEDIES = (
     ("remat", "qkv or full: computes activations again in the backward pass"),
     ("microbatches", "2, 4, ...: fewer images at a time, the same loss"),
@@ -17,7 +17,7 @@ REMEDIES = (
 
 
 def amount(number: float, unit: str = "") -> str:
-    """A number with three digits and its prefix: 1.52 G, 703 M."""
+    """A number with three digits and an SI prefix: 1.52 G, 703 M."""
     for factor, prefix in (
         (1e18, "E"),
         (1e15, "P"),
@@ -34,17 +34,17 @@ def amount(number: float, unit: str = "") -> str:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes as GB with two digits."""
+    """Bytes as GB with two decimals."""
     return f"{size / 1e9:.2f} GB"
 
 
 def seconds(time: float) -> str:
-    """Seconds as ms below one, else as s, minutes, hours."""
+    """A time below one second in ms, a longer one in hours, minutes and seconds."""
     return f"{time * 1e3:.3g} ms" if time < 1 else metrics_writer.duration(time)
 
 
 def page(plan: dict[str, Any]) -> str:
-    """The page of a plan of `plan.make`."""
+    """The text of a plan that `plan.make` returned."""
     parts = [
         _heading(plan),
         _memory(plan),
@@ -64,7 +64,7 @@ def _section(title: str) -> str:
 
 
 def _rows(rows: list[tuple[str, str, str]]) -> list[str]:
-    """Label, right-aligned number, note."""
+    """Formats rows of (label, number, note); the numbers are right-aligned."""
     wide = max(len(row[1]) for row in rows)
     return [f"  {label:<26}{value:>{wide}}  {note}".rstrip() for label, value, note in rows]
 
@@ -116,7 +116,7 @@ def _memory(plan) -> list[str]:
         "parameters": "float32",
         "moments": "Adam's two",
         "ema": "average of the parameters",
-        "batch": "pictures, texts, boxes",
+        "batch": "images, texts, boxes",
         "padding": "to the chip's tiles",
     }
     rows = [

@@ -1,18 +1,19 @@
-"""The aviary: an embedded data set of drawn birds, made so that GRAIN's claim can be tested.
+"""The aviary: a data set of drawn birds, made to test the claim of the GRAIN paper.
 
-A species is a look of each of 8 parts (crest, beak, eye, throat, breast, wing, tail, legs; 101
-looks, each with a phrase).  120 training species in 24 genera, and 40 held-out ones in 10 genera of
-their own, made in the same way of looks that all occur in training: new are their names and
-combinations.  Web captions tell only the invented names; parts are told by synthetic captions and
-by region descriptions.  `python -m data.aviary --output DIR` writes
+A species has one look for each of 8 parts (crest, beak, eye, throat, breast, wing, tail, legs;
+101 looks, each with a phrase).  There are 120 training species in 24 genera and 40 held-out
+species in 10 other genera.  Every look of a held-out species occurs in training; only its name and
+its combination of looks are new.  Web captions hold only the invented names; synthetic captions
+and region descriptions describe parts.  `python -m data.aviary --output DIR` writes
 
   DIR/A.jsonl, images/            training images, annotated with a detector's noise
   DIR/seen/NAME/*, seen.json      new images of training species (class folders), D.json format
   DIR/unseen/NAME/*, unseen.json  images of held-out species, their descriptions
-  DIR/test/A.jsonl, test/images/  exact boxes and words, no names; even numbers are of training
-                                  species, odd ones held out; test/seen.jsonl and
+  DIR/test/A.jsonl, test/images/  exact boxes and words, no names; images of training species
+                                  have even numbers, of held-out species odd ones; test/seen.jsonl and
                                   test/unseen.jsonl are the two halves (images below DIR/test)
-  DIR/README.md, settings.json    what it is; written last, all settings
+  DIR/README.md                   describes the files
+  DIR/settings.json               all settings; written last
 
 Modules, in the order of the data flow: `vocabulary` (looks and phrases), `species`, `outlines`,
 `bird`, `palette`, `scenery`, `props`, `drawing` (image and exact boxes), `annotations` (words,

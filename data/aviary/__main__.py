@@ -1,4 +1,4 @@
-"""Generates the embedded data set: drawn birds of invented species, with annotations.
+"""Generates the aviary data set: drawn birds of invented species, with annotations.
 
   python -m data.aviary --output DIR [--images N --seed S --size 64 --processes P ...]
 
@@ -49,7 +49,7 @@ _HELP = {
     "caption_errors": "noise: share of wrong parts in synthetic captions",
     "synthetic_paraphrased": "share of parts in other words in synthetic captions",
 }
-# Inclusive ranges of what is not a share of 1.
+# Inclusive ranges of the options that are not in [0, 1].
 _RANGES = {
     "seed": (0, 2**63),
     "size": (32, 4096),
@@ -143,9 +143,9 @@ def main(argv=None) -> int:
         return 0
     target = epath.Path(arguments.records) / arguments.name / example.VERSION
     staging.recover(target)
-    if not made and target.exists():  # the version's folder: a build cut off leaves others
+    if not made and target.exists():  # exists only after a complete build
         return 0
-    from data import build  # starts slowly
+    from data import build  # its imports take seconds
 
     return build.main(
         [

@@ -1,8 +1,7 @@
-"""The words and boxes of an image: noisy as the web, an MLLM and a detector are, or exact.
+"""The words and boxes of an image: exact, or with the noise of web text, an MLLM and a detector.
 
-Every kind of noise has its own stream of chance, and each draws the same numbers whatever the
-rates are: raising one rate changes nothing that the other kinds do, and adds faults to those that
-were there before.
+Every kind of noise draws from its own random stream, and draws the same numbers at every rate.  So
+a higher rate keeps the errors of a lower one, adds more, and changes no other kind of noise.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ from data.aviary.species import Species
 from data.aviary.vocabulary import PARTS, TRAITS
 
 _ALL_TRAITS = tuple(trait for part in PARTS for trait in TRAITS[part])
-_LEAST_AREA = 0.001  # of the image: what is smaller counts as hidden
+_LEAST_AREA = 0.001  # share of the image; a smaller part counts as hidden
 
 _WEB_CAPTIONS = (
     "a photo of a {name} seen {place}",
@@ -49,14 +48,14 @@ _SYNTHETIC_CAPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """How wrong annotations are. Shares are of 1.
+    """Rates of the errors in annotations. Shares are in [0, 1].
 
     Attributes:
         misses: share of the chosen parts that the detector does not report.
         jitter: each edge of a box moves by a normal amount of this share of the box's side.
         wrong_descriptions: share of regions described by a trait that the bird does not have.
         paraphrased: share of descriptions in other words than the plain ones.
-        score_noise: standard deviation of what scores have nothing to do with anything.
+        score_noise: standard deviation of the random part of scores.
         wrong_names: share of web captions with the name of another training species.
         missing_names: share of web captions without any name.
         caption_errors: share of the parts in synthetic captions that the bird does not have.
@@ -85,7 +84,7 @@ def visible_parts(drawing: Drawing) -> list[str]:
 def web_caption(
     species: Species, others: tuple[Species, ...], drawing: Drawing, key: str, noise: Noise
 ) -> str:
-    """Alt text as the web has it: the species' name, another one's of `others`, or none."""
+    """Alt text as on the web, with the name of the species, a name from `others`, or no name."""
     rng = random.Random(key + "/web")
     named, nameless = rng.choice(_WEB_CAPTIONS), rng.choice(_NAMELESS_CAPTIONS)
     wrong = rng.choice(others).name if others else species.name
@@ -126,10 +125,11 @@ def synthetic_caption(
 def regions(
     species: Species, drawing: Drawing, key: str, noise: Noise, *, least: int = 3, most: int = 5
 ) -> list[dict]:
-    """From `least` to `most` visible parts, less what is missed: box, description and score.
+    """Regions of `least` to `most` visible parts, without the missed ones.
 
-    `box` is [x1, y1, x2, y2] in pixels, inside the image. A score falls with the box's error
-    and with a wrong description, as a detector's does, and stays in [0.3, 0.99].
+    Each has a box, a description and a score. `box` is [x1, y1, x2, y2] in pixels, inside the
+    image. As with a detector, the score falls with the error of the box and with a wrong
+    description; it stays in [0.3, 0.99].
     """
     rng = random.Random(key + "/parts")
     chosen = visible_parts(drawing)
@@ -166,7 +166,7 @@ def box_iou(first, second) -> float:
 
 
 def _describe(species, part, rng, wrong_rate, paraphrase_rate):
-    """(description, whether it is wrong): uses the same chance whatever the rates are."""
+    """(description, whether it is wrong); draws the same random numbers at every rate."""
     wrong, other = rng.random() < wrong_rate, rng.choice(_ALL_TRAITS)
     while other in species.traits:
         other = rng.choice(_ALL_TRAITS)

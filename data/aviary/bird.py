@@ -1,8 +1,8 @@
-"""The bird's shapes, in units of a hundredth of the image, looking towards +x, y downwards.
+"""The shapes of the bird, in hundredths of the side of the image; it looks towards +x, y is down.
 
 A *layer* is (outline, tone); tones are names of shades made from one colour (see `drawing.tones`).
-`PART_LAYERS[part, shape]` are a part's layers from back to front; `BODY_BACK`, `EYE` and the order
-of `bird_layers` complete the bird.
+`PART_LAYERS[part, shape]` holds the layers of a part from back to front; `bird_layers` combines them
+with the body and the eye.
 """
 
 # Coordinates read better in rows.
@@ -23,7 +23,7 @@ _WING = place(curve((5, -7.5), (9.5, 1), (6, 10), (-6, 15.5), (-22, 18.5), (-34,
 
 
 def _shaded(points, *inside, depth=1.2):
-    """Outline, a darker lower rim, the colour, then what is drawn upon it."""
+    """Layers: the outline, a darker lower rim, the colour, and the layers drawn over it."""
     return [(grow(points, INK), "ink"), (points, "dark"),
             (grow(points, -depth / 2) + (0, -depth / 2), "base"), *inside]
 

@@ -1,8 +1,8 @@
 """Draws a bird of a species in a scene: an image and the exact box of each part.
 
 The foreground is drawn as polygons on a supersampled canvas of palette indices, which is then
-averaged down.  Every index belongs to one part (or none), so that the canvas itself tells which
-pixels show which part: boxes are those of the visible pixels, not of the intended shape.
+averaged down.  Every index belongs to one part (or none), so that the canvas tells which pixels
+show which part: boxes enclose the visible pixels of a part, not its whole shape.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class _Canvas:
         self._index = {}
 
     def polygon(self, points, rgb, part=None):
-        """Fills the outline `points` [n, 2]; what it covers belongs to `part`."""
+        """Fills the outline `points` [n, 2]; its pixels belong to `part`."""
         key = (rgb, part)
         if key not in self._index:
             self._index[key] = len(self._colours)
@@ -72,7 +72,7 @@ class _Canvas:
         return ImageChops.multiply(colours, light), coverage.reduce(self.supersampling)
 
     def visible(self):
-        """part -> (x1, y1, x2, y2) in pixels, and part -> share of the area, of parts in sight."""
+        """part -> (x1, y1, x2, y2) in pixels, and part -> share of the area, of visible parts."""
         numbers = np.array(
             [PARTS.index(owner) + 1 if owner else 0 for owner in self._owners], np.uint8
         )
@@ -94,10 +94,10 @@ class _Canvas:
 
 
 def draw(species: Species, *, rng: random.Random, size: int = 64, pose: Pose = Pose()) -> Drawing:
-    """Draws one bird of `species`, `size` x `size` pixels; all chance comes from `rng`.
+    """Draws one bird of `species`, `size` x `size` pixels; all random numbers come from `rng`.
 
-    How much `rng` is used does not depend on the species: another look of a part changes that
-    part only.
+    Every species draws the same number of them, so that another look of a part changes only
+    that part.
     """
     supersampling = 4 if size <= 96 else 3 if size <= 256 else 2
     canvas = _Canvas(size, supersampling)
@@ -133,6 +133,6 @@ def draw(species: Species, *, rng: random.Random, size: int = 64, pose: Pose = P
 
 @functools.lru_cache(maxsize=4)
 def _light(size):
-    """What the foreground is multiplied by: light from above."""
+    """The factor of the brightness of the foreground: light from above."""
     column = np.linspace(255, 222, size).astype(np.uint8)
     return Image.fromarray(np.broadcast_to(column[:, None, None], (size, size, 3)).copy())

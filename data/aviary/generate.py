@@ -21,7 +21,7 @@ LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All that the files depend on; `python -m data.aviary --help` explains each.
+    """All settings that the files depend on; `python -m data.aviary --help` explains each.
 
     Image i of a split depends on the seed, the species and i, not on how many there are.
     """
@@ -46,8 +46,8 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One image: the `index` of its `split`, its species, and its file: `image` below `folder`
-    of the data set, where `image` is what the annotation calls it."""
+    """One image to draw: number `index` of `split`. Its file is `image` in `folder` of the data set,
+    and the annotation names it `image`."""
 
     split: str
     index: int
@@ -100,9 +100,9 @@ def record_of(settings: Settings, task: Task, drawn: drawing.Drawing) -> dict | 
 
 
 def write(output: epath.PathLike, settings: Settings = Settings(), *, processes: int = 1) -> bool:
-    """Writes the data set to the folder `output` (local or remote); see README.md there.
+    """Writes the data set to the folder `output` (local or remote); its README.md describes the files.
 
-    With more than one process the caller's main module must be importable (they are spawned).
+    With more than one process the main module of the caller must be importable (they are spawned).
 
     Returns:
         False if `output` already holds the complete data set of these settings.
@@ -113,7 +113,7 @@ def write(output: epath.PathLike, settings: Settings = Settings(), *, processes:
     output = epath.Path(output)
     aviary = species_of(settings)
     described = json.dumps(dataclasses.asdict(settings), indent=1) + "\n"
-    stamp = output / "settings.json"  # written last: its presence says that all is there
+    stamp = output / "settings.json"  # written last: where it exists, the data set is complete
     if stamp.exists() and stamp.read_text() == described:
         return False
     if stamp.exists() or (output / "A.jsonl").exists():

@@ -23,7 +23,7 @@ def polygon(*points) -> np.ndarray:
 
 
 def ellipse(x, y, rx, ry=None, angle: float = 0, count: int = 28) -> np.ndarray:
-    """An ellipse of radii `rx`, `ry` (a circle without), turned by `angle` degrees."""
+    """An ellipse of radii `rx`, `ry` (without `ry` a circle), turned by `angle` degrees."""
     turns = np.linspace(0, 2 * np.pi, count, endpoint=False)
     points = np.stack([rx * np.cos(turns), (ry or rx) * np.sin(turns)], -1)
     return place(points, x, y, angle)

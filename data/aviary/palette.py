@@ -14,7 +14,7 @@ COLOURS = {
     "black": (46, 44, 54),
     "brown": (136, 82, 44),
 }
-# Plumage that no description speaks of: it differs from image to image, not between species.
+# Colours of the body, which no description mentions; they differ by image, not by species.
 BODY_COLOURS = (
     (164, 168, 178),
     (196, 172, 138),

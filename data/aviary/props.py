@@ -1,4 +1,4 @@
-"""What the bird stands on, and other things in the image that no description speaks of."""
+"""The perch of the bird, and other things in the image; no description mentions them."""
 
 # Coordinates read better in rows.
 # fmt: off
@@ -88,7 +88,7 @@ _IN_AIR = ((-32, -31), (37, -37), (-38, -14), (38, 16))
 
 
 def draw_things(canvas, rng, scene, *, side) -> None:
-    """Draws the scene's other things behind the bird, which looks towards `side` (1 or -1)."""
+    """Draws the other things of the scene behind the bird, which looks towards `side` (1 or -1)."""
     spots = {True: list(_ON_GROUND), False: list(_IN_AIR)}
     for kind, colour in scene.things:
         layers, on_ground = THINGS[kind]
@@ -104,7 +104,7 @@ def draw_things(canvas, rng, scene, *, side) -> None:
 
 
 def draw_perch(canvas, rng, scene, *, feet, side) -> None:
-    """Draws what the bird stands on, below the point `feet` (x, y)."""
+    """Draws the perch, below the point `feet` (x, y)."""
     {"branch": _branch, "stone": _stone, "post": _post, "mound": _mound}[scene.perch](
         canvas, rng, *feet, side)
 

@@ -1,8 +1,8 @@
 """Species of the aviary: genera that share parts, and invented names.
 
 A genus is one trait for each of the 8 parts; each of its species changes `parts_changed` of them.
-Held-out species are made in the same way from genera of their own, but only of traits that some
-training species has: new are their names and their combinations, never a part or a word.
+Held-out species are made in the same way from other genera, but only of traits that some training
+species has: their names and combinations are new, their parts and words are not.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from data.aviary.vocabulary import PARTS, Trait
 _ONSETS = "b d f g j k l m n p r t v w z".split()
 _MIDDLES = "mb nz lv rv zd lk mz gl vr rz lm lf mf vl zm bl".split()
 _ENDINGS = "el ik or ub un oz im ul ep eg".split()
-_WORDS = ("marvel", "denzel")  # what the syllables would make of real words
+_WORDS = ("marvel", "denzel")  # real words that the syllables form
 _TRIES = 2000
 
 
 @dataclasses.dataclass(frozen=True)
 class Species:
-    """A species: an invented `name`, its `genus` (a number), one trait a part (in PARTS' order)."""
+    """A species: an invented `name`, its `genus` (a number), one trait a part (in the order of PARTS)."""
 
     name: str
     genus: int
@@ -32,7 +32,7 @@ class Species:
 
     @property
     def descriptions(self) -> list[str]:
-        """The plain phrases of all parts: the class's entry in a descriptions file."""
+        """The plain phrases of all parts: the entry of the class in a descriptions file."""
         return [trait.phrase for trait in self.traits]
 
     def replace(self, trait: Trait) -> "Species":

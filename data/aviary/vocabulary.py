@@ -1,8 +1,8 @@
-"""What a bird of the aviary can look like, and the words for it.
+"""The traits that a bird of the aviary can have, and the words for them.
 
 A *trait* is one look of one part: ``Trait("beak", "hooked", "red")``.  The 8 parts have 101 traits
 together; each trait has one plain phrase ("a hooked red beak") and some paraphrases.  No phrase
-speaks of left or right, so mirroring an image never contradicts its words.
+mentions left or right, so mirroring an image never contradicts its words.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import random
 
 PARTS = ("crest", "beak", "eye", "throat", "breast", "wing", "tail", "legs")
 
-# part -> shape or pattern -> the colours that it comes in.
+# part -> shape or pattern -> its possible colours.
 _LOOKS = {
     "crest": {
         "spiky": "red yellow blue white",

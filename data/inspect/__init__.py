@@ -1,1 +1,1 @@
-"""Looks at a data set: statistics, problems and a contact sheet (docs/inspect.md)."""
+"""Inspects a data set: statistics, problems and a contact sheet (docs/inspect.md)."""

@@ -1,4 +1,4 @@
-"""Looks at a data set: statistics, problems and a contact sheet, as HTML, PNG and JSON.
+"""Inspects a data set: statistics, problems and a contact sheet, as HTML, PNG and JSON.
 
   python -m data.inspect DIR [--output OUT] [--pictures N]                 a record set
   python -m data.inspect A.jsonl [--images FOLDER] [--output OUT] ...      annotations
@@ -19,7 +19,7 @@ from data import arguments, progress
 from data.inspect import counting, page, panels, problems, reading, sheet, statistics
 from grain_jax import errors
 
-_MOST_PICTURES = 200  # the PNG has some 25,000 lines then
+_MOST_PICTURES = 200  # the PNG is then about 25,000 pixels high
 _BATCH = 256  # items that are counted together
 
 
@@ -31,21 +31,25 @@ def parser() -> arguments.Parser:
     )
     add = out.add_argument
     add("set", metavar="DIR", help="OUTPUT/NAME or OUTPUT/NAME/1.0.0 of data.build, or an A.jsonl")
-    add("--images", metavar="FOLDER", help="of an A.jsonl's images (default: where it stands)")
+    add(
+        "--images",
+        metavar="FOLDER",
+        help="folder of the images of an A.jsonl (default: the folder of the file)",
+    )
     add("--output", metavar="OUT", help="folder to write (default: inspect beside the set)")
     add(
         "--pictures",
         type=arguments.number(int, 0, _MOST_PICTURES),
         default=24,
         metavar="N",
-        help="on the contact sheet (default 24)",
+        help="images on the contact sheet (default 24)",
     )
     add(
         "--lanes",
         type=arguments.number(int, 1, 10**6),
         default=16,
         metavar="N",
-        help="input.lanes of the training, for which shards are judged (default 16)",
+        help="input.lanes of the training; shards are checked for it (default 16)",
     )
     return out
 
@@ -54,7 +58,9 @@ def inspect(args: argparse.Namespace) -> str:
     """Reads the set and writes the three files; returns the summary. Raises `errors.UserError`."""
     source = reading.open_set(args.set, args.images)
     output = epath.Path(args.output) if args.output else source.path.parent / "inspect"
-    output.mkdir(parents=True, exist_ok=True)  # before the work, in case it may not be written
+    output.mkdir(
+        parents=True, exist_ok=True
+    )  # first, so that a folder without permission fails early
     stats, sample = statistics.Statistics(), counting.Sample(args.pictures)
     coming = progress.progress(source.items, total=source.total, what="inspecting")
     for batch in iter(lambda: list(itertools.islice(coming, _BATCH)), []):

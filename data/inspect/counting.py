@@ -1,7 +1,7 @@
 """Counters of bounded memory over a stream: numbers, distinct items, frequent items, a sample.
 
-All but `Numbers` are exact up to a limit, and tell their error beyond it. What they keep depends on the hashes of the
-items, not on their order or on chance.
+`Distinct` and `Frequent` are exact up to a limit; beyond it, their counts are estimates with a stated error. `Distinct`
+and `Sample` select by the hashes of items, not at random.
 """
 
 import collections
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-DISTINCT_LIMIT = 250_000  # different things that are held, about 50 MB
+DISTINCT_LIMIT = 250_000  # distinct items held in memory, about 50 MB
 FREQUENT_LIMIT = 50_000
 MANY_BARS = 60  # bars that a histogram has at most
 
@@ -23,7 +23,7 @@ def digest(content: bytes) -> int:
 
 
 class Numbers:
-    """Whole numbers, counted one by one: exact quantiles. For lengths and sizes, which have few values."""
+    """Exact statistics of integers: a count for each value. For lengths and sizes, which have few values."""
 
     def __init__(self):
         self.counts: collections.Counter[int] = collections.Counter()
@@ -47,7 +47,7 @@ class Numbers:
         def quantile(share: float) -> int:
             return int(values[np.searchsorted(ends, share * total)])
 
-        # A few very long ones would squeeze all others into one bar: they share the last.
+        # A few very large values would leave all others in one bar, so they share the last bar.
         low, most = int(values[0]), int(values[-1])
         high = min(most, 2 * quantile(0.99))
         width = -(-(high - low + 1) // MANY_BARS)
@@ -70,17 +70,17 @@ class Numbers:
 
 
 class Repeated(NamedTuple):
-    """Something that came again."""
+    """A copy of an earlier item."""
 
-    first: str  # where it stood first, or what it is
-    again: str
+    first: str  # place of the first occurrence, or the item itself
+    again: str  # place of the copy, or the item itself
 
 
 class Distinct:
-    """How many different things there are, and how many things are copies of earlier ones.
+    """Counts the distinct items of a stream, and the copies of earlier items.
 
-    Beyond `limit` different ones only those whose hash ends in k zero bits are held, all their copies
-    with them, and the counts are 2^k times those of the held ones (Wegman's adaptive sampling, in
+    Beyond `limit` distinct items, only those whose hash ends in k zero bits are held, with all their
+    copies, and the counts are 2^k times those of the held items (Wegman's adaptive sampling, in
     Flajolet, "On adaptive sampling", 1990).
     """
 
@@ -88,11 +88,11 @@ class Distinct:
         self.limit, self.zero_bits = limit, 0
         self.total = 0
         self.examples: list[Repeated] = []
-        self._held: dict[int, list] = {}  # hash -> [times, where it was first]
+        self._held: dict[int, list] = {}  # hash -> [count, place of the first]
         self._num_examples = examples
 
     def add(self, content: bytes, where: str) -> None:
-        """Counts a thing that stands at `where`."""
+        """Counts an item; `where` is its place or name."""
         self.total += 1
         key = digest(content)
         if key & (2**self.zero_bits - 1):
@@ -110,7 +110,7 @@ class Distinct:
             self._held = {key: held for key, held in self._held.items() if not key & mask}
 
     def result(self) -> dict[str, Any]:
-        """total, distinct, copies (of earlier things), exact, and examples of copies."""
+        """The results: total, distinct, copies (of earlier items), exact, and examples of copies."""
         scale = 2**self.zero_bits
         copies = scale * sum(times - 1 for times, _ in self._held.values())
         return {
@@ -123,7 +123,7 @@ class Distinct:
 
 
 class Frequent:
-    """The most frequent things. Beyond `limit` different ones, counts are too low by `too_low_by` at most.
+    """The most frequent items. Beyond `limit` distinct ones, counts are too low by at most `too_low_by`.
 
     The summary of Misra and Gries ("Finding repeated elements", 1982), shrunk in batches.
     """
@@ -133,7 +133,7 @@ class Frequent:
         self.counts: collections.Counter = collections.Counter()
 
     def add(self, things: Iterable[Hashable]) -> None:
-        """Counts the things."""
+        """Counts the items."""
         self.counts.update(things)
         if len(self.counts) > 2 * self.limit:
             less = sorted(self.counts.values(), reverse=True)[self.limit]
@@ -143,21 +143,23 @@ class Frequent:
             )
 
     def top(self, number: int) -> list[list]:
-        """[thing, count], the most frequent first; of equal ones the first in order of their names."""
+        """The `number` most frequent items as [item, count]; equal counts are in the order of the names."""
         best = heapq.nsmallest(number, self.counts.items(), key=lambda kv: (-kv[1], str(kv[0])))
         return [list(pair) for pair in best]
 
 
 class Sample:
-    """`size` of the things, drawn by the hash of their names, whatever their order and number."""
+    """A sample of `size` items, chosen by the hash of their names, which does not depend on their order."""
 
     def __init__(self, size: int):
         self.size = size
-        self._heap: list[tuple[int, int, Any]] = []  # of the negated hashes: the largest goes first
+        self._heap: list[
+            tuple[int, int, Any]
+        ] = []  # (-hash, ...): the item of the largest hash is dropped first
         self._added = 0
 
     def add(self, name: str, thing: Any) -> None:
-        """Adds an item, which the sample may keep."""
+        """Offers an item to the sample."""
         self._added += 1
         entry = (-digest(name.encode()), -self._added, thing)
         if len(self._heap) < self.size:
@@ -166,5 +168,5 @@ class Sample:
             heapq.heapreplace(self._heap, entry)
 
     def things(self) -> list[Any]:
-        """The sample, in the order of adding."""
+        """The items of the sample, in the order in which they were added."""
         return [thing for _, _, thing in sorted(self._heap, key=lambda entry: -entry[1])]

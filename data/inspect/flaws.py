@@ -1,10 +1,10 @@
-"""Flaws of a text of the annotations that the text alone shows."""
+"""Finds flaws of a caption or description: refusals, markup, excessive length."""
 
 import re
 
 from data.annotate import answers
 
-ROW_LENGTH = 77  # tokens, CLIP's: what training cuts texts to
+ROW_LENGTH = 77  # tokens of a row in CLIP; training cuts longer texts
 LONG_DESCRIPTION = 24  # tokens; descriptions have 4 to 12
 
 _LEFTOVER = re.compile(
@@ -14,10 +14,10 @@ _LEFTOVER = re.compile(
 
 
 def of_text(kind: str, plain: str, tokens: int) -> list[str]:
-    """Names of the flaws: "refusal in" or "markup in", "cut" or "long".
+    """The names of the flaws: "refusal in" or "markup in", "cut" or "long".
 
     Args:
-      kind: "web", "synthetic" or "description". People may be sorry; a model should not be.
+      kind: "web", "synthetic" or "description"; web texts are not checked for refusals and markup of a model.
       plain: the text, cleaned and in lower case.
       tokens: its length with start and end token.
     """

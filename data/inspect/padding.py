@@ -1,7 +1,7 @@
 """Packs the texts of the set: the rows that a group needs, and the padding in them.
 
-Uses the packing of training (`grain_jax/input_pipeline/packing.py`) with room for all texts, so that the
-rows it takes are the rows that a group needs.
+Uses the packing of training (`grain_jax/input_pipeline/packing.py`) with enough rows for all texts, so that the
+number of rows used is the number that a group needs.
 """
 
 import collections
@@ -14,25 +14,28 @@ from grain_jax.input_pipeline import packing
 
 GROUPS = (1, 8, 16, 32, 64, 128)
 MAX_REGIONS = 5  # input.max_regions
-FIT = 0.999  # share of the groups that the proposed number of rows holds
-_CHUNK = 1024  # images that are mixed, and packed together; a multiple of every group
+FIT = 0.999  # share of the groups whose texts fit the proposed rows
+_CHUNK = 1024  # images that are shuffled and packed together; a multiple of every group
 
 
 class Padding:
-    """Packs each image's caption and best regions in groups of images, in a mixed order.
+    """Packs each image's caption and best regions in groups of images, in shuffled order.
 
-    The caption is the synthetic one of every second image that has both kinds, as training draws them.
+    Of images with both kinds of captions every second one counts its synthetic caption, since training draws each
+    kind with equal probability.
     """
 
     def __init__(self):
         self.tokens = self.images = 0
-        self.rows_needed = {group: collections.Counter() for group in GROUPS}  # -> {rows: groups}
-        self.packed_tokens = dict.fromkeys(GROUPS, 0)  # what stood in these groups
+        self.rows_needed = {
+            group: collections.Counter() for group in GROUPS
+        }  # group size -> {rows: number of groups}
+        self.packed_tokens = dict.fromkeys(GROUPS, 0)  # group size -> tokens in these groups
         self._waiting: list[tuple[int, list[int]]] = []
         self._random = np.random.default_rng(0)
 
     def add(self, caption_tokens: int, description_tokens: list[int]) -> None:
-        """Lengths of the texts of an image that training would take, 2..flaws.ROW_LENGTH tokens each."""
+        """Adds the lengths of the texts of an image that training uses, 2..flaws.ROW_LENGTH tokens each."""
         self._waiting.append((caption_tokens, description_tokens))
         if len(self._waiting) == _CHUNK:
             self._pack()
@@ -56,7 +59,10 @@ class Padding:
         self._waiting = []
 
     def result(self) -> dict[str, Any]:
-        """`unpacked` and `groups`: group, groups (tried), rows, padding and overflowing, shares in [0, 1]."""
+        """`unpacked` (padding of one text a row), and for each group size: groups tried, rows, padding, overflowing.
+
+        `unpacked`, `padding` and `overflowing` are shares in [0, 1].
+        """
         if self._waiting:
             self._pack()
         if not self.images:
@@ -82,7 +88,7 @@ class Padding:
 
 
 def _rows_needed(captions: np.ndarray, descriptions: np.ndarray, group: int) -> np.ndarray:
-    """Rows that each group takes, i64[G]. captions i32[B], descriptions i32[B, R] (0: none)."""
+    """The rows that each group needs, int64 [G]; captions int32 [B], descriptions int32 [B, R] (0: none)."""
     tokens = (captions + descriptions.sum(axis=1)).reshape(-1, group).sum(axis=1)
     # First fit leaves at most one row less than half full.
     enough = min(2 * int(tokens.max()) // flaws.ROW_LENGTH + 2, group * (1 + MAX_REGIONS))

@@ -1,4 +1,4 @@
-"""inspect.html: one file that shows statistics, problems and the contact sheet; it loads nothing."""
+"""inspect.html: one self-contained file with statistics, problems and the contact sheet."""
 
 from collections.abc import Sequence
 from html import escape
@@ -9,13 +9,13 @@ from etils import epath
 from data.inspect import panels, problems
 from grain_jax.report import html
 
-_FREQUENT = 12  # texts of each kind that are listed, if more than one image has them
+_FREQUENT = 12  # texts listed of each kind, if several images have them
 
 
 def render(
     result: dict[str, Any], found: Sequence[problems.Problem], shown: Sequence[panels.Panel]
 ) -> str:
-    """The page.
+    """The HTML of the page.
 
     Args:
       result: as `statistics.Statistics.result` returns it.
@@ -252,7 +252,7 @@ def _sheet(result: dict[str, Any], shown: Sequence[panels.Panel]) -> str:
 
 def _panel(panel: panels.Panel) -> str:
     width, height = panel.image.size
-    # Numbers after all boxes, so that no line crosses one.
+    # The numbers are drawn after all boxes, so that no line crosses them.
     boxes = "".join([*map(_box, panel.marks), *map(_badge, panel.marks)])
     captions = "".join(
         f'<p class="caption">{kind}: <q>{escape(text)}</q></p>' for kind, text in panel.captions

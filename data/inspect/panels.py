@@ -23,7 +23,7 @@ class Mark(NamedTuple):
     number: int  # from 1, by score
     colour: str
     box_xyxy: tuple[float, float, float, float]  # pixels of the panel
-    badge_xy: Point  # top left corner of the number's badge
+    badge_xy: Point  # top left corner of the badge with the number
     badge_width: int
     description: str
     score: float
@@ -76,7 +76,7 @@ def make(item: reading.Item) -> Panel | None:
 def place_badges(
     boxes_xyxy: Sequence[Sequence[float]], widths: Sequence[int], size: tuple[int, int]
 ) -> list[Point]:
-    """A place for each box's number: at a corner of its box, else near it, and on no other number.
+    """A place for the number of each box: at a corner of the box, else near it, never on another number.
 
     Args:
       boxes_xyxy: pixels of the panel.
@@ -91,7 +91,7 @@ def place_badges(
             *((x1, y1), (right, y1), (x1, bottom), (right, bottom)),
             *((x1, y1 - height), (right, y1 - height), (x1, y2), (right, y2)),
         ]
-        # Then anywhere, the nearest to the box's corner first.
+        # Then any place, the nearest to the corner of the box first.
         anywhere = [(x, y) for y in range(0, size[1], height) for x in range(0, size[0], width)]
         anywhere.sort(key=lambda at: (at[0] - x1) ** 2 + (at[1] - y1) ** 2)
         inside = [_within(at, width, size) for at in (*wanted, *anywhere)]

@@ -4,25 +4,25 @@ from typing import Any, NamedTuple
 
 from data.inspect import flaws, padding, statistics
 
-LARGE_SHARE = 0.1  # of the images that have one text
-MANY = 20  # images, below which a share says little
-_UNEVEN = 1.1  # as training warns of
-_FEW_REGIONS = 0.2  # share of the images without any
+LARGE_SHARE = 0.1  # of the images; a text that more share is a problem
+MANY = 20  # least images for which shares are checked
+_UNEVEN = 1.1  # largest by smallest stream; training warns above it too
+_FEW_REGIONS = 0.2  # share of images without regions above which it is a problem
 
 
 class Problem(NamedTuple):
-    """One line of the list."""
+    """One line of the list of problems."""
 
     what: str
     count: int
-    of: int  # what the count is a part of; 0: nothing to compare with
+    of: int  # total that the count is a part of; 0: none
     example: str
     advice: str
 
 
 _LOST = "fix them: data.build leaves such lines out"
 _AGAIN = "run the model's pass again for these, or take the text out"
-# Issue -> (what it is called here, what it is a part of, what to do).
+# Issue -> (its name in the list, the total that it is a part of (see `find`), advice).
 _ISSUES = {
     "fault: image": ("images that cannot be read", "images", "take them out or fetch them again"),
     "fault: no caption": ("lines without any caption", "", _LOST),
@@ -52,7 +52,7 @@ _ISSUES = {
 
 
 def find(stats: statistics.Statistics, result: dict[str, Any]) -> list[Problem]:
-    """All problems, those of whole sets and files first. `result` is of `stats.result`."""
+    """All problems; those of the whole set and of files come first. `result` is what `stats.result` returned."""
     parts = {
         "": 0,
         "images": stats.images,

@@ -1,4 +1,4 @@
-"""Reads a record set or an A.jsonl once, as a stream of `Item`s and `Fault`s that looks the same for both."""
+"""Reads a record set or an A.jsonl as a stream of `Item` and `Fault`."""
 
 import functools
 import json
@@ -16,12 +16,12 @@ from grain_jax import errors
 from grain_jax.files import images as images_lib
 
 SPLIT = "train"
-_RECORDS_AT_ONCE = 64  # parsed together
+_RECORDS_AT_ONCE = 64  # records parsed together
 _READ_BYTES = 8 << 20
 
 
 class InspectError(errors.UserError):
-    """There is nothing to look at; the message is one line."""
+    """The set cannot be inspected; the message is one line."""
 
 
 class Item(NamedTuple):
@@ -53,7 +53,7 @@ class Source(NamedTuple):
     path: epath.Path
     kind: str  # "TFDS records" or "annotations"
     items: Iterator[Item | Fault]
-    total: int  # items to come, as far as the set itself says
+    total: int  # number of items that the set claims to hold
     shard_lengths: tuple[int, ...]  # none for annotations
     metadata: dict[str, Any]
 
@@ -63,10 +63,10 @@ def open_set(path: epath.PathLike, images: epath.PathLike | None) -> Source:
 
     Args:
       path: an `A.jsonl`, or the folder of a record set: OUTPUT/NAME or OUTPUT/NAME/VERSION.
-      images: the folder of an A.jsonl's images; None: the folder that it stands in.
+      images: the folder of the images of an A.jsonl; None: the folder of the file.
 
     Raises:
-      InspectError: neither is there, or the records have other features.
+      InspectError: there is no such set, or its records have other features.
       data.sources.SourceError: the folder holds no record set.
     """
     path = epath.Path(path)
@@ -96,7 +96,7 @@ def _read_annotations(path: epath.Path, folder: epath.Path, total: int) -> Itera
 
 
 def _read_line(line: example.Line, *, file: str, folder: str) -> list[Item | Fault]:
-    """One item, or its faults as data.build names them."""
+    """The item of a line, or its faults, named as in data.build."""
     where = f"{file}:{line.number}"
     checked = annotations.check_line(line.text, folder)
     found, image = checked.annotation, checked.image
@@ -120,15 +120,15 @@ def _read_line(line: example.Line, *, file: str, folder: str) -> list[Item | Fau
 
 
 def _cause(fault: str) -> str:
-    """`regions[3].box: got ...` -> `regions.box`: what faults of a kind have in common."""
+    """`regions[3].box: got ...` -> `regions.box`: the part that all faults of a kind share."""
     head, colon, _ = fault.partition(":")
     return re.sub(r"\[\d+\]", "", head) if colon else "not a JSON object"
 
 
 def _records(path: epath.Path) -> Source:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its banners tell a user nothing
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow logs nothing of use here
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    import tensorflow_datasets as tfds  # slow to start
+    import tensorflow_datasets as tfds  # its import takes seconds
 
     from grain_jax.input_pipeline import record_files
 
@@ -181,7 +181,7 @@ def _read_records(shards: list[tuple[str, int]]) -> Iterator[Item | Fault]:
                     yield _to_item(f"{name}, record {read}", *row)
                     read += 1
         except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
-            # Records are parsed by the batch, so the place is that of the batch.
+            # Records are parsed in batches, so only the place of the batch is known.
             last = f"{name}, after record {read - 1}" if read else f"{name}, at its start"
             yield Fault(last, "damaged shard", str(error.message).splitlines()[0][:200])
         except tf.errors.NotFoundError:

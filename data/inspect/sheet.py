@@ -33,13 +33,13 @@ class _Line(NamedTuple):
 
 @functools.cache
 def _font(size: int, bold: bool = False) -> PIL.ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings and which covers more than PIL's own font."""
+    """DejaVu Sans, which comes with matplotlib and has more characters than the font of PIL."""
     name = "DejaVuSans-Bold" if bold else "DejaVuSans"
     return PIL.ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", size)
 
 
 def draw(shown: Sequence[panels.Panel], title: str) -> bytes:
-    """The sheet as a PNG file; a title and at least one panel."""
+    """The sheet as the bytes of a PNG file; needs at least one panel."""
     columns = min(COLUMNS, len(shown))
     width = _MARGIN + columns * (panels.SIDE + _MARGIN)
     head = wrap(title, width - 2 * _MARGIN, 6)
@@ -85,7 +85,7 @@ def draw_boxes(panel: panels.Panel) -> PIL.Image.Image:
 
 
 def wrap(text: str, width: int, limit: int) -> list[str]:
-    """Lines of at most `width` pixels, at most `limit` of them; what is cut off becomes an ellipsis."""
+    """Lines of at most `width` pixels, at most `limit` of them; " ..." replaces the rest."""
     text = shown_text.plain(" ".join(text[: 10 * width].split()), width * limit // 2)
     measure, lines, line = _font(12).getlength, [], ""
     for word in text.split():
@@ -112,7 +112,7 @@ def wrap(text: str, width: int, limit: int) -> list[str]:
 
 
 def _lines(panel: panels.Panel) -> list[_Line]:
-    """What stands below an image."""
+    """The lines of text below an image."""
     width, height = panel.size
     head = wrap(f"{panel.name}, {width} x {height}", panels.SIDE, 1)
     lines = [_Line(text, _SOFT, 0) for text in head]

@@ -1,4 +1,4 @@
-"""The numbers of a set, gathered in one pass; `result` is what statistics.json holds."""
+"""Collects the statistics of a set in one pass; `result` returns the content of statistics.json."""
 
 import collections
 import itertools
@@ -11,10 +11,10 @@ import numpy as np
 from data.inspect import counting, flaws, padding, reading
 from grain_jax.input_pipeline import order, tokenizer
 
-LONGEST = 256  # tokens that texts are counted up to
+LONGEST = 256  # tokens; longer texts count as this long
 TINY = 0.001  # share of the image: 7 x 7 pixels of 224 x 224, a fifth of a patch
 WHOLE = 0.95  # share of the image
-LONG_SHAPE = 3.0  # longer by shorter side; training resizes images to a square
+LONG_SHAPE = 3.0  # longer side / shorter side; training resizes images to a square, without keeping the ratio
 GRID = 24  # cells a side of the heat maps
 AREA_EDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the image
 SCORE_BINS = 20
@@ -28,15 +28,15 @@ class Issue:
         self.count, self.example = 0, ""
 
     def see(self, example: str) -> None:
-        """Counts one."""
+        """Counts one occurrence."""
         self.count += 1
         self.example = self.example or example
 
 
 class Statistics:
-    """Add batches of items, then ask for the result.
+    """Call `add` with batches of items, then `result`.
 
-    `issues` counts possible problems by name (see `problems`); causes of faults are `fault: CAUSE`.
+    `issues` counts possible problems by name (see `problems`); the names of faults are `fault: CAUSE`.
     """
 
     def __init__(self):
@@ -58,7 +58,7 @@ class Statistics:
         self.shapes = np.zeros((GRID, GRID), np.int64)  # [height, width]
         self.scores = np.zeros(SCORE_BINS, np.int64)
         self.score_sum, self.score_range = 0.0, (math.inf, -math.inf)
-        # How often each cell lies in a box, as differences along both axes.
+        # Number of boxes over each cell, as differences along both axes.
         self._cover = np.zeros((GRID + 1, GRID + 1), np.int64)
         self._tokenizer = tokenizer.ClipTokenizer()
 
@@ -67,7 +67,7 @@ class Statistics:
         self.issues[f"fault: {fault.cause}"].see(f"{fault.where}: {fault.detail}")
 
     def add(self, items: Sequence[reading.Item]) -> None:
-        """Counts some items; a few hundred at a time are quick."""
+        """Counts items; fastest with a few hundred at a time."""
         if not items:
             return
         texts = [_texts(item) for item in items]
@@ -177,7 +177,12 @@ class Statistics:
             self.score_range = (min(least, float(usual.min())), max(most, float(usual.max())))
 
     def result(self, source: reading.Source, lanes: int) -> dict[str, Any]:
-        """All numbers, of plain types; `source` is the set that was read."""
+        """All statistics, as a dict that can be written as JSON.
+
+        Args:
+          source: the set that was read.
+          lanes: `input.lanes` of the training, for which the shards are compared.
+        """
         scored, boxed = int(self.scores.sum()), int(self.areas.sum())
         cover = self._cover.cumsum(axis=0).cumsum(axis=1)[:GRID, :GRID]
         return {
@@ -247,7 +252,7 @@ class Statistics:
 
 
 def _texts(item: reading.Item) -> list[tuple[str, str]]:
-    """(kind, text) of all texts. A record without a synthetic caption has an empty one there."""
+    """(kind, text) of all texts; an empty synthetic caption means that there is none."""
     synthetic = [("synthetic", item.synthetic_caption)] if item.synthetic_caption else []
     return [
         *(("web", text) for text in item.captions),
@@ -257,7 +262,7 @@ def _texts(item: reading.Item) -> list[tuple[str, str]]:
 
 
 def _shards(lengths: Sequence[int], lanes: int) -> dict[str, Any]:
-    """How the shards compare, and the records that each lane would have."""
+    """Sizes of the shards, and the least and most records of a stream of the deterministic shuffle (a lane)."""
     if not lengths:
         return {"count": 0}
     filled = [order.Shard(str(i), n) for i, n in enumerate(lengths) if n]

@@ -21,7 +21,7 @@ from grain_jax.runtime.arguments import Parser
 
 _EXAMPLES = 12
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff".split())
-_CLASSES = {  # of the images that are drawn where none are given
+_CLASSES = {  # of the example images that are drawn by default
     "house": ("a red triangular roof", "a brown door", "a square wall"),
     "boat": ("a white sail", "a brown hull", "blue water"),
     "tree": ("a round green top", "a brown trunk", "green grass"),
@@ -42,7 +42,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--classes",
-        help='{"class name": ["description", ...]}, or a class a line; the page can change them',
+        help='file: {"class name": ["description", ...]}, or one class a line; they can be edited in the page',
     )
     parser.add_argument(
         "--examples",
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         uploads, examples = (epath.Path(folder) / name for name in ("uploads", "examples"))
         uploads.mkdir()
         examples.mkdir()
-        # Read when Gradio is imported; what users upload goes with the folder.
+        # Gradio reads it at import; uploads are deleted with the folder.
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
         _serve(arguments, uploads, examples)
 
@@ -89,7 +89,7 @@ def _serve(arguments: argparse.Namespace, uploads: epath.Path, folder: epath.Pat
 
 
 def _check_address(host: str, port: int | None) -> None:
-    """Raises errors.UserError where nothing can listen there."""
+    """Raises errors.UserError if a server cannot listen at this address."""
     if port is not None and not 1 <= port <= 65535:
         raise errors.UserError(f"--port: got {port}, expected a number from 1 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -101,7 +101,10 @@ def _check_address(host: str, port: int | None) -> None:
 
 
 def _examples(source: str | None, folder: epath.Path) -> list[str]:
-    """Files of images in `folder`: copies of at most _EXAMPLES of the source's, evenly, or drawn ones."""
+    """Writes the example images to `folder`; returns their paths.
+
+    They are copies of at most _EXAMPLES images of the folder `source`, evenly spaced, or drawn if it is None.
+    """
     if source is None:
         return [str(path) for path in _draw(folder)]
     root = epath.Path(source)
@@ -121,7 +124,7 @@ def _examples(source: str | None, folder: epath.Path) -> list[str]:
 
 
 def _draw(folder: epath.Path) -> list[epath.Path]:
-    """A house, a boat and a tree."""
+    """Draws a house, a boat and a tree."""
     paths = []
     for name in _CLASSES:
         image = PIL.Image.new("RGB", (320, 240), "#bfe3f5")

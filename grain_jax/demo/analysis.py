@@ -1,7 +1,7 @@
-"""The numbers of the page: an image and classes -> scores, regions, and the terms of each score.
+"""Computes the numbers of the page: an image and classes -> scores, regions, and the terms of each score.
 
-Embeddings come from a `Predictor` and are kept between calls; the arithmetic is that of
-`Predictor.classify`. Nothing here needs Gradio.
+Embeddings come from a `Predictor` and are cached; the scores are those of `Predictor.classify`. This module needs
+no Gradio.
 """
 
 import collections
@@ -25,32 +25,32 @@ from grain_jax.demo.class_lists import (
 from grain_jax.files import images
 from grain_jax.inference import scores
 
-DIGITS = 4  # that numbers are shown with
-SECONDS = 30.0  # that classes may take to encode: everybody else waits
-_AT_ONCE = 16  # classes that are encoded between two looks at the clock
-_KEPT = 16  # images, and lists of classes, whose embeddings are kept
+DIGITS = 4  # decimals of the numbers shown
+SECONDS = 30.0  # limit for encoding classes, since all other users wait meanwhile
+_AT_ONCE = 16  # classes encoded between two checks of that limit
+_KEPT = 16  # cached images, and cached lists of classes
 
 
 class Result(NamedTuple):
-    """An image among classes. C classes, n_c descriptions of class c, Q regions."""
+    """The scores of an image for C classes, with n_c descriptions of class c, and its Q regions."""
 
     classes: Classes
-    alpha: float  # that the scores have; 1 where there are no region scores
+    alpha: float  # weight of the global scores; 1 if there are no region scores
     whole: np.ndarray  # float32 [C], global scores
     regions: np.ndarray | None  # float32 [C], region scores
-    combined: np.ndarray  # float32 [C]
+    combined: np.ndarray  # float32 [C], alpha * whole + (1 - alpha) * regions
     logit_scale: float
     boxes_xyxy: np.ndarray  # float32 [Q, 4] in [0, 1]; Q is 0 without a region decoder
     cosines: tuple[np.ndarray, ...]  # for each class float32 [Q, n_c]; empty without descriptions
-    note: str  # why there is only a global score, or nothing
+    note: str  # why there are only global scores, else ""
 
     @property
     def names(self) -> list[str]:
-        """The classes, in the order of the arrays."""
+        """The names of the classes, in the order of the arrays."""
         return list(self.classes)
 
     def ranked(self) -> list[int]:
-        """The classes from the best score to the worst; ties in the order given."""
+        """Positions of the classes from the best combined score to the worst; ties keep their order."""
         return np.argsort(-self.combined, kind="stable").tolist()
 
     def probabilities(self) -> np.ndarray:
@@ -61,19 +61,17 @@ class Result(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One term of a class's score."""
+    """One term of the score of a class."""
 
     region: int | None  # None: the whole image
     text: str  # the description that the region fits best; empty for the whole image
     value: float  # global score, or the cosine of region and description
     weight: float
-    units: (
-        int  # what it adds to the score, in 10 ** -DIGITS; all parts add up to the score as shown
-    )
+    units: int  # contribution to the score, in 10 ** -DIGITS; the units of all parts sum to the score shown
 
 
 class Found(NamedTuple):
-    """The region that fits a text best."""
+    """The region with the highest cosine to a text."""
 
     text: str
     region: int
@@ -82,11 +80,11 @@ class Found(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """A region and the description that fits it best, of all classes."""
+    """A region and the description of any class with the highest cosine to it."""
 
     region: int
-    text: str  # empty where no class has descriptions
-    name: str  # the class of the description, the first that has it
+    text: str  # "" if no class has descriptions
+    name: str  # the first class that has this description
     cosine: float
     box_xyxy: np.ndarray
 
@@ -103,7 +101,7 @@ def read_image(path: epath.PathLike | None) -> PIL.Image.Image:
 
 
 class Analyst:
-    """A model with the embeddings of the images and classes that it saw last.
+    """A model with a cache of the embeddings of recent images and classes.
 
     Args:
       predictor: the model.
@@ -122,10 +120,10 @@ class Analyst:
 
         Args:
           image: RGB.
-          classes: as from `class_lists.parse`.
-          alpha: share of the global score; only the global score counts where there is no other.
+          classes: the classes, from `class_lists.parse`.
+          alpha: weight of the global score; ignored if there are no region scores.
 
-        Returns: `combined` equals `Predictor.classify` with the same classes and alpha.
+        Returns: a `Result`, whose `combined` equals `Predictor.classify` with the same classes and alpha.
         """
         described = any(classes.values())
         note = ""
@@ -172,7 +170,7 @@ class Analyst:
         return list(zip(phrases, self.predictor.ground(image, phrases)))
 
     def _encode_classes(self, classes: Classes, described: bool) -> inference.ClassFeatures:
-        """The classes' embeddings. Raises DemoError where they take longer than SECONDS."""
+        """Embeds the classes. Raises DemoError if that takes longer than SECONDS."""
         names, parts, start = list(classes), [], time.monotonic()
         for first in range(0, len(names), _AT_ONCE):
             if time.monotonic() - start > SECONDS:
@@ -203,7 +201,7 @@ class Analyst:
 
 
 def _remembered(kept: collections.OrderedDict, key: Hashable, make: Callable[[], Any]) -> Any:
-    """`kept[key]`, made if it is not there; the least recently used entry is dropped."""
+    """`kept[key]`, computed by `make` if absent; of more than _KEPT entries the least recently used is dropped."""
     if key not in kept:
         kept[key] = make()
     kept.move_to_end(key)
@@ -213,9 +211,9 @@ def _remembered(kept: collections.OrderedDict, key: Hashable, make: Callable[[],
 
 
 def parts(result: Result, c: int) -> list[Part]:
-    """The terms of class c's score: alpha * global, and (1 - alpha) / Q * each region's best cosine.
+    """The terms of the score of class c: alpha * global score, and (1 - alpha) / Q * best cosine of each region.
 
-    Their `units` are rounded so that they add up to the score as it is shown (largest remainder).
+    Their `units` are rounded (largest remainders) so that they sum to the score shown.
     """
     terms: list[tuple[int | None, str, float, float]] = [
         (None, "", float(result.whole[c]), result.alpha)
@@ -234,12 +232,12 @@ def parts(result: Result, c: int) -> list[Part]:
 
 
 def shown_units(value: float) -> int:
-    """`value` in units of the last digit that is shown."""
+    """`value` as a whole number of 10 ** -DIGITS."""
     return round(float(f"{float(value):.{DIGITS}f}") * 10**DIGITS)
 
 
 def found(result: Result, c: int) -> list[Found]:
-    """For each description of class c the region that fits it best."""
+    """For each description of class c, the region with the highest cosine to it."""
     if result.regions is None:
         return []
     texts, cosines = result.classes[result.names[c]], result.cosines[c]
@@ -250,7 +248,7 @@ def found(result: Result, c: int) -> list[Found]:
 
 
 def seen(result: Result) -> list[Seen]:
-    """For each region the description of all classes that fits it best; the best fit comes first."""
+    """For each region, the description with the highest cosine of all classes; the highest cosine comes first."""
     if result.regions is None:
         return [Seen(q, "", "", 0.0, box) for q, box in enumerate(result.boxes_xyxy)]
     labels = [(text, name) for name, texts in result.classes.items() for text in texts]
@@ -264,7 +262,7 @@ def seen(result: Result) -> list[Seen]:
 
 
 def explained(result: Result, chosen: str) -> list[int]:
-    """The chosen class, the best one where `chosen` is no class, and the best of the others."""
+    """Positions of the class `chosen` (the best class if there is no such name) and of the best other class."""
     ranked = result.ranked()
     first = result.names.index(chosen) if chosen in result.classes else ranked[0]
     return [first, *[c for c in ranked if c != first][:1]]

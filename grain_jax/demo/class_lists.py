@@ -1,4 +1,4 @@
-"""Parses the classes of the page: typed lines, a file or JSON, within bounds."""
+"""Parses the classes that a user types or loads from a file, and checks their number and length."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from etils import epath
 from grain_jax import errors
 from grain_jax.files import annotations
 
-# Bounds of what a page takes:
+# Upper bounds of the input:
 MANY = 1000  # classes
 MANY_DESCRIPTIONS = 100  # of a class, and phrases to find
 MANY_IN_ALL = 5000  # descriptions
@@ -21,13 +21,13 @@ Classes = dict[str, tuple[str, ...]]  # name -> descriptions; without any: names
 
 
 class DemoError(errors.UserError):
-    """What the user gave cannot be shown; the message is one line."""
+    """Bad input from the user; the message is one line."""
 
 
 def parse(text: str) -> Classes:
-    """Classes from what is typed: `name: description; description` or a name a line, or JSON.
+    """Parses classes: lines `name: description; description`, lines with a name each, or JSON.
 
-    Blank lines, and those that begin with `#`, do not count. JSON is {"name": ["description", ...]} or
+    Blank lines and lines that begin with `#` are skipped. JSON is {"name": ["description", ...]} or
     ["name", ...].
 
     Raises:
@@ -83,7 +83,9 @@ def check_lengths(texts: Sequence[str]) -> None:
 
 def _from_json(text: str) -> list[tuple[str, Sequence[str]]]:
     try:
-        value = json.loads(text, object_pairs_hook=list)  # keeps names that come twice
+        value = json.loads(
+            text, object_pairs_hook=list
+        )  # pairs, so that a name given twice is seen
     except (ValueError, RecursionError) as error:
         raise DemoError(f"not JSON: {' '.join(str(error).split())}; expected {_JSON}") from None
     named: list[tuple[str, Sequence[str]]] = []
@@ -104,7 +106,7 @@ def _from_json(text: str) -> list[tuple[str, Sequence[str]]]:
 
 
 def format(classes: Mapping[str, Sequence[str]]) -> str:
-    """The text that `parse` reads as these classes: lines, or JSON where a name has a `:` and such."""
+    """The inverse of `parse`: lines, or JSON if a name holds a character with a meaning, such as `:`."""
     lines = "\n".join(
         f"{name}: {'; '.join(descriptions)}" if descriptions else name
         for name, descriptions in classes.items()
@@ -119,7 +121,7 @@ def format(classes: Mapping[str, Sequence[str]]) -> str:
 
 
 def read(path: epath.PathLike) -> Classes:
-    """The classes in a file, `D.json` or lines as in `parse`. Raises DemoError, which names the file."""
+    """Reads the classes in a file, JSON or lines as in `parse`. Raises DemoError, which names the file."""
     path = epath.Path(path)
     try:
         with path.open("rb") as file:

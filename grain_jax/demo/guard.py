@@ -1,7 +1,7 @@
-"""ASGI middleware in front of the page: calls that the page itself would not make get a status 4xx and one line.
+"""ASGI middleware in front of the page: refuses requests that the page itself does not make.
 
-Gradio serves much that this page has no use for, reads paths and URLs out of calls, and answers what it
-cannot read with status 500 and a traceback. Nothing here needs Gradio: it is ASGI.
+The answer has a status 4xx and one line. Gradio alone serves many routes that this page does not use, opens paths and
+URLs that a request names, and answers malformed requests with status 500 and a traceback. This module needs no Gradio.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ _API = "/gradio_api"
 _UPLOAD = f"{_API}/upload"
 _EVENTS = (f"{_API}/queue/join", f"{_API}/run/predict")
 _POSTS = (_UPLOAD, *_EVENTS, f"{_API}/cancel", f"{_API}/reset")
-# Other addresses, which Gradio would fetch for whoever asks; and sessions, which it would store.
+# Routes that stay closed: Gradio would fetch any URL for a client, and store data of sessions.
 _ELSEWHERE = re.compile(f"{_API}/(proxy=|file=(?!/)|deep_link)")
 _ABANDONED = 600  # seconds after which what is left of an upload that was cut off is deleted
 _READ_ON = 1 << 30  # bytes of a refused upload: a client that is not read sees no response
 
 
 class Refused(Exception):
-    """A call that is refused.
+    """A refused request; the message is the line of the response.
 
     Attributes:
-      status: of the response; the message is its line.
+      status: the HTTP status of the response.
     """
 
     def __init__(self, status: int, reason: str):
@@ -46,17 +46,17 @@ class Guard:
     """ASGI middleware.
 
     Args:
-      app: what the other calls go to.
-      folder: of the uploads.
-      check: raises ValueError for the values of an event (its number, and the values as JSON has them)
-        that the page would not send; the message says which and why.
+      app: the application that handles the accepted requests.
+      folder: folder of the uploads.
+      check: called with the number and the JSON values of each event; raises ValueError, with the reason, for values
+        that the page does not send.
     """
 
     def __init__(self, app: Callable, folder: str, check: Callable[[Any, Any], None]):
         self._app, self._folder, self._check = app, folder, check
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
-        """Serves a call."""
+        """Handles a request, as ASGI defines it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -73,13 +73,13 @@ class Guard:
             if error.status == 413:
                 await _read_on(receive)
             await _refuse(answer, error.status, str(error), begun)
-        except Exception as error:  # of calls that Gradio cannot read, there are all kinds
+        except Exception as error:  # Gradio raises many types for malformed requests
             reason = _line(f"{type(error).__name__}: {error}")
             print(_line(f"{scope['method']} {scope['path']}: {reason}"), file=sys.stderr)
             await _refuse(answer, 400, f"this cannot be served: {reason}", begun)
 
     async def _checked(self, scope: dict[str, Any], receive: Callable) -> Callable:
-        """`receive` of a call that may go on; its body is bounded."""
+        """Checks a request; returns a `receive` for its body that enforces a limit of size. Raises Refused."""
         path = scope["path"].rstrip("/")
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             if _ELSEWHERE.match(path):
@@ -131,7 +131,7 @@ def _bounded(receive: Callable, most: int, limit: str) -> Callable:
 
 
 def _repeated(body: bytes, receive: Callable) -> Callable:
-    """`receive` that gives `body` again, which was read."""
+    """A `receive` that returns `body`, which has been read already."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def repeated():
@@ -141,7 +141,7 @@ def _repeated(body: bytes, receive: Callable) -> Callable:
 
 
 async def _read_on(receive: Callable) -> None:
-    """Reads what a client still sends, and keeps none of it."""
+    """Reads and discards the rest of a request."""
     left, more = _READ_ON, True
     while more and left > 0:
         message = await receive()
@@ -150,12 +150,12 @@ async def _read_on(receive: Callable) -> None:
 
 
 def _stored(folder: str) -> int:
-    """Bytes of all files in the folder and its folders, of which those that were abandoned are deleted first."""
+    """Deletes abandoned uploads; returns the bytes of all files that remain in the folder and its sub-folders."""
     total = 0
-    # Gradio moves whole uploads into folders of their own.
+    # Gradio moves a complete upload into a sub-folder.
     for pattern in ("*", "*/*"):
         for path in epath.Path(folder).glob(pattern):
-            with contextlib.suppress(FileNotFoundError):  # deleted by now
+            with contextlib.suppress(FileNotFoundError):  # another request has deleted it
                 found = os.stat(path)
                 if stat.S_ISDIR(found.st_mode):
                     continue
@@ -167,7 +167,7 @@ def _stored(folder: str) -> int:
 
 
 async def _refuse(send: Callable, status: int, reason: str, begun: bool) -> None:
-    """Sends the line; ends the response where one has begun."""
+    """Sends the line as the response; if a response has begun, ends it."""
     if begun:
         await send({"type": "http.response.body", "body": b""})
         return
@@ -178,6 +178,6 @@ async def _refuse(send: Callable, status: int, reason: str, begun: bool) -> None
 
 
 def _line(text: str) -> str:
-    """A text on one line that a terminal and a log can show."""
+    """The text as one line of printable characters, at most 300."""
     text = " ".join(text.split())[:300]
     return "".join(char if char.isprintable() else "\ufffd" for char in text)

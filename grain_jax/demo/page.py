@@ -33,9 +33,9 @@ def build(
 
     Args:
       analyst: the model.
-      model: what the page says the model is.
-      classes: that it starts with.
-      examples: files of images to choose from, in a folder that Gradio may read.
+      model: Markdown that describes the model.
+      classes: the classes at the start.
+      examples: image files to choose from, in a folder that Gradio may read.
     """
     with_regions = analyst.queries > 0
     start = views.hint("Drop an image, or choose an example.")
@@ -47,7 +47,7 @@ def build(
                 image = gr.Image(
                     label="Image",
                     type="filepath",
-                    # Else Gradio decodes the file itself, of whatever format.
+                    # By default Gradio decodes the file itself, in any format.
                     image_mode=None,
                     sources=["upload", "clipboard"],
                     buttons=[],
@@ -170,18 +170,18 @@ def build(
 
 
 def _preprocess(component: Any, function: Callable[[Any], Any]) -> None:
-    """Sets what a component makes of the value of a call."""
+    """Sets how a component converts the value that a request holds."""
     component.preprocess = function
 
 
 def check(page: gr.Blocks, folder: str, event: Any, values: Any) -> None:
-    """Raises ValueError for values that the page itself would not send to one of its functions.
+    """Raises ValueError for inputs of an event that the page itself does not send.
 
     Args:
-      page: of `build`.
-      folder: of the uploads; no other file is read.
-      event: number of the function, as a call has it.
-      values: of its inputs, as a call has them.
+      page: the page that `build` returned.
+      folder: folder of the uploads; no other file may be read.
+      event: number of the event, `fn_index` of the request.
+      values: values of its inputs, `data` of the request.
     """
     if type(event) is not int or event not in page.fns:
         raise ValueError(f"fn_index: got {annotations.show(event)}, expected a number of the page")
@@ -196,7 +196,7 @@ def check(page: gr.Blocks, folder: str, event: Any, values: Any) -> None:
 
 
 def _expected(component: object, value: Any, folder: str) -> str:
-    """What a component's value should be; "" where it is."""
+    """The expected value of a component, in words; "" if `value` is valid."""
     match component:
         case gr.Image():
             fits = value is None or _is_upload(value, folder)
@@ -227,20 +227,20 @@ def _is_upload(value: Any, folder: str) -> bool:
 
 
 def _within(slider: gr.Slider, value: float | None) -> float:
-    """The value that is nearest on the slider; where it began if nothing is typed."""
+    """The nearest value of the slider; its initial value if there is none."""
     value = float(slider.value or 0) if value is None else value
     return min(max(value, slider.minimum), slider.maximum)
 
 
 def launch(page: gr.Blocks, host: str, port: int | None, *, uploads: str, examples: str) -> str:
-    """Starts to serve the page, and returns its address.
+    """Starts the server of the page; returns its URL.
 
     Args:
-      page: of `build`.
+      page: the page that `build` returned.
       host: address to listen on.
       port: None for the first free one from 7860.
-      uploads: folder of what users upload; Gradio offers it for download, never for display.
-      examples: folder that examples lie in, and nothing that a user gave: it is served as it is.
+      uploads: folder of uploaded files; browsers download them and never display them.
+      examples: folder of the examples, served as they are; it must hold no upload.
 
     Raises:
       class_lists.DemoError: no port is free.
@@ -264,7 +264,7 @@ def launch(page: gr.Blocks, host: str, port: int | None, *, uploads: str, exampl
             max_file_size=guard.MAX_FILE,
             app_kwargs={"middleware": [guarded]},
             theme=themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
-                # Gradio's own are too pale to read.
+                # The default colours of Gradio are too pale to read.
                 block_info_text_color="*neutral_600",
                 block_info_text_color_dark="*neutral_300",
                 block_label_text_color="*neutral_700",

@@ -1,7 +1,7 @@
-"""HTML of what `analysis` found: bars of scores, tables that add up, and boxes on the image.
+"""The results of `analysis` as HTML: bars of scores, tables of the terms of a score, boxes on the image.
 
-No scripts: a box is shown alone by hovering it or by a radio button, through CSS, so the keyboard works
-too. Colours come from Gradio's theme, light and dark; a region has a number beside its colour.
+There are no scripts: CSS shows one box alone while it is hovered or its radio button is chosen, so that the keyboard
+works too. Colours come from Gradio's theme, light and dark; a region has a number beside its colour.
 """
 
 import html
@@ -67,12 +67,12 @@ CSS = """
 
 
 def message(text: str) -> str:
-    """A line that says what is wrong, read out by screen readers; empty for no text."""
+    """An error line, which screen readers announce; "" if there is no text."""
     return f'<div class="gj line" role="alert">{html.escape(text)}</div>' if text else ""
 
 
 def hint(text: str) -> str:
-    """A quiet line where there is nothing to show yet."""
+    """A grey line for a part of the page that has no content yet."""
     return f'<p class="gj quiet">{html.escape(text)}</p>'
 
 
@@ -80,8 +80,8 @@ def scores(result: analysis.Result, *, softmax: bool, chosen: str = "") -> str:
     """The classes with bars, best first: combined, whole image and regions, and the softmax if asked for.
 
     Args:
-      result: of `Analyst.analyse`.
-      softmax: whether a column has the softmax of the combined scores.
+      result: what `Analyst.analyse` returned.
+      softmax: whether to add a column with the softmax of the combined scores.
       chosen: the class whose name is set in bold; the best one if it is none of the classes.
     """
     columns = [(f"score (alpha {result.alpha:g})", result.combined)]
@@ -188,10 +188,10 @@ def regions(
 
     Args:
       image: RGB.
-      result: of `Analyst.analyse` for it.
-      most: regions to show at most; those that fit best.
+      result: what `Analyst.analyse` returned for it.
+      most: largest number of regions to show; the best fits are kept.
       threshold: cosine below which a region is left out.
-      name: of the radio buttons; one in a page.
+      name: name of the group of radio buttons, unique in a page.
     """
     if not len(result.boxes_xyxy):
         return hint("The model has no regions.")
@@ -274,7 +274,7 @@ def _table(head: str, rows: Iterable[str]) -> str:
 
 
 def _bar(value: float, low: float, high: float) -> str:
-    """From zero to the value, on a scale that all bars share."""
+    """A bar from zero to the value, on the scale from `low` to `high` of all bars."""
     width = (high - low) or 1.0
     left, right = (min(0.0, value) - low) / width, (max(0.0, value) - low) / width
     return f'<span class="bar"><i style="left:{left:.2%};width:{right - left:.2%}"></i></span>'

@@ -1,7 +1,7 @@
 """python -m grain_jax.report DIR [DIR ...]: writes report.html, one page about a run or several side by side.
 
-The model of each run looks at images of the run's own evaluations; what it found is kept in
-`report_data.json` of the workdir. Wrong usage or input: a line a fault, status 2.
+The model of each run runs on images of the evaluations in its config; the results are saved as
+`report_data.json` in the workdir. Wrong usage or input: one line an error, status 2.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def _count(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the page; returns the exit status: 0, or 2 with a line a fault on stderr."""
+    """Writes the page; returns the exit status: 0, or 2 after a line on stderr for each error."""
     parser = Parser(
         prog="grain_jax.report",
         description=__doc__,
@@ -39,9 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--pictures",
         type=_count,
         default=collect.IMAGES,
-        help="of each evaluation that the model looks at (default %(default)s)",
+        help="images of each evaluation that the model runs on (default %(default)s)",
     )
-    parser.add_argument("--no-model", action="store_true", help="what the files say alone")
+    parser.add_argument(
+        "--no-model", action="store_true", help="load no model; show only what the files hold"
+    )
     try:
         args = parser.parse_args(arguments)
         first, *others = args.workdir
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 others=others,
                 output=args.output,
                 results=args.results,
-                pictures=args.pictures,
+                num_images=args.pictures,
                 model=not args.no_model,
             )
     except (errors.UserError, OSError) as error:

@@ -1,7 +1,7 @@
-"""What the region decoder looks at: the cross-attention of every layer, head and query over the image tokens.
+"""The cross-attention of the region decoder: of every layer, head and query over the image tokens.
 
-The model does not return it, and its layers are one scan, out of which nothing can be captured. So the
-layers' own modules are run one after the other here, each with its slice of the parameters.
+The model does not return it, and Flax captures no intermediates inside the scan over its layers. So the layers run here
+one after the other, each with its slice of the parameters.
 """
 
 import functools
@@ -16,33 +16,36 @@ import numpy as np
 from grain_jax import config as config_lib
 from grain_jax.models import grain, region_decoder
 
-_PARTS = ("query", "key", "value", "out")  # of an attention
+_PARTS = ("query", "key", "value", "out")  # submodules of an attention layer
 
 
 class Attention(NamedTuple):
-    """The attention of some images; T layers, K heads, the image query is the last of Q + 1."""
+    """Attention of B images: T layers, K heads, N image tokens, Q region queries and, last, the image query."""
 
     weights: np.ndarray  # float32 [T, B, K, Q+1, N], sums to 1 over the tokens
-    values: np.ndarray  # float32 [T, B, N, K, head_dim], what the weights are applied to
-    outputs: np.ndarray  # float32 [T, B, Q+1, E], what the model's own attention layers returned
-    content: np.ndarray  # float32 [B, Q+1, E], of the last layer, before the final norm
+    values: np.ndarray  # float32 [T, B, N, K, head_dim]
+    outputs: np.ndarray  # float32 [T, B, Q+1, E], outputs of the attention layers
+    content: np.ndarray  # float32 [B, Q+1, E], output of the last layer, before the final norm
 
 
 def cross_attention(
     model: config_lib.Model, params: Mapping[str, Any], images: np.ndarray
 ) -> Attention:
-    """The decoder's attention for images.
+    """The cross-attention of the decoder for some images.
 
     Args:
-      model: one with a region decoder.
-      params: the model's, as `inference.Predictor.params`.
-      images: uint8 [B, S, S, 3], resized to the model's size.
+      model: a model with a region decoder.
+      params: its parameters, as `inference.Predictor.params`.
+      images: uint8 [B, S, S, 3], resized to the image size S of the model.
+
+    Raises:
+      ValueError: the model has no region decoder.
     """
     return Attention(*jax.tree.map(np.asarray, _program(model)(params, images)))
 
 
 def grid(model: config_lib.Model) -> tuple[int, int]:
-    """(tokens that are no patch and come first, patches along an edge)."""
+    """(number of leading tokens that are no patches, patches along a side of the image)."""
     tower = model.image
     return int(tower.class_token), tower.image_size // tower.patch_size
 

@@ -1,6 +1,7 @@
-"""Runs the model of a run on images of its own evaluations: classes, confusions, regions, queries, attention.
+"""Runs a trained model on images of the evaluations in its config, for the sections of the report.
 
-Kept in `report_data.json` of the workdir, so that a second report needs neither the model nor the images.
+The results (classes, confusions, regions, queries, attention) are saved as `report_data.json` in the workdir, so
+that a second report needs neither the model nor the images.
 """
 
 import collections
@@ -22,11 +23,11 @@ from grain_jax.report.thumbnails import Thumbnails
 from grain_jax.runtime import checkpoint
 
 FILE = "report_data.json"
-IMAGES = 300  # of an evaluation that the model looks at
-_VERSION = 1  # of the file's format
-_PAIRS = 12  # confusions that are shown, for an evaluation and an alpha
-_EXAMPLES = 3  # images of a confusion
-_SMALL = 96  # pixels of a thumbnail's longer side
+IMAGES = 300  # default: images of an evaluation that the model runs on
+_VERSION = 1  # of the format of report_data.json
+_PAIRS = 12  # confused pairs of classes shown for each evaluation and alpha
+_EXAMPLES = 3  # images shown of each pair
+_SMALL = 96  # longer side of a thumbnail, pixels
 
 
 def collect(
@@ -35,26 +36,26 @@ def collect(
     predictor: Any = None,
     *,
     step: int | None = None,
-    pictures: int = IMAGES,
+    num_images: int = IMAGES,
 ) -> dict[str, Any]:
-    """Results on the evaluations of the run, or those that an earlier call at the same step has kept.
+    """Runs the model on the evaluations of the run; an earlier result for the same step is read from its file.
 
     Args:
-      workdir: of the run; its newest checkpoint is loaded if there is no `predictor`.
-      config: what `config.json` holds.
-      predictor: the model, where it is in memory already (`inference.Predictor`).
-      step: that the predictor stands at.
-      images: of each evaluation, spread over it evenly.
+      workdir: workdir of the run; its newest checkpoint is loaded if `predictor` is None.
+      config: the content of `config.json`.
+      predictor: the model (`inference.Predictor`), if it is in memory already.
+      step: the training step of `predictor`.
+      num_images: images used of each evaluation, evenly spaced in its order.
 
-    Returns: JSON-ready; `lines` names the missing parts with their reasons.
+    Returns: a dict that can be written as JSON; `lines` maps each missing part to the reason.
     """
     workdir = epath.Path(workdir)
     if predictor is None:
         steps = checkpoint.finished_steps(workdir)
         step = steps[-1] if steps else None
     evals = config.get("evals", {})
-    asked = {"version": _VERSION, "step": step, "pictures": pictures, "evals": evals}
-    asked = json.loads(json.dumps(asked))  # as it comes back
+    asked = {"version": _VERSION, "step": step, "pictures": num_images, "evals": evals}
+    asked = json.loads(json.dumps(asked))  # as read back from the file: lists for tuples
     kept = _kept(workdir / FILE)
     if predictor is None and kept and kept["asked"] == asked:
         return kept
@@ -72,7 +73,7 @@ def collect(
     with line("model"):
         if predictor is None:
             predictor = inference.load(workdir)
-            # An older checkpoint, where the newest one is damaged.
+            # `load` falls back to an older checkpoint if the newest one is damaged.
             made["asked"]["step"] = int(epath.Path(predictor.folder).name)
     if predictor is None:
         return made | {"thumbs": []}
@@ -80,9 +81,9 @@ def collect(
         with line(name):
             parsed = config_lib.evaluator_from_dict(entry)
             if isinstance(parsed, evaluators.ZeroShot):
-                made["zeroshot"][name] = _zeroshot(predictor, parsed, thumbs, pictures)
+                made["zeroshot"][name] = _zeroshot(predictor, parsed, thumbs, num_images)
     with line("regions"):
-        made |= regions.collect(predictor, evals, thumbs, pictures)
+        made |= regions.collect(predictor, evals, thumbs, num_images)
     made["thumbs"] = thumbs.uris
     atomic.write_text(workdir / FILE, json.dumps(made, ensure_ascii=False) + "\n")
     return made
@@ -110,7 +111,7 @@ def _zeroshot(
     with_regions = min(alphas) < 1
     wanted = set(regions.spread(len(test_set), limit).tolist())
     chosen: list[test_sets.Image] = []
-    first: dict[int, int] = {}  # class -> its first image's position
+    first: dict[int, int] = {}  # class -> position of its first image
     for position, image in enumerate(test_set.images(range(len(test_set)))):
         first.setdefault(image.label, position)
         if position in wanted:
@@ -162,21 +163,21 @@ def _confusions(
     first: Mapping[int, int],
     thumbs: Thumbnails,
 ) -> list[dict[str, Any]]:
-    """The most frequent pairs of a class and another that was taken for it, with images.
+    """The most frequent confusions: pairs (true class, predicted class), with example images.
 
     Args:
       found: scores [n, C].
-      own: int [n], the right classes.
-      seen: the images, n.
-      test_set: that they are of.
+      own: int [n], the true classes.
+      seen: the n images.
+      test_set: the test set of the images.
       first: class -> position of its first image in the set; a class may have none.
-      thumbs: gets the images that are shown.
+      thumbs: the thumbnails of the page; the example images are added to it.
     """
     predicted = found.argmax(axis=1)
     wrong = np.flatnonzero(predicted != own)
     counts = collections.Counter((int(own[i]), int(predicted[i])) for i in wrong)
     totals = collections.Counter(own.tolist())
-    # Of pairs that are as frequent, the surest mistakes: by how much the wrong class led.
+    # Equally frequent pairs are ordered by the largest lead of the wrong score over the true one.
     lead = found[np.arange(len(found)), predicted] - found[np.arange(len(found)), own]
     sureness = collections.defaultdict(float)
     for i in wrong:

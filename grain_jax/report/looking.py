@@ -1,7 +1,7 @@
 """Embeds images and texts in this process alone.
 
-The functions of `evaluate` share the images among all processes; a report is written by the first one,
-while the others may have ended.
+`evaluate` divides the images among all processes. Only the first process writes a report, and the others may have
+ended by then, so the report does not use those functions.
 """
 
 from collections.abc import Sequence
@@ -15,41 +15,45 @@ from grain_jax.evaluate import encode as encode_lib
 from grain_jax.evaluate import test_sets
 from grain_jax.files import images
 
-_THREADS = 8  # that read images
+_THREADS = 8  # threads that read images
 
 
 class Seen(NamedTuple):
-    """The readable ones of some images."""
+    """Sizes and embeddings of the n images that could be read."""
 
     index: np.ndarray  # int [n], positions in the list of images
     sizes: list[tuple[int, int]]  # width, height in pixels
     image_embed: np.ndarray  # float32 [n, D]
-    regions: schema.Regions | None  # None: not asked for
+    regions: schema.Regions | None  # None if not requested
 
     @property
     def with_regions(self) -> schema.Regions:
-        """`regions`, where they were asked for."""
+        """`regions`, which must have been requested.
+
+        Raises:
+          ValueError: `encode` was called with regions=False.
+        """
         if self.regions is None:
-            raise ValueError("regions: not asked for; pass regions=True")
+            raise ValueError("regions: not computed; pass regions=True to encode")
         return self.regions
 
 
-def encode(predictor: Any, pictures: Sequence[test_sets.Image], *, regions: bool = True) -> Seen:
-    """Embeds the images that can be read.
+def encode(predictor: Any, chosen: Sequence[test_sets.Image], *, regions: bool = True) -> Seen:
+    """Embeds images; those that cannot be read are left out.
 
     Args:
       predictor: the model (see `evaluate.encode.Predictor`).
-      images: to look at.
-      regions: whether region embeddings are wanted too.
+      chosen: the images.
+      regions: whether to compute boxes and region embeddings too.
 
     Raises:
-      test_sets.InputError: not a single one can be read, or the model's embeddings are not finite.
+      test_sets.InputError: no image can be read, or an embedding is not finite.
     """
     model = getattr(predictor, "model", None)  # test doubles may have none
 
-    def read(picture: test_sets.Image) -> tuple[Any, tuple[int, int]] | images.ImageError:
+    def read(image: test_sets.Image) -> tuple[Any, tuple[int, int]] | images.ImageError:
         try:
-            loaded = picture.load()
+            loaded = image.load()
             resized = images.resize(loaded, model.image.image_size) if model else loaded
             return resized, loaded.size
         except images.ImageError as error:
@@ -58,8 +62,8 @@ def encode(predictor: Any, pictures: Sequence[test_sets.Image], *, regions: bool
     embeds, boxes, region_embeds, sizes, index = [], [], [], [], []
     fault: Exception | None = None
     with ThreadPoolExecutor(_THREADS) as pool:
-        for first in range(0, len(pictures), encode_lib.BATCH_SIZE):
-            batch, part = [], pictures[first : first + encode_lib.BATCH_SIZE]
+        for first in range(0, len(chosen), encode_lib.BATCH_SIZE):
+            batch, part = [], chosen[first : first + encode_lib.BATCH_SIZE]
             for i, got in enumerate(pool.map(read, part), first):
                 if isinstance(got, images.ImageError):
                     fault = fault or got
@@ -77,9 +81,7 @@ def encode(predictor: Any, pictures: Sequence[test_sets.Image], *, regions: bool
             boxes.append(found.boxes_xyxy)
             region_embeds.append(found.embed)
     if not index:
-        raise test_sets.InputError(
-            f"none of {len(pictures)} images can be read; the first: {fault}"
-        )
+        raise test_sets.InputError(f"none of {len(chosen)} images can be read; the first: {fault}")
     seen = schema.Regions(np.concatenate(boxes), np.concatenate(region_embeds)) if regions else None
     embed = np.concatenate(embeds)
     if not all(np.isfinite(x).all() for x in (embed, *(seen or ()))):
@@ -90,7 +92,7 @@ def encode(predictor: Any, pictures: Sequence[test_sets.Image], *, regions: bool
 
 
 def encode_texts(predictor: Any, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
-    """For each list of texts its embeddings, float32 [n, D]; a text that stands in several is encoded once."""
+    """The embeddings of each list of texts, float32 [n, D]; a text in several lists is encoded once."""
     place = {text: i for i, text in enumerate(dict.fromkeys(t for group in texts for t in group))}
     embed = np.asarray(predictor.encode_text(list(place)))
     return [embed[[place[text] for text in group]] for group in texts]

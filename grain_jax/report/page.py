@@ -42,21 +42,21 @@ def write(
     others: Sequence[epath.PathLike] = (),
     output: epath.PathLike | None = None,
     results: Sequence[epath.PathLike] = (),
-    pictures: int = collect.IMAGES,
+    num_images: int = collect.IMAGES,
     model: bool = True,
 ) -> epath.Path:
     """Writes the page.
 
     Args:
-      workdir: of a run.
-      predictor: its model, where it is in memory already; else the newest checkpoint is loaded.
-      others: workdirs that are shown beside it.
-      output: the file; default: `report.html` in the workdir.
-      results: files of `grain_jax.evaluate`, of the first workdir.
-      images: of each evaluation that the model looks at.
-      model: False for what the files say alone.
+      workdir: workdir of a run.
+      predictor: the model of the run, if it is in memory already; else the newest checkpoint is loaded.
+      others: workdirs of the runs that are shown beside it.
+      output: the file to write; default: `report.html` in `workdir`.
+      results: files that `grain_jax.evaluate` wrote for the first run.
+      num_images: images of each evaluation that the model runs on.
+      model: False: no model is loaded, and the page shows only what the files hold.
 
-    Returns: the file.
+    Returns: the path of the page.
 
     Raises:
       run_files.InputError: a folder holds no run.
@@ -67,13 +67,13 @@ def write(
         run = run_files.read(folder, results if i == 0 else ())
         looked: dict[str, Any]
         if not model:
-            looked = {"lines": {"model": "the model was not asked (--no-model)"}}
+            looked = {"lines": {"model": "no model was loaded (--no-model)"}}
         elif run.config is None:
             line = f"{folder}: config.json is missing, so no model was loaded"
             looked = {"lines": {"model": line}}
         else:
             own = predictor if i == 0 else None
-            looked = collect.collect(folder, run.config, own, step=run.step, pictures=pictures)
+            looked = collect.collect(folder, run.config, own, step=run.step, num_images=num_images)
         runs.append(run)
         found.append(looked)
     path = epath.Path(output) if output else workdirs[0] / FILE
@@ -83,7 +83,12 @@ def write(
 
 
 def render(runs: Sequence[run_files.Run], found: Sequence[Mapping[str, Any]]) -> str:
-    """The page, from what `run_files.read` and `collect.collect` return for each run."""
+    """The HTML of the page.
+
+    Args:
+      runs: the files of each run, from `run_files.read`.
+      found: the results of its model, from `collect.collect`, in the same order.
+    """
     names = run_files.labels([run.workdir for run in runs])
     contents = {name: f'<div id="{name}-content"></div>' for name, _, _ in _SECTIONS}
     contents["results"] = _results(runs, names)
@@ -114,7 +119,7 @@ def render(runs: Sequence[run_files.Run], found: Sequence[Mapping[str, Any]]) ->
 
 
 def _payload(runs, found, names) -> dict[str, Any]:
-    """The data of the scripts."""
+    """The JSON data that the scripts of the page draw."""
     evaluations = [
         len(s) for run in runs for k, (s, _) in run.series.items() if k.startswith("eval/")
     ]
@@ -144,7 +149,10 @@ def _payload(runs, found, names) -> dict[str, Any]:
 
 
 def _per_class(run: run_files.Run, looked: Mapping[str, Any]) -> dict[str, Any]:
-    """Evaluation -> its note and, for each alpha, class -> [share, images or None]; whole results come first."""
+    """Evaluation -> {note, alphas: alpha -> class -> [accuracy, images or None]}.
+
+    Results on all images of an evaluation come first, then those of `collect` on some of them.
+    """
     out = {}
     for result in run.results:
         if result.per_class:
@@ -167,7 +175,7 @@ def _per_class(run: run_files.Run, looked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _results(runs, names) -> str:
-    """The headline table: a body for each source of results, a column for each run."""
+    """The table of results: a group of rows for each file with results, a column for each run."""
     groups: dict[str, dict[tuple[str, str], tuple[str, list[str]]]] = {}
     for i, run in enumerate(runs):
         for result in run.results:
@@ -197,7 +205,7 @@ def _results(runs, names) -> str:
 
 
 def _cell(numbers, row, value: str, between: str, chance: str, of: str) -> str:
-    """A number with its interval, chance and count, and all of them as a bar where they are shares."""
+    """A number with its interval, chance level and count; numbers in [0, 1] get a bar too."""
     parts = [between, f"chance {chance}" if chance else "", f"of {of}" if of else ""]
     text = f"<b>{escape(value)}</b> <small>{escape('; '.join(filter(None, parts)))}</small>"
     number = numbers[row.key]
@@ -230,7 +238,7 @@ def _environment(runs, names) -> str:
 
 
 def _table(name: str, what: str, names, rows, *, code: bool = True) -> str:
-    """Rows of texts with a column for each run; a row whose texts differ is marked."""
+    """A table with a column for each run; rows in which the runs differ are marked."""
     tag = "code" if code else "span"
     head = "".join(f'<th scope="col">{escape(n)}</th>' for n in names)
     body = "".join(
@@ -252,7 +260,7 @@ def _unmeasured(runs, found, names) -> str:
         for entry, part in looked.get("zeroshot", {}).items():
             if part["pictures"] < part["of"]:
                 own.append(
-                    f"{entry}: confusions and classes stand on {part['pictures']} of {part['of']} images"
+                    f"{entry}: confusions and classes are of {part['pictures']} of {part['of']} images"
                 )
         lines += [f"{name}: {line}" if len(runs) > 1 else line for line in own]
     shown = "".join(f"<li>{escape(line)}</li>" for line in lines)

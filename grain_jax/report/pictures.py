@@ -1,4 +1,4 @@
-"""Images of a run: its curves, and test images with what the regions see; and the final table, printed."""
+"""The PNG figures of a run (curves; test images with boxes and descriptions) and the printed table of results."""
 
 import io
 import json
@@ -26,7 +26,7 @@ from grain_jax.runtime import metrics_file
 
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e67e00", "#0c8c96", "#c2388f", "#7a4b2a")
 _LOSS_COLOURS = ("#333333", COLOURS[1], COLOURS[4], COLOURS[2], COLOURS[3], *COLOURS[5:])
-HEADLINES = {  # ending of an evaluation's key -> label
+HEADLINES = {  # last part of the key of a main number -> label
     "/top1": "top-1",
     "/r1": "R@1",
     "/box_iou": "box IoU",
@@ -34,19 +34,23 @@ HEADLINES = {  # ending of an evaluation's key -> label
     "/phrase_acc50": "phrase to box Acc@0.5",
 }
 _COLUMNS = 4  # of the grid
-_CELL = 3.2  # inches that an image of the grid has
+_CELL = 3.2  # side of an image in the grid, inches
 _LINE = 42  # characters of text under an image
-_LONGEST = 240  # characters of one text; more is cut off
-_LINE_HEIGHT = 0.165  # inches
-_PIXELS = 360  # that an image's longer side is drawn with, at least
+_LONGEST = 240  # characters of a text; longer ones are cut off
+_LINE_HEIGHT = 0.165  # of text, inches
+_PIXELS = 360  # least longer side of an image as drawn
 
 
-# Else two $ in a description are a formula.
+# Matplotlib would read the text between two $ of a description as a formula.
 _texts_as_they_are = matplotlib.rc_context({"text.parse_math": False})
 
 
 def print_table(results: Mapping[str, float]) -> None:
-    """Prints the final table of a run; `results` has the names of metrics.jsonl, `eval/NAME/KEY`."""
+    """Prints the final table of a run.
+
+    Args:
+      results: `eval/NAME/KEY`, as in metrics.jsonl -> value.
+    """
     groups: dict[str, dict[str, float]] = {}
     for key, value in results.items():
         name, _, rest = key.removeprefix("eval/").partition("/")
@@ -56,11 +60,11 @@ def print_table(results: Mapping[str, float]) -> None:
 
 @_texts_as_they_are
 def curves(metrics_jsonl: epath.PathLike, output_png: epath.PathLike) -> None:
-    """Draws a run's losses, evaluations, temperature, learning rate and speed.
+    """Draws the losses, evaluations, temperature, learning rate and speed of a run.
 
     Args:
-      metrics_jsonl: the run's `metrics.jsonl`; lines that are no records of a step are skipped. A `config.json` beside
-        it tells the batch size, whose logarithm is the caption loss of a model that knows nothing.
+      metrics_jsonl: the run's `metrics.jsonl`; lines that are no records of a step are skipped. The batch size is
+        read from `config.json` beside it, to draw ln(batch size), the caption loss at chance.
       output_png: the file to write.
     """
     series = metrics_file.series(metrics_file.read([epath.Path(metrics_jsonl)])[0])
@@ -94,17 +98,17 @@ def regions_grid(
     output_png: epath.PathLike,
     count: int = 12,
 ) -> None:
-    """Draws test images with their predicted and annotated boxes and what the regions say.
+    """Draws test images with their predicted and annotated boxes, and the nearest description of each region.
 
-    A predicted box (solid) has the colour of the annotated one (dashed) that it is matched to; the text
-    in that colour is the nearest of all distinct descriptions of the file.
+    A predicted box (solid) and the annotated box (dashed) that it is matched to have one colour. The text in that
+    colour is the description nearest to the region, of all distinct descriptions of the file.
 
     Args:
       predictor: the model (see `evaluate.encode.Predictor`).
       annotations: `A.jsonl`.
-      images_dir: the folder that the annotations' paths start from.
+      images_dir: the folder that the paths in the annotations are relative to.
       output_png: the file to write.
-      count: images, taken evenly from the file's with regions.
+      count: number of images, evenly spaced among those with regions.
 
     Raises:
       test_sets.InputError, annotations.AnnotationError: no image of the file can be drawn.
@@ -127,7 +131,7 @@ def regions_grid(
     embed = scores.unit(found.embed[matched.image, matched.query])
     nearest = (embed @ scores.unit(predictor.encode_text(texts)).T).argmax(axis=1)  # [n]
 
-    captions = []  # of each image, (colour, line) pairs
+    captions = []  # for each image, a list of (colour, line)
     for i in range(len(read)):
         mine = np.flatnonzero(matched.image == i)
         captions.append(_wrapped(texts, nearest[mine], truth[mine]))
@@ -137,14 +141,14 @@ def regions_grid(
         f"  text: nearest of {len(texts)} descriptions (\N{CHECK MARK} its own, \N{BALLOT X} another's)",
     )
     for i, (position, (above, below)) in enumerate(zip(batch.index, axes)):
-        picture = images_lib.load_image(paths[position]).convert("RGB")
-        _draw_picture(above, picture)
+        image = images_lib.load_image(paths[position]).convert("RGB")
+        _draw_image(above, image)
         pred_boxes_xyxy = found.boxes_xyxy[i, matched.query[matched.image == i]]
         true_boxes_xyxy = described.boxes_xyxy[described.image == i]  # ordered as the matches are
         for j, pred_box_xyxy in enumerate(pred_boxes_xyxy):
             colour = COLOURS[j % len(COLOURS)]
-            _draw_box(above, true_boxes_xyxy[j], picture.size, colour, dashed=True)
-            _draw_box(above, pred_box_xyxy, picture.size, colour, dashed=False)
+            _draw_box(above, true_boxes_xyxy[j], image.size, colour, dashed=True)
+            _draw_box(above, pred_box_xyxy, image.size, colour, dashed=False)
         below.set_axis_off()
         height = below.get_position().height * figure.get_figheight()
         for j, (colour, line) in enumerate(captions[i]):
@@ -154,7 +158,13 @@ def regions_grid(
 
 
 def _wrapped(texts: Sequence[str], nearest: np.ndarray, truth: np.ndarray) -> list[tuple[str, str]]:
-    """What the regions of an image say, a (colour, line) each; a wrong one with the annotated text."""
+    """The nearest description of each region of an image as (colour, line) pairs, wrapped.
+
+    Args:
+      texts: the distinct descriptions.
+      nearest: int [n], position in `texts` of the nearest description of each region.
+      truth: int [n], position of the annotated description; it is added where the two differ.
+    """
     lines = []
     for j, (said, own) in enumerate(zip(nearest, truth)):
         said_text = printable.plain(texts[int(said)], _LONGEST)
@@ -168,7 +178,7 @@ def _wrapped(texts: Sequence[str], nearest: np.ndarray, truth: np.ndarray) -> li
 
 
 def _grid(captions: Sequence[Sequence[Any]], title: str) -> tuple[Figure, list[tuple[Axes, Axes]]]:
-    """A figure with, for each image, axes for it and for the lines below; rows are as high as they need."""
+    """A figure, and (axes of the image, axes of its text) for each image; a row is as high as its longest text."""
     columns = min(_COLUMNS, len(captions))
     rows = [captions[i : i + columns] for i in range(0, len(captions), columns)]
     heights = []  # inches: image, lines, image, lines ...
@@ -197,12 +207,12 @@ def _grid(captions: Sequence[Sequence[Any]], title: str) -> tuple[Figure, list[t
     ]
 
 
-def _draw_picture(axis: Axes, picture: PIL.Image.Image) -> None:
-    scale = max(1.0, _PIXELS / max(picture.size))
-    size = [round(edge * scale) for edge in picture.size]
+def _draw_image(axis: Axes, image: PIL.Image.Image) -> None:
+    scale = max(1.0, _PIXELS / max(image.size))
+    size = [round(edge * scale) for edge in image.size]
     axis.imshow(
-        picture.resize(size, PIL.Image.Resampling.LANCZOS),
-        extent=(0, picture.width, picture.height, 0),
+        image.resize(size, PIL.Image.Resampling.LANCZOS),
+        extent=(0, image.width, image.height, 0),
     )
     axis.set_axis_off()
 
@@ -248,7 +258,7 @@ def _losses(axis: Axes, series, batch_size: int | None) -> None:
 
 
 def _headline_keys(series) -> dict[str, Any]:
-    """The evaluations' main numbers and a colour for each."""
+    """The key of each evaluation's main number -> its colour."""
     keys = [k for k in series if k.startswith("eval/") and k.endswith(tuple(HEADLINES))]
     palette = matplotlib.colormaps["tab20"]
     return {key: palette((2 * i) % 20 + (i // 10) % 2) for i, key in enumerate(keys)}
@@ -280,11 +290,11 @@ def _bars(axis: Axes, series, colours: Mapping[str, Any]) -> None:
 
 
 def headline(key: str) -> str:
-    """What an evaluation's main number is called, e.g. `eval/unseen/alpha_0.5/top1`: "unseen: top-1, alpha 0.5"."""
+    """The label of a main number, e.g. `eval/unseen/alpha_0.5/top1` -> "unseen: top-1, alpha 0.5"."""
     name, _, rest = key.removeprefix("eval/").partition("/")
     label = next(label for ending, label in HEADLINES.items() if key.endswith(ending))
-    group = rest.rpartition("/")[0]  # alpha_0.5, image_to_text, or nothing
-    way, _, alpha = group.rpartition("/")  # by_name/alpha_0.5
+    group = rest.rpartition("/")[0]  # "alpha_0.5", "image_to_text" or ""
+    way, _, alpha = group.rpartition("/")  # of "by_name/alpha_0.5": "by_name", "alpha_0.5"
     if alpha.startswith("alpha_"):
         name = f"{name}, {way}" if way else name
         return f"{name}: {label}, alpha {float(alpha.removeprefix('alpha_')):g}".replace("_", " ")
@@ -292,7 +302,7 @@ def headline(key: str) -> str:
 
 
 def _chance(series, key: str) -> float | None:
-    """The chance that belongs to an evaluation's number, by the names that the evaluations use."""
+    """The chance level of a number of an evaluation, or None: `.../chance_KEY`, else `eval/NAME/chance`."""
     parts = key.split("/")
     here = "/".join(parts[:-1])
     for name in (f"{here}/chance_{parts[-1]}", f"{parts[0]}/{parts[1]}/chance"):
@@ -320,7 +330,7 @@ def _empty(axis: Axes) -> None:
 
 
 def _smooth(values: Sequence[float], keep: float = 0.6) -> list[float]:
-    """Exponential average without the pull of its start."""
+    """Exponential moving average, with the correction for its start (as in Adam)."""
     out, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
@@ -332,13 +342,13 @@ def _batch_size(workdir: epath.Path) -> int | None:
     try:
         return int(json.loads((workdir / "config.json").read_text())["batch_size"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # metrics that were copied without their config are drawn all the same
+        return None  # curves are drawn without a config too
 
 
 def _save(figure: Figure, path: epath.PathLike) -> None:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # Of characters that the font lacks, such as emoji; it draws boxes.
+        # Characters that the font lacks, such as emoji, are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         warnings.filterwarnings("ignore", "Matplotlib currently does not support .* natively")
         figure.savefig(buffer, format="png")

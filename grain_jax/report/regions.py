@@ -1,4 +1,4 @@
-"""What the region decoder of a run does on images with annotated boxes: regions, queries and attention."""
+"""Runs the region decoder on images with annotated boxes: predicted regions, use of the queries, attention."""
 
 import base64
 import collections
@@ -18,27 +18,31 @@ from grain_jax.inference import scores
 from grain_jax.report import attention, looking
 from grain_jax.report.thumbnails import Thumbnails
 
-SHOWN = 24  # images with their regions
-_LARGE = 224  # pixels of a thumbnail's longer side
-_TEXTS = 2000  # descriptions that regions choose from, at most
-_BEST = 3  # descriptions of a region that are shown
-_SAID = 8  # descriptions that are listed for a query
-_CELLS = 20  # along an edge of a query's map
-_LOOKED_AT = 8  # images whose attention is kept, if that is not too much
-_ATTENTION_BYTES = 500_000
+SHOWN = 24  # images whose regions the page shows
+_LARGE = 224  # longer side of a thumbnail, pixels
+_TEXTS = 2000  # descriptions that are compared with each region, at most
+_BEST = 3  # nearest descriptions shown for a region
+_SAID = 8  # most frequent nearest descriptions listed for a query
+_CELLS = 20  # cells along a side of the map of a query
+_LOOKED_AT = 8  # images whose attention is stored, fewer above _ATTENTION_BYTES
+_ATTENTION_BYTES = 500_000  # of stored attention; two images are stored whatever they take
 
 
 class NoRegions(errors.UserError):
-    """The run has no regions to show, and a later report will not find any; other faults may be temporary."""
+    """The run has no regions to show. This is permanent, where other errors may be gone at the next report."""
 
 
 def spread(count: int, wanted: int) -> np.ndarray:
-    """At most `wanted` positions of `count`, at even distances."""
+    """At most `wanted` of the positions 0..count-1, evenly spaced, int [n]."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int))
 
 
 def with_boxes(evals: Mapping[str, Any]) -> tuple[str, evaluators.AnnotatedRegions]:
-    """The first evaluation with described boxes whose data is there, and its name."""
+    """(name, evaluator) of the first evaluation with annotated boxes whose data exists.
+
+    Raises:
+      NoRegions: there is none.
+    """
     for name, entry in evals.items():
         with contextlib.suppress(errors.MissingData, config_lib.ConfigError):
             parsed = config_lib.evaluator_from_dict(entry)
@@ -48,7 +52,17 @@ def with_boxes(evals: Mapping[str, Any]) -> tuple[str, evaluators.AnnotatedRegio
 
 
 def collect(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
-    """`regions`, `queries` and `attention`, on the images of `with_boxes`."""
+    """The entries `regions`, `queries` and `attention` of the report's data, on images of `with_boxes`.
+
+    Args:
+      predictor: the model (`inference.Predictor`).
+      evals: `config.evals`.
+      thumbs: the thumbnails of the page; the images shown are added to it.
+      limit: images used, at most.
+
+    Raises:
+      NoRegions: the model has no queries, or no evaluation has annotated boxes.
+    """
     decoder = predictor.model.decoder
     if decoder is None or not decoder.queries:
         raise NoRegions("the model has no region queries")
@@ -94,14 +108,22 @@ def collect(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
 
 
 def _predicted(boxes_xyxy, similarity, matched, own_text, image: int) -> list[dict[str, Any]]:
-    """The regions of an image: boxes_xyxy [Q, 4], similarity [Q, T] to the texts, and what they are matched to."""
+    """The predicted regions of an image, with their nearest descriptions and the matched annotation.
+
+    Args:
+      boxes_xyxy: [Q, 4].
+      similarity: cosines of regions and texts, [Q, T].
+      matched: the matches of all images, as `grounding.match` returns them.
+      own_text: int [n], the annotated text of each match.
+      image: position of the image.
+    """
     out = []
     for q, box in enumerate(boxes_xyxy):
         best = np.argsort(-similarity[q], kind="stable")[:_BEST]
         region = {
             "box": _rounded(box),
             "best": [[int(t), round(float(similarity[q, t]), 3)] for t in best],
-            "own": None,  # the text of the annotated box that it is matched to
+            "own": None,  # the text of the matched annotated box
         }
         for at in np.flatnonzero((matched.image == image) & (matched.query == q)):
             region["own"] = int(own_text[at])
@@ -112,7 +134,7 @@ def _predicted(boxes_xyxy, similarity, matched, own_text, image: int) -> list[di
 
 
 def _annotated(described, matched, image: int) -> list[dict[str, Any]]:
-    """The annotated boxes of an image; matched ones come in the order of their rank, the others are the last."""
+    """The annotated boxes of an image: first the matched ones, in the order of the matches, then the others."""
     mine = described.image == image
     queries = matched.query[matched.image == image].tolist()
     return [
@@ -124,7 +146,7 @@ def _annotated(described, matched, image: int) -> list[dict[str, Any]]:
 
 
 def _used_texts(cards: list[dict[str, Any]], texts: Sequence[str]) -> list[str]:
-    """The texts that the regions name, which then count in these."""
+    """The texts that `cards` refer to; changes the positions in `cards` to positions in the returned list."""
     place: dict[int, int] = {}
     at = lambda text: None if text is None else place.setdefault(text, len(place))
     for card in cards:
@@ -141,13 +163,13 @@ def _rounded(box: np.ndarray) -> list[float]:
 
 
 def _queries(boxes_xyxy, said, texts: Sequence[str], matched) -> dict[str, Any]:
-    """For each query where its boxes lie, how often it is matched, and what it says.
+    """For each query: the map of its boxes, how often it is matched, and its most frequent nearest descriptions.
 
     Args:
       boxes_xyxy: [n, Q, 4].
-      said: int [n, Q], positions in `texts` of the nearest descriptions.
+      said: int [n, Q], position in `texts` of the description nearest to each region.
       texts: the descriptions.
-      matched: as `grounding.match` returns it.
+      matched: the matches, as `grounding.match` returns them.
     """
     count, queries = said.shape
     at = (np.arange(_CELLS) + 0.5) / _CELLS
@@ -180,9 +202,9 @@ def _queries(boxes_xyxy, said, texts: Sequence[str], matched) -> dict[str, Any]:
 
 
 def _attention(predictor, files: Sequence[test_sets.Image]) -> dict[str, Any] | None:
-    """The attention of the decoder over some of the images shown, in 8 bits of the largest of each query.
+    """The attention of the decoder over some of the shown images, as 8-bit shares of the largest weight of each query.
 
-    None with an image tower of a user, whose tokens need not be patches of a grid.
+    None with an external image tower (`module:Class`), whose tokens need not be the patches of a grid.
     """
     model = predictor.model
     if named.is_external(model.image.tower):

@@ -1,4 +1,4 @@
-"""What the files of a workdir say about a run: curves, results, config, environment. No model is needed."""
+"""Reads the files of a workdir: curves, results, config, environment. Needs no model."""
 
 import json
 import re
@@ -12,13 +12,13 @@ from grain_jax.evaluate import tables
 from grain_jax.report import pictures
 from grain_jax.runtime import metrics_file, receipt
 
-_POINTS = 800  # of a curve that are kept; a page shows no more
+_POINTS = 800  # points of a curve that the page keeps, at most
 _OWN = (
     "config.json",
     "results.json",
     "report_data.json",
 )  # JSON files that are no results of an evaluation
-_BY_NAME = "by_name/"  # numbers of the names alone, in an evaluation of names with descriptions
+_BY_NAME = "by_name/"  # prefix of the numbers without descriptions, by class names alone
 _MATCHING = {
     "matched_iou": "IoU of matched boxes",
     "matched_iou50": "share with IoU of 0.5 or more",
@@ -36,40 +36,40 @@ _SINGLE = {  # a chart each
 
 
 class InputError(errors.UserError):
-    """A folder or file that no report can be made of."""
+    """A folder or file that holds nothing to report; the message is one line."""
 
 
 class Result(NamedTuple):
     """One evaluation of a run."""
 
     name: str
-    source: str  # which file, and which step where known
+    source: str  # name of the file
     numbers: dict[str, float]  # as `evaluate.tables.scalars` returns them
-    per_class: dict[str, dict[str, float]]  # alpha -> class -> share of its images
-    counts: dict[str, int]  # class -> its images, where that is known
+    per_class: dict[str, dict[str, float]]  # alpha -> class -> accuracy
+    counts: dict[str, int]  # class -> number of its images, if known
 
 
 class Run(NamedTuple):
-    """A workdir's files."""
+    """The content of the files of a workdir."""
 
     workdir: epath.Path
-    step: int | None  # last logged
+    step: int | None  # the last logged step
     config: dict[str, Any] | None
     series: dict[str, tuple[list[float], list[float]]]  # key -> steps, values
     results: list[Result]
-    environment: dict[str, str]  # what is said of the machine, versions and receipts
-    unmeasured: list[str]  # a line each
+    environment: dict[str, str]  # name -> text: machine, versions, receipt
+    unmeasured: list[str]  # a line for each thing that is missing
 
 
 def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run:
-    """All that the files say; what is missing becomes a line of `unmeasured`.
+    """Reads the files of a run; each that is missing becomes a line of `unmeasured`.
 
     Args:
-      workdir: of a run.
-      results: files that `grain_jax.evaluate` wrote, beside those that lie in the workdir.
+      workdir: workdir of a run.
+      results: files that `grain_jax.evaluate` wrote, in addition to those in the workdir.
 
     Raises:
-      InputError: no such folder, nothing of a run is in it, or one of `results` cannot be read.
+      InputError: there is no such folder, it holds no run, or one of `results` cannot be read.
     """
     workdir = epath.Path(workdir)
     if not workdir.is_dir():
@@ -111,7 +111,7 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
 
 
 def labels(workdirs: Sequence[epath.PathLike]) -> list[str]:
-    """A short name for each folder: its own, with as many of those above as it takes to tell them apart."""
+    """A short label for each folder: its name, with as many parent folders as make the labels different."""
     parts = [epath.Path(w).parts for w in workdirs]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-count:]) for p in parts]
@@ -134,11 +134,11 @@ def charts(keys: Iterable[str], evaluations: int) -> list[dict[str, Any]]:
     """Which curves share a chart, in the order of the page.
 
     Args:
-      keys: of `Run.series`, of all runs.
-      evaluations: the most that a run has evaluated; from two on there is a course to be seen.
+      keys: the keys of `Run.series` of all runs.
+      evaluations: the largest number of evaluations of a run; from two on they are drawn over the steps.
 
-    Returns: for each chart `title`, `series` ([key, label] pairs), `log` (whether its scale starts so) and
-      `noisy` (whether the slider smooths it).
+    Returns: for each chart `title`, `series` ([key, label] pairs), `log` (whether its scale is logarithmic at first)
+      and `noisy` (whether the slider of the page smooths it).
     """
     left = dict.fromkeys(keys)
     made: list[dict[str, Any]] = []
@@ -180,13 +180,13 @@ def charts(keys: Iterable[str], evaluations: int) -> list[dict[str, Any]]:
 
 
 def _is_beside(key: str) -> bool:
-    """Whether a number of an evaluation only says something about another one."""
+    """Whether a number of an evaluation only qualifies another one: a bound, a chance level, a count."""
     counts = (
         "pictures captions classes descriptions regions regions_matched unreadable faulty_lines"
     )
     last = key.rpartition("/")[2]
     beside = last.endswith(("_low", "_high")) or "chance" in last or last in counts.split()
-    # Of a query, its share; where its boxes lie is a section of its own.
+    # Of each query only the share is drawn; the section "Queries" shows its boxes.
     return beside or ("/query/" in key and last != "share")
 
 
@@ -199,7 +199,7 @@ def _json(path: epath.Path) -> dict[str, Any] | None:
 
 
 def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most _POINTS of a curve, at even distances, with its last; values to five digits."""
+    """At most _POINTS evenly spaced points of a curve, the last one included; values have five digits."""
     every = -(-len(steps) // _POINTS)
     first = (len(steps) - 1) % every
     return list(steps[first::every]), [float(f"{v:.5g}") for v in values[first::every]]
@@ -220,7 +220,7 @@ def _training_results(workdir: epath.Path, series: Mapping[str, Any]) -> list[Re
 
 
 def _evaluations(file: epath.Path, found: list[Result], unmeasured: list[str]) -> None:
-    """Adds what a file of `grain_jax.evaluate` has, a suite's or of one evaluation."""
+    """Adds to `found` the results in a file of `grain_jax.evaluate`: those of a suite or of one evaluation."""
     value = _json(file)
     if value is None:
         unmeasured.append(f"{file}: cannot be read as the results of an evaluation (JSON)")
@@ -236,7 +236,7 @@ def _evaluations(file: epath.Path, found: list[Result], unmeasured: list[str]) -
 
 
 def _results(name: str, source: str, numbers: Mapping[str, float]) -> list[Result]:
-    """The result of an evaluation and, where classes were also told apart by their names alone, that of this."""
+    """The result of an evaluation; then, if it has one, the result by class names alone."""
     out = []
     alone = {k: v for k, v in numbers.items() if k.startswith(_BY_NAME)}
     own = {k: v for k, v in numbers.items() if k not in alone}
@@ -249,7 +249,7 @@ def _results(name: str, source: str, numbers: Mapping[str, float]) -> list[Resul
 
 
 def _of_file(name: str, file: epath.Path, value: Mapping[str, Any]) -> list[Result]:
-    """The results in what `grain_jax.evaluate` wrote about one set."""
+    """The results in the JSON that `grain_jax.evaluate` wrote for one evaluation."""
     beside = ("entry", "inputs", "seconds", "per_class", "pictures_per_class")  # no results
     numbers = tables.scalars({key: part for key, part in value.items() if key not in beside})
     parts = [value, value.get(_BY_NAME.removesuffix("/"), {})]

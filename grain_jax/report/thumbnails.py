@@ -1,4 +1,4 @@
-"""Small images as data URIs, each kept once however often a page shows it."""
+"""Small images as data URIs; an image that a page shows several times is stored once."""
 
 import PIL.Image
 
@@ -8,21 +8,21 @@ from grain_jax.report import html
 
 
 class Thumbnails:
-    """A growing list of images; `uris` is what a page needs."""
+    """Collects thumbnails; `uris` is the list of their data URIs, which the page embeds."""
 
     def __init__(self) -> None:
         self.uris: list[str] = []
         self._places: dict[tuple[str, int], int] = {}
 
-    def add(self, picture: test_sets.Image, edge: int) -> int:
-        """The position of the image in `uris`, with its longer side cut down to `edge` pixels.
+    def add(self, image: test_sets.Image, edge: int) -> int:
+        """Adds an image whose longer side is at most `edge` pixels; returns its position in `uris`.
 
         Raises:
-          images.ImageError: it cannot be read.
+          images.ImageError: the image cannot be read.
         """
-        key = picture.name, edge
+        key = image.name, edge
         if key not in self._places:
-            small = images.to_rgb(picture.load())
+            small = images.to_rgb(image.load())
             small.thumbnail((edge, edge), PIL.Image.Resampling.LANCZOS)
             self._places[key] = len(self.uris)
             self.uris.append(html.data_uri(small))

@@ -184,7 +184,7 @@ def test_files_alone(runs, tmp_path):
     output = tmp_path / "new" / "page.html"
     assert command.main([str(folder), "--no-model", "--output", str(output)]) == 0
     (run,) = _payload(output.read_text())["runs"]
-    assert run["lines"] == {"model": "the model was not asked (--no-model)"}
+    assert run["lines"] == {"model": "no model was loaded (--no-model)"}
     assert run["regions"] is None and run["series"]["loss"][0][-1] == 40
 
 
@@ -208,7 +208,7 @@ def test_what_is_missing_is_a_line(runs, tmp_path):
     # It is looked for again when the data is back.
     assert not json.loads((bare / collect.FILE).read_text())["whole"]
     (bare / "config.json").write_text((folder / "config.json").read_text())
-    (run,) = _payload(page.write(bare, predictor, pictures=5).read_text())["runs"]
+    (run,) = _payload(page.write(bare, predictor, num_images=5).read_text())["runs"]
     assert "birds" not in run["lines"] and run["zeroshot"]["birds"]["pictures"] == 5
 
 
