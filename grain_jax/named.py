@@ -106,7 +106,9 @@ def _cause(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, (ImportError, ValueError, SyntaxError)):
         return text
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "<frozen" not in f.filename and "-packages/" not in f.filename]
+    frame = own[-1]
     return f"{frame.filename}:{frame.lineno}: {type(error).__name__}: {text}"
 
 

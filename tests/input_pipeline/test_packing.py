@@ -1,7 +1,6 @@
 """Packing: worked examples, and properties on random batches."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grain_jax.input_pipeline import packing
+from tests.paths import ROOT
 
 END = 99
 
@@ -326,9 +326,9 @@ def test_fill_refuses_tokens_of_another_batch():
 
 def test_benchmark_writes_its_table(tmp_path):
     path = tmp_path / "packing.json"
-    script = pathlib.Path(__file__).parents[2] / "benchmarks" / "packing.py"
-    command = [sys.executable, str(script), "--json", str(path)]
-    subprocess.run([*command, "--batch", "256", "--batches", "2"], check=True, capture_output=True)
+    command = [sys.executable, "-m", "benchmarks.packing", "--json", str(path)]
+    command += ["--batch", "256", "--batches", "2"]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     table = json.loads(path.read_text())["table"]
     shares = {entry["pack_group"]: entry["padding_share"] for entry in table}
     assert list(shares) == [1, 8, 16, 32, 64, 128]
