@@ -2,12 +2,10 @@
 
 from setuptools import find_packages, setup
 
-NO_TENSORFLOW = "python_version < '3.13'"  # TensorFlow has no wheels beyond it yet
-
 DATA = [
     # tensorflow-cpu has no macOS arm64 wheel; plain tensorflow serves there.
-    f"tensorflow-cpu>=2.18; {NO_TENSORFLOW} and (sys_platform != 'darwin' or platform_machine != 'arm64')",
-    f"tensorflow>=2.18; {NO_TENSORFLOW} and sys_platform == 'darwin' and platform_machine == 'arm64'",
+    "tensorflow-cpu>=2.18; sys_platform != 'darwin' or platform_machine != 'arm64'",
+    "tensorflow>=2.18; sys_platform == 'darwin' and platform_machine == 'arm64'",
     "tensorflow-datasets>=4.9.7",
     "importlib_resources",  # needed by tfds download_and_prepare, not declared by it
 ]
@@ -30,6 +28,8 @@ INTEROP = [
 ANNOTATE = ["apache-beam>=2.60", "transformers>=5.0", *TORCH]
 DEMO = ["gradio>=6"]
 PROBE = ["scikit-learn>=1.5"]  # evaluate linear-probe
+HUB = ["huggingface_hub>=1.0"]  # grain_jax.load of a name on its Hub; convert to-hf --push
+DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 DEV = [
     *DATA,
     *TPU,
@@ -37,7 +37,12 @@ DEV = [
     *ANNOTATE,
     *DEMO,
     *PROBE,
+    *HUB,
+    *DOCS,
     "hypothesis",
+    "ipykernel",  # with nbclient and nbformat, runs the notebooks
+    "nbclient",
+    "nbformat",
     "playwright",  # slow tests open pages in Debian's chromium
     "pyright[nodejs]",
     "pytest>=8",
@@ -95,6 +100,8 @@ setup(
         "annotate": ANNOTATE,
         "demo": DEMO,
         "probe": PROBE,
+        "hub": HUB,
+        "docs": DOCS,
         "gcs": [
             "gcsfs",
             "google-cloud-storage",
