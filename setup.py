@@ -1,6 +1,9 @@
-"""Installs the importable package `grain_jax`; configs, data, launch and benchmarks run from the checkout."""
+"""Installs the package `grain_jax`; its subpackages configs, data and launch lie beside it in the checkout."""
 
 from setuptools import find_packages, setup
+
+# Folders at the top of the checkout that are subpackages of grain_jax; grain_jax/__init__.py finds them there.
+BESIDE = ("configs", "data", "launch")
 
 DATA = [
     # tensorflow-cpu has no macOS arm64 wheel; plain tensorflow serves there.
@@ -54,13 +57,23 @@ DEV = [
     "wandb",
 ]
 
+
+def _below(folder: str) -> list[str]:
+    """The packages in `folder`, dotted from there."""
+    return [f"{folder}.{name}" for name in find_packages(folder)]
+
+
 setup(
     name="grain_jax",
     version="0.1.0",
     description="GRAIN: grounding descriptions in images, a sharded JAX/Flax pretraining system",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["grain_jax", "grain_jax.*"]),
+    packages=[
+        *find_packages(include=["grain_jax", "grain_jax.*"]),
+        *(f"grain_jax.{name}" for folder in BESIDE for name in (folder, *_below(folder))),
+    ],
+    package_dir={f"grain_jax.{folder}": folder for folder in BESIDE},
     package_data={
         "grain_jax": [
             "py.typed",
@@ -68,7 +81,9 @@ setup(
             "evaluate/classes/*.txt",
             "report/*.css",
             "report/*.js",
-        ]
+        ],
+        "grain_jax.data": ["SCHEMA.md", "annotate/prompts/*.txt", "inspect/*.css", "inspect/*.js"],
+        "grain_jax.launch": ["Dockerfile", "*.sh", "*.sbatch", "*.yaml"],
     },
     install_requires=[
         "absl-py",

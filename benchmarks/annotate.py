@@ -67,7 +67,13 @@ def _resident_bytes(session: int) -> int:
 
 def annotate(shards: pathlib.Path, output: pathlib.Path, workers: int) -> dict[str, float]:
     """Runs the command once; returns images/s, seconds and the largest memory in MB."""
-    command = [sys.executable, "-m", "data.annotate", f"--images={shards}", f"--output={output}"]
+    command = [
+        sys.executable,
+        "-m",
+        "grain_jax.data.annotate",
+        f"--images={shards}",
+        f"--output={output}",
+    ]
     command += ["--passes=none", "--no-images", *WORKERS[workers]]
     began = time.monotonic()
     process = subprocess.Popen(

@@ -28,11 +28,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
+from grain_jax.launch import jobs
 
 from benchmarks import claim_data, claim_report, claim_results
 from benchmarks import claim_design as design
 from grain_jax import errors, recipe
-from launch import jobs
 
 
 def make_config(run: design.Run, file: str, main: pathlib.Path, work: pathlib.Path) -> Any:

@@ -4,8 +4,9 @@ import json
 import pathlib
 import random
 
+from grain_jax.data import build, example
+
 from benchmarks import claim_design as design
-from data import build, example
 from grain_jax import errors
 from grain_jax.files import images
 
@@ -34,7 +35,7 @@ def prepare(data: str, source: pathlib.Path | None, work: pathlib.Path) -> pathl
         _build(annotations, main, records, data)
         return main
     if source is None:
-        from data.aviary import __main__ as draw
+        from grain_jax.data.aviary import __main__ as draw
 
         options = {**design.AVIARY, **design.AVIARIES[data]}
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]

@@ -14,9 +14,9 @@ import time
 
 import PIL.Image
 from etils import epath
+from grain_jax.data import example, tfds_writer
 
 from benchmarks import side_by_side
-from data import example, tfds_writer
 from grain_jax import config as config_lib
 from grain_jax import recipe
 from grain_jax.input_pipeline import records

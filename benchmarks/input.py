@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 from etils import epath
+from grain_jax.data import build, example, parallel
 
 from benchmarks import side_by_side
-from data import build, example, parallel
 from grain_jax import config as config_lib
 from grain_jax import recipe
 from grain_jax.files import images

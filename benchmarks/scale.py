@@ -99,13 +99,13 @@ def pod(args) -> dict:
     """MB of temporaries a chip of value and gradient of both losses, on 256 chips of v5e."""
     os.environ.update(LIBTPU)
     import jax
+    from grain_jax.launch import hlo, hlo_collectives
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
 
     from grain_jax import config as config_lib
     from grain_jax import losses, recipe
     from grain_jax.training import sharding
-    from launch import hlo, hlo_collectives
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:16x16").devices
     settings = recipe.base("B/16")

@@ -7,7 +7,7 @@ COMMAND   python -m grain_jax.train --config configs/claim.py --workdir runs/cla
 HARDWARE  two CPU cores
 """
 
-from configs import demo
+from grain_jax.configs import demo
 
 
 def get_config():

@@ -8,7 +8,7 @@ COMMAND   python -m grain_jax.train --config configs/clip_vitb16_cc12m.py --work
 HARDWARE  any mesh that 2048 images divide over. Not yet run by us.
 """
 
-from configs import grain_vitb16_cc12m
+from grain_jax.configs import grain_vitb16_cc12m
 
 
 def get_config():

@@ -19,7 +19,9 @@ def get_config():
     c.pictures = 12
     c.input.data_dir = f"{data}/records"
     c.input.name = "aviary"
-    c.input.prepare = f"data.aviary --output {data} --records {{data_dir}} --name {{name}}"
+    c.input.prepare = (
+        f"grain_jax.data.aviary --output {data} --records {{data_dir}} --name {{name}}"
+    )
     # A model this small leaves the plateau of this data within minutes with: weights that scale with the width (0.02
     # is for wide towers), position waves that fit a grid of 8 x 8, sharper initial attention in the decoder, and
     # names, which only web captions have, in most captions.

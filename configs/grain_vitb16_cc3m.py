@@ -5,7 +5,7 @@ COMMAND   python -m grain_jax.train --config configs/grain_vitb16_cc3m.py --work
 HARDWARE  any mesh that 2048 images divide over. Not yet run by us.
 """
 
-from configs import grain_vitb16_cc12m
+from grain_jax.configs import grain_vitb16_cc12m
 
 
 def get_config():

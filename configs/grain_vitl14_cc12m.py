@@ -5,7 +5,8 @@ COMMAND   python -m grain_jax.train --config configs/grain_vitl14_cc12m.py[:v5p-
 HARDWARE  v5p-64 (planned as v5p:4x4x4, docs/scaling.md). Not yet run by us.
 """
 
-from configs import grain_vitb16_cc12m
+from grain_jax.configs import grain_vitb16_cc12m
+
 from grain_jax.recipe import model, on_hardware
 
 # 32 images a chip, parameters and moments cut over 8 chips; all activations fit.

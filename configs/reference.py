@@ -7,7 +7,8 @@ COMMAND   python -m grain_jax.train --config configs/reference.py --workdir gs:/
 HARDWARE  any mesh that 2048 images divide over. Not yet run by us.
 """
 
-from configs import grain_vitb16_cc12m
+from grain_jax.configs import grain_vitb16_cc12m
+
 from grain_jax.recipe import reference_behaviour
 
 

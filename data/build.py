@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterator
 
 from etils import epath
+from grain_jax.data import duplicates, example, parallel, progress, splits, staging, survey
+from grain_jax.data.arguments import Parser, positive, share
+from grain_jax.data.survey import BuildError
 
-from data import duplicates, example, parallel, progress, splits, staging, survey
-from data.arguments import Parser, positive, share
-from data.survey import BuildError
 from grain_jax import errors, printable
 
 SHARD_BYTES = (
@@ -226,7 +226,8 @@ def _write(
         )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the faults are what people should read
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a banner
-    from data import tfds_writer  # TensorFlow: slow to start, so after the checks
+    from grain_jax.data import tfds_writer  # TensorFlow: slow to start, so after the checks
+
     from grain_jax.input_pipeline import text_lengths, tokenizer
 
     stored_anew: list[int] = []

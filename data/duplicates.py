@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 import PIL.Image
 from etils import epath
+from grain_jax.data import parallel, sources
+from grain_jax.data.sources import tfds
 
-from data import parallel, sources
-from data.sources import tfds
 from grain_jax.files import images
 
 FILE = "fingerprints.npy"  # beside a set's records: a row an image

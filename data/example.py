@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import PIL.Image
 from etils import epath
+from grain_jax.data import annotations, duplicates
 
-from data import annotations, duplicates
 from grain_jax.files import images
 
 VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for

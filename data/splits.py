@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-
-from data import duplicates
-from data.survey import BuildError, Survey
+from grain_jax.data import duplicates
+from grain_jax.data.survey import BuildError, Survey
 
 
 class Splits(NamedTuple):

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Iterable
 
 from etils import epath
+from grain_jax.data import example, parallel, progress
 
-from data import example, parallel, progress
 from grain_jax import errors, printable
 
 ReadLines = Callable[[epath.Path], Iterable[example.Line]]

@@ -22,13 +22,13 @@ from collections.abc import Callable
 from typing import Any
 
 from etils import epath
+from grain_jax.launch import chips
 
 from grain_jax import config as config_lib
 from grain_jax import errors, named
 from grain_jax.runtime import metrics_writer
-from launch import chips
 
-ROOT = epath.Path(__file__).resolve().parent.parent
+ROOT = epath.Path(errors.__file__).resolve().parent.parent  # the child finds grain_jax there
 LINE_EVERY = 15.0  # seconds between lines of progress, where there is no terminal to rewrite one on
 
 # The accelerator type in libtpu's environment: its prefix, and what it counts (TensorCores or chips).
@@ -163,7 +163,7 @@ def _run(
     terminal = sys.stderr.isatty()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "launch.compiler"],
+            [sys.executable, "-m", "grain_jax.launch.compiler"],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,

@@ -10,8 +10,8 @@ chip; a transfer takes at least LATENCY_SECONDS.
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from launch.chips import Chip
-from launch.hlo_collectives import Collective
+from grain_jax.launch.chips import Chip
+from grain_jax.launch.hlo_collectives import Collective
 
 LATENCY_SECONDS = 1e-6  # of one transfer between neighbours
 

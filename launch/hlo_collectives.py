@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-
-from launch import hlo
+from grain_jax.launch import hlo
 
 _SMALL = 1024  # bytes: an instruction on less than this hides nothing
 

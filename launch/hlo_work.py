@@ -5,8 +5,7 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-
-from launch import hlo
+from grain_jax.launch import hlo
 
 # A TPU multiplies bfloat16: so many passes it makes of a float32 product.
 _PASSES = {"highest": 6, "high": 3}

@@ -17,13 +17,7 @@ from typing import Any
 import jax
 from absl import flags
 from etils import epath
-
-from grain_jax import config as config_lib
-from grain_jax import errors
-from grain_jax.input_pipeline import derived
-from grain_jax.runtime import command_line
-from grain_jax.training import flops, memory_use
-from launch import (
+from grain_jax.launch import (
     chips,
     compiler,
     cost,
@@ -34,6 +28,12 @@ from launch import (
     plan_text,
     search,
 )
+
+from grain_jax import config as config_lib
+from grain_jax import errors
+from grain_jax.input_pipeline import derived
+from grain_jax.runtime import command_line
+from grain_jax.training import flops, memory_use
 
 PER_MILLION = 1_000_000  # examples, where nobody said how many there are
 LARGEST = 6  # buffers named when memory runs out

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 
 from absl import flags
 from etils import epath
+from grain_jax.launch import jobs, sweep_clusters, sweep_runs, sweep_table
+from grain_jax.launch.sweep_runs import Run, finished, local_folder
 
 from grain_jax import config as config_lib
 from grain_jax import errors
 from grain_jax.runtime import command_line
-from launch import jobs, sweep_clusters, sweep_runs, sweep_table
-from launch.sweep_runs import Run, finished, local_folder
 
 LAUNCHERS = ("local", "slurm", "gke")
 

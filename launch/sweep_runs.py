@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
+from grain_jax.launch import sweep_table
 
 from grain_jax import config as config_lib
 from grain_jax import errors, named
 from grain_jax.input_pipeline import derived
 from grain_jax.runtime import command_line
-from launch import sweep_table
 
 DEFINING = {"order", "numbers", "result"}  # roles of the keys that may not change between two calls
 _LONGEST_NAME = 200  # characters; file systems end at 255

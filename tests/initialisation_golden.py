@@ -13,8 +13,8 @@ import sys
 
 import jax
 import numpy as np
+from grain_jax.configs import grain_vitb16_cc12m
 
-from configs import grain_vitb16_cc12m
 from grain_jax import config as config_lib
 from grain_jax.convert.reference.parameters import to_params
 from grain_jax.models import grain

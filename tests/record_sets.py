@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import PIL.Image
+from grain_jax.data import build
 
-from data import build
 from grain_jax import config as config_lib
 from grain_jax import recipe
 

@@ -25,12 +25,12 @@ SHIPPED = sorted(
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name != "eval"])
 def test_shipped_configs_resolve(name):
-    config = config_lib.from_dict(importlib.import_module(f"configs.{name}").get_config())
+    config = config_lib.from_dict(importlib.import_module(f"grain_jax.configs.{name}").get_config())
     assert config_lib.from_dict(json.loads(config_lib.to_json(config))) == config
 
 
 def test_reference_config_restores_what_the_spec_lists():
-    c = config_lib.from_dict(importlib.import_module("configs.reference").get_config())
+    c = config_lib.from_dict(importlib.import_module("grain_jax.configs.reference").get_config())
     assert not c.text.packing and c.loss.group_size == 128 and not c.loss.mask_duplicates
     assert c.loss.box == 1.5 and c.loss.iou_epsilon == 1e-4 and c.loss.shift_labels_after_empty_box
     assert (c.optim.decay_groups, c.optim.schedule, c.model.image.block_init) == (
@@ -227,9 +227,9 @@ def test_configs_load_quickly_and_without_jax():
     """CPU seconds, the least of three, of everything that a config file imports."""
     code = (
         "import sys, time; start = time.process_time()\n"
-        "from configs import demo; demo.get_config(); print(time.process_time() - start)\n"
+        "from grain_jax.configs import demo; demo.get_config(); print(time.process_time() - start)\n"
         "import importlib\n"
-        f"for name in {SHIPPED}: importlib.import_module('configs.' + name).get_config()\n"
+        f"for name in {SHIPPED}: importlib.import_module('grain_jax.configs.' + name).get_config()\n"
         "print(*{m.split('.')[0] for m in sys.modules} & {'jax', 'flax', 'tensorflow', 'torch'})"
     )
     done = [_python(code, cwd=ROOT, check=True).stdout.splitlines() for _ in range(3)]
@@ -273,9 +273,11 @@ def own(tmp_path_factory):
     """A folder with such files, and the environment of an installed package: no checkout on the path."""
     home = tmp_path_factory.mktemp("home")
     site = home / "site"
-    site.mkdir()
-    for package in ("grain_jax", "launch"):
-        (site / package).symlink_to(ROOT / package)
+    (site / "grain_jax").mkdir(parents=True)
+    beside = [ROOT / name for name in ("configs", "data", "launch")]
+    for path in [*(ROOT / "grain_jax").iterdir(), *beside]:
+        if path.name != "__pycache__":
+            (site / "grain_jax" / path.name).symlink_to(path)
     folder = home / "meine Bilder, größer"
     folder.mkdir()
     for name, text in OWN.items():
@@ -297,7 +299,7 @@ def test_a_config_anywhere_on_the_disk_works_with_the_installed_package(own):
 
 def test_a_sweep_anywhere_on_the_disk_works_with_the_installed_package(own):
     folder, env = own
-    command = [sys.executable, "-m", "launch.sweep", "--config", f"{folder.name}/mine.py"]
+    command = [sys.executable, "-m", "grain_jax.launch.sweep", "--config", f"{folder.name}/mine.py"]
     command += ["--sweep", f"{folder.name}/sweep.py", "--workdir", "läufe 1", "--dry-run"]
     done = subprocess.run(command, env=env, cwd=folder.parent, capture_output=True, text=True)
     assert done.stdout.endswith("4 points, all valid; nothing was started\n"), done.stderr
@@ -325,8 +327,8 @@ def test_a_fault_in_a_config_file_is_one_line_with_its_place(own, path, message)
 
 
 def test_configs_common_is_the_recipe():
-    from configs import common
-    from configs.sweeps import points as older
+    from grain_jax.configs import common
+    from grain_jax.configs.sweeps import points as older
 
     assert common.base is recipe.base and common.towers_of is recipe.towers_of
     assert older.grid is points.grid and older.seeds is points.seeds

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import tensorflow_datasets as tfds
+from grain_jax.data import digest
 
-from data import digest
 from grain_jax import errors, train, verify
 from grain_jax.input_pipeline import record_files, records
 from grain_jax.runtime import checkpoint, receipt

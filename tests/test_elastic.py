@@ -131,7 +131,7 @@ def test_another_mesh_goes_on_with_the_same_batches_and_losses(saved, workdir, m
 
 @pytest.mark.parametrize("processes,devices", [(2, 4), pytest.param(1, 16, marks=pytest.mark.slow)])
 def test_other_processes_go_on_with_the_same_batches_and_losses(saved, workdir, processes, devices):
-    command = [sys.executable, "-m", "launch.local", f"--processes={processes}"]
+    command = [sys.executable, "-m", "grain_jax.launch.local", f"--processes={processes}"]
     command += [f"--devices-per-process={devices}", "--"]
     command += [sys.executable, "-m", "grain_jax.train", "--config", "tests/run_config.py"]
     done = subprocess.run(

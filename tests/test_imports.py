@@ -119,6 +119,8 @@ LAYERS = (
     ("report", "integrations"),
     ("demo", "train", "export"),
     ("verify",),
+    # At the top of the checkout; nothing above imports them.
+    ("configs", "data", "launch"),
 )
 LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 # The table of built-in evaluators: `kind` of an entry names a class, built-in or `module:Class`, and the entry is
@@ -131,10 +133,12 @@ NAMED = re.compile(r"(grain_jax(?:\.\w+)+)(?::\w+)?")
 def _modules():
     """Dotted name -> path of every module; hf_files/ are data, they run where grain_jax is not installed."""
     found = {}
-    for path in sorted((ROOT / "grain_jax").rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        if "hf_files" not in parts:
-            found[".".join(parts).removesuffix(".__init__")] = path
+    for folder in ("grain_jax", *LAYERS[-1]):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            parts = parts if folder == "grain_jax" else ("grain_jax", *parts)
+            if "hf_files" not in parts:
+                found[".".join(parts).removesuffix(".__init__")] = path
     return found
 
 

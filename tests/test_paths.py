@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from grain_jax.data import build
+from grain_jax.data.annotate import __main__ as annotate
+from grain_jax.data.aviary import __main__ as aviary
+from grain_jax.data.inspect import __main__ as inspect
 
-from data import build
-from data.annotate import __main__ as annotate
-from data.aviary import __main__ as aviary
-from data.inspect import __main__ as inspect
 from grain_jax import errors, export, train
 from grain_jax.convert import __main__ as convert
 from grain_jax.demo import __main__ as demo
@@ -160,14 +160,14 @@ def recipe(monkeypatch):
 
 @slow
 def test_plan_reads_and_writes_there(recipe):
-    _run("-m", "launch.plan", *recipe, "--topology", "v5e:2x2", "--json", "Plan ö.json")
+    _run("-m", "grain_jax.launch.plan", *recipe, "--topology", "v5e:2x2", "--json", "Plan ö.json")
     assert json.loads(epath.Path("Plan ö.json").read_text())["fits"]
 
 
 @slow
 def test_two_processes_train_there_and_agree_on_their_data(recipe):
     train_it = [sys.executable, "-m", "grain_jax.train", *recipe, "--workdir", "zu zweit ö"]
-    _run("-m", "launch.local", "--processes", "2", "--", *train_it)
+    _run("-m", "grain_jax.launch.local", "--processes", "2", "--", *train_it)
     stored = checkpoint.read_data("zu zweit ö/checkpoints/2")
     assert stored == checkpoint.read_data(f"{RUN}/checkpoints/2")
 
@@ -175,6 +175,6 @@ def test_two_processes_train_there_and_agree_on_their_data(recipe):
 @slow
 def test_a_sweep_trains_there(recipe):
     epath.Path("Punkte ö.py").write_text("def sweep():\n    yield {'seed': 1}\n")
-    _run("-m", "launch.sweep", *recipe, "--sweep", "Punkte ö.py", "--workdir", "Suche ö")
+    _run("-m", "grain_jax.launch.sweep", *recipe, "--sweep", "Punkte ö.py", "--workdir", "Suche ö")
     (folder,) = epath.Path("Suche ö").glob("*/checkpoints")
     assert checkpoint.finished_steps(folder.parent)[-1] == 2

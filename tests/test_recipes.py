@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from grain_jax.configs import claim, demo, finetune, own
 
 from benchmarks import claim_design
-from configs import claim, demo, finetune, own
 from grain_jax import config as config_lib
 from grain_jax import errors
 from grain_jax.convert import initialise, layouts

@@ -200,7 +200,7 @@ def test_a_mesh_that_does_not_fit_is_refused(tmp_path):
 
 
 def _processes(count, workdir, *flags, devices=4):
-    command = [sys.executable, "-m", "launch.local", f"--processes={count}"]
+    command = [sys.executable, "-m", "grain_jax.launch.local", f"--processes={count}"]
     command += [f"--devices-per-process={devices}", "--"]
     command += [sys.executable, "-m", "grain_jax.train", "--config", "tests/run_config.py"]
     return subprocess.Popen(

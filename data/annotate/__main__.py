@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
-
-from data import build, sources
-from data.annotate import (
+from grain_jax.data import build, sources
+from grain_jax.data.annotate import (
     arguments,
     checks,
     detector,
@@ -27,7 +26,8 @@ from data.annotate import (
     prompt,
     to_records,
 )
-from data.annotate.passes import PASSES, Job
+from grain_jax.data.annotate.passes import PASSES, Job
+
 from grain_jax import errors
 
 # Requests that wait for each one that an endpoint answers at a time: none waits for a slow one.
@@ -43,7 +43,7 @@ def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
     # Beam complains where Google's packages are missing, which only its Google runners need.
     logging.getLogger().addFilter(lambda record: "apitools not found" not in record.getMessage())
     try:
-        from data.annotate import pipeline
+        from grain_jax.data.annotate import pipeline
     except ModuleNotFoundError as error:
         raise AnnotateError(
             f"{error}; install what annotation needs: pip install -c constraints.txt -e '.[annotate]'"

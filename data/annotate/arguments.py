@@ -3,10 +3,9 @@
 import argparse
 
 from etils import epath
-
-from data import arguments, sources
-from data.annotate import checks, detector, endpoint_chat, local_chat, prompt
-from data.annotate.passes import PASSES
+from grain_jax.data import arguments, sources
+from grain_jax.data.annotate import checks, detector, endpoint_chat, local_chat, prompt
+from grain_jax.data.annotate.passes import PASSES
 
 
 def _passes(text: str) -> tuple[str, ...]:

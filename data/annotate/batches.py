@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from absl import logging
+from grain_jax.data.annotate import chat
 
-from data.annotate import chat
 from grain_jax import errors
 
 OUT_OF_MEMORY, MODEL_ERROR = "out of memory", "model error"

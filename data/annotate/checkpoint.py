@@ -4,8 +4,8 @@ import tempfile
 from typing import Any, NamedTuple
 
 from etils import epath
+from grain_jax.data.annotate import chat
 
-from data.annotate import chat
 from grain_jax import errors
 
 

@@ -6,8 +6,8 @@ Every fault has a cause of a fixed name, under which it is also counted.
 from typing import NamedTuple
 
 import PIL.Image
+from grain_jax.data import sources
 
-from data import sources
 from grain_jax.files import images
 
 CAUSES = (

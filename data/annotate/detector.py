@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
+from grain_jax.data.annotate import batches, chat, checkpoint
 
-from data.annotate import batches, chat, checkpoint
 from grain_jax.files import annotations
 
 # A larger image is shrunk first: OWLv2 pads to a square of floats before it resizes, 4.8 GB for a

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import PIL.Image
+from grain_jax.data.annotate import chat, transport
 
-from data.annotate import chat, transport
 from grain_jax import errors
 
 TIME_OUT, CONNECTION = "time-out", "no connection"

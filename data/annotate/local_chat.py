@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import PIL.Image
-
-from data.annotate import batches, chat, checkpoint
+from grain_jax.data.annotate import batches, chat, checkpoint
 
 
 class Options(NamedTuple):

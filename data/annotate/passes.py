@@ -15,10 +15,18 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import PIL.Image
+from grain_jax.data import sources
+from grain_jax.data.annotate import (
+    answers,
+    checks,
+    detector,
+    endpoint_chat,
+    local_chat,
+    outputs,
+    prompt,
+)
+from grain_jax.data.annotate.chat import Answer, Chat, Failure
 
-from data import sources
-from data.annotate import answers, checks, detector, endpoint_chat, local_chat, outputs, prompt
-from data.annotate.chat import Answer, Chat, Failure
 from grain_jax import errors
 from grain_jax.files import annotations
 

@@ -7,7 +7,6 @@ runners finish all work before one, so a killed job would have no results.
 import contextlib
 import errno
 import logging
-import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,9 +16,9 @@ from apache_beam import metrics
 from apache_beam.options import pipeline_options
 from apache_beam.runners.portability import fn_api_runner
 from apache_beam.utils import shared
+from grain_jax.data import progress, sources
+from grain_jax.data.annotate import passes
 
-from data import progress, sources
-from data.annotate import passes
 from grain_jax import errors
 
 SECONDS_BETWEEN_LOOKS = 10.0  # at the output folder, for the progress line: a list of all shards
@@ -79,9 +78,6 @@ def run(
         lambda record: _MARK not in record.getMessage()
     )
     # Beam's DirectRunner would first fetch another runner (Prism) from the internet.
-    if not _is_local(options):
-        # Beam runs `python -m build` in the folder of --setup_file: that must not find data/build.py.
-        os.environ.setdefault("PYTHONSAFEPATH", "1")
     runner = fn_api_runner.FnApiRunner() if _is_local(options) else None  # None: as options say
     pipeline = beam.Pipeline(runner=runner, options=options)
     # As plain tuples: Beam would make a table's row of a NamedTuple.

@@ -5,9 +5,9 @@ import json
 from collections.abc import Iterator, Sequence
 
 from etils import epath
+from grain_jax.data import build, example, sources, survey
+from grain_jax.data.annotate import outputs
 
-from data import build, example, sources, survey
-from data.annotate import outputs
 from grain_jax import errors
 
 

@@ -10,13 +10,12 @@ import os
 import sys
 
 from etils import epath
-
-from data import arguments as arguments_lib
-from data import example, staging
-from data.aviary import generate
-from data.aviary.annotations import Noise
-from data.aviary.drawing import Pose
-from data.aviary.generate import Settings
+from grain_jax.data import arguments as arguments_lib
+from grain_jax.data import example, staging
+from grain_jax.data.aviary import generate
+from grain_jax.data.aviary.annotations import Noise
+from grain_jax.data.aviary.drawing import Pose
+from grain_jax.data.aviary.generate import Settings
 
 _HELP = {
     "seed": "everything drawn and written follows from it",
@@ -145,7 +144,7 @@ def main(argv=None) -> int:
     staging.recover(target)
     if not made and target.exists():  # exists only after a complete build
         return 0
-    from data import build  # its imports take seconds
+    from grain_jax.data import build  # its imports take seconds
 
     return build.main(
         [

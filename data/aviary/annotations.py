@@ -8,9 +8,9 @@ import dataclasses
 import math
 import random
 
-from data.aviary.drawing import Drawing
-from data.aviary.species import Species
-from data.aviary.vocabulary import PARTS, TRAITS
+from grain_jax.data.aviary.drawing import Drawing
+from grain_jax.data.aviary.species import Species
+from grain_jax.data.aviary.vocabulary import PARTS, TRAITS
 
 _ALL_TRAITS = tuple(trait for part in PARTS for trait in TRAITS[part])
 _LEAST_AREA = 0.001  # share of the image; a smaller part counts as hidden

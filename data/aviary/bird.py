@@ -8,8 +8,16 @@ with the body and the eye.
 # Coordinates read better in rows.
 # fmt: off
 import numpy as np
-
-from data.aviary.outlines import bands, curve, ellipse, grow, place, polygon, spots, stroke
+from grain_jax.data.aviary.outlines import (
+    bands,
+    curve,
+    ellipse,
+    grow,
+    place,
+    polygon,
+    spots,
+    stroke,
+)
 
 INK = 1.0  # width of outlines
 EYE_AT = (18.0, -21.0)

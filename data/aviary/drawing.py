@@ -10,12 +10,11 @@ import functools
 import random
 
 import numpy as np
+from grain_jax.data.aviary import bird, props, scenery
+from grain_jax.data.aviary.palette import BODY_COLOURS, COLOURS, tones, vary
+from grain_jax.data.aviary.species import Species
+from grain_jax.data.aviary.vocabulary import PARTS
 from PIL import Image, ImageChops, ImageDraw
-
-from data.aviary import bird, props, scenery
-from data.aviary.palette import BODY_COLOURS, COLOURS, tones, vary
-from data.aviary.species import Species
-from data.aviary.vocabulary import PARTS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,12 @@ import random
 from collections.abc import Iterable, Iterator
 
 from etils import epath
-
-from data import parallel
-from data.aviary import annotations, drawing
-from data.aviary.annotations import EXACT, Noise
-from data.aviary.drawing import Pose
-from data.aviary.species import Aviary, Species, make_species
-from data.progress import progress
+from grain_jax.data import parallel
+from grain_jax.data.aviary import annotations, drawing
+from grain_jax.data.aviary.annotations import EXACT, Noise
+from grain_jax.data.aviary.drawing import Pose
+from grain_jax.data.aviary.species import Aviary, Species, make_species
+from grain_jax.data.progress import progress
 
 LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)"
 

@@ -3,9 +3,8 @@
 # Coordinates read better in rows.
 # fmt: off
 import numpy as np
-
-from data.aviary.outlines import curve, ellipse, grow, place, polygon, stroke
-from data.aviary.palette import COLOURS, mix, tones, vary
+from grain_jax.data.aviary.outlines import curve, ellipse, grow, place, polygon, stroke
+from grain_jax.data.aviary.palette import COLOURS, mix, tones, vary
 
 PERCHES = {"branch": "on a branch", "stone": "on a stone", "post": "on a wooden post",
            "mound": "on a grassy mound"}

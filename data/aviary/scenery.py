@@ -5,10 +5,9 @@ import math
 import random
 
 import numpy as np
+from grain_jax.data.aviary import props
+from grain_jax.data.aviary.palette import COLOURS, mix, vary
 from PIL import Image, ImageDraw, ImageFilter
-
-from data.aviary import props
-from data.aviary.palette import COLOURS, mix, vary
 
 _DETAIL = 80  # side of the background before it is blurred and resized
 

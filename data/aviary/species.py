@@ -8,8 +8,8 @@ species has: their names and combinations are new, their parts and words are not
 import dataclasses
 import random
 
-from data.aviary import vocabulary
-from data.aviary.vocabulary import PARTS, Trait
+from grain_jax.data.aviary import vocabulary
+from grain_jax.data.aviary.vocabulary import PARTS, Trait
 
 _ONSETS = "b d f g j k l m n p r t v w z".split()
 _MIDDLES = "mb nz lv rv zd lk mz gl vr rz lm lf mf vl zm bl".split()

@@ -14,9 +14,9 @@ import sys
 import textwrap
 
 from etils import epath
+from grain_jax.data import arguments, progress
+from grain_jax.data.inspect import counting, page, panels, problems, reading, sheet, statistics
 
-from data import arguments, progress
-from data.inspect import counting, page, panels, problems, reading, sheet, statistics
 from grain_jax import errors
 
 _MOST_PICTURES = 200  # the PNG is then about 25,000 pixels high

@@ -2,7 +2,7 @@
 
 import re
 
-from data.annotate import answers
+from grain_jax.data.annotate import answers
 
 ROW_LENGTH = 77  # tokens of a row in CLIP; training cuts longer texts
 LONG_DESCRIPTION = 24  # tokens; descriptions have 4 to 12

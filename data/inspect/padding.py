@@ -8,8 +8,8 @@ import collections
 from typing import Any
 
 import numpy as np
+from grain_jax.data.inspect import flaws
 
-from data.inspect import flaws
 from grain_jax.input_pipeline import packing
 
 GROUPS = (1, 8, 16, 32, 64, 128)

@@ -5,8 +5,8 @@ from html import escape
 from typing import Any
 
 from etils import epath
+from grain_jax.data.inspect import panels, problems
 
-from data.inspect import panels, problems
 from grain_jax.report import html
 
 _FREQUENT = 12  # texts listed of each kind, if several images have them

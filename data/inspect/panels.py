@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
+from grain_jax.data.inspect import reading
 
-from data.inspect import reading
 from grain_jax.files import images
 from grain_jax.report.html import REGION_COLOURS
 

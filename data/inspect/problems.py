@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from data.inspect import flaws, padding, statistics
+from grain_jax.data.inspect import flaws, padding, statistics
 
 LARGE_SHARE = 0.1  # of the images; a text that more share is a problem
 MANY = 20  # least images for which shares are checked

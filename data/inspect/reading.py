@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from grain_jax.data import annotations, example, parallel
+from grain_jax.data.sources import tfds
 
-from data import annotations, example, parallel
-from data.sources import tfds
 from grain_jax import errors
 from grain_jax.files import images as images_lib
 

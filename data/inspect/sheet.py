@@ -9,8 +9,8 @@ import matplotlib
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
+from grain_jax.data.inspect import panels
 
-from data.inspect import panels
 from grain_jax import printable as shown_text
 
 COLUMNS = 4

@@ -8,20 +8,21 @@ What a source is: `data/sources/base.py`.
 
 from collections.abc import Iterator, Mapping
 
-from data.sources import own_options
-from data.sources.annotations import Annotations
-from data.sources.base import CAUSES, Fault, Image, Options, Shard, Source, SourceError
-from data.sources.coco import Coco
-from data.sources.finehard import FineHard
-from data.sources.flickr30k_entities import Flickr30kEntities
-from data.sources.folder import Folder
-from data.sources.grit import Grit
-from data.sources.karpathy import Karpathy
-from data.sources.lvis import Lvis
-from data.sources.refcoco import RefCoco
-from data.sources.tfds import Tfds
-from data.sources.visual_genome import VisualGenome
-from data.sources.webdataset import WebDataset
+from grain_jax.data.sources import own_options
+from grain_jax.data.sources.annotations import Annotations
+from grain_jax.data.sources.base import CAUSES, Fault, Image, Options, Shard, Source, SourceError
+from grain_jax.data.sources.coco import Coco
+from grain_jax.data.sources.finehard import FineHard
+from grain_jax.data.sources.flickr30k_entities import Flickr30kEntities
+from grain_jax.data.sources.folder import Folder
+from grain_jax.data.sources.grit import Grit
+from grain_jax.data.sources.karpathy import Karpathy
+from grain_jax.data.sources.lvis import Lvis
+from grain_jax.data.sources.refcoco import RefCoco
+from grain_jax.data.sources.tfds import Tfds
+from grain_jax.data.sources.visual_genome import VisualGenome
+from grain_jax.data.sources.webdataset import WebDataset
+
 from grain_jax import named
 
 __all__ = [

@@ -5,7 +5,7 @@ A region is an object: its description is the category's name. Boxes around crow
 
 from collections.abc import Iterator
 
-from data.sources import base, json_files, staged
+from grain_jax.data.sources import base, json_files, staged
 
 _EXPECTED = "COCO's captions or instances"
 

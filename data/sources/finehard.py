@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
+from grain_jax.data.sources import base, json_files, staged
 
-from data.sources import base, json_files, staged
 from grain_jax.files import annotations
 
 

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
-
-from data.sources import base, staged
+from grain_jax.data.sources import base, staged
 
 _PHRASE = re.compile(r"\[/EN#(\d+)/\S+\s+([^\]]*)\]")  # [/EN#CHAIN/TYPE/TYPE word word]
 _NOT_VISUAL = "0"

@@ -6,8 +6,7 @@ So are the files that img2dataset writes by default: 00000/000000012.jpg and 000
 from collections.abc import Iterator
 
 from etils import epath
-
-from data.sources import base, staged
+from grain_jax.data.sources import base, staged
 
 
 class Folder(staged.ListedSource):

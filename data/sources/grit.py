@@ -7,7 +7,8 @@ img2dataset must neither crop nor pad it (`--resize_mode no` or `keep_ratio`).
 
 import math
 
-from data.sources import base, webdataset
+from grain_jax.data.sources import base, webdataset
+
 from grain_jax.files import annotations
 
 

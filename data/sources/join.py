@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
+from grain_jax.data.sources.base import Entry, Fault, Image, text
 
-from data.sources.base import Entry, Fault, Image, text
 from grain_jax.files import annotations, images
 
 

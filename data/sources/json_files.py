@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
+from grain_jax.data.sources.base import SourceError
 
-from data.sources.base import SourceError
 from grain_jax.files import annotations
 
 _CHUNK = 1 << 20  # characters of a long JSON list that are read at once

@@ -6,7 +6,7 @@ Source: the files' keys, images[].filename, filepath (COCO: the folder), split, 
 
 from collections.abc import Iterator
 
-from data.sources import base, json_files, staged
+from grain_jax.data.sources import base, json_files, staged
 
 _EXPECTED = "dataset_flickr30k.json or dataset_coco.json of Karpathy's splits"
 

@@ -6,7 +6,7 @@ image has several of a category not all of them need have a box.
 
 from collections.abc import Iterator
 
-from data.sources import base, json_files, staged
+from grain_jax.data.sources import base, json_files, staged
 
 _EXPECTED = "lvis_v1_train.json or lvis_v1_val.json"
 

@@ -5,7 +5,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from data.sources.base import Source, SourceError
+from grain_jax.data.sources.base import Source, SourceError
+
 from grain_jax import config
 
 _BOOLS = {"true": True, "false": False}

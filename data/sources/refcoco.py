@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
-
-from data.sources import base, json_files, staged
+from grain_jax.data.sources import base, json_files, staged
 
 _EXPECTED = "refs(...).p with instances.json, or MDETR's finetune_refcoco_*.json"
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from etils import epath
+from grain_jax.data.sources import base, join
 
-from data.sources import base, join
 from grain_jax.files import atomic
 
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from etils import epath
+from grain_jax.data.sources import base, join
 
-from data.sources import base, join
 from grain_jax.files import image_bounds
 
 MAX_NAME = 255  # bytes of a part of a name: no file system takes more

@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from data.sources import base, staged
+from grain_jax.data.sources import base, staged
 
 UNITS = ("pixel", "share")
 COLUMNS = ("image", "caption", "x1", "y1", "x2", "y2", "phrase")

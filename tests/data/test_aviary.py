@@ -11,15 +11,14 @@ import statistics
 
 import numpy as np
 import pytest
+from grain_jax.data import build
+from grain_jax.data.aviary import annotations, drawing, generate
+from grain_jax.data.aviary.__main__ import main
+from grain_jax.data.aviary.annotations import EXACT, Noise
+from grain_jax.data.aviary.generate import Settings
+from grain_jax.data.aviary.species import distance, make_species
+from grain_jax.data.aviary.vocabulary import PARTS, TRAITS, Trait
 from PIL import Image
-
-from data import build
-from data.aviary import annotations, drawing, generate
-from data.aviary.__main__ import main
-from data.aviary.annotations import EXACT, Noise
-from data.aviary.generate import Settings
-from data.aviary.species import distance, make_species
-from data.aviary.vocabulary import PARTS, TRAITS, Trait
 
 SMALL = Settings(
     images=70,

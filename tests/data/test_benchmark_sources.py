@@ -5,8 +5,7 @@ import json
 
 import PIL.Image
 import pytest
-
-from data import sources
+from grain_jax.data import sources
 
 
 def picture(path):

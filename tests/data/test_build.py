@@ -8,8 +8,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
+from grain_jax.data import annotations, build, duplicates, example
 
-from data import annotations, build, duplicates, example
 from grain_jax.files import images
 from tests import record_sets
 from tests.paths import ROOT

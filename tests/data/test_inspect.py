@@ -7,9 +7,18 @@ import shutil
 import numpy as np
 import PIL.Image
 import pytest
+from grain_jax.data.inspect import __main__ as command
+from grain_jax.data.inspect import (
+    counting,
+    flaws,
+    padding,
+    panels,
+    problems,
+    reading,
+    sheet,
+    statistics,
+)
 
-from data.inspect import __main__ as command
-from data.inspect import counting, flaws, padding, panels, problems, reading, sheet, statistics
 from grain_jax.input_pipeline import packing
 from tests import record_sets
 

@@ -3,9 +3,8 @@
 import dataclasses
 
 import pytest
-
-from data.sources import own_options, staged
-from data.sources.base import SourceError
+from grain_jax.data.sources import own_options, staged
+from grain_jax.data.sources.base import SourceError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ import tarfile
 
 import pytest
 from etils import epath
+from grain_jax.data import build, sources
+from grain_jax.data.sources import json_files
 
-from data import build, sources
-from data.sources import json_files
 from grain_jax import errors
 from tests import record_sets
 from tests.paths import ROOT

@@ -8,8 +8,8 @@ import json
 
 import numpy as np
 import pytest
+from grain_jax.configs import eval as eval_config
 
-import configs.eval
 from grain_jax import config as config_lib
 from grain_jax import errors, inference
 from grain_jax.evaluate import __main__ as command
@@ -236,7 +236,7 @@ def test_entries_serve_a_training_config():
     )
     assert evals["lvis"].annotations == "F/lvis/A.jsonl" and evals["lvis"].missing == "skip"
     assert (
-        set(configs.eval.get_config().evals) == set(benchmarks.SETS) and len(benchmarks.SETS) == 21
+        set(eval_config.get_config().evals) == set(benchmarks.SETS) and len(benchmarks.SETS) == 21
     )
     c.evals.cifar10.images = "x"
     with pytest.raises(
@@ -293,17 +293,17 @@ def test_faults_of_tfds_sets(data, tmp_path):
 
 
 def test_probes_stand_beside_the_suite_where_they_are_asked_for():
-    c = configs.eval.get_config("probes")
+    c = eval_config.get_config("probes")
     c.data_dir = "D"
     entries = config_lib.suite_from_dict(c.copy_and_resolve_references()).evals
     assert entries["dtd_probe"].kind == "linear_probe" and entries["dtd_probe"].data_dir == "D"
-    assert not any(name.endswith("_probe") for name in configs.eval.get_config().evals)
+    assert not any(name.endswith("_probe") for name in eval_config.get_config().evals)
     with pytest.raises(ValueError, match="got :probe, expected :probes"):
-        configs.eval.get_config("probe")
+        eval_config.get_config("probe")
 
 
 def test_results_of_an_older_version_are_kept():
-    suite = config_lib.suite_from_dict(configs.eval.get_config().copy_and_resolve_references())
+    suite = config_lib.suite_from_dict(eval_config.get_config().copy_and_resolve_references())
     entry = suite.evals["dtd"]
     task = suite_module._Task(entry, 3, {"pictures": 3})
     before = dataclasses.asdict(entry) | dict(annotations=None, train=None, shots=[], seeds=5)

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from grain_jax.configs import demo
 
-from configs import demo
 from grain_jax import config as config_lib
 from grain_jax import errors, train
 from grain_jax.evaluate import diagnostics, entries, evaluators
@@ -108,7 +108,14 @@ def test_diagnostics_know_the_run_and_its_step(data, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(finished, data, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "launch.local", "--processes=2", "--devices-per-process=4", "--"]
+        [
+            sys.executable,
+            "-m",
+            "grain_jax.launch.local",
+            "--processes=2",
+            "--devices-per-process=4",
+            "--",
+        ]
         + [sys.executable, "-m", "grain_jax.train", f"--workdir={tmp_path}"]
         + [f"--config={ROOT}/tests/evaluate/train_config.py:{data}"],
         cwd=ROOT,

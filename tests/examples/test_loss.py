@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from grain_jax.launch import sweep_runs
 from ml_collections import config_flags
 
 from examples.loss.uniformity import uniformity
@@ -14,7 +15,6 @@ from grain_jax.input_pipeline import synthetic
 from grain_jax.models.grain import GRAIN
 from grain_jax.runtime import command_line
 from grain_jax.training import sharding, train_step
-from launch import sweep_runs
 from tests import tiny
 from tests.losses.test_losses import _outputs
 from tests.paths import ROOT

@@ -5,8 +5,8 @@ import sys
 
 import numpy as np
 import pytest
+from grain_jax.data.annotate import __main__ as command
 
-from data.annotate import __main__ as command
 from tests import record_sets
 from tests.paths import ROOT
 
@@ -43,7 +43,7 @@ def test_the_command_converts_the_file_and_builds_records(folder):
     import tensorflow_datasets as tfds
 
     given = arguments(folder, "--option=delimiter=;", "--option=unit=share", "--records=street")
-    command_line = [sys.executable, "-m", "data.annotate", *given]
+    command_line = [sys.executable, "-m", "grain_jax.data.annotate", *given]
     run = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert "2 of 2 images, 2 regions" in run.stdout

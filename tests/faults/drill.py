@@ -85,7 +85,12 @@ class Drill:
         command += ["--config.model.text.vocab_size=600", "--config.checkpoint_keep=3"]
         command += [f"--config.model.{tower}.depth=1" for tower in ("image", "text", "decoder")]
         if self.processes > 1:
-            local = [sys.executable, "-m", "launch.local", f"--processes={self.processes}"]
+            local = [
+                sys.executable,
+                "-m",
+                "grain_jax.launch.local",
+                f"--processes={self.processes}",
+            ]
             local += ["--grace=3"]
             command = [*local, "--devices-per-process=1", "--", *command, "--heartbeat_seconds=10"]
         quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -5,8 +5,8 @@ import PIL.Image
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from grain_jax.data import example
 
-from data import example
 from grain_jax.files import images
 from grain_jax.input_pipeline import records, transforms
 from tests import record_sets

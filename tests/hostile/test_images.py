@@ -8,9 +8,9 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
+from grain_jax.data.annotate import checks
+from grain_jax.data.sources import base, join
 
-from data.annotate import checks
-from data.sources import base, join
 from grain_jax.files import images
 from tests import record_sets
 from tests.hostile import cases, image_files

@@ -9,8 +9,8 @@ import sys
 import time
 
 import pytest
+from grain_jax.data import staging
 
-from data import staging
 from grain_jax.input_pipeline import records
 from tests import record_sets
 from tests.hostile import cases
@@ -163,7 +163,7 @@ def test_a_file_in_the_place_of_the_output(built, tmp_path):
 
 HOLD = """
 import sys, time
-from data import staging
+from grain_jax.data import staging
 with staging.locked(staging.epath.Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(60)

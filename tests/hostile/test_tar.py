@@ -8,9 +8,9 @@ import time
 
 import PIL.Image
 import pytest
+from grain_jax.data import sources
+from grain_jax.data.annotate import __main__ as command
 
-from data import sources
-from data.annotate import __main__ as command
 from grain_jax.files import image_bounds
 
 SECONDS = 5.0

@@ -8,10 +8,10 @@ import hypothesis
 import numpy as np
 import PIL.Image
 import pytest
+from grain_jax.data import build
+from grain_jax.data.inspect import sheet
 from hypothesis import strategies as st
 
-from data import build
-from data.inspect import sheet
 from grain_jax import errors, printable
 from grain_jax.evaluate import tables
 from grain_jax.files import images

@@ -1,9 +1,8 @@
 """The roofline against sums done by hand, and the names of topologies."""
 
 import pytest
-
-from launch import chips, cost
-from launch.hlo_collectives import Collective
+from grain_jax.launch import chips, cost
+from grain_jax.launch.hlo_collectives import Collective
 
 V5E = chips.CHIPS["v5e"]
 

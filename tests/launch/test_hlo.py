@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grain_jax.launch import hlo, hlo_collectives, hlo_work
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax.training import flops
-from launch import hlo, hlo_collectives, hlo_work
 from tests import paths
 
 GOLDENS = paths.GOLDENS / "hlo"

@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
+from grain_jax.launch import local
 
-from launch import local
 from tests.paths import ROOT
 
 # The stand-ins know their number as the trainer does, from the last flag.
@@ -18,7 +18,16 @@ _ME = "import os, signal, sys, time; me = int(sys.argv[-1].partition('=')[2]);"
 
 def _start(script, *flags, **environment):
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.local", *flags, "--", sys.executable, "-c", _ME + script],
+        [
+            sys.executable,
+            "-m",
+            "grain_jax.launch.local",
+            *flags,
+            "--",
+            sys.executable,
+            "-c",
+            _ME + script,
+        ],
         cwd=ROOT,
         env={**os.environ, **environment},
         stderr=subprocess.PIPE,
@@ -150,14 +159,24 @@ with distributed.ending_together(60), handler.training():
 )
 def test_wrong_usage_is_one_line_and_status_2(flags):
     done = subprocess.run(
-        [sys.executable, "-m", "launch.local", *flags], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "grain_jax.launch.local", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("python -m launch.local: ") and done.stderr.count("\n") == 1
 
 
 def test_a_command_that_does_not_exist_is_said():
-    command = [sys.executable, "-m", "launch.local", "--processes=2", "--", "no_such_command"]
+    command = [
+        sys.executable,
+        "-m",
+        "grain_jax.launch.local",
+        "--processes=2",
+        "--",
+        "no_such_command",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "cannot start no_such_command: No such file or directory" in done.stderr

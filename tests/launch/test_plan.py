@@ -9,12 +9,12 @@ import sys
 
 import jax
 import pytest
+from grain_jax.launch import chips, compiler, estimate, plan, plan_text, search
 
 from grain_jax import config as config_lib
 from grain_jax import errors, losses, train
 from grain_jax.models import grain
 from grain_jax.training import flops, memory_use, train_step
-from launch import chips, compiler, estimate, plan, plan_text, search
 from tests import tiny
 from tests.paths import ROOT
 
@@ -51,7 +51,7 @@ def compiled(cache):
 
 def command(*arguments, cache):
     return subprocess.run(
-        [sys.executable, "-m", "launch.plan", *arguments],
+        [sys.executable, "-m", "grain_jax.launch.plan", *arguments],
         cwd=ROOT,
         env={**compiler.os.environ, "GRAIN_JAX_CACHE": str(cache)},
         capture_output=True,

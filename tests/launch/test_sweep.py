@@ -14,13 +14,13 @@ import pytest
 import yaml
 from absl import flags
 from etils import epath
+from grain_jax.launch import jobs, sweep, sweep_clusters, sweep_runs, sweep_table
 
 from benchmarks import claim, claim_results
 from benchmarks import claim_design as design
 from grain_jax import errors, recipe
 from grain_jax.recipe import points
 from grain_jax.runtime import command_line
-from launch import jobs, sweep, sweep_clusters, sweep_runs, sweep_table
 from tests import test_claim, tiny
 from tests.paths import ROOT
 
@@ -527,7 +527,10 @@ def test_csv_and_picture(tmp_path):
 
 def launch(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "launch.sweep", *arguments], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "grain_jax.launch.sweep", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
 
 

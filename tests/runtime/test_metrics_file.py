@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from grain_jax.launch import sweep_table
 
 from grain_jax import verify
 from grain_jax.report import pictures, run_files
 from grain_jax.runtime import metrics_file, metrics_writer
 from grain_jax.verify import workdir as workdir_files
-from launch import sweep_table
 
 HOSTILE = [  # each ended the trainer, the report or the table in a traceback
     b'{"step": "x"}',

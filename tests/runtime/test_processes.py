@@ -83,7 +83,14 @@ def test_two_processes_give_what_one_gives(model, tmp_path):
     arguments += [str(tmp_path / "cache")]
     arguments += [f"--config={ROOT}/tests/evaluate/suite_config.py:{tmp_path}", "--output"]
     assert command.main([*arguments, str(tmp_path / "1.json")]) == 0
-    two = [sys.executable, "-m", "launch.local", "--processes=2", "--devices-per-process=4", "--"]
+    two = [
+        sys.executable,
+        "-m",
+        "grain_jax.launch.local",
+        "--processes=2",
+        "--devices-per-process=4",
+        "--",
+    ]
     two += [sys.executable, "-m", "grain_jax.evaluate", *arguments, str(tmp_path / "2.json")]
     done = subprocess.run(two, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -12,9 +12,9 @@ from importlib import metadata
 import jax
 import pytest
 from etils import epath
+from grain_jax.launch import hlo, hlo_collectives, hlo_work
 
 from grain_jax.training import flops, sharding, train_step
-from launch import hlo, hlo_collectives, hlo_work
 from tests import paths, tiny
 
 GOLDEN = epath.Path(paths.GOLDENS) / "step_cost.json"

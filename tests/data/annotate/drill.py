@@ -15,7 +15,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from data.annotate import __main__ as command
+from grain_jax.data.annotate import __main__ as command
+
 from tests.data.annotate import endpoint, faults, models
 from tests.paths import ROOT
 
@@ -28,7 +29,10 @@ def plant(folder: pathlib.Path, pictures: int) -> tuple[list[str], dict[str, str
     nothing = ("--seen-per-species", "--unseen-per-species", "--test-images")
     drawn += [part for name in nothing for part in (name, "0")]
     subprocess.run(
-        [sys.executable, "-m", "data.aviary", *drawn], cwd=ROOT, check=True, capture_output=True
+        [sys.executable, "-m", "grain_jax.data.aviary", *drawn],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
     )
     found = faults.plant_files(folder / "images")
     faults.plant_pictures_for_server(folder / "images")
@@ -40,7 +44,7 @@ def kill_in_the_middle(arguments: list[str], output: pathlib.Path, last_pass: st
     """Starts the command, kills it when a third of its shards are done; returns these, with their times."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "data.annotate", *arguments],
+        [sys.executable, "-m", "grain_jax.data.annotate", *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.DEVNULL,

@@ -1,8 +1,7 @@
 """Answers of chat models, as they come: what is kept of them, and the cause by which the rest is refused."""
 
 import pytest
-
-from data.annotate import answers, prompt
+from grain_jax.data.annotate import answers, prompt
 
 LONG = "a very " + "very " * 14 + "long beak"
 

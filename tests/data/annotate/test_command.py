@@ -6,8 +6,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
+from grain_jax.data.annotate import __main__ as command
 
-from data.annotate import __main__ as command
 from tests import record_sets
 from tests.data.annotate import drill, endpoint
 
@@ -113,7 +113,7 @@ def test_too_many_faults_end_with_status_2_and_are_listed(pictures, tmp_path, ca
 
 
 def test_a_job_that_was_cancelled_is_not_taken_for_done(pictures, tmp_path, capsys, monkeypatch):
-    from data.annotate import pipeline
+    from grain_jax.data.annotate import pipeline
 
     monkeypatch.setattr(pipeline, "run", lambda *arguments, **named: {})
     assert command.main(arguments(pictures, tmp_path / "out", "--passes=none")) == 2

@@ -10,8 +10,8 @@ import PIL.Image
 import pytest
 import torch
 import transformers
+from grain_jax.data.annotate import chat, checkpoint, detector
 
-from data.annotate import chat, checkpoint, detector
 from tests import storage_emulator
 from tests.data.annotate import models
 from tests.paths import ROOT
@@ -330,7 +330,7 @@ def test_models_that_cannot_be_used(tmp_path):
 @pytest.mark.slow  # needs the extra gcs
 def test_a_model_in_an_object_store_is_loaded_too(folders, tmp_path):
     code = (
-        "import sys; from PIL import Image; from data.annotate import detector\n"
+        "import sys; from PIL import Image; from grain_jax.data.annotate import detector\n"
         "finder = detector.build(detector.Options(sys.argv[1], threshold=0))\n"
         "print(len(finder.detect([Image.new('RGB', (64, 64), 'red')], [['a beak']])[0]))"
     )

@@ -1,4 +1,4 @@
-"""Workers in another environment: Beam, grain_jax's wheel and data/setup.py's package, and no checkout."""
+"""Workers in another environment: Beam and grain_jax's wheel, and no checkout."""
 
 import os
 import pathlib
@@ -11,21 +11,18 @@ import pytest
 from tests.data.annotate import drill, endpoint, faults
 from tests.paths import ROOT
 
-PACKAGES = ("apache_beam", "grain_jax", "data")
+PACKAGES = ("apache_beam", "grain_jax", "grain_jax.data")
 
 
 def make_environment(folder: pathlib.Path) -> pathlib.Path:
-    """Builds both packages, installs them with Beam in a new environment; returns its python."""
+    """Builds the wheel, installs it with Beam in a new environment; returns its python."""
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "-w", folder / "dist", ROOT], check=True)
-    sdist = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", folder / "dist"]
-    subprocess.run(sdist, cwd=ROOT / "data", check=True)
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     python = folder / "venv" / "bin" / "python"
-    built = list((folder / "dist").iterdir())
-    assert len(built) == 2
+    (wheel,) = (folder / "dist").iterdir()
     install = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt"]
-    subprocess.run([*install, "apache-beam", *built], check=True)
+    subprocess.run([*install, "apache-beam", wheel], check=True)
     return python
 
 
@@ -62,14 +59,13 @@ def run(python: pathlib.Path, folder: pathlib.Path) -> str:
         with endpoint.serve(faults.reply) as server:
             done = subprocess.run(
                 [
-                    *(sys.executable, "-m", "data.annotate"),
+                    *(sys.executable, "-m", "grain_jax.data.annotate"),
                     *(f"--images={folder / 'pictures' / 'images'}", f"--output={output}"),
                     *("--shard-size=10", "--max-faults=1", "--passes=caption,describe"),
                     *(f"--endpoint={server.url}", "--chat=tiny", "--tries=2"),
                     f"--request-seconds={faults.TIME_OUT}",
                     *("--runner=PortableRunner", "--job_endpoint=embed"),
                     *("--environment_type=EXTERNAL", f"--environment_config=localhost:{port}"),
-                    f"--setup_file={ROOT / 'data' / 'setup.py'}",
                 ],
                 cwd=ROOT,
                 capture_output=True,

@@ -4,9 +4,8 @@ import json
 
 import PIL.Image
 import pytest
-
-from data import sources
-from data.annotate import (
+from grain_jax.data import sources
+from grain_jax.data.annotate import (
     checks,
     detector,
     endpoint_chat,
@@ -15,6 +14,7 @@ from data.annotate import (
     pipeline,
     prompt,
 )
+
 from grain_jax import errors
 from tests import record_sets
 from tests.data.annotate import endpoint, models
