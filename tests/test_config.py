@@ -12,7 +12,7 @@ from ml_collections import config_flags
 
 from grain_jax import config as config_lib
 from grain_jax import recipe
-from grain_jax.config import roles
+from grain_jax.config import evals, listing, roles
 from grain_jax.recipe import points
 from grain_jax.runtime import command_line
 from tests import tiny
@@ -432,3 +432,46 @@ def test_faults_of_flags_about_evaluators(monkeypatch, capsys, given, message):
     with pytest.raises(SystemExit, match="2"):
         _parsed(monkeypatch, "--config=configs/demo.py", *given)
     assert capsys.readouterr().err == message + "\n"
+
+
+def test_the_list_of_keys_is_that_of_the_recipe_and_says_what_each_is():
+    keys = {key.name: key for key in listing.keys()}
+    given = recipe.base()
+    flat = roles.flatten(given.to_dict())
+    groups = {"evals", "loss.terms", "model.image.options", "model.text.options", "input.options"}
+    assert set(flat) <= set(keys)
+    assert {name for name in set(keys) - set(flat) if "[]" not in name} <= groups | {
+        "model.decoder"
+    }
+    assert {name: key.role for name, key in keys.items()}["model.decoder.queries"] == "numbers"
+    evaluators = [
+        key for kind in evals.NAMED for key in listing.keys(evals.find(kind), f"evals.{kind}")
+    ]
+    assert not [key.name for key in [*keys.values(), *evaluators] if not key.comment]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("batch_size", "int", "2048", "at least 1", "order", "images a step, over all devices"),
+        ("optim.warmup_epochs", "float or None", "None", "at least 0", "numbers")
+        + ("set this or warmup_steps",),
+        ("model.image.pixel_std", "tuple of float", "(0.229, 0.224, 0.225)", "", "numbers")
+        + ("As pixel_mean: the standard deviations.",),
+        ("model.image.activation", "str", "'gelu'", "one of gelu, gelu_tanh, quick_gelu")
+        + ("numbers", 'of the MLP; "gelu" is exact'),
+        ("input.datasets[].weight", "float", "", "", "order")
+        + ("more than 0; the share is weight / sum of all weights",),
+        ("model.decoder", "group or None", "the keys below", "", "numbers")
+        + ("None: two towers, without regions",),
+    ],
+)
+def test_a_key_in_words(line):
+    assert line in list(listing.keys())
+
+
+def test_a_comment_above_and_one_beside_are_one_line():
+    source = "a = 1  # of another\n# first\n# second\nb = (  # third\n    2  # fourth\n)\n"
+    assert listing.comment_at(source, 4, 6) == "first second third fourth"
+    assert listing.comment_at(source, 1, 1) == "of another"
+    assert listing.comment_at("c = 1\n", 1, 1) == ""

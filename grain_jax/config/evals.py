@@ -67,6 +67,7 @@ class Evaluator(abc.ABC):
     `evaluate` with the model. On several processes all of them are called on every process.
     """
 
+    # Which evaluator this is: a name of the package, or module:Class.
     kind: str = ""
     # Where the data is missing: "error", or "skip" with a line that says so.
     missing: str = dataclasses.field(default="error", metadata={"choices": ("error", "skip")})

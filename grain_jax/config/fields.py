@@ -112,16 +112,18 @@ class ImageTower:
     pixel_mean and pixel_std.
     """
 
+    # "vit", or a class of your own (models/towers.py).
     tower: str = key("vit", built_in=IMAGE_TOWERS, added=True)
+    # Of a class of your own.
     options: Any = key(NoOptions, options_of="tower", added=True)
     image_size: int = size(224)  # pixels, height = width
     patch_size: int = size(16)  # pixels; must divide image_size
     width: int = size(768)  # E
-    depth: int = layers(12)
-    heads: int = size(12)  # must divide width
-    mlp_dim: int = count(3072, low=1, high=4 * WIDEST)
+    depth: int = layers(12)  # number of layers
+    heads: int = size(12)  # of attention; must divide width
+    mlp_dim: int = count(3072, low=1, high=4 * WIDEST)  # hidden width of the MLP of a layer
     qk_norm: bool = key(True)  # LayerNorm on the queries and keys of each head
-    norm_eps: float = key(1e-6)
+    norm_eps: float = key(1e-6)  # epsilon of the LayerNorms
     # "normal" (0.02) or "sincos2d"; the positions are learned either way.
     position_init: str = key("normal", choices=("normal", "sincos2d"))
     position_period: float = key(1e4, low=1)  # of sincos2d: longest wave / shortest wave
@@ -130,7 +132,7 @@ class ImageTower:
     # Layers of the scan that are unrolled; depth = no loop (faster for tiny towers on a CPU).
     unroll: int = layers(1)
     class_token: bool = key(True, added=True)  # a learned token before the patches
-    patch_bias: bool = key(True, added=True)
+    patch_bias: bool = key(True, added=True)  # a bias in the projection of the patches
     # LayerNorm between the positions and the first layer (CLIP's ln_pre).
     pre_norm: bool = key(False, added=True)
     activation: str = key("gelu", choices=ACTIVATIONS, added=True)  # of the MLP; "gelu" is exact
@@ -139,8 +141,9 @@ class ImageTower:
     pool: str = key("none", choices=IMAGE_POOLS, added=True)
     # To the joint space: "matrix", "affine" (with a bias) or "none".
     projection: str = key("matrix", choices=PROJECTIONS, added=True)
-    # Of pixels in [0, 1]; the defaults are ImageNet's.
+    # Of pixels in [0, 1], a number a channel; the defaults are ImageNet's.
     pixel_mean: tuple[float, ...] = key((0.485, 0.456, 0.406), added=True)
+    # As pixel_mean: the standard deviations.
     pixel_std: tuple[float, ...] = key((0.229, 0.224, 0.225), added=True)
 
 
@@ -152,22 +155,25 @@ class TextTower:
     norm_eps, pool, projection, tokenizer, cleaning and pad_id.
     """
 
+    # "transformer", or a class of your own (models/towers.py).
     tower: str = key("transformer", built_in=TEXT_TOWERS, added=True)
+    # Of a class of your own.
     options: Any = key(NoOptions, options_of="tower", added=True)
-    vocab_size: int = count(49408, low=3, high=10_000_000)
+    vocab_size: int = count(49408, low=3, high=10_000_000)  # tokens that the tokenizer knows
     context_length: int = count(77, low=3, high=1_000_000)  # L, also the length of a packed row
-    width: int = size(512)
-    depth: int = layers(12)
-    heads: int = size(8)
-    mlp_dim: int = count(2048, low=1, high=4 * WIDEST)
-    norm_eps: float = key(1e-5)
-    unroll: int = layers(1)
+    width: int = size(512)  # E
+    depth: int = layers(12)  # number of layers
+    heads: int = size(8)  # of attention; must divide width
+    mlp_dim: int = count(2048, low=1, high=4 * WIDEST)  # hidden width of the MLP of a layer
+    norm_eps: float = key(1e-5)  # epsilon of the LayerNorms
+    unroll: int = layers(1)  # layers of the scan that are unrolled; depth = no loop
     causal: bool = key(True, added=True)  # False: every position sees all of the row
-    activation: str = key("quick_gelu", choices=ACTIVATIONS, added=True)  # as ImageTower.activation
+    # As that of the image tower.
+    activation: str = key("quick_gelu", choices=ACTIVATIONS, added=True)
     # "end": the end token; "last": the last position of the row; "map" (attention pooling) and "mean": all of
     # the row.
     pool: str = key("end", choices=TEXT_POOLS, added=True)
-    projection: str = key("matrix", choices=PROJECTIONS, added=True)  # as ImageTower.projection
+    projection: str = key("matrix", choices=PROJECTIONS, added=True)  # as that of the image tower
     # "clip", or the path of a tokenizer.json or of a SentencePiece .model.
     tokenizer: str = key("clip", added=True)
     # Of texts before the tokenizer: "lower", "canonical" (no punctuation) or "none".
@@ -192,22 +198,22 @@ class RegionDecoder:
     """DETR-like decoder: `queries` region queries and one more for the image."""
 
     queries: int = count(5, high=WIDEST)  # Q, without the image query
-    width: int = size(512)
-    depth: int = layers(6)
-    heads: int = size(8)
-    mlp_dim: int = count(2048, low=1, high=4 * WIDEST)
-    dropout: float = key(0.1, low=0, high=0.99)
-    norm_eps: float = key(1e-5)
+    width: int = size(512)  # E
+    depth: int = layers(6)  # number of layers
+    heads: int = size(8)  # of attention; must divide width
+    mlp_dim: int = count(2048, low=1, high=4 * WIDEST)  # hidden width of the MLP of a layer
+    dropout: float = key(0.1, low=0, high=0.99)  # rate, in training
+    norm_eps: float = key(1e-5)  # epsilon of the LayerNorms
     # Factor on the initial query, key and value weights; 1 = xavier, as the reference.
     qkv_init_gain: float = key(1.0, low=0)
-    unroll: int = layers(1)
+    unroll: int = layers(1)  # layers of the scan that are unrolled; depth = no loop
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The towers and the width D of the joint space; the defaults are GRAIN B/16."""
 
-    embed_dim: int = size(512)  # D
+    embed_dim: int = size(512)  # D, width of the joint space
     # The factor itself, not its logarithm; CLIP's 1 / 0.07, SigLIP's 10.
     logit_scale_init: float = key(1 / 0.07, low=1, high=100)
     # Of loss.contrast=sigmoid; SigLIP's is -10. None: no bias.
@@ -221,11 +227,11 @@ class Model:
 class Init:
     """Checkpoints that the towers start from; None: random weights."""
 
-    image: str | None = key(
-        None, added=True
-    )  # ours, big_vision's .npz (`path:sub-tree`), CLIP's or SigLIP's
+    # Of the image tower: ours, big_vision's .npz (`path:sub-tree`), CLIP's or SigLIP's.
+    image: str | None = key(None, added=True)
+    # Of the text tower, with its projection.
     text: str | None = key(None, added=True)
-    # Of the image positions to another grid.
+    # How image positions become those of another grid.
     resize: str = key("bilinear", choices=("bilinear", "bicubic"), added=True)
     # Ours: the decoder, the projections of image and regions, the box head, the logit scale.
     decoder: str | None = key(None, added=True)
@@ -235,21 +241,23 @@ class Init:
 class Dataset:
     """A record set and its share of the examples."""
 
-    name: str = key()
-    data_dir: str = key(role="free")
+    name: str = key()  # of the record set: data_dir/name/VERSION
+    data_dir: str = key(role="free")  # folder of record sets
     weight: float = key()  # more than 0; the share is weight / sum of all weights
-    split: str = key("train", added=True)
+    split: str = key("train", added=True)  # of the record set
 
 
 @dataclasses.dataclass(frozen=True)
 class Input:
     """Which examples are read, in which order, and how they are varied."""
 
-    # "records" (TFDS-format TFRecords), "synthetic" (random, no TensorFlow) or a class (input_pipeline/sources.py).
+    # "records" (TFDS-format TFRecords), "synthetic" (random, no TensorFlow) or a class of your own
+    # (input_pipeline/sources.py).
     source: str = key("records", built_in=SOURCES, role="order")
+    # Of a class of your own.
     options: Any = key(NoOptions, options_of="source", role="order", added=True)
-    data_dir: str = key("", role="free")
-    name: str = key("", role="order")
+    data_dir: str = key("", role="free")  # folder of record sets
+    name: str = key("", role="order")  # of the record set: data_dir/name/VERSION
     # Command that makes the data set where it is missing.
     prepare: str | None = key(None, role="free")
     # Sub-batches with shards of their own (docs/method.md, Order of the data); a constant of the run.
@@ -266,7 +274,7 @@ class Input:
     flip_rate: float = key(0.0, low=0, high=1)
     # Smallest share of the image that a random crop keeps; 1 = no crop.
     crop_min_area: float = key(1.0, low=0.01, high=1)
-    reader_threads: int = count(0, role="free")  # 0 = tf.data chooses
+    reader_threads: int = count(0, role="free")  # of tf.data; 0 = it chooses
     # A mixture, instead of `data_dir` and `name`.
     datasets: tuple[Dataset, ...] = key((), role="order", added=True)
 
@@ -291,21 +299,21 @@ class Text:
 class Loss:
     """Weights and switches of the losses (docs/method.md, Losses and Where it differs)."""
 
-    image_caption: float = key(1.0)  # weight of L_ic
-    region_description: float = key(1.0)  # weight of L_rd
-    box: float = key(1.0)  # weight of L_box
+    image_caption: float = key(1.0)  # weight of L_ic, images and captions
+    region_description: float = key(1.0)  # weight of L_rd, regions and descriptions
+    box: float = key(1.0)  # weight of L_box, predicted and annotated boxes
     # Contrastive loss type: "softmax" (InfoNCE) or "sigmoid" (each pair alone, as SigLIP).
     contrast: str = key("softmax", choices=("softmax", "sigmoid"))
     group_size: int = count(0)  # images whose descriptions are negatives of each other; 0 = all
     mask_duplicates: bool = key(True)  # equal texts are not negatives of each other
     match_l1: float = key(5.0)  # weight of L1 in the matching cost
     match_giou: float = key(2.0)  # weight of -GIoU in the matching cost
-    match_description: float = key(
-        0.0
-    )  # weight of -cosine(region, description) in the matching cost
+    # Weight of -cosine(region, description) in the matching cost.
+    match_description: float = key(0.0)
     iou_epsilon: float = key(0.0)  # added to the union in the IoU (reference: 1e-4, quirk 15)
     deep_supervision: bool = key(False)  # adds the box loss of the earlier decoder layers
-    shift_labels_after_empty_box: bool = key(False)  # quirk 1
+    # Quirk 1 of the reference: a box without area moves the labels of the boxes after it.
+    shift_labels_after_empty_box: bool = key(False)
     # Rows and columns of a tile of similarities (losses/streaming.py); no effect on the result.
     tile: int = count(1024, low=1, role="free")
     # Neighbouring devices that gather their columns before these go round the ring; no effect on the result.
@@ -319,18 +327,20 @@ class Loss:
 class Optim:
     """AdamW and its schedule (docs/method.md, Training recipe)."""
 
-    learning_rate: float = key(1e-3)
+    learning_rate: float = key(1e-3)  # the peak, at the end of the warm-up
     warmup_init: float = key(1e-6)  # learning rate of step 0
-    end_learning_rate: float = key(1e-5)
-    warmup_steps: int | None = count(None)  # exactly one of these two
-    warmup_epochs: float | None = key(None, low=0)
-    schedule: str = key("cosine", choices=("cosine", "reference"))  # "reference": quirk 12
-    b1: float = key(0.9)
-    b2: float = key(0.98)
-    eps: float = key(1e-8)
+    end_learning_rate: float = key(1e-5)  # learning rate of the last step
+    warmup_steps: int | None = count(None)  # set this or warmup_epochs
+    warmup_epochs: float | None = key(None, low=0)  # set this or warmup_steps
+    # "cosine" after the warm-up; "reference": quirk 12.
+    schedule: str = key("cosine", choices=("cosine", "reference"))
+    b1: float = key(0.9)  # decay of the first moment of AdamW
+    b2: float = key(0.98)  # decay of the second moment of AdamW
+    eps: float = key(1e-8)  # epsilon of AdamW
     moment_dtype: str = key("float32", choices=DTYPES)  # of the first moment; "bfloat16" halves it
-    weight_decay: float = key(0.1)
-    decay_groups: str = key("matrices", choices=("matrices", "reference"))  # "reference": quirk 7
+    weight_decay: float = key(0.1)  # of AdamW, times the learning rate
+    # What decays: "matrices", or the parameters of the "reference" (quirk 7).
+    decay_groups: str = key("matrices", choices=("matrices", "reference"))
     clip_norm: float = key(0.0, low=0)  # largest global norm of the gradients; 0 = off
     # Regular expressions of parameters that are never updated (LiT).
     frozen: tuple[str, ...] = key((), added=True)
@@ -342,9 +352,9 @@ class Optim:
 class Mesh:
     """Device mesh; the batch is cut over data and fsdp."""
 
-    data: int = count(-1, low=-1)  # -1: what the other axes leave
-    fsdp: int = count(1, low=1)
-    tensor: int = count(1, low=1)
+    data: int = count(-1, low=-1)  # devices that cut the batch alone; -1: what the others leave
+    fsdp: int = count(1, low=1)  # devices that cut the batch, parameters and moments
+    tensor: int = count(1, low=1)  # devices that cut heads and MLPs
     # Slices or nodes, joined by the slow network; only `data` is cut over them.
     dcn_data: int = count(1, low=1)
 
@@ -353,12 +363,12 @@ class Mesh:
 class Suite:
     """A suite of evaluations (configs/eval.py); the entries are made from the other keys."""
 
-    evals: dict[str, Evaluator] = key()
+    evals: dict[str, Evaluator] = key()  # entries of evaluators by name
     data_dir: str = key("", added=True)  # of TFDS
     folders: str = key("", added=True)  # of the sets that are no TFDS sets
     descriptions: str | None = key(None, added=True)  # folder of NAME.json
-    templates: str | None = key(None, added=True)
-    alphas: tuple[float, ...] = key((), added=True)
+    templates: str | None = key(None, added=True)  # file of prompts
+    alphas: tuple[float, ...] = key((), added=True)  # shares of the global score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,7 +377,7 @@ class Wandb:
 
     # "offline" writes into the workdir, for `wandb sync`.
     mode: str = key("off", choices=("off", "online", "offline"))
-    project: str = key("grain_jax")
+    project: str = key("grain_jax")  # of Weights & Biases
     name: str = key("")  # of the run; "" = the name of the workdir
 
 
@@ -375,25 +385,31 @@ class Wandb:
 class Config:
     """A whole run. The defaults are the recipe of the paper for GRAIN B/16 (docs/method.md, Training recipe)."""
 
+    # Of the parameters, of the order of the data and of every draw.
     seed: int = key(0, low=-(2**63), high=2**63 - 1, role="order")
-    total_steps: int | None = count(None, low=1, role="result")  # exactly one of these two
+    # Length of the run: set this or total_epochs.
+    total_steps: int | None = count(None, low=1, role="result")
+    # Length of the run: set this or total_steps.
     total_epochs: float | None = key(None, low=0, high=1e6, role="result")
-    batch_size: int = count(2048, low=1, role="order")  # global
+    batch_size: int = count(2048, low=1, role="order")  # images a step, over all devices
     # The towers see batch_size / microbatches images at a time; the loss sees all.
     microbatches: int = count(1, low=1, role="free")
     dtype: str = key("bfloat16", choices=DTYPES, role="numbers")  # of activations
+    # What the backward pass computes again instead of keeping: nothing ... all of a layer.
     remat: str = key("none", choices=REMAT_POLICIES, role="free")
-    ema_decay: float = key(0.0, low=0, high=1, role="numbers")  # 0 = no average is kept
-    log_every: int = count(50, low=1, role="free")
+    # Of the average of the parameters over steps; 0 = no average is kept.
+    ema_decay: float = key(0.0, low=0, high=1, role="numbers")
+    log_every: int = count(50, low=1, role="free")  # steps between lines of metrics.jsonl
     checkpoint_every: int = count(1000, role="free")  # steps; 0 = only the last
     checkpoint_every_minutes: float = key(0.0, low=0, role="free")  # 0 = by steps only
-    checkpoint_keep: int = count(2, low=1, role="free")  # the newest ones, and beside these:
-    # those of steps that this divides, for good; 0 = none
+    checkpoint_keep: int = count(2, low=1, role="free")  # how many of the newest are kept
+    # Checkpoints of steps that this divides are kept, too; 0 = none.
     checkpoint_keep_every: int = count(0, role="free")
-    # and the best by this key of metrics.jsonl, e.g. "loss"; "" = none.
+    # The best checkpoint by this key of metrics.jsonl, e.g. "loss", is kept, too; "" = none.
     checkpoint_best_metric: str = key("", role="free")
+    # Whether the largest or the smallest value of checkpoint_best_metric is best.
     checkpoint_best_mode: str = key("max", choices=("max", "min"), role="free")
-    eval_every: int = count(0, role="result")  # steps; 0 = only after the last
+    eval_every: int = count(0, role="result")  # steps between evaluations; 0 = after the last only
     # Test images that are drawn with their regions after the last step; 0 = none.
     pictures: int = count(0, role="free")
     profile_start: int = count(0, role="free")  # first step of a profiler trace; 0 = none
@@ -422,6 +438,7 @@ class Config:
         ),
         role="free",
     )
+    # What is measured: entries of evaluators by name (docs/evaluate.md).
     evals: dict[str, Evaluator] = key(dict, role="result")
     init: Init = key(Init, role="result", added=True)
 
