@@ -2,10 +2,10 @@
 
 Axis letters, used in every shape comment of the project:
 
-  B  images of the batch          H W  image height and width     P  image patches
-  N  image tokens (P + 1)         L    text positions of a row      G  packing groups (B / pack_group)
-  R  target regions an image      Q    region queries               D  joint embedding
-  E  tower width                  K    attention heads              T  decoder layers
+    B  images of the batch          H W  image height and width     P  image patches
+    N  image tokens (P + 1)         L    text positions of a row      G  packing groups (B / pack_group)
+    R  target regions an image      Q    region queries               D  joint embedding
+    E  tower width                  K    attention heads              T  decoder layers
 
 Boxes are normalised to [0, 1] everywhere inside `grain_jax` and carry their format in the name
 (`*_cxcywh`, `*_xyxy`). Masks are positive: True means real. This module imports numpy only.

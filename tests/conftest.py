@@ -28,6 +28,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 QUICK = (
     "tests/test_config.py",
     "tests/test_documents.py",
+    "tests/test_howto.py",
+    "tests/test_site.py",
     "tests/test_imports.py",
     "tests/test_parity.py",
     "tests/test_named.py",

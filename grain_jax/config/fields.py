@@ -118,7 +118,7 @@ class ImageTower:
     options: Any = key(NoOptions, options_of="tower", added=True)
     image_size: int = size(224)  # pixels, height = width
     patch_size: int = size(16)  # pixels; must divide image_size
-    width: int = size(768)  # E
+    width: int = size(768)  # E, of a token
     depth: int = layers(12)  # number of layers
     heads: int = size(12)  # of attention; must divide width
     mlp_dim: int = count(3072, low=1, high=4 * WIDEST)  # hidden width of the MLP of a layer
@@ -161,7 +161,7 @@ class TextTower:
     options: Any = key(NoOptions, options_of="tower", added=True)
     vocab_size: int = count(49408, low=3, high=10_000_000)  # tokens that the tokenizer knows
     context_length: int = count(77, low=3, high=1_000_000)  # L, also the length of a packed row
-    width: int = size(512)  # E
+    width: int = size(512)  # E, of a token
     depth: int = layers(12)  # number of layers
     heads: int = size(8)  # of attention; must divide width
     mlp_dim: int = count(2048, low=1, high=4 * WIDEST)  # hidden width of the MLP of a layer
@@ -198,7 +198,7 @@ class RegionDecoder:
     """DETR-like decoder: `queries` region queries and one more for the image."""
 
     queries: int = count(5, high=WIDEST)  # Q, without the image query
-    width: int = size(512)  # E
+    width: int = size(512)  # E, of a token
     depth: int = layers(6)  # number of layers
     heads: int = size(8)  # of attention; must divide width
     mlp_dim: int = count(2048, low=1, high=4 * WIDEST)  # hidden width of the MLP of a layer
