@@ -78,6 +78,7 @@ setup(
         "grain_jax": [
             "py.typed",
             "inference/*.txt",
+            "pretrained/aviary-tiny/**",
             "evaluate/classes/*.txt",
             "report/*.css",
             "report/*.js",

@@ -1,6 +1,7 @@
 """GRAIN in JAX: contrastive pretraining that aligns image regions with descriptions.
 
-`grain_jax.load("DIR")` returns a model that encodes images, texts and regions (see `inference.Predictor`).
+`grain_jax.load("aviary-tiny")` returns a model that encodes images, texts and regions (see `inference.Predictor`); it
+takes a folder of your own, too.
 Importing this package loads neither JAX nor TensorFlow.
 """
 
@@ -29,7 +30,7 @@ if (_CHECKOUT / "setup.py").is_file():
 
 
 def load(path, dtype="float32", **options):
-    """The model in a training workdir, a checkpoint or a converted folder; see `grain_jax.inference.load`."""
+    """The model of a folder or a name: "aviary-tiny", or "hf://ORG/NAME"; see `grain_jax.inference.load`."""
     from grain_jax import inference  # JAX takes a second to import; only those who load a model pay
 
     return inference.load(path, dtype, **options)

@@ -66,6 +66,7 @@ QUICK = (
     "tests/losses/test_matching.py::test_pairs_without_a_finite_cost",
     "tests/losses/test_matching.py::test_no_regions",
     "tests/models/test_layers.py",
+    "tests/pretrained/test_names.py",
     "tests/report/test_pictures.py",
     "tests/runtime/test_metrics_file.py",
     "tests/runtime/test_metrics_writer.py",

@@ -13,8 +13,10 @@ from grain_jax import errors
 from grain_jax.convert import huggingface, parity, towers
 from grain_jax.convert.big_vision.command import from_big_vision
 from grain_jax.convert.open_clip.command import from_open_clip
+from grain_jax.convert.pack import pack
 from grain_jax.convert.reference import commands as reference
 from grain_jax.convert.reference.sizes import TOWERS
+from grain_jax.pretrained import hub
 from grain_jax.runtime.arguments import Parser
 
 
@@ -47,10 +49,10 @@ COMMANDS = {
     ),
     "to-hf": Command(
         "a workdir, checkpoint or folder -> a folder for transformers' AutoModel",
-        lambda args: huggingface.to_hf(args.input, args.output),
+        lambda args: huggingface.to_hf(args.input, args.output, args.push),
     ),
     "from-hf": Command(
-        "a folder of to-hf -> a folder for grain_jax.load",
+        "a folder of to-hf, or hf://ORG/NAME -> a folder for grain_jax.load",
         lambda args: huggingface.from_hf(args.input, args.output),
     ),
     "from-open-clip": Command(
@@ -60,6 +62,10 @@ COMMANDS = {
     "from-big-vision": Command(
         "a two_towers .npz of big_vision (FILE.npz:sub-tree) -> a two-tower model for grain_jax.load",
         lambda args: from_big_vision(args.input, args.output, _settings(args)),
+    ),
+    "pack": Command(
+        "a workdir, checkpoint or folder -> a small folder for grain_jax.load, in bfloat16",
+        lambda args: pack(args.input, args.output),
     ),
 }
 
@@ -86,9 +92,22 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             choices=config_lib.ACTIVATIONS,
             help=f"of the {tower} tower, where the checkpoint does not state it (from-open-clip)",
         )
+    parser.add_argument(
+        "--push",
+        metavar="ORG/NAME",
+        help="to-hf: upload the folder to this repository of the Hugging Face Hub, which is made if it is not there",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="--push: a new repository is a private one"
+    )
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         parser.error(f"no such command: {arguments[0]!r}; there are: {', '.join(COMMANDS)}")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.push and args.command != "to-hf":
+        parser.error(f"--push: got the command {args.command}, expected to-hf")
+    if args.private and not args.push:
+        parser.error("--private: expected --push ORG/NAME with it")
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,7 +128,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report.text)
     if not report.ok:
         print(f"{args.output}: was written, but its outputs differ; see above", file=sys.stderr)
-    return 0 if report.ok else 1
+        return 1
+    if args.push:
+        try:
+            print("pushed to", huggingface.push(args.output, args.push, args.private))
+        except hub.HubError as error:
+            print(f"{error}\n{args.output}: was written, not pushed", file=sys.stderr)
+            return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax import pretrained
 from grain_jax.convert import archives, hf_tokenizer, model_card, output, parity
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.convert.reference import module as torch_module
@@ -24,11 +25,14 @@ from grain_jax.convert.reference.parameters import to_params
 from grain_jax.convert.reference.sizes import sizes_of
 from grain_jax.files import images, regular_file
 from grain_jax.input_pipeline import clip_tokenizer
+from grain_jax.pretrained import hub
 from grain_jax.runtime import checkpoint
 
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"  # where transformers splits the weights into several files
 _MODELING = "modeling_grain.py"  # marks a folder of to-hf
+# Patterns of the names of all files of such a folder.
+_FILES = ("*.json", WEIGHTS, "*_grain.py", "README.md")
 CODE = epath.Path(__file__).parent / "hf_files"
 # The recipe of the paper (docs/method.md, Losses), for models without a run's config.
 LOSSES = dict(
@@ -46,18 +50,22 @@ LOSSES = dict(
 _TEXTS = ["a photo of a wren", "Two DOGS  &amp; a cat's   bowl, 1998!", "", "long " * 100]
 
 
-def to_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
+def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = None) -> parity.Report:
     """to-hf: a model that `grain_jax.load` reads to a folder for `AutoModel` and `AutoProcessor`.
 
     Args:
       source: a workdir (the model card reports its config and metrics), a checkpoint, or a converted folder.
       folder: new, or an older conversion.
+      repo: ORG/NAME where `push` will publish it; the model card names it.
 
     Raises:
+      hub.HubError: `push` to that `repo` could not work.
       ConvertError: the modeling file cannot express the model, or the folder holds something else.
       checkpoint.CheckpointError: `source` cannot be read.
       text_cleaning.TokenizerError: CLIP's vocabulary is not found.
     """
+    if repo is not None:
+        hub.check_push(repo)
     folder = output.check_free(folder, _MODELING)
     model, params, read_from = checkpoint.load_model(source)
     _check(model)
@@ -80,7 +88,7 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
         _write_weights(folder / WEIGHTS, states)
     proof = _prove_folder(folder, model, params, has_tokenizer)
     with _writing(folder):
-        card = model_card.write(model, losses, run, proof, has_tokenizer)
+        card = model_card.write(model, losses, run, proof, has_tokenizer, repo)
         (folder / "README.md").write_text(card)
     size = sum(array.size for state in states.values() for array in state.values())
     lines = [f"to-hf: {read_from} -> {folder}", f"{WEIGHTS}: {size:,} values, float32"]
@@ -92,6 +100,12 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     return proof._replace(text="\n".join([*lines, "", proof.text]))
 
 
+def push(folder: epath.PathLike, repo: str, private: bool = False) -> str:
+    """Publishes a folder of to-hf, its model card included, as ORG/NAME; returns the address. Raises hub.HubError."""
+    with _on_disk(epath.Path(folder)) as path:
+        return hub.push(path, repo, _FILES, private)
+
+
 def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     """from-hf: a folder of to-hf, also one that transformers trained further, to a folder for `grain_jax.load`.
 
@@ -99,18 +113,29 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
       ConvertError: entries or files that are missing, damaged, unknown or of another shape; a line each.
       config.ConfigError: sizes that are no model's, such as heads that do not divide the width.
     """
-    source, folder = epath.Path(source), output.check_free(folder)
-    model = _read_config(source / "config.json")
-    weights = source / WEIGHTS
-    if not regular_file.is_one(weights) and regular_file.is_one(source / _INDEX):
-        weights = source / _INDEX
-    states = _read_weights(weights)
-    with prefixed(f"{weights}: "):
-        params = to_params(states["backbone"], states["decoder"], model)
+    source, folder = pretrained.folder_of(source), output.check_free(folder)
+    model, params, states = _read(source)
     # Its code is untrusted: the other side is our own torch module with the arrays of the folder.
     proof = torch_module.prove(model, params, states)
     output.save(folder, model, params, source, proof)
     return proof._replace(text=f"from-hf: {source} -> {folder}\n\n{proof.text}")
+
+
+def read(folder: epath.Path) -> tuple[config_lib.Model, Any]:
+    """The model in a folder of to-hf, and its parameters; raises as `from_hf`."""
+    return _read(folder)[:2]
+
+
+def _read(folder: epath.Path) -> tuple[config_lib.Model, Any, dict[str, dict[str, np.ndarray]]]:
+    """(model, our parameters, the same under the names of the reference); runs no code of the folder."""
+    model = _read_config(folder / "config.json")
+    weights = folder / WEIGHTS
+    if not regular_file.is_one(weights) and regular_file.is_one(folder / _INDEX):
+        weights = folder / _INDEX
+    states = _read_weights(weights)
+    with prefixed(f"{weights}: "):
+        params = to_params(states["backbone"], states["decoder"], model)
+    return model, params, states
 
 
 @contextlib.contextmanager

@@ -45,11 +45,23 @@ def write(
     run: Run,
     proof: parity.Report,
     has_tokenizer: bool,
+    repo: str | None = None,
 ) -> str:
-    """The text of the card: Markdown with the front matter of the Hugging Face hub."""
+    """The text of the card: Markdown with the front matter of the Hugging Face hub.
+
+    Args:
+      model: the sizes.
+      losses: those of the modeling file.
+      run: where the model comes from.
+      proof: the parity report of the conversion.
+      has_tokenizer: whether the folder has one.
+      repo: ORG/NAME on the Hub, for the code that loads the model.
+    """
     context_length, vocab_size = model.text.context_length, model.text.vocab_size
     assert model.decoder is not None  # to-hf refuses a model without one
-    lines = [_USE]
+    lines = [_USE.replace("FOLDER", repo or "FOLDER")]
+    if repo:
+        lines += ["", f'In JAX: `grain_jax.load("hf://{repo}")`.']
     if not has_tokenizer:
         lines.append(
             f"There is no tokenizer: the vocabulary has {vocab_size} ids. Give the model token ids, and process"

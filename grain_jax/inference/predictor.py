@@ -61,14 +61,17 @@ def load(
     templates: Sequence[str] | None = None,
     progress: bool = False,
 ) -> "Predictor":
-    """Loads the model of a training workdir (its newest checkpoint), a checkpoint or a converted folder.
+    """Loads the model of a training workdir (its newest checkpoint), a checkpoint, a converted folder, or a name.
 
     Args:
-      path: the folder, local or remote.
+      path: the folder, local or remote; or a model that comes with the package ("aviary-tiny"), where no folder has that
+        name; or one of the Hugging Face Hub ("hf://ORG/NAME", "hf://ORG/NAME@REVISION"): a folder of `convert to-hf`, or
+        any other conversion. No code of the Hub is downloaded.
       dtype, templates, progress: as in `Predictor`.
 
     Raises:
-      checkpoint.CheckpointError: there is no checkpoint.
+      checkpoint.CheckpointError: there is no such model, or it is damaged.
+      pretrained.hub.HubError: it cannot be downloaded.
       InputError: unknown `dtype`.
     """
     model, params, folder = checkpoint.load_model(path)

@@ -1,5 +1,6 @@
-"""A model alone on disk: a folder with `params/` and `config.json`, as conversions write it; `load_model` reads the model of a
-run's checkpoint too.
+"""A model alone on disk: a folder with `params/` and `config.json`, as conversions write it.
+
+`load_model` also reads the model of the checkpoint of a run and a folder of `convert to-hf`, by path or by name.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, named, pretrained
 from grain_jax.runtime import digests, receipt
 from grain_jax.runtime.checkpoint_files import (
     CheckpointError,
@@ -25,6 +26,9 @@ from grain_jax.runtime.checkpoint_files import (
     read_json,
     silence_half_read,
 )
+
+# Reads the folders of `convert to-hf`; a string, since conversions stand above this package.
+_TRANSFORMERS = "grain_jax.convert.huggingface:read"
 
 
 def save_model(folder: epath.PathLike, model: config_lib.Model, params: Any, **notes: Any) -> None:
@@ -46,27 +50,31 @@ def _digests(model: config_lib.Model, params: Any) -> dict[str, str]:
 
 
 def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
-    """The model in a training workdir (newest checkpoint), a checkpoint folder, or a converted folder.
+    """The model in a training workdir (newest checkpoint), a checkpoint, a converted folder or a folder of to-hf.
 
     The model must have the digests that were stored with it. In a workdir a damaged checkpoint is passed over with
     a warning. Of a run with an average of the parameters (`ema_decay`), the average is returned.
+
+    Args:
+      path: the folder; or a name, of the package or of the Hugging Face Hub (`pretrained.folder_of`).
 
     Returns:
       (model config, parameters as a nested dict of float32 numpy arrays, the folder that was read).
 
     Raises:
-      CheckpointError: no such folder, none of the three kinds, or it is damaged.
+      CheckpointError: no such folder, none of the four kinds, or it is damaged.
+      errors.UserError: a model of the Hub cannot be downloaded, or a folder of to-hf cannot be read.
     """
-    path = absolute(path)
+    given, path = path, absolute(pretrained.folder_of(path))
     if not path.is_dir():
-        raise CheckpointError(
-            f"{path}: no such folder; expected a workdir, a checkpoint or a converted model"
-        )
+        raise CheckpointError(pretrained.no_such(given))
     if (path / "config.json").exists() and (path / "params").is_dir():
         model, params, fault = _try_to_read(_read_converted, path)
         if fault:
             raise CheckpointError(f"{path}: damaged: {fault}; convert again, or put back a copy")
         return model, params, str(path)
+    if _is_of_transformers(path):
+        return *named.find("reader", _TRANSFORMERS, {})(path), str(path)
     folders = [path]
     if (path / "checkpoints").is_dir():
         steps = finished_steps(path)
@@ -76,7 +84,7 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
     elif not (path / "state").is_dir():
         raise CheckpointError(
             f"{path}: neither a workdir (checkpoints/), nor a checkpoint (state/), nor a converted model"
-            " (params/ and config.json)"
+            " (params/ and config.json), nor a folder of to-hf (model.safetensors and config.json)"
         )
     for folder in folders:
         model, params, fault = _try_to_read(_read_checkpoint, folder)
@@ -86,6 +94,11 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
             logging.warning("%s is damaged, reading the checkpoint before it (%s)", folder, fault)
     others = "" if len(folders) == 1 else ", and those before it are damaged too"
     raise CheckpointError(f"{folder}: damaged: {fault}{others}; put back a copy")
+
+
+def _is_of_transformers(folder: epath.Path) -> bool:
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    return (folder / "config.json").exists() and any((folder / x).exists() for x in weights)
 
 
 def _try_to_read(
@@ -119,7 +132,7 @@ def _read_converted(folder: epath.Path) -> tuple[config_lib.Model, Any]:
         for part, digest in _digests(model, params).items():
             if content["digests"].get(part) != digest:
                 raise CheckpointError(f"{part}: not what config.json has the digest of")
-    return model, params
+    return model, jax.tree.map(lambda x: np.asarray(x, np.float32), params)
 
 
 def _read_checkpoint(folder: epath.Path) -> tuple[config_lib.Model, Any]:

@@ -1,0 +1,47 @@
+"""A few drawn birds in memory, to try a model on: nothing is written."""
+
+import random
+from typing import NamedTuple
+
+from grain_jax.data.aviary import generate
+from grain_jax.data.aviary.generate import Settings
+from PIL import Image
+
+
+class Bird(NamedTuple):
+    """A drawn bird."""
+
+    image: Image.Image  # RGB
+    name: str  # of the species
+    descriptions: list[str]  # of the species: a phrase for each of its 8 parts
+    boxes_xyxy: dict[
+        str, tuple[float, float, float, float]
+    ]  # description -> box in [0, 1], of parts in sight
+
+
+def birds(count: int = 4, *, seen: bool = False, seed: int = 0, size: int = 64) -> list[Bird]:
+    """Draws birds of `count` species of the aviary with the default settings, the species of `aviary-tiny`.
+
+    The images are in none of the sets that `grain_jax.data.aviary` writes.
+
+    Args:
+      count: birds; species take turns.
+      seen: of the species that training shows and names; otherwise of those that it never does.
+      seed: which species and which images.
+      size: side of the images in pixels.
+    """
+    settings = Settings(size=size)
+    aviary = generate.species_of(settings)
+    species = list(aviary.training if seen else aviary.held_out)
+    random.Random(f"aviary sample {seed}").shuffle(species)
+    made = []
+    for i in range(count):
+        one = species[i % len(species)]
+        drawn = generate.drawing_of(settings, f"sample {seed}", i, one)
+        boxes = {
+            trait.phrase: tuple(edge / size for edge in drawn.boxes_xyxy[trait.part])
+            for trait in one.traits
+            if trait.part in drawn.boxes_xyxy
+        }
+        made.append(Bird(drawn.image, one.name, one.descriptions, boxes))
+    return made

@@ -1,0 +1,75 @@
+"""The command pack: a small copy of a trained model, to be given away.
+
+Weights are rounded to bfloat16. In a checkpoint of a run, embeddings of tokens that training never met are still the
+random numbers that they began as: they become zeros, which compress to nothing. Of a small model with the vocabulary of
+CLIP that is most of the file.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax.convert import output, parity
+from grain_jax.runtime import checkpoint, checkpoint_files
+
+TOLERANCE = 0.05  # of max|b|: bfloat16 keeps 8 bits of each weight
+_TOKENS = "token_embed"
+
+
+def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
+    """pack: a model that `grain_jax.load` reads to a folder that it reads too, in fewer bytes.
+
+    Args:
+      source: a workdir, a checkpoint or a converted folder; the last tells not which tokens were trained.
+      folder: new, or an older conversion.
+
+    Returns:
+      The comparison of the outputs with those of the float32 model, on texts of trained tokens.
+
+    Raises:
+      ConvertError: the folder holds something else, or cannot be written.
+      checkpoint.CheckpointError: `source` cannot be read.
+    """
+    folder = output.check_free(folder)
+    model, params, read_from = checkpoint.load_model(source)
+    trained = _trained_tokens(epath.Path(read_from), model)
+    packed = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params)
+    embedding = packed["text"][_TOKENS]["embedding"]
+    packed["text"][_TOKENS]["embedding"] = np.where(trained[:, None], embedding, 0)
+    given = _inputs(model, trained)
+    rounded = jax.tree.map(lambda x: x.astype(np.float32), packed)
+    found = parity.compare(
+        parity.outputs(model, rounded, given),
+        parity.outputs(model, params, given),
+        tolerance=TOLERANCE,
+    )
+    proof = parity.report(found, f"{read_from} in float32", given)
+    output.save(folder, model, packed, source, proof)
+    lines = [
+        f"pack: {read_from} -> {folder}",
+        f"{trained.sum():,} of {len(trained):,} tokens were trained; the embeddings of the others are zeros",
+        f"{sum(x.size for x in jax.tree.leaves(packed)):,} values, bfloat16",
+    ]
+    return proof._replace(text="\n".join([*lines, "", proof.text]))
+
+
+def _trained_tokens(folder: epath.Path, model: config_lib.Model) -> np.ndarray:
+    """bool [V]: tokens whose embedding ever had a gradient, by the second moments of AdamW; all where none are stored."""
+    if (folder / "state").is_dir():
+        state = checkpoint_files.read_arrays(folder / "state", only="opt_state")
+        for path, moments in jax.tree_util.tree_leaves_with_path(state):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if name.endswith(f"nu/text/{_TOKENS}/embedding"):
+                return np.any(np.asarray(moments, np.float32) != 0, axis=1)
+    return np.ones(model.text.vocab_size, bool)
+
+
+def _inputs(model: config_lib.Model, trained: np.ndarray) -> parity.Inputs:
+    """The inputs of a parity report, with words of trained tokens alone."""
+    given = parity.inputs_of(model)
+    words = np.flatnonzero(trained[:-2])
+    is_word = (given.token_ids > 0) & (given.token_ids < model.text.vocab_size - 2)
+    ids = np.where(is_word, words[given.token_ids % len(words)], given.token_ids)
+    return given._replace(token_ids=ids.astype(np.int32))

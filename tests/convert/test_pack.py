@@ -1,0 +1,89 @@
+"""`convert pack`: a small copy of a model, in bfloat16 and without tokens that training never met."""
+
+import dataclasses
+import json
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import grain_jax
+from grain_jax.convert.__main__ import main
+from grain_jax.convert.faults import ConvertError
+from grain_jax.convert.pack import pack
+from grain_jax.runtime import checkpoint, checkpoint_files, digests, receipt
+from grain_jax.training import optim
+from tests import perturbed, tiny
+
+MET = [*range(100), 298, 299]  # tokens of training; the last two start and end a text
+
+
+class State(NamedTuple):
+    """What `save` needs of a TrainState."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema_params: Any = ()
+    receipt: Any = np.zeros((2, 2), np.uint32)
+
+
+def _moments(path, x):
+    """Ones after a gradient, zeros in rows of the embedding that had none."""
+    moments = np.ones(x.shape, x.dtype)
+    if jax.tree_util.keystr(path).endswith("['token_embed']['embedding']"):
+        moments[[i for i in range(300) if i not in MET]] = 0
+    return jnp.asarray(moments)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A checkpoint whose moments are those after a gradient in the embeddings of MET alone."""
+    root = tmp_path_factory.mktemp("run")
+    model = perturbed.tiny()
+    config = dataclasses.replace(tiny.config(), model=model)
+    params = jax.tree.map(jnp.asarray, perturbed.params(model))
+    adamw = optim.optimizer(config.optim, optax.constant_schedule(1e-3))
+    opt_state = jax.tree_util.tree_map_with_path(_moments, jax.eval_shape(adamw.init, params))
+    state = State(jnp.int32(1), params, opt_state)
+    record = {"step": 1, **digests.chains(state.receipt), "state": digests.of_state(state)}
+    record["config"] = receipt.config_sha256(config)
+    with checkpoint.manager(root, config) as checkpoints:
+        checkpoint.save(checkpoints, state, config, record)
+        checkpoints.wait_until_finished()
+    return root
+
+
+def test_a_checkpoint_loses_the_tokens_that_training_never_met(workdir, tmp_path, capsys):
+    assert main(["pack", "--input", str(workdir), "--output", str(tmp_path / "small")]) == 0
+    said = capsys.readouterr().out
+    assert "102 of 300 tokens were trained; the embeddings of the others are zeros" in said
+    assert said.rstrip().endswith("parity: PROVEN")
+    stored = checkpoint_files.read_arrays(tmp_path / "small" / "params")
+    assert {str(x.dtype) for x in jax.tree.leaves(stored)} == {"bfloat16"}
+    _, params, _ = checkpoint.load_model(workdir)
+    small = grain_jax.load(tmp_path / "small").params
+    params["text"]["token_embed"]["embedding"][100:298] = 0
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(small)):
+        expected = np.asarray(x, jnp.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(y, expected, err_msg=jax.tree_util.keystr(path))
+        assert y.dtype == np.float32
+
+
+def test_a_converted_folder_keeps_all_tokens(workdir, tmp_path):
+    model, params, _ = checkpoint.load_model(workdir)
+    checkpoint.save_model(tmp_path / "ours", model, params)
+    report = pack(tmp_path / "ours", tmp_path / "small")
+    assert "300 of 300 tokens" in report.text and report.ok
+    again = pack(tmp_path / "small", tmp_path / "again")  # bfloat16 already
+    assert {comparison.error for comparison in again.comparisons} == {0.0}
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["parity"] == "PROVEN"
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConvertError, match="in use by something else"):
+        pack("aviary-tiny", tmp_path)
