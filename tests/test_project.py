@@ -1,0 +1,141 @@
+"""What the package says of itself: metadata, one version, the Pythons, the files that GitHub reads."""
+
+import email
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+
+import grain_jax
+from tests.paths import ROOT
+
+PREPARE = "import sys, setuptools.build_meta as b; b.prepare_metadata_for_build_wheel(sys.argv[1])"
+FORMS = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of metadata that a wheel of this checkout has."""
+    folder = tmp_path_factory.mktemp("metadata")
+    subprocess.run(
+        [sys.executable, "-c", PREPARE, folder], cwd=ROOT, check=True, capture_output=True
+    )
+    (found,) = folder.glob("*.dist-info")
+    return found
+
+
+@pytest.fixture(scope="module")
+def metadata(built):
+    return email.message_from_string((built / "METADATA").read_text())
+
+
+def _settings():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def _pythons(metadata):
+    """Versions that the classifiers name, "3.11" first."""
+    found = [re.fullmatch(r".* :: (3\.\d+)", c) for c in metadata.get_all("Classifier")]
+    return [match[1] for match in found if match]
+
+
+def _commands():
+    return (ROOT / ".ci/run").read_text()
+
+
+def test_the_metadata(metadata):
+    assert metadata["Name"] == "grain_jax"
+    assert metadata["Summary"].startswith("GRAIN: grounding descriptions in images")
+    assert metadata["Author"] == "grain_jax contributors"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    assert {"jax", "flax"} <= {r.split(">")[0] for r in metadata.get_all("Requires-Dist")}
+    assert {"data", "tpu", "cuda", "dev"} <= set(metadata.get_all("Provides-Extra"))
+
+
+def test_the_licence_comes_along(metadata, built):
+    assert metadata["License-Expression"] == "Apache-2.0"
+    text = (built / "licenses" / metadata["License-File"]).read_text()
+    assert text == (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "TERMS AND CONDITIONS" in text
+
+
+def test_one_version(metadata):
+    assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", grain_jax.__version__)
+    assert metadata["Version"] == grain_jax.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == grain_jax.__version__
+    first = re.search(r"^## \[(.*?)\] - (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert first[1] == grain_jax.__version__
+    assert re.fullmatch(r"unreleased|\d{4}-\d\d-\d\d", first[2])
+
+
+def test_the_paper_is_cited_and_its_authors_stand_there_alone(metadata):
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["authors"] == [{"name": "grain_jax contributors"}]
+    assert citation["license"] == metadata["License-Expression"]
+    paper = citation["preferred-citation"]
+    assert paper["identifiers"] == [{"type": "other", "value": "arXiv:2412.04429"}]
+    families = {author.get("family-names") for author in paper["authors"]}
+    assert "Halbe" in families
+    assert "Halbe" not in metadata["Author"]
+
+
+def test_the_oldest_python_is_that_of_the_tools(metadata):
+    oldest = _pythons(metadata)[0]
+    assert metadata["Requires-Python"] == f">={oldest}"
+    tools = _settings()["tool"]
+    assert tools["ruff"]["target-version"] == "py" + oldest.replace(".", "")
+    assert tools["pyright"]["pythonVersion"] == oldest
+
+
+def test_the_workflow_runs_ci_on_every_python(metadata):
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert set(workflow[True]) == {"push", "pull_request"}  # YAML 1.1 reads `on` as true
+    (job,) = workflow["jobs"].values()
+    assert 25 < job["timeout-minutes"] <= 90
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111
+    (setup,) = (s["with"] for s in job["steps"] if "setup-python" in s.get("uses", ""))
+    # The action makes the last one python3, which .ci/run takes for the whole of the tests.
+    assert setup["python-version"].split() == _pythons(metadata)[::-1]
+    for pattern in setup["cache-dependency-path"].split():
+        assert list(ROOT.glob(pattern)), pattern
+
+
+def test_the_hooks_are_the_checks_of_ci():
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert local["repo"] == "local"
+    checks = [" ".join(hook["entry"].split()[:2]) for hook in local["hooks"]]
+    assert checks == ["ruff check", "ruff format", "pyright"]
+    for hook, check in zip(local["hooks"], checks, strict=True):
+        assert hook["language"] == "system"
+        assert re.search(rf"^{check}\b", _commands(), re.M)
+
+
+@pytest.mark.parametrize("path", [p for p in FORMS if p.stem != "config"], ids=lambda p: p.stem)
+def test_a_form_is_one_that_github_takes(path):
+    form = yaml.safe_load(path.read_text())
+    assert set(form) == {"name", "description", "labels", "body"}
+    asked = [element for element in form["body"] if element["type"] != "markdown"]
+    assert len({element["id"] for element in asked}) == len(asked) >= 3
+    for element in form["body"]:
+        if element["type"] == "markdown":
+            assert set(element) == {"type", "attributes"}
+            assert set(element["attributes"]) == {"value"}
+        else:
+            assert element["type"] == "textarea"
+            assert set(element) <= {"type", "id", "attributes", "validations"}
+            assert {"label", "description"} <= set(element["attributes"])
+            assert set(element["attributes"]) <= {"label", "description", "render"}
+    assert asked[0]["validations"] == {"required": True}
+    versions = [e for e in asked if e["id"] == "versions"]
+    assert all("grain-jax --version" in e["attributes"]["description"] for e in versions)
+
+
+def test_there_is_a_form_for_each_kind():
+    assert {path.stem for path in FORMS} == {"bug", "config", "feature", "question"}
