@@ -18,8 +18,7 @@ DATA = [
 # libtpu, which also compiles for TPUs on machines that have none (launch.plan).
 TPU = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 TORCH = ["torch>=2.2"]
-# Conversions: what they read and write, and the packages that their parity reports run. open_clip_torch also
-# has CLIP's vocabulary, for to-hf's tokenizer.
+# Conversions: what they read and write, and the packages that their parity reports run.
 INTEROP = [
     "onnx",
     "onnxruntime",
@@ -35,6 +34,8 @@ ANNOTATE = ["apache-beam>=2.60", "transformers>=5.0", *TORCH]
 DEMO = ["gradio>=6"]
 PROBE = ["scikit-learn>=1.5"]  # evaluate linear-probe
 HUB = ["huggingface_hub>=1.0"]  # grain_jax.load of a name on its Hub; convert to-hf --push
+# Merges the pairs of CLIP's tokenizer faster than `tokenizers`; has no wheel beyond CPython 3.12.
+FAST_TOKENIZER = ["instant-clip-tokenizer; python_version < '3.13'"]
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 DEV = [
     *DATA,
@@ -44,6 +45,7 @@ DEV = [
     *DEMO,
     *PROBE,
     *HUB,
+    *FAST_TOKENIZER,
     *DOCS,
     "hypothesis",
     "ipykernel",  # with nbclient and nbformat, runs the notebooks
@@ -76,6 +78,7 @@ setup(
     package_data={
         "grain_jax": [
             "py.typed",
+            "input_pipeline/clip_vocabulary.*",
             "inference/*.txt",
             "pretrained/aviary-tiny/**",
             "evaluate/classes/*.txt",
@@ -91,7 +94,6 @@ setup(
         "flatbuffers",  # needed by jax.export's files, not declared by it
         "flax>=0.10.4",
         "ftfy",
-        "instant-clip-tokenizer; python_version < '3.13'",
         "jax>=0.7.0",
         "jaxtyping",
         "matplotlib",
@@ -116,6 +118,7 @@ setup(
         "demo": DEMO,
         "probe": PROBE,
         "hub": HUB,
+        "fast-tokenizer": FAST_TOKENIZER,
         "docs": DOCS,
         "gcs": [
             "gcsfs",

@@ -28,6 +28,7 @@ DISTRIBUTION = {
 # What the base installation has not -> the extras that bring it.
 EXTRAS = {
     "gradio": {"demo"},
+    "instant-clip-tokenizer": {"fast-tokenizer"},
     "open_clip_torch": {"interop"},
     "safetensors": {"interop"},
     "scikit-learn": {"probe"},

@@ -7,41 +7,11 @@ from grain_jax.input_pipeline import clip_tokenizer
 
 
 def files(context_length: int) -> dict[str, Any]:
-    """tokenizer.json and tokenizer_config.json, as nested dicts; texts are padded with the end token, as in its CLIP.
-
-    Raises:
-      text_cleaning.TokenizerError: CLIP's vocabulary is not found.
-    """
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-    )
+    """tokenizer.json and tokenizer_config.json, as nested dicts; texts are padded with the end token, as in its CLIP."""
+    from tokenizers import AddedToken, Regex, decoders, normalizers, processors
 
     start, end = clip_tokenizer.SPECIAL
-    merges = clip_tokenizer.read_merges(None)
-    characters = clip_tokenizer.byte_characters()
-    tokens = [*characters, *(c + "</w>" for c in characters), *("".join(m) for m in merges)]
-    library = Tokenizer(
-        models.BPE(
-            vocab={token: i for i, token in enumerate([*tokens, start, end])},
-            merges=merges,
-            continuing_subword_prefix="",
-            end_of_word_suffix="</w>",
-        )
-    )
-    word = Regex(clip_tokenizer.WORD)
-    library.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(word, behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    library = clip_tokenizer.byte_pairs()
     library.normalizer = normalizers.Sequence(
         [
             normalizers.NFC(),

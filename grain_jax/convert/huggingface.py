@@ -62,7 +62,6 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = Non
       hub.HubError: `push` to that `repo` could not work.
       ConvertError: the modeling file cannot express the model, or the folder holds something else.
       checkpoint.CheckpointError: `source` cannot be read.
-      text_cleaning.TokenizerError: CLIP's vocabulary is not found.
     """
     if repo is not None:
         hub.check_push(repo)

