@@ -5,12 +5,12 @@ Two libraries can merge the pairs; which of them is installed changes the speed,
 
 import gzip
 import importlib.util
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import regex
+from etils import epath
 
 from grain_jax.input_pipeline.text_cleaning import (
     TokenizedTexts,
@@ -26,7 +26,7 @@ VOCAB_SIZE = 49408
 START_OF_TEXT = 49406
 END_OF_TEXT = 49407
 PAD = 0  # also the id of "!": lengths, not ids, tell padding from text
-_VOCABULARY = pathlib.Path(__file__).with_name("clip_vocabulary.txt.gz")
+_VOCABULARY = epath.Path(__file__).with_name("clip_vocabulary.txt.gz")
 
 SPECIAL = {"<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}
 # Names that either library may read as a special token in an ordinary text.
