@@ -28,6 +28,7 @@ DISTRIBUTION = {
 # What the base installation has not -> the extras that bring it.
 EXTRAS = {
     "gradio": {"demo"},
+    "huggingface_hub": {"hub"},
     "instant-clip-tokenizer": {"fast-tokenizer"},
     "open_clip_torch": {"interop"},
     "safetensors": {"interop"},
