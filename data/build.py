@@ -10,14 +10,13 @@ import argparse
 import functools
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
 
 from etils import epath
 from grain_jax.data import duplicates, example, parallel, progress, splits, staging, survey
-from grain_jax.data.arguments import Parser, positive, share
+from grain_jax.data.arguments import Encoding, build_parser
 from grain_jax.data.survey import BuildError
 
 from grain_jax import errors, printable
@@ -28,65 +27,11 @@ SHARD_BYTES = (
 SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal shares
 
 
-def _encoding(text: str) -> example.Encoding:
-    kind, _, quality = text.partition(":")
-    if text in ("original", "png"):
-        return example.Encoding(kind)
-    if kind == "jpeg" and quality.isdecimal() and 1 <= int(quality) <= 100:
-        return example.Encoding(kind, quality=int(quality))
-    raise argparse.ArgumentTypeError(f"got {text!r}, expected original, png or jpeg:Q, Q in 1..100")
-
-
-def _name(text: str) -> str:
-    if re.fullmatch(r"[a-z][a-z0-9_]*", text):
-        return text
-    raise argparse.ArgumentTypeError(
-        f"got {text!r}, expected a TFDS name: lower-case letters, digits and _, a letter first"
-    )
-
-
-def parser() -> Parser:
-    """The command's arguments."""
-    out = Parser(prog="python -m data.build", description=__doc__.splitlines()[0])
-    add = out.add_argument
-    add("--annotations", required=True, metavar="A.jsonl", help="one JSON object a line")
-    add("--images", required=True, metavar="DIR", help="folder that the lines' paths start from")
-    add("--output", required=True, metavar="DIR", help="the set goes to DIR/NAME/1.0.0")
-    add("--name", required=True, type=_name, help="name of the set, for input.name and TFDS")
-    add("--num-shards", type=positive, help="default: 64 MB each, a multiple of 16")
-    add("--store-size", type=positive, metavar="S", help="resize images to S x S once, here")
-    add(
-        "--encoding",
-        type=_encoding,
-        default="original",
-        metavar="original|png|jpeg:Q",
-        help="how images are stored; original keeps files that need no change (default)",
-    )
-    add("--max-faults", type=share, default=0.01, metavar="F", help="share of lines (default 0.01)")
-    add("--overwrite", action="store_true", help="replace an existing set of that name")
-    add(
-        "--holdout",
-        type=share,
-        default=0.0,
-        metavar="SHARE",
-        help="of the images, chosen by their hash: split validation beside train (default 0)",
-    )
-    add(
-        "--exclude-duplicates-of",
-        nargs="+",
-        default=[],
-        metavar="SET_DIR",
-        help="leave out images that these TFDS sets have, in whatever size or compression",
-    )
-    add("--workers", type=positive, help="processes (default: one a core; none for small sets)")
-    return out
-
-
 def examples(
     ids: dict[int, str],
     annotations: epath.Path,
     folder: epath.Path,
-    encoding: example.Encoding,
+    encoding: Encoding,
     workers: int,
     stored_anew: list[int],
     read_lines: survey.ReadLines = example.read_lines,
@@ -114,7 +59,7 @@ def default_num_shards(num_examples: int, num_bytes: int) -> int:
     return min(wanted, num_examples)
 
 
-def _stored_bytes(found: survey.Survey, encoding: example.Encoding) -> int:
+def _stored_bytes(found: survey.Survey, encoding: Encoding) -> int:
     """An estimate of the size of the set: that of the files, or what photographs of that size take."""
     if not encoding.size:
         return found.image_bytes
@@ -126,7 +71,7 @@ def build(args: argparse.Namespace, read_lines: survey.ReadLines = example.read_
     """Builds the set; returns a line about it.
 
     Args:
-      args: as `parser` gives them.
+      args: as `build_parser` gives them.
       read_lines: gives the lines of `args.annotations`, with their images where these are no files.
 
     Raises:
@@ -212,7 +157,7 @@ def _write(
     workers: int,
 ) -> int:
     """Writes the set; returns the number of shards of train. Raises BuildError."""
-    encoding = example.Encoding(args.encoding.kind, args.encoding.quality, args.store_size or 0)
+    encoding = Encoding(args.encoding.kind, args.encoding.quality, args.store_size or 0)
     bytes_each = _stored_bytes(found, encoding) / len(found.ids)
 
     def default_shards(ids: dict[int, str]) -> int:
@@ -280,15 +225,15 @@ def of_system(error: OSError, output: epath.PathLike) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    args = parser().parse_args(argv)
     try:
-        print(build(args))
+        args = build_parser().parse_args(argv)
+        try:
+            print(build(args))
+        except OSError as error:
+            raise errors.UserError(of_system(error, args.output)) from None
     except errors.UserError as error:
         print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(of_system(error, args.output), file=sys.stderr)
-        return 2
+        return error.status
     return 0
 
 

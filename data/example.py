@@ -1,12 +1,12 @@
 """An annotation line as an example of the record set; run by the build's worker processes."""
 
-import dataclasses
 import io
 from typing import Any, NamedTuple
 
 import PIL.Image
 from etils import epath
 from grain_jax.data import annotations, duplicates
+from grain_jax.data.arguments import Encoding
 
 from grain_jax.files import images
 
@@ -14,23 +14,6 @@ VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
 
 # What tf.data decodes to the same RGB pixels as PIL: (format, modes). The rest is stored as PNG.
 _STORED_AS_THEY_ARE = {"JPEG": ("RGB", "L"), "PNG": ("RGB", "L", "P", "1", "RGBA", "LA")}
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoding:
-    """How an image is stored: `kind` "original", "png" or "jpeg" with `quality`; `size` 0 = as it is."""
-
-    kind: str
-    quality: int = 0
-    size: int = 0
-
-    @property
-    def tfds_format(self) -> str | None:
-        """What TFDS's Image feature is told; None where files of both kinds may stand together."""
-        return None if self.kind == "original" else self.kind
-
-    def __str__(self) -> str:
-        return f"jpeg:{self.quality}" if self.kind == "jpeg" else self.kind
 
 
 class Line(NamedTuple):

@@ -1,6 +1,6 @@
 """A model as StableHLO (`jax.export`): functions and parameters that run without grain_jax.
 
-  python -m grain_jax.export --checkpoint DIR --output DIR [--dtype float32|bfloat16]
+  grain-jax export --checkpoint DIR --output DIR [--dtype float32|bfloat16]
 
 Every function takes any number of images or texts and is lowered for CPUs, CUDA and TPUs at once. The
 parameters lie beside them in one file, since the functions share them (docs/library.md shows their use).
@@ -19,9 +19,9 @@ from jax import export as jax_export
 
 from grain_jax import __version__, errors, inference
 from grain_jax import config as config_lib
+from grain_jax.cli.export import parser
 from grain_jax.convert import parity
 from grain_jax.input_pipeline import tokenizer
-from grain_jax.runtime.arguments import Parser
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Of max|b|, against the Predictor. In bfloat16 the compiler fuses other sums, each of which is rounded.
@@ -214,14 +214,8 @@ def _compare(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exports a checkpoint; returns 0, 1 where the functions give other outputs, 2 for wrong input."""
-    parser = Parser(prog="grain_jax.export", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--checkpoint", required=True, help="workdir, checkpoint or converted model"
-    )
-    parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--dtype", default="float32", choices=config_lib.DTYPES)
     try:
-        args = parser.parse_args(arguments)
+        args = parser().parse_args(arguments)
         with errors.out_of_memory_in_a_line("export"):
             compared = export_model(inference.load(args.checkpoint, args.dtype), args.output)
     except errors.UserError as error:

@@ -1,4 +1,4 @@
-"""The trainer: python -m grain_jax.train --config configs/X.py --workdir DIR [--config.a.b=value ...]
+"""The trainer: grain-jax train --config FILE|NAME --workdir DIR [--config.a.b=value ...]
 
 `_train` is a run from top to bottom. The same command again resumes from the last checkpoint: the order of the
 data is a function of the step (docs/method.md, Order of the data), so a checkpoint needs no position in the data.
@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import math
-import re
 import shlex
 import subprocess
 import sys
@@ -22,12 +21,13 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from absl import flags
 from etils import epath
 from jax.experimental import multihost_utils
 
 from grain_jax import config as config_lib
 from grain_jax import errors, inference, losses
+from grain_jax.cli import config_file, process
+from grain_jax.cli.train import parser
 from grain_jax.config.evals import Context
 from grain_jax.convert import initialise
 from grain_jax.evaluate import encode, entries, evaluators
@@ -36,7 +36,6 @@ from grain_jax.input_pipeline import derived, device, sources, tokenizer
 from grain_jax.report import page, pictures
 from grain_jax.runtime import (
     checkpoint,
-    command_line,
     digests,
     distributed,
     ending,
@@ -50,25 +49,6 @@ from grain_jax.runtime import (
     watchdog,
 )
 from grain_jax.training import flops, memory, schedule, sharding, train_step
-
-CONFIG = command_line.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: metrics, checkpoints, pictures")
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of the first of several processes"
-)
-PROCESSES = flags.DEFINE_integer("processes", 1, "how many processes there are")
-PROCESS_ID = flags.DEFINE_integer("process_id", 0, "which of them this is, from 0")
-HEARTBEAT_SECONDS = flags.DEFINE_integer(
-    "heartbeat_seconds", 20, "silence after which a process counts as dead and the run ends"
-)
-STALL_SECONDS = flags.DEFINE_integer(
-    "stall_seconds",
-    1800,
-    "seconds without a step after which the run ends with status 124; 0: never",
-)
-PRINT_SHARDINGS = flags.DEFINE_bool(
-    "print_shardings", False, "print where each array of the state lies, and stop"
-)
 
 
 def keep_freed_memory() -> None:
@@ -537,35 +517,36 @@ def report(config, workdir, predictor, results) -> None:
     print(f"Everything of this run is in {workdir}", file=sys.stderr)
 
 
-def main(argv: list[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and trains."""
-    command_line.show_help(argv, __doc__ or "")
-    argv = [re.sub("^--print-shardings", "--print_shardings", a) for a in argv]
-    config = command_line.parse_config(argv, CONFIG)
-    if PRINT_SHARDINGS.value:
+    args = parser().parse_args(arguments)
+    config = config_file.load(args.config, args.overrides)
+    if args.print_shardings:
         mesh = sharding.make_mesh(config.mesh)
         config, _ = derived.planned(config, derived.Place(sharding.batch_shards(mesh)))
         program = train_step.build(config, mesh, total_steps=1, steps_per_epoch=1.0)
         print(f"mesh {dict(mesh.shape)}")
         print(sharding.table(program.state, program.shardings))
         return
-    folder = WORKDIR.value
-    if not folder:
-        command_line.fail("--workdir: missing; the folder that the run writes to")
     keep_freed_memory()
-    handler, watch = preemption.PreemptionHandler(), watchdog.Watchdog(STALL_SECONDS.value)
+    handler, watch = preemption.PreemptionHandler(), watchdog.Watchdog(args.stall_seconds)
     handler.listen()
     storage_faults.quiet_threads()
     found = distributed.initialize(
-        COORDINATOR.value, PROCESSES.value, PROCESS_ID.value, HEARTBEAT_SECONDS.value
+        args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
     )
     if jax.distributed.is_initialized():
         print(found, file=sys.stderr, flush=True)
-    workdir = epath.Path(folder)
-    with distributed.ending_together(HEARTBEAT_SECONDS.value):
+    workdir = epath.Path(args.workdir)
+    with distributed.ending_together(args.heartbeat_seconds):
         with errors.out_of_memory_in_a_line("training", lambda: memory.training_advice(config)):
             train(config, workdir, handler, watch)
 
 
+def console(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command and ends the process."""
+    ending.run(functools.partial(process.run, main, arguments))
+
+
 if __name__ == "__main__":
-    ending.run(functools.partial(command_line.main, main))
+    console()

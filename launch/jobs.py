@@ -21,7 +21,8 @@ from typing import NamedTuple
 from etils import epath
 
 from grain_jax import errors
-from grain_jax.runtime import command_line, metrics_writer
+from grain_jax.cli.process import USAGE_ERROR
+from grain_jax.runtime import metrics_writer
 
 PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
 POLL = 0.5  # seconds between two looks at the processes
@@ -307,7 +308,7 @@ class Runner:
                 how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"{status}"
                 tries = self._failures.setdefault(job.name, [])
                 tries.append(how)
-                if status == command_line.USAGE_ERROR:  # would be the same again
+                if status == USAGE_ERROR:  # would be the same again
                     tries += [how] * (self.retries + 1 - len(tries))
                 self.screen.say(
                     f"{job.name}: FAILED after {took} ({how}): {_cause(job.log)} [{job.log}]"

@@ -1,6 +1,6 @@
 """Starts a run of several processes on the CPU of this machine, to try what a pod does.
 
-    python -m launch.local --processes P --devices-per-process D -- python -m grain_jax.train ...
+    grain-jax local --processes P --devices-per-process D -- grain-jax train ...
 
 Each process has D virtual devices and serves its share of the lanes. Lines are prefixed with the process's
 number. A signal to the launcher goes to every process; where the launcher itself is killed, they get SIGTERM
@@ -8,7 +8,6 @@ number. A signal to the launcher goes to every process; where the launcher itsel
 after signal N. Where the run was preempted, it is 75.
 """
 
-import argparse
 import ctypes
 import os
 import signal
@@ -18,10 +17,10 @@ import sys
 import threading
 import time
 
-from grain_jax import errors
-from grain_jax.runtime.arguments import Parser
+from grain_jax.launch.arguments import local_parser
 
-GRACE_SECONDS = 30  # from the request to end until a process is killed
+from grain_jax import errors
+
 PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
 INTERRUPTED = 130  # the same after Ctrl-C
 _PASSED_ON = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
@@ -30,31 +29,17 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def main(argv: list[str] | None = None) -> int:
     """Starts the processes, waits for them, and returns the exit status."""
-    parser = Parser(
-        prog="python -m launch.local",
-        usage="%(prog)s --processes P [--devices-per-process D] -- python -m grain_jax.train ...",
-        description=__doc__,
-    )
-    parser.add_argument("--processes", type=int, required=True, metavar="P")
-    parser.add_argument("--devices-per-process", type=int, default=1, metavar="D", help="default 1")
-    parser.add_argument(
-        "--grace",
-        type=float,
-        default=GRACE_SECONDS,
-        metavar="S",
-        help="seconds that the others have to end in once a process failed; default %(default)s",
-    )
-    parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser = local_parser()
     try:
         args = parser.parse_args(argv)
         command = args.command[1:] if args.command[:1] == ["--"] else args.command
-        if not command or args.processes < 1 or args.devices_per_process < 1 or args.grace < 0:
-            parser.error(
-                "expected --processes >= 1, --devices-per-process >= 1, --grace >= 0 and -- COMMAND"
-            )
+        if not command:
+            parser.error("expected -- COMMAND, such as -- grain-jax train --config demo")
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return error.status
+    if command[0] == "grain-jax":  # of this environment, be it that its scripts are not on the path
+        command = [sys.executable, "-m", "grain_jax", *command[1:]]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
@@ -84,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         rendezvous = [
             f"--coordinator={coordinator}",
             f"--processes={args.processes}",
-            f"--process_id={index}",
+            f"--process-id={index}",
         ]
         try:
             process = subprocess.Popen(
@@ -168,7 +153,7 @@ def _how(code: int) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"launch.local: {text}", file=sys.stderr, flush=True)
+    print(f"grain-jax local: {text}", file=sys.stderr, flush=True)
 
 
 def _relay(index: int, lines) -> None:

@@ -1,21 +1,16 @@
-"""Plans a run for chips that this machine does not have: python -m launch.plan --config configs/X.py --topology v5e:16x16
-
-    [--json OUT.json] [--search] [--examples N] [--price PER_CHIP_HOUR] [--efficiency SHARE_OF_PEAK]
-    [--input-rate IMAGES_PER_S_A_CORE] [--image-bytes N] [--storage-rate GB_PER_S_A_HOST]
-    [--timeout SECONDS] [--config.a.b=value ...]
+"""Plans a run for chips that this machine does not have: grain-jax plan --config X --topology v5e:16x16
 
 TPUs: the very step that `grain_jax.train` runs is compiled for them by libtpu, on this machine's CPU. GPUs
 (h100:8x2): arithmetic, labelled ESTIMATE. Prints whether it fits, what bounds its speed, what the input must
 deliver, and the bill.
 """
 
-import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-from absl import flags
 from etils import epath
 from grain_jax.launch import (
     chips,
@@ -28,28 +23,17 @@ from grain_jax.launch import (
     plan_text,
     search,
 )
+from grain_jax.launch.arguments import PlanOptions as Options
+from grain_jax.launch.arguments import plan_parser
 
 from grain_jax import config as config_lib
 from grain_jax import errors
+from grain_jax.cli import config_file, process
 from grain_jax.input_pipeline import derived
-from grain_jax.runtime import command_line
 from grain_jax.training import flops, memory_use
 
 PER_MILLION = 1_000_000  # examples, where nobody said how many there are
 LARGEST = 6  # buffers named when memory runs out
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The assumptions of a plan besides config and topology: the flags of the same names, in SI units."""
-
-    examples: int | None = None
-    price: float | None = None
-    efficiency: float = 0.5
-    input_rate: float = 250.0  # images/s a core
-    image_bytes: float = 55e3
-    storage_rate: float = 1e9  # bytes/s a host
-    timeout: float = 1800.0
 
 
 def length(config: config_lib.Config, examples: int | None) -> tuple[int, float, int, bool]:
@@ -367,56 +351,30 @@ class _Progress:
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 
 
-def define_flags() -> flags.FlagHolder:
-    """Defines the flags and returns the holder of `--config`; not at import, so that other modules can use this one."""
-    string, number = flags.DEFINE_string, flags.DEFINE_float
-    default = Options()
-    string("topology", None, "chips: v5e:16x16, v5e:16x16*2 (two slices), v4:4x4x8, h100:8x2")
-    string("json", None, "file that the plan is also written to")
-    flags.DEFINE_bool("search", False, "look for the largest batch and cheapest remat that fit")
-    flags.DEFINE_integer("examples", None, "examples of the data set", lower_bound=1)
-    number("price", None, "of a chip-hour, in your currency", lower_bound=0.0)
-    number(
-        "efficiency",
-        default.efficiency,
-        "share of the peak rates that is reached (a guess)",
-        0.01,
-        1.0,
-    )
-    number("input-rate", default.input_rate, "images/s that one host core prepares", 1e-3)
-    number("image-bytes", default.image_bytes, "bytes of an image as stored", 1.0)
-    number("storage-rate", default.storage_rate / 1e9, "GB/s between a host and storage", 1e-6)
-    number("timeout", default.timeout, "seconds that one compile may take", 1.0)
-    return command_line.define_config()
-
-
-def main(argv: list[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, plans, prints."""
-    command_line.show_help(argv, __doc__)
+    args = plan_parser().parse_args(arguments)
     # JAX would look for TPUs here, since libtpu is there.
     jax.config.update("jax_platforms", "cpu")
-    config = command_line.parse_config(argv, define_flags())
-    given = flags.FLAGS.flag_values_dict()
-    if not given["topology"]:
-        command_line.fail("--topology: missing; e.g. --topology v5e:16x16 or --topology h100:8x2")
-    topology = chips.parse_topology(given["topology"])
+    config = config_file.load(args.config, args.overrides)
+    topology = chips.parse_topology(args.topology)
     options = Options(
-        examples=given["examples"],
-        price=given["price"],
-        efficiency=given["efficiency"],
-        input_rate=given["input-rate"],
-        image_bytes=given["image-bytes"],
-        storage_rate=given["storage-rate"] * 1e9,
-        timeout=given["timeout"],
+        examples=args.examples,
+        price=args.price,
+        efficiency=args.efficiency,
+        input_rate=args.input_rate,
+        image_bytes=args.image_bytes,
+        storage_rate=args.storage_rate * 1e9,
+        timeout=args.timeout,
     )
     say = _Progress()
     try:
         plan = {
-            "topology": given["topology"],
-            "overrides": [a for a in argv[1:] if a.lstrip("-").startswith("config.")],
+            "topology": args.topology,
+            "overrides": args.overrides,
             **make(config, topology, options, say),
         }
-        if given["search"]:
+        if args.search:
             plan["search"] = find(config, topology, options, say, plan)
     except compiler.CompilerFailed as error:
         say.close()
@@ -424,14 +382,14 @@ def main(argv: list[str]) -> int:
         return 1
     say.close()
     print(plan_text.page(plan))
-    if given["json"]:
-        path = epath.Path(given["json"])
+    if args.output:
+        path = epath.Path(args.output)
         try:
             path.write_text(json.dumps(plan, indent=2) + "\n")
         except OSError as error:
-            raise errors.UserError(f"--json: cannot write {path}: {error}") from None
+            raise errors.UserError(f"--output: cannot write {path}: {error}") from None
     return 0
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    process.run(main)

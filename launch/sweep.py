@@ -1,7 +1,4 @@
-"""Trains every point of a sweep, then tabulates: python -m launch.sweep --config X.py --sweep configs/sweeps/Y.py --workdir DIR
-
-    [--launcher local|slurm|gke] [--parallel N] [--retries N] [--metric eval/NAME/KEY] [--dry-run] [--table]
-    [--config.a.b=value ...]
+"""Trains every point of a sweep, then tabulates: grain-jax sweep --config X --sweep Y --workdir DIR
 
 `sweep()` of the sweep file yields flat overrides, such as {"optim.learning_rate": 1e-3, "seed": 1}. Every
 point is checked before anything starts. Each run has a folder of its own below DIR, named after what differs.
@@ -9,22 +6,19 @@ The same command again skips what is finished, goes on with what is not, and tab
 """
 
 import os
-import re
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
 
-from absl import flags
 from etils import epath
 from grain_jax.launch import jobs, sweep_clusters, sweep_runs, sweep_table
+from grain_jax.launch.arguments import sweep_parser
 from grain_jax.launch.sweep_runs import Run, finished, local_folder
 
 from grain_jax import config as config_lib
 from grain_jax import errors
-from grain_jax.runtime import command_line
-
-LAUNCHERS = ("local", "slurm", "gke")
+from grain_jax.cli import config_file, process
 
 
 def train_here(
@@ -34,7 +28,11 @@ def train_here(
     here = local_folder(workdir)
     by_name = {run.name: run for run in runs}
     all_jobs = [
-        jobs.Job(run.name, (sys.executable, *run.command[1:]), here / run.name / "log.txt")
+        jobs.Job(
+            run.name,
+            (sys.executable, "-m", "grain_jax.train", *run.arguments),
+            here / run.name / "log.txt",
+        )
         for run in runs
     ]
 
@@ -99,61 +97,30 @@ def show_plan(runs: Sequence[Run]) -> None:
     print(f"{len(runs)} points, all valid; nothing was started")
 
 
-def _base_arguments(argv: Sequence[str]) -> tuple[str, ...]:
-    """`--config=FILE` and the config's overrides, of a command line that was parsed."""
-    words = [re.sub(r"^-(?=\w)", "--", word) for word in argv[1:]]
-    out = []
-    for word, following in zip(words, [*words[1:], ""]):
-        if word == "--config":
-            out.append(f"--config={following}")
-        elif re.match(r"--config[=.]", word):
-            out.append(word)
-    return tuple(out)
-
-
-def define_flags() -> flags.FlagHolder:
-    """The command's flags; returns that of `--config`."""
-    flags.DEFINE_string("sweep", None, "sweep file, e.g. configs/sweeps/learning_rate.py")
-    flags.DEFINE_string("workdir", None, "folder of the sweep; each run has one in it")
-    flags.DEFINE_enum("launcher", "local", LAUNCHERS, "where the runs are trained")
-    flags.DEFINE_integer("parallel", None, "runs at a time; default: local 1, else all", 1)
-    flags.DEFINE_integer("retries", 1, "how often a local run that fails is started again", 0)
-    flags.DEFINE_string("metric", None, "what the table is sorted by; default: the first accuracy")
-    flags.DEFINE_bool("dry_run", False, "check every point and print the commands, start nothing")
-    flags.DEFINE_bool("table", False, "only tabulate what is there")
-    return command_line.define_config()
-
-
-def main(argv: list[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, trains what is left, tabulates."""
-    command_line.show_help(argv, __doc__)
-    argv = [re.sub("^--?dry-run", "--dry_run", a) for a in argv]
-    base = command_line.parse_config(argv, define_flags())
-    given = flags.FLAGS
-    for name in ("sweep", "workdir"):
-        if not given[name].value:
-            raise errors.UserError(f"--{name}: missing; {given[name].help}")
-    workdir = epath.Path(given["workdir"].value)
-    metric, parallel = given["metric"].value, given["parallel"].value
+    args = sweep_parser().parse_args(arguments)
+    base = config_file.load(args.config, args.overrides)
+    workdir = epath.Path(args.workdir)
+    metric, parallel = args.metric, args.parallel
     check_metric(metric, base)
-    runs = sweep_runs.make_runs(
-        base, _base_arguments(argv), sweep_runs.load_points(given["sweep"].value), workdir
-    )
+    given = (f"--config={args.config}", *args.overrides)
+    runs = sweep_runs.make_runs(base, given, sweep_runs.load_points(args.sweep), workdir)
     sweep_runs.check_folders(runs)
-    if given["dry_run"].value:
+    if args.dry_run:
         show_plan(runs)
         return 0
-    if not given["table"].value:
-        if given["launcher"].value != "local":
+    if not args.table:
+        if args.launcher != "local":
             submit = {
                 "slurm": lambda: sweep_clusters.submit_slurm(runs, workdir, parallel),
                 "gke": lambda: sweep_clusters.apply_gke(runs, workdir),
-            }[given["launcher"].value]
+            }[args.launcher]
             print(f"sweep: {submit()}", file=sys.stderr)
             if not all(map(finished, runs)):
                 return 0
         else:
-            outcome = train_here(runs, workdir, metric, parallel or 1, given["retries"].value)
+            outcome = train_here(runs, workdir, metric, parallel or 1, args.retries)
             if outcome.stopped_by:
                 print(
                     f"sweep: stopped; {len(outcome.done)} of {len(runs)} runs are finished, the same"
@@ -174,4 +141,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    process.run(main)

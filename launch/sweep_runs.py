@@ -12,8 +12,8 @@ from grain_jax.launch import sweep_table
 
 from grain_jax import config as config_lib
 from grain_jax import errors, named
+from grain_jax.cli import config_file
 from grain_jax.input_pipeline import derived
-from grain_jax.runtime import command_line
 
 DEFINING = {"order", "numbers", "result"}  # roles of the keys that may not change between two calls
 _LONGEST_NAME = 200  # characters; file systems end at 255
@@ -33,17 +33,18 @@ class Run:
     @property
     def command(self) -> tuple[str, ...]:
         """The command that trains it."""
-        return ("python", "-m", "grain_jax.train", *self.arguments)
+        return ("grain-jax", "train", *self.arguments)
 
 
 def load_points(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The flat overrides that the sweep file's `sweep()` yields.
+    """The flat overrides that `sweep()` yields, of a file or of a sweep of the package.
 
     Raises:
       UserError: no such file, no such function, it fails, or it yields nothing or no dicts of leaves.
     """
-    with command_line.running_file(str(path), "sweep"):
-        sweep = runpy.run_path(str(path)).get("sweep")
+    path, _ = config_file.find(str(path), "sweep")
+    with config_file.running_file(path, "sweep"):
+        sweep = runpy.run_path(path).get("sweep")
         points = None if sweep is None else list(sweep())
     if points is None:
         raise errors.UserError(f"--sweep: {path} has no function sweep() that yields overrides")

@@ -7,14 +7,13 @@ import subprocess
 import sys
 
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 from grain_jax import config as config_lib
-from grain_jax import recipe
+from grain_jax import errors, recipe
+from grain_jax.cli import config_file
+from grain_jax.cli.train import parser
 from grain_jax.config import evals, listing, roles
 from grain_jax.recipe import points
-from grain_jax.runtime import command_line
 from tests import tiny
 from tests.paths import ROOT
 
@@ -262,9 +261,12 @@ def sweep():
     "fails.py": "def get_config(size=0):\n    return 1 / size\n",
 }
 PARSE = (
-    "import sys; from grain_jax.runtime import command_line\n"
-    "c = command_line.parse_config(sys.argv, command_line.define_config())\n"
-    "print(c.batch_size, c.model.image.width)"
+    "from grain_jax.cli import config_file, process, train\n"
+    "def main(arguments):\n"
+    "    args = train.parser().parse_args(arguments)\n"
+    "    c = config_file.load(args.config, args.overrides)\n"
+    "    print(c.batch_size, c.model.image.width)\n"
+    "process.run(main)"
 )
 
 
@@ -293,7 +295,7 @@ def test_a_config_anywhere_on_the_disk_works_with_the_installed_package(own):
         (f"{folder.name}/mine.py", folder.parent, 96),
         (str(folder / "mine.py:B/16"), "/", 768),
     ):
-        done = _python(PARSE, "--config", path, env=env, cwd=cwd)
+        done = _python(PARSE, "--workdir", "x", "--config", path, env=env, cwd=cwd)
         assert done.stdout.split() == ["24", str(width)], done.stderr
 
 
@@ -321,7 +323,7 @@ def test_a_sweep_anywhere_on_the_disk_works_with_the_installed_package(own):
 )
 def test_a_fault_in_a_config_file_is_one_line_with_its_place(own, path, message):
     folder, env = own
-    done = _python(PARSE, f"--config={path}", env=env, cwd=folder)
+    done = _python(PARSE, "--workdir", "x", f"--config={path}", env=env, cwd=folder)
     assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
@@ -368,18 +370,15 @@ def test_wrong_usage_is_one_line_and_status_2(arguments, message):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def _parsed(monkeypatch, *arguments):
+def _parsed(*arguments):
     """The Config of a command line."""
-    values = flags.FlagValues()
-    monkeypatch.setattr(flags, "FLAGS", values)
-    argv = ["train", *arguments]
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    return command_line.parse_config(argv, holder)
+    args = parser().parse_args(["--workdir=x", *arguments])
+    return config_file.load(args.config, args.overrides)
 
 
-def test_the_command_line_wins_over_the_file_in_either_or_pairs(monkeypatch):
+def test_the_command_line_wins_over_the_file_in_either_or_pairs():
     given = ["--config", "configs/grain_vitb16_cc12m.py", "--config.total_steps=100"]
-    c = _parsed(monkeypatch, *given, "--config.optim.warmup_steps=5")
+    c = _parsed(*given, "--config.optim.warmup_steps=5")
     assert (c.total_steps, c.total_epochs) == (100, None)
     assert (c.optim.warmup_steps, c.optim.warmup_epochs) == (5, None)
 
@@ -400,8 +399,8 @@ def test_the_command_line_wins_over_the_file_in_either_or_pairs(monkeypatch):
         (["--config.evals={}", "--config.seed=3"], []),
     ],
 )
-def test_flags_take_evaluators_out(monkeypatch, given, left):
-    c = _parsed(monkeypatch, "--config=configs/demo.py", *given)
+def test_flags_take_evaluators_out(given, left):
+    c = _parsed("--config=configs/demo.py", *given)
     assert list(c.evals) == left
     assert "unseen" not in left or c.evals["unseen"].names == (len(given) == 3)
 
@@ -428,10 +427,10 @@ def test_flags_take_evaluators_out(monkeypatch, given, left):
         ),
     ],
 )
-def test_faults_of_flags_about_evaluators(monkeypatch, capsys, given, message):
-    with pytest.raises(SystemExit, match="2"):
-        _parsed(monkeypatch, "--config=configs/demo.py", *given)
-    assert capsys.readouterr().err == message + "\n"
+def test_faults_of_flags_about_evaluators(given, message):
+    with pytest.raises(errors.UserError) as caught:
+        _parsed("--config=configs/demo.py", *given)
+    assert str(caught.value) == message
 
 
 def test_the_list_of_keys_is_that_of_the_recipe_and_says_what_each_is():

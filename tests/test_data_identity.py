@@ -210,7 +210,7 @@ def test_verify_does_not_call_a_run_false_whose_data_is_another(run, pictures, t
     try:
         _build(edited, output)
         with pytest.raises(errors.UserError, match="trained on: content"):
-            verify.main(["verify", str(workdir)])
+            verify.main([str(workdir)])
     finally:
         shutil.rmtree(output)
         shutil.copytree(tmp_path / "kept", output)
@@ -221,7 +221,7 @@ def test_verify_finds_an_edited_record_of_the_data(run, tmp_path, capsys):
     shutil.copytree(run[0], workdir)
     stored = workdir / "checkpoints/2/data/metadata"
     stored.write_text(stored.read_text().replace("[4, 4, 4, 4]", "[2, 6, 4, 4]"))
-    assert verify.main(["verify", str(workdir)]) == 1
+    assert verify.main([str(workdir)]) == 1
     assert (
         "checkpoint 2: what it says of its data is not what was recorded" in capsys.readouterr().err
     )

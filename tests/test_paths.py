@@ -129,7 +129,7 @@ def test_the_demo_names_the_missing_path_that_was_given():
     pytest.importorskip("gradio")
     for flag in (["--checkpoint", "nicht da ö"], ["--checkpoint", RUN, "--examples", "fehlt ö"]):
         with pytest.raises(errors.UserError, match=" ö"):
-            demo.main(["demo", *flag])
+            demo.main(flag)
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def _records(workdir):
 
 
 def _verify(capsys, workdir, *flags):
-    status = verify.main(["verify", str(workdir), *flags])
+    status = verify.main([str(workdir), *flags])
     return status, *capsys.readouterr()
 
 
@@ -313,13 +313,13 @@ def test_the_command_takes_as_many_virtual_devices_as_the_run_had(finished):
             "--from: got 5, expected 0 or one of the kept checkpoints, 4, 8, 10",
         ),
         (["RUN", "--from", "10"], "steps 11-15: nothing is recorded of them"),
-        (["RUN", "--steps", "0"], "--steps: got 0, expected at least 1"),
+        (["RUN", "--steps", "0"], "--steps: got '0', expected a whole number above 0"),
         (["RUN", "--steps", "-1"], "--steps"),
-        ([], "the following arguments are required: workdir"),
+        ([], "WORKDIR: missing"),
     ],
 )
 def test_wrong_usage_is_one_line(finished, arguments, message):
     arguments = [str(finished) if a == "RUN" else a for a in arguments]
     with pytest.raises(ValueError, match=".") as caught:
-        verify.main(["verify", *arguments])
+        verify.main([*arguments])
     assert message in str(caught.value) and "\n" not in str(caught.value)

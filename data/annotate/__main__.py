@@ -1,6 +1,6 @@
 """Images -> captions, descriptions and boxes of an MLLM and a detector, on Apache Beam (docs/annotate.md).
 
-  python -m data.annotate --images FOLDER_OR_SHARDS --output DIR [--passes caption,describe] ...
+  grain-jax annotate --images FOLDER_OR_SHARDS --output DIR [--passes caption,describe] ...
 
 The same command again resumes an interrupted job. Further arguments, from --runner on, go to Beam.
 """
@@ -125,13 +125,13 @@ def _job(args: argparse.Namespace, output: outputs.Output, source: sources.Sourc
             tries=args.tries,
         )
         batch_size = max(batch_size, BATCHES_AHEAD * args.concurrency)
-    prompts = epath.Path(args.prompts)
+    prompts = epath.Path(args.prompts) if args.prompts else prompt.FOLDER
     return Job(
         output=output,
         passes=args.passes,
         limits=checks.Limits(args.min_side, args.max_side),
         batch_size=batch_size,
-        keep_images=not (source.images_are_files or args.records or args.no_images),
+        keep_images=args.keep_images and not (source.images_are_files or args.records),
         chat=chat,
         detector=detector.Options(
             model=args.detector, threshold=args.threshold, batch_size=args.batch_size
@@ -216,15 +216,15 @@ def _summary(total: dict[str, Any], counters: dict[str, int], seconds: float) ->
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    args, beam_arguments = arguments.parser(__doc__).parse_known_args(argv)
     try:
-        print(annotate(args, beam_arguments))
+        args, beam_arguments = arguments.parser().parse_known_args(argv)
+        try:
+            print(annotate(args, beam_arguments))
+        except OSError as error:
+            raise AnnotateError(build.of_system(error, args.output)) from None
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return error.status
-    except OSError as error:
-        print(build.of_system(error, args.output), file=sys.stderr)
-        return 2
     return 0
 
 

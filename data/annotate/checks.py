@@ -3,10 +3,9 @@
 Every fault has a cause of a fixed name, under which it is also counted.
 """
 
-from typing import NamedTuple
-
 import PIL.Image
 from grain_jax.data import sources
+from grain_jax.data.annotate.options import Limits
 
 from grain_jax.files import images
 
@@ -18,13 +17,6 @@ CAUSES = (
     "too small",
     "too large",
 )
-
-
-class Limits(NamedTuple):
-    """Pixels of an image's edges. The upper one also keeps decompression bombs from being decoded."""
-
-    min_side: int = 16
-    max_side: int = 10_000
 
 
 def check(item: sources.Image, limits: Limits) -> PIL.Image.Image | sources.Fault:

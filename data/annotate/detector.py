@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 from grain_jax.data.annotate import batches, chat, checkpoint
+from grain_jax.data.annotate.options import Detector as Options
 
 from grain_jax.files import annotations
 
@@ -17,16 +18,6 @@ from grain_jax.files import annotations
 # panorama of 20,000 pixels. Twice the size that the models look at.
 MAX_SIDE = 2048
 MIN_SIDE = 1.0  # of a box, in pixels of the image
-
-
-class Options(NamedTuple):
-    """What `build` needs; picklable, so that a worker elsewhere can build it too."""
-
-    model: str = "google/owlv2-base-patch16-ensemble"  # a folder, or a name on the Hub
-    threshold: float = 0.3  # of the score; the paper's
-    merge_iou: float = 0.5  # of two boxes of a description that overlap more, the better one stays
-    batch_size: int = 8  # images at a time; halved when memory runs out
-    device: str = ""  # "" takes the accelerator if there is one
 
 
 class _Scores(NamedTuple):

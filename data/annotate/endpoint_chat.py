@@ -19,10 +19,11 @@ import time
 import urllib.error
 import urllib.parse
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import PIL.Image
 from grain_jax.data.annotate import chat, transport
+from grain_jax.data.annotate.options import EndpointChat as Options
 
 from grain_jax import errors
 
@@ -38,21 +39,6 @@ MAX_TOKENS = 1 << 31  # of a request, by the server's count; counters are of 64 
 # What concerns every request alike: a wrong key, address or model. Going on would only fail 12 million times.
 _FATAL = {401: "the key is wrong or missing", 403: "not allowed", 404: "no such address or model"}
 _RETRIED = {408: TIME_OUT, 425: SERVER_ERROR, 429: RATE_LIMIT}  # and all from 500 on
-
-
-class Options(NamedTuple):
-    """What `build` needs; picklable. The key is not part of it, so that it is not written to logs and summaries."""
-
-    url: str  # up to the version, as in http://host:8000/v1
-    model: str  # as the server calls it
-    max_tokens: int = 256  # of an answer
-    concurrency: int = 16  # requests at a time
-    requests_per_second: float = 0.0  # at most, retries included; 0 = no limit
-    seconds: float = 120.0  # of a request, from connecting to the last byte
-    tries: int = 6  # of a request, the first included
-    key_variable: str = (
-        "OPENAI_API_KEY"  # the environment variable that holds the key, where one is needed
-    )
 
 
 class EndpointError(errors.UserError):

@@ -1,21 +1,10 @@
 """A chat model on this machine, by `transformers`: LLaVA-NeXT 1.6 and others that take one image and a text."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import PIL.Image
 from grain_jax.data.annotate import batches, chat, checkpoint
-
-
-class Options(NamedTuple):
-    """What `build` needs; picklable, so that a worker elsewhere can build it too."""
-
-    model: str = (
-        "llava-hf/llava-v1.6-mistral-7b-hf"  # a folder, local or remote, or a name on the Hub
-    )
-    batch_size: int = 8  # images at a time; halved when memory runs out
-    max_tokens: int = 256  # of an answer
-    device: str = ""  # "" takes the accelerator if there is one
+from grain_jax.data.annotate.options import LocalChat as Options
 
 
 def build(options: Options) -> "LocalChat":

@@ -5,8 +5,9 @@ import json
 from collections.abc import Iterator, Sequence
 
 from etils import epath
-from grain_jax.data import build, example, sources, survey
+from grain_jax.data import example, sources, survey
 from grain_jax.data.annotate import outputs
+from grain_jax.data.arguments import build_parser
 
 from grain_jax import errors
 
@@ -28,7 +29,7 @@ def arguments_of_build(args: argparse.Namespace, source: sources.Source) -> argp
         "--max-faults": args.max_faults,
     }
     pairs = [f"{name}={value}" for name, value in given.items() if value is not None]
-    return build.parser().parse_args([*pairs, "--overwrite"])
+    return build_parser().parse_args([*pairs, "--overwrite"])
 
 
 def line_reader(

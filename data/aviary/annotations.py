@@ -9,6 +9,7 @@ import math
 import random
 
 from grain_jax.data.aviary.drawing import Drawing
+from grain_jax.data.aviary.settings import Noise
 from grain_jax.data.aviary.species import Species
 from grain_jax.data.aviary.vocabulary import PARTS, TRAITS
 
@@ -44,33 +45,6 @@ _SYNTHETIC_CAPTIONS = (
     "a bird with {parts} in front of {background}",
     "a colorful bird {perch}, it has {parts}",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Noise:
-    """Rates of the errors in annotations. Shares are in [0, 1].
-
-    Attributes:
-        misses: share of the chosen parts that the detector does not report.
-        jitter: each edge of a box moves by a normal amount of this share of the box's side.
-        wrong_descriptions: share of regions described by a trait that the bird does not have.
-        paraphrased: share of descriptions in other words than the plain ones.
-        score_noise: standard deviation of the random part of scores.
-        wrong_names: share of web captions with the name of another training species.
-        missing_names: share of web captions without any name.
-        caption_errors: share of the parts in synthetic captions that the bird does not have.
-        synthetic_paraphrased: the share of paraphrases in synthetic captions.
-    """
-
-    misses: float = 0.2
-    jitter: float = 0.05
-    wrong_descriptions: float = 0.05
-    paraphrased: float = 0.3
-    score_noise: float = 0.06
-    wrong_names: float = 0.03
-    missing_names: float = 0.02
-    caption_errors: float = 0.05
-    synthetic_paraphrased: float = 0.3
 
 
 EXACT = Noise(**dict.fromkeys((field.name for field in dataclasses.fields(Noise)), 0.0))

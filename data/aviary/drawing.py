@@ -12,22 +12,10 @@ import random
 import numpy as np
 from grain_jax.data.aviary import bird, props, scenery
 from grain_jax.data.aviary.palette import BODY_COLOURS, COLOURS, tones, vary
+from grain_jax.data.aviary.settings import DEFAULT, Pose
 from grain_jax.data.aviary.species import Species
 from grain_jax.data.aviary.vocabulary import PARTS
 from PIL import Image, ImageChops, ImageDraw
-
-
-@dataclasses.dataclass(frozen=True)
-class Pose:
-    """How freely birds stand: scale from/to, turn (degrees either way), shift (share of the
-    image either way), share of mirrored birds, and how far colours vary (share of 255)."""
-
-    scale_from: float = 0.8
-    scale_to: float = 1.1
-    turn: float = 6.0
-    shift: float = 0.04
-    mirrored: float = 0.5
-    colour_variation: float = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +80,9 @@ class _Canvas:
         return boxes, areas
 
 
-def draw(species: Species, *, rng: random.Random, size: int = 64, pose: Pose = Pose()) -> Drawing:
+def draw(
+    species: Species, *, rng: random.Random, size: int = 64, pose: Pose = DEFAULT.pose
+) -> Drawing:
     """Draws one bird of `species`, `size` x `size` pixels; all random numbers come from `rng`.
 
     Every species draws the same number of them, so that another look of a part changes only

@@ -10,37 +10,12 @@ from collections.abc import Iterable, Iterator
 from etils import epath
 from grain_jax.data import parallel
 from grain_jax.data.aviary import annotations, drawing
-from grain_jax.data.aviary.annotations import EXACT, Noise
-from grain_jax.data.aviary.drawing import Pose
+from grain_jax.data.aviary.annotations import EXACT
+from grain_jax.data.aviary.settings import DEFAULT, Settings
 from grain_jax.data.aviary.species import Aviary, Species, make_species
 from grain_jax.data.progress import progress
 
 LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """All settings that the files depend on; `python -m data.aviary --help` explains each.
-
-    Image i of a split depends on the seed, the species and i, not on how many there are.
-    """
-
-    seed: int = 0
-    size: int = 64
-    images: int = 16000
-    seen_per_species: int = 5
-    unseen_per_species: int = 15
-    test_images: int = 400
-    genera: int = 24
-    species_per_genus: int = 5
-    held_out_genera: int = 10
-    held_out_species_per_genus: int = 4
-    parts_changed: int = 3
-    least_parts: int = 3
-    most_parts: int = 5
-    caption_parts: int = 2
-    pose: Pose = Pose()
-    noise: Noise = Noise()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +73,7 @@ def record_of(settings: Settings, task: Task, drawn: drawing.Drawing) -> dict | 
     return {"image": task.image, **words, "regions": regions, "id": f"{task.split}-{task.index}"}
 
 
-def write(output: epath.PathLike, settings: Settings = Settings(), *, processes: int = 1) -> bool:
+def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: int = 1) -> bool:
     """Writes the data set to the folder `output` (local or remote); its README.md describes the files.
 
     With more than one process the main module of the caller must be importable (they are spawned).
@@ -205,7 +180,7 @@ def _write_lines(path, records: Iterable[dict]):
 def _readme(settings, aviary):
     return f"""# Aviary: drawn birds of invented species
 
-Made by `python -m data.aviary` (settings: `settings.json`; seed {settings.seed}). {LICENCE}.
+Made by `grain-jax aviary` (settings: `settings.json`; seed {settings.seed}). {LICENCE}.
 
 | | |
 |---|---|

@@ -1,7 +1,7 @@
 """Inspects a data set: statistics, problems and a contact sheet, as HTML, PNG and JSON.
 
-  python -m data.inspect DIR [--output OUT] [--pictures N]                 a record set
-  python -m data.inspect A.jsonl [--images FOLDER] [--output OUT] ...      annotations
+  grain-jax inspect DIR [--output OUT] [--num-images N]               a record set
+  grain-jax inspect A.jsonl [--images FOLDER] [--output OUT] ...      annotations
 
 The set is read once. Memory does not grow with it: beyond 250,000 different texts or images, copies
 are estimated from a share of them.
@@ -14,44 +14,21 @@ import sys
 import textwrap
 
 from etils import epath
-from grain_jax.data import arguments, progress
-from grain_jax.data.inspect import counting, page, panels, problems, reading, sheet, statistics
+from grain_jax.data import progress
+from grain_jax.data.inspect import (
+    arguments,
+    counting,
+    page,
+    panels,
+    problems,
+    reading,
+    sheet,
+    statistics,
+)
 
 from grain_jax import errors
 
-_MOST_PICTURES = 200  # the PNG is then about 25,000 pixels high
 _BATCH = 256  # items that are counted together
-
-
-def parser() -> arguments.Parser:
-    """The command's arguments."""
-    out = arguments.Parser(
-        prog="python -m data.inspect",
-        description=__doc__,
-    )
-    add = out.add_argument
-    add("set", metavar="DIR", help="OUTPUT/NAME or OUTPUT/NAME/1.0.0 of data.build, or an A.jsonl")
-    add(
-        "--images",
-        metavar="FOLDER",
-        help="folder of the images of an A.jsonl (default: the folder of the file)",
-    )
-    add("--output", metavar="OUT", help="folder to write (default: inspect beside the set)")
-    add(
-        "--pictures",
-        type=arguments.number(int, 0, _MOST_PICTURES),
-        default=24,
-        metavar="N",
-        help="images on the contact sheet (default 24)",
-    )
-    add(
-        "--lanes",
-        type=arguments.number(int, 1, 10**6),
-        default=16,
-        metavar="N",
-        help="input.lanes of the training; shards are checked for it (default 16)",
-    )
-    return out
 
 
 def inspect(args: argparse.Namespace) -> str:
@@ -61,7 +38,7 @@ def inspect(args: argparse.Namespace) -> str:
     output.mkdir(
         parents=True, exist_ok=True
     )  # first, so that a folder without permission fails early
-    stats, sample = statistics.Statistics(), counting.Sample(args.pictures)
+    stats, sample = statistics.Statistics(), counting.Sample(args.num_images)
     coming = progress.progress(source.items, total=source.total, what="inspecting")
     for batch in iter(lambda: list(itertools.islice(coming, _BATCH)), []):
         items = [item for item in batch if isinstance(item, reading.Item)]
@@ -142,11 +119,11 @@ def _summary(result: dict, found: list[problems.Problem]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    args = parser().parse_args(argv)
     try:
-        print(inspect(args))
+        print(inspect(arguments.parser().parse_args(argv)))
     except (errors.UserError, PermissionError, NotADirectoryError, FileExistsError) as error:
-        print(f"python -m data.inspect: {error}", file=sys.stderr)
+        name = "grain-jax inspect: "
+        print(f"{name}{str(error).removeprefix(name)}", file=sys.stderr)
         return 2
     return 0
 

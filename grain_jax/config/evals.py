@@ -47,6 +47,13 @@ _OLDER = dict(
 )
 
 
+# How the similarities of regions and descriptions [Q, n_c] become the region score of a class.
+REGION_ORDERS = (
+    "queries",  # the paper: each query takes its best description, then the mean over queries
+    "descriptions",  # each description takes its best query, then the mean over descriptions
+)
+
+
 class Context(typing.NamedTuple):
     """What an evaluation is told beside its options."""
 

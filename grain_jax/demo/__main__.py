@@ -1,6 +1,6 @@
 """An interactive page: drop an image, type classes with descriptions, and see scores, regions and why.
 
-python -m grain_jax.demo --checkpoint DIR [--classes D.json] [--examples FOLDER]
+grain-jax demo --checkpoint DIR [--classes D.json] [--examples FOLDER]
 """
 
 import argparse
@@ -16,8 +16,8 @@ import PIL.ImageDraw
 from etils import epath
 
 from grain_jax import errors
-from grain_jax.runtime import command_line
-from grain_jax.runtime.arguments import Parser
+from grain_jax.cli import process
+from grain_jax.cli.demo import parser
 
 _EXAMPLES = 12
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff".split())
@@ -28,32 +28,9 @@ _CLASSES = {  # of the example images that are drawn by default
 }
 
 
-def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m grain_jax.demo",
-        description=__doc__,
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, help="workdir, checkpoint or converted folder"
-    )
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="0.0.0.0: others can use it, without a login"
-    )
-    parser.add_argument(
-        "--classes",
-        help='file: {"class name": ["description", ...]}, or one class a line; they can be edited in the page',
-    )
-    parser.add_argument(
-        "--examples",
-        help="folder of images, or of folders of them; default: a few that are drawn",
-    )
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str]) -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Serves the page until it is stopped."""
-    arguments = _arguments(argv[1:])
+    arguments = parser().parse_args(words)
     if importlib.util.find_spec("gradio") is None:
         raise errors.UserError(
             'the page needs gradio, which is not installed; run: pip install "gradio>=6"'
@@ -90,8 +67,6 @@ def _serve(arguments: argparse.Namespace, uploads: epath.Path, folder: epath.Pat
 
 def _check_address(host: str, port: int | None) -> None:
     """Raises errors.UserError if a server cannot listen at this address."""
-    if port is not None and not 1 <= port <= 65535:
-        raise errors.UserError(f"--port: got {port}, expected a number from 1 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port or 0), family=family).close()
@@ -146,4 +121,4 @@ def _draw(folder: epath.Path) -> list[epath.Path]:
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    process.run(main)

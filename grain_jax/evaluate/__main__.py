@@ -1,7 +1,7 @@
-"""`python -m grain_jax.evaluate zeroshot|linear-probe|retrieval|grounding|suite --checkpoint DIR ... --output OUT.json`.
+"""`grain-jax evaluate zeroshot|linear-probe|retrieval|grounding|suite --checkpoint DIR ... --output OUT.json`.
 
 Prints the result as a table and writes it as JSON. Wrong usage or input: a line a fault, status 2. Several
-processes (launch.local, SLURM, TPU slices) share the images; the first one prints and writes.
+processes (grain-jax local, SLURM, TPU slices) share the images; the first one prints and writes.
 """
 
 import argparse
@@ -12,157 +12,31 @@ import time
 from collections.abc import Sequence
 
 import jax
-from absl import flags
 from etils import epath
-from ml_collections import config_flags
 
 from grain_jax import config, errors, inference
+from grain_jax.cli.evaluate import parser
 from grain_jax.config.evals import Context
 from grain_jax.evaluate import encode, evaluators, suite, tables, zeroshot
 from grain_jax.evaluate.test_sets import InputError
 from grain_jax.files import annotations, atomic
 from grain_jax.inference import text_cache
-from grain_jax.runtime import command_line, distributed, processes
-from grain_jax.runtime.arguments import Parser
-
-COMMANDS = {
-    "zeroshot": "classifies a folder with one sub-folder a class",
-    "linear-probe": "classifies by a logistic regression on image embeddings, also of few shots",
-    "retrieval": "R@1, R@5, R@10 between images and captions, both ways",
-    "grounding": "box IoU, Acc@0.5, region-to-description R@1",
-    "suite": "all entries of a config such as configs/eval.py; --config.a.b=value changes it",
-}
-_HEARTBEAT_SECONDS = 20
-
-
-def _alphas(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected a number from 0 to 1, or several with commas between"
-        ) from None
-
-
-def _shots(text: str) -> list[int]:
-    parts = ["0" if part == "all" else part for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected images a class, or all, or several with commas between (1,5,all)"
-        )
-    return list(map(int, parts))
-
-
-def _batch_size(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of images, at least 1")
-    return int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="grain_jax.evaluate", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    for name, does in COMMANDS.items():
-        sub = commands.add_parser(name, help=does, description=does)
-        sub.add_argument(
-            "--checkpoint", required=True, help="training workdir, checkpoint or converted folder"
-        )
-        if name != "suite":
-            sub.add_argument("--images", required=True, help="folder of images (or class folders)")
-        sub.add_argument("--output", required=True, help="JSON file to write")
-        sub.add_argument(
-            "--batch-size", type=_batch_size, default=encode.BATCH_SIZE, help="images at a time"
-        )
-        sub.add_argument(
-            "--cache",
-            default=text_cache.DEFAULT,
-            help='folder of text embeddings, default %(default)s; "": none',
-        )
-        sub.add_argument("--coordinator", help="HOST:PORT of the first of several processes")
-        sub.add_argument("--processes", type=int, default=1, help="how many processes there are")
-        sub.add_argument("--process_id", type=int, default=0, help="which of them this is, from 0")
-        if name == "suite":
-            sub.add_argument("--only", help="names of entries, with commas between")
-            sub.add_argument(
-                "--again", action="store_true", help="measures what OUT.json has already, too"
-            )
-        if name in ("retrieval", "grounding"):
-            sub.add_argument("--annotations", required=True, help="A.jsonl")
-        if name == "zeroshot":
-            _add_zeroshot(sub)
-        if name == "linear-probe":
-            sub.add_argument(
-                "--train",
-                help="class folders to train on; default: a share of each class of --images",
-            )
-            sub.add_argument(
-                "--shots",
-                type=_shots,
-                default=[0],
-                help="training images a class, a probe each: 1,5,all; default all",
-            )
-            sub.add_argument(
-                "--seeds", type=int, default=5, help="draws of few shots, default %(default)s"
-            )
-    return parser
-
-
-def _add_zeroshot(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--descriptions", help="D.json: {class name: [description, ...]}")
-    sub.add_argument(
-        "--alpha",
-        type=_alphas,
-        action="append",
-        help="share of the global score, also several (0.5,1); default 1, with descriptions 1,0.5",
-    )
-    sub.add_argument(
-        "--use-names",
-        choices=("yes", "no"),
-        default="yes",
-        help="no: a class is its descriptions alone (for names that mean nothing)",
-    )
-    sub.add_argument(
-        "--region-order",
-        choices=zeroshot.REGION_ORDERS,
-        default="queries",
-        help="what the region score is averaged over; queries: the paper's",
-    )
-    sub.add_argument("--templates", help="text file of prompts, one a line, with {} for the name")
-    sub.add_argument("--predictions", help="file to write: a line of JSON per image")
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; of `suite` also its config, as `suite`."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(arguments)
-    if args.command == "suite":
-        values = flags.FlagValues()
-        argv = ["evaluate", *rest]
-        holder = config_flags.DEFINE_config_file(
-            "config", None, "config file, e.g. configs/eval.py", values, sys_argv=argv
-        )
-        args.suite = command_line.parse_config(argv, holder, values, config.suite_from_dict)
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return args
+from grain_jax.runtime import distributed, processes
 
 
 def _entry(args: argparse.Namespace) -> config.Evaluator:
     """The entry of `config.evals` that the command is."""
     if args.command == "linear-probe":
-        if args.seeds < 1:
-            raise InputError(f"--seeds: got {args.seeds}, expected at least 1")
         return evaluators.LinearProbe(
             images=args.images, train=args.train, shots=tuple(args.shots), seeds=args.seeds
         )
     if args.command == "zeroshot":
         alphas = list(dict.fromkeys(sum(args.alpha, []))) if args.alpha else None
-        names = args.use_names == "yes"
         return evaluators.ZeroShot(
             images=args.images,
             descriptions=args.descriptions,
-            alphas=tuple(zeroshot.check_alphas(alphas, args.descriptions, names)),
-            names=names,
+            alphas=tuple(zeroshot.check_alphas(alphas, args.descriptions, args.names)),
+            names=args.names,
             region_order=args.region_order,
             templates=args.templates,
         )
@@ -187,19 +61,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Of a suite, 1 where one of its entries failed, and 2 where there was nothing that could be run.
     """
     try:
-        args = _parse(arguments)
+        args = parser().parse_args(arguments)
+        if args.command == "suite":
+            args.suite = _config(args)
         distributed.initialize(
-            args.coordinator, args.processes, args.process_id, _HEARTBEAT_SECONDS
+            args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
         )
         together = contextlib.nullcontext()
         if jax.distributed.is_initialized():
-            together = distributed.ending_together(_HEARTBEAT_SECONDS)
+            together = distributed.ending_together(args.heartbeat_seconds)
         with together, errors.out_of_memory_in_a_line("evaluation", lambda: encode.SMALLER):
             return _suite(args) if args.command == "suite" else _one(args)
     except errors.UserError as error:
         if processes.process_info()[0] == 0:
             _say_faults(error)
         return errors.UserError.status
+
+
+def _config(args: argparse.Namespace) -> config.Suite:
+    from grain_jax.cli import config_file  # ml_collections, which the other kinds do without
+
+    return config_file.load(args.config, args.overrides, config.suite_from_dict)
 
 
 def _say_faults(error: errors.UserError) -> None:

@@ -13,17 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from grain_jax.config.evals import REGION_ORDERS
 from grain_jax.evaluate import encode, rates, test_sets
 from grain_jax.evaluate.test_sets import InputError
 from grain_jax.files import atomic
 from grain_jax.inference import prompts, scores
 from grain_jax.runtime import processes
 
-# How the similarities of regions and descriptions [Q, n_c] become the region score of a class.
-REGION_ORDERS = (
-    "queries",  # the paper: each query takes its best description, then the mean over queries
-    "descriptions",  # each description takes its best query, then the mean over descriptions
-)
 BY_NAME = "by_name"  # key of the results by names alone, where there are descriptions too
 BEST = 5  # classes that the prediction of an image lists
 

@@ -19,8 +19,6 @@ from grain_jax import __version__, errors, inference
 from grain_jax.files import atomic
 from grain_jax.input_pipeline import tokenizer
 
-DEFAULT = "~/.cache/grain_jax/text_features"
-
 
 class CachedTexts:
     """Wraps an `inference.Predictor`: `encode_text` reads stored embeddings if there are any; all else is passed on.

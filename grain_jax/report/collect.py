@@ -15,6 +15,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax import errors, inference
+from grain_jax.cli.report import NUM_IMAGES
 from grain_jax.evaluate import evaluators, rates, test_sets, zeroshot
 from grain_jax.files import atomic
 from grain_jax.inference import prompts, scores
@@ -23,7 +24,6 @@ from grain_jax.report.thumbnails import Thumbnails
 from grain_jax.runtime import checkpoint
 
 FILE = "report_data.json"
-IMAGES = 300  # default: images of an evaluation that the model runs on
 _VERSION = 1  # of the format of report_data.json
 _PAIRS = 12  # confused pairs of classes shown for each evaluation and alpha
 _EXAMPLES = 3  # images shown of each pair
@@ -36,7 +36,7 @@ def collect(
     predictor: Any = None,
     *,
     step: int | None = None,
-    num_images: int = IMAGES,
+    num_images: int = NUM_IMAGES,
 ) -> dict[str, Any]:
     """Runs the model on the evaluations of the run; an earlier result for the same step is read from its file.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from grain_jax.cli.report import NUM_IMAGES
 from grain_jax.evaluate import tables
 from grain_jax.files import atomic
 from grain_jax.report import collect, html, run_files
@@ -42,7 +43,7 @@ def write(
     others: Sequence[epath.PathLike] = (),
     output: epath.PathLike | None = None,
     results: Sequence[epath.PathLike] = (),
-    num_images: int = collect.IMAGES,
+    num_images: int = NUM_IMAGES,
     model: bool = True,
 ) -> epath.Path:
     """Writes the page.

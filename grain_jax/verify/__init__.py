@@ -1,4 +1,4 @@
-"""Checks that a run is what its receipt says (docs/receipt.md): `python -m grain_jax.verify WORKDIR`."""
+"""Checks that a run is what its receipt says (docs/receipt.md): `grain-jax verify WORKDIR`."""
 
 from grain_jax.verify.command import main, verify
 from grain_jax.verify.workdir import Mismatch

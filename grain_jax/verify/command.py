@@ -1,4 +1,4 @@
-"""python -m grain_jax.verify WORKDIR [--from STEP] [--steps K]: is this run what its receipt says?
+"""grain-jax verify WORKDIR [--from STEP] [--steps K]: is this run what its receipt says?
 
 Checks that the records of the saves form one unbroken chain, and that checkpoints, metrics and config are
 the recorded ones. Then trains K steps again, from a checkpoint (or from the seed: --from 0), on the data of the
@@ -6,18 +6,18 @@ run: batches must be equal on any number of devices, parameters bit for bit wher
 recorded ones, and losses within a tolerance elsewhere. Status 0: proved; 1: it is not; 2: it cannot be checked.
 """
 
-import argparse
 import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 
 import jax
 from etils import epath
 
 from grain_jax import errors
+from grain_jax.cli.verify import parser
 from grain_jax.runtime import receipt
-from grain_jax.runtime.arguments import Parser
 from grain_jax.verify import replay, workdir
 
 STEPS = 5  # where no checkpoint says how far
@@ -86,12 +86,6 @@ def _last_step(run: workdir.Run, first: int, steps: int | None) -> int:
     return last
 
 
-def _whole_number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of steps")
-    return int(text)
-
-
 def _recorded_devices(folder: epath.Path) -> int:
     """The largest number of CPU devices of the run; 0 for other devices, for too many to imitate, or bad records."""
     try:
@@ -103,19 +97,9 @@ def _recorded_devices(folder: epath.Path) -> int:
     return count if 0 < count <= MOST_DEVICES else 0
 
 
-def main(argv: list[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and verifies; 0: proved, 1: not."""
-    parser = Parser(prog="grain_jax.verify", description=__doc__)
-    parser.add_argument("workdir", help="of a run")
-    parser.add_argument(
-        "--from", dest="start", type=_whole_number, metavar="STEP", help="a kept checkpoint, or 0"
-    )
-    parser.add_argument(
-        "--steps", type=_whole_number, metavar="K", help="default: up to the next kept checkpoint"
-    )
-    args = parser.parse_args(argv[1:])
-    if args.steps == 0:
-        parser.error("--steps: got 0, expected at least 1")
+    args = parser().parse_args(arguments)
     devices = _recorded_devices(epath.Path(args.workdir))
     if devices and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", devices)  # virtual ones, as the run had

@@ -173,7 +173,10 @@ def test_the_command(noisy, monkeypatch, capsys):
         (["--train={}/test"], "train: got {}/test, which are the test's images"),
         (["--train={}/train", "--shots=9,all"], "shots: got 9, expected fewer than each class has"),
         (["--train={}/train", "--shots=x"], "--shots: got 'x', expected images a class, or all"),
-        (["--train={}/train", "--seeds=0"], "--seeds: got 0, expected at least 1"),
+        (
+            ["--train={}/train", "--seeds=0"],
+            "--seeds: got '0', expected a whole number of at least 1",
+        ),
         (["--train={}/other"], "only in train: ant; only in the test: bee, cow, doe"),
         (["--shots=5"], "shots: got 5, expected fewer than each class has training images"),
     ],

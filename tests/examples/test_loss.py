@@ -5,15 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from grain_jax.launch import sweep_runs
-from ml_collections import config_flags
 
 from examples.loss.uniformity import uniformity
-from grain_jax import losses, train
+from grain_jax import errors, losses, train
+from grain_jax.cli import config_file
 from grain_jax.input_pipeline import synthetic
 from grain_jax.models.grain import GRAIN
-from grain_jax.runtime import command_line
 from grain_jax.training import sharding, train_step
 from tests import tiny
 from tests.losses.test_losses import _outputs
@@ -106,18 +104,14 @@ def test_a_run_trains_on_it(tmp_path, microbatches):
     }
 
 
-def parse(monkeypatch, *given):
+def parse(*given):
     """The Config of a command line."""
-    values = flags.FlagValues()
-    monkeypatch.setattr(flags, "FLAGS", values)
-    argv = ["train", f"--config={ROOT / 'tests/run_config.py'}", *given]
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    return command_line.parse_config(argv, holder)
+    return config_file.load(str(ROOT / "tests/run_config.py"), given)
 
 
-def test_the_command_line_switches_it_on(monkeypatch):
+def test_the_command_line_switches_it_on():
     key = "--config.loss.terms.uniformity"
-    config = parse(monkeypatch, f"{key}.term={TERM}", f"{key}.weight=0.1", f"{key}.t=3")
+    config = parse(f"{key}.term={TERM}", f"{key}.weight=0.1", f"{key}.t=3")
     assert config.loss.terms == {"uniformity": {"term": TERM, "weight": 0.1, "t": 3}}
     assert losses.terms_of(config.loss)[-1][1] == 0.1
     point = sweep_runs.resolve(config, {"loss.terms.uniformity.weight": 0.5})
@@ -132,9 +126,8 @@ def test_the_command_line_switches_it_on(monkeypatch):
         (("weigth=1",), "loss.terms.uniformity.weight: got None, expected a finite number"),
     ],
 )
-def test_what_is_wrong_is_one_line(options, fault, monkeypatch, capsys):
+def test_what_is_wrong_is_one_line(options, fault):
     key = "--config.loss.terms.uniformity"
-    with pytest.raises(SystemExit) as ended:
-        parse(monkeypatch, f"{key}.term={TERM}", *(f"{key}.{option}" for option in options))
-    assert ended.value.code == 2
-    assert fault in capsys.readouterr().err
+    with pytest.raises(errors.UserError) as caught:
+        parse(f"{key}.term={TERM}", *(f"{key}.{option}" for option in options))
+    assert fault in str(caught.value)

@@ -29,7 +29,7 @@ def run(main: Callable[[Sequence[str]], int | None], arguments: Sequence[object]
             status = main([str(argument) for argument in arguments]) or 0
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 1
-        except errors.UserError as error:  # `command_line.main` prints it
+        except errors.UserError as error:  # `process.run` prints it
             print(error, file=err)
             status = error.status
     return Outcome(status, out.getvalue(), err.getvalue(), time.monotonic() - start)

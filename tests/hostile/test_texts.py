@@ -13,10 +13,10 @@ from grain_jax.data.inspect import sheet
 from hypothesis import strategies as st
 
 from grain_jax import errors, printable
+from grain_jax.cli import process
 from grain_jax.evaluate import tables
 from grain_jax.files import images
 from grain_jax.report import pictures
-from grain_jax.runtime import command_line
 from tests import record_sets
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.hostile import cases
@@ -65,7 +65,7 @@ def test_an_errors_lines_cannot_move_the_terminal(text):
 
 def test_fail_prints_them_so(capsys):
     with pytest.raises(SystemExit):
-        command_line.fail(errors.UserError(NASTY[2]))
+        process.fail(errors.UserError(NASTY[2]))
     assert capsys.readouterr().err == "\\x1b[2J\\x1b[1;1Howned\\x07\\r\\x08\n"
 
 

@@ -308,7 +308,7 @@ def test_a_run_keeps_its_mixture(folder, tmp_path, capsys):
     moved.symlink_to(folder)
     train.train(run(entries(moved), 8), workdir)
     capsys.readouterr()
-    status = verify.main(["verify", str(workdir), "--from", "4"])
+    status = verify.main([str(workdir), "--from", "4"])
     out, err = capsys.readouterr()
     assert status == 0 and "bit for bit" in out, out + err
 

@@ -51,7 +51,7 @@ def test_each_process_has_its_number_its_devices_and_the_users_flags():
         first, second = (line for line in lines if line.startswith(f"[{index}] "))
         coordinator, *rest = first.split()[1:]
         assert coordinator.startswith("--coordinator=127.0.0.1:")
-        assert rest == ["--processes=2", f"--process_id={index}"]
+        assert rest == ["--processes=2", f"--process-id={index}"]
         assert second.endswith(" --xla_a=1 --xla_force_host_platform_device_count=3 cpu")
 
 
@@ -59,7 +59,7 @@ def test_the_process_that_fails_is_named_and_the_others_are_ended():
     began = time.monotonic()
     status, said = _run("time.sleep(0 if me == 1 else 60); sys.exit(3)", "--processes=3")
     assert status == 3
-    assert "launch.local: process 1 ended with status 3; ending the others" in said
+    assert "grain-jax local: process 1 ended with status 3; ending the others" in said
     assert time.monotonic() - began < 30
 
 
@@ -72,8 +72,8 @@ time.sleep(1)
 os.kill(os.getpid(), signal.SIGKILL)"""
     status, said = _run(script, "--processes=2", "--grace=0.5")
     assert status == 128 + signal.SIGKILL
-    assert "launch.local: process 1 was ended by signal 9 (SIGKILL); ending the others" in said
-    assert "launch.local: process 0 did not end within 0.5 s; killing it" in said
+    assert "grain-jax local: process 1 was ended by signal 9 (SIGKILL); ending the others" in said
+    assert "grain-jax local: process 0 did not end within 0.5 s; killing it" in said
 
 
 def test_the_one_that_died_is_named_not_those_that_jax_then_aborts():
@@ -100,7 +100,7 @@ def test_signals_are_passed_on_and_the_status_is_theirs(number, status):
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == status
-    assert "launch.local:" not in said
+    assert "grain-jax local:" not in said
 
 
 def test_a_signal_before_the_processes_can_listen_is_a_preemption_too():
@@ -165,7 +165,7 @@ def test_wrong_usage_is_one_line_and_status_2(flags):
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("python -m launch.local: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("grain-jax local: ") and done.stderr.count("\n") == 1
 
 
 def test_a_command_that_does_not_exist_is_said():

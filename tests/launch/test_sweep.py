@@ -12,15 +12,14 @@ import types
 
 import pytest
 import yaml
-from absl import flags
 from etils import epath
 from grain_jax.launch import jobs, sweep, sweep_clusters, sweep_runs, sweep_table
 
 from benchmarks import claim, claim_results
 from benchmarks import claim_design as design
 from grain_jax import errors, recipe
+from grain_jax.cli import config_file, train
 from grain_jax.recipe import points
-from grain_jax.runtime import command_line
 from tests import test_claim, tiny
 from tests.paths import ROOT
 
@@ -105,7 +104,7 @@ def test_all_faults_are_told_at_once(tmp_path):
     assert lines[1] == "batch_size: got 0, expected at least 1 (in seed=2,batch_size=0)"
 
 
-def test_a_run_s_command_line_gives_the_config_that_was_checked(tmp_path, monkeypatch):
+def test_a_run_s_command_line_gives_the_config_that_was_checked(tmp_path):
     overrides = {
         "optim.learning_rate": 3e-5,
         "optim.b1": 1,
@@ -117,11 +116,8 @@ def test_a_run_s_command_line_gives_the_config_that_was_checked(tmp_path, monkey
     }
     (run,) = make(tmp_path, [overrides])
     assert run.config.total_steps is None and run.config.total_epochs == 0.5
-    argv = ["train", *(a for a in run.arguments if not a.startswith("--workdir"))]
-    monkeypatch.setattr(sys, "argv", argv)  # ml_collections reads it
-    monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
-    holder = command_line.config_flags.DEFINE_config_file("config", flag_values=flags.FLAGS)
-    assert command_line.parse_config(argv, holder) == run.config
+    args = train.parser().parse_args(run.arguments)
+    assert config_file.load(args.config, args.overrides) == run.config
 
 
 def make(tmp_path, overrides, **base):
@@ -561,7 +557,7 @@ def test_a_sweep_from_the_command_line(tmp_path):
 
 
 def test_the_command_loads_no_jax():
-    code = "import sys, launch.sweep; print(sorted({'jax', 'tensorflow'} & set(sys.modules)))"
+    code = "import sys, grain_jax.launch.sweep; print(sorted({'jax', 'tensorflow'} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

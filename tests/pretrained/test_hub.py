@@ -184,7 +184,7 @@ def test_without_the_package(monkeypatch):
 @pytest.mark.parametrize(
     "arguments,line",
     [
-        (["pack", "--push", "org/new"], "--push: got the command pack, expected to-hf"),
+        (["pack", "--push", "org/new"], "grain-jax convert pack: --push: no such flag"),
         (["to-hf", "--private"], "--private: expected --push ORG/NAME with it"),
     ],
 )

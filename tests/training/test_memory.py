@@ -228,7 +228,7 @@ def test_commands_that_load_a_model_say_it(main, arguments, monkeypatch, capsys)
     monkeypatch.setitem(
         convert_command.COMMANDS,
         "to-torch",
-        convert_command.COMMANDS["to-torch"]._replace(run=_runs_out),
+        _runs_out,
     )
     assert main(arguments) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -259,9 +259,9 @@ def test_the_command_with_a_million_images(tmp_path):
 def test_the_command_whose_step_is_refused_by_the_allocator(tmp_path):
     """As it is where others hold the memory, or a TPU's compiler does not find room."""
     code = (
-        "import jax; from grain_jax import train; from grain_jax.runtime import command_line\n"
+        "import jax; from grain_jax import train; from grain_jax.cli import process\n"
         f"def step(*_): raise jax.errors.JaxRuntimeError({XLA!r})\n"
-        "train.train = step; command_line.main(train.main)"
+        "train.train = step; process.run(train.main)"
     )
     status, lines = _command(["-c", code], f"--workdir={tmp_path}", "--config.batch_size=4096")
     assert status == 2 and len(lines) == 1, lines

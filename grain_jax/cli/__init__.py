@@ -1,0 +1,1 @@
+"""The command line: `grain-jax SUB ...`. The flags of every command, and what reads them; imports nothing heavy."""

@@ -1,0 +1,161 @@
+"""The commands of `grain-jax`: where the parser and the main function of each are (about.py has a line about each).
+
+`parsers` gives the parser of every command, for the documentation and the tests; `main` is the command itself. A
+command's arguments are parsed before its module is imported: help and wrong usage need nothing heavy.
+"""
+
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from grain_jax import __version__
+from grain_jax.cli import nearest, process
+from grain_jax.cli.about import ABOUT
+from grain_jax.cli.parser import Parser
+
+
+class Command(NamedTuple):
+    """A command; both places are `module:function`."""
+
+    parser: str  # () -> Parser
+    main: str  # (arguments) -> exit status, or None for 0
+
+
+COMMANDS = {
+    "train": Command(
+        "grain_jax.cli.train:parser",
+        "grain_jax.train:console",
+    ),
+    "evaluate": Command(
+        "grain_jax.cli.evaluate:parser",
+        "grain_jax.evaluate.__main__:main",
+    ),
+    "build": Command(
+        "grain_jax.data.arguments:build_parser",
+        "grain_jax.data.build:main",
+    ),
+    "annotate": Command(
+        "grain_jax.data.annotate.arguments:parser",
+        "grain_jax.data.annotate.__main__:main",
+    ),
+    "inspect": Command(
+        "grain_jax.data.inspect.arguments:parser",
+        "grain_jax.data.inspect.__main__:main",
+    ),
+    "convert": Command(
+        "grain_jax.cli.convert:parser",
+        "grain_jax.convert.__main__:main",
+    ),
+    "export": Command(
+        "grain_jax.cli.export:parser",
+        "grain_jax.export:main",
+    ),
+    "report": Command(
+        "grain_jax.cli.report:parser",
+        "grain_jax.report.__main__:main",
+    ),
+    "demo": Command(
+        "grain_jax.cli.demo:parser",
+        "grain_jax.demo.__main__:main",
+    ),
+    "verify": Command(
+        "grain_jax.cli.verify:parser",
+        "grain_jax.verify.command:main",
+    ),
+    "plan": Command(
+        "grain_jax.launch.arguments:plan_parser",
+        "grain_jax.launch.plan:main",
+    ),
+    "sweep": Command(
+        "grain_jax.launch.arguments:sweep_parser",
+        "grain_jax.launch.sweep:main",
+    ),
+    "local": Command(
+        "grain_jax.launch.arguments:local_parser",
+        "grain_jax.launch.local:main",
+    ),
+    "aviary": Command(
+        "grain_jax.data.aviary.arguments:parser",
+        "grain_jax.data.aviary.__main__:main",
+    ),
+}
+
+
+def parsers() -> dict[str, Parser]:
+    """The parser of each command, and of each kind of a command: "train", ..., "evaluate", "evaluate zeroshot", ...
+
+    `Parser.about`, `Parser.description`, `Parser.arguments()` and `Parser.example` are what a page about a command
+    needs. Imports neither JAX, numpy, TensorFlow nor PyTorch.
+    """
+    found: dict[str, Parser] = {}
+    for name, command in COMMANDS.items():
+        found[name] = _at(command.parser)()
+        found |= {f"{name} {kind}": parser for kind, parser in found[name].kinds.items()}
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`grain-jax SUB ...`; exits with the command's status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    process.run(lambda given: _main(given or []), words)
+
+
+def _main(words: Sequence[str]) -> int | None:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0 if words else process.USAGE_ERROR
+    if words[0] in ("--version", "-V", "version"):
+        print(version())
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        known = [*COMMANDS, "--help", "--version"]
+        process.fail(f"grain-jax {name}: no such command; {nearest.did_you_mean(name, known)}")
+    command = COMMANDS[name]
+    _at(command.parser)().parse_known_args(rest)
+    return _at(command.main)(rest)
+
+
+def help_text() -> str:
+    """What `grain-jax --help` prints."""
+    lines = [f"  {name:10}{ABOUT[name]}" for name in COMMANDS]
+    return "\n".join(
+        [
+            "usage: grain-jax COMMAND [--flags]",
+            "",
+            "GRAIN: vision-language pretraining that grounds descriptions in images, in JAX.",
+            "",
+            *lines,
+            "",
+            "  grain-jax COMMAND --help   the command's flags, with an example",
+            "  grain-jax --version        this package, Python, JAX and what else runs",
+            "",
+            "Example:",
+            "  grain-jax train --config demo --workdir runs/demo",
+        ]
+    )
+
+
+def version() -> str:
+    """This package, Python, and the installed packages that results depend on; a line each."""
+    lines = [f"grain_jax {__version__}", f"Python {sys.version.split()[0]}"]
+    for name, distributions in (
+        ("JAX", ("jax",)),
+        ("Flax", ("flax",)),
+        ("numpy", ("numpy",)),
+        ("TensorFlow", ("tensorflow", "tensorflow-cpu")),
+    ):
+        for distribution in distributions:
+            try:
+                lines.append(f"{name} {importlib.metadata.version(distribution)}")
+                break
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    return "\n".join(lines)
+
+
+def _at(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)

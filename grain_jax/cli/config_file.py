@@ -1,0 +1,235 @@
+"""`--config FILE[:ARG]` or `NAME[:ARG]`: which file is meant, and its config with the overrides of the command line.
+
+ml_collections loads the file and parses the overrides by the types of their keys; errors are one line.
+"""
+
+import ast
+import contextlib
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from grain_jax import config as config_lib
+from grain_jax import errors, named
+from grain_jax.cli import nearest
+from grain_jax.config.evals import same_place
+
+_PACKAGE = "grain_jax.configs"
+_NOT_CONFIGS = ("__init__", "common", "points")  # files of that folder that others import
+# Keys that the config file need not have: those of loss terms, and options of one's own tower or data source.
+_OPEN = re.compile(r"loss\.terms\.\w+\.\w+|(model\.(image|text)|input)\.options\.\w+")
+_UNSET = ("None", "none", "{}")  # values that take an evaluator out, or all of them
+
+
+def load(
+    given: str | None,
+    overrides: Sequence[str] = (),
+    resolve: Callable[[Any], Any] = config_lib.from_dict,
+) -> Any:
+    """The config of a file, with overrides.
+
+    `total_steps` of the overrides wins over the file's `total_epochs`, and the other way round; so do the two lengths
+    of the warm-up. `--config.evals.NAME=None` takes an evaluator out, `--config.evals=None` all.
+    `--config.loss.terms.NAME.KEY` may be a key that the file has not got.
+
+    Args:
+      given: as `--config` takes it; None: it was not given.
+      overrides: `--config.KEY=VALUE`.
+      resolve: makes of the config what is returned; a config.Config by default.
+
+    Raises:
+      UserError: no such file or key, a fault in the file, or a value of another type; a line a fault.
+    """
+    if not given:
+        raise errors.UserError("--config: missing; e.g. --config demo, or a file of your own")
+    path, argument = find(given, "config")
+    words = ["grain-jax", f"--config={path}{argument}"]
+    try:
+        with running_file(path, "config"):
+            # The file alone first, to know its keys.
+            file = _parse(words).value
+            if not hasattr(file, "copy_and_resolve_references"):
+                raise TypeError(f"get_config() returned {file!r}, expected a ConfigDict")
+            known = _keys(file)
+        keys = _keys_of(overrides)
+        for key in keys:
+            if key not in known and not _OPEN.fullmatch(key):
+                raise errors.UserError(f"--config.{key}: {config_lib.unknown_key(key, known)}")
+        new = [a for a, key in zip(overrides, keys) if key not in known]
+        unset = _unset(overrides)
+        plain = [a for a in overrides if a not in new and a not in unset]
+        config = _parse([*words, *plain]).value.copy_and_resolve_references().unlock()
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, errors.UserError):
+            raise
+        raise errors.UserError(" ".join(str(error).split())) from None
+    _set_new(config, new)
+    for pair in config_lib.EITHER_OR:
+        for key, other in (pair, pair[::-1]):
+            if key in keys and other not in keys:
+                config.update_from_flattened_dict({other: None})
+    for entry in list(config.get("evals", ())):
+        if {"evals", f"evals.{entry}"} & set(unset.values()):
+            del config.evals[entry]
+    with named.importing():  # the classes that the config of the user names
+        return resolve(config)
+
+
+def _keys_of(words: Sequence[str]) -> list[str]:
+    """The keys that overrides set, such as `optim.learning_rate`."""
+    return [word.partition("=")[0].removeprefix("--config.") for word in words]
+
+
+def _parse(words: list[str]) -> flags.FlagHolder:
+    """ml_collections' flag after it parsed the words, the first of which is the program's name."""
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=words)
+    values(words)
+    return holder
+
+
+def _set_new(config: Any, overrides: Sequence[str]) -> None:
+    """Sets keys that the file has not got."""
+    for word, key in zip(overrides, _keys_of(overrides)):
+        *groups, option = key.split(".")
+        part = config
+        for group in groups:
+            if part.get(group) is None:
+                part[group] = ConfigDict()
+            part = part[group]
+        part[option] = _literal(word.partition("=")[2])
+
+
+def _keys(config: Any, prefix: str = "") -> list[str]:
+    out = []
+    for key in config:
+        out.append(prefix + key)
+        if isinstance(config[key], ConfigDict):
+            out += _keys(config[key], f"{prefix}{key}.")
+    return out
+
+
+def _unset(overrides: Sequence[str]) -> dict[str, str]:
+    """Those of `overrides` that are about a whole evaluator (`evals.NAME`) or all (`evals`): word -> key.
+
+    Raises:
+      UserError: one has another value than None, which is all that a whole evaluator can be set to.
+    """
+    found = {}
+    for word in overrides:
+        key, _, value = word.removeprefix("--config.").partition("=")
+        if key == "evals" or (key.startswith("evals.") and key.count(".") == 1):
+            if value not in _UNSET:
+                what = "the evaluators" if key == "evals" else "the evaluator"
+                example = "evals.NAME.images" if key == "evals" else f"{key}.images"
+                raise errors.UserError(
+                    f"--config.{key}: got {value!r}, expected None, which takes {what} out, or a key of"
+                    f" one, such as --config.{example}=FOLDER"
+                )
+            found[word] = key
+    return found
+
+
+def _literal(text: str) -> Any:
+    """The number, text, list or other literal that a value of the command line is; else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return {"true": True, "false": False}.get(text, text)
+
+
+def find(given: str, flag: str) -> tuple[str, str]:
+    """The file that `--config` or `--sweep` names, and what follows it from a colon on.
+
+    A file that exists is itself. Otherwise NAME, configs/X.py and, for --sweep, sweeps/NAME are files of the
+    package; a line on stderr says so where another reading was possible.
+
+    Args:
+      given: FILE[:ARG] or NAME[:ARG].
+      flag: "config" or "sweep", for messages.
+
+    Raises:
+      UserError: neither is there; the line has the nearest name of the package, or all.
+    """
+    name, colon, argument = given.partition(":")
+    if "://" in given:  # a remote file, whose name has a colon
+        scheme, _, rest = given.partition("://")
+        name, colon, argument = rest.partition(":")
+        name = f"{scheme}://{name}"
+    if epath.Path(name).is_file():
+        return name, colon + argument
+    shipped = packaged(flag)
+    stem = name.removesuffix(".py")
+    for folder in ("configs/", "sweeps/") if flag == "sweep" else ("configs/",):
+        stem = stem.removeprefix(folder)
+    if stem not in shipped:
+        raise errors.UserError(
+            f"--{flag}: no such file {name}; expected one, or the name of one of the package:"
+            f" {nearest.did_you_mean(stem, shipped)}"
+        )
+    written = epath.Path(name) if name.endswith(".py") else epath.Path(f"{name}.py")
+    here = (written, epath.Path(f"configs/{stem}.py"))
+    beside = [p for p in here if p.is_file() and not same_place(str(p), str(shipped[stem]))]
+    if beside or (len(written.parts) > 1 and written.parent.is_dir()):
+        rather = f"; the file {beside[0]} is named by its whole path" if beside else ""
+        print(f"--{flag} {given}: taken from the package, {shipped[stem]}{rather}", file=sys.stderr)
+    return str(shipped[stem]), colon + argument
+
+
+def packaged(flag: str = "config") -> dict[str, epath.Path]:
+    """Name -> file of the configs (or, for "sweep", of the sweeps) of the package."""
+    found = importlib.util.find_spec(_PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        return {}
+    folder = epath.Path(list(found.submodule_search_locations)[0])
+    folder = folder / "sweeps" if flag == "sweep" else folder
+    files = sorted(folder.glob("*.py"), key=lambda path: path.stem)
+    return {path.stem: path for path in files if path.stem not in _NOT_CONFIGS}
+
+
+@contextlib.contextmanager
+def running_file(path: str, flag: str) -> Iterator[None]:
+    """Runs a Python file of the user inside: it may import files of its folder, and its faults are one line.
+
+    Args:
+      path: the file.
+      flag: which names it, for the message.
+
+    Raises:
+      UserError: whatever goes wrong, with the line of the file.
+    """
+    folder = str(epath.Path(path).parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    except errors.UserError:
+        raise
+    except Exception as error:
+        raise errors.UserError(f"--{flag}: {_cause_in(path, error)}") from None
+    finally:
+        sys.path.remove(folder)
+
+
+def _cause_in(path: str, error: Exception) -> str:
+    """Where in the file the error comes from, and what it is."""
+    cause: BaseException | None = error
+    while cause is not None:  # ml_collections and absl wrap the file's own error
+        frames = [f for f in traceback.extract_tb(cause.__traceback__) if f.filename == path]
+        line = frames[-1].lineno if frames else None
+        if isinstance(cause, SyntaxError) and cause.filename == path:
+            line = cause.lineno
+        if line is not None:
+            advice = ""
+            if isinstance(cause, ModuleNotFoundError) and str(cause.name).startswith("configs"):
+                advice = "; what configs share can be imported from anywhere as grain_jax.recipe"
+            return f"{path}:{line}: {type(cause).__name__}: {' '.join(str(cause).split())}{advice}"
+        cause = cause.__cause__ or cause.__context__
+    # ml_collections' message is the whole traceback: the cause is last.
+    return f"{path}: {str(error).strip().splitlines()[-1]}"

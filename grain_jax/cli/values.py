@@ -1,0 +1,52 @@
+"""Types of arguments, each with an error that says what was expected."""
+
+import argparse
+import math
+from collections.abc import Callable
+
+# What --checkpoint names, in every command.
+CHECKPOINT = "workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME"
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
+
+
+def whole(text: str) -> int:
+    """A whole number, 0 or more."""
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, 0 or more")
+
+
+def share(text: str) -> float:
+    """A share, from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if 0 <= value <= 1:
+        return value
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected a share from 0 to 1")
+
+
+def number(
+    kind: type[int] | type[float], low: float, high: float = math.inf
+) -> Callable[[str], float]:
+    """The type of an argument that is a number in [low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            bounds = f"in {low}..{high}" if high < math.inf else f"of at least {low:g}"
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {what} {bounds}")
+        return value
+
+    return parse
