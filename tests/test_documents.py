@@ -5,10 +5,13 @@ import functools
 import io
 import pathlib
 import re
+import shlex
 import tokenize
 
 import pytest
 
+from grain_jax import errors
+from grain_jax.cli import commands, config_file
 from tests.paths import ROOT
 
 WIDTH = 120  # columns of a document's line, tables and lines with a URL apart
@@ -18,6 +21,7 @@ SUFFIXES = "py md sh js css yaml yml toml sbatch".split()
 PLACEHOLDERS = {
     "X.py",
     "Y.py",
+    "configs/NAME.py",
     "configs/X.py",
     "configs/sweeps/Y.py",
     "data/sources/NAME.py",
@@ -56,6 +60,7 @@ QUIRKS = re.compile(r"\b[Qq]uirks? ((?:\d+(?:, | and |-)?)+)")
 MODULE = re.compile(r"python3? -m ((?:grain_jax|data|launch|benchmarks|tests)(?:\.\w+)*)")
 LINK = re.compile(r"(?<!\\)\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
+PARSERS = commands.parsers()
 
 
 @functools.cache
@@ -100,7 +105,7 @@ def sources() -> tuple[str, ...]:
         for name in tracked()
         if (pathlib.PurePath(name).suffix in kinds or name in (".ci/run", "launch/Dockerfile"))
         and not name.startswith(("tests/goldens/", "benchmarks/results/"))
-        and name != "tests/test_documents.py"
+        and name not in ("tests/test_documents.py", "mkdocs.yml")  # a strict build checks its menu
     )
 
 
@@ -240,3 +245,89 @@ def test_an_index_has_every_document():
 
 def test_readme_is_a_front_page():
     assert len(text_of("README.md").splitlines()) <= 100
+
+
+# Blocks of shell, where each line is a command; `grain-jax ...` in backticks is one too.
+SHELL = re.compile(r"^```(?:bash|console|sh)\n(.*?)^```", re.M | re.S)
+OF_THE_COMMAND = re.compile(
+    rf"-m (?:grain_jax|data|launch)\.({'|'.join(commands.COMMANDS)})\b(?!\.)"
+)
+
+
+def written_commands(name: str) -> list[tuple[str, list[str]]]:
+    """(place, the words after `grain-jax`) of each command of a document."""
+    text, found = text_of(name), []
+    for block in SHELL.finditer(text):
+        line = 1 + text.count("\n", 0, block.start(1))
+        for command in re.findall(r"(?:.*\\\n)*.*\n", block[1]):
+            words = words_of(command.replace("\\\n", " "))
+            found += [(f"{name}:{line}", each) for each in words]
+            line += command.count("\n")
+    for match in re.finditer(r"`(grain-jax\s[^`]+)`", FENCE.sub("", text)):
+        found += [(name, words) for words in words_of(match[1]) if len(words) > 1]
+    return found
+
+
+def words_of(line: str) -> list[list[str]]:
+    """The words after `grain-jax` of each command in a line of shell, without brackets around what may be left out."""
+    found: list[list[str]] = []
+    inside = False
+    for word in shlex.split(line, comments=True):
+        if word == "grain-jax" and not (inside and "--" in found[-1]):
+            found.append([])
+            inside = True
+        elif word in ("&&", "||", ";", "|", ">", "&", "<"):
+            inside = False
+        elif inside:
+            found[-1].append(word if "=" in word else word.strip("[]"))
+    return found
+
+
+def fault_of(words: list[str]) -> str:
+    """What the parser of the command says to the words, and to the keys of a config of the package; "" for nothing."""
+    name, *rest = words
+    if name not in commands.COMMANDS:
+        return "" if name in ("SUB", "--version") else f"no such command: {name}"
+    if {"...", "--help", "--help-config"} & set(rest):
+        return ""
+    rest = ["1" if word in ("N", "K", "P", "STEP") else word for word in rest]
+    kinds = PARSERS[name].kinds
+    if kinds and (rest[0].isupper() or rest[1:] == [] and rest[0] in kinds):
+        return ""  # any kind, or a mention of one
+    try:
+        found, _ = PARSERS[name].parse_known_args(rest)
+        config, _, argument = (getattr(found, "config", None) or "").partition(":")
+        if config in config_file.packaged():
+            of_package = argument and not argument.isupper() and not argument.startswith("runs/")
+            given = f"{config}:{argument}" if of_package else config
+            config_file.load(given, found.overrides, resolve=lambda tree: tree)
+    except errors.UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", documents())
+def test_commands_take_their_flags(name):
+    faults = [
+        f"{place}: {fault_of(words)}" for place, words in written_commands(name) if fault_of(words)
+    ]
+    assert not faults, "\n".join(faults)
+
+
+def test_a_wrong_command_is_found():
+    (words,) = words_of(
+        "srun -N4 grain-jax train --config demo --workdir R --config.batchsize=3 | tee log"
+    )
+    assert words == ["train", "--config", "demo", "--workdir", "R", "--config.batchsize=3"]
+    assert "did you mean batch_size?" in fault_of(words)
+    assert "did you mean --workdir?" in fault_of(["train", "--config", "demo", "--work-dir", "R"])
+    assert "no such command" in fault_of(["trian"])
+    nested = words_of(
+        "grain-jax local --processes 2 -- grain-jax train --config demo && grain-jax export"
+    )
+    assert [words[0] for words in nested] == ["local", "export"]
+
+
+@pytest.mark.parametrize("name", [name for name in documents() if name != "CHANGELOG.md"])
+def test_documents_write_the_one_command(name):
+    assert OF_THE_COMMAND.findall(text_of(name)) == []

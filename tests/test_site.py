@@ -1,15 +1,24 @@
 """The site: links of documents lead to its pages, and its page of config keys has all of them."""
 
+import functools
+import http.server
+import json
+import subprocess
 import sys
+import threading
 
 import pytest
 
+from grain_jax.cli import commands as cli
 from grain_jax.config import listing
+from tests import browser
 from tests.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "docs/site"))
+import commands  # noqa: E402
 import config_keys  # noqa: E402
 import hook  # noqa: E402
+import notebooks  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -51,3 +60,97 @@ def test_the_page_of_config_keys_has_every_key():
     assert comment.startswith("Factor per layer of the learning rates of the towers")
     assert facts == "`float` · default `1` · 0.01 to 1 · role *numbers*\n{ .facts }"
     assert "#### `evals.NAME.descriptions` { #zeroshot.evals.NAME.descriptions }" in text
+
+
+def test_a_notebook_is_a_page():
+    cells = [
+        dict(cell_type="markdown", source=["# Load\n", "a model"]),
+        dict(
+            cell_type="code",
+            source=["x = 1\n", "x"],
+            outputs=[
+                dict(output_type="stream", name="stdout", text=["read\n", "done\n"]),
+                dict(output_type="execute_result", data={"text/plain": ["1"]}),
+                dict(
+                    output_type="display_data", data={"image/png": "iVBO\nRw0K", "text/plain": "f"}
+                ),
+            ],
+        ),
+        dict(cell_type="code", source="y = 2", outputs=[]),
+    ]
+    assert notebooks.markdown(json.dumps(dict(cells=cells))).split("\n\n") == [
+        "# Load\na model",
+        "````python\nx = 1\nx\n````",
+        "````text\nread\ndone\n````",
+        "````text\n1\n````",
+        "![What the cell above draws](data:image/png;base64,iVBORw0K)",
+        "````python\ny = 2\n````",
+    ]
+
+
+def test_a_page_of_every_command_has_every_flag():
+    pages = commands.pages()
+    assert {f"commands/{name}.md" for name in cli.COMMANDS} == set(pages)
+    missing = [
+        (name, flag.name)
+        for name, parser in cli.parsers().items()
+        if not parser.kinds
+        for title, flags in parser.arguments()
+        if title != "help"
+        for flag in flags
+        if f"#### `{flag.name}" not in pages[f"commands/{name.split()[0]}.md"]
+    ]
+    assert missing == []
+    build = pages["commands/build.md"]
+    assert "#### `--store-size S` { #store-size }" in build and "```bash\ngrain-jax build" in build
+
+
+def test_the_menu_has_every_command():
+    menu = (ROOT / "mkdocs.yml").read_text()
+    assert [name for name in cli.COMMANDS if f"- {name}: commands/{name}.md" not in menu] == []
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """The built site behind a server on loopback."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    handler = functools.partial(_Silent, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+class _Silent(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width, dark", [(1280, False), (400, True)])
+@pytest.mark.parametrize(
+    "page",
+    ["index", "commands/train", "config_keys", "api/losses", "howto/evaluator", "diagnostics"],
+)
+def test_a_page_in_a_browser(address, page, width, dark):
+    with browser.opened(f"{address}/{page}.html", width=width, dark=dark) as found:
+        assert found.complaints() == [] and found.broken_pictures() == []
+        wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert found.page.evaluate(wide) == 0
+        background = "getComputedStyle(document.body).backgroundColor"
+        assert (found.page.evaluate(background) == "rgb(255, 255, 255)") is not dark
+
+
+@pytest.mark.slow
+def test_the_search_finds_a_key(address):
+    with browser.opened(f"{address}/index.html") as found:
+        found.page.click("input.md-search__input")
+        found.page.keyboard.type("layer_decay", delay=60)
+        first = found.page.locator(".md-search-result__item a").first
+        first.wait_for()
+        assert "config_keys.html" in first.get_attribute("href")
+        assert found.complaints() == []

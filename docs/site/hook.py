@@ -8,7 +8,9 @@ import posixpath
 import re
 import tempfile
 
+import commands
 import config_keys
+import notebooks
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
@@ -17,6 +19,7 @@ BESIDE = ("configs", "data", "launch")
 # File of the repository -> its page, without the ending.
 _PAGES = {
     "data/SCHEMA.md": "schema",
+    "grain_jax/pretrained/aviary-tiny/README.md": "aviary_tiny",
     "CONTRIBUTING.md": "contributing",
     "CHANGELOG.md": "changelog",
     "SECURITY.md": "security",
@@ -30,8 +33,9 @@ _PAGES = {
 PAGES = {file: f"{page}.md" for file, page in _PAGES.items()}
 SOURCES = {page: file for file, page in PAGES.items()}
 # Mark in a document -> what makes the text in its place.
-MADE = {"<!-- config keys -->": config_keys.markdown}
+MADE = {"<!-- config keys -->": config_keys.markdown, "<!-- commands -->": commands.index}
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=[#)])")
+IMAGE = re.compile(r"^(!\[[^\]]*\]\((\S+\.png)\))$", re.M)
 FENCE = re.compile(r"(^```.*?^```$)", re.M | re.S)
 
 _TREE = tempfile.TemporaryDirectory()  # the package as the wheel has it; goes with the process
@@ -51,11 +55,15 @@ def on_config(config):
 
 
 def on_files(files, *, config):
-    """Adds the pages of files outside docs/."""
+    """Adds the pages of files outside docs/, and of the commands."""
     for page, file in SOURCES.items():
         text = (ROOT / file).read_text()
         if file.endswith(".py"):
             text = f"# {file}\n\n```python\n{text}```\n"
+        elif file.endswith(".ipynb"):
+            text = notebooks.markdown(text)
+        files.append(File.generated(config, page, content=text))
+    for page, text in commands.pages().items():
         files.append(File.generated(config, page, content=text))
     return files
 
@@ -66,7 +74,8 @@ def on_page_markdown(markdown, *, page, config, files):
     for mark, made in MADE.items():
         if mark in markdown:
             markdown = markdown.replace(mark, made())
-    return with_links_of_site(markdown, SOURCES.get(here, f"docs/{here}"), here)
+    markdown = with_links_of_site(markdown, SOURCES.get(here, f"docs/{here}"), here)
+    return IMAGE.sub(r"[\1](\2)", markdown)  # a click shows it whole
 
 
 def with_links_of_site(markdown: str, file: str, page: str) -> str:

@@ -256,8 +256,10 @@ def test_compiled_and_exported_to_onnx_it_gives_the_same(small, tmp_path):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own
-        module.export_onnx(tmp_path)  # made with 2 images, run with 3
-    run = lambda name, **feed: onnxruntime.InferenceSession(tmp_path / name).run(None, feed)
+        module.export_onnx(tmp_path / "made")  # with 2 images, run with 3
+    run = lambda name, **feed: onnxruntime.InferenceSession(tmp_path / "made" / name).run(
+        None, feed
+    )
     image, region, boxes = run("image.onnx", pixel_values=pixels.numpy())
     (text,) = run("text.onnx", input_ids=ids.numpy())
     found = dict(image_embed=image, text_embed=text, region_embed=region, boxes_xyxy=boxes)

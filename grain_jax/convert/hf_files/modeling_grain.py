@@ -7,6 +7,7 @@ B images, N texts, L tokens, Q region queries, D embedding, C classes, R target 
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -478,7 +479,7 @@ class GrainModel(GrainPreTrainedModel):
         return (pred - real).abs().sum() + (1 - overlap).sum()
 
     def export_onnx(self, folder):
-        """Writes `image.onnx` and `text.onnx` to `folder`; the batch size is dynamic.
+        """Writes `image.onnx` and `text.onnx` to `folder`, which is made; the batch size is dynamic.
 
         image.onnx: pixel_values -> image_embeds, region_embeds, boxes_xyxy. text.onnx: input_ids
         [N, context length] -> text_embeds. Needs the packages onnx and onnxscript.
@@ -499,6 +500,7 @@ class GrainModel(GrainPreTrainedModel):
                 ["text_embeds"],
             ),
         }
+        Path(folder).mkdir(parents=True, exist_ok=True)
         trains = self.training
         for name, (module, example, given, gives) in halves.items():
             torch.onnx.export(

@@ -1,0 +1,70 @@
+"""A page of every command, made from its parser: what it does, an example, its flags."""
+
+from grain_jax.cli import commands
+from grain_jax.cli.parser import Flag, Parser
+
+
+def index() -> str:
+    """The table of all commands."""
+    rows = [
+        f"| [`grain-jax {name}`]({name}.md) | {parser.about} |"
+        for name, parser in commands.parsers().items()
+        if " " not in name
+    ]
+    return "\n".join(["| command | does |", "|---|---|", *rows])
+
+
+def pages() -> dict[str, str]:
+    """Path on the site -> the text of the page."""
+    parsers = commands.parsers()
+    found = {}
+    for name, parser in parsers.items():
+        text = f"# grain-jax {name}\n\n{_about(parser)}"
+        if parser.kinds:
+            for kind, of_kind in parser.kinds.items():
+                text += f"\n\n## grain-jax {name} {kind}\n\n{_about(of_kind)}"
+                text += _flags(of_kind, "###", f"{kind}-")
+        else:
+            text += _flags(parser, "##", "")
+        if " " not in name:
+            found[f"commands/{name}.md"] = text + "\n"
+    return found
+
+
+def _about(parser: Parser) -> str:
+    more = "" if parser.kinds else (parser.description or "").partition("\n\n")[2]
+    about = parser.about[0].upper() + parser.about[1:]
+    return f"{_plain(about)}.\n\n```bash\n{parser.example}\n```\n\n{_plain(more)}".rstrip()
+
+
+def _flags(parser: Parser, level: str, prefix: str) -> str:
+    parts = []
+    for title, flags in parser.arguments():
+        if title == "help":
+            continue
+        parts.append(f"{level} {title[0].upper()}{title[1:]} {{ #{prefix}{_slug(title)} }}")
+        parts += [_flag(flag, prefix) for flag in flags]
+    return "\n\n" + "\n\n".join(parts)
+
+
+def _flag(flag: Flag, prefix: str) -> str:
+    facts = ["must be given"] if flag.required else []
+    facts += [f"one of {', '.join(flag.choices)}"] if flag.choices else []
+    if flag.default is not None and "(default" not in flag.help and flag.metavar:
+        facts.append(f"default `{flag.default}`")
+    name = f"{flag.name} {flag.metavar}".strip()
+    words = flag.help[:1].upper() + flag.help[1:]
+    text = f"#### `{name}` {{ #{prefix}{_slug(flag.name)} }}\n\n{_plain(words)}"
+    return text + (f"\n\n{' · '.join(facts)}\n{{ .facts }}" if facts else "")
+
+
+def _plain(text: str) -> str:
+    """Text of a terminal, with what Markdown would read as marks escaped."""
+    for mark in "\\*_<[{":
+        text = text.replace(mark, f"\\{mark}" if mark != "<" else "&lt;")
+    return text
+
+
+def _slug(text: str) -> str:
+    words = "".join(letter if letter.isalnum() else " " for letter in text).split()
+    return "-".join(words).lower()
