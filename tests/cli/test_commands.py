@@ -229,3 +229,12 @@ def test_version(capsys):
     assert lines["Python"] == sys.version.split()[0]
     assert lines["JAX"] == importlib.metadata.version("jax")
     assert set(lines) == {"grain_jax", "Python", "JAX", "Flax", "numpy", "TensorFlow"}
+
+
+def test_modules_of_the_folder_that_it_is_started_in_are_found_last(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            commands.main(["--help"])
+        assert (sys.path[-1], sys.path.count(str(tmp_path))) == (str(tmp_path), 1)
