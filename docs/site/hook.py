@@ -30,6 +30,8 @@ _PAGES = {
     "examples/data_source/shapes.py": "examples/data_source",
     "examples/source/csv_boxes.py": "examples/source",
 }
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "docs/notebooks").glob("*.ipynb"))
+_PAGES |= {f"docs/notebooks/{name}.ipynb": f"notebooks/{name}" for name in NOTEBOOKS}
 PAGES = {file: f"{page}.md" for file, page in _PAGES.items()}
 SOURCES = {page: file for file, page in PAGES.items()}
 # Mark in a document -> what makes the text in its place.
@@ -43,7 +45,14 @@ _TREE = tempfile.TemporaryDirectory()  # the package as the wheel has it; goes w
 
 @event_priority(100)  # before mkdocstrings reads its settings
 def on_config(config):
-    """Lets the reference find grain_jax.data and its kin, which lie beside grain_jax/ in a checkout."""
+    """Puts the notebooks into the menu, and lets the reference find grain_jax.data and its kin.
+
+    These lie beside grain_jax/ in a checkout.
+    """
+    if NOTEBOOKS:
+        pages = [f"notebooks/{name}.md" for name in NOTEBOOKS]
+        (how_to,) = [part["How to"] for part in config.nav if "How to" in part]
+        how_to.append({"Notebooks": pages})
     package = pathlib.Path(_TREE.name, "grain_jax")
     package.mkdir(exist_ok=True)
     parts = [*(ROOT / "grain_jax").iterdir(), *(ROOT / name for name in BESIDE)]
