@@ -10,13 +10,14 @@ BESIDE = ("configs", "data", "launch")
 
 DATA = [
     # tensorflow-cpu has no macOS arm64 wheel; plain tensorflow serves there.
-    "tensorflow-cpu>=2.18; sys_platform != 'darwin' or platform_machine != 'arm64'",
-    "tensorflow>=2.18; sys_platform == 'darwin' and platform_machine == 'arm64'",
+    "tensorflow-cpu>=2.18.1; sys_platform != 'darwin' or platform_machine != 'arm64'",
+    "tensorflow>=2.18.1; sys_platform == 'darwin' and platform_machine == 'arm64'",
     "tensorflow-datasets>=4.9.7",
-    "importlib_resources",  # needed by tfds download_and_prepare, not declared by it
+    "importlib_resources>=6.0",  # needed by tfds download_and_prepare, not declared by it
 ]
 # libtpu, which also compiles for TPUs on machines that have none (launch.plan).
 TPU = ["jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"]
+CUDA12 = ["jax[cuda12]"]
 TORCH = ["torch>=2.2"]
 # Conversions: what they read and write, and the packages that their parity reports run.
 INTEROP = [
@@ -89,29 +90,31 @@ setup(
         "grain_jax.launch": ["Dockerfile", "*.sh", "*.sbatch", "*.yaml"],
     },
     install_requires=[
-        "absl-py",
-        "etils[epath]",
-        "flatbuffers",  # needed by jax.export's files, not declared by it
+        "absl-py>=2.0",
+        "etils[epath]>=1.14",  # the first with Path.absolute
+        "flatbuffers>=24.3.25",  # needed by jax.export's files, not declared by it
         "flax>=0.10.4",
-        "ftfy",
+        "ftfy>=6.1.1",
         "jax>=0.7.0",
-        "jaxtyping",
-        "matplotlib",
+        "jaxtyping>=0.2.34",
+        "matplotlib>=3.8",
         "ml_collections>=1.0",
-        "numpy",
+        "numpy>=1.26",
         "optax>=0.2.5",  # the first with optax.assignment.hungarian_algorithm
-        "orbax-checkpoint>=0.11",
+        "orbax-checkpoint>=0.11.34",  # the first that reads an optimizer state alone
         "pillow>=10.1",
-        "regex",
-        "scipy",
-        "tensorboardX",
-        "tokenizers",
-        "tqdm",
+        "regex>=2023.12.25",
+        "scipy>=1.12",
+        "tensorboardX>=2.6.2.2",
+        "tokenizers>=0.20",
+        "tqdm>=4.66",
     ],
     extras_require={
         "data": DATA,
         "tpu": TPU,
-        "cuda": ["jax[cuda12]"],
+        "cuda": CUDA12,
+        "cuda12": CUDA12,
+        "cuda13": ["jax[cuda13]"],
         "torch": TORCH,
         "interop": INTEROP,
         "annotate": ANNOTATE,

@@ -5,6 +5,7 @@ import re
 import runpy
 import sys
 
+import pytest
 import setuptools
 
 from tests.paths import ROOT
@@ -44,11 +45,17 @@ EXTRAS = {
 HOSTS = {"big_vision", "clip_benchmark"}
 
 
-def _declared(monkeypatch):
-    """(base requirements, extra -> requirements), names alone."""
+def _setup(monkeypatch):
+    """What setup.py hands to setuptools."""
     found = {}
     monkeypatch.setattr(setuptools, "setup", lambda **given: found.update(given))
     runpy.run_path(str(ROOT / "setup.py"))
+    return found
+
+
+def _declared(monkeypatch):
+    """(base requirements, extra -> requirements), names alone."""
+    found = _setup(monkeypatch)
     names = lambda lines: {re.match(r"[\w.-]+", line)[0] for line in lines}  # noqa: E731
     extras = {extra: names(lines) for extra, lines in found["extras_require"].items()}
     return names(found["install_requires"]), extras
@@ -88,12 +95,24 @@ def test_what_others_import_for_us_is_declared(monkeypatch):
     assert "flatbuffers" in base
 
 
-def test_constraints_pin_what_is_declared(monkeypatch):
+def _pins(name):
+    """Distribution -> version, of a file of constraints."""
+    lines = (ROOT / name).read_text().splitlines()
+    return dict(re.split("[=<]=", line) for line in lines if not line.startswith("#"))
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-newest.txt"])
+def test_constraints_pin_what_is_declared(monkeypatch, name):
     base, extras = _declared(monkeypatch)
-    pinned = {
-        re.split("[=<]", line)[0]
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if not line.startswith("#")
-    }
     needed = (base | extras["dev"]) - {"tensorflow"}  # macOS's, beside tensorflow-cpu
-    assert not needed - pinned, needed - pinned
+    assert not needed - _pins(name).keys(), needed - _pins(name).keys()
+
+
+def test_the_lower_bounds_are_the_floors_that_are_run(monkeypatch):
+    found = _setup(monkeypatch)
+    floors = _pins("constraints-floors.txt")
+    short = lambda version: re.sub(r"(\.0)+$", "", version)  # noqa: E731
+    for line in found["install_requires"] + found["extras_require"]["data"]:
+        name, bound = re.match(r"([\w.-]+)(?:\[.*\])?>=([\w.]+)", line).groups()
+        if name != "tensorflow":
+            assert short(floors[name]) == short(bound), line

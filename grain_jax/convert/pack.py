@@ -37,7 +37,9 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     trained = _trained_tokens(epath.Path(read_from), model)
     packed = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params)
     embedding = packed["text"][_TOKENS]["embedding"]
-    packed["text"][_TOKENS]["embedding"] = np.where(trained[:, None], embedding, 0)
+    packed["text"][_TOKENS]["embedding"] = np.where(
+        trained[:, None], embedding, np.zeros_like(embedding)
+    )
     given = _inputs(model, trained)
     rounded = jax.tree.map(lambda x: x.astype(np.float32), packed)
     found = parity.compare(
