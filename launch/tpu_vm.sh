@@ -37,9 +37,10 @@ case $action in
     git archive --output="$checkout" HEAD
     gcloud compute tpus tpu-vm scp "$checkout" "$TPU:grain.tar" --zone="$ZONE" --worker=all
     # The machines' own Python may be too old; uv brings one.
-    everywhere 'mkdir -p grain && tar -xf grain.tar -C grain && python3 -m pip install --user uv &&
-      cd grain && python3 -m uv venv --allow-existing --python 3.11 &&
-      python3 -m uv pip install -c constraints.txt -e ".[data,gcs,tpu]"'
+    everywhere 'python3 -m pip install --user uv && mkdir -p grain/source && tar -xf grain.tar -C grain/source &&
+      cd grain && python3 -m uv venv --allow-existing --python 3.13 &&
+      python3 -m uv pip install --reinstall-package grain_jax -c source/constraints-newest.txt \
+        "./source[data,gcs,tpu]" && rm -r source'
     ;;
   run)
     printf -v arguments ' %q' "$@"

@@ -98,7 +98,7 @@ def test_what_others_import_for_us_is_declared(monkeypatch):
 def _pins(name):
     """Distribution -> version, of a file of constraints."""
     lines = (ROOT / name).read_text().splitlines()
-    return dict(re.split("[=<]=", line) for line in lines if not line.startswith("#"))
+    return dict(re.split("==|<=", line) for line in lines if not line.startswith("#"))
 
 
 @pytest.mark.parametrize("name", ["constraints.txt", "constraints-newest.txt"])

@@ -196,7 +196,7 @@ def test_tpu_vm_run_does_not_wait_for_the_training(worker):
 def test_tpu_vm_installs_what_reads_and_writes_a_bucket(stand_in):
     stand_in("gcloud")
     assert _run("launch/tpu_vm.sh", "install", **TPU).returncode == 0
-    assert '-e ".[data,gcs,tpu]"' in "\n".join(stand_in.called())
+    assert '"./source[data,gcs,tpu]"' in "\n".join(stand_in.called())
 
 
 def test_tpu_vm_says_what_is_missing(stand_in):
@@ -253,6 +253,6 @@ def test_the_image_has_what_it_copies_and_installs():
     for line in re.findall(r"^COPY (.*) \S+$", text, re.M):
         assert all((ROOT / source).exists() for source in line.split())
     setup = (ROOT / "setup.py").read_text()
-    assert '".[data,gcs,${BACKEND}]"' in text
-    assert all(f'"{extra}":' in setup for extra in ("data", "gcs", "tpu", "cuda"))
+    assert '"/source[data,gcs,${BACKEND}]"' in text
+    assert all(f'"{extra}":' in setup for extra in ("data", "gcs", "tpu", "cuda", "cuda13"))
     assert text.rstrip().endswith('ENTRYPOINT ["python", "-m", "grain_jax.train"]')
