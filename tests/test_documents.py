@@ -283,6 +283,13 @@ def words_of(line: str) -> list[list[str]]:
     return found
 
 
+def flags_of(words: list[str]) -> list[str]:
+    """The flags among the words, without keys of a config and what another command gets."""
+    own = words[: words.index("--")] if "--" in words else words
+    flags = [word.partition("=")[0] for word in own if word.startswith("--")]
+    return [flag for flag in flags if not flag.startswith("--config.")]
+
+
 def fault_of(words: list[str]) -> str:
     """What the parser of the command says to the words, and to the keys of a config of the package; "" for nothing."""
     name, *rest = words
@@ -294,6 +301,9 @@ def fault_of(words: list[str]) -> str:
     kinds = PARSERS[name].kinds
     if kinds and (rest[0].isupper() or rest[1:] == [] and rest[0] in kinds):
         return ""  # any kind, or a mention of one
+    for flag in flags_of(rest):
+        if flag not in PARSERS[f"{name} {rest[0]}" if kinds else name].flags():
+            return f"{flag}: no flag, or an older name of one"
     try:
         found, _ = PARSERS[name].parse_known_args(rest)
         config, _, argument = (getattr(found, "config", None) or "").partition(":")
@@ -320,7 +330,8 @@ def test_a_wrong_command_is_found():
     )
     assert words == ["train", "--config", "demo", "--workdir", "R", "--config.batchsize=3"]
     assert "did you mean batch_size?" in fault_of(words)
-    assert "did you mean --workdir?" in fault_of(["train", "--config", "demo", "--work-dir", "R"])
+    assert "--work-dir: no flag" in fault_of(["train", "--config", "demo", "--work-dir", "R"])
+    assert "--pictures: no flag" in fault_of(["report", "R", "--pictures", "3"])
     assert "no such command" in fault_of(["trian"])
     nested = words_of(
         "grain-jax local --processes 2 -- grain-jax train --config demo && grain-jax export"

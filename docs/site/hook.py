@@ -30,8 +30,8 @@ _PAGES = {
     "examples/data_source/shapes.py": "examples/data_source",
     "examples/source/csv_boxes.py": "examples/source",
 }
-NOTEBOOKS = sorted(path.stem for path in (ROOT / "docs/notebooks").glob("*.ipynb"))
-_PAGES |= {f"docs/notebooks/{name}.ipynb": f"notebooks/{name}" for name in NOTEBOOKS}
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "docs").glob("notebooks/*.ipynb"))
+_PAGES |= {f"docs/{page}.ipynb": page for page in (f"notebooks/{name}" for name in NOTEBOOKS)}
 PAGES = {file: f"{page}.md" for file, page in _PAGES.items()}
 SOURCES = {page: file for file, page in PAGES.items()}
 # Mark in a document -> what makes the text in its place.

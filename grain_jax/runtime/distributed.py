@@ -45,7 +45,7 @@ def initialize(
     """
     if heartbeat_seconds < 1:
         raise errors.UserError(
-            f"--heartbeat_seconds: got {heartbeat_seconds}, expected at least 1, such as 20"
+            f"--heartbeat-seconds: got {heartbeat_seconds}, expected at least 1, such as 20"
         )
     found = find(coordinator, processes, process_id, os.environ)
     if found is None:
@@ -85,7 +85,7 @@ def find(
     if coordinator is None:
         if processes != 1 or process_id != 0:
             raise errors.UserError(
-                f"--coordinator: missing, with --processes={processes} --process_id={process_id}; expected"
+                f"--coordinator: missing, with --processes={processes} --process-id={process_id}; expected"
                 " HOST:PORT of process 0, or none of the three"
             )
         return _find_cluster(environment)
@@ -95,7 +95,7 @@ def find(
         )
     if not 0 <= process_id < processes:
         raise errors.UserError(
-            f"--process_id: got {process_id} with --processes={processes}, expected 0 to --processes - 1"
+            f"--process-id: got {process_id} with --processes={processes}, expected 0 to --processes - 1"
         )
     return f"coordinator {coordinator}", dict(
         coordinator_address=coordinator,
@@ -128,7 +128,7 @@ def _find_cluster(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]] 
         if importlib.util.find_spec("kubernetes") is None:
             raise errors.UserError(
                 "Kubernetes: this is a pod of an indexed job, and JAX asks its API who the others are:"
-                " pip install 'jax[k8s]', or give --coordinator, --processes and --process_id"
+                " pip install 'jax[k8s]', or give --coordinator, --processes and --process-id"
             )
         return "Kubernetes", dict(cluster_detection_method="k8s")
     if "TPU_SKIP_MDS_QUERY" in environment or cpu_only:

@@ -40,7 +40,7 @@ class Watchdog:
     def __init__(self, stall_seconds: int = 0):
         if stall_seconds < 0:
             raise errors.UserError(
-                f"--stall_seconds: got {stall_seconds}, expected seconds without a step, or 0 for no end"
+                f"--stall-seconds: got {stall_seconds}, expected seconds without a step, or 0 for no end"
             )
         self._limit = stall_seconds
         self._idle = self._step = self._paused = 0
@@ -91,7 +91,7 @@ class Watchdog:
         if fault is None:
             ending.leave(
                 STALLED,
-                f"ending: no step for {limit} s (--stall_seconds); {where}\n"
+                f"ending: no step for {limit} s (--stall-seconds); {where}\n"
                 "The same command goes on from the newest checkpoint.",
             )
         status = getattr(fault, "status", 1)

@@ -90,9 +90,9 @@ def test_flags_win_over_the_environment():
         ((None, 2, 0, 20), "--coordinator: missing"),
         ((None, 1, 1, 20), "--coordinator: missing"),
         (("10.0.0.1", 2, 0, 20), "--coordinator: got '10.0.0.1', expected HOST:PORT"),
-        (("h:1", 2, 2, 20), "--process_id: got 2 with --processes=2"),
-        (("h:1", 0, 0, 20), "--process_id: got 0 with --processes=0"),
-        (("h:1", 2, 0, 0), "--heartbeat_seconds: got 0"),
+        (("h:1", 2, 2, 20), "--process-id: got 2 with --processes=2"),
+        (("h:1", 0, 0, 20), "--process-id: got 0 with --processes=0"),
+        (("h:1", 2, 0, 0), "--heartbeat-seconds: got 0"),
     ],
 )
 def test_flags_that_do_not_fit_are_one_line(flags, fault):

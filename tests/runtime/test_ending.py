@@ -82,7 +82,7 @@ with watch.running(7):
 """)
     said = _ends(process, 124)
     found = re.fullmatch(
-        r"ending: no step for 2 s \(--stall_seconds\); waiting for the next batch \(input\), last step 8\."
+        r"ending: no step for 2 s \(--stall-seconds\); waiting for the next batch \(input\), last step 8\."
         r" Stacks of all threads: (\S+)\nThe same command goes on from the newest checkpoint\.\n",
         said,
     )
@@ -122,7 +122,7 @@ ending.run(command)
 
 
 def test_negative_seconds_are_refused():
-    with pytest.raises(errors.UserError, match="--stall_seconds: got -1"):
+    with pytest.raises(errors.UserError, match="--stall-seconds: got -1"):
         watchdog.Watchdog(-1)
 
 
