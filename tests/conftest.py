@@ -7,21 +7,42 @@ import tempfile
 
 import pytest
 
+from tests import compiling
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        # The tests' programs are small and run a few times: most of their time is compiling.
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
+        compiling.FLAGS,
     )
 )
 # What one test compiled, the next one and the commands that tests start need not compile again.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="grain_jax_compiled_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+# Files with the most seconds of tests, the longest first: what starts last, ends last.
+LONG = (
+    "tests/training/test_train_step.py",
+    "tests/test_train.py",
+    "tests/test_elastic.py",
+    "tests/training/test_memory.py",
+    "tests/test_verify.py",
+    "tests/examples/test_tower.py",
+    "tests/faults/test_drill.py",
+    "tests/launch/test_plan.py",
+    "tests/input_pipeline/test_derived.py",
+    "tests/losses/test_losses.py",
+    "tests/examples/test_loss.py",
+    "tests/launch/test_sweep.py",
+    "tests/hostile/test_stored_runs.py",
+    "tests/losses/test_streaming.py",
+    "tests/losses/test_matching.py",
+    "tests/test_recipes.py",
+)
 
 # `python -m pytest -m quick`: files and tests that together touch every package, chosen by their measured seconds.
 # It leaves out what starts other processes, trains a whole run, or converts and annotates with models.
@@ -38,6 +59,7 @@ QUICK = (
     "tests/test_recipes.py::test_every_family_of_towers_resolves",
     "tests/test_recipes.py::test_the_claim_is_the_grain_arm",
     "tests/test_verify.py::test_no_step_is_claimed",
+    "tests/cli/test_parser.py",
     "tests/convert/test_parity.py",
     "tests/data/test_aviary.py",
     "tests/data/test_benchmark_sources.py",
@@ -77,6 +99,8 @@ QUICK = (
 
 
 def pytest_collection_modifyitems(items):
+    rank = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(LONG)))
     for item in items:
         name = item.nodeid
         chosen = name.startswith(tuple(entry + ("" if "::" in entry else "::") for entry in QUICK))

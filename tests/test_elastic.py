@@ -118,7 +118,9 @@ def _assert_goes_on(saved, workdir):
         np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "mesh", [(1, 1, 1), pytest.param((4, 1, 1), marks=pytest.mark.slow), (2, 2, 2)]
+)
 def test_another_mesh_goes_on_with_the_same_batches_and_losses(saved, workdir, mesh, monkeypatch):
     data, fsdp, tensor = mesh
     devices = jax.devices()[: data * fsdp * tensor]

@@ -2,7 +2,7 @@
 
 import re
 
-from tests.conftest import QUICK
+from tests.conftest import LONG, QUICK
 from tests.paths import ROOT
 
 
@@ -10,6 +10,10 @@ def test_entries_are_there():
     for entry in QUICK:
         path, _, name = entry.partition("::")
         assert re.search(rf"^def {name or 'test_'}", (ROOT / path).read_text(), re.M), entry
+
+
+def test_long_files_are_there():
+    assert not [name for name in LONG if not (ROOT / name).exists()]
 
 
 def test_every_package_has_an_entry():

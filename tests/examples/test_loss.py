@@ -73,7 +73,7 @@ def test_the_term_equals_a_float64_replica_on_every_mesh(devices):
     assert slope == pytest.approx(0.25 * (above - below) / 2e-5, rel=1e-3)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_trains_on_it(tmp_path, microbatches):
     c = tiny.config(
         loss__terms__uniformity=ENTRY,

@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from tests import compiling
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TIMINGS = (
     "images_per_second",
@@ -93,11 +95,10 @@ class Drill:
             ]
             local += ["--grace=3"]
             command = [*local, "--devices-per-process=1", "--", *command, "--heartbeat_seconds=10"]
-        quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": quick,
+            "XLA_FLAGS": compiling.FLAGS,
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests import compiling
 from tests.faults import drill
 from tests.paths import ROOT
 
@@ -21,7 +22,7 @@ def _start(workdir, folder):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": compiling.FLAGS,
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from grain_jax import config as config_lib
 from grain_jax import errors, train
 from grain_jax.input_pipeline import derived, packing, records, synthetic, text_lengths
 from grain_jax.input_pipeline.text_lengths import TextLengths
+from grain_jax.runtime import preemption
 from grain_jax.training import sharding
 from tests import record_sets, tiny
 
@@ -225,25 +227,28 @@ def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path, capf
     record_sets.write_annotations(tmp_path / "in", 24, size=(16, 16))
     assert record_sets.build_set(tmp_path / "in", tmp_path, "--num-shards=4") == 0
 
-    def run(steps, workdir, **overrides):
+    def run(handler=None):
         config = open_config(
-            batch_size=8, total_steps=steps, input__source="records", input__name="tiny_set",
-            input__data_dir=str(tmp_path), checkpoint_every=1, **overrides,
+            batch_size=8, total_steps=2, input__source="records", input__name="tiny_set",
+            input__data_dir=str(tmp_path), checkpoint_every=1,
             **{f"model__{tower}__depth": 1 for tower in ("image", "text", "decoder")},
         )  # fmt: skip
-        train.train(config, tmp_path / workdir)
-        stored = json.loads((tmp_path / workdir / "config.json").read_text())
+        train.train(config, tmp_path / "run", handler)
+        stored = json.loads((tmp_path / "run/config.json").read_text())
         return stored["input"]["lanes"], stored["text"]["pack_group"], stored["text"]["pack_rows"]
 
-    first = run(1, "run")
-    assert first == (1, 1, 1)  # 8 devices, one image each
+    told = preemption.PreemptionHandler()
+    told.tell(signal.SIGTERM)
+    with pytest.raises(SystemExit):  # after the first step
+        run(told)
     said = capfd.readouterr().err
+    assert "saved at step 1 of 2" in said
     assert "text.pack_rows=1 for groups of 1: from 24 images of 'tiny_set'; 0.00% of" in said
     path = tmp_path / "tiny_set/1.0.0" / text_lengths.FILE
     longer = json.loads(path.read_text())
     longer["images"] = [[[60], 60, [30, 30, 30]]] * 24
     path.write_text(json.dumps(longer))
-    assert run(2, "run") == first
+    assert run() == (1, 1, 1)  # 8 devices, one image each
     assert "text.pack_rows=1: as in checkpoint 1" in capfd.readouterr().err
     with open(tmp_path / "run/metrics.jsonl") as lines:
         assert [json.loads(line)["texts_dropped_share"] for line in lines] == [0, 0]

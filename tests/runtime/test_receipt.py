@@ -50,6 +50,9 @@ def test_an_arrays_digest_is_that_of_plain_integers(values):
     assert np.asarray(digests.of_array(values, "name")).tolist() == _digest(values, "name")
 
 
+_of_batch = jax.jit(digests.of_batch)
+
+
 def _placed(batch, mesh):
     where = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     return jax.device_put(batch, where)
@@ -92,7 +95,7 @@ def test_the_chain_over_batches_is_that_of_plain_integers_on_any_mesh():
 @pytest.mark.parametrize("field", [f for f in schema.Batch._fields if f != "text_counts"])
 def test_every_field_of_a_batch_counts_and_so_does_its_place(field):
     batch = tiny.batch(tiny.config())
-    whole = np.asarray(digests.of_batch(batch))
+    whole = np.asarray(_of_batch(batch))
     value = getattr(batch, field)
     moved = np.roll(value, 1, axis=-1)
     changed = value.copy()
@@ -100,7 +103,7 @@ def test_every_field_of_a_batch_counts_and_so_does_its_place(field):
     changed[last] = not changed[last] if value.dtype == bool else changed[last] + 1
     row = digests.PIXELS if field == "image" else digests.EXAMPLES
     for other in (moved, changed):
-        found = np.asarray(digests.of_batch(batch._replace(**{field: other})))
+        found = np.asarray(_of_batch(batch._replace(**{field: other})))
         assert (found[row] != whole[row]).all() and (found[1 - row] == whole[1 - row]).all()
 
 
