@@ -23,13 +23,24 @@ def _build(c):
     return train_step.build(c, mesh, total_steps=c.total_steps, steps_per_epoch=1)
 
 
+def _config(mesh, **overrides):
+    data, fsdp, tensor = mesh
+    return tiny.config(
+        mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, ema_decay=0.9, **overrides
+    )
+
+
+@functools.cache
+def _initial(mesh):
+    return jax.device_get(_build(_config(mesh)).init())
+
+
 @functools.cache
 def _run(mesh, **overrides):
-    data, fsdp, tensor = mesh
-    c = tiny.config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, **overrides)
+    c = _config(mesh, **overrides)
     program = _build(c)
     step = program.step.lower(program.state, program.batch).compile()
-    state = program.init()
+    state = jax.device_put(_initial(mesh), program.shardings)
     batch = jax.device_put(tiny.batch(c), program.batch_sharding)
     metrics = []
     for _ in range(2):
@@ -54,8 +65,8 @@ ONE = (1, 1, 1)
 )
 def test_mesh_microbatches_and_remat_change_nothing(mesh, overrides):
     """Dropout is on: its mask belongs to the example, wherever that is computed."""
-    expected, state, _ = _run(ONE, ema_decay=0.9)
-    metrics, other, _ = _run(mesh, ema_decay=0.9, **overrides)
+    expected, state, _ = _run(ONE)
+    metrics, other, _ = _run(mesh, **overrides)
     for a, b in zip(expected, metrics):
         for name in a:
             np.testing.assert_allclose(b[name], a[name], rtol=2e-5, err_msg=name)
@@ -86,7 +97,7 @@ def test_gradients_of_microbatches_equal_the_full_batch():
 def test_group_size_gives_the_same_loss_on_1_and_8_devices():
     one, _, _ = _run(ONE, loss__group_size=4)
     eight, _, _ = _run((8, 1, 1), loss__group_size=4)
-    everything, _, _ = _run(ONE, ema_decay=0.9)
+    everything, _, _ = _run(ONE)
     np.testing.assert_allclose(one[0]["loss"], eight[0]["loss"], rtol=1e-6)
     assert one[0]["loss_region_description"] < everything[0]["loss_region_description"] - 0.5
 
@@ -186,7 +197,7 @@ def test_matching_has_no_collective_loop_or_host_callback():
 
 def test_texts_dropped_are_counted_from_the_start():
     c = tiny.config()
-    metrics, state, _ = _run(ONE, ema_decay=0.9)
+    metrics, state, _ = _run(ONE)
     a_step = int(tiny.batch(c).texts_dropped.sum())
     assert a_step > 0
     assert [m["texts_dropped"] for m in metrics] == [a_step, 2 * a_step]
@@ -198,7 +209,7 @@ def test_texts_dropped_are_counted_from_the_start():
 
 def test_metrics_of_modules_and_queries():
     c = tiny.config()
-    metrics, _, _ = _run(ONE, ema_decay=0.9)
+    metrics, _, _ = _run(ONE)
     for m in metrics:
         modules = [m[f"grad_norm/{name}"] for name in ("image", "text", "decoder", "heads")]
         assert min(modules) > 1e-3

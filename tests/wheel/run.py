@@ -16,6 +16,14 @@ import time
 
 from tests.wheel import fresh
 
+LICENCE = """
+import importlib.metadata
+
+wheel = importlib.metadata.distribution("grain_jax")
+assert "Apache License" in wheel.read_text("licenses/LICENSE")
+print(wheel.version, wheel.metadata["License-Expression"], wheel.metadata["Author"])
+"""
+
 READ_BACK = """
 import sys
 sys.modules["grain_jax"] = sys.modules["flax"] = None
@@ -44,6 +52,7 @@ def steps(python: pathlib.Path) -> list[tuple]:
     of_a = ("--annotations", "A.jsonl")
     return [
         ("pip check", module("pip", "check"), 0, "No broken requirements"),
+        ("licence", [python, "-c", LICENCE], 0, "Apache-2.0 grain_jax contributors"),
         ("images", [python, "-c", fresh.IMAGES.format(images_a_class=3)], 0, ""),
         ("train", train, 0, "Everything of this run is in run"),
         ("train, resumed", [*train, "--config.total_steps=6"], 0, "resumed at step 4"),
