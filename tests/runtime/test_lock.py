@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent import futures
 
 import pytest
 
@@ -80,23 +81,27 @@ def test_a_number_that_was_given_to_another_process_is_no_trainer(tmp_path):
     lock.take(tmp_path).release()
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        lock._bytes(ELSEWHERE),
-        b"",
-        b"\xff\x00",
-        b"[" * 100_000,
-        b'{"host": "x"}',
-        json.dumps(dataclasses.asdict(ELSEWHERE) | {"pid": "../1"}).encode(),
-    ],
-    ids=["another host", "empty", "binary", "deep", "short", "path"],
-)
-def test_a_mark_that_nobody_renews_is_taken_over_after_a_time(tmp_path, content, capsys):
-    (tmp_path / lock.FILE).write_bytes(content)
-    lock.take(tmp_path).release()
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "waiting up to 1.5 s for a sign of life" in said
+MARKS = {
+    "another host": lock._bytes(ELSEWHERE),
+    "empty": b"",
+    "binary": b"\xff\x00",
+    "deep": b"[" * 100_000,
+    "short": b'{"host": "x"}',
+    "path": json.dumps(dataclasses.asdict(ELSEWHERE) | {"pid": "../1"}).encode(),
+}
+
+
+def test_a_mark_that_nobody_renews_is_taken_over_after_a_time(tmp_path, capsys):
+    for name, content in MARKS.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / lock.FILE).write_bytes(content)
+    with futures.ThreadPoolExecutor(len(MARKS)) as pool:  # each waits
+        list(pool.map(lambda name: lock.take(tmp_path / name).release(), MARKS))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(MARKS)
+    for name in MARKS:
+        (line,) = (line for line in said if str(tmp_path / name) in line)
+        assert "waiting up to 1.5 s for a sign of life" in line
 
 
 def test_a_mark_that_another_host_renews_refuses(tmp_path):
