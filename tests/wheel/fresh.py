@@ -73,7 +73,8 @@ class Failed(Exception):
 
 def environment(folder: pathlib.Path) -> dict[str, str]:
     """The variables of a step; what one step compiles into `folder`, the next need not compile again."""
-    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+    left_out = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
+    return {k: v for k, v in os.environ.items() if k not in left_out} | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -142,6 +143,7 @@ def install(
     variables = environment(folder)
     run("venv", [python, "-m", "venv", folder / "venv"], folder, variables, quiet=quiet)
     inside = folder / "venv" / "bin" / "python"
-    words = [inside, "-m", "pip", "install", "--quiet", "-c", ROOT / constraints, wheel]
-    run("pip install", words, folder, variables, quiet=quiet)
+    # Python compiles what it imports; all of TensorFlow would take longer.
+    words = [inside, "-m", "pip", "install", "--quiet", "--no-compile", "-c", ROOT / constraints]
+    run("pip install", [*words, wheel], folder, variables, quiet=quiet)
     return inside
