@@ -3,7 +3,7 @@
 The figures of docs/claim.md are of another aviary, which `python -m benchmarks.claim run` draws. Its GRAIN arm is
 this config (tests/test_recipes.py compares the two).
 
-COMMAND   python -m grain_jax.train --config configs/claim.py --workdir runs/claim
+COMMAND   grain-jax train --config claim --workdir runs/claim
 HARDWARE  two CPU cores
 """
 

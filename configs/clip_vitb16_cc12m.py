@@ -3,7 +3,7 @@
 No region is read, so no description is encoded; the weights of the region losses are 0. The image
 embedding comes from the image query of the decoder, as in GRAIN, so that the two models are equal in size.
 
-COMMAND   python -m grain_jax.train --config configs/clip_vitb16_cc12m.py --workdir gs://BUCKET/clip_b16_cc12m \
+COMMAND   grain-jax train --config clip_vitb16_cc12m --workdir gs://BUCKET/clip_b16_cc12m \
               --config.input.data_dir=gs://BUCKET/records
 HARDWARE  any mesh that 2048 images divide over. Not yet run by us.
 """

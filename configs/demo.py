@@ -1,6 +1,6 @@
 """GRAIN on the aviary, the embedded data set: a small model that learns birds' parts in minutes.
 
-COMMAND   python -m grain_jax.train --config configs/demo.py --workdir runs/demo
+COMMAND   grain-jax train --config demo --workdir runs/demo
           (draws the data set first, into runs/aviary; ends in a table, curves.png and regions.png)
 HARDWARE  two CPU cores
 """
@@ -39,7 +39,7 @@ def get_config():
     c.optim.clip_norm = 1.0
     c.optim.warmup_steps = 100
     # They measure birds: where the data of birds is missing, they are skipped.
-    birds = dict(missing="skip", get=f"python -m data.aviary --output {data}")
+    birds = dict(missing="skip", get=f"grain-jax aviary --output {data}")
     test = dict(annotations=f"{data}/test/A.jsonl", **birds)
     c.evals.seen = evaluator("zeroshot", f"{data}/seen", **birds)
     c.evals.unseen = evaluator(

@@ -1,6 +1,6 @@
 """The benchmark suite of the paper: zero-shot classification, retrieval, grounding, box classification.
 
-COMMAND   python -m grain_jax.evaluate suite --checkpoint DIR --config configs/eval.py --output OUT.json
+COMMAND   grain-jax evaluate suite --checkpoint DIR --config eval --output OUT.json
           --config.data_dir=DIR (TFDS), --config.folders=DIR (the rest), --config.descriptions=DIR (NAME.json)
           --config.evals.food101.split='test[:1000]' and the like for one set
           configs/eval.py:probes adds linear probes of the TFDS sets, NAME_probe

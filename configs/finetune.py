@@ -1,6 +1,6 @@
 """Fine-tuning on your own images: of your own run, or of pretrained towers with a new region decoder.
 
-COMMAND   python -m grain_jax.train --config configs/finetune.py:FROM --workdir runs/finetuned \
+COMMAND   grain-jax train --config finetune:FROM --workdir runs/finetuned \
               --config.input.data_dir=records --config.input.name=mine
 FROM      your own run, e.g. runs/own: towers and decoder are loaded. Or a folder that grain_jax.convert wrote, of any
           size: its towers are loaded, the decoder is new. Or a family of towers, with --config.init.image=FILE

@@ -1,6 +1,6 @@
 """GRAIN ViT-B/16 on CC12M with synthetic annotations (docs/method.md, Training recipe).
 
-COMMAND   python -m grain_jax.train --config configs/grain_vitb16_cc12m.py[:HARDWARE] --workdir gs://BUCKET/grain_b16_cc12m \
+COMMAND   grain-jax train --config grain_vitb16_cc12m[:HARDWARE] --workdir gs://BUCKET/grain_b16_cc12m \
               --config.input.data_dir=gs://BUCKET/records
 HARDWARE  the paper: 16 H100 x 128 images. v5e-64, v5e-256, h100-8: see below (planned, docs/scaling.md); else any
           mesh that 2048 images divide over. Not yet run by us.

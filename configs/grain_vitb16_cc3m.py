@@ -1,6 +1,6 @@
 """GRAIN ViT-B/16 on CC3M with synthetic annotations (docs/method.md, Training recipe).
 
-COMMAND   python -m grain_jax.train --config configs/grain_vitb16_cc3m.py --workdir gs://BUCKET/grain_b16_cc3m \
+COMMAND   grain-jax train --config grain_vitb16_cc3m --workdir gs://BUCKET/grain_b16_cc3m \
               --config.input.data_dir=gs://BUCKET/records
 HARDWARE  any mesh that 2048 images divide over. Not yet run by us.
 """

@@ -1,6 +1,6 @@
 """GRAIN ViT-L/14 on CC12M with synthetic annotations: the B/16 recipe at the larger size.
 
-COMMAND   python -m grain_jax.train --config configs/grain_vitl14_cc12m.py[:v5p-64] --workdir gs://BUCKET/grain_l14_cc12m \
+COMMAND   grain-jax train --config grain_vitl14_cc12m[:v5p-64] --workdir gs://BUCKET/grain_l14_cc12m \
               --config.input.data_dir=gs://BUCKET/records
 HARDWARE  v5p-64 (planned as v5p:4x4x4, docs/scaling.md). Not yet run by us.
 """

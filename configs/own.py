@@ -1,8 +1,8 @@
 """Your own images on one machine, from random weights: a laptop's CPU (tiny) or one GPU (S/16, B/16).
 
-COMMAND   python -m grain_jax.train --config configs/own.py[:S/16|:B/16] --workdir runs/own \
+COMMAND   grain-jax train --config own[:S/16|:B/16] --workdir runs/own \
               --config.input.data_dir=records --config.input.name=mine
-DATA      records of data.build (docs/own_images.md). The paper trains on millions of images; with fewer, start from
+DATA      records of grain-jax build (docs/own_images.md). The paper trains on millions of images; with fewer, start from
           pretrained towers: configs/finetune.py.
 HARDWARE  any batch size that the devices divide; docs/own_images.md lists what fits where.
 """

@@ -2,7 +2,7 @@
 
 For comparisons with the reference. Quirks 2, 3, 6, 17 and 18 (crashes and dead code) are not reproduced.
 
-COMMAND   python -m grain_jax.train --config configs/reference.py --workdir gs://BUCKET/reference \
+COMMAND   grain-jax train --config reference --workdir gs://BUCKET/reference \
               --config.input.data_dir=gs://BUCKET/records
 HARDWARE  any mesh that 2048 images divide over. Not yet run by us.
 """

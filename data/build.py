@@ -1,6 +1,6 @@
 """Annotations and images -> a TFDS-format record set (format: data/SCHEMA.md).
 
-  python -m data.build --annotations A.jsonl --images DIR --output DIR --name NAME
+  grain-jax build --annotations A.jsonl --images DIR --output DIR --name NAME
 
 First every line is checked and every image decoded: all faults are named, by file and line, before
 anything is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0.

@@ -56,7 +56,7 @@ def encode(fingerprints: np.ndarray) -> bytes:
 def of_set(folder: epath.PathLike, *, workers: int) -> np.ndarray:
     """Fingerprints of the images of a TFDS set, all splits: uint64 [N, 2].
 
-    Sets that data.build wrote keep the fingerprints of their source files; images of other sets are decoded, which
+    Sets that grain-jax build wrote keep the fingerprints of their source files; images of other sets are decoded, which
     takes time.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The first pass of data.build: every line is checked and every image decoded, before anything is written."""
+"""The first pass of grain-jax build: every line is checked and every image decoded, before anything is written."""
 
 import array
 import collections

@@ -107,7 +107,7 @@ def compile_step(
     """
     if importlib.util.find_spec("libtpu") is None:
         raise errors.UserError(
-            "launch.plan: libtpu is missing, expected the TPU compiler (Linux on x86_64; no TPU is needed);"
+            "grain-jax plan: libtpu is missing, expected the TPU compiler (Linux on x86_64; no TPU is needed);"
             ' pip install -e ".[tpu]"'
         )
     name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
@@ -264,7 +264,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
 
     from grain_jax.training import flops, memory_use, sharding, train_step
 
-    with named.importing():  # the user's own config, from the command line of launch.plan
+    with named.importing():  # the user's own config, from the command line of grain-jax plan
         config = config_lib.from_dict(request["config"])
     name = request["topology"]
     try:

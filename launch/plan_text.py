@@ -1,4 +1,4 @@
-"""Formats a plan (`launch.plan`) as text."""
+"""Formats a plan (`grain-jax plan`) as text."""
 
 import textwrap
 from typing import Any
@@ -279,12 +279,12 @@ def _input(plan) -> list[str]:
     lines = [_section("Input and storage"), *_rows(rows)]
     if feed and not feed["cores_are_enough"]:
         lines.append(
-            "  THE HOSTS' CORES ARE THE LIMIT: store the images at the training size (data.build"
+            "  THE HOSTS' CORES ARE THE LIMIT: store the images at the training size (grain-jax build"
         )
         lines.append("  --store-size), which about doubles the rate, or take chips with more hosts")
     if feed and not feed["storage_is_enough"]:
         lines.append(
-            "  STORAGE IS THE LIMIT at this --storage-rate: smaller images (data.build --store-size),"
+            "  STORAGE IS THE LIMIT at this --storage-rate: smaller images (grain-jax build --store-size),"
         )
         lines.append("  or storage that is faster for each host")
     if feed:

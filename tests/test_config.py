@@ -318,7 +318,7 @@ def test_a_sweep_anywhere_on_the_disk_works_with_the_installed_package(own):
             "mine.py:L/15",
             "mine.py:6: ValueError: model size: got 'L/15', expected one of tiny, S/16",
         ),
-        ("none.py", "--config: no such file none.py"),
+        ("none.py", "--config: no such file none.py, and no config of the package has that name; "),
     ],
 )
 def test_a_fault_in_a_config_file_is_one_line_with_its_place(own, path, message):

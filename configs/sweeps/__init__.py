@@ -1,1 +1,1 @@
-"""Sweeps, one file each: `sweep()` yields the keys that a run changes, as `launch.sweep` reads them."""
+"""Sweeps, one file each: `sweep()` yields the keys that a run changes, as `grain-jax sweep` reads them."""

@@ -1,6 +1,6 @@
 """Three learning rates with two seeds each: what the schedule's peak does, and how far seeds alone spread.
 
-COMMAND   python -m launch.sweep --config configs/demo.py --sweep configs/sweeps/learning_rate.py --workdir runs/rates
+COMMAND   grain-jax sweep --config demo --sweep learning_rate --workdir runs/rates
 HARDWARE  two CPU cores: --parallel 2
 """
 

@@ -1,4 +1,4 @@
-"""Hands the annotations of a job to data.build, with images that come out of tars or TFDS sets."""
+"""Hands the annotations of a job to grain-jax build, with images that come out of tars or TFDS sets."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ class RecordsError(errors.UserError):
 
 
 def arguments_of_build(args: argparse.Namespace, source: sources.Source) -> argparse.Namespace:
-    """The arguments of data.build; wrong ones end the command before any work."""
+    """The arguments of grain-jax build; wrong ones end the command before any work."""
     given = {
         "--annotations": str(epath.Path(args.output) / "A.jsonl"),
         "--images": args.images if source.images_are_files else args.output,
@@ -35,7 +35,7 @@ def arguments_of_build(args: argparse.Namespace, source: sources.Source) -> argp
 def line_reader(
     source: sources.Source, output: outputs.Output, shards: Sequence[sources.Shard]
 ) -> survey.ReadLines:
-    """How data.build reads the lines of A.jsonl: with their images, where these are no files."""
+    """How grain-jax build reads the lines of A.jsonl: with their images, where these are no files."""
     if source.images_are_files:
         return example.read_lines
     return lambda annotations: _lines_with_images(output, shards)

@@ -4,7 +4,7 @@ A species has one look for each of 8 parts (crest, beak, eye, throat, breast, wi
 101 looks, each with a phrase).  There are 120 training species in 24 genera and 40 held-out
 species in 10 other genera.  Every look of a held-out species occurs in training; only its name and
 its combination of looks are new.  Web captions hold only the invented names; synthetic captions
-and region descriptions describe parts.  `python -m data.aviary --output DIR` writes
+and region descriptions describe parts.  `grain-jax aviary --output DIR` writes
 
   DIR/A.jsonl, images/            training images, annotated with a detector's noise
   DIR/seen/NAME/*, seen.json      new images of training species (class folders), D.json format

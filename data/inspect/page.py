@@ -33,7 +33,7 @@ def render(
     }
     path, here = result["set"]["path"], epath.Path(__file__).parent
     return html.document(
-        title=f"{path}: data.inspect",
+        title=f"{path}: grain-jax inspect",
         header=f'<div><h1>Data set</h1><p class="soft"><code>{escape(path)}</code>'
         f" ({escape(result['set']['kind'])}{_shards(result['set'])})</p></div>{_tiles(result, found)}",
         sections=[

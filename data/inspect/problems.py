@@ -20,7 +20,7 @@ class Problem(NamedTuple):
     advice: str
 
 
-_LOST = "fix them: data.build leaves such lines out"
+_LOST = "fix them: grain-jax build leaves such lines out"
 _AGAIN = "run the model's pass again for these, or take the text out"
 # Issue -> (its name in the list, the total that it is a part of (see `find`), advice).
 _ISSUES = {
@@ -77,7 +77,7 @@ def _of_shards(shards: dict[str, Any]) -> list[Problem]:
     if not shards["count"]:
         return []
     found, lanes = [], shards["lanes"]
-    advice = f"rebuild with data.build --num-shards, a multiple of {lanes}, or set input.lanes"
+    advice = f"rebuild with grain-jax build --num-shards, a multiple of {lanes}, or set input.lanes"
     if shards["empty"]:
         found.append(Problem("empty shards", shards["empty"], shards["count"], "", advice))
     if shards["records_per_lane"] is None:

@@ -137,7 +137,7 @@ def _records(path: epath.Path) -> Source:
     missing = [name for name in wanted if name not in info.features]
     if missing or SPLIT not in info.splits:
         what = f"no feature {', '.join(missing)}" if missing else f"no split {SPLIT!r}"
-        raise InspectError(f"{path}: got {what}, expected a set that data.build wrote")
+        raise InspectError(f"{path}: got {what}, expected a set that grain-jax build wrote")
     if info.file_format != tfds.core.FileFormat.TFRECORD:
         raise InspectError(f"{path}: got {info.file_format} files, expected TFRecord")
     split = info.splits[SPLIT]

@@ -37,7 +37,7 @@ class Annotations:
         return out
 
     def read(self, shard: base.Shard) -> Iterator[base.Image | base.Fault]:
-        """The part's images; a line with a fault is left out whole, as data.build does."""
+        """The part's images; a line with a fault is left out whole, as grain-jax build does."""
         path, stop = epath.Path(shard.arguments["file"]), shard.arguments["stop"]
         with path.open("rb") as file:
             at = file.seek(shard.arguments["start"])

@@ -1,6 +1,6 @@
 """The protocol of a data source, `Source`, and the types that it takes and yields.
 
-A source reads one format. `data.annotate` finds it by its name in `data/sources/__init__.py`, or as `module:Class`:
+A source reads one format. `grain-jax annotate` finds it by its name in `data/sources/__init__.py`, or as `module:Class`:
 a class of your own, in any module that Python finds (examples/source/csv_boxes.py). Its options are the fields of
 the class, a dataclass; `--option KEY=VALUE` sets one.
 
@@ -39,7 +39,7 @@ class SourceError(errors.UserError):
 
 
 class Options(NamedTuple):
-    """The options that every source gets: flags of `data.annotate`. Plain values, so that they can be sent to workers."""
+    """The options that every source gets: flags of `grain-jax annotate`. Plain values, so that they can be sent to workers."""
 
     images: str  # folder of the images, of tar files, or of a TFDS set
     annotations: tuple[str, ...] = ()  # the files (or folders) that the source's reader names

@@ -1,4 +1,4 @@
-"""A TFDS set that lies in a folder, those of data.build included; a shard is a range of its examples.
+"""A TFDS set that lies in a folder, those of grain-jax build included; a shard is a range of its examples.
 
 Captions are the features `caption`, `captions` and `text` (`captions/text` as in COCO's set); regions are
 read from sets with the features of data/SCHEMA.md.

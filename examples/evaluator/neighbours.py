@@ -10,7 +10,7 @@ entry of a training config, whose numbers are eval/neighbours/top1 and so on:
 In a suite, a config file with that entry alone: `c = ConfigDict(); c.evals = dict(neighbours=recipe.evaluator(...))`.
 From the folder that holds `examples`:
 
-  python -m grain_jax.evaluate suite --checkpoint DIR --config FILE --config.evals.neighbours.k=3 --output OUT.json
+  grain-jax evaluate suite --checkpoint DIR --config FILE --config.evals.neighbours.k=3 --output OUT.json
 """
 
 import dataclasses

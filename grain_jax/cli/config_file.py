@@ -171,7 +171,7 @@ def find(given: str, flag: str) -> tuple[str, str]:
         stem = stem.removeprefix(folder)
     if stem not in shipped:
         raise errors.UserError(
-            f"--{flag}: no such file {name}; expected one, or the name of one of the package:"
+            f"--{flag}: no such file {name}, and no {flag} of the package has that name;"
             f" {nearest.did_you_mean(stem, shipped)}"
         )
     written = epath.Path(name) if name.endswith(".py") else epath.Path(f"{name}.py")

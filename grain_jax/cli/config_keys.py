@@ -36,7 +36,7 @@ def show(prefix: str, config: str | None, overrides: Sequence[str]) -> str:
     width = min(shutil.get_terminal_size().columns, _WIDEST)
     lines = []
     for key in shown:
-        value = repr(values[key.name]) if key.name in values else key.default
+        value = _shown(values[key.name]) if key.name in values else key.default
         kind = f"{key.type}, {key.values}" if key.values else key.type
         changed = key.name in values and value != key.default and key.default != "the keys below"
         note = f"; default {key.default}" if changed and key.default else ""
@@ -51,6 +51,10 @@ def show(prefix: str, config: str | None, overrides: Sequence[str]) -> str:
     what = f"of {config}" if config else "with their defaults"
     head = f"{len(shown) + len(of_evals)} config keys {what}; --config.KEY=VALUE sets one."
     return "\n".join([head, "", *lines, ""])
+
+
+def _shown(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
 def _entry(name: str, kind: str, width: int) -> list[str]:

@@ -71,6 +71,9 @@ class ConfigParser(Parser):
         self._overrides.append(plain)
         return []
 
+    def _is_flag(self, word: str) -> bool:
+        return word.startswith("-config.") or super()._is_flag(word)
+
     def _near(self, flag: str) -> str | None:
         head, dot, key = flag.partition(".")
         if dot and nearest.of(head, ["--config"]):

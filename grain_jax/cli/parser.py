@@ -182,7 +182,7 @@ class Parser(argparse.ArgumentParser):
             expected = f"{flag} {metavar_of(action)}"
             self.error(
                 f"{flag}: has no value"
-                + (f", but the flag {following} after it" if following else "")
+                + (f", but the flag --{following.lstrip('-')} after it" if following else "")
                 + f"; expected {expected}, or {flag}=VALUE where that begins with --"
             )
         return [f"{flag}={rest.pop(0)}"]

@@ -1,6 +1,7 @@
 """A command as a process: faults of its user become lines on stderr, and its exit status."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -8,6 +9,7 @@ from typing import NoReturn
 from grain_jax import errors
 
 USAGE_ERROR = errors.UserError.status
+_NO_READER = 141  # as a shell says it: 128 + SIGPIPE
 
 
 def fail(message: object, status: int = USAGE_ERROR) -> NoReturn:
@@ -32,6 +34,21 @@ def run(
     try:
         with errors.out_of_memory_in_a_line("this command"):
             status = main(arguments)
+        _flush()
         sys.exit(status or 0)
     except errors.UserError as error:
         fail(error, error.status)
+    except SystemExit:  # of --help, too
+        _flush()
+        raise
+    except BrokenPipeError:
+        _flush()
+        raise
+
+
+def _flush() -> None:
+    """Ends the process without a word where the reader of stdout is gone, as `| head` is."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(_NO_READER)

@@ -1,1 +1,1 @@
-"""Checkpoints between frameworks: `python -m grain_jax.convert`; torch is imported where it is used."""
+"""Checkpoints between frameworks: `grain-jax convert`; torch is imported where it is used."""

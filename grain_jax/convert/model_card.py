@@ -109,7 +109,7 @@ license: other
 
 Embeds images, texts and image regions in one space: zero-shot classification by class names or descriptions, and
 boxes for what a text describes. Method: Halbe et al., "Grounding Descriptions in Images informs Zero-Shot Visual
-Recognition" (WACV 2026, arXiv 2412.04429). `python -m grain_jax.convert to-hf` wrote this folder.
+Recognition" (WACV 2026, arXiv 2412.04429). `grain-jax convert to-hf` wrote this folder.
 
 ```python
 import torch

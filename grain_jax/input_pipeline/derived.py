@@ -159,7 +159,7 @@ def _lanes(config: Config, place: Place) -> int:
         name = min(place.shards, key=lambda name: place.shards[name])
         raise DerivedError(
             f"input.lanes: {name!r} has {fewest} shards, but the processes that batch_size {batch} is"
-            f" spread over need {place.lanes} lanes; rebuild it with data.build --num-shards"
+            f" spread over need {place.lanes} lanes; rebuild it with grain-jax build --num-shards"
             f" {place.lanes}, or take fewer processes"
         )
     if not fits:

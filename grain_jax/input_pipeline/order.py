@@ -147,7 +147,7 @@ def make_lanes(
     if len(shards) < lanes:
         raise OrderError(
             f"input.lanes: got {lanes}, expected at most {len(shards)}, the number of shards of"
-            f" {name!r}; set input.lanes={len(shards)} or fewer, or rebuild with data.build --num-shards"
+            f" {name!r}; set input.lanes={len(shards)} or fewer, or rebuild with grain-jax build --num-shards"
             f" {lanes}"
         )
     if shards_per_block < 1:

@@ -23,9 +23,9 @@ from grain_jax.input_pipeline import order, sources, text_lengths  # noqa: E402
 DAMAGE = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
 _FEATURES = ("image", "captions", "synthetic_caption", "regions")
 _DESCRIPTIONS = ("dataset_info.json", "features.json")
-_REBUILD = "rebuild the set with data.build, or copy it anew"
+_REBUILD = "rebuild the set with grain-jax build, or copy it anew"
 _LEAST_BYTES = 16  # of a record: its length and the checksums of both
-# Written by data.build: split -> digest of its records, lengths and sizes of its shards.
+# Written by grain-jax build: split -> digest of its records, lengths and sizes of its shards.
 DIGEST_FILE = "digest.json"
 _LOOKED_INTO = 64  # shards of a set without DIGEST_FILE, whose size and first record are digested
 
@@ -57,7 +57,7 @@ def _find(source: Dataset) -> RecordSet:
     if directory is None:
         raise errors.MissingData(
             f"no record set {source.name!r} in {source.data_dir!r} (looked for"
-            f" {epath.Path(source.data_dir) / source.name}/1.0.0); make it with: python -m data.build --annotations A.jsonl --images DIR"
+            f" {epath.Path(source.data_dir) / source.name}/1.0.0); make it with: grain-jax build --annotations A.jsonl --images DIR"
             f" --output {source.data_dir or 'DIR'} --name {source.name or 'NAME'}"
         )
     info = read_info(directory)
@@ -66,7 +66,7 @@ def _find(source: Dataset) -> RecordSet:
     split = dict(info.splits).get(source.split)
     if missing or not isinstance(split, tfds.core.SplitInfo):
         what = f"feature {', '.join(missing)}" if missing else f"split {source.split!r}"
-        raise DataError(f"{directory} has no {what}; expected a set that data.build wrote")
+        raise DataError(f"{directory} has no {what}; expected a set that grain-jax build wrote")
     if info.file_format != tfds.core.FileFormat.TFRECORD:
         raise DataError(f"{directory} is in {info.file_format} files, expected TFRecord")
     return RecordSet(source, directory, _shards(directory, split))
@@ -117,7 +117,7 @@ def _is_of_tfds(name: Any) -> bool:
 
 
 def _shards(directory: epath.Path, split: tfds.core.SplitInfo) -> tuple[order.Shard, ...]:
-    """The shards of the split. A local one must not have the size that data.build noted for another shard.
+    """The shards of the split. A local one must not have the size that grain-jax build noted for another shard.
 
     A damaged record is found when it is read, and named then.
     """
@@ -136,7 +136,7 @@ def _shards(directory: epath.Path, split: tfds.core.SplitInfo) -> tuple[order.Sh
         except FileNotFoundError:  # the reader of the shard says so
             continue
         if not stat.S_ISREG(found.st_mode):
-            raise DataError(f"{path}: no regular file; expected a shard that data.build wrote")
+            raise DataError(f"{path}: no regular file; expected a shard that grain-jax build wrote")
         if size not in (None, found.st_size) and found.st_size in noted:
             raise DataError(
                 f"{path}: got {found.st_size} bytes, which another shard has, expected {size}: shards have"
@@ -163,7 +163,7 @@ def _of_split(directory: epath.Path, split: str) -> dict[str, Any]:
         return noted
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise DataError(
-            f"{path}: not what data.build writes, expected the split {split}; put it back, or remove it,"
+            f"{path}: not what grain-jax build writes, expected the split {split}; put it back, or remove it,"
             " and the files are compared instead"
         ) from None
 
@@ -171,7 +171,7 @@ def _of_split(directory: epath.Path, split: str) -> dict[str, Any]:
 def identities(sets: Sequence[RecordSet]) -> list[sources.Identity]:
     """What tells each set from others, wherever it lies.
 
-    The order of the data depends on `shard_lengths`. `digest` is one of all `records` where data.build wrote it
+    The order of the data depends on `shard_lengths`. `digest` is one of all `records` where grain-jax build wrote it
     beside them (one small file is read), else one of the `files`: the names of all shards, and the size and the
     first record of at most 64 shards, evenly spread. That takes 64 listings and 64 reads, 16 at a time; a change
     of other records that keeps all sizes is not found.

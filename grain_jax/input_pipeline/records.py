@@ -90,7 +90,9 @@ def _sample(one: record_files.RecordSet, tower: TextTower) -> text_lengths_lib.T
                 images.append(([text for text in web if text], synthetic, best))
         except DAMAGE as error:
             reason = str(error.message).splitlines()[0][:200]
-            raise DataError(f"{shard.path}: {reason}; rebuild the set with data.build") from None
+            raise DataError(
+                f"{shard.path}: {reason}; rebuild the set with grain-jax build"
+            ) from None
     return text_lengths_lib.of_texts(
         images,
         tokenizer.of_tower(tower),
@@ -253,7 +255,7 @@ def _damage(
     error: tf.errors.OpError,
 ) -> DataError:
     """The error that names the record of the step that cannot be read; reads each again, one by one."""
-    advice = "rebuild the set with data.build"
+    advice = "rebuild the set with grain-jax build"
     begin, end = step * per_lane, (step + 1) * per_lane
     stretches = [
         (stream, range(first, last))

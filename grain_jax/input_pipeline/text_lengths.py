@@ -1,6 +1,6 @@
 """Lengths of the texts of a data set, in tokens, of a sample of its images: `text.pack_rows` is derived from them.
 
-`data.build` writes them beside the records (`FILE`; data/SCHEMA.md). Reading it needs neither TensorFlow nor JAX.
+`grain-jax build` writes them beside the records (`FILE`; data/SCHEMA.md). Reading it needs neither TensorFlow nor JAX.
 """
 
 import hashlib

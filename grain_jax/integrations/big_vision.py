@@ -96,9 +96,7 @@ class Model(nn.Module):
           BigVisionError: `train` is True.
         """
         if train:
-            raise BigVisionError(
-                "train: this adapter evaluates; train with `python -m grain_jax.train`"
-            )
+            raise BigVisionError("train: this adapter evaluates; train with `grain-jax train`")
         zimg = ztxt = None
         out = {}
         with jax.default_matmul_precision("highest" if self.dtype == "float32" else None):

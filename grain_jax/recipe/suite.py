@@ -20,7 +20,7 @@ TFDS = {
     "food101": ("food101", "validation", None),
     "imagenet2012": ("imagenet2012", "validation", "imagenet2012"),
 }
-# Entry -> kind, folder of the images below `folders`, and the flags of the data.annotate command that makes
+# Entry -> kind, folder of the images below `folders`, and the flags of the grain-jax annotate command that makes
 # A.jsonl: --source, --annotations and --split.
 ANNOTATED = {
     "flickr30k": ("retrieval", "flickr30k", "karpathy", "dataset_flickr30k.json", "test"),
@@ -131,7 +131,7 @@ def _annotated(name: str, folders: Any, templates: Any, **fields: Any) -> dict[s
     if kind == "boxes":
         fields["templates"] = templates
     images, output = folders + f"/pictures/{pictures}", folders + f"/{name}"
-    get = f"python -m data.annotate --source {source} --annotations {files} --passes none --images "
+    get = f"grain-jax annotate --source {source} --annotations {files} --passes none --images "
     get = get + images + " --output " + output + (f" --split {split}" if split else "")
     if name == "lvis":  # all 1203 classes, with their groups
         fields["classes"] = "lvis"

@@ -1,6 +1,6 @@
 """The shared parts of the HTML pages, which are self-contained files: frame, tables, charts and images.
 
-`grain_jax.report` and `data.inspect` write their pages with it. Imports neither JAX nor numpy. Charts are drawn in the
+`grain_jax.report` and `grain-jax inspect` write their pages with it. Imports neither JAX nor numpy. Charts are drawn in the
 browser by charts.js, whose colours are the page's and suit light and dark.
 """
 

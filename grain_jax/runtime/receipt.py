@@ -1,7 +1,7 @@
 """The receipt of a run: `WORKDIR/receipts.jsonl`, a record for each save, chained by hashes.
 
 A record holds digests of the batches so far, of the saved state and of the logged metrics, and the place of the
-run. Each checkpoint has its own record too. `python -m grain_jax.verify WORKDIR` checks all of it.
+run. Each checkpoint has its own record too. `grain-jax verify WORKDIR` checks all of it.
 """
 
 import hashlib

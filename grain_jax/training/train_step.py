@@ -264,7 +264,7 @@ def make_train_step(
 
 
 class Program(NamedTuple):
-    """The functions that are compiled for a run, the same for the trainer and `launch.plan`."""
+    """The functions that are compiled for a run, the same for the trainer and `grain-jax plan`."""
 
     state: TrainState  # ShapeDtypeStructs
     shardings: TrainState  # NamedShardings

@@ -55,7 +55,7 @@ def test_every_spelling_of_a_flag(words, expected):
         ("--output y --zzz", "--zzz: no such flag; grain-jax x --help lists them"),
         ("--output", "--output: has no value; expected --output DIR, or --output=VALUE where"),
         ("--output --again", "--output: has no value, but the flag --again after it; expected"),
-        ("--output -again", "--output: has no value, but the flag -again after it; expected"),
+        ("--output -again", "--output: has no value, but the flag --again after it; expected"),
         ("--output y --batch-size 0", "--batch-size: got '0', expected a whole number above 0"),
         ("--output y --share 2", "--share: got '2', expected a share from 0 to 1"),
         ("--output y --rate x", "--rate: got 'x', expected a number in -1..1"),
@@ -114,6 +114,16 @@ def test_the_keys_of_a_config_are_taken_out(words, overrides):
     parser.add_config(parser.add_argument_group("run"))
     found = parser.parse_args(words.split())
     assert (found.config, found.overrides) == ("demo", overrides)
+
+
+def test_a_key_of_the_config_is_no_value():
+    parser = ConfigParser("grain-jax train")
+    group = parser.add_argument_group("run")
+    parser.add_config(group)
+    group.add_argument("--workdir", help="folder")
+    for words in (["-workdir", "-config.a=3"], ["--workdir", "--config.a=3"]):
+        with pytest.raises(errors.UserError, match="has no value, but the flag --config.a=3 after"):
+            parser.parse_args(words)
 
 
 def test_a_misspelt_config_flag():

@@ -152,7 +152,7 @@ def test_every_set_has_the_accuracy_that_was_counted_by_hand(suite, data, capsys
         '.download_and_prepare()"'
     )
     assert results["skipped"]["mscoco"].endswith(
-        "not there; to get it: python -m data.annotate --source karpathy --annotations"
+        "not there; to get it: grain-jax annotate --source karpathy --annotations"
         f" dataset_coco.json --passes none --images {folder}/pictures/coco --output {folder}/mscoco"
         " --split test"
     )

@@ -19,15 +19,15 @@ FLAGS = [  # arguments, the line
         ["--workdir", "--config.total_steps=3"],
         "--workdir: has no value, but the flag --config.total",
     ),
-    (["--config.total_steps=3", "--workdir"], "--workdir: has no value; expected --workdir VALUE"),
+    (["--config.total_steps=3", "--workdir"], "--workdir: has no value; expected --workdir DIR"),
     (["-workdir", "-config.total_steps=3"], "--workdir: has no value, but the flag --config.total"),
-    (["--workdir=x", "--process_id", "--processes=2"], "--process_id: has no value, but the flag"),
+    (["--workdir=x", "--process_id", "--processes=2"], "--process-id: has no value, but the flag"),
 ]
 
 
 @pytest.mark.parametrize("arguments,line", FLAGS)
 def test_flags(arguments, line):
-    outcome = cases.run(train.main, ["train", "--config", "tests/run_config.py", *arguments])
+    outcome = cases.run(train.main, ["--config", "tests/run_config.py", *arguments])
     cases.check(outcome, line)
 
 
@@ -136,4 +136,4 @@ def test_a_shard_that_is_no_file_is_not_read(tmp_path, make):
     make(shard)
     config = record_sets.config(tmp_path / "out")
     outcome = cases.run(lambda _: record_files.find(config) and 0, [])
-    cases.check(outcome, f"^{shard}: no regular file; expected a shard that data.build wrote")
+    cases.check(outcome, f"^{shard}: no regular file; expected a shard that grain-jax build wrote")

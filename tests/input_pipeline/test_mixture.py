@@ -242,7 +242,7 @@ def test_a_damaged_record_is_named(folder, tmp_path):
     with pytest.raises(record_files.DataError) as error:
         take(config, 30)
     assert re.fullmatch(
-        rf"{path}, record 1: .*PNG.*; rebuild the set with data.build", str(error.value)
+        rf"{path}, record 1: .*PNG.*; rebuild the set with grain-jax build", str(error.value)
     )
 
 

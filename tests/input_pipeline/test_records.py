@@ -265,7 +265,7 @@ def test_a_missing_set_names_the_command(tmp_path):
     message = str(error.value)
     assert "\n" not in message and f"{tmp_path}/birds/1.0.0" in message
     assert (
-        f"python -m data.build --annotations A.jsonl --images DIR --output {tmp_path} --name birds"
+        f"grain-jax build --annotations A.jsonl --images DIR --output {tmp_path} --name birds"
         in message
     )
     (tmp_path / "birds/incomplete.ABC_1.0.0").mkdir(parents=True)
@@ -313,7 +313,7 @@ def test_a_damaged_record_is_named(damaged):
     with tf.io.gfile.GFile(path, "wb") as file:
         file.write(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     assert until_error(config) == (
-        f"{path}, record 3: damaged (checksum); rebuild the set with data.build"
+        f"{path}, record 3: damaged (checksum); rebuild the set with grain-jax build"
     )
 
 
@@ -343,7 +343,7 @@ def test_a_shard_that_lost_records_is_named(damaged):
 def test_a_lost_shard_is_named(damaged):
     config, path, _ = damaged
     tf.io.gfile.remove(path)
-    assert until_error(config) == f"{path}: the shard is gone; rebuild the set with data.build"
+    assert until_error(config) == f"{path}: the shard is gone; rebuild the set with grain-jax build"
 
 
 def test_lengths_of_texts_beside_the_records_are_those_of_the_records(output, tmp_path):

@@ -44,7 +44,8 @@ print("max|a - b| of a text:", difference)
 def steps(python: pathlib.Path) -> list[tuple]:
     """(name, words of the command, status, what its output has) of each step."""
     module = lambda *words: [python, "-m", *words]  # noqa: E731
-    train = module("grain_jax.train", "--config", "mine.py", "--workdir", "run")
+    command = lambda *words: [python.parent / "grain-jax", *words]  # noqa: E731
+    train = command("train", "--config", "mine.py", "--workdir", "run")
     measure = lambda kind, images, *words: module(  # noqa: E731
         *("grain_jax.evaluate", kind, "--checkpoint", "run", "--images", images),
         *("--output", f"{kind}.json", "--cache", "", *words),
@@ -53,6 +54,15 @@ def steps(python: pathlib.Path) -> list[tuple]:
     return [
         ("pip check", module("pip", "check"), 0, "No broken requirements"),
         ("licence", [python, "-c", LICENCE], 0, "Apache-2.0 grain_jax contributors"),
+        ("version", command("--version"), 0, "JAX "),
+        ("help", command("evaluate", "zeroshot", "--help"), 0, "--descriptions D.json"),
+        ("a typing error", command("trian"), 2, "did you mean train?"),
+        (
+            "keys",
+            command("train", "--config", "own:S/16", "--help-config", "optim"),
+            0,
+            "layer_dec",
+        ),
         ("images", [python, "-c", fresh.IMAGES.format(images_a_class=3)], 0, ""),
         ("train", train, 0, "Everything of this run is in run"),
         ("train, resumed", [*train, "--config.total_steps=6"], 0, "resumed at step 4"),
@@ -62,13 +72,13 @@ def steps(python: pathlib.Path) -> list[tuple]:
         ("grounding", measure("grounding", ".", *of_a), 0, ""),
         (
             "export",
-            module("grain_jax.export", "--checkpoint", "run", "--output", "exported"),
+            command("export", "--checkpoint", "run", "--output", "exported"),
             0,
             "regions: boxes_xyxy",
         ),
         ("export, read back", [python, "-c", READ_BACK], 0, ""),
-        ("report", module("grain_jax.report", "run"), 0, "report.html"),
-        ("verify", module("grain_jax.verify", "run", "--steps", "2"), 0, "Verdict"),
+        ("report", command("report", "run"), 0, "report.html"),
+        ("verify", command("verify", "run", "--steps", "2"), 0, "Verdict"),
         (
             "records need an extra",
             [*train, "--config.input.source=records", "--workdir=other"],
@@ -77,11 +87,11 @@ def steps(python: pathlib.Path) -> list[tuple]:
         ),
         (
             "to-torch needs an extra",
-            module("grain_jax.convert", "to-torch", "--input", "run", "--output", "torch"),
+            command("convert", "to-torch", "--checkpoint", "run", "--output", "torch"),
             2,
             "pip install",
         ),
-        ("demo needs an extra", module("grain_jax.demo", "--checkpoint", "run"), 2, "gradio"),
+        ("demo needs an extra", command("demo", "--checkpoint", "run"), 2, "gradio"),
     ]
 
 

@@ -1,0 +1,131 @@
+"""Which file `--config` and `--sweep` mean, from any folder; and the list of keys."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from grain_jax import errors
+from grain_jax.cli import commands, config_file, config_keys
+from tests.paths import ROOT
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    return epath.Path(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "given, name, argument",
+    [
+        ("demo", "demo", ""),
+        ("own:tiny", "own", ":tiny"),
+        ("finetune:open_clip:B/32", "finetune", ":open_clip:B/32"),
+        ("configs/demo.py", "demo", ""),
+        ("configs/own.py:S/16", "own", ":S/16"),
+        ("configs/own", "own", ""),
+        ("demo.py", "demo", ""),
+    ],
+)
+def test_a_name_is_a_config_of_the_package(folder, capsys, given, name, argument):
+    assert config_file.find(given, "config") == (str(ROOT / f"configs/{name}.py"), argument)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["learning_rate", "sweeps/learning_rate", "configs/sweeps/learning_rate.py"],
+)
+def test_a_sweep_of_the_package(folder, given):
+    expected = str(ROOT / "configs/sweeps/learning_rate.py")
+    assert config_file.find(given, "sweep") == (expected, "")
+
+
+def test_a_file_wins_and_the_other_reading_is_told(folder, capsys):
+    (folder / "configs").mkdir()
+    own = folder / "configs" / "demo.py"
+    own.write_text("")
+    assert config_file.find("configs/demo.py:x", "config") == ("configs/demo.py", ":x")
+    assert config_file.find(f"{own}", "config") == (str(own), "")
+    assert capsys.readouterr().err == ""
+    packaged = str(ROOT / "configs/demo.py")
+    assert config_file.find("demo", "config") == (packaged, "")
+    line = f"--config demo: taken from the package, {packaged}"
+    assert (
+        capsys.readouterr().err == f"{line}; the file configs/demo.py is named by its whole path\n"
+    )
+    own.unlink()  # the folder of the user has no such file
+    assert config_file.find("configs/demo.py", "config") == (packaged, "")
+    assert capsys.readouterr().err == f"--config configs/demo.py: {line.split(': ')[1]}\n"
+
+
+@pytest.mark.parametrize(
+    "given, flag, message",
+    [
+        (
+            "dmeo",
+            "config",
+            "--config: no such file dmeo, and no config of the package has that name; ",
+        ),
+        ("dmeo", "config", "did you mean demo?"),
+        ("zzz", "config", "there are: claim, clip_vitb16_cc12m, demo, eval, finetune, grain_vit"),
+        ("common", "config", "no config of the package has that name"),
+        ("learning_rates", "sweep", "did you mean learning_rate?"),
+    ],
+)
+def test_an_unknown_name_is_one_line(folder, given, flag, message):
+    with pytest.raises(errors.UserError) as caught:
+        config_file.find(given, flag)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_values_of_keys(folder):
+    config = config_file.load("demo", ["--config.optim.learning_rate=0.5", "--config.seed=3"])
+    assert (config.optim.learning_rate, config.seed, config.batch_size) == (0.5, 3, 64)
+    with pytest.raises(errors.UserError, match="--config: missing; e.g. --config demo"):
+        config_file.load(None)
+
+
+def _show(capsys, *words):
+    with pytest.raises(SystemExit) as end:
+        commands.main(words)
+    assert end.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_help_config_lists_keys_with_defaults_or_values(folder, capsys):
+    lines = _show(capsys, "train", "--help-config")
+    assert lines[0] == "136 config keys with their defaults; --config.KEY=VALUE sets one."
+    assert "optim.learning_rate = 0.001  (float)" in lines
+    place = lines.index("batch_size = 2048  (int, at least 1)")
+    assert lines[place + 1] == "    images a step, over all devices"
+    assert max(map(len, lines)) <= 80
+    some = ["--config", "own:S/16", "--config.seed=7"]
+    lines = _show(capsys, "plan", *some, "--help-config", "model.image")
+    assert lines[0] == "22 config keys of own:S/16; --config.KEY=VALUE sets one."
+    assert "model.image.width = 384  (int, 1 to 131,072; default 768)" in lines
+    assert _show(capsys, "sweep", *some, "--help-config=seed")[2] == "seed = 7  (int; default 0)"
+    lines = _show(capsys, "train", "--config=demo", "--help-config=evals.unseen")
+    assert "evals.unseen.names = False" in lines
+
+
+def test_help_config_of_no_key():
+    with pytest.raises(errors.UserError, match=r"--help-config optm: .* did you mean optim\?"):
+        config_keys.show("optm", None, [])
+
+
+def test_help_config_needs_no_jax(folder):
+    code = (
+        "import contextlib, io, sys\n"
+        "from grain_jax.cli import commands\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "    commands.main(['train', '--config', 'demo', '--help-config'])\n"
+        "print(*{'jax', 'flax', 'tensorflow', 'torch'} & set(sys.modules))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("\n", "")
