@@ -6,7 +6,6 @@ command's arguments are parsed before its module is imported: help and wrong usa
 
 import importlib
 import importlib.metadata
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -100,8 +99,8 @@ def parsers() -> dict[str, Parser]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """`grain-jax SUB ...`; exits with the command's status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last: `module:Name` of a user is found, and hides nothing
+    if "" not in sys.path:  # the folder that it is started in
+        sys.path.append("")  # last: `module:Name` of a user is found, and hides nothing
     process.run(lambda given: _main(given or []), words)
 
 
