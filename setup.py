@@ -34,7 +34,8 @@ INTEROP = [
 ANNOTATE = ["apache-beam>=2.60", "transformers>=5.0", *TORCH]
 DEMO = ["gradio>=6"]
 PROBE = ["scikit-learn>=1.5"]  # evaluate linear-probe
-HUB = ["huggingface_hub>=1.0"]  # grain_jax.load of a name on its Hub; convert to-hf --push
+# grain_jax.load of a name on its Hub; convert to-hf --push.
+HUB = ["huggingface_hub>=1.0", "safetensors"]
 # Merges the pairs of CLIP's tokenizer faster than `tokenizers`; has no wheel beyond CPython 3.12.
 FAST_TOKENIZER = ["instant-clip-tokenizer; python_version < '3.13'"]
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]

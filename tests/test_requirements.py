@@ -32,7 +32,7 @@ EXTRAS = {
     "huggingface_hub": {"hub"},
     "instant-clip-tokenizer": {"fast-tokenizer"},
     "open_clip_torch": {"interop"},
-    "safetensors": {"interop"},
+    "safetensors": {"hub", "interop"},
     "scikit-learn": {"probe"},
     "sentencepiece": {"interop"},
     "tensorflow-cpu": {"data"},
