@@ -19,14 +19,16 @@ class _Beside:
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        """The spec of one of the three, or None; called by the import system where nothing else found it."""
+        """The spec of one of the three, or None; called by the import system."""
         if name in ("grain_jax.configs", "grain_jax.data", "grain_jax.launch"):
             return importlib.machinery.PathFinder.find_spec(name, [str(_CHECKOUT)])
         return None
 
 
 if (_CHECKOUT / "setup.py").is_file():
-    sys.meta_path.append(_Beside)
+    sys.meta_path.insert(
+        0, _Beside
+    )  # before the finder of an editable installation, which may be another checkout
 
 
 def load(path, dtype="float32", **options):

@@ -33,6 +33,7 @@ from grain_jax.convert import initialise
 from grain_jax.evaluate import encode, entries, evaluators
 from grain_jax.files import atomic
 from grain_jax.input_pipeline import derived, device, sources, tokenizer
+from grain_jax.models import attention, placement
 from grain_jax.report import page, pictures
 from grain_jax.runtime import (
     checkpoint,
@@ -319,7 +320,10 @@ def compile_step(run: Run, program: train_step.Program, records: "Records"):
         if not schedule.best_is_evaluated(run.config):
             schedule.check_best_metric(run.config, lowered.out_info[1])
         step_fn = lowered.compile()
-    records.say(f"compiled in {metrics_writer.duration(time.monotonic() - began)}")
+    with placement.on(run.mesh, sharding.BATCH_AXES):
+        programs = attention.of_towers(run.config.model, run.config.dtype)
+    took = metrics_writer.duration(time.monotonic() - began)
+    records.say(f"compiled in {took}; attention of the towers: {programs}")
     warning = memory.check_step(run.given, run.mesh, program, step_fn, run.memory)
     if warning:
         records.say(warning)

@@ -23,8 +23,8 @@ class Buffer(NamedTuple):
 def dot_flops(module: hlo.Module, *, passes: bool = False) -> float:
     """FLOPs of matrix products a step on one chip, a multiply-add counting as two.
 
-    Dots and convolutions, which is what the TPU compiler makes of dots; products inside of custom calls
-    (cuBLAS) are not seen.
+    Dots, convolutions, which is what the TPU compiler makes of dots, and Pallas kernels, as they estimate their
+    own; products inside of other custom calls (cuBLAS, cuDNN) are not seen.
 
     Args:
       module: the compiled step.
@@ -36,6 +36,8 @@ def dot_flops(module: hlo.Module, *, passes: bool = False) -> float:
         if not times:
             continue
         for instruction in computation.instructions.values():
+            if instruction.target == "tpu_custom_call":
+                total += times * int(instruction.find(r'"cost_estimate":\{"flops":"(\d+)"') or 0)
             if instruction.opcode not in ("dot", "convolution"):
                 continue
             left = computation.instructions[instruction.operands[0]].shapes[0]

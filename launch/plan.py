@@ -123,6 +123,7 @@ def make(
 def levers(config: config_lib.Config) -> dict[str, Any]:
     """The keys that trade memory against time, with their values."""
     return {
+        "model.attention": config.model.attention,
         "remat": config.remat,
         "microbatches": config.microbatches,
         "mesh.fsdp": config.mesh.fsdp,

@@ -25,6 +25,7 @@ DTYPES = ("float32", "bfloat16")
 IMAGE_TOWERS = ("vit",)
 TEXT_TOWERS = ("transformer",)
 SOURCES = ("records", "synthetic")
+ATTENTIONS = ("auto", "xla", "pallas", "cudnn")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 PROJECTIONS = ("none", "matrix", "affine")
 IMAGE_POOLS = ("none", "class", "map", "mean")
@@ -221,6 +222,9 @@ class Model:
     image: ImageTower = key(ImageTower)
     text: TextTower = key(TextTower)
     decoder: RegionDecoder | None = key(RegionDecoder)  # None: two towers, without regions
+    # The program of the towers' self-attention, for the same numbers up to rounding (docs/speed.md). "auto": a Pallas
+    # kernel on TPUs, cuDNN on CUDA in bfloat16, else XLA's.
+    attention: str = key("auto", choices=ATTENTIONS, role="free", added=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
 from grain_jax import config as config_lib
 from grain_jax import errors
+from grain_jax.losses import hops
 from grain_jax.losses.streaming import Ring
 
 
@@ -23,6 +26,17 @@ class Layout(NamedTuple):
     in_group: Ring
     groups_per_shard: int
     shards_per_group: int
+
+    def along_links(self, devices: np.ndarray) -> "Layout":
+        """The layout whose rings follow the links of the network; `devices` [group, ring, gather, rest]."""
+        # Rings of a group lie side by side in the rest of the axes; of all images, in gather and rest alone.
+        of_group = np.moveaxis(devices, 1, -1).reshape(-1, devices.shape[1])
+        of_all = np.moveaxis(devices.reshape(-1, *devices.shape[2:]), 0, -1)
+        ordered = lambda ring, rings: ring._replace(order=hops.along_links(rings))  # noqa: E731
+        return self._replace(
+            everywhere=ordered(self.everywhere, of_all.reshape(-1, of_all.shape[-1])),
+            in_group=ordered(self.in_group, of_group),
+        )
 
     def per_group(self, x):
         """[b, ...] of a shard -> [groups of the shard, images of the group, ...]."""

@@ -27,6 +27,7 @@ class Ring(NamedTuple):
     axes: tuple[str, ...] = ()  # hop by hop
     size: int = 1  # devices along them
     gather: str | None = None  # the axis whose devices share their blocks before the first hop
+    order: tuple[int, ...] = ()  # of the positions along `axes`, as the hops go; (): 0, 1, 2, ...
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -245,7 +246,8 @@ def _stream(ring: Ring, block: _Block, update, state):
         gather = functools.partial(jax.lax.all_gather, axis_name=ring.gather, tiled=True)
         block = _Block(gather(block.vectors), gather(block.labels, axis=1))
     if ring.size > 1:
-        hops = [(i, (i + 1) % ring.size) for i in range(ring.size)]
+        order = ring.order or tuple(range(ring.size))
+        hops = list(zip(order, (*order[1:], order[0])))
 
         def turn(carry, _):
             state, block = carry

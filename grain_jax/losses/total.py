@@ -117,14 +117,17 @@ def total_loss(
     batch = batch._replace(image=None, text_tokens=None, text_positions=None, text_segments=None)
     batch = batch._replace(caption_at=None, description_at=None)
     batch = batch._replace(texts_dropped=None, text_counts=None)
+    loss_mesh = None
+    axes = ("group", "ring", "gather")
+    if mesh is not None:
+        devices = mesh.devices.reshape(*layout.sizes, -1)
+        loss_mesh, layout = Mesh(devices, (*axes, "rest")), layout.along_links(devices)
     of_shard = functools.partial(
         _outputs_of_shard, terms=[term for term, _ in terms], config=config, layout=layout
     )
-    if mesh is None:
+    if loss_mesh is None:
         found = of_shard(outputs, batch)
     else:
-        axes = ("group", "ring", "gather")
-        loss_mesh = Mesh(mesh.devices.reshape(*layout.sizes, -1), (*axes, "rest"))
         cut, whole = PartitionSpec(axes), PartitionSpec()
         specs = schema.Outputs(
             cut, cut, cut, cut, PartitionSpec(None, axes), logit_scale=whole, logit_bias=whole

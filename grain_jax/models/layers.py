@@ -15,6 +15,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from grain_jax.config import ImageTower, TextTower
+from grain_jax.models import attention
 
 Init: TypeAlias = Callable[..., Any]
 zeros = nn.initializers.zeros_init()
@@ -132,12 +133,17 @@ class LayerNorm(nn.Module):
 
     eps: float
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (x.shape[-1],)
-        scale = parameter(self, "scale", nn.initializers.ones_init(), ("vector",), shape)
-        bias = parameter(self, "bias", zeros, ("vector",), shape)
-        return _norm(x, scale, bias, self.eps)
+        return _norm(x, *self.parameters(x.shape[-1]), self.eps)
+
+    @nn.compact
+    def parameters(self, features: int) -> tuple[jax.Array, jax.Array]:
+        """(scale, bias), float32 [features] each, for a program that has the norm inside."""
+        ones = nn.initializers.ones_init()
+        return (
+            parameter(self, "scale", ones, ("vector",), (features,)),
+            parameter(self, "bias", zeros, ("vector",), (features,)),
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -191,11 +197,26 @@ class Attention(nn.Module):
     bias_init: Init = zeros
     qk_norm_eps: float | None = None
     dropout: float = 0.0
+    program: str = "xla"  # "pallas" and "cudnn" serve self-attention without dropout (attention.py)
 
     @nn.compact
     def __call__(self, query, key, value, mask=None, dropout_keys=None, site: int = 0):
-        """query [B, Lq, E], key and value [B, Lk, E*], mask bool broadcastable to [B, K, Lq, Lk] -> [B, Lq, E]."""
+        """Attention of `query` to `key` and `value`.
+
+        Args:
+          query: [B, Lq, E].
+          key: [B, Lk, E*].
+          value: as `key`.
+          mask: bool broadcastable to [B, K, Lq, Lk], or an attention.CausalWithin where `program` is not "xla".
+          dropout_keys: see `example_dropout`.
+          site: see `example_dropout`.
+
+        Returns:
+          [B, Lq, E].
+        """
         head_dim = self.width // self.heads
+        if self.program == "pallas":
+            return self._heads_side_by_side(query, mask)
         project = lambda name, x: dense(  # noqa: E731
             (self.heads, head_dim),
             ("width",),
@@ -212,14 +233,17 @@ class Attention(nn.Module):
         if self.qk_norm_eps is not None:
             q = LayerNorm(self.qk_norm_eps, name="query_norm")(q)
             k = LayerNorm(self.qk_norm_eps, name="key_norm")(k)
-        logits = jnp.einsum(
-            "bqkh,bskh->bkqs", q * head_dim**-0.5, k, preferred_element_type=jnp.float32
-        )
-        if mask is not None:
-            logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-        weights = softmax(logits, self.dtype)  # [B, K, Lq, Lk]
-        weights = example_dropout(weights, dropout_keys, site, self.dropout)
-        out = jnp.einsum("bkqs,bskh->bqkh", weights, v)
+        if self.program == "cudnn":
+            out = attention.with_cudnn(q, k, v, mask)
+        else:
+            logits = jnp.einsum(
+                "bqkh,bskh->bkqs", q * head_dim**-0.5, k, preferred_element_type=jnp.float32
+            )
+            if mask is not None:
+                logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+            weights = softmax(logits, self.dtype)  # [B, K, Lq, Lk]
+            weights = example_dropout(weights, dropout_keys, site, self.dropout)
+            out = jnp.einsum("bkqs,bskh->bqkh", weights, v)
         return dense(
             self.width,
             ("heads", "head_dim"),
@@ -229,6 +253,71 @@ class Attention(nn.Module):
             bias_init=self.bias_init,
             name="out",
         )(out)
+
+    def _heads_side_by_side(self, x: jax.Array, within) -> jax.Array:
+        """Self-attention by the kernel: the same parameters, activations [B, L, E] with the heads side by side.
+
+        A head has fewer than the 128 lanes of a TPU register: as an axis of its own it would be padded to them.
+        """
+        heads, head_dim = self.heads, self.width // self.heads
+        side_by_side = lambda name, **options: SideBySide(  # noqa: E731
+            self.width, heads, self.dtype, bias_init=self.bias_init, name=name, **options
+        )
+        q, k, v = (
+            checkpoint_name(side_by_side(name, kernel_init=self.kernel_init)(x), "qkv")
+            for name in ("query", "key", "value")
+        )
+        norms = None
+        if self.qk_norm_eps is not None:
+            norms = tuple(
+                part
+                for name in ("query_norm", "key_norm")
+                for part in LayerNorm(self.qk_norm_eps, name=name).parameters(head_dim)
+            )
+        out = attention.with_pallas(
+            q, k, v, heads=heads, norms=norms, eps=self.qk_norm_eps, within=within
+        )
+        return side_by_side("out", kernel_init=self.out_init, back=True)(out)
+
+
+class SideBySide(nn.Module):
+    """`dense` to or from (heads, head_dim) whose activations have the heads side by side, [..., E] -> [..., E].
+
+    Attributes:
+      width: E, of the input and the output.
+      heads: their number.
+      dtype: of the product and the output.
+      kernel_init: initialiser of the kernel, as of `dense`.
+      bias_init: initialiser of the bias.
+      back: the map that follows the heads, from them to the width.
+    """
+
+    width: int
+    heads: int
+    dtype: np.dtype
+    kernel_init: Init
+    bias_init: Init
+    back: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., E] -> [..., E]."""
+        width, of_heads = self.width, (self.heads, self.width // self.heads)
+        shape = (*of_heads, width) if self.back else (width, *of_heads)
+        axes = ("heads", "head_dim", "width") if self.back else ("width", "heads", "head_dim")
+
+        def as_matrix(init, matrix):  # nn.DenseGeneral draws a matrix, too
+            return lambda key, shape, dtype=jnp.float32: init(key, matrix, dtype).reshape(shape)
+
+        kernel = parameter(self, "kernel", as_matrix(self.kernel_init, (width, width)), axes, shape)
+        if self.back:
+            bias = parameter(self, "bias", self.bias_init, ("vector",), (width,))
+        else:
+            bias = parameter(self, "bias", as_matrix(self.bias_init, (width,)), axes[1:], of_heads)
+        kernel, bias = (
+            a.astype(self.dtype) for a in (kernel.reshape(width, width), bias.reshape(-1))
+        )
+        return jnp.einsum("...e,ef->...f", x.astype(self.dtype), kernel) + bias
 
 
 class MLP(nn.Module):

@@ -25,6 +25,18 @@ def on(mesh: Mesh | None, batch_axes: tuple[str, ...]) -> Iterator[None]:
         _mesh_and_axes.reset(token)
 
 
+def mesh() -> Mesh | None:
+    """The mesh, or None."""
+    found = _mesh_and_axes.get()
+    return found and found[0]
+
+
+def batch_axes() -> tuple[str, ...]:
+    """The axes of the mesh that cut the batch; none without a mesh."""
+    found = _mesh_and_axes.get()
+    return found[1] if found else ()
+
+
 def by_batch(x: jax.Array) -> jax.Array:
     """`x` with its leading axis sharded like the batch, all other axes whole."""
     return _constrain(x, sharded=True)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.models import layers, placement, towers
+from grain_jax.models import attention, layers, placement, towers
 
 
 class Block(nn.Module):
@@ -18,10 +18,11 @@ class Block(nn.Module):
 
     tower: config_lib.TextTower
     dtype: np.dtype
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, x, mask):
-        """x [rows, L, E], mask bool [rows, 1, L, L] or None -> (carry [rows, L, E], no per-layer output)."""
+        """x [rows, L, E], mask as of `layers.Attention` -> (carry [rows, L, E], no per-layer output)."""
         t = self.tower
         out_init = layers.normal(t.width**-0.5 * (2 * t.depth) ** -0.5)
         y = layers.LayerNorm(t.norm_eps, name="norm_1")(x)
@@ -31,6 +32,7 @@ class Block(nn.Module):
             self.dtype,
             kernel_init=layers.normal(t.width**-0.5),
             out_init=out_init,
+            program=self.attention,
             name="attention",
         )(y, y, y, mask)
         y = layers.LayerNorm(t.norm_eps, name="norm_2")(x)
@@ -83,14 +85,13 @@ class TextTransformer(towers.TextTower):
         # Looked up in float32: the gradient of a frequent token is a sum over thousands of positions.
         x = placement.whole(token_embed)[tokens] + placement.whole(position_embed)[positions]
         x = placement.by_batch(x.astype(self.dtype))  # [G*rows, L, E]
-        mask = None
-        if t.causal:
-            # Within the same text, too. Padding is a segment of its own, so no row of the mask is empty.
-            causal = jnp.tril(jnp.ones((shape[-1], shape[-1]), bool))
-            mask = (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]
+        program = attention.choose(self.attention, self.dtype, t.heads)
+        mask = attention.CausalWithin(segments) if t.causal else None
+        if mask is not None and program == "xla":
+            mask = mask.mask()  # once for all layers
         blocks = layers.scan_layers(
             Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=(nn.broadcast,)
-        )(t, self.dtype, name="blocks")
+        )(t, self.dtype, program, name="blocks")
         x, _ = blocks(x, mask)
         return x.reshape(*shape, t.width)
 

@@ -36,11 +36,13 @@ class ImageTower(nn.Module):
         other keys it reads those that it likes (width, depth, ...), beside `config.options`.
       dtype: of activations.
       remat: what the backward pass keeps, "none" or a key of `layers.REMAT`.
+      attention: `model.attention`; `layers.Attention` takes it.
     """
 
     config: config_lib.ImageTower
     dtype: np.dtype
     remat: str = "none"
+    attention: str = "auto"
 
     Options: ClassVar[type | None] = None
     # True: the tower gives one vector an image, [B, E]. It needs `model.decoder=None` and `pool="none"`.
@@ -65,11 +67,13 @@ class TextTower(nn.Module):
         `tokenizer`, `cleaning` and `pad_id`; the rest as of `ImageTower.config`.
       dtype: of activations.
       remat: as of `ImageTower`.
+      attention: as of `ImageTower`.
     """
 
     config: config_lib.TextTower
     dtype: np.dtype
     remat: str = "none"
+    attention: str = "auto"
 
     Options: ClassVar[type | None] = None
     # True: the tower gives one vector a row, [G, rows, E], which is only projected. It is not packable.

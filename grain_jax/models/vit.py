@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.models import layers, placement, towers
+from grain_jax.models import attention, layers, placement, towers
 
 
 def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
@@ -29,6 +29,7 @@ class Block(nn.Module):
 
     tower: config_lib.ImageTower
     dtype: np.dtype
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, x):
@@ -51,6 +52,7 @@ class Block(nn.Module):
             out_init=init,
             bias_init=bias(t.width),
             qk_norm_eps=t.norm_eps if t.qk_norm else None,
+            program=self.attention,
             name="attention",
         )(y, y, y)
         y = layers.LayerNorm(t.norm_eps, name="norm_2")(x)
@@ -124,7 +126,7 @@ class ImageTransformer(towers.ImageTower):
             x = layers.LayerNorm(t.norm_eps, name="pre_norm")(x)
         x = placement.by_batch(x)
         blocks = layers.scan_layers(Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=())(
-            t, self.dtype, name="blocks"
+            t, self.dtype, attention.choose(self.attention, self.dtype, t.heads), name="blocks"
         )
         x, _ = blocks(x)
         return layers.LayerNorm(t.norm_eps, name="norm")(x)

@@ -13,6 +13,7 @@ from grain_jax.launch import chips, compiler, estimate, plan, plan_text, search
 
 from grain_jax import config as config_lib
 from grain_jax import errors, losses, train
+from grain_jax.losses import hops
 from grain_jax.models import grain
 from grain_jax.training import flops, memory_use, train_step
 from tests import tiny
@@ -40,7 +41,7 @@ def compiled(cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRAIN_JAX_CACHE", str(cache))
         return compiler.compile_step(
-            tiny.config(),
+            tiny.config(model__attention="xla"),
             TOPOLOGY,
             total_steps=10,
             steps_per_epoch=10.0,
@@ -65,6 +66,8 @@ class _Built(Exception):
 
 @needs_libtpu
 def test_plan_and_train_lower_the_same_program(compiled, monkeypatch, tmp_path):
+    """With the attention of every platform, and the ring along the links that the chips of v5e:2x4 have."""
+    monkeypatch.setattr(hops, "along_links", lambda rings: (0, 1, 3, 6, 4, 5, 7, 2))
     real = train_step.build
 
     def build(*args, **kwargs):
@@ -72,7 +75,7 @@ def test_plan_and_train_lower_the_same_program(compiled, monkeypatch, tmp_path):
 
     monkeypatch.setattr(train_step, "build", build)
     with pytest.raises(_Built) as caught:
-        train.train(tiny.config(), tmp_path)
+        train.train(tiny.config(model__attention="xla"), tmp_path)
     program = caught.value.args[0]
     traced = program.step.trace(program.state, program.batch)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
@@ -87,6 +90,7 @@ def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
         "--topology=v5e:2x4",
         f"--json={out}",
         "--price=2",
+        "--config.model.attention=xla",
         cache=cache,
     )
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,96 @@
+"""The order in which columns travel round the devices: along the links of a TPU's torus.
+
+A mesh lays many slices row by row: from the last chip of a row to the first of the next there is no link, and libtpu
+then lets nothing run beside any hop. Along a closed path of neighbours all hops are hidden behind work.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def along_links(rings: np.ndarray) -> tuple[int, ...]:
+    """An order of the positions of a ring in which each device is a neighbour of the next, the last of the first.
+
+    Args:
+      rings: devices [rings, positions]; all rings go in one order, as a permutation over a mesh axis does.
+
+    Returns:
+      The positions in that order; 0, 1, 2, ... where the devices have no coordinates, or one order does not serve
+      all rings. Of several slices, the path of one after that of the other.
+    """
+    count = rings.shape[1]
+    as_they_lie = tuple(range(count))
+    places = [[_place(device) for device in ring] for ring in rings]
+    if any(place is None for ring in places for place in ring):
+        return as_they_lie
+    order = _order(places[0])
+    if order is None or any(not _same_steps(order, places[0], ring) for ring in places[1:]):
+        return as_they_lie
+    return order
+
+
+def _place(device: Any) -> tuple[int, ...] | None:
+    """(slice, coordinates of the chip, core)."""
+    coords = getattr(device, "coords", None)
+    if coords is None:
+        return None
+    slice_index = getattr(device, "slice_index", 0) or 0
+    return (slice_index, *coords, getattr(device, "core_on_chip", 0) or 0)
+
+
+def _order(places: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The positions along a closed path through each slice; None where a slice is no full grid."""
+    out: list[int] = []
+    for number in sorted({place[0] for place in places}):
+        mine = [i for i, place in enumerate(places) if place[0] == number]
+        path = _closed_path([places[i][1:] for i in mine])
+        if path is None:
+            return None
+        out += [mine[i] for i in path]
+    return tuple(out)
+
+
+def _closed_path(places: Sequence[tuple[int, ...]]) -> list[int] | None:
+    """Indices of the chips of a grid along a closed path of neighbours (None: no full grid, or an odd number)."""
+    axes = [sorted({place[a] for place in places}) for a in range(len(places[0]))]
+    at = {tuple(axes[a].index(c) for a, c in enumerate(p)): i for i, p in enumerate(places)}
+    sizes = [len(axis) for axis in axes]
+    if len(at) != len(places) or len(places) != np.prod(sizes):
+        return None
+    # Rows along the longest even axis; a row goes through the other axes like a snake, which makes of them one.
+    even = [a for a, size in enumerate(sizes) if size % 2 == 0]
+    if not even:
+        return [0] if len(places) == 1 else None
+    down = max(even, key=lambda a: sizes[a])
+    others = [a for a in range(len(sizes)) if a != down]
+    row = _snake([sizes[a] for a in others])
+    points = []
+    if len(row) == 1:
+        points = [(n, row[0]) for n in range(sizes[down])]  # closed by a torus alone
+    else:  # out through all rows but for their first chip, home through the first chips
+        points = [(0, row[0])]
+        for n in range(sizes[down]):
+            points += [(n, place) for place in (row[1:] if n % 2 == 0 else row[:0:-1])]
+        points += [(n, row[0]) for n in range(sizes[down] - 1, 0, -1)]
+    path = []
+    for n, place in points:
+        whole = dict(zip(others, place)) | {down: n}
+        path.append(at[tuple(whole[a] for a in range(len(sizes)))])
+    return path
+
+
+def _snake(sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """All points of a grid, each a neighbour of the one before it."""
+    out: list[tuple[int, ...]] = [()]
+    for size in reversed(sizes):
+        ways = (out, out[::-1])
+        out = [(n, *rest) for n in range(size) for rest in ways[n % 2]]
+    return out
+
+
+def _same_steps(order, first, other) -> bool:
+    """Whether the order takes the same steps through another ring, so that it follows links there as well."""
+    steps = lambda places: np.diff([places[i] for i in (*order, order[0])], axis=0)  # noqa: E731
+    return bool((np.abs(steps(first)) == np.abs(steps(other))).all())

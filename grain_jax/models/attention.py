@@ -1,0 +1,118 @@
+"""Which program computes softmax(q k^T) v, by `model.attention`; the numbers are the same up to rounding.
+
+`xla`     products and softmax as XLA fuses them: everywhere, with any mask and dropout
+`pallas`  a TPU kernel that keeps the scores on the core (attention_kernel.py); elsewhere in its interpreter, for tests
+`cudnn`   the fused attention of cuDNN, on CUDA, in bfloat16
+`auto`    in training, `pallas` on TPUs and `cudnn` on CUDA in bfloat16; `xla` on other platforms, without a mesh
+          (inference), and where a kernel does not serve
+
+Self-attention of the towers alone is fused. The region decoder has few queries and dropout on its weights.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grain_jax import config as config_lib
+from grain_jax.models import placement
+
+
+class CausalWithin(NamedTuple):
+    """A mask: each position sees itself and earlier ones of the same text.
+
+    Attributes:
+      ids: int32 [B, L], the text at each position. Padding is a text of its own, so every position sees one.
+    """
+
+    ids: jax.Array
+
+    def mask(self) -> jax.Array:
+        """The same as bool [B, 1, L, L]."""
+        length = self.ids.shape[-1]
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        return (causal & (self.ids[:, :, None] == self.ids[:, None, :]))[:, None]
+
+
+def choose(attention: str, dtype: np.dtype, heads: int) -> str:
+    """The program for the self-attention of a tower: "xla", "pallas" or "cudnn".
+
+    Args:
+      attention: `model.attention`.
+      dtype: of the activations.
+      heads: of the tower; a tensor axis that does not divide them leaves them to XLA.
+    """
+    mesh = placement.mesh()
+    if attention != "auto":
+        return attention
+    if mesh is None or heads % mesh.shape.get("tensor", 1):
+        return "xla"
+    platform = mesh.devices.flat[0].platform
+    if platform == "tpu":
+        return "pallas"
+    # cuDNN has no float32 attention.
+    return "cudnn" if platform in ("gpu", "cuda") and dtype == jnp.bfloat16 else "xla"
+
+
+def of_towers(model: config_lib.Model, dtype: str) -> str:
+    """The programs of both towers in words, on the mesh of `placement`."""
+    towers = (("image", model.image), ("text", model.text))
+    chosen = {n: choose(model.attention, jnp.dtype(dtype), t.heads) for n, t in towers}
+    if len(set(chosen.values())) == 1:
+        return chosen["image"]
+    return ", ".join(f"{program} ({tower} tower)" for tower, program in chosen.items())
+
+
+def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: CausalWithin | None) -> jax.Array:
+    """Attention by cuDNN.
+
+    Args:
+      q: [B, L, heads, width], bfloat16.
+      k: the same shape.
+      v: the same shape.
+      within: the mask; None: all positions see all.
+
+    Returns:
+      [B, L, heads, width].
+    """
+    mask = None if within is None else within.mask()
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+
+
+def with_pallas(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    heads: int,
+    norms: tuple[jax.Array, ...] | None,
+    eps: float | None,
+    within: CausalWithin | None,
+) -> jax.Array:
+    """Attention by the kernel, on the mesh of `placement`; shapes as of `attention_kernel.attend`."""
+    from grain_jax.models import attention_kernel  # a fifth of a second to import
+
+    where, mesh = None, placement.mesh()
+    if mesh is not None:
+        cut = heads % mesh.shape.get("tensor", 1) == 0
+        where = attention_kernel.Placement(
+            mesh, placement.batch_axes(), "tensor" if cut and "tensor" in mesh.shape else None
+        )
+        platform = mesh.devices.flat[0].platform
+    else:
+        platform = jax.default_backend()
+    segments = None
+    if within is not None:
+        segments = attention_kernel.Segments(within.ids[:, :, None], within.ids[:, None, :])
+    return attention_kernel.attend(
+        q,
+        k,
+        v,
+        heads=heads,
+        norms=norms,
+        eps=eps,
+        segments=segments,
+        placement=where,
+        interpret=platform != "tpu",
+    )

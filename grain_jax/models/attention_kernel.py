@@ -1,0 +1,390 @@
+"""Self-attention as a Pallas TPU kernel, forward and backward: the scores of a head stay in VMEM.
+
+Queries, keys and values are [B, L, heads * width] with the heads side by side, so that no head is padded to the 128
+lanes of a register. A program has a few heads (a multiple of 128 lanes where the widths allow it) of a few rows of
+the batch. It works on tiles of 128 lanes: a head that shares a tile with others reads it through a mask, which costs
+no extra pass of the matrix unit, since that has 128 lanes as well. LayerNorm of queries and keys is inside. The
+backward pass keeps the inputs alone and computes norms and weights again (as FlashAttention does, Dao et al. 2022;
+whole rows of scores fit into VMEM here, so no softmax is pieced together).
+
+On other platforms the kernel runs in Pallas' interpreter, for tests.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, PartitionSpec
+
+TILE = 128  # lanes of a register
+BLOCK_BYTES = 2**19  # of one array in VMEM; a backward program has eight, twice over
+MOST_ROWS = 8  # of the batch, in one program
+VMEM_BYTES = 100 * 2**20  # at most; v5e has 128 MiB
+
+
+class Segments(NamedTuple):
+    """Which positions see each other: those of the same id, earlier ones and itself.
+
+    Attributes:
+      column: int32 [B, L, 1], the id of the text at each position.
+      row: int32 [B, 1, L], the same.
+    """
+
+    column: jax.Array
+    row: jax.Array
+
+
+class Placement(NamedTuple):
+    """Where the arrays lie.
+
+    Attributes:
+      mesh: of the devices.
+      batch: its axes that cut the leading axis.
+      heads: the axis that cuts the heads, or None.
+    """
+
+    mesh: Mesh
+    batch: tuple[str, ...]
+    heads: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Heads:
+    """The heads of one program: `count` of `width` lanes, side by side."""
+
+    count: int
+    width: int
+
+    @property
+    def lanes(self) -> int:
+        return self.count * self.width
+
+    @property
+    def tiles(self) -> list[slice]:
+        """The lanes of each tile."""
+        return [slice(i, min(i + TILE, self.lanes)) for i in range(0, self.lanes, TILE)]
+
+    def parts(self, head: int) -> list[tuple[int, jax.Array | None]]:
+        """The tiles that have lanes of the head: (tile, its lanes of the head as a mask [1, lanes]; None: all)."""
+        first, end = head * self.width, (head + 1) * self.width
+        out = []
+        for number, tile in enumerate(self.tiles):
+            low, high = max(first, tile.start), min(end, tile.stop)
+            if low < high:
+                size = tile.stop - tile.start
+                lane = jax.lax.broadcasted_iota(jnp.int32, (1, size), 1) + tile.start
+                whole = high - low == size
+                out.append((number, None if whole else (lane >= low) & (lane < high)))
+        return out
+
+
+def _heads_of_a_program(heads: int, width: int) -> _Heads:
+    """The fewest heads whose lanes fill whole tiles, or all."""
+    count = math.lcm(width, TILE) // width
+    return _Heads(count if heads % count == 0 else heads, width)
+
+
+def _rows_of_a_program(batch: int, length: int, lanes: int, itemsize: int) -> int:
+    fit = max(1, BLOCK_BYTES // (length * lanes * itemsize))
+    return max(n for n in range(1, min(MOST_ROWS, fit) + 1) if batch % n == 0)
+
+
+def _dot(a, b, contract):
+    return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _only(mask, x):
+    return x if mask is None else jnp.where(mask, x, jnp.zeros_like(x))
+
+
+def _head_means(heads: _Heads, tiles: list) -> list:
+    """float32 [L, lanes] each -> the mean over the lanes of each head, at all of its lanes."""
+    out = [jnp.zeros_like(x) for x in tiles]
+    for head in range(heads.count):
+        parts = heads.parts(head)
+        sums = [jnp.sum(_only(mask, tiles[i]), -1, keepdims=True) for i, mask in parts]
+        mean = sum(sums[1:], sums[0]) / heads.width
+        for i, mask in parts:
+            out[i] = (
+                jnp.broadcast_to(mean, out[i].shape)
+                if mask is None
+                else jnp.where(mask, mean, out[i])
+            )
+    return out
+
+
+def _normed(heads: _Heads, tiles: list, scale: list, bias: list, eps: float):
+    """LayerNorm of each head: (in the dtype of the tiles, normed float32, 1 / deviation float32)."""
+    x = [tile.astype(jnp.float32) for tile in tiles]
+    centred = [a - b for a, b in zip(x, _head_means(heads, x))]
+    squares = _head_means(heads, [c * c for c in centred])
+    rstd = [jax.lax.rsqrt(s + eps) for s in squares]
+    normed = [c * r for c, r in zip(centred, rstd)]
+    out = [(n * s + b).astype(t.dtype) for n, s, b, t in zip(normed, scale, bias, tiles)]
+    return out, normed, rstd
+
+
+def _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row):
+    """Tiles of the normed queries and keys, and what their backward pass needs."""
+    q, k = ([ref[row, :, tile] for tile in heads.tiles] for ref in (q_ref, k_ref))
+    if eps is None:
+        return q, k, None, None
+    of = lambda i: [norm_ref[i : i + 1, tile] for tile in heads.tiles]  # noqa: E731
+    q, *q_kept = _normed(heads, q, of(0), of(1), eps)
+    k, *k_kept = _normed(heads, k, of(2), of(3), eps)
+    return q, k, q_kept, k_kept
+
+
+def _weights(heads, head, q, k, allowed):
+    """Softmax of the scores of a head, float32 [L, L]."""
+    parts = heads.parts(head)
+    scaled = [_only(mask, q[i] * heads.width**-0.5) for i, mask in parts]
+    scores = [_dot(a.astype(k[0].dtype), k[i], ((1,), (1,))) for a, (i, _) in zip(scaled, parts)]
+    scores = sum(scores[1:], scores[0])
+    if allowed is not None:
+        scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
+    exp = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
+    return exp / jnp.sum(exp, -1, keepdims=True)
+
+
+def _allowed(segments, row):
+    """bool [L, L]: causal within the same text; None where all see all."""
+    if not segments:
+        return None
+    column, line = segments[0][row], segments[1][row]  # [L, 1], [1, L]
+    length = line.shape[1]
+    at = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (length, length), axis)  # noqa: E731
+    return (column == line) & (at(0) >= at(1))
+
+
+def _forward_kernel(heads, eps, q_ref, k_ref, v_ref, norm_ref, *rest):
+    *segments, out_ref = rest
+
+    def one_row(row, _):
+        q, k, _, _ = _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row)
+        v = [v_ref[row, :, tile] for tile in heads.tiles]
+        allowed = _allowed(segments, row)
+        out = [jnp.zeros(x.shape, jnp.float32) for x in v]
+        for head in range(heads.count):
+            weights = _weights(heads, head, q, k, allowed).astype(v[0].dtype)
+            for i, mask in heads.parts(head):
+                out[i] += _dot(weights, _only(mask, v[i]), ((1,), (0,)))
+        for tile, x in zip(heads.tiles, out):
+            out_ref[row, :, tile] = x.astype(out_ref.dtype)
+        return 0
+
+    jax.lax.fori_loop(0, q_ref.shape[0], one_row, 0)
+
+
+def _norm_backward(heads, d, kept, scale):
+    """(gradients of the input of LayerNorm, of its scale, of its bias), tiles each."""
+    normed, rstd = kept
+    d_scale = [jnp.sum(a * n, 0, keepdims=True) for a, n in zip(d, normed)]
+    d_bias = [jnp.sum(a, 0, keepdims=True) for a in d]
+    d = [a * s for a, s in zip(d, scale)]
+    means = _head_means(heads, d)
+    products = _head_means(heads, [a * n for a, n in zip(d, normed)])
+    d = [(a - m - n * p) * r for a, m, n, p, r in zip(d, means, normed, products, rstd)]
+    return d, d_scale, d_bias
+
+
+def _backward_kernel(heads, eps, q_ref, k_ref, v_ref, norm_ref, do_ref, *rest):
+    *segments, dq_ref, dk_ref, dv_ref, dnorm_ref = rest
+    dtype = v_ref.dtype
+    tiles = heads.tiles
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        dnorm_ref[...] = jnp.zeros(dnorm_ref.shape, jnp.float32)
+
+    def one_row(row, _):
+        q, k, q_kept, k_kept = _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row)
+        v, do = ([ref[row, :, tile] for tile in tiles] for ref in (v_ref, do_ref))
+        allowed = _allowed(segments, row)
+        dq, dk, dv = ([jnp.zeros(x.shape, jnp.float32) for x in v] for _ in range(3))
+        for head in range(heads.count):
+            parts = heads.parts(head)
+            weights = _weights(heads, head, q, k, allowed).astype(dtype)
+            products = [_dot(_only(mask, do[i]), v[i], ((1,), (1,))) for i, mask in parts]
+            d_weights = sum(products[1:], products[0])
+            weights_32 = weights.astype(jnp.float32)
+            d_scores = weights_32 * d_weights
+            row_sums = jnp.sum(d_scores, -1, keepdims=True)
+            d_scores = (d_scores - weights_32 * row_sums).astype(dtype)
+            for i, mask in parts:
+                dv[i] += _dot(weights, _only(mask, do[i]), ((0,), (0,)))
+                dq[i] += _dot(d_scores, _only(mask, k[i]), ((1,), (0,)))
+                dk[i] += _dot(d_scores, _only(mask, q[i]), ((0,), (0,)))
+        dq, dk = ([x * heads.width**-0.5 for x in d] for d in (dq, dk))
+        if eps is not None:
+            of = lambda i: [norm_ref[i : i + 1, tile] for tile in tiles]  # noqa: E731
+            dq, *d_query_norm = _norm_backward(heads, dq, q_kept, of(0))
+            dk, *d_key_norm = _norm_backward(heads, dk, k_kept, of(2))
+            for i, parts in enumerate([*d_query_norm, *d_key_norm]):
+                for tile, part in zip(tiles, parts):
+                    dnorm_ref[0, i : i + 1, tile] += part
+        for ref, d in ((dq_ref, dq), (dk_ref, dk), (dv_ref, dv)):
+            for tile, part in zip(tiles, d):
+                ref[row, :, tile] = part.astype(dtype)
+        return 0
+
+    jax.lax.fori_loop(0, q_ref.shape[0], one_row, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What a call is compiled for: `heads` of one device, the eps of the norms (None: no norms), the interpreter."""
+
+    heads: int
+    eps: float | None
+    interpret: bool
+
+    def _layout(self, q, segments):
+        batch, length, lanes = q.shape
+        heads = _heads_of_a_program(self.heads, lanes // self.heads)
+        rows = _rows_of_a_program(batch, length, heads.lanes, q.dtype.itemsize)
+        grid = (self.heads // heads.count, batch // rows)
+        block = pl.BlockSpec((rows, length, heads.lanes), lambda h, b: (b, 0, h))
+        norm = pl.BlockSpec((8, heads.lanes), lambda h, b: (0, 0))
+        of_segments = [
+            pl.BlockSpec((rows, length, 1), lambda h, b: (b, 0, 0)),
+            pl.BlockSpec((rows, 1, length), lambda h, b: (b, 0, 0)),
+        ]
+        return heads, grid, block, norm, of_segments if segments else []
+
+    def _cost(self, q, products, arrays):
+        """FLOPs and bytes as the compiler and `grain-jax plan` count them: products of all L x L scores."""
+        batch, length, lanes = q.shape
+        return pl.CostEstimate(
+            flops=2 * products * batch * lanes * length * length,
+            bytes_accessed=arrays * q.size * q.dtype.itemsize,
+            transcendentals=batch * self.heads * length * length,
+        )
+
+    def _params(self):
+        # Programs of the inner axis add to the same gradients of the norms.
+        return pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        )
+
+    def forward(self, q, k, v, norm, *segments):
+        """[B, L, lanes] each, norm float32 [8, lanes of a program], of one device -> [B, L, lanes]."""
+        heads, grid, block, of_norm, of_segments = self._layout(q, segments)
+        return pl.pallas_call(
+            functools.partial(_forward_kernel, heads, self.eps),
+            grid=grid,
+            in_specs=[block, block, block, of_norm, *of_segments],
+            out_specs=block,
+            out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+            compiler_params=self._params(),
+            cost_estimate=self._cost(q, products=2, arrays=4),
+            interpret=self.interpret,
+            name="attention_forward",
+        )(q, k, v, norm, *segments)
+
+    def backward(self, q, k, v, norm, do, *segments):
+        """As `forward`, and the gradient of its output -> gradients of q, k, v and of the norms, float32 [1, 8, lanes]."""
+        heads, grid, block, of_norm, of_segments = self._layout(q, segments)
+        like = jax.ShapeDtypeStruct(q.shape, q.dtype)
+        return pl.pallas_call(
+            functools.partial(_backward_kernel, heads, self.eps),
+            grid=grid,
+            in_specs=[block, block, block, of_norm, block, *of_segments],
+            out_specs=[
+                *[block] * 3,
+                pl.BlockSpec((1, 8, heads.lanes), lambda h, b: (0, 0, h)),
+            ],
+            out_shape=[*[like] * 3, jax.ShapeDtypeStruct((1, 8, q.shape[-1]), jnp.float32)],
+            compiler_params=self._params(),
+            cost_estimate=self._cost(q, products=5, arrays=7),
+            interpret=self.interpret,
+            name="attention_backward",
+        )(q, k, v, norm, do, *segments)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    heads: int,
+    norms: tuple[jax.Array, ...] | None = None,
+    eps: float | None = None,
+    segments: Segments | None = None,
+    placement: Placement | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Softmax(q k^T / sqrt(width)) v of each head.
+
+    Args:
+      q: [B, L, heads * width], heads side by side.
+      k: the same shape.
+      v: the same shape.
+      heads: their number.
+      norms: scale and bias of the queries' LayerNorm, then of the keys', float32 [width] each; None: no norms.
+      eps: of the norms.
+      segments: which positions see each other; None: all of a row.
+      placement: where the arrays lie; None: on one device.
+      interpret: run in Pallas' interpreter.
+
+    Returns:
+      [B, L, heads * width], of the dtype of v.
+    """
+    local = heads
+    if placement is not None and placement.heads:
+        local //= placement.mesh.shape[placement.heads]
+    call = _Call(local, eps if norms is not None else None, interpret)
+    count = _heads_of_a_program(local, q.shape[-1] // heads).count
+    if norms is None:
+        rows = jnp.zeros((8, count * (q.shape[-1] // heads)), jnp.float32)
+    else:  # eight rows: float32 comes in registers of 8 x 128
+        rows = jnp.pad(jnp.tile(jnp.stack(norms), (1, count)), ((0, 4), (0, 0)))
+    return _attend(call, placement, q, k, v, rows, tuple(segments or ()))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(call: _Call, placement: Placement | None, q, k, v, norm, segments):
+    return _attend_forward(call, placement, q, k, v, norm, segments)[0]
+
+
+def _on_each_device(placement, function, cut, results):
+    """`function` on the shard of each device; `cut` and `results` say how arrays are cut: "both", "batch", "heads" or ""."""
+    if placement is None:
+        return function
+    batch, heads = placement.batch, placement.heads
+    specs = {
+        "both": PartitionSpec(batch, None, heads),
+        "batch": PartitionSpec(batch),
+        "norm gradients": PartitionSpec(batch, None, heads),
+        "": PartitionSpec(),
+    }
+    of = lambda names: tuple(specs[name] for name in names)  # noqa: E731
+    out_specs = of(results) if len(results) > 1 else of(results)[0]
+    return jax.shard_map(
+        function, mesh=placement.mesh, in_specs=of(cut), out_specs=out_specs, check_vma=False
+    )
+
+
+def _attend_forward(call, placement, q, k, v, norm, segments):
+    cut = ["both"] * 3 + [""] + ["batch"] * len(segments)
+    out = _on_each_device(placement, call.forward, cut, ["both"])(q, k, v, norm, *segments)
+    return out, (q, k, v, norm, segments)
+
+
+def _attend_backward(call, placement, kept, do):
+    q, k, v, norm, segments = kept
+    cut = ["both"] * 3 + ["", "both"] + ["batch"] * len(segments)
+    results = ["both"] * 3 + ["norm gradients"]
+    backward = _on_each_device(placement, call.backward, cut, results)
+    dq, dk, dv, dnorm = backward(q, k, v, norm, do, *segments)
+    # [devices of the batch axes, 8, lanes] -> of the program that all heads share.
+    dnorm = dnorm.sum(0).reshape(8, -1, norm.shape[1]).sum(1)
+    return dq, dk, dv, dnorm, tuple(None for _ in segments)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

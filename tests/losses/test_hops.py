@@ -1,0 +1,123 @@
+"""The path of the ring through a slice: on TPUs that are not here, and with the numbers of another order."""
+
+import itertools
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from grain_jax import config as config_lib
+from grain_jax import losses, schema
+from grain_jax.losses import hops, layout
+from grain_jax.models import grain
+from tests import tiny
+
+
+def _chip(coords, slice_index=0):
+    return types.SimpleNamespace(coords=coords, slice_index=slice_index, core_on_chip=0)
+
+
+def _chips(*sizes, slice_index=0):
+    return [_chip(c, slice_index) for c in itertools.product(*map(range, sizes))]
+
+
+def _steps(chips, order):
+    """How many links each hop of the ring takes in a grid without wrap-around."""
+    pairs = zip(order, (*order[1:], order[0]))
+    return [sum(abs(a - b) for a, b in zip(chips[i].coords, chips[j].coords)) for i, j in pairs]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(2, 2, 1), (8, 8, 1), (16, 16, 1), (2, 4, 1), (3, 4, 1), (4, 4, 4), (2, 2, 4), (3, 3, 2)],
+)
+def test_every_hop_is_a_link(sizes):
+    chips = _chips(*sizes)
+    np.random.default_rng(0).shuffle(chips)
+    order = hops.along_links(np.array([chips], object))
+    assert sorted(order) == list(range(len(chips)))
+    assert set(_steps(chips, order)) == {1}
+
+
+def test_slices_come_one_after_the_other():
+    chips = [*_chips(2, 2, 1), *_chips(2, 2, 1, slice_index=1)]
+    order = hops.along_links(np.array([chips], object))
+    assert [chips[i].slice_index for i in order] == [0] * 4 + [1] * 4
+    assert set(_steps(chips, order[:4])) == set(_steps(chips, order[4:])) == {1}
+
+
+@pytest.mark.parametrize(
+    "rings",
+    [
+        [[types.SimpleNamespace(id=i) for i in range(4)]],  # no coordinates: CPUs and GPUs
+        [_chips(3, 3, 1)],  # an odd number has no closed path
+        [[*_chips(2, 2, 1)[:3], _chip((4, 4, 0))]],  # no full grid
+        [_chips(2, 2, 1), [_chips(2, 2, 1)[i] for i in (0, 3, 1, 2)]],  # one order for two rings
+    ],
+)
+def test_without_a_path_they_go_as_they_lie(rings):
+    order = hops.along_links(np.array(rings, object))
+    assert order == tuple(range(len(rings[0])))
+
+
+@pytest.mark.parametrize(
+    "tensor,group_size,gather,longest",
+    [
+        (1, 0, 1, 1),
+        (1, 512, 1, 1),  # groups of 16 chips: two rows of the slice
+        (1, 0, 2, 2),  # every second chip of a row
+        (2, 0, 1, 2),
+    ],
+)
+def test_rings_of_a_slice(tensor, group_size, gather, longest):
+    """The rings of a batch of 32 images a shard on 8 x 8 chips, laid row by row."""
+    shards = 64 // tensor
+    found = layout.make_layout(
+        shards * 32, config_lib.Loss(group_size=group_size, gather=gather), shards
+    )
+    chips = np.empty(64, object)
+    chips[:] = _chips(8, 8, 1)
+    grid = chips.reshape(*found.sizes, -1)
+    found = found.along_links(grid)
+    for gathered, rest in np.ndindex(grid.shape[2:]):
+        ring = grid[:, :, gathered, rest].ravel()
+        assert max(_steps(ring, found.everywhere.order)) == longest
+        for group in grid[:, :, gathered, rest] if group_size else ():
+            assert max(_steps(group, found.in_group.order)) == longest
+
+
+@pytest.mark.parametrize("group_size", [0, 8])
+def test_another_order_gives_the_same_losses(group_size, monkeypatch):
+    """Values and gradients on 8 devices, whatever path the ring takes."""
+    c = tiny.config(loss__group_size=group_size)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(8, 1, 1), ("data", "fsdp", "tensor"))
+    batch = tiny.batch(c)
+    rng = np.random.default_rng(0)
+    unit = lambda *shape: grain.normalize(rng.normal(size=shape).astype(np.float32))  # noqa: E731
+    images, regions = batch.region_mask.shape
+    embeds = unit(images, 16), unit(images, 16), unit(images, 5, 16), unit(images, regions, 16)
+    boxes = rng.uniform(0.2, 0.5, (2, images, 5, 4)).astype(np.float32)
+
+    def loss(embeds):
+        outputs = schema.Outputs(*embeds, boxes, np.float32(10.0), np.float32(0.0))
+        return losses.total_loss(
+            outputs, batch, c.loss, mesh=mesh, batch_axes=("data", "fsdp")
+        ).total
+
+    def run():
+        return jax.jit(jax.value_and_grad(loss))(embeds)
+
+    expected = run()
+    taken = []
+
+    def shuffled(rings):
+        order = tuple(np.random.default_rng(len(taken)).permutation(rings.shape[1]).tolist())
+        taken.append(order)
+        return order
+
+    monkeypatch.setattr(hops, "along_links", shuffled)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(), expected
+    )
+    assert any(order != tuple(range(len(order))) for order in taken)

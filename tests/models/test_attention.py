@@ -1,0 +1,171 @@
+"""The attention programs against a float64 replica and against each other; the kernel runs in Pallas' interpreter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from grain_jax.models import attention, attention_kernel, layers, placement
+
+
+def _replica(q, k, v, heads, norms, eps, ids):
+    """The same in float64, a head at a time; float64 must be enabled."""
+    batch, length, lanes = q.shape
+    width = lanes // heads
+    split = lambda x: x.reshape(batch, length, heads, width).transpose(0, 2, 1, 3)  # noqa: E731
+    q, k, v = split(q), split(k), split(v)
+    if norms is not None:
+
+        def norm(x, scale, bias):
+            mean = x.mean(-1, keepdims=True)
+            variance = ((x - mean) ** 2).mean(-1, keepdims=True)
+            return (x - mean) / jnp.sqrt(variance + eps) * scale + bias
+
+        q, k = norm(q, *norms[:2]), norm(k, *norms[2:])
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(width)
+    if ids is not None:
+        at = np.arange(length)
+        allowed = (ids[:, :, None] == ids[:, None, :]) & (at[:, None] >= at[None])
+        scores = jnp.where(allowed[:, None], scores, -1e300)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    weights = weights / weights.sum(-1, keepdims=True)
+    return (weights @ v).transpose(0, 2, 1, 3).reshape(batch, length, lanes)
+
+
+# Batch, length, heads, width of a head, norms inside, texts in a row.
+SHAPES = {
+    "B/16": (1, 197, 2, 64, True, False),
+    "text": (3, 77, 4, 64, False, True),
+    "S/16": (4, 50, 8, 32, True, False),
+    "H/14": (1, 10, 8, 80, False, False),
+    "tiny": (8, 17, 2, 16, True, True),
+}
+
+
+def _inputs(shape):
+    batch, length, heads, width, normed, texts = shape
+    rng = np.random.default_rng(0)
+    q, k, v, weight = rng.normal(size=(4, batch, length, heads * width))
+    norms = tuple(rng.normal(size=(4, width)) + [[1], [0], [1], [0]]) if normed else None
+    ids = np.sort(rng.integers(0, 4, (batch, length))) if texts else None
+    return (q * 2, k, v, norms), ids, weight
+
+
+def _with_gradients(function, arrays, weight):
+    value, pull = jax.vjp(lambda x: function(*x), arrays)
+    return value, pull(weight.astype(value.dtype))[0]
+
+
+def _worst(got, expected):
+    """The largest difference, in parts of the largest value of its array, or of 1% of the largest of all arrays."""
+    got, expected = (
+        [np.asarray(x, np.float64) for x in jax.tree.leaves(t)] for t in (got, expected)
+    )
+    floor = 0.01 * max(np.abs(e).max() for e in expected)  # the gradient of the keys' bias is 0
+    differences = [np.abs(a - e).max() / max(np.abs(e).max(), floor) for a, e in zip(got, expected)]
+    return max(differences)
+
+
+def _by_xla(q, k, v, norms, heads, eps, within):
+    """As layers.Attention has it."""
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
+    if norms is not None:
+        q, k = layers._norm(q, *norms[:2], eps), layers._norm(k, *norms[2:], eps)
+    scale, float32 = q.shape[-1] ** -0.5, jnp.float32
+    scores = jnp.einsum("bqkh,bskh->bkqs", q * scale, k, preferred_element_type=float32)
+    if within is not None:
+        scores = jnp.where(within.mask(), scores, jnp.finfo(float32).min)
+    weights = layers.softmax(scores, v.dtype)
+    return jnp.einsum("bkqs,bskh->bqkh", weights, v).reshape(*v.shape[:2], -1)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernel_equals_the_replica(name):
+    """Values and all gradients: as near to float64 as those of XLA's program, in float32 and in bfloat16."""
+    heads, eps = SHAPES[name][2], 1e-6
+    arrays, ids, weight = _inputs(SHAPES[name])
+    with jax.enable_x64(True):
+        expected = _with_gradients(
+            lambda q, k, v, norms: _replica(q, k, v, heads, norms, eps, ids),
+            jax.tree.map(jnp.asarray, arrays),
+            jnp.asarray(weight),
+        )
+        expected = jax.tree.map(np.asarray, expected)
+    within = None if ids is None else attention.CausalWithin(jnp.asarray(ids, jnp.int32))
+
+    def kernel(q, k, v, norms):
+        return attention.with_pallas(q, k, v, heads=heads, norms=norms, eps=eps, within=within)
+
+    def xla(q, k, v, norms):
+        return _by_xla(q, k, v, norms, heads, eps, within)
+
+    for dtype, bound in ((jnp.float32, 5e-5), (jnp.bfloat16, 0.5)):
+        q, k, v, norms = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
+        cast = (*(x.astype(dtype) for x in (q, k, v)), norms)
+        of = lambda f, cast=cast, dtype=dtype: _worst(  # noqa: E731
+            _with_gradients(jax.jit(f), cast, jnp.asarray(weight, dtype)), expected
+        )
+        ours, theirs = of(kernel), of(xla)
+        assert ours < bound and ours < 2.5 * theirs, (dtype, ours, theirs)
+
+
+def _layer(program, heads, qk_norm):
+    init = layers.normal(0.3)
+    eps = 1e-6 if qk_norm else None
+    return layers.Attention(32, heads, jnp.dtype("float32"), init, init, init, eps, program=program)
+
+
+@pytest.mark.parametrize(
+    "mesh_shape,qk_norm", [(None, True), ((2, 2, 2), True), ((8, 1, 1), False), ((1, 1, 8), False)]
+)
+def test_layer_is_the_same_by_each_program(mesh_shape, qk_norm):
+    """The same parameters and their gradients; cut by a tensor axis where that divides the heads."""
+    heads = 4
+    x = jax.random.normal(jax.random.key(0), (8, 10, 32))
+    ids = jnp.sort(jax.random.randint(jax.random.key(1), (8, 10), 0, 3))
+    within = None if qk_norm else attention.CausalWithin(ids)
+    weight = jax.random.normal(jax.random.key(2), x.shape)
+    xla, pallas = (_layer(program, heads, qk_norm) for program in ("xla", "pallas"))
+    mask = within and within.mask()
+    params = xla.init(jax.random.key(3), x, x, x, mask)
+    again = pallas.init(jax.random.key(3), x, x, x, within)
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+
+    def loss(layer, mask):
+        def run(params, x):
+            return jnp.sum(layer.apply(params, x, x, x, mask) * weight)
+
+        return jax.jit(jax.value_and_grad(run, (0, 1)))
+
+    expected = loss(xla, mask)(params, x)
+    if mesh_shape is None:
+        got = loss(pallas, within)(params, x)
+    else:
+        mesh = Mesh(np.array(jax.devices()).reshape(mesh_shape), ("data", "fsdp", "tensor"))
+        axes = ("data", "fsdp")
+        x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(axes)))
+        with placement.on(mesh, axes):
+            got = loss(pallas, within)(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, expected)
+
+
+def test_auto_is_xla_without_a_mesh_and_on_a_cpu():
+    bfloat16 = jnp.dtype("bfloat16")
+    assert attention.choose("auto", bfloat16, 8) == "xla"
+    with placement.on(Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp")), ("data",)):
+        assert attention.choose("auto", bfloat16, 8) == "xla"
+        assert attention.choose("pallas", bfloat16, 8) == "pallas"
+
+
+def test_programs_for_rows_and_heads():
+    of = attention_kernel._heads_of_a_program
+    assert [
+        of(12, 64).lanes,
+        of(6, 32).lanes,
+        of(16, 80).lanes,
+        of(16, 88).lanes,
+        of(2, 16).lanes,
+    ] == [*(128, 192, 640, 1408, 32)]
+    rows = attention_kernel._rows_of_a_program
+    assert [rows(128, 197, 128, 2), rows(6, 77, 128, 2), rows(32, 257, 1408, 2)] == [8, 6, 1]
