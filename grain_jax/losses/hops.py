@@ -22,22 +22,19 @@ def along_links(rings: np.ndarray) -> tuple[int, ...]:
     """
     count = rings.shape[1]
     as_they_lie = tuple(range(count))
-    places = [[_place(device) for device in ring] for ring in rings]
-    if any(place is None for ring in places for place in ring):
+    if any(getattr(device, "coords", None) is None for device in rings.flat):
         return as_they_lie
+    places = [[_place(device) for device in ring] for ring in rings]
     order = _order(places[0])
     if order is None or any(not _same_steps(order, places[0], ring) for ring in places[1:]):
         return as_they_lie
     return order
 
 
-def _place(device: Any) -> tuple[int, ...] | None:
+def _place(device: Any) -> tuple[int, ...]:
     """(slice, coordinates of the chip, core)."""
-    coords = getattr(device, "coords", None)
-    if coords is None:
-        return None
     slice_index = getattr(device, "slice_index", 0) or 0
-    return (slice_index, *coords, getattr(device, "core_on_chip", 0) or 0)
+    return (slice_index, *device.coords, getattr(device, "core_on_chip", 0) or 0)
 
 
 def _order(places: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
