@@ -188,7 +188,7 @@ def test_the_command_compares_what_it_wrote(command):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        ([], "the following arguments are required: --checkpoint, --output"),
+        ([], "--checkpoint DIR, --output DIR: missing"),
         (["--checkpoint", "none", "--output", "x"], "none: no such folder"),
         (["--checkpoint", "model", "--output", "file"], "file: File exists; expected a folder"),
     ],

@@ -181,6 +181,7 @@ def test_the_configs_hash_does_not_change_when_keys_are_added():
     old = json.loads(config_lib.to_json(c))  # as a run of the first receipts wrote it
     del old["init"]
     for part, cls in (
+        (old["model"], config_lib.Model),
         (old["model"]["image"], config_lib.ImageTower),
         (old["model"]["text"], config_lib.TextTower),
         (old["input"], config_lib.Input),
