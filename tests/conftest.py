@@ -28,6 +28,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # Files with the most seconds of tests, the longest first: what starts last, ends last.
 LONG = (
+    "tests/test_notebooks.py",
     "tests/training/test_train_step.py",
     "tests/test_train.py",
     "tests/test_elastic.py",

@@ -119,7 +119,7 @@ def _assert_goes_on(saved, workdir):
 
 
 @pytest.mark.parametrize(
-    "mesh", [(1, 1, 1), pytest.param((4, 1, 1), marks=pytest.mark.slow), (2, 2, 2)]
+    "mesh", [*(pytest.param((n, 1, 1), marks=pytest.mark.slow) for n in (1, 4)), (2, 2, 2)]
 )
 def test_another_mesh_goes_on_with_the_same_batches_and_losses(saved, workdir, mesh, monkeypatch):
     data, fsdp, tensor = mesh

@@ -138,6 +138,7 @@ def test_it_trains_from_a_random_open_clip(tmp_path):
     )
 
 
+@pytest.mark.slow  # as from open_clip
 def test_it_trains_from_a_random_siglip(tmp_path):
     transformers = pytest.importorskip("transformers")
     text = dict(hidden_size=48, intermediate_size=192, num_hidden_layers=2, num_attention_heads=3)

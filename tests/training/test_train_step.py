@@ -56,10 +56,10 @@ ONE = (1, 1, 1)
     "mesh,overrides",
     [
         ((8, 1, 1), {}),
-        ((4, 2, 1), {}),
-        ((2, 2, 2), {"remat": "full"}),
+        pytest.param((4, 2, 1), {}, marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), {"remat": "full"}, marks=pytest.mark.slow),
         (ONE, {"microbatches": 4}),
-        ((4, 1, 2), {"remat": "dots"}),
+        pytest.param((4, 1, 2), {"remat": "dots"}, marks=pytest.mark.slow),
         ((2, 2, 2), {"microbatches": 2, "remat": "qkv", "loss__gather": 2, "loss__tile": 7}),
     ],
 )
@@ -243,7 +243,7 @@ def test_queries_have_metrics_only_where_they_tell_something(queries, entropy):
     assert not entropy or abs(metrics["query_usage_entropy"] - 1) < 1e-6
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_without_regions_trains_on_captions_alone(microbatches):
     """The CLIP baseline: no region is read."""
     metrics, _, _ = _run(
