@@ -353,14 +353,16 @@ def _attend(call: _Call, placement: Placement | None, q, k, v, norm, segments):
 
 
 def _on_each_device(placement, function, cut, results):
-    """`function` on the shard of each device; `cut` and `results` say how arrays are cut: "both", "batch", "heads" or ""."""
+    """`function` on the shard of each device.
+
+    `cut` and `results` say how each array is cut: "both" (batch first, heads last), "batch" or "" (whole).
+    """
     if placement is None:
         return function
     batch, heads = placement.batch, placement.heads
     specs = {
         "both": PartitionSpec(batch, None, heads),
         "batch": PartitionSpec(batch),
-        "norm gradients": PartitionSpec(batch, None, heads),
         "": PartitionSpec(),
     }
     of = lambda names: tuple(specs[name] for name in names)  # noqa: E731
@@ -379,7 +381,7 @@ def _attend_forward(call, placement, q, k, v, norm, segments):
 def _attend_backward(call, placement, kept, do):
     q, k, v, norm, segments = kept
     cut = ["both"] * 3 + ["", "both"] + ["batch"] * len(segments)
-    results = ["both"] * 3 + ["norm gradients"]
+    results = ["both"] * 4
     backward = _on_each_device(placement, call.backward, cut, results)
     dq, dk, dv, dnorm = backward(q, k, v, norm, do, *segments)
     # [devices of the batch axes, 8, lanes] -> of the program that all heads share.
