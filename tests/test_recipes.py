@@ -1,15 +1,15 @@
-"""configs/own.py, finetune.py and claim.py: every argument resolves, and weights from elsewhere are taken."""
+"""Recipes of configs/: every argument resolves, weights from elsewhere are taken, the largest towers make a step."""
 
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
-from grain_jax.configs import claim, demo, finetune, own
+from grain_jax.configs import claim, demo, finetune, grain_vitg14_cc12m, grain_vith14_cc12m, own
 
 from benchmarks import claim_design
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, losses
 from grain_jax.convert import initialise, layouts
 from grain_jax.evaluate import entries as evaluate
 from grain_jax.models import grain
@@ -193,3 +193,46 @@ def test_two_towers_that_were_converted_get_a_decoder(tmp_path):
     assert config.model.text.tokenizer == str(tmp_path / "two" / "tokenizer.json")
     loaded = initialise.load(config).params
     assert loaded.keys() == {n for n in expected if n.startswith(("image/", "text"))}
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(grain_vith14_cc12m, marks=pytest.mark.slow), grain_vitg14_cc12m]
+)
+def test_the_largest_towers_make_a_step(recipe):
+    """At their widths, two layers deep, cut over fsdp, by the kernel: the loss is that of XLA's attention on one device."""
+    c = recipe.get_config()
+    c.model.image.update(image_size=28, depth=2)
+    c.model.text.update(depth=2, context_length=32, vocab_size=512)
+    c.model.decoder.update(width=32, depth=2, heads=2, mlp_dim=64)
+    c.model.attention = "pallas"
+    c.update(dict(total_steps=10, total_epochs=None, batch_size=8, dtype="float32"))
+    c.optim.update(warmup_steps=1, warmup_epochs=None)
+    c.input.lanes, c.text.pack_group, c.text.pack_rows = 1, 1, 2
+    config = config_lib.from_dict(c)
+    assert (config.mesh.fsdp, config.remat) == (8, "full")
+    mesh = sharding.make_mesh(config.mesh)
+    program = train_step.build(config, mesh, total_steps=10, steps_per_epoch=5.0)
+    # Any numbers serve, and these are made in a second.
+    rng = np.random.default_rng(0)
+    draw = lambda x: 0.02 * rng.standard_normal(x.shape, np.float32)  # noqa: E731
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.state)
+    state = state._replace(params=jax.tree.map(draw, program.state.params))
+    batch = tiny.batch(config)
+
+    @jax.jit
+    def by_xla(params):
+        model = grain.GRAIN(dataclasses.replace(config.model, attention="xla"), "float32", "none")
+        keys = train_step.dropout_keys(config.seed, 0, jax.numpy.arange(config.batch_size))
+        outputs = model.apply({"params": params}, batch, keys)
+        return losses.total_loss(outputs, batch, config.loss).total
+
+    expected = float(by_xla(state.params))
+    state, batch = jax.device_put((state, batch), (program.shardings, program.batch_sharding))
+    kernel = state.params["image"]["blocks"]["mlp"]["in"]["kernel"]
+    assert kernel.shape == (2, config.model.image.width, config.model.image.mlp_dim)
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+    state, metrics = program.step(state, batch)
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
+    # Adam's first moment after a step is a share of the gradient.
+    moments = grain.flat(jax.tree.map(np.asarray, state.opt_state[1].mu))
+    assert [name for name, x in moments.items() if not np.abs(x).max() > 0] == []

@@ -16,7 +16,9 @@ from grain_jax.config import evals, fields, parse
 Keys = Any  # a ConfigDict, whose keys are attributes that type checkers do not know
 
 # Where a size differs from B/16. S/16, B/16 and L/14 are those of the reference (clip/custom_models.py): S/16 has
-# 12 heads of 32, not timm's 6 of 64; L/14 keeps the text tower of width 512.
+# 12 heads of 32, not timm's 6 of 64; L/14 keeps the text tower of width 512. H/14 and g/14 have the towers and the
+# joint space of OpenCLIP's ViT-H-14 and ViT-g-14 (open_clip/model_configs), with heads of 80 and 88.
+_LARGE_TEXT = dict(width=1024, depth=24, heads=16, mlp_dim=4096)
 SIZES = {
     "tiny": dict(
         embed_dim=64,
@@ -27,6 +29,16 @@ SIZES = {
     "S/16": dict(image=dict(width=384, mlp_dim=1536)),
     "B/16": {},
     "L/14": dict(image=dict(patch_size=14, width=1024, depth=24, heads=16, mlp_dim=4096)),
+    "H/14": dict(
+        embed_dim=1024,
+        image=dict(patch_size=14, width=1280, depth=32, heads=16, mlp_dim=5120),
+        text=_LARGE_TEXT,
+    ),
+    "g/14": dict(
+        embed_dim=1024,
+        image=dict(patch_size=14, width=1408, depth=40, heads=16, mlp_dim=6144),
+        text=_LARGE_TEXT,
+    ),
 }
 
 
@@ -50,7 +62,7 @@ def defaults(cls: type) -> Keys:
 
 
 def model(size: str = "B/16") -> Keys:
-    """The model of that size: one of tiny, S/16, B/16, L/14."""
+    """The model of that size: one of tiny, S/16, B/16, L/14, H/14, g/14."""
     if size not in SIZES:
         raise ValueError(f"model size: got {size!r}, expected one of {', '.join(SIZES)}")
     c = defaults(fields.Model)

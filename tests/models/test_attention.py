@@ -39,6 +39,7 @@ SHAPES = {
     "text": (3, 77, 4, 64, False, True),
     "S/16": (4, 50, 8, 32, True, False),
     "H/14": (1, 10, 8, 80, False, False),
+    "g/14": (1, 10, 3, 88, True, False),
     "tiny": (8, 17, 2, 16, True, True),
 }
 

@@ -1,0 +1,21 @@
+"""GRAIN ViT-H/14 on CC12M with synthetic annotations: the B/16 recipe with the towers of OpenCLIP's ViT-H-14.
+
+COMMAND   grain-jax train --config grain_vith14_cc12m[:v5p-64] --workdir gs://BUCKET/grain_h14_cc12m \
+              --config.input.data_dir=gs://BUCKET/records
+HARDWARE  v5p-64 (planned as v5p:4x4x4, docs/scaling.md). Not yet run by us.
+"""
+
+from grain_jax.configs import grain_vitb16_cc12m
+
+from grain_jax.recipe import model, on_hardware
+
+# 32 images a chip.
+HARDWARE = {"v5p-64": {"remat": "none"}}
+
+
+def get_config(hardware=None):
+    c = grain_vitb16_cc12m.get_config()
+    c.model = model("H/14")
+    c.remat = "full"
+    c.mesh.fsdp = 8  # parameters and moments
+    return on_hardware(c, HARDWARE, hardware)
