@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax.models import placement
@@ -67,6 +68,8 @@ def of_towers(model: config_lib.Model, dtype: str) -> str:
 def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: CausalWithin | None) -> jax.Array:
     """Attention by cuDNN.
 
+    Its backward pass takes even lengths alone, so an odd one grows by a position that no other sees.
+
     Args:
       q: [B, L, heads, width], bfloat16.
       k: the same shape.
@@ -76,8 +79,29 @@ def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: CausalWithin | 
     Returns:
       [B, L, heads, width].
     """
-    mask = None if within is None else within.mask()
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    length, heads = q.shape[1:3]
+    odd = length % 2
+    if odd:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+        if within is not None:  # a text of its own
+            within = CausalWithin(jnp.pad(within.ids, ((0, 0), (0, 1)), constant_values=-1))
+
+    def attend(q, k, v, *ids):
+        seen = {}
+        if ids:
+            seen["mask"] = CausalWithin(*ids).mask()
+        elif odd:
+            seen["key_value_seq_lengths"] = jnp.full(len(q), length, jnp.int32)
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **seen)
+
+    ids = () if within is None else (within.ids,)
+    mesh = placement.mesh()
+    if mesh is not None:  # JAX does not make sure that a mask is cut as the queries are
+        batch, tensor = placement.batch_axes(), mesh.shape.get("tensor", 1)
+        both = PartitionSpec(batch, None, "tensor" if tensor > 1 and heads % tensor == 0 else None)
+        specs = (both, both, both, *[PartitionSpec(batch)] * len(ids))
+        attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=both, check_vma=False)
+    return attend(q, k, v, *ids)[:, :length]
 
 
 def with_pallas(

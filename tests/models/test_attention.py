@@ -151,6 +151,41 @@ def test_layer_is_the_same_by_each_program(mesh_shape, qk_norm):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, expected)
 
 
+@pytest.mark.parametrize("mesh_shape", [None, (2, 2, 2)])
+@pytest.mark.parametrize("length,qk_norm", [(9, True), (9, False), (10, False)])
+def test_lengths_that_cudnn_takes(monkeypatch, mesh_shape, length, qk_norm):
+    """Odd lengths have no backward pass in cuDNN; the layer is that of XLA at every length."""
+    given, real = [], jax.nn.dot_product_attention
+
+    def stand_in(q, k, v, *, implementation, **seen):
+        given.append((q.shape, implementation))
+        return real(q, k, v, implementation="xla", **seen)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    x = jax.random.normal(jax.random.key(0), (8, length, 32))
+    ids = jnp.sort(jax.random.randint(jax.random.key(1), (8, length), 0, 3))
+    within = None if qk_norm else attention.CausalWithin(ids)
+    xla, cudnn = (_layer(program, 4, qk_norm) for program in ("xla", "cudnn"))
+    params = xla.init(jax.random.key(3), x, x, x)
+    weight = jax.random.normal(jax.random.key(2), x.shape)
+
+    def loss(layer, mask):
+        def run(params, x):
+            return jnp.sum(layer.apply(params, x, x, x, mask) * weight)
+
+        return jax.jit(jax.value_and_grad(run, (0, 1)))
+
+    expected = loss(xla, within and within.mask())(params, x)
+    mesh, local = None, (8, 4)
+    if mesh_shape is not None:
+        mesh = Mesh(np.array(jax.devices()).reshape(mesh_shape), ("data", "fsdp", "tensor"))
+        local = (2, 2)
+    with placement.on(mesh, ("data", "fsdp") if mesh else ()):
+        got = loss(cudnn, within)(params, x)
+    assert given == [((local[0], 10, local[1], 8), "cudnn")]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, expected)
+
+
 def test_auto_is_xla_without_a_mesh_and_on_a_cpu():
     bfloat16 = jnp.dtype("bfloat16")
     assert attention.choose("auto", bfloat16, 8) == "xla"
