@@ -139,6 +139,20 @@ def test_the_finished_run_loads_and_runs_again_to_no_effect(finished):
     np.testing.assert_allclose(np.linalg.norm(model.encode_image(images), axis=-1), 1, rtol=1e-5)
 
 
+def test_the_kernel_has_the_losses_of_xla_and_goes_on_from_its_checkpoint(finished, tmp_path):
+    """`finished` is by XLA's attention; the kernel runs in Pallas' interpreter, and rounds differently."""
+    config = tiny.config(model__attention="pallas")
+    expected = [line["loss"] for line in _lines(finished)]
+    train.train(config, tmp_path / "whole")
+    losses = [line["loss"] for line in _lines(tmp_path / "whole")]
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
+    shutil.copytree(finished / "checkpoints" / "8", tmp_path / "later" / "checkpoints" / "8")
+    train.train(config, tmp_path / "later")
+    losses = [line["loss"] for line in _lines(tmp_path / "later")]
+    np.testing.assert_allclose(losses, expected[8:], rtol=2e-5)
+    assert losses != expected[8:]
+
+
 @pytest.mark.slow  # test_elastic.py and test_train_step.py see the same meshes
 @pytest.mark.parametrize("mesh", [(4, 2, 1), (2, 2, 2)])
 def test_other_meshes_have_the_same_losses(finished, mesh, tmp_path):
