@@ -45,7 +45,9 @@ deliver, and the bill.""",
     )
     add("--output", metavar="OUT.json", help="file that the plan is also written to")
     out.switch(
-        "--search", to=group, help="look for the largest batch and the cheapest remat that fit"
+        "--search",
+        to=group,
+        help="look for the cheapest remat that fits, what is faster with it, and the largest batch",
     )
     out.older(json="--output")
     add = out.add_argument_group("assumptions").add_argument

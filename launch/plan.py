@@ -299,14 +299,18 @@ def find(config, topology, options: Options, say, base: dict[str, Any]) -> dict[
 
     def ask(candidate: config_lib.Config) -> search.Answer | None:
         say(
-            f"trying remat={candidate.remat} batch_size={candidate.batch_size}"
-            f" loss.gather={candidate.loss.gather}"
+            f"trying remat={candidate.remat} model.attention={candidate.model.attention}"
+            f" mesh.fsdp={candidate.mesh.fsdp} loss.gather={candidate.loss.gather}"
+            f" batch_size={candidate.batch_size}"
         )
         try:
             plan = base if candidate == config else make(candidate, topology, options, say)
         except compiler.TookTooLong as error:
             say(f"{error}\n")
             return None
+        except compiler.CompilerFailed as error:  # of one point; others may serve
+            say(f"{error}\n")
+            return search.Answer(False, 0, base["memory"]["limit_bytes"], None, failed=True)
         memory = plan["memory"]
         return search.Answer(
             plan["fits"],
@@ -317,14 +321,15 @@ def find(config, topology, options: Options, say, base: dict[str, Any]) -> dict[
 
     shards = mesh["data"] * mesh["fsdp"]
     # One compile is spent: that of the plan.
-    found = search.search(config, shards, ask, max_compiles=search.MAX_COMPILES - 1)
+    found = search.search(
+        config, shards, ask, slices=topology.slices, max_compiles=search.MAX_COMPILES - 1
+    )
 
     def entry(point: search.Point | None) -> dict[str, Any] | None:
         if point is None:
             return None
         return {
-            "remat": point.remat,
-            "gather": point.gather,
+            **point.levers._asdict(),
             "images_per_chip": point.images_per_chip,
             "batch_size": point.images_per_chip * shards,
             **point.answer._asdict(),

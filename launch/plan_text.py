@@ -315,27 +315,35 @@ def _search(plan) -> list[str]:
     if not found:
         return []
     lines = [
-        f"  {'remat':<8}{'gather':>7}{'images/chip':>12}{'batch':>9}{'GB/chip':>10}{'images/s':>11}"
+        f"  {'remat':<6}{'attention':<10}{'fsdp':>5}{'gather':>7}{'images/chip':>12}{'batch':>8}"
+        f"{'GB/chip':>9}{'images/s':>11}"
     ]
     for point in found["tried"]:
-        rate = point["images_per_second"]
+        rate, size = point["images_per_second"], f"{point['total_bytes'] / 1e9:.2f}"
+        why = "" if point["fits"] else "   does not fit"
+        if point["failed"]:
+            size, why = "-", "   the compiler failed"
         lines.append(
-            f"  {point['remat']:<8}{point['gather']:>7}{point['images_per_chip']:>12}{point['batch_size']:>9}"
-            f"{point['total_bytes'] / 1e9:>10.2f}{f'{rate:,.0f}' if rate else '-':>11}"
-            f"{'' if point['fits'] else '   does not fit'}"
+            f"  {point['remat']:<6}{point['attention']:<10}{point['fsdp']:>5}{point['gather']:>7}"
+            f"{point['images_per_chip']:>12}{point['batch_size']:>8}{size:>9}"
+            f"{f'{rate:,.0f}' if rate else '-':>11}{why}"
         )
     answers = []
     if found["at_batch"]:
         best = found["at_batch"]
-        answers.append(
-            f"  At this batch: --config.remat={best['remat']} --config.loss.gather={best['gather']}"
-        )
+        answers.append(f"  At this batch: {_flags(best)}")
     else:
         answers.append("  At this batch nothing fits: see microbatches and mesh.fsdp")
     if found["largest"]:
         best = found["largest"]
-        answers.append(
-            f"  Largest batch that was seen to fit: --config.batch_size={best['batch_size']}"
-            f" --config.remat={best['remat']}"
-        )
+        answers.append("  Largest batch that was seen to fit:")
+        answers.append(f"    --config.batch_size={best['batch_size']} {_flags(best)}")
     return [_section(f"Search, {len(found['tried'])} compiles"), *lines, "", *answers]
+
+
+def _flags(point) -> str:
+    """The levers of a point of the search as flags of the command line."""
+    return (
+        f"--config.remat={point['remat']} --config.model.attention={point['attention']}"
+        f" --config.mesh.fsdp={point['fsdp']} --config.loss.gather={point['gather']}"
+    )

@@ -1,4 +1,4 @@
-"""Finds the largest batch, the cheapest remat policy that fits and the faster ring, in few compiles.
+"""Finds the cheapest remat policy that fits, what is fastest with it, and the largest batch, in few compiles.
 
 Memory grows nearly linearly with the images of a chip, so two answers predict where the limit is; each
 prediction is compiled, never trusted.
@@ -13,9 +13,10 @@ from typing import NamedTuple
 from grain_jax import config as config_lib
 from grain_jax import errors, losses
 
-MAX_COMPILES = 8
+MAX_COMPILES = 10
 GOAL = 0.97  # of the limit: what a prediction aims at
 GATHER = 4  # chips that share columns before the ring: what is tried against none
+FSDP = 4  # chips that share parameters: what is tried against none
 DERIVED_GROUP = (
     8  # images a packing group, at least, of the batches that are tried where it is derived
 )
@@ -29,19 +30,28 @@ class Answer(NamedTuple):
     total_bytes: int
     limit_bytes: int
     images_per_second: float | None  # None: out of memory
+    failed: bool = False  # the compiler crashed or refused the program; bytes are not known
+
+
+class Levers(NamedTuple):
+    """The keys that are tried: remat, model.attention, mesh.fsdp and loss.gather."""
+
+    remat: str
+    attention: str
+    fsdp: int
+    gather: int
 
 
 class Point(NamedTuple):
     """A point that was tried."""
 
-    remat: str
-    gather: int
+    levers: Levers
     images_per_chip: int
     answer: Answer
 
 
 class Found(NamedTuple):
-    """All points in order of trial, the cheapest policy for the config's own batch, and the largest batch."""
+    """All points in order of trial, the best for the config's own batch, and the largest batch."""
 
     tried: list[Point]
     at_batch: Point | None
@@ -68,14 +78,19 @@ def search(
     shards: int,
     ask: Callable[[config_lib.Config], Answer | None],
     *,
+    slices: int = 1,
     max_compiles: int = MAX_COMPILES,
 ) -> Found:
-    """Tries the remat policies at the config's batch, cheapest first, then `loss.gather`, then larger batches.
+    """Tries the remat policies at the config's batch, cheapest first, then what may be faster, then larger batches.
+
+    With the first policy that fits it tries `mesh.fsdp`, `model.attention` and `loss.gather`, and goes on with each
+    that is faster. Where no policy fits, it tries `mesh.fsdp`.
 
     Args:
       config: where to start.
       shards: parts that the batch is cut into.
       ask: compiles a config; None, when it took too long, ends the search with what was found.
+      slices: slices or nodes, which cut `data` alone.
       max_compiles: at most so many calls of `ask`.
 
     Raises:
@@ -87,48 +102,87 @@ def search(
         )
     tried: list[Point] = []
     start, step = config.batch_size // shards, unit(config, shards)
+    own = Levers(config.remat, config.model.attention, config.mesh.fsdp, config.loss.gather)
+    fsdp = _other_fsdp(config, shards // slices)
 
     def points():
         """The points to try next."""
         for remat in config_lib.REMAT_POLICIES:  # from least recomputation to least memory
-            yield remat, start, config.loss.gather
+            yield own._replace(remat=remat), start
             if tried[-1].answer.fits:
-                if config.loss.gather == 1 and _can_gather(config, shards):
-                    yield remat, start, GATHER
                 break
-        # The policy that needs least memory carries the largest batch.
-        remat, gather = config_lib.REMAT_POLICIES[-1], config.loss.gather
+        if not tried[-1].answer.fits and fsdp > own.fsdp:
+            yield tried[-1].levers._replace(fsdp=fsdp), start
+        elif tried[-1].answer.fits:
+            if fsdp != own.fsdp:
+                yield tried[-1].levers._replace(fsdp=fsdp), start
+            other = "auto" if own.attention == "xla" else "xla"
+            yield _best(tried, start).levers._replace(attention=other), start
+            if own.gather == 1 and _can_gather(config, shards):
+                yield _best(tried, start).levers._replace(gather=GATHER), start
+        # The policy that needs least memory carries the largest batch, and the fewest columns at a time.
+        best = _best(tried, start) if _fits(tried, start) else tried[-1]
+        levers = best.levers._replace(remat=config_lib.REMAT_POLICIES[-1], gather=own.gather)
         while True:
-            mine = [p for p in tried if (p.remat, p.gather) == (remat, gather)]
+            mine = [p for p in tried if p.levers == levers]
             fitting = max((p.images_per_chip for p in mine if p.answer.fits), default=0)
             failing = min((p.images_per_chip for p in mine if not p.answer.fits), default=math.inf)
-            if failing - fitting <= step:
+            if failing - fitting <= step or any(p.answer.failed for p in mine):
                 return
             images = _predict(mine, start, step, fitting, failing)
             while images > fitting and not _groups_fit(config, images, shards):
                 images -= step
             if images <= fitting:
                 return
-            yield remat, images, gather
+            yield levers, images
 
-    for remat, images, gather in itertools.islice(points(), max_compiles):
-        loss = dataclasses.replace(config.loss, gather=gather)
-        answer = ask(
-            dataclasses.replace(config, remat=remat, batch_size=images * shards, loss=loss)
-        )
+    for levers, images in itertools.islice(points(), max_compiles):
+        answer = ask(_changed(config, levers, images * shards))
         if answer is None:
             break
-        tried.append(Point(remat, gather, images, answer))
-
+        tried.append(Point(levers, images, answer))
     fits = [p for p in tried if p.answer.fits]
-    at_batch = [p for p in fits if p.images_per_chip == start]
-    if at_batch:  # of the first policy that fits, the faster ring
-        at_batch = [p for p in at_batch if p.remat == at_batch[0].remat]
     return Found(
         tried,
-        max(at_batch, key=lambda p: p.answer.images_per_second or 0, default=None),
+        _best(tried, start) if _fits(tried, start) else None,
         max(fits, key=lambda p: p.images_per_chip, default=None),
     )
+
+
+def _changed(config: config_lib.Config, levers: Levers, batch_size: int) -> config_lib.Config:
+    """The config with these values."""
+    return dataclasses.replace(
+        config,
+        remat=levers.remat,
+        batch_size=batch_size,
+        model=dataclasses.replace(config.model, attention=levers.attention),
+        mesh=dataclasses.replace(config.mesh, fsdp=levers.fsdp),
+        loss=dataclasses.replace(config.loss, gather=levers.gather),
+    )
+
+
+def _fits(tried: list[Point], images: int) -> list[Point]:
+    """The points with so many images a chip that fit."""
+    return [p for p in tried if p.answer.fits and p.images_per_chip == images]
+
+
+def _best(tried: list[Point], images: int) -> Point:
+    """Of the points with so many images a chip that fit, the fastest of those with the first remat policy."""
+    fits = _fits(tried, images)
+    fits = [p for p in fits if p.levers.remat == fits[0].levers.remat]
+    return max(fits, key=lambda p: p.answer.images_per_second or 0)
+
+
+def _other_fsdp(config: config_lib.Config, chips: int) -> int:
+    """The `mesh.fsdp` to try against the config's on slices of so many chips; the config's where no other serves."""
+    if config.mesh.data != -1:  # else data takes what fsdp leaves
+        return config.mesh.fsdp
+    if config.mesh.fsdp > 1:
+        return 1
+    model = config.model
+    towers = [t for t in (model.image, model.text, model.decoder) if t is not None]
+    divides = chips % FSDP == 0 and all(t.width % FSDP == 0 for t in towers)
+    return FSDP if divides else 1
 
 
 def _can_gather(config: config_lib.Config, shards: int) -> bool:

@@ -236,14 +236,20 @@ def test_out_of_memory_names_the_arrays_and_what_to_change():
     assert "--config.remat" in text and hidden in text
 
 
-def _linear(fixed, slopes, limit, calls, rates={1: 100.0, 4: 90.0}):  # noqa: B006
-    """An `ask` with those images/s by `loss.gather`, whose memory is linear in the images of a chip (8 chips)."""
+def _linear(fixed, slopes, limit, calls, faster=()):
+    """An `ask` whose memory is linear in the images of a chip (8 chips); each (lever, value) of `faster` adds to the rate."""
 
     def ask(config):
-        calls.append((config.remat, config.batch_size, config.loss.gather))
-        total = round(fixed + slopes[config.remat] * config.batch_size / 8)
+        levers = search.Levers(
+            config.remat, config.model.attention, config.mesh.fsdp, config.loss.gather
+        )
+        calls.append((*levers, config.batch_size))
+        # Half of what does not grow with the batch is the parameters and moments.
+        state = fixed / 2 + fixed / 2 / config.mesh.fsdp
+        total = round(state + slopes[config.remat] * config.batch_size / 8)
         fits = total <= limit
-        return search.Answer(fits, total, limit, rates[config.loss.gather] if fits else None)
+        rate = 100.0 + sum(5.0 for lever, value in faster if getattr(levers, lever) == value)
+        return search.Answer(fits, total, limit, rate if fits else None)
 
     return ask
 
@@ -254,19 +260,58 @@ SLOPES = {"none": 250, "dots": 50, "qkv": 40, "full": 10}
 def test_search_finds_the_cheapest_policy_and_the_largest_batch():
     config, calls = tiny.config(batch_size=512, input__lanes=1), []  # 64 images a chip
     found = search.search(config, 8, _linear(1000, SLOPES, 10_000, calls))
-    assert found.at_batch.remat == "dots"  # 1000 + 64 x 50 fits, 1000 + 64 x 250 does not
-    assert found.at_batch.gather == 1 and ("dots", 512, 4) in calls  # it was tried, and slower
-    assert found.largest.remat == "full"
+    assert calls[:5] == [
+        ("none", "auto", 1, 1, 512),
+        ("dots", "auto", 1, 1, 512),  # 1000 + 64 x 50 fits, 1000 + 64 x 250 does not
+        ("dots", "auto", 4, 1, 512),
+        ("dots", "xla", 1, 1, 512),
+        ("dots", "auto", 1, 4, 512),
+    ]
+    assert found.at_batch.levers == ("dots", "auto", 1, 1)  # the others are no faster
+    assert found.largest.levers == ("full", "auto", 1, 1)
     assert search.unit(config, 8) == 2  # a packing group
     assert 900 >= found.largest.images_per_chip >= 0.97 * 900  # (10000 - 1000) / 10
     assert len(calls) <= search.MAX_COMPILES and len(set(calls)) == len(calls)
-    faster = _linear(1000, SLOPES, 10_000, [], rates={1: 100.0, 4: 110.0})
-    assert search.search(config, 8, faster).at_batch.gather == 4
+
+
+def test_search_goes_on_with_each_lever_that_is_faster():
+    config, calls = tiny.config(batch_size=512, input__lanes=1), []
+    faster = [("fsdp", 4), ("gather", 4)]
+    found = search.search(config, 8, _linear(1000, SLOPES, 10_000, calls, faster))
+    assert calls[3:5] == [("dots", "xla", 4, 1, 512), ("dots", "auto", 4, 4, 512)]
+    assert found.at_batch.levers == ("dots", "auto", 4, 4)
+    assert found.largest.levers == ("full", "auto", 4, 1)  # a gather costs memory
+
+
+@pytest.mark.parametrize(
+    "overrides,slices,tried",
+    [
+        (dict(mesh__fsdp=8), 1, {1, 8}),
+        (dict(mesh__data=8), 1, {1}),
+        (dict(model__text__width=30, model__text__heads=3), 1, {1}),  # no multiple of 4
+        ({}, 4, {1}),  # two chips a slice
+        ({}, 2, {1, 4}),
+    ],
+)
+def test_search_tries_the_fsdp_that_can_be(overrides, slices, tried):
+    calls = []
+    config = tiny.config(batch_size=512, input__lanes=1, **overrides)
+    search.search(config, 8, _linear(1000, SLOPES, 10_000, calls), slices=slices)
+    assert {fsdp for _, _, fsdp, _, _ in calls} == tried
+
+
+def test_search_cuts_the_parameters_where_no_policy_fits():
+    calls = []
+    config = tiny.config(batch_size=512, input__lanes=1)
+    found = search.search(config, 8, _linear(1000, SLOPES, 1500, calls))
+    assert calls[4] == ("full", "auto", 4, 1, 512)
+    assert found.at_batch.levers == ("full", "auto", 4, 1)  # 625 + 64 x 10
+    assert 87 >= found.largest.images_per_chip >= 84  # (1500 - 625) / 10
 
 
 def test_search_goes_down_where_the_batch_does_not_fit():
     calls = []
-    config = tiny.config(batch_size=512, input__lanes=1)
+    config = tiny.config(batch_size=512, input__lanes=1, mesh__data=8)
     found = search.search(config, 8, _linear(1000, SLOPES, 1500, calls))
     assert found.at_batch is None
     assert 50 >= found.largest.images_per_chip >= 46  # (1500 - 1000) / 10
@@ -280,7 +325,7 @@ def test_search_keeps_what_it_found_when_a_compile_takes_too_long():
     linear = _linear(1000, SLOPES, 10_000, [])
     ask = lambda c: None if c.batch_size > 512 else linear(c)
     found = search.search(config, 8, ask)
-    assert (found.at_batch.remat, found.largest.images_per_chip) == ("dots", 64)
+    assert (found.at_batch.levers.remat, found.largest.images_per_chip) == ("dots", 64)
 
 
 def test_search_moves_in_whole_packing_groups_lanes_and_microbatches():
@@ -295,11 +340,13 @@ def test_search_keeps_eight_images_together_where_groups_are_derived():
     assert search.unit(config_lib.from_dict(values), 4) == 8
 
 
-def test_search_of_a_plan_compiles_eight_times_at_most(monkeypatch):
+def test_search_of_a_plan_compiles_ten_times_at_most(monkeypatch):
     calls = []
     ask = _linear(1000, SLOPES, 1500, calls)
 
     def make(config, topology, options, say):
+        if config.remat == "qkv":
+            raise compiler.CompilerFailed("the TPU compiler crashed with SIGSEGV")
         answer = ask(config)
         memory = {"total_bytes": answer.total_bytes, "limit_bytes": answer.limit_bytes}
         rate = answer.images_per_second
@@ -307,15 +354,26 @@ def test_search_of_a_plan_compiles_eight_times_at_most(monkeypatch):
 
     monkeypatch.setattr(plan, "make", make)
     # "dots" is tried again by the search, and must not be compiled again.
-    config = tiny.config(batch_size=512, input__lanes=1, remat="dots")
-    say = lambda text: None
-    base = make(config, TOPOLOGY, plan.Options(), say)
-    found = plan.find(config, TOPOLOGY, plan.Options(), say, base)
-    assert calls.count(("dots", 512, 1)) == 1 and len(calls) <= search.MAX_COMPILES
+    config = tiny.config(batch_size=512, input__lanes=1, remat="dots", mesh__data=8)
+    said = []
+    base = make(config, TOPOLOGY, plan.Options(), said.append)
+    found = plan.find(config, TOPOLOGY, plan.Options(), said.append, base)
+    assert calls.count(("dots", "auto", 1, 1, 512)) == 1 and len(calls) <= search.MAX_COMPILES
     assert found["at_batch"] is None
     largest = found["largest"]
     assert largest["batch_size"] == 8 * largest["images_per_chip"]
     assert largest["total_bytes"] == 1000 + 10 * largest["images_per_chip"]
+    assert "the TPU compiler crashed with SIGSEGV\n" in said
+    assert [p["failed"] for p in found["tried"] if p["remat"] == "qkv"] == [True]
+    told = "\n".join(plan_text._search({"search": found}))
+    assert (
+        "  qkv   auto          1      1          64     512        -          -   the compiler failed"
+        in told
+    )
+    assert (
+        f"--config.batch_size={largest['batch_size']} --config.remat=full --config.model.attention=auto"
+        " --config.mesh.fsdp=1 --config.loss.gather=1"
+    ) in told
 
 
 def test_gpu_estimate_by_hand():
