@@ -89,22 +89,22 @@ def _save_image(number: int, folder: str) -> None:
         make_image(number).save(file, "JPEG", quality=QUALITY)
 
 
-def make_data(folder: epath.Path, count: int) -> None:
-    """Makes the images, `A.jsonl` and the three sets in `folder`."""
+def make_data(folder: epath.Path, count: int, sets: Sequence[str] = tuple(SETS)) -> None:
+    """Makes the images, `A.jsonl` and the `sets` in `folder`."""
     (folder / "images").mkdir(parents=True)
     save = functools.partial(_save_image, folder=str(folder / "images"))
     for _ in parallel.ordered_map(save, range(count), workers=WORKERS):
         pass
     lines = (json.dumps(annotation(number)) + "\n" for number in range(count))
     (folder / "A.jsonl").write_text("".join(lines))
-    for name, arguments in SETS.items():
+    for name in sets:
         status = build.main(
             [
                 f"--annotations={folder / 'A.jsonl'}",
                 f"--images={folder / 'images'}",
                 f"--output={folder / 'records'}",
                 f"--name={name}",
-                *arguments,
+                *SETS[name],
                 "--num-shards=16",
             ]
         )

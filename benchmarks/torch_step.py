@@ -7,7 +7,7 @@ reference, or the texts are packed as ours.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.optimize
@@ -20,8 +20,28 @@ from grain_jax.convert.hf_files import modeling_grain as modeling
 _NO_DECAY = ("query_embed", "pos_embed", "positional_embedding", "token_embedding", "cls_token")
 
 
+class Placed(NamedTuple):
+    """A batch on the device.
+
+    Attributes:
+      image: uint8 [B, H, W, 3].
+      texts: tokens, positions, segments [rows, L] and the places of the end tokens [N]; or tokens [N, L], padded.
+      caption_id: [B].
+      description_id: of the real regions.
+      region_boxes_cxcywh: [B, R, 4].
+      region_mask: bool [B, R], on the host, where the matching is.
+    """
+
+    image: torch.Tensor
+    texts: tuple[torch.Tensor, ...]
+    caption_id: torch.Tensor
+    description_id: torch.Tensor
+    region_boxes_cxcywh: torch.Tensor
+    region_mask: torch.Tensor
+
+
 class TorchStep:
-    """A model, its optimizer and its compiled parts; `step` and `loss` take a numpy `schema.Batch`.
+    """A model, its optimizer and its compiled parts; `step` and `loss` take what `place` makes of a batch.
 
     Args:
       module: the `GrainModel` to train.
@@ -32,6 +52,10 @@ class TorchStep:
     def __init__(self, module: Any, *, compiled: bool = False, autocast: torch.dtype | None = None):
         self.module, self.autocast = module, autocast
         self.device = next(module.parameters()).device
+        self._mean, self._std = (
+            torch.tensor(x, dtype=torch.float32, device=self.device)
+            for x in (schema.IMAGE_MEAN, schema.IMAGE_STD)
+        )
         backbone, decoder = module.backbone, module.decoder
         wrap = (
             (lambda part: torch.compile(part, dynamic=False)) if compiled else (lambda part: part)
@@ -50,35 +74,48 @@ class TorchStep:
             fused=True,
         )
 
-    def step(self, batch: schema.Batch, *, packed: bool) -> float:
+    def place(self, batch: schema.Batch, *, packed: bool) -> Placed:
+        """A numpy batch on the device, its texts packed or padded."""
+        to = lambda x: torch.as_tensor(np.asarray(x)).to(self.device)  # noqa: E731
+        ends = to(text_places(batch))
+        if packed:
+            rows = (batch.text_tokens, batch.text_positions, batch.text_segments)
+            texts = (*(to(x).long().flatten(0, 1) for x in rows), ends)
+        else:
+            texts = (to(padded_tokens(batch)).long(),)
+        # Descriptions and pairs are both in the order of the mask.
+        return Placed(
+            to(batch.image),
+            texts,
+            to(batch.caption_id),
+            to(batch.description_id[batch.region_mask]),
+            to(batch.region_boxes_cxcywh),
+            torch.as_tensor(batch.region_mask),
+        )
+
+    def step(self, batch: Placed) -> float:
         """One step of training; returns the loss."""
         self.module.train()
-        loss = self.loss(batch, packed=packed)
+        loss = self.loss(batch)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.module.clip_logit_scale()
         return float(loss.detach())
 
-    def loss(self, batch: schema.Batch, *, packed: bool) -> torch.Tensor:
+    def loss(self, batch: Placed) -> torch.Tensor:
         """L_ic + L_box + L_rd (docs/method.md, Losses), without equal texts among the negatives."""
-        to = lambda x: torch.as_tensor(np.asarray(x)).to(self.device)  # noqa: E731
         backbone = self.module.backbone
-        pixels = to(schema.rescale_pixels(batch.image)).permute(0, 3, 1, 2)
-        mask = torch.as_tensor(batch.region_mask)
+        pixels = (batch.image.float() / 255 - self._mean) / self._std
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            image, regions, boxes = self._decoder(self._visual(pixels))
-            ends = to(text_places(batch))
-            if packed:
-                rows = (batch.text_tokens, batch.text_positions, batch.text_segments)
-                texts = self._packed_texts(*(to(x).long().flatten(0, 1) for x in rows), ends)
-            else:
-                texts = self._padded_texts(to(padded_tokens(batch)).long())
+            image, regions, boxes = self._decoder(self._visual(pixels.permute(0, 3, 1, 2)))
+            encode = self._packed_texts if len(batch.texts) > 1 else self._padded_texts
+            texts = encode(*batch.texts)
         image, regions, texts = (F.normalize(x.float(), dim=-1) for x in (image, regions, texts))
         captions, descriptions = texts[: len(image)], texts[len(image) :]
         scale = backbone.logit_scale.exp()
 
-        same = to(batch.caption_id)[:, None] == to(batch.caption_id)
+        same = batch.caption_id[:, None] == batch.caption_id
         same = same & ~torch.eye(len(image), dtype=torch.bool, device=self.device)
         logits = (scale * image @ captions.T).masked_fill(same, -math.inf)
         own = torch.arange(len(image), device=self.device)
@@ -86,12 +123,12 @@ class TorchStep:
         if not len(descriptions):
             return loss
 
-        target = to(batch.region_boxes_cxcywh)
-        matched, region, query = (x.to(self.device) for x in match(boxes[-1], target, mask))
-        pred, real = boxes[-1][matched, query], target[matched, region]
+        target = batch.region_boxes_cxcywh
+        found = match(boxes[-1], target, batch.region_mask)
+        matched, region, query = (x.to(self.device) for x in found)
+        pred, real = boxes[-1][matched, query].float(), target[matched, region]
         box = (pred - real).abs().sum() + (1 - modeling._giou(pred, real, 0.0)).sum()
-        # Descriptions and pairs are both in the order of the mask.
-        ids = to(batch.description_id[batch.region_mask])
+        ids = batch.description_id
         label = torch.arange(len(ids), device=self.device)
         same = (ids[:, None] == ids) & (label[:, None] != label)
         logits = (scale * regions[matched, query] @ descriptions.T).masked_fill(same, -math.inf)
@@ -156,11 +193,11 @@ def match(boxes, target, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return torch.tensor(np.array(pairs, np.int64).reshape(-1, 3)).unbind(1)
 
 
-def timed(step: TorchStep, batch: schema.Batch, *, packed: bool) -> Callable[[], float]:
+def timed(step: TorchStep, batch: Placed) -> Callable[[], float]:
     """A step on a batch as a callable for `side_by_side`, which waits for the device."""
 
     def run() -> float:
-        loss = step.step(batch, packed=packed)
+        loss = step.step(batch)
         if step.device.type == "cuda":
             torch.cuda.synchronize()
         return loss

@@ -87,26 +87,18 @@ def _loss(model, config, params, batch):
     return losses.total_loss(model.apply({"params": params}, batch, None), batch, config.loss).total
 
 
-def torch_side(size: str, batch: int, compiled: bool) -> dict[str, Any]:
-    """The PyTorch step with our initial weights and batch; returns what `jax_side` returns."""
-    import os
-
+def torch_model(size: str, device: str, *, compiled: bool) -> Any:
+    """The `TorchStep` with our initial weights on "cpu" or "cuda", there in bfloat16 autocast."""
     import jax
-
-    device_kind = "cuda" if jax.default_backend() == "gpu" else "cpu"
     import torch
 
     from benchmarks import torch_step
-    from grain_jax import train
     from grain_jax.convert.reference import module as torch_module
     from grain_jax.convert.reference.parameters import to_states
-    from grain_jax.input_pipeline import synthetic
     from grain_jax.models.grain import GRAIN
     from grain_jax.training import optim, sharding, train_step
 
-    train.keep_freed_memory()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    config = make_config(size, batch, **texts(batch)["packed"])
+    config = make_config(size, 8, **texts(8)["packed"])
     model = GRAIN(config.model)
     tx = optim.optimizer(
         config.optim, optim.learning_rate(config.optim, total_steps=2, steps_per_epoch=1)
@@ -115,20 +107,32 @@ def torch_side(size: str, batch: int, compiled: bool) -> dict[str, Any]:
         params = jax.jit(lambda: sharding.unbox(train_step.init_state(model, config, tx)).params)()
     module = torch_module.make_module(config.model, None)
     torch_module.load_states(module, to_states(config.model, jax.tree.map(np.asarray, params)))
-    del params
-    step = torch_step.TorchStep(
-        module.to(device_kind),
-        compiled=compiled,
-        autocast=torch.bfloat16 if device_kind == "cuda" else None,
-    )
-    data = next(synthetic.batches(config))
+    autocast = torch.bfloat16 if device == "cuda" else None
+    return torch_step.TorchStep(module.to(device), compiled=compiled, autocast=autocast)
+
+
+def torch_side(size: str, batch: int, compiled: bool) -> dict[str, Any]:
+    """The PyTorch step with our initial weights and batch; returns what `jax_side` returns."""
+    import os
+
+    import torch
+
+    from benchmarks import torch_step
+    from grain_jax import train
+    from grain_jax.input_pipeline import synthetic
+
+    train.keep_freed_memory()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    step = torch_model(size, device, compiled=compiled)
+    data = next(synthetic.batches(make_config(size, batch, **texts(batch)["packed"])))
+    out: dict[str, Any] = {}
+    placed = {p: step.place(data, packed=p == "packed") for p in ("packed", "padded")}
     with torch.no_grad():
-        module.eval()
-        losses = {packed: float(step.loss(data, packed=packed)) for packed in (True, False)}
-    out = {f"dropout off {'packed' if p else 'padded'}": lambda v=v: v for p, v in losses.items()}
-    for packed in (True, False):
-        out["packed" if packed else "padded"] = torch_step.timed(step, data, packed=packed)
-    return out
+        step.module.eval()
+        losses = {name: float(step.loss(batch)) for name, batch in placed.items()}
+    out |= {f"dropout off {name}": lambda loss=loss: loss for name, loss in losses.items()}
+    return out | {name: torch_step.timed(step, batch) for name, batch in placed.items()}
 
 
 def main() -> int:
@@ -146,7 +150,9 @@ def main() -> int:
     for name, compiled in (("PyTorch", False), ("torch.compile", True)):
         if not (compiled and args.no_compile):
             sides[name] = (torch_side, dict(common_arguments, compiled=compiled))
-    timings = side_by_side.measure(sides, turns=args.steps)
+    # The sides share a GPU: JAX must not take its memory before it needs it.
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    timings = side_by_side.measure(sides, turns=args.steps, environment=environment)
     checked = {n: timings.pop(n).value for n in list(timings) if "dropout off" in n}
     ours = checked["JAX dropout off"]
     worst = max(abs(value - ours) / abs(ours) for value in checked.values())

@@ -1,0 +1,370 @@
+"""The parts of `benchmarks.accelerator`: generators of rows. Each runs in a process of its own and imports there."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+ROOT = epath.Path(__file__).absolute().parent.parent
+SIZES = ("tiny", "S/16", "B/16", "L/14")
+DEFAULT_SIZES = {"cpu": ["tiny"], "gpu": ["B/16", "S/16"], "tpu": ["B/16", "S/16"]}
+BATCHES = (256, 128, 64, 32)  # the largest is taken whose estimate fits
+TINY_BATCH = 16
+ROOM = 0.8  # share of the memory that the estimate may fill
+TRACED = 3  # steps in the profile
+TURNS = {"cpu": (1, 3, 1), "gpu": (3, 5, 10), "tpu": (3, 5, 10)}  # warm-up, turns, steps of a turn
+CUDA_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cu126"
+
+
+def look(sizes: Sequence[str] | None, batch: int | None) -> Iterator[dict[str, Any]]:
+    """The device, and the batch of each size: `batch`, or the largest that should fit."""
+    import jax
+    from jax.extend import backend
+
+    from grain_jax.training import memory
+
+    device = jax.devices()[0]
+    limit, batches = memory.limit().bytes, {}
+    for size in sizes or DEFAULT_SIZES[device.platform]:
+        batches[size] = batch or (
+            TINY_BATCH if device.platform == "cpu" else largest_batch(size, limit)
+        )
+    yield dict(
+        platform=device.platform,
+        kind=device.device_kind,
+        runtime=backend.get_backend().platform_version.splitlines()[0],
+        memory=limit,
+        batches=batches,
+    )
+
+
+def largest_batch(size: str, limit: float) -> int:
+    """The first of BATCHES for which the estimate fills at most ROOM of `limit` bytes, or the last."""
+    import jax
+
+    from grain_jax.training import memory_use, sharding
+
+    for batch in BATCHES:
+        config = make_config(size, batch, "auto")
+        mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+        if memory_use.estimate(config, mesh).total(batch, 1) <= ROOM * limit:
+            return batch
+    return BATCHES[-1]
+
+
+def make_config(size: str, batch: int, attention: str):
+    """The packed recipe of `benchmarks.train_step` with that attention."""
+    from benchmarks import train_step
+
+    config = train_step.make_config(size, batch, **train_step.texts(batch)["packed"])
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
+
+
+def timed(
+    step: Callable[[], Any], wait: Callable[[Any], Any], platform: str
+) -> tuple[list[float], Any]:
+    """(seconds of a step in each turn, output of the last step); a turn ends when its last output is there."""
+    warm_up, turns, count = TURNS[platform]
+    out, seconds = None, []
+    for _ in range(warm_up):
+        out = step()
+    wait(out)
+    for _ in range(turns):
+        began = time.perf_counter()
+        for _ in range(count):
+            out = step()
+        wait(out)
+        seconds.append((time.perf_counter() - began) / count)
+    return seconds, out
+
+
+def _rates(config, seconds: list[float], kind: str, dtype: str) -> dict[str, Any]:
+    """What a row of the table of steps says of its seconds; MFU is of the packed model, whoever computes it."""
+    from grain_jax.training import flops
+
+    rate = config.batch_size / statistics.median(seconds)
+    peak = flops.peak_flops(kind, dtype)
+    return dict(
+        batch=config.batch_size,
+        seconds=seconds,
+        images_per_second=rate,
+        mfu=rate * flops.per_image(config).train / peak if peak else None,
+    )
+
+
+def our_step(size: str, batch: int, attention: str, profile: str) -> Iterator[dict[str, Any]]:
+    """The step of the trainer; half the batch where memory runs out. Profiled where `attention` is `profile`."""
+    import jax
+
+    while True:
+        try:
+            row = _our_step(size, batch, attention, attention == profile)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or batch <= 8:
+                raise
+            yield dict(left_out=f"out of memory at batch {batch}")
+            batch //= 2
+        else:
+            yield row
+            return
+
+
+def _our_step(size: str, batch: int, attention: str, profiled: bool) -> dict[str, Any]:
+    import jax
+
+    from grain_jax import train
+    from grain_jax.input_pipeline import device, synthetic
+    from grain_jax.training import sharding, train_step
+
+    config, chip = make_config(size, batch, attention), jax.devices()[0]
+    if chip.platform == "cpu":
+        train.keep_freed_memory()
+    mesh = sharding.make_mesh(config.mesh, [chip])
+    program = train_step.build(config, mesh, total_steps=1000, steps_per_epoch=100.0)
+    data = device.shard_batch(next(synthetic.batches(config)), program.batch_sharding)
+    compiled = program.step.lower(program.state, program.batch).compile()
+    state = program.init()
+
+    def step():
+        nonlocal state
+        state, metrics = compiled(state, data)
+        return state.step, metrics
+
+    seconds, (_, metrics) = timed(step, jax.block_until_ready, chip.platform)
+    peak = (chip.memory_stats() or {}).get("peak_bytes_in_use")  # before the profiler adds to it
+    need = compiled.memory_analysis()
+    row = dict(
+        size=size,
+        side=f"ours, {attention}",
+        **_rates(config, seconds, chip.device_kind, config.dtype),
+        peak_bytes=peak,
+        compiled_bytes=need
+        and need.argument_size_in_bytes
+        + need.output_size_in_bytes
+        - need.alias_size_in_bytes
+        + need.temp_size_in_bytes
+        + need.generated_code_size_in_bytes,
+        loss=float(metrics["loss"]),
+    )
+    if profiled:
+        with tempfile.TemporaryDirectory() as folder:
+            row["operations"] = operations(_trace(step, folder), compiled.as_text(), TRACED)
+    return row
+
+
+def _trace(step: Callable[[], Any], folder: str) -> epath.Path:
+    """The profile of TRACED steps in `folder`."""
+    from grain_jax.runtime import profiling
+
+    trace = profiling.StepTrace(folder, start=1, steps=TRACED)
+    for number in range(1, TRACED + 1):
+        trace.begin(number)
+        trace.end(number, step())
+    return next(epath.Path(folder).glob("tensorboard/plugins/profile/*/*.xplane.pb"))
+
+
+def operations(file: epath.Path, hlo: str, steps: int) -> list[dict[str, Any]]:
+    """The operations of a profile by their own time, the longest first.
+
+    Args:
+      file: an xplane.pb.
+      hlo: the compiled program, which says what part of the model an operation is of.
+      steps: that were traced.
+
+    Returns:
+      name, ms of a step, share of the time of all, and where in the model.
+    """
+    import jax
+
+    planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+    on_device = [p for p in planes if p.name.startswith(("/device:TPU", "/device:GPU"))]
+    own: dict[str, float] = {}
+    for plane in on_device or [p for p in planes if p.name.startswith("/host:CPU")]:
+        lines = list(plane.lines)
+        of_operations = [line for line in lines if line.name == "XLA Ops"]  # TPU
+        if on_device and not of_operations:
+            of_operations = [line for line in lines if line.name.startswith("Stream")]  # GPU
+        for line in of_operations or lines:
+            events = [
+                (e.start_ns, e.duration_ns, name) for e in line.events if (name := _named(e, line))
+            ]
+            for name, nanoseconds in own_times(events).items():
+                own[name] = own.get(name, 0.0) + nanoseconds
+    where = dict(re.findall(r'%?([\w.-]+) = [^\n]*?op_name="([^"]*)"', hlo))
+    total = sum(own.values()) or 1.0
+    return [
+        dict(name=name, ms=ns / 1e6 / steps, share=ns / total, where=where.get(name, ""))
+        for name, ns in sorted(own.items(), key=lambda item: -item[1])
+    ]
+
+
+def _named(event, line) -> str | None:
+    """The operation of an event; None where it is of none, as Python's own are."""
+    operation = dict(event.stats).get("hlo_op")
+    if operation:
+        return str(operation).lstrip("%")
+    if line.name == "XLA Ops":  # the name is the instruction
+        return event.name.partition(" = ")[0].lstrip("%")
+    return event.name if line.name.startswith("Stream") else None
+
+
+def own_times(events: Sequence[tuple[float, float, str]]) -> dict[str, float]:
+    """Name -> time, of (start, duration, name) on one line; what runs inside another counts once, for the inner."""
+    own: dict[str, float] = {}
+    under: list[tuple[float, str]] = []  # (end, name) of those that run
+    for start, duration, name in sorted(events, key=lambda e: (e[0], -e[1])):
+        while under and under[-1][0] <= start:
+            under.pop()
+        if under:
+            own[under[-1][1]] -= duration
+        own[name] = own.get(name, 0.0) + duration
+        under.append((start + duration, name))
+    return own
+
+
+def torch_step(size: str, batch: int, platform: str) -> Iterator[dict[str, Any]]:
+    """The step of `benchmarks.torch_step`, packed and padded; on a GPU by torch.compile under bfloat16 autocast."""
+    if platform == "tpu":
+        yield dict(left_out="not compared on TPUs")
+        return
+    if importlib.util.find_spec("torch") is None:
+        yield dict(left_out=f"needs PyTorch: {CUDA_TORCH if platform == 'gpu' else 'torch'}")
+        return
+    import torch
+
+    from benchmarks import torch_step as step_lib
+    from benchmarks import train_step
+    from grain_jax.input_pipeline import synthetic
+
+    cuda = platform == "gpu"
+    if cuda and not torch.cuda.is_available():
+        yield dict(left_out=f"this PyTorch sees no GPU: {CUDA_TORCH}")
+        return
+    torch.set_float32_matmul_precision("high")
+    step = train_step.torch_model(size, "cuda" if cuda else "cpu", compiled=cuda)
+    kind = torch.cuda.get_device_name(0) if cuda else "cpu"
+    for packed in (True, False):
+        images = batch
+        while True:
+            config = make_config(size, images, "xla")
+            if cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                placed = step.place(next(synthetic.batches(config)), packed=packed)
+                seconds, loss = timed(step_lib.timed(step, placed), lambda loss: loss, platform)
+            except torch.cuda.OutOfMemoryError:
+                yield dict(left_out=f"out of memory at batch {images}")
+                step.optimizer.zero_grad(set_to_none=True)
+                images //= 2
+                if images < 8:
+                    return
+                continue
+            yield dict(
+                size=size,
+                side=f"PyTorch {'packed' if packed else 'padded'}",
+                **_rates(config, seconds, kind, "bfloat16" if cuda else "float32"),
+                peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
+                loss=loss,
+                torch=torch.__version__,
+            )
+            break
+
+
+def parity(programs: Sequence[str], small: bool) -> Iterator[dict[str, Any]]:
+    """`attention_parity.rows`."""
+    from benchmarks import attention_parity
+
+    yield from attention_parity.rows(programs, small)
+
+
+def plan(kind: str, size: str, batch: int, attention: str) -> Iterator[dict[str, Any]]:
+    """What `grain-jax plan` says of the step on one such device."""
+    from grain_jax.launch import arguments, chips
+    from grain_jax.launch import plan as plan_lib
+
+    named = [chip for chip in chips.CHIPS.values() if chip.device_kind == kind]
+    if not named:
+        yield dict(left_out=f"no chip of grain_jax.launch.chips is called {kind!r}")
+        return
+    topology = f"{named[0].name}:{'x'.join('1' * (named[0].axes or 1))}"
+    config = make_config(size, batch, attention)
+    config = dataclasses.replace(config, dtype="bfloat16")
+    made = plan_lib.make(config, chips.parse_topology(topology), arguments.PlanOptions())
+    yield dict(
+        size=size,
+        batch=batch,
+        attention=attention,
+        topology=topology,
+        estimate=made["estimate"],
+        bytes=made["memory"]["total_bytes"],
+        seconds=made["roofline"]["step_s"] if made["roofline"] else float("nan"),
+    )
+
+
+_TRAINING = """
+from grain_jax.recipe import base
+
+
+def get_config():
+    c = base({size!r})
+    c.total_steps, c.optim.warmup_steps, c.log_every = {steps}, 1, {every}
+    c.batch_size, c.dtype, c.mesh.data, c.checkpoint_every = {batch}, {dtype!r}, -1, 0
+    c.input.data_dir, c.input.name = {records!r}, {name!r}
+    return c
+"""
+
+
+def input_wait(size: str, batch: int, quick: bool) -> Iterator[dict[str, Any]]:
+    """The share of the time that a short training waits for its input: JPEGs of 224 pixels, made for it."""
+    missing = [
+        name
+        for name in ("tensorflow", "tensorflow_datasets")
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        packages = "tensorflow-cpu tensorflow-datasets importlib_resources"
+        yield dict(left_out=f"needs TensorFlow: pip install {packages}")
+        return
+    from benchmarks import input as input_benchmark
+
+    images, steps, every = (64, 12, 4) if quick else (3 * batch, 80, 10)
+    name, dtype = "jpeg_224", "float32" if quick else "bfloat16"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = epath.Path(temporary)
+        input_benchmark.make_data(folder / "data", images, (name,))
+        values = dict(size=size, steps=steps, every=every, batch=batch, dtype=dtype, name=name)
+        (folder / "run_config.py").write_text(
+            _TRAINING.format(records=str(folder / "data" / "records"), **values)
+        )
+        command = [sys.executable, "-m", "grain_jax.train", f"--config={folder / 'run_config.py'}"]
+        done = subprocess.run(
+            [*command, f"--workdir={folder / 'run'}"],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode:
+            line = next(reversed(done.stdout.strip().splitlines()), "")
+            yield dict(left_out=f"the trainer ended with {done.returncode}: {line[:300]}")
+            return
+        lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+        rows = [line for line in lines if "input_wait_fraction" in line]
+    settled = rows[1:] or rows  # the first line has the start
+    yield dict(
+        what=f"{size}, batch {batch}, JPEGs of 224 pixels, {len(os.sched_getaffinity(0))} cores",
+        steps_a_line=every,
+        wait_fractions=[row["input_wait_fraction"] for row in settled],
+        images_per_second=statistics.median(row["images_per_second"] for row in settled),
+    )
