@@ -2,11 +2,12 @@
 
 Assumptions, all of them on the fast side but the second: every unit runs at its printed peak; a collective runs
 as one ring over one axis of the torus (over the whole of a torus XLA can be faster, over an axis that is not
-closed slower); traffic with memory hides behind compute or the other way round; a collective that the
-schedule overlaps with work is free as long as its link is not what the step waits for, and any other stops the
-chip; a transfer takes at least LATENCY_SECONDS.
+closed slower); traffic with memory hides behind compute or the other way round; a collective hides behind the
+work that the schedule puts between its start and its end, and for the rest of its time stops the chip; two
+collectives may hide behind the same work; a transfer takes at least LATENCY_SECONDS.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ class Roofline(NamedTuple):
       hbm_s: traffic with main memory.
       interconnect_s: all collectives within slices or nodes, overlapped or not.
       dcn_s: the parts of collectives that leave a slice or node.
-      exposed_s: collectives that no work overlaps.
+      exposed_s: collectives, as far as no work hides them.
       bound: the resource that takes longest: "compute", "HBM", "interconnect" or "network between slices".
       step_s: max(max(compute, HBM) + exposed, interconnect, network).
     """
@@ -56,7 +57,7 @@ def roofline(
         within, across = seconds(collective, chip)
         interconnect_s += within
         dcn_s += across
-        exposed_s += 0.0 if collective.overlapped else within + across
+        exposed_s += max(within + across - _hidden(collective, chip), 0.0)
     parts = {
         "compute": compute_s,
         "HBM": hbm_s,
@@ -74,6 +75,16 @@ def roofline(
     )
 
 
+def _hidden(collective: Collective, chip: Chip) -> float:
+    """Seconds of the work that the transfers run beside."""
+    if not collective.overlapped:
+        return 0.0
+    if collective.work is None:
+        return math.inf
+    flops, traffic = collective.work
+    return max(flops / chip.bf16_flops, traffic / chip.hbm_bytes_per_second)
+
+
 def seconds(collective: Collective, chip: Chip) -> tuple[float, float]:
     """(within slices, between slices) of all runs of a collective.
 
@@ -87,7 +98,7 @@ def seconds(collective: Collective, chip: Chip) -> tuple[float, float]:
         if slices > 1:
             across = collective.bytes / chip.dcn_bytes_per_second
         else:
-            within = collective.bytes / chip.link_bytes_per_second
+            within = collective.bytes / collective.ways / chip.link_bytes_per_second
     else:
         within = collective.bytes * _share(kind, local) / chip.ici_bytes_per_second
         across = collective.bytes * _share(kind, slices) / local / chip.dcn_bytes_per_second

@@ -129,6 +129,7 @@ class Module:
       partitions: chips that the program is cut over; of TPU slices that the data-centre network joins, the chips
         of one slice.
       across_slices: whether it is such a program, in which sends through the host leave the slice.
+      trips: of each loop, by the name of its instruction; 1 where they were not found.
       unknown_loops: loops whose trips were not found; their bodies are counted once.
     """
 
@@ -139,7 +140,13 @@ class Module:
     fused: frozenset[str]
     partitions: int
     across_slices: bool
+    trips: dict[str, int]
     unknown_loops: tuple[str, ...]
+
+    def callees(self, instruction: Instruction) -> list[tuple[Computation, int]]:
+        """The computations that the instruction runs, and how often it does."""
+        times = self.trips.get(instruction.name, 1)
+        return [(self.computations[name], times) for name, _ in _callees(instruction)]
 
     def called(self, instruction: Instruction) -> Computation | None:
         """What a fusion or an asynchronous wrapper runs."""
@@ -207,7 +214,7 @@ def parse(text: str) -> Module:
         raise ValueError("HLO: no ENTRY computation; expected the text of compiled.as_text()")
 
     times = Counter({entry: 1})
-    in_loop, fused, unknown = set(), set(), []
+    in_loop, fused, all_trips, unknown = set(), set(), {}, []
     # Callers come after their callees, so that from the end every caller is complete before it is used.
     for caller in reversed(list(computations)):
         for instruction in computations[caller].instructions.values():
@@ -218,6 +225,7 @@ def parse(text: str) -> Module:
                     if found is None and times[caller]:
                         unknown.append(instruction.name)
                     trips = 1 if found is None else found
+                    all_trips[instruction.name] = trips
                 times[callee] += times[caller] * trips
                 if is_body or caller in in_loop:
                     in_loop.add(callee)
@@ -232,6 +240,7 @@ def parse(text: str) -> Module:
         fused=frozenset(fused),
         partitions=int(partitions[1]) if partitions else 1,
         across_slices="xla_megascale_runtime" in text,
+        trips=all_trips,
         unknown_loops=tuple(unknown),
     )
 

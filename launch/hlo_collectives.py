@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from grain_jax.launch import hlo
+from grain_jax.launch import hlo, hlo_work
 
 _SMALL = 1024  # bytes: an instruction on less than this hides nothing
 
@@ -25,6 +25,9 @@ class Collective(NamedTuple):
       count: runs a step.
       bytes: payload of one chip, all runs together: the array that all chips of a group hold together at its
         largest (all-reduce, reduce-scatter, all-to-all, permutation: the operand; all-gather: the result).
+      ways: 2 where the program has the opposite permutation as well: both directions of a link are in use.
+      work: of all that the schedule runs between their starts and ends; None where it is not known, and assumed
+        to hide them.
     """
 
     kind: str
@@ -35,6 +38,8 @@ class Collective(NamedTuple):
     axes: tuple[str, ...]
     count: int
     bytes: float
+    ways: int = 1
+    work: hlo_work.Work | None = None
 
 
 def _groups(instruction: hlo.Instruction, partitions: int) -> list[list[int]]:
@@ -98,12 +103,14 @@ def _is_work(
     return max((s.bytes for s in shapes), default=0) > _SMALL
 
 
-def _overlapped(module, computation, start: hlo.Instruction, done: str | None) -> bool:
-    """Whether work is scheduled between `start` and the instruction named `done`."""
+def _between(module, computation, start: hlo.Instruction) -> list[hlo.Instruction]:
+    """The work that is scheduled between `start` and the instruction that waits for it."""
+    done = _end(module, computation, start)
+    if done is None:
+        return []
     order = list(computation.instructions.values())
-    first = order.index(start) + 1
-    last = order.index(computation.instructions[done]) if done else first
-    return any(_is_work(module, computation, i) for i in order[first:last])
+    at = [order.index(i) for i in (start, computation.instructions[done])]
+    return [i for i in order[at[0] + 1 : at[1]] if _is_work(module, computation, i)]
 
 
 def _end(module: hlo.Module, computation: hlo.Computation, start: hlo.Instruction) -> str | None:
@@ -180,7 +187,8 @@ def collectives(
         if mesh:
             first, *rest = mesh
             mesh = {first: mesh[first] // slices, **{axis: mesh[axis] for axis in rest}}
-    sums = defaultdict(lambda: [0, 0.0])
+    sums = defaultdict(lambda: [0, 0.0, hlo_work.Work(0.0, 0.0)])
+    permutations = _permutations(module)
     for computation in module.computations.values():
         times = module.times.get(computation.name, 0)
         if not times or computation.name in module.fused:
@@ -192,6 +200,7 @@ def collectives(
                 kind = across.lower().replace("_", "-").replace("one-to-one", hlo.KINDS[-1])
                 listed = instruction.find(r'_xla_megascale_target="\{([\d,]+)\}x')
                 size = len(listed.split(",")) if listed else slices
+                ways = 1
                 where, collective, spans, axes = computation, instruction, size, ()
                 asynchronous = True
                 payload = computation.instructions[instruction.operands[0]].shapes[0].bytes
@@ -201,7 +210,11 @@ def collectives(
                     continue
                 kind, collective, where, asynchronous = issued
                 groups = _groups(collective, module.partitions)
-                size = _ring(groups) if kind == "collective-permute" else len(groups[0])
+                is_permutation = kind == "collective-permute"
+                size = _ring(groups) if is_permutation else len(groups[0])
+                back = frozenset((b, a) for a, b in groups) if is_permutation else None
+                # One that is its own opposite exchanges: what it sends each way is counted once.
+                ways = 1 + (back in permutations and back != frozenset(map(tuple, groups)))
                 if size == 1:
                     continue
                 spans = max(len({chip // per_slice for chip in group}) for group in groups)
@@ -209,14 +222,27 @@ def collectives(
                 payload = sum(s.bytes for s in where.shapes(collective))
             if kind == "all-gather":
                 payload *= size
-            hidden = asynchronous and _overlapped(
-                module, computation, instruction, _end(module, computation, instruction)
-            )
-            total = sums[kind, hidden, in_loop, size, spans, axes]
+            between = _between(module, computation, instruction) if asynchronous else []
+            total = sums[kind, bool(between), in_loop, size, spans, axes, ways]
             total[0] += times
             total[1] += times * payload
-    rows = [Collective(*key, *total) for key, total in sums.items()]
+            work = hlo_work.work_of(module, computation, between)
+            total[2] = hlo_work.Work(*(a + times * b for a, b in zip(total[2], work)))
+    rows = [
+        Collective(*key, count, payload, ways, work)
+        for (*key, ways), (count, payload, work) in sums.items()
+    ]
     return sorted(rows, key=lambda row: (-row.bytes, row))
+
+
+def _permutations(module: hlo.Module) -> set[frozenset[tuple[int, ...]]]:
+    """The (source, target) pairs of every permutation of the program."""
+    return {
+        frozenset(map(tuple, _groups(instruction, module.partitions)))
+        for computation in module.computations.values()
+        for instruction in computation.instructions.values()
+        if instruction.opcode in ("collective-permute", "collective-permute-start")
+    }
 
 
 def _axes(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:

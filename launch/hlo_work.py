@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,13 @@ from grain_jax.launch import hlo
 
 # A TPU multiplies bfloat16: so many passes it makes of a float32 product.
 _PASSES = {"highest": 6, "high": 3}
+
+
+class Work(NamedTuple):
+    """Of one chip: FLOPs of matrix products, float32 ones by their passes, and bytes to and from main memory."""
+
+    flops: float
+    bytes: float
 
 
 class Buffer(NamedTuple):
@@ -36,22 +44,42 @@ def dot_flops(module: hlo.Module, *, passes: bool = False) -> float:
         if not times:
             continue
         for instruction in computation.instructions.values():
-            if instruction.target == "tpu_custom_call":
-                total += times * int(instruction.find(r'"cost_estimate":\{"flops":"(\d+)"') or 0)
-            if instruction.opcode not in ("dot", "convolution"):
-                continue
-            left = computation.instructions[instruction.operands[0]].shapes[0]
-            if instruction.opcode == "dot":
-                axes = instruction.find(r"lhs_contracting_dims=\{([\d,]+)\}")
-                depth = math.prod(left.dims[a] for a in map(int, axes.split(","))) if axes else 1
-                flops = 2 * math.prod(instruction.shapes[0].dims) * depth
-            else:
-                flops = _convolution_flops(computation, instruction)
-            if passes and left.dtype == "f32":
-                precision = instruction.find(r"operand_precision=\{(\w+),")
-                flops *= _PASSES.get(precision, 1)
-            total += times * flops
+            total += times * _flops(computation, instruction, passes)
     return total
+
+
+def _flops(computation: hlo.Computation, instruction: hlo.Instruction, passes: bool) -> float:
+    """Of the instruction itself, without those of the computations that it calls."""
+    if instruction.target == "tpu_custom_call":
+        return float(instruction.find(r'"cost_estimate":\{"flops":"(\d+)"') or 0)
+    if instruction.opcode not in ("dot", "convolution"):
+        return 0.0
+    left = computation.instructions[instruction.operands[0]].shapes[0]
+    if instruction.opcode == "dot":
+        axes = instruction.find(r"lhs_contracting_dims=\{([\d,]+)\}")
+        depth = math.prod(left.dims[a] for a in map(int, axes.split(","))) if axes else 1
+        flops = 2.0 * math.prod(instruction.shapes[0].dims) * depth
+    else:
+        flops = _convolution_flops(computation, instruction)
+    if passes and left.dtype == "f32":
+        flops *= _PASSES.get(instruction.find(r"operand_precision=\{(\w+),"), 1)
+    return flops
+
+
+def work_of(
+    module: hlo.Module, computation: hlo.Computation, instructions: Iterable[hlo.Instruction]
+) -> Work:
+    """The work of one run of these instructions of a computation, with all that they call."""
+    flops = traffic = 0.0
+    for instruction in instructions:
+        flops += _flops(computation, instruction, True)
+        if computation.name not in module.fused:
+            traffic += _traffic(module, computation, instruction)
+        for inner, times in module.callees(instruction):
+            work = work_of(module, inner, inner.instructions.values())
+            flops += times * work.flops
+            traffic += times * work.bytes
+    return Work(flops, traffic)
 
 
 def _convolution_flops(computation: hlo.Computation, convolution: hlo.Instruction) -> float:

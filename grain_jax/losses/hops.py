@@ -17,17 +17,15 @@ def along_links(rings: np.ndarray) -> tuple[int, ...]:
       rings: devices [rings, positions]; all rings go in one order, as a permutation over a mesh axis does.
 
     Returns:
-      The positions in that order; 0, 1, 2, ... where the devices have no coordinates, or one order does not serve
-      all rings. Of several slices, the path of one after that of the other.
+      The positions in that order; () where the devices have no coordinates, or one order does not serve all
+      rings. Of several slices, the path of one after that of the other.
     """
-    count = rings.shape[1]
-    as_they_lie = tuple(range(count))
     if any(getattr(device, "coords", None) is None for device in rings.flat):
-        return as_they_lie
+        return ()
     places = [[_place(device) for device in ring] for ring in rings]
     order = _order(places[0])
     if order is None or any(not _same_steps(order, places[0], ring) for ring in places[1:]):
-        return as_they_lie
+        return ()
     return order
 
 

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from grain_jax import config as config_lib
@@ -27,15 +28,27 @@ class Layout(NamedTuple):
     groups_per_shard: int
     shards_per_group: int
 
-    def along_links(self, devices: np.ndarray) -> "Layout":
-        """The layout whose rings follow the links of the network; `devices` [group, ring, gather, rest]."""
+    def on(self, devices: np.ndarray, precision: str) -> "Layout":
+        """The layout for these devices: rings follow the links of their network, products have the precision.
+
+        Args:
+          devices: [group, ring, gather, rest].
+          precision: `loss.precision`. It is that of TPUs: "high" would cut float32 to TF32 on a GPU, and a CPU
+            multiplies float32.
+        """
         # Rings of a group lie side by side in the rest of the axes; of all images, in gather and rest alone.
         of_group = np.moveaxis(devices, 1, -1).reshape(-1, devices.shape[1])
         of_all = np.moveaxis(devices.reshape(-1, *devices.shape[2:]), 0, -1)
-        ordered = lambda ring, rings: ring._replace(order=hops.along_links(rings))  # noqa: E731
+        passes = jax.lax.Precision.HIGHEST
+        if devices.flat[0].platform == "tpu":
+            passes = jax.lax.Precision(precision)
+
+        def placed(ring: Ring, rings: np.ndarray) -> Ring:
+            return ring._replace(order=hops.along_links(rings), precision=passes)
+
         return self._replace(
-            everywhere=ordered(self.everywhere, of_all.reshape(-1, of_all.shape[-1])),
-            in_group=ordered(self.in_group, of_group),
+            everywhere=placed(self.everywhere, of_all.reshape(-1, of_all.shape[-1])),
+            in_group=placed(self.in_group, of_group),
         )
 
     def per_group(self, x):

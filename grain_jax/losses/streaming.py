@@ -7,7 +7,8 @@ computed again (a custom VJP), and no gradient travels. All of this runs inside 
 
 With k rows and columns of D values on each of n devices, a device holds about 4 k D + a few tile^2 numbers. It
 sends n k D numbers in the forward pass and as many in the backward pass. Where a `Ring` gathers, g neighbours
-first share their blocks: g times the memory, 1/g of the hops, each of g times the size.
+first share their blocks: g times the memory, 1/g of the hops, each of g times the size. Along the links of a
+torus half of a block goes each way round, since a link carries as much in both directions as in one.
 """
 
 import functools
@@ -27,7 +28,9 @@ class Ring(NamedTuple):
     axes: tuple[str, ...] = ()  # hop by hop
     size: int = 1  # devices along them
     gather: str | None = None  # the axis whose devices share their blocks before the first hop
-    order: tuple[int, ...] = ()  # of the positions along `axes`, as the hops go; (): 0, 1, 2, ...
+    # Positions along `axes` in an order that follows links, for hops both ways round; (): 0, 1, 2, ..., one way.
+    order: tuple[int, ...] = ()
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST  # of the products of float32
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -57,17 +60,11 @@ def similarity(a: Float[Array, "*n D"], b: Float[Array, "*m D"]) -> Array:
 
     At HIGHEST precision: on TPU the default would cut float32 operands to bfloat16.
     """
-    return _product("...nd,...md->...nm", a, b)
+    return _product("...nd,...md->...nm", a, b, jax.lax.Precision.HIGHEST)
 
 
-def _product(equation, a, b):
-    return jnp.einsum(
-        equation,
-        a,
-        b,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+def _product(equation, a, b, precision):
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -114,6 +111,7 @@ def loss_of_rows(
 
 def _forward(contrast, tile, ring, rows, row_id, columns, scale, bias):
     row_tiles = _cut((rows, row_id), tile)
+    logits_of = functools.partial(_logits, scale=scale, bias=bias, precision=ring.precision)
 
     def update(sums, block):
         embed, labels = _cut((block.vectors, block.labels.T), tile)
@@ -122,9 +120,8 @@ def _forward(contrast, tile, ring, rows, row_id, columns, scale, bias):
         def one_tile(sums, columns):
             def one_row_tile(part):
                 (x, x_id), state = part
-                return _accumulate(
-                    contrast, state, *_logits(x, x_id, columns, scale, bias), columns
-                )
+                logits, allowed = logits_of(x, x_id, columns)
+                return _accumulate(contrast, state, logits, allowed, columns, ring.precision)
 
             return jax.lax.map(one_row_tile, (row_tiles, sums)), None
 
@@ -150,6 +147,7 @@ def _backward(contrast, tile, ring, residuals, cotangents):
     rows, row_id, columns, scale, bias, out, weight, mean = residuals
     cotangent = cotangents.cost
     column_tiles = Columns(*_cut(tuple(columns), tile))
+    logits_of = functools.partial(_logits, scale=scale, bias=bias, precision=ring.precision)
 
     def update(column_gradients, block):
         """Adds the gradients that the rows of a block give to this device's columns, without the scale."""
@@ -162,13 +160,13 @@ def _backward(contrast, tile, ring, residuals, cotangents):
 
             def one_column_tile(part):
                 columns, gradients = part
-                logits, allowed = _logits(x, x_id, columns, scale, bias)
+                logits, allowed = logits_of(x, x_id, columns)
                 if contrast == "softmax":
                     share = jnp.exp(logits - x_out[:, None])
                 else:
                     share = jax.nn.sigmoid(logits)
                 share = jnp.where(allowed, share * x_cotangent[:, None], 0)  # [rows, columns]
-                return gradients + _product("nm,nd->md", share, x)
+                return gradients + _product("nm,nd->md", share, x, ring.precision)
 
             return jax.lax.map(one_column_tile, (column_tiles, column_gradients)), None
 
@@ -207,12 +205,12 @@ class _Block(NamedTuple):
     labels: Array  # int32 [n, k]
 
 
-def _logits(rows, row_id, columns, scale, bias):
+def _logits(rows, row_id, columns, *, scale, bias, precision):
     allowed = columns.real & (row_id[:, None] != columns.id)
-    return scale * similarity(rows, columns.embed) + bias, allowed
+    return scale * _product("nd,md->nm", rows, columns.embed, precision) + bias, allowed
 
 
-def _accumulate(contrast, state: _Sums, logits, allowed, columns: Columns) -> _Sums:
+def _accumulate(contrast, state: _Sums, logits, allowed, columns: Columns, precision) -> _Sums:
     """The sums with a tile of columns added."""
     highest, total, weight, vectors = state
     higher = jnp.maximum(highest, jnp.where(allowed, logits, MASKED).max(1))
@@ -225,7 +223,8 @@ def _accumulate(contrast, state: _Sums, logits, allowed, columns: Columns) -> _S
         total = total * fade + share.sum(1)
         weight, vectors = weight * fade, vectors * fade[:, None]
     weight += share.sum(1)
-    return _Sums(higher, total, weight, vectors + _product("nm,md->nd", share, columns.embed))
+    vectors += _product("nm,md->nd", share, columns.embed, precision)
+    return _Sums(higher, total, weight, vectors)
 
 
 def _cut(tree, tile: int):
@@ -248,12 +247,32 @@ def _stream(ring: Ring, block: _Block, update, state):
     if ring.size > 1:
         order = ring.order or tuple(range(ring.size))
         hops = list(zip(order, (*order[1:], order[0])))
+        parts, ways = [block], [hops]
+        half = block.vectors.shape[0] // 2
+        if ring.order and ring.size > 2 and half:
+            parts = [_rows_of(block, 0, half), _rows_of(block, half, None)]
+            ways = [hops, [(b, a) for a, b in hops]]
 
         def turn(carry, _):
-            state, block = carry
+            state, parts = carry
             # Independent of the tiles, so that the next block travels while this one is used.
-            coming = jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axes, hops), block)
-            return (update(state, block), coming), None
+            coming = [
+                jax.tree.map(lambda x, way=way: jax.lax.ppermute(x, ring.axes, way), part)
+                for part, way in zip(parts, ways)
+            ]
+            return (update(state, _whole(parts)), coming), None
 
-        (state, block), _ = jax.lax.scan(turn, (state, block), None, length=ring.size - 1)
+        (state, parts), _ = jax.lax.scan(turn, (state, parts), None, length=ring.size - 1)
+        block = _whole(parts)
     return update(state, block)
+
+
+def _rows_of(block: _Block, start: int, stop: int | None) -> _Block:
+    return _Block(block.vectors[start:stop], block.labels[:, start:stop])
+
+
+def _whole(parts: list[_Block]) -> _Block:
+    if len(parts) == 1:
+        return parts[0]
+    vectors, labels = zip(*parts)
+    return _Block(jnp.concatenate(vectors), jnp.concatenate(labels, axis=1))

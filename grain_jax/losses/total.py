@@ -121,7 +121,8 @@ def total_loss(
     axes = ("group", "ring", "gather")
     if mesh is not None:
         devices = mesh.devices.reshape(*layout.sizes, -1)
-        loss_mesh, layout = Mesh(devices, (*axes, "rest")), layout.along_links(devices)
+        loss_mesh = Mesh(devices, (*axes, "rest"))
+        layout = layout.on(devices, config.precision)
     of_shard = functools.partial(
         _outputs_of_shard, terms=[term for term, _ in terms], config=config, layout=layout
     )
