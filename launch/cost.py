@@ -3,8 +3,8 @@
 Assumptions, all of them on the fast side but the second: every unit runs at its printed peak; a collective runs
 as one ring over one axis of the torus (over the whole of a torus XLA can be faster, over an axis that is not
 closed slower); traffic with memory hides behind compute or the other way round; a collective hides behind the
-work that the schedule puts between its start and its end, and for the rest of its time stops the chip; two
-collectives may hide behind the same work; a transfer takes at least LATENCY_SECONDS.
+work that the schedule puts between its start and its end, and for the rest of its time stops the chip; a
+transfer takes at least LATENCY_SECONDS.
 """
 
 import math

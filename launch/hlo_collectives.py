@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -25,9 +25,9 @@ class Collective(NamedTuple):
       count: runs a step.
       bytes: payload of one chip, all runs together: the array that all chips of a group hold together at its
         largest (all-reduce, reduce-scatter, all-to-all, permutation: the operand; all-gather: the result).
-      ways: 2 where the program has the opposite permutation as well: both directions of a link are in use.
-      work: of all that the schedule runs between their starts and ends; None where it is not known, and assumed
-        to hide them.
+      ways: different permutations of one loop, which go over different links or the two directions of one.
+      work: what the schedule runs between their starts and ends, shared out where others are under way at once;
+        None where it is not known, and assumed to hide them.
     """
 
     kind: str
@@ -188,12 +188,13 @@ def collectives(
             first, *rest = mesh
             mesh = {first: mesh[first] // slices, **{axis: mesh[axis] for axis in rest}}
     sums = defaultdict(lambda: [0, 0.0, hlo_work.Work(0.0, 0.0)])
-    permutations = _permutations(module)
     for computation in module.computations.values():
         times = module.times.get(computation.name, 0)
         if not times or computation.name in module.fused:
             continue
         in_loop = computation.name in module.in_loop
+        several_ways = _ways(module, computation) if in_loop else 1
+        transfers = []
         for instruction in computation.instructions.values():
             across = instruction.find(r'_xla_megascale_transfer_type="(\w+)"')
             if across and instruction.opcode == "send":
@@ -212,9 +213,7 @@ def collectives(
                 groups = _groups(collective, module.partitions)
                 is_permutation = kind == "collective-permute"
                 size = _ring(groups) if is_permutation else len(groups[0])
-                back = frozenset((b, a) for a, b in groups) if is_permutation else None
-                # One that is its own opposite exchanges: what it sends each way is counted once.
-                ways = 1 + (back in permutations and back != frozenset(map(tuple, groups)))
+                ways = several_ways if is_permutation else 1
                 if size == 1:
                     continue
                 spans = max(len({chip // per_slice for chip in group}) for group in groups)
@@ -223,10 +222,12 @@ def collectives(
             if kind == "all-gather":
                 payload *= size
             between = _between(module, computation, instruction) if asynchronous else []
-            total = sums[kind, bool(between), in_loop, size, spans, axes, ways]
+            key = kind, bool(between), in_loop, size, spans, axes, ways
+            transfers.append((key, payload, between))
+        for (key, payload, _), work in zip(transfers, _shares(module, computation, transfers)):
+            total = sums[key]
             total[0] += times
             total[1] += times * payload
-            work = hlo_work.work_of(module, computation, between)
             total[2] = hlo_work.Work(*(a + times * b for a, b in zip(total[2], work)))
     rows = [
         Collective(*key, count, payload, ways, work)
@@ -235,14 +236,34 @@ def collectives(
     return sorted(rows, key=lambda row: (-row.bytes, row))
 
 
-def _permutations(module: hlo.Module) -> set[frozenset[tuple[int, ...]]]:
-    """The (source, target) pairs of every permutation of the program."""
-    return {
+def _shares(module, computation, transfers) -> list[hlo_work.Work]:
+    """The work beside each transfer; what runs beside several is shared out by their payloads."""
+    under_way = Counter()
+    for _, payload, between in transfers:
+        for instruction in between:
+            under_way[instruction.name] += payload
+    work = {
+        name: hlo_work.work_of(module, computation, [computation.instructions[name]])
+        for name in under_way
+    }
+    shares = []
+    for _, payload, between in transfers:
+        parts = [(work[i.name], payload / max(under_way[i.name], 1)) for i in between]
+        flops, traffic = (sum(part * of[n] for of, part in parts) for n in range(2))
+        shares.append(hlo_work.Work(flops, traffic))
+    return shares
+
+
+def _ways(module: hlo.Module, computation: hlo.Computation) -> int:
+    """Different permutations of a computation, where no two have a pair of chips in common; else 1."""
+    permutations = {
         frozenset(map(tuple, _groups(instruction, module.partitions)))
-        for computation in module.computations.values()
         for instruction in computation.instructions.values()
         if instruction.opcode in ("collective-permute", "collective-permute-start")
     }
+    pairs = sum(len(permutation) for permutation in permutations)
+    disjoint = len(frozenset().union(*permutations)) == pairs
+    return max(len(permutations), 1) if disjoint else 1
 
 
 def _axes(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:

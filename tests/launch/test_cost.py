@@ -1,7 +1,7 @@
 """The roofline against sums done by hand, and the names of topologies."""
 
 import pytest
-from grain_jax.launch import chips, cost
+from grain_jax.launch import chips, cost, hlo_work
 from grain_jax.launch.hlo_collectives import Collective
 
 V5E = chips.CHIPS["v5e"]
@@ -46,6 +46,17 @@ def test_step_adds_what_is_not_overlapped():
     assert line.exposed_s == pytest.approx(2e-3)
     assert line.step_s == pytest.approx(12e-3)
     assert line.bound == "compute"
+
+
+def test_a_transfer_hides_behind_what_runs_beside_it():
+    hops = collective("collective-permute", size=16, payload=100e6, overlapped=True)  # 2 ms
+    half = hops._replace(work=hlo_work.Work(197e9, 1.0))  # 1 ms
+    line = cost.roofline(1.97e12, 0.0, [half], V5E)
+    assert line.exposed_s == pytest.approx(1e-3) and line.step_s == pytest.approx(11e-3)
+    both_ways = half._replace(ways=2)
+    assert cost.roofline(1.97e12, 0.0, [both_ways], V5E).exposed_s == pytest.approx(0, abs=1e-12)
+    unknown = hops._replace(work=None)
+    assert cost.roofline(1.97e12, 0.0, [unknown], V5E).exposed_s == 0
 
 
 def test_step_is_never_shorter_than_its_slowest_link():

@@ -23,6 +23,8 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="no TPU compiler for this platform"
 )
 TOPOLOGY = chips.parse_topology("v5e:2x4")  # 8 chips, as many as the tests have CPU devices
+# What TPUs alone do otherwise: their attention, and the passes of their products.
+AS_ON_CPUS = {"model__attention": "xla", "loss__precision": "highest"}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def compiled(cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRAIN_JAX_CACHE", str(cache))
         return compiler.compile_step(
-            tiny.config(model__attention="xla"),
+            tiny.config(**AS_ON_CPUS),
             TOPOLOGY,
             total_steps=10,
             steps_per_epoch=10.0,
@@ -67,7 +69,7 @@ class _Built(Exception):
 @needs_libtpu
 def test_plan_and_train_lower_the_same_program(compiled, monkeypatch, tmp_path):
     """With the attention of every platform, and the ring along the links that the chips of v5e:2x4 have."""
-    monkeypatch.setattr(hops, "along_links", lambda rings: (0, 1, 3, 6, 4, 5, 7, 2))
+    monkeypatch.setattr(hops, "along_links", lambda rings: ((0, 1, 3, 6, 4, 5, 7, 2),))
     real = train_step.build
 
     def build(*args, **kwargs):
@@ -75,7 +77,7 @@ def test_plan_and_train_lower_the_same_program(compiled, monkeypatch, tmp_path):
 
     monkeypatch.setattr(train_step, "build", build)
     with pytest.raises(_Built) as caught:
-        train.train(tiny.config(model__attention="xla"), tmp_path)
+        train.train(tiny.config(**AS_ON_CPUS), tmp_path)
     program = caught.value.args[0]
     traced = program.step.trace(program.state, program.batch)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
@@ -90,7 +92,7 @@ def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
         "--topology=v5e:2x4",
         f"--json={out}",
         "--price=2",
-        "--config.model.attention=xla",
+        *(f"--config.{key.replace('__', '.')}={value}" for key, value in AS_ON_CPUS.items()),
         cache=cache,
     )
     assert done.returncode == 0, done.stderr
