@@ -1,13 +1,13 @@
 """What the passes of a TPU's float32 products do to the losses: errors against float64, and a trained model.
 
     python -m benchmarks.precision errors
-    python -m benchmarks.precision train [--steps 400] [--seed 0] [--folder runs/precision] [--json OUT.json]
+    python -m benchmarks.precision train [--arms "three passes"] [--steps 1400] [--seed 0] [--folder runs/precision]
 
 A TPU multiplies float32 as sums of bfloat16 products: six of them for `loss.precision=highest`, three for "high", one
 where neither is asked for. A CPU multiplies float32, so that the passes are spelt out here: float32 products of the
 bfloat16 parts of both sides. `errors` takes embeddings near each other and a large scale, the worst case of a
 softmax. `train` trains the demo with each number of passes, in float32, and as a control in float32 with
-smaller tiles, which changes nothing but the order of sums.
+smaller tiles, which changes nothing but the order of sums. An arm whose results lie in the folder is not trained again.
 """
 
 import argparse
@@ -142,11 +142,12 @@ def trained(args: argparse.Namespace) -> dict:
     """Trains each arm, and compares its losses with those of float32."""
     folder = epath.Path(args.folder)
     rows = {}
-    for name in ARMS:
+    for name in ["float32", *(arm for arm in args.arms if arm != "float32")]:
         workdir = folder / f"{name.replace(' ', '_').replace(',', '')}_{args.seed}"
         command = [sys.executable, "-m", "benchmarks.precision", "arm", "--arm", name]
         command += ["--steps", str(args.steps), "--seed", str(args.seed), "--folder", str(workdir)]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        if not (workdir / "results.json").exists():
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         rows[name] = dict(losses=_losses(workdir))
         rows[name] |= json.loads((workdir / "results.json").read_text())
         base = rows["float32"]["losses"]
@@ -165,7 +166,8 @@ def main() -> int:
     """Prints the errors, or trains."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["errors", "train", "arm"], metavar="errors|train")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", default="runs/precision", help="of the runs")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)

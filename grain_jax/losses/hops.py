@@ -1,8 +1,8 @@
 """The order in which columns travel round the devices: along the links of a TPU's torus.
 
 A mesh lays many slices row by row: from the last chip of a row to the first of the next there is no link, and libtpu
-then lets nothing run beside any hop. Along a closed path of neighbours all hops run beside work. A square torus has
-two such paths without a common link, so that a quarter of a block goes each way round each of them.
+then lets nothing run beside any hop; nor does it where a hop goes over a wrap-around link (libtpu 0.0.42.1, v5e:16x16).
+Along a closed path of neighbours in the grid all hops run beside work.
 """
 
 from collections.abc import Sequence
@@ -10,30 +10,24 @@ from typing import Any
 
 import numpy as np
 
-Order = tuple[int, ...]  # positions of a ring, each next to the one before it
 
-CLOSED = 16  # chips along an axis of a v5e or v6e slice that closes to a ring
-
-
-def along_links(rings: np.ndarray) -> tuple[Order, ...]:
-    """Orders of the positions of a ring in which each device is a neighbour of the next, the last of the first.
+def along_links(rings: np.ndarray) -> tuple[int, ...]:
+    """An order of the positions of a ring in which each device is a neighbour of the next, the last of the first.
 
     Args:
       rings: devices [rings, positions]; all rings go in one order, as a permutation over a mesh axis does.
 
     Returns:
-      Orders that share no link; () where the devices have no coordinates, or one order does not serve all rings. Of
-      several slices, the path of one after that of the other.
+      The positions in that order; () where the devices have no coordinates, or one order does not serve all
+      rings. Of several slices, the path of one after that of the other.
     """
     if any(getattr(device, "coords", None) is None for device in rings.flat):
         return ()
     places = [[_place(device) for device in ring] for ring in rings]
-    if len(places) == 1 and (orders := _diagonals(places[0])):
-        return orders
     order = _order(places[0])
     if order is None or any(not _same_steps(order, places[0], ring) for ring in places[1:]):
         return ()
-    return (order,)
+    return order
 
 
 def _place(device: Any) -> tuple[int, ...]:
@@ -42,7 +36,7 @@ def _place(device: Any) -> tuple[int, ...]:
     return (slice_index, *device.coords, getattr(device, "core_on_chip", 0) or 0)
 
 
-def _order(places: Sequence[tuple[int, ...]]) -> Order | None:
+def _order(places: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
     """The positions along a closed path through each slice; None where a slice is no full grid."""
     out: list[int] = []
     for number in sorted({place[0] for place in places}):
@@ -52,18 +46,6 @@ def _order(places: Sequence[tuple[int, ...]]) -> Order | None:
             return None
         out += [mine[i] for i in path]
     return tuple(out)
-
-
-def _diagonals(places: Sequence[tuple[int, ...]]) -> tuple[Order, ...]:
-    """Both paths through a torus of CLOSED x CLOSED chips: along a row, but for its last link, then a row down; and
-    the same with rows and columns exchanged, over the links that the first leaves. () for other slices.
-    """
-    square = [(x, y) for x in range(CLOSED) for y in range(CLOSED)]
-    at = {place[1:3]: i for i, place in enumerate(places)}  # (x, y) of a chip
-    if len(places) != len(square) or sorted(at) != square or len({p[3:] for p in places}) != 1:
-        return ()
-    path = [(n, (step - n) % CLOSED) for n in range(CLOSED) for step in range(CLOSED)]
-    return tuple(at[xy] for xy in path), tuple(at[y, x] for x, y in path)
 
 
 def _closed_path(places: Sequence[tuple[int, ...]]) -> list[int] | None:

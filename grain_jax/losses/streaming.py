@@ -8,7 +8,7 @@ computed again (a custom VJP), and no gradient travels. All of this runs inside 
 With k rows and columns of D values on each of n devices, a device holds about 4 k D + a few tile^2 numbers. It
 sends n k D numbers in the forward pass and as many in the backward pass. Where a `Ring` gathers, g neighbours
 first share their blocks: g times the memory, 1/g of the hops, each of g times the size. Along the links of a
-torus parts of a block go both ways round, since a link carries as much in both directions as in one.
+torus half of a block goes each way round, since a link carries as much in both directions as in one.
 """
 
 import functools
@@ -28,9 +28,8 @@ class Ring(NamedTuple):
     axes: tuple[str, ...] = ()  # hop by hop
     size: int = 1  # devices along them
     gather: str | None = None  # the axis whose devices share their blocks before the first hop
-    # Orders of the positions along `axes` that follow links, each for hops both ways round (`hops.along_links`);
-    # (): 0, 1, 2, ..., one way.
-    orders: tuple[tuple[int, ...], ...] = ()
+    # Positions along `axes` in an order that follows links, for hops both ways round; (): 0, 1, 2, ..., one way.
+    order: tuple[int, ...] = ()
     precision: jax.lax.Precision = jax.lax.Precision.HIGHEST  # of the products of float32
 
     @property
@@ -246,12 +245,13 @@ def _stream(ring: Ring, block: _Block, update, state):
         gather = functools.partial(jax.lax.all_gather, axis_name=ring.gather, tiled=True)
         block = _Block(gather(block.vectors), gather(block.labels, axis=1))
     if ring.size > 1:
-        ways = _ways(ring)[: block.vectors.shape[0]]
-        ends = [len(block.vectors) * n // len(ways) for n in range(len(ways) + 1)]
-        parts = [
-            _Block(block.vectors[start:end], block.labels[:, start:end])
-            for start, end in zip(ends, ends[1:])
-        ]
+        order = ring.order or tuple(range(ring.size))
+        hops = list(zip(order, (*order[1:], order[0])))
+        parts, ways = [block], [hops]
+        half = block.vectors.shape[0] // 2
+        if ring.order and ring.size > 2 and half:
+            parts = [_rows_of(block, 0, half), _rows_of(block, half, None)]
+            ways = [hops, [(b, a) for a, b in hops]]
 
         def turn(carry, _):
             state, parts = carry
@@ -267,12 +267,8 @@ def _stream(ring: Ring, block: _Block, update, state):
     return update(state, block)
 
 
-def _ways(ring: Ring) -> list[list[tuple[int, int]]]:
-    """The (source, target) pairs of each way round that a part of a block goes."""
-    there = [list(zip(order, (*order[1:], order[0]))) for order in ring.orders]
-    if not there or ring.size == 2:
-        return [[(n, (n + 1) % ring.size) for n in range(ring.size)]]
-    return there + [[(b, a) for a, b in way] for way in there]
+def _rows_of(block: _Block, start: int, stop: int | None) -> _Block:
+    return _Block(block.vectors[start:stop], block.labels[:, start:stop])
 
 
 def _whole(parts: list[_Block]) -> _Block:

@@ -3,6 +3,7 @@
 The TPU texts are `program()` for a slice and for two slices; `python -m tests.launch.test_hlo` makes them anew.
 """
 
+import dataclasses
 import functools
 import gzip
 import os
@@ -280,7 +281,7 @@ def test_permutations_of_a_loop_go_over_different_links():
     for pairs, ways in (((there, back), 2), ((there, there), 1)):
         starts = "".join(f"  %s{n} = {one}, source_target_pairs={p}\n" for n, p in enumerate(pairs))
         module = entry(f"  %p = f32[1024]{{0}} parameter(0)\n{starts}{product}{ends}")
-        module.in_loop = frozenset({module.entry})
+        module = dataclasses.replace(module, in_loop=frozenset({module.entry}))
         (row,) = hlo_collectives.collectives(module)
         assert (row.count, row.bytes, row.ways) == (2, 2 * 4096, ways)
         # Both transfers have the same product beside them, of three passes: half of it hides each.

@@ -32,32 +32,19 @@ def _steps(chips, order):
 
 @pytest.mark.parametrize(
     "sizes",
-    [(2, 2, 1), (8, 8, 1), (8, 16, 1), (2, 4, 1), (3, 4, 1), (4, 4, 4), (2, 2, 4), (3, 3, 2)],
+    [(2, 2, 1), (8, 8, 1), (16, 16, 1), (2, 4, 1), (3, 4, 1), (4, 4, 4), (2, 2, 4), (3, 3, 2)],
 )
 def test_every_hop_is_a_link(sizes):
     chips = _chips(*sizes)
     np.random.default_rng(0).shuffle(chips)
-    (order,) = hops.along_links(np.array([chips], object))
+    order = hops.along_links(np.array([chips], object))
     assert sorted(order) == list(range(len(chips)))
     assert set(_steps(chips, order)) == {1}
 
 
-def test_a_square_torus_has_two_paths_without_a_common_link():
-    chips = _chips(16, 16, 1)
-    np.random.default_rng(0).shuffle(chips)
-    taken = []
-    for order in hops.along_links(np.array([chips], object)):
-        assert sorted(order) == list(range(256))
-        for i, j in zip(order, (*order[1:], order[0])):
-            step = [(a - b) % 16 for a, b in zip(chips[i].coords, chips[j].coords)]
-            assert sorted(min(n, 16 - n) for n in step) == [0, 0, 1]
-            taken.append(frozenset((i, j)))
-    assert len(taken) == len(set(taken)) == 512  # every link of the slice
-
-
 def test_slices_come_one_after_the_other():
     chips = [*_chips(2, 2, 1), *_chips(2, 2, 1, slice_index=1)]
-    (order,) = hops.along_links(np.array([chips], object))
+    order = hops.along_links(np.array([chips], object))
     assert [chips[i].slice_index for i in order] == [0] * 4 + [1] * 4
     assert set(_steps(chips, order[:4])) == set(_steps(chips, order[4:])) == {1}
 
@@ -97,9 +84,9 @@ def test_rings_of_a_slice(tensor, group_size, gather, longest):
     assert found.everywhere.precision == jax.lax.Precision.HIGH
     for gathered, rest in np.ndindex(grid.shape[2:]):
         ring = grid[:, :, gathered, rest].ravel()
-        assert max(_steps(ring, found.everywhere.orders[0])) == longest
+        assert max(_steps(ring, found.everywhere.order)) == longest
         for group in grid[:, :, gathered, rest] if group_size else ():
-            assert max(_steps(group, found.in_group.orders[0])) == longest
+            assert max(_steps(group, found.in_group.order)) == longest
 
 
 def test_precision_is_that_of_tpus():
@@ -110,8 +97,8 @@ def test_precision_is_that_of_tpus():
         assert placed.in_group.precision == jax.lax.Precision[expected]
 
 
-@pytest.mark.parametrize("group_size,paths", [(0, 1), (8, 1), (0, 2)])
-def test_another_order_gives_the_same_losses(group_size, paths, monkeypatch):
+@pytest.mark.parametrize("group_size", [0, 8])
+def test_another_order_gives_the_same_losses(group_size, monkeypatch):
     """Values and gradients on 8 devices, whatever path the ring takes."""
     c = tiny.config(loss__group_size=group_size)
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(8, 1, 1), ("data", "fsdp", "tensor"))
@@ -135,10 +122,9 @@ def test_another_order_gives_the_same_losses(group_size, paths, monkeypatch):
     taken = []
 
     def shuffled(rings):
-        rng = np.random.default_rng(len(taken))
-        orders = [tuple(rng.permutation(rings.shape[1]).tolist()) for _ in range(paths)]
-        taken.extend(orders)
-        return tuple(orders)
+        order = tuple(np.random.default_rng(len(taken)).permutation(rings.shape[1]).tolist())
+        taken.append(order)
+        return order
 
     monkeypatch.setattr(hops, "along_links", shuffled)
     jax.tree.map(
