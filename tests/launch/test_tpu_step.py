@@ -1,0 +1,161 @@
+"""The train step as libtpu compiles it for 64 chips: the ring of the losses and the attention of the towers.
+
+goldens/hlo/step_v5e_8x8.txt.gz is `compiled().hlo`, `shortened`; `python -m tests.launch.test_tpu_step` makes it anew,
+which needs libtpu.
+"""
+
+import functools
+import gzip
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from grain_jax.launch import chips, compiler, hlo, hlo_collectives
+
+from grain_jax.models import layers
+from tests import paths, tiny
+
+GOLDEN = paths.GOLDENS / "hlo" / "step_v5e_8x8.txt.gz"
+CHIPS = 64
+# Of L_ic and L_rd, forward and backward, both ways round, of vectors and their labels: to each other chip.
+HOPS = 2 * 2 * 2 * 2 * (CHIPS - 1)
+TOKENS, LENGTH = 197, 77  # of an image of B/16, of a row of texts
+IMAGES = 8  # of a chip
+
+
+def compiled():
+    """The step of a narrow, shallow model with the tokens of B/16, for v5e:8x8."""
+    c = tiny.config(
+        batch_size=CHIPS * IMAGES,
+        dtype="bfloat16",
+        text__pack_group=IMAGES,
+        text__pack_rows=5,
+        input__lanes=CHIPS,
+        model__image__image_size=224,
+        model__image__patch_size=16,
+        model__image__width=128,
+        model__image__heads=2,
+        model__text__width=128,
+        model__text__heads=2,
+        model__text__context_length=LENGTH,
+        model__decoder__depth=1,
+        model__decoder__heads=2,
+        model__embed_dim=128,
+    )
+    return compiler.compile_step(
+        c,
+        chips.parse_topology("v5e:8x8"),
+        total_steps=10,
+        steps_per_epoch=5.0,
+        timeout=1500,
+        say=print,
+    )
+
+
+_MATTERS = re.compile(r" (dot|convolution|custom-call|fusion|all-\w+|collective-\S+)\(")
+
+
+def shortened(text):
+    """The program without the texts of the kernels, where each instruction comes from, and the compiler's choices.
+
+    Of long fusions without a product, parameters and result alone.
+    """
+    text = re.sub(r"(?s)\nFileNames\n.*?\n\n\n", "\n", text)
+    lines, blocks = [], []
+    for line in text.splitlines():
+        trips = re.search(r'"known_trip_count":\{[^}]*\}', line)
+        line = re.sub(r", (metadata|frontend_attributes|backend_config)=\{.*", "", line)
+        lines.append(f"{line}, x={{{trips[0]}}}" if trips else line)
+    for block in "\n".join(lines).split("\n\n"):
+        inner = block.splitlines()
+        if block.startswith("%fused") and len(inner) > 9 and not _MATTERS.search(block):
+            inner = [x for x in inner if " parameter(" in x or not x.startswith("  %")]
+        blocks.append("\n".join(inner))
+    return "\n\n".join(blocks) + "\n"
+
+
+@functools.cache
+def golden():
+    return hlo.parse(gzip.decompress(GOLDEN.read_bytes()).decode())
+
+
+def _products(module, instruction):
+    """The matrix products that an instruction is, or that it calls."""
+    own = int(instruction.opcode in ("dot", "convolution"))
+    inner = [i for c, _ in module.callees(instruction) for i in c.instructions.values()]
+    return own + sum(_products(module, i) for i in inner)
+
+
+def _check_ring(module):
+    """Every hop is a pair, in a loop, with matrix products between its start and its end."""
+    hops = 0
+    for computation in module.computations.values():
+        order = list(computation.instructions.values())
+        for at, instruction in enumerate(order):
+            assert instruction.opcode != "collective-permute"  # which nothing runs beside
+            if instruction.opcode != "collective-permute-start":
+                continue
+            (done,) = (u for u in computation.users[instruction.name] if "done" in u.opcode)
+            between = order[at + 1 : order.index(done)]
+            assert sum(_products(module, i) for i in between) > 0, instruction.name
+            assert computation.name in module.in_loop
+            hops += module.times[computation.name]
+    rows = hlo_collectives.collectives(module)
+    permutes = [row for row in rows if row.kind == "collective-permute"]
+    assert all(row.overlapped and row.group_size == CHIPS for row in permutes)
+    assert sum(row.count for row in permutes) == hops
+    return hops
+
+
+def _in_hbm(module, size):
+    """Shapes in HBM that have two axes of that size, as the scores of an attention do."""
+    return {
+        str(shape)
+        for computation in module.computations.values()
+        if computation.name not in module.fused
+        for instruction in computation.instructions.values()
+        for shape in instruction.shapes
+        if shape.dims.count(size) > 1 and shape.in_hbm
+    }
+
+
+def _check_attention(module):
+    """The kernel runs in both towers, forward and backward, and no scores are written to HBM."""
+    times = {"attention_forward": 0, "attention_backward": 0}
+    for computation in module.computations.values():
+        for instruction in computation.instructions.values():
+            if instruction.target == "tpu_custom_call":
+                times[instruction.name.split(".")[0]] += module.times[computation.name]
+    assert times == {"attention_forward": 4, "attention_backward": 4}  # two towers of two layers
+    assert not _in_hbm(module, TOKENS) and not _in_hbm(module, LENGTH)
+
+
+def test_the_hops_of_the_ring_run_beside_products():
+    assert _check_ring(golden()) == HOPS
+
+
+def test_no_scores_lie_in_hbm():
+    _check_attention(golden())
+
+
+def test_scores_would_be_found():
+    """XLA's attention, compiled here."""
+    init = layers.normal(0.3)
+    layer = layers.Attention(32, 4, jnp.dtype("float32"), init, init, init)
+    x = jax.ShapeDtypeStruct((2, TOKENS, 32), jnp.float32)
+    run = jax.jit(lambda x: layer.init_with_output(jax.random.key(0), x, x, x)[0])
+    module = hlo.parse(run.lower(x).compile().as_text())
+    assert f"f32[2,4,{TOKENS},{TOKENS}]" in _in_hbm(module, TOKENS)
+
+
+@pytest.mark.slow
+def test_the_compiler_still_does_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAIN_JAX_CACHE", str(tmp_path))
+    module = hlo.parse(shortened(compiled().hlo))
+    assert _check_ring(module) == HOPS
+    _check_attention(module)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_bytes(gzip.compress(shortened(compiled().hlo).encode(), mtime=0))
