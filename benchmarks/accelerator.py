@@ -107,21 +107,19 @@ def measure(
     for part in todo:
         left = budget.left() - END_SECONDS
         if left < part.seconds:
-            say(
-                results,
-                f"{part.what}: left out, needs {part.seconds:.0f} s of {max(left, 0):.0f} left",
-            )
-        else:
-            for row in in_own_process(part, left):
-                if "left_out" in row:
-                    say(results, f"{part.what}: {row['left_out']}")
-                    continue
-                operations = row.pop("operations", None)
-                if operations is not None:
-                    results["operations"] = dict(of=part.what, rows=operations)
+            needs = f"needs {part.seconds:.0f} s of {max(left, 0):.0f} left"
+            say(results, f"{part.what}: left out, {needs}")
+            write()
+            continue
+        print(f"{part.what}: {left:.0f} s are left", file=sys.stderr, flush=True)
+        for row in in_own_process(part, left):
+            if "left_out" in row:
+                say(results, f"{part.what}: {row['left_out']}")
+            elif "operations" in row:
+                results["operations"] = dict(of=part.what, rows=row["operations"])
+            else:
                 results.setdefault(part.table, []).append(row)
-                write()
-        write()
+            write()
 
 
 def say(results: dict[str, Any], line: str) -> None:
