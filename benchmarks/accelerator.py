@@ -116,7 +116,7 @@ def measure(
             if "left_out" in row:
                 say(results, f"{part.what}: {row['left_out']}")
             elif "operations" in row:
-                results["operations"] = dict(of=part.what, rows=row["operations"])
+                results["operations"] = dict(of=part.what, rows=row["operations"][:TOP])
             else:
                 results.setdefault(part.table, []).append(row)
             write()
@@ -185,7 +185,7 @@ def tables(results: Mapping[str, Any]) -> str:
     if results.get("operations"):
         found = results["operations"]
         out += ["", f"{'operation of ' + found['of']:34}{'ms a step':>10}{'share':>7}  part"]
-        for row in found["rows"][:TOP]:
+        for row in found["rows"]:
             name = f"{row['name'][:33]:34}{row['ms']:10.3f}"
             out.append(f"{name}{row['share']:7.1%}  {row['where'][-60:]}")
     for row in results.get("plan", []):
