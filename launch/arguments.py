@@ -30,9 +30,9 @@ def plan_parser() -> ConfigParser:
     out = ConfigParser(
         "grain-jax plan",
         more="""
-TPUs: the very step that grain-jax train runs is compiled for them by libtpu, on this machine's CPU. GPUs
-(h100:8x2): arithmetic, labelled ESTIMATE. Prints whether it fits, what bounds its speed, what the input must
-deliver, and the bill.""",
+The very step that grain-jax train runs is compiled for these chips on this machine's CPU: by libtpu for TPUs (extra
+tpu), by the CUDA plugin of JAX for GPUs (extra cuda12). Without that plugin a plan for GPUs is arithmetic, labelled
+ESTIMATE. Prints whether it fits, what bounds its speed, what the input must deliver, and the bill.""",
         example="grain-jax plan --config grain_vitb16_cc12m --topology v5e:16x16 --price 1.2",
     )
     group = out.add_argument_group("the run and its chips")
@@ -41,7 +41,8 @@ deliver, and the bill.""",
     add(
         "--topology",
         metavar="CHIP:SHAPE",
-        help="v5e:16x16, v5e:16x16*2 (two slices), v4:4x4x8, h100:8x2 (GPUs a node x nodes)",
+        help="v5e:16x16, v5e:16x16*2 (two slices), v4:4x4x8, h100:8x2 (GPUs a node x nodes; also h200,"
+        " a100-40, a100-80, b200)",
     )
     add("--output", metavar="OUT.json", help="file that the plan is also written to")
     out.switch(

@@ -4,10 +4,11 @@ Peak rates are those of the makers, so a time computed from them is a lower boun
 https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (FLOPs, HBM, ICI, chips a machine); the table "TPU
 specs" of https://jax-ml.github.io/scaling-book/tpus (DCN of v4, where Google Cloud prints none);
 https://cloud.google.com/compute/docs/gpus/gpu-network-bandwidth and /accelerator-optimized-machines (vCPUs
-and network of the machines a2-highgpu-8g, a2-ultragpu-8g, a3-megagpu-8g and a3-ultragpu-8g); NVIDIA's data
-sheets of A100, H100 SXM and H200 SXM (memory, NVLink); peak FLOPs are those of `grain_jax.training.flops`. The memory of
-a TPU is what the compiler of libtpu 0.0.42.1 allows a program, most often a little less than is printed; of a
-GPU, the share that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+and network of the machines a2-highgpu-8g, a2-ultragpu-8g, a3-megagpu-8g, a3-ultragpu-8g and a4-highgpu-8g);
+NVIDIA's data sheets of A100, H100 SXM, H200 SXM and HGX B200 (memory, NVLink); peak FLOPs are those of
+`grain_jax.training.flops`. The memory of a TPU is what the compiler of libtpu 0.0.42.1 allows a program, most
+often a little less than is printed; of a GPU, the share that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says
+otherwise.
 """
 
 import dataclasses
@@ -57,7 +58,7 @@ class Chip:
 
     @property
     def is_tpu(self) -> bool:
-        """Whether libtpu can compile for it."""
+        """Whether it is a TPU, for which libtpu compiles; for GPUs the CUDA plugin of JAX does."""
         return self.axes > 0
 
 
@@ -84,6 +85,7 @@ CHIPS = {
         _gpu("a100-80", "NVIDIA A100-SXM4-80GB", 80, 2039e9, 300e9, 1.5625e9, 96),
         _gpu("h100", "NVIDIA H100 80GB HBM3", 80, 3350e9, 450e9, 25e9, 208),
         _gpu("h200", "NVIDIA H200", 141, 4800e9, 450e9, 50e9, 224),
+        _gpu("b200", "NVIDIA B200", 180, 8000e9, 900e9, 50e9, 224),
     )
 }
 

@@ -1,7 +1,7 @@
-"""Compiles the train step for TPUs that this machine does not have, in a child process, and caches the result.
+"""Compiles the train step for chips that this machine does not have, in a child process, and caches the result.
 
-Only the child loads libtpu, so that a crash of libtpu is one line here. Results are cached by the text of the
-program, so that the same plan compiles once.
+For TPUs libtpu compiles, for GPUs the CUDA plugin of JAX. Only the child loads them, so that their crash is one
+line here. Results are cached by the text of the program, so that the same plan compiles once.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from etils import epath
-from grain_jax.launch import chips
+from grain_jax.launch import chips, gpu_targets
 
 from grain_jax import config as config_lib
 from grain_jax import errors, named
@@ -34,6 +34,13 @@ LINE_EVERY = 15.0  # seconds between lines of progress, where there is no termin
 # The accelerator type in libtpu's environment: its prefix, and what it counts (TensorCores or chips).
 _ACCELERATOR = {"v4": ("v4", 2), "v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# Of the cuBLAS and Triton versions of a product, the one that is faster is found on a GPU: without one, cuBLAS is
+# what compiles. The scheduler is the one that slurm.sbatch and the Dockerfile ask for.
+_GPU_FLAGS = (
+    "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
+    " --xla_gpu_enable_latency_hiding_scheduler=true"
+)
+_CUDA_PLUGINS = {"jax_cuda12_plugin": "jax-cuda12-plugin", "jax_cuda13_plugin": "jax-cuda13-plugin"}
 # Variables that change what the compiler makes of the same program.
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
@@ -59,7 +66,7 @@ class Compiled:
       program: hash of the StableHLO that was compiled.
       hlo: the compiled program as text; empty if out of memory.
       mesh: sizes of the mesh's axes.
-      versions: of jax and libtpu.
+      versions: of jax and of libtpu, or of the CUDA plugin and cuDNN.
       seconds: that the compile took.
       cached: whether this answer was at hand.
     """
@@ -96,34 +103,28 @@ def compile_step(
 
     Args:
       config: the run.
-      topology: TPU slices.
+      topology: TPU slices or GPU nodes.
       total_steps, steps_per_epoch: of the run; the learning rate's schedule is part of the program.
       timeout: seconds that it may take.
       say: is called with a line of progress now and then.
 
     Raises:
-      UserError: libtpu is missing, the mesh does not fit, there is no such slice, or time ran out.
-      CompilerFailed: libtpu crashed.
+      UserError: the compiler is missing, the mesh does not fit, there is no such slice, or time ran out.
+      CompilerFailed: the compiler crashed.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise errors.UserError(
-            "grain-jax plan: libtpu is missing, expected the TPU compiler (Linux on x86_64; no TPU is needed);"
-            ' pip install -e ".[tpu]"'
-        )
-    name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
-    prefix, cores = _ACCELERATOR[topology.chip.name]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
-        "TPU_ACCELERATOR_TYPE": f"{prefix}-{math.prod(topology.shape) * cores}",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is opened, so that several may compile at once
-    }
+    what = missing(topology.chip)
+    if what is not None:
+        raise errors.UserError(f"grain-jax plan: {what}")
+    shape = list(map(str, topology.shape))
+    if not topology.chip.is_tpu and topology.slices > 1:
+        shape.append(str(topology.slices))
+    name = f"{topology.chip.name}:{'x'.join(shape)}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **_environment(topology)}
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     request = dict(
         config=json.loads(config_lib.to_json(config)),
+        platform="tpu" if topology.chip.is_tpu else "cuda",
         topology=name,
         options=_topology_options(topology),
         total_steps=total_steps,
@@ -134,16 +135,54 @@ def compile_step(
     try:
         answer = json.loads(out.strip().splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
-        raise CompilerFailed(_crash(status, log, config, name)) from None
+        raise CompilerFailed(_crash(status, log, config, name, topology.chip)) from None
     if "fault" in answer:
         raise errors.UserError(answer["fault"])
     if "failed" in answer:
-        raise CompilerFailed(f"libtpu cannot compile this program for {name}: {answer['failed']}")
+        compiler = "libtpu" if topology.chip.is_tpu else "XLA"
+        raise CompilerFailed(
+            f"{compiler} cannot compile this program for {name}: {answer['failed']}"
+        )
     return _load(cache, answer["key"], cached=answer["cached"])
 
 
+def missing(chip: chips.Chip) -> str | None:
+    """What must be installed before a step can be compiled for that chip, in one line; None: nothing."""
+    if chip.is_tpu:
+        if importlib.util.find_spec("libtpu") is None:
+            return (
+                "libtpu is missing, expected the TPU compiler (Linux on x86_64; no TPU is needed);"
+                ' pip install -e ".[tpu]"'
+            )
+    elif not any(importlib.util.find_spec(plugin) for plugin in _CUDA_PLUGINS):
+        return (
+            "the CUDA plugin of JAX is missing, which compiles for GPUs (Linux; no GPU is needed);"
+            ' pip install -e ".[cuda12]"'
+        )
+    return None
+
+
+def _environment(topology: chips.Topology) -> dict[str, str]:
+    """The variables that the compiler reads."""
+    if not topology.chip.is_tpu:
+        # The flags of the user come last, so that they win.
+        return {"XLA_FLAGS": f"{_GPU_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()}
+    prefix, cores = _ACCELERATOR[topology.chip.name]
+    return {
+        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
+        "TPU_ACCELERATOR_TYPE": f"{prefix}-{math.prod(topology.shape) * cores}",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is opened, so that several may compile at once
+    }
+
+
 def _topology_options(topology: chips.Topology) -> dict[str, Any]:
-    """The arguments of `get_topology_desc` besides the name."""
+    """The arguments of `get_topology_desc` besides the name of a TPU slice."""
+    if not topology.chip.is_tpu:
+        return {
+            "target_config": gpu_targets.description(gpu_targets.GPUS[topology.chip.name]),
+            "topology": f"1x{topology.slices}x{topology.shape[0]}",  # nodes, GPUs of a node
+        }
     options: dict[str, Any] = {}
     if topology.chip.name == "v4":
         options["chip_config_name"] = "megacore"  # one device a chip, as on the real machine
@@ -194,7 +233,7 @@ def _run(
         return out.read(), log.read(), child.returncode
 
 
-def _crash(status: int, log: str, config: config_lib.Config, name: str) -> str:
+def _crash(status: int, log: str, config: config_lib.Config, name: str, chip: chips.Chip) -> str:
     """The line for a child that ended without an answer."""
     if status < 0:
         how = f"crashed with {signal.Signals(-status).name}"
@@ -202,10 +241,11 @@ def _crash(status: int, log: str, config: config_lib.Config, name: str) -> str:
         last = next((line for line in log.strip().splitlines()[::-1] if line.strip()), "no message")
         how = f"ended with status {status}: {last.strip()}"
     mesh = config.mesh
+    compiler, library = ("TPU", "libtpu") if chip.is_tpu else ("GPU", "jax[cuda12]")
     return (
-        f"the TPU compiler {how} on {name} with mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}"
+        f"the {compiler} compiler {how} on {name} with mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}"
         f" microbatches={config.microbatches} remat={config.remat}; this is the compiler's fault: try"
-        " another of these, or another libtpu"
+        f" another of these, or another {library}"
     )
 
 
@@ -243,7 +283,7 @@ def parse_out_of_memory(message: str) -> tuple[int, int, list[tuple[int, str, st
     late = re.search(r"Used ([\d.]+\w?) of ([\d.]+\w?) hbm", message)
     found = early or late
     if not found:
-        raise CompilerFailed(f"the TPU compiler ran out of memory: {message.splitlines()[0]}")
+        raise CompilerFailed(f"the compiler ran out of memory: {message.splitlines()[0]}")
     largest = []
     for entry in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
         shape = re.search(r"Shape: (\w+\[[\d,]*\])", entry)
@@ -266,14 +306,15 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
 
     with named.importing():  # the user's own config, from the command line of grain-jax plan
         config = config_lib.from_dict(request["config"])
-    name = request["topology"]
+    name, platform, options = request["topology"], request["platform"], dict(request["options"])
+    if platform == "tpu":
+        options["topology_name"] = name
     try:
-        devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, **request["options"]
-        ).devices
+        devices = topologies.get_topology_desc(platform=platform, **options).devices
     except jax.errors.JaxRuntimeError as error:
+        compiler = "libtpu" if platform == "tpu" else "XLA"
         raise errors.UserError(
-            f"--topology: libtpu knows no {name}: {str(error).splitlines()[0]}"
+            f"--topology: {compiler} knows no {name}: {str(error).splitlines()[0]}"
         ) from None
     mesh = sharding.make_mesh(config.mesh, devices)
     program = train_step.build(
@@ -283,7 +324,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
         steps_per_epoch=request["steps_per_epoch"],
     )
     lowered = program.step.lower(program.state, program.batch)
-    versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+    versions = {"jax": jax.__version__, **_versions(platform)}
     flags = {flag: os.environ.get(flag) for flag in _FLAGS}
     # An entry that was written with other fields is another entry.
     fields = [field.name for field in dataclasses.fields(Compiled)]
@@ -334,6 +375,15 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     partial.write_text(json.dumps(kept))
     partial.replace(facts)
     return {"key": key, "cached": False}
+
+
+def _versions(platform: str) -> dict[str, str]:
+    """Package -> version of what compiles."""
+    if platform == "tpu":
+        return {"libtpu": importlib.metadata.version("libtpu")}
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    wanted = (*_CUDA_PLUGINS.values(), "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+    return {name: found[name] for name in wanted if name in found}
 
 
 if __name__ == "__main__":

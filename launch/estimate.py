@@ -1,9 +1,10 @@
-"""Memory and traffic of a step by arithmetic, for GPUs, whose compiler needs a GPU. An estimate, not a measurement.
+"""Memory and traffic of a step by arithmetic, for GPUs where the CUDA plugin of JAX is not installed. An estimate.
 
 Exact are the state's bytes and what the forward pass keeps for the backward pass, which is read off the traced
-program. XLA adds buffers that are not counted here and fuses others away: trust it to a fifth.
+program. XLA adds buffers that are not counted here and fuses others away; docs/scaling.md has both beside each other.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -54,12 +55,16 @@ def mesh_sizes(mesh: config_lib.Mesh, count: int, nodes: int) -> dict[str, int]:
 def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
     """Estimates a step on these GPUs.
 
-    Assumed: XLA materialises the attention logits (no fused attention); activations are cut over data and
-    fsdp, not over tensor; gradients are float32, twice with micro-batches (their sum, and a part's).
+    Assumed: where cuDNN makes the attention, its scores are not kept; activations are cut over data and fsdp, not
+    over tensor; gradients are float32, twice with micro-batches (their sum, and a part's).
 
     Raises:
       ShardingError: the mesh does not fit the chips, or the batch does not fit the mesh.
     """
+    by_cudnn = config.model.attention in ("auto", "cudnn") and config.dtype == "bfloat16"
+    # cuDNN's own program cannot be traced without it.
+    model = dataclasses.replace(config.model, attention="xla")
+    config = dataclasses.replace(config, model=model)
     sizes = mesh_sizes(config.mesh, topology.count, topology.slices)
     program = train_step.build(
         config,
@@ -69,13 +74,29 @@ def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
     )
     state = memory_use.state_bytes(program)
     trained = memory_use.trained_bytes(program, config.optim.frozen)
+    shards = sizes["data"] * sizes["fsdp"]
+    temporaries = memory_use.temporaries(config, program, shards)
+    if by_cudnn:
+        part = config.batch_size // shards // config.microbatches
+        temporaries["activations"] -= _scores(config, part)
+        everything = _scores(dataclasses.replace(config, remat="none"), part)
+        temporaries["layer"] -= everything // config.model.image.depth
     return Estimate(
         state,
-        memory_use.temporaries(config, program, sizes["data"] * sizes["fsdp"]),
+        temporaries,
         sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)),
         _collectives(config, topology, sizes, state["parameters"], trained),
         sizes,
     )
+
+
+def _scores(config: config_lib.Config, images: int) -> int:
+    """Bytes of the softmaxes [.., heads, L, L] of the towers that are kept for the backward pass."""
+    total = 0
+    for array in memory_use.kept(config, images):
+        dims = array.shape.partition("[")[2].rstrip("]").split(",")
+        total += array.bytes if len(dims) > 3 and dims[-1] == dims[-2] else 0
+    return total
 
 
 def _collectives(config, topology, sizes, parameters, trained) -> list[hlo_collectives.Collective]:

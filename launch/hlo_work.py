@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from grain_jax.launch import hlo
+from grain_jax.launch import hlo, hlo_gemm
 
 # A TPU multiplies bfloat16: so many passes it makes of a float32 product.
 _PASSES = {"highest": 6, "high": 3}
@@ -32,11 +32,12 @@ def dot_flops(module: hlo.Module, *, passes: bool = False) -> float:
     """FLOPs of matrix products a step on one chip, a multiply-add counting as two.
 
     Dots, convolutions, which is what the TPU compiler makes of dots, and Pallas kernels, as they estimate their
-    own; products inside of other custom calls (cuBLAS, cuDNN) are not seen.
+    own; products by cuBLAS and attention by cuDNN.
 
     Args:
       module: the compiled step.
-      passes: counts float32 products as often as a TPU makes them in bfloat16: 6 times at HIGHEST precision.
+      passes: counts float32 products as often as a TPU makes them in bfloat16: 6 times at HIGHEST precision; on a
+        GPU as the bfloat16 products that take their time (`hlo_gemm`).
     """
     total = 0.0
     for computation in module.computations.values():
@@ -52,6 +53,8 @@ def _flops(computation: hlo.Computation, instruction: hlo.Instruction, passes: b
     """Of the instruction itself, without those of the computations that it calls."""
     if instruction.target == "tpu_custom_call":
         return float(instruction.find(r'"cost_estimate":\{"flops":"(\d+)"') or 0)
+    if instruction.opcode == "custom-call":
+        return hlo_gemm.flops(computation, instruction, passes=passes)
     if instruction.opcode not in ("dot", "convolution"):
         return 0.0
     left = computation.instructions[instruction.operands[0]].shapes[0]
@@ -132,7 +135,7 @@ def _traffic(
         # The result lists the operand again; a copy names its destination first, a slice after the operand.
         target = instruction.shapes[0 if opcode == "copy-start" else 1]
         return target.stored_bytes * (target.in_hbm + inputs[0].in_hbm)
-    results = instruction.shapes
+    results = hlo_gemm.results(instruction)
     if opcode == "async-start":
         inner = module.called(instruction)
         return sum(_traffic(module, inner, i) for i in inner.instructions.values())

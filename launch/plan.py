@@ -1,8 +1,8 @@
 """Plans a run for chips that this machine does not have: grain-jax plan --config X --topology v5e:16x16
 
-TPUs: the very step that `grain_jax.train` runs is compiled for them by libtpu, on this machine's CPU. GPUs
-(h100:8x2): arithmetic, labelled ESTIMATE. Prints whether it fits, what bounds its speed, what the input must
-deliver, and the bill.
+The very step that `grain_jax.train` runs is compiled for them on this machine's CPU: by libtpu for TPUs, by the
+CUDA plugin of JAX for GPUs (h100:8x2). Without that plugin a plan for GPUs is arithmetic, labelled ESTIMATE. Prints
+whether it fits, what bounds its speed, what the input must deliver, and the bill.
 """
 
 import json
@@ -34,6 +34,12 @@ from grain_jax.training import flops, memory_use
 
 PER_MILLION = 1_000_000  # examples, where nobody said how many there are
 LARGEST = 6  # buffers named when memory runs out
+# Of a step that was compiled for GPUs without one.
+NOT_KNOWN = (
+    "which kernels are the fastest: autotuning needs a GPU and is off; cuBLAS makes all products",
+    "the speed: times are bounds from the peak rates on NVIDIA's data sheets",
+    "what CUDA, NCCL and cuBLAS take beside the program: keep a few GB free",
+)
 
 
 def length(config: config_lib.Config, examples: int | None) -> tuple[int, float, int, bool]:
@@ -66,7 +72,7 @@ def make(
 
     Raises:
       UserError: config and topology do not fit each other, or libtpu is missing.
-      CompilerFailed: libtpu crashed.
+      CompilerFailed: the compiler crashed.
     """
     mesh = estimate.mesh_sizes(config.mesh, topology.count, topology.slices)
     # As the trainer derives them: each host's images are whole lanes.
@@ -76,18 +82,21 @@ def make(
     )
     total_steps, per_epoch, examples, made_up = length(config, options.examples)
     per_image = flops.per_image(config)
+    not_compiled = None if topology.chip.is_tpu else compiler.missing(topology.chip)
     plan: dict[str, Any] = {
         "chips": topology.count,
         "hosts": topology.hosts,
         "slices": topology.slices,
         "chip": topology.chip.name,
-        "estimate": not topology.chip.is_tpu,
+        "estimate": not_compiled is not None,
+        "not_compiled": not_compiled,
+        "not_known": [] if topology.chip.is_tpu else list(NOT_KNOWN),
         "batch_size": config.batch_size,
         "levers": levers(config),
         "derived": derived_from,
         "model_flops": round(per_image.train * config.batch_size),
     }
-    if topology.chip.is_tpu:
+    if not_compiled is None:
         compiled = compiler.compile_step(
             config,
             topology,
@@ -101,7 +110,7 @@ def make(
         plan["versions"] = compiled.versions
         checkpoint_bytes = compiled.checkpoint_bytes
     else:
-        say("estimating; nothing is compiled for GPUs")
+        say(f"estimating: {not_compiled}")
         guess = estimate.of_gpus(config, topology)
         plan |= _of_estimate(guess, plan["model_flops"], config, topology)
         checkpoint_bytes = guess.checkpoint_bytes

@@ -88,12 +88,13 @@ def _heading(plan) -> list[str]:
         *textwrap.wrap(" ".join(f"{k}={v}" for k, v in plan["levers"].items()), WIDTH),
     ]
     if plan["estimate"]:
-        lines.append("ESTIMATE by arithmetic: nothing was compiled; trust it to about a fifth")
+        lines.append("ESTIMATE by arithmetic: nothing was compiled; trust it to about a tenth")
+        lines += textwrap.wrap(plan["not_compiled"], WIDTH)
     else:
-        versions = plan["versions"]
-        lines.append(
-            f"compiled by libtpu {versions['libtpu']}, jax {versions['jax']}; no chip was used"
-        )
+        by = ", ".join(f"{name} {version}" for name, version in plan["versions"].items())
+        lines += textwrap.wrap(f"compiled for {plan['chip'].upper()} without one; {by}", WIDTH)
+        for what in plan["not_known"]:
+            lines += textwrap.wrap(f"not known: {what}", WIDTH)
     if plan["derived"]:
         lines += textwrap.wrap("derived: " + plan["derived"], WIDTH)
     if plan["overrides"]:

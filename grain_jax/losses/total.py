@@ -133,6 +133,9 @@ def total_loss(
         specs = schema.Outputs(
             cut, cut, cut, cut, PartitionSpec(None, axes), logit_scale=whole, logit_bias=whole
         )
+        if devices.flat[0].platform == "gpu":
+            # JAX takes cuDNN's attention only into programs that name their devices in one mesh alone.
+            loss_mesh = loss_mesh.abstract_mesh
         found = jax.shard_map(
             of_shard, mesh=loss_mesh, in_specs=(specs, cut), out_specs=cut, check_vma=False
         )(outputs, batch)

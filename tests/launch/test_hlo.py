@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grain_jax.launch import hlo, hlo_collectives, hlo_work
+from grain_jax.launch import gpu_targets, hlo, hlo_collectives, hlo_work
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax.training import flops
@@ -72,6 +72,28 @@ def expected_flops(chips):
     return layers + chips * 2 * (2 * ROWS * ROWS * WIDTH)
 
 
+def make_gpu_golden():
+    """Compiles for two nodes of 4 H100s; needs the extra cuda12, and compiler._GPU_FLAGS in XLA_FLAGS."""
+    from jax.experimental import topologies
+
+    target = gpu_targets.description(gpu_targets.GPUS["h100"])
+    devices = topologies.get_topology_desc(
+        platform="cuda", target_config=target, topology="1x2x4"
+    ).devices
+    _keep("h100_4x2", devices)
+
+
+def _keep(name, devices):
+    """Stores the program for these devices without the places in the source."""
+    step, arguments = program(devices)
+    text = step.lower(*arguments).compile().as_text()
+    text = re.sub(r" stack_frame_id=\d+", "", text)
+    text = re.sub(r"(?s)\nFileNames\n.*?\n\n\n", "\n", text)
+    path = GOLDENS / f"{name}.txt.gz"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
 def make_goldens():
     """Compiles for v5e, 4x4 chips and two slices of 2x2; needs libtpu."""
     from jax.experimental import topologies
@@ -85,13 +107,7 @@ def make_goldens():
         devices = topologies.get_topology_desc(
             platform="tpu", topology_name=shape, **options
         ).devices
-        step, arguments = program(devices)
-        text = step.lower(*arguments).compile().as_text()
-        text = re.sub(r" stack_frame_id=\d+", "", text)
-        text = re.sub(r"(?s)\nFileNames\n.*?\n\n\n", "\n", text)
-        path = GOLDENS / f"{name}.txt.gz"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(gzip.compress(text.encode(), mtime=0))
+        _keep(name, devices)
 
 
 @functools.cache
@@ -341,6 +357,54 @@ def test_tpu_program_of_two_slices():
     assert total(across, kind="all-reduce")[1] == gradients + 512
     within = {row.axes for row in rows if row.slices == 1}
     assert within == {("fsdp",), ("data",), ("data", "fsdp")}
+
+
+def test_gpu_program_of_two_nodes():
+    """Compiled for 2 nodes of 4 H100s, by JAX 0.10.2 with Triton's products off."""
+    module = golden("h100_4x2")
+    assert module.partitions == 8 and module.unknown_loops == ()
+    assert hlo_work.dot_flops(module) == expected_flops(8)  # all of them by cuBLAS
+    rows = hlo_collectives.collectives(module, mesh={"data": 4, "fsdp": 2, "tensor": 1}, slices=2)
+    kernel = 2 * WIDTH * 4 * WIDTH
+    assert total(rows, kind="all-gather", axes=("fsdp",), slices=1) == (8, 4 * LAYERS * kernel)
+    assert total(rows, kind="reduce-scatter", axes=("fsdp",)) == (4, 2 * LAYERS * kernel)
+    assert total(rows, kind="all-reduce", axes=("data",), slices=2)[1] == LAYERS * kernel
+    ring = total(rows, kind="collective-permute", overlapped=True, in_loop=True, group_size=8)
+    assert ring == (8, 8 * 2 * ROWS * WIDTH)
+
+
+GEMM = """
+  %q = DTYPE[6,200,64]{2,1,0} parameter(0)
+  %call = (f32[6,200,200]{2,1,0}, s8[4194304]{0}) custom-call(%q, %q), custom_call_target="__cublas$lt$matmul", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"]},\
+"precision_config":{"operand_precision":["PRECISION","PRECISION"]}}}
+  ROOT %x = f32[6,200,200]{2,1,0} get-tuple-element(%call), index=0
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "as_bfloat16"),
+    [("bf16", "DEFAULT", 1), ("f32", "DEFAULT", 2), ("f32", "HIGH", 2), ("f32", "HIGHEST", 16)],
+)
+def test_products_of_cublas(dtype, precision, as_bfloat16):
+    text = GEMM.replace("DTYPE", dtype).replace("PRECISION", precision).replace("\\\n", "")
+    module = entry(text)
+    product = 2 * 6 * 200 * 200 * 64
+    assert hlo_work.dot_flops(module) == product
+    assert hlo_work.dot_flops(module, passes=True) == as_bfloat16 * product
+    size = 2 if dtype == "bf16" else 4  # the scratch memory of 4 MiB is not counted
+    assert hlo_work.bytes_accessed(module) == 2 * size * 6 * 200 * 64 + 4 * 6 * 200 * 200
+
+
+def test_attention_of_cudnn():
+    call = """
+  %q = bf16[8,66,4,24]{3,2,1,0} parameter(0)
+  ROOT %call = (bf16[8,4,66,24]{3,1,2,0}, u8[64]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$TARGET", \
+backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"dimensions": ["8", "4", "66", "66"]}}}
+""".replace("\\\n", "")
+    product = 2 * 8 * 4 * 66 * 66 * 24
+    for target, products in (("fmhaSoftmax", 2), ("fmhaScaleBiasSoftmaxBackward", 5)):
+        assert hlo_work.dot_flops(entry(call.replace("TARGET", target))) == products * product
 
 
 def test_batched_products_of_the_tpu_are_dilated_convolutions():

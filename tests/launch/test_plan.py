@@ -9,7 +9,7 @@ import sys
 
 import jax
 import pytest
-from grain_jax.launch import chips, compiler, estimate, plan, plan_text, search
+from grain_jax.launch import chips, compiler, estimate, gpu_targets, plan, plan_text, search
 
 from grain_jax import config as config_lib
 from grain_jax import errors, losses, train
@@ -165,6 +165,43 @@ def test_without_the_compiler_the_user_is_told_what_to_install(monkeypatch, cach
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.UserError, match=r'pip install -e "\.\[tpu\]"'):
         compile_with(timeout=10)
+
+
+def test_without_the_cuda_plugin_a_plan_for_gpus_is_an_estimate_that_says_so(monkeypatch, cached):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = plan.make(tiny.config(), chips.parse_topology("b200:8"), plan.Options())
+    assert found["estimate"] and 'pip install -e ".[cuda12]"' in found["not_compiled"]
+    text = plan_text.page({"topology": "b200:8", "overrides": [], **found})
+    assert "ESTIMATE by arithmetic" in text and '".[cuda12]"' in text
+
+
+def test_gpus_are_described_as_the_plan_knows_them():
+    for name, gpu in gpu_targets.GPUS.items():
+        chip = chips.CHIPS[name]
+        assert gpu.name == chip.device_kind
+        assert 0.9 < gpu.memory * 0.75 / chip.hbm_bytes <= 1.01
+        assert abs(gpu.memory_rate / chip.hbm_bytes_per_second - 1) < 0.01
+        text = gpu_targets.description(gpu)
+        assert text.count("{") == text.count("}") and f"core_count: {gpu.cores}\n" in text
+    assert {name for name, chip in chips.CHIPS.items() if not chip.is_tpu} == set(gpu_targets.GPUS)
+
+
+def test_a_compiler_for_gpus_that_dies_is_one_line(monkeypatch, tmp_path, cached):
+    fake = tmp_path / "python"
+    # Passes on what it was asked, and dies.
+    fake.write_text(
+        f"#!/bin/sh\ncat >{tmp_path}/asked\necho $XLA_FLAGS >>{tmp_path}/asked\nkill -SEGV $$\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setattr(compiler.sys, "executable", str(fake))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(compiler.CompilerFailed, match="GPU compiler crashed with SIGSEGV on h100"):
+        plan.make(tiny.config(), chips.parse_topology("h100:4x2"), plan.Options())
+    asked, given = (tmp_path / "asked").read_text().rsplit("}", 1)
+    asked = json.loads(asked + "}")
+    assert (asked["platform"], asked["options"]["topology"]) == ("cuda", "1x2x4")
+    assert "NVIDIA H100 80GB HBM3" in asked["options"]["target_config"]
+    assert "--xla_gpu_enable_triton_gemm=false" in given
 
 
 def compile_with(*, timeout):
