@@ -306,6 +306,8 @@ class Loss:
     image_caption: float = key(1.0)  # weight of L_ic, images and captions
     region_description: float = key(1.0)  # weight of L_rd, regions and descriptions
     box: float = key(1.0)  # weight of L_box, predicted and annotated boxes
+    # Weight of L_id, images and all of their descriptions.
+    image_description: float = key(0.0, added=True)
     # Contrastive loss type: "softmax" (InfoNCE) or "sigmoid" (each pair alone, as SigLIP).
     contrast: str = key("softmax", choices=("softmax", "sigmoid"))
     group_size: int = count(0)  # images whose descriptions are negatives of each other; 0 = all

@@ -1,4 +1,4 @@
-"""The contrastive losses: images and captions, regions and descriptions (docs/method.md, Losses).
+"""The contrastive losses: images and captions, images and descriptions, regions and descriptions (docs/method.md, Losses).
 
 Rows and columns that lie on other devices are met in `streaming`.
 """
@@ -44,6 +44,52 @@ def image_caption(shard: Shard) -> TermOutput:
     return TermOutput(
         Mean(loss.sum(), count),
         {"image_caption_accuracy": Mean(right.sum().astype(jnp.float32), count)},
+    )
+
+
+def image_description(shard: Shard) -> TermOutput:
+    """L_id: each image and each of its descriptions, against all that are not each other's in the batch.
+
+    A description is compared with the images that do not have it, an image with the descriptions that it has not;
+    the mean of both for "softmax". For "sigmoid", where each pair stands alone, the first has every pair. The
+    idea of many texts as positives of one image is DreamLIP's (Zheng et al. 2024); here equal texts of two images
+    are positives of both. Measures `image_description_accuracy`, the share of descriptions whose nearest image
+    has them.
+    """
+    outputs, config, ids = shard.outputs, shard.config, shard.targets.description_id
+    image, text, real = outputs.image_embed, outputs.region_text_embed, shard.batch.region_mask
+    b, slots = real.shape
+    if slots == 0:
+        return TermOutput(Mean(jnp.zeros(()), jnp.zeros(())), {})
+    flat = lambda x: x.reshape(b * slots, *x.shape[2:])  # noqa: E731
+    own = outputs.logit_scale * jnp.sum(image[:, None] * text, axis=-1) + outputs.logit_bias
+    of_image = streaming.IdSet(ids, real)
+    images = Columns(image, of_image, jnp.ones(b, bool))
+    texts = Columns(flat(text), flat(ids), flat(real))
+
+    def negatives(rows, row_id, columns):
+        return streaming.negatives(
+            config.contrast,
+            config.tile,
+            shard.layout.everywhere,
+            rows,
+            row_id,
+            columns,
+            outputs.logit_scale,
+            outputs.logit_bias,
+        )
+
+    other_images = negatives(texts.embed, texts.id, images)
+    loss = streaming.loss_of_rows(config.contrast, own, other_images.cost.reshape(b, slots))
+    if config.contrast == "softmax":
+        other_texts = negatives(image, of_image, texts)
+        loss += streaming.loss_of_rows(config.contrast, own, other_texts.cost[:, None])
+        loss /= 2
+    right = _is_nearest(own, other_images.highest.reshape(b, slots), outputs.logit_scale)
+    count = real.sum().astype(jnp.float32)
+    return TermOutput(
+        Mean(jnp.where(real, loss, 0).sum(), count),
+        {"image_description_accuracy": Mean((right & real).sum().astype(jnp.float32), count)},
     )
 
 

@@ -12,7 +12,9 @@ torus half of a block goes each way round, since a link carries as much in both 
 """
 
 import functools
+import itertools
 import math
+import operator
 from typing import NamedTuple
 
 import jax
@@ -38,11 +40,18 @@ class Ring(NamedTuple):
         return self.axes + ((self.gather,) if self.gather else ())
 
 
+class IdSet(NamedTuple):
+    """Several ids of each row, or of each column."""
+
+    id: Int[Array, "m S"]
+    listed: Bool[Array, "m S"]  # False: padding
+
+
 class Columns(NamedTuple):
     """What rows are compared with."""
 
     embed: Float[Array, "k D"]
-    id: Int[Array, "k"]  # a column is no negative of the rows with the same id
+    id: Int[Array, "k"] | IdSet  # a column is no negative of the rows with which it shares an id
     real: Bool[Array, "k"]  # False: padding, a negative of no row
 
 
@@ -73,12 +82,12 @@ def negatives(
     tile: int,
     ring: Ring,
     rows: Float[Array, "m D"],
-    row_id: Int[Array, "m"],
+    row_id: Int[Array, "m"] | IdSet,
     columns: Columns,
     scale: Float[Array, ""],
     bias: Float[Array, ""],
 ) -> Negatives:
-    """Per-row negative term of the loss: over the real columns of the ring with another id than the row.
+    """Per-row negative term of the loss: over the real columns of the ring that share no id with the row.
 
     With logits z = scale * row . column + bias the cost is log(sum(exp(z))) for "softmax", -inf where a
     row has no negative, and sum(log(1 + exp(z))) for "sigmoid". See `loss_of_rows`.
@@ -88,7 +97,7 @@ def negatives(
       tile: largest number of rows, and of columns, whose similarities are in memory at once.
       ring: the devices with the other columns; outside of `jax.shard_map`, the default.
       rows: those on this device.
-      row_id: columns with this id are no negatives of the row.
+      row_id: columns with this id, or one of these, are no negatives of the row.
       columns: those on this device.
       scale: factor of the similarities.
       bias: added to the scaled similarities.
@@ -115,7 +124,8 @@ def _forward(contrast, tile, ring, rows, row_id, columns, scale, bias):
 
     def update(sums, block):
         embed, labels = _cut((block.vectors, block.labels.T), tile)
-        tiles = Columns(embed, labels[..., 0], labels[..., 1] > 0)  # padding is not real
+        ids, real = _read_ids(labels, columns.id)
+        tiles = Columns(embed, ids, real[..., 0] > 0)  # padding is not real
 
         def one_tile(sums, columns):
             def one_row_tile(part):
@@ -127,11 +137,11 @@ def _forward(contrast, tile, ring, rows, row_id, columns, scale, bias):
 
         return jax.lax.scan(one_tile, sums, tiles)[0]
 
-    shape = row_tiles[1].shape
+    shape = row_tiles[0].shape[:2]
     nothing = _Sums(
         jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(shape), jnp.zeros_like(row_tiles[0])
     )
-    labels = jnp.stack([columns.id, columns.real.astype(jnp.int32)])
+    labels = jnp.concatenate([_label_rows(columns.id), columns.real[None].astype(jnp.int32)])
     sums = _stream(ring, _Block(columns.embed, labels), update, nothing)
     sums = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(rows)], sums)
     out, weight, mean = sums.total, sums.weight, sums.vectors
@@ -155,8 +165,8 @@ def _backward(contrast, tile, ring, residuals, cotangents):
 
         def one_tile(column_gradients, rows):
             x, labels = rows
-            x_id = labels[:, 0]
-            x_out, x_cotangent = jax.lax.bitcast_convert_type(labels[:, 1:], jnp.float32).T
+            x_id, numbers = _read_ids(labels, row_id)
+            x_out, x_cotangent = jax.lax.bitcast_convert_type(numbers, jnp.float32).T
 
             def one_column_tile(part):
                 columns, gradients = part
@@ -173,7 +183,8 @@ def _backward(contrast, tile, ring, residuals, cotangents):
         return jax.lax.scan(one_tile, column_gradients, row_tiles)[0]
 
     as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
-    block = _Block(rows, jnp.stack([row_id, as_int(out), as_int(cotangent)]))
+    numbers = jnp.stack([as_int(out), as_int(cotangent)])
+    block = _Block(rows, jnp.concatenate([_label_rows(row_id), numbers]))
     column_gradients = _stream(ring, block, update, jnp.zeros_like(column_tiles.embed))
     column_gradients = column_gradients.reshape(-1, rows.shape[-1])[: len(columns.embed)]
     row_gradients = cotangent[:, None] * mean
@@ -206,8 +217,35 @@ class _Block(NamedTuple):
 
 
 def _logits(rows, row_id, columns, *, scale, bias, precision):
-    allowed = columns.real & (row_id[:, None] != columns.id)
+    allowed = columns.real & ~_share_an_id(row_id, columns.id)
     return scale * _product("nd,md->nm", rows, columns.embed, precision) + bias, allowed
+
+
+def _share_an_id(a, b):
+    """[m], [k], or sets of either, to [m, k]."""
+    a, b = (x if isinstance(x, IdSet) else IdSet(x[:, None], None) for x in (a, b))
+    found = []
+    for i, j in itertools.product(range(a.id.shape[1]), range(b.id.shape[1])):
+        same = a.id[:, i, None] == b.id[:, j]
+        same = same if a.listed is None else same & a.listed[:, i, None]
+        found.append(same if b.listed is None else same & b.listed[:, j])
+    return functools.reduce(operator.or_, found)
+
+
+def _label_rows(ids):
+    """What of a block's labels says its ids: int32 [n, k]."""
+    if isinstance(ids, IdSet):
+        return jnp.concatenate([ids.id.T, ids.listed.T.astype(jnp.int32)])
+    return ids[None]
+
+
+def _read_ids(labels, form):
+    """(the ids, in the form of others, and what follows them) of labels [..., n]."""
+    if isinstance(form, IdSet):
+        size = form.id.shape[-1]
+        ids = IdSet(labels[..., :size], labels[..., size : 2 * size] > 0)
+        return ids, labels[..., 2 * size :]
+    return labels[..., 0], labels[..., 1:]
 
 
 def _accumulate(contrast, state: _Sums, logits, allowed, columns: Columns, precision) -> _Sums:

@@ -38,6 +38,7 @@ class LossTerm:
     label: str  # in the charts
     short: str  # in the progress line
     prefix: str = ""  # of the names of its measures
+    optional: bool = False  # a run where its weight is 0 does without it
 
     @property
     def metric(self) -> str:
@@ -55,6 +56,13 @@ TERMS = {
             contrastive.region_description,
             "region to description",
             "region",
+        ),
+        LossTerm(
+            "image_description",
+            contrastive.image_description,
+            "image to description",
+            "description",
+            optional=True,
         ),
     )
 }
@@ -82,7 +90,10 @@ def terms_of(config: Loss) -> list[tuple[LossTerm, float]]:
     Raises:
       UserError: an entry of `loss.terms` cannot be found, or has options that its term has not got.
     """
-    found = [(term, getattr(config, name)) for name, term in TERMS.items()]
+    weights = {name: getattr(config, name) for name in TERMS}
+    found = [
+        (term, weights[name]) for name, term in TERMS.items() if weights[name] or not term.optional
+    ]
     functions = {name: term.function for name, term in TERMS.items()}
     for name, entry in config.terms.items():
         function = config_lib.loss_term(f"loss.terms.{name}", entry, functions)

@@ -127,6 +127,8 @@ def per_image(config: Config) -> PerImage:
 
     group = config.loss.group_size or config.batch_size
     losses = 2 * config.batch_size * embed + 2 * regions * (group * regions) * embed
+    if config.loss.image_description:
+        losses += 2 * regions * config.batch_size * embed
     if config.loss.match_description and decoder is not None:
         losses += 2 * decoder.queries * regions * embed
     return PerImage(image_tower, text_tower, region_decoder, losses, _frozen(config))

@@ -152,6 +152,26 @@ def replica_and_measures(outputs, batch, c):
     }
 
 
+def image_description_replica(outputs, batch, c):
+    """(L_id, the share of descriptions whose nearest image has them) in float64, pair by pair."""
+    g, t = (np.asarray(x, np.float64) for x in (outputs.image_embed, outputs.region_text_embed))
+    z = float(outputs.logit_scale) * np.einsum("id,jkd->ijk", g, t) + float(outputs.logit_bias)
+    pairs = [(i, k) for i, k in np.argwhere(batch.region_mask)]
+    ids = {pair: batch.description_id[pair] if c.mask_duplicates else pair for pair in pairs}
+    of_image = [{ids[pair] for pair in pairs if pair[0] == i} for i in range(len(g))]
+    losses_, right = [], []
+    for i, k in pairs:
+        own = z[i, i, k]
+        images = [z[j, i, k] for j in range(len(g)) if ids[i, k] not in of_image[j]]
+        texts = [z[i, *pair] for pair in pairs if ids[pair] not in of_image[i]]
+        if c.contrast == "softmax":
+            losses_ += [np.log(np.exp([own, *z_]).sum()) - own for z_ in (images, texts)]
+        else:  # each pair of an image and a description of the batch once
+            losses_.append(np.log1p(np.exp(-own)) + np.log1p(np.exp(images)).sum())
+        right.append(own > max(images, default=-np.inf) + 1e-5 * float(outputs.logit_scale))
+    return np.mean(losses_), np.mean(right)
+
+
 def assert_measures(got, expected):
     for name, value in expected.items():
         np.testing.assert_allclose(got.measures[name], value, rtol=1e-5, err_msg=name)
@@ -179,6 +199,40 @@ def test_equals_float64_replica(group_size, mask_duplicates, iou_epsilon):
         rtol=1e-5,
     )
     np.testing.assert_allclose(got.total, ic + 1.5 * box + 0.5 * rd, rtol=1e-5)
+
+
+@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("mask_duplicates", [True, False])
+def test_image_description_equals_float64_replica(contrast, mask_duplicates):
+    c = tiny.config(
+        loss__image_description=0.5,
+        loss__contrast=contrast,
+        loss__mask_duplicates=mask_duplicates,
+        loss__image_caption=0.0,
+        loss__box=0.0,
+        loss__region_description=0.0,
+        model__logit_bias_init=-1.0 if contrast == "sigmoid" else None,
+    )
+    batch, outputs = tiny.batch(c), _outputs(c)
+    outputs = learnt(outputs, batch)
+    batch.region_mask[4:6] = False  # images without descriptions are negatives of all of them
+    batch.region_boxes_cxcywh[3, 0, 2] = 0  # a description needs no box
+    batch.description_id[1, 0] = batch.description_id[3, 0]  # two images with one text
+    got = losses.total_loss(outputs, batch, c.loss)
+    expected, right = image_description_replica(outputs, batch, c.loss)
+    assert 0 < right < 1
+    np.testing.assert_allclose(got.terms["image_description"], expected, rtol=1e-5)
+    np.testing.assert_allclose(got.measures["image_description_accuracy"], right, rtol=1e-6)
+    np.testing.assert_allclose(got.total, 0.5 * expected, rtol=1e-5)
+
+
+def test_image_description_is_left_out_where_its_weight_is_zero():
+    c = tiny.config()
+    assert "image_description" not in losses.total_loss(_outputs(c), tiny.batch(c), c.loss).terms
+    c = tiny.config(loss__image_description=1.0)
+    batch, outputs = tiny.batch(c), _outputs(c)
+    batch.region_mask[:] = False
+    assert losses.total_loss(outputs, batch, c.loss).terms["image_description"] == 0
 
 
 @pytest.mark.parametrize("group_size,mask_duplicates", [(0, True), (4, False)])

@@ -15,7 +15,13 @@ from grain_jax import errors, losses
 from grain_jax.losses import matching, streaming
 from grain_jax.training import sharding
 from tests import tiny
-from tests.losses.test_losses import _outputs, assert_measures, learnt, replica_and_measures
+from tests.losses.test_losses import (
+    _outputs,
+    assert_measures,
+    image_description_replica,
+    learnt,
+    replica_and_measures,
+)
 
 M, D = 24, 16  # rows and columns a device
 
@@ -91,7 +97,7 @@ def test_a_row_without_negatives_costs_nothing():
     assert not np.any(streaming.loss_of_rows("softmax", np.ones(M, np.float32), value))
 
 
-EVERY = dict(batch_size=32, loss__tile=7)
+EVERY = dict(batch_size=32, loss__tile=7, loss__image_description=0.7)
 
 
 @functools.cache
@@ -140,11 +146,9 @@ def test_losses_and_gradients_are_the_same_on_every_mesh(sizes, group_size, gath
     c = dataclasses.replace(c, loss=dataclasses.replace(c.loss, gather=gather))
     values, grads = _losses(c, batch, outputs, sizes)
     (ic, box, rd), measures = replica_and_measures(outputs, batch, c.loss)
-    np.testing.assert_allclose(
-        [values.terms[name] for name in ("image_caption", "box", "region_description")],
-        [ic, box, rd],
-        rtol=1e-5,
-    )
+    id_, measures["image_description_accuracy"] = image_description_replica(outputs, batch, c.loss)
+    names = ("image_caption", "box", "region_description", "image_description")
+    np.testing.assert_allclose([values.terms[n] for n in names], [ic, box, rd, id_], rtol=1e-5)
     assert_measures(values, measures)
     for name, a, b in zip(outputs._fields, expected[1], grads):
         np.testing.assert_allclose(
@@ -176,6 +180,8 @@ def test_sigmoid_equals_a_float64_loop():
     different = ids[i, j][:, None] != ids[real]
     expected = (softplus(-own) + np.where(different, softplus(z), 0).sum(1)).mean()
     np.testing.assert_allclose(values.terms["region_description"], expected, rtol=1e-5)
+    expected, _ = image_description_replica(outputs, batch, c.loss)
+    np.testing.assert_allclose(values.terms["image_description"], expected, rtol=1e-5)
 
     alone = jax.grad(lambda o: losses.total_loss(o, batch, c.loss).total)(outputs)
     for name, a, b in zip(outputs._fields, alone, grads):
@@ -194,7 +200,12 @@ def test_groups_that_cross_devices_are_refused():
 def test_memory_of_the_losses_does_not_hold_the_global_batch(gather):
     """No buffer of the compiled value and gradient is as large as the batch, however its shape is spelt."""
     per_device, width = 2 * 13, 19  # no other product of sizes has these primes
-    c = tiny.config(batch_size=8 * per_device, loss__gather=gather, loss__tile=32)
+    c = tiny.config(
+        batch_size=8 * per_device,
+        loss__gather=gather,
+        loss__tile=32,
+        loss__image_description=1.0,
+    )
     mesh = sharding.make_mesh(c.mesh)
     outputs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _outputs(c, width=width)
