@@ -67,7 +67,7 @@ def image_description(shard: Shard) -> TermOutput:
     images = Columns(image, of_image, jnp.ones(b, bool))
     texts = Columns(flat(text), flat(ids), flat(real))
 
-    def negatives(rows, row_id, columns):
+    def negatives(rows, row_id, columns) -> streaming.Negatives:
         return streaming.negatives(
             config.contrast,
             config.tile,

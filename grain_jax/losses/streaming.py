@@ -44,7 +44,7 @@ class IdSet(NamedTuple):
     """Several ids of each row, or of each column."""
 
     id: Int[Array, "m S"]
-    listed: Bool[Array, "m S"]  # False: padding
+    listed: Bool[Array, "m S"] | None = None  # False: padding; None: all are
 
 
 class Columns(NamedTuple):
@@ -223,7 +223,7 @@ def _logits(rows, row_id, columns, *, scale, bias, precision):
 
 def _share_an_id(a, b):
     """[m], [k], or sets of either, to [m, k]."""
-    a, b = (x if isinstance(x, IdSet) else IdSet(x[:, None], None) for x in (a, b))
+    a, b = (x if isinstance(x, IdSet) else IdSet(x[:, None]) for x in (a, b))
     found = []
     for i, j in itertools.product(range(a.id.shape[1]), range(b.id.shape[1])):
         same = a.id[:, i, None] == b.id[:, j]
@@ -234,18 +234,21 @@ def _share_an_id(a, b):
 
 def _label_rows(ids):
     """What of a block's labels says its ids: int32 [n, k]."""
-    if isinstance(ids, IdSet):
-        return jnp.concatenate([ids.id.T, ids.listed.T.astype(jnp.int32)])
-    return ids[None]
+    if not isinstance(ids, IdSet):
+        return ids[None]
+    if ids.listed is None:
+        return ids.id.T
+    return jnp.concatenate([ids.id.T, ids.listed.T.astype(jnp.int32)])
 
 
 def _read_ids(labels, form):
     """(the ids, in the form of others, and what follows them) of labels [..., n]."""
-    if isinstance(form, IdSet):
-        size = form.id.shape[-1]
-        ids = IdSet(labels[..., :size], labels[..., size : 2 * size] > 0)
-        return ids, labels[..., 2 * size :]
-    return labels[..., 0], labels[..., 1:]
+    if not isinstance(form, IdSet):
+        return labels[..., 0], labels[..., 1:]
+    size = form.id.shape[-1]
+    if form.listed is None:
+        return IdSet(labels[..., :size]), labels[..., size:]
+    return IdSet(labels[..., :size], labels[..., size : 2 * size] > 0), labels[..., 2 * size :]
 
 
 def _accumulate(contrast, state: _Sums, logits, allowed, columns: Columns, precision) -> _Sums:
