@@ -5,7 +5,16 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from grain_jax.configs import claim, demo, finetune, grain_vitg14_cc12m, grain_vith14_cc12m, own
+from grain_jax.configs import (
+    claim,
+    demo,
+    finetune,
+    grain_vitb16_cc12m,
+    grain_vitg14_cc12m,
+    grain_vith14_cc12m,
+    grain_vitl14_cc12m,
+    own,
+)
 
 from benchmarks import claim_design
 from grain_jax import config as config_lib
@@ -193,6 +202,18 @@ def test_two_towers_that_were_converted_get_a_decoder(tmp_path):
     assert config.model.text.tokenizer == str(tmp_path / "two" / "tokenizer.json")
     loaded = initialise.load(config).params
     assert loaded.keys() == {n for n in expected if n.startswith(("image/", "text"))}
+
+
+@pytest.mark.parametrize(
+    "recipe", [grain_vitb16_cc12m, grain_vitl14_cc12m, grain_vith14_cc12m, grain_vitg14_cc12m]
+)
+def test_the_overrides_of_each_hardware(recipe):
+    default = recipe.get_config().mesh.fsdp
+    for name, overrides in recipe.HARDWARE.items():
+        config = config_lib.from_dict(recipe.get_config(name))
+        assert 2048 == config.batch_size and config.remat == "none"
+        assert config.mesh.fsdp == overrides.get("mesh.fsdp", default)
+        assert int(name.split("-")[1]) % config.mesh.fsdp == 0
 
 
 @pytest.mark.parametrize(
