@@ -88,7 +88,7 @@ def _heading(plan) -> list[str]:
         *textwrap.wrap(" ".join(f"{k}={v}" for k, v in plan["levers"].items()), WIDTH),
     ]
     if plan["estimate"]:
-        lines.append("ESTIMATE by arithmetic: nothing was compiled; trust it to about a tenth")
+        lines.append("ESTIMATE by arithmetic: nothing was compiled; within a fifth of what was")
         lines += textwrap.wrap(plan["not_compiled"], WIDTH)
     else:
         by = ", ".join(f"{name} {version}" for name, version in plan["versions"].items())
