@@ -2,7 +2,8 @@
 
 A mesh lays many slices row by row: from the last chip of a row to the first of the next there is no link, and libtpu
 then lets nothing run beside any hop; nor does it where a hop goes over a wrap-around link (libtpu 0.0.42.1, v5e:16x16).
-Along a closed path of neighbours in the grid all hops run beside work.
+Along a closed path of neighbours in the grid all hops run beside work. Several slices have a path each: a path over all of
+them would send every block through the few chips between two slices.
 """
 
 from collections.abc import Sequence
@@ -11,23 +12,24 @@ from typing import Any
 import numpy as np
 
 
-def along_links(rings: np.ndarray) -> tuple[int, ...]:
-    """An order of the positions of a ring in which each device is a neighbour of the next, the last of the first.
+def along_links(rings: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    """Closed paths through the positions of a ring, one a slice, in which each device is a neighbour of the next.
 
     Args:
-      rings: devices [rings, positions]; all rings go in one order, as a permutation over a mesh axis does.
+      rings: devices [rings, positions]; all rings go the same way, as a permutation over a mesh axis does.
 
     Returns:
-      The positions in that order; () where the devices have no coordinates, or one order does not serve all
-      rings. Of several slices, the path of one after that of the other.
+      The positions along each path, all of one length; () where the devices have no coordinates, slices are no
+      equal grids, or the same paths do not serve all rings.
     """
     if any(getattr(device, "coords", None) is None for device in rings.flat):
         return ()
     places = [[_place(device) for device in ring] for ring in rings]
-    order = _order(places[0])
-    if order is None or any(not _same_steps(order, places[0], ring) for ring in places[1:]):
-        return ()
-    return order
+    loops = _loops(places[0])
+    for loop in loops:
+        if any(not _same_steps(loop, places[0], ring) for ring in places[1:]):
+            return ()
+    return loops
 
 
 def _place(device: Any) -> tuple[int, ...]:
@@ -36,16 +38,16 @@ def _place(device: Any) -> tuple[int, ...]:
     return (slice_index, *device.coords, getattr(device, "core_on_chip", 0) or 0)
 
 
-def _order(places: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """The positions along a closed path through each slice; None where a slice is no full grid."""
-    out: list[int] = []
+def _loops(places: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """The positions along a closed path through each slice; () where a slice is no full grid."""
+    loops = []
     for number in sorted({place[0] for place in places}):
         mine = [i for i, place in enumerate(places) if place[0] == number]
         path = _closed_path([places[i][1:] for i in mine])
         if path is None:
-            return None
-        out += [mine[i] for i in path]
-    return tuple(out)
+            return ()
+        loops.append(tuple(mine[i] for i in path))
+    return tuple(loops) if len({len(loop) for loop in loops}) == 1 else ()
 
 
 def _closed_path(places: Sequence[tuple[int, ...]]) -> list[int] | None:

@@ -44,7 +44,7 @@ class Layout(NamedTuple):
             passes = jax.lax.Precision(precision)
 
         def placed(ring: Ring, rings: np.ndarray) -> Ring:
-            return ring._replace(order=hops.along_links(rings), precision=passes)
+            return ring._replace(loops=hops.along_links(rings), precision=passes)
 
         return self._replace(
             everywhere=placed(self.everywhere, of_all.reshape(-1, of_all.shape[-1])),

@@ -8,7 +8,8 @@ computed again (a custom VJP), and no gradient travels. All of this runs inside 
 With k rows and columns of D values on each of n devices, a device holds about 4 k D + a few tile^2 numbers. It
 sends n k D numbers in the forward pass and as many in the backward pass. Where a `Ring` gathers, g neighbours
 first share their blocks: g times the memory, 1/g of the hops, each of g times the size. Along the links of a
-torus half of a block goes each way round, since a link carries as much in both directions as in one.
+torus half of a block goes each way round, since a link carries as much in both directions as in one. Of several
+slices, blocks go round each; then each chip sends one block to the next slice, until all have been everywhere.
 """
 
 import functools
@@ -30,8 +31,9 @@ class Ring(NamedTuple):
     axes: tuple[str, ...] = ()  # hop by hop
     size: int = 1  # devices along them
     gather: str | None = None  # the axis whose devices share their blocks before the first hop
-    # Positions along `axes` in an order that follows links, for hops both ways round; (): 0, 1, 2, ..., one way.
-    order: tuple[int, ...] = ()
+    # Closed paths of positions along `axes` that follow links, one a slice, for hops both ways round (hops.py); (): one
+    # path, 0, 1, 2, ..., one way.
+    loops: tuple[tuple[int, ...], ...] = ()
     precision: jax.lax.Precision = jax.lax.Precision.HIGHEST  # of the products of float32
 
     @property
@@ -286,26 +288,36 @@ def _stream(ring: Ring, block: _Block, update, state):
         gather = functools.partial(jax.lax.all_gather, axis_name=ring.gather, tiled=True)
         block = _Block(gather(block.vectors), gather(block.labels, axis=1))
     if ring.size > 1:
-        order = ring.order or tuple(range(ring.size))
-        hops = list(zip(order, (*order[1:], order[0])))
+        loops = ring.loops or (tuple(range(ring.size)),)
+        hops = [hop for loop in loops for hop in _pairs(loop, (*loop[1:], loop[0]))]
+        # To the same place in the next slice.
+        across = [hop for pair in _pairs(loops, (*loops[1:], loops[0])) for hop in _pairs(*pair)]
         parts, ways = [block], [hops]
         half = block.vectors.shape[0] // 2
-        if ring.order and ring.size > 2 and half:
+        if ring.loops and len(loops[0]) > 2 and half:
             parts = [_rows_of(block, 0, half), _rows_of(block, half, None)]
             ways = [hops, [(b, a) for a, b in hops]]
+
+        def send(part, way):
+            return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axes, way), part)
 
         def turn(carry, _):
             state, parts = carry
             # Independent of the tiles, so that the next block travels while this one is used.
-            coming = [
-                jax.tree.map(lambda x, way=way: jax.lax.ppermute(x, ring.axes, way), part)
-                for part, way in zip(parts, ways)
-            ]
+            coming = [send(part, way) for part, way in zip(parts, ways)]
             return (update(state, _whole(parts)), coming), None
 
-        (state, parts), _ = jax.lax.scan(turn, (state, parts), None, length=ring.size - 1)
-        block = _whole(parts)
+        for remaining in reversed(range(len(loops))):
+            (state, parts), _ = jax.lax.scan(turn, (state, parts), None, length=len(loops[0]) - 1)
+            block = _whole(parts)
+            if remaining:
+                parts = [send(part, across) for part in parts]
+                state = update(state, block)
     return update(state, block)
+
+
+def _pairs(sources, targets) -> list[tuple]:
+    return list(zip(sources, targets))
 
 
 def _rows_of(block: _Block, start: int, stop: int | None) -> _Block:
