@@ -27,7 +27,11 @@ from grain_jax.losses import streaming
 from grain_jax.losses.streaming import Columns
 
 ARMS = {"float32": 0, "float32, tiles of 100": 0, "six passes": 6, "three passes": 3, "one pass": 1}
-MEASURES = ("eval/seen/top1", "eval/unseen/alpha_0.5/top1", "eval/retrieval/image_to_text_r1")
+MEASURES = (
+    "eval/seen/alpha_1.0/top1",
+    "eval/unseen/alpha_0.5/top1",
+    "eval/retrieval/image_to_text/r1",
+)
 
 
 def _parts(x, count: int):

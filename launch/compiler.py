@@ -152,12 +152,12 @@ def missing(chip: chips.Chip) -> str | None:
         if importlib.util.find_spec("libtpu") is None:
             return (
                 "libtpu is missing, expected the TPU compiler (Linux on x86_64; no TPU is needed);"
-                ' pip install -e ".[tpu]"'
+                ' pip install "grain_jax[tpu]"'
             )
     elif not any(importlib.util.find_spec(plugin) for plugin in _CUDA_PLUGINS):
         return (
             "the CUDA plugin of JAX is missing, which compiles for GPUs (Linux; no GPU is needed);"
-            ' pip install -e ".[cuda12]"'
+            ' pip install "grain_jax[cuda12]"'
         )
     return None
 

@@ -1,4 +1,4 @@
-"""The contrastive losses: images and captions, images and descriptions, regions and descriptions (docs/method.md, Losses).
+"""The contrastive losses: images, regions, and the captions and descriptions of both (docs/method.md, Losses).
 
 Rows and columns that lie on other devices are met in `streaming`.
 """

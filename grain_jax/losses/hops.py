@@ -2,8 +2,8 @@
 
 A mesh lays many slices row by row: from the last chip of a row to the first of the next there is no link, and libtpu
 then lets nothing run beside any hop; nor does it where a hop goes over a wrap-around link (libtpu 0.0.42.1, v5e:16x16).
-Along a closed path of neighbours in the grid all hops run beside work. Several slices have a path each: a path over all of
-them would send every block through the few chips between two slices.
+Along a closed path of neighbours in the grid all hops run beside work. Several slices have a path each: a path over all
+of them would send every block through the few chips between two slices.
 """
 
 from collections.abc import Sequence

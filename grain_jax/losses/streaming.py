@@ -46,7 +46,7 @@ class IdSet(NamedTuple):
     """Several ids of each row, or of each column."""
 
     id: Int[Array, "m S"]
-    listed: Bool[Array, "m S"] | None = None  # False: padding; None: all are
+    listed: Bool[Array, "m S"]  # False: padding
 
 
 class Columns(NamedTuple):
@@ -225,32 +225,35 @@ def _logits(rows, row_id, columns, *, scale, bias, precision):
 
 def _share_an_id(a, b):
     """[m], [k], or sets of either, to [m, k]."""
-    a, b = (x if isinstance(x, IdSet) else IdSet(x[:, None]) for x in (a, b))
+
+    def members(ids):
+        """(ids, where they count) of each place of the sets."""
+        if isinstance(ids, IdSet):
+            return [(ids.id[:, n], ids.listed[:, n]) for n in range(ids.id.shape[1])]
+        return [(ids, None)]
+
     found = []
-    for i, j in itertools.product(range(a.id.shape[1]), range(b.id.shape[1])):
-        same = a.id[:, i, None] == b.id[:, j]
-        same = same if a.listed is None else same & a.listed[:, i, None]
-        found.append(same if b.listed is None else same & b.listed[:, j])
+    for (x, of_x), (y, of_y) in itertools.product(members(a), members(b)):
+        same = x[:, None] == y
+        same = same if of_x is None else same & of_x[:, None]
+        found.append(same if of_y is None else same & of_y)
     return functools.reduce(operator.or_, found)
 
 
 def _label_rows(ids):
     """What of a block's labels says its ids: int32 [n, k]."""
-    if not isinstance(ids, IdSet):
-        return ids[None]
-    if ids.listed is None:
-        return ids.id.T
-    return jnp.concatenate([ids.id.T, ids.listed.T.astype(jnp.int32)])
+    if isinstance(ids, IdSet):
+        return jnp.concatenate([ids.id.T, ids.listed.T.astype(jnp.int32)])
+    return ids[None]
 
 
 def _read_ids(labels, form):
     """(the ids, in the form of others, and what follows them) of labels [..., n]."""
-    if not isinstance(form, IdSet):
-        return labels[..., 0], labels[..., 1:]
-    size = form.id.shape[-1]
-    if form.listed is None:
-        return IdSet(labels[..., :size]), labels[..., size:]
-    return IdSet(labels[..., :size], labels[..., size : 2 * size] > 0), labels[..., 2 * size :]
+    if isinstance(form, IdSet):
+        size = form.id.shape[-1]
+        ids = IdSet(labels[..., :size], labels[..., size : 2 * size] > 0)
+        return ids, labels[..., 2 * size :]
+    return labels[..., 0], labels[..., 1:]
 
 
 def _accumulate(contrast, state: _Sums, logits, allowed, columns: Columns, precision) -> _Sums:
@@ -289,9 +292,9 @@ def _stream(ring: Ring, block: _Block, update, state):
         block = _Block(gather(block.vectors), gather(block.labels, axis=1))
     if ring.size > 1:
         loops = ring.loops or (tuple(range(ring.size)),)
-        hops = [hop for loop in loops for hop in _pairs(loop, (*loop[1:], loop[0]))]
+        hops = [hop for loop in loops for hop in zip(loop, (*loop[1:], loop[0]))]
         # To the same place in the next slice.
-        across = [hop for pair in _pairs(loops, (*loops[1:], loops[0])) for hop in _pairs(*pair)]
+        across = [hop for pair in zip(loops, (*loops[1:], loops[0])) for hop in zip(*pair)]
         parts, ways = [block], [hops]
         half = block.vectors.shape[0] // 2
         if ring.loops and len(loops[0]) > 2 and half:
@@ -314,10 +317,6 @@ def _stream(ring: Ring, block: _Block, update, state):
                 parts = [send(part, across) for part in parts]
                 state = update(state, block)
     return update(state, block)
-
-
-def _pairs(sources, targets) -> list[tuple]:
-    return list(zip(sources, targets))
 
 
 def _rows_of(block: _Block, start: int, stop: int | None) -> _Block:

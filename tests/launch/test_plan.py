@@ -163,16 +163,16 @@ def test_wrong_usage_is_one_line(arguments, told, cache):
 
 def test_without_the_compiler_the_user_is_told_what_to_install(monkeypatch, cached):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(errors.UserError, match=r'pip install -e "\.\[tpu\]"'):
+    with pytest.raises(errors.UserError, match=r'pip install "grain_jax\[tpu\]"'):
         compile_with(timeout=10)
 
 
 def test_without_the_cuda_plugin_a_plan_for_gpus_is_an_estimate_that_says_so(monkeypatch, cached):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     found = plan.make(tiny.config(), chips.parse_topology("b200:8"), plan.Options())
-    assert found["estimate"] and 'pip install -e ".[cuda12]"' in found["not_compiled"]
+    assert found["estimate"] and 'pip install "grain_jax[cuda12]"' in found["not_compiled"]
     text = plan_text.page({"topology": "b200:8", "overrides": [], **found})
-    assert "ESTIMATE by arithmetic" in text and '".[cuda12]"' in text
+    assert "ESTIMATE by arithmetic" in text and '"grain_jax[cuda12]"' in text
 
 
 def test_gpus_are_described_as_the_plan_knows_them():
