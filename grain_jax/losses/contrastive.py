@@ -63,29 +63,22 @@ def image_description(shard: Shard) -> TermOutput:
         return TermOutput(Mean(jnp.zeros(()), jnp.zeros(())), {})
     flat = lambda x: x.reshape(b * slots, *x.shape[2:])  # noqa: E731
     own = outputs.logit_scale * jnp.sum(image[:, None] * text, axis=-1) + outputs.logit_bias
-    of_image = streaming.IdSet(ids, real)
-    images = Columns(image, of_image, jnp.ones(b, bool))
+    images = Columns(image, streaming.IdSet(ids, real), jnp.ones(b, bool))
     texts = Columns(flat(text), flat(ids), flat(real))
 
-    def negatives(rows, row_id, columns) -> streaming.Negatives:
-        return streaming.negatives(
-            config.contrast,
-            config.tile,
-            shard.layout.everywhere,
-            rows,
-            row_id,
-            columns,
-            outputs.logit_scale,
-            outputs.logit_bias,
-        )
-
-    other_images = negatives(texts.embed, texts.id, images)
-    loss = streaming.loss_of_rows(config.contrast, own, other_images.cost.reshape(b, slots))
+    ring, scale, bias = shard.layout.everywhere, outputs.logit_scale, outputs.logit_bias
     if config.contrast == "softmax":
-        other_texts = negatives(image, of_image, texts)
-        loss += streaming.loss_of_rows(config.contrast, own, other_texts.cost[:, None])
-        loss /= 2
-    right = _is_nearest(own, other_images.highest.reshape(b, slots), outputs.logit_scale)
+        of_texts, of_images = streaming.negatives_of_both(
+            config.tile, ring, texts, images, scale, bias
+        )
+        loss = streaming.loss_of_rows("softmax", own, of_texts.cost.reshape(b, slots))
+        loss = (loss + streaming.loss_of_rows("softmax", own, of_images.cost[:, None])) / 2
+    else:
+        of_texts = streaming.negatives(
+            config.contrast, config.tile, ring, texts.embed, texts.id, images, scale, bias
+        )
+        loss = streaming.loss_of_rows(config.contrast, own, of_texts.cost.reshape(b, slots))
+    right = _is_nearest(own, of_texts.highest.reshape(b, slots), outputs.logit_scale)
     count = real.sum().astype(jnp.float32)
     return TermOutput(
         Mean(jnp.where(real, loss, 0).sum(), count),

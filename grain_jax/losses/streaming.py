@@ -10,6 +10,10 @@ sends n k D numbers in the forward pass and as many in the backward pass. Where 
 first share their blocks: g times the memory, 1/g of the hops, each of g times the size. Along the links of a
 torus half of a block goes each way round, since a link carries as much in both directions as in one. Of several
 slices, blocks go round each; then each chip sends one block to the next slice, until all have been everywhere.
+
+Where both sides have a loss (`negatives_of_both`), one of them travels, with what the devices found out about it: the
+running sums of its softmax in the forward pass, its gradient in the backward pass. With m rows and k columns on each
+of n devices that is 3 n k D numbers instead of 2 n (m + k) D, and half of the products of two rings.
 """
 
 import functools
@@ -125,9 +129,7 @@ def _forward(contrast, tile, ring, rows, row_id, columns, scale, bias):
     logits_of = functools.partial(_logits, scale=scale, bias=bias, precision=ring.precision)
 
     def update(sums, block):
-        embed, labels = _cut((block.vectors, block.labels.T), tile)
-        ids, real = _read_ids(labels, columns.id)
-        tiles = Columns(embed, ids, real[..., 0] > 0)  # padding is not real
+        tiles, _ = _read_columns(block, columns.id, tile)
 
         def one_tile(sums, columns):
             def one_row_tile(part):
@@ -202,6 +204,133 @@ def _backward(contrast, tile, ring, residuals, cotangents):
 negatives.defvjp(_forward, _backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def negatives_of_both(
+    tile: int,
+    ring: Ring,
+    rows: Columns,
+    columns: Columns,
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+) -> tuple[Negatives, Negatives]:
+    """The softmax costs of the rows over the columns and of the columns over the rows, in one pass of the ring.
+
+    As `negatives(rows, columns)` and `negatives(columns, rows)` for "softmax". The columns travel: let them be the
+    smaller side.
+
+    Args:
+      tile: largest number of rows, and of columns, whose similarities are in memory at once.
+      ring: the devices with the other columns and rows; outside of `jax.shard_map`, the default.
+      rows: those on this device; one that is not real is no negative of the columns, and has none.
+      columns: those on this device, likewise.
+      scale: factor of the similarities.
+      bias: added to the scaled similarities.
+
+    Returns:
+      Of the rows, and of the columns.
+    """
+    return _forward_of_both(tile, ring, rows, columns, scale, bias)[0]
+
+
+def _forward_of_both(tile, ring, rows, columns, scale, bias):
+    row_tiles = _cut(rows, tile)
+    logits_of = functools.partial(_logits_of_both, scale=scale, bias=bias, precision=ring.precision)
+
+    def visit(row_sums, block):
+        """Adds a block to the sums of the rows; the sums of its columns over these rows, [k, 2]."""
+        column_tiles, _ = _read_columns(block, columns.id, tile)
+
+        def one_tile(row_sums, columns):
+            def one_row_tile(column_sum, part):
+                rows, row_sum = part
+                logits = logits_of(rows, columns)
+                return _add_logits(column_sum, logits.T), _add_logits(row_sum, logits)
+
+            nothing = _no_logits(columns.embed.shape[:1])
+            column_sum, row_sums = jax.lax.scan(one_row_tile, nothing, (row_tiles, row_sums))
+            return row_sums, column_sum
+
+        row_sums, found = jax.lax.scan(one_tile, row_sums, column_tiles)
+        return row_sums, found.reshape(-1, 2)[: len(block.vectors)]
+
+    labels = jnp.concatenate([_label_rows(columns.id), columns.real[None].astype(jnp.int32)])
+    row_sums, column_sums = _stream_and_return(
+        ring,
+        _Block(columns.embed, labels),
+        visit,
+        _add_sums,
+        _no_logits(row_tiles.real.shape),
+        _no_logits(columns.real.shape),
+    )
+    if ring.gather is not None:
+        highest = jax.lax.pmax(column_sums[:, 0], ring.gather)
+        totals = column_sums[:, 1] * jnp.exp(column_sums[:, 0] - highest)
+        column_sums = jnp.stack([highest, jax.lax.psum(totals, ring.gather)], axis=-1)
+        start = jax.lax.axis_index(ring.gather) * len(columns.real)
+        column_sums = jax.lax.dynamic_slice_in_dim(column_sums, start, len(columns.real))
+    row_sums = row_sums.reshape(-1, 2)[: len(rows.real)]
+    out = tuple(Negatives(x[:, 0] + jnp.log(x[:, 1]), x[:, 0]) for x in (row_sums, column_sums))
+    return out, (rows, columns, scale, bias, out[0].cost, out[1].cost)
+
+
+def _backward_of_both(tile, ring, residuals, cotangents):
+    rows, columns, scale, bias, row_cost, column_cost = residuals
+    row_tiles, row_costs, row_cotangents = _cut((rows, row_cost, cotangents[0].cost), tile)
+    logits_of = functools.partial(_logits_of_both, scale=scale, bias=bias, precision=ring.precision)
+
+    def visit(of_rows, block):
+        """Adds the gradients from a block to those of the rows; those of its columns, [k, D]; without the scale."""
+        column_tiles, numbers = _read_columns(block, columns.id, tile)
+        costs, cotangents = jnp.moveaxis(jax.lax.bitcast_convert_type(numbers, jnp.float32), -1, 0)
+
+        def one_tile(of_rows, part):
+            columns, cost, cotangent = part
+
+            def one_row_tile(column_gradient, part):
+                rows, row_cost, row_cotangent, (row_gradient, weight) = part
+                logits = logits_of(rows, columns)
+                share = row_cotangent[:, None] * jnp.exp(logits - row_cost[:, None])
+                share += cotangent * jnp.exp(logits - cost)
+                share = jnp.where(logits > MASKED, share, 0)  # [rows, columns]
+                row_gradient += _product("nm,md->nd", share, columns.embed, ring.precision)
+                column_gradient += _product("nm,nd->md", share, rows.embed, ring.precision)
+                return column_gradient, (row_gradient, weight + share.sum(1))
+
+            turns = row_tiles, row_costs, row_cotangents, of_rows
+            column_gradient, of_rows = jax.lax.scan(
+                one_row_tile, jnp.zeros_like(columns.embed), turns
+            )
+            return of_rows, column_gradient
+
+        of_rows, found = jax.lax.scan(one_tile, of_rows, (column_tiles, costs, cotangents))
+        return of_rows, found.reshape(-1, found.shape[-1])[: len(block.vectors)]
+
+    as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)[None]  # noqa: E731
+    real = columns.real[None].astype(jnp.int32)
+    numbers = as_int(column_cost), as_int(cotangents[1].cost)
+    labels = jnp.concatenate([_label_rows(columns.id), real, *numbers])
+    (row_gradients, weights), column_gradients = _stream_and_return(
+        ring,
+        _Block(columns.embed, labels),
+        visit,
+        operator.add,
+        (jnp.zeros_like(row_tiles.embed), jnp.zeros_like(row_costs)),
+        jnp.zeros_like(columns.embed),
+    )
+    if ring.gather is not None:
+        column_gradients = jax.lax.psum_scatter(column_gradients, ring.gather, tiled=True)
+    row_gradients = row_gradients.reshape(-1, rows.embed.shape[-1])[: len(rows.real)]
+    return (
+        Columns(scale * row_gradients, None, None),
+        Columns(scale * column_gradients, None, None),
+        jnp.sum(rows.embed * row_gradients),
+        jnp.sum(weights),
+    )
+
+
+negatives_of_both.defvjp(_forward_of_both, _backward_of_both)
+
+
 class _Sums(NamedTuple):
     """Running sums of each row over its negatives; those of a softmax are divided by exp(highest)."""
 
@@ -221,6 +350,40 @@ class _Block(NamedTuple):
 def _logits(rows, row_id, columns, *, scale, bias, precision):
     allowed = columns.real & ~_share_an_id(row_id, columns.id)
     return scale * _product("nd,md->nm", rows, columns.embed, precision) + bias, allowed
+
+
+def _logits_of_both(rows: Columns, columns: Columns, *, scale, bias, precision):
+    """[m, k], MASKED where a row and a column are not each other's negatives."""
+    logits, allowed = _logits(
+        rows.embed, rows.id, columns, scale=scale, bias=bias, precision=precision
+    )
+    return jnp.where(allowed & rows.real[:, None], logits, MASKED)
+
+
+def _no_logits(shape):
+    """Running sums of no logits: [..., 2], the largest, and the sum of exp(z - largest)."""
+    return jnp.stack([jnp.full(shape, MASKED), jnp.zeros(shape)], axis=-1)
+
+
+def _add_logits(sums, logits):
+    """Running sums [m, 2] with logits [m, k] added."""
+    highest = logits.max(1)
+    share = jnp.where(logits > MASKED, jnp.exp(logits - highest[:, None]), 0)
+    return _add_sums(sums, jnp.stack([highest, share.sum(1)], axis=-1))
+
+
+def _add_sums(a, b):
+    """Running sums [m, 2] of both."""
+    highest = jnp.maximum(a[:, 0], b[:, 0])
+    totals = (x[:, 1] * jnp.exp(x[:, 0] - highest) for x in (a, b))
+    return jnp.stack([highest, functools.reduce(operator.add, totals)], axis=-1)
+
+
+def _read_columns(block: _Block, form, tile: int):
+    """(tiles of the columns of a block, with ids in the form of others; their further labels, [tiles, k, n])."""
+    embed, labels = _cut((block.vectors, block.labels.T), tile)
+    ids, numbers = _read_ids(labels, form)
+    return Columns(embed, ids, numbers[..., 0] > 0), numbers[..., 1:]  # padding is not real
 
 
 def _share_an_id(a, b):
@@ -287,44 +450,123 @@ def _cut(tree, tile: int):
 
 def _stream(ring: Ring, block: _Block, update, state):
     """`state = update(state, block)` for the block of every device of the ring, this device's first."""
-    if ring.gather is not None:
-        gather = functools.partial(jax.lax.all_gather, axis_name=ring.gather, tiled=True)
-        block = _Block(gather(block.vectors), gather(block.labels, axis=1))
+    block = _gathered(ring, block)
     if ring.size > 1:
-        loops = ring.loops or (tuple(range(ring.size)),)
-        hops = [hop for loop in loops for hop in zip(loop, (*loop[1:], loop[0]))]
-        # To the same place in the next slice.
-        across = [hop for pair in zip(loops, (*loops[1:], loops[0])) for hop in zip(*pair)]
-        parts, ways = [block], [hops]
-        half = block.vectors.shape[0] // 2
-        if ring.loops and len(loops[0]) > 2 and half:
-            parts = [_rows_of(block, 0, half), _rows_of(block, half, None)]
-            ways = [hops, [(b, a) for a, b in hops]]
-
-        def send(part, way):
-            return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axes, way), part)
+        slices, length, ways = _ways(ring, block)
+        parts = _parts(block, len(ways))
 
         def turn(carry, _):
             state, parts = carry
             # Independent of the tiles, so that the next block travels while this one is used.
-            coming = [send(part, way) for part, way in zip(parts, ways)]
+            coming = [_send(ring, part, 0, way) for part, way in zip(parts, ways)]
             return (update(state, _whole(parts)), coming), None
 
-        for remaining in reversed(range(len(loops))):
-            (state, parts), _ = jax.lax.scan(turn, (state, parts), None, length=len(loops[0]) - 1)
+        for remaining in reversed(range(slices)):
+            (state, parts), _ = jax.lax.scan(turn, (state, parts), None, length=length - 1)
             block = _whole(parts)
             if remaining:
-                parts = [send(part, across) for part in parts]
+                parts = [_send(ring, part, 1, 0) for part in parts]
                 state = update(state, block)
     return update(state, block)
+
+
+def _stream_and_return(ring: Ring, block: _Block, visit, join, state, nothing):
+    """`state, found = visit(state, block)` for the block of every device, and what all devices found about this one's.
+
+    Args:
+      ring: as `_stream`.
+      block: of k vectors.
+      visit: what it finds has a leading axis k.
+      join: of two that were found of the same block, by different devices.
+      state: the first.
+      nothing: found before the first visit.
+
+    Returns:
+      The last state; what was found [k, ...], or [g k, ...] of the g blocks where the ring gathers, whose devices
+      have found each its part.
+    """
+    size = len(block.vectors)
+    block = _gathered(ring, block)
+    found = jnp.tile(nothing, (len(block.vectors) // size, *(1,) * (nothing.ndim - 1)))
+    if ring.size == 1:
+        state, found = visit(state, block)
+        return state, found
+    slices, length, ways = _ways(ring, block)
+    parts, found = _parts(block, len(ways)), _parts(found, len(ways))
+
+    def use(state, parts, before):
+        # What the devices before found of these parts travels beside the tiles, a hop behind the parts.
+        arriving = [_send(ring, part, 0, way) for part, way in zip(before, ways)]
+        state, found = visit(state, _whole(parts))
+        return state, [join(x, y) for x, y in zip(arriving, _parts(found, len(ways)))]
+
+    def turn(carry, _):
+        state, parts, found = carry
+        coming = [_send(ring, part, 0, way) for part, way in zip(parts, ways)]
+        state, found = use(state, parts, found)
+        return (state, coming, found), None
+
+    for remaining in reversed(range(slices)):
+        (state, parts, found), _ = jax.lax.scan(
+            turn, (state, parts, found), None, length=length - 1
+        )
+        coming = [_send(ring, part, 1, 0) for part in parts] if remaining else parts
+        state, found = use(state, parts, found)
+        parts = coming
+        if remaining:  # to where the next hop takes it to its part
+            found = [_send(ring, part, 1, -way) for part, way in zip(found, ways)]
+    # Each round took a part once round but for one hop, and then, but for the last, to the next slice.
+    found = [_send(ring, part, 1, way * slices) for part, way in zip(found, ways)]
+    return state, _whole(found)
+
+
+def _gathered(ring: Ring, block: _Block) -> _Block:
+    """The blocks of the devices that share theirs."""
+    if ring.gather is None:
+        return block
+    gather = functools.partial(jax.lax.all_gather, axis_name=ring.gather, tiled=True)
+    return _Block(gather(block.vectors), gather(block.labels, axis=1))
+
+
+def _loops(ring: Ring) -> tuple[tuple[int, ...], ...]:
+    return ring.loops or (tuple(range(ring.size)),)
+
+
+def _ways(ring: Ring, block: _Block) -> tuple[int, int, tuple[int, ...]]:
+    """(slices, devices of each, 1 for each part of a block that goes forward and -1 for each that goes back)."""
+    loops = _loops(ring)
+    both = ring.loops and len(loops[0]) > 2 and block.vectors.shape[0] > 1
+    return len(loops), len(loops[0]), (1, -1) if both else (1,)
+
+
+def _send(ring: Ring, part, slices: int, places: int):
+    """Sends arrays to the device so many slices and places of the path on."""
+    loops = _loops(ring)
+    hops = [
+        (device, loops[(number + slices) % len(loops)][(place + places) % len(loop)])
+        for number, loop in enumerate(loops)
+        for place, device in enumerate(loop)
+    ]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axes, hops), part)
+
+
+def _parts(whole, count: int) -> list:
+    """A block or an array [k, ...], whole or in halves."""
+    if count == 1:
+        return [whole]
+    half = len(whole.vectors if isinstance(whole, _Block) else whole) // 2
+    cut = _rows_of if isinstance(whole, _Block) else lambda x, start, stop: x[start:stop]
+    return [cut(whole, 0, half), cut(whole, half, None)]
 
 
 def _rows_of(block: _Block, start: int, stop: int | None) -> _Block:
     return _Block(block.vectors[start:stop], block.labels[:, start:stop])
 
 
-def _whole(parts: list[_Block]) -> _Block:
+def _whole(parts: list):
     if len(parts) == 1:
         return parts[0]
+    if not isinstance(parts[0], _Block):
+        return jnp.concatenate(parts)
     vectors, labels = zip(*parts)
     return _Block(jnp.concatenate(vectors), jnp.concatenate(labels, axis=1))

@@ -88,6 +88,68 @@ def test_values_and_gradients_equal_the_whole_matrix(contrast, devices, gather, 
         np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5 * np.abs(a).max(), err_msg=name)
 
 
+@pytest.mark.parametrize(
+    "devices,gather,tile,slices",
+    [(1, 1, 7, 0), (8, 1, 1024, 0), (8, 1, 10, 1), (8, 1, 50, 2), (8, 2, 24, 2), (8, 8, 50, 0)],
+)
+def test_both_sides_in_one_pass_equal_the_whole_matrix(devices, gather, tile, slices):
+    """Columns with two ids each, some of them rows' ids; some rows and columns are padding."""
+    rng = np.random.default_rng(1)
+    rows, columns, of_rows = _problem(devices)
+    columns = jax.tree.map(lambda x: x.reshape(devices, M, *x.shape[1:])[:, :13], columns)
+    columns = jax.tree.map(lambda x: x.reshape(devices * 13, *x.shape[2:]), columns)
+    count, of_columns = len(columns.real), of_rows[: 13 * devices]
+    row_id = rng.integers(0, count, len(rows)).astype(np.int32)
+    ids = np.stack([columns.id, rng.integers(0, count, count)], axis=-1).astype(np.int32)
+    listed = rng.random(ids.shape) < 0.8
+    rows = streaming.Columns(rows, row_id, rng.random(len(rows)) < 0.8)
+    columns = columns._replace(id=streaming.IdSet(ids, listed))
+    scale, bias = 20.0, -1.5
+
+    share_one = ((row_id[:, None, None] == ids) & listed).any(-1)
+    allowed = rows.real[:, None] & columns.real & ~share_one
+    x, y = rows.embed.astype(np.float64), columns.embed.astype(np.float64)
+    z = scale * x @ y.T + bias
+    with np.errstate(divide="ignore"):
+        costs = [np.log(np.where(allowed, np.exp(z), 0).sum(axis)) for axis in (1, 0)]
+    shares = [np.where(allowed, np.exp(z - cost), 0) for cost in (costs[0][:, None], costs[1])]
+    share = of_rows[:, None] * shares[0] + of_columns * shares[1]
+    highest = [np.where(allowed, z, streaming.MASKED).max(axis) for axis in (1, 0)]
+    gradients = scale * share @ y, scale * share.T @ x, (share * (x @ y.T)).sum(), share.sum()
+
+    length = devices // gather
+    loops = np.random.default_rng(0).permutation(length).reshape(slices, -1) if slices else []
+    ring = streaming.Ring(
+        ("ring",),
+        length,
+        "gather" if gather > 1 else None,
+        loops=tuple(tuple(loop.tolist()) for loop in loops),
+    )
+    mesh = jax.sharding.Mesh(
+        np.array(jax.devices()[:devices]).reshape(-1, gather), ("ring", "gather")
+    )
+    spec = PartitionSpec(("ring", "gather"))
+
+    def value_and_pull(rows, columns, *cotangents):
+        run = lambda x, y, scale, bias: streaming.negatives_of_both(
+            tile, ring, rows._replace(embed=x), columns._replace(embed=y), scale, bias
+        )
+        found, pull = jax.vjp(run, rows.embed, columns.embed, jnp.float32(scale), jnp.float32(bias))
+        # What comes back to the highest logit is of no effect.
+        back = tuple(streaming.Negatives(c, jnp.ones_like(c)) for c in cotangents)
+        x_bar, y_bar, *scalars = pull(back)
+        return found, (x_bar, y_bar, *(x[None] for x in scalars))
+
+    run = jax.shard_map(value_and_pull, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    found, (x_bar, y_bar, *scalars) = jax.jit(run)(rows, columns, of_rows, of_columns)
+    got = x_bar, y_bar, *(x.sum() for x in scalars)
+    for side in (0, 1):
+        np.testing.assert_allclose(found[side].cost, costs[side], rtol=2e-5)
+        np.testing.assert_allclose(found[side].highest, highest[side], rtol=2e-5)
+    for name, a, b in zip(("rows", "columns", "scale", "bias"), gradients, got, strict=True):
+        np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5 * np.abs(a).max(), err_msg=name)
+
+
 def test_a_row_without_negatives_costs_nothing():
     rows, columns, cotangent = _problem(1)
     columns = columns._replace(id=np.zeros_like(columns.id))
