@@ -24,6 +24,7 @@ from etils import epath
 
 from benchmarks import side_by_side
 from grain_jax.losses import streaming
+from grain_jax.losses.ring import Ring
 from grain_jax.losses.streaming import Columns
 
 ARMS = {"float32": 0, "float32, tiles of 100": 0, "six passes": 6, "three passes": 3, "one pass": 1}
@@ -97,7 +98,7 @@ def errors(rows: int = 256, width: int = 512, scale: float = 100.0) -> list[dict
                 cost = streaming.negatives(
                     "softmax",
                     100,
-                    streaming.Ring(),
+                    Ring(),
                     rows_,
                     ids,
                     Columns(columns, ids, ids >= 0),

@@ -124,31 +124,56 @@ def _collectives(config, topology, sizes, parameters, trained) -> list[hlo_colle
     if sizes["tensor"] > 1:
         count, size = _tensor_sums(config, sizes)
         out.append(collective("all-reduce", "tensor", count, size))
-    return out + _rings(config, topology, sizes["data"] * sizes["fsdp"])
+    return out + rings(config, topology, sizes["data"] * sizes["fsdp"])
 
 
-def _rings(config, topology, shards) -> list[hlo_collectives.Collective]:
-    """The columns of both contrastive losses, round the ring forward, and the rows backward (`streaming.py`)."""
+def rings(config, topology, shards) -> list[hlo_collectives.Collective]:
+    """The vectors that a chip sends round the rings of the contrastive losses, forward and backward.
+
+    Labels, which travel beside the vectors, are not counted.
+
+    Args:
+      config: of the run.
+      topology: the chips.
+      shards: parts that the batch is cut into.
+    """
     layout = losses.make_layout(config.batch_size, config.loss, shards)
-    width = config.model.embed_dim
-    images = config.batch_size // shards
-    ways = 2 if config.loss.contrast == "softmax" else 1
+    images, regions = config.batch_size // shards, config.input.max_regions
+    softmax = config.loss.contrast == "softmax"
+    # (ring, vectors that travel forward or backward, gradients that travel behind those): losses/streaming.py.
+    terms = [
+        (layout.everywhere, 2 * images * (2 if softmax else 1), 0),
+        (layout.in_group, 2 * images * regions, 0),
+    ]
+    if config.loss.image_description and regions:
+        # Images alone, or images forward and texts backward.
+        terms.append(
+            (layout.everywhere, 2 * images, images)
+            if softmax
+            else (layout.everywhere, images + images * regions, 0)
+        )
     out = []
-    for ring, vectors in (
-        (layout.everywhere, ways * images),
-        (layout.in_group, config.input.max_regions * images),
-    ):
+    for ring, vectors, gradients in terms:
         together = config.loss.gather if ring.gather else 1
-        size = 2 * vectors * width * memory_use.FLOAT
+        size = together * config.model.embed_dim * memory_use.FLOAT  # of one vector a chip
         if ring.gather and vectors:
-            args = ("all-gather", True, False, together, 1, sharding.BATCH_AXES)
-            out.append(hlo_collectives.Collective(*args, 2, size * together))
+            args = (True, False, together, 1, sharding.BATCH_AXES)
+            # The same vectors forward and backward are gathered once.
+            times = 1 if gradients else 2
+            sent = vectors * size * times // 2
+            out.append(hlo_collectives.Collective("all-gather", *args, times, sent))
+            if gradients:
+                sent = gradients * size
+                out.append(hlo_collectives.Collective("reduce-scatter", *args, 1, sent))
         hops = ring.size - 1
         if hops and vectors:
+            # Of the gradients the first hop carries zeros, and the last one takes them to their device.
+            back = hops + 2 if gradients else 0
             # A group's ring leaves its node only where the group is larger.
             slices = min(topology.slices, -(-ring.size * together // topology.chip.chips_per_host))
             args = ("collective-permute", True, True, ring.size, slices, sharding.BATCH_AXES)
-            out.append(hlo_collectives.Collective(*args, 2 * hops, hops * size * together))
+            sent = (hops * vectors + back * gradients) * size
+            out.append(hlo_collectives.Collective(*args, 2 * hops + back, sent))
     return out
 
 

@@ -4,6 +4,7 @@ Rows and columns that lie on other devices are met in `streaming`.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,10 +68,10 @@ def image_description(shard: Shard) -> TermOutput:
     texts = Columns(flat(text), flat(ids), flat(real))
 
     ring, scale, bias = shard.layout.everywhere, outputs.logit_scale, outputs.logit_bias
+    of_texts: streaming.Negatives
     if config.contrast == "softmax":
-        of_texts, of_images = streaming.negatives_of_both(
-            config.tile, ring, texts, images, scale, bias
-        )
+        both: Any = streaming.negatives_of_both(config.tile, ring, texts, images, scale, bias)
+        of_texts, of_images = both
         loss = streaming.loss_of_rows("softmax", own, of_texts.cost.reshape(b, slots))
         loss = (loss + streaming.loss_of_rows("softmax", own, of_images.cost[:, None])) / 2
     else:

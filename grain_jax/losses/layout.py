@@ -8,7 +8,7 @@ import numpy as np
 from grain_jax import config as config_lib
 from grain_jax import errors
 from grain_jax.losses import hops
-from grain_jax.losses.streaming import Ring
+from grain_jax.losses.ring import Ring
 
 
 class Layout(NamedTuple):

@@ -18,6 +18,7 @@ from grain_jax import schema
 from grain_jax.config import Loss
 from grain_jax.losses import matching, streaming
 from grain_jax.losses.layout import Layout
+from grain_jax.losses.ring import Ring
 
 
 class Mean(NamedTuple):
@@ -124,7 +125,7 @@ def _targets(batch: schema.Batch, config: Loss, layout: Layout) -> Targets:
     return Targets(caption_id, target, box_mask, description_id, description_mask, label_slot)
 
 
-def _unique_ids(shape: tuple[int, ...], ring: streaming.Ring) -> Int[Array, "..."]:
+def _unique_ids(shape: tuple[int, ...], ring: Ring) -> Int[Array, "..."]:
     """Numbers that no other entry of the ring has."""
     ids = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
     return ids + math.prod(shape) * jax.lax.axis_index(ring.names) if ring.names else ids

@@ -6,10 +6,7 @@ gradient. In the backward pass the rows travel, and each device sums the gradien
 computed again (a custom VJP), and no gradient travels. All of this runs inside `jax.shard_map`.
 
 With k rows and columns of D values on each of n devices, a device holds about 4 k D + a few tile^2 numbers. It
-sends n k D numbers in the forward pass and as many in the backward pass. Where a `Ring` gathers, g neighbours
-first share their blocks: g times the memory, 1/g of the hops, each of g times the size. Along the links of a
-torus half of a block goes each way round, since a link carries as much in both directions as in one. Of several
-slices, blocks go round each; then each chip sends one block to the next slice, until all have been everywhere.
+sends n k D numbers in the forward pass and as many in the backward pass.
 
 Where both sides have a loss (`negatives_of_both`), one of them travels, with what the devices found out about it: the
 running sums of its softmax in the forward pass, its gradient in the backward pass. With m rows and k columns on each
@@ -26,24 +23,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grain_jax.losses.ring import Block, Ring, stream, stream_and_return
+
 MASKED = -1e30  # stands for -inf where a difference of two must not be NaN
-
-
-class Ring(NamedTuple):
-    """Which mesh axes columns travel over; the default is one device."""
-
-    axes: tuple[str, ...] = ()  # hop by hop
-    size: int = 1  # devices along them
-    gather: str | None = None  # the axis whose devices share their blocks before the first hop
-    # Closed paths of positions along `axes` that follow links, one a slice, for hops both ways round (hops.py); (): one
-    # path, 0, 1, 2, ..., one way.
-    loops: tuple[tuple[int, ...], ...] = ()
-    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST  # of the products of float32
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All of its axes, as a collective such as `jax.lax.psum` takes them; () on one device."""
-        return self.axes + ((self.gather,) if self.gather else ())
 
 
 class IdSet(NamedTuple):
@@ -146,7 +128,7 @@ def _forward(contrast, tile, ring, rows, row_id, columns, scale, bias):
         jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(shape), jnp.zeros_like(row_tiles[0])
     )
     labels = jnp.concatenate([_label_rows(columns.id), columns.real[None].astype(jnp.int32)])
-    sums = _stream(ring, _Block(columns.embed, labels), update, nothing)
+    sums = stream(ring, Block(columns.embed, labels), update, nothing)
     sums = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(rows)], sums)
     out, weight, mean = sums.total, sums.weight, sums.vectors
     if contrast == "softmax":
@@ -188,8 +170,8 @@ def _backward(contrast, tile, ring, residuals, cotangents):
 
     as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
     numbers = jnp.stack([as_int(out), as_int(cotangent)])
-    block = _Block(rows, jnp.concatenate([_label_rows(row_id), numbers]))
-    column_gradients = _stream(ring, block, update, jnp.zeros_like(column_tiles.embed))
+    block = Block(rows, jnp.concatenate([_label_rows(row_id), numbers]))
+    column_gradients = stream(ring, block, update, jnp.zeros_like(column_tiles.embed))
     column_gradients = column_gradients.reshape(-1, rows.shape[-1])[: len(columns.embed)]
     row_gradients = cotangent[:, None] * mean
     return (
@@ -254,9 +236,9 @@ def _forward_of_both(tile, ring, rows, columns, scale, bias):
         return row_sums, found.reshape(-1, 2)[: len(block.vectors)]
 
     labels = jnp.concatenate([_label_rows(columns.id), columns.real[None].astype(jnp.int32)])
-    row_sums, column_sums = _stream_and_return(
+    row_sums, column_sums = stream_and_return(
         ring,
-        _Block(columns.embed, labels),
+        Block(columns.embed, labels),
         visit,
         _add_sums,
         _no_logits(row_tiles.real.shape),
@@ -269,8 +251,9 @@ def _forward_of_both(tile, ring, rows, columns, scale, bias):
         start = jax.lax.axis_index(ring.gather) * len(columns.real)
         column_sums = jax.lax.dynamic_slice_in_dim(column_sums, start, len(columns.real))
     row_sums = row_sums.reshape(-1, 2)[: len(rows.real)]
-    out = tuple(Negatives(x[:, 0] + jnp.log(x[:, 1]), x[:, 0]) for x in (row_sums, column_sums))
-    return out, (rows, columns, scale, bias, out[0].cost, out[1].cost)
+    read = lambda sums: Negatives(sums[:, 0] + jnp.log(sums[:, 1]), sums[:, 0])  # noqa: E731
+    of_rows, of_columns = read(row_sums), read(column_sums)
+    return (of_rows, of_columns), (rows, columns, scale, bias, of_rows.cost, of_columns.cost)
 
 
 def _backward_of_both(tile, ring, residuals, cotangents):
@@ -309,9 +292,9 @@ def _backward_of_both(tile, ring, residuals, cotangents):
     real = columns.real[None].astype(jnp.int32)
     numbers = as_int(column_cost), as_int(cotangents[1].cost)
     labels = jnp.concatenate([_label_rows(columns.id), real, *numbers])
-    (row_gradients, weights), column_gradients = _stream_and_return(
+    (row_gradients, weights), column_gradients = stream_and_return(
         ring,
-        _Block(columns.embed, labels),
+        Block(columns.embed, labels),
         visit,
         operator.add,
         (jnp.zeros_like(row_tiles.embed), jnp.zeros_like(row_costs)),
@@ -321,8 +304,8 @@ def _backward_of_both(tile, ring, residuals, cotangents):
         column_gradients = jax.lax.psum_scatter(column_gradients, ring.gather, tiled=True)
     row_gradients = row_gradients.reshape(-1, rows.embed.shape[-1])[: len(rows.real)]
     return (
-        Columns(scale * row_gradients, None, None),
-        Columns(scale * column_gradients, None, None),
+        Columns._make((scale * row_gradients, None, None)),
+        Columns._make((scale * column_gradients, None, None)),
         jnp.sum(rows.embed * row_gradients),
         jnp.sum(weights),
     )
@@ -338,13 +321,6 @@ class _Sums(NamedTuple):
     total: Array  # [m] sum of exp(z), or of log(1 + exp(z))
     weight: Array  # [m] sum of the derivatives of `total` by z
     vectors: Array  # [m, D] sum of the columns times these derivatives
-
-
-class _Block(NamedTuple):
-    """Rows or columns that travel, in as few arrays as possible: each array is one transfer."""
-
-    vectors: Array  # float32 [k, D]
-    labels: Array  # int32 [n, k]
 
 
 def _logits(rows, row_id, columns, *, scale, bias, precision):
@@ -379,7 +355,7 @@ def _add_sums(a, b):
     return jnp.stack([highest, functools.reduce(operator.add, totals)], axis=-1)
 
 
-def _read_columns(block: _Block, form, tile: int):
+def _read_columns(block: Block, form, tile: int):
     """(tiles of the columns of a block, with ids in the form of others; their further labels, [tiles, k, n])."""
     embed, labels = _cut((block.vectors, block.labels.T), tile)
     ids, numbers = _read_ids(labels, form)
@@ -446,127 +422,3 @@ def _cut(tree, tile: int):
         return x.reshape(tiles, size, *x.shape[1:])
 
     return jax.tree.map(cut, tree)
-
-
-def _stream(ring: Ring, block: _Block, update, state):
-    """`state = update(state, block)` for the block of every device of the ring, this device's first."""
-    block = _gathered(ring, block)
-    if ring.size > 1:
-        slices, length, ways = _ways(ring, block)
-        parts = _parts(block, len(ways))
-
-        def turn(carry, _):
-            state, parts = carry
-            # Independent of the tiles, so that the next block travels while this one is used.
-            coming = [_send(ring, part, 0, way) for part, way in zip(parts, ways)]
-            return (update(state, _whole(parts)), coming), None
-
-        for remaining in reversed(range(slices)):
-            (state, parts), _ = jax.lax.scan(turn, (state, parts), None, length=length - 1)
-            block = _whole(parts)
-            if remaining:
-                parts = [_send(ring, part, 1, 0) for part in parts]
-                state = update(state, block)
-    return update(state, block)
-
-
-def _stream_and_return(ring: Ring, block: _Block, visit, join, state, nothing):
-    """`state, found = visit(state, block)` for the block of every device, and what all devices found about this one's.
-
-    Args:
-      ring: as `_stream`.
-      block: of k vectors.
-      visit: what it finds has a leading axis k.
-      join: of two that were found of the same block, by different devices.
-      state: the first.
-      nothing: found before the first visit.
-
-    Returns:
-      The last state; what was found [k, ...], or [g k, ...] of the g blocks where the ring gathers, whose devices
-      have found each its part.
-    """
-    size = len(block.vectors)
-    block = _gathered(ring, block)
-    found = jnp.tile(nothing, (len(block.vectors) // size, *(1,) * (nothing.ndim - 1)))
-    if ring.size == 1:
-        state, found = visit(state, block)
-        return state, found
-    slices, length, ways = _ways(ring, block)
-    parts, found = _parts(block, len(ways)), _parts(found, len(ways))
-
-    def use(state, parts, before):
-        # What the devices before found of these parts travels beside the tiles, a hop behind the parts.
-        arriving = [_send(ring, part, 0, way) for part, way in zip(before, ways)]
-        state, found = visit(state, _whole(parts))
-        return state, [join(x, y) for x, y in zip(arriving, _parts(found, len(ways)))]
-
-    def turn(carry, _):
-        state, parts, found = carry
-        coming = [_send(ring, part, 0, way) for part, way in zip(parts, ways)]
-        state, found = use(state, parts, found)
-        return (state, coming, found), None
-
-    for remaining in reversed(range(slices)):
-        (state, parts, found), _ = jax.lax.scan(
-            turn, (state, parts, found), None, length=length - 1
-        )
-        coming = [_send(ring, part, 1, 0) for part in parts] if remaining else parts
-        state, found = use(state, parts, found)
-        parts = coming
-        if remaining:  # to where the next hop takes it to its part
-            found = [_send(ring, part, 1, -way) for part, way in zip(found, ways)]
-    # Each round took a part once round but for one hop, and then, but for the last, to the next slice.
-    found = [_send(ring, part, 1, way * slices) for part, way in zip(found, ways)]
-    return state, _whole(found)
-
-
-def _gathered(ring: Ring, block: _Block) -> _Block:
-    """The blocks of the devices that share theirs."""
-    if ring.gather is None:
-        return block
-    gather = functools.partial(jax.lax.all_gather, axis_name=ring.gather, tiled=True)
-    return _Block(gather(block.vectors), gather(block.labels, axis=1))
-
-
-def _loops(ring: Ring) -> tuple[tuple[int, ...], ...]:
-    return ring.loops or (tuple(range(ring.size)),)
-
-
-def _ways(ring: Ring, block: _Block) -> tuple[int, int, tuple[int, ...]]:
-    """(slices, devices of each, 1 for each part of a block that goes forward and -1 for each that goes back)."""
-    loops = _loops(ring)
-    both = ring.loops and len(loops[0]) > 2 and block.vectors.shape[0] > 1
-    return len(loops), len(loops[0]), (1, -1) if both else (1,)
-
-
-def _send(ring: Ring, part, slices: int, places: int):
-    """Sends arrays to the device so many slices and places of the path on."""
-    loops = _loops(ring)
-    hops = [
-        (device, loops[(number + slices) % len(loops)][(place + places) % len(loop)])
-        for number, loop in enumerate(loops)
-        for place, device in enumerate(loop)
-    ]
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axes, hops), part)
-
-
-def _parts(whole, count: int) -> list:
-    """A block or an array [k, ...], whole or in halves."""
-    if count == 1:
-        return [whole]
-    half = len(whole.vectors if isinstance(whole, _Block) else whole) // 2
-    cut = _rows_of if isinstance(whole, _Block) else lambda x, start, stop: x[start:stop]
-    return [cut(whole, 0, half), cut(whole, half, None)]
-
-
-def _rows_of(block: _Block, start: int, stop: int | None) -> _Block:
-    return _Block(block.vectors[start:stop], block.labels[:, start:stop])
-
-
-def _whole(parts: list):
-    if len(parts) == 1:
-        return parts[0]
-    if not isinstance(parts[0], _Block):
-        return jnp.concatenate(parts)
-    vectors, labels = zip(*parts)
-    return _Block(jnp.concatenate(vectors), jnp.concatenate(labels, axis=1))

@@ -440,6 +440,12 @@ def test_gpu_estimate_by_hand():
     assert (captions.count, captions.bytes) == (30, 30 * 2 * 2 * 16 * 4)
     assert (regions.count, regions.bytes, regions.slices) == (30, 30 * 2 * 5 * 16 * 4, 2)
 
+    described = dataclasses.replace(config.loss, image_description=1.0)
+    described = dataclasses.replace(config, loss=described)
+    *_, images = estimate.rings(described, chips.parse_topology("h100:8x2"), 16)
+    # Both passes, 2 images a hop; their gradient from the first hop on, and home.
+    assert (images.count, images.bytes) == (30 + 17, (30 + 17) * 2 * 16 * 4)
+
     grouped = tiny.config(remat="full", batch_size=32, loss__group_size=4, microbatches=1)
     reduce, captions, regions = estimate.of_gpus(
         grouped, chips.parse_topology("h100:8x2")

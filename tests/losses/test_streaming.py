@@ -1,5 +1,6 @@
 """Streamed contrast against a float64 replica of the whole matrix, and what its compiled form holds in memory."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -9,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grain_jax.launch import chips, estimate, hlo
 from jax.sharding import PartitionSpec
 
 from grain_jax import errors, losses
 from grain_jax.losses import matching, streaming
+from grain_jax.losses.ring import Ring
 from grain_jax.training import sharding
 from tests import tiny
 from tests.losses.test_losses import (
@@ -56,7 +59,7 @@ def _exact(contrast, rows, columns, cotangent, scale, bias):
 def _streamed(contrast, tile, devices, gather, rows, columns, cotangent, scale, bias):
     grid = np.array(jax.devices()[:devices]).reshape(-1, gather)
     mesh = jax.sharding.Mesh(grid, ("ring", "gather"))
-    ring = streaming.Ring(("ring",), devices // gather, "gather" if gather > 1 else None)
+    ring = Ring(("ring",), devices // gather, "gather" if gather > 1 else None)
     spec = PartitionSpec(("ring", "gather"))
 
     def value_and_pull(rows, columns, cotangent):
@@ -119,7 +122,7 @@ def test_both_sides_in_one_pass_equal_the_whole_matrix(devices, gather, tile, sl
 
     length = devices // gather
     loops = np.random.default_rng(0).permutation(length).reshape(slices, -1) if slices else []
-    ring = streaming.Ring(
+    ring = Ring(
         ("ring",),
         length,
         "gather" if gather > 1 else None,
@@ -258,19 +261,26 @@ def test_groups_that_cross_devices_are_refused():
         losses.make_layout(48, dataclasses.replace(c.loss, gather=3), 8)
 
 
-@pytest.mark.parametrize("gather", [1, 2])
-def test_memory_of_the_losses_does_not_hold_the_global_batch(gather):
-    """No buffer of the compiled value and gradient is as large as the batch, however its shape is spelt."""
-    per_device, width = 2 * 13, 19  # no other product of sizes has these primes
-    c = tiny.config(
-        batch_size=8 * per_device,
+PER_DEVICE, WIDTH = 2 * 13, 19  # no other product of sizes of the losses has these primes
+
+
+def _config_of_gradient(gather):
+    return tiny.config(
+        batch_size=8 * PER_DEVICE,
         loss__gather=gather,
         loss__tile=32,
         loss__image_description=1.0,
+        model__embed_dim=WIDTH,
     )
+
+
+@functools.cache
+def _program_of_gradient(gather):
+    """The compiled gradient of the losses on 8 devices."""
+    c = _config_of_gradient(gather)
     mesh = sharding.make_mesh(c.mesh)
     outputs = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _outputs(c, width=width)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _outputs(c, width=WIDTH)
     )
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tiny.batch(c))
     place = sharding.batch_sharding(mesh)
@@ -287,15 +297,38 @@ def test_memory_of_the_losses_does_not_hold_the_global_batch(gather):
         in_shardings=(cut, place),
         out_shardings=cut,
     )
-    text = step.lower(outputs, batch).compile().as_text()
+    return step.lower(outputs, batch).compile().as_text()
+
+
+@pytest.mark.parametrize("gather", [1, 2])
+def test_memory_of_the_losses_does_not_hold_the_global_batch(gather):
+    """No buffer of the compiled value and gradient is as large as the batch, however its shape is spelt."""
+    text, slots = _program_of_gradient(gather), _config_of_gradient(gather).input.max_regions
     sizes = [
         math.prod(int(n) for n in shape.split(",") if n)
         for shape in re.findall(r"\b(?:f32|bf16|s32|pred)\[([\d,]*)\]", text)
     ]
-    images, regions = 8 * per_device, 8 * per_device * c.input.max_regions
-    forbidden = {n * k * width for n in (images, regions) for k in (1, 2)}
-    forbidden |= {images**2, 2 * images**2, regions**2}
+    images, regions = 8 * PER_DEVICE, 8 * PER_DEVICE * slots
+    forbidden = {n * k * WIDTH for n in (images, regions) for k in (1, 2)}
+    forbidden |= {images**2, 2 * images**2, images * regions, regions**2}
     assert not forbidden & set(sizes), forbidden & set(sizes)
-    assert max(sizes) < regions * width
+    assert max(sizes) < regions * WIDTH
     permutes = re.findall(r"= \S+ collective-permute\(|collective-permute-start\(", text)
     assert permutes and ("all-gather" in text) == (gather > 1)
+
+
+@pytest.mark.parametrize("gather", [1, 2])
+def test_the_plan_knows_the_vectors_that_the_rings_send(gather):
+    module, sent = hlo.parse(_program_of_gradient(gather)), collections.Counter()
+    # Of a scatter the operand counts.
+    factors = {"collective-permute": 1, "all-gather": 1, "reduce-scatter": gather}
+    for computation in module.computations.values():
+        for i in computation.instructions.values():
+            (shape, *_) = i.shapes
+            if i.opcode in factors and shape.dims[-1:] == (WIDTH,):
+                times = module.times[computation.name] * factors[i.opcode]
+                sent[i.opcode] += times * shape.bytes
+    expected = collections.Counter()
+    for row in estimate.rings(_config_of_gradient(gather), chips.parse_topology("h100:8"), 8):
+        expected[row.kind] += row.bytes
+    assert expected["collective-permute"] > 0 and sent == expected
