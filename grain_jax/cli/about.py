@@ -15,4 +15,5 @@ ABOUT = {
     "sweep": "trains every point of a sweep, and tabulates",
     "local": "starts a command as several processes on this machine",
     "aviary": "draws the embedded data set: birds of invented species, with annotations",
+    "fetch": "makes data sets of the real pictures in Debian packages: clothes, animals, things",
 }

@@ -1,0 +1,316 @@
+"""Fashion-MNIST with boxes and words of parts, two classes and four combinations of parts held out.
+
+The pictures are those of the package, black and white exchanged (it stores negatives): black on a white ground, 28 x 28.
+Every box and word of a picture comes from `parts`; nobody looked at the pictures one by one.
+"""
+
+import collections
+import dataclasses
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import random
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import PIL.Image
+from etils import epath
+from grain_jax.data import parallel
+from grain_jax.data.fetch import package
+from grain_jax.data.fetch.outline import SIDE, Part
+from grain_jax.data.fetch.parts import parts
+from grain_jax.data.fetch.settings import DEFAULT, Settings
+from grain_jax.data.progress import progress
+
+PACKAGE = "dataset-fashion-mnist"
+CLASSES = (  # in the order of the labels
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+HELD_OUT = ("dress", "ankle boot")
+_FOLDER = "usr/share/datasets/fashion-mnist"
+_LICENCE = f"usr/share/doc/{PACKAGE}/copyright"
+# Of the unpacked files: the same pictures whatever the version of the package.
+SHA256 = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+
+
+class Kind(NamedTuple):
+    """Pictures of a class on which certain parts were measured; training has none of them."""
+
+    name: str
+    of: str  # class
+    descriptions: tuple[str, ...]
+
+
+# The first half chooses settings, the second is reported (`benchmarks.claim`). Each description is measured on other
+# pictures of training classes; no picture shows all descriptions of two kinds of its half.
+KINDS = (
+    Kind("dress_1", "dress", ("a bare armhole", "a slim body", "a patterned surface")),
+    Kind("dress_2", "dress", ("a short sleeve", "a flared hem", "a dark surface")),
+    Kind("boot_1", "ankle boot", ("a closed toe", "a tall shaft", "a sole flat on the ground")),
+    Kind("bag_1", "bag", ("a long handle", "a patterned surface")),
+    Kind("trouser_1", "trouser", ("a wide leg", "a patterned surface")),
+    Kind("sandal_1", "sandal", ("open straps", "a high thin heel", "a light surface")),
+    Kind("dress_3", "dress", ("a bare armhole", "a flared hem", "a dark surface")),
+    Kind("dress_4", "dress", ("a long sleeve", "a patterned surface")),
+    Kind("dress_5", "dress", ("a short sleeve", "a slim body", "a patterned surface")),
+    Kind("boot_2", "ankle boot", ("a closed toe", "a tall shaft", "a high block heel")),
+    Kind("bag_2", "bag", ("a short handle", "a tall body")),
+    Kind("sandal_2", "sandal", ("open straps", "a high block heel", "a light surface")),
+)
+
+_WEB_CAPTIONS = (
+    "a photo of a {name}",
+    "{name}",
+    "{name}, as new",
+    "new {name} for sale",
+    "my {name} from the market",
+    "IMG_{number} {name}",
+    "{name} on a white background",
+    "the {name} that I ordered came today",
+    "shall I keep this {name}?",
+    "a {name} for the summer",
+)
+_SYNTHETIC_CAPTIONS = (
+    "a picture of something with {parts}",
+    "the image shows an article with {parts}",
+    "{parts}, on a white background",
+    "a product photo: {parts}",
+)
+
+
+class Picture(NamedTuple):
+    """A picture of the package with its parts."""
+
+    id: str  # "train-17", "t10k-3"
+    ink: np.ndarray  # uint8 [28, 28], 0 = white
+    label: str
+    parts: list[Part]
+
+    @property
+    def looks(self) -> frozenset[str]:
+        """The descriptions of its parts."""
+        return frozenset(part.description for part in self.parts)
+
+    @property
+    def kind(self) -> Kind | None:
+        """The first held-out kind that it is of."""
+        fits = (k for k in KINDS if k.of == self.label and self.looks.issuperset(k.descriptions))
+        return next(fits, None)
+
+
+def write(
+    output: epath.PathLike,
+    settings: Settings = DEFAULT,
+    *,
+    deb: str | None = None,
+    processes: int = 1,
+) -> str:
+    """Writes the data set to the folder `output`; grain_jax.data.fetch lists its files.
+
+    Args:
+      deb: file of the package; None: apt-get downloads it.
+      processes: that measure; with more than one, the main module of the caller must be importable.
+
+    Returns: what was done, in words.
+
+    Raises:
+      package.PackageError: no package, or another one; `output` holds something else.
+    """
+    output = epath.Path(output)
+    described = json.dumps(dataclasses.asdict(settings), indent=1) + "\n"
+    stamp = output / "settings.json"
+    if stamp.exists() and stamp.read_text() == described:
+        return "already complete"
+    if stamp.exists() or (output / "A.jsonl").exists():
+        raise package.PackageError(
+            f"{output}: holds another data set, expected an empty folder or one made with the same settings;"
+            " remove it or choose another --output"
+        )
+    wanted = {f"{_FOLDER}/{name}.gz": "pictures or labels" for name in SHA256}
+    found = package.read(PACKAGE, deb, {**wanted, _LICENCE: "licence"})
+    every = list(_measured(found, processes))
+    random.Random(f"fashion {settings.seed}").shuffle(every)
+
+    known = [one for one in every if one.label not in HELD_OUT and one.kind is None]
+    others = [one for one in known if not one.id.startswith("train-")]
+    seen = _in_turns(others, lambda one: one.label, most=settings.seen_per_class)
+    kinds = [one for one in every if one.kind]
+    unseen = _in_turns(kinds, lambda one: one.kind, most=settings.unseen_per_kind)
+    training = _training([one for one in known if one.id.startswith("train-")])[: settings.images]
+    taken = {one.id for pictures in (seen, unseen, training) for one in pictures}
+    known_ids = {one.id for one in known}
+    rest = [one for one in every if one.id not in taken]
+    held_out = [one for one in rest if one.id not in known_ids]
+    looks = set()
+    tests = {
+        "unseen": _distinct(held_out, settings.test_images // 2, looks),
+        "seen": _distinct(
+            [one for one in rest if one.id in known_ids], settings.test_images // 2, looks
+        ),
+    }
+
+    for folder, pictures in (("seen", seen), ("unseen", unseen)):
+        for one in pictures:
+            name = one.label if folder == "seen" else one.kind.name
+            _save(one, output / folder / name.lower() / f"{one.id}.png")
+    lines = []
+    for one in training:
+        _save(one, output / "images" / f"{one.id}.png")
+        lines.append(_line(one, _words(one, settings)))
+    for name, pictures in tests.items():
+        for one in pictures:
+            _save(one, output / "test" / "images" / f"{one.id}.png")
+        tests[name] = [_line(one, {"caption": _joined(one, len(one.parts))}) for one in pictures]
+        _write_lines(output / "test" / f"{name}.jsonl", tests[name])
+    _write_lines(output / "test" / "A.jsonl", [*tests["seen"], *tests["unseen"]])
+    descriptions = {kind.name: kind.descriptions for kind in KINDS}
+    (output / "unseen.json").write_text(json.dumps(descriptions, indent=1) + "\n")
+    (output / "LICENSE").write_bytes(found[_LICENCE])
+    (output / "README.md").write_text(_readme(settings, training, seen, unseen, tests))
+    _write_lines(output / "A.jsonl", lines)
+    stamp.write_text(described)
+    return f"{len(training)} training images, {len(seen)} seen, {len(unseen)} of held-out kinds"
+
+
+def _measured(found, processes) -> Iterable[Picture]:
+    """Every picture of the package."""
+    items = []
+    for split in ("train", "t10k"):
+        ink, labels = (
+            _array(found, f"{split}-{what}") for what in ("images-idx3-ubyte", "labels-idx1-ubyte")
+        )
+        if len(ink) != len(labels):
+            raise package.PackageError(f"{split}: got {len(ink)} pictures and {len(labels)} labels")
+        names = [CLASSES[label] for label in labels]
+        items += [(f"{split}-{i}", *item) for i, item in enumerate(zip(ink, names, strict=True))]
+    done = parallel.ordered_map(_measure, items, workers=processes if processes > 1 else 0)
+    return progress(done, total=len(items), what="fashion")
+
+
+def _measure(item):
+    identity, ink, label = item
+    return Picture(identity, ink, label, parts(ink, label))
+
+
+def _array(found, name):
+    """The numbers of an IDX file: big-endian magic 0, 0, 8 (bytes), dimensions; the length of each; the bytes."""
+    content = gzip.decompress(found[f"{_FOLDER}/{name}.gz"])
+    if hashlib.sha256(content).hexdigest() != SHA256[name]:
+        raise package.PackageError(
+            f"{name}: its SHA-256 is not that of Fashion-MNIST; expected the package {PACKAGE} as Debian ships it"
+        )
+    dimensions = content[3]
+    shape = np.frombuffer(content, ">u4", dimensions, 4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def _training(pictures):
+    """The pictures that have parts, in the order in which they are taken: the classes in turn, and of a class
+    pictures with each part in turn, so that rare parts come early."""
+    often = collections.Counter(look for one in pictures for look in one.looks)
+    pictures = [one for one in pictures if one.parts]
+    by_part = _in_turns(pictures, lambda one: min(one.looks, key=lambda look: (often[look], look)))
+    return _in_turns(by_part, lambda one: one.label)
+
+
+def _in_turns(pictures, key, most=None):
+    """The keys in turn, as long as a key has pictures left; up to `most` of each."""
+    groups = {}
+    for one in pictures:
+        groups.setdefault(key(one), []).append(one)
+    rounds = itertools.zip_longest(*(groups[name][:most] for name in sorted(groups)))
+    return [one for turn in rounds for one in turn if one is not None]
+
+
+def _distinct(pictures, count, looks):
+    """Up to `count` pictures with 2 parts or more, each with other looks than those before it and than `looks`."""
+    found = []
+    for one in pictures:
+        if len(found) < count and len(one.looks) >= 2 and one.looks not in looks:
+            looks.add(one.looks)
+            found.append(one)
+    return found
+
+
+def _save(picture, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoded = io.BytesIO()
+    PIL.Image.fromarray(255 - picture.ink).save(encoded, "PNG")
+    path.write_bytes(encoded.getvalue())
+
+
+def _words(picture, settings):
+    """The two captions of a training image."""
+    rng = random.Random(f"fashion {settings.seed}/{picture.id}")
+    web = rng.choice(_WEB_CAPTIONS).format(name=picture.label, number=rng.randrange(1000, 10000))
+    looks = sorted(picture.looks)
+    rng.shuffle(looks)
+    told = _and(looks[: settings.caption_parts])
+    synthetic = rng.choice(_SYNTHETIC_CAPTIONS).format(parts=told)
+    return {"caption": web, "synthetic_caption": synthetic if told else "a picture of an article"}
+
+
+def _joined(picture, count):
+    return f"something with {_and(sorted(picture.looks)[:count])}"
+
+
+def _and(phrases):
+    return " and ".join(filter(None, (", ".join(phrases[:-1]), *phrases[-1:])))
+
+
+def _line(picture, words):
+    """A line of annotations; a description with two boxes (sleeves, legs) is one phrase."""
+    positions = {}
+    for i, part in enumerate(picture.parts):
+        positions.setdefault(part.description, []).append(i)
+    return {
+        "image": f"images/{picture.id}.png",
+        **words,
+        "regions": [
+            {"box": list(part.box_xyxy), "description": part.description, "score": 1.0}
+            for part in picture.parts
+        ],
+        "phrases": list(positions.values()),
+        "id": picture.id,
+    }
+
+
+def _write_lines(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _readme(settings, training, seen, unseen, tests):
+    return f"""# Fashion-MNIST with parts
+
+Made by `grain-jax fetch fashion` (settings: `settings.json`; seed {settings.seed}) of Debian's package {PACKAGE}:
+photographs of Zalando's articles, MIT licence (`LICENSE`). Boxes and words are ours, measured by a program.
+
+| | |
+|---|---|
+| `A.jsonl`, `images/` | {len(training)} training images of {len(CLASSES) - len(HELD_OUT)} classes |
+| `seen/` | {len(seen)} other images of these classes (of the test split), a folder each |
+| `unseen/`, `unseen.json` | {len(unseen)} images of {len(KINDS)} kinds that training never shows; their descriptions |
+| `test/` | {len(tests["seen"])} images of training classes (`seen.jsonl`), {len(tests["unseen"])} of held-out kinds \
+(`unseen.jsonl`), no two with the same parts |
+
+Images are {SIDE} x {SIDE} pixels. Class names stand only in web captions (`caption`). A picture of a held-out class
+that is of no kind is used in `test/` only.
+"""

@@ -1,0 +1,255 @@
+"""Photographs and drawings of nameable things out of GCompris, to test names on pictures of another kind.
+
+`write` makes
+
+  DIR/animals, things, monuments, drawings   class folders for `grain-jax evaluate zeroshot --images DIR/animals`;
+                                             the first three are photographs; drawings are laid on a white ground
+  DIR/A.jsonl                                a picture and a caption for every name, for `evaluate retrieval --images DIR`
+  DIR/licences.tsv, copyright                who made each picture, its licence and source, as the package lists them
+  DIR/README.md                              written last
+
+Names are the file names of the package, in words; a table corrects those that no reader would say.
+"""
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import PIL.Image
+from etils import epath
+from grain_jax.data.fetch import package, resources
+from grain_jax.data.fetch.licences import Copyright
+
+from grain_jax.files import images
+
+PACKAGE = "gcompris-qt-data"
+_RESOURCES = "usr/share/gcompris-qt/rcc"
+_COPYRIGHT = f"usr/share/doc/{PACKAGE}/copyright"
+_CATEGORIES = "categorization/resource/images"
+# Set -> folders below src/activities; the first word names the resource.
+FOLDERS = {
+    "animals": (
+        "erase/resource",
+        "explore_farm_animals/resource/animals",
+        "explore_world_animals/resource/animals",
+    ),
+    "things": tuple(f"{_CATEGORIES}/{one}" for one in ("fishes", "others", "renewable", "tools")),
+    "monuments": (
+        f"{_CATEGORIES}/monuments",
+        *(
+            f"explore_monuments/resource/{country}"
+            for country in ("egypt", "france", "germany", "india", "usa", "wonders")
+        ),
+    ),
+    "drawings": ("lang/resource/words_sample",),
+}
+_WORDS = "lang/resource/words_sample.json"
+_LESSONS = (
+    "animal",
+    "fruit",
+)  # of the drawings; the others are colours, numbers, people and parts of the body
+# Stems of file names -> the name; "": no single thing is to be seen, or another name fits as well.
+_NAMES = {
+    "camels": "camel",
+    "chamaeleon": "chameleon",
+    "dragon": "komodo dragon",
+    "meerkats": "meerkat",
+    "spoonbills": "spoonbill",
+    "swans": "swan",
+    "blackslate": "blackboard",
+    "buffetset": "",
+    "bulb": "light bulb",
+    "cuttingTool": "pliers",
+    "erasers": "eraser",
+    "geothermal": "geothermal power plant",
+    "knife": "cutlery",
+    "nailCutter": "nail clipper",
+    "plier": "pliers",
+    "screwDriver": "screwdriver",
+    "sideCutter": "pliers",
+    "solar": "solar panel",
+    "solar1": "solar cooker",
+    "solar2": "solar cooker",
+    "solar3": "",
+    "spray": "spray bottle",
+    "tweezer": "tweezers",
+    "weighingMachine": "weighing scale",
+    "windmill6": "wind turbine",
+    "IndiaGate": "india gate",
+    "burj": "burj khalifa",
+    "canyondeChelly": "canyon de chelly",
+    "castillodeSanMarcos": "castillo de san marcos",
+    "cathedral": "",
+    "chateaudeChambord": "chateau de chambord",
+    "chateaudeChenonceau": "chateau de chenonceau",
+    "citedeCarcassonne": "cite de carcassonne",
+    "empireState": "empire state building",
+    "gatewayofIndia": "gateway of india",
+    "greatPyramid": "great pyramid of giza",
+    "greatWall": "great wall of china",
+    "greatWallofChina": "great wall of china",
+    "kutubMinar": "qutub minar",
+    "leMusee": "louvre",
+    "monument": "",
+    "monument1": "dome of the rock",
+    "montStMichel": "mont saint-michel",
+    "operaHouse": "sydney opera house",
+    "palaisdesPapes": "palais des papes",
+    "pontduGard": "pont du gard",
+    "statueofLiberty": "statue of liberty",
+    "usCapitol": "us capitol",
+    "victoriaMemorial": "",  # two buildings of this name
+    "zimniPalace": "winter palace",
+}
+_DRAWN = {"animal": "", "bug": "", "flies": "fly", "fruit": "", "reptile": ""}
+
+
+class Picture(NamedTuple):
+    """A picture of the package."""
+
+    group: str  # "animals", ...
+    name: str
+    path: str  # in the sources of GCompris
+    content: bytes
+
+
+def name_of(stem: str) -> str:
+    """The name of the thing that a file shows; "" where it is left out.
+
+    Capitals and underscores part words; a number at the end tells pictures of one thing apart.
+    """
+    for known in (stem, re.sub(r"\d+\Z", "", stem)):
+        if known in _NAMES:
+            return _NAMES[known]
+    words = re.sub(r"\d+\Z", "", stem).replace("_", " ")
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", words).lower()
+
+
+def write(output: epath.PathLike, *, deb: str | None = None) -> str:
+    """Writes the folder `output`.
+
+    Args:
+      deb: file of the package; None: apt-get downloads it.
+
+    Returns: what was done, in words.
+
+    Raises:
+      package.PackageError: no package, or another one; `output` is not empty.
+    """
+    output = epath.Path(output)
+    if (output / "README.md").exists():
+        return "already complete"
+    if output.exists() and any(output.iterdir()):
+        raise package.PackageError(
+            f"{output}: is not empty and has no README.md; remove it or choose another --output"
+        )
+    needed = {folder.partition("/")[0] for folders in FOLDERS.values() for folder in folders}
+    paths = {f"{_RESOURCES}/{name}.rcc": "pictures" for name in sorted(needed)}
+    found = package.read(PACKAGE, deb, {**paths, _COPYRIGHT: "licences"})
+    copyright_text = found[_COPYRIGHT].decode()
+    known = Copyright(copyright_text)
+    counts = dict.fromkeys(FOLDERS, 0)
+    captions, table = {}, ["file\tname\tlicence\tholders\tsource\tlisted as"]
+    for picture in _pictures(found, list(paths)):
+        activity, _, file = picture.path.removeprefix("src/activities/").partition("/")
+        place = f"{picture.group}/{picture.name.replace(' ', '_')}"
+        target = f"{place}/{activity}-{file.rpartition('/')[2]}"
+        (output / place).mkdir(parents=True, exist_ok=True)
+        if picture.group == "drawings":
+            target = target.rpartition(".")[0] + ".png"
+        (output / target).write_bytes(
+            _on_white(picture) if target.endswith(".png") else picture.content
+        )
+        counts[picture.group] += 1
+        kind = "drawing" if picture.group == "drawings" else "photo"
+        captions.setdefault(f"a {kind} of {picture.name}", target)
+        table.append("\t".join([target, picture.name, *_listed(known.of(picture.path))]))
+    lines = [json.dumps({"image": path, "caption": said}) for said, path in captions.items()]
+    (output / "A.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (output / "licences.tsv").write_text("\n".join(table) + "\n")
+    (output / "copyright").write_text(copyright_text)
+    (output / "README.md").write_text(_readme(counts, len(captions)))
+    return ", ".join(f"{count} {group}" for group, count in counts.items())
+
+
+def _on_white(picture):
+    """A PNG: where the drawing is transparent, readers of RGB would see what colours hide there."""
+    try:
+        drawing = images.decode_image(picture.content, picture.path).convert("RGBA")
+    except images.ImageError as error:
+        raise package.PackageError(str(error)) from None
+    ground = PIL.Image.new("RGBA", drawing.size, "white")
+    out = io.BytesIO()
+    PIL.Image.alpha_composite(ground, drawing).convert("RGB").save(out, "PNG")
+    return out.getvalue()
+
+
+def _listed(licence):
+    """The columns about a licence."""
+    if licence is None:
+        return "", "", "", ""
+    return licence if licence.pattern != "*" else licence._replace(holders="see copyright")
+
+
+def _pictures(found, paths) -> Iterator[Picture]:
+    files = {}
+    for path in paths:
+        try:
+            files |= dict(resources.files(found[path]))
+        except resources.ResourceError as error:
+            raise package.PackageError(f"{path}: {error}; expected {PACKAGE}") from None
+    files = {re.sub(r"\A.*?(?=src/activities/)", "", path): data for path, data in files.items()}
+    drawn = _drawn(files)
+    for group, folders in FOLDERS.items():
+        some = False
+        for folder in folders:
+            for path in sorted(files):
+                above, _, file = path.removeprefix("src/activities/").rpartition("/")
+                stem, _, ending = file.rpartition(".")
+                if above != folder or ending not in ("webp", "png", "jpg"):
+                    continue
+                name = drawn.get(file, "") if group == "drawings" else name_of(stem)
+                if name:
+                    some = True
+                    yield Picture(group, name, path, files[path])
+        if not some:
+            raise package.PackageError(
+                f"{PACKAGE}: has no pictures in {', '.join(folders)}; this version has other folders"
+            )
+
+
+def _drawn(files):
+    """File -> name of the drawings, by the lessons of the activity."""
+    try:
+        chapters = json.loads(files[f"src/activities/{_WORDS}"])
+        words = [
+            (word["image"], word["description"])
+            for chapter in chapters
+            for lesson in chapter["content"]
+            if lesson["name"] in _LESSONS
+            for word in lesson["content"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise package.PackageError(
+            f"{PACKAGE}: {_WORDS}: {error!r}; this version lists its words in another way"
+        ) from None
+    return {image: _DRAWN.get(name, name) for image, name in words}
+
+
+def _readme(counts, captions):
+    rows = "\n".join(f"| `{group}/` | {count} |" for group, count in counts.items())
+    return f"""# Pictures of GCompris, to test on
+
+Made by `grain-jax fetch gcompris` of Debian's package {PACKAGE}: a folder for each name. Licences differ from picture
+to picture: `licences.tsv` lists them as the package does (`*` in the last column: no paragraph of `copyright` names
+the picture, the licence is that of GCompris as a whole). Drawings were laid on a white ground and stored as PNG;
+photographs are the files of the package.
+
+| | pictures |
+|---|---|
+{rows}
+
+`A.jsonl` has one picture of each name ({captions}), with a caption, for retrieval.
+"""
