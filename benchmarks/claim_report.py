@@ -49,8 +49,10 @@ def faults(result: Result) -> list[str]:
     if health(result) >= 0.9:
         found.append(f"L_ic is {health(result):.2f} ln B")
     seen, chance = (result[f"seen_test/{key}"] for key in ("alpha_1.0/top1", "chance"))
-    if seen < 10 * chance:
-        found.append(f"seen names are at {100 * seen:.1f}%, less than 10 times chance")
+    half_way = (1 + chance) / 2  # of few classes, 10 times chance is more than all
+    least, said = min((10 * chance, "10 times chance"), (half_way, "half way from chance to all"))
+    if seen < least:
+        found.append(f"seen names are at {100 * seen:.1f}%, less than {said}")
     return found
 
 

@@ -101,6 +101,11 @@ def test_an_arm_that_never_trained_is_named():
         "L_ic is 0.95 ln B",
         "seen names are at 5.0%, less than 10 times chance",
     ]
+    few = result(design.Run("clip", 1e-3, 0, 100)) | {"seen_test/chance": 0.125}
+    assert claim_report.faults(few | {"seen_test/alpha_1.0/top1": 0.6}) == []
+    assert claim_report.faults(few | {"seen_test/alpha_1.0/top1": 0.5}) == [
+        "seen names are at 50.0%, less than half way from chance to all"
+    ]
 
 
 def test_report_prints_every_study_and_draws(tmp_path, capsys):
