@@ -201,7 +201,8 @@ def profile_side(folder: str, name: str, count: int) -> dict[str, Callable]:
         regions = config.input.max_regions
         return transforms.Example(
             image=flat(tf.strings.length(record)),
-            caption=tf.constant("a bird"),
+            captions=tf.constant(["a bird"]),
+            caption_mask=tf.constant([True]),
             descriptions=tf.fill([regions], "a wing"),
             region_boxes_cxcywh=tf.zeros([regions, 4]) + 0 * draws[0],
             region_mask=tf.ones([regions], tf.bool),

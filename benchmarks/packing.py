@@ -40,14 +40,14 @@ class Lengths(NamedTuple):
     @property
     def num_texts(self) -> int:
         """Captions and descriptions together."""
-        return len(self.caption_lengths) + int(self.region_mask.sum())
+        return self.caption_lengths.size + int(self.region_mask.sum())
 
 
 def simulate(rng: np.random.Generator, images: int, shortest: int, longest: int) -> Lengths:
     """Draws the text lengths of `images` images; description lengths are between the two bounds."""
     mask = np.arange(REGIONS) < rng.integers(0, REGIONS + 1, size=(images, 1))
     return Lengths(
-        caption_lengths=rng.integers(10, 21, size=images, dtype=np.int32),
+        caption_lengths=rng.integers(10, 21, size=(images, 1), dtype=np.int32),
         description_lengths=np.where(
             mask, rng.integers(shortest, longest + 1, size=mask.shape, dtype=np.int32), 0
         ),
@@ -80,7 +80,7 @@ class Case(NamedTuple):
         mask = np.arange(REGIONS) < count
         scores = rng.random(mask.shape, dtype=np.float32)
         return Lengths(
-            self.captions(rng, images).astype(np.int32),
+            self.captions(rng, (images, 1)).astype(np.int32),
             np.where(mask, self.descriptions(rng, mask.shape), 0).astype(np.int32),
             mask,
             np.where(self.equal_scores, np.float32(0.5), scores),
@@ -102,8 +102,8 @@ def derived_rows(texts: Lengths, config: config_lib.Config) -> int:
         name="these",
         tokenizer="clip",
         records=len(texts.caption_lengths),
-        captions=texts.caption_lengths[:, None],
-        synthetic=np.zeros_like(texts.caption_lengths),
+        captions=texts.caption_lengths,
+        synthetic=np.zeros(len(texts.caption_lengths), np.int32),
         descriptions=texts.description_lengths,
     )
     return derived.rows_of(config, GROUP, [lengths]).rows

@@ -12,7 +12,7 @@ import functools
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,9 @@ def batch(boxes_pixels: np.ndarray, *, packed: bool) -> schema.Batch:
     lengths = [tokens.argmax(axis=1) + 1 for tokens in (captions, descriptions)]
     by_region = np.zeros(mask.shape, np.int64)
     by_region[mask] = lengths[1]
-    texts = dict(caption_lengths=lengths[0], description_lengths=by_region, region_mask=mask)
+    texts = dict(
+        caption_lengths=lengths[0][:, None], description_lengths=by_region, region_mask=mask
+    )
     row_length = captions.shape[1]
     if packed:
         ranks = -np.arange(mask.size, dtype=np.float32).reshape(mask.shape)
@@ -128,7 +130,7 @@ def batch(boxes_pixels: np.ndarray, *, packed: bool) -> schema.Batch:
     rows = packing.fill(
         layout,
         caption_ids=ids[0],
-        caption_lengths=lengths[0],
+        caption_lengths=lengths[0][:, None],
         description_ids=ids[1],
         description_lengths=lengths[1],
         region_mask=mask,
@@ -141,7 +143,8 @@ def batch(boxes_pixels: np.ndarray, *, packed: bool) -> schema.Batch:
         text_positions=rows.positions,
         text_segments=rows.segments,
         caption_at=layout.caption_at,
-        caption_id=np.arange(len(mask), dtype=np.int32),
+        caption_id=np.arange(len(mask), dtype=np.int32)[:, None],
+        caption_mask=np.ones((len(mask), 1), bool),
         description_at=layout.description_at,
         description_id=np.arange(mask.size, dtype=np.int32).reshape(mask.shape),
         region_boxes_cxcywh=np.asarray(
@@ -185,7 +188,7 @@ def outputs(*, packed: bool = False) -> dict[str, np.ndarray]:
             pred_boxes=module.box_mlp(hidden[:, :, :-1]),
             img_embed=module.image_projection(hidden[-1, :, -1]),
             obj_embeds=module.region_projection(hidden[-1, :, :-1]),
-            text_embed=captions,
+            text_embed=captions[:, 0],
             desc_embed=descriptions,
             logit_scale_exp=jnp.exp(module.logit_scale),
             outputs=module(inputs),
@@ -217,7 +220,8 @@ def decoder() -> Iterator[Comparison]:
         yield relative(f"boxes {i}", ours["pred_boxes"][i], arrays[name])
     for name in ("img_embed", "obj_embeds", "logit_scale_exp"):
         yield relative(name, ours[name], arrays[f"outputs/{name}"])
-    batch_outputs = ours["outputs"]
+    batch_outputs = cast(schema.Outputs, ours["outputs"])
+    batch_outputs = batch_outputs._replace(text_embed=batch_outputs.text_embed[:, 0])
     for name, field in (
         ("img_embed", "image_embed"),
         ("obj_embeds", "region_embed"),

@@ -45,10 +45,11 @@ def materialised_losses(outputs, batch, scale, mesh=None):
         loss = jax.nn.logsumexp(jnp.where(allowed, logits, -jnp.inf), axis=1) - jnp.diagonal(logits)
         return jnp.where(real, loss, 0).sum() / real.sum()
 
-    everything = jnp.ones(len(batch.caption_id), bool)
-    captions = (outputs.image_embed, outputs.text_embed)
+    caption_id = batch.caption_id[:, 0]
+    everything = jnp.ones(len(caption_id), bool)
+    captions = (outputs.image_embed, outputs.text_embed[:, 0])
     image_caption = sum(
-        cross_entropy(*pair, batch.caption_id, everything) for pair in (captions, captions[::-1])
+        cross_entropy(*pair, caption_id, everything) for pair in (captions, captions[::-1])
     )
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     regions = cross_entropy(
@@ -78,7 +79,7 @@ def problem(images: int, regions: int, width: int, seed: int = 0):
     ).astype(np.float32)
     outputs = schema.Outputs(
         unit(images),
-        unit(images),
+        unit(images, 1),
         unit(images, regions),
         unit(images, regions),
         boxes[None],
@@ -87,7 +88,8 @@ def problem(images: int, regions: int, width: int, seed: int = 0):
     )
     nothing = dict.fromkeys(schema.Batch._fields)
     batch = schema.Batch(**nothing)._replace(
-        caption_id=rng.integers(0, 2 * images, images).astype(np.int32),
+        caption_id=rng.integers(0, 2 * images, (images, 1)).astype(np.int32),
+        caption_mask=np.ones((images, 1), bool),
         description_id=rng.integers(0, images, (images, regions)).astype(np.int32),
         region_boxes_cxcywh=boxes,
         region_mask=rng.random((images, regions)) < 0.7,

@@ -26,7 +26,7 @@ class Placed(NamedTuple):
     Attributes:
       image: uint8 [B, H, W, 3].
       texts: tokens, positions, segments [rows, L] and the places of the end tokens [N]; or tokens [N, L], padded.
-      caption_id: [B].
+      caption_id: [B], of one caption an image.
       description_id: of the real regions.
       region_boxes_cxcywh: [B, R, 4].
       region_mask: bool [B, R], on the host, where the matching is.
@@ -87,7 +87,7 @@ class TorchStep:
         return Placed(
             to(batch.image),
             texts,
-            to(batch.caption_id),
+            to(batch.caption_id[:, 0]),
             to(batch.description_id[batch.region_mask]),
             to(batch.region_boxes_cxcywh),
             torch.as_tensor(batch.region_mask),
@@ -161,7 +161,7 @@ def text_places(batch: schema.Batch) -> np.ndarray:
     groups, rows, length = batch.text_tokens.shape
     group = np.arange(len(batch.image)) // (len(batch.image) // groups)
     place = lambda group, at: (group * rows + at[..., 0]) * length + at[..., 1]  # noqa: E731
-    captions = place(group, batch.caption_at)
+    captions = place(group, batch.caption_at[:, 0])
     descriptions = place(group[:, None], batch.description_at)[batch.region_mask]
     return np.concatenate([captions, descriptions]).astype(np.int64)
 

@@ -4,8 +4,9 @@ Axis letters, used in every shape comment of the project:
 
     B  images of the batch          H W  image height and width     P  image patches
     N  image tokens (P + 1)         L    text positions of a row      G  packing groups (B / pack_group)
-    R  target regions an image      Q    region queries               D  joint embedding
-    E  tower width                  K    attention heads              T  decoder layers
+    C  captions an image            R    target regions an image      Q  region queries
+    D  joint embedding              E    tower width                  K  attention heads
+    T  decoder layers
 
 Boxes are normalised to [0, 1] everywhere inside `grain_jax` and carry their format in the name
 (`*_cxcywh`, `*_xyxy`). Masks are positive: True means real. This module imports numpy only.
@@ -33,8 +34,9 @@ class Batch(NamedTuple):
     text_tokens: Array  # int32 [G, rows, L], 0 = padding
     text_positions: Array  # int32 [G, rows, L], restart at 0 for each text
     text_segments: Array  # int32 [G, rows, L], 1.. within a row, 0 = padding
-    caption_at: Array  # int32 [B, 2] (row, end token)
-    caption_id: Array  # int32 [B], same text same id
+    caption_at: Array  # int32 [B, C, 2] (row, end token), zeros where masked
+    caption_id: Array  # int32 [B, C], same text same id
+    caption_mask: Array  # bool [B, C]; all True where C = 1
     description_at: Array  # int32 [B, R, 2] (row, end token), zeros where masked
     description_id: Array  # int32 [B, R], same text same id
     region_boxes_cxcywh: Array  # float32 [B, R, 4]
@@ -48,7 +50,7 @@ class Outputs(NamedTuple):
     """Outputs of the model for a batch; embeddings are float32 and of unit length."""
 
     image_embed: Array  # float32 [B, D], from the image query
-    text_embed: Array  # float32 [B, D], the captions
+    text_embed: Array  # float32 [B, C, D], the captions
     region_embed: Array  # float32 [B, Q, D]
     region_text_embed: Array  # float32 [B, R, D], the descriptions
     pred_boxes_cxcywh: (

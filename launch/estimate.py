@@ -139,19 +139,24 @@ def rings(config, topology, shards) -> list[hlo_collectives.Collective]:
     """
     layout = losses.make_layout(config.batch_size, config.loss, shards)
     images, regions = config.batch_size // shards, config.input.max_regions
+    captions = config.input.captions_per_image
     softmax = config.loss.contrast == "softmax"
+
+    def of_images_and_their(texts):
+        # Images alone, or images forward and texts backward.
+        if softmax:
+            return layout.everywhere, 2 * images, images
+        return layout.everywhere, images + images * texts, 0
+
     # (ring, vectors that travel forward or backward, gradients that travel behind those): losses/streaming.py.
     terms = [
-        (layout.everywhere, 2 * images * (2 if softmax else 1), 0),
+        (layout.everywhere, 2 * images * (2 if softmax else 1), 0)
+        if captions == 1
+        else of_images_and_their(captions),
         (layout.in_group, 2 * images * regions, 0),
     ]
     if config.loss.image_description and regions:
-        # Images alone, or images forward and texts backward.
-        terms.append(
-            (layout.everywhere, 2 * images, images)
-            if softmax
-            else (layout.everywhere, images + images * regions, 0)
-        )
+        terms.append(of_images_and_their(regions))
     out = []
     for ring, vectors, gradients in terms:
         together = config.loss.gather if ring.gather else 1

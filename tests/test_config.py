@@ -77,6 +77,14 @@ def test_reference_config_restores_what_the_spec_lists():
             lambda d: d["loss"].update(match_l1=0.0, match_giou=0.0),
             "loss.match_l1, loss.match_giou, loss.match_description: got 0 for all",
         ),
+        (
+            lambda d: d["input"].update(captions_per_image=4),
+            "input.captions_per_image: got 4, expected 1 to 3",
+        ),
+        (
+            lambda d: d["input"].update(captions_per_image=2, descriptions_in_captions=8),
+            "input.descriptions_in_captions: got 8 with input.captions_per_image=2, expected 0",
+        ),
         (lambda d: d.update(batch_size=0), "batch_size: got 0, expected at least 1"),
         (lambda d: d["text"].update(pack_rows=0), "text.pack_rows: got 0, expected at least 1"),
         (lambda d: d["input"].update(flip_rate=7.0), "input.flip_rate: got 7.0, expected 0 to 1"),

@@ -37,13 +37,14 @@ def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
     """Random images, texts of 7 tokens packed in order, boxes and masks; some texts are equal."""
     rng = np.random.default_rng(seed)
     shapes = train_step.abstract_batch(c)
-    b, r = shapes.region_mask.shape
+    (b, r), captions = shapes.region_mask.shape, shapes.caption_mask.shape[1]
+    texts = captions + r  # of an image
     groups, rows, length = shapes.text_tokens.shape
     a_row = length // 7
-    assert rows * a_row * groups >= b * (1 + r), "the texts do not fit"
+    assert rows * a_row * groups >= b * texts, "the texts do not fit"
     order = np.arange(rows * a_row)
-    slots = np.stack([rng.permutation(order)[: b // groups * (1 + r)] for _ in range(groups)])
-    slots = slots.reshape(b, 1 + r)
+    slots = np.stack([rng.permutation(order)[: b // groups * texts] for _ in range(groups)])
+    slots = slots.reshape(b, texts)
     at = np.stack([slots // a_row, slots % a_row * 7 + 6], axis=-1).astype(np.int32)
     column = np.arange(length)
     low = rng.uniform(0, 0.6, (b, r, 2))
@@ -53,14 +54,15 @@ def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
         text_tokens=rng.integers(1, 400, shapes.text_tokens.shape).astype(np.int32),
         text_positions=np.broadcast_to(column % 7, shapes.text_tokens.shape).astype(np.int32),
         text_segments=np.broadcast_to(1 + column // 7, shapes.text_tokens.shape).astype(np.int32),
-        caption_at=at[:, 0],
-        caption_id=(np.arange(b, dtype=np.int32) * 2 // 3),
-        description_at=at[:, 1:],
+        caption_at=at[:, :captions],
+        caption_id=(np.arange(b * captions, dtype=np.int32) * 2 // 3).reshape(b, captions),
+        caption_mask=np.arange(b * captions).reshape(b, captions) % 4 < (4 if captions == 1 else 3),
+        description_at=at[:, captions:],
         description_id=rng.integers(0, 3 * b, (b, r)).astype(np.int32),
         region_boxes_cxcywh=np.concatenate([low + size / 2, size], -1).astype(np.float32),
         region_mask=rng.random((b, r)) < 0.7,
         texts_dropped=rng.integers(0, 2, groups).astype(np.int32),
-        text_counts=rng.integers(0, 2, (groups, 2)).astype(np.int32) + b // groups * (1 + r),
+        text_counts=rng.integers(0, 2, (groups, 2)).astype(np.int32) + b // groups * texts,
     )
 
 

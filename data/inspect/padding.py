@@ -93,7 +93,7 @@ def _rows_needed(captions: np.ndarray, descriptions: np.ndarray, group: int) -> 
     # First fit leaves at most one row less than half full.
     enough = min(2 * int(tokens.max()) // flaws.ROW_LENGTH + 2, group * (1 + MAX_REGIONS))
     layout = packing.pack(
-        caption_lengths=captions,
+        caption_lengths=captions[:, None],
         description_lengths=descriptions,
         region_mask=descriptions > 0,
         region_scores=np.zeros(descriptions.shape, np.float32),
@@ -101,5 +101,5 @@ def _rows_needed(captions: np.ndarray, descriptions: np.ndarray, group: int) -> 
         rows=enough,
         row_length=flaws.ROW_LENGTH,
     )
-    last = np.maximum(layout.caption_at[:, 0], layout.description_at[..., 0].max(axis=1))
+    last = np.maximum(layout.caption_at[:, 0, 0], layout.description_at[..., 0].max(axis=1))
     return last.reshape(-1, group).max(axis=1) + 1

@@ -184,6 +184,12 @@ def _data(data: Input, faults: list[str]) -> None:
     for i, entry in enumerate(data.datasets):
         if not 0 < entry.weight < math.inf:
             faults.append(f"input.datasets[{i}].weight: got {entry.weight}, expected more than 0")
+    if data.captions_per_image == 2 and data.descriptions_in_captions:
+        faults.append(
+            f"input.descriptions_in_captions: got {data.descriptions_in_captions} with input.captions_per_image=2,"
+            " expected 0: these are the web caption and the synthetic one; the descriptions are the third caption"
+            " of input.captions_per_image=3"
+        )
     single = {"name": data.name, "data_dir": data.data_dir, "prepare": data.prepare}
     for key, value in single.items():
         if data.datasets and value:

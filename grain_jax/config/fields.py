@@ -274,6 +274,9 @@ class Input:
     synthetic_caption_rate: float = key(0.5, low=0, high=1)
     # The descriptions of so many regions, best scores first, are added to the caption.
     descriptions_in_captions: int = count(0)
+    # C, captions of an image, all of them its positives: 1 is drawn as above; 2 are the web and the synthetic one; 3
+    # are these and the descriptions of the best `descriptions_in_captions` regions, joined (0: of all).
+    captions_per_image: int = count(1, low=1, high=3, added=True)
     # Chance of a mirror image; boxes move, "left" and "right" change places in the texts.
     flip_rate: float = key(0.0, low=0, high=1)
     # Smallest share of the image that a random crop keeps; 1 = no crop.
@@ -460,7 +463,7 @@ class Config:
         """
         text = self.text
         if not text.packing:
-            return 1, 1 + self.input.max_regions
+            return 1, self.input.captions_per_image + self.input.max_regions
         if text.pack_group is None or text.pack_rows is None:
             raise ValueError("text.pack_group, text.pack_rows: got None, expected derived numbers")
         return text.pack_group, text.pack_rows

@@ -39,7 +39,7 @@ class Example(NamedTuple):
     """An image with its texts and boxes, as a data source has them."""
 
     image: np.ndarray  # uint8 [S, S, 3], S = model.image.image_size
-    caption: str
+    caption: str | Sequence[str]  # or several, at most `input.captions_per_image`
     descriptions: Sequence[str] = ()  # of its regions, at most `input.max_regions`, the best first
     boxes_cxcywh: Sequence[Sequence[float]] = ()  # a box for each, in [0, 1]
 
@@ -55,9 +55,12 @@ def of_examples(
       text_tokenizer: `tokenizer.of_tower(config.model.text)`.
 
     Raises:
-      ValueError: an image of another shape or type, other numbers of boxes than descriptions, or too many.
+      ValueError: an image of another shape or type, other numbers of boxes than descriptions, or too many texts.
     """
     size, most = config.model.image.image_size, config.input.max_regions
+    most_captions = config.input.captions_per_image
+    captions: list[str] = []
+    caption_mask = np.zeros((len(examples), most_captions), bool)
     boxes = np.zeros((len(examples), most, 4), np.float32)
     mask = np.zeros((len(examples), most), bool)
     for i, example in enumerate(examples):
@@ -70,13 +73,21 @@ def of_examples(
                 f"example {i}: got {count} descriptions and {len(example.boxes_cxcywh)} boxes, expected as"
                 f" many of both, at most input.max_regions = {most}"
             )
+        of_image = [example.caption] if isinstance(example.caption, str) else example.caption
+        if not 1 <= len(of_image) <= most_captions:
+            raise ValueError(
+                f"example {i}: got {len(of_image)} captions, expected 1 to input.captions_per_image = {most_captions}"
+            )
+        captions += of_image
+        caption_mask[i, : len(of_image)] = True
         mask[i, :count] = True
         boxes[i, :count] = np.reshape(example.boxes_cxcywh, (count, 4))
     context_length = config.model.text.context_length
     descriptions = [text for example in examples for text in example.descriptions]
     return assemble(
         image=np.stack([example.image for example in examples]),
-        captions=tokenize([x.caption for x in examples], text_tokenizer, context_length),
+        captions=tokenize(captions, text_tokenizer, context_length),
+        caption_mask=caption_mask,
         descriptions=tokenize(descriptions, text_tokenizer, context_length),
         region_boxes_cxcywh=boxes,
         region_mask=mask,
@@ -102,6 +113,7 @@ def assemble(
     *,
     image: np.ndarray,
     captions: Texts,
+    caption_mask: np.ndarray,
     descriptions: Texts,
     region_boxes_cxcywh: np.ndarray,
     region_mask: np.ndarray,
@@ -112,7 +124,8 @@ def assemble(
 
     Args:
       image: uint8 [B, H, W, 3].
-      captions: B texts.
+      captions: a text for each real caption, in the order of `caption_mask`, row by row.
+      caption_mask: bool [B, C], C = `input.captions_per_image`.
       descriptions: a text for each real region, in the order of `region_mask`, row by row.
       region_boxes_cxcywh: float32 [B, R, 4]; ignored where masked.
       region_mask: bool [B, R].
@@ -120,8 +133,8 @@ def assemble(
       config: `text` and `model.text.context_length` are used.
     """
     row_length = config.model.text.context_length
-    description_lengths = np.zeros(region_mask.shape, np.int32)
-    description_lengths[region_mask] = descriptions.lengths
+    caption_lengths = _at(caption_mask, captions.lengths)
+    description_lengths = _at(region_mask, descriptions.lengths)
     if config.text.packing:
         group, rows = config.text.pack_group, config.text.pack_rows
         if group is None or rows is None:
@@ -129,7 +142,7 @@ def assemble(
                 "text.pack_group or text.pack_rows is None; derived.resolve gives numbers"
             )
         layout = packing.pack(
-            caption_lengths=captions.lengths,
+            caption_lengths=caption_lengths,
             description_lengths=description_lengths,
             region_mask=region_mask,
             region_scores=region_scores,
@@ -139,7 +152,7 @@ def assemble(
         )
     else:
         layout = packing.one_text_per_row(
-            caption_lengths=captions.lengths,
+            caption_lengths=caption_lengths,
             description_lengths=description_lengths,
             region_mask=region_mask,
             row_length=row_length,
@@ -147,21 +160,20 @@ def assemble(
     packed = packing.fill(
         layout,
         caption_ids=captions.ids,
-        caption_lengths=captions.lengths,
+        caption_lengths=caption_lengths,
         description_ids=descriptions.ids,
         description_lengths=descriptions.lengths,
         region_mask=region_mask,
     )
-    description_id = np.zeros(region_mask.shape, np.int32)
-    description_id[region_mask] = descriptions.text_ids
+    description_id = _at(region_mask, descriptions.text_ids)
     kept = layout.region_mask
-    too_long = np.zeros(region_mask.shape, bool)
-    too_long[region_mask] = descriptions.too_long
+    cut = layout.caption_lengths < caption_lengths
+    too_long = _at(caption_mask, captions.too_long), _at(region_mask, descriptions.too_long)
     of_image = np.stack(
         [
-            (region_mask & ~kept).sum(axis=1) + (layout.caption_lengths < captions.lengths),
-            1 + region_mask.sum(axis=1),
-            captions.too_long + too_long.sum(axis=1),
+            (region_mask & ~kept).sum(axis=1) + cut.sum(axis=1),
+            caption_mask.sum(axis=1) + region_mask.sum(axis=1),
+            too_long[0].sum(axis=1) + too_long[1].sum(axis=1),
         ],
         axis=1,
     )  # [B, 3]: dropped or cut to fit, texts, cut by the tokenizer
@@ -172,7 +184,8 @@ def assemble(
         text_positions=packed.positions,
         text_segments=packed.segments,
         caption_at=layout.caption_at,
-        caption_id=captions.text_ids,
+        caption_id=_at(caption_mask, captions.text_ids),
+        caption_mask=caption_mask,
         description_at=layout.description_at,
         description_id=np.where(kept, description_id, 0),
         region_boxes_cxcywh=np.where(kept[..., None], region_boxes_cxcywh, np.float32(0)),
@@ -180,3 +193,10 @@ def assemble(
         texts_dropped=of_group[:, 0],
         text_counts=of_group[:, 1:],
     )
+
+
+def _at(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The values in the places of the mask, row by row; 0 elsewhere."""
+    out = np.zeros(mask.shape, values.dtype)
+    out[mask] = values
+    return out

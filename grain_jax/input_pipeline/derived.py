@@ -94,7 +94,7 @@ def resolve(
         before = stored.input.lanes if stored else None
         lanes = take(KEYS[0], before, lambda: _lanes(config, place))
     if not config.text.packing:
-        group, rows = 1, 1 + config.input.max_regions
+        group, rows = 1, config.input.captions_per_image + config.input.max_regions
     if group is None:
         before = stored.text.pack_group if stored else None
         group = take(KEYS[1], before, lambda: _group(config, place, lanes))
@@ -218,6 +218,7 @@ def draw(
     Where the lengths are of a part of the set, the draw is with replacement: draws differ as samples do.
     """
     regions, row_length = config.input.max_regions, config.model.text.context_length
+    wanted = config.input.captions_per_image
     weights = np.array([one.weight for one in config.input.sets[: len(lengths)]])
     ends = np.round(np.cumsum(weights) / weights.sum() * images).astype(int)
     captions, descriptions = [], []
@@ -237,23 +238,31 @@ def draw(
         takes_synthetic = (synthetic_caption > 0) & (
             (rng.random(number) < config.input.synthetic_caption_rate) | (count == 0)
         )
-        caption = np.where(takes_synthetic, synthetic_caption, of_web)
         of_regions = np.zeros((number, max(regions, one.descriptions.shape[1])), np.int32)
         of_regions[:, : one.descriptions.shape[1]] = one.descriptions[chosen]
         # A comma, and the description without its start and end token.
-        added = np.maximum(of_regions[:, : config.input.descriptions_in_captions] - 1, 0)
-        captions.append(caption + added.sum(axis=1))
+        added = np.maximum(of_regions - 1, 0)
+        best = config.input.descriptions_in_captions
+        if wanted == 1:
+            caption = np.where(takes_synthetic, synthetic_caption, of_web)
+            captions.append(
+                (caption + added[:, :best].sum(axis=1))[:, None].clip(packing.MIN_TEXT_LENGTH)
+            )
+        else:
+            joined = added[:, : best or None].sum(axis=1)
+            every = [of_web, synthetic_caption, np.where(joined, 1 + joined, 0)]
+            captions.append(np.column_stack(every[:wanted]))
         descriptions.append(of_regions[:, :regions])
     mixed = rng.permutation(images)
     caption = np.concatenate(captions)[mixed]
     description = np.concatenate(descriptions)[mixed]
     texts = dict(
-        caption_lengths=caption.clip(packing.MIN_TEXT_LENGTH, row_length),
+        caption_lengths=np.where(caption, caption.clip(packing.MIN_TEXT_LENGTH, row_length), 0),
         description_lengths=description.clip(packing.MIN_TEXT_LENGTH, row_length),
         region_mask=description > 0,
         region_scores=np.broadcast_to(-np.arange(regions, dtype=np.float32), description.shape),
     )
-    return texts, float((caption > row_length).mean())
+    return texts, float((caption > row_length).sum() / max((caption > 0).sum(), 1))
 
 
 def smallest_rows(
@@ -275,16 +284,19 @@ def smallest_rows(
         out = []
         for texts in draws:
             layout = packing.pack(**texts, pack_group=group, rows=rows, row_length=row_length)
-            number = len(texts["caption_lengths"]) + int(texts["region_mask"].sum())
+            number = np.count_nonzero(texts["caption_lengths"]) + int(texts["region_mask"].sum())
             out.append((layout.texts_dropped + layout.captions_cut) / number)
         return out
 
     tokens = [
-        t["caption_lengths"] + np.where(t["region_mask"], t["description_lengths"], 0).sum(axis=1)
+        t["caption_lengths"].sum(axis=1)
+        + np.where(t["region_mask"], t["description_lengths"], 0).sum(axis=1)
         for t in draws
     ]
     most = max(int(of.reshape(-1, group).sum(axis=1).max()) for of in tokens)
-    least = -(-group // (row_length // packing.MIN_TEXT_LENGTH))  # for two tokens of each caption
+    captions = group * draws[0]["caption_lengths"].shape[1]
+    # For two tokens of each caption.
+    least = -(-captions // (row_length // packing.MIN_TEXT_LENGTH))
     # Bounds: after first fit no two rows could be one, so they are more than half full on average; and the mean
     # number of tokens needs `low` rows.
     rows, found = max(least, 2 * most // row_length + 1), [0.0]

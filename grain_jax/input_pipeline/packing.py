@@ -3,7 +3,7 @@
 A caption has 10-20 tokens and a row 77: with one text per row, most of the work of the text tower is padding.
 `pack` computes a Layout, the place of every text; `fill` writes the tokens there. Padded texts have a layout, too
 (`one_text_per_row`), so the model has one form of input.
-Letters: B images, R regions an image, G = B / pack_group groups, L = row_length.
+Letters: B images, C captions and R regions an image, G = B / pack_group groups, L = row_length.
 """
 
 from typing import NamedTuple
@@ -17,10 +17,11 @@ class Layout(NamedTuple):
     """The places of the texts of a batch, and the texts that did not fit.
 
     Attributes:
-      caption_at: i32[B, 2], (row within the group of the image, position of the end token).
+      caption_at: i32[B, C, 2], (row within the group of the image, position of the end token); (0, 0) where there is
+        no caption.
       description_at: i32[B, R, 2], the same for descriptions; (0, 0) where masked.
       region_mask: bool[B, R], regions that are real and were not dropped.
-      caption_lengths: i32[B], after a cut.
+      caption_lengths: i32[B, C], after a cut; 0 where there is no caption.
       description_lengths: i32[B, R], 0 where masked.
       texts_dropped: descriptions dropped (with their regions) because a group overflowed.
       captions_cut: captions shortened because the captions of a group alone overflowed.
@@ -73,7 +74,7 @@ def pack(
     second. If the captions alone overflow, the longest are cut to the largest common length that fits.
 
     Args:
-      caption_lengths: i32[B], tokens with specials, 2..row_length.
+      caption_lengths: i32[B, C], tokens with specials, 2..row_length; 0 where there is no caption.
       description_lengths: i32[B, R], the same; ignored where masked.
       region_mask: bool[B, R], True where a region is real.
       region_scores: f32[B, R], finite; ignored where masked.
@@ -86,23 +87,24 @@ def pack(
     """
     region_mask = np.asarray(region_mask, dtype=bool)
     lengths = _text_lengths(caption_lengths, description_lengths, region_mask, row_length)
-    batch, slots = lengths.shape  # slot 0 is the caption
+    batch, slots = lengths.shape  # the captions come first
+    captions = np.shape(caption_lengths)[1]
     if pack_group < 1 or batch % pack_group:
         raise ValueError(
             f"pack_group {pack_group} does not divide the batch of {batch} images; "
             "choose text.pack_group so that it divides the images of a micro-batch on a device"
         )
-    if rows * (row_length // MIN_TEXT_LENGTH) < pack_group:
+    if rows * (row_length // MIN_TEXT_LENGTH) < pack_group * captions:
         raise ValueError(
-            f"{rows} rows of {row_length} tokens cannot hold {pack_group} captions of "
+            f"{rows} rows of {row_length} tokens cannot hold {pack_group * captions} captions of "
             f"{MIN_TEXT_LENGTH} tokens (pack_group {pack_group}); give a group more rows"
         )
     scores = np.zeros(lengths.shape, dtype=np.float32)
-    scores[:, 1:] = np.where(region_mask, region_scores, 0)
+    scores[:, captions:] = np.where(region_mask, region_scores, 0)
     if not np.isfinite(scores).all():
         image, slot = np.argwhere(~np.isfinite(scores))[0]
         raise ValueError(
-            f"the score of region {slot - 1} of image {image} is {scores[image, slot]}, expected a "
+            f"the score of region {slot - captions} of image {image} is {scores[image, slot]}, expected a "
             "finite number; rebuild the records"
         )
     lengths = lengths.reshape(batch // pack_group, pack_group * slots)  # [G, group's slots]
@@ -110,20 +112,20 @@ def pack(
     failing = np.flatnonzero(~fits)
     if failing.size:
         lengths[failing], row[failing], start[failing] = _shrink(
-            lengths[failing], scores.reshape(lengths.shape)[failing], slots, rows, row_length
+            lengths[failing],
+            scores.reshape(lengths.shape)[failing],
+            captions,
+            slots,
+            rows,
+            row_length,
         )
-    lengths = lengths.reshape(batch, slots)
-    at = np.stack([row, start + lengths.reshape(row.shape) - 1], axis=-1)  # [G, slots, 2]
-    at = at.reshape(batch, slots, 2).astype(np.int32)
-    kept = lengths[:, 1:] > 0
-    return Layout(
-        caption_at=at[:, 0],
-        description_at=np.where(kept[:, :, None], at[:, 1:], 0),
-        region_mask=kept,
-        caption_lengths=lengths[:, 0].copy(),
-        description_lengths=lengths[:, 1:].copy(),
-        texts_dropped=int(region_mask.sum() - kept.sum()),
-        captions_cut=int((lengths[:, 0] < np.asarray(caption_lengths)).sum()),
+    of_image = (batch, slots)
+    return _layout(
+        row.reshape(of_image),
+        start.reshape(of_image),
+        lengths.reshape(of_image),
+        caption_lengths=np.asarray(caption_lengths),
+        region_mask=region_mask,
         pack_group=pack_group,
         rows=rows,
         row_length=row_length,
@@ -137,25 +139,39 @@ def one_text_per_row(
     region_mask: np.ndarray,
     row_length: int,
 ) -> Layout:
-    """The layout of padded texts: groups of one image, the caption in row 0, description r in row 1 + r.
+    """The layout of padded texts: groups of one image, caption c in row c, description r in row C + r.
 
-    Rows of masked regions stay padding. Arguments and errors as in `pack`.
+    Rows of masked regions and of captions that are not there stay padding. Arguments and errors as in `pack`.
     """
     region_mask = np.asarray(region_mask, dtype=bool)
     lengths = _text_lengths(caption_lengths, description_lengths, region_mask, row_length)
-    rows = np.broadcast_to(np.arange(lengths.shape[1]), lengths.shape)
-    at = np.stack([rows, lengths - 1], axis=-1).astype(np.int32)  # [B, 1 + R, 2]
-    return Layout(
-        caption_at=at[:, 0],
-        description_at=np.where(region_mask[:, :, None], at[:, 1:], 0),
+    return _layout(
+        np.broadcast_to(np.arange(lengths.shape[1]), lengths.shape),
+        np.zeros_like(lengths),
+        lengths,
+        caption_lengths=np.asarray(caption_lengths),
         region_mask=region_mask,
-        caption_lengths=lengths[:, 0].copy(),
-        description_lengths=lengths[:, 1:].copy(),
-        texts_dropped=0,
-        captions_cut=0,
         pack_group=1,
         rows=lengths.shape[1],
         row_length=row_length,
+    )
+
+
+def _layout(row, start, lengths, *, caption_lengths, region_mask, **sizes: int) -> Layout:
+    """The layout of texts at these rows and starts, i32[B, C + R] each, of lengths that are 0 where there is none."""
+    captions = caption_lengths.shape[1]
+    at = np.stack([row, start + lengths - 1], axis=-1)  # [B, C + R, 2]
+    at = np.where(lengths[..., None] > 0, at, 0).astype(np.int32)
+    kept = lengths[:, captions:] > 0
+    return Layout(
+        caption_at=at[:, :captions],
+        description_at=at[:, captions:],
+        region_mask=kept,
+        caption_lengths=lengths[:, :captions].copy(),
+        description_lengths=lengths[:, captions:].copy(),
+        texts_dropped=int(region_mask.sum() - kept.sum()),
+        captions_cut=int((lengths[:, :captions] < caption_lengths).sum()),
+        **sizes,
     )
 
 
@@ -172,8 +188,8 @@ def fill(
 
     Args:
       layout: from `pack` or `one_text_per_row`.
-      caption_ids: i32[sum(caption_lengths)], the tokens of the captions, text after text.
-      caption_lengths: i32[B], of the tokenizer (before a cut).
+      caption_ids: i32[sum(caption_lengths)], the tokens of the captions, text after text, image by image.
+      caption_lengths: i32[B, C], of the tokenizer (before a cut); 0 where there is no caption.
       description_ids: i32[sum(description_lengths)], the same for the real regions, in the order
         of `region_mask`, row by row, those included that the layout dropped.
       description_lengths: i32[number of real regions].
@@ -183,10 +199,11 @@ def fill(
       ValueError: the shapes of lengths, ids and mask contradict each other.
     """
     region_mask = np.asarray(region_mask, dtype=bool)
+    caption_lengths = np.asarray(caption_lengths)
     batch = layout.caption_at.shape[0]
     for name, got, expected in (
         ("region_mask", region_mask.shape, layout.region_mask.shape),
-        ("caption_lengths", np.shape(caption_lengths), (batch,)),
+        ("caption_lengths", caption_lengths.shape, layout.caption_lengths.shape),
         ("caption_ids", np.shape(caption_ids), (int(np.sum(caption_lengths)),)),
         ("description_lengths", np.shape(description_lengths), (int(region_mask.sum()),)),
         ("description_ids", np.shape(description_ids), (int(np.sum(description_lengths)),)),
@@ -196,16 +213,17 @@ def fill(
     # One entry per kept text: its start and length in the source, its length in the rows, and its end there
     # (counted over all rows of all groups).
     kept = layout.region_mask[region_mask]  # [number of real regions]
-    chosen = np.concatenate([np.ones(batch, dtype=bool), kept])
-    source_length = np.concatenate([caption_lengths, description_lengths])
+    is_caption = caption_lengths > 0
+    chosen = np.concatenate([np.ones(is_caption.sum(), dtype=bool), kept])
+    source_length = np.concatenate([caption_lengths[is_caption], description_lengths])
     source_start = (np.cumsum(source_length) - source_length)[chosen]
     source_end = source_start + source_length[chosen] - 1
     length = np.concatenate(
-        [layout.caption_lengths, layout.description_lengths[layout.region_mask]]
+        [layout.caption_lengths[is_caption], layout.description_lengths[layout.region_mask]]
     )
     first_row = np.arange(batch) // layout.pack_group * layout.rows  # of the group of the image
-    image = np.concatenate([np.arange(batch), np.nonzero(layout.region_mask)[0]])
-    at = np.concatenate([layout.caption_at, layout.description_at[layout.region_mask]])
+    image = np.concatenate([np.nonzero(is_caption)[0], np.nonzero(layout.region_mask)[0]])
+    at = np.concatenate([layout.caption_at[is_caption], layout.description_at[layout.region_mask]])
     end = (first_row[image] + at[:, 0]) * layout.row_length + at[:, 1]
     start = end - length + 1
 
@@ -229,24 +247,25 @@ def padding_share(segments: np.ndarray) -> float:
 
 
 def _text_lengths(caption_lengths, description_lengths, region_mask, row_length) -> np.ndarray:
-    """Captions and descriptions as i32[B, 1 + R], 0 where masked, or a ValueError."""
+    """Captions and descriptions as i32[B, C + R], 0 where there is none, or a ValueError."""
     caption_lengths = np.asarray(caption_lengths)
     description_lengths = np.asarray(description_lengths)
-    expected = (*caption_lengths.shape, *region_mask.shape[1:])
-    if not region_mask.shape == description_lengths.shape == expected:
+    expected = (*caption_lengths.shape[:1], *region_mask.shape[1:])
+    if caption_lengths.ndim != 2 or not region_mask.shape == description_lengths.shape == expected:
         raise ValueError(
             f"shapes do not agree: caption_lengths {caption_lengths.shape}, description_lengths "
-            f"{description_lengths.shape}, region_mask {region_mask.shape}; expected [B], [B, R], "
+            f"{description_lengths.shape}, region_mask {region_mask.shape}; expected [B, C], [B, R], "
             "[B, R]"
         )
     lengths = np.concatenate(
-        [caption_lengths[:, None], np.where(region_mask, description_lengths, 0)], axis=1
+        [caption_lengths, np.where(region_mask, description_lengths, 0)], axis=1
     ).astype(np.int32)
-    real = np.concatenate([np.ones((len(lengths), 1), dtype=bool), region_mask], axis=1)
+    captions = caption_lengths.shape[1]
+    real = np.concatenate([caption_lengths != 0, region_mask], axis=1)
     wrong = real & ((lengths < MIN_TEXT_LENGTH) | (lengths > row_length))
     if wrong.any():
         image, slot = np.argwhere(wrong)[0]
-        which = "the caption" if slot == 0 else f"description {slot - 1}"
+        which = f"caption {slot}" if slot < captions else f"description {slot - captions}"
         raise ValueError(
             f"{which} of image {image} has {lengths[image, slot]} tokens, expected "
             f"{MIN_TEXT_LENGTH}..{row_length}; tokenize with context_length <= {row_length}"
@@ -311,15 +330,20 @@ def _order_of_dropping(is_region: np.ndarray, scores: np.ndarray, slots: int) ->
 
 
 def _shrink(
-    lengths: np.ndarray, scores: np.ndarray, slots: int, rows: int, row_length: int
+    lengths: np.ndarray,
+    scores: np.ndarray,
+    captions: int,
+    slots: int,
+    rows: int,
+    row_length: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Drops regions, then cuts captions, of groups that do not fit, until each fits.
 
-    Args: lengths and scores [F, N] of the failing groups, slots of an image (the first: its caption).
+    Args: lengths and scores [F, N] of the failing groups, slots of an image (the first: its captions).
     Returns: lengths (0 where dropped), row, start, each [F, N].
     """
     groups, texts = lengths.shape
-    is_caption = np.arange(texts) % slots == 0
+    is_caption = np.arange(texts) % slots < captions
     is_region = ~is_caption & (lengths > 0)
     dropping = _order_of_dropping(is_region, scores, slots)
     drop_rank = np.empty_like(dropping)

@@ -226,20 +226,17 @@ def _to_batch(
     columns: Sequence[np.ndarray], config: Config, text_tokenizer: tokenizer.Tokenizer
 ) -> Batch:
     examples = transforms.Example(*columns)
-    captions, descriptions = examples.caption, examples.descriptions[examples.region_mask]
-    if examples.flipped.any():
-        captions = captions.copy()
-        rows = np.nonzero(examples.region_mask)[0]
-        for texts, flipped in (
-            (captions, examples.flipped),
-            (descriptions, examples.flipped[rows]),
-        ):
-            texts[flipped] = [assemble.exchange_sides(t.decode()) for t in texts[flipped]]
-    context_length = config.model.text.context_length
+
+    def tokens_of(texts: Any, mask: np.ndarray) -> assemble.Texts:
+        texts, flipped = texts[mask], examples.flipped[np.nonzero(mask)[0]]
+        texts[flipped] = [assemble.exchange_sides(t.decode()) for t in texts[flipped]]
+        return assemble.tokenize(texts, text_tokenizer, config.model.text.context_length)
+
     return assemble.assemble(
         image=examples.image,
-        captions=assemble.tokenize(captions, text_tokenizer, context_length),
-        descriptions=assemble.tokenize(descriptions, text_tokenizer, context_length),
+        captions=tokens_of(examples.captions, examples.caption_mask),
+        caption_mask=examples.caption_mask,
+        descriptions=tokens_of(examples.descriptions, examples.region_mask),
         region_boxes_cxcywh=examples.region_boxes_cxcywh,
         region_mask=examples.region_mask,
         region_scores=examples.region_scores,

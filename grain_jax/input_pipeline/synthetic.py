@@ -48,6 +48,10 @@ def text_lengths(config: Config) -> list[TextLengths]:
     real = np.arange(regions) < rng.integers(0, regions, size=(images, 1), endpoint=True)
     of_regions = rng.integers(*DESCRIPTION_TOKENS, size=real.shape, endpoint=True)
     low, high = CAPTION_TOKENS
+    captions = rng.integers(low, high, size=(images, 1), endpoint=True, dtype=np.int32)
+    synthetic = np.zeros(images, np.int32)
+    if config.input.captions_per_image > 1:
+        synthetic = rng.integers(low, high, size=images, endpoint=True, dtype=np.int32)
     name = f"captions of {low}-{high} tokens"
     if regions:
         name += ", 0-{} descriptions of {}-{}".format(regions, *DESCRIPTION_TOKENS)
@@ -56,8 +60,8 @@ def text_lengths(config: Config) -> list[TextLengths]:
             name=name,
             tokenizer=config.model.text.tokenizer,
             records=NUM_EXAMPLES,
-            captions=rng.integers(low, high, size=(images, 1), endpoint=True, dtype=np.int32),
-            synthetic=np.zeros(images, np.int32),
+            captions=captions,
+            synthetic=synthetic,
             descriptions=np.where(real, of_regions, 0).astype(np.int32),
         )
     ]
@@ -79,12 +83,15 @@ def _lane_batch(config: Config, lane: int, step: int) -> Batch:
     mask = np.arange(regions) < count[:, None]
     wide = rng.uniform(0.1, 0.6, (images, regions, 2))
     centre = rng.uniform(wide / 2, 1 - wide / 2)
+    image = np.frombuffer(rng.bytes(images * size * size * 3), np.uint8)
+    caption_lengths = _caption_lengths(rng, mask, config)
+    captions = _texts(rng, caption_lengths[caption_lengths > 0], config)
+    lengths = rng.integers(*DESCRIPTION_TOKENS, size=int(mask.sum()), endpoint=True)
     return assemble.assemble(
-        image=np.frombuffer(rng.bytes(images * size * size * 3), np.uint8).reshape(
-            images, size, size, 3
-        ),
-        captions=_texts(rng, images, CAPTION_TOKENS, config),
-        descriptions=_texts(rng, int(mask.sum()), DESCRIPTION_TOKENS, config),
+        image=image.reshape(images, size, size, 3),
+        captions=captions,
+        caption_mask=caption_lengths > 0,
+        descriptions=_texts(rng, lengths, config),
         region_boxes_cxcywh=np.concatenate([centre, wide], axis=-1).astype(np.float32),
         region_mask=mask,
         region_scores=rng.uniform(0.3, 1.0, mask.shape).astype(np.float32),
@@ -92,15 +99,28 @@ def _lane_batch(config: Config, lane: int, step: int) -> Batch:
     )
 
 
-def _texts(
-    rng: np.random.Generator, count: int, tokens: tuple[int, int], config: Config
-) -> assemble.Texts:
-    """`count` random texts of that many tokens; the last two ids of the vocabulary are start and end."""
+def _caption_lengths(
+    rng: np.random.Generator, region_mask: np.ndarray, config: Config
+) -> np.ndarray:
+    """Tokens of each caption, [B, C]; the third is as long as the joined descriptions, 0 of an image without any."""
+    images, number = len(region_mask), config.input.captions_per_image
+    lengths = rng.integers(*CAPTION_TOKENS, size=(images, min(number, 2)), endpoint=True)
+    if number < 3:
+        return lengths
+    described = region_mask[:, : config.input.descriptions_in_captions or None]
+    parts = rng.integers(*DESCRIPTION_TOKENS, size=described.shape, endpoint=True)
+    # Without start and end, with a comma between two.
+    joined = np.where(described, parts - 1, 0).sum(axis=1)
+    return np.column_stack([lengths, np.where(joined, 1 + joined, 0)])
+
+
+def _texts(rng: np.random.Generator, lengths: np.ndarray, config: Config) -> assemble.Texts:
+    """Random texts of so many tokens; the last two ids of the vocabulary are start and end."""
     text = config.model.text
-    lengths = rng.integers(*tokens, size=count, endpoint=True).clip(max=text.context_length)
+    lengths = lengths.clip(max=text.context_length)
     ids = rng.integers(1, text.vocab_size - 2, size=lengths.sum(), dtype=np.int32)
     ends = np.cumsum(lengths) - 1
     ids[ends] = text.vocab_size - 1
     ids[ends - lengths + 1] = text.vocab_size - 2
-    text_ids = rng.integers(1, 2**31 - 1, size=count, dtype=np.int32)
-    return assemble.Texts(ids, lengths.astype(np.int32), text_ids, np.zeros(count, bool))
+    text_ids = rng.integers(1, 2**31 - 1, size=len(lengths), dtype=np.int32)
+    return assemble.Texts(ids, lengths.astype(np.int32), text_ids, np.zeros(len(lengths), bool))

@@ -14,6 +14,7 @@ from grain_jax.config import Config
 Array = Any  # a tf.Tensor within tf.data, a numpy array after it
 
 NUM_DRAWS = 7
+_NO_LIMIT = 2**31 - 1  # of a number of regions
 _WEB_OR_SYNTHETIC, _WHICH_CAPTION, _FLIP, _AREA, _ASPECT, _TOP, _LEFT = range(NUM_DRAWS)
 _MAX_ASPECT_CHANGE = 4 / 3  # of a random crop against the image
 _MIN_INSIDE = 0.5  # of a box's area, below which a crop drops the region
@@ -32,7 +33,8 @@ class Example(NamedTuple):
     """One record, ready to be batched (with numpy arrays: a batch of them). Texts are UTF-8 bytes, not yet flipped."""
 
     image: Array  # uint8 [S, S, 3]
-    caption: Array  # string []
+    captions: Array  # string [C]
+    caption_mask: Array  # bool [C]
     descriptions: Array  # string [R]
     region_boxes_cxcywh: Array  # float32 [R, 4]
     region_mask: Array  # bool [R]
@@ -46,6 +48,7 @@ class Transform:
 
     size: int  # S, pixels
     max_regions: int  # R
+    captions_per_image: int  # C
     synthetic_caption_rate: float
     descriptions_in_captions: int
     flip_rate: float
@@ -57,6 +60,7 @@ class Transform:
         return cls(
             size=config.model.image.image_size,
             max_regions=config.input.max_regions,
+            captions_per_image=config.input.captions_per_image,
             synthetic_caption_rate=config.input.synthetic_caption_rate,
             descriptions_in_captions=config.input.descriptions_in_captions,
             flip_rate=config.input.flip_rate,
@@ -80,18 +84,35 @@ class Transform:
             image = tf.cond(flipped, lambda: tf.reverse(image, [1]), lambda: image)
             boxes_xyxy = tf.where(flipped, mirror_boxes(boxes_xyxy), boxes_xyxy)
         descriptions = fields["regions/description"]
-        caption = choose_caption(fields, draws, self.synthetic_caption_rate)
-        if self.descriptions_in_captions:
-            added = tf.gather(
-                descriptions, best_regions(scores, kept, self.descriptions_in_captions)
-            )
-            caption = tf.strings.reduce_join(tf.concat([[caption], added], 0), separator=", ")
+        captions, caption_mask = self._captions(fields, draws, kept)
         return Example(
             image,
-            caption,
+            captions,
+            caption_mask,
             *top_regions(descriptions, boxes_xyxy, scores, kept, self.max_regions),
             flipped,
         )
+
+    def _captions(self, fields, draws, kept) -> tuple[tf.Tensor, tf.Tensor]:
+        """The captions, string [C], and which of them the record has, bool [C]; `kept` [M]: regions in the crop."""
+
+        def joined(texts, number: int):
+            best = best_regions(fields["regions/score"], kept, number)
+            added = tf.gather(fields["regions/description"], best)
+            return tf.strings.reduce_join(tf.concat([texts, added], 0), separator=", ")
+
+        number = self.descriptions_in_captions
+        if self.captions_per_image == 1:
+            caption = choose_caption(fields, draws, self.synthetic_caption_rate)
+            captions = tf.stack([joined([caption], number) if number else caption])
+            return captions, tf.ones_like(captions, tf.bool)
+        # The draw of the one web caption is the same as above.
+        web = choose_caption(fields | {"synthetic_caption": ""}, draws, 0.0)
+        captions = [web, fields["synthetic_caption"]]
+        if self.captions_per_image == 3:
+            captions.append(joined(tf.zeros([0], tf.string), number or _NO_LIMIT))
+        captions = tf.stack(captions)
+        return captions, tf.strings.length(captions) > 0
 
 
 def choose_caption(fields: dict[str, tf.Tensor], draws: tf.Tensor, rate: float) -> tf.Tensor:

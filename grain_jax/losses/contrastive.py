@@ -19,71 +19,94 @@ TIE = 1e-5  # cosines nearer than this are equal but for rounding
 def image_caption(shard: Shard) -> TermOutput:
     """L_ic: each image and its caption, against all captions and images of the batch.
 
-    The mean of both directions for "softmax" (CLIP). "sigmoid" is symmetric, so one direction suffices.
-    Measures `image_caption_accuracy`, the share of images nearest to their own caption.
+    The mean of both directions for "softmax" (CLIP). "sigmoid" is symmetric, so one direction suffices. Several
+    captions an image are all its positives, as the descriptions of `image_description`; the mean is over captions.
+    Measures `image_caption_accuracy`, the share of images nearest to their own caption; of several captions an
+    image, the share of captions whose nearest image has them.
     """
-    outputs, config, caption_id = shard.outputs, shard.config, shard.targets.caption_id
-    image, text = outputs.image_embed, outputs.text_embed
+    outputs, caption_id = shard.outputs, shard.targets.caption_id
+    if caption_id.shape[1] == 1:
+        loss, right = _images_and_one_text_each(shard, outputs.text_embed[:, 0], caption_id[:, 0])
+        real = jnp.ones(loss.shape, bool)
+    else:
+        real = shard.batch.caption_mask
+        loss, right = _images_and_their_texts(shard, outputs.text_embed, caption_id, real)
+    return _mean_over_texts("image_caption_accuracy", loss, right, real)
+
+
+def image_description(shard: Shard) -> TermOutput:
+    """L_id: each image and each of its descriptions, against all that are not each other's in the batch.
+
+    Measures `image_description_accuracy`, the share of descriptions whose nearest image has them.
+    """
+    texts, real = shard.outputs.region_text_embed, shard.batch.region_mask
+    if real.shape[1] == 0:
+        return TermOutput(Mean(jnp.zeros(()), jnp.zeros(())), {})
+    loss, right = _images_and_their_texts(shard, texts, shard.targets.description_id, real)
+    return _mean_over_texts("image_description_accuracy", loss, right, real)
+
+
+def _images_and_one_text_each(shard: Shard, text, text_id):
+    """(loss of each image and its text, whether the text is the image's nearest), [b] each; text [b, D], text_id [b]."""
+    outputs, config = shard.outputs, shard.config
+    image = outputs.image_embed
     own = outputs.logit_scale * jnp.sum(image * text, axis=-1) + outputs.logit_bias
     directions = 1 if config.contrast == "sigmoid" else 2
     rows, columns = jnp.stack([image, text]), jnp.stack([text, image])
-    real = jnp.ones(caption_id.shape, bool)
+    real = jnp.ones(text_id.shape, bool)
     negatives = functools.partial(
         streaming.negatives, config.contrast, config.tile, shard.layout.everywhere
     )
     # Both directions at once, so that their columns travel together.
     negative = jax.vmap(negatives, in_axes=(0, None, Columns._make((0, None, None)), None, None))(
         rows[:directions],
-        caption_id,
-        Columns(columns[:directions], caption_id, real),
+        text_id,
+        Columns(columns[:directions], text_id, real),
         outputs.logit_scale,
         outputs.logit_bias,
     )
     loss = streaming.loss_of_rows(config.contrast, own, negative.cost).mean(0)
-    right = _is_nearest(own, negative.highest[0], outputs.logit_scale)
-    count = jnp.float32(len(caption_id))
-    return TermOutput(
-        Mean(loss.sum(), count),
-        {"image_caption_accuracy": Mean(right.sum().astype(jnp.float32), count)},
-    )
+    return loss, _is_nearest(own, negative.highest[0], outputs.logit_scale)
 
 
-def image_description(shard: Shard) -> TermOutput:
-    """L_id: each image and each of its descriptions, against all that are not each other's in the batch.
+def _images_and_their_texts(shard: Shard, texts, ids, real):
+    """(loss of each text, whether its nearest image has it), [b, S] each, of any value where a text is not real.
 
-    A description is compared with the images that do not have it, an image with the descriptions that it has not;
-    the mean of both for "softmax". For "sigmoid", where each pair stands alone, the first has every pair. The
-    idea of many texts as positives of one image is DreamLIP's (Zheng et al. 2024); here equal texts of two images
-    are positives of both. Measures `image_description_accuracy`, the share of descriptions whose nearest image
-    has them.
+    A text is compared with the images that do not have it, an image with the texts that it has not; the mean of both
+    for "softmax". For "sigmoid", where each pair stands alone, the first has every pair. The idea of many texts as
+    positives of one image is DreamLIP's (Zheng et al. 2024); here equal texts of two images are positives of both.
+
+    Args: texts [b, S, D], their ids [b, S], and where they are real, bool [b, S].
     """
-    outputs, config, ids = shard.outputs, shard.config, shard.targets.description_id
-    image, text, real = outputs.image_embed, outputs.region_text_embed, shard.batch.region_mask
+    outputs, config = shard.outputs, shard.config
+    image = outputs.image_embed
     b, slots = real.shape
-    if slots == 0:
-        return TermOutput(Mean(jnp.zeros(()), jnp.zeros(())), {})
     flat = lambda x: x.reshape(b * slots, *x.shape[2:])  # noqa: E731
-    own = outputs.logit_scale * jnp.sum(image[:, None] * text, axis=-1) + outputs.logit_bias
+    own = outputs.logit_scale * jnp.sum(image[:, None] * texts, axis=-1) + outputs.logit_bias
     images = Columns(image, streaming.IdSet(ids, real), jnp.ones(b, bool))
-    texts = Columns(flat(text), flat(ids), flat(real))
+    rows = Columns(flat(texts), flat(ids), flat(real))
 
     ring, scale, bias = shard.layout.everywhere, outputs.logit_scale, outputs.logit_bias
     of_texts: streaming.Negatives
     if config.contrast == "softmax":
-        both: Any = streaming.negatives_of_both(config.tile, ring, texts, images, scale, bias)
+        both: Any = streaming.negatives_of_both(config.tile, ring, rows, images, scale, bias)
         of_texts, of_images = both
         loss = streaming.loss_of_rows("softmax", own, of_texts.cost.reshape(b, slots))
         loss = (loss + streaming.loss_of_rows("softmax", own, of_images.cost[:, None])) / 2
     else:
         of_texts = streaming.negatives(
-            config.contrast, config.tile, ring, texts.embed, texts.id, images, scale, bias
+            config.contrast, config.tile, ring, rows.embed, rows.id, images, scale, bias
         )
         loss = streaming.loss_of_rows(config.contrast, own, of_texts.cost.reshape(b, slots))
-    right = _is_nearest(own, of_texts.highest.reshape(b, slots), outputs.logit_scale)
+    return loss, _is_nearest(own, of_texts.highest.reshape(b, slots), outputs.logit_scale)
+
+
+def _mean_over_texts(accuracy: str, loss, right, real) -> TermOutput:
+    """The mean loss of the real texts, and under that name the share of them that are right."""
     count = real.sum().astype(jnp.float32)
     return TermOutput(
         Mean(jnp.where(real, loss, 0).sum(), count),
-        {"image_description_accuracy": Mean((right & real).sum().astype(jnp.float32), count)},
+        {accuracy: Mean((right & real).sum().astype(jnp.float32), count)},
     )
 
 

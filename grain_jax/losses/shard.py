@@ -48,7 +48,7 @@ class TermOutput(NamedTuple):
 class Targets(NamedTuple):
     """What the losses compare with; equal ids are not each other's negatives."""
 
-    caption_id: Int[Array, "b"]
+    caption_id: Int[Array, "b C"]
     boxes_cxcywh: Float[Array, "b R 4"]
     box_mask: Bool[Array, "b R"]  # real regions whose box has an area: those that are matched
     description_id: Int[Array, "b R"]

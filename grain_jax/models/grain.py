@@ -159,13 +159,15 @@ class GRAIN(nn.Module):
     ) -> schema.Outputs:
         """A batch to its embeddings, boxes and logit scale; with `dropout_keys` [B] as in training."""
         image_embed, region_embed, boxes = self.encode_image(batch.image, dropout_keys)
+        b, captions, _ = batch.caption_at.shape
         text_embed, region_text_embed = self.encode_text(
             batch.text_tokens,
             batch.text_positions,
             batch.text_segments,
-            batch.caption_at,
+            batch.caption_at.reshape(b * captions, 2),
             batch.description_at,
         )
+        text_embed = text_embed.reshape(b, captions, -1)
         return schema.Outputs(
             image_embed,
             text_embed,
@@ -193,8 +195,9 @@ def parameter_shapes(config: config_lib.Model) -> dict[str, tuple[int, ...]]:
     batch = schema.Batch(
         of(np.float32, 1, size, size, 3),
         *(row, row, row),
-        caption_at=of(np.int32, 1, 2),
+        caption_at=of(np.int32, 1, 1, 2),
         caption_id=None,
+        caption_mask=None,
         description_at=of(np.int32, 1, 0, 2),
         description_id=None,
         region_boxes_cxcywh=None,

@@ -63,8 +63,8 @@ def curves(metrics_jsonl: epath.PathLike, output_png: epath.PathLike) -> None:
     """Draws the losses, evaluations, temperature, learning rate and speed of a run.
 
     Args:
-      metrics_jsonl: the run's `metrics.jsonl`; lines that are no records of a step are skipped. The batch size is
-        read from `config.json` beside it, to draw ln(batch size), the caption loss at chance.
+      metrics_jsonl: the run's `metrics.jsonl`; lines that are no records of a step are skipped. `config.json` beside
+        it says where the caption loss is at chance.
       output_png: the file to write.
     """
     series = metrics_file.series(metrics_file.read([epath.Path(metrics_jsonl)])[0])
@@ -72,7 +72,7 @@ def curves(metrics_jsonl: epath.PathLike, output_png: epath.PathLike) -> None:
     grid = figure.add_gridspec(2, 4, width_ratios=[1, 1, 1, 1.05])
     axes = [figure.add_subplot(grid[i // 3, i % 3]) for i in range(6)]
     axes.append(figure.add_subplot(grid[:, 3]))
-    _losses(axes[0], series, _batch_size(epath.Path(metrics_jsonl).parent))
+    _losses(axes[0], series, _caption_loss_at_chance(epath.Path(metrics_jsonl).parent))
     _plain(axes[1], series, "matched_iou", "IoU of matched boxes (training)")
     colours = _headline_keys(series)
     if any(len(series[key][0]) > 1 for key in colours):
@@ -236,20 +236,20 @@ def _draw_box(axis: Axes, box_xyxy, size: tuple[int, int], colour: str, *, dashe
     )
 
 
-def _losses(axis: Axes, series, batch_size: int | None) -> None:
+def _losses(axis: Axes, series, chance: tuple[float, str] | None) -> None:
     axis.set_title("losses", fontsize=10)
     for i, (key, label) in enumerate(losses.labels_of(series).items()):
         colour = _LOSS_COLOURS[i % len(_LOSS_COLOURS)]
         steps, values = series[key]
         axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         axis.plot(steps, _smooth(values), color=colour, label=label, linewidth=1.6)
-    if batch_size and "loss_image_caption" in series:
+    if chance and "loss_image_caption" in series:
         axis.axhline(
-            math.log(batch_size),
+            chance[0],
             color=COLOURS[1],
             linestyle=":",
             linewidth=1,
-            label=f"ln {batch_size}: captions not learned",
+            label=f"{chance[1]}: captions not learned",
         )
     axis.set_ylim(bottom=0)
     axis.set_xlabel("step", fontsize=8)
@@ -338,10 +338,17 @@ def _smooth(values: Sequence[float], keep: float = 0.6) -> list[float]:
     return out
 
 
-def _batch_size(workdir: epath.Path) -> int | None:
+def _caption_loss_at_chance(workdir: epath.Path) -> tuple[float, str] | None:
+    """The caption loss of a run whose embeddings say nothing, where no caption is missing; and how it is written."""
     try:
-        return int(json.loads((workdir / "config.json").read_text())["batch_size"])
-    except (OSError, ValueError, KeyError, TypeError):
+        config = json.loads((workdir / "config.json").read_text())
+        images = int(config["batch_size"])
+        captions = int(config.get("input", {}).get("captions_per_image", 1))
+        if captions == 1:
+            return math.log(images), f"ln {images}"
+        others = 1 + captions * (images - 1)  # an image's choices; a caption has `images`
+        return math.log(images * others) / 2, f"ln √({images} x {others})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # curves are drawn without a config too
 
 

@@ -53,11 +53,11 @@ def of_batch(batch: schema.Batch) -> jax.Array:
     The images have a digest of their own because another CPU or another TensorFlow may round differently when
     they are decoded and resized.
     """
-    # `text_counts` follows from the records, and the first receipts lack it.
+    # `text_counts` follows from the records and `caption_mask` from `caption_at`; the first receipts lack both.
     examples = sum(
         of_array(value, name)
         for name, value in batch._asdict().items()
-        if name not in ("image", "text_counts")
+        if name not in ("image", "text_counts", "caption_mask")
     )
     red, green, blue = jnp.moveaxis(batch.image.astype(jnp.uint32), -1, 0)  # a word a pixel
     return jnp.stack([examples, of_array(red | green << 8 | blue << 16, "image")])

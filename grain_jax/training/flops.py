@@ -100,6 +100,7 @@ def per_image(config: Config) -> PerImage:
     """
     image, text, decoder = config.model.image, config.model.text, config.model.decoder
     embed, regions = config.model.embed_dim, config.input.max_regions
+    captions = config.input.captions_per_image
     image_tower, tokens, width = _image_tower(config)
 
     group, rows_of_group = config.text_layout
@@ -109,7 +110,7 @@ def per_image(config: Config) -> PerImage:
     if text.pool == "map":
         text_tower += rows * (_attention(text, 1, length) + _mlp(text, 1))
     if text.projection != "none":
-        text_tower += 2 * (1 + regions) * text.width * embed
+        text_tower += 2 * (captions + regions) * text.width * embed
 
     if decoder is None:
         region_decoder = 0
@@ -126,7 +127,7 @@ def per_image(config: Config) -> PerImage:
         region_decoder += 2 * queries * decoder.width * embed
 
     group = config.loss.group_size or config.batch_size
-    losses = 2 * config.batch_size * embed + 2 * regions * (group * regions) * embed
+    losses = 2 * captions * config.batch_size * embed + 2 * regions * (group * regions) * embed
     if config.loss.image_description:
         losses += 2 * regions * config.batch_size * embed
     if config.loss.match_description and decoder is not None:

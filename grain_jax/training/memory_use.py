@@ -151,8 +151,9 @@ def temporaries(
         config, remat="none", optim=dataclasses.replace(config.optim, frozen=())
     )
     # Three tiles (logits, their softmax, the mask), and three blocks: in use, arriving, and of the sums.
-    vectors = images * config.loss.gather * (2 + config.input.max_regions)
-    tile = min(config.loss.tile, images * max(config.input.max_regions, 1))
+    captions, regions = config.input.captions_per_image, config.input.max_regions
+    vectors = images * config.loss.gather * (1 + captions + regions)
+    tile = min(config.loss.tile, images * max(captions, regions))
     activations = everything = sum(k.bytes for k in kept(config, part))
     if nothing_again != config:
         everything = sum(k.bytes for k in kept(nothing_again, part))

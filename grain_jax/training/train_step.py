@@ -57,7 +57,8 @@ class TrainState(NamedTuple):
 
 def abstract_batch(config: Config) -> schema.Batch:
     """The shapes of the config's global Batch, as ShapeDtypeStructs."""
-    b, r, size = config.batch_size, config.input.max_regions, config.model.image.image_size
+    b, size = config.batch_size, config.model.image.image_size
+    captions, r = config.input.captions_per_image, config.input.max_regions
     group, rows = config.text_layout
     of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     row = of(jnp.int32, b // group, rows, config.model.text.context_length)
@@ -66,8 +67,9 @@ def abstract_batch(config: Config) -> schema.Batch:
         text_tokens=row,
         text_positions=row,
         text_segments=row,
-        caption_at=of(jnp.int32, b, 2),
-        caption_id=of(jnp.int32, b),
+        caption_at=of(jnp.int32, b, captions, 2),
+        caption_id=of(jnp.int32, b, captions),
+        caption_mask=of(jnp.bool_, b, captions),
         description_at=of(jnp.int32, b, r, 2),
         description_id=of(jnp.int32, b, r),
         region_boxes_cxcywh=of(jnp.float32, b, r, 4),

@@ -1,6 +1,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import recipe
@@ -26,6 +27,7 @@ def test_dropped_regions_and_cut_captions_are_counted_by_group():
     batch = assemble.assemble(
         image=np.zeros((4, 32, 32, 3), np.uint8),
         captions=captions,
+        caption_mask=np.ones((4, 1), bool),
         descriptions=descriptions,
         region_boxes_cxcywh=np.full((4, 1, 4), 0.5, np.float32),
         region_mask=mask,
@@ -45,6 +47,7 @@ def test_texts_that_the_tokenizer_cuts_are_counted_too():
     batch = assemble.assemble(
         image=np.zeros((2, 32, 32, 3), np.uint8),
         captions=assemble.tokenize(["a " * 90, "a"], tokenizer.ClipTokenizer(), 77),
+        caption_mask=np.ones((2, 1), bool),
         descriptions=assemble.tokenize(["a " * 76, "a " * 75], tokenizer.ClipTokenizer(), 77),
         region_boxes_cxcywh=np.full((2, 2, 4), 0.5, np.float32),
         region_mask=np.array([[True, True], [False, False]]),
@@ -52,3 +55,22 @@ def test_texts_that_the_tokenizer_cuts_are_counted_too():
         config=config,
     )
     assert batch.text_counts.tolist() == [[4, 2]] and batch.texts_dropped.tolist() == [0]
+
+
+def test_several_captions_of_an_example():
+    config = record_sets.config("", batch_size=2, lanes=1, pack_rows=4, captions_per_image=3)
+    clip, image = tokenizer.ClipTokenizer(), np.zeros((16, 16, 3), np.uint8)
+    batch = assemble.of_examples(
+        [assemble.Example(image, ["a", "b b"]), assemble.Example(image, "a " * 90)], config, clip
+    )
+    assert batch.caption_mask.tolist() == [[True, True, False], [True, False, False]]
+    (a, b, c), no = clip.text_id(["a", "b b", "a " * 90]), 0
+    assert batch.caption_id.tolist() == [[a, b, no], [c, no, no]]
+    # A text of 77 tokens fills a row; the others share one.
+    assert batch.caption_at.tolist() == [[[1, 6], [1, 3], [0, 0]], [[0, 76], [0, 0], [0, 0]]]
+    assert batch.text_counts.tolist() == [[3, 1]] and batch.texts_dropped.tolist() == [0]
+    for captions in ([], ["a"] * 4):
+        with pytest.raises(
+            ValueError, match=f"example 0: got {len(captions)} captions, expected 1"
+        ):
+            assemble.of_examples([assemble.Example(image, captions)], config, clip)

@@ -156,6 +156,29 @@ def test_texts_are_chosen_as_training_chooses_them():
     assert (texts["caption_lengths"] == 28).mean() == pytest.approx(0.125, abs=0.02)
 
 
+def test_several_captions_are_drawn_as_training_has_them():
+    def drawn(of, **keys):
+        keys = {f"input__{name}": value for name, value in keys.items()}
+        config = open_config(input__max_regions=2, **keys)
+        texts, too_long = derived.draw(config, [of], 64, np.random.default_rng(0))
+        return {tuple(row) for row in texts["caption_lengths"].tolist()}, too_long
+
+    of = lengths([70, 90, 0], [[9, 8, 7], [6, 0, 0], [0, 0, 0]], synthetic=[20, 0, 30])
+    assert drawn(of, captions_per_image=2)[0] == {(70, 20), (77, 0), (0, 30)}
+    # All three descriptions, not the best two alone: 9 + 8 + 7 tokens, of which two starts and ends became commas.
+    found, too_long = drawn(of, captions_per_image=3)
+    assert found == {(70, 20, 22), (77, 0, 6), (0, 30, 0)}
+    assert too_long == pytest.approx(1 / 6, abs=0.01)
+    found, _ = drawn(of, captions_per_image=3, descriptions_in_captions=2)
+    assert found == {(70, 20, 16), (77, 0, 6), (0, 30, 0)}
+    one, three = (
+        derived.rows_of(open_config(input__captions_per_image=n), 8, [of]).rows for n in (1, 3)
+    )
+    assert one < three <= 3 * one
+    padded = resolve(open_config(text__packing=False, input__captions_per_image=3))[0]
+    assert padded.text_layout == (1, 8)
+
+
 def test_a_mixture_is_drawn_by_weight():
     values = tiny.dictionary(**CLIP_ROW)
     values.input.update(source="records")
@@ -166,7 +189,7 @@ def test_a_mixture_is_drawn_by_weight():
     config = config_lib.from_dict(values)
     of = [lengths([5], [[4]]), lengths([50], [[40]])]
     texts, _ = derived.draw(config, of, 64, np.random.default_rng(0))
-    assert sorted(texts["caption_lengths"].tolist()) == [5] * 48 + [50] * 16
+    assert sorted(texts["caption_lengths"].ravel().tolist()) == [5] * 48 + [50] * 16
 
 
 def test_a_resumed_run_has_its_own_numbers():

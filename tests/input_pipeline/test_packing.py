@@ -16,12 +16,12 @@ END = 99
 
 
 def make_batch(captions, descriptions, scores=None):
-    """Lengths and mask of a batch from lists; a description of None is masked."""
+    """Lengths and mask of a batch from lists: a caption an image, or a list of them; a description of None is masked."""
     mask = np.array([[d is not None for d in row] for row in descriptions], dtype=bool)
     mask = mask.reshape(len(captions), -1)
     scores = np.zeros(mask.shape) if scores is None else scores
     return dict(
-        caption_lengths=np.array(captions, dtype=np.int32),
+        caption_lengths=np.array(captions, dtype=np.int32).reshape(len(captions), -1),
         # What stands under the mask must not matter.
         description_lengths=np.array(
             [[77 if d is None else d for d in row] for row in descriptions], dtype=np.int32
@@ -40,7 +40,8 @@ def token_ids(lengths, first):
 
 
 def fill(layout, batch):
-    caption_ids, captions = token_ids(batch["caption_lengths"], 1_000_000)
+    of_captions = batch["caption_lengths"]
+    caption_ids, captions = token_ids(of_captions[of_captions > 0], 1_000_000)
     lengths = batch["description_lengths"][batch["region_mask"]]
     description_ids, descriptions = token_ids(lengths, 2_000_000)
     packed = packing.fill(
@@ -56,9 +57,9 @@ def fill(layout, batch):
 
 def kept_texts(layout, batch, captions, descriptions):
     """Yields (group, row, end, tokens expected there) of every text that was kept."""
-    for i, tokens in enumerate(captions):
-        length = layout.caption_lengths[i]
-        yield i // layout.pack_group, *layout.caption_at[i], [*tokens[: length - 1], END]
+    for tokens, (i, k) in zip(captions, np.argwhere(batch["caption_lengths"]), strict=True):
+        length = layout.caption_lengths[i, k]
+        yield i // layout.pack_group, *layout.caption_at[i, k], [*tokens[: length - 1], END]
     for tokens, (i, r) in zip(descriptions, np.argwhere(batch["region_mask"]), strict=True):
         if layout.region_mask[i, r]:
             yield i // layout.pack_group, *layout.description_at[i, r], list(tokens)
@@ -87,6 +88,7 @@ def assert_sound(layout, batch):
     for row_starts in starts.values():
         assert [s for _, s in sorted(row_starts)] == list(range(1, len(row_starts) + 1))
     assert not layout.description_at[~layout.region_mask].any()
+    assert not layout.caption_at[batch["caption_lengths"] == 0].any()
     assert not (layout.region_mask & ~batch["region_mask"]).any()
     real, kept = batch["region_mask"].sum(), layout.region_mask.sum()
     assert layout.texts_dropped == real - kept
@@ -96,19 +98,22 @@ def assert_sound(layout, batch):
 @st.composite
 def batches(draw):
     """A batch with its sizes; rows are from barely enough to plenty."""
-    pack_group, groups, regions = (draw(st.integers(*b)) for b in ((1, 6), (1, 4), (0, 4)))
+    pack_group, groups, regions, captions = (
+        draw(st.integers(*b)) for b in ((1, 6), (1, 4), (0, 4), (1, 3))
+    )
     row_length = draw(st.integers(6, 24))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     count = pack_group * groups
     mask = rng.random((count, regions)) < 0.7
     batch = dict(
-        caption_lengths=rng.integers(2, row_length + 1, count, dtype=np.int32),
+        caption_lengths=rng.integers(2, row_length + 1, (count, captions), dtype=np.int32)
+        * (rng.random((count, captions)) < (1 if captions == 1 else 0.7)),
         description_lengths=rng.integers(2, row_length + 1, mask.shape, dtype=np.int32),
         region_mask=mask,
         region_scores=rng.integers(0, 4, mask.shape).astype(np.float32),  # with ties
     )
-    least = -(-pack_group // (row_length // 2))
-    rows = draw(st.integers(least, least + pack_group * (1 + regions)))
+    least = -(-pack_group * captions // (row_length // 2))
+    rows = draw(st.integers(least, least + pack_group * (captions + regions)))
     return batch, dict(pack_group=pack_group, rows=rows, row_length=row_length)
 
 
@@ -130,13 +135,14 @@ def plain_pack(batch, pack_group, rows, row_length):
     for g in range(0, len(batch["caption_lengths"]), pack_group):
         group = {name: array[g : g + pack_group] for name, array in batch.items()}
         descriptions = np.where(group["region_mask"], group["description_lengths"], 0)
-        lengths = np.concatenate([group["caption_lengths"][:, None], descriptions], axis=1)
+        lengths = np.concatenate([group["caption_lengths"], descriptions], axis=1)
+        captions = group["caption_lengths"].shape[1]
         scores = group["region_scores"]
         images = [  # the regions of each, the best first
             sorted(np.flatnonzero(row), key=lambda r: (-scores[i, r], r))
             for i, row in enumerate(descriptions)
         ]
-        cap = lengths[:, 0].max()
+        cap = lengths[:, :captions].max()
         while (at := plain_first_fit(lengths.ravel(), rows, row_length)) is None:
             most = max(map(len, images))
             if most:  # who gives a region: the lowest score, then who has most, then in turn
@@ -149,10 +155,10 @@ def plain_pack(batch, pack_group, rows, row_length):
                         i * 2654435761 % 2**32,
                     ),
                 )
-                lengths[give, 1 + images[give].pop()] = 0
+                lengths[give, captions + images[give].pop()] = 0
             else:
                 cap -= 1
-                lengths[:, 0] = np.minimum(group["caption_lengths"], cap)
+                lengths[:, :captions] = np.minimum(group["caption_lengths"], cap)
         ends = np.zeros((lengths.size, 2), dtype=int)
         for slot, (row, start) in at.items():
             ends[slot] = row, start + lengths.flat[slot] - 1
@@ -167,11 +173,12 @@ def test_any_batch_is_packed_soundly_and_by_the_rule(drawn):
     layout = packing.pack(**batch, **sizes)
     assert_sound(layout, batch)
     lengths, ends = plain_pack(batch, **sizes)
-    np.testing.assert_array_equal(layout.caption_lengths, lengths[:, 0])
-    np.testing.assert_array_equal(layout.description_lengths, lengths[:, 1:])
-    np.testing.assert_array_equal(layout.caption_at, ends[:, 0])
-    np.testing.assert_array_equal(layout.description_at, ends[:, 1:])
-    assert layout.captions_cut == (lengths[:, 0] < batch["caption_lengths"]).sum()
+    captions = batch["caption_lengths"].shape[1]
+    np.testing.assert_array_equal(layout.caption_lengths, lengths[:, :captions])
+    np.testing.assert_array_equal(layout.description_lengths, lengths[:, captions:])
+    np.testing.assert_array_equal(layout.caption_at, ends[:, :captions])
+    np.testing.assert_array_equal(layout.description_at, ends[:, captions:])
+    assert layout.captions_cut == (lengths[:, :captions] < batch["caption_lengths"]).sum()
 
 
 @settings(max_examples=50, deadline=None)
@@ -192,7 +199,7 @@ def test_a_group_does_not_depend_on_the_other_groups(drawn):
 def test_a_worked_example():
     batch = make_batch(captions=[5, 4], descriptions=[[3, None], [2, 4]])
     layout = packing.pack(**batch, pack_group=2, rows=2, row_length=9)
-    assert layout.caption_at.tolist() == [[0, 4], [0, 8]]
+    assert layout.caption_at.tolist() == [[[0, 4]], [[0, 8]]]
     assert layout.description_at.tolist() == [[[1, 6], [0, 0]], [[1, 8], [1, 3]]]
     assert layout.texts_dropped == layout.captions_cut == 0
     packed = assert_sound(layout, batch)
@@ -243,7 +250,7 @@ def test_captions_that_alone_overflow_are_cut_to_the_largest_length_that_fits():
     )
     layout = packing.pack(**batch, pack_group=3, rows=1, row_length=12)
     # 8 + 3 + 7 > 12: at most 4 + 3 + 4 fits, 5 + 3 + 5 does not. The other group keeps a region.
-    assert layout.caption_lengths.tolist() == [4, 3, 4, 2, 6, 2]
+    assert layout.caption_lengths.tolist() == [[4], [3], [4], [2], [6], [2]]
     assert layout.captions_cut == 2
     assert layout.region_mask.ravel().tolist() == [False, False, False, False, True, False]
     assert layout.texts_dropped == 3
@@ -251,12 +258,29 @@ def test_captions_that_alone_overflow_are_cut_to_the_largest_length_that_fits():
     assert packed.tokens[0, 0, :4].tolist() == [1_000_000, 1_000_001, 1_000_002, END]
 
 
+def test_captions_that_an_image_lacks_take_no_room():
+    batch = make_batch(captions=[[5, 0, 3], [0, 2, 0], [0, 0, 0]], descriptions=[[2], [None], [4]])
+    layout = packing.pack(**batch, pack_group=3, rows=3, row_length=8)
+    assert layout.caption_at.tolist() == [
+        [[0, 4], [0, 0], [0, 7]],
+        [[0, 0], [1, 7], [0, 0]],
+        [[0, 0], [0, 0], [0, 0]],
+    ]
+    assert layout.description_at.tolist() == [[[1, 5]], [[0, 0]], [[1, 3]]]
+    packed = assert_sound(layout, batch)
+    assert packing.padding_share(packed.segments) == pytest.approx(1 / 3)
+    del batch["region_scores"]
+    layout = packing.one_text_per_row(**batch, row_length=8)
+    assert layout.rows == 4 and layout.caption_at[0].tolist() == [[0, 4], [0, 0], [2, 2]]
+    assert_sound(layout, batch)
+
+
 def test_one_text_per_row_is_the_padded_batch():
     batch = make_batch(captions=[5, 2], descriptions=[[3, None], [None, 4]])
     del batch["region_scores"]
     layout = packing.one_text_per_row(**batch, row_length=6)
     assert (layout.pack_group, layout.rows, layout.row_length) == (1, 3, 6)
-    assert layout.caption_at.tolist() == [[0, 4], [0, 1]]
+    assert layout.caption_at.tolist() == [[[0, 4]], [[0, 1]]]
     assert layout.description_at.tolist() == [[[1, 2], [0, 0]], [[0, 0], [2, 3]]]
     packed = assert_sound(layout, batch)
     a, d = 1_000_000, 2_000_000
@@ -271,7 +295,7 @@ def test_a_batch_without_regions_and_one_without_region_slots():
     for descriptions in ([[None], [None]], [[], []]):
         batch = make_batch(captions=[3, 5], descriptions=descriptions)
         layout = packing.pack(**batch, pack_group=2, rows=1, row_length=8)
-        assert layout.caption_at.tolist() == [[0, 7], [0, 4]]
+        assert layout.caption_at.tolist() == [[[0, 7]], [[0, 4]]]
         assert_sound(layout, batch)
 
 
@@ -296,8 +320,9 @@ def test_arguments_are_not_changed_and_results_repeat():
     [
         (dict(pack_group=3), "pack_group 3 does not divide the batch of 4 images"),
         (dict(pack_group=4, row_length=7), "1 rows of 7 tokens cannot hold 4 captions"),
-        (dict(caption_lengths=np.array([2, 9, 2, 2])), "the caption of image 1 has 9 tokens"),
-        (dict(caption_lengths=np.array([2, 2, 2, 1])), "the caption of image 3 has 1 tokens"),
+        (dict(caption_lengths=np.array([[2], [9], [2], [2]])), "caption 0 of image 1 has 9 tokens"),
+        (dict(caption_lengths=np.array([[2], [2], [2], [1]])), "caption 0 of image 3 has 1 tokens"),
+        (dict(caption_lengths=np.array([2, 2, 2, 2])), "shapes do not agree"),
         (dict(description_lengths=np.full((4, 1), 1)), "description 0 of image 2 has 1 tokens"),
         (dict(region_mask=np.ones((4, 2), bool)), "shapes do not agree"),
         (dict(region_scores=np.full((4, 1), np.nan)), "region 0 of image 2 is nan"),

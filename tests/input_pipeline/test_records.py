@@ -1,4 +1,5 @@
 import itertools
+import json
 import shutil
 
 import numpy as np
@@ -34,7 +35,7 @@ def numbers(batch):
 
 
 def row_texts(batch, group_size):
-    """(caption, descriptions) of each row, as tuples of token ids, read back from the layout."""
+    """(captions, descriptions) of each row, as tuples of token ids, read back from the layout."""
 
     def read(group, at):
         row, end = at
@@ -48,7 +49,7 @@ def row_texts(batch, group_size):
         regions = np.flatnonzero(batch.region_mask[i])
         out.append(
             (
-                read(group, batch.caption_at[i]),
+                [read(group, at) for at in batch.caption_at[i][batch.caption_mask[i]]],
                 [read(group, batch.description_at[i, r]) for r in regions],
             )
         )
@@ -72,11 +73,11 @@ def test_batches_hold_what_was_built(output):
         assert mask.sum() == len(regions)
         np.testing.assert_allclose(batch.region_boxes_cxcywh[row][mask], expected, atol=1e-6)
         assert not batch.region_boxes_cxcywh[row][~mask].any()
-        caption, descriptions = row_texts(batch, 2)[row]
+        (caption,), descriptions = row_texts(batch, 2)[row]
         webs = [line["caption"], *line["captions"]]
         ids = [tuple(clip_tokenizer.encode([web], 77).ids.tolist()) for web in webs]
         assert caption in ids
-        assert batch.caption_id[row] in clip_tokenizer.text_id(webs)
+        assert batch.caption_id[row, 0] in clip_tokenizer.text_id(webs)
         wanted = [r["description"] for r in regions]
         assert descriptions == [tuple(clip_tokenizer.encode([d], 77).ids.tolist()) for d in wanted]
         np.testing.assert_array_equal(
@@ -177,7 +178,7 @@ def test_captions_are_drawn_anew(output):
     drawn = {number: set() for number in range(COUNT)}
     counts = dict.fromkeys(["web1", "web2", "synthetic"], 0)
     for batch in take(config, 60):
-        for number, identity in zip(numbers(batch), batch.caption_id.tolist()):
+        for number, identity in zip(numbers(batch), batch.caption_id[:, 0].tolist()):
             drawn[number].add(kinds[identity])
             counts[kinds[identity]] += 1
     # 480 draws: 30%, 30%, 40%, with a standard deviation of 2%.
@@ -205,8 +206,66 @@ def test_descriptions_are_added_to_captions(output, flip_rate):
         best = [r["description"] for r in line["regions"]][::-1][:2]
         text = ", ".join([line["synthetic_caption"], *best]).replace("left", side)
         ids = tuple(clip_tokenizer.encode([text], 77).ids.tolist())
-        assert row_texts(batch, 2)[row] == (ids, [])
-        assert batch.caption_id[row] == clip_tokenizer.text_id([text])[0]
+        assert row_texts(batch, 2)[row] == ([ids], [])
+        assert batch.caption_id[row, 0] == clip_tokenizer.text_id([text])[0]
+
+
+@pytest.fixture(scope="module")
+def output_with_gaps(tmp_path_factory):
+    """A set whose records lack a web caption, a synthetic one or regions."""
+    folder = tmp_path_factory.mktemp("gaps")
+    lines = record_sets.write_annotations(folder / "in", 16, size=(16, 16))
+    for number, line in enumerate(lines):
+        if number % 5 == 1:
+            del line["caption"], line["captions"]
+        if number % 5 == 2:
+            line["synthetic_caption"] = ""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "in" / "A.jsonl").write_text(text)
+    assert record_sets.build_set(folder / "in", folder, "--num-shards=4") == 0
+    return folder
+
+
+@pytest.mark.parametrize("captions,best,flip_rate", [(2, 0, 0.0), (3, 0, 0.0), (3, 1, 1.0)])
+def test_several_captions_of_an_image(output_with_gaps, captions, best, flip_rate):
+    clip_tokenizer = tokenizer.ClipTokenizer()
+    config = record_sets.config(
+        output_with_gaps,
+        max_regions=2,
+        pack_rows=6,
+        captions_per_image=captions,
+        descriptions_in_captions=best,
+        flip_rate=flip_rate,
+    )
+    one = record_sets.config(output_with_gaps, synthetic_caption_rate=0.0, flip_rate=flip_rate)
+    gaps = 0
+    for batch, of_one in zip(take(config, 2), take(one, 2)):
+        assert batch.caption_at.shape == (8, captions, 2)
+        for row, found in enumerate(row_texts(batch, 2)):
+            number = int(batch.image[row, 0, -1 if flip_rate else 0].astype(int) @ [1, 256, 0])
+            line = record_sets.annotation(number, (16, 16))
+            regions = [r["description"] for r in line["regions"]][::-1]
+            joined = ", ".join(regions[: best or None])
+            if flip_rate:
+                joined = joined.replace("left", "right")
+            synthetic = "" if number % 5 == 2 else line["synthetic_caption"]
+            webs = [] if number % 5 == 1 else [line["caption"], *line["captions"]]
+            # Of the web captions the one that a run with one caption draws.
+            ids = clip_tokenizer.text_id(webs).tolist() if webs else []
+            web = webs[ids.index(of_one.caption_id[row, 0])] if webs else ""
+            slots = [web, synthetic, joined][:captions]
+            assert batch.caption_mask[row].tolist() == [bool(text) for text in slots]
+            texts = [text for text in slots if text]
+            assert found[0] == [tuple(clip_tokenizer.encode([t], 77).ids.tolist()) for t in texts]
+            mask = batch.caption_mask[row]
+            np.testing.assert_array_equal(
+                batch.caption_id[row][mask], clip_tokenizer.text_id(texts)
+            )
+            assert not batch.caption_id[row][~mask].any()
+            assert not batch.caption_at[row][~mask].any()
+            gaps += captions - len(texts)
+        assert batch.text_counts[:, 0].sum() == batch.caption_mask.sum() + batch.region_mask.sum()
+    assert gaps > 4
 
 
 def test_padded_and_packed_hold_the_same(output):

@@ -9,8 +9,10 @@ from tests import record_sets
 from tests.paths import ROOT
 
 
-def take(count, *, seed=0, **arguments):
-    config = record_sets.config("", source="synthetic", seed=seed)
+def take(count, *, seed=0, captions=1, **arguments):
+    config = record_sets.config(
+        "", source="synthetic", seed=seed, captions_per_image=captions, pack_rows=8
+    )
     return list(itertools.islice(synthetic.batches(config, **arguments), count))
 
 
@@ -32,7 +34,7 @@ def test_batches_are_well_formed():
     for batch in take(20):
         assert batch.image.dtype == np.uint8 and batch.image.shape == (8, 16, 16, 3)
         for i in range(8):
-            group, (row, end) = i // 2, batch.caption_at[i]
+            group, ((row, end),) = i // 2, batch.caption_at[i]
             assert batch.text_tokens[group, row, end] == text.vocab_size - 1
             captions.append(batch.text_positions[group, row, end] + 1)
         cxcywh = batch.region_boxes_cxcywh[batch.region_mask]
@@ -41,6 +43,20 @@ def test_batches_are_well_formed():
         regions += batch.region_mask.sum(axis=1).tolist()
     assert min(captions) >= 10 and max(captions) <= 20
     assert set(regions) <= set(range(6)) and {0, 5} <= set(regions)
+
+
+def test_several_captions_have_the_lengths_of_their_kinds():
+    joined, one = [], take(1)[0]
+    for batch in take(20, captions=3):
+        assert batch.caption_mask[:, :2].all() and not batch.texts_dropped.any()
+        np.testing.assert_array_equal(batch.caption_mask[:, 2], batch.region_mask.any(axis=1))
+        for i, (row, end) in enumerate(batch.caption_at[:, 2]):
+            if batch.caption_mask[i, 2]:
+                joined.append((batch.text_positions[i // 2, row, end], batch.region_mask[i].sum()))
+    tokens, regions = np.array(joined).T  # without the start token
+    assert (tokens >= 3 * regions).all() and (tokens <= 11 * regions).all()
+    assert tokens.max() > 30
+    np.testing.assert_array_equal(one.image, take(1, captions=3)[0].image)
 
 
 def test_no_tensorflow():

@@ -445,6 +445,9 @@ def test_gpu_estimate_by_hand():
     *_, images = estimate.rings(described, chips.parse_topology("h100:8x2"), 16)
     # Both passes, 2 images a hop; their gradient from the first hop on, and home.
     assert (images.count, images.bytes) == (30 + 17, (30 + 17) * 2 * 16 * 4)
+    several = tiny.config(batch_size=32, input__captions_per_image=3)
+    captions, of_regions = estimate.rings(several, chips.parse_topology("h100:8x2"), 16)
+    assert (captions, of_regions) == (images, regions)  # L_ic travels as L_id then
 
     grouped = tiny.config(remat="full", batch_size=32, loss__group_size=4, microbatches=1)
     reduce, captions, regions = estimate.of_gpus(

@@ -16,12 +16,12 @@ D, Q = 16, 5
 
 def _outputs(c, seed=0, layers=2, width=D):
     rng = np.random.default_rng(seed)
-    b, r = c.batch_size, c.input.max_regions
+    b, r, captions = c.batch_size, c.input.max_regions, c.input.captions_per_image
     unit = lambda *shape: (x := rng.normal(size=shape)) / np.linalg.norm(x, axis=-1, keepdims=True)
     low = rng.uniform(0.2, 0.8, (layers, b, Q, 4))
     out = schema.Outputs(
         unit(b, width),
-        unit(b, width),
+        unit(b, captions, width),
         unit(b, Q, width),
         unit(b, r, width),
         low,
@@ -61,7 +61,7 @@ def _cross_entropy(logits, label, allowed):
 def learnt(outputs, batch):
     """The outputs of a model that has learnt something: about half of what it says is right."""
     shown = outputs._replace(
-        image_embed=outputs.image_embed + 0.6 * outputs.text_embed,
+        image_embed=outputs.image_embed + 0.6 * outputs.text_embed[:, 0],
         region_embed=outputs.region_embed + 0.6 * outputs.region_text_embed[:, :Q],
     )
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
@@ -87,12 +87,17 @@ def replica_and_measures(outputs, batch, c):
     """((L_ic, L_box, L_rd), the measures by their names) in float64."""
     o = schema.Outputs(*(np.asarray(x, np.float64) for x in outputs))
     b, r = batch.region_mask.shape
-    same = batch.caption_id[:, None] == batch.caption_id[None]
-    allowed = ~same if c.mask_duplicates else np.ones((b, b), bool)
-    logits = o.logit_scale * o.image_embed @ o.text_embed.T
-    ic = [_cross_entropy(logits[i], i, allowed[i]) for i in range(b)]
-    ic += [_cross_entropy(logits[:, i], i, allowed[:, i]) for i in range(b)]
-    right = [_beats_others(logits[i], i, allowed[i]) for i in range(b)]
+    if batch.caption_mask.shape[1] > 1:
+        texts = outputs.text_embed, batch.caption_id, batch.caption_mask
+        ic, right = positives_replica(outputs, *texts, c)
+    else:
+        (caption_id,) = batch.caption_id.T
+        same = caption_id[:, None] == caption_id[None]
+        allowed = ~same if c.mask_duplicates else np.ones((b, b), bool)
+        logits = o.logit_scale * o.image_embed @ o.text_embed[:, 0].T
+        ic = [_cross_entropy(logits[i], i, allowed[i]) for i in range(b)]
+        ic += [_cross_entropy(logits[:, i], i, allowed[:, i]) for i in range(b)]
+        right = [_beats_others(logits[i], i, allowed[i]) for i in range(b)]
     size = c.group_size or b
     box, rd, region_right, overlaps, queries = [], [], [], [], []
     for start in range(0, b, size):
@@ -153,11 +158,17 @@ def replica_and_measures(outputs, batch, c):
 
 
 def image_description_replica(outputs, batch, c):
-    """(L_id, the share of descriptions whose nearest image has them) in float64, pair by pair."""
-    g, t = (np.asarray(x, np.float64) for x in (outputs.image_embed, outputs.region_text_embed))
+    """(L_id, the share of descriptions whose nearest image has them) in float64."""
+    of = outputs.region_text_embed, batch.description_id, batch.region_mask
+    return positives_replica(outputs, *of, c)
+
+
+def positives_replica(outputs, texts, text_id, real, c):
+    """(the loss of images and all of their texts, the share of texts whose nearest image has them), pair by pair."""
+    g, t = (np.asarray(x, np.float64) for x in (outputs.image_embed, texts))
     z = float(outputs.logit_scale) * np.einsum("id,jkd->ijk", g, t) + float(outputs.logit_bias)
-    pairs = [(i, k) for i, k in np.argwhere(batch.region_mask)]
-    ids = {pair: batch.description_id[pair] if c.mask_duplicates else pair for pair in pairs}
+    pairs = [(i, k) for i, k in np.argwhere(real)]
+    ids = {pair: text_id[pair] if c.mask_duplicates else pair for pair in pairs}
     of_image = [{ids[pair] for pair in pairs if pair[0] == i} for i in range(len(g))]
     losses_, right = [], []
     for i, k in pairs:
@@ -224,6 +235,55 @@ def test_image_description_equals_float64_replica(contrast, mask_duplicates):
     np.testing.assert_allclose(got.terms["image_description"], expected, rtol=1e-5)
     np.testing.assert_allclose(got.measures["image_description_accuracy"], right, rtol=1e-6)
     np.testing.assert_allclose(got.total, 0.5 * expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("captions", [2, 3])
+@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("mask_duplicates", [True, False])
+def test_several_captions_equal_float64_replica(captions, contrast, mask_duplicates):
+    c = tiny.config(
+        input__captions_per_image=captions,
+        loss__contrast=contrast,
+        loss__mask_duplicates=mask_duplicates,
+        loss__image_caption=0.5,
+        loss__box=0.0,
+        loss__region_description=0.0,
+        model__logit_bias_init=-1.0 if contrast == "sigmoid" else None,
+    )
+    batch, outputs = tiny.batch(c), _outputs(c)
+    outputs = learnt(outputs, batch)._replace(logit_bias=np.float32(-1))
+    batch.caption_mask[5] = False  # an image without captions is a negative of all of them
+    batch.caption_id[8] = batch.caption_id[8, 0]  # one text twice on one image
+    batch.caption_id[1, 0] = batch.caption_id[3, 1]  # and on two
+    got = losses.total_loss(outputs, batch, c.loss)
+    texts = outputs.text_embed, batch.caption_id, batch.caption_mask
+    expected, right = positives_replica(outputs, *texts, c.loss)
+    assert 0 < right < 1
+    np.testing.assert_allclose(got.terms["image_caption"], expected, rtol=1e-5)
+    np.testing.assert_allclose(got.measures["image_caption_accuracy"], right, rtol=1e-6)
+    np.testing.assert_allclose(got.total, 0.5 * expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
+def test_one_caption_an_image_is_a_case_of_several(contrast):
+    """The two programs agree: with all but the first of three captions masked, the loss is that of one."""
+    loss = dict(
+        loss__contrast=contrast, model__logit_bias_init=-1.0 if contrast == "sigmoid" else None
+    )
+    c = tiny.config(input__captions_per_image=3, **loss)
+    batch, outputs = tiny.batch(c), _outputs(c)
+    batch.caption_mask[:] = [True, False, False]
+    value_and_grad = jax.value_and_grad(
+        lambda o, b: losses.total_loss(o, b, c.loss).terms["image_caption"]
+    )
+    several, of_several = value_and_grad(outputs, batch)
+    outputs = outputs._replace(text_embed=outputs.text_embed[:, :1])
+    batch = batch._replace(caption_id=batch.caption_id[:, :1], caption_mask=np.ones((16, 1), bool))
+    one, of_one = value_and_grad(outputs, batch)
+    np.testing.assert_allclose(several, one, rtol=1e-6)
+    np.testing.assert_allclose(of_several.image_embed, of_one.image_embed, atol=1e-6)
+    np.testing.assert_allclose(of_several.text_embed[:, :1], of_one.text_embed, atol=1e-6)
+    assert not np.any(of_several.text_embed[:, 1:])
 
 
 def test_image_description_is_left_out_where_its_weight_is_zero():
@@ -347,8 +407,8 @@ def test_no_gradient_flows_through_the_matching():
     assert not np.any(grad)
 
 
-def test_padded_regions_change_nothing():
-    c = tiny.config()
+def test_padded_regions_and_captions_change_nothing():
+    c = tiny.config(input__captions_per_image=3)
     batch, outputs = tiny.batch(c), _outputs(c)
     first = losses.total_loss(outputs, batch, c.loss)
     junk = np.random.default_rng(5)
@@ -363,9 +423,18 @@ def test_padded_regions_change_nothing():
         junk.normal(size=outputs.region_text_embed.shape),
         outputs.region_text_embed,
     )
+    no_caption = ~batch.caption_mask
+    captions = np.where(
+        no_caption[..., None], junk.normal(size=outputs.text_embed.shape), outputs.text_embed
+    )
     second = losses.total_loss(
-        outputs._replace(region_text_embed=texts.astype(np.float32)),
-        batch._replace(region_boxes_cxcywh=boxes.astype(np.float32)),
+        outputs._replace(
+            region_text_embed=texts.astype(np.float32), text_embed=captions.astype(np.float32)
+        ),
+        batch._replace(
+            region_boxes_cxcywh=boxes.astype(np.float32),
+            caption_id=np.where(no_caption, batch.caption_id[0, 0], batch.caption_id),
+        ),
         c.loss,
     )
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):

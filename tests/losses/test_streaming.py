@@ -23,6 +23,7 @@ from tests.losses.test_losses import (
     assert_measures,
     image_description_replica,
     learnt,
+    positives_replica,
     replica_and_measures,
 )
 
@@ -171,6 +172,9 @@ def _case(**overrides):
     batch, outputs = tiny.batch(c), _outputs(c)
     batch.region_boxes_cxcywh[3, 1, 2] = 0  # a box without area
     batch.region_mask[4:8] = False  # images without regions: uneven shards
+    if c.input.captions_per_image > 1:
+        batch.caption_mask[8:11] = False  # images without captions
+        batch.caption_id[1, 0] = batch.caption_id[30, 1]  # a text of two images, on two devices
     return c, batch, learnt(outputs, batch)._replace(logit_bias=np.float32(-2))
 
 
@@ -194,17 +198,25 @@ def _losses(c, batch, outputs, sizes):
 
 
 @pytest.mark.parametrize(
-    "sizes,group_size,gather,masked",
+    "sizes,group_size,gather,masked,captions",
     [
-        ((1, 1, 1), 0, 1, True),
-        ((8, 1, 1), 0, 2, False),
-        ((4, 2, 1), 16, 2, True),  # a group is four devices
-        ((2, 2, 2), 0, 1, True),
-        ((8, 1, 1), 2, 4, False),  # a device holds two groups
+        ((1, 1, 1), 0, 1, True, 1),
+        ((8, 1, 1), 0, 2, False, 1),
+        ((4, 2, 1), 16, 2, True, 1),  # a group is four devices
+        ((2, 2, 2), 0, 1, True, 1),
+        ((8, 1, 1), 2, 4, False, 1),  # a device holds two groups
+        ((4, 2, 1), 0, 2, True, 3),
+        ((8, 1, 1), 0, 1, False, 2),
     ],
 )
-def test_losses_and_gradients_are_the_same_on_every_mesh(sizes, group_size, gather, masked):
-    c, batch, outputs = _case(loss__group_size=group_size, loss__mask_duplicates=masked)
+def test_losses_and_gradients_are_the_same_on_every_mesh(
+    sizes, group_size, gather, masked, captions
+):
+    c, batch, outputs = _case(
+        loss__group_size=group_size,
+        loss__mask_duplicates=masked,
+        input__captions_per_image=captions,
+    )
     expected = jax.jit(jax.value_and_grad(lambda o, b: losses.total_loss(o, b, c.loss).total))(
         outputs, batch
     )
@@ -221,14 +233,21 @@ def test_losses_and_gradients_are_the_same_on_every_mesh(sizes, group_size, gath
         )
 
 
-def test_sigmoid_equals_a_float64_loop():
-    c, batch, outputs = _case(loss__contrast="sigmoid", model__logit_bias_init=-10.0)
+@pytest.mark.parametrize("captions", [1, 3])
+def test_sigmoid_equals_a_float64_loop(captions):
+    c, batch, outputs = _case(
+        loss__contrast="sigmoid", model__logit_bias_init=-10.0, input__captions_per_image=captions
+    )
     values, grads = _losses(c, batch, outputs, (4, 2, 1))
     o = jax.tree.map(lambda x: np.asarray(x, np.float64), outputs)
     softplus = lambda x: np.log1p(np.exp(x))
-    z = o.logit_scale * o.image_embed @ o.text_embed.T + o.logit_bias
-    same = batch.caption_id[:, None] == batch.caption_id
-    expected = (softplus(-np.diag(z)) + np.where(same, 0, softplus(z)).sum(1)).mean()
+    if captions == 1:
+        z = o.logit_scale * o.image_embed @ o.text_embed[:, 0].T + o.logit_bias
+        same = batch.caption_id == batch.caption_id.T
+        expected = (softplus(-np.diag(z)) + np.where(same, 0, softplus(z)).sum(1)).mean()
+    else:
+        texts = outputs.text_embed, batch.caption_id, batch.caption_mask
+        expected, _ = positives_replica(outputs, *texts, c.loss)
     np.testing.assert_allclose(values.terms["image_caption"], expected, rtol=1e-5)
 
     # Regions: the softmax's matching, then every pair by itself.
@@ -264,20 +283,21 @@ def test_groups_that_cross_devices_are_refused():
 PER_DEVICE, WIDTH = 2 * 13, 19  # no other product of sizes of the losses has these primes
 
 
-def _config_of_gradient(gather):
+def _config_of_gradient(gather, captions):
     return tiny.config(
         batch_size=8 * PER_DEVICE,
         loss__gather=gather,
         loss__tile=32,
         loss__image_description=1.0,
+        input__captions_per_image=captions,
         model__embed_dim=WIDTH,
     )
 
 
 @functools.cache
-def _program_of_gradient(gather):
+def _program_of_gradient(gather, captions):
     """The compiled gradient of the losses on 8 devices."""
-    c = _config_of_gradient(gather)
+    c = _config_of_gradient(gather, captions)
     mesh = sharding.make_mesh(c.mesh)
     outputs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _outputs(c, width=WIDTH)
@@ -300,26 +320,28 @@ def _program_of_gradient(gather):
     return step.lower(outputs, batch).compile().as_text()
 
 
-@pytest.mark.parametrize("gather", [1, 2])
-def test_memory_of_the_losses_does_not_hold_the_global_batch(gather):
+@pytest.mark.parametrize("gather,captions", [(1, 1), (2, 1), (2, 3)])
+def test_memory_of_the_losses_does_not_hold_the_global_batch(gather, captions):
     """No buffer of the compiled value and gradient is as large as the batch, however its shape is spelt."""
-    text, slots = _program_of_gradient(gather), _config_of_gradient(gather).input.max_regions
+    text = _program_of_gradient(gather, captions)
+    slots = _config_of_gradient(gather, captions).input.max_regions
     sizes = [
         math.prod(int(n) for n in shape.split(",") if n)
         for shape in re.findall(r"\b(?:f32|bf16|s32|pred)\[([\d,]*)\]", text)
     ]
     images, regions = 8 * PER_DEVICE, 8 * PER_DEVICE * slots
-    forbidden = {n * k * WIDTH for n in (images, regions) for k in (1, 2)}
+    forbidden = {n * k * WIDTH for n in (images, captions * images, regions) for k in (1, 2)}
     forbidden |= {images**2, 2 * images**2, images * regions, regions**2}
+    forbidden |= {captions * images**2, (captions * images) ** 2}
     assert not forbidden & set(sizes), forbidden & set(sizes)
     assert max(sizes) < regions * WIDTH
     permutes = re.findall(r"= \S+ collective-permute\(|collective-permute-start\(", text)
     assert permutes and ("all-gather" in text) == (gather > 1)
 
 
-@pytest.mark.parametrize("gather", [1, 2])
-def test_the_plan_knows_the_vectors_that_the_rings_send(gather):
-    module, sent = hlo.parse(_program_of_gradient(gather)), collections.Counter()
+@pytest.mark.parametrize("gather,captions", [(1, 1), (2, 1), (2, 3)])
+def test_the_plan_knows_the_vectors_that_the_rings_send(gather, captions):
+    module, sent = hlo.parse(_program_of_gradient(gather, captions)), collections.Counter()
     # Of a scatter the operand counts.
     factors = {"collective-permute": 1, "all-gather": 1, "reduce-scatter": gather}
     for computation in module.computations.values():
@@ -329,6 +351,7 @@ def test_the_plan_knows_the_vectors_that_the_rings_send(gather):
                 times = module.times[computation.name] * factors[i.opcode]
                 sent[i.opcode] += times * shape.bytes
     expected = collections.Counter()
-    for row in estimate.rings(_config_of_gradient(gather), chips.parse_topology("h100:8"), 8):
+    c = _config_of_gradient(gather, captions)
+    for row in estimate.rings(c, chips.parse_topology("h100:8"), 8):
         expected[row.kind] += row.bytes
     assert expected["collective-permute"] > 0 and sent == expected

@@ -1,13 +1,17 @@
 import io
 import json
+import math
 
 import numpy as np
 import PIL.Image
 import pytest
 
+from grain_jax import config, losses
 from grain_jax.evaluate import tables, test_sets
 from grain_jax.report import pictures
+from tests import tiny
 from tests.evaluate.stub import StubPredictor, write_picture
+from tests.losses import test_losses
 
 RESULTS = {
     "eval/seen_by_name/alpha_1.0/top1": 0.776,
@@ -77,6 +81,19 @@ def test_curves(tmp_path, evaluations):
     assert pixels.shape == (792, 1760, 3)
     assert _has_colour(pixels, "#333333") and _has_colour(pixels, pictures.COLOURS[4])
     assert _has_colour(pixels[:, 1340:], "#1f77b4") == bool(evaluations)  # the first bar
+
+
+def test_the_caption_loss_at_chance(tmp_path):
+    assert pictures._caption_loss_at_chance(tmp_path) is None
+    (tmp_path / "config.json").write_text('{"batch_size": 64}')
+    assert pictures._caption_loss_at_chance(tmp_path) == (math.log(64), "ln 64")
+    c = tiny.config(input__captions_per_image=3, loss__mask_duplicates=False)
+    (tmp_path / "config.json").write_text(config.to_json(c))
+    batch, outputs = tiny.batch(c), test_losses._outputs(c)
+    batch.caption_mask[:] = True
+    loss = losses.total_loss(outputs._replace(logit_scale=np.float32(0)), batch, c.loss)
+    value = pytest.approx(float(loss.terms["image_caption"]))
+    assert pictures._caption_loss_at_chance(tmp_path) == (value, "ln √(16 x 46)")
 
 
 def test_curves_of_a_run_that_logged_nothing(tmp_path):

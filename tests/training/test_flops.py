@@ -103,6 +103,7 @@ def test_losses_by_hand():
     assert count(loss__group_size=128) == captions + 5 * 2 * (128 * 5) * 512
     assert count(batch_size=4096) == 2 * count()
     assert count(input__max_regions=0) == captions
+    assert count(input__captions_per_image=3) == count() + 2 * captions
     matched = count(loss__match_description=1.0, model__decoder__queries=7)
     assert matched == count() + 2 * 7 * 5 * 512
 
@@ -113,8 +114,9 @@ def test_losses_by_hand():
         recipe(),
         recipe("L/14", text__packing=False),
         tiny.config(model__decoder__queries=7, input__max_regions=3, model__embed_dim=24),
+        tiny.config(input__captions_per_image=3),
     ],
-    ids=["B/16", "L/14 padded", "tiny"],
+    ids=["B/16", "L/14 padded", "tiny", "three captions"],
 )
 def test_towers_are_those_of_the_model(config):
     model, params, batch = shapes(config)

@@ -1,5 +1,6 @@
 """One step on 8 virtual devices: the same numbers on every mesh, with micro-batches, and a clean HLO."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -31,7 +32,7 @@ def _config(mesh, **overrides):
 
 
 @functools.cache
-def _initial(mesh):
+def _initial(mesh):  # the same for any number of captions
     return jax.device_get(_build(_config(mesh)).init())
 
 
@@ -75,8 +76,19 @@ def test_mesh_microbatches_and_remat_change_nothing(mesh, overrides):
         np.testing.assert_allclose(a, b, atol=3e-4)
 
 
-def test_gradients_of_microbatches_equal_the_full_batch():
-    c = tiny.config()
+def test_three_captions_on_a_mesh_and_in_microbatches():
+    three = dict(input__captions_per_image=3, loss__image_description=0.5)
+    expected, state, _ = _run(ONE, **three)
+    metrics, other, _ = _run((2, 2, 2), microbatches=2, loss__gather=2, **three)
+    for a, b in zip(expected, metrics):
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=2e-5, err_msg=name)
+    np.testing.assert_array_equal(other.receipt, state.receipt)
+
+
+@pytest.mark.parametrize("captions", [1, 3])
+def test_gradients_of_microbatches_equal_the_full_batch(captions):
+    c = tiny.config(input__captions_per_image=captions)
     model = GRAIN(c.model)
     tx = optim.optimizer(c.optim, lambda step: 0.0)
     params = jax.jit(lambda: sharding.unbox(train_step.init_state(model, c, tx)))().params
@@ -84,7 +96,8 @@ def test_gradients_of_microbatches_equal_the_full_batch():
     keys = train_step.dropout_keys(0, 3, jnp.arange(c.batch_size))
     grads = {}
     for k in (1, 4):
-        run = functools.partial(train_step.loss_and_grads, model, tiny.config(microbatches=k), None)
+        part = dataclasses.replace(c, microbatches=k)
+        run = functools.partial(train_step.loss_and_grads, model, part, None)
         _, grads[k] = jax.jit(run)(params, batch, keys)
     for (path, a), b in zip(
         jax.tree_util.tree_flatten_with_path(grads[1])[0], jax.tree.leaves(grads[4])
