@@ -263,7 +263,7 @@ def test_padding_is_what_the_packing_of_training_needs():
         row[: len(descriptions)] = descriptions
     for rows, all_fit in ((whole["rows"], True), (whole["rows"] - 1, False)):
         layout = packing.pack(
-            caption_lengths=captions,
+            caption_lengths=captions[:, None],
             description_lengths=lengths,
             region_mask=lengths > 0,
             region_scores=np.zeros(lengths.shape),
