@@ -274,8 +274,9 @@ class Input:
     synthetic_caption_rate: float = key(0.5, low=0, high=1)
     # The descriptions of so many regions, best scores first, are added to the caption.
     descriptions_in_captions: int = count(0)
-    # C, captions of an image, all of them its positives: 1 is drawn as above; 2 are the web and the synthetic one; 3
-    # are these and the descriptions of the best `descriptions_in_captions` regions, joined (0: of all).
+    # C, captions of an image, all of them its positives: 1 is drawn as above; 2 are the web and the synthetic one,
+    # whatever the rate; 3 are these and the descriptions of the best `descriptions_in_captions` regions, joined (0: of
+    # all).
     captions_per_image: int = count(1, low=1, high=3, added=True)
     # Chance of a mirror image; boxes move, "left" and "right" change places in the texts.
     flip_rate: float = key(0.0, low=0, high=1)
