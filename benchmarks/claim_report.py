@@ -16,26 +16,19 @@ from grain_jax.evaluate import annotated, grounding
 
 LABELS = {
     "clip": "CLIP, web captions",
-    "clip_synthetic": "CLIP, web and synthetic captions",
     "clip_descriptions": "CLIP, descriptions in its captions",
-    "grain_no_rd": "GRAIN without L_rd",
-    "grain_no_box": "GRAIN without L_box (matched by words)",
-    "grain_group_negatives": "GRAIN, negatives of 16 images",
-    "grain_unmasked": "GRAIN, duplicates not masked",
+    "clip_captions": "CLIP, several captions",
+    "clip_image_description": "CLIP with L_id, no regions",
     "grain": "GRAIN",
-    "grain_web_captions": "GRAIN, web captions only",
-    "grain_more_synthetic": "GRAIN, half of the captions synthetic",
-    "grain_boxes_and_words": "GRAIN, matched by boxes and words",
-    "grain_and_descriptions": "GRAIN, descriptions in its captions too",
-    "grain_five_queries": "GRAIN, 5 queries for 8 parts",
+    "grain_image_description": "GRAIN with L_id",
+    "grain_captions": "GRAIN, several captions",
+    "grain_both": "GRAIN with L_id, several captions",
 }
 
 
 def headline(result: Result) -> float:
-    """Top-1 of the unseen test classes by description, at the alpha of the arm; for CLIP the better of two prompts."""
-    arm = result["arm"]
-    alone = result[f"unseen_test/alpha_{design.headline_alpha(arm)}/top1"]
-    return max(alone, result["sentence_test/alpha_1.0/top1"]) if arm in design.CLIP_ARMS else alone
+    """Top-1 of the unseen test classes by description, alpha 1: the better of the mean and one sentence."""
+    return design.best_prompt(result, "test")
 
 
 def health(result: Result) -> float:
@@ -83,8 +76,8 @@ def _cell(results: Sequence[Result], key: str, scale: float = 100, digits: int =
 
 COLUMNS = {  # heading -> column of the results, scale, digits
     "seen by name": ("seen_test/alpha_1.0/top1", 100, 1),
-    "unseen, alpha 1": ("unseen_test/alpha_1.0/top1", 100, 1),
-    "one sentence": ("sentence_test/alpha_1.0/top1", 100, 1),
+    "unseen, mean": ("unseen_test/alpha_1.0/top1", 100, 1),
+    "unseen, one sentence": ("sentence_test/alpha_1.0/top1", 100, 1),
     ".75": ("unseen_test/alpha_0.75/top1", 100, 1),
     ".5": ("unseen_test/alpha_0.5/top1", 100, 1),
     ".25": ("unseen_test/alpha_0.25/top1", 100, 1),
@@ -98,14 +91,7 @@ GROUNDING = {
     "region to description R@1, seen": ("grounding_seen/region_to_description_r1", 100, 1),
     "unseen": ("grounding_unseen/region_to_description_r1", 100, 1),
     "phrase to box Acc@0.5, unseen": ("grounding_unseen/phrase_acc50", 100, 1),
-    "other order, alpha .5": ("other_order/alpha_0.5/top1", 100, 1),
-    "other order, 0": ("other_order/alpha_0.0/top1", 100, 1),
 }
-
-
-def _label(run: design.Run) -> str:
-    label = LABELS[run.arm]
-    return label if run.data == "main" else f"{label}, {run.data.replace('_', ' ')}"
 
 
 def _rows(groups: Mapping[str, Sequence[Result]], columns: Mapping[str, tuple]) -> list[list[str]]:
@@ -119,10 +105,10 @@ def _rows(groups: Mapping[str, Sequence[Result]], columns: Mapping[str, tuple]) 
 def _grouped(runs: Sequence[design.Run], results: Mapping[str, Result]) -> dict[str, list[Result]]:
     """Label -> results of its finished runs, in the order of the plan."""
     groups: dict[str, list[Result]] = {}
-    order = list(design.ARMS) + list(design.QUESTIONS)
+    order = list(design.ARMS)
     for run in sorted(runs, key=lambda run: order.index(run.arm)):
         if run.name in results:
-            groups.setdefault(_label(run), []).append(results[run.name])
+            groups.setdefault(LABELS[run.arm], []).append(results[run.name])
     return groups
 
 
@@ -131,7 +117,7 @@ def report(
     results: Mapping[str, Result],
     charts: pathlib.Path,
 ) -> None:
-    """Prints the tables of all studies and draws `claim_arms.png` and `claim_noise.png` in the folder `charts`."""
+    """Prints the tables of all studies and draws `claim_arms.png` and the like in the folder `charts`."""
     main = _grouped(studies.get("equal steps", []), results)
     if not main:
         print("No arm has finished its learning rates yet.")
@@ -139,29 +125,25 @@ def report(
     any_result = next(iter(main.values()))[0]
     print(f"Device: {any_result['device']}, JAX {any_result['jax']}; mean ± standard deviation.\n")
     _print_rates(studies, results)
-    _print_health(main)
-    _print_main("Equal steps", main)
-    _print_differences("Equal steps", main)
-    equal = _grouped(studies.get("equal FLOPs", []), results)
-    if equal:
-        grain = {LABELS["grain"]: main.get(LABELS["grain"], [])}
-        _print_main("Equal FLOPs", equal | grain)
-        _print_differences("Equal FLOPs", equal | grain)
-    for study in ("questions", "longer"):
-        groups = _grouped(studies.get(study, []), results)
-        if groups:
-            first = {
-                LABELS[arm]: [r for r in main.get(LABELS[arm], []) if r["seed"] == design.SEEDS[0]]
-                for arm in ("clip", design.CONTROL, "grain")
-            }
-            same = study == "longer"  # arms of the main table at more steps
-            named = {f"{k}, longer" if same else k: value for k, value in groups.items()}
-            _print_main(f"{study.capitalize()} (seed {design.SEEDS[0]})", first | named)
+    ours = {LABELS[design.OURS]: main.get(LABELS[design.OURS], [])}
+    for title, groups in (
+        ("Equal steps", main),
+        ("Equal FLOPs", _grouped(studies.get("equal FLOPs", []), results) | ours),
+        ("Harder poses", _grouped(studies.get("poses", []), results)),
+    ):
+        if len(groups) > 1:
+            print(f"## {title}\n")
+            _print_health(groups)
+            _print_main(groups)
+            _print_differences(groups)
+    _draw_arms(main, charts / "claim_arms.png")
+    poses = _grouped(studies.get("poses", []), results)
+    if poses:
+        _draw_arms(poses, charts / "claim_poses.png")
     noise = _noise(studies, results, main)
     if noise:
-        _print_noise(noise, main)
+        _print_noise(noise)
         _draw_noise(noise, main, charts / "claim_noise.png")
-    _draw_arms(main, charts / "claim_arms.png")
 
 
 def _print_rates(studies, results) -> None:
@@ -175,7 +157,6 @@ def _print_rates(studies, results) -> None:
 
 
 def _print_health(main) -> None:
-    print("## Health\n")
     rows = []
     for label, results in main.items():
         found = sorted({fault for result in results for fault in faults(result)})
@@ -195,21 +176,20 @@ def _print_health(main) -> None:
     print(table(header, rows) + "\n")
 
 
-def _print_main(title: str, groups) -> None:
-    print(f"## {title}\n")
+def _print_main(groups) -> None:
     chance = next(iter(groups.values()))[0]
-    row = ["chance", f"{100 * chance['seen_test/chance']:.1f}"]
+    row = ["chance", "", f"{100 * chance['seen_test/chance']:.1f}"]
     row += [f"{100 * chance['unseen_test/chance']:.1f}"] * 6
     row += [
         f"{100 * chance[f'retrieval/{way}/chance_r1']:.1f}"
         for way in ("image_to_text", "text_to_image")
     ]
-    print(table(["", "steps", *COLUMNS], _with_steps(groups, COLUMNS) + [[row[0], "", *row[1:]]]))
+    print(table(["", "steps", *COLUMNS], _with_steps(groups, COLUMNS) + [row]))
     print()
     regions = {k: v for k, v in groups.items() if v and "grounding_unseen/box_iou" in v[0]}
     if regions:
-        # The chance level depends on the predicted boxes; this one is of the boxes of GRAIN.
-        by = regions.get(LABELS["grain"], list(regions.values())[-1])[0]
+        # The chance level depends on the predicted boxes; this one is of the boxes of OURS.
+        by = regions.get(LABELS[design.OURS], list(regions.values())[-1])[0]
         chance = [
             "chance",
             "",
@@ -220,7 +200,6 @@ def _print_main(title: str, groups) -> None:
                 for g in ("seen", "unseen")
             ),
             f"{100 * by['grounding_unseen/chance_phrase_acc50']:.1f}",
-            *[f"{100 * by['other_order/chance']:.1f}"] * 2,
         ]
         print(table(["", "steps", *GROUNDING], _with_steps(regions, GROUNDING) + [chance]) + "\n")
 
@@ -233,29 +212,29 @@ def _with_steps(groups, columns) -> list[list[str]]:
     ]
 
 
-def _print_differences(title: str, main) -> None:
-    grain = {r["seed"]: headline(r) for r in main.get(LABELS["grain"], [])}
-    if not grain:
+def _print_differences(groups) -> None:
+    """The headline, seed by seed: points by which OURS leads each arm."""
+    ours = {r["seed"]: headline(r) for r in groups.get(LABELS[design.OURS], [])}
+    if not ours:
         return
-    print(f"## {title}: the headline, seed by seed (points; GRAIN's lead and its 95% interval)\n")
     rows = []
-    for label, results in main.items():
+    for label, results in groups.items():
         values = {r["seed"]: headline(r) for r in results}
-        both = sorted(set(values) & set(grain))
-        lead = [100 * (grain[seed] - values[seed]) for seed in both]
+        both = sorted(set(values) & set(ours))
+        lead = [100 * (ours[seed] - values[seed]) for seed in both]
         low, high = _interval(lead) if len(lead) > 1 else (math.nan, math.nan)
-        ours = label == LABELS["grain"]
+        is_ours = label == LABELS[design.OURS]
         rows.append(
             [
                 label,
-                f"{design.headline_alpha(results[0]['arm']):g}",
                 ", ".join(f"{100 * values[seed]:.1f}" for seed in sorted(values)),
                 _spread(list(values.values())),
-                "" if ours else ", ".join(f"{x:+.1f}" for x in lead),
-                "" if ours else f"{low:+.1f} to {high:+.1f}",
+                "" if is_ours else ", ".join(f"{x:+.1f}" for x in lead),
+                "" if is_ours else f"{low:+.1f} to {high:+.1f}",
             ]
         )
-    header = ["arm", "alpha", "by seed", "mean", "GRAIN's lead by seed", "95% interval"]
+    header = ["unseen by description, alpha 1", "by seed", "mean"]
+    header += [f"lead of {LABELS[design.OURS]}", "95% interval"]
     print(table(header, rows) + "\n")
 
 
@@ -269,50 +248,29 @@ def _noise(studies, results, main) -> dict[str, dict[str, Result]]:
     for run in studies.get("noise", []):
         if run.name in results:
             found.setdefault(run.data, {})[run.arm] = results[run.name]
-            if (
-                "jitter" in run.data and design.CONTROL in found["none"]
-            ):  # the control reads no boxes
-                found[run.data][design.CONTROL] = found["none"][design.CONTROL]
+            control = found["none"].get(design.NOISE_ARMS[1])
+            if "jitter" in run.data and control:  # it reads no boxes
+                found[run.data][design.NOISE_ARMS[1]] = control
     return found if len(found) > 1 else {}
 
 
-def _without_regions(main) -> tuple[str, float]:
-    """(label, headline of the first seed) of the best CLIP arm that reads no regions."""
-    first = {
-        label: headline(result)
-        for label, results in main.items()
-        for result in results
-        if result["seed"] == design.SEEDS[0]
-        and result["arm"] in design.CLIP_ARMS
-        and result["arm"] != design.CONTROL
-    }
-    best = max(first, key=first.get)
-    return best, first[best]
-
-
-def _print_noise(noise, main) -> None:
+def _print_noise(noise) -> None:
     print(f"## Noise (seed {design.SEEDS[0]}; on top of the data set's own)\n")
     rows = []
-    other, floor = _without_regions(main)
     for name, arms in noise.items():
-        grain, control = (arms.get(arm) for arm in design.NOISE_ARMS)
-        region = grain and grain["unseen_test/alpha_0.0/top1"]
+        ours, control = (arms.get(arm) for arm in design.NOISE_ARMS)
         rows.append(
             [
                 name.replace("_", " ") + ("" if name == "none" else "%"),
-                f"{100 * headline(grain):.1f}" if grain else "-",
-                f"{100 * region:.1f}" if grain else "-",
-                f"{grain['grounding_unseen/box_iou']:.3f}" if grain else "-",
+                f"{100 * headline(ours):.1f}" if ours else "-",
+                f"{100 * ours['unseen_test/alpha_0.5/top1']:.1f}" if ours else "-",
+                f"{ours['grounding_unseen/box_iou']:.3f}" if ours else "-",
                 f"{100 * headline(control):.1f}" if control else "-",
-                f"{100 * floor:.1f}",
-                f"{100 * (headline(grain) - max(headline(control), floor)):+.1f}"
-                if grain and control
-                else "-",
+                f"{100 * (headline(ours) - headline(control)):+.1f}" if ours and control else "-",
             ]
         )
-    header = ["noise", "GRAIN, alpha .5", "alpha 0", "IoU", LABELS[design.CONTROL]]
-    header += [f"{other} (reads no regions)", "lead over the better"]
-    print(table(header, rows) + "\n")
+    ours, control = (LABELS[arm] for arm in design.NOISE_ARMS)
+    print(table(["noise", f"{ours}, alpha 1", "alpha .5", "IoU", control, "lead"], rows) + "\n")
 
 
 def query_table(run_folder: pathlib.Path, test: pathlib.Path) -> str:
@@ -349,7 +307,7 @@ def query_table(run_folder: pathlib.Path, test: pathlib.Path) -> str:
     return table(header, rows)
 
 
-_STYLE = {"grain": "#2ca02c", design.CONTROL: "#d62728"}
+_STYLE = {design.OURS: "#2ca02c", "clip_image_description": "#d62728"}
 
 
 def _draw_arms(main, path: pathlib.Path) -> None:
@@ -359,7 +317,7 @@ def _draw_arms(main, path: pathlib.Path) -> None:
     labels = list(main)[::-1]
     seen = lambda r: r["seen_test/alpha_1.0/top1"]  # noqa: E731
     for axis, title, measure, key in (
-        (left, "classes never seen, by description", headline, "unseen_test/chance"),
+        (left, "classes never seen, by description, alpha 1", headline, "unseen_test/chance"),
         (right, "seen classes, by name", seen, "seen_test/chance"),
     ):
         for y, label in enumerate(labels):
@@ -397,8 +355,6 @@ def _draw_noise(noise, main, path: pathlib.Path) -> None:
         for arm in design.NOISE_ARMS:
             curve = [(x, 100 * headline(arms[arm])) for x, arms in points.items() if arm in arms]
             axis.plot(*zip(*curve), "o-", color=_STYLE[arm], label=LABELS[arm])
-        other, floor = _without_regions(main)
-        axis.axhline(100 * floor, color="#1f77b4", linestyle="--", label=f"{other}, no regions")
         chance = next(iter(main.values()))[0]["unseen_test/chance"]
         axis.axhline(100 * chance, color="#555555", linestyle=":", label="chance")
         axis.set_xlabel(words.get(kind, kind), fontsize=9)

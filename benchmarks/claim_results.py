@@ -24,9 +24,6 @@ MEASURED = (
     *(f"unseen_test/alpha_{alpha}/top1" for alpha in design.ALPHAS),
     "unseen_test/chance",
     "sentence_test/alpha_1.0/top1",
-    "other_order/alpha_0.5/top1",
-    "other_order/alpha_0.0/top1",
-    "other_order/chance",
     "retrieval/image_to_text/r1",
     "retrieval/image_to_text/chance_r1",
     "retrieval/text_to_image/r1",
@@ -46,6 +43,7 @@ MEASURED = (
 TRAINED = (
     "loss_image_caption",
     "loss_region_description",
+    "loss_image_description",
     "loss_box",
     "matched_iou",
     "logit_scale",

@@ -446,7 +446,13 @@ def test_the_claim_runs_on_it(tmp_path, monkeypatch):
     header = (tmp_path / name).read_text().splitlines()[0]
     results.write_text(f"{header}\n")
     args = types.SimpleNamespace(
-        workdir=tmp_path / "w", results=results, config=design.CONFIG, data=None, steps=100, jobs=8
+        workdir=tmp_path / "w",
+        results=results,
+        config=design.CONFIG,
+        data=None,
+        steps=100,
+        jobs=8,
+        noise=True,
     )
     assert claim.run_all(args) == 0
     assert claim_results.read(results) == made
