@@ -48,7 +48,7 @@ def make_config(run: design.Run, file: str, main: pathlib.Path, work: pathlib.Pa
     test = str(main / "test")
     regions = run.arm not in design.CLIP_ARMS
     described = dict(names=False, descriptions=str(main / "unseen.json"))
-    # Every arm is asked in two ways: the mean of all descriptions of a class, and one sentence of all.
+    unit = described | dict(unit_features=True, alphas=(1.0,))
     sentence = described | dict(descriptions=str(views / "sentences.json"), alphas=(1.0,))
     described["alphas"] = design.ALPHAS if regions else (1.0,)
     evals = {}
@@ -58,6 +58,7 @@ def make_config(run: design.Run, file: str, main: pathlib.Path, work: pathlib.Pa
             "zeroshot", str(views / f"seen_{split}"), alphas=(1.0,)
         )
         evals[f"unseen_{split}"] = recipe.evaluator("zeroshot", unseen, **described)
+        evals[f"unit_{split}"] = recipe.evaluator("zeroshot", unseen, **unit)
         evals[f"sentence_{split}"] = recipe.evaluator("zeroshot", unseen, **sentence)
     evals["retrieval"] = recipe.evaluator("retrieval", test, annotations=f"{test}/A.jsonl")
     if regions:

@@ -15,6 +15,10 @@ RATES = (5e-4, 1e-3)
 SEEDS = (0, 1, 2)  # of weights and of the order of the data; images and species are the same
 ALPHAS = (1.0, 0.75, 0.5, 0.25, 0.0)
 
+# How the global embedding is asked for a class: by the mean of its descriptions, by that mean with unit length, as in
+# CLIP, and by one sentence of all.
+WAYS = ("unseen", "unit", "sentence")
+
 # Changes to CONFIG that all arms share; another --config is used unchanged.
 SETTING: dict[str, Any] = {
     "input.synthetic_caption_rate": 0.25,
@@ -114,16 +118,17 @@ def changes(run: Run, config: str) -> dict[str, Any]:
     }
 
 
-def best_prompt(result: Mapping[str, Any], split: str) -> float:
-    """Top-1 of unseen classes by their descriptions, alpha 1: the better of the mean of all and one sentence of all."""
-    return max(result[f"{data}_{split}/alpha_1.0/top1"] for data in ("unseen", "sentence"))
+def by_description(result: Mapping[str, Any], split: str) -> float:
+    """Top-1 of unseen classes by their descriptions, alpha 1, asked in the way that is best for the validation classes."""
+    way = max(WAYS, key=lambda way: result[f"{way}_validation/alpha_1.0/top1"])
+    return result[f"{way}_{split}/alpha_1.0/top1"]
 
 
 def validation_score(result: Mapping[str, Any]) -> float:
     """The score that chooses the learning rate of an arm: unseen classes by description; seen names for "clip"."""
     if result["arm"] == "clip":
         return result["seen_validation/alpha_1.0/top1"]
-    return best_prompt(result, "validation")
+    return by_description(result, "validation")
 
 
 def best_rate(results: Mapping[str, Mapping[str, Any]], arm: str, steps: int) -> float | None:

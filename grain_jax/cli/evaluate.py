@@ -113,6 +113,12 @@ def _add_zeroshot(out: Parser) -> None:
         metavar="ORDER",
         help=f"what the region score is averaged over: {', '.join(REGION_ORDERS)}; queries is the paper's (default)",
     )
+    out.switch(
+        "--unit-features",
+        default=False,
+        to=group,
+        help="class features have unit length, as in CLIP; --no-unit-features: the mean, as in the paper's code",
+    )
     add("--templates", metavar="FILE", help="prompts, one a line, with {} for the name")
     add("--predictions", metavar="FILE", help="file to write: a line of JSON an image")
 

@@ -38,6 +38,7 @@ _OLDER = dict(
     split="test",
     data_dir=None,
     classes=None,
+    unit_features=False,
     templates=None,
     missing="error",
     get=None,

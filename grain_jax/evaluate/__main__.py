@@ -38,6 +38,7 @@ def _entry(args: argparse.Namespace) -> config.Evaluator:
             alphas=tuple(zeroshot.check_alphas(alphas, args.descriptions, args.names)),
             names=args.names,
             region_order=args.region_order,
+            unit_features=args.unit_features,
             templates=args.templates,
         )
     of_command = {"retrieval": evaluators.Retrieval, "grounding": evaluators.Grounding}

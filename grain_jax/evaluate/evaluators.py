@@ -126,7 +126,8 @@ class ZeroShot(LabelledImages):
 
     Measures how often the right class has the best score, or one of the five best.
 
-    Options: those of LabelledImages, `descriptions`, `alphas`, `names`, `region_order`, `templates`.
+    Options: those of LabelledImages, `descriptions`, `alphas`, `names`, `region_order`, `unit_features`,
+    `templates`.
 
     Result: for each alpha, under `alpha_A`: `top1`, `top5`, `mean_per_class`, `per_class`; the same under `by_name`
     for names alone, if there are descriptions too; `chance`, `chance_top5`.
@@ -140,6 +141,9 @@ class ZeroShot(LabelledImages):
     # The region score is a mean over "queries" (the paper) or over "descriptions".
     region_order: str = dataclasses.field(
         default="queries", metadata={"choices": ("queries", "descriptions")}
+    )
+    unit_features: bool = (
+        False  # class features have unit length, as in CLIP (`scores.class_features`)
     )
     templates: str | None = None  # file of prompts; None: inference/templates.txt
 
@@ -199,6 +203,7 @@ class ZeroShot(LabelledImages):
             alphas=self.shares,
             names=self.names,
             region_order=self.region_order,
+            unit_features=self.unit_features,
             templates=_at_home(self.templates),
             batch_size=context.batch_size,
         )

@@ -80,6 +80,7 @@ def evaluate(
         "names": options.get("names", True),
         "descriptions": found.descriptions,
         "region_order": options.get("region_order", "queries"),
+        "unit_features": options.get("unit_features", False),
         "chance": 1 / len(classes),
         "chance_top5": min(1.0, 5 / len(classes)),
         "pictures_per_class": dict(zip(classes, counts.tolist())),
@@ -99,6 +100,7 @@ def predict(
     alphas: Sequence[float] | None = None,
     names: bool = True,
     region_order: str = "queries",
+    unit_features: bool = False,
     templates: epath.PathLike | None = None,
     batch_size: int = encode.BATCH_SIZE,
 ) -> Predictions:
@@ -111,6 +113,7 @@ def predict(
       alphas: shares of the global score in [0, 1]; default 1 without descriptions, 1 and 0.5 with.
       names: whether prompts have the class names; False: a class is made of its descriptions alone.
       region_order: what the region score averages over, one of REGION_ORDERS.
+      unit_features: class features have unit length (`scores.class_features`).
       templates: file of prompts, one per line; default: the general set of the package.
       batch_size: images at a time.
 
@@ -122,10 +125,12 @@ def predict(
     described = None
     if descriptions is not None:
         described = read_descriptions(descriptions, classes, test_set.stems, names)
-    features, embeds = _class_embeddings(predictor, classes, described, names, templates)
+    texts, embeds = _class_embeddings(predictor, classes, described, names, templates)
+    features = scores.class_features(texts, unit_features)
     ways = {f"alpha_{alpha}": (features, alpha) for alpha in alphas}
     if described is not None and names:
-        alone, _ = _class_embeddings(predictor, classes, None, names, templates)
+        texts, _ = _class_embeddings(predictor, classes, None, names, templates)
+        alone = scores.class_features(texts, unit_features)
         for alpha in dict.fromkeys([1.0, *alphas]):
             ways[f"{BY_NAME}/alpha_{alpha}"] = alone, alpha
 
@@ -282,17 +287,17 @@ def _class_embeddings(
     described: Sequence[Sequence[str]] | None,
     names: bool,
     templates: epath.PathLike | None,
-) -> tuple[np.ndarray, list[np.ndarray] | None]:
-    """Class features [C, D], and for each class the embeddings of its descriptions (None without descriptions)."""
+) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+    """For each class the embeddings of its texts, and of its descriptions (None without descriptions)."""
     embeds = None
     if described is not None:
         texts = [found or [name] for name, found in zip(classes, described)]
         embeds = encode.encode_texts(predictor, texts)
     if not names and embeds is not None:
-        return scores.class_features(embeds), embeds
+        return embeds, embeds
     filled = prompts.load_templates(templates)
     texts = [
         prompts.class_texts(name, filled, described[i] or None if described else None)
         for i, name in enumerate(classes)
     ]
-    return scores.class_features(encode.encode_texts(predictor, texts)), embeds
+    return encode.encode_texts(predictor, texts), embeds

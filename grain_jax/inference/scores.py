@@ -17,16 +17,19 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def class_features(text_embeds: Sequence[np.ndarray]) -> np.ndarray:
-    """For each class the mean of its unit-length text embeddings; the mean is not normalised again.
+def class_features(text_embeds: Sequence[np.ndarray], unit_length: bool = False) -> np.ndarray:
+    """For each class the mean of its unit-length text embeddings.
 
     Args:
       text_embeds: for each class the embeddings of its texts, [n_c, D].
+      unit_length: normalise the means, as OpenAI's CLIP and open_clip do; False: as the reference.
 
     Returns:
-      float32 [C, D]. The less alike the texts of a class, the shorter its feature and the lower its scores.
+      float32 [C, D]. Without `unit_length`, the less alike the texts of a class, the shorter its feature and the
+      lower its scores.
     """
-    return np.stack([unit(embeds).mean(axis=0) for embeds in text_embeds])
+    means = np.stack([unit(embeds).mean(axis=0) for embeds in text_embeds])
+    return unit(means) if unit_length else means
 
 
 def global_scores(image_embed: np.ndarray, features: np.ndarray) -> np.ndarray:

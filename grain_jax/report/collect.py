@@ -133,7 +133,8 @@ def _zeroshot(
             for i, name in enumerate(classes)
         ]
         of_classes = looking.encode_texts(predictor, texts)
-    global_scores = scores.global_scores(found.image_embed, scores.class_features(of_classes))
+    features = scores.class_features(of_classes, entry.unit_features)
+    global_scores = scores.global_scores(found.image_embed, features)
     region_scores = None
     if with_regions:
         by_query = entry.region_order == "queries"

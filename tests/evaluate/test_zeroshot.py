@@ -110,6 +110,19 @@ def test_descriptions_alone(folder):
     assert result["alpha_0.0"]["per_class"] == {"cat": 0.5, "dog": 1.0, "red fox": 1.0}
 
 
+def test_class_features_of_unit_length(folder):
+    """Image 0 has the cosine .87 with dog and .96 with the direction of cat, whose mean has length .71."""
+    path = _write_descriptions(folder, DESCRIPTIONS)
+    images = {0: [0.5, 0.9, 0], 1: [0, 1, 0], 2: [0, 1, 0], 3: [0, 0, 1]}
+    right = {}
+    for unit in (False, True):
+        predictor = StubPredictor(images, PHRASES)
+        options = dict(descriptions=path, names=False, alphas=(1.0,), unit_features=unit)
+        right[unit] = _evaluate(folder, predictor, **options)["alpha_1.0"]["per_class"]
+    assert right[False] == {"cat": 0.0, "dog": 1.0, "red fox": 1.0}
+    assert right[True] == {"cat": 0.5, "dog": 1.0, "red fox": 1.0}
+
+
 def test_names_with_descriptions(folder):
     path = _write_descriptions(folder, DESCRIPTIONS)
     sentences = {

@@ -8,9 +8,11 @@ def test_unit_keeps_zeros():
     np.testing.assert_allclose(scores.unit([[3.0, 4.0], [0.0, 0.0]]), [[0.6, 0.8], [0.0, 0.0]])
 
 
-def test_class_feature_is_the_mean_and_not_normalised_again():
+def test_class_feature_is_the_mean_normalised_again_on_demand():
     features = scores.class_features([np.array([[2.0, 0], [0, 5]]), np.array([[0.0, 3]])])
     np.testing.assert_allclose(features, [[0.5, 0.5], [0.0, 1.0]])
+    unit = scores.class_features([np.array([[2.0, 0], [0, 5]]), np.array([[0.0, 3]])], True)
+    np.testing.assert_allclose(unit, [[0.5**0.5, 0.5**0.5], [0.0, 1.0]], rtol=1e-6)
     np.testing.assert_allclose(scores.global_scores([[7.0, 0]], features), [[0.5, 0.0]])
 
 
