@@ -77,7 +77,7 @@ def train(run: design.Run, args: argparse.Namespace) -> None:
     from grain_jax import config as config_lib
     from grain_jax import train as trainer
     from grain_jax.models.grain import GRAIN
-    from grain_jax.runtime import metrics_file
+    from grain_jax.runtime import checkpoint, metrics_file
     from grain_jax.training import flops, optim, sharding, train_step
 
     main = args.data or args.workdir / ("main" if run.data in design.NOISE else run.data)
@@ -86,6 +86,8 @@ def train(run: design.Run, args: argparse.Namespace) -> None:
     began = time.monotonic()
     trainer.train(config, epath.Path(workdir))
     seconds = time.monotonic() - began
+    config, _ = checkpoint.newest_config(workdir)  # with the numbers that it left open
+    assert config is not None
 
     lines = [line.values for line in metrics_file.read([workdir / metrics_file.FILE])[0]]
     last = lines[-5:]
