@@ -112,7 +112,7 @@ def train(run: design.Run, args: argparse.Namespace) -> None:
         "images_per_second": round(speeds[len(speeds) // 2], 1),
         "flops_per_step": step_flops,
     }
-    for key in claim_results.TRAINED:
+    for key in (key for key in claim_results.TRAINED if key in lines[-1]):
         result[key] = round(sum(line[key] for line in last) / len(last), 6)
     for key in claim_results.MEASURED:
         if f"eval/{key}" in evaluated:
