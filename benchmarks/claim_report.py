@@ -32,15 +32,17 @@ def headline(result: Result) -> float:
 
 
 def health(result: Result) -> float:
-    """Final L_ic over ln B; 1 means that nothing was learnt."""
-    return result["loss_image_caption"] / math.log(result["batch_size"])
+    """Final L_ic over its value for embeddings that know nothing: ln B for one caption an image."""
+    batch = result["batch_size"]
+    captions = design.ARMS[result["arm"]].get("input.captions_per_image", 1)
+    return result["loss_image_caption"] / math.log(batch * (1 + captions * (batch - 1))) * 2
 
 
 def faults(result: Result) -> list[str]:
     """Signs that a run did not train; empty for a healthy one."""
     found = []
     if health(result) >= 0.9:
-        found.append(f"L_ic is {health(result):.2f} ln B")
+        found.append(f"L_ic is {health(result):.2f} of its chance value")
     seen, chance = (result[f"seen_test/{key}"] for key in ("alpha_1.0/top1", "chance"))
     half_way = (1 + chance) / 2  # of few classes, 10 times chance is more than all
     least, said = min((10 * chance, "10 times chance"), (half_way, "half way from chance to all"))
@@ -173,7 +175,7 @@ def _print_health(main) -> None:
                 "; ".join(found) or "trained",
             ]
         )
-    header = ["arm", "seeds", "lr", "L_ic / ln B", "logit scale", "minutes", "GFLOP a step", ""]
+    header = ["arm", "seeds", "lr", "L_ic / chance", "logit scale", "minutes", "GFLOP a step", ""]
     print(table(header, rows) + "\n")
 
 

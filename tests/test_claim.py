@@ -99,7 +99,7 @@ def test_an_arm_that_never_trained_is_named():
     made["loss_image_caption"] = 0.95 * math.log(64)
     made["seen_test/alpha_1.0/top1"] = 0.05
     assert claim_report.faults(made) == [
-        "L_ic is 0.95 ln B",
+        "L_ic is 0.95 of its chance value",
         "seen names are at 5.0%, less than 10 times chance",
     ]
     few = result(design.Run("clip", 1e-3, 0, 100)) | {"seen_test/chance": 0.125}

@@ -54,7 +54,8 @@ class GRAIN(nn.Module):
         if c.decoder is not None:
             self.decoder = region_decoder.QueryDecoder(c.decoder, dtype, self.remat)
             self.box_mlp = region_decoder.BoxMLP(c.decoder.width, dtype)
-            self.image_projection = project(c.decoder.width, "matrix")
+            if c.decoder.image_pool == "query":
+                self.image_projection = project(c.decoder.width, "matrix")
             self.region_projection = project(c.decoder.width, "matrix")
         else:
             if c.image.pool == "map":
@@ -106,11 +107,12 @@ class GRAIN(nn.Module):
                 jnp.zeros((1, batch, 0, 4)),
             )
         _, hidden = self.image_features(image, dropout_keys)
-        return (
-            normalize(self.image_projection(hidden[-1, :, -1])),
-            normalize(self.region_projection(hidden[-1, :, :-1])),
-            self.box_mlp(hidden[:, :, :-1]),
-        )
+        region_embed = normalize(self.region_projection(hidden[-1, :, :-1]))
+        if self.config.decoder.image_pool == "regions":
+            image_embed = normalize(region_embed.sum(axis=1))
+        else:
+            image_embed = normalize(self.image_projection(hidden[-1, :, -1]))
+        return image_embed, region_embed, self.box_mlp(hidden[:, :, :-1])
 
     def _pooled_image(self, tokens: jax.Array) -> jax.Array:
         """Tokens [B, N, E_image] -> [B, D], by `pool` and `projection`; [B, E_image] is pooled already."""

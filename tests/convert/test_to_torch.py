@@ -222,6 +222,7 @@ def test_costs_that_are_no_numbers_do_not_hang_the_assignment():
             text__activation="gelu",
             text__norm_eps=1e-3,
         ),
+        dict(decoder__image_pool="regions"),
     ],
 )
 def test_the_torch_module_follows_the_models_switches(changes):
@@ -280,7 +281,12 @@ def test_every_parameter_counts():
 
 
 def test_what_the_references_format_cannot_hold_is_a_line_each(tmp_path, capsys):
-    model = perturbed.tiny(image__pre_norm=True, text__activation="gelu", logit_bias_init=-10.0)
+    model = perturbed.tiny(
+        image__pre_norm=True,
+        text__activation="gelu",
+        logit_bias_init=-10.0,
+        decoder__image_pool="regions",
+    )
     checkpoint.save_model(tmp_path / "model", model, perturbed.params(model))
     out = tmp_path / "x.pth.tar"
     assert main(["to-torch", "--input", str(tmp_path / "model"), "--output", str(out)]) == 2
@@ -288,7 +294,8 @@ def test_what_the_references_format_cannot_hold_is_a_line_each(tmp_path, capsys)
         "model.logit_bias_init: got -10.0, the reference's model has None",
         "model.image.pre_norm: got True, the reference's model has False",
         "model.text.activation: got gelu, the reference's model has quick_gelu",
-        "3 faults; nothing was written",
+        "model.decoder.image_pool: got regions, the reference's model has query",
+        "4 faults; nothing was written",
     ]
     assert not out.exists()
     assert main(["to-torch", "--input", str(tmp_path / "model"), "--output", str(tmp_path)]) == 2

@@ -204,7 +204,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Learned queries attend to the image tokens; the last query embeds the whole image."""
+    """Learned queries attend to the image tokens; the last one, or the sum of all regions, embeds the whole image."""
 
     def __init__(self, towers):
         super().__init__()
@@ -221,7 +221,9 @@ class Decoder(nn.Module):
         self.transformer.decoder.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
         self.bbox_embed = nn.Module()
         self.bbox_embed.layers = nn.ModuleList(nn.Linear(width, n) for n in (width, width, 4))
-        self.img_proj = nn.Parameter(torch.empty(width, out))
+        self.pools_regions = tower.get("image_pool", "query") == "regions"
+        if not self.pools_regions:
+            self.img_proj = nn.Parameter(torch.empty(width, out))
         self.obj_proj = nn.Parameter(torch.empty(width, out))
 
     def forward(self, tokens):
@@ -236,7 +238,10 @@ class Decoder(nn.Module):
         first, second, last = self.bbox_embed.layers
         queries = torch.stack(hidden)[:, :, :-1]
         boxes = last(F.relu(second(F.relu(first(queries))))).float().sigmoid()
-        return hidden[-1][:, -1] @ self.img_proj, hidden[-1][:, :-1] @ self.obj_proj, boxes
+        regions = hidden[-1][:, :-1] @ self.obj_proj
+        if self.pools_regions:
+            return _unit(regions).sum(dim=1), regions, boxes
+        return hidden[-1][:, -1] @ self.img_proj, regions, boxes
 
 
 @dataclass
