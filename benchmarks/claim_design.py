@@ -32,29 +32,35 @@ SETTING: dict[str, Any] = {
     "model.image.position_period": 16.0,
 }
 _CLIP = {"input.max_regions": 0}
+_NO_REGIONS = {"loss.box": 0.0, "loss.region_description": 0.0}  # the descriptions stay, for L_id
 _WORDS = {"input.descriptions_in_captions": 8}  # the region descriptions that GRAIN trains on
-_CAPTIONS = {"input.captions_per_image": 3}  # web, synthetic, and all descriptions in one text
+_CAPTIONS = {"input.captions_per_image": 2}  # the web and the synthetic caption
 _DESCRIPTIONS = {"loss.image_description": 1.0}
-_NO_REGIONS = {"loss.box": 0.0, "loss.region_description": 0.0}
+_POOLED = {"model.decoder.image_pool": "regions"}
 
 ARMS: dict[str, dict[str, Any]] = {
     "clip": {**_CLIP, "input.synthetic_caption_rate": 0.0},
     "clip_descriptions": {**_CLIP, **_WORDS},
-    "clip_captions": {**_NO_REGIONS, **_CAPTIONS},
+    "clip_captions": {**_CLIP, **_CAPTIONS},
     "clip_image_description": {**_NO_REGIONS, **_DESCRIPTIONS},
+    "clip_both": {**_NO_REGIONS, **_DESCRIPTIONS, **_CAPTIONS},
+    "clip_pooled": {**_NO_REGIONS, **_DESCRIPTIONS, **_CAPTIONS, **_POOLED},
     "grain": {},
     "grain_image_description": _DESCRIPTIONS,
     "grain_captions": _CAPTIONS,
     "grain_both": {**_DESCRIPTIONS, **_CAPTIONS},
+    "grain_pooled": {**_DESCRIPTIONS, **_CAPTIONS, **_POOLED},
 }
-OURS = "grain_image_description"  # its lead over every other arm is reported
-CLIP_ARMS = (
+OURS = "grain_pooled"  # its lead over every other arm is reported
+CLIP_ARMS = tuple(arm for arm in ARMS if arm.startswith("clip"))  # no region losses
+KEY_ARMS = (
     "clip",
     "clip_descriptions",
-    "clip_captions",
-    "clip_image_description",
-)  # no region losses
-KEY_ARMS = ("clip", "clip_descriptions", "clip_image_description", "grain", OURS)  # these run first
+    "clip_both",
+    "clip_pooled",
+    "grain",
+    OURS,
+)  # these run first
 
 AVIARY = dict(
     seed=23,
@@ -84,7 +90,7 @@ NOISE: dict[str, dict[str, float]] = {
     "jitter_30": {"jitter": 0.3},
     "jitter_100": {"jitter": 1.0},
 }
-NOISE_ARMS = (OURS, "clip_image_description")
+NOISE_ARMS = (OURS, "clip_both")
 
 
 class Run(NamedTuple):
@@ -167,7 +173,7 @@ def plan(
     if aviaries:
         studies["poses"] = [Run(a, best[a], seed, steps, "poses") for seed in SEEDS for a in known]
     flops = {a: results[Run(a, best[a], first, steps).name]["flops_per_step"] for a in known}
-    fair = {a: round(steps * flops[OURS] / flops[a]) for a in known if a != OURS}
+    fair = {a: round(steps * flops[OURS] / flops[a]) for a in known if a in CLIP_ARMS}
     studies["equal FLOPs"] = [
         Run(a, best[a], seed, fair[a] if abs(fair[a] / steps - 1) > 0.05 else steps)
         for seed in SEEDS

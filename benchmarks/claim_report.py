@@ -17,12 +17,15 @@ from grain_jax.evaluate import annotated, grounding
 LABELS = {
     "clip": "CLIP, web captions",
     "clip_descriptions": "CLIP, descriptions in its captions",
-    "clip_captions": "CLIP, several captions",
-    "clip_image_description": "CLIP with L_id, no regions",
+    "clip_captions": "CLIP, two captions",
+    "clip_image_description": "CLIP, L_id",
+    "clip_both": "CLIP, L_id, two captions",
+    "clip_pooled": "CLIP, L_id, two captions, pooled",
     "grain": "GRAIN",
-    "grain_image_description": "GRAIN with L_id",
-    "grain_captions": "GRAIN, several captions",
-    "grain_both": "GRAIN with L_id, several captions",
+    "grain_image_description": "GRAIN, L_id",
+    "grain_captions": "GRAIN, two captions",
+    "grain_both": "GRAIN, L_id, two captions",
+    "grain_pooled": "GRAIN, L_id, two captions, pooled",
 }
 
 
@@ -310,7 +313,7 @@ def query_table(run_folder: pathlib.Path, test: pathlib.Path) -> str:
     return table(header, rows)
 
 
-_STYLE = {design.OURS: "#2ca02c", "clip_image_description": "#d62728"}
+_STYLE = {design.OURS: "#2ca02c", "clip_both": "#d62728"}
 
 
 def _draw_arms(main, path: pathlib.Path) -> None:
