@@ -36,7 +36,7 @@ _NO_REGIONS = {"loss.box": 0.0, "loss.region_description": 0.0}  # the descripti
 _WORDS = {"input.descriptions_in_captions": 8}  # the region descriptions that GRAIN trains on
 _CAPTIONS = {"input.captions_per_image": 2}  # the web and the synthetic caption
 _DESCRIPTIONS = {"loss.image_description": 1.0}
-_POOLED = {"model.decoder.image_pool": "regions"}
+_POOLED = {"model.decoder.image_pool": "all"}
 
 ARMS: dict[str, dict[str, Any]] = {
     "clip": {**_CLIP, "input.synthetic_caption_rate": 0.0},

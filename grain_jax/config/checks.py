@@ -207,11 +207,6 @@ def _regions(config: Config, faults: list[str]) -> None:
                 "model.decoder.queries: got 0, expected at least 1 where input.max_regions is not 0: no query"
                 " could be matched with a region"
             )
-        if decoder.queries == 0 and decoder.image_pool == "regions":
-            faults.append(
-                "model.decoder.image_pool: got 'regions' with model.decoder.queries=0, expected 'query', or at least"
-                " 1 query to sum"
-            )
         return
     if regions:
         faults.append(

@@ -208,8 +208,8 @@ class RegionDecoder:
     # Factor on the initial query, key and value weights; 1 = xavier, as the reference.
     qkv_init_gain: float = key(1.0, low=0)
     unroll: int = layers(1)  # layers of the scan that are unrolled; depth = no loop
-    # The image embedding: the projection of the image "query", or the sum of the embeddings of all "regions".
-    image_pool: str = key("query", choices=("query", "regions"), added=True)
+    # The image embedding: that of the image "query", or the sum of those of "all" queries.
+    image_pool: str = key("query", choices=("query", "all"), added=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,8 +54,7 @@ class GRAIN(nn.Module):
         if c.decoder is not None:
             self.decoder = region_decoder.QueryDecoder(c.decoder, dtype, self.remat)
             self.box_mlp = region_decoder.BoxMLP(c.decoder.width, dtype)
-            if c.decoder.image_pool == "query":
-                self.image_projection = project(c.decoder.width, "matrix")
+            self.image_projection = project(c.decoder.width, "matrix")
             self.region_projection = project(c.decoder.width, "matrix")
         else:
             if c.image.pool == "map":
@@ -107,11 +106,10 @@ class GRAIN(nn.Module):
                 jnp.zeros((1, batch, 0, 4)),
             )
         _, hidden = self.image_features(image, dropout_keys)
+        image_embed = normalize(self.image_projection(hidden[-1, :, -1]))
         region_embed = normalize(self.region_projection(hidden[-1, :, :-1]))
-        if self.config.decoder.image_pool == "regions":
-            image_embed = normalize(region_embed.sum(axis=1))
-        else:
-            image_embed = normalize(self.image_projection(hidden[-1, :, -1]))
+        if self.config.decoder.image_pool == "all":
+            image_embed = normalize(image_embed + region_embed.sum(axis=1))
         return image_embed, region_embed, self.box_mlp(hidden[:, :, :-1])
 
     def _pooled_image(self, tokens: jax.Array) -> jax.Array:

@@ -222,7 +222,7 @@ def test_costs_that_are_no_numbers_do_not_hang_the_assignment():
             text__activation="gelu",
             text__norm_eps=1e-3,
         ),
-        dict(decoder__image_pool="regions"),
+        dict(decoder__image_pool="all"),
     ],
 )
 def test_the_torch_module_follows_the_models_switches(changes):
@@ -285,7 +285,7 @@ def test_what_the_references_format_cannot_hold_is_a_line_each(tmp_path, capsys)
         image__pre_norm=True,
         text__activation="gelu",
         logit_bias_init=-10.0,
-        decoder__image_pool="regions",
+        decoder__image_pool="all",
     )
     checkpoint.save_model(tmp_path / "model", model, perturbed.params(model))
     out = tmp_path / "x.pth.tar"
@@ -294,7 +294,7 @@ def test_what_the_references_format_cannot_hold_is_a_line_each(tmp_path, capsys)
         "model.logit_bias_init: got -10.0, the reference's model has None",
         "model.image.pre_norm: got True, the reference's model has False",
         "model.text.activation: got gelu, the reference's model has quick_gelu",
-        "model.decoder.image_pool: got regions, the reference's model has query",
+        "model.decoder.image_pool: got all, the reference's model has query",
         "4 faults; nothing was written",
     ]
     assert not out.exists()

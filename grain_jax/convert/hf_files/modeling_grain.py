@@ -204,7 +204,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Learned queries attend to the image tokens; the last one, or the sum of all regions, embeds the whole image."""
+    """Learned queries attend to the image tokens; the last one, or the sum of all, embeds the whole image."""
 
     def __init__(self, towers):
         super().__init__()
@@ -221,9 +221,8 @@ class Decoder(nn.Module):
         self.transformer.decoder.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
         self.bbox_embed = nn.Module()
         self.bbox_embed.layers = nn.ModuleList(nn.Linear(width, n) for n in (width, width, 4))
-        self.pools_regions = tower.get("image_pool", "query") == "regions"
-        if not self.pools_regions:
-            self.img_proj = nn.Parameter(torch.empty(width, out))
+        self.sums_all = tower.get("image_pool", "query") == "all"
+        self.img_proj = nn.Parameter(torch.empty(width, out))
         self.obj_proj = nn.Parameter(torch.empty(width, out))
 
     def forward(self, tokens):
@@ -238,10 +237,10 @@ class Decoder(nn.Module):
         first, second, last = self.bbox_embed.layers
         queries = torch.stack(hidden)[:, :, :-1]
         boxes = last(F.relu(second(F.relu(first(queries))))).float().sigmoid()
-        regions = hidden[-1][:, :-1] @ self.obj_proj
-        if self.pools_regions:
-            return _unit(regions).sum(dim=1), regions, boxes
-        return hidden[-1][:, -1] @ self.img_proj, regions, boxes
+        image, regions = hidden[-1][:, -1] @ self.img_proj, hidden[-1][:, :-1] @ self.obj_proj
+        if self.sums_all:
+            image = _unit(image) + _unit(regions).sum(dim=1)
+        return image, regions, boxes
 
 
 @dataclass

@@ -155,7 +155,6 @@ OPTIONAL: tuple[tuple[str, Callable[[config_lib.Model], bool]], ...] = (
     ("image/class_token", lambda m: m.image.class_token),
     ("image/patch_embed/bias", lambda m: m.image.patch_bias),
     ("image/blocks/attention/(query|key)_norm/", lambda m: m.image.qk_norm),
-    ("image_projection/", lambda m: m.decoder is None or m.decoder.image_pool == "query"),
     ("logit_bias", lambda m: m.logit_bias_init is not None),
 )
 
