@@ -18,5 +18,4 @@ def get_config():
     c.model.text.context_length = 128
     c.input.lanes = 1
     c.text.pack_group = 32
-    c.text.pack_rows = 18
     return c
