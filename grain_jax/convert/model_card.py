@@ -155,7 +155,11 @@ def _parts(model: config_lib.Model, decoder: config_lib.RegionDecoder) -> list[t
             "region decoder",
             f"{decoder.queries} regions, width {decoder.width}, depth {decoder.depth}, {decoder.heads} heads",
         ),
-        ("embedding", str(model.embed_dim)),
+        (
+            "embedding",
+            f"{model.embed_dim}; of an image: "
+            + ("the sum of all queries" if decoder.image_pool == "all" else "the image query"),
+        ),
     ]
 
 
