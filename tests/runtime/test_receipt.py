@@ -186,6 +186,7 @@ def test_the_configs_hash_does_not_change_when_keys_are_added():
         (old["model"], config_lib.Model),
         (old["model"]["image"], config_lib.ImageTower),
         (old["model"]["text"], config_lib.TextTower),
+        (old["model"]["decoder"], config_lib.RegionDecoder),
         (old["input"], config_lib.Input),
         (old["text"], config_lib.Text),
         (old["loss"], config_lib.Loss),
