@@ -142,9 +142,8 @@ class ZeroShot(LabelledImages):
     region_order: str = dataclasses.field(
         default="queries", metadata={"choices": ("queries", "descriptions")}
     )
-    unit_features: bool = (
-        False  # class features have unit length, as in CLIP (`scores.class_features`)
-    )
+    # Class features have unit length, as in CLIP (`scores.class_features`).
+    unit_features: bool = False
     templates: str | None = None  # file of prompts; None: inference/templates.txt
 
     @property
