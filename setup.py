@@ -32,6 +32,7 @@ INTEROP = [
 ]
 # Of Beam, `apache-beam[gcp]` for Dataflow.
 ANNOTATE = ["apache-beam>=2.60", "transformers>=5.0", *TORCH]
+EMBED = ["pyarrow>=17"]  # embed, search
 DEMO = ["gradio>=6"]
 PROBE = ["scikit-learn>=1.5"]  # evaluate linear-probe
 # grain_jax.load of a name on its Hub; convert to-hf --push.
@@ -44,6 +45,7 @@ DEV = [
     *TPU,
     *INTEROP,
     *ANNOTATE,
+    *EMBED,
     *DEMO,
     *PROBE,
     *HUB,
@@ -119,6 +121,7 @@ setup(
         "torch": TORCH,
         "interop": INTEROP,
         "annotate": ANNOTATE,
+        "embed": EMBED,
         "demo": DEMO,
         "probe": PROBE,
         "hub": HUB,

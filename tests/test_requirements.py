@@ -32,6 +32,7 @@ EXTRAS = {
     "huggingface_hub": {"hub"},
     "instant-clip-tokenizer": {"fast-tokenizer"},
     "open_clip_torch": {"interop"},
+    "pyarrow": {"embed"},
     "safetensors": {"hub", "interop"},
     "scikit-learn": {"probe"},
     "sentencepiece": {"interop"},

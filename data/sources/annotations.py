@@ -30,6 +30,7 @@ class Annotations:
                     stop = start + sum(map(len, lines))
                     arguments = {"file": str(path), "images": str(options.images)}
                     arguments |= {"first_line": first, "start": start, "stop": stop}
+                    arguments["lines"] = sum(1 for line in lines if line.strip())
                     # Another content gets another name, so that it is not taken for one that is finished.
                     digest = hashlib.sha256(b"".join(lines)).hexdigest()[:8]
                     out.append(base.Shard(f"{len(out):06d}-{digest}", arguments))
@@ -38,18 +39,25 @@ class Annotations:
 
     def read(self, shard: base.Shard) -> Iterator[base.Image | base.Fault]:
         """The part's images; a line with a fault is left out whole, as grain-jax build does."""
-        path, stop = epath.Path(shard.arguments["file"]), shard.arguments["stop"]
-        with path.open("rb") as file:
-            at = file.seek(shard.arguments["start"])
-            for number, line in enumerate(file, shard.arguments["first_line"]):
-                at += len(line)
-                if line.strip():
-                    yield _image(line, f"{path.name}:{number}", shard.arguments["images"])
-                if at >= stop:
-                    return
+        for line, where in lines(shard):
+            yield image(line, where, shard.arguments["images"])
 
 
-def _image(line: bytes, where: str, folder: str) -> base.Image | base.Fault:
+def lines(shard: base.Shard) -> Iterator[tuple[bytes, str]]:
+    """The lines of a part that are not blank, and where each stands, FILE:LINE."""
+    path, stop = epath.Path(shard.arguments["file"]), shard.arguments["stop"]
+    with path.open("rb") as file:
+        at = file.seek(shard.arguments["start"])
+        for number, line in enumerate(file, shard.arguments["first_line"]):
+            at += len(line)
+            if line.strip():
+                yield line, f"{path.name}:{number}"
+            if at >= stop:
+                return
+
+
+def image(line: bytes, where: str, folder: str) -> base.Image | base.Fault:
+    """The image of a line, which stands at `where`, with its file below `folder`."""
     parsed = annotations.parse_line(line, caption_required=False)
     if parsed.annotation is None:
         return base.Fault(parsed.image or where, "bad annotation", "; ".join(parsed.faults))

@@ -32,6 +32,10 @@ COMMANDS = {
         "grain_jax.cli.evaluate:parser",
         "grain_jax.evaluate.__main__:main",
     ),
+    "embed": Command(
+        "grain_jax.data.embed.arguments:parser",
+        "grain_jax.data.embed.__main__:main",
+    ),
     "build": Command(
         "grain_jax.data.arguments:build_parser",
         "grain_jax.data.build:main",

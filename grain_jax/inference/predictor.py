@@ -175,9 +175,9 @@ class Predictor:
         return image, region, boxes
 
     def _parts(self, images: Images) -> Iterator[np.ndarray]:
-        """Images, resized unless they are floats, in arrays [at most MAX_BATCH per device, S, S, 3]."""
+        """Images, resized unless an array has the size, in arrays [at most MAX_BATCH per device, S, S, 3]."""
         size, most = self.model.image.image_size, MAX_BATCH * len(self._devices)
-        if isinstance(images, np.ndarray) and images.dtype.kind == "f":
+        if isinstance(images, np.ndarray) and images.shape[1:3] == (size, size):
             yield from (images[first : first + most] for first in range(0, len(images), most))
             return
         numbered = enumerate(images)

@@ -38,11 +38,11 @@ def save_model(folder: epath.PathLike, model: config_lib.Model, params: Any, **n
     params = jax.tree.map(np.asarray, params)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "params", params, force=True)
-    content = {"model": dataclasses.asdict(model), **notes, "digests": _digests(model, params)}
+    content = {"model": dataclasses.asdict(model), **notes, "digests": model_digests(model, params)}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _digests(model: config_lib.Model, params: Any) -> dict[str, str]:
+def model_digests(model: config_lib.Model, params: Any) -> dict[str, str]:
     """Digests that show damage. The path of the tokenizer may be edited, so it does not count."""
     text = dataclasses.replace(model.text, tokenizer="")
     described = config_lib.without_new_fields(dataclasses.replace(model, text=text))
@@ -129,7 +129,7 @@ def _read_converted(folder: epath.Path) -> tuple[config_lib.Model, Any]:
     model = config_lib.model_from_dict(content["model"])
     params = read_arrays(folder / "params")
     if "digests" in content:
-        for part, digest in _digests(model, params).items():
+        for part, digest in model_digests(model, params).items():
             if content["digests"].get(part) != digest:
                 raise CheckpointError(f"{part}: not what config.json has the digest of")
     return model, jax.tree.map(lambda x: np.asarray(x, np.float32), params)
