@@ -5,8 +5,7 @@ from typing import Any
 
 import jax
 
-import grain_jax
-from grain_jax import printable
+from grain_jax import __version__, printable
 from grain_jax.files import embeddings
 
 _REGIONS = """\
@@ -36,7 +35,7 @@ configs:
 ---
 # Embeddings of {rows:,} images
 
-Written by `grain-jax embed` (grain_jax {grain_jax.__version__}, jax {jax.__version__}). {len(parts):,} Parquet files
+Written by `grain-jax embed` (grain_jax {__version__}, jax {jax.__version__}). {len(parts):,} Parquet files
 in `data/`; {faults:,} images were left out, and `faults.jsonl` names each with its cause.
 
 | | |

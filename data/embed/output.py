@@ -88,7 +88,7 @@ def agree(folder: epath.Path, settings: dict[str, Any]) -> None:
     path = folder / embeddings.SETTINGS
     if path.exists():
         old = embeddings.read_settings(folder)
-        for key in settings.keys() | old.keys():
+        for key in dict.fromkeys([*settings, *old]):
             if key in _NOT_COMPARED or old.get(key) == settings.get(key):
                 continue
             raise EmbeddingsError(
