@@ -35,7 +35,8 @@ def perturbed(model: config_lib.Model, seed: int = 0) -> Any:
     def everything(module, image):
         embeds = module.encode_image(image), module.encode_text(rows, rows, rows, rows[0, :, :2])
         bias = module.logit_bias if model.logit_bias_init is not None else 0
-        return embeds, module.logit_scale, bias
+        boxes = module.encode_boxes(image, np.zeros((1, 1, 4))) if model.boxes.kind != "none" else 0
+        return embeds, module.logit_scale, bias, boxes
 
     init = lambda key: grain.GRAIN(model).init(
         key, np.zeros((1, size, size, 3), np.float32), method=everything

@@ -38,9 +38,10 @@ def export_model(
     output: epath.PathLike,
     platforms: Sequence[str] = PLATFORMS,
 ) -> list[parity.Comparison]:
-    """Writes `image.stablehlo`, `text.stablehlo`, `regions.stablehlo`, `params.npz` and `model.json`.
+    """Writes `image.stablehlo`, `text.stablehlo`, `regions.stablehlo`, `boxes.stablehlo`, `params.npz`, `model.json`.
 
-    A tokenizer's file goes with them. A model without region queries has no `regions.stablehlo`.
+    A tokenizer's file goes with them. A model without region queries has no `regions.stablehlo`, one without a box head
+    no `boxes.stablehlo`.
     What was written is read back and runs on this machine.
 
     Args:
@@ -66,7 +67,8 @@ def export_model(
         functions[name] = exported(shapes, *inputs.values()), tuple(inputs)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "regions.stablehlo").unlink(missing_ok=True)
+        for name in ("regions", "boxes"):
+            (output / f"{name}.stablehlo").unlink(missing_ok=True)
         with (output / "params.npz").open("wb") as file:
             np.savez(file, **params)
         for name, (exported, _) in functions.items():
@@ -91,6 +93,10 @@ def _functions(model: config_lib.Model, dtype: str) -> dict[str, tuple[Callable,
         names = ("image_embed", "region_embed", "boxes_xyxy")
         return dict(zip(names, encode_images(nested(params), image)))
 
+    def boxes(params, image, boxes_xyxy):
+        encode_boxes = inference.box_program(model, dtype)
+        return {"box_embed": encode_boxes(nested(params), image, boxes_xyxy)}
+
     def text(params, tokens, end):
         return {"text_embed": encode_texts(nested(params), tokens, end)}
 
@@ -107,6 +113,15 @@ def _functions(model: config_lib.Model, dtype: str) -> dict[str, tuple[Callable,
     functions = {"image": (image, images), "text": (text, texts)}
     if model.decoder is not None and model.decoder.queries:
         functions["regions"] = (regions, images)
+    if model.boxes.kind != "none":
+        one, any_number = jax_export.symbolic_shape("b, r")
+        functions["boxes"] = (
+            boxes,
+            {
+                "image": jax.ShapeDtypeStruct((one, size, size, 3), np.uint8),
+                "boxes_xyxy": jax.ShapeDtypeStruct((one, any_number, 4), np.float32),
+            },
+        )
     return functions
 
 
@@ -194,6 +209,8 @@ def _compare(
     images = images.astype(np.uint8)
     tokens = parity.inputs(size, text.vocab_size, text.context_length, count=_IMAGES).token_ids
     inputs = {"image": images, "tokens": tokens, "end": tokens.argmax(1).astype(np.int32)}
+    ends = np.random.default_rng(1).random((2, _IMAGES, 5, 2), np.float32)
+    inputs["boxes_xyxy"] = np.concatenate([ends.min(0), ends.max(0)], axis=-1)
     expected = {"text_embed": predictor.encode_text(tokens)}
     if "regions" in functions:
         image_embed, regions = predictor.encode_image_and_regions(images)
@@ -201,6 +218,8 @@ def _compare(
     else:
         image_embed = predictor.encode_image(images)
     expected["image_embed"] = image_embed
+    if "boxes" in functions:
+        expected["box_embed"] = np.stack(predictor.encode_boxes(images, inputs["boxes_xyxy"]))
     found = []
     for name, (_, names) in functions.items():
         function = jax_export.deserialize(bytearray((output / f"{name}.stablehlo").read_bytes()))

@@ -58,6 +58,9 @@ class Outputs(NamedTuple):
     )
     logit_scale: Array  # float32 [], the factor itself (the parameter is its logarithm)
     logit_bias: Array  # float32 [], of contrastive loss type sigmoid; 0 in a model without
+    box_embed: (
+        Array  # float32 [B, R, D], of the annotated boxes; [B, 0, D] in a model without a box head
+    )
 
 
 class Regions(NamedTuple):

@@ -142,21 +142,21 @@ def rings(config, topology, shards) -> list[hlo_collectives.Collective]:
     captions = config.input.captions_per_image
     softmax = config.loss.contrast == "softmax"
 
-    def of_images_and_their(texts):
-        # Images alone, or images forward and texts backward.
-        if softmax:
-            return layout.everywhere, 2 * images, images
-        return layout.everywhere, images + images * texts, 0
+    def of_both(ring, columns, rows):
+        # Columns alone, or columns forward and rows backward.
+        return (ring, 2 * columns, columns) if softmax else (ring, columns + rows, 0)
 
     # (ring, vectors that travel forward or backward, gradients that travel behind those): losses/streaming.py.
     terms = [
         (layout.everywhere, 2 * images * (2 if softmax else 1), 0)
         if captions == 1
-        else of_images_and_their(captions),
+        else of_both(layout.everywhere, images, images * captions),
         (layout.in_group, 2 * images * regions, 0),
     ]
     if config.loss.image_description and regions:
-        terms.append(of_images_and_their(regions))
+        terms.append(of_both(layout.everywhere, images, images * regions))
+    if config.loss.box_description:
+        terms.append(of_both(layout.in_group, images * regions, images * regions))
     out = []
     for ring, vectors, gradients in terms:
         together = config.loss.gather if ring.gather else 1

@@ -85,6 +85,18 @@ def test_reference_config_restores_what_the_spec_lists():
             lambda d: d["input"].update(captions_per_image=2, descriptions_in_captions=8),
             "input.descriptions_in_captions: got 8 with input.captions_per_image=2, expected 0",
         ),
+        (
+            lambda d: d["loss"].update(box_description=1.0),
+            "loss.box_description: got 1.0 with model.boxes.kind=none and input.max_regions=5; expected a box head",
+        ),
+        (
+            lambda d: d["model"]["boxes"].update(kind="prompter"),
+            "loss.box_description: got 0 with model.boxes.kind=prompter, so that nothing trains the box head",
+        ),
+        (
+            lambda d: d["model"]["boxes"].update(bins=0),
+            "model.boxes.bins: got 0, expected 1 to 64",
+        ),
         (lambda d: d.update(batch_size=0), "batch_size: got 0, expected at least 1"),
         (lambda d: d["text"].update(pack_rows=0), "text.pack_rows: got 0, expected at least 1"),
         (lambda d: d["input"].update(flip_rate=7.0), "input.flip_rate: got 7.0, expected 0 to 1"),

@@ -45,7 +45,10 @@ def read(name: str, given: str | None, wanted: Mapping[str, str]) -> dict[str, b
         try:
             content = epath.Path(given).read_bytes()
         except OSError as error:
-            raise PackageError(f"--deb {given}: {error.strerror or error}") from None
+            raise PackageError(
+                f"--deb {given}: {error.strerror or error}; expected the file of the package {name}"
+                f" (`apt-get download {name}` on a Debian machine makes it)"
+            ) from None
     folders = tuple(path for path in wanted if path.endswith("/"))
     try:
         found = {

@@ -11,6 +11,7 @@ from grain_jax.config.fields import (
     DTYPES,
     EITHER_OR,
     REMAT_POLICIES,
+    BoxHead,
     Config,
     Dataset,
     ImageTower,
@@ -41,6 +42,7 @@ from grain_jax.config.roles import flatten, select
 
 __all__ = [
     "ACTIVATIONS",
+    "BoxHead",
     "DTYPES",
     "EITHER_OR",
     "REMAT_POLICIES",

@@ -110,7 +110,8 @@ def check_model(model: Model, faults: list[str]) -> None:
             f"model.image.image_size: got {image.image_size}, expected a multiple of"
             f" model.image.patch_size = {image.patch_size}"
         )
-    built_in = {"image": image if is_vit else None, "decoder": decoder}
+    needs_heads = is_vit or model.boxes.kind == "prompter"
+    built_in = {"image": image if needs_heads else None, "decoder": decoder}
     built_in["text"] = None if named.is_external(text.tower) else text
     for name, tower in built_in.items():
         if tower is not None and tower.width % tower.heads:
@@ -122,6 +123,11 @@ def check_model(model: Model, faults: list[str]) -> None:
                 f"model.embed_dim: got {model.embed_dim}, expected model.{name}.width = {tower.width},"
                 f" because model.{name}.projection is none"
             )
+    if _pooled(image) and model.boxes.kind != "none":
+        faults.append(
+            f"model.boxes.kind: got {model.boxes.kind} with the tower {image.tower}, which pools its tokens; expected"
+            " none"
+        )
     if _pooled(image):
         if decoder is not None or image.pool != "none":
             faults.append(
@@ -208,16 +214,19 @@ def _regions(config: Config, faults: list[str]) -> None:
                 " could be matched with a region"
             )
         return
-    if regions:
+    reads_regions = config.model.boxes.kind != "none" or config.loss.image_description
+    if regions and not reads_regions:
         faults.append(
-            f"input.max_regions: got {regions}, expected 0: a model without model.decoder has no regions"
+            f"input.max_regions: got {regions}, expected 0: a model without model.decoder and model.boxes has no"
+            " regions, and loss.image_description, which reads their descriptions, is 0"
         )
     if config.init.decoder is not None:
         faults.append(
             f"init.decoder: got {config.init.decoder!r}, but model.decoder is None; expected no init.decoder"
         )
     for name, entry in config.evals.items():
-        if entry.needs_regions:
+        by_head = entry.kind == "boxes" and config.model.boxes.kind != "none"
+        if entry.needs_regions and not by_head:
             faults.append(
                 f"evals.{name}: got kind={entry.kind}, which needs regions, but a model without"
                 " model.decoder has no regions; take out the entry, or set alphas=(1.0,) in one of kind=zeroshot"
@@ -230,6 +239,18 @@ def _loss(config: Config, faults: list[str]) -> None:
         faults.append(
             f"model.logit_bias_init: got {bias} with loss.contrast={loss.contrast}; a sigmoid needs a bias"
             " (-10, SigLIP's), a softmax has none"
+        )
+    head = config.model.boxes.kind
+    if loss.box_description and (head == "none" or not config.input.max_regions):
+        faults.append(
+            f"loss.box_description: got {loss.box_description} with model.boxes.kind={head} and"
+            f" input.max_regions={config.input.max_regions}; expected a box head (roi_align or prompter) and regions,"
+            " or the weight 0"
+        )
+    if head != "none" and not loss.box_description and not loss.terms:
+        faults.append(
+            f"loss.box_description: got 0 with model.boxes.kind={head}, so that nothing trains the box head; expected"
+            " a weight above 0, or model.boxes.kind=none"
         )
     if loss.match_l1 == loss.match_giou == loss.match_description == 0:
         faults.append(

@@ -31,6 +31,7 @@ PROJECTIONS = ("none", "matrix", "affine")
 IMAGE_POOLS = ("none", "class", "map", "mean")
 TEXT_POOLS = ("end", "last", "map", "mean")
 TEXT_CLEANINGS = ("lower", "canonical", "none")
+BOX_HEADS = ("none", "roi_align", "prompter")
 # Pairs of which exactly one is set; the command line's choice wins over the config file's.
 EITHER_OR = (("total_steps", "total_epochs"), ("optim.warmup_steps", "optim.warmup_epochs"))
 
@@ -213,6 +214,20 @@ class RegionDecoder:
 
 
 @dataclasses.dataclass(frozen=True)
+class BoxHead:
+    """Embeddings of given boxes, beside the decoder or instead of it (models/box_head.py)."""
+
+    # "roi_align": the tokens in the box, averaged and projected. "prompter": the box attends to the tokens, in a layer
+    # with the sizes of the image tower's.
+    kind: str = key("none", choices=BOX_HEADS, added=True)
+    # Of roi_align: parts of a box along each side, each with weights of its own.
+    bins: int = count(1, low=1, high=64, added=True)
+    samples: int = count(
+        4, low=1, high=64, added=True
+    )  # of roi_align: points of a part along each side
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     """The towers and the width D of the joint space; the defaults are GRAIN B/16."""
 
@@ -224,6 +239,7 @@ class Model:
     image: ImageTower = key(ImageTower)
     text: TextTower = key(TextTower)
     decoder: RegionDecoder | None = key(RegionDecoder)  # None: two towers, without regions
+    boxes: BoxHead = key(BoxHead, added=True)
     # The program of the towers' self-attention, for the same numbers up to rounding (docs/speed.md). "auto": a Pallas
     # kernel on TPUs, cuDNN on CUDA in bfloat16, else XLA's.
     attention: str = key("auto", choices=ATTENTIONS, role="free", added=True)
@@ -239,7 +255,7 @@ class Init:
     text: str | None = key(None, added=True)
     # How image positions become those of another grid.
     resize: str = key("bilinear", choices=("bilinear", "bicubic"), added=True)
-    # Ours: the decoder, the projections of image and regions, the box head, the logit scale.
+    # Ours: the decoder, the projections of image and regions, the boxes, the logit scale, an equal box head.
     decoder: str | None = key(None, added=True)
 
 
@@ -314,6 +330,8 @@ class Loss:
     box: float = key(1.0)  # weight of L_box, predicted and annotated boxes
     # Weight of L_id, images and all of their descriptions.
     image_description: float = key(0.0, added=True)
+    # Weight of L_bd, annotated boxes and their descriptions; it needs model.boxes.
+    box_description: float = key(0.0, added=True)
     # Contrastive loss type: "softmax" (InfoNCE) or "sigmoid" (each pair alone, as SigLIP).
     contrast: str = key("softmax", choices=("softmax", "sigmoid"))
     group_size: int = count(0)  # images whose descriptions are negatives of each other; 0 = all

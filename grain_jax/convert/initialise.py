@@ -41,6 +41,9 @@ _NOT_COMPARED = {
 }  # of a decoder: training, initialisation, speed
 
 
+_BOX_HEAD = ("box_head/", "box_projection/")
+
+
 class Loaded(NamedTuple):
     """The arrays of the named parts, and a line for each thing to report about them."""
 
@@ -144,15 +147,14 @@ def load(config: config_lib.Config) -> Loaded:
 
 
 def _load_decoder(model: config_lib.Model, path: str, shapes) -> dict[str, np.ndarray]:
-    """The parameters of a GRAIN checkpoint that are not of its towers."""
+    """The parameters of a GRAIN checkpoint that are not of its towers; those of a box head where both have the same."""
     ours, flat = _read_ours(path)
     if ours.decoder is None:
         raise ConvertError(f"{path}: has no region decoder; expected a run or checkpoint of GRAIN")
     with prefixed(f"{path}: "):
         raise_any(towers.differences("decoder", ours.decoder, model.decoder, _NOT_COMPARED))
-    rest = lambda named: {  # noqa: E731
-        name: x for name, x in named.items() if not name.startswith(_TOWERS)
-    }
+    other = _TOWERS if ours.boxes == model.boxes else (*_TOWERS, *_BOX_HEAD)
+    rest = lambda named: {name: x for name, x in named.items() if not name.startswith(other)}  # noqa: E731
     towers.check_shapes(rest(flat), rest(shapes), {})
     return rest(flat)
 

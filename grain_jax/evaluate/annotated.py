@@ -85,6 +85,7 @@ def gather(
     label: str,
     unreadable: dict[str, str],
     regions: bool = True,
+    boxes_of: encode.BoxesOf | None = None,
     batch_size: int = encode.BATCH_SIZE,
 ) -> tuple[list[annotations_lib.Annotation], encode.Encoded]:
     """The records whose image can be read, and these images encoded; arguments as of `encode.encode_images`."""
@@ -94,6 +95,7 @@ def gather(
         label=label,
         unreadable=unreadable,
         regions=regions,
+        boxes_of=boxes_of,
         batch_size=batch_size,
     )
     return [annotated.records[i] for i in seen.index], seen

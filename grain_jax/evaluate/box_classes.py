@@ -1,10 +1,10 @@
-"""Classification of given boxes (COCO, LVIS) by the embedding of the region that overlaps the box most.
+"""Classification of given boxes (COCO, LVIS) by the box head, and by the region that overlaps the box most.
 
 The descriptions in the annotations are class names. For comparison, each box is also classified by the embedding of
-the whole image, which shows what the regions add.
+the whole image, which shows what regions and boxes add.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +36,7 @@ def evaluate(
     templates: epath.PathLike | None = None,
     batch_size: int = encode.BATCH_SIZE,
 ) -> dict[str, Any]:
-    """Classifies every annotated box by the region embedding of the query that overlaps it most.
+    """Classifies every annotated box: by the box head and by the query that overlaps the box most, as the model has them.
 
     Args:
       predictor: the model.
@@ -47,11 +47,12 @@ def evaluate(
       templates: file of prompts, one per line; default: the general set of the package.
       batch_size: images at a time.
 
-    Returns: counts; `chance` (of top-1), `chance_top5`; `best_iou`, the mean IoU of the box and the box of that
-      query; `found`, the share of boxes where the IoU is boxes.FOUND_IOU or more; under `region` (by the region
-      embedding) and under `image` (by the image embedding): `top1`, `top5`, `mean_per_class` (of top-1, over classes
-      with a box) and `per_class`; the same under `found_boxes` for the found boxes alone, and under `groups` for each
-      group of the class file. Shares have 95% intervals (`_low`, `_high`); ties count as if broken at random.
+    Returns: counts; `chance` (of top-1), `chance_top5`; under `box_head` (by the embedding of the box), `region` (by that
+      of the query that overlaps the box most) and `image` (by the image embedding): `top1`, `top5`, `mean_per_class` (of
+      top-1, over classes with a box) and `per_class`; the same under `groups` for each group of the class file. With
+      region queries also `best_iou`, the mean IoU of the box and the box of that query; `found`, the share of boxes
+      where the IoU is boxes.FOUND_IOU or more; and the same numbers under `found_boxes` for these boxes alone. Shares
+      have 95% intervals (`_low`, `_high`); ties count as if broken at random.
 
     Raises:
       test_sets.InputError, annotations.AnnotationError, class_names.ClassNameError, prompts.PromptError: images,
@@ -63,10 +64,22 @@ def evaluate(
     filled = prompts.load_templates(templates)
     listed = None if classes is None else class_names.read(classes)
     unreadable: dict[str, str] = {}
+    model = getattr(predictor, "model", None)  # a config.Model; test doubles may have none
+    has_regions = model is None or bool(model.decoder and model.decoder.queries)
+    has_head = model is not None and model.boxes.kind != "none"
+
+    def boxes_of(position: int, size: tuple[int, int]) -> np.ndarray:
+        return grounding.described_boxes([annotated.records[position]], [size]).boxes_xyxy
+
     kept, seen = annotated_lib.gather(
-        predictor, annotated, label="boxes", unreadable=unreadable, batch_size=batch_size
+        predictor,
+        annotated,
+        label="boxes",
+        unreadable=unreadable,
+        regions=has_regions,
+        boxes_of=boxes_of if has_head else None,
+        batch_size=batch_size,
     )
-    boxes_xyxy, embed = seen.with_regions
     described = grounding.described_boxes(kept, seen.sizes)
     listed = listed or [class_names.Line(None, text) for text in described.texts]
     names = [line.name for line in listed]
@@ -79,16 +92,16 @@ def evaluate(
             " expected descriptions that are class names"
         )
     target, image = target[use], described.image[use]
-    found = best_query(boxes_xyxy[image], described.boxes_xyxy[use])
-
     texts = [prompts.class_texts(name, filled) for name in names]
     features = scores.class_features(encode.encode_texts(predictor, texts))  # [C, D]
-    region_embed = embed[image, found.query]  # [M, D]
-    hits = {
-        "region": _hits(region_embed, features, target),
-        "image": _hits(seen.image_embed[image], features, target),
-    }
-    well = found.iou >= boxes.FOUND_IOU
+    embeds, found = {}, None  # [M, D] each
+    if seen.box_embed is not None:
+        embeds["box_head"] = seen.box_embed[use]
+    if seen.regions is not None:
+        found = best_query(seen.regions.boxes_xyxy[image], described.boxes_xyxy[use])
+        embeds["region"] = seen.regions.embed[image, found.query]
+    embeds["image"] = seen.image_embed[image]
+    hits = {key: _hits(embed, features, target) for key, embed in embeds.items()}
     accuracies = lambda which: {
         "boxes": int(which.sum()),
         **{
@@ -110,13 +123,21 @@ def evaluate(
         "classes_with_boxes": len(np.unique(target)),
         "chance": 1 / len(names),
         "chance_top5": min(1.0, 5 / len(names)),
-        "best_iou": float(found.iou.mean()),
-        **rates.rate("found", well),
+        **({} if found is None else _of_queries(found, accuracies)),
         **accuracies(np.full(len(target), True)),
-        **({"found_boxes": accuracies(well)} if well.any() else {}),
         "groups": {
             name: accuracies(which) for name, which in parts.items() if name and which.any()
         },
+    }
+
+
+def _of_queries(found: Found, accuracies: Callable[[np.ndarray], dict]) -> dict[str, Any]:
+    """The part of the result about the queries that overlap the boxes most."""
+    well = found.iou >= boxes.FOUND_IOU
+    return {
+        "best_iou": float(found.iou.mean()),
+        **rates.rate("found", well),
+        **({"found_boxes": accuracies(well)} if well.any() else {}),
     }
 
 

@@ -6,9 +6,9 @@ A predictor is an `inference.Predictor`, or any object with the methods of `Pred
 import itertools
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from etils import epath
@@ -41,9 +41,17 @@ class Predictor(Protocol):
         """Images -> float32 [B, D] and regions."""
         ...
 
+    def encode_boxes(self, images: Any, boxes_xyxy: Any, /) -> list[np.ndarray]:
+        """Images and boxes [n, 4] of each, in [0, 1] -> float32 [n, D] of each; of models with a box head."""
+        ...
+
     def encode_text(self, texts: Any, /) -> np.ndarray:
         """Strings -> float32 [N, D]."""
         ...
+
+
+# (position of an image in the whole set, (width, height) in pixels) -> its boxes, xyxy [n, 4] in [0, 1].
+BoxesOf: TypeAlias = Callable[[int, tuple[int, int]], np.ndarray]
 
 
 class Encoded(NamedTuple):
@@ -54,6 +62,9 @@ class Encoded(NamedTuple):
     labels: np.ndarray  # int [B], positions in the classes of a test set; -1: no label
     image_embed: np.ndarray  # float32 [B, D]
     regions: schema.Regions | None  # None: called with regions=False
+    box_embed: np.ndarray | None = (
+        None  # float32 [M, D], image by image; None: called without boxes
+    )
 
     @property
     def with_regions(self) -> schema.Regions:
@@ -70,25 +81,32 @@ def gather_images(
     label: str,
     unreadable: dict[str, str],
     regions: bool = True,
+    boxes_of: BoxesOf | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Encoded:
     """All readable images, encoded, in order, the same on every process; arguments as of `encode_images`."""
-    found = processes.allgather(
-        {
-            **{key: value for key, value in batch._asdict().items() if key != "regions"},
-            **(batch.with_regions._asdict() if regions else {}),
-        }
+    of_boxes: list[dict[str, np.ndarray]] = []
+
+    def of_images() -> Iterator[dict[str, np.ndarray]]:
         for batch in encode_images(
             predictor,
             images,
             label=label,
             unreadable=unreadable,
             regions=regions,
+            boxes_of=boxes_of,
             batch_size=batch_size,
-        )
-    )
+        ):
+            arrays = batch._asdict()
+            arrays.pop("regions")
+            if (box_embed := arrays.pop("box_embed")) is not None:
+                of_boxes.append({"box_embed": box_embed})
+            yield arrays | (batch.with_regions._asdict() if regions else {})
+
+    found = processes.allgather(of_images())
     parts = {key: found.pop(key) for key in schema.Regions._fields if key in found}
-    return Encoded(**found, regions=schema.Regions(**parts) if parts else None)
+    box_embed = processes.allgather(of_boxes)["box_embed"] if boxes_of is not None else None
+    return Encoded(**found, regions=schema.Regions(**parts) if parts else None, box_embed=box_embed)
 
 
 def encode_images(
@@ -98,6 +116,7 @@ def encode_images(
     label: str,
     unreadable: dict[str, str],
     regions: bool = True,
+    boxes_of: BoxesOf | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[Encoded]:
     """Batches of the images of this process; the next batch is read while the model encodes this one.
@@ -111,6 +130,7 @@ def encode_images(
       label: the name of the set in the progress line.
       unreadable: gets, after the last batch, name -> reason for each image that any process left out.
       regions: whether region embeddings are computed too.
+      boxes_of: gives the boxes of each image, which are embedded too; None: no boxes.
       batch_size: images at a time.
 
     Raises:
@@ -128,7 +148,7 @@ def encode_images(
         with errors.out_of_memory_in_a_line(label, lambda: SMALLER):
             progress = _Progress(label, len(mine), len(images))
             for batch in _batches(
-                predictor, stretch, mine.start, left_out, regions, batch_size, progress
+                predictor, stretch, mine.start, left_out, regions, boxes_of, batch_size, progress
             ):
                 seen += len(batch.index)
                 yield batch
@@ -156,6 +176,7 @@ def _batches(
     start: int,
     left_out: dict[str, str],
     regions: bool,
+    boxes_of: BoxesOf | None,
     batch_size: int,
     progress: "_Progress",
 ) -> Iterator[Encoded]:
@@ -192,22 +213,29 @@ def _batches(
                     labels.append(image.label)
             start += len(current)
             if batch:
-                embed, found = _encode(predictor, batch, regions)
-                yield Encoded(np.array(index), np.array(sizes), np.array(labels), embed, found)
+                boxes = None
+                if boxes_of is not None:
+                    boxes = [boxes_of(*each) for each in zip(index, sizes)]
+                embeds = _encode(predictor, batch, regions, boxes)
+                yield Encoded(np.array(index), np.array(sizes), np.array(labels), *embeds)
             progress.update(len(current))
     progress.close()
 
 
 def _encode(
-    predictor: Predictor, batch: list[Any], regions: bool
-) -> tuple[np.ndarray, schema.Regions | None]:
+    predictor: Predictor, batch: list[Any], regions: bool, boxes: list[np.ndarray] | None
+) -> tuple[np.ndarray, schema.Regions | None, np.ndarray | None]:
     if regions:
         embed, found = predictor.encode_image_and_regions(batch)
     else:
         embed, found = predictor.encode_image(batch), None
-    if not np.isfinite(embed).all() or (found and not all(np.isfinite(a).all() for a in found)):
+    box_embed = None
+    if boxes is not None:
+        box_embed = np.concatenate(predictor.encode_boxes(batch, boxes))
+    got = [embed, *(found or ()), *([] if box_embed is None else [box_embed])]
+    if not all(np.isfinite(x).all() for x in got):
         raise InputError("the model's embeddings are not finite: the checkpoint cannot be used")
-    return embed, found
+    return embed, found, box_embed
 
 
 def encode_texts(predictor: Predictor, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:

@@ -346,15 +346,15 @@ class Grounding(AnnotatedRegions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Boxes(AnnotatedRegions):
-    """Classifies given boxes by the region that overlaps each box most (`box_classes.evaluate`).
+    """Classifies given boxes by the box head and by the region that overlaps each box most (`box_classes.evaluate`).
 
     Measures how often the right class has the best score, or one of the five best.
 
     Options: those of AnnotatedImages, `classes`, `templates`.
 
-    Result: under `region` and, for comparison, under `image` (by the image embedding): `top1`, `top5`,
-    `mean_per_class`, `per_class`; the same under `found_boxes` and `groups`; `found`, `best_iou`, `chance`,
-    `chance_top5`.
+    Result: under `box_head`, under `region` and, for comparison, under `image` (by the image embedding): `top1`,
+    `top5`, `mean_per_class`, `per_class`; the same under `found_boxes` and `groups`; `found`, `best_iou`, `chance`,
+    `chance_top5`. A model without a box head or without regions has no `box_head` or `region`.
     """
 
     kind: str = "boxes"

@@ -51,6 +51,7 @@ _GROUNDING = (
 )
 _BOXES = (
     Row("found", "found by a query, IoU >= 0.5", None, "boxes", "boxes"),
+    Row("box_head/top1", "class of a box by the box head, top-1", "chance", "boxes", "boxes"),
     Row("region/top1", "class of a box by its region, top-1", "chance", "boxes", "boxes"),
     Row("region/top5", "class of a box by its region, top-5", "chance_top5", "boxes", "boxes"),
     Row(

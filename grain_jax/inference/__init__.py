@@ -9,11 +9,20 @@ if TYPE_CHECKING:
         Grounding,
         InputError,
         Predictor,
+        box_program,
         load,
         programs,
     )
 
-__all__ = ["ClassFeatures", "Grounding", "InputError", "Predictor", "load", "programs"]
+__all__ = [
+    "ClassFeatures",
+    "Grounding",
+    "InputError",
+    "Predictor",
+    "box_program",
+    "load",
+    "programs",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,10 +24,11 @@ from grain_jax import errors, schema
 from grain_jax.files import images as image_files
 from grain_jax.inference import prompts, scores
 from grain_jax.input_pipeline import tokenizer
-from grain_jax.models import grain, towers
+from grain_jax.models import box_head, grain, towers
 from grain_jax.runtime import checkpoint
 
 MAX_BATCH = 64  # images or texts per device and batch; smaller batches are padded to a power of two
+_FAR = 4.0  # of a corner in [0, 1]; one farther away is in pixels
 _ROW_LENGTHS = (16, 32, 64)  # token rows are cut to these lengths: most texts are short
 
 # PIL images or uint8 [H, W, 3] to iterate over; uint8 [B, H, W, 3]; or float32 [B, H, W, 3].
@@ -157,6 +158,104 @@ class Predictor:
                 f"{what}: the model has {has}, expected one that finds regions; use encode_image,"
                 " encode_text, or classify with alpha 1"
             )
+
+    def encode_boxes(
+        self, images: Images, boxes_xyxy: Iterable[Any] | np.ndarray
+    ) -> list[np.ndarray]:
+        """The embeddings of given boxes, by the box head: for each image float32 [n, D], unit length.
+
+        Args:
+          images: as for `encode_image`.
+          boxes_xyxy: for each image its boxes [n, 4], n = 0, 1, 2, ..., corners in [0, 1] of the image; they may reach
+            over its edge.
+
+        Raises:
+          InputError: as `encode_image`; the model has no box head; boxes of another shape, or not of as many images.
+        """
+        if self.model.boxes.kind == "none":
+            raise InputError(
+                "boxes: the model has no box head (model.boxes.kind is none), expected one that was trained with"
+                " loss.box_description; encode_regions finds boxes itself"
+            )
+        boxes = [_checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+        program, parts = box_program(self.model, self.dtype), []
+        for pixels in self._parts(_checked_images(images, self.model.image.image_size)):
+            own = boxes[len(parts) : len(parts) + len(pixels)]
+            own += [np.zeros((0, 4), np.float32)] * (len(pixels) - len(own))
+            # A power of two of boxes an image, so that few programs are compiled.
+            most = 1 << (max(map(len, own)) - 1).bit_length()
+            padded = np.stack([np.pad(x, ((0, most - len(x)), (0, 0))) for x in own])
+            embeds = self._run(program, pixels, padded)
+            parts += [embed[: len(x)].astype(np.float32) for embed, x in zip(embeds, own)]
+        if len(parts) != len(boxes):
+            raise InputError(
+                f"boxes_xyxy: got boxes of {len(boxes)} images, expected of {len(parts)}, as many as images"
+            )
+        return parts
+
+    def classify_boxes(
+        self,
+        images: Images,
+        boxes_xyxy: Iterable[Any] | np.ndarray,
+        classes: Iterable[str] | Mapping[str, Sequence[str]] | ClassFeatures,
+    ) -> list[np.ndarray]:
+        """For each image the cosine scores of every class for each of its boxes, float32 [n, C].
+
+        Args:
+          images, boxes_xyxy: as for `encode_boxes`.
+          classes: as for `classify`.
+
+        Raises:
+          InputError: as `encode_boxes` and `class_features`.
+        """
+        if not isinstance(classes, ClassFeatures):
+            classes = self.class_features(classes)
+        embeds = self.encode_boxes(images, boxes_xyxy)
+        return [scores.global_scores(embed, classes.features) for embed in embeds]
+
+    def similarity_map(
+        self, image: PIL.Image.Image | np.ndarray, texts: Iterable[str] | np.ndarray
+    ) -> np.ndarray:
+        """Where each text lies in an image: cosines at the resolution of the patches, float32 [N, h, w].
+
+        With a box head a patch is a box. Without one, of a model with regions, a patch has the best cosine of the
+        regions there (`scores.region_map`); of a model of two towers each patch is pooled alone, as in MaskCLIP (Zhou
+        et al. 2022). `scores.resize_map` makes it as large as the image.
+
+        Args:
+          image: as for `ground`.
+          texts: as for `encode_text`.
+
+        Raises:
+          InputError: image or texts cannot be used, or the image tower has no grid of patches.
+        """
+        images, text, grid = _one_image(image), self.encode_text(texts), self._grid
+        if self.model.boxes.kind != "none":
+            (patches,) = self.encode_boxes(images, [box_head.token_boxes(grid * grid, 0)])
+        elif self.model.decoder is not None:
+            regions = self.encode_regions(images)
+            cosines = text @ regions.embed[0].T
+            return scores.region_map(cosines, regions.boxes_xyxy[0], grid)
+        else:
+            (pixels,) = self._parts(_checked_images(images, self.model.image.image_size))
+            patches = self._run(patch_program(self.model, self.dtype), pixels)[0]
+        return (text @ patches.astype(np.float32).T).reshape(-1, grid, grid)
+
+    @property
+    def _grid(self) -> int:
+        """Patches along a side of an image. Raises InputError where the tower has no grid of them."""
+        size = self.model.image.image_size
+        pixels = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+        module = grain.GRAIN(self.model, self.dtype)
+        apply = functools.partial(module.apply, method=grain.GRAIN.image_tokens)
+        shape = jax.eval_shape(apply, {"params": self.params}, pixels).shape
+        tower = towers.image_tower(self.model.image)
+        try:
+            if tower.pooled:
+                raise ValueError("pools its tokens, expected a grid of them")
+            return box_head.grid_size(shape[1], tower.leading_tokens(self.model.image))
+        except ValueError as error:
+            raise InputError(f"model.image.tower: {error}") from None
 
     def _encode(self, images: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Images -> float32 (image [B, D], regions [B, Q, D], boxes_xyxy [B, Q, 4])."""
@@ -302,12 +401,7 @@ class Predictor:
           InputError: as `encode_regions` and `encode_text`.
         """
         self._need_regions("ground")
-        images: Images = [image]
-        if not isinstance(image, PIL.Image.Image):
-            image = np.asarray(image)
-            if image.ndim != 3:
-                raise InputError(f"image: got shape {list(image.shape)}, expected [H, W, 3]")
-            images = image[None] if image.dtype.kind == "f" else [image]
+        images = _one_image(image)
         regions = self.encode_regions(images)
         similarity = self.encode_text(texts) @ regions.embed[0].T  # [N, Q]
         best = similarity.argmax(axis=1)
@@ -397,10 +491,66 @@ def programs(model: config_lib.Model, dtype: str):
     return jax.jit(encode_images), jax.jit(encode_texts)
 
 
+@functools.lru_cache(maxsize=8)
+def box_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
+    """The jitted (params, image [B, S, S, 3], boxes_xyxy float32 [B, R, 4]) -> [B, R, D] of a model with a box head."""
+    module = grain.GRAIN(model, dtype)
+
+    def encode_boxes(params, image, boxes_xyxy):
+        with jax.default_matmul_precision("highest" if dtype == "float32" else None):
+            method = grain.GRAIN.encode_boxes
+            return module.apply({"params": params}, image, boxes_xyxy, method=method)
+
+    return jax.jit(encode_boxes)
+
+
+@functools.lru_cache(maxsize=8)
+def patch_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
+    """The jitted (params, image [B, S, S, 3]) -> [B, h * w, D], each patch pooled alone, of a model of two towers."""
+    module = grain.GRAIN(model, dtype)
+
+    def encode_patches(params, image):
+        with jax.default_matmul_precision("highest" if dtype == "float32" else None):
+            return module.apply({"params": params}, image, method=grain.GRAIN.encode_patches)
+
+    return jax.jit(encode_patches)
+
+
 def _pad(x: np.ndarray, devices: int = 1) -> np.ndarray:
     """`x` padded with copies of its last row, to a power of two of rows per device."""
     wanted = devices << (-(-len(x) // devices) - 1).bit_length()
     return np.concatenate([x, np.repeat(x[-1:], wanted - len(x), axis=0)])
+
+
+def _one_image(image: Any) -> Images:
+    """An image as a batch of one. Raises InputError."""
+    if isinstance(image, PIL.Image.Image):
+        return [image]
+    image = np.asarray(image)
+    if image.ndim != 3:
+        raise InputError(f"image: got shape {list(image.shape)}, expected [H, W, 3]")
+    return image[None] if image.dtype.kind == "f" else [image]
+
+
+def _checked_boxes(index: int, boxes: Any) -> np.ndarray:
+    """The boxes of an image as float32 [n, 4]. Raises InputError, which names the image by `index`."""
+    try:
+        found = np.asarray(boxes, np.float32)
+    except (TypeError, ValueError):
+        found = np.zeros(0, str)
+    if found.size == 0 and found.dtype.kind == "f":
+        found = found.reshape(0, 4)
+    if found.ndim != 2 or found.shape[1] != 4 or not np.isfinite(found).all():
+        raise InputError(
+            f"boxes_xyxy[{index}]: got {list(found.shape)}, expected finite numbers [n, 4], the corners x1, y1, x2, y2"
+        )
+    wrong = (found[:, :2] > found[:, 2:]).any(axis=1) | (np.abs(found) > _FAR).any(axis=1)
+    if wrong.any():
+        raise InputError(
+            f"boxes_xyxy[{index}]: got {found[wrong.argmax()].tolist()}, expected x1 <= x2 and y1 <= y2 in [0, 1] of the"
+            " image; divide pixels by its width and height"
+        )
+    return found
 
 
 def _resize(index: int, image: Any, size: int) -> np.ndarray:

@@ -70,3 +70,42 @@ def combine(global_: np.ndarray, region: np.ndarray | None, alpha: float) -> np.
     if region is None:
         raise ValueError(f"region: got None with alpha {alpha}, expected float32 [B, C]")
     return np.float32(alpha) * global_ + np.float32(1.0 - alpha) * region
+
+
+def region_map(cosines: np.ndarray, boxes_xyxy: np.ndarray, grid: int) -> np.ndarray:
+    """Cosines of texts and regions as a map: a cell has the best cosine of the regions that cover it.
+
+    A region that covers a share of a cell counts there in that share, above the lowest cosine of the text; a cell
+    without a region has the lowest.
+
+    Args:
+      cosines: [N, Q], of texts and regions.
+      boxes_xyxy: [Q, 4] in [0, 1].
+      grid: cells along a side.
+
+    Returns:
+      float32 [N, grid, grid].
+    """
+    low = np.arange(grid) / grid
+
+    def covered(first, last):  # [Q] each -> [Q, grid], the share of each row or column of cells
+        ends = np.minimum(last[:, None], low + 1 / grid) - np.maximum(first[:, None], low)
+        return np.clip(ends * grid, 0, 1)
+
+    x1, y1, x2, y2 = np.asarray(boxes_xyxy, np.float32).T
+    share = covered(y1, y2)[:, :, None] * covered(x1, x2)[:, None]  # [Q, grid, grid]
+    lowest = cosines.min(axis=1, keepdims=True)
+    above = np.einsum("nq,qhw->nqhw", cosines - lowest, share).max(axis=1)
+    return (lowest[..., None] + above).astype(np.float32)
+
+
+def resize_map(maps: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Maps [N, h, w] -> float32 [N, height, width], bilinear, cell centres on cell centres, the edge held."""
+
+    def weights(size, cells):
+        places = np.clip((np.arange(size) + 0.5) * cells / size - 0.5, 0, cells - 1)
+        return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(cells)))
+
+    maps = np.asarray(maps, np.float32)
+    rows, columns = weights(height, maps.shape[1]), weights(width, maps.shape[2])
+    return np.einsum("yh,nhw,xw->nyx", rows, maps, columns).astype(np.float32)

@@ -27,7 +27,7 @@ def box(shard: Shard) -> TermOutput:
     queries = jnp.arange(outputs.region_embed.shape[1])
     uses = match.valid[..., None] & (match.query_index[..., None] == queries)  # [b, R, Q]
     measures = {"matched_iou": share(iou.sum())}
-    if targets.box_mask.shape[1]:  # a run with regions
+    if match.valid.shape[1] and len(queries):  # a run with regions and queries
         measures["matched_iou50"] = share((iou >= boxes.FOUND_IOU).sum())
         measures["query_share"] = share(uses.sum((0, 1)))
     return TermOutput(GroupMean(sum_of_group(loss), sum_of_group(targets.box_mask)), measures)
@@ -36,6 +36,8 @@ def box(shard: Shard) -> TermOutput:
 def _l1_and_giou(pred_boxes_cxcywh, shard: Shard, match: matching.Match):
     """(loss, plain IoU without gradient) of each region, [b, R]; 0 where none is matched."""
     target = shard.targets.boxes_cxcywh
+    if pred_boxes_cxcywh.shape[1] == 0:  # a model without queries
+        return jnp.zeros(match.valid.shape), jnp.zeros(match.valid.shape)
     pred = jnp.take_along_axis(pred_boxes_cxcywh, match.query_index[..., None], axis=1)  # [b, R, 4]
     l1 = jnp.abs(pred - target).sum(-1)
     pred_xyxy, target_xyxy = map(boxes.cxcywh_to_xyxy, (pred, target))

@@ -131,7 +131,7 @@ def region_description(shard: Shard) -> TermOutput:
     )
     matched = per_group(shard.match.valid).sum((1, 2)).astype(jnp.float32)
     measures = {}
-    if right.size:  # a run with regions
+    if right.size and shard.outputs.region_embed.shape[1]:  # a run with regions and queries
         accuracy = Mean(right.sum().astype(jnp.float32), matched.sum())
         measures["region_description_accuracy"] = accuracy
     return TermOutput(GroupMean(loss.sum((1, 2)), matched), measures)
@@ -142,8 +142,10 @@ def _region_description_of_group(
 ):
     """(loss of each region, 0 where none is matched; whether its own description is nearest), [b, R] each."""
     b, slots = id_.shape
-    if slots == 0:  # a run without regions, such as the CLIP baseline
-        return jnp.zeros((b, 0)), jnp.zeros((b, 0), bool)
+    if (
+        slots == 0 or region_embed.shape[1] == 0
+    ):  # no regions, such as the CLIP baseline, or no queries
+        return jnp.zeros((b, slots)), jnp.zeros((b, slots), bool)
     pred = jnp.take_along_axis(region_embed, match.query_index[..., None], axis=1)  # [b, R, D]
     label = jnp.take_along_axis(region_text_embed, label_slot[..., None], axis=1)  # [b, R, D]
     own = scale * jnp.sum(pred * label, axis=-1) + bias  # [b, R]
@@ -162,6 +164,55 @@ def _region_description_of_group(
     cost, highest = (x.reshape(b, slots) for x in negative)
     loss = streaming.loss_of_rows(config.contrast, own, cost)
     return jnp.where(match.valid, loss, 0), match.valid & _is_nearest(own, highest, scale)
+
+
+def box_description(shard: Shard) -> TermOutput:
+    """L_bd: each annotated box and its description, against those of its group; a mean over the group's boxes.
+
+    The embeddings are those of the box head, so no query need have found the box. The mean of both directions for
+    "softmax". "sigmoid" is symmetric, so one direction suffices.
+    Measures `box_description_accuracy`, the share of boxes nearest to their own description.
+    """
+    per_group = shard.layout.per_group
+    loss, right = jax.vmap(
+        functools.partial(_box_description_of_group, config=shard.config, layout=shard.layout),
+        in_axes=(0, 0, None, None, 0, 0),
+    )(
+        per_group(shard.outputs.box_embed),
+        per_group(shard.outputs.region_text_embed),
+        shard.outputs.logit_scale,
+        shard.outputs.logit_bias,
+        per_group(shard.targets.description_id),
+        per_group(shard.targets.box_mask),
+    )
+    real = per_group(shard.targets.box_mask).sum((1, 2)).astype(jnp.float32)
+    accuracy = Mean(right.sum().astype(jnp.float32), real.sum())
+    return TermOutput(GroupMean(loss.sum((1, 2)), real), {"box_description_accuracy": accuracy})
+
+
+def _box_description_of_group(box_embed, text_embed, scale, bias, id_, real, *, config, layout):
+    """(loss of each box, 0 where it is not real; whether its own description is nearest), [b, R] each."""
+    b, slots = real.shape
+    own = scale * jnp.sum(box_embed * text_embed, axis=-1) + bias  # [b, R]
+    flat = lambda x: x.reshape(b * slots, *x.shape[2:])  # noqa: E731
+    rows = Columns(flat(box_embed), flat(id_), flat(real))
+    columns = Columns(flat(text_embed), flat(id_), flat(real))
+    ring, back = layout.in_group, lambda x: x.reshape(b, slots)
+    of_boxes: streaming.Negatives
+    if config.contrast == "softmax":
+        both: Any = streaming.negatives_of_both(config.tile, ring, rows, columns, scale, bias)
+        of_boxes, of_texts = both
+        losses = [
+            streaming.loss_of_rows("softmax", own, back(x.cost)) for x in (of_boxes, of_texts)
+        ]
+        loss = sum(losses) / 2
+    else:
+        of_boxes = streaming.negatives(
+            config.contrast, config.tile, ring, rows.embed, rows.id, columns, scale, bias
+        )
+        loss = streaming.loss_of_rows(config.contrast, own, back(of_boxes.cost))
+    right = _is_nearest(own, back(of_boxes.highest), scale)
+    return jnp.where(real, loss, 0), real & right
 
 
 def _is_nearest(own_logit, highest_negative, logit_scale):

@@ -115,8 +115,8 @@ def match(cost: Float[Array, "B Q R"], mask: Bool[Array, "B R"]) -> Match:
     """
     cost = jax.lax.stop_gradient(cost)
     _, queries, regions = cost.shape
-    if regions == 0:
-        return Match(jnp.zeros(mask.shape, jnp.int32), mask)
+    if regions == 0 or queries == 0:
+        return Match(jnp.zeros(mask.shape, jnp.int32), jnp.zeros_like(mask))
     solve = _exact if max(queries, regions) <= EXACT_UP_TO else _hungarian
     query = solve(cost, mask)
     valid = mask & (query < queries)

@@ -64,6 +64,13 @@ TERMS = {
             "description",
             optional=True,
         ),
+        LossTerm(
+            "box_description",
+            contrastive.box_description,
+            "box to description",
+            "given box",
+            optional=True,
+        ),
     )
 }
 
@@ -142,7 +149,11 @@ def total_loss(
     else:
         cut, whole = PartitionSpec(axes), PartitionSpec()
         specs = schema.Outputs(
-            cut, cut, cut, cut, PartitionSpec(None, axes), logit_scale=whole, logit_bias=whole
+            *(cut,) * 4,
+            pred_boxes_cxcywh=PartitionSpec(None, axes),
+            logit_scale=whole,
+            logit_bias=whole,
+            box_embed=cut,
         )
         if devices.flat[0].platform == "gpu":
             # JAX takes cuDNN's attention only into programs that name their devices in one mesh alone.

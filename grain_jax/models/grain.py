@@ -10,7 +10,9 @@ import numpy as np
 
 from grain_jax import config as config_lib
 from grain_jax import schema
-from grain_jax.models import layers, region_decoder, text, towers
+from grain_jax.models import box_head, layers, region_decoder, text, towers
+
+xavier = nn.initializers.xavier_uniform()
 
 
 def normalize(x):
@@ -61,6 +63,14 @@ class GRAIN(nn.Module):
                 self.image_pool = layers.AttentionPool(c.image, dtype)
             if c.image.projection != "none":
                 self.image_projection = project(c.image.width, c.image.projection)
+        if c.boxes.kind != "none":
+            if c.boxes.kind == "roi_align":
+                self.box_head = box_head.RoIAlign(c.boxes, dtype)
+            else:
+                self.box_head = box_head.Prompter(c.image, dtype)
+            self.box_projection = layers.dense(
+                c.embed_dim, ("width",), ("embed",), dtype=dtype, kernel_init=xavier, use_bias=False
+            )
         # In log space, as in CLIP; Outputs hold its exponential.
         scale = nn.initializers.constant(np.log(c.logit_scale_init))
         self.logit_scale = layers.parameter(self, "logit_scale", scale, (), ())
@@ -97,20 +107,43 @@ class GRAIN(nn.Module):
 
         Without a decoder Q is 0 and T is 1.
         """
+        return self.embeddings(self.image_tokens(image), dropout_keys)
+
+    def embeddings(self, tokens: jax.Array, dropout_keys: jax.Array | None = None):
+        """As `encode_image`, from the tokens of the images."""
         if self.config.decoder is None:
-            embed = self._pooled_image(self.image_tokens(image))
-            batch = image.shape[0]
+            embed = self._pooled_image(tokens)
+            batch = tokens.shape[0]
             return (
                 normalize(embed),
                 jnp.zeros((batch, 0, self.config.embed_dim)),
                 jnp.zeros((1, batch, 0, 4)),
             )
-        _, hidden = self.image_features(image, dropout_keys)
+        hidden = self.decoder(tokens, dropout_keys)
         image_embed = normalize(self.image_projection(hidden[-1, :, -1]))
         region_embed = normalize(self.region_projection(hidden[-1, :, :-1]))
         if self.config.decoder.image_pool == "all":
             image_embed = normalize(image_embed + region_embed.sum(axis=1))
         return image_embed, region_embed, self.box_mlp(hidden[:, :, :-1])
+
+    def encode_boxes(self, image: jax.Array, boxes_xyxy: jax.Array) -> jax.Array:
+        """Images [B, H, W, 3] and boxes [B, R, 4], corners in [0, 1] -> [B, R, D], unit length; needs a box head."""
+        return self.box_embeddings(self.image_tokens(image), boxes_xyxy)
+
+    def box_embeddings(self, tokens: jax.Array, boxes_xyxy: jax.Array) -> jax.Array:
+        """As `encode_boxes`, from the tokens of the images."""
+        leading = self.image.leading_tokens(self.config.image)
+        return normalize(self.box_projection(self.box_head(tokens, boxes_xyxy, leading)))
+
+    def encode_patches(self, image: jax.Array) -> jax.Array:
+        """Images [B, H, W, 3] -> [B, h * w, D], each patch pooled and projected alone; of a model without a decoder."""
+        tokens = self.image_tokens(image)
+        patches = tokens[:, self.image.leading_tokens(self.config.image) :]
+        # Pooling "class" reads the first token, "mean" those after the leading ones: a patch stands in for all of them.
+        alone = jnp.repeat(
+            patches.reshape(-1, 1, tokens.shape[2]), tokens.shape[1] - patches.shape[1] + 1, 1
+        )
+        return normalize(self._pooled_image(alone)).reshape(*patches.shape[:2], -1)
 
     def _pooled_image(self, tokens: jax.Array) -> jax.Array:
         """Tokens [B, N, E_image] -> [B, D], by `pool` and `projection`; [B, E_image] is pooled already."""
@@ -158,7 +191,13 @@ class GRAIN(nn.Module):
         self, batch: schema.Batch, dropout_keys: jax.Array | None = None
     ) -> schema.Outputs:
         """A batch to its embeddings, boxes and logit scale; with `dropout_keys` [B] as in training."""
-        image_embed, region_embed, boxes = self.encode_image(batch.image, dropout_keys)
+        tokens = self.image_tokens(batch.image)
+        image_embed, region_embed, boxes = self.embeddings(tokens, dropout_keys)
+        box_embed = None
+        if self.config.boxes.kind != "none":
+            centre, half = jnp.split(batch.region_boxes_cxcywh * np.array([1, 1, 0.5, 0.5]), 2, -1)
+            corners = jnp.concatenate([centre - half, centre + half], axis=-1)
+            box_embed = self.box_embeddings(tokens, corners)
         b, captions, _ = batch.caption_at.shape
         text_embed, region_text_embed = self.encode_text(
             batch.text_tokens,
@@ -176,6 +215,7 @@ class GRAIN(nn.Module):
             boxes,
             jnp.exp(self.logit_scale),
             jnp.zeros(()) if self.config.logit_bias_init is None else self.logit_bias,
+            box_embed,
         )
 
 
@@ -200,7 +240,7 @@ def parameter_shapes(config: config_lib.Model) -> dict[str, tuple[int, ...]]:
         caption_mask=None,
         description_at=of(np.int32, 1, 0, 2),
         description_id=None,
-        region_boxes_cxcywh=None,
+        region_boxes_cxcywh=of(np.float32, 1, 0, 4),
         region_mask=None,
         texts_dropped=None,
     )

@@ -15,7 +15,7 @@ import numpy as np
 from grain_jax import config as config_lib
 from grain_jax import named
 from grain_jax.config import Config
-from grain_jax.models import grain, towers
+from grain_jax.models import box_head, grain, towers
 
 # Dense bfloat16 FLOPs per second by `jax.Device.device_kind`, from the data sheets of the vendors. A device is
 # a chip; on TPU7x it is half a chip.
@@ -66,7 +66,9 @@ class PerImage(NamedTuple):
 
     image: float  # the image tower
     text: float  # the text tower over the rows per image, and the projection of its texts
-    decoder: float  # the region decoder, its projections before and after, and the boxes
+    decoder: (
+        float  # the region decoder, its projections before and after, its boxes, and the box head
+    )
     losses: float  # similarities
     frozen: frozenset[str] = (
         frozenset()
@@ -126,10 +128,14 @@ def per_image(config: Config) -> PerImage:
         region_decoder = 2 * tokens * width * decoder.width + decoder.depth * layer
         region_decoder += 2 * queries * decoder.width * embed
 
+    region_decoder += _box_head(config, tokens, width)
+
     group = config.loss.group_size or config.batch_size
     losses = 2 * captions * config.batch_size * embed + 2 * regions * (group * regions) * embed
     if config.loss.image_description:
         losses += 2 * regions * config.batch_size * embed
+    if config.loss.box_description:
+        losses += 2 * regions * (group * regions) * embed
     if config.loss.match_description and decoder is not None:
         losses += 2 * decoder.queries * regions * embed
     return PerImage(image_tower, text_tower, region_decoder, losses, _frozen(config))
@@ -147,6 +153,23 @@ def _image_tower(config: Config) -> tuple[float, int, int]:
     pixels = jax.ShapeDtypeStruct((1, image.image_size, image.image_size, 3), np.float32)
     flops, out = _traced(towers.image_tower(image)(image, np.dtype(config.dtype)), pixels)
     return flops, 1 if len(out.shape) == 2 else out.shape[1], out.shape[-1]
+
+
+def _box_head(config: Config, tokens: int, width: int) -> float:
+    """FLOPs an image of the box head and its projection; RoIAlign's backward pass has one product, not two."""
+    head, image, boxes = config.model.boxes, config.model.image, config.input.max_regions
+    if head.kind == "none":
+        return 0
+    if head.kind == "prompter":
+        place = 2 * box_head.PLACE * image.width
+        places = boxes * place + tokens * place / config.batch_size  # of tokens once a batch
+        memory = 2 * tokens * width * image.width
+        layer = _attention(image, boxes, tokens) + _mlp(image, boxes)
+        return places + memory + layer + 2 * boxes * image.width * config.model.embed_dim
+    leading = towers.image_tower(image).leading_tokens(image)
+    grid = box_head.grid_size(tokens, leading)
+    align = 2 * boxes * head.bins * (grid * grid + head.bins * grid) * width
+    return align + 2 * boxes * head.bins**2 * width * config.model.embed_dim
 
 
 def _text_tower(config: Config, rows: float) -> float:
@@ -184,6 +207,8 @@ def _part(name: str, model: config_lib.Model) -> str:
         return ""
     if name.startswith("text"):
         return "text"
+    if name.startswith("box_head/") or name.startswith("box_projection/"):
+        return "decoder"
     return "image" if name.startswith("image/") or model.decoder is None else "decoder"
 
 

@@ -152,7 +152,8 @@ def temporaries(
     )
     # Three tiles (logits, their softmax, the mask), and three blocks: in use, arriving, and of the sums.
     captions, regions = config.input.captions_per_image, config.input.max_regions
-    vectors = images * config.loss.gather * (1 + captions + regions)
+    boxes = regions if config.model.boxes.kind != "none" else 0
+    vectors = images * config.loss.gather * (1 + captions + regions + boxes)
     tile = min(config.loss.tile, images * max(captions, regions))
     activations = everything = sum(k.bytes for k in kept(config, part))
     if nothing_again != config:

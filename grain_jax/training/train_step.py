@@ -163,7 +163,7 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
         x = x.reshape(parts, shards, n, *x.shape[2:]).swapaxes(0, 1)
         return jnp.moveaxis(x.reshape(parts * shards * n, *x.shape[3:]), 0, axis)
 
-    image_axis = schema.Outputs(0, 0, 0, 0, 1, None, None)
+    image_axis = schema.Outputs(0, 0, 0, 0, 1, None, None, 0)
     cut_batch = jax.tree.map(cut, batch)
     cut_keys = None if keys is None else cut(keys)
 
@@ -172,14 +172,19 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
 
     _, stacked = jax.lax.scan(forward, None, (cut_batch, cut_keys))
     outputs = schema.Outputs(
-        *(x[0] if axis is None else join(x, axis) for x, axis in zip(stacked, image_axis))
+        *(
+            x if x is None else x[0] if axis is None else join(x, axis)
+            for x, axis in zip(stacked, image_axis)
+        )
     )
     cotangents, found = jax.grad(total, has_aux=True)(outputs)
     # Scale and bias are the same in each part, so their cotangents go back through the first part only.
     first = jnp.arange(parts) == 0
     cut_cotangents = schema.Outputs(
         *(
-            jnp.where(first, c, 0)
+            c
+            if c is None
+            else jnp.where(first, c, 0)
             if axis is None
             else jnp.moveaxis(cut(jnp.moveaxis(c, axis, 0)), 1, axis + 1)
             for c, axis in zip(cotangents, image_axis)

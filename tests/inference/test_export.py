@@ -128,6 +128,16 @@ def test_the_description(folder):
     assert said["logit_scale"] == pytest.approx(np.exp(2.5))
 
 
+def test_a_box_head_takes_any_number_of_boxes(tmp_path):
+    model = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1, boxes__kind="prompter")
+    predictor = inference.Predictor(model, perturbed.params(model))
+    compared = export.export_model(predictor, tmp_path, platforms=("cpu",))
+    assert [c.name for c in compared if c.ok][-1] == "boxes: box_embed" and len(compared) == 6
+    said = json.loads((tmp_path / "model.json").read_text())["functions"]["boxes"]
+    assert said["inputs"]["boxes_xyxy"] == "float32[b, r, 4]"
+    assert said["outputs"] == {"box_embed": "float32[b, r, 28]"}
+
+
 def test_two_towers_that_see_their_padding(tmp_path):
     # Whole rows, no regions, the tokenizer beside; what an older export left is gone.
     model = perturbed.tiny(

@@ -27,6 +27,7 @@ def _outputs(c, seed=0, layers=2, width=D):
         low,
         np.float64(12.0),
         np.float64(0),
+        unit(b, r, width),
     )
     return schema.Outputs(*(np.asarray(x, np.float32) for x in out))
 
@@ -63,6 +64,7 @@ def learnt(outputs, batch):
     shown = outputs._replace(
         image_embed=outputs.image_embed + 0.6 * outputs.text_embed[:, 0],
         region_embed=outputs.region_embed + 0.6 * outputs.region_text_embed[:, :Q],
+        box_embed=outputs.box_embed + 0.6 * outputs.region_text_embed,
     )
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
     boxes = outputs.pred_boxes_cxcywh.copy()
@@ -70,6 +72,7 @@ def learnt(outputs, batch):
     return shown._replace(
         image_embed=unit(shown.image_embed),
         region_embed=unit(shown.region_embed),
+        box_embed=unit(shown.box_embed),
         pred_boxes_cxcywh=boxes,
     )
 
@@ -183,6 +186,37 @@ def positives_replica(outputs, texts, text_id, real, c):
     return np.mean(losses_), np.mean(right)
 
 
+def box_description_replica(outputs, batch, c):
+    """(L_bd, the share of boxes nearest to their own description) in float64, group by group and pair by pair."""
+    e, t = (np.asarray(x, np.float64) for x in (outputs.box_embed, outputs.region_text_embed))
+    size = c.group_size or len(e)
+    means, right = [], []
+    for start in range(0, len(e), size):
+        real = batch.region_mask & (batch.region_boxes_cxcywh[..., 2:] > 0).all(-1)
+        pairs = [(i, k) for i, k in np.argwhere(real) if start <= i < start + size]
+        losses_ = []
+        for pair in pairs:
+            others = [p for p in pairs if p != pair]
+            if c.mask_duplicates:
+                own_id = batch.description_id[pair]
+                others = [p for p in others if batch.description_id[p] != own_id]
+            z = lambda a, b: float(outputs.logit_scale) * e[a] @ t[b] + float(outputs.logit_bias)
+            own, texts, boxes = (
+                z(pair, pair),
+                [z(pair, p) for p in others],
+                [z(p, pair) for p in others],
+            )
+            if c.contrast == "softmax":
+                losses_.append(
+                    np.mean([np.log(np.exp([own, *x]).sum()) - own for x in (texts, boxes)])
+                )
+            else:
+                losses_.append(np.log1p(np.exp(-own)) + np.log1p(np.exp(texts)).sum())
+            right.append(own > max(texts, default=-np.inf) + 1e-5 * float(outputs.logit_scale))
+        means.append(np.mean(losses_) if pairs else 0.0)
+    return np.mean(means), np.mean(right)
+
+
 def assert_measures(got, expected):
     for name, value in expected.items():
         np.testing.assert_allclose(got.measures[name], value, rtol=1e-5, err_msg=name)
@@ -284,6 +318,34 @@ def test_one_caption_an_image_is_a_case_of_several(contrast):
     np.testing.assert_allclose(of_several.image_embed, of_one.image_embed, atol=1e-6)
     np.testing.assert_allclose(of_several.text_embed[:, :1], of_one.text_embed, atol=1e-6)
     assert not np.any(of_several.text_embed[:, 1:])
+
+
+@pytest.mark.parametrize("group_size", [0, 4])
+@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("mask_duplicates", [True, False])
+def test_box_description_equals_float64_replica(group_size, contrast, mask_duplicates):
+    c = tiny.config(
+        model__boxes__kind="roi_align",
+        loss__box_description=0.5,
+        loss__group_size=group_size,
+        loss__contrast=contrast,
+        loss__mask_duplicates=mask_duplicates,
+        loss__image_caption=0.0,
+        loss__box=0.0,
+        loss__region_description=0.0,
+        model__logit_bias_init=-1.0 if contrast == "sigmoid" else None,
+    )
+    batch = tiny.batch(c)
+    outputs = learnt(_outputs(c), batch)._replace(logit_bias=np.float32(-1))
+    batch.region_mask[4:8] = False  # a group without regions
+    batch.region_boxes_cxcywh[3, 0, 2] = 0  # a box without area has no embedding
+    batch.description_id[1, 0] = batch.description_id[3, 1]  # two images with one text
+    got = losses.total_loss(outputs, batch, c.loss)
+    expected, right = box_description_replica(outputs, batch, c.loss)
+    assert 0 < right < 1
+    np.testing.assert_allclose(got.terms["box_description"], expected, rtol=1e-5)
+    np.testing.assert_allclose(got.measures["box_description_accuracy"], right, rtol=1e-6)
+    np.testing.assert_allclose(got.total, 0.5 * expected, rtol=1e-5)
 
 
 def test_image_description_is_left_out_where_its_weight_is_zero():

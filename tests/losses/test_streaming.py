@@ -21,6 +21,7 @@ from tests import tiny
 from tests.losses.test_losses import (
     _outputs,
     assert_measures,
+    box_description_replica,
     image_description_replica,
     learnt,
     positives_replica,
@@ -163,7 +164,13 @@ def test_a_row_without_negatives_costs_nothing():
     assert not np.any(streaming.loss_of_rows("softmax", np.ones(M, np.float32), value))
 
 
-EVERY = dict(batch_size=32, loss__tile=7, loss__image_description=0.7)
+EVERY = dict(
+    batch_size=32,
+    loss__tile=7,
+    loss__image_description=0.7,
+    model__boxes__kind="roi_align",
+    loss__box_description=0.9,
+)
 
 
 @functools.cache
@@ -224,8 +231,9 @@ def test_losses_and_gradients_are_the_same_on_every_mesh(
     values, grads = _losses(c, batch, outputs, sizes)
     (ic, box, rd), measures = replica_and_measures(outputs, batch, c.loss)
     id_, measures["image_description_accuracy"] = image_description_replica(outputs, batch, c.loss)
-    names = ("image_caption", "box", "region_description", "image_description")
-    np.testing.assert_allclose([values.terms[n] for n in names], [ic, box, rd, id_], rtol=1e-5)
+    bd, measures["box_description_accuracy"] = box_description_replica(outputs, batch, c.loss)
+    names = ("image_caption", "box", "region_description", "image_description", "box_description")
+    np.testing.assert_allclose([values.terms[n] for n in names], [ic, box, rd, id_, bd], rtol=1e-5)
     assert_measures(values, measures)
     for name, a, b in zip(outputs._fields, expected[1], grads):
         np.testing.assert_allclose(
@@ -266,6 +274,8 @@ def test_sigmoid_equals_a_float64_loop(captions):
     np.testing.assert_allclose(values.terms["region_description"], expected, rtol=1e-5)
     expected, _ = image_description_replica(outputs, batch, c.loss)
     np.testing.assert_allclose(values.terms["image_description"], expected, rtol=1e-5)
+    expected, _ = box_description_replica(outputs, batch, c.loss)
+    np.testing.assert_allclose(values.terms["box_description"], expected, rtol=1e-5)
 
     alone = jax.grad(lambda o: losses.total_loss(o, batch, c.loss).total)(outputs)
     for name, a, b in zip(outputs._fields, alone, grads):
@@ -289,8 +299,10 @@ def _config_of_gradient(gather, captions):
         loss__gather=gather,
         loss__tile=32,
         loss__image_description=1.0,
+        loss__box_description=1.0,
         input__captions_per_image=captions,
         model__embed_dim=WIDTH,
+        model__boxes__kind="roi_align",
     )
 
 

@@ -106,6 +106,31 @@ def test_losses_by_hand():
     assert count(input__captions_per_image=3) == count() + 2 * captions
     matched = count(loss__match_description=1.0, model__decoder__queries=7)
     assert matched == count() + 2 * 7 * 5 * 512
+    boxes = count(model__boxes__kind="roi_align", loss__box_description=1.0)
+    assert boxes == count() + 5 * 2 * (2048 * 5) * 512
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        dict(model__boxes__kind="roi_align", model__boxes__bins=3),
+        dict(model__boxes__kind="prompter"),
+        dict(
+            model__boxes__kind="prompter",
+            model__decoder=None,
+            model__image__pool="mean",
+            loss__box_description=1.0,
+        ),
+    ],
+    ids=["roi_align", "prompter", "no decoder"],
+)
+def test_the_box_head_is_that_of_the_model(boxes):
+    config = tiny.config(**{"loss__box_description": 1.0, **boxes})
+    model, params, batch = shapes(config)
+    apply = lambda params, batch: model.apply({"params": params}, batch)  # noqa: E731
+    ours = flops.per_image(config)
+    towers = ours.forward - ours.losses
+    assert flops.matmul_flops(apply, params, batch) == towers * config.batch_size
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ def _config(mesh, **overrides):
 
 
 @functools.cache
-def _initial(mesh):  # the same for any number of captions
-    return jax.device_get(_build(_config(mesh)).init())
+def _initial(mesh, **parameters):
+    return jax.device_get(_build(_config(mesh, **parameters)).init())
 
 
 @functools.cache
@@ -41,7 +41,11 @@ def _run(mesh, **overrides):
     c = _config(mesh, **overrides)
     program = _build(c)
     step = program.step.lower(program.state, program.batch).compile()
-    state = jax.device_put(_initial(mesh), program.shardings)
+    # The same for any number of captions.
+    parameters = {key: overrides[key] for key in overrides if key.startswith("model__boxes")}
+    if parameters:
+        parameters["loss__box_description"] = 1.0
+    state = jax.device_put(_initial(mesh, **parameters), program.shardings)
     batch = jax.device_put(tiny.batch(c), program.batch_sharding)
     metrics = []
     for _ in range(2):
@@ -76,10 +80,15 @@ def test_mesh_microbatches_and_remat_change_nothing(mesh, overrides):
         np.testing.assert_allclose(a, b, atol=3e-4)
 
 
-def test_three_captions_on_a_mesh_and_in_microbatches():
-    three = dict(input__captions_per_image=3, loss__image_description=0.5)
-    expected, state, _ = _run(ONE, **three)
-    metrics, other, _ = _run((2, 2, 2), microbatches=2, loss__gather=2, **three)
+def test_three_captions_and_a_box_head_on_a_mesh_and_in_microbatches():
+    more = dict(
+        input__captions_per_image=3,
+        loss__image_description=0.5,
+        model__boxes__kind="prompter",
+        loss__box_description=0.5,
+    )
+    expected, state, _ = _run(ONE, **more)
+    metrics, other, _ = _run((2, 2, 2), microbatches=2, loss__gather=2, **more)
     for a, b in zip(expected, metrics):
         for name in a:
             np.testing.assert_allclose(b[name], a[name], rtol=2e-5, err_msg=name)

@@ -95,6 +95,7 @@ def to_states(model: config_lib.Model, params: Any) -> dict[str, StateDict]:
         ("text.tokenizer", text.tokenizer, "clip"),
         ("decoder.norm_eps", model.decoder.norm_eps, 1e-5),
         ("decoder.image_pool", model.decoder.image_pool, "query"),
+        ("boxes.kind", model.boxes.kind, "none"),
     ):
         if got != expected:
             faults.append(f"model.{name}: got {got}, the reference's model has {expected}")

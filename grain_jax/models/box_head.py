@@ -1,0 +1,140 @@
+"""Embeddings of given boxes: what is in a box that somebody drew, annotated or detected.
+
+`RoIAlign` averages the final image tokens in the box; `Prompter` lets the box attend to all tokens. Neither compares
+boxes with each other, so a box has the same embedding whatever else is asked for. docs/method.md, Box head.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grain_jax.config import BoxHead, ImageTower
+from grain_jax.models import layers, placement
+
+_OCTAVES = 6  # of the box coordinates in `fourier`: waves of 1, 1/2 ... 1/32 of the image
+PLACE = 2 * 4 * _OCTAVES  # numbers that say where a box is
+
+
+def roi_align(features: jax.Array, boxes_xyxy: jax.Array, *, bins: int, samples: int) -> jax.Array:
+    """RoIAlign (He et al. 2017): the mean of bilinear samples in each of `bins` x `bins` parts of each box.
+
+    Equal to torchvision.ops.roi_align with `aligned=True` and `sampling_ratio=samples`: the centre of cell i is at
+    (i + 1/2) / cells; a sample farther than half a cell outside of the image counts as 0, one less far as the edge.
+    A bilinear sample on a grid is a product of two hat functions, so the whole is two matrix products.
+
+    Args:
+      features: [B, h, w, E].
+      boxes_xyxy: float32 [B, R, 4], corners in [0, 1] of the image; they may lie outside of it.
+      bins: parts of a box along each side.
+      samples: points of a part along each side.
+
+    Returns:
+      float32 [B, R, bins, bins, E].
+    """
+    _, rows, columns, _ = features.shape
+    product = lambda equation, a, b: jnp.einsum(  # noqa: E731
+        equation, a, b, precision=jax.lax.Precision.HIGHEST
+    )
+    x1, y1, x2, y2 = jnp.moveaxis(boxes_xyxy.astype(jnp.float32), -1, 0)
+    down = _bin_weights(y1, y2, rows, bins, samples)
+    across = _bin_weights(x1, x2, columns, bins, samples)
+    lines = product("brih,bhwe->briwe", down, features.astype(jnp.float32))
+    return product("brjw,briwe->brije", across, lines)
+
+
+def _bin_weights(start, end, cells: int, bins: int, samples: int):
+    """The share of every cell in every bin of the sections from `start` to `end`, [B, R] each: [B, R, bins, cells]."""
+    places = (np.arange(bins * samples) + 0.5) / (bins * samples)
+    points = start[..., None] + (end - start)[..., None] * places  # [B, R, bins * samples]
+    points = points * cells - 0.5  # 0 = the centre of the first cell
+    inside = (points >= -1) & (points <= cells)
+    points = jnp.clip(points, 0, cells - 1)
+    hats = jnp.maximum(0, 1 - jnp.abs(points[..., None] - np.arange(cells)))
+    hats = jnp.where(inside[..., None], hats, 0)
+    return hats.reshape(*hats.shape[:-2], bins, samples, cells).mean(-2)
+
+
+def token_boxes(tokens: int, leading: int) -> np.ndarray:
+    """The place of each of so many tokens, float32 xyxy [N, 4]: that of its patch; of the `leading` ones the image."""
+    grid = grid_size(tokens, leading)
+    y, x = np.divmod(np.arange(grid * grid), grid)
+    patches = np.stack([x, y, x + 1, y + 1], axis=1) / grid
+    whole = np.tile([0.0, 0.0, 1.0, 1.0], (leading, 1))
+    return np.concatenate([whole, patches]).astype(np.float32)
+
+
+def grid_size(tokens: int, leading: int) -> int:
+    """Patches along a side. Raises ValueError: the tokens after the leading ones make no square."""
+    grid = round((tokens - leading) ** 0.5)
+    if grid * grid != tokens - leading or not grid:
+        raise ValueError(
+            f"got {tokens} tokens, {leading} of them leading, expected a square after these"
+        )
+    return grid
+
+
+def fourier(boxes_xyxy: jax.Array) -> jax.Array:
+    """Sine and cosine of the corners, xyxy [..., 4] in [0, 1] -> float32 [..., PLACE]."""
+    angles = boxes_xyxy[..., None] * (2 * np.pi * 2.0 ** np.arange(_OCTAVES))
+    angles = angles.reshape(*boxes_xyxy.shape[:-1], -1)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class RoIAlign(nn.Module):
+    """The tokens in the box, averaged in each bin."""
+
+    head: BoxHead
+    dtype: np.dtype
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, boxes_xyxy: jax.Array, leading: int) -> jax.Array:
+        """tokens [B, N, E], `leading` of them without a place, and boxes [B, R, 4] -> [B, R, bins * bins * E]."""
+        batch, count, width = tokens.shape
+        grid = grid_size(count, leading)
+        features = tokens[:, leading:].reshape(batch, grid, grid, width)
+        found = roi_align(
+            features, boxes_xyxy, bins=self.head.bins, samples=self.head.samples
+        ).astype(self.dtype)
+        return found.reshape(*found.shape[:2], -1)
+
+
+class Prompter(nn.Module):
+    """A box attends to the tokens: one layer of cross-attention and MLP, its place and theirs in Fourier features.
+
+    The form is CLOC's (Chen et al. 2025, arXiv 2410.02746): a small module between the image tokens and any number of
+    boxes. There it is a layer of self-attention over a box and all tokens; here each box only asks the tokens, so that
+    many boxes cost little.
+    """
+
+    tower: ImageTower  # its width, heads, MLP, activation and norm are those of the layer
+    dtype: np.dtype
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, boxes_xyxy: jax.Array, leading: int) -> jax.Array:
+        """tokens [B, N, E], `leading` of them without a place, and boxes [B, R, 4] -> [B, R, width]."""
+        t = self.tower
+        xavier = nn.initializers.xavier_uniform()
+        norm = lambda name: layers.LayerNorm(t.norm_eps, name=name)  # noqa: E731
+        to_width = lambda name, kind: layers.dense(  # noqa: E731
+            t.width, (kind,), ("vector",), dtype=self.dtype, kernel_init=xavier, name=name
+        )
+        place = to_width("place", "vector")
+        memory = norm("memory_norm")(to_width("memory_projection", "width")(tokens))
+        of_tokens = place(fourier(jnp.asarray(token_boxes(tokens.shape[1], leading))))
+        x = place(fourier(boxes_xyxy.astype(jnp.float32)))
+        attention = layers.Attention(
+            t.width, t.heads, self.dtype, kernel_init=xavier, out_init=xavier, name="attention"
+        )
+        x = x + attention(norm("norm_1")(x), memory + of_tokens, memory)
+        mlp = layers.MLP(
+            t.width,
+            t.mlp_dim,
+            t.activation,
+            self.dtype,
+            in_init=xavier,
+            out_init=xavier,
+            name="mlp",
+        )
+        x = placement.by_batch(x + mlp(norm("norm_2")(x)))
+        return norm("norm")(x)

@@ -1,0 +1,122 @@
+"""Given boxes and similarity maps: `encode_boxes`, `classify_boxes`, `similarity_map`."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from grain_jax import inference
+from grain_jax.inference import scores
+from grain_jax.models import box_head, grain
+from tests import perturbed
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3)).astype(np.uint8)
+ENDS = np.random.default_rng(1).random((2, 3, 4, 2), np.float32)
+BOXES = np.concatenate([ENDS.min(0), ENDS.max(0)], axis=-1)  # [3, 4, 4]
+TEXTS = np.array([[298, 5, 6, 299], [298, 7, 299, 0]], np.int32)
+
+
+def _predictor(**changes):
+    model = perturbed.tiny(image__depth=1, text__depth=1, **changes)
+    return inference.Predictor(model, perturbed.params(model))
+
+
+@pytest.fixture(scope="module", params=["roi_align", "prompter"])
+def predictor(request):
+    return _predictor(decoder__depth=1, boxes__kind=request.param)
+
+
+def test_any_number_of_boxes_an_image(predictor):
+    module = grain.GRAIN(predictor.model)
+    expected = module.apply({"params": predictor.params}, PICTURES, BOXES, method="encode_boxes")
+    got = predictor.encode_boxes(PICTURES, [BOXES[0], [], BOXES[2, :3]])
+    assert [x.shape for x in got] == [(4, 28), (0, 28), (3, 28)]
+    np.testing.assert_allclose(got[0], expected[0], atol=3e-6)
+    np.testing.assert_allclose(got[2], expected[2, :3], atol=3e-6)
+    assert np.abs(got[0][0] - got[0][1]).max() > 1e-3
+    # From a generator, more images than a batch, and PIL images.
+    many = predictor.encode_boxes(
+        (PIL.Image.fromarray(PICTURES[0]) for _ in range(70)), [BOXES[0]] * 70
+    )
+    np.testing.assert_allclose(many[69], got[0], atol=3e-6)
+    assert predictor.encode_boxes([], []) == []
+
+
+def test_classify_boxes(predictor):
+    features = predictor.encode_text(TEXTS)
+    classes = inference.ClassFeatures(("a", "b"), features, None)
+    got = predictor.classify_boxes(PICTURES, BOXES, classes)
+    embeds = predictor.encode_boxes(PICTURES, BOXES)
+    for score, embed in zip(got, embeds, strict=True):
+        np.testing.assert_allclose(score, embed @ features.T, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    "boxes,message",
+    [
+        ([BOXES[0]] * 2, "boxes_xyxy: got boxes of 2 images, expected of 3, as many as images"),
+        ([BOXES[0]] * 4, "boxes_xyxy: got boxes of 4 images, expected of 3, as many as images"),
+        ([BOXES[0], BOXES[0, 0], BOXES[0]], r"boxes_xyxy\[1\]: got \[4\], expected finite numbers"),
+        (
+            [BOXES[0]] * 2 + [[[0, 0, 20, 40]]],
+            r"boxes_xyxy\[2\]: got \[0.0, 0.0, 20.0, 40.0\], .* divide",
+        ),
+        ([BOXES[0]] * 2 + [[[0.5, 0, 0.2, 1]]], r"boxes_xyxy\[2\]: .* expected x1 <= x2"),
+        ([BOXES[0]] * 2 + [[[0.5, 0, np.nan, 1]]], r"boxes_xyxy\[2\]: .* expected finite numbers"),
+        ([BOXES[0], "a box", BOXES[0]], r"boxes_xyxy\[1\]: .* expected finite numbers"),
+    ],
+)
+def test_faults_of_boxes(predictor, boxes, message):
+    with pytest.raises(inference.InputError, match=message):
+        predictor.encode_boxes(PICTURES, boxes)
+
+
+def test_a_model_without_a_box_head_says_so():
+    with pytest.raises(inference.InputError, match="has no box head .* expected one that was"):
+        _predictor().encode_boxes(PICTURES, BOXES)
+
+
+def test_a_map_of_a_box_head_asks_for_each_patch(predictor):
+    got = predictor.similarity_map(PICTURES[0], TEXTS)
+    assert got.shape == (2, 5, 5)
+    text = predictor.encode_text(TEXTS)
+    cell = np.array([[3, 1, 4, 2]]) / 5  # column 3, row 1
+    (embed,) = predictor.encode_boxes(PICTURES[:1], [cell])
+    np.testing.assert_allclose(got[:, 1, 3], (text @ embed.T)[:, 0], atol=3e-6)
+
+
+def test_a_map_of_regions_has_the_best_of_those_that_cover_a_cell():
+    boxes = np.array([[0, 0, 0.5, 0.5], [0.25, 0, 1, 0.25], [0.9, 0.9, 1, 1]])
+    got = scores.region_map(np.array([[0.5, 0.9, -0.1]]), boxes, 2)
+    # Cells of a half. Of the cell above on the left region 0 covers all, region 1 a quarter: -0.1 + 1.0 / 4 is less.
+    np.testing.assert_allclose(got, [[[0.5, -0.1 + 1.0 / 2], [-0.1, -0.1]]], atol=3e-6)
+    predictor = _predictor(decoder__depth=1)
+    regions = predictor.encode_regions(PICTURES[:1])
+    cosines = predictor.encode_text(TEXTS) @ regions.embed[0].T
+    expected = scores.region_map(cosines, regions.boxes_xyxy[0], 5)
+    np.testing.assert_allclose(predictor.similarity_map(PICTURES[0], TEXTS), expected, atol=3e-6)
+
+
+@pytest.mark.parametrize("pool", ["class", "mean", "map"])
+def test_a_map_of_two_towers_pools_each_patch_alone(pool):
+    predictor = _predictor(decoder=None, image__pool=pool)
+    got = predictor.similarity_map(PICTURES[0], TEXTS)
+    module, params = grain.GRAIN(predictor.model), {"params": predictor.params}
+    tokens = module.apply(params, PICTURES[:1], method="image_tokens")
+    patch = tokens[:, 1 + 7 : 1 + 8]  # row 1, column 2, after the class token
+    if pool == "class":
+        alone = patch
+    else:  # an image of this patch alone, after a class token that "mean" leaves out
+        alone = np.concatenate([patch, patch], axis=1)
+    (embed, *_) = module.apply(params, alone, method="embeddings")
+    expected = predictor.encode_text(TEXTS) @ np.asarray(embed[0])
+    np.testing.assert_allclose(got[:, 1, 2], expected, atol=3e-6)
+
+
+def test_resize_map_is_bilinear():
+    maps = np.random.default_rng(2).normal(size=(2, 5, 5)).astype(np.float32)
+    expected = torch.nn.functional.interpolate(
+        torch.tensor(maps)[None], (13, 21), mode="bilinear", align_corners=False
+    )[0]
+    np.testing.assert_allclose(scores.resize_map(maps, 21, 13), expected, atol=1e-5)
+    assert box_head.token_boxes(25, 0).shape == (25, 4)

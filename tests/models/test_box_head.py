@@ -1,0 +1,92 @@
+"""The box head: RoIAlign against torchvision's, and what both heads promise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from grain_jax.models import box_head, grain
+from tests import tiny
+
+
+def _boxes(rng):
+    """Any boxes, of which some lie over the edge or outside, and one is a point: float32 xyxy [2, 40, 4]."""
+    ends = rng.uniform(-0.4, 1.4, (2, 2, 40, 2))
+    boxes = np.concatenate([ends.min(0), ends.max(0)], axis=-1).astype(np.float32)
+    boxes[0, :5] = [
+        [0, 0, 1, 1],
+        [0.3, 0.4, 0.3, 0.4],
+        [1, 1, 1.2, 1.3],
+        [-2, -2, -1.5, -1],
+        [0.5, 0, 1, 0.1],
+    ]
+    return boxes
+
+
+@pytest.mark.parametrize("bins,samples", [(1, 1), (1, 4), (3, 2), (7, 2)])
+def test_roi_align_equals_that_of_torchvision(bins, samples):
+    rng = np.random.default_rng(bins)
+    features, boxes = rng.normal(size=(2, 5, 7, 3)).astype(np.float32), _boxes(rng)
+    theirs = torch.tensor(features.transpose(0, 3, 1, 2)).requires_grad_()
+    in_cells = list(torch.tensor(boxes * np.array([7, 5, 7, 5], np.float32)))
+    expected = torchvision.ops.roi_align(theirs, in_cells, bins, 1.0, samples, aligned=True)
+    cotangent = rng.normal(size=expected.shape).astype(np.float32)
+    expected.backward(torch.tensor(cotangent))
+
+    def back(x):  # torchvision: [2 * 40, 3, bins, bins]
+        return x.reshape(2, 40, 3, bins, bins).transpose(0, 1, 3, 4, 2)
+
+    got, pull = jax.vjp(
+        lambda x: box_head.roi_align(x, jnp.asarray(boxes), bins=bins, samples=samples), features
+    )
+    np.testing.assert_allclose(got, back(expected.detach().numpy()), atol=1e-5)
+    (gradient,) = pull(back(cotangent))
+    expected = theirs.grad.numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(gradient, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_places_of_tokens():
+    places = box_head.token_boxes(10, 1)
+    assert places.shape == (10, 4)
+    np.testing.assert_allclose(places[0], [0, 0, 1, 1])
+    np.testing.assert_allclose(places[6], [2 / 3, 1 / 3, 1, 2 / 3])  # second row, last column
+    with pytest.raises(ValueError, match="got 9 tokens, 1 of them leading, expected a square"):
+        box_head.token_boxes(9, 1)
+
+
+@pytest.fixture(scope="module", params=["roi_align", "prompter"])
+def model(request):
+    c = tiny.config(model__boxes__kind=request.param, loss__box_description=1.0)
+    batch = tiny.batch(c)
+    module = grain.GRAIN(c.model, "float32")
+    params = jax.jit(module.init)(jax.random.key(0), batch)["params"]
+    return module, params, batch
+
+
+def test_a_batch_has_the_embeddings_of_its_boxes(model):
+    module, params, batch = model
+    out = jax.jit(module.apply)({"params": params}, batch)
+    centre, size = batch.region_boxes_cxcywh[..., :2], batch.region_boxes_cxcywh[..., 2:]
+    corners = np.concatenate([centre - size / 2, centre + size / 2], axis=-1)
+    encode = jax.jit(lambda *x: module.apply({"params": params}, *x, method="encode_boxes"))
+    asked = encode(batch.image, corners)
+    np.testing.assert_allclose(out.box_embed, asked, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(asked, axis=-1), 1, rtol=1e-5)
+    assert np.abs(asked[:, 0] - asked[:, 1]).max(-1).min() > 1e-3  # other boxes, other embeddings
+    # A box has the same embedding alone.
+    np.testing.assert_allclose(encode(batch.image, corners[:, 3:4]), asked[:, 3:4], atol=1e-6)
+
+
+def test_the_head_leaves_the_rest_of_the_model_alone(model):
+    module, params, batch = model
+    out = jax.jit(module.apply)({"params": params}, batch)
+    plain = grain.GRAIN(tiny.config().model, "float32")
+    kept = {
+        k: v for k, v in params.items() if not k.startswith("box_head") and k != "box_projection"
+    }
+    without = jax.jit(plain.apply)({"params": kept}, batch)
+    assert without.box_embed is None
+    for name in ("image_embed", "text_embed", "region_embed", "region_text_embed"):
+        np.testing.assert_array_equal(getattr(out, name), getattr(without, name))
