@@ -1,7 +1,7 @@
 """Embeddings of given boxes: what is in a box that somebody drew, annotated or detected.
 
 `RoIAlign` averages the final image tokens in the box; `Prompter` lets the box attend to all tokens. Neither compares
-boxes with each other, so a box has the same embedding whatever else is asked for. docs/method.md, Box head.
+boxes with each other, so a box has the same embedding whatever else is asked for. docs/method.md, Model.
 """
 
 import flax.linen as nn
