@@ -535,14 +535,17 @@ def _one_image(image: Any) -> Images:
 def _checked_boxes(index: int, boxes: Any) -> np.ndarray:
     """The boxes of an image as float32 [n, 4]. Raises InputError, which names the image by `index`."""
     try:
-        found = np.asarray(boxes, np.float32)
+        found: Any = np.asarray(boxes, np.float32)
+        fault = "" if np.isfinite(found).all() else f"got {found.tolist()}"
+        if found.size == 0:
+            found = found.reshape(0, 4)
+        if found.ndim != 2 or found.shape[1] != 4:
+            fault = f"got {list(found.shape)}"
     except (TypeError, ValueError):
-        found = np.zeros(0, str)
-    if found.size == 0 and found.dtype.kind == "f":
-        found = found.reshape(0, 4)
-    if found.ndim != 2 or found.shape[1] != 4 or not np.isfinite(found).all():
+        fault = f"got {boxes!r}"
+    if fault:
         raise InputError(
-            f"boxes_xyxy[{index}]: got {list(found.shape)}, expected finite numbers [n, 4], the corners x1, y1, x2, y2"
+            f"boxes_xyxy[{index}]: {fault}, expected finite numbers [n, 4], the corners x1, y1, x2, y2"
         )
     wrong = (found[:, :2] > found[:, 2:]).any(axis=1) | (np.abs(found) > _FAR).any(axis=1)
     if wrong.any():
