@@ -174,7 +174,6 @@ def _check(model: config_lib.Model) -> None:
                 ("text.pool", model.text.pool, "end"),
                 ("text.projection", model.text.projection, "matrix"),
                 ("text.tokenizer", model.text.tokenizer, "clip"),
-                ("boxes.kind", model.boxes.kind, "none"),
             )
             if got != expected
         ]

@@ -14,6 +14,10 @@ from grain_jax import config as config_lib
 from grain_jax import errors, inference
 
 TOLERANCE = 1e-5  # of max|b|, float32
+# Given boxes of every image, xyxy in [0, 1]: the image, a part of it, one over its edge, a point.
+BOXES = np.array(
+    [[0, 0, 1, 1], [0.1, 0.3, 0.45, 0.5], [0.7, 0.8, 1.2, 1.1], [0.5, 0.5, 0.5, 0.5]], np.float32
+)
 NOT_PROVEN = "NOT PROVEN"
 
 
@@ -82,9 +86,12 @@ def inputs_of(model: config_lib.Model) -> Inputs:
 
 
 def outputs(model: config_lib.Model, params: Any, given: Inputs) -> dict[str, np.ndarray]:
-    """The outputs of our model: image_embed, text_embed; with a decoder also region_embed and boxes_xyxy."""
+    """The outputs of our model: image_embed, text_embed; region_embed, boxes_xyxy and box_embed where it has them."""
     predictor = inference.Predictor(model, params)
     out = {"text_embed": predictor.encode_text(given.token_ids)}
+    if model.boxes.kind != "none":
+        boxes = np.repeat(BOXES[None], len(given.images), axis=0)
+        out["box_embed"] = np.stack(predictor.encode_boxes(given.images, boxes))
     if model.decoder is None:
         return out | {"image_embed": predictor.encode_image(given.images)}
     image_embed, regions = predictor.encode_image_and_regions(given.images)

@@ -5,6 +5,7 @@ import sys
 import warnings
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import onnxruntime
 import PIL.Image
@@ -265,6 +266,37 @@ def test_compiled_and_exported_to_onnx_it_gives_the_same(small, tmp_path):
     found = dict(image_embed=image, text_embed=text, region_embed=region, boxes_xyxy=boxes)
     report = parity.report(parity.compare(expected, found), "ONNX Runtime")
     assert report.ok, report.text
+
+
+@pytest.mark.parametrize("kind", ["roi_align", "prompter"])
+def test_a_box_head_goes_everywhere(kind, tmp_path):
+    model = perturbed.tiny(boxes__kind=kind, boxes__bins=2)
+    params = perturbed.params(model)
+    checkpoint.save_model(tmp_path / "ours", model, params)
+    report = huggingface.to_hf(tmp_path / "ours", tmp_path / "hf")
+    assert report.verdict == "PROVEN" and "\nbox_embed " in report.text, report.text
+    assert huggingface.from_hf(tmp_path / "hf", tmp_path / "back").verdict == "PROVEN"
+    _, back, _ = checkpoint.load_model(tmp_path / "back")
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+    module = transformers.AutoModel.from_pretrained(tmp_path / "hf", **REMOTE).eval()
+    given = parity.inputs(40, 300, 32, count=3)
+    pixels = torch.tensor(given.images).permute(0, 3, 1, 2).contiguous()
+    predictor = grain_jax.load(tmp_path / "ours")
+    with torch.no_grad():
+        maps = module.similarity_maps(pixels, torch.tensor(given.token_ids).long())
+    expected = predictor.similarity_map(given.images[1], given.token_ids)
+    np.testing.assert_allclose(maps[1], expected, atol=1e-5)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        module.export_onnx(tmp_path / "made")
+    session = onnxruntime.InferenceSession(tmp_path / "made" / "boxes.onnx")
+    boxes = np.repeat(parity.BOXES[None], 3, axis=0)
+    (found,) = session.run(None, {"pixel_values": pixels.numpy(), "boxes_xyxy": boxes})
+    np.testing.assert_allclose(
+        found, np.stack(predictor.encode_boxes(given.images, boxes)), atol=1e-5
+    )
 
 
 def test_the_zero_shot_pipeline_of_transformers_takes_it(converted):

@@ -23,6 +23,10 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
+OCTAVES = (
+    6  # of the corners in a box head's Fourier features: waves of 1, 1/2 ... 1/32 of the image
+)
+
 
 def _attend(q, k, v, heads, *, causal=False, dropout=0.0):
     """Multi-head attention of projected queries [B, Lq, E] to keys and values [B, Lk, E] -> [B, Lq, E]."""
@@ -203,6 +207,66 @@ class DecoderLayer(nn.Module):
         return x + self.dropout(self.linear2(hidden))
 
 
+class BoxHead(nn.Module):
+    """Embeds given boxes: "roi_align" averages the tokens in a box, "prompter" lets the box attend to the tokens."""
+
+    def __init__(self, towers):
+        super().__init__()
+        head, image = towers["boxes"], towers["image"]
+        width, self.leading = image["width"], int(image["class_token"])
+        self.grid = image["image_size"] // image["patch_size"]
+        self.kind, self.bins, self.samples = head["kind"], head["bins"], head["samples"]
+        inputs = width * self.bins**2
+        if self.kind == "prompter":
+            inputs, norm = width, lambda: nn.LayerNorm(width, eps=image["norm_eps"])
+            self.place = nn.Linear(2 * 4 * OCTAVES, width)
+            self.memory_proj, self.memory_norm = nn.Linear(width, width), norm()
+            self.norm1, self.attn = norm(), Attention(width, image["heads"])
+            self.norm2, self.mlp = norm(), MLP(image, ("fc1", "fc2"))
+            self.norm = norm()
+        self.proj = nn.Parameter(torch.empty(inputs, towers["embed_dim"]))
+
+    def forward(self, tokens, boxes_xyxy):
+        """Image tokens and boxes [B, R, 4], corners in [0, 1] -> [B, R, D]."""
+        boxes_xyxy = boxes_xyxy.float()
+        of_boxes = self._align if self.kind == "roi_align" else self._ask
+        return of_boxes(tokens, boxes_xyxy).to(self.proj.dtype) @ self.proj
+
+    def cells(self):
+        """The box of each patch, [patches, 4]."""
+        low = torch.arange(self.grid, device=self.proj.device) / self.grid
+        y, x = (a.flatten() for a in torch.meshgrid(low, low, indexing="ij"))
+        return torch.stack([x, y, x + 1 / self.grid, y + 1 / self.grid], dim=-1)
+
+    def _align(self, tokens, boxes_xyxy):
+        """RoIAlign (He et al. 2017) with aligned half-pixels: a bilinear sample is a product of two hat functions."""
+        x1, y1, x2, y2 = boxes_xyxy.unbind(-1)
+        features = tokens[:, self.leading :].unflatten(1, (self.grid, self.grid)).float()
+        lines = torch.einsum("brih,bhwe->briwe", self._share_of_cells(y1, y2), features)
+        parts = torch.einsum("brjw,briwe->brije", self._share_of_cells(x1, x2), lines)
+        return parts.flatten(2)
+
+    def _share_of_cells(self, start, end):
+        """The share of every cell in every bin of the sections from start to end, [B, R] -> [B, R, bins, cells]."""
+        count = self.bins * self.samples
+        places = (torch.arange(count, device=start.device) + 0.5) / count
+        points = (start[..., None] + (end - start)[..., None] * places) * self.grid - 0.5
+        inside = (points >= -1) & (points <= self.grid)
+        points = points.clamp(0, self.grid - 1)[..., None]
+        hats = (1 - (points - torch.arange(self.grid, device=start.device)).abs()).clamp(min=0)
+        hats = hats * inside[..., None]
+        return hats.unflatten(-2, (self.bins, self.samples)).mean(-2)
+
+    def _ask(self, tokens, boxes_xyxy):
+        """One layer of cross-attention and MLP."""
+        whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=tokens.device).expand(self.leading, -1)
+        memory = self.memory_norm(self.memory_proj(tokens))
+        of_tokens = self.place(_fourier(torch.cat([whole, self.cells()])).to(tokens.dtype))
+        x = self.place(_fourier(boxes_xyxy).to(tokens.dtype))
+        x = x + self.attn(self.norm1(x), memory + of_tokens, memory)
+        return self.norm(x + self.mlp(self.norm2(x)))
+
+
 class Decoder(nn.Module):
     """Learned queries attend to the image tokens; the last one, or the sum of all, embeds the whole image."""
 
@@ -224,6 +288,8 @@ class Decoder(nn.Module):
         self.sums_all = tower.get("image_pool", "query") == "all"
         self.img_proj = nn.Parameter(torch.empty(width, out))
         self.obj_proj = nn.Parameter(torch.empty(width, out))
+        has_head = towers.get("boxes", {"kind": "none"})["kind"] != "none"
+        self.boxes = BoxHead(towers) if has_head else None
 
     def forward(self, tokens):
         """Image tokens -> image [B, D], regions [B, Q, D], boxes cxcywh of every layer [T, B, Q, 4]."""
@@ -299,7 +365,9 @@ class GrainPreTrainedModel(PreTrainedModel):
             "logit_bias": towers["logit_bias_init"],
             "in_proj_bias": 0.0,
         }
-        if isinstance(module, (ImageTower, Attention, Backbone, Decoder)):  # bare parameters
+        if isinstance(
+            module, (ImageTower, Attention, Backbone, Decoder, BoxHead)
+        ):  # bare parameters
             for name, parameter in module.named_parameters(recurse=False):
                 if name in constants:
                     nn.init.constant_(parameter, constants[name])
@@ -328,6 +396,25 @@ class GrainModel(GrainPreTrainedModel):
         """Images [B, 3, S, S] -> `GrainRegions`."""
         _, embeds, boxes = self.decoder(self.backbone.visual(pixel_values))
         return GrainRegions(boxes_xyxy=_corners(boxes[-1]).clamp(0, 1), embeds=_unit(embeds))
+
+    def get_boxes(self, pixel_values, boxes_xyxy):
+        """Embeddings of given boxes: images [B, 3, S, S] and corners [B, R, 4] in [0, 1] -> [B, R, D], unit length."""
+        if self.decoder.boxes is None:
+            raise ValueError(
+                "the model has no box head: it was trained without loss.box_description"
+            )
+        return _unit(self.decoder.boxes(self.backbone.visual(pixel_values), boxes_xyxy))
+
+    def similarity_maps(self, pixel_values, input_ids):
+        """Where texts lie, by the box head: a cosine for each patch, [B, N, h, w]."""
+        if self.decoder.boxes is None:
+            raise ValueError(
+                "the model has no box head: it was trained without loss.box_description"
+            )
+        cells = self.decoder.boxes.cells().expand(pixel_values.shape[0], -1, -1)
+        patches = self.get_boxes(pixel_values, cells)
+        cosines = _cosines(_unit(self.get_text_features(input_ids)), patches)
+        return cosines.unflatten(-1, (self.decoder.boxes.grid,) * 2)
 
     def zero_shot_logits(self, pixel_values, class_features, descriptions=None, alpha=1.0):
         """Scores of every class, [B, C]: alpha * global + (1 - alpha) * region cosines.
@@ -483,37 +570,44 @@ class GrainModel(GrainPreTrainedModel):
         return (pred - real).abs().sum() + (1 - overlap).sum()
 
     def export_onnx(self, folder):
-        """Writes `image.onnx` and `text.onnx` to `folder`, which is made; the batch size is dynamic.
+        """Writes `image.onnx`, `text.onnx` and, with a box head, `boxes.onnx` to `folder`, which is made.
 
         image.onnx: pixel_values -> image_embeds, region_embeds, boxes_xyxy. text.onnx: input_ids
-        [N, context length] -> text_embeds. Needs the packages onnx and onnxscript.
+        [N, context length] -> text_embeds. boxes.onnx: pixel_values, boxes_xyxy [B, R, 4] -> box_embeds. The batch size
+        and the number of boxes are dynamic. Needs the packages onnx and onnxscript.
         """
         image, text = self.config.towers["image"], self.config.towers["text"]
         size, context = image["image_size"], text["context_length"]
-        halves = {
+        batch, boxes = torch.export.Dim("batch"), torch.export.Dim("boxes")
+        pixels = torch.zeros(2, 3, size, size)
+        parts = {
             "image": (
                 ImageHalf(self),
-                torch.zeros(2, 3, size, size),
-                "pixel_values",
+                {"pixel_values": (pixels, {0: batch})},
                 ["image_embeds", "region_embeds", "boxes_xyxy"],
             ),
             "text": (
                 TextHalf(self),
-                torch.zeros(2, context, dtype=torch.long),
-                "input_ids",
+                {"input_ids": (torch.zeros(2, context, dtype=torch.long), {0: batch})},
                 ["text_embeds"],
             ),
         }
+        if self.decoder.boxes is not None:
+            given = {
+                "pixel_values": (pixels, {0: batch}),
+                "boxes_xyxy": (torch.rand(2, 3, 4), {0: batch, 1: boxes}),
+            }
+            parts["boxes"] = BoxPart(self), given, ["box_embeds"]
         Path(folder).mkdir(parents=True, exist_ok=True)
         trains = self.training
-        for name, (module, example, given, gives) in halves.items():
+        for name, (module, given, gives) in parts.items():
             torch.onnx.export(
                 module.eval(),
-                (example.to(self.device),),
+                tuple(example.to(self.device) for example, _ in given.values()),
                 f"{folder}/{name}.onnx",
-                input_names=[given],
+                input_names=list(given),
                 output_names=gives,
-                dynamic_shapes={given: {0: torch.export.Dim("batch")}},
+                dynamic_shapes={key: dims for key, (_, dims) in given.items()},
                 dynamo=True,
                 verbose=False,
             )
@@ -530,6 +624,17 @@ class ImageHalf(nn.Module):
     def forward(self, pixel_values):
         image, regions, boxes = self.decoder(self.visual(pixel_values))
         return _unit(image), _unit(regions), _corners(boxes[-1]).clamp(0, 1)
+
+
+class BoxPart(nn.Module):
+    """Images [B, 3, S, S] and boxes [B, R, 4] -> box_embeds [B, R, D]."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.visual, self.head = model.backbone.visual, model.decoder.boxes
+
+    def forward(self, pixel_values, boxes_xyxy):
+        return _unit(self.head(self.visual(pixel_values), boxes_xyxy))
 
 
 class TextHalf(nn.Module):
@@ -551,6 +656,13 @@ def _cosines(rows, columns):
     """Cosines [..., n, m] of unit vectors [..., n, D] and [..., m, D], in float32 also under autocast."""
     with torch.autocast(rows.device.type, enabled=False):
         return rows @ columns.mT
+
+
+def _fourier(boxes_xyxy):
+    """Sine and cosine of the corners [..., 4] -> [..., 8 * OCTAVES]."""
+    octaves = 2 * math.pi * 2.0 ** torch.arange(OCTAVES, device=boxes_xyxy.device)
+    angles = (boxes_xyxy[..., None] * octaves).flatten(-2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def _corners(boxes_cxcywh):

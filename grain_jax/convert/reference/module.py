@@ -59,6 +59,9 @@ def run_module(module: Any, given: parity.Inputs) -> dict[str, np.ndarray]:
             boxes_xyxy=regions.boxes_xyxy,
             logit_scale=module.backbone.logit_scale.exp(),
         )
+        if module.decoder.boxes is not None:
+            boxes = torch.tensor(parity.BOXES).expand(len(pixels), -1, -1)
+            out["box_embed"] = module.get_boxes(pixels, boxes)
         if module.backbone.logit_bias is not None:
             out["logit_bias"] = module.backbone.logit_bias
     return {name: value.detach().numpy() for name, value in out.items()}

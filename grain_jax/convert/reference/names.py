@@ -145,17 +145,48 @@ DECODER = Table("decoder", "decoder", (
     Row("image_projection/kernel", "img_proj", "E D"),
     Row("region_projection/kernel", "obj_proj", "E D"),
 ))
+BOXES = Table("boxes", "decoder", (
+    # E width of the image tower, F MLP, K heads, h head_dim, P numbers of a place, B input of the projection, D joint
+    # embedding
+    Row("box_head/place/kernel", "boxes.place.weight", "E P", LINEAR),
+    Row("box_head/place/bias", "boxes.place.bias", "E"),
+    Row("box_head/memory_projection/kernel", "boxes.memory_proj.weight", "E E", LINEAR),
+    Row("box_head/memory_projection/bias", "boxes.memory_proj.bias", "E"),
+    Row("box_head/memory_norm/scale", "boxes.memory_norm.weight", "E"),
+    Row("box_head/memory_norm/bias", "boxes.memory_norm.bias", "E"),
+    Row("box_head/norm_1/scale", "boxes.norm1.weight", "E"),
+    Row("box_head/norm_1/bias", "boxes.norm1.bias", "E"),
+    Row("box_head/attention/query/kernel", "boxes.attn.in_proj_weight", "3E E", HEADS_IN, 0),
+    Row("box_head/attention/query/bias", "boxes.attn.in_proj_bias", "3E", HEADS_IN, 0),
+    Row("box_head/attention/key/kernel", "boxes.attn.in_proj_weight", "3E E", HEADS_IN, 1),
+    Row("box_head/attention/key/bias", "boxes.attn.in_proj_bias", "3E", HEADS_IN, 1),
+    Row("box_head/attention/value/kernel", "boxes.attn.in_proj_weight", "3E E", HEADS_IN, 2),
+    Row("box_head/attention/value/bias", "boxes.attn.in_proj_bias", "3E", HEADS_IN, 2),
+    Row("box_head/attention/out/kernel", "boxes.attn.out_proj.weight", "E E", HEADS_OUT),
+    Row("box_head/attention/out/bias", "boxes.attn.out_proj.bias", "E"),
+    Row("box_head/norm_2/scale", "boxes.norm2.weight", "E"),
+    Row("box_head/norm_2/bias", "boxes.norm2.bias", "E"),
+    Row("box_head/mlp/in/kernel", "boxes.mlp.fc1.weight", "F E", LINEAR),
+    Row("box_head/mlp/in/bias", "boxes.mlp.fc1.bias", "F"),
+    Row("box_head/mlp/out/kernel", "boxes.mlp.fc2.weight", "E F", LINEAR),
+    Row("box_head/mlp/out/bias", "boxes.mlp.fc2.bias", "E"),
+    Row("box_head/norm/scale", "boxes.norm.weight", "E"),
+    Row("box_head/norm/bias", "boxes.norm.bias", "E"),
+    Row("box_projection/kernel", "boxes.proj", "B D"),
+))
 # fmt: on
-TABLES = (IMAGE, TEXT, DECODER)
+TABLES = (IMAGE, TEXT, DECODER, BOXES)
 
-# Parameters that only some models have. The reference has all of them but pre_norm (here under timm's name)
-# and logit_bias.
+# Parameters that only some models have. The reference has all of them but pre_norm (here under timm's name),
+# logit_bias and the box head.
 OPTIONAL: tuple[tuple[str, Callable[[config_lib.Model], bool]], ...] = (
     ("image/pre_norm/", lambda m: m.image.pre_norm),
     ("image/class_token", lambda m: m.image.class_token),
     ("image/patch_embed/bias", lambda m: m.image.patch_bias),
     ("image/blocks/attention/(query|key)_norm/", lambda m: m.image.qk_norm),
     ("logit_bias", lambda m: m.logit_bias_init is not None),
+    ("box_head/", lambda m: m.boxes.kind == "prompter"),
+    ("box_projection/", lambda m: m.boxes.kind != "none"),
 )
 
 # Entries of the reference that no output of GRAIN depends on. Shapes as in its train.py, in the letters of the

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from grain_jax import config as config_lib
 from grain_jax.convert.faults import ConvertError, raise_any
 from grain_jax.convert.reference.checkpoint import StateDict
+from grain_jax.models import box_head
 
 TOWERS = ("image", "text", "decoder")
 MAX_LAYERS = 1000
@@ -184,6 +185,9 @@ def sizes_of(model: config_lib.Model) -> dict[str, dict[str, int]]:
     positions = int(model.image.class_token) + grid * grid
     out["image"] |= dict(N=positions, p=model.image.patch_size)
     out["text"] |= dict(V=model.text.vocab_size, L=model.text.context_length)
+    if model.boxes.kind != "none":
+        bins = model.boxes.bins**2 if model.boxes.kind == "roi_align" else 1
+        out["boxes"] = out["image"] | dict(B=bins * model.image.width, P=box_head.PLACE, layers=1)
     if model.decoder is not None:
         out["decoder"] |= dict(I=model.image.width, Q=model.decoder.queries)
     return out
