@@ -160,7 +160,15 @@ def _parts(model: config_lib.Model, decoder: config_lib.RegionDecoder) -> list[t
             f"{model.embed_dim}; of an image: "
             + ("the sum of all queries" if decoder.image_pool == "all" else "the image query"),
         ),
+        *_box_head(model.boxes),
     ]
+
+
+def _box_head(head: config_lib.BoxHead) -> list[tuple[str, str]]:
+    if head.kind == "none":
+        return []
+    use = "`get_boxes(pixels, boxes)` embeds given boxes, `similarity_maps(pixels, texts)` shows where texts lie"
+    return [("box head", f"{head.kind}; {use}")]
 
 
 def _training(run: Run, losses: Mapping[str, Any]) -> list[tuple[str, str]]:
