@@ -14,6 +14,8 @@ KINDS = {
     "linear-probe": "classifies by a logistic regression on image embeddings, also of few shots",
     "retrieval": "R@1, R@5, R@10 between images and captions, both ways",
     "grounding": "box IoU, Acc@0.5, region-to-description R@1",
+    "boxes": "classes of given boxes, by the box head and by the nearest region",
+    "maps": "where similarity maps of phrases are high, against their boxes",
     "suite": "all entries of a config such as eval; --config.KEY=VALUE changes it",
 }
 _MORE = "Prints the result as a table and writes it as JSON."
@@ -22,8 +24,11 @@ _EXAMPLES = {
     "linear-probe": "--images runs/aviary/seen --shots 1,5,all",
     "retrieval": "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test",
     "grounding": "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test",
+    "boxes": "--annotations lvis/A.jsonl --classes lvis \\\n    --images coco/val2017",
+    "maps": "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test",
     "suite": "--config eval --config.data_dir=DIR",
 }
+ANNOTATED = ("retrieval", "grounding", "boxes", "maps")  # these read an A.jsonl
 
 
 def parser() -> KindsParser:
@@ -56,11 +61,18 @@ def _kind(name: str) -> Parser:
             metavar="DIR",
             required=True,
             help="folder that the annotations' paths start from"
-            if name in ("retrieval", "grounding")
+            if name in ANNOTATED
             else "folder with one sub-folder of images a class",
         )
-    if name in ("retrieval", "grounding"):
+    if name in ANNOTATED:
         add("--annotations", metavar="A.jsonl", required=True, help="one JSON object a line")
+    if name == "boxes":
+        add(
+            "--classes",
+            metavar="FILE",
+            help="file of class names, or the name of one of the package; default: the distinct descriptions",
+        )
+        add("--templates", metavar="FILE", help="prompts, one a line, with {} for the name")
     add("--output", metavar="OUT.json", required=True, help="file to write")
     if name == "zeroshot":
         _add_zeroshot(out)

@@ -21,6 +21,7 @@ NAMED = {
     "retrieval": "grain_jax.evaluate.evaluators:Retrieval",
     "grounding": "grain_jax.evaluate.evaluators:Grounding",
     "boxes": "grain_jax.evaluate.evaluators:Boxes",
+    "maps": "grain_jax.evaluate.evaluators:Maps",
     "diagnostics": "grain_jax.evaluate.evaluators:Diagnostics",
 }
 # Entries in a config.json of an older version have the keys of all kinds, with these values where they say

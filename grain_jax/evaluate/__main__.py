@@ -1,4 +1,4 @@
-"""`grain-jax evaluate zeroshot|linear-probe|retrieval|grounding|suite --checkpoint DIR ... --output OUT.json`.
+"""`grain-jax evaluate zeroshot|linear-probe|retrieval|grounding|boxes|maps|suite --checkpoint DIR ... --output OUT.json`.
 
 Prints the result as a table and writes it as JSON. Wrong usage or input: a line a fault, status 2. Several
 processes (grain-jax local, SLURM, TPU slices) share the images; the first one prints and writes.
@@ -41,8 +41,15 @@ def _entry(args: argparse.Namespace) -> config.Evaluator:
             unit_features=args.unit_features,
             templates=args.templates,
         )
-    of_command = {"retrieval": evaluators.Retrieval, "grounding": evaluators.Grounding}
-    return of_command[args.command](images=args.images, annotations=args.annotations)
+    given = dict(images=args.images, annotations=args.annotations)
+    if args.command == "boxes":
+        return evaluators.Boxes(**given, classes=args.classes, templates=args.templates)
+    of_command = {
+        "retrieval": evaluators.Retrieval,
+        "grounding": evaluators.Grounding,
+        "maps": evaluators.Maps,
+    }
+    return of_command[args.command](**given)
 
 
 def _output(path: str, name: str = "--output") -> epath.Path:

@@ -45,6 +45,10 @@ class Predictor(Protocol):
         """Images and boxes [n, 4] of each, in [0, 1] -> float32 [n, D] of each; of models with a box head."""
         ...
 
+    def similarity_maps(self, images: Any, text_embeds: Any, /) -> list[np.ndarray]:
+        """Images and embeddings [n, D] of the texts of each -> float32 [n, h, w] of each."""
+        ...
+
     def encode_text(self, texts: Any, /) -> np.ndarray:
         """Strings -> float32 [N, D]."""
         ...
@@ -65,6 +69,7 @@ class Encoded(NamedTuple):
     box_embed: np.ndarray | None = (
         None  # float32 [M, D], image by image; None: called without boxes
     )
+    pixels: Sequence[Any] = ()  # of a batch: what the model gets
 
     @property
     def with_regions(self) -> schema.Regions:
@@ -98,7 +103,7 @@ def gather_images(
             batch_size=batch_size,
         ):
             arrays = batch._asdict()
-            arrays.pop("regions")
+            del arrays["regions"], arrays["pixels"]
             if (box_embed := arrays.pop("box_embed")) is not None:
                 of_boxes.append({"box_embed": box_embed})
             yield arrays | (batch.with_regions._asdict() if regions else {})
@@ -117,9 +122,10 @@ def encode_images(
     unreadable: dict[str, str],
     regions: bool = True,
     boxes_of: BoxesOf | None = None,
+    embed: bool = True,
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[Encoded]:
-    """Batches of the images of this process; the next batch is read while the model encodes this one.
+    """Batches of the images of this process; the next batch is read while the model or the caller has this one.
 
     Each of several processes gets consecutive images, and each image belongs to one process.
     `processes.allgather` concatenates the results of the processes, in the order of the images.
@@ -131,6 +137,7 @@ def encode_images(
       unreadable: gets, after the last batch, name -> reason for each image that any process left out.
       regions: whether region embeddings are computed too.
       boxes_of: gives the boxes of each image, which are embedded too; None: no boxes.
+      embed: False: nothing is embedded (D is 0, whatever the arguments above), and the caller uses `pixels`.
       batch_size: images at a time.
 
     Raises:
@@ -148,7 +155,14 @@ def encode_images(
         with errors.out_of_memory_in_a_line(label, lambda: SMALLER):
             progress = _Progress(label, len(mine), len(images))
             for batch in _batches(
-                predictor, stretch, mine.start, left_out, regions, boxes_of, batch_size, progress
+                predictor if embed else _Nothing(getattr(predictor, "model", None)),
+                stretch,
+                mine.start,
+                left_out,
+                regions and embed,
+                boxes_of if embed else None,
+                batch_size,
+                progress,
             ):
                 seen += len(batch.index)
                 yield batch
@@ -217,9 +231,18 @@ def _batches(
                 if boxes_of is not None:
                     boxes = [boxes_of(*each) for each in zip(index, sizes)]
                 embeds = _encode(predictor, batch, regions, boxes)
-                yield Encoded(np.array(index), np.array(sizes), np.array(labels), *embeds)
+                yield Encoded(*map(np.array, (index, sizes, labels)), *embeds, batch)
             progress.update(len(current))
     progress.close()
+
+
+class _Nothing(NamedTuple):
+    """A predictor that embeds nothing."""
+
+    model: Any
+
+    def encode_image(self, images: Any, /) -> np.ndarray:
+        return np.zeros((len(images), 0), np.float32)
 
 
 def _encode(

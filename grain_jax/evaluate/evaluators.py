@@ -396,6 +396,29 @@ class Boxes(AnnotatedRegions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Maps(AnnotatedImages):
+    """Compares the similarity map of each phrase with its boxes (`maps.evaluate`).
+
+    Measures whether the highest place of the map lies in a box of the phrase (the pointing game), and how well the part
+    of the image where the map is high is that of the boxes.
+
+    Options: those of AnnotatedImages.
+
+    Result: `pointing`, `map_iou`, each with the prefix `chance_`; `map_iou_threshold`.
+    """
+
+    kind: str = "maps"
+
+    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+        from grain_jax.evaluate import maps
+
+        images, annotations = self.paths
+        return maps.evaluate(
+            predictor, images=images, annotations=annotations, batch_size=context.batch_size
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Diagnostics(AnnotatedRegions):
     """Diagnostics of the region queries (`diagnostics.evaluate`, docs/diagnostics.md).
 

@@ -60,6 +60,10 @@ _BOXES = (
     Row("image/top1", "class of a box by its image, top-1", "chance", "boxes", "boxes"),
     Row("image/top5", "class of a box by its image, top-5", "chance_top5", "boxes", "boxes"),
 )
+_MAPS = (
+    Row("pointing", "highest place of a map in a box", "chance_pointing", "phrases", "phrases"),
+    Row("map_iou", "IoU of a map and the boxes", "chance_map_iou", "phrases", "phrases", False),
+)
 _DIAGNOSTICS = (
     Row("matched_iou", "matched box IoU", None, "regions_matched", "boxes", False),
     Row("matched_iou50", "matched box Acc@0.5", None, "regions_matched", "boxes"),
@@ -206,7 +210,7 @@ def _rows(numbers: Mapping[str, float]) -> list[Row]:
     ):
         for k in (1, 5, 10):
             rows.append(Row(f"{way}/r{k}", f"{label} R@{k}", f"{way}/chance_r{k}", count, unit))
-    return [*rows, *_GROUNDING, *_BOXES, *_DIAGNOSTICS]
+    return [*rows, *_GROUNDING, *_BOXES, *_MAPS, *_DIAGNOSTICS]
 
 
 def cells(name: str, numbers: Mapping[str, float], row: Row) -> tuple[str, ...]:

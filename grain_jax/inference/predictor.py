@@ -229,17 +229,33 @@ class Predictor:
         Raises:
           InputError: image or texts cannot be used, or the image tower has no grid of patches.
         """
-        images, text, grid = _one_image(image), self.encode_text(texts), self._grid
-        if self.model.boxes.kind != "none":
-            (patches,) = self.encode_boxes(images, [box_head.token_boxes(grid * grid, 0)])
-        elif self.model.decoder is not None:
+        return self.similarity_maps(_one_image(image), [self.encode_text(texts)])[0]
+
+    def similarity_maps(
+        self, images: Images, text_embeds: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        """For each image the maps of its own texts, as `similarity_map`: float32 [n, h, w].
+
+        Args:
+          images: as for `encode_image`.
+          text_embeds: for each image the embeddings [n, D] of its texts.
+
+        Raises:
+          InputError: the images cannot be used, or the image tower has no grid of patches.
+        """
+        grid, count = self._grid, len(text_embeds)
+        if self.model.boxes.kind == "none" and self.model.decoder is not None:
             regions = self.encode_regions(images)
-            cosines = text @ regions.embed[0].T
-            return scores.region_map(cosines, regions.boxes_xyxy[0], grid)
+            found = zip(text_embeds, *regions, strict=True)
+            return [scores.region_map(t @ e.T, boxes, grid) for t, boxes, e in found]
+        if self.model.boxes.kind != "none":
+            patches = self.encode_boxes(images, [box_head.token_boxes(grid * grid, 0)] * count)
         else:
-            (pixels,) = self._parts(_checked_images(images, self.model.image.image_size))
-            patches = self._run(patch_program(self.model, self.dtype), pixels)[0]
-        return (text @ patches.astype(np.float32).T).reshape(-1, grid, grid)
+            program = patch_program(self.model, self.dtype)
+            parts = self._parts(_checked_images(images, self.model.image.image_size))
+            patches = [x for part in parts for x in self._run(program, part).astype(np.float32)]
+        found = zip(text_embeds, patches, strict=True)
+        return [(t @ p.T).reshape(-1, grid, grid) for t, p in found]
 
     @property
     def _grid(self) -> int:

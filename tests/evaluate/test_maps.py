@@ -1,0 +1,94 @@
+import json
+
+import numpy as np
+import pytest
+
+from grain_jax.evaluate import __main__ as command
+from grain_jax.evaluate import maps, tables, test_sets
+from tests.evaluate.stub import StubPredictor, number, write_picture
+
+TEXTS = {"a cat": [1, 0], "a dog": [0, 1]}
+
+
+class Mapped(StubPredictor):
+    """A stub whose map of an image and a text is in a table."""
+
+    def similarity_maps(self, images, text_embeds):
+        tables_ = [self.images[number(image)] for image in images]
+        return [
+            np.array([table[int(np.argmax(text))] for text in texts], np.float32).reshape(-1, 2, 2)
+            for table, texts in zip(tables_, text_embeds, strict=True)
+        ]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two images of 20 x 10 pixels: the cat in the left half of both, the dog below on the right of the first."""
+    left = {"box": [0, 0, 10, 10], "description": "a cat", "score": 1}
+    corner = {"box": [10, 5, 20, 10], "description": "a dog", "score": 1}
+    far = {"box": [30, 0, 40, 9], "description": "a dog", "score": 1}
+    for i in (0, 1):
+        write_picture(tmp_path / f"{i}.png", i, (20, 10))
+    lines = [
+        {"image": "0.png", "regions": [left, corner, far]},
+        {"image": "1.png", "regions": [left]},
+        {"image": "2.png", "regions": [left]},  # not there
+        {"image": "1.png", "regions": []},
+    ]
+    (tmp_path / "A.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    predictor = Mapped(
+        texts=TEXTS,
+        images={
+            0: {0: [[1, 0], [1, 0]], 1: [[0, 1], [0, 0]]},  # the cat is right, the dog above
+            1: {0: [[0, 1], [1, 0]]},  # one of two equally high cells is right
+        },
+    )
+    return predictor, dict(images=tmp_path, annotations=tmp_path / "A.jsonl")
+
+
+def test_hand_computed(data):
+    predictor, given = data
+    got = maps.evaluate(predictor, **given)
+    assert (got["pictures"], got["unreadable"], got["without_regions"]) == (2, 1, 1)
+    assert (got["phrases"], got["regions_outside"]) == (3, 1)
+    assert got["pointing"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert got["chance_pointing"] == pytest.approx((0.5 + 0.25 + 0.5) / 3)
+    assert got["chance_map_iou"] == pytest.approx((0.5 + 0.25 + 0.5) / 3)
+    assert tables.rows_of(tables.scalars(got))[0].key == "pointing"
+    json.dumps(got)
+
+
+def test_the_iou_is_that_of_the_best_threshold():
+    # A map that rises from left to right: above 1/2 it is the right half, which is the box.
+    one, box = np.array([[0, 1.0]]), np.array([[0.5, 0, 1, 1]])
+    found = maps._measured([(one, box), (one, box)])
+    mean = found["iou"].mean(0)
+    assert mean[list(maps.THRESHOLDS.round(2)).index(0.5)] == 1 == mean.max()
+    assert mean[0] == pytest.approx(0.5 / 0.725, abs=0.01)  # above .05 from x = .275 on
+    assert found["hit"].tolist() == [1, 1] and found["chance"].tolist() == [0.5, 0.5]
+
+
+def test_a_map_without_differences_says_nothing():
+    found = maps._measured([(np.ones((4, 4)), np.array([[0, 0, 0.25, 0.5]]))])
+    assert found["hit"].tolist() == found["chance"].tolist() == [2 / 16]
+
+
+def test_no_box_in_its_image(data, tmp_path):
+    predictor, given = data
+    far = {
+        "image": "0.png",
+        "regions": [{"box": [30, 0, 40, 9], "description": "a cat", "score": 1}],
+    }
+    (tmp_path / "A.jsonl").write_text(json.dumps(far))
+    with pytest.raises(test_sets.InputError, match="every box lies outside its image"):
+        maps.evaluate(predictor, **given)
+
+
+def test_the_commands_read_annotations(data, tmp_path, monkeypatch, capsys):
+    predictor, given = data
+    monkeypatch.setattr(command, "_load", lambda args: predictor)
+    paths = [f"--{key}={value}" for key, value in given.items()]
+    words = ["maps", "--checkpoint=x", *paths, f"--output={tmp_path}/out.json"]
+    assert command.main(words) == 0
+    assert "highest place of a map in a box" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text())["phrases"] == 3
