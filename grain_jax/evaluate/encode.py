@@ -111,7 +111,8 @@ def gather_images(
     found = processes.allgather(of_images())
     parts = {key: found.pop(key) for key in schema.Regions._fields if key in found}
     box_embed = processes.allgather(of_boxes)["box_embed"] if boxes_of is not None else None
-    return Encoded(**found, regions=schema.Regions(**parts) if parts else None, box_embed=box_embed)
+    regions_found = schema.Regions(**parts) if parts else None
+    return Encoded(**found, regions=regions_found, box_embed=box_embed, pixels=())
 
 
 def encode_images(
@@ -155,12 +156,13 @@ def encode_images(
         with errors.out_of_memory_in_a_line(label, lambda: SMALLER):
             progress = _Progress(label, len(mine), len(images))
             for batch in _batches(
-                predictor if embed else _Nothing(getattr(predictor, "model", None)),
+                predictor,
                 stretch,
                 mine.start,
                 left_out,
-                regions and embed,
-                boxes_of if embed else None,
+                regions,
+                boxes_of,
+                embed,
                 batch_size,
                 progress,
             ):
@@ -191,6 +193,7 @@ def _batches(
     left_out: dict[str, str],
     regions: bool,
     boxes_of: BoxesOf | None,
+    embed: bool,
     batch_size: int,
     progress: "_Progress",
 ) -> Iterator[Encoded]:
@@ -230,19 +233,13 @@ def _batches(
                 boxes = None
                 if boxes_of is not None:
                     boxes = [boxes_of(*each) for each in zip(index, sizes)]
-                embeds = _encode(predictor, batch, regions, boxes)
-                yield Encoded(*map(np.array, (index, sizes, labels)), *embeds, batch)
+                image_embed, found, box_embed = np.zeros((len(batch), 0)), None, None
+                if embed:
+                    image_embed, found, box_embed = _encode(predictor, batch, regions, boxes)
+                at = np.array(index), np.array(sizes), np.array(labels)
+                yield Encoded(*at, image_embed, found, box_embed, batch)
             progress.update(len(current))
     progress.close()
-
-
-class _Nothing(NamedTuple):
-    """A predictor that embeds nothing."""
-
-    model: Any
-
-    def encode_image(self, images: Any, /) -> np.ndarray:
-        return np.zeros((len(images), 0), np.float32)
 
 
 def _encode(

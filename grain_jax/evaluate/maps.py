@@ -111,8 +111,8 @@ def evaluate(
 
 def _measured(phrases: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
     """The measures of phrases, each a map [h, w] and boxes xyxy [n, 4]: hit, chance, area [P] and iou [P, thresholds]."""
-    out = {key: np.zeros(len(phrases)) for key in ("hit", "chance", "area")}
-    out["iou"] = np.zeros((len(phrases), len(THRESHOLDS)))
+    out: dict[str, np.ndarray] = {key: np.zeros(len(phrases)) for key in ("hit", "chance", "area")}
+    out |= {"iou": np.zeros((len(phrases), len(THRESHOLDS)))}
     for i, (one, boxes_xyxy) in enumerate(phrases):
         right = _covered(boxes_xyxy, *one.shape)
         out["hit"][i] = right[one == one.max()].mean()
