@@ -176,7 +176,7 @@ def _write(
     from grain_jax.input_pipeline import text_lengths, tokenizer
 
     stored_anew: list[int] = []
-    lengths = text_lengths.Sample()
+    lengths = text_lengths.Sample(negatives=found.negatives > 0)
     examples_of = functools.partial(
         examples,
         annotations=epath.Path(args.annotations),
@@ -198,6 +198,7 @@ def _write(
             "duplicates_left_out": divided.left_out,
         },
         num_shards=num_shards,
+        negatives=found.negatives > 0,
         held_out=examples_of(divided.validation),
         held_out_shards=default_shards(divided.validation),
         files=lambda: {

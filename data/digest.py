@@ -35,6 +35,11 @@ def _of_example(example: Mapping[str, Any]) -> bytes:
     numbers = [[*region["bbox"], region["score"]] for region in regions]
     parts = [example["image"], *(text.encode() for text in texts)]
     parts.append(np.asarray(numbers, "<f4").tobytes())
+    negatives = [region.get("negatives", ()) for region in regions]
+    if any(negatives):  # the digest of other records is that of a set without this feature
+        for of_region in negatives:
+            parts.append(len(of_region).to_bytes(8, "big"))
+            parts += [text.encode() for text in of_region]
     digest = hashlib.sha256()
     for part in parts:  # with lengths, so that no byte can move from one to the next
         digest.update(len(part).to_bytes(8, "big"))

@@ -33,6 +33,7 @@ class Verdict(NamedTuple):
     image: str
     image_bytes: int
     regions: int
+    negatives: int  # of all regions
     boxes_clipped: int
     unknown_keys: list[str]
     fingerprint: duplicates.Fingerprint | None  # None of a faulty line
@@ -49,6 +50,7 @@ def check(line: Line, *, folder: str) -> Verdict:
         image=found.image if found else "",
         image_bytes=len(checked.encoded),
         regions=len(found.regions) if found else 0,
+        negatives=sum(len(region.negatives) for region in found.regions) if found else 0,
         boxes_clipped=checked.boxes_clipped,
         unknown_keys=checked.unknown_keys,
         fingerprint=(duplicates.fingerprint(checked.encoded, checked.image) if found else None),
@@ -80,6 +82,7 @@ def encode(line: Line, *, folder: str, encoding: Encoding) -> Encoded | list[str
                 "bbox": (y1 / height, x1 / width, y2 / height, x2 / width),
                 "description": region.description,
                 "score": region.score,
+                "negatives": list(region.negatives),
             }
             for region in found.regions
             for x1, y1, x2, y2 in [region.box_xyxy]

@@ -26,7 +26,7 @@ class Survey:
         self.file_name = file_name
         self.ids: dict[int, str] = {}  # line -> id, of the good lines
         self.faults: list[tuple[int, str]] = []  # (line, what)
-        self.lines = self.image_bytes = self.boxes_clipped = 0
+        self.lines = self.image_bytes = self.boxes_clipped = self.negatives = 0
         self.regions = array.array("I")  # of each good line
         self.unknown_keys: collections.Counter[str] = collections.Counter()
         self.fingerprints = array.array("Q")  # exact and near, of the good lines in order
@@ -64,6 +64,7 @@ class Survey:
         self._line_of_id[identity] = verdict.number
         self.image_bytes += verdict.image_bytes
         self.regions.append(verdict.regions)
+        self.negatives += verdict.negatives
         self.boxes_clipped += verdict.boxes_clipped
 
     def summary(self) -> str:

@@ -22,21 +22,22 @@ from tensorflow_datasets.core.utils import shard_utils
 from grain_jax.input_pipeline import record_files
 
 
-def features(encoding_format: str | None) -> tfds.features.FeaturesDict:
-    """The record format; data/SCHEMA.md explains it."""
+def features(encoding_format: str | None, negatives: bool) -> tfds.features.FeaturesDict:
+    """The record format; data/SCHEMA.md explains it. A set without negatives has no such feature."""
+    of_region = {
+        "bbox": tfds.features.BBoxFeature(),
+        "description": tfds.features.Text(),
+        "score": tfds.features.Scalar(np.float32),
+    }
+    if negatives:
+        of_region["negatives"] = tfds.features.Sequence(tfds.features.Text())
     return tfds.features.FeaturesDict(
         {
             "id": tfds.features.Text(),
             "image": tfds.features.Image(shape=(None, None, 3), encoding_format=encoding_format),
             "captions": tfds.features.Sequence(tfds.features.Text()),
             "synthetic_caption": tfds.features.Text(),
-            "regions": tfds.features.Sequence(
-                {
-                    "bbox": tfds.features.BBoxFeature(),
-                    "description": tfds.features.Text(),
-                    "score": tfds.features.Scalar(np.float32),
-                }
-            ),
+            "regions": tfds.features.Sequence(of_region),
         }
     )
 
@@ -57,11 +58,13 @@ class AnnotatedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         data_dir: epath.PathLike,
         splits: Mapping[str, Iterable[dict[str, Any]]],
         encoding_format: str | None,
+        negatives: bool,
         metadata: dict[str, Any],
     ):
         self.name = name
         self._splits = splits
         self._encoding_format = encoding_format
+        self._negatives = negatives
         self._metadata = metadata
         super().__init__(data_dir=data_dir)
 
@@ -69,7 +72,7 @@ class AnnotatedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(
             builder=self,
             description="Pictures with captions and described regions, written by data.build.",
-            features=features(self._encoding_format),
+            features=features(self._encoding_format, self._negatives),
             metadata=tfds.core.MetadataDict(self._metadata),
         )
 
@@ -79,9 +82,11 @@ class AnnotatedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self, items: Iterable[dict[str, Any]]):
         for item in items:
-            regions = [
-                region | {"bbox": tfds.features.BBox(*region["bbox"])} for region in item["regions"]
-            ]
+            regions = []
+            for region in item["regions"]:
+                region = region | {"bbox": tfds.features.BBox(*region["bbox"])}
+                texts = region.pop("negatives", [])
+                regions.append(region | {"negatives": texts} if self._negatives else region)
             image = io.BytesIO(item["image"])
             yield item["id"], item | {"image": image, "regions": regions}
 
@@ -113,6 +118,7 @@ def write(
     encoding_format: str | None,
     metadata: dict[str, Any],
     num_shards: int,
+    negatives: bool = False,
     held_out: Iterable[dict[str, Any]] = (),
     held_out_shards: int = 0,
     files: Callable[[], Mapping[str, bytes]] = dict,
@@ -124,6 +130,7 @@ def write(
       examples: of the split "train", as `AnnotatedImages` takes them; so are `encoding_format` and
         `metadata`.
       num_shards: files to spread them over.
+      negatives: whether a region has negatives.
       held_out: of the split "validation".
       held_out_shards: its files; 0 if there is no such split.
       files: gives name -> content of what is to stand beside the records; called when these are written.
@@ -139,6 +146,7 @@ def write(
             data_dir=folder,
             splits={name: digests[name].counting(items) for name, items in splits.items()},
             encoding_format=encoding_format,
+            negatives=negatives,
             metadata=metadata,
         )
         tfds.disable_progress_bar()  # ours has the time left

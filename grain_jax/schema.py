@@ -6,7 +6,7 @@ Axis letters, used in every shape comment of the project:
     N  image tokens (P + 1)         L    text positions of a row      G  packing groups (B / pack_group)
     C  captions an image            R    target regions an image      Q  region queries
     D  joint embedding              E    tower width                  K  attention heads
-    T  decoder layers
+    T  decoder layers               H    hard negatives a region
 
 Boxes are normalised to [0, 1] everywhere inside `grain_jax` and carry their format in the name
 (`*_cxcywh`, `*_xyxy`). Masks are positive: True means real. This module imports numpy only.
@@ -41,9 +41,13 @@ class Batch(NamedTuple):
     description_id: Array  # int32 [B, R], same text same id
     region_boxes_cxcywh: Array  # float32 [B, R, 4]
     region_mask: Array  # bool [B, R]
-    texts_dropped: Array  # int32 [G], regions that did not fit into the rows of their group, and captions cut to fit
-    # int32 [G, 2], captions and real regions; those whose text the tokenizer cut to L. None: not counted.
+    # int32 [G], negatives and regions that did not fit into the rows of their group, and captions cut to fit
+    texts_dropped: Array
+    # int32 [G, 2], captions, descriptions and negatives; those that the tokenizer cut to L. None: not counted.
     text_counts: Array = None
+    # Texts that are nearly a region's description, and wrong. None: `input.negatives_per_region` is 0.
+    negative_at: Array = None  # int32 [B, R, H, 2] (row, end token), zeros where masked
+    negative_mask: Array = None  # bool [B, R, H]; False where the region is not real
 
 
 class Outputs(NamedTuple):
@@ -59,8 +63,10 @@ class Outputs(NamedTuple):
     logit_scale: Array  # float32 [], the factor itself (the parameter is its logarithm)
     logit_bias: Array  # float32 [], of contrastive loss type sigmoid; 0 in a model without
     box_embed: (
-        Array  # float32 [B, R, D], of the annotated boxes; [B, 0, D] in a model without a box head
+        Array  # float32 [B, R, D], of the annotated boxes; None in a model without a box head
     )
+    # float32 [B, R, H, D], the negatives of the descriptions; None where the batch has none.
+    negative_text_embed: Array = None
 
 
 class Regions(NamedTuple):

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import PIL.Image
 from grain_jax.data import build
@@ -80,6 +81,11 @@ def config(
     values.input.update(dict(data_dir=str(output), name=name, lanes=lanes) | inputs)
     values.text.update(dict(pack_group=pack_group, pack_rows=pack_rows))
     return config_lib.from_dict(values)
+
+
+def join(parts):
+    """The batch of the images of several, one after the other."""
+    return jax.tree.map(lambda *fields: np.concatenate(fields), *parts)
 
 
 def assert_batches_equal(got, expected):

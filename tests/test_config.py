@@ -97,6 +97,23 @@ def test_reference_config_restores_what_the_spec_lists():
             lambda d: d["model"]["boxes"].update(bins=0),
             "model.boxes.bins: got 0, expected 1 to 64",
         ),
+        (
+            lambda d: d["loss"].update(hard_negative=0.5),
+            "loss.hard_negative: got 0.5 with input.negatives_per_region=0, expected negatives",
+        ),
+        (
+            lambda d: (
+                d["model"].update(decoder=None),
+                d["model"]["image"].update(pool="class"),
+                d["input"].update(negatives_per_region=2),
+                d["loss"].update(hard_negative=1.0, image_description=1.0),
+            ),
+            "loss.hard_negative: got 1 without model.decoder and model.boxes, expected one of them",
+        ),
+        (
+            lambda d: d["input"].update(negatives_per_region=2, max_regions=0),
+            "input.negatives_per_region: got 2, expected 0: with input.max_regions=0 no region has",
+        ),
         (lambda d: d.update(batch_size=0), "batch_size: got 0, expected at least 1"),
         (lambda d: d["text"].update(pack_rows=0), "text.pack_rows: got 0, expected at least 1"),
         (lambda d: d["input"].update(flip_rate=7.0), "input.flip_rate: got 7.0, expected 0 to 1"),

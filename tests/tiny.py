@@ -34,11 +34,12 @@ def config(**overrides) -> config_lib.Config:
 
 
 def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
-    """Random images, texts of 7 tokens packed in order, boxes and masks; some texts are equal."""
+    """Random images, texts of 7 tokens packed in order, boxes and masks; some texts are equal, some negatives masked."""
     rng = np.random.default_rng(seed)
     shapes = train_step.abstract_batch(c)
     (b, r), captions = shapes.region_mask.shape, shapes.caption_mask.shape[1]
-    texts = captions + r  # of an image
+    h = c.input.negatives_per_region
+    texts = captions + r * (1 + h)  # of an image
     groups, rows, length = shapes.text_tokens.shape
     a_row = length // 7
     assert rows * a_row * groups >= b * texts, "the texts do not fit"
@@ -46,10 +47,12 @@ def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
     slots = np.stack([rng.permutation(order)[: b // groups * texts] for _ in range(groups)])
     slots = slots.reshape(b, texts)
     at = np.stack([slots // a_row, slots % a_row * 7 + 6], axis=-1).astype(np.int32)
+    negative_at, negative_mask = at[:, captions + r :].reshape(b, r, h, 2), np.ones((b, r, h), bool)
+    negative_mask &= np.random.default_rng(seed + 1).random((b, r, h)) < 0.6
     column = np.arange(length)
     low = rng.uniform(0, 0.6, (b, r, 2))
     size = rng.uniform(0.1, 0.4, (b, r, 2))
-    return schema.Batch(
+    batch = schema.Batch(
         image=rng.integers(0, 256, shapes.image.shape).astype(np.uint8),
         text_tokens=rng.integers(1, 400, shapes.text_tokens.shape).astype(np.int32),
         text_positions=np.broadcast_to(column % 7, shapes.text_tokens.shape).astype(np.int32),
@@ -57,13 +60,17 @@ def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
         caption_at=at[:, :captions],
         caption_id=(np.arange(b * captions, dtype=np.int32) * 2 // 3).reshape(b, captions),
         caption_mask=np.arange(b * captions).reshape(b, captions) % 4 < (4 if captions == 1 else 3),
-        description_at=at[:, captions:],
+        description_at=at[:, captions : captions + r],
         description_id=rng.integers(0, 3 * b, (b, r)).astype(np.int32),
         region_boxes_cxcywh=np.concatenate([low + size / 2, size], -1).astype(np.float32),
         region_mask=rng.random((b, r)) < 0.7,
         texts_dropped=rng.integers(0, 2, groups).astype(np.int32),
         text_counts=rng.integers(0, 2, (groups, 2)).astype(np.int32) + b // groups * texts,
     )
+    if not h:
+        return batch
+    negative_mask &= batch.region_mask[..., None]
+    return batch._replace(negative_at=negative_at, negative_mask=negative_mask)
 
 
 def shapes_of(tree):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
-from grain_jax.data import build, sources
+from grain_jax.data import build, negatives, sources
 from grain_jax.data.annotate import (
     arguments,
     checks,
@@ -140,6 +140,7 @@ def _job(args: argparse.Namespace, output: outputs.Output, source: sources.Sourc
             name: prompt.read_prompt(prompts / f"{name}.txt", with_subject=name == "describe")
             for name in ("caption", "describe")
         },
+        negatives=args.negatives,
     )
 
 
@@ -159,6 +160,8 @@ def _settings(args: argparse.Namespace, job: Job) -> dict[str, dict[str, Any]]:
     for name in job.passes:
         if name == "ground":
             out[name] = {"model": job.detector.model, "threshold": job.detector.threshold}
+        elif name == "negatives":
+            out[name] = {"rules": negatives.VERSION, "negatives": job.negatives}
         else:
             asked = job.prompts[name]
             digest = hashlib.sha256(asked.text.encode()).hexdigest()

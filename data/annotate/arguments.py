@@ -11,9 +11,11 @@ _MOST = 1_000_000
 
 
 def _passes(text: str) -> tuple[str, ...]:
-    if text in ("all", "none"):
-        return options.PASSES if text == "all" else ()
+    if text == "none":
+        return ()
     given = text.split(",")
+    if "all" in given:
+        given = [*options.ALL, *(name for name in given if name != "all")]
     if not set(given) <= set(options.PASSES):
         raise argparse.ArgumentTypeError(
             f"got {text!r}, expected all, none, or some of {','.join(options.PASSES)}"
@@ -113,9 +115,17 @@ def _add_models(out: Parser) -> None:
     add(
         "--passes",
         type=_passes,
-        default=options.PASSES,
+        default=options.ALL,
         metavar="PASS,PASS",
-        help=f"all (default), none, or some of {','.join(options.PASSES)}; none takes over what the source has",
+        help=f"some of {','.join(options.PASSES)}; all (default) is {','.join(options.ALL)}; none takes over what the"
+        " source has",
+    )
+    add(
+        "--negatives",
+        type=positive,
+        default=options.NEGATIVES,
+        metavar="N",
+        help="texts that the pass negatives makes of a description, at most",
     )
     add(
         "--chat",

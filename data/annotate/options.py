@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
-PASSES = ("caption", "describe", "ground")  # in their order
+PASSES = ("caption", "describe", "ground", "negatives")  # in their order
+ALL = ("caption", "describe", "ground")  # of --passes all
+NEGATIVES = 10  # of a description, at most
 SHARD_SIZE = 1000  # images, of sources without shards of their own
 # Names of grain_jax.data.sources.SOURCES, which is slow to import.
 SOURCES = (

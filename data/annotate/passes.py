@@ -1,4 +1,4 @@
-"""The three passes over a shard's images: caption, describe, ground. No Beam in here.
+"""The passes over a shard's images: caption, describe, ground, negatives. No Beam in here.
 
 An image whose pass fails keeps its other results: it stays in the annotations while these have a text or a region,
 and failed.jsonl names what is missing and why.
@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import PIL.Image
-from grain_jax.data import sources
+from grain_jax.data import negatives, sources
 from grain_jax.data.annotate import (
     answers,
     checks,
     detector,
     endpoint_chat,
     local_chat,
+    options,
     outputs,
     prompt,
 )
@@ -53,6 +54,7 @@ class Job(NamedTuple):
     chat: local_chat.Options | endpoint_chat.Options
     detector: detector.Options
     prompts: dict[str, prompt.Prompt]  # by pass
+    negatives: int = options.NEGATIVES  # of a description, at most
 
 
 @dataclasses.dataclass
@@ -62,6 +64,7 @@ class Models:
     Attributes:
       chat, detector: None where no pass needs it.
       prompts: by pass.
+      negatives: no model: rules make them.
       turn: held while a local model runs: a worker may have several threads, and a GPU one memory.
     """
 
@@ -69,6 +72,7 @@ class Models:
     detector: detector.Detector | None
     prompts: dict[str, prompt.Prompt]
     turn: contextlib.AbstractContextManager
+    negatives: int = options.NEGATIVES  # of a description, at most
     failures: int = 0  # in a row, up to now
 
 
@@ -97,7 +101,7 @@ def build(job: Job) -> Models:
     if "ground" in job.passes:
         finder = detector.build(job.detector)
     turn = threading.Lock() if local or finder else contextlib.nullcontext()
-    return Models(chat, finder, job.prompts, turn)
+    return Models(chat, finder, job.prompts, turn, job.negatives)
 
 
 def _ask(models: Models, works: list[_Work], texts: list[str], tally: collections.Counter) -> list:
@@ -144,6 +148,18 @@ def _ground(models: Models, works: list[_Work], tally: collections.Counter) -> I
         yield {"regions": [_region(region) for region in found]}
 
 
+def _negatives(models: Models, works: list[_Work], tally: collections.Counter) -> Iterator:
+    for work in works:
+        descriptions = dict.fromkeys(region["description"] for region in _regions(work))
+        made = {
+            text: negatives.make(text, models.negatives, others=descriptions)
+            for text in descriptions
+        }
+        tally["negatives"] += sum(map(len, made.values()))
+        tally["descriptions without a word of the rules"] += sum(not x for x in made.values())
+        yield {"negatives": made}
+
+
 class Pass(NamedTuple):
     """A pass over images: `run` yields what it found, or a Failure or Refused, for each of them."""
 
@@ -155,15 +171,31 @@ PASSES = {
     "caption": Pass(None, _caption),
     "describe": Pass("caption", _describe),
     "ground": Pass("describe", _ground),
+    # Of regions of the source, too: so it needs no pass, but comes after the others.
+    "negatives": Pass(None, _negatives),
 }
 
 
 def _region(region: annotations.Region) -> dict[str, Any]:
-    return {
+    found = {
         "box": list(region.box_xyxy),
         "description": region.description,
         "score": region.score,
     }
+    return found | ({"negatives": list(region.negatives)} if region.negatives else {})
+
+
+def _regions(work: _Work) -> list[dict[str, Any]]:
+    """The regions of the source and those of the pass ground, with the negatives of the source or of the pass."""
+    found = work.results.get("ground", {}).get("regions", [])
+    made = work.results.get("negatives", {}).get("negatives", {})
+    regions = [*map(_region, work.item.regions), *found]
+    return [
+        {**region, "negatives": made[region["description"]]}
+        if made.get(region["description"]) and "negatives" not in region
+        else region
+        for region in regions
+    ]
 
 
 def _line(work: _Work) -> dict[str, Any] | None:
@@ -176,8 +208,7 @@ def _line(work: _Work) -> dict[str, Any] | None:
     synthetic = work.results.get("caption", {}).get("synthetic_caption", item.synthetic_caption)
     if synthetic:
         out["synthetic_caption"] = synthetic
-    found = work.results.get("ground", {}).get("regions", [])
-    out["regions"] = [*map(_region, item.regions), *found]
+    out["regions"] = _regions(work)
     if item.phrases is not None:
         out["phrases"] = list(map(list, item.phrases))
     if item.id is not None:

@@ -11,7 +11,7 @@ import random
 from grain_jax.data.aviary.drawing import Drawing
 from grain_jax.data.aviary.settings import Noise
 from grain_jax.data.aviary.species import Species
-from grain_jax.data.aviary.vocabulary import PARTS, TRAITS
+from grain_jax.data.aviary.vocabulary import PARTS, TRAITS, near_misses
 
 _ALL_TRAITS = tuple(trait for part in PARTS for trait in TRAITS[part])
 _LEAST_AREA = 0.001  # share of the image; a smaller part counts as hidden
@@ -128,6 +128,13 @@ def regions(
             {"box": box, "description": description, "score": round(min(0.99, max(0.3, score)), 3)}
         )
     return made
+
+
+def negatives(species: Species, description: str, key: str, number: int) -> list[str]:
+    """`number` texts (10 at most) that differ from a region's description in colour or shape; none is true of the bird."""
+    wrong = [text for text, trait in near_misses(description) if trait not in species.traits]
+    random.Random(f"{key}/negatives/{description}").shuffle(wrong)
+    return wrong[:number]
 
 
 def box_iou(first, second) -> float:

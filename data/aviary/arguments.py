@@ -5,7 +5,7 @@ import dataclasses
 import os
 from typing import Any
 
-from grain_jax.data.aviary.settings import Noise, Pose, Settings
+from grain_jax.data.aviary.settings import TEST_NEGATIVES, Noise, Pose, Settings
 
 from grain_jax.cli.parser import Parser
 from grain_jax.cli.values import number
@@ -25,6 +25,7 @@ _HELP = {
     "least_parts": "annotated parts of an image, at least",
     "most_parts": "annotated parts of an image, at most",
     "caption_parts": "parts that a synthetic caption tells",
+    "negatives": "wrong descriptions of each region of a training image, near misses; test images have 10",
     "scale_from": "smallest bird",
     "scale_to": "largest bird",
     "turn": "birds lean up to so many degrees either way",
@@ -57,6 +58,7 @@ _RANGES = {
     "least_parts": (0, 8),
     "most_parts": (1, 8),
     "caption_parts": (1, 8),
+    "negatives": (0, TEST_NEGATIVES),
     "scale_from": (0.3, 2.0),
     "scale_to": (0.3, 2.0),
     "turn": (0.0, 90.0),

@@ -11,7 +11,7 @@ from etils import epath
 from grain_jax.data import parallel
 from grain_jax.data.aviary import annotations, drawing
 from grain_jax.data.aviary.annotations import EXACT
-from grain_jax.data.aviary.settings import DEFAULT, Settings
+from grain_jax.data.aviary.settings import DEFAULT, TEST_NEGATIVES, Settings
 from grain_jax.data.aviary.species import Aviary, Species, make_species
 from grain_jax.data.progress import progress
 
@@ -70,6 +70,11 @@ def record_of(settings: Settings, task: Task, drawn: drawing.Drawing) -> dict | 
     regions = annotations.regions(task.species, drawn, key, noise, **parts)
     if noise is EXACT:
         regions = [{**region, "score": 1.0} for region in regions]
+    number = TEST_NEGATIVES if noise is EXACT else settings.negatives
+    if number:
+        for region in regions:
+            said = region["description"]
+            region["negatives"] = annotations.negatives(task.species, said, key, number)
     return {"image": task.image, **words, "regions": regions, "id": f"{task.split}-{task.index}"}
 
 
@@ -86,7 +91,10 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     """
     output = epath.Path(output)
     aviary = species_of(settings)
-    described = json.dumps(dataclasses.asdict(settings), indent=1) + "\n"
+    values = dataclasses.asdict(settings)
+    if not settings.negatives:  # a data set of before this setting is that of its default
+        del values["negatives"]
+    described = json.dumps(values, indent=1) + "\n"
     stamp = output / "settings.json"  # written last: where it exists, the data set is complete
     if stamp.exists() and stamp.read_text() == described:
         return False
@@ -190,7 +198,8 @@ species; noisy on purpose |
 | `unseen/`, `unseen.json` | images of {len(aviary.held_out)} species that training never \
 shows or names; their descriptions |
 | `test/A.jsonl`, `test/images/` | {settings.test_images} images with exact boxes and words, half \
-of them of unseen species; `test/seen.jsonl` and `test/unseen.jsonl` are its two halves |
+of them of unseen species; each region has {TEST_NEGATIVES} `negatives`, wrong by its colour or its shape; \
+`test/seen.jsonl` and `test/unseen.jsonl` are its two halves |
 
 A species is a look of each of 8 parts (crest, beak, eye, throat, breast, wing, tail, legs). Names
 are invented. Held-out species combine looks, all of which occur in training, in new ways.

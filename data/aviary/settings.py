@@ -2,6 +2,8 @@
 
 import dataclasses
 
+TEST_NEGATIVES = 10  # of each region of a test image
+
 
 @dataclasses.dataclass(frozen=True)
 class Pose:
@@ -64,6 +66,7 @@ class Settings:
     least_parts: int = 3
     most_parts: int = 5
     caption_parts: int = 2
+    negatives: int = 0
     pose: Pose = Pose()
     noise: Noise = Noise()
 

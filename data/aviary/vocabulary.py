@@ -6,6 +6,7 @@ mentions left or right, so mirroring an image never contradicts its words.
 """
 
 import dataclasses
+import functools
 import random
 
 PARTS = ("crest", "beak", "eye", "throat", "breast", "wing", "tail", "legs")
@@ -131,6 +132,55 @@ class Trait:
         template = rng.choice(_PHRASES[self.part, self.shape][1:])
         colour = COLOUR_SYNONYMS[self.colour] if rng.random() < 0.3 else self.colour
         return _with_article(template.format(colour))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wording:
+    """How a description says a trait."""
+
+    trait: Trait
+    template: int  # which of the phrases of the part and shape
+    reworded: bool  # by another word for the colour
+
+    @property
+    def text(self) -> str:
+        colour = self.trait.colour
+        template = _PHRASES[self.trait.part, self.trait.shape][self.template]
+        return _with_article(template.format(COLOUR_SYNONYMS[colour] if self.reworded else colour))
+
+
+@functools.cache
+def _wordings() -> dict[str, _Wording]:
+    """Description -> what it says, of each part, shape and colour, also of those that no bird has."""
+    found = (
+        _Wording(Trait(part, shape, colour), template, reworded)
+        for (part, shape), templates in _PHRASES.items()
+        for template in range(len(templates))
+        for colour in COLOUR_SYNONYMS
+        for reworded in (False, True)
+    )
+    return {wording.text: wording for wording in found}
+
+
+def near_misses(description: str) -> list[tuple[str, Trait]]:
+    """The description with another colour, or with another shape (or pattern) of the part, and what that says.
+
+    Args:
+      description: a phrase or paraphrase of a trait.
+    """
+    wording = _wordings()[description]
+    trait = wording.trait
+    others = [
+        dataclasses.replace(trait, colour=colour)
+        for colour in COLOUR_SYNONYMS
+        if colour != trait.colour
+    ]
+    others += [
+        dataclasses.replace(trait, shape=shape)
+        for shape in _LOOKS[trait.part]
+        if shape != trait.shape
+    ]
+    return [(dataclasses.replace(wording, trait=other).text, other) for other in others]
 
 
 def _with_article(phrase: str) -> str:

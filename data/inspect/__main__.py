@@ -97,6 +97,11 @@ def _summary(result: dict, found: list[problems.Problem]) -> str:
                 f" (99% up to {tokens['p99']}); {texts['distinct']['distinct']:,} different"
             )
         lines.append(f"{name:13} {total:,}; {some}{lengths}")
+    if regions["with_negatives"]:
+        per_region = regions["negatives_per_region"]
+        total = round(per_region["mean"] * per_region["count"])
+        some = f"{regions['with_negatives']:,} regions have {per_region['max']} or fewer"
+        lines.append(f"negatives     {total:,}; {some}")
     if captions["pictures_with_none"]:
         lines.append(f"no caption    {captions['pictures_with_none']:,} images")
     groups = result["padding"]["groups"]

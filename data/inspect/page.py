@@ -175,9 +175,15 @@ def _regions(result: dict[str, Any]) -> str:
     beyond = regions["beyond_max_regions"]
     note = f"; {beyond:,} regions are beyond the 5 that training keeps" if beyond else ""
     per_image = _histogram("Regions an image", regions["per_picture"], "regions")
+    negatives = ""
+    if regions["with_negatives"]:
+        share = f"; {regions['with_negatives'] / regions['count']:.1%} of the regions have some"
+        negatives = _histogram("Negatives a region", regions["negatives_per_region"], "negatives")
+        negatives = negatives.replace("</figcaption>", f"{share}</figcaption>")
     return '<div class="charts">' + "".join(
         [
             per_image.replace("</figcaption>", f"{note}</figcaption>"),
+            negatives,
             html.figure("Box area, share of the image", html.histogram(areas, "box areas"), "bars are not of equal width: each covers about half a decade"),
             html.figure("Scores", html.histogram(binned, f"scores: {spread}"), spread),
             html.figure("Where boxes are", html.heat_map(boxes["places"], "where boxes are"), f"share of the boxes that cover a place, 0 to {most:.0%}"),
@@ -259,7 +265,7 @@ def _panel(panel: panels.Panel) -> str:
     )
     lines = "".join(
         f'<li data-region="{mark.number}"><b class="badge" style="background:{mark.colour}">{mark.number}</b>'
-        f'<span>{escape(mark.description)} <span class="soft">{mark.score:.2f}</span></span></li>'
+        f'<span>{escape(mark.description)} <span class="soft">{mark.score:.2f}{_not(mark)}</span></span></li>'
         for mark in panel.marks
     )
     more = f'<p class="caption">and {panel.more} more regions</p>' if panel.more else ""
@@ -271,6 +277,11 @@ def _panel(panel: panels.Panel) -> str:
         f'<p>{name} <span class="soft">{panel.size[0]} x {panel.size[1]}</span></p>'
         f'{captions}<ol class="said">{lines}</ol>{more}</figure>'
     )
+
+
+def _not(mark: panels.Mark) -> str:
+    """The negatives behind a description."""
+    return f"<br>not: {escape(mark.negatives)}" if mark.negatives else ""
 
 
 def _box(mark: panels.Mark) -> str:

@@ -12,6 +12,7 @@ from grain_jax.report.html import REGION_COLOURS
 
 SIDE = 300  # pixels of a panel's longer side
 SHOWN = 10  # regions an image
+SHOWN_NEGATIVES = 3  # of a region
 BADGE = (17, 16)  # pixels of a one-digit number's badge; a digit more takes 7 more
 
 Point = tuple[float, float]
@@ -27,6 +28,7 @@ class Mark(NamedTuple):
     badge_width: int
     description: str
     score: float
+    negatives: str  # the first few and the number of the others; "" where there are none
 
 
 class Panel(NamedTuple):
@@ -62,6 +64,7 @@ def make(item: reading.Item) -> Panel | None:
             badge_width=width,
             description=item.descriptions[i],
             score=float(item.scores[i]),
+            negatives=_joined(item.negatives[i]),
         )
         for number, (i, box, badge, width) in enumerate(
             zip(best, boxes.tolist(), badges, widths), 1
@@ -71,6 +74,12 @@ def make(item: reading.Item) -> Panel | None:
     captions = (*(("web", text) for text in item.captions), *synthetic)
     more = len(item.descriptions) - len(best)
     return Panel(item.name, image, item.size, captions, marks, more)
+
+
+def _joined(negatives: Sequence[str]) -> str:
+    more = len(negatives) - SHOWN_NEGATIVES
+    text = ", ".join(negatives[:SHOWN_NEGATIVES])
+    return f"{text}, and {more} more" if more > 0 else text
 
 
 def place_badges(

@@ -37,6 +37,7 @@ class Item(NamedTuple):
     descriptions: tuple[str, ...]
     boxes_xyxy: np.ndarray  # float32 [R, 4], shares of the image
     scores: np.ndarray  # float32 [R]
+    negatives: tuple[tuple[str, ...], ...]  # of each region
 
 
 class Fault(NamedTuple):
@@ -115,6 +116,7 @@ def _read_line(line: example.Line, *, file: str, folder: str) -> list[Item | Fau
             descriptions=tuple(region.description for region in found.regions),
             boxes_xyxy=boxes / np.array([*image.size, *image.size], np.float32),
             scores=np.array([region.score for region in found.regions], np.float32),
+            negatives=tuple(region.negatives for region in found.regions),
         )
     ]
 
@@ -169,6 +171,9 @@ def _read_records(shards: list[tuple[str, int]]) -> Iterator[Item | Fault]:
         "regions/bbox": tf.io.RaggedFeature(tf.float32),
         "regions/description": text,
         "regions/score": tf.io.RaggedFeature(tf.float32),
+        # As TFDS stores a list of texts a region; sets without negatives have neither.
+        "regions/negatives/ragged_flat_values": text,
+        "regions/negatives/ragged_row_lengths_0": tf.io.RaggedFeature(tf.int64),
     }
     for path, expected in shards:
         name, read = epath.Path(path).name, 0
@@ -197,7 +202,9 @@ def _rows(column) -> list:
     return column.numpy().tolist() if not hasattr(column, "to_list") else column.to_list()
 
 
-def _to_item(where, identity, encoded, captions, synthetic, boxes, descriptions, scores):
+def _to_item(
+    where, identity, encoded, captions, synthetic, boxes, descriptions, scores, negatives, counts
+):
     try:
         header = images_lib.open_image(encoded)
     except images_lib.ImageError as error:
@@ -208,6 +215,14 @@ def _to_item(where, identity, encoded, captions, synthetic, boxes, descriptions,
             f" {len(scores)} scores, expected four numbers and one score a description"
         )
         return Fault(where, "regions", detail)
+    counts = counts or [0] * len(descriptions)
+    if len(counts) != len(descriptions) or sum(counts) != len(negatives):
+        detail = (
+            f"got {len(negatives)} negatives, {sum(counts)} by the counts of {len(counts)} regions, expected a"
+            f" count for each of {len(descriptions)}"
+        )
+        return Fault(where, "regions", detail)
+    texts = iter(negatives)
     boxes_yxyx = np.array(boxes, np.float32).reshape(-1, 4)
     return Item(
         name=_text(identity) or where,
@@ -220,6 +235,7 @@ def _to_item(where, identity, encoded, captions, synthetic, boxes, descriptions,
         descriptions=tuple(map(_text, descriptions)),
         boxes_xyxy=boxes_yxyx[:, [1, 0, 3, 2]],
         scores=np.array(scores, np.float32),
+        negatives=tuple(tuple(_text(next(texts)) for _ in range(count)) for count in counts),
     )
 
 

@@ -125,6 +125,9 @@ def _lines(panel: panels.Panel) -> list[_Line]:
             f"{mark.description} ({mark.score:.2f})", panels.SIDE - _INDENT, _DESCRIPTION_LINES
         )
         lines += [_Line(text, _INK, _INDENT, None if i else mark) for i, text in enumerate(wrapped)]
+        if mark.negatives:
+            wrapped = wrap(f"not: {mark.negatives}", panels.SIDE - _INDENT, _DESCRIPTION_LINES)
+            lines += [_Line(text, _SOFT, _INDENT) for text in wrapped]
     if panel.more:
         lines.append(_Line(f"and {panel.more} more regions", _SOFT, 0))
     return lines

@@ -47,6 +47,7 @@ class Statistics:
         self.sizes = counting.Frequent()
         self.widths, self.heights = counting.Numbers(), counting.Numbers()
         self.regions_per_image = counting.Numbers()
+        self.negatives_per_region = counting.Numbers()
         self.words = {kind: counting.Numbers() for kind in ("web", "synthetic", "description")}
         self.tokens = {kind: counting.Numbers() for kind in self.words}
         self.frequent = {kind: counting.Frequent() for kind in self.words}
@@ -79,6 +80,7 @@ class Statistics:
         self.widths.add(item.size[0] for item in items)
         self.heights.add(item.size[1] for item in items)
         self.regions_per_image.add(len(item.descriptions) for item in items)
+        self.negatives_per_region.add(len(texts) for item in items for texts in item.negatives)
         self._add_boxes(items)
 
     def _add_image(self, item: reading.Item) -> None:
@@ -217,6 +219,8 @@ class Statistics:
                     for value, n in self.regions_per_image.counts.items()
                     if value > padding.MAX_REGIONS
                 ),
+                "with_negatives": self.negatives_per_region.above(0),
+                "negatives_per_region": self.negatives_per_region.result(),
             },
             "boxes": {
                 "area_histogram": [

@@ -108,7 +108,8 @@ class Entry(NamedTuple):
     image: str
     captions: Sequence[str] = ()
     synthetic_caption: str = ""
-    regions: Sequence[tuple[Any, Any, Any]] = ()  # (xyxy box, description, score), unchecked
+    # (xyxy box, description, score) and, where the source has them, the negatives; unchecked.
+    regions: Sequence[tuple[Any, ...]] = ()
     shares: bool = False  # boxes are shares of width and height, not pixels
     size: tuple[int, int] | None = None  # width, height that the boxes were drawn on, where known
     id: str | None = None

@@ -2,7 +2,7 @@
 
 Keys: `f_path` (below the images' folder), `caption` (long, of a model), `short_caption`, and `bbox_info`: a
 list of `bbox` (x1, y1, x2, y2 as shares of the image, then a score), `short_expr`, `long_expr`. The short
-expression is the description. The hard negatives (`short_expr_negs`) are not used: L_rd has none.
+expression is the description; where `flag_short_neg` is 1, `short_expr_negs`, a dict of texts, has its negatives.
 Source of these names: 360CVGroup/FG-CLIP, fgclip2/train/train_fgclip2.py and data/data.md at b1af1cd.
 """
 
@@ -46,8 +46,12 @@ def _entry(item: dict[str, Any]) -> base.Entry:
     regions = []
     for region in item["bbox_info"]:
         *box, score = [*region["bbox"], base.WHOLE][:5]
-        description = base.text(region.get("short_expr")) or region.get("long_expr")
-        regions.append((box, description, score))
+        description = base.text(region.get("short_expr"))
+        negatives = region.get("short_expr_negs") if description else None
+        if not isinstance(negatives, dict) or region.get("flag_short_neg") != 1:
+            negatives = {}
+        description = description or region.get("long_expr")
+        regions.append((box, description, score, list(negatives.values())))
     return base.Entry(
         image=item["f_path"].lstrip("/"),
         captions=[item.get("short_caption")],

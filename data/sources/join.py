@@ -85,7 +85,13 @@ def _kept_phrases(
 
 
 def _region(
-    box: Any, description: Any, score: Any, *, size: tuple[int, int], shares: bool
+    box: Any,
+    description: Any,
+    score: Any,
+    negatives: Any = (),
+    *,
+    size: tuple[int, int],
+    shares: bool,
 ) -> annotations.Region | tuple[str, str]:
     """The region, or (cause, detail)."""
     got = f"box {annotations.show(box)}"
@@ -107,4 +113,16 @@ def _region(
         return "no description", f"got {annotations.show(description)} at {got}, expected a text"
     if not isinstance(score, int | float) or not 0 <= score <= 1:
         return "bad box", f"got score {annotations.show(score)} at {got}, expected 0 to 1"
-    return annotations.Region((x1, y1, x2, y2), text(description), float(score))
+    box_xyxy = x1, y1, x2, y2
+    return annotations.Region(
+        box_xyxy, text(description), float(score), _negatives(negatives, text(description))
+    )
+
+
+def _negatives(texts: Any, description: str) -> tuple[str, ...]:
+    """The texts that can be negatives of the description: neither it nor each other, as A.jsonl wants them."""
+    kept = {annotations.plain(description): ""}
+    for one in texts if isinstance(texts, list | tuple) else ():
+        if text(one):
+            kept.setdefault(annotations.plain(text(one)), text(one))
+    return tuple(filter(None, kept.values()))

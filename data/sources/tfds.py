@@ -102,10 +102,12 @@ def _entry(image: str, example: dict[str, Any]) -> base.Entry:
     regions = example.get("regions", {})
     found = []
     if isinstance(regions, dict) and regions.keys() >= {"bbox", "description", "score"}:
-        for (y1, x1, y2, x2), description, score in zip(
-            regions["bbox"].tolist(), regions["description"], regions["score"].tolist(), strict=True
-        ):
-            found.append(((x1, y1, x2, y2), _decoded(description), score))
+        columns = regions["bbox"].tolist(), regions["description"], regions["score"].tolist()
+        negatives = regions.get("negatives")  # ragged: a row a region
+        rows = negatives.to_list() if negatives is not None else [()] * len(columns[0])
+        for (y1, x1, y2, x2), description, score, texts in zip(*columns, rows, strict=True):
+            texts = tuple(map(_decoded, texts))
+            found.append(((x1, y1, x2, y2), _decoded(description), score, texts))
     return base.Entry(
         image,
         captions=[_decoded(caption) for caption in captions],

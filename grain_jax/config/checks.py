@@ -207,6 +207,21 @@ def _data(data: Input, faults: list[str]) -> None:
 
 def _regions(config: Config, faults: list[str]) -> None:
     decoder, regions = config.model.decoder, config.input.max_regions
+    negatives = config.input.negatives_per_region
+    if negatives and not regions:
+        faults.append(
+            f"input.negatives_per_region: got {negatives}, expected 0: with input.max_regions=0 no region has negatives"
+        )
+    if config.loss.hard_negative and not negatives:
+        faults.append(
+            f"loss.hard_negative: got {config.loss.hard_negative:g} with input.negatives_per_region=0, expected"
+            " negatives that it compares with: set input.negatives_per_region, or loss.hard_negative=0"
+        )
+    if config.loss.hard_negative and decoder is None and config.model.boxes.kind == "none":
+        faults.append(
+            f"loss.hard_negative: got {config.loss.hard_negative:g} without model.decoder and model.boxes, expected one"
+            " of them, whose embeddings of regions it compares, or loss.hard_negative=0"
+        )
     if decoder is not None:
         if decoder.queries == 0 and regions:
             faults.append(

@@ -296,6 +296,9 @@ class Input:
     # whatever the rate; 3 are these and the descriptions of the best `descriptions_in_captions` regions, joined (0: of
     # all).
     captions_per_image: int = count(1, low=1, high=3, added=True)
+    # H, the hard negatives of a region that are read from the records, for loss.hard_negative. Of more, each visit of an
+    # image takes others.
+    negatives_per_region: int = count(0, high=1000, added=True)
     # Chance of a mirror image; boxes move, "left" and "right" change places in the texts.
     flip_rate: float = key(0.0, low=0, high=1)
     # Smallest share of the image that a random crop keeps; 1 = no crop.
@@ -308,6 +311,11 @@ class Input:
     def sets(self) -> tuple[Dataset, ...]:
         """The sets of the mixture, or the single one."""
         return self.datasets or (Dataset(self.name, self.data_dir, 1.0),)
+
+    @property
+    def texts_per_image(self) -> int:
+        """Captions, descriptions and negatives, at most."""
+        return self.captions_per_image + self.max_regions * (1 + self.negatives_per_region)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +340,8 @@ class Loss:
     image_description: float = key(0.0, added=True)
     # Weight of L_bd, annotated boxes and their descriptions; it needs model.boxes.
     box_description: float = key(0.0, added=True)
+    # Weight of L_hard, regions and descriptions against input.negatives_per_region near misses.
+    hard_negative: float = key(0.0, added=True)
     # Contrastive loss type: "softmax" (InfoNCE) or "sigmoid" (each pair alone, as SigLIP).
     contrast: str = key("softmax", choices=("softmax", "sigmoid"))
     group_size: int = count(0)  # images whose descriptions are negatives of each other; 0 = all
@@ -484,7 +494,7 @@ class Config:
         """
         text = self.text
         if not text.packing:
-            return 1, self.input.captions_per_image + self.input.max_regions
+            return 1, self.input.texts_per_image
         if text.pack_group is None or text.pack_rows is None:
             raise ValueError("text.pack_group, text.pack_rows: got None, expected derived numbers")
         return text.pack_group, text.pack_rows

@@ -14,7 +14,7 @@ from etils import epath
 from grain_jax import errors
 
 KEYS = ("image", "caption", "captions", "synthetic_caption", "regions", "phrases", "id")
-REGION_KEYS = ("box", "description", "score")
+REGION_KEYS = ("box", "description", "score", "negatives")
 MAX_FAULT_SHARE = 0.01  # of the lines; more is an error, fewer are skipped and counted
 MIN_INSIDE = 0.5  # of the area of a box; boxes of detectors overhang a little, wrong boxes a lot
 
@@ -31,6 +31,7 @@ class Region(NamedTuple):
     box_xyxy: Box  # pixels of the image file
     description: str
     score: float  # the detector's, in [0, 1]
+    negatives: tuple[str, ...] = ()  # texts that are nearly the description, and wrong
 
 
 class Annotation(NamedTuple):
@@ -224,9 +225,39 @@ def _regions(
             faults.append(f"{at}.description: got {_got(entry, 'description')}, expected a text")
         if not _is_number(score) or not 0 <= score <= 1:
             faults.append(f"{at}.score: got {_got(entry, 'score')}, expected a number from 0 to 1")
+        negatives = _negatives(entry, at, faults)
         if len(faults) == faults_before:
-            regions.append(Region(boxes_xyxy[-1], description.strip(), float(score)))
+            regions.append(Region(boxes_xyxy[-1], description.strip(), float(score), negatives))
     return tuple(regions), boxes_xyxy
+
+
+def _negatives(entry: dict[str, Any], at: str, faults: list[str]) -> tuple[str, ...]:
+    """The optional texts that are not true of a region, stripped; none equals the description or another one."""
+    texts = entry.get("negatives")
+    if texts is None:
+        return ()
+    if not isinstance(texts, list):
+        faults.append(f"{at}.negatives: got {show(texts)}, expected a list of texts")
+        return ()
+    description = entry.get("description")
+    seen = {plain(description)} if _is_text(description) else set()
+    for index, text in enumerate(texts):
+        fault = f"{at}.negatives[{index}]: got {show(text)}, expected"
+        if not _is_text(text) or not text.strip():
+            faults.append(f"{fault} a text")
+        elif plain(text) in seen:
+            other = "the description" if plain(text) == plain(description) else "an earlier one"
+            faults.append(f"{fault} another text than {other}")
+        else:
+            seen.add(plain(text))
+            continue
+        return ()
+    return tuple(text.strip() for text in texts)
+
+
+def plain(text: str) -> str:
+    """The text in lower case, with single spaces: what tells a negative from the description."""
+    return " ".join(text.lower().split())
 
 
 def _phrases(

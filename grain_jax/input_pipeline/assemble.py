@@ -25,12 +25,15 @@ class Texts(NamedTuple):
     too_long: np.ndarray  # bool [N], those that the tokenizer cut
 
 
+_NO_TEXTS = Texts(*(np.zeros(0, np.int32) for _ in Texts._fields))
+
+
 def tokenize(
     texts: Sequence[str | bytes], text_tokenizer: tokenizer.Tokenizer, context_length: int
 ) -> Texts:
     """Tokenises all texts in one call."""
     if not len(texts):
-        return Texts(*(np.zeros(0, np.int32) for _ in Texts._fields))
+        return _NO_TEXTS
     tokens = text_tokenizer.encode(texts, context_length)
     return Texts(tokens.ids, tokens.lengths, text_tokenizer.text_id(texts), tokens.too_long)
 
@@ -42,6 +45,8 @@ class Example(NamedTuple):
     caption: str | Sequence[str]  # or several, at most `input.captions_per_image`
     descriptions: Sequence[str] = ()  # of its regions, at most `input.max_regions`, the best first
     boxes_cxcywh: Sequence[Sequence[float]] = ()  # a box for each, in [0, 1]
+    # Of each description, at most `input.negatives_per_region`; () where no description has any.
+    negatives: Sequence[Sequence[str]] = ()
 
 
 def of_examples(
@@ -63,6 +68,9 @@ def of_examples(
     caption_mask = np.zeros((len(examples), most_captions), bool)
     boxes = np.zeros((len(examples), most, 4), np.float32)
     mask = np.zeros((len(examples), most), bool)
+    most_negatives = config.input.negatives_per_region
+    negatives: list[str] = []
+    negative_mask = np.zeros((len(examples), most, most_negatives), bool)
     for i, example in enumerate(examples):
         count = len(example.descriptions)
         if example.image.shape != (size, size, 3) or example.image.dtype != np.uint8:
@@ -78,6 +86,16 @@ def of_examples(
             raise ValueError(
                 f"example {i}: got {len(of_image)} captions, expected 1 to input.captions_per_image = {most_captions}"
             )
+        if example.negatives and (
+            len(example.negatives) != count or max(map(len, example.negatives)) > most_negatives
+        ):
+            raise ValueError(
+                f"example {i}: got {list(map(len, example.negatives))} negatives of {count} descriptions, expected a"
+                f" list for each, of at most input.negatives_per_region = {most_negatives}"
+            )
+        for j, texts in enumerate(example.negatives):
+            negatives += texts
+            negative_mask[i, j, : len(texts)] = True
         captions += of_image
         caption_mask[i, : len(of_image)] = True
         mask[i, :count] = True
@@ -92,6 +110,8 @@ def of_examples(
         region_boxes_cxcywh=boxes,
         region_mask=mask,
         region_scores=np.broadcast_to(-np.arange(most, dtype=np.float32), mask.shape),
+        negatives=tokenize(negatives, text_tokenizer, context_length),
+        negative_mask=negative_mask,
         config=config,
     )
 
@@ -119,6 +139,8 @@ def assemble(
     region_mask: np.ndarray,
     region_scores: np.ndarray,
     config: Config,
+    negatives: Texts | None = None,
+    negative_mask: np.ndarray | None = None,
 ) -> Batch:
     """Lays out the texts of consecutive images, packed or one per row as `config.text` says.
 
@@ -131,10 +153,19 @@ def assemble(
       region_mask: bool [B, R].
       region_scores: float32 [B, R]; where a packing group overflows, low scores are dropped first.
       config: `text` and `model.text.context_length` are used.
+      negatives: a text for each real negative, in the order of `negative_mask`, row by row; None: there are none. One
+        that the tokenizer takes for the description itself is left out.
+      negative_mask: bool [B, R, H], H = `input.negatives_per_region`; False where the region is not real.
     """
     row_length = config.model.text.context_length
     caption_lengths = _at(caption_mask, captions.lengths)
     description_lengths = _at(region_mask, descriptions.lengths)
+    description_id = _at(region_mask, descriptions.text_ids)
+    if negatives is None or negative_mask is None:
+        negatives = _NO_TEXTS
+        negative_mask = np.zeros((*region_mask.shape, config.input.negatives_per_region), bool)
+    negatives, negative_mask = _without_descriptions(negatives, negative_mask, description_id)
+    negative_lengths = _at(negative_mask, negatives.lengths)
     if config.text.packing:
         group, rows = config.text.pack_group, config.text.pack_rows
         if group is None or rows is None:
@@ -149,6 +180,7 @@ def assemble(
             pack_group=group,
             rows=rows,
             row_length=row_length,
+            negative_lengths=negative_lengths,
         )
     else:
         layout = packing.one_text_per_row(
@@ -156,6 +188,7 @@ def assemble(
             description_lengths=description_lengths,
             region_mask=region_mask,
             row_length=row_length,
+            negative_lengths=negative_lengths,
         )
     packed = packing.fill(
         layout,
@@ -164,20 +197,31 @@ def assemble(
         description_ids=descriptions.ids,
         description_lengths=descriptions.lengths,
         region_mask=region_mask,
+        negative_ids=negatives.ids,
+        negative_lengths=negatives.lengths,
+        negative_mask=negative_mask,
     )
-    description_id = _at(region_mask, descriptions.text_ids)
     kept = layout.region_mask
     cut = layout.caption_lengths < caption_lengths
-    too_long = _at(caption_mask, captions.too_long), _at(region_mask, descriptions.too_long)
+    dropped = negative_mask & ~layout.negative_mask
+    too_long = [
+        _at(mask, texts.too_long).reshape(len(mask), -1).sum(axis=1)
+        for mask, texts in (
+            (caption_mask, captions),
+            (region_mask, descriptions),
+            (negative_mask, negatives),
+        )
+    ]
     of_image = np.stack(
         [
-            (region_mask & ~kept).sum(axis=1) + cut.sum(axis=1),
-            caption_mask.sum(axis=1) + region_mask.sum(axis=1),
-            too_long[0].sum(axis=1) + too_long[1].sum(axis=1),
+            (region_mask & ~kept).sum(axis=1) + cut.sum(axis=1) + dropped.sum(axis=(1, 2)),
+            caption_mask.sum(axis=1) + region_mask.sum(axis=1) + negative_mask.sum(axis=(1, 2)),
+            sum(too_long),
         ],
         axis=1,
     )  # [B, 3]: dropped or cut to fit, texts, cut by the tokenizer
     of_group = of_image.reshape(len(packed.tokens), -1, 3).sum(axis=1).astype(np.int32)
+    has_negatives = config.input.negatives_per_region > 0
     return Batch(
         image=image,
         text_tokens=packed.tokens,
@@ -192,7 +236,25 @@ def assemble(
         region_mask=kept,
         texts_dropped=of_group[:, 0],
         text_counts=of_group[:, 1:],
+        negative_at=layout.negative_at if has_negatives else None,
+        negative_mask=layout.negative_mask if has_negatives else None,
     )
+
+
+def _without_descriptions(
+    texts: Texts, mask: np.ndarray, description_id: np.ndarray
+) -> tuple[Texts, np.ndarray]:
+    """The negatives whose text is not that of their own description, and their mask [B, R, H]."""
+    other = _at(mask, texts.text_ids) != description_id[..., None]
+    if (other | ~mask).all():
+        return texts, mask
+    kept = other[mask]
+    return Texts(
+        texts.ids[np.repeat(kept, texts.lengths)],
+        texts.lengths[kept],
+        texts.text_ids[kept],
+        texts.too_long[kept],
+    ), mask & other
 
 
 def _at(mask: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -94,7 +94,7 @@ def resolve(
         before = stored.input.lanes if stored else None
         lanes = take(KEYS[0], before, lambda: _lanes(config, place))
     if not config.text.packing:
-        group, rows = 1, config.input.captions_per_image + config.input.max_regions
+        group, rows = 1, config.input.texts_per_image
     if group is None:
         before = stored.text.pack_group if stored else None
         group = take(KEYS[1], before, lambda: _group(config, place, lanes))
@@ -221,7 +221,7 @@ def draw(
     wanted = config.input.captions_per_image
     weights = np.array([one.weight for one in config.input.sets[: len(lengths)]])
     ends = np.round(np.cumsum(weights) / weights.sum() * images).astype(int)
-    captions, descriptions = [], []
+    captions, descriptions, negatives = [], [], []
     for one, number in zip(lengths, np.diff(ends, prepend=0), strict=True):
         size = len(one.synthetic)
         if size < one.records:
@@ -253,6 +253,8 @@ def draw(
             every = [of_web, synthetic_caption, np.where(joined, 1 + joined, 0)]
             captions.append(np.column_stack(every[:wanted]))
         descriptions.append(of_regions[:, :regions])
+        if config.input.negatives_per_region:
+            negatives.append(_negatives(config, one, chosen, rng))
     mixed = rng.permutation(images)
     caption = np.concatenate(captions)[mixed]
     description = np.concatenate(descriptions)[mixed]
@@ -262,7 +264,28 @@ def draw(
         region_mask=description > 0,
         region_scores=np.broadcast_to(-np.arange(regions, dtype=np.float32), description.shape),
     )
+    if negatives:
+        texts["negative_lengths"] = np.concatenate(negatives)[mixed]
     return texts, float((caption > row_length).sum() / max((caption > 0).sum(), 1))
+
+
+def _negatives(
+    config: Config, lengths: TextLengths, chosen: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Lengths int32 [images, R, H] of the negatives of the `chosen` images, drawn as transforms.Transform does."""
+    regions, most = config.input.max_regions, config.input.negatives_per_region
+    drawn = np.zeros((len(chosen), regions, most), np.int32)
+    if lengths.negatives is None or not lengths.negatives.size:
+        return drawn
+    found = lengths.negatives[chosen][:, :regions]
+    count = (found > 0).sum(axis=2, keepdims=True)
+    start = (rng.random((len(chosen), 1, 1)) * count).astype(int)
+    column = np.arange(most)
+    place = np.where(column < count, (start + column) % np.maximum(count, 1), 0)
+    there = np.where(column < count, np.take_along_axis(found, place, axis=2), 0)
+    drawn[:, : found.shape[1]] = there
+    row_length = config.model.text.context_length
+    return np.where(drawn, drawn.clip(packing.MIN_TEXT_LENGTH, row_length), 0)
 
 
 def smallest_rows(
@@ -285,12 +308,14 @@ def smallest_rows(
         for texts in draws:
             layout = packing.pack(**texts, pack_group=group, rows=rows, row_length=row_length)
             number = np.count_nonzero(texts["caption_lengths"]) + int(texts["region_mask"].sum())
+            number += np.count_nonzero(texts.get("negative_lengths", ()))
             out.append((layout.texts_dropped + layout.captions_cut) / number)
         return out
 
     tokens = [
         t["caption_lengths"].sum(axis=1)
         + np.where(t["region_mask"], t["description_lengths"], 0).sum(axis=1)
+        + (t["negative_lengths"].sum(axis=(1, 2)) if "negative_lengths" in t else 0)
         for t in draws
     ]
     most = max(int(of.reshape(-1, group).sum(axis=1).max()) for of in tokens)

@@ -3,6 +3,7 @@
 The only file of the input pipeline that needs JAX.
 """
 
+import functools
 import queue
 import threading
 import time
@@ -99,7 +100,8 @@ def shard_batch(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
         order of the global batch (`sharding.lanes_of_process`).
       sharding: of the leading axis, e.g. NamedSharding(mesh, P(("data", "fsdp"))).
     """
-    return Batch(*(jax.make_array_from_process_local_data(sharding, field) for field in batch))
+    place = functools.partial(jax.make_array_from_process_local_data, sharding)
+    return jax.tree.map(place, batch)  # a field of None stays
 
 
 def prefetch(

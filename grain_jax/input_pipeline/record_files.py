@@ -40,6 +40,7 @@ class RecordSet(NamedTuple):
     source: Dataset
     directory: epath.Path  # of its newest version
     shards: tuple[order.Shard, ...]
+    has_negatives: bool
 
 
 def find(config: Config) -> list[RecordSet]:
@@ -69,7 +70,8 @@ def _find(source: Dataset) -> RecordSet:
         raise DataError(f"{directory} has no {what}; expected a set that grain-jax build wrote")
     if info.file_format != tfds.core.FileFormat.TFRECORD:
         raise DataError(f"{directory} is in {info.file_format} files, expected TFRecord")
-    return RecordSet(source, directory, _shards(directory, split))
+    of_region = getattr(features["regions"], "feature", {})
+    return RecordSet(source, directory, _shards(directory, split), "negatives" in of_region)
 
 
 def read_info(directory: epath.Path) -> tfds.core.DatasetInfo:

@@ -26,8 +26,23 @@ _CHOICES = 256  # records of a mixture whose sets are chosen at once
 
 
 def check(config: Config) -> None:
-    """Raises as `record_files.find`."""
-    record_files.find(config)
+    """Warns where hard negatives are asked for and no set has any.
+
+    Raises:
+      DataError: no set has any, and `loss.hard_negative` needs them.
+      MissingData, DataError: as `record_files.find`.
+    """
+    found = record_files.find(config)
+    if not config.input.negatives_per_region or any(one.has_negatives for one in found):
+        return
+    names = ", ".join(repr(one.source.name) for one in found)
+    got = f"input.negatives_per_region={config.input.negatives_per_region}: no region of {names} has negatives"
+    if config.loss.hard_negative:
+        raise DataError(
+            f"{got}, which loss.hard_negative={config.loss.hard_negative:g} needs; add them to A.jsonl (grain-jax annotate"
+            " --passes negatives) and build the set again, or set loss.hard_negative=0"
+        )
+    logging.warning("%s", got)
 
 
 def num_examples(config: Config) -> int:
@@ -72,6 +87,8 @@ def _sample(one: record_files.RecordSet, tower: TextTower) -> text_lengths_lib.T
     chosen = list(dict.fromkeys(chosen))
     each = -(-text_lengths_lib.IMAGES // len(chosen))
     features = {k: v for k, v in transforms.FEATURES.items() if k not in ("image", "regions/bbox")}
+    if one.has_negatives:
+        features |= transforms.NEGATIVES
     images = []
     for shard in chosen:
         try:
@@ -87,7 +104,12 @@ def _sample(one: record_files.RecordSet, tower: TextTower) -> text_lengths_lib.T
                     )
                 )
                 best = text_lengths_lib.best_first(descriptions, scores)
-                images.append(([text for text in web if text], synthetic, best))
+                texts = ([text for text in web if text], synthetic, best)
+                if one.has_negatives:
+                    flat, counts = (fields[name].numpy() for name in transforms.NEGATIVES)
+                    of_regions = np.split(flat, np.cumsum(counts)[:-1])
+                    texts += (text_lengths_lib.best_first(of_regions, scores),)
+                images.append(texts)
         except DAMAGE as error:
             reason = str(error.message).splitlines()[0][:200]
             raise DataError(
@@ -227,7 +249,7 @@ def _to_batch(
 ) -> Batch:
     examples = transforms.Example(*columns)
 
-    def tokens_of(texts: Any, mask: np.ndarray) -> assemble.Texts:
+    def tokens_of(texts: Any, mask: Any) -> assemble.Texts:
         texts, flipped = texts[mask], examples.flipped[np.nonzero(mask)[0]]
         texts[flipped] = [assemble.exchange_sides(t.decode()) for t in texts[flipped]]
         return assemble.tokenize(texts, text_tokenizer, config.model.text.context_length)
@@ -237,6 +259,8 @@ def _to_batch(
         captions=tokens_of(examples.captions, examples.caption_mask),
         caption_mask=examples.caption_mask,
         descriptions=tokens_of(examples.descriptions, examples.region_mask),
+        negatives=tokens_of(examples.negatives, examples.negative_mask),
+        negative_mask=examples.negative_mask,
         region_boxes_cxcywh=examples.region_boxes_cxcywh,
         region_mask=examples.region_mask,
         region_scores=examples.region_scores,

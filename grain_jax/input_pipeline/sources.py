@@ -141,7 +141,8 @@ def lane_by_lane(
     served = range(num_lanes(config)) if lanes is None else lanes
     while True:
         parts = [lane_batch(config, lane, step) for lane in served]
-        yield Batch(*(np.concatenate(field) for field in zip(*parts, strict=True)))
+        fields = zip(*parts, strict=True)  # None in each part, or in none
+        yield Batch(*(None if field[0] is None else np.concatenate(field) for field in fields))
         step += 1
 
 

@@ -63,6 +63,7 @@ def text_lengths(config: Config) -> list[TextLengths]:
             captions=captions,
             synthetic=synthetic,
             descriptions=np.where(real, of_regions, 0).astype(np.int32),
+            negatives=_negative_lengths(rng, real, config),
         )
     ]
 
@@ -87,16 +88,37 @@ def _lane_batch(config: Config, lane: int, step: int) -> Batch:
     caption_lengths = _caption_lengths(rng, mask, config)
     captions = _texts(rng, caption_lengths[caption_lengths > 0], config)
     lengths = rng.integers(*DESCRIPTION_TOKENS, size=int(mask.sum()), endpoint=True)
+    descriptions = _texts(rng, lengths, config)
+    scores = rng.uniform(0.3, 1.0, mask.shape).astype(np.float32)
+    negatives = negative_mask = None
+    of_negatives = _negative_lengths(rng, mask, config)
+    if of_negatives is not None:
+        negative_mask = of_negatives > 0
+        negatives = _texts(rng, of_negatives[negative_mask], config)
     return assemble.assemble(
         image=image.reshape(images, size, size, 3),
         captions=captions,
         caption_mask=caption_lengths > 0,
-        descriptions=_texts(rng, lengths, config),
+        descriptions=descriptions,
         region_boxes_cxcywh=np.concatenate([centre, wide], axis=-1).astype(np.float32),
         region_mask=mask,
-        region_scores=rng.uniform(0.3, 1.0, mask.shape).astype(np.float32),
+        region_scores=scores,
+        negatives=negatives,
+        negative_mask=negative_mask,
         config=config,
     )
+
+
+def _negative_lengths(
+    rng: np.random.Generator, region_mask: np.ndarray, config: Config
+) -> np.ndarray | None:
+    """Tokens of the negatives of each region, int32 [B, R, H]: 0 to H of them, 0 behind them. None where H is 0."""
+    most = config.input.negatives_per_region
+    if not most:
+        return None
+    count = np.where(region_mask, rng.integers(0, most, region_mask.shape, endpoint=True), 0)
+    lengths = rng.integers(*DESCRIPTION_TOKENS, size=(*region_mask.shape, most), endpoint=True)
+    return np.where(np.arange(most) < count[..., None], lengths, 0).astype(np.int32)
 
 
 def _caption_lengths(

@@ -21,7 +21,7 @@ LONGEST = 1024  # tokens; a longer text counts as this long
 _CHUNK = 2048  # texts per call of the tokenizer
 
 
-Text = TypeVar("Text", str, bytes)
+Value = TypeVar("Value")
 
 
 class TextLengths(NamedTuple):
@@ -34,6 +34,7 @@ class TextLengths(NamedTuple):
       captions: int32 [N, C], the web captions of an image, 0 behind them.
       synthetic: int32 [N], the synthetic caption; 0 where there is none.
       descriptions: int32 [N, M], those of its regions, the highest score first, 0 behind them.
+      negatives: int32 [N, M, K], those of each description, 0 behind them; None: no region has any.
     """
 
     name: str
@@ -42,18 +43,32 @@ class TextLengths(NamedTuple):
     captions: np.ndarray
     synthetic: np.ndarray
     descriptions: np.ndarray
+    negatives: np.ndarray | None = None
 
 
 def of_texts(
-    images: Sequence[tuple[Sequence[str], str, Sequence[str]]],
+    images: Sequence[tuple],
     text_tokenizer: Any,
     *,
     name: str,
     tokenizer: str,
     records: int,
 ) -> TextLengths:
-    """The lengths of (web captions, synthetic caption or "", descriptions in the order of scores) of each image."""
-    flat = [text for web, synthetic, of in images for text in (*web, synthetic, *of)]
+    """The lengths of the texts of a data set.
+
+    Args:
+      images: (web captions, synthetic caption or "", descriptions in the order of scores) of each and, where the set
+        has negatives, a list of those of each description.
+      text_tokenizer: makes the tokens.
+      name: of the data set.
+      tokenizer: `model.text.tokenizer`.
+      records: images of the set.
+    """
+
+    def texts(web, synthetic, of, negatives=()):
+        return *web, synthetic, *of, *(text for of_region in negatives for text in of_region)
+
+    flat = [text for image in images for text in texts(*image)]
     lengths: list[int] = []
     for first in range(0, len(flat), _CHUNK):
         part = flat[first : first + _CHUNK]
@@ -61,13 +76,26 @@ def of_texts(
         lengths += np.where([bool(text) for text in part], tokens, 0).tolist()
     left = iter(lengths)
     rows = [
-        ([next(left) for _ in web], next(left), [next(left) for _ in of]) for web, _, of in images
+        (
+            [next(left) for _ in web],
+            next(left),
+            [next(left) for _ in of],
+            *([[next(left) for _ in of_region] for of_region in texts] for texts in negatives),
+        )
+        for web, _, of, *negatives in images
     ]
     return _table(rows, name=name, tokenizer=tokenizer, records=records)
 
 
-def _table(rows: Sequence[tuple], **about: Any) -> TextLengths:
-    captions, synthetic, descriptions = zip(*rows)
+def _table(rows: Sequence[Sequence], **about: Any) -> TextLengths:
+    captions, synthetic, descriptions, *negatives = zip(*rows, strict=True)
+    if negatives:
+        most = max((len(of) for of_image in negatives[0] for of in of_image), default=0)
+        shape = len(rows), max(map(len, descriptions)), most
+        about["negatives"] = np.zeros(shape, np.int32)
+        for i, of_image in enumerate(negatives[0]):
+            for j, of_region in enumerate(of_image):
+                about["negatives"][i, j, : len(of_region)] = of_region
     return TextLengths(
         captions=_padded(captions),
         synthetic=np.array(synthetic, np.int32),
@@ -83,19 +111,23 @@ def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
     return out
 
 
-def best_first(descriptions: Sequence[Text], scores: Sequence[float]) -> list[Text]:
-    """The descriptions, the highest score first; among equals the first comes first."""
-    return [descriptions[int(i)] for i in np.argsort(-np.asarray(scores), kind="stable")]
+def best_first(values: Sequence[Value], scores: Sequence[float]) -> list[Value]:
+    """A value of each region, the highest score first; among equals the first comes first."""
+    return [values[int(i)] for i in np.argsort(-np.asarray(scores), kind="stable")]
 
 
 class Sample:
     """Chooses the images of a sample while a set is written: those whose ids have the lowest hashes.
 
     So the sample does not depend on the order or the number of the workers.
+
+    Args:
+      negatives: whether the lengths of the negatives are kept, too.
     """
 
-    def __init__(self):
+    def __init__(self, negatives: bool = False):
         self.records = 0
+        self._negatives = negatives
         # (minus the hash, id, texts): the highest hash comes first.
         self._heap: list[tuple[int, str, tuple]] = []
 
@@ -105,9 +137,11 @@ class Sample:
             self.records += 1
             key = -int.from_bytes(hashlib.sha256(item["id"].encode()).digest()[:8], "big")
             if len(self._heap) < IMAGES or key > self._heap[0][0]:
-                regions = item["regions"]
-                of = best_first([r["description"] for r in regions], [r["score"] for r in regions])
+                regions = best_first(item["regions"], [r["score"] for r in item["regions"]])
+                of = [region["description"] for region in regions]
                 texts = (item["captions"], item["synthetic_caption"], of)
+                if self._negatives:
+                    texts += ([region["negatives"] for region in regions],)
                 push = heapq.heappush if len(self._heap) < IMAGES else heapq.heapreplace
                 push(self._heap, (key, item["id"], texts))
             yield item
@@ -120,11 +154,17 @@ class Sample:
 
 
 def to_json(lengths: TextLengths) -> str:
-    """The content of `FILE`: `images` has [web captions, synthetic caption, descriptions] of each image."""
-    images = [
+    """The content of `FILE`: `images` has [web captions, synthetic caption, descriptions] of each image.
+
+    Where the set has negatives, a list of those of each description comes last.
+    """
+    images: list[list] = [
         [web[web > 0].tolist(), int(synthetic), of[of > 0].tolist()]
         for web, synthetic, of in zip(lengths.captions, lengths.synthetic, lengths.descriptions)
     ]
+    if lengths.negatives is not None:
+        for image, negatives in zip(images, lengths.negatives, strict=True):
+            image.append([of[of > 0].tolist() for of in negatives[: len(image[2])]])
     about = {"tokenizer": lengths.tokenizer, "records": lengths.records}
     return json.dumps(about | {"images": images}, separators=(",", ":")) + "\n"
 
@@ -160,6 +200,7 @@ def read(source: Dataset, tokenizer: str) -> TextLengths | None:
     except (
         ValueError,
         KeyError,
+        IndexError,
         TypeError,
         OverflowError,
     ):  # damaged: the records are read instead

@@ -13,9 +13,9 @@ from grain_jax.config import Config
 
 Array = Any  # a tf.Tensor within tf.data, a numpy array after it
 
-NUM_DRAWS = 7
+NUM_DRAWS = 8
 _NO_LIMIT = 2**31 - 1  # of a number of regions
-_WEB_OR_SYNTHETIC, _WHICH_CAPTION, _FLIP, _AREA, _ASPECT, _TOP, _LEFT = range(NUM_DRAWS)
+_WEB_OR_SYNTHETIC, _WHICH_CAPTION, _FLIP, _AREA, _ASPECT, _TOP, _LEFT, _NEGATIVE = range(NUM_DRAWS)
 _MAX_ASPECT_CHANGE = 4 / 3  # of a random crop against the image
 _MIN_INSIDE = 0.5  # of a box's area, below which a crop drops the region
 
@@ -26,6 +26,16 @@ FEATURES = {
     "regions/bbox": tf.io.FixedLenSequenceFeature([4], tf.float32, allow_missing=True),
     "regions/description": tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True),
     "regions/score": tf.io.FixedLenSequenceFeature([], tf.float32, allow_missing=True),
+}
+
+# TFDS's names of a list of texts a region: all texts, and how many each region has.
+NEGATIVES = {
+    "regions/negatives/ragged_flat_values": tf.io.FixedLenSequenceFeature(
+        [], tf.string, allow_missing=True
+    ),
+    "regions/negatives/ragged_row_lengths_0": tf.io.FixedLenSequenceFeature(
+        [], tf.int64, allow_missing=True
+    ),
 }
 
 
@@ -40,6 +50,8 @@ class Example(NamedTuple):
     region_mask: Array  # bool [R]
     region_scores: Array  # float32 [R], highest first
     flipped: Array  # bool [], left and right must change places in the texts
+    negatives: Array  # string [R, H]
+    negative_mask: Array  # bool [R, H]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +61,7 @@ class Transform:
     size: int  # S, pixels
     max_regions: int  # R
     captions_per_image: int  # C
+    negatives_per_region: int  # H
     synthetic_caption_rate: float
     descriptions_in_captions: int
     flip_rate: float
@@ -61,6 +74,7 @@ class Transform:
             size=config.model.image.image_size,
             max_regions=config.input.max_regions,
             captions_per_image=config.input.captions_per_image,
+            negatives_per_region=config.input.negatives_per_region,
             synthetic_caption_rate=config.input.synthetic_caption_rate,
             descriptions_in_captions=config.input.descriptions_in_captions,
             flip_rate=config.input.flip_rate,
@@ -69,7 +83,8 @@ class Transform:
 
     def __call__(self, record: tf.Tensor, draws: tf.Tensor) -> Example:
         """Args: record string [], draws float32 [NUM_DRAWS]."""
-        fields = tf.io.parse_single_example(record, FEATURES)
+        negatives = NEGATIVES if self.negatives_per_region else {}
+        fields = tf.io.parse_single_example(record, FEATURES | negatives)
         boxes_xyxy = tf.gather(fields["regions/bbox"], [1, 0, 3, 2], axis=1)
         scores = fields["regions/score"]
         kept = tf.ones_like(scores, tf.bool)
@@ -91,6 +106,34 @@ class Transform:
             caption_mask,
             *top_regions(descriptions, boxes_xyxy, scores, kept, self.max_regions),
             flipped,
+            *self._negatives(fields, draws, kept),
+        )
+
+    def _negatives(self, fields, draws, kept) -> tuple[tf.Tensor, tf.Tensor]:
+        """Those of the kept regions, string [R, H], and which of them the record has, bool [R, H].
+
+        Of more than H in the record, H that follow each other from a drawn one on, the first after the last.
+        """
+        shape = [self.max_regions, self.negatives_per_region]
+        if 0 in shape:
+            return tf.zeros(shape, tf.string), tf.zeros(shape, tf.bool)
+        texts, counts = (fields[name] for name in NEGATIVES)
+        # A record without negatives has no counts either.
+        missing = tf.size(fields["regions/score"]) - tf.size(counts)
+        counts = tf.pad(tf.cast(counts, tf.int32), [[0, missing]])
+        chosen = best_regions(fields["regions/score"], kept, self.max_regions)
+        first = tf.gather(tf.cumsum(counts, exclusive=True), chosen)[:, None]
+        count = tf.gather(counts, chosen)[:, None]  # [regions, 1]
+        column = tf.range(self.negatives_per_region)[None]
+        mask = column < count
+        start = tf.cast(draws[_NEGATIVE] * tf.cast(count, tf.float32), tf.int32)
+        place = first + tf.math.floormod(start + column, tf.maximum(count, 1))
+        none = tf.size(texts)  # the place of a text behind the last
+        found = tf.gather(tf.concat([texts, [""]], 0), tf.where(mask, place, none))
+        padding = [[0, self.max_regions - tf.size(chosen)], [0, 0]]
+        return (
+            tf.ensure_shape(tf.pad(found, padding), shape),
+            tf.ensure_shape(tf.pad(mask, padding), shape),
         )
 
     def _captions(self, fields, draws, kept) -> tuple[tf.Tensor, tf.Tensor]:

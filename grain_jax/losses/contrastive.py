@@ -215,6 +215,61 @@ def _box_description_of_group(box_embed, text_embed, scale, bias, id_, real, *, 
     return jnp.where(real, loss, 0), real & right
 
 
+def hard_negative(shard: Shard) -> TermOutput:
+    """L_hard: each matched query, and each box of a box head, against the description of its region and its negatives.
+
+    A mean over the regions that have a negative, of all images, once for each embedding that they have. Measures the
+    share of them whose description beats all of its negatives: `hard_negative_accuracy` by the queries,
+    `hard_negative_box_accuracy` by the boxes.
+    """
+    outputs, match, targets = shard.outputs, shard.match, shard.targets
+    slot, zero = targets.label_slot, jnp.zeros(())
+    total, measures = Mean(zero, zero), {}
+    if outputs.negative_text_embed is None:
+        return TermOutput(total, measures)
+    of_label = lambda x: jnp.take_along_axis(  # noqa: E731
+        x, slot.reshape(*slot.shape, *(1,) * (x.ndim - 2)), axis=1
+    )
+    text, negatives = of_label(outputs.region_text_embed), of_label(outputs.negative_text_embed)
+    negative_mask = of_label(shard.batch.negative_mask)
+    embeds = {}  # [b, R, D], and which regions have one
+    if outputs.region_embed.shape[1]:
+        query = jnp.take_along_axis(outputs.region_embed, match.query_index[..., None], axis=1)
+        embeds["hard_negative_accuracy"] = query, match.valid
+    if outputs.box_embed is not None:
+        embeds["hard_negative_box_accuracy"] = outputs.box_embed, targets.box_mask
+    for name, (embed, valid) in embeds.items():
+        loss, right = _among_own_negatives(shard, embed, text, negatives, negative_mask)
+        real = valid & negative_mask.any(-1)
+        found, accuracy = _mean_over_texts(name, loss, right, real)
+        total = Mean(total.sum + found.sum, total.count + found.count)
+        measures |= accuracy
+    return TermOutput(total, measures)
+
+
+def _among_own_negatives(shard: Shard, embed, text, negatives, negative_mask):
+    """(loss of each region, whether its text beats its negatives), [b, R] each.
+
+    Args:
+      shard: scale, bias and type of the loss.
+      embed: [b, R, D], what is compared with the texts of each region.
+      text: [b, R, D], the right text.
+      negatives: [b, R, H, D].
+      negative_mask: bool [b, R, H].
+    """
+    outputs, contrast = shard.outputs, shard.config.contrast
+    scale, bias = outputs.logit_scale, outputs.logit_bias
+    # Sums of products, not matrix products: those of a text and of the same text as a negative round alike.
+    own = scale * jnp.sum(embed * text, axis=-1) + bias
+    logits = scale * jnp.sum(embed[:, :, None] * negatives, axis=-1) + bias
+    logits = jnp.where(negative_mask, logits, streaming.MASKED)  # [b, R, H]
+    cost = jax.nn.softplus(logits).sum(-1)
+    if contrast == "softmax":
+        cost = jax.nn.logsumexp(logits, axis=-1)
+    loss = streaming.loss_of_rows(contrast, own, cost)
+    return loss, _is_nearest(own, logits.max(-1), scale)
+
+
 def _is_nearest(own_logit, highest_negative, logit_scale):
     """Whether the own logit beats every negative by more than rounding; a tie does not count."""
     return own_logit - highest_negative > TIE * logit_scale

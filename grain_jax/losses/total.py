@@ -71,6 +71,9 @@ TERMS = {
             "given box",
             optional=True,
         ),
+        LossTerm(
+            "hard_negative", contrastive.hard_negative, "hard negatives", "hard", optional=True
+        ),
     )
 }
 
@@ -133,7 +136,7 @@ def total_loss(
     terms = terms_of(config)
     # What the losses do not read stays outside: images and tokens are large.
     batch = batch._replace(image=None, text_tokens=None, text_positions=None, text_segments=None)
-    batch = batch._replace(caption_at=None, description_at=None)
+    batch = batch._replace(caption_at=None, description_at=None, negative_at=None)
     batch = batch._replace(texts_dropped=None, text_counts=None)
     loss_mesh = None
     axes = ("group", "ring", "gather")
@@ -154,6 +157,7 @@ def total_loss(
             logit_scale=whole,
             logit_bias=whole,
             box_embed=cut,
+            negative_text_embed=cut,
         )
         if devices.flat[0].platform == "gpu":
             # JAX takes cuDNN's attention only into programs that name their devices in one mesh alone.

@@ -160,7 +160,7 @@ class GRAIN(nn.Module):
         return x if config.projection == "none" else self.image_projection(x)
 
     def text_features(self, tokens, positions, segments, *at: jax.Array) -> tuple[jax.Array, ...]:
-        """Rows [G, rows, L] -> for each `at` ([B, 2] or [B, R, 2]) the projected features of its texts."""
+        """Rows [G, rows, L] -> for each `at` ([B, ..., 2]) the projected features of its texts."""
         config, tower = self.config.text, self.text
         features = tower(tokens, positions, segments)
         row_is_text = tower.pooled or config.pool in ("map", "mean")
@@ -199,12 +199,13 @@ class GRAIN(nn.Module):
             corners = jnp.concatenate([centre - half, centre + half], axis=-1)
             box_embed = self.box_embeddings(tokens, corners)
         b, captions, _ = batch.caption_at.shape
-        text_embed, region_text_embed = self.encode_text(
+        text_embed, region_text_embed, *negative_text_embed = self.encode_text(
             batch.text_tokens,
             batch.text_positions,
             batch.text_segments,
             batch.caption_at.reshape(b * captions, 2),
             batch.description_at,
+            *(() if batch.negative_at is None else (batch.negative_at,)),
         )
         text_embed = text_embed.reshape(b, captions, -1)
         return schema.Outputs(
@@ -216,6 +217,7 @@ class GRAIN(nn.Module):
             jnp.exp(self.logit_scale),
             jnp.zeros(()) if self.config.logit_bias_init is None else self.logit_bias,
             box_embed,
+            *negative_text_embed,
         )
 
 

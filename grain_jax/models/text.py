@@ -101,13 +101,13 @@ def gather_texts(features: jax.Array, at: jax.Array) -> jax.Array:
 
     Args:
       features: [G, rows, L, E].
-      at: int32 [B, 2] or [B, R, 2], (row within the image's group, position); B is a multiple of G.
+      at: int32 [B, ..., 2], (row within the image's group, position); B is a multiple of G.
 
     Returns:
-      [B, E] or [B, R, E].
+      [B, ..., E].
     """
     groups, rows, length, width = features.shape
-    index = at[..., 0] * length + at[..., 1]  # [B] or [B, R]
+    index = at[..., 0] * length + at[..., 1]  # [B, ...]
     picked = jnp.take_along_axis(
         features.reshape(groups, rows * length, width),
         index.reshape(groups, index.size // groups, 1),

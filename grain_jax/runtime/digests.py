@@ -57,7 +57,7 @@ def of_batch(batch: schema.Batch) -> jax.Array:
     examples = sum(
         of_array(value, name)
         for name, value in batch._asdict().items()
-        if name not in ("image", "text_counts", "caption_mask")
+        if value is not None and name not in ("image", "text_counts", "caption_mask")
     )
     red, green, blue = jnp.moveaxis(batch.image.astype(jnp.uint32), -1, 0)  # a word a pixel
     return jnp.stack([examples, of_array(red | green << 8 | blue << 16, "image")])

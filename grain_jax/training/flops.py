@@ -97,8 +97,9 @@ def per_image(config: Config) -> PerImage:
     """FLOPs of the model per image of a batch, by closed formulas.
 
     Attention counts masked pairs, and rows count their padding: both are computed. Only the losses depend on the
-    batch size (or `loss.group_size`); the terms of `loss.terms` are not counted. A tower from outside of the package
-    has no formula: it is traced, and its products and convolutions are counted.
+    batch size (or `loss.group_size`); the terms of `loss.terms` are not counted, nor the sums of `loss.hard_negative`,
+    which are no matrix products. A tower from outside of the package has no formula: it is traced, and its products
+    and convolutions are counted.
     """
     image, text, decoder = config.model.image, config.model.text, config.model.decoder
     embed, regions = config.model.embed_dim, config.input.max_regions
@@ -112,7 +113,7 @@ def per_image(config: Config) -> PerImage:
     if text.pool == "map":
         text_tower += rows * (_attention(text, 1, length) + _mlp(text, 1))
     if text.projection != "none":
-        text_tower += 2 * (captions + regions) * text.width * embed
+        text_tower += 2 * config.input.texts_per_image * text.width * embed
 
     if decoder is None:
         region_decoder = 0

@@ -155,6 +155,7 @@ def temporaries(
     boxes = regions if config.model.boxes.kind != "none" else 0
     vectors = images * config.loss.gather * (1 + captions + regions + boxes)
     tile = min(config.loss.tile, images * max(captions, regions))
+    negatives = images * regions * config.input.negatives_per_region  # their gradient
     activations = everything = sum(k.bytes for k in kept(config, part))
     if nothing_again != config:
         everything = sum(k.bytes for k in kept(nothing_again, part))
@@ -162,7 +163,7 @@ def temporaries(
         "gradients": trained_bytes(program, config.optim.frozen) * min(config.microbatches, 2),
         "activations": activations,
         "layer": everything // config.model.image.depth,
-        "losses": FLOAT * (3 * tile**2 + 3 * vectors * config.model.embed_dim),
+        "losses": FLOAT * (3 * tile**2 + (3 * vectors + negatives) * config.model.embed_dim),
     }
 
 

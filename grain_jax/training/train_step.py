@@ -59,6 +59,7 @@ def abstract_batch(config: Config) -> schema.Batch:
     """The shapes of the config's global Batch, as ShapeDtypeStructs."""
     b, size = config.batch_size, config.model.image.image_size
     captions, r = config.input.captions_per_image, config.input.max_regions
+    h = config.input.negatives_per_region
     group, rows = config.text_layout
     of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     row = of(jnp.int32, b // group, rows, config.model.text.context_length)
@@ -76,6 +77,8 @@ def abstract_batch(config: Config) -> schema.Batch:
         region_mask=of(jnp.bool_, b, r),
         texts_dropped=of(jnp.int32, b // group),
         text_counts=of(jnp.int32, b // group, 2),
+        negative_at=of(jnp.int32, b, r, h, 2) if h else None,
+        negative_mask=of(jnp.bool_, b, r, h) if h else None,
     )
 
 
@@ -163,7 +166,7 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
         x = x.reshape(parts, shards, n, *x.shape[2:]).swapaxes(0, 1)
         return jnp.moveaxis(x.reshape(parts * shards * n, *x.shape[3:]), 0, axis)
 
-    image_axis = schema.Outputs(0, 0, 0, 0, 1, None, None, 0)
+    image_axis = schema.Outputs(0, 0, 0, 0, 1, None, None, 0, 0)
     cut_batch = jax.tree.map(cut, batch)
     cut_keys = None if keys is None else cut(keys)
 

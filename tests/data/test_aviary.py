@@ -12,13 +12,15 @@ import statistics
 import numpy as np
 import pytest
 from grain_jax.data import build
-from grain_jax.data.aviary import annotations, drawing, generate
+from grain_jax.data.aviary import annotations, drawing, generate, vocabulary
 from grain_jax.data.aviary.__main__ import main
 from grain_jax.data.aviary.annotations import EXACT, Noise
 from grain_jax.data.aviary.generate import Settings
 from grain_jax.data.aviary.species import distance, make_species
 from grain_jax.data.aviary.vocabulary import PARTS, TRAITS, Trait
 from PIL import Image
+
+from grain_jax.files import annotations as files
 
 SMALL = Settings(
     images=70,
@@ -348,6 +350,61 @@ def test_one_kind_of_noise_leaves_the_others_alone(drawn):
         for rate in (0.0, 0.3)
     )
     assert still == moved
+
+
+# Negatives
+
+
+def test_near_misses_differ_in_colour_or_shape():
+    for trait in itertools.chain(*TRAITS.values()):
+        for said in (trait.phrase, trait.paraphrase(random.Random(trait.phrase))):
+            others = vocabulary.near_misses(said)
+            assert (
+                len(others) >= 11 and len({text for text, _ in others} | {said}) == len(others) + 1
+            )
+            for _, other in others:
+                assert other.part == trait.part
+                assert (other.shape == trait.shape) + (other.colour == trait.colour) == 1
+    texts = [
+        text for text, _ in vocabulary.near_misses("a curl on the head".replace("a ", "an azure "))
+    ]
+    assert "a scarlet curl on the head" in texts and "an azure plume on the head" not in texts
+    assert "a high azure plume on the head" in texts
+
+
+def test_negatives_are_never_true_of_the_bird(drawn, aviary):
+    taken = 0
+    for species, picture, key in drawn:
+        true = {trait.phrase for trait in species.traits}
+        for region in annotations.regions(species, picture, key, Noise(wrong_descriptions=0.5)):
+            said = region["description"]
+            ten = annotations.negatives(species, said, key, 10)
+            assert len(set(ten)) == 10 and not true & set(ten) and said not in ten
+            assert annotations.negatives(species, said, key, 2) == ten[:2]
+            wrong = {
+                text for text, trait in vocabulary.near_misses(said) if trait in species.traits
+            }
+            assert not wrong & set(ten)
+            taken += len(wrong)
+    assert taken  # a wrong description whose near miss is true of the bird
+
+
+def test_negatives_change_nothing_else(small, tmp_path):
+    generate.write(tmp_path / "other", dataclasses.replace(SMALL, negatives=2))
+    before, after = _hashes(small), _hashes(tmp_path / "other")
+    assert {name for name in after if before[name] != after[name]} == {"A.jsonl", "settings.json"}
+    lines = [
+        [json.loads(line) for line in (folder / "A.jsonl").read_text().splitlines()]
+        for folder in (small, tmp_path / "other")
+    ]
+    assert "negatives" not in json.loads((small / "settings.json").read_text())
+    for line in lines[1]:
+        for region in line["regions"]:
+            assert len(region.pop("negatives")) == 2
+    assert lines[0] == lines[1]
+    for name in ("A", "seen", "unseen"):
+        for record in files.read(small / "test" / f"{name}.jsonl").records:
+            assert all(len(region.negatives) == 10 for region in record.regions)
 
 
 # Files

@@ -95,6 +95,24 @@ def test_annotations_give_the_same_numbers(record_set, tmp_path):
     assert result["set"]["kind"] == "annotations"
 
 
+def test_negatives_are_counted_and_shown(tmp_path, capsys):
+    lines = record_sets.write_annotations(tmp_path, 4)
+    lines[3]["regions"][1]["negatives"] = ["the <right> part", "the top", "the whole", "the rest"]
+    lines[3]["regions"][2]["negatives"] = ["the edge"]
+    (tmp_path / "A.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert record_sets.build_set(tmp_path, tmp_path / "out") == 0
+    for path in (tmp_path / "A.jsonl", tmp_path / "out" / "tiny_set"):
+        regions = inspect(path, tmp_path / "seen")["regions"]
+        assert regions["with_negatives"] == 2 and regions["count"] == 6
+        assert regions["negatives_per_region"]["histogram"] == [
+            *([0, 0, 4], [1, 1, 1], [2, 2, 0], [3, 3, 0], [4, 4, 1])
+        ]
+        page = (tmp_path / "seen" / "inspect.html").read_text()
+        assert "not: the &lt;right&gt; part, the top, the whole, and 1 more<" in page
+        assert "Negatives a region" in page
+        assert "negatives     5; 2 regions have 4 or fewer" in capsys.readouterr().out
+
+
 def plant(folder):
     """60 lines, of which some have a problem each; returns what is to be found, by line number."""
     lines = record_sets.write_annotations(folder, 60, size=(100, 100))
@@ -181,6 +199,7 @@ def item(**fields):
             "descriptions": ("a wing",),
             "boxes_xyxy": np.array([[0.25, 0.25, 0.75, 0.75]], np.float32),
             "scores": np.array([0.5], np.float32),
+            "negatives": ((),) * len(fields.get("descriptions", " ")),
         }
         | fields
     )

@@ -235,7 +235,7 @@ def finehard_sample(folder):
                     "short_expr": text,
                     "long_expr": f"{text}, at length",
                     "flag_short_neg": 1,
-                    "short_expr_negs": {"0": "another part"},
+                    "short_expr_negs": {"0": f"no {text}", "1": text, "2": "x"},
                 }
                 for box, text in zip(boxes(n), descriptions(n), strict=True)
             ],
@@ -252,7 +252,10 @@ def annotations_sample(folder):
     lines = []
     for number in range(COUNT):
         found = zip(boxes(number), descriptions(number), strict=True)
-        regions = [{"box": box, "description": text, "score": 0.75} for box, text in found]
+        regions = [
+            {"box": box, "description": text, "score": 0.75, "negatives": [f"no {text}", "x"]}
+            for box, text in found
+        ]
         line = {"image": f"{number:05d}.jpg", "caption": caption(number), "regions": regions}
         lines.append(json.dumps(line) + "\n")
     (folder / "A.jsonl").write_text("\n".join(lines))  # blank lines between them
@@ -282,6 +285,7 @@ SAMPLES = {
     )
 }
 SCORES = {"annotations": 0.75, "finehard": 0.75, "grit": 0.75, "tfds": 0.75}
+NEGATIVES = ("annotations", "finehard", "tfds")
 WITHOUT_CAPTIONS = ("visual_genome", "refcoco")
 WITHOUT_REGIONS = ("folder", "webdataset")
 
@@ -297,7 +301,7 @@ def write_lines(pictures, folder):
         path = folder / picture.image
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture.encoded)
-        names = ("box", "description", "score")
+        names = ("box", "description", "score", "negatives")
         line = {
             "image": picture.image,
             "captions": list(picture.captions or ("a drawing",)),
@@ -365,6 +369,8 @@ def test_reads_its_public_format(source, tmp_path):
         for region, box in zip(picture.regions, boxes(number), strict=False):
             assert region.box_xyxy == pytest.approx(box, abs=1e-5)
             assert region.score == SCORES.get(source, 1.0)
+            negatives = (f"no {region.description}", "x")
+            assert region.negatives == (negatives if source in NEGATIVES else ())
 
 
 def test_a_sample_becomes_records_and_a_training_step(tmp_path):

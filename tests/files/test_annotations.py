@@ -39,7 +39,13 @@ def test_reads(tmp_path):
     assert second.image == "sub/b.png" and second.synthetic_caption == "s" and second.id is None
     assert second.phrases == ((0, 1), (1,), (1,))
     box_xyxy = (1.0, 2.0, 3.0, 4.0)
-    assert second.regions == ((box_xyxy, "a beak", 0.5), (box_xyxy, "a beak", 1.0))
+    assert second.regions == ((box_xyxy, "a beak", 0.5, ()), (box_xyxy, "a beak", 1.0, ()))
+
+
+def test_reads_negatives(tmp_path):
+    regions = [_region(negatives=[" a wing", "A crest "]), _region(negatives=None), _region()]
+    (record,) = annotations.read(_write(tmp_path, {"image": "a", "regions": regions})).records
+    assert [region.negatives for region in record.regions] == [("a wing", "A crest"), (), ()]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +78,23 @@ def test_reads(tmp_path):
         ({"image": "a", "regions": [_region(score="x")]}, 'regions[0].score: got "x"'),
         ({"image": "a", "regions": [_region(score=1.5)]}, "got 1.5, expected a number from 0 to 1"),
         ({"image": "a", "regions": [{"box": [1, 2, 3, 4], "description": "a"}]}, "score: got none"),
+        ({"image": "a", "regions": [_region(negatives="x")]}, 'got "x", expected a list of texts'),
+        (
+            {"image": "a", "regions": [_region(negatives=["b", 3])]},
+            "negatives[1]: got 3, expected a text",
+        ),
+        (
+            {"image": "a", "regions": [_region(negatives=[" "])]},
+            'negatives[0]: got " ", expected a te',
+        ),
+        (
+            {"image": "a", "regions": [_region(negatives=["b", "A  Beak"])]},
+            'regions[0].negatives[1]: got "A  Beak", expected another text than the description',
+        ),
+        (
+            {"image": "a", "regions": [_region(negatives=["b", "c", "B"])]},
+            'regions[0].negatives[2]: got "B", expected another text than an earlier one',
+        ),
         ({"image": "a", "phrases": 1}, "phrases: got 1, expected a list"),
         ({"image": "a", "regions": [_region()], "phrases": [[0], [1]]}, "phrases[1]: got [1], exp"),
         ({"image": "a", "regions": [_region()], "phrases": [[]]}, "[], expected positions in reg"),

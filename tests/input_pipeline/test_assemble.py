@@ -57,6 +57,37 @@ def test_texts_that_the_tokenizer_cuts_are_counted_too():
     assert batch.text_counts.tolist() == [[4, 2]] and batch.texts_dropped.tolist() == [0]
 
 
+def test_negatives_of_an_example():
+    config = record_sets.config("", batch_size=2, lanes=1, pack_rows=1, negatives_per_region=2)
+    clip, image = tokenizer.ClipTokenizer(), np.zeros((16, 16, 3), np.uint8)
+    box = [0.5] * 4
+    negatives = [["b b", "A &amp; a"], ["c"]]  # the tokenizer takes the second for the description
+    examples = [
+        assemble.Example(image, "x", ["a & a", "b"], [box, box], negatives),
+        assemble.Example(image, "x", ["b"], [box]),
+    ]
+    batch = assemble.of_examples(examples, config, clip)
+    assert batch.negative_mask.shape == (2, 5, 2)
+    assert np.argwhere(batch.negative_mask).tolist() == [[0, 0, 0], [0, 1, 0]]
+    for text, (row, end) in zip(("b b", "c"), batch.negative_at[batch.negative_mask], strict=True):
+        ids = clip.encode([text], 77).ids.tolist()
+        assert batch.text_tokens[0, row, end + 1 - len(ids) : end + 1].tolist() == ids
+    assert batch.text_counts.tolist() == [[7, 0]] and batch.texts_dropped.tolist() == [0]
+
+    model = dataclasses.replace(config.model.text, context_length=12)
+    model = dataclasses.replace(config.model, text=model)
+    short = assemble.of_examples(examples, dataclasses.replace(config, model=model), clip)
+    # 12 tokens: both captions, of 3, and one of the descriptions, of 5, 3 and 3.
+    assert not short.negative_mask.any() and short.region_mask.sum() == 1
+    assert short.texts_dropped.tolist() == [4]
+    plain = record_sets.config("", batch_size=2, lanes=1, pack_rows=1)
+    assert assemble.of_examples(examples[1:] * 2, plain, clip).negative_at is None
+    for wrong in (negatives[:1], [["a"] * 3, []]):
+        example = examples[0]._replace(negatives=wrong)
+        with pytest.raises(ValueError, match=r"example 0: got \[.*\] negatives of 2 descriptions"):
+            assemble.of_examples([example, example], config, clip)
+
+
 def test_several_captions_of_an_example():
     config = record_sets.config("", batch_size=2, lanes=1, pack_rows=4, captions_per_image=3)
     clip, image = tokenizer.ClipTokenizer(), np.zeros((16, 16, 3), np.uint8)

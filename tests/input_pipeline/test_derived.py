@@ -179,6 +179,31 @@ def test_several_captions_are_drawn_as_training_has_them():
     assert padded.text_layout == (1, 8)
 
 
+def test_negatives_are_drawn_as_training_has_them():
+    def drawn(number, regions=2):
+        config = open_config(input__max_regions=regions, input__negatives_per_region=number)
+        return config, derived.draw(config, [of], 64, np.random.default_rng(0))[0]
+
+    of = lengths([10, 10], [[9, 8, 7], [6, 0, 0]])
+    negatives = np.array([[[5, 6, 7], [4, 0, 0], [77, 77, 77]], [[90, 0, 0], [0] * 3, [0] * 3]])
+    of = of._replace(negatives=negatives.astype(np.int32))
+    config, texts = drawn(2)
+    rows = {tuple(map(tuple, row)) for row in texts["negative_lengths"].tolist()}
+    # Two of three that follow each other, from any of them on; the third region is not kept.
+    assert rows == {((77, 0), (0, 0)), *(((a, b), (4, 0)) for a, b in ((5, 6), (6, 7), (7, 5)))}
+    assert "negative_lengths" not in drawn(0)[1]
+    few, many = (derived.rows_of(drawn(n)[0], 8, [of]).rows for n in (0, 2))
+    assert few < many
+    layout = packing.pack(**texts, pack_group=8, rows=many, row_length=77)
+    assert layout.texts_dropped == 0
+    without = of._replace(negatives=None)  # a set of before
+    assert derived.rows_of(config, 8, [without]).rows == few
+    padded = resolve(
+        open_config(text__packing=False, input__captions_per_image=3, input__negatives_per_region=2)
+    )[0]
+    assert padded.text_layout == (1, 3 + 5 * 3)
+
+
 def test_a_mixture_is_drawn_by_weight():
     values = tiny.dictionary(**CLIP_ROW)
     values.input.update(source="records")

@@ -39,11 +39,20 @@ def token_ids(lengths, first):
     return np.concatenate([*texts, np.zeros(0, np.int64)]).astype(np.int32), texts
 
 
+def negative_lengths(batch):
+    """Lengths of the negatives, [B, R, 0] where the batch has none."""
+    none = np.zeros((*batch["region_mask"].shape, 0), np.int32)
+    return batch.get("negative_lengths", none)
+
+
 def fill(layout, batch):
     of_captions = batch["caption_lengths"]
     caption_ids, captions = token_ids(of_captions[of_captions > 0], 1_000_000)
     lengths = batch["description_lengths"][batch["region_mask"]]
     description_ids, descriptions = token_ids(lengths, 2_000_000)
+    of_negatives = negative_lengths(batch)
+    negative_mask = of_negatives > 0
+    negative_ids, negatives = token_ids(of_negatives[negative_mask], 3_000_000)
     packed = packing.fill(
         layout,
         caption_ids=caption_ids,
@@ -51,11 +60,14 @@ def fill(layout, batch):
         description_ids=description_ids,
         description_lengths=lengths,
         region_mask=batch["region_mask"],
+        negative_ids=negative_ids,
+        negative_lengths=of_negatives[negative_mask],
+        negative_mask=negative_mask,
     )
-    return packed, captions, descriptions
+    return packed, captions, descriptions, negatives
 
 
-def kept_texts(layout, batch, captions, descriptions):
+def kept_texts(layout, batch, captions, descriptions, negatives):
     """Yields (group, row, end, tokens expected there) of every text that was kept."""
     for tokens, (i, k) in zip(captions, np.argwhere(batch["caption_lengths"]), strict=True):
         length = layout.caption_lengths[i, k]
@@ -63,17 +75,21 @@ def kept_texts(layout, batch, captions, descriptions):
     for tokens, (i, r) in zip(descriptions, np.argwhere(batch["region_mask"]), strict=True):
         if layout.region_mask[i, r]:
             yield i // layout.pack_group, *layout.description_at[i, r], list(tokens)
+    places = np.argwhere(negative_lengths(batch))
+    for tokens, (i, r, h) in zip(negatives, places, strict=True):
+        if layout.negative_mask[i, r, h]:
+            yield i // layout.pack_group, *layout.negative_at[i, r, h], list(tokens)
 
 
 def assert_sound(layout, batch):
     """Every kept text stands once, whole, in bounds, apart from the others; the rest is padding."""
-    packed, captions, descriptions = fill(layout, batch)
+    packed, *texts = fill(layout, batch)
     groups = len(batch["caption_lengths"]) // layout.pack_group
     assert packed.tokens.shape == (groups, layout.rows, layout.row_length)
     assert all(array.dtype == np.int32 for array in packed)
     owners = np.zeros(packed.tokens.shape, dtype=int)
     starts = {}
-    for group, row, end, tokens in kept_texts(layout, batch, captions, descriptions):
+    for group, row, end, tokens in kept_texts(layout, batch, *texts):
         begin = end - len(tokens) + 1
         assert 0 <= row < layout.rows and 0 <= begin < end < layout.row_length
         where = (group, row, slice(begin, end + 1))
@@ -90,7 +106,12 @@ def assert_sound(layout, batch):
     assert not layout.description_at[~layout.region_mask].any()
     assert not layout.caption_at[batch["caption_lengths"] == 0].any()
     assert not (layout.region_mask & ~batch["region_mask"]).any()
-    real, kept = batch["region_mask"].sum(), layout.region_mask.sum()
+    negatives = negative_lengths(batch) > 0
+    assert not layout.negative_at[~layout.negative_mask].any()
+    assert not (layout.negative_mask & ~negatives).any()
+    assert not (layout.negative_mask & ~layout.region_mask[..., None]).any()
+    real = batch["region_mask"].sum() + negatives.sum()
+    kept = layout.region_mask.sum() + layout.negative_mask.sum()
     assert layout.texts_dropped == real - kept
     return packed
 
@@ -98,8 +119,8 @@ def assert_sound(layout, batch):
 @st.composite
 def batches(draw):
     """A batch with its sizes; rows are from barely enough to plenty."""
-    pack_group, groups, regions, captions = (
-        draw(st.integers(*b)) for b in ((1, 6), (1, 4), (0, 4), (1, 3))
+    pack_group, groups, regions, captions, negatives = (
+        draw(st.integers(*b)) for b in ((1, 6), (1, 4), (0, 4), (1, 3), (0, 3))
     )
     row_length = draw(st.integers(6, 24))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -112,8 +133,14 @@ def batches(draw):
         region_mask=mask,
         region_scores=rng.integers(0, 4, mask.shape).astype(np.float32),  # with ties
     )
+    if negatives:
+        shape = (*mask.shape, negatives)
+        there = mask[..., None] & (rng.random(shape) < 0.7)
+        of_negatives = rng.integers(2, row_length + 1, shape, dtype=np.int32)
+        batch["negative_lengths"] = np.where(there, of_negatives, 0)
     least = -(-pack_group * captions // (row_length // 2))
-    rows = draw(st.integers(least, least + pack_group * (captions + regions)))
+    most = pack_group * (captions + regions * (1 + negatives))
+    rows = draw(st.integers(least, least + most))
     return batch, dict(pack_group=pack_group, rows=rows, row_length=row_length)
 
 
@@ -135,8 +162,11 @@ def plain_pack(batch, pack_group, rows, row_length):
     for g in range(0, len(batch["caption_lengths"]), pack_group):
         group = {name: array[g : g + pack_group] for name, array in batch.items()}
         descriptions = np.where(group["region_mask"], group["description_lengths"], 0)
-        lengths = np.concatenate([group["caption_lengths"], descriptions], axis=1)
+        negatives = negative_lengths(group)
+        of_image = negatives.reshape(len(negatives), -1)
+        lengths = np.concatenate([group["caption_lengths"], descriptions, of_image], axis=1)
         captions = group["caption_lengths"].shape[1]
+        first = captions + descriptions.shape[1]
         scores = group["region_scores"]
         images = [  # the regions of each, the best first
             sorted(np.flatnonzero(row), key=lambda r: (-scores[i, r], r))
@@ -145,7 +175,18 @@ def plain_pack(batch, pack_group, rows, row_length):
         cap = lengths[:, :captions].max()
         while (at := plain_first_fit(lengths.ravel(), rows, row_length)) is None:
             most = max(map(len, images))
-            if most:  # who gives a region: the lowest score, then who has most, then in turn
+            if lengths[:, first:].any():  # the last negative of a region, then the lowest score
+                i, slot = min(
+                    np.argwhere(lengths[:, first:]),
+                    key=lambda at: (
+                        -(at[1] % negatives.shape[2]),
+                        scores[at[0], at[1] // negatives.shape[2]],
+                        -at[1],
+                        int(at[0]) * 2654435761 % 2**32,
+                    ),
+                )
+                lengths[i, first + slot] = 0
+            elif most:  # who gives a region: the lowest score, then who has most, then in turn
                 giving = [i for i, kept in enumerate(images) if len(kept) > (most > 1)]
                 give = min(
                     giving,
@@ -175,9 +216,13 @@ def test_any_batch_is_packed_soundly_and_by_the_rule(drawn):
     lengths, ends = plain_pack(batch, **sizes)
     captions = batch["caption_lengths"].shape[1]
     np.testing.assert_array_equal(layout.caption_lengths, lengths[:, :captions])
-    np.testing.assert_array_equal(layout.description_lengths, lengths[:, captions:])
+    last = captions + batch["region_mask"].shape[1]
+    shape = layout.negative_mask.shape
+    np.testing.assert_array_equal(layout.description_lengths, lengths[:, captions:last])
+    np.testing.assert_array_equal(layout.negative_lengths, lengths[:, last:].reshape(shape))
     np.testing.assert_array_equal(layout.caption_at, ends[:, :captions])
-    np.testing.assert_array_equal(layout.description_at, ends[:, captions:])
+    np.testing.assert_array_equal(layout.description_at, ends[:, captions:last])
+    np.testing.assert_array_equal(layout.negative_at, ends[:, last:].reshape(*shape, 2))
     assert layout.captions_cut == (lengths[:, :captions] < batch["caption_lengths"]).sum()
 
 
@@ -191,7 +236,8 @@ def test_a_group_does_not_depend_on_the_other_groups(drawn):
         part = slice(g * sizes["pack_group"], (g + 1) * sizes["pack_group"])
         alone_batch = {name: array[part] for name, array in batch.items()}
         alone = packing.pack(**alone_batch, **sizes)
-        for name in ("caption_at", "description_at", "region_mask", "caption_lengths"):
+        names = ("caption_at", "description_at", "region_mask", "caption_lengths", "negative_at")
+        for name in names:
             np.testing.assert_array_equal(getattr(alone, name), getattr(whole, name)[part])
         np.testing.assert_array_equal(fill(alone, alone_batch)[0].segments[0], tokens[g])
 
@@ -299,6 +345,27 @@ def test_a_batch_without_regions_and_one_without_region_slots():
         assert_sound(layout, batch)
 
 
+def test_negatives_go_before_regions_and_those_of_the_lowest_score_first():
+    batch = make_batch(
+        captions=[4, 4], descriptions=[[3, 3], [3, None]], scores=[[0.9, 0.2], [0.5, 0]]
+    )
+    batch["negative_lengths"] = np.array([[[2, 2], [2, 0]], [[2, 2], [0, 0]]], np.int32)
+    kept = {}
+    for rows in (9, 7, 6, 5, 3):
+        layout = packing.pack(**batch, pack_group=2, rows=rows, row_length=4)
+        kept[rows] = (
+            layout.negative_mask.astype(int).tolist(),
+            layout.region_mask.astype(int).tolist(),
+        )
+    whole = [[1, 1], [1, 0]]
+    # Second negatives: that of the score 0.5, then 0.9. First ones: 0.2, 0.5, 0.9. Then the region of the score 0.2.
+    assert kept[9] == ([[[1, 1], [1, 0]], [[1, 1], [0, 0]]], whole)
+    assert kept[7] == ([[[1, 1], [1, 0]], [[1, 0], [0, 0]]], whole)
+    assert kept[6] == ([[[1, 0], [0, 0]], [[1, 0], [0, 0]]], whole)
+    assert kept[5] == ([[[0, 0], [0, 0]], [[0, 0], [0, 0]]], whole)
+    assert kept[3] == ([[[0, 0], [0, 0]], [[0, 0], [0, 0]]], [[1, 0], [0, 0]])
+
+
 def test_arguments_are_not_changed_and_results_repeat():
     rng = np.random.default_rng(3)
     batch = make_batch(
@@ -326,6 +393,15 @@ def test_arguments_are_not_changed_and_results_repeat():
         (dict(description_lengths=np.full((4, 1), 1)), "description 0 of image 2 has 1 tokens"),
         (dict(region_mask=np.ones((4, 2), bool)), "shapes do not agree"),
         (dict(region_scores=np.full((4, 1), np.nan)), "region 0 of image 2 is nan"),
+        (dict(negative_lengths=np.full((4, 1), 2)), "shapes do not agree: negative_lengths"),
+        (
+            dict(negative_lengths=np.full((4, 1, 1), 2)),
+            "region 0 of image 0 has negatives, but is m",
+        ),
+        (
+            dict(negative_lengths=np.array([0, 0, 2, 9]).reshape(4, 1, 1)),
+            "negative 0 of image 3 has 9 tokens, expected 2..8",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(change, message):

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import shutil
@@ -103,7 +104,7 @@ def test_the_global_batch_does_not_depend_on_processes(output, processes):
     lanes = np.split(np.arange(4), processes)
     parts = [take(config, 4, lanes=served.tolist()) for served in lanes]
     for step, expected in enumerate(whole):
-        joined = type(expected)(*map(np.concatenate, zip(*(part[step] for part in parts))))
+        joined = record_sets.join([part[step] for part in parts])
         record_sets.assert_batches_equal(joined, expected)
 
 
@@ -266,6 +267,87 @@ def test_several_captions_of_an_image(output_with_gaps, captions, best, flip_rat
             gaps += captions - len(texts)
         assert batch.text_counts[:, 0].sum() == batch.caption_mask.sum() + batch.region_mask.sum()
     assert gaps > 4
+
+
+@pytest.fixture(scope="module")
+def output_with_negatives(tmp_path_factory):
+    """A set whose regions have 0 to 4 negatives."""
+    folder = tmp_path_factory.mktemp("negatives")
+    lines = record_sets.write_annotations(folder / "in", 16, size=(16, 16))
+    for line in lines:
+        for i, region in enumerate(line["regions"]):
+            number = (len(line["regions"]) * 2 + i) % 5
+            region["negatives"] = [f"the right part {i} of {n}" for n in range(100, 100 + number)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "in" / "A.jsonl").write_text(text)
+    assert record_sets.build_set(folder / "in", folder, "--num-shards=4") == 0
+    return folder, lines
+
+
+@pytest.mark.parametrize("flip_rate", [0.0, 1.0])
+def test_negatives_stay_with_their_regions(output_with_negatives, flip_rate):
+    output, lines = output_with_negatives
+    clip_tokenizer = tokenizer.ClipTokenizer()
+    sizes = dict(max_regions=2, pack_rows=8, flip_rate=flip_rate)
+    config = record_sets.config(output, negatives_per_region=3, **sizes)
+    seen = {}
+    for batch, plain in zip(take(config, 6), take(record_sets.config(output, **sizes), 6)):
+        assert batch.negative_at.shape == (8, 2, 3, 2) and not batch.texts_dropped.any()
+        for row in range(8):
+            number = int(batch.image[row, 0, -1 if flip_rate else 0].astype(int) @ [1, 256, 0])
+            regions = lines[number]["regions"][::-1][:2]  # the highest score first
+            for r, region in enumerate(regions):
+                mask = batch.negative_mask[row, r]
+                of = region["negatives"]
+                assert mask.tolist() == [h < min(len(of), 3) for h in range(3)]
+                if flip_rate:
+                    of = [text.replace("right", "left") for text in of]
+                ids = [tuple(clip_tokenizer.encode([text], 77).ids.tolist()) for text in of]
+                found = []
+                for text_row, end in batch.negative_at[row, r][mask]:
+                    segments = batch.text_segments[row // 2, text_row]
+                    inside = segments == segments[end]
+                    text = tuple(batch.text_tokens[row // 2, text_row][inside].tolist())
+                    found.append(ids.index(text))
+                if found:  # they follow each other, the first after the last
+                    follow = (found[0] + np.arange(len(found))) % len(of)
+                    assert found == follow.tolist()
+                    seen.setdefault((number, r), set()).add(found[0])
+            assert not batch.negative_mask[row, len(regions) :].any()
+        assert plain.negative_at is None and plain.negative_mask is None
+        for name in ("image", "caption_id", "description_id", "region_boxes_cxcywh"):
+            np.testing.assert_array_equal(getattr(batch, name), getattr(plain, name))
+    assert max(map(len, seen.values())) > 1  # another draw at another visit
+
+    cropped = record_sets.config(output, negatives_per_region=3, crop_min_area=0.1, pack_rows=8)
+    lost = 0
+    for batch in take(cropped, 4):
+        assert not batch.negative_mask[~batch.region_mask].any()
+        lost += int((batch.region_mask.sum(axis=1) < numbers(batch) % 4).sum())
+    assert lost
+
+
+def test_a_sample_has_the_lengths_of_negatives_that_the_file_has(output_with_negatives, tmp_path):
+    output, _ = output_with_negatives
+    (found,) = records.text_lengths(record_sets.config(output))
+    assert found.negatives.shape == (16, 3, 4) and set(np.unique(found.negatives)) == {0, 10}
+    shutil.copytree(output / "tiny_set", tmp_path / "tiny_set")
+    (tmp_path / "tiny_set/1.0.0" / text_lengths.FILE).unlink()
+    (sampled,) = records.text_lengths(record_sets.config(tmp_path))
+    as_set = lambda of: sorted(zip(of.descriptions.tolist(), of.negatives.tolist()))  # noqa: E731
+    assert as_set(sampled) == as_set(found)
+
+
+def test_a_set_without_negatives_is_said(output, caplog):
+    config = record_sets.config(output, negatives_per_region=2)
+    records.check(config)
+    got = "input.negatives_per_region=2: no region of 'tiny_set' has negatives"
+    assert [record.getMessage() for record in caplog.records] == [got]
+    (batch,) = take(config, 1)
+    assert batch.negative_mask.shape == (8, 5, 2) and not batch.negative_mask.any()
+    loss = dataclasses.replace(config.loss, hard_negative=0.5)
+    with pytest.raises(record_files.DataError, match=f"{got}, which loss.hard_negative=0.5 needs"):
+        records.check(dataclasses.replace(config, loss=loss))
 
 
 def test_padded_and_packed_hold_the_same(output):

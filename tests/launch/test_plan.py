@@ -109,7 +109,7 @@ def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
     assert kinds["parameters"] == size
     assert kinds["moments"] == 2 * size + 2 * 4  # Adam's count and the schedule's
     batch = train_step.abstract_batch(config)
-    assert kinds["batch"] == sum(x.size * x.dtype.itemsize for x in batch) // 8
+    assert kinds["batch"] == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) // 8
     assert (
         found["checkpoint"]["bytes"] == 3 * size + 2 * 4 + 2 * 4 + 16 + 8
     )  # step, texts_dropped, receipt, text_counts

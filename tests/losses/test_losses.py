@@ -18,6 +18,7 @@ def _outputs(c, seed=0, layers=2, width=D):
     rng = np.random.default_rng(seed)
     b, r, captions = c.batch_size, c.input.max_regions, c.input.captions_per_image
     unit = lambda *shape: (x := rng.normal(size=shape)) / np.linalg.norm(x, axis=-1, keepdims=True)
+    h = c.input.negatives_per_region
     low = rng.uniform(0.2, 0.8, (layers, b, Q, 4))
     out = schema.Outputs(
         unit(b, width),
@@ -28,8 +29,9 @@ def _outputs(c, seed=0, layers=2, width=D):
         np.float64(12.0),
         np.float64(0),
         unit(b, r, width),
+        unit(b, r, h, width) if h else None,
     )
-    return schema.Outputs(*(np.asarray(x, np.float32) for x in out))
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), out)
 
 
 def _corners(box):
@@ -88,7 +90,7 @@ def _beats_others(logits, label, allowed):
 
 def replica_and_measures(outputs, batch, c):
     """((L_ic, L_box, L_rd), the measures by their names) in float64."""
-    o = schema.Outputs(*(np.asarray(x, np.float64) for x in outputs))
+    o = jax.tree.map(lambda x: np.asarray(x, np.float64), outputs)
     b, r = batch.region_mask.shape
     if batch.caption_mask.shape[1] > 1:
         texts = outputs.text_embed, batch.caption_id, batch.caption_mask
@@ -158,6 +160,89 @@ def replica_and_measures(outputs, batch, c):
         "region_description_accuracy": np.mean(region_right),
         "query_share": np.bincount(queries, minlength=Q) / len(queries),
     }
+
+
+def hard_negative_replica(outputs, batch, c, *, queries=True):
+    """(L_hard, its measures by their names) in float64."""
+    o = jax.tree.map(lambda x: np.asarray(x, np.float64), outputs)
+    terms, right = [], {"hard_negative_accuracy": [], "hard_negative_box_accuracy": []}
+    for i, mask in enumerate(batch.region_mask):
+        boxes = batch.region_boxes_cxcywh[i].astype(np.float64)
+        regions = np.flatnonzero(mask & (boxes[:, 2:] > 0).all(-1))
+        cost = [
+            [
+                c.match_l1 * np.abs(p - boxes[j]).sum()
+                - c.match_giou * _giou(p, boxes[j], c.iou_epsilon)
+                for j in regions
+            ]
+            for p in o.pred_boxes_cxcywh[-1, i]
+        ]
+        matched = zip(*linear_sum_assignment(np.array(cost).reshape(Q, len(regions))))
+        embeds = [("", regions[k], o.region_embed[i, q]) for q, k in matched if queries]
+        if o.box_embed is not None:
+            embeds += [("_box", j, o.box_embed[i, j]) for j in regions]
+        for kind, j, embed in embeds:
+            negatives = o.negative_text_embed[i, j][batch.negative_mask[i, j]]
+            if not len(negatives):
+                continue
+            texts = np.concatenate([o.region_text_embed[i, j][None], negatives])
+            z = o.logit_scale * texts @ embed + o.logit_bias
+            if c.contrast == "softmax":
+                terms.append(np.log(np.exp(z - z[0]).sum()))
+            else:
+                terms.append(np.log1p(np.exp(-z[0])) + np.log1p(np.exp(z[1:])).sum())
+            right[f"hard_negative{kind}_accuracy"].append(z[0] > z[1:].max())
+    return np.mean(terms), {name: np.mean(of) for name, of in right.items() if of}
+
+
+@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("compared", ["queries", "boxes", "both"])
+def test_hard_negative_equals_float64_replica(contrast, compared):
+    c = tiny.config(
+        input__negatives_per_region=2,
+        loss__hard_negative=0.5,
+        loss__contrast=contrast,
+        model__logit_bias_init=-10.0 if contrast == "sigmoid" else None,
+    )
+    batch = tiny.batch(c)
+    assert batch.negative_mask.any(-1).sum() not in (0, batch.region_mask.sum())
+    outputs = learnt(_outputs(c), batch)._replace(logit_bias=np.float32(-2))
+    if compared == "queries":
+        outputs = outputs._replace(box_embed=None)
+    expected, right = hard_negative_replica(outputs, batch, c.loss, queries=compared != "boxes")
+    if compared == "boxes":  # a model without a decoder
+        boxes = outputs.pred_boxes_cxcywh[:, :, :0]
+        outputs = outputs._replace(
+            region_embed=outputs.region_embed[:, :0], pred_boxes_cxcywh=boxes
+        )
+    got = losses.total_loss(outputs, batch, c.loss)
+    np.testing.assert_allclose(got.terms["hard_negative"], expected, rtol=1e-5)
+    measures = {name: x for name, x in got.measures.items() if name.startswith("hard_negative")}
+    assert measures.keys() == right.keys() and 0.2 < min(right.values()) < 0.95
+    for name, value in right.items():
+        np.testing.assert_allclose(measures[name], value, rtol=1e-6)
+    without = losses.total_loss(outputs, batch, dataclasses.replace(c.loss, hard_negative=0.0))
+    np.testing.assert_allclose(got.total, without.total + 0.5 * expected, rtol=1e-6)
+    assert "hard_negative" not in without.terms
+
+
+def test_hard_negatives_that_are_none_or_the_description_itself():
+    c = tiny.config(input__negatives_per_region=2, loss__hard_negative=1.0)
+    batch, outputs = tiny.batch(c), _outputs(c)
+    # A tie with the description is not right, and a region without negatives does not count.
+    same = np.repeat(outputs.region_text_embed[:, :, None], 2, axis=2)
+    outputs = outputs._replace(negative_text_embed=same, box_embed=None)
+    batch = batch._replace(negative_mask=batch.region_mask[..., None] & [True, False])
+    found = losses.total_loss(outputs, batch, c.loss)
+    np.testing.assert_allclose(found.terms["hard_negative"], np.log(2), rtol=1e-6)
+    assert found.measures["hard_negative_accuracy"] == 0
+    batch = batch._replace(negative_mask=np.zeros_like(batch.negative_mask))
+
+    def value(outputs):
+        return losses.total_loss(outputs, batch, c.loss).terms["hard_negative"]
+
+    nothing, grads = jax.value_and_grad(value)(outputs)
+    assert nothing == 0 and not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
 def image_description_replica(outputs, batch, c):

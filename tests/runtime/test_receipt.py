@@ -96,7 +96,8 @@ def test_the_chain_over_batches_is_that_of_plain_integers_on_any_mesh():
     "field", [f for f in schema.Batch._fields if f not in ("text_counts", "caption_mask")]
 )
 def test_every_field_of_a_batch_counts_and_so_does_its_place(field):
-    batch = tiny.batch(tiny.config(input__captions_per_image=3))
+    several = dict(input__captions_per_image=3, input__negatives_per_region=2)
+    batch = tiny.batch(tiny.config(text__pack_rows=9, **several))
     whole = np.asarray(_of_batch(batch))
     value = getattr(batch, field)
     moved = np.roll(value, 1, axis=-1)

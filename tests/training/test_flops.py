@@ -140,8 +140,9 @@ def test_the_box_head_is_that_of_the_model(boxes):
         recipe("L/14", text__packing=False),
         tiny.config(model__decoder__queries=7, input__max_regions=3, model__embed_dim=24),
         tiny.config(input__captions_per_image=3),
+        tiny.config(input__negatives_per_region=2),
     ],
-    ids=["B/16", "L/14 padded", "tiny", "three captions"],
+    ids=["B/16", "L/14 padded", "tiny", "three captions", "negatives"],
 )
 def test_towers_are_those_of_the_model(config):
     model, params, batch = shapes(config)

@@ -95,9 +95,27 @@ def test_three_captions_and_a_box_head_on_a_mesh_and_in_microbatches():
     np.testing.assert_array_equal(other.receipt, state.receipt)
 
 
-@pytest.mark.parametrize("captions", [1, 3])
-def test_gradients_of_microbatches_equal_the_full_batch(captions):
-    c = tiny.config(input__captions_per_image=captions)
+def test_hard_negatives_on_a_mesh_and_in_microbatches():
+    near = dict(input__negatives_per_region=2, loss__hard_negative=0.5)
+    expected, state, _ = _run(ONE, **near)
+    assert "hard_negative_accuracy" in expected[0]
+    metrics, other, _ = _run((2, 2, 2), microbatches=2, **near)
+    for a, b in zip(expected, metrics):
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=2e-5, err_msg=name)
+    np.testing.assert_array_equal(other.receipt, state.receipt)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"captions_per_image": 3}, {"negatives_per_region": 2}],
+    ids=["one caption", "three captions", "negatives"],
+)
+def test_gradients_of_microbatches_equal_the_full_batch(overrides):
+    overrides = {f"input__{name}": value for name, value in overrides.items()}
+    c = tiny.config(
+        loss__hard_negative=float("input__negatives_per_region" in overrides), **overrides
+    )
     model = GRAIN(c.model)
     tx = optim.optimizer(c.optim, lambda step: 0.0)
     params = jax.jit(lambda: sharding.unbox(train_step.init_state(model, c, tx)))().params

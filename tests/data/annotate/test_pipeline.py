@@ -86,6 +86,29 @@ def test_passes_apart_give_the_same_as_together(tmp_path, shards):
             assert apart.output.read(kind, shard.name) == together.output.read(kind, shard.name)
 
 
+def test_rules_add_negatives_to_the_regions_of_the_source(tmp_path, shards):
+    job = make_job(tmp_path, names=("negatives",))._replace(negatives=2)
+    models = passes.build(job)
+    lines = []
+    for shard in shards:
+        tally = passes.annotate_shard(shard, job, models)["passes"]["negatives"]
+        lines += job.output.read("annotations", shard.name)
+        number = sum(
+            len(region.get("negatives", ())) for line in lines[-3:] for region in line["regions"]
+        )
+        assert tally["negatives"] == number
+    assert models.chat is None and models.detector is None
+    described = [region for line in lines for region in line["regions"]]
+    assert len(described) == 12
+    for region in described:  # "the left part 0 of 1"
+        side = region["description"].replace("left", "right")
+        assert region["negatives"] == [side]
+    # A later job keeps them, and those of the source stay.
+    again = job._replace(passes=())
+    passes.annotate_shard(shards[1], again, models)
+    assert again.output.read("annotations", shards[1].name) == lines[3:6]
+
+
 def test_what_an_earlier_pass_failed_stays_listed(tmp_path, shards):
     with endpoint.serve() as server:
         job = make_job(tmp_path, server.url, ["caption"])

@@ -1,0 +1,176 @@
+"""Hard negatives by rules: texts that differ from a description in one word, which makes them wrong.
+
+A word of a list (colour, material, pattern, number, size, side, part) is exchanged for another word of its list. Such
+negatives are those of NegCLIP (Yuksekgonul et al., ICLR 2023) and, by attribute, of FG-OVD (Bianchi et al., CVPR 2024),
+whose texts a language model writes. Rules see no image: they hold where a description says one thing of one object.
+"""
+
+import random
+import re
+from collections.abc import Iterable, Iterator
+
+from grain_jax.files import annotations
+
+VERSION = 1  # of the rules: other negatives of the same description are another version
+
+# A line is what cannot be told apart, the usual word first: it is what replaces the words of other lines.
+_EXCLUSIVE = {
+    "colour": """
+        red scarlet crimson maroon
+        orange amber
+        yellow golden gold
+        green emerald olive
+        blue azure navy
+        purple violet lilac
+        pink rosy
+        white snowy ivory cream
+        black
+        brown chestnut tan beige
+        grey gray silver""",
+    "material": """
+        wooden
+        metal metallic steel iron
+        plastic
+        leather
+        stone
+        concrete
+        ceramic
+        cardboard
+        rubber
+        woolen woollen
+        velvet""",
+    "pattern": """
+        striped
+        spotted dotted
+        plain
+        checkered chequered plaid
+        floral flowery""",
+    "number": """
+        two
+        three
+        four
+        five
+        six""",
+}
+# Each word and what may replace it: opposites alone.
+_OPPOSITES = {
+    "size": {
+        "big": "small tiny",
+        "large": "small tiny",
+        "huge": "tiny small",
+        "small": "large huge",
+        "little": "large huge",
+        "tiny": "huge large",
+        "long": "short",
+        "short": "long",
+        "tall": "short",
+        "wide": "narrow",
+        "broad": "narrow",
+        "narrow": "wide",
+        "thick": "thin",
+        "thin": "thick",
+        "open": "closed",
+        "closed": "open",
+    },
+    "side": {
+        "left": "right",
+        "right": "left",
+        "upper": "lower",
+        "lower": "upper",
+        "top": "bottom",
+        "bottom": "top",
+        "front": "rear",
+        "rear": "front",
+    },
+}
+# Parts of one kind of thing; each also with an s behind it.
+_PARTS = (
+    "head tail wing leg ear beak eye paw neck chest",
+    "wheel door window roof hood bumper headlight mirror",
+    "sleeve collar pocket button zipper hood cuff",
+    "handle lid spout rim",
+    "leaf petal stem branch root",
+)
+_IRREGULAR = {"leaf": "leaves", "branch": "branches"}
+
+
+def _lists() -> dict[str, dict[str, tuple[str, ...]]]:
+    """Kind -> word -> the words that may replace it."""
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    for kind, text in _EXCLUSIVE.items():
+        lines = [line.split() for line in text.strip().splitlines()]
+        found[kind] = {
+            word: tuple(other[0] for other in lines if other is not line)
+            for line in lines
+            for word in line
+        }
+    for kind, words in _OPPOSITES.items():
+        found[kind] = {word: tuple(others.split()) for word, others in words.items()}
+    parts: dict[str, tuple[str, ...]] = {}
+    for line in map(str.split, _PARTS):
+        for words in (line, [_IRREGULAR.get(word, f"{word}s") for word in line]):
+            for word in words:  # a hood is a part of cars and of clothes
+                others = tuple(other for other in words if other != word)
+                parts[word] = tuple(dict.fromkeys(parts.get(word, ()) + others))
+    return found | {"part": parts}
+
+
+_REPLACEMENTS = _lists()
+KINDS = tuple(_REPLACEMENTS)
+_WORD = re.compile(
+    rf"\b({'|'.join(sorted({w for words in _REPLACEMENTS.values() for w in words}))})\b",
+    re.IGNORECASE,
+)
+_ARTICLE = re.compile(r"\ban?(?=\s+$)", re.IGNORECASE)  # right before the exchanged word
+
+
+def make(description: str, number: int, *, others: Iterable[str] = (), seed: int = 0) -> list[str]:
+    """Up to `number` different texts that differ from the description in one word, which makes them wrong.
+
+    The kinds of words take turns. The result is a function of the arguments; fewer negatives are the first of more.
+
+    Args:
+      description: of a region.
+      number: of texts, at most; fewer where the description has fewer words that are in a list, [] where it has none.
+      others: the other descriptions of the image; no negative equals one, in lower case.
+      seed: which texts, and in which order.
+    """
+    rng = random.Random(f"negatives {seed}/{description}")
+    by_kind = {kind: list(_of_kind(description, kind)) for kind in KINDS}
+    order = [kind for kind, texts in by_kind.items() if texts]
+    rng.shuffle(order)
+    for kind in order:
+        rng.shuffle(by_kind[kind])
+    taken = {annotations.plain(text) for text in (description, *others)}
+    made: list[str] = []
+    while order:
+        for kind in list(order):
+            if not by_kind[kind]:
+                order.remove(kind)
+                continue
+            text = by_kind[kind].pop()
+            if annotations.plain(text) not in taken and len(made) < number:
+                taken.add(annotations.plain(text))
+                made.append(text)
+    return made
+
+
+def _of_kind(description: str, kind: str) -> Iterator[str]:
+    """The description with one word of that kind exchanged, for each such word and each that may replace it."""
+    present = set(re.findall(r"\w+", description.lower()))
+    for match in _WORD.finditer(description):
+        old = match.group()
+        for new in _REPLACEMENTS[kind].get(old.lower(), ()):
+            if new in present:  # "white and white stripes"
+                continue
+            new = new.upper() if old.isupper() else new.capitalize() if old[0].isupper() else new
+            before = _ARTICLE.sub(
+                lambda article, new=new: _article(article.group(), new),
+                description[: match.start()],
+            )
+            yield before + new + description[match.end() :]
+
+
+def _article(article: str, word: str) -> str:
+    """ "a" or "an" as it stands before the word, in upper case where it was."""
+    return article[0] + ("n" if word[0].lower() in "aeiou" else "")
