@@ -91,6 +91,7 @@ def degrade(
             said = region["description"]
             if random_.random() < wrong:
                 said = random_.choice(descriptions)
+                region = {key: x for key, x in region.items() if key != "negatives"}
             if x2 - x1 > 0.5 and y2 - y1 > 0.5:  # of a pixel
                 kept.append({**region, "box": [x1, y1, x2, y2], "description": said})
         record["regions"] = kept

@@ -70,8 +70,9 @@ def _find(source: Dataset) -> RecordSet:
         raise DataError(f"{directory} has no {what}; expected a set that grain-jax build wrote")
     if info.file_format != tfds.core.FileFormat.TFRECORD:
         raise DataError(f"{directory} is in {info.file_format} files, expected TFRecord")
-    of_region = getattr(features["regions"], "feature", {})
-    return RecordSet(source, directory, _shards(directory, split), "negatives" in of_region)
+    of_region = getattr(features["regions"], "feature", None)
+    has_negatives = isinstance(of_region, tfds.features.FeaturesDict) and "negatives" in of_region
+    return RecordSet(source, directory, _shards(directory, split), has_negatives)
 
 
 def read_info(directory: epath.Path) -> tfds.core.DatasetInfo:

@@ -30,7 +30,7 @@ def test_global_arrays_in_order(sharding):
     batches = device.prefetch(source(5), sharding)
     for got, expected in zip(batches, source(5), strict=True):
         record_sets.assert_batches_equal(got, expected)
-        for field in got:
+        for field in jax.tree.leaves(got):
             assert isinstance(field, jax.Array) and field.sharding.is_equivalent_to(
                 sharding, field.ndim
             )

@@ -152,7 +152,7 @@ def test_towers_are_those_of_the_model(config):
     assert flops.matmul_flops(apply, params, batch) == towers * config.batch_size
 
     def total(params, batch):
-        return sum(x.sum() for x in apply(params, batch))
+        return sum(x.sum() for x in jax.tree.leaves(apply(params, batch)))
 
     image = config.model.image
     # Nobody asks for the gradient of the pixels.
