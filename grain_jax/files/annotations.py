@@ -240,13 +240,14 @@ def _negatives(entry: dict[str, Any], at: str, faults: list[str]) -> tuple[str, 
         faults.append(f"{at}.negatives: got {show(texts)}, expected a list of texts")
         return ()
     description = entry.get("description")
-    seen = {plain(description)} if _is_text(description) else set()
+    said = plain(description) if _is_text(description) else ""
+    seen = {said}
     for index, text in enumerate(texts):
         fault = f"{at}.negatives[{index}]: got {show(text)}, expected"
         if not _is_text(text) or not text.strip():
             faults.append(f"{fault} a text")
         elif plain(text) in seen:
-            other = "the description" if plain(text) == plain(description) else "an earlier one"
+            other = "the description" if plain(text) == said else "an earlier one"
             faults.append(f"{fault} another text than {other}")
         else:
             seen.add(plain(text))

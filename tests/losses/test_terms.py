@@ -104,7 +104,7 @@ def test_a_term_that_cannot_be_built_is_one_line(name, options, fault):
 
 def test_an_unknown_name_lists_the_terms_of_the_package():
     loss = dataclasses.replace(tiny.config().loss, terms={"a": {"term": "boxx", "weight": 1.0}})
-    with pytest.raises(errors.UserError, match="did you mean box. expected one of: box, hard_neg"):
+    with pytest.raises(errors.UserError, match="did you mean box. expected one of: box, box_desc"):
         losses.terms_of(loss)
 
 

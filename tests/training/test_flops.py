@@ -185,7 +185,7 @@ def test_what_is_frozen_has_no_gradient_to_compute(frozen, parts):
 
     def total(params, batch):
         params = optim.stop_frozen(params, frozen)
-        return sum(x.sum() for x in model.apply({"params": params}, batch))
+        return sum(x.sum() for x in jax.tree.leaves(model.apply({"params": params}, batch)))
 
     spared = 2 * image.image_size**2 * 3 * image.width  # the gradient of the pixels
     if "image" in parts:
