@@ -62,9 +62,8 @@ class Outputs(NamedTuple):
     )
     logit_scale: Array  # float32 [], the factor itself (the parameter is its logarithm)
     logit_bias: Array  # float32 [], of contrastive loss type sigmoid; 0 in a model without
-    box_embed: (
-        Array  # float32 [B, R, D], of the annotated boxes; None in a model without a box head
-    )
+    # float32 [B, R, D], the annotated boxes by the box head; None in a model without.
+    box_embed: Array = None
     # float32 [B, R, H, D], the negatives of the descriptions; None where the batch has none.
     negative_text_embed: Array = None
 
