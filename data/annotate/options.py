@@ -10,6 +10,7 @@ SHARD_SIZE = 1000  # images, of sources without shards of their own
 SOURCES = (
     "annotations",
     "coco",
+    "fg_ovd",
     "finehard",
     "flickr30k_entities",
     "folder",

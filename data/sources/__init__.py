@@ -12,6 +12,7 @@ from grain_jax.data.sources import own_options
 from grain_jax.data.sources.annotations import Annotations
 from grain_jax.data.sources.base import CAUSES, Fault, Image, Options, Shard, Source, SourceError
 from grain_jax.data.sources.coco import Coco
+from grain_jax.data.sources.fg_ovd import FgOvd
 from grain_jax.data.sources.finehard import FineHard
 from grain_jax.data.sources.flickr30k_entities import Flickr30kEntities
 from grain_jax.data.sources.folder import Folder
@@ -42,6 +43,7 @@ __all__ = [
 SOURCES: dict[str, type[Source]] = {
     "annotations": Annotations,
     "coco": Coco,
+    "fg_ovd": FgOvd,
     "finehard": FineHard,
     "flickr30k_entities": Flickr30kEntities,
     "folder": Folder,

@@ -15,6 +15,7 @@ KINDS = {
     "retrieval": "R@1, R@5, R@10 between images and captions, both ways",
     "grounding": "box IoU, Acc@0.5, region-to-description R@1",
     "boxes": "classes of given boxes, by the box head and by the nearest region",
+    "near-misses": "the right description of given boxes among hard negatives",
     "maps": "where similarity maps of phrases are high, against their boxes",
     "suite": "all entries of a config such as eval; --config.KEY=VALUE changes it",
 }
@@ -25,10 +26,11 @@ _EXAMPLES = {
     "retrieval": "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test",
     "grounding": "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test",
     "boxes": "--annotations lvis/A.jsonl --classes lvis \\\n    --images coco/val2017",
+    "near-misses": "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test",
     "maps": "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test",
     "suite": "--config eval --config.data_dir=DIR",
 }
-ANNOTATED = ("retrieval", "grounding", "boxes", "maps")  # these read an A.jsonl
+ANNOTATED = ("retrieval", "grounding", "boxes", "near-misses", "maps")  # these read an A.jsonl
 
 
 def parser() -> KindsParser:
@@ -66,6 +68,14 @@ def _kind(name: str) -> Parser:
         )
     if name in ANNOTATED:
         add("--annotations", metavar="A.jsonl", required=True, help="one JSON object a line")
+    if name == "near-misses":
+        add(
+            "--negatives",
+            metavar="N",
+            type=number(int, 1),
+            default=10,
+            help="negatives of a box; boxes with fewer are left out (default: 10)",
+        )
     if name == "boxes":
         add(
             "--classes",

@@ -21,6 +21,7 @@ NAMED = {
     "retrieval": "grain_jax.evaluate.evaluators:Retrieval",
     "grounding": "grain_jax.evaluate.evaluators:Grounding",
     "boxes": "grain_jax.evaluate.evaluators:Boxes",
+    "near_misses": "grain_jax.evaluate.evaluators:NearMisses",
     "maps": "grain_jax.evaluate.evaluators:Maps",
     "diagnostics": "grain_jax.evaluate.evaluators:Diagnostics",
 }

@@ -1,4 +1,4 @@
-"""`grain-jax evaluate zeroshot|linear-probe|retrieval|grounding|boxes|maps|suite --checkpoint DIR ... --output OUT.json`.
+"""`grain-jax evaluate zeroshot|linear-probe|retrieval|grounding|boxes|near-misses|maps|suite --checkpoint DIR ... --output OUT.json`.
 
 Prints the result as a table and writes it as JSON. Wrong usage or input: a line a fault, status 2. Several
 processes (grain-jax local, SLURM, TPU slices) share the images; the first one prints and writes.
@@ -44,6 +44,8 @@ def _entry(args: argparse.Namespace) -> config.Evaluator:
     given = dict(images=args.images, annotations=args.annotations)
     if args.command == "boxes":
         return evaluators.Boxes(**given, classes=args.classes, templates=args.templates)
+    if args.command == "near-misses":
+        return evaluators.NearMisses(**given, negatives=args.negatives)
     of_command = {
         "retrieval": evaluators.Retrieval,
         "grounding": evaluators.Grounding,

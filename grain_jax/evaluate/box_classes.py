@@ -5,26 +5,19 @@ the whole image, which shows what regions and boxes add.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from grain_jax.evaluate import annotated as annotated_lib
-from grain_jax.evaluate import class_names, encode, grounding, rates
+from grain_jax.evaluate import class_names, encode, given_boxes, rates
 from grain_jax.evaluate.test_sets import InputError
 from grain_jax.inference import prompts, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.losses import boxes
 
 _AT_ONCE = 4096  # boxes; bounds the memory
-
-
-class Found(NamedTuple):
-    """For each annotated box the query that overlaps it most."""
-
-    query: np.ndarray  # int [M]
-    iou: np.ndarray  # float32 [M]
 
 
 def evaluate(
@@ -64,23 +57,10 @@ def evaluate(
     filled = prompts.load_templates(templates)
     listed = None if classes is None else class_names.read(classes)
     unreadable: dict[str, str] = {}
-    model = getattr(predictor, "model", None)  # a config.Model; test doubles may have none
-    has_regions = model is None or bool(model.decoder and model.decoder.queries)
-    has_head = model is not None and model.boxes.kind != "none"
-
-    def boxes_of(position: int, size: tuple[int, int]) -> np.ndarray:
-        return grounding.described_boxes([annotated.records[position]], [size]).boxes_xyxy
-
-    kept, seen = annotated_lib.gather(
-        predictor,
-        annotated,
-        label="boxes",
-        unreadable=unreadable,
-        regions=has_regions,
-        boxes_of=boxes_of if has_head else None,
-        batch_size=batch_size,
+    seen = given_boxes.encode_boxes(
+        predictor, annotated, label="boxes", unreadable=unreadable, batch_size=batch_size
     )
-    described = grounding.described_boxes(kept, seen.sizes)
+    described = seen.described
     listed = listed or [class_names.Line(None, text) for text in described.texts]
     names = [line.name for line in listed]
     class_of = _classes(described.texts, listed)
@@ -91,17 +71,10 @@ def evaluate(
             f"{annotations}: got no box that is of one of {len(names)} classes and lies in its image,"
             " expected descriptions that are class names"
         )
-    target, image = target[use], described.image[use]
+    target, found = target[use], seen.found
     texts = [prompts.class_texts(name, filled) for name in names]
     features = scores.class_features(encode.encode_texts(predictor, texts))  # [C, D]
-    embeds, found = {}, None  # [M, D] each
-    if seen.box_embed is not None:
-        embeds["box_head"] = seen.box_embed[use]
-    if seen.regions is not None:
-        found = best_query(seen.regions.boxes_xyxy[image], described.boxes_xyxy[use])
-        embeds["region"] = seen.regions.embed[image, found.query]
-    embeds["image"] = seen.image_embed[image]
-    hits = {key: _hits(embed, features, target) for key, embed in embeds.items()}
+    hits = {key: _hits(embed[use], features, target) for key, embed in seen.embeds.items()}
     accuracies = lambda which: {
         "boxes": int(which.sum()),
         **{
@@ -113,7 +86,7 @@ def evaluate(
     parts = {name: group == name for name in dict.fromkeys(line.group for line in listed)}
     return {
         "kind": "boxes",
-        "pictures": len(kept),
+        "pictures": seen.pictures,
         "without_regions": len(annotated.read.records) - len(annotated.records),
         "faulty_lines": annotated.read.faulty_lines,
         **encode.report_unreadable(unreadable),
@@ -123,7 +96,7 @@ def evaluate(
         "classes_with_boxes": len(np.unique(target)),
         "chance": 1 / len(names),
         "chance_top5": min(1.0, 5 / len(names)),
-        **({} if found is None else _of_queries(found, accuracies)),
+        **({} if found is None else _of_queries(found.iou[use], accuracies)),
         **accuracies(np.full(len(target), True)),
         "groups": {
             name: accuracies(which) for name, which in parts.items() if name and which.any()
@@ -131,32 +104,14 @@ def evaluate(
     }
 
 
-def _of_queries(found: Found, accuracies: Callable[[np.ndarray], dict]) -> dict[str, Any]:
+def _of_queries(iou: np.ndarray, accuracies: Callable[[np.ndarray], dict]) -> dict[str, Any]:
     """The part of the result about the queries that overlap the boxes most."""
-    well = found.iou >= boxes.FOUND_IOU
+    well = iou >= boxes.FOUND_IOU
     return {
-        "best_iou": float(found.iou.mean()),
+        "best_iou": float(iou.mean()),
         **rates.rate("found", well),
         **({"found_boxes": accuracies(well)} if well.any() else {}),
     }
-
-
-def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Found:
-    """The query with the largest IoU; of equal ones (such as 0, without overlap) the one with the largest GIoU.
-
-    Args:
-      pred_boxes_xyxy: [M, Q, 4], the predicted boxes in the image of each box.
-      boxes_xyxy: [M, 4].
-    """
-    query, iou = [], []
-    for first in range(0, len(boxes_xyxy), _AT_ONCE):
-        part = slice(first, first + _AT_ONCE)
-        two = pred_boxes_xyxy[part], boxes_xyxy[part, None]
-        overlap = np.asarray(boxes.iou_and_union(*two)[0])  # [M, Q]
-        best = overlap == overlap.max(axis=1, keepdims=True)
-        query.append(np.where(best, boxes.giou(*two), -np.inf).argmax(axis=1))
-        iou.append(overlap.max(axis=1))
-    return Found(np.concatenate(query), np.concatenate(iou))
 
 
 def _classes(texts: Sequence[str], listed: Sequence[class_names.Line]) -> np.ndarray:

@@ -396,6 +396,35 @@ class Boxes(AnnotatedRegions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class NearMisses(AnnotatedImages):
+    """Compares given boxes with their descriptions and their hard negatives (`near_misses.evaluate`).
+
+    Measures how often the right description is nearer to the box than all of its negatives (FG-OVD).
+
+    Options: those of AnnotatedImages, `negatives`.
+
+    Result: under `box_head`, `region` and `image`, as the model has them: `top1`, `mean_rank`, `median_rank`; `chance`,
+    `chance_mean_rank`.
+    """
+
+    kind: str = "near_misses"
+    # Negatives of a box that are used; boxes with fewer are left out.
+    negatives: int = dataclasses.field(default=10, metadata={"low": 1})
+
+    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+        from grain_jax.evaluate import near_misses
+
+        images, annotations = self.paths
+        return near_misses.evaluate(
+            predictor,
+            images=images,
+            annotations=annotations,
+            negatives=self.negatives,
+            batch_size=context.batch_size,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Maps(AnnotatedImages):
     """Compares the similarity map of each phrase with its boxes (`maps.evaluate`).
 

@@ -46,6 +46,7 @@ class Described(NamedTuple):
     image: np.ndarray  # int [M], position among the readable images
     rank: np.ndarray  # int [M], within the image, 0 = highest score
     boxes_xyxy: np.ndarray  # float32 [M, 4] in [0, 1]
+    region: np.ndarray  # int [M], position in the regions of its record
     text: np.ndarray  # int [M], position in `texts`
     texts: list[str]  # distinct after the tokenizer's cleaning and lower-casing
     outside: int  # number of boxes left out: less than half of the box lies in the image
@@ -228,7 +229,7 @@ def described_phrases(
     records: Sequence[annotations_lib.Annotation], sizes: np.ndarray | Sequence[tuple[int, int]]
 ) -> tuple[Described, Phrases]:
     """As `described_boxes`, and the phrases of the records, without those whose boxes are all left out."""
-    image, rank, boxes_xyxy, text, texts, outside = [], [], [], [], [], 0
+    image, rank, regions, boxes_xyxy, text, texts, outside = [], [], [], [], [], [], 0
     place: dict[str, int] = {}
     phrase_of: list[list[int]] = []  # the boxes of each phrase
     for i, (record, size) in enumerate(zip(records, np.asarray(sizes).tolist())):
@@ -246,6 +247,7 @@ def described_phrases(
             rank.append(len(box_of))
             box_of[position] = len(image)
             image.append(i)
+            regions.append(position)
             boxes_xyxy.append([x / edge for x, edge in zip(box_xyxy, (*size, *size))])
             text.append(place[key])
         phrases = [(x,) for x in range(len(record.regions))]
@@ -257,6 +259,7 @@ def described_phrases(
         np.array(image, int),
         np.array(rank, int),
         np.array(boxes_xyxy, np.float32).reshape(-1, 4),
+        np.array(regions, int),
         np.array(text, int),
         texts,
         outside,

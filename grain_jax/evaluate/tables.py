@@ -60,6 +60,11 @@ _BOXES = (
     Row("image/top1", "class of a box by its image, top-1", "chance", "boxes", "boxes"),
     Row("image/top5", "class of a box by its image, top-5", "chance_top5", "boxes", "boxes"),
 )
+_NEAR_MISSES = (
+    Row("box_head/top1", "right description, by the box head", "chance", "boxes", "boxes"),
+    Row("region/top1", "right description, by the region", "chance", "boxes", "boxes"),
+    Row("image/top1", "right description, by the image", "chance", "boxes", "boxes"),
+)
 _MAPS = (
     Row("pointing", "highest place of a map in a box", "chance_pointing", "phrases", "phrases"),
     Row("map_iou", "IoU of a map and the boxes", "chance_map_iou", "phrases", "phrases", False),
@@ -210,7 +215,8 @@ def _rows(numbers: Mapping[str, float]) -> list[Row]:
     ):
         for k in (1, 5, 10):
             rows.append(Row(f"{way}/r{k}", f"{label} R@{k}", f"{way}/chance_r{k}", count, unit))
-    return [*rows, *_GROUNDING, *_BOXES, *_MAPS, *_DIAGNOSTICS]
+    of_boxes = _NEAR_MISSES if "chance_mean_rank" in numbers else _BOXES
+    return [*rows, *_GROUNDING, *of_boxes, *_MAPS, *_DIAGNOSTICS]
 
 
 def cells(name: str, numbers: Mapping[str, float], row: Row) -> tuple[str, ...]:

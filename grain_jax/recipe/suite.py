@@ -49,7 +49,17 @@ ANNOTATED = {
     ),
     "coco": ("boxes", "coco/val2017", "coco", "instances_val2017.json", ""),
     "lvis": ("boxes", "coco", "lvis", "lvis_v1_val.json", ""),
+    "fg_ovd_hard": ("near_misses", "coco", "fg_ovd", "1_attributes.json", ""),
+    "fg_ovd_medium": ("near_misses", "coco", "fg_ovd", "2_attributes.json", ""),
+    "fg_ovd_easy": ("near_misses", "coco", "fg_ovd", "3_attributes.json", ""),
+    "fg_ovd_trivial": ("near_misses", "coco", "fg_ovd", "shuffle_negatives.json", ""),
+    "fg_ovd_color": ("near_misses", "coco", "fg_ovd", "color.json", ""),
+    "fg_ovd_material": ("near_misses", "coco", "fg_ovd", "material.json", ""),
+    "fg_ovd_pattern": ("near_misses", "coco", "fg_ovd", "pattern.json", ""),
+    "fg_ovd_transparency": ("near_misses", "coco", "fg_ovd", "transparency.json", ""),
 }
+# Negatives of a box in FG-OVD's files, where they are fewer than 10.
+_FEWER_NEGATIVES = {"fg_ovd_pattern": 7, "fg_ovd_transparency": 2}
 SETS = (*TFDS, "products2023", *ANNOTATED)
 
 
@@ -133,6 +143,8 @@ def _annotated(name: str, folders: Any, templates: Any, **fields: Any) -> dict[s
     images, output = folders + f"/pictures/{pictures}", folders + f"/{name}"
     get = f"grain-jax annotate --source {source} --annotations {files} --passes none --images "
     get = get + images + " --output " + output + (f" --split {split}" if split else "")
+    if name in _FEWER_NEGATIVES:
+        fields["negatives"] = _FEWER_NEGATIVES[name]
     if name == "lvis":  # all 1203 classes, with their groups
         fields["classes"] = "lvis"
     return evaluator(kind, images, annotations=output + "/A.jsonl", get=get, **fields)

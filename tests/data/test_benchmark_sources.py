@@ -1,4 +1,4 @@
-"""The readers of the files that evaluations are compared on: Karpathy's splits, LVIS."""
+"""The readers of the files that evaluations are compared on: Karpathy's splits, LVIS, FG-OVD."""
 
 import io
 import json
@@ -85,3 +85,33 @@ def test_lvis(tmp_path):
     assert (second.image, second.regions) == ("train2017/000000000008.jpg", ())
     with pytest.raises(sources.SourceError, match="KeyError 'coco_url', expected lvis_v1"):
         read_all("lvis", tmp_path, {"images": [{"id": 1}], "annotations": [], "categories": []})
+
+
+def test_fg_ovd(tmp_path):
+    picture(tmp_path / "val2017/7.jpg")
+    content = {
+        "images": [{"id": 7, "file_name": "val2017/7.jpg", "width": 32, "height": 24}],
+        "categories": [
+            {"id": 1, "name": "A red cup."},
+            {"id": 2, "name": "A blue cup."},
+            {"id": 3, "name": "A green cup."},
+        ],
+        "annotations": [
+            {
+                "image_id": 7,
+                "category_id": 1,
+                "neg_category_ids": [3, 2, 9],
+                "bbox": [1, 2, 10, 20],
+            },
+            {"image_id": 7, "category_id": 2, "neg_category_ids": [], "bbox": [0, 0, 4, 4]},
+            {"image_id": 6, "category_id": 2, "neg_category_ids": [1], "bbox": [0, 0, 4, 4]},
+        ],
+    }
+    fault, found = read_all("fg_ovd", tmp_path, content)
+    assert fault.cause == "bad annotation" and "image_id 6" in fault.detail
+    assert [(r.box_xyxy, r.description, r.negatives) for r in found.regions] == [
+        ((1, 2, 11, 22), "A red cup.", ("A green cup.", "A blue cup.")),
+        ((0, 0, 4, 4), "A blue cup.", ()),
+    ]
+    with pytest.raises(sources.SourceError, match="KeyError 'categories', expected a benchmark of"):
+        read_all("fg_ovd", tmp_path, {"images": [], "annotations": []})

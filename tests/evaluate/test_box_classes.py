@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from grain_jax.evaluate import box_classes, rates, tables, test_sets
+from grain_jax.evaluate import box_classes, given_boxes, rates, tables, test_sets
 from tests.evaluate.stub import StubPredictor, write_picture
 
 TEXTS = {"a cat": [1, 0, 0], "a Dog": [0, 1, 0], "a cow": [0, 0, 1]}
@@ -87,6 +87,6 @@ def test_class_file(data, tmp_path):
 def test_best_query():
     boxes = np.array([LEFT, [0, 0.5, 0.1, 1]], np.float32)
     queries = np.array([[CORNER, RIGHT, LEFT], [CORNER, RIGHT, CORNER]], np.float32)
-    found = box_classes.best_query(queries, boxes)
+    found = given_boxes.best_query(queries, boxes)
     # Nothing overlaps the second box: the right half is nearer to it, as GIoU has it, than a corner.
     assert found.query.tolist() == [2, 1] and found.iou.tolist() == [1, 0]

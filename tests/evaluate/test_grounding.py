@@ -106,6 +106,7 @@ def test_matching_is_scipys_of_the_training_cost():
         image=np.repeat(np.arange(9), counts),
         rank=np.concatenate([np.arange(n) for n in counts]),
         boxes_xyxy=np.concatenate(true).astype(np.float32),
+        region=np.concatenate([np.arange(n) for n in counts]),
         text=np.arange(sum(counts)),
         texts=[],
         outside=0,

@@ -1,0 +1,72 @@
+import json
+
+import pytest
+
+from grain_jax.evaluate import near_misses, tables, test_sets
+from tests.evaluate.stub import StubPredictor, write_picture
+
+TEXTS = {"red": [1, 0, 0], "blue": [0, 1, 0], "green": [0, 0, 1], "pale": [0.6, 0.8, 0]}
+LEFT, RIGHT = [0, 0, 0.5, 1], [0.5, 0, 1, 1]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two images of 20 x 10 pixels; regions with two negatives, with one, and outside."""
+
+    def region(box, description, *negatives):
+        found = {"box": box, "description": description, "score": 1}
+        return found | ({"negatives": negatives} if negatives else {})
+
+    regions = [
+        [
+            region([0, 0, 10, 10], "red", "blue", "green"),
+            region([10, 0, 20, 10], "blue", "red", "pale"),
+        ],
+        [region([0, 0, 10, 10], "green", "red"), region([30, 0, 40, 9], "red", "blue", "green")],
+        [region([10, 0, 20, 10], "red", "blue", "green")],
+    ]
+    lines = []
+    for i, found in enumerate(regions):
+        write_picture(tmp_path / f"{i}.png", i, (20, 10))
+        lines.append(json.dumps({"image": f"{i}.png", "regions": found}))
+    (tmp_path / "A.jsonl").write_text("\n".join(lines))
+    predictor = StubPredictor(
+        # The image says red, of the last one red and blue alike.
+        images={0: [1, 0, 0], 1: [1, 0, 0], 2: [1, 1, 0]},
+        texts=TEXTS,
+        regions={
+            0: ([LEFT, RIGHT], [[1, 0, 0], [0.5, 0.8, 0]]),  # right; pale is nearer
+            1: ([LEFT, RIGHT], [[0, 0, 1], [0, 1, 0]]),
+            2: ([LEFT, RIGHT], [[1, 0, 0], [0, 1, 0]]),  # wrong
+        },
+    )
+    return predictor, dict(images=tmp_path, annotations=tmp_path / "A.jsonl")
+
+
+def test_hand_computed(data):
+    predictor, given = data
+    got = near_misses.evaluate(predictor, **given, negatives=2)
+    assert (got["boxes"], got["boxes_with_fewer_negatives"], got["boxes_outside"]) == (3, 1, 1)
+    assert (got["chance"], got["chance_mean_rank"], got["pictures"]) == (1 / 3, 2.0, 3)
+    assert got["region"]["top1"] == pytest.approx(1 / 3)
+    # The last box: red and green are at 0, and a tie counts as lost.
+    assert got["region"]["mean_rank"] == pytest.approx((1 + 2 + 3) / 3)
+    assert got["region"]["median_rank"] == 2
+    assert got["image"]["top1"] == pytest.approx((1 + 0 + 0.5) / 3)  # of two alike, one at random
+    assert "box_head" not in got
+    labels = [row.label for row in tables.rows_of(tables.scalars(got))]
+    assert labels[0] == "right description, by the region"
+    json.dumps(got)
+
+
+def test_fewer_negatives_take_the_first(data):
+    predictor, given = data
+    got = near_misses.evaluate(predictor, **given, negatives=1)
+    assert (got["boxes"], got["negatives"]) == (4, 1)
+    assert got["region"]["top1"] == pytest.approx(3 / 4)  # of blue, pale is not asked for
+
+
+def test_annotations_without_negatives(data):
+    predictor, given = data
+    with pytest.raises(test_sets.InputError, match="no region has 10 negatives or more"):
+        near_misses.evaluate(predictor, **given)
