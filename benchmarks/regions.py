@@ -217,7 +217,9 @@ def main() -> int:
     parser.add_argument("command", choices=["run", "report", "train"], metavar="run|report")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/regions"))
     parser.add_argument(
-        "--results", type=pathlib.Path, default=pathlib.Path("benchmarks/results/regions.tsv")
+        "--results",
+        type=pathlib.Path,
+        default=pathlib.Path(__file__).parent / "results" / "regions.tsv",
     )
     parser.add_argument("--steps", type=int, default=STEPS, help=f"default: {STEPS}")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))

@@ -40,6 +40,7 @@ ELSEWHERE = {
     "datasets/flickr_eval.py",  # ashkamath/mdetr
     "datasets/refexp.py",  # ashkamath/mdetr
     "eval_utils.py",  # djiajunustc/TransVG
+    "evaluation/ranks.py",  # lorebianchi98/FG-OVD
     "fgclip2/train/train_fgclip2.py",  # 360CVGroup/FG-CLIP
     "flickr30k_entities_utils.py",  # BryanPlummer/flickr30k_entities
     "lib/models/eval_dets_utils.py",  # lichengunc/MAttNet

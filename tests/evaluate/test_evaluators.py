@@ -80,7 +80,7 @@ def test_faults_of_an_entry():
     (line,) = _faults({"kind": "zeroshott"})
     assert line == (
         "evaluator.kind: evaluator 'zeroshott': did you mean zeroshot? expected one of: boxes, diagnostics,"
-        " grounding, linear_probe, retrieval, zeroshot; or module:Name of your own"
+        " grounding, linear_probe, maps, near_misses, retrieval, zeroshot; or module:Name of your own"
     )
     assert "expected a group with kind: one of zeroshot, linear" in _faults({"images": "x"})[0]
     assert "expected a group with kind" in _faults("zeroshot")[0]
