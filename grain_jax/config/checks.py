@@ -262,7 +262,7 @@ def _loss(config: Config, faults: list[str]) -> None:
             f" input.max_regions={config.input.max_regions}; expected a box head (roi_align or prompter) and regions,"
             " or the weight 0"
         )
-    if head != "none" and not loss.box_description and not loss.terms:
+    if head != "none" and not (loss.box_description or loss.hard_negative or loss.terms):
         faults.append(
             f"loss.box_description: got 0 with model.boxes.kind={head}, so that nothing trains the box head; expected"
             " a weight above 0, or model.boxes.kind=none"
