@@ -33,6 +33,7 @@ INTEROP = [
 # Of Beam, `apache-beam[gcp]` for Dataflow.
 ANNOTATE = ["apache-beam>=2.60", "transformers>=5.0", *TORCH]
 EMBED = ["pyarrow>=17"]  # embed, search
+FAISS = ["faiss-cpu>=1.8"]  # search --faiss
 DEMO = ["gradio>=6"]
 PROBE = ["scikit-learn>=1.5"]  # evaluate linear-probe
 # grain_jax.load of a name on its Hub; convert to-hf --push.
@@ -46,6 +47,7 @@ DEV = [
     *INTEROP,
     *ANNOTATE,
     *EMBED,
+    *FAISS,
     *DEMO,
     *PROBE,
     *HUB,
@@ -89,7 +91,13 @@ setup(
             "report/*.css",
             "report/*.js",
         ],
-        "grain_jax.data": ["SCHEMA.md", "annotate/prompts/*.txt", "inspect/*.css", "inspect/*.js"],
+        "grain_jax.data": [
+            "SCHEMA.md",
+            "annotate/prompts/*.txt",
+            "inspect/*.css",
+            "inspect/*.js",
+            "search/*.css",
+        ],
         "grain_jax.launch": ["Dockerfile", "*.sh", "*.sbatch", "*.yaml"],
     },
     install_requires=[
@@ -122,6 +130,7 @@ setup(
         "interop": INTEROP,
         "annotate": ANNOTATE,
         "embed": EMBED,
+        "faiss": FAISS,
         "demo": DEMO,
         "probe": PROBE,
         "hub": HUB,

@@ -14,6 +14,7 @@ from tests.paths import ROOT
 DISTRIBUTION = {
     "PIL": "pillow",
     "absl": "absl-py",
+    "faiss": "faiss-cpu",
     "instant_clip_tokenizer": "instant-clip-tokenizer",
     "jaxlib": "jax",  # requires it
     "open_clip": "open_clip_torch",
@@ -28,6 +29,7 @@ DISTRIBUTION = {
 }
 # What the base installation has not -> the extras that bring it.
 EXTRAS = {
+    "faiss-cpu": {"faiss"},
     "gradio": {"demo"},
     "huggingface_hub": {"hub"},
     "instant-clip-tokenizer": {"fast-tokenizer"},

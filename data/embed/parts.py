@@ -8,13 +8,13 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
 from grain_jax.data import sources
 from grain_jax.data.sources import annotations as annotations_source
-from grain_jax.data.sources import base, tfds, webdataset
+from grain_jax.data.sources import base, join, tfds, webdataset
 
 from grain_jax.files import embeddings, regular_file
 
@@ -182,3 +182,65 @@ def images(part: dict[str, Any]) -> Iterator[Callable[[], sources.Image | source
 
 def _as_it_is(found: sources.Image | sources.Fault) -> sources.Image | sources.Fault:
     return found
+
+
+def read_again(
+    wanted: Iterable[tuple[Mapping[str, Any], str]], folder: str | None = None
+) -> dict[tuple[str, str], sources.Image | sources.Fault]:
+    """Reads single images of parts.
+
+    Args:
+      wanted: (part, path of the image) of each.
+      folder: where the images, the tars or the record set lie now; None: where the part says.
+
+    Returns: (name of the part, path) -> the image, or why there is none.
+    """
+    found: dict[tuple[str, str], sources.Image | sources.Fault] = {}
+    of_part: dict[str, tuple[Mapping[str, Any], set[str]]] = {}
+    for part, path in wanted:
+        of_part.setdefault(part["name"], (part, set()))[1].add(path)
+    for name, (part, paths) in of_part.items():
+        read = _AGAIN[part["reader"]]
+        try:
+            found |= {(name, path): image for path, image in read(part, paths, folder)}
+        except (OSError, sources.SourceError) as error:  # the folder or the record set is gone
+            cause = "no such file"
+            found |= {(name, path): sources.Fault(path, cause, str(error)) for path in paths}
+    return found
+
+
+_Read = Iterator[tuple[str, sources.Image | sources.Fault]]
+
+
+def _files_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> _Read:
+    for path in paths:
+        yield path, join.load(base.Entry(path), folder or part["images"])
+
+
+def _tar_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> _Read:
+    tar = str(epath.Path(folder) / f"{part['prefix']}.tar") if folder else part["tar"]
+    left = set(paths)
+    for found in sources.read(sources.Shard(part["name"], {**part, "tar": tar}, part["reader"])):
+        if found.image in left:
+            left.remove(found.image)
+            yield found.image, found
+        if not left:
+            return
+    for path in left:
+        there = regular_file.is_one(tar)
+        yield (
+            path,
+            sources.Fault(path, "no such file", f"there is {'none in' if there else 'no'} {tar}"),
+        )
+
+
+def _records_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> _Read:
+    for path in paths:
+        number = int(path.rpartition("/")[2].partition(".")[0])
+        arguments = {**part, "start": number, "stop": number + 1}
+        arguments["directory"] = folder or part["directory"]
+        for found in sources.read(sources.Shard(part["name"], arguments, part["reader"])):
+            yield path, found
+
+
+_AGAIN = {"annotations": _files_again, "webdataset": _tar_again, "tfds": _records_again}

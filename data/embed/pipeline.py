@@ -24,7 +24,7 @@ from grain_jax.inference import predictor as predictor_lib
 from grain_jax.runtime import processes
 
 # Batches on their way to a device: while one is computed, the next is sent.
-_AT_DEVICE = 2
+AT_DEVICE = 2
 _BATCHES_READ = 2  # beside those, in threads
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -133,7 +133,7 @@ def run(
     batch_size = predictor_lib.MAX_BATCH * jax.local_device_count()
     writer, count, closed = None, 0, list(before)
     faults_left = most_faults - sum(len(part.faults) for part in before)
-    readers, device = ThreadPoolExecutor(threads), ThreadPoolExecutor(_AT_DEVICE)
+    readers, device = ThreadPoolExecutor(threads), ThreadPoolExecutor(AT_DEVICE)
     try:
 
         def prepared(task: tuple[int, Any]) -> tuple[int, Entry]:
@@ -144,11 +144,11 @@ def run(
             ready = [entry for _, entry in batch if isinstance(entry, Ready)]
             return batch, encode(ready) if ready else None
 
-        entries = _ahead(prepared, _tasks(job, mine), readers, _BATCHES_READ * batch_size)
+        entries = ahead(prepared, _tasks(job, mine), readers, _BATCHES_READ * batch_size)
         batches = _batches(entries, batch_size)
         # The first one alone: it compiles the program that the others use.
         done = itertools.chain(
-            map(encoded, itertools.islice(batches, 1)), _ahead(encoded, batches, device, _AT_DEVICE)
+            map(encoded, itertools.islice(batches, 1)), ahead(encoded, batches, device, AT_DEVICE)
         )
         for batch, embeds in done:
             at = 0
@@ -210,14 +210,14 @@ def _batches(entries: Iterable[tuple[int, Entry]], size: int) -> Iterator[list[t
         yield batch
 
 
-def _ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], pool: Executor, ahead: int
+def ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], pool: Executor, most: int
 ) -> Iterator[Result]:
-    """`map(function, items)` by the threads of `pool`, in order, at most `ahead` items in advance."""
+    """`map(function, items)` by the threads of `pool`, in order, at most `most` items in advance."""
     waiting = collections.deque()
     for item in items:
         waiting.append(pool.submit(function, item))
-        if len(waiting) >= ahead:
+        if len(waiting) >= most:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()

@@ -4,6 +4,7 @@ ABOUT = {
     "train": "trains a model, or resumes from its newest checkpoint",
     "evaluate": "measures a checkpoint: classification, retrieval, grounding",
     "embed": "writes embeddings of images and their regions as Parquet files",
+    "search": "finds images by texts, images or regions in embeddings of embed",
     "build": "makes TFRecords to train on, of images and annotations",
     "annotate": "writes captions, descriptions and boxes of images, by models, on Apache Beam",
     "inspect": "shows statistics, problems and a contact sheet of a data set",

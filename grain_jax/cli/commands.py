@@ -36,6 +36,10 @@ COMMANDS = {
         "grain_jax.data.embed.arguments:parser",
         "grain_jax.data.embed.__main__:main",
     ),
+    "search": Command(
+        "grain_jax.data.search.arguments:parser",
+        "grain_jax.data.search.__main__:main",
+    ),
     "build": Command(
         "grain_jax.data.arguments:build_parser",
         "grain_jax.data.build:main",

@@ -52,6 +52,11 @@ def file_name(index: int, count: int) -> str:
     return f"part-{index:05d}-of-{count:05d}.parquet"
 
 
+def file_count(name: str) -> int:
+    """How many files there are beside one of that name, itself included."""
+    return int(name.removesuffix(".parquet").rpartition("-")[2])
+
+
 def columns(dim: int, *, regions: bool, stored: str) -> Any:
     """The pyarrow schema of a file.
 

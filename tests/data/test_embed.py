@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 
 import numpy as np
@@ -15,13 +14,14 @@ import pyarrow.dataset
 import pyarrow.parquet
 import pytest
 from grain_jax.data.embed import __main__ as command
-from grain_jax.data.embed import output, parts, pipeline
+from grain_jax.data.embed import pipeline
 
 import grain_jax
 from grain_jax import errors
 from grain_jax.files import embeddings
 from grain_jax.runtime import processes
 from tests import record_sets
+from tests.embedded import go, job_of, read, stand_in, write_tars
 from tests.paths import ROOT
 
 COUNT = 11
@@ -67,24 +67,8 @@ def embed(source, folder, *words):
     return run(source, "--checkpoint=aviary-tiny", f"--output={folder}", *words)
 
 
-def read(folder):
-    """The rows of a folder, by file and in order."""
-    files = sorted((folder / "data").glob("*.parquet"))
-    return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
-
-
 def number_of(row):
     return int("".join(filter(str.isdigit, row["path"].rpartition("/")[2])))
-
-
-def write_tars(images, folder):
-    """The images in two tars; the second has the images of the sub-folder."""
-    folder.mkdir()
-    for name, paths in (("b", images.glob("*.png")), ("a", (images / "sub").glob("*.png"))):
-        with tarfile.open(folder / f"{name}.tar", "w") as tar:
-            for path in sorted(paths):
-                if not path.name.startswith("."):
-                    tar.add(path, path.name)
 
 
 @pytest.mark.parametrize("kind", ["folder", "tars", "annotations", "records"])
@@ -153,38 +137,7 @@ def test_float16_and_the_card(images, expected, tmp_path, capsys):
     np.testing.assert_array_equal(found["image_embed"], stored)
 
 
-# The pipeline with a stand-in for the model: its vector is an image's first pixel.
-
-
-def stand_in(batch):
-    first = np.stack([ready.pixels[0, 0] for ready in batch]).astype(np.float32)
-    regions = [np.tile(row, (2 + int(row[0]) % 2, 1)) for row in first]
-    return pipeline.Embeds(first, regions, [np.full((len(r), 4), 0.5, np.float32) for r in regions])
-
-
-def job_of(source, folder, shard_size=4):
-    folder = parts.absolute(folder)
-    found = parts.find(str(source), images=None, split="", shard_size=shard_size, scratch=folder)
-    output.agree(folder, {"model": "stand-in", "digest": found.digest})
-    schema = embeddings.columns(3, regions=True, stored="float32")
-    return output.Output(folder, schema, found.parts)
-
-
-def go(job, mine=None, encode=stand_in, most_faults=float("inf")):
-    before = job.finished()
-    if mine is None:
-        mine = [index for index in range(len(job.parts)) if index not in before]
-    sizes = [job.parts[index]["size"] for index in mine]
-    return pipeline.run(
-        job,
-        mine,
-        encode,
-        size=8,
-        threads=2,
-        progress=pipeline.Progress("test", sizes, True),
-        before=list(before.values()),
-        most_faults=most_faults,
-    )
+# The pipeline with a stand-in for the model.
 
 
 @pytest.fixture(scope="module")

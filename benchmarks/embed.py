@@ -1,0 +1,174 @@
+"""Images a second of `grain-jax embed` beside the tower alone, and its peak memory at two numbers of images.
+
+    python -m benchmarks.embed [--images 2000] [--size B/16 | --checkpoint M] [--turns 5] [--memory 10000 100000]
+        [--json OUT.json]
+
+Speed: in one process, in turns. `embed` lists a folder of JPEGs, reads, decodes, encodes and writes Parquet files;
+`tower` encodes the same images, decoded and resized before, in the same batches and as far ahead. The ratio of the
+medians is what reading and writing cost. Memory: the whole command on a folder of that many images, a process each; the
+images are hard links to 500 different ones. `--memory` without numbers leaves it out.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from grain_jax.data.embed import __main__ as command
+from grain_jax.data.embed import output, parts, pipeline
+
+import grain_jax
+from benchmarks import interop, side_by_side
+from benchmarks.input import QUALITY, make_image
+from grain_jax import config as config_lib
+from grain_jax import recipe
+from grain_jax.files import embeddings
+from grain_jax.inference import predictor as predictor_lib
+from grain_jax.runtime import checkpoint
+
+DIFFERENT = 500  # images
+IN_MEMORY = 4096  # images at most, that the tower alone encodes in turn
+
+
+def make_images(folder: Path, count: int, pixels: int | None) -> Path:
+    """A folder with `count` JPEGs of 500 x 375, or resized to `pixels` a side: links to DIFFERENT ones."""
+    originals = folder.parent / "different"
+    originals.mkdir(exist_ok=True)
+    folder.mkdir()
+    for number in range(count):
+        original = originals / f"{number % DIFFERENT:05d}.jpg"
+        if not original.exists():
+            image = make_image(number % DIFFERENT)
+            if pixels:
+                image = image.resize((pixels, pixels))
+            image.save(original, "JPEG", quality=QUALITY)
+        below = folder / f"{number // 10_000:04d}"
+        below.mkdir(exist_ok=True)
+        (below / f"{number:08d}.jpg").hardlink_to(original)
+    return folder
+
+
+def speed(model: str, source: Path, scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The turns of `embed` and of `tower`: seconds, and images a second by the median."""
+    predictor = grain_jax.load(model, args.dtype)
+    size, encode = predictor.model.image.image_size, pipeline.encoder(predictor)
+    threads = args.threads or pipeline.default_threads()
+    batch_size = predictor_lib.MAX_BATCH * jax.local_device_count()
+    turn = iter(range(1000))
+
+    def find(folder: Path) -> parts.Listing:
+        whole = dict(images=None, split="", shard_size=4096)
+        return parts.find(str(source), scratch=parts.absolute(folder), **whole)
+
+    def embed() -> int:
+        folder = scratch / f"turn{next(turn)}"
+        found = find(folder)
+        regions = pipeline.has_regions(predictor.model)
+        schema = embeddings.columns(predictor.model.embed_dim, regions=regions, stored=args.store)
+        job = output.Output(parts.absolute(folder), schema, found.parts)
+        job.finished()
+        mine, sizes = range(len(found.parts)), [part["size"] for part in found.parts]
+        progress = pipeline.Progress("embed", sizes, True)
+        given = dict(size=size, threads=threads, progress=progress, before=[], most_faults=0)
+        return pipeline.run(job, mine, encode, **given)
+
+    reads = [read for part in find(scratch / "list").parts for read in parts.images(part)]
+    with ThreadPoolExecutor(threads) as pool:
+        ready = list(pool.map(lambda read: pipeline.prepare(read, size), reads[:IN_MEMORY]))
+    count = len(reads)
+
+    def tower() -> int:
+        starts = range(0, count, batch_size)
+        batches = (
+            [ready[i % len(ready)] for i in range(start, min(start + batch_size, count))]
+            for start in starts
+        )
+        with ThreadPoolExecutor(pipeline.AT_DEVICE) as pool:
+            done = pipeline.ahead(encode, batches, pool, pipeline.AT_DEVICE)
+            return sum(len(embeds.image_embed) for embeds in done)
+
+    timings = side_by_side.in_turns({"embed": embed, "tower": tower}, turns=args.turns)
+    assert {timing.value for timing in timings.values()} == {count}
+    return {
+        name: dict(seconds=timing.seconds, images_per_second=count / timing.median)
+        for name, timing in timings.items()
+    }
+
+
+def memory(model: str, source: Path, scratch: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Peak memory of the command in MB, and its seconds."""
+    words = [source, "--checkpoint", model, "--output", scratch, "--store", args.store]
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.embed", "--child", *map(str, words)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return dict(
+        megabytes=float(done.stdout.split()[-1]), seconds=round(time.monotonic() - began, 1)
+    )
+
+
+def _child(words: list[str]) -> int:
+    status = command.main(words)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # KB on Linux
+    return status
+
+
+def main() -> int:
+    """Prints both tables."""
+    if sys.argv[1:2] == ["--child"]:
+        return _child(sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--pixels", type=int, help="side of the JPEGs (default: 500 x 375)")
+    parser.add_argument("--size", default="B/16", help="of a model with random weights")
+    parser.add_argument("--checkpoint", help="a model, in place of --size")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--store", default="float32")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--memory", type=int, nargs="*", default=[10_000, 100_000])
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    machine = side_by_side.machine("jax", "pyarrow", "pillow")
+    print(side_by_side.on(machine), flush=True)
+    result: dict[str, Any] = dict(machine=machine, arguments=vars(args))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, model = Path(scratch), args.checkpoint
+        if model is None:
+            described = config_lib.model_from_dict(recipe.model(args.size).to_dict())
+            model = str(folder / "model")
+            checkpoint.save_model(model, described, interop.perturbed(described))
+        source = make_images(folder / "images", args.images, args.pixels)
+        if args.turns:
+            result["speed"] = found = speed(model, source, folder / "out", args)
+            for name, side in found.items():
+                seconds = side_by_side.spread([args.images / s for s in side["seconds"]], digits=1)
+                print(f"{name:6} {seconds} images/s", flush=True)
+            rates = [found[name]["images_per_second"] for name in ("embed", "tower")]
+            result["ratio"] = rates[0] / rates[1]
+            print(f"ratio  {result['ratio']:.3f}", flush=True)
+        result["memory"] = {}
+        for count in args.memory:
+            source = make_images(folder / f"images{count}", count, args.pixels)
+            peak = memory(model, source, folder / f"out{count}", args)
+            result["memory"][count] = peak
+            print(f"{count} images: {peak['megabytes']:.0f} MB, {peak['seconds']} s", flush=True)
+        peaks = [peak["megabytes"] for peak in result["memory"].values()]
+        if len(peaks) > 1:
+            print(f"ratio  {np.max(peaks) / np.min(peaks):.3f}")
+    side_by_side.write(args.json, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Answers texts and images over a folder of embeddings (docs/embed.md)."""

@@ -1,0 +1,57 @@
+"""Small folders of embeddings for tests: by a stand-in for the model, and what reads them."""
+
+import tarfile
+
+import numpy as np
+import pyarrow.parquet
+from grain_jax.data.embed import output, parts, pipeline
+
+from grain_jax.files import embeddings
+
+
+def read(folder):
+    """The rows of a folder, by file and in order."""
+    files = sorted((folder / "data").glob("*.parquet"))
+    return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
+
+
+def write_tars(images, folder):
+    """The images in two tars; the second has the images of the sub-folder."""
+    folder.mkdir()
+    for name, paths in (("b", images.glob("*.png")), ("a", (images / "sub").glob("*.png"))):
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            for path in sorted(paths):
+                if not path.name.startswith("."):
+                    tar.add(path, path.name)
+
+
+def stand_in(batch):
+    """A model whose vector is an image's first pixel; images have 2 or 3 regions."""
+    first = np.stack([ready.pixels[0, 0] for ready in batch]).astype(np.float32)
+    regions = [np.tile(row, (2 + int(row[0]) % 2, 1)) for row in first]
+    return pipeline.Embeds(first, regions, [np.full((len(r), 4), 0.5, np.float32) for r in regions])
+
+
+def job_of(source, folder, shard_size=4):
+    folder = parts.absolute(folder)
+    found = parts.find(str(source), images=None, split="", shard_size=shard_size, scratch=folder)
+    output.agree(folder, {"model": "stand-in", "digest": found.digest})
+    schema = embeddings.columns(3, regions=True, stored="float32")
+    return output.Output(folder, schema, found.parts)
+
+
+def go(job, mine=None, encode=stand_in, most_faults=float("inf")):
+    before = job.finished()
+    if mine is None:
+        mine = [index for index in range(len(job.parts)) if index not in before]
+    sizes = [job.parts[index]["size"] for index in mine]
+    return pipeline.run(
+        job,
+        mine,
+        encode,
+        size=8,
+        threads=2,
+        progress=pipeline.Progress("test", sizes, True),
+        before=list(before.values()),
+        most_faults=most_faults,
+    )

@@ -1,0 +1,157 @@
+"""Search over a folder of embeddings: against brute force, blocks of every size, FAISS, other models, damage."""
+
+import numpy as np
+import PIL.Image
+import pytest
+from grain_jax.data.embed import output
+
+import grain_jax
+from grain_jax.files import embeddings
+from grain_jax.inference import search
+from grain_jax.runtime import saved_model
+
+D, COUNT = 64, 90
+
+
+@pytest.fixture(scope="module")
+def model():
+    return grain_jax.load("aviary-tiny")
+
+
+def unit(x):
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def write(folder, model, stored="float32", regions=True):
+    """An index of COUNT images in three files, with random vectors; image i has 1 to 4 regions."""
+    rng = np.random.default_rng(3)
+    image_embed = unit(rng.standard_normal((COUNT, D)))
+    counts = 1 + np.arange(COUNT) % 4
+    region_embed = [unit(rng.standard_normal((n, D))) for n in counts]
+    boxes = [rng.uniform(size=(n, 4)).astype(np.float32) for n in counts]
+    folder = output.epath.Path(folder)
+    digests = saved_model.model_digests(model.model, model.params)
+    settings = {"checkpoint": "aviary-tiny", "model": digests, "embed_dim": D}
+    settings |= {"regions": 5 * regions, "dtype": "float32"}
+    output.agree(folder, settings)
+    parts = [{"name": str(i), "size": 30} for i in range(3)]
+    schema = embeddings.columns(D, regions=regions, stored=stored)
+    job = output.Output(folder, schema, parts)
+    job.finished()
+    for part in range(3):
+        writer = output.Writer(job, part)
+        for i in range(30 * part, 30 * part + 30):
+            row = output.Row(
+                f"id{i}", f"{i}.png", 10, 20, image_embed[i], region_embed[i], boxes[i]
+            )
+            writer.add(row)
+        writer.close()
+    return image_embed, region_embed, boxes
+
+
+def brute_force(queries, of_image, top):
+    """(image, its best vector, cosine) of the best images, by float64; `of_image` are lists of vectors."""
+    out = []
+    for query in queries.astype(np.float64):
+        scores = [vectors.astype(np.float64) @ query for vectors in of_image]
+        order = sorted(range(len(scores)), key=lambda i: -scores[i].max())[:top]
+        out.append([(i, int(scores[i].argmax()), scores[i].max()) for i in order])
+    return out
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory, model):
+    folder = tmp_path_factory.mktemp("index")
+    written = write(folder, model)
+    return search.Index(folder), written
+
+
+@pytest.mark.parametrize("faiss", [False, True])
+@pytest.mark.parametrize("by", ["regions", "images"])
+@pytest.mark.parametrize("block_rows, top", [(16, 7), (24, 200), (1000, 1)])
+def test_it_finds_what_brute_force_finds(opened, by, block_rows, top, faiss, monkeypatch):
+    index, (image_embed, region_embed, boxes) = opened
+    monkeypatch.setattr(search, "BLOCK_BYTES", block_rows * 4 * D)
+    queries = unit(np.random.default_rng(1).standard_normal((3, D)))
+    of_image = region_embed if by == "regions" else image_embed[:, None]
+    found = search.search(index, queries, top=top, by=by, faiss=faiss)
+    for hits, expected in zip(found, brute_force(queries, of_image, top), strict=True):
+        assert len(hits) == min(top, COUNT)
+        for hit, (image, best, score) in zip(hits, expected, strict=True):
+            assert (hit.id, hit.path, hit.width, hit.height) == (
+                f"id{image}",
+                f"{image}.png",
+                10,
+                20,
+            )
+            assert hit.score == pytest.approx(score, abs=2e-6)
+            np.testing.assert_array_equal(hit.boxes_xyxy, boxes[image])
+            assert hit.source == {"name": str(image // 30), "size": 30}
+            if by == "regions":
+                assert hit.region == best
+                np.testing.assert_array_equal(hit.box_xyxy, boxes[image][best])
+            else:
+                assert hit.region is None and hit.box_xyxy is None
+
+
+def test_equal_scores_come_in_the_order_of_the_index(opened):
+    index, _ = opened
+    hits = search.search(index, np.zeros((1, D), np.float32), top=5)[0]
+    assert [(hit.path, hit.region) for hit in hits] == [(f"{i}.png", 0) for i in range(5)]
+
+
+def test_texts_and_images_are_those_of_the_model(opened, model):
+    index, _ = opened
+    texts = ["a long orange beak", "a spiky crest"]
+    vectors = search.search(index, model.encode_text(texts), top=4)
+    assert (
+        search.search(index, texts, top=4)[1][0].path == vectors[1][0].path
+    )  # loads the model itself
+    assert [h.path for h in search.search(index, texts[0], model=model)[0][:4]] == [
+        h.path for h in vectors[0]
+    ]
+    image = PIL.Image.new("RGB", (30, 20), "teal")
+    of_image = search.search(index, [image], top=3, model=model)
+    expected = search.search(index, model.encode_image([image]), top=3, by="images")
+    assert [h.path for h in of_image[0]] == [h.path for h in expected[0]]
+    assert of_image[0][0].region is None
+    assert search.search(index, np.zeros((0, D))) == []
+
+
+def test_float16_without_regions(tmp_path, model):
+    image_embed, _, _ = write(tmp_path, model, "float16", regions=False)
+    index = search.Index(tmp_path)
+    hits = search.search(index, image_embed[[40]], top=2)[0]
+    assert (len(index), hits[0].path, hits[0].region) == (COUNT, "40.png", None)
+    assert hits[0].score == pytest.approx(1, abs=1e-3)
+    with pytest.raises(search.SearchError, match="has no regions"):
+        search.search(index, image_embed[:1], by="regions")
+
+
+def test_what_does_not_fit_is_one_line(opened, model, tmp_path):
+    index, _ = opened
+    with pytest.raises(search.SearchError, match=r"got \[1, 3\], expected \[T, 64\]"):
+        search.search(index, np.zeros((1, 3)))
+    with pytest.raises(search.SearchError, match="by: got 'rows'"):
+        search.search(index, np.zeros((1, D)), by="rows")
+    with pytest.raises(search.SearchError, match="top: got 0"):
+        search.search(index, np.zeros((1, D)), top=0)
+    params = {**model.params, "logit_scale": model.params["logit_scale"] + 1}
+    other = type(model)(model.model, params, folder=model.folder)
+    with pytest.raises(search.SearchError, match="made by another model: aviary-tiny"):
+        search.search(index, "a beak", model=other)
+    with pytest.raises(embeddings.EmbeddingsError, match="got no settings.json there"):
+        search.Index(tmp_path)
+    write(tmp_path / "x", model)
+    path = tmp_path / "x" / "data" / "part-00001-of-00003.parquet"
+    path.unlink()
+    unfinished = search.Index(tmp_path / "x")
+    assert (unfinished.missing, len(unfinished)) == (1, 60)
+    content = bytearray((path.parent / "part-00002-of-00003.parquet").read_bytes())
+    content[len(content) // 2] ^= 255  # in a page, whose checksum then differs
+    path.with_name("part-00002-of-00003.parquet").write_bytes(content)
+    with pytest.raises(embeddings.EmbeddingsError, match="part-00002-of-00003.parquet: damaged"):
+        search.search(search.Index(tmp_path / "x"), np.zeros((1, D), np.float32))
+    (tmp_path / "x" / "settings.json").write_text("{")
+    with pytest.raises(embeddings.EmbeddingsError, match="settings.json: "):
+        search.Index(tmp_path / "x")
