@@ -28,7 +28,7 @@ def embed(args: argparse.Namespace) -> str:
     embeddings.pyarrow()  # where it is missing, before the model is read
     folder = parts.absolute(args.output)
     found = parts.Listing(*processes.of_first(lambda: _list(args, folder)))
-    predictor = processes.run_together(lambda: inference.load(args.checkpoint, args.dtype))
+    predictor = processes.run_together(lambda: _load(args))
     settings = _settings(args, found, predictor)
     processes.of_first(lambda: output.agree(folder, settings))
     schema = embeddings.columns(
@@ -46,7 +46,7 @@ def embed(args: argparse.Namespace) -> str:
         count = pipeline.run(
             job,
             mine,
-            pipeline.encoder(predictor),
+            pipeline.encoder(predictor, args.boxes),
             size=predictor.model.image.image_size,
             threads=args.threads or pipeline.default_threads(),
             progress=progress,
@@ -69,7 +69,15 @@ def _list(args: argparse.Namespace, folder: Any) -> parts.Listing:
         split=args.split,
         shard_size=args.shard_size,
         scratch=folder,
+        boxes=args.boxes == "given",
     )
+
+
+def _load(args: argparse.Namespace) -> inference.Predictor:
+    predictor = inference.load(args.checkpoint, args.dtype)
+    if args.boxes == "given":
+        predictor.encode_boxes([], [])  # refuses a model without a box head
+    return predictor
 
 
 def _settings(args: argparse.Namespace, found: parts.Listing, predictor: Any) -> dict[str, Any]:
@@ -81,7 +89,7 @@ def _settings(args: argparse.Namespace, found: parts.Listing, predictor: Any) ->
         "checkpoint": args.checkpoint if named else str(parts.absolute(args.checkpoint)),
         "model": saved_model.model_digests(model, jax.device_get(predictor.params)),
         "embed_dim": model.embed_dim,
-        "regions": model.decoder.queries if pipeline.has_regions(model) else 0,
+        "regions": args.boxes if args.boxes == "given" or pipeline.has_regions(model) else "",
         "image_size": model.image.image_size,
         "dtype": args.dtype,
         "store": args.store,

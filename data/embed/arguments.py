@@ -27,6 +27,12 @@ texts and images over them. The same command again goes on after a kill.""",
         help="of an A.jsonl, the folder that its paths start from (default: the folder of the file)",
     )
     add("--split", metavar="NAME", default="", help="of a record set (default: train)")
+    add(
+        "--boxes",
+        choices=("queries", "given"),
+        default="queries",
+        help="regions: those that the model finds, or those of the A.jsonl or record set, by a model with a box head",
+    )
     add("--checkpoint", metavar="DIR", required=True, help=CHECKPOINT)
     add("--output", metavar="DIR", required=True, help="all files; the same again to go on")
     add = out.add_argument_group("the files").add_argument

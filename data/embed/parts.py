@@ -36,7 +36,13 @@ class Listing(NamedTuple):
 
 
 def find(
-    source: str, *, images: str | None, split: str, shard_size: int, scratch: epath.Path
+    source: str,
+    *,
+    images: str | None,
+    split: str,
+    shard_size: int,
+    scratch: epath.Path,
+    boxes: bool = False,
 ) -> Listing:
     """Lists a source.
 
@@ -46,6 +52,7 @@ def find(
       split: of a TFDS set; "" is train.
       shard_size: images a part; a tar is a part.
       scratch: folder that all processes read, for the list of a folder's images.
+      boxes: whether boxes of the source are wanted, which an A.jsonl and a record set have.
 
     Raises:
       sources.SourceError: there is no such source, it holds no image, or an option does not suit it.
@@ -66,6 +73,10 @@ def find(
         if value and kind != suits:
             what = "an A.jsonl" if suits == "annotations" else "a record set"
             raise sources.SourceError(f"{flag} {value}: got {source}, expected it with {what}")
+    if boxes and kind not in ("annotations", "records"):
+        raise sources.SourceError(
+            f"--boxes given: got {source}, expected it with an A.jsonl or a record set"
+        )
     folder, known = "", b""
     if kind == "tars":
         if not is_file and not any(any(path.glob(tars)) for tars in ("*.tar", "*/*.tar")):

@@ -43,6 +43,7 @@ class Ready(NamedTuple):
     path: str
     width: int
     height: int
+    boxes_xyxy: np.ndarray  # float32 [R, 4] in [0, 1], those that the source has
     pixels: np.ndarray  # uint8 [S, S, 3]
 
 
@@ -66,18 +67,33 @@ class Embeds(NamedTuple):
 Encode = Callable[[list[Ready]], Embeds]
 
 
-def encoder(predictor: Any) -> Encode:
-    """The function that embeds images of a batch: whole, and the regions that the model's queries find."""
+def encoder(predictor: Any, boxes: str = "queries") -> Encode:
+    """The function that embeds the images of a batch and their regions.
+
+    Args:
+      predictor: the model.
+      boxes: whose regions: "queries" of the model, where it has them, or the boxes "given" by the source.
+    """
 
     def encode(batch: list[Ready]) -> Embeds:
         pixels = np.stack([ready.pixels for ready in batch])
-        if not has_regions(predictor.model):
-            found = Embeds(predictor.encode_image(pixels), None, None)
-        else:
+        if boxes == "given":
+            given = [ready.boxes_xyxy for ready in batch]
+            embeds = predictor.encode_boxes(pixels, given)
+            found = Embeds(predictor.encode_image(pixels), embeds, given)
+        elif has_regions(predictor.model):
             image, regions = predictor.encode_image_and_regions(pixels)
             found = Embeds(image, regions.embed, regions.boxes_xyxy)
-        if not all(np.isfinite(x).all() for x in found if x is not None):
-            raise EmbedError("the model's embeddings are not finite: the checkpoint cannot be used")
+        else:
+            found = Embeds(predictor.encode_image(pixels), None, None)
+        for values in (
+            found.image_embed,
+            *(found.region_embed if found.region_embed is not None else ()),
+        ):
+            if not np.isfinite(values).all():
+                raise EmbedError(
+                    "the model's embeddings are not finite: the checkpoint cannot be used"
+                )
         return found
 
     return encode
@@ -99,7 +115,9 @@ def prepare(read: Callable[[], sources.Image | sources.Fault], size: int) -> Rea
     except images.ImageError as error:
         too_large = isinstance(error, images.TooLargeError)
         return sources.Fault(found.image, "too large" if too_large else "unreadable", str(error))
-    return Ready(found.id or found.image, found.image, *image.size, pixels)
+    boxes = np.array([region.box_xyxy for region in found.regions], np.float32).reshape(-1, 4)
+    boxes = np.clip(boxes / np.array([*image.size, *image.size], np.float32), 0, 1)
+    return Ready(found.id or found.image, found.image, *image.size, boxes, pixels)
 
 
 def run(

@@ -71,9 +71,14 @@ def _search(args: argparse.Namespace, index, model, queries) -> list[list[search
 def _region(
     model: inference.Predictor, image: PIL.Image.Image, box_xyxy: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The box [4] in [0, 1] and the embedding [D] of the model's region that is nearest to a box in pixels, by IoU."""
-    regions = model.encode_regions([image])
+    """The box [4] in [0, 1] of an image that a box in pixels stands for, and its embedding [D].
+
+    By the box head it is the box itself; without one the model's region that is nearest to it, by IoU.
+    """
     wanted = np.array(box_xyxy, np.float32) / np.array([*image.size, *image.size], np.float32)
+    if model.model.boxes.kind != "none":
+        return wanted, model.encode_boxes([image], [wanted[None]])[0][0]
+    regions = model.encode_regions([image])
     overlaps = np.asarray(boxes_lib.iou_and_union(wanted[None], regions.boxes_xyxy[0])[0])
     best = int(overlaps.argmax())
     print(f"--box: the nearest region has IoU {overlaps[best]:.2f} with it", file=sys.stderr)

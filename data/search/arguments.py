@@ -37,7 +37,7 @@ the table has its box in pixels.""",
         "--box",
         metavar="X1,Y1,X2,Y2",
         type=_box,
-        help="of one --image, in pixels: what is like the region that the model finds nearest to it",
+        help="of one --image, in pixels: what is like it, or without a box head like the model's nearest region",
     )
     group = out.add_argument_group("what is searched")
     group.add_argument(

@@ -97,8 +97,12 @@ def open_file(path: epath.PathLike) -> Any:
     """
     pa, path = pyarrow(), epath.Path(path)
     try:
-        file = str(path) if "://" not in str(path) else path.open("rb")
-        return pa.parquet.ParquetFile(file, page_checksum_verification=True)
+        remote = "://" in str(path)
+        return pa.parquet.ParquetFile(
+            path.open("rb") if remote else str(path),
+            page_checksum_verification=True,
+            pre_buffer=remote,  # reads a whole file ahead
+        )
     except (OSError, pa.ArrowException) as error:
         raise damaged(path, error) from None
 

@@ -170,7 +170,7 @@ class Index:
         of_part = np.searchsorted(starts, np.asarray(images), side="right") - 1
         columns = ["id", "path", "width", "height", *([embeddings.BOXES] * self.has_regions)]
         found: list[dict[str, Any]] = [{}] * len(images)
-        for number in np.unique(of_part):
+        for number in np.unique(of_part).tolist():
             part, mine = self.parts[number], np.flatnonzero(of_part == number)
             path = self.folder / embeddings.DATA / part.name
             with embeddings.open_file(path) as file:
@@ -248,10 +248,10 @@ def _vectors_of(
         return queries.astype(np.float32), False
     if model is not None:
         index.check(model)
-    queries = [queries] if isinstance(queries, str) else list(queries)
-    if not queries or isinstance(queries[0], str):
-        return (model or index.model).encode_text(queries), False
-    return (model or index.model).encode_image(queries), True
+    asked: list[Any] = [queries] if isinstance(queries, str) else list(queries)
+    if not asked or isinstance(asked[0], str):
+        return (model or index.model).encode_text(asked), False
+    return (model or index.model).encode_image(asked), True
 
 
 # Of each query: scores, images and regions, the best first.
@@ -343,6 +343,8 @@ def _by_faiss(index: Index, by: str, queries: np.ndarray, top: int, most: int) -
         flat.add(np.ascontiguousarray(values, np.float32))
         images.append(of_image)
         regions.append(of_region)
+    if not flat.ntotal:
+        return [_NONE] * len(queries)
     scores, at = flat.search(np.ascontiguousarray(queries), min(top * most, flat.ntotal))
     nearest = (np.where(at < 0, -np.inf, scores), at)
     return _merged(

@@ -134,7 +134,9 @@ def typos():
     keys = [
         key.name
         for key in listing.keys()
-        if "[]" not in key.name and "options" not in key.name and len(key.name.split(".")[-1]) > 2
+        if "[]" not in key.name
+        and "options" not in key.name
+        and len(key.name.rpartition(".")[2]) > 3
     ]
     found = []
     while len(found) < 20:
@@ -144,7 +146,7 @@ def typos():
             word, right = [_typo(name, rng)], name
         elif kind == "flag":
             name = rng.choice([n for n in parsers if not parsers[n].kinds])
-            right = rng.choice([f for f in parsers[name].flags() if len(f) > 3 and "." not in f])
+            right = rng.choice([f for f in parsers[name].flags() if len(f) > 5 and "." not in f])
             word = [*name.split(), "--" + _typo(right[2:], rng)]
         else:
             right = rng.choice(keys)

@@ -19,8 +19,9 @@ from grain_jax.data.embed import pipeline
 import grain_jax
 from grain_jax import errors
 from grain_jax.files import embeddings
-from grain_jax.runtime import processes
-from tests import record_sets
+from grain_jax.inference import search
+from grain_jax.runtime import checkpoint, processes
+from tests import perturbed, record_sets
 from tests.embedded import go, job_of, read, stand_in, write_tars
 from tests.paths import ROOT
 
@@ -325,6 +326,36 @@ def test_progress_says_what_is_left():
     assert tars.text(2.0) == "tars: 1 images, 0.5/s"
     tars.end_of_part(1000)
     assert tars.text(4.0) == "tars: 1 images, 0.25/s, 12 s left"
+
+
+def test_given_boxes_are_those_of_the_box_head(images, tmp_path, capsys):
+    model = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1, boxes__kind="roi_align")
+    checkpoint.save_model(tmp_path / "model", model, perturbed.params(model))
+    words = ["--boxes=given", f"--checkpoint={tmp_path / 'model'}", f"--output={tmp_path / 'out'}"]
+    assert run(images / "A.jsonl", *words) == 0
+    lines, predictor = lines_of(images / "A.jsonl"), grain_jax.load(tmp_path / "model")
+    pictures = [PIL.Image.open(images / line["image"]) for line in lines]
+    boxes = [np.array([r["box"] for r in x["regions"]]).reshape(-1, 4) for x in lines]
+    boxes = [x / [40, 24, 40, 24] for x in boxes]
+    embeds = predictor.encode_boxes(pictures, boxes)
+    image_embed = predictor.encode_image(pictures)
+    rows = read(tmp_path / "out")
+    assert [len(row["boxes_xyxy"]) for row in rows] == [number % 4 for number in range(COUNT)]
+    for row, own, embed, whole in zip(rows, boxes, embeds, image_embed, strict=True):
+        np.testing.assert_allclose(np.reshape(row["boxes_xyxy"], (-1, 4)), own, atol=1e-6)
+        np.testing.assert_allclose(np.reshape(row["region_embed"], embed.shape), embed, atol=3e-6)
+        np.testing.assert_allclose(row["image_embed"], whole, atol=3e-6)
+    hits = search.search(search.Index(tmp_path / "out"), embeds[7][2:], top=2)[0]
+    assert (hits[0].id, hits[0].region) == ("id7", 2) and hits[0].score > 0.9999
+    for source, model, said in (
+        (images, tmp_path / "model", "--boxes given: got"),
+        (images / "A.jsonl", "aviary-tiny", "boxes: the model has no box head"),
+    ):
+        capsys.readouterr()
+        words = [source, "--boxes=given", f"--checkpoint={model}", f"--output={tmp_path / 'no'}"]
+        assert run(*words) == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1
 
 
 class TwoTowers:

@@ -157,4 +157,3 @@ def test_the_page_in_a_browser(folders, tmp_path, width, dark):
             for part in ("img", "g.best .line")
         )
         assert image["x"] - 1 <= box["x"] <= image["x"] + image["width"]
-        opened.page.screenshot(path=tmp_path / "page.png", full_page=True)
