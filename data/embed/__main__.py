@@ -86,7 +86,8 @@ def _settings(args: argparse.Namespace, found: parts.Listing, predictor: Any) ->
     named = args.checkpoint in NAMES or "://" in args.checkpoint
     source = {k: v for k, v in found._asdict().items() if k not in ("parts", "total")}
     return {
-        "checkpoint": args.checkpoint if named else str(parts.absolute(args.checkpoint)),
+        # Of a workdir, the checkpoint that was its newest.
+        "checkpoint": args.checkpoint if named else str(parts.absolute(predictor.folder)),
         "model": saved_model.model_digests(model, jax.device_get(predictor.params)),
         "embed_dim": model.embed_dim,
         "regions": args.boxes if args.boxes == "given" or pipeline.has_regions(model) else "",

@@ -91,6 +91,14 @@ def agree(folder: epath.Path, settings: dict[str, Any]) -> None:
         for key in dict.fromkeys([*settings, *old]):
             if key in _NOT_COMPARED or old.get(key) == settings.get(key):
                 continue
+            if key == "model":
+                models = (
+                    f"{x['checkpoint']} (parameters {x[key]['params']})" for x in (old, settings)
+                )
+                raise EmbeddingsError(
+                    f"--output {folder}: was begun with the model {next(models)}, got {next(models)};"
+                    " give another --output, or delete this one"
+                )
             raise EmbeddingsError(
                 f"--output {folder}: was begun with {key} {json.dumps(old.get(key))}, got"
                 f" {json.dumps(settings.get(key))}; give another --output, or delete this one"

@@ -100,7 +100,6 @@ def _box(box_xyxy: np.ndarray, *, strong: bool) -> str:
     x1, y1, x2, y2 = (round(float(x), 4) for x in box_xyxy)
     place = f'x="{x1}" y="{y1}" width="{x2 - x1:.4f}" height="{y2 - y1:.4f}"'
     colour = html.REGION_COLOURS[0] if strong else _OTHERS
-    return (
-        f'<g class="{"best" if strong else "other"}"><rect class="halo" {place}/>'
-        f'<rect class="line" {place} stroke="{colour}"/></g>'
-    )
+    halo = f'<rect class="halo" {place}/>' if strong else ""
+    line = f'<rect class="line" {place} stroke="{colour}"/>'
+    return f'<g class="{"best" if strong else "other"}">{halo}{line}</g>'

@@ -171,7 +171,7 @@ class Index:
         columns = ["id", "path", "width", "height", *([embeddings.BOXES] * self.has_regions)]
         found: list[dict[str, Any]] = [{}] * len(images)
         for number in np.unique(of_part).tolist():
-            part, mine = self.parts[number], np.flatnonzero(of_part == number)
+            part, mine = self.parts[number], np.flatnonzero(of_part == number).tolist()
             path = self.folder / embeddings.DATA / part.name
             with embeddings.open_file(path) as file:
                 try:

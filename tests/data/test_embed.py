@@ -238,7 +238,10 @@ def test_what_changed_is_refused(many, images, tmp_path, capsys):
     settings = json.loads((out / "settings.json").read_text())
     settings["model"]["params"] = "0"
     (out / "settings.json").write_text(json.dumps(settings))
-    assert embed(source, out) == 2 and "begun with model" in capsys.readouterr().err
+    assert (
+        embed(source, out) == 2
+        and "begun with the model aviary-tiny (parameters 0)" in capsys.readouterr().err
+    )
     record_sets.picture(77).save(source / "new.png")
     assert embed(source, out) == 2
     assert "its images are not those that" in capsys.readouterr().err
