@@ -1,4 +1,5 @@
-"""Computes the numbers of the page: an image and classes -> scores, regions, and the terms of each score.
+"""Computes the numbers of the page: an image and classes -> scores, regions, and the terms of each score; what a box
+that the user drew is; where texts lie.
 
 Embeddings come from a `Predictor` and are cached; the scores are those of `Predictor.classify`. This module needs
 no Gradio.
@@ -7,7 +8,7 @@ no Gradio.
 import collections
 import hashlib
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,8 @@ from grain_jax.demo.class_lists import (
     DemoError,
     check_lengths,
 )
-from grain_jax.files import images
+from grain_jax.evaluate import given_boxes
+from grain_jax.files import annotations, images
 from grain_jax.inference import scores
 
 DIGITS = 4  # decimals of the numbers shown
@@ -89,6 +91,56 @@ class Seen(NamedTuple):
     box_xyxy: np.ndarray
 
 
+class Ranked(NamedTuple):
+    """A class or a description, and its cosine with a box."""
+
+    text: str
+    name: str  # the class; of a description the first one that has it
+    cosine: float
+
+
+class Boxed(NamedTuple):
+    """What is in a box that the user drew."""
+
+    box_xyxy: np.ndarray  # float32 [4] in [0, 1]
+    region: (
+        int | None
+    )  # the region that stands for the box; None: the box head embeds the box itself
+    iou: float  # of the box and that region's; 1 with a box head
+    classes: list[Ranked]  # by the scores of `Predictor.classify_boxes`, best first
+    descriptions: list[Ranked]  # the distinct descriptions of all classes, best first
+
+
+class Lying(NamedTuple):
+    """Where a text lies in an image."""
+
+    text: str
+    region: inference.Grounding | None  # None: the model has no regions
+    cosines: np.ndarray | None  # float32 [h, w], its similarity map; None: the model has none
+
+
+def read_box(text: str) -> np.ndarray:
+    """A box as it is typed, `x1 y1 x2 y2` in percent of the image -> float32 [4] in [0, 1].
+
+    Raises:
+      DemoError: not four numbers in 0 ... 100, or no box with an area.
+    """
+    numbers = []
+    for word in text.replace("%", " ").replace(",", " ").replace(";", " ").split()[:5]:
+        try:
+            numbers.append(float(word))
+        except ValueError:
+            numbers.append(np.nan)
+    if len(numbers) == 4:
+        x1, y1, x2, y2 = numbers
+        if 0 <= x1 < x2 <= 100 and 0 <= y1 < y2 <= 100:
+            return np.array(numbers, np.float32) / 100
+    raise DemoError(
+        f"box: got {annotations.show(text)}, expected x1 y1 x2 y2 in percent of the image, x1 < x2 and y1 < y2,"
+        " e.g. 10 20 50 60"
+    )
+
+
 def read_image(path: epath.PathLike | None) -> PIL.Image.Image:
     """The image at `path` as RGB. Raises DemoError where there is none or it cannot be read."""
     if not path:
@@ -111,9 +163,18 @@ class Analyst:
         self.predictor = predictor
         decoder = predictor.model.decoder
         self.queries = 0 if decoder is None else decoder.queries
+        self.box_head = predictor.model.boxes.kind != "none"
         self.logit_scale = float(np.exp(predictor.params["logit_scale"]))
-        self._classes: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
-        self._images: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+        try:
+            self.grid = (
+                predictor.grid
+            )  # cells along a side of a similarity map; 0: the model has none
+        except inference.InputError:
+            self.grid = 0
+        if decoder is not None and not self.queries and not self.box_head:
+            self.grid = 0
+        caches = (collections.OrderedDict() for _ in range(5))
+        self._classes, self._images, self._tokens, self._patches, self._phrases = caches
 
     def analyse(self, image: PIL.Image.Image, classes: Classes, alpha: float) -> Result:
         """The scores of the image and their terms.
@@ -131,20 +192,17 @@ class Analyst:
             note = "The model has no regions: scores are those of the whole image."
         elif not described:
             note = "The classes have no descriptions: scores are those of the whole image."
-        features = _remembered(
-            self._classes,
-            tuple(classes.items()),
-            lambda: self._encode_classes(classes, described),
-        )
+        features = self._features(classes)
         image_embed, boxes, region_embed = self._encode(image)
         whole = scores.global_scores(image_embed, features.features)
         regions, cosines = None, ()
         if note:
             alpha = 1.0
         else:
-            regions = scores.region_scores(region_embed, features.descriptions)
+            descriptions = features.descriptions or ()
+            regions = scores.region_scores(region_embed, descriptions)
             unit = scores.unit(region_embed[0])
-            cosines = tuple(unit @ scores.unit(embeds).T for embeds in features.descriptions)
+            cosines = tuple(unit @ scores.unit(embeds).T for embeds in descriptions)
         return Result(
             classes=classes,
             alpha=alpha,
@@ -157,17 +215,74 @@ class Analyst:
             note=note,
         )
 
-    def ground(
-        self, image: PIL.Image.Image, phrases: Sequence[str]
-    ) -> list[tuple[str, inference.Grounding]]:
-        """Each phrase with the box that fits it best. Raises DemoError where there is no phrase."""
+    def inside(self, image: PIL.Image.Image, classes: Classes, box_xyxy: np.ndarray) -> Boxed:
+        """What is in a box, by the box head; without one by the region whose box overlaps it most.
+
+        Args:
+          image: RGB.
+          classes: the classes, from `class_lists.parse`.
+          box_xyxy: float32 [4] in [0, 1].
+
+        Raises:
+          DemoError: the model has neither a box head nor regions.
+        """
+        features = self._features(classes)
+        region, iou = None, 1.0
+        if self.box_head:
+            (embed,) = self.predictor.encode_boxes(self._encode_tokens(image), [box_xyxy[None]])
+        elif self.queries:
+            _, boxes, regions = self._encode(image)
+            found = given_boxes.best_query(boxes, box_xyxy[None])
+            region, iou = int(found.query[0]), float(found.iou[0])
+            embed = regions[:, region]
+        else:
+            raise DemoError("box: the model has neither a box head nor regions, expected either")
+        cosines = scores.global_scores(embed, features.features)[0]
+        ranked = [Ranked(name, name, float(x)) for name, x in zip(classes, cosines)]
+        described: dict[str, Ranked] = {}
+        for (name, texts), embeds in zip(classes.items(), features.descriptions or ()):
+            for text, x in zip(texts, scores.global_scores(embed, embeds)[0]):
+                described.setdefault(text, Ranked(text, name, float(x)))
+        return Boxed(box_xyxy, region, iou, _best_first(ranked), _best_first(described.values()))
+
+    def find(self, image: PIL.Image.Image, phrases: Sequence[str]) -> list[Lying]:
+        """Each phrase with the region that fits it best and its similarity map, as the model has them.
+
+        They are those of `Predictor.ground` and `Predictor.similarity_map`.
+
+        Raises:
+          DemoError: no phrase, too many, or too long ones.
+        """
         if not phrases:
             raise DemoError("no phrase; type one, e.g. a long orange beak")
         if len(phrases) > MANY_DESCRIPTIONS:
             got = f"got {len(phrases)} phrases"
             raise DemoError(f"{got}, expected at most {MANY_DESCRIPTIONS}")
         check_lengths(phrases)
-        return list(zip(phrases, self.predictor.ground(image, phrases)))
+        text = _remembered(
+            self._phrases, tuple(phrases), lambda: self.predictor.encode_text(phrases)
+        )
+        regions: list[inference.Grounding | None] = [None] * len(phrases)
+        maps: Sequence[np.ndarray | None] = [None] * len(phrases)
+        if self.queries:
+            _, boxes, embed = self._encode(image)
+            cosines = text @ embed[0].T  # [N, Q]
+            regions = [
+                inference.Grounding(boxes[0, q], float(row[q]))
+                for row, q in zip(cosines, cosines.argmax(axis=1))
+            ]
+            if self.grid and not self.box_head:
+                maps = list(scores.region_map(cosines, boxes[0], self.grid))
+        if self.grid and (self.box_head or not self.queries):
+            maps = list(np.tensordot(text, self._encode_patches(image), 1))
+        return [Lying(*found) for found in zip(phrases, regions, maps)]
+
+    def _features(self, classes: Classes) -> inference.ClassFeatures:
+        return _remembered(
+            self._classes,
+            tuple(classes.items()),
+            lambda: self._encode_classes(classes, any(classes.values())),
+        )
 
     def _encode_classes(self, classes: Classes, described: bool) -> inference.ClassFeatures:
         """Embeds the classes. Raises DemoError if that takes longer than SECONDS."""
@@ -196,8 +311,29 @@ class Analyst:
             image_embed = self.predictor.encode_image([image])
             return image_embed, np.zeros((1, 0, 4)), np.zeros((1, 0, image_embed.shape[1]))
 
-        key = (image.size, hashlib.sha256(image.tobytes()).digest())
-        return _remembered(self._images, key, encode)
+        return _remembered(self._images, _key(image), encode)
+
+    def _encode_patches(self, image: PIL.Image.Image) -> np.ndarray:
+        """Embeddings of the patches, [D, h, w]."""
+
+        def encode():
+            # The map of a text is the sum of the maps of the unit vectors, each times a number of its embedding.
+            images = self._encode_tokens(image) if self.box_head else [image]
+            unit_vectors = np.eye(self.predictor.model.embed_dim, dtype=np.float32)
+            return self.predictor.similarity_maps(images, [unit_vectors])[0]
+
+        return _remembered(self._patches, _key(image), encode)
+
+    def _encode_tokens(self, image: PIL.Image.Image) -> inference.Tokens:
+        return _remembered(self._tokens, _key(image), lambda: self.predictor.encode_tokens([image]))
+
+
+def _key(image: PIL.Image.Image) -> Hashable:
+    return image.size, hashlib.sha256(image.tobytes()).digest()
+
+
+def _best_first(found: Iterable[Ranked]) -> list[Ranked]:
+    return sorted(found, key=lambda ranked: -ranked.cosine)
 
 
 def _remembered(kept: collections.OrderedDict, key: Hashable, make: Callable[[], Any]) -> Any:

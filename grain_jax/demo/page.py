@@ -66,14 +66,6 @@ def build(
                 with gr.Row():
                     file = gr.UploadButton("Load D.json or names.txt", size="sm", elem_id="file")
                     go = gr.Button("Score", variant="primary", size="sm", elem_id="go")
-                with gr.Column(visible=with_regions):
-                    phrase = gr.Textbox(
-                        label="Find a phrase",
-                        info="Several with ; between them. Enter finds them.",
-                        placeholder="a long orange beak",
-                        elem_id="phrase",
-                    )
-                    found = gr.HTML(elem_id="found")
             with gr.Column(scale=3, min_width=320):
                 message = gr.HTML(elem_id="message")
                 gr.Markdown("### Scores")
@@ -105,6 +97,28 @@ def build(
                             -1, 1, -1, step=0.01, label="Cosine at least", elem_id="threshold"
                         )
                     boxes = gr.HTML(elem_id="regions")
+        with gr.Column(visible=analyst.box_head or with_regions):
+            gr.Markdown("### Draw a box: what is it?")
+            with gr.Row():
+                with gr.Column(scale=2, min_width=320):
+                    canvas = gr.HTML(start, elem_id="canvas", js_on_load=views.DRAW)
+                    box = gr.Textbox(
+                        label="Box",
+                        info="Drag one on the image; or type x1 y1 x2 y2 in percent of it, then Enter.",
+                        placeholder="10 20 50 60",
+                        elem_id="box",
+                    )
+                with gr.Column(scale=3, min_width=320):
+                    boxed = gr.HTML(elem_id="boxed")
+        with gr.Column(visible=bool(with_regions or analyst.grid)):
+            gr.Markdown("### Type a text: where is it?")
+            phrase = gr.Textbox(
+                label="Find a phrase",
+                info="Several with ; between them. Enter finds them.",
+                placeholder="a long orange beak",
+                elem_id="phrase",
+            )
+            found = gr.HTML(elem_id="found")
         gr.Markdown("### Why")
         chosen = gr.Dropdown(
             [("the best one", "")], value="", label="Explain the class", elem_id="chosen"
@@ -141,11 +155,28 @@ def build(
             said, _, _, shown, _ = everything(*given)
             return said, shown
 
-        def ground(path, phrase):
+        def find(path, phrase):
             try:
                 image = analysis.read_image(path)
                 phrases = [part.strip() for part in phrase.split(";") if part.strip()]
-                return views.grounding(image, analyst.ground(image, phrases))
+                return views.places(image, analyst.find(image, phrases))
+            except errors.UserError as error:
+                return views.message(str(error))
+
+        def clear(path):
+            try:
+                empty = views.canvas(analysis.read_image(path))
+            except errors.UserError:  # `everything` says so
+                empty = start
+            return empty, "", "", ""
+
+        def inside(path, text, box):
+            if not box.strip():
+                return ""
+            try:
+                corners = analysis.read_box(box)
+                image, classes = analysis.read_image(path), class_lists.parse(text)
+                return views.inside(analyst.inside(image, classes, corners))
             except errors.UserError as error:
                 return views.message(str(error))
 
@@ -163,9 +194,20 @@ def build(
         gr.on([go.click, text.submit, image.change], everything, given, shown, **one)
         gr.on([alpha.change, softmax.change, chosen.input], numbers, given, shown[:3], **last)
         gr.on([most.change, threshold.change], regions, given, [message, boxes], **last)
-        phrase.submit(ground, [image, phrase], found, **one)
-        image.change(lambda: "", None, found, api_visibility="private", show_progress="hidden")
-        file.upload(load, file, [message, text], **one).success(everything, given, shown, **one)
+        phrase.submit(find, [image, phrase], found, **one)
+        image.change(
+            clear,
+            image,
+            [canvas, box, boxed, found],
+            api_visibility="private",
+            show_progress="hidden",
+        )
+        loaded = file.upload(load, file, [message, text], **one)
+        loaded.success(everything, given, shown, **one)
+        # The script of the canvas makes its event when a box is drawn.
+        asked = [box.submit, canvas.input, go.click, text.submit]
+        gr.on(asked, inside, [image, text, box], boxed, **one)
+        loaded.success(inside, [image, text, box], boxed, **one)
     return page.queue(max_size=_WAITING, api_open=False)
 
 

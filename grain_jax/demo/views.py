@@ -1,7 +1,8 @@
-"""The results of `analysis` as HTML: bars of scores, tables of the terms of a score, boxes on the image.
+"""The results of `analysis` as HTML: bars of scores, tables of the terms of a score, boxes and heat maps on the image.
 
-There are no scripts: CSS shows one box alone while it is hovered or its radio button is chosen, so that the keyboard
-works too. Colours come from Gradio's theme, light and dark; a region has a number beside its colour.
+The one script is `DRAW`, for the box that the user drags on `canvas`. CSS shows one box of a figure alone while it is
+hovered or its radio button is chosen, so that the keyboard works too. Colours come from Gradio's theme, light and dark;
+a region has a number beside its colour.
 """
 
 import html
@@ -9,14 +10,21 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import PIL.Image
+from etils import epath
 
-from grain_jax import inference
 from grain_jax.demo import analysis
+from grain_jax.inference import scores as scores_lib
 from grain_jax.report import html as html_lib
 
 _EDGE = 900  # pixels of the longer edge that an image is sent with, at most
 _WIDEST, _HIGHEST, _NARROWEST = 640, 480, 320  # CSS pixels of a figure
 _ROWS = 20  # classes that are listed before the fold
+_BEST = 10  # classes and descriptions of a box that are listed
+_MAP_EDGE = 480  # pixels of the longer edge of a similarity map
+# Of the highest cosine of a map: orange, which the colour-blind tell from grey too. The lowest has opacity 0.
+_HOT, _OPAQUE = np.array([255, 140, 0]), 0.8
+
+DRAW = (epath.Path(__file__).parent / "draw.js").read_text()
 
 CSS = """
 .gj { --quiet: color-mix(in srgb, var(--body-text-color) 72%, transparent);
@@ -40,6 +48,8 @@ CSS = """
 .gj .scroll { overflow-x: auto; }
 .gj.scores td:not(:first-child) { width: 24%; }
 .gj.scores td:nth-child(2):last-child { width: 72%; }
+.gj.boxed td:last-child { width: 45%; }
+.gj.boxed .pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }
 .gj .bar { display: block; position: relative; height: 6px; margin-top: 2px; border-radius: 3px;
   background: var(--rule); }
 .gj .bar i { position: absolute; top: 0; bottom: 0; border-radius: 3px; background: var(--quiet); }
@@ -61,6 +71,18 @@ CSS = """
 .gj.figure:has(label.region:hover) label.region:not(:hover) .box { opacity: 0; }
 .gj.figure:not(:has(label.region:hover)):has(label.region input:checked)
   label.region:not(:has(input:checked)) .box { opacity: 0; }
+.gj.canvas { position: relative; overflow: hidden; max-width: var(--most); margin: 0 auto; border-radius: 6px;
+  cursor: crosshair; touch-action: pinch-zoom; user-select: none; }
+.gj.canvas > img { display: block; width: 100%; height: auto; }
+.gj.canvas .drawn { position: absolute; border: 3px solid #d62728; outline: 1px solid #fff; pointer-events: none;
+  box-shadow: 0 0 0 100vmax rgb(0 0 0 / 35%); }
+.gj.places { display: grid; gap: 24px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); }
+.gj.places > section { min-width: 0; }
+.gj .map { max-width: max(200px, var(--most)); margin: 0 auto; }
+.gj .map > img { display: block; width: min(100%, var(--most)); height: auto; margin: 0 auto; border-radius: 6px; }
+.gj .map p { margin: 6px 0 0; overflow-wrap: anywhere; }
+.gj .map .scale { display: flex; gap: 8px; align-items: center; }
+.gj .map .scale i { flex: 1; height: 8px; border-radius: 4px; background: linear-gradient(90deg, #646464, #e08414); }
 .gj.line { border-left: 4px solid #d62728; padding: 8px 12px; overflow-wrap: anywhere;
   background: var(--background-fill-secondary); }
 """
@@ -107,11 +129,7 @@ def scores(result: analysis.Result, *, softmax: bool, chosen: str = "") -> str:
     scale = ""
     if softmax:
         scale = f"<p class=quiet>Softmax of {result.logit_scale:.4g} (logit scale) x score.</p>"
-    more = ""
-    if len(rows) > _ROWS:
-        table = _table(head, rows[_ROWS:])
-        more = f"<details><summary>{len(rows) - _ROWS} more classes</summary>{table}</details>"
-    return f'<div class="gj scores">{note}{_table(head, rows[:_ROWS])}{more}{scale}</div>'
+    return f'<div class="gj scores">{note}{_folded(head, rows, _ROWS)}{scale}</div>'
 
 
 def why(result: analysis.Result, chosen: str = "") -> str:
@@ -211,18 +229,102 @@ def regions(
     return _figure(image, boxes, name, below)
 
 
-def grounding(
-    image: PIL.Image.Image,
-    answers: Iterable[tuple[str, inference.Grounding]],
-    *,
-    name: str = "phrases",
+def canvas(image: PIL.Image.Image) -> str:
+    """The image, on which `DRAW` lets the user drag a box."""
+    return (
+        f'<div class="gj canvas" style="--most:{_pixels(image):.0f}px">'
+        '<img alt="the image; drag a box on it, or type the corners of one below" draggable="false"'
+        f' src="{_data_uri(image)}"><span class="drawn" hidden></span></div>'
+    )
+
+
+def inside(boxed: analysis.Boxed) -> str:
+    """The classes of a box with bars, best first, then the best descriptions; and what embeds the box, in words."""
+    box = f"{_percents(boxed.box_xyxy)} (x1 y1 x2 y2, %)"
+    if boxed.region is None:
+        said = f"Box {box}, embedded by the box head."
+    elif boxed.iou == 0:
+        said = (
+            f"The model has no box head, and no region overlaps {box}: the IoU is 0."
+            f" Region {_tag(boxed.region)}, the nearest, answers."
+        )
+    else:
+        said = (
+            f"The model has no box head. Region {_tag(boxed.region)} answers: its box overlaps {box} most,"
+            f" with an IoU of {boxed.iou:.2f}."
+        )
+    best = boxed.descriptions[:_BEST]
+    values = [ranked.cosine for ranked in (*boxed.classes, *best)]
+    low, high = min(0.0, *values), max(0.0, *values)
+
+    def rows(kind: str, ranked: Iterable[analysis.Ranked]) -> list[str]:
+        shown = ((r, f"{_number(r.cosine)}{_bar(r.cosine, low, high)}") for r in ranked)
+        return [f"<tr><td>{_named(r)}</td><td{kind}>{cell}</td></tr>" for r, cell in shown]
+
+    tables = [_folded("<th>class</th><th>cosine</th>", rows(" class=main", boxed.classes), _BEST)]
+    if best:
+        tables.append(_table("<th>description (class)</th><th>cosine</th>", rows("", best)))
+    sections = "".join(f"<section>{table}</section>" for table in tables)
+    return f'<div class="gj boxed"><p>{said}</p><div class="pair">{sections}</div></div>'
+
+
+def _named(ranked: analysis.Ranked) -> str:
+    """A class by its name, a description with the name of its class; HTML."""
+    text, name = html.escape(ranked.text), html.escape(ranked.name)
+    return text if text == name else f"{text} <span class=quiet>({name})</span>"
+
+
+def places(
+    image: PIL.Image.Image, found: Sequence[analysis.Lying], *, name: str = "phrases"
 ) -> str:
-    """The image with the box of each phrase; arguments as for `regions`, and what `Analyst.ground` returned."""
+    """The image with the box of each text, and the similarity map of each; arguments as for `regions`."""
     boxes = [
-        (i, answer.box_xyxy, html.escape(phrase), answer.score)
-        for i, (phrase, answer) in enumerate(answers)
+        (i, lying.region.box_xyxy, html.escape(lying.text), lying.region.score)
+        for i, lying in enumerate(found)
+        if lying.region is not None
     ]
-    return _figure(image, boxes, name, "")
+    parts = [_figure(image, boxes, name, "")] if boxes else []
+    below = grey(image)
+    for i, lying in enumerate(found):
+        if lying.cosines is not None:
+            shown = _map(blend(below, lying.cosines), i, lying.text, lying.cosines)
+            parts.append(f'<div class="map" style="--most:{_pixels(image):.0f}px">{shown}</div>')
+    sections = "".join(f"<section>{part}</section>" for part in parts)
+    return f'<div class="gj places">{sections}</div>'
+
+
+def _map(blended: PIL.Image.Image, number: int, text: str, cosines: np.ndarray) -> str:
+    """What `blend` returned for the cosines [h, w] of a text, with the text and the scale."""
+    low, high = float(cosines.min()), float(cosines.max())
+    y, x = np.unravel_index(cosines.argmax(), cosines.shape)
+    across, down = ((i + 0.5) / n for i, n in ((x, cosines.shape[1]), (y, cosines.shape[0])))
+    about = f"similarity map of {text}: highest at {across:.0%} from the left and {down:.0%} from the top"
+    uri = html_lib.data_uri(blended, quality=90, whole_colour=True)
+    return (
+        f'<img alt="{html.escape(about)}" src="{uri}"><p>{_tag(number)} {html.escape(text)}</p>'
+        f"<p class=scale><span class=n>{_number(low)}</span><i></i><span class=n>{_number(high)}</span></p>"
+    )
+
+
+def grey(image: PIL.Image.Image) -> np.ndarray:
+    """The image in dark grey, float32 [h, w] in 0 ... 255, for `blend`."""
+    scale = _MAP_EDGE / max(image.size)
+    width, height = (max(1, round(scale * edge)) for edge in image.size)
+    return 30 + 0.55 * np.asarray(image.convert("L").resize((width, height)), np.float32)
+
+
+def blend(below: np.ndarray, cosines: np.ndarray) -> PIL.Image.Image:
+    """What `grey` returned, under one colour whose opacity grows from the lowest cosine [h, w] to the highest."""
+    low, high = cosines.min(), cosines.max()
+    share = (cosines - low) / ((high - low) or 1.0)
+    opacity = _OPAQUE * scores_lib.resize_map(share[None], *below.shape[::-1])[0, :, :, None]
+    blended = (1 - opacity) * below[:, :, None] + opacity * _HOT
+    return PIL.Image.fromarray(blended.round().astype(np.uint8))
+
+
+def _pixels(image: PIL.Image.Image) -> float:
+    """The width of the image on the page, in CSS pixels."""
+    return min(_WIDEST, _HIGHEST * image.width / image.height)
 
 
 def _figure(
@@ -233,7 +335,7 @@ def _figure(
 ) -> str:
     """The image, and for each box (colour's number, box_xyxy, HTML, score) an outline and a line."""
     tall = image.height / image.width
-    pixels = min(_WIDEST, _HIGHEST / tall)
+    pixels = _pixels(image)
     width = max(_NARROWEST, pixels)  # of the figure: the lines need room below a slim image
     scale = 100 * pixels / width
     labels = []
@@ -271,6 +373,14 @@ def _table(head: str, rows: Iterable[str]) -> str:
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _folded(head: str, rows: Sequence[str], most: int) -> str:
+    """A table of classes, of which those after the first `most` are shown on demand."""
+    if len(rows) <= most:
+        return _table(head, rows)
+    rest = f"<summary>{len(rows) - most} more classes</summary>{_table(head, rows[most:])}"
+    return f"{_table(head, rows[:most])}<details>{rest}</details>"
 
 
 def _bar(value: float, low: float, high: float) -> str:

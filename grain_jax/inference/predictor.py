@@ -46,6 +46,12 @@ class Grounding(NamedTuple):
     score: float  # cosine of the text and the best region
 
 
+class Tokens(NamedTuple):
+    """What the image tower gives for images, computed once for any number of boxes."""
+
+    values: np.ndarray  # [B, N, E], in the dtype of the Predictor
+
+
 class ClassFeatures(NamedTuple):
     """Embeddings of classes, computed once for any number of images."""
 
@@ -159,33 +165,53 @@ class Predictor:
                 " encode_text, or classify with alpha 1"
             )
 
+    def encode_tokens(self, images: Images) -> Tokens:
+        """Images, as for `encode_image` -> their tokens, which `encode_boxes` takes in their place.
+
+        Raises:
+          InputError: as `encode_image`; the model has no box head.
+        """
+        self._need_box_head()
+        program = token_program(self.model, self.dtype)
+        parts = self._parts(_checked_images(images, self.model.image.image_size))
+        tokens = [self._run(program, pixels) for pixels in parts]
+        return Tokens(np.concatenate(tokens) if tokens else np.zeros((0, 0, 0), np.float32))
+
+    def _need_box_head(self) -> None:
+        if self.model.boxes.kind == "none":
+            raise InputError(
+                "boxes: the model has no box head (model.boxes.kind is none), expected one that was trained with"
+                " loss.box_description; encode_regions finds boxes itself"
+            )
+
     def encode_boxes(
-        self, images: Images, boxes_xyxy: Iterable[Any] | np.ndarray
+        self, images: Images | Tokens, boxes_xyxy: Iterable[Any] | np.ndarray
     ) -> list[np.ndarray]:
         """The embeddings of given boxes, by the box head: for each image float32 [n, D], unit length.
 
         Args:
-          images: as for `encode_image`.
+          images: as for `encode_image`, or the result of `encode_tokens`.
           boxes_xyxy: for each image its boxes [n, 4], n = 0, 1, 2, ..., corners in [0, 1] of the image; they may reach
             over its edge.
 
         Raises:
           InputError: as `encode_image`; the model has no box head; boxes of another shape, or not of as many images.
         """
-        if self.model.boxes.kind == "none":
-            raise InputError(
-                "boxes: the model has no box head (model.boxes.kind is none), expected one that was trained with"
-                " loss.box_description; encode_regions finds boxes itself"
-            )
+        self._need_box_head()
         boxes = [_checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
-        program, parts = box_program(self.model, self.dtype), []
-        for pixels in self._parts(_checked_images(images, self.model.image.image_size)):
-            own = boxes[len(parts) : len(parts) + len(pixels)]
-            own += [np.zeros((0, 4), np.float32)] * (len(pixels) - len(own))
+        if isinstance(images, Tokens):
+            rows = _slices(images.values, MAX_BATCH * len(self._devices))
+        else:
+            rows = self._parts(_checked_images(images, self.model.image.image_size))
+        program = box_program(self.model, self.dtype, of_tokens=isinstance(images, Tokens))
+        parts = []
+        for part in rows:
+            own = boxes[len(parts) : len(parts) + len(part)]
+            own += [np.zeros((0, 4), np.float32)] * (len(part) - len(own))
             # A power of two of boxes an image, so that few programs are compiled.
             most = 1 << (max(map(len, own)) - 1).bit_length()
             padded = np.stack([np.pad(x, ((0, most - len(x)), (0, 0))) for x in own])
-            embeds = self._run(program, pixels, padded)
+            embeds = self._run(program, part, padded)
             parts += [embed[: len(x)].astype(np.float32) for embed, x in zip(embeds, own)]
         if len(parts) != len(boxes):
             raise InputError(
@@ -195,7 +221,7 @@ class Predictor:
 
     def classify_boxes(
         self,
-        images: Images,
+        images: Images | Tokens,
         boxes_xyxy: Iterable[Any] | np.ndarray,
         classes: Iterable[str] | Mapping[str, Sequence[str]] | ClassFeatures,
     ) -> list[np.ndarray]:
@@ -232,24 +258,24 @@ class Predictor:
         return self.similarity_maps(_one_image(image), [self.encode_text(texts)])[0]
 
     def similarity_maps(
-        self, images: Images, text_embeds: Sequence[np.ndarray]
+        self, images: Images | Tokens, text_embeds: Sequence[np.ndarray]
     ) -> list[np.ndarray]:
         """For each image the maps of its own texts, as `similarity_map`: float32 [n, h, w].
 
         Args:
-          images: as for `encode_image`.
+          images: as for `encode_image`; with a box head also the result of `encode_tokens`.
           text_embeds: for each image the embeddings [n, D] of its texts.
 
         Raises:
           InputError: the images cannot be used, or the image tower has no grid of patches.
         """
-        grid, count = self._grid, len(text_embeds)
-        if self.model.boxes.kind == "none" and self.model.decoder is not None:
+        grid, count = self.grid, len(text_embeds)
+        if isinstance(images, Tokens) or self.model.boxes.kind != "none":
+            patches = self.encode_boxes(images, [box_head.token_boxes(grid * grid, 0)] * count)
+        elif self.model.decoder is not None:
             regions = self.encode_regions(images)
             found = zip(text_embeds, *regions, strict=True)
             return [scores.region_map(t @ e.T, boxes, grid) for t, boxes, e in found]
-        if self.model.boxes.kind != "none":
-            patches = self.encode_boxes(images, [box_head.token_boxes(grid * grid, 0)] * count)
         else:
             program = patch_program(self.model, self.dtype)
             parts = self._parts(_checked_images(images, self.model.image.image_size))
@@ -258,7 +284,7 @@ class Predictor:
         return [(t @ p.T).reshape(-1, grid, grid) for t, p in found]
 
     @property
-    def _grid(self) -> int:
+    def grid(self) -> int:
         """Patches along a side of an image. Raises InputError where the tower has no grid of them."""
         size = self.model.image.image_size
         pixels = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
@@ -293,7 +319,7 @@ class Predictor:
         """Images, resized unless an array has the size, in arrays [at most MAX_BATCH per device, S, S, 3]."""
         size, most = self.model.image.image_size, MAX_BATCH * len(self._devices)
         if isinstance(images, np.ndarray) and images.shape[1:3] == (size, size):
-            yield from (images[first : first + most] for first in range(0, len(images), most))
+            yield from _slices(images, most)
             return
         numbered = enumerate(images)
         while part := [_resize(i, p, size) for i, p in itertools.islice(numbered, most)]:
@@ -508,13 +534,28 @@ def programs(model: config_lib.Model, dtype: str):
 
 
 @functools.lru_cache(maxsize=8)
-def box_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
-    """The jitted (params, image [B, S, S, 3], boxes_xyxy float32 [B, R, 4]) -> [B, R, D] of a model with a box head."""
+def token_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
+    """The jitted (params, image [B, S, S, 3]) -> tokens [B, N, E]."""
     module = grain.GRAIN(model, dtype)
+
+    def encode_tokens(params, image):
+        with jax.default_matmul_precision("highest" if dtype == "float32" else None):
+            return module.apply({"params": params}, image, method=grain.GRAIN.image_tokens)
+
+    return jax.jit(encode_tokens)
+
+
+@functools.lru_cache(maxsize=8)
+def box_program(model: config_lib.Model, dtype: str, of_tokens: bool = False) -> Callable[..., Any]:
+    """The jitted (params, image [B, S, S, 3], boxes_xyxy float32 [B, R, 4]) -> [B, R, D] of a model with a box head.
+
+    With `of_tokens`, it takes what `token_program` returned in place of the images.
+    """
+    module = grain.GRAIN(model, dtype)
+    method = grain.GRAIN.box_embeddings if of_tokens else grain.GRAIN.encode_boxes
 
     def encode_boxes(params, image, boxes_xyxy):
         with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-            method = grain.GRAIN.encode_boxes
             return module.apply({"params": params}, image, boxes_xyxy, method=method)
 
     return jax.jit(encode_boxes)
@@ -530,6 +571,11 @@ def patch_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
             return module.apply({"params": params}, image, method=grain.GRAIN.encode_patches)
 
     return jax.jit(encode_patches)
+
+
+def _slices(x: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    """`x` in arrays of at most so many rows."""
+    return (x[first : first + most] for first in range(0, len(x), most))
 
 
 def _pad(x: np.ndarray, devices: int = 1) -> np.ndarray:

@@ -30,6 +30,7 @@ CLASSES = {
     "heron": ("a long beak",),
 }
 ALPHAS = (0.0, 0.15, 0.5, 1.0)
+BOX = np.array([0.2, 0.3, 0.7, 0.8], np.float32)
 
 
 def model_of(c):
@@ -58,6 +59,12 @@ def two_towers():
     c.model.image.pool = "map"
     c.input.max_regions = 0
     return analysis.Analyst(inference.Predictor(*model_of(config_lib.from_dict(c))))
+
+
+@pytest.fixture(scope="module")
+def with_head():
+    c = tiny.config(model__boxes__kind="roi_align", loss__box_description=1.0)
+    return analysis.Analyst(inference.Predictor(*model_of(c)))
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +105,8 @@ def test_names_alone_and_a_model_without_regions_have_the_global_score(
     assert part.units == analysis.shown_units(expected[0])
     assert result.note in views.scores(result, softmax=False)
     assert "no regions" in views.regions(picture, result)
-    with pytest.raises(errors.UserError, match="ground: the model has two towers"):
-        two_towers.ground(picture, ["a tail"])
+    with pytest.raises(errors.UserError, match="neither a box head nor regions"):
+        two_towers.inside(picture, CLASSES, BOX)
 
 
 def test_texts_and_pictures_are_encoded_once(predictor, picture, monkeypatch):
@@ -143,10 +150,10 @@ def test_regions_and_descriptions_find_each_other(analyst, predictor, picture):
     for c, texts in enumerate(CLASSES.values()):
         found = analysis.found(result, c)
         assert [f.text for f in found] == list(texts)
-        for f, (text, answer) in zip(found, analyst.ground(picture, texts)):
-            assert f.text == text
-            np.testing.assert_allclose(f.cosine, answer.score, atol=1e-6)
-            np.testing.assert_array_equal(f.box_xyxy, answer.box_xyxy)
+        for f, lying in zip(found, analyst.find(picture, texts)):
+            assert f.text == lying.text
+            np.testing.assert_allclose(f.cosine, lying.region.score, atol=1e-6)
+            np.testing.assert_array_equal(f.box_xyxy, lying.region.box_xyxy)
 
     distinct = list(dict.fromkeys(text for texts in CLASSES.values() for text in texts))
     cosines = (
@@ -158,6 +165,86 @@ def test_regions_and_descriptions_find_each_other(analyst, predictor, picture):
     for s in seen:
         assert s.text == distinct[cosines[:, s.region].argmax()]
         assert s.name == next(name for name, texts in CLASSES.items() if s.text in texts)
+
+
+def check_ranked(boxed, predictor, embed):
+    """The classes and descriptions of a box by its embedding [1, D]."""
+    features = predictor.class_features(CLASSES).features
+    expected = dict(zip(CLASSES, (embed @ features.T)[0]))
+    assert [r.text for r in boxed.classes] == sorted(CLASSES, key=lambda name: -expected[name])
+    assert len({round(r.cosine, 3) for r in boxed.classes}) == 3
+    for ranked in boxed.classes:
+        assert ranked.name == ranked.text
+        np.testing.assert_allclose(ranked.cosine, expected[ranked.text], atol=3e-6)
+    texts = list(dict.fromkeys(text for own in CLASSES.values() for text in own))
+    cosines = dict(zip(texts, (predictor.encode_text(texts) @ embed[0]).tolist()))
+    assert [r.text for r in boxed.descriptions] == sorted(texts, key=lambda text: -cosines[text])
+    for ranked in boxed.descriptions:
+        np.testing.assert_allclose(ranked.cosine, cosines[ranked.text], atol=3e-6)
+        assert ranked.name == next(name for name, own in CLASSES.items() if ranked.text in own)
+
+
+def test_a_box_is_what_the_box_head_says(with_head, picture, monkeypatch):
+    predictor, calls = with_head.predictor, []
+    encode = predictor.encode_tokens
+    monkeypatch.setattr(predictor, "encode_tokens", lambda x: calls.append(x) or encode(x))
+    boxed = with_head.inside(picture, CLASSES, BOX)
+    assert boxed.region is None and boxed.iou == 1
+    np.testing.assert_array_equal(boxed.box_xyxy, BOX)
+    check_ranked(boxed, predictor, predictor.encode_boxes([picture], [[BOX]])[0])
+    other = with_head.inside(picture.copy(), CLASSES, BOX / 2)
+    assert abs(other.classes[0].cosine - boxed.classes[0].cosine) > 1e-4 and len(calls) == 1
+    assert with_head.inside(picture, {"wren": (), "kite": ()}, BOX).descriptions == []
+
+
+def test_without_a_box_head_the_region_that_overlaps_a_box_most_answers(
+    analyst, predictor, picture
+):
+    _, (boxes, embeds) = predictor.encode_image_and_regions([picture])
+    ends = np.minimum(boxes[0, :, 2:], BOX[2:]) - np.maximum(boxes[0, :, :2], BOX[:2])
+    common = np.clip(ends, 0, None).prod(axis=1)
+    area = lambda box: (box[..., 2:] - box[..., :2]).prod(axis=-1)
+    iou = common / (area(boxes[0]) + area(BOX) - common)
+    boxed = analyst.inside(picture, CLASSES, BOX)
+    assert boxed.region == iou.argmax() and iou.max() > 0.01
+    np.testing.assert_allclose(boxed.iou, iou.max(), atol=1e-6)
+    check_ranked(boxed, predictor, embeds[:, boxed.region])
+
+
+@pytest.mark.parametrize("kind", ["with_head", "analyst", "two_towers"])
+def test_where_a_text_lies(kind, picture, monkeypatch, request):
+    analyst = request.getfixturevalue(kind)
+    predictor, texts = analyst.predictor, ["a short tail", "long wings"]
+    maps = predictor.similarity_map(picture, texts)
+    found = analyst.find(picture, texts)
+    assert [lying.text for lying in found] == texts
+    np.testing.assert_allclose([lying.cosines for lying in found], maps, atol=3e-6)
+    assert min(np.ptp(lying.cosines) for lying in found) > 1e-3
+    if kind == "two_towers":
+        assert [lying.region for lying in found] == [None, None]
+    else:
+        for lying, answer in zip(found, predictor.ground(picture, texts), strict=True):
+            np.testing.assert_array_equal(lying.region.box_xyxy, answer.box_xyxy)
+            np.testing.assert_allclose(lying.region.score, answer.score, atol=1e-6)
+    # Another text needs no image, the same ones need no model.
+    monkeypatch.setattr(predictor, "_parts", None)
+    assert np.ptp(analyst.find(picture.copy(), ["a long beak"])[0].cosines) > 1e-3
+    monkeypatch.setattr(predictor, "encode_text", None)
+    np.testing.assert_array_equal(analyst.find(picture, texts)[1].cosines, found[1].cosines)
+
+
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        ("10 20 50 60", [0.1, 0.2, 0.5, 0.6]),
+        (" 0%, 0%; 100%,100% ", [0, 0, 1, 1]),
+        ("1e1,2.5 ,50.25,6e1", [0.1, 0.025, 0.5025, 0.6]),
+    ],
+)
+def test_a_box_as_it_is_typed(text, expected):
+    box = analysis.read_box(text)
+    assert box.dtype == np.float32
+    np.testing.assert_allclose(box, expected, atol=1e-7)
 
 
 def test_the_runner_up_is_the_best_of_the_others(analyst, picture):
@@ -283,11 +370,54 @@ def test_boxes_lie_where_the_model_sees_them(analyst, predictor, picture):
     between = (seen[1].cosine + seen[2].cosine) / 2
     assert "2 of 5 regions" in views.regions(picture, result, threshold=between)
 
-    answers = analyst.ground(picture, ["a <i>tail", "wings"])
-    figure = views.grounding(picture, answers)
-    assert "a &lt;i&gt;tail" in figure
-    for _, answer in answers:
-        assert f"left:{answer.box_xyxy[0] * 100:.2f}cqw" in figure
+    found = analyst.find(picture, ["a <i>tail", "wings"])
+    figure = views.places(picture, found)
+    assert "a &lt;i&gt;tail" in figure and "<i>tail" not in figure
+    for lying in found:
+        assert f"left:{lying.region.box_xyxy[0] * 100:.2f}cqw" in figure
+    assert figure.count('<div class="map"') == 2
+    alone = views.places(picture, [lying._replace(region=None) for lying in found])
+    assert "cqw" not in alone and alone.count("<section>") == 2
+
+
+def test_a_similarity_map_is_one_colour_over_grey(picture):
+    cosines = np.array([[0.1, 0.2, 0.3], [-0.25, 0.2, 0.2]], np.float32)
+    pixels = np.asarray(views.blend(views.grey(picture), cosines), int)
+    assert pixels.shape == (360, 480, 3)
+    colour = np.ptp(pixels, axis=-1)  # 0 where the image is grey
+    high, low = colour[:60, -60:], colour[-60:, :60]
+    assert high.min() > 190 and low.max() == 0
+    between = colour[-60:, 236:244]
+    np.testing.assert_allclose(between.mean() / high.mean(), 0.45 / 0.55, atol=0.02)
+    same = np.asarray(views.blend(views.grey(picture), np.full((2, 2), 0.5, np.float32)))
+    assert np.ptp(same, axis=-1).max() == 0 and np.ptp(same) > 50  # the image is seen
+    assert views.grey(PIL.Image.new("RGB", (900, 2))).shape == (1, 480)
+
+    (shown,) = views.places(picture, [analysis.Lying('a "tail', None, cosines)]).split("<img")[1:]
+    alt = 'alt="similarity map of a &quot;tail: highest at 83% from the left and 25% from the top"'
+    assert alt in shown and "\N{MINUS SIGN}0.2500" in shown and "0.3000" in shown
+
+
+def test_what_the_page_says_of_a_box(picture):
+    ranked = [analysis.Ranked(f"<{i}>", f"<{i}>", 0.3 - i / 10) for i in range(12)]
+    described = [analysis.Ranked("a tail", "<1>", 0.4), analysis.Ranked("<b>", "<2>", -0.9)]
+    shown = views.inside(analysis.Boxed(BOX, None, 1.0, ranked, described))
+    assert "20 30 70 80 (x1 y1 x2 y2, %), embedded by the box head" in shown
+    classes, rest, descriptions = (cells(table)[1:] for table in shown.split("<table>")[1:])
+    assert [row[0] for row in classes + rest] == [f"<{i}>" for i in range(12)]
+    assert classes[4] == ["<4>", "-0.1000"] and len(classes) == 10
+    assert descriptions == [["a tail  (<1>)", "0.4000"], ["<b>  (<2>)", "-0.9000"]]
+    widths = [float(w) for w in re.findall(r"width:([\d.]+)%", shown)]
+    np.testing.assert_allclose(widths[0] / widths[-1], 0.3 / 0.9, atol=1e-3)  # one scale for all
+    assert len(widths) == 14 and max(widths) <= 100
+
+    shown = views.inside(analysis.Boxed(BOX, 2, 0.4321, ranked[:1], []))
+    said = cells(f"<tr><td>{shown.split('<table>')[0]}</td></tr>")[0][0]
+    assert "no box head" in said and "with an IoU of 0.43" in said and shown.count("<table>") == 1
+    assert re.search(r"Region +3 +answers", said)
+    assert "no region overlaps" in views.inside(analysis.Boxed(BOX, 2, 0.0, ranked[:1], []))
+    canvas = views.canvas(picture)
+    assert '<span class="drawn" hidden>' in canvas and 'draggable="false"' in canvas
 
 
 def test_examples_are_copied_or_drawn(tmp_path, picture):
@@ -379,7 +509,75 @@ def test_the_page_of_a_model_without_regions(tmp_path, two_towers):
         page.locator("#examples button").first.click()
         page.locator("#scores", has_text="The model has no regions").wait_for()
         assert page.locator("#why tr.sum").count() == 2
-        assert [page.locator(x).count() for x in ("#regions", "#phrase", "#alpha")] == [0, 0, 0]
+        assert [page.locator(x).count() for x in ("#regions", "#canvas", "#alpha")] == [0, 0, 0]
+        find(page, "a roof")
+        page.locator("#found .map img[alt^='similarity map of a roof: highest']").wait_for()
+        assert page.locator("#found .box").count() == 0
+
+
+@pytest.mark.slow  # a browser, which CI has not
+def test_a_box_that_is_drawn_on_the_page(tmp_path, with_head):
+    with in_browser(with_head, tmp_path) as page:
+        page.locator("#examples button").first.click()
+        draw_a_box(page, "embedded by the box head")
+        rows = page.locator("#boxed td:first-child").all_inner_texts()
+        assert sorted(rows[:3]) == ["boat", "house", "tree"] and len(rows) == 12
+        drawn = page.locator("#canvas .drawn")
+        before = page.locator("#boxed").inner_text()
+
+        page.fill("#box input, #box textarea", "5 10 45 50")
+        assert drawn.evaluate("e => [e.style.left, e.style.height]") == ["5%", "40%"]
+        page.keyboard.press("Enter")
+        page.locator("#boxed", has_text="Box 5 10 45 50").wait_for()
+        assert page.locator("#boxed").inner_text() != before
+        for wrong in ("5 10 4 50", "5 10 45", "a box", "5 10 45 101"):
+            page.fill("#box input, #box textarea", wrong)
+            assert not drawn.is_visible()
+            page.keyboard.press("Enter")
+            page.locator("#boxed .line", has_text=f'box: got "{wrong}", expected x1 y1').wait_for()
+        page.fill("#classes textarea", "roof\nsail")
+        page.fill("#box input, #box textarea", "5 10 45 50")
+        page.click("#go")
+        page.locator("#boxed td", has_text="sail").wait_for()
+        assert page.locator("#boxed tbody tr").count() == 2
+        page.mouse.click(*middle(page.locator("#canvas img")))  # draws nothing
+        assert drawn.evaluate("e => [e.hidden, e.style.left]") == [False, "5%"]
+
+        page.locator("#examples button").nth(1).click()
+        page.wait_for_function("!document.querySelector('#boxed').innerText.trim()")
+        assert not drawn.is_visible() and page.input_value("#box input, #box textarea") == ""
+        find(page, "a white sail; blue water; a brown hull")
+        page.locator("#found .map").nth(2).wait_for()
+        assert page.locator("#found .box").count() == 3
+
+
+def find(page, phrases):
+    """Types phrases."""
+    page.fill("#phrase input, #phrase textarea", phrases)
+    page.keyboard.press("Enter")
+
+
+def middle(picture):
+    """The middle of an element on the screen, x and y."""
+    box = picture.bounding_box()
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+
+def draw_a_box(page, said):
+    """Drags a box from 20% 30% to 70% 80% of the image, from its right bottom corner."""
+    picture = page.locator("#canvas img")
+    picture.scroll_into_view_if_needed()
+    box = picture.bounding_box()
+    at = lambda x, y: (box["x"] + x * box["width"], box["y"] + y * box["height"])
+    page.mouse.move(*at(0.7, 0.8))
+    page.mouse.down()
+    page.mouse.move(*at(0.3, 0.4))
+    page.mouse.move(*at(0.2, 0.3))
+    assert page.locator("#canvas .drawn").is_visible()
+    page.mouse.up()
+    page.locator("#boxed", has_text=said).wait_for()
+    typed = [float(word) for word in page.input_value("#box input, #box textarea").split()]
+    np.testing.assert_allclose(typed, [20, 30, 70, 80], atol=0.5)
 
 
 def use_the_page(page, folder):
@@ -432,10 +630,12 @@ def use_the_page(page, folder):
     page.wait_for_timeout(300)
     assert [box.evaluate(visible) for box in boxes.all()] == [0, 0, 1, 0, 0]
 
-    page.fill("#phrase input, #phrase textarea", "long wings; a tail")
-    page.keyboard.press("Enter")
+    find(page, "long wings; a tail")
     page.locator("#found .box").nth(1).wait_for()
     assert page.locator("#found .text").all_inner_texts() == ["long wings", "a tail"]
+    assert page.locator("#found .map img").count() == 2
+    draw_a_box(page, "The model has no box head")
+    assert page.locator("#boxed td:first-child").first.inner_text() in ("${1}", "kite")
     page.fill("#alpha input[type=number]", "3")
     page.locator("#scores th", has_text="alpha 1)").wait_for()
     rows = page.locator("#scores tbody tr").all()

@@ -12,7 +12,7 @@ class Analyst(analysis.Analyst):
     """Says what it would analyse."""
 
     def __init__(self):
-        self.queries, self.logit_scale = 5, 1.0
+        self.queries, self.logit_scale, self.box_head, self.grid = 5, 1.0, False, 4
 
     def analyse(self, picture, classes, alpha):
         """Raises DemoError."""

@@ -137,6 +137,12 @@ JOINS = [
     ("a file that is none", 6, [None], "expected a file that was uploaded here"),
     ("a file outside", 6, [picture(path="/etc/passwd")], "expected a file that was uploaded here"),
     ("a phrase of a number", 4, [None, 3], "data[1]: got 3, expected a text"),
+    ("a box of numbers", 8, [None, TEXT, [1, 2, 3, 4]], "data[2]: got [1, 2, 3, 4], expected a text"),
+    ("a box of an object", 8, [None, TEXT, {"x": 1}], 'data[2]: got {\\"x\\": 1}, expected a text'),
+    ("no box", 8, [None, TEXT, None], "data[2]: got null, expected a text"),
+    ("a box in an image outside", 8, [picture(path="/etc/passwd"), TEXT, "1 2 3 4"], ELSEWHERE),
+    ("a box and more", 8, [None, TEXT, "1 2 3 4", {}], "data: expected a list of 3 values"),
+    ("an image to draw on", 5, ["/etc/passwd"], ELSEWHERE),
 ]  # fmt: skip
 
 
@@ -289,12 +295,44 @@ def test_classes_are_bounded(text, expected):
 def test_phrases_and_files_of_classes_are_bounded(tmp_path):
     analyst = page_server.Analyst()
     with pytest.raises(class_lists.DemoError, match="got 101 phrases, expected at most 100"):
-        analyst.ground(None, ["a"] * 101)
+        analyst.find(None, ["a"] * 101)
     with pytest.raises(class_lists.DemoError, match="got a text of 501 characters"):
-        analyst.ground(None, ["a" * 501])
+        analyst.find(None, ["a" * 501])
     (tmp_path / "D.json").write_bytes(b"a\n" * (1 << 20))
     with pytest.raises(class_lists.DemoError, match="D.json: more than 1 MiB; for more use"):
         class_lists.read(tmp_path / "D.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1 2 3",
+        "1 2 3 4 5",
+        "3 2 1 4",
+        "1 4 3 4",
+        "-1 0 50 50",
+        "0 0 100 100.1",
+        "0 0 nan 50",
+        "0 0 50 inf",
+        "-inf -inf inf inf",
+        "1e999 0 2e999 1",
+        "0 0 5j 50",
+        "0x1 0 50 50",
+        "[1,2,3,4]",
+        "\0 \0 \0 \0",
+        "<script> a b c",
+        "9" * 10**6 + " 1 2 3",
+        "1 " * 10**5,
+        "\n" * 10**6,
+    ],
+    ids=lambda text: repr(text[:20]),
+)
+def test_a_box_is_four_numbers(text):
+    start = time.monotonic()
+    with pytest.raises(class_lists.DemoError, match="expected x1 y1 x2 y2 in percent") as told:
+        analysis.read_box(text)
+    assert len(str(told.value)) < 200 and str(told.value).isprintable()
+    assert time.monotonic() - start < 2
 
 
 def test_classes_that_take_too_long_are_given_up(monkeypatch):

@@ -42,6 +42,18 @@ def test_any_number_of_boxes_an_image(predictor):
     assert predictor.encode_boxes([], []) == []
 
 
+def test_tokens_stand_for_images(predictor):
+    tokens = predictor.encode_tokens(PICTURES)
+    assert tokens.values.shape[0] == 3
+    expected = predictor.encode_boxes(PICTURES, BOXES)
+    for got, embed in zip(predictor.encode_boxes(tokens, BOXES), expected, strict=True):
+        np.testing.assert_allclose(got, embed, atol=3e-6)
+    texts = [np.eye(28, dtype=np.float32)[:2]] * 3
+    expected = predictor.similarity_maps(PICTURES, texts)
+    np.testing.assert_allclose(predictor.similarity_maps(tokens, texts), expected, atol=3e-6)
+    assert predictor.encode_boxes(predictor.encode_tokens([]), []) == []
+
+
 def test_classify_boxes(predictor):
     features = predictor.encode_text(TEXTS)
     classes = inference.ClassFeatures(("a", "b"), features, None)
@@ -74,6 +86,8 @@ def test_faults_of_boxes(predictor, boxes, message):
 def test_a_model_without_a_box_head_says_so():
     with pytest.raises(inference.InputError, match="has no box head .* expected one that was"):
         _predictor().encode_boxes(PICTURES, BOXES)
+    with pytest.raises(inference.InputError, match="has no box head"):
+        _predictor().encode_tokens(PICTURES)
 
 
 def test_a_map_of_a_box_head_asks_for_each_patch(predictor):
