@@ -37,7 +37,9 @@ def load(name: str, auto_class: str, *, device: str, half: bool) -> Loaded:
     import transformers
 
     if not device:
-        accelerator = torch.accelerator.current_accelerator()
+        # Without this question a torch that was built for CUDA names it on machines that have none.
+        some = torch.accelerator.is_available()
+        accelerator = torch.accelerator.current_accelerator() if some else None
         device = accelerator.type if accelerator else "cpu"
     dtype = torch.bfloat16 if half and not device.startswith("cpu") else torch.float32
     transformers.utils.logging.disable_progress_bar()

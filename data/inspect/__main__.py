@@ -100,7 +100,7 @@ def _summary(result: dict, found: list[problems.Problem]) -> str:
     if regions["with_negatives"]:
         per_region = regions["negatives_per_region"]
         total = round(per_region["mean"] * per_region["count"])
-        some = f"{regions['with_negatives']:,} regions have {per_region['max']} or fewer"
+        some = f"{regions['with_negatives']:,} regions have some, up to {per_region['max']} each"
         lines.append(f"negatives     {total:,}; {some}")
     if captions["pictures_with_none"]:
         lines.append(f"no caption    {captions['pictures_with_none']:,} images")
