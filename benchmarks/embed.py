@@ -1,15 +1,18 @@
 """Images a second of `grain-jax embed` beside the tower alone, and its peak memory at two numbers of images.
 
     python -m benchmarks.embed [--images 2000] [--size B/16 | --checkpoint M] [--turns 5] [--memory 10000 100000]
-        [--json OUT.json]
+        [--search 100000] [--json OUT.json]
 
 Speed: in one process, in turns. `embed` lists a folder of JPEGs, reads, decodes, encodes and writes Parquet files;
 `tower` encodes the same images, decoded and resized before, in the same batches and as far ahead. The ratio of the
 medians is what reading and writing cost. Memory: the whole command on a folder of that many images, a process each; the
-images are hard links to 500 different ones. `--memory` without numbers leaves it out.
+images are hard links to 500 different ones. Search: the seconds of one query over random vectors of that many images
+(D = 512, 5 regions each), and whether it finds what a float64 product of all finds. `--memory` or `--search` without
+numbers leaves it out.
 """
 
 import argparse
+import functools
 import resource
 import subprocess
 import sys
@@ -31,6 +34,7 @@ from grain_jax import config as config_lib
 from grain_jax import recipe
 from grain_jax.files import embeddings
 from grain_jax.inference import predictor as predictor_lib
+from grain_jax.inference import search
 from grain_jax.runtime import checkpoint
 
 DIFFERENT = 500  # images
@@ -117,6 +121,44 @@ def memory(model: str, source: Path, scratch: Path, args: argparse.Namespace) ->
     )
 
 
+def timed_search(count: int, folder: Path, turns: int) -> dict[str, Any]:
+    """Seconds of a query by regions and by images, and the share of the best ten that it finds."""
+    dim, regions, rng = 512, 5, np.random.default_rng(0)
+    root, per_file = parts.absolute(folder), 4096
+    output.agree(root, {"model": {}, "embed_dim": dim, "regions": "queries", "checkpoint": ""})
+    starts = range(0, count, per_file)
+    job = output.Output(
+        root,
+        embeddings.columns(dim, regions=True, stored="float32"),
+        [{"name": str(start), "size": per_file} for start in starts],
+    )
+    job.finished()
+    query = rng.standard_normal((1, dim))
+    query = (query / np.linalg.norm(query)).astype(np.float32)
+    scores = {by: np.zeros(count) for by in search.BY}
+    for index, start in enumerate(starts):
+        n = min(per_file, count - start)
+        vectors = rng.standard_normal((n, 1 + regions, dim), np.float32)
+        vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+        exact = vectors.astype(np.float64) @ query[0].astype(np.float64)
+        scores["images"][start : start + n] = exact[:, 0]
+        scores["regions"][start : start + n] = exact[:, 1:].max(axis=1)
+        writer = output.Writer(job, index)
+        boxes = np.tile(np.array([0, 0, 1, 1], np.float32), (regions, 1))
+        for i, row in enumerate(vectors):
+            name = str(start + i)
+            writer.add(output.Row(name, name, 1, 1, row[0], row[1:], boxes))
+        writer.close()
+    opened, out = search.Index(root), {}
+    for by in search.BY:
+        ask = functools.partial(search.search, opened, query, top=10, by=by)
+        timing = side_by_side.in_turns({by: ask}, turns=turns)[by]
+        best = set(map(str, np.argsort(-scores[by])[:10].tolist()))
+        recall = len(best & {hit.id for hit in timing.value[0]}) / 10
+        out[by] = dict(seconds=timing.seconds, recall=recall)
+    return out
+
+
 def _child(words: list[str]) -> int:
     status = command.main(words)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # KB on Linux
@@ -137,6 +179,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--memory", type=int, nargs="*", default=[10_000, 100_000])
+    parser.add_argument("--search", type=int, nargs="*", default=[100_000])
     parser.add_argument("--json")
     args = parser.parse_args()
     machine = side_by_side.machine("jax", "pyarrow", "pillow")
@@ -166,6 +209,13 @@ def main() -> int:
         peaks = [peak["megabytes"] for peak in result["memory"].values()]
         if len(peaks) > 1:
             print(f"ratio  {np.max(peaks) / np.min(peaks):.3f}")
+        result["search"] = {}
+        for count in args.search:
+            folder_of = folder / f"search{count}"
+            result["search"][count] = found = timed_search(count, folder_of, args.turns or 3)
+            for by, side in found.items():
+                seconds = side_by_side.spread(side["seconds"])
+                print(f"search of {count} by {by}: {seconds} s, recall {side['recall']:.0%}")
     side_by_side.write(args.json, result)
     return 0
 

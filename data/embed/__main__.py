@@ -7,6 +7,7 @@ DIR is a folder that all of them see.
 """
 
 import argparse
+import collections
 import contextlib
 import sys
 import time
@@ -114,6 +115,9 @@ def _end(
     job.write_faults(done)
     atomic.write_text(job.folder / embeddings.CARD, card.text(settings, done, args.output))
     job.clear()
+    causes = collections.Counter(fault["cause"] for part in done for fault in part.faults)
+    for cause, times in sorted(causes.items()):
+        print(f"{job.folder / embeddings.FAULTS}: {times} {cause}", file=sys.stderr)
     rows, faults = sum(part.rows for part in done), sum(len(part.faults) for part in done)
     if not rows or faults > args.max_faults * (rows + faults):
         raise pipeline.EmbedError(

@@ -55,7 +55,8 @@ class Output(NamedTuple):
         names = {self.name(index): index for index in range(len(self.parts))}
         folder = self.folder / embeddings.DATA
         folder.mkdir(parents=True, exist_ok=True)
-        there = sorted(path for path in folder.iterdir() if path.suffix == ".parquet")
+        files = folder.iterdir() if folder.exists() else ()  # an object store has no empty folders
+        there = sorted(path for path in files if path.suffix == ".parquet")
         for path in there:
             if path.name not in names:
                 raise EmbeddingsError(

@@ -157,7 +157,11 @@ def _write_list(folder: epath.Path, file: epath.Path) -> int:
             f"{folder}: its images are not those that {file} lists, which {file.parent} was begun with;"
             " give another --output, or delete this one"
         )
-    new.replace(file)
+    if "://" in str(file):  # some object stores cannot rename
+        file.write_bytes(new.read_bytes())
+        new.unlink()
+    else:
+        new.replace(file)
     return count
 
 

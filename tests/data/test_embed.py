@@ -279,7 +279,9 @@ def test_faults_are_counted_named_and_at_most_one_in_a_hundred(many, tmp_path, c
     assert embed(source, whole, "--max-faults=0.1") == 0
     assert "28 images (2 left out: faults.jsonl)" in capsys.readouterr().out
     assert embed(source, whole) == 2  # all is done, and the faults are too many still
-    assert "2 of 30 images have a fault, more than --max-faults 0.01" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "faults.jsonl: 2 unreadable\n" in err
+    assert "2 of 30 images have a fault, more than --max-faults 0.01" in err
     lines = lines_of(whole / "faults.jsonl")
     assert [line["path"] for line in lines] == ["00003.png", "00020.png"]
     assert lines[0].keys() == {"path", "cause", "detail", "file"}
