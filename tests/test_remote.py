@@ -1,5 +1,6 @@
 """A run whose records, workdir, checkpoints and metrics are all in an object store, killed and resumed."""
 
+import io
 import json
 import os
 import signal
@@ -76,3 +77,34 @@ def test_a_run_on_an_object_store_is_killed_and_resumed(storage, files, source):
     left = ("checkpoints/4/", "metrics.parts", "trainer.lock")
     assert not [name for name in names if any(part in name for part in left)]
     assert len([name for name in names if "/events.out" in name]) == 2  # one a start
+
+
+def test_embeddings_are_made_and_searched_in_an_object_store(tmp_path):
+    (tmp_path / "tls").mkdir()
+    with storage_emulator.serve(tmp_path / "tls") as (store, environment):
+        for number in range(20):
+            out = io.BytesIO()
+            record_sets.picture(number, (32, 32)).save(out, "PNG")
+            store.write("bucket", f"images/{number:05d}.png", out.getvalue())
+
+        def run(*words):
+            done = subprocess.run(
+                [sys.executable, "-m", "grain_jax", *words],
+                cwd=ROOT,
+                env={**os.environ, **environment},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        words = ["--checkpoint=aviary-tiny", "--output=gs://bucket/out", "--shard-size=6"]
+        assert "20 of them now" in run("embed", "gs://bucket/images", *words)
+        del store.blobs["bucket", "out/data/part-00002-of-00004.parquet"]
+        assert "; 6 of them now" in run("embed", "gs://bucket/images", *words)
+        page = tmp_path / "found.html"
+        table = run("search", "gs://bucket/out", "--text=a beak", f"--output={page}", "--top=20")
+        assert {line.split()[2] for line in table.splitlines()[2:]} == {
+            f"{number:05d}.png" for number in range(20)
+        }
+        assert page.read_text().count("<img ") == 20

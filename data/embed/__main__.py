@@ -9,6 +9,7 @@ DIR is a folder that all of them see.
 import argparse
 import collections
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -134,6 +135,8 @@ def _end(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of record sets and object stores
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         args = arguments.parser().parse_args(argv)
         distributed.initialize(

@@ -4,6 +4,7 @@ grain-jax search DIR --text "a long orange beak" [--output found.html]
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -142,6 +143,8 @@ def _output(path: str) -> epath.Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of record sets and object stores
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         args = arguments.parser().parse_args(argv)
         try:

@@ -47,7 +47,8 @@ def lines(shard: base.Shard) -> Iterator[tuple[bytes, str]]:
     """The lines of a part that are not blank, and where each stands, FILE:LINE."""
     path, stop = epath.Path(shard.arguments["file"]), shard.arguments["stop"]
     with path.open("rb") as file:
-        at = file.seek(shard.arguments["start"])
+        at = shard.arguments["start"]
+        file.seek(at)  # TensorFlow's files return None
         for number, line in enumerate(file, shard.arguments["first_line"]):
             at += len(line)
             if line.strip():

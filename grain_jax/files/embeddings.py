@@ -8,7 +8,10 @@
 The columns are in docs/embed.md. pyarrow is imported where a file is read or written.
 """
 
+import contextlib
+import io
 import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -89,22 +92,57 @@ def note(part: Part) -> dict[bytes, bytes]:
     return {_NOTE: json.dumps(said).encode()}
 
 
-def open_file(path: epath.PathLike) -> Any:
-    """The `pyarrow.parquet.ParquetFile` at `path`, local or remote; use it as a context.
+@contextlib.contextmanager
+def open_file(path: epath.PathLike) -> Iterator[Any]:
+    """The `pyarrow.parquet.ParquetFile` at `path`, local or remote, as a context.
 
     Raises:
       EmbeddingsError: it is none, or cut off.
     """
     pa, path = pyarrow(), epath.Path(path)
-    try:
-        remote = "://" in str(path)
-        return pa.parquet.ParquetFile(
-            path.open("rb") if remote else str(path),
-            page_checksum_verification=True,
-            pre_buffer=remote,  # reads a whole file ahead
+    remote = "://" in str(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            source = str(path)
+            if remote:
+                source = _Seekable(stack.enter_context(path.open("rb")), path.stat().length)
+            file = pa.parquet.ParquetFile(
+                source,
+                page_checksum_verification=True,
+                pre_buffer=remote,  # reads a whole file ahead
+            )
+        except (OSError, pa.ArrowException) as error:
+            raise damaged(path, error) from None
+        yield stack.enter_context(file)
+
+
+class _Seekable(io.RawIOBase):
+    """A file of an object store as pyarrow needs it; that of TensorFlow has no `closed`, and its `seek` returns None."""
+
+    def __init__(self, file: Any, length: int):
+        self._file, self._length, self._at = file, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
         )
-    except (OSError, pa.ArrowException) as error:
-        raise damaged(path, error) from None
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._at)
+        content = self._file.read(len(buffer))
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
 
 
 def damaged(path: epath.PathLike, error: Exception) -> EmbeddingsError:
