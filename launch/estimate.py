@@ -142,31 +142,35 @@ def rings(config, topology, shards) -> list[hlo_collectives.Collective]:
     captions = config.input.captions_per_image
     softmax = config.loss.contrast == "softmax"
 
-    def of_both(ring, columns, rows):
+    def of_both(ring, columns, rows, shared=0):
         # Columns alone, or columns forward and rows backward.
-        return (ring, 2 * columns, columns) if softmax else (ring, columns + rows, 0)
+        if softmax:
+            return ring, 2 * columns, columns, 1 - shared
+        return ring, columns + rows, 0, 2 - shared
 
-    # (ring, vectors that travel forward or backward, gradients that travel behind those): losses/streaming.py.
+    # (ring, vectors that travel forward or backward, gradients that travel behind those, gathers of half of them):
+    # losses/streaming.py. XLA gathers once what is gathered forward and backward, or by two terms.
     terms = [
-        (layout.everywhere, 2 * images * (2 if softmax else 1), 0)
+        (layout.everywhere, 2 * images * (2 if softmax else 1), 0, 2)
         if captions == 1
         else of_both(layout.everywhere, images, images * captions),
-        (layout.in_group, 2 * images * regions, 0),
     ]
+    has_queries = config.model.decoder is not None and config.model.decoder.queries > 0
+    if has_queries:
+        terms.append((layout.in_group, 2 * images * regions, 0, 2))
     if config.loss.image_description and regions:
         terms.append(of_both(layout.everywhere, images, images * regions))
     if config.loss.box_description:
-        terms.append(of_both(layout.in_group, images * regions, images * regions))
+        terms.append(of_both(layout.in_group, images * regions, images * regions, has_queries))
     out = []
-    for ring, vectors, gradients in terms:
+    for ring, vectors, gradients, gathers in terms:
         together = config.loss.gather if ring.gather else 1
         size = together * config.model.embed_dim * memory_use.FLOAT  # of one vector a chip
         if ring.gather and vectors:
             args = (True, False, together, 1, sharding.BATCH_AXES)
-            # The same vectors forward and backward are gathered once.
-            times = 1 if gradients else 2
-            sent = vectors * size * times // 2
-            out.append(hlo_collectives.Collective("all-gather", *args, times, sent))
+            if gathers:
+                sent = vectors * size * gathers // 2
+                out.append(hlo_collectives.Collective("all-gather", *args, gathers, sent))
             if gradients:
                 sent = gradients * size
                 out.append(hlo_collectives.Collective("reduce-scatter", *args, 1, sent))

@@ -115,7 +115,7 @@ def test_many_faulty_lines_end_with_2(folder, capsys):
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        ([], "expected a kind first: zeroshot, linear-probe, retrieval, grounding, suite"),
+        ([], "expected a kind first: zeroshot, linear-probe, retrieval, grounding, boxes"),
         (["captioning"], "captioning: no such kind; there are: zeroshot"),
         (["zeroshot", "--checkpoint", "x"], "--images DIR, --output OUT.json: missing"),
         (["zeroshot", "--alpha", "half"], "got 'half', expected a number from 0 to 1"),
