@@ -106,6 +106,31 @@ def test_hard_negatives_on_a_mesh_and_in_microbatches():
     np.testing.assert_array_equal(other.receipt, state.receipt)
 
 
+@pytest.mark.parametrize("mesh", [ONE, (4, 1, 1)])
+def test_two_towers_with_a_box_head_learn_boxes_and_descriptions(mesh):
+    data, fsdp, tensor = mesh
+    c = tiny.config(
+        model__decoder=None,
+        model__image__pool="mean",
+        model__boxes__kind="roi_align",
+        loss__box_description=1.0,
+        loss__image_description=1.0,
+        mesh__data=data,
+        mesh__fsdp=fsdp,
+        mesh__tensor=tensor,
+    )
+    program = _build(c)
+    batch = jax.device_put(tiny.batch(c), program.batch_sharding)
+    state, metrics = program.init(), []
+    for _ in range(3):
+        state, found = program.step(state, batch)
+        metrics.append(jax.tree.map(float, found))
+    assert metrics[2]["loss_box_description"] < metrics[0]["loss_box_description"]
+    assert metrics[2]["loss_image_description"] < metrics[0]["loss_image_description"]
+    assert metrics[0]["loss_region_description"] == metrics[0]["loss_box"] == 0
+    assert not [name for name in metrics[0] if name.startswith(("query", "matched_iou50"))]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [{}, {"captions_per_image": 3}, {"negatives_per_region": 2}],
