@@ -49,7 +49,8 @@ def evaluate(
         images,
         annotations,
         lambda record: any(len(region.negatives) >= negatives for region in record.regions),
-        f"no region has {negatives} negatives or more; expected regions with `negatives`",
+        f"no region has {negatives} negatives or more; expected regions with `negatives`, which grain-jax annotate --passes"
+        " negatives makes; or ask for fewer",
     )
     unreadable: dict[str, str] = {}
     seen = given_boxes.encode_boxes(

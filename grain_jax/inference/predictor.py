@@ -294,10 +294,12 @@ class Predictor:
         tower = towers.image_tower(self.model.image)
         try:
             if tower.pooled:
-                raise ValueError("pools its tokens, expected a grid of them")
+                raise errors.UserError(
+                    "model.image.tower: pools its tokens, expected a grid of them"
+                )
             return box_head.grid_size(shape[1], tower.leading_tokens(self.model.image))
-        except ValueError as error:
-            raise InputError(f"model.image.tower: {error}") from None
+        except errors.UserError as error:
+            raise InputError(str(error)) from None
 
     def _encode(self, images: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Images -> float32 (image [B, D], regions [B, Q, D], boxes_xyxy [B, Q, 4])."""

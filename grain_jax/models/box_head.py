@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grain_jax import errors
 from grain_jax.config import BoxHead, ImageTower
 from grain_jax.models import layers, placement
 
@@ -65,11 +66,12 @@ def token_boxes(tokens: int, leading: int) -> np.ndarray:
 
 
 def grid_size(tokens: int, leading: int) -> int:
-    """Patches along a side. Raises ValueError: the tokens after the leading ones make no square."""
+    """Patches along a side. Raises UserError: the tokens after the leading ones make no square."""
     grid = round((tokens - leading) ** 0.5)
     if grid * grid != tokens - leading or not grid:
-        raise ValueError(
-            f"got {tokens} tokens, {leading} of them leading, expected a square after these"
+        raise errors.UserError(
+            f"model.image.tower: got {tokens} tokens, {leading} of them leading, expected a square number of patches after"
+            " these, as boxes and maps need it"
         )
     return grid
 
