@@ -79,7 +79,7 @@ def grid_size(tokens: int, leading: int) -> int:
 def fourier(boxes_xyxy: jax.Array) -> jax.Array:
     """Sine and cosine of the corners, xyxy [..., 4] in [0, 1] -> float32 [..., PLACE]."""
     angles = boxes_xyxy[..., None] * (2 * np.pi * 2.0 ** np.arange(_OCTAVES))
-    angles = angles.reshape(*boxes_xyxy.shape[:-1], -1)
+    angles = angles.reshape(*boxes_xyxy.shape[:-1], PLACE // 2)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -98,7 +98,7 @@ class RoIAlign(nn.Module):
         found = roi_align(
             features, boxes_xyxy, bins=self.head.bins, samples=self.head.samples
         ).astype(self.dtype)
-        return found.reshape(*found.shape[:2], -1)
+        return found.reshape(*found.shape[:2], self.head.bins**2 * width)
 
 
 class Prompter(nn.Module):

@@ -41,7 +41,7 @@ for (const place of document.querySelectorAll("[data-chart]")) {
 // In a card whose parts have a data-region: pointing at a region, or the up and down arrows, leave it alone bright.
 function pointAtRegions(card) {
   const parts = [...card.querySelectorAll("[data-region]")];
-  const regions = [...card.querySelectorAll("li[data-region]")].map((line) => line.dataset.region);
+  const regions = [...new Set([...card.querySelectorAll("li[data-region]")].map((line) => line.dataset.region))];
   let chosen = -1; // all
   const choose = (i) => {
     chosen = i;

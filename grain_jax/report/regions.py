@@ -94,6 +94,8 @@ def collect(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
         }
         for p in shown
     ]
+    if predictor.model.boxes.kind != "none":
+        _say_given_boxes(predictor, [files[p] for p in shown], cards, text_embed)
     return {
         "regions": {
             "entry": name,
@@ -119,10 +121,9 @@ def _predicted(boxes_xyxy, similarity, matched, own_text, image: int) -> list[di
     """
     out = []
     for q, box in enumerate(boxes_xyxy):
-        best = np.argsort(-similarity[q], kind="stable")[:_BEST]
         region = {
             "box": _rounded(box),
-            "best": [[int(t), round(float(similarity[q, t]), 3)] for t in best],
+            "best": _best(similarity[q]),
             "own": None,  # the text of the matched annotated box
         }
         for at in np.flatnonzero((matched.image == image) & (matched.query == q)):
@@ -145,6 +146,26 @@ def _annotated(described, matched, image: int) -> list[dict[str, Any]]:
     ]
 
 
+def _say_given_boxes(predictor, files: Sequence[test_sets.Image], cards, text_embed) -> None:
+    """Adds to each annotated box of `cards` its nearest descriptions by the box head, `best`."""
+    pixels = _resized(predictor.model, files)
+    boxes = [[box["box"] for box in card["true"]] for card in cards]
+    for card, embed in zip(cards, predictor.encode_boxes(pixels, boxes), strict=True):
+        for box, row in zip(card["true"], scores.unit(embed) @ text_embed.T, strict=True):
+            box["best"] = _best(row)
+
+
+def _best(similarity: np.ndarray) -> list[list[float]]:
+    """[position, cosine] of the nearest descriptions, from the cosines [T] of all."""
+    best = np.argsort(-similarity, kind="stable")[:_BEST]
+    return [[int(t), round(float(similarity[t]), 3)] for t in best]
+
+
+def _resized(model: config_lib.Model, files: Sequence[test_sets.Image]) -> np.ndarray:
+    """The images as the model takes them, uint8 [n, S, S, 3]."""
+    return np.stack([images.resize(file.load(), model.image.image_size) for file in files])
+
+
 def _used_texts(cards: list[dict[str, Any]], texts: Sequence[str]) -> list[str]:
     """The texts that `cards` refer to; changes the positions in `cards` to positions in the returned list."""
     place: dict[int, int] = {}
@@ -154,7 +175,9 @@ def _used_texts(cards: list[dict[str, Any]], texts: Sequence[str]) -> list[str]:
             box["text"] = at(box["text"])
         for region in card["predicted"]:
             region["own"] = at(region["own"])
-            region["best"] = [[at(text), cosine] for text, cosine in region["best"]]
+        for said in (*card["true"], *card["predicted"]):
+            if "best" in said:
+                said["best"] = [[at(text), cosine] for text, cosine in said["best"]]
     return [texts[text] for text in place]
 
 
@@ -214,8 +237,8 @@ def _attention(predictor, files: Sequence[test_sets.Image]) -> dict[str, Any] | 
     each = decoder.depth * decoder.heads * (decoder.queries + 1) * (first + side * side)
     wanted = max(2, min(_LOOKED_AT, _ATTENTION_BYTES // each))
     chosen = spread(len(files), wanted)
-    resized = [images.resize(files[i].load(), model.image.image_size) for i in chosen]
-    got = attention.cross_attention(model, predictor.params, np.stack(resized)).weights
+    resized = _resized(model, [files[i] for i in chosen])
+    got = attention.cross_attention(model, predictor.params, resized).weights
     weights = got.transpose(1, 0, 2, 3, 4)  # [B, T, K, Q+1, N]
     most = weights.max(axis=-1, keepdims=True)
     return {

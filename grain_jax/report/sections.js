@@ -92,13 +92,28 @@ function overlaid(src, alt, size, kind, ...parts) {
     svg("svg", { class: kind, viewBox: "0 0 1 1", preserveAspectRatio: "none", "aria-hidden": "true" }, parts));
 }
 
+const marked = (right) => el("span", { class: right ? "right" : "wrong", "aria-label": right ? "right: " : "wrong: " }, right ? "\u2713 " : "\u2717 ");
+
+// What the box head says of the annotated boxes; nothing for a model without one.
+function givenBoxes(image, texts) {
+  const lines = image.true.filter((truth) => truth.best).map(({ query, text, best: [[said, score], ...others] }) => {
+    const next = others.map(([t, s]) => `${texts[t]} (${s.toFixed(2)})`).join("; ");
+    return el("li", { "data-region": query },
+      el("b", { class: "badge", style: `background:${query === null ? "#666" : REGION_COLOURS[query % REGION_COLOURS.length]}` }, "\u25a1"),
+      el("span", {}, marked(said === text), `${texts[said]} (${score.toFixed(2)})`),
+      said === text ? null : el("span", { class: "more" }, `annotated: ${texts[text]}`),
+      next ? el("span", { class: "more next" }, `then: ${next}`) : null);
+  });
+  return lines.length ? [el("p", { class: "soft" }, "Annotated boxes, by the box head:"), el("ul", { class: "said given" }, lines)] : null;
+}
+
 function regionCard(run, image) {
   const texts = run.regions.texts;
   const lines = image.predicted.map((region, q) => {
     const tone = REGION_COLOURS[q % REGION_COLOURS.length];
     const [[said, score], ...others] = region.best;
     const right = region.own === said;
-    const mark = region.own === null ? null : el("span", { class: right ? "right" : "wrong", "aria-label": right ? "right: " : "wrong: " }, right ? "\u2713 " : "\u2717 ");
+    const mark = region.own === null ? null : marked(right);
     const own = region.own === null ? "no annotated box" :
       `${right ? "" : `annotated: ${texts[region.own]} (${region.own_score.toFixed(2)}); `}IoU ${region.iou.toFixed(2)}`;
     const next = others.map(([t, s]) => `${texts[t]} (${s.toFixed(2)})`).join("; ");
@@ -113,7 +128,7 @@ function regionCard(run, image) {
   const predicted = image.predicted.map((region, q) => group(q, "predicted", region.box));
   const card = el("figure", { class: "card", tabindex: 0, "aria-label": `${image.name}: ${lines.length} regions; up and down arrows go through them` },
     overlaid(run.thumbs[image.thumb], image.name, image.size, "boxes", truths, predicted),
-    el("figcaption", {}, image.name), el("ol", { class: "said" }, lines));
+    el("figcaption", {}, image.name), el("ol", { class: "said" }, lines), givenBoxes(image, texts));
   pointAtRegions(card);
   return card;
 }

@@ -90,3 +90,12 @@ def test_the_head_leaves_the_rest_of_the_model_alone(model):
     assert without.box_embed is None
     for name in ("image_embed", "text_embed", "region_embed", "region_text_embed"):
         np.testing.assert_array_equal(getattr(out, name), getattr(without, name))
+
+
+@pytest.mark.parametrize("kind", ["roi_align", "prompter"])
+def test_shapes_are_known_without_boxes(kind):
+    config = tiny.config(model__boxes__kind=kind, loss__box_description=1.0)
+    model, batch = grain.GRAIN(config.model), tiny.batch(config)
+    params = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+    expected = {name: x.shape for name, x in grain.flat(params).items()}
+    assert grain.parameter_shapes(config.model) == expected

@@ -5,13 +5,15 @@ import json
 import re
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import inference, recipe
 from grain_jax.evaluate import grounding, test_sets, zeroshot
+from grain_jax.inference import predictor as predictor_lib
 from grain_jax.report import __main__ as command
-from grain_jax.report import collect, page, pictures, run_files
+from grain_jax.report import collect, page, pictures, regions, run_files, thumbnails
 from tests import tiny
 from tests.evaluate import tfds_sets
 from tests.report import workdirs
@@ -88,6 +90,29 @@ def test_it_holds_the_numbers(runs):
     assert charts["Losses"] == {"loss": "total", "loss_box": "boxes"}
     assert charts["Gradient norms"] == {"grad_norm": "all", "grad_norm/image": "image"}
     assert charts["Evaluations"]["eval/birds/alpha_1.0/top1"] == "birds: top-1, alpha 1"
+
+
+def test_a_box_head_says_what_is_in_annotated_boxes(runs):
+    folder = runs[0][0].parent.parent / "data"
+    predictor = workdirs.predictor(model__boxes__kind="roi_align", loss__box_description=1.0)
+    evals = json.loads((runs[0][0] / "config.json").read_text())["evals"]
+    found = regions.collect(predictor, evals, thumbnails.Thumbnails(), limit=20)
+    run = found["regions"]
+    lines = map(json.loads, (folder / "A.jsonl").read_text().splitlines())
+    texts = sorted({region["description"] for line in lines for region in line["regions"]})
+    for image in run["pictures"]:
+        boxes = np.array([[2, 2, 12, 12], [6, 10, 22, 20]]) / 24
+        scores = predictor.classify_boxes(
+            [PIL.Image.open(folder / image["name"])],
+            [boxes],
+            predictor_lib.ClassFeatures(tuple(texts), predictor.encode_text(texts), None),
+        )[0]
+        for box in image["true"]:
+            row = scores[[2 / 24, 6 / 24].index(pytest.approx(box["box"][0], abs=1e-3))]
+            nearest = [texts[i] for i in np.argsort(-row)[:3]]
+            assert [run["texts"][t] for t, _ in box["best"]] == nearest
+            assert [x for _, x in box["best"]] == pytest.approx(np.sort(row)[::-1][:3], abs=2e-3)
+    assert "best" not in _payload(_page(runs[0][0]))["runs"][0]["regions"]["pictures"][0]["true"][0]
 
 
 def test_what_the_model_does_is_what_the_evaluations_measure(runs):

@@ -35,8 +35,8 @@ def parameters(model, seed=0):
     )
 
 
-def predictor():
-    model = tiny.config(model__decoder__heads=2).model
+def predictor(**changes):
+    model = tiny.config(model__decoder__heads=2, **changes).model
     return inference.Predictor(model, parameters(model))
 
 
