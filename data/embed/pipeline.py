@@ -79,8 +79,7 @@ def encoder(predictor: Any, boxes: str = "queries") -> Encode:
         pixels = np.stack([ready.pixels for ready in batch])
         if boxes == "given":
             given = [ready.boxes_xyxy for ready in batch]
-            embeds = predictor.encode_boxes(pixels, given)
-            found = Embeds(predictor.encode_image(pixels), embeds, given)
+            found = Embeds(*predictor.encode_image_and_boxes(pixels, given), given)
         elif has_regions(predictor.model):
             image, regions = predictor.encode_image_and_regions(pixels)
             found = Embeds(image, regions.embed, regions.boxes_xyxy)

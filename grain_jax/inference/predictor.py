@@ -197,27 +197,42 @@ class Predictor:
         Raises:
           InputError: as `encode_image`; the model has no box head; boxes of another shape, or not of as many images.
         """
+        program = box_program(self.model, self.dtype, of_tokens=isinstance(images, Tokens))
+        return self._run_with_boxes(program, images, boxes_xyxy)[1]
+
+    def encode_image_and_boxes(
+        self, images: Images, boxes_xyxy: Iterable[Any] | np.ndarray
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """(`encode_image(images)`, `encode_boxes(images, boxes_xyxy)`) in one pass; raises as `encode_boxes`."""
+        program = image_and_box_program(self.model, self.dtype)
+        return self._run_with_boxes(program, images, boxes_xyxy)
+
+    def _run_with_boxes(
+        self, program: Callable[..., Any], images: Images | Tokens, boxes_xyxy: Iterable[Any]
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """(embeddings of the images, [0, D] where `program` returns none; for each image those of its boxes [n, D])."""
         self._need_box_head()
         boxes = [_checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
         if isinstance(images, Tokens):
             rows = _slices(images.values, MAX_BATCH * len(self._devices))
         else:
             rows = self._parts(_checked_images(images, self.model.image.image_size))
-        program = box_program(self.model, self.dtype, of_tokens=isinstance(images, Tokens))
-        parts = []
+        whole, parts = [np.zeros((0, self.model.embed_dim), np.float32)], []
         for part in rows:
             own = boxes[len(parts) : len(parts) + len(part)]
             own += [np.zeros((0, 4), np.float32)] * (len(part) - len(own))
             # A power of two of boxes an image, so that few programs are compiled.
             most = 1 << (max(map(len, own)) - 1).bit_length()
             padded = np.stack([np.pad(x, ((0, most - len(x)), (0, 0))) for x in own])
-            embeds = self._run(program, part, padded)
+            found = self._run(program, part, padded)
+            *image, embeds = found if isinstance(found, tuple) else (found,)
+            whole += [embed.astype(np.float32) for embed in image]
             parts += [embed[: len(x)].astype(np.float32) for embed, x in zip(embeds, own)]
         if len(parts) != len(boxes):
             raise InputError(
                 f"boxes_xyxy: got boxes of {len(boxes)} images, expected of {len(parts)}, as many as images"
             )
-        return parts
+        return np.concatenate(whole), parts
 
     def classify_boxes(
         self,
@@ -561,6 +576,19 @@ def box_program(model: config_lib.Model, dtype: str, of_tokens: bool = False) ->
             return module.apply({"params": params}, image, boxes_xyxy, method=method)
 
     return jax.jit(encode_boxes)
+
+
+@functools.lru_cache(maxsize=8)
+def image_and_box_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
+    """The jitted (params, image [B, S, S, 3], boxes_xyxy float32 [B, R, 4]) -> (image_embed [B, D], [B, R, D])."""
+    module = grain.GRAIN(model, dtype)
+    method = grain.GRAIN.encode_image_and_boxes
+
+    def encode_image_and_boxes(params, image, boxes_xyxy):
+        with jax.default_matmul_precision("highest" if dtype == "float32" else None):
+            return module.apply({"params": params}, image, boxes_xyxy, method=method)
+
+    return jax.jit(encode_image_and_boxes)
 
 
 @functools.lru_cache(maxsize=8)

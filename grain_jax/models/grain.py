@@ -130,6 +130,13 @@ class GRAIN(nn.Module):
         """Images [B, H, W, 3] and boxes [B, R, 4], corners in [0, 1] -> [B, R, D], unit length; needs a box head."""
         return self.box_embeddings(self.image_tokens(image), boxes_xyxy)
 
+    def encode_image_and_boxes(
+        self, image: jax.Array, boxes_xyxy: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """As the first result of `encode_image`, and `encode_boxes`, of one pass through the image tower."""
+        tokens = self.image_tokens(image)
+        return self.embeddings(tokens)[0], self.box_embeddings(tokens, boxes_xyxy)
+
     def box_embeddings(self, tokens: jax.Array, boxes_xyxy: jax.Array) -> jax.Array:
         """As `encode_boxes`, from the tokens of the images."""
         leading = self.image.leading_tokens(self.config.image)

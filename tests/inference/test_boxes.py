@@ -54,6 +54,13 @@ def test_tokens_stand_for_images(predictor):
     assert predictor.encode_boxes(predictor.encode_tokens([]), []) == []
 
 
+def test_images_and_boxes_of_one_pass(predictor):
+    image_embed, embeds = predictor.encode_image_and_boxes(PICTURES, BOXES)
+    np.testing.assert_allclose(image_embed, predictor.encode_image(PICTURES), atol=3e-6)
+    for got, embed in zip(embeds, predictor.encode_boxes(PICTURES, BOXES), strict=True):
+        np.testing.assert_allclose(got, embed, atol=3e-6)
+
+
 def test_classify_boxes(predictor):
     features = predictor.encode_text(TEXTS)
     classes = inference.ClassFeatures(("a", "b"), features, None)
