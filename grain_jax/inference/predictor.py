@@ -9,7 +9,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,22 +21,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax import errors, schema
-from grain_jax.files import images as image_files
-from grain_jax.inference import prompts, scores
+from grain_jax.inference import inputs, jitted, prompts, scores
+from grain_jax.inference.inputs import Images, InputError
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import box_head, grain, towers
 from grain_jax.runtime import checkpoint
 
 MAX_BATCH = 64  # images or texts per device and batch; smaller batches are padded to a power of two
-_FAR = 4.0  # of a corner in [0, 1]; one farther away is in pixels
 _ROW_LENGTHS = (16, 32, 64)  # token rows are cut to these lengths: most texts are short
-
-# PIL images or uint8 [H, W, 3] to iterate over; uint8 [B, H, W, 3]; or float32 [B, H, W, 3].
-Images: TypeAlias = Iterable[PIL.Image.Image | np.ndarray] | np.ndarray
-
-
-class InputError(errors.UserError):
-    """Images, texts or classes that the model cannot take; the message is one line."""
 
 
 class Grounding(NamedTuple):
@@ -124,7 +116,7 @@ class Predictor:
         places = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.params)))
         self._devices = jax.local_devices() if places == {jax.local_devices()[0]} else [None]
         self.templates = list(templates) if templates is not None else prompts.load_templates()
-        self._encode_images, self._encode_texts = programs(model, dtype)
+        self._encode_images, self._encode_texts = jitted.programs(model, dtype)
 
     def encode_image(self, images: Images) -> np.ndarray:
         """Images -> float32 [B, D], unit length.
@@ -172,8 +164,8 @@ class Predictor:
           InputError: as `encode_image`; the model has no box head.
         """
         self._need_box_head()
-        program = token_program(self.model, self.dtype)
-        parts = self._parts(_checked_images(images, self.model.image.image_size))
+        program = jitted.token_program(self.model, self.dtype)
+        parts = self._parts(inputs.checked_images(images, self.model.image.image_size))
         tokens = [self._run(program, pixels) for pixels in parts]
         return Tokens(np.concatenate(tokens) if tokens else np.zeros((0, 0, 0), np.float32))
 
@@ -197,14 +189,14 @@ class Predictor:
         Raises:
           InputError: as `encode_image`; the model has no box head; boxes of another shape, or not of as many images.
         """
-        program = box_program(self.model, self.dtype, of_tokens=isinstance(images, Tokens))
+        program = jitted.box_program(self.model, self.dtype, of_tokens=isinstance(images, Tokens))
         return self._run_with_boxes(program, images, boxes_xyxy)[1]
 
     def encode_image_and_boxes(
         self, images: Images, boxes_xyxy: Iterable[Any] | np.ndarray
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         """(`encode_image(images)`, `encode_boxes(images, boxes_xyxy)`) in one pass; raises as `encode_boxes`."""
-        program = image_and_box_program(self.model, self.dtype)
+        program = jitted.image_and_box_program(self.model, self.dtype)
         return self._run_with_boxes(program, images, boxes_xyxy)
 
     def _run_with_boxes(
@@ -212,11 +204,11 @@ class Predictor:
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         """(embeddings of the images, [0, D] where `program` returns none; for each image those of its boxes [n, D])."""
         self._need_box_head()
-        boxes = [_checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+        boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
         if isinstance(images, Tokens):
             rows = _slices(images.values, MAX_BATCH * len(self._devices))
         else:
-            rows = self._parts(_checked_images(images, self.model.image.image_size))
+            rows = self._parts(inputs.checked_images(images, self.model.image.image_size))
         whole, parts = [np.zeros((0, self.model.embed_dim), np.float32)], []
         for part in rows:
             own = boxes[len(parts) : len(parts) + len(part)]
@@ -270,7 +262,7 @@ class Predictor:
         Raises:
           InputError: image or texts cannot be used, or the image tower has no grid of patches.
         """
-        return self.similarity_maps(_one_image(image), [self.encode_text(texts)])[0]
+        return self.similarity_maps(inputs.one_image(image), [self.encode_text(texts)])[0]
 
     def similarity_maps(
         self, images: Images | Tokens, text_embeds: Sequence[np.ndarray]
@@ -292,8 +284,8 @@ class Predictor:
             found = zip(text_embeds, *regions, strict=True)
             return [scores.region_map(t @ e.T, boxes, grid) for t, boxes, e in found]
         else:
-            program = patch_program(self.model, self.dtype)
-            parts = self._parts(_checked_images(images, self.model.image.image_size))
+            program = jitted.patch_program(self.model, self.dtype)
+            parts = self._parts(inputs.checked_images(images, self.model.image.image_size))
             patches = [x for part in parts for x in self._run(program, part).astype(np.float32)]
         found = zip(text_embeds, patches, strict=True)
         return [(t @ p.T).reshape(-1, grid, grid) for t, p in found]
@@ -318,7 +310,7 @@ class Predictor:
 
     def _encode(self, images: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Images -> float32 (image [B, D], regions [B, Q, D], boxes_xyxy [B, Q, 4])."""
-        images = _checked_images(images, self.model.image.image_size)
+        images = inputs.checked_images(images, self.model.image.image_size)
         q = 0 if self.model.decoder is None else self.model.decoder.queries
         d = self.model.embed_dim
         parts = [(np.zeros((0, d)), np.zeros((0, q, d)), np.zeros((0, q, 4)))]
@@ -339,7 +331,7 @@ class Predictor:
             yield from _slices(images, most)
             return
         numbered = enumerate(images)
-        while part := [_resize(i, p, size) for i, p in itertools.islice(numbered, most)]:
+        while part := [inputs.resize(i, p, size) for i, p in itertools.islice(numbered, most)]:
             yield np.stack(part)
 
     def _run(self, program: Callable[..., Any], *rows: np.ndarray) -> Any:
@@ -460,7 +452,7 @@ class Predictor:
           InputError: as `encode_regions` and `encode_text`.
         """
         self._need_regions("ground")
-        images = _one_image(image)
+        images = inputs.one_image(image)
         regions = self.encode_regions(images)
         similarity = self.encode_text(texts) @ regions.embed[0].T  # [N, Q]
         best = similarity.argmax(axis=1)
@@ -515,94 +507,6 @@ def _tokenizer(tower: config_lib.TextTower, folder: epath.PathLike | None) -> to
     return tokenizer.of_tower(tower, folder)
 
 
-@functools.lru_cache(maxsize=8)
-def programs(model: config_lib.Model, dtype: str):
-    """The two jitted programs of a model; parameters are arguments, so any Predictor may use them.
-
-    Returns:
-      encode_images(params, image [B, S, S, 3] uint8, or float32 normalised) -> image_embed [B, D],
-      region_embed [B, Q, D], boxes_xyxy [B, Q, 4]; and encode_texts(params, tokens int32 [N, L], ends
-      int32 [N], the positions of the texts' last tokens) -> [N, D].
-    """
-    module = grain.GRAIN(model, dtype)
-    # "highest": full float32 also on devices that by default round the operands of a matrix product.
-    precision = "highest" if dtype == "float32" else None
-
-    def apply(method: Callable[..., Any], params: Any, *arguments: Any) -> Any:
-        with jax.default_matmul_precision(precision):
-            return module.apply({"params": params}, *arguments, method=method)
-
-    def encode_images(params, image):
-        image_embed, region_embed, boxes = apply(grain.GRAIN.encode_image, params, image)
-        center, size = boxes[-1, ..., :2], boxes[-1, ..., 2:]
-        corners = jnp.concatenate([center - size / 2, center + size / 2], axis=-1)
-        return image_embed, region_embed, jnp.clip(corners, 0.0, 1.0)
-
-    def encode_texts(params, tokens, ends):
-        # One group per text, so that the devices need no communication.
-        tokens = tokens[:, None]
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
-        at = jnp.stack([jnp.zeros_like(ends), ends], axis=1)
-        segments = jnp.ones_like(positions)
-        (embed,) = apply(grain.GRAIN.encode_text, params, tokens, positions, segments, at)
-        return embed
-
-    return jax.jit(encode_images), jax.jit(encode_texts)
-
-
-@functools.lru_cache(maxsize=8)
-def token_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
-    """The jitted (params, image [B, S, S, 3]) -> tokens [B, N, E]."""
-    module = grain.GRAIN(model, dtype)
-
-    def encode_tokens(params, image):
-        with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-            return module.apply({"params": params}, image, method=grain.GRAIN.image_tokens)
-
-    return jax.jit(encode_tokens)
-
-
-@functools.lru_cache(maxsize=8)
-def box_program(model: config_lib.Model, dtype: str, of_tokens: bool = False) -> Callable[..., Any]:
-    """The jitted (params, image [B, S, S, 3], boxes_xyxy float32 [B, R, 4]) -> [B, R, D] of a model with a box head.
-
-    With `of_tokens`, it takes what `token_program` returned in place of the images.
-    """
-    module = grain.GRAIN(model, dtype)
-    method = grain.GRAIN.box_embeddings if of_tokens else grain.GRAIN.encode_boxes
-
-    def encode_boxes(params, image, boxes_xyxy):
-        with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-            return module.apply({"params": params}, image, boxes_xyxy, method=method)
-
-    return jax.jit(encode_boxes)
-
-
-@functools.lru_cache(maxsize=8)
-def image_and_box_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
-    """The jitted (params, image [B, S, S, 3], boxes_xyxy float32 [B, R, 4]) -> (image_embed [B, D], [B, R, D])."""
-    module = grain.GRAIN(model, dtype)
-    method = grain.GRAIN.encode_image_and_boxes
-
-    def encode_image_and_boxes(params, image, boxes_xyxy):
-        with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-            return module.apply({"params": params}, image, boxes_xyxy, method=method)
-
-    return jax.jit(encode_image_and_boxes)
-
-
-@functools.lru_cache(maxsize=8)
-def patch_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
-    """The jitted (params, image [B, S, S, 3]) -> [B, h * w, D], each patch pooled alone, of a model of two towers."""
-    module = grain.GRAIN(model, dtype)
-
-    def encode_patches(params, image):
-        with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-            return module.apply({"params": params}, image, method=grain.GRAIN.encode_patches)
-
-    return jax.jit(encode_patches)
-
-
 def _slices(x: np.ndarray, most: int) -> Iterator[np.ndarray]:
     """`x` in arrays of at most so many rows."""
     return (x[first : first + most] for first in range(0, len(x), most))
@@ -612,83 +516,3 @@ def _pad(x: np.ndarray, devices: int = 1) -> np.ndarray:
     """`x` padded with copies of its last row, to a power of two of rows per device."""
     wanted = devices << (-(-len(x) // devices) - 1).bit_length()
     return np.concatenate([x, np.repeat(x[-1:], wanted - len(x), axis=0)])
-
-
-def _one_image(image: Any) -> Images:
-    """An image as a batch of one. Raises InputError."""
-    if isinstance(image, PIL.Image.Image):
-        return [image]
-    image = np.asarray(image)
-    if image.ndim != 3:
-        raise InputError(f"image: got shape {list(image.shape)}, expected [H, W, 3]")
-    return image[None] if image.dtype.kind == "f" else [image]
-
-
-def _checked_boxes(index: int, boxes: Any) -> np.ndarray:
-    """The boxes of an image as float32 [n, 4]. Raises InputError, which names the image by `index`."""
-    try:
-        found: Any = np.asarray(boxes, np.float32)
-        fault = "" if np.isfinite(found).all() else f"got {found.tolist()}"
-        if found.size == 0:
-            found = found.reshape(0, 4)
-        if found.ndim != 2 or found.shape[1] != 4:
-            fault = f"got {list(found.shape)}"
-    except (TypeError, ValueError):
-        fault = f"got {boxes!r}"
-    if fault:
-        raise InputError(
-            f"boxes_xyxy[{index}]: {fault}, expected finite numbers [n, 4], the corners x1, y1, x2, y2"
-        )
-    wrong = (found[:, :2] > found[:, 2:]).any(axis=1) | (np.abs(found) > _FAR).any(axis=1)
-    if wrong.any():
-        raise InputError(
-            f"boxes_xyxy[{index}]: got {found[wrong.argmax()].tolist()}, expected x1 <= x2 and y1 <= y2 in [0, 1] of the"
-            " image; divide pixels by its width and height"
-        )
-    return found
-
-
-def _resize(index: int, image: Any, size: int) -> np.ndarray:
-    """The image resized to uint8 [size, size, 3]. Raises InputError, which names the image by `index`."""
-    if isinstance(image, PIL.Image.Image):
-        try:
-            image = image_files.to_rgb(image)
-        except (
-            Exception
-        ) as error:  # PIL reads the pixels of a file only here, and raises many types of error
-            raise InputError(
-                f"images[{index}]: {' '.join(str(error).split())}, expected a readable image"
-            ) from None
-    elif getattr(image, "dtype", None) != np.uint8:
-        raise InputError(
-            f"images[{index}]: got {type(image).__name__}, expected a PIL image or uint8 [H, W, 3]"
-        )
-    try:
-        return image_files.resize(image, size)
-    except image_files.ImageError as error:
-        raise InputError(f"images[{index}]: {error}") from None
-
-
-def _checked_images(images: Any, size: int) -> Images:
-    """The images, if their type and shape are right; an array of floats as float32. Raises InputError."""
-    if isinstance(images, PIL.Image.Image):
-        raise InputError("images: got one PIL image, expected a list of them")
-    if not hasattr(images, "dtype"):
-        if not isinstance(images, Iterable) or isinstance(images, (str, bytes)):
-            raise InputError(
-                f"images: got {type(images).__name__}, expected images to iterate over"
-            )
-        return images
-    images = np.asarray(images)
-    if images.ndim != 4 or images.shape[3] != 3:
-        raise InputError(f"images: got shape {list(images.shape)}, expected [B, H, W, 3]")
-    if images.dtype == np.uint8:
-        return images
-    if images.dtype.kind != "f":
-        raise InputError(f"images: got {images.dtype}, expected uint8, or float32 normalised")
-    if images.shape[1:3] != (size, size):
-        raise InputError(
-            f"images: got float32 of {images.shape[1]} x {images.shape[2]} pixels, expected"
-            f" {size} x {size}; give uint8 or PIL images to have them resized"
-        )
-    return images.astype(np.float32)

@@ -1,0 +1,99 @@
+"""Images and boxes that a Predictor is given: what it takes, and one line for what it cannot take."""
+
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import numpy as np
+import PIL.Image
+
+from grain_jax import errors
+from grain_jax.files import images as image_files
+
+_FAR = 4.0  # of a corner in [0, 1]; one farther away is in pixels
+
+# PIL images or uint8 [H, W, 3] to iterate over; uint8 [B, H, W, 3]; or float32 [B, H, W, 3].
+Images: TypeAlias = Iterable[PIL.Image.Image | np.ndarray] | np.ndarray
+
+
+class InputError(errors.UserError):
+    """Images, texts or classes that the model cannot take; the message is one line."""
+
+
+def one_image(image: Any) -> Images:
+    """An image as a batch of one. Raises InputError."""
+    if isinstance(image, PIL.Image.Image):
+        return [image]
+    image = np.asarray(image)
+    if image.ndim != 3:
+        raise InputError(f"image: got shape {list(image.shape)}, expected [H, W, 3]")
+    return image[None] if image.dtype.kind == "f" else [image]
+
+
+def checked_boxes(index: int, boxes: Any) -> np.ndarray:
+    """The boxes of an image as float32 [n, 4]. Raises InputError, which names the image by `index`."""
+    try:
+        found: Any = np.asarray(boxes, np.float32)
+        fault = "" if np.isfinite(found).all() else f"got {found.tolist()}"
+        if found.size == 0:
+            found = found.reshape(0, 4)
+        if found.ndim != 2 or found.shape[1] != 4:
+            fault = f"got {list(found.shape)}"
+    except (TypeError, ValueError):
+        fault = f"got {boxes!r}"
+    if fault:
+        raise InputError(
+            f"boxes_xyxy[{index}]: {fault}, expected finite numbers [n, 4], the corners x1, y1, x2, y2"
+        )
+    wrong = (found[:, :2] > found[:, 2:]).any(axis=1) | (np.abs(found) > _FAR).any(axis=1)
+    if wrong.any():
+        raise InputError(
+            f"boxes_xyxy[{index}]: got {found[wrong.argmax()].tolist()}, expected x1 <= x2 and y1 <= y2 in [0, 1] of the"
+            " image; divide pixels by its width and height"
+        )
+    return found
+
+
+def resize(index: int, image: Any, size: int) -> np.ndarray:
+    """The image resized to uint8 [size, size, 3]. Raises InputError, which names the image by `index`."""
+    if isinstance(image, PIL.Image.Image):
+        try:
+            image = image_files.to_rgb(image)
+        except (
+            Exception
+        ) as error:  # PIL reads the pixels of a file only here, and raises many types of error
+            raise InputError(
+                f"images[{index}]: {' '.join(str(error).split())}, expected a readable image"
+            ) from None
+    elif getattr(image, "dtype", None) != np.uint8:
+        raise InputError(
+            f"images[{index}]: got {type(image).__name__}, expected a PIL image or uint8 [H, W, 3]"
+        )
+    try:
+        return image_files.resize(image, size)
+    except image_files.ImageError as error:
+        raise InputError(f"images[{index}]: {error}") from None
+
+
+def checked_images(images: Any, size: int) -> Images:
+    """The images, if their type and shape are right; an array of floats as float32. Raises InputError."""
+    if isinstance(images, PIL.Image.Image):
+        raise InputError("images: got one PIL image, expected a list of them")
+    if not hasattr(images, "dtype"):
+        if not isinstance(images, Iterable) or isinstance(images, (str, bytes)):
+            raise InputError(
+                f"images: got {type(images).__name__}, expected images to iterate over"
+            )
+        return images
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[3] != 3:
+        raise InputError(f"images: got shape {list(images.shape)}, expected [B, H, W, 3]")
+    if images.dtype == np.uint8:
+        return images
+    if images.dtype.kind != "f":
+        raise InputError(f"images: got {images.dtype}, expected uint8, or float32 normalised")
+    if images.shape[1:3] != (size, size):
+        raise InputError(
+            f"images: got float32 of {images.shape[1]} x {images.shape[2]} pixels, expected"
+            f" {size} x {size}; give uint8 or PIL images to have them resized"
+        )
+    return images.astype(np.float32)
