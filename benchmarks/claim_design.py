@@ -19,8 +19,11 @@ ALPHAS = (1.0, 0.75, 0.5, 0.25, 0.0)
 # CLIP, and by one sentence of all.
 WAYS = ("unseen", "unit", "sentence")
 
-# Changes to CONFIG that all arms share; another --config is used unchanged.
+# Changes to CONFIG that all arms share; another --config is used unchanged. The first three undo what CONFIG has of OURS.
 SETTING: dict[str, Any] = {
+    "input.captions_per_image": 1,
+    "loss.image_description": 0.0,
+    "model.decoder.image_pool": "query",
     "input.synthetic_caption_rate": 0.25,
     "input.lanes": 1,
     "text.pack_group": 32,
