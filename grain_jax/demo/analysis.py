@@ -264,17 +264,18 @@ class Analyst:
         )
         regions: list[inference.Grounding | None] = [None] * len(phrases)
         maps: Sequence[np.ndarray | None] = [None] * len(phrases)
+        of_regions = None
         if self.queries:
             _, boxes, embed = self._encode(image)
+            of_regions = boxes[0], embed[0]
             cosines = text @ embed[0].T  # [N, Q]
             regions = [
                 inference.Grounding(boxes[0, q], float(row[q]))
                 for row, q in zip(cosines, cosines.argmax(axis=1))
             ]
-            if self.grid and not self.box_head:
-                maps = list(scores.region_map(cosines, boxes[0], self.grid))
-        if self.grid and (self.box_head or not self.queries):
-            maps = list(np.tensordot(text, self._encode_patches(image), 1))
+        if self.grid:
+            patches = self._encode_patches(image) if self.box_head or not self.queries else None
+            maps = list(scores.similarity_map(text, patches, of_regions, self.grid))
         return [Lying(*found) for found in zip(phrases, regions, maps)]
 
     def _features(self, classes: Classes) -> inference.ClassFeatures:
@@ -314,13 +315,11 @@ class Analyst:
         return _remembered(self._images, _key(image), encode)
 
     def _encode_patches(self, image: PIL.Image.Image) -> np.ndarray:
-        """Embeddings of the patches, [D, h, w]."""
+        """Embeddings of the patches, [h, w, D]."""
 
         def encode():
-            # The map of a text is the sum of the maps of the unit vectors, each times a number of its embedding.
             images = self._encode_tokens(image) if self.box_head else [image]
-            unit_vectors = np.eye(self.predictor.model.embed_dim, dtype=np.float32)
-            return self.predictor.similarity_maps(images, [unit_vectors])[0]
+            return self.predictor.encode_patches(images)[0]
 
         return _remembered(self._patches, _key(image), encode)
 

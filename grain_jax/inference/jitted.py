@@ -11,28 +11,51 @@ from grain_jax import config as config_lib
 from grain_jax.models import grain
 
 
-@functools.lru_cache(maxsize=8)
-def programs(model: config_lib.Model, dtype: str):
-    """The two jitted programs of a model; parameters are arguments, so any Predictor may use them.
-
-    Returns:
-      encode_images(params, image [B, S, S, 3] uint8, or float32 normalised) -> image_embed [B, D],
-      region_embed [B, Q, D], boxes_xyxy [B, Q, 4]; and encode_texts(params, tokens int32 [N, L], ends
-      int32 [N], the positions of the texts' last tokens) -> [N, D].
-    """
+def _applied(model: config_lib.Model, dtype: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """(params, *arguments) -> what the method of the model returns."""
     module = grain.GRAIN(model, dtype)
     # "highest": full float32 also on devices that by default round the operands of a matrix product.
     precision = "highest" if dtype == "float32" else None
 
-    def apply(method: Callable[..., Any], params: Any, *arguments: Any) -> Any:
+    def apply(params: Any, *arguments: Any) -> Any:
         with jax.default_matmul_precision(precision):
             return module.apply({"params": params}, *arguments, method=method)
 
+    return apply
+
+
+def programs(model: config_lib.Model, dtype: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`image_program` and `text_program` of a model."""
+    return image_program(model, dtype), text_program(model, dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def image_program(
+    model: config_lib.Model, dtype: str, of_tokens: bool = False
+) -> Callable[..., Any]:
+    """The jitted encode_images(params, image) -> image_embed [B, D], region_embed [B, Q, D], boxes_xyxy [B, Q, 4].
+
+    `image` is [B, S, S, 3], uint8, or float32 normalised. With `of_tokens`, it is what `token_program` returned.
+    """
+    method = grain.GRAIN.embeddings if of_tokens else grain.GRAIN.encode_image
+    apply = _applied(model, dtype, method)
+
     def encode_images(params, image):
-        image_embed, region_embed, boxes = apply(grain.GRAIN.encode_image, params, image)
+        image_embed, region_embed, boxes = apply(params, image)
         center, size = boxes[-1, ..., :2], boxes[-1, ..., 2:]
         corners = jnp.concatenate([center - size / 2, center + size / 2], axis=-1)
         return image_embed, region_embed, jnp.clip(corners, 0.0, 1.0)
+
+    return jax.jit(encode_images)
+
+
+@functools.lru_cache(maxsize=8)
+def text_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
+    """The jitted encode_texts(params, tokens int32 [N, L], ends int32 [N]) -> [N, D].
+
+    `ends` are the positions of the texts' last tokens.
+    """
+    apply = _applied(model, dtype, grain.GRAIN.encode_text)
 
     def encode_texts(params, tokens, ends):
         # One group per text, so that the devices need no communication.
@@ -40,22 +63,16 @@ def programs(model: config_lib.Model, dtype: str):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
         at = jnp.stack([jnp.zeros_like(ends), ends], axis=1)
         segments = jnp.ones_like(positions)
-        (embed,) = apply(grain.GRAIN.encode_text, params, tokens, positions, segments, at)
+        (embed,) = apply(params, tokens, positions, segments, at)
         return embed
 
-    return jax.jit(encode_images), jax.jit(encode_texts)
+    return jax.jit(encode_texts)
 
 
 @functools.lru_cache(maxsize=8)
 def token_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
     """The jitted (params, image [B, S, S, 3]) -> tokens [B, N, E]."""
-    module = grain.GRAIN(model, dtype)
-
-    def encode_tokens(params, image):
-        with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-            return module.apply({"params": params}, image, method=grain.GRAIN.image_tokens)
-
-    return jax.jit(encode_tokens)
+    return jax.jit(_applied(model, dtype, grain.GRAIN.image_tokens))
 
 
 @functools.lru_cache(maxsize=8)
@@ -64,36 +81,17 @@ def box_program(model: config_lib.Model, dtype: str, of_tokens: bool = False) ->
 
     With `of_tokens`, it takes what `token_program` returned in place of the images.
     """
-    module = grain.GRAIN(model, dtype)
     method = grain.GRAIN.box_embeddings if of_tokens else grain.GRAIN.encode_boxes
-
-    def encode_boxes(params, image, boxes_xyxy):
-        with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-            return module.apply({"params": params}, image, boxes_xyxy, method=method)
-
-    return jax.jit(encode_boxes)
+    return jax.jit(_applied(model, dtype, method))
 
 
 @functools.lru_cache(maxsize=8)
 def image_and_box_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
     """The jitted (params, image [B, S, S, 3], boxes_xyxy float32 [B, R, 4]) -> (image_embed [B, D], [B, R, D])."""
-    module = grain.GRAIN(model, dtype)
-    method = grain.GRAIN.encode_image_and_boxes
-
-    def encode_image_and_boxes(params, image, boxes_xyxy):
-        with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-            return module.apply({"params": params}, image, boxes_xyxy, method=method)
-
-    return jax.jit(encode_image_and_boxes)
+    return jax.jit(_applied(model, dtype, grain.GRAIN.encode_image_and_boxes))
 
 
 @functools.lru_cache(maxsize=8)
 def patch_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
     """The jitted (params, image [B, S, S, 3]) -> [B, h * w, D], each patch pooled alone, of a model of two towers."""
-    module = grain.GRAIN(model, dtype)
-
-    def encode_patches(params, image):
-        with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-            return module.apply({"params": params}, image, method=grain.GRAIN.encode_patches)
-
-    return jax.jit(encode_patches)
+    return jax.jit(_applied(model, dtype, grain.GRAIN.encode_patches))

@@ -132,23 +132,30 @@ class Predictor:
         """
         return self._encode(images)[0]
 
-    def encode_regions(self, images: Images) -> schema.Regions:
-        """Images, as for `encode_image` -> boxes_xyxy [B, Q, 4] in [0, 1] and embed [B, Q, D].
+    def encode_regions(self, images: Images | Tokens) -> schema.Regions:
+        """Images, as for `encode_boxes` -> boxes_xyxy [B, Q, 4] in [0, 1] and embed [B, Q, D].
 
         Raises:
           InputError: as `encode_image`, or the model has no region queries.
         """
         return self.encode_image_and_regions(images)[1]
 
-    def encode_image_and_regions(self, images: Images) -> tuple[np.ndarray, schema.Regions]:
+    def encode_image_and_regions(
+        self, images: Images | Tokens
+    ) -> tuple[np.ndarray, schema.Regions]:
         """(`encode_image(images)`, `encode_regions(images)`) in one pass; raises as `encode_regions`."""
         self._need_regions("regions")
         image, region, boxes = self._encode(images)
         return image, schema.Regions(boxes, region)
 
+    @property
+    def has_regions(self) -> bool:
+        """Whether the model has queries that find regions."""
+        return self.model.decoder is not None and self.model.decoder.queries > 0
+
     def _need_regions(self, what: str) -> None:
         decoder = self.model.decoder
-        if decoder is None or not decoder.queries:
+        if not self.has_regions:
             has = "two towers and no region decoder (model.decoder is null)"
             if decoder is not None:
                 has = "no region queries (model.decoder.queries is 0)"
@@ -165,8 +172,7 @@ class Predictor:
         """
         self._need_box_head()
         program = jitted.token_program(self.model, self.dtype)
-        parts = self._parts(inputs.checked_images(images, self.model.image.image_size))
-        tokens = [self._run(program, pixels) for pixels in parts]
+        tokens = [self._run(program, pixels) for pixels in self._rows(images)]
         return Tokens(np.concatenate(tokens) if tokens else np.zeros((0, 0, 0), np.float32))
 
     def _need_box_head(self) -> None:
@@ -205,12 +211,8 @@ class Predictor:
         """(embeddings of the images, [0, D] where `program` returns none; for each image those of its boxes [n, D])."""
         self._need_box_head()
         boxes = [inputs.checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
-        if isinstance(images, Tokens):
-            rows = _slices(images.values, MAX_BATCH * len(self._devices))
-        else:
-            rows = self._parts(inputs.checked_images(images, self.model.image.image_size))
         whole, parts = [np.zeros((0, self.model.embed_dim), np.float32)], []
-        for part in rows:
+        for part in self._rows(images):
             own = boxes[len(parts) : len(parts) + len(part)]
             own += [np.zeros((0, 4), np.float32)] * (len(part) - len(own))
             # A power of two of boxes an image, so that few programs are compiled.
@@ -246,14 +248,37 @@ class Predictor:
         embeds = self.encode_boxes(images, boxes_xyxy)
         return [scores.global_scores(embed, classes.features) for embed in embeds]
 
+    def encode_patches(self, images: Images | Tokens) -> np.ndarray:
+        """Images, as for `encode_boxes` -> an embedding of each patch, float32 [B, h, w, D], unit length.
+
+        With a box head a patch is a box; of a model of two towers each patch is pooled alone, as in MaskCLIP (Zhou et al.
+        2022).
+
+        Raises:
+          InputError: as `encode_image`; the image tower has no grid of patches; the model has a decoder and no box head.
+        """
+        grid = self.grid
+        if isinstance(images, Tokens) or self.model.boxes.kind != "none":
+            tokens = images if isinstance(images, Tokens) else self.encode_tokens(images)
+            boxes = [box_head.token_boxes(grid * grid, 0)] * len(tokens.values)
+            patches = self.encode_boxes(tokens, boxes)
+        elif self.model.decoder is not None:
+            raise InputError(
+                "patches: got a model with a decoder and no box head, expected a box head"
+            )
+        else:
+            program = jitted.patch_program(self.model, self.dtype)
+            patches = [x for part in self._rows(images) for x in self._run(program, part)]
+        shape = (len(patches), grid, grid, self.model.embed_dim)
+        return np.asarray(patches, np.float32).reshape(shape)
+
     def similarity_map(
         self, image: PIL.Image.Image | np.ndarray, texts: Iterable[str] | np.ndarray
     ) -> np.ndarray:
         """Where each text lies in an image: cosines at the resolution of the patches, float32 [N, h, w].
 
-        With a box head a patch is a box. Without one, of a model with regions, a patch has the best cosine of the
-        regions there (`scores.region_map`); of a model of two towers each patch is pooled alone, as in MaskCLIP (Zhou
-        et al. 2022). `scores.resize_map` makes it as large as the image.
+        Those of the patches (`encode_patches`); of a model with regions, the best of the regions at each patch
+        (`scores.region_map`); of one with both, the mean of the two. `scores.resize_map` makes it as large as the image.
 
         Args:
           image: as for `ground`.
@@ -276,19 +301,18 @@ class Predictor:
         Raises:
           InputError: the images cannot be used, or the image tower has no grid of patches.
         """
-        grid, count = self.grid, len(text_embeds)
-        if isinstance(images, Tokens) or self.model.boxes.kind != "none":
-            patches = self.encode_boxes(images, [box_head.token_boxes(grid * grid, 0)] * count)
-        elif self.model.decoder is not None:
-            regions = self.encode_regions(images)
-            found = zip(text_embeds, *regions, strict=True)
-            return [scores.region_map(t @ e.T, boxes, grid) for t, boxes, e in found]
-        else:
-            program = jitted.patch_program(self.model, self.dtype)
-            parts = self._parts(inputs.checked_images(images, self.model.image.image_size))
-            patches = [x for part in parts for x in self._run(program, part).astype(np.float32)]
-        found = zip(text_embeds, patches, strict=True)
-        return [(t @ p.T).reshape(-1, grid, grid) for t, p in found]
+        grid, has_head = self.grid, self.model.boxes.kind != "none"
+        if has_head and not isinstance(images, Tokens):
+            images = self.encode_tokens(images)
+        patches = regions = [None] * len(text_embeds)
+        if has_head or self.model.decoder is None:
+            patches = self.encode_patches(images)
+        if self.has_regions or not has_head and self.model.decoder is not None:
+            regions = list(zip(*self.encode_regions(images)))
+        return [
+            scores.similarity_map(text, patch, region, grid)
+            for text, patch, region in zip(text_embeds, patches, regions, strict=True)
+        ]
 
     @property
     def grid(self) -> int:
@@ -308,9 +332,11 @@ class Predictor:
         except errors.UserError as error:
             raise InputError(str(error)) from None
 
-    def _encode(self, images: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _encode(self, images: Images | Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Images -> float32 (image [B, D], regions [B, Q, D], boxes_xyxy [B, Q, 4])."""
-        images = inputs.checked_images(images, self.model.image.image_size)
+        program = self._encode_images
+        if isinstance(images, Tokens):
+            program = jitted.image_program(self.model, self.dtype, of_tokens=True)
         q = 0 if self.model.decoder is None else self.model.decoder.queries
         d = self.model.embed_dim
         parts = [(np.zeros((0, d)), np.zeros((0, q, d)), np.zeros((0, q, 4)))]
@@ -318,11 +344,17 @@ class Predictor:
         with tqdm.tqdm(
             total=total, desc="images", unit="", file=sys.stderr, disable=not self.progress
         ) as bar:
-            for part in self._parts(images):
-                parts.append(self._run(self._encode_images, part))
+            for part in self._rows(images):
+                parts.append(self._run(program, part))
                 bar.update(len(part))
         image, region, boxes = (np.concatenate(x).astype(np.float32) for x in zip(*parts))
         return image, region, boxes
+
+    def _rows(self, images: Images | Tokens) -> Iterator[np.ndarray]:
+        """Images, checked, or tokens, in arrays of at most MAX_BATCH rows per device. Raises InputError."""
+        if isinstance(images, Tokens):
+            return _slices(images.values, MAX_BATCH * len(self._devices))
+        return self._parts(inputs.checked_images(images, self.model.image.image_size))
 
     def _parts(self, images: Images) -> Iterator[np.ndarray]:
         """Images, resized unless an array has the size, in arrays [at most MAX_BATCH per device, S, S, 3]."""

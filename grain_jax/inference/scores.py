@@ -99,6 +99,32 @@ def region_map(cosines: np.ndarray, boxes_xyxy: np.ndarray, grid: int) -> np.nda
     return (lowest[..., None] + above).astype(np.float32)
 
 
+def similarity_map(
+    text_embed: np.ndarray,
+    patch_embed: np.ndarray | None,
+    regions: tuple[np.ndarray, np.ndarray] | None,
+    grid: int,
+) -> np.ndarray:
+    """Where texts lie: cosines of the patches, of the regions (`region_map`), or the mean of the two.
+
+    Args:
+      text_embed: [N, D].
+      patch_embed: [grid, grid, D]; None: only the regions are asked.
+      regions: boxes_xyxy [Q, 4] in [0, 1] and embeddings [Q, D]; None: only the patches are asked.
+      grid: cells along a side.
+
+    Returns:
+      float32 [N, grid, grid].
+    """
+    maps = []
+    if patch_embed is not None:
+        maps.append(np.einsum("nd,hwd->nhw", text_embed, patch_embed))
+    if regions is not None:
+        boxes_xyxy, embed = regions
+        maps.append(region_map(text_embed @ embed.T, boxes_xyxy, grid))
+    return np.mean(maps, axis=0, dtype=np.float32)
+
+
 def resize_map(maps: np.ndarray, width: int, height: int) -> np.ndarray:
     """Maps [N, h, w] -> float32 [N, height, width], bilinear, cell centres on cell centres, the edge held."""
 

@@ -22,6 +22,7 @@ from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import names
 from grain_jax.convert.reference.sizes import sizes_of
 from grain_jax.files import images
+from grain_jax.inference import scores
 from grain_jax.input_pipeline import clip_tokenizer
 from grain_jax.runtime import checkpoint, digests, receipt
 from tests import perturbed, tiny
@@ -297,6 +298,14 @@ def test_a_box_head_goes_everywhere(kind, tmp_path):
     np.testing.assert_allclose(
         found, np.stack(predictor.encode_boxes(given.images, boxes)), atol=1e-5
     )
+
+    module.decoder.boxes = None  # then the regions alone
+    with torch.no_grad():
+        maps = module.similarity_maps(pixels, torch.tensor(given.token_ids).long())
+    regions = predictor.encode_regions(given.images[1:2])
+    cosines = predictor.encode_text(given.token_ids) @ regions.embed[0].T
+    expected = scores.region_map(cosines, regions.boxes_xyxy[0], maps.shape[-1])
+    np.testing.assert_allclose(maps[1], expected, atol=1e-5)
 
 
 def test_the_zero_shot_pipeline_of_transformers_takes_it(converted):

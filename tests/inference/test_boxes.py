@@ -97,13 +97,24 @@ def test_a_model_without_a_box_head_says_so():
         _predictor().encode_tokens(PICTURES)
 
 
-def test_a_map_of_a_box_head_asks_for_each_patch(predictor):
+def test_a_map_of_a_box_head_asks_for_each_patch_and_the_regions(predictor):
     got = predictor.similarity_map(PICTURES[0], TEXTS)
     assert got.shape == (2, 5, 5)
     text = predictor.encode_text(TEXTS)
     cell = np.array([[3, 1, 4, 2]]) / 5  # column 3, row 1
     (embed,) = predictor.encode_boxes(PICTURES[:1], [cell])
-    np.testing.assert_allclose(got[:, 1, 3], (text @ embed.T)[:, 0], atol=3e-6)
+    np.testing.assert_allclose(predictor.encode_patches(PICTURES[:1])[0, 1, 3], embed[0], atol=3e-6)
+    regions = predictor.encode_regions(PICTURES[:1])
+    of_regions = scores.region_map(text @ regions.embed[0].T, regions.boxes_xyxy[0], 5)
+    expected = ((text @ embed.T)[:, 0] + of_regions[:, 1, 3]) / 2
+    np.testing.assert_allclose(got[:, 1, 3], expected, atol=3e-6)
+
+
+def test_a_map_of_a_box_head_beside_two_towers_is_that_of_the_patches():
+    predictor = _predictor(decoder=None, image__pool="mean", boxes__kind="roi_align")
+    patches = predictor.encode_patches(PICTURES[:1])[0]
+    expected = np.einsum("nd,hwd->nhw", predictor.encode_text(TEXTS), patches)
+    np.testing.assert_allclose(predictor.similarity_map(PICTURES[0], TEXTS), expected, atol=3e-6)
 
 
 def test_a_map_of_regions_has_the_best_of_those_that_cover_a_cell():

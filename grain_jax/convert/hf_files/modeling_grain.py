@@ -406,15 +406,25 @@ class GrainModel(GrainPreTrainedModel):
         return _unit(self.decoder.boxes(self.backbone.visual(pixel_values), boxes_xyxy))
 
     def similarity_maps(self, pixel_values, input_ids):
-        """Where texts lie, by the box head: a cosine for each patch, [B, N, h, w]."""
-        if self.decoder.boxes is None:
-            raise ValueError(
-                "the model has no box head: it was trained without loss.box_description"
-            )
-        cells = self.decoder.boxes.cells().expand(pixel_values.shape[0], -1, -1)
-        patches = self.get_boxes(pixel_values, cells)
-        cosines = _cosines(_unit(self.get_text_features(input_ids)), patches)
-        return cosines.unflatten(-1, (self.decoder.boxes.grid,) * 2)
+        """Where texts lie: a cosine for each patch, [B, N, h, w].
+
+        Of the best region at a patch; with a box head the mean of that and the cosine of the patch as a box.
+        """
+        tokens = self.backbone.visual(pixel_values)
+        _, regions, boxes = self.decoder(tokens)
+        texts = _unit(self.get_text_features(input_ids))
+        image, maps = self.config.towers["image"], []
+        grid = image["image_size"] // image["patch_size"]
+        if regions.shape[1]:
+            corners = _corners(boxes[-1]).clamp(0, 1)
+            maps.append(_region_maps(_cosines(texts, _unit(regions)), corners, grid))
+        if self.decoder.boxes is not None:
+            cells = self.decoder.boxes.cells().expand(pixel_values.shape[0], -1, -1)
+            patches = _unit(self.decoder.boxes(tokens, cells))
+            maps.append(_cosines(texts, patches).unflatten(-1, (grid, grid)))
+        if not maps:
+            raise ValueError("the model has neither regions nor a box head, expected either")
+        return torch.stack(maps).mean(0)
 
     def zero_shot_logits(self, pixel_values, class_features, descriptions=None, alpha=1.0):
         """Scores of every class, [B, C]: alpha * global + (1 - alpha) * region cosines.
@@ -669,6 +679,25 @@ def _corners(boxes_cxcywh):
     """Boxes as centre and size -> corners."""
     centre, half = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:] / 2
     return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def _region_maps(cosines, boxes_xyxy, grid):
+    """Cosines [B, N, Q] of texts and regions, and their boxes [B, Q, 4] -> [B, N, grid, grid].
+
+    A cell has the best cosine of the regions there; one that covers a share of the cell counts in that share, above the
+    lowest cosine of the text.
+    """
+    low = torch.arange(grid, device=cosines.device) / grid
+
+    def covered(first, last):  # [B, Q] each -> [B, Q, grid]
+        ends = last[..., None].minimum(low + 1 / grid) - first[..., None].maximum(low)
+        return (ends * grid).clamp(0, 1)
+
+    x1, y1, x2, y2 = boxes_xyxy.float().unbind(-1)
+    share = covered(y1, y2)[..., :, None] * covered(x1, x2)[..., None, :]  # [B, Q, grid, grid]
+    lowest = cosines.amin(-1, keepdim=True)
+    above = ((cosines - lowest)[..., None, None] * share[:, None]).amax(2)
+    return lowest[..., None] + above
 
 
 def _giou(a_cxcywh, b_cxcywh, epsilon):
