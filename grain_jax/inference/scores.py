@@ -122,7 +122,7 @@ def similarity_map(
     if regions is not None:
         boxes_xyxy, embed = regions
         maps.append(region_map(text_embed @ embed.T, boxes_xyxy, grid))
-    return np.mean(maps, axis=0, dtype=np.float32)
+    return np.asarray(np.mean(maps, axis=0), np.float32)
 
 
 def resize_map(maps: np.ndarray, width: int, height: int) -> np.ndarray:
