@@ -221,7 +221,7 @@ class BoxHead:
     # with the sizes of the image tower's.
     kind: str = key("none", choices=BOX_HEADS, added=True)
     # Of roi_align: parts of a box along each side, each with weights of its own.
-    bins: int = count(1, low=1, high=64, added=True)
+    bins: int = count(3, low=1, high=64, added=True)
     samples: int = count(
         4, low=1, high=64, added=True
     )  # of roi_align: points of a part along each side
