@@ -26,6 +26,7 @@ LABELS = {
     "grain_captions": "GRAIN, two captions",
     "grain_both": "GRAIN, L_id, two captions",
     "grain_pooled": "GRAIN, L_id, two captions, pooled",
+    "grain_boxes": "GRAIN, L_id, two captions, pooled, L_bd",
 }
 
 
