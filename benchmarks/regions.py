@@ -31,7 +31,7 @@ RATE = 1e-3
 NEGATIVES = 10  # of a region; a step sees 3 of them
 AVIARY = {**claim_design.AVIARY, "seed": 29, "negatives": NEGATIVES}
 
-_ROI = {"model.boxes.kind": "roi_align", "loss.box_description": 1.0, "model.boxes.bins": 1}
+_ROI = {"model.boxes.kind": "roi_align", "loss.box_description": 1.0}
 _PROMPTER = {"model.boxes.kind": "prompter", "loss.box_description": 1.0}
 _NEGATIVES = {"input.negatives_per_region": 3, "loss.hard_negative": 1.0}
 ARMS: dict[str, dict[str, Any]] = {

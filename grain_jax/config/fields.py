@@ -60,7 +60,7 @@ def key(
       choices: the values of a key that names one.
       role: see Role; None takes that of the group.
       added: the key came after the first checkpoints. A config without it has the default, and a config with
-        the default has the digest of one without the key.
+        the default has the digest of one without the key, so the default never changes.
       built_in: names that the package has; the key is one of them, or `module:Name` of a class (grain_jax/named.py).
       options_of: the key beside this one that names a class: the group has the keys of its `Options`, a frozen
         dataclass. Without options, and of a built-in name, it is NoOptions.
@@ -221,7 +221,7 @@ class BoxHead:
     # with the sizes of the image tower's.
     kind: str = key("none", choices=BOX_HEADS, added=True)
     # Of roi_align: parts of a box along each side, each with weights of its own.
-    bins: int = count(3, low=1, high=64, added=True)
+    bins: int = count(1, low=1, high=64, added=True)
     samples: int = count(
         4, low=1, high=64, added=True
     )  # of roi_align: points of a part along each side
