@@ -23,19 +23,25 @@ def get_config():
         f"grain_jax.data.aviary --output {data} --records {{data_dir}} --name {{name}}"
     )
     # A model this small leaves the plateau of this data within minutes with: weights that scale with the width (0.02
-    # is for wide towers), position waves that fit a grid of 8 x 8, sharper initial attention in the decoder, and
-    # names, which only web captions have, in most captions.
+    # is for wide towers), position waves that fit a grid of 8 x 8, and sharper initial attention in the decoder.
     c.model.image.block_init = "torch"
     c.model.image.position_init = "sincos2d"
     c.model.image.position_period = 16.0
     c.model.decoder.qkv_init_gain = 2.5
     c.model.decoder.dropout = 0.0
-    c.input.synthetic_caption_rate = 0.25
-    # As docs/claim.md measures: as many queries as birds have parts, so that each finds one, and a small weight of
-    # the box loss, on every decoder layer.
+    # As docs/claim.md measures: as many queries as birds have parts, so that each finds one; a small weight of the box
+    # loss, on every decoder layer; and, for words in the global embedding, L_id, two captions of each image and the
+    # sum of all queries as the image embedding.
     c.model.decoder.queries = 8
+    c.model.decoder.image_pool = "all"
     c.loss.box = 0.2
     c.loss.deep_supervision = True
+    c.loss.image_description = 1.0
+    c.input.captions_per_image = 2
+    # A box head, for boxes that are given; as docs/howto/boxes.md measures, its loss helps the other embeddings, too.
+    c.model.boxes.kind = "roi_align"
+    c.model.boxes.bins = 3
+    c.loss.box_description = 1.0
     c.optim.clip_norm = 1.0
     c.optim.warmup_steps = 100
     # They measure birds: where the data of birds is missing, they are skipped.
@@ -52,4 +58,5 @@ def get_config():
     )
     c.evals.retrieval = evaluator("retrieval", f"{data}/test", **test)
     c.evals.grounding = evaluator("grounding", f"{data}/test", **test)
+    c.evals.maps = evaluator("maps", f"{data}/test", **test)
     return c

@@ -423,14 +423,14 @@ def test_the_command_line_wins_over_the_file_in_either_or_pairs():
 @pytest.mark.parametrize(
     "given, left",
     [
-        (["--config.evals.seen=None"], ["grounding", "retrieval", "unseen"]),
+        (["--config.evals.seen=None"], ["grounding", "maps", "retrieval", "unseen"]),
         (
             [
                 "--config.evals.unseen.names=True",
                 "--config.evals.grounding=none",
                 "-config.evals.seen={}",
             ],
-            ["retrieval", "unseen"],
+            ["maps", "retrieval", "unseen"],
         ),
         (["--config.evals=None"], []),
         (["--config.evals={}", "--config.seed=3"], []),
@@ -459,8 +459,8 @@ def test_flags_take_evaluators_out(given, left):
                 "--config.evals.seen=None",
                 "--config.checkpoint_best_metric=eval/seen/alpha_1.0/top1",
             ],
-            "checkpoint_best_metric: got 'eval/seen', expected one of eval/grounding, eval/retrieval,"
-            " eval/unseen",
+            "checkpoint_best_metric: got 'eval/seen', expected one of eval/grounding, eval/maps,"
+            " eval/retrieval, eval/unseen",
         ),
     ],
 )

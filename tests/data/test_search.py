@@ -11,7 +11,8 @@ from grain_jax.data.embed import parts
 from grain_jax.data.search import __main__ as command
 
 import grain_jax
-from tests import browser, embedded, record_sets
+from grain_jax import inference
+from tests import browser, embedded, perturbed, record_sets
 
 COUNT = 12
 
@@ -66,15 +67,27 @@ def test_an_image_finds_itself_and_so_does_a_region(folders, capsys):
     assert run(out, "--image", images / "00007.png", "--top=2") == 0
     (first, score, box), _ = rows(capsys.readouterr().out)
     assert (first, score, box) == ("00007.png", 1.0, None)
-    (x1, y1, x2, y2), _ = (
-        drawn[7].regions[0] if hasattr(drawn[7], "regions") else ((5, 5, 30, 30), 0)
-    )
-    box = f"{x1},{y1},{x2},{y2}"
-    assert run(out, "--image", images / "00007.png", "--box", box, "--top=1", "--faiss") == 0
-    shown = capsys.readouterr()
-    ((first, score, found),) = rows(shown.out)
-    assert (first, score) == ("00007.png", 1.0) and found is not None
-    assert "the nearest region has IoU" in shown.err
+    box_xyxy = np.array(next(iter(drawn[7].boxes_xyxy.values())))
+    words = ["--box", ",".join(map(str, box_xyxy * 64)), "--top=1", "--faiss"]
+    assert run(out, "--image", images / "00007.png", *words) == 0
+    ((first, score, found),) = rows(capsys.readouterr().out)
+    model = grain_jax.load("aviary-tiny")
+    ((embed,),) = model.encode_boxes([drawn[7].image], [[box_xyxy]])
+    cosines = model.encode_regions([bird.image for bird in drawn]).embed @ embed
+    assert first == f"{cosines.max(axis=1).argmax():05d}.png" and found is not None
+    assert score == pytest.approx(cosines.max(), abs=6e-4)
+
+
+def test_without_a_box_head_the_region_nearest_to_a_box_asks(capsys):
+    model = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1)
+    predictor = inference.Predictor(model, perturbed.params(model))
+    image = birds(1)[0].image
+    regions = predictor.encode_regions([image])
+    box_xyxy = regions.boxes_xyxy[0, 2]
+    found, embed = command._region(predictor, image, box_xyxy * image.width)
+    np.testing.assert_array_equal(found, box_xyxy)
+    np.testing.assert_array_equal(embed, regions.embed[0, 2])
+    assert capsys.readouterr().err == "--box: the nearest region has IoU 1.00 with it\n"
 
 
 def test_the_page_shows_them_and_names_what_is_gone(folders, tmp_path, capsys):

@@ -81,7 +81,7 @@ def test_the_demo_on_other_data_skips_its_aviary(tmp_path, monkeypatch, capfd):
     assert entries.present(config.evals) == {}
     lines = capfd.readouterr().err.splitlines()
     get = "not there; to get it: grain-jax aviary --output runs/aviary"
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert lines[-1] == f"evals.unseen: skipped: runs/aviary/unseen: {get}"
     mistyped = dataclasses.replace(config.evals["seen"], missing="error", images="runs/aviray/seen")
     with pytest.raises(errors.UserError, match="runs/aviray/seen: no such folder"):
