@@ -55,7 +55,7 @@ def test_from_nothing_to_a_trained_model(run):
     accuracy = {
         m[1]: int(m[2]) for m in re.finditer(r"^(this run|aviary-tiny) +(\d+)% of 60", text, re.M)
     }
-    assert accuracy["this run"] > 30 and accuracy["aviary-tiny"] >= 95, text
+    assert accuracy["this run"] > 30 and accuracy["aviary-tiny"] >= 90, text
 
 
 def test_a_checkpoint_to_torch_to_onnx_and_back(run):
