@@ -41,6 +41,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "prompter": _PROMPTER,
     "negatives": _NEGATIVES,
     "prompter_negatives": {**_PROMPTER, **_NEGATIVES},
+    # After the results of the others.
+    "roi_align_3_negatives": {**_ROI, "model.boxes.bins": 3, **_NEGATIVES},
 }
 # Column of the table -> name in results.json.
 MEASURES = {
