@@ -74,7 +74,7 @@ def speed(model: str, source: Path, scratch: Path, args: argparse.Namespace) -> 
     def embed() -> int:
         folder = scratch / f"turn{next(turn)}"
         found = find(folder)
-        regions = pipeline.has_regions(predictor.model)
+        regions = predictor.has_regions
         schema = embeddings.columns(predictor.model.embed_dim, regions=regions, stored=args.store)
         job = output.Output(parts.absolute(folder), schema, found.parts)
         job.finished()

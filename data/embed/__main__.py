@@ -92,7 +92,7 @@ def _settings(args: argparse.Namespace, found: parts.Listing, predictor: Any) ->
         "checkpoint": args.checkpoint if named else str(parts.absolute(predictor.folder)),
         "model": saved_model.model_digests(model, jax.device_get(predictor.params)),
         "embed_dim": model.embed_dim,
-        "regions": args.boxes if args.boxes == "given" or pipeline.has_regions(model) else "",
+        "regions": args.boxes if args.boxes == "given" or predictor.has_regions else "",
         "image_size": model.image.image_size,
         "dtype": args.dtype,
         "store": args.store,

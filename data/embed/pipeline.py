@@ -80,7 +80,7 @@ def encoder(predictor: Any, boxes: str = "queries") -> Encode:
         if boxes == "given":
             given = [ready.boxes_xyxy for ready in batch]
             found = Embeds(*predictor.encode_image_and_boxes(pixels, given), given)
-        elif has_regions(predictor.model):
+        elif predictor.has_regions:
             image, regions = predictor.encode_image_and_regions(pixels)
             found = Embeds(image, regions.embed, regions.boxes_xyxy)
         else:
@@ -96,11 +96,6 @@ def encoder(predictor: Any, boxes: str = "queries") -> Encode:
         return found
 
     return encode
-
-
-def has_regions(model: Any) -> bool:
-    """Whether the model (a `config.Model`) has queries that find regions."""
-    return model.decoder is not None and model.decoder.queries > 0
 
 
 def prepare(read: Callable[[], sources.Image | sources.Fault], size: int) -> Ready | sources.Fault:

@@ -21,6 +21,7 @@ def _applied(model: config_lib.Model, dtype: str, method: Callable[..., Any]) ->
         with jax.default_matmul_precision(precision):
             return module.apply({"params": params}, *arguments, method=method)
 
+    apply.__name__ = method.__name__  # of the compiled program, in profiles
     return apply
 
 

@@ -264,7 +264,7 @@ class Predictor:
             patches = self.encode_boxes(tokens, boxes)
         elif self.model.decoder is not None:
             raise InputError(
-                "patches: got a model with a decoder and no box head, expected a box head"
+                "patches: got a model with a decoder and no box head, expected a box head; similarity_maps asks the regions"
             )
         else:
             program = jitted.patch_program(self.model, self.dtype)
@@ -334,13 +334,14 @@ class Predictor:
 
     def _encode(self, images: Images | Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Images -> float32 (image [B, D], regions [B, Q, D], boxes_xyxy [B, Q, 4])."""
-        program = self._encode_images
+        program, counted = self._encode_images, images
         if isinstance(images, Tokens):
             program = jitted.image_program(self.model, self.dtype, of_tokens=True)
+            counted = images.values
         q = 0 if self.model.decoder is None else self.model.decoder.queries
         d = self.model.embed_dim
         parts = [(np.zeros((0, d)), np.zeros((0, q, d)), np.zeros((0, q, 4)))]
-        total = len(images) if isinstance(images, Sized) else None
+        total = len(counted) if isinstance(counted, Sized) else None
         with tqdm.tqdm(
             total=total, desc="images", unit="", file=sys.stderr, disable=not self.progress
         ) as bar:

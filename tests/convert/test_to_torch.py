@@ -294,7 +294,7 @@ def test_what_the_references_format_cannot_hold_is_a_line_each(tmp_path, capsys)
         "model.logit_bias_init: got -10.0, the reference's model has None",
         "model.image.pre_norm: got True, the reference's model has False",
         "model.text.activation: got gelu, the reference's model has quick_gelu",
-        "model.decoder.image_pool: got all, the reference's model has query; to-hf converts it",
+        "model.decoder.image_pool: got all, the reference's model has query; grain-jax convert to-hf writes it",
         "4 faults; nothing was written",
     ]
     assert not out.exists()

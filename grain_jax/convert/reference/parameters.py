@@ -101,7 +101,7 @@ def to_states(model: config_lib.Model, params: Any) -> dict[str, StateDict]:
         ("boxes.kind", model.boxes.kind, "none"),
     ):
         if got != expected:
-            has = "; to-hf converts it" if name in _ONLY_OURS else ""
+            has = "; grain-jax convert to-hf writes it" if name in _ONLY_OURS else ""
             faults.append(f"model.{name}: got {got}, the reference's model has {expected}{has}")
     if model.decoder.queries == 0:
         faults.append(
