@@ -111,6 +111,7 @@ setup(
         "jaxtyping>=0.2.34",
         "matplotlib>=3.8",
         "ml_collections>=1.0",
+        "msgspec>=0.19",
         "numpy>=1.26",
         "optax>=0.2.5",  # the first with optax.assignment.hungarian_algorithm
         "orbax-checkpoint>=0.11.34",  # the first that reads an optimizer state alone

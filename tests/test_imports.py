@@ -78,6 +78,10 @@ def _calls_on_files(tree):
                     "dup",
                     "dup2",
                     "stat",  # epath's asks for the owner's name, which a container may not know
+                    "lstat",
+                    "open",  # files/atomic.py writes to pipes without waiting for a reader
+                    "set_blocking",
+                    "fdopen",
                     "sysconf",
                 ):
                     yield node.lineno, f"os.{node.func.attr}("

@@ -1,9 +1,24 @@
-"""Regular files: epath's `is_file` is true of pipes and devices too, which can be read without end."""
+"""Files that others wrote: regular ones alone, of bounded length, of a declared form, below a named folder.
+
+epath's `is_file` is true of pipes and devices too, which can be read without end.
+"""
 
 import os
+import posixpath
 import stat
+from typing import Any, TypeVar
 
+import msgspec
 from etils import epath
+
+from grain_jax import errors
+
+MAX_JSON = 64 << 20  # bytes of a JSON file that is read as a whole
+T = TypeVar("T")
+
+
+class FileError(errors.UserError):
+    """A file of others cannot be read; one line: what, where, got, expected."""
 
 
 def length(path: epath.PathLike) -> int | None:
@@ -26,3 +41,94 @@ def is_one(path: epath.PathLike) -> bool:
         return length(path) is not None
     except (OSError, ValueError):
         return False
+
+
+def read(path: epath.PathLike, most: int, expected: str) -> bytes:
+    """The content of a regular file, local or remote.
+
+    Args:
+      path: the file; links are followed.
+      most: bytes that it may have.
+      expected: what it should be, for errors: "a tokenizer of `tokenizers`".
+
+    Raises:
+      FileError: there is none, it is no regular file (it is not opened then), too long, or cannot be read.
+    """
+    path = epath.Path(path)
+    try:
+        size = length(path)
+        if size is None:
+            raise FileError(f"{path}: got a folder, pipe or device, expected {expected}")
+        if size > most:
+            raise FileError(f"{path}: got {size:,} bytes, expected {expected} of at most {most:,}")
+        with path.open("rb") as file:
+            return file.read(size)
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file, expected {expected}") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"{path}: {reason}, expected {expected}") from None
+
+
+def read_json(path: epath.PathLike, kind: type[T], expected: str, most: int = MAX_JSON) -> T:
+    """The JSON value in a regular file, of the form that `kind` declares; see `from_json`.
+
+    Raises:
+      FileError: as `read`; also not JSON, or of another form.
+    """
+    return from_json(read(path, most, expected), kind, str(path), expected)
+
+
+def from_json(content: bytes | str, kind: type[T], where: str, expected: str) -> T:
+    """The JSON value in `content`, checked against a declaration.
+
+    Args:
+      content: UTF-8.
+      kind: any type that msgspec knows: a Struct, a dataclass, a NamedTuple, `dict[str, list[str]]`; bounds of
+        numbers, lengths and texts by `Annotated[..., msgspec.Meta(...)]`. Keys that it does not declare are left out.
+      where: the file, or the record in it, for errors.
+      expected: what the value should be, for errors.
+
+    Raises:
+      FileError: not JSON (NaN and infinite numbers are none), nested too deep, or of another form.
+    """
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except RecursionError:
+        raise FileError(f"{where}: nested too deep, expected {expected}") from None
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise FileError(f"{where}: {error}, expected {expected}") from None
+
+
+def checked(value: Any, kind: type[T], where: str, expected: str) -> T:
+    """A value that was read already, checked as `from_json` does. Raises FileError."""
+    try:
+        return msgspec.convert(value, type=kind)
+    except RecursionError:
+        raise FileError(f"{where}: nested too deep, expected {expected}") from None
+    except msgspec.MsgspecError as error:
+        raise FileError(f"{where}: {error}, expected {expected}") from None
+
+
+def below(folder: epath.PathLike, name: str, where: str) -> epath.Path:
+    """The path of `name`, which a file gave, in a folder; of a local one the links are followed, too.
+
+    Args:
+      folder: local or remote.
+      name: relative, with / between its parts.
+      where: the file that gave the name, for errors.
+
+    Raises:
+      FileError: the path would be outside the folder, or is the folder.
+    """
+    path = posixpath.normpath(name) if name else "."
+    fault = "\0" in name or posixpath.isabs(path) or path.split("/")[0] in ("..", ".")
+    found = epath.Path(folder) / path
+    if not fault and "://" not in str(folder):
+        real = os.path.realpath(folder)
+        fault = not os.path.realpath(found).startswith(real.rstrip(os.sep) + os.sep)
+    if fault or "://" in name:
+        raise FileError(f"{where}: got the name {name[:200]!r}, expected a path below {folder}")
+    return found
