@@ -4,18 +4,19 @@ Matrix products and convolutions alone are counted, a multiply-add as two. Eleme
 usual for model FLOPs, so no number depends on the backend.
 """
 
+import collections
+import dataclasses
 import math
 import re
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax import named
 from grain_jax.config import Config
-from grain_jax.models import box_head, grain, towers
+from grain_jax.models import grain
+from grain_jax.training import train_step
 
 # Dense bfloat16 FLOPs per second by `jax.Device.device_kind`, from the data sheets of the vendors. A device is
 # a chip; on TPU7x it is half a chip.
@@ -94,100 +95,30 @@ class PerImage(NamedTuple):
 
 
 def per_image(config: Config) -> PerImage:
-    """FLOPs of the model per image of a batch, by closed formulas.
+    """FLOPs of the model per image of a batch, counted in the jaxpr of its forward pass.
 
-    Attention counts masked pairs, and rows count their padding: both are computed. Only the losses depend on the
-    batch size (or `loss.group_size`); the terms of `loss.terms` are not counted, nor the sums of `loss.hard_negative`,
-    which are no matrix products. A tower from outside of the package has no formula: it is traced, and its products
-    and convolutions are counted.
+    Attention counts masked pairs, and rows count their padding: both are computed. Those of the losses are a closed
+    formula, without the terms of `loss.terms` and the sums of `loss.hard_negative`, which are no matrix products.
     """
-    image, text, decoder = config.model.image, config.model.text, config.model.decoder
-    embed, regions = config.model.embed_dim, config.input.max_regions
-    captions = config.input.captions_per_image
-    image_tower, tokens, width = _image_tower(config)
+    # A kernel would be counted as what it says of itself.
+    model = dataclasses.replace(config.model, attention="xla")
+    module, batch = grain.GRAIN(model, config.dtype), train_step.abstract_batch(config)
+    params = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), batch))
+    parts = dict.fromkeys(("image", "text", "decoder"), 0.0)
+    for name, count in _by_module(jax.make_jaxpr(module.apply)(params, batch).jaxpr).items():
+        parts[_part(name, model)] += count / config.batch_size
 
-    group, rows_of_group = config.text_layout
-    rows = rows_of_group / group
-    length = text.context_length
-    text_tower = _text_tower(config, rows)
-    if text.pool == "map":
-        text_tower += rows * (_attention(text, 1, length) + _mlp(text, 1))
-    if text.projection != "none":
-        text_tower += 2 * config.input.texts_per_image * text.width * embed
-
-    if decoder is None:
-        region_decoder = 0
-        if image.pool == "map":
-            image_tower += _attention(image, 1, tokens) + _mlp(image, 1)
-        if image.projection != "none":
-            image_tower += 2 * width * embed
-    else:
-        queries = decoder.queries + 1
-        layer = _attention(decoder, queries, queries) + _attention(decoder, queries, tokens)
-        layer += _mlp(decoder, queries)
-        layer += 2 * decoder.queries * (2 * decoder.width**2 + 4 * decoder.width)  # boxes
-        region_decoder = 2 * tokens * width * decoder.width + decoder.depth * layer
-        region_decoder += 2 * queries * decoder.width * embed
-
-    region_decoder += _box_head(config, tokens, width)
-
+    embed, regions = model.embed_dim, config.input.max_regions
     group = config.loss.group_size or config.batch_size
-    losses = 2 * captions * config.batch_size * embed + 2 * regions * (group * regions) * embed
+    losses = 2 * config.input.captions_per_image * config.batch_size * embed
+    losses += 2 * regions * (group * regions) * embed
     if config.loss.image_description:
         losses += 2 * regions * config.batch_size * embed
     if config.loss.box_description:
         losses += 2 * regions * (group * regions) * embed
-    if config.loss.match_description and decoder is not None:
-        losses += 2 * decoder.queries * regions * embed
-    return PerImage(image_tower, text_tower, region_decoder, losses, _frozen(config))
-
-
-def _image_tower(config: Config) -> tuple[float, int, int]:
-    """(FLOPs an image, tokens, their width) of the image tower."""
-    image = config.model.image
-    if not named.is_external(image.tower):
-        patches = (image.image_size // image.patch_size) ** 2
-        tokens = image.class_token + patches
-        flops = 2 * patches * 3 * image.patch_size**2 * image.width
-        flops += image.depth * (_attention(image, tokens, tokens) + _mlp(image, tokens))
-        return flops, tokens, image.width
-    pixels = jax.ShapeDtypeStruct((1, image.image_size, image.image_size, 3), np.float32)
-    flops, out = _traced(towers.image_tower(image)(image, np.dtype(config.dtype)), pixels)
-    return flops, 1 if len(out.shape) == 2 else out.shape[1], out.shape[-1]
-
-
-def _box_head(config: Config, tokens: int, width: int) -> float:
-    """FLOPs an image of the box head and its projection; RoIAlign's backward pass has one product, not two."""
-    head, image, boxes = config.model.boxes, config.model.image, config.input.max_regions
-    if head.kind == "none":
-        return 0
-    if head.kind == "prompter":
-        place = 2 * box_head.PLACE * image.width
-        places = boxes * place + tokens * place / config.batch_size  # of tokens once a batch
-        memory = 2 * tokens * width * image.width
-        layer = _attention(image, boxes, tokens) + _mlp(image, boxes)
-        return places + memory + layer + 2 * boxes * image.width * config.model.embed_dim
-    leading = towers.image_tower(image).leading_tokens(image)
-    grid = box_head.grid_size(tokens, leading)
-    align = 2 * boxes * head.bins * (grid * grid + head.bins * grid) * width
-    return align + 2 * boxes * head.bins**2 * width * config.model.embed_dim
-
-
-def _text_tower(config: Config, rows: float) -> float:
-    """FLOPs of the text tower for so many rows."""
-    text, length = config.model.text, config.model.text.context_length
-    if not named.is_external(text.tower):
-        return rows * text.depth * (_attention(text, length, length) + _mlp(text, length))
-    row = jax.ShapeDtypeStruct((1, 1, length), np.int32)
-    tower = towers.text_tower(text)(text, np.dtype(config.dtype))
-    return rows * _traced(tower, row, row, row)[0]
-
-
-def _traced(tower: nn.Module, *inputs: jax.ShapeDtypeStruct) -> tuple[int, jax.ShapeDtypeStruct]:
-    """(FLOPs, output) of a tower, traced with these inputs."""
-    variables = nn.meta.unbox(jax.eval_shape(tower.init, jax.random.key(0), *inputs))
-    out = jax.eval_shape(tower.apply, variables, *inputs)
-    return matmul_flops(tower.apply, variables, *inputs), out
+    if config.loss.match_description and model.decoder is not None:
+        losses += 2 * model.decoder.queries * regions * embed
+    return PerImage(**parts, losses=losses, frozen=_frozen(config))
 
 
 def _frozen(config: Config) -> frozenset[str]:
@@ -196,30 +127,21 @@ def _frozen(config: Config) -> frozenset[str]:
         return frozenset()
     trained: dict[str, bool] = {}
     for name in grain.parameter_shapes(config.model):
-        part = _part(name, config.model)
+        part = _part(name.partition("/")[0], config.model)
         is_frozen = any(re.fullmatch(pattern, name) for pattern in config.optim.frozen)
         trained[part] = trained.get(part, False) or not is_frozen
     return frozenset(part for part, trains in trained.items() if part and not trains)
 
 
-def _part(name: str, model: config_lib.Model) -> str:
-    """The field of PerImage that counts the products of a parameter; "" for a scalar."""
-    if name in ("logit_scale", "logit_bias"):
+def _part(module: str, model: config_lib.Model) -> str:
+    """The field of PerImage that counts the products of a module, by its name in GRAIN; "" for a scalar."""
+    if module in ("logit_scale", "logit_bias"):
         return ""
-    if name.startswith("text"):
+    if module.startswith("text"):
         return "text"
-    if name.startswith("box_head/") or name.startswith("box_projection/"):
+    if module in ("box_head", "box_projection"):
         return "decoder"
-    return "image" if name.startswith("image/") or model.decoder is None else "decoder"
-
-
-def _attention(tower, queries: int, keys: int) -> int:
-    """Query, key, value and output projections, and the two products of queries with keys."""
-    return 4 * tower.width * (tower.width * (queries + keys) + queries * keys)
-
-
-def _mlp(tower, tokens: int) -> int:
-    return 4 * tokens * tower.width * tower.mlp_dim
+    return "image" if module == "image" or model.decoder is None else "decoder"
 
 
 def matmul_flops(function, *arguments: Any) -> int:
@@ -232,34 +154,41 @@ def matmul_flops(function, *arguments: Any) -> int:
     Raises:
       NotImplementedError: matrix products in a loop that ends on a condition.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return sum(_by_module(jax.make_jaxpr(function)(*arguments).jaxpr).values())
 
 
-def _count(jaxpr) -> int:
-    total = 0
+def _by_module(jaxpr, scope: str = "") -> collections.Counter[str]:
+    """FLOPs of a jaxpr by the module of GRAIN that they are named after; "" for what is in none.
+
+    The names of Flax are scopes: GRAIN/GRAIN.image_tokens/image/blocks/attention/query.
+    """
+    total: collections.Counter[str] = collections.Counter()
     for equation in jaxpr.eqns:
+        within = f"{scope}/{equation.source_info.name_stack}"
+        module = next((x for x in within.split("/") if x and not x.startswith("GRAIN")), "")
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             depth = math.prod(left[axis] for axis in contracted)
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
+            total[module] += 2 * math.prod(equation.outvars[0].aval.shape) * depth
             continue
         if name == "conv_general_dilated":
             # The kernel's input features are those of one group.
             kernel, (out, *_) = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
             depth = math.prod(kernel) // kernel[out]
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
+            total[module] += 2 * math.prod(equation.outvars[0].aval.shape) * depth
             continue
         if name == "pallas_call":  # its body is one program of many: what the kernel says of itself
-            total += params["cost_estimate"].flops
+            total[module] += params["cost_estimate"].flops
             continue
         if name == "while":
-            if any(_count(part) for part in _jaxprs(params)):
+            if any(_by_module(part) for part in _jaxprs(params)):
                 raise NotImplementedError("matrix products in a loop whose trips are not known")
             continue
         if name == "cond":
-            total += max(_count(branch.jaxpr) for branch in params["branches"])
+            branches = (_by_module(branch.jaxpr, within) for branch in params["branches"])
+            total += max(branches, key=lambda counts: counts.total())
             continue
         times = 1
         if name == "scan":
@@ -267,7 +196,9 @@ def _count(jaxpr) -> int:
         elif name == "shard_map":
             # The body has one device's shapes where all mesh axes are manual, as everywhere here.
             times = params["mesh"].size
-        total += times * sum(_count(part) for part in _jaxprs(params))
+        for part in _jaxprs(params):
+            for key, count in _by_module(part, within).items():
+                total[key] += times * count
     return total
 
 
