@@ -12,11 +12,25 @@ Boxes are normalised to [0, 1] everywhere inside `grain_jax` and carry their for
 (`*_cxcywh`, `*_xyxy`). Masks are positive: True means real. This module imports numpy only.
 """
 
-from typing import Any, NamedTuple
+import typing
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
 Array = Any  # a numpy or a jax array
+
+
+class Field(NamedTuple):
+    """How a field of `Batch` or `Outputs` lies over images, and who reads it."""
+
+    image_axis: int | None = 0  # that the batch is cut along; None: the same for all images
+    for_losses: bool = True  # False: the model or the trainer alone reads it
+
+
+Images = Annotated[Array, Field()]
+LayersOfImages = Annotated[Array, Field(1)]
+Shared = Annotated[Array, Field(None)]
+ModelInput = Annotated[Array, Field(for_losses=False)]
 
 # Pixels are normalised on the device with ImageNet's statistics (docs/method.md, Annotations).
 IMAGE_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
@@ -30,42 +44,47 @@ class Batch(NamedTuple):
     within the group and the position of its end token. Without packing a group is one image and a row one text.
     """
 
-    image: Array  # uint8 [B, H, W, 3]
-    text_tokens: Array  # int32 [G, rows, L], 0 = padding
-    text_positions: Array  # int32 [G, rows, L], restart at 0 for each text
-    text_segments: Array  # int32 [G, rows, L], 1.. within a row, 0 = padding
-    caption_at: Array  # int32 [B, C, 2] (row, end token), zeros where masked
-    caption_id: Array  # int32 [B, C], same text same id
-    caption_mask: Array  # bool [B, C]; all True where C = 1
-    description_at: Array  # int32 [B, R, 2] (row, end token), zeros where masked
-    description_id: Array  # int32 [B, R], same text same id
-    region_boxes_cxcywh: Array  # float32 [B, R, 4]
-    region_mask: Array  # bool [B, R]
+    image: ModelInput  # uint8 [B, H, W, 3]
+    text_tokens: ModelInput  # int32 [G, rows, L], 0 = padding
+    text_positions: ModelInput  # int32 [G, rows, L], restart at 0 for each text
+    text_segments: ModelInput  # int32 [G, rows, L], 1.. within a row, 0 = padding
+    caption_at: ModelInput  # int32 [B, C, 2] (row, end token), zeros where masked
+    caption_id: Images  # int32 [B, C], same text same id
+    caption_mask: Images  # bool [B, C]; all True where C = 1
+    description_at: ModelInput  # int32 [B, R, 2] (row, end token), zeros where masked
+    description_id: Images  # int32 [B, R], same text same id
+    region_boxes_cxcywh: Images  # float32 [B, R, 4]
+    region_mask: Images  # bool [B, R]
     # int32 [G], negatives and regions that did not fit into the rows of their group, and captions cut to fit
-    texts_dropped: Array
+    texts_dropped: ModelInput
     # int32 [G, 2], captions, descriptions and negatives; those that the tokenizer cut to L. None: not counted.
-    text_counts: Array = None
+    text_counts: ModelInput = None
     # Texts that are nearly a region's description, and wrong. None: `input.negatives_per_region` is 0.
-    negative_at: Array = None  # int32 [B, R, H, 2] (row, end token), zeros where masked
-    negative_mask: Array = None  # bool [B, R, H]; False where the region is not real
+    negative_at: ModelInput = None  # int32 [B, R, H, 2] (row, end token), zeros where masked
+    negative_mask: Images = None  # bool [B, R, H]; False where the region is not real
 
 
 class Outputs(NamedTuple):
     """Outputs of the model for a batch; embeddings are float32 and of unit length."""
 
-    image_embed: Array  # float32 [B, D], from the image query
-    text_embed: Array  # float32 [B, C, D], the captions
-    region_embed: Array  # float32 [B, Q, D]
-    region_text_embed: Array  # float32 [B, R, D], the descriptions
-    pred_boxes_cxcywh: (
-        Array  # float32 [T, B, Q, 4], of every decoder layer; the last one is the prediction
-    )
-    logit_scale: Array  # float32 [], the factor itself (the parameter is its logarithm)
-    logit_bias: Array  # float32 [], of contrastive loss type sigmoid; 0 in a model without
+    image_embed: Images  # float32 [B, D], from the image query
+    text_embed: Images  # float32 [B, C, D], the captions
+    region_embed: Images  # float32 [B, Q, D]
+    region_text_embed: Images  # float32 [B, R, D], the descriptions
+    # float32 [T, B, Q, 4], of every decoder layer; the last one is the prediction
+    pred_boxes_cxcywh: LayersOfImages
+    logit_scale: Shared  # float32 [], the factor itself (the parameter is its logarithm)
+    logit_bias: Shared  # float32 [], of contrastive loss type sigmoid; 0 in a model without
     # float32 [B, R, D], the annotated boxes by the box head; None in a model without.
-    box_embed: Array = None
+    box_embed: Images = None
     # float32 [B, R, H, D], the negatives of the descriptions; None where the batch has none.
-    negative_text_embed: Array = None
+    negative_text_embed: Images = None
+
+
+def fields(of: type[Batch] | type[Outputs]) -> dict[str, Field]:
+    """The declaration of each field, by name."""
+    hints = typing.get_type_hints(of, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items()}
 
 
 class Regions(NamedTuple):

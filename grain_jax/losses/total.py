@@ -135,9 +135,8 @@ def total_loss(
     layout = make_layout(batch.caption_id.shape[0], config, shards)
     terms = terms_of(config)
     # What the losses do not read stays outside: images and tokens are large.
-    batch = batch._replace(image=None, text_tokens=None, text_positions=None, text_segments=None)
-    batch = batch._replace(caption_at=None, description_at=None, negative_at=None)
-    batch = batch._replace(texts_dropped=None, text_counts=None)
+    unread = [name for name, field in schema.fields(schema.Batch).items() if not field.for_losses]
+    batch = batch._replace(**dict.fromkeys(unread))
     loss_mesh = None
     axes = ("group", "ring", "gather")
     if mesh is not None:
@@ -150,20 +149,21 @@ def total_loss(
     if loss_mesh is None:
         found = of_shard(outputs, batch)
     else:
-        cut, whole = PartitionSpec(axes), PartitionSpec()
-        specs = schema.Outputs(
-            *(cut,) * 4,
-            pred_boxes_cxcywh=PartitionSpec(None, axes),
-            logit_scale=whole,
-            logit_bias=whole,
-            box_embed=cut,
-            negative_text_embed=cut,
-        )
+        specs = {
+            name: PartitionSpec()
+            if field.image_axis is None
+            else PartitionSpec(*[None] * field.image_axis, axes)
+            for name, field in schema.fields(schema.Outputs).items()
+        }
         if devices.flat[0].platform == "gpu":
             # JAX takes cuDNN's attention only into programs that name their devices in one mesh alone.
             loss_mesh = loss_mesh.abstract_mesh
         found = jax.shard_map(
-            of_shard, mesh=loss_mesh, in_specs=(specs, cut), out_specs=cut, check_vma=False
+            of_shard,
+            mesh=loss_mesh,
+            in_specs=(schema.Outputs(**specs), PartitionSpec(axes)),
+            out_specs=PartitionSpec(axes),
+            check_vma=False,
         )(outputs, batch)
 
     values = {term.name: _average(found[term.name].loss, layout) for term, _ in terms}

@@ -216,15 +216,15 @@ class GRAIN(nn.Module):
         )
         text_embed = text_embed.reshape(b, captions, -1)
         return schema.Outputs(
-            image_embed,
-            text_embed,
-            region_embed,
-            region_text_embed,
-            boxes,
-            jnp.exp(self.logit_scale),
-            jnp.zeros(()) if self.config.logit_bias_init is None else self.logit_bias,
-            box_embed,
-            *negative_text_embed,
+            image_embed=image_embed,
+            text_embed=text_embed,
+            region_embed=region_embed,
+            region_text_embed=region_text_embed,
+            pred_boxes_cxcywh=boxes,
+            logit_scale=jnp.exp(self.logit_scale),
+            logit_bias=jnp.zeros(()) if self.config.logit_bias_init is None else self.logit_bias,
+            box_embed=box_embed,
+            negative_text_embed=negative_text_embed[0] if negative_text_embed else None,
         )
 
 

@@ -166,7 +166,7 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
         x = x.reshape(parts, shards, n, *x.shape[2:]).swapaxes(0, 1)
         return jnp.moveaxis(x.reshape(parts * shards * n, *x.shape[3:]), 0, axis)
 
-    image_axis = schema.Outputs(0, 0, 0, 0, 1, None, None, 0, 0)
+    image_axis = [field.image_axis for field in schema.fields(schema.Outputs).values()]
     cut_batch = jax.tree.map(cut, batch)
     cut_keys = None if keys is None else cut(keys)
 
