@@ -148,7 +148,7 @@ def _phrase_rates(
     similarity = np.einsum(
         "pqd,pd->pq", scores.unit(region_embed)[pairs[:, 0]], text_embed[pairs[:, 1]]
     )[pair_of.reshape(-1)]  # [P, Q]
-    best = similarity == similarity.max(axis=1, keepdims=True)
+    best = similarity >= similarity.max(axis=1, keepdims=True) - rates.TIE
     share = best / best.sum(axis=1, keepdims=True)  # ties broken at random
 
     true_boxes_xyxy = described.boxes_xyxy[phrases.box]  # [K, 4]

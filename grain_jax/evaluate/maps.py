@@ -115,12 +115,12 @@ def _measured(phrases: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.
     out |= {"iou": np.zeros((len(phrases), len(THRESHOLDS)))}
     for i, (one, boxes_xyxy) in enumerate(phrases):
         right = _covered(boxes_xyxy, *one.shape)
-        out["hit"][i] = right[one == one.max()].mean()
+        out["hit"][i] = right[one >= one.max() - rates.TIE].mean()
         out["chance"][i] = right.mean()
         inside = _covered(boxes_xyxy, _SIDE, _SIDE)
         out["area"][i] = inside.mean()
         large = scores.resize_map(one[None], _SIDE, _SIDE)[0]
-        large = (large - large.min()) / max(np.ptp(large), 1e-12)
+        large = (large - large.min()) / max(np.ptp(large), rates.TIE)
         marked = large >= THRESHOLDS[:, None, None]
         both = (marked & inside).sum((1, 2))
         out["iou"][i] = both / np.maximum((marked | inside).sum((1, 2)), 1)

@@ -2,8 +2,8 @@
 
 The protocol of FG-OVD (Bianchi et al., CVPR 2024, "The Devil is in the Fine-Grained Details") for boxes that are given:
 each box is compared with its description and its first N negatives; boxes with fewer are left out. The rank of the
-description is 1 + the number of negatives whose score is at least its own, as in lorebianchi98/FG-OVD,
-evaluation/ranks.py. There detectors find the boxes, and one that was not found has the last rank.
+description is 1 + the number of negatives whose score is at least its own (but for `rates.TIE`), as in
+lorebianchi98/FG-OVD, evaluation/ranks.py. There detectors find the boxes, and one that was not found has the last rank.
 """
 
 from typing import Any
@@ -77,7 +77,7 @@ def evaluate(
         cosines = np.stack(
             [embed[own] @ box for own, box in zip(texts, scores.unit(box_embed))]
         )  # [M, 1 + N]
-        rank = 1 + (cosines[:, 1:] >= cosines[:, :1]).sum(axis=1)
+        rank = 1 + (cosines[:, 1:] >= cosines[:, :1] - rates.TIE).sum(axis=1)
         return {
             **rates.rate("top1", rates.topk_hits(cosines, right, 1)),
             "mean_rank": float(rank.mean()),

@@ -175,7 +175,7 @@ def _confusions(
       thumbs: the thumbnails of the page; the example images are added to it.
     """
     predicted = found.argmax(axis=1)
-    wrong = np.flatnonzero(predicted != own)
+    wrong = np.flatnonzero(found.max(axis=1) > found[np.arange(len(own)), own] + rates.TIE)
     counts = collections.Counter((int(own[i]), int(predicted[i])) for i in wrong)
     totals = collections.Counter(own.tolist())
     # Equally frequent pairs are ordered by the largest lead of the wrong score over the true one.
