@@ -67,7 +67,7 @@ class FileTokenizer:
         return text_ids(clean_all(texts, self._cleaning))
 
 
-# (texts, most tokens a text) -> the ids of each text; and the number of ids.
+# (texts, most tokens a text) -> the ids of each text; and the highest id + 1.
 _FileFunctions = tuple[Callable[[list[str], int], list[list[int]]], int]
 
 
@@ -86,7 +86,8 @@ def _tokenizer_json(path: epath.Path) -> _FileFunctions:
         library.enable_truncation(context_length)
         return [encoding.ids for encoding in library.encode_batch(texts)]
 
-    return ids, library.get_vocab_size()
+    # The ids of a file may have gaps, and those of its post-processor need not be in the vocabulary.
+    return ids, 1 + max([*library.get_vocab().values(), *library.encode("").ids], default=-1)
 
 
 def _sentencepiece(path: epath.Path) -> _FileFunctions:

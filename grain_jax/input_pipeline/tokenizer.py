@@ -64,7 +64,7 @@ def of_tower(tower: config_lib.TextTower, folder: epath.PathLike | None = None) 
       folder: of the model (`file_of`).
 
     Raises:
-      TokenizerError: it cannot be read, or has more ids than the tower has embeddings.
+      TokenizerError: it cannot be read, or has an id beyond the tower's embeddings.
     """
     if tower.tokenizer == "clip":
         tokenizer, vocabulary = ClipTokenizer(), VOCAB_SIZE
@@ -77,7 +77,7 @@ def of_tower(tower: config_lib.TextTower, folder: epath.PathLike | None = None) 
         vocabulary = tokenizer.vocab_size
     if vocabulary > tower.vocab_size:
         raise TokenizerError(
-            f"model.text.tokenizer: {tower.tokenizer} has {vocabulary} ids, but model.text.vocab_size"
+            f"model.text.tokenizer: {tower.tokenizer} has ids up to {vocabulary - 1}, but model.text.vocab_size"
             f" is {tower.vocab_size}; name the tokenizer that the tower was trained with"
         )
     return tokenizer

@@ -7,9 +7,16 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from grain_jax.evaluate import box_classes, grounding, linear_probe, maps, near_misses, retrieval
+from grain_jax.evaluate import (
+    box_classes,
+    grounding,
+    linear_probe,
+    maps,
+    near_misses,
+    retrieval,
+    zeroshot,
+)
 from grain_jax.evaluate import test_sets as sets
-from grain_jax.evaluate import zeroshot
 from tests.evaluate.stub import StubPredictor, number, write_picture
 
 COUNT, DIM = 69, 97  # images; odd, so that BLAS sums the last columns in another order
