@@ -278,9 +278,7 @@ def set_up(
     )
     total_steps, steps_per_epoch = resolve_steps(config, source.num_examples(config))
     data = processes.of_first(functools.partial(source.identities, config))
-    evals = entries.present(config.evals)
-    for entry in evals.values():  # here, not after the last step
-        processes.run_together(entry.check)
+    evals = entries.present(config.evals)  # here, not after the last step
     schedule.check_best_entry(config, evals)
     metrics_writer.check_wandb(config.wandb)
     return Run(

@@ -214,7 +214,8 @@ def check_folders(runs: Sequence[Run]) -> None:
             for key in new
             if key in old
             and old[key] != new[key]
-            and not (key.startswith("evals.") and key.endswith(".get"))  # words for a message
+            # What is said and done where data is missing.
+            and not (key.startswith("evals.") and key.endswith((".get", ".missing")))
             # Where these are not set, the trainer derives them, and config.json has the numbers.
             and not (key in derived.KEYS and new[key] is None)
         ]

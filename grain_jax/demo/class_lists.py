@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 from grain_jax import errors
+from grain_jax.evaluate import class_names
 from grain_jax.files import annotations
 
 # Upper bounds of the input:
@@ -49,7 +50,7 @@ def parse(text: str) -> Classes:
             pairs.append((name, rest.split(";")))
     classes: Classes = {}
     for name, descriptions in pairs:
-        name = name.strip()
+        name = class_names.composed(name.strip())
         if name in classes:
             raise DemoError(f"class {name!r}: given twice, expected once; remove one")
         classes[name] = tuple(d.strip() for d in descriptions if d.strip())

@@ -6,6 +6,7 @@ TFDS set that it describes.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -86,7 +87,7 @@ def read(classes: str) -> list[Line]:
         )
     rows = [
         [text.strip() for text in line.split("\t")]
-        for line in path.read_text(encoding="utf-8").splitlines()
+        for line in composed(path.read_text(encoding="utf-8")).splitlines()
         if line.strip() and not line.startswith("#")
     ]
     if not rows or not all(text for row in rows for text in row):
@@ -102,6 +103,11 @@ def read(classes: str) -> list[Line]:
     if twice:
         raise ClassNameError(f"classes {path}: got the label {twice[0]!r} twice, expected it once")
     return lines
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's form NFC, in which names are compared: files and folders of macOS may have NFD."""
+    return unicodedata.normalize("NFC", name)
 
 
 def shipped() -> str:
@@ -145,8 +151,10 @@ def _stem(label: str) -> str:
 
 
 def _texts(labels: Sequence[str] | None) -> Sequence[str] | None:
-    """The labels; None if they are 0, 1, 2, ..., which TFDS gives to a set without label names."""
-    return None if labels is None or list(labels) == list(map(str, range(len(labels)))) else labels
+    """The labels, composed; None if they are 0, 1, 2, ..., which TFDS gives to a set without label names."""
+    if labels is None or list(labels) == list(map(str, range(len(labels)))):
+        return None
+    return [composed(label) for label in labels]
 
 
 def _readable_labels(labels: Sequence[str] | None, count: int) -> list[str]:

@@ -1,6 +1,7 @@
-"""Runs a suite of evaluations on one checkpoint. An entry without data is skipped; one that fails stops no other.
+"""Runs a suite of evaluations on one checkpoint. One that fails stops no other.
 
 Results are written after every entry. The same command, run again, measures only the entries without a result.
+An entry whose data is missing is skipped where its `missing` is "skip", else it fails.
 """
 
 import dataclasses
@@ -131,12 +132,12 @@ def _tasks(
         try:
             entry, note = processes.run_together(entry.available)
             images = processes.run_together(entry.check)
-        except errors.MissingData as error:
-            results["skipped"][name] = _words(error)
-            _say(f"{name}: skipped: {_words(error)}")
-            continue
         except Exception as error:
-            _failed(name, error, results)
+            if isinstance(error, errors.MissingData) and entry.missing == "skip":
+                results["skipped"][name] = _words(error)
+                _say(f"{name}: skipped: {_words(error)}")
+            else:
+                _failed(name, error, results)
             continue
         if note:
             results["notes"][name] = note

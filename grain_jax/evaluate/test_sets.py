@@ -249,9 +249,11 @@ def class_folders(
 
     Raises:
       errors.MissingData: no such folder.
-      InputError: fewer than two class folders, two of one name (`a_b` and `a b`), or a class without
-        images.
+      InputError: fewer than two class folders, two of one name (`a_b` and `a b`, or NFC and NFD), or a class
+        without images.
     """
+    if not str(images):
+        raise errors.MissingData(f"images: got nothing, expected class folders{how_to_get(get)}")
     folder = epath.Path(images).expanduser()
     if not folder.is_dir():
         raise errors.MissingData(
@@ -259,7 +261,7 @@ def class_folders(
         )
     folders = sorted(
         (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")),
-        key=lambda p: p.name,
+        key=lambda p: class_names.composed(p.name),
     )
     if len(folders) < 2:
         raise InputError(
@@ -269,8 +271,8 @@ def class_folders(
     for sub in folders:
         of_name.setdefault(of_folder(sub.name), []).append(sub.name)
     faults = [
-        f"{folder}: got the class folders {listed([repr(s) for s in same])}, all of them the class"
-        f" {name!r} (_ = space), expected one folder a class"
+        f"{folder}: got the class folders {listed([ascii(s) for s in same])}, all of them the class"
+        f" {name!r} (_ = space, Unicode NFC), expected one folder a class"
         for name, same in of_name.items()
         if len(same) > 1
     ]
@@ -292,7 +294,7 @@ def class_folders(
 
 def of_folder(name: str) -> str:
     """The class name that a folder name stands for."""
-    return name.replace("_", " ").strip()
+    return class_names.composed(name).replace("_", " ").strip()
 
 
 def listed(names: Sequence[str], limit: int = 10) -> str:

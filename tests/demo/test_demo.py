@@ -278,6 +278,7 @@ def test_classes_as_they_are_typed():
         ("wren: a tail\n : red", "line 2: got ': red', expected a name"),
         ("wren: a tail\nkite", "'kite': no description, but others have some"),
         ("wren\nkite\nwren", "'wren': given twice"),
+        ("M\u00f6we\nkite\nMo\u0308we", "'M\u00f6we': given twice"),
         ('{"wren": ["a"], "wren": ["b"]}', "'wren': given twice"),
         ('{"wren": ["a"]', "not JSON: "),
         ('{"wren": "a tail"}', 'at "wren": expected {"class name": ["description", ...]}'),

@@ -141,6 +141,7 @@ def test_a_shifted_order_is_a_fault(tmp_path):
         (["cat\tcat", "dog"], "lines of several forms"),
         (["cat\tcat\tpet\tx"], "lines of several forms"),
         (["cat\tcat", "cat\tdog"], "the label 'cat' twice"),
+        (["M\u00f6we\ta", "Mo\u0308we\tb"], "the label 'M\u00f6we' twice"),
     ],
 )
 def test_faulty_files(tmp_path, lines, expected):
