@@ -16,7 +16,7 @@ from grain_jax.data.sources import base, staged
 
 from grain_jax.files import regular_file
 
-_PHRASE = re.compile(r"\[/EN#(\d+)/\S+\s+([^\]]*)\]")  # [/EN#CHAIN/TYPE/TYPE word word]
+_PHRASE = re.compile(r"\[/EN#(\d+)/[^\s\[\]]+\s+([^\[\]]*)\]")  # [/EN#CHAIN/TYPE/TYPE word word]
 _NOT_VISUAL = "0"
 _MAX_BYTES = 64 << 10  # of the sentences or the boxes of an image, which have a few thousand
 _MAX_REGIONS = 10_000  # of an image
@@ -43,7 +43,9 @@ def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:
         listed = root / f"{options.split}.txt"
         if not listed.exists():
             raise base.SourceError(f"--split {options.split}: there is no {listed}, a list of ids")
-        chosen = set(regular_file.read(listed, _MAX_LIST, "a list of ids").decode("utf-8", "replace").split())
+        chosen = set(
+            regular_file.read(listed, _MAX_LIST, "a list of ids").decode("utf-8", "replace").split()
+        )
         names = [name for name in names if name in chosen]
     for name in names:
         try:
@@ -55,7 +57,7 @@ def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:
                 )
             )
             yield _entry(f"{name}.jpg", sentences.decode(), ET.fromstring(xml))
-        except (ET.ParseError, ValueError, TypeError, AttributeError) as error:
+        except (ET.ParseError, LookupError, ValueError, TypeError, AttributeError) as error:
             yield base.Fault(f"{name}.jpg", "bad annotation", f"{type(error).__name__}: {error}")
 
 

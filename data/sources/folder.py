@@ -19,9 +19,7 @@ class Folder(staged.ListedSource):
         return _entries(epath.Path(options.images), "", set())
 
 
-def _entries(
-    folder: epath.Path, below: str, seen: set[str]
-) -> Iterator[base.Entry | base.Fault]:
+def _entries(folder: epath.Path, below: str, seen: set[str]) -> Iterator[base.Entry | base.Fault]:
     seen.add(os.path.realpath(folder))
     if not folder.is_dir():
         raise base.SourceError(f"--images {folder}: no such folder, expected images")

@@ -12,7 +12,6 @@ from grain_jax.data.sources import base, webdataset
 
 from grain_jax.files import regular_file
 
-
 _Span = tuple[float, float, float, float, float, float, float]
 
 

@@ -19,6 +19,7 @@ from grain_jax.files import regular_file
 
 _EXPECTED = "refs(...).p with instances.json, or MDETR's finetune_refcoco_*.json"
 
+
 class _Sentence(msgspec.Struct):
     sent: str
 

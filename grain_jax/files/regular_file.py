@@ -138,7 +138,7 @@ def checked(value: Any, kind: type[T], where: str, expected: str) -> T:
         return msgspec.convert(value, type=kind)
     except RecursionError:
         raise FileError(f"{where}: nested too deep, expected {expected}") from None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeError) as error:
         raise FileError(f"{where}: {error}, expected {expected}") from None
 
 
