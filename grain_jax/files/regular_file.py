@@ -145,7 +145,9 @@ def checked(value: Any, kind: type[T], where: str, expected: str) -> T:
 def inside(name: str) -> str:
     """`name`, which a file gave, with / between its parts, normalised; "" where it leads out of any folder."""
     path = posixpath.normpath(name) if name else "."
-    out = "\0" in name or "://" in name or posixpath.isabs(path) or path.split("/")[0] in ("..", ".")
+    out = (
+        "\0" in name or "://" in name or posixpath.isabs(path) or path.split("/")[0] in ("..", ".")
+    )
     return "" if out else path
 
 

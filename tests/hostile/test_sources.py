@@ -266,6 +266,18 @@ def test_many_descriptions_of_a_few_boxes_are_ordered_in_time(tmp_path):
     assert time.monotonic() - start < 2 * SECONDS
 
 
+def test_notes_beside_records(tmp_path):
+    folder = pathlib.Path(source_files.write(tmp_path)["tfds"].images) / "1.0.0"
+    lines = tmp_path / "tfds/A.jsonl"
+    flags = [f"--annotations={lines}", f"--images={tmp_path}/tfds/images", f"--output={tmp_path}"]
+    flags += ["--name=x", f"--exclude-duplicates-of={folder}"]
+    for content in (b"", DEEP, b"PK\3\4", b"\x93NUMPY\1\0\x10\0" + b"(" * 16):
+        (folder / "metadata.json").write_bytes(content)
+        cases.check(cases.run(inspect_command.main, [folder]), "metadata.json: .*notes of a build")
+        (folder / "fingerprints.npy").write_bytes(content)
+        cases.check(cases.run(build.main, flags), "fingerprints.npy: .*expected fingerprints")
+
+
 def _template(value):
     def change(folder):
         path = folder / "dataset_info.json"
