@@ -20,6 +20,7 @@ from grain_jax.data.arguments import Encoding, build_parser
 from grain_jax.data.survey import BuildError
 
 from grain_jax import errors, printable
+from grain_jax.files import regular_file
 
 SHARD_BYTES = (
     64 << 20
@@ -82,7 +83,7 @@ def build(args: argparse.Namespace, read_lines: survey.ReadLines = example.read_
     start = time.monotonic()
     annotations, folder = epath.Path(args.annotations), epath.Path(args.images)
     target = epath.Path(args.output) / args.name / example.VERSION
-    if annotations.is_dir() or not annotations.exists():
+    if not regular_file.is_one(annotations):
         raise BuildError(
             f"--annotations {annotations}: no such file, expected one JSON object a line"
         )

@@ -8,7 +8,8 @@ from etils import epath
 from grain_jax.data import annotations, duplicates
 from grain_jax.data.arguments import Encoding
 
-from grain_jax.files import images
+from grain_jax.files import annotations as lines
+from grain_jax.files import images, regular_file
 
 VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
 
@@ -128,8 +129,7 @@ def _is_read_by_training(encoded: bytes, size: tuple[int, int]) -> bool:
 
 
 def read_lines(path: epath.PathLike):
-    """The lines of an annotation file that are not blank, one after another."""
-    with epath.Path(path).open("rb") as file:
-        for number, text in enumerate(file, 1):
-            if text.strip():
-                yield Line(number, text)
+    """The lines of an annotation file that are not blank, one after another. Raises regular_file.FileError."""
+    for number, text in enumerate(regular_file.lines(path, lines.EXPECTED), 1):
+        if text.strip():
+            yield Line(number, text)

@@ -8,7 +8,7 @@ Where the images are files and the annotations one file or a few, subclass `data
 write `entries` alone.
 """
 
-import itertools
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -31,6 +31,9 @@ CAUSES = (
 """Every cause that a source gives; the pipeline adds those of its checks and of its models."""
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+Id = int | str  # of public formats
+Scalar = bool | int | float | str | None
+Box = list[Scalar] | None  # in a file: `join` leaves a wrong one out, and its image stays
 WHOLE = 1.0  # the score of regions that people drew: the formats have none
 
 
@@ -127,7 +130,7 @@ def xywh(box: Any) -> Any:
     try:
         left, top, width, height = map(float, box)
         return left, top, left + width, top + height
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return box
 
 
@@ -137,5 +140,5 @@ def taking_turns(groups: Iterable[Iterable[Any]]) -> Iterator[Any]:
     Where a box has several descriptions, regions stand in this order: training keeps the first few
     of those that score the same, which then are of different boxes.
     """
-    turns = itertools.zip_longest(*groups)
-    return (item for turn in turns for item in turn if item is not None)
+    turns = ((turn, item) for group in groups for turn, item in enumerate(group))
+    return (item for _, item in sorted(turns, key=operator.itemgetter(0)))

@@ -5,20 +5,19 @@ region is left out with its cause, and its image stays.
 """
 
 import math
-import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from grain_jax.data.sources.base import Entry, Fault, Image, text
 
-from grain_jax.files import annotations, images
+from grain_jax.files import annotations, images, regular_file
 
 
 def load(entry: Entry, folder: epath.PathLike) -> Image | Fault:
     """The entry with its image, which is a file below `folder`."""
-    path = posixpath.normpath(entry.image)
-    if posixpath.isabs(path) or path.split("/")[0] == ".." or "\0" in path:
+    path = regular_file.inside(entry.image)
+    if not path:
         return Fault(entry.image, "bad annotation", "expected a path below the images' folder")
     file = epath.Path(folder) / path
     try:
@@ -29,8 +28,9 @@ def load(entry: Entry, folder: epath.PathLike) -> Image | Fault:
         return Fault(path, "too large", str(error))
     except images.ImageError as error:
         return Fault(path, "unreadable", str(error))
-    except OSError as error:
-        return Fault(path, "unreadable", f"{error.strerror or error}, expected an image")
+    except (OSError, ValueError) as error:  # a name of half surrogates
+        reason = getattr(error, "strerror", None) or error
+        return Fault(path, "unreadable", f"{reason}, expected an image")
     return join(entry._replace(image=path), encoded)
 
 

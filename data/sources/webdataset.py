@@ -83,7 +83,7 @@ def _tar_shards(options: base.Options) -> list[base.Shard]:
     out = []
     for path in paths:
         prefix = path.relative_to(root).with_suffix("").as_posix()
-        name = urllib.parse.quote(prefix, safe="")
+        name = urllib.parse.quote(prefix, safe="", errors="surrogateescape")
         if len(name) > _MAX_SHARD_NAME:
             digest = hashlib.sha256(name.encode()).hexdigest()[:16]
             name = f"{name[: _MAX_SHARD_NAME - 17]}-{digest}"

@@ -18,6 +18,7 @@ from etils import epath  # noqa: E402
 
 from grain_jax import errors  # noqa: E402
 from grain_jax.config import Config, Dataset  # noqa: E402
+from grain_jax.files import regular_file  # noqa: E402
 from grain_jax.input_pipeline import order, sources, text_lengths  # noqa: E402
 
 DAMAGE = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
@@ -72,7 +73,7 @@ def _find(source: Dataset) -> RecordSet:
         raise DataError(f"{directory} is in {info.file_format} files, expected TFRecord")
     of_region = getattr(features["regions"], "feature", None)
     has_negatives = isinstance(of_region, tfds.features.FeaturesDict) and "negatives" in of_region
-    return RecordSet(source, directory, _shards(directory, split), has_negatives)
+    return RecordSet(source, directory, shards(directory, split), has_negatives)
 
 
 def read_info(directory: epath.Path) -> tfds.core.DatasetInfo:
@@ -97,7 +98,9 @@ def read_info(directory: epath.Path) -> tfds.core.DatasetInfo:
     try:
         info = tfds.builder_from_directory(directory).info
         for split in info.splits.values():
-            list(zip(split.filepaths, split.shard_lengths, strict=True))
+            for path, _ in zip(split.filepaths, split.shard_lengths, strict=True):
+                if not regular_file.inside(str(path).removeprefix(f"{directory}/")):
+                    raise ValueError(f"names the file {path}, expected one of the set's folder")
         return info
     except Exception as error:  # of wrong types in either file there are all kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -119,10 +122,13 @@ def _is_of_tfds(name: Any) -> bool:
     return isinstance(name, str) and name.startswith("tensorflow_datasets.")
 
 
-def _shards(directory: epath.Path, split: tfds.core.SplitInfo) -> tuple[order.Shard, ...]:
+def shards(directory: epath.Path, split: tfds.core.SplitInfo) -> tuple[order.Shard, ...]:
     """The shards of the split. A local one must not have the size that grain-jax build noted for another shard.
 
     A damaged record is found when it is read, and named then.
+
+    Raises:
+      DataError: the lengths cannot be, a shard is no regular file or has another one's name.
     """
     paths = list(map(os.fspath, split.filepaths))
     noted = _of_split(directory, split.name).get("shard_bytes", [])

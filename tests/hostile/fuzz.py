@@ -30,6 +30,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+from grain_jax.data import sources  # noqa: E402
+from grain_jax.data.fetch import gcompris  # noqa: E402
 
 from grain_jax import config as config_lib  # noqa: E402
 from grain_jax import errors  # noqa: E402
@@ -38,7 +40,8 @@ from grain_jax.input_pipeline import records  # noqa: E402
 from grain_jax.report import run_files  # noqa: E402
 from grain_jax.runtime import checkpoint
 from tests import perturbed, record_sets, tiny  # noqa: E402
-from tests.hostile import image_files  # noqa: E402
+from tests.data import debian_packages  # noqa: E402
+from tests.hostile import image_files, source_files  # noqa: E402
 
 SECONDS = 30.0
 RECORDS = 16
@@ -122,6 +125,9 @@ class Fuzzer:
         record_sets.write_annotations(folder / "images", RECORDS)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             assert record_sets.build_set(folder / "images", folder / "data", "--num-shards=4") == 0
+            self.samples = source_files.write(folder / "sources")
+        found = (folder / "sources").rglob("*.json")
+        self.good = {path: json.loads(path.read_bytes()) for path in found}
         source = dict(
             input__source="records", input__data_dir=str(folder / "data"), input__name="tiny_set"
         )
@@ -218,6 +224,56 @@ class Fuzzer:
             run_files.read(self.folder / "run")
         finally:
             path.write_bytes(before)
+        return "read"
+
+    def case_sources(self, rng: random.Random) -> str:
+        """A damaged annotation file of a public format, read as data.annotate does."""
+        name = rng.choice(sorted(self.samples))
+        options = self.samples[name]
+        path = rng.choice(source_files.annotation_files(self.folder / "sources" / name, options))
+        with damaged(path, rng):
+            if path.suffix == ".json" and rng.random() < 0.7:
+                if path.is_dir():
+                    path.rmdir()
+                path.write_bytes(dump(put_somewhere(self.good[path], rng)))
+            shards = sources.shards(name, options)
+            items = [item for shard in shards for item in sources.read(shard)]
+        faults = [x for x in items if isinstance(x, sources.Fault)]
+        if not {x.cause for x in faults} <= set(sources.CAUSES):
+            raise AssertionError(faults)
+        return "refused" if faults else "read"
+
+    def case_packages(self, rng: random.Random) -> str:
+        """A damaged package, or one with a damaged resource in it, unpacked as data.fetch does."""
+        word = ("f.png", str(rng.choice(NASTY))) if rng.random() < 0.3 else ("f.png", "fly")
+        files = debian_packages.gcompris(image_files.encode("PNG"), word=word)
+        content, how = b"", rng.randrange(4)
+        if how < 2:
+            path = rng.choice(sorted(files))
+            files[path] = image_files.mutate(files[path] or b"x", rng.randrange(1 << 30))
+        elif how == 2:
+            listed = [
+                {
+                    "content": [
+                        {"name": "animal", "content": [{"image": "f.png", "description": "a"}]}
+                    ]
+                }
+            ]
+            words = dump(put_somewhere(listed, rng))
+            files = debian_packages.gcompris(image_files.encode("PNG"), word=word, words=words)
+        content = debian_packages.deb(files, rng.choice(("xz", "gz", "bz2")))
+        if how == 3 and word[1] == "fly":
+            content = image_files.mutate(content, rng.randrange(1 << 30))
+        work, output = self.folder / "fetched", self.folder / "fetched/a/out"
+        shutil.rmtree(work, ignore_errors=True)
+        output.parent.mkdir(parents=True)
+        (work / "g.deb").write_bytes(content)
+        try:
+            gcompris.write(output, deb=str(work / "g.deb"))
+        finally:
+            made = {str(x.relative_to(work)) for x in (*work.iterdir(), *(work / "a").iterdir())}
+            if not made <= {"a", "g.deb", "a/out"}:
+                raise AssertionError(f"files outside: {made}")
         return "read"
 
 
