@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -220,9 +221,9 @@ def read_again(
     for name, (part, paths) in of_part.items():
         read, place = _AGAIN[part["reader"]]
         try:
-            # "/" and the path "gs/bucket/x" are "gs://bucket/x" together.
-            remote = [x for x in ("", *paths) if regular_file.is_remote(f"{part[place]}/{x}")]
-            if folder is None and remote:
+            # To epath "/" and the path "gs/bucket/x" are "gs://bucket/x" together.
+            whole = (epath.Path(part[place]) / posixpath.normpath(x) for x in ("", *paths))
+            if folder is None and any(map(regular_file.is_remote, whole)):
                 raise sources.SourceError(
                     f"lies at {part[place]}, and nothing that a file names is fetched; give --images"
                 )

@@ -27,6 +27,7 @@ STORED = ("float32", "float16")  # types of the embeddings in the files
 IMAGE_EMBED, REGION_EMBED, BOXES = "image_embed", "region_embed", "boxes_xyxy"
 MAX_FOOTER = 64 << 20  # bytes; it holds the faults of a file
 _MAX_SETTINGS = 1 << 20
+_MAX_SIZE = 1 << 48  # bytes of a file
 _MAX_GROUPS = (
     1 << 12
 )  # of rows, a thousand each; and columns, which pyarrow nests as deep as they say
@@ -276,43 +277,50 @@ def read_part(path: epath.PathLike, settings: Settings) -> Part:
     """
     path = epath.Path(path)
     number = re.fullmatch(r"part-(\d{5,8})-of-\d{5,8}\.parquet", path.name)
-    last = file_name(settings.parts - 1, settings.parts)
-    if not number or path.name > last or path.name != file_name(int(number[1]), settings.parts):
+    index = int(number[1]) if number else settings.parts
+    if index >= settings.parts or path.name != file_name(index, settings.parts):
         raise EmbeddingsError(f"{path}: expected files of this job alone; move it elsewhere")
     with open_file(path) as file:
         rows, found = file.metadata.num_rows, (file.metadata.metadata or {}).get(_NOTE)
-        schema, length = file.schema_arrow, regular_file.length(path) or 0
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        counts = [group.num_rows for group in groups]
-        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-        packed = {chunk.compression for chunk in chunks} - {"UNCOMPRESSED"}
+        fault = _columns_fault(file, settings)
     if found is None:
         raise EmbeddingsError(f"{path}: expected a file of grain-jax embed; move it elsewhere")
     note = regular_file.from_json(found, _Note, str(path), f"a note of grain-jax embed; {_AGAIN}")
-    expected = columns(settings)
-    least = rows * settings.embed_dim * expected.field(IMAGE_EMBED).type.value_type.bit_width // 8
-    fault = ""
+    source = msgspec.to_builtins(note.source)
     if note.name != path.name:
         fault = f"is {note.name!r} under another name"
     elif note.settings.model != settings.model:
-        got, wanted = note.settings.model.params, settings.model.params
-        fault = f"was made by another model: got parameters {got!r}, expected {wanted!r}"
+        got, expected = note.settings.model.params, settings.model.params
+        fault = f"was made by another model: got parameters {got}, expected {expected}"
     elif key := settings.difference(note.settings):
-        got, wanted = (msgspec.to_builtins(getattr(x, key)) for x in (note.settings, settings))
-        fault = f"was made with {key} {json.dumps(got)}, expected {json.dumps(wanted)}"
-    elif note.images != piece_digest(settings, source := msgspec.to_builtins(note.source)):
+        got, expected = (msgspec.to_builtins(getattr(x, key)) for x in (note.settings, settings))
+        fault = f"was made with {key} {json.dumps(got)}, expected {json.dumps(expected)}"
+    elif note.images != piece_digest(settings, source):
         fault = f"was made of other images than those of {note.source.name!r}"
-    elif not schema.equals(expected):
-        got = [str(field) for field in schema if field not in list(expected)][:1]
-        fault = f"has other columns than {SETTINGS} says: got {got or schema.names}"
-    elif min(counts, default=0) < 0 or sum(counts) != rows or least > length:
-        fault = f"says that it has {rows:,} rows, in groups of {counts[:3]} in {length:,} bytes"
-    elif packed:
-        fault = f"is compressed ({', '.join(sorted(packed))})"
     if fault:
         raise EmbeddingsError(f"{path}: {printable.plain(fault, 400)}; {_AGAIN}")
-    faults = [msgspec.to_builtins(fault) for fault in note.faults]
-    return Part(path.name, rows, note.most_regions, source, faults)
+    return Part(path.name, rows, note.most_regions, source, msgspec.to_builtins(note.faults))
+
+
+def _columns_fault(file: Any, settings: Settings) -> str | None:
+    """What is wrong with the columns and the counts of rows in a footer, or None."""
+    expected, told = columns(settings), file.metadata
+    if not file.schema_arrow.equals(expected):
+        others = [str(field) for field in file.schema_arrow if field not in list(expected)]
+        return f"has other columns than {SETTINGS} says: got {(others or ['other ones'])[0]}"
+    at, rows, size = expected.get_field_index(IMAGE_EMBED), 0, 0  # a leaf each, up to that
+    for group in map(told.row_group, range(told.num_row_groups)):
+        if group.num_columns != told.num_columns:  # pyarrow ends the process where it has more
+            return (
+                f"has {group.num_columns} columns in a group of rows, expected {told.num_columns}"
+            )
+        if {group.column(i).compression for i in range(told.num_columns)} != {"UNCOMPRESSED"}:
+            return "is compressed, expected plain columns"
+        rows, size = rows + max(0, group.num_rows), size + group.column(at).total_uncompressed_size
+    least = told.num_rows * settings.embed_dim * expected.field(at).type.value_type.bit_width // 8
+    if rows != told.num_rows or least > min(size, _MAX_SIZE):
+        return f"has {told.num_rows:,} rows, in groups of {rows:,}, in {size:,} bytes"
+    return None
 
 
 def read_settings(folder: epath.PathLike) -> Settings:
