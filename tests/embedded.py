@@ -43,7 +43,8 @@ def settings(files=1, dim=3, regions="queries", digest="", **more):
 
 def piece(name, size):
     """A piece of a source."""
-    return {"reader": "webdataset", "name": name, "size": size, "tar": "a.tar", "prefix": "a"}
+    tar = {"tar": "a.tar", "prefix": "a", "orientation": "file"}
+    return {"reader": "webdataset", "name": name, "size": size, **tar}
 
 
 def job_of(source, folder, shard_size=4):

@@ -9,6 +9,7 @@ The columns are in docs/embed.md. pyarrow is imported where a file is read or wr
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -25,7 +26,7 @@ from grain_jax.files import regular_file
 SETTINGS, DATA, FAULTS, CARD = "settings.json", "data", "faults.jsonl", "README.md"
 STORED = ("float32", "float16")  # types of the embeddings in the files
 IMAGE_EMBED, REGION_EMBED, BOXES = "image_embed", "region_embed", "boxes_xyxy"
-MAX_FOOTER = 64 << 20  # bytes; it holds the faults of a file
+MAX_FOOTER = 8 << 20  # bytes; it holds the faults of a file; read, it takes thirty times as much
 _MAX_SETTINGS = 1 << 20
 _MAX_SIZE = 1 << 48  # bytes of a file
 _MAX_GROUPS = (
@@ -35,6 +36,7 @@ _NOTE = b"grain_jax"  # key of a file's own metadata
 _AGAIN = "delete it or move it elsewhere, and give the command grain-jax embed again, which makes it anew"
 
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
+_Orientation = Literal["exif", "file"]
 _Path = Annotated[str, msgspec.Meta(max_length=1 << 12, pattern=r"^[^\x00]*$")]
 
 
@@ -76,6 +78,7 @@ class Settings(msgspec.Struct, frozen=True):
     shard_size: _Count  # images a file
     source: Source
     parts: Annotated[int, msgspec.Meta(ge=1, le=10**7)]  # number of files
+    orientation: _Orientation = "file"  # of the images, as `grain_jax.files.images` takes it
 
     def difference(self, other: "Settings") -> str | None:
         """The first key with another value in `other`, or None; `checkpoint` does not count."""
@@ -97,11 +100,13 @@ class _Lines(_Piece, tag="annotations"):
     start: _Count
     stop: _Count
     lines: _Count
+    orientation: _Orientation = "file"
 
 
 class _Tar(_Piece, tag="webdataset"):
     tar: _Path
     prefix: _Path
+    orientation: _Orientation = "file"
 
 
 class _Records(_Piece, tag="tfds"):
@@ -162,6 +167,7 @@ def piece_digest(settings: Settings, piece: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
+@functools.cache
 def columns(settings: Settings) -> Any:
     """The pyarrow schema of a file."""
     pa = pyarrow()
@@ -185,10 +191,15 @@ def columns(settings: Settings) -> Any:
 
 
 def note(part: Part, settings: Settings) -> dict[bytes, bytes]:
-    """The metadata of a Parquet file; `read_part` reads them."""
+    """The metadata of a Parquet file; `read_part` reads them. Raises EmbeddingsError: too many faults for them."""
     said = {key: value for key, value in part._asdict().items() if key != "rows"}
     said |= {"settings": settings, "images": piece_digest(settings, part.source)}
-    return {_NOTE: msgspec.json.encode(said)}
+    encoded = msgspec.json.encode(said)
+    if len(encoded) > MAX_FOOTER // 2:
+        raise EmbeddingsError(
+            f"{part.name}: got {len(part.faults):,} faults, more than a file can name; take them out of the source"
+        )
+    return {_NOTE: encoded}
 
 
 @contextlib.contextmanager

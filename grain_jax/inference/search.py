@@ -373,7 +373,7 @@ def _merged(
     *nearest, fault = map(np.asarray, nearest)
     if fault < len(images):
         raise embeddings.damaged(
-            index.path_of(images[fault]), "numbers of an embedding are not finite"
+            index.path_of(int(images[fault])), "numbers of an embedding are not finite"
         )
     out = []
     for old, scores, at in zip(best, *nearest):
