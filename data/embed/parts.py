@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -141,7 +142,10 @@ def _write_list(folder: epath.Path, file: epath.Path) -> int:
     Raises: sources.SourceError: embeddings were begun with another list, which stays.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f"{file.name}.new")
+    for path in (file, new := file.with_name(f"{file.name}.new")):
+        if path.exists() and not regular_file.is_one(path):
+            raise sources.SourceError(f"{path}: got a folder, pipe or device; move it elsewhere")
+    new.unlink(missing_ok=True)  # it may be a link
     count = 0
     with new.open("w") as out:
         for image in _walk(folder, ""):
@@ -206,7 +210,7 @@ def read_again(
 
     Args:
       wanted: (part, path of the image) of each.
-      folder: where the images, the tars or the record set lie now; None: where the part says.
+      folder: where the images, the tars or the record set lie now; None: where the part says, on this machine alone.
 
     Returns: (name of the part, path) -> the image, or why there is none.
     """
@@ -215,10 +219,16 @@ def read_again(
     for part, path in wanted:
         of_part.setdefault(part["name"], (part, set()))[1].add(path)
     for name, (part, paths) in of_part.items():
-        read = _AGAIN[part["reader"]]
+        read, place = _AGAIN[part["reader"]]
         try:
+            # To epath "/" and the path "gs/bucket/x" are "gs://bucket/x" together.
+            whole = (epath.Path(part[place]) / posixpath.normpath(x) for x in ("", *paths))
+            if folder is None and any(map(regular_file.is_remote, whole)):
+                raise sources.SourceError(
+                    f"lies at {part[place]}, and nothing that a file names is fetched; give --images"
+                )
             found |= {(name, path): image for path, image in read(part, paths, folder)}
-        except (OSError, sources.SourceError) as error:  # the folder or the record set is gone
+        except (OSError, ValueError) as error:  # the folder or the record set is gone
             cause = "no such file"
             found |= {(name, path): sources.Fault(path, cause, str(error)) for path in paths}
     return found
@@ -233,7 +243,9 @@ def _files_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -
 
 
 def _tar_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> _Read:
-    tar = str(epath.Path(folder) / f"{part['prefix']}.tar") if folder else part["tar"]
+    tar = part["tar"]
+    if folder:
+        tar = str(regular_file.below(folder, f"{part['prefix']}.tar", part["name"]))
     left = set(paths)
     for found in sources.read(sources.Shard(part["name"], {**part, "tar": tar}, part["reader"])):
         if found.image in left:
@@ -252,10 +264,17 @@ def _tar_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> 
 def _records_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> _Read:
     for path in paths:
         number = int(path.rpartition("/")[2].partition(".")[0])
+        if not part["start"] <= number < part["stop"]:
+            raise sources.SourceError(f"got number {number}, expected one of {part['name']}")
         arguments = {**part, "start": number, "stop": number + 1}
         arguments["directory"] = folder or part["directory"]
         for found in sources.read(sources.Shard(part["name"], arguments, part["reader"])):
             yield path, found
 
 
-_AGAIN = {"annotations": _files_again, "webdataset": _tar_again, "tfds": _records_again}
+# Of each reader: the function, and the key of the place where the images lie.
+_AGAIN = {
+    "annotations": (_files_again, "images"),
+    "webdataset": (_tar_again, "tar"),
+    "tfds": (_records_again, "directory"),
+}

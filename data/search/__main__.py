@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> str:
             file=sys.stderr,
         )
     if args.checkpoint:
-        model = inference.load(args.checkpoint, index.settings["dtype"])
+        model = inference.load(args.checkpoint, index.settings.dtype)
         index.check(model)
     else:
         model = index.model
@@ -107,11 +107,11 @@ def _write_page(
         else:
             why = f"{hit.path}: {got.cause}: {got.detail}"
         if why not in told:
-            print(f"not shown: {why}", file=sys.stderr)
+            print(f"not shown: {printable.plain(why, 400)}", file=sys.stderr)
         told.add(why)
         return why
 
-    about = f"{len(index):,} images, model {index.settings['checkpoint']}"
+    about = f"{len(index):,} images, model {index.settings.checkpoint}"
     text = page.render(args.folder, questions, found, load, about)
     atomic.write_text(output, text)
     print(f"{output}: {sum(map(len, found))} images", file=sys.stderr)

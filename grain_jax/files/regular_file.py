@@ -24,6 +24,11 @@ class FileError(errors.UserError):
     """A file of others cannot be read; one line: what, where, got, expected."""
 
 
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether epath asks another machine for the path; of "/gs/bucket", too, which it takes for "gs://bucket"."""
+    return "://" in str(epath.Path(path))
+
+
 def length(path: epath.PathLike) -> int | None:
     """Bytes of the regular file at `path`, local or remote, links followed; None for a folder, pipe or device.
 
