@@ -31,7 +31,9 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
     try:
         new.write_bytes(content)
         new.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):  # those of `write` name no file
+            error.filename = str(path)
         new.unlink(missing_ok=True)
         raise
 
