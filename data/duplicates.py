@@ -15,12 +15,13 @@ from etils import epath
 from grain_jax.data import parallel, sources
 from grain_jax.data.sources import tfds
 
-from grain_jax.files import images
+from grain_jax.files import images, regular_file
 
 FILE = "fingerprints.npy"  # beside a set's records: a row an image
 NEAR_BITS = 3
 _BANDS = 4  # of 16 bits: with 3 bits changed, one of four is as it was
 _TELLING = 8  # bits of either kind; with fewer, a hash is that of any flat image
+_LONGEST = 16 << 30  # bytes of FILE: a thousand million images
 _PAIRS = 1 << 18  # compared at once
 
 Fingerprint = tuple[int, int]  # exact, near: 64 bits each
@@ -63,8 +64,14 @@ def of_set(folder: epath.PathLike, *, workers: int) -> np.ndarray:
       data.sources.SourceError: there is no set.
     """
     directory = tfds.directory(folder)
-    if (directory / FILE).exists():
-        return table(np.load(io.BytesIO((directory / FILE).read_bytes()), allow_pickle=False))
+    path, expected = directory / FILE, "fingerprints that grain-jax build wrote"
+    if path.exists():
+        content = regular_file.read(path, _LONGEST, expected)
+        try:
+            return table(np.load(io.BytesIO(content), allow_pickle=False))
+        except (ValueError, TypeError, EOFError, OverflowError, SyntaxError) as error:
+            reason = " ".join(str(error).split())
+            raise regular_file.FileError(f"{path}: {reason}, expected {expected}") from None
     items = tfds.all_images(directory)
     encoded = (item.encoded for item in items if isinstance(item, sources.Image))
     found = parallel.ordered_map(_of_encoded, encoded, workers=workers)

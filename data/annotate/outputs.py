@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from grain_jax import errors
+from grain_jax.files import regular_file
 
 
 class OutputError(errors.UserError):
@@ -87,7 +88,10 @@ class Output(NamedTuple):
     def agree(self, settings: dict[str, dict[str, Any]]) -> None:
         """Notes the settings of the source and of each pass. Raises OutputError if others are there."""
         path = self.path("settings.json")
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            form = dict[str, dict[str, Any]]
+            known = regular_file.read_json(path, form, "the settings of grain-jax annotate")
         for part, values in settings.items():
             for key, value in values.items():
                 old = known.get(part, {}).get(key, value)

@@ -1,7 +1,6 @@
 """Reads a record set or an A.jsonl as a stream of `Item` and `Fault`."""
 
 import functools
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from grain_jax.data.sources import tfds
 
 from grain_jax import errors
 from grain_jax.files import images as images_lib
+from grain_jax.files import regular_file
 
 SPLIT = "train"
 _RECORDS_AT_ONCE = 64  # records parsed together
@@ -154,7 +154,9 @@ def _records(path: epath.Path) -> Source:
         items=_read_records(shards),
         total=split.num_examples,
         shard_lengths=tuple(split.shard_lengths),
-        metadata=json.loads(metadata.read_text()) if metadata.exists() else {},
+        metadata=regular_file.read_json(metadata, dict[str, Any], "an object")
+        if metadata.exists()
+        else {},
     )
 
 

@@ -25,6 +25,10 @@ class _Plain:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
+    def flush(self) -> None:
+        """Writes what is waiting."""
+        self._stream.flush()
+
     def write(self, text: str) -> int:
         """Writes the text; returns its length."""
         if not text.isprintable() and (parts := _PROGRESS.fullmatch(text)):

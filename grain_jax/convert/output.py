@@ -5,9 +5,10 @@ from typing import Any
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax import errors
 from grain_jax.convert import parity
 from grain_jax.convert.faults import ConvertError
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import checkpoint, storage_faults
 
 
 def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
@@ -39,7 +40,15 @@ def save(
     Raises:
       ConvertError: the folder cannot be written.
     """
+    storage_faults.quiet_threads()
     try:
         checkpoint.save_model(folder, model, params, source=str(source), parity=proof.verdict)
-    except OSError as error:
-        raise ConvertError(f"{folder}: cannot be written ({error})") from error
+    except Exception as error:  # TensorStore raises ValueErrors
+        fault = errors.of_system(error)
+        if fault is None:
+            raise
+        for part in folder.glob(
+            "*.orbax-checkpoint-tmp"
+        ):  # else the folder is in use by something else
+            part.rmtree(missing_ok=True)
+        raise ConvertError(f"{folder}: cannot be written: {fault}") from error

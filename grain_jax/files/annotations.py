@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeGuard
 from etils import epath
 
 from grain_jax import errors
+from grain_jax.files import regular_file
 
 KEYS = ("image", "caption", "captions", "synthetic_caption", "regions", "phrases", "id")
 REGION_KEYS = ("box", "description", "score", "negatives")
@@ -85,7 +86,7 @@ def read(path: epath.PathLike, *, max_faults: float = MAX_FAULT_SHARE) -> Annota
         message, each as `FILE:LINE: what: got, expected`).
     """
     path = epath.Path(path)
-    if not path.exists() or path.is_dir():
+    if not regular_file.is_one(path):
         raise AnnotationError(f"{path}: no such file, expected one JSON object a line")
     records, faults, unknown, lines = [], [], {}, 0
     with path.open("rb") as file:

@@ -18,7 +18,6 @@ from grain_jax.input_pipeline.text_cleaning import (
     text_ids,
 )
 
-
 MAX_GROWTH = 1000  # of a text by the normalizers of a file; those of published models: 40 at most
 
 
