@@ -53,8 +53,13 @@ class Output(NamedTuple):
         new.parent.mkdir(parents=True, exist_ok=True)
         # Half surrogates (a file's name that is not UTF-8) become \udc80, which JSON reads back.
         encode = lambda text: text.encode("utf-8", "backslashreplace")
-        new.write_bytes(encode(content) if isinstance(content, str) else content)
-        new.replace(path)
+        try:
+            new.write_bytes(encode(content) if isinstance(content, str) else content)
+            new.replace(path)
+        except OSError as error:
+            error.filename = str(path)  # those of `write` name no file
+            new.unlink(missing_ok=True)
+            raise
 
     def put_tally(self, shard: str, tally: dict[str, Any]) -> None:
         """Replaces the counters of the shard: a nested dict of numbers."""

@@ -45,7 +45,7 @@ def _named(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename, error.filename2 = str(path), None
+        error.filename = str(path)
         raise
 
 

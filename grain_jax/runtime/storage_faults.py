@@ -1,7 +1,6 @@
 """One line for a full disk or a removed folder, whichever thread or library fails first."""
 
 import contextlib
-import functools
 import logging
 import sys
 import threading
@@ -53,7 +52,6 @@ def _follows(error: BaseException | None) -> bool:
     return refused or str(error) == "Event loop is closed"
 
 
-@functools.cache  # once is enough
 def quiet_threads() -> None:
     """Silences other threads about a disk that refuses to write, and the threads of Orbax about every error: the main thread reports.
 
