@@ -11,6 +11,7 @@ from etils import epath
 from grain_jax.data import example, parallel, progress
 
 from grain_jax import errors, printable
+from grain_jax.files import atomic
 
 ReadLines = Callable[[epath.Path], Iterable[example.Line]]
 
@@ -84,11 +85,12 @@ class Survey:
     def write_faults(self, path: epath.Path) -> None:
         """One JSON object a fault: file, line, fault."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
+        atomic.write_text(
+            path,
             "".join(
                 json.dumps({"file": self.file_name, "line": line, "fault": fault}) + "\n"
                 for line, fault in self.faults
-            )
+            ),
         )
 
 

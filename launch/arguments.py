@@ -52,7 +52,7 @@ ESTIMATE. Prints whether it fits, what bounds its speed, what the input must del
     )
     out.older(json="--output")
     add = out.add_argument_group("assumptions").add_argument
-    add("--examples", metavar="N", type=number(int, 1), help="examples of the data set")
+    add("--examples", metavar="N", type=number(int, 1, 10**12), help="examples of the data set")
     add(
         "--price",
         metavar="PRICE",

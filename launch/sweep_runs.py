@@ -13,6 +13,7 @@ from grain_jax.launch import sweep_table
 from grain_jax import config as config_lib
 from grain_jax import errors, named
 from grain_jax.cli import config_file
+from grain_jax.files import regular_file
 from grain_jax.input_pipeline import derived
 
 DEFINING = {"order", "numbers", "result"}  # roles of the keys that may not change between two calls
@@ -201,7 +202,8 @@ def check_folders(runs: Sequence[Run]) -> None:
     for run in runs:
         file = run.folder / "config.json"
         try:
-            stored = json.loads(file.read_text()) if file.exists() else None
+            text = regular_file.read_text(file, "a config") if file.exists() else "null"
+            stored = json.loads(text)
         except json.JSONDecodeError:  # a kill cut it off; the trainer asks the checkpoint's own
             continue
         if stored is None:

@@ -147,10 +147,14 @@ def _write_list(folder: epath.Path, file: epath.Path) -> int:
             raise sources.SourceError(f"{path}: got a folder, pipe or device; move it elsewhere")
     new.unlink(missing_ok=True)  # it may be a link
     count = 0
-    with new.open("w") as out:
-        for image in _walk(folder, ""):
-            out.write(json.dumps({"image": image}) + "\n")
-            count += 1
+    try:
+        with new.open("w") as out:
+            for image in _walk(folder, ""):
+                out.write(json.dumps({"image": image}) + "\n")
+                count += 1
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
     if (
         file.exists()
         and _sha256(file) != _sha256(new)

@@ -27,6 +27,7 @@ from grain_jax.data.inspect import (
 )
 
 from grain_jax import errors
+from grain_jax.files import atomic
 
 _BATCH = 256  # items that are counted together
 
@@ -64,7 +65,7 @@ def inspect(args: argparse.Namespace) -> str:
         )
         written["contact_sheet.png"] = sheet.draw(shown, title)
     for name, content in written.items():
-        (output / name).write_bytes(content)
+        atomic.write_bytes(output / name, content)
     return _summary(result, found) + f"\n{output}: " + ", ".join(written)
 
 

@@ -129,6 +129,7 @@ def _main(words: Sequence[str]) -> int | None:
         process.fail(f"grain-jax {name}: no such command; {nearest.did_you_mean(name, known)}")
     command = COMMANDS[name]
     _at(command.parser)().parse_known_args(rest)
+    process.check_limits()
     return _at(command.main)(rest)
 
 

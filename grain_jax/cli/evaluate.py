@@ -6,7 +6,7 @@ from grain_jax.cli.config_parser import ConfigParser
 from grain_jax.cli.parser import KindsParser, Parser
 from grain_jax.cli.train import add_processes
 from grain_jax.cli.values import CHECKPOINT, number, positive
-from grain_jax.config.evals import REGION_ORDERS, STANDALONE
+from grain_jax.config.evals import MOST_DRAWS, REGION_ORDERS, STANDALONE
 
 CACHE = "~/.cache/grain_jax/text_features"
 KINDS = {
@@ -162,7 +162,7 @@ def _add_linear_probe(out: Parser) -> None:
     add(
         "--seeds",
         metavar="N",
-        type=number(int, 1),
+        type=number(int, 1, MOST_DRAWS),
         default=5,
         help="draws of few shots, which are averaged",
     )

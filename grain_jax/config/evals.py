@@ -49,6 +49,8 @@ _OLDER = dict(
     seeds=5,
 )
 
+MOST_DRAWS = 1000  # of few shots; more is a typing error
+
 
 # How the similarities of regions and descriptions [Q, n_c] become the region score of a class.
 REGION_ORDERS = (

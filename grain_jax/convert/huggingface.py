@@ -23,7 +23,7 @@ from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 from grain_jax.convert.reference.parameters import to_params
 from grain_jax.convert.reference.sizes import sizes_of
-from grain_jax.files import images, regular_file
+from grain_jax.files import atomic, images, regular_file
 from grain_jax.input_pipeline import clip_tokenizer
 from grain_jax.pretrained import hub
 from grain_jax.runtime import checkpoint
@@ -83,12 +83,12 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = Non
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            (folder / name).write_text(text)
+            atomic.write_text(folder / name, text)
         _write_weights(folder / WEIGHTS, states)
     proof = _prove_folder(folder, model, params, has_tokenizer)
     with _writing(folder):
         card = model_card.write(model, losses, run, proof, has_tokenizer, repo)
-        (folder / "README.md").write_text(card)
+        atomic.write_text(folder / "README.md", card)
     size = sum(array.size for state in states.values() for array in state.values())
     lines = [f"to-hf: {read_from} -> {folder}", f"{WEIGHTS}: {size:,} values, float32"]
     if not has_tokenizer:
@@ -224,7 +224,8 @@ def _write_weights(path: epath.Path, states: Mapping[str, Mapping[str, np.ndarra
         for module, state in states.items()
         for name, array in state.items()
     }
-    path.write_bytes(_safetensors(path).numpy.save(flat, metadata={"format": "pt"}))
+    content = _safetensors(path).numpy.save(flat, metadata={"format": "pt"})
+    atomic.write_bytes(path, content)
 
 
 def _safetensors(path: epath.Path) -> Any:

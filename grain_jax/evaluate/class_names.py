@@ -13,6 +13,7 @@ from typing import NamedTuple
 from etils import epath
 
 from grain_jax import errors
+from grain_jax.files import regular_file
 
 SHIPPED = epath.Path(__file__).parent / "classes"
 # A value of `classes`: the ImageNet class names of the package open_clip. Two names occur twice (missile, sunglasses).
@@ -81,13 +82,13 @@ def read(classes: str) -> list[Line]:
     path = SHIPPED / f"{classes}.txt"
     if "/" in classes or not path.exists():
         path = epath.Path(classes)
-    if not path.is_file():
-        raise ClassNameError(
-            f"classes {classes}: no such file, expected one class a line, or one of {shipped()}"
-        )
+    try:
+        text = regular_file.read_text(path, f"one class a line, or one of {shipped()}")
+    except regular_file.FileError as error:
+        raise ClassNameError(f"classes {error}") from None
     rows = [
         [text.strip() for text in line.split("\t")]
-        for line in composed(path.read_text(encoding="utf-8")).splitlines()
+        for line in composed(text).splitlines()
         if line.strip() and not line.startswith("#")
     ]
     if not rows or not all(text for row in rows for text in row):

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import sys
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from etils import epath
@@ -17,7 +17,7 @@ from etils import epath
 from grain_jax.evaluate import annotated as annotated_lib
 from grain_jax.evaluate import encode, grounding, rates
 from grain_jax.evaluate.test_sets import InputError
-from grain_jax.files import atomic
+from grain_jax.files import atomic, regular_file
 from grain_jax.inference import scores
 from grain_jax.losses import boxes
 from grain_jax.runtime import processes
@@ -150,16 +150,27 @@ def _digest(paths: list[str], described: grounding.Described, queries: int) -> s
     return hashlib.sha256(json.dumps([paths, lists, queries]).encode()).hexdigest()
 
 
+class _Evaluation(TypedDict):
+    step: int
+    query: list[int]
+
+
+class _Stored(TypedDict):
+    regions: str
+    evaluations: list[_Evaluation]
+
+
 class _State:
     """The file with the matchings of earlier evaluations (before `step`) of the same regions."""
 
     def __init__(self, path: epath.Path, regions: str, step: int):
         self._path, self._regions, self._step = path, regions, step
-        self._before: list[dict[str, Any]] = []  # {"step": int, "query": of each matched region}
+        self._before: list[_Evaluation] = []  # {"step": int, "query": of each matched region}
         try:
-            stored = json.loads(path.read_text()) if path.exists() else None
-        except ValueError:  # a diagnostic must not end a run
-            print(f"{path}: no JSON; matching stability starts anew", file=sys.stderr)
+            expected = "matchings of earlier evaluations"
+            stored = regular_file.read_json(path, _Stored, expected) if path.exists() else None
+        except regular_file.FileError as error:  # a diagnostic must not end a run
+            print(f"{error}; matching stability starts anew", file=sys.stderr)
             return
         if stored and stored["regions"] == regions:
             self._before = [e for e in stored["evaluations"] if e["step"] < step]

@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from grain_jax import config, errors
-from grain_jax.config.evals import STANDALONE, Context, exists, expanduser, same_place
+from grain_jax.config.evals import (
+    MOST_DRAWS,
+    STANDALONE,
+    Context,
+    exists,
+    expanduser,
+    same_place,
+)
 
 if TYPE_CHECKING:
     from grain_jax.evaluate.annotated import Annotated
@@ -228,7 +235,7 @@ class LinearProbe(LabelledImages):
         int, ...
     ] = ()  # training images per class, one probe for each number; 0 and (): all
     seeds: int = dataclasses.field(
-        default=5, metadata={"low": 1}
+        default=5, metadata={"low": 1, "high": MOST_DRAWS}
     )  # random draws of each few-shot probe
 
     def faults(self) -> list[str]:

@@ -24,7 +24,7 @@ from grain_jax import errors
 from grain_jax.config.evals import Context
 from grain_jax.evaluate import encode, tables, zeroshot
 from grain_jax.evaluate.test_sets import InputError
-from grain_jax.files import atomic
+from grain_jax.files import atomic, regular_file
 from grain_jax.inference import text_cache
 from grain_jax.runtime import processes
 
@@ -157,7 +157,7 @@ def _failed(name: str, error: Exception, results: dict[str, Any]) -> None:
 def _digest_of_file(path: str) -> str | None:
     """A digest of the bytes of a file; None for the name of a class file of the package."""
     file = epath.Path(path).expanduser()
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if regular_file.is_one(file) else None
 
 
 def _identity(path: str, predictor: Any) -> dict[str, Any]:
@@ -184,13 +184,13 @@ def _identity(path: str, predictor: Any) -> dict[str, Any]:
 
 def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:
     """The results of an earlier run; None if there are none."""
-    if not output.exists():
+    if not regular_file.is_one(output):  # there is none, or it is a device, which is written to
         return None
     try:
-        value = json.loads(output.read_text())
+        value = json.loads(regular_file.read_text(output, "results", 1 << 30))
         if isinstance(value["ran"], dict) and "digest" in value:
             return value
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     if again:
         return None

@@ -16,7 +16,7 @@ from etils import epath
 from grain_jax.config.evals import REGION_ORDERS
 from grain_jax.evaluate import class_names, encode, rates, test_sets
 from grain_jax.evaluate.test_sets import InputError
-from grain_jax.files import atomic
+from grain_jax.files import atomic, regular_file
 from grain_jax.inference import prompts, scores
 from grain_jax.runtime import processes
 
@@ -250,17 +250,11 @@ def read_descriptions(
       names: whether a class may have its name alone, with an empty list.
 
     Raises:
-      InputError: no such file, another format, one class under two names, or classes that have no description.
+      errors.UserError: no such file, another format, one class under two names, or classes that have no description.
     """
     path = epath.Path(path)
-    if not path.exists() or path.is_dir():
-        raise InputError(f"{path}: no such file; expected descriptions of the classes as JSON")
-    try:
-        value = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f'{path}: expected {{"class name": ["description", ...]}}')
+    expected = 'descriptions of the classes, {"class name": ["description", ...]}'
+    value = regular_file.read_json(path, dict[str, Any], expected)
     for name, texts in value.items():
         if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
             raise InputError(f"{path}: {name!r}: expected a list of texts that are not empty")

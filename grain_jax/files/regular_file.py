@@ -107,6 +107,16 @@ def lines(path: epath.PathLike, expected: str, most: int = MAX_JSON) -> Iterator
             yield line
 
 
+def read_text(path: epath.PathLike, expected: str, most: int = MAX_JSON) -> str:
+    """The text in a regular file. Raises FileError as `read`; also not UTF-8."""
+    try:
+        return read(path, most, expected).decode()
+    except UnicodeDecodeError as error:
+        raise FileError(
+            f"{path}: byte {error.start} is not of UTF-8 text, expected {expected}"
+        ) from None
+
+
 def read_json(path: epath.PathLike, kind: type[T], expected: str, most: int = MAX_JSON) -> T:
     """The JSON value in a regular file, of the form that `kind` declares; see `from_json`.
 

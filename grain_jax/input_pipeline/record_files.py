@@ -85,16 +85,15 @@ def read_info(directory: epath.Path) -> tfds.core.DatasetInfo:
     for name in _DESCRIPTIONS:
         path = directory / name
         try:
-            content = json.loads(path.read_bytes())
-            if not isinstance(content, dict):
-                raise ValueError(f"got a {type(content).__name__}, expected an object")
+            content = regular_file.read_json(path, dict[str, Any], "an object")
             # TFDS imports the modules of these classes.
             foreign = [x for x in _values(content, "pythonClassName") if not _is_of_tfds(x)]
             if foreign:
-                raise ValueError(f"names the class {foreign[0]!r:.60}, expected TFDS's own")
-        except (OSError, ValueError, RecursionError) as error:
-            reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
-            raise DataError(f"{path}: {reason}; {_REBUILD}") from None
+                raise regular_file.FileError(
+                    f"{path}: names the class {foreign[0]!r:.60}, expected TFDS's own"
+                )
+        except regular_file.FileError as error:
+            raise DataError(f"{error}; {_REBUILD}") from None
     try:
         info = tfds.builder_from_directory(directory).info
         for split in info.splits.values():
@@ -165,12 +164,12 @@ def _of_split(directory: epath.Path, split: str) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        noted = dict(json.loads(path.read_bytes())[split])
+        noted = regular_file.read_json(path, dict[str, dict[str, Any]], "digests")[split]
         for key in ("shard_lengths", "shard_bytes"):
             if not isinstance(noted.get(key, []), list):
                 raise TypeError
         return noted
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (regular_file.FileError, KeyError, TypeError):
         raise DataError(
             f"{path}: not what grain-jax build writes, expected the split {split}; put it back, or remove it,"
             " and the files are compared instead"

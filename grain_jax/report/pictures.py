@@ -20,6 +20,7 @@ from grain_jax import losses, printable
 from grain_jax.evaluate import annotated, grounding, tables, test_sets
 from grain_jax.files import annotations as annotations_lib
 from grain_jax.files import images as images_lib
+from grain_jax.files import regular_file
 from grain_jax.inference import scores
 from grain_jax.report import looking
 from grain_jax.runtime import metrics_file
@@ -341,14 +342,14 @@ def _smooth(values: Sequence[float], keep: float = 0.6) -> list[float]:
 def _caption_loss_at_chance(workdir: epath.Path) -> tuple[float, str] | None:
     """The caption loss of a run whose embeddings say nothing, where no caption is missing; and how it is written."""
     try:
-        config = json.loads((workdir / "config.json").read_text())
+        config = json.loads(regular_file.read_text(workdir / "config.json", "a config"))
         images = int(config["batch_size"])
         captions = int(config.get("input", {}).get("captions_per_image", 1))
         if captions == 1:
             return math.log(images), f"ln {images}"
         others = 1 + captions * (images - 1)  # an image's choices; a caption has `images`
         return math.log(images * others) / 2, f"ln √({images} x {others})"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, OverflowError, RecursionError, KeyError, TypeError, AttributeError):
         return None  # curves are drawn without a config too
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax import errors, named, pretrained
+from grain_jax.files import regular_file
 from grain_jax.runtime import digests, receipt
 from grain_jax.runtime.checkpoint_files import (
     CheckpointError,
@@ -29,6 +30,13 @@ from grain_jax.runtime.checkpoint_files import (
 
 # Reads the folders of `convert to-hf`; a string, since conversions stand above this package.
 _TRANSFORMERS = "grain_jax.convert.huggingface:read"
+
+
+class _Converted(TypedDict):
+    """What is read of the config.json of `save_model`; one that was written without digests is not checked."""
+
+    model: dict[str, Any]
+    digests: NotRequired[dict[str, str]]
 
 
 def save_model(folder: epath.PathLike, model: config_lib.Model, params: Any, **notes: Any) -> None:
@@ -122,10 +130,8 @@ def _try_to_read(
 
 
 def _read_converted(folder: epath.Path) -> tuple[config_lib.Model, Any]:
-    """The model of `save_model`; one that was written without digests is not checked."""
-    content = json.loads((folder / "config.json").read_text())
-    if not isinstance(content, dict) or "model" not in content:
-        raise CheckpointError("config.json has no key model")
+    """The model of `save_model`."""
+    content = regular_file.read_json(folder / "config.json", _Converted, "a converted model's")
     model = config_lib.model_from_dict(content["model"])
     params = read_arrays(folder / "params")
     if "digests" in content:

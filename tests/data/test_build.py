@@ -302,7 +302,7 @@ def test_a_build_that_fails_keeps_the_old_set(tmp_path, monkeypatch, capsys):
         ("--encoding=gif", "expected original, png or jpeg:Q"),
         ("--encoding=jpeg:101", "expected original, png or jpeg:Q"),
         ("--name=Big Set", "expected a TFDS name"),
-        ("--num-shards=0", "expected a whole number above 0"),
+        ("--num-shards=0", "expected a whole number in 1.."),
         ("--max-faults=2", "expected a share from 0 to 1"),
         ("--annotations=/no/such.jsonl", "no such file"),
         ("--images=/no/such", "no such folder"),

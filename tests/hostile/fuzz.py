@@ -36,7 +36,7 @@ from grain_jax.data.fetch import gcompris  # noqa: E402
 from grain_jax import config as config_lib  # noqa: E402
 from grain_jax import errors  # noqa: E402
 from grain_jax.files import images
-from grain_jax.input_pipeline import records  # noqa: E402
+from grain_jax.input_pipeline import file_tokenizer, records  # noqa: E402
 from grain_jax.report import run_files  # noqa: E402
 from grain_jax.runtime import checkpoint
 from tests import perturbed, record_sets, tiny  # noqa: E402
@@ -117,6 +117,31 @@ def dump(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
+def write_tokenizers(json_file: pathlib.Path, model_file: pathlib.Path) -> None:
+    """A tokenizer.json with every part that lengthens a text, and a SentencePiece model."""
+    import sentencepiece
+    import tokenizers
+    from tokenizers import models, normalizers, pre_tokenizers, processors
+
+    words = {word: i for i, word in enumerate(["[U]", "[E]", "a", "red", "bird", "(", ")"])}
+    library = tokenizers.Tokenizer(models.WordLevel(words, unk_token="[U]"))
+    replaced = normalizers.Replace(tokenizers.Regex(" {2,}"), "\u2581")
+    library.normalizer = normalizers.Sequence([normalizers.NFKC(), replaced, normalizers.Strip()])
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()]
+    )
+    library.post_processor = processors.TemplateProcessing("$A [E]", None, [("[E]", 1)])
+    library.add_special_tokens(["[E]"])
+    library.save(str(json_file))
+    texts = [f"a red bird {i} of {i * i} feathers" for i in range(99)]
+    options = dict(vocab_size=60, hard_vocab_limit=False, minloglevel=2)
+    with io.BytesIO() as out:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=out, **options
+        )
+        model_file.write_bytes(out.getvalue())
+
+
 class Fuzzer:
     """Good inputs in a folder of its own, and a method `case_KIND(rng)` for each kind of damage."""
 
@@ -136,6 +161,8 @@ class Fuzzer:
         model = perturbed.tiny()
         checkpoint.save_model(folder / "model", model, perturbed.params(model))
         self.model = checkpoint.load_model(folder / "model")[:2]
+        self.tokenizers = [folder / "t.json", folder / "t.model"]
+        write_tokenizers(*self.tokenizers)
         (folder / "run").mkdir()
         lines = [{"step": i, "loss": 1.0 / i, "eval/seen/top1": 0.1 * i} for i in range(1, 9)]
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -292,6 +319,26 @@ class Fuzzer:
         if found != self.index and not changed and not missing:
             raise SilentDifference("search")
         return "the same" if found == self.index else "read as another or an unfinished index"
+
+    def case_tokenizers(self, rng: random.Random) -> str:
+        """A damaged tokenizer.json or SentencePiece .model, read and used on texts."""
+        path = rng.choice(self.tokenizers)
+        before = path.read_bytes()
+        if path.suffix == ".model" or rng.random() < 0.3:
+            content = image_files.mutate(before, rng.randrange(1 << 30))
+        else:
+            value = json.loads(before)
+            for _ in range(rng.choice((1, 1, 2, 3))):
+                value = put_somewhere(value, rng)
+            content = dump(value)
+        try:
+            path.write_bytes(content)
+            found = file_tokenizer.FileTokenizer(path, rng.choice(("lower", "canonical", "none")))
+            ids = found(["a red bird", "", "x " * 99, "\u00e9\ufb01 (\U0001f426)"], 16)
+        finally:
+            path.write_bytes(before)
+        assert ids.shape == (4, 16) and 0 <= ids.min() <= ids.max() < max(1, found.vocab_size)
+        return "read"
 
 
 KINDS = tuple(name.removeprefix("case_") for name in dir(Fuzzer) if name.startswith("case_"))

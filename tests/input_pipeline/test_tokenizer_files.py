@@ -104,7 +104,7 @@ def test_each_tower_has_its_own(json_file):
         tokenizer.of_tower(other, json_file.parent)(["a beak"], 4), [[3, 10, 1, 0]]
     )
     with pytest.raises(
-        tokenizer.TokenizerError, match="tokenizer.json: no such file; put the text"
+        tokenizer.TokenizerError, match="tokenizer.json: no such file, .*; put the text"
     ):
         tokenizer.of_tower(dataclasses.replace(other, tokenizer="none/tokenizer.json"))
     with pytest.raises(
@@ -144,7 +144,7 @@ def test_no_id_of_a_file_is_beyond_the_embeddings(vocabulary, end, highest, tmp_
 def test_files_that_are_no_tokenizers(tmp_path):
     for name, message in (
         ("t.txt", "expected a tokenizer.json or a SentencePiece .model"),
-        ("t.json", "not a tokenizer.json"),
+        ("t.json", "malformed.* expected a tokenizer.json"),
         ("t.model", "not a SentencePiece model"),
     ):
         (tmp_path / name).write_text("nothing")
