@@ -88,6 +88,8 @@ class Output(NamedTuple):
         """Notes the settings of the source and of each pass. Raises OutputError if others are there."""
         path = self.path("settings.json")
         known = json.loads(path.read_text()) if path.exists() else {}
+        if "source" in known:  # jobs of versions without the key read images so
+            known["source"].setdefault("orientation", "file")
         for part, values in settings.items():
             for key, value in values.items():
                 old = known.get(part, {}).get(key, value)

@@ -72,6 +72,7 @@ def _list(args: argparse.Namespace, folder: Any) -> parts.Listing:
         shard_size=args.shard_size,
         scratch=folder,
         boxes=args.boxes == "given",
+        orientation=args.orientation,
     )
 
 
@@ -94,6 +95,7 @@ def _settings(args: argparse.Namespace, found: parts.Listing, predictor: Any) ->
         "embed_dim": model.embed_dim,
         "regions": args.boxes if args.boxes == "given" or predictor.has_regions else "",
         "image_size": model.image.image_size,
+        "orientation": "file" if found.kind == "records" else args.orientation,
         "dtype": args.dtype,
         "store": args.store,
         "shard_size": args.shard_size,

@@ -88,7 +88,8 @@ def agree(folder: epath.Path, settings: dict[str, Any]) -> None:
     """Notes what the embeddings are made of. Raises EmbeddingsError where the folder was begun with something else."""
     path = folder / embeddings.SETTINGS
     if path.exists():
-        old = embeddings.read_settings(folder)
+        # Folders of versions without the key have images as they are stored.
+        old = {"orientation": "file", **embeddings.read_settings(folder)}
         for key in dict.fromkeys([*settings, *old]):
             if key in _NOT_COMPARED or old.get(key) == settings.get(key):
                 continue

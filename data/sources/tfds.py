@@ -16,6 +16,7 @@ class Tfds:
     """A `base.Source` of a TFDS set; a shard is a range of its examples."""
 
     images_are_files: ClassVar[bool] = False
+    orientation: ClassVar[str] = "file"  # training decodes stored images so
 
     def shards(self, options: base.Options) -> list[base.Shard]:
         """Ranges of `options.shard_size` examples of the split."""
@@ -56,7 +57,8 @@ class Tfds:
         for index, example in enumerate(tfds.as_numpy(examples), start):
             encoded = example["image"]
             ending = "png" if encoded.startswith(b"\x89PNG") else "jpg"
-            yield join.join(_entry(f"{split}/{index:09d}.{ending}", example), encoded)
+            entry = _entry(f"{split}/{index:09d}.{ending}", example)
+            yield join.join(entry, encoded, self.orientation)
 
 
 def directory(folder: epath.PathLike) -> epath.Path:
