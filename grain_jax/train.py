@@ -513,7 +513,12 @@ def report(config, workdir, predictor, results) -> None:
     if config.pictures and entry:
         images, annotations = entry.paths
         pictures.regions_grid(
-            predictor, annotations, images, workdir / "regions.png", count=config.pictures
+            predictor,
+            annotations,
+            images,
+            workdir / "regions.png",
+            count=config.pictures,
+            orientation=entry.orientation,
         )
     page.write(workdir, predictor, model=bool(config.pictures))
     print(f"Everything of this run is in {workdir}", file=sys.stderr)

@@ -69,6 +69,7 @@ def _list(args: argparse.Namespace, folder: Any) -> parts.Listing:
         shard_size=args.shard_size,
         scratch=folder,
         boxes=args.boxes == "given",
+        orientation=args.orientation,
     )
 
 
@@ -98,6 +99,7 @@ def _settings(
         shard_size=args.shard_size,
         source=embeddings.Source(found.kind, found.path, found.images, found.split, found.digest),
         parts=len(found.parts),
+        orientation="file" if found.kind == "records" else args.orientation,
     )
 
 

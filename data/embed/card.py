@@ -42,13 +42,14 @@ in `data/`; {faults:,} images were left out, and `faults.jsonl` names each with 
 | source | `{plain(source.path)}` ({source.kind}{split}), digest {source.digest} |
 | model | `{plain(settings.checkpoint)}`, digest of its parameters {settings.model.params} |
 | image size | {settings.image_size} pixels a side, resized without keeping the aspect ratio |
+| orientation | {settings.orientation} (exif: as a viewer shows the image; file: as its pixels are stored) |
 | activations | {settings.dtype} |
 
 | column | type | what |
 |---|---|---|
 | `id` | string | the id of the annotations or the record; else the path |
 | `path` | string | of the image below the source; of a tar `TAR/MEMBER`, of a record set its split and number |
-| `width`, `height` | int32 | pixels of the image file |
+| `width`, `height` | int32 | pixels of the image |
 | `image_embed` | `{stored}[{dim}]` | embedding of the whole image, unit length |
 {regions}
 ```python

@@ -44,6 +44,7 @@ def find(
     shard_size: int,
     scratch: epath.Path,
     boxes: bool = False,
+    orientation: str = "exif",
 ) -> Listing:
     """Lists a source.
 
@@ -54,6 +55,7 @@ def find(
       shard_size: images a part; a tar is a part.
       scratch: folder that all processes read, for the list of a folder's images.
       boxes: whether boxes of the source are wanted, which an A.jsonl and a record set have.
+      orientation: of its images, as of `grain_jax.files.images`.
 
     Raises:
       sources.SourceError: there is no such source, it holds no image, or an option does not suit it.
@@ -82,7 +84,8 @@ def find(
     if kind == "tars":
         if not is_file and not any(any(path.glob(tars)) for tars in ("*.tar", "*/*.tar")):
             raise sources.SourceError(f"{source}: got no images there, expected {_KINDS}")
-        shards = webdataset.WebDataset().shards(sources.Options(str(path)))
+        options = sources.Options(str(path), orientation=orientation)
+        shards = webdataset.WebDataset().shards(options)
         sizes = [regular_file.length(shard.arguments["tar"]) or 0 for shard in shards]
     elif kind == "records":
         split = split or "train"
@@ -98,7 +101,9 @@ def find(
             folder = str(absolute(images) if images else path.parent)
             if not epath.Path(folder).is_dir():
                 raise sources.SourceError(f"--images {images}: no such folder, expected images")
-        options = sources.Options(folder, annotations=(str(file),), shard_size=shard_size)
+        options = sources.Options(
+            folder, annotations=(str(file),), shard_size=shard_size, orientation=orientation
+        )
         shards = annotations_source.Annotations().shards(options)
         sizes = [shard.arguments["lines"] for shard in shards]
     if not sum(sizes):
@@ -197,7 +202,8 @@ def images(part: dict[str, Any]) -> Iterator[Callable[[], sources.Image | source
     shard = sources.Shard(part["name"], part, part["reader"])
     if part["reader"] == "annotations":
         for line, where in annotations_source.lines(shard):
-            yield functools.partial(annotations_source.image, line, where, part["images"])
+            read = (line, where, part["images"], part["orientation"])
+            yield functools.partial(annotations_source.image, *read)
     else:
         for found in sources.read(shard):
             yield functools.partial(_as_it_is, found)
@@ -243,7 +249,7 @@ _Read = Iterator[tuple[str, sources.Image | sources.Fault]]
 
 def _files_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> _Read:
     for path in paths:
-        yield path, join.load(base.Entry(path), folder or part["images"])
+        yield path, join.load(base.Entry(path), folder or part["images"], part["orientation"])
 
 
 def _tar_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> _Read:

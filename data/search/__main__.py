@@ -47,7 +47,10 @@ def run(args: argparse.Namespace) -> str:
     questions = [page.Question(text) for text in args.text]
     found = _search(args, index, model, args.text) if args.text else []
     if args.image:
-        asked = [page.Question(path, images_lib.load_image(path)) for path in args.image]
+        orientation = index.settings.orientation
+        asked = [
+            page.Question(path, images_lib.load_image(path, orientation)) for path in args.image
+        ]
         queries = [question.image for question in asked]
         if args.box:
             box_xyxy, vector = _region(model, asked[0].image, args.box)
@@ -101,7 +104,7 @@ def _write_page(
         got = loaded[hit.source["name"], hit.path]
         if isinstance(got, sources.Image):
             try:
-                return images_lib.decode_image(got.encoded, hit.path)
+                return images_lib.decode_image(got.encoded, hit.path, got.orientation)
             except images_lib.ImageError as error:
                 why = str(error)
         else:

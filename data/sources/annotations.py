@@ -27,6 +27,7 @@ class Annotations:
             while lines := list(itertools.islice(rest, options.shard_size)):
                 stop = start + sum(map(len, lines))
                 arguments = {"file": str(path), "images": str(options.images)}
+                arguments["orientation"] = options.orientation
                 arguments |= {"first_line": first, "start": start, "stop": stop}
                 arguments["lines"] = sum(1 for line in lines if line.strip())
                 # Another content gets another name, so that it is not taken for one that is finished.
@@ -38,7 +39,7 @@ class Annotations:
     def read(self, shard: base.Shard) -> Iterator[base.Image | base.Fault]:
         """The part's images; a line with a fault is left out whole, as grain-jax build does."""
         for line, where in lines(shard):
-            yield image(line, where, shard.arguments["images"])
+            yield image(line, where, shard.arguments["images"], shard.arguments["orientation"])
 
 
 def lines(shard: base.Shard) -> Iterator[tuple[bytes, str]]:
@@ -55,7 +56,7 @@ def lines(shard: base.Shard) -> Iterator[tuple[bytes, str]]:
                 return
 
 
-def image(line: bytes, where: str, folder: str) -> base.Image | base.Fault:
+def image(line: bytes, where: str, folder: str, orientation: str) -> base.Image | base.Fault:
     """The image of a line, which stands at `where`, with its file below `folder`."""
     parsed = annotations.parse_line(line, caption_required=False)
     if parsed.annotation is None:
@@ -69,4 +70,4 @@ def image(line: bytes, where: str, folder: str) -> base.Image | base.Fault:
         id=found.id,
         phrases=found.phrases,
     )
-    return join.load(entry, folder)
+    return join.load(entry, folder, orientation)

@@ -49,6 +49,9 @@ class Options(NamedTuple):
     split: str = ""  # of sources that have splits; "" is all of them (TFDS: train)
     scratch: str = ""  # folder for the lists of images that workers read
     shard_size: int = 1000  # images a shard, where the source has no shards of its own
+    orientation: str = (
+        "exif"  # of the images, as of grain_jax.files.images; sets of records are read as "file"
+    )
 
 
 class Fault(NamedTuple):
@@ -68,10 +71,11 @@ class Image(NamedTuple):
     synthetic_caption: str = ""
     regions: tuple[
         annotations.Region, ...
-    ] = ()  # pixels of the file; may hang over its edge a little
+    ] = ()  # pixels of the image in its orientation; may hang over its edge a little
     id: str | None = None
     left_out: tuple[Fault, ...] = ()  # regions that the source has and that cannot be used
     phrases: tuple[tuple[int, ...], ...] | None = None  # as annotations.Annotation.phrases
+    orientation: str = "exif"  # in which `encoded` is to be decoded
 
 
 class Shard(NamedTuple):

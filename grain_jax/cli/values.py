@@ -3,6 +3,9 @@
 import argparse
 import math
 from collections.abc import Callable
+from typing import Any
+
+from grain_jax.config.evals import ORIENTATIONS
 
 # What --checkpoint names, in every command.
 CHECKPOINT = "workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME"
@@ -44,3 +47,13 @@ def number(
 
 positive = number(int, 1)
 whole = number(int, 0)
+
+
+def add_orientation(group: Any) -> None:
+    """Declares --orientation, of the commands that read image files."""
+    group.add_argument(
+        "--orientation",
+        choices=ORIENTATIONS,
+        default=ORIENTATIONS[0],
+        help="exif turns images as viewers do, and boxes are of those pixels; file takes the pixels as they are stored",
+    )

@@ -28,12 +28,17 @@ def _entry(args: argparse.Namespace) -> config.Evaluator:
     """The entry of `config.evals` that the command is."""
     if args.command == "linear-probe":
         return evaluators.LinearProbe(
-            images=args.images, train=args.train, shots=tuple(args.shots), seeds=args.seeds
+            images=args.images,
+            orientation=args.orientation,
+            train=args.train,
+            shots=tuple(args.shots),
+            seeds=args.seeds,
         )
     if args.command == "zeroshot":
         alphas = list(dict.fromkeys(sum(args.alpha, []))) if args.alpha else None
         return evaluators.ZeroShot(
             images=args.images,
+            orientation=args.orientation,
             descriptions=args.descriptions,
             alphas=tuple(zeroshot.check_alphas(alphas, args.descriptions, args.names)),
             names=args.names,
@@ -41,7 +46,7 @@ def _entry(args: argparse.Namespace) -> config.Evaluator:
             unit_features=args.unit_features,
             templates=args.templates,
         )
-    given = dict(images=args.images, annotations=args.annotations)
+    given = dict(images=args.images, annotations=args.annotations, orientation=args.orientation)
     if args.command == "boxes":
         return evaluators.Boxes(**given, classes=args.classes, templates=args.templates)
     if args.command == "near-misses":
@@ -145,7 +150,9 @@ def _one(args: argparse.Namespace) -> int:
             "descriptions_file": args.descriptions,
         }
     result |= {
-        k: getattr(args, k) for k in ("checkpoint", "images", "train", "annotations") if k in args
+        k: getattr(args, k)
+        for k in ("checkpoint", "images", "orientation", "train", "annotations")
+        if k in args
     }
     try:
         atomic.write_text(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")

@@ -32,6 +32,7 @@ def evaluate(
     *,
     images: epath.PathLike,
     annotations: epath.PathLike,
+    orientation: str = "exif",
     batch_size: int = encode.BATCH_SIZE,
     state_path: epath.PathLike | None = None,
     step: int | None = None,
@@ -42,6 +43,7 @@ def evaluate(
       predictor: the model.
       images: the folder that the annotations' paths start from.
       annotations: `A.jsonl`; images without regions are left out.
+      orientation: of the images, as of `files.images`.
       batch_size: images at a time.
       state_path: JSON file with the matching of the last KEPT evaluations of the run, and the newest result; the
         first process writes it. None: no `matching_stability`.
@@ -66,7 +68,7 @@ def evaluate(
     """
     if (state_path is None) != (step is None):
         raise ValueError(f"state_path and step go together: got {state_path!r} and {step!r}")
-    annotated = annotated_lib.read_regions(images, annotations)
+    annotated = annotated_lib.read_regions(images, annotations, orientation)
     unreadable: dict[str, str] = {}
     kept, seen = annotated_lib.gather(
         predictor, annotated, label="diagnostics", unreadable=unreadable, batch_size=batch_size

@@ -25,6 +25,7 @@ def evaluate(
     images: epath.PathLike,
     annotations: epath.PathLike,
     negatives: int = NEGATIVES,
+    orientation: str = "exif",
     batch_size: int = encode.BATCH_SIZE,
 ) -> dict[str, Any]:
     """Compares every annotated box with its description and its negatives.
@@ -34,6 +35,7 @@ def evaluate(
       images: the folder that the annotations' paths start from.
       annotations: `A.jsonl` whose regions have `negatives`.
       negatives: N, how many of each box are used.
+      orientation: of the images, as of `files.images`.
       batch_size: images at a time.
 
     Returns: counts; `chance` (of top-1), `chance_mean_rank`; under `box_head` (by the embedding of the box), `region` (by
@@ -51,6 +53,7 @@ def evaluate(
         lambda record: any(len(region.negatives) >= negatives for region in record.regions),
         f"no region has {negatives} negatives or more; expected regions with `negatives`, which grain-jax annotate --passes"
         " negatives makes; or ask for fewer",
+        orientation,
     )
     unreadable: dict[str, str] = {}
     seen = given_boxes.encode_boxes(

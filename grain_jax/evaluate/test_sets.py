@@ -59,13 +59,21 @@ class ClassFolders:
       folder: holds the class folders, each named after its class (`_` = space).
       classes: class file with the folder names as labels (see class_names); None: the folder names are the names.
       get: how to get the data, for errors.MissingData.
+      orientation: of the images, as of `files.images`.
 
     Raises:
       errors.MissingData, InputError: see `class_folders`.
       class_names.ClassNameError: `classes` does not fit the folders.
     """
 
-    def __init__(self, folder: epath.PathLike, classes: str | None = None, get: str | None = None):
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        classes: str | None = None,
+        get: str | None = None,
+        orientation: str = "exif",
+    ):
+        self._orientation = orientation
         self.classes, self._paths, labels = class_folders(folder, get)
         folders = list(dict.fromkeys(path.parent.name for path in self._paths))
         if classes is not None:
@@ -85,13 +93,13 @@ class ClassFolders:
         return str(self._paths[position])
 
     def images(self, positions: range) -> Iterable[Image]:
-        return (of_path(self._paths[i], self._labels[i]) for i in positions)
+        return (of_path(self._paths[i], self._labels[i], self._orientation) for i in positions)
 
 
 class TfdsSet:
     """A split of a set that TensorFlow Datasets has prepared (TFRecord or ArrayRecord files).
 
-    It needs the prepared files, but not the TFDS code that prepares them.
+    It needs the prepared files, but not the TFDS code that prepares them. Images are read as they are stored.
 
     Args:
       name: "food101", "sun397/tfds" (with a config) or "food101:2.0.0"; the newest version if none is given.
@@ -151,7 +159,7 @@ class TfdsSet:
         try:
             for position, example in zip(positions, self._examples(places), strict=True):
                 name = self.name(position)
-                load = functools.partial(image_files.decode_image, example["image"], name)
+                load = functools.partial(image_files.decode_image, example["image"], name, "file")
                 yield Image(name, load, int(example["label"]))
         except (
             Exception
@@ -175,9 +183,9 @@ class TfdsSet:
         ).as_numpy_iterator()
 
 
-def of_path(path: epath.PathLike, label: int = -1) -> Image:
-    """The image in the file `path`."""
-    return Image(str(path), functools.partial(image_files.load_image, path), label)
+def of_path(path: epath.PathLike, label: int = -1, orientation: str = "exif") -> Image:
+    """The image in the file `path`, with `orientation` as of `files.images`."""
+    return Image(str(path), functools.partial(image_files.load_image, path, orientation), label)
 
 
 def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.Path:

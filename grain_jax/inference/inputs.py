@@ -11,7 +11,8 @@ from grain_jax.files import images as image_files
 
 _FAR = 4.0  # of a corner in [0, 1]; one farther away is in pixels
 
-# PIL images or uint8 [H, W, 3] to iterate over; uint8 [B, H, W, 3]; or float32 [B, H, W, 3].
+# PIL images or uint8 [H, W, 3] to iterate over; uint8 [B, H, W, 3]; or float32 [B, H, W, 3]. PIL images are turned by
+# their EXIF orientation, as a viewer shows them; arrays are taken as they are.
 Images: TypeAlias = Iterable[PIL.Image.Image | np.ndarray] | np.ndarray
 
 
@@ -57,7 +58,7 @@ def resize(index: int, image: Any, size: int) -> np.ndarray:
     """The image resized to uint8 [size, size, 3]. Raises InputError, which names the image by `index`."""
     if isinstance(image, PIL.Image.Image):
         try:
-            image = image_files.to_rgb(image)
+            image = image_files.to_rgb(image_files.upright(image))
         except (
             Exception
         ) as error:  # PIL reads the pixels of a file only here, and raises many types of error

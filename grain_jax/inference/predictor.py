@@ -125,7 +125,8 @@ class Predictor:
           images: PIL images of any mode or uint8 [H, W, 3] of any size, as a list, a generator or
             anything else to iterate over; uint8 [B, H, W, 3]; or float32 [B, H, W, 3] of the model's
             size, already normalised (by `model.image.pixel_mean` and `pixel_std`). All but the last
-            are resized to the model's size.
+            are resized to the model's size. PIL images are turned by their EXIF orientation, as a viewer
+            shows them; `np.asarray(image)` takes the pixels as they are.
 
         Raises:
           InputError: images of another kind or shape, or one that cannot be read.

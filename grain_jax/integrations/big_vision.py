@@ -172,7 +172,7 @@ def grain_image(checkpoint: str, key: str = "image") -> Callable[[dict], dict]:
 
     def resize(image):
         if isinstance(image, bytes):
-            image = image_files.decode_image(image)
+            image = image_files.decode_image(image, orientation="file")  # as big_vision does
         return image_files.resize(image, size)
 
     def op(data):
