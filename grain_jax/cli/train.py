@@ -5,7 +5,7 @@ from typing import Any
 from grain_jax.cli.config_parser import ConfigParser
 from grain_jax.cli.values import number
 
-HEARTBEAT_SECONDS = 20
+HEARTBEAT_SECONDS = 100  # JAX's default
 STALL_SECONDS = 1800
 
 
