@@ -1,10 +1,10 @@
-"""Start-up time of training: imports, compilation, first step; with and without JAX's compilation cache.
+"""Start-up time of training: imports, compilation, first step; with and without the compilation cache.
 
     python -m benchmarks.start_up [--repeats 5] [--configs tiny demo] [--json OUT.json]
 
 Every figure comes from a fresh process. `tiny` is the size tiny on the synthetic source, `demo` configs/demo.py on a small
 aviary, which is drawn first. The lines of the trainer on stderr divide a run into parts: state, compilation, first
-step; then the run is killed. `JAX_COMPILATION_CACHE_DIR` names no folder, an empty one, or one that an earlier run filled.
+step; then the run is killed. The compilation cache is off, empty, or filled by an earlier run.
 """
 
 import argparse
