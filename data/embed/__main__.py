@@ -21,7 +21,7 @@ from grain_jax.data.embed import arguments, card, output, parts, pipeline
 from grain_jax import errors, inference, printable
 from grain_jax.files import atomic, embeddings
 from grain_jax.pretrained import NAMES
-from grain_jax.runtime import distributed, processes, saved_model
+from grain_jax.runtime import compiled, distributed, processes, saved_model
 
 
 def embed(args: argparse.Namespace) -> str:
@@ -29,6 +29,7 @@ def embed(args: argparse.Namespace) -> str:
     began = time.monotonic()
     embeddings.pyarrow()  # where it is missing, before the model is read
     folder = parts.absolute(args.output)
+    processes.run_together(lambda: saved_model.find(args.checkpoint))
     found = parts.Listing(*processes.of_first(lambda: _list(args, folder)))
     predictor = processes.run_together(lambda: _load(args))
     settings = _settings(args, found, predictor)
@@ -140,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         args = arguments.parser().parse_args(argv)
+        compiled.use(args.compilation_cache)
         distributed.initialize(
             args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
         )

@@ -1,7 +1,7 @@
 """The flags of `grain-jax embed`."""
 
 from grain_jax.cli.parser import Parser
-from grain_jax.cli.train import add_processes
+from grain_jax.cli.train import add_compilation_cache, add_processes
 from grain_jax.cli.values import CHECKPOINT, add_orientation, positive, share
 
 SHARD_SIZE = 4096
@@ -71,5 +71,6 @@ texts and images over them. The same command again goes on after a kill.""",
         type=positive,
         help="that read and decode images, of a process (default: one a core)",
     )
+    add_compilation_cache(out)
     add_processes(out)
     return out

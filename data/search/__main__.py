@@ -20,6 +20,7 @@ from grain_jax.files import atomic
 from grain_jax.files import images as images_lib
 from grain_jax.inference import search
 from grain_jax.losses import boxes as boxes_lib
+from grain_jax.runtime import compiled
 
 
 class UsageError(errors.UserError):
@@ -150,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         args = arguments.parser().parse_args(argv)
+        compiled.use()
         try:
             with errors.out_of_memory_in_a_line("grain-jax search"):
                 print(run(args))

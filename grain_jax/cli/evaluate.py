@@ -4,7 +4,7 @@ import argparse
 
 from grain_jax.cli.config_parser import ConfigParser
 from grain_jax.cli.parser import KindsParser, Parser
-from grain_jax.cli.train import add_processes
+from grain_jax.cli.train import add_compilation_cache, add_processes
 from grain_jax.cli.values import CHECKPOINT, add_orientation, number, positive
 from grain_jax.config.evals import MOST_DRAWS, REGION_ORDERS, STANDALONE
 
@@ -104,6 +104,7 @@ def _kind(name: str) -> Parser:
         default=CACHE,
         help='folder of text embeddings, computed once; "": none',
     )
+    add_compilation_cache(out)
     add_processes(out)
     return out
 

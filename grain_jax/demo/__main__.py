@@ -49,6 +49,9 @@ def _serve(arguments: argparse.Namespace, uploads: epath.Path, folder: epath.Pat
     # JAX and Gradio take seconds to import.
     from grain_jax import inference
     from grain_jax.demo import analysis, class_lists, page
+    from grain_jax.runtime import compiled
+
+    compiled.use()
 
     classes = class_lists.read(arguments.classes) if arguments.classes else _CLASSES
     examples = _examples(arguments.examples, folder)

@@ -49,6 +49,15 @@ def _named(path: epath.Path) -> Iterator[None]:
         raise
 
 
+def check(path: epath.PathLike) -> None:
+    """Raises OSError where `write_bytes` could not make a file beside `path`; for commands that write it hours later."""
+    path = epath.Path(path)
+    if "://" not in str(path) and not is_special(path):
+        new = path.with_name(f"{path.name}.new")
+        new.write_bytes(b"")
+        new.unlink(missing_ok=True)
+
+
 def is_special(path: epath.PathLike) -> bool:
     """Whether a local path is a pipe, a device, or stands in /dev or /proc: nothing can be renamed over it."""
     try:

@@ -26,7 +26,7 @@ _FEATURES = ("image", "captions", "synthetic_caption", "regions")
 _DESCRIPTIONS = ("dataset_info.json", "features.json")
 _REBUILD = "rebuild the set with grain-jax build, or copy it anew"
 _LEAST_BYTES = 16  # of a record: its length and the checksums of both
-# Written by grain-jax build: split -> digest of its records, lengths and sizes of its shards.
+# Written by grain-jax build: split -> digest of its records; lengths, sizes and digests of its shards.
 DIGEST_FILE = "digest.json"
 _LOOKED_INTO = 64  # shards of a set without DIGEST_FILE, whose size and first record are digested
 
@@ -42,6 +42,7 @@ class RecordSet(NamedTuple):
     directory: epath.Path  # of its newest version
     shards: tuple[order.Shard, ...]
     has_negatives: bool
+    shard_digests: dict[str, str]  # shard's path -> digest that stands beside them; {}: none does
 
 
 def find(config: Config) -> list[RecordSet]:
@@ -73,7 +74,12 @@ def _find(source: Dataset) -> RecordSet:
         raise DataError(f"{directory} is in {info.file_format} files, expected TFRecord")
     of_region = getattr(features["regions"], "feature", None)
     has_negatives = isinstance(of_region, tfds.features.FeaturesDict) and "negatives" in of_region
-    return RecordSet(source, directory, shards(directory, split), has_negatives)
+    split_shards = shards(directory, split)
+    written, digests = _of_split(directory, source.split), {}
+    if written.get("shard_lengths") == [shard.num_records for shard in split_shards]:
+        # Sets of others have none.
+        digests = dict(zip((s.path for s in split_shards), written.get("shard_digests", [])))
+    return RecordSet(source, directory, split_shards, has_negatives, digests)
 
 
 def read_info(directory: epath.Path) -> tfds.core.DatasetInfo:
@@ -141,8 +147,8 @@ def shards(directory: epath.Path, split: tfds.core.SplitInfo) -> tuple[order.Sha
             continue
         try:
             found = os.stat(path)
-        except FileNotFoundError:  # the reader of the shard says so
-            continue
+        except FileNotFoundError:
+            raise DataError(f"{path}: the shard is gone; {_REBUILD}") from None
         if not stat.S_ISREG(found.st_mode):
             raise DataError(f"{path}: no regular file; expected a shard that grain-jax build wrote")
         if size not in (None, found.st_size) and found.st_size in noted:
@@ -165,7 +171,7 @@ def _of_split(directory: epath.Path, split: str) -> dict[str, Any]:
         return {}
     try:
         noted = regular_file.read_json(path, dict[str, dict[str, Any]], "digests")[split]
-        for key in ("shard_lengths", "shard_bytes"):
+        for key in ("shard_lengths", "shard_bytes", "shard_digests"):
             if not isinstance(noted.get(key, []), list):
                 raise TypeError
         return noted

@@ -57,6 +57,19 @@ def model_digests(model: config_lib.Model, params: Any) -> dict[str, str]:
     return {"model": receipt.sha256(described), "params": digests.of_arrays(params)}
 
 
+def find(path: epath.PathLike) -> epath.Path:
+    """The folder that `path` names, as `load_model` takes it; one of the Hub is downloaded.
+
+    Raises:
+      CheckpointError: there is none.
+      errors.UserError: it cannot be downloaded.
+    """
+    folder = absolute(pretrained.folder_of(path))
+    if not folder.is_dir():
+        raise CheckpointError(pretrained.no_such(path))
+    return folder
+
+
 def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
     """The model in a training workdir (newest checkpoint), a checkpoint, a converted folder or a folder of to-hf.
 
@@ -73,9 +86,7 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
       CheckpointError: no such folder, none of the four kinds, or it is damaged.
       errors.UserError: a model of the Hub cannot be downloaded, or a folder of to-hf cannot be read.
     """
-    given, path = path, absolute(pretrained.folder_of(path))
-    if not path.is_dir():
-        raise CheckpointError(pretrained.no_such(given))
+    path = find(path)
     if (path / "config.json").exists() and (path / "params").is_dir():
         model, params, fault = _try_to_read(_read_converted, path)
         if fault:

@@ -16,7 +16,7 @@ from etils import epath
 
 from grain_jax import errors
 from grain_jax.cli.verify import parser
-from grain_jax.runtime import receipt
+from grain_jax.runtime import compiled, receipt
 from grain_jax.verify import replay, workdir
 
 STEPS = 5  # where no checkpoint says how far
@@ -99,6 +99,7 @@ def _recorded_devices(folder: epath.Path) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and verifies; 0: proved, 1: not."""
     args = parser().parse_args(arguments)
+    compiled.use()
     devices = _recorded_devices(epath.Path(args.workdir))
     if devices and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", devices)  # virtual ones, as the run had

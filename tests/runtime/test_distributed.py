@@ -1,6 +1,7 @@
 """Who joins whom, by environment; and that a process that dies or fails ends the others, with a line."""
 
 import importlib.util
+import inspect
 import os
 import signal
 import socket
@@ -8,10 +9,12 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from jax._src import clusters
 
 from grain_jax import errors
+from grain_jax.cli import train
 from grain_jax.runtime import distributed, native_log
 from tests.paths import ROOT
 
@@ -82,6 +85,13 @@ def test_flags_win_over_the_environment():
             "cluster_detection_method": "deactivate",
         },
     )
+
+
+def test_one_process_has_nobody_to_wait_for():
+    assert distributed.find("10.0.0.1:8476", 1, 0, SRUN) is None
+    parsed = train.parser().parse_args(["--config=demo", "--workdir=w"])
+    jaxs_own = inspect.signature(jax.distributed.initialize).parameters["heartbeat_timeout_seconds"]
+    assert parsed.heartbeat_seconds == jaxs_own.default == 100
 
 
 @pytest.mark.parametrize(
@@ -192,11 +202,15 @@ _TALKER = _LISTENER.replace("time.sleep(0.1)", "time.sleep(0.1); print('on', fil
 
 
 def _pair(script=_WORKER, *, flags=(0, 0), heartbeat=10):
+    return _start(script, flags=flags, heartbeat=heartbeat)
+
+
+def _start(script, *, flags=(0, 0), heartbeat=10, processes=2):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     pair = []
-    for me in (0, 1):
+    for me in range(processes):
         arguments = [port, str(me), str(heartbeat), str(flags[me])]
         pair.append(
             subprocess.Popen(
@@ -260,6 +274,21 @@ def test_outside_training_it_ends_at_once_also_where_nobody_reads_what_it_says(n
     assert pair[1].wait(20) == pair[0].returncode == status
     assert said.strip().splitlines()[-1] == f"{number.name}: there is nothing to save"
     pair[1].stdout.close()
+
+
+def test_a_cluster_of_one_has_no_heartbeat_and_ends_as_it_is_told():
+    """As the TPU of one machine, of which JAX alone knows that it is one."""
+    as_one = (
+        "name, given = distributed.find(f'127.0.0.1:{port}', 2, 0, {})\n"
+        "distributed.find = lambda *_: (name, given | {'num_processes': 1})\n"
+    )
+    script = "import jax\n" + _LISTENER.replace("handler = ", as_one + "handler = ").replace(
+        "with distributed", "assert not jax.distributed.is_initialized()\nwith distributed"
+    )
+    (only,) = _start(script, processes=1)
+    only.send_signal(signal.SIGTERM)
+    said = only.communicate(timeout=60)
+    assert only.returncode == 75 and "SIGTERM: saving after this step" in said[1], said
 
 
 def test_outside_training_one_that_waits_for_the_other_at_its_exit_is_told_too():
