@@ -33,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(words)
     if importlib.util.find_spec("gradio") is None:
         raise errors.UserError(
-            'the page needs gradio, which is not installed; run: pip install "gradio>=6"'
+            'the page needs gradio, which is not installed; run: pip install "grain_jax[demo]"'
         )
     _check_address(arguments.host, arguments.port)
     with tempfile.TemporaryDirectory(prefix="grain_jax_demo_") as folder:

@@ -91,7 +91,7 @@ def _tokenizer_json(path: epath.Path) -> _FileFunctions:
 
 def _sentencepiece(path: epath.Path) -> _FileFunctions:
     if importlib.util.find_spec("sentencepiece") is None:
-        raise TokenizerError(f"{path}: needs `pip install sentencepiece`")
+        raise TokenizerError(f"{path}: needs sentencepiece: pip install 'grain_jax[interop]'")
     import sentencepiece
 
     try:

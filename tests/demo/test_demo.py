@@ -424,8 +424,14 @@ def test_what_the_page_says_of_a_box(picture):
     "evals, expected",
     [
         ({"a": {"kind": "retrieval"}, "b": {"descriptions": "D.json"}}, {"wren": ("a tail",)}),
-        ({"a": {"descriptions": "gone.json"}, "b": {"descriptions": "D.json"}}, {"wren": ("a tail",)}),
-        ({"a": {"descriptions": "secret.txt"}}, None),  # of a stranger's config: lines are not shown
+        (
+            {"a": {"descriptions": "gone.json"}, "b": {"descriptions": "D.json"}},
+            {"wren": ("a tail",)},
+        ),
+        (
+            {"a": {"descriptions": "secret.txt"}},
+            None,
+        ),  # of a stranger's config: lines are not shown
         ({"a": {"descriptions": "gs://elsewhere/D.json"}}, None),
         ({}, None),
     ],
@@ -464,7 +470,7 @@ def test_without_gradio_it_is_one_line(monkeypatch, capsys):
         command.process.run(command.main)
     assert end.value.code == 2
     line = capsys.readouterr().err.strip()
-    assert 'pip install "gradio>=6"' in line and "\n" not in line
+    assert 'pip install "grain_jax[demo]"' in line and "\n" not in line
 
 
 def test_a_taken_address_is_one_line():
