@@ -46,7 +46,7 @@ def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
         from grain_jax.data.annotate import pipeline
     except ModuleNotFoundError as error:
         raise AnnotateError(
-            f"{error}; install what annotation needs: pip install -c constraints.txt -e '.[annotate]'"
+            f"{error}; install what annotation needs: pip install 'grain_jax[annotate]'"
         ) from None
     start = time.monotonic()
     pipeline.check(beam_arguments)

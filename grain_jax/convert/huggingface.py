@@ -233,7 +233,7 @@ def _safetensors(path: epath.Path) -> Any:
         import safetensors.numpy
     except ImportError as error:
         raise ConvertError(
-            f"{path}: the package safetensors is missing; pip install safetensors"
+            f"{path}: the package safetensors is missing; pip install 'grain_jax[interop]'"
         ) from error
     return safetensors
 
@@ -276,7 +276,10 @@ def _read_config(path: epath.Path) -> config_lib.Model:
     with archives.reading(path):
         towers = archives.read_json(path).get("towers")
         if not isinstance(towers, dict):
-            raise ConvertError("got no sizes under towers, expected to-hf's config.json")
+            why = pretrained.conversion(path.parent)
+            raise ConvertError(
+                f"got no sizes under towers, expected to-hf's config.json; of CLIP or SigLIP {why}"
+            )
     with prefixed(f"{path}: "):
         model = config_lib.model_from_dict(towers)
     _check(model)
@@ -291,7 +294,7 @@ def _prove_folder(
         import torch  # noqa: F401 (without it transformers imports, but has no models)
         import transformers
     except ImportError as error:
-        return parity.not_proven(params, f"{error}; pip install torch transformers")
+        return parity.not_proven(params, f"{error}; pip install 'grain_jax[interop]'")
     given = parity.inputs_of(model)
     ours = torch_module.outputs(model, params, given)
     rng = np.random.default_rng(1)

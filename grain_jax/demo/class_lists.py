@@ -1,5 +1,6 @@
 """Parses the classes that a user types or loads from a file, and checks their number and length."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +8,8 @@ from etils import epath
 
 from grain_jax import errors
 from grain_jax.evaluate import class_names
-from grain_jax.files import annotations
+from grain_jax.files import annotations, regular_file
+from grain_jax.runtime import checkpoint
 
 # Upper bounds of the input:
 MANY = 1000  # classes
@@ -23,6 +25,24 @@ Classes = dict[str, tuple[str, ...]]  # name -> descriptions; without any: names
 
 class DemoError(errors.UserError):
     """Bad input from the user; the message is one line."""
+
+
+def of_run(folder: epath.PathLike) -> Classes | None:
+    """The classes that a run is evaluated on: the first descriptions of its config, in JSON, that can be read here.
+
+    Args:
+      folder: of the checkpoint. None: it has no config, as a converted model, or names no such local file.
+    """
+    config = epath.Path(folder) / "config"
+    evals = checkpoint.read_json(folder, "config").get("evals") if config.is_dir() else None
+    for entry in (evals or {}).values():
+        path = entry.get("descriptions") or "://"
+        if "://" not in path:
+            with contextlib.suppress(errors.UserError, UnicodeDecodeError):
+                text = regular_file.read(path, LARGE, _JSON).decode()
+                if text.lstrip().startswith("{"):  # a stored config may name any file
+                    return parse(text)
+    return None
 
 
 def parse(text: str) -> Classes:

@@ -190,7 +190,7 @@ def _open_clip() -> list[Line]:
     except ImportError:
         raise ClassNameError(
             f"classes {OPEN_CLIP}: got no package open_clip, expected it;"
-            " pip install open_clip_torch"
+            " pip install 'grain_jax[interop]'"
         ) from None
     wnids = [line.label for line in read("imagenet2012")]  # sorted, as the names of open_clip are
     return [Line(*pair) for pair in zip(wnids, IMAGENET_CLASSNAMES, strict=True)]

@@ -136,7 +136,7 @@ def check(test: test_sets.TestSet, train: test_sets.TestSet | None, shots: Seque
 def check_scikit_learn() -> None:
     """Raises InputError if scikit-learn is not installed."""
     if importlib.util.find_spec("sklearn") is None:
-        raise InputError("linear_probe: needs scikit-learn: pip install -e '.[probe]'")
+        raise InputError("linear_probe: needs scikit-learn: pip install 'grain_jax[probe]'")
 
 
 def check_shots(number: int, counts: np.ndarray, classes: Sequence[str]) -> None:

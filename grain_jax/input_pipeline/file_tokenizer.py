@@ -188,7 +188,7 @@ def _a_line(path: epath.Path, what: str) -> Iterator[None]:
 
 def _sentencepiece(path: epath.Path, content: bytes) -> _FileFunctions:
     if importlib.util.find_spec("sentencepiece") is None:
-        raise TokenizerError(f"{path}: needs `pip install sentencepiece`")
+        raise TokenizerError(f"{path}: needs sentencepiece: pip install 'grain_jax[interop]'")
     import sentencepiece
 
     with _a_line(path, "not a SentencePiece model"):

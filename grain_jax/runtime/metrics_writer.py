@@ -147,7 +147,7 @@ def check_wandb(options: config_lib.Wandb) -> None:
     """Raises UserError where Weights & Biases is asked for and its package is not there."""
     if options.mode != "off" and importlib.util.find_spec("wandb") is None:
         raise errors.UserError(
-            f"wandb.mode={options.mode} needs the package wandb: pip install wandb, or take"
+            f"wandb.mode={options.mode} needs the package wandb: pip install 'grain_jax[wandb]', or take"
             " --config.wandb.mode=off"
         )
 

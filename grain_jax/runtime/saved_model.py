@@ -17,7 +17,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax import errors, named, pretrained
 from grain_jax.files import regular_file
-from grain_jax.runtime import digests, receipt
+from grain_jax.runtime import digests, distributed, receipt
 from grain_jax.runtime.checkpoint_files import (
     CheckpointError,
     absolute,
@@ -86,6 +86,7 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
       CheckpointError: no such folder, none of the four kinds, or it is damaged.
       errors.UserError: a model of the Hub cannot be downloaded, or a folder of to-hf cannot be read.
     """
+    distributed.answer_libtpu()
     path = find(path)
     if (path / "config.json").exists() and (path / "params").is_dir():
         model, params, fault = _try_to_read(_read_converted, path)
@@ -101,6 +102,8 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
             raise CheckpointError(f"{path}: holds no finished checkpoint yet")
         folders = [path / "checkpoints" / str(step) for step in reversed(steps)]
     elif not (path / "state").is_dir():
+        if command := pretrained.conversion(path):
+            raise CheckpointError(f"{path}: weights of another package; {command}")
         raise CheckpointError(
             f"{path}: neither a workdir (checkpoints/), nor a checkpoint (state/), nor a converted model"
             " (params/ and config.json), nor a folder of to-hf (model.safetensors and config.json)"

@@ -158,4 +158,4 @@ def test_published_names(monkeypatch):
     names = class_names.for_labels(wnids, 1000, "open_clip")
     assert names[134] == "crane bird" and names[-1] == "toilet paper"
     monkeypatch.setitem(sys.modules, "open_clip.zero_shot_metadata", None)
-    assert "pip install open_clip_torch" in fault(wnids, 1000, "open_clip")
+    assert "pip install 'grain_jax[interop]'" in fault(wnids, 1000, "open_clip")

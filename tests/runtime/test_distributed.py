@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import pytest
@@ -313,3 +314,34 @@ def test_one_that_cannot_print_any_more_leaves_and_so_the_other_ends():
     assert pair[1].returncode == -signal.SIGABRT
     assert "ending: process 0" in said
     pair[0].stdout.close()
+
+
+@pytest.mark.parametrize(
+    "given, platforms, expected",
+    [
+        ({"TPU_SKIP_MDS_QUERY": "1"}, None, ("v5litepod-1", "localhost")),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, "tpu,cpu", (None, None)),  # JAX found chips
+        ({}, None, (None, None)),
+        ({"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v4-8"}, None, ("v4-8", "localhost")),
+    ],
+)
+def test_libtpu_is_answered_where_there_is_no_chip(given, platforms, expected, monkeypatch):
+    names = ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES")
+    for name in names:  # set first, so that they are taken back
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.jax, "config", types.SimpleNamespace(jax_platforms=platforms))
+    distributed.answer_libtpu()
+    assert tuple(os.environ.get(name) for name in names[1:]) == expected
+
+
+def test_a_start_with_libtpu_and_without_a_tpu_says_nothing():
+    code = "from grain_jax.runtime import distributed as d; d.initialize(None, 1, 0, 20)"
+    code += "; import jax; print(jax.devices())"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "JAX_PLAT"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
