@@ -35,7 +35,7 @@ def stand_in(batch):
 def job_of(source, folder, shard_size=4):
     folder = parts.absolute(folder)
     found = parts.find(str(source), images=None, split="", shard_size=shard_size, scratch=folder)
-    output.agree(folder, {"model": "stand-in", "digest": found.digest})
+    output.agree(folder, {"model": "stand-in", "orientation": "exif", "digest": found.digest})
     schema = embeddings.columns(3, regions=True, stored="float32")
     return output.Output(folder, schema, found.parts)
 
