@@ -287,7 +287,7 @@ def test_a_build_that_fails_keeps_the_old_set(tmp_path, monkeypatch, capsys):
     kept = (tmp_path / "out/tiny_set/faults.jsonl").read_text()
     with (tmp_path / "in/A.jsonl").open("a") as file:
         file.write("{}\n")
-    fails = lambda line, folder, encoding: ["gone"]
+    fails = lambda line, **options: ["gone"]
     monkeypatch.setattr(build.example, "encode", fails)
     arguments = ("--overwrite", "--max-faults=1")
     assert record_sets.build_set(tmp_path / "in", tmp_path / "out", *arguments) == 2
