@@ -221,7 +221,7 @@ class Predictor:
                 " encode_text, or classify with alpha 1"
             )
 
-    def encode_tokens(self, images: Images) -> Tokens:
+    def encode_tokens(self, images: OneOrMany) -> Tokens:
         """A batch of images, as for `encode_image` -> their tokens, which `encode_boxes` takes in their place.
 
         Raises:
@@ -271,7 +271,7 @@ class Predictor:
         return self._run_with_boxes(program, images, boxes_xyxy)
 
     def _run_with_boxes(
-        self, program: Callable[..., Any], images: Images | Tokens, boxes_xyxy: Iterable[Any]
+        self, program: Callable[..., Any], images: OneOrMany | Tokens, boxes_xyxy: Iterable[Any]
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         """(embeddings of the images, [0, D] where `program` returns none; for each image those of its boxes [n, D])."""
         self._need_box_head()
@@ -407,7 +407,7 @@ class Predictor:
         except errors.UserError as error:
             raise InputError(str(error)) from None
 
-    def _encode(self, images: Images | Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _encode(self, images: OneOrMany | Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Images -> float32 (image [B, D], regions [B, Q, D], boxes_xyxy [B, Q, 4])."""
         program, counted = self._encode_images, images
         if isinstance(images, Tokens):
@@ -426,7 +426,7 @@ class Predictor:
         image, region, boxes = (np.concatenate(x).astype(np.float32) for x in zip(*parts))
         return image, region, boxes
 
-    def _rows(self, images: Images | Tokens) -> Iterator[np.ndarray]:
+    def _rows(self, images: OneOrMany | Tokens) -> Iterator[np.ndarray]:
         """Images, checked, or tokens, in arrays of at most MAX_BATCH rows per device. Raises InputError."""
         if isinstance(images, Tokens):
             return _slices(images.values, MAX_BATCH * len(self._devices))

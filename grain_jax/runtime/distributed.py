@@ -81,9 +81,8 @@ def answer_libtpu() -> None:
     for devices.
     """
     # JAX sets the first where there are no chips; where there are some it sets jax_platforms.
-    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1" and "tpu" not in (
-        jax.config.jax_platforms or ""
-    ):
+    platforms = getattr(jax.config, "jax_platforms", None) or ""
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1" and "tpu" not in platforms:
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
