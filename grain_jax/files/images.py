@@ -11,7 +11,7 @@ records. A TIFF is turned in both, since PIL turns it. Of XMP nothing is read.
 import io
 import struct
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -61,7 +61,7 @@ class Header(NamedTuple):
 
 def header(encoded: bytes, name: str = "picture", orientation: str = "exif") -> Header:
     """The format and the size of the image in `encoded`; arguments and errors as of `decode_image`."""
-    image = open_image(encoded, name)
+    image: Any = open_image(encoded, name)  # PIL's type has no tag_v2
     size = image.size
     if image.format == "TIFF":
         try:
@@ -74,7 +74,7 @@ def header(encoded: bytes, name: str = "picture", orientation: str = "exif") -> 
             _load(image, name)  # it stands behind the pixels
         number, swap = _orientation(image), orientation == "exif"
     if swap and number in (5, 6, 7, 8):
-        size = size[::-1]
+        size = size[1], size[0]
     return Header(image.format or "", size, number in _TURNS)
 
 
