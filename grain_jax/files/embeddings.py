@@ -78,7 +78,7 @@ class Settings(msgspec.Struct, frozen=True):
     shard_size: _Count  # images a file
     source: Source
     parts: Annotated[int, msgspec.Meta(ge=1, le=10**7)]  # number of files
-    orientation: _Orientation = "file"  # of the images, as `grain_jax.files.images` takes it
+    orientation: _Orientation  # of the images, as `grain_jax.files.images` takes it
 
     def difference(self, other: "Settings") -> str | None:
         """The first key with another value in `other`, or None; `checkpoint` does not count."""

@@ -164,7 +164,7 @@ def test_images_are_read_from_this_machine_and_from_below_their_folder(note, pat
     (tmp_path / "images").mkdir()
     (tmp_path / "secret.png").write_bytes(b"secret")
     place = str(tmp_path / "images")
-    piece = {"reader": "annotations", "name": "0"}
+    piece = {"reader": "annotations", "name": "0", "orientation": "file"}
     piece |= {key: value.replace("{}", place) if key in ("images", "directory") else value for key, value in note.items()}  # fmt: skip
     ((_, fault),) = parts.read_again([(piece, path := path.replace("{}", place))]).items()
     assert said in fault.detail and fault.image == path
