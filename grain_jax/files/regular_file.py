@@ -159,11 +159,9 @@ def checked(value: Any, kind: type[T], where: str, expected: str) -> T:
 
 def inside(name: str) -> str:
     """`name`, which a file gave, with / between its parts, normalised; "" where it leads out of any folder."""
-    path = posixpath.normpath(name) if name else "."
-    out = (
-        "\0" in name or "://" in name or posixpath.isabs(path) or path.split("/")[0] in ("..", ".")
-    )
-    return "" if out else path
+    path = posixpath.normpath(name)
+    outside = posixpath.isabs(path) or path.split("/")[0] == ".."
+    return "" if outside or "\0" in name or "://" in name else path
 
 
 def below(folder: epath.PathLike, name: str, where: str) -> epath.Path:
@@ -178,7 +176,7 @@ def below(folder: epath.PathLike, name: str, where: str) -> epath.Path:
       FileError: the path would be outside the folder, or is the folder.
     """
     path = inside(name)
-    found, fault = epath.Path(folder) / path, not path
+    found, fault = epath.Path(folder) / path, path in ("", ".")
     if not fault and "://" not in str(folder):
         real = os.path.realpath(folder)
         fault = not os.path.realpath(found).startswith(real.rstrip(os.sep) + os.sep)

@@ -81,7 +81,7 @@ def test_a_name_stays_below_its_folder(tmp_path):
     (folder / "out").symlink_to(tmp_path)
     assert str(regular_file.below(folder, "a/./b.png", "f")) == str(folder / "a/b.png")
     assert regular_file.inside("a/./out/../b") == "a/b" and regular_file.inside("out/x") == "out/x"
-    for name in ("", ".", "..", "a/../../x", "/etc/passwd", "a\0", "gs://b/x"):
+    for name in ("..", "a/../../x", "/etc/passwd", "a\0", "gs://b/x"):
         assert regular_file.inside(name) == ""
     for name in ("", ".", "..", "a/../../x", "/etc/passwd", "a\0", "out/x", "gs://b/x", "out"):
         with pytest.raises(regular_file.FileError, match="^f: got the name"):
