@@ -274,12 +274,13 @@ def _read_config(path: epath.Path) -> config_lib.Model:
     if not regular_file.is_one(path):
         raise ConvertError(f"{path}: no such file; expected a folder written by to-hf")
     with archives.reading(path):
-        towers = archives.read_json(path).get("towers")
+        stored = archives.read_json(path)
+        towers = stored.get("towers")
         if not isinstance(towers, dict):
-            why = pretrained.conversion(path.parent)
-            raise ConvertError(
-                f"got no sizes under towers, expected to-hf's config.json; of CLIP or SigLIP {why}"
-            )
+            hint = ""
+            if str(stored.get("model_type")).startswith(("clip", "siglip")):
+                hint = f"; {pretrained.conversion(path.parent)}"
+            raise ConvertError(f"got no sizes under towers, expected to-hf's config.json{hint}")
     with prefixed(f"{path}: "):
         model = config_lib.model_from_dict(towers)
     _check(model)
