@@ -12,10 +12,9 @@ import warnings
 from pathlib import Path
 
 import jax
-import jaxlib
-from etils import epath
 from jax._src import compilation_cache
 from jax._src.compilation_cache_interface import CacheInterface
+from jaxlib import version
 
 from grain_jax import __version__
 from grain_jax.files import atomic, regular_file
@@ -38,27 +37,32 @@ def use(wanted: bool = True) -> None:
     """
     if not wanted:
         jax.config.update("jax_enable_compilation_cache", False)
-    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
+    settings = jax.config.values
+    if not settings["jax_enable_compilation_cache"] or settings["jax_compilation_cache_dir"]:
+        return
+    try:
+        place = folder()
+    except (RuntimeError, OSError):  # there is no home
         return
     # JAX warns of an entry that it cannot read, and compiles.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
-    compilation_cache.get_file_cache = lambda path: (Store(epath.Path(path)), path)
-    jax.config.update("jax_compilation_cache_dir", str(folder()))
+    compilation_cache.get_file_cache = lambda path: (Store(Path(path)), path)
+    jax.config.update("jax_compilation_cache_dir", str(place))
     # Of programs alone: XLA's caches for GPUs check nothing.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
-def folder() -> epath.Path:
+def folder() -> Path:
     """`$XDG_CACHE_HOME/grain_jax/compiled/KEY`, or below ~/.cache; KEY is of this processor and the versions."""
-    base = os.environ.get("XDG_CACHE_HOME") or epath.Path("~/.cache").expanduser()
-    info = epath.Path("/proc/cpuinfo")
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     # What the instruction set follows from, on x86 and ARM: XLA compiles for exactly this processor.
     of_cpu = {x for x in lines if x.startswith(("model name", "flags", "Features", "CPU "))}
-    versions = (__version__, jax.__version__, jaxlib.__version__)
+    versions = (__version__, jax.__version__, version.__version__)
     told = [platform.machine(), platform.processor(), *versions, *sorted(of_cpu)]
     key = hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
-    return epath.Path(base) / "grain_jax" / "compiled" / key
+    return Path(base) / "grain_jax" / "compiled" / key
 
 
 class Store(CacheInterface):
@@ -68,7 +72,7 @@ class Store(CacheInterface):
     not try at each start.
     """
 
-    def __init__(self, path: epath.Path):
+    def __init__(self, path: Path):
         self._path = path
         self._given: set[str] = set()
 
@@ -81,7 +85,8 @@ class Store(CacheInterface):
                 digest, program = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
                 if hashlib.sha256(program).digest() == digest:
                     self._given.add(key)
-                    Path(path).touch()  # epath leaves the time as it is
+                    with contextlib.suppress(OSError):  # of another user
+                        path.touch()
                     return program or None
             except regular_file.FileError:
                 pass
@@ -95,7 +100,7 @@ class Store(CacheInterface):
         with contextlib.suppress(OSError):
             self._path.mkdir(parents=True, exist_ok=True)
             atomic.write_bytes(self._path / key, hashlib.sha256(value).digest() + value)
-            most, size = jax.config.jax_compilation_cache_max_size, 0
+            most, size = jax.config.values["jax_compilation_cache_max_size"], 0
             found = [(os.stat(path), path) for path in self._path.parent.glob("*/*")]
             for stat, path in sorted(found, key=lambda x: x[0].st_mtime, reverse=True):
                 size += stat.st_size

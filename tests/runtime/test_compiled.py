@@ -6,7 +6,6 @@ import sys
 
 import jax
 import pytest
-from etils import epath
 
 from grain_jax.runtime import compiled
 from tests.paths import ROOT
@@ -16,7 +15,7 @@ PROGRAM = b"a program of some length"
 
 @pytest.fixture
 def store(tmp_path):
-    folder = epath.Path(tmp_path / "cache/compiled/key")
+    folder = tmp_path / "cache/compiled/key"
     compiled.Store(folder).put("name", PROGRAM)
     return compiled.Store(folder), folder / "name"
 
@@ -56,14 +55,24 @@ def test_what_jax_could_not_load_is_not_tried_again(store):
 
 def test_a_folder_that_cannot_be_written_is_no_cache(tmp_path):
     (tmp_path / "file").write_text("")
-    entries = compiled.Store(epath.Path(tmp_path / "file/compiled"))
+    entries = compiled.Store(tmp_path / "file/compiled")
     entries.put("name", PROGRAM)
     assert entries.get("name") is None
 
 
+def test_an_entry_that_cannot_be_touched_is_a_hit(store, monkeypatch):
+    entries, path = store
+
+    def denied(self, *_):
+        raise PermissionError
+
+    monkeypatch.setattr(type(path), "touch", denied)
+    assert entries.get("name") == PROGRAM
+
+
 def test_those_not_used_for_longest_go(store, monkeypatch):
     entries, path = store
-    monkeypatch.setattr(compiled, "MAX_BYTES", 3 * path.stat().length)
+    monkeypatch.setattr(compiled, "MAX_BYTES", 3 * path.stat().st_size)
     other = compiled.Store(path.parent.parent / "another version")
     other.put("a", PROGRAM)
     other.put("b", PROGRAM)
