@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 from grain_jax.data.embed import __main__ as command
 from grain_jax.data.embed import output, parts, pipeline
@@ -74,9 +75,11 @@ def speed(model: str, source: Path, scratch: Path, args: argparse.Namespace) -> 
     def embed() -> int:
         folder = scratch / f"turn{next(turn)}"
         found = find(folder)
-        regions = predictor.has_regions
-        schema = embeddings.columns(predictor.model.embed_dim, regions=regions, stored=args.store)
-        job = output.Output(parts.absolute(folder), schema, found.parts)
+        settings = _settings(predictor.model.embed_dim, len(found.parts), store=args.store)
+        settings = msgspec.structs.replace(
+            settings, regions="queries" if predictor.has_regions else ""
+        )
+        job = output.Output(parts.absolute(folder), settings, found.parts)
         job.finished()
         mine, sizes = range(len(found.parts)), [part["size"] for part in found.parts]
         progress = pipeline.Progress("embed", sizes, True)
@@ -106,6 +109,12 @@ def speed(model: str, source: Path, scratch: Path, args: argparse.Namespace) -> 
     }
 
 
+def _settings(dim: int, files: int, store: Any = "float32") -> embeddings.Settings:
+    source = embeddings.Source("tars", "", "", "", "")
+    model = embeddings.Digests("", "")
+    return embeddings.Settings("", model, dim, "queries", 0, "float32", store, 0, source, files)
+
+
 def memory(model: str, source: Path, scratch: Path, args: argparse.Namespace) -> dict[str, float]:
     """Peak memory of the command in MB, and its seconds."""
     words = [source, "--checkpoint", model, "--output", scratch, "--store", args.store]
@@ -125,13 +134,11 @@ def timed_search(count: int, folder: Path, turns: int) -> dict[str, Any]:
     """Seconds of a query by regions and by images, and the share of the best ten that it finds."""
     dim, regions, rng = 512, 5, np.random.default_rng(0)
     root, per_file = parts.absolute(folder), 4096
-    output.agree(root, {"model": {}, "embed_dim": dim, "regions": "queries", "checkpoint": ""})
     starts = range(0, count, per_file)
-    job = output.Output(
-        root,
-        embeddings.columns(dim, regions=True, stored="float32"),
-        [{"name": str(start), "size": per_file} for start in starts],
-    )
+    settings = _settings(dim, len(starts))
+    output.agree(root, settings)
+    tar = {"reader": "webdataset", "size": per_file, "tar": "", "prefix": ""}
+    job = output.Output(root, settings, [{"name": str(start), **tar} for start in starts])
     job.finished()
     query = rng.standard_normal((1, dim))
     query = (query / np.linalg.norm(query)).astype(np.float32)

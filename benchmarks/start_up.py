@@ -1,10 +1,10 @@
-"""Start-up time of training: imports, compilation, first step; with and without JAX's compilation cache.
+"""Start-up time of training: imports, compilation, first step; with and without the compilation cache.
 
     python -m benchmarks.start_up [--repeats 5] [--configs tiny demo] [--json OUT.json]
 
 Every figure comes from a fresh process. `tiny` is the size tiny on the synthetic source, `demo` configs/demo.py on a small
 aviary, which is drawn first. The lines of the trainer on stderr divide a run into parts: state, compilation, first
-step; then the run is killed. `JAX_COMPILATION_CACHE_DIR` names no folder, an empty one, or one that an earlier run filled.
+step; then the run is killed. The compilation cache is off, empty, or filled by an earlier run.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def get_config():
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """The environment of a child process: this one's, the repository's modules, and no compilation cache unless given."""
+    """The environment of a child process: this one's, the repository's modules, and the compilation cache as given."""
     own = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     return own | {"PYTHONPATH": str(REPOSITORY)} | variables
 
@@ -76,7 +76,9 @@ def run_seconds(
     Raises:
       RuntimeError: the run ended before that step.
     """
-    variables = {} if cache is None else {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    variables = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    if cache is not None:
+        variables = {"XDG_CACHE_HOME": str(cache)}
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
         command = [
             sys.executable,

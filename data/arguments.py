@@ -5,7 +5,7 @@ import dataclasses
 import re
 
 from grain_jax.cli.parser import Parser
-from grain_jax.cli.values import positive, share
+from grain_jax.cli.values import add_orientation, positive, share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,7 @@ is written. Then TFDS's writer makes DIR/NAME/1.0.0.""",
     add = group.add_argument
     add("--annotations", required=True, metavar="A.jsonl", help="one JSON object a line")
     add("--images", required=True, metavar="DIR", help="folder that the lines' paths start from")
+    add_orientation(group)
     add("--output", required=True, metavar="DIR", help="the set goes to DIR/NAME/1.0.0")
     add(
         "--name",

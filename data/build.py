@@ -15,11 +15,13 @@ import time
 from collections.abc import Iterator
 
 from etils import epath
+from grain_jax.data import annotations as annotations_lib
 from grain_jax.data import duplicates, example, parallel, progress, splits, staging, survey
 from grain_jax.data.arguments import Encoding, build_parser
 from grain_jax.data.survey import BuildError
 
 from grain_jax import errors, printable
+from grain_jax.files import regular_file
 
 SHARD_BYTES = (
     64 << 20
@@ -35,6 +37,7 @@ def examples(
     workers: int,
     stored_anew: list[int],
     read_lines: survey.ReadLines = example.read_lines,
+    orientation: str = "exif",
 ) -> Iterator[dict]:
     """The lines of `ids` as examples. Raises BuildError where the input has changed after the check.
 
@@ -42,7 +45,9 @@ def examples(
       stored_anew: gets the numbers of the lines whose images are stored as PNG, since training cannot read their files.
     """
     lines = (line for line in read_lines(annotations) if line.number in ids)
-    encode = functools.partial(example.encode, folder=str(folder), encoding=encoding)
+    encode = functools.partial(
+        example.encode, folder=str(folder), encoding=encoding, orientation=orientation
+    )
     encoded = parallel.ordered_map(encode, lines, workers=workers)
     good = progress.progress(encoded, total=len(ids), what="writing")
     for (number, identity), item in zip(ids.items(), good, strict=True):
@@ -82,7 +87,7 @@ def build(args: argparse.Namespace, read_lines: survey.ReadLines = example.read_
     start = time.monotonic()
     annotations, folder = epath.Path(args.annotations), epath.Path(args.images)
     target = epath.Path(args.output) / args.name / example.VERSION
-    if annotations.is_dir() or not annotations.exists():
+    if not regular_file.is_one(annotations):
         raise BuildError(
             f"--annotations {annotations}: no such file, expected one JSON object a line"
         )
@@ -97,7 +102,12 @@ def build(args: argparse.Namespace, read_lines: survey.ReadLines = example.read_
             raise BuildError(f"{annotations}: the file is empty, expected one JSON object a line")
         workers = args.workers or parallel.default_workers(total)
         found = survey.take(
-            annotations, folder, workers=workers, total=total, read_lines=read_lines
+            annotations,
+            folder,
+            workers=workers,
+            total=total,
+            read_lines=read_lines,
+            orientation=args.orientation,
         )
         _check_faults(found, args, target)
         divided = _divide(found, args, workers)
@@ -118,6 +128,11 @@ def _faults_file(target: epath.Path) -> epath.Path:
 
 def _check_faults(found: survey.Survey, args: argparse.Namespace, target: epath.Path) -> None:
     """Prints what the first pass found. Raises BuildError where it is more than --max-faults allows."""
+    if found.turned:
+        turned = (
+            f"{found.turned} of {found.lines} images {annotations_lib.TURNED[args.orientation]}"
+        )
+        print(printable.plain(f"{args.annotations}: {turned}"), file=sys.stderr)
     print(printable.plain(found.summary()), file=sys.stderr)
     if found.faulty_lines <= args.max_faults * found.lines and found.ids:
         return
@@ -185,6 +200,7 @@ def _write(
         workers=workers,
         stored_anew=stored_anew,
         read_lines=read_lines,
+        orientation=args.orientation,
     )
     tfds_writer.write(
         target,
@@ -193,6 +209,7 @@ def _write(
         metadata={
             "store_size": encoding.size,
             "encoding": str(encoding),
+            "orientation": args.orientation,
             "faulty_lines": found.faulty_lines,
             "boxes_clipped": found.boxes_clipped,
             "duplicates_left_out": divided.left_out,

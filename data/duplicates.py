@@ -15,9 +15,10 @@ from etils import epath
 from grain_jax.data import parallel, sources
 from grain_jax.data.sources import tfds
 
-from grain_jax.files import images
+from grain_jax.files import images, regular_file
 
 FILE = "fingerprints.npy"  # beside a set's records: a row an image
+_MOST_BYTES = 16 << 30  # of a billion images
 NEAR_BITS = 3
 _BANDS = 4  # of 16 bits: with 3 bits changed, one of four is as it was
 _TELLING = 8  # bits of either kind; with fewer, a hash is that of any flat image
@@ -63,8 +64,13 @@ def of_set(folder: epath.PathLike, *, workers: int) -> np.ndarray:
       data.sources.SourceError: there is no set.
     """
     directory = tfds.directory(folder)
-    if (directory / FILE).exists():
-        return table(np.load(io.BytesIO((directory / FILE).read_bytes()), allow_pickle=False))
+    if (file := directory / FILE).exists():
+        content = regular_file.read(file, _MOST_BYTES, "fingerprints")
+        try:
+            return table(np.load(io.BytesIO(content), allow_pickle=False))
+        except Exception as error:  # numpy's reader raises nearly anything
+            reason = f"{error}, expected fingerprints that grain-jax build wrote"
+            raise sources.SourceError(f"{file}: {reason}; remove it, and images are read") from None
     items = tfds.all_images(directory)
     encoded = (item.encoded for item in items if isinstance(item, sources.Image))
     found = parallel.ordered_map(_of_encoded, encoded, workers=workers)

@@ -8,7 +8,8 @@ from etils import epath
 from grain_jax.data import annotations, duplicates
 from grain_jax.data.arguments import Encoding
 
-from grain_jax.files import images
+from grain_jax.files import annotations as lines
+from grain_jax.files import images, regular_file
 
 VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
 
@@ -35,13 +36,14 @@ class Verdict(NamedTuple):
     regions: int
     negatives: int  # of all regions
     boxes_clipped: int
+    turned: bool  # the image has an EXIF orientation other than upright
     unknown_keys: list[str]
     fingerprint: duplicates.Fingerprint | None  # None of a faulty line
 
 
-def check(line: Line, *, folder: str) -> Verdict:
-    """Checks a line and decodes its image."""
-    checked = annotations.check_line(line.text, folder, line.encoded_image)
+def check(line: Line, *, folder: str, orientation: str = "exif") -> Verdict:
+    """Checks a line and decodes its image, with `orientation` as of `decode_image`."""
+    checked = annotations.check_line(line.text, folder, line.encoded_image, orientation)
     found = checked.annotation
     return Verdict(
         number=line.number,
@@ -52,6 +54,7 @@ def check(line: Line, *, folder: str) -> Verdict:
         regions=len(found.regions) if found else 0,
         negatives=sum(len(region.negatives) for region in found.regions) if found else 0,
         boxes_clipped=checked.boxes_clipped,
+        turned=checked.header is not None and checked.header.turned,
         unknown_keys=checked.unknown_keys,
         fingerprint=(duplicates.fingerprint(checked.encoded, checked.image) if found else None),
     )
@@ -64,9 +67,11 @@ class Encoded(NamedTuple):
     stored_anew: bool  # its file is stored anew, since training cannot read it
 
 
-def encode(line: Line, *, folder: str, encoding: Encoding) -> Encoded | list[str]:
+def encode(
+    line: Line, *, folder: str, encoding: Encoding, orientation: str = "exif"
+) -> Encoded | list[str]:
     """The line as features, or its faults."""
-    checked = annotations.check_line(line.text, folder, line.encoded_image)
+    checked = annotations.check_line(line.text, folder, line.encoded_image, orientation)
     found, image = checked.annotation, checked.image
     if found is None:
         return checked.faults
@@ -94,6 +99,11 @@ def encode(line: Line, *, folder: str, encoding: Encoding) -> Encoded | list[str
 def encode_image(image: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> tuple[bytes, bool]:
     """The bytes to store. "original" keeps the file's own wherever its pixels need no change.
 
+    Args:
+      image: as `images.decode_image` gives it: without a format where it was turned, and the file's do not do.
+      encoded: the file.
+      encoding: how to store it.
+
     Returns: the bytes, and whether the file's own would have been kept, but training cannot read them.
     """
     fits = encoding.size in (0, image.width) and encoding.size in (0, image.height)
@@ -105,12 +115,11 @@ def encode_image(image: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> 
             stored_anew = True
     if encoding.size:
         image = PIL.Image.fromarray(images.resize(image, encoding.size))
+    if encoding.kind != "jpeg":
+        return images.encode_png(image), stored_anew
     out = io.BytesIO()
-    if encoding.kind == "jpeg":
-        # Colours at full resolution: halved, they cost quality 95 nine decibels (docs/input.md).
-        images.to_rgb(image).save(out, "JPEG", quality=encoding.quality, subsampling=0)
-    else:
-        images.to_rgb(image).save(out, "PNG")
+    # Colours at full resolution: halved, they cost quality 95 nine decibels (docs/input.md).
+    images.to_rgb(image).save(out, "JPEG", quality=encoding.quality, subsampling=0)
     return out.getvalue(), stored_anew
 
 
@@ -128,8 +137,7 @@ def _is_read_by_training(encoded: bytes, size: tuple[int, int]) -> bool:
 
 
 def read_lines(path: epath.PathLike):
-    """The lines of an annotation file that are not blank, one after another."""
-    with epath.Path(path).open("rb") as file:
-        for number, text in enumerate(file, 1):
-            if text.strip():
-                yield Line(number, text)
+    """The lines of an annotation file that are not blank, one after another. Raises regular_file.FileError."""
+    for number, text in enumerate(regular_file.lines(path, lines.EXPECTED), 1):
+        if text.strip():
+            yield Line(number, text)

@@ -47,10 +47,10 @@ def locked(target: epath.Path) -> Iterator[None]:
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(mark).st_ino == os.stat(file.fileno()).st_ino:
                     break
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
         try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
             yield
         finally:
             mark.unlink(missing_ok=True)

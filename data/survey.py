@@ -11,6 +11,7 @@ from etils import epath
 from grain_jax.data import example, parallel, progress
 
 from grain_jax import errors, printable
+from grain_jax.files import atomic
 
 ReadLines = Callable[[epath.Path], Iterable[example.Line]]
 
@@ -26,7 +27,7 @@ class Survey:
         self.file_name = file_name
         self.ids: dict[int, str] = {}  # line -> id, of the good lines
         self.faults: list[tuple[int, str]] = []  # (line, what)
-        self.lines = self.image_bytes = self.boxes_clipped = self.negatives = 0
+        self.lines = self.image_bytes = self.boxes_clipped = self.negatives = self.turned = 0
         self.regions = array.array("I")  # of each good line
         self.unknown_keys: collections.Counter[str] = collections.Counter()
         self.fingerprints = array.array("Q")  # exact and near, of the good lines in order
@@ -40,6 +41,7 @@ class Survey:
     def add(self, verdict: example.Verdict) -> None:
         """Counts a line; its faults go to stderr at once."""
         self.lines += 1
+        self.turned += verdict.turned
         self.unknown_keys.update(verdict.unknown_keys)
         faults = list(verdict.faults)
         if not faults:
@@ -84,11 +86,12 @@ class Survey:
     def write_faults(self, path: epath.Path) -> None:
         """One JSON object a fault: file, line, fault."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
+        atomic.write_text(
+            path,
             "".join(
                 json.dumps({"file": self.file_name, "line": line, "fault": fault}) + "\n"
                 for line, fault in self.faults
-            )
+            ),
         )
 
 
@@ -99,10 +102,11 @@ def take(
     workers: int,
     total: int,
     read_lines: ReadLines = example.read_lines,
+    orientation: str = "exif",
 ) -> Survey:
-    """Checks all lines and decodes all images."""
+    """Checks all lines and decodes all images, with `orientation` as of `images.decode_image`."""
     found = Survey(str(annotations))
-    check = functools.partial(example.check, folder=str(folder))
+    check = functools.partial(example.check, folder=str(folder), orientation=orientation)
     verdicts = parallel.ordered_map(check, read_lines(annotations), workers=workers)
     for verdict in progress.progress(verdicts, total=total, what="checking"):
         found.add(verdict)

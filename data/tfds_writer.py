@@ -19,7 +19,7 @@ from etils import epath
 from grain_jax.data import digest, example, staging
 from tensorflow_datasets.core.utils import shard_utils
 
-from grain_jax.input_pipeline import record_files
+from grain_jax.input_pipeline import record_files, shard_digests
 
 
 def features(encoding_format: str | None, negatives: bool) -> tfds.features.FeaturesDict:
@@ -160,16 +160,16 @@ def write(
                 if "No space left on device" not in str(error):
                     raise
                 raise OSError(errno.ENOSPC, "No space left on device", str(target)) from None
-        of_splits = {
-            split: {
+        of_splits = {}
+        for split, of in digests.items():
+            info = builder.info.splits[split]
+            paths = list(map(epath.Path, info.filepaths))
+            of_splits[split] = {
                 "digest": of.hex(),
-                "shard_lengths": builder.info.splits[split].shard_lengths,
-                "shard_bytes": [
-                    epath.Path(path).stat().length for path in builder.info.splits[split].filepaths
-                ],
+                "shard_lengths": info.shard_lengths,
+                "shard_bytes": [path.stat().length for path in paths],
+                "shard_digests": list(map(shard_digests.of_file, paths)),
             }
-            for split, of in digests.items()
-        }
         beside = {**files(), record_files.DIGEST_FILE: json.dumps(of_splits).encode()}
         for file_name, content in beside.items():
             (epath.Path(builder.data_dir) / file_name).write_bytes(content)

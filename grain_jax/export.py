@@ -188,7 +188,7 @@ def _copy_tokenizer(predictor: inference.Predictor, output: epath.Path) -> None:
         return
     path = tokenizer.file_of(tower, predictor.folder)
     if path.exists() and tokenizer.is_inside(path, predictor.folder):
-        (output / path.name).write_bytes(path.read_bytes())
+        (output / path.name).write_bytes(tokenizer.content_of(path))
     else:
         print(
             f"model.text.tokenizer: {tower.tokenizer} is no file in {predictor.folder}, so it was not copied;"

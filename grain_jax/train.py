@@ -37,6 +37,7 @@ from grain_jax.models import attention, placement
 from grain_jax.report import page, pictures
 from grain_jax.runtime import (
     checkpoint,
+    compiled,
     digests,
     distributed,
     ending,
@@ -169,6 +170,8 @@ def _train(
 ) -> None:
     """`train`; `ends` closes what is open until the end of the run."""
     # 1. Devices and data.
+    mark = ends.enter_context(lock.held(workdir)) if jax.process_index() == 0 else None
+    ends.enter_context(storage_faults.in_a_line(workdir))
     run = set_up(config, workdir, handler)
     config = run.config
 
@@ -179,8 +182,6 @@ def _train(
     memory.check(run.given, run.mesh, run.memory, program)
 
     # 3. State: the newest checkpoint that is whole, else a fresh start from the seed and `config.init`.
-    mark = ends.enter_context(lock.held(workdir)) if jax.process_index() == 0 else None
-    ends.enter_context(storage_faults.in_a_line(workdir))
     checkpoints = checkpoint.manager(workdir, config)
     state = restore_or_initialise(checkpoints, run, program)
     start_step = int(state.step)
@@ -191,9 +192,10 @@ def _train(
     step_fn = compile_step(run, program, records)
 
     # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
-    batches = device.prefetch(
-        run.source.batches(config, lanes=run.lanes, start_step=start_step), program.batch_sharding
+    on_host = sources.batches_of_run(
+        run.source, config, notes=workdir / "shards", lanes=run.lanes, start_step=start_step
     )
+    batches = device.prefetch(on_host, program.batch_sharding)
     trace = profiling.StepTrace(
         workdir,
         start=config.profile_start,
@@ -259,12 +261,20 @@ class Run(NamedTuple):
 def set_up(
     config: config_lib.Config, workdir: epath.Path, handler: preemption.PreemptionHandler
 ) -> Run:
-    """Checks all that can be checked before anything is computed, and makes the data set where it is missing."""
+    """Opens all that the run needs before anything is computed, and makes the data set where it is missing.
+
+    What needs no data set comes first, since making one takes long.
+    """
     given, terms = config, [term for term, _ in losses.terms_of(config.loss)]
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)  # before the data set is made
     limit = memory.limit()
     memory.check(config, mesh, limit)
+    metrics_writer.check_wandb(config.wandb)
+    if not checkpoint.finished_steps(workdir):  # else they are not read
+        initialise.check(config.init)
+    if config.input.source == "records" or config.evals:
+        tokenizer.of_tower(config.model.text)
     prepare_missing_data(config, handler)
     source = sources.open_source(config)
     config, derived_from = derive(config, mesh, source, workdir)
@@ -278,11 +288,8 @@ def set_up(
     )
     total_steps, steps_per_epoch = resolve_steps(config, source.num_examples(config))
     data = processes.of_first(functools.partial(source.identities, config))
-    evals = entries.present(config.evals)
-    for entry in evals.values():  # here, not after the last step
-        processes.run_together(entry.check)
+    evals = entries.present(config.evals)  # here, not after the last step
     schedule.check_best_entry(config, evals)
-    metrics_writer.check_wandb(config.wandb)
     return Run(
         given,
         config,
@@ -515,7 +522,12 @@ def report(config, workdir, predictor, results) -> None:
     if config.pictures and entry:
         images, annotations = entry.paths
         pictures.regions_grid(
-            predictor, annotations, images, workdir / "regions.png", count=config.pictures
+            predictor,
+            annotations,
+            images,
+            workdir / "regions.png",
+            count=config.pictures,
+            orientation=entry.orientation,
         )
     page.write(workdir, predictor, model=bool(config.pictures))
     print(f"Everything of this run is in {workdir}", file=sys.stderr)
@@ -533,6 +545,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(sharding.table(program.state, program.shardings))
         return
     keep_freed_memory()
+    compiled.use(args.compilation_cache)
     handler, watch = preemption.PreemptionHandler(), watchdog.Watchdog(args.stall_seconds)
     handler.listen()
     storage_faults.quiet_threads()

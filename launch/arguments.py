@@ -1,4 +1,4 @@
-"""The flags of `grain-jax plan`, `sweep` and `local`, and the assumptions of a plan."""
+"""The flags of `grain-jax plan`, `sweep`, `local` and `launch-files`, and the assumptions of a plan."""
 
 import argparse
 import dataclasses
@@ -52,7 +52,7 @@ ESTIMATE. Prints whether it fits, what bounds its speed, what the input must del
     )
     out.older(json="--output")
     add = out.add_argument_group("assumptions").add_argument
-    add("--examples", metavar="N", type=number(int, 1), help="examples of the data set")
+    add("--examples", metavar="N", type=number(int, 1, 10**12), help="examples of the data set")
     add(
         "--price",
         metavar="PRICE",
@@ -177,5 +177,18 @@ number. A signal to the launcher goes to every process; where the launcher itsel
         type=number(float, 0),
         default=GRACE_SECONDS,
         help="seconds that the others have to end in once a process failed",
+    )
+    return out
+
+
+def files_parser() -> Parser:
+    """The parser of `grain-jax launch-files`."""
+    out = Parser(
+        "grain-jax launch-files",
+        more="The head of each file says what it needs and how it is called.",
+        example="grain-jax launch-files cluster",
+    )
+    out.add_argument(
+        "folder", metavar="DIR", help="folder to write; none of the files may be there"
     )
     return out

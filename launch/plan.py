@@ -29,6 +29,7 @@ from grain_jax.launch.arguments import plan_parser
 from grain_jax import config as config_lib
 from grain_jax import errors
 from grain_jax.cli import config_file, process
+from grain_jax.files import atomic
 from grain_jax.input_pipeline import derived
 from grain_jax.training import flops, memory_use
 
@@ -400,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.output:
         path = epath.Path(args.output)
         try:
-            path.write_text(json.dumps(plan, indent=2) + "\n")
+            atomic.write_text(path, json.dumps(plan, indent=2) + "\n")
         except OSError as error:
             raise errors.UserError(f"--output: cannot write {path}: {error}") from None
     return 0

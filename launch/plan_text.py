@@ -6,6 +6,7 @@ from typing import Any
 from grain_jax.runtime import metrics_writer
 
 WIDTH = 96
+SHORT_SECONDS = 1e-3  # a step has hundreds of operations, each of which takes microseconds to start
 # (config key, values and effect) to try when memory runs out; the first cost the least time.
 REMEDIES = (
     ("remat", "qkv or full: computes activations again in the backward pass"),
@@ -205,6 +206,11 @@ def _collectives(plan) -> list[str]:
     return [title, *lines]
 
 
+def _is_short(plan) -> bool:
+    """Whether a step at best takes so little that the peak rates say nothing about its time: a tiny model."""
+    return plan["roofline"] is not None and plan["roofline"]["step_s"] < SHORT_SECONDS
+
+
 def _speed(plan) -> list[str]:
     roof = plan["roofline"]
     if roof is None:
@@ -234,6 +240,10 @@ def _speed(plan) -> list[str]:
         ),
         ("the run takes", days, what),
     ]
+    if _is_short(plan):
+        rows[-2:] = [
+            ("images/s, expected", "?", "starting the operations of so short a step takes longer")
+        ]
     if run["per_million"]:
         rows.append(
             ("", "", "PER MILLION EXAMPLES of the data set: --examples N gives the run's own")
@@ -248,6 +258,8 @@ def _days(days: float) -> str:
 
 def _input(plan) -> list[str]:
     feed, checkpoint = plan["input"], plan["checkpoint"]
+    if _is_short(plan):
+        feed = None
     rows = []
     if feed:
         cores, per_core = feed["cores_per_host"], feed["images_per_second_per_core"]
@@ -298,7 +310,7 @@ def _input(plan) -> list[str]:
 
 def _bill(plan) -> list[str]:
     bill = plan["bill"]
-    if bill is None:
+    if bill is None or _is_short(plan):
         return []
     whole = "a million examples" if plan["run"]["per_million"] else "the whole run"
     rows = [("chip-hours", f"{bill['chip_hours']:,.1f}", f"of {whole}, nothing lost to restarts")]

@@ -19,6 +19,7 @@ from grain_jax.launch.sweep_runs import Run, finished, local_folder
 from grain_jax import config as config_lib
 from grain_jax import errors
 from grain_jax.cli import config_file, process
+from grain_jax.files import atomic
 
 
 def train_here(
@@ -81,7 +82,7 @@ def tabulate(runs: Sequence[Run], workdir: epath.Path, metric: str | None) -> No
     sweep_table.check(rows, metric)
     print(sweep_table.text(rows, metric))
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "sweep.csv").write_text(sweep_table.csv_text(rows, metric))
+    atomic.write_text(workdir / "sweep.csv", sweep_table.csv_text(rows, metric))
     written = "sweep.csv"
     if sweep_table.draw(rows, metric, workdir / "sweep.png"):
         written += " and sweep.png"

@@ -13,6 +13,7 @@ from grain_jax.launch import sweep_table
 from grain_jax import config as config_lib
 from grain_jax import errors, named
 from grain_jax.cli import config_file
+from grain_jax.files import regular_file
 from grain_jax.input_pipeline import derived
 
 DEFINING = {"order", "numbers", "result"}  # roles of the keys that may not change between two calls
@@ -201,7 +202,8 @@ def check_folders(runs: Sequence[Run]) -> None:
     for run in runs:
         file = run.folder / "config.json"
         try:
-            stored = json.loads(file.read_text()) if file.exists() else None
+            text = regular_file.read_text(file, "a config") if file.exists() else "null"
+            stored = json.loads(text)
         except json.JSONDecodeError:  # a kill cut it off; the trainer asks the checkpoint's own
             continue
         if stored is None:
@@ -214,7 +216,8 @@ def check_folders(runs: Sequence[Run]) -> None:
             for key in new
             if key in old
             and old[key] != new[key]
-            and not (key.startswith("evals.") and key.endswith(".get"))  # words for a message
+            # What is said and done where data is missing.
+            and not (key.startswith("evals.") and key.endswith((".get", ".missing")))
             # Where these are not set, the trainer derives them, and config.json has the numbers.
             and not (key in derived.KEYS and new[key] is None)
         ]

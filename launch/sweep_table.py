@@ -13,6 +13,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax import errors
 from grain_jax.evaluate import tables
+from grain_jax.files import atomic
 from grain_jax.runtime import metrics_file
 
 SEED = "seed"
@@ -218,7 +219,7 @@ def _draw(rows: Sequence[Row], metric: str, path: epath.Path) -> bool:
     )
     page = io.BytesIO()
     figure.savefig(page, format="png")
-    path.write_bytes(page.getvalue())
+    atomic.write_bytes(path, page.getvalue())
     return True
 
 

@@ -45,7 +45,7 @@ case $action in
   run)
     printf -v arguments ' %q' "$@"
     # The braces: else a shell that waits for the trainer keeps ssh's output open until the run ends.
-    everywhere "cd grain && export JAX_COMPILATION_CACHE_DIR=\$HOME/compiled &&
+    everywhere "cd grain &&
       { nohup setsid .venv/bin/python -m grain_jax.train$arguments >>train.log 2>&1 </dev/null & }"
     ;;
   tail) gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker="${1:-0}" --command="tail -F grain/train.log" ;;

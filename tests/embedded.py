@@ -32,12 +32,33 @@ def stand_in(batch):
     return pipeline.Embeds(first, regions, [np.full((len(r), 4), 0.5, np.float32) for r in regions])
 
 
+def settings(files=1, dim=3, regions="queries", digest="", **more):
+    """Settings of a folder of so many files."""
+    source = embeddings.Source("folder", "", "", "", digest)
+    values = {"checkpoint": "stand-in", "model": embeddings.Digests("", ""), "embed_dim": dim}
+    values |= {
+        "regions": regions,
+        "image_size": 8,
+        "dtype": "float32",
+        "store": "float32",
+        "orientation": "file",
+    }
+    values |= {"shard_size": 4, "source": source, "parts": files}
+    return embeddings.Settings(**values | more)
+
+
+def piece(name, size):
+    """A piece of a source."""
+    tar = {"tar": "a.tar", "prefix": "a", "orientation": "file"}
+    return {"reader": "webdataset", "name": name, "size": size, **tar}
+
+
 def job_of(source, folder, shard_size=4):
     folder = parts.absolute(folder)
     found = parts.find(str(source), images=None, split="", shard_size=shard_size, scratch=folder)
-    output.agree(folder, {"model": "stand-in", "digest": found.digest})
-    schema = embeddings.columns(3, regions=True, stored="float32")
-    return output.Output(folder, schema, found.parts)
+    made_of = settings(len(found.parts), digest=found.digest)
+    output.agree(folder, made_of)
+    return output.Output(folder, made_of, found.parts)
 
 
 def go(job, mine=None, encode=stand_in, most_faults=float("inf")):

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import claim, claim_data, claim_report, claim_results
 from benchmarks import claim_design as design
 from grain_jax import config as config_lib
-from tests import record_sets
+from tests import paths, record_sets
 
 SPLITS = ("validation", "test")
 
@@ -255,3 +255,30 @@ def test_a_run_appends_its_row(tmp_path, monkeypatch):
     assert made["steps"] == 2 and made["flops_per_step"] > 1e9 / 4
     assert 0 <= made["unseen_test/alpha_0.5/top1"] <= 1
     assert 0.8 < claim_report.health(made) < 1.5  # nothing is learnt in 2 steps
+
+
+def test_figures_of_the_page_are_those_of_the_stored_results():
+    """The rows of docs/claim.md that list three seeds: means, deviations and retrieval."""
+    spread = ("seen_test/alpha_1.0/top1", "unseen_test/alpha_0.5/top1")
+    spread += ("grounding_unseen/region_to_description_r1",)
+    known = {}  # the three seeds, as the page shows them -> other figures of the row
+    for name in ("claim", "fashion"):
+        groups = {}
+        for row in claim_results.read(paths.ROOT / f"benchmarks/results/{name}.tsv").values():
+            groups.setdefault((row["data"], row["arm"], row["rate"], row["steps"]), []).append(row)
+        for rows in groups.values():
+            mean = lambda key: claim_report._cell(rows, key).split(" ±")[0]
+            scores = [claim_report.headline(row) for row in rows]
+            known[", ".join(f"{100 * score:.1f}" for score in scores)] = {
+                claim_report._spread(scores).split(" ±")[0],
+                f"{mean('retrieval/image_to_text/r1')} / {mean('retrieval/text_to_image/r1')}",
+                *(claim_report._cell(rows, key) for key in spread),
+            }
+    checked = 0
+    for line in (paths.ROOT / "docs/claim.md").read_text().splitlines():
+        cells = [cell.strip(" *") for cell in line.split("|")]
+        if len(cells) > 3 and cells[2] in known:
+            figures = {cells[3], *(x for x in cells if "/" in x or "±" in x)}
+            assert figures <= known[cells[2]], line
+            checked += 1
+    assert checked == 24

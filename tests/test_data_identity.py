@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
 from grain_jax.data import digest
 
@@ -70,7 +71,8 @@ def test_the_digest_is_of_what_the_records_hold(pictures, built, tmp_path):
     assert len(list(of_stored.counting(stored))) == 16
     sizes = [path.stat().st_size for path in sorted(built.rglob("*.tfrecord-*"))]
     expected = {"digest": of_stored.hex(), "shard_lengths": [4] * 4, "shard_bytes": sizes}
-    assert written == {"train": expected}
+    digests = written["train"].pop("shard_digests")
+    assert written == {"train": expected} and len({len(x) for x in digests}) == 1
     assert _identity(built)["digest"] == of_stored.hex()
 
 
@@ -116,7 +118,8 @@ def test_of_many_files_a_fixed_number_is_looked_into(built, monkeypatch):
 
 def _config(output, **overrides):
     source = dict(input__source="records", input__data_dir=str(output), input__name="tiny_set")
-    return tiny.config(**source, total_steps=2, checkpoint_every=1, checkpoint_keep=2, **overrides)
+    steps = dict(total_steps=2, checkpoint_every=1, checkpoint_keep=2)
+    return tiny.config(**source, **(steps | overrides))
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +167,37 @@ def test_a_resume_over_a_rebuilt_set_says_what_changed(run, pictures, tmp_path):
     _build(edited, tmp_path / "data")
     with pytest.raises(checkpoint.CheckpointError, match="trained on: content. Put that one back"):
         train.train(_config(tmp_path / "data"), workdir)
+
+
+def _change_texts(output):
+    """Other texts of the same length in all records but the first of each shard; all sizes and checksums are right."""
+    for path in sorted(output.rglob("*.tfrecord-*")):
+        first, *others = list(tf.data.TFRecordDataset(str(path)).as_numpy_iterator())
+        with tf.io.TFRecordWriter(str(path)) as writer:
+            for record in [first, *(one.replace(b"text", b"TEXT") for one in others)]:
+                writer.write(record)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_resume_over_shards_that_were_changed_in_place_ends(pictures, tmp_path, beside):
+    output, workdir = tmp_path / "data", tmp_path / "workdir"
+    _build(pictures, output)
+    if not beside:
+        (output / "tiny_set/1.0.0" / record_files.DIGEST_FILE).unlink()
+    train.train(_config(output), workdir)
+    noted = sorted(workdir.glob("shards/*"))
+    assert len(noted) == (0 if beside else 4)
+    shutil.copytree(output, tmp_path / "moved é")
+    _change_texts(output)
+    with pytest.raises(errors.UserError) as caught:
+        train.train(_config(output, total_steps=3), workdir)
+    line = str(caught.value)
+    assert line.startswith(f"{output}/tiny_set/1.0.0/tiny_set-train.tfrecord-0000")
+    what = "grain-jax build wrote (digest.json)" if beside else "this run read there before"
+    assert f"-of-00004: not the records that {what}: put the shard back" in line
+    assert "\n" not in line and checkpoint.finished_steps(workdir) == [1, 2]
+    train.train(_config(tmp_path / "moved é", total_steps=3), workdir)
+    assert checkpoint.finished_steps(workdir) == [2, 3]
 
 
 def test_an_old_checkpoint_goes_on_with_a_line(run, tmp_path, capsys):

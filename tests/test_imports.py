@@ -83,6 +83,7 @@ def _calls_on_files(tree):
                     "set_blocking",
                     "fdopen",
                     "sysconf",
+                    "strerror",
                 ):
                     yield node.lineno, f"os.{node.func.attr}("
                 if (

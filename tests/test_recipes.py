@@ -1,6 +1,7 @@
 """Recipes of configs/: every argument resolves, weights from elsewhere are taken, the largest towers make a step."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ from grain_jax.report import regions
 from grain_jax.runtime import checkpoint
 from grain_jax.training import sharding, train_step
 from tests import foreign, tiny
+from tests.evaluate.stub import write_picture
 
 SIZE, PATCH, LENGTH, VOCAB = 32, 8, 32, 500
 SMALL = {
@@ -54,7 +56,9 @@ def test_evaluations_are_skipped_until_their_images_are_named(tmp_path, capsys):
     assert "evals.zeroshot: skipped: no images are named; --config.evals" in capsys.readouterr().err
     with pytest.raises(errors.UserError, match="no entry of config.evals has annotated boxes"):
         regions.with_boxes(dataclasses.asdict(config)["evals"])
-    (tmp_path / "A.jsonl").write_text("{}")
+    region = {"box": [0, 0, 5, 5], "description": "a beak", "score": 1}
+    (tmp_path / "A.jsonl").write_text(json.dumps({"image": "0.png", "regions": [region]}))
+    write_picture(tmp_path / "0.png", 0)
     c.evals.grounding.update(images=str(tmp_path), annotations=str(tmp_path / "A.jsonl"))
     evals = config_lib.from_dict(c).evals
     assert evaluate.present(evals) == {"grounding": evals["grounding"]}

@@ -119,3 +119,15 @@ def test_the_lower_bounds_are_the_floors_that_are_run(monkeypatch):
         name, bound = re.match(r"([\w.-]+)(?:\[.*\])?>=([\w.]+)", line).groups()
         if name != "tensorflow":
             assert short(floors[name]) == short(bound), line
+
+
+def test_hints_name_the_package_and_an_extra_that_it_has(monkeypatch):
+    """`pip install 'grain_jax[X]'` is right for a wheel and for a checkout; `-e .` for a checkout alone."""
+    _, extras = _declared(monkeypatch)
+    found = []
+    for folder in ("grain_jax", "data", "launch"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            text = path.read_text()
+            assert not re.search(r"pip install [^\n]*-e ", text), path
+            found += re.findall(r"grain_jax\[([\w,-]+)\]", text)
+    assert len(found) > 15 and set(",".join(found).split(",")) <= extras.keys()

@@ -201,7 +201,7 @@ def _another_seed_in_the_checkpoint(workdir):
     [
         (_edited_record, "receipts.jsonl:2: the chain is broken: the record of step 8"),
         (_lost_record, "receipts.jsonl:2: the chain is broken: the record of step 10"),
-        (_not_a_record, "receipts.jsonl:1: got 'hello', expected a record"),
+        (_not_a_record, "receipts.jsonl:1: got 'hello': JSON is malformed"),
         (_edited_metrics, "metrics.jsonl: the lines of steps 5-8 are not those"),
         (_lost_metrics, "metrics.jsonl: the lines of steps 5-8 are not those"),
         (_swapped_checkpoint, "checkpoint 10: the record in it is another one"),
@@ -313,7 +313,7 @@ def test_the_command_takes_as_many_virtual_devices_as_the_run_had(finished):
             "--from: got 5, expected 0 or one of the kept checkpoints, 4, 8, 10",
         ),
         (["RUN", "--from", "10"], "steps 11-15: nothing is recorded of them"),
-        (["RUN", "--steps", "0"], "--steps: got '0', expected a whole number above 0"),
+        (["RUN", "--steps", "0"], "--steps: got '0', expected a whole number in 1.."),
         (["RUN", "--steps", "-1"], "--steps"),
         ([], "WORKDIR: missing"),
     ],

@@ -46,13 +46,14 @@ def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
         from grain_jax.data.annotate import pipeline
     except ModuleNotFoundError as error:
         raise AnnotateError(
-            f"{error}; install what annotation needs: pip install -c constraints.txt -e '.[annotate]'"
+            f"{error}; install what annotation needs: pip install 'grain_jax[annotate]'"
         ) from None
     start = time.monotonic()
     pipeline.check(beam_arguments)
     output = outputs.Output(args.output)
     name, own = arguments.source_name(args), dict(args.option)
     source = sources.make(name, own)
+    args.orientation = getattr(source, "orientation", args.orientation)
     job = _job(args, output, source)
     records = to_records.arguments_of_build(args, source) if args.records else None
     settings = _settings(args, job)
@@ -63,6 +64,7 @@ def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
         split=args.split,
         scratch=str(output.path("lists")),
         shard_size=args.shard_size,
+        orientation=args.orientation,
     )
     shards = sources.shards(name, options, own)
     todo = _todo(job, shards, args.retry_failed)
@@ -155,6 +157,7 @@ def _settings(args: argparse.Namespace, job: Job) -> dict[str, dict[str, Any]]:
             "split": args.split,
             "shard size": args.shard_size,
             "limits": list(job.limits),
+            "orientation": args.orientation,
         }
     }
     for name in job.passes:

@@ -5,7 +5,7 @@ import argparse
 from grain_jax.data.annotate import options
 
 from grain_jax.cli.parser import Parser
-from grain_jax.cli.values import number, positive, share
+from grain_jax.cli.values import add_orientation, number, positive, share
 
 _MOST = 1_000_000
 
@@ -52,6 +52,7 @@ def _add_images(out: Parser) -> None:
     group = out.add_argument_group("images")
     add = group.add_argument
     add("--images", required=True, metavar="DIR", help="folder of images, or of tar shards")
+    add_orientation(group)
     add("--output", required=True, metavar="DIR", help="all results; the same again to go on")
     add(
         "--source",

@@ -20,17 +20,14 @@ CAUSES = (
 
 
 def check(item: sources.Image, limits: Limits) -> PIL.Image.Image | sources.Fault:
-    """The image as RGB, whatever its colour mode (CMYK, palette, 16 bits, ...), or its fault.
-
-    The orientation tag of cameras is not applied: boxes are in pixels of the file.
-    """
+    """The image as RGB, whatever its colour mode (CMYK, palette, 16 bits, ...), or its fault."""
     if not item.encoded:
         return sources.Fault(item.image, "empty file", "got 0 bytes, expected an image")
     fault = _header_fault(item, limits)
     if fault:
         return fault
     try:
-        image = images.decode_image(item.encoded)
+        image = images.decode_image(item.encoded, orientation=item.orientation)
     except images.ImageError as error:
         return sources.Fault(item.image, "damaged", str(error))
     return images.to_rgb(image)

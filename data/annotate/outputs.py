@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from grain_jax import errors
+from grain_jax.files import regular_file
 
 
 class OutputError(errors.UserError):
@@ -52,8 +53,13 @@ class Output(NamedTuple):
         new.parent.mkdir(parents=True, exist_ok=True)
         # Half surrogates (a file's name that is not UTF-8) become \udc80, which JSON reads back.
         encode = lambda text: text.encode("utf-8", "backslashreplace")
-        new.write_bytes(encode(content) if isinstance(content, str) else content)
-        new.replace(path)
+        try:
+            new.write_bytes(encode(content) if isinstance(content, str) else content)
+            new.replace(path)
+        except OSError as error:
+            error.filename = str(path)  # those of `write` name no file
+            new.unlink(missing_ok=True)
+            raise
 
     def put_tally(self, shard: str, tally: dict[str, Any]) -> None:
         """Replaces the counters of the shard: a nested dict of numbers."""
@@ -87,7 +93,10 @@ class Output(NamedTuple):
     def agree(self, settings: dict[str, dict[str, Any]]) -> None:
         """Notes the settings of the source and of each pass. Raises OutputError if others are there."""
         path = self.path("settings.json")
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            form = dict[str, dict[str, Any]]
+            known = regular_file.read_json(path, form, "the settings of grain-jax annotate")
         for part, values in settings.items():
             for key, value in values.items():
                 old = known.get(part, {}).get(key, value)

@@ -30,6 +30,7 @@ from grain_jax.data.annotate.chat import Answer, Chat, Failure
 
 from grain_jax import errors
 from grain_jax.files import annotations
+from grain_jax.files import images as images_lib
 
 BATCH_PIXELS = (
     1 << 27
@@ -344,6 +345,18 @@ def annotate_shard(shard: sources.Shard, job: Job, models: Models) -> dict[str, 
     return shard_tally | {"passes": tallies, "seconds": time.monotonic() - start}
 
 
+def _to_keep(work: _Work) -> bytes:
+    """The file of the image: its own, or a PNG where an orientation in its own would turn it away from its boxes."""
+    encoded = work.item.encoded
+    if (
+        work.image is None
+        or work.item.orientation == "exif"
+        or not images_lib.header(encoded).turned
+    ):
+        return encoded
+    return images_lib.encode_png(work.image)
+
+
 def _finish(work: _Work, job: Job) -> dict[str, Any] | None:
     """The line of the image, or None; also writes the file of the image where the source has none."""
     if any(letter["stage"] == "picture" for letter in work.letters):
@@ -355,7 +368,7 @@ def _finish(work: _Work, job: Job) -> dict[str, Any] | None:
         path = job.output.path("images", work.item.image)
         try:
             if path.is_dir() or not path.exists():
-                job.output.put(work.item.encoded, "images", work.item.image)
+                job.output.put(_to_keep(work), "images", work.item.image)
         except OSError as error:
             if not isinstance(error, _NO_NAME) and error.errno != errno.ENAMETOOLONG:
                 raise

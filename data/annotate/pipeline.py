@@ -23,7 +23,15 @@ from grain_jax import errors
 
 SECONDS_BETWEEN_LOOKS = 10.0  # at the output folder, for the progress line: a list of all shards
 _MARK = "#user-error#"
-_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_OF_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+)
 _LOCAL = ("directrunner", "direct", "switchingdirectrunner", "fnapirunner")
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from etils import epath
 
 from grain_jax import errors
+from grain_jax.files import regular_file
 
 FOLDER = epath.Path(__file__).parent / "prompts"
 CAPTION = FOLDER / "caption.txt"
@@ -36,9 +37,11 @@ def read_prompt(path: epath.PathLike, *, with_subject: bool) -> Prompt:
       PromptError: no such file, no version, no text, or a place for the subject missing or too many.
     """
     path = epath.Path(path)
-    if not path.exists() or path.is_dir():
-        raise PromptError(f"{path}: no such file, expected a prompt; make one like {CAPTION}")
-    first, _, text = path.read_text().partition("\n")
+    try:
+        content = regular_file.read_text(path, f"a prompt; make one like {CAPTION}")
+    except regular_file.FileError as error:
+        raise PromptError(str(error)) from None
+    first, _, text = content.partition("\n")
     text = text.strip()
     version = re.fullmatch(r"version: *(\d+)\s*", first)
     if version is None:

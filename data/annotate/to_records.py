@@ -23,6 +23,7 @@ def arguments_of_build(args: argparse.Namespace, source: sources.Source) -> argp
         "--images": args.images if source.images_are_files else args.output,
         "--output": str(epath.Path(args.output) / "records"),
         "--name": args.records,
+        "--orientation": args.orientation,
         "--store-size": args.store_size,
         "--encoding": args.encoding,
         "--num-shards": args.num_shards,

@@ -18,10 +18,10 @@ from typing import Any
 import jax
 from grain_jax.data.embed import arguments, card, output, parts, pipeline
 
-from grain_jax import errors, inference
+from grain_jax import errors, inference, printable
 from grain_jax.files import atomic, embeddings
 from grain_jax.pretrained import NAMES
-from grain_jax.runtime import distributed, processes, saved_model
+from grain_jax.runtime import compiled, distributed, processes, saved_model
 
 
 def embed(args: argparse.Namespace) -> str:
@@ -29,14 +29,12 @@ def embed(args: argparse.Namespace) -> str:
     began = time.monotonic()
     embeddings.pyarrow()  # where it is missing, before the model is read
     folder = parts.absolute(args.output)
+    processes.run_together(lambda: saved_model.find(args.checkpoint))
     found = parts.Listing(*processes.of_first(lambda: _list(args, folder)))
     predictor = processes.run_together(lambda: _load(args))
     settings = _settings(args, found, predictor)
     processes.of_first(lambda: output.agree(folder, settings))
-    schema = embeddings.columns(
-        settings["embed_dim"], regions=bool(settings["regions"]), stored=args.store
-    )
-    job = output.Output(folder, schema, found.parts)
+    job = output.Output(folder, settings, found.parts)
     done = processes.of_first(lambda: [[i, *part] for i, part in job.finished().items()])
     before = {i: embeddings.Part(*part) for i, *part in done}
     todo = [index for index in range(len(found.parts)) if index not in before]
@@ -57,7 +55,7 @@ def embed(args: argparse.Namespace) -> str:
         )
     progress.close()
     count = sum(processes.agree(None, count))
-    return processes.of_first(lambda: _end(args, job, settings, count, time.monotonic() - began))
+    return processes.of_first(lambda: _end(args, job, count, time.monotonic() - began))
 
 
 _SMALLER = f"give --dtype bfloat16, or {errors.MORE_MEMORY}"
@@ -72,6 +70,7 @@ def _list(args: argparse.Namespace, folder: Any) -> parts.Listing:
         shard_size=args.shard_size,
         scratch=folder,
         boxes=args.boxes == "given",
+        orientation=args.orientation,
     )
 
 
@@ -82,28 +81,30 @@ def _load(args: argparse.Namespace) -> inference.Predictor:
     return predictor
 
 
-def _settings(args: argparse.Namespace, found: parts.Listing, predictor: Any) -> dict[str, Any]:
-    """What the embeddings depend on, as plain values."""
+def _settings(
+    args: argparse.Namespace, found: parts.Listing, predictor: Any
+) -> embeddings.Settings:
+    """What the embeddings depend on."""
     model = predictor.model
     named = args.checkpoint in NAMES or "://" in args.checkpoint
-    source = {k: v for k, v in found._asdict().items() if k not in ("parts", "total")}
-    return {
+    digests = saved_model.model_digests(model, jax.device_get(predictor.params))
+    return embeddings.Settings(
         # Of a workdir, the checkpoint that was its newest.
-        "checkpoint": args.checkpoint if named else str(parts.absolute(predictor.folder)),
-        "model": saved_model.model_digests(model, jax.device_get(predictor.params)),
-        "embed_dim": model.embed_dim,
-        "regions": args.boxes if args.boxes == "given" or predictor.has_regions else "",
-        "image_size": model.image.image_size,
-        "dtype": args.dtype,
-        "store": args.store,
-        "shard_size": args.shard_size,
-        "source": source,
-    }
+        checkpoint=args.checkpoint if named else str(parts.absolute(predictor.folder)),
+        model=embeddings.Digests(**digests),
+        embed_dim=model.embed_dim,
+        regions=args.boxes if args.boxes == "given" or predictor.has_regions else "",
+        image_size=model.image.image_size,
+        dtype=args.dtype,
+        store=args.store,
+        shard_size=args.shard_size,
+        source=embeddings.Source(found.kind, found.path, found.images, found.split, found.digest),
+        parts=len(found.parts),
+        orientation="file" if found.kind == "records" else args.orientation,
+    )
 
 
-def _end(
-    args: argparse.Namespace, job: output.Output, settings: Any, count: int, seconds: float
-) -> str:
+def _end(args: argparse.Namespace, job: output.Output, count: int, seconds: float) -> str:
     """Writes the faults and the card, when all parts are there; returns the line. Raises EmbedError."""
     found = job.finished()
     missing = [index for index in range(len(job.parts)) if index not in found]
@@ -114,11 +115,12 @@ def _end(
         )
     done = [found[index] for index in sorted(found)]
     job.write_faults(done)
-    atomic.write_text(job.folder / embeddings.CARD, card.text(settings, done, args.output))
+    atomic.write_text(job.folder / embeddings.CARD, card.text(job.settings, done, args.output))
     job.clear()
     causes = collections.Counter(fault["cause"] for part in done for fault in part.faults)
     for cause, times in sorted(causes.items()):
-        print(f"{job.folder / embeddings.FAULTS}: {times} {cause}", file=sys.stderr)
+        line = f"{job.folder / embeddings.FAULTS}: {times} {printable.plain(cause, 80)}"
+        print(line, file=sys.stderr)
     rows, faults = sum(part.rows for part in done), sum(len(part.faults) for part in done)
     if not rows or faults > args.max_faults * (rows + faults):
         raise pipeline.EmbedError(
@@ -139,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         args = arguments.parser().parse_args(argv)
+        compiled.use(args.compilation_cache)
         distributed.initialize(
             args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
         )

@@ -1,8 +1,8 @@
 """The flags of `grain-jax embed`."""
 
 from grain_jax.cli.parser import Parser
-from grain_jax.cli.train import add_processes
-from grain_jax.cli.values import CHECKPOINT, positive, share
+from grain_jax.cli.train import add_compilation_cache, add_processes
+from grain_jax.cli.values import CHECKPOINT, add_orientation, positive, share
 
 SHARD_SIZE = 4096
 
@@ -19,7 +19,8 @@ texts and images over them. The same command again goes on after a kill.""",
         "grain-jax embed mine/A.jsonl --images mine --checkpoint runs/own --output embeddings \\\n"
         "    --store float16",
     )
-    add = out.add_argument_group("what is embedded").add_argument
+    group = out.add_argument_group("what is embedded")
+    add = group.add_argument
     add("source", metavar="SOURCE", help="a folder of images, tars, a record set, or an A.jsonl")
     add(
         "--images",
@@ -33,6 +34,7 @@ texts and images over them. The same command again goes on after a kill.""",
         default="queries",
         help="regions: those that the model finds, or those of the A.jsonl or record set, by a model with a box head",
     )
+    add_orientation(group)
     add("--checkpoint", metavar="DIR", required=True, help=CHECKPOINT)
     add("--output", metavar="DIR", required=True, help="all files; the same again to go on")
     add = out.add_argument_group("the files").add_argument
@@ -69,5 +71,6 @@ texts and images over them. The same command again goes on after a kill.""",
         type=positive,
         help="that read and decode images, of a process (default: one a core)",
     )
+    add_compilation_cache(out)
     add_processes(out)
     return out

@@ -1,7 +1,6 @@
 """The data card of a folder of embeddings: what is in it, what it is made of, how to read it."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 
@@ -14,20 +13,20 @@ _REGIONS = """\
 """
 
 
-def text(settings: Mapping[str, Any], parts: Sequence[embeddings.Part], folder: str) -> str:
+def text(settings: embeddings.Settings, parts: Sequence[embeddings.Part], folder: str) -> str:
     """The card, in Markdown.
 
     Args:
-      settings: as in settings.json.
+      settings: what they are made of.
       parts: all of them.
       folder: as it was given.
     """
     rows, faults = sum(p.rows for p in parts), sum(len(p.faults) for p in parts)
-    stored, dim = settings["store"], settings["embed_dim"]
-    regions = _REGIONS.format(stored=stored, dim=dim) if settings["regions"] else ""
-    source = settings["source"]
+    stored, dim = settings.store, settings.embed_dim
+    regions = _REGIONS.format(stored=stored, dim=dim) if settings.regions else ""
+    source = settings.source
     plain = lambda value: printable.plain(str(value), 300)
-    split = f", split {plain(source['split'])}" if source["split"] else ""
+    split = f", split {plain(source.split)}" if source.split else ""
     return f"""---
 configs:
 - config_name: default
@@ -40,16 +39,17 @@ in `data/`; {faults:,} images were left out, and `faults.jsonl` names each with 
 
 | | |
 |---|---|
-| source | `{plain(source["path"])}` ({source["kind"]}{split}), digest {source["digest"]} |
-| model | `{plain(settings["checkpoint"])}`, digest of its parameters {settings["model"]["params"]} |
-| image size | {settings["image_size"]} pixels a side, resized without keeping the aspect ratio |
-| activations | {settings["dtype"]} |
+| source | `{plain(source.path)}` ({source.kind}{split}), digest {source.digest} |
+| model | `{plain(settings.checkpoint)}`, digest of its parameters {settings.model.params} |
+| image size | {settings.image_size} pixels a side, resized without keeping the aspect ratio |
+| orientation | {settings.orientation} (exif: as a viewer shows the image; file: as its pixels are stored) |
+| activations | {settings.dtype} |
 
 | column | type | what |
 |---|---|---|
 | `id` | string | the id of the annotations or the record; else the path |
 | `path` | string | of the image below the source; of a tar `TAR/MEMBER`, of a record set its split and number |
-| `width`, `height` | int32 | pixels of the image file |
+| `width`, `height` | int32 | pixels of the image |
 | `image_embed` | `{stored}[{dim}]` | embedding of the whole image, unit length |
 {regions}
 ```python

@@ -12,9 +12,11 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from etils import epath
 
+from grain_jax import printable
 from grain_jax.files import atomic, embeddings
 from grain_jax.files.embeddings import EmbeddingsError
 
@@ -39,7 +41,7 @@ class Output(NamedTuple):
     """The folder of a job."""
 
     folder: epath.Path
-    schema: Any  # pyarrow's
+    settings: embeddings.Settings
     parts: list[dict[str, Any]]  # of the source
 
     def name(self, index: int) -> str:
@@ -50,28 +52,39 @@ class Output(NamedTuple):
         """The parts that are done. A damaged file is named on stderr and deleted, to be made again.
 
         Raises:
-          EmbeddingsError: a file is of no part.
+          errors.UserError: a file is of no part: of another model, of other images, or none of grain-jax embed.
         """
         names = {self.name(index): index for index in range(len(self.parts))}
         folder = self.folder / embeddings.DATA
         folder.mkdir(parents=True, exist_ok=True)
         files = folder.iterdir() if folder.exists() else ()  # an object store has no empty folders
         there = sorted(path for path in files if path.suffix == ".parquet")
-        for path in there:
-            if path.name not in names:
-                raise EmbeddingsError(
-                    f"{path}: expected files of this job alone; move it elsewhere"
-                )
         with concurrent.futures.ThreadPoolExecutor(_FOOTERS) as pool:
-            found = list(pool.map(_read, there))
+            found = list(pool.map(self._read, there))
         done = {}
         for path, part in zip(there, found):
-            if isinstance(part, embeddings.Part):
-                done[names[path.name]] = part
-            else:
+            if isinstance(part, embeddings.DamagedError):
                 print(f"{part}; it is made again now", file=sys.stderr)
                 path.unlink()
+                continue
+            index = names[part.name]
+            got, expected = (
+                embeddings.piece_digest(self.settings, piece)
+                for piece in (part.source, self.parts[index])
+            )
+            if got != expected:
+                raise EmbeddingsError(
+                    f"{path}: was made of other images: got {part.source['name']!r}, expected"
+                    f" {self.parts[index]['name']!r}; delete it, and give the same command again"
+                )
+            done[index] = part
         return done
+
+    def _read(self, path: epath.Path) -> embeddings.Part | embeddings.DamagedError:
+        try:
+            return embeddings.read_part(path, self.settings)
+        except embeddings.DamagedError as error:
+            return error
 
     def write_faults(self, parts: Sequence[embeddings.Part]) -> None:
         """Replaces the file of faults by those of `parts`."""
@@ -84,40 +97,25 @@ class Output(NamedTuple):
         (self.folder / _INCOMPLETE).rmtree(missing_ok=True)
 
 
-def agree(folder: epath.Path, settings: dict[str, Any]) -> None:
-    """Notes what the embeddings are made of. Raises EmbeddingsError where the folder was begun with something else."""
+def agree(folder: epath.Path, settings: embeddings.Settings) -> None:
+    """Notes what the embeddings are made of. Raises UserError where the folder was begun with something else."""
     path = folder / embeddings.SETTINGS
-    if path.exists():
-        old = embeddings.read_settings(folder)
-        for key in dict.fromkeys([*settings, *old]):
-            if key in _NOT_COMPARED or old.get(key) == settings.get(key):
-                continue
-            if key == "model":
-                models = (
-                    f"{x['checkpoint']} (parameters {x[key]['params']})" for x in (old, settings)
-                )
-                raise EmbeddingsError(
-                    f"--output {folder}: was begun with the model {next(models)}, got {next(models)};"
-                    " give another --output, or delete this one"
-                )
-            raise EmbeddingsError(
-                f"--output {folder}: was begun with {key} {json.dumps(old.get(key))}, got"
-                f" {json.dumps(settings.get(key))}; give another --output, or delete this one"
-            )
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write_bytes(path, msgspec.json.format(msgspec.json.encode(settings), indent=1))
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(path, json.dumps(settings, indent=1) + "\n")
-
-
-# The same model may lie elsewhere: its digests are compared.
-_NOT_COMPARED = ("checkpoint",)
-
-
-def _read(path: epath.Path) -> embeddings.Part | str:
-    try:
-        return embeddings.read_part(path)
-    except EmbeddingsError as error:
-        return str(error)
+    old = embeddings.read_settings(folder)
+    if old.model != settings.model:
+        was, got = (f"{x.checkpoint} (parameters {x.model.params})" for x in (old, settings))
+        what = f"the model {was}, got {got}"
+    elif key := old.difference(settings):
+        was, got = (json.dumps(msgspec.to_builtins(getattr(x, key))) for x in (old, settings))
+        what = f"{key} {was}, got {got}"
+    else:
+        return
+    raise EmbeddingsError(
+        f"--output {folder}: was begun with {printable.plain(what)}; give another --output, or delete this one"
+    )
 
 
 class Writer:
@@ -126,6 +124,7 @@ class Writer:
     def __init__(self, output: Output, index: int):
         self._pa = embeddings.pyarrow()
         self._output, self._index = output, index
+        self._schema = embeddings.columns(output.settings)
         self._rows: list[Row] = []
         self._written = self._most = 0
         self.faults: list[dict[str, str]] = []
@@ -140,7 +139,7 @@ class Writer:
             self._file = self._new.open("wb")
         self._parquet = self._pa.parquet.ParquetWriter(
             self._file,
-            output.schema,
+            self._schema,
             compression="none",  # floats of embeddings cannot be compressed
             use_dictionary=False,
             write_statistics=False,
@@ -157,7 +156,7 @@ class Writer:
         """Ends the file and puts it in place."""
         self._flush()
         part = self.part()
-        self._parquet.add_key_value_metadata(embeddings.note(part))
+        self._parquet.add_key_value_metadata(embeddings.note(part, self._output.settings))
         self._parquet.close()
         target = self._output.folder / embeddings.DATA / part.name
         if isinstance(self._file, io.BytesIO):
@@ -187,7 +186,7 @@ class Writer:
     def _flush(self) -> None:
         if not self._rows:
             return
-        pa, rows, schema = self._pa, self._rows, self._output.schema
+        pa, rows, schema = self._pa, self._rows, self._schema
         columns = [
             pa.array([getattr(row, name) for row in rows], schema.field(name).type)
             for name in ("id", "path", "width", "height")

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ def find(
     shard_size: int,
     scratch: epath.Path,
     boxes: bool = False,
+    orientation: str = "exif",
 ) -> Listing:
     """Lists a source.
 
@@ -53,6 +55,7 @@ def find(
       shard_size: images a part; a tar is a part.
       scratch: folder that all processes read, for the list of a folder's images.
       boxes: whether boxes of the source are wanted, which an A.jsonl and a record set have.
+      orientation: of its images, as of `grain_jax.files.images`.
 
     Raises:
       sources.SourceError: there is no such source, it holds no image, or an option does not suit it.
@@ -81,7 +84,8 @@ def find(
     if kind == "tars":
         if not is_file and not any(any(path.glob(tars)) for tars in ("*.tar", "*/*.tar")):
             raise sources.SourceError(f"{source}: got no images there, expected {_KINDS}")
-        shards = webdataset.WebDataset().shards(sources.Options(str(path)))
+        options = sources.Options(str(path), orientation=orientation)
+        shards = webdataset.WebDataset().shards(options)
         sizes = [regular_file.length(shard.arguments["tar"]) or 0 for shard in shards]
     elif kind == "records":
         split = split or "train"
@@ -97,7 +101,9 @@ def find(
             folder = str(absolute(images) if images else path.parent)
             if not epath.Path(folder).is_dir():
                 raise sources.SourceError(f"--images {images}: no such folder, expected images")
-        options = sources.Options(folder, annotations=(str(file),), shard_size=shard_size)
+        options = sources.Options(
+            folder, annotations=(str(file),), shard_size=shard_size, orientation=orientation
+        )
         shards = annotations_source.Annotations().shards(options)
         sizes = [shard.arguments["lines"] for shard in shards]
     if not sum(sizes):
@@ -141,12 +147,19 @@ def _write_list(folder: epath.Path, file: epath.Path) -> int:
     Raises: sources.SourceError: embeddings were begun with another list, which stays.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f"{file.name}.new")
+    for path in (file, new := file.with_name(f"{file.name}.new")):
+        if path.exists() and not regular_file.is_one(path):
+            raise sources.SourceError(f"{path}: got a folder, pipe or device; move it elsewhere")
+    new.unlink(missing_ok=True)  # it may be a link
     count = 0
-    with new.open("w") as out:
-        for image in _walk(folder, ""):
-            out.write(json.dumps({"image": image}) + "\n")
-            count += 1
+    try:
+        with new.open("w") as out:
+            for image in _walk(folder, ""):
+                out.write(json.dumps({"image": image}) + "\n")
+                count += 1
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
     if (
         file.exists()
         and _sha256(file) != _sha256(new)
@@ -189,7 +202,8 @@ def images(part: dict[str, Any]) -> Iterator[Callable[[], sources.Image | source
     shard = sources.Shard(part["name"], part, part["reader"])
     if part["reader"] == "annotations":
         for line, where in annotations_source.lines(shard):
-            yield functools.partial(annotations_source.image, line, where, part["images"])
+            read = (line, where, part["images"], part["orientation"])
+            yield functools.partial(annotations_source.image, *read)
     else:
         for found in sources.read(shard):
             yield functools.partial(_as_it_is, found)
@@ -206,7 +220,7 @@ def read_again(
 
     Args:
       wanted: (part, path of the image) of each.
-      folder: where the images, the tars or the record set lie now; None: where the part says.
+      folder: where the images, the tars or the record set lie now; None: where the part says, on this machine alone.
 
     Returns: (name of the part, path) -> the image, or why there is none.
     """
@@ -215,10 +229,16 @@ def read_again(
     for part, path in wanted:
         of_part.setdefault(part["name"], (part, set()))[1].add(path)
     for name, (part, paths) in of_part.items():
-        read = _AGAIN[part["reader"]]
+        read, place = _AGAIN[part["reader"]]
         try:
+            # To epath "/" and the path "gs/bucket/x" are "gs://bucket/x" together.
+            whole = (epath.Path(part[place]) / posixpath.normpath(x) for x in ("", *paths))
+            if folder is None and any(map(regular_file.is_remote, whole)):
+                raise sources.SourceError(
+                    f"lies at {part[place]}, and nothing that a file names is fetched; give --images"
+                )
             found |= {(name, path): image for path, image in read(part, paths, folder)}
-        except (OSError, sources.SourceError) as error:  # the folder or the record set is gone
+        except (OSError, ValueError) as error:  # the folder or the record set is gone
             cause = "no such file"
             found |= {(name, path): sources.Fault(path, cause, str(error)) for path in paths}
     return found
@@ -229,11 +249,13 @@ _Read = Iterator[tuple[str, sources.Image | sources.Fault]]
 
 def _files_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> _Read:
     for path in paths:
-        yield path, join.load(base.Entry(path), folder or part["images"])
+        yield path, join.load(base.Entry(path), folder or part["images"], part["orientation"])
 
 
 def _tar_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> _Read:
-    tar = str(epath.Path(folder) / f"{part['prefix']}.tar") if folder else part["tar"]
+    tar = part["tar"]
+    if folder:
+        tar = str(regular_file.below(folder, f"{part['prefix']}.tar", part["name"]))
     left = set(paths)
     for found in sources.read(sources.Shard(part["name"], {**part, "tar": tar}, part["reader"])):
         if found.image in left:
@@ -252,10 +274,17 @@ def _tar_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> 
 def _records_again(part: Mapping[str, Any], paths: set[str], folder: str | None) -> _Read:
     for path in paths:
         number = int(path.rpartition("/")[2].partition(".")[0])
+        if not part["start"] <= number < part["stop"]:
+            raise sources.SourceError(f"got number {number}, expected one of {part['name']}")
         arguments = {**part, "start": number, "stop": number + 1}
         arguments["directory"] = folder or part["directory"]
         for found in sources.read(sources.Shard(part["name"], arguments, part["reader"])):
             yield path, found
 
 
-_AGAIN = {"annotations": _files_again, "webdataset": _tar_again, "tfds": _records_again}
+# Of each reader: the function, and the key of the place where the images lie.
+_AGAIN = {
+    "annotations": (_files_again, "images"),
+    "webdataset": (_tar_again, "tar"),
+    "tfds": (_records_again, "directory"),
+}

@@ -104,7 +104,7 @@ def prepare(read: Callable[[], sources.Image | sources.Fault], size: int) -> Rea
     if isinstance(found, sources.Fault):
         return found
     try:
-        image = images.decode_image(found.encoded, found.image)
+        image = images.decode_image(found.encoded, found.image, found.orientation)
         pixels = images.resize(image, size)
     except images.ImageError as error:
         too_large = isinstance(error, images.TooLargeError)

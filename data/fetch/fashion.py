@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import random
+import zlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ from grain_jax.data.fetch.outline import SIDE, Part
 from grain_jax.data.fetch.parts import parts
 from grain_jax.data.fetch.settings import DEFAULT, Settings
 from grain_jax.data.progress import progress
+
+from grain_jax.files import regular_file
 
 PACKAGE = "dataset-fashion-mnist"
 CLASSES = (  # in the order of the labels
@@ -39,6 +42,7 @@ CLASSES = (  # in the order of the labels
     "ankle boot",
 )
 HELD_OUT = ("dress", "ankle boot")
+_LARGEST = 2**26  # bytes that are unpacked of a file; the largest has 47 MB
 _FOLDER = "usr/share/datasets/fashion-mnist"
 _LICENCE = f"usr/share/doc/{PACKAGE}/copyright"
 # Of the unpacked files: the same pictures whatever the version of the package.
@@ -151,7 +155,7 @@ def write(
     output = epath.Path(output)
     described = json.dumps(dataclasses.asdict(settings), indent=1) + "\n"
     stamp = output / "settings.json"
-    if stamp.exists() and stamp.read_text() == described:
+    if regular_file.is_one(stamp) and stamp.read_bytes() == described.encode():
         return "already complete"
     if stamp.exists() or (output / "A.jsonl").exists():
         raise package.PackageError(
@@ -226,7 +230,11 @@ def _measure(item):
 
 def _array(found, name):
     """The numbers of an IDX file: big-endian magic 0, 0, 8 (bytes), dimensions; the length of each; the bytes."""
-    content = gzip.decompress(found[f"{_FOLDER}/{name}.gz"])
+    packed = io.BytesIO(found[f"{_FOLDER}/{name}.gz"])
+    try:
+        content = gzip.GzipFile(fileobj=packed).read(_LARGEST)
+    except (OSError, EOFError, zlib.error) as error:
+        raise package.PackageError(f"{name}: {error}; expected the package {PACKAGE}") from None
     if hashlib.sha256(content).hexdigest() != SHA256[name]:
         raise package.PackageError(
             f"{name}: its SHA-256 is not that of Fashion-MNIST; expected the package {PACKAGE} as Debian ships it"

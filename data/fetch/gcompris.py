@@ -17,16 +17,19 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import msgspec
 import PIL.Image
 from etils import epath
 from grain_jax.data.fetch import package, resources
 from grain_jax.data.fetch.licences import Copyright
 
-from grain_jax.files import images
+from grain_jax.files import images, regular_file
 
 PACKAGE = "gcompris-qt-data"
 _RESOURCES = "usr/share/gcompris-qt/rcc"
 _COPYRIGHT = f"usr/share/doc/{PACKAGE}/copyright"
+_MOST = 2**28  # bytes of the pictures
+_MOST_COPYRIGHT = 2**20
 _CATEGORIES = "categorization/resource/images"
 # Set -> folders below src/activities; the first word names the resource.
 FOLDERS = {
@@ -106,6 +109,20 @@ _NAMES = {
 _DRAWN = {"animal": "", "bug": "", "flies": "fly", "fruit": "", "reptile": ""}
 
 
+class _Word(msgspec.Struct):
+    image: str  # file name
+    description: str
+
+
+class _Lesson(msgspec.Struct):
+    name: str
+    content: msgspec.Raw  # words, in the lessons that are read
+
+
+class _Chapter(msgspec.Struct):
+    content: list[_Lesson]
+
+
 class Picture(NamedTuple):
     """A picture of the package."""
 
@@ -148,30 +165,36 @@ def write(output: epath.PathLike, *, deb: str | None = None) -> str:
     needed = {folder.partition("/")[0] for folders in FOLDERS.values() for folder in folders}
     paths = {f"{_RESOURCES}/{name}.rcc": "pictures" for name in sorted(needed)}
     found = package.read(PACKAGE, deb, {**paths, _COPYRIGHT: "licences"})
-    copyright_text = found[_COPYRIGHT].decode()
+    if len(found[_COPYRIGHT]) > _MOST_COPYRIGHT:
+        raise package.PackageError(f"{_COPYRIGHT}: got over {_MOST_COPYRIGHT:,} bytes")
+    copyright_text = found[_COPYRIGHT].decode("utf-8", "replace")
     known = Copyright(copyright_text)
     counts = dict.fromkeys(FOLDERS, 0)
     captions, table = {}, ["file\tname\tlicence\tholders\tsource\tlisted as"]
     for picture in _pictures(found, list(paths)):
         activity, _, file = picture.path.removeprefix("src/activities/").partition("/")
-        place = f"{picture.group}/{picture.name.replace(' ', '_')}"
-        target = f"{place}/{activity}-{file.rpartition('/')[2]}"
-        (output / place).mkdir(parents=True, exist_ok=True)
-        if picture.group == "drawings":
-            target = target.rpartition(".")[0] + ".png"
-        (output / target).write_bytes(
-            _on_white(picture) if target.endswith(".png") else picture.content
-        )
+        stem, _, ending = file.rpartition("/")[2].rpartition(".")
+        ending = "png" if picture.group == "drawings" else ending
+        target = f"{picture.group}/{_safe(picture.name)}/{activity}-{_safe(stem)}.{ending}"
+        path = regular_file.below(output, target, PACKAGE)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_on_white(picture) if ending == "png" else picture.content)
         counts[picture.group] += 1
         kind = "drawing" if picture.group == "drawings" else "photo"
         captions.setdefault(f"a {kind} of {picture.name}", target)
-        table.append("\t".join([target, picture.name, *_listed(known.of(picture.path))]))
+        row = [target, picture.name, *_listed(known.of(picture.path))]
+        table.append("\t".join(" ".join(column.split()) for column in row))
     lines = [json.dumps({"image": path, "caption": said}) for said, path in captions.items()]
     (output / "A.jsonl").write_text("".join(f"{line}\n" for line in lines))
     (output / "licences.tsv").write_text("\n".join(table) + "\n")
     (output / "copyright").write_text(copyright_text)
     (output / "README.md").write_text(_readme(counts, len(captions)))
     return ", ".join(f"{count} {group}" for group, count in counts.items())
+
+
+def _safe(name):
+    """A name of the package as a name of a file or folder: letters, digits, - and _, at most 60."""
+    return re.sub(r"[^\w-]", "_", name)[:60]
 
 
 def _on_white(picture):
@@ -194,13 +217,14 @@ def _listed(licence):
 
 
 def _pictures(found, paths) -> Iterator[Picture]:
-    files = {}
+    files, left = {}, _MOST
     for path in paths:
         try:
-            files |= dict(resources.files(found[path]))
+            for name, data in resources.files(found[path], left):
+                left -= len(data)
+                files[re.sub(r"\A.*?(?=src/activities/)", "", name)] = data
         except resources.ResourceError as error:
             raise package.PackageError(f"{path}: {error}; expected {PACKAGE}") from None
-    files = {re.sub(r"\A.*?(?=src/activities/)", "", path): data for path, data in files.items()}
     drawn = _drawn(files)
     for group, folders in FOLDERS.items():
         some = False
@@ -222,20 +246,14 @@ def _pictures(found, paths) -> Iterator[Picture]:
 
 def _drawn(files):
     """File -> name of the drawings, by the lessons of the activity."""
-    try:
-        chapters = json.loads(files[f"src/activities/{_WORDS}"])
-        words = [
-            (word["image"], word["description"])
-            for chapter in chapters
-            for lesson in chapter["content"]
-            if lesson["name"] in _LESSONS
-            for word in lesson["content"]
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise package.PackageError(
-            f"{PACKAGE}: {_WORDS}: {error!r}; this version lists its words in another way"
-        ) from None
-    return {image: _DRAWN.get(name, name) for image, name in words}
+    where, expected = f"{PACKAGE}: {_WORDS}", "chapters of lessons of words"
+    content = files.get(f"src/activities/{_WORDS}", b"")
+    chapters = regular_file.from_json(content, list[_Chapter], where, expected)
+    lessons = [x.content for one in chapters for x in one.content if x.name in _LESSONS]
+    words = [regular_file.from_json(x, list[_Word], where, expected) for x in lessons]
+    return {
+        word.image: _DRAWN.get(word.description, word.description) for one in words for word in one
+    }
 
 
 def _readme(counts, captions):

@@ -9,31 +9,49 @@ import zlib
 from collections.abc import Iterator
 
 _ZLIB, _FOLDER, _ZSTD = 1, 2, 4  # flags of a node
+_NODES = 100_000
+_LONGEST = 300  # characters of a path
 
 
 class ResourceError(ValueError):
     """No resource of this format; the message is a phrase."""
 
 
-def files(content: bytes) -> Iterator[tuple[str, bytes]]:
+def files(content: bytes, most: int) -> Iterator[tuple[str, bytes]]:
     """(path, content) of every file. Those compressed by zstd are left out: Python cannot read them.
 
+    Args:
+      content: the resource.
+      most: bytes of all its files together, unpacked.
+
     Raises:
-      ResourceError: the content is no resource, or damaged.
+      ResourceError: the content is no resource, damaged, or unpacks to more.
     """
     if content[:4] != b"qres":
         raise ResourceError("is no Qt resource")
     try:
         version, tree, data, names = struct.unpack_from(">4I", content, 4)
         node_size = 22 if version >= 2 else 14  # version 2 adds the time of change
-        yield from _below(content, tree, data, names, node_size, 0, (), set())
+        for path, packed, flags in _below(content, tree, data, names, node_size, 0, "", set()):
+            zipped = flags & _ZLIB
+            length = struct.unpack_from(">I", packed)[0] if zipped else len(packed)
+            most -= length
+            if most < 0:
+                raise ResourceError("unpacks to too many bytes")
+            # 0 would be without a bound.
+            unpacked = (
+                zlib.decompressobj().decompress(packed[4:], length or 1) if zipped else packed
+            )
+            if len(unpacked) != length:
+                raise ResourceError("is cut off")
+            yield path, unpacked
     except (struct.error, zlib.error, UnicodeDecodeError) as error:
         raise ResourceError(f"is damaged ({error})") from None
 
 
 def _below(content, tree, data, names, node_size, number, path, seen):
-    if number in seen:
-        raise ResourceError("is damaged (its tree has a loop)")
+    if number in seen or len(seen) == _NODES:
+        raise ResourceError(f"is damaged (its tree has a loop, or over {_NODES:,} files)")
     seen.add(number)
     at = tree + number * node_size
     name, flags = struct.unpack_from(">IH", content, at)
@@ -43,7 +61,9 @@ def _below(content, tree, data, names, node_size, number, path, seen):
         letters = content[start : start + 2 * length]
         if len(letters) != 2 * length:
             raise ResourceError("is cut off")
-        path = (*path, letters.decode("utf-16-be"))
+        path = f"{path}/{letters.decode('utf-16-be')}"
+        if len(path) > _LONGEST:
+            raise ResourceError(f"has a path of over {_LONGEST} characters")
     if flags & _FOLDER:
         count, first = struct.unpack_from(">2I", content, at + 6)
         for child in range(first, first + count):
@@ -55,4 +75,4 @@ def _below(content, tree, data, names, node_size, number, path, seen):
     if len(packed) != length:
         raise ResourceError("is cut off")
     if not flags & _ZSTD:
-        yield "/".join(path), zlib.decompress(packed[4:]) if flags & _ZLIB else packed
+        yield path.removeprefix("/"), packed, flags

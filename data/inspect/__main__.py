@@ -14,7 +14,7 @@ import sys
 import textwrap
 
 from etils import epath
-from grain_jax.data import progress
+from grain_jax.data import annotations, progress
 from grain_jax.data.inspect import (
     arguments,
     counting,
@@ -27,13 +27,14 @@ from grain_jax.data.inspect import (
 )
 
 from grain_jax import errors
+from grain_jax.files import atomic
 
 _BATCH = 256  # items that are counted together
 
 
 def inspect(args: argparse.Namespace) -> str:
     """Reads the set and writes the three files; returns the summary. Raises `errors.UserError`."""
-    source = reading.open_set(args.set, args.images)
+    source = reading.open_set(args.set, args.images, args.orientation)
     output = epath.Path(args.output) if args.output else source.path.parent / "inspect"
     output.mkdir(
         parents=True, exist_ok=True
@@ -64,7 +65,7 @@ def inspect(args: argparse.Namespace) -> str:
         )
         written["contact_sheet.png"] = sheet.draw(shown, title)
     for name, content in written.items():
-        (output / name).write_bytes(content)
+        atomic.write_bytes(output / name, content)
     return _summary(result, found) + f"\n{output}: " + ", ".join(written)
 
 
@@ -79,6 +80,9 @@ def _summary(result: dict, found: list[problems.Problem]) -> str:
         f"{result['set']['path']}: {kind}",
         f"images        {images['count']:,}{left_out}; {images['bytes'] / 1e6:,.1f} MB; {sizes}",
     ]
+    if images["turned"]:
+        what = annotations.TURNED[images["orientation"]]
+        lines.append(f"turned        {images['turned']:,} images {what}")
     for name, texts, some in (
         ("web", captions["web"], f"{captions['pictures_with_web']:,} images have one or more"),
         ("synthetic", captions["synthetic"], f"{captions['pictures_with_synthetic']:,} images"),

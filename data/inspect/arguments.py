@@ -1,7 +1,7 @@
 """The flags of `grain-jax inspect`."""
 
 from grain_jax.cli.parser import Parser
-from grain_jax.cli.values import number
+from grain_jax.cli.values import add_orientation, number
 
 _MOST_IMAGES = 200  # the PNG is then about 25,000 pixels high
 
@@ -15,7 +15,8 @@ The set is read once. Memory does not grow with it: beyond 250,000 different tex
 estimated from a share of them.""",
         example="grain-jax inspect records/mine\ngrain-jax inspect A.jsonl --images images",
     )
-    add = out.add_argument_group("what is inspected").add_argument
+    group = out.add_argument_group("what is inspected")
+    add = group.add_argument
     add(
         "set",
         metavar="SET",
@@ -26,6 +27,7 @@ estimated from a share of them.""",
         metavar="DIR",
         help="folder that the paths of an A.jsonl start from (default: the folder of the file)",
     )
+    add_orientation(group)
     add("--output", metavar="DIR", help="folder to write (default: inspect beside the set)")
     add = out.add_argument_group("how").add_argument
     add(

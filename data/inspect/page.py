@@ -60,6 +60,8 @@ def _tiles(result: dict[str, Any], found: Sequence[problems.Problem]) -> str:
     size = f"{images['bytes'] / 1e6:,.1f} MB"
     if images["left_out"]:
         size += f"; {images['left_out']:,} left out"
+    if images["turned"]:
+        size += f"; {images['turned']:,} with an EXIF orientation"
     tiles = [
         (f"{images['count']:,}", "images", size),
         (f"{captions['web']['words']['count']:,}", "web captions", _of(captions["pictures_with_web"], count)),

@@ -45,7 +45,7 @@ class Panel(NamedTuple):
 def make(item: reading.Item) -> Panel | None:
     """The panel of an item; None if its image is damaged."""
     try:
-        image = images.decode_image(item.encoded).convert("RGB")
+        image = images.decode_image(item.encoded, item.name, item.orientation).convert("RGB")
     except images.ImageError:
         return None
     scale = SIDE / max(image.size)

@@ -1,7 +1,6 @@
 """Reads a record set or an A.jsonl as a stream of `Item` and `Fault`."""
 
 import functools
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from grain_jax.data.sources import tfds
 
 from grain_jax import errors
 from grain_jax.files import images as images_lib
+from grain_jax.files import regular_file
 
 SPLIT = "train"
 _RECORDS_AT_ONCE = 64  # records parsed together
@@ -38,6 +38,8 @@ class Item(NamedTuple):
     boxes_xyxy: np.ndarray  # float32 [R, 4], shares of the image
     scores: np.ndarray  # float32 [R]
     negatives: tuple[tuple[str, ...], ...]  # of each region
+    turned: bool = False  # its file has an EXIF orientation other than upright
+    orientation: str = "file"  # in which it is decoded, as of files.images
 
 
 class Fault(NamedTuple):
@@ -57,14 +59,18 @@ class Source(NamedTuple):
     total: int  # number of items that the set claims to hold
     shard_lengths: tuple[int, ...]  # none for annotations
     metadata: dict[str, Any]
+    orientation: str = "file"  # of its images, as of files.images
 
 
-def open_set(path: epath.PathLike, images: epath.PathLike | None) -> Source:
+def open_set(
+    path: epath.PathLike, images: epath.PathLike | None, orientation: str = "exif"
+) -> Source:
     """The set at `path`.
 
     Args:
       path: an `A.jsonl`, or the folder of a record set: OUTPUT/NAME or OUTPUT/NAME/VERSION.
       images: the folder of the images of an A.jsonl; None: the folder of the file.
+      orientation: of the images of an A.jsonl, as of files.images; those of records are read as they are stored.
 
     Raises:
       InspectError: there is no such set, or its records have other features.
@@ -86,20 +92,27 @@ def open_set(path: epath.PathLike, images: epath.PathLike | None) -> Source:
     total = sum(1 for _ in example.read_lines(path))
     if not total:
         raise InspectError(f"{path}: the file is empty, expected one JSON object a line")
-    return Source(path, "annotations", _read_annotations(path, folder, total), total, (), {})
+    items = _read_annotations(path, folder, total, orientation)
+    return Source(path, "annotations", items, total, (), {}, orientation)
 
 
-def _read_annotations(path: epath.Path, folder: epath.Path, total: int) -> Iterator[Item | Fault]:
+def _read_annotations(
+    path: epath.Path, folder: epath.Path, total: int, orientation: str
+) -> Iterator[Item | Fault]:
     workers = parallel.default_workers(total)
-    read = functools.partial(_read_line, file=path.name, folder=str(folder))
+    read = functools.partial(
+        _read_line, file=path.name, folder=str(folder), orientation=orientation
+    )
     for found in parallel.ordered_map(read, example.read_lines(path), workers=workers):
         yield from found
 
 
-def _read_line(line: example.Line, *, file: str, folder: str) -> list[Item | Fault]:
+def _read_line(
+    line: example.Line, *, file: str, folder: str, orientation: str
+) -> list[Item | Fault]:
     """The item of a line, or its faults, named as in data.build."""
     where = f"{file}:{line.number}"
-    checked = annotations.check_line(line.text, folder)
+    checked = annotations.check_line(line.text, folder, orientation=orientation)
     found, image = checked.annotation, checked.image
     if found is None:
         return [Fault(where, _cause(fault), fault) for fault in checked.faults]
@@ -109,7 +122,7 @@ def _read_line(line: example.Line, *, file: str, folder: str) -> list[Item | Fau
             name=found.id or found.image,
             where=where,
             encoded=checked.encoded,
-            format=image.format,
+            format=checked.header.format,
             size=image.size,
             captions=found.captions,
             synthetic_caption=found.synthetic_caption,
@@ -117,6 +130,8 @@ def _read_line(line: example.Line, *, file: str, folder: str) -> list[Item | Fau
             boxes_xyxy=boxes / np.array([*image.size, *image.size], np.float32),
             scores=np.array([region.score for region in found.regions], np.float32),
             negatives=tuple(region.negatives for region in found.regions),
+            turned=checked.header.turned,
+            orientation=orientation,
         )
     ]
 
@@ -154,7 +169,9 @@ def _records(path: epath.Path) -> Source:
         items=_read_records(shards),
         total=split.num_examples,
         shard_lengths=tuple(split.shard_lengths),
-        metadata=json.loads(metadata.read_text()) if metadata.exists() else {},
+        metadata=regular_file.read_json(metadata, dict, "notes of a build")
+        if metadata.exists()
+        else {},
     )
 
 
@@ -206,7 +223,7 @@ def _to_item(
     where, identity, encoded, captions, synthetic, boxes, descriptions, scores, negatives, counts
 ):
     try:
-        header = images_lib.open_image(encoded)
+        header = images_lib.header(encoded, orientation="file")
     except images_lib.ImageError as error:
         return Fault(where, "image", str(error))
     if not len(boxes) == 4 * len(descriptions) == 4 * len(scores):
@@ -236,6 +253,7 @@ def _to_item(
         boxes_xyxy=boxes_yxyx[:, [1, 0, 3, 2]],
         scores=np.array(scores, np.float32),
         negatives=tuple(tuple(_text(next(texts)) for _ in range(count)) for count in counts),
+        turned=header.turned,
     )
 
 

@@ -41,7 +41,7 @@ class Statistics:
 
     def __init__(self):
         self.issues: dict[str, Issue] = collections.defaultdict(Issue)
-        self.images = self.image_bytes = self.regions = 0
+        self.images = self.image_bytes = self.regions = self.turned = 0
         self.with_web = self.with_synthetic = self.without_caption = 0
         self.formats: collections.Counter[str] = collections.Counter()
         self.sizes = counting.Frequent()
@@ -89,6 +89,7 @@ class Statistics:
         self.image_bytes += len(item.encoded)
         self.formats[item.format] += 1
         self.sizes.add([f"{width} x {height}"])
+        self.turned += item.turned
         self.regions += len(item.descriptions)
         self.distinct["image"].add(item.encoded, item.name)
         if max(item.size) > LONG_SHAPE * min(item.size):
@@ -198,6 +199,8 @@ class Statistics:
                 "count": self.images,
                 "left_out": source.total - self.images,
                 "bytes": self.image_bytes,
+                "turned": self.turned,
+                "orientation": source.orientation,
                 "formats": dict(self.formats.most_common()),
                 "width": self.widths.result(),
                 "height": self.heights.result(),

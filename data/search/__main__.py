@@ -20,6 +20,7 @@ from grain_jax.files import atomic
 from grain_jax.files import images as images_lib
 from grain_jax.inference import search
 from grain_jax.losses import boxes as boxes_lib
+from grain_jax.runtime import compiled
 
 
 class UsageError(errors.UserError):
@@ -40,14 +41,17 @@ def run(args: argparse.Namespace) -> str:
             file=sys.stderr,
         )
     if args.checkpoint:
-        model = inference.load(args.checkpoint, index.settings["dtype"])
+        model = inference.load(args.checkpoint, index.settings.dtype)
         index.check(model)
     else:
         model = index.model
     questions = [page.Question(text) for text in args.text]
     found = _search(args, index, model, args.text) if args.text else []
     if args.image:
-        asked = [page.Question(path, images_lib.load_image(path)) for path in args.image]
+        orientation = index.settings.orientation
+        asked = [
+            page.Question(path, images_lib.load_image(path, orientation)) for path in args.image
+        ]
         queries = [question.image for question in asked]
         if args.box:
             box_xyxy, vector = _region(model, asked[0].image, args.box)
@@ -101,17 +105,17 @@ def _write_page(
         got = loaded[hit.source["name"], hit.path]
         if isinstance(got, sources.Image):
             try:
-                return images_lib.decode_image(got.encoded, hit.path)
+                return images_lib.decode_image(got.encoded, hit.path, got.orientation)
             except images_lib.ImageError as error:
                 why = str(error)
         else:
             why = f"{hit.path}: {got.cause}: {got.detail}"
         if why not in told:
-            print(f"not shown: {why}", file=sys.stderr)
+            print(f"not shown: {printable.plain(why, 400)}", file=sys.stderr)
         told.add(why)
         return why
 
-    about = f"{len(index):,} images, model {index.settings['checkpoint']}"
+    about = f"{len(index):,} images, model {index.settings.checkpoint}"
     text = page.render(args.folder, questions, found, load, about)
     atomic.write_text(output, text)
     print(f"{output}: {sum(map(len, found))} images", file=sys.stderr)
@@ -147,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         args = arguments.parser().parse_args(argv)
+        compiled.use()
         try:
             with errors.out_of_memory_in_a_line("grain-jax search"):
                 print(run(args))

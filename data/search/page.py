@@ -1,19 +1,26 @@
 """The page of `grain-jax search`: for each question the images that were found, with their regions."""
 
 from collections.abc import Callable, Sequence
-from html import escape
+from html import escape as html_escape
 from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 from etils import epath
 
+from grain_jax import printable
 from grain_jax.files import images as images_lib
 from grain_jax.inference import search
 from grain_jax.report import html
 
 _EDGE = 480  # pixels of the longer side of an image
 _OTHERS = html.REGION_COLOURS[1]
+_MOST = 400  # characters of a name that are shown
+
+
+def escape(text: str) -> str:
+    """HTML that shows a text of anybody's: markup and control characters as characters, cut to _MOST."""
+    return html_escape(printable.plain(text, _MOST))
 
 
 class Question(NamedTuple):

@@ -25,6 +25,7 @@ from grain_jax.data.sources.visual_genome import VisualGenome
 from grain_jax.data.sources.webdataset import WebDataset
 
 from grain_jax import named
+from grain_jax.files import regular_file
 
 __all__ = [
     "CAUSES",
@@ -78,7 +79,10 @@ def shards(source: str, options: Options, own: Mapping[str, str] | None = None) 
     Raises:
       errors.UserError: as `make`; SourceError: the source's files are not as expected.
     """
-    found = make(source, own).shards(options)
+    try:
+        found = make(source, own).shards(options)
+    except regular_file.FileError as error:
+        raise SourceError(str(error)) from None
     if not found:
         raise SourceError(f"source {source}: got no images from {options.images}, expected some")
     return [shard._replace(source=source, options=dict(own or {})) for shard in found]

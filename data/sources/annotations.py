@@ -8,7 +8,7 @@ from typing import ClassVar
 from etils import epath
 from grain_jax.data.sources import base, join
 
-from grain_jax.files import annotations
+from grain_jax.files import annotations, regular_file
 
 
 class Annotations:
@@ -22,25 +22,24 @@ class Annotations:
             raise base.SourceError("source annotations: got no --annotations, expected A.jsonl")
         out = []
         for path in map(epath.Path, options.annotations):
-            if not path.exists() or path.is_dir():
-                raise base.SourceError(f"{path}: no such file, expected one JSON object a line")
             first, start = 1, 0
-            with path.open("rb") as file:
-                while lines := list(itertools.islice(file, options.shard_size)):
-                    stop = start + sum(map(len, lines))
-                    arguments = {"file": str(path), "images": str(options.images)}
-                    arguments |= {"first_line": first, "start": start, "stop": stop}
-                    arguments["lines"] = sum(1 for line in lines if line.strip())
-                    # Another content gets another name, so that it is not taken for one that is finished.
-                    digest = hashlib.sha256(b"".join(lines)).hexdigest()[:8]
-                    out.append(base.Shard(f"{len(out):06d}-{digest}", arguments))
-                    first, start = first + len(lines), stop
+            rest = regular_file.lines(path, annotations.EXPECTED)
+            while lines := list(itertools.islice(rest, options.shard_size)):
+                stop = start + sum(map(len, lines))
+                arguments = {"file": str(path), "images": str(options.images)}
+                arguments["orientation"] = options.orientation
+                arguments |= {"first_line": first, "start": start, "stop": stop}
+                arguments["lines"] = sum(1 for line in lines if line.strip())
+                # Another content gets another name, so that it is not taken for one that is finished.
+                digest = hashlib.sha256(b"".join(lines)).hexdigest()[:8]
+                out.append(base.Shard(f"{len(out):06d}-{digest}", arguments))
+                first, start = first + len(lines), stop
         return out
 
     def read(self, shard: base.Shard) -> Iterator[base.Image | base.Fault]:
         """The part's images; a line with a fault is left out whole, as grain-jax build does."""
         for line, where in lines(shard):
-            yield image(line, where, shard.arguments["images"])
+            yield image(line, where, shard.arguments["images"], shard.arguments["orientation"])
 
 
 def lines(shard: base.Shard) -> Iterator[tuple[bytes, str]]:
@@ -57,7 +56,7 @@ def lines(shard: base.Shard) -> Iterator[tuple[bytes, str]]:
                 return
 
 
-def image(line: bytes, where: str, folder: str) -> base.Image | base.Fault:
+def image(line: bytes, where: str, folder: str, orientation: str) -> base.Image | base.Fault:
     """The image of a line, which stands at `where`, with its file below `folder`."""
     parsed = annotations.parse_line(line, caption_required=False)
     if parsed.annotation is None:
@@ -71,4 +70,4 @@ def image(line: bytes, where: str, folder: str) -> base.Image | base.Fault:
         id=found.id,
         phrases=found.phrases,
     )
-    return join.load(entry, folder)
+    return join.load(entry, folder, orientation)

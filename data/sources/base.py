@@ -8,7 +8,7 @@ Where the images are files and the annotations one file or a few, subclass `data
 write `entries` alone.
 """
 
-import itertools
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -31,6 +31,9 @@ CAUSES = (
 """Every cause that a source gives; the pipeline adds those of its checks and of its models."""
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+Id = int | str  # of public formats
+Scalar = bool | int | float | str | None
+Box = list[Scalar] | None  # in a file: `join` leaves a wrong one out, and its image stays
 WHOLE = 1.0  # the score of regions that people drew: the formats have none
 
 
@@ -46,6 +49,9 @@ class Options(NamedTuple):
     split: str = ""  # of sources that have splits; "" is all of them (TFDS: train)
     scratch: str = ""  # folder for the lists of images that workers read
     shard_size: int = 1000  # images a shard, where the source has no shards of its own
+    orientation: str = (
+        "exif"  # of the images, as of grain_jax.files.images; sets of records are read as "file"
+    )
 
 
 class Fault(NamedTuple):
@@ -65,10 +71,11 @@ class Image(NamedTuple):
     synthetic_caption: str = ""
     regions: tuple[
         annotations.Region, ...
-    ] = ()  # pixels of the file; may hang over its edge a little
+    ] = ()  # pixels of the image in its orientation; may hang over its edge a little
     id: str | None = None
     left_out: tuple[Fault, ...] = ()  # regions that the source has and that cannot be used
     phrases: tuple[tuple[int, ...], ...] | None = None  # as annotations.Annotation.phrases
+    orientation: str = "exif"  # in which `encoded` is to be decoded
 
 
 class Shard(NamedTuple):
@@ -127,7 +134,7 @@ def xywh(box: Any) -> Any:
     try:
         left, top, width, height = map(float, box)
         return left, top, left + width, top + height
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return box
 
 
@@ -137,5 +144,5 @@ def taking_turns(groups: Iterable[Iterable[Any]]) -> Iterator[Any]:
     Where a box has several descriptions, regions stand in this order: training keeps the first few
     of those that score the same, which then are of different boxes.
     """
-    turns = itertools.zip_longest(*groups)
-    return (item for turn in turns for item in turn if item is not None)
+    turns = ((turn, item) for group in groups for turn, item in enumerate(group))
+    return (item for _, item in sorted(turns, key=operator.itemgetter(0)))

@@ -7,9 +7,13 @@ gt/transparency.json and evaluation/ranks.py.
 
 from collections.abc import Iterator
 
-from grain_jax.data.sources import base, json_files, staged
+from grain_jax.data.sources import base, coco, json_files, staged
 
 _EXPECTED = "a benchmark of FG-OVD"
+
+
+class _Object(coco.Object):
+    neg_category_ids: list[base.Id] = []
 
 
 class FgOvd(staged.ListedSource):
@@ -23,26 +27,20 @@ class FgOvd(staged.ListedSource):
 
 def _entries(paths: tuple[str, ...]) -> Iterator[base.Entry | base.Fault]:
     for path in paths:
-        content = json_files.read_json(path, expected=_EXPECTED)
-        try:
-            names = {category["id"]: category["name"] for category in content["categories"]}
-            entries = {
-                image["id"]: base.Entry(
-                    image["file_name"], regions=[], size=(image["width"], image["height"])
-                )
-                for image in content["images"]
-            }
-            annotations = enumerate(content["annotations"])
-        except (KeyError, TypeError, AttributeError) as error:
-            got = f"{type(error).__name__} {error}"
-            raise base.SourceError(f"{path}: got {got}, expected {_EXPECTED}") from None
-        for number, item in annotations:
-            entry = entries.get(item.get("image_id"))
-            if entry is None:
-                detail = f"got image_id {item.get('image_id')}, expected an image of the file"
-                yield base.Fault(f"{path}:annotations[{number}]", "bad annotation", detail)
+        content = json_files.read_json(path, coco.File[coco.Picture], _EXPECTED)
+        if not content.categories:
+            raise base.SourceError(f"{path}: got no categories, expected {_EXPECTED}")
+        names = {category.id: category.name for category in content.categories}
+        entries = {
+            image.id: base.Entry(image.file_name, regions=[], size=image.size)
+            for image in content.images
+        }
+        for found in coco.objects(path, content, _Object, entries, _EXPECTED):
+            if isinstance(found, base.Fault):
+                yield found
                 continue
-            negatives = [names[i] for i in item.get("neg_category_ids", ()) if i in names]
-            box, description = base.xywh(item.get("bbox")), names.get(item.get("category_id"))
+            entry, item = found
+            negatives = [names[i] for i in item.neg_category_ids if i in names]
+            box, description = base.xywh(item.bbox), names.get(item.category_id)
             entry.regions.append((box, description, base.WHOLE, negatives))
         yield from entries.values()

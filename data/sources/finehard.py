@@ -7,12 +7,27 @@ Source of these names: 360CVGroup/FG-CLIP, fgclip2/train/train_fgclip2.py and da
 """
 
 from collections.abc import Iterator
-from typing import Any
 
+import msgspec
 from etils import epath
 from grain_jax.data.sources import base, json_files, staged
 
-from grain_jax.files import annotations
+_EXPECTED = "f_path, caption, bbox_info"
+
+
+class _Region(msgspec.Struct):
+    bbox: list[base.Scalar]
+    short_expr: base.Scalar = None
+    long_expr: base.Scalar = None
+    flag_short_neg: base.Scalar = None
+    short_expr_negs: dict[str, base.Scalar] | list[base.Scalar] | base.Scalar = None
+
+
+class _Item(msgspec.Struct):
+    f_path: str
+    caption: str | None
+    bbox_info: list[_Region]
+    short_caption: str | None = None
 
 
 class FineHard(staged.ListedSource):
@@ -33,29 +48,24 @@ def _entries(paths: list[epath.Path]) -> Iterator[base.Entry | base.Fault]:
     for path in paths:
         items = json_files.read_json_list(path, expected="a list: FineHARD's images")
         for number, item in enumerate(items):
-            try:
-                entry = _entry(item)
-            except (KeyError, TypeError, AttributeError):
-                got = f"got {annotations.show(item)}, expected f_path, caption, bbox_info"
-                yield base.Fault(f"{path}[{number}]", "bad annotation", got)
-                continue
-            yield entry
+            found = json_files.item(item, _Item, f"{path}[{number}]", _EXPECTED)
+            yield found if isinstance(found, base.Fault) else _entry(found)
 
 
-def _entry(item: dict[str, Any]) -> base.Entry:
+def _entry(item: _Item) -> base.Entry:
     regions = []
-    for region in item["bbox_info"]:
-        *box, score = [*region["bbox"], base.WHOLE][:5]
-        description = base.text(region.get("short_expr"))
-        negatives = region.get("short_expr_negs") if description else None
-        if not isinstance(negatives, dict) or region.get("flag_short_neg") != 1:
+    for region in item.bbox_info:
+        *box, score = [*region.bbox, base.WHOLE][:5]
+        description = base.text(region.short_expr)
+        negatives = region.short_expr_negs if description else None
+        if not isinstance(negatives, dict) or region.flag_short_neg != 1:
             negatives = {}
-        description = description or region.get("long_expr")
+        description = description or region.long_expr
         regions.append((box, description, score, list(negatives.values())))
     return base.Entry(
-        image=item["f_path"].lstrip("/"),
-        captions=[item.get("short_caption")],
-        synthetic_caption=item["caption"],
+        image=item.f_path.lstrip("/"),
+        captions=[item.short_caption],
+        synthetic_caption=item.caption,
         regions=regions,
         shares=True,
     )

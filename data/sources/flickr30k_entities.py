@@ -14,8 +14,13 @@ from typing import Any
 from etils import epath
 from grain_jax.data.sources import base, staged
 
-_PHRASE = re.compile(r"\[/EN#(\d+)/\S+\s+([^\]]*)\]")  # [/EN#CHAIN/TYPE/TYPE word word]
+from grain_jax.files import regular_file
+
+_PHRASE = re.compile(r"\[/EN#(\d+)/[^\s\[\]]+\s+([^\[\]]*)\]")  # [/EN#CHAIN/TYPE/TYPE word word]
 _NOT_VISUAL = "0"
+_MAX_BYTES = 64 << 10  # of the sentences or the boxes of an image, which have a few thousand
+_MAX_REGIONS = 10_000  # of an image
+_MAX_LIST = 16 << 20  # bytes of a list of ids
 
 
 class Flickr30kEntities(staged.ListedSource):
@@ -38,14 +43,21 @@ def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:
         listed = root / f"{options.split}.txt"
         if not listed.exists():
             raise base.SourceError(f"--split {options.split}: there is no {listed}, a list of ids")
-        chosen = set(listed.read_text().split())
+        chosen = set(
+            regular_file.read(listed, _MAX_LIST, "a list of ids").decode("utf-8", "replace").split()
+        )
         names = [name for name in names if name in chosen]
     for name in names:
         try:
-            sentences = (root / "Sentences" / f"{name}.txt").read_text(encoding="utf-8")
-            xml = ET.fromstring((root / "Annotations" / f"{name}.xml").read_bytes())
-            yield _entry(f"{name}.jpg", sentences, xml)
-        except (OSError, ET.ParseError, ValueError, TypeError, AttributeError) as error:
+            sentences, xml = (
+                regular_file.read(root / folder / f"{name}.{ending}", _MAX_BYTES, expected)
+                for folder, ending, expected in (
+                    ("Sentences", "txt", "sentences"),
+                    ("Annotations", "xml", "boxes"),
+                )
+            )
+            yield _entry(f"{name}.jpg", sentences.decode(), ET.fromstring(xml))
+        except (ET.ParseError, LookupError, ValueError, TypeError, AttributeError) as error:
             yield base.Fault(f"{name}.jpg", "bad annotation", f"{type(error).__name__}: {error}")
 
 
@@ -67,16 +79,18 @@ def _entry(image: str, sentences: str, xml: ET.Element) -> base.Entry:
         names = [name.text for name in item.iter("name")]
         texts = dict.fromkeys(text for name in names for text in phrases.get(name, ()))
         boxes.append([(box, text) for text in texts])
+        if sum(map(len, boxes)) > _MAX_REGIONS:
+            raise ValueError(f"expected at most {_MAX_REGIONS:,} boxes with their phrases")
         chains.append(set(names))
         if not texts:
             listed = ", ".join(names)
             left_out.append(("no description", f"no sentence names chain {listed} at box {box}"))
     numbered = [[(k, region) for region in found] for k, found in enumerate(boxes)]
     regions = list(base.taking_turns(numbered))
-    right = [
-        [at for at, (k, (_, text)) in enumerate(regions) if text == phrase and chain in chains[k]]
-        for chain, phrase in said
-    ]
+    right: dict[tuple[str, str], list[int]] = {}  # phrase of a chain -> its regions
+    for at, (k, (_, text)) in enumerate(regions):
+        for chain in chains[k]:
+            right.setdefault((chain, text), []).append(at)
     size = xml.find("size")
     return base.Entry(
         image,
@@ -84,5 +98,5 @@ def _entry(image: str, sentences: str, xml: ET.Element) -> base.Entry:
         regions=[(*region, base.WHOLE) for _, region in regions],
         size=(int(size.findtext("width")), int(size.findtext("height"))),
         left_out=left_out,
-        phrases=list(filter(None, right)),  # of a chain without a box: none to be found
+        phrases=[right[one] for one in said if one in right],  # others: a chain without a box
     )

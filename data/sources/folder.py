@@ -3,20 +3,24 @@
 So are the files that img2dataset writes by default: 00000/000000012.jpg and 000000012.txt.
 """
 
+import os
 from collections.abc import Iterator
 
 from etils import epath
-from grain_jax.data.sources import base, staged
+from grain_jax.data.sources import base, staged, webdataset
+
+from grain_jax.files import regular_file
 
 
 class Folder(staged.ListedSource):
     """The folder's images, in the order of their names."""
 
     def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
-        return _entries(epath.Path(options.images), "")
+        return _entries(epath.Path(options.images), "", set())
 
 
-def _entries(folder: epath.Path, below: str) -> Iterator[base.Entry | base.Fault]:
+def _entries(folder: epath.Path, below: str, seen: set[str]) -> Iterator[base.Entry | base.Fault]:
+    seen.add(os.path.realpath(folder))
     if not folder.is_dir():
         raise base.SourceError(f"--images {folder}: no such folder, expected images")
     paths = sorted(folder.iterdir(), key=lambda path: path.name)
@@ -27,10 +31,16 @@ def _entries(folder: epath.Path, below: str) -> Iterator[base.Entry | base.Fault
             caption = ""
             if f"{path.stem}.txt" in texts:
                 try:
-                    caption = path.with_suffix(".txt").read_text(encoding="utf-8")
-                except (OSError, ValueError) as error:
+                    text = path.with_suffix(".txt")
+                    encoded = regular_file.read(text, webdataset.MAX_TEXT, "a caption")
+                    caption = encoded.decode()
+                except ValueError as error:
                     yield base.Fault(image, "bad annotation", f"{path.stem}.txt: {error}")
                     continue
             yield base.Entry(image, (caption,))
         elif path.is_dir():
-            yield from _entries(path, image + "/")
+            if os.path.realpath(path) in seen or len(image) > webdataset.MAX_PATH:
+                got = "a folder that was read already, or too deep a one"
+                yield base.Fault(image, "unreadable", f"got {got}, expected folders without links")
+            else:
+                yield from _entries(path, image + "/", seen)

@@ -7,9 +7,18 @@ img2dataset must neither crop nor pad it (`--resize_mode no` or `keep_ratio`).
 
 import math
 
+import msgspec
 from grain_jax.data.sources import base, webdataset
 
-from grain_jax.files import annotations
+from grain_jax.files import regular_file
+
+_Span = tuple[float, float, float, float, float, float, float]
+
+
+class _Item(msgspec.Struct):
+    caption: str
+    ref_exps: list[_Span] | None = None
+    noun_chunks: list[_Span] | None = None
 
 
 class Grit(webdataset.WebDataset):
@@ -20,25 +29,19 @@ class Grit(webdataset.WebDataset):
 
 
 def _entry(image: str, files: dict[str, bytes]) -> base.Entry:
-    item = webdataset.metadata(files)
-    caption = item.get("caption")
-    if not isinstance(caption, str):
-        raise ValueError(f"caption: got {annotations.show(caption)}, expected a text")
+    expected = "a caption and spans of seven numbers"
+    item = regular_file.checked(webdataset.metadata(files), _Item, "json", expected)
     # Referring expressions hold every noun chunk, with the words that belong to it.
-    spans = item.get("ref_exps", item.get("noun_chunks"))
-    if not isinstance(spans, list):
+    spans = item.noun_chunks if item.ref_exps is None else item.ref_exps
+    if spans is None:
         raise ValueError(
             "got neither ref_exps nor noun_chunks, expected a list; img2dataset keeps them with"
             " --save_additional_columns"
         )
     regions = []
     for span in spans:
-        if not isinstance(span, list) or len(span) != 7 or not all(map(_is_finite, span)):
-            raise ValueError(f"got {annotations.show(span)}, expected seven finite numbers")
         start, end, *box, score = span
-        regions.append((box, caption[int(start) : int(end)], score))
-    return base.Entry(image, (caption,), regions=regions, shares=True)
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+        if not (math.isfinite(start) and math.isfinite(end)):
+            raise ValueError(f"got characters {start} to {end}, expected finite numbers")
+        regions.append((box, item.caption[int(start) : int(end)], score))
+    return base.Entry(image, (item.caption,), regions=regions, shares=True)

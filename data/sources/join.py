@@ -5,20 +5,19 @@ region is left out with its cause, and its image stays.
 """
 
 import math
-import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from grain_jax.data.sources.base import Entry, Fault, Image, text
 
-from grain_jax.files import annotations, images
+from grain_jax.files import annotations, images, regular_file
 
 
-def load(entry: Entry, folder: epath.PathLike) -> Image | Fault:
-    """The entry with its image, which is a file below `folder`."""
-    path = posixpath.normpath(entry.image)
-    if posixpath.isabs(path) or path.split("/")[0] == ".." or "\0" in path:
+def load(entry: Entry, folder: epath.PathLike, orientation: str = "exif") -> Image | Fault:
+    """The entry with its image, which is a file below `folder`; its boxes are of the pixels in that orientation."""
+    path = regular_file.inside(entry.image)
+    if not path:
         return Fault(entry.image, "bad annotation", "expected a path below the images' folder")
     file = epath.Path(folder) / path
     try:
@@ -29,12 +28,13 @@ def load(entry: Entry, folder: epath.PathLike) -> Image | Fault:
         return Fault(path, "too large", str(error))
     except images.ImageError as error:
         return Fault(path, "unreadable", str(error))
-    except OSError as error:
-        return Fault(path, "unreadable", f"{error.strerror or error}, expected an image")
-    return join(entry._replace(image=path), encoded)
+    except (OSError, ValueError) as error:  # a name of half surrogates
+        reason = getattr(error, "strerror", None) or error
+        return Fault(path, "unreadable", f"{reason}, expected an image")
+    return join(entry._replace(image=path), encoded, orientation)
 
 
-def join(entry: Entry, encoded: bytes) -> Image | Fault:
+def join(entry: Entry, encoded: bytes, orientation: str = "exif") -> Image | Fault:
     """The entry with its image; boxes that the image cannot have are left out with their cause.
 
     An image without regions is not decoded here: later steps find its faults.
@@ -47,13 +47,16 @@ def join(entry: Entry, encoded: bytes) -> Image | Fault:
     place: dict[int, int] = {}  # position of a region in the entry -> in the image
     if entry.regions:
         try:
-            size = images.open_image(encoded).size
+            size = images.header(encoded, orientation=orientation).size
         except images.TooLargeError as error:
             return Fault(entry.image, "too large", str(error))
         except images.ImageError as error:
             return Fault(entry.image, "unreadable", str(error))
         if entry.size not in (None, size):
             expected = f"expected {entry.size[0]} x {entry.size[1]}, which its boxes were drawn on"
+            other = "file" if orientation == "exif" else "exif"
+            if images.header(encoded, orientation=other).size == entry.size:
+                expected += f"; that is its size by --orientation {other}"
             return Fault(entry.image, "another size", f"got {size[0]} x {size[1]}, {expected}")
         for position, found in enumerate(entry.regions):
             region = _region(*found, size=size, shares=entry.shares)
@@ -71,6 +74,7 @@ def join(entry: Entry, encoded: bytes) -> Image | Fault:
         id=entry.id,
         left_out=tuple(left_out),
         phrases=_kept_phrases(entry.phrases, place),
+        orientation=orientation,
     )
 
 

@@ -6,9 +6,25 @@ Source: the files' keys, images[].filename, filepath (COCO: the folder), split, 
 
 from collections.abc import Iterator
 
+import msgspec
 from grain_jax.data.sources import base, json_files, staged
 
 _EXPECTED = "dataset_flickr30k.json or dataset_coco.json of Karpathy's splits"
+
+
+class _Sentence(msgspec.Struct):
+    raw: str
+
+
+class _Picture(msgspec.Struct):
+    filename: str
+    split: str
+    sentences: list[_Sentence]
+    filepath: str | None = None
+
+
+class _File(msgspec.Struct):
+    images: list[_Picture]
 
 
 class Karpathy(staged.ListedSource):
@@ -23,17 +39,12 @@ class Karpathy(staged.ListedSource):
 
 
 def _entries(path: str, split: str) -> Iterator[base.Entry]:
-    content = json_files.read_json(path, expected=_EXPECTED)
-    try:
-        known = {image["split"] for image in content["images"]}
-        if split and split not in known:
-            options = ", ".join(sorted(known))
-            raise base.SourceError(f"{path}: got --split {split}, expected one of: {options}")
-        for image in content["images"]:
-            if not split or image["split"] == split:
-                folder = f"{image['filepath']}/" if image.get("filepath") else ""
-                captions = [sentence["raw"] for sentence in image["sentences"]]
-                yield base.Entry(folder + image["filename"], captions)
-    except (KeyError, TypeError, AttributeError) as error:
-        got = f"{type(error).__name__} {error}"
-        raise base.SourceError(f"{path}: got {got}, expected {_EXPECTED}") from None
+    images = json_files.read_json(path, _File, _EXPECTED).images
+    known = {image.split for image in images}
+    if split and split not in known:
+        options = ", ".join(sorted(known))
+        raise base.SourceError(f"{path}: got --split {split}, expected one of: {options}")
+    for image in images:
+        if not split or image.split == split:
+            folder = f"{image.filepath}/" if image.filepath else ""
+            yield base.Entry(folder + image.filename, [one.raw for one in image.sentences])

@@ -6,9 +6,17 @@ image has several of a category not all of them need have a box.
 
 from collections.abc import Iterator
 
-from grain_jax.data.sources import base, json_files, staged
+import msgspec
+from grain_jax.data.sources import base, coco, json_files, staged
 
 _EXPECTED = "lvis_v1_train.json or lvis_v1_val.json"
+
+
+class _Picture(msgspec.Struct):
+    id: base.Id
+    coco_url: str
+    width: int | float
+    height: int | float
 
 
 class Lvis(staged.ListedSource):
@@ -22,28 +30,24 @@ class Lvis(staged.ListedSource):
 
 def _entries(paths: tuple[str, ...]) -> Iterator[base.Entry | base.Fault]:
     for path in paths:
-        content = json_files.read_json(path, expected=_EXPECTED)
-        try:
-            names = {c["id"]: c["name"].replace("_", " ") for c in content["categories"]}
-            entries = {
-                image["id"]: base.Entry(
-                    # Its address ends in the split and the file: .../val2017/000000397133.jpg
-                    "/".join(image["coco_url"].split("/")[-2:]),
-                    regions=[],
-                    size=(image["width"], image["height"]),
-                )
-                for image in content["images"]
-            }
-            annotations = enumerate(content["annotations"])
-        except (KeyError, TypeError, AttributeError) as error:
-            got = f"{type(error).__name__} {error}"
-            raise base.SourceError(f"{path}: got {got}, expected {_EXPECTED}") from None
-        for number, item in annotations:
-            entry, name = entries.get(item.get("image_id")), names.get(item.get("category_id"))
-            if entry is None:
-                got = f"image_id {item.get('image_id')}"
-                detail = f"got {got}, expected an image of the file"
-                yield base.Fault(f"{path}:annotations[{number}]", "bad annotation", detail)
+        content = json_files.read_json(path, coco.File[_Picture], _EXPECTED)
+        if not content.categories:
+            raise base.SourceError(f"{path}: got no categories, expected {_EXPECTED}")
+        names = {c.id: c.name.replace("_", " ") for c in content.categories}
+        entries = {
+            image.id: base.Entry(
+                # Its address ends in the split and the file: .../val2017/000000397133.jpg
+                "/".join(image.coco_url.split("/")[-2:]),
+                regions=[],
+                size=(image.width, image.height),
+            )
+            for image in content.images
+        }
+        for found in coco.objects(path, content, coco.Object, entries, _EXPECTED):
+            if isinstance(found, base.Fault):
+                yield found
                 continue
-            entry.regions.append((base.xywh(item.get("bbox")), name, base.WHOLE))
+            entry, item = found
+            name = names.get(item.category_id)
+            entry.regions.append((base.xywh(item.bbox), name, base.WHOLE))
         yield from entries.values()

@@ -11,15 +11,47 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 from etils import epath
-from grain_jax.data.sources import base, json_files, staged
+from grain_jax.data.sources import base, coco, json_files, staged
+
+from grain_jax.files import regular_file
 
 _EXPECTED = "refs(...).p with instances.json, or MDETR's finetune_refcoco_*.json"
 
-_Expression = tuple[str, tuple[int, int] | None, Any, str]  # file, its size, xyxy box, expression
+
+class _Sentence(msgspec.Struct):
+    sent: str
 
 
-class _Plain(pickle.Unpickler):
+class _Ref(msgspec.Struct):
+    ann_id: base.Id
+    image_id: base.Id
+    split: str
+    sentences: list[_Sentence]
+
+
+class _Picture(coco.Picture):
+    caption: str | None = None  # an expression, in MDETR's files
+
+
+class _Object(msgspec.Struct):
+    image_id: base.Id
+    id: base.Id | None = None
+    bbox: list[float] | None = None
+    caption: str | None = None
+
+
+class _File(msgspec.Struct):
+    images: list[_Picture]
+    annotations: list[_Object]
+
+
+_Expression = tuple[_Picture, tuple[float, ...], str]  # its image, xyxy box, the words
+
+
+# The C reader gives memory to whatever number of an object a pickle names.
+class _Plain(pickle._Unpickler):
     """Unpickles lists, dicts, texts and numbers only: a pickle that names anything else could run code."""
 
     def find_class(self, module: str, name: str):
@@ -30,110 +62,91 @@ class RefCoco(staged.ListedSource):
     """Images that have expressions."""
 
     def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
-        try:
-            yield from _entries(options)
-        except (KeyError, TypeError, AttributeError) as error:
-            got = f"{type(error).__name__} {error} in {', '.join(options.annotations)}"
-            raise base.SourceError(f"source refcoco: got {got}, expected {_EXPECTED}") from error
-
-
-def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:
-    refs, instances, mdetr, captions = [], [], [], {}
-    for path in map(epath.Path, options.annotations):
-        content = _load(path)
-        if isinstance(content, list):
-            refs.append((path, content))
-        elif isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-            if any("caption" in image for image in content["images"]):
+        refs, instances, mdetr, captions = [], [], [], {}
+        for path in map(epath.Path, options.annotations):
+            content = _load(path)
+            if isinstance(content, list):
+                refs.append((path, content))
+            elif any(image.caption is not None for image in content.images):
                 mdetr.append((path, content))
-            elif any("caption" in item for item in content["annotations"]):
-                names = {image["id"]: image["file_name"] for image in content["images"]}
-                for item in content["annotations"]:
-                    captions.setdefault(names.get(item["image_id"]), []).append(item["caption"])
+            elif any(item.caption is not None for item in content.annotations):
+                names = {image.id: image.file_name for image in content.images}
+                for item in content.annotations:
+                    captions.setdefault(names.get(item.image_id), []).append(item.caption)
             else:
-                instances.append((path, content))
-        else:
-            raise base.SourceError(f"{path}: got another form of file, expected {_EXPECTED}")
-    if not mdetr and not (refs and instances):
-        got = ", ".join(options.annotations) or "none"
-        raise base.SourceError(f"source refcoco: got --annotations {got}, expected {_EXPECTED}")
+                instances.append(content)
+        if not mdetr and not (refs and instances):
+            got = ", ".join(options.annotations) or "none"
+            raise base.SourceError(f"source refcoco: got --annotations {got}, expected {_EXPECTED}")
 
-    sentences_of: dict[
-        str, list[tuple[Any, str]]
-    ] = {}  # file -> (box, expression) of each sentence
-    sizes: dict[str, tuple[int, int] | None] = {}
-    for found in (*_of_refs(refs, instances, options.split), *_of_mdetr(mdetr)):
-        if isinstance(found, base.Fault):
-            yield found
-            continue
-        image, size, box, expression = found
-        sizes[image] = size
-        sentences_of.setdefault(image, []).append((box, expression))
-    for image, sentences in sentences_of.items():
-        of_box: dict[Any, list[tuple[Any, str]]] = {}
-        for box, text in dict.fromkeys(sentences):
-            of_box.setdefault(box, []).append((box, text))
-        regions = list(base.taking_turns(of_box.values()))
-        yield base.Entry(
-            image,
-            captions.get(image, ()),
-            regions=[(*region, base.WHOLE) for region in regions],
-            size=sizes[image],
-            phrases=[[regions.index(sentence)] for sentence in sentences],
-        )
+        # file -> (box, expression) of each sentence
+        sentences_of: dict[str, list[tuple[Any, str]]] = {}
+        sizes: dict[str, tuple[float, float] | None] = {}
+        for found in (*_of_refs(refs, instances, options.split), *_of_mdetr(mdetr)):
+            if isinstance(found, base.Fault):
+                yield found
+                continue
+            image, box, expression = found
+            sizes[image.file_name] = image.size
+            sentences_of.setdefault(image.file_name, []).append((box, expression))
+        for image, sentences in sentences_of.items():
+            of_box: dict[Any, list[tuple[Any, str]]] = {}
+            for box, text in dict.fromkeys(sentences):
+                of_box.setdefault(box, []).append((box, text))
+            regions = list(base.taking_turns(of_box.values()))
+            place = {region: at for at, region in enumerate(regions)}
+            yield base.Entry(
+                image,
+                captions.get(image, ()),
+                regions=[(*region, base.WHOLE) for region in regions],
+                size=sizes[image],
+                phrases=[[place[sentence]] for sentence in sentences],
+            )
 
 
-def _load(path: epath.Path) -> Any:
+def _load(path: epath.Path) -> list[_Ref] | _File:
     if path.suffix == ".json":
-        return json_files.read_json(path, expected=_EXPECTED)
-    try:
-        with path.open("rb") as file:
+        return json_files.read_json(path, list[_Ref] | _File, _EXPECTED)
+    with regular_file.opened(path, _EXPECTED) as (file, _):
+        try:
             # Python 2 wrote it: its byte strings are texts.
-            return _Plain(file, encoding="utf-8", errors="replace").load()
-    except FileNotFoundError:
-        raise base.SourceError(f"{path}: no such file, expected {_EXPECTED}") from None
-    except Exception as error:  # a broken pickle raises nearly anything
-        reason = f"no pickle of plain values ({error})"
-        raise base.SourceError(f"{path}: {reason}, expected {_EXPECTED}") from None
+            content = _Plain(file, encoding="utf-8", errors="replace").load()
+        except Exception as error:  # a broken pickle raises nearly anything
+            reason = f"no pickle of plain values ({error})"
+            raise base.SourceError(f"{path}: {reason}, expected {_EXPECTED}") from None
+    return regular_file.checked(content, list[_Ref] | _File, str(path), _EXPECTED)
 
 
-def _of_refs(refs: list, instances: list, split: str) -> Iterator[_Expression | base.Fault]:
-    images = {image["id"]: image for _, content in instances for image in content["images"]}
-    boxes = {
-        item["id"]: base.xywh(item["bbox"])
-        for _, content in instances
-        for item in content["annotations"]
-    }
-    known = {ref["split"] for _, content in refs for ref in content}
+def _of_refs(
+    refs: list[tuple[epath.Path, list[_Ref]]], instances: list[_File], split: str
+) -> Iterator[_Expression | base.Fault]:
+    images = {image.id: image for content in instances for image in content.images}
+    boxes = {item.id: item.bbox for content in instances for item in content.annotations}
+    known = {ref.split for _, content in refs for ref in content}
     if refs and split and split not in known:
         options = ", ".join(sorted(known))
         raise base.SourceError(f"{refs[0][0]}: got --split {split}, expected one of: {options}")
     for path, content in refs:
         for number, ref in enumerate(content):
-            if split and ref["split"] != split:
+            if split and ref.split != split:
                 continue
-            image, box = images.get(ref["image_id"]), boxes.get(ref["ann_id"])
+            image, box = images.get(ref.image_id), boxes.get(ref.ann_id)
             if image is None or box is None:
-                got = f"image_id {ref['image_id']}, ann_id {ref['ann_id']}"
+                got = f"image_id {ref.image_id}, ann_id {ref.ann_id}"
                 expected = "expected both in instances.json"
                 yield base.Fault(f"{path}[{number}]", "bad annotation", f"got {got}, {expected}")
                 continue
-            for sentence in ref["sentences"]:
-                yield image["file_name"], _size(image), tuple(box), sentence["sent"]
+            for sentence in ref.sentences:
+                yield image, tuple(base.xywh(box)), sentence.sent
 
 
-def _of_mdetr(files: list) -> Iterator[_Expression | base.Fault]:
+def _of_mdetr(files: list[tuple[epath.Path, _File]]) -> Iterator[_Expression | base.Fault]:
     for path, content in files:
-        images = {image["id"]: image for image in content["images"]}
-        for number, item in enumerate(content["annotations"]):
-            image = images.get(item["image_id"])
-            if image is None:
-                got = f"got image_id {item['image_id']}, expected one of the file's"
+        images = {image.id: image for image in content.images}
+        for number, item in enumerate(content.annotations):
+            image = images.get(item.image_id)
+            if image is None or image.caption is None or item.bbox is None:
+                got = f"got image_id {item.image_id}, expected one of the file's, with a caption, and a bbox"
                 yield base.Fault(f"{path}:annotations[{number}]", "bad annotation", got)
                 continue
-            box = tuple(base.xywh(item["bbox"]))
-            yield image["file_name"], _size(image), box, image["caption"]
-
-
-def _size(image: dict[str, Any]) -> tuple[int, int] | None:
-    return (image["width"], image["height"]) if "width" in image else None
+            yield image, tuple(base.xywh(item.bbox)), image.caption

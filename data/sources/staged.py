@@ -49,11 +49,13 @@ class ListedSource(abc.ABC):
             path = folder / f"{name}.jsonl"
             atomic.write_text(path, lines)
             arguments = {"list": str(path), "images": str(options.images)}
+            arguments["orientation"] = options.orientation
             shards.append(base.Shard(name, arguments))
         return shards
 
     def read(self, shard: base.Shard) -> Iterator[base.Image | base.Fault]:
         """The images of one list."""
+        where = shard.arguments["images"], shard.arguments["orientation"]
         with epath.Path(shard.arguments["list"]).open("r") as file:
             for line in file:
                 kind, values = json.loads(line)
@@ -62,4 +64,4 @@ class ListedSource(abc.ABC):
                     continue
                 entry = base.Entry(*values)
                 size = tuple(entry.size) if entry.size else None
-                yield join.load(entry._replace(size=size), shard.arguments["images"])
+                yield join.load(entry._replace(size=size), *where)

@@ -16,9 +16,14 @@ class Tfds:
     """A `base.Source` of a TFDS set; a shard is a range of its examples."""
 
     images_are_files: ClassVar[bool] = False
+    orientation: ClassVar[str] = "file"  # training decodes stored images so
 
     def shards(self, options: base.Options) -> list[base.Shard]:
         """Ranges of `options.shard_size` examples of the split."""
+        import tensorflow_datasets as tfds
+
+        from grain_jax.input_pipeline import record_files
+
         builder = _builder(options.images)
         split = options.split or "train"
         if split not in builder.info.splits:
@@ -26,9 +31,12 @@ class Tfds:
             raise base.SourceError(
                 f"{options.images}: got --split {split}, expected one of: {known}"
             )
-        if "image" not in builder.info.features:
-            known = ", ".join(builder.info.features)
-            raise base.SourceError(f"{options.images}: has {known}, expected a feature image")
+        features = builder.info.features
+        known = features if isinstance(features, tfds.features.FeaturesDict) else {}
+        if not ("image" in known and isinstance(known["image"], tfds.features.Image)):
+            got = ", ".join(known) or type(features).__name__
+            raise base.SourceError(f"{options.images}: has {got}, expected a feature image")
+        record_files.shards(epath.Path(builder.data_dir), builder.info.splits[split])
         total = builder.info.splits[split].num_examples
         out = []
         for start in range(0, total, options.shard_size):
@@ -46,6 +54,8 @@ class Tfds:
         """The range's images, as they are stored."""
         import tensorflow_datasets as tfds
 
+        from grain_jax.input_pipeline import record_files
+
         split, start, stop = (shard.arguments[name] for name in ("split", "start", "stop"))
         examples = _builder(shard.arguments["directory"]).as_dataset(
             split=tfds.core.ReadInstruction(split, from_=start, to=stop, unit="abs"),
@@ -53,10 +63,22 @@ class Tfds:
             # One file after another, so that a place has the same example whatever the range.
             read_config=tfds.ReadConfig(interleave_cycle_length=1),
         )
-        for index, example in enumerate(tfds.as_numpy(examples), start):
-            encoded = example["image"]
-            ending = "png" if encoded.startswith(b"\x89PNG") else "jpg"
-            yield join.join(_entry(f"{split}/{index:09d}.{ending}", example), encoded)
+        index = start
+        try:
+            for index, example in enumerate(tfds.as_numpy(examples), start):
+                encoded = example["image"]
+                ending = "png" if encoded.startswith(b"\x89PNG") else "jpg"
+                image = f"{split}/{index:09d}.{ending}"
+                try:
+                    entry = _entry(image, example)
+                except (TypeError, ValueError, AttributeError) as error:  # features of other types
+                    yield base.Fault(image, "bad annotation", f"{type(error).__name__}: {error}")
+                else:
+                    yield join.join(entry, encoded, self.orientation)
+        except record_files.DAMAGE as error:
+            said = error.message.splitlines()[0][:200]
+            detail = f"{said}; what follows it in this part is lost"
+            yield base.Fault(f"{split}/{index:09d}", "damaged shard", detail)
 
 
 def directory(folder: epath.PathLike) -> epath.Path:

@@ -4,8 +4,8 @@ The images' folder holds VG_100K and VG_100K_2, or all images at once; names are
 """
 
 from collections.abc import Iterator
-from typing import Any
 
+import msgspec
 from etils import epath
 from grain_jax.data.sources import base, json_files, staged
 
@@ -14,27 +14,48 @@ from grain_jax.files import annotations
 _EXPECTED = "a list: Visual Genome's region_descriptions.json or image_data.json"
 
 
+class _Region(msgspec.Struct):
+    x: base.Scalar = None
+    y: base.Scalar = None
+    width: base.Scalar = None
+    height: base.Scalar = None
+    phrase: base.Scalar = None
+
+
+class _Item(msgspec.Struct):
+    """Of region_descriptions.json: `id` or `image_id`, `regions`; of image_data.json the rest."""
+
+    id: base.Id | None = None
+    image_id: base.Id | None = None
+    width: int | float | None = None
+    height: int | float | None = None
+    regions: list[_Region] | None = None
+
+
 class VisualGenome(staged.ListedSource):
     """The images of region_descriptions.json."""
 
     def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
         sizes, descriptions = {}, []
         for path in options.annotations:
-            for item in json_files.read_json_list(path, expected=_EXPECTED):
+            for number, item in enumerate(json_files.read_json_list(path, expected=_EXPECTED)):
                 if "regions" in item:
                     descriptions.append(path)
                     break
-                if item.keys() >= {"image_id", "width", "height"}:
-                    sizes[item["image_id"]] = (item["width"], item["height"])
+                found = json_files.item(item, _Item, f"{path}[{number}]", _EXPECTED)
+                if isinstance(found, base.Fault):
+                    yield found
+                elif None not in (found.image_id, found.width, found.height):
+                    sizes[found.image_id] = (found.width, found.height)
         if not descriptions:
             raise base.SourceError(
                 "source visual_genome: expected --annotations region_descriptions.json"
             )
-        return _entries(descriptions, sizes, options.images)
+        yield from _entries(descriptions, sizes, options.images)
 
 
 def _entries(
-    paths: list[str], sizes: dict[int, tuple[int, int]], images: str
+    paths: list[str], sizes: dict[base.Id, tuple[float, float]], images: str
 ) -> Iterator[base.Entry | base.Fault]:
     root = epath.Path(images)
     folders = [root, *(root / name for name in ("VG_100K", "VG_100K_2"))]
@@ -47,18 +68,23 @@ def _entries(
     }
     for path in paths:
         for number, item in enumerate(json_files.read_json_list(path, expected=_EXPECTED)):
-            identity = item.get("id", item.get("image_id"))
-            regions = item.get("regions")
-            if identity is None or not isinstance(regions, list):
-                got = f"got {annotations.show(item)}, expected id and regions"
-                yield base.Fault(f"{path}[{number}]", "bad annotation", got)
+            where = f"{path}[{number}]"
+            found = json_files.item(item, _Item, where, _EXPECTED)
+            if isinstance(found, base.Fault):
+                yield found
                 continue
-            image = files.get(str(identity), f"{identity}.jpg")
+            identity = found.image_id if found.id is None else found.id
+            if identity is None or found.regions is None:
+                got = f"got {annotations.show(item)}, expected id and regions"
+                yield base.Fault(where, "bad annotation", got)
+                continue
             yield base.Entry(
-                image, regions=[_region(region) for region in regions], size=sizes.get(identity)
+                files.get(str(identity), f"{identity}.jpg"),
+                regions=[_region(region) for region in found.regions],
+                size=sizes.get(identity),
             )
 
 
-def _region(region: dict[str, Any]) -> tuple[Any, Any, float]:
-    box = base.xywh([region.get(key) for key in ("x", "y", "width", "height")])
-    return box, region.get("phrase"), base.WHOLE
+def _region(region: _Region) -> tuple[base.Box, base.Scalar, float]:
+    box = base.xywh([region.x, region.y, region.width, region.height])
+    return box, region.phrase, base.WHOLE

@@ -83,11 +83,12 @@ def _tar_shards(options: base.Options) -> list[base.Shard]:
     out = []
     for path in paths:
         prefix = path.relative_to(root).with_suffix("").as_posix()
-        name = urllib.parse.quote(prefix, safe="")
+        name = urllib.parse.quote(prefix, safe="", errors="surrogateescape")
         if len(name) > _MAX_SHARD_NAME:
             digest = hashlib.sha256(name.encode()).hexdigest()[:16]
             name = f"{name[: _MAX_SHARD_NAME - 17]}-{digest}"
-        out.append(base.Shard(name, {"tar": str(path), "prefix": prefix}))
+        arguments = {"tar": str(path), "prefix": prefix, "orientation": options.orientation}
+        out.append(base.Shard(name, arguments))
     return sorted(out, key=lambda shard: shard.name)
 
 
@@ -110,7 +111,8 @@ def _read_tar(
             return
         if files is None:
             return
-        yield _read_sample(f"{shard.arguments['prefix']}/{key}", files, entry, seen)
+        image = f"{shard.arguments['prefix']}/{key}"
+        yield _read_sample(image, files, entry, seen, shard.arguments["orientation"])
 
 
 def _read_sample(
@@ -118,6 +120,7 @@ def _read_sample(
     files: dict[str, bytes | None],
     entry: Callable[[str, dict[str, bytes]], base.Entry],
     seen: set[str],
+    orientation: str,
 ) -> base.Image | base.Fault:
     """A sample's image; `seen` are the names of those before it, and then its own too."""
     if ".." in image.split("/"):
@@ -139,7 +142,7 @@ def _read_sample(
         found = entry(image, files)
     except ValueError as error:
         return base.Fault(image, "bad annotation", str(error))
-    return join.join(found, files[ending])
+    return join.join(found, files[ending], orientation)
 
 
 def _name_fault(image: str) -> str:

@@ -42,9 +42,13 @@ class Neighbours(evaluators.LabelledImages):
         """What has to be there: with `missing="skip"` the entry is skipped where it is not."""
         return self.images, self.train
 
+    def open_train(self):
+        """The training images."""
+        return test_sets.ClassFolders(self.train, orientation=self.orientation)
+
     def check(self):
         """Before a model is loaded or trained. Returns how many images there are."""
-        test, train = self.open(), test_sets.ClassFolders(self.train)
+        test, train = self.open(), self.open_train()
         if list(test.classes) != list(train.classes):
             raise errors.UserError(
                 f"{self.train}: got the classes {', '.join(train.classes)}, expected those of"
@@ -67,7 +71,7 @@ class Neighbours(evaluators.LabelledImages):
         )
         test_set = self.open()
         test = encode.gather_images(predictor, test_set, **read)
-        train = encode.gather_images(predictor, test_sets.ClassFolders(self.train), **read)
+        train = encode.gather_images(predictor, self.open_train(), **read)
         cosine = scores.unit(test.image_embed) @ scores.unit(train.image_embed).T  # [N, M]
         nearest = np.argsort(-cosine, axis=1, kind="stable")[:, : self.k]
         votes = np.zeros((len(test.labels), len(test_set.classes)))

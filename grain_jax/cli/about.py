@@ -16,6 +16,7 @@ ABOUT = {
     "plan": "tells memory, speed and price of a run on chips that are not here",
     "sweep": "trains every point of a sweep, and tabulates",
     "local": "starts a command as several processes on this machine",
+    "launch-files": "copies the files that start runs on SLURM, GKE, TPU VMs and in containers",
     "aviary": "draws the embedded data set: birds of invented species, with annotations",
     "fetch": "makes data sets of the real pictures in Debian packages: clothes, animals, things",
 }

@@ -84,6 +84,10 @@ COMMANDS = {
         "grain_jax.launch.arguments:local_parser",
         "grain_jax.launch.local:main",
     ),
+    "launch-files": Command(
+        "grain_jax.launch.arguments:files_parser",
+        "grain_jax.launch.files:main",
+    ),
     "aviary": Command(
         "grain_jax.data.aviary.arguments:parser",
         "grain_jax.data.aviary.__main__:main",
@@ -129,12 +133,13 @@ def _main(words: Sequence[str]) -> int | None:
         process.fail(f"grain-jax {name}: no such command; {nearest.did_you_mean(name, known)}")
     command = COMMANDS[name]
     _at(command.parser)().parse_known_args(rest)
+    process.check_limits()
     return _at(command.main)(rest)
 
 
 def help_text() -> str:
     """What `grain-jax --help` prints."""
-    lines = [f"  {name:10}{ABOUT[name]}" for name in COMMANDS]
+    lines = [f"  {name:14}{ABOUT[name]}" for name in COMMANDS]
     return "\n".join(
         [
             "usage: grain-jax COMMAND [--flags]",

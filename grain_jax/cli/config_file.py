@@ -37,6 +37,7 @@ def load(
 
     `total_steps` of the overrides wins over the file's `total_epochs`, and the other way round; so do the two lengths
     of the warm-up. `--config.evals.NAME=None` takes an evaluator out, `--config.evals=None` all.
+    `--config.evals.NAME.KEY` sets `missing` of that entry to "error", where it is not set there too.
     `--config.loss.terms.NAME.KEY` may be a key that the file has not got.
 
     Args:
@@ -71,6 +72,12 @@ def load(
             raise
         raise errors.UserError(" ".join(str(error).split())) from None
     _set_new(config, new)
+    for key in keys:  # what the command line asks for may not be skipped
+        group, _, rest = key.partition(".")
+        name, _, option = rest.partition(".")
+        asked = group == "evals" and option not in ("", "missing")
+        if asked and f"evals.{name}.missing" not in keys and "missing" in config.evals[name]:
+            config.evals[name].missing = "error"
     for pair in config_lib.EITHER_OR:
         for key, other in (pair, pair[::-1]):
             if key in keys and other not in keys:

@@ -15,7 +15,8 @@ def parser() -> Parser:
     add(
         "--classes",
         metavar="FILE",
-        help='{"class name": ["description", ...]} as JSON, or one class a line; the page can edit them',
+        help='{"class name": ["description", ...]} as JSON, or one class a line; the page can edit them (default:'
+        " those of the run's evaluations, where they have descriptions)",
     )
     add(
         "--examples",

@@ -4,9 +4,9 @@ import argparse
 
 from grain_jax.cli.config_parser import ConfigParser
 from grain_jax.cli.parser import KindsParser, Parser
-from grain_jax.cli.train import add_processes
-from grain_jax.cli.values import CHECKPOINT, number, positive
-from grain_jax.config.evals import REGION_ORDERS, STANDALONE
+from grain_jax.cli.train import add_compilation_cache, add_processes
+from grain_jax.cli.values import CHECKPOINT, add_orientation, number, positive
+from grain_jax.config.evals import MOST_DRAWS, REGION_ORDERS, STANDALONE
 
 CACHE = "~/.cache/grain_jax/text_features"
 KINDS = {
@@ -49,7 +49,8 @@ def _kind(name: str) -> Parser:
         out = ConfigParser(prog, KINDS[name], keys=False, more=_MORE, example=example)
     else:
         out = Parser(prog, KINDS[name], more=_MORE, example=example)
-    add = out.add_argument_group("what is measured").add_argument
+    measured = out.add_argument_group("what is measured")
+    add = measured.add_argument
     add("--checkpoint", metavar="DIR", required=True, help=CHECKPOINT)
     if isinstance(out, ConfigParser):
         group = out.add_argument_group("the suite")
@@ -66,6 +67,7 @@ def _kind(name: str) -> Parser:
             if name in ANNOTATED
             else "folder with one sub-folder of images a class",
         )
+        add_orientation(measured)
     if name in ANNOTATED:
         add("--annotations", metavar="A.jsonl", required=True, help="one JSON object a line")
     if name == "near-misses":
@@ -102,6 +104,7 @@ def _kind(name: str) -> Parser:
         default=CACHE,
         help='folder of text embeddings, computed once; "": none',
     )
+    add_compilation_cache(out)
     add_processes(out)
     return out
 
@@ -162,7 +165,7 @@ def _add_linear_probe(out: Parser) -> None:
     add(
         "--seeds",
         metavar="N",
-        type=number(int, 1),
+        type=number(int, 1, MOST_DRAWS),
         default=5,
         help="draws of few shots, which are averaged",
     )

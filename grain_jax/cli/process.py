@@ -1,15 +1,44 @@
 """A command as a process: faults of its user become lines on stderr, and its exit status."""
 
+import contextlib
 import logging
 import os
+import re
+import resource
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from grain_jax import errors
+from grain_jax import errors, printable
 
+LEAST_MEMORY = 4 << 30  # bytes of address space; with less, JAX and TensorFlow abort without a word
 USAGE_ERROR = errors.UserError.status
 _NO_READER = 141  # as a shell says it: 128 + SIGPIPE
+# What lines of progress begin and end with; everything else that moves the terminal becomes an escape.
+_PROGRESS = re.compile(r"(\r?(?:\x1b\[2?K)?)(.*?)((?:\x1b\[K)?\r?)", re.DOTALL)
+
+
+class _Plain:
+    """A stream of text to which file names, URLs and texts of users are printed as `printable.plain`."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def flush(self) -> None:
+        """Writes what is waiting."""
+        self._stream.flush()
+
+    def write(self, text: str) -> int:
+        """Writes the text; returns its length."""
+        if not text.isprintable() and (parts := _PROGRESS.fullmatch(text)):
+            begin, said, end = parts.groups()
+            self._stream.write(begin + printable.plain(said, keep="\n\t") + end)
+        else:
+            self._stream.write(text)
+        return len(text)
 
 
 def fail(message: object, status: int = USAGE_ERROR) -> NoReturn:
@@ -21,29 +50,47 @@ def fail(message: object, status: int = USAGE_ERROR) -> NoReturn:
     sys.exit(status)
 
 
+def check_limits() -> None:
+    """Raises UserError where the shell's limit of memory is too small to import JAX and TensorFlow."""
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY and most < LEAST_MEMORY:
+        raise errors.UserError(
+            f"ulimit -v: got {most >> 10} KiB, expected unlimited, or at least {LEAST_MEMORY >> 10}"
+        )
+
+
 def run(
     main: Callable[[Sequence[str] | None], int | None], arguments: Sequence[str] | None = None
 ) -> NoReturn:
-    """Runs a command and exits with its status.
+    """Runs a command and exits with its status; what it prints cannot move the terminal.
 
     Args:
       main: takes the arguments and returns the status, None for 0.
       arguments: without the program's name; those of this process by default.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
-        with errors.out_of_memory_in_a_line("this command"):
-            status = main(arguments)
-        _flush()
-        sys.exit(status or 0)
-    except errors.UserError as error:
-        fail(error, error.status)
-    except SystemExit:  # of --help, too
-        _flush()
-        raise
-    except BrokenPipeError:
-        _flush()
-        raise
+    with (
+        contextlib.redirect_stdout(_Plain(sys.stdout)),
+        contextlib.redirect_stderr(_Plain(sys.stderr)),
+    ):
+        try:
+            with errors.out_of_memory_in_a_line("this command"):
+                status = main(arguments)
+            _flush()
+            sys.exit(status or 0)
+        except errors.UserError as error:
+            fail(error, error.status)
+        except SystemExit:  # of --help, too
+            _flush()
+            raise
+        except BrokenPipeError:
+            _flush()
+            raise
+        except Exception as error:
+            fault = errors.of_system(error)
+            if fault is None:
+                raise
+            fail(fault, fault.status)
 
 
 def _flush() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from grain_jax.cli.config_parser import ConfigParser
 from grain_jax.cli.values import number
 
-HEARTBEAT_SECONDS = 20
+HEARTBEAT_SECONDS = 100  # JAX's default
 STALL_SECONDS = 1800
 
 
@@ -38,6 +38,7 @@ it is made first.""",
         default=STALL_SECONDS,
         help="seconds without a step after which the run ends with status 124; 0: never",
     )
+    add_compilation_cache(out)
     add_processes(out)
     out.needs = ("--config", "--workdir")
     return out
@@ -48,6 +49,16 @@ class _TrainParser(ConfigParser):
         """As ConfigParser; what --print-shardings prints needs no workdir."""
         missing = super().needed(found)
         return [f for f in missing if not (f == "--workdir" and found.print_shardings)]
+
+
+def add_compilation_cache(out: Any) -> None:
+    """Declares the flag of a command that compiles for long."""
+    out.switch(
+        "--compilation-cache",
+        to=out.add_argument_group("start"),
+        default=True,
+        help="keep compiled programs in the user's cache folder, for the next start",
+    )
 
 
 def add_processes(out: Any) -> None:

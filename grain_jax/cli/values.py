@@ -3,23 +3,14 @@
 import argparse
 import math
 from collections.abc import Callable
+from typing import Any
+
+from grain_jax.config.evals import ORIENTATIONS
 
 # What --checkpoint names, in every command.
 CHECKPOINT = "workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME"
 
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
-
-
-def whole(text: str) -> int:
-    """A whole number, 0 or more."""
-    if text.isdecimal():
-        return int(text)
-    raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, 0 or more")
+MOST = 2**31 - 1  # of a whole number whose declaration does not say less
 
 
 def share(text: str) -> float:
@@ -34,9 +25,11 @@ def share(text: str) -> float:
 
 
 def number(
-    kind: type[int] | type[float], low: float, high: float = math.inf
+    kind: type[int] | type[float], low: float, high: float | None = None
 ) -> Callable[[str], float]:
-    """The type of an argument that is a number in [low, high]."""
+    """The type of an argument that is a number in [low, high]; `high` is MOST of a whole number, else infinite."""
+    if high is None:
+        high = MOST if kind is int else math.inf
 
     def parse(text: str) -> float:
         try:
@@ -46,7 +39,21 @@ def number(
         if value is None or not low <= value <= high:
             what = "a whole number" if kind is int else "a number"
             bounds = f"in {low}..{high}" if high < math.inf else f"of at least {low:g}"
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {what} {bounds}")
+            raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected {what} {bounds}")
         return value
 
     return parse
+
+
+positive = number(int, 1)
+whole = number(int, 0)
+
+
+def add_orientation(group: Any) -> None:
+    """Declares --orientation, of the commands that read image files."""
+    group.add_argument(
+        "--orientation",
+        choices=ORIENTATIONS,
+        default=ORIENTATIONS[0],
+        help="exif turns images as viewers do, and boxes are of those pixels; file takes the pixels as they are stored",
+    )

@@ -44,12 +44,17 @@ _OLDER = dict(
     templates=None,
     missing="error",
     get=None,
+    orientation="exif",
     train=None,
     shots=(),
     seeds=5,
 )
 
+MOST_DRAWS = 1000  # of few shots; more is a typing error
 
+
+# Which pixels of an image file count, where EXIF says how to turn it (files/images.py).
+ORIENTATIONS = ("exif", "file")
 # How the similarities of regions and descriptions [Q, n_c] become the region score of a class.
 REGION_ORDERS = (
     "queries",  # the paper: each query takes its best description, then the mean over queries

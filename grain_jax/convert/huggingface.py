@@ -23,7 +23,7 @@ from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 from grain_jax.convert.reference.parameters import to_params
 from grain_jax.convert.reference.sizes import sizes_of
-from grain_jax.files import images, regular_file
+from grain_jax.files import atomic, images, regular_file
 from grain_jax.input_pipeline import clip_tokenizer
 from grain_jax.pretrained import hub
 from grain_jax.runtime import checkpoint
@@ -83,12 +83,12 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = Non
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            (folder / name).write_text(text)
+            atomic.write_text(folder / name, text)
         _write_weights(folder / WEIGHTS, states)
     proof = _prove_folder(folder, model, params, has_tokenizer)
     with _writing(folder):
         card = model_card.write(model, losses, run, proof, has_tokenizer, repo)
-        (folder / "README.md").write_text(card)
+        atomic.write_text(folder / "README.md", card)
     size = sum(array.size for state in states.values() for array in state.values())
     lines = [f"to-hf: {read_from} -> {folder}", f"{WEIGHTS}: {size:,} values, float32"]
     if not has_tokenizer:
@@ -224,7 +224,8 @@ def _write_weights(path: epath.Path, states: Mapping[str, Mapping[str, np.ndarra
         for module, state in states.items()
         for name, array in state.items()
     }
-    path.write_bytes(_safetensors(path).numpy.save(flat, metadata={"format": "pt"}))
+    content = _safetensors(path).numpy.save(flat, metadata={"format": "pt"})
+    atomic.write_bytes(path, content)
 
 
 def _safetensors(path: epath.Path) -> Any:
@@ -232,7 +233,7 @@ def _safetensors(path: epath.Path) -> Any:
         import safetensors.numpy
     except ImportError as error:
         raise ConvertError(
-            f"{path}: the package safetensors is missing; pip install safetensors"
+            f"{path}: the package safetensors is missing; pip install 'grain_jax[interop]'"
         ) from error
     return safetensors
 
@@ -273,9 +274,13 @@ def _read_config(path: epath.Path) -> config_lib.Model:
     if not regular_file.is_one(path):
         raise ConvertError(f"{path}: no such file; expected a folder written by to-hf")
     with archives.reading(path):
-        towers = archives.read_json(path).get("towers")
+        stored = archives.read_json(path)
+        towers = stored.get("towers")
         if not isinstance(towers, dict):
-            raise ConvertError("got no sizes under towers, expected to-hf's config.json")
+            hint = ""
+            if str(stored.get("model_type")).startswith(("clip", "siglip")):
+                hint = f"; {pretrained.conversion(path.parent)}"
+            raise ConvertError(f"got no sizes under towers, expected to-hf's config.json{hint}")
     with prefixed(f"{path}: "):
         model = config_lib.model_from_dict(towers)
     _check(model)
@@ -290,7 +295,7 @@ def _prove_folder(
         import torch  # noqa: F401 (without it transformers imports, but has no models)
         import transformers
     except ImportError as error:
-        return parity.not_proven(params, f"{error}; pip install torch transformers")
+        return parity.not_proven(params, f"{error}; pip install 'grain_jax[interop]'")
     given = parity.inputs_of(model)
     ours = torch_module.outputs(model, params, given)
     rng = np.random.default_rng(1)

@@ -64,10 +64,10 @@ def state_of_step_0(
     Raises:
       ConvertError: as `load`.
     """
-    state = program.init()
     if {config.init.image, config.init.text, config.init.decoder} == {None}:
-        return state
-    loaded = load(config)
+        return program.init()
+    loaded = load(config)  # before anything is compiled
+    state = program.init()
     for line in loaded.report:
         say(line)
     params = _replace(state.params, program.shardings.params, loaded.params)
@@ -118,6 +118,17 @@ def resize_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
     share = (at - low)[:, None]
     stretched = (1 - share) * positions[low] + share * positions[low + 1]
     return stretched.astype(np.float32)
+
+
+def check(init: config_lib.Init) -> None:
+    """Raises ConvertError where a checkpoint that `init` names is not there; none is read."""
+    for which in towers.TOWERS + ("decoder",):
+        path = getattr(init, which)
+        file = re.sub(r"(\.npz):[^/:].*$", r"\1", path or ".")  # without the sub-tree
+        if not epath.Path(file).exists():
+            raise ConvertError(
+                f"init.{which}: {path}: no such file or folder, expected a checkpoint"
+            )
 
 
 def load(config: config_lib.Config) -> Loaded:

@@ -1,6 +1,5 @@
 """The model card (README.md) of a converted model, from the files of its run."""
 
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.convert import parity
+from grain_jax.files import regular_file
 from grain_jax.runtime import checkpoint, metrics_file
 
 
@@ -28,7 +28,8 @@ def read_run(folder: epath.PathLike) -> Run:
     """
     folder = epath.Path(folder)
     if not (folder / "state").is_dir():
-        notes = json.loads((folder / "config.json").read_text())
+        path = folder / "config.json"
+        notes = regular_file.read_json(path, dict[str, Any], "a converted model's")
         return Run({}, None, {}, None, str(notes.get("source", "")))
     workdir, step = folder.parent.parent, int(folder.name) if folder.name.isdigit() else None
     metrics, measured_at = {}, None

@@ -5,6 +5,7 @@ from typing import Any
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax import errors
 from grain_jax.convert import parity
 from grain_jax.convert.faults import ConvertError
 from grain_jax.runtime import checkpoint
@@ -22,7 +23,8 @@ def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
     """
     path = epath.Path(path)
     if path.exists() and not (path.is_dir() and (path / mark).exists()):
-        if not path.is_dir() or any(path.iterdir()):
+        # Orbax removes what it could not finish when it writes there again.
+        if not path.is_dir() or any(x.suffix != ".orbax-checkpoint-tmp" for x in path.iterdir()):
             raise ConvertError(f"{path}: is in use by something else; expected a new folder")
     return path
 
@@ -41,5 +43,8 @@ def save(
     """
     try:
         checkpoint.save_model(folder, model, params, source=str(source), parity=proof.verdict)
-    except OSError as error:
-        raise ConvertError(f"{folder}: cannot be written ({error})") from error
+    except Exception as error:  # TensorStore raises ValueErrors
+        fault = errors.of_system(error)
+        if fault is None:
+            raise
+        raise ConvertError(f"{folder}: cannot be written: {fault}") from error

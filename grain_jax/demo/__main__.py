@@ -21,7 +21,7 @@ from grain_jax.cli.demo import parser
 
 _EXAMPLES = 12
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff".split())
-_CLASSES = {  # of the example images that are drawn by default
+_CLASSES = {  # of the example images that are drawn by default, where the run has none of its own
     "house": ("a red triangular roof", "a brown door", "a square wall"),
     "boat": ("a white sail", "a brown hull", "blue water"),
     "tree": ("a round green top", "a brown trunk", "green grass"),
@@ -33,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(words)
     if importlib.util.find_spec("gradio") is None:
         raise errors.UserError(
-            'the page needs gradio, which is not installed; run: pip install "gradio>=6"'
+            'the page needs gradio, which is not installed; run: pip install "grain_jax[demo]"'
         )
     _check_address(arguments.host, arguments.port)
     with tempfile.TemporaryDirectory(prefix="grain_jax_demo_") as folder:
@@ -49,10 +49,14 @@ def _serve(arguments: argparse.Namespace, uploads: epath.Path, folder: epath.Pat
     # JAX and Gradio take seconds to import.
     from grain_jax import inference
     from grain_jax.demo import analysis, class_lists, page
+    from grain_jax.runtime import compiled
 
-    classes = class_lists.read(arguments.classes) if arguments.classes else _CLASSES
+    compiled.use()
+
+    classes = class_lists.read(arguments.classes) if arguments.classes else None
     examples = _examples(arguments.examples, folder)
     predictor = inference.load(arguments.checkpoint)
+    classes = classes or class_lists.of_run(predictor.folder or "") or _CLASSES
     analyst = analysis.Analyst(predictor)
     about = f"`{arguments.checkpoint}`: images of {predictor.model.image.image_size} pixels,"
     about += f" {analyst.queries or 'no'} regions."

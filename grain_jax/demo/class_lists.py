@@ -1,12 +1,15 @@
 """Parses the classes that a user types or loads from a file, and checks their number and length."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 
 from etils import epath
 
 from grain_jax import errors
-from grain_jax.files import annotations
+from grain_jax.evaluate import class_names
+from grain_jax.files import annotations, regular_file
+from grain_jax.runtime import checkpoint
 
 # Upper bounds of the input:
 MANY = 1000  # classes
@@ -22,6 +25,24 @@ Classes = dict[str, tuple[str, ...]]  # name -> descriptions; without any: names
 
 class DemoError(errors.UserError):
     """Bad input from the user; the message is one line."""
+
+
+def of_run(folder: epath.PathLike) -> Classes | None:
+    """The classes that a run is evaluated on: the first descriptions of its config, in JSON, that can be read here.
+
+    Args:
+      folder: of the checkpoint. None: it has no config, as a converted model, or names no such local file.
+    """
+    config = epath.Path(folder) / "config"
+    evals = checkpoint.read_json(folder, "config").get("evals") if config.is_dir() else None
+    for entry in (evals or {}).values():
+        path = entry.get("descriptions") or "://"
+        if "://" not in path:
+            with contextlib.suppress(errors.UserError, UnicodeDecodeError):
+                text = regular_file.read(path, LARGE, _JSON).decode()
+                if text.lstrip().startswith("{"):  # a stored config may name any file
+                    return parse(text)
+    return None
 
 
 def parse(text: str) -> Classes:
@@ -49,7 +70,7 @@ def parse(text: str) -> Classes:
             pairs.append((name, rest.split(";")))
     classes: Classes = {}
     for name, descriptions in pairs:
-        name = name.strip()
+        name = class_names.composed(name.strip())
         if name in classes:
             raise DemoError(f"class {name!r}: given twice, expected once; remove one")
         classes[name] = tuple(d.strip() for d in descriptions if d.strip())

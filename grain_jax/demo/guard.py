@@ -17,8 +17,13 @@ from typing import Any
 from etils import epath
 
 MAX_FILE = 32 << 20  # bytes of an upload
+MAX_FILES = 8  # of an upload; the page sends one
 MAX_CALL = 1 << 20  # bytes of any other call
 MAX_STORED = 1 << 30  # bytes of all uploads that are not deleted yet
+_LEAST = (
+    64 << 10
+)  # bytes that a file counts for, so that small ones do not fill the disk's tables either
+_FORM = re.compile(rb"multipart/form-data; *boundary=([!-~]{1,70})")
 _ENVELOPE = 64 << 10  # bytes around the file in an upload
 _API = "/gradio_api"
 _UPLOAD = f"{_API}/upload"
@@ -60,7 +65,13 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun = False
+        begun = ended = False
+
+        async def heard():
+            nonlocal ended
+            message = await receive()
+            ended = not message.get("more_body", False)
+            return message
 
         async def answer(message):
             nonlocal begun
@@ -68,10 +79,10 @@ class Guard:
             await send(message)
 
         try:
-            await self._app(scope, await self._checked(scope, receive), answer)
+            await self._app(scope, await self._checked(scope, heard), answer)
         except Refused as error:
-            if error.status == 413:
-                await _read_on(receive)
+            if error.status == 413 and not ended:
+                await _read_on(heard)
             await _refuse(answer, error.status, str(error), begun)
         except Exception as error:  # Gradio raises many types for malformed requests
             reason = _line(f"{type(error).__name__}: {error}")
@@ -91,10 +102,14 @@ class Guard:
             if _stored(self._folder) > MAX_STORED:
                 raise Refused(413, "too many uploads are stored here; try again in an hour")
             most, limit = MAX_FILE + _ENVELOPE, f"{MAX_FILE >> 20} MiB a file"
-            length = dict(scope["headers"]).get(b"content-length", b"")
+            headers = dict(scope["headers"])
+            length = headers.get(b"content-length", b"")
             if length.isdigit() and int(length[:20]) > most:
                 raise Refused(413, f"expected at most {limit}")
-            return _bounded(receive, most, limit)
+            form = _FORM.fullmatch(headers.get(b"content-type", b""))
+            if form is None:
+                raise Refused(400, "expected a form with a file")
+            return _few(_bounded(receive, most, limit), b"--" + form[1])
         receive = _bounded(receive, MAX_CALL, f"{MAX_CALL >> 20} MiB")
         body, more = b"", True
         while more:
@@ -130,6 +145,23 @@ def _bounded(receive: Callable, most: int, limit: str) -> Callable:
     return bounded
 
 
+def _few(receive: Callable, mark: bytes) -> Callable:
+    """A `receive` that enforces MAX_FILES; `mark` stands before each file and at the end."""
+    marks, tail = 0, b""
+
+    async def few():
+        nonlocal marks, tail
+        message = await receive()
+        body = tail + message.get("body", b"")
+        marks += body.count(mark)
+        tail = body[1 - len(mark) :]
+        if marks > MAX_FILES + 1:
+            raise Refused(413, f"expected at most {MAX_FILES} files")
+        return message
+
+    return few
+
+
 def _repeated(body: bytes, receive: Callable) -> Callable:
     """A `receive` that returns `body`, which has been read already."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
@@ -150,7 +182,7 @@ async def _read_on(receive: Callable) -> None:
 
 
 def _stored(folder: str) -> int:
-    """Deletes abandoned uploads; returns the bytes of all files that remain in the folder and its sub-folders."""
+    """Deletes abandoned uploads; returns the bytes that all files count for in the folder and its sub-folders."""
     total = 0
     # Gradio moves a complete upload into a sub-folder.
     for pattern in ("*", "*/*"):
@@ -162,7 +194,7 @@ def _stored(folder: str) -> int:
                 if pattern == "*" and time.time() - found.st_mtime > _ABANDONED:
                     path.unlink()
                 else:
-                    total += found.st_size
+                    total += max(found.st_size, _LEAST)
     return total
 
 

@@ -6,7 +6,7 @@ It makes no request to any network: no fonts, no analytics, no sharing. A user e
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 # Read when Gradio and huggingface_hub are imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -20,10 +20,26 @@ from starlette import middleware  # noqa: E402
 
 from grain_jax import errors  # noqa: E402
 from grain_jax.demo import analysis, class_lists, guard, views  # noqa: E402
-from grain_jax.files import annotations
+from grain_jax.files import annotations, regular_file
 
 _UPLOADS_KEPT = 3600  # seconds
 _WAITING = 100  # calls at most
+
+
+class _Meta(TypedDict):
+    _type: Literal["gradio.FileData"]
+
+
+class _Upload(TypedDict):
+    """What the page sends of an uploaded file."""
+
+    path: str
+    meta: _Meta
+    url: NotRequired[str | None]
+    size: NotRequired[int | None]
+    orig_name: NotRequired[str | None]
+    mime_type: NotRequired[str | None]
+    is_stream: NotRequired[bool]
 
 
 def build(
@@ -261,8 +277,11 @@ def _expected(component: object, value: Any, folder: str) -> str:
 
 
 def _is_upload(value: Any, folder: str) -> bool:
-    path = value.get("path") if isinstance(value, dict) else None
-    if not isinstance(path, str) or not path.startswith("/") or "\0" in path:
+    try:
+        path = regular_file.checked(value, _Upload, "data", "an upload")["path"]
+    except regular_file.FileError:
+        return False
+    if not path.startswith("/") or "\0" in path:
         return False
     file = epath.Path(path).resolve()
     return file.is_relative_to(epath.Path(folder).resolve()) and file.is_file()

@@ -21,19 +21,24 @@ from grain_jax.evaluate import encode, evaluators, suite, tables, zeroshot
 from grain_jax.evaluate.test_sets import InputError
 from grain_jax.files import annotations, atomic
 from grain_jax.inference import text_cache
-from grain_jax.runtime import distributed, processes
+from grain_jax.runtime import compiled, distributed, processes, saved_model
 
 
 def _entry(args: argparse.Namespace) -> config.Evaluator:
     """The entry of `config.evals` that the command is."""
     if args.command == "linear-probe":
         return evaluators.LinearProbe(
-            images=args.images, train=args.train, shots=tuple(args.shots), seeds=args.seeds
+            images=args.images,
+            orientation=args.orientation,
+            train=args.train,
+            shots=tuple(args.shots),
+            seeds=args.seeds,
         )
     if args.command == "zeroshot":
         alphas = list(dict.fromkeys(sum(args.alpha, []))) if args.alpha else None
         return evaluators.ZeroShot(
             images=args.images,
+            orientation=args.orientation,
             descriptions=args.descriptions,
             alphas=tuple(zeroshot.check_alphas(alphas, args.descriptions, args.names)),
             names=args.names,
@@ -41,7 +46,7 @@ def _entry(args: argparse.Namespace) -> config.Evaluator:
             unit_features=args.unit_features,
             templates=args.templates,
         )
-    given = dict(images=args.images, annotations=args.annotations)
+    given = dict(images=args.images, annotations=args.annotations, orientation=args.orientation)
     if args.command == "boxes":
         return evaluators.Boxes(**given, classes=args.classes, templates=args.templates)
     if args.command == "near-misses":
@@ -60,6 +65,7 @@ def _output(path: str, name: str = "--output") -> epath.Path:
         raise InputError(f"{name}: {output} is a folder, expected a file to write")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        atomic.check(output)
     except OSError as error:
         raise InputError(f"{name}: {output}: {error.strerror or error}") from None
     return output
@@ -74,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = parser().parse_args(arguments)
         if args.command == "suite":
             args.suite = _config(args)
+        compiled.use(args.compilation_cache)
         distributed.initialize(
             args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
         )
@@ -109,6 +116,7 @@ def _load(args: argparse.Namespace):
 
 def _suite(args: argparse.Namespace) -> int:
     output = processes.run_together(lambda: _output(args.output))
+    processes.run_together(lambda: saved_model.find(args.checkpoint))
     return suite.run(
         args.suite,
         output,
@@ -127,6 +135,7 @@ def _one(args: argparse.Namespace) -> int:
             lambda: _output(args.predictions, "--predictions")
         )
     output, entry = processes.run_together(lambda: (_output(args.output), _entry(args)))
+    processes.run_together(lambda: saved_model.find(args.checkpoint))
     processes.run_together(entry.check)  # before the checkpoint is read
     predictor = processes.run_together(lambda: _load(args))
     began = time.monotonic()
@@ -145,7 +154,9 @@ def _one(args: argparse.Namespace) -> int:
             "descriptions_file": args.descriptions,
         }
     result |= {
-        k: getattr(args, k) for k in ("checkpoint", "images", "train", "annotations") if k in args
+        k: getattr(args, k)
+        for k in ("checkpoint", "images", "orientation", "train", "annotations")
+        if k in args
     }
     try:
         atomic.write_text(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")

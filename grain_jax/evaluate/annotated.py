@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from grain_jax import printable
-from grain_jax.evaluate import encode
+from grain_jax.evaluate import encode, test_sets
 from grain_jax.evaluate.test_sets import InputError
 from grain_jax.files import annotations as annotations_lib
 from grain_jax.runtime import processes
@@ -19,6 +19,12 @@ class Annotated(NamedTuple):
     read: annotations_lib.Annotations
     records: list[annotations_lib.Annotation]
     folder: epath.Path  # the paths of the records start from it
+    orientation: str = "exif"  # of the images, as of `files.images`
+
+    @property
+    def images(self) -> list[test_sets.Image]:
+        """The records' images."""
+        return [test_sets.of_path(path, orientation=self.orientation) for path in self.paths]
 
     @property
     def paths(self) -> list[epath.Path]:
@@ -31,6 +37,7 @@ def read(
     annotations: epath.PathLike,
     usable: Callable[[annotations_lib.Annotation], Any],
     none_usable: str,
+    orientation: str = "exif",
 ) -> Annotated:
     """Reads annotations and selects those for which `usable` is true.
 
@@ -43,21 +50,27 @@ def read(
     records = [record for record in found.records if usable(record)]
     if not records:
         raise InputError(f"{annotations}: {none_usable}")
-    return Annotated(found, records, folder)
+    return Annotated(found, records, folder, orientation)
 
 
-def read_captions(images: epath.PathLike, annotations: epath.PathLike) -> Annotated:
+def read_captions(
+    images: epath.PathLike, annotations: epath.PathLike, orientation: str = "exif"
+) -> Annotated:
     """The annotations with a caption; raises as `read`."""
     return read(
         images,
         annotations,
         lambda record: record.captions or record.synthetic_caption,
         "no line has a caption; expected captions to retrieve",
+        orientation,
     )
 
 
 def read_regions(
-    images: epath.PathLike, annotations: epath.PathLike, expected: str = "described boxes"
+    images: epath.PathLike,
+    annotations: epath.PathLike,
+    orientation: str = "exif",
+    expected: str = "described boxes",
 ) -> Annotated:
     """The annotations with a region; raises as `read`."""
     return read(
@@ -65,6 +78,7 @@ def read_regions(
         annotations,
         lambda record: record.regions,
         f"no line has a region; expected {expected}",
+        orientation,
     )
 
 
@@ -91,7 +105,7 @@ def gather(
     """The records whose image can be read, and these images encoded; arguments as of `encode.encode_images`."""
     seen = encode.gather_images(
         predictor,
-        annotated.paths,
+        annotated.images,
         label=label,
         unreadable=unreadable,
         regions=regions,

@@ -27,6 +27,7 @@ def evaluate(
     annotations: epath.PathLike,
     classes: str | None = None,
     templates: epath.PathLike | None = None,
+    orientation: str = "exif",
     batch_size: int = encode.BATCH_SIZE,
 ) -> dict[str, Any]:
     """Classifies every annotated box: by the box head and by the query that overlaps the box most, as the model has them.
@@ -38,6 +39,7 @@ def evaluate(
       classes: a class file (see `class_names`). A description stands for the class with that label or name; boxes
         with other descriptions are left out and counted. Default: the distinct descriptions.
       templates: file of prompts, one per line; default: the general set of the package.
+      orientation: of the images, as of `files.images`.
       batch_size: images at a time.
 
     Returns: counts; `chance` (of top-1), `chance_top5`; under `box_head` (by the embedding of the box), `region` (by that
@@ -52,7 +54,7 @@ def evaluate(
         annotations, class file or prompts cannot be used.
     """
     annotated = annotated_lib.read_regions(
-        images, annotations, "boxes with class names as descriptions"
+        images, annotations, orientation, "boxes with class names as descriptions"
     )
     filled = prompts.load_templates(templates)
     listed = None if classes is None else class_names.read(classes)

@@ -6,12 +6,14 @@ TFDS set that it describes.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from etils import epath
 
 from grain_jax import errors
+from grain_jax.files import regular_file
 
 SHIPPED = epath.Path(__file__).parent / "classes"
 # A value of `classes`: the ImageNet class names of the package open_clip. Two names occur twice (missile, sunglasses).
@@ -80,13 +82,13 @@ def read(classes: str) -> list[Line]:
     path = SHIPPED / f"{classes}.txt"
     if "/" in classes or not path.exists():
         path = epath.Path(classes)
-    if not path.is_file():
-        raise ClassNameError(
-            f"classes {classes}: no such file, expected one class a line, or one of {shipped()}"
-        )
+    try:
+        text = regular_file.read_text(path, f"one class a line, or one of {shipped()}")
+    except regular_file.FileError as error:
+        raise ClassNameError(f"classes {error}") from None
     rows = [
         [text.strip() for text in line.split("\t")]
-        for line in path.read_text(encoding="utf-8").splitlines()
+        for line in composed(text).splitlines()
         if line.strip() and not line.startswith("#")
     ]
     if not rows or not all(text for row in rows for text in row):
@@ -102,6 +104,11 @@ def read(classes: str) -> list[Line]:
     if twice:
         raise ClassNameError(f"classes {path}: got the label {twice[0]!r} twice, expected it once")
     return lines
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's form NFC, in which names are compared: files and folders of macOS may have NFD."""
+    return unicodedata.normalize("NFC", name)
 
 
 def shipped() -> str:
@@ -145,8 +152,10 @@ def _stem(label: str) -> str:
 
 
 def _texts(labels: Sequence[str] | None) -> Sequence[str] | None:
-    """The labels; None if they are 0, 1, 2, ..., which TFDS gives to a set without label names."""
-    return None if labels is None or list(labels) == list(map(str, range(len(labels)))) else labels
+    """The labels, composed; None if they are 0, 1, 2, ..., which TFDS gives to a set without label names."""
+    if labels is None or list(labels) == list(map(str, range(len(labels)))):
+        return None
+    return [composed(label) for label in labels]
 
 
 def _readable_labels(labels: Sequence[str] | None, count: int) -> list[str]:
@@ -181,7 +190,7 @@ def _open_clip() -> list[Line]:
     except ImportError:
         raise ClassNameError(
             f"classes {OPEN_CLIP}: got no package open_clip, expected it;"
-            " pip install open_clip_torch"
+            " pip install 'grain_jax[interop]'"
         ) from None
     wnids = [line.label for line in read("imagenet2012")]  # sorted, as the names of open_clip are
     return [Line(*pair) for pair in zip(wnids, IMAGENET_CLASSNAMES, strict=True)]

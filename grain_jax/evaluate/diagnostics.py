@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import sys
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from etils import epath
@@ -17,7 +17,7 @@ from etils import epath
 from grain_jax.evaluate import annotated as annotated_lib
 from grain_jax.evaluate import encode, grounding, rates
 from grain_jax.evaluate.test_sets import InputError
-from grain_jax.files import atomic
+from grain_jax.files import atomic, regular_file
 from grain_jax.inference import scores
 from grain_jax.losses import boxes
 from grain_jax.runtime import processes
@@ -32,6 +32,7 @@ def evaluate(
     *,
     images: epath.PathLike,
     annotations: epath.PathLike,
+    orientation: str = "exif",
     batch_size: int = encode.BATCH_SIZE,
     state_path: epath.PathLike | None = None,
     step: int | None = None,
@@ -42,6 +43,7 @@ def evaluate(
       predictor: the model.
       images: the folder that the annotations' paths start from.
       annotations: `A.jsonl`; images without regions are left out.
+      orientation: of the images, as of `files.images`.
       batch_size: images at a time.
       state_path: JSON file with the matching of the last KEPT evaluations of the run, and the newest result; the
         first process writes it. None: no `matching_stability`.
@@ -66,7 +68,7 @@ def evaluate(
     """
     if (state_path is None) != (step is None):
         raise ValueError(f"state_path and step go together: got {state_path!r} and {step!r}")
-    annotated = annotated_lib.read_regions(images, annotations)
+    annotated = annotated_lib.read_regions(images, annotations, orientation)
     unreadable: dict[str, str] = {}
     kept, seen = annotated_lib.gather(
         predictor, annotated, label="diagnostics", unreadable=unreadable, batch_size=batch_size
@@ -150,16 +152,27 @@ def _digest(paths: list[str], described: grounding.Described, queries: int) -> s
     return hashlib.sha256(json.dumps([paths, lists, queries]).encode()).hexdigest()
 
 
+class _Evaluation(TypedDict):
+    step: int
+    query: list[int]
+
+
+class _Stored(TypedDict):
+    regions: str
+    evaluations: list[_Evaluation]
+
+
 class _State:
     """The file with the matchings of earlier evaluations (before `step`) of the same regions."""
 
     def __init__(self, path: epath.Path, regions: str, step: int):
         self._path, self._regions, self._step = path, regions, step
-        self._before: list[dict[str, Any]] = []  # {"step": int, "query": of each matched region}
+        self._before: list[_Evaluation] = []  # {"step": int, "query": of each matched region}
         try:
-            stored = json.loads(path.read_text()) if path.exists() else None
-        except ValueError:  # a diagnostic must not end a run
-            print(f"{path}: no JSON; matching stability starts anew", file=sys.stderr)
+            expected = "matchings of earlier evaluations"
+            stored = regular_file.read_json(path, _Stored, expected) if path.exists() else None
+        except regular_file.FileError as error:  # a diagnostic must not end a run
+            print(f"{error}; matching stability starts anew", file=sys.stderr)
             return
         if stored and stored["regions"] == regions:
             self._before = [e for e in stored["evaluations"] if e["step"] < step]

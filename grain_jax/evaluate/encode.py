@@ -81,7 +81,7 @@ class Encoded(NamedTuple):
 
 def gather_images(
     predictor: Predictor,
-    images: test_sets.TestSet | Sequence[epath.PathLike],
+    images: test_sets.TestSet | Sequence[test_sets.Image | epath.PathLike],
     *,
     label: str,
     unreadable: dict[str, str],
@@ -117,7 +117,7 @@ def gather_images(
 
 def encode_images(
     predictor: Predictor,
-    images: test_sets.TestSet | Sequence[epath.PathLike],
+    images: test_sets.TestSet | Sequence[test_sets.Image | epath.PathLike],
     *,
     label: str,
     unreadable: dict[str, str],
@@ -133,7 +133,7 @@ def encode_images(
 
     Args:
       predictor: the model.
-      images: a test set, or the paths of images.
+      images: a test set, images of one, or the paths of images.
       label: the name of the set in the progress line.
       unreadable: gets, after the last batch, name -> reason for each image that any process left out.
       regions: whether region embeddings are computed too.
@@ -147,7 +147,10 @@ def encode_images(
     """
     mine = processes.share(len(images))
     if isinstance(images, Sequence):
-        stretch = (test_sets.of_path(images[position]) for position in mine)
+        stretch = (
+            each if isinstance(each, test_sets.Image) else test_sets.of_path(each)
+            for each in itertools.islice(images, mine.start, mine.stop)
+        )
     else:
         stretch = images.images(mine)
     left_out: dict[str, str] = {}

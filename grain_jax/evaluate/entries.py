@@ -11,12 +11,22 @@ from grain_jax.runtime import processes
 
 
 def present(entries: Mapping[str, config.Evaluator]) -> dict[str, config.Evaluator]:
-    """The entries whose data is there, the same on every process. Prints a line on stderr for each skipped entry."""
+    """The entries whose data is there, checked; the same on every process. A skipped one is a line on stderr.
+
+    Raises:
+      errors.UserError: an entry cannot be used, or its data is not there and may not be missing; each line names it.
+    """
     out = {}
     for name, entry in entries.items():
+        line = ""
         try:
-            out[name], line = processes.run_together(entry.available)
-        except errors.MissingData as error:
+            found, line = processes.run_together(entry.available)
+            processes.run_together(found.check)
+            out[name] = found
+        except errors.UserError as error:
+            if not isinstance(error, errors.MissingData) or entry.missing != "skip":
+                lines = str(error).split("\n")
+                raise errors.UserError("\n".join(f"evals.{name}: {x}" for x in lines)) from error
             line = f"skipped: {error}"
         if line and processes.process_info()[0] == 0:
             print(f"evals.{name}: {line}", file=sys.stderr, flush=True)

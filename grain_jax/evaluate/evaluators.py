@@ -10,7 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from grain_jax import config, errors
-from grain_jax.config.evals import STANDALONE, Context, exists, expanduser, same_place
+from grain_jax.config.evals import (
+    MOST_DRAWS,
+    ORIENTATIONS,
+    STANDALONE,
+    Context,
+    exists,
+    expanduser,
+    same_place,
+)
 
 if TYPE_CHECKING:
     from grain_jax.evaluate.annotated import Annotated
@@ -24,10 +32,14 @@ class LabelledImages(config.Evaluator):
     """Base of the evaluators on images with classes.
 
     Options: `images`, a folder with one sub-folder per class, or `tfds`, a set of TensorFlow Datasets, with `split`
-    and `data_dir`; `classes`, the class names.
+    and `data_dir`; `classes`, the class names; `orientation`.
     """
 
     images: str = ""  # folder that holds the class folders
+    # Of the images of folders: "exif", as a viewer shows them, or "file", as their pixels are stored.
+    orientation: str = dataclasses.field(
+        default=ORIENTATIONS[0], metadata={"choices": ORIENTATIONS}
+    )
     tfds: str | None = None  # or a TFDS set: "name" or "name/config:version"
     split: str = "test"  # of the TFDS set
     data_dir: str | None = None  # of TFDS; None: the default of TFDS
@@ -63,7 +75,7 @@ class LabelledImages(config.Evaluator):
         from grain_jax.evaluate import test_sets
 
         if self.tfds is None:
-            return test_sets.ClassFolders(folder, self.classes, self.get)
+            return test_sets.ClassFolders(folder, self.classes, self.get, self.orientation)
         return test_sets.TfdsSet(self.tfds, split, self.data_dir, self.classes, self.get)
 
     def check(self) -> int:
@@ -74,11 +86,15 @@ class LabelledImages(config.Evaluator):
 class AnnotatedImages(config.Evaluator):
     """Base of the evaluators on images with annotations.
 
-    Options: `images`, a folder, and `annotations`, the file `A.jsonl` (format: docs/annotate.md).
+    Options: `images`, a folder, and `annotations`, the file `A.jsonl` (format: docs/annotate.md); `orientation`.
     """
 
     images: str = ""  # folder that the paths of the annotations start from
     annotations: str | None = None  # A.jsonl
+    # Of the images: "exif", as a viewer shows them, or "file", as their pixels are stored. Boxes are of these pixels.
+    orientation: str = dataclasses.field(
+        default=ORIENTATIONS[0], metadata={"choices": ORIENTATIONS}
+    )
 
     @property
     def data(self) -> tuple[str | None, ...]:
@@ -97,11 +113,17 @@ class AnnotatedImages(config.Evaluator):
             )
         return expanduser(self.images), expanduser(self.annotations)
 
+    @property
+    def given(self) -> dict[str, str]:
+        """The arguments of `evaluate` that every function of these evaluators takes."""
+        images, annotations = self.paths
+        return dict(images=images, annotations=annotations, orientation=self.orientation)
+
     def read(self) -> "Annotated":
         """The annotations that have a region; raises the errors of annotated.read."""
         from grain_jax.evaluate import annotated
 
-        return annotated.read_regions(*self.paths)
+        return annotated.read_regions(**self.given)
 
     def check(self) -> int:
         return self._check(_Attempts())
@@ -228,7 +250,7 @@ class LinearProbe(LabelledImages):
         int, ...
     ] = ()  # training images per class, one probe for each number; 0 and (): all
     seeds: int = dataclasses.field(
-        default=5, metadata={"low": 1}
+        default=5, metadata={"low": 1, "high": MOST_DRAWS}
     )  # random draws of each few-shot probe
 
     def faults(self) -> list[str]:
@@ -299,15 +321,12 @@ class Retrieval(AnnotatedImages):
     def read(self) -> "Annotated":
         from grain_jax.evaluate import annotated
 
-        return annotated.read_captions(*self.paths)
+        return annotated.read_captions(**self.given)
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         from grain_jax.evaluate import retrieval
 
-        images, annotations = self.paths
-        return retrieval.evaluate(
-            predictor, images=images, annotations=annotations, batch_size=context.batch_size
-        )
+        return retrieval.evaluate(predictor, **self.given, batch_size=context.batch_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,10 +357,7 @@ class Grounding(AnnotatedRegions):
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         from grain_jax.evaluate import grounding
 
-        images, annotations = self.paths
-        return grounding.evaluate(
-            predictor, images=images, annotations=annotations, batch_size=context.batch_size
-        )
+        return grounding.evaluate(predictor, **self.given, batch_size=context.batch_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -369,7 +385,9 @@ class Boxes(AnnotatedRegions):
     def read(self) -> "Annotated":
         from grain_jax.evaluate import annotated
 
-        return annotated.read_regions(*self.paths, "boxes with class names as descriptions")
+        return annotated.read_regions(
+            **self.given, expected="boxes with class names as descriptions"
+        )
 
     def check(self) -> int:
         from grain_jax.evaluate import class_names
@@ -384,11 +402,9 @@ class Boxes(AnnotatedRegions):
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         from grain_jax.evaluate import box_classes
 
-        images, annotations = self.paths
         return box_classes.evaluate(
             predictor,
-            images=images,
-            annotations=annotations,
+            **self.given,
             classes=self.classes,
             templates=_at_home(self.templates),
             batch_size=context.batch_size,
@@ -414,11 +430,9 @@ class NearMisses(AnnotatedImages):
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         from grain_jax.evaluate import near_misses
 
-        images, annotations = self.paths
         return near_misses.evaluate(
             predictor,
-            images=images,
-            annotations=annotations,
+            **self.given,
             negatives=self.negatives,
             batch_size=context.batch_size,
         )
@@ -441,10 +455,7 @@ class Maps(AnnotatedImages):
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         from grain_jax.evaluate import maps
 
-        images, annotations = self.paths
-        return maps.evaluate(
-            predictor, images=images, annotations=annotations, batch_size=context.batch_size
-        )
+        return maps.evaluate(predictor, **self.given, batch_size=context.batch_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -466,11 +477,9 @@ class Diagnostics(AnnotatedRegions):
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         from grain_jax.evaluate import diagnostics
 
-        images, annotations = self.paths
         return diagnostics.evaluate(
             predictor,
-            images=images,
-            annotations=annotations,
+            **self.given,
             batch_size=context.batch_size,
             state_path=context.state_path,
             step=context.step,

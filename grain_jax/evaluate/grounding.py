@@ -64,6 +64,7 @@ def evaluate(
     *,
     images: epath.PathLike,
     annotations: epath.PathLike,
+    orientation: str = "exif",
     batch_size: int = encode.BATCH_SIZE,
 ) -> dict[str, Any]:
     """Compares predicted regions with the described boxes of each image.
@@ -72,6 +73,7 @@ def evaluate(
       predictor: the model.
       images: the folder that the annotations' paths start from.
       annotations: `A.jsonl`; images without regions are left out.
+      orientation: of the images, as of `files.images`.
       batch_size: images at a time.
 
     Returns: counts, and (95% intervals of shares: `_low`, `_high`)
@@ -90,7 +92,7 @@ def evaluate(
     Raises:
       test_sets.InputError, annotations.AnnotationError: the images or the annotations cannot be used.
     """
-    annotated = annotated_lib.read_regions(images, annotations)
+    annotated = annotated_lib.read_regions(images, annotations, orientation)
     unreadable: dict[str, str] = {}
     kept, seen = annotated_lib.gather(
         predictor, annotated, label="grounding", unreadable=unreadable, batch_size=batch_size
@@ -148,7 +150,7 @@ def _phrase_rates(
     similarity = np.einsum(
         "pqd,pd->pq", scores.unit(region_embed)[pairs[:, 0]], text_embed[pairs[:, 1]]
     )[pair_of.reshape(-1)]  # [P, Q]
-    best = similarity == similarity.max(axis=1, keepdims=True)
+    best = similarity >= similarity.max(axis=1, keepdims=True) - rates.TIE
     share = best / best.sum(axis=1, keepdims=True)  # ties broken at random
 
     true_boxes_xyxy = described.boxes_xyxy[phrases.box]  # [K, 4]

@@ -31,6 +31,7 @@ MAX_ITERATIONS = 1000
 EXPONENTS = tuple(range(-6, 7, 2))
 _HALVINGS = 4  # of the step of the search: from 2 decades to 1/8 decade
 _SEED = 0  # of the splits
+_TIE = 1e-9  # of the largest logit of an image: logits of float64 nearer than this are equal but for rounding
 _ONE_THREAD = (
     10**9
 )  # multiplications per iteration; below this number one thread is faster than several
@@ -135,7 +136,7 @@ def check(test: test_sets.TestSet, train: test_sets.TestSet | None, shots: Seque
 def check_scikit_learn() -> None:
     """Raises InputError if scikit-learn is not installed."""
     if importlib.util.find_spec("sklearn") is None:
-        raise InputError("linear_probe: needs scikit-learn: pip install -e '.[probe]'")
+        raise InputError("linear_probe: needs scikit-learn: pip install 'grain_jax[probe]'")
 
 
 def check_shots(number: int, counts: np.ndarray, classes: Sequence[str]) -> None:
@@ -169,8 +170,8 @@ def fit(learnt: Data, validation: Data, final: Data) -> Fitted:
             model, _ = _regression(learnt, 10.0**exponent)
             scores = _scores(model, validation.embed, int(validation.label.max()) + 1)
             loss = float(_log_loss(scores, validation.label))
-            right = validation.label[:, None] == np.arange(scores.shape[1])
-            tried[exponent] = (float(rates.topk_hits(scores, right, 1).mean()), -loss, -exponent)
+            hits = _hits(scores, validation.label, 1)
+            tried[exponent] = (float(hits.mean()), -loss, -exponent)
         return tried[exponent]
 
     step, best = float(EXPONENTS[1] - EXPONENTS[0]), float(max(EXPONENTS, key=rank))
@@ -293,9 +294,15 @@ def student_interval(values: np.ndarray) -> tuple[float, float]:
 def _rates(model: Any, tested: Data, classes: Sequence[str]) -> dict[str, Any]:
     """The rates of a regression on the test images, over all and for each class that has some."""
     scores = _scores(model, tested.embed, len(classes))
-    right = tested.label[:, None] == np.arange(len(classes))
-    top1, top5 = (rates.topk_hits(scores, right, k) for k in (1, 5))
+    top1, top5 = (_hits(scores, tested.label, k) for k in (1, 5))
     return rates.of_classes(top1, top5, tested.label, list(classes))
+
+
+def _hits(scores: np.ndarray, label: np.ndarray, k: int) -> np.ndarray:
+    """`rates.topk_hits` of logits [N, C], which are float64 and of any size: they tie relative to an image's largest."""
+    largest = np.abs(scores, where=np.isfinite(scores), out=np.zeros_like(scores)).max(axis=1)
+    right = label[:, None] == np.arange(scores.shape[1])
+    return rates.topk_hits(scores, right, k, tie=_TIE * largest[:, None])
 
 
 def _regression(data: Data, c: float) -> tuple[Any, bool]:

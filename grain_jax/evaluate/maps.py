@@ -31,6 +31,7 @@ def evaluate(
     *,
     images: epath.PathLike,
     annotations: epath.PathLike,
+    orientation: str = "exif",
     batch_size: int = encode.BATCH_SIZE,
 ) -> dict[str, Any]:
     """Compares the similarity map of each phrase with its boxes.
@@ -39,6 +40,7 @@ def evaluate(
       predictor: the model.
       images: the folder that the annotations' paths start from.
       annotations: `A.jsonl`; images without regions are left out.
+      orientation: of the images, as of `files.images`.
       batch_size: images at a time.
 
     Returns: counts; `pointing`, the share of phrases whose highest cell has its centre in a box of theirs, with a 95%
@@ -49,7 +51,7 @@ def evaluate(
     Raises:
       test_sets.InputError, annotations.AnnotationError: the images or the annotations cannot be used.
     """
-    annotated = annotated_lib.read_regions(images, annotations)
+    annotated = annotated_lib.read_regions(images, annotations, orientation)
     place: dict[str, int] = {}
     for record in annotated.records:
         for region in record.regions:
@@ -61,7 +63,7 @@ def evaluate(
     def of_batches():
         for batch in encode.encode_images(
             predictor,
-            annotated.paths,
+            annotated.images,
             label="maps",
             unreadable=unreadable,
             embed=False,
@@ -115,12 +117,12 @@ def _measured(phrases: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.
     out |= {"iou": np.zeros((len(phrases), len(THRESHOLDS)))}
     for i, (one, boxes_xyxy) in enumerate(phrases):
         right = _covered(boxes_xyxy, *one.shape)
-        out["hit"][i] = right[one == one.max()].mean()
+        out["hit"][i] = right[one >= one.max() - rates.TIE].mean()
         out["chance"][i] = right.mean()
         inside = _covered(boxes_xyxy, _SIDE, _SIDE)
         out["area"][i] = inside.mean()
         large = scores.resize_map(one[None], _SIDE, _SIDE)[0]
-        large = (large - large.min()) / max(np.ptp(large), 1e-12)
+        large = (large - large.min()) / max(np.ptp(large), rates.TIE)
         marked = large >= THRESHOLDS[:, None, None]
         both = (marked & inside).sum((1, 2))
         out["iou"][i] = both / np.maximum((marked | inside).sum((1, 2)), 1)

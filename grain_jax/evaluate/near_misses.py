@@ -2,8 +2,8 @@
 
 The protocol of FG-OVD (Bianchi et al., CVPR 2024, "The Devil is in the Fine-Grained Details") for boxes that are given:
 each box is compared with its description and its first N negatives; boxes with fewer are left out. The rank of the
-description is 1 + the number of negatives whose score is at least its own, as in lorebianchi98/FG-OVD,
-evaluation/ranks.py. There detectors find the boxes, and one that was not found has the last rank.
+description is 1 + the number of negatives whose score is at least its own (but for `rates.TIE`), as in
+lorebianchi98/FG-OVD, evaluation/ranks.py. There detectors find the boxes, and one that was not found has the last rank.
 """
 
 from typing import Any
@@ -25,6 +25,7 @@ def evaluate(
     images: epath.PathLike,
     annotations: epath.PathLike,
     negatives: int = NEGATIVES,
+    orientation: str = "exif",
     batch_size: int = encode.BATCH_SIZE,
 ) -> dict[str, Any]:
     """Compares every annotated box with its description and its negatives.
@@ -34,6 +35,7 @@ def evaluate(
       images: the folder that the annotations' paths start from.
       annotations: `A.jsonl` whose regions have `negatives`.
       negatives: N, how many of each box are used.
+      orientation: of the images, as of `files.images`.
       batch_size: images at a time.
 
     Returns: counts; `chance` (of top-1), `chance_mean_rank`; under `box_head` (by the embedding of the box), `region` (by
@@ -51,6 +53,7 @@ def evaluate(
         lambda record: any(len(region.negatives) >= negatives for region in record.regions),
         f"no region has {negatives} negatives or more; expected regions with `negatives`, which grain-jax annotate --passes"
         " negatives makes; or ask for fewer",
+        orientation,
     )
     unreadable: dict[str, str] = {}
     seen = given_boxes.encode_boxes(
@@ -77,7 +80,7 @@ def evaluate(
         cosines = np.stack(
             [embed[own] @ box for own, box in zip(texts, scores.unit(box_embed))]
         )  # [M, 1 + N]
-        rank = 1 + (cosines[:, 1:] >= cosines[:, :1]).sum(axis=1)
+        rank = 1 + (cosines[:, 1:] >= cosines[:, :1] - rates.TIE).sum(axis=1)
         return {
             **rates.rate("top1", rates.topk_hits(cosines, right, 1)),
             "mean_rank": float(rank.mean()),

@@ -4,25 +4,35 @@ import math
 
 import numpy as np
 
+from grain_jax.losses.contrastive import TIE
+
 _Z = 1.959963984540054  # 97.5% quantile of the normal distribution, for two-sided 95% intervals
 
 
-def topk_hits(scores: np.ndarray, right: np.ndarray, k: int) -> np.ndarray:
+def topk_hits(
+    scores: np.ndarray, right: np.ndarray, k: int, tie: float | np.ndarray = TIE
+) -> np.ndarray:
     """The chance, for each row, that a right candidate is among the k best, ties being broken at random.
 
     So a model that gives every class the same score has the accuracy of chance, in any order of the classes.
+
+    Equal scores differ by rounding, by the place of the candidate and the size of the batch: BLAS sums each product in
+    an order of its own. Cosines in float32, and their means, as all scores here but the linear probe's, differ by up to
+    2.4e-7 (two units in the last place of 1); TIE is what training counts as equal. A score ties with the best right
+    one or does not, whatever lies between them, so that no chain of small steps makes far scores equal.
 
     Args:
       scores: [N, C].
       right: bool [N, C], at least one True per row.
       k: 1 or more.
+      tie: scores nearer to the best right one are equal to it; [N, 1], or one number for all rows.
 
     Returns: float64 [N] in [0, 1]; 0 or 1 where no tie matters.
     """
     best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
-    above = (~right & (scores > best)).sum(axis=1)
-    tied_wrong = (~right & (scores == best)).sum(axis=1)
-    tied_right = (right & (scores == best)).sum(axis=1)
+    above = (~right & (scores > best + tie)).sum(axis=1)
+    tied = (scores >= best - tie) & (scores <= best + tie)
+    tied_wrong, tied_right = (~right & tied).sum(axis=1), (right & tied).sum(axis=1)
     return _drawn(tied_right, tied_wrong, np.minimum(k, scores.shape[1]) - above)
 
 

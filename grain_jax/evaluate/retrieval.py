@@ -25,6 +25,7 @@ def evaluate(
     *,
     images: epath.PathLike,
     annotations: epath.PathLike,
+    orientation: str = "exif",
     batch_size: int = encode.BATCH_SIZE,
 ) -> dict[str, Any]:
     """Ranks all distinct captions for each image, and all images for each caption.
@@ -36,6 +37,7 @@ def evaluate(
       predictor: the model.
       images: the folder that the annotations' paths start from.
       annotations: `A.jsonl`.
+      orientation: of the images, as of `files.images`.
       batch_size: images at a time.
 
     Returns: counts; `image_to_text` and `text_to_image`, each with `r1`, `r5`, `r10` (a right answer among
@@ -45,7 +47,7 @@ def evaluate(
     Raises:
       test_sets.InputError, annotations.AnnotationError: the images or the annotations cannot be used.
     """
-    annotated = annotated_lib.read_captions(images, annotations)
+    annotated = annotated_lib.read_captions(images, annotations, orientation)
     unreadable: dict[str, str] = {}
     kept, seen = annotated_lib.gather(
         predictor,

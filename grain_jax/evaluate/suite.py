@@ -1,6 +1,7 @@
-"""Runs a suite of evaluations on one checkpoint. An entry without data is skipped; one that fails stops no other.
+"""Runs a suite of evaluations on one checkpoint. One that fails stops no other.
 
 Results are written after every entry. The same command, run again, measures only the entries without a result.
+An entry whose data is missing is skipped where its `missing` is "skip", else it fails.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from grain_jax import errors
 from grain_jax.config.evals import Context
 from grain_jax.evaluate import encode, tables, zeroshot
 from grain_jax.evaluate.test_sets import InputError
-from grain_jax.files import atomic
+from grain_jax.files import atomic, regular_file
 from grain_jax.inference import text_cache
 from grain_jax.runtime import processes
 
@@ -131,12 +132,12 @@ def _tasks(
         try:
             entry, note = processes.run_together(entry.available)
             images = processes.run_together(entry.check)
-        except errors.MissingData as error:
-            results["skipped"][name] = _words(error)
-            _say(f"{name}: skipped: {_words(error)}")
-            continue
         except Exception as error:
-            _failed(name, error, results)
+            if isinstance(error, errors.MissingData) and entry.missing == "skip":
+                results["skipped"][name] = _words(error)
+                _say(f"{name}: skipped: {_words(error)}")
+            else:
+                _failed(name, error, results)
             continue
         if note:
             results["notes"][name] = note
@@ -156,7 +157,7 @@ def _failed(name: str, error: Exception, results: dict[str, Any]) -> None:
 def _digest_of_file(path: str) -> str | None:
     """A digest of the bytes of a file; None for the name of a class file of the package."""
     file = epath.Path(path).expanduser()
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if regular_file.is_one(file) else None
 
 
 def _identity(path: str, predictor: Any) -> dict[str, Any]:
@@ -183,13 +184,13 @@ def _identity(path: str, predictor: Any) -> dict[str, Any]:
 
 def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:
     """The results of an earlier run; None if there are none."""
-    if not output.exists():
+    if not regular_file.is_one(output):  # there is none, or it is a device, which is written to
         return None
     try:
-        value = json.loads(output.read_text())
+        value = json.loads(regular_file.read_text(output, "results", 1 << 30))
         if isinstance(value["ran"], dict) and "digest" in value:
             return value
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     if again:
         return None

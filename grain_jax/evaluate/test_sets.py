@@ -59,13 +59,21 @@ class ClassFolders:
       folder: holds the class folders, each named after its class (`_` = space).
       classes: class file with the folder names as labels (see class_names); None: the folder names are the names.
       get: how to get the data, for errors.MissingData.
+      orientation: of the images, as of `files.images`.
 
     Raises:
       errors.MissingData, InputError: see `class_folders`.
       class_names.ClassNameError: `classes` does not fit the folders.
     """
 
-    def __init__(self, folder: epath.PathLike, classes: str | None = None, get: str | None = None):
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        classes: str | None = None,
+        get: str | None = None,
+        orientation: str = "exif",
+    ):
+        self._orientation = orientation
         self.classes, self._paths, labels = class_folders(folder, get)
         folders = list(dict.fromkeys(path.parent.name for path in self._paths))
         if classes is not None:
@@ -85,13 +93,13 @@ class ClassFolders:
         return str(self._paths[position])
 
     def images(self, positions: range) -> Iterable[Image]:
-        return (of_path(self._paths[i], self._labels[i]) for i in positions)
+        return (of_path(self._paths[i], self._labels[i], self._orientation) for i in positions)
 
 
 class TfdsSet:
     """A split of a set that TensorFlow Datasets has prepared (TFRecord or ArrayRecord files).
 
-    It needs the prepared files, but not the TFDS code that prepares them.
+    It needs the prepared files, but not the TFDS code that prepares them. Images are read as they are stored.
 
     Args:
       name: "food101", "sun397/tfds" (with a config) or "food101:2.0.0"; the newest version if none is given.
@@ -151,7 +159,7 @@ class TfdsSet:
         try:
             for position, example in zip(positions, self._examples(places), strict=True):
                 name = self.name(position)
-                load = functools.partial(image_files.decode_image, example["image"], name)
+                load = functools.partial(image_files.decode_image, example["image"], name, "file")
                 yield Image(name, load, int(example["label"]))
         except (
             Exception
@@ -175,9 +183,9 @@ class TfdsSet:
         ).as_numpy_iterator()
 
 
-def of_path(path: epath.PathLike, label: int = -1) -> Image:
-    """The image in the file `path`."""
-    return Image(str(path), functools.partial(image_files.load_image, path), label)
+def of_path(path: epath.PathLike, label: int = -1, orientation: str = "exif") -> Image:
+    """The image in the file `path`, with `orientation` as of `files.images`."""
+    return Image(str(path), functools.partial(image_files.load_image, path, orientation), label)
 
 
 def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.Path:
@@ -249,9 +257,11 @@ def class_folders(
 
     Raises:
       errors.MissingData: no such folder.
-      InputError: fewer than two class folders, two of one name (`a_b` and `a b`), or a class without
-        images.
+      InputError: fewer than two class folders, two of one name (`a_b` and `a b`, or NFC and NFD), or a class
+        without images.
     """
+    if not str(images):
+        raise errors.MissingData(f"images: got nothing, expected class folders{how_to_get(get)}")
     folder = epath.Path(images).expanduser()
     if not folder.is_dir():
         raise errors.MissingData(
@@ -259,7 +269,7 @@ def class_folders(
         )
     folders = sorted(
         (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")),
-        key=lambda p: p.name,
+        key=lambda p: class_names.composed(p.name),
     )
     if len(folders) < 2:
         raise InputError(
@@ -269,8 +279,8 @@ def class_folders(
     for sub in folders:
         of_name.setdefault(of_folder(sub.name), []).append(sub.name)
     faults = [
-        f"{folder}: got the class folders {listed([repr(s) for s in same])}, all of them the class"
-        f" {name!r} (_ = space), expected one folder a class"
+        f"{folder}: got the class folders {listed([ascii(s) for s in same])}, all of them the class"
+        f" {name!r} (_ = space, Unicode NFC), expected one folder a class"
         for name, same in of_name.items()
         if len(same) > 1
     ]
@@ -292,7 +302,7 @@ def class_folders(
 
 def of_folder(name: str) -> str:
     """The class name that a folder name stands for."""
-    return name.replace("_", " ").strip()
+    return class_names.composed(name).replace("_", " ").strip()
 
 
 def listed(names: Sequence[str], limit: int = 10) -> str:

@@ -14,9 +14,9 @@ import numpy as np
 from etils import epath
 
 from grain_jax.config.evals import REGION_ORDERS
-from grain_jax.evaluate import encode, rates, test_sets
+from grain_jax.evaluate import class_names, encode, rates, test_sets
 from grain_jax.evaluate.test_sets import InputError
-from grain_jax.files import atomic
+from grain_jax.files import atomic, regular_file
 from grain_jax.inference import prompts, scores
 from grain_jax.runtime import processes
 
@@ -250,22 +250,23 @@ def read_descriptions(
       names: whether a class may have its name alone, with an empty list.
 
     Raises:
-      InputError: no such file, another format, or classes that have no description.
+      errors.UserError: no such file, another format, one class under two names, or classes that have no description.
     """
     path = epath.Path(path)
-    if not path.exists() or path.is_dir():
-        raise InputError(f"{path}: no such file; expected descriptions of the classes as JSON")
-    try:
-        value = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f'{path}: expected {{"class name": ["description", ...]}}')
+    expected = 'descriptions of the classes, {"class name": ["description", ...]}'
+    value = regular_file.read_json(path, dict[str, Any], expected)
     for name, texts in value.items():
         if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
             raise InputError(f"{path}: {name!r}: expected a list of texts that are not empty")
-    known = {_letters(name): texts for name, texts in value.items()}
-    known |= {test_sets.of_folder(name): texts for name, texts in value.items()}
+    spelt: dict[str, str] = {}
+    for name in value:
+        if (other := spelt.setdefault(test_sets.of_folder(name), name)) != name:
+            raise InputError(
+                f"{path}: got {ascii(other)} and {ascii(name)}, which are one class (_ = space, Unicode NFC),"
+                " expected it once"
+            )
+    known: dict[Any, list[str]] = {_letters(name): texts for name, texts in value.items()}
+    known |= {name: value[key] for name, key in spelt.items()}
     found = [
         next((known[key] for key in (name, _letters(name), _letters(stem)) if key in known), None)
         for name, stem in zip(classes, stems or classes)
@@ -278,7 +279,7 @@ def read_descriptions(
 
 def _letters(name: str) -> tuple[str, ...]:
     """The letters and digits of a name, without case; a tuple, so that it equals no name as the key of a dict."""
-    return tuple(re.findall(r"[^\W_]+", name.casefold()))
+    return tuple(re.findall(r"[^\W_]+", class_names.composed(name.casefold())))
 
 
 def _class_embeddings(

@@ -1,18 +1,19 @@
 """Reads annotations (`A.jsonl`: per line an image, its captions and its described boxes) and names every fault.
 
-The only parser of that format, for evaluation and for the offline tools in `data/`; it needs the standard library
-and `etils.epath` alone. Checks that need the image itself are in data/annotations.py.
+The only parser of that format, for evaluation and for the offline tools in `data/`; it needs neither
+TensorFlow nor JAX. Checks that need the image itself are in data/annotations.py.
 """
 
 import json
 import math
-import posixpath
 from typing import Any, NamedTuple, TypeGuard
 
 from etils import epath
 
 from grain_jax import errors
+from grain_jax.files import regular_file
 
+EXPECTED = "one JSON object a line"
 KEYS = ("image", "caption", "captions", "synthetic_caption", "regions", "phrases", "id")
 REGION_KEYS = ("box", "description", "score", "negatives")
 MAX_FAULT_SHARE = 0.01  # of the lines; more is an error, fewer are skipped and counted
@@ -81,24 +82,21 @@ def read(path: epath.PathLike, *, max_faults: float = MAX_FAULT_SHARE) -> Annota
       max_faults: the largest share of faulty lines, in [0, 1], that is no error.
 
     Raises:
-      AnnotationError: no such file, nothing in it, or too many faulty lines (all faults are in the
-        message, each as `FILE:LINE: what: got, expected`).
+      AnnotationError: nothing in it, or too many faulty lines (all faults are in the message, each as
+        `FILE:LINE: what: got, expected`).
+      regular_file.FileError: no such file, no regular one, or a line too long.
     """
-    path = epath.Path(path)
-    if not path.exists() or path.is_dir():
-        raise AnnotationError(f"{path}: no such file, expected one JSON object a line")
     records, faults, unknown, lines = [], [], {}, 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            lines += 1
-            parsed = parse_line(line, caption_required=False)
-            faults += [f"{path}:{number}: {fault}" for fault in parsed.faults]
-            for key in parsed.unknown_keys:
-                unknown[key] = unknown.get(key, 0) + 1
-            if parsed.annotation is not None:
-                records.append(parsed.annotation)
+    for number, line in enumerate(regular_file.lines(path, EXPECTED), start=1):
+        if not line.strip():
+            continue
+        lines += 1
+        parsed = parse_line(line, caption_required=False)
+        faults += [f"{path}:{number}: {fault}" for fault in parsed.faults]
+        for key in parsed.unknown_keys:
+            unknown[key] = unknown.get(key, 0) + 1
+        if parsed.annotation is not None:
+            records.append(parsed.annotation)
     if not lines:
         raise AnnotationError(f"{path}: the file is empty, expected one JSON object a line")
     faulty_lines = lines - len(records)
@@ -168,8 +166,8 @@ def _image(item: dict[str, Any], faults: list[str]) -> str:
         got = _got(item, "image")
         faults.append(f"image: got {got}, expected the path of an image")
         return ""
-    path = posixpath.normpath(name)
-    if posixpath.isabs(path) or path.split("/")[0] == ".." or "://" in name:
+    path = regular_file.inside(name)
+    if not path:
         faults.append(
             f"image: got {show(name)}, expected a path that stays below the images' folder"
         )

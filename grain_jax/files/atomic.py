@@ -1,7 +1,9 @@
 """Writes a file as a whole or not at all: a process may be killed between any two bytes."""
 
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -24,16 +26,36 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
     if "://" in str(path):  # object stores replace whole objects, and some cannot rename
         path.write_bytes(content)
         return
-    if is_special(path):
-        write_special(path, content)
-        return
-    new = path.with_name(f"{path.name}.new")
+    with _named(path):
+        if is_special(path):
+            write_special(path, content)
+            return
+        new = path.with_name(f"{path.name}.new")
+        try:
+            new.write_bytes(content)
+            new.replace(path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _named(path: epath.Path) -> Iterator[None]:
+    """Errors inside name the file: those of `write` name none."""
     try:
-        new.write_bytes(content)
-        new.replace(path)
-    except BaseException:
-        new.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        error.filename = str(path)
         raise
+
+
+def check(path: epath.PathLike) -> None:
+    """Raises OSError where `write_bytes` could not make a file beside `path`; for commands that write it hours later."""
+    path = epath.Path(path)
+    if "://" not in str(path) and not is_special(path):
+        new = path.with_name(f"{path.name}.new")
+        new.write_bytes(b"")
+        new.unlink(missing_ok=True)
 
 
 def is_special(path: epath.PathLike) -> bool:

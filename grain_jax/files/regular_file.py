@@ -3,10 +3,13 @@
 epath's `is_file` is true of pipes and devices too, which can be read without end.
 """
 
+import contextlib
+import functools
 import os
 import posixpath
 import stat
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import IO, Any, TypeVar
 
 import msgspec
 from etils import epath
@@ -19,6 +22,11 @@ T = TypeVar("T")
 
 class FileError(errors.UserError):
     """A file of others cannot be read; one line: what, where, got, expected."""
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether epath asks another machine for the path; of "/gs/bucket", too, which it takes for "gs://bucket"."""
+    return "://" in str(epath.Path(path))
 
 
 def length(path: epath.PathLike) -> int | None:
@@ -43,6 +51,31 @@ def is_one(path: epath.PathLike) -> bool:
         return False
 
 
+@contextlib.contextmanager
+def opened(path: epath.PathLike, expected: str, mode: str = "rb") -> Iterator[tuple[IO, int]]:
+    """Opens a regular file, local or remote, for the block: (file, its bytes); "r" reads UTF-8.
+
+    Raises:
+      FileError: as `read`, whatever its size; or the block cannot read it.
+    """
+    path = epath.Path(path)
+    try:
+        size = length(path)
+        if size is None:
+            raise FileError(f"{path}: got a folder, pipe or device, expected {expected}")
+        with path.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file, size
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file, expected {expected}") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, errors.UserError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, UnicodeDecodeError):
+            reason = "not UTF-8 text"
+        raise FileError(f"{path}: {reason}, expected {expected}") from None
+
+
 def read(path: epath.PathLike, most: int, expected: str) -> bytes:
     """The content of a regular file, local or remote.
 
@@ -54,22 +87,34 @@ def read(path: epath.PathLike, most: int, expected: str) -> bytes:
     Raises:
       FileError: there is none, it is no regular file (it is not opened then), too long, or cannot be read.
     """
-    path = epath.Path(path)
-    try:
-        size = length(path)
-        if size is None:
-            raise FileError(f"{path}: got a folder, pipe or device, expected {expected}")
+    with opened(path, expected) as (file, size):
         if size > most:
             raise FileError(f"{path}: got {size:,} bytes, expected {expected} of at most {most:,}")
-        with path.open("rb") as file:
-            return file.read(size)
-    except FileNotFoundError:
-        raise FileError(f"{path}: no such file, expected {expected}") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, FileError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise FileError(f"{path}: {reason}, expected {expected}") from None
+        return file.read(size)
+
+
+def lines(path: epath.PathLike, expected: str, most: int = MAX_JSON) -> Iterator[bytes]:
+    """The lines of a regular file with their ends, one after another.
+
+    Raises:
+      FileError: as `read`, whatever its size; a line of more than `most` bytes.
+    """
+    with opened(path, expected) as (file, _):
+        remote = "://" in str(path)  # whose files take no bound of a line
+        for line in file if remote else iter(functools.partial(file.readline, most + 1), b""):
+            if len(line) > most:
+                raise FileError(f"{path}: got a line of over {most:,} bytes, expected {expected}")
+            yield line
+
+
+def read_text(path: epath.PathLike, expected: str, most: int = MAX_JSON) -> str:
+    """The text in a regular file. Raises FileError as `read`; also not UTF-8."""
+    try:
+        return read(path, most, expected).decode()
+    except UnicodeDecodeError as error:
+        raise FileError(
+            f"{path}: byte {error.start} is not of UTF-8 text, expected {expected}"
+        ) from None
 
 
 def read_json(path: epath.PathLike, kind: type[T], expected: str, most: int = MAX_JSON) -> T:
@@ -108,8 +153,15 @@ def checked(value: Any, kind: type[T], where: str, expected: str) -> T:
         return msgspec.convert(value, type=kind)
     except RecursionError:
         raise FileError(f"{where}: nested too deep, expected {expected}") from None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeError) as error:
         raise FileError(f"{where}: {error}, expected {expected}") from None
+
+
+def inside(name: str) -> str:
+    """`name`, which a file gave, with / between its parts, normalised; "" where it leads out of any folder."""
+    path = posixpath.normpath(name)
+    outside = posixpath.isabs(path) or path.split("/")[0] == ".."
+    return "" if outside or "\0" in name or "://" in name else path
 
 
 def below(folder: epath.PathLike, name: str, where: str) -> epath.Path:
@@ -123,12 +175,11 @@ def below(folder: epath.PathLike, name: str, where: str) -> epath.Path:
     Raises:
       FileError: the path would be outside the folder, or is the folder.
     """
-    path = posixpath.normpath(name) if name else "."
-    fault = "\0" in name or posixpath.isabs(path) or path.split("/")[0] in ("..", ".")
-    found = epath.Path(folder) / path
+    path = inside(name)
+    found, fault = epath.Path(folder) / path, path in ("", ".")
     if not fault and "://" not in str(folder):
         real = os.path.realpath(folder)
         fault = not os.path.realpath(found).startswith(real.rstrip(os.sep) + os.sep)
-    if fault or "://" in name:
+    if fault:
         raise FileError(f"{where}: got the name {name[:200]!r}, expected a path below {folder}")
     return found

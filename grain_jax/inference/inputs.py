@@ -6,17 +6,35 @@ from typing import Any, TypeAlias
 import numpy as np
 import PIL.Image
 
+from grain_jax import config as config_lib
 from grain_jax import errors
 from grain_jax.files import images as image_files
 
 _FAR = 4.0  # of a corner in [0, 1]; one farther away is in pixels
 
-# PIL images or uint8 [H, W, 3] to iterate over; uint8 [B, H, W, 3]; or float32 [B, H, W, 3].
+# PIL images, uint8 [H, W, 3] or float32 [S, S, 3] to iterate over; uint8 [B, H, W, 3]; or float32 [B, S, S, 3]. PIL
+# images are turned by their EXIF orientation, as a viewer shows them; arrays are taken as they are.
 Images: TypeAlias = Iterable[PIL.Image.Image | np.ndarray] | np.ndarray
+OneOrMany: TypeAlias = Images | PIL.Image.Image  # an array of three axes is one image
 
 
 class InputError(errors.UserError):
     """Images, texts or classes that the model cannot take; the message is one line."""
+
+
+def is_one_image(images: Any) -> bool:
+    """Whether it is one image, and not a batch."""
+    return isinstance(images, PIL.Image.Image) or getattr(images, "ndim", None) == 3
+
+
+def is_one_text(texts: Any) -> bool:
+    """Whether it is one text, a string or token ids [L], and not a batch."""
+    return isinstance(texts, str) or getattr(texts, "ndim", None) == 1
+
+
+def one_text(text: Any) -> Any:
+    """A text as a batch of one."""
+    return [text] if isinstance(text, str) else np.asarray(text)[None]
 
 
 def one_image(image: Any) -> Images:
@@ -54,10 +72,13 @@ def checked_boxes(index: int, boxes: Any) -> np.ndarray:
 
 
 def resize(index: int, image: Any, size: int) -> np.ndarray:
-    """The image resized to uint8 [size, size, 3]. Raises InputError, which names the image by `index`."""
+    """The image resized to uint8 [size, size, 3]; float32 [size, size, 3], normalised, as it is.
+
+    Raises InputError, which names the image by `index`.
+    """
     if isinstance(image, PIL.Image.Image):
         try:
-            image = image_files.to_rgb(image)
+            image = image_files.to_rgb(image_files.upright(image))
         except (
             Exception
         ) as error:  # PIL reads the pixels of a file only here, and raises many types of error
@@ -65,13 +86,27 @@ def resize(index: int, image: Any, size: int) -> np.ndarray:
                 f"images[{index}]: {' '.join(str(error).split())}, expected a readable image"
             ) from None
     elif getattr(image, "dtype", None) != np.uint8:
+        got = type(image).__name__
+        if hasattr(image, "dtype"):
+            if image.dtype == np.float32 and image.shape == (size, size, 3):
+                return np.asarray(image)
+            got = f"{image.dtype} {list(image.shape)}"
         raise InputError(
-            f"images[{index}]: got {type(image).__name__}, expected a PIL image or uint8 [H, W, 3]"
+            f"images[{index}]: got {got}, expected a PIL image, uint8 [H, W, 3], or float32 [{size}, {size}, 3]"
+            " already normalised"
         )
     try:
         return image_files.resize(image, size)
     except image_files.ImageError as error:
         raise InputError(f"images[{index}]: {error}") from None
+
+
+def normalised(image: np.ndarray, tower: config_lib.ImageTower) -> np.ndarray:
+    """uint8 [S, S, 3] as float32, as the model normalises it; float32 as it is."""
+    if image.dtype != np.uint8:
+        return image
+    mean, std = (np.array(x, np.float32) for x in (tower.pixel_mean, tower.pixel_std))
+    return (image.astype(np.float32) / 255 - mean) / std
 
 
 def checked_images(images: Any, size: int) -> Images:
@@ -86,7 +121,9 @@ def checked_images(images: Any, size: int) -> Images:
         return images
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[3] != 3:
-        raise InputError(f"images: got shape {list(images.shape)}, expected [B, H, W, 3]")
+        raise InputError(
+            f"images: got shape {list(images.shape)}, expected [B, H, W, 3] or [H, W, 3]"
+        )
     if images.dtype == np.uint8:
         return images
     if images.dtype.kind != "f":

@@ -1,7 +1,8 @@
 """Using a trained model: `grain_jax.load(DIR)` returns a `Predictor` that encodes images, texts and regions.
 
 A call takes any number of images or texts, also from a generator, and runs them in batches of a few fixed sizes,
-so that few programs are compiled. Predictors with the same model configuration share the programs. Large calls use
+so that few programs are compiled. Of one image or one text it returns what belongs to that one, without the axis of the
+batch: `encode_image(image)` is [D], `encode_image([image])` is [1, D]. Predictors with the same model configuration share the programs. Large calls use
 all devices of the process. Methods that return or use regions raise InputError if the model has no region queries.
 """
 
@@ -22,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grain_jax import config as config_lib
 from grain_jax import errors, schema
 from grain_jax.inference import inputs, jitted, prompts, scores
-from grain_jax.inference.inputs import Images, InputError
+from grain_jax.inference.inputs import Images, InputError, OneOrMany
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import box_head, grain, towers
 from grain_jax.runtime import checkpoint
@@ -118,22 +119,75 @@ class Predictor:
         self.templates = list(templates) if templates is not None else prompts.load_templates()
         self._encode_images, self._encode_texts = jitted.programs(model, dtype)
 
-    def encode_image(self, images: Images) -> np.ndarray:
-        """Images -> float32 [B, D], unit length.
+    def __repr__(self) -> str:
+        image, text, decoder = self.model.image, self.model.text, self.model.decoder
+        size, count = image.image_size, sum(x.size for x in jax.tree.leaves(self.params))
+        parts = [
+            f"image {size} x {size} ({image.tower}, depth {image.depth}, width {image.width})",
+            f"text of {text.context_length} tokens ({text.tower}, depth {text.depth}, width {text.width})",
+            f"{decoder.queries if decoder else 0} regions",
+            f"box head {self.model.boxes.kind}",
+            f"embeddings of {self.model.embed_dim}",
+            f"{count:,} parameters, {self.dtype}",
+        ]
+        return f"<Predictor of {self.folder or 'given parameters'}: {'; '.join(parts)}>"
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor of the cosines in the loss (not its logarithm, which `params` hold)."""
+        return float(jnp.exp(self.params["logit_scale"]))
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What a sigmoid model adds to the scaled cosines; None for others."""
+        return float(self.params["logit_bias"]) if "logit_bias" in self.params else None
+
+    def preprocess(self, image: PIL.Image.Image | np.ndarray) -> np.ndarray:
+        """A PIL image or uint8 [H, W, 3] -> float32 [S, S, 3], resized and normalised, as `encode_image` takes it.
+
+        Raises:
+          InputError: another kind of image, or one that cannot be read.
+        """
+        tower = self.model.image
+        return inputs.normalised(inputs.resize(0, image, tower.image_size), tower)
+
+    def tokenizer(self, texts: str | Iterable[str]) -> np.ndarray:
+        """Texts -> token ids int32 [N, L], padded, as `encode_text` takes them; one text -> [L].
+
+        Raises:
+          TokenizerError: the tokenizer of the model cannot be read.
+          InputError: its ids do not show where a text ends: another one than the end has the highest id.
+        """
+        if isinstance(texts, str):
+            return self.tokenizer([texts])[0]
+        tokens, ends = self._tokens(list(texts))
+        if self.model.text.pool == "end" and (tokens.argmax(axis=1) != ends).any():
+            raise InputError(
+                f"tokenizer: of {self.model.text.tokenizer} the end of a text has not the highest id, by which encode_text"
+                " finds it; give encode_text the texts"
+            )
+        return tokens
+
+    def encode_image(self, images: OneOrMany) -> np.ndarray:
+        """Images -> float32 [B, D], unit length; one image -> [D].
 
         Args:
-          images: PIL images of any mode or uint8 [H, W, 3] of any size, as a list, a generator or
-            anything else to iterate over; uint8 [B, H, W, 3]; or float32 [B, H, W, 3] of the model's
-            size, already normalised (by `model.image.pixel_mean` and `pixel_std`). All but the last
-            are resized to the model's size.
+          images: PIL images of any mode, uint8 [H, W, 3] of any size or float32 [S, S, 3] of the model's size, already
+            normalised (`preprocess`), as a list, a generator or anything else to iterate over; uint8 [B, H, W, 3] or
+            float32 [B, S, S, 3]; or one image. What is not normalised is resized to the model's size. PIL images are
+            turned by their EXIF orientation, as a viewer shows them; `np.asarray(image)` takes the pixels as they are.
 
         Raises:
           InputError: images of another kind or shape, or one that cannot be read.
         """
+        if inputs.is_one_image(images):
+            return self.encode_image(inputs.one_image(images))[0]
         return self._encode(images)[0]
 
-    def encode_regions(self, images: Images | Tokens) -> schema.Regions:
+    def encode_regions(self, images: OneOrMany | Tokens) -> schema.Regions:
         """Images, as for `encode_boxes` -> boxes_xyxy [B, Q, 4] in [0, 1] and embed [B, Q, D].
+
+        One image -> [Q, 4] and [Q, D].
 
         Raises:
           InputError: as `encode_image`, or the model has no region queries.
@@ -141,9 +195,12 @@ class Predictor:
         return self.encode_image_and_regions(images)[1]
 
     def encode_image_and_regions(
-        self, images: Images | Tokens
+        self, images: OneOrMany | Tokens
     ) -> tuple[np.ndarray, schema.Regions]:
         """(`encode_image(images)`, `encode_regions(images)`) in one pass; raises as `encode_regions`."""
+        if inputs.is_one_image(images):
+            batch = self.encode_image_and_regions(inputs.one_image(images))
+            return jax.tree.map(lambda x: x[0], batch)
         self._need_regions("regions")
         image, region, boxes = self._encode(images)
         return image, schema.Regions(boxes, region)
@@ -164,8 +221,8 @@ class Predictor:
                 " encode_text, or classify with alpha 1"
             )
 
-    def encode_tokens(self, images: Images) -> Tokens:
-        """Images, as for `encode_image` -> their tokens, which `encode_boxes` takes in their place.
+    def encode_tokens(self, images: OneOrMany) -> Tokens:
+        """A batch of images, as for `encode_image` -> their tokens, which `encode_boxes` takes in their place.
 
         Raises:
           InputError: as `encode_image`; the model has no box head.
@@ -183,30 +240,38 @@ class Predictor:
             )
 
     def encode_boxes(
-        self, images: Images | Tokens, boxes_xyxy: Iterable[Any] | np.ndarray
-    ) -> list[np.ndarray]:
-        """The embeddings of given boxes, by the box head: for each image float32 [n, D], unit length.
+        self, images: OneOrMany | Tokens, boxes_xyxy: Iterable[Any] | np.ndarray
+    ) -> Any:
+        """The embeddings of given boxes, by the box head.
 
         Args:
           images: as for `encode_image`, or the result of `encode_tokens`.
           boxes_xyxy: for each image its boxes [n, 4], n = 0, 1, 2, ..., corners in [0, 1] of the image; they may reach
-            over its edge.
+            over its edge. For one image its boxes alone.
+
+        Returns:
+          A list: for each image float32 [n, D], unit length. For one image [n, D] alone.
 
         Raises:
           InputError: as `encode_image`; the model has no box head; boxes of another shape, or not of as many images.
         """
+        if inputs.is_one_image(images):
+            return self.encode_boxes(inputs.one_image(images), [boxes_xyxy])[0]
         program = jitted.box_program(self.model, self.dtype, of_tokens=isinstance(images, Tokens))
         return self._run_with_boxes(program, images, boxes_xyxy)[1]
 
     def encode_image_and_boxes(
-        self, images: Images, boxes_xyxy: Iterable[Any] | np.ndarray
-    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        self, images: OneOrMany, boxes_xyxy: Iterable[Any] | np.ndarray
+    ) -> tuple[np.ndarray, Any]:
         """(`encode_image(images)`, `encode_boxes(images, boxes_xyxy)`) in one pass; raises as `encode_boxes`."""
+        if inputs.is_one_image(images):
+            image, boxes = self.encode_image_and_boxes(inputs.one_image(images), [boxes_xyxy])
+            return image[0], boxes[0]
         program = jitted.image_and_box_program(self.model, self.dtype)
         return self._run_with_boxes(program, images, boxes_xyxy)
 
     def _run_with_boxes(
-        self, program: Callable[..., Any], images: Images | Tokens, boxes_xyxy: Iterable[Any]
+        self, program: Callable[..., Any], images: OneOrMany | Tokens, boxes_xyxy: Iterable[Any]
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         """(embeddings of the images, [0, D] where `program` returns none; for each image those of its boxes [n, D])."""
         self._need_box_head()
@@ -230,11 +295,11 @@ class Predictor:
 
     def classify_boxes(
         self,
-        images: Images | Tokens,
+        images: OneOrMany | Tokens,
         boxes_xyxy: Iterable[Any] | np.ndarray,
         classes: Iterable[str] | Mapping[str, Sequence[str]] | ClassFeatures,
-    ) -> list[np.ndarray]:
-        """For each image the cosine scores of every class for each of its boxes, float32 [n, C].
+    ) -> Any:
+        """For each image the cosine scores of every class for each of its boxes, float32 [n, C]; for one [n, C] alone.
 
         Args:
           images, boxes_xyxy: as for `encode_boxes`.
@@ -243,13 +308,17 @@ class Predictor:
         Raises:
           InputError: as `encode_boxes` and `class_features`.
         """
+        if inputs.is_one_image(images):
+            return self.classify_boxes(inputs.one_image(images), [boxes_xyxy], classes)[0]
         if not isinstance(classes, ClassFeatures):
             classes = self.class_features(classes)
         embeds = self.encode_boxes(images, boxes_xyxy)
         return [scores.global_scores(embed, classes.features) for embed in embeds]
 
-    def encode_patches(self, images: Images | Tokens) -> np.ndarray:
+    def encode_patches(self, images: OneOrMany | Tokens) -> np.ndarray:
         """Images, as for `encode_boxes` -> an embedding of each patch, float32 [B, h, w, D], unit length.
+
+        One image -> [h, w, D].
 
         With a box head a patch is a box; of a model of two towers each patch is pooled alone, as in MaskCLIP (Zhou et al.
         2022).
@@ -257,6 +326,8 @@ class Predictor:
         Raises:
           InputError: as `encode_image`; the image tower has no grid of patches; the model has a decoder and no box head.
         """
+        if inputs.is_one_image(images):
+            return self.encode_patches(inputs.one_image(images))[0]
         grid = self.grid
         if isinstance(images, Tokens) or self.model.boxes.kind != "none":
             tokens = images if isinstance(images, Tokens) else self.encode_tokens(images)
@@ -273,9 +344,11 @@ class Predictor:
         return np.asarray(patches, np.float32).reshape(shape)
 
     def similarity_map(
-        self, image: PIL.Image.Image | np.ndarray, texts: Iterable[str] | np.ndarray
+        self, image: PIL.Image.Image | np.ndarray, texts: str | Iterable[str] | np.ndarray
     ) -> np.ndarray:
         """Where each text lies in an image: cosines at the resolution of the patches, float32 [N, h, w].
+
+        Of one text [h, w].
 
         Those of the patches (`encode_patches`); of a model with regions, the best of the regions at each patch
         (`scores.region_map`); of one with both, the mean of the two. `scores.resize_map` makes it as large as the image.
@@ -287,6 +360,8 @@ class Predictor:
         Raises:
           InputError: image or texts cannot be used, or the image tower has no grid of patches.
         """
+        if inputs.is_one_text(texts):
+            return self.similarity_map(image, inputs.one_text(texts))[0]
         return self.similarity_maps(inputs.one_image(image), [self.encode_text(texts)])[0]
 
     def similarity_maps(
@@ -295,7 +370,7 @@ class Predictor:
         """For each image the maps of its own texts, as `similarity_map`: float32 [n, h, w].
 
         Args:
-          images: as for `encode_image`; with a box head also the result of `encode_tokens`.
+          images: a batch, as for `encode_image`; with a box head also the result of `encode_tokens`.
           text_embeds: for each image the embeddings [n, D] of its texts.
 
         Raises:
@@ -332,7 +407,7 @@ class Predictor:
         except errors.UserError as error:
             raise InputError(str(error)) from None
 
-    def _encode(self, images: Images | Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _encode(self, images: OneOrMany | Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Images -> float32 (image [B, D], regions [B, Q, D], boxes_xyxy [B, Q, 4])."""
         program, counted = self._encode_images, images
         if isinstance(images, Tokens):
@@ -351,7 +426,7 @@ class Predictor:
         image, region, boxes = (np.concatenate(x).astype(np.float32) for x in zip(*parts))
         return image, region, boxes
 
-    def _rows(self, images: Images | Tokens) -> Iterator[np.ndarray]:
+    def _rows(self, images: OneOrMany | Tokens) -> Iterator[np.ndarray]:
         """Images, checked, or tokens, in arrays of at most MAX_BATCH rows per device. Raises InputError."""
         if isinstance(images, Tokens):
             return _slices(images.values, MAX_BATCH * len(self._devices))
@@ -359,12 +434,15 @@ class Predictor:
 
     def _parts(self, images: Images) -> Iterator[np.ndarray]:
         """Images, resized unless an array has the size, in arrays [at most MAX_BATCH per device, S, S, 3]."""
-        size, most = self.model.image.image_size, MAX_BATCH * len(self._devices)
+        tower, most = self.model.image, MAX_BATCH * len(self._devices)
+        size = tower.image_size
         if isinstance(images, np.ndarray) and images.shape[1:3] == (size, size):
             yield from _slices(images, most)
             return
         numbered = enumerate(images)
         while part := [inputs.resize(i, p, size) for i, p in itertools.islice(numbered, most)]:
+            if len({x.dtype for x in part}) > 1:
+                part = [inputs.normalised(x, tower) for x in part]
             yield np.stack(part)
 
     def _run(self, program: Callable[..., Any], *rows: np.ndarray) -> Any:
@@ -388,13 +466,20 @@ class Predictor:
         params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
         return params, NamedSharding(mesh, PartitionSpec("batch"))
 
-    def encode_text(self, texts: Iterable[str] | np.ndarray) -> np.ndarray:
-        """Texts -> float32 [N, D], unit length.
+    def encode_text(self, texts: str | Iterable[str] | np.ndarray) -> np.ndarray:
+        """Texts -> float32 [N, D], unit length; one text -> [D].
 
         Args:
-          texts: strings, also from a generator, or int32 token ids [N, L]. The highest id of a row ends its
-            text, as in CLIP; for a tower that sees its padding (SigLIP), shorter rows are padded.
+          texts: strings, also from a generator, or int32 token ids [N, L] (`tokenizer`); or one string, or ids [L]. The
+            highest id of a row ends its text, as in CLIP; for a tower that sees its padding (SigLIP), shorter rows are
+            padded.
+
+        Raises:
+          InputError: texts of another kind, or ids that the tower has no embedding of.
+          TokenizerError: the tokenizer of the model cannot be read.
         """
+        if inputs.is_one_text(texts):
+            return self.encode_text(inputs.one_text(texts))[0]
         tokens, ends = self._tokens(texts)
         out = np.empty((len(tokens), self.model.embed_dim), np.float32)
         order = np.argsort(ends, kind="stable")  # batches of short texts have short rows
@@ -442,11 +527,11 @@ class Predictor:
 
     def classify(
         self,
-        images: Images,
+        images: OneOrMany,
         classes: Iterable[str] | Mapping[str, Sequence[str]] | ClassFeatures,
         alpha: float = 1.0,
     ) -> np.ndarray:
-        """Scores of every class, float32 [B, C]: alpha * global + (1 - alpha) * region cosines.
+        """Scores of every class, float32 [B, C]: alpha * global + (1 - alpha) * region cosines; of one image [C].
 
         Args:
           images: as for `encode_image`.
@@ -456,6 +541,8 @@ class Predictor:
         Raises:
           InputError: images, classes or `alpha` cannot be used, or regions are needed and the model has none.
         """
+        if inputs.is_one_image(images):
+            return self.classify(inputs.one_image(images), classes, alpha)[0]
         if not 0.0 <= alpha <= 1.0:
             raise InputError(f"alpha: got {alpha}, expected a number from 0 to 1")
         if alpha < 1.0:
@@ -473,17 +560,19 @@ class Predictor:
         return scores.combine(scores.global_scores(image_embed, classes.features), region, alpha)
 
     def ground(
-        self, image: PIL.Image.Image | np.ndarray, texts: Iterable[str] | np.ndarray
-    ) -> list[Grounding]:
-        """For each text the box of the region with the largest cosine, and that cosine.
+        self, image: PIL.Image.Image | np.ndarray, texts: str | Iterable[str] | np.ndarray
+    ) -> Any:
+        """For each text the box of the region with the largest cosine, and that cosine: a list of `Grounding`, or one.
 
         Args:
           image: one: PIL, uint8 [H, W, 3], or float32 [H, W, 3] already normalised.
-          texts: as for `encode_text`.
+          texts: as for `encode_text`; of one text, one `Grounding` is returned.
 
         Raises:
           InputError: as `encode_regions` and `encode_text`.
         """
+        if inputs.is_one_text(texts):
+            return self.ground(image, inputs.one_text(texts))[0]
         self._need_regions("ground")
         images = inputs.one_image(image)
         regions = self.encode_regions(images)
@@ -503,8 +592,6 @@ class Predictor:
         """Token ids int32 [N, L] and the positions [N] at which the texts end."""
         tower = self.model.text
         vocab, context = tower.vocab_size, tower.context_length
-        if isinstance(texts, str):
-            raise InputError("texts: got one string, expected a list of strings")
         if not hasattr(texts, "dtype"):
             texts = list(texts)
         if isinstance(texts, list) and all(isinstance(text, str) for text in texts):

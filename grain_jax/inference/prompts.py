@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from grain_jax import errors
+from grain_jax.files import regular_file
 
 DEFAULT_TEMPLATES = epath.Path(__file__).parent / "templates.txt"
 
@@ -32,10 +33,12 @@ def load_templates(path: epath.PathLike | None = None) -> list[str]:
       PromptError: no such file, a line without exactly one `{}`, or no template at all.
     """
     path = epath.Path(path) if path is not None else DEFAULT_TEMPLATES
-    if not path.is_file():
-        raise PromptError(f"{path}: no such file; expected templates, one a line")
+    try:
+        text = regular_file.read_text(path, "templates, one a line")
+    except regular_file.FileError as error:
+        raise PromptError(str(error)) from None
     templates, faults = [], []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue

@@ -21,7 +21,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import errors
-from grain_jax.files import embeddings
+from grain_jax.files import embeddings, regular_file
 from grain_jax.inference import predictor
 from grain_jax.runtime import saved_model
 
@@ -69,7 +69,8 @@ class Index:
       missing: number of files that are not there yet.
 
     Raises:
-      embeddings.EmbeddingsError: it is no such folder, it has no file yet, or one is damaged.
+      errors.UserError: it is no such folder, it has no file yet, or one is damaged or of another folder, model or
+        source.
     """
 
     def __init__(self, folder: epath.PathLike):
@@ -79,15 +80,23 @@ class Index:
         data = self.folder / embeddings.DATA
         there = data.iterdir() if data.is_dir() else ()
         paths = sorted(path for path in there if path.suffix == ".parquet")
+        read = functools.partial(embeddings.read_part, settings=self.settings)
         with concurrent.futures.ThreadPoolExecutor(_FOOTERS) as pool:
-            self.parts = list(pool.map(embeddings.read_part, paths))
+            self.parts = list(pool.map(read, paths))
+        names: dict[str, str] = {}
+        for part in self.parts:
+            if (other := names.setdefault(part.source["name"], part.name)) != part.name:
+                raise embeddings.EmbeddingsError(
+                    f"{data / part.name}: has the images of {other}; delete it, and give the command"
+                    " grain-jax embed again, which makes it anew"
+                )
         if not len(self):
             raise embeddings.EmbeddingsError(
                 f"{data}: got no image there yet, expected Parquet files of grain-jax embed"
             )
-        self.embed_dim: int = self.settings["embed_dim"]
-        expected = embeddings.file_count(self.parts[0].name)
-        self.missing = expected - len(self.parts)
+        self.embed_dim = self.settings.embed_dim
+        self.missing = self.settings.parts - len(self.parts)
+        self._starts = np.cumsum([0, *(part.rows for part in self.parts)])
 
     def __len__(self) -> int:
         """Number of images."""
@@ -96,12 +105,22 @@ class Index:
     @property
     def has_regions(self) -> bool:
         """Whether it has regions of the images."""
-        return bool(self.settings["regions"])
+        return bool(self.settings.regions)
 
     @functools.cached_property
     def model(self) -> predictor.Predictor:
-        """The model that made it, loaded from where it lay then. Raises as `grain_jax.load` and `check`."""
-        found = predictor.load(self.settings["checkpoint"], self.settings["dtype"])
+        """The model that made it, loaded from where it lay then. Raises as `grain_jax.load` and `check`.
+
+        Raises:
+          SearchError: it lay on another machine: a name in a file leads nowhere.
+        """
+        checkpoint = self.settings.checkpoint
+        if regular_file.is_remote(checkpoint):
+            raise SearchError(
+                f"{self.folder}: was made by {checkpoint}, and nothing that a file names is fetched; give"
+                f" --checkpoint {checkpoint} (in Python model=grain_jax.load({checkpoint!r})) to fetch it"
+            )
+        found = predictor.load(checkpoint, self.settings.dtype)
         self.check(found)
         return found
 
@@ -110,13 +129,14 @@ class Index:
         if model.model.embed_dim != self.embed_dim:
             raise SearchError(
                 f"{self.folder}: has embeddings of {self.embed_dim} numbers, got a model with"
-                f" {model.model.embed_dim}; expected the model {self.settings['checkpoint']}"
+                f" {model.model.embed_dim}; expected the model {self.settings.checkpoint}"
             )
-        got = saved_model.model_digests(model.model, jax.device_get(model.params))
-        if got != self.settings["model"]:
+        digests = saved_model.model_digests(model.model, jax.device_get(model.params))
+        got, expected = embeddings.Digests(**digests), self.settings.model
+        if got != expected:
             raise SearchError(
-                f"{self.folder}: was made by another model: {self.settings['checkpoint']}, parameters"
-                f" {self.settings['model']['params']}, got parameters {got['params']}"
+                f"{self.folder}: was made by another model: {self.settings.checkpoint}, parameters"
+                f" {expected.params}, got parameters {got.params}"
             )
 
     def vectors(self, by: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -133,32 +153,33 @@ class Index:
           embeddings.EmbeddingsError: a file is damaged.
         """
         name = embeddings.REGION_EMBED if by == "regions" else embeddings.IMAGE_EMBED
-        first = 0
-        for part in self.parts:
-            for column in self._column(part, name):
-                counts = np.ones(len(column), np.int64)
-                if by == "regions":
-                    counts = np.diff(column.offsets.to_numpy())
-                    column = column.flatten()
-                values = column.flatten().to_numpy(zero_copy_only=False)
-                images = np.repeat(np.arange(first, first + len(counts)), counts)
-                starts = np.repeat(np.cumsum(counts) - counts, counts)
-                regions = (np.arange(len(images)) - starts).astype(np.int32)
-                yield values.reshape(-1, self.embed_dim), images, regions
-                first += len(counts)
+        for part, first in zip(self.parts, self._starts.tolist()):
+            path, end = self._path(part), first
+            with embeddings.open_file(path) as file:
+                for batch in file.iter_batches(_ROWS, columns=[name]):
+                    column = batch.column(0)
+                    counts = np.ones(len(column), np.int64)
+                    if by == "regions":
+                        counts = np.diff(column.offsets.to_numpy())
+                    values = _flat(column, path).to_numpy(zero_copy_only=False)
+                    if len(values) != counts.sum() * self.embed_dim:
+                        raise embeddings.damaged(path, f"{len(values)} numbers in {name}")
+                    if by == "regions" and counts.max(initial=0) > part.most_regions:
+                        raise embeddings.damaged(path, f"over {part.most_regions} regions")
+                    images = np.repeat(np.arange(end, end + len(counts)), counts)
+                    starts = np.repeat(np.cumsum(counts) - counts, counts)
+                    regions = (np.arange(len(images)) - starts).astype(np.int32)
+                    yield values.reshape(-1, self.embed_dim), images, regions
+                    end += len(counts)
+            if end - first != part.rows:
+                raise embeddings.damaged(path, f"{end - first} rows, expected {part.rows}")
 
-    def _column(self, part: embeddings.Part, name: str) -> Iterator[Any]:
-        path = self.folder / embeddings.DATA / part.name
-        with embeddings.open_file(path) as file:
-            batches = file.iter_batches(_ROWS, columns=[name])
-            while True:
-                try:
-                    batch = next(batches, None)
-                except OSError as error:
-                    raise embeddings.damaged(path, error) from None
-                if batch is None:
-                    return
-                yield batch.column(0)
+    def _path(self, part: embeddings.Part) -> epath.Path:
+        return self.folder / embeddings.DATA / part.name
+
+    def path_of(self, image: int) -> epath.Path:
+        """The file that has an image, by its number over all files."""
+        return self._path(self.parts[np.searchsorted(self._starts, image, side="right") - 1])
 
     def rows(self, images: Sequence[int]) -> list[dict[str, Any]]:
         """The columns without embeddings of images, by their number over all files, and the `source` of each.
@@ -166,23 +187,39 @@ class Index:
         Raises:
           embeddings.EmbeddingsError: a file is damaged.
         """
-        starts = np.cumsum([0, *(part.rows for part in self.parts)])
-        of_part = np.searchsorted(starts, np.asarray(images), side="right") - 1
+        of_part = np.searchsorted(self._starts, np.asarray(images), side="right") - 1
         columns = ["id", "path", "width", "height", *([embeddings.BOXES] * self.has_regions)]
         found: list[dict[str, Any]] = [{}] * len(images)
         for number in np.unique(of_part).tolist():
             part, mine = self.parts[number], np.flatnonzero(of_part == number).tolist()
-            path = self.folder / embeddings.DATA / part.name
+            path = self._path(part)
             with embeddings.open_file(path) as file:
-                try:
-                    table = file.read(columns=columns)
-                except OSError as error:
-                    raise embeddings.damaged(path, error) from None
-            table = table.take([images[i] - starts[number] for i in mine])
-            for i, row in zip(mine, table.to_pylist()):
+                table = file.read(columns=columns)
+                if len(table) != part.rows:
+                    raise embeddings.damaged(path, f"{len(table)} rows, expected {part.rows}")
+                table = table.take([images[i] - self._starts[number] for i in mine])
+                flat = {name: _flat(table[name].combine_chunks(), path) for name in columns}
+                rows = table.to_pylist()
+            corners = np.asarray(flat.get(embeddings.BOXES, ()), np.float32)
+            if not ((corners >= 0) & (corners <= 1)).all():
+                raise embeddings.damaged(path, "a box is not in [0, 1]")
+            if min(min(row["width"], row["height"]) for row in rows) < 1:
+                raise embeddings.damaged(path, "an image without pixels")
+            for i, row in zip(mine, rows):
                 boxes = np.array(row.pop(embeddings.BOXES, []), np.float32).reshape(-1, 4)
                 found[i] = {**row, "boxes_xyxy": boxes, "source": part.source}
         return found
+
+
+def _flat(column: Any, path: epath.Path) -> Any:
+    """The values of a pyarrow array of lists, or of lists of lists, without nulls. Raises DamagedError."""
+    nested = True
+    while nested:
+        if column.null_count:
+            raise embeddings.damaged(path, "values are missing")
+        nested = hasattr(column, "flatten") and hasattr(column, "values")
+        column = column.flatten() if nested else column
+    return column
 
 
 def search(
@@ -227,6 +264,11 @@ def search(
     found = (_by_faiss if faiss else _by_blocks)(index, by, vectors, top, most)
     numbers = np.unique(np.concatenate([images for _, images, _ in found]))
     rows = dict(zip(numbers.tolist(), index.rows(numbers.tolist())))
+    if by == "regions":
+        for _, images, regions in found:
+            for image, region in zip(images.tolist(), regions.tolist()):
+                if region >= len(rows[image]["boxes_xyxy"]):
+                    raise embeddings.damaged(index.path_of(image), "a region without a box")
     return [
         [
             Hit(float(score), **rows[image], region=int(region) if by == "regions" else None)
@@ -245,6 +287,8 @@ def _vectors_of(
             raise SearchError(
                 f"queries: got {list(queries.shape)}, expected [T, {index.embed_dim}] as in {index.folder}"
             )
+        if not np.isfinite(queries).all():
+            raise SearchError("queries: got numbers that are not finite, expected unit length")
         return queries.astype(np.float32), False
     if model is not None:
         index.check(model)
@@ -273,17 +317,24 @@ def _by_blocks(index: Index, by: str, queries: np.ndarray, top: int, most: int) 
     for values, images, regions in _blocks(index.vectors(by), size):
         nearest = _nearest(jax.device_put(values, rows), len(images), placed, count=count)
         if waiting is not None:  # read while the devices worked
-            best = _merged(best, *waiting, top)
+            best = _merged(index, best, *waiting, top)
         waiting = (nearest, images, regions)
-    return best if waiting is None else _merged(best, *waiting, top)
+    return best if waiting is None else _merged(index, best, *waiting, top)
 
 
 @functools.partial(jax.jit, static_argnames="count")
 def _nearest(values: jax.Array, filled: int, queries: jax.Array, *, count: int) -> Any:
-    """The largest `count` products of each query, [T, count], and their rows; of `values` [N, D] the first `filled`."""
+    """Of `values` [N, D] the first `filled` count.
+
+    Returns: the largest `count` products of each query, [T, count], and their rows; and the first row with numbers that
+      are not finite, or N.
+    """
     scores = jnp.einsum("nd,td->tn", values.astype(jnp.float32), queries, precision="highest")
-    scores = jnp.where(jnp.arange(len(values)) < filled, scores, -jnp.inf)
-    return jax.lax.top_k(scores, count)
+    inside = jnp.arange(len(values)) < filled
+    # A product with any number that is not finite is not finite, whatever the query.
+    faults = inside & ~jnp.isfinite(scores).all(axis=0)
+    scores = jnp.where(inside, scores, -jnp.inf)
+    return *jax.lax.top_k(scores, count), jnp.where(faults.any(), faults.argmax(), len(values))
 
 
 def _blocks(
@@ -311,11 +362,21 @@ def _blocks(
 
 
 def _merged(
-    best: list[_Best], nearest: Any, images: np.ndarray, regions: np.ndarray, top: int
+    index: Index,
+    best: list[_Best],
+    nearest: Any,
+    images: np.ndarray,
+    regions: np.ndarray,
+    top: int,
 ) -> list[_Best]:
-    """`best` with the candidates of a block: the rows of the largest scores, and those."""
+    """`best` with the candidates of a block: the largest scores, their rows, the first row that is not finite."""
+    *nearest, fault = map(np.asarray, nearest)
+    if fault < len(images):
+        raise embeddings.damaged(
+            index.path_of(int(images[fault])), "numbers of an embedding are not finite"
+        )
     out = []
-    for old, scores, at in zip(best, *map(np.asarray, nearest)):
+    for old, scores, at in zip(best, *nearest):
         at = at[np.isfinite(scores)]
         new = (scores[: len(at)], images[at], regions[at])
         scores_, images_, regions_ = map(np.concatenate, zip(old, new))
@@ -338,15 +399,17 @@ def _by_faiss(index: Index, by: str, queries: np.ndarray, top: int, most: int) -
             " search without it"
         ) from None
     flat: Any = faiss.IndexFlatIP(index.embed_dim)
-    images, regions = [], []
+    images, regions, fault = [], [], np.iinfo(np.int64).max
     for values, of_image, of_region in index.vectors(by):
+        if not np.isfinite(values).all():
+            faulty = int(np.isfinite(values).all(axis=1).argmin())
+            fault = min(fault, flat.ntotal + faulty)
         flat.add(np.ascontiguousarray(values, np.float32))
         images.append(of_image)
         regions.append(of_region)
     if not flat.ntotal:
         return [_NONE] * len(queries)
     scores, at = flat.search(np.ascontiguousarray(queries), min(top * most, flat.ntotal))
-    nearest = (np.where(at < 0, -np.inf, scores), at)
-    return _merged(
-        [_NONE] * len(queries), nearest, np.concatenate(images), np.concatenate(regions), top
-    )
+    nearest = (np.where(at < 0, -np.inf, scores), at, fault)
+    none = [_NONE] * len(queries)
+    return _merged(index, none, nearest, np.concatenate(images), np.concatenate(regions), top)

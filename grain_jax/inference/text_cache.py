@@ -67,7 +67,7 @@ class CachedTexts:
             digest.update(f"{word};".encode())
         digest.update(repr(model.text).encode())
         if model.text.tokenizer != "clip":
-            digest.update(tokenizer.file_of(model.text, folder).read_bytes())
+            digest.update(tokenizer.content_of(tokenizer.file_of(model.text, folder)))
         of_text = {k: v for k, v in self.params.items() if k.startswith("text")}
         digest.update(digest_of(of_text).encode())
         return digest.digest()

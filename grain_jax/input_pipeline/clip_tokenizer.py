@@ -120,7 +120,7 @@ _Functions = tuple[Callable[[list[str], int], np.ndarray], Callable[[str], Seque
 def _instant() -> _Functions:
     if not _installed("instant_clip_tokenizer"):
         raise TokenizerError(
-            "tokenizer backend 'instant' needs `pip install instant-clip-tokenizer` (Python 3.12 "
+            "tokenizer backend 'instant' needs `pip install 'grain_jax[fast-tokenizer]'` (Python 3.12 "
             "or older); elsewhere use 'huggingface'"
         )
     import instant_clip_tokenizer

@@ -18,6 +18,7 @@ from etils import epath  # noqa: E402
 
 from grain_jax import errors  # noqa: E402
 from grain_jax.config import Config, Dataset  # noqa: E402
+from grain_jax.files import regular_file  # noqa: E402
 from grain_jax.input_pipeline import order, sources, text_lengths  # noqa: E402
 
 DAMAGE = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
@@ -25,7 +26,7 @@ _FEATURES = ("image", "captions", "synthetic_caption", "regions")
 _DESCRIPTIONS = ("dataset_info.json", "features.json")
 _REBUILD = "rebuild the set with grain-jax build, or copy it anew"
 _LEAST_BYTES = 16  # of a record: its length and the checksums of both
-# Written by grain-jax build: split -> digest of its records, lengths and sizes of its shards.
+# Written by grain-jax build: split -> digest of its records; lengths, sizes and digests of its shards.
 DIGEST_FILE = "digest.json"
 _LOOKED_INTO = 64  # shards of a set without DIGEST_FILE, whose size and first record are digested
 
@@ -41,6 +42,7 @@ class RecordSet(NamedTuple):
     directory: epath.Path  # of its newest version
     shards: tuple[order.Shard, ...]
     has_negatives: bool
+    shard_digests: dict[str, str]  # shard's path -> digest that stands beside them; {}: none does
 
 
 def find(config: Config) -> list[RecordSet]:
@@ -72,7 +74,12 @@ def _find(source: Dataset) -> RecordSet:
         raise DataError(f"{directory} is in {info.file_format} files, expected TFRecord")
     of_region = getattr(features["regions"], "feature", None)
     has_negatives = isinstance(of_region, tfds.features.FeaturesDict) and "negatives" in of_region
-    return RecordSet(source, directory, _shards(directory, split), has_negatives)
+    split_shards = shards(directory, split)
+    written, digests = _of_split(directory, source.split), {}
+    if written.get("shard_lengths") == [shard.num_records for shard in split_shards]:
+        # Sets of others have none.
+        digests = dict(zip((s.path for s in split_shards), written.get("shard_digests", [])))
+    return RecordSet(source, directory, split_shards, has_negatives, digests)
 
 
 def read_info(directory: epath.Path) -> tfds.core.DatasetInfo:
@@ -84,20 +91,21 @@ def read_info(directory: epath.Path) -> tfds.core.DatasetInfo:
     for name in _DESCRIPTIONS:
         path = directory / name
         try:
-            content = json.loads(path.read_bytes())
-            if not isinstance(content, dict):
-                raise ValueError(f"got a {type(content).__name__}, expected an object")
+            content = regular_file.read_json(path, dict[str, Any], "an object")
             # TFDS imports the modules of these classes.
             foreign = [x for x in _values(content, "pythonClassName") if not _is_of_tfds(x)]
             if foreign:
-                raise ValueError(f"names the class {foreign[0]!r:.60}, expected TFDS's own")
-        except (OSError, ValueError, RecursionError) as error:
-            reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
-            raise DataError(f"{path}: {reason}; {_REBUILD}") from None
+                raise regular_file.FileError(
+                    f"{path}: names the class {foreign[0]!r:.60}, expected TFDS's own"
+                )
+        except regular_file.FileError as error:
+            raise DataError(f"{error}; {_REBUILD}") from None
     try:
         info = tfds.builder_from_directory(directory).info
         for split in info.splits.values():
-            list(zip(split.filepaths, split.shard_lengths, strict=True))
+            for path, _ in zip(split.filepaths, split.shard_lengths, strict=True):
+                if not regular_file.inside(str(path).removeprefix(f"{directory}/")):
+                    raise ValueError(f"names the file {path}, expected one of the set's folder")
         return info
     except Exception as error:  # of wrong types in either file there are all kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -119,10 +127,13 @@ def _is_of_tfds(name: Any) -> bool:
     return isinstance(name, str) and name.startswith("tensorflow_datasets.")
 
 
-def _shards(directory: epath.Path, split: tfds.core.SplitInfo) -> tuple[order.Shard, ...]:
+def shards(directory: epath.Path, split: tfds.core.SplitInfo) -> tuple[order.Shard, ...]:
     """The shards of the split. A local one must not have the size that grain-jax build noted for another shard.
 
     A damaged record is found when it is read, and named then.
+
+    Raises:
+      DataError: the lengths cannot be, a shard is no regular file or has another one's name.
     """
     paths = list(map(os.fspath, split.filepaths))
     noted = _of_split(directory, split.name).get("shard_bytes", [])
@@ -136,8 +147,8 @@ def _shards(directory: epath.Path, split: tfds.core.SplitInfo) -> tuple[order.Sh
             continue
         try:
             found = os.stat(path)
-        except FileNotFoundError:  # the reader of the shard says so
-            continue
+        except FileNotFoundError:
+            raise DataError(f"{path}: the shard is gone; {_REBUILD}") from None
         if not stat.S_ISREG(found.st_mode):
             raise DataError(f"{path}: no regular file; expected a shard that grain-jax build wrote")
         if size not in (None, found.st_size) and found.st_size in noted:
@@ -159,12 +170,12 @@ def _of_split(directory: epath.Path, split: str) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        noted = dict(json.loads(path.read_bytes())[split])
-        for key in ("shard_lengths", "shard_bytes"):
+        noted = regular_file.read_json(path, dict[str, dict[str, Any]], "digests")[split]
+        for key in ("shard_lengths", "shard_bytes", "shard_digests"):
             if not isinstance(noted.get(key, []), list):
                 raise TypeError
         return noted
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (regular_file.FileError, KeyError, TypeError):
         raise DataError(
             f"{path}: not what grain-jax build writes, expected the split {split}; put it back, or remove it,"
             " and the files are compared instead"

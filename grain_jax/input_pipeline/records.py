@@ -5,15 +5,16 @@ lane i. Only the shards of the lanes that are asked for are opened, and of these
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grain_jax.input_pipeline import record_files  # isort: skip  (before TensorFlow, whose logging it sets)
 import numpy as np
 import tensorflow as tf
+from etils import epath
 
 from grain_jax.config import Config, TextTower
-from grain_jax.input_pipeline import assemble, order, sources, tokenizer, transforms
+from grain_jax.input_pipeline import assemble, order, shard_digests, sources, tokenizer, transforms
 from grain_jax.input_pipeline import text_lengths as text_lengths_lib
 from grain_jax.input_pipeline.record_files import DAMAGE, DataError
 from grain_jax.schema import Batch
@@ -125,14 +126,22 @@ def _sample(one: record_files.RecordSet, tower: TextTower) -> text_lengths_lib.T
 
 
 def batches(
-    config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
+    config: Config,
+    *,
+    lanes: Sequence[int] | None = None,
+    start_step: int = 0,
+    notes: epath.Path | None = None,
 ) -> Iterator[Batch]:
     """The part of each global batch that comes from `lanes` (None: all of it), from `start_step` on, endless.
+
+    Args:
+      config, lanes, start_step, notes: see sources.DataSource.
 
     Raises (here, not at the first batch):
       MissingData, DataError: as `record_files.find`.
       order.OrderError: a set has fewer shards than `input.lanes`.
-    A damaged record raises DataError with its shard and its place there, at the batch that it is in.
+    A damaged record raises DataError with its shard and its place there, at the batch that it is in; a shard that is
+    not what it was (shard_digests.Comparison) does before the first batch with one of its records.
     """
     sets = record_files.find(config)
     lanes_of_sets = [
@@ -158,13 +167,25 @@ def batches(
                 max(lengths),
                 one.source.name,
             )
-    return _batches(config, served, start_step)
+    comparisons = {
+        (lane.index, i): shard_digests.Comparison(
+            one.shard_digests, notes and notes / f"set{i}_lane{lane.index}.json", start_step > 0
+        )
+        for lane in served
+        for i, one in enumerate(sets)
+    }
+    return _batches(config, served, start_step, comparisons)
 
 
-def _batches(config: Config, lanes: list[order.MixedLane], step: int) -> Iterator[Batch]:
+Comparisons = Mapping[tuple[int, int], shard_digests.Comparison]  # of a lane's stream of a set
+
+
+def _batches(
+    config: Config, lanes: list[order.MixedLane], step: int, comparisons: Comparisons
+) -> Iterator[Batch]:
     text_tokenizer = tokenizer.of_tower(config.model.text)
     per_lane = config.batch_size // sources.num_lanes(config)
-    dataset = _dataset(config, lanes, per_lane, step)
+    dataset = _dataset(config, lanes, per_lane, step, comparisons)
     iterator = dataset.as_numpy_iterator()
     while True:
         try:
@@ -172,15 +193,22 @@ def _batches(config: Config, lanes: list[order.MixedLane], step: int) -> Iterato
         except DAMAGE as error:
             transform = transforms.Transform.from_config(config)
             raise _damage(lanes, per_lane, step, transform, error) from None
+        for fault in filter(None, (one.fault for one in comparisons.values())):
+            raise DataError(fault)
         yield _to_batch(columns, config, text_tokenizer)
         step += 1
 
 
 def _dataset(
-    config: Config, lanes: list[order.MixedLane], per_lane: int, start_step: int
+    config: Config,
+    lanes: list[order.MixedLane],
+    per_lane: int,
+    start_step: int,
+    comparisons: Comparisons,
 ) -> tf.data.Dataset:
     """Batches of `transforms.Example`, in order."""
-    streams = [_mixed_stream(lane, start_step * per_lane).batch(per_lane) for lane in lanes]
+    position = start_step * per_lane
+    streams = [_mixed_stream(lane, position, comparisons).batch(per_lane) for lane in lanes]
     dataset = tf.data.Dataset.zip(tuple(streams)).map(
         lambda *parts: tuple(tf.concat(column, 0) for column in zip(*parts, strict=True))
     )
@@ -197,11 +225,13 @@ def _dataset(
     return dataset.with_options(options)
 
 
-def _mixed_stream(lane: order.MixedLane, position: int) -> tf.data.Dataset:
+def _mixed_stream(
+    lane: order.MixedLane, position: int, comparisons: Comparisons
+) -> tf.data.Dataset:
     """The `_lane_stream`s of the lane's sets, in the order in which it draws from them."""
     streams = [
-        _lane_stream(stream, at)
-        for stream, at in zip(lane.streams, lane.positions(position), strict=True)
+        _lane_stream(stream, at, comparisons[lane.index, i].take)
+        for i, (stream, at) in enumerate(zip(lane.streams, lane.positions(position), strict=True))
     ]
     if len(streams) == 1:
         return streams[0]
@@ -216,8 +246,15 @@ def _mixed_stream(lane: order.MixedLane, position: int) -> tf.data.Dataset:
     return tf.data.Dataset.choose_from_datasets(streams, choices)
 
 
-def _lane_stream(lane: order.Lane, position: int) -> tf.data.Dataset:
-    """(serialized record, its draws) from that position on, endless; opens the block of the position first."""
+def _lane_stream(
+    lane: order.Lane,
+    position: int,
+    take: Callable[[Sequence[order.Shard], np.ndarray], None] = lambda *_: None,
+) -> tf.data.Dataset:
+    """(serialized record, its draws) from that position on, endless; opens the block of the position first.
+
+    `take` gets the shards of each block, and the hashes of all its records before one of them is served.
+    """
     first = lane.ordinal(position)
 
     def plan(ordinal):
@@ -227,6 +264,10 @@ def _lane_stream(lane: order.Lane, position: int) -> tf.data.Dataset:
         draws = order.uniforms(lane.draw_key, block.first_position + places, transforms.NUM_DRAWS)
         paths = np.array([shard.path for shard in block.shards], object)
         return paths, np.int64(len(block.permutation)), block.permutation[places], draws
+
+    def compare(ordinal, hashes):
+        take(lane.block(int(ordinal)).shards, hashes)
+        return np.int64(0)
 
     def load(ordinal):
         paths, length, chosen, draws = tf.numpy_function(
@@ -238,7 +279,9 @@ def _lane_stream(lane: order.Lane, position: int) -> tf.data.Dataset:
         draws.set_shape([None, transforms.NUM_DRAWS])
         files = tf.data.TFRecordDataset(paths, buffer_size=_READ_BYTES)
         records = files.batch(length).get_single_element()
-        return tf.gather(records, chosen), draws
+        hashes = shard_digests.hashes(records)
+        with tf.control_dependencies([tf.numpy_function(compare, [ordinal, hashes], tf.int64)]):
+            return tf.gather(records, chosen), draws
 
     # Reads the next block while this one is served.
     return tf.data.Dataset.range(first, _ENDLESS).map(load).prefetch(1).unbatch()

@@ -9,10 +9,12 @@ follows `DataSource`; `LaneSource` is the short way to write one. examples/data_
 
 import abc
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, TypedDict, cast
+from typing import Any, Protocol, TypedDict, cast
 
 import numpy as np
+from etils import epath
 
 from grain_jax import errors, named
 from grain_jax.config import Config
@@ -81,6 +83,9 @@ class DataSource(Protocol):
           config: `input.lanes`, `text.pack_group` and `text.pack_rows` are numbers here.
           lanes: ascending; the rows of a batch are in their order.
           start_step: 0 for the first batch of the run.
+
+        A method that takes `notes`, too, gets a folder of the run (None outside of one), where it may keep what it
+        found, to compare when the run is resumed; the records do.
         """
         ...
 
@@ -144,6 +149,15 @@ def lane_by_lane(
         fields = zip(*parts, strict=True)  # None in each part, or in none
         yield Batch(*(None if field[0] is None else np.concatenate(field) for field in fields))
         step += 1
+
+
+def batches_of_run(
+    source: DataSource, config: Config, *, notes: epath.Path, **arguments: Any
+) -> Iterator[Batch]:
+    """`source.batches` with the `arguments`, and with `notes` where it takes them."""
+    if "notes" in inspect.signature(source.batches).parameters:
+        arguments["notes"] = notes
+    return source.batches(config, **arguments)
 
 
 def num_lanes(config: Config) -> int:

@@ -36,19 +36,7 @@ def clean(text: str | bytes) -> str:
     Raises:
       TokenizerError: `text` is neither, or the bytes are not UTF-8.
     """
-    if isinstance(text, bytes):
-        try:
-            text = text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise TokenizerError(
-                f"text {text[:40]!r} is not UTF-8 ({error.reason} at byte {error.start}); "
-                "convert the records to UTF-8"
-            ) from None
-    elif not isinstance(text, str):
-        raise TokenizerError(
-            f"expected a text (str), got {type(text).__name__}: {str(text)[:40]}; "
-            "pass a list of strings"
-        )
+    text = _text(text)
     if text.isascii() and text.isprintable() and "&" not in text:  # nothing to repair
         return " ".join(text.split()) if "  " in text else text.strip()
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -70,19 +58,45 @@ def text_ids(texts: Sequence[str]) -> np.ndarray:
 
 
 def _text(text: str | bytes) -> str:
-    return text.decode("utf-8") if isinstance(text, bytes) else text
+    """The text of `clean`'s argument. Raises TokenizerError."""
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise TokenizerError(
+                f"text {text[:40]!r} is not UTF-8 ({error.reason} at byte {error.start}); "
+                "convert the records to UTF-8"
+            ) from None
+    elif not isinstance(text, str):
+        raise TokenizerError(
+            f"expected a text (str), got {type(text).__name__}: {str(text)[:40]}; "
+            "pass a list of strings"
+        )
+    return text
+
+
+def _whole(text: str | bytes) -> str:
+    """As `_text`; halves of characters, which `clean` repairs, are refused."""
+    text = _text(text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise TokenizerError(
+            f"text {text[:40]!r} has half a character (a lone surrogate); expected Unicode"
+        ) from None
+    return text
 
 
 def _canonical(text: str | bytes) -> str:
     """Lower case, without ASCII punctuation, single spaces: the cleaning of SigLIP's texts."""
-    return " ".join(_text(text).lower().translate(_NO_PUNCTUATION).split())
+    return " ".join(_whole(text).lower().translate(_NO_PUNCTUATION).split())
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 CLEANINGS: dict[str, Callable[[str | bytes], str]] = {
     "lower": lambda text: clean(text).lower(),
     "canonical": _canonical,
-    "none": _text,
+    "none": _whole,
 }
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from grain_jax.config import Dataset
+from grain_jax.files import regular_file
 
 FILE = "text_lengths.json"
 IMAGES = 4096  # in a sample, at most
@@ -188,7 +189,7 @@ def read(source: Dataset, tokenizer: str) -> TextLengths | None:
     if folder is None or source.split != "train" or not (folder / FILE).exists():
         return None
     try:
-        found = json.loads((folder / FILE).read_text())
+        found = regular_file.read_json(folder / FILE, dict[str, Any], "lengths of texts", 4 << 30)
         if found["tokenizer"] != tokenizer:
             return None
         return _table(

@@ -5,6 +5,7 @@ import os
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax.files import regular_file
 from grain_jax.input_pipeline.clip_tokenizer import PAD, VOCAB_SIZE, ClipTokenizer
 from grain_jax.input_pipeline.file_tokenizer import FileTokenizer
 from grain_jax.input_pipeline.text_cleaning import TokenizerError
@@ -47,13 +48,24 @@ def is_inside(path: epath.Path, folder: epath.PathLike | None) -> bool:
 
 
 def keep_copy(tower: config_lib.TextTower, workdir: epath.Path) -> None:
-    """Copies the file of the tokenizer into the workdir, so that its checkpoints need no file outside."""
+    """Copies the file of the tokenizer into the workdir, so that its checkpoints need no file outside.
+
+    Raises:
+      regular_file.FileError: there is something else than a file.
+    """
     if tower.tokenizer == "clip":
         return
     path = file_of(tower)
     copy = workdir / path.name
-    if path.exists() and not (copy.exists() and copy.read_bytes() == path.read_bytes()):
-        copy.write_bytes(path.read_bytes())
+    if path.exists():
+        content = content_of(path)
+        if not (copy.exists() and content_of(copy) == content):
+            copy.write_bytes(content)
+
+
+def content_of(path: epath.Path) -> bytes:
+    """The bytes of a tokenizer's file. Raises regular_file.FileError."""
+    return regular_file.read(path, regular_file.MAX_JSON, "a tokenizer")
 
 
 def of_tower(tower: config_lib.TextTower, folder: epath.PathLike | None = None) -> Tokenizer:
@@ -64,7 +76,7 @@ def of_tower(tower: config_lib.TextTower, folder: epath.PathLike | None = None) 
       folder: of the model (`file_of`).
 
     Raises:
-      TokenizerError: it cannot be read, or has more ids than the tower has embeddings.
+      TokenizerError: it cannot be read, or has an id beyond the tower's embeddings.
     """
     if tower.tokenizer == "clip":
         tokenizer, vocabulary = ClipTokenizer(), VOCAB_SIZE
@@ -77,7 +89,7 @@ def of_tower(tower: config_lib.TextTower, folder: epath.PathLike | None = None) 
         vocabulary = tokenizer.vocab_size
     if vocabulary > tower.vocab_size:
         raise TokenizerError(
-            f"model.text.tokenizer: {tower.tokenizer} has {vocabulary} ids, but model.text.vocab_size"
+            f"model.text.tokenizer: {tower.tokenizer} has ids up to {vocabulary - 1}, but model.text.vocab_size"
             f" is {tower.vocab_size}; name the tokenizer that the tower was trained with"
         )
     return tokenizer

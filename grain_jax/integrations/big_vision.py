@@ -84,7 +84,8 @@ class Model(nn.Module):
         Args:
           image: uint8 [B, S, S, 3], or float32 normalised with `model.image.pixel_mean` and `pixel_std`.
           text: int32 [N, L] from `grain_text`; or CLIP token ids with any padding; or SigLIP token ids, padded
-            by the op of big_vision; or other token ids, padded with -1.
+            by the op of big_vision; or other token ids, padded with -1. A text with another id than those
+            of the embedding table gets NaN.
           train: has to be False.
 
         Returns:
@@ -124,7 +125,8 @@ class Model(nn.Module):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
         at = jnp.stack([jnp.zeros_like(ends), ends], axis=1)
         (embed,) = self.grain.encode_text(tokens, positions, jnp.ones_like(positions), at)
-        return embed
+        known = ((tokens >= 0) & (tokens < tower.vocab_size)).all(axis=(1, 2))
+        return jnp.where(known[:, None], embed, jnp.nan)
 
 
 def load(init_params: Any, init_file: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def grain_image(checkpoint: str, key: str = "image") -> Callable[[dict], dict]:
 
     def resize(image):
         if isinstance(image, bytes):
-            image = image_files.decode_image(image)
+            image = image_files.decode_image(image, orientation="file")  # as big_vision does
         return image_files.resize(image, size)
 
     def op(data):

@@ -97,7 +97,7 @@ def load(
 
 def _resize(size: int, image: PIL.Image.Image) -> torch.Tensor:
     """uint8 [S, S, 3], resized as in `grain_jax.evaluate`; the model normalises it."""
-    return torch.from_numpy(image_files.resize(image, size).copy())
+    return torch.from_numpy(image_files.resize(image_files.upright(image), size).copy())
 
 
 def _tokenize(

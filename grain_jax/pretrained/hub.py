@@ -14,6 +14,8 @@ _REFERENCE = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@(.+))?")
 # What a reader of a model opens. Code and pickles of a stranger are not even downloaded.
 _READ = (
     "config.json",
+    "open_clip_config.json",
+    "preprocessor_config.json",
     "params/*",
     "*.safetensors",
     "*.safetensors.index.json",
@@ -45,7 +47,7 @@ def download(reference: str) -> epath.Path:
         folder = epath.Path(
             library.snapshot_download(found[1], revision=found[2], allow_patterns=list(_READ))
         )
-    if not (folder / "config.json").exists():
+    if not any((folder / name).exists() for name in ("config.json", "open_clip_config.json")):
         raise HubError(
             f"{reference}: has no config.json, expected a folder of to-hf or another conversion"
         )

@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 model=args.model,
             )
     except (errors.UserError, OSError) as error:
-        print(error, file=sys.stderr)
+        known = isinstance(error, errors.UserError)
+        print(error if known else errors.of_system(error) or error, file=sys.stderr)
         return 2
     print(path)
     return 0

@@ -17,7 +17,7 @@ from grain_jax import config as config_lib
 from grain_jax import errors, inference
 from grain_jax.cli.report import NUM_IMAGES
 from grain_jax.evaluate import evaluators, rates, test_sets, zeroshot
-from grain_jax.files import atomic
+from grain_jax.files import atomic, regular_file
 from grain_jax.inference import prompts, scores
 from grain_jax.report import looking, regions
 from grain_jax.report.thumbnails import Thumbnails
@@ -91,9 +91,9 @@ def collect(
 
 def _kept(path: epath.Path) -> dict[str, Any] | None:
     try:
-        kept = json.loads(path.read_text())
+        kept = json.loads(regular_file.read_text(path, "a report's data", 4 << 30))
         return kept if kept["whole"] and kept["asked"]["version"] == _VERSION else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -175,7 +175,7 @@ def _confusions(
       thumbs: the thumbnails of the page; the example images are added to it.
     """
     predicted = found.argmax(axis=1)
-    wrong = np.flatnonzero(predicted != own)
+    wrong = np.flatnonzero(found.max(axis=1) > found[np.arange(len(own)), own] + rates.TIE)
     counts = collections.Counter((int(own[i]), int(predicted[i])) for i in wrong)
     totals = collections.Counter(own.tolist())
     # Equally frequent pairs are ordered by the largest lead of the wrong score over the true one.

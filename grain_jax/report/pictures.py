@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from grain_jax import losses, printable
 from grain_jax.evaluate import annotated, grounding, tables, test_sets
 from grain_jax.files import annotations as annotations_lib
-from grain_jax.files import images as images_lib
+from grain_jax.files import regular_file
 from grain_jax.inference import scores
 from grain_jax.report import looking
 from grain_jax.runtime import metrics_file
@@ -97,6 +97,7 @@ def regions_grid(
     images_dir: epath.PathLike,
     output_png: epath.PathLike,
     count: int = 12,
+    orientation: str = "exif",
 ) -> None:
     """Draws test images with their predicted and annotated boxes, and the nearest description of each region.
 
@@ -109,6 +110,7 @@ def regions_grid(
       images_dir: the folder that the paths in the annotations are relative to.
       output_png: the file to write.
       count: number of images, evenly spaced among those with regions.
+      orientation: of the images, as of `files.images`.
 
     Raises:
       test_sets.InputError, annotations.AnnotationError: no image of the file can be drawn.
@@ -119,8 +121,8 @@ def regions_grid(
     places = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)
     chosen = [records[i] for i in places]
     folder = annotated.image_folder(images_dir)
-    paths = [folder / r.image for r in chosen]
-    batch = looking.encode(predictor, [test_sets.of_path(path) for path in paths])
+    files = [test_sets.of_path(folder / r.image, orientation=orientation) for r in chosen]
+    batch = looking.encode(predictor, files)
     read = [chosen[i] for i in batch.index]
     described = grounding.described_boxes(read, batch.sizes)
     texts = grounding.distinct(
@@ -141,7 +143,7 @@ def regions_grid(
         f"  text: nearest of {len(texts)} descriptions (\N{CHECK MARK} its own, \N{BALLOT X} another's)",
     )
     for i, (position, (above, below)) in enumerate(zip(batch.index, axes)):
-        image = images_lib.load_image(paths[position]).convert("RGB")
+        image = files[position].load().convert("RGB")
         _draw_image(above, image)
         pred_boxes_xyxy = found.boxes_xyxy[i, matched.query[matched.image == i]]
         true_boxes_xyxy = described.boxes_xyxy[described.image == i]  # ordered as the matches are
@@ -341,14 +343,14 @@ def _smooth(values: Sequence[float], keep: float = 0.6) -> list[float]:
 def _caption_loss_at_chance(workdir: epath.Path) -> tuple[float, str] | None:
     """The caption loss of a run whose embeddings say nothing, where no caption is missing; and how it is written."""
     try:
-        config = json.loads((workdir / "config.json").read_text())
+        config = json.loads(regular_file.read_text(workdir / "config.json", "a config"))
         images = int(config["batch_size"])
         captions = int(config.get("input", {}).get("captions_per_image", 1))
         if captions == 1:
             return math.log(images), f"ln {images}"
         others = 1 + captions * (images - 1)  # an image's choices; a caption has `images`
         return math.log(images * others) / 2, f"ln √({images} x {others})"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, OverflowError, RecursionError, KeyError, TypeError, AttributeError):
         return None  # curves are drawn without a config too
 
 

@@ -67,9 +67,11 @@ def collect(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
     if decoder is None or not decoder.queries:
         raise NoRegions("the model has no region queries")
     name, entry = with_boxes(evals)
-    annotated = annotated_lib.read_regions(*entry.paths)
-    records = [annotated.records[i] for i in spread(len(annotated.records), limit)]
-    files = [test_sets.of_path(annotated.folder / record.image) for record in records]
+    annotated = annotated_lib.read_regions(**entry.given)
+    chosen = spread(len(annotated.records), limit)
+    records = [annotated.records[i] for i in chosen]
+    all_files = annotated.images
+    files = [all_files[i] for i in chosen]
     found = looking.encode(predictor, files)
     regions = found.with_regions
     records, files = ([x[i] for i in found.index] for x in (records, files))

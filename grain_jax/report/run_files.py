@@ -9,6 +9,7 @@ from etils import epath
 
 from grain_jax import errors, losses
 from grain_jax.evaluate import tables
+from grain_jax.files import regular_file
 from grain_jax.report import pictures
 from grain_jax.runtime import metrics_file, receipt
 
@@ -192,8 +193,8 @@ def _is_beside(key: str) -> bool:
 
 def _json(path: epath.Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        value = json.loads(regular_file.read_text(path, "JSON", 1 << 30))
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -269,8 +270,8 @@ def _of_file(name: str, file: epath.Path, value: Mapping[str, Any]) -> list[Resu
 def _environment(workdir: epath.Path) -> dict[str, str]:
     out = {"workdir": str(workdir)}
     log = workdir / "log.txt"
-    if log.exists():
-        lines = log.read_text().splitlines()
+    if regular_file.is_one(log):
+        lines = regular_file.read(log, 1 << 30, "a log").decode(errors="replace").splitlines()
         commands = [line[2:] for line in lines if line.startswith("$ ")]
         if commands:
             out["command"] = commands[-1]
@@ -282,8 +283,9 @@ def _environment(workdir: epath.Path) -> dict[str, str]:
     if not file.exists():
         return out | {"receipt": f"none ({receipt.FILE} is missing)"}
     try:
-        records = [json.loads(line) for line in file.read_text().splitlines()]
-    except ValueError as error:
+        lines = enumerate(receipt.read(workdir), 1)
+        records = [receipt.record_of(line, f"line {number}") for number, line in lines]
+    except errors.UserError as error:
         return out | {"receipt": f"{receipt.FILE} is damaged ({error})"}
     if not records:
         return out | {"receipt": "none yet"}

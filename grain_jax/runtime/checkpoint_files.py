@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import os
+import stat
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from grain_jax import errors
+from grain_jax.files import regular_file
 
 
 class CheckpointError(errors.UserError):
@@ -38,8 +41,20 @@ def finished_steps(workdir: epath.PathLike) -> list[int]:
     )
 
 
+def check_files(folder: epath.Path) -> None:
+    """Raises CheckpointError where something below a local folder is neither a file nor a folder: it could hang."""
+    if "://" in str(folder):
+        return
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            check_files(path)
+        elif not regular_file.is_one(path):
+            raise CheckpointError(f"{path}: got a pipe, device or link of one, expected a file")
+
+
 def read_json(folder: epath.PathLike, item: str) -> dict[str, Any]:
-    """The item `config` or `receipt` of the checkpoint `folder`."""
+    """The item `config` or `receipt` of the checkpoint `folder`. Raises CheckpointError."""
+    check_files(absolute(folder) / item)
     with open_reader(ocp.JsonCheckpointHandler) as reader:
         return reader.restore(absolute(folder) / item)
 
@@ -60,7 +75,8 @@ def open_reader(handler: Callable[..., ocp.CheckpointHandler]) -> ocp.Checkpoint
 
 
 def metadata_of(folder: epath.Path) -> Any:
-    """Shapes and types of the arrays in `folder`, as Orbax stored them."""
+    """Shapes and types of the arrays in `folder`, as Orbax stored them. Raises CheckpointError."""
+    check_files(folder)
     # Orbax warns that an item has no metadata of its own; they lie beside the items.
     logging.getLogger("absl").setLevel(logging.ERROR)
     with open_reader(ocp.PyTreeCheckpointHandler) as reader:

@@ -45,10 +45,11 @@ def initialize(
     """
     if heartbeat_seconds < 1:
         raise errors.UserError(
-            f"--heartbeat-seconds: got {heartbeat_seconds}, expected at least 1, such as 20"
+            f"--heartbeat-seconds: got {heartbeat_seconds}, expected at least 1, such as 100"
         )
     found = find(coordinator, processes, process_id, os.environ)
     if found is None:
+        answer_libtpu()
         return "a single process"
     name, arguments = found
     native_log.redirect(heartbeat_seconds, START_SECONDS)
@@ -62,7 +63,10 @@ def initialize(
             initialization_timeout=START_SECONDS,
             heartbeat_timeout_seconds=heartbeat_seconds,
         )
-        preemption.take_sigterm_back(leaves_last=jax.process_index() == 0)
+        alone = jax.process_count() == 1
+        preemption.take_sigterm_back(leaves_last=jax.process_index() == 0 and not alone)
+        if alone:  # a cluster of one: its own heartbeat could only end it
+            jax.distributed.shutdown()
     finally:
         patience.cancel()
     return (
@@ -70,10 +74,23 @@ def initialize(
     )
 
 
+def answer_libtpu() -> None:
+    """Where JAX found no TPU chip, sets what libtpu would otherwise miss aloud, five lines a start.
+
+    Nothing is chosen by it: JAX asks libtpu as before, and what the user has set stays. Call it before anything asks
+    for devices.
+    """
+    # JAX sets the first where there are no chips; where there are some it sets jax_platforms.
+    platforms = getattr(jax.config, "jax_platforms", None) or ""
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1" and "tpu" not in platforms:
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
 def find(
     coordinator: str | None, processes: int, process_id: int, environment: Mapping[str, str]
 ) -> tuple[str, dict[str, Any]] | None:
-    """(name of the cluster, arguments of `jax.distributed.initialize`), or None for a single process.
+    """(name of the cluster, arguments of `jax.distributed.initialize`), or None for a process that is known to be alone.
 
     Args:
       coordinator, processes, process_id: see `initialize`.
@@ -97,6 +114,8 @@ def find(
         raise errors.UserError(
             f"--process-id: got {process_id} with --processes={processes}, expected 0 to --processes - 1"
         )
+    if processes == 1:
+        return None
     return f"coordinator {coordinator}", dict(
         coordinator_address=coordinator,
         num_processes=processes,

@@ -29,7 +29,7 @@ from typing import Protocol
 from etils import epath
 
 from grain_jax import errors
-from grain_jax.runtime import ending, storage_faults
+from grain_jax.runtime import ending
 
 FILE = "trainer.lock"
 RENEW_SECONDS = 10
@@ -252,7 +252,7 @@ class Lock:
             except Lost as error:
                 ending.leave(error.status, str(error))
             except Exception as error:  # a network that is down: perhaps the next time
-                if storage_faults.is_full_disk(error) or told:
+                if errors.is_full_disk(error) or told:
                     continue  # the next save tells of a full disk
                 what = f"{self._workdir / FILE}: not renewed: {error}"
                 print(what, file=sys.stderr, flush=True)

@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from grain_jax.files import regular_file
+
 FILE = "metrics.jsonl"
+_LONGEST = 4 << 30  # bytes of a file
 _LARGEST_STEP = 2**31 - 1  # as config.total_steps
 
 
@@ -42,9 +45,9 @@ def read(paths: Iterable[epath.Path]) -> tuple[list[Line], list[str]]:
     faults = []
     for path in paths:
         try:
-            content = path.read_bytes()
-        except OSError as error:
-            faults.append(f"{path}: cannot be read ({error.strerror or error}), expected a file")
+            content = regular_file.read(path, _LONGEST, "a file of metrics")
+        except regular_file.FileError as error:
+            faults.append(str(error))
             continue
         texts = content.decode(errors="replace").split("\n")
         cut_off = texts.pop()  # "" where the last line has its end

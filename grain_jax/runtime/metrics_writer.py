@@ -147,7 +147,7 @@ def check_wandb(options: config_lib.Wandb) -> None:
     """Raises UserError where Weights & Biases is asked for and its package is not there."""
     if options.mode != "off" and importlib.util.find_spec("wandb") is None:
         raise errors.UserError(
-            f"wandb.mode={options.mode} needs the package wandb: pip install wandb, or take"
+            f"wandb.mode={options.mode} needs the package wandb: pip install 'grain_jax[wandb]', or take"
             " --config.wandb.mode=off"
         )
 
@@ -333,11 +333,7 @@ class MetricsWriter:
         lines, faults = metrics_file.read(metrics_file.files(self.workdir))
         for fault in faults:
             self.say(fault)
-        new = self._path.with_suffix(
-            ".new"
-        )  # a kill while it is written leaves the old file as it was
-        new.write_text(_text_until(step, lines))
-        new.replace(self._path)
+        atomic.write_text(self._path, _text_until(step, lines))
         if self._upload:
             self._upload.whole_metrics()
 

@@ -93,7 +93,7 @@ class PreemptionHandler:
 
     def tell(self, number: int) -> None:
         """Asks the run to end, as a signal in training does; only the first call counts."""
-        if _jax_handler:
+        if _jax_handler and jax.distributed.is_initialized():
             _jax_handler(signal.SIGTERM)  # tells all processes, also of a Ctrl-C to one
         elif not self._told:
             self._told = True

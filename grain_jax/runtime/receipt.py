@@ -9,7 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import jaxlib
@@ -19,22 +19,26 @@ from jax.sharding import Mesh
 
 from grain_jax import __version__
 from grain_jax import config as config_lib
-from grain_jax.files import atomic
+from grain_jax.files import atomic, regular_file
 from grain_jax.runtime import digests
 
 FILE = "receipts.jsonl"
-KEYS = (  # of a record; newer ones have "data" too, the sha256 of the item `data` of their checkpoint
-    "step",
-    "batch_chain",  # digests of all batches so far
-    "pixel_chain",
-    "state",  # part of the state -> digest
-    "metrics",  # sha256 of the lines of metrics.jsonl since the record before
-    "config",  # sha256
-    "mesh",  # axis -> size
-    "processes",
-    "environment",  # versions, device, XLA's flags
-    "previous",  # sha256 of the record before; None in a run's first
-)
+
+
+class Record(TypedDict):
+    """The form of a record."""
+
+    step: int
+    batch_chain: str  # digests of all batches so far
+    pixel_chain: str
+    state: dict[str, str]  # part of the state -> digest
+    metrics: str  # sha256 of the lines of metrics.jsonl since the record before
+    config: str  # sha256
+    mesh: dict[str, int]  # axis -> size
+    processes: int
+    environment: dict[str, str]  # versions, device, XLA's flags
+    data: NotRequired[str]  # sha256 of the item `data` of the checkpoint; older ones have none
+    previous: str | None  # sha256 of the record before; None in a run's first
 
 
 def sha256(value: Any) -> str:
@@ -99,10 +103,20 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def record_of(line: str, where: str) -> dict[str, Any]:
+    """The record in a line of a receipt, of the form of `Record`. Raises regular_file.FileError."""
+    where, expected = f"{where}: got {line[:60]!r}", "a record of a run"
+    record = regular_file.from_json(line, dict[str, Any], where, expected)
+    regular_file.checked(record, Record, where, expected)
+    return record
+
+
 def read(workdir: epath.PathLike) -> list[str]:
-    """The lines of the receipts of a workdir; [] where there are none."""
+    """The lines of the receipts of a workdir; [] where there are none. Raises regular_file.FileError."""
     path = epath.Path(workdir) / FILE
-    return path.read_text().splitlines() if path.exists() else []
+    if not path.exists():
+        return []
+    return regular_file.read_text(path, "the receipts of a run", 1 << 30).splitlines()
 
 
 class Receipts:

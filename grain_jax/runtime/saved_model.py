@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import numpy as np
@@ -16,7 +16,8 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax import errors, named, pretrained
-from grain_jax.runtime import digests, receipt
+from grain_jax.files import regular_file
+from grain_jax.runtime import digests, distributed, receipt
 from grain_jax.runtime.checkpoint_files import (
     CheckpointError,
     absolute,
@@ -29,6 +30,13 @@ from grain_jax.runtime.checkpoint_files import (
 
 # Reads the folders of `convert to-hf`; a string, since conversions stand above this package.
 _TRANSFORMERS = "grain_jax.convert.huggingface:read"
+
+
+class _Converted(TypedDict):
+    """What is read of the config.json of `save_model`; one that was written without digests is not checked."""
+
+    model: dict[str, Any]
+    digests: NotRequired[dict[str, str]]
 
 
 def save_model(folder: epath.PathLike, model: config_lib.Model, params: Any, **notes: Any) -> None:
@@ -49,6 +57,19 @@ def model_digests(model: config_lib.Model, params: Any) -> dict[str, str]:
     return {"model": receipt.sha256(described), "params": digests.of_arrays(params)}
 
 
+def find(path: epath.PathLike) -> epath.Path:
+    """The folder that `path` names, as `load_model` takes it; one of the Hub is downloaded.
+
+    Raises:
+      CheckpointError: there is none.
+      errors.UserError: it cannot be downloaded.
+    """
+    folder = absolute(pretrained.folder_of(path))
+    if not folder.is_dir():
+        raise CheckpointError(pretrained.no_such(path))
+    return folder
+
+
 def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
     """The model in a training workdir (newest checkpoint), a checkpoint, a converted folder or a folder of to-hf.
 
@@ -65,9 +86,8 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
       CheckpointError: no such folder, none of the four kinds, or it is damaged.
       errors.UserError: a model of the Hub cannot be downloaded, or a folder of to-hf cannot be read.
     """
-    given, path = path, absolute(pretrained.folder_of(path))
-    if not path.is_dir():
-        raise CheckpointError(pretrained.no_such(given))
+    distributed.answer_libtpu()
+    path = find(path)
     if (path / "config.json").exists() and (path / "params").is_dir():
         model, params, fault = _try_to_read(_read_converted, path)
         if fault:
@@ -82,6 +102,8 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
             raise CheckpointError(f"{path}: holds no finished checkpoint yet")
         folders = [path / "checkpoints" / str(step) for step in reversed(steps)]
     elif not (path / "state").is_dir():
+        if command := pretrained.conversion(path):
+            raise CheckpointError(f"{path}: weights of another package; {command}")
         raise CheckpointError(
             f"{path}: neither a workdir (checkpoints/), nor a checkpoint (state/), nor a converted model"
             " (params/ and config.json), nor a folder of to-hf (model.safetensors and config.json)"
@@ -122,10 +144,8 @@ def _try_to_read(
 
 
 def _read_converted(folder: epath.Path) -> tuple[config_lib.Model, Any]:
-    """The model of `save_model`; one that was written without digests is not checked."""
-    content = json.loads((folder / "config.json").read_text())
-    if not isinstance(content, dict) or "model" not in content:
-        raise CheckpointError("config.json has no key model")
+    """The model of `save_model`."""
+    content = regular_file.read_json(folder / "config.json", _Converted, "a converted model's")
     model = config_lib.model_from_dict(content["model"])
     params = read_arrays(folder / "params")
     if "digests" in content:

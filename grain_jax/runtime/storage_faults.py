@@ -1,7 +1,6 @@
 """One line for a full disk or a removed folder, whichever thread or library fails first."""
 
 import contextlib
-import errno
 import logging
 import sys
 import threading
@@ -12,36 +11,12 @@ from etils import epath
 from grain_jax import errors
 
 
-class StorageFault(errors.UserError):
-    """A file of the run cannot be written; the command was right."""
-
-    status = 1
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and its causes."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def is_full_disk(error: BaseException | None) -> bool:
-    """Whether the cause is a full disk or quota, or one without free inodes."""
-    return any(
-        getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        or "No space left on device" in str(cause)
-        for cause in _causes(error)
-    )
-
-
 @contextlib.contextmanager
 def in_a_line(workdir: epath.PathLike) -> Iterator[None]:
     """Replaces errors inside that come from a full disk, or from a workdir that was removed or cannot be written.
 
     Raises:
-      StorageFault: in place of such an error.
+      errors.StorageFault: in place of such an error.
     """
     try:
         yield
@@ -51,32 +26,34 @@ def in_a_line(workdir: epath.PathLike) -> Iterator[None]:
         text = _line(epath.Path(workdir), error)
         if text is None:
             raise
-        raise StorageFault(text) from None
+        raise errors.StorageFault(text) from None
 
 
 def _line(workdir: epath.Path, error: Exception) -> str | None:
-    if is_full_disk(error):
+    if errors.is_full_disk(error):
         return (
             f"{workdir}: no space left on the device; the checkpoints that are finished are whole:"
             " make room, and the same command goes on from the newest"
         )
     if "://" not in str(workdir) and not workdir.exists():
         return f"{workdir}: the folder was removed while the run was writing to it"
-    for cause in _causes(error):
+    for cause in errors.causes(error):
         if isinstance(cause, OSError) and str(cause.filename or "").startswith(str(workdir)):
             gone = isinstance(cause, FileNotFoundError)
             what = "removed while the run was writing to it" if gone else cause.strerror
             return f"{cause.filename}: {what}; the same command goes on from the newest checkpoint"
-    return None
+    fault = errors.of_system(error)
+    return f"{fault}; the same command goes on from the newest checkpoint" if fault else None
 
 
 def _follows(error: BaseException | None) -> bool:
     """Whether it follows from a failed save, whose event loop closes before all writes end."""
-    return is_full_disk(error) or str(error) == "Event loop is closed"
+    refused = isinstance(errors.of_system(error), errors.StorageFault)
+    return refused or str(error) == "Event loop is closed"
 
 
 def quiet_threads() -> None:
-    """Silences other threads about a full disk, and the threads of Orbax about every error: the main thread reports.
+    """Silences other threads about a disk that refuses to write, and the threads of Orbax about every error: the main thread reports.
 
     Otherwise each prints a traceback, by its hook and by the logs of absl and asyncio. The next wait for a save raises
     its error on the main thread.

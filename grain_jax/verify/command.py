@@ -6,7 +6,6 @@ run: batches must be equal on any number of devices, parameters bit for bit wher
 recorded ones, and losses within a tolerance elsewhere. Status 0: proved; 1: it is not; 2: it cannot be checked.
 """
 
-import json
 import math
 import os
 import sys
@@ -17,7 +16,7 @@ from etils import epath
 
 from grain_jax import errors
 from grain_jax.cli.verify import parser
-from grain_jax.runtime import receipt
+from grain_jax.runtime import compiled, receipt
 from grain_jax.verify import replay, workdir
 
 STEPS = 5  # where no checkpoint says how far
@@ -89,10 +88,10 @@ def _last_step(run: workdir.Run, first: int, steps: int | None) -> int:
 def _recorded_devices(folder: epath.Path) -> int:
     """The largest number of CPU devices of the run; 0 for other devices, for too many to imitate, or bad records."""
     try:
-        records = [json.loads(line) for line in receipt.read(folder)]
+        records = [receipt.record_of(line, receipt.FILE) for line in receipt.read(folder)]
         on_cpu = [r["mesh"] for r in records if r["environment"]["platform"] == "cpu"]
         count = max((int(math.prod(mesh.values())) for mesh in on_cpu), default=0)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError, OSError):
+    except (KeyError, ValueError, OSError):
         return 0
     return count if 0 < count <= MOST_DEVICES else 0
 
@@ -100,6 +99,7 @@ def _recorded_devices(folder: epath.Path) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and verifies; 0: proved, 1: not."""
     args = parser().parse_args(arguments)
+    compiled.use()
     devices = _recorded_devices(epath.Path(args.workdir))
     if devices and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", devices)  # virtual ones, as the run had

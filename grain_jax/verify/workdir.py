@@ -8,6 +8,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax import errors
+from grain_jax.files import regular_file
 from grain_jax.input_pipeline import sources
 from grain_jax.runtime import checkpoint, metrics_file, receipt
 
@@ -89,15 +90,9 @@ def _chain(workdir: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
     records, faults = [], []
     for number, line in enumerate(receipt.read(workdir), 1):
         try:
-            record = json.loads(line)
-            missing = [key for key in receipt.KEYS if key not in record]
-        except (json.JSONDecodeError, TypeError):
-            missing = receipt.KEYS
-        if missing:
-            fault = (
-                f"{receipt.FILE}:{number}: got {line[:60]!r}, expected a record with {missing[0]}"
-            )
-            return records, [*faults, fault]
+            record = receipt.record_of(line, f"{receipt.FILE}:{number}")
+        except errors.UserError as error:
+            return records, [*faults, str(error)]
         step, previous = record["step"], record["previous"]
         if records and previous != receipt.sha256(records[-1]):
             faults.append(
@@ -122,9 +117,11 @@ def _kept(folder: epath.Path) -> Kept:
 
 def _config_json(workdir: epath.Path) -> config_lib.Config:
     try:
-        return config_lib.from_dict(json.loads((workdir / "config.json").read_text()))
-    except (OSError, json.JSONDecodeError) as error:
+        text = regular_file.read_text(workdir / "config.json", "the config of a run")
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise Mismatch(f"config.json: cannot be read ({error})") from None
+    return config_lib.from_dict(content)
 
 
 def _metrics(workdir: epath.Path) -> dict[int, dict[str, Any]]:

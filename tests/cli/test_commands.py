@@ -50,7 +50,7 @@ def helps():
 
 def test_help_shows_the_flags_that_the_parser_takes(helps):
     parsers = commands.parsers()
-    assert set(helps) == set(parsers) and len(helps) == 34
+    assert set(helps) == set(parsers) and len(helps) == 35
     for name, parser in parsers.items():
         shown = set()
         body = helps[name].partition("Example:")[0].partition("\n\n")[2]

@@ -56,7 +56,7 @@ def test_every_spelling_of_a_flag(words, expected):
         ("--output", "--output: has no value; expected --output DIR, or --output=VALUE where"),
         ("--output --again", "--output: has no value, but the flag --again after it; expected"),
         ("--output -again", "--output: has no value, but the flag --again after it; expected"),
-        ("--output y --batch-size 0", "--batch-size: got '0', expected a whole number above 0"),
+        ("--output y --batch-size 0", "--batch-size: got '0', expected a whole number in 1.."),
         ("--output y --share 2", "--share: got '2', expected a share from 0 to 1"),
         ("--output y --rate x", "--rate: got 'x', expected a number in -1..1"),
         (

@@ -402,7 +402,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
         (["from-torch", "--input", "a"], "--output PATH: missing"),
         (
             ["from-torch", "--input", "a", "--output", "b", "--text-heads", "x"],
-            "--text-heads: got 'x', expected a whole number above 0",
+            "--text-heads: got 'x', expected a whole number in 1..",
         ),
         ([], "expected a kind first: from-torch, to-torch"),
     ],

@@ -299,7 +299,7 @@ def test_what_the_references_format_cannot_hold_is_a_line_each(tmp_path, capsys)
     ]
     assert not out.exists()
     assert main(["to-torch", "--input", str(tmp_path / "model"), "--output", str(tmp_path)]) == 2
-    assert "is a folder; expected a file name" in capsys.readouterr().err
+    assert "is a folder, pipe or device; expected a file name" in capsys.readouterr().err
     assert main(["to-torch", "--input", str(tmp_path / "nowhere"), "--output", str(out)]) == 2
     assert "no such folder" in capsys.readouterr().err
 

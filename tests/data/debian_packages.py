@@ -2,11 +2,13 @@
 
 import gzip
 import io
+import json
 import struct
 import tarfile
 import zlib
 
 import numpy as np
+from grain_jax.data.fetch.gcompris import FOLDERS
 
 
 def deb(files, compression="xz"):
@@ -85,3 +87,22 @@ def resource(files, version=3):
     places = header, header + len(nodes), header + len(nodes) + len(data)
     out = b"qres" + struct.pack(">4I", version, *places)
     return out + (b"\0" * 4 if version >= 3 else b"") + nodes + data + names
+
+
+def gcompris(picture, *, word=("f.webp", "flies"), words=None, copyright=b"", more=None):
+    """Files of gcompris-qt-data with a picture in each folder; a drawing is listed as `word` (file, description).
+
+    Args:
+      words: the list of words as it is in the file; None: of `word` alone.
+      more: path below src/activities -> content, of the resource `lang`.
+    """
+    lesson = {"name": "animal", "content": [dict(zip(("image", "description"), word))]}
+    listed = json.dumps([{"content": [lesson]}]).encode() if words is None else words
+    files = {f"{folder}/bee.webp": picture for of in FOLDERS.values() for folder in of[:1]}
+    files |= {f"lang/resource/words_sample/{word[0]}": picture, **(more or {})}
+    files["lang/resource/words_sample.json"] = listed
+    installed = {"usr/share/doc/gcompris-qt-data/copyright": copyright}
+    for name in {folder.partition("/")[0] for of in FOLDERS.values() for folder in of}:
+        own = {f"src/activities/{p}": x for p, x in files.items() if p.startswith(f"{name}/")}
+        installed[f"usr/share/gcompris-qt/rcc/{name}.rcc"] = resource(own or {"none": b""})
+    return installed

@@ -22,7 +22,7 @@ from grain_jax.files import embeddings
 from grain_jax.inference import search
 from grain_jax.runtime import checkpoint, processes
 from tests import perturbed, record_sets
-from tests.embedded import go, job_of, read, stand_in, write_tars
+from tests.embedded import go, job_of, read, settings, stand_in, write_tars
 from tests.paths import ROOT
 
 COUNT = 11
@@ -235,9 +235,9 @@ def test_what_changed_is_refused(many, images, tmp_path, capsys):
         assert embed(*words) == 2
         err = capsys.readouterr().err
         assert said in err and err.count("\n") == 1
-    settings = json.loads((out / "settings.json").read_text())
-    settings["model"]["params"] = "0"
-    (out / "settings.json").write_text(json.dumps(settings))
+    said = json.loads((out / "settings.json").read_text())
+    said["model"]["params"] = "0"
+    (out / "settings.json").write_text(json.dumps(said))
     assert (
         embed(source, out) == 2
         and "begun with the model aviary-tiny (parameters 0)" in capsys.readouterr().err
@@ -377,7 +377,7 @@ class TwoTowers:
 
 def test_a_model_without_regions_has_no_columns_of_them(many, tmp_path):
     job = job_of(many, tmp_path)
-    job = job._replace(schema=embeddings.columns(3, regions=False, stored="float32"))
+    job = job._replace(settings=settings(len(job.parts), regions=""))
     go(job, encode=pipeline.encoder(TwoTowers(0.5)))
     rows = read(tmp_path)
     assert [row["image_embed"] for row in rows] == [[0.5] * 3] * 30

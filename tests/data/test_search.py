@@ -151,7 +151,10 @@ def test_wrong_usage_is_one_line(words, said, folders, capsys):
 
 def test_a_folder_without_embeddings_is_one_line(tmp_path, capsys):
     assert run(tmp_path, "--text=a") == 2
-    assert "expected a folder that grain-jax embed wrote" in capsys.readouterr().err
+    assert (
+        "settings.json: no such file, expected settings of a folder that grain-jax embed wrote"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow

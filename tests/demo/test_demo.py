@@ -278,6 +278,7 @@ def test_classes_as_they_are_typed():
         ("wren: a tail\n : red", "line 2: got ': red', expected a name"),
         ("wren: a tail\nkite", "'kite': no description, but others have some"),
         ("wren\nkite\nwren", "'wren': given twice"),
+        ("M\u00f6we\nkite\nMo\u0308we", "'M\u00f6we': given twice"),
         ('{"wren": ["a"], "wren": ["b"]}', "'wren': given twice"),
         ('{"wren": ["a"]', "not JSON: "),
         ('{"wren": "a tail"}', 'at "wren": expected {"class name": ["description", ...]}'),
@@ -420,6 +421,32 @@ def test_what_the_page_says_of_a_box(picture):
     assert '<span class="drawn" hidden>' in canvas and 'draggable="false"' in canvas
 
 
+@pytest.mark.parametrize(
+    "evals, expected",
+    [
+        ({"a": {"kind": "retrieval"}, "b": {"descriptions": "D.json"}}, {"wren": ("a tail",)}),
+        (
+            {"a": {"descriptions": "gone.json"}, "b": {"descriptions": "D.json"}},
+            {"wren": ("a tail",)},
+        ),
+        (
+            {"a": {"descriptions": "secret.txt"}},
+            None,
+        ),  # of a stranger's config: lines are not shown
+        ({"a": {"descriptions": "gs://elsewhere/D.json"}}, None),
+        ({}, None),
+    ],
+)
+def test_the_page_opens_with_the_classes_of_the_run(evals, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "D.json").write_text('{"wren": ["a tail"]}')
+    (tmp_path / "secret.txt").write_text("root\nalice")
+    (tmp_path / "100" / "config").mkdir(parents=True)
+    (tmp_path / "100" / "config" / "metadata").write_text(json.dumps({"evals": evals}))
+    assert class_lists.of_run(tmp_path / "100") == expected
+    assert class_lists.of_run(tmp_path) is None  # a converted model
+
+
 def test_examples_are_copied_or_drawn(tmp_path, picture):
     (tmp_path / "drawn").mkdir()
     drawn = command._examples(None, tmp_path / "drawn")
@@ -444,7 +471,7 @@ def test_without_gradio_it_is_one_line(monkeypatch, capsys):
         command.process.run(command.main)
     assert end.value.code == 2
     line = capsys.readouterr().err.strip()
-    assert 'pip install "gradio>=6"' in line and "\n" not in line
+    assert 'pip install "grain_jax[demo]"' in line and "\n" not in line
 
 
 def test_a_taken_address_is_one_line():

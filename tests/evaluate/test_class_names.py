@@ -141,6 +141,7 @@ def test_a_shifted_order_is_a_fault(tmp_path):
         (["cat\tcat", "dog"], "lines of several forms"),
         (["cat\tcat\tpet\tx"], "lines of several forms"),
         (["cat\tcat", "cat\tdog"], "the label 'cat' twice"),
+        (["M\u00f6we\ta", "Mo\u0308we\tb"], "the label 'M\u00f6we' twice"),
     ],
 )
 def test_faulty_files(tmp_path, lines, expected):
@@ -157,4 +158,4 @@ def test_published_names(monkeypatch):
     names = class_names.for_labels(wnids, 1000, "open_clip")
     assert names[134] == "crane bird" and names[-1] == "toilet paper"
     monkeypatch.setitem(sys.modules, "open_clip.zero_shot_metadata", None)
-    assert "pip install open_clip_torch" in fault(wnids, 1000, "open_clip")
+    assert "pip install 'grain_jax[interop]'" in fault(wnids, 1000, "open_clip")

@@ -198,7 +198,7 @@ def test_without_scikit_learn_the_extra_is_named(noisy, capsys, monkeypatch):
         linear_probe.importlib.util, "find_spec", lambda x: None if x == "sklearn" else find(x)
     )
     assert _command(noisy[0], f"--train={noisy[0] / 'train'}") == 2
-    line = "linear_probe: needs scikit-learn: pip install -e '.[probe]'\n"
+    line = "linear_probe: needs scikit-learn: pip install 'grain_jax[probe]'\n"
     assert capsys.readouterr().err == line
 
 

@@ -59,6 +59,18 @@ def test_topk_hits_break_ties_at_random(seed):
         )
 
 
+def test_what_differs_by_rounding_ties_with_the_right_one_and_no_chain_leads_further():
+    score = np.float32(0.25) + np.array([[0, 2e-7, 9e-6, 1.2e-5, -9e-6, -1.2e-5]], np.float32)
+    right = np.arange(6) == np.array([[0]])
+    for k, expected in ((1, 0), (2, 1 / 4), (4, 3 / 4), (5, 1)):  # one above, three tied, one below
+        assert rates.topk_hits(score, right, k) == pytest.approx(expected)
+    assert rates.topk_hits(score, right, 1, tie=1e-7) == 0
+    assert rates.topk_hits(1e3 * score, right, 4, tie=1e3 * rates.TIE) == pytest.approx(3 / 4)
+    none = np.array([[-np.inf, -np.inf, 0.0]])  # a class that has no score
+    assert rates.topk_hits(none, none < -1, 1).tolist() == [0]
+    assert rates.topk_hits(none, np.array([[True, False, False]]), 2) == pytest.approx(1 / 2)
+
+
 def test_a_model_that_knows_nothing_scores_chance():
     right = np.eye(40, dtype=bool)
     assert rates.topk_hits(np.ones((40, 40)), right, 1).mean() == pytest.approx(1 / 40)

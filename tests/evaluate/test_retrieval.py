@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from grain_jax.evaluate import rates, retrieval, test_sets
-from grain_jax.files.annotations import AnnotationError
+from grain_jax.files.regular_file import FileError
 from tests.evaluate.stub import StubPredictor, write_picture
 
 
@@ -90,5 +90,5 @@ def test_faults(tmp_path):
         retrieval.evaluate(StubPredictor(), images=tmp_path, annotations=path)
     with pytest.raises(test_sets.InputError, match="no such folder"):
         retrieval.evaluate(StubPredictor(), images=tmp_path / "no", annotations=path)
-    with pytest.raises(AnnotationError, match="no such file"):
+    with pytest.raises(FileError, match="no such file"):
         retrieval.evaluate(StubPredictor(), images=tmp_path, annotations=tmp_path / "no")

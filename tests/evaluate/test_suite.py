@@ -210,6 +210,9 @@ def test_usage_and_inputs_that_cannot_be_used_are_status_2(suite, capsys):
     assert line == "--only: food10: no such entry; did you mean food101?"
     skipped, last = _faults(suite, capsys, "--only", "food101", "--again")
     assert skipped.startswith("food101: skipped: no TFDS") and last == "nothing could be run"
+    split = "--config.evals.food101.split=train"  # asked for: not skipped
+    assert suite("--only", "food101", "--again", split)[0] == 1
+    assert capsys.readouterr().err.startswith("food101: failed: no TFDS set food101")
     (line,) = _faults(suite, capsys, "--only", "cifar10")
     assert "holds something else than a suite's results" in line
     (suite.folder / "out.json").write_text('{"digest": "x", "folder": "OLD", "ran": {}}')

@@ -1,6 +1,5 @@
 """Entries of a suite as evaluators of a run: what is missing is skipped, and several processes measure as one."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -16,6 +15,7 @@ from grain_jax.configs import demo
 
 from grain_jax import config as config_lib
 from grain_jax import errors, train
+from grain_jax.cli import config_file
 from grain_jax.evaluate import diagnostics, entries, evaluators
 from grain_jax.models import grain
 from tests import tiny
@@ -83,9 +83,33 @@ def test_the_demo_on_other_data_skips_its_aviary(tmp_path, monkeypatch, capfd):
     get = "not there; to get it: grain-jax aviary --output runs/aviary"
     assert len(lines) == 5
     assert lines[-1] == f"evals.unseen: skipped: runs/aviary/unseen: {get}"
-    mistyped = dataclasses.replace(config.evals["seen"], missing="error", images="runs/aviray/seen")
-    with pytest.raises(errors.UserError, match="runs/aviray/seen: no such folder"):
-        entries.present({"seen": mistyped})["seen"].check()
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        (
+            "seen.images=/nope",
+            "evals.seen: /nope: no such folder; expected one with a sub-folder a",
+        ),
+        ("grounding.annotations=/n.jsonl", "evals.grounding: runs/aviary/test: no such folder;"),
+        (
+            "seen.images=",
+            "evals.seen: images: got nothing, expected class folders; to get it: grain",
+        ),
+        ("seen.alphas=(1.0,)", "evals.seen: runs/aviary/seen: no such folder"),
+        ("seen.missing=skip --config.evals.seen.images=/nope", None),
+    ],
+)
+def test_what_the_command_line_asks_for_is_not_skipped(override, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = config_file.load("demo", f"--config.evals.{override}".split(" "))
+    if said is None:
+        assert entries.present(config.evals) == {}
+        return
+    with pytest.raises(errors.UserError) as found:
+        entries.present(config.evals)
+    assert str(found.value).startswith(said)
 
 
 def test_diagnostics_know_the_run_and_its_step(data, tmp_path, monkeypatch):

@@ -1,9 +1,10 @@
 import json
+import unicodedata
 
 import numpy as np
 import pytest
 
-from grain_jax.evaluate import rates, test_sets, zeroshot
+from grain_jax.evaluate import linear_probe, rates, test_sets, zeroshot
 from grain_jax.inference import scores
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.paths import GOLDENS
@@ -235,6 +236,43 @@ def test_two_folders_of_one_class_are_an_error(folder):
     names, empty = str(found.value).split("\n")
     assert "got the class folders 'red fox', 'red_fox', all of them the class 'red fox'" in names
     assert empty.endswith("no images in the class folders eel")
+
+
+def test_names_of_folders_and_files_are_compared_composed(tmp_path):
+    names = ["Mz", "M\u00f6we", "M\u00e9sange_bleue"]  # sorted otherwise than decomposed
+    sets = {}
+    for form in ("NFC", "NFD"):
+        for i, name in enumerate(names):
+            for k in range(3):
+                path = tmp_path / form / unicodedata.normalize(form, name) / f"{k}.png"
+                write_picture(path, i)
+        sets[form] = test_sets.ClassFolders(tmp_path / form)
+        (tmp_path / f"{form}.txt").write_text(
+            "".join(
+                f"{unicodedata.normalize(form, name)}\tname {i}\n" for i, name in enumerate(names)
+            )
+        )
+    assert sets["NFD"].classes == sets["NFC"].classes == ["Mz", "M\u00e9sange bleue", "M\u00f6we"]
+    linear_probe.check(sets["NFC"], sets["NFD"], ())
+    for form in sets:
+        text = {unicodedata.normalize(form, name).upper(): [name] for name in names}
+        path = _write_descriptions(tmp_path, text)
+        for found in sets.values():
+            described = zeroshot.read_descriptions(path, found.classes, found.stems)
+            assert described == [[names[0]], [names[2]], [names[1]]]
+        for folder in sets:
+            labelled = test_sets.ClassFolders(tmp_path / folder, str(tmp_path / f"{form}.txt"))
+            assert labelled.classes == ["name 0", "name 2", "name 1"]
+    both = {unicodedata.normalize(form, names[1]): ["x"] for form in sets}
+    with pytest.raises(
+        test_sets.InputError, match=r"got 'M\\xf6we' and 'Mo\\u0308we', which are one"
+    ):
+        zeroshot.read_descriptions(_write_descriptions(tmp_path, both), [names[1]])
+    write_picture(tmp_path / "NFC" / unicodedata.normalize("NFD", names[1]) / "0.png", 1)
+    with pytest.raises(
+        test_sets.InputError, match=r"class folders 'Mo\\u0308we', 'M\\xf6we', all of"
+    ):
+        test_sets.ClassFolders(tmp_path / "NFC")
 
 
 def test_accuracies_of_the_reference():

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from grain_jax.files import annotations
+from grain_jax.files import annotations, regular_file
 
 
 def _write(tmp_path, *lines):
@@ -132,7 +132,7 @@ def test_all_faults_are_reported(tmp_path):
 
 
 def test_missing_and_empty(tmp_path):
-    with pytest.raises(annotations.AnnotationError, match="no such file"):
+    with pytest.raises(regular_file.FileError, match="no such file"):
         annotations.read(tmp_path / "no.jsonl")
     with pytest.raises(annotations.AnnotationError, match="the file is empty"):
         annotations.read(_write(tmp_path, b""))

@@ -61,11 +61,28 @@ def test_pipes_folders_and_long_files_are_not_opened(tmp_path):
     assert regular_file.read(tmp_path / "long", 5, "a text") == b"12345"
 
 
+def test_lines_are_bounded_and_of_regular_files(tmp_path):
+    path = tmp_path / "lines"
+    path.write_bytes(b"1234\n\n12\xff4")
+    assert list(regular_file.lines(path, "lines", 5)) == [b"1234\n", b"\n", b"12\xff4"]
+    with pytest.raises(regular_file.FileError, match="got a line of over 4 bytes, expected lines"):
+        list(regular_file.lines(path, "lines", 4))
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with pytest.raises(regular_file.FileError, match="got a folder, pipe or device"):
+        list(regular_file.lines(tmp_path / "zero", "lines"))
+    with pytest.raises(regular_file.FileError, match="not UTF-8 text, expected a text"):
+        with regular_file.opened(path, "a text", "r") as (file, size):
+            assert size == 10 and file.read()
+
+
 def test_a_name_stays_below_its_folder(tmp_path):
     folder = tmp_path / "in"
     (folder / "a").mkdir(parents=True)
     (folder / "out").symlink_to(tmp_path)
     assert str(regular_file.below(folder, "a/./b.png", "f")) == str(folder / "a/b.png")
+    assert regular_file.inside("a/./out/../b") == "a/b" and regular_file.inside("out/x") == "out/x"
+    for name in ("..", "a/../../x", "/etc/passwd", "a\0", "gs://b/x"):
+        assert regular_file.inside(name) == ""
     for name in ("", ".", "..", "a/../../x", "/etc/passwd", "a\0", "out/x", "gs://b/x", "out"):
         with pytest.raises(regular_file.FileError, match="^f: got the name"):
             regular_file.below(folder, name, "f")

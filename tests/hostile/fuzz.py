@@ -30,15 +30,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+from grain_jax.data import sources  # noqa: E402
+from grain_jax.data.fetch import gcompris  # noqa: E402
 
 from grain_jax import config as config_lib  # noqa: E402
 from grain_jax import errors  # noqa: E402
 from grain_jax.files import images
-from grain_jax.input_pipeline import records  # noqa: E402
+from grain_jax.input_pipeline import file_tokenizer, records  # noqa: E402
 from grain_jax.report import run_files  # noqa: E402
 from grain_jax.runtime import checkpoint
 from tests import perturbed, record_sets, tiny  # noqa: E402
-from tests.hostile import image_files  # noqa: E402
+from tests.data import debian_packages  # noqa: E402
+from tests.hostile import image_files, indexes, source_files  # noqa: E402
 
 SECONDS = 30.0
 RECORDS = 16
@@ -114,6 +117,31 @@ def dump(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
+def write_tokenizers(json_file: pathlib.Path, model_file: pathlib.Path) -> None:
+    """A tokenizer.json with every part that lengthens a text, and a SentencePiece model."""
+    import sentencepiece
+    import tokenizers
+    from tokenizers import models, normalizers, pre_tokenizers, processors
+
+    words = {word: i for i, word in enumerate(["[U]", "[E]", "a", "red", "bird", "(", ")"])}
+    library = tokenizers.Tokenizer(models.WordLevel(words, unk_token="[U]"))
+    replaced = normalizers.Replace(tokenizers.Regex(" {2,}"), "\u2581")
+    library.normalizer = normalizers.Sequence([normalizers.NFKC(), replaced, normalizers.Strip()])
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()]
+    )
+    library.post_processor = processors.TemplateProcessing("$A [E]", None, [("[E]", 1)])
+    library.add_special_tokens(["[E]"])
+    library.save(str(json_file))
+    texts = [f"a red bird {i} of {i * i} feathers" for i in range(99)]
+    options = dict(vocab_size=60, hard_vocab_limit=False, minloglevel=2)
+    with io.BytesIO() as out:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=out, **options
+        )
+        model_file.write_bytes(out.getvalue())
+
+
 class Fuzzer:
     """Good inputs in a folder of its own, and a method `case_KIND(rng)` for each kind of damage."""
 
@@ -122,6 +150,9 @@ class Fuzzer:
         record_sets.write_annotations(folder / "images", RECORDS)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             assert record_sets.build_set(folder / "images", folder / "data", "--num-shards=4") == 0
+            self.samples = source_files.write(folder / "sources")
+        found = (folder / "sources").rglob("*.json")
+        self.good = {path: json.loads(path.read_bytes()) for path in found}
         source = dict(
             input__source="records", input__data_dir=str(folder / "data"), input__name="tiny_set"
         )
@@ -130,11 +161,14 @@ class Fuzzer:
         model = perturbed.tiny()
         checkpoint.save_model(folder / "model", model, perturbed.params(model))
         self.model = checkpoint.load_model(folder / "model")[:2]
+        self.tokenizers = [folder / "t.json", folder / "t.model"]
+        write_tokenizers(*self.tokenizers)
         (folder / "run").mkdir()
         lines = [{"step": i, "loss": 1.0 / i, "eval/seen/top1": 0.1 * i} for i in range(1, 9)]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "run" / "metrics.jsonl").write_text(text)
         (folder / "run" / "config.json").write_text(config_lib.to_json(self.config))
+        self.index, _ = indexes.search(indexes.write(folder / "index"))
 
     def case_lines(self, rng: random.Random) -> str:
         """An annotation file with one damaged line, through data.build."""
@@ -218,6 +252,92 @@ class Fuzzer:
             run_files.read(self.folder / "run")
         finally:
             path.write_bytes(before)
+        return "read"
+
+    def case_sources(self, rng: random.Random) -> str:
+        """A damaged annotation file of a public format, read as data.annotate does."""
+        name = rng.choice(sorted(self.samples))
+        options = self.samples[name]
+        path = rng.choice(source_files.annotation_files(self.folder / "sources" / name, options))
+        with damaged(path, rng):
+            if path.suffix == ".json" and rng.random() < 0.7:
+                if path.is_dir():
+                    path.rmdir()
+                path.write_bytes(dump(put_somewhere(self.good[path], rng)))
+            shards = sources.shards(name, options)
+            items = [item for shard in shards for item in sources.read(shard)]
+        faults = [x for x in items if isinstance(x, sources.Fault)]
+        if not {x.cause for x in faults} <= set(sources.CAUSES):
+            raise AssertionError(faults)
+        return "refused" if faults else "read"
+
+    def case_packages(self, rng: random.Random) -> str:
+        """A damaged package, or one with a damaged resource in it, unpacked as data.fetch does."""
+        word = ("f.png", str(rng.choice(NASTY))) if rng.random() < 0.3 else ("f.png", "fly")
+        files = debian_packages.gcompris(image_files.encode("PNG"), word=word)
+        content, how = b"", rng.randrange(4)
+        if how < 2:
+            path = rng.choice(sorted(files))
+            files[path] = image_files.mutate(files[path] or b"x", rng.randrange(1 << 30))
+        elif how == 2:
+            listed = [
+                {
+                    "content": [
+                        {"name": "animal", "content": [{"image": "f.png", "description": "a"}]}
+                    ]
+                }
+            ]
+            words = dump(put_somewhere(listed, rng))
+            files = debian_packages.gcompris(image_files.encode("PNG"), word=word, words=words)
+        content = debian_packages.deb(files, rng.choice(("xz", "gz", "bz2")))
+        if how == 3 and word[1] == "fly":
+            content = image_files.mutate(content, rng.randrange(1 << 30))
+        work, output = self.folder / "fetched", self.folder / "fetched/a/out"
+        shutil.rmtree(work, ignore_errors=True)
+        output.parent.mkdir(parents=True)
+        (work / "g.deb").write_bytes(content)
+        try:
+            gcompris.write(output, deb=str(work / "g.deb"))
+        finally:
+            made = {str(x.relative_to(work)) for x in (*work.iterdir(), *(work / "a").iterdir())}
+            if not made <= {"a", "g.deb", "a/out"}:
+                raise AssertionError(f"files outside: {made}")
+        return "read"
+
+    def case_indexes(self, rng: random.Random) -> str:
+        """A folder of embeddings with one damaged file, searched, read for the page and gone on with."""
+        folder = self.folder / "index"
+        files = [folder / "settings.json", *sorted((folder / "data").iterdir())]
+        with indexes.kept(folder):
+            if changed := rng.random() < 0.6:
+                indexes.change(folder, rng, put_somewhere)
+            with damaged(rng.choice(files), rng) if not changed else contextlib.nullcontext():
+                try:
+                    found, missing = indexes.search(folder)
+                finally:
+                    indexes.resume(folder)
+        if found != self.index and not changed and not missing:
+            raise SilentDifference("search")
+        return "the same" if found == self.index else "read as another or an unfinished index"
+
+    def case_tokenizers(self, rng: random.Random) -> str:
+        """A damaged tokenizer.json or SentencePiece .model, read and used on texts."""
+        path = rng.choice(self.tokenizers)
+        before = path.read_bytes()
+        if path.suffix == ".model" or rng.random() < 0.3:
+            content = image_files.mutate(before, rng.randrange(1 << 30))
+        else:
+            value = json.loads(before)
+            for _ in range(rng.choice((1, 1, 2, 3))):
+                value = put_somewhere(value, rng)
+            content = dump(value)
+        try:
+            path.write_bytes(content)
+            found = file_tokenizer.FileTokenizer(path, rng.choice(("lower", "canonical", "none")))
+            ids = found(["a red bird", "", "x " * 99, "\u00e9\ufb01 (\U0001f426)"], 16)
+        finally:
+            path.write_bytes(before)
+        assert ids.shape == (4, 16) and 0 <= ids.min() <= ids.max() < max(1, found.vocab_size)
         return "read"
 
 

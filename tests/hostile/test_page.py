@@ -110,6 +110,12 @@ JOINS = [
     ("a URL", 1, inputs(picture(path="x.png", url="http://127.0.0.1:1/x.png")), ELSEWHERE),
     ("a URL alone", 1, inputs(picture(url="http://127.0.0.1:1/x.png")), ELSEWHERE),
     ("a data URL", 1, inputs(picture(path=None, url="data:image/png;base64,AAAA")), ELSEWHERE),
+    ("no meta", 1, inputs({"path": "{uploads}/real.png"}), ELSEWHERE),
+    ("a number as meta", 1, inputs(picture(path="{uploads}/real.png", meta=1)), ELSEWHERE),
+    ("another meta", 1, inputs(picture(path="{uploads}/real.png", meta={"_type": []})), ELSEWHERE),
+    ("a list as size", 1, inputs(picture(path="{uploads}/real.png", size=[1])), ELSEWHERE),
+    ("a number as name", 1, inputs(picture(path="{uploads}/real.png", orig_name=1)), ELSEWHERE),
+    ("an object as stream", 1, inputs(picture(path="{uploads}/real.png", is_stream={})), ELSEWHERE),
     ("a path as text", 1, inputs("/etc/passwd"), ELSEWHERE),
     ("a number as picture", 1, inputs(3), ELSEWHERE),
     ("a number as text", 1, inputs(text=3), "data[1]: got 3, expected a text"),
@@ -148,6 +154,7 @@ JOINS = [
 
 @pytest.mark.parametrize("name,event,values,expected", JOINS, ids=[row[0] for row in JOINS])
 def test_values_that_the_page_would_not_send(served, name, event, values, expected):
+    (pathlib.Path(served.uploads) / "real.png").touch()
     values = json.loads(json.dumps(values).replace("{uploads}", served.uploads))
     status, said, _ = served.join(event, values)
     said = json.loads(said)["detail"]
@@ -245,6 +252,28 @@ def test_a_large_upload_is_refused_and_nothing_of_it_stays(served):
     assert served.upload("fits.png", bytes(1 << 20))[0] == 200
 
 
+@pytest.mark.parametrize("count", [guard.MAX_FILES, guard.MAX_FILES + 1, 990])
+def test_an_upload_has_few_files(served, count):
+    part = form("", b"").removesuffix(f"--{BOUNDARY}--\r\n".encode())
+    body = part * count + f"--{BOUNDARY}--\r\n".encode()
+    before = guard._stored(served.uploads)
+    status, said, _ = served.call("POST", "/gradio_api/upload", body.replace(b'""', b'"a"'), FORM)
+    if count == guard.MAX_FILES:
+        assert status == 200 and len(json.loads(said)) == count
+    else:
+        assert status == 413 and json.loads(said)["detail"] == "expected at most 8 files"
+        assert guard._stored(served.uploads) == before
+
+
+@pytest.mark.parametrize(
+    "kind", [None, "text/plain", "multipart/form-data", f"{FORM['Content-Type']}; boundary=x"]
+)
+def test_an_upload_is_a_form(served, kind):
+    headers = {"Content-Type": kind} if kind else {}
+    status, said, _ = served.call("POST", "/gradio_api/upload", form("a.png", b"1"), headers)
+    assert status == 400 and json.loads(said)["detail"] == "expected a form with a file"
+
+
 def test_uploads_do_not_fill_the_disk(served):
     large = pathlib.Path(served.uploads) / "sparse"
     with large.open("wb") as file:
@@ -261,7 +290,7 @@ def test_what_an_upload_that_was_cut_off_left_is_deleted(tmp_path):
         path.write_bytes(b"12345")
     for path in (tmp_path / "tmpold", tmp_path / "whole" / "a.png"):
         os.utime(path, (0, time.time() - 2 * guard._ABANDONED))
-    assert guard._stored(str(tmp_path)) == 10
+    assert guard._stored(str(tmp_path)) == 2 * guard._LEAST
     assert not (tmp_path / "tmpold").exists()
 
 

@@ -8,9 +8,9 @@ import socket
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import train
+from grain_jax import errors, train
 from grain_jax.input_pipeline import record_files
-from grain_jax.runtime import lock, metrics_writer, storage_faults
+from grain_jax.runtime import lock, metrics_writer
 from tests import record_sets, tiny
 from tests.hostile import cases
 
@@ -122,7 +122,7 @@ def test_hostile_metrics_are_left_out_and_a_workdir_that_is_removed_is_a_line(
     monkeypatch.setattr(metrics_writer.MetricsWriter, "write", remove)
     monkeypatch.setattr(cases, "SECONDS", 300)  # it compiles
     outcome = cases.run(lambda _: train.train(tiny.config(checkpoint_every=0), workdir), [])
-    cases.check(outcome, "run: the folder was removed", storage_faults.StorageFault.status)
+    cases.check(outcome, "run: the folder was removed", errors.StorageFault.status)
     cases.check(outcome, r"metrics.jsonl, line 1: got .* 3 of 3 lines do not count", 1)
     assert not workdir.exists()
 

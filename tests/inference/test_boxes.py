@@ -61,6 +61,19 @@ def test_images_and_boxes_of_one_pass(predictor):
         np.testing.assert_allclose(got, embed, atol=3e-6)
 
 
+def test_one_image_and_its_boxes(predictor):
+    one, boxes = PIL.Image.fromarray(PICTURES[0]), BOXES[0]
+    expected = predictor.encode_boxes(PICTURES[:1], [boxes])[0]
+    np.testing.assert_allclose(predictor.encode_boxes(one, boxes), expected, atol=3e-6)
+    image, embeds = predictor.encode_image_and_boxes(one, boxes)
+    assert image.shape == (28,)
+    np.testing.assert_allclose(embeds, expected, atol=3e-6)
+    features = inference.ClassFeatures(("a", "b"), np.eye(28, dtype=np.float32)[:2], None)
+    scored = predictor.classify_boxes(one, boxes, features)
+    np.testing.assert_allclose(scored, expected[:, :2], atol=3e-6)
+    assert predictor.encode_patches(one).shape == (predictor.grid, predictor.grid, 28)
+
+
 def test_classify_boxes(predictor):
     features = predictor.encode_text(TEXTS)
     classes = inference.ClassFeatures(("a", "b"), features, None)

@@ -98,6 +98,67 @@ def test_all_kinds_of_pictures_agree(predictor, pictures):
     close(predictor.encode_image(large), predictor.encode_image(resized))
 
 
+@pytest.mark.parametrize(
+    "call, shapes",
+    [
+        (lambda p, x: p.encode_image(x), [(D,)]),
+        (lambda p, x: p.encode_regions(x), [(Q, 4), (Q, D)]),
+        (lambda p, x: p.encode_image_and_regions(x), [(D,), (Q, 4), (Q, D)]),
+        (lambda p, x: p.classify(x, {"wren": ["a tail"], "kite": ["wings"]}, 0.5), [(2,)]),
+    ],
+    ids=["image", "regions", "both", "classify"],
+)
+def test_one_image_gives_what_belongs_to_it(predictor, pictures, call, shapes):
+    expected = [leaf[0] for leaf in jax.tree.leaves(call(predictor, pictures[:1]))]
+    picture = PIL.Image.fromarray(pictures[0])
+    for one in (picture, pictures[0], predictor.preprocess(picture)):
+        got = jax.tree.leaves(call(predictor, one))
+        assert [x.shape for x in got] == shapes
+        for a, b in zip(got, expected):
+            close(a, b)
+
+
+def test_one_text_gives_what_belongs_to_it(predictor, pictures):
+    embed = predictor.encode_text(["a wren"])
+    ids = predictor.tokenizer("a wren")
+    assert ids.dtype == np.int32 and ids.shape == (32,)
+    for one in ("a wren", ids):
+        close(predictor.encode_text(one), embed[0])
+    texts = ["a wren", "wren " * 40]
+    np.testing.assert_array_equal(
+        predictor.tokenizer(t for t in texts), tokenizer.ClipTokenizer()(texts, 32)
+    )
+    one, (same,) = (predictor.ground(pictures[0], x) for x in ("a wren", ["a wren"]))
+    assert one.score == same.score and one.box_xyxy.shape == (4,)
+    assert predictor.similarity_map(pictures[0], "a wren").ndim == 2
+
+
+def test_preprocessed_images_go_with_others(predictor, pictures):
+    few = [PIL.Image.fromarray(p) for p in pictures[:3]]
+    ready = predictor.preprocess(few[1])
+    assert ready.dtype == np.float32 and ready.shape == (S, S, 3)
+    close(ready, schema.rescale_pixels(pictures[1]))
+    np.testing.assert_array_equal(predictor.preprocess(ready), ready)
+    expected = predictor.encode_image(pictures[:3])
+    close(predictor.encode_image([few[0], ready, few[2]]), expected)
+    close(predictor.encode_image([predictor.preprocess(x) for x in few]), expected)
+
+
+def test_a_model_says_what_it_is(predictor, two_towers):
+    assert predictor.logit_scale == pytest.approx(np.exp(predictor.params["logit_scale"]))
+    assert predictor.logit_bias is None
+    biased = inference.Predictor(predictor.model, {**predictor.params, "logit_bias": -2.5})
+    assert biased.logit_bias == -2.5
+    count = sum(x.size for x in jax.tree.leaves(predictor.params))
+    said = repr(predictor)
+    for part in ("given parameters", f"image {S} x {S} (vit", f"{Q} regions", f"{count:,} param"):
+        assert part in said
+    loaded = grain_jax.load(str(two_towers))
+    assert str(two_towers) in repr(loaded) and "; 0 regions;" in repr(loaded)
+    ids = loaded.tokenizer(["wren", "a photo"])
+    close(loaded.encode_text(ids), loaded.encode_text(["wren", "a photo"]))
+
+
 def test_the_size_of_a_call_does_not_matter(predictor, pictures):
     image, regions = predictor.encode_image_and_regions(pictures)
     assert image.shape == (70, D)
@@ -368,6 +429,8 @@ def test_texts_of_a_tokenizer_file_end_at_their_last_token(tmp_path, two_towers,
         method=grain.GRAIN.encode_text,
     )
     close(other.encode_text(["beak photo a"]), expected)
+    with pytest.raises(inference.InputError, match="the end of a text has not the highest id"):
+        other.tokenizer("beak photo a")
 
 
 @pytest.mark.parametrize(
@@ -393,10 +456,12 @@ def test_two_towers_have_no_regions(two_towers, pictures, call, said):
             lambda p: p.encode_image(np.zeros((2, 8, 8, 3), np.float32)),
             "float32 of 8 x 8 pixels, expected 16 x 16",
         ),
-        (lambda p: p.encode_image(np.zeros((8, 8, 3), np.uint8)), r"got shape \[8, 8, 3\]"),
+        (lambda p: p.encode_image(np.zeros((8, 8), np.uint8)), r"got shape \[8, 8\], expected"),
+        (lambda p: p.encode_image(np.zeros((8, 8, 4), np.uint8)), r"uint8 \[8, 8, 4\]"),
+        (lambda p: p.encode_image([np.zeros((8, 8, 3), np.float32)]), r"images\[0\]: got float32"),
         (lambda p: p.encode_image(np.zeros((1, 8, 8, 3), np.int64)), "got int64, expected uint8"),
         (lambda p: p.encode_image(["x.jpg"]), r"images\[0\]: got str"),
-        (lambda p: p.encode_image(PIL.Image.new("RGB", (4, 4))), "expected a list"),
+        (lambda p: p.encode_tokens(PIL.Image.new("RGB", (4, 4))), "has no box head"),
         (
             lambda p: inference.Predictor(p.model, p.params, "float16"),
             "dtype: got 'float16', expected float32 or bfloat16",
@@ -412,7 +477,6 @@ def test_two_towers_have_no_regions(two_towers, pictures, call, said):
             lambda p: p.encode_image([np.zeros((4, 4, 4), np.uint8)]),
             r"images\[0\]: got an array uint8 \[4, 4, 4\]",
         ),
-        (lambda p: p.encode_text("wren"), "got one string"),
         (lambda p: p.encode_text(["wren", 3]), r"expected strings or int32"),
         (lambda p: p.encode_text(np.zeros((2, 33), np.int32)), r"got int32 \[2, 33\]"),
         (

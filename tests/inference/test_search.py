@@ -6,9 +6,10 @@ import pytest
 from grain_jax.data.embed import output
 
 import grain_jax
-from grain_jax.files import embeddings
+from grain_jax.files import embeddings, regular_file
 from grain_jax.inference import search
 from grain_jax.runtime import saved_model
+from tests import embedded
 
 D, COUNT = 64, 90
 
@@ -30,13 +31,11 @@ def write(folder, model, stored="float32", regions=True):
     region_embed = [unit(rng.standard_normal((n, D))) for n in counts]
     boxes = [rng.uniform(size=(n, 4)).astype(np.float32) for n in counts]
     folder = output.epath.Path(folder)
-    digests = saved_model.model_digests(model.model, model.params)
-    settings = {"checkpoint": "aviary-tiny", "model": digests, "embed_dim": D}
-    settings |= {"regions": 5 * regions, "dtype": "float32"}
+    digests = embeddings.Digests(**saved_model.model_digests(model.model, model.params))
+    made_of = {"checkpoint": "aviary-tiny", "model": digests, "store": stored}
+    settings = embedded.settings(3, D, "queries" if regions else "", **made_of)
     output.agree(folder, settings)
-    parts = [{"name": str(i), "size": 30} for i in range(3)]
-    schema = embeddings.columns(D, regions=regions, stored=stored)
-    job = output.Output(folder, schema, parts)
+    job = output.Output(folder, settings, [embedded.piece(str(i), 30) for i in range(3)])
     job.finished()
     for part in range(3):
         writer = output.Writer(job, part)
@@ -86,7 +85,7 @@ def test_it_finds_what_brute_force_finds(opened, by, block_rows, top, faiss, mon
             )
             assert hit.score == pytest.approx(score, abs=2e-6)
             np.testing.assert_array_equal(hit.boxes_xyxy, boxes[image])
-            assert hit.source == {"name": str(image // 30), "size": 30}
+            assert hit.source == embedded.piece(str(image // 30), 30)
             if by == "regions":
                 assert hit.region == best
                 np.testing.assert_array_equal(hit.box_xyxy, boxes[image][best])
@@ -140,7 +139,7 @@ def test_what_does_not_fit_is_one_line(opened, model, tmp_path):
     other = type(model)(model.model, params, folder=model.folder)
     with pytest.raises(search.SearchError, match="made by another model: aviary-tiny"):
         search.search(index, "a beak", model=other)
-    with pytest.raises(embeddings.EmbeddingsError, match="got no settings.json there"):
+    with pytest.raises(regular_file.FileError, match="settings.json: no such file, expected sett"):
         search.Index(tmp_path)
     write(tmp_path / "x", model)
     path = tmp_path / "x" / "data" / "part-00001-of-00003.parquet"
@@ -153,5 +152,5 @@ def test_what_does_not_fit_is_one_line(opened, model, tmp_path):
     with pytest.raises(embeddings.EmbeddingsError, match="part-00002-of-00003.parquet: damaged"):
         search.search(search.Index(tmp_path / "x"), np.zeros((1, D), np.float32))
     (tmp_path / "x" / "settings.json").write_text("{")
-    with pytest.raises(embeddings.EmbeddingsError, match="settings.json: "):
+    with pytest.raises(regular_file.FileError, match="settings.json: "):
         search.Index(tmp_path / "x")

@@ -104,21 +104,47 @@ def test_each_tower_has_its_own(json_file):
         tokenizer.of_tower(other, json_file.parent)(["a beak"], 4), [[3, 10, 1, 0]]
     )
     with pytest.raises(
-        tokenizer.TokenizerError, match="tokenizer.json: no such file; put the text"
+        tokenizer.TokenizerError, match="tokenizer.json: no such file, .*; put the text"
     ):
         tokenizer.of_tower(dataclasses.replace(other, tokenizer="none/tokenizer.json"))
     with pytest.raises(
-        tokenizer.TokenizerError, match="has 11 ids, but model.text.vocab_size is 10"
+        tokenizer.TokenizerError, match="has ids up to 10, but model.text.vocab_size is 10"
     ):
         tokenizer.of_tower(dataclasses.replace(other, vocab_size=10), json_file.parent)
     with pytest.raises(tokenizer.TokenizerError, match="model.text.pad_id: got 1, expected 0"):
         tokenizer.of_tower(dataclasses.replace(tower, pad_id=1))
 
 
+@pytest.mark.parametrize(
+    "vocabulary, end, highest",
+    [
+        ({"[UNK]": 0, "wren": 49409}, None, 49409),
+        ({"[UNK]": 0, "wren": 10**6}, None, 10**6),
+        ({"[UNK]": 0, "wren": 1}, 2**32 - 1, 2**32 - 1),  # of the post-processor alone
+        ({"[UNK]": 0, "wren": 7}, 8, None),
+    ],
+)
+def test_no_id_of_a_file_is_beyond_the_embeddings(vocabulary, end, highest, tmp_path):
+    library = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    if end is not None:
+        library.post_processor = processors.TemplateProcessing(
+            single="$A [E]", special_tokens=[("[E]", end)]
+        )
+    library.save(str(tmp_path / "tokenizer.json"))
+    tower = dataclasses.replace(
+        tiny.config().model.text, tokenizer="tokenizer.json", vocab_size=9, pad_id=0
+    )
+    if highest is None:
+        assert tokenizer.of_tower(tower, tmp_path)(["wren"], 3).tolist() == [[7, 8, 0]]
+        return
+    with pytest.raises(tokenizer.TokenizerError, match=f"has ids up to {highest}, but .* is 9;"):
+        tokenizer.of_tower(tower, tmp_path)
+
+
 def test_files_that_are_no_tokenizers(tmp_path):
     for name, message in (
         ("t.txt", "expected a tokenizer.json or a SentencePiece .model"),
-        ("t.json", "not a tokenizer.json"),
+        ("t.json", "malformed.* expected a tokenizer.json"),
         ("t.model", "not a SentencePiece model"),
     ):
         (tmp_path / name).write_text("nothing")

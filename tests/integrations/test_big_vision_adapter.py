@@ -83,6 +83,10 @@ def test_pictures_and_texts_as_the_predictor_has_them(clip):
     # CLIP's ids of another op, padded with its end token or with 0.
     for padding in (0, 49407):
         close(predict(state, {"labels": np.where(ids < 0, padding, ids)})[1], ztxt)
+    for outside in (49408, 10**6, -2):  # ids that the table has not got
+        wrong = np.where(np.arange(4)[:, None] == 1, outside, ids)
+        found = np.asarray(predict(state, {"labels": wrong})[1])
+        assert np.isnan(found).all(axis=1).tolist() == [False, True, False, False]
 
 
 def test_texts_of_another_tokenizer(other):

@@ -16,7 +16,9 @@ import time
 
 import pytest
 import yaml
+from grain_jax.launch import files
 
+from grain_jax import errors
 from tests.paths import ROOT
 
 LAUNCH = ROOT / "launch"
@@ -38,6 +40,26 @@ def test_each_is_about_a_screen_and_starts_the_trainer(name):
     text = (LAUNCH / name).read_text()
     assert len(text.splitlines()) <= 75
     assert TRAINER in text.replace('", "', " ")
+
+
+def test_launch_files_copies_those_of_the_package_and_replaces_none(tmp_path, capsys):
+    expected = {
+        "Dockerfile",
+        *(p.name for x in ("sh", "sbatch", "yaml") for p in LAUNCH.glob(f"*.{x}")),
+    }
+    folder = tmp_path / "new" / "cluster"
+    files.main([str(folder)])
+    printed = capsys.readouterr().out.split()
+    assert {path.name for path in folder.iterdir()} == expected and len(expected) == 4
+    assert sorted(printed) == sorted(str(path) for path in folder.iterdir())
+    for name in expected:
+        assert (folder / name).read_bytes() == (LAUNCH / name).read_bytes()
+    (folder / "gke.yaml").write_text("mine")
+    with pytest.raises(errors.UserError, match="holds Dockerfile, gke.yaml, slurm.sbatch, tpu_vm"):
+        files.main([str(folder)])
+    assert (folder / "gke.yaml").read_text() == "mine"
+    with pytest.raises(errors.UserError, match="cannot be written"):
+        files.main([str(folder / "gke.yaml" / "below")])
 
 
 @pytest.fixture

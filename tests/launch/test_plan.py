@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -173,6 +174,13 @@ def test_without_the_cuda_plugin_a_plan_for_gpus_is_an_estimate_that_says_so(mon
     assert found["estimate"] and 'pip install "grain_jax[cuda12]"' in found["not_compiled"]
     text = plan_text.page({"topology": "b200:8", "overrides": [], **found})
     assert "ESTIMATE by arithmetic" in text and '"grain_jax[cuda12]"' in text
+    # A tiny step: its time is not that of the peak rates, and nothing is derived of it.
+    assert found["roofline"]["step_s"] < plan_text.SHORT_SECONDS
+    assert "images/s, expected  ?" in re.sub("  +", "  ", text)
+    assert not re.search("the run takes|a host needs|chip-hours|ARE THE LIMIT", text)
+    longer = found["roofline"] | {"step_s": 0.1}
+    text = plan_text.page({"topology": "b200:8", "overrides": [], **found, "roofline": longer})
+    assert "if --efficiency 0.5" in text and "the run takes" in text and "chip-hours" in text
 
 
 def test_gpus_are_described_as_the_plan_knows_them():

@@ -163,6 +163,13 @@ def test_finished_is_the_last_step_logged_and_saved_and_the_report_there(tmp_pat
         assert sweep_runs.finished(evaluated) == (count == 3)
 
 
+def test_what_is_done_where_data_is_missing_does_not_make_another_run(tmp_path):
+    birds = [recipe.evaluator("zeroshot", "birds", missing=x) for x in ("skip", "error")]
+    (run,) = make(tmp_path, [{"seed": 0}], evals={"birds": birds[0]})
+    pretend(run, 10)
+    sweep_runs.check_folders(make(tmp_path, [{"seed": 0}], evals={"birds": birds[1]}))
+
+
 def test_a_folder_of_another_config_is_refused(tmp_path):
     (run,) = make(tmp_path, [{"seed": 0}])
     pretend(run, 10)

@@ -9,7 +9,7 @@ from grain_jax.data.aviary.samples import birds
 
 import grain_jax
 from grain_jax import config as config_lib
-from grain_jax import pretrained
+from grain_jax import errors, pretrained
 from grain_jax.runtime import checkpoint
 from tests.paths import ROOT
 
@@ -82,6 +82,35 @@ def test_another_name_is_one_line(name, meant):
         f"{name}: no such folder; {hint}expected a workdir, a checkpoint, a converted model,"
         " aviary-tiny (comes with the package), or hf://ORG/NAME (of the Hugging Face Hub)"
     )
+
+
+@pytest.mark.parametrize(
+    "given, files, kind, expected",
+    [
+        ("ViT-B-32", (), "from-open-clip --input WEIGHTS", "no such folder"),
+        ("RN50", (), "from-open-clip --input WEIGHTS", "no such folder"),
+        ("x.pt", ("x.pt",), "from-open-clip --input x.pt", "got a file, expected a folder"),
+        ("x.safetensors", (), "from-open-clip --input x.safetensors", "no such file"),
+        ("lit.npz", ("lit.npz",), "from-big-vision --input lit.npz", "got a file"),
+        ("a.pth.tar", ("a.pth.tar",), "from-torch --input a.pth.tar", "got a file"),
+        (
+            "clip",
+            ("clip/config.json", "clip/model.safetensors"),
+            "from-open-clip --input ",
+            "towers",
+        ),
+        ("oc", ("oc/open_clip_model.safetensors",), "from-open-clip --input ", "another package"),
+    ],
+)
+def test_weights_of_others_name_the_command(given, files, kind, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"model_type": "clip"}')
+    with pytest.raises(errors.UserError, match=expected) as error:
+        grain_jax.load(given)
+    said = str(error.value)
+    assert f"grain-jax convert {kind}" in said and "--output DIR" in said and "\n" not in said
 
 
 def test_the_names_are_the_folders():

@@ -273,7 +273,7 @@ def test_wrong_use(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == f"{tmp_path / 'none'}: no such folder; expected the workdir of a run"
     assert "has neither config.json nor metrics.jsonl" in lines[1]
-    assert "--num-images: got '0', expected a whole number above 0" in lines[2]
+    assert "--num-images: got '0', expected a whole number in 1.." in lines[2]
     assert f"{tmp_path / 'gone.json'}: cannot be read" in lines[3]
     assert len(lines) == 4
 

@@ -93,8 +93,14 @@ def workdir(folder, data_folder, learning_rate=1e-3):
         lines.append(json.dumps(line | (results if step in (20, 40) else {})))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 42, "lo')
     (folder / "log.txt").write_text("$ python -m grain_jax.train --workdir x\nstep 2/40\n")
-    record = dict.fromkeys(receipt.KEYS, "0123")
-    record |= {"step": 20, "state": {"params": "77"}, "mesh": {"data": 4}, "previous": None}
+    record = dict.fromkeys(receipt.Record.__annotations__, "0123")
+    record |= {
+        "step": 20,
+        "processes": 1,
+        "state": {"params": "77"},
+        "mesh": {"data": 4},
+        "previous": None,
+    }
     record["environment"] = {"jax": "9.8.7", "xla_flags": ""}
     later = record | {"step": 40, "previous": receipt.sha256(record)}
     (folder / receipt.FILE).write_text(json.dumps(record) + "\n" + json.dumps(later) + "\n")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grain_jax import errors
 from grain_jax.runtime import checkpoint, digests, storage_faults
 from tests import tiny
 
@@ -185,7 +186,7 @@ def test_a_mismatch_is_a_tree_of_differences(tmp_path):
 def test_a_full_disk_is_one_line(error):
     if error is None:  # TensorStore's have no number
         error = ValueError("RESOURCE_EXHAUSTED: writing x: [OS error 28: No space left on device]")
-    with pytest.raises(storage_faults.StorageFault, match="^/run: no space left") as e:
+    with pytest.raises(errors.StorageFault, match="^/run: no space left") as e:
         with storage_faults.in_a_line("/run"):
             try:
                 raise error
@@ -203,7 +204,7 @@ def test_a_full_disk_for_real(tmp_path):
     if subprocess.run(tmpfs, capture_output=True).returncode:
         pytest.skip("only root can mount a small disk")
     try:
-        with pytest.raises(storage_faults.StorageFault, match="no space left"):
+        with pytest.raises(errors.StorageFault, match="no space left"):
             with storage_faults.in_a_line(tmp_path):
                 save_steps(tmp_path, range(1, 99), config, width=256)
         last = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())

@@ -1,17 +1,21 @@
 """Who joins whom, by environment; and that a process that dies or fails ends the others, with a line."""
 
 import importlib.util
+import inspect
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import types
 
+import jax
 import pytest
 from jax._src import clusters
 
 from grain_jax import errors
+from grain_jax.cli import train
 from grain_jax.runtime import distributed, native_log
 from tests.paths import ROOT
 
@@ -82,6 +86,13 @@ def test_flags_win_over_the_environment():
             "cluster_detection_method": "deactivate",
         },
     )
+
+
+def test_one_process_has_nobody_to_wait_for():
+    assert distributed.find("10.0.0.1:8476", 1, 0, SRUN) is None
+    parsed = train.parser().parse_args(["--config=demo", "--workdir=w"])
+    jaxs_own = inspect.signature(jax.distributed.initialize).parameters["heartbeat_timeout_seconds"]
+    assert parsed.heartbeat_seconds == jaxs_own.default == 100
 
 
 @pytest.mark.parametrize(
@@ -192,11 +203,15 @@ _TALKER = _LISTENER.replace("time.sleep(0.1)", "time.sleep(0.1); print('on', fil
 
 
 def _pair(script=_WORKER, *, flags=(0, 0), heartbeat=10):
+    return _start(script, flags=flags, heartbeat=heartbeat)
+
+
+def _start(script, *, flags=(0, 0), heartbeat=10, processes=2):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     pair = []
-    for me in (0, 1):
+    for me in range(processes):
         arguments = [port, str(me), str(heartbeat), str(flags[me])]
         pair.append(
             subprocess.Popen(
@@ -262,6 +277,21 @@ def test_outside_training_it_ends_at_once_also_where_nobody_reads_what_it_says(n
     pair[1].stdout.close()
 
 
+def test_a_cluster_of_one_has_no_heartbeat_and_ends_as_it_is_told():
+    """As the TPU of one machine, of which JAX alone knows that it is one."""
+    as_one = (
+        "name, given = distributed.find(f'127.0.0.1:{port}', 2, 0, {})\n"
+        "distributed.find = lambda *_: (name, given | {'num_processes': 1})\n"
+    )
+    script = "import jax\n" + _LISTENER.replace("handler = ", as_one + "handler = ").replace(
+        "with distributed", "assert not jax.distributed.is_initialized()\nwith distributed"
+    )
+    (only,) = _start(script, processes=1)
+    only.send_signal(signal.SIGTERM)
+    said = only.communicate(timeout=60)
+    assert only.returncode == 75 and "SIGTERM: saving after this step" in said[1], said
+
+
 def test_outside_training_one_that_waits_for_the_other_at_its_exit_is_told_too():
     """As where process 0 draws the last images."""
     leaves = '    print("up", flush=True)\n    sys.exit(0)\n'
@@ -284,3 +314,34 @@ def test_one_that_cannot_print_any_more_leaves_and_so_the_other_ends():
     assert pair[1].returncode == -signal.SIGABRT
     assert "ending: process 0" in said
     pair[0].stdout.close()
+
+
+@pytest.mark.parametrize(
+    "given, platforms, expected",
+    [
+        ({"TPU_SKIP_MDS_QUERY": "1"}, None, ("v5litepod-1", "localhost")),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, "tpu,cpu", (None, None)),  # JAX found chips
+        ({}, None, (None, None)),
+        ({"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v4-8"}, None, ("v4-8", "localhost")),
+    ],
+)
+def test_libtpu_is_answered_where_there_is_no_chip(given, platforms, expected, monkeypatch):
+    names = ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES")
+    for name in names:  # set first, so that they are taken back
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.jax, "config", types.SimpleNamespace(jax_platforms=platforms))
+    distributed.answer_libtpu()
+    assert tuple(os.environ.get(name) for name in names[1:]) == expected
+
+
+def test_a_start_with_libtpu_and_without_a_tpu_says_nothing():
+    code = "from grain_jax.runtime import distributed as d; d.initialize(None, 1, 0, 20)"
+    code += "; import jax; print(jax.devices())"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "JAX_PLAT"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr

@@ -181,7 +181,7 @@ def test_a_workdir_that_is_gone_is_a_line(tmp_path, remove):
     if not remove:
         workdir.mkdir()
     expected = "the folder was removed" if remove else "x: Is a directory"
-    with pytest.raises(storage_faults.StorageFault, match=expected):
+    with pytest.raises(errors.StorageFault, match=expected):
         with storage_faults.in_a_line(workdir):
             if not remove:
                 (workdir / "x").mkdir()

@@ -121,7 +121,7 @@ expect "${array}_2" COMPLETED
 grep -H '"checkpoint_keep"' "$scratch"/array_?/config.json
 
 echo "=== 3. One of two processes is killed: the job fails within a minute and says which"
-GRAIN_ARGS="$train --workdir $scratch/killed --config.total_steps=200"
+GRAIN_ARGS="$train --workdir $scratch/killed --config.total_steps=200 --heartbeat-seconds=20"
 job=$(submit killed)
 wait_for 600 steps "$scratch/killed" 5
 victim=$(for pid in $(scontrol listpids "$job" | awk '$4 == 1 {print $1}'); do

@@ -63,6 +63,7 @@ def steps(python: pathlib.Path) -> list[tuple]:
             0,
             "layer_dec",
         ),
+        ("launch files", command("launch-files", "cluster"), 0, "cluster/slurm.sbatch"),
         ("images", [python, "-c", fresh.IMAGES.format(images_a_class=3)], 0, ""),
         ("train", train, 0, "Everything of this run is in run"),
         ("train, resumed", [*train, "--config.total_steps=6"], 0, "resumed at step 4"),

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 from transformers import BatchFeature, ImageProcessingMixin, ProcessorMixin
 from transformers.processing_utils import ImagesKwargs
 
@@ -25,7 +26,10 @@ class GrainImageProcessor(ImageProcessingMixin):
         self.size, self.image_mean, self.image_std = size, image_mean, image_std
 
     def __call__(self, images, return_tensors="pt"):
-        """A PIL image, a uint8 array [H, W, 3], or a list of either -> pixel_values [B, 3, S, S]."""
+        """A PIL image, a uint8 array [H, W, 3], or a list of either -> pixel_values [B, 3, S, S].
+
+        PIL images are turned by their EXIF orientation, as a viewer shows them.
+        """
         if isinstance(images, PIL.Image.Image) or getattr(images, "ndim", 4) == 3:
             images = [images]
         mean, std = (np.array(x, np.float32) for x in (self.image_mean, self.image_std))
@@ -45,6 +49,7 @@ class GrainImageProcessor(ImageProcessingMixin):
                 )
             image = PIL.Image.fromarray(array)
         wanted = (self.size["width"], self.size["height"])
+        image = PIL.ImageOps.exif_transpose(image)
         image = image.convert("RGB")  # before the resize: palette indices cannot be interpolated
         if image.size != wanted:
             image = image.resize(wanted, PIL.Image.Resampling.BICUBIC)

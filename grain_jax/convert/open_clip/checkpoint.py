@@ -140,7 +140,7 @@ def _safetensors(path: epath.Path) -> dict[str, np.ndarray]:
         with archives.reading(path):
             return archives.read_safetensors(path, _INTEGERS)
     except ImportError:
-        raise ConvertError(f"{path}: needs `pip install safetensors`") from None
+        raise ConvertError(f"{path}: needs safetensors: pip install 'grain_jax[interop]'") from None
 
 
 def _pickled(path: epath.Path) -> dict[str, np.ndarray]:

@@ -30,8 +30,8 @@ def from_open_clip(
     lines = [f"from-open-clip: {checkpoint.path} -> {folder}", *towers.describe(model, image, text)]
     if not checkpoint.hf and not checkpoint.open_clip:
         lines.append(
-            "NOT PROVEN by the parity below: heads and activations that are assumed or told above, since"
-            " there is no config and the other side is built with the same"
+            "The parity below cannot show whether heads and activations are right: there is no config, so the"
+            " other side is built with those assumed or told above; check them"
         )
     name = model.text.tokenizer
     if name != "clip":

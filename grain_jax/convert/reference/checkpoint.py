@@ -1,5 +1,6 @@
 """The `.pth.tar` files of the PyTorch reference: reading and writing their two state dicts."""
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ from etils import epath
 
 from grain_jax.convert import archives
 from grain_jax.convert.faults import ConvertError, raise_any
-from grain_jax.files import regular_file
+from grain_jax.files import atomic, regular_file
 
 StateDict = dict[str, np.ndarray]
 KEYS = {"backbone": "backbone_state_dict", "decoder": "state_dict"}
@@ -78,5 +79,6 @@ def write(path: epath.PathLike, states: Mapping[str, StateDict]) -> None:
     stored |= {"optimizer": {"state": {}, "param_groups": []}}
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        torch.save(stored, file)
+    file = io.BytesIO()
+    torch.save(stored, file)
+    atomic.write_bytes(path, file.getvalue())

@@ -14,6 +14,7 @@ from grain_jax.convert.reference import names
 from grain_jax.convert.reference.module import prove
 from grain_jax.convert.reference.parameters import to_params, to_states
 from grain_jax.convert.reference.sizes import REFERENCE_HEADS, TOWERS, Inferred, infer, sizes_of
+from grain_jax.files import atomic
 from grain_jax.runtime import checkpoint
 
 
@@ -54,8 +55,10 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
       checkpoint.CheckpointError: `source` cannot be read.
     """
     path = epath.Path(path)
-    if path.is_dir():
-        raise ConvertError(f"{path}: is a folder; expected a file name such as grain.pth.tar")
+    if path.is_dir() or atomic.is_special(path):  # it is read again, for the parity
+        raise ConvertError(
+            f"{path}: is a folder, pipe or device; expected a file name such as grain.pth.tar"
+        )
     model, params, read_from = checkpoint.load_model(source)
     states = to_states(model, params)
     try:

@@ -72,7 +72,7 @@ def prove(model: config_lib.Model, params: Any, states: Mapping[str, StateDict])
     try:
         module = make_module(model)
     except ImportError as error:
-        return parity.not_proven(params, f"{error}; pip install torch transformers")
+        return parity.not_proven(params, f"{error}; pip install 'grain_jax[interop]'")
     load_states(module, states)
     given = parity.inputs_of(model)
     found = parity.compare(outputs(model, params, given), run_module(module, given))

@@ -51,12 +51,6 @@ def test_every_colour_mode_becomes_rgb_of_the_same_size(mode):
     np.testing.assert_array_equal(np.asarray(found), np.broadcast_to(expected, (20, 30, 3)))
 
 
-def test_the_orientation_tag_is_not_followed():
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    assert checked(PIL.Image.new("RGB", (30, 20)), "JPEG", exif=exif).size == (30, 20)
-
-
 def test_a_photograph_with_a_preview_behind_it_is_still():
     picture = PIL.Image.new("RGB", (30, 20), "red")
     preview = picture.resize((16, 16))

@@ -1,0 +1,27 @@
+"""Copies the files that start runs on clusters, also out of a wheel: grain-jax launch-files DIR."""
+
+from collections.abc import Sequence
+
+from etils import epath
+from grain_jax.launch.arguments import files_parser
+
+from grain_jax import errors
+
+_SUFFIXES = (".sh", ".sbatch", ".yaml")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Writes them to the folder, and prints their paths."""
+    folder = epath.Path(files_parser().parse_args(words).folder)
+    own = epath.Path(__file__).parent
+    found = sorted(p for p in own.iterdir() if p.name == "Dockerfile" or p.suffix in _SUFFIXES)
+    if there := [p.name for p in found if (folder / p.name).exists()]:
+        raise errors.UserError(
+            f"{folder}: holds {', '.join(there)}, expected none of these; name another folder, or remove them"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in found:
+            print(path.copy(folder / path.name))
+    except OSError as error:
+        raise errors.UserError(f"{folder}: cannot be written ({error.strerror or error})") from None

@@ -1,0 +1,318 @@
+"""What hostile annotation files do to the readers of public formats: a named fault or one line, in time."""
+
+import json
+import os
+import pathlib
+import pickle
+import time
+
+import pytest
+from grain_jax.data import build, sources
+from grain_jax.data.inspect import __main__ as inspect_command
+
+from grain_jax import errors
+from tests.data import test_sources
+from tests.hostile import cases, fuzz, source_files
+
+pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")
+
+SECONDS = 5.0
+DEEP = b"[" * 100_000
+JSON_SOURCES = ("coco", "finehard", "fg_ovd", "karpathy", "lvis", "refcoco", "visual_genome")
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("samples")
+    return folder, source_files.write(folder)
+
+
+def read(name, options):
+    start = time.monotonic()
+    try:
+        return test_sources.read_all(name, options)
+    finally:
+        assert time.monotonic() - start < SECONDS
+
+
+def places(value, path=()):
+    """The path of every part of a JSON value; of a list the first part stands for the others."""
+    yield path
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value[:1])
+        if isinstance(value, list)
+        else ()
+    )
+    for key, part in items:
+        yield from places(part, (*path, key))
+
+
+def put(value, path, new):
+    """`value` with another part at the path."""
+    if not path:
+        return new
+    out = value.copy()
+    out[path[0]] = put(value[path[0]], path[1:], new)
+    return out
+
+
+WRONG = (
+    None,
+    [1],
+    {"a": {}},
+    True,
+    -1,
+    1.5,
+    10**400,
+    float("nan"),
+    "",
+    "../../x",
+    "\ud800\0\x1b[2J",
+)
+
+
+@pytest.mark.parametrize("name", [*JSON_SOURCES, "annotations"])
+def test_every_value_replaced_by_one_of_another_type(samples, name):
+    folder, options = samples[0] / name, samples[1][name]
+    good = len(read(name, options))
+    refused = named = 0
+    for path in source_files.annotation_files(folder, options):
+        before = path.read_bytes()
+        lines = path.suffix == ".jsonl"
+        load, dump = (
+            (pickle.loads, pickle.dumps) if path.suffix == ".p" else (json.loads, fuzz.dump)
+        )
+        value = [load(x) for x in before.split(b"\n\n")] if lines else load(before)
+        for place in places(value):
+            for wrong in WRONG:
+                changed = put(value, place, wrong)
+                if lines and isinstance(changed, list):
+                    path.write_bytes(b"\n".join(map(fuzz.dump, changed)))
+                else:
+                    try:
+                        path.write_bytes(dump(changed))
+                    except UnicodeEncodeError:  # no pickle has it
+                        continue
+                try:
+                    items = read(name, options)
+                except errors.UserError as error:
+                    refused += 1
+                    assert len(str(error).splitlines()) == 1 and str(path) in str(error)
+                    assert str(error).isprintable()
+                    continue
+                faults = [x for x in items if isinstance(x, sources.Fault)]
+                faults += [y for x in items if isinstance(x, sources.Image) for y in x.left_out]
+                named += bool(faults)
+                assert {x.cause for x in faults} <= set(sources.CAUSES)
+                assert len(items) >= good - 1 or faults
+        path.write_bytes(before)
+    assert refused + named > 50 and len(read(name, options)) == good
+
+
+# source, what one annotation becomes, what the faults say.
+ITEMS = [
+    ("coco", {"image_id": [1]}, "Expected `int | str`, got `array` - at `$.image_id`"),
+    ("coco", {"image_id": 99}, "got image_id 99, expected an image of the file"),
+    ("coco", {"category_id": {}}, "got `object` - at `$.category_id`"),
+    ("coco", {"bbox": {"x": 1}}, "Expected `array | null`, got `object` - at `$.bbox`"),
+    ("coco", {"bbox": [1, 2, 3, 10**400]}, "got box"),
+    ("lvis", {"image_id": None}, "got `null` - at `$.image_id`"),
+    ("lvis", 7, "Expected `object`, got `int`, expected lvis_v1"),
+    ("fg_ovd", {"neg_category_ids": [[1]]}, "got `array` - at `$.neg_category_ids[0]`"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name,change,line", ITEMS)
+def test_a_faulty_item_is_named_and_the_others_stay(tmp_path, name, change, line):
+    options = source_files.write(tmp_path)[name]
+    path = pathlib.Path(options.annotations[-1])
+    content = json.loads(path.read_text())
+    first = content["annotations"][0]
+    content["annotations"].insert(1, first | change if isinstance(change, dict) else change)
+    path.write_text(json.dumps(content))
+    items = read(name, options)
+    pictures = [x for x in items if isinstance(x, sources.Image)]
+    assert len(pictures) == source_files.COUNT and all(x.regions for x in pictures)
+    faults = [x for x in items if isinstance(x, sources.Fault)] + list(pictures[0].left_out)
+    assert len(faults) == 1 and line in faults[0].detail
+    assert faults[0].image in (f"{path}:annotations[1]", pictures[0].image)
+
+
+def _link(path):
+    path.symlink_to("/dev/zero")
+
+
+WHOLE = {
+    "deep": (lambda path: path.write_bytes(DEEP), "deep|got|object|array"),
+    "deep in a list": (lambda path: path.write_bytes(b'[{"a": ' + DEEP), "deep|object"),
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-9]), "truncated|list|malformed"),
+    "empty": (lambda path: path.write_bytes(b""), "truncated|got ''"),
+    "5000 digits": (lambda path: path.write_bytes(b'[{"a": ' + b"9" * 5000 + b"}]"), "expected"),
+    "not UTF-8": (lambda path: path.write_bytes(b"\xff\xfe"), "malformed|UTF-8"),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "got a folder, pipe or device"),
+    "without an end": (lambda path: (path.unlink(), _link(path)), "got a folder, pipe or device"),
+    "gone": (lambda path: path.unlink(), "no such file"),
+}
+
+
+@pytest.mark.parametrize("how", WHOLE)
+def test_a_faulty_file_is_one_line(tmp_path, how):
+    found = source_files.write(tmp_path)
+    change, line = WHOLE[how]
+    for name in JSON_SOURCES:
+        path = pathlib.Path(found[name].annotations[-1])
+        if path.is_dir():
+            path = path / "2024_results_0.json"
+            found[name] = found[name]._replace(annotations=(str(path),))
+        change(path)
+        with pytest.raises(sources.SourceError, match=f"{path}.*(?:{line})") as error:
+            read(name, found[name])
+        assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("how", ["a pipe", "without an end", "gone"])
+def test_annotation_lines_that_are_no_file(tmp_path, how):
+    options = test_sources.annotations_sample(tmp_path)
+    path = pathlib.Path(options.annotations[0])
+    WHOLE[how][0](path)
+    with pytest.raises(sources.SourceError, match=f"{path}: .*expected one JSON object a line"):
+        read("annotations", options)
+    flags = [
+        f"--annotations={path}",
+        f"--images={options.images}",
+        f"--output={tmp_path}",
+        "--name=x",
+    ]
+    cases.check(cases.run(build.main, flags), "no such file, expected one JSON object a line")
+    cases.check(cases.run(inspect_command.main, [path]), f"{path}: (no such|got a folder, pipe)")
+
+
+def test_files_beside_images_and_folders_that_contain_themselves(tmp_path):
+    options = test_sources.folder_sample(tmp_path)
+    images = tmp_path / "images"
+    for number, make in enumerate(
+        (os.mkfifo, _link, lambda path: path.write_bytes(bytes(2 << 20)))
+    ):
+        path = images / f"{number:05d}.txt"
+        path.unlink()
+        make(path)
+    for number in range(9):
+        (images / f"loop{number}").symlink_to(images)
+    faults = [x for x in read("folder", options) if isinstance(x, sources.Fault)]
+    assert [x.image for x in faults[:3]] == [f"0000{n}.jpg" for n in range(3)]
+    assert all("expected a caption" in x.detail for x in faults[:3])
+    assert {x.image: x.cause for x in faults[3:]} == {f"loop{n}": "unreadable" for n in range(9)}
+
+
+def test_entities_of_a_stranger(tmp_path):
+    options = test_sources.flickr30k_entities_sample(tmp_path)
+    sentences, boxes = tmp_path / "Sentences", tmp_path / "Annotations"
+    for path in (sentences / "1.txt", boxes / "2.xml"):
+        path.unlink()
+        os.mkfifo(path)
+    many = "".join(f"[/EN#1/x a{n}] " for n in range(3000))
+    objects = "<object><name>1</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>"
+    (sentences / "3.txt").write_text(many)
+    (boxes / "3.xml").write_text(f"<annotation>{objects * 500}</annotation>")
+    (sentences / "4.txt").write_text("[/EN#1/" * 9000)
+    lol = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 10))
+    (boxes / "5.xml").write_text(f'<!DOCTYPE x [<!ENTITY l0 "lol">{lol}]><x>&l9;</x>')
+    (boxes / "6.xml").write_text('<?xml version="1.0" encoding="nonsense"?><a/>')
+    (boxes / "7.xml").write_text("<a>" * 15_000)
+    faults = {
+        x.image: x.detail
+        for x in read("flickr30k_entities", options)
+        if isinstance(x, sources.Fault)
+    }
+    assert sorted(faults) == [f"{n}.jpg" for n in range(1, 8) if n != 4]
+    assert "expected sentences" in faults["1.jpg"] and "expected boxes" in faults["2.jpg"]
+    assert "at most 10,000 boxes" in faults["3.jpg"]
+
+
+@pytest.mark.parametrize(
+    "content,line",
+    [
+        (b"\x80\x02]r\x00\x00\x00\x7f.", "got no images"),  # the place of 2 billion objects
+        (b"(" * 200_000 + b"l" * 200_000 + b".", "Expected `object`, got `array`|nested too deep"),
+        (b"cos\nsystem\n(S'true'\ntR.", "no pickle of plain values .it wants os.system"),
+        (b"]" * 9, "no pickle of plain values"),
+        (pickle.dumps([{"split": {1: 2}}]), "missing required field|Expected `str`"),
+    ],
+)
+def test_pickles_of_a_stranger(tmp_path, content, line):
+    options = test_sources.refcoco_sample(tmp_path)
+    (tmp_path / "refs(unc).p").write_bytes(content)
+    with pytest.raises(sources.SourceError, match=line) as error:
+        read("refcoco", options)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_many_descriptions_of_a_few_boxes_are_ordered_in_time(tmp_path):
+    options = test_sources.refcoco_sample(tmp_path)
+    path = pathlib.Path(options.annotations[1])
+    content = json.loads(path.read_text())
+    content["annotations"] = [
+        {"id": n, "image_id": 0, "bbox": [n % 7, 1, 9 + n / 4000, 9]} for n in range(4000)
+    ]
+    path.write_text(json.dumps(content))
+    ref = {"image_id": 0, "split": "train"}
+    refs = [ref | {"ann_id": n, "sentences": [{"sent": f"a {n}"}]} for n in range(4000)]
+    refs.append(ref | {"ann_id": 0, "sentences": [{"sent": f"b {n}"} for n in range(4000)]})
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps(refs))
+    start = time.monotonic()
+    assert len(sources.shards("refcoco", options)) == 1
+    assert time.monotonic() - start < 2 * SECONDS
+
+
+def test_notes_beside_records(tmp_path):
+    folder = pathlib.Path(source_files.write(tmp_path)["tfds"].images) / "1.0.0"
+    lines = tmp_path / "tfds/A.jsonl"
+    flags = [f"--annotations={lines}", f"--images={tmp_path}/tfds/images", f"--output={tmp_path}"]
+    flags += ["--name=x", f"--exclude-duplicates-of={folder}"]
+    for content in (b"", DEEP, b"PK\3\4", b"\x93NUMPY\1\0\x10\0" + b"(" * 16):
+        (folder / "metadata.json").write_bytes(content)
+        cases.check(cases.run(inspect_command.main, [folder]), "metadata.json: .*notes of a build")
+        (folder / "fingerprints.npy").write_bytes(content)
+        cases.check(cases.run(build.main, flags), "fingerprints.npy: .*expected fingerprints")
+
+
+def _template(value):
+    def change(folder):
+        path = folder / "dataset_info.json"
+        content = json.loads(path.read_text())
+        content["splits"][0] |= value
+        path.write_text(json.dumps(content))
+
+    return change
+
+
+def _first_shard(change):
+    def changed(folder):
+        path = min(folder.glob("*tfrecord*"))
+        change(path)
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "change,line",
+    [
+        (_template({"filepathTemplate": "/etc/{SPLIT}-{SHARD_X_OF_Y}"}), "names the file /etc/train-00000"),
+        (_template({"filepathTemplate": "../x-{SHARD_X_OF_Y}"}), "names the file .*expected one of the set's folder"),
+        (_template({"shardLengths": ["1", str(10**12)]}), "cannot be the 1000000000000 records"),
+        (_first_shard(WHOLE["a pipe"][0]), "no regular file"),
+        (_first_shard(lambda path: path.write_bytes(path.read_bytes()[:500])), None),
+        (_first_shard(lambda path: path.unlink()), None),
+    ],
+)  # fmt: skip
+def test_a_damaged_record_set(tmp_path, change, line):
+    options = source_files.write(tmp_path)["tfds"]
+    change(pathlib.Path(options.images) / "1.0.0")
+    if line is None:
+        (fault,) = read("tfds", options)
+        assert fault[:2] == ("train/000000000", "damaged shard") and "is lost" in fault.detail
+    else:
+        with pytest.raises(errors.UserError, match=line):
+            read("tfds", options)

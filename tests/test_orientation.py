@@ -1,0 +1,332 @@
+"""A picture is what a viewer shows: turned pictures give what their upright copies give, wherever files become pixels."""
+
+import contextlib
+import io
+import itertools
+import json
+import struct
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import pytest
+import tensorflow_datasets as tfds
+from grain_jax.data import sources
+from grain_jax.data.annotate import __main__ as annotate
+from grain_jax.data.embed import __main__ as embed
+from grain_jax.data.embed import parts
+from grain_jax.data.inspect import __main__ as inspect
+from grain_jax.data.search import __main__ as search
+from grain_jax.data.sources import base, join
+
+import grain_jax
+from grain_jax.demo import analysis
+from grain_jax.evaluate import __main__ as evaluate
+from grain_jax.files import images
+from grain_jax.input_pipeline import records
+from grain_jax.report import pictures as report_pictures
+from tests import embedded, record_sets, turned
+
+pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # TFDS with protobuf 6
+WHICH = ("turned", "upright")
+COUNT, TURNED = 40, 35
+FILE = "--orientation=file"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """turned/ and upright/ with images and A.jsonl, and a record set of each below sets/."""
+    root = tmp_path_factory.mktemp("orientation")
+    turned.write(root)
+    for which in WHICH:
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            assert (
+                record_sets.build_set(root / which, root / "sets", "--num-shards=8", name=which)
+                == 0
+            )
+        (root / f"{which}.txt").write_text(said.getvalue())
+    return root
+
+
+@pytest.fixture(scope="module")
+def model():
+    return grain_jax.load("aviary-tiny")
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", turned.files())
+def test_a_file_becomes_what_a_viewer_shows(name):
+    encoded, shown = turned.files()[name]
+    image = images.decode_image(encoded)
+    np.testing.assert_array_equal(image, shown)
+    np.testing.assert_array_equal(PIL.ImageOps.exif_transpose(image), shown)  # turned once
+    given = PIL.Image.open(io.BytesIO(encoded))
+    np.testing.assert_array_equal(images.upright(given), shown)
+    tag = int(name[:2]) % 8 + 1
+    found = images.header(encoded)
+    assert (found.size, found.turned) == (turned.SIZE, tag > 1)
+    stored = images.decode_image(encoded, orientation="file")
+    assert images.header(encoded, orientation="file") == found._replace(size=stored.size)
+    with PIL.Image.open(io.BytesIO(encoded)) as by_pil:  # as the reference
+        np.testing.assert_array_equal(stored, by_pil)
+    assert images.upright(stored) is stored
+
+
+def entry(tag=274, kind=3, values=1, value=6):
+    return struct.pack(">HHLHH", tag, kind, values, value, 0)
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "PNG behind", "WEBP"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        b"",
+        b"MM",
+        b"MM\0*\0\0\0\x08",
+        b"MM\0*\xff\xff\xff\xff\0\1" + entry(),
+        b"II*\0\x08\0\0\0\xff\xff" + b"\0" * 40,
+        b"MM\0*\0\0\0\x08\0\1" + entry()[:-4],
+        b"MM\0*\0\0\0\x08\0\1" + entry(value=9),
+        b"MM\0*\0\0\0\x08\0\1" + entry(value=0),
+        b"MM\0*\0\0\0\x08\0\1" + entry(kind=2),
+        b"MM\0*\0\0\0\x08\0\1" + entry(values=3),
+        b"no Exif at all",
+    ],
+)
+def test_a_damaged_exif_means_upright(kind, block):
+    pixels = np.arange(8 * 4 * 3, dtype=np.uint8).reshape(8, 4, 3)
+    encoded = turned.encode(pixels, kind, 1, block)
+    found = images.header(encoded)
+    assert (found.size, found.turned, images.decode_image(encoded).size) == ((4, 8), False, (4, 8))
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("JPEG", {"xmp": XMP}), ("WEBP", {"xmp": XMP}), ("TIFF", {"tiffinfo": {700: XMP}}),
+])  # fmt: skip
+def test_xmp_turns_nothing(kind, options):
+    out = io.BytesIO()
+    PIL.Image.new("RGB", (8, 4)).save(out, kind, **options)
+    assert PIL.ImageOps.exif_transpose(PIL.Image.open(out)).size == (4, 8)
+    assert images.header(out.getvalue())[1:] == ((8, 4), False)
+    assert images.decode_image(out.getvalue()).size == (8, 4)
+    assert kind == "TIFF" or images.upright(PIL.Image.open(out)).size == (8, 4)
+
+
+def test_records_hold_upright_pixels(folder):
+    lines = {line["image"]: line for line in lines_of(folder / "upright" / "A.jsonl")}
+    said = (folder / "turned.txt").read_text()
+    assert (
+        f"A.jsonl: {TURNED} of {COUNT} images are turned upright by their EXIF orientation" in said
+    )
+    assert f"A.jsonl: 0 of {COUNT} lines faulty (0 faults)\n" in said
+    assert "EXIF" not in (folder / "upright.txt").read_text()
+    card = json.loads((folder / "sets/turned/1.0.0/metadata.json").read_text())
+    assert card["orientation"] == "exif"
+    builder = tfds.builder("turned", data_dir=folder / "sets")
+    skip = {"image": tfds.decode.SkipDecoding()}
+    for example in tfds.as_numpy(builder.as_dataset(split="train", decoders=skip)):
+        name = example["id"].decode()
+        assert not images.header(example["image"]).turned
+        expected = images.load_image(folder / "upright" / name)
+        np.testing.assert_array_equal(images.decode_image(example["image"]), expected)
+        (box,) = example["regions"]["bbox"]
+        x1, y1, x2, y2 = lines[name]["regions"][0]["box"]
+        np.testing.assert_allclose(box * [40, 24, 40, 24], [y1, x1, y2, x2], atol=1e-5)
+
+
+def test_training_gets_the_same_batches(folder):
+    configs = [
+        record_sets.config(folder / "sets", name=which, flip_rate=0.5, crop_min_area=0.5)
+        for which in WHICH
+    ]
+    for got, expected in itertools.islice(zip(*map(records.batches, configs)), 5):
+        record_sets.assert_batches_equal(got, expected)
+
+
+@pytest.mark.parametrize("encoding", ["original", "png", "jpeg:95"])
+def test_every_encoding_stores_them_upright(folder, tmp_path, encoding):
+    stored = []
+    for which in WHICH:
+        words = [f"--encoding={encoding}", "--store-size=16", "--num-shards=1"]
+        assert record_sets.build_set(folder / which, tmp_path, *words, name=which) == 0
+        read = tfds.as_numpy(tfds.builder(which, data_dir=tmp_path).as_dataset(split="train"))
+        stored.append({example["id"]: example["image"] for example in read})
+    for name, image in stored[0].items():
+        np.testing.assert_array_equal(image, stored[1][name])
+
+
+def test_as_stored_where_it_is_asked_for(folder, tmp_path, capsys):
+    """Boxes of the stored pixels, as the reference reads them; the files stay as they are."""
+    lines = lines_of(folder / "turned" / "A.jsonl")
+    for line in lines:
+        encoded = (folder / "turned" / line["image"]).read_bytes()
+        line["regions"][0]["box"] = [0, 0, *images.header(encoded, orientation="file").size]
+    (tmp_path / "A.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in {line["image"] for line in lines}:
+        (tmp_path / name).write_bytes((folder / "turned" / name).read_bytes())
+    assert record_sets.build_set(tmp_path, tmp_path / "out", FILE, "--num-shards=2") == 0
+    assert (
+        f"{TURNED} of {COUNT} images have an EXIF orientation that is not"
+        in capsys.readouterr().err
+    )
+    target = tmp_path / "out/tiny_set/1.0.0"
+    assert json.loads((target / "metadata.json").read_text())["orientation"] == "file"
+    options = sources.Options(str(target))
+    found = [x for shard in sources.shards("tfds", options) for x in sources.read(shard)]
+    assert len(found) == COUNT
+    for item in found:
+        assert item.orientation == "file"
+        assert item.regions[0].box_xyxy[2:] == pytest.approx(
+            images.decode_image(item.encoded, orientation="file").size
+        )
+    assert sum(images.header(item.encoded).turned for item in found) == 21  # JPEG and PNG
+    assert inspect.main([str(target), f"--output={tmp_path / 'seen'}"]) == 0
+    assert "turned        21 images have an EXIF orientation that is not" in capsys.readouterr().out
+    # What annotate keeps of a record set needs no flag afterwards.
+    words = ["--source=tfds", "--passes=none", f"--output={tmp_path / 'kept'}", "--min-side=1"]
+    assert annotate.main([f"--images={target}", *words]) == 0
+    for line in lines_of(tmp_path / "kept/A.jsonl"):
+        size = images.load_image(tmp_path / "kept/images" / line["image"]).size
+        assert line["regions"][0]["box"] == pytest.approx([0, 0, *size])
+
+
+def test_a_job_that_was_begun_as_stored_is_not_mixed(folder, tmp_path, capsys):
+    words = ["--passes=none", f"--images={folder / 'turned'}", f"--output={tmp_path}"]
+    words += ["--source=annotations", f"--annotations={folder / 'turned/A.jsonl'}", "--min-side=1"]
+    assert annotate.main(words) == 0
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    del settings["source"]["orientation"]  # as an older version wrote it
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    capsys.readouterr()
+    assert annotate.main(words) == 2
+    assert 'begun with source orientation "file", got "exif"' in capsys.readouterr().err
+    assert annotate.main([*words, FILE]) == 0
+
+
+@pytest.mark.parametrize("which", WHICH)
+def test_annotate_takes_boxes_of_the_upright_pixels(folder, tmp_path, which):
+    words = ["--passes=none", f"--images={folder / which}", f"--output={tmp_path}", "--min-side=1"]
+    words += ["--source=annotations", f"--annotations={folder / which / 'A.jsonl'}"]
+    assert annotate.main([*words, "--name=made", "--store-size=16"]) == 0
+    assert [line["regions"] for line in lines_of(tmp_path / "A.jsonl")] == [
+        line["regions"] for line in lines_of(folder / "upright" / "A.jsonl")
+    ]
+
+
+@pytest.mark.parametrize(
+    "orientation, size, detail",
+    [
+        ("exif", (24, 40), None),
+        ("file", (40, 24), None),
+        ("exif", (40, 24), "got 24 x 40, expected 40 x 24, which its boxes were drawn on; that is"
+         " its size by --orientation file"),
+        ("file", (24, 40), "got 40 x 24, expected 24 x 40, which its boxes were drawn on; that is"
+         " its size by --orientation exif"),
+        ("exif", (7, 7), "got 24 x 40, expected 7 x 7, which its boxes were drawn on"),
+    ],
+)  # fmt: skip
+def test_a_size_that_fits_the_other_orientation_is_said(orientation, size, detail):
+    encoded = turned.encode(np.zeros((24, 40, 3), np.uint8), "JPEG", 6)
+    drawn = base.Entry("a.jpg", regions=[((0, 0, 20, 20), "a", 1.0)], size=size)
+    found = join.join(drawn, encoded, orientation)
+    got = found.detail if isinstance(found, base.Fault) else None
+    assert got == detail
+
+
+def test_inspect_counts_them(folder, tmp_path, capsys):
+    path = str(folder / "turned" / "A.jsonl")
+    assert inspect.main([path, f"--output={tmp_path}"]) == 0
+    assert f"turned        {TURNED} images are turned upright by" in capsys.readouterr().out
+    counted = json.loads((tmp_path / "statistics.json").read_text())["pictures"]
+    assert (counted["turned"], counted["sizes"]) == (TURNED, [["24 x 40", COUNT]])
+    assert counted["formats"] == {"JPEG": 8, "TIFF": 8, "WEBP": 8, "PNG": 16}
+    assert inspect.main([path, f"--output={tmp_path}", FILE]) == 0
+    said = capsys.readouterr().out  # some boxes are not in the stored pixels
+    assert (
+        "images        37 (3 left out)" in said and "images have an EXIF orientation that" in said
+    )
+    assert inspect.main([str(folder / "sets/turned"), f"--output={tmp_path}"]) == 0
+    assert "EXIF" not in capsys.readouterr().out
+
+
+def test_embed_and_search(folder, model, tmp_path, capsys):
+    out = {}
+    for which in WHICH:
+        words = [folder / which, "--checkpoint=aviary-tiny", f"--output={tmp_path / which}"]
+        assert embed.main(list(map(str, words))) == 0
+        out[which] = embedded.read(tmp_path / which)
+    for got, expected in zip(out["turned"], out["upright"], strict=True):
+        assert (got["width"], got["height"]) == turned.SIZE
+        for key in ("image_embed", "region_embed", "boxes_xyxy"):
+            np.testing.assert_allclose(got[key], expected[key], atol=1e-6)
+    as_stored = [
+        str(folder / "turned"),
+        "--checkpoint=aviary-tiny",
+        f"--output={tmp_path / 'file'}",
+    ]
+    assert embed.main([*as_stored[:2], f"--output={tmp_path / 'turned'}", FILE]) == 2
+    assert 'begun with orientation "exif", got "file"' in capsys.readouterr().err
+    assert embed.main([*as_stored, FILE]) == 0
+    # An image is compared, and shown, in the orientation of the index.
+    name = next(r["path"] for r in out["turned"] if r["path"].endswith("05.jpeg"))
+    for index in ("turned", "file"):
+        page = tmp_path / f"{index}.html"
+        words = ["--image", str(folder / "turned" / name), "--top=1", f"--output={page}"]
+        assert search.main([str(tmp_path / index), *words]) == 0
+        assert f" 1.000  {name}" in capsys.readouterr().out
+    note = {"name": "p", "reader": "annotations", "images": str(folder / "turned")}
+    ((_, old),) = parts.read_again([(note, name)]).items()  # of an older version
+    assert old.orientation == "file"
+
+
+def test_the_library(folder, model):
+    names = [line["image"] for line in lines_of(folder / "turned" / "A.jsonl")]
+    got, expected = (
+        model.encode_image_and_regions(PIL.Image.open(folder / which / name) for name in names)
+        for which in WHICH
+    )
+    for a, b in zip((got[0], *got[1]), (expected[0], *expected[1])):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_the_page_and_the_report(folder, model, tmp_path):
+    for line in lines_of(folder / "turned" / "A.jsonl"):
+        got, expected = (analysis.read_image(folder / which / line["image"]) for which in WHICH)
+        np.testing.assert_array_equal(got, expected)
+    for which in WHICH:
+        given = folder / which / "A.jsonl", folder / which, tmp_path / f"{which}.png"
+        report_pictures.regions_grid(model, *given, count=6)
+    drawn = [np.asarray(PIL.Image.open(tmp_path / f"{which}.png")) for which in WHICH]
+    np.testing.assert_array_equal(*drawn)
+
+
+@pytest.mark.parametrize("kind", ["grounding", "retrieval", "maps", "zeroshot"])
+def test_evaluations(folder, tmp_path, kind):
+    results = {}
+    for which, *words in (("turned",), ("upright",), ("turned", FILE)):
+        given = [f"--images={folder / which}"]
+        if kind == "zeroshot":
+            given = [f"--images={tmp_path / which}"]
+            for number, line in enumerate(lines_of(folder / which / "A.jsonl")):
+                copy = tmp_path / which / f"class {number % 8}" / line["image"]
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes((folder / which / line["image"]).read_bytes())
+        else:
+            given.append(f"--annotations={folder / which / 'A.jsonl'}")
+        output = tmp_path / "out.json"
+        words = ["--checkpoint=aviary-tiny", f"--output={output}", "--cache=", *words]
+        assert evaluate.main([kind, *given, *words]) == 0
+        result = json.loads(output.read_text())
+        orientation = result.pop("orientation")
+        for key in ("images", "annotations", "seconds"):
+            result.pop(key, None)
+        results[which, orientation] = result
+    assert results["turned", "exif"] == results["upright", "exif"]
+    assert results["turned", "file"] != results["upright", "exif"]
