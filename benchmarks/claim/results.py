@@ -1,17 +1,22 @@
-"""The results of `benchmarks.claim`: a tab-separated table, one row a run, which a run appends when it has finished."""
+"""Tables of results: tab-separated, one row a run, which a run appends when it has finished."""
 
 import csv
 import fcntl
 import io
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarks import claim_design as design
-from benchmarks.claim_data import ClaimError
+from benchmarks.claim import design
+from grain_jax import errors
 
 Result = Mapping[str, Any]  # column -> value; without the columns that the arm does not measure
+
+
+class ClaimError(errors.UserError):
+    """Unusable input; the message is one line."""
+
 
 # The numbers of the final evaluation that the plan, the report and docs/claim.md use: names of metrics.jsonl.
 MEASURED = (
@@ -26,20 +31,20 @@ MEASURED = (
     "unseen_test/chance",
     "unit_test/alpha_1.0/top1",
     "sentence_test/alpha_1.0/top1",
-    "retrieval/image_to_text/r1",
-    "retrieval/image_to_text/chance_r1",
-    "retrieval/text_to_image/r1",
-    "retrieval/text_to_image/chance_r1",
-    "grounding_seen/region_to_description_r1",
-    "grounding_seen/chance_region_to_description_r1",
-    "grounding_unseen/box_iou",
-    "grounding_unseen/chance_box_iou",
-    "grounding_unseen/box_acc50",
-    "grounding_unseen/chance_box_acc50",
-    "grounding_unseen/region_to_description_r1",
-    "grounding_unseen/chance_region_to_description_r1",
-    "grounding_unseen/phrase_acc50",
-    "grounding_unseen/chance_phrase_acc50",
+    *(
+        f"retrieval/{way}/{key}"
+        for way in ("image_to_text", "text_to_image")
+        for key in ("r1", "chance_r1")
+    ),
+    *(
+        f"grounding_{group}/{chance}{key}"
+        for group, keys in (
+            ("seen", ("region_to_description_r1",)),
+            ("unseen", ("box_iou", "box_acc50", "region_to_description_r1", "phrase_acc50")),
+        )
+        for key in keys
+        for chance in ("", "chance_")
+    ),
 )
 # Means over the last five lines of metrics.jsonl.
 TRAINED = (
@@ -76,28 +81,34 @@ def run_of(result: Result) -> design.Run:
 def read(path: pathlib.Path) -> dict[str, Result]:
     """Name -> result of every finished run of this design; empty where there is no file yet.
 
-    A last line without a line break is skipped: its run was killed while writing it.
+    Raises:
+      ClaimError: see `rows`.
+    """
+    found = rows(path, COLUMNS)
+    return {run_of(row).name: row for row in found if row["design"] == design.DESIGN}
+
+
+def rows(path: pathlib.Path, columns: Mapping[str, type]) -> list[Result]:
+    """The rows of a table. A last line without a line break is skipped: its run was killed while writing it.
 
     Raises:
       ClaimError: the table has other columns, or a cell does not have the type of its column.
     """
     if not path.exists():
-        return {}
+        return []
     text = path.read_text()
     lines = text[: text.rfind("\n") + 1].splitlines()
-    _check_header(path, lines[:1])
-    results = {}
+    _check_header(path, lines[:1], columns)
+    found = []
     for number, row in enumerate(csv.DictReader(lines, delimiter="\t"), start=2):
         try:
-            result = {key: COLUMNS[key](cell) for key, cell in row.items() if cell}
-            if result["design"] == design.DESIGN:
-                results[run_of(result).name] = result
+            found.append({key: columns[key](cell) for key, cell in row.items() if cell})
         except (KeyError, ValueError) as error:
             raise ClaimError(f"{path}, line {number}: not a result ({error!r})") from None
-    return results
+    return found
 
 
-def append(path: pathlib.Path, result: Result) -> None:
+def append(path: pathlib.Path, result: Result, columns: Iterable[str] = COLUMNS) -> None:
     """Appends a row atomically; several processes may append at the same time.
 
     Raises:
@@ -110,9 +121,9 @@ def append(path: pathlib.Path, result: Result) -> None:
         text = file.read()
         whole = text.rfind("\n") + 1
         file.truncate(len(text[:whole].encode()))  # an incomplete line of a killed run
-        _check_header(path, text[:whole].splitlines()[:1])
+        _check_header(path, text[:whole].splitlines()[:1], columns)
         out = io.StringIO()
-        writer = csv.DictWriter(out, COLUMNS, delimiter="\t", lineterminator="\n")
+        writer = csv.DictWriter(out, columns, delimiter="\t", lineterminator="\n")
         if not whole:
             writer.writeheader()
         writer.writerow(result)
@@ -121,9 +132,8 @@ def append(path: pathlib.Path, result: Result) -> None:
         os.fsync(file.fileno())
 
 
-def _check_header(path: pathlib.Path, first_line: list[str]) -> None:
-    if first_line and first_line[0].split("\t") != list(COLUMNS):
+def _check_header(path: pathlib.Path, first_line: list[str], columns: Iterable[str]) -> None:
+    if first_line and first_line[0].split("\t") != list(columns):
         raise ClaimError(
-            f"{path}: has other columns than benchmarks/claim_results.py writes; move it away, or give"
-            " another --results"
+            f"{path}: has other columns than this study writes; move it away, or give another --results"
         )

@@ -1,10 +1,9 @@
-"""The parts of `benchmarks.accelerator`: generators of rows. Each runs in a process of its own and imports there."""
+"""The parts of the measurement: generators of rows. Each runs in a process of its own and imports there."""
 
 import dataclasses
 import importlib.util
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -15,13 +14,12 @@ from typing import Any
 
 from etils import epath
 
-ROOT = epath.Path(__file__).absolute().parent.parent
+ROOT = epath.Path(__file__).absolute().parent.parent.parent
 SIZES = ("tiny", "S/16", "B/16", "L/14")
 DEFAULT_SIZES = {"cpu": ["tiny"], "gpu": ["B/16", "S/16"], "tpu": ["B/16", "S/16"]}
 BATCHES = (256, 128, 64, 32)  # the largest is taken whose estimate fits
 TINY_BATCH = 16
 ROOM = 1.0  # share of the memory that the estimate may fill; it has the scores, which a kernel does not keep
-TRACED = 3  # steps in the profile
 TURNS = {"cpu": (1, 3, 1), "gpu": (3, 5, 10), "tpu": (3, 5, 10)}  # warm-up, turns, steps of a turn
 CUDA_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cu126"
 
@@ -34,11 +32,11 @@ def look(sizes: Sequence[str] | None, batch: int | None) -> Iterator[dict[str, A
     from grain_jax.training import memory
 
     device = jax.devices()[0]
-    limit, batches = memory.limit().bytes, {}
-    for size in sizes or DEFAULT_SIZES[device.platform]:
-        batches[size] = batch or (
-            TINY_BATCH if device.platform == "cpu" else largest_batch(size, limit)
-        )
+    limit, on_cpu = memory.limit().bytes, device.platform == "cpu"
+    batches = {
+        size: batch or (TINY_BATCH if on_cpu else largest_batch(size, limit))
+        for size in sizes or DEFAULT_SIZES[device.platform]
+    }
     yield dict(
         platform=device.platform,
         kind=device.device_kind,
@@ -66,8 +64,7 @@ def make_config(size: str, batch: int, attention: str):
     """The packed recipe of `benchmarks.train_step` with that attention."""
     from benchmarks import train_step
 
-    config = train_step.make_config(size, batch, **train_step.texts(batch)["packed"])
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
+    return train_step.make_config(size, batch, **{"model.attention": attention})
 
 
 def timed(
@@ -120,27 +117,15 @@ def our_step(size: str, batch: int, attention: str, profile: str) -> Iterator[di
 def _our_step(size: str, batch: int, attention: str, profiled: bool) -> Iterator[dict[str, Any]]:
     import jax
 
-    from grain_jax import train
-    from grain_jax.input_pipeline import device, synthetic
-    from grain_jax.training import sharding, train_step
+    from benchmarks.accelerator import profile
+    from benchmarks.train_step import TrainStep
 
     config, chip = make_config(size, batch, attention), jax.devices()[0]
-    if chip.platform == "cpu":
-        train.keep_freed_memory()
-    mesh = sharding.make_mesh(config.mesh, [chip])
-    program = train_step.build(config, mesh, total_steps=1000, steps_per_epoch=100.0)
-    data = device.shard_batch(next(synthetic.batches(config)), program.batch_sharding)
-    compiled = program.step.lower(program.state, program.batch).compile()
-    state = program.init()
-
-    def step():
-        nonlocal state
-        state, metrics = compiled(state, data)
-        return state.step, metrics
-
-    seconds, (_, metrics) = timed(step, jax.block_until_ready, chip.platform)
+    step = TrainStep(config)
+    both = lambda: (step(), step.held[0].step)[::-1]
+    seconds, (_, metrics) = timed(both, jax.block_until_ready, chip.platform)
     peak = (chip.memory_stats() or {}).get("peak_bytes_in_use")  # before the profiler adds to it
-    need = compiled.memory_analysis()
+    need = step.compiled.memory_analysis()
     yield dict(
         size=size,
         side=f"ours, {attention}",
@@ -156,77 +141,8 @@ def _our_step(size: str, batch: int, attention: str, profiled: bool) -> Iterator
     )
     if profiled:
         with tempfile.TemporaryDirectory() as folder:
-            yield dict(operations=operations(_trace(step, folder), compiled.as_text(), TRACED))
-
-
-def _trace(step: Callable[[], Any], folder: str) -> epath.Path:
-    """The profile of TRACED steps in `folder`."""
-    from grain_jax.runtime import profiling
-
-    trace = profiling.StepTrace(folder, start=1, steps=TRACED)
-    for number in range(1, TRACED + 1):
-        trace.begin(number)
-        trace.end(number, step())
-    return next(epath.Path(folder).glob("tensorboard/plugins/profile/*/*.xplane.pb"))
-
-
-def operations(file: epath.Path, hlo: str, steps: int) -> list[dict[str, Any]]:
-    """The operations of a profile by their own time, the longest first.
-
-    Args:
-      file: an xplane.pb.
-      hlo: the compiled program, which says what part of the model an operation is of.
-      steps: that were traced.
-
-    Returns:
-      name, ms of a step, share of the time of all, and where in the model.
-    """
-    import jax
-
-    planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
-    on_device = [p for p in planes if p.name.startswith(("/device:TPU", "/device:GPU"))]
-    own: dict[str, float] = {}
-    for plane in on_device or [p for p in planes if p.name.startswith("/host:CPU")]:
-        lines = list(plane.lines)
-        of_operations = [line for line in lines if line.name == "XLA Ops"]  # TPU
-        if on_device and not of_operations:
-            of_operations = [line for line in lines if line.name.startswith("Stream")]  # GPU
-        for line in of_operations or lines:
-            events = [
-                (e.start_ns, e.duration_ns, name) for e in line.events if (name := _named(e, line))
-            ]
-            for name, nanoseconds in own_times(events).items():
-                own[name] = own.get(name, 0.0) + nanoseconds
-    where = dict(re.findall(r'%?([\w.-]+) = [^\n]*?op_name="([^"]*)"', hlo))
-    total = sum(own.values()) or 1.0
-    return [
-        dict(name=name, ms=ns / 1e6 / steps, share=ns / total, where=where.get(name, ""))
-        for name, ns in sorted(own.items(), key=lambda item: -item[1])
-    ]
-
-
-def _named(event, line) -> str | None:
-    """The operation of an event; None where it is of none, as Python's own are."""
-    operation = dict(event.stats).get("hlo_op")
-    if operation:
-        return str(operation).lstrip("%")
-    if line.name == "XLA Ops":  # the name is the instruction
-        return event.name.partition(" = ")[0].lstrip("%")
-    return event.name if line.name.startswith("Stream") else None
-
-
-def own_times(events: Sequence[tuple[float, float, str]]) -> dict[str, float]:
-    """Name -> time, of (start, duration, name) on one line; what runs inside another counts once, for the inner."""
-    own: dict[str, float] = {}
-    under: list[tuple[float, str]] = []  # (end, name) of those that run
-    for start, duration, name in sorted(events, key=lambda e: (e[0], -e[1])):
-        while under and under[-1][0] <= start:
-            under.pop()
-        if under:
-            own[under[-1][1]] -= duration
-        own[name] = own.get(name, 0.0) + duration
-        under.append((start + duration, name))
-    return own
+            file = profile.trace(both, folder)
+            yield dict(operations=profile.operations(file, step.compiled.as_text()))
 
 
 def torch_step(size: str, batch: int, platform: str) -> Iterator[dict[str, Any]]:
@@ -239,7 +155,6 @@ def torch_step(size: str, batch: int, platform: str) -> Iterator[dict[str, Any]]
         return
     import torch
 
-    from benchmarks import torch_step as step_lib
     from benchmarks import train_step
     from grain_jax.input_pipeline import synthetic
 
@@ -259,7 +174,7 @@ def torch_step(size: str, batch: int, platform: str) -> Iterator[dict[str, Any]]
                 torch.cuda.reset_peak_memory_stats()
             try:
                 placed = step.place(next(synthetic.batches(config)), packed=packed)
-                seconds, loss = timed(step_lib.timed(step, placed), lambda loss: loss, platform)
+                seconds, loss = timed(lambda p=placed: step.timed(p), lambda loss: loss, platform)
             except torch.cuda.OutOfMemoryError:
                 yield dict(left_out=f"out of memory at batch {images}")
                 step.optimizer.zero_grad(set_to_none=True)
@@ -276,13 +191,6 @@ def torch_step(size: str, batch: int, platform: str) -> Iterator[dict[str, Any]]
                 torch=torch.__version__,
             )
             break
-
-
-def parity(programs: Sequence[str], small: bool) -> Iterator[dict[str, Any]]:
-    """`attention_parity.rows`."""
-    from benchmarks import attention_parity
-
-    yield from attention_parity.rows(programs, small)
 
 
 def plan(kind: str, size: str, batch: int, attention: str) -> Iterator[dict[str, Any]]:
@@ -324,22 +232,17 @@ def get_config():
 
 def input_wait(size: str, batch: int, quick: bool) -> Iterator[dict[str, Any]]:
     """The share of the time that a short training waits for its input: JPEGs of 224 pixels, made for it."""
-    missing = [
-        name
-        for name in ("tensorflow", "tensorflow_datasets")
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
+    if not all(map(importlib.util.find_spec, ("tensorflow", "tensorflow_datasets"))):
         packages = "tensorflow-cpu tensorflow-datasets importlib_resources"
         yield dict(left_out=f"needs TensorFlow: pip install {packages}")
         return
-    from benchmarks import input as input_benchmark
+    from benchmarks.input import made
 
     images, steps, every = (64, 12, 4) if quick else (3 * batch, 80, 10)
     name, dtype = "jpeg_224", "float32" if quick else "bfloat16"
     with tempfile.TemporaryDirectory() as temporary:
         folder = epath.Path(temporary)
-        input_benchmark.make_data(folder / "data", images, (name,))
+        made.make(folder / "data", images, (name,))
         values = dict(size=size, steps=steps, every=every, batch=batch, dtype=dtype, name=name)
         (folder / "run_config.py").write_text(
             _TRAINING.format(records=str(folder / "data" / "records"), **values)
