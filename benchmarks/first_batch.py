@@ -58,7 +58,7 @@ def main() -> None:
         began = time.monotonic()
         make_records(epath.Path(folder), count, args.shards)
         print(f"made {count} records in {time.monotonic() - began:.0f} s", flush=True)
-        keys = {"batch_size": args.batch_size, "model.image.image_size": 16, "input.lanes": None}
+        keys = {"batch_size": args.batch_size, "model.image.image_size": 16, "input.lanes": 16}
         keys |= {"input.data_dir": folder, "input.name": "tiny_records"}
         keys |= {"text.pack_group": 16, "text.pack_rows": 12}
         keys |= {"total_steps": None, "total_epochs": 1.0}

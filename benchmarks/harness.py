@@ -211,13 +211,32 @@ def write(path: epath.PathLike | None, content: Any) -> None:
         epath.Path(path).write_text(json.dumps(content, indent=2, default=list) + "\n")
 
 
+KEYS = {"total_steps": 1000, "optim.warmup_steps": 10, "input.lanes": 1}
+CONFIG_FILE = """
+from grain_jax.recipe import base
+
+
+def get_config():
+    c = base({!r})
+    c.update_from_flattened_dict({!r})
+    return c
+"""
+
+
 def config(size: str, changes: Mapping[str, Any]) -> Any:
     """The recipe of that size as a Config, for 1,000 steps, with `changes` (flattened keys)."""
     from grain_jax import config as config_lib
     from grain_jax import recipe
 
     values = recipe.base(size)
-    values.update_from_flattened_dict(
-        {"total_steps": 1000, "optim.warmup_steps": 10, "input.lanes": 1} | dict(changes)
-    )
+    values.update_from_flattened_dict(KEYS | dict(changes))
     return config_lib.from_dict(values)
+
+
+def trainer(
+    folder: epath.Path, size: str, changes: Mapping[str, Any], workdir: epath.PathLike
+) -> list[str]:
+    """The command that trains such a recipe; its config file lies in `folder`."""
+    file = folder / "recipe.py"
+    file.write_text(CONFIG_FILE.format(size, KEYS | dict(changes)))
+    return [sys.executable, "-m", "grain_jax.train", f"--config={file}", f"--workdir={workdir}"]

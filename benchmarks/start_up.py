@@ -30,17 +30,9 @@ PARTS = {
     "first step": "step 1/",
 }
 AVIARY = "--output runs/aviary --records runs/aviary/records --name aviary --images 1024"
-_TINY = """
-from grain_jax.recipe import base
-
-
-def get_config():
-    c = base("tiny")
-    c.total_steps, c.batch_size, c.dtype, c.optim.warmup_steps = 1400, 64, "float32", 100
-    c.input.source, c.input.lanes = "synthetic", 4
-    c.text.pack_group, c.text.pack_rows = 16, 10
-    return c
-"""
+TINY = {"total_steps": 1400, "batch_size": 64, "dtype": "float32", "optim.warmup_steps": 100}
+TINY |= {"input.source": "synthetic", "input.lanes": 4, "text.pack_group": 16}
+TINY |= {"text.pack_rows": 10}
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -59,11 +51,11 @@ def import_seconds(module: str) -> float:
 
 def prepare(folder: epath.Path, configs: list[str]) -> dict[str, epath.Path]:
     """Name -> config file; makes their data below `folder`, the working directory of the runs."""
-    (folder / "tiny.py").write_text(_TINY)
     if "demo" in configs:
         command = [sys.executable, "-m", "grain_jax.data.aviary", *AVIARY.split()]
         subprocess.run(command, cwd=folder, env=environment(), check=True)
-    return {"tiny": folder / "tiny.py", "demo": REPOSITORY / "configs" / "demo.py"}
+    harness.trainer(folder, "tiny", TINY, "")
+    return {"tiny": folder / "recipe.py", "demo": REPOSITORY / "configs" / "demo.py"}
 
 
 def run_seconds(

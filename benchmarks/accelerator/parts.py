@@ -6,7 +6,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -56,8 +55,8 @@ def largest_batch(size: str, limit: float) -> int:
         config = make_config(size, batch, "auto")
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
         if memory_use.estimate(config, mesh).total(batch, 1) <= ROOM * limit:
-            return batch
-    return BATCHES[-1]
+            break
+    return batch
 
 
 def make_config(size: str, batch: int, attention: str):
@@ -99,19 +98,27 @@ def _rates(config, seconds: list[float], kind: str, dtype: str) -> dict[str, Any
     )
 
 
-def our_step(size: str, batch: int, attention: str, profile: str) -> Iterator[dict[str, Any]]:
-    """The step of the trainer; half the batch where memory runs out. Profiled where `attention` is `profile`."""
-    import jax
-
+def halved(
+    batch: int,
+    run: Callable[[int], Iterator[dict[str, Any]]],
+    is_full: Callable[[Exception], bool],
+) -> Iterator[dict[str, Any]]:
+    """The rows of `run(batch)`; of half the batch where memory runs out, down to 8."""
     while True:
         try:
-            yield from _our_step(size, batch, attention, attention == profile)
+            yield from run(batch)
             return
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or batch <= 8:
+        except Exception as error:
+            if not is_full(error) or batch < 16:
                 raise
         yield dict(left_out=f"out of memory at batch {batch}")
         batch //= 2
+
+
+def our_step(size: str, batch: int, attention: str, profile: str) -> Iterator[dict[str, Any]]:
+    """The step of the trainer; half the batch where memory runs out. Profiled where `attention` is `profile`."""
+    run = lambda batch: _our_step(size, batch, attention, attention == profile)
+    return halved(batch, run, lambda error: "RESOURCE_EXHAUSTED" in str(error))
 
 
 def _our_step(size: str, batch: int, attention: str, profiled: bool) -> Iterator[dict[str, Any]]:
@@ -165,32 +172,27 @@ def torch_step(size: str, batch: int, platform: str) -> Iterator[dict[str, Any]]
     torch.set_float32_matmul_precision("high")
     step = train_step.torch_model(size, "cuda" if cuda else "cpu", compiled=cuda)
     kind = torch.cuda.get_device_name(0) if cuda else "cpu"
+
+    def run(batch: int, packed: bool) -> Iterator[dict[str, Any]]:
+        config = make_config(size, batch, "xla")
+        if cuda:
+            step.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        placed = step.place(next(synthetic.batches(config)), packed=packed)
+        seconds, loss = timed(lambda: step.timed(placed), lambda loss: loss, platform)
+        yield dict(
+            size=size,
+            side=f"PyTorch {'packed' if packed else 'padded'}",
+            **_rates(config, seconds, kind, "bfloat16" if cuda else "float32"),
+            peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
+            loss=loss,
+            torch=torch.__version__,
+        )
+
+    is_full = lambda error: isinstance(error, torch.cuda.OutOfMemoryError)
     for packed in (True, False):
-        images = batch
-        while True:
-            config = make_config(size, images, "xla")
-            if cuda:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            try:
-                placed = step.place(next(synthetic.batches(config)), packed=packed)
-                seconds, loss = timed(lambda p=placed: step.timed(p), lambda loss: loss, platform)
-            except torch.cuda.OutOfMemoryError:
-                yield dict(left_out=f"out of memory at batch {images}")
-                step.optimizer.zero_grad(set_to_none=True)
-                images //= 2
-                if images < 8:
-                    return
-                continue
-            yield dict(
-                size=size,
-                side=f"PyTorch {'packed' if packed else 'padded'}",
-                **_rates(config, seconds, kind, "bfloat16" if cuda else "float32"),
-                peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
-                loss=loss,
-                torch=torch.__version__,
-            )
-            break
+        yield from halved(batch, lambda batch, packed=packed: run(batch, packed), is_full)
 
 
 def plan(kind: str, size: str, batch: int, attention: str) -> Iterator[dict[str, Any]]:
@@ -217,44 +219,27 @@ def plan(kind: str, size: str, batch: int, attention: str) -> Iterator[dict[str,
     )
 
 
-_TRAINING = """
-from grain_jax.recipe import base
-
-
-def get_config():
-    c = base({size!r})
-    c.total_steps, c.optim.warmup_steps, c.log_every = {steps}, 1, {every}
-    c.batch_size, c.dtype, c.mesh.data, c.checkpoint_every = {batch}, {dtype!r}, -1, 0
-    c.input.data_dir, c.input.name = {records!r}, {name!r}
-    return c
-"""
-
-
 def input_wait(size: str, batch: int, quick: bool) -> Iterator[dict[str, Any]]:
     """The share of the time that a short training waits for its input: JPEGs of 224 pixels, made for it."""
     if not all(map(importlib.util.find_spec, ("tensorflow", "tensorflow_datasets"))):
         packages = "tensorflow-cpu tensorflow-datasets importlib_resources"
         yield dict(left_out=f"needs TensorFlow: pip install {packages}")
         return
+    from benchmarks import harness
     from benchmarks.input import made
 
     images, steps, every = (64, 12, 4) if quick else (3 * batch, 80, 10)
-    name, dtype = "jpeg_224", "float32" if quick else "bfloat16"
+    keys = {"total_steps": steps, "optim.warmup_steps": 1, "log_every": every, "mesh.data": -1}
+    keys |= {"batch_size": batch, "dtype": "float32" if quick else "bfloat16"}
+    keys |= {"checkpoint_every": 0, "input.lanes": None, "input.name": "jpeg_224"}
     with tempfile.TemporaryDirectory() as temporary:
         folder = epath.Path(temporary)
-        made.make(folder / "data", images, (name,))
-        values = dict(size=size, steps=steps, every=every, batch=batch, dtype=dtype, name=name)
-        (folder / "run_config.py").write_text(
-            _TRAINING.format(records=str(folder / "data" / "records"), **values)
-        )
-        command = [sys.executable, "-m", "grain_jax.train", f"--config={folder / 'run_config.py'}"]
-        done = subprocess.run(
-            [*command, f"--workdir={folder / 'run'}"],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        made.make(folder / "data", images, ("jpeg_224",))
+        keys |= {"input.data_dir": str(folder / "data" / "records")}
+        command = harness.trainer(folder, size, keys, folder / "run")
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        piped = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(command, env=environment, **piped)
         if done.returncode:
             line = next(reversed(done.stdout.strip().splitlines()), "")
             yield dict(left_out=f"the trainer ended with {done.returncode}: {line[:300]}")

@@ -28,8 +28,6 @@ from typing import Any
 from benchmarks.claim import data, design, report, results, runs
 from grain_jax import errors, recipe
 
-TABLES = pathlib.Path("benchmarks/claim/tables")
-
 
 def make_config(run: design.Run, file: str, main: pathlib.Path, work: pathlib.Path) -> Any:
     """The config of a run: the file, the changes of the run, and the data set in `main`."""
@@ -142,10 +140,9 @@ def print_report(args: argparse.Namespace) -> int:
             print(report.query_table(folder, (args.data or args.workdir / "main") / "test"))
     if args.all:
         print("# Clothes (Fashion-MNIST)\n")
-        found = results.read(TABLES / "fashion.tsv")
-        own = argparse.Namespace(**vars(args) | dict(data=TABLES, noise=False))
-        report.report(make_plan(found, own), found, None)
-        report.print_recorded((TABLES / "recorded.tsv").read_text())
+        found = results.read(results.TABLES / "fashion.tsv")
+        report.report(design.plan(found, steps=design.STEPS, aviaries=False), found, None)
+        report.print_recorded((results.TABLES / "recorded.tsv").read_text())
     return 0
 
 
@@ -170,7 +167,7 @@ def main() -> int:
     parser.add_argument("--run", metavar="NAME", help=argparse.SUPPRESS)  # of the command train
     defaults = {
         "workdir": ("runs/claim", "claim"),
-        "results": (TABLES / "claim.tsv", "claim/results.tsv"),
+        "results": (results.TABLES / "claim.tsv", "claim/results.tsv"),
         "pictures": ("docs", "claim"),
     }
     for flag, (ours, own) in defaults.items():

@@ -54,8 +54,8 @@ MEASURES = {
     "pointing": "maps/pointing",
     "map_iou": "maps/map_iou",
 }
-COLUMNS: dict[str, type] = dict(arm=str, seed=int, steps=int, device=str, jax=str)
-COLUMNS |= dict.fromkeys(("images_per_second", "flops_per_step", *MEASURES), float)
+TABLE = results.TABLES / "regions.tsv"
+COLUMNS = results.columns_of(TABLE)
 
 
 def make_config(arm: str, seed: int, folder: pathlib.Path, steps: int) -> Any:
@@ -144,8 +144,7 @@ def main() -> int:
     commands = {"run": run_all, "report": print_report, "train": train}
     parser.add_argument("command", choices=commands, metavar="run|report")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/regions"))
-    table = pathlib.Path(__file__).parent / "tables" / "regions.tsv"
-    parser.add_argument("--results", type=pathlib.Path, default=table)
+    parser.add_argument("--results", type=pathlib.Path, default=TABLE)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"default: {STEPS}")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--run", metavar="NAME", help=argparse.SUPPRESS)  # of the command train

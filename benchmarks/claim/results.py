@@ -18,59 +18,23 @@ class ClaimError(errors.UserError):
     """Unusable input; the message is one line."""
 
 
-# The numbers of the final evaluation that the plan, the report and docs/claim.md use: names of metrics.jsonl.
-MEASURED = (
-    "seen_validation/alpha_1.0/top1",
-    "unseen_validation/alpha_1.0/top1",
-    "unseen_validation/alpha_0.5/top1",
-    "unit_validation/alpha_1.0/top1",
-    "sentence_validation/alpha_1.0/top1",
-    "seen_test/alpha_1.0/top1",
-    "seen_test/chance",
-    *(f"unseen_test/alpha_{alpha}/top1" for alpha in design.ALPHAS),
-    "unseen_test/chance",
-    "unit_test/alpha_1.0/top1",
-    "sentence_test/alpha_1.0/top1",
-    *(
-        f"retrieval/{way}/{key}"
-        for way in ("image_to_text", "text_to_image")
-        for key in ("r1", "chance_r1")
-    ),
-    *(
-        f"grounding_{group}/{chance}{key}"
-        for group, keys in (
-            ("seen", ("region_to_description_r1",)),
-            ("unseen", ("box_iou", "box_acc50", "region_to_description_r1", "phrase_acc50")),
-        )
-        for key in keys
-        for chance in ("", "chance_")
-    ),
-)
-# Means over the last five lines of metrics.jsonl.
-TRAINED = (
-    "loss_image_caption",
-    "loss_region_description",
-    "loss_image_description",
-    "loss_box",
-    "matched_iou",
-    "logit_scale",
-)
-COLUMNS: dict[str, type] = {
-    "design": int,
-    "data": str,
-    "arm": str,
-    "rate": float,
-    "steps": int,
-    "seed": int,
-    "settings": str,  # fingerprint, see `design.settings_of`
-    "batch_size": int,
-    "device": str,
-    "jax": str,
-    "seconds": float,
-    "images_per_second": float,
-    "flops_per_step": float,
-    **dict.fromkeys((*TRAINED, *MEASURED), float),
+def columns_of(table: pathlib.Path) -> dict[str, type]:
+    """Column -> type of its cells, of a table in this package."""
+    with table.open() as file:
+        names = file.readline().rstrip("\n").split("\t")
+    return {name: next((t for t, of in _TYPES.items() if name in of), float) for name in names}
+
+
+TABLES = pathlib.Path(__file__).parent / "tables"
+_TYPES = {
+    int: ("design", "steps", "seed", "batch_size"),
+    str: ("data", "arm", "settings", "device", "jax"),  # settings: see `design.settings_of`
 }
+COLUMNS = columns_of(TABLES / "claim.tsv")
+# Of the final evaluation: names of metrics.jsonl. What the plan, the report and docs/claim.md use.
+MEASURED = [name for name in COLUMNS if "/" in name]
+# Means over the last five lines of metrics.jsonl.
+TRAINED = [name for name in COLUMNS if name.startswith("loss_")] + ["matched_iou", "logit_scale"]
 
 
 def run_of(result: Result) -> design.Run:
