@@ -33,7 +33,8 @@ def by_optax(cost, mask):
     return jax.vmap(one)(cost)
 
 
-def _scipy(cost, mask):
+def by_scipy(cost, mask) -> np.ndarray:
+    """The query of each region, int32 [B, R]; padded regions have 0."""
     out = np.zeros(mask.shape, np.int32)
     for matrix, real, row in zip(np.asarray(cost), np.asarray(mask), out):
         query, region = scipy.optimize.linear_sum_assignment(matrix[:, real])
@@ -43,7 +44,7 @@ def _scipy(cost, mask):
 
 def by_callback(cost, mask):
     """The query of each region, by SciPy on the host, called from the compiled program."""
-    return jax.pure_callback(_scipy, jax.ShapeDtypeStruct(mask.shape, jnp.int32), cost, mask)
+    return jax.pure_callback(by_scipy, jax.ShapeDtypeStruct(mask.shape, jnp.int32), cost, mask)
 
 
 WAYS = {

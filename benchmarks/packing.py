@@ -36,11 +36,6 @@ class Lengths(NamedTuple):
     region_mask: np.ndarray
     region_scores: np.ndarray
 
-    @property
-    def num_texts(self) -> int:
-        """Captions and descriptions together."""
-        return self.caption_lengths.size + int(self.region_mask.sum())
-
     def pack(self, **sizes: int) -> packing.Layout:
         """The texts in rows."""
         return packing.pack(**self._asdict(), **sizes)
@@ -96,6 +91,11 @@ def tokens(layout: packing.Layout) -> int:
     return int(layout.caption_lengths.sum() + layout.description_lengths.sum())
 
 
+def num_texts(batches: list[Lengths]) -> int:
+    """Captions and descriptions together."""
+    return sum(b.caption_lengths.size + int(b.region_mask.sum()) for b in batches)
+
+
 def derived_rows(texts: Lengths) -> int:
     """The rows that the trainer derives for a data set with these texts."""
     lengths = text_lengths.TextLengths(
@@ -149,7 +149,7 @@ def of_group(batches: list[Lengths], **sizes: int) -> dict[str, float]:
         "pack_group": sizes["pack_group"],
         "rows": rows,
         "padding_share": 1 - sum(map(tokens, layouts)) / room,
-        "misfit_share": misfits / sum(lengths.num_texts for lengths in batches),
+        "misfit_share": misfits / num_texts(batches),
     } | time_batch(batches[0], **sizes, rows=rows)
 
 
@@ -192,7 +192,7 @@ def main() -> None:
         rng = np.random.default_rng(args.seed)
         batches = [case.draw(rng, args.batch) for _ in range(args.batches)]
         print(
-            f"{args.batch * args.batches} images, {sum(b.num_texts for b in batches)} texts, "
+            f"{args.batch * args.batches} images, {num_texts(batches)} texts, "
             f"descriptions of {args.description_tokens} tokens, rows of {args.row_length}"
         )
         columns = dict(pack_group=">10", rows=">5", padding_share=">14.1%", misfit_share=">13.3%")

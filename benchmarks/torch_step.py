@@ -9,10 +9,10 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.optimize
 import torch
 import torch.nn.functional as F
 
+from benchmarks.matching import by_scipy
 from grain_jax import schema
 from grain_jax.convert.hf_files import modeling_grain as modeling
 
@@ -178,11 +178,5 @@ def _match(boxes, target, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     with torch.no_grad():
         pred, real = boxes[:, :, None].float(), target[:, None]
         cost = 5 * (pred - real).abs().sum(-1) - 2 * modeling._giou(pred, real, 0.0)
-    cost, real_regions = cost.cpu().numpy(), mask.numpy()
-    pairs = []
-    for image in range(len(cost)):
-        regions = np.flatnonzero(real_regions[image])
-        query, column = scipy.optimize.linear_sum_assignment(cost[image][:, regions])
-        order = np.argsort(column)
-        pairs += [(image, r, q) for r, q in zip(regions, query[order])]
-    return torch.tensor(np.array(pairs, np.int64).reshape(-1, 3)).unbind(1)
+    query = by_scipy(cost.cpu().numpy(), mask.numpy())[mask.numpy()]
+    return *mask.nonzero(as_tuple=True), torch.from_numpy(query.astype(np.int64))

@@ -51,12 +51,8 @@ def test_rows_come_as_they_are_made_and_the_budget_is_kept(capsys):
     of = lambda what, **arguments: processes.Part(  # noqa: E731
         "rows", what, _rows, arguments, 10.0, {"SIDE": what}
     )
-    todo = [
-        of("whole"),
-        of("fails", fail="a reason\nand more"),
-        of("ends", fail="end"),
-        of("late"),
-    ]
+    fails = of("fails", fail="a reason\nand more")
+    todo = [of("whole"), fails, of("ends", fail="end"), of("late")]
     written, results = [], {}
     clock = iter([0.0, 0.0, 0.0, 0.0, 45.0])
     budget = processes.Budget(1.0, lambda: next(clock))

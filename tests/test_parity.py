@@ -20,11 +20,8 @@ def test_equals_the_reference(group):
 def test_without_tensorflow_its_row_is_left_out(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     monkeypatch.setattr(sys, "argv", ["parity"])
-    monkeypatch.setattr(
-        groups,
-        "GROUPS",
-        {name: groups.GROUPS[name] for name in ("preprocessing, PIL", "preprocessing, tf")},
-    )
+    two = {name: groups.GROUPS[name] for name in ("preprocessing, PIL", "preprocessing, tf")}
+    monkeypatch.setattr(groups, "GROUPS", two)
     assert parity.main() == 0
     *_, pil, tf = capsys.readouterr().out.splitlines()
     assert pil.split()[2:6] == ["13", "0", "0.00e+00", "0.0e+00"]

@@ -167,7 +167,7 @@ def main() -> int:
     parser.add_argument("--run", metavar="NAME", help=argparse.SUPPRESS)  # of the command train
     defaults = {
         "workdir": ("runs/claim", "claim"),
-        "results": (results.TABLES / "claim.tsv", "claim/results.tsv"),
+        "results": ("benchmarks/claim/tables/claim.tsv", "claim/results.tsv"),
         "pictures": ("docs", "claim"),
     }
     for flag, (ours, own) in defaults.items():
