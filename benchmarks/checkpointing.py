@@ -66,10 +66,11 @@ def log(writer: Any, metrics: Any, state: Any) -> None:
     """LOGGED lines as the trainer writes them."""
     from grain_jax.runtime import digests, metrics_writer
 
+    counts = metrics_writer.TextCounts(metrics, max_share=1.0)
     for number in range(LOGGED):
         values = {name: float(value) for name, value in metrics.items()}
         metrics_writer.check_finite(values, 0, number, ())
-        values |= writer.rates(number, 0.0)
+        values |= counts.add(values) | writer.rates(number, 0.0)
         writer.progress(number, values)
         writer.write(number, values | digests.chains(state.receipt))
 

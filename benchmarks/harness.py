@@ -237,6 +237,6 @@ def trainer(
     folder: epath.Path, size: str, changes: Mapping[str, Any], workdir: epath.PathLike
 ) -> list[str]:
     """The command that trains such a recipe; its config file lies in `folder`."""
-    file = folder / "recipe.py"
+    file = folder / "my_config.py"
     file.write_text(CONFIG_FILE.format(size, KEYS | dict(changes)))
     return [sys.executable, "-m", "grain_jax.train", f"--config={file}", f"--workdir={workdir}"]

@@ -55,7 +55,7 @@ def prepare(folder: epath.Path, configs: list[str]) -> dict[str, epath.Path]:
         command = [sys.executable, "-m", "grain_jax.data.aviary", *AVIARY.split()]
         subprocess.run(command, cwd=folder, env=environment(), check=True)
     harness.trainer(folder, "tiny", TINY, "")
-    return {"tiny": folder / "recipe.py", "demo": REPOSITORY / "configs" / "demo.py"}
+    return {"tiny": folder / "my_config.py", "demo": REPOSITORY / "configs" / "demo.py"}
 
 
 def run_seconds(
