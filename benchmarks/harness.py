@@ -180,7 +180,7 @@ class Table:
 
     Args:
       columns: key of a row -> format of its cells, alignment and width first (">12,.1f"). A string takes these two
-        alone, a list is printed as its `spread` with as many digits.
+        alone; a list is printed as its `spread` with as many digits, or without digits as the texts that it holds.
       scale: factor of the values of a list.
     """
 
@@ -200,7 +200,7 @@ class Table:
             width, digits = re.fullmatch(r"([<>]?\d+)(?:.*\.(\d))?.*", given).groups()
             cell = row.get(key, "")
             if isinstance(cell, list):
-                cell = spread(cell, self._scale, int(digits))
+                cell = spread(cell, self._scale, int(digits)) if digits else ", ".join(cell)
             cells.append(format(cell, width if isinstance(cell, str) else given))
         print(" ".join(cells).rstrip(), flush=True)
 

@@ -81,7 +81,7 @@ def pod(args: argparse.Namespace) -> Rows:
                 for c in hlo_collectives.collectives(hlo.parse(compiled.as_text()))
                 if c.bytes > 1e4
             ]
-            found = dict(temporaries_mb=megabytes, collectives=", ".join(kinds))
+            found = dict(temporaries_mb=megabytes, collectives=kinds)
             table.add(images=images, losses=name, **found)
     return table.rows
 
