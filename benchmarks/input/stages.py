@@ -50,6 +50,8 @@ def side(folder: str, name: str, count: int, take: Callable) -> dict[str, Callab
             region_mask=tf.ones([regions], tf.bool),
             region_scores=tf.ones([regions]),
             flipped=tf.constant(False),
+            negatives=tf.fill([regions, 0], ""),
+            negative_mask=tf.ones([regions, 0], tf.bool),
         )
 
     replaced = lambda name, by: mock.patch.object(transforms, name, by)
