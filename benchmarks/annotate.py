@@ -1,12 +1,11 @@
 """Throughput of data.annotate without its models, with one process and with two, and memory at ten times the images.
 
-  python -m benchmarks.annotate [--pictures 2000] [--repeats 3] [--json OUT.json]
+    python -m benchmarks.annotate [--pictures 2000] [--turns 3] [--json OUT.json]
 
 The images are JPEGs of 500 x 375 in tar shards. Beam's local runner reads and decodes each and writes its line. Memory
 is the largest sum of the resident sets of the command and its children (Linux).
 """
 
-import argparse
 import io
 import json
 import pathlib
@@ -15,20 +14,15 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 
 import numpy as np
 import PIL.Image
-from etils import epath
 
-from benchmarks import side_by_side
+from benchmarks import harness
 
 IMAGES_PER_SHARD = 500
-WORKERS = {
-    1: [],
-    2: ["--direct_num_workers=2", "--direct_running_mode=multi_processing"],
-}
+WORKERS = {1: (), 2: ("--direct_num_workers=2", "--direct_running_mode=multi_processing")}
 
 
 def make_shards(folder: pathlib.Path, count: int) -> int:
@@ -66,75 +60,46 @@ def _resident_bytes(session: int) -> int:
 
 
 def annotate(shards: pathlib.Path, output: pathlib.Path, workers: int) -> dict[str, float]:
-    """Runs the command once; returns images/s, seconds and the largest memory in MB."""
-    command = [
-        sys.executable,
-        "-m",
-        "grain_jax.data.annotate",
-        f"--images={shards}",
-        f"--output={output}",
-    ]
-    command += ["--passes=none", "--no-images", *WORKERS[workers]]
-    began = time.monotonic()
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    most, ended = [0], threading.Event()
-
-    def watch():
-        while not ended.wait(0.1):
-            most[0] = max(most[0], _resident_bytes(process.pid))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    status = process.wait()
-    seconds = time.monotonic() - began
-    ended.set()
-    thread.join()
-    if status:
-        raise SystemExit(f"{' '.join(command)}: ended with {status}")
-    lines = sum(1 for _ in (output / "A.jsonl").open("rb"))
+    """Runs the command once; returns images/s and the largest memory in MB."""
+    command = [sys.executable, "-m", "grain_jax.data.annotate", f"--images={shards}"]
+    command += [f"--output={output}", "--passes=none", "--no-images", *WORKERS[workers]]
+    most, quiet = 0, subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True) as process:
+        while process.poll() is None:
+            most = max(most, _resident_bytes(process.pid))
+            time.sleep(0.1)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}: ended with {process.returncode}")
     rate = json.loads((output / "summary.json").read_text())["this run"]["images/s"]
-    return dict(pictures=lines, pictures_per_s=rate, seconds=seconds, memory_mb=most[0] / 1e6)
+    return dict(pictures_per_s=rate, memory_mb=most / 1e6)
 
 
 def main() -> None:
     """Prints the table; writes it as JSON on request."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=2000)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=epath.Path)
-    args = parser.parse_args()
+    args = harness.arguments(__doc__, pictures=2000, turns=3)
+    harness.machine("apache-beam", "pillow")
     few, many = args.pictures, 10 * args.pictures
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, found = pathlib.Path(temporary), {}
         size = make_shards(folder / "few", few)
         make_shards(folder / "many", many)
         print(f"JPEGs of 500 x 375, {size} bytes, {IMAGES_PER_SHARD} a tar", flush=True)
-        runs = [(workers, "few") for _ in range(args.repeats) for workers in WORKERS]
+        runs = [(workers, "few") for _ in range(args.turns) for workers in WORKERS]
         runs += [(workers, "many") for workers in WORKERS]
-        found = {}
         for number, (workers, which) in enumerate(runs):  # the worker counts alternate
             result = annotate(folder / which, folder / f"out{number}", workers)
             found.setdefault((workers, which), []).append(result)
-    rows = []
-    print(
-        f"{'workers':>7} {'images':>8} {'images/s, median':>18} {'least':>6} {'most':>6} {'MB':>6}"
-    )
-    for (workers, _), results in found.items():
+    columns = dict(workers=">7", pictures=">8", pictures_per_s=">24.0f", memory_mb=">9.0f")
+    table = harness.Table(columns)
+    for (workers, which), results in found.items():
         rates = [result["pictures_per_s"] for result in results]
-        memory = statistics.median(result["memory_mb"] for result in results)
-        row = dict(
-            workers=workers, pictures=results[0]["pictures"], median=statistics.median(rates)
-        )
-        rows.append(row | dict(least=min(rates), most=max(rates), memory_mb=memory))
-        print(
-            f"{workers:7} {row['pictures']:8} {row['median']:18.0f} {min(rates):6.0f} {max(rates):6.0f} {memory:6.0f}"
-        )
+        most = statistics.median(result["memory_mb"] for result in results)
+        count = {"few": few, "many": many}[which]
+        table.add(workers=workers, pictures=count, pictures_per_s=rates, memory_mb=most)
     for workers in WORKERS:
-        less, more = (r["memory_mb"] for r in rows if r["workers"] == workers)
+        less, more = (r["memory_mb"] for r in table.rows if r["workers"] == workers)
         print(f"{workers} worker(s): memory at {many} images is {more / less:.2f} of that at {few}")
-    side_by_side.write(args.json, dict(picture_bytes=size, runs=rows))
+    harness.write(args.json, dict(picture_bytes=size, runs=table.rows))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ ours is measured both ways. The exit status is 1
 if a number differs.
 """
 
-import argparse
 import importlib
 import json
 import sys
@@ -24,7 +23,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from benchmarks import side_by_side
+from benchmarks import harness
 from grain_jax import errors, inference
 from grain_jax.evaluate import retrieval, test_sets, zeroshot
 from grain_jax.files import annotations, images
@@ -112,44 +111,26 @@ def evaluators(checkpoint: str, names: list[str], data_dir: epath.Path, batch_si
         pp_txt=f"grain_text({checkpoint!r})",
         data_dir=str(data_dir),
     )
-    config = ml_collections.ConfigDict(
-        dict(
-            model_name=big_vision.NAME,
-            model=dict(checkpoint=checkpoint),
-            model_init=checkpoint,
-            batch_size=batch_size,
-            evals={
-                **{
-                    prompts: dict(
-                        type=f"{_IMAGE_TEXT}.discriminative_classifier",
-                        dataset_names=["grain_classes"],
-                        class_names=names,
-                        prompt_templates=prompts,
-                        canonicalize=False,
-                        dataset_overrides={},  # the default names another data set
-                        **prepare,
-                    )
-                    for prompts in PROMPTS
-                },
-                "retrieval": dict(
-                    type=f"{_IMAGE_TEXT}.retrieval",
-                    dataset="grain_captions",
-                    txt_name="captions",
-                    **prepare,
-                ),
-            },
-        )
+    classes = dict(
+        type=f"{_IMAGE_TEXT}.discriminative_classifier",
+        dataset_names=["grain_classes"],
+        class_names=names,
+        canonicalize=False,
+        dataset_overrides={},  # the default names another data set
     )
+    evals = {prompts: classes | prepare | dict(prompt_templates=prompts) for prompts in PROMPTS}
+    captions = dict(dataset="grain_captions", txt_name="captions")
+    evals["retrieval"] = dict(type=f"{_IMAGE_TEXT}.retrieval") | captions | prepare
+    config = dict(model_name=big_vision.NAME, model=dict(checkpoint=checkpoint), evals=evals)
+    config |= dict(model_init=checkpoint, batch_size=batch_size)
+    config = ml_collections.ConfigDict(config)
     # As in the trainers of big_vision.
     module = importlib.import_module(f"big_vision.models.{config.model_name}")
     model = module.Model(**config.model)
     params = module.load(None, config.model_init, config.model)
-    made = common.from_config(
-        config,
-        {"predict": module.predict_fn(model)},
-        get_steps=lambda key, cfg: 1,
-        devices=jax.devices(),
-    )
+    predict = {"predict": module.predict_fn(model)}
+    once = dict(get_steps=lambda key, cfg: 1, devices=jax.devices())
+    made = common.from_config(config, predict, **once)
     return {"params": params}, {name: evaluator for name, evaluator, *_ in made}
 
 
@@ -180,14 +161,15 @@ def classify_both(
 
 def main() -> int:
     """Prints a line for each number of both sides; the exit status is 1 if two differ."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--images", required=True, help="one folder a class")
-    parser.add_argument("--pictures", required=True, help="folder of the annotated images")
-    parser.add_argument("--annotations", required=True, help="A.jsonl")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--json", help="file to write the figures to")
-    args = parser.parse_args()
+    needed = dict(required=True)
+    args = harness.arguments(
+        __doc__,
+        checkpoint=(str, needed),
+        images=(str, needed | dict(help="one folder a class")),
+        pictures=(str, needed | dict(help="folder of the annotated images")),
+        annotations=(str, needed | dict(help="A.jsonl")),
+        batch_size=32,
+    )
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         scratch = epath.Path(scratch)
@@ -199,35 +181,31 @@ def main() -> int:
                 found = classify_both(args.checkpoint, args.images, made[prompts], state, scratch)
                 rows.append({"name": f"accuracy, {prompts}"} | found)
             theirs = dict(made["retrieval"].run(state))
-            found = retrieval.evaluate(
-                inference.load(args.checkpoint), images=args.pictures, annotations=lines
-            )
+            predictor = inference.load(args.checkpoint)
+            found = retrieval.evaluate(predictor, images=args.pictures, annotations=lines)
         except errors.UserError as error:
             print(error, file=sys.stderr)
             return 2
     for their_way, our_way in (("img2txt", "image_to_text"), ("txt2img", "text_to_image")):
         for k in retrieval.KS:
-            name, value = f"{our_way} R@{k}", found[our_way][f"r{k}"]
-            their_value = float(theirs[f"{their_way}_recall@{k}"])
-            rows.append({"name": name, "big_vision": their_value, "ours": value})
+            both = dict(big_vision=float(theirs[f"{their_way}_recall@{k}"]))
+            rows.append(dict(name=f"{our_way} R@{k}") | both | dict(ours=found[our_way][f"r{k}"]))
     count = len(test_sets.class_folders(args.images)[1])
     print(
         f"{count} images of {len(names)} classes; {found['pictures']} images with"
         f" {found['captions']} captions ({left_out} left out that share a caption);"
         f" {jax.devices()[0].device_kind}, jax {jax.__version__}"
     )
-    print(f"{'':28} {'big_vision':>10} {'ours':>9}")
+    table = harness.Table(dict(name="28", big_vision=">10.4%", ours=">9.4%", ok=">5"))
     for row in rows:
         row["ok"] = abs(row["big_vision"] - row["ours"]) < 1e-6
-        print(f"{row['name']:28} {row['big_vision']:10.4%} {row['ours']:9.4%}", end="")
+        table.add(**row)
         if "worst_score" in row:
             print(
-                f"  scores differ by at most {row['worst_score']:.1e}, {row['same_class']:.2%} of the"
-                f" images get the same class; by the paper's rule {row['by_the_paper']:.4%}",
-                end="",
+                f"{'':28} scores differ by at most {row['worst_score']:.1e}, {row['same_class']:.2%} of the"
+                f" images get the same class; by the paper's rule {row['by_the_paper']:.4%}"
             )
-        print("" if row["ok"] else "  DIFFERS")
-    side_by_side.write(args.json, rows)
+    harness.write(args.json, rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 

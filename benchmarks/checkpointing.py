@@ -5,15 +5,13 @@
 For each size a fresh process trains on the synthetic source (float32 parameters and AdamW moments) and saves as the
 trainer does, in turns with np.save and fsync of the same arrays, a file each, and with a blocking save of Orbax.
 The share of the training time is for checkpoint_every and log_every of the shipped configs and the measured step; the
-last figure is the shortest step at which it stays under 1%.
+last figure is the shortest step at which it stays under 1%. --folder names the disk to measure.
 """
 
-import argparse
 import contextlib
 import io
 import os
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -23,7 +21,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from benchmarks import side_by_side, train_step
+from benchmarks import harness
+from benchmarks.train_step import PACKED_ROWS, TrainStep, make_config
 from grain_jax import recipe
 
 STEPS = 2  # before each save
@@ -36,76 +35,73 @@ def size_of(folder: epath.Path) -> int:
     return sum(size_of(p) if p.is_dir() else p.stat().length for p in folder.iterdir())
 
 
-def checkpointing_side(size: str, batch: int, folder: str) -> dict[str, Callable]:
-    """A callable that runs a turn and returns all turns so far: a dict of seconds (and bytes) each."""
+def seconds(function: Callable, *args: Any) -> float:
+    """Of a call."""
+    began = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - began
+
+
+def save_plainly(state: Any, folder: epath.Path) -> None:
+    """np.save and fsync, a file an array."""
     import jax
+
+    folder.mkdir()
+    for number, leaf in enumerate(jax.tree.leaves(state)):
+        with (folder / f"{number}.npy").open("wb") as file:
+            np.save(file, np.asarray(leaf))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def save_by_orbax(state: Any, folder: epath.Path) -> None:
+    """A save of Orbax that blocks."""
     import orbax.checkpoint as ocp
 
-    from grain_jax import train
-    from grain_jax.input_pipeline import synthetic
-    from grain_jax.runtime import checkpoint, digests, metrics_writer, receipt
-    from grain_jax.training import sharding
-    from grain_jax.training import train_step as train_step_lib
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder, args=ocp.args.StandardSave(state._asdict()))
 
-    train.keep_freed_memory()
-    config = train_step.make_config(size, batch, **train_step.texts(batch)["packed"])
-    mesh = sharding.make_mesh(config.mesh)
-    program = train_step_lib.build(config, mesh, total_steps=1000, steps_per_epoch=100)
-    step = program.step.lower(program.state, program.batch).compile()
-    on_device = jax.device_put(next(synthetic.batches(config)), program.batch_sharding)
-    state, metrics = step(program.init(), on_device)
-    place = epath.Path(folder)
+
+def log(writer: Any, metrics: Any, state: Any) -> None:
+    """LOGGED lines as the trainer writes them."""
+    from grain_jax.runtime import digests, metrics_writer
+
+    counts = metrics_writer.TextCounts(metrics, max_share=1.0)
+    for number in range(LOGGED):
+        values = {name: float(value) for name, value in metrics.items()}
+        metrics_writer.check_finite(values, 0, number, ())
+        values |= counts.add(values) | writer.rates(number, 0.0)
+        writer.progress(number, values)
+        writer.write(number, values | digests.chains(state.receipt))
+
+
+def side(size: str, batch: int, folder: str) -> dict[str, Callable]:
+    """A callable that runs a turn and returns all turns so far: a dict of seconds (and bytes) each."""
+    import jax
+
+    from grain_jax.runtime import checkpoint, metrics_writer, receipt
+    from grain_jax.training import sharding
+
+    config = make_config(size, batch)
+    step, place = TrainStep(config), epath.Path(folder)
+    metrics = step()
     (place / "log").mkdir()
     checkpoints = checkpoint.manager(place / "run", config)
-    receipts = receipt.Receipts(place / "run", mesh, config, None)
-    placed = checkpoint.placed(program.state, program.shardings)
+    receipts = receipt.Receipts(place / "run", sharding.make_mesh(config.mesh), config, None)
+    placed = checkpoint.placed(step.program.state, step.program.shardings)
     turns: list[dict[str, float]] = []
 
-    def seconds(function: Callable, *args: Any) -> float:
-        began = time.perf_counter()
-        function(*args)
-        return time.perf_counter() - began
-
     def advance() -> None:
-        nonlocal state, metrics
-        state, metrics = jax.block_until_ready(step(state, on_device))
-
-    def save() -> None:
-        checkpoint.save(checkpoints, state, config, record)
-
-    def restore() -> None:
-        nonlocal restored
-        restored = jax.block_until_ready(checkpoint.restore(saved, placed))
-
-    def plain(where: epath.Path) -> None:
-        where.mkdir()
-        for number, leaf in enumerate(jax.tree.leaves(state)):
-            with (where / f"{number}.npy").open("wb") as file:
-                np.save(file, np.asarray(leaf))
-                file.flush()
-                os.fsync(file.fileno())
-
-    def orbax(where: epath.Path) -> None:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(where, args=ocp.args.StandardSave(state._asdict()))
-
-    def log(writer: metrics_writer.MetricsWriter) -> None:
-        for number in range(LOGGED):
-            values = {name: float(value) for name, value in metrics.items()}
-            metrics_writer.check_finite(values, 0, number, ())
-            values |= writer.rates(number, 0.0)
-            writer.progress(number, values)
-            writer.write(number, values | digests.chains(state.receipt))
+        jax.block_until_ready((step(), step.held))
 
     def turn() -> list[dict[str, float]]:
-        nonlocal record, saved, restored
         out = {"step": statistics.median(seconds(advance) for _ in range(STEPS))}
         began = time.perf_counter()
-        record = receipts.add(state, ())
+        record = receipts.add(step.held[0], ())
         out["digests"] = time.perf_counter() - began
-        saved = checkpoints.directory / str(int(state.step))
+        saved = checkpoints.directory / str(int(step.held[0].step))
         began = time.perf_counter()
-        out["save"] = seconds(save)
+        out["save"] = seconds(checkpoint.save, checkpoints, step.held[0], config, record)
         finished: list[float] = []
 
         def watch() -> None:
@@ -122,86 +118,66 @@ def checkpointing_side(size: str, batch: int, folder: str) -> dict[str, Callable
         out["until on disk"] = finished[0] - began
         out["slower steps meanwhile"] = sum(meanwhile) - len(meanwhile) * out["step"]
         out["bytes"] = size_of(saved)
-        out["restore"] = seconds(restore)
+        began = time.perf_counter()
+        restored = jax.block_until_ready(checkpoint.restore(saved, placed))
+        out["restore"] = time.perf_counter() - began
         out["check restored"] = seconds(receipt.contradictions, record, restored)
-        restored = None
-        for name, write in (("np.save, fsync", plain), ("Orbax, not in the background", orbax)):
-            where = place / "plain"
-            out[name] = seconds(write, where)
-            where.rmtree()
+        del restored
+        ways = {"np.save, fsync": save_plainly, "Orbax, not in the background": save_by_orbax}
+        for name, save in ways.items():
+            out[name] = seconds(save, step.held[0], place / "plain")
+            (place / "plain").rmtree()
         writer = metrics_writer.MetricsWriter(place / "log", 0, LOGGED + 1, batch)
         with contextlib.redirect_stderr(io.StringIO()):
-            out["a logged step"] = seconds(log, writer) / LOGGED
+            out["a logged step"] = seconds(log, writer, metrics, step.held[0]) / LOGGED
         writer.close()
         turns.append(out)
         return turns
 
-    record = saved = restored = None
     return {size: turn}
 
 
-def shares(seconds: dict[str, float], saves_every: int, logs_every: int) -> dict[str, float]:
-    """The shares of the training time that saving and logging take, and the shortest step that keeps them under 1%.
+def shares(medians: dict[str, float], saves_every: int, logs_every: int) -> dict[str, float]:
+    """The shares of the steps' time that saving and logging take, and `least_step`, seconds, that keeps them under 1%.
 
     Args:
-      seconds: medians of the entries of a turn.
+      medians: of the entries of a turn.
       saves_every: steps between checkpoints.
       logs_every: steps between log lines.
-
-    Returns: `saving` and `logging`, shares of the time of the steps, and `least_step`, in seconds.
     """
-    saving = (seconds["digests"] + seconds["save"]) / saves_every
-    logging = seconds["a logged step"] / logs_every
-    return dict(
-        saving=saving / seconds["step"],
-        logging=logging / seconds["step"],
-        least_step=(saving + logging) / LIMIT,
-    )
+    saving = (medians["digests"] + medians["save"]) / saves_every
+    logging = medians["a logged step"] / logs_every
+    found = dict(saving=saving / medians["step"], logging=logging / medians["step"])
+    return found | dict(least_step=(saving + logging) / LIMIT)
 
 
-def main() -> int:
+def main() -> None:
     """Measures each size and prints its table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", choices=recipe.SIZES, default=["S/16", "B/16"])
-    parser.add_argument("--batch", type=int, default=8, choices=sorted(train_step.PACKED_ROWS))
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument(
-        "--folder", type=epath.Path, help="on the disk to measure; default: temporary"
-    )
-    parser.add_argument("--json", type=epath.Path)
-    args = parser.parse_args()
-    machine = side_by_side.machine("jax", "orbax-checkpoint", "tensorstore", "numpy")
-    shipped = recipe.base()
-    print(side_by_side.on(machine))
+    sizes = (["S/16", "B/16"], dict(choices=recipe.SIZES))
+    batch = (8, dict(choices=sorted(PACKED_ROWS)))
+    args = harness.arguments(__doc__, sizes=sizes, batch=batch, turns=3, folder=epath.Path)
+    machine = harness.machine("jax", "orbax-checkpoint", "tensorstore", "numpy")
+    every = dict(checkpoint_every=recipe.base().checkpoint_every, log_every=recipe.base().log_every)
     results = {}
     for size in args.sizes:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            side = (checkpointing_side, dict(size=size, batch=args.batch, folder=folder))
-            (timing,) = side_by_side.measure({"save": side}, turns=args.turns).values()
+            given = dict(size=size, batch=args.batch, folder=folder)
+            (timing,) = harness.measure({"save": (side, given)}, turns=args.turns).values()
         turns = timing.value[1:]  # the first turn is warm-up
         medians = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
-        found = shares(medians, shipped.checkpoint_every, shipped.log_every)
+        found = shares(medians, *every.values())
         results[size] = dict(turns=turns, medians=medians, shares=found)
-        print(f"{size}, batch {args.batch}: a checkpoint of {medians['bytes'] / 1e6:.0f} MB")
-        print(f"  {'seconds':30} median (least - most)")
+        print(f"{size}, batch {args.batch}: a checkpoint of {medians.pop('bytes') / 1e6:.0f} MB")
+        table = harness.Table(dict(what="30", seconds="<24.4f"))
         for name in medians:
-            if name != "bytes":
-                print(f"  {name:30} {side_by_side.spread([t[name] for t in turns], digits=4)}")
+            table.add(what=name, seconds=[turn[name] for turn in turns])
         print(
-            f"  saving every {shipped.checkpoint_every} steps takes {found['saving']:.3%} of the steps' time,"
-            f" logging every {shipped.log_every} {found['logging']:.4%}; together under 1% where a step takes"
+            f"saving every {every['checkpoint_every']} steps takes {found['saving']:.3%} of the steps' time,"
+            f" logging every {every['log_every']} {found['logging']:.4%}; together under 1% where a step takes"
             f" {found['least_step'] * 1000:.0f} ms or more"
         )
-    result = dict(
-        machine=machine,
-        batch=args.batch,
-        checkpoint_every=shipped.checkpoint_every,
-        log_every=shipped.log_every,
-        results=results,
-    )
-    side_by_side.write(args.json, result)
-    return 0
+    harness.write(args.json, dict(machine=machine, batch=args.batch, **every, results=results))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -8,7 +8,6 @@ class that changes nothing; with several, ours is measured both ways, and the co
 features by the rule of the paper (--load_clfs). The exit status is 1 if a number differs.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -22,7 +21,7 @@ import torch
 from etils import epath
 
 import grain_jax
-from benchmarks import side_by_side
+from benchmarks import harness
 from grain_jax import errors
 from grain_jax.evaluate import encode, rates, test_sets, zeroshot
 from grain_jax.inference import prompts, scores
@@ -54,28 +53,20 @@ def theirs(
     from clip_benchmark import cli
     from clip_benchmark.metrics import zeroshot_classification
 
-    names_file, templates_file = scratch / "names.json", scratch / "templates.json"
-    names_file.write_text(json.dumps({_DATASET: list(names)}))
-    templates_file.write_text(json.dumps({_DATASET: [t.replace("{}", "{c}") for t in templates]}))
+    prompted = [template.replace("{}", "{c}") for template in templates]
+    (scratch / "names.json").write_text(json.dumps({_DATASET: list(names)}))
+    (scratch / "templates.json").write_text(json.dumps({_DATASET: prompted}))
     output = scratch / "metrics.json"
-    arguments = [
-        "clip_benchmark",
-        "eval",
-        f"--model_type={clip_benchmark.NAME}",
-        "--model=GRAIN",
-        f"--pretrained={checkpoint}",
-        f"--dataset={_DATASET}",
-        f"--dataset_root={folder}",
-        f"--custom_classname_file={names_file}",
-        f"--custom_template_file={templates_file}",
-        f"--output={output}",
-        "--no_amp",  # bfloat16 scores have ties, which change classes
-        "--num_workers=0",  # workers would be forks of a process that runs JAX
-        "--quiet",
-    ]
+    flags = dict(model_type=clip_benchmark.NAME, model="GRAIN", pretrained=checkpoint)
+    flags |= dict(dataset=_DATASET, dataset_root=folder, output=output)
+    flags |= dict(custom_classname_file=scratch / "names.json")
+    flags |= dict(custom_template_file=scratch / "templates.json")
+    flags |= dict(num_workers=0)  # workers would be forks of a process that runs JAX
     if features is not None:
-        torch.save(torch.from_numpy(features.T.copy()), scratch / "features.pt")
-        arguments.append(f"--load_clfs={scratch / 'features.pt'}")
+        flags |= dict(load_clfs=scratch / "features.pt")
+        torch.save(torch.from_numpy(features.T.copy()), flags["load_clfs"])
+    arguments = ["clip_benchmark", "eval", *(f"--{k}={v}" for k, v in flags.items())]
+    arguments += ["--no_amp", "--quiet"]  # bfloat16 scores have ties, which change classes
     classify, seen = zeroshot_classification.run_classification, []
 
     def run_classification(*positional: Any, **named: Any) -> Any:
@@ -137,29 +128,18 @@ def compare(checkpoint: str, folder: str) -> list[dict[str, Any]]:
                 length = np.linalg.norm(features, axis=1)
                 np.testing.assert_allclose(length, 1, atol=1e-5)
             same = their_scores.argmax(axis=1) == our_scores.argmax(axis=1)
-            rows.append(
-                {
-                    "name": title,
-                    "pictures": len(labels),
-                    "classes": len(names),
-                    "clip_benchmark": their,
-                    "ours": our,
-                    "same_class": float(same.mean()),
-                    "worst_score": float(np.abs(their_scores - our_scores).max()),
-                    "ok": all(abs(their[key] - our[key]) < 1e-9 for key in _METRICS)
-                    and bool(same.all()),
-                }
-            )
+            equal = all(abs(their[key] - our[key]) < 1e-9 for key in _METRICS)
+            row = dict(name=title, pictures=len(labels), classes=len(names))
+            row |= dict(clip_benchmark=their, ours=our, same_class=float(same.mean()))
+            row |= dict(worst_score=float(np.abs(their_scores - our_scores).max()))
+            rows.append(row | dict(ok=equal and bool(same.all())))
     return rows
 
 
 def main() -> int:
     """Prints a line for each comparison; the exit status is 1 if a number differs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--images", required=True, help="one folder a class, 5 classes or more")
-    parser.add_argument("--json", help="file to write the figures to")
-    args = parser.parse_args()
+    images = dict(required=True, help="one folder a class, 5 classes or more")
+    args = harness.arguments(__doc__, checkpoint=(str, dict(required=True)), images=(str, images))
     try:
         clip_benchmark.register()
         rows = compare(args.checkpoint, args.images)
@@ -168,16 +148,17 @@ def main() -> int:
         return 2
     where = f"{jax.devices()[0].device_kind}, jax {jax.__version__}, torch {torch.__version__}"
     print(f"{rows[0]['pictures']} images of {rows[0]['classes']} classes; {where}")
-    print(f"{'':30} {'':22} {'clip-benchmark':>14} {'ours':>9}")
+    columns = dict(prompts="30", metric="22", clip_benchmark=">14.4%", ours=">9.4%")
+    table = harness.Table(columns)
     for row in rows:
         for key in _METRICS:
-            both = f"{row['clip_benchmark'][key]:14.4%} {row['ours'][key]:9.4%}"
-            print(f"{row['name']:30} {key:22} {both}")
+            both = {side: row[side][key] for side in ("clip_benchmark", "ours")}
+            table.add(prompts=row["name"], metric=key, **both)
         print(
             f"{'':30} {row['same_class']:.2%} of the images get the same class; scores differ by at"
             f" most {row['worst_score']:.1e}{'' if row['ok'] else '  DIFFERS'}"
         )
-    side_by_side.write(args.json, rows)
+    harness.write(args.json, rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 

@@ -29,17 +29,15 @@ from grain_jax.data.embed import __main__ as command
 from grain_jax.data.embed import output, parts, pipeline
 
 import grain_jax
-from benchmarks import interop, side_by_side
-from benchmarks.input import QUALITY, make_image
-from grain_jax import config as config_lib
-from grain_jax import recipe
+from benchmarks import harness, interop
+from benchmarks.input import made
 from grain_jax.files import embeddings
 from grain_jax.inference import predictor as predictor_lib
 from grain_jax.inference import search
-from grain_jax.runtime import checkpoint
 
 DIFFERENT = 500  # images
 IN_MEMORY = 4096  # images at most, that the tower alone encodes in turn
+DIM, REGIONS, PER_FILE = 512, 5, 4096  # of the vectors that are searched
 
 
 def make_images(folder: Path, count: int, pixels: int | None) -> Path:
@@ -50,10 +48,9 @@ def make_images(folder: Path, count: int, pixels: int | None) -> Path:
     for number in range(count):
         original = originals / f"{number % DIFFERENT:05d}.jpg"
         if not original.exists():
-            image = make_image(number % DIFFERENT)
-            if pixels:
-                image = image.resize((pixels, pixels))
-            image.save(original, "JPEG", quality=QUALITY)
+            image = made.image(number % DIFFERENT)
+            image = image.resize((pixels, pixels)) if pixels else image
+            image.save(original, "JPEG", quality=made.QUALITY)
         below = folder / f"{number // 10_000:04d}"
         below.mkdir(exist_ok=True)
         (below / f"{number:08d}.jpg").hardlink_to(original)
@@ -69,7 +66,7 @@ def speed(model: str, source: Path, scratch: Path, args: argparse.Namespace) -> 
     turn = iter(range(1000))
 
     def find(folder: Path) -> parts.Listing:
-        whole = dict(images=None, split="", shard_size=4096)
+        whole = dict(images=None, split="", shard_size=PER_FILE)
         return parts.find(str(source), scratch=parts.absolute(folder), **whole)
 
     def embed() -> int:
@@ -92,17 +89,14 @@ def speed(model: str, source: Path, scratch: Path, args: argparse.Namespace) -> 
     count = len(reads)
 
     def tower() -> int:
-        starts = range(0, count, batch_size)
-        batches = (
-            [ready[i % len(ready)] for i in range(start, min(start + batch_size, count))]
-            for start in starts
-        )
+        numbers = [range(n, min(n + batch_size, count)) for n in range(0, count, batch_size)]
+        batches = ([ready[i % len(ready)] for i in batch] for batch in numbers)
         with ThreadPoolExecutor(pipeline.AT_DEVICE) as pool:
             done = pipeline.ahead(encode, batches, pool, pipeline.AT_DEVICE)
             return sum(len(embeds.image_embed) for embeds in done)
 
-    timings = side_by_side.in_turns({"embed": embed, "tower": tower}, turns=args.turns)
-    assert {timing.value for timing in timings.values()} == {count}
+    timings = harness.in_turns({"embed": embed, "tower": tower}, turns=args.turns)
+    harness.agree({name: timing.value for name, timing in timings.items()}, 0.0, "images")
     return {
         name: dict(seconds=timing.seconds, images_per_second=count / timing.median)
         for name, timing in timings.items()
@@ -111,47 +105,52 @@ def speed(model: str, source: Path, scratch: Path, args: argparse.Namespace) -> 
 
 def _settings(dim: int, files: int, store: Any = "float32") -> embeddings.Settings:
     source = embeddings.Source("tars", "", "", "", "")
-    model = embeddings.Digests("", "")
-    return embeddings.Settings("", model, dim, "queries", 0, "float32", store, 0, source, files)
+    return embeddings.Settings(
+        checkpoint="",
+        model=embeddings.Digests("", ""),
+        embed_dim=dim,
+        regions="queries",
+        image_size=0,
+        dtype="float32",
+        store=store,
+        shard_size=0,
+        source=source,
+        parts=files,
+        orientation="exif",
+    )
 
 
-def memory(model: str, source: Path, scratch: Path, args: argparse.Namespace) -> dict[str, float]:
+def memory(model: str, source: Path, scratch: Path, store: str) -> dict[str, float]:
     """Peak memory of the command in MB, and its seconds."""
-    words = [source, "--checkpoint", model, "--output", scratch, "--store", args.store]
+    words = [source, "--checkpoint", model, "--output", scratch, "--store", store]
+    words = [sys.executable, "-m", "benchmarks.embed", "--child", *map(str, words)]
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.embed", "--child", *map(str, words)],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return dict(
-        megabytes=float(done.stdout.split()[-1]), seconds=round(time.monotonic() - began, 1)
-    )
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    seconds = round(time.monotonic() - began, 1)
+    return dict(megabytes=float(done.stdout.split()[-1]), seconds=seconds)
 
 
 def timed_search(count: int, folder: Path, turns: int) -> dict[str, Any]:
     """Seconds of a query by regions and by images, and the share of the best ten that it finds."""
-    dim, regions, rng = 512, 5, np.random.default_rng(0)
-    root, per_file = parts.absolute(folder), 4096
-    starts = range(0, count, per_file)
-    settings = _settings(dim, len(starts))
+    root, rng = parts.absolute(folder), np.random.default_rng(0)
+    starts = range(0, count, PER_FILE)
+    settings = _settings(DIM, len(starts))
     output.agree(root, settings)
-    tar = {"reader": "webdataset", "size": per_file, "tar": "", "prefix": ""}
+    tar = {"reader": "webdataset", "size": PER_FILE, "tar": "", "prefix": ""}
     job = output.Output(root, settings, [{"name": str(start), **tar} for start in starts])
     job.finished()
-    query = rng.standard_normal((1, dim))
+    query = rng.standard_normal((1, DIM))
     query = (query / np.linalg.norm(query)).astype(np.float32)
+    boxes = np.tile(np.array([0, 0, 1, 1], np.float32), (REGIONS, 1))
     scores = {by: np.zeros(count) for by in search.BY}
     for index, start in enumerate(starts):
-        n = min(per_file, count - start)
-        vectors = rng.standard_normal((n, 1 + regions, dim), np.float32)
+        n = min(PER_FILE, count - start)
+        vectors = rng.standard_normal((n, 1 + REGIONS, DIM), np.float32)
         vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
         exact = vectors.astype(np.float64) @ query[0].astype(np.float64)
         scores["images"][start : start + n] = exact[:, 0]
         scores["regions"][start : start + n] = exact[:, 1:].max(axis=1)
         writer = output.Writer(job, index)
-        boxes = np.tile(np.array([0, 0, 1, 1], np.float32), (regions, 1))
         for i, row in enumerate(vectors):
             name = str(start + i)
             writer.add(output.Row(name, name, 1, 1, row[0], row[1:], boxes))
@@ -159,7 +158,7 @@ def timed_search(count: int, folder: Path, turns: int) -> dict[str, Any]:
     opened, out = search.Index(root), {}
     for by in search.BY:
         ask = functools.partial(search.search, opened, query, top=10, by=by)
-        timing = side_by_side.in_turns({by: ask}, turns=turns)[by]
+        timing = harness.in_turns({by: ask}, turns=turns)[by]
         best = set(map(str, np.argsort(-scores[by])[:10].tolist()))
         recall = len(best & {hit.id for hit in timing.value[0]}) / 10
         out[by] = dict(seconds=timing.seconds, recall=recall)
@@ -173,57 +172,53 @@ def _child(words: list[str]) -> int:
 
 
 def main() -> int:
-    """Prints both tables."""
+    """Prints the figures."""
     if sys.argv[1:2] == ["--child"]:
         return _child(sys.argv[2:])
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--pixels", type=int, help="side of the JPEGs (default: 500 x 375)")
-    parser.add_argument("--size", default="B/16", help="of a model with random weights")
-    parser.add_argument("--checkpoint", help="a model, in place of --size")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--store", default="float32")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--memory", type=int, nargs="*", default=[10_000, 100_000])
-    parser.add_argument("--search", type=int, nargs="*", default=[100_000])
-    parser.add_argument("--json")
-    args = parser.parse_args()
-    machine = side_by_side.machine("jax", "pyarrow", "pillow")
-    print(side_by_side.on(machine), flush=True)
-    result: dict[str, Any] = dict(machine=machine, arguments=vars(args))
+    args = harness.arguments(
+        __doc__,
+        images=2000,
+        pixels=(int, dict(help="side of the JPEGs (default: 500 x 375)")),
+        size=("B/16", dict(help="of a model with random weights")),
+        checkpoint=(str, dict(help="a model, in place of --size")),
+        dtype="float32",
+        store="float32",
+        threads=int,
+        turns=5,
+        memory=([10_000, 100_000], dict(nargs="*")),
+        search=([100_000], dict(nargs="*")),
+    )
+    result: dict[str, Any] = dict(machine=harness.machine("jax", "pyarrow", "pillow"))
+    result |= dict(arguments=vars(args), memory={}, search={})
     with tempfile.TemporaryDirectory() as scratch:
         folder, model = Path(scratch), args.checkpoint
         if model is None:
-            described = config_lib.model_from_dict(recipe.model(args.size).to_dict())
             model = str(folder / "model")
-            checkpoint.save_model(model, described, interop.perturbed(described))
-        source = make_images(folder / "images", args.images, args.pixels)
+            interop.save(args.size, model)
         if args.turns:
+            source = make_images(folder / "images", args.images, args.pixels)
             result["speed"] = found = speed(model, source, folder / "out", args)
             for name, side in found.items():
-                seconds = side_by_side.spread([args.images / s for s in side["seconds"]], digits=1)
-                print(f"{name:6} {seconds} images/s", flush=True)
+                rates = [args.images / s for s in side["seconds"]]
+                print(f"{name:6} {harness.spread(rates, digits=1)} images/s", flush=True)
             rates = [found[name]["images_per_second"] for name in ("embed", "tower")]
             result["ratio"] = rates[0] / rates[1]
             print(f"ratio  {result['ratio']:.3f}", flush=True)
-        result["memory"] = {}
         for count in args.memory:
             source = make_images(folder / f"images{count}", count, args.pixels)
-            peak = memory(model, source, folder / f"out{count}", args)
+            peak = memory(model, source, folder / f"out{count}", args.store)
             result["memory"][count] = peak
             print(f"{count} images: {peak['megabytes']:.0f} MB, {peak['seconds']} s", flush=True)
         peaks = [peak["megabytes"] for peak in result["memory"].values()]
         if len(peaks) > 1:
-            print(f"ratio  {np.max(peaks) / np.min(peaks):.3f}")
-        result["search"] = {}
+            print(f"ratio  {max(peaks) / min(peaks):.3f}")
         for count in args.search:
-            folder_of = folder / f"search{count}"
-            result["search"][count] = found = timed_search(count, folder_of, args.turns or 3)
+            found = timed_search(count, folder / f"search{count}", args.turns or 3)
+            result["search"][count] = found
             for by, side in found.items():
-                seconds = side_by_side.spread(side["seconds"])
+                seconds = harness.spread(side["seconds"])
                 print(f"search of {count} by {by}: {seconds} s, recall {side['recall']:.0%}")
-    side_by_side.write(args.json, result)
+    harness.write(args.json, result)
     return 0
 
 

@@ -6,7 +6,6 @@ For each size a model with random weights goes through to-torch and to-hf, whose
 table has the errors, max|a-b| / max|b|. `benchmarks.serving` has torch.compile, ONNX and the time an image.
 """
 
-import argparse
 import sys
 import tempfile
 from typing import Any
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from benchmarks import side_by_side
+from benchmarks import harness
 from grain_jax import config as config_lib
 from grain_jax import recipe
 from grain_jax.convert import huggingface
@@ -23,6 +22,8 @@ from grain_jax.convert.reference.commands import to_torch
 from grain_jax.convert.reference.module import torch_versions
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
+
+OUTPUTS = ("image_embed", "text_embed", "region_embed", "boxes_xyxy")
 
 
 def perturbed(model: config_lib.Model, seed: int = 0) -> Any:
@@ -38,9 +39,8 @@ def perturbed(model: config_lib.Model, seed: int = 0) -> Any:
         boxes = module.encode_boxes(image, np.zeros((1, 1, 4))) if model.boxes.kind != "none" else 0
         return embeds, module.logit_scale, bias, boxes
 
-    init = lambda key: grain.GRAIN(model).init(
-        key, np.zeros((1, size, size, 3), np.float32), method=everything
-    )
+    image = np.zeros((1, size, size, 3), np.float32)
+    init = lambda key: grain.GRAIN(model).init(key, image, method=everything)
     shapes = jax.eval_shape(init, jax.random.key(0))["params"]
     rng = np.random.default_rng(seed)
 
@@ -60,41 +60,40 @@ def perturbed(model: config_lib.Model, seed: int = 0) -> Any:
     return jax.tree_util.tree_map_with_path(draw, shapes, is_leaf=lambda x: hasattr(x, "value"))
 
 
+def save(size: str, folder: epath.Path) -> config_lib.Model:
+    """Saves a model of that size with random weights in the folder."""
+    model = config_lib.model_from_dict(recipe.model(size).to_dict())
+    checkpoint.save_model(folder, model, perturbed(model))
+    return model
+
+
 def measure(size: str) -> dict[str, Any]:
     """Parity of both conversions for one size; prints the reports."""
-    model = config_lib.model_from_dict(recipe.model(size).to_dict())
-    params = perturbed(model)
     with tempfile.TemporaryDirectory() as scratch:
         root = epath.Path(scratch)
-        checkpoint.save_model(root / "ours", model, params)
+        save(size, root / "ours")
         print(f"\n== {size}", flush=True)
-        reports = [to_torch(root / "ours", root / "x.pth.tar")]
+        reports = {"to-torch": to_torch(root / "ours", root / "x.pth.tar")}
         (root / "x.pth.tar").unlink()
-        reports.append(huggingface.to_hf(root / "ours", root / "hf"))
-        print(*(report.text for report in reports), sep="\n\n", flush=True)
-        errors = {
-            command: {c.name: c.error for c in report.comparisons}
-            for command, report in zip(("to-torch", "to-hf"), reports)
-        }
-        ok = all(report.ok for report in reports)
-    return dict(size=size, ok=ok, errors=errors)
+        reports["to-hf"] = huggingface.to_hf(root / "ours", root / "hf")
+    print(*(report.text for report in reports.values()), sep="\n\n", flush=True)
+    errors = {
+        name: {c.name: c.error for c in report.comparisons} for name, report in reports.items()
+    }
+    return dict(size=size, ok=all(report.ok for report in reports.values()), errors=errors)
 
 
 def main() -> int:
     """Prints the reports and the tables; the exit status is 1 if outputs differ."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=["S/16", "B/16", "L/14"])
-    parser.add_argument("--json", help="file to write the figures to")
-    args = parser.parse_args()
-    print(f"device: {jax.devices()[0].device_kind}, jax {jax.__version__}, ", end="")
-    print(torch_versions())
+    args = harness.arguments(__doc__, sizes=["S/16", "B/16", "L/14"])
+    print(f"device: {jax.devices()[0].device_kind}, jax {jax.__version__}, {torch_versions()}")
     results = [measure(size) for size in args.sizes]
-    outputs = ("image_embed", "text_embed", "region_embed", "boxes_xyxy")
-    print(f"\n{'size':6}{'command':10}", *(f"{name:>13}" for name in outputs))
+    print()
+    table = harness.Table(dict(size="6", command="10") | dict.fromkeys(OUTPUTS, ">13.2e"))
     for result in results:
         for command, errors in result["errors"].items():
-            print(f"{result['size']:6}{command:10}", *(f"{errors[name]:13.2e}" for name in outputs))
-    side_by_side.write(args.json, results)
+            table.add(size=result["size"], command=command, **errors)
+    harness.write(args.json, results)
     return 0 if all(result["ok"] for result in results) else 1
 
 

@@ -7,7 +7,6 @@ process, and their total costs must agree. The last line is our share of the B/1
 `benchmarks.train_step` at batch 8, which is timed here unless --step-seconds is given.
 """
 
-import argparse
 import functools
 import sys
 
@@ -17,7 +16,7 @@ import numpy as np
 import optax
 import scipy.optimize
 
-from benchmarks import side_by_side, train_step
+from benchmarks import harness, train_step
 from grain_jax.losses import matching
 
 SHAPES = ((5, 5), (6, 6), (8, 8), (10, 10), (20, 10), (50, 20), (100, 20))
@@ -34,7 +33,8 @@ def by_optax(cost, mask):
     return jax.vmap(one)(cost)
 
 
-def _scipy(cost, mask):
+def by_scipy(cost, mask) -> np.ndarray:
+    """The query of each region, int32 [B, R]; padded regions have 0."""
     out = np.zeros(mask.shape, np.int32)
     for matrix, real, row in zip(np.asarray(cost), np.asarray(mask), out):
         query, region = scipy.optimize.linear_sum_assignment(matrix[:, real])
@@ -44,69 +44,57 @@ def _scipy(cost, mask):
 
 def by_callback(cost, mask):
     """The query of each region, by SciPy on the host, called from the compiled program."""
-    return jax.pure_callback(_scipy, jax.ShapeDtypeStruct(mask.shape, jnp.int32), cost, mask)
+    return jax.pure_callback(by_scipy, jax.ShapeDtypeStruct(mask.shape, jnp.int32), cost, mask)
 
 
-def least_cost(query, cost, mask) -> np.ndarray:
+WAYS = {
+    "ours": lambda cost, mask: matching.match(cost, mask).query_index,
+    "optax": by_optax,
+    "SciPy callback": by_callback,
+}
+
+
+def total_cost(query, cost, mask) -> np.ndarray:
     """Total cost of the assignment of each image, float64 [B]."""
     picked = np.take_along_axis(cost.astype(np.float64), np.asarray(query)[:, None], axis=1)[:, 0]
     return np.where(mask, picked, 0).sum(1)
 
 
-def _solve(solve, arguments) -> None:
-    jax.block_until_ready(solve(*arguments))
+def _solve(solve, given) -> None:
+    jax.block_until_ready(solve(*given))
 
 
-def main() -> int:
+def main() -> None:
     """Times the three for each shape and prints medians."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=128)
-    parser.add_argument("--turns", type=int, default=20)
-    parser.add_argument("--step-seconds", type=float, help="of the B/16 step, batch 8")
-    parser.add_argument("--json")
-    args = parser.parse_args()
-    machine = side_by_side.machine("jax", "optax", "scipy")
-    ways = {
-        "ours": lambda cost, mask: matching.match(cost, mask).query_index,
-        "optax": by_optax,
-        "SciPy callback": by_callback,
-    }
-    print(
-        f"{args.images} images, float32, {jax.devices()[0].device_kind}; {side_by_side.on(machine)}"
+    args = harness.arguments(
+        __doc__, images=128, turns=20, step_seconds=(float, dict(help="of the B/16 step, batch 8"))
     )
+    about = f"{args.images} images, float32, {jax.devices()[0].device_kind}"
+    machine = harness.machine("jax", "optax", "scipy", about=about)
     print("ms: median (least - most)")
-    print(f"{'queries x regions':18}" + "".join(f"{name:>26}" for name in ways))
-    rng, rows = np.random.default_rng(0), []
+    columns = dict(queries=">7", regions=">8") | dict.fromkeys(WAYS, ">26.2f")
+    table, rng = harness.Table(columns, scale=1e3), np.random.default_rng(0)
     for queries, regions in SHAPES:
         cost = rng.normal(size=(args.images, queries, regions)).astype(np.float32)
         mask = np.arange(regions) < rng.integers(0, regions + 1, (args.images, 1))
-        compiled = {n: jax.jit(f).lower(cost, mask).compile() for n, f in ways.items()}
-        on_device = jax.device_put((cost, mask))
-        totals = {n: least_cost(f(*on_device), cost, mask) for n, f in compiled.items()}
-        for name, total in totals.items():
-            if not np.allclose(total, totals["SciPy callback"], rtol=1e-5, atol=1e-4):
-                print(
-                    f"{queries} x {regions}: {name} its total cost is not the least",
-                    file=sys.stderr,
-                )
-                return 1
-        solvers = {n: functools.partial(_solve, f, on_device) for n, f in compiled.items()}
-        timings = side_by_side.in_turns(solvers, turns=args.turns, warm_up=0)
+        given = jax.device_put((cost, mask))
+        compiled = {name: jax.jit(way).lower(cost, mask).compile() for name, way in WAYS.items()}
+        totals = {name: total_cost(run(*given), cost, mask) for name, run in compiled.items()}
+        harness.agree(totals, 1e-5, f"{queries} x {regions}: total costs")
+        runs = {name: functools.partial(_solve, run, given) for name, run in compiled.items()}
+        timings = harness.in_turns(runs, turns=args.turns, warm_up=0)
         seconds = {name: timing.seconds for name, timing in timings.items()}
-        rows.append(dict(queries=queries, regions=regions, seconds=seconds))
-        cells = "".join(f"{side_by_side.spread(s, 1e3):>26}" for s in seconds.values())
-        print(f"{f'{queries} x {regions}':18}{cells}", flush=True)
+        table.add(queries=queries, regions=regions, **seconds)
     step = args.step_seconds
     if step is None:
         print("timing the B/16 step, padded and packed: about two minutes", file=sys.stderr)
         sides = {"JAX": (train_step.jax_side, dict(size="B/16", batch=8))}
-        step = side_by_side.measure(sides, turns=3)["JAX packed"].median
-    ours = float(np.median(rows[0]["seconds"]["ours"])) / args.images * 8
+        step = harness.measure(sides, turns=3)["JAX packed"].median
+    ours = float(np.median(table.rows[0]["ours"])) / args.images * 8
     print(f"5 x 5, 8 images: {1e3 * ours:.3f} ms of a step of {step:.2f} s, {ours / step:.4%}")
-    result = dict(machine=machine, images=args.images, rows=rows, share_of_step=ours / step)
-    side_by_side.write(args.json, result)
-    return 0
+    result = dict(machine=machine, images=args.images, rows=table.rows)
+    harness.write(args.json, result | dict(share_of_step=ours / step))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

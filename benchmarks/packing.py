@@ -12,21 +12,20 @@ suit the lengths above) and with the rows that the trainer derives (grain_jax/in
 padding and FLOPs of the B/16 text tower.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks import side_by_side
+from benchmarks import harness
 from grain_jax import config as config_lib
-from grain_jax import recipe
 from grain_jax.input_pipeline import derived, packing, text_lengths
 from grain_jax.training import flops
 
 GROUP_SIZES = (1, 8, 16, 32, 64, 128)
 REGIONS = 5
+GROUP, FIXED, EPOCHS = 64, 34, 16  # of the cases
 
 
 class Lengths(NamedTuple):
@@ -37,30 +36,17 @@ class Lengths(NamedTuple):
     region_mask: np.ndarray
     region_scores: np.ndarray
 
-    @property
-    def num_texts(self) -> int:
-        """Captions and descriptions together."""
-        return self.caption_lengths.size + int(self.region_mask.sum())
+    def pack(self, **sizes: int) -> packing.Layout:
+        """The texts in rows."""
+        return packing.pack(**self._asdict(), **sizes)
 
 
-def simulate(rng: np.random.Generator, images: int, shortest: int, longest: int) -> Lengths:
-    """Draws the text lengths of `images` images; description lengths are between the two bounds."""
-    mask = np.arange(REGIONS) < rng.integers(0, REGIONS + 1, size=(images, 1))
-    return Lengths(
-        caption_lengths=rng.integers(10, 21, size=(images, 1), dtype=np.int32),
-        description_lengths=np.where(
-            mask, rng.integers(shortest, longest + 1, size=mask.shape, dtype=np.int32), 0
-        ),
-        region_mask=mask,
-        region_scores=rng.random(mask.shape, dtype=np.float32),
-    )
-
-
-def _uniform(low: int, high: int):
+def uniform(low: int, high: int) -> Callable:
+    """Lengths from `low` to `high`."""
     return lambda rng, shape: rng.integers(low, high + 1, size=shape)
 
 
-def _long_tail(rng, shape):
+def long_tail(rng: np.random.Generator, shape) -> np.ndarray:
     """Log-normal with a mean of about 30 tokens, at most a row of 77."""
     return np.round(rng.lognormal(np.log(30) - 0.18, 0.6, size=shape)).clip(4, 77)
 
@@ -87,16 +73,30 @@ class Case(NamedTuple):
         )
 
 
-GROUP, FIXED, EPOCHS = 64, 34, 16
 CASES = (
-    Case("captions 10-20, 5 descriptions of 4-12", _uniform(10, 20), _uniform(4, 12)),
-    Case("captions of mean 30, long tail; 0-5 of 4-12", _long_tail, _uniform(4, 12), 0),
-    Case("captions 12-30, 5 descriptions of 5-12", _uniform(12, 30), _uniform(5, 12)),
-    Case("the first, all scores equal", _uniform(10, 20), _uniform(4, 12), equal_scores=True),
+    Case("captions 10-20, 5 descriptions of 4-12", uniform(10, 20), uniform(4, 12)),
+    Case("captions of mean 30, long tail; 0-5 of 4-12", long_tail, uniform(4, 12), 0),
+    Case("captions 12-30, 5 descriptions of 5-12", uniform(12, 30), uniform(5, 12)),
+    Case("the first, all scores equal", uniform(10, 20), uniform(4, 12), equal_scores=True),
 )
 
 
-def derived_rows(texts: Lengths, config: config_lib.Config) -> int:
+def make_config(rows: int | None = None) -> config_lib.Config:
+    """B/16 with groups of GROUP images."""
+    return harness.config("B/16", {"text.pack_group": GROUP, "text.pack_rows": rows})
+
+
+def tokens(layout: packing.Layout) -> int:
+    """Tokens that were kept."""
+    return int(layout.caption_lengths.sum() + layout.description_lengths.sum())
+
+
+def num_texts(batches: list[Lengths]) -> int:
+    """Captions and descriptions together."""
+    return sum(b.caption_lengths.size + int(b.region_mask.sum()) for b in batches)
+
+
+def derived_rows(texts: Lengths) -> int:
     """The rows that the trainer derives for a data set with these texts."""
     lengths = text_lengths.TextLengths(
         name="these",
@@ -106,95 +106,69 @@ def derived_rows(texts: Lengths, config: config_lib.Config) -> int:
         synthetic=np.zeros(len(texts.caption_lengths), np.int32),
         descriptions=texts.description_lengths,
     )
-    return derived.rows_of(config, GROUP, [lengths]).rows
+    return derived.rows_of(make_config(), GROUP, [lengths]).rows
 
 
 def compare_cases(images: int) -> list[dict]:
     """Prints losses and costs of the cases, in FIXED and in derived rows."""
-    values = recipe.base("B/16")
-    values.total_steps, values.optim.warmup_steps = 1, 0
-    values.text.pack_group = GROUP
-    table = []
     print(
         f"{images} images a case, {EPOCHS} epochs, groups of {GROUP}, rows of 77; GFLOPs: text tower forward, an image"
     )
-    print(
-        f"{'':44}{'rows':>5}{'regions lost':>14}{'captions cut':>14}{'images lose all':>17}"
-        f"{'padding':>9}{'GFLOPs':>8}"
-    )
+    columns = dict(case="44", rows=">5", regions_lost=">13.2%", captions_cut=">13.2%")
+    columns |= dict(images_lose_all=">16.2%", padding=">8.1%", text_gflops=">12.2f")
+    table = harness.Table(columns)
     for case in CASES:
         rng = np.random.default_rng(0)
         one = case.draw(rng, images)
         order = np.concatenate([rng.permutation(images) for _ in range(EPOCHS)])
         texts = Lengths(*(field[order] for field in one))
-        for rows in (FIXED, derived_rows(one, config_lib.from_dict(values))):
-            values.text.pack_rows = rows
-            layout = packing.pack(**texts._asdict(), pack_group=GROUP, rows=rows, row_length=77)
+        for rows in (FIXED, derived_rows(one)):
+            layout = texts.pack(pack_group=GROUP, rows=rows, row_length=77)
             had, has = texts.region_mask.any(axis=1), layout.region_mask.any(axis=1)
-            tokens = int(layout.caption_lengths.sum() + layout.description_lengths.sum())
-            entry = {
-                "case": case.name,
-                "rows": rows,
-                "regions_lost": layout.texts_dropped / int(texts.region_mask.sum()),
-                "captions_cut": layout.captions_cut / len(order),
-                "images_lose_all": float((had & ~has).sum() / had.sum()),
-                "padding": 1 - tokens / (len(order) // GROUP * rows * 77),
-                "text_gflops": flops.per_image(config_lib.from_dict(values)).text / 1e9,
-            }
-            values.text.pack_rows = None
-            table.append(entry)
-            print(
-                f"{case.name if rows == FIXED else '':44}{rows:5d}{entry['regions_lost']:14.2%}"
-                f"{entry['captions_cut']:14.2%}{entry['images_lose_all']:17.2%}{entry['padding']:9.1%}"
-                f"{entry['text_gflops']:8.2f}"
+            table.add(
+                case=case.name,
+                rows=rows,
+                regions_lost=layout.texts_dropped / int(texts.region_mask.sum()),
+                captions_cut=layout.captions_cut / len(order),
+                images_lose_all=float((had & ~has).sum() / had.sum()),
+                padding=1 - tokens(layout) / (len(order) // GROUP * rows * 77),
+                text_gflops=flops.per_image(make_config(rows)).text / 1e9,
             )
-    return table
+    return table.rows
 
 
-def pack_all(batches: list[Lengths], **sizes: int) -> tuple[float, float]:
-    """Returns the share of padding in all rows and the share of texts dropped or cut."""
-    layouts = [packing.pack(**lengths._asdict(), **sizes) for lengths in batches]
-    tokens = sum(int(x.caption_lengths.sum() + x.description_lengths.sum()) for x in layouts)
+def of_group(batches: list[Lengths], **sizes: int) -> dict[str, float]:
+    """The smallest number of rows within the limit of misfits, with padding, misfits, and ms a batch."""
+    together = Lengths(*(np.concatenate(column) for column in zip(*batches)))
+    fixed = sizes["pack_group"], sizes["row_length"]
+    rows, _ = derived.smallest_rows([together._asdict()], *fixed, derived.MISFITS)
+    layouts = [lengths.pack(**sizes, rows=rows) for lengths in batches]
     room = sum(len(x.caption_at) // x.pack_group * x.rows * x.row_length for x in layouts)
     misfits = sum(x.texts_dropped + x.captions_cut for x in layouts)
-    return 1 - tokens / room, misfits / sum(lengths.num_texts for lengths in batches)
-
-
-def smallest_rows(batches: list[Lengths], pack_group: int, row_length: int) -> dict[str, float]:
-    """Returns the smallest number of rows within the limit of misfits, with padding and misfits."""
-    together = Lengths(*(np.concatenate(column) for column in zip(*batches)))
-    rows, _ = derived.smallest_rows([together._asdict()], pack_group, row_length, derived.MISFITS)
-    padding, misfits = pack_all(batches, pack_group=pack_group, rows=rows, row_length=row_length)
     return {
-        "pack_group": pack_group,
+        "pack_group": sizes["pack_group"],
         "rows": rows,
-        "padding_share": padding,
-        "misfit_share": misfits,
-    }
+        "padding_share": 1 - sum(map(tokens, layouts)) / room,
+        "misfit_share": misfits / num_texts(batches),
+    } | time_batch(batches[0], **sizes, rows=rows)
 
 
-def time_batch(
-    lengths: Lengths, pack_group: int, rows: int, row_length: int, repeats: int = 9
-) -> dict[str, float]:
+def time_batch(lengths: Lengths, **sizes: int) -> dict[str, float]:
     """Returns the median milliseconds of `pack` and of `fill` for one batch."""
     description_lengths = lengths.description_lengths[lengths.region_mask]
-    caption_ids = np.ones(lengths.caption_lengths.sum(), dtype=np.int32)
-    description_ids = np.ones(description_lengths.sum(), dtype=np.int32)
+    given = dict(
+        caption_ids=np.ones(lengths.caption_lengths.sum(), np.int32),
+        caption_lengths=lengths.caption_lengths,
+        description_ids=np.ones(description_lengths.sum(), np.int32),
+        description_lengths=description_lengths,
+        region_mask=lengths.region_mask,
+    )
     times = []
-    for _ in range(repeats):
+    for _ in range(9):
         begin = time.perf_counter()
-        layout = packing.pack(
-            **lengths._asdict(), pack_group=pack_group, rows=rows, row_length=row_length
-        )
+        layout = lengths.pack(**sizes)
         packed = time.perf_counter()
-        packing.fill(
-            layout,
-            caption_ids=caption_ids,
-            caption_lengths=lengths.caption_lengths,
-            description_ids=description_ids,
-            description_lengths=description_lengths,
-            region_mask=lengths.region_mask,
-        )
+        packing.fill(layout, **given)
         times.append((packed - begin, time.perf_counter() - packed))
     pack_ms, fill_ms = np.median(times, axis=0) * 1e3
     return {"pack_ms": float(pack_ms), "fill_ms": float(fill_ms)}
@@ -202,41 +176,31 @@ def time_batch(
 
 def main() -> None:
     """Prints the table; writes it as JSON on request."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="file to write the table to")
-    parser.add_argument("--batch", type=int, default=2048, help="images a batch")
-    parser.add_argument("--batches", type=int, default=32, help="batches simulated")
-    parser.add_argument("--row-length", type=int, default=77)
-    parser.add_argument(
-        "--description-tokens", type=int, nargs=2, default=(4, 12), metavar=("MIN", "MAX")
+    args = harness.arguments(
+        __doc__,
+        batch=(2048, dict(help="images a batch")),
+        batches=(32, dict(help="batches simulated")),
+        row_length=77,
+        description_tokens=([4, 12], dict(nargs=2, metavar=("MIN", "MAX"))),
+        seed=0,
+        cases=(False, dict(help="other text lengths, in fixed and in derived rows")),
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--cases", action="store_true", help="other text lengths, in fixed and in derived rows"
-    )
-    args = parser.parse_args()
     if args.cases:
-        table = compare_cases(args.batch)
-        side_by_side.write(args.json, dict(settings=vars(args), table=table))
-        return
-    rng = np.random.default_rng(args.seed)
-    batches = [simulate(rng, args.batch, *args.description_tokens) for _ in range(args.batches)]
-    print(
-        f"{args.batch * args.batches} images, {sum(b.num_texts for b in batches)} texts, "
-        f"descriptions of {args.description_tokens} tokens, rows of {args.row_length}"
-    )
-    print("group  rows  rows/image  padding  dropped or cut   pack ms   fill ms   (a batch)")
-    table = []
-    for pack_group in GROUP_SIZES:
-        entry = smallest_rows(batches, pack_group, args.row_length)
-        entry |= time_batch(batches[0], pack_group, entry["rows"], args.row_length)
-        table.append(entry)
+        found = compare_cases(args.batch)
+    else:
+        case = Case("", uniform(10, 20), uniform(*args.description_tokens), 0)
+        rng = np.random.default_rng(args.seed)
+        batches = [case.draw(rng, args.batch) for _ in range(args.batches)]
         print(
-            f"{pack_group:5d}  {entry['rows']:4d}  {entry['rows'] / pack_group:10.3f}"
-            f"  {entry['padding_share']:7.1%}  {entry['misfit_share']:14.3%}"
-            f"  {entry['pack_ms']:8.2f}  {entry['fill_ms']:8.2f}"
+            f"{args.batch * args.batches} images, {num_texts(batches)} texts, "
+            f"descriptions of {args.description_tokens} tokens, rows of {args.row_length}"
         )
-    side_by_side.write(args.json, dict(settings=vars(args), table=table))
+        columns = dict(pack_group=">10", rows=">5", padding_share=">14.1%", misfit_share=">13.3%")
+        table = harness.Table(columns | dict(pack_ms=">9.2f", fill_ms=">9.2f"))
+        for pack_group in GROUP_SIZES:
+            table.add(**of_group(batches, pack_group=pack_group, row_length=args.row_length))
+        found = table.rows
+    harness.write(args.json, dict(settings=vars(args), table=found))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from benchmarks import side_by_side
+from benchmarks import harness
 from grain_jax.losses import streaming
 from grain_jax.losses.ring import Ring
 from grain_jax.losses.streaming import Columns
@@ -33,6 +33,7 @@ MEASURES = (
     "eval/unseen/alpha_0.5/top1",
     "eval/retrieval/image_to_text/r1",
 )
+ROWS, WIDTH, SCALE = 256, 512, 100.0  # of `errors`
 
 
 def _parts(x, count: int):
@@ -47,9 +48,8 @@ def _parts(x, count: int):
 def product(equation, a, b, passes: int):
     """The product as a TPU makes it in so many passes: pairs of parts whose orders sum to less than 1, 2 or 3."""
     order = {1: 1, 3: 2, 6: 3}[passes]
-    one = lambda a, b: jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)  # noqa: E731
     pairs = [
-        one(x, y)
+        jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
         for i, x in enumerate(_parts(a, order))
         for j, y in enumerate(_parts(b, order))
         if i + j < order
@@ -69,132 +69,102 @@ def in_passes(passes: int) -> Iterator[None]:
         streaming._product = plain
 
 
-def _problem(rng, rows: int, width: int, spread: float):
-    """Rows and columns around one direction: cosines near 1 - spread^2."""
-    centre = rng.normal(size=width)
-    centre /= np.linalg.norm(centre)
-    near = lambda: centre + spread * rng.normal(size=(rows, width)) / np.sqrt(width)  # noqa: E731
-    unit = lambda x: (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)  # noqa: E731
-    return unit(near()), unit(near())
+def _loss(rows, columns):
+    """The mean streamed loss of rows against columns, each with the column of its number as its own."""
+    ids = jnp.arange(len(rows))
+    given = (Columns(columns, ids, ids >= 0), jnp.float32(SCALE), jnp.float32(0))
+    cost = streaming.negatives("softmax", 100, Ring(), rows, ids, *given).cost
+    return streaming.loss_of_rows("softmax", SCALE * (rows * columns).sum(-1), cost).mean()
 
 
-def errors(rows: int = 256, width: int = 512, scale: float = 100.0) -> list[dict]:
+def errors() -> list[dict]:
     """Worst error of the losses of rows, and of the gradients relative to their largest value."""
     found = []
-    for spread in (3.0, 1.0, 0.3):
-        a, b = _problem(np.random.default_rng(0), rows, width, spread)
+    for spread in (3.0, 1.0, 0.3):  # cosines near 1 - spread^2
+        rng = np.random.default_rng(0)
+        centre = rng.normal(size=WIDTH)
+        centre /= np.linalg.norm(centre)
+        near = [centre + spread * rng.normal(size=(ROWS, WIDTH)) / np.sqrt(WIDTH) for _ in "ab"]
+        a, b = ((x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32) for x in near)
         x, y = a.astype(np.float64), b.astype(np.float64)
-        logits = scale * x @ y.T
-        own = np.diag(logits).copy()
+        logits = SCALE * x @ y.T
         highest = logits.max(1, keepdims=True)
         shares = np.exp(logits - highest)
-        exact = (highest[:, 0] + np.log(shares.sum(1)) - own).mean()
+        exact = (highest[:, 0] + np.log(shares.sum(1)) - np.diag(logits)).mean()
         shares /= shares.sum(1, keepdims=True)
-        exact_gradient = scale * (shares @ y - y) / rows
+        exact_gradient = SCALE * (shares @ y - y) / ROWS
         for name, passes in (("float32", 0), ("six", 6), ("three", 3), ("one", 1)):
-
-            def loss(rows_, columns):
-                ids = jnp.arange(len(rows_))
-                cost = streaming.negatives(
-                    "softmax",
-                    100,
-                    Ring(),
-                    rows_,
-                    ids,
-                    Columns(columns, ids, ids >= 0),
-                    jnp.float32(scale),
-                    jnp.float32(0),
-                ).cost
-                own = scale * (rows_ * columns).sum(-1)
-                return streaming.loss_of_rows("softmax", own, cost).mean()
-
             with in_passes(passes):
-                value, gradient = jax.jit(jax.value_and_grad(loss))(a, b)
-            found.append(
-                dict(
-                    spread=spread,
-                    passes=name,
-                    loss=float(exact),
-                    value=abs(float(value) - exact),
-                    gradient=np.abs(gradient - exact_gradient).max() / np.abs(exact_gradient).max(),
-                )
+                fresh = lambda a, b: _loss(a, b)  # which jit has not compiled in other passes
+                value, gradient = jax.jit(jax.value_and_grad(fresh))(a, b)
+            worst = np.abs(gradient - exact_gradient).max() / np.abs(exact_gradient).max()
+            row = dict(spread=spread, passes=name, loss=float(exact))
+            found.append(row | dict(value=abs(float(value) - exact), gradient=worst))
+            print(
+                f"spread {spread:<4} loss {exact:9.5f}  {name:8} value {found[-1]['value']:.1e}"
+                f"  gradient {worst:.1e}"
             )
     return found
 
 
-def _train_arm(name: str, steps: int, seed: int, workdir: str) -> None:
+def train_arm(args: argparse.Namespace) -> None:
+    """Trains the demo as the arm `args.arm` in this process."""
     from grain_jax.configs import demo
 
     from grain_jax import config as config_lib
     from grain_jax import train
 
     c = demo.get_config()
-    c.total_steps, c.seed, c.pictures, c.log_every = steps, seed, 0, 10
-    c.checkpoint_every = steps
-    if "tiles" in name:
+    c.total_steps = c.checkpoint_every = args.steps
+    c.seed, c.pictures, c.log_every = args.seed, 0, 10
+    if "tiles" in args.arm:
         c.loss.tile = 100
     train.keep_freed_memory()
-    with in_passes(ARMS[name]):
-        train.train(config_lib.from_dict(c), epath.Path(workdir))
-
-
-def _losses(workdir: epath.Path) -> dict[int, float]:
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    with in_passes(ARMS[args.arm]):
+        train.train(config_lib.from_dict(c), epath.Path(args.folder))
 
 
 def trained(args: argparse.Namespace) -> dict:
     """Trains each arm, and compares its losses with those of float32."""
-    folder = epath.Path(args.folder)
     rows = {}
     for name in ["float32", *(arm for arm in args.arms if arm != "float32")]:
-        workdir = folder / f"{name.replace(' ', '_').replace(',', '')}_{args.seed}"
-        command = [sys.executable, "-m", "benchmarks.precision", "arm", "--arm", name]
-        command += ["--steps", str(args.steps), "--seed", str(args.seed), "--folder", str(workdir)]
+        workdir = epath.Path(args.folder) / f"{name.replace(' ', '_').replace(',', '')}_{args.seed}"
+        command = [sys.executable, "-m", "benchmarks.precision", "arm", f"--arm={name}"]
+        command += [f"--steps={args.steps}", f"--seed={args.seed}", f"--folder={workdir}"]
         if not (workdir / "results.json").exists():
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        rows[name] = dict(losses=_losses(workdir))
-        rows[name] |= json.loads((workdir / "results.json").read_text())
+        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+        rows[name] = row = dict(losses=losses)
+        row |= json.loads((workdir / "results.json").read_text())
         base = rows["float32"]["losses"]
-        differences = [abs(loss - base[step]) for step, loss in rows[name]["losses"].items()]
-        rows[name]["largest_difference"] = max(differences)
-        rows[name]["last_loss"] = np.mean(list(rows[name]["losses"].values())[-5:])
+        row["largest_difference"] = max(abs(loss - base[step]) for step, loss in losses.items())
+        row["last_loss"] = np.mean(list(losses.values())[-5:])
         print(
-            f"{name:24} loss {rows[name]['last_loss']:.4f}, at most {max(differences):.4f} from float32; "
-            + ", ".join(f"{key} {rows[name][key]:.3f}" for key in MEASURES if key in rows[name]),
+            f"{name:24} loss {row['last_loss']:.4f}, at most {row['largest_difference']:.4f} from float32; "
+            + ", ".join(f"{key} {row[key]:.3f}" for key in MEASURES if key in row),
             flush=True,
         )
     return rows
 
 
-def main() -> int:
+def main() -> None:
     """Prints the errors, or trains."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["errors", "train", "arm"], metavar="errors|train")
-    parser.add_argument("--steps", type=int, default=1400)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", default="runs/precision", help="of the runs")
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
-    parser.add_argument("--json")
-    args = parser.parse_args()
+    args = harness.arguments(
+        __doc__,
+        command=(str, dict(choices=["errors", "train", "arm"], metavar="errors|train")),
+        steps=1400,
+        arms=(list(ARMS), dict(choices=ARMS)),
+        seed=0,
+        folder=("runs/precision", dict(help="of the runs")),
+        arm=(str, dict(choices=ARMS, help=argparse.SUPPRESS)),
+    )
     if args.command == "arm":
-        _train_arm(args.arm, args.steps, args.seed, args.folder)
-        return 0
-    machine = side_by_side.machine("jax")
-    print(side_by_side.on(machine))
-    if args.command == "train":
-        rows = trained(args)
-    else:
-        rows = errors()
-        for row in rows:
-            print(
-                f"spread {row['spread']:<4} loss {row['loss']:9.5f}  {row['passes']:8} value {row['value']:.1e}"
-                f"  gradient {row['gradient']:.1e}"
-            )
-    side_by_side.write(args.json, dict(machine=machine, rows=rows))
-    return 0
+        return train_arm(args)
+    machine = harness.machine("jax")
+    rows = trained(args) if args.command == "train" else errors()
+    harness.write(args.json, dict(machine=machine, rows=rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,18 +7,20 @@ Ours take uint8 and normalise it; the others get normalised images, and the norm
 runs in its own process, in turns. Outputs must agree to 1e-5.
 """
 
-import argparse
 import functools
+import logging
+import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from benchmarks import side_by_side
-from grain_jax import recipe
+from benchmarks import harness
+from grain_jax import schema
 
 TOLERANCE = 1e-5  # of the outputs, max|a-b| / max|b|
 
@@ -26,6 +28,16 @@ TOLERANCE = 1e-5  # of the outputs, max|a-b| / max|b|
 def noise(size: int, count: int) -> np.ndarray:
     """Images of noise, uint8 [count, size, size, 3]."""
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
+
+
+def normalised(size: int, count: int) -> np.ndarray:
+    """The same in torch's layout, normalised, float32 [count, 3, size, size]."""
+    return np.ascontiguousarray(schema.rescale_pixels(noise(size, count)).transpose(0, 3, 1, 2))
+
+
+def _variants(ways, make: Callable, size: int, batches: list[int]) -> dict[str, Callable[[], Any]]:
+    given = {count: make(size, count) for count in batches}
+    return {f"{w}|{n}": functools.partial(ways[w], given[n]) for w in ways for n in batches}
 
 
 def jax_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Callable[[], Any]]:
@@ -48,14 +60,11 @@ def jax_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Callabl
         out = jax.tree.map(np.asarray, call(params, given))
         return tuple(out[name] for name in ("image_embed", "region_embed", "boxes_xyxy"))
 
-    given = {count: noise(size, count) for count in batches}
-    return _variants({"grain_jax.load": loaded, "StableHLO": exported}, given)
+    return _variants({"grain_jax.load": loaded, "StableHLO": exported}, noise, size, batches)
 
 
 def torch_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Callable[[], Any]]:
     """The module of the Hugging Face folder, eager and with torch.compile."""
-    import os
-
     import torch
     import transformers
 
@@ -65,12 +74,11 @@ def torch_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Calla
 
     def run(function, given):
         with torch.inference_mode():
-            pixels = torch.from_numpy(given)
-            return tuple(output.numpy() for output in function(pixels))
+            return tuple(output.numpy() for output in function(torch.from_numpy(given)))
 
     ways = {"PyTorch": half, "torch.compile": torch.compile(half, dynamic=False)}
     ways = {name: functools.partial(run, function) for name, function in ways.items()}
-    return _variants(ways, _normalised(size, batches))
+    return _variants(ways, normalised, size, batches)
 
 
 def onnx_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Callable[[], Any]]:
@@ -78,87 +86,52 @@ def onnx_side(folder: str, size: int, batches: list[int]) -> Mapping[str, Callab
     import onnxruntime
 
     session = onnxruntime.InferenceSession(f"{folder}/hf/image.onnx")
-
-    def run(given):
-        return tuple(session.run(None, {"pixel_values": given}))
-
-    return _variants({"ONNX Runtime": run}, _normalised(size, batches))
-
-
-def _normalised(size: int, batches: list[int]) -> dict[int, np.ndarray]:
-    """Count -> normalised images in torch's layout, float32 [count, 3, size, size]."""
-    image = recipe.model("S/16").image  # the same for all sizes
-    mean, std = np.array(image.pixel_mean, np.float32), np.array(image.pixel_std, np.float32)
-    normalised = {count: (noise(size, count) / np.float32(255) - mean) / std for count in batches}
-    return {n: np.ascontiguousarray(given.transpose(0, 3, 1, 2)) for n, given in normalised.items()}
-
-
-def _variants(ways, given: dict[int, np.ndarray]) -> dict[str, Callable[[], Any]]:
-    return {
-        f"{name}|{count}": functools.partial(run, of_count)
-        for name, run in ways.items()
-        for count, of_count in given.items()
-    }
+    run = lambda given: tuple(session.run(None, {"pixel_values": given}))
+    return _variants({"ONNX Runtime": run}, normalised, size, batches)
 
 
 def prepare(size: str, folder: epath.Path) -> int:
     """Writes the model in every format below `folder`; returns the image size."""
-    import logging
-    import warnings
-
     import transformers
 
     from benchmarks import interop
-    from grain_jax import config as config_lib
     from grain_jax import export, inference
     from grain_jax.convert import huggingface
-    from grain_jax.runtime import checkpoint
 
-    model = config_lib.model_from_dict(recipe.model(size).to_dict())
-    params = interop.perturbed(model)
-    checkpoint.save_model(folder / "ours", model, params)
+    model = interop.save(size, folder / "ours")
     huggingface.to_hf(folder / "ours", folder / "hf")
     module = transformers.AutoModel.from_pretrained(str(folder / "hf"), trust_remote_code=True)
-    logging.getLogger("onnxscript").setLevel(
-        logging.ERROR
-    )  # it logs each expression that it does not fold
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # each expression that it does not fold
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of the exporter itself
         module.eval().export_onnx(str(folder / "hf"))
-    export.export_model(inference.Predictor(model, params), folder / "exported", ("cpu",))
+    predictor = inference.Predictor(model, interop.perturbed(model))
+    export.export_model(predictor, folder / "exported", ("cpu",))
     return model.image.image_size
 
 
 def main() -> int:
-    """Prints a table for each size; the exit status is 1 if outputs differ."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=["S/16", "B/16"])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--json")
-    args = parser.parse_args()
-    machine = side_by_side.machine("jax", "torch", "onnxruntime", "transformers")
-    print(side_by_side.on(machine))
-    rows, worst = [], 0.0
+    """Prints the table; the exit status is 1 if outputs differ."""
+    args = harness.arguments(__doc__, sizes=["S/16", "B/16"], batches=[1, 8], turns=7)
+    machine = harness.machine("jax", "torch", "onnxruntime", "transformers")
+    columns = dict(size="6", way="14", pictures=">8", milliseconds=">24.1f", error=">9.1e")
+    table = harness.Table(columns)
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as scratch:
             given = dict(folder=scratch, batches=args.batches)
             given["size"] = prepare(size, epath.Path(scratch))
             sides = {"JAX": jax_side, "torch": torch_side, "onnx": onnx_side}
-            timings = side_by_side.measure(
-                {n: (s, given) for n, s in sides.items()}, turns=args.turns
-            )
-        print(f"\n{size:22} {'images':>8} {'ms an image: median (least - most)':>36} {'error':>9}")
+            sides = {name: (side, given) for name, side in sides.items()}
+            timings = harness.measure(sides, turns=args.turns)
         for name, timing in timings.items():
             way, _, count = name.partition(" ")[2].partition("|")
             ours = timings[f"JAX grain_jax.load|{count}"].value
             error = max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(timing.value, ours))
-            worst = max(worst, float(error))
-            milliseconds = [1e3 * s / int(count) for s in timing.seconds]
-            rows.append(dict(size=size, way=way, pictures=int(count), milliseconds=milliseconds))
-            shown = side_by_side.spread(milliseconds, digits=1)
-            print(f"{way:22} {count:>8} {shown:>36} {error:9.1e}", flush=True)
-    side_by_side.write(args.json, dict(machine=machine, rows=rows, worst_error=worst))
+            each = [1e3 * s / int(count) for s in timing.seconds]  # of an image
+            row = dict(size=size, way=way, pictures=int(count), milliseconds=each)
+            table.add(**row, error=float(error))
+    worst = max(row["error"] for row in table.rows)
+    harness.write(args.json, dict(machine=machine, rows=table.rows, worst_error=worst))
     return 0 if worst < TOLERANCE else 1
 
 

@@ -1,23 +1,23 @@
 """Start-up time of training: imports, compilation, first step; with and without the compilation cache.
 
-    python -m benchmarks.start_up [--repeats 5] [--configs tiny demo] [--json OUT.json]
+    python -m benchmarks.start_up [--turns 5] [--configs tiny demo] [--json OUT.json]
 
-Every figure comes from a fresh process. `tiny` is the size tiny on the synthetic source, `demo` configs/demo.py on a small
-aviary, which is drawn first. The lines of the trainer on stderr divide a run into parts: state, compilation, first
-step; then the run is killed. The compilation cache is off, empty, or filled by an earlier run.
+Every figure comes from a fresh process. `tiny` is the size tiny on the synthetic source, `demo` configs/demo.py on a
+small aviary, which is drawn first. The lines of the trainer on stderr divide a run into parts: state, compilation,
+first step; then the run is killed. The compilation cache is off, empty, or filled by an earlier run.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 from etils import epath
 
-from benchmarks import side_by_side
+from benchmarks import harness
 
 REPOSITORY = epath.Path(__file__).absolute().parent.parent
 MODULES = ("grain_jax", "jax", "grain_jax.train", "grain_jax.input_pipeline.records")
@@ -28,18 +28,10 @@ PARTS = {
     "compiling": "compiled in",
     "first step": "step 1/",
 }
-DEMO_IMAGES = 1024
-_TINY = """
-from grain_jax.recipe import base
-
-
-def get_config():
-    c = base("tiny")
-    c.total_steps, c.batch_size, c.dtype, c.optim.warmup_steps = 1400, 64, "float32", 100
-    c.input.source, c.input.lanes = "synthetic", 4
-    c.text.pack_group, c.text.pack_rows = 16, 10
-    return c
-"""
+AVIARY = "--output runs/aviary --records runs/aviary/records --name aviary --images 1024"
+TINY = {"total_steps": 1400, "batch_size": 64, "dtype": "float32", "optim.warmup_steps": 100}
+TINY |= {"input.source": "synthetic", "input.lanes": 4, "text.pack_group": 16}
+TINY |= {"text.pack_rows": 10}
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -58,14 +50,11 @@ def import_seconds(module: str) -> float:
 
 def prepare(folder: epath.Path, configs: list[str]) -> dict[str, epath.Path]:
     """Name -> config file; makes their data below `folder`, the working directory of the runs."""
-    tiny = folder / "tiny.py"
-    tiny.write_text(_TINY)
     if "demo" in configs:
-        command = f"data.aviary --output runs/aviary --records runs/aviary/records --name aviary --images {DEMO_IMAGES}"
-        subprocess.run(
-            [sys.executable, "-m", *command.split()], cwd=folder, env=environment(), check=True
-        )
-    return {"tiny": tiny, "demo": REPOSITORY / "configs" / "demo.py"}
+        command = [sys.executable, "-m", "grain_jax.data.aviary", *AVIARY.split()]
+        subprocess.run(command, cwd=folder, env=environment(), check=True)
+    harness.trainer(folder, "tiny", TINY, "")
+    return {"tiny": folder / "my_config.py", "demo": REPOSITORY / "configs" / "demo.py"}
 
 
 def run_seconds(
@@ -79,23 +68,14 @@ def run_seconds(
     variables = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     if cache is not None:
         variables = {"XDG_CACHE_HOME": str(cache)}
+    child = environment(**variables)
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
-        command = [
-            sys.executable,
-            "-m",
-            "grain_jax.train",
-            f"--config={config}",
-            f"--workdir={workdir}",
-        ]
+        command = [sys.executable, "-m", "grain_jax.train", f"--config={config}"]
+        command += [f"--workdir={workdir}", "--config.log_every=1"]
         began = last = time.perf_counter()
         seconds, said, waiting = {}, [], list(PARTS.items())
-        with subprocess.Popen(
-            [*command, "--config.log_every=1"],
-            cwd=folder,
-            env=environment(**variables),
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
+        piped = dict(stderr=subprocess.PIPE, text=True)
+        with subprocess.Popen(command, cwd=folder, env=child, **piped) as process:
             for line in process.stderr:
                 said.append(line)
                 part, sign = waiting[0]
@@ -107,60 +87,52 @@ def run_seconds(
                         break
             process.kill()
     if waiting:
-        raise RuntimeError(
-            f"{' '.join(command)} ended before its first step:\n{''.join(said[-20:])}"
-        )
+        said = "".join(said[-20:])
+        raise RuntimeError(f"{' '.join(command)} ended before its first step:\n{said}")
     return seconds | {"whole": last - began}
 
 
-def main() -> int:
-    """Times everything `--repeats` times, in turns, and prints medians and spread."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--configs", nargs="+", choices=("tiny", "demo"), default=["tiny", "demo"])
-    parser.add_argument("--json", type=epath.Path)
-    args = parser.parse_args()
-    machine = side_by_side.machine("jax", "jaxlib", "flax", "tensorflow-cpu")
-    imports: dict[str, list[float]] = {module: [] for module in MODULES}
-    runs: dict[str, dict[str, dict[str, list[float]]]] = {
-        name: {cache: {part: [] for part in (*PARTS, "whole")} for cache in CACHES}
-        for name in args.configs
-    }
+def start_up(configs: list[str], turns: int) -> dict[str, Any]:
+    """Times imports and runs, each in fresh processes, in turns; prints their tables and returns the seconds."""
+    imports = {module: [] for module in MODULES}
+    parts = (*PARTS, "whole")
+    runs = {name: {cache: {part: [] for part in parts} for cache in CACHES} for name in configs}
     with tempfile.TemporaryDirectory() as temporary:
         folder = epath.Path(temporary)
-        files = prepare(folder, args.configs)
-        for name in args.configs:
+        files = prepare(folder, configs)
+        for name in configs:
             run_seconds(folder, files[name], folder / "filled")
-        for repeat in range(args.repeats):
+        for turn in range(turns):
             for module in MODULES:
                 imports[module].append(import_seconds(module))
+            places = {"none": lambda name: None, "filled": lambda name: folder / "filled"}
+            places["empty"] = lambda name, turn=turn: folder / f"{name}_{turn}"
             for name, caches in runs.items():
-                for cache, parts in caches.items():
-                    place = {
-                        "none": None,
-                        "empty": folder / f"{name}_{repeat}",
-                        "filled": folder / "filled",
-                    }
-                    for part, seconds in run_seconds(folder, files[name], place[cache]).items():
-                        parts[part].append(seconds)
-    print(side_by_side.on(machine))
-    print(f"{args.repeats} fresh processes each; seconds: median (least - most)")
+                for cache, of_parts in caches.items():
+                    found = run_seconds(folder, files[name], places[cache](name))
+                    for part, seconds in found.items():
+                        of_parts[part].append(seconds)
+    print(f"{turns} fresh processes each; seconds: median (least - most)")
     for module, seconds in imports.items():
-        print(f"import {module:38} {side_by_side.spread(seconds):>22}")
+        print(f"import {module:38} {harness.spread(seconds):>22}")
     for name, caches in runs.items():
-        print(f"{name:22}" + "".join(f"{'cache: ' + cache:>24}" for cache in CACHES))
-        for part in (*PARTS, "whole"):
-            cells = "".join(
-                f"{side_by_side.spread(caches[cache][part], digits=1):>24}" for cache in CACHES
-            )
-            print(f"  {part:20}{cells}")
-        saved = statistics.median(caches["none"]["whole"]) - statistics.median(
-            caches["filled"]["whole"]
-        )
-        print(f"  a filled cache saves {saved:.1f} s")
-    side_by_side.write(args.json, dict(machine=machine, imports=imports, runs=runs))
-    return 0
+        print(f"{name}, by the cache")
+        table = harness.Table(dict(part="22") | dict.fromkeys(CACHES, ">23.1f"))
+        for part in parts:
+            table.add(part=part, **{cache: caches[cache][part] for cache in CACHES})
+        none, filled = (statistics.median(caches[cache]["whole"]) for cache in ("none", "filled"))
+        print(f"  a filled cache saves {none - filled:.1f} s")
+    return dict(imports=imports, runs=runs)
+
+
+def main() -> None:
+    """Times starts of training."""
+    choices = ["tiny", "demo"]
+    args = harness.arguments(__doc__, turns=5, configs=(choices, dict(choices=choices)))
+    machine = harness.machine("jax", "jaxlib", "flax", "tensorflow-cpu")
+    found = start_up(args.configs, args.turns)
+    harness.write(args.json, dict(machine=machine, **found))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,14 +6,13 @@ reference, or the texts are packed as ours.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.optimize
 import torch
 import torch.nn.functional as F
 
+from benchmarks.matching import by_scipy
 from grain_jax import schema
 from grain_jax.convert.hf_files import modeling_grain as modeling
 
@@ -21,23 +20,15 @@ _NO_DECAY = ("query_embed", "pos_embed", "positional_embedding", "token_embeddin
 
 
 class Placed(NamedTuple):
-    """A batch on the device.
+    """A batch on the device."""
 
-    Attributes:
-      image: uint8 [B, H, W, 3].
-      texts: tokens, positions, segments [rows, L] and the places of the end tokens [N]; or tokens [N, L], padded.
-      caption_id: [B], of one caption an image.
-      description_id: of the real regions.
-      region_boxes_cxcywh: [B, R, 4].
-      region_mask: bool [B, R], on the host, where the matching is.
-    """
-
-    image: torch.Tensor
+    image: torch.Tensor  # uint8 [B, H, W, 3]
+    # Tokens, positions, segments [rows, L] and the places of the end tokens [N]; or tokens [N, L], padded.
     texts: tuple[torch.Tensor, ...]
-    caption_id: torch.Tensor
-    description_id: torch.Tensor
-    region_boxes_cxcywh: torch.Tensor
-    region_mask: torch.Tensor
+    caption_id: torch.Tensor  # [B], of one caption an image
+    description_id: torch.Tensor  # of the real regions
+    region_boxes_cxcywh: torch.Tensor  # [B, R, 4]
+    region_mask: torch.Tensor  # bool [B, R], on the host, where the matching is
 
 
 class TorchStep:
@@ -56,18 +47,18 @@ class TorchStep:
             torch.tensor(x, dtype=torch.float32, device=self.device)
             for x in (schema.IMAGE_MEAN, schema.IMAGE_STD)
         )
-        backbone, decoder = module.backbone, module.decoder
         wrap = (
             (lambda part: torch.compile(part, dynamic=False)) if compiled else (lambda part: part)
         )
-        self._visual, self._decoder = wrap(backbone.visual), wrap(decoder)
-        self._padded_texts, self._packed_texts = wrap(self._padded), wrap(self._packed)
-        named = list(module.named_parameters())
-        decays = [p for name, p in named if p.ndim > 1 and not any(n in name for n in _NO_DECAY)]
-        chosen = {id(p) for p in decays}
-        rest = [p for _, p in named if id(p) not in chosen]
+        self._visual, self._decoder = wrap(module.backbone.visual), wrap(module.decoder)
+        self._padded_texts = wrap(module.backbone.encode_text)
+        self._packed_texts = wrap(self._packed)
+        groups = {0.1: [], 0.0: []}  # weight decay -> parameters
+        for name, p in module.named_parameters():
+            decays = p.ndim > 1 and not any(n in name for n in _NO_DECAY)
+            groups[0.1 if decays else 0.0].append(p)
         self.optimizer = torch.optim.AdamW(
-            [dict(params=decays, weight_decay=0.1), dict(params=rest, weight_decay=0.0)],
+            [dict(params=params, weight_decay=decay) for decay, params in groups.items()],
             lr=1e-3,
             betas=(0.9, 0.98),
             eps=1e-8,
@@ -76,13 +67,13 @@ class TorchStep:
 
     def place(self, batch: schema.Batch, *, packed: bool) -> Placed:
         """A numpy batch on the device, its texts packed or padded."""
-        to = lambda x: torch.as_tensor(np.asarray(x)).to(self.device)  # noqa: E731
-        ends = to(text_places(batch))
+        to = lambda x: torch.as_tensor(np.asarray(x)).to(self.device)
+        ends = to(_text_places(batch))
         if packed:
             rows = (batch.text_tokens, batch.text_positions, batch.text_segments)
             texts = (*(to(x).long().flatten(0, 1) for x in rows), ends)
         else:
-            texts = (to(padded_tokens(batch)).long(),)
+            texts = (to(_padded_tokens(batch)).long(),)
         # Descriptions and pairs are both in the order of the mask.
         return Placed(
             to(batch.image),
@@ -102,6 +93,13 @@ class TorchStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.module.clip_logit_scale()
         return float(loss.detach())
+
+    def timed(self, batch: Placed) -> float:
+        """A step that waits for the device; returns the loss."""
+        loss = self.step(batch)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return loss
 
     def loss(self, batch: Placed) -> torch.Tensor:
         """L_ic + L_box + L_rd (docs/method.md, Losses), without equal texts among the negatives."""
@@ -124,7 +122,7 @@ class TorchStep:
             return loss
 
         target = batch.region_boxes_cxcywh
-        found = match(boxes[-1], target, batch.region_mask)
+        found = _match(boxes[-1], target, batch.region_mask)
         matched, region, query = (x.to(self.device) for x in found)
         pred, real = boxes[-1][matched, query].float(), target[matched, region]
         box = (pred - real).abs().sum() + (1 - modeling._giou(pred, real, 0.0)).sum()
@@ -133,9 +131,6 @@ class TorchStep:
         same = (ids[:, None] == ids) & (label[:, None] != label)
         logits = (scale * regions[matched, query] @ descriptions.T).masked_fill(same, -math.inf)
         return loss + box / len(ids) + F.cross_entropy(logits, label)
-
-    def _padded(self, tokens):
-        return self.module.backbone.encode_text(tokens)
 
     def _packed(self, tokens, positions, segments, ends):
         """Packed rows [rows, L] and the positions of end tokens in them [N] -> [N, D]."""
@@ -156,21 +151,21 @@ class TorchStep:
         return backbone.ln_final(x.flatten(0, 1)[ends]) @ backbone.text_projection
 
 
-def text_places(batch: schema.Batch) -> np.ndarray:
+def _text_places(batch: schema.Batch) -> np.ndarray:
     """Positions of the end tokens in the concatenated rows of the batch, int64 [N]: captions, then real descriptions."""
     groups, rows, length = batch.text_tokens.shape
     group = np.arange(len(batch.image)) // (len(batch.image) // groups)
-    place = lambda group, at: (group * rows + at[..., 0]) * length + at[..., 1]  # noqa: E731
+    place = lambda group, at: (group * rows + at[..., 0]) * length + at[..., 1]
     captions = place(group, batch.caption_at[:, 0])
     descriptions = place(group[:, None], batch.description_at)[batch.region_mask]
     return np.concatenate([captions, descriptions]).astype(np.int64)
 
 
-def padded_tokens(batch: schema.Batch) -> np.ndarray:
+def _padded_tokens(batch: schema.Batch) -> np.ndarray:
     """The same texts, one a row, int32 [N, L], zeros after the end."""
     length = batch.text_tokens.shape[-1]
     flat_tokens, flat_positions = batch.text_tokens.reshape(-1), batch.text_positions.reshape(-1)
-    ends = text_places(batch)
+    ends = _text_places(batch)
     out = np.zeros((len(ends), length), np.int32)
     for row, end in zip(out, ends):
         count = flat_positions[end] + 1
@@ -178,28 +173,10 @@ def padded_tokens(batch: schema.Batch) -> np.ndarray:
     return out
 
 
-def match(boxes, target, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _match(boxes, target, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(image, region, query) of every matched region, in the order of the mask, by SciPy on the host."""
     with torch.no_grad():
         pred, real = boxes[:, :, None].float(), target[:, None]
         cost = 5 * (pred - real).abs().sum(-1) - 2 * modeling._giou(pred, real, 0.0)
-    cost, real_regions = cost.cpu().numpy(), mask.numpy()
-    pairs = []
-    for image in range(len(cost)):
-        regions = np.flatnonzero(real_regions[image])
-        query, column = scipy.optimize.linear_sum_assignment(cost[image][:, regions])
-        order = np.argsort(column)
-        pairs += [(image, r, q) for r, q in zip(regions, query[order])]
-    return torch.tensor(np.array(pairs, np.int64).reshape(-1, 3)).unbind(1)
-
-
-def timed(step: TorchStep, batch: Placed) -> Callable[[], float]:
-    """A step on a batch as a callable for `side_by_side`, which waits for the device."""
-
-    def run() -> float:
-        loss = step.step(batch)
-        if step.device.type == "cuda":
-            torch.cuda.synchronize()
-        return loss
-
-    return run
+    query = by_scipy(cost.cpu().numpy(), mask.numpy())[mask.numpy()]
+    return *mask.nonzero(as_tuple=True), torch.from_numpy(query.astype(np.int64))

@@ -6,7 +6,9 @@ import time
 
 import pytest
 
-from benchmarks import accelerator, accelerator_parts, attention_parity
+from benchmarks.accelerator import __main__ as accelerator
+from benchmarks.accelerator import attention, parts, processes, profile
+from benchmarks.accelerator.tables import tables
 
 DEVICE = dict(platform="gpu", kind="NVIDIA H100 80GB HBM3")
 
@@ -46,18 +48,14 @@ def _rows(fail=None, sleep=0.0):
 
 
 def test_rows_come_as_they_are_made_and_the_budget_is_kept(capsys):
-    of = lambda what, **arguments: accelerator.Part(  # noqa: E731
+    of = lambda what, **arguments: processes.Part(  # noqa: E731
         "rows", what, _rows, arguments, 10.0, {"SIDE": what}
     )
-    todo = [
-        of("whole"),
-        of("fails", fail="a reason\nand more"),
-        of("ends", fail="end"),
-        of("late"),
-    ]
+    fails = of("fails", fail="a reason\nand more")
+    todo = [of("whole"), fails, of("ends", fail="end"), of("late")]
     written, results = [], {}
     clock = iter([0.0, 0.0, 0.0, 0.0, 45.0])
-    budget = accelerator.Budget(1.0, lambda: next(clock))
+    budget = processes.Budget(1.0, lambda: next(clock))
     accelerator.measure(todo, budget, results, lambda: written.append(json.dumps(results)))
     rows = results["rows"]
     assert [row["flags"] for row in rows] == ["whole", "fails", "ends"]
@@ -73,9 +71,9 @@ def test_rows_come_as_they_are_made_and_the_budget_is_kept(capsys):
 
 
 def test_a_part_that_takes_too_long_is_stopped():
-    part = accelerator.Part("rows", "slow", _rows, dict(sleep=60.0), 0.0)
+    part = processes.Part("rows", "slow", _rows, dict(sleep=60.0), 0.0)
     began = time.monotonic()
-    rows = list(accelerator.in_own_process(part, limit=2.0))
+    rows = list(processes.rows(part, limit=2.0))
     assert time.monotonic() - began < 30
     assert rows[-1] == dict(left_out="stopped, took more than the 2 s that were left")
 
@@ -101,7 +99,7 @@ def test_tables():
             | dict(wait_fractions=[0.0, 0.02])
         ],
     )
-    lines = accelerator.tables(results).splitlines()
+    lines = tables(results).splitlines()
     assert (
         lines[2].split()
         == "B/16 ours, cudnn 256 2,560.0 100.0 (100.0 - 100.0) 45.7% 20.00 21.00".split()
@@ -123,7 +121,7 @@ def test_tables():
 
 def test_time_inside_another_operation_counts_once():
     loop = [(0.0, 100.0, "while"), (10.0, 30.0, "dot"), (50.0, 40.0, "dot"), (55.0, 5.0, "copy")]
-    own = accelerator_parts.own_times([*loop, (100.0, 7.0, "add")])
+    own = profile.own_times([*loop, (100.0, 7.0, "add")])
     assert own == {"while": 30.0, "dot": 65.0, "copy": 5.0, "add": 7.0}
 
 
@@ -133,31 +131,29 @@ def test_the_profile_names_operations_of_the_program(tmp_path):
 
     x = jnp.ones((256, 256))
     compiled = jax.jit(lambda x: jnp.tanh(x @ x)).lower(x).compile()
-    file = accelerator_parts._trace(lambda: compiled(x), str(tmp_path))
-    found = accelerator_parts.operations(file, compiled.as_text(), accelerator_parts.TRACED)
+    file = profile.trace(lambda: compiled(x), str(tmp_path))
+    found = profile.operations(file, compiled.as_text())
     assert found and sum(row["share"] for row in found) == pytest.approx(1)
     assert any("tanh" in row["where"] or "dot_general" in row["where"] for row in found)
 
 
 @pytest.mark.parametrize("normed", [True, False])
 def test_parity_of_the_kernel(normed):
-    arrays, ids, weight = attention_parity.inputs(2, 9, 2, 16, normed)
+    arrays, ids, weight = attention.inputs(2, 9, 2, 16, normed)
     expected, got = (
-        attention_parity.with_gradients(
-            attention_parity.program_of(program, 2, ids), arrays, weight
-        )
+        attention.with_gradients(attention.program_of(program, 2, ids), arrays, weight)
         for program in ("xla", "pallas")
     )
     assert [len(x[1]) for x in (expected, got)] == [6 if normed else 3] * 2
-    errors = [attention_parity.worst(g, e) for g, e in zip(got, expected)]
+    errors = [attention.worst(g, e) for g, e in zip(got, expected)]
     assert max(errors) < 2e-5
-    assert attention_parity.worst(2 * expected[0], expected[0]) == pytest.approx(1)
+    assert attention.worst(2 * expected[0], expected[0]) == pytest.approx(1)
 
 
 def test_batches_fit_and_a_plan_stands_beside_them():
-    assert accelerator_parts.largest_batch("tiny", 80e9) == 256
-    (known,) = accelerator_parts.plan("NVIDIA H100 80GB HBM3", "tiny", 16, "cudnn")
+    assert parts.largest_batch("tiny", 80e9) == 256
+    (known,) = parts.plan("NVIDIA H100 80GB HBM3", "tiny", 16, "cudnn")
     assert (known["topology"], known["attention"]) == ("h100:1", "cudnn")
     assert 10e6 < known["bytes"] < 1e9 and 0 < known["seconds"] < 1e-2
-    (unknown,) = accelerator_parts.plan("a card", "tiny", 16, "xla")
+    (unknown,) = parts.plan("a card", "tiny", 16, "xla")
     assert unknown == dict(left_out="no chip of grain_jax.launch.chips is called 'a card'")

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import claim, claim_data, claim_report, claim_results
-from benchmarks import claim_design as design
+from benchmarks.claim import __main__ as claim
+from benchmarks.claim import data, design, report
+from benchmarks.claim import results as claim_results
 from grain_jax import config as config_lib
 from tests import paths, record_sets
 
@@ -89,21 +90,21 @@ def test_the_validation_classes_choose_how_an_arm_is_asked():
     made["sentence_test/alpha_1.0/top1"] = 0.4
     made["unit_test/alpha_1.0/top1"] = 0.6
     assert design.validation_score(made) == 0.7
-    assert claim_report.headline(made) == 0.4
+    assert report.headline(made) == 0.4
 
 
 def test_an_arm_that_never_trained_is_named():
     made = result(design.Run("clip", 1e-3, 0, 100))
-    assert claim_report.faults(made) == []
+    assert report.faults(made) == []
     made["loss_image_caption"] = 0.95 * math.log(64)
     made["seen_test/alpha_1.0/top1"] = 0.05
-    assert claim_report.faults(made) == [
+    assert report.faults(made) == [
         "L_ic is 0.95 of its chance value",
         "seen names are at 5.0%, less than 10 times chance",
     ]
     few = result(design.Run("clip", 1e-3, 0, 100)) | {"seen_test/chance": 0.125}
-    assert claim_report.faults(few | {"seen_test/alpha_1.0/top1": 0.6}) == []
-    assert claim_report.faults(few | {"seen_test/alpha_1.0/top1": 0.5}) == [
+    assert report.faults(few | {"seen_test/alpha_1.0/top1": 0.6}) == []
+    assert report.faults(few | {"seen_test/alpha_1.0/top1": 0.5}) == [
         "seen names are at 50.0%, less than half way from chance to all"
     ]
 
@@ -111,12 +112,12 @@ def test_an_arm_that_never_trained_is_named():
 def test_report_prints_every_study_and_draws(tmp_path, capsys):
     results = everything()
     studies = design.plan(results, steps=100, aviaries=True, noise=True)
-    claim_report.report(studies, results, tmp_path)
+    report.report(studies, results, tmp_path)
     text = capsys.readouterr().out
     # Seeds give 0.80, 0.81, 0.82 and 0.30, 0.31, 0.32.
-    assert f"| {claim_report.LABELS[design.OURS]} | 80.0, 81.0, 82.0 | 81.0 ± 1.0 |" in text
+    assert f"| {report.LABELS[design.OURS]} | 80.0, 81.0, 82.0 | 81.0 ± 1.0 |" in text
     lead = "30.0, 31.0, 32.0 | 31.0 ± 1.0 | +50.0, +50.0, +50.0 | +50.0 to +50.0 |"
-    assert f"| {claim_report.LABELS['clip_descriptions']} | {lead}" in text
+    assert f"| {report.LABELS['clip_descriptions']} | {lead}" in text
     for title in ("Learning rates", "Equal steps", "Equal FLOPs", "Harder poses", "Noise"):
         assert f"## {title}" in text
     for name in ("claim_arms.png", "claim_poses.png", "claim_noise.png"):
@@ -126,7 +127,7 @@ def test_report_prints_every_study_and_draws(tmp_path, capsys):
 def test_results_of_other_settings_are_refused():
     run = design.Run("grain", 1e-3, 0, 100)
     claim.check_results({run.name: result(run)}, design.CONFIG)
-    with pytest.raises(claim_data.ClaimError, match="its result has other settings"):
+    with pytest.raises(claim_results.ClaimError, match="its result has other settings"):
         claim.check_results({run.name: result(run, settings="x")}, design.CONFIG)
 
 
@@ -161,7 +162,7 @@ def test_another_table_is_refused(tmp_path, old, new, message):
     table = tmp_path / "results.tsv"
     claim_results.append(table, result(design.Run("grain", 1e-3, 0, 100)))
     table.write_text(table.read_text().replace(old, new))
-    with pytest.raises(claim_data.ClaimError, match=message):
+    with pytest.raises(claim_results.ClaimError, match=message):
         claim_results.read(table)
 
 
@@ -171,7 +172,7 @@ def test_noise_goes_into_the_regions_alone(tmp_path):
     count = sum(len(line["regions"]) for line in clean)
 
     def noisy(**noise):
-        claim_data.degrade(tmp_path / "A.jsonl", tmp_path / "N.jsonl", **noise)
+        data.degrade(tmp_path / "A.jsonl", tmp_path / "N.jsonl", **noise)
         lines = [json.loads(line) for line in (tmp_path / "N.jsonl").read_text().splitlines()]
         strip = lambda line: {k: v for k, v in line.items() if k != "regions"}  # noqa: E731
         assert [strip(line) for line in lines] == [strip(line) for line in clean]
@@ -205,7 +206,7 @@ def test_validation_and_test_share_no_class_and_no_image(tmp_path):
     described = {f"unseen{name}": ["red beak", "blue wing"] for name in range(5)}
     (tmp_path / "main" / "unseen.json").write_text(json.dumps(described))
     views = tmp_path / "views"
-    claim_data.make_views(tmp_path / "main", views)
+    data.make_views(tmp_path / "main", views)
     below = lambda name: {str(p.resolve()) for p in (views / name).rglob("*.png")}  # noqa: E731
     for group, count in (("seen", 12), ("unseen", 20)):
         validation, test = (
@@ -248,13 +249,13 @@ def test_a_run_appends_its_row(tmp_path, monkeypatch):
     shallow = {f"model.{tower}.depth": 1 for tower in ("image", "text", "decoder")}
     for key, value in {"text.pack_group": 8, **shallow}.items():  # 8 devices
         monkeypatch.setitem(design.SETTING, key, value)
-    claim_data.prepare("misses_80", None, tmp_path)
+    data.prepare("misses_80", None, tmp_path)
     run = design.Run("grain", 1e-3, 0, 2, "misses_80")
     claim.train(run, args)
     made = claim_results.read(args.results)[run.name]
     assert made["steps"] == 2 and made["flops_per_step"] > 1e9 / 4
     assert 0 <= made["unseen_test/alpha_0.5/top1"] <= 1
-    assert 0.8 < claim_report.health(made) < 1.5  # nothing is learnt in 2 steps
+    assert 0.8 < report.health(made) < 1.5  # nothing is learnt in 2 steps
 
 
 def test_figures_of_the_page_are_those_of_the_stored_results():
@@ -264,15 +265,15 @@ def test_figures_of_the_page_are_those_of_the_stored_results():
     known = {}  # the three seeds, as the page shows them -> other figures of the row
     for name in ("claim", "fashion"):
         groups = {}
-        for row in claim_results.read(paths.ROOT / f"benchmarks/results/{name}.tsv").values():
+        for row in claim_results.read(paths.ROOT / f"benchmarks/claim/tables/{name}.tsv").values():
             groups.setdefault((row["data"], row["arm"], row["rate"], row["steps"]), []).append(row)
         for rows in groups.values():
-            mean = lambda key: claim_report._cell(rows, key).split(" ±")[0]
-            scores = [claim_report.headline(row) for row in rows]
+            mean = lambda key: report._cell(rows, key).split(" ±")[0]
+            scores = [report.headline(row) for row in rows]
             known[", ".join(f"{100 * score:.1f}" for score in scores)] = {
-                claim_report._spread(scores).split(" ±")[0],
+                report.spread(scores).split(" ±")[0],
                 f"{mean('retrieval/image_to_text/r1')} / {mean('retrieval/text_to_image/r1')}",
-                *(claim_report._cell(rows, key) for key in spread),
+                *(report._cell(rows, key) for key in spread),
             }
     checked = 0
     for line in (paths.ROOT / "docs/claim.md").read_text().splitlines():

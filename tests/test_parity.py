@@ -1,17 +1,18 @@
-"""Our numbers against the PyTorch reference's; benchmarks/parity.py prints the same as a table."""
+"""Our numbers against the PyTorch reference's; benchmarks/parity prints the same as a table."""
 
 import sys
 
 import numpy as np
 import pytest
 
-from benchmarks import parity
+from benchmarks.parity import __main__ as parity
+from benchmarks.parity import goldens, groups
 from grain_jax.convert.reference import names as torch_names
 
 
-@pytest.mark.parametrize("group", parity.GROUPS)
+@pytest.mark.parametrize("group", groups.GROUPS)
 def test_equals_the_reference(group):
-    found = parity.compare(group)
+    found = groups.compare(group)
     failing = [f"{c.name}: {c.error:.3g} > {c.tolerance:.3g}" for c in found if not c.ok]
     assert found and not failing, "\n".join(failing)
 
@@ -19,11 +20,8 @@ def test_equals_the_reference(group):
 def test_without_tensorflow_its_row_is_left_out(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     monkeypatch.setattr(sys, "argv", ["parity"])
-    monkeypatch.setattr(
-        parity,
-        "GROUPS",
-        {name: parity.GROUPS[name] for name in ("preprocessing, PIL", "preprocessing, tf")},
-    )
+    two = {name: groups.GROUPS[name] for name in ("preprocessing, PIL", "preprocessing, tf")}
+    monkeypatch.setattr(groups, "GROUPS", two)
     assert parity.main() == 0
     *_, pil, tf = capsys.readouterr().out.splitlines()
     assert pil.split()[2:6] == ["13", "0", "0.00e+00", "0.0e+00"]
@@ -31,21 +29,21 @@ def test_without_tensorflow_its_row_is_left_out(monkeypatch, capsys):
 
 
 def test_gradients_cover_every_parameter_of_the_reference():
-    arrays = parity.goldens().arrays
+    arrays = goldens.goldens().arrays
     parameters = {key.removeprefix("params/") for key in arrays if key.startswith("params/")}
     unused = {f"{m}/{name}" for m, names in torch_names.UNUSED.items() for name in names}
-    compared = {c.name for c in parity.compare("gradients")} - {"names"}
+    compared = {c.name for c in groups.compare("gradients")} - {"names"}
     assert compared == parameters - unused
     assert len(compared) == 136
 
 
 def test_comparisons_fail_when_they_should():
     reference = np.array([1.0, -4.0, 0.5])
-    assert parity.relative("", reference + [0, 0, 3e-5], reference).ok
-    assert not parity.relative("", reference + [0, 0, 5e-5], reference).ok
-    assert not parity.relative("", reference * np.nan, reference).ok
-    assert parity.gradient("", reference + 7e-5, reference).ok
-    assert not parity.gradient("", reference + 9e-5, reference).ok
-    assert not parity.gradient("", np.full(3, 2e-7), np.zeros(3)).ok
+    assert goldens.relative("", reference + [0, 0, 3e-5], reference).ok
+    assert not goldens.relative("", reference + [0, 0, 5e-5], reference).ok
+    assert not goldens.relative("", reference * np.nan, reference).ok
+    assert goldens.gradient("", reference + 7e-5, reference).ok
+    assert not goldens.gradient("", reference + 9e-5, reference).ok
+    assert not goldens.gradient("", np.full(3, 2e-7), np.zeros(3)).ok
     with pytest.raises(ValueError, match="shape"):
-        parity.relative("", reference[:, None], reference)
+        goldens.relative("", reference[:, None], reference)

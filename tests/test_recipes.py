@@ -17,7 +17,7 @@ from grain_jax.configs import (
     own,
 )
 
-from benchmarks import claim_design
+from benchmarks.claim import design as claim_design
 from grain_jax import config as config_lib
 from grain_jax import errors, losses
 from grain_jax.convert import initialise, layouts

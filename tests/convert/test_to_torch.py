@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import parity as goldens_parity
+from benchmarks.parity import goldens as goldens_parity
 from grain_jax import losses
 from grain_jax.convert import huggingface, parity
 from grain_jax.convert.__main__ import main

@@ -12,7 +12,7 @@ from grain_jax.data.fetch import fashion, gcompris, licences, package, resources
 from grain_jax.data.fetch.__main__ import main
 from grain_jax.data.fetch.parts import parts
 
-from benchmarks import claim_data
+from benchmarks.claim import data as claim_data
 from grain_jax import errors
 from tests.data import debian_packages
 
@@ -160,7 +160,7 @@ def test_the_folder_is_one_that_the_claim_reads(fashion_deb, tmp_path, capsys):
     folder = tmp_path / "made"
     flags = ["fashion", f"--output={folder}", f"--deb={fashion_deb}", "--processes=1"]
     assert main([*flags, "--seen-per-class=2"]) == 0
-    assert [part for part in claim_data._PARTS if not (folder / part).exists()] == []
+    assert [part for part in claim_data.PARTS if not (folder / part).exists()] == []
     for name in ("A.jsonl", "test/seen.jsonl", "test/unseen.jsonl"):
         above = (folder / name).parent
         for line in (folder / name).read_bytes().splitlines():

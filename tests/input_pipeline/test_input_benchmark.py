@@ -2,7 +2,8 @@ import math
 
 import numpy as np
 
-from benchmarks import input as input_benchmark
+from benchmarks.input import __main__ as input_benchmark
+from benchmarks.input import made
 
 
 def test_psnr():
@@ -15,8 +16,8 @@ def test_psnr():
 
 
 def test_annotations_have_the_lengths_of_web_texts():
-    lines = [input_benchmark.annotation(number) for number in range(50)]
-    assert lines[7] == input_benchmark.annotation(7) != lines[8]
+    lines = [made.annotation(number) for number in range(50)]
+    assert lines[7] == made.annotation(7) != lines[8]
     assert {len(line["regions"]) for line in lines} == set(range(6))
     assert {8, 18} <= {len(line["caption"].split()) for line in lines} <= set(range(8, 19))
     boxes = np.array([region["box"] for line in lines for region in line["regions"]])

@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 import tensorflow as tf
 
-from benchmarks import preprocessing
+from benchmarks.parity import preprocessing
 from grain_jax.files import images
 from grain_jax.input_pipeline import assemble, order, transforms
 

@@ -15,8 +15,9 @@ import yaml
 from etils import epath
 from grain_jax.launch import jobs, sweep, sweep_clusters, sweep_runs, sweep_table
 
-from benchmarks import claim, claim_results
-from benchmarks import claim_design as design
+from benchmarks.claim import __main__ as claim
+from benchmarks.claim import design
+from benchmarks.claim import results as claim_results
 from grain_jax import errors, recipe
 from grain_jax.cli import config_file, train
 from grain_jax.recipe import points
@@ -449,7 +450,7 @@ def test_the_claim_runs_on_it(tmp_path, monkeypatch):
     row = f"flock {results}.lock tail -n 1 {tmp_path}/$run >> {results}"
     command(tmp_path, "python", f'for last in "$@"; do :; done; run="${{last#--run=}}"; {row}')
     monkeypatch.setattr(claim.sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setattr(claim.claim_data, "prepare", lambda *_: None)
+    monkeypatch.setattr(claim.data, "prepare", lambda *_: None)
     header = (tmp_path / name).read_text().splitlines()[0]
     results.write_text(f"{header}\n")
     args = types.SimpleNamespace(

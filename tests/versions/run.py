@@ -59,9 +59,9 @@ print("Python", platform.python_version(), *(f"{name} {metadata.version(name)}" 
 """
 
 GOLDENS = """
-from benchmarks import parity
+from benchmarks.parity import groups
 for group in ("losses", "tokenizer", "preprocessing, tf"):
-    found = parity.compare(group)
+    found = groups.compare(group)
     failed = [f"{c.name}: {c.error:.3g} > {c.tolerance:.3g}" for c in found if not c.ok]
     assert found and not failed, (group, failed)
     print(group, len(found))

@@ -1,202 +1,36 @@
-"""The parity table: compares our numbers with those of the PyTorch reference, in groups.
+"""What is compared with the reference: each group yields the comparisons of a stage."""
 
-    python -m benchmarks.parity [--json OUT.json]
-
-Everything is float32 at full precision, on the goldens in tests/goldens, which are outputs of the reference
-(tests/test_parity.py asserts the same comparisons). Each line shows the comparison of its group that is closest to
-its tolerance.
-"""
-
-import argparse
 import functools
 import json
-import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import preprocessing, side_by_side
-from benchmarks.preprocessing import GOLDENS, read_npz
-from grain_jax import config as config_lib
+from benchmarks.parity import preprocessing
+from benchmarks.parity.goldens import (
+    GOLDENS,
+    Comparison,
+    batch,
+    below,
+    config,
+    goldens,
+    gradient,
+    outputs,
+    read_npz,
+    relative,
+    run,
+)
 from grain_jax import losses as losses_lib
-from grain_jax import recipe, schema
+from grain_jax import schema
 from grain_jax.convert.reference import names as torch_names
-from grain_jax.convert.reference.parameters import to_params
-from grain_jax.convert.reference.sizes import infer, sizes_of
+from grain_jax.convert.reference.sizes import sizes_of
 from grain_jax.inference import scores
-from grain_jax.input_pipeline import packing, tokenizer
-from grain_jax.losses import boxes, matching
-from grain_jax.models import grain
-from grain_jax.training import optim, train_step
-
-RELATIVE = 1e-5  # of max |reference|
-HEADS = {"image": 4, "text": 4, "decoder": 4}  # of grain_public.npz
-
-
-class Comparison(NamedTuple):
-    """The comparison of one of our arrays with that of the reference."""
-
-    name: str
-    error: float
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether the error is within the tolerance; NaN is not."""
-        return bool(self.error <= self.tolerance)
-
-
-class Goldens(NamedTuple):
-    """grain_public.npz and the model in it, as converted from the reference."""
-
-    arrays: dict[str, np.ndarray]
-    meta: dict[str, Any]
-    model: config_lib.Model
-    params: Any
-
-
-def relative(name: str, ours, reference, tolerance: float = RELATIVE) -> Comparison:
-    """max |a - b| / max |b|."""
-    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
-    if ours.shape != reference.shape:
-        raise ValueError(f"{name}: shape {ours.shape}, expected {reference.shape}")
-    return Comparison(name, np.abs(ours - reference).max() / np.abs(reference).max(), tolerance)
-
-
-def gradient(name: str, ours, reference) -> Comparison:
-    """max |a - b| against the float32 accuracy of a gradient."""
-    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
-    if ours.shape != reference.shape:
-        raise ValueError(f"{name}: shape {ours.shape}, expected {reference.shape}")
-    tolerance = max(1e-7, 2e-5 * np.abs(reference).max())
-    return Comparison(name, np.abs(ours - reference).max(), tolerance)
-
-
-@functools.cache
-def goldens() -> Goldens:
-    """Reads and converts grain_public.npz."""
-    arrays = read_npz("grain_public.npz")
-    states = {
-        module: {
-            key.removeprefix(f"params/{module}/"): array
-            for key, array in arrays.items()
-            if key.startswith(f"params/{module}/")
-        }
-        for module in ("backbone", "decoder")
-    }
-    model = infer(states, HEADS).model
-    params = to_params(states["backbone"], states["decoder"], model)
-    meta = json.loads(str(arrays["meta_json"]))
-    return Goldens(arrays, meta, model, jax.tree.map(jnp.asarray, params))
-
-
-def config(**loss) -> config_lib.Config:
-    """A config with the behaviour of the reference for the batch of the goldens, with changes to `loss`."""
-    c = recipe.reference_behaviour(recipe.base())
-    c.total_steps, c.optim.warmup_steps = 200, 40
-    c.batch_size, c.input.lanes, c.dtype = 6, 1, "float32"
-    c.loss.group_size = 0  # the goldens come from one device
-    c.loss.update(loss)
-    return config_lib.from_dict(c)
-
-
-def batch(boxes_pixels: np.ndarray, *, packed: bool) -> schema.Batch:
-    """The inputs of the goldens as a Batch; boxes are xyxy pixels of a 224 image and are clipped here."""
-    arrays = goldens().arrays
-    mask = arrays["inputs/avail"] == 1
-    captions, descriptions = arrays["inputs/text"], arrays["inputs/desc"][mask]
-    lengths = [tokens.argmax(axis=1) + 1 for tokens in (captions, descriptions)]
-    by_region = np.zeros(mask.shape, np.int64)
-    by_region[mask] = lengths[1]
-    texts = dict(
-        caption_lengths=lengths[0][:, None], description_lengths=by_region, region_mask=mask
-    )
-    row_length = captions.shape[1]
-    if packed:
-        ranks = -np.arange(mask.size, dtype=np.float32).reshape(mask.shape)
-        layout = packing.pack(
-            **texts, region_scores=ranks, pack_group=len(mask), rows=5, row_length=row_length
-        )
-    else:
-        layout = packing.one_text_per_row(**texts, row_length=row_length)
-    ids = [
-        np.concatenate([tokens[:n] for tokens, n in zip(of, count)])
-        for of, count in zip((captions, descriptions), lengths)
-    ]
-    rows = packing.fill(
-        layout,
-        caption_ids=ids[0],
-        caption_lengths=lengths[0][:, None],
-        description_ids=ids[1],
-        description_lengths=lengths[1],
-        region_mask=mask,
-    )
-    if layout.texts_dropped or layout.captions_cut:
-        raise ValueError("the goldens' texts must all fit into the packed rows")
-    return schema.Batch(
-        image=arrays["inputs/images"].transpose(0, 2, 3, 1),
-        text_tokens=rows.tokens,
-        text_positions=rows.positions,
-        text_segments=rows.segments,
-        caption_at=layout.caption_at,
-        caption_id=np.arange(len(mask), dtype=np.int32)[:, None],
-        caption_mask=np.ones((len(mask), 1), bool),
-        description_at=layout.description_at,
-        description_id=np.arange(mask.size, dtype=np.int32).reshape(mask.shape),
-        region_boxes_cxcywh=np.asarray(
-            boxes.xyxy_to_cxcywh(jnp.asarray(boxes_pixels.clip(0, 224) / 224))
-        ),
-        region_mask=layout.region_mask,
-        texts_dropped=np.zeros(1, np.int32),
-    )
-
-
-@jax.jit
-def _loss_and_grads(params, inputs: schema.Batch):
-    model = grain.GRAIN(goldens().model)
-    return train_step.loss_and_grads(model, config(), None, params, inputs, None)
-
-
-@functools.cache
-def run(which: str = "", *, packed: bool = False):
-    """(losses, gradients, gradients under the reference's names) of the batch `which`: "" or "degenerate/"."""
-    g = goldens()
-    terms, grads = _loss_and_grads(g.params, batch(g.arrays[f"{which}inputs/boxes"], packed=packed))
-    named = torch_names.state_dicts(grads, sizes_of(g.model))
-    return terms, grads, {f"{m}/{name}": array for m in named for name, array in named[m].items()}
-
-
-@functools.cache
-def outputs(*, packed: bool = False) -> dict[str, np.ndarray]:
-    """Outputs of towers and decoder for the batch of the goldens, before normalisation."""
-    g = goldens()
-    inputs = batch(g.arrays["inputs/boxes"], packed=packed)
-
-    def forward(module):
-        tokens, hidden = module.image_features(inputs.image)
-        texts = (inputs.text_tokens, inputs.text_positions, inputs.text_segments)
-        captions, descriptions = module.text_features(
-            *texts, inputs.caption_at, inputs.description_at
-        )
-        return dict(
-            vision_tokens=tokens,
-            decoder_hs=hidden,
-            pred_boxes=module.box_mlp(hidden[:, :, :-1]),
-            img_embed=module.image_projection(hidden[-1, :, -1]),
-            obj_embeds=module.region_projection(hidden[-1, :, :-1]),
-            text_embed=captions[:, 0],
-            desc_embed=descriptions,
-            logit_scale_exp=jnp.exp(module.logit_scale),
-            outputs=module(inputs),
-        )
-
-    apply = lambda params: grain.GRAIN(g.model).apply({"params": params}, method=forward)
-    out = jax.tree.map(np.asarray, jax.jit(apply)(g.params))
-    return out | {"desc_embed": out["desc_embed"][inputs.region_mask]}
+from grain_jax.input_pipeline import tokenizer
+from grain_jax.losses import matching
+from grain_jax.training import optim
 
 
 def image_tower() -> Iterator[Comparison]:
@@ -222,11 +56,8 @@ def decoder() -> Iterator[Comparison]:
         yield relative(name, ours[name], arrays[f"outputs/{name}"])
     batch_outputs = cast(schema.Outputs, ours["outputs"])
     batch_outputs = batch_outputs._replace(text_embed=batch_outputs.text_embed[:, 0])
-    for name, field in (
-        ("img_embed", "image_embed"),
-        ("obj_embeds", "region_embed"),
-        ("text_embed", "text_embed"),
-    ):
+    fields = dict(img_embed="image_embed", obj_embeds="region_embed", text_embed="text_embed")
+    for name, field in fields.items():
         unit = scores.unit(arrays[f"outputs/{name}"])
         yield relative(f"unit {field}", getattr(batch_outputs, field), unit)
     yield relative("unit boxes", batch_outputs.pred_boxes_cxcywh[-1], arrays["outputs/pred_boxes"])
@@ -278,7 +109,7 @@ def losses() -> Iterator[Comparison]:
 def gradients() -> Iterator[Comparison]:
     """The gradient of every parameter that the reference has one for."""
     arrays, (_, _, ours) = goldens().arrays, run()
-    stored = {k.removeprefix("grads/"): a for k, a in arrays.items() if k.startswith("grads/")}
+    stored = below(arrays, "grads/")
     yield Comparison("names", float(len(stored.keys() ^ ours.keys())), 0.0)
     for name, reference in stored.items():
         yield gradient(name, ours[name], reference)
@@ -316,18 +147,13 @@ def adamw() -> Iterator[Comparison]:
             bad = g.arrays.get(f"adamw/unreliable/{name}", np.zeros(ours.shape, bool))
             sums = np.array([ours.sum(dtype=np.float64), np.abs(ours).sum(dtype=np.float64)])
             unreliable = g.meta["grad_f32_vs_f64"][name]["n_unreliable"]
-            yield Comparison(
-                f"{name} checksum",
-                float(np.abs(sums - checksums[name]).max()),
-                1e-3 * unreliable + 1e-6 * ours.size,
-            )
+            error = float(np.abs(sums - checksums[name]).max())
+            yield Comparison(f"{name} checksum", error, 1e-3 * unreliable + 1e-6 * ours.size)
             reference = g.arrays.get(f"adamw/after/{name}")
             if reference is not None:
-                # Of the token table the goldens keep the last rows only.
-                error = np.abs(
-                    ours[-len(reference) :] - reference if ours.ndim else ours - reference
-                )
-                bad = bad[-len(reference) :] if ours.ndim else bad
+                if ours.ndim:  # of the token table the goldens keep the last rows only
+                    ours, bad = ours[-len(reference) :], bad[-len(reference) :]
+                error = np.abs(ours - reference)
                 yield Comparison(name, float(np.max(error, where=~bad, initial=0.0)), 3e-6)
 
 
@@ -348,19 +174,15 @@ def degenerate() -> Iterator[Comparison]:
         ours = grads[name].astype(np.float64)
         error = np.abs(np.array([ours.sum(), np.abs(ours).sum()]) - sums).max()
         # The tolerance of `gradient` for every element.
-        yield Comparison(
-            f"{name} checksum", error, ours.size * max(1e-7, 2e-5 * np.abs(ours).max())
-        )
+        tolerance = ours.size * max(1e-7, 2e-5 * np.abs(ours).max())
+        yield Comparison(f"{name} checksum", error, tolerance)
     inputs = batch(g.arrays["degenerate/inputs/boxes"], packed=False)
     c = config(shift_labels_after_empty_box=False).loss
     terms = jax.jit(lambda out: losses_lib.total_loss(out, inputs, c))(outputs()["outputs"])
     right = g.arrays["degenerate/losses/word_loss_if_labels_correct_and_desc_dropped"]
     yield relative("word_loss, dropped from both", terms.terms["region_description"], right)
-    yield relative(
-        "box_loss, dropped from both",
-        1.5 * terms.terms["box"],
-        g.arrays["degenerate/losses/box_loss"],
-    )
+    right = g.arrays["degenerate/losses/box_loss"]
+    yield relative("box_loss, dropped from both", 1.5 * terms.terms["box"], right)
 
 
 def packed() -> Iterator[Comparison]:
@@ -445,34 +267,3 @@ def compare(group: str) -> list[Comparison]:
     """All comparisons of a group of `GROUPS`, at full float32 precision."""
     with jax.default_matmul_precision("highest"):
         return list(GROUPS[group]())
-
-
-def main() -> int:
-    """Prints the table; the exit status is 1 if a comparison fails."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="file to write every comparison to")
-    args = parser.parse_args()
-    print(f"device: {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    print(f"{'group':18} {'compared':>8} {'failed':>6} {'worst error':>11} {'tolerance':>9}  worst")
-    everything, failures = {}, 0
-    for group in GROUPS:
-        found = compare(group)
-        everything[group] = [c._asdict() | {"ok": c.ok} for c in found]
-        failed = sum(not c.ok for c in found)
-        failures += failed
-        if not found:
-            print(f"{group:18} {0:8d}  not compared: TensorFlow is not installed")
-            continue
-        worst = max(
-            found, key=lambda c: (not c.ok, c.error / c.tolerance if c.tolerance else c.error)
-        )
-        print(
-            f"{group:18} {len(found):8d} {failed:6d} {worst.error:11.2e} {worst.tolerance:9.1e}"
-            f"  {worst.name}"
-        )
-    side_by_side.write(args.json, everything)
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

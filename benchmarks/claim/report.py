@@ -1,6 +1,7 @@
 """Tables and charts of `benchmarks.claim`: means and standard deviations over seeds, differences with intervals."""
 
 import collections
+import itertools
 import math
 import pathlib
 import statistics
@@ -10,8 +11,8 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 import grain_jax
-from benchmarks import claim_design as design
-from benchmarks.claim_results import Result
+from benchmarks.claim import design
+from benchmarks.claim.results import Result
 from grain_jax.evaluate import annotated, grounding
 
 LABELS = {
@@ -31,7 +32,7 @@ LABELS = {
 
 
 def headline(result: Result) -> float:
-    """Top-1 of the unseen test classes by description, alpha 1 (`claim_design.by_description`)."""
+    """Top-1 of the unseen test classes by description, alpha 1 (`design.by_description`)."""
     return design.by_description(result, "test")
 
 
@@ -55,7 +56,8 @@ def faults(result: Result) -> list[str]:
     return found
 
 
-def _spread(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
+def spread(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
+    """Mean ± standard deviation of values times `scale`."""
     values = [scale * value for value in values]
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
@@ -77,7 +79,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _cell(results: Sequence[Result], key: str, scale: float = 100, digits: int = 1) -> str:
     values = [r[key] for r in results if key in r]
-    return _spread(values, scale, digits) if values else "-"
+    return spread(values, scale, digits) if values else "-"
 
 
 COLUMNS = {  # heading -> column of the results, scale, digits
@@ -103,7 +105,7 @@ GROUNDING = {
 
 def _rows(groups: Mapping[str, Sequence[Result]], columns: Mapping[str, tuple]) -> list[list[str]]:
     return [
-        [label, *(_cell(results, *column) for column in columns.values())]
+        [label, str(results[0]["steps"]), *(_cell(results, *column) for column in columns.values())]
         for label, results in groups.items()
         if results
     ]
@@ -122,9 +124,9 @@ def _grouped(runs: Sequence[design.Run], results: Mapping[str, Result]) -> dict[
 def report(
     studies: Mapping[str, Sequence[design.Run]],
     results: Mapping[str, Result],
-    charts: pathlib.Path,
+    charts: pathlib.Path | None,
 ) -> None:
-    """Prints the tables of all studies and draws `claim_arms.png` and the like in the folder `charts`."""
+    """Prints the tables of all studies; draws `claim_arms.png` and the like in the folder `charts`, unless None."""
     main = _grouped(studies.get("equal steps", []), results)
     if not main:
         print("No arm has finished its learning rates yet.")
@@ -143,14 +145,22 @@ def report(
             _print_health(groups)
             _print_main(groups)
             _print_differences(groups)
-    _draw_arms(main, charts / "claim_arms.png")
-    poses = _grouped(studies.get("poses", []), results)
-    if poses:
+    poses, noise = _grouped(studies.get("poses", []), results), _noise(studies, results, main)
+    if charts:
+        _draw_arms(main, charts / "claim_arms.png")
+    if charts and poses:
         _draw_arms(poses, charts / "claim_poses.png")
-    noise = _noise(studies, results, main)
     if noise:
         _print_noise(noise)
+    if charts and noise:
         _draw_noise(noise, main, charts / "claim_noise.png")
+
+
+def print_recorded(text: str) -> None:
+    """Prints tables/recorded.tsv: lines of text, and rows of cells with tabs between them as Markdown."""
+    for has_cells, lines in itertools.groupby(text.splitlines(), lambda line: "\t" in line):
+        rows = [line.split("\t") for line in lines]
+        print(table(rows[0], rows[1:]) if has_cells else "\n".join(row[0] for row in rows))
 
 
 def _print_rates(studies, results) -> None:
@@ -167,56 +177,27 @@ def _print_health(main) -> None:
     rows = []
     for label, results in main.items():
         found = sorted({fault for result in results for fault in faults(result)})
-        rows.append(
-            [
-                label,
-                str(len(results)),
-                f"{results[0]['rate']:g}",
-                _spread([health(r) for r in results], 1, 2),
-                _spread([r["logit_scale"] for r in results], 1, 1),
-                _spread([r["seconds"] / 60 for r in results], 1, 1),
-                _spread([r["flops_per_step"] / 1e9 for r in results[:1]], 1, 1),
-                "; ".join(found) or "trained",
-            ]
-        )
+        row = [label, str(len(results)), f"{results[0]['rate']:g}"]
+        row += [spread([health(r) for r in results], 1, 2), _cell(results, "logit_scale", 1)]
+        row += [_cell(results, "seconds", 1 / 60), _cell(results[:1], "flops_per_step", 1e-9)]
+        rows.append([*row, "; ".join(found) or "trained"])
     header = ["arm", "seeds", "lr", "L_ic / chance", "logit scale", "minutes", "GFLOP a step", ""]
     print(table(header, rows) + "\n")
 
 
 def _print_main(groups) -> None:
     chance = next(iter(groups.values()))[0]
-    row = ["chance", "", f"{100 * chance['seen_test/chance']:.1f}"]
-    row += [f"{100 * chance['unseen_test/chance']:.1f}"] * 7
-    row += [
-        f"{100 * chance[f'retrieval/{way}/chance_r1']:.1f}"
-        for way in ("image_to_text", "text_to_image")
-    ]
-    print(table(["", "steps", *COLUMNS], _with_steps(groups, COLUMNS) + [row]))
-    print()
+    keys = ["seen_test/chance", *["unseen_test/chance"] * 7]
+    keys += [f"retrieval/{way}/chance_r1" for way in ("image_to_text", "text_to_image")]
+    row = ["chance", "", *(_cell([chance], key) for key in keys)]
+    print(table(["", "steps", *COLUMNS], _rows(groups, COLUMNS) + [row]) + "\n")
     regions = {k: v for k, v in groups.items() if v and "grounding_unseen/box_iou" in v[0]}
     if regions:
         # The chance level depends on the predicted boxes; this one is of the boxes of OURS.
         by = regions.get(LABELS[design.OURS], list(regions.values())[-1])[0]
-        chance = [
-            "chance",
-            "",
-            f"{by['grounding_unseen/chance_box_iou']:.3f}",
-            f"{100 * by['grounding_unseen/chance_box_acc50']:.1f}",
-            *(
-                f"{100 * by[f'grounding_{g}/chance_region_to_description_r1']:.1f}"
-                for g in ("seen", "unseen")
-            ),
-            f"{100 * by['grounding_unseen/chance_phrase_acc50']:.1f}",
-        ]
-        print(table(["", "steps", *GROUNDING], _with_steps(regions, GROUNDING) + [chance]) + "\n")
-
-
-def _with_steps(groups, columns) -> list[list[str]]:
-    kept = {label: results for label, results in groups.items() if results}
-    return [
-        [row[0], str(results[0]["steps"]), *row[1:]]
-        for row, results in zip(_rows(kept, columns), kept.values(), strict=True)
-    ]
+        keys = {key.replace("/", "/chance_"): form for key, *form in GROUNDING.values()}
+        row = ["chance", "", *(_cell([by], key, *form) for key, form in keys.items())]
+        print(table(["", "steps", *GROUNDING], _rows(regions, GROUNDING) + [row]) + "\n")
 
 
 def _print_differences(groups) -> None:
@@ -235,7 +216,7 @@ def _print_differences(groups) -> None:
             [
                 label,
                 ", ".join(f"{100 * values[seed]:.1f}" for seed in sorted(values)),
-                _spread(list(values.values())),
+                spread(list(values.values())),
                 "" if is_ours else ", ".join(f"{x:+.1f}" for x in lead),
                 "" if is_ours else f"{low:+.1f} to {high:+.1f}",
             ]
@@ -265,17 +246,14 @@ def _print_noise(noise) -> None:
     print(f"## Noise (seed {design.SEEDS[0]}; on top of the data set's own)\n")
     rows = []
     for name, arms in noise.items():
-        ours, control = (arms.get(arm) for arm in design.NOISE_ARMS)
-        rows.append(
-            [
-                name.replace("_", " ") + ("" if name == "none" else "%"),
-                f"{100 * headline(ours):.1f}" if ours else "-",
-                f"{100 * ours['unseen_test/alpha_0.5/top1']:.1f}" if ours else "-",
-                f"{ours['grounding_unseen/box_iou']:.3f}" if ours else "-",
-                f"{100 * headline(control):.1f}" if control else "-",
-                f"{100 * (headline(ours) - headline(control)):+.1f}" if ours and control else "-",
-            ]
-        )
+        ours, control = ([arms[arm]] if arm in arms else [] for arm in design.NOISE_ARMS)
+        row = [name.replace("_", " ") + ("" if name == "none" else "%")]
+        row += [f"{100 * headline(r):.1f}" for r in ours] or ["-"]
+        row += [_cell(ours, "unseen_test/alpha_0.5/top1")]
+        row += [_cell(ours, "grounding_unseen/box_iou", 1, 3)]
+        row += [f"{100 * headline(r):.1f}" for r in control] or ["-"]
+        leads = [headline(r) - headline(s) for r, s in zip(ours, control)]
+        rows.append(row + ([f"{100 * lead:+.1f}" for lead in leads] or ["-"]))
     ours, control = (LABELS[arm] for arm in design.NOISE_ARMS)
     print(table(["noise", f"{ours}, alpha 1", "alpha .5", "IoU", control, "lead"], rows) + "\n")
 
@@ -303,15 +281,8 @@ def query_table(run_folder: pathlib.Path, test: pathlib.Path) -> str:
         parts = ", ".join(f"{n} {100 * k / mine.sum():.0f}%" for n, k in nouns.most_common(3))
         share = f"{100 * mine.mean():.0f}%"
         rows.append([str(query), share, f"({x:.2f}, {y:.2f})", f"{spread:.3f}", iou, parts])
-    header = [
-        "query",
-        "matches",
-        "mean centre",
-        "its spread",
-        "IoU",
-        "last words of its descriptions",
-    ]
-    return table(header, rows)
+    header = ["query", "matches", "mean centre", "its spread", "IoU"]
+    return table([*header, "last words of its descriptions"], rows)
 
 
 _STYLE = {design.OURS: "#2ca02c", "clip_both": "#d62728"}
@@ -322,7 +293,7 @@ def _draw_arms(main, path: pathlib.Path) -> None:
     figure = Figure(figsize=(11, 0.5 * len(main) + 1.6), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     labels = list(main)[::-1]
-    seen = lambda r: r["seen_test/alpha_1.0/top1"]  # noqa: E731
+    seen = lambda r: r["seen_test/alpha_1.0/top1"]
     for axis, title, measure, key in (
         (left, "classes never seen, by description, alpha 1", headline, "unseen_test/chance"),
         (right, "seen classes, by name", seen, "seen_test/chance"),
@@ -353,12 +324,9 @@ def _draw_noise(noise, main, path: pathlib.Path) -> None:
         "wrong": "descriptions of other images, %",
     }
     for axis, kind in zip(axes, kinds, strict=True):
-        points = {0.0: noise["none"]} | {
-            float(name.rpartition("_")[2]): arms
-            for name, arms in noise.items()
-            if name.rpartition("_")[0] == kind
-        }
-        points = dict(sorted(points.items()))
+        of_kind = {name.rpartition("_"): arms for name, arms in noise.items()}
+        points = {float(of[2]): arms for of, arms in of_kind.items() if of[0] == kind}
+        points = dict(sorted((points | {0.0: noise["none"]}).items()))
         for arm in design.NOISE_ARMS:
             curve = [(x, 100 * headline(arms[arm])) for x, arms in points.items() if arm in arms]
             axis.plot(*zip(*curve), "o-", color=_STYLE[arm], label=LABELS[arm])

@@ -8,11 +8,10 @@ import functools
 import numpy as np
 import PIL
 import PIL.Image
-from etils import epath
 
+from benchmarks.parity.goldens import read_npz
 from grain_jax.files import images
 
-GOLDENS = epath.Path(__file__).absolute().parent.parent / "tests" / "goldens"
 SIZE = 64  # of the outputs in the goldens
 
 # Worst and mean distance to PIL, in levels of 255. PIL rounds to whole levels and clips between its two passes,
@@ -28,12 +27,6 @@ TF_DISTANCE = {
     "rgb_224x224": (1, 0.15),
     "rgb_300x200": (1, 0.15),
 }  # 0 for all other images
-
-
-def read_npz(name: str) -> dict[str, np.ndarray]:
-    """The arrays of a file of tests/goldens."""
-    with (GOLDENS / name).open("rb") as file, np.load(file) as stored:
-        return dict(stored)
 
 
 @functools.cache

@@ -56,33 +56,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "grain_captions": _CAPTIONS,
     "grain_both": {**_DESCRIPTIONS, **_CAPTIONS},
     "grain_pooled": {**_DESCRIPTIONS, **_CAPTIONS, **_POOLED},
-    # After the results of the others, and of benchmarks/regions.py.
+    # After the results of the others, and of regions.py.
     "grain_boxes": {**_DESCRIPTIONS, **_CAPTIONS, **_POOLED, **_BOXES},
 }
 OURS = "grain_pooled"  # its lead over every other arm is reported
 CLIP_ARMS = tuple(arm for arm in ARMS if arm.startswith("clip"))  # no region losses
-KEY_ARMS = (
-    "clip",
-    "clip_descriptions",
-    "clip_both",
-    "clip_pooled",
-    "grain",
-    OURS,
-)  # these run first
+KEY_ARMS = ("clip", "clip_descriptions", "clip_both", "clip_pooled", "grain", OURS)  # run first
 
-AVIARY = dict(
-    seed=23,
-    scale_from=0.95,
-    turn=3.0,
-    shift=0.02,
-    mirrored=0.0,
-    least_parts=8,
-    most_parts=8,
-    misses=0.1,
-    caption_parts=4,
-    seen_per_species=10,
-    held_out_genera=20,
-)
+AVIARY = dict(seed=23, scale_from=0.95, turn=3.0, shift=0.02, mirrored=0.0, misses=0.1)
+AVIARY |= dict(least_parts=8, most_parts=8, caption_parts=4, seen_per_species=10)
+AVIARY |= dict(held_out_genera=20)
 # The main data set has eased poses, the other those of the demo.
 AVIARIES: dict[str, dict[str, Any]] = {
     "main": {},
@@ -121,15 +104,8 @@ def changes(run: Run, config: str) -> dict[str, Any]:
     run_keys = {"seed": run.seed, "total_steps": run.steps, "optim.learning_rate": run.rate}
     if config != CONFIG:
         return {**run_keys, **ARMS[run.arm]}
-    return {
-        **run_keys,
-        "optim.warmup_steps": 60,
-        "log_every": 10,
-        "checkpoint_every": 0,
-        "pictures": 0,
-        **SETTING,
-        **ARMS[run.arm],
-    }
+    short = {"optim.warmup_steps": 60, "log_every": 10, "checkpoint_every": 0, "pictures": 0}
+    return {**run_keys, **short, **SETTING, **ARMS[run.arm]}
 
 
 def by_description(result: Mapping[str, Any], split: str) -> float:
@@ -157,11 +133,7 @@ def best_rate(results: Mapping[str, Mapping[str, Any]], arm: str, steps: int) ->
 
 
 def plan(
-    results: Mapping[str, Mapping[str, Any]],
-    *,
-    steps: int,
-    aviaries: bool,
-    noise: bool = False,
+    results: Mapping[str, Mapping[str, Any]], *, steps: int, aviaries: bool, noise: bool = False
 ) -> dict[str, list[Run]]:
     """Study -> its runs; runs that depend on a learning rate are absent until it is chosen.
 

@@ -1,4 +1,4 @@
-"""The attention programs on this device against products and softmax in float32; a part of `benchmarks.accelerator`."""
+"""The attention programs on this device against products and softmax in float32."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Images and texts read by a torch Dataset, for the comparison in `benchmarks.input`.
+"""Images and texts read by a torch DataLoader.
 
 Texts are padded to 77, and the five regions of the highest score of an image are kept.
 """
@@ -15,8 +15,18 @@ import torchvision
 from etils import epath
 from torchvision.transforms import v2
 
+from benchmarks.input import made
+from grain_jax import schema
+
 MAX_REGIONS = 5
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def loader(folder: epath.Path, kind: str) -> torch.utils.data.DataLoader:
+    """An endless DataLoader of 2 workers of `Images`."""
+    dataset = Images(folder, kind)
+    endless = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=1 << 40)
+    workers = dict(num_workers=made.WORKERS, persistent_workers=True, collate_fn=collate)
+    return torch.utils.data.DataLoader(dataset, made.BATCH, sampler=endless, **workers)
 
 
 class Images(torch.utils.data.Dataset):
@@ -25,21 +35,18 @@ class Images(torch.utils.data.Dataset):
     Args:
       folder: a folder with A.jsonl and the folder `images`.
       kind: "PIL" (float32, normalised, as in the reference) or "torchvision" (uint8).
-      size: edge of the square, pixels.
     """
 
-    def __init__(self, folder: epath.Path, kind: str, size: int):
-        self._folder, self._size = folder / "images", size
+    def __init__(self, folder: epath.Path, kind: str):
+        self._folder, self._size = folder / "images", (made.SIZE, made.SIZE)
         self._lines = [json.loads(line) for line in (folder / "A.jsonl").read_text().splitlines()]
         self._tokenize = open_clip.SimpleTokenizer()
         self._read = {"PIL": self._by_pil, "torchvision": self._by_torchvision}[kind]
         self._transform = torchvision.transforms.Compose(
             [
-                torchvision.transforms.Resize(
-                    (size, size), torchvision.transforms.InterpolationMode.BICUBIC
-                ),
+                torchvision.transforms.Resize(self._size, v2.InterpolationMode.BICUBIC),
                 torchvision.transforms.ToTensor(),
-                torchvision.transforms.Normalize(_MEAN, _STD),
+                torchvision.transforms.Normalize(schema.IMAGE_MEAN, schema.IMAGE_STD),
             ]
         )
 
@@ -70,10 +77,8 @@ class Images(torch.utils.data.Dataset):
     def _by_torchvision(self, path: str):
         encoded = torchvision.io.read_file(path)
         image = torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB)
-        resized = v2.functional.resize(
-            image, [self._size, self._size], v2.InterpolationMode.BICUBIC, antialias=True
-        )
-        return resized, image.shape[1:]
+        bicubic = v2.InterpolationMode.BICUBIC
+        return v2.functional.resize(image, self._size, bicubic, antialias=True), image.shape[1:]
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -3,19 +3,15 @@
 import json
 import pathlib
 import random
+from collections.abc import Mapping
 
 from grain_jax.data import build, example
 
-from benchmarks import claim_design as design
-from grain_jax import errors
+from benchmarks.claim import design
+from benchmarks.claim.results import ClaimError
 from grain_jax.files import images
 
-_PARTS = ("A.jsonl", "seen", "unseen", "unseen.json", "test/A.jsonl", "test/seen.jsonl")
-_PARTS += ("test/unseen.jsonl",)
-
-
-class ClaimError(errors.UserError):
-    """Unusable input; the message is one line."""
+PARTS = "A.jsonl seen unseen unseen.json test/A.jsonl test/seen.jsonl test/unseen.jsonl".split()
 
 
 def prepare(data: str, source: pathlib.Path | None, work: pathlib.Path) -> pathlib.Path:
@@ -35,15 +31,10 @@ def prepare(data: str, source: pathlib.Path | None, work: pathlib.Path) -> pathl
         _build(annotations, main, records, data)
         return main
     if source is None:
-        from grain_jax.data.aviary import __main__ as draw
-
-        options = {**design.AVIARY, **design.AVIARIES[data]}
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
         main = work / data
-        if draw.main([f"--output={main}", f"--records={records}", f"--name={data}", *flags]):
-            raise ClaimError(f"{main}: could not be drawn")
+        draw(main, records, data, {**design.AVIARY, **design.AVIARIES[data]})
     else:
-        missing = [part for part in _PARTS if not (main / part).exists()]
+        missing = [part for part in PARTS if not (main / part).exists()]
         if missing:
             raise ClaimError(
                 f"{main}: has no {', '.join(missing)}; expected the files that python -m benchmarks.claim --help lists"
@@ -53,10 +44,19 @@ def prepare(data: str, source: pathlib.Path | None, work: pathlib.Path) -> pathl
     return main
 
 
+def draw(
+    output: pathlib.Path, records: pathlib.Path, name: str, options: Mapping[str, object]
+) -> None:
+    """Draws an aviary with these options of `grain-jax aviary` and builds its records, unless they exist."""
+    from grain_jax.data.aviary import __main__ as aviary
+
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+    if aviary.main([f"--output={output}", f"--records={records}", f"--name={name}", *flags]):
+        raise ClaimError(f"{output}: could not be drawn")
+
+
 def _build(annotations, images, records, name):
-    if (
-        records / name / example.VERSION
-    ).exists():  # the builder moves it there when it is complete
+    if (records / name / example.VERSION).exists():  # moved there when it is complete
         return
     arguments = ["--annotations", annotations, "--images", images, "--output", records]
     if build.main([*map(str, arguments), "--name", name]):
@@ -82,9 +82,8 @@ def degrade(
                 continue
             x1, y1, x2, y2 = region["box"]
             if jitter:
-                right, bottom = images.open_image(
-                    images.read_file(source.parent / record["image"]), record["image"]
-                ).size
+                encoded = images.read_file(source.parent / record["image"])
+                right, bottom = images.open_image(encoded, record["image"]).size
                 width, height = (x2 - x1) * jitter, (y2 - y1) * jitter
                 x1, x2 = sorted(min(max(0.0, random_.gauss(x, width)), right) for x in (x1, x2))
                 y1, y2 = sorted(min(max(0.0, random_.gauss(y, height)), bottom) for y in (y1, y2))

@@ -1,0 +1,1 @@
+"""What an accelerator does with the train step: `python -m benchmarks.accelerator`."""

@@ -1,0 +1,188 @@
+"""Tests the claim: do regions and words in the global embedding beat CLIP at equal data and compute?
+
+    python -m benchmarks.claim run     trains every run that has no row in the table of results; may be stopped at
+                                       any time and started again
+    python -m benchmarks.claim report  prints the tables (Markdown) and draws the charts
+
+Every arm has the same towers, images, batch, schedule and grid of learning rates; arms differ in the few keys
+of `design.ARMS`. Half of the held-out classes choose the learning rate, the other half is reported.
+docs/claim.md lists what was fixed before the first run, and the results.
+
+With your own data: --data DIR, a folder with
+    A.jsonl                           training annotations (data/SCHEMA.md), images below DIR
+    seen/CLASS/*, unseen/CLASS/*      images of classes that captions name, and of held-out classes
+    unseen.json                       {"class": ["description", ...]} of the held-out classes
+    test/A.jsonl, test/seen.jsonl, test/unseen.jsonl   annotations below DIR/test, for retrieval and grounding
+and --config FILE for a larger model (default: configs/demo.py).
+"""
+
+import argparse
+import fcntl
+import os
+import pathlib
+import runpy
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.claim import data, design, report, results, runs
+from grain_jax import errors, recipe
+
+
+def make_config(run: design.Run, file: str, main: pathlib.Path, work: pathlib.Path) -> Any:
+    """The config of a run: the file, the changes of the run, and the data set in `main`."""
+    c = runpy.run_path(file)["get_config"]()
+    changed = design.changes(run, file)
+    c.update_from_flattened_dict(changed)
+    c.total_epochs = c.input.prepare = None
+    if "optim.warmup_steps" in changed:
+        c.optim.warmup_epochs = None
+    c.input.data_dir, c.input.name = str(work / "records"), run.data
+    views = work / "views" / ("main" if run.data in design.NOISE else run.data)
+    test = str(main / "test")
+    regions = run.arm not in design.CLIP_ARMS
+    described = dict(names=False, descriptions=str(main / "unseen.json"))
+    ways = {
+        "unseen": described | dict(alphas=design.ALPHAS if regions else (1.0,)),
+        "unit": described | dict(unit_features=True, alphas=(1.0,)),
+        "sentence": described | dict(descriptions=str(views / "sentences.json"), alphas=(1.0,)),
+    }
+    evals = {}
+    for split in ("validation", "test"):
+        seen, unseen = (str(views / f"{group}_{split}") for group in ("seen", "unseen"))
+        evals[f"seen_{split}"] = recipe.evaluator("zeroshot", seen, alphas=(1.0,))
+        for way in design.WAYS:
+            evals[f"{way}_{split}"] = recipe.evaluator("zeroshot", unseen, **ways[way])
+    evals["retrieval"] = recipe.evaluator("retrieval", test, annotations=f"{test}/A.jsonl")
+    for group in ("seen", "unseen") if regions else ():
+        annotations = f"{test}/{group}.jsonl"
+        evals[f"grounding_{group}"] = recipe.evaluator("grounding", test, annotations=annotations)
+    c.evals = recipe.ConfigDict(evals)
+    return c
+
+
+def train(run: design.Run, args: argparse.Namespace) -> None:
+    """Trains and evaluates one run in this process and appends its row to the table."""
+    main = args.data or args.workdir / ("main" if run.data in design.NOISE else run.data)
+    config = make_config(run, args.config, main, args.workdir)
+    done = runs.train(config, args.workdir / "runs" / run.name)
+    result = {
+        "design": design.DESIGN,
+        **run._asdict(),
+        "settings": design.settings_of(run, args.config),
+        "batch_size": done.config.batch_size,
+        "seconds": round(done.seconds, 1),
+        **done.row,
+    }
+    last = done.lines[-5:]
+    for key in (key for key in results.TRAINED if key in last[-1]):
+        result[key] = round(sum(line[key] for line in last) / len(last), 6)
+    for key in results.MEASURED:
+        if f"eval/{key}" in done.evaluated:
+            result[key] = round(done.evaluated[f"eval/{key}"], 6)
+    results.append(args.results, result)
+
+
+def train_named(args: argparse.Namespace) -> int:
+    """Trains the run `args.run` of the plan; makes its data first where that is missing."""
+    studies = make_plan(results.read(args.results), args)
+    run = next(run for run in design.order(studies) if run.name == args.run)
+    locks = args.workdir / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with (locks / f"data-{run.data}").open("w") as data_lock:
+        fcntl.flock(data_lock, fcntl.LOCK_EX)
+        data.prepare(run.data, args.data, args.workdir)
+    train(run, args)
+    return 0
+
+
+def make_plan(
+    found: Mapping[str, results.Result], args: argparse.Namespace
+) -> dict[str, list[design.Run]]:
+    """The plan of these flags (`design.plan`)."""
+    return design.plan(found, steps=args.steps, aviaries=args.data is None, noise=args.noise)
+
+
+def check_results(found: Mapping[str, results.Result], config: str) -> None:
+    """Raises ClaimError where a result has other settings than `design`."""
+    for name, result in found.items():
+        if design.settings_of(results.run_of(result), config) != result["settings"]:
+            raise results.ClaimError(
+                f"{name}: its result has other settings than benchmarks/claim/design.py; delete its row,"
+                " or give another --results"
+            )
+
+
+def run_all(args: argparse.Namespace) -> int:
+    """Trains every run that has no result yet, as many at a time as there are jobs."""
+    check_results(results.read(args.results), args.config)
+    data.prepare("main", args.data, args.workdir)  # on all cores
+    return runs.run_all(
+        "claim",
+        args,
+        lambda: [run.name for run in design.order(make_plan(results.read(args.results), args))],
+        lambda name: name in results.read(args.results),
+        ("workdir", "results", "config", "steps", "data", "noise"),
+    )
+
+
+def print_report(args: argparse.Namespace) -> int:
+    """Prints the tables of the results, and with --all those of clothes, pilots and earlier designs."""
+    found = results.read(args.results)
+    check_results(found, args.config)
+    report.report(make_plan(found, args), found, args.pictures)
+    rate = design.best_rate(found, design.OURS, args.steps)
+    if rate is not None:
+        run = design.Run(design.OURS, rate, design.SEEDS[0], args.steps)
+        folder = args.workdir / "runs" / run.name
+        if folder.exists():  # the table is in the repository, checkpoints are not
+            print(f"## Queries of {report.LABELS[run.arm]} (first seed, unseen test images)\n")
+            print(report.query_table(folder, (args.data or args.workdir / "main") / "test"))
+    if args.all:
+        print("# Clothes (Fashion-MNIST)\n")
+        found = results.read(results.TABLES / "fashion.tsv")
+        report.report(design.plan(found, steps=design.STEPS, aviaries=False), found, None)
+        report.print_recorded((results.TABLES / "recorded.tsv").read_text())
+    return 0
+
+
+def main() -> int:
+    """Runs one command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.claim",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = {"run": run_all, "report": print_report, "train": train_named}
+    parser.add_argument("command", choices=commands, metavar="run|report")
+    parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="folder of your own data")
+    parser.add_argument("--config", default=design.CONFIG, metavar="FILE")
+    parser.add_argument("--steps", type=int, default=design.STEPS, help=f"default: {design.STEPS}")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--jobs", type=int, default=cores, help="default: one a core")
+    noise = "also degrade the annotations further, on the first seed"
+    parser.add_argument("--noise", action="store_true", help=noise)
+    every = "report also clothes, queries, pilots and the first two designs, as recorded"
+    parser.add_argument("--all", action="store_true", help=every)
+    parser.add_argument("--run", metavar="NAME", help=argparse.SUPPRESS)  # of the command train
+    defaults = {
+        "workdir": ("runs/claim", "claim"),
+        "results": ("benchmarks/claim/tables/claim.tsv", "claim/results.tsv"),
+        "pictures": ("docs", "claim"),
+    }
+    for flag, (ours, own) in defaults.items():
+        said = f"default: {ours}; with --data: DIR/{own}"
+        parser.add_argument(f"--{flag}", type=pathlib.Path, help=said)
+    args = parser.parse_args()
+    for flag, (ours, own) in defaults.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, args.data / own if args.data else pathlib.Path(ours))
+    try:
+        return commands[args.command](args)
+    except errors.UserError as error:
+        print(f"python -m benchmarks.claim: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Training the runs of a study, each in a process of its own, as many at a time as there are jobs."""
+
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+from grain_jax.launch import jobs
+
+from benchmarks.claim.results import ClaimError
+
+
+class Trained(NamedTuple):
+    """A run that has ended.
+
+    Attributes:
+      config: with the numbers that the given one left open.
+      lines: values of each line of metrics.jsonl.
+      evaluated: name in results.json -> value, of the last evaluation.
+      row: the columns that every study has: device, jax, images_per_second, flops_per_step.
+      seconds: of training and evaluation.
+    """
+
+    config: Any
+    lines: list[dict[str, float]]
+    evaluated: dict[str, float]
+    row: dict[str, Any]
+    seconds: float
+
+
+def train(config: Any, workdir: pathlib.Path) -> Trained:
+    """Trains and evaluates a config (a ConfigDict) in this process."""
+    import jax
+
+    from grain_jax import config as config_lib
+    from grain_jax import train as trainer
+    from grain_jax.models.grain import GRAIN
+    from grain_jax.runtime import checkpoint, metrics_file
+    from grain_jax.training import flops, optim, sharding, train_step
+
+    trainer.keep_freed_memory()
+    began = time.monotonic()
+    trainer.train(config_lib.from_dict(config), epath.Path(workdir))
+    seconds = time.monotonic() - began
+    resolved, _ = checkpoint.newest_config(workdir)
+    assert resolved is not None
+    lines = [line.values for line in metrics_file.read([workdir / metrics_file.FILE])[0]]
+    model = GRAIN(resolved.model, resolved.dtype, resolved.remat)
+    tx = optim.optimizer(resolved.optim, lambda step: 0.0)
+    state = jax.eval_shape(lambda: sharding.unbox(train_step.init_state(model, resolved, tx)))
+    row = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "images_per_second": round(
+            statistics.median_high(line["images_per_second"] for line in lines), 1
+        ),
+        "flops_per_step": flops.matmul_flops(
+            lambda p, b: train_step.loss_and_grads(model, resolved, None, p, b, None),
+            state.params,
+            train_step.abstract_batch(resolved),
+        ),
+    }
+    evaluated = json.loads((workdir / "results.json").read_text())
+    return Trained(resolved, lines, evaluated, row, seconds)
+
+
+def run_all(
+    what: str,
+    args: Namespace,
+    names: Callable[[], Iterable[str]],
+    finished: Callable[[str], bool],
+    flags: Sequence[str],
+) -> int:
+    """Trains every run that is not finished by the command train of its module; returns the exit status.
+
+    Args:
+      what: module of the study, below benchmarks.
+      args: its arguments, with workdir and jobs.
+      names: names of the runs, the most informative first; they may grow with the results.
+      finished: whether the run of that name has its row.
+      flags: names of the arguments that the command is given, besides --run.
+
+    Raises:
+      ClaimError: runs have failed.
+    """
+    logs = epath.Path(args.workdir / "logs")
+    given = {name: getattr(args, name) for name in flags}
+    words = [f"--{n}" if v is True else f"--{n}={v}" for n, v in given.items() if v]
+    command = (sys.executable, "-m", f"benchmarks.{what}", "train", *words)
+    compiled = str(args.workdir.resolve() / "compiled")  # shared by runs that differ in their seed
+    outcome = jobs.Runner(
+        jobs=lambda: [
+            jobs.Job(name, (*command, f"--run={name}"), logs / f"{name}.log") for name in names()
+        ],
+        finished=lambda job: finished(job.name),
+        slots=jobs.slots(args.jobs),
+        screen=jobs.Screen(f"{what.rpartition('.')[2]}: "),
+        environment={"JAX_COMPILATION_CACHE_DIR": compiled, **os.environ},
+    ).run()
+    if outcome.failed:
+        failed = " ".join(outcome.failed)
+        raise ClaimError(f"{len(outcome.failed)} runs failed: {failed}; see their logs in {logs}")
+    return 128 + outcome.stopped_by if outcome.stopped_by else 0

@@ -1,0 +1,1 @@
+"""Our input pipeline beside a torch DataLoader: `python -m benchmarks.input`."""

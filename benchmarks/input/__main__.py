@@ -1,0 +1,204 @@
+"""Compares our input pipeline with a torch DataLoader, in turns in one run, and measures the CPU time of our stages.
+
+    python -m benchmarks.input [--count 2000] [--batches 20] [--turns 5] [--pictures DIR] [--json OUT.json]
+
+Makes N JPEGs of 500 x 375 (about 55 KB: noise with the spectrum of photographs) with captions and regions, and builds
+records of them in three ways: unchanged, and resized to 224 as JPEG and as PNG. Our side is all of `records.batches`:
+read, parse, decode, resize, tokenise, pack. The DataLoader has 2 workers, PIL as in the reference or torchvision's decoder
+and resize, and open_clip's tokenizer. Each side runs in its own process; a turn consumes the prefetched batches before
+its clock starts. Then the images are compared with those of PIL, and the CPU time of an image is divided by stage.
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from grain_jax.data import example
+
+from benchmarks import harness
+from benchmarks.input import made
+from grain_jax.files import images
+
+STORED_TURNS = 4  # factor of the batches a turn for images stored at 224, which are faster
+AHEAD = 6  # batches that a side may prefetch while others run
+SETTLE_SECONDS = 1.5  # time to prefetch them
+PACKAGES = "tensorflow-cpu jax torch torchvision open_clip_torch pillow numpy".split()
+
+
+def take(batches: Iterator[Any] | None) -> None:
+    """Consumes the prefetched batches, before a clock starts; None: a pause to prefetch again, at the end of a turn."""
+    if batches is None:
+        time.sleep(SETTLE_SECONDS)
+    else:
+        for _ in range(AHEAD):
+            next(batches)
+
+
+def timed(batches: Iterator[Any], count: int) -> Callable[[], list[float]]:
+    """Runs a turn of `count` batches; returns the seconds of all turns so far."""
+    seconds: list[float] = []
+
+    def turn() -> list[float]:
+        take(batches)
+        began = time.perf_counter()
+        for _ in range(count):
+            next(batches)
+        seconds.append(time.perf_counter() - began)
+        take(None)
+        return seconds
+
+    return turn
+
+
+def our_side(folder: str, name: str, count: int) -> dict[str, Callable]:
+    """Our pipeline on one of the sets."""
+    from grain_jax.input_pipeline import records
+
+    return {name: timed(records.batches(made.config(folder, name)), count)}
+
+
+def torch_side(folder: str, kind: str, count: int) -> dict[str, Callable]:
+    """A DataLoader on the image files, which decodes with PIL or torchvision."""
+    from benchmarks.input import torch_images
+
+    return {kind: timed(iter(torch_images.loader(epath.Path(folder), kind)), count)}
+
+
+def profile_side(folder: str, name: str, count: int) -> dict[str, Callable]:
+    """See `stages.side`."""
+    from benchmarks.input import stages
+
+    return stages.side(folder, name, count, take)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two images, uint8, in dB; infinite where they are equal."""
+    error = np.mean((a.astype(np.float64) - b) ** 2)
+    return float(20 * np.log10(255) - 10 * np.log10(error)) if error else float("inf")
+
+
+def quality(paths: Sequence[epath.Path]) -> dict[str, Any]:
+    """Compares images as training reads them with PIL's resize of the file.
+
+    Returns: worst and mean difference (in levels) of full-size images and of PNGs, mean and least PSNR of JPEGs, and
+      the number of images.
+    """
+    from grain_jax.input_pipeline import transforms
+
+    differences, ratios = {"original": [], "png": []}, []
+    for path in paths:
+        encoded = path.read_bytes()
+        image = images.decode_image(encoded, str(path))
+        expected = images.resize(image, made.SIZE)
+        for kind, size, setting in (
+            ("original", 0, 0),
+            ("png", made.SIZE, 0),
+            ("jpeg", made.SIZE, 95),
+        ):
+            stored, _ = example.encode_image(image, encoded, example.Encoding(kind, setting, size))
+            seen = transforms.resize(transforms.decode(stored), made.SIZE).numpy()
+            if kind == "jpeg":
+                ratios.append(psnr(seen, expected))
+            else:
+                differences[kind].append(np.abs(seen.astype(int) - expected))
+    return dict(
+        pictures=len(paths),
+        full_size_worst=max(int(d.max()) for d in differences["original"]),
+        full_size_mean=float(np.mean([d.mean() for d in differences["original"]])),
+        png_worst=max(int(d.max()) for d in differences["png"]),
+        jpeg_psnr_mean=statistics.mean(ratios),
+        jpeg_psnr_least=min(ratios),
+    )
+
+
+def throughput(folder: str, batches: int, turns: int) -> dict[str, Any]:
+    """Times all sides, prints their table and returns it."""
+    sides: dict[str, Any] = {
+        f"DataLoader {kind}": (torch_side, dict(folder=folder, kind=kind, count=batches))
+        for kind in ("PIL", "torchvision")
+    }
+    for name in made.SETS:
+        count = batches * (1 if name == "full_size" else STORED_TURNS)
+        sides[f"ours {name}"] = (our_side, dict(folder=folder, name=name, count=count))
+    timings = harness.measure(sides, turns=turns).values()
+    rates = {  # the first turn is warm-up
+        side: [given["count"] * made.BATCH / seconds for seconds in timing.value[1:]]
+        for (side, (_, given)), timing in zip(sides.items(), timings, strict=True)
+    }
+    medians = {side: statistics.median(values) for side, values in rates.items()}
+    columns = dict(pipeline="24", images_per_second=">24.0f", of_PIL=">8.2f")
+    table = harness.Table(columns | dict(of_torchvision=">15.2f"))
+    for side, values in rates.items():
+        kinds = ("PIL", "torchvision")
+        ratios = {f"of_{kind}": medians[side] / medians[f"DataLoader {kind}"] for kind in kinds}
+        table.add(pipeline=side, images_per_second=values, **ratios)
+    return {row.pop("pipeline"): row for row in table.rows}
+
+
+def profile(folder: str, batches: int, turns: int) -> dict[str, dict[str, float]]:
+    """Profiles each set, prints the table and returns the medians."""
+    out = {}
+    for name in made.SETS:
+        side = (profile_side, dict(folder=folder, name=name, count=batches))
+        (timing,) = harness.measure({"profile": side}, turns=turns).values()
+        measured = timing.value[1:]
+        out[name] = {s: statistics.median(turn[s] for turn in measured) for s in measured[0]}
+    print("CPU ms an image")
+    table = harness.Table(dict(stage="24") | dict.fromkeys(made.SETS, ">11.3f"))
+    for stage in out["full_size"]:
+        table.add(stage=stage, **{name: stages[stage] for name, stages in out.items()})
+    table.add(stage="all", **{name: sum(stages.values()) for name, stages in out.items()})
+    return out
+
+
+def main() -> None:
+    """Makes the data, and prints throughput, quality and profile."""
+    args = harness.arguments(
+        __doc__,
+        count=(2000, dict(help="number of images to make")),
+        batches=(20, dict(help=f"of {made.BATCH} images, a turn")),
+        turns=5,
+        pictures=(epath.Path, dict(help="folder of real images, for the comparison with PIL")),
+        data=(epath.Path, dict(help="folder to keep the data in, or with that of an earlier run")),
+    )
+    # As in records.py; the processes of the sides inherit it.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    result: dict[str, Any] = dict(machine=harness.machine(*PACKAGES))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.data or epath.Path(temporary)
+        if not (folder / "A.jsonl").exists():
+            made.make(folder, args.count)
+        paths = sorted((folder / "images").glob("*.jpg"))
+        size = round(statistics.mean(path.stat().length for path in paths))
+        shape = dict(height=made.HEIGHT, width=made.WIDTH)
+        result |= dict(pictures=dict(count=len(paths), **shape, bytes=size))
+        print(
+            f"{len(paths)} JPEGs of {made.WIDTH} x {made.HEIGHT}, {size / 1000:.0f} kB each; batch {made.BATCH}"
+        )
+        result |= dict(batch=made.BATCH, size=made.SIZE)
+        result["throughput"] = throughput(str(folder), args.batches, args.turns)
+        qualities = result["quality"] = {"made": quality(paths[:100])}
+        if args.pictures:
+            suffixes = (".jpg", ".jpeg", ".png")
+            real = [p for p in args.pictures.iterdir() if p.suffix.lower() in suffixes]
+            qualities["real"] = quality(sorted(real))
+        for name, q in qualities.items():
+            print(
+                f"{q['pictures']} {name} images against PIL's resize: from full size mean"
+                f" {q['full_size_mean']:.3f} and worst {q['full_size_worst']} levels of 255 off; PNG worst"
+                f" {q['png_worst']}; JPEG q95 PSNR mean {q['jpeg_psnr_mean']:.1f}, least"
+                f" {q['jpeg_psnr_least']:.1f} dB"
+            )
+        result["cpu_milliseconds"] = profile(str(folder), args.batches, args.turns)
+    harness.write(args.json, result)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Our numbers beside those of the PyTorch reference: `python -m benchmarks.parity`."""

@@ -1,0 +1,184 @@
+"""The recorded outputs of the reference (tests/goldens), and ours for the same batch."""
+
+import functools
+import json
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax import recipe, schema
+from grain_jax.convert.reference import names as torch_names
+from grain_jax.convert.reference.parameters import to_params
+from grain_jax.convert.reference.sizes import infer, sizes_of
+from grain_jax.input_pipeline import packing
+from grain_jax.losses import boxes
+from grain_jax.models import grain
+from grain_jax.training import train_step
+
+GOLDENS = epath.Path(__file__).absolute().parent.parent.parent / "tests" / "goldens"
+RELATIVE = 1e-5  # of max |reference|
+HEADS = {"image": 4, "text": 4, "decoder": 4}  # of grain_public.npz
+
+
+def read_npz(name: str) -> dict[str, np.ndarray]:
+    """The arrays of a file of tests/goldens."""
+    with (GOLDENS / name).open("rb") as file, np.load(file) as stored:
+        return dict(stored)
+
+
+class Comparison(NamedTuple):
+    """The comparison of one of our arrays with that of the reference."""
+
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within the tolerance; NaN is not."""
+        return bool(self.error <= self.tolerance)
+
+
+class Goldens(NamedTuple):
+    """grain_public.npz and the model in it, as converted from the reference."""
+
+    arrays: dict[str, np.ndarray]
+    meta: dict[str, Any]
+    model: config_lib.Model
+    params: Any
+
+
+def relative(name: str, ours, reference) -> Comparison:
+    """max |a - b| / max |b|."""
+    worst, largest = _worst(name, ours, reference)
+    return Comparison(name, worst / largest, RELATIVE)
+
+
+def gradient(name: str, ours, reference) -> Comparison:
+    """max |a - b| against the float32 accuracy of a gradient."""
+    worst, largest = _worst(name, ours, reference)
+    return Comparison(name, worst, max(1e-7, 2e-5 * largest))
+
+
+def _worst(name: str, ours, reference) -> tuple[float, float]:
+    """max |a - b| and max |b|, in float64."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    if ours.shape != reference.shape:
+        raise ValueError(f"{name}: shape {ours.shape}, expected {reference.shape}")
+    return np.abs(ours - reference).max(), np.abs(reference).max()
+
+
+def below(arrays: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries whose names start with the prefix, without it."""
+    return {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
+
+
+@functools.cache
+def goldens() -> Goldens:
+    """Reads and converts grain_public.npz."""
+    arrays = read_npz("grain_public.npz")
+    states = {module: below(arrays, f"params/{module}/") for module in ("backbone", "decoder")}
+    model = infer(states, HEADS).model
+    params = to_params(states["backbone"], states["decoder"], model)
+    meta = json.loads(str(arrays["meta_json"]))
+    return Goldens(arrays, meta, model, jax.tree.map(jnp.asarray, params))
+
+
+def config(**loss) -> config_lib.Config:
+    """A config with the behaviour of the reference for the batch of the goldens, with changes to `loss`."""
+    c = recipe.reference_behaviour(recipe.base())
+    c.total_steps, c.optim.warmup_steps = 200, 40
+    c.batch_size, c.input.lanes, c.dtype = 6, 1, "float32"
+    c.loss.group_size = 0  # the goldens come from one device
+    c.loss.update(loss)
+    return config_lib.from_dict(c)
+
+
+def batch(boxes_pixels: np.ndarray, *, packed: bool) -> schema.Batch:
+    """The inputs of the goldens as a Batch; boxes are xyxy pixels of a 224 image and are clipped here."""
+    arrays = goldens().arrays
+    mask = arrays["inputs/avail"] == 1
+    captions, descriptions = arrays["inputs/text"], arrays["inputs/desc"][mask]
+    in_captions, in_descriptions = (t.argmax(axis=1) + 1 for t in (captions, descriptions))
+    by_region = np.zeros(mask.shape, np.int64)
+    by_region[mask] = in_descriptions
+    texts = dict(caption_lengths=in_captions[:, None], region_mask=mask)
+    given = dict(description_lengths=by_region, row_length=captions.shape[1])
+    if packed:
+        ranks = -np.arange(mask.size, dtype=np.float32).reshape(mask.shape)
+        given |= dict(region_scores=ranks, pack_group=len(mask), rows=5)
+        layout = packing.pack(**texts, **given)
+    else:
+        layout = packing.one_text_per_row(**texts, **given)
+    joined = lambda texts, lengths: np.concatenate([t[:n] for t, n in zip(texts, lengths)])
+    rows = packing.fill(
+        layout,
+        caption_ids=joined(captions, in_captions),
+        description_ids=joined(descriptions, in_descriptions),
+        description_lengths=in_descriptions,
+        **texts,
+    )
+    if layout.texts_dropped or layout.captions_cut:
+        raise ValueError("the goldens' texts must all fit into the packed rows")
+    return schema.Batch(
+        image=arrays["inputs/images"].transpose(0, 2, 3, 1),
+        text_tokens=rows.tokens,
+        text_positions=rows.positions,
+        text_segments=rows.segments,
+        caption_at=layout.caption_at,
+        caption_id=np.arange(len(mask), dtype=np.int32)[:, None],
+        caption_mask=np.ones((len(mask), 1), bool),
+        description_at=layout.description_at,
+        description_id=np.arange(mask.size, dtype=np.int32).reshape(mask.shape),
+        region_boxes_cxcywh=np.asarray(boxes.xyxy_to_cxcywh(boxes_pixels.clip(0, 224) / 224)),
+        region_mask=layout.region_mask,
+        texts_dropped=np.zeros(1, np.int32),
+    )
+
+
+@jax.jit
+def _loss_and_grads(params, inputs: schema.Batch):
+    model = grain.GRAIN(goldens().model)
+    return train_step.loss_and_grads(model, config(), None, params, inputs, None)
+
+
+@functools.cache
+def run(which: str = "", *, packed: bool = False):
+    """(losses, gradients, gradients under the reference's names) of the batch `which`: "" or "degenerate/"."""
+    g = goldens()
+    terms, grads = _loss_and_grads(g.params, batch(g.arrays[f"{which}inputs/boxes"], packed=packed))
+    named = torch_names.state_dicts(grads, sizes_of(g.model))
+    return terms, grads, {f"{m}/{name}": array for m in named for name, array in named[m].items()}
+
+
+@functools.cache
+def outputs(*, packed: bool = False) -> dict[str, np.ndarray]:
+    """Outputs of towers and decoder for the batch of the goldens, before normalisation."""
+    g = goldens()
+    inputs = batch(g.arrays["inputs/boxes"], packed=packed)
+
+    def forward(module):
+        tokens, hidden = module.image_features(inputs.image)
+        texts = (inputs.text_tokens, inputs.text_positions, inputs.text_segments)
+        captions, descriptions = module.text_features(
+            *texts, inputs.caption_at, inputs.description_at
+        )
+        return dict(
+            vision_tokens=tokens,
+            decoder_hs=hidden,
+            pred_boxes=module.box_mlp(hidden[:, :, :-1]),
+            img_embed=module.image_projection(hidden[-1, :, -1]),
+            obj_embeds=module.region_projection(hidden[-1, :, :-1]),
+            text_embed=captions[:, 0],
+            desc_embed=descriptions,
+            logit_scale_exp=jnp.exp(module.logit_scale),
+            outputs=module(inputs),
+        )
+
+    apply = lambda params: grain.GRAIN(g.model).apply({"params": params}, method=forward)
+    out = jax.tree.map(np.asarray, jax.jit(apply)(g.params))
+    return out | {"desc_embed": out["desc_embed"][inputs.region_mask]}
