@@ -144,18 +144,11 @@ def format(classes: Mapping[str, Sequence[str]]) -> str:
 def read(path: epath.PathLike) -> Classes:
     """Reads the classes in a file, JSON or lines as in `parse`. Raises DemoError, which names the file."""
     path = epath.Path(path)
+    expected = f"{_JSON} or a class a line; {ELSEWHERE}"
     try:
-        with path.open("rb") as file:
-            content = file.read(LARGE + 1)
-        if len(content) > LARGE:
-            raise DemoError(f"{path.name}: more than {LARGE >> 20} MiB; {ELSEWHERE}")
-        text = content.decode()
-    except UnicodeDecodeError:
-        raise DemoError(f"{path}: not a text file; expected {_JSON} or a class a line") from None
-    except OSError as error:
-        raise DemoError(
-            f"{path}: {error.strerror or error}, expected {_JSON} or a class a line"
-        ) from None
+        text = regular_file.read_text(path, expected, LARGE)
+    except regular_file.FileError as error:
+        raise DemoError(str(error)) from None
     try:
         return parse(text)
     except DemoError as error:

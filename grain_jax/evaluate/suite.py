@@ -109,10 +109,10 @@ def run(
             }
             _say(f"{of}: {task.images} images in {seconds:.0f} s{clock.left(task.images)}")
         _write(output, results, suite)
-    _write(output, results, suite)
+    saved = _write(output, results, suite)
     if processes.process_info()[0] == 0:
         _show(results)
-    return FAILED if results["failed"] else 0
+    return FAILED if results["failed"] or not saved else 0
 
 
 def _chosen(suite: config_lib.Suite, only: Sequence[str] | None) -> dict[str, config_lib.Evaluator]:
@@ -219,9 +219,10 @@ def _same(result: Mapping[str, Any], task: _Task, again: bool) -> bool:
         return False
 
 
-def _write(output: epath.Path, results: dict[str, Any], suite: config_lib.Suite) -> None:
+def _write(output: epath.Path, results: dict[str, Any], suite: config_lib.Suite) -> bool:
+    """Whether the file could be written; the first process writes it."""
     if processes.process_info()[0]:
-        return
+        return True
     # In the order of the suite, in whatever order they were measured.
     order = [name for name in suite.evals if name in results["ran"]]
     results["ran"] = {name: results["ran"].pop(name) for name in order} | results["ran"]
@@ -232,6 +233,8 @@ def _write(output: epath.Path, results: dict[str, Any], suite: config_lib.Suite)
         atomic.write_text(output, text + "\n")
     except OSError as error:  # the results are still printed
         _say(f"--output: {output}: {error.strerror or error}; nothing was saved")
+        return False
+    return True
 
 
 def averages(ran: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -288,17 +288,21 @@ def _who(workdir: epath.Path, holder: Holder | None) -> str:
 
 @contextlib.contextmanager
 def held(workdir: epath.Path) -> Iterator[Lock]:
-    """Holds the lock of `workdir`, which is made if it does not exist.
+    """Holds the lock of `workdir`, which is made if it does not exist, and removed if nothing is written there.
 
     Raises:
       Held: another process has it.
       UserError: the workdir cannot be made or written.
     """
+    new = "://" not in str(workdir) and not workdir.exists()
     mark = take(workdir)
     try:
         yield mark
     finally:
         mark.release()
+        if new:
+            with contextlib.suppress(OSError):  # it holds something
+                Path(workdir).rmdir()
 
 
 def take(workdir: epath.Path) -> Lock:

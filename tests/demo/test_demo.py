@@ -298,8 +298,8 @@ def test_faulty_files_are_one_line(tmp_path, picture):
     (tmp_path / "x.png").write_bytes(b"\xff\xfe no picture")
     for read, name, expected in [
         (class_lists.read, "D.json", "D.json: not JSON"),
-        (class_lists.read, "x.png", "not a text file"),
-        (class_lists.read, "gone.txt", "No such file"),
+        (class_lists.read, "x.png", "not of UTF-8 text"),
+        (class_lists.read, "gone.txt", "no such file"),
         (analysis.read_image, "x.png", "x.png: 13 bytes that are no known image format"),
         (analysis.read_image, "gone.png", "No such file"),
     ]:

@@ -30,6 +30,7 @@ def folder(tmp_path, monkeypatch):
             file.write(json.dumps(line) + "\n")
     predictor = StubPredictor({0: [1, 0], 1: [0, 1]}, TEXTS, regions)
     monkeypatch.setattr(inference, "load", lambda path: predictor)
+    monkeypatch.setattr(command.saved_model, "find", lambda path: path)
     return tmp_path
 
 
@@ -93,7 +94,8 @@ def test_unknown_keys_are_counted(folder, capsys):
 
 def test_what_cannot_be_saved_is_shown(folder, capsys, monkeypatch):
     def write_bytes(self, content):
-        raise OSError(28, "No space left on device")
+        if content:  # the disk became full while it measured
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(command.epath.Path("x").__class__, "write_bytes", write_bytes)
     status, output = _run(folder, "retrieval", "--annotations", str(folder / "A.jsonl"))

@@ -149,7 +149,7 @@ def test_a_tfds_set_is_probed_by_its_splits(tmp_path):
 
 
 def _command(folder, *arguments):
-    given = ["linear-probe", "--checkpoint=RUN", f"--images={folder / 'test'}", "--cache="]
+    given = ["linear-probe", "--checkpoint=aviary-tiny", f"--images={folder / 'test'}", "--cache="]
     return command.main([*given, f"--output={folder / 'p.json'}", *arguments])
 
 

@@ -88,7 +88,7 @@ def test_the_commands_read_annotations(data, tmp_path, monkeypatch, capsys):
     predictor, given = data
     monkeypatch.setattr(command, "_load", lambda args: predictor)
     paths = [f"--{key}={value}" for key, value in given.items()]
-    words = ["maps", "--checkpoint=x", *paths, f"--output={tmp_path}/out.json"]
+    words = ["maps", "--checkpoint=aviary-tiny", *paths, f"--output={tmp_path}/out.json"]
     assert command.main(words) == 0
     assert "highest place of a map in a box" in capsys.readouterr().out
     assert json.loads((tmp_path / "out.json").read_text())["phrases"] == 3

@@ -328,8 +328,13 @@ def test_phrases_and_files_of_classes_are_bounded(tmp_path):
     with pytest.raises(class_lists.DemoError, match="got a text of 501 characters"):
         analyst.find(None, ["a" * 501])
     (tmp_path / "D.json").write_bytes(b"a\n" * (1 << 20))
-    with pytest.raises(class_lists.DemoError, match="D.json: more than 1 MiB; for more use"):
+    with pytest.raises(
+        class_lists.DemoError, match="D.json: got 2,097,152 bytes, .*; for more use"
+    ):
         class_lists.read(tmp_path / "D.json")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(class_lists.DemoError, match="pipe: got a folder, pipe or device"):
+        class_lists.read(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from grain_jax.data.annotate import outputs, prompt
 from grain_jax.data.inspect import __main__ as inspect_command
 from grain_jax.data.inspect import reading
 
+from grain_jax import config as config_lib
 from grain_jax import errors
 from grain_jax.cli import commands, process
 from grain_jax.convert import model_card
@@ -120,6 +121,9 @@ def test_an_output_is_written_to_and_not_replaced(made, tmp_path, out):
     else:
         cases.check(outcome, f"^{path}: No s")
     assert suite._read(path, again=False) is None
+    with contextlib.redirect_stderr(io.StringIO()):
+        saved = suite._write(path, {"ran": {}, "failed": {}}, config_lib.Suite(evals={}))
+    assert saved == (out == "/dev/null")
     outcome = of_shell(inspect_command.main, [made / "data" / "tiny_set", "--output", path])
     cases.check(outcome, "File exists")
     mode = os.stat(path).st_mode
