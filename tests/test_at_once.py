@@ -25,7 +25,7 @@ def _too_late(*_, **__):
     "overrides,message",
     [
         ({"model__text__tokenizer": "/nope/tokenizer.json"}, "/nope/tokenizer.json: no such file"),
-        ({"model__text__vocab_size": 600}, "has 49408 ids, but model.text.vocab_size is 600"),
+        ({"model__text__vocab_size": 600}, "has ids up to 49407, but model.text.vocab_size is 600"),
         ({"init__image": "/nope/tower.npz:params/img"}, "init.image: /nope/tower.npz:params/img: "),
         ({"init__text": "/nope"}, "init.text: /nope: no such file or folder"),
         ({"init__decoder": "/nope"}, "init.decoder: /nope: no such file or folder"),

@@ -97,6 +97,8 @@ class Output(NamedTuple):
         if path.exists():
             form = dict[str, dict[str, Any]]
             known = regular_file.read_json(path, form, "the settings of grain-jax annotate")
+        if "source" in known:  # a job without the key read images so
+            known["source"].setdefault("orientation", "file")
         for part, values in settings.items():
             for key, value in values.items():
                 old = known.get(part, {}).get(key, value)

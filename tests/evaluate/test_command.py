@@ -127,7 +127,7 @@ def test_many_faulty_lines_end_with_2(folder, capsys):
         (["zeroshot", "--templates", "no.txt", "{rest}"], "no.txt: no such file"),
         (
             ["zeroshot", "--batch-size", "0", "{rest}"],
-            "--batch-size: got '0', expected a whole number above 0",
+            "--batch-size: got '0', expected a whole number in 1..2147483647",
         ),
         (["grounding", "--annotations", "no.jsonl", "{rest}"], "no.jsonl: no such file"),
         (

@@ -175,7 +175,7 @@ def test_the_command(noisy, monkeypatch, capsys):
         (["--train={}/train", "--shots=x"], "--shots: got 'x', expected images a class, or all"),
         (
             ["--train={}/train", "--seeds=0"],
-            "--seeds: got '0', expected a whole number of at least 1",
+            "--seeds: got '0', expected a whole number in 1..1000",
         ),
         (["--train={}/other"], "only in train: ant; only in the test: bee, cow, doe"),
         (["--shots=5"], "shots: got 5, expected fewer than each class has training images"),
@@ -210,7 +210,7 @@ def test_without_scikit_learn_the_extra_is_named(noisy, capsys, monkeypatch):
             "evals.x.shots: no such key; there are: evals.x.kind, evals.x.missing,",
         ),
         (dict(kind="linear_probe", shots=(-1,)), "evals.x.shots: got (-1,), expected at least 1"),
-        (dict(kind="linear_probe", seeds=0), "evals.x.seeds: got 0, expected at least 1"),
+        (dict(kind="linear_probe", seeds=0), "evals.x.seeds: got 0, expected 1 to 1000"),
     ],
 )
 def test_faults_of_an_entry(fields, message):

@@ -123,6 +123,7 @@ def test_diagnostics_know_the_run_and_its_step(data, tmp_path, monkeypatch):
     assert given == {
         "images": "x",
         "annotations": "A.jsonl",
+        "orientation": "exif",
         "batch_size": 64,
         "state_path": tmp_path / "diagnostics" / "seen.json",
         "step": 7,

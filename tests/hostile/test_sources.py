@@ -304,7 +304,7 @@ def _first_shard(change):
         (_template({"shardLengths": ["1", str(10**12)]}), "cannot be the 1000000000000 records"),
         (_first_shard(WHOLE["a pipe"][0]), "no regular file"),
         (_first_shard(lambda path: path.write_bytes(path.read_bytes()[:500])), None),
-        (_first_shard(lambda path: path.unlink()), None),
+        (_first_shard(lambda path: path.unlink()), "the shard is gone"),
     ],
 )  # fmt: skip
 def test_a_damaged_record_set(tmp_path, change, line):
