@@ -104,7 +104,7 @@ def per_image(config: Config) -> PerImage:
     model = dataclasses.replace(config.model, attention="xla")
     module, batch = grain.GRAIN(model, config.dtype), train_step.abstract_batch(config)
     params = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), batch))
-    parts = dict.fromkeys(("image", "text", "decoder"), 0.0)
+    parts: dict[str, float] = dict.fromkeys(("image", "text", "decoder"), 0.0)
     for name, count in _by_module(jax.make_jaxpr(module.apply)(params, batch).jaxpr).items():
         parts[_part(name, model)] += count / config.batch_size
 
