@@ -51,18 +51,24 @@ class Tfds:
         return out
 
     def read(self, shard: base.Shard) -> Iterator[base.Image | base.Fault]:
-        """The range's images, as they are stored."""
+        """The range's images, as they are stored. Raises SourceError where its features cannot be read."""
         import tensorflow_datasets as tfds
 
         from grain_jax.input_pipeline import record_files
 
         split, start, stop = (shard.arguments[name] for name in ("split", "start", "stop"))
-        examples = _builder(shard.arguments["directory"]).as_dataset(
-            split=tfds.core.ReadInstruction(split, from_=start, to=stop, unit="abs"),
-            decoders={"image": tfds.decode.SkipDecoding()},
-            # One file after another, so that a place has the same example whatever the range.
-            read_config=tfds.ReadConfig(interleave_cycle_length=1),
-        )
+        try:
+            examples = _builder(shard.arguments["directory"]).as_dataset(
+                split=tfds.core.ReadInstruction(split, from_=start, to=stop, unit="abs"),
+                decoders={"image": tfds.decode.SkipDecoding()},
+                # One file after another, so that a place has the same example whatever the range.
+                read_config=tfds.ReadConfig(interleave_cycle_length=1),
+            )
+        except Exception as error:  # TFDS raises all kinds where its features do not fit each other
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise base.SourceError(
+                f"{shard.arguments['directory']}/features.json: {reason}, expected the features of its records"
+            ) from None
         index = start
         try:
             for index, example in enumerate(tfds.as_numpy(examples), start):

@@ -1,5 +1,7 @@
 """A few cases of every kind of the fuzzer, in every run of the tests."""
 
+import pytest
+
 from tests.hostile import fuzz
 
 
@@ -10,10 +12,16 @@ def test_damaged_input_of_every_kind_is_read_or_refused_in_plain_lines():
     assert sum(n for (_, outcome), n in outcomes.items() if outcome == "refused") > 10
 
 
-def test_what_the_fuzzer_has_found_stays_mended():
-    """An integer in metrics.jsonl that is larger than any float."""
-    outcomes, failures = fuzz.fuzz(("workdirs",), seed=200527, cases=1)
-    assert not failures and outcomes["workdirs", "read"] == 1
+@pytest.mark.parametrize(
+    "kind,seed,outcome",
+    [
+        ("workdirs", 200527, "read"),  # an integer in metrics.jsonl that is larger than any float
+        ("sources", 4007517, "refused"),  # features of a record set that do not fit each other
+    ],
+)
+def test_what_the_fuzzer_has_found_stays_mended(kind, seed, outcome):
+    outcomes, failures = fuzz.fuzz((kind,), seed=seed, cases=1)
+    assert not failures and outcomes[kind, outcome] == 1
 
 
 def test_the_fuzzer_notices_what_it_is_there_for():
