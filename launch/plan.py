@@ -23,8 +23,8 @@ from grain_jax.launch import (
     plan_text,
     search,
 )
+from grain_jax.launch.arguments import Plan
 from grain_jax.launch.arguments import PlanOptions as Options
-from grain_jax.launch.arguments import plan_parser
 
 from grain_jax import config as config_lib
 from grain_jax import errors
@@ -369,29 +369,20 @@ class _Progress:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, plans, prints."""
-    args = plan_parser().parse_args(arguments)
+    args = Plan.parse(arguments)
     # JAX would look for TPUs here, since libtpu is there.
     jax.config.update("jax_platforms", "cpu")
     config = config_file.load(args.config, args.overrides)
     topology = chips.parse_topology(args.topology)
-    options = Options(
-        examples=args.examples,
-        price=args.price,
-        efficiency=args.efficiency,
-        input_rate=args.input_rate,
-        image_bytes=args.image_bytes,
-        storage_rate=args.storage_rate * 1e9,
-        timeout=args.timeout,
-    )
     say = _Progress()
     try:
         plan = {
             "topology": args.topology,
             "overrides": args.overrides,
-            **make(config, topology, options, say),
+            **make(config, topology, args.assumptions, say),
         }
         if args.search:
-            plan["search"] = find(config, topology, options, say, plan)
+            plan["search"] = find(config, topology, args.assumptions, say, plan)
     except compiler.CompilerFailed as error:
         say.close()
         print(error, file=sys.stderr)

@@ -11,7 +11,7 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax import errors, recipe
 from grain_jax.cli import config_file
-from grain_jax.cli.train import parser
+from grain_jax.cli.train import Train
 from grain_jax.config import evals, listing, roles
 from grain_jax.recipe import points
 from tests import tiny
@@ -300,7 +300,7 @@ def sweep():
 PARSE = (
     "from grain_jax.cli import config_file, process, train\n"
     "def main(arguments):\n"
-    "    args = train.parser().parse_args(arguments)\n"
+    "    args = train.Train.parse(arguments)\n"
     "    c = config_file.load(args.config, args.overrides)\n"
     "    print(c.batch_size, c.model.image.width)\n"
     "process.run(main)"
@@ -409,7 +409,7 @@ def test_wrong_usage_is_one_line_and_status_2(arguments, message):
 
 def _parsed(*arguments):
     """The Config of a command line."""
-    args = parser().parse_args(["--workdir=x", *arguments])
+    args = Train.parse(["--workdir=x", *arguments])
     return config_file.load(args.config, args.overrides)
 
 

@@ -95,7 +95,7 @@ def test_a_page_of_every_command_has_every_flag():
         (name, flag.name)
         for name, parser in cli.parsers().items()
         if not parser.kinds
-        for title, flags in parser.arguments()
+        for title, flags in parser.groups.items()
         if title != "help"
         for flag in flags
         if f"#### `{flag.name}" not in pages[f"commands/{name.split()[0]}.md"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from etils import epath
 from grain_jax.data import example, sources, survey
 from grain_jax.data.annotate import outputs
-from grain_jax.data.arguments import build_parser
+from grain_jax.data.arguments import Build
 
 from grain_jax import errors
 
@@ -22,7 +22,7 @@ def arguments_of_build(args: argparse.Namespace, source: sources.Source) -> argp
         "--annotations": str(epath.Path(args.output) / "A.jsonl"),
         "--images": args.images if source.images_are_files else args.output,
         "--output": str(epath.Path(args.output) / "records"),
-        "--name": args.records,
+        "--name": args.name,
         "--orientation": args.orientation,
         "--store-size": args.store_size,
         "--encoding": args.encoding,
@@ -30,7 +30,7 @@ def arguments_of_build(args: argparse.Namespace, source: sources.Source) -> argp
         "--max-faults": args.max_faults,
     }
     pairs = [f"{name}={value}" for name, value in given.items() if value is not None]
-    return build_parser().parse_args([*pairs, "--overwrite"])
+    return Build.parse([*pairs, "--overwrite"])
 
 
 def line_reader(

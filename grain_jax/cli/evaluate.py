@@ -2,173 +2,52 @@
 
 import argparse
 
-from grain_jax.cli.config_parser import ConfigParser
-from grain_jax.cli.parser import KindsParser, Parser
-from grain_jax.cli.train import add_compilation_cache, add_processes
-from grain_jax.cli.values import CHECKPOINT, add_orientation, number, positive
-from grain_jax.config.evals import MOST_DRAWS, REGION_ORDERS, STANDALONE
-
-CACHE = "~/.cache/grain_jax/text_features"
-KINDS = {
-    "zeroshot": "classifies a folder with one sub-folder a class",
-    "linear-probe": "classifies by a logistic regression on image embeddings, also of few shots",
-    "retrieval": "R@1, R@5, R@10 between images and captions, both ways",
-    "grounding": "box IoU, Acc@0.5, region-to-description R@1",
-    "boxes": "classes of given boxes, by the box head and by the nearest region",
-    "near-misses": "the right description of given boxes among hard negatives",
-    "maps": "where similarity maps of phrases are high, against their boxes",
-    "suite": "all entries of a config such as eval; --config.KEY=VALUE changes it",
-}
-_MORE = "Prints the result as a table and writes it as JSON."
-_EXAMPLES = {
-    "zeroshot": "--images runs/aviary/unseen \\\n    --descriptions runs/aviary/unseen.json",
-    "linear-probe": "--images runs/aviary/seen --shots 1,5,all",
-    "retrieval": "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test",
-    "grounding": "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test",
-    "boxes": "--annotations lvis/A.jsonl --classes lvis \\\n    --images coco/val2017",
-    "near-misses": "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test",
-    "maps": "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test",
-    "suite": "--config eval --config.data_dir=DIR",
-}
-ANNOTATED = ("retrieval", "grounding", "boxes", "near-misses", "maps")  # these read an A.jsonl
+from grain_jax.cli.flags import flag, many
+from grain_jax.cli.parser import Command, Processes
+from grain_jax.config.evals import MOST_DRAWS, ORIENTATIONS, REGION_ORDERS, STANDALONE
 
 
-def parser() -> KindsParser:
-    """The parser of `grain-jax evaluate`."""
-    return KindsParser(
-        "grain-jax evaluate",
-        [_kind(name) for name in KINDS],
-        example=f"grain-jax evaluate zeroshot --checkpoint runs/demo {_EXAMPLES['zeroshot']} --output zeroshot.json",
-    )
+class _Kind(Processes):
+    """What all kinds have.
+
+    what is measured:
+      --checkpoint DIR    workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME
+      --output OUT.json   file to write; the result is printed as a table, too
+      --batch-size N      images at a time
+      --cache DIR         folder of text embeddings, computed once; "": none
+    """
+
+    checkpoint: str
+    output: str
+    batch_size: int = STANDALONE.batch_size
+    cache: str = "~/.cache/grain_jax/text_features"
 
 
-def _kind(name: str) -> Parser:
-    prog = f"grain-jax evaluate {name}"
-    example = f"{prog} --checkpoint runs/demo {_EXAMPLES[name]} \\\n    --output {name}.json"
-    if name == "suite":
-        out = ConfigParser(prog, KINDS[name], keys=False, more=_MORE, example=example)
-    else:
-        out = Parser(prog, KINDS[name], more=_MORE, example=example)
-    measured = out.add_argument_group("what is measured")
-    add = measured.add_argument
-    add("--checkpoint", metavar="DIR", required=True, help=CHECKPOINT)
-    if isinstance(out, ConfigParser):
-        group = out.add_argument_group("the suite")
-        out.add_config(group, "eval")
-        group.add_argument("--only", metavar="NAMES", help="names of entries, with commas between")
-        out.needs = ("--config",)
-        out.switch("--again", to=group, help="measure what OUT.json has already, too")
-    else:
-        add(
-            "--images",
-            metavar="DIR",
-            required=True,
-            help="folder that the annotations' paths start from"
-            if name in ANNOTATED
-            else "folder with one sub-folder of images a class",
-        )
-        add_orientation(measured)
-    if name in ANNOTATED:
-        add("--annotations", metavar="A.jsonl", required=True, help="one JSON object a line")
-    if name == "near-misses":
-        add(
-            "--negatives",
-            metavar="N",
-            type=number(int, 1),
-            default=10,
-            help="negatives of a box; boxes with fewer are left out (default: 10)",
-        )
-    if name == "boxes":
-        add(
-            "--classes",
-            metavar="FILE",
-            help="file of class names, or the name of one of the package; default: the distinct descriptions",
-        )
-        add("--templates", metavar="FILE", help="prompts, one a line, with {} for the name")
-    add("--output", metavar="OUT.json", required=True, help="file to write")
-    if name == "zeroshot":
-        _add_zeroshot(out)
-    if name == "linear-probe":
-        _add_linear_probe(out)
-    add = out.add_argument_group("how").add_argument
-    add(
-        "--batch-size",
-        metavar="N",
-        type=positive,
-        default=STANDALONE.batch_size,
-        help="images at a time",
-    )
-    add(
-        "--cache",
-        metavar="DIR",
-        default=CACHE,
-        help='folder of text embeddings, computed once; "": none',
-    )
-    add_compilation_cache(out)
-    add_processes(out)
-    return out
+class _Labelled(_Kind):
+    """Kinds on images with classes.
+
+    the images:
+      --images DIR        folder with one sub-folder of images a class
+      --orientation exif|file  exif turns images as viewers do; file takes the pixels as they are stored
+    """
+
+    images: str
+    orientation: str = flag(ORIENTATIONS[0], choices=ORIENTATIONS)
 
 
-def _add_zeroshot(out: Parser) -> None:
-    group = out.add_argument_group("classes")
-    add = group.add_argument
-    add(
-        "--descriptions",
-        metavar="D.json",
-        help="{class name: [description, ...]}: classes by descriptions too",
-    )
-    add(
-        "--alpha",
-        type=_alphas,
-        action="append",
-        metavar="A",
-        help="share of the global score, 0 to 1, also several (0.5,1); default 1, with descriptions 1,0.5",
-    )
-    out.switch(
-        "--names",
-        default=True,
-        to=group,
-        help="use the classes' names; --no-names: a class is its descriptions alone (for names that mean nothing)",
-    )
-    add("--use-names", dest="names", type=_yes_or_no, help=argparse.SUPPRESS)
-    add(
-        "--region-order",
-        choices=REGION_ORDERS,
-        default="queries",
-        metavar="ORDER",
-        help=f"what the region score is averaged over: {', '.join(REGION_ORDERS)}; queries is the paper's (default)",
-    )
-    out.switch(
-        "--unit-features",
-        default=False,
-        to=group,
-        help="class features have unit length, as in CLIP; --no-unit-features: the mean, as in the paper's code",
-    )
-    add("--templates", metavar="FILE", help="prompts, one a line, with {} for the name")
-    add("--predictions", metavar="FILE", help="file to write: a line of JSON an image")
+class _Annotated(_Kind):
+    """Kinds on images with annotations.
 
+    the images:
+      --images DIR           folder that the annotations' paths start from
+      --annotations A.jsonl  one JSON object a line
+      --orientation exif|file  exif turns images as viewers do, and boxes are of those pixels; file takes the pixels as
+        they are stored
+    """
 
-def _add_linear_probe(out: Parser) -> None:
-    add = out.add_argument_group("the probe").add_argument
-    add(
-        "--train",
-        metavar="DIR",
-        help="class folders to train on; default: a share of each class of --images",
-    )
-    add(
-        "--shots",
-        type=_shots,
-        default=[0],
-        metavar="N,N",
-        help="training images a class, a probe each: 1,5,all; default all",
-    )
-    add(
-        "--seeds",
-        metavar="N",
-        type=number(int, 1, MOST_DRAWS),
-        default=5,
-        help="draws of few shots, which are averaged",
-    )
+    images: str
+    annotations: str
+    orientation: str = flag(ORIENTATIONS[0], choices=ORIENTATIONS)
 
 
 def _alphas(text: str) -> list[float]:
@@ -180,6 +59,35 @@ def _alphas(text: str) -> list[float]:
         ) from None
 
 
+class ZeroShot(_Labelled, name="evaluate zeroshot"):
+    """Classifies a folder with one sub-folder a class.
+
+    Example:
+      grain-jax evaluate zeroshot --checkpoint runs/demo --images runs/aviary/unseen \\
+          --descriptions runs/aviary/unseen.json --output zeroshot.json
+
+    classes:
+      --descriptions D.json   {class name: [description, ...]}: classes by descriptions too
+      --alpha A               share of the global score, 0 to 1, also several (0.5,1); default 1, with descriptions 1,0.5
+      --[no-]names            use the classes' names; --no-names: a class is its descriptions alone (for names that mean
+        nothing)
+      --region-order ORDER    what the region score is averaged over: queries, descriptions; queries is the paper's
+        (default)
+      --[no-]unit-features    class features have unit length, as in CLIP; --no-unit-features: the mean, as in the
+        paper's code
+      --templates FILE        prompts, one a line, with {} for the name
+      --predictions FILE      file to write: a line of JSON an image
+    """
+
+    descriptions: str | None = None
+    alpha: list[list[float]] = many(parse=_alphas)
+    names: bool = True
+    region_order: str = flag("queries", choices=REGION_ORDERS)
+    unit_features: bool = False
+    templates: str | None = None
+    predictions: str | None = None
+
+
 def _shots(text: str) -> list[int]:
     parts = ["0" if part == "all" else part for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
@@ -189,7 +97,109 @@ def _shots(text: str) -> list[int]:
     return list(map(int, parts))
 
 
-def _yes_or_no(text: str) -> bool:
-    if text not in ("yes", "no"):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected yes or no")
-    return text == "yes"
+class LinearProbe(_Labelled, name="evaluate linear-probe"):
+    """Classifies by a logistic regression on image embeddings, also of few shots.
+
+    Example:
+      grain-jax evaluate linear-probe --checkpoint runs/demo --images runs/aviary/seen \\
+          --shots 1,5,all --output probe.json
+
+    the probe:
+      --train DIR   class folders to train on; default: a share of each class of --images
+      --shots N,N   training images a class, a probe each: 1,5,all; default all
+      --seeds N     draws of few shots, which are averaged
+    """
+
+    train: str | None = None
+    shots: tuple[int, ...] = flag((0,), parse=_shots)
+    seeds: int = flag(5, high=MOST_DRAWS)
+
+
+class Retrieval(_Annotated, name="evaluate retrieval"):
+    """R@1, R@5, R@10 between images and captions, both ways.
+
+    Example:
+      grain-jax evaluate retrieval --checkpoint runs/demo --annotations runs/aviary/test/A.jsonl \\
+          --images runs/aviary/test --output retrieval.json
+    """
+
+
+class Grounding(_Annotated, name="evaluate grounding"):
+    """Box IoU, Acc@0.5, region-to-description R@1.
+
+    Example:
+      grain-jax evaluate grounding --checkpoint runs/demo --annotations runs/aviary/test/A.jsonl \\
+          --images runs/aviary/test --output grounding.json
+    """
+
+
+class Boxes(_Annotated, name="evaluate boxes"):
+    """Classes of given boxes, by the box head and by the nearest region.
+
+    Example:
+      grain-jax evaluate boxes --checkpoint runs/demo --annotations lvis/A.jsonl --classes lvis \\
+          --images coco/val2017 --output boxes.json
+
+    classes:
+      --classes FILE     file of class names, or the name of one of the package; default: the distinct descriptions
+      --templates FILE   prompts, one a line, with {} for the name
+    """
+
+    classes: str | None = None
+    templates: str | None = None
+
+
+class NearMisses(_Annotated, name="evaluate near-misses"):
+    """The right description of given boxes among hard negatives.
+
+    Example:
+      grain-jax evaluate near-misses --checkpoint runs/demo --annotations runs/aviary/test/A.jsonl \\
+          --images runs/aviary/test --output near-misses.json
+
+    negatives:
+      --negatives N   negatives of a box; boxes with fewer are left out
+    """
+
+    negatives: int = 10
+
+
+class Maps(_Annotated, name="evaluate maps"):
+    """Where similarity maps of phrases are high, against their boxes.
+
+    Example:
+      grain-jax evaluate maps --checkpoint runs/demo --annotations runs/aviary/test/A.jsonl \\
+          --images runs/aviary/test --output maps.json
+    """
+
+
+class Suite(_Kind, name="evaluate suite"):
+    """All entries of a config such as eval; --config.KEY=VALUE changes it.
+
+    Example:
+      grain-jax evaluate suite --checkpoint runs/demo --config eval --config.data_dir=DIR \\
+          --output suite.json
+
+    the suite:
+      --config FILE|NAME[:ARG]  a Python file with get_config, or a config of the package, such as eval; ARG goes to
+        get_config
+      --config.KEY VALUE   changes a key; the file has the keys
+      --only NAMES         names of entries, with commas between
+      --[no-]again         measure what OUT.json has already, too
+    """
+
+    config: str
+    overrides: list[str] = many(name="config.key")
+    only: str | None = None
+    again: bool = False
+
+
+_KINDS = (ZeroShot, LinearProbe, Retrieval, Grounding, Boxes, NearMisses, Maps, Suite)
+
+
+class Evaluate(Command, name="evaluate", kinds=_KINDS):
+    """Measures a checkpoint: classification, retrieval, grounding.
+
+    Example:
+      grain-jax evaluate zeroshot --checkpoint runs/demo --images runs/aviary/unseen \\
+          --descriptions runs/aviary/unseen.json --output zeroshot.json
+    """
