@@ -156,7 +156,7 @@ def _options_of(
 
     Where the class may not be imported (grain_jax/named.py), they stay as they are.
     """
-    at = lambda key: f"{path}.{key}" if path else key  # noqa: E731
+    at = lambda key: f"{path}.{key}" if path else key
     name, value = group.get(owner, ""), group.get(field.name)
     cls = fields.NoOptions
     if isinstance(name, str) and named.is_external(name):
@@ -328,7 +328,7 @@ def without_new_fields(part: Any) -> dict[str, Any]:
         if isinstance(value, Mapping):
             return plain(dict(value))
         values = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
-        is_new = lambda field, x: field.metadata.get("added") and x == fields.default_of(field)  # noqa: E731
+        is_new = lambda field, x: field.metadata.get("added") and x == fields.default_of(field)
         return {field.name: plain(x) for field, x in values if not is_new(field, x)}
 
     found = {}

@@ -105,7 +105,7 @@ def evaluate(
     for number in numbers:
         check_shots(number, np.bincount(learnt.label, minlength=len(classes)), classes)
     # Only the first process fits; the others wait for its result.
-    probes = lambda: {  # noqa: E731
+    probes = lambda: {
         f"shots_{number or 'all'}": _probe(learnt, tested, number, seeds, classes)
         for number in numbers
     }

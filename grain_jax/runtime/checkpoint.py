@@ -98,7 +98,7 @@ def manager(workdir: epath.PathLike, config: config_lib.Config) -> Manager:
         kept.append(EveryNSteps(config.checkpoint_keep_every))
     best_fn = None
     if config.checkpoint_best_metric:
-        best_fn = lambda metrics: metrics[config.checkpoint_best_metric]  # noqa: E731
+        best_fn = lambda metrics: metrics[config.checkpoint_best_metric]
         kept.append(
             BestN(
                 get_metric_fn=best_fn,

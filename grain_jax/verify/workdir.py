@@ -13,7 +13,7 @@ from grain_jax.input_pipeline import sources
 from grain_jax.runtime import checkpoint, metrics_file, receipt
 
 
-class Mismatch(Exception):  # noqa: N818
+class Mismatch(Exception):
     """The run is not what its receipt says; the message has one line a cause."""
 
 

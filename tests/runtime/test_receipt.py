@@ -113,7 +113,7 @@ def test_every_field_of_a_batch_counts_and_so_does_its_place(field):
 
 def _state(mesh, params):
     spec = {"a": PartitionSpec("fsdp", None, "tensor"), "b": PartitionSpec(("data", "fsdp"))}
-    put = lambda x, s: jax.device_put(x, NamedSharding(mesh, s))  # noqa: E731
+    put = lambda x, s: jax.device_put(x, NamedSharding(mesh, s))
     placed = {k: put(v, spec[k]) for k, v in params.items()}
     return train_step.TrainState(None, placed, {"m": placed["a"]}, {}, None, None, None)
 
