@@ -25,31 +25,6 @@ NAMED = {
     "maps": "grain_jax.evaluate.evaluators:Maps",
     "diagnostics": "grain_jax.evaluate.evaluators:Diagnostics",
 }
-# Entries in a config.json of an older version have the keys of all kinds, with these values where they say
-# nothing; the digest of a config (runtime/receipt.py) counts `_OLDEST` in every entry, and the others where they differ.
-_OLDEST = dict(
-    images="",
-    descriptions=None,
-    annotations=None,
-    alphas=(1.0, 0.5),
-    names=True,
-    region_order="queries",
-)
-_OLDER = dict(
-    tfds=None,
-    split="test",
-    data_dir=None,
-    classes=None,
-    unit_features=False,
-    templates=None,
-    missing="error",
-    get=None,
-    orientation="exif",
-    train=None,
-    shots=(),
-    seeds=5,
-)
-
 MOST_DRAWS = 1000  # of few shots; more is a typing error
 
 
@@ -181,31 +156,6 @@ def find(kind: str) -> type[Evaluator]:
         lacks = ", ".join(sorted(found.__abstractmethods__))
         raise errors.UserError(f"evaluator {kind!r}: has no {lacks}; expected check and evaluate")
     return found
-
-
-def without_keys_of_other_kinds(cls: type[Evaluator], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry without the keys that older versions gave every kind, where they have the value that says nothing."""
-    own = {field.name for field in dataclasses.fields(cls)}
-    unset = _OLDEST | _OLDER
-
-    def says_nothing(key: str, value: Any) -> bool:
-        value = tuple(value) if isinstance(value, list) else value
-        return key in unset and key not in own and value == unset[key]
-
-    return {key: value for key, value in entry.items() if not says_nothing(key, value)}
-
-
-def for_digest(entry: Evaluator) -> dict[str, Any]:
-    """An entry as the digest of a config counts it: an entry of an older version has the digest it had there."""
-    if isinstance(entry, NotImported):
-        return dict(entry.entry)
-    own = {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}
-    if entry.kind not in NAMED:
-        return own
-    differs = {
-        key: value for key, value in own.items() if key not in _OLDER or value != _OLDER[key]
-    }
-    return _OLDEST | differs
 
 
 def how_to_get(get: str | None) -> str:

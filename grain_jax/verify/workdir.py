@@ -1,6 +1,5 @@
 """What a workdir says of its run, and whether its files agree: records, checkpoints, metrics, config."""
 
-import dataclasses
 import json
 from typing import Any, NamedTuple
 
@@ -166,8 +165,7 @@ def check_config(run: Run) -> None:
     """Raises Mismatch where config.json has other numbers than the newest checkpoint was made with."""
     newest = max(run.kept)
     here, there = (
-        config_lib.select(dataclasses.asdict(c), {"order", "numbers"})
-        for c in (run.config, run.kept[newest].config)
+        config_lib.select(c, {"order", "numbers"}) for c in (run.config, run.kept[newest].config)
     )
     faults = [
         f"config.json: {key}: got {here.get(key)!r}; checkpoint {newest} was made with {there.get(key)!r}"

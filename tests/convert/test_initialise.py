@@ -1,6 +1,5 @@
 """`init.image`, `init.text` and `optim.frozen`: towers that start from elsewhere, and ones that stay as they are."""
 
-import dataclasses
 import functools
 
 import jax
@@ -342,13 +341,3 @@ def test_configs_that_contradict_themselves(change, message):
     with pytest.raises(config_lib.ConfigError) as error:
         config_lib.from_dict(c)
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_older_configs_mean_what_they_meant():
-    """Fields that came later may be missing; their values are grain_jax.recipe's."""
-    model = tiny.dictionary().model.to_dict()
-    for tower, cls in (("image", config_lib.ImageTower), ("text", config_lib.TextTower)):
-        for field in dataclasses.fields(cls):
-            if field.metadata["added"]:
-                del model[tower][field.name]
-    assert config_lib.model_from_dict(model) == tiny.config().model

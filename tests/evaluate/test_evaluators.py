@@ -15,9 +15,7 @@ from grain_jax.runtime import receipt
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.paths import ROOT
 
-OLD = (
-    ROOT / "tests" / "evaluate" / "old_run"
-)  # of a version with one union of options for all kinds
+STORED = ROOT / "tests" / "evaluate" / "stored_run"
 
 
 def _faults(entry):
@@ -30,7 +28,7 @@ def test_a_config_is_parsed_without_the_libraries_that_compute():
     code = f"""
         import json, sys
         from grain_jax import config
-        parsed = config.from_dict(json.loads(open({str(OLD / "config.json")!r}).read()))
+        parsed = config.from_dict(json.loads(open({str(STORED / "config.json")!r}).read()))
         print(*(type(entry).__name__ for entry in parsed.evals.values()))
         print(*{{"jax", "tensorflow", "numpy", "etils", "PIL"}} & sys.modules.keys())
     """
@@ -44,10 +42,11 @@ def test_a_config_is_parsed_without_the_libraries_that_compute():
     assert done.stdout == "Grounding Retrieval ZeroShot ZeroShot\n\n"
 
 
-def test_a_config_of_an_older_version_loads_and_has_its_digest():
-    stored = json.loads((OLD / "config.json").read_text())
+def test_a_stored_config_loads_and_has_its_digest():
+    """A default never changes: digests leave it out."""
+    stored = json.loads((STORED / "config.json").read_text())
     parsed = config.from_dict(stored)
-    assert receipt.config_sha256(parsed) == (OLD / "digest.txt").read_text().strip()
+    assert receipt.config_sha256(parsed) == (STORED / "digest.txt").read_text().strip()
     assert parsed.evals["unseen"] == evaluators.ZeroShot(
         images="runs/aviary/unseen",
         descriptions="runs/aviary/unseen.json",
@@ -117,7 +116,7 @@ def test_faults_of_a_class_from_outside():
     assert _faults({"kind": f"{here}:Unfinished"}) == [
         f"evaluator.kind: evaluator '{here}:Unfinished': has no evaluate; expected check and evaluate"
     ]
-    (line,) = _faults({"kind": f"{here}:OLD"})
+    (line,) = _faults({"kind": f"{here}:STORED"})
     assert line.endswith("expected a subclass of grain_jax.config.Evaluator")
     assert "has no 'Unfinnished', expected one of: " in _faults({"kind": f"{here}:Unfinnished"})[0]
     with named.importing():
@@ -125,12 +124,13 @@ def test_faults_of_a_class_from_outside():
 
 
 def test_a_stored_config_imports_no_code():
-    stored = json.loads((OLD / "config.json").read_text())
+    stored = json.loads((STORED / "config.json").read_text())
     entry = {"kind": "no.such:Class", "missing": "error", "get": None, "k": 3}
     stored["evals"]["mine"] = entry
     parsed = config.from_dict(stored)
     assert parsed.evals["mine"].kind == "no.such:Class"
-    assert config.without_new_fields(parsed)["evals"]["mine"] == entry
+    counted = config.without_defaults(parsed)
+    assert {key: counted[f"evals.mine.{key}"] for key in entry} == entry
     with pytest.raises(errors.UserError, match="a stored config imports no code; if you trust it"):
         parsed.evals["mine"].check()
 
