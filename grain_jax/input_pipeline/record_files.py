@@ -40,7 +40,7 @@ class RecordSet(NamedTuple):
 
     source: Dataset
     directory: epath.Path  # of its newest version
-    shards: tuple[order.Shard, ...]
+    shards: tuple[order.ShardFile, ...]
     has_negatives: bool
     shard_digests: dict[str, str]  # shard's path -> digest that stands beside them; {}: none does
 
@@ -127,7 +127,7 @@ def _is_of_tfds(name: Any) -> bool:
     return isinstance(name, str) and name.startswith("tensorflow_datasets.")
 
 
-def shards(directory: epath.Path, split: tfds.core.SplitInfo) -> tuple[order.Shard, ...]:
+def shards(directory: epath.Path, split: tfds.core.SplitInfo) -> tuple[order.ShardFile, ...]:
     """The shards of the split. A local one must not have the size that grain-jax build noted for another shard.
 
     A damaged record is found when it is read, and named then.
@@ -161,7 +161,7 @@ def shards(directory: epath.Path, split: tfds.core.SplitInfo) -> tuple[order.Sha
                 f"{path}: {found.st_size} bytes cannot be the {length} records that"
                 f" {_DESCRIPTIONS[0]} says; {_REBUILD}"
             )
-    return tuple(map(order.Shard, paths, split.shard_lengths))
+    return tuple(map(order.ShardFile, paths, split.shard_lengths))
 
 
 def _of_split(directory: epath.Path, split: str) -> dict[str, Any]:

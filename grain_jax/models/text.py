@@ -13,7 +13,7 @@ from grain_jax import config as config_lib
 from grain_jax.models import attention, layers, placement, towers
 
 
-class Block(nn.Module):
+class TextLayer(nn.Module):
     """Pre-norm attention and MLP with CLIP's initial values: scaled by depth, the MLP biases as in torch."""
 
     tower: config_lib.TextTower
@@ -90,7 +90,7 @@ class TextTransformer(towers.TextTower):
         if mask is not None and program == "xla":
             mask = mask.mask()  # once for all layers
         blocks = layers.scan_layers(
-            Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=(nn.broadcast,)
+            TextLayer, t.depth, remat=self.remat, unroll=t.unroll, in_axes=(nn.broadcast,)
         )(t, self.dtype, program, name="blocks")
         x, _ = blocks(x, mask)
         return x.reshape(*shape, t.width)

@@ -24,7 +24,7 @@ def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
     return np.pad(out, ((0, 0), (0, width - out.shape[1]))).astype(np.float32)
 
 
-class Block(nn.Module):
+class ImageLayer(nn.Module):
     """Pre-norm attention and MLP, each added to its input."""
 
     tower: config_lib.ImageTower
@@ -125,8 +125,8 @@ class ImageTransformer(towers.ImageTower):
         if t.pre_norm:
             x = layers.LayerNorm(t.norm_eps, name="pre_norm")(x)
         x = placement.by_batch(x)
-        blocks = layers.scan_layers(Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=())(
-            t, self.dtype, attention.choose(self.attention, self.dtype, t.heads), name="blocks"
-        )
+        blocks = layers.scan_layers(
+            ImageLayer, t.depth, remat=self.remat, unroll=t.unroll, in_axes=()
+        )(t, self.dtype, attention.choose(self.attention, self.dtype, t.heads), name="blocks")
         x, _ = blocks(x)
         return layers.LayerNorm(t.norm_eps, name="norm")(x)

@@ -52,7 +52,10 @@ def test_softmax_and_its_gradient_are_jaxs(draw, dtype, tolerance):
 def test_what_an_image_block_keeps_for_the_backward_pass():
     """Of bfloat16: inputs of norms and products, weights of the attention; the widest array once, not four times."""
     tower = tiny.config(dtype="bfloat16").model.image
-    block, x = vit.Block(tower, jnp.dtype("bfloat16")), jnp.ones((4, 17, tower.width), jnp.bfloat16)
+    block, x = (
+        vit.ImageLayer(tower, jnp.dtype("bfloat16")),
+        jnp.ones((4, 17, tower.width), jnp.bfloat16),
+    )
     variables = jax.jit(block.init)(jax.random.key(0), x)
     _, backward = jax.vjp(lambda x: block.apply(variables, x)[0], x)
     kept = [a for a in jax.tree.leaves(backward) if a.ndim >= 3 and a.shape[0] == 4]
