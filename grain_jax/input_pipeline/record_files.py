@@ -182,8 +182,8 @@ def _of_split(directory: epath.Path, split: str) -> dict[str, Any]:
         ) from None
 
 
-def identities(sets: Sequence[RecordSet]) -> list[sources.Identity]:
-    """What tells each set from others, wherever it lies.
+def identity(one: RecordSet) -> sources.Identity:
+    """What tells a set from others, wherever it lies.
 
     The order of the data depends on `shard_lengths`. `digest` is one of all `records` where grain-jax build wrote it
     beside them (one small file is read), else one of the `files`: the names of all shards, and the size and the
@@ -193,10 +193,6 @@ def identities(sets: Sequence[RecordSet]) -> list[sources.Identity]:
     Raises:
       DataError: DIGEST_FILE is damaged, or a first record cannot be read.
     """
-    return [_identity(one) for one in sets]
-
-
-def _identity(one: RecordSet) -> sources.Identity:
     lengths = [shard.num_records for shard in one.shards]
     written = _of_split(one.directory, one.source.split)
     if written.get("shard_lengths") == lengths:  # else DIGEST_FILE is of other shards

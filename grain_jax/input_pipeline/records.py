@@ -56,8 +56,8 @@ def num_examples(config: Config) -> int:
 
 
 def identities(config: Config) -> list[sources.Identity]:
-    """Those of the sets; see record_files.identities. Raises as it and `record_files.find`."""
-    return record_files.identities(record_files.find(config))
+    """Those of the sets. Raises as `record_files.identity` and `record_files.find`."""
+    return [record_files.identity(one) for one in record_files.find(config)]
 
 
 def num_shards(config: Config) -> dict[str, int]:
