@@ -25,7 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from grain_jax import config as config_lib
-from grain_jax import errors, inference, losses
+from grain_jax import errors, inference, losses, progress
 from grain_jax.cli import config_file, process
 from grain_jax.cli.train import parser
 from grain_jax.config.evals import Context
@@ -329,7 +329,7 @@ def compile_step(run: Run, program: train_step.Program, records: "Records"):
         step_fn = lowered.compile()
     with placement.on(run.mesh, sharding.BATCH_AXES):
         programs = attention.of_towers(run.config.model, run.config.dtype)
-    took = metrics_writer.duration(time.monotonic() - began)
+    took = progress.duration(time.monotonic() - began)
     records.say(f"compiled in {took}; attention of the towers: {programs}")
     warning = memory.check_step(run.given, run.mesh, program, step_fn, run.memory)
     if warning:
