@@ -17,12 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from grain_jax import printable
-from grain_jax.evaluate import annotated, grounding, tables, test_sets
+from grain_jax.evaluate import annotated, encode, grounding, tables, test_sets
 from grain_jax.files import annotations as annotations_lib
 from grain_jax.files import regular_file
 from grain_jax.inference import scores
-from grain_jax.report import charts, looking
-from grain_jax.runtime import metrics_file
+from grain_jax.report import charts
+from grain_jax.runtime import metrics_file, processes
 
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e67e00", "#0c8c96", "#c2388f", "#7a4b2a")
 _CURVES = ("#333333", COLOURS[1], COLOURS[4], COLOURS[2], COLOURS[3], *COLOURS[5:])
@@ -76,6 +76,7 @@ def curves(metrics_jsonl: epath.PathLike, output_png: epath.PathLike) -> None:
     _save(figure, output_png)
 
 
+@processes.alone()
 @_texts_as_they_are
 def regions_grid(
     predictor: Any,
@@ -108,7 +109,7 @@ def regions_grid(
     chosen = [records[i] for i in places]
     folder = annotated.image_folder(images_dir)
     files = [test_sets.of_path(folder / r.image, orientation=orientation) for r in chosen]
-    batch = looking.encode(predictor, files)
+    batch = encode.gather_images(predictor, files, label="pictures", unreadable={})
     read = [chosen[i] for i in batch.index]
     described = grounding.described_boxes(read, batch.sizes)
     texts = grounding.distinct(
@@ -245,6 +246,8 @@ def _lines(axis: Axes, chart: charts.Chart, series) -> None:
     values = [value for key in chart.series for value in series[key][1]]
     if chart.log and min(values) > 0:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")  # no formula, see _texts_as_they_are
+        axis.yaxis.set_minor_formatter("")
     elif min(values) >= 0:
         axis.set_ylim(bottom=0)
     axis.set_xlabel("step", fontsize=8)
