@@ -4,8 +4,6 @@ A predictor is an `inference.Predictor`, or any object with the methods of `Pred
 """
 
 import itertools
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -13,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from etils import epath
 
-from grain_jax import errors, schema
+from grain_jax import errors, progress, schema
 from grain_jax.evaluate import test_sets
 from grain_jax.evaluate.test_sets import InputError
 from grain_jax.files import images as image_files
@@ -26,7 +24,6 @@ SMALLER = (
     f" or {errors.MORE_MEMORY}"
 )
 _THREADS = 8  # that read images; decoding releases the lock of the Python interpreter
-_SECONDS_BETWEEN_LINES = 30.0  # between progress lines, if stderr is no terminal
 _NAMED_IMAGES = 20  # unreadable images that a result lists, at most
 
 
@@ -157,7 +154,13 @@ def encode_images(
     seen, failure = 0, None
     try:
         with errors.out_of_memory_in_a_line(label, lambda: SMALLER):
-            progress = _Progress(label, len(mine), len(images))
+            counter = progress.Counter(
+                label,
+                len(images),
+                "images",
+                silent=processes.process_info()[0] > 0,
+                times=len(images) / max(len(mine), 1),  # as if the other processes were as fast
+            )
             for batch in _batches(
                 predictor,
                 stretch,
@@ -167,7 +170,7 @@ def encode_images(
                 boxes_of,
                 embed,
                 batch_size,
-                progress,
+                counter,
             ):
                 seen += len(batch.index)
                 yield batch
@@ -198,7 +201,7 @@ def _batches(
     boxes_of: BoxesOf | None,
     embed: bool,
     batch_size: int,
-    progress: "_Progress",
+    counter: progress.Counter,
 ) -> Iterator[Encoded]:
     """The batches of `stretch`, whose first image has position `start`; `left_out` gets the unreadable ones."""
     model = getattr(predictor, "model", None)  # a config.Model; test doubles may have none
@@ -241,8 +244,8 @@ def _batches(
                     image_embed, found, box_embed = _encode(predictor, batch, regions, boxes)
                 at = np.array(index), np.array(sizes), np.array(labels)
                 yield Encoded(*at, image_embed, found, box_embed, batch)
-            progress.update(len(current))
-    progress.close()
+            counter.add(len(current))
+    counter.close()
 
 
 def _encode(
@@ -281,36 +284,3 @@ def report_unreadable(unreadable: Mapping[str, str]) -> dict[str, Any]:
     if unreadable:
         out["unreadable_pictures"] = list(unreadable.values())[:_NAMED_IMAGES]
     return out
-
-
-class _Progress:
-    """Shows images done and time left: on a terminal one line that is rewritten, else a line every 30 seconds."""
-
-    def __init__(self, label: str, share: int, total: int):
-        self._label, self._total, self._done = label, total, 0
-        self._times = total / max(share, 1)  # assumes that the other processes are as fast
-        self._start = self._last = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-        self._silent = processes.process_info()[0] > 0
-
-    def update(self, count: int) -> None:
-        if self._silent:
-            return
-        self._done += count * self._times
-        now = time.monotonic()
-        if now - self._last < (0.2 if self._terminal else _SECONDS_BETWEEN_LINES):
-            return
-        self._last = now
-        left = (now - self._start) / self._done * (self._total - self._done)
-        text = (
-            f"{self._label}: {self._done:.0f}/{self._total} images,"
-            f" {self._done / (now - self._start):.0f}/s, {left:.0f} s left"
-        )
-        if self._terminal:
-            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._terminal and not self._silent:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
