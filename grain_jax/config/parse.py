@@ -89,7 +89,7 @@ def _evaluator(value: Any, path: str, faults: list[str]) -> Evaluator | None:
     except errors.UserError as error:
         faults.append(f"{path}.kind: {error}")
         return None
-    return build(cls, evals.without_keys_of_other_kinds(cls, value), path, faults)
+    return build(cls, value, path, faults)
 
 
 def _plain(value: Any) -> Mapping[str, Any]:
@@ -321,7 +321,7 @@ def without_new_fields(part: Any) -> dict[str, Any]:
         if isinstance(value, tuple):
             return tuple(map(plain, value))
         if isinstance(value, Evaluator):
-            return evals.for_digest(value)
+            return evals.as_dict(value)
         return without_new_fields(value) if dataclasses.is_dataclass(value) else value
 
     def options(value):
