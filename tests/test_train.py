@@ -16,7 +16,7 @@ import pytest
 import grain_jax
 from grain_jax import config, errors, recipe, train
 from grain_jax.input_pipeline import synthetic
-from grain_jax.runtime import checkpoint, metrics_writer, preemption
+from grain_jax.runtime import checkpoint, ending, metrics_writer
 from grain_jax.training import schedule, sharding
 from tests import tiny
 from tests.paths import ROOT
@@ -29,7 +29,7 @@ TIMINGS = (
 )
 
 
-class _EndsAt(preemption.PreemptionHandler):
+class _EndsAt(ending.PreemptionHandler):
     """Tells the run to end after so many steps."""
 
     def __init__(self, step):
@@ -223,19 +223,19 @@ def _processes(count, workdir, *flags, devices=4):
 
 
 def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(finished, tmp_path, capfd):
-    handler = preemption.PreemptionHandler()
+    handler = ending.PreemptionHandler()
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one counts
         handler.tell(number)
     with pytest.raises(SystemExit) as end:
         train.train(tiny.config(), tmp_path, handler)
-    assert end.value.code == preemption.INTERRUPTED == 130
+    assert end.value.code == ending.INTERRUPTED == 130
     assert "saved at step 1 of 10" in capfd.readouterr().err
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
-    handler = preemption.PreemptionHandler()
+    handler = ending.PreemptionHandler()
     handler.tell(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
         train.train(tiny.config(), tmp_path, handler)
-    assert end.value.code == preemption.PREEMPTED == 75
+    assert end.value.code == ending.PREEMPTED == 75
     train.train(tiny.config(), tmp_path)
     assert _lines(tmp_path) == _lines(finished)
 
@@ -244,8 +244,8 @@ def test_told_to_end_while_there_is_nothing_to_save():
     """It ends at once, even where Python could not run a handler; a child ends with it."""
     code = """if True:
         import ctypes, subprocess
-        from grain_jax.runtime import preemption
-        handler = preemption.PreemptionHandler()
+        from grain_jax.runtime import ending
+        handler = ending.PreemptionHandler()
         handler.listen()
         handler.child = subprocess.Popen(["sleep", "60"])
         print(handler.child.pid, flush=True)

@@ -93,7 +93,7 @@ def test_a_run_is_proved_bit_for_bit_where_it_was_made(finished, capsys, monkeyp
 
 def test_no_step_is_claimed_that_the_run_has_not_made():
     lines = {step: {"step": step} for step in (1, 2, 3)}
-    run = workdir_files.Run([{"step": 3}], {3: None}, lines, None)
+    run = workdir_files.Told([{"step": 3}], {3: None}, lines, None)
     assert command._first_step(run, None) == 0
     assert command._last_step(run, 0, None) == 3  # and not the 5 of a longer run
     assert command._last_step(run, 0, 2) == 2

@@ -138,14 +138,21 @@ def _words(failure: Exception | None) -> str | None:
     return f"{type(failure).__name__}: {failure}"
 
 
+def wait_for_all(key: str) -> None:
+    """Waits until all processes are here, however long: a collective gives up after half a minute on CPUs.
+
+    One that dies on the way does not keep the others: the heartbeat ends them.
+    """
+    import orbax.checkpoint as ocp  # slow to import, and a single process of an evaluation needs none of it
+
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=_PATIENCE_MS)
+
+
 def _of_all(rows: np.ndarray) -> list[np.ndarray]:
     """Each process's `rows`, uint8 [N, W], of which N may differ."""
-    import orbax.checkpoint as ocp  # slow to import, and a single process needs none of it
     from jax.experimental import multihost_utils
 
-    # A collective gives up after half a minute on CPUs; this waits, and the heartbeat ends it for the dead.
-    meet = ocp.multihost.get_barrier_sync_fn()
-    meet(key=f"evaluation {next(_meetings)}", timeout_ms=_PATIENCE_MS)
+    wait_for_all(f"evaluation {next(_meetings)}")
     lengths = multihost_utils.process_allgather(np.array([len(rows)], np.int32)).reshape(-1)
     padded = np.zeros((lengths.max(), rows.shape[1]), np.uint8)
     padded[: len(rows)] = rows

@@ -12,7 +12,7 @@ from grain_jax import config as config_lib
 from grain_jax import inference, recipe
 from grain_jax.inference import predictor as predictor_lib
 from grain_jax.report import __main__ as command
-from grain_jax.report import collect, page, pictures, regions, run_files, thumbnails
+from grain_jax.report import charts, collect, page, regions, run_files, thumbnails
 from tests import tiny
 from tests.evaluate import tfds_sets
 from tests.evaluate.stub import measure
@@ -280,7 +280,7 @@ def test_wrong_use(tmp_path, capsys):
 
 
 def test_labels_and_thinning():
-    named = pictures.headline("eval/un_seen/by_name/alpha_0.50/top1")
+    named = charts.headline("eval/un_seen/by_name/alpha_0.50/top1")
     assert named == "un seen, by name: top-1, alpha 0.5"
     assert run_files.labels(["/a/x/1", "/b/y/1"]) == ["x/1", "y/1"]
     assert run_files.labels(["/a/x", "/a/x"]) == ["//a/x (1)", "//a/x (2)"]
@@ -297,7 +297,7 @@ def test_which_curves_share_a_chart():
         "loss_x",
         "loss",
     ]
-    made = {chart["title"]: dict(chart["series"]) for chart in run_files.charts(keys, 2)}
+    made = {chart.title: chart.series for chart in charts.charts(keys, 2)}
     assert made == {
         "Losses": {"loss": "total", "loss_x": "loss_x"},
         "Share of the matched regions, by query": {"query_share/1": "query 2"},
@@ -312,4 +312,4 @@ def test_which_curves_share_a_chart():
         },
         "mfu": {"mfu": "mfu"},
     }
-    assert len(run_files.charts(keys, 1)) == len(made) - 1  # of one evaluation there is no course
+    assert len(charts.charts(keys, 1)) == len(made) - 1  # of one evaluation there is no course

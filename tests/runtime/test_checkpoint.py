@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from grain_jax import errors
-from grain_jax.runtime import checkpoint, digests, storage_faults
+from grain_jax.runtime import checkpoint, digests, ending
 from tests import tiny
 
 
@@ -187,14 +187,14 @@ def test_a_full_disk_is_one_line(error):
     if error is None:  # TensorStore's have no number
         error = ValueError("RESOURCE_EXHAUSTED: writing x: [OS error 28: No space left on device]")
     with pytest.raises(errors.StorageFault, match="^/run: no space left") as e:
-        with storage_faults.in_a_line("/run"):
+        with ending.in_a_line("/run"):
             try:
                 raise error
             except Exception as cause:
                 raise RuntimeError("save failed") from cause
     assert len(str(e.value).splitlines()) == 1
     with pytest.raises(RuntimeError, match="another"):
-        with storage_faults.in_a_line("/"):
+        with ending.in_a_line("/"):
             raise RuntimeError("another")
 
 
@@ -205,7 +205,7 @@ def test_a_full_disk_for_real(tmp_path):
         pytest.skip("only root can mount a small disk")
     try:
         with pytest.raises(errors.StorageFault, match="no space left"):
-            with storage_faults.in_a_line(tmp_path):
+            with ending.in_a_line(tmp_path):
                 save_steps(tmp_path, range(1, 99), config, width=256)
         last = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
         subprocess.run(["mount", "-o", "remount,size=8m", str(tmp_path)], check=True)

@@ -178,9 +178,9 @@ _LISTENER = """
 import contextlib, sys, time
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
-from grain_jax.runtime import distributed, preemption
+from grain_jax.runtime import distributed, ending
 port, me, heartbeat, outside = sys.argv[1], *map(int, sys.argv[2:])
-handler = preemption.PreemptionHandler()
+handler = ending.PreemptionHandler()
 handler.listen()
 distributed.initialize(f"127.0.0.1:{port}", 2, me, heartbeat)
 with distributed.ending_together(heartbeat):

@@ -13,13 +13,13 @@ import time
 import pytest
 
 from grain_jax import errors
-from grain_jax.runtime import storage_faults, watchdog
+from grain_jax.runtime import ending
 from tests.paths import ROOT
 
 _START = """
 import ctypes, os, sys, threading, time
 from grain_jax import errors
-from grain_jax.runtime import ending, preemption, watchdog
+from grain_jax.runtime import ending
 """
 
 
@@ -38,7 +38,7 @@ def _ends(process, status, within=20):
 
 
 _STANDS = """
-handler = preemption.PreemptionHandler()
+handler = ending.PreemptionHandler()
 handler.listen()
 with handler.training():
     print("training", file=sys.stderr, flush=True)
@@ -72,7 +72,7 @@ from grain_jax.input_pipeline import device
 os.mkfifo({str(tmp_path / "shard")!r})
 def batches():
     yield open({str(tmp_path / "shard")!r}).read()
-watch = watchdog.Watchdog(2)
+watch = ending.Watchdog(2)
 waiting = device.Prefetch(batches(), None, 1)
 with watch.running(7):
     with watch.pause():
@@ -95,8 +95,8 @@ with watch.running(7):
 def test_a_fault_that_cannot_be_closed_is_told_and_ends_the_process():
     process = _process("""
 from grain_jax.runtime import metrics_writer
-watchdog.FAULT_SECONDS = 2
-watch = watchdog.Watchdog(0)
+ending.FAULT_SECONDS = 2
+watch = ending.Watchdog(0)
 try:
     with watch.running(3):
         raise metrics_writer.NotFinite("loss is nan at step 4")
@@ -123,13 +123,13 @@ ending.run(command)
 
 def test_negative_seconds_are_refused():
     with pytest.raises(errors.UserError, match="--stall-seconds: got -1"):
-        watchdog.Watchdog(-1)
+        ending.Watchdog(-1)
 
 
 @pytest.fixture
 def quiet():
     hooks = threading.excepthook, sys.unraisablehook, sys.excepthook
-    storage_faults.quiet_threads()
+    ending.quiet_threads()
     yield
     threading.excepthook, sys.unraisablehook, sys.excepthook = hooks
     for name in ("absl", "asyncio"):
@@ -153,7 +153,7 @@ def test_other_threads_say_nothing_of_a_full_disk(quiet, capsys, caplog):
     full = OSError(errno.ENOSPC, "No space left on device")
     seen = []
     threading.excepthook, before = lambda args: seen.append(args.exc_value), threading.excepthook
-    storage_faults.quiet_threads()
+    ending.quiet_threads()
     _in_a_thread(full)
     assert not seen
     _in_a_thread(KeyError("x"))
@@ -182,7 +182,7 @@ def test_a_workdir_that_is_gone_is_a_line(tmp_path, remove):
         workdir.mkdir()
     expected = "the folder was removed" if remove else "x: Is a directory"
     with pytest.raises(errors.StorageFault, match=expected):
-        with storage_faults.in_a_line(workdir):
+        with ending.in_a_line(workdir):
             if not remove:
                 (workdir / "x").mkdir()
             (workdir / "x").write_text("x")

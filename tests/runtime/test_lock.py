@@ -179,7 +179,7 @@ def test_a_workdir_that_cannot_be_is_a_line(tmp_path):
 
 def test_conditional_writes_of_an_object_store(tmp_path):
     """TensorStore's, here on files: one of two writers of the same version wins."""
-    one, two = (lock._Bucket(f"file://{tmp_path}/bucket") for _ in range(2))
+    one, two = (lock._Store(f"file://{tmp_path}/bucket") for _ in range(2))
     absent = one.read()
     assert absent[0] is None
     assert one.swap(absent[1], b"one") and not two.swap(absent[1], b"two")
@@ -196,7 +196,7 @@ from grain_jax.runtime import lock
 lock.RENEW_SECONDS, lock.DEAD_SECONDS, lock.SETTLE_SECONDS = 0.3, 1.5, 0.1
 url = epath.Path("gs://bucket/run")
 def start(found):
-    storage = lock._Bucket(str(url))
+    storage = lock._Store(str(url))
     try:
         found.append(lock.Lock(url, storage, lock._take(url, storage)))
     except lock.Held as error:
@@ -207,7 +207,7 @@ start(second)
 me = first[0]._holder
 assert second[0].startswith(f"gs://bucket/run: process {me.pid} on {me.host} trains there"), second
 first[0].release()
-storage = lock._Bucket(str(url))
+storage = lock._Store(str(url))
 dead = dataclasses.replace(me, place="another boot")
 assert storage.swap(storage.read()[1], lock._bytes(dead))
 found = []
