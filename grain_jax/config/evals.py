@@ -192,11 +192,6 @@ def find(kind: str) -> type[Evaluator]:
     return found
 
 
-def as_dict(entry: Evaluator) -> dict[str, Any]:
-    """An entry as a config stores it."""
-    return dict(entry.entry) if isinstance(entry, NotImported) else dataclasses.asdict(entry)
-
-
 def how_to_get(get: str | None) -> str:
     """The end of a message about missing data."""
     return f"; to get it: {get}" if get else ""

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-import tensorflow as tf  # noqa: E402
-import tensorflow_datasets as tfds  # noqa: E402
-from etils import epath  # noqa: E402
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from etils import epath
 
-from grain_jax import errors  # noqa: E402
-from grain_jax.config import Config, Dataset  # noqa: E402
-from grain_jax.files import regular_file  # noqa: E402
-from grain_jax.input_pipeline import order, sources, text_lengths  # noqa: E402
+from grain_jax import errors
+from grain_jax.config import Config, Dataset
+from grain_jax.files import regular_file
+from grain_jax.input_pipeline import order, sources, text_lengths
 
 DAMAGE = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
 _FEATURES = ("image", "captions", "synthetic_caption", "regions")

@@ -17,6 +17,7 @@ from grain_jax.config import Config, TextTower
 from grain_jax.input_pipeline import assemble, order, shard_digests, sources, tokenizer, transforms
 from grain_jax.input_pipeline import text_lengths as text_lengths_lib
 from grain_jax.input_pipeline.record_files import DAMAGE, DataError
+from grain_jax.input_pipeline.text_cleaning import Texts
 from grain_jax.schema import Batch
 
 _UNEVEN = 1.1  # lanes whose lengths differ by more than this are worth a warning
@@ -292,7 +293,7 @@ def _to_batch(
 ) -> Batch:
     examples = transforms.Example(*columns)
 
-    def tokens_of(texts: Any, mask: Any) -> assemble.Texts:
+    def tokens_of(texts: Any, mask: Any) -> Texts:
         texts, flipped = texts[mask], examples.flipped[np.nonzero(mask)[0]]
         texts[flipped] = [assemble.exchange_sides(t.decode()) for t in texts[flipped]]
         return assemble.tokenize(texts, text_tokenizer, config.model.text.context_length)

@@ -9,6 +9,7 @@ import numpy as np
 
 from grain_jax.config import Config
 from grain_jax.input_pipeline import assemble, order, sources
+from grain_jax.input_pipeline.text_cleaning import Texts
 from grain_jax.input_pipeline.text_lengths import IMAGES, TextLengths
 from grain_jax.schema import Batch
 
@@ -136,7 +137,7 @@ def _caption_lengths(
     return np.column_stack([lengths, np.where(joined, 1 + joined, 0)])
 
 
-def _texts(rng: np.random.Generator, lengths: np.ndarray, config: Config) -> assemble.Texts:
+def _texts(rng: np.random.Generator, lengths: np.ndarray, config: Config) -> Texts:
     """Random texts of so many tokens; the last two ids of the vocabulary are start and end."""
     text = config.model.text
     lengths = lengths.clip(max=text.context_length)
@@ -145,4 +146,4 @@ def _texts(rng: np.random.Generator, lengths: np.ndarray, config: Config) -> ass
     ids[ends] = text.vocab_size - 1
     ids[ends - lengths + 1] = text.vocab_size - 2
     text_ids = rng.integers(1, 2**31 - 1, size=len(lengths), dtype=np.int32)
-    return assemble.Texts(ids, lengths.astype(np.int32), text_ids, np.zeros(len(lengths), bool))
+    return Texts(ids, lengths.astype(np.int32), np.zeros(len(lengths), bool), text_ids)

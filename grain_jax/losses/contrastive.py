@@ -81,7 +81,7 @@ def _images_and_their_texts(shard: Shard, texts, ids, real):
     outputs, config = shard.outputs, shard.config
     image = outputs.image_embed
     b, slots = real.shape
-    flat = lambda x: x.reshape(b * slots, *x.shape[2:])  # noqa: E731
+    flat = lambda x: x.reshape(b * slots, *x.shape[2:])
     own = outputs.logit_scale * jnp.sum(image[:, None] * texts, axis=-1) + outputs.logit_bias
     images = Columns(image, streaming.IdSet(ids, real), jnp.ones(b, bool))
     rows = Columns(flat(texts), flat(ids), flat(real))
@@ -150,7 +150,7 @@ def _region_description_of_group(
     label = jnp.take_along_axis(region_text_embed, label_slot[..., None], axis=1)  # [b, R, D]
     own = scale * jnp.sum(pred * label, axis=-1) + bias  # [b, R]
     label_id = jnp.take_along_axis(id_, label_slot, axis=1)
-    flat = lambda x: x.reshape(b * slots, *x.shape[2:])  # noqa: E731
+    flat = lambda x: x.reshape(b * slots, *x.shape[2:])
     negative: streaming.Negatives = streaming.negatives(
         config.contrast,
         config.tile,
@@ -194,7 +194,7 @@ def _box_description_of_group(box_embed, text_embed, scale, bias, id_, real, *, 
     """(loss of each box, 0 where it is not real; whether its own description is nearest), [b, R] each."""
     b, slots = real.shape
     own = scale * jnp.sum(box_embed * text_embed, axis=-1) + bias  # [b, R]
-    flat = lambda x: x.reshape(b * slots, *x.shape[2:])  # noqa: E731
+    flat = lambda x: x.reshape(b * slots, *x.shape[2:])
     rows = Columns(flat(box_embed), flat(id_), flat(real))
     columns = Columns(flat(text_embed), flat(id_), flat(real))
     ring, back = layout.in_group, lambda x: x.reshape(b, slots)
@@ -227,7 +227,7 @@ def hard_negative(shard: Shard) -> TermOutput:
     total, measures = Mean(zero, zero), {}
     if outputs.negative_text_embed is None:
         return TermOutput(total, measures)
-    of_label = lambda x: jnp.take_along_axis(  # noqa: E731
+    of_label = lambda x: jnp.take_along_axis(
         x, slot.reshape(*slot.shape, *(1,) * (x.ndim - 2)), axis=1
     )
     text, negatives = of_label(outputs.region_text_embed), of_label(outputs.negative_text_embed)

@@ -42,7 +42,7 @@ class Block(NamedTuple):
 
 def stream(ring: Ring, block: Block, update: Callable[[Any, Block], Any], state: Any) -> Any:
     """`state = update(state, block)` for the block of every device of the ring, this device's first."""
-    visit = lambda state, block: (update(state, block), None)  # noqa: E731
+    visit = lambda state, block: (update(state, block), None)
     return stream_and_return(ring, block, visit, lambda *_: None, state, None)[0]
 
 
@@ -134,7 +134,7 @@ def _parts(whole: Any, ways: tuple[int, ...]) -> list:
         return [whole]
 
     def half(number):
-        cut = lambda x, axis: jnp.split(x, [x.shape[axis] // 2], axis)[number]  # noqa: E731
+        cut = lambda x, axis: jnp.split(x, [x.shape[axis] // 2], axis)[number]
         return jax.tree.map(cut, whole, _axes(whole))
 
     return [half(0), half(1)]

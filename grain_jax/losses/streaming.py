@@ -168,7 +168,7 @@ def _backward(contrast, tile, ring, residuals, cotangents):
 
         return jax.lax.scan(one_tile, column_gradients, row_tiles)[0]
 
-    as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
+    as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)
     numbers = jnp.stack([as_int(out), as_int(cotangent)])
     block = Block(rows, jnp.concatenate([_label_rows(row_id), numbers]))
     column_gradients = stream(ring, block, update, jnp.zeros_like(column_tiles.embed))
@@ -251,7 +251,7 @@ def _forward_of_both(tile, ring, rows, columns, scale, bias):
         start = jax.lax.axis_index(ring.gather) * len(columns.real)
         column_sums = jax.lax.dynamic_slice_in_dim(column_sums, start, len(columns.real))
     row_sums = row_sums.reshape(-1, 2)[: len(rows.real)]
-    read = lambda sums: Negatives(sums[:, 0] + jnp.log(sums[:, 1]), sums[:, 0])  # noqa: E731
+    read = lambda sums: Negatives(sums[:, 0] + jnp.log(sums[:, 1]), sums[:, 0])
     of_rows, of_columns = read(row_sums), read(column_sums)
     return (of_rows, of_columns), (rows, columns, scale, bias, of_rows.cost, of_columns.cost)
 
@@ -288,7 +288,7 @@ def _backward_of_both(tile, ring, residuals, cotangents):
         of_rows, found = jax.lax.scan(one_tile, of_rows, (column_tiles, costs, cotangents))
         return of_rows, found.reshape(-1, found.shape[-1])[: len(block.vectors)]
 
-    as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)[None]  # noqa: E731
+    as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)[None]
     real = columns.real[None].astype(jnp.int32)
     numbers = as_int(column_cost), as_int(cotangents[1].cost)
     labels = jnp.concatenate([_label_rows(columns.id), real, *numbers])

@@ -217,7 +217,7 @@ class Attention(nn.Module):
         head_dim = self.width // self.heads
         if self.program == "pallas":
             return self._heads_side_by_side(query, mask)
-        project = lambda name, x: dense(  # noqa: E731
+        project = lambda name, x: dense(
             (self.heads, head_dim),
             ("width",),
             ("heads", "head_dim"),
@@ -260,7 +260,7 @@ class Attention(nn.Module):
         A head has fewer than the 128 lanes of a TPU register: as an axis of its own it would be padded to them.
         """
         heads, head_dim = self.heads, self.width // self.heads
-        side_by_side = lambda name, **options: SideBySide(  # noqa: E731
+        side_by_side = lambda name, **options: SideBySide(
             self.width, heads, self.dtype, bias_init=self.bias_init, name=name, **options
         )
         q, k, v = (

@@ -11,9 +11,11 @@ import pytest
 from grain_jax import config, errors, named, recipe
 from grain_jax.config import evals
 from grain_jax.evaluate import entries, grounding, zeroshot
-from tests import tiny
+from grain_jax.runtime import receipt
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.paths import ROOT
+
+STORED = ROOT / "tests" / "evaluate" / "stored_run"
 
 
 def _faults(entry):
@@ -39,6 +41,29 @@ def test_a_config_is_parsed_without_the_libraries_that_compute():
     )
     names = "ZeroShot LinearProbe Retrieval Grounding Boxes NearMisses Maps Diagnostics"
     assert done.stdout == f"{names}\n\n"
+
+
+def test_a_stored_config_loads_and_has_its_digest():
+    """A default never changes: digests leave it out."""
+    stored = json.loads((STORED / "config.json").read_text())
+    parsed = config.from_dict(stored)
+    assert receipt.config_sha256(parsed) == (STORED / "digest.txt").read_text().strip()
+    assert parsed.evals["unseen"] == zeroshot.ZeroShot(
+        images="runs/aviary/unseen",
+        descriptions="runs/aviary/unseen.json",
+        alphas=(1.0, 0.75, 0.5, 0.25, 0.0),
+        names=False,
+        missing="skip",
+        get="python -m data.aviary --output runs/aviary",
+    )
+    assert config.from_dict(json.loads(config.to_json(parsed))) == parsed
+    assert "alphas" not in json.loads(config.to_json(parsed))["evals"]["retrieval"]
+    # A key of another kind whose value is not its old default is not dropped in silence.
+    stored["evals"]["retrieval"]["alphas"] = [0.25]
+    with pytest.raises(
+        config.ConfigError, match="^evals.retrieval.alphas: no such key; there are: "
+    ):
+        config.from_dict(stored)
 
 
 @pytest.mark.parametrize("kind", evals.NAMED)
@@ -92,7 +117,7 @@ def test_faults_of_a_class_from_outside():
     assert _faults({"kind": f"{here}:Unfinished"}) == [
         f"evaluator.kind: evaluator '{here}:Unfinished': has no evaluate; expected check and evaluate"
     ]
-    (line,) = _faults({"kind": f"{here}:ROOT"})
+    (line,) = _faults({"kind": f"{here}:STORED"})
     assert line.endswith("expected a subclass of grain_jax.config.Evaluator")
     assert "has no 'Unfinnished', expected one of: " in _faults({"kind": f"{here}:Unfinnished"})[0]
     with named.importing():
@@ -100,12 +125,13 @@ def test_faults_of_a_class_from_outside():
 
 
 def test_a_stored_config_imports_no_code():
-    stored = json.loads(config.to_json(config.from_dict(tiny.dictionary())))
+    stored = json.loads((STORED / "config.json").read_text())
     entry = {"kind": "no.such:Class", "missing": "error", "get": None, "k": 3}
     stored["evals"]["mine"] = entry
     parsed = config.from_dict(stored)
     assert parsed.evals["mine"].kind == "no.such:Class"
-    assert evals.as_dict(parsed.evals["mine"]) == entry
+    counted = config.without_defaults(parsed)
+    assert {key: counted[f"evals.mine.{key}"] for key in entry} == entry
     with pytest.raises(errors.UserError, match="a stored config imports no code; if you trust it"):
         parsed.evals["mine"].check()
 

@@ -334,7 +334,7 @@ def test_a_sample_has_the_lengths_of_negatives_that_the_file_has(output_with_neg
     shutil.copytree(output / "tiny_set", tmp_path / "tiny_set")
     (tmp_path / "tiny_set/1.0.0" / text_lengths.FILE).unlink()
     (sampled,) = records.text_lengths(record_sets.config(tmp_path))
-    as_set = lambda of: sorted(zip(of.descriptions.tolist(), of.negatives.tolist()))  # noqa: E731
+    as_set = lambda of: sorted(zip(of.descriptions.tolist(), of.negatives.tolist()))
     assert as_set(sampled) == as_set(found)
 
 
