@@ -11,7 +11,6 @@ import numpy as np
 
 from grain_jax import config as config_lib
 from grain_jax import errors, named
-from grain_jax.evaluate import annotated as annotated_lib
 from grain_jax.evaluate import encode, evaluators, grounding, test_sets
 from grain_jax.files import images
 from grain_jax.inference import scores
@@ -67,7 +66,7 @@ def collect(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
     if decoder is None or not decoder.queries:
         raise NoRegions("the model has no region queries")
     name, entry = with_boxes(evals)
-    annotated = annotated_lib.read_regions(**entry.given)
+    annotated = entry.read()
     chosen = spread(len(annotated.records), limit)
     records = [annotated.records[i] for i in chosen]
     all_files = annotated.images
