@@ -1,6 +1,5 @@
 """The flags of `grain-jax build`."""
 
-import argparse
 import dataclasses
 import re
 
@@ -32,13 +31,13 @@ def _encoding(text: str) -> Encoding:
         return Encoding(kind)
     if kind == "jpeg" and quality.isdecimal() and 1 <= int(quality) <= 100:
         return Encoding(kind, quality=int(quality))
-    raise argparse.ArgumentTypeError(f"got {text!r}, expected original, png or jpeg:Q, Q in 1..100")
+    raise ValueError(f"got {text!r}, expected original, png or jpeg:Q, Q in 1..100")
 
 
 def _name(text: str) -> str:
     if re.fullmatch(r"[a-z][a-z0-9_]*", text):
         return text
-    raise argparse.ArgumentTypeError(
+    raise ValueError(
         f"got {text!r}, expected a TFDS name: lower-case letters, digits and _, a letter first"
     )
 

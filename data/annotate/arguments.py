@@ -20,9 +20,7 @@ def _passes(text: str) -> tuple[str, ...]:
     if "all" in given:
         given = [*options.ALL, *(name for name in given if name != "all")]
     if not set(given) <= set(options.PASSES):
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected all, none, or some of {','.join(options.PASSES)}"
-        )
+        raise ValueError(f"got {text!r}, expected all, none, or some of {','.join(options.PASSES)}")
     return tuple(name for name in options.PASSES if name in given)
 
 
@@ -30,7 +28,7 @@ def _option(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if key and equals:
         return key, value
-    raise argparse.ArgumentTypeError(f"got {text!r}, expected KEY=VALUE")
+    raise ValueError(f"got {text!r}, expected KEY=VALUE")
 
 
 class Annotate(Command, name="annotate"):

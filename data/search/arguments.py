@@ -1,6 +1,5 @@
 """The flags of `grain-jax search`."""
 
-import argparse
 from typing import Literal
 
 from grain_jax.cli.flags import flag, many
@@ -14,7 +13,7 @@ def _box(text: str) -> tuple[float, float, float, float]:
         x1 = y1 = x2 = y2 = 0.0
     if x1 < x2 and y1 < y2:
         return x1, y1, x2, y2
-    raise argparse.ArgumentTypeError(f"got {text!r}, expected X1,Y1,X2,Y2 with X1 < X2 and Y1 < Y2")
+    raise ValueError(f"got {text!r}, expected X1,Y1,X2,Y2 with X1 < X2 and Y1 < Y2")
 
 
 class Search(Command, name="search"):

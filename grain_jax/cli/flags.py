@@ -1,6 +1,5 @@
 """Fields of a command (`parser.Command`) that need more than a type and a default; numbers within bounds."""
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Callable
@@ -16,8 +15,8 @@ def flag(default: Any = dataclasses.MISSING, **options: Any) -> Any:
       default: the value where the flag is not given.
       options: any of
         low, high: least and largest number; a whole number is at least 1 where nothing else is said.
-        parse: text -> value, raises argparse.ArgumentTypeError with what was got and expected.
-        choices, nargs: as of argparse.
+        parse: text -> value; raises ValueError with what was got and expected.
+        choices, nargs, action: as of argparse.
         name: of the flag, where it is not the field's.
         also: another name of the flag, which no help shows.
         unless: a switch; without it the flag must be given.
@@ -50,7 +49,7 @@ def number(
         if value is None or not low <= value <= high:
             what = "a whole number" if kind is int else "a number"
             bounds = f"in {low}..{high}" if high < math.inf else f"of at least {low:g}"
-            raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected {what} {bounds}")
+            raise ValueError(f"got {text[:40]!r}, expected {what} {bounds}")
         return value
 
     return parse

@@ -24,6 +24,7 @@ a line there, which names its value. `flags.flag` is for fields with bounds or c
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import math
 import re
@@ -181,8 +182,8 @@ class Parser(argparse.ArgumentParser):
         literal = typing.get_origin(kind) is typing.Literal
         choices = options.get("choices") or (typing.get_args(kind) if literal else ())
         given: dict[str, Any] = {"choices": choices or None, "metavar": metavar}
-        given |= {"nargs": options["nargs"]} if "nargs" in options else {}
-        if typing.get_origin(field.type) is list and "nargs" not in options:
+        given |= {key: options[key] for key in ("nargs", "action") if key in options}
+        if typing.get_origin(field.type) is list and not given.keys() & {"nargs", "action"}:
             given |= {"nargs": "+"} if "..." in entry else {"action": "append"}
         needed = (
             field.default is field.default_factory is dataclasses.MISSING or "unless" in options
@@ -376,9 +377,21 @@ def _kind_of(field: dataclasses.Field) -> Any:
 def _parse_of(field: dataclasses.Field) -> Callable[[str], Any] | None:
     """The function that makes a value of a text; None: the text is the value."""
     kind, options = _kind_of(field), field.metadata
-    if "parse" in options or kind not in (int, float):
-        return options.get("parse")
-    return number(kind, options.get("low", 1 if kind is int else -math.inf), options.get("high"))
+    if "parse" in options:
+        return functools.partial(_parsed, options["parse"])
+    if kind not in (int, float):
+        return None
+    return functools.partial(
+        _parsed,
+        number(kind, options.get("low", 1 if kind is int else -math.inf), options.get("high")),
+    )
+
+
+def _parsed(parse: Callable[[str], Any], text: str) -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _filled(declared: type, values: Mapping[str, Any]) -> Any:
