@@ -26,8 +26,12 @@ import notebooks
     [
         ("../data/SCHEMA.md", "docs/inspect.md", "inspect.md", "schema.md"),
         ("../data/SCHEMA.md#shards", "docs/inspect.md", "inspect.md", "schema.md#shards"),
-        ("../../examples/README.md", "docs/howto/README.md", "howto/README.md")
-        + ("../examples/README.md",),
+        (
+            "../../examples/README.md",
+            "docs/howto/README.md",
+            "howto/README.md",
+            "../examples/README.md",
+        ),
         ("docs/method.md#losses", "CONTRIBUTING.md", "contributing.md", "method.md#losses"),
         ("examples/tower/mixer.py", "CONTRIBUTING.md", "contributing.md", "examples/tower.md"),
         ("scaling.md", "docs/launch.md", "launch.md", "scaling.md"),

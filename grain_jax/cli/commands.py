@@ -83,7 +83,7 @@ def _main(words: Sequence[str]) -> int | None:
 
 def help_text() -> str:
     """What `grain-jax --help` prints."""
-    lines = [f"  {name:14}{Parser(declared(name)).about}" for name in COMMANDS]
+    lines = [f"  {name:14}{declared(name).about()}" for name in COMMANDS]
     return "\n".join(
         [
             "usage: grain-jax COMMAND [--flags]",

@@ -120,7 +120,7 @@ class Pack(_OfCheckpoint, name="convert pack"):
 _KINDS = (FromTorch, ToTorch, ToHf, FromHf, FromOpenClip, FromBigVision, Pack)
 
 
-class Convert(Command, name="convert", kinds=_KINDS):
+class Convert(Command, name="convert", kinds={kind.command: kind for kind in _KINDS}):
     """Converts checkpoints from and to PyTorch, Hugging Face, open_clip, big_vision.
 
     Every kind ends with a parity report. Exit status: 0; 1 if parity failed; 2 for wrong input.

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import typing
 from typing import Any
 
@@ -91,10 +92,10 @@ def _of_evaluator(name: str) -> type[Command]:
     return type(cls.__name__, (_Kind,), declared, name=f"evaluate {command}")
 
 
-_KINDS = (*map(_of_evaluator, evals.NAMED), Suite)
+_KINDS = {n.replace("_", "-"): functools.partial(_of_evaluator, n) for n in evals.NAMED}
 
 
-class Evaluate(Command, name="evaluate", kinds=_KINDS):
+class Evaluate(Command, name="evaluate", kinds={**_KINDS, "suite": Suite}):
     """Measures a checkpoint: classification, retrieval, grounding.
 
     Example:

@@ -53,13 +53,21 @@ class Command(argparse.Namespace):
     prog: ClassVar[str] = ""
     command: ClassVar[str] = ""  # the last word of `prog`
     last: ClassVar[bool] = False  # a base whose flags stand behind those of what derives from it
-    kinds: ClassVar[Mapping[str, type["Command"]]] = {}  # of `grain-jax evaluate KIND`
+    # Of `grain-jax evaluate KIND`: the declaration of a kind, or a function that makes it when it is asked for.
+    kinds: ClassVar[Mapping[str, Callable[[], Any]]] = {}
 
-    def __init_subclass__(cls, name: str = "", kinds: Sequence[type["Command"]] = ()):
+    def __init_subclass__(
+        cls, name: str = "", kinds: Mapping[str, Callable[[], Any]] | None = None
+    ):
         cls.prog = f"grain-jax {name}"
-        cls.kinds = {kind.command: kind for kind in kinds}
+        cls.kinds = kinds or {}
         cls.command = name.rpartition(" ")[2]
         dataclasses.dataclass(kw_only=True)(cls)
+
+    @classmethod
+    def about(cls) -> str:
+        """What the command does, in one line."""
+        return inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].rstrip(".")
 
     @classmethod
     def parse(cls, words: Sequence[str] | None = None) -> Self:
@@ -133,7 +141,6 @@ class Parser(argparse.ArgumentParser):
       about: one line about the command.
       more: paragraphs about it.
       example: lines of a command to copy.
-      kinds: of a command that has kinds (`evaluate zeroshot`), the parser of each.
       groups: title -> the flags and positional arguments, in the order of the help.
     """
 
@@ -142,10 +149,8 @@ class Parser(argparse.ArgumentParser):
             declared.prog, allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS
         )
         text, sections = _sections(declared)
-        self.about, _, self.more = text.partition("\n\n")
-        self.about = self.about.rstrip(".")
+        self.about, self.more = declared.about(), text.partition("\n\n")[2]
         self.example = inspect.cleandoc("\n" + sections.pop("Example", ""))
-        self.kinds = {name: Parser(kind) for name, kind in declared.kinds.items()}
         self._declared = declared
         self._also: dict[str, str] = {}
         self._needed: dict[str, str] = {}  # field -> the switch with which it need not be given
@@ -167,6 +172,15 @@ class Parser(argparse.ArgumentParser):
         if self._lists_keys:
             self.add_argument("--help-config", nargs="?", const="", dest="help_config")
             self.groups["help"].append(_HELP_CONFIG)
+
+    @functools.cached_property
+    def kinds(self) -> dict[str, "Parser"]:
+        """Of a command that has kinds (`evaluate zeroshot`), the parser of each."""
+        return {name: self._kind(name) for name in self._declared.kinds}
+
+    def _kind(self, name: str) -> "Parser":
+        kind = self._declared.kinds[name]
+        return Parser(kind if isinstance(kind, type) else kind())
 
     def _add(self, field: dataclasses.Field, entry: str, about: str) -> Flag:
         """Declares a field to argparse; returns what its line in the docstring says."""
@@ -215,7 +229,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """The arguments, as the declared dataclass; of a command with kinds that of the kind. Raises UserError."""
         words = list(sys.argv[1:] if args is None else map(str, args))
-        if self.kinds:
+        if self._declared.kinds:
             return self._parse_kind(words)
         words, overrides = self._spelled(words)
         lists_keys = any(word.split("=")[0] == "--help-config" for word in words)
@@ -238,17 +252,18 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error))
 
     def _parse_kind(self, words: list[str]) -> Any:
-        place = next((i for i, word in enumerate(words) if word in self.kinds), None)
+        kinds = self._declared.kinds
+        place = next((i for i, word in enumerate(words) if word in kinds), None)
         if words and not words[0].startswith("-"):
             place = 0
         if place is None:
             if {"-h", "--help"} & set(words):
                 return super().parse_args(["--help"])
-            self.error(f"expected a kind first: {', '.join(self.kinds)}")
+            self.error(f"expected a kind first: {', '.join(kinds)}")
         name = words.pop(place)
-        if name not in self.kinds:
-            self.error(f"{name}: no such kind; {nearest.did_you_mean(name, self.kinds)}")
-        return self.kinds[name].parse_args(words)
+        if name not in kinds:
+            self.error(f"{name}: no such kind; {nearest.did_you_mean(name, kinds)}")
+        return self._kind(name).parse_args(words)
 
     def _spelled(self, words: list[str]) -> tuple[list[str], list[str]]:
         """The words with every flag as it is declared, and `--flag=VALUE` in one word; and `--config.KEY=VALUE`."""
