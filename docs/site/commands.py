@@ -1,7 +1,8 @@
 """A page of every command, made from its parser: what it does, an example, its flags."""
 
 from grain_jax.cli import commands
-from grain_jax.cli.parser import Flag, Parser
+from grain_jax.cli.help_text import Flag
+from grain_jax.cli.parser import Parser
 
 
 def index() -> str:

@@ -2,40 +2,57 @@
 
 import shutil
 import textwrap
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from grain_jax.cli.parser import Flag, Parser
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 WIDEST = 110  # columns
 _FLAGS = 30  # columns before the explanations
 
 
-def of(parser: "Parser") -> str:
-    """Everything about the command."""
+class Flag(NamedTuple):
+    """A flag or a positional argument of a command, as help and documentation list it."""
+
+    name: (
+        str  # "--batch-size", "--[no-]overwrite" for a switch, "WORKDIR" for a positional argument
+    )
+    metavar: str  # what its value is called, "" of a switch
+    help: str  # with the unit, without the default
+    default: Any = None  # None: there is none
+    required: bool = False
+    choices: tuple[str, ...] = ()
+
+
+def of(
+    prog: str,
+    about: str,
+    more: str,
+    kinds: Mapping[str, str],
+    groups: Mapping[str, Sequence[Flag]],
+    example: str,
+) -> str:
+    """Everything about a command; arguments as the attributes of parser.Parser, `kinds` with a line about each."""
     width = min(shutil.get_terminal_size().columns, WIDEST) - 2
-    needed = [_invocation(f) for flags in parser.groups.values() for f in flags if f.required]
-    words = [*(["KIND"] if parser.kinds else []), *needed, "[--flags]"]
-    words = [parser.prog, *sorted(words, key=lambda word: word.startswith("-- "))]
+    needed = [_invocation(f) for flags in groups.values() for f in flags if f.required]
+    words = [*(["KIND"] if kinds else []), *needed, "[--flags]"]
+    words = [prog, *sorted(words, key=lambda word: word.startswith("-- "))]
     lines = _wrapped(words, "usage: ", "       ", width)
-    paragraphs = [parser.about[0].upper() + parser.about[1:] + "."]
-    if parser.kinds:
-        longest = max(map(len, parser.kinds)) + 2
-        kinds = [f"  {name:{longest}}{kind.about}" for name, kind in parser.kinds.items()]
-        paragraphs += ["\n".join(kinds), f"{parser.prog} KIND --help lists the flags of a kind."]
-    for part in [*paragraphs, *filter(None, parser.more.split("\n\n"))]:
+    paragraphs = [f"{about}."]
+    if kinds:
+        longest = max(map(len, kinds)) + 2
+        listed = [f"  {name:{longest}}{line}" for name, line in kinds.items()]
+        paragraphs += ["\n".join(listed), f"{prog} KIND --help lists the flags of a kind."]
+    for part in [*paragraphs, *filter(None, more.split("\n\n"))]:
         indented = part.startswith("  ")
         lines += ["", part if indented else textwrap.fill(" ".join(part.split()), width)]
-    for title, flags in parser.groups.items():
+    for title, flags in groups.items():
         lines += ["", f"{title}:"] if title else [""]
         for flag in flags:
             lines += _entry(flag, width)
-    lines += ["", "Example:", textwrap.indent(parser.example, "  "), ""]
+    lines += ["", "Example:", textwrap.indent(example, "  "), ""]
     return "\n".join(lines)
 
 
-def _entry(flag: "Flag", width: int) -> Iterator[str]:
+def _entry(flag: Flag, width: int) -> Iterator[str]:
     """The flag and its explanation, beside it or below."""
     left = f"  {_invocation(flag)}"
     right = textwrap.wrap(
@@ -51,11 +68,11 @@ def _entry(flag: "Flag", width: int) -> Iterator[str]:
         yield " " * _FLAGS + line
 
 
-def _invocation(flag: "Flag") -> str:
+def _invocation(flag: Flag) -> str:
     return f"{flag.name} {flag.metavar}".strip()
 
 
-def _note(flag: "Flag") -> str:
+def _note(flag: Flag) -> str:
     """The default, where the explanation does not have it."""
     default: Any = flag.default
     if flag.required and flag.name.startswith("--"):

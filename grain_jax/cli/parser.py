@@ -32,11 +32,12 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 from grain_jax import errors
 from grain_jax.cli import help_text, nearest
 from grain_jax.cli.flags import flag, many, number
+from grain_jax.cli.help_text import Flag
 
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _ENTRY = re.compile(r"^  (\S.*?)  +(.*(?:\n {4,}.*)*)", re.MULTILINE)
@@ -107,19 +108,6 @@ class Processes(Command):
     processes: int = 1
     process_id: int = flag(0, low=0)
     heartbeat_seconds: int = 100  # JAX's default
-
-
-class Flag(NamedTuple):
-    """A flag or a positional argument of a command, as help and documentation list it."""
-
-    name: (
-        str  # "--batch-size", "--[no-]overwrite" for a switch, "WORKDIR" for a positional argument
-    )
-    metavar: str  # what its value is called, "" of a switch
-    help: str  # with the unit, without the default
-    default: Any = None  # None: there is none
-    required: bool = False
-    choices: tuple[str, ...] = ()
 
 
 _HELP = Flag("-h, --help", "", "show this text")
@@ -222,7 +210,8 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Everything about the command."""
-        return help_text.of(self)
+        kinds = {name: kind.about for name, kind in self.kinds.items()}
+        return help_text.of(self.prog, self.about, self.more, kinds, self.groups, self.example)
 
     # Parsing.
 
