@@ -9,7 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import jax
 import jaxlib
@@ -37,7 +37,7 @@ class Record(TypedDict):
     mesh: dict[str, int]  # axis -> size
     processes: int
     environment: dict[str, str]  # versions, device, XLA's flags
-    data: NotRequired[str]  # sha256 of the item `data` of the checkpoint; older ones have none
+    data: str  # sha256 of the item `data` of the checkpoint
     previous: str | None  # sha256 of the record before; None in a run's first
 
 

@@ -11,7 +11,7 @@ from grain_jax import config as config_lib
 from grain_jax import errors, train
 from grain_jax.input_pipeline import derived, packing, records, synthetic, text_lengths
 from grain_jax.input_pipeline.text_lengths import TextLengths
-from grain_jax.runtime import preemption
+from grain_jax.runtime import ending
 from grain_jax.training import sharding
 from tests import record_sets, tiny
 
@@ -285,7 +285,7 @@ def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path, capf
         stored = json.loads((tmp_path / "run/config.json").read_text())
         return stored["input"]["lanes"], stored["text"]["pack_group"], stored["text"]["pack_rows"]
 
-    told = preemption.PreemptionHandler()
+    told = ending.PreemptionHandler()
     told.tell(signal.SIGTERM)
     with pytest.raises(SystemExit):  # after the first step
         run(told)

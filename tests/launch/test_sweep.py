@@ -190,7 +190,7 @@ class Scripts:
         self.folder = epath.Path(folder)
         self.said = []
         self.screen = types.SimpleNamespace(
-            say=self.said.append, progress=self.said.append, close=lambda: None
+            say=self.said.append, show=self.said.append, close=lambda stays: None
         )
         self.all = [self.job(name, program) for name, program in programs.items()]
 
