@@ -15,13 +15,10 @@ from grain_jax import errors, recipe
 from grain_jax.cli import config_file
 from grain_jax.cli.train import parser
 from grain_jax.config import evals, listing
-from grain_jax.recipe import points
 from tests import tiny
 from tests.paths import ROOT
 
-SHIPPED = sorted(
-    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common")
-)
+SHIPPED = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name != "eval"])
@@ -320,14 +317,6 @@ def test_a_fault_in_a_config_file_is_one_line_with_its_place(own, path, message)
     done = _python(PARSE, "--workdir", "x", f"--config={path}", env=env, cwd=folder)
     assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.splitlines()) == 1
-
-
-def test_configs_common_is_the_recipe():
-    from grain_jax.configs import common
-    from grain_jax.configs.sweeps import points as older
-
-    assert common.base is recipe.base and common.towers_of is recipe.towers_of
-    assert older.grid is points.grid and older.seeds is points.seeds
 
 
 def _command(*arguments):

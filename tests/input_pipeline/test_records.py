@@ -439,7 +439,7 @@ def test_lengths_of_texts_beside_the_records_are_those_of_the_records(output, tm
         )
         expected.append(((web1, web2), synthetic, tuple(of + [0] * (3 - len(of)))))
     assert stored == sorted(expected)
-    (tmp_path / "tiny_set/1.0.0" / text_lengths.FILE).unlink()  # of a set that is older
+    (tmp_path / "tiny_set/1.0.0" / text_lengths.FILE).unlink()
     assert images() == stored
     assert records.num_shards(config) == {"tiny_set": 9}
 
