@@ -223,7 +223,7 @@ def _write(
             "duplicates.jsonl": "".join(
                 json.dumps(line) + "\n" for line in divided.duplicates
             ).encode(),
-            text_lengths.FILE: lengths.encode(args.name, tokenizer.ClipTokenizer()),
+            text_lengths.FILE: lengths.encode(tokenizer.ClipTokenizer()),
         },
     )
     if stored_anew:
