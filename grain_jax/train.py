@@ -29,7 +29,7 @@ from grain_jax.cli import config_file, process
 from grain_jax.cli.train import parser
 from grain_jax.config.evals import Context
 from grain_jax.convert import initialise
-from grain_jax.evaluate import encode, entries, evaluators
+from grain_jax.evaluate import encode, entries, grounding
 from grain_jax.files import atomic
 from grain_jax.input_pipeline import derived, device, sources, tokenizer
 from grain_jax.models import attention, placement
@@ -190,7 +190,7 @@ def _train(
     on_host = sources.batches_of_run(
         run.source, config, notes=workdir / "shards", lanes=run.lanes, start_step=start_step
     )
-    batches = device.prefetch(on_host, program.batch_sharding)
+    batches = device.Prefetch(on_host, program.batch_sharding)
     trace = profiling.StepTrace(workdir, config.profile_start, config.profile_steps)
     plan = schedule.Schedule.of(config, run.total_steps, has_evals=bool(run.evals))
     step, preempted = start_step, False
@@ -485,7 +485,7 @@ def report(config, workdir, predictor, results) -> None:
     if results:
         atomic.write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
         pictures.print_table(results)
-    grounded = (e for e in config.evals.values() if isinstance(e, evaluators.Grounding))
+    grounded = (e for e in config.evals.values() if isinstance(e, grounding.Grounding))
     if config.pictures and (entry := next(grounded, None)):
         images, annotations = entry.paths
         shown = dict(count=config.pictures, orientation=entry.orientation)

@@ -202,7 +202,7 @@ class Runner:
 
     def _waiting(self) -> list[Job]:
         """The jobs to start; those that failed come last."""
-        tries = lambda job: len(self._failures.get(job.name, ()))  # noqa: E731
+        tries = lambda job: len(self._failures.get(job.name, ()))
         return sorted(
             (
                 job

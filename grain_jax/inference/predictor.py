@@ -595,7 +595,7 @@ class Predictor:
         if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
             if not texts:
                 return np.zeros((0, context), np.int32), np.zeros(0, np.int32)
-            ids, lengths, _ = _tokenizer(tower, self.folder).encode(texts, context)
+            ids, lengths, *_ = _tokenizer(tower, self.folder).encode(texts, context)
             tokens = np.full((len(texts), context), tower.pad_id, np.int32)
             tokens[np.arange(context) < lengths[:, None]] = ids
             return tokens, lengths - 1

@@ -16,7 +16,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax import errors, inference
 from grain_jax.cli.report import NUM_IMAGES
-from grain_jax.evaluate import encode, evaluators, rates, test_sets, zeroshot
+from grain_jax.evaluate import encode, rates, test_sets, zeroshot
 from grain_jax.files import atomic, regular_file
 from grain_jax.inference import prompts, scores
 from grain_jax.report import regions
@@ -81,7 +81,7 @@ def collect(
     for name, entry in evals.items():
         with line(name):
             parsed = config_lib.evaluator_from_dict(entry)
-            if isinstance(parsed, evaluators.ZeroShot):
+            if isinstance(parsed, zeroshot.ZeroShot):
                 made["zeroshot"][name] = _zeroshot(predictor, parsed, thumbs, num_images)
     with line("regions"):
         made |= regions.collect(predictor, evals, thumbs, num_images)
@@ -99,7 +99,7 @@ def _kept(path: epath.Path) -> dict[str, Any] | None:
 
 
 def _zeroshot(
-    predictor, entry: evaluators.ZeroShot, thumbs: Thumbnails, limit: int
+    predictor, entry: zeroshot.ZeroShot, thumbs: Thumbnails, limit: int
 ) -> dict[str, Any]:
     """Accuracy per class and confusions, for each alpha of the entry."""
     entry, _ = entry.available()

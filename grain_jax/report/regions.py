@@ -11,7 +11,6 @@ import numpy as np
 
 from grain_jax import config as config_lib
 from grain_jax import errors, named
-from grain_jax.evaluate import annotated as annotated_lib
 from grain_jax.evaluate import encode, evaluators, grounding, test_sets
 from grain_jax.files import annotations as annotations_lib
 from grain_jax.files import images as image_files
@@ -118,7 +117,7 @@ def collect(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
     if decoder is None or not decoder.queries:
         raise NoRegions("the model has no region queries")
     name, entry = with_boxes(evals)
-    annotated = annotated_lib.read_regions(**entry.given)
+    annotated = entry.read()
     seen = look(predictor, annotated.records, annotated.images, limit, _TEXTS)
     records, files, boxes_xyxy = seen.records, seen.files, seen.boxes_xyxy
     described, matched, similarity = seen.described, seen.matched, seen.similarity

@@ -78,7 +78,7 @@ def manager(workdir: epath.PathLike, config: config_lib.Config) -> Manager:
         kept.append(EveryNSteps(config.checkpoint_keep_every))
     best_fn = None
     if config.checkpoint_best_metric:
-        best_fn = lambda metrics: metrics[config.checkpoint_best_metric]  # noqa: E731
+        best_fn = lambda metrics: metrics[config.checkpoint_best_metric]
         kept.append(
             BestN(
                 get_metric_fn=best_fn,
@@ -213,8 +213,8 @@ def _move_aside(checkpoints: Manager, steps: list[int]) -> None:
 
 def check_same_run(folder: epath.Path, config: config_lib.Config) -> None:
     """Raises CheckpointError where the checkpoint `folder` has another order of the data than `config`."""
-    stored = config_lib.select(read_json(folder, "config"), {"order"})
-    new = config_lib.select(dataclasses.asdict(config), {"order"})
+    stored = config_lib.select(config_lib.from_dict(read_json(folder, "config")), {"order"})
+    new = config_lib.select(config, {"order"})
     faults = [
         f"{name}: the run in this workdir has {stored.get(name)!r}, got {new.get(name)!r}"
         for name in stored | new  # options of a class may be in one of them alone

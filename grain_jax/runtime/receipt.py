@@ -48,8 +48,8 @@ def sha256(value: Any) -> str:
 
 
 def config_sha256(config: config_lib.Config) -> str:
-    """The hash of a config; `added` keys count only where they differ from their default."""
-    return sha256(config_lib.without_new_fields(config))
+    """The hash of a config; keys with their default do not count."""
+    return sha256(config_lib.without_defaults(config))
 
 
 def metrics_sha256(lines: Iterable[str], after: int, until: int) -> str:

@@ -53,7 +53,7 @@ def save_model(folder: epath.PathLike, model: config_lib.Model, params: Any, **n
 def model_digests(model: config_lib.Model, params: Any) -> dict[str, str]:
     """Digests that show damage. The path of the tokenizer may be edited, so it does not count."""
     text = dataclasses.replace(model.text, tokenizer="")
-    described = config_lib.without_new_fields(dataclasses.replace(model, text=text))
+    described = config_lib.without_defaults(dataclasses.replace(model, text=text))
     return {"model": receipt.sha256(described), "params": digests.of_arrays(params)}
 
 

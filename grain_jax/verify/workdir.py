@@ -1,6 +1,5 @@
 """What a workdir says of its run, and whether its files agree: records, checkpoints, metrics, config."""
 
-import dataclasses
 import json
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from grain_jax.input_pipeline import sources
 from grain_jax.runtime import checkpoint, metrics_file, receipt
 
 
-class Mismatch(Exception):  # noqa: N818
+class Mismatch(Exception):
     """The run is not what its receipt says; the message has one line a cause."""
 
 
@@ -163,8 +162,7 @@ def check_config(run: Told) -> None:
     """Raises Mismatch where config.json has other numbers than the newest checkpoint was made with."""
     newest = max(run.kept)
     here, there = (
-        config_lib.select(dataclasses.asdict(c), {"order", "numbers"})
-        for c in (run.config, run.kept[newest].config)
+        config_lib.select(c, {"order", "numbers"}) for c in (run.config, run.kept[newest].config)
     )
     faults = [
         f"config.json: {key}: got {here.get(key)!r}; checkpoint {newest} was made with {there.get(key)!r}"

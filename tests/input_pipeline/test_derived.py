@@ -51,7 +51,7 @@ ANYWHERE = derived.Place()
 
 
 def resolve(config, place=ANYWHERE, of=None, **stored):
-    return derived.resolve(config, place, lambda: of or synthetic.text_lengths(config), **stored)
+    return derived.resolve(config, place, lambda: of or [synthetic.text_lengths(config)], **stored)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_rows_hold_other_images_of_the_same_kind(case, group):
     config = open_config(batch_size=2048, input__max_regions=CASES[case][2])
     rows = derived.rows_of(config, group, [drawn(case, 4096, 0)])
     texts, _ = derived.draw(config, [drawn(case, 16384, 1)], 16384, np.random.default_rng(99))
-    pack = lambda n: packing.pack(**texts, pack_group=group, rows=n, row_length=77)  # noqa: E731
+    pack = lambda n: packing.pack(**texts, pack_group=group, rows=n, row_length=77)
     layout, number = pack(rows.rows), 16384 + texts["region_mask"].sum()
     assert (layout.texts_dropped + layout.captions_cut) / number <= derived.MISFITS
     assert layout.region_mask.any(axis=1).sum() == texts["region_mask"].any(axis=1).sum()

@@ -10,12 +10,12 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import inference, recipe
-from grain_jax.evaluate import grounding, test_sets, zeroshot
 from grain_jax.inference import predictor as predictor_lib
 from grain_jax.report import __main__ as command
 from grain_jax.report import charts, collect, page, regions, run_files, thumbnails
 from tests import tiny
 from tests.evaluate import tfds_sets
+from tests.evaluate.stub import measure
 from tests.report import workdirs
 
 
@@ -110,9 +110,10 @@ def test_what_the_model_does_is_what_the_evaluations_measure(runs):
     (folder, _), predictor = runs
     (run,) = _payload(_page(folder))["runs"]
     data = folder.parent.parent / "data"
-    measured = zeroshot.evaluate(
+    measured = measure(
+        "zeroshot",
         predictor,
-        test_sets.ClassFolders(data / "classes"),
+        images=data / "classes",
         descriptions=data / "D.json",
         alphas=(1.0, 0.5),
         names=False,
@@ -127,7 +128,7 @@ def test_what_the_model_does_is_what_the_evaluations_measure(runs):
         assert wrong == pytest.approx(12 * (1 - measured[f"alpha_{alpha}"]["top1"]))
         assert [p["count"] for p in pairs] == sorted((p["count"] for p in pairs), reverse=True)
         assert all(len(p["pictures"]) == min(p["count"], 3) for p in pairs)
-    measured = grounding.evaluate(predictor, images=data, annotations=data / "A.jsonl")
+    measured = measure("grounding", predictor, images=data, annotations=data / "A.jsonl")
     regions = [
         r for p in run["regions"]["pictures"] for r in p["predicted"] if r["own"] is not None
     ]

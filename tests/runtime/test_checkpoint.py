@@ -69,7 +69,7 @@ def test_the_last_every_k_and_the_best_are_kept(tmp_path):
         checkpoint_best_metric="loss",
         checkpoint_best_mode="min",
     )
-    measured = lambda step: {"loss": losses[step]} if step in losses else None  # noqa: E731
+    measured = lambda step: {"loss": losses[step]} if step in losses else None
     save_steps(tmp_path, range(1, 6), config, measured)
     save_steps(tmp_path, range(6, 9), config, measured)  # a restart knows them all
     assert kept(tmp_path) == [2, 3, 6, 7, 8]

@@ -50,7 +50,7 @@ def test_one_device_and_eight_count_the_same(model, tmp_path):
         placed = params if device is None else jax.device_put(params, device)
         predictor = inference.Predictor(config, placed)
         assert len(predictor._devices) == (8 if device is None else 1)
-        found = zeroshot.predict(predictor, test_sets.ClassFolders(tmp_path), batch_size=100)
+        found = zeroshot.ZeroShot(images=str(tmp_path)).predict(predictor, batch_size=100)
         results.append(found)
     one, eight = results
     assert one.index.tolist() == list(range(131)) == eight.index.tolist()
