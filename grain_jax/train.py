@@ -231,7 +231,7 @@ def _train(
         report(dataclasses.replace(config, evals=run.evals), workdir, predictor, results)
 
 
-class Run(NamedTuple):
+class SetUp(NamedTuple):
     """A run before it has a state: what `set_up` finds."""
 
     given: config_lib.Config  # as the user gave it, for suggestions of other values
@@ -254,7 +254,7 @@ class Run(NamedTuple):
 
 def set_up(
     config: config_lib.Config, workdir: epath.Path, handler: ending.PreemptionHandler
-) -> Run:
+) -> SetUp:
     """Opens all that the run needs before anything is computed, and makes the data set where it is missing.
 
     What needs no data set comes first, since making one takes long.
@@ -285,7 +285,7 @@ def set_up(
     data = processes.of_first(functools.partial(source.identities, config))
     evals = entries.present(config.evals)  # here, not after the last step
     schedule.check_best_entry(config, evals)
-    return Run(given, config, derived_from, mesh, limit, source, lanes, *steps, data, evals)
+    return SetUp(given, config, derived_from, mesh, limit, source, lanes, *steps, data, evals)
 
 
 def tell(text: str) -> None:
@@ -294,14 +294,14 @@ def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def restore_or_initialise(checkpoints, run: Run, program: train_step.Program):
+def restore_or_initialise(checkpoints, run: SetUp, program: train_step.Program):
     """The state of the newest checkpoint that is whole, else of step 0."""
     placed = checkpoint.placed(program.state, program.shardings)
     state = checkpoint.restore_newest(checkpoints, run.config, placed, tell, run.data)
     return initialise.state_of_step_0(run.config, program, tell) if state is None else state
 
 
-def compile_step(run: Run, program: train_step.Program, records: "Records"):
+def compile_step(run: SetUp, program: train_step.Program, records: "Records"):
     """The compiled step, which fits into memory and measures what the best checkpoint is chosen by."""
     began = time.monotonic()
     with records.pause():
@@ -329,7 +329,7 @@ class Records:
       results: numbers of the last evaluation; {} before the first.
     """
 
-    def __init__(self, run: Run, workdir: epath.Path, checkpoints, state: train_step.TrainState):
+    def __init__(self, run: SetUp, workdir: epath.Path, checkpoints, state: train_step.TrainState):
         config, start_step = run.config, int(state.step)
         self.results: dict[str, float] = {}
         self._run, self._config, self._workdir = run, config, workdir
