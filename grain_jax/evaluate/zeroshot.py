@@ -131,7 +131,6 @@ class ZeroShot(LabelledImages):
             known = (test_set.classes, test_set.stems) if test_set else ((), None)
             attempt(read_descriptions, described, *known, self.names)
         attempt(check_alphas, self.shares, described, self.names)
-        attempt(check_region_order, self.region_order)
         if self.names:
             attempt(prompts.load_templates, at_home(self.templates))
         attempt.done()
@@ -155,18 +154,14 @@ class ZeroShot(LabelledImages):
         if context.predictions is not None and processes.process_info()[0] == 0:
             _write(epath.Path(context.predictions), found)
         classes = found.test_set.classes
-        counts = np.bincount(found.target, minlength=len(classes))
         result = {
             "kind": "zeroshot",
-            "classes": len(classes),
-            "pictures": len(found.target),
+            **rates.counts_of_classes(found.target, classes),
             **encode.report_unreadable(found.unreadable),
             "names": self.names,
             "descriptions": found.descriptions,
             "region_order": self.region_order,
             "unit_features": self.unit_features,
-            **rates.chance_of_classes(len(classes)),
-            "pictures_per_class": dict(zip(classes, counts.tolist())),
         }
         for key, scored in found.scored.items():
             way, _, alpha = key.rpartition("/")
@@ -178,7 +173,6 @@ class ZeroShot(LabelledImages):
         """The best classes of each image, and whether they are right; `evaluate` averages them, and says what it raises."""
         test_set = self.open()
         classes = list(test_set.classes)
-        check_region_order(self.region_order)
         described, alphas = None, check_alphas(self.shares, self.descriptions, self.names)
         if self.descriptions is not None:
             path = expanduser(self.descriptions)
@@ -229,8 +223,8 @@ class ZeroShot(LabelledImages):
         self, region_embed: np.ndarray, description_embeds: Sequence[np.ndarray]
     ) -> np.ndarray:
         """The region score of each class in the order `region_order`; arguments as of `description_scores`."""
-        score = scores.region_scores if self.region_order == "queries" else description_scores
-        return score(region_embed, description_embeds)
+        score = {"queries": scores.region_scores, "descriptions": description_scores}
+        return score[self.region_order](region_embed, description_embeds)
 
 
 class Scored(NamedTuple):
@@ -294,14 +288,6 @@ def check_alphas(
         asked = f"alpha {min(alphas):g}" if names else "a test without class names"
         raise errors.UserError(f"descriptions: got nothing, expected a file (D.json) for {asked}")
     return [float(alpha) for alpha in alphas]
-
-
-def check_region_order(order: str) -> None:
-    """Raises errors.UserError if `order` is not one of REGION_ORDERS."""
-    if order not in REGION_ORDERS:
-        raise errors.UserError(
-            f"region order: got {order!r}, expected one of {', '.join(REGION_ORDERS)}"
-        )
 
 
 def description_scores(

@@ -29,9 +29,8 @@ IMAGE_EMBED, REGION_EMBED, BOXES = "image_embed", "region_embed", "boxes_xyxy"
 MAX_FOOTER = 8 << 20  # bytes; it holds the faults of a file; read, it takes thirty times as much
 _MAX_SETTINGS = 1 << 20
 _MAX_SIZE = 1 << 48  # bytes of a file
-_MAX_GROUPS = (
-    1 << 12
-)  # of rows, a thousand each; and columns, which pyarrow nests as deep as they say
+# Of rows, a thousand each; and columns, which pyarrow nests as deep as they say.
+_MAX_GROUPS = 1 << 12
 _NOTE = b"grain_jax"  # key of a file's own metadata
 _AGAIN = "delete it or move it elsewhere, and give the command grain-jax embed again, which makes it anew"
 

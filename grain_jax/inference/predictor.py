@@ -49,9 +49,8 @@ class ClassFeatures(NamedTuple):
 
     names: tuple[str, ...]
     features: np.ndarray  # float32 [C, D], means of unit-length text embeddings; not of unit length
-    descriptions: (
-        tuple[np.ndarray, ...] | None
-    )  # per class float32 [n_c, D], unit length; None: no descriptions
+    # Per class float32 [n_c, D], unit length; None: no descriptions.
+    descriptions: tuple[np.ndarray, ...] | None
 
 
 def load(

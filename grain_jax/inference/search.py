@@ -95,6 +95,7 @@ class Index:
                 f"{data}: got no image there yet, expected Parquet files of grain-jax embed"
             )
         self.embed_dim = self.settings.embed_dim
+        self._checked: predictor.Predictor | None = None  # is known to suit
         self.missing = self.settings.parts - len(self.parts)
         self._starts = np.cumsum([0, *(part.rows for part in self.parts)])
 
@@ -126,6 +127,8 @@ class Index:
 
     def check(self, model: predictor.Predictor) -> None:
         """Raises SearchError unless the model is the one that made the index, by its digests."""
+        if model is self._checked:
+            return
         if model.model.embed_dim != self.embed_dim:
             raise SearchError(
                 f"{self.folder}: has embeddings of {self.embed_dim} numbers, got a model with"
@@ -138,6 +141,7 @@ class Index:
                 f"{self.folder}: was made by another model: {self.settings.checkpoint}, parameters"
                 f" {expected.params}, got parameters {got.params}"
             )
+        self._checked = model
 
     def vectors(self, by: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """All vectors in order, a thousand images at a time.

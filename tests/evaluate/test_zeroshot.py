@@ -213,7 +213,6 @@ def test_faults(folder):
     assert "'cat': expected a list of texts" in str(fault(descriptions=path).value)
     assert "for a test without class names" in str(fault(names=False).value)
     assert "got 1.5, expected a number from 0 to 1" in str(fault(alphas=(1.5,)).value)
-    assert "expected one of queries, descriptions" in str(fault(region_order="x").value)
     (folder / "classes" / "eel").mkdir()
     assert "no images in the class folders eel" in str(fault().value)
     with pytest.raises(errors.UserError, match="got 0 sub-folders"):
