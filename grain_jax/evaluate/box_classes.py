@@ -29,10 +29,7 @@ _AT_ONCE = 4096  # boxes; bounds the memory
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Boxes(AnnotatedRegions):
-    """Classes of given boxes, by the box head and by the nearest region.
-
-    Options: those of AnnotatedImages, `classes`, `templates`.
-    """
+    """Classes of given boxes, by the box head and by the nearest region."""
 
     example = "--annotations lvis/A.jsonl --classes lvis \\\n    --images coco/val2017"
     kind: str = "boxes"

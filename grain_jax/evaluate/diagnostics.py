@@ -36,10 +36,7 @@ TOP = 5  # most frequent descriptions that are listed per query
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Diagnostics(AnnotatedRegions):
-    """What each region query predicts, and what it is matched to (docs/diagnostics.md).
-
-    Options: those of AnnotatedImages.
-    """
+    """What each region query predicts, and what it is matched to (docs/diagnostics.md)."""
 
     example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     kind: str = "diagnostics"

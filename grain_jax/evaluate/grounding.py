@@ -41,10 +41,7 @@ _AT_ONCE = 1024  # images or regions; bounds memory
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grounding(AnnotatedRegions):
-    """Box IoU, Acc@0.5, region-to-description R@1, phrases and their boxes.
-
-    Options: those of AnnotatedImages.
-    """
+    """Box IoU, Acc@0.5, region-to-description R@1, phrases and their boxes."""
 
     example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     kind: str = "grounding"

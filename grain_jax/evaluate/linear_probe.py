@@ -13,6 +13,7 @@ openai/CLIP. The tables of the CLIP paper use the features before the projection
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import math
@@ -47,7 +48,7 @@ _ONE_THREAD = 10**9  # multiplications per iteration; fewer are faster by one th
 def _parse_shots(text: str) -> tuple[int, ...]:
     parts = ["0" if part == "all" else part for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise ValueError(
+        raise argparse.ArgumentTypeError(
             f"got {text!r}, expected images a class, or all, or several with commas between (1,5,all)"
         )
     return tuple(map(int, parts))
@@ -55,10 +56,7 @@ def _parse_shots(text: str) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearProbe(LabelledImages):
-    """Classifies by a logistic regression on image embeddings, also of few shots.
-
-    Options: those of LabelledImages, `train`, `shots`, `seeds`.
-    """
+    """Classifies by a logistic regression on image embeddings, also of few shots."""
 
     example = "--images runs/aviary/seen --shots 1,5,all"
     kind: str = "linear_probe"

@@ -39,10 +39,7 @@ def thresholds() -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Maps(AnnotatedImages):
-    """Where similarity maps of phrases are high, against their boxes.
-
-    Options: those of AnnotatedImages.
-    """
+    """Where similarity maps of phrases are high, against their boxes."""
 
     example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     kind: str = "maps"

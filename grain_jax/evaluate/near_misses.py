@@ -28,10 +28,7 @@ with epy.lazy_imports():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NearMisses(AnnotatedImages):
-    """The right description of given boxes among hard negatives.
-
-    Options: those of AnnotatedImages, `negatives`.
-    """
+    """The right description of given boxes among hard negatives."""
 
     example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     left_out = "without_negatives"

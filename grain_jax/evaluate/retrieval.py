@@ -29,10 +29,7 @@ _ROWS_AT_ONCE = 1024  # queries; bounds the memory of the similarities
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Retrieval(AnnotatedImages):
-    """R@1, R@5, R@10 between images and captions, both ways.
-
-    Options: those of AnnotatedImages.
-    """
+    """R@1, R@5, R@10 between images and captions, both ways."""
 
     example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     left_out = "without_caption"

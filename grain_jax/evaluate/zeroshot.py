@@ -7,6 +7,7 @@ for class names that mean nothing to the model, or descriptions that are whole s
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import re
@@ -42,18 +43,14 @@ def _parse_alphas(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(
+        raise argparse.ArgumentTypeError(
             f"got {text!r}, expected a number from 0 to 1, or several with commas between"
         ) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ZeroShot(LabelledImages):
-    """Classifies a folder with one sub-folder a class.
-
-    Options: those of LabelledImages, `descriptions`, `alphas`, `names`, `region_order`, `unit_features`,
-    `templates`.
-    """
+    """Classifies a folder with one sub-folder a class."""
 
     example = "--images runs/aviary/unseen \\\n    --descriptions runs/aviary/unseen.json"
     writes_predictions = True
@@ -61,7 +58,7 @@ class ZeroShot(LabelledImages):
     # {class name: [description, ...]}: classes by descriptions too; default: by their names alone
     descriptions: str | None = option(None, "D.json")
     # share of the global score, 0 to 1, also several (0.5,1); default 1, with descriptions 1,0.5
-    alphas: tuple[float, ...] = option((1.0, 0.5), "A", flag="alpha", parse=_parse_alphas)
+    alphas: tuple[float, ...] = option((1.0, 0.5), "A", name="alpha", parse=_parse_alphas)
     # use the classes' names; without, a class is its descriptions alone (for names that mean nothing)
     names: bool = option(True)
     # what the region score is averaged over; queries is the paper's
