@@ -7,7 +7,6 @@
 Exact: every vector is compared, in blocks, on all devices; memory holds two blocks whatever the size of the folder.
 """
 
-import concurrent.futures
 import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,6 @@ from grain_jax.runtime import saved_model
 BY = ("regions", "images")
 BLOCK_BYTES = 64 << 20  # of float32; a block and the one after it are in memory
 _ROWS = 1024  # read at a time
-_FOOTERS = 16  # read at a time
 
 # A text, or several; PIL images; or float [T, D] of unit length.
 Queries: TypeAlias = str | Sequence[str] | Sequence[PIL.Image.Image] | np.ndarray
@@ -78,13 +76,12 @@ class Index:
         self.settings = embeddings.read_settings(self.folder)
         embeddings.pyarrow()
         data = self.folder / embeddings.DATA
-        there = data.iterdir() if data.is_dir() else ()
-        paths = sorted(path for path in there if path.suffix == ".parquet")
-        read = functools.partial(embeddings.read_part, settings=self.settings)
-        with concurrent.futures.ThreadPoolExecutor(_FOOTERS) as pool:
-            self.parts = list(pool.map(read, paths))
+        self.parts: list[embeddings.Part] = []
         names: dict[str, str] = {}
-        for part in self.parts:
+        for _, part in embeddings.read_parts(self.folder, self.settings):
+            if isinstance(part, embeddings.DamagedError):
+                raise part
+            self.parts.append(part)
             if (other := names.setdefault(part.source["name"], part.name)) != part.name:
                 raise embeddings.EmbeddingsError(
                     f"{data / part.name}: has the images of {other}; delete it, and give the command"
