@@ -108,7 +108,7 @@ def run(
                 **result,
             }
             done, left = done + task.images, left - task.images
-            of_all = progress.duration((time.monotonic() - start) / done * left)
+            of_all = progress.duration((time.monotonic() - start) / max(done, 1) * left)
             more = f"; about {of_all} left in all" if left else ""
             _say(f"{of}: {task.images} images in {seconds:.0f} s{more}")
         _write(output, results, suite)
