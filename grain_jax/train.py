@@ -190,7 +190,7 @@ def _train(
     on_host = sources.batches_of_run(
         run.source, config, notes=workdir / "shards", lanes=run.lanes, start_step=start_step
     )
-    batches = device.prefetch(on_host, program.batch_sharding)
+    batches = device.Prefetch(on_host, program.batch_sharding)
     trace = profiling.StepTrace(workdir, config.profile_start, config.profile_steps)
     plan = schedule.Schedule.of(config, run.total_steps, has_evals=bool(run.evals))
     step, preempted = start_step, False

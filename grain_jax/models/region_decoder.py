@@ -14,7 +14,7 @@ from grain_jax.models import layers, placement
 xavier = nn.initializers.xavier_uniform()
 
 
-class Block(nn.Module):
+class DecoderLayer(nn.Module):
     """Self-attention among queries, cross-attention to the memory, ReLU MLP."""
 
     tower: RegionDecoder
@@ -89,7 +89,11 @@ class QueryDecoder(nn.Module):
         content = jnp.zeros((memory.shape[0], *query_embed.shape), self.dtype)
         every = nn.broadcast
         blocks = layers.scan_layers(
-            Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=(0, every, every, every)
+            DecoderLayer,
+            t.depth,
+            remat=self.remat,
+            unroll=t.unroll,
+            in_axes=(0, every, every, every),
         )(t, self.dtype, name="blocks")
         _, hidden = blocks(content, jnp.arange(t.depth), memory, query_embed, dropout_keys)
         return layers.LayerNorm(t.norm_eps, name="norm")(hidden)

@@ -90,7 +90,7 @@ class Place:
             process_index=0,
         )
         source = sources.open_source(config)
-        return device.prefetch(
+        return device.Prefetch(
             source.batches(config, lanes=lanes, start_step=step), program.batch_sharding
         )
 

@@ -51,7 +51,7 @@ ANYWHERE = derived.Place()
 
 
 def resolve(config, place=ANYWHERE, of=None, **stored):
-    return derived.resolve(config, place, lambda: of or synthetic.text_lengths(config), **stored)
+    return derived.resolve(config, place, lambda: of or [synthetic.text_lengths(config)], **stored)
 
 
 @pytest.mark.parametrize(
