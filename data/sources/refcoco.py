@@ -61,6 +61,8 @@ class _Plain(pickle._Unpickler):
 class RefCoco(staged.ListedSource):
     """Images that have expressions."""
 
+    needs = _EXPECTED
+
     def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
         refs, instances, mdetr, captions = [], [], [], {}
         for path in map(epath.Path, options.annotations):
@@ -76,8 +78,8 @@ class RefCoco(staged.ListedSource):
             else:
                 instances.append(content)
         if not mdetr and not (refs and instances):
-            got = ", ".join(options.annotations) or "none"
-            raise base.SourceError(f"source refcoco: got --annotations {got}, expected {_EXPECTED}")
+            got = ", ".join(options.annotations)
+            raise base.SourceError(f"got --annotations {got}, expected {_EXPECTED}")
 
         # file -> (box, expression) of each sentence
         sentences_of: dict[str, list[tuple[Any, str]]] = {}
@@ -106,7 +108,7 @@ class RefCoco(staged.ListedSource):
 
 def _load(path: epath.Path) -> list[_Ref] | _File:
     if path.suffix == ".json":
-        return json_files.read_json(path, list[_Ref] | _File, _EXPECTED)
+        return json_files.read(path, list[_Ref] | _File, _EXPECTED)
     with regular_file.opened(path, _EXPECTED) as (file, _):
         try:
             # Python 2 wrote it: its byte strings are texts.
@@ -122,10 +124,9 @@ def _of_refs(
 ) -> Iterator[_Expression | base.Fault]:
     images = {image.id: image for content in instances for image in content.images}
     boxes = {item.id: item.bbox for content in instances for item in content.annotations}
-    known = {ref.split for _, content in refs for ref in content}
-    if refs and split and split not in known:
-        options = ", ".join(sorted(known))
-        raise base.SourceError(f"{refs[0][0]}: got --split {split}, expected one of: {options}")
+    if refs:
+        known = {ref.split for _, content in refs for ref in content}
+        base.check_split(refs[0][0], split, known)
     for path, content in refs:
         for number, ref in enumerate(content):
             if split and ref.split != split:

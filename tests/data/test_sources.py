@@ -1,5 +1,6 @@
 """Each reader on a small sample in its public format, good and bad, and on to a training step."""
 
+import dataclasses
 import io
 import json
 import os
@@ -11,7 +12,7 @@ import tarfile
 import pytest
 from etils import epath
 from grain_jax.data import build, sources
-from grain_jax.data.sources import json_files
+from grain_jax.data.sources import staged
 
 from grain_jax import errors
 from tests import record_sets
@@ -590,25 +591,52 @@ def test_lines_that_changed_are_another_shard(tmp_path):
     assert len(before) > 1 and after[0] != before[0] and after[1:] == before[1:]
 
 
-def test_a_list_longer_than_what_is_read_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_files, "_CHUNK", 7)
-    items = [{"a": "[x,] " * 9, "b": [1, {"c": n}]} for n in range(5)]
-    path = tmp_path / "list.json"
-    for text in (json.dumps(items), json.dumps(items, indent=2), " [ ]"):
-        path.write_text(text)
-        expected = json.loads(text)
-        assert list(json_files.read_json_list(path, expected="a list")) == expected
-    for text in (json.dumps(items)[:-9], json.dumps(items)[:-1], "[1]", "{}", ""):
-        path.write_text(text)
-        with pytest.raises(errors.UserError, match="list.json: .*expected a list"):
-            list(json_files.read_json_list(path, expected="a list"))
-    path.write_bytes(b'[{"a": "\xff"}]')
-    with pytest.raises(errors.UserError, match="list.json: not UTF-8 text, expected a list"):
-        list(json_files.read_json_list(path, expected="a list"))
-
-
 @pytest.mark.parametrize("source", sorted(set(SAMPLES) - {"folder", "webdataset", "tfds"}))
 def test_what_is_missing_is_said_in_one_line(source, tmp_path):
     with pytest.raises(sources.SourceError) as error:
         read_all(source, options(tmp_path))
     assert "expected" in str(error.value) and "\n" not in str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers(staged.ListedSource):
+    count: int = 1
+    rate: float = 0.5
+    strict: bool = False
+    name: str = "a"
+
+    def __post_init__(self):
+        if self.count < 0:
+            raise ValueError(f"count: got {self.count}, expected at least 0")
+
+    def entries(self, options):
+        return iter(())
+
+
+class Without:
+    images_are_files = True
+
+
+def test_own_options_have_the_types_of_the_fields():
+    given = {"count": "3", "rate": "1e-1", "strict": "True", "name": "b=c"}
+    assert sources.make(f"{__name__}:Numbers", given) == Numbers(3, 0.1, True, "b=c")
+    assert sources.make(f"{__name__}:Numbers") == Numbers()
+
+
+@pytest.mark.parametrize(
+    "cls, given, line",
+    [
+        ("Numbers", {"conut": "3"}, "--option conut of data source '{}': no such key; did you mean count?"),
+        ("Numbers", {"zzz": "3"}, "no such key; there are: count, rate, strict, name"),
+        ("Numbers", {"count": "3.5"}, "--option count: got '3.5', expected a whole number"),
+        ("Numbers", {"rate": "much"}, "--option rate: got 'much', expected a number"),
+        ("Numbers", {"strict": "1"}, "--option strict: got '1', expected true or false"),
+        ("Numbers", {"count": "-1"}, "data source '{}': count: got -1, expected at least 0"),
+        ("Without", {}, "data source '{}': got a class without shards, read, expected one as"),
+        ("boxes", {}, "data source '{}': got no class, expected one as data/sources/base.py: Source"),
+    ],
+)  # fmt: skip
+def test_own_options_that_are_wrong_are_one_line(cls, given, line):
+    with pytest.raises(sources.SourceError) as error:
+        sources.make(f"{__name__}:{cls}", given)
+    assert line.format(f"{__name__}:{cls}") in str(error.value) and "\n" not in str(error.value)
