@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 
 from etils import epath
-from grain_jax.data import annotations as annotations_lib
 from grain_jax.data import duplicates, example, parallel, progress, splits, staging, survey
 from grain_jax.data.arguments import Encoding, build_parser
 from grain_jax.data.survey import BuildError
@@ -129,9 +128,7 @@ def _faults_file(target: epath.Path) -> epath.Path:
 def _check_faults(found: survey.Survey, args: argparse.Namespace, target: epath.Path) -> None:
     """Prints what the first pass found. Raises BuildError where it is more than --max-faults allows."""
     if found.turned:
-        turned = (
-            f"{found.turned} of {found.lines} images {annotations_lib.TURNED[args.orientation]}"
-        )
+        turned = f"{found.turned} of {found.lines} images {example.TURNED[args.orientation]}"
         print(printable.plain(f"{args.annotations}: {turned}"), file=sys.stderr)
     print(printable.plain(found.summary()), file=sys.stderr)
     if found.faulty_lines <= args.max_faults * found.lines and found.ids:

@@ -77,11 +77,25 @@ def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
                 f"--output {args.output}: the job ended with {len(missing)} of {len(shards)} shards not"
                 " done; give the same command again"
             )
-    seconds = time.monotonic() - start
+    seconds, images = time.monotonic() - start, counters.get("pictures", 0)
     names = [shard.name for shard in shards]
     output.join(names)
     total = output.summary(names)
-    summary = _summary(total, counters, seconds) | {"settings": settings}
+    summary = {
+        "total": total,
+        "regions per picture": round(total["regions"] / max(1, total["annotated"]), 3),
+        "model rates": {  # of one worker: while its model ran
+            name: {"images/s": round(found["pictures"] / found["seconds"], 3)}
+            for name, found in total["passes"].items()
+            if found.get("seconds")
+        },
+        "this run": {
+            "pictures": images,
+            "seconds": round(seconds, 3),
+            "images/s": round(images / seconds, 3),
+        },
+        "settings": settings,
+    }
     output.put(json.dumps(summary, indent=1) + "\n", "summary.json")
     output.clear()
     _check_faults(total, output, args.max_faults)
@@ -90,7 +104,7 @@ def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
     return (
         f"{output.path('A.jsonl')}: {total['annotated']} of {total['pictures']} images,"
         f" {total['regions']} regions, {len(todo)} of {len(shards)} shards in this run,"
-        f" {counters.get('pictures', 0)} images in {seconds:.1f} s"
+        f" {images} images in {seconds:.1f} s"
     )
 
 
@@ -198,26 +212,6 @@ def _todo(job: Job, shards: Sequence[sources.Shard], retry_failed: bool) -> list
 def _has_gaps(tally: dict[str, Any]) -> bool:
     """Whether a shard has failures, or a pass has not yet run for what an earlier one found on a retry."""
     return bool(tally.get("failures")) or len(set(tally.get("results", {}).values())) > 1
-
-
-def _summary(total: dict[str, Any], counters: dict[str, int], seconds: float) -> dict[str, Any]:
-    """The counters of all runs and of this one, with rates."""
-    rates = {
-        name: {"images/s": round(found["pictures"] / found["seconds"], 3)}
-        for name, found in total["passes"].items()
-        if found.get("seconds")
-    }
-    images = counters.get("pictures", 0)
-    return {
-        "total": total,
-        "regions per picture": round(total["regions"] / max(1, total["annotated"]), 3),
-        "model rates": rates,  # of one worker: while its model ran
-        "this run": {
-            "pictures": images,
-            "seconds": round(seconds, 3),
-            "images/s": round(images / seconds, 3),
-        },
-    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,12 +4,12 @@ Boxes must be mapped back to the image, which differs between models: OWLv2's bo
 that the image was padded to, Grounding DINO's are shares of the image without its padding.
 """
 
+import types
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
-from grain_jax.data.annotate import batches, chat, checkpoint
+from grain_jax.data.annotate import chat, checkpoint
 from grain_jax.data.annotate.options import Detector as Options
 
 from grain_jax.files import annotations
@@ -18,13 +18,6 @@ from grain_jax.files import annotations
 # panorama of 20,000 pixels. Twice the size that the models look at.
 MAX_SIDE = 2048
 MIN_SIDE = 1.0  # of a box, in pixels of the image
-
-
-class _Scores(NamedTuple):
-    """The output of a model for one image, in the form that the post-processing of processors takes."""
-
-    logits: Any  # [1, boxes, descriptions]
-    pred_boxes: Any  # [1, boxes, 4] cxcywh, in the model's own share of an image
 
 
 def build(options: Options) -> "Detector":
@@ -54,7 +47,7 @@ class Detector:
         self._model, self._processor, self._device = loaded
         self._inputs, self._scores = _KINDS[loaded.model.config.model_type]
         self._options = options
-        self._batches = batches.Batches(options.batch_size)
+        self._batches = checkpoint.Batches(options.batch_size)
 
     def detect(
         self, images: Sequence[PIL.Image.Image], descriptions: Sequence[Sequence[str]]
@@ -94,7 +87,10 @@ class Detector:
         for index, (image, descriptions) in enumerate(batch):
             logits = self._scores(self._processor, inputs, outputs.logits, index, len(descriptions))
             found = self._processor.image_processor.post_process_object_detection(
-                _Scores(logits, outputs.pred_boxes[index : index + 1]),
+                # [1, boxes, descriptions]; [1, boxes, 4] cxcywh, in the model's own share of an image.
+                types.SimpleNamespace(
+                    logits=logits, pred_boxes=outputs.pred_boxes[index : index + 1]
+                ),
                 threshold=self._options.threshold,
                 target_sizes=[(shown[index].height, shown[index].width)],
             )[0]

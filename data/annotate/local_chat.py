@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import PIL.Image
-from grain_jax.data.annotate import batches, chat, checkpoint
+from grain_jax.data.annotate import chat, checkpoint
 from grain_jax.data.annotate.options import LocalChat as Options
 
 
@@ -33,7 +33,7 @@ class LocalChat:
     def __init__(self, loaded: checkpoint.Loaded, options: Options):
         self._model, self._processor, self._device = loaded
         self._max_tokens = options.max_tokens
-        self._batches = batches.Batches(options.batch_size)
+        self._batches = checkpoint.Batches(options.batch_size)
 
     def answer(
         self, images: Sequence[PIL.Image.Image], prompts: Sequence[str]

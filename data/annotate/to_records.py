@@ -9,12 +9,6 @@ from grain_jax.data import example, sources, survey
 from grain_jax.data.annotate import outputs
 from grain_jax.data.arguments import build_parser
 
-from grain_jax import errors
-
-
-class RecordsError(errors.UserError):
-    """The source no longer has the images that were annotated; the message is one line."""
-
 
 def arguments_of_build(args: argparse.Namespace, source: sources.Source) -> argparse.Namespace:
     """The arguments of grain-jax build; wrong ones end the command before any work."""
@@ -36,7 +30,10 @@ def arguments_of_build(args: argparse.Namespace, source: sources.Source) -> argp
 def line_reader(
     source: sources.Source, output: outputs.Output, shards: Sequence[sources.Shard]
 ) -> survey.ReadLines:
-    """How grain-jax build reads the lines of A.jsonl: with their images, where these are no files."""
+    """How grain-jax build reads the lines of A.jsonl: with their images, where these are no files.
+
+    It raises SourceError where the source no longer has the images that were annotated.
+    """
     if source.images_are_files:
         return example.read_lines
     return lambda annotations: _lines_with_images(output, shards)
@@ -55,7 +52,7 @@ def _lines_with_images(
                 yield example.Line(number, json.dumps(line).encode(), item.encoded)
                 line = next(lines, None)
         if line:
-            raise RecordsError(
+            raise sources.SourceError(
                 f"source {shard.source}: got no image {line['image']}, which was there when it was"
                 " annotated, expected the same source; give another --output"
             )

@@ -27,10 +27,9 @@ class Padding:
 
     def __init__(self):
         self.tokens = self.images = 0
-        self.rows_needed = {
-            group: collections.Counter() for group in GROUPS
-        }  # group size -> {rows: number of groups}
-        self.packed_tokens = dict.fromkeys(GROUPS, 0)  # group size -> tokens in these groups
+        # Group size -> {rows: number of groups}; -> tokens in these groups.
+        self.rows_needed = {group: collections.Counter() for group in GROUPS}
+        self.packed_tokens = dict.fromkeys(GROUPS, 0)
         self._waiting: list[tuple[int, list[int]]] = []
         self._random = np.random.default_rng(0)
 
@@ -47,15 +46,14 @@ class Padding:
         for row, i in enumerate(order):
             lengths = self._waiting[i][1]
             descriptions[row, : len(lengths)] = lengths
+        tokens = captions + descriptions.sum(axis=1)
         self.images += len(order)
-        self.tokens += int(captions.sum() + descriptions.sum())
+        self.tokens += int(tokens.sum())
         for group, needed in self.rows_needed.items():
             whole = len(order) // group * group
             if whole:
                 needed.update(_rows_needed(captions[:whole], descriptions[:whole], group).tolist())
-                self.packed_tokens[group] += int(
-                    captions[:whole].sum() + descriptions[:whole].sum()
-                )
+                self.packed_tokens[group] += int(tokens[:whole].sum())
         self._waiting = []
 
     def result(self) -> dict[str, Any]:

@@ -48,7 +48,9 @@ class VisualGenome(staged.ListedSource):
                     sizes[found.image_id] = (found.width, found.height)
                 else:
                     got = "an item has neither regions nor an image_id with width and height"
-                    faults.append(base.Fault(path, "bad annotation", f"{got}, expected {self.needs}"))
+                    faults.append(
+                        base.Fault(path, "bad annotation", f"{got}, expected {self.needs}")
+                    )
             else:
                 yield from faults
         if not described:

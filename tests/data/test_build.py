@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
-from grain_jax.data import annotations, build, duplicates, example
+from grain_jax.data import build, duplicates, example
 
 from grain_jax.files import images
 from tests import record_sets
@@ -155,7 +155,7 @@ def test_all_faults_of_a_line(tmp_path):
             {"box": [0, 0, 1, 1], "description": "b", "score": 2},
         ],
     }
-    faults = annotations.check_line(json.dumps(line).encode(), tmp_path).faults
+    faults = example.check_line(json.dumps(line).encode(), tmp_path).faults
     expected = [
         "regions[0].box",
         "regions[0].description",
@@ -165,11 +165,11 @@ def test_all_faults_of_a_line(tmp_path):
     assert [fault.split(":")[0] for fault in faults] == expected
     # The image is looked at in a faulty line too.
     line["regions"][1]["box"] = [8, 0, 25, 4]
-    faults = annotations.check_line(json.dumps(line).encode(), tmp_path).faults
+    faults = example.check_line(json.dumps(line).encode(), tmp_path).faults
     assert [fault.split(":")[0] for fault in faults] == [*expected, "regions[1].box"]
     assert "got [8, 0, 25, 4], 47% of it in the image of 16 x 12" in faults[-1]
     line["image"] = "gone.png"
-    faults = annotations.check_line(json.dumps(line).encode(), tmp_path).faults
+    faults = example.check_line(json.dumps(line).encode(), tmp_path).faults
     assert [fault.split(":")[0] for fault in faults] == [*expected, "image"]
 
 

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import torch
 import transformers
-from grain_jax.data.annotate import chat, checkpoint, detector
+from grain_jax.data.annotate import checkpoint, detector
 
 from tests import storage_emulator
 from tests.data.annotate import models
@@ -281,41 +281,6 @@ def test_grounding_dino_keeps_descriptions_apart(folders):
     logits[0, 1, stops[2] + 40] = 7.0  # beyond the text
     scores = detector._dino_scores(finder._processor, inputs, logits, 0, 3)
     assert scores.tolist() == [[[-9.0, 1.0, -9.0], [-9.0, -9.0, 2.0]]]
-
-
-def test_a_batch_is_halved_when_memory_runs_out(small, monkeypatch):
-    forward, sizes = small._model.forward, []
-
-    def limited(*args, **kwargs):
-        sizes.append(len(kwargs["pixel_values"]))
-        if sizes[-1] > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(*args, **kwargs)
-
-    pictures, texts = [_noise(64, 64, seed=i) for i in range(6)], [["a beak"]] * 6
-    expected = small.detect(pictures, texts)
-    monkeypatch.setattr(small._model, "forward", limited)
-    found = small.detect(pictures, texts)
-    assert sizes == [6, 3, 1, 2, 3, 1, 2]
-    assert [len(regions) for regions in found] == [len(regions) for regions in expected]
-    sizes.clear()
-    small.detect(pictures, texts)
-    assert sizes == [1] * 6  # what did not fit is not tried again
-
-
-def test_a_picture_that_the_model_cannot_take_fails_alone(small, monkeypatch):
-    forward = small._model.forward
-
-    def touchy(*args, **kwargs):
-        if any(len(pixels.unique()) < 9 for pixels in kwargs["pixel_values"]):
-            raise ValueError("cannot\ntake this")
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(small._model, "forward", touchy)
-    pictures = [_noise(64, 64), PIL.Image.new("RGB", (64, 64)), _noise(64, 64, seed=2)]
-    first, second, third = small.detect(pictures, [["a beak"]] * 3)
-    assert isinstance(first, list) and isinstance(third, list)
-    assert second == chat.Failure("model error", "ValueError: cannot take this")
 
 
 def test_models_that_cannot_be_used(tmp_path):

@@ -1,7 +1,5 @@
 """A chat model on this machine: batches and their padding, ends and limits, what does not fit, what fails."""
 
-import pickle
-
 import numpy as np
 import PIL.Image
 import pytest
@@ -88,35 +86,42 @@ def test_any_mode_is_taken(llava, mode):
     assert llava.answer([_pictures((40, 30))[0].convert(mode)], ["Subject:"])[0].text == CAPTION
 
 
-def test_a_batch_is_halved_when_memory_runs_out(llava, monkeypatch):
-    generate, sizes = llava._model.generate, []
+def test_a_batch_is_halved_when_memory_runs_out():
+    sizes = []
 
-    def limited(**inputs):
-        sizes.append(len(inputs["input_ids"]))
+    def limited(batch):
+        sizes.append(len(batch))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return generate(**inputs)
+        return [2 * item for item in batch]
 
-    monkeypatch.setattr(llava._model, "generate", limited)
-    found = llava.answer(_pictures(*[(30, 30)] * 5), ["Subject:"] * 4 + ["List."])
-    assert [answer.text for answer in found] == [CAPTION] * 4 + [DESCRIPTIONS]
-    assert sizes == [5, 2, 3, 1, 2]
-
-
-def test_a_picture_alone_for_which_memory_is_short_fails_by_name(llava, monkeypatch):
-    def never(**inputs):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB.")
-
-    monkeypatch.setattr(llava._model, "generate", never)
-    failure = chat.Failure(
-        "out of memory", "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB."
-    )
-    assert llava.answer(_pictures((30, 30), (30, 30)), ["a", "b"]) == [failure, failure]
+    batches = checkpoint.Batches(8)
+    assert batches.run(limited, [0, 1, 2, 3, 4, 5]) == [0, 2, 4, 6, 8, 10]
+    assert sizes == [6, 3, 1, 2, 3, 1, 2]
+    sizes.clear()
+    assert batches.run(limited, [1, 2]) == [2, 4] and sizes == [
+        1,
+        1,
+    ]  # what did not fit is not tried again
 
 
-def test_options_can_be_sent_to_a_worker():
-    options = local_chat.Options("folder", batch_size=3)
-    assert pickle.loads(pickle.dumps(options)) == options
+@pytest.mark.parametrize(
+    "error, failure",
+    [
+        (ValueError("cannot\ntake this"), ("model error", "ValueError: cannot take this")),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB."),
+            ("out of memory", "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB."),
+        ),
+    ],
+)
+def test_an_item_that_the_model_cannot_take_fails_alone(error, failure):
+    def touchy(batch):
+        if 1 in batch:
+            raise error
+        return list(batch)
+
+    assert checkpoint.Batches(3).run(touchy, [0, 1, 2]) == [0, chat.Failure(*failure), 2]
 
 
 def test_models_that_cannot_be_used(tmp_path, folder):
