@@ -11,11 +11,11 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
-from grain_jax.data import build, negatives, sources
+from grain_jax.data import build, example, negatives, sources
 from grain_jax.data.annotate import (
     arguments,
     checks,
@@ -24,9 +24,9 @@ from grain_jax.data.annotate import (
     local_chat,
     outputs,
     prompt,
-    to_records,
 )
 from grain_jax.data.annotate.passes import PASSES, Job
+from grain_jax.data.arguments import build_parser
 
 from grain_jax import errors
 
@@ -55,7 +55,7 @@ def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
     source = sources.make(name, own)
     args.orientation = getattr(source, "orientation", args.orientation)
     job = _job(args, output, source)
-    records = to_records.arguments_of_build(args, source) if args.records else None
+    records = _arguments_of_build(args, source) if args.records else None
     settings = _settings(args, job)
     output.agree(settings)
     options = sources.Options(
@@ -100,7 +100,10 @@ def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
     output.clear()
     _check_faults(total, output, args.max_faults)
     if records:
-        print(build.build(records, to_records.line_reader(source, output, shards)))
+        read_lines = example.read_lines
+        if not source.images_are_files:
+            read_lines = lambda annotations: _lines_with_images(output, shards)
+        print(build.build(records, read_lines))
     return (
         f"{output.path('A.jsonl')}: {total['annotated']} of {total['pictures']} images,"
         f" {total['regions']} regions, {len(todo)} of {len(shards)} shards in this run,"
@@ -188,6 +191,40 @@ def _settings(args: argparse.Namespace, job: Job) -> dict[str, dict[str, Any]]:
                 "prompt sha256": digest[:16],
             }
     return out
+
+
+def _arguments_of_build(args: argparse.Namespace, source: sources.Source) -> argparse.Namespace:
+    """The arguments of grain-jax build; wrong ones end the command before any work."""
+    given = {
+        "annotations": str(epath.Path(args.output) / "A.jsonl"),
+        "images": args.images if source.images_are_files else args.output,
+        "output": str(epath.Path(args.output) / "records"),
+        "name": args.records,
+    }
+    for name in ("orientation", "store_size", "encoding", "num_shards", "max_faults"):
+        given[name.replace("_", "-")] = getattr(args, name)
+    pairs = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    return build_parser().parse_args([*pairs, "--overwrite"])
+
+
+def _lines_with_images(
+    output: outputs.Output, shards: Sequence[sources.Shard]
+) -> Iterator[example.Line]:
+    """The lines of A.jsonl with the images that the source has. Raises SourceError where it has others."""
+    number = 0
+    for shard in shards:
+        lines = iter(output.read("annotations", shard.name))
+        line = next(lines, None)
+        for item in sources.read(shard):
+            if line and isinstance(item, sources.Image) and item.image == line["image"]:
+                number += 1
+                yield example.Line(number, json.dumps(line).encode(), item.encoded)
+                line = next(lines, None)
+        if line:
+            raise sources.SourceError(
+                f"source {shard.source}: got no image {line['image']}, which was there when it was"
+                " annotated, expected the same source; give another --output"
+            )
 
 
 def _todo(job: Job, shards: Sequence[sources.Shard], retry_failed: bool) -> list[sources.Shard]:

@@ -46,31 +46,26 @@ class EndpointError(errors.UserError):
     """The endpoint cannot be used at all."""
 
 
-def build(options: Options) -> "EndpointChat":
-    """Makes the client; nothing is asked yet.
+class EndpointChat:
+    """A `chat.Chat`. It may be used by several threads; the limits hold for all of them together.
 
     Raises:
-      EndpointError: the address is not valid.
+      EndpointError: the address or the key is not valid; nothing is asked yet.
     """
-    import httpx
-
-    try:
-        address = httpx.URL(options.url)
-        port = 80 if address.port is None else address.port
-        known = address.scheme in ("http", "https") and address.host and 0 < port < 1 << 16
-    except httpx.InvalidURL:
-        known = False
-    if not known or not re.fullmatch("[!-~]+", options.url):
-        raise EndpointError(
-            f"{chat.one_line(options.url)}: no address, expected one like http://host:8000/v1"
-        )
-    return EndpointChat(options)
-
-
-class EndpointChat:
-    """A `chat.Chat`. It may be used by several threads; the limits hold for all of them together."""
 
     def __init__(self, options: Options):
+        import httpx
+
+        try:
+            address = httpx.URL(options.url)
+            port = 80 if address.port is None else address.port
+            known = address.scheme in ("http", "https") and address.host and 0 < port < 1 << 16
+        except httpx.InvalidURL:
+            known = False
+        if not known or not re.fullmatch("[!-~]+", options.url):
+            raise EndpointError(
+                f"{chat.one_line(options.url)}: no address, expected one like http://host:8000/v1"
+            )
         self._options = options
         self._url = options.url.rstrip("/") + "/chat/completions"
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
@@ -144,8 +139,8 @@ class EndpointChat:
                 cause = CONNECTION
             elif any(said in str(error) for said in _ENDED):
                 cause = CONNECTION
-            while error.__cause__:  # what the system said
-                error = error.__cause__
+            while inner := error.__cause__ or error.__context__:  # what the system said
+                error = inner
             return chat.Failure(cause, chat.one_line(f"{type(error).__name__}: {error}")), 0.0
         if response.is_success:
             return _answer(content)

@@ -95,9 +95,9 @@ def build(job: Job) -> Models:
     local = False
     if {"caption", "describe"} & set(job.passes):
         local = isinstance(job.chat, local_chat.Options)
-        chat = (local_chat if local else endpoint_chat).build(job.chat)
+        chat = (local_chat.LocalChat if local else endpoint_chat.EndpointChat)(job.chat)
     if "ground" in job.passes:
-        finder = detector.build(job.detector)
+        finder = detector.Detector(job.detector)
     return Models(
         job, chat, finder, threading.Lock() if local or finder else contextlib.nullcontext()
     )

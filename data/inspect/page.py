@@ -143,13 +143,19 @@ def _padding(padding: dict[str, Any]) -> str:
         )
         for g in padding["groups"]
     ]
-    header = ("text.pack_group", "rows needed", "padding", "", "overflowing", "groups tried")
+    header = (
+        "text.pack_group",
+        "rows needed",
+        "padding",
+        "",
+        "texts that do not fit",
+        "groups tried",
+    )
     classes = ("number", "number", "number", "bar", "number", "number")
     table = html.table(header, rows, classes, table_class="narrow")
     return (
-        f"{table}<p>Rows hold 99.9% of the groups (all, if fewer were tried); this is the least for"
-        f" <code>text.pack_rows</code>, which training derives where it is not set. One text a row would"
-        f" be {padding['unpacked']:.1%} padding.</p>"
+        f"{table}<p>These are the rows that training derives where <code>text.pack_rows</code> is not set: at"
+        f" most 0.1% of the texts do not fit. One text a row would be {padding['unpacked']:.1%} padding.</p>"
         '<p class="soft">Packed by the code of training, with each image\'s caption (web and synthetic'
         " in turn) and its five regions of the highest score, in a mixed order.</p>"
     )

@@ -137,7 +137,7 @@ class Statistics:
             for issue in flaws.of_text(kind, plain, tokens):
                 self.issues[f"{issue} {name}"].see(f"{item.where}: {_cut(text)!r}")
         for kind, different in seen.items():
-            self.texts[kind].add(different)
+            self.texts[kind].add(different.keys())
         if not seen["web"] and not seen["synthetic"]:
             self.without_caption += 1
             self.issues["no caption"].see(item.where)

@@ -7,6 +7,7 @@ sentence with its own box. `split` is that of the refs (train, val, testA, ...).
 are COCO's, so captions_train2014.json may be given as well.
 """
 
+import collections
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -82,7 +83,7 @@ class RefCoco(staged.ListedSource):
             raise base.SourceError(f"got --annotations {got}, expected {_EXPECTED}")
 
         # file -> (box, expression) of each sentence
-        sentences_of: dict[str, list[tuple[Any, str]]] = {}
+        sentences_of: dict[str, list[tuple[Any, str]]] = collections.defaultdict(list)
         sizes: dict[str, tuple[float, float] | None] = {}
         for found in (*_of_refs(refs, instances, options.split), *_of_mdetr(mdetr)):
             if isinstance(found, base.Fault):
@@ -90,17 +91,16 @@ class RefCoco(staged.ListedSource):
                 continue
             image, box, expression = found
             sizes[image.file_name] = image.size
-            sentences_of.setdefault(image.file_name, []).append((box, expression))
+            sentences_of[image.file_name].append((box, expression))
         for image, sentences in sentences_of.items():
-            of_box: dict[Any, list[tuple[Any, str]]] = {}
+            of_box = collections.defaultdict(list)
             for box, text in dict.fromkeys(sentences):
-                of_box.setdefault(box, []).append((box, text))
-            regions = list(base.taking_turns(of_box.values()))
-            place = {region: at for at, region in enumerate(regions)}
+                of_box[box].append((box, text))
+            place = {region: at for at, region in enumerate(base.taking_turns(of_box.values()))}
             yield base.Entry(
                 image,
                 captions.get(image, ()),
-                regions=[(*region, base.WHOLE) for region in regions],
+                regions=[(*region, base.WHOLE) for region in place],
                 size=sizes[image],
                 phrases=[[place[sentence]] for sentence in sentences],
             )

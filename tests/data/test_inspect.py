@@ -395,13 +395,6 @@ def test_numbers_of_many_boxes_do_not_cover_each_other():
             assert x + width <= other_x or other_x + other <= x or abs(y - other_y) >= 16
 
 
-def test_lines_fit_their_width():
-    lines = sheet.wrap("a wing " * 20 + "w" * 200, 300, 4)
-    assert len(lines) == 4 and lines[-1].endswith(" ...")
-    assert all(sheet._font(12).getlength(line) <= 300 for line in lines)
-    assert sheet.wrap("a wing", 300, 4) == ["a wing"]
-
-
 class Page(html.parser.HTMLParser):
     def __init__(self):
         super().__init__()

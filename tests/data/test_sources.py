@@ -484,39 +484,6 @@ def test_tars_that_are_damaged_or_incomplete(tmp_path):
     assert items[-1].image == "00001/a/3.jpg" and items[-1].captions == ("of the json",)
 
 
-def test_names_that_no_output_may_have(tmp_path):
-    found = webdataset_sample(tmp_path)
-    members = [("../../1.jpg", encoded(1)), ("\udcff.jpg", encoded(2)), ("3.jpg", encoded(3))]
-    write_tar(tmp_path / "images/00000.tar", members)
-    items = [item for item in read_all("webdataset", found) if item.image.startswith("00000")]
-    assert causes(items) == {
-        "00000/../../1": "bad annotation",
-        "00000/\udcff.jpg": "bad annotation",
-    }
-    assert items[-1].image == "00000/3.jpg"
-
-
-def test_a_tar_with_a_broken_header_is_not_taken_for_its_end(tmp_path):
-    found = webdataset_sample(tmp_path)
-    path = tmp_path / "images/00000.tar"
-    content = bytearray(path.read_bytes())
-    start = content.index(b"000000004.jpg")
-    content[start : start + 100] = b"?" * 100
-    path.write_bytes(content)
-    items = [item for item in read_all("webdataset", found) if item.image.startswith("00000")]
-    assert [item.image for item in items[:-1]] == [f"00000/00000000{n}.jpg" for n in range(3)]
-    assert items[-1].cause == "damaged shard" and "bad checksum" in items[-1].detail
-
-
-def test_a_pickle_cannot_run_code(tmp_path):
-    found = refcoco_sample(tmp_path)
-    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps([print]))
-    with pytest.raises(
-        sources.SourceError, match="no pickle of plain values .it wants builtins.print"
-    ):
-        sources.shards("refcoco", found)
-
-
 def test_refcoco_splits_and_other_files(tmp_path):
     found = refcoco_sample(tmp_path)
     assert len(read_all("refcoco", found._replace(split="testA"))) == 1

@@ -68,11 +68,7 @@ ROWS = [
     Row("another content type", body(ANSWER, "Content-Type: image/png"), "a beak"),
     Row("a page", body(b"<html>" * 1000, "Content-Type: text/html"), NO, "<html>"),
     Row("terminal codes", body(b"\x1b[2J\x1b]0;owned\x07"), NO, "\ufffd[2J"),
-    Row(
-        "a gzip bomb",
-        body(gzip.compress(bytes(1 << 24)), "Content-Encoding: gzip"),
-        NO,
-    ),
+    Row("a gzip bomb", body(gzip.compress(bytes(1 << 24)), "Content-Encoding: gzip"), NO),
     # Lengths.
     Row("a length that is too long", sent(head("Content-Length: 9999") + ANSWER), CONNECTION, "received 105 bytes"),
     Row("a length of 1 TB", sent(head(f"Content-Length: {1 << 40}") + ANSWER), CONNECTION),
@@ -129,7 +125,7 @@ ROWS = [
 
 def _ask(url: str, **options) -> chat.Answer | chat.Failure:
     options = {"tries": 1, "seconds": SECONDS} | options
-    (found,) = endpoint_chat.build(endpoint_chat.Options(url, "tiny", **options)).answer(
+    (found,) = endpoint_chat.EndpointChat(endpoint_chat.Options(url, "tiny", **options)).answer(
         [PICTURE], ["List."]
     )
     return found

@@ -21,7 +21,7 @@ def quick(monkeypatch):
 
 
 def _client(server, **options):
-    return endpoint_chat.build(endpoint_chat.Options(server.url, "tiny", **options))
+    return endpoint_chat.EndpointChat(endpoint_chat.Options(server.url, "tiny", **options))
 
 
 def _sequence(*replies):
@@ -164,9 +164,9 @@ def test_waits_grow_between_tries(monkeypatch):
     monkeypatch.setattr(endpoint_chat, "FIRST_WAIT", 1.0)
     monkeypatch.setattr(endpoint_chat.time, "sleep", lambda s: waits.append(s) or sleep(0))
     address = _closed_port()
-    client = endpoint_chat.build(endpoint_chat.Options(address, "tiny", tries=9))
+    client = endpoint_chat.EndpointChat(endpoint_chat.Options(address, "tiny", tries=9))
     (found,) = client.answer([PICTURE], ["List."])
-    assert found.cause == "no connection" and "refused" in found.detail
+    assert found.cause == "no connection" and "ConnectionRefusedError" in found.detail
     waits = [wait for wait in waits if wait]
     bounds = [1, 2, 4, 8, 16, 32, 60, 60]
     assert len(waits) == 8
