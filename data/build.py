@@ -14,11 +14,11 @@ import time
 from collections.abc import Iterator
 
 from etils import epath
-from grain_jax.data import duplicates, example, parallel, progress, splits, staging, survey
+from grain_jax.data import duplicates, example, parallel, splits, staging, survey
 from grain_jax.data.arguments import Encoding, build_parser
 from grain_jax.data.survey import BuildError
 
-from grain_jax import errors, printable
+from grain_jax import errors, printable, progress
 from grain_jax.files import regular_file
 
 SHARD_BYTES = (
@@ -39,7 +39,7 @@ def examples(
       stored_anew: gets the numbers of the lines whose images are stored as PNG, since training cannot read their files.
     """
     encoded = lines.map(example.encode, ids, encoding=encoding)
-    good = progress.progress(encoded, total=len(ids), what="writing")
+    good = progress.over(encoded, total=len(ids), what="writing")
     for (number, identity), item in zip(ids.items(), good, strict=True):
         if isinstance(item, list):
             raise BuildError(f"{lines.path}:{number}: {item[0]} (it was right when checked)")

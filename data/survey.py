@@ -9,9 +9,9 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from typing import NamedTuple
 
 from etils import epath
-from grain_jax.data import example, parallel, progress
+from grain_jax.data import example, parallel
 
-from grain_jax import errors, printable
+from grain_jax import errors, printable, progress
 from grain_jax.files import atomic
 
 ReadLines = Callable[[epath.Path], Iterable[example.Line]]
@@ -117,6 +117,6 @@ class Survey:
 def take(lines: Lines, total: int) -> Survey:
     """Checks all lines, `total` in number, and decodes all images."""
     found = Survey(str(lines.path))
-    for verdict in progress.progress(lines.map(example.check), total=total, what="checking"):
+    for verdict in progress.over(lines.map(example.check), total=total, what="checking"):
         found.add(verdict)
     return found
