@@ -50,7 +50,7 @@ class EndpointChat:
     """A `chat.Chat`. It may be used by several threads; the limits hold for all of them together.
 
     Raises:
-      EndpointError: the address or the key is not valid; nothing is asked yet.
+      EndpointError: the address, the key or a proxy is not valid; nothing is asked yet.
     """
 
     def __init__(self, options: Options):
@@ -77,6 +77,10 @@ class EndpointChat:
                 )
             self._headers["Authorization"] = f"Bearer {key}"
         self._tls = ssl.create_default_context()
+        try:
+            httpx.Client(verify=self._tls).close()
+        except (ImportError, ValueError, httpx.InvalidURL) as error:  # SOCKS needs a package
+            raise EndpointError(f"the environment's proxy: {chat.one_line(error)}") from None
         self._pool = concurrent.futures.ThreadPoolExecutor(options.concurrency)
         self._lock = threading.Lock()
         self._next_start = 0.0  # of a request, on the monotonic clock
@@ -133,7 +137,7 @@ class EndpointChat:
             response, content = asyncio.run(self._post(body))
         except (TimeoutError, httpx.TimeoutException):
             return chat.Failure(TIME_OUT, f"timed out after {self._options.seconds:g} s"), 0.0
-        except (httpx.HTTPError, OSError, ValueError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             cause = NO_ANSWER  # not HTTP, or too much of it
             if isinstance(error, (httpx.NetworkError, httpx.ProxyError, OSError)):
                 cause = CONNECTION

@@ -3,6 +3,7 @@
 A region is an object: its description is the category's name. Boxes around crowds are left out.
 """
 
+import abc
 from collections.abc import Iterator
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -12,7 +13,7 @@ from grain_jax.data.sources import base, json_files, staged
 from grain_jax.files import annotations
 
 
-class Picture(msgspec.Struct):
+class ImageItem(msgspec.Struct):
     """An item of `images`."""
 
     id: base.Id
@@ -49,13 +50,13 @@ class Object(msgspec.Struct):
     score: base.Scalar = base.WHOLE
 
 
-Pictures = TypeVar("Pictures")
+ImageItems = TypeVar("ImageItems")
 
 
-class File(msgspec.Struct, Generic[Pictures]):
+class File(msgspec.Struct, Generic[ImageItems]):
     """A file of COCO's form; each item of `annotations` is checked on its own."""
 
-    images: list[Pictures]
+    images: list[ImageItems]
     annotations: list[msgspec.Raw]
     categories: list[Category] = []
 
@@ -64,18 +65,18 @@ class Objects(staged.ListedSource):
     """Files of COCO's form whose objects have a category: a subclass says what else there is.
 
     Attributes:
-      picture: the form of an item of `images`, with `id`, `name` and `size`.
+      image_item: the form of an item of `images`, with `id`, `name` and `size`.
       item: the form of an item of `annotations`.
       of_objects: whether a file without categories is none of this form.
     """
 
     of_objects: ClassVar[bool] = True
-    picture: ClassVar[Any] = Picture
+    image_item: ClassVar[Any] = ImageItem
     item: ClassVar[Any] = Object
 
+    @abc.abstractmethod
     def add(self, entry: base.Entry, found: Any, names: dict[base.Id, str]) -> None:
         """Adds what an item of `annotations` says to the entry of its image; `names` are the categories'."""
-        entry.regions.append((base.xywh(found.bbox), names.get(found.category_id), base.WHOLE))
 
     def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
         for path in options.annotations:
@@ -85,7 +86,7 @@ class Objects(staged.ListedSource):
 
     def _read(self, path: str, of_name: dict[str, base.Entry]) -> Iterator[base.Fault]:
         """Adds what a file says to the entries by the images' names; yields the faults of its items."""
-        content = json_files.read(path, File[self.picture], self.needs)
+        content = json_files.read(path, File[self.image_item], self.needs)
         if self.of_objects and not content.categories:
             raise base.SourceError(f"{path}: got no categories, expected {self.needs}")
         names = {category.id: category.name for category in content.categories}

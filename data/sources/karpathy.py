@@ -14,7 +14,7 @@ class _Sentence(msgspec.Struct):
     raw: str
 
 
-class _Picture(msgspec.Struct):
+class _ImageItem(msgspec.Struct):
     filename: str
     split: str
     sentences: list[_Sentence]
@@ -22,7 +22,7 @@ class _Picture(msgspec.Struct):
 
 
 class _File(msgspec.Struct):
-    images: list[_Picture]
+    images: list[_ImageItem]
 
 
 class Karpathy(staged.ListedSource):

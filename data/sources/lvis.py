@@ -8,7 +8,7 @@ import msgspec
 from grain_jax.data.sources import base, coco
 
 
-class _Picture(msgspec.Struct):
+class _ImageItem(msgspec.Struct):
     id: base.Id
     coco_url: str
     width: int | float
@@ -28,7 +28,7 @@ class Lvis(coco.Objects):
     """The files' images, also those without an object."""
 
     needs = "lvis_v1_train.json or lvis_v1_val.json"
-    picture = _Picture
+    image_item = _ImageItem
 
     def add(self, entry: base.Entry, found: coco.Object, names: dict[base.Id, str]) -> None:
         name = names.get(found.category_id)

@@ -32,7 +32,7 @@ class _Ref(msgspec.Struct):
     sentences: list[_Sentence]
 
 
-class _Picture(coco.Picture):
+class _ImageItem(coco.ImageItem):
     caption: str | None = None  # an expression, in MDETR's files
 
 
@@ -44,11 +44,11 @@ class _Object(msgspec.Struct):
 
 
 class _File(msgspec.Struct):
-    images: list[_Picture]
+    images: list[_ImageItem]
     annotations: list[_Object]
 
 
-_Expression = tuple[_Picture, tuple[float, ...], str]  # its image, xyxy box, the words
+_Expression = tuple[_ImageItem, tuple[float, ...], str]  # its image, xyxy box, the words
 
 
 # The C reader gives memory to whatever number of an object a pickle names.

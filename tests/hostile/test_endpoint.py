@@ -236,6 +236,14 @@ def test_an_address_that_is_none(url):
     assert str(told.value).isprintable()
 
 
+@pytest.mark.parametrize("proxy", ["nonsense://x:1", "socks5://x:1", "http://[::1"])
+def test_a_proxy_that_is_none(monkeypatch, proxy):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(endpoint_chat.EndpointError, match="the environment's proxy: ") as told:
+        _ask("http://127.0.0.1:1/v1")
+    assert len(str(told.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("key", ["two\nlines", "t\u00f6", "a b", "\x1b[2J"])
 def test_a_key_that_is_none_is_not_shown(monkeypatch, key):
     monkeypatch.setenv("A_KEY", f"sk-secret{key}x")
