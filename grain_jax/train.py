@@ -50,7 +50,7 @@ from grain_jax.runtime import (
     storage_faults,
     watchdog,
 )
-from grain_jax.training import flops, memory, schedule, sharding, train_step
+from grain_jax.training import flops, memory_check, schedule, sharding, train_step
 
 
 def keep_freed_memory() -> None:
@@ -179,7 +179,7 @@ def _train(
     program = train_step.build(
         config, run.mesh, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch
     )
-    memory.check(run.given, run.mesh, run.memory, program)
+    memory_check.check(run.given, run.mesh, run.memory, program)
 
     # 3. State: the newest checkpoint that is whole, else a fresh start from the seed and `config.init`.
     checkpoints = checkpoint.manager(workdir, config)
@@ -248,7 +248,7 @@ class Run(NamedTuple):
     config: config_lib.Config  # without open numbers
     derived_from: str  # how the open numbers were derived, or ""
     mesh: jax.sharding.Mesh
-    memory: memory.Limit
+    memory: memory_check.Limit
     source: sources.DataSource
     lanes: tuple[int, ...]  # of this process
     total_steps: int
@@ -268,8 +268,8 @@ def set_up(
     given, terms = config, [term for term, _ in losses.terms_of(config.loss)]
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)  # before the data set is made
-    limit = memory.limit()
-    memory.check(config, mesh, limit)
+    limit = memory_check.limit()
+    memory_check.check(config, mesh, limit)
     metrics_writer.check_wandb(config.wandb)
     if not checkpoint.finished_steps(workdir):  # else they are not read
         initialise.check(config.init)
@@ -331,7 +331,7 @@ def compile_step(run: Run, program: train_step.Program, records: "Records"):
         programs = attention.of_towers(run.config.model, run.config.dtype)
     took = metrics_writer.duration(time.monotonic() - began)
     records.say(f"compiled in {took}; attention of the towers: {programs}")
-    warning = memory.check_step(run.given, run.mesh, program, step_fn, run.memory)
+    warning = memory_check.check_step(run.given, run.mesh, program, step_fn, run.memory)
     if warning:
         records.say(warning)
     wait_for_all("compiled")
@@ -556,7 +556,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(found, file=sys.stderr, flush=True)
     workdir = epath.Path(args.workdir)
     with distributed.ending_together(args.heartbeat_seconds):
-        with errors.out_of_memory_in_a_line("training", lambda: memory.training_advice(config)):
+        with errors.out_of_memory_in_a_line("training", lambda: memory_check.training_advice(config)):
             train(config, workdir, handler, watch)
 
 

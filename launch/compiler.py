@@ -4,6 +4,7 @@ For TPUs libtpu compiles, for GPUs the CUDA plugin of JAX. Only the child loads 
 line here. Results are cached by the text of the program, so that the same plan compiles once.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -16,7 +17,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -112,19 +112,17 @@ def compile_step(
       UserError: the compiler is missing, the mesh does not fit, there is no such slice, or time ran out.
       CompilerFailed: the compiler crashed.
     """
-    what = missing(topology.chip)
-    if what is not None:
+    if what := missing(topology.chip):
         raise errors.UserError(f"grain-jax plan: {what}")
-    shape = list(map(str, topology.shape))
-    if not topology.chip.is_tpu and topology.slices > 1:
-        shape.append(str(topology.slices))
-    name = f"{topology.chip.name}:{'x'.join(shape)}"
+    is_tpu = topology.chip.is_tpu
+    nodes = () if is_tpu or topology.slices == 1 else (topology.slices,)
+    name = f"{topology.chip.name}:{'x'.join(map(str, (*topology.shape, *nodes)))}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", **_environment(topology)}
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     request = dict(
         config=json.loads(config_lib.to_json(config)),
-        platform="tpu" if topology.chip.is_tpu else "cuda",
+        platform="tpu" if is_tpu else "cuda",
         topology=name,
         options=_topology_options(topology),
         total_steps=total_steps,
@@ -139,9 +137,8 @@ def compile_step(
     if "fault" in answer:
         raise errors.UserError(answer["fault"])
     if "failed" in answer:
-        compiler = "libtpu" if topology.chip.is_tpu else "XLA"
         raise CompilerFailed(
-            f"{compiler} cannot compile this program for {name}: {answer['failed']}"
+            f"{'libtpu' if is_tpu else 'XLA'} cannot compile this program for {name}: {answer['failed']}"
         )
     return _load(cache, answer["key"], cached=answer["cached"])
 
@@ -198,39 +195,34 @@ def _run(
     request: str, environment: dict[str, str], timeout: float, what: str, say: Callable
 ) -> tuple[str, str, int]:
     """(stdout, stderr, status) of the child; prints progress."""
-    began = told = time.monotonic()
-    terminal = sys.stderr.isatty()
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "grain_jax.launch.compiler"],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=log,
-            text=True,
-        )
+    began = time.monotonic()
+    every = 1.0 if sys.stderr.isatty() else LINE_EVERY
+    with subprocess.Popen(
+        [sys.executable, "-m", "grain_jax.launch.compiler"],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    ) as child:
+        given: str | None = request
         try:
-            child.stdin.write(request)
-            child.stdin.close()
-            while child.poll() is None:
-                now = time.monotonic()
-                if now - began > timeout:
+            while True:
+                left = timeout - (time.monotonic() - began)
+                if left <= 0:
                     raise TookTooLong(
                         f"--timeout: {what} took more than {timeout:.0f} s; give it more, or plan for"
                         " fewer chips"
                     )
-                if now - told >= (1.0 if terminal else LINE_EVERY):
-                    say(f"{what} ... {metrics_writer.duration(now - began)}")
-                    told = now
-                time.sleep(0.05)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    out, log = child.communicate(given, timeout=min(every, left))
+                    return out, log, child.returncode
+                given = None  # the child has it
+                say(f"{what} ... {metrics_writer.duration(time.monotonic() - began)}")
         finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-        out.seek(0)
-        log.seek(0)
-        return out.read(), log.read(), child.returncode
+            child.kill()
 
 
 def _crash(status: int, log: str, config: config_lib.Config, name: str, chip: chips.Chip) -> str:
@@ -257,6 +249,13 @@ def _load(cache: epath.Path, key: str, *, cached: bool) -> Compiled:
     facts, hlo = _paths(cache, key)
     text = gzip.decompress(hlo.read_bytes()).decode() if hlo.exists() else ""
     return Compiled(**json.loads(facts.read_text()), hlo=text, cached=cached)
+
+
+def _put(path: epath.Path, content: bytes) -> None:
+    """Writes a file as a whole, beside other processes that may write the same."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def size(text: str) -> int:
@@ -302,7 +301,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     import jax
     from jax.experimental import topologies
 
-    from grain_jax.training import flops, memory_use, sharding, train_step
+    from grain_jax.training import flops, memory_need, sharding, train_step
 
     with named.importing():  # the user's own config, from the command line of grain-jax plan
         config = config_lib.from_dict(request["config"])
@@ -353,11 +352,9 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
             code=analysis.generated_code_size_in_bytes,
             peak=analysis.peak_memory_in_bytes,
         )
-        partial = hlo.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(gzip.compress(compiled.as_text().encode(), compresslevel=4))
-        partial.replace(hlo)
+        _put(hlo, gzip.compress(compiled.as_text().encode(), compresslevel=4))
     answer = Compiled(
-        state_bytes=memory_use.state_bytes(program),
+        state_bytes=memory_need.state_bytes(program),
         checkpoint_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)),
         memory=memory,
         traced_flops=flops.matmul_flops(program.step, program.state, program.batch),
@@ -370,10 +367,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     )
     kept = dataclasses.asdict(answer)
     del kept["hlo"], kept["cached"]
-    # Last, and by a rename: an entry that is there is whole.
-    partial = facts.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(kept))
-    partial.replace(facts)
+    _put(facts, json.dumps(kept).encode())  # last: an entry that is there is whole
     return {"key": key, "cached": False}
 
 

@@ -90,17 +90,16 @@ def _is_work(
     module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction
 ) -> bool:
     """Whether it keeps the chip busy enough to hide a transfer."""
-    if instruction.opcode in hlo.FREE - {"while", "call", "conditional"}:
+    opcode = instruction.opcode
+    if opcode in hlo.FREE - {"while", "call", "conditional"} or opcode.endswith("-start"):
         return False
-    if hlo.ASYNC.fullmatch(instruction.opcode) or instruction.opcode.endswith("-start"):
-        return False
-    if instruction.target in hlo.FREE_CALLS:
+    if hlo.ASYNC.fullmatch(opcode) or instruction.target in hlo.FREE_CALLS:
         return False
     inner = module.called(instruction)
     if inner and inner.root.target in (hlo.START, hlo.DONE):
         return False
-    shapes = [*instruction.shapes, *computation.shapes(instruction)]
-    return max((s.bytes for s in shapes), default=0) > _SMALL
+    inputs = [s for name in instruction.operands for s in computation.instructions[name].shapes]
+    return max((s.bytes for s in (*instruction.shapes, *inputs)), default=0) > _SMALL
 
 
 def _between(module, computation, start: hlo.Instruction) -> list[hlo.Instruction]:
@@ -109,35 +108,27 @@ def _between(module, computation, start: hlo.Instruction) -> list[hlo.Instructio
     if done is None:
         return []
     order = list(computation.instructions.values())
-    at = [order.index(i) for i in (start, computation.instructions[done])]
-    return [i for i in order[at[0] + 1 : at[1]] if _is_work(module, computation, i)]
+    between = order[order.index(start) + 1 : order.index(done)]
+    return [i for i in between if _is_work(module, computation, i)]
 
 
-def _end(module: hlo.Module, computation: hlo.Computation, start: hlo.Instruction) -> str | None:
+def _end(module: hlo.Module, computation: hlo.Computation, start) -> hlo.Instruction | None:
     """The instruction that waits for `start`."""
     if start.opcode == "fusion":  # TPU: start, compute and wait are fusions that share a channel
         channel = _channel(module, start)
-        return next(
-            (
-                i.name
-                for i in computation.instructions.values()
-                if i.opcode == "fusion"
-                and module.called(i).root.target == hlo.DONE
-                and _channel(module, i) == channel
-            ),
-            None,
-        )
+        fusions = (i for i in computation.instructions.values() if i.opcode == "fusion")
+        done = (i for i in fusions if module.called(i).root.target == hlo.DONE)
+        return next((i for i in done if _channel(module, i) == channel), None)
     if start.opcode == "send":
         key = r'_xla_host_transfer_rendezvous="([^"]*)"'
-        for i in computation.instructions.values():
-            if i.opcode == "recv" and i.find(key) == start.find(key):
-                return next((u.name for u in computation.users[i.name]), None)
-        return None
+        received = (i for i in computation.instructions.values() if i.opcode == "recv")
+        same = (i for i in received if i.find(key) == start.find(key))
+        return next((u for i in same for u in computation.users[i.name][:1]), None)
     for user in computation.users[start.name]:
         if user.opcode == "async-update":
             return _end(module, computation, user)
         if user.opcode.endswith("-done"):
-            return user.name
+            return user
     return None
 
 
@@ -149,23 +140,17 @@ def _channel(module: hlo.Module, fusion: hlo.Instruction) -> str | None:
 def _issued(module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction):
     """(kind, the collective itself, where it stands, asynchronous) if `instruction` issues one, else None."""
     opcode = instruction.opcode
-    if opcode in hlo.KINDS:
-        return opcode, instruction, computation, False
     if opcode.removesuffix("-start") in hlo.KINDS:
-        return opcode.removesuffix("-start"), instruction, computation, True
+        return opcode.removesuffix("-start"), instruction, computation, opcode.endswith("-start")
     if opcode not in ("fusion", "async-start"):
         return None
     inner = module.called(instruction)
-    found = [i for i in inner.instructions.values() if i.opcode in hlo.KINDS]
-    if not found:
-        return None
-    collective = found[0]
-    if hlo.is_continued(inner, collective):
+    opcodes = [i.opcode for i in inner.instructions.values()]
+    collective = next((i for i in inner.instructions.values() if i.opcode in hlo.KINDS), None)
+    if collective is None or hlo.is_continued(inner, collective):
         return None
     kind = collective.opcode
-    if kind == "all-reduce" and any(
-        i.opcode == "dynamic-slice" for i in inner.instructions.values()
-    ):
+    if kind == "all-reduce" and "dynamic-slice" in opcodes:
         kind = "reduce-scatter"  # the TPU compiler's own fusion of the two
     return kind, collective, inner, opcode == "async-start" or inner.root.target == hlo.START
 
@@ -193,47 +178,64 @@ def collectives(
         if not times or computation.name in module.fused:
             continue
         in_loop = computation.name in module.in_loop
-        several_ways = _ways(module, computation) if in_loop else 1
+        ways = _ways(module, computation) if in_loop else 1
         transfers = []
         for instruction in computation.instructions.values():
-            across = instruction.find(r'_xla_megascale_transfer_type="(\w+)"')
-            if across and instruction.opcode == "send":
-                kind = across.lower().replace("_", "-").replace("one-to-one", hlo.KINDS[-1])
-                listed = instruction.find(r'_xla_megascale_target="\{([\d,]+)\}x')
-                size = len(listed.split(",")) if listed else slices
-                ways = 1
-                where, collective, spans, axes = computation, instruction, size, ()
-                asynchronous = True
-                payload = computation.instructions[instruction.operands[0]].shapes[0].bytes
+            if (
+                instruction.find(r'(_xla_megascale_transfer_type)="')
+                and instruction.opcode == "send"
+            ):
+                found = _across(module, computation, instruction, in_loop, slices)
             else:
-                issued = _issued(module, computation, instruction)
-                if issued is None:
-                    continue
-                kind, collective, where, asynchronous = issued
-                groups = _groups(collective, module.partitions)
-                is_permutation = kind == "collective-permute"
-                size = _ring(groups) if is_permutation else len(groups[0])
-                ways = several_ways if is_permutation else 1
-                if size == 1:
-                    continue
-                spans = max(len({chip // per_slice for chip in group}) for group in groups)
-                axes = _axes(groups, mesh) if mesh else ()
-                payload = sum(s.bytes for s in where.shapes(collective))
-            if kind == "all-gather":
-                payload *= size
-            between = _between(module, computation, instruction) if asynchronous else []
-            key = kind, bool(between), in_loop, size, spans, axes, ways
-            transfers.append((key, payload, between))
-        for (key, payload, _), work in zip(transfers, _shares(module, computation, transfers)):
-            total = sums[key]
+                found = _within(module, computation, instruction, in_loop, ways, per_slice, mesh)
+            transfers += [found] if found else []
+        for transfer, work in zip(transfers, _shares(module, computation, transfers)):
+            sort, payload, _ = transfer
+            total = sums[sort]
             total[0] += times
             total[1] += times * payload
             total[2] = hlo_work.Work(*(a + times * b for a, b in zip(total[2], work)))
     rows = [
-        Collective(*key, count, payload, ways, work)
-        for (*key, ways), (count, payload, work) in sums.items()
+        sort._replace(count=count, bytes=payload, work=work)
+        for sort, (count, payload, work) in sums.items()
     ]
     return sorted(rows, key=lambda row: (-row.bytes, row))
+
+
+# A transfer: its sort (a Collective without sums), bytes of one chip, and what is scheduled beside it.
+_Transfer = tuple[Collective, float, list[hlo.Instruction]]
+
+
+def _across(module, computation, send, in_loop, slices) -> _Transfer:
+    """Of a `send` through the host to other slices."""
+    kind = send.find(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
+    kind = kind.replace("one-to-one", "collective-permute")
+    listed = send.find(r'_xla_megascale_target="\{([\d,]+)\}x')
+    size = len(listed.split(",")) if listed else slices
+    payload = computation.instructions[send.operands[0]].shapes[0].bytes
+    between = _between(module, computation, send)
+    sort = Collective(kind, bool(between), in_loop, size, size, (), 0, 0.0)
+    return sort, payload * (size if kind == "all-gather" else 1), between
+
+
+def _within(module, computation, instruction, in_loop, ways, per_slice, mesh) -> _Transfer | None:
+    """Of an instruction that issues a collective of more than one chip; `ways` is that of permutations."""
+    issued = _issued(module, computation, instruction)
+    if issued is None:
+        return None
+    kind, collective, where, asynchronous = issued
+    groups = _groups(collective, module.partitions)
+    size = _ring(groups) if kind == "collective-permute" else len(groups[0])
+    if size == 1:
+        return None
+    spans = max(len({chip // per_slice for chip in group}) for group in groups)
+    inputs = [where.instructions[name].shapes for name in collective.operands]
+    payload = sum(s.bytes for shapes in inputs for s in shapes)
+    between = _between(module, computation, instruction) if asynchronous else []
+    ways = ways if kind == "collective-permute" else 1
+    axes = _axes(groups, mesh) if mesh else ()
+    sort = Collective(kind, bool(between), in_loop, size, spans, axes, 0, 0.0, ways)
+    return sort, payload * (size if kind == "all-gather" else 1), between
 
 
 def _shares(module, computation, transfers) -> list[hlo_work.Work]:

@@ -95,33 +95,41 @@ def _gpus() -> list[str]:
 
 
 class Screen:
-    """Lines, and below them a progress line that a terminal rewrites."""
+    """Lines on stderr, and below them a progress line that a terminal rewrites."""
 
     def __init__(self, prefix: str):
-        self._prefix = prefix
+        self._prefix, self._terminal = prefix, sys.stderr.isatty()
         self._shown, self._printed = "", time.monotonic()
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, end: str = "\n") -> None:
         """Prints a line above the progress line."""
-        erase = "\r\x1b[2K" if sys.stderr.isatty() else ""
-        print(f"{erase}{self._prefix}{text}", file=sys.stderr, flush=True)
+        erase = "\r\x1b[2K" if self._terminal else ""
+        print(f"{erase}{self._prefix}{text}", end=end, file=sys.stderr, flush=True)
         self._shown = ""
 
+    def rewrite(self, text: str) -> None:
+        """Rewrites the progress line of a terminal; elsewhere prints a line."""
+        if not self._terminal:
+            return self.say(text)
+        room = get_terminal_size().columns - 1 - len(self._prefix)
+        self.say(text[:room], end="")
+        self._shown = text
+
     def progress(self, text: str) -> None:
-        """Rewrites the progress line of a terminal; elsewhere prints one now and then."""
-        if text == self._shown:
-            return
-        if sys.stderr.isatty():
-            line = f"{self._prefix}{text}"[: get_terminal_size().columns - 1]
-            print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
-            self._shown = text
-        elif time.monotonic() - self._printed > PLAIN_LINE_EVERY:
-            self.say(text)
-            self._shown, self._printed = text, time.monotonic()
+        """As `rewrite`; where there is no terminal, now and then."""
+        now = time.monotonic()
+        if text != self._shown and (self._terminal or now - self._printed > PLAIN_LINE_EVERY):
+            self.rewrite(text)
+            self._shown, self._printed = text, now
+
+    def clear(self) -> None:
+        """Erases the progress line."""
+        if self._terminal:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leaves the progress line standing."""
-        if self._shown and sys.stderr.isatty():
+        if self._shown and self._terminal:
             print(file=sys.stderr, flush=True)
 
 
@@ -220,33 +228,29 @@ class Runner:
 
     def _look_elsewhere(self, job: Job) -> None:
         """Notes whether the process of another call works on a job; that job then takes a slot."""
-        if job.log.exists():
-            with job.log.open() as log:
-                try:  # not for ourselves alone: two that look do not see each other
-                    fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    self._note_elsewhere(job)
-                    return
-        self._elsewhere.discard(job.name)
+        if not job.log.exists():
+            return self._elsewhere.discard(job.name)
+        with job.log.open() as log:  # not for ourselves alone: two that look do not see each other
+            if self._lock(job, log, fcntl.LOCK_SH):
+                self._elsewhere.discard(job.name)
 
-    def _note_elsewhere(self, job: Job) -> None:
-        if job.name not in self._elsewhere:
-            self.screen.say(f"{job.name}: runs already, started by another call; waiting")
-        self._elsewhere.add(job.name)
+    def _lock(self, job: Job, log, kind: int) -> bool:
+        """Whether the log of a job could be locked; else the process of another call holds it."""
+        try:
+            fcntl.flock(log, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if job.name not in self._elsewhere:
+                self.screen.say(f"{job.name}: runs already, started by another call; waiting")
+            self._elsewhere.add(job.name)
+            return False
+        return True
 
     def _waiting(self) -> list[Job]:
         """The jobs to start; those that failed come last."""
-        tries = lambda job: len(self._failures.get(job.name, ()))  # noqa: E731
-        return sorted(
-            (
-                job
-                for job in self._known
-                if job.name not in self._done
-                and job.name not in self._running
-                and tries(job) <= self.retries
-            ),
-            key=tries,
-        )
+        tries = {job.name: len(self._failures.get(job.name, ())) for job in self._known}
+        left = (job for job in self._known if job.name not in (*self._done, *self._running))
+        left = (job for job in left if tries[job.name] <= self.retries)
+        return sorted(left, key=lambda job: tries[job.name])
 
     def _start_what_can(self) -> None:
         """Starts jobs in the free slots; a job that runs elsewhere takes a slot."""
@@ -261,10 +265,7 @@ class Runner:
     def _start(self, job: Job, slot: int) -> None:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with job.log.open("a") as log:
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._note_elsewhere(job)
+            if not self._lock(job, log, fcntl.LOCK_EX):
                 return
             if self.finished(job):  # by another call, meanwhile
                 self._done.append(job.name)
@@ -321,19 +322,14 @@ class Runner:
         for other in self._running.values():
             other.process.send_signal(number)
 
-    def _work_done(self) -> float:
-        """The number of finished jobs plus the shares of the running ones."""
-        return len(self._done) + sum(self.share_done(r.job) for r in self._running.values())
-
     def _show(self, elapsed: float) -> None:
-        total, done = len(self._known), self._work_done()
+        shares = {name: self.share_done(other.job) for name, other in self._running.items()}
+        total, done = len(self._known), len(self._done) + sum(shares.values())
         eta = ""
         if done - self._given > LEAST_FOR_ETA:
             left = elapsed / (done - self._given) * (total - done)
             eta = f", ETA {metrics_writer.duration(left)}"
-        at = ", ".join(
-            f"{name} ({self.share_done(other.job):.0%})" for name, other in self._running.items()
-        )
+        at = ", ".join(f"{name} ({share:.0%})" for name, share in shares.items())
         self.screen.progress(
             f"{len(self._done)} of {total} runs finished{eta}{at and f'; running: {at}'}"
         )

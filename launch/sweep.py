@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from etils import epath
 from grain_jax.launch import jobs, sweep_clusters, sweep_runs, sweep_table
 from grain_jax.launch.arguments import sweep_parser
-from grain_jax.launch.sweep_runs import Run, finished, local_folder
+from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
 
 from grain_jax import config as config_lib
 from grain_jax import errors
@@ -23,7 +23,7 @@ from grain_jax.files import atomic
 
 
 def train_here(
-    runs: Sequence[Run], workdir: epath.Path, metric: str | None, parallel: int, retries: int
+    runs: Sequence[SweepRun], workdir: epath.Path, metric: str | None, parallel: int, retries: int
 ) -> jobs.Outcome:
     """Trains the runs on this machine, `parallel` at a time."""
     here = local_folder(workdir)
@@ -37,7 +37,7 @@ def train_here(
         for run in runs
     ]
 
-    def data_set(run: Run) -> tuple[str, str]:
+    def data_set(run: SweepRun) -> tuple[str, str]:
         return run.config.input.data_dir, run.config.input.name
 
     def ready(job: jobs.Job, running: frozenset[str]) -> bool:
@@ -75,7 +75,7 @@ def check_metric(metric: str | None, config: config_lib.Config) -> None:
             raise errors.UserError(f"--metric: {metric}: no evaluator {name} in the config: {near}")
 
 
-def tabulate(runs: Sequence[Run], workdir: epath.Path, metric: str | None) -> None:
+def tabulate(runs: Sequence[SweepRun], workdir: epath.Path, metric: str | None) -> None:
     """Prints the table and writes sweep.csv and sweep.png."""
     rows = sweep_table.read(runs, [finished(run) for run in runs])
     metric = metric or sweep_table.default_metric(rows)
@@ -89,10 +89,10 @@ def tabulate(runs: Sequence[Run], workdir: epath.Path, metric: str | None) -> No
     print(f"{workdir}: {written}", file=sys.stderr)
 
 
-def show_plan(runs: Sequence[Run]) -> None:
+def show_plan(runs: Sequence[SweepRun]) -> None:
     """Prints name, state and command of each run."""
     for run in runs:
-        step = sweep_table.last_step(run.folder)
+        step = sweep_runs.last_step(run.folder)
         state = "finished" if finished(run) else f"resumes (step {step})" if step else "new"
         print(f"{run.name}: {state}\n  {shlex.join(run.command)}")
     print(f"{len(runs)} points, all valid; nothing was started")

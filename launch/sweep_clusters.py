@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from shutil import which
 
 from etils import epath
-from grain_jax.launch.sweep_runs import Run, finished, local_folder
+from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
 
 from grain_jax import errors
 
 HERE = epath.Path(__file__).parent
 
 
-def _unfinished(runs: Sequence[Run], launcher: str) -> list[Run]:
+def _unfinished(runs: Sequence[SweepRun], launcher: str) -> list[SweepRun]:
     """The runs to hand to a cluster, which takes their arguments as words between blanks."""
     left = [run for run in runs if not finished(run)]
     for run in left:
@@ -37,7 +37,7 @@ def _unfinished(runs: Sequence[Run], launcher: str) -> list[Run]:
     return left
 
 
-def submit_slurm(runs: Sequence[Run], workdir: epath.Path, parallel: int | None) -> str:
+def submit_slurm(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int | None) -> str:
     """Submits the unfinished runs as one job array, through launch/slurm.sbatch; returns what to tell.
 
     Raises:
@@ -77,13 +77,13 @@ def submit_slurm(runs: Sequence[Run], workdir: epath.Path, parallel: int | None)
     )
 
 
-def jobset_name(run: Run) -> str:
+def jobset_name(run: SweepRun) -> str:
     """A name that Kubernetes takes, always the same for the same folder."""
     word = re.sub(r"[^a-z0-9]+", "-", run.folder.parent.name.lower()).strip("-")[:20].strip("-")
     return f"{word or 'sweep'}-{hashlib.sha256(str(run.folder).encode()).hexdigest()[:8]}"
 
 
-def render_gke(run: Run, template: str) -> str:
+def render_gke(run: SweepRun, template: str) -> str:
     """launch/gke.yaml for one run: ${NAME} and ${ARGS} are the run's, the rest comes from the environment.
 
     Raises:
@@ -99,7 +99,7 @@ def render_gke(run: Run, template: str) -> str:
     return page.substitute(values)
 
 
-def apply_gke(runs: Sequence[Run], workdir: epath.Path) -> str:
+def apply_gke(runs: Sequence[SweepRun], workdir: epath.Path) -> str:
     """Renders one JobSet for each unfinished run and applies it where there is kubectl; returns what to tell."""
     left = _unfinished(runs, "gke")
     folder = local_folder(workdir) / "gke"

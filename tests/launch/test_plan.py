@@ -16,7 +16,7 @@ from grain_jax import config as config_lib
 from grain_jax import errors, losses, train
 from grain_jax.losses import hops
 from grain_jax.models import grain
-from grain_jax.training import flops, memory_use, train_step
+from grain_jax.training import flops, memory_need, train_step
 from tests import tiny
 from tests.paths import ROOT
 
@@ -433,13 +433,13 @@ def test_gpu_estimate_by_hand():
     # remat=full keeps each layer's input: image 2 layers x 2 images x 10 tokens x 32 wide; text 2 layers
     # x 1 group of 8 rows x 32 positions x 32 wide.
     inputs = {"float32[2,2,10,32]": 4 * 2 * 2 * 10 * 32, "float32[2,8,32,32]": 4 * 2 * 8 * 32 * 32}
-    kept = memory_use.kept(config, 2)
+    kept = memory_need.kept(config, 2)
     for shape, size_of_it in inputs.items():
         assert size_of_it in [k.bytes for k in kept if k.shape == shape]
     assert found.temporaries["activations"] == sum(k.bytes for k in kept)
     # remat=none also keeps the softmax of the attention, 2 layers x 2 images x 4 heads x 10 x 10 tokens.
     softmax = "float32[2,2,4,10,10]"
-    everything = memory_use.kept(dataclasses.replace(config, remat="none"), 2)
+    everything = memory_need.kept(dataclasses.replace(config, remat="none"), 2)
     assert softmax in [k.shape for k in everything if k.where == "image"]
     assert softmax not in [k.shape for k in kept]
     reduce, captions, regions = found.collectives
@@ -491,9 +491,9 @@ def test_gpu_estimate_of_frozen_towers():
     assert (gather.kind, gather.bytes) == ("all-gather", 2 * (size["all"] + size["decoder"]))
     assert (scatter.kind, scatter.bytes) == ("reduce-scatter", 2 * size["decoder"])
     # The towers run forward only, so that nothing of them is kept but what the decoder needs.
-    kept = memory_use.kept(frozen, 2)
+    kept = memory_need.kept(frozen, 2)
     assert not [k for k in kept if k.where.startswith(("image/", "text")) and "blocks" in k.where]
-    assert sum(k.bytes for k in kept) < sum(k.bytes for k in memory_use.kept(config, 2)) / 2
+    assert sum(k.bytes for k in kept) < sum(k.bytes for k in memory_need.kept(config, 2)) / 2
 
 
 def test_gpu_meshes_that_cross_nodes_are_refused():

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from grain_jax.launch import sweep_table
+from grain_jax.launch import sweep_runs
 
 from grain_jax import verify
 from grain_jax.report import pictures, run_files
@@ -65,7 +65,7 @@ def test_the_report_says_so_and_draws_the_rest(workdir):
 
 
 def test_the_table_of_a_sweep_leaves_it_out(workdir):
-    assert sweep_table.last_step(workdir) == 2
+    assert sweep_runs.last_step(workdir) == 2
 
 
 def test_verify_refuses_it(workdir):
