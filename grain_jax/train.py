@@ -202,7 +202,7 @@ def _train(
         steps=config.profile_steps,
         process_index=jax.process_index(),
     )
-    plan = schedule.Schedule.of(config, run.total_steps, has_evals=bool(run.evals))
+    plan = schedule.Schedule(config, run.total_steps, has_evals=bool(run.evals))
     step, preempted = start_step, False
     with handler.training(), contextlib.ExitStack() as closes:
         closes.callback(watch.stop)  # whatever ends the loop, these run from the last to the first

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from etils import epath
-from grain_jax.launch import chips, gpu_targets
+from grain_jax.launch import chips
 
 from grain_jax import config as config_lib
 from grain_jax import errors, named
@@ -140,23 +140,20 @@ def compile_step(
         raise CompilerFailed(
             f"{'libtpu' if is_tpu else 'XLA'} cannot compile this program for {name}: {answer['failed']}"
         )
-    return _load(cache, answer["key"], cached=answer["cached"])
+    return _load(epath.Path(answer["path"]), cached=answer["cached"])
 
 
 def missing(chip: chips.Chip) -> str | None:
     """What must be installed before a step can be compiled for that chip, in one line; None: nothing."""
+    needed = ("libtpu",) if chip.is_tpu else _CUDA_PLUGINS
+    if any(importlib.util.find_spec(package) for package in needed):
+        return None
     if chip.is_tpu:
-        if importlib.util.find_spec("libtpu") is None:
-            return (
-                "libtpu is missing, expected the TPU compiler (Linux on x86_64; no TPU is needed);"
-                ' pip install "grain_jax[tpu]"'
-            )
-    elif not any(importlib.util.find_spec(plugin) for plugin in _CUDA_PLUGINS):
-        return (
-            "the CUDA plugin of JAX is missing, which compiles for GPUs (Linux; no GPU is needed);"
-            ' pip install "grain_jax[cuda12]"'
-        )
-    return None
+        what, extra = "libtpu is missing, expected the TPU compiler (Linux on x86_64; no TPU", "tpu"
+    else:
+        what = "the CUDA plugin of JAX is missing, which compiles for GPUs (Linux; no GPU"
+        extra = "cuda12"
+    return f'{what} is needed); pip install "grain_jax[{extra}]"'
 
 
 def _environment(topology: chips.Topology) -> dict[str, str]:
@@ -177,7 +174,7 @@ def _topology_options(topology: chips.Topology) -> dict[str, Any]:
     """The arguments of `get_topology_desc` besides the name of a TPU slice."""
     if not topology.chip.is_tpu:
         return {
-            "target_config": gpu_targets.description(gpu_targets.GPUS[topology.chip.name]),
+            "target_config": topology.chip.gpu.description(topology.chip.device_kind),
             "topology": f"1x{topology.slices}x{topology.shape[0]}",  # nodes, GPUs of a node
         }
     options: dict[str, Any] = {}
@@ -241,21 +238,9 @@ def _crash(status: int, log: str, config: config_lib.Config, name: str, chip: ch
     )
 
 
-def _paths(cache: epath.Path, key: str) -> tuple[epath.Path, epath.Path]:
-    return cache / f"{key}.json", cache / f"{key}.hlo.gz"
-
-
-def _load(cache: epath.Path, key: str, *, cached: bool) -> Compiled:
-    facts, hlo = _paths(cache, key)
-    text = gzip.decompress(hlo.read_bytes()).decode() if hlo.exists() else ""
-    return Compiled(**json.loads(facts.read_text()), hlo=text, cached=cached)
-
-
-def _put(path: epath.Path, content: bytes) -> None:
-    """Writes a file as a whole, beside other processes that may write the same."""
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
+def _load(path: epath.Path, *, cached: bool) -> Compiled:
+    facts = json.loads(gzip.decompress(path.read_bytes()))
+    return Compiled(**facts | {"cached": cached})
 
 
 def size(text: str) -> int:
@@ -276,20 +261,17 @@ def parse_out_of_memory(message: str) -> tuple[int, int, list[tuple[int, str, st
     Raises:
       CompilerFailed: it was another memory than HBM.
     """
-    early = re.search(
+    found = re.search(
         r"HLO temporaries \(([\d.]+\w?)\) exceeds available HBM \(([\d.]+\w?)\)", message
-    )
-    late = re.search(r"Used ([\d.]+\w?) of ([\d.]+\w?) hbm", message)
-    found = early or late
+    ) or re.search(r"Used ([\d.]+\w?) of ([\d.]+\w?) hbm", message)
     if not found:
         raise CompilerFailed(f"the compiler ran out of memory: {message.splitlines()[0]}")
     largest = []
     for entry in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
         shape = re.search(r"Shape: (\w+\[[\d,]*\])", entry)
         name = re.search(r'op_name="([^"]*)"', entry)
-        largest.append(
-            (size(entry.split()[0]), shape[1] if shape else "?", name[1] if name else "?")
-        )
+        named = (part[1] if part else "?" for part in (shape, name))
+        largest.append((size(entry.split()[0]), *named))
     return size(found[1]), size(found[2]), largest
 
 
@@ -305,23 +287,20 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
 
     with named.importing():  # the user's own config, from the command line of grain-jax plan
         config = config_lib.from_dict(request["config"])
-    name, platform, options = request["topology"], request["platform"], dict(request["options"])
-    if platform == "tpu":
-        options["topology_name"] = name
+    name, platform = request["topology"], request["platform"]
+    of_slice = {"topology_name": name} if platform == "tpu" else {}
     try:
-        devices = topologies.get_topology_desc(platform=platform, **options).devices
+        devices = topologies.get_topology_desc(
+            platform=platform, **of_slice, **request["options"]
+        ).devices
     except jax.errors.JaxRuntimeError as error:
         compiler = "libtpu" if platform == "tpu" else "XLA"
         raise errors.UserError(
             f"--topology: {compiler} knows no {name}: {str(error).splitlines()[0]}"
         ) from None
     mesh = sharding.make_mesh(config.mesh, devices)
-    program = train_step.build(
-        config,
-        mesh,
-        total_steps=request["total_steps"],
-        steps_per_epoch=request["steps_per_epoch"],
-    )
+    lengths = {key: request[key] for key in ("total_steps", "steps_per_epoch")}
+    program = train_step.build(config, mesh, **lengths)
     lowered = program.step.lower(program.state, program.batch)
     versions = {"jax": jax.__version__, **_versions(platform)}
     flags = {flag: os.environ.get(flag) for flag in _FLAGS}
@@ -330,12 +309,12 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     identity = json.dumps([fields, name, request["options"], versions, flags], sort_keys=True)
     text = lowered.as_text()
     key = hashlib.sha256((identity + text).encode()).hexdigest()[:24]
-    facts, hlo = _paths(epath.Path(request["cache"]), key)
-    if facts.exists():
-        return {"key": key, "cached": True}
+    path = epath.Path(request["cache"]) / f"{key}.json.gz"
+    if path.exists():
+        return {"path": str(path), "cached": True}
 
     began = time.monotonic()
-    memory, out_of_memory = {}, None
+    memory, out_of_memory, hlo = {}, None, ""
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -343,7 +322,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
             return {"failed": str(error).splitlines()[0]}
         out_of_memory = str(error)
     else:
-        analysis = compiled.memory_analysis()
+        analysis, hlo = compiled.memory_analysis(), compiled.as_text()
         memory = dict(
             arguments=analysis.argument_size_in_bytes,
             output=analysis.output_size_in_bytes,
@@ -352,7 +331,6 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
             code=analysis.generated_code_size_in_bytes,
             peak=analysis.peak_memory_in_bytes,
         )
-        _put(hlo, gzip.compress(compiled.as_text().encode(), compresslevel=4))
     answer = Compiled(
         state_bytes=memory_need.state_bytes(program),
         checkpoint_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)),
@@ -360,15 +338,16 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
         traced_flops=flops.matmul_flops(program.step, program.state, program.batch),
         out_of_memory=out_of_memory,
         program=hashlib.sha256(text.encode()).hexdigest(),
-        hlo="",
+        hlo=hlo,
         mesh=dict(mesh.shape),
         versions=versions,
         seconds=time.monotonic() - began,
     )
-    kept = dataclasses.asdict(answer)
-    del kept["hlo"], kept["cached"]
-    _put(facts, json.dumps(kept).encode())  # last: an entry that is there is whole
-    return {"key": key, "cached": False}
+    # By a rename: an entry that is there is whole, also where two processes make it.
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(answer)).encode(), 4))
+    partial.replace(path)
+    return {"path": str(path), "cached": False}
 
 
 def _versions(platform: str) -> dict[str, str]:

@@ -81,11 +81,6 @@ class Instruction:
         return match[1] if match else None
 
     @property
-    def op_name(self) -> str:
-        """Where it comes from in the JAX program; its own name where XLA made it."""
-        return (self.find(r'op_name="([^"]*)"') or self.name).replace("\\'", "'")
-
-    @property
     def target(self) -> str:
         """What a custom call calls."""
         return self.find(r'custom_call_target="([^"]*)"') or ""

@@ -1,4 +1,4 @@
-"""The work of one chip in a step of a compiled program: matrix FLOPs, memory traffic, the largest buffers."""
+"""The work of one chip in a step of a compiled program: matrix FLOPs and memory traffic."""
 
 import json
 import math
@@ -22,15 +22,6 @@ class Work(NamedTuple):
 
     flops: float
     bytes: float
-
-
-class Buffer(NamedTuple):
-    """A result that lies in the chip's main memory; `bytes` as stored, with padding."""
-
-    bytes: float
-    shape: str
-    opcode: str
-    op_name: str
 
 
 def dot_flops(module: hlo.Module, *, passes: bool = False) -> float:
@@ -227,27 +218,3 @@ def _written(
         else:
             total += shape.stored_bytes
     return total
-
-
-def largest_buffers(module: hlo.Module, n: int) -> list[Buffer]:
-    """The `n` largest results in main memory: arguments, and what instructions outside of fusions make.
-
-    An update in place makes no buffer. Results of equal shape and origin are listed once.
-    """
-    found = set()
-    for computation, instruction, _ in module.running():
-        opcode = instruction.opcode
-        if computation.name in module.fused or opcode == "dynamic-update-slice":
-            continue
-        if opcode == "parameter":
-            if computation.name != module.entry:
-                continue
-        elif opcode in hlo.FREE or hlo.ASYNC.fullmatch(opcode):
-            continue
-        shapes = [s for s in instruction.shapes if s.in_hbm]
-        if opcode == "fusion":
-            written = _written(module, module.called(instruction), instruction.shapes)
-            if written < sum(s.stored_bytes for s in shapes):
-                continue
-        found |= {Buffer(s.stored_bytes, str(s), opcode, instruction.op_name) for s in shapes}
-    return sorted(found, key=lambda b: (-b.bytes, b))[:n]

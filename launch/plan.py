@@ -173,10 +173,7 @@ def _of_compiled(compiled: compiler.Compiled, config, topology) -> dict[str, Any
     work = hlo_work.dot_flops(module, passes=True)
     roofline = cost.roofline(work, hlo_work.bytes_accessed(module), sums, topology.chip)
     if not out["fits"]:
-        found = hlo_work.largest_buffers(module, 4 * LARGEST)
-        out["largest"] = _largest(
-            memory_need.Kept(round(b.bytes), b.shape, b.op_name) for b in found
-        )
+        out["largest"] = _largest(_kept(config, compiled.mesh))
     return out | {
         "flops": round(hlo_work.dot_flops(module) * topology.count),
         "unknown_loops": len(module.unknown_loops),
