@@ -47,10 +47,8 @@ def submit_slurm(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int | 
     number = folder / "job.txt"
     if number.exists() and which("squeue"):
         job = number.read_text().strip()
-        queue = subprocess.run(
-            ["squeue", "--noheader", "--jobs", job], capture_output=True, text=True
-        )
-        if queue.stdout.strip():
+        command = ["squeue", "--noheader", "--jobs", job]
+        if subprocess.run(command, capture_output=True, text=True).stdout.strip():
             raise errors.UserError(
                 f"job {job} of this sweep is still in the queue (squeue --jobs {job}); --table shows how"
                 f" far it is; scancel {job} to submit anew"
@@ -67,14 +65,21 @@ def submit_slurm(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int | 
     variables = {"GRAIN_ARGS_FILE": str(lines.resolve())}
     if not which("sbatch"):
         return f"no sbatch here; where there is one: GRAIN_ARGS_FILE={lines.resolve()} {shlex.join(command)}"
-    sent = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
-    if sent.returncode:
-        raise errors.UserError(f"sbatch: {' '.join(sent.stderr.split())}")
-    job = sent.stdout.strip().partition(";")[0]
+    job = _output(*command, **variables).partition(";")[0]
     number.write_text(f"{job}\n")
     return (
         f"submitted {len(left)} runs as job {job}; logs in {folder}, --table shows how far they are"
     )
+
+
+def _output(*command: str, **variables: str) -> str:
+    """What a command of the cluster prints."""
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        name = " ".join(command[: 2 if command[0] == "kubectl" else 1])
+        raise errors.UserError(f"{name}: {' '.join(done.stderr.split())}")
+    return done.stdout.strip()
 
 
 def jobset_name(run: SweepRun) -> str:
@@ -112,15 +117,10 @@ def apply_gke(runs: Sequence[SweepRun], workdir: epath.Path) -> str:
         return f"rendered {len(left)} JobSets into {folder}; no kubectl here to apply them"
     for path, run, _ in pages:
         name = ("jobset", jobset_name(run))
-        state = _kubectl("get", *name, "--ignore-not-found", "-o=jsonpath={.status.terminalState}")
-        if state == "Failed":  # such a one is never started again
-            _kubectl("delete", *name)
-        _kubectl("apply", "-f", str(path))
+        state = ("--ignore-not-found", "-o=jsonpath={.status.terminalState}")
+        if (
+            _output("kubectl", "get", *name, *state) == "Failed"
+        ):  # such a one is never started again
+            _output("kubectl", "delete", *name)
+        _output("kubectl", "apply", "-f", str(path))
     return f"applied {len(left)} JobSets of {folder}; --table shows how far they are"
-
-
-def _kubectl(*arguments: str) -> str:
-    done = subprocess.run(["kubectl", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise errors.UserError(f"kubectl {arguments[0]}: {' '.join(done.stderr.split())}")
-    return done.stdout.strip()

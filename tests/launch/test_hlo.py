@@ -214,18 +214,6 @@ def test_replica_groups(text, groups):
     assert (row.group_size, row.bytes) == (len(groups[0]), 16)
 
 
-def test_axes_and_slices_of_a_group():
-    body = """  %p = f32[4]{0} parameter(0)
-  %r = f32[4]{0} all-reduce(%p), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
-  ROOT %q = f32[4]{0} all-reduce(%r), replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add"""
-    mesh = {"data": 4, "fsdp": 2, "tensor": 1}
-    rows = hlo_collectives.collectives(entry(body), mesh=mesh, slices=2)
-    assert {(r.axes, r.group_size, r.slices) for r in rows} == {
-        (("fsdp",), 2, 1),
-        (("data",), 4, 2),
-    }
-
-
 # Overlap
 
 WORK = "  %w = f32[1024]{0} exponential(%p)\n"

@@ -35,13 +35,6 @@ def test_shellcheck_finds_nothing(script):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("name", ["tpu_vm.sh", "gke.yaml", "slurm.sbatch", "Dockerfile"])
-def test_each_is_about_a_screen_and_starts_the_trainer(name):
-    text = (LAUNCH / name).read_text()
-    assert len(text.splitlines()) <= 75
-    assert TRAINER in text.replace('", "', " ")
-
-
 def test_launch_files_copies_those_of_the_package_and_replaces_none(tmp_path, capsys):
     suffixes = (".sh", ".sbatch", ".yaml")
     expected = {p.name for p in LAUNCH.iterdir() if p.name == "Dockerfile" or p.suffix in suffixes}
