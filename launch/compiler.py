@@ -18,18 +18,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 from grain_jax.launch import chips
 
 from grain_jax import config as config_lib
-from grain_jax import errors, named
-from grain_jax.runtime import metrics_writer
+from grain_jax import errors, named, progress
 
 ROOT = epath.Path(errors.__file__).resolve().parent.parent  # the child finds grain_jax there
-LINE_EVERY = 15.0  # seconds between lines of progress, where there is no terminal to rewrite one on
 
 # The accelerator type in libtpu's environment: its prefix, and what it counts (TensorCores or chips).
 _ACCELERATOR = {"v4": ("v4", 2), "v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
@@ -97,7 +94,7 @@ def compile_step(
     total_steps: int,
     steps_per_epoch: float,
     timeout: float,
-    say: Callable[[str], None],
+    line: progress.Line,
 ) -> Compiled:
     """Compiles the step that `train` runs on that topology; needs no chip.
 
@@ -106,7 +103,7 @@ def compile_step(
       topology: TPU slices or GPU nodes.
       total_steps, steps_per_epoch: of the run; the learning rate's schedule is part of the program.
       timeout: seconds that it may take.
-      say: is called with a line of progress now and then.
+      line: shows the progress.
 
     Raises:
       UserError: the compiler is missing, the mesh does not fit, there is no such slice, or time ran out.
@@ -129,7 +126,8 @@ def compile_step(
         steps_per_epoch=steps_per_epoch,
         cache=str(cache.resolve()),
     )
-    out, log, status = _run(json.dumps(request), environment, timeout, f"compiling for {name}", say)
+    what = f"compiling for {name}"
+    out, log, status = _run(json.dumps(request), environment, timeout, what, line)
     try:
         answer = json.loads(out.strip().splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
@@ -189,11 +187,10 @@ def _topology_options(topology: chips.Topology) -> dict[str, Any]:
 
 
 def _run(
-    request: str, environment: dict[str, str], timeout: float, what: str, say: Callable
+    request: str, environment: dict[str, str], timeout: float, what: str, line: progress.Line
 ) -> tuple[str, str, int]:
     """(stdout, stderr, status) of the child; prints progress."""
     began = time.monotonic()
-    every = 1.0 if sys.stderr.isatty() else LINE_EVERY
     with subprocess.Popen(
         [sys.executable, "-m", "grain_jax.launch.compiler"],
         cwd=ROOT,
@@ -214,10 +211,10 @@ def _run(
                         " fewer chips"
                     )
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    out, log = child.communicate(given, timeout=min(every, left))
+                    out, log = child.communicate(given, timeout=min(1.0, left))
                     return out, log, child.returncode
                 given = None  # the child has it
-                say(f"{what} ... {metrics_writer.duration(time.monotonic() - began)}")
+                line.show(f"{what} ... {progress.duration(time.monotonic() - began)}")
         finally:
             child.kill()
 

@@ -11,24 +11,21 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from shlex import join
-from shutil import get_terminal_size, which
+from shutil import which
 from typing import NamedTuple
 
 from etils import epath
 
-from grain_jax import errors
+from grain_jax import errors, progress
 from grain_jax.cli.process import USAGE_ERROR
-from grain_jax.runtime import metrics_writer
 
 PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
 POLL = 0.5  # seconds between two looks at the processes
 SLOW_POLL = 5.0  # between two looks at files
 LEAST_FOR_ETA = 0.1  # jobs' worth of work; before it, starting and compiling are most of the time
-PLAIN_LINE_EVERY = 30.0  # seconds, where there is no terminal to rewrite a line on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,45 +91,6 @@ def _gpus() -> list[str]:
     return [str(i) for i, _ in enumerate(gpus)]
 
 
-class Screen:
-    """Lines on stderr, and below them a progress line that a terminal rewrites."""
-
-    def __init__(self, prefix: str):
-        self._prefix, self._terminal = prefix, sys.stderr.isatty()
-        self._shown, self._printed = "", time.monotonic()
-
-    def say(self, text: str, end: str = "\n") -> None:
-        """Prints a line above the progress line."""
-        erase = "\r\x1b[2K" if self._terminal else ""
-        print(f"{erase}{self._prefix}{text}", end=end, file=sys.stderr, flush=True)
-        self._shown = ""
-
-    def rewrite(self, text: str) -> None:
-        """Rewrites the progress line of a terminal; elsewhere prints a line."""
-        if not self._terminal:
-            return self.say(text)
-        room = get_terminal_size().columns - 1 - len(self._prefix)
-        self.say(text[:room], end="")
-        self._shown = text
-
-    def progress(self, text: str) -> None:
-        """As `rewrite`; where there is no terminal, now and then."""
-        now = time.monotonic()
-        if text != self._shown and (self._terminal or now - self._printed > PLAIN_LINE_EVERY):
-            self.rewrite(text)
-            self._shown, self._printed = text, now
-
-    def clear(self) -> None:
-        """Erases the progress line."""
-        if self._terminal:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leaves the progress line standing."""
-        if self._shown and self._terminal:
-            print(file=sys.stderr, flush=True)
-
-
 @dataclasses.dataclass
 class _State:
     """What is known of a job; the last three are of the try that runs."""
@@ -167,7 +125,7 @@ class Runner:
     jobs: Callable[[], Iterable[Job]]
     finished: Callable[[Job], bool]
     slots: Sequence[Slot]
-    screen: Screen
+    screen: progress.Line
     ready: Callable[[Job, frozenset[str]], bool] = lambda job, running: True
     share_done: Callable[[Job], float] = lambda job: 0.0
     result: Callable[[Job], str] = lambda job: ""
@@ -200,7 +158,7 @@ class Runner:
                     self._show(now - began)
                     shown = now
                 time.sleep(POLL)
-            self.screen.close()
+            self.screen.close(stays=True)
         finally:  # whatever ended the loop, no job is left without a runner
             for state in self._running():
                 state.process.terminate()
@@ -296,7 +254,7 @@ class Runner:
         ended = [state for state in self._running() if state.process.poll() is not None]
         for state in ended:
             status, state.process = state.process.returncode, None
-            took = metrics_writer.duration(time.monotonic() - state.began)
+            took = progress.duration(time.monotonic() - state.began)
             if status == 0:
                 state.done = True
                 result = self.result(state.job)
@@ -327,9 +285,9 @@ class Runner:
         done, eta = finished + sum(shares.values()), ""
         if done - self._given > LEAST_FOR_ETA:
             left = elapsed / (done - self._given) * (total - done)
-            eta = f", ETA {metrics_writer.duration(left)}"
+            eta = f", ETA {progress.duration(left)}"
         at = ", ".join(f"{name} ({share:.0%})" for name, share in shares.items())
-        self.screen.progress(f"{finished} of {total} runs finished{eta}{at and f'; running: {at}'}")
+        self.screen.show(f"{finished} of {total} runs finished{eta}{at and f'; running: {at}'}")
 
 
 def _cause(log: epath.Path) -> str:

@@ -22,7 +22,6 @@ from grain_jax.launch import (
     hlo,
     hlo_collectives,
     hlo_work,
-    jobs,
     plan_text,
     search,
 )
@@ -30,7 +29,7 @@ from grain_jax.launch.arguments import PlanOptions as Options
 from grain_jax.launch.arguments import plan_parser
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, progress
 from grain_jax.cli import config_file, process
 from grain_jax.files import atomic
 from grain_jax.input_pipeline import derived
@@ -75,7 +74,7 @@ def make(
     config: config_lib.Config,
     topology: chips.Topology,
     options: Options,
-    say=lambda text: None,
+    line: progress.Line | None = None,
 ) -> dict[str, Any]:
     """The plan, as the dictionary that `--json` writes.
 
@@ -83,12 +82,13 @@ def make(
       config: the run.
       topology: what it would run on.
       options: prices, rates and the size of the data set.
-      say: is called with lines of progress.
+      line: shows the progress.
 
     Raises:
       UserError: config and topology do not fit each other, or libtpu is missing.
       CompilerFailed: the compiler crashed.
     """
+    line = line or progress.Line(silent=True)
     mesh = estimate.mesh_sizes(config.mesh, topology.count, topology.slices)
     # As the trainer derives them: each host's images are whole lanes.
     lanes = topology.hosts if config.batch_size % topology.hosts == 0 else 1
@@ -118,14 +118,15 @@ def make(
             total_steps=total_steps,
             steps_per_epoch=per_epoch,
             timeout=options.timeout,
-            say=say,
+            line=line,
         )
-        say(f"compiled in {compiled.seconds:.0f} s{', from the cache' if compiled.cached else ''}")
+        cached = ", from the cache" if compiled.cached else ""
+        line.show(f"compiled in {compiled.seconds:.0f} s{cached}", now=True)
         plan |= _of_compiled(compiled, config, topology)
         plan["versions"] = compiled.versions
         checkpoint_bytes = compiled.checkpoint_bytes
     else:
-        say(f"estimating: {not_compiled}")
+        line.show(f"estimating: {not_compiled}", now=True)
         guess = estimate.of_gpus(config, topology)
         plan |= _of_estimate(guess, plan["model_flops"], config, topology)
         checkpoint_bytes = guess.checkpoint_bytes
@@ -288,7 +289,7 @@ def _add_time(plan, config, topology, options: Options) -> None:
     }
 
 
-def find(config, topology, options: Options, say, base: dict[str, Any]) -> dict[str, Any]:
+def find(config, topology, options: Options, line, base: dict[str, Any]) -> dict[str, Any]:
     """The points of `--search` and its two answers; `base` is the plan of the config itself."""
     mesh = estimate.mesh_sizes(config.mesh, topology.count, topology.slices)
     shards = mesh["data"] * mesh["fsdp"]
@@ -296,11 +297,11 @@ def find(config, topology, options: Options, say, base: dict[str, Any]) -> dict[
     def ask(candidate: config_lib.Config) -> search.Answer | None:
         tried = levers(candidate) | {"batch_size": candidate.batch_size}
         keys = ("remat", "model.attention", "mesh.fsdp", "loss.gather", "batch_size")
-        say(f"trying {' '.join(f'{key}={tried[key]}' for key in keys)}")
+        line.show(f"trying {' '.join(f'{key}={tried[key]}' for key in keys)}", now=True)
         try:
-            plan = base if candidate == config else make(candidate, topology, options, say)
+            plan = base if candidate == config else make(candidate, topology, options, line)
         except (compiler.TookTooLong, compiler.CompilerFailed) as error:
-            say(f"{error}\n")
+            line.say(str(error))
             if isinstance(error, compiler.TookTooLong):
                 return None
             # Of one point; others may serve.
@@ -345,21 +346,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         storage_rate=args.storage_rate * 1e9,
         timeout=args.timeout,
     )
-    screen = jobs.Screen("")
-    say = screen.rewrite
+    line = progress.Line()
     try:
         plan = {
             "topology": args.topology,
             "overrides": args.overrides,
-            **make(config, topology, options, say),
+            **make(config, topology, options, line),
         }
         if args.search:
-            plan["search"] = find(config, topology, options, say, plan)
+            plan["search"] = find(config, topology, options, line, plan)
     except compiler.CompilerFailed as error:
-        screen.clear()
+        line.close()
         print(error, file=sys.stderr)
         return 1
-    screen.clear()
+    line.close()
     print(plan_text.page(plan))
     if args.output:
         path = epath.Path(args.output)

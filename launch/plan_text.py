@@ -3,7 +3,7 @@
 import textwrap
 from typing import Any
 
-from grain_jax.runtime import metrics_writer
+from grain_jax import progress
 
 WIDTH = 96
 SHORT_SECONDS = 1e-3  # a step has hundreds of operations, each of which takes microseconds to start
@@ -49,7 +49,7 @@ def gigabytes(size: float) -> str:
 
 def seconds(time: float) -> str:
     """A time below one second in ms, a longer one in hours, minutes and seconds."""
-    return f"{time * 1e3:.3g} ms" if time < 1 else metrics_writer.duration(time)
+    return f"{time * 1e3:.3g} ms" if time < 1 else progress.duration(time)
 
 
 def page(plan: dict[str, Any]) -> str:
@@ -216,7 +216,7 @@ def _speed(plan) -> list[str]:
         rows.append("images/s, expected|?|starting the operations of so short a step takes longer")
     else:
         days = run["days"]
-        takes = f"{days:.1f} days" if days >= 1 else metrics_writer.duration(days * 86400)
+        takes = f"{days:.1f} days" if days >= 1 else progress.duration(days * 86400)
         reached = f"if --efficiency {plan['efficiency']:g} of peak is reached"
         rows.append(f"images/s, expected|{plan['images_per_second']:,.0f}|{reached}")
         images = f"{run['images'] / 1e6:,.1f} M images"

@@ -17,7 +17,7 @@ from grain_jax.launch.arguments import sweep_parser
 from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, progress
 from grain_jax.cli import config_file, process
 from grain_jax.files import atomic
 
@@ -38,7 +38,7 @@ def train_here(
         data = by_name[job.name].config.input
         if data.source == "synthetic" or not data.prepare:
             return True
-        makes = lambda other: (other.config.input.data_dir, other.config.input.name)  # noqa: E731
+        makes = lambda other: (other.config.input.data_dir, other.config.input.name)
         same = [other for other in runs if makes(other) == (data.data_dir, data.name)]
         # config.json is written after the data is found.
         made = any((other.folder / "config.json").exists() for other in same)
@@ -48,7 +48,7 @@ def train_here(
         jobs=lambda: all_jobs,
         finished=lambda job: finished(by_name[job.name]),
         slots=jobs.slots(parallel),
-        screen=jobs.Screen("sweep: "),
+        screen=progress.Line("sweep: "),
         ready=ready,
         share_done=lambda job: sweep_runs.share_done(by_name[job.name]),
         result=lambda job: sweep_table.summary(by_name[job.name], metric),

@@ -199,8 +199,12 @@ def check_folders(runs: Sequence[SweepRun]) -> None:
             stored = json.loads(regular_file.read_text(file, "a config"))
         except json.JSONDecodeError:  # a kill cut it off; the trainer asks the checkpoint's own
             continue
-        old = config_lib.select(stored, DEFINING)
-        new = config_lib.select(dataclasses.asdict(run.config), DEFINING)
+        try:
+            old = config_lib.select(config_lib.from_dict(stored), DEFINING)
+        except errors.UserError as error:
+            faults += [f"{file}: {line}" for line in str(error).splitlines()]
+            continue
+        new = config_lib.select(run.config, DEFINING)
         for key in [key for key in new if key in old and old[key] != new[key]]:
             # What is said and done where data is missing makes no other run; what is not set, the trainer
             # derives, and config.json has the numbers.

@@ -266,7 +266,7 @@ def query_table(run_folder: pathlib.Path, test: pathlib.Path) -> str:
       test: folder of the test images and of unseen.jsonl.
     """
     predictor = grain_jax.load(run_folder)
-    every = annotated.read_regions(test, test / "unseen.jsonl")
+    every = grounding.Grounding(images=str(test), annotations=str(test / "unseen.jsonl")).read()
     kept, seen = annotated.gather(predictor, every, label="queries", unreadable={})
     boxes_xyxy = seen.with_regions.boxes_xyxy
     described = grounding.described_boxes(kept, seen.sizes)

@@ -41,7 +41,7 @@ def side(folder: str, name: str, count: int, take: Callable) -> dict[str, Callab
 
     def constant(record, draws):
         regions = config.input.max_regions
-        return transforms.Example(
+        return dict(
             image=flat(tf.strings.length(record)),
             captions=tf.constant(["a bird"]),
             caption_mask=tf.constant([True]),

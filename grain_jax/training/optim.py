@@ -39,7 +39,7 @@ def decay_mask(params, groups: str):
       groups: "matrices" (kernels only) or "reference" (quirk 7).
     """
     pattern = {"matrices": MATRICES_DECAY, "reference": REFERENCE_DECAY}[groups]
-    matches = lambda path, _: pattern.fullmatch(_name(path)) is not None  # noqa: E731
+    matches = lambda path, _: pattern.fullmatch(_name(path)) is not None
     return jax.tree_util.tree_map_with_path(matches, params)
 
 
@@ -58,14 +58,14 @@ def frozen_mask(params, patterns: Sequence[str]):
       UserError: a pattern that matches no parameter.
     """
     # A box is a leaf, so that a frozen parameter leaves no empty box among the moments.
-    is_box = lambda x: isinstance(x, flax.core.meta.AxisMetadata)  # noqa: E731
+    is_box = lambda x: isinstance(x, flax.core.meta.AxisMetadata)
     found = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params, is_box)]
     for pattern in patterns:
         if not any(re.fullmatch(pattern, x) for x in found):
             raise errors.UserError(
                 f"optim.frozen: {pattern!r} matches no parameter; names are such as {found[0]}"
             )
-    matches = lambda path, _: any(re.fullmatch(p, _name(path)) for p in patterns)  # noqa: E731
+    matches = lambda path, _: any(re.fullmatch(p, _name(path)) for p in patterns)
     return jax.tree_util.tree_map_with_path(matches, params, is_leaf=is_box)
 
 
@@ -73,7 +73,7 @@ def stop_frozen(params, patterns: Sequence[str]):
     """`params` with the gradient of frozen ones stopped, so that it is not computed."""
     if not patterns:
         return params
-    stop = lambda x, frozen: jax.lax.stop_gradient(x) if frozen else x  # noqa: E731
+    stop = lambda x, frozen: jax.lax.stop_gradient(x) if frozen else x
     return jax.tree.map(stop, params, frozen_mask(params, patterns))
 
 
@@ -157,7 +157,7 @@ def optimizer(config: Optim, schedule: optax.Schedule) -> optax.GradientTransfor
         optax.scale_by_learning_rate(schedule),
     )
     if config.frozen:
-        kind = lambda frozen: "frozen" if frozen else "trained"  # noqa: E731
+        kind = lambda frozen: "frozen" if frozen else "trained"
         adam = optax.partition(
             {"trained": adam, "frozen": optax.set_to_zero()},
             lambda params: jax.tree.map(kind, frozen_mask(params, config.frozen)),
@@ -172,7 +172,7 @@ def average(params, average_so_far, decay: float, frozen: Sequence[str] = ()):
     if not frozen:
         return moved
     kept = frozen_mask(params, frozen)
-    choose = lambda new, old, keep: old if keep else new  # noqa: E731
+    choose = lambda new, old, keep: old if keep else new
     return jax.tree.map(choose, moved, average_so_far, kept)
 
 

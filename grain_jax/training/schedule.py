@@ -40,7 +40,7 @@ class Schedule:
             not saved anyway: it may be a collective.
         """
         c, last = self.config, step == self.total_steps
-        at = lambda every: every > 0 and step % every == 0  # noqa: E731
+        at = lambda every: every > 0 and step % every == 0
         evaluates = self.has_evals and not preempted and (last or at(c.eval_every))
         saves = last or preempted or at(c.checkpoint_every)
         # Every evaluation is saved, so that the best one has its state.

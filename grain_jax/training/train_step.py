@@ -57,7 +57,7 @@ def abstract_batch(config: Config) -> schema.Batch:
     captions, r = config.input.captions_per_image, config.input.max_regions
     h = config.input.negatives_per_region
     group, rows = config.text_layout
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     row = of(jnp.int32, b // group, rows, config.model.text.context_length)
     return schema.Batch(
         image=of(jnp.uint8, b, size, size, 3),
@@ -136,7 +136,7 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
         return found.total, found
 
     if config.microbatches == 1:
-        whole = lambda p: total(apply(p, batch, keys))  # noqa: E731
+        whole = lambda p: total(apply(p, batch, keys))
         (_, found), grads = jax.value_and_grad(whole, has_aux=True)(params)
         return found, grads
 

@@ -99,7 +99,7 @@ def test_text_towers_are_as_published():
 
 
 def test_losses_by_hand():
-    count = lambda **kw: flops.per_image(recipe(**kw)).losses  # noqa: E731
+    count = lambda **kw: flops.per_image(recipe(**kw)).losses
     captions = 2 * 2048 * 512
     assert count() == captions + 5 * 2 * (2048 * 5) * 512
     assert count(loss__group_size=128) == captions + 5 * 2 * (128 * 5) * 512
