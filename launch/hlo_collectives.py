@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from grain_jax.launch import hlo, hlo_work
+from grain_jax.launch.hlo import Computation, Instruction, Module
 
 _SMALL = 1024  # bytes: an instruction on less than this hides nothing
 
@@ -42,7 +43,7 @@ class Collective(NamedTuple):
     work: hlo_work.Work | None = None
 
 
-def _groups(instruction: hlo.Instruction, partitions: int) -> list[list[int]]:
+def _groups(instruction: Instruction, partitions: int) -> list[list[int]]:
     """The chips of each group, as positions in the mesh; of a permutation the (source, target) pairs."""
     rest = instruction.rest
     pairs = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}\s]*\})\}", rest)
@@ -86,9 +87,7 @@ def _ring(pairs: list[list[int]]) -> int:
     return len(seen)
 
 
-def _is_work(
-    module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction
-) -> bool:
+def _is_work(module: Module, computation: Computation, instruction: Instruction) -> bool:
     """Whether it keeps the chip busy enough to hide a transfer."""
     opcode = instruction.opcode
     if opcode in hlo.FREE - {"while", "call", "conditional"} or opcode.endswith("-start"):
@@ -102,7 +101,7 @@ def _is_work(
     return max((s.bytes for s in (*instruction.shapes, *inputs)), default=0) > _SMALL
 
 
-def _between(module, computation, start: hlo.Instruction) -> list[hlo.Instruction]:
+def _between(module, computation, start: Instruction) -> list[Instruction]:
     """The work that is scheduled between `start` and the instruction that waits for it."""
     done = _end(module, computation, start)
     if done is None:
@@ -112,7 +111,7 @@ def _between(module, computation, start: hlo.Instruction) -> list[hlo.Instructio
     return [i for i in between if _is_work(module, computation, i)]
 
 
-def _end(module: hlo.Module, computation: hlo.Computation, start) -> hlo.Instruction | None:
+def _end(module: Module, computation: Computation, start) -> Instruction | None:
     """The instruction that waits for `start`."""
     if start.opcode == "fusion":  # TPU: start, compute and wait are fusions that share a channel
         channel = _channel(module, start)
@@ -132,12 +131,12 @@ def _end(module: hlo.Module, computation: hlo.Computation, start) -> hlo.Instruc
     return None
 
 
-def _channel(module: hlo.Module, fusion: hlo.Instruction) -> str | None:
+def _channel(module: Module, fusion: Instruction) -> str | None:
     inner = module.called(fusion).instructions.values()
     return next((i.find(r"channel_id=(\d+)") for i in inner if i.opcode in hlo.KINDS), None)
 
 
-def _issued(module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction):
+def _issued(module: Module, computation: Computation, instruction: Instruction):
     """(kind, the collective itself, where it stands, asynchronous) if `instruction` issues one, else None."""
     opcode = instruction.opcode
     if opcode.removesuffix("-start") in hlo.KINDS:
@@ -156,7 +155,7 @@ def _issued(module: hlo.Module, computation: hlo.Computation, instruction: hlo.I
 
 
 def collectives(
-    module: hlo.Module, *, mesh: Mapping[str, int] | None = None, slices: int = 1
+    module: Module, *, mesh: Mapping[str, int] | None = None, slices: int = 1
 ) -> list[Collective]:
     """Every collective of a step, summed by sort; the largest payload first.
 
@@ -203,7 +202,7 @@ def collectives(
 
 
 # A transfer: its sort (a Collective without sums), bytes of one chip, and what is scheduled beside it.
-_Transfer = tuple[Collective, float, list[hlo.Instruction]]
+_Transfer = tuple[Collective, float, list[Instruction]]
 
 
 def _across(module, computation, send, in_loop, slices) -> _Transfer:
@@ -256,7 +255,7 @@ def _shares(module, computation, transfers) -> list[hlo_work.Work]:
     return shares
 
 
-def _ways(module: hlo.Module, computation: hlo.Computation) -> int:
+def _ways(module: Module, computation: Computation) -> int:
     """Different permutations of a computation, where no two have a pair of chips in common; else 1."""
     permutations = {
         frozenset(map(tuple, _groups(instruction, module.partitions)))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from grain_jax.launch import hlo
+from grain_jax.launch.hlo import Computation, Instruction, Module, Shape
 
 # A TPU multiplies bfloat16: so many passes it makes of a float32 product.
 _PASSES = {"highest": 6, "high": 3}
@@ -24,7 +25,7 @@ class Work(NamedTuple):
     bytes: float
 
 
-def dot_flops(module: hlo.Module, *, passes: bool = False) -> float:
+def dot_flops(module: Module, *, passes: bool = False) -> float:
     """FLOPs of matrix products a step on one chip, a multiply-add counting as two.
 
     Dots, convolutions, which is what the TPU compiler makes of dots, and Pallas kernels, as they estimate their
@@ -38,7 +39,7 @@ def dot_flops(module: hlo.Module, *, passes: bool = False) -> float:
     return sum((n * _flops(c, i, passes) for c, i, n in module.running()), 0.0)
 
 
-def bytes_accessed(module: hlo.Module) -> float:
+def bytes_accessed(module: Module) -> float:
     """Traffic with main memory (HBM) a step on one chip, bytes: an estimate.
 
     Operands and results of every instruction outside of fusions; what a slice or an update in place touches
@@ -48,9 +49,7 @@ def bytes_accessed(module: hlo.Module) -> float:
     return sum((n * _traffic(module, c, i) for c, i, n in outside), 0.0)
 
 
-def work_of(
-    module: hlo.Module, computation: hlo.Computation, instructions: Iterable[hlo.Instruction]
-) -> Work:
+def work_of(module: Module, computation: Computation, instructions: Iterable[Instruction]) -> Work:
     """The work of one run of these instructions of a computation, with all that they call."""
     flops = traffic = 0.0
     for instruction in instructions:
@@ -64,7 +63,7 @@ def work_of(
     return Work(flops, traffic)
 
 
-def _flops(computation: hlo.Computation, instruction: hlo.Instruction, passes: bool) -> float:
+def _flops(computation: Computation, instruction: Instruction, passes: bool) -> float:
     """Of the instruction itself, without those of the computations that it calls."""
     target = instruction.target
     if target == "tpu_custom_call":
@@ -92,7 +91,7 @@ def _flops(computation: hlo.Computation, instruction: hlo.Instruction, passes: b
     return flops * (factor if passes and left.dtype == "f32" else 1)
 
 
-def _convolution_flops(computation: hlo.Computation, convolution: hlo.Instruction) -> float:
+def _convolution_flops(computation: Computation, convolution: Instruction) -> float:
     """Multiply-adds with real inputs alone: batched dots become dilated windows that are nearly all padding."""
     left, kernel = (computation.instructions[n].shapes[0].dims for n in convolution.operands[:2])
     out = convolution.shapes[0].dims
@@ -123,14 +122,12 @@ def _attention_flops(computation, instruction) -> float:
     return 2.0 * scores * width * (5 if instruction.target.endswith("Backward") else 2)
 
 
-def _backend_config(instruction: hlo.Instruction) -> dict:
+def _backend_config(instruction: Instruction) -> dict:
     text = instruction.rest.partition("backend_config=")[2]
     return json.JSONDecoder().raw_decode(text)[0]
 
 
-def _traffic(
-    module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction
-) -> float:
+def _traffic(module: Module, computation: Computation, instruction: Instruction) -> float:
     opcode, results = instruction.opcode, instruction.shapes
     if opcode in hlo.FREE or instruction.target in hlo.FREE_CALLS:
         return 0.0
@@ -168,13 +165,13 @@ def _traffic(
     return sum(s.stored_bytes for s in [*inputs, *results] if s.in_hbm)
 
 
-def _read_of_parameter(module: hlo.Module, computation: hlo.Computation, number: int) -> float:
+def _read_of_parameter(module: Module, computation: Computation, number: int) -> float:
     """Bytes that a fused computation reads of the operand of that number."""
     found = computation.parameters.get(number)
     return _read(module, computation, found.name) if found else 0.0
 
 
-def _read(module: hlo.Module, computation: hlo.Computation, name: str) -> float:
+def _read(module: Module, computation: Computation, name: str) -> float:
     """Bytes that a fused computation reads of one of its values that lies in memory."""
     whole = computation.instructions[name].shapes[0].stored_bytes
     total = 0.0
@@ -194,9 +191,7 @@ def _read(module: hlo.Module, computation: hlo.Computation, name: str) -> float:
     return min(total, whole)
 
 
-def _written(
-    module: hlo.Module, computation: hlo.Computation, shapes: tuple[hlo.Shape, ...]
-) -> float:
+def _written(module: Module, computation: Computation, shapes: tuple[Shape, ...]) -> float:
     """Bytes that a fused computation writes to memory; `shapes` are those of the fusion's results."""
     root = computation.root
     if root.target == hlo.START:  # its operand is listed again before the result

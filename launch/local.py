@@ -2,10 +2,7 @@
 
     grain-jax local --processes P --devices-per-process D -- grain-jax train ...
 
-Each process has D virtual devices and serves its share of the lanes. Lines are prefixed with the process's
-number. A signal to the launcher goes to every process; where the launcher itself is killed, they get SIGTERM
-(on Linux). The first process that fails is named, the others are ended, and its status is the launcher's: 128 + N
-after signal N. Where the run was preempted, it is 75.
+Lines are prefixed with the process's number; `grain-jax local --help` says what signals and deaths lead to.
 """
 
 import ctypes

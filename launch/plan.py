@@ -1,8 +1,7 @@
 """Plans a run for chips that this machine does not have: grain-jax plan --config X --topology v5e:16x16
 
 The very step that `grain_jax.train` runs is compiled for them on this machine's CPU: by libtpu for TPUs, by the
-CUDA plugin of JAX for GPUs (h100:8x2). Without that plugin a plan for GPUs is arithmetic, labelled ESTIMATE. Prints
-whether it fits, what bounds its speed, what the input must deliver, and the bill.
+CUDA plugin of JAX for GPUs (h100:8x2). Without that plugin a plan for GPUs is arithmetic, labelled ESTIMATE.
 """
 
 import dataclasses

@@ -1,8 +1,7 @@
 """Trains every point of a sweep, then tabulates: grain-jax sweep --config X --sweep Y --workdir DIR
 
-`sweep()` of the sweep file yields flat overrides, such as {"optim.learning_rate": 1e-3, "seed": 1}. Every
-point is checked before anything starts. Each run has a folder of its own below DIR, named after what differs.
-The same command again skips what is finished, goes on with what is not, and tabulates (docs/sweeps.md).
+Every point is checked before anything starts; the same command again goes on with what is not finished
+(docs/sweeps.md).
 """
 
 import os

@@ -112,8 +112,16 @@ def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
         )
     elif config.text.packing and config.text.pack_group:
         part = batch // (parts * config.microbatches)
-        if part % config.text.pack_group:
-            faults.append(_group_that_fits(config.text.pack_group, config.text.pack_rows, part))
+        group, rows = config.text.pack_group, config.text.pack_rows
+        if part % group:
+            smaller = max(n for n in config_lib.divisors(part) if n < group)
+            good = f"--config.text.pack_group={smaller}"
+            if rows:  # one row more, since small groups leave more padding
+                good += f" --config.text.pack_rows={-(-rows * smaller // group) + 1}"
+            faults.append(
+                f"text.pack_group: got {group}, expected a divisor of the {part} images of a device's"
+                f" micro-batch, so that no group is cut; set {good}"
+            )
     if not batch % parts:
         try:
             losses.make_layout(batch, config.loss, parts)
@@ -121,18 +129,6 @@ def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
             faults.append(str(error))
     if faults:
         raise ShardingError("\n".join(faults))
-
-
-def _group_that_fits(group: int, rows: int | None, part: int) -> str:
-    """The error text where a packing group does not divide the `part` images of a micro-batch on a device."""
-    smaller = max(n for n in config_lib.divisors(part) if n < group)
-    good = f"--config.text.pack_group={smaller}"
-    if rows:  # one row more, since small groups leave more padding
-        good += f" --config.text.pack_rows={-(-rows * smaller // group) + 1}"
-    return (
-        f"text.pack_group: got {group}, expected a divisor of the {part} images of a device's"
-        f" micro-batch, so that no group is cut; set {good}"
-    )
 
 
 def lanes_of_process(

@@ -94,7 +94,7 @@ def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
     done = command(
         "--config=tests/run_config.py",
         "--topology=v5e:2x4",
-        f"--json={out}",
+        f"--output={out}",
         "--price=2",
         *(f"--config.{key.replace('__', '.')}={value}" for key, value in AS_ON_CPUS.items()),
         cache=cache,
