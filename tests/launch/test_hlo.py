@@ -263,10 +263,9 @@ def test_permutations_of_a_loop_go_over_different_links():
     there, back = "{{0,1},{1,2},{2,0}}", "{{1,0},{2,1},{0,2}}"
     one = "(f32[1024]{0}, f32[1024]{0}, u32[], u32[]) collective-permute-start(%p)"
     ends = "".join(f"  %e{n} = f32[1024]{{0}} collective-permute-done(%s{n})\n" for n in (0, 1))
-    product = "  %x = f32[32,32]{1,0} bitcast(%p)\n  %y = f32[32,32]{1,0} dot(%x, %x),"
-    product += (
-        " lhs_contracting_dims={1}, rhs_contracting_dims={0}, operand_precision={high,high}\n"
-    )
+    product = """  %x = f32[32,32]{1,0} bitcast(%p)
+  %y = f32[32,32]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}, operand_precision={high,high}
+"""
     for pairs, ways in (((there, back), 2), ((there, there), 1)):
         starts = "".join(f"  %s{n} = {one}, source_target_pairs={p}\n" for n, p in enumerate(pairs))
         module = entry(f"  %p = f32[1024]{{0}} parameter(0)\n{starts}{product}{ends}")
