@@ -42,46 +42,21 @@ class Gpu(NamedTuple):
         extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
         return f"""\
 gpu_device_info {{
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: {48 * 1024}
-  shared_memory_per_core: {self.shared_memory}
+  name: "{name}" device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability {major}.{minor}"
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: {2**31 - 1} block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: {48 * 1024} shared_memory_per_core: {self.shared_memory}
   shared_memory_per_block_optin: {self.shared_memory - 1024}
-  threads_per_core_limit: 2048
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  core_count: {self.cores}
-  fpus_per_core: {64 if major < 9 else 128}
-  block_dim_limit_x: {2**31 - 1}
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024
-  thread_dim_limit_y: 1024
-  thread_dim_limit_z: 64
-  memory_bandwidth: {self.memory_rate:.0f}
-  l2_cache_size: {self.l2_cache * 2**20}
-  clock_rate_ghz: {self.clock_ghz}
-  device_memory_size: {self.memory * 2**20}
-  cuda_compute_capability {{
-    major: {major}
-    minor: {minor}
-    feature_extension: {extension}
-  }}
-  device_vendor: "NVIDIA Corporation"
-  platform_version: "Compute Capability {major}.{minor}"
-  name: "{name}"
-  device_address_bits: 64
-  ecc_enabled: true
-  driver_version: "12.9.0"
-  runtime_version: "12.9.0"
-  compile_time_toolkit_version: "12.9.0"
-  dnn_version: "9.10.0"
+  core_count: {self.cores} fpus_per_core: {64 if major < 9 else 128} clock_rate_ghz: {self.clock_ghz}
+  device_memory_size: {self.memory * 2**20} memory_bandwidth: {self.memory_rate:.0f}
+  l2_cache_size: {self.l2_cache * 2**20} device_address_bits: 64 ecc_enabled: true
+  driver_version: "12.9.0" runtime_version: "12.9.0" compile_time_toolkit_version: "12.9.0" dnn_version: "9.10.0"
 }}
 platform_name: "CUDA"
-dnn_version_info {{
-  major: 9
-  minor: 10
-}}
+dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "{name}"
 """
 
