@@ -4,10 +4,10 @@ import dataclasses
 import os
 from typing import Any
 
-from grain_jax.cli.values import number
 from grain_jax.data.fetch.settings import Settings
 
 from grain_jax.cli.parser import KindsParser, Parser
+from grain_jax.cli.values import number
 
 _HELP = {
     "seed": "which images are taken, and the words of captions",

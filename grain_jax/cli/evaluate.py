@@ -69,7 +69,7 @@ def _of_evaluator(name: str) -> type[Command]:
         if "metavar" not in options:
             continue
         metavar = options["metavar"] or "|".join(options.get("choices", ()))
-        shown = options.pop("flag", field.name).replace("_", "-")
+        shown = options.pop("name", field.name).replace("_", "-")
         is_switch = kinds[field.name] is bool
         lines.append(f"--[no-]{shown}" if is_switch else f"--{shown} {metavar}")
         lines[-1] += f"  {said[field.name]}"
