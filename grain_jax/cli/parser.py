@@ -142,9 +142,7 @@ class Parser(argparse.ArgumentParser):
         self._declared = declared
         self._also: dict[str, str] = {}
         self._needed: dict[str, str] = {}  # field -> the switch with which it need not be given
-        self._overrides = self._unknown = (
-            ""  # the fields that take keys of a config, and what is left
-        )
+        self._overrides = self._unknown = ""  # the field for keys of a config, and for what is left
         self._lists_keys = False
         fields = {_name_of(field): field for field in _fields(declared)}
         self.groups: dict[str, list[Flag]] = {}
@@ -153,8 +151,8 @@ class Parser(argparse.ArgumentParser):
                 name = re.sub(r"^--(\[no-\])? ?", "", entry[1]).split()[0].lower()
                 shown = self._add(fields.pop(name), *entry.groups())
                 self.groups.setdefault(title, []).append(shown)
-        for field in fields.values():
-            self._unknown = field.name
+        if fields:  # the one that the docstring has no line of
+            (self._unknown,) = (field.name for field in fields.values())
         self.add_argument("-h", "--help", action="help")
         self.groups["help"] = [_HELP]
         if self._lists_keys:
@@ -187,9 +185,8 @@ class Parser(argparse.ArgumentParser):
         given |= {key: options[key] for key in ("nargs", "action") if key in options}
         if typing.get_origin(field.type) is list and not given.keys() & {"nargs", "action"}:
             given |= {"nargs": "+"} if "..." in entry else {"action": "append"}
-        needed = (
-            field.default is field.default_factory is dataclasses.MISSING or "unless" in options
-        )
+        no_default = field.default is field.default_factory is dataclasses.MISSING
+        needed = no_default or "unless" in options
         if needed:
             self._needed[field.name] = options.get("unless", "")
         if field.type is bool:
