@@ -197,7 +197,7 @@ class Parser(argparse.ArgumentParser):
         else:
             name, metavar, needed = entry, "", True
             self.add_argument(field.name, type=parse, **given | {"metavar": entry})
-        default = None if field.default is dataclasses.MISSING else field.default
+        default = None if field.default in (dataclasses.MISSING, "", ()) else field.default
         return Flag(name, metavar, about, default, needed, tuple(map(str, choices)))
 
     def flags(self) -> list[str]:
