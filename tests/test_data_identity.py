@@ -200,16 +200,6 @@ def test_a_resume_over_shards_that_were_changed_in_place_ends(pictures, tmp_path
     assert checkpoint.finished_steps(workdir) == [2, 3]
 
 
-def test_an_old_checkpoint_goes_on_with_a_line(run, tmp_path, capsys):
-    workdir, output = run
-    shutil.copytree(workdir, tmp_path / "old")
-    shutil.rmtree(tmp_path / "old/checkpoints/2/data")
-    said, _ = _restore(tmp_path / "old", _config(output))
-    assert said == [
-        "checkpoint 2 has no record of its data: whether the sets are the same is not known"
-    ]
-
-
 def test_a_damaged_record_of_the_data_is_a_damaged_checkpoint(run, tmp_path, monkeypatch):
     workdir, output = run
     shutil.copytree(workdir / "checkpoints/2", tmp_path / "2")
