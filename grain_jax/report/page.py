@@ -83,7 +83,7 @@ def write(
     return path
 
 
-def render(runs: Sequence[run_files.Run], found: Sequence[Mapping[str, Any]]) -> str:
+def render(runs: Sequence[run_files.RunFiles], found: Sequence[Mapping[str, Any]]) -> str:
     """The HTML of the page.
 
     Args:
@@ -144,7 +144,7 @@ def _payload(runs, found, names) -> dict[str, Any]:
     return {"runs": out, "charts": shown, "evaluations": most}
 
 
-def _per_class(run: run_files.Run, looked: Mapping[str, Any]) -> dict[str, Any]:
+def _per_class(run: run_files.RunFiles, looked: Mapping[str, Any]) -> dict[str, Any]:
     """Evaluation -> {note, alphas: alpha -> class -> [accuracy, images or None]}.
 
     Results on all images of an evaluation come first, then those of `collect` on some of them.
