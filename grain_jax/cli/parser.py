@@ -187,16 +187,17 @@ class Parser(argparse.ArgumentParser):
             given |= {"nargs": "+"} if "..." in entry else {"action": "append"}
         no_default = field.default is field.default_factory is dataclasses.MISSING
         needed = no_default or "unless" in options
+        given |= {"type": parse} if parse else {}
         if needed:
             self._needed[field.name] = options.get("unless", "")
         if field.type is bool:
             flag = name.replace("[no-]", "")
             self.add_argument(flag, dest=field.name, action=argparse.BooleanOptionalAction)
         elif name.startswith("--") and name != "--":
-            self.add_argument(name, dest=field.name, type=parse, required=needed, **given)
+            self.add_argument(name, dest=field.name, required=needed, **given)
         else:
             name, metavar, needed = entry, "", True
-            self.add_argument(field.name, type=parse, **given | {"metavar": entry})
+            self.add_argument(field.name, **given | {"metavar": entry})
         default = None if field.default in (dataclasses.MISSING, "", ()) else field.default
         return Flag(name, metavar, about, default, needed, tuple(map(str, choices)))
 
@@ -221,7 +222,8 @@ class Parser(argparse.ArgumentParser):
         lists_keys = any(word.split("=")[0] == "--help-config" for word in words)
         for action in self._actions:
             if action.option_strings and action.dest in self._needed:
-                action.required = not lists_keys and self._needed[action.dest] not in words
+                unless = self._needed[action.dest]
+                action.required = not lists_keys and unless not in words
         found, rest = super().parse_known_args(words)
         if lists_keys:
             from grain_jax.cli import config_keys  # reads source code: not for every command
