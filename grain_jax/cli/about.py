@@ -18,5 +18,4 @@ ABOUT = {
     "local": "starts a command as several processes on this machine",
     "launch-files": "copies the files that start runs on SLURM, GKE, TPU VMs and in containers",
     "aviary": "draws the embedded data set: birds of invented species, with annotations",
-    "fetch": "makes data sets of the real pictures in Debian packages: clothes, animals, things",
 }

@@ -92,10 +92,6 @@ COMMANDS = {
         "grain_jax.data.aviary.arguments:parser",
         "grain_jax.data.aviary.__main__:main",
     ),
-    "fetch": Command(
-        "grain_jax.data.fetch.arguments:parser",
-        "grain_jax.data.fetch.__main__:main",
-    ),
 }
 
 

@@ -1,18 +1,19 @@
-"""`grain-jax fetch` on stand-ins: packages, the measures of parts on hand-made silhouettes, the folders."""
+"""`benchmarks.fetch` on stand-ins: packages, the measures of parts on hand-made silhouettes, the folders."""
 
 import hashlib
 import io
 import json
+import os
 
 import numpy as np
 import PIL.Image
 import pytest
 from grain_jax.data import annotations
-from grain_jax.data.fetch import fashion, gcompris, licences, package, resources
-from grain_jax.data.fetch.__main__ import main
-from grain_jax.data.fetch.parts import parts
 
 from benchmarks.claim import data as claim_data
+from benchmarks.fetch import fashion, gcompris, licences, package, qt
+from benchmarks.fetch.__main__ import main
+from benchmarks.fetch.looks import parts
 from grain_jax import errors
 from tests.data import debian_packages
 
@@ -250,11 +251,10 @@ def test_files_of_a_package(compression, tmp_path):
 def test_what_is_no_package_is_an_error_of_one_line(tmp_path, monkeypatch):
     path = tmp_path / "one.deb"
     whole = debian_packages.deb({"usr/a": b"12" * 99})
-    zst = whole.replace(b"data.tar.xz ", b"data.tar.zst")
     for content, said in (
-        (b"hello", "is no Debian package"),
-        (whole[:-20], "cut off"),
-        (zst, "data.tar.zst, which Python cannot read"),
+        (b"hello" * 20, "is not a Debian format archive; expected the Debian package one"),
+        (whole[:-20], "expected the Debian package one"),
+        (whole.replace(b"data.tar.xz ", b"data.tar.abc"), "expected the Debian package one"),
         (whole.replace(b"\xfd7zXZ", b"\xfd7zXY"), "expected the Debian package one"),
     ):
         path.write_bytes(content)
@@ -266,6 +266,8 @@ def test_what_is_no_package_is_an_error_of_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(package.PackageError, match="no apt-get; give its file with --deb"):
         package.read("one", None, {"usr/a": "numbers"})
+    with pytest.raises(package.PackageError, match="no dpkg-deb; install dpkg"):
+        package.read("one", str(path), {"usr/a": "numbers"})
 
 
 def test_a_package_by_apt(tmp_path, monkeypatch):
@@ -276,7 +278,7 @@ def test_a_package_by_apt(tmp_path, monkeypatch):
         f'#!/bin/sh\n[ "$1 $2" = "download one" ] || {{ echo "E: no $2" >&2; exit 100; }}\n/bin/cp {made} .\n'
     )
     apt.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert package.read("one", None, {"usr/a": "numbers"}) == {"usr/a": b"12"}
     with pytest.raises(package.PackageError, match=r"two: apt-get download failed \(E: no two\)"):
         package.read("two", None, {"usr/a": "numbers"})
@@ -294,17 +296,17 @@ def _webp(color, mode="RGB"):
 @pytest.mark.parametrize("version", [1, 2, 3])
 def test_files_of_a_resource(version):
     files = {"a/b.txt": b"one", "a/c/d.json": b"{}" * 50, "e": b""}
-    assert dict(resources.files(debian_packages.resource(files, version), 200)) == files
+    assert dict(qt.files(debian_packages.resource(files, version), 200)) == files
 
 
 def test_a_damaged_resource_is_named():
     whole = debian_packages.resource({"a/b.txt": b"one"})
-    with pytest.raises(resources.ResourceError, match="no Qt resource"):
-        list(resources.files(b"hello", 99))
+    with pytest.raises(qt.ResourceError, match="no Qt resource"):
+        list(qt.files(b"hello", 99))
     for length in range(4, len(whole)):
         try:
-            assert dict(resources.files(whole[:length], 99)) == {"a/b.txt": b"one"}
-        except resources.ResourceError as error:
+            assert dict(qt.files(whole[:length], 99)) == {"a/b.txt": b"one"}
+        except qt.ResourceError as error:
             assert "damaged" in str(error) or "cut off" in str(error)
 
 
@@ -337,11 +339,11 @@ Comment: a place
 
 
 def test_licences():
-    known = licences.Copyright(COPYRIGHT)
-    bee = known.of("src/activities/erase/resource/bee.webp")
+    known = licences.read(COPYRIGHT)
+    bee = licences.of("src/activities/erase/resource/bee.webp", known)
     assert bee[:3] == ("public-domain", "none", "a place")
-    assert known.of("src/activities/erase/resource/cow2.webp").name == "public-domain"
-    other = known.of("src/activities/erase/resource/bees.webp")
+    assert licences.of("src/activities/erase/resource/cow2.webp", known).name == "public-domain"
+    other = licences.of("src/activities/erase/resource/bees.webp", known)
     assert other == ("GPL-3+", "2010 Somebody; 2011 Another", "", "*")
 
 
