@@ -460,7 +460,6 @@ def test_the_claim_runs_on_it(tmp_path, monkeypatch):
         data=None,
         steps=100,
         jobs=8,
-        noise=True,
     )
     assert claim.run_all(args) == 0
     assert claim_results.read(results) == made
