@@ -120,7 +120,6 @@ setup(
         "scipy>=1.12",
         "tensorboardX>=2.6.2.2",
         "tokenizers>=0.20",
-        "tqdm>=4.66",
     ],
     extras_require={
         "data": DATA,

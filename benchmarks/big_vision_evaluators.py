@@ -166,7 +166,8 @@ def main() -> int:
                 rows.append(dict(name=f"accuracy, {prompts}") | both)
             theirs = dict(made["retrieval"].run(state))
             predictor = inference.load(args.checkpoint)
-            found = retrieval.evaluate(predictor, images=args.pictures, annotations=lines)
+            entry = retrieval.Retrieval(images=args.pictures, annotations=str(lines))
+            found = entry.evaluate(predictor)
         except errors.UserError as error:
             print(error, file=sys.stderr)
             return 2

@@ -72,7 +72,8 @@ def compare(checkpoint: str, folder: str) -> list[dict[str, Any]]:
         for templates in (several[:1], several):
             file = scratch / "templates.txt"
             file.write_text("\n".join(templates) + "\n")
-            our = zeroshot.evaluate(predictor, test_sets.ClassFolders(folder), templates=file)
+            entry = zeroshot.ZeroShot(images=folder, templates=str(file))
+            our = entry.evaluate(predictor)
             handed = None
             if len(templates) > 1:
                 texts = [prompts.class_texts(name, templates) for name in names]

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 
 from etils import epath
 from grain_jax.data import annotations as annotations_lib
-from grain_jax.data import duplicates, example, parallel, progress, splits, staging, survey
+from grain_jax.data import duplicates, example, parallel, splits, staging, survey
 from grain_jax.data.arguments import Encoding, build_parser
 from grain_jax.data.survey import BuildError
 
-from grain_jax import errors, printable
+from grain_jax import errors, printable, progress
 from grain_jax.files import regular_file
 
 SHARD_BYTES = (
@@ -49,7 +49,7 @@ def examples(
         example.encode, folder=str(folder), encoding=encoding, orientation=orientation
     )
     encoded = parallel.ordered_map(encode, lines, workers=workers)
-    good = progress.progress(encoded, total=len(ids), what="writing")
+    good = progress.over(encoded, total=len(ids), what="writing")
     for (number, identity), item in zip(ids.items(), good, strict=True):
         if isinstance(item, list):
             raise BuildError(f"{annotations}:{number}: {item[0]} (it was right when checked)")

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Iterable
 
 from etils import epath
-from grain_jax.data import example, parallel, progress
+from grain_jax.data import example, parallel
 
-from grain_jax import errors, printable
+from grain_jax import errors, printable, progress
 from grain_jax.files import atomic
 
 ReadLines = Callable[[epath.Path], Iterable[example.Line]]
@@ -108,6 +108,6 @@ def take(
     found = Survey(str(annotations))
     check = functools.partial(example.check, folder=str(folder), orientation=orientation)
     verdicts = parallel.ordered_map(check, read_lines(annotations), workers=workers)
-    for verdict in progress.progress(verdicts, total=total, what="checking"):
+    for verdict in progress.over(verdicts, total=total, what="checking"):
         found.add(verdict)
     return found

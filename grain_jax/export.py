@@ -84,7 +84,7 @@ def export_model(
 def _functions(model: config_lib.Model, dtype: str) -> dict[str, tuple[Callable, dict[str, Any]]]:
     """Each function of (flat params, *inputs), and its inputs' names, shapes and types."""
     encode_images, encode_texts = inference.programs(model, dtype)
-    nested = lambda params: traverse_util.unflatten_dict(params, sep="/")  # noqa: E731
+    nested = lambda params: traverse_util.unflatten_dict(params, sep="/")
 
     def image(params, image):
         return {"image_embed": encode_images(nested(params), image)[0]}

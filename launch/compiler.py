@@ -18,18 +18,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 from grain_jax.launch import chips, gpu_targets
 
 from grain_jax import config as config_lib
-from grain_jax import errors, named
-from grain_jax.runtime import metrics_writer
+from grain_jax import errors, named, progress
 
 ROOT = epath.Path(errors.__file__).resolve().parent.parent  # the child finds grain_jax there
-LINE_EVERY = 15.0  # seconds between lines of progress, where there is no terminal to rewrite one on
 
 # The accelerator type in libtpu's environment: its prefix, and what it counts (TensorCores or chips).
 _ACCELERATOR = {"v4": ("v4", 2), "v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
@@ -97,7 +94,7 @@ def compile_step(
     total_steps: int,
     steps_per_epoch: float,
     timeout: float,
-    say: Callable[[str], None],
+    line: progress.Line,
 ) -> Compiled:
     """Compiles the step that `train` runs on that topology; needs no chip.
 
@@ -106,7 +103,7 @@ def compile_step(
       topology: TPU slices or GPU nodes.
       total_steps, steps_per_epoch: of the run; the learning rate's schedule is part of the program.
       timeout: seconds that it may take.
-      say: is called with a line of progress now and then.
+      line: shows the progress.
 
     Raises:
       UserError: the compiler is missing, the mesh does not fit, there is no such slice, or time ran out.
@@ -131,7 +128,9 @@ def compile_step(
         steps_per_epoch=steps_per_epoch,
         cache=str(cache.resolve()),
     )
-    out, log, status = _run(json.dumps(request), environment, timeout, f"compiling for {name}", say)
+    out, log, status = _run(
+        json.dumps(request), environment, timeout, f"compiling for {name}", line
+    )
     try:
         answer = json.loads(out.strip().splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
@@ -195,11 +194,10 @@ def _topology_options(topology: chips.Topology) -> dict[str, Any]:
 
 
 def _run(
-    request: str, environment: dict[str, str], timeout: float, what: str, say: Callable
+    request: str, environment: dict[str, str], timeout: float, what: str, line: progress.Line
 ) -> tuple[str, str, int]:
     """(stdout, stderr, status) of the child; prints progress."""
-    began = told = time.monotonic()
-    terminal = sys.stderr.isatty()
+    began = time.monotonic()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "grain_jax.launch.compiler"],
@@ -220,9 +218,7 @@ def _run(
                         f"--timeout: {what} took more than {timeout:.0f} s; give it more, or plan for"
                         " fewer chips"
                     )
-                if now - told >= (1.0 if terminal else LINE_EVERY):
-                    say(f"{what} ... {metrics_writer.duration(now - began)}")
-                    told = now
+                line.show(f"{what} ... {progress.duration(now - began)}")
                 time.sleep(0.05)
         finally:
             if child.poll() is None:

@@ -11,24 +11,21 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from shlex import join
-from shutil import get_terminal_size, which
+from shutil import which
 from typing import NamedTuple
 
 from etils import epath
 
-from grain_jax import errors
+from grain_jax import errors, progress
 from grain_jax.cli.process import USAGE_ERROR
-from grain_jax.runtime import metrics_writer
 
 PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
 POLL = 0.5  # seconds between two looks at the processes
 SLOW_POLL = 5.0  # between two looks at files
 LEAST_FOR_ETA = 0.1  # jobs' worth of work; before it, starting and compiling are most of the time
-PLAIN_LINE_EVERY = 30.0  # seconds, where there is no terminal to rewrite a line on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,37 +91,6 @@ def _gpus() -> list[str]:
     return [str(i) for i, _ in enumerate(gpus)]
 
 
-class Screen:
-    """Lines, and below them a progress line that a terminal rewrites."""
-
-    def __init__(self, prefix: str):
-        self._prefix = prefix
-        self._shown, self._printed = "", time.monotonic()
-
-    def say(self, text: str) -> None:
-        """Prints a line above the progress line."""
-        erase = "\r\x1b[2K" if sys.stderr.isatty() else ""
-        print(f"{erase}{self._prefix}{text}", file=sys.stderr, flush=True)
-        self._shown = ""
-
-    def progress(self, text: str) -> None:
-        """Rewrites the progress line of a terminal; elsewhere prints one now and then."""
-        if text == self._shown:
-            return
-        if sys.stderr.isatty():
-            line = f"{self._prefix}{text}"[: get_terminal_size().columns - 1]
-            print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
-            self._shown = text
-        elif time.monotonic() - self._printed > PLAIN_LINE_EVERY:
-            self.say(text)
-            self._shown, self._printed = text, time.monotonic()
-
-    def close(self) -> None:
-        """Leaves the progress line standing."""
-        if self._shown and sys.stderr.isatty():
-            print(file=sys.stderr, flush=True)
-
-
 @dataclasses.dataclass
 class _Running:
     job: Job
@@ -153,7 +119,7 @@ class Runner:
     jobs: Callable[[], Sequence[Job]]
     finished: Callable[[Job], bool]
     slots: Sequence[Slot]
-    screen: Screen
+    screen: progress.Line
     ready: Callable[[Job, frozenset[str]], bool] = lambda job, running: True
     share_done: Callable[[Job], float] = lambda job: 0.0
     result: Callable[[Job], str] = lambda job: ""
@@ -191,7 +157,7 @@ class Runner:
                     self._show(now - began)
                     shown = now
                 time.sleep(POLL)
-            self.screen.close()
+            self.screen.close(stays=True)
         finally:  # whatever ended the loop, no job is left without a runner
             for other in self._running.values():
                 other.process.terminate()
@@ -236,7 +202,7 @@ class Runner:
 
     def _waiting(self) -> list[Job]:
         """The jobs to start; those that failed come last."""
-        tries = lambda job: len(self._failures.get(job.name, ()))  # noqa: E731
+        tries = lambda job: len(self._failures.get(job.name, ()))
         return sorted(
             (
                 job
@@ -295,7 +261,7 @@ class Runner:
         for other in ended:
             job, status = other.job, other.process.returncode
             del self._running[job.name]
-            took = metrics_writer.duration(time.monotonic() - other.began)
+            took = progress.duration(time.monotonic() - other.began)
             if status == 0:
                 self._done.append(job.name)
                 result = self.result(job)
@@ -330,11 +296,11 @@ class Runner:
         eta = ""
         if done - self._given > LEAST_FOR_ETA:
             left = elapsed / (done - self._given) * (total - done)
-            eta = f", ETA {metrics_writer.duration(left)}"
+            eta = f", ETA {progress.duration(left)}"
         at = ", ".join(
             f"{name} ({self.share_done(other.job):.0%})" for name, other in self._running.items()
         )
-        self.screen.progress(
+        self.screen.show(
             f"{len(self._done)} of {total} runs finished{eta}{at and f'; running: {at}'}"
         )
 

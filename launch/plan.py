@@ -27,7 +27,7 @@ from grain_jax.launch.arguments import PlanOptions as Options
 from grain_jax.launch.arguments import plan_parser
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, progress
 from grain_jax.cli import config_file, process
 from grain_jax.files import atomic
 from grain_jax.input_pipeline import derived
@@ -61,7 +61,7 @@ def make(
     config: config_lib.Config,
     topology: chips.Topology,
     options: Options,
-    say=lambda text: None,
+    line: progress.Line | None = None,
 ) -> dict[str, Any]:
     """The plan, as the dictionary that `--json` writes.
 
@@ -69,12 +69,13 @@ def make(
       config: the run.
       topology: what it would run on.
       options: prices, rates and the size of the data set.
-      say: is called with lines of progress.
+      line: shows the progress.
 
     Raises:
       UserError: config and topology do not fit each other, or libtpu is missing.
       CompilerFailed: the compiler crashed.
     """
+    line = line or progress.Line(silent=True)
     mesh = estimate.mesh_sizes(config.mesh, topology.count, topology.slices)
     # As the trainer derives them: each host's images are whole lanes.
     lanes = topology.hosts if config.batch_size % topology.hosts == 0 else 1
@@ -104,14 +105,15 @@ def make(
             total_steps=total_steps,
             steps_per_epoch=per_epoch,
             timeout=options.timeout,
-            say=say,
+            line=line,
         )
-        say(f"compiled in {compiled.seconds:.0f} s{', from the cache' if compiled.cached else ''}")
+        cached = ", from the cache" if compiled.cached else ""
+        line.show(f"compiled in {compiled.seconds:.0f} s{cached}", now=True)
         plan |= _of_compiled(compiled, config, topology)
         plan["versions"] = compiled.versions
         checkpoint_bytes = compiled.checkpoint_bytes
     else:
-        say(f"estimating: {not_compiled}")
+        line.show(f"estimating: {not_compiled}", now=True)
         guess = estimate.of_gpus(config, topology)
         plan |= _of_estimate(guess, plan["model_flops"], config, topology)
         checkpoint_bytes = guess.checkpoint_bytes
@@ -303,23 +305,24 @@ def _add_time(plan, config, topology, options: Options) -> None:
     }
 
 
-def find(config, topology, options: Options, say, base: dict[str, Any]) -> dict[str, Any]:
+def find(config, topology, options: Options, line, base: dict[str, Any]) -> dict[str, Any]:
     """The points of `--search` and its two answers; `base` is the plan of the config itself."""
     mesh = estimate.mesh_sizes(config.mesh, topology.count, topology.slices)
 
     def ask(candidate: config_lib.Config) -> search.Answer | None:
-        say(
+        line.show(
             f"trying remat={candidate.remat} model.attention={candidate.model.attention}"
             f" mesh.fsdp={candidate.mesh.fsdp} loss.gather={candidate.loss.gather}"
-            f" batch_size={candidate.batch_size}"
+            f" batch_size={candidate.batch_size}",
+            now=True,
         )
         try:
-            plan = base if candidate == config else make(candidate, topology, options, say)
+            plan = base if candidate == config else make(candidate, topology, options, line)
         except compiler.TookTooLong as error:
-            say(f"{error}\n")
+            line.say(str(error))
             return None
         except compiler.CompilerFailed as error:  # of one point; others may serve
-            say(f"{error}\n")
+            line.say(str(error))
             return search.Answer(False, 0, base["memory"]["limit_bytes"], None, failed=True)
         memory = plan["memory"]
         return search.Answer(
@@ -352,21 +355,6 @@ def find(config, topology, options: Options, say, base: dict[str, Any]) -> dict[
     }
 
 
-class _Progress:
-    """Progress on stderr: rewrites its line on a terminal, prints lines elsewhere."""
-
-    def __init__(self):
-        self.terminal = sys.stderr.isatty()
-
-    def __call__(self, text: str) -> None:
-        start, end = ("\r\x1b[2K", "") if self.terminal else ("", "\n")
-        print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.terminal:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, plans, prints."""
     args = plan_parser().parse_args(arguments)
@@ -383,20 +371,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         storage_rate=args.storage_rate * 1e9,
         timeout=args.timeout,
     )
-    say = _Progress()
+    line = progress.Line()
     try:
         plan = {
             "topology": args.topology,
             "overrides": args.overrides,
-            **make(config, topology, options, say),
+            **make(config, topology, options, line),
         }
         if args.search:
-            plan["search"] = find(config, topology, options, say, plan)
+            plan["search"] = find(config, topology, options, line, plan)
     except compiler.CompilerFailed as error:
-        say.close()
+        line.close()
         print(error, file=sys.stderr)
         return 1
-    say.close()
+    line.close()
     print(plan_text.page(plan))
     if args.output:
         path = epath.Path(args.output)

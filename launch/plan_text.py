@@ -3,7 +3,7 @@
 import textwrap
 from typing import Any
 
-from grain_jax.runtime import metrics_writer
+from grain_jax import progress
 
 WIDTH = 96
 SHORT_SECONDS = 1e-3  # a step has hundreds of operations, each of which takes microseconds to start
@@ -41,7 +41,7 @@ def gigabytes(size: float) -> str:
 
 def seconds(time: float) -> str:
     """A time below one second in ms, a longer one in hours, minutes and seconds."""
-    return f"{time * 1e3:.3g} ms" if time < 1 else metrics_writer.duration(time)
+    return f"{time * 1e3:.3g} ms" if time < 1 else progress.duration(time)
 
 
 def page(plan: dict[str, Any]) -> str:
@@ -253,7 +253,7 @@ def _speed(plan) -> list[str]:
 
 
 def _days(days: float) -> str:
-    return f"{days:.1f} days" if days >= 1 else metrics_writer.duration(days * 86400)
+    return f"{days:.1f} days" if days >= 1 else progress.duration(days * 86400)
 
 
 def _input(plan) -> list[str]:

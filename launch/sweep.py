@@ -17,7 +17,7 @@ from grain_jax.launch.arguments import sweep_parser
 from grain_jax.launch.sweep_runs import Run, finished, local_folder
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, progress
 from grain_jax.cli import config_file, process
 from grain_jax.files import atomic
 
@@ -55,7 +55,7 @@ def train_here(
         jobs=lambda: all_jobs,
         finished=lambda job: finished(by_name[job.name]),
         slots=jobs.slots(parallel),
-        screen=jobs.Screen("sweep: "),
+        screen=progress.Line("sweep: "),
         ready=ready,
         share_done=lambda job: sweep_runs.share_done(by_name[job.name]),
         result=lambda job: sweep_table.summary(by_name[job.name], metric),

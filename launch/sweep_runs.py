@@ -201,15 +201,18 @@ def check_folders(runs: Sequence[Run]) -> None:
     faults = []
     for run in runs:
         file = run.folder / "config.json"
+        if not file.exists():
+            continue
         try:
-            text = regular_file.read_text(file, "a config") if file.exists() else "null"
-            stored = json.loads(text)
+            stored = json.loads(regular_file.read_text(file, "a config"))
         except json.JSONDecodeError:  # a kill cut it off; the trainer asks the checkpoint's own
             continue
-        if stored is None:
+        try:
+            old = config_lib.select(config_lib.from_dict(stored), DEFINING)
+        except errors.UserError as error:
+            faults += [f"{file}: {line}" for line in str(error).splitlines()]
             continue
-        old = config_lib.select(stored, DEFINING)
-        new = config_lib.select(dataclasses.asdict(run.config), DEFINING)
+        new = config_lib.select(run.config, DEFINING)
         faults += [
             f"{run.folder}: was trained with {key} = {old[key]!r}, now it is {new[key]!r}; take"
             " another --workdir, or remove that folder"

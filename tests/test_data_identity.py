@@ -214,7 +214,7 @@ def test_a_damaged_record_of_the_data_is_a_damaged_checkpoint(run, tmp_path, mon
     workdir, output = run
     shutil.copytree(workdir / "checkpoints/2", tmp_path / "2")
     monkeypatch.setattr(checkpoint, "restore", lambda *_: "the state")
-    read = lambda: checkpoint._read_saved(tmp_path / "2", _config(output), None)  # noqa: E731
+    read = lambda: checkpoint._read_saved(tmp_path / "2", _config(output), None)
     state, _, data, fault = read()
     assert (state, fault) == ("the state", None) and data[0]["name"] == "tiny_set"
     (tmp_path / "2/data/metadata").write_text('{"sets": [')

@@ -20,10 +20,10 @@ import numpy as np
 import PIL.Image
 from etils import epath
 from grain_jax.data import parallel
-from grain_jax.data.progress import progress
 
 from benchmarks.fetch import package
 from benchmarks.fetch.looks import SIDE, Part, parts
+from grain_jax import progress
 from grain_jax.files import regular_file
 
 PACKAGE = "dataset-fashion-mnist"
@@ -224,7 +224,7 @@ def _measured(found, processes) -> Iterable[Picture]:
         names = [CLASSES[label] for label in labels]
         items += [(f"{split}-{i}", *item) for i, item in enumerate(zip(ink, names, strict=True))]
     done = parallel.ordered_map(_measure, items, workers=processes if processes > 1 else 0)
-    return progress(done, total=len(items), what="fashion")
+    return progress.over(done, total=len(items), what="fashion")
 
 
 def _measure(item):

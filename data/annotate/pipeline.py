@@ -16,10 +16,10 @@ from apache_beam import metrics
 from apache_beam.options import pipeline_options
 from apache_beam.runners.portability import fn_api_runner
 from apache_beam.utils import shared
-from grain_jax.data import progress, sources
+from grain_jax.data import sources
 from grain_jax.data.annotate import passes
 
-from grain_jax import errors
+from grain_jax import errors, progress
 
 SECONDS_BETWEEN_LOOKS = 10.0  # at the output folder, for the progress line: a list of all shards
 _MARK = "#user-error#"
@@ -154,7 +154,7 @@ def _shown(job: passes.Job, names: set[str]) -> Iterator[None]:
             yield from new
 
     def show():
-        for _ in progress.progress(newly_finished(), total=len(names), what="shards"):
+        for _ in progress.over(newly_finished(), total=len(names), what="shards"):
             pass
 
     thread = threading.Thread(target=show, daemon=True)

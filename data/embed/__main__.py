@@ -53,7 +53,7 @@ def embed(args: argparse.Namespace) -> str:
             before=list(before.values()),
             most_faults=most_faults,
         )
-    progress.close()
+    progress.counter.close()
     count = sum(processes.agree(None, count))
     return processes.of_first(lambda: _end(args, job, count, time.monotonic() - began))
 

@@ -7,8 +7,6 @@ images of several parts, so that small tars leave the device no batch that is no
 import collections
 import itertools
 import os
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -19,6 +17,7 @@ from grain_jax.data import sources
 from grain_jax.data.embed import output, parts
 
 from grain_jax import errors
+from grain_jax import progress as progress_lib
 from grain_jax.files import embeddings, images
 from grain_jax.inference import predictor as predictor_lib
 from grain_jax.runtime import processes
@@ -26,7 +25,6 @@ from grain_jax.runtime import processes
 # Batches on their way to a device: while one is computed, the next is sent.
 AT_DEVICE = 2
 _BATCHES_READ = 2  # beside those, in threads
-_SECONDS_BETWEEN_LINES = 15.0
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -241,9 +239,7 @@ def default_threads() -> int:
 
 
 class Progress:
-    """Shows how far it is: on a terminal one line that is rewritten, else a line every 15 seconds.
-
-    Only the first process shows it, and takes the others to be as fast.
+    """Shows how far it is. Only the first process does, and takes the others to be as fast.
 
     Args:
       label: the source.
@@ -252,41 +248,20 @@ class Progress:
     """
 
     def __init__(self, label: str, shares: Sequence[int], known: bool):
-        self._label, self._total, self._known = label, sum(shares), known
-        self._ended = self._images = self._of_part = 0
-        self._start = self._last = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-        index, self._processes = processes.process_info()
-        self._silent = index > 0
+        self._all, self._ended, self._known = sum(shares), 0, known
+        index, count = processes.process_info()
+        total = count * self._all if known else None
+        self.counter = progress_lib.Counter(label, total, "images", silent=index > 0, times=count)
 
     def image(self) -> None:
         """Counts an image."""
-        self._images += 1
-        self._of_part += 1
-        now = time.monotonic()
-        if self._silent or now - self._last < (0.2 if self._terminal else _SECONDS_BETWEEN_LINES):
-            return
-        self._last = now
-        text = self.text(now - self._start)
-        if self._terminal:
-            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        self.counter.add(share=None if self._known else self.share)
 
     def end_of_part(self, size: int) -> None:
         """Counts a part that is written."""
         self._ended += size
-        self._of_part = 0
 
-    def text(self, seconds: float) -> str:
-        """The line after so many seconds."""
-        rate = self._processes * self._images / seconds
-        done = self._ended + (self._of_part if self._known else 0)
-        total = f"/{self._processes * self._total}" if self._known else ""
-        left = f", {seconds / done * (self._total - done):.0f} s left" if done else ""
-        return f"{self._label}: {self._processes * self._images}{total} images, {rate:.3g}/s{left}"
-
-    def close(self) -> None:
-        """Clears the line of the terminal."""
-        if self._terminal and not self._silent:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    @property
+    def share(self) -> float:
+        """Of the bytes of all tars, those of the finished ones."""
+        return self._ended / max(self._all, 1)

@@ -14,7 +14,7 @@ import sys
 import textwrap
 
 from etils import epath
-from grain_jax.data import annotations, progress
+from grain_jax.data import annotations
 from grain_jax.data.inspect import (
     arguments,
     counting,
@@ -26,7 +26,7 @@ from grain_jax.data.inspect import (
     statistics,
 )
 
-from grain_jax import errors
+from grain_jax import errors, progress
 from grain_jax.files import atomic
 
 _BATCH = 256  # items that are counted together
@@ -40,7 +40,7 @@ def inspect(args: argparse.Namespace) -> str:
         parents=True, exist_ok=True
     )  # first, so that a folder without permission fails early
     stats, sample = statistics.Statistics(), counting.Sample(args.num_images)
-    coming = progress.progress(source.items, total=source.total, what="inspecting")
+    coming = progress.over(source.items, total=source.total, what="inspecting")
     for batch in iter(lambda: list(itertools.islice(coming, _BATCH)), []):
         items = [item for item in batch if isinstance(item, reading.Item)]
         for fault in (item for item in batch if isinstance(item, reading.Fault)):

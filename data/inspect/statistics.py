@@ -272,7 +272,7 @@ def _shards(lengths: Sequence[int], lanes: int) -> dict[str, Any]:
     """Sizes of the shards, and the least and most records of a stream of the deterministic shuffle (a lane)."""
     if not lengths:
         return {"count": 0}
-    filled = [order.Shard(str(i), n) for i, n in enumerate(lengths) if n]
+    filled = [order.ShardFile(str(i), n) for i, n in enumerate(lengths) if n]
     per_lane = []
     if len(filled) >= lanes:
         made = order.make_lanes(filled, name="this set", lanes=lanes, shards_per_block=1, seed=0)

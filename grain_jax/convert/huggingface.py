@@ -311,7 +311,7 @@ def _prove_folder(
         ours["token_ids"] = np.where(after, clip_tokenizer.END_OF_TEXT, ids)
 
     with _on_disk(folder) as path:
-        load = lambda auto: auto.from_pretrained(  # noqa: E731
+        load = lambda auto: auto.from_pretrained(
             path, trust_remote_code=True, local_files_only=True
         )
         theirs = torch_module.run_module(load(transformers.AutoModel).eval(), given)

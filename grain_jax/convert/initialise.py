@@ -165,7 +165,7 @@ def _load_decoder(model: config_lib.Model, path: str, shapes) -> dict[str, np.nd
     with prefixed(f"{path}: "):
         raise_any(towers.differences("decoder", ours.decoder, model.decoder, _NOT_COMPARED))
     other = _TOWERS if ours.boxes == model.boxes else (*_TOWERS, *_BOX_HEAD)
-    rest = lambda named: {name: x for name, x in named.items() if not name.startswith(other)}  # noqa: E731
+    rest = lambda named: {name: x for name, x in named.items() if not name.startswith(other)}
     towers.check_shapes(rest(flat), rest(shapes), {})
     return rest(flat)
 

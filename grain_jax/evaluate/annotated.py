@@ -8,8 +8,8 @@ from etils import epath
 
 from grain_jax import printable
 from grain_jax.evaluate import encode, test_sets
-from grain_jax.evaluate.test_sets import InputError
 from grain_jax.files import annotations as annotations_lib
+from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
 
 
@@ -31,6 +31,11 @@ class Annotated(NamedTuple):
         """The files of the records' images."""
         return [self.folder / record.image for record in self.records]
 
+    @property
+    def left_out(self) -> int:
+        """How many annotations the evaluation cannot use."""
+        return len(self.read.records) - len(self.records)
+
 
 def read(
     images: epath.PathLike,
@@ -51,35 +56,6 @@ def read(
     if not records:
         raise InputError(f"{annotations}: {none_usable}")
     return Annotated(found, records, folder, orientation)
-
-
-def read_captions(
-    images: epath.PathLike, annotations: epath.PathLike, orientation: str = "exif"
-) -> Annotated:
-    """The annotations with a caption; raises as `read`."""
-    return read(
-        images,
-        annotations,
-        lambda record: record.captions or record.synthetic_caption,
-        "no line has a caption; expected captions to retrieve",
-        orientation,
-    )
-
-
-def read_regions(
-    images: epath.PathLike,
-    annotations: epath.PathLike,
-    orientation: str = "exif",
-    expected: str = "described boxes",
-) -> Annotated:
-    """The annotations with a region; raises as `read`."""
-    return read(
-        images,
-        annotations,
-        lambda record: record.regions,
-        f"no line has a region; expected {expected}",
-        orientation,
-    )
 
 
 def image_folder(path: epath.PathLike) -> epath.Path:

@@ -11,17 +11,26 @@ The features are image embeddings after the projection, with unit length, as in 
 openai/CLIP. The tables of the CLIP paper use the features before the projection.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import importlib.util
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
+from etils import epy
 
-from grain_jax.evaluate import encode, rates, test_sets
-from grain_jax.evaluate.test_sets import InputError
-from grain_jax.runtime import processes
+from grain_jax import errors
+from grain_jax.config.evals import STANDALONE, Context, Row, option, same_place
+from grain_jax.evaluate.evaluators import LabelledImages
+
+with epy.lazy_imports():
+    import numpy as np
+
+    from grain_jax.evaluate import encode, rates, test_sets
+    from grain_jax.runtime import processes
 
 TRAIN_SHARE = 0.7  # of the images of each class, where one set is split
 VALIDATION_SHARE = 0.2  # of the training images of each class
@@ -35,6 +44,130 @@ _TIE = 1e-9  # of the largest logit of an image: logits of float64 nearer than t
 _ONE_THREAD = (
     10**9
 )  # multiplications per iteration; below this number one thread is faster than several
+
+
+def _parse_shots(text: str) -> tuple[int, ...]:
+    parts = ["0" if part == "all" else part for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(
+            f"got {text!r}, expected images a class, or all, or several with commas between (1,5,all)"
+        )
+    return tuple(map(int, parts))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearProbe(LabelledImages):
+    """Classifies by a logistic regression on image embeddings, also of few shots.
+
+    Options: those of LabelledImages, `train`, `shots`, `seeds`.
+    """
+
+    example = "--images runs/aviary/seen --shots 1,5,all"
+    kind: str = "linear_probe"
+    # class folders to train on, or a split of the TFDS set; default: a share of each class of the images, or "train"
+    train: str | None = option(None, "DIR")
+    # training images a class, a probe each: 1,5,all; default all, which a config writes as 0
+    shots: tuple[int, ...] = option((), "N,N", parse=_parse_shots)
+    # draws of few shots, which are averaged
+    seeds: int = option(5, "N", low=1, high=1000)
+
+    @classmethod
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+        found = []
+        for key in numbers:
+            at, _, rate = key.rpartition("/")
+            if at.startswith("shots_") and rate == "top1":
+                number = at.removeprefix("shots_")
+                name = f"few shots, {number} a class" if number != "all" else "all training images"
+                pictures = "pictures", "pictures"
+                found += [
+                    Row(key, f"{name}, top-1", "chance", *pictures),
+                    Row(f"{at}/top5", f"{name}, top-5", "chance_top5", *pictures),
+                    Row(f"{at}/mean_per_class", f"{name}, mean per class", "chance", *pictures),
+                ]
+        return found
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if any(shots < 0 for shots in self.shots):
+            found.append(f"shots: got {self.shots}, expected at least 1 each, or 0 for all")
+        return found
+
+    @property
+    def data(self) -> tuple[str | None, ...]:
+        return self.images, self.train
+
+    def open_train(self) -> test_sets.TestSet | None:
+        """The training images; None if `images` is to be split.
+
+        Raises:
+          errors.UserError: they are the test images, or an error of `open`.
+        """
+        if self.tfds is not None:
+            split = self.train or "train"
+            if split == self.split:
+                raise errors.UserError(
+                    f"train: got the split {split!r}, which is the test's, expected another"
+                )
+            return self.open_other("", split)
+        if self.train is None:
+            return None
+        if same_place(self.train, self.images):
+            raise errors.UserError(
+                f"train: got {self.train}, which are the test's images, expected others, or none to split them"
+            )
+        return self.open_other(self.train, self.split)
+
+    def check(self) -> int:
+        check_scikit_learn()
+        test, train = self.open(), self.open_train()
+        check(test, train, self.shots)
+        return len(test) + (len(train) if train else 0)
+
+    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+        """Fits on the embeddings of training images and classifies the test images; each image is encoded once.
+
+        Without training images, the test images are split: a random TRAIN_SHARE of each class (fixed seed) for training
+        and the rest for the test.
+
+        Returns: counts, `chance` (of top-1), `chance_top5`, and for each probe, under `shots_all` or `shots_N`:
+          `top1`, `top5`, `mean_per_class` (of top-1), each with a 95% interval `_low`, `_high`; `per_class`; `C`; and
+          `unconverged`, how many final fits stopped at MAX_ITERATIONS. `shots_all` also has `validation_top1`, and its
+          intervals are those of `rates.of_classes`. The rates of `shots_N` are means over `draws` draws, with Student's
+          interval of the mean (for one draw as `shots_all`); `C` and `top1_of_draws` are lists with a number per draw.
+
+        Raises:
+          errors.UserError: images, options or labels cannot be used, or scikit-learn is missing.
+        """
+        check_scikit_learn()
+        unreadable: dict[str, str] = {}
+        test, train = self.open(), self.open_train()
+        tested = _encode(predictor, test, unreadable, context.batch_size)
+        if train is None:
+            learnt, tested = _split(tested, test.classes)
+        else:
+            learnt = _encode(predictor, train, unreadable, context.batch_size)
+        classes = test.classes
+        counts = np.bincount(tested.label, minlength=len(classes))
+        result = {
+            "kind": "linear_probe",
+            "classes": len(classes),
+            "pictures": len(tested.label),
+            "train_pictures": len(learnt.label),
+            **encode.report_unreadable(unreadable),
+            **rates.chance_of_classes(len(classes)),
+            "pictures_per_class": dict(zip(classes, counts.tolist())),
+        }
+        numbers = list(dict.fromkeys(self.shots or (0,)))
+        for number in numbers:
+            check_shots(number, np.bincount(learnt.label, minlength=len(classes)), classes)
+        # Only the first process fits; the others wait for its result.
+        return result | processes.of_first(
+            lambda: {
+                f"shots_{number or 'all'}": _probe(learnt, tested, number, self.seeds, classes)
+                for number in numbers
+            }
+        )
 
 
 class Data(NamedTuple):
@@ -53,75 +186,15 @@ class Fitted(NamedTuple):
     converged: bool
 
 
-def evaluate(
-    predictor: encode.Predictor,
-    *,
-    test: test_sets.TestSet,
-    train: test_sets.TestSet | None = None,
-    shots: Sequence[int] = (),
-    seeds: int = 5,
-    batch_size: int = encode.BATCH_SIZE,
-) -> dict[str, Any]:
-    """Fits on the embeddings of training images and classifies the test images; each image is encoded once.
-
-    Args:
-      predictor: the model; its regions are not used.
-      test: the test images.
-      train: the training images, of the same classes. None: `test` is split, a random TRAIN_SHARE of each class
-        (fixed seed) for training and the rest for the test.
-      shots: numbers of training images per class, one probe for each number; 0: all images. Empty: as (0,).
-      seeds: number of random draws of a few-shot probe.
-      batch_size: images at a time.
-
-    Returns: counts, `chance` (of top-1), `chance_top5`, and for each probe, under `shots_all` or `shots_N`:
-      `top1`, `top5`, `mean_per_class` (of top-1), each with a 95% interval `_low`, `_high`; `per_class`; `C`; and
-      `unconverged`, how many final fits stopped at MAX_ITERATIONS. `shots_all` also has `validation_top1`, and its
-      intervals are those of `rates.of_classes`. The rates of `shots_N` are means over `draws` draws, with Student's
-      interval of the mean (for one draw as `shots_all`); `C` and `top1_of_draws` are lists with a number per draw.
-
-    Raises:
-      test_sets.InputError: images, options or labels cannot be used, or scikit-learn is missing.
-    """
-    check_scikit_learn()
-    unreadable: dict[str, str] = {}
-    tested = _encode(predictor, test, unreadable, batch_size)
-    if train is None:
-        learnt, tested = _split(tested, test.classes)
-    else:
-        learnt = _encode(predictor, train, unreadable, batch_size)
-    classes = test.classes
-    counts = np.bincount(tested.label, minlength=len(classes))
-    result = {
-        "kind": "linear_probe",
-        "classes": len(classes),
-        "pictures": len(tested.label),
-        "train_pictures": len(learnt.label),
-        **encode.report_unreadable(unreadable),
-        "chance": 1 / len(classes),
-        "chance_top5": min(1.0, 5 / len(classes)),
-        "pictures_per_class": dict(zip(classes, counts.tolist())),
-    }
-    numbers = list(dict.fromkeys(shots or (0,)))
-    for number in numbers:
-        check_shots(number, np.bincount(learnt.label, minlength=len(classes)), classes)
-    # Only the first process fits; the others wait for its result.
-    probes = lambda: {  # noqa: E731
-        f"shots_{number or 'all'}": _probe(learnt, tested, number, seeds, classes)
-        for number in numbers
-    }
-    fitted = processes.run_together(lambda: probes() if processes.process_info()[0] == 0 else None)
-    return result | processes.allgather_values(fitted)[0]
-
-
 def check(test: test_sets.TestSet, train: test_sets.TestSet | None, shots: Sequence[int]) -> None:
-    """Raises InputError where scikit-learn is missing, the classes differ, or a class has too few images."""
+    """Raises errors.UserError where scikit-learn is missing, the classes differ, or a class has too few images."""
     check_scikit_learn()
     if train is not None and list(train.classes) != list(test.classes):
         only = [
             sorted(set(a) - set(b))
             for a, b in ((train.classes, test.classes), (test.classes, train.classes))
         ]
-        raise InputError(
+        raise errors.UserError(
             f"train: got other classes than the test's, expected the same; only in train:"
             f" {test_sets.listed(only[0]) or 'none'}; only in the test: {test_sets.listed(only[1]) or 'none'}"
         )
@@ -134,13 +207,13 @@ def check(test: test_sets.TestSet, train: test_sets.TestSet | None, shots: Seque
 
 
 def check_scikit_learn() -> None:
-    """Raises InputError if scikit-learn is not installed."""
+    """Raises errors.UserError if scikit-learn is not installed."""
     if importlib.util.find_spec("sklearn") is None:
-        raise InputError("linear_probe: needs scikit-learn: pip install 'grain_jax[probe]'")
+        raise errors.UserError("linear_probe: needs scikit-learn: pip install 'grain_jax[probe]'")
 
 
 def check_shots(number: int, counts: np.ndarray, classes: Sequence[str]) -> None:
-    """Raises InputError if the training images, `counts` [C] per class, are too few for `number` shots per class.
+    """Raises errors.UserError if the training images, `counts` [C] per class, are too few for `number` shots per class.
 
     A few-shot probe needs one further image of each class, for validation. The probe on all images (`number` 0)
     needs two classes with images, one of them with two.
@@ -148,12 +221,12 @@ def check_shots(number: int, counts: np.ndarray, classes: Sequence[str]) -> None
     if number:
         few = [f"{name} ({n})" for name, n in zip(classes, counts) if n <= number]
         if few:
-            raise InputError(
+            raise errors.UserError(
                 f"shots: got {number}, expected fewer than each class has training images, so that one is left"
                 f" for validation; too few are of {test_sets.listed(few)}"
             )
     elif (counts > 0).sum() < 2 or counts.max() < 2:
-        raise InputError(
+        raise errors.UserError(
             "train: got too few images, expected at least two classes with images, one of them with two or more"
         )
 
@@ -212,11 +285,11 @@ def _train_count(count: int) -> int:
 
 
 def _split(data: Data, classes: Sequence[str]) -> tuple[Data, Data]:
-    """The training and the test images of one set. Raises InputError where a class has a single image."""
+    """The training and the test images of one set. Raises errors.UserError where a class has a single image."""
     counts = np.bincount(data.label, minlength=len(classes))
     single = [name for name, n in zip(classes, counts) if n < 2]
     if single:
-        raise InputError(
+        raise errors.UserError(
             "train: got none, so that the images are split, expected two or more of each class that can be read;"
             f" too few are of {test_sets.listed(single)}"
         )
@@ -246,7 +319,7 @@ def _encode(
         batch_size=batch_size,
     )
     if seen.labels.min() < 0:
-        raise InputError("the set has images without a label, expected another split")
+        raise errors.UserError("the set has images without a label, expected another split")
     return Data(seen.image_embed.astype(np.float64), seen.labels)
 
 

@@ -23,9 +23,9 @@ from grain_jax import config as config_lib
 from grain_jax import errors
 from grain_jax.config.evals import Context
 from grain_jax.evaluate import encode, tables, zeroshot
-from grain_jax.evaluate.test_sets import InputError
 from grain_jax.files import atomic, regular_file
 from grain_jax.inference import text_cache
+from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
 
 _PACKAGES = ("grain_jax", "jax", "flax", "numpy", "pillow", "tensorflow-datasets")

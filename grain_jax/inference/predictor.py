@@ -8,7 +8,6 @@ all devices of the process. Methods that return or use regions raise InputError 
 
 import functools
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
@@ -16,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
-import tqdm
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax import errors, schema
+from grain_jax import progress as progress_lib
 from grain_jax.inference import inputs, jitted, prompts, scores
 from grain_jax.inference.inputs import Images, InputError, OneOrMany
 from grain_jax.input_pipeline import tokenizer
@@ -417,12 +416,11 @@ class Predictor:
         d = self.model.embed_dim
         parts = [(np.zeros((0, d)), np.zeros((0, q, d)), np.zeros((0, q, 4)))]
         total = len(counted) if isinstance(counted, Sized) else None
-        with tqdm.tqdm(
-            total=total, desc="images", unit="", file=sys.stderr, disable=not self.progress
-        ) as bar:
-            for part in self._rows(images):
-                parts.append(self._run(program, part))
-                bar.update(len(part))
+        counter = progress_lib.Counter("images", total, silent=not self.progress)
+        for part in self._rows(images):
+            parts.append(self._run(program, part))
+            counter.add(len(part))
+        counter.close(stays=True)
         image, region, boxes = (np.concatenate(x).astype(np.float32) for x in zip(*parts))
         return image, region, boxes
 
@@ -597,7 +595,7 @@ class Predictor:
         if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
             if not texts:
                 return np.zeros((0, context), np.int32), np.zeros(0, np.int32)
-            ids, lengths, _ = _tokenizer(tower, self.folder).encode(texts, context)
+            ids, lengths, *_ = _tokenizer(tower, self.folder).encode(texts, context)
             tokens = np.full((len(texts), context), tower.pad_id, np.int32)
             tokens[np.arange(context) < lengths[:, None]] = ids
             return tokens, lengths - 1

@@ -5,13 +5,10 @@ depends on the record and its position in the stream alone. Images stay uint8: t
 """
 
 import dataclasses
-from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from grain_jax.config import Config
-
-Array = Any  # a tf.Tensor within tf.data, a numpy array after it
 
 NUM_DRAWS = 8
 _NO_LIMIT = 2**31 - 1  # of a number of regions
@@ -39,24 +36,14 @@ NEGATIVES = {
 }
 
 
-class Example(NamedTuple):
-    """One record, ready to be batched (with numpy arrays: a batch of them). Texts are UTF-8 bytes, not yet flipped."""
-
-    image: Array  # uint8 [S, S, 3]
-    captions: Array  # string [C]
-    caption_mask: Array  # bool [C]
-    descriptions: Array  # string [R]
-    region_boxes_cxcywh: Array  # float32 [R, 4]
-    region_mask: Array  # bool [R]
-    region_scores: Array  # float32 [R], highest first
-    flipped: Array  # bool [], left and right must change places in the texts
-    negatives: Array  # string [R, H]
-    negative_mask: Array  # bool [R, H]
-
-
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """A serialized record and its draws -> Example."""
+    """A serialized record and its draws -> what a batch is made of, by name. Texts are UTF-8 bytes, not yet flipped.
+
+    image uint8 [S, S, 3]; captions string [C] and caption_mask bool [C]; descriptions string [R], region_boxes_cxcywh
+    float32 [R, 4], region_mask bool [R] and region_scores float32 [R], highest first; flipped bool [], whether left and
+    right must change places in the texts; negatives string [R, H] and negative_mask bool [R, H].
+    """
 
     size: int  # S, pixels
     max_regions: int  # R
@@ -81,7 +68,7 @@ class Transform:
             crop_min_area=config.input.crop_min_area,
         )
 
-    def __call__(self, record: tf.Tensor, draws: tf.Tensor) -> Example:
+    def __call__(self, record: tf.Tensor, draws: tf.Tensor) -> dict[str, tf.Tensor]:
         """Args: record string [], draws float32 [NUM_DRAWS]."""
         negatives = NEGATIVES if self.negatives_per_region else {}
         fields = tf.io.parse_single_example(record, FEATURES | negatives)
@@ -100,13 +87,17 @@ class Transform:
             boxes_xyxy = tf.where(flipped, mirror_boxes(boxes_xyxy), boxes_xyxy)
         descriptions = fields["regions/description"]
         captions, caption_mask = self._captions(fields, draws, kept)
-        return Example(
-            image,
-            captions,
-            caption_mask,
-            *top_regions(descriptions, boxes_xyxy, scores, kept, self.max_regions),
-            flipped,
-            *self._negatives(fields, draws, kept),
+        negatives, negative_mask = self._negatives(fields, draws, kept)
+        regions = top_regions(descriptions, boxes_xyxy, scores, kept, self.max_regions)
+        names = ("descriptions", "region_boxes_cxcywh", "region_mask", "region_scores")
+        return dict(
+            image=image,
+            captions=captions,
+            caption_mask=caption_mask,
+            **dict(zip(names, regions)),
+            flipped=flipped,
+            negatives=negatives,
+            negative_mask=negative_mask,
         )
 
     def _negatives(self, fields, draws, kept) -> tuple[tf.Tensor, tf.Tensor]:

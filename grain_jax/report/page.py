@@ -9,7 +9,7 @@ from etils import epath
 from grain_jax.cli.report import NUM_IMAGES
 from grain_jax.evaluate import tables
 from grain_jax.files import atomic
-from grain_jax.report import collect, html, run_files
+from grain_jax.report import charts, collect, html, run_files
 
 FILE = "report.html"
 _FILES = ("page.css", "page.js", "curves.js", "sections.js")
@@ -146,7 +146,14 @@ def _payload(runs, found, names) -> dict[str, Any]:
             }
         )
     most = max(evaluations, default=0)
-    return {"runs": out, "charts": run_files.charts(keys, most), "evaluations": most}
+    return {
+        "runs": out,
+        "charts": [
+            chart._asdict() | {"series": list(chart.series.items())}
+            for chart in charts.charts(keys, most)
+        ],
+        "evaluations": most,
+    }
 
 
 def _per_class(run: run_files.Run, looked: Mapping[str, Any]) -> dict[str, Any]:

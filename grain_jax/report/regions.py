@@ -11,11 +11,10 @@ import numpy as np
 
 from grain_jax import config as config_lib
 from grain_jax import errors, named
-from grain_jax.evaluate import annotated as annotated_lib
-from grain_jax.evaluate import evaluators, grounding, test_sets
+from grain_jax.evaluate import encode, evaluators, grounding, test_sets
 from grain_jax.files import images
 from grain_jax.inference import scores
-from grain_jax.report import attention, looking
+from grain_jax.report import attention
 from grain_jax.report.thumbnails import Thumbnails
 
 SHOWN = 24  # images whose regions the page shows
@@ -67,12 +66,12 @@ def collect(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
     if decoder is None or not decoder.queries:
         raise NoRegions("the model has no region queries")
     name, entry = with_boxes(evals)
-    annotated = annotated_lib.read_regions(**entry.given)
+    annotated = entry.read()
     chosen = spread(len(annotated.records), limit)
     records = [annotated.records[i] for i in chosen]
     all_files = annotated.images
     files = [all_files[i] for i in chosen]
-    found = looking.encode(predictor, files)
+    found = encode.gather_images(predictor, files, label="report", unreadable={})
     regions = found.with_regions
     records, files = ([x[i] for i in found.index] for x in (records, files))
     described = grounding.described_boxes(records, found.sizes)
@@ -87,7 +86,7 @@ def collect(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
     cards = [
         {
             "name": records[p].image,
-            "size": list(found.sizes[p]),
+            "size": found.sizes[p].tolist(),
             "thumb": thumbs.add(files[p], _LARGE),
             "predicted": _predicted(
                 regions.boxes_xyxy[p], similarity[p], matched, own_text, int(p)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from grain_jax import errors
-from grain_jax.runtime import ending, native_log, preemption
+from grain_jax.runtime import ending, native_log
 
 START_SECONDS = 300  # between the starts of the first and the last process: pods pull images
 # What JAX reads under srun; a shell inside `salloc` or a batch script has only some of them.
@@ -64,7 +64,7 @@ def initialize(
             heartbeat_timeout_seconds=heartbeat_seconds,
         )
         alone = jax.process_count() == 1
-        preemption.take_sigterm_back(leaves_last=jax.process_index() == 0 and not alone)
+        ending.take_sigterm_back(leaves_last=jax.process_index() == 0 and not alone)
         if alone:  # a cluster of one: its own heartbeat could only end it
             jax.distributed.shutdown()
     finally:

@@ -11,21 +11,18 @@ import importlib.util
 import json
 import math
 import secrets
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from shutil import get_terminal_size
 from typing import Any
 
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, progress
 from grain_jax.files import atomic
 from grain_jax.runtime import ending, metrics_file
 
-PLAIN_LINE_EVERY = 5.0  # seconds, where there is no terminal to rewrite a line on
 UPLOAD_EVERY = 30.0  # seconds between uploads to an object store; a checkpoint does not wait for it
 SMALL_BYTES = 256 << 10  # up to this size, an upload of the whole file is as good as one of its end
 EVENT_FILE_BYTES = 1 << 20  # TensorBoard reads many files as one; so no upload is much larger
@@ -35,16 +32,6 @@ class NotFinite(errors.UserError, ArithmeticError):
     """A loss became NaN or infinite; the message names the term and the steps."""
 
     status = 1  # the command was right
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 42s, 3m05s or 2h10m."""
-    seconds = max(0, round(seconds))
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
 def check_finite(
@@ -311,7 +298,7 @@ class MetricsWriter:
         config: config_lib.Config | None = None,
         terms: Mapping[str, str] | None = None,
     ):
-        self.workdir = epath.Path(workdir)
+        self.workdir, self._line = epath.Path(workdir), progress.Line()
         self._terms = terms or {}
         self.total_steps, self.batch_size = total_steps, batch_size
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
@@ -326,8 +313,7 @@ class MetricsWriter:
             self._wandb = _open_wandb(self.workdir, config)
         self._start_step = self._step = start_step
         self._time = self._started = self._uploaded_at = time.monotonic()
-        self._wait, self._wait_steps = 0.0, 0
-        self._printed = -math.inf
+        self._wait, self._wait_steps, self._shown = 0.0, 0, False
 
     def _keep_until(self, step: int) -> None:
         lines, faults = metrics_file.read(metrics_file.files(self.workdir))
@@ -405,17 +391,13 @@ class MetricsWriter:
 
     def progress(self, step: int, metrics: Mapping[str, float]) -> None:
         """Rewrites the progress line of a terminal, or prints one now and then elsewhere."""
-        terminal, now = sys.stderr.isatty(), time.monotonic()
         last = step >= self.total_steps
-        if not terminal and not last and now - self._printed < PLAIN_LINE_EVERY:
-            return
-        self._printed = now
         done = step - self._start_step
-        eta = (now - self._started) / max(done, 1) * (self.total_steps - step)
+        eta = (time.monotonic() - self._started) / max(done, 1) * (self.total_steps - step)
         terms = ", ".join(f"{name} {metrics[term]:.3f}" for term, name in self._terms.items())
         line = (
             f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})"
-            f"  ETA {duration(eta)}"
+            f"  ETA {progress.duration(eta)}"
             f"  loss {metrics['loss']:.3f}{' = ' if terms else ''}{terms}"
             f"  IoU {metrics['matched_iou']:.2f}"
             f"  {metrics['images_per_second']:.0f} images/s"
@@ -423,14 +405,14 @@ class MetricsWriter:
             + f"  input wait {metrics['input_wait_fraction']:.1%}"
             + f"  texts dropped {metrics['texts_dropped_share']:.1%}"
         )
-        end = "\n" if last or not terminal else ""
-        if terminal:  # a line that wraps could not be rewritten
-            line = line[: get_terminal_size().columns - 1]
-        print(("\r\x1b[2K" if terminal else "") + line, end=end, file=sys.stderr, flush=True)
+        self._line.show(line, now=last or not self._shown)
+        self._shown = True
+        if last:
+            self._line.close(stays=True)
 
     def say(self, text: str) -> None:
         """Prints a line above the progress line."""
-        print(("\r\x1b[2K" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
+        self._line.say(text)
 
     def close(self) -> None:
         """Ends TensorBoard's file and the run at Weights & Biases; an object store gets the rest."""

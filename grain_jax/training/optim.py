@@ -58,8 +58,8 @@ def frozen_mask(params, patterns: Sequence[str]):
       UserError: a pattern that matches no parameter.
     """
     # A box is a leaf, so that a frozen parameter leaves no empty box among the moments.
-    is_box = lambda x: isinstance(x, flax.core.meta.AxisMetadata)  # noqa: E731
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
+    is_box = lambda x: isinstance(x, flax.core.meta.AxisMetadata)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     found = [name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params, is_box)]
     for pattern in patterns:
         if not any(re.fullmatch(pattern, x) for x in found):

@@ -61,7 +61,7 @@ def abstract_batch(config: Config) -> schema.Batch:
     captions, r = config.input.captions_per_image, config.input.max_regions
     h = config.input.negatives_per_region
     group, rows = config.text_layout
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     row = of(jnp.int32, b // group, rows, config.model.text.context_length)
     return schema.Batch(
         image=of(jnp.uint8, b, size, size, 3),

@@ -60,7 +60,7 @@ def test_several_alphas(folder):
     result = json.loads(output.read_text())
     assert status == 0 and result["alpha"] == 0.5
     assert [key for key in result if key.startswith("alpha_")] == ["alpha_0.5", "alpha_0.0"]
-    status, output = _run(folder, *arguments, "--use-names", "no")
+    status, output = _run(folder, *arguments, "--no-names")
     assert status == 0 and json.loads(output.read_text())["names"] is False
 
 

@@ -9,10 +9,10 @@ from ml_collections import ConfigDict
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import linear_probe, rates, tables, test_sets
+from grain_jax.evaluate import linear_probe, rates, tables
 from grain_jax.recipe import evaluator
 from tests.evaluate import tfds_sets
-from tests.evaluate.stub import StubPredictor, write_picture
+from tests.evaluate.stub import StubPredictor, measure, write_picture
 
 linear_model = pytest.importorskip("sklearn.linear_model")
 CLASSES = ("bee", "cow", "doe")
@@ -51,10 +51,11 @@ def noisy(tmp_path):
 
 def _evaluate(folder, predictor, **options):
     train = options.pop("train", "train")
-    return linear_probe.evaluate(
+    return measure(
+        "linear_probe",
         predictor,
-        test=test_sets.ClassFolders(folder / "test"),
-        train=test_sets.ClassFolders(folder / train) if train else None,
+        images=folder / "test",
+        train=folder / train if train else None,
         **options,
     )
 

@@ -3,9 +3,10 @@ import json
 import numpy as np
 import pytest
 
+from grain_jax import errors
 from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import maps, tables, test_sets
-from tests.evaluate.stub import StubPredictor, number, write_picture
+from grain_jax.evaluate import maps, tables
+from tests.evaluate.stub import StubPredictor, measure, number, write_picture
 
 TEXTS = {"a cat": [1, 0], "a dog": [0, 1]}
 
@@ -48,7 +49,7 @@ def data(tmp_path):
 
 def test_hand_computed(data):
     predictor, given = data
-    got = maps.evaluate(predictor, **given)
+    got = measure("maps", predictor, **given)
     assert (got["pictures"], got["unreadable"], got["without_regions"]) == (2, 1, 1)
     assert (got["phrases"], got["regions_outside"]) == (3, 1)
     assert got["pointing"] == pytest.approx((1 + 0 + 0.5) / 3)
@@ -63,7 +64,7 @@ def test_the_iou_is_that_of_the_best_threshold():
     one, box = np.array([[0, 1.0]]), np.array([[0.5, 0, 1, 1]])
     found = maps._measured([(one, box), (one, box)])
     mean = found["iou"].mean(0)
-    assert mean[list(maps.THRESHOLDS.round(2)).index(0.5)] == 1 == mean.max()
+    assert mean[list(maps.thresholds().round(2)).index(0.5)] == 1 == mean.max()
     assert mean[0] == pytest.approx(0.5 / 0.725, abs=0.01)  # above .05 from x = .275 on
     assert found["hit"].tolist() == [1, 1] and found["chance"].tolist() == [0.5, 0.5]
 
@@ -80,8 +81,8 @@ def test_no_box_in_its_image(data, tmp_path):
         "regions": [{"box": [30, 0, 40, 9], "description": "a cat", "score": 1}],
     }
     (tmp_path / "A.jsonl").write_text(json.dumps(far))
-    with pytest.raises(test_sets.InputError, match="every box lies outside its image"):
-        maps.evaluate(predictor, **given)
+    with pytest.raises(errors.UserError, match="every box lies outside its image"):
+        measure("maps", predictor, **given)
 
 
 def test_the_commands_read_annotations(data, tmp_path, monkeypatch, capsys):

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from grain_jax.evaluate import near_misses, tables, test_sets
-from tests.evaluate.stub import StubPredictor, write_picture
+from grain_jax import errors
+from grain_jax.evaluate import tables
+from tests.evaluate.stub import StubPredictor, measure, write_picture
 
 TEXTS = {"red": [1, 0, 0], "blue": [0, 1, 0], "green": [0, 0, 1], "pale": [0.6, 0.8, 0]}
 LEFT, RIGHT = [0, 0, 0.5, 1], [0.5, 0, 1, 1]
@@ -45,7 +46,7 @@ def data(tmp_path):
 
 def test_hand_computed(data):
     predictor, given = data
-    got = near_misses.evaluate(predictor, **given, negatives=2)
+    got = measure("near_misses", predictor, **given, negatives=2)
     assert (got["boxes"], got["boxes_with_fewer_negatives"], got["boxes_outside"]) == (3, 1, 1)
     assert (got["chance"], got["chance_mean_rank"], got["pictures"]) == (1 / 3, 2.0, 3)
     assert got["region"]["top1"] == pytest.approx(1 / 3)
@@ -61,12 +62,12 @@ def test_hand_computed(data):
 
 def test_fewer_negatives_take_the_first(data):
     predictor, given = data
-    got = near_misses.evaluate(predictor, **given, negatives=1)
+    got = measure("near_misses", predictor, **given, negatives=1)
     assert (got["boxes"], got["negatives"]) == (4, 1)
     assert got["region"]["top1"] == pytest.approx(3 / 4)  # of blue, pale is not asked for
 
 
 def test_annotations_without_negatives(data):
     predictor, given = data
-    with pytest.raises(test_sets.InputError, match="no region has 10 negatives or more"):
-        near_misses.evaluate(predictor, **given)
+    with pytest.raises(errors.UserError, match="no region has 10 negatives or more"):
+        measure("near_misses", predictor, **given)

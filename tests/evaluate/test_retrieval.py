@@ -3,9 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from grain_jax.evaluate import rates, retrieval, test_sets
+from grain_jax import errors
+from grain_jax.evaluate import rates, retrieval
 from grain_jax.files.regular_file import FileError
-from tests.evaluate.stub import StubPredictor, write_picture
+from tests.evaluate.stub import StubPredictor, measure, write_picture
 
 
 def _write(tmp_path, lines):
@@ -33,7 +34,7 @@ def test_hand_computed(tmp_path):
     texts = {"one": [1, 0, 0], "uno": [0.6, 0.8, 0], "two": [0, 1, 0], "three": [0, 0, 1]}
     images = {0: [0.1, 1, 0], 1: [0, 1, 0.1], 2: [0, 0.2, 1]}
     predictor = StubPredictor(images, texts)
-    result = retrieval.evaluate(predictor, images=tmp_path, annotations=path)
+    result = measure("retrieval", predictor, images=tmp_path, annotations=path)
     assert predictor.asked == ["one", "uno", "two", "three"]
     assert (result["pictures"], result["captions"], result["distinct_captions"]) == (3, 4, 4)
     assert result["synthetic_captions"] == 1 and result["without_caption"] == 1
@@ -54,7 +55,7 @@ def test_equal_captions_are_right_for_each_other(tmp_path):
     path = _write(tmp_path, [{"caption": "A  bird"}, {"caption": "a bird"}, {"caption": "a fish"}])
     texts = {"A  bird": [1, 0], "a fish": [0, 1]}
     images = {0: [1, 0], 1: [0.9, 0.1], 2: [0.1, 1]}
-    result = retrieval.evaluate(StubPredictor(images, texts), images=tmp_path, annotations=path)
+    result = measure("retrieval", StubPredictor(images, texts), images=tmp_path, annotations=path)
     assert (result["captions"], result["distinct_captions"]) == (3, 2)
     assert result["image_to_text"]["r1"] == 1.0
     assert result["text_to_image"]["r1"] == 1.0
@@ -67,9 +68,9 @@ def test_chunks_do_not_matter(tmp_path, monkeypatch):
     path = _write(tmp_path, [{"captions": [f"{i} a", f"{i} b"]} for i in range(23)])
     texts = {f"{i} {x}": random.normal(size=6) for i in range(23) for x in "ab"}
     predictor = StubPredictor({i: random.normal(size=6) for i in range(23)}, texts)
-    whole = retrieval.evaluate(predictor, images=tmp_path, annotations=path)
+    whole = measure("retrieval", predictor, images=tmp_path, annotations=path)
     monkeypatch.setattr(retrieval, "_ROWS_AT_ONCE", 5)
-    assert retrieval.evaluate(predictor, images=tmp_path, annotations=path, batch_size=4) == whole
+    assert measure("retrieval", predictor, images=tmp_path, annotations=path, batch_size=4) == whole
     # Against the definition.
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
     similarity = (
@@ -86,9 +87,9 @@ def test_chunks_do_not_matter(tmp_path, monkeypatch):
 
 def test_faults(tmp_path):
     path = _write(tmp_path, [{}])
-    with pytest.raises(test_sets.InputError, match="no line has a caption"):
-        retrieval.evaluate(StubPredictor(), images=tmp_path, annotations=path)
-    with pytest.raises(test_sets.InputError, match="no such folder"):
-        retrieval.evaluate(StubPredictor(), images=tmp_path / "no", annotations=path)
+    with pytest.raises(errors.UserError, match="no line has a caption"):
+        measure("retrieval", StubPredictor(), images=tmp_path, annotations=path)
+    with pytest.raises(errors.UserError, match="no such folder"):
+        measure("retrieval", StubPredictor(), images=tmp_path / "no", annotations=path)
     with pytest.raises(FileError, match="no such file"):
-        retrieval.evaluate(StubPredictor(), images=tmp_path, annotations=tmp_path / "no")
+        measure("retrieval", StubPredictor(), images=tmp_path, annotations=tmp_path / "no")

@@ -1,5 +1,6 @@
 """Packing: worked examples, and properties on random batches."""
 
+import collections
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from grain_jax.input_pipeline import packing
 from tests.paths import ROOT
 
 END = 99
+Rows = collections.namedtuple("Rows", "tokens positions segments")
 
 
 def make_batch(captions, descriptions, scores=None):
@@ -53,17 +55,9 @@ def fill(layout, batch):
     of_negatives = negative_lengths(batch)
     negative_mask = of_negatives > 0
     negative_ids, negatives = token_ids(of_negatives[negative_mask], 3_000_000)
-    packed = packing.fill(
-        layout,
-        caption_ids=caption_ids,
-        caption_lengths=batch["caption_lengths"],
-        description_ids=description_ids,
-        description_lengths=lengths,
-        region_mask=batch["region_mask"],
-        negative_ids=negative_ids,
-        negative_lengths=of_negatives[negative_mask],
-        negative_mask=negative_mask,
-    )
+    of_regions = np.where(batch["region_mask"], batch["description_lengths"], 0)
+    ids = np.concatenate([caption_ids, description_ids, negative_ids])
+    packed = Rows(*packing.fill(layout, ids, (of_captions, of_regions, of_negatives)))
     return packed, captions, descriptions, negatives
 
 
@@ -414,14 +408,13 @@ def test_wrong_arguments_are_one_line(change, message):
 def test_fill_refuses_tokens_of_another_batch():
     batch = make_batch(captions=[3, 5], descriptions=[[4], [None]])
     layout = packing.pack(**batch, pack_group=2, rows=2, row_length=8)
-    with pytest.raises(ValueError, match=r"description_lengths has shape \(2,\), expected \(1,\)"):
+    no_negatives = np.zeros((2, 1, 0), np.int32)
+    lengths = batch["caption_lengths"], np.array([[4], [0]]), no_negatives
+    with pytest.raises(ValueError, match=r"ids have shape \(16,\), expected \(12,\)"):
+        packing.fill(layout, np.zeros(16, np.int32), lengths)
+    with pytest.raises(ValueError, match=r"lengths have shapes .*\(3, 1\).*, expected"):
         packing.fill(
-            layout,
-            caption_ids=np.zeros(8, np.int32),
-            caption_lengths=batch["caption_lengths"],
-            description_ids=np.zeros(8, np.int32),
-            description_lengths=np.array([4, 4]),
-            region_mask=batch["region_mask"],
+            layout, np.zeros(16, np.int32), (*lengths[:1], np.full((3, 1), 4), no_negatives)
         )
 
 

@@ -122,10 +122,10 @@ def test_where_the_launcher_is_killed_the_processes_save_and_end(tmp_path):
     script = f"""
 import fcntl, jax.numpy as jnp
 from jax.experimental import multihost_utils
-from grain_jax.runtime import distributed, preemption
+from grain_jax.runtime import distributed, ending
 mine = open(f"{tmp_path}/{{me}}", "w")
 fcntl.flock(mine, fcntl.LOCK_EX)
-handler = preemption.PreemptionHandler()
+handler = ending.PreemptionHandler()
 handler.listen()
 distributed.initialize(sys.argv[-3].partition("=")[2], 2, me, 60)
 with distributed.ending_together(60), handler.training():

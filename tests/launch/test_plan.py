@@ -13,7 +13,7 @@ import pytest
 from grain_jax.launch import chips, compiler, estimate, gpu_targets, plan, plan_text, search
 
 from grain_jax import config as config_lib
-from grain_jax import errors, losses, train
+from grain_jax import errors, losses, progress, train
 from grain_jax.losses import hops
 from grain_jax.models import grain
 from grain_jax.training import flops, memory_use, train_step
@@ -49,7 +49,7 @@ def compiled(cache):
             total_steps=10,
             steps_per_epoch=10.0,
             timeout=500,
-            say=lambda text: None,
+            line=progress.Line(silent=True),
         )
 
 
@@ -219,7 +219,7 @@ def compile_with(*, timeout):
         total_steps=10,
         steps_per_epoch=10.0,
         timeout=timeout,
-        say=lambda text: None,
+        line=progress.Line(silent=True),
     )
 
 
@@ -387,11 +387,11 @@ def test_search_keeps_eight_images_together_where_groups_are_derived():
     assert search.unit(config_lib.from_dict(values), 4) == 8
 
 
-def test_search_of_a_plan_compiles_ten_times_at_most(monkeypatch):
+def test_search_of_a_plan_compiles_ten_times_at_most(monkeypatch, capsys):
     calls = []
     ask = _linear(1000, SLOPES, 1500, calls)
 
-    def make(config, topology, options, say):
+    def make(config, topology, options, line):
         if config.remat == "qkv":
             raise compiler.CompilerFailed("the TPU compiler crashed with SIGSEGV")
         answer = ask(config)
@@ -402,15 +402,15 @@ def test_search_of_a_plan_compiles_ten_times_at_most(monkeypatch):
     monkeypatch.setattr(plan, "make", make)
     # "dots" is tried again by the search, and must not be compiled again.
     config = tiny.config(batch_size=512, input__lanes=1, remat="dots", mesh__data=8)
-    said = []
-    base = make(config, TOPOLOGY, plan.Options(), said.append)
-    found = plan.find(config, TOPOLOGY, plan.Options(), said.append, base)
+    line = progress.Line()
+    base = make(config, TOPOLOGY, plan.Options(), line)
+    found = plan.find(config, TOPOLOGY, plan.Options(), line, base)
     assert calls.count(("dots", "auto", 1, 1, 512)) == 1 and len(calls) <= search.MAX_COMPILES
     assert found["at_batch"] is None
     largest = found["largest"]
     assert largest["batch_size"] == 8 * largest["images_per_chip"]
     assert largest["total_bytes"] == 1000 + 10 * largest["images_per_chip"]
-    assert "the TPU compiler crashed with SIGSEGV\n" in said
+    assert "\nthe TPU compiler crashed with SIGSEGV\n" in capsys.readouterr().err
     assert [p["failed"] for p in found["tried"] if p["remat"] == "qkv"] == [True]
     told = "\n".join(plan_text._search({"search": found}))
     assert (

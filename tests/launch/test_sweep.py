@@ -190,7 +190,7 @@ class Scripts:
         self.folder = epath.Path(folder)
         self.said = []
         self.screen = types.SimpleNamespace(
-            say=self.said.append, progress=self.said.append, close=lambda: None
+            say=self.said.append, show=self.said.append, close=lambda stays: None
         )
         self.all = [self.job(name, program) for name, program in programs.items()]
 
@@ -252,7 +252,7 @@ def test_runs_n_at_a_time_and_plans_anew(tmp_path):
     )
     scripts = Scripts(tmp_path, **{f"j{i}": program for i in range(4)})
     later = scripts.job("later", DONE)
-    known = lambda: scripts.all + [later] * scripts.finished(scripts.all[0])  # noqa: E731
+    known = lambda: scripts.all + [later] * scripts.finished(scripts.all[0])
     assert len(scripts.run(parallel=2, jobs=known).done) == 5
     beside = [int((tmp_path / f"j{i}" / "done").read_text()) for i in range(4)]
     assert max(beside) == 2

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 from grain_jax.launch import chips, compiler, hlo, hlo_collectives
 
+from grain_jax import progress
 from grain_jax.models import layers
 from tests import paths, tiny
 
@@ -49,7 +50,7 @@ def compiled():
         total_steps=10,
         steps_per_epoch=5.0,
         timeout=1500,
-        say=print,
+        line=progress.Line(),
     )
 
 

@@ -13,7 +13,7 @@ def _replica(q, k, v, heads, norms, eps, ids):
     """The same in float64, a head at a time; float64 must be enabled."""
     batch, length, lanes = q.shape
     width = lanes // heads
-    split = lambda x: x.reshape(batch, length, heads, width).transpose(0, 2, 1, 3)  # noqa: E731
+    split = lambda x: x.reshape(batch, length, heads, width).transpose(0, 2, 1, 3)
     q, k, v = split(q), split(k), split(v)
     if norms is not None:
 
@@ -104,7 +104,7 @@ def test_kernel_equals_the_replica(name):
     for dtype, bound in ((jnp.float32, 5e-5), (jnp.bfloat16, 0.5)):
         q, k, v, norms = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
         cast = (*(x.astype(dtype) for x in (q, k, v)), norms)
-        of = lambda f, cast=cast, dtype=dtype: _worst(  # noqa: E731
+        of = lambda f, cast=cast, dtype=dtype: _worst(
             _with_gradients(jax.jit(f), cast, jnp.asarray(weight, dtype)), expected
         )
         ours, theirs = of(kernel), of(xla)

@@ -33,10 +33,8 @@ def shapes(config):
     """(the config's model, shapes of its parameters, shapes of its batch)."""
     model = GRAIN(config.model, config.dtype, config.remat)
     batch = train_step.abstract_batch(config)
-    init = (
-        lambda: model.init(  # noqa: E731
-            jax.random.key(0), jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
-        )
+    init = lambda: model.init(
+        jax.random.key(0), jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
     )
     return model, nn.unbox(jax.eval_shape(init))["params"], batch
 
@@ -68,7 +66,7 @@ def test_flops_of_all_devices_are_counted():
 
 
 def test_a_loop_without_a_known_end_is_refused():
-    doubled = lambda x: jax.lax.while_loop(lambda y: y.sum() < 1, lambda y: y @ y, x)  # noqa: E731
+    doubled = lambda x: jax.lax.while_loop(lambda y: y.sum() < 1, lambda y: y @ y, x)
     with pytest.raises(NotImplementedError, match="trips"):
         flops.matmul_flops(doubled, jnp.ones((2, 2)))
 
@@ -97,7 +95,7 @@ def test_text_towers_are_as_published():
 
 
 def test_losses_by_hand():
-    count = lambda **kw: flops.per_image(recipe(**kw)).losses  # noqa: E731
+    count = lambda **kw: flops.per_image(recipe(**kw)).losses
     captions = 2 * 2048 * 512
     assert count() == captions + 5 * 2 * (2048 * 5) * 512
     assert count(loss__group_size=128) == captions + 5 * 2 * (128 * 5) * 512
@@ -127,7 +125,7 @@ def test_losses_by_hand():
 def test_the_box_head_is_that_of_the_model(boxes):
     config = tiny.config(**{"loss__box_description": 1.0, **boxes})
     model, params, batch = shapes(config)
-    apply = lambda params, batch: model.apply({"params": params}, batch)  # noqa: E731
+    apply = lambda params, batch: model.apply({"params": params}, batch)
     ours = flops.per_image(config)
     towers = ours.forward - ours.losses
     assert flops.matmul_flops(apply, params, batch) == towers * config.batch_size
@@ -146,7 +144,7 @@ def test_the_box_head_is_that_of_the_model(boxes):
 )
 def test_towers_are_those_of_the_model(config):
     model, params, batch = shapes(config)
-    apply = lambda params, batch: model.apply({"params": params}, batch)  # noqa: E731
+    apply = lambda params, batch: model.apply({"params": params}, batch)
     ours = flops.per_image(config)
     towers = ours.forward - ours.losses
     assert flops.matmul_flops(apply, params, batch) == towers * config.batch_size

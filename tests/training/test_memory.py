@@ -80,7 +80,7 @@ def test_a_step_that_does_not_fit_is_refused_before_the_first_and_what_is_named_
 
 
 def test_arithmetic_refuses_before_the_data_set_is_made(tmp_path, monkeypatch):
-    opened = lambda *_: pytest.fail("the data set was opened")  # noqa: E731
+    opened = lambda *_: pytest.fail("the data set was opened")
     monkeypatch.setattr(train.sources, "open_source", opened)
     config = tiny.config(batch_size=HUGE)
     with pytest.raises(errors.OutOfMemory, match="largest: activations.*which grow with"):

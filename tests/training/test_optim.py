@@ -97,7 +97,7 @@ def test_layer_decay_is_torchs_adamw_with_a_group_a_layer(frozen):
     torch = pytest.importorskip("torch")
     c = tiny.config(optim__layer_decay=0.6, optim__frozen=frozen, model__text__vocab_size=500)
     rng = np.random.default_rng(0)
-    draw = lambda x: rng.normal(size=x.shape).astype(np.float32)  # noqa: E731
+    draw = lambda x: rng.normal(size=x.shape).astype(np.float32)
     params = jax.tree.map(draw, _params(c))
     tx = optim.optimizer(c.optim, lambda step: 1e-2)
     state = tx.init(params)

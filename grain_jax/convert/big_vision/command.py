@@ -50,7 +50,7 @@ def _prove(checkpoint: files.Checkpoint, model: config_lib.Model, params: dict) 
             params, "big_vision is not on the path, so nothing could be compared."
         )
     image, text = model.image, model.text
-    shared = lambda t: dict(width=t.width, depth=t.depth, mlp_dim=t.mlp_dim, num_heads=t.heads)  # noqa: E731
+    shared = lambda t: dict(width=t.width, depth=t.depth, mlp_dim=t.mlp_dim, num_heads=t.heads)
     pool = {"map": "map", "class": "tok", "mean": "gap", "last": "last"}
     tree: dict = {}
     for name, array in checkpoint.tree.items():

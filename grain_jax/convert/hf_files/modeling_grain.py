@@ -703,7 +703,7 @@ def _region_maps(cosines, boxes_xyxy, grid):
 def _giou(a_cxcywh, b_cxcywh, epsilon):
     """Generalised IoU (Rezatofighi et al. 2019); `epsilon` is added to the union in the IoU only."""
     a, b = _corners(a_cxcywh), _corners(b_cxcywh)
-    area = lambda box: (box[..., 2:] - box[..., :2]).prod(-1)  # noqa: E731
+    area = lambda box: (box[..., 2:] - box[..., :2]).prod(-1)
     inner = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
     outer = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
     overlap, hull = inner.clamp(min=0).prod(-1), outer.clamp(min=0).prod(-1)

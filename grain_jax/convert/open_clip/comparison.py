@@ -95,7 +95,7 @@ def _expected_sizes(
 ) -> list[tuple[str, Mapping[str, Any], dict[str, int]]]:
     """(name of a config group, the group, the sizes that it may state), of every group."""
     image, text = model.image, model.text
-    hf_sizes = lambda t: dict(  # noqa: E731
+    hf_sizes = lambda t: dict(
         hidden_size=t.width, intermediate_size=t.mlp_dim, num_hidden_layers=t.depth
     )
     grid = image.image_size // image.patch_size
@@ -160,7 +160,7 @@ def _build_hf(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
 
 def _hf_config_of(model: config_lib.Model, flat_patches: bool) -> dict[str, Any]:
     image, text = model.image, model.text
-    shared = lambda t: dict(  # noqa: E731
+    shared = lambda t: dict(
         hidden_size=t.width,
         intermediate_size=t.mlp_dim,
         num_hidden_layers=t.depth,
