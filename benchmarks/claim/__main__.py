@@ -141,7 +141,7 @@ def print_report(args: argparse.Namespace) -> int:
 def main() -> int:
     """Runs one command; returns the exit status."""
     commands = {"run": run_all, "report": print_report, "train": train_named}
-    parser = runs.parser("claim", __doc__, commands, design.STEPS)
+    parser = runs.parser("benchmarks.claim", __doc__, commands, design.STEPS)
     parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="folder of your own data")
     parser.add_argument("--config", default=design.CONFIG, metavar="FILE")
     every = "report also clothes, pilots and the first two designs, as recorded"

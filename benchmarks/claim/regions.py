@@ -136,7 +136,7 @@ def _cell(found: Mapping[str, results.Result], arm: str, column: str) -> str:
 def main() -> int:
     """Runs one command; returns the exit status."""
     commands = {"run": run_all, "report": print_report, "train": train}
-    parser = runs.parser("claim.regions", __doc__, commands, STEPS)
+    parser = runs.parser("benchmarks.claim.regions", __doc__, commands, STEPS)
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/regions"))
     parser.add_argument("--results", type=pathlib.Path, default=TABLE)
     return runs.call(parser.prog, commands, parser.parse_args())

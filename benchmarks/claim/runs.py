@@ -114,9 +114,9 @@ Commands = Mapping[str, Callable[[Namespace], int]]
 
 
 def parser(what: str, doc: str, commands: Commands, steps: int) -> ArgumentParser:
-    """The flags that every study has; `what` is its module, below benchmarks."""
+    """The flags that every study has; `what` is its module."""
     options = dict(description=doc, formatter_class=RawDescriptionHelpFormatter)
-    out = ArgumentParser(f"python -m benchmarks.{what}", **options)
+    out = ArgumentParser(f"python -m {what}", **options)
     out.add_argument("command", choices=commands, metavar="run|report")
     out.add_argument("--steps", type=int, default=steps, help=f"default: {steps}")
     cores = len(os.sched_getaffinity(0))
