@@ -46,7 +46,7 @@ from grain_jax.runtime import (
     profiling,
     receipt,
 )
-from grain_jax.training import flops, memory, schedule, sharding, train_step
+from grain_jax.training import flops, memory_check, schedule, sharding, train_step
 
 
 def keep_freed_memory() -> None:
@@ -174,7 +174,7 @@ def _train(
     program = train_step.build(
         config, run.mesh, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch
     )
-    memory.check(run.given, run.mesh, run.memory, program)
+    memory_check.check(run.given, run.mesh, run.memory, program)
 
     # 3. State: the newest checkpoint that is whole, else a fresh start from the seed and `config.init`.
     checkpoints = checkpoint.manager(workdir, config)
@@ -192,7 +192,7 @@ def _train(
     )
     batches = device.Prefetch(on_host, program.batch_sharding)
     trace = profiling.StepTrace(workdir, config.profile_start, config.profile_steps)
-    plan = schedule.Schedule.of(config, run.total_steps, has_evals=bool(run.evals))
+    plan = schedule.Schedule(config, run.total_steps, has_evals=bool(run.evals))
     step, preempted = start_step, False
     with handler.training(), contextlib.ExitStack() as closes:
         closes.callback(watch.stop)  # whatever ends the loop, these run from the last to the first
@@ -231,14 +231,14 @@ def _train(
         report(dataclasses.replace(config, evals=run.evals), workdir, predictor, results)
 
 
-class Run(NamedTuple):
+class SetUp(NamedTuple):
     """A run before it has a state: what `set_up` finds."""
 
     given: config_lib.Config  # as the user gave it, for suggestions of other values
     config: config_lib.Config  # without open numbers
     derived_from: str  # how the open numbers were derived, or ""
     mesh: jax.sharding.Mesh
-    memory: memory.Limit
+    memory: memory_check.Limit
     source: sources.DataSource
     lanes: tuple[int, ...]  # of this process
     total_steps: int
@@ -254,7 +254,7 @@ class Run(NamedTuple):
 
 def set_up(
     config: config_lib.Config, workdir: epath.Path, handler: ending.PreemptionHandler
-) -> Run:
+) -> SetUp:
     """Opens all that the run needs before anything is computed, and makes the data set where it is missing.
 
     What needs no data set comes first, since making one takes long.
@@ -263,8 +263,8 @@ def set_up(
     losses.terms_of(config.loss)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
-    limit = memory.limit()
-    memory.check(config, mesh, limit)
+    limit = memory_check.limit()
+    memory_check.check(config, mesh, limit)
     metrics_writer.check_wandb(config.wandb)
     if not checkpoint.finished_steps(workdir):  # else they are not read
         initialise.check(config.init)
@@ -285,7 +285,7 @@ def set_up(
     data = processes.of_first(functools.partial(source.identities, config))
     evals = entries.present(config.evals)  # here, not after the last step
     schedule.check_best_entry(config, evals)
-    return Run(given, config, derived_from, mesh, limit, source, lanes, *steps, data, evals)
+    return SetUp(given, config, derived_from, mesh, limit, source, lanes, *steps, data, evals)
 
 
 def tell(text: str) -> None:
@@ -294,14 +294,14 @@ def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def restore_or_initialise(checkpoints, run: Run, program: train_step.Program):
+def restore_or_initialise(checkpoints, run: SetUp, program: train_step.Program):
     """The state of the newest checkpoint that is whole, else of step 0."""
     placed = checkpoint.placed(program.state, program.shardings)
     state = checkpoint.restore_newest(checkpoints, run.config, placed, tell, run.data)
     return initialise.state_of_step_0(run.config, program, tell) if state is None else state
 
 
-def compile_step(run: Run, program: train_step.Program, records: "Records"):
+def compile_step(run: SetUp, program: train_step.Program, records: "Records"):
     """The compiled step, which fits into memory and measures what the best checkpoint is chosen by."""
     began = time.monotonic()
     with records.pause():
@@ -313,7 +313,7 @@ def compile_step(run: Run, program: train_step.Program, records: "Records"):
         programs = attention.of_towers(run.config.model, run.config.dtype)
     took = progress.duration(time.monotonic() - began)
     records.say(f"compiled in {took}; attention of the towers: {programs}")
-    warning = memory.check_step(run.given, run.mesh, program, step_fn, run.memory)
+    warning = memory_check.check_step(run.given, run.mesh, program, step_fn, run.memory)
     if warning:
         records.say(warning)
     processes.wait_for_all("compiled")
@@ -329,7 +329,7 @@ class Records:
       results: numbers of the last evaluation; {} before the first.
     """
 
-    def __init__(self, run: Run, workdir: epath.Path, checkpoints, state: train_step.TrainState):
+    def __init__(self, run: SetUp, workdir: epath.Path, checkpoints, state: train_step.TrainState):
         config, start_step = run.config, int(state.step)
         self.results: dict[str, float] = {}
         self._run, self._config, self._workdir = run, config, workdir
@@ -515,7 +515,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if jax.distributed.is_initialized():
         print(found, file=sys.stderr, flush=True)
     with distributed.ending_together(args.heartbeat_seconds):
-        with errors.out_of_memory_in_a_line("training", lambda: memory.training_advice(config)):
+        with errors.out_of_memory_in_a_line(
+            "training", lambda: memory_check.training_advice(config)
+        ):
             train(config, epath.Path(args.workdir), handler, watch)
 
 

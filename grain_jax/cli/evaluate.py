@@ -41,7 +41,7 @@ def _of_evaluator(name: str) -> Parser:
 
 def _add_option(out: Parser, group: Any, cls: type, field: dataclasses.Field, comment: str) -> None:
     declared, kind = field.metadata, typing.get_type_hints(cls)[field.name]
-    flag = f"--{declared.get('flag', field.name).replace('_', '-')}"
+    flag = f"--{declared.get('name', field.name).replace('_', '-')}"
     if kind is bool:
         out.switch(flag, default=bool(field.default), to=group, help=comment)
         return
@@ -50,7 +50,7 @@ def _add_option(out: Parser, group: Any, cls: type, field: dataclasses.Field, co
     if declared["metavar"]:
         given["metavar"] = declared["metavar"]
     if "parse" in declared:
-        given |= {"type": _parsed(declared["parse"]), "action": _Several}
+        given |= {"type": declared["parse"], "action": _Several}
     elif not declared.get("required"):
         given["default"] = field.default
     if kind is int:
@@ -64,16 +64,6 @@ class _Several(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         before = getattr(namespace, self.dest) or ()
         setattr(namespace, self.dest, tuple(dict.fromkeys((*before, *values))))  # type: ignore[misc]
-
-
-def _parsed(parse: Any) -> Any:
-    def of_text(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return of_text
 
 
 def _suite() -> Parser:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from grain_jax import printable
-from grain_jax.evaluate import encode, test_sets
+from grain_jax.evaluate import test_sets
 from grain_jax.files import annotations as annotations_lib
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
@@ -30,11 +30,6 @@ class Annotated(NamedTuple):
     def paths(self) -> list[epath.Path]:
         """The files of the records' images."""
         return [self.folder / record.image for record in self.records]
-
-    @property
-    def left_out(self) -> int:
-        """How many annotations the evaluation cannot use."""
-        return len(self.read.records) - len(self.records)
 
 
 def read(
@@ -66,29 +61,6 @@ def image_folder(path: epath.PathLike) -> epath.Path:
             f"{path}: no such folder; expected the one that the annotations' paths start from"
         )
     return path
-
-
-def gather(
-    predictor: encode.Predictor,
-    annotated: Annotated,
-    *,
-    label: str,
-    unreadable: dict[str, str],
-    regions: bool = True,
-    boxes_of: encode.BoxesOf | None = None,
-    batch_size: int = encode.BATCH_SIZE,
-) -> tuple[list[annotations_lib.Annotation], encode.Encoded]:
-    """The records whose image can be read, and these images encoded; arguments as of `encode.encode_images`."""
-    seen = encode.gather_images(
-        predictor,
-        annotated.images,
-        label=label,
-        unreadable=unreadable,
-        regions=regions,
-        boxes_of=boxes_of,
-        batch_size=batch_size,
-    )
-    return [annotated.records[i] for i in seen.index], seen
 
 
 def report_left_out(path: epath.PathLike, read: annotations_lib.Annotations) -> None:

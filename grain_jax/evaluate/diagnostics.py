@@ -24,7 +24,6 @@ with epy.lazy_imports():
     import numpy as np
     from etils import epath
 
-    from grain_jax.evaluate import annotated as annotated_lib
     from grain_jax.evaluate import encode, grounding, rates
     from grain_jax.files import atomic, regular_file
     from grain_jax.inference import scores
@@ -37,10 +36,7 @@ TOP = 5  # most frequent descriptions that are listed per query
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Diagnostics(AnnotatedRegions):
-    """What each region query predicts, and what it is matched to (docs/diagnostics.md).
-
-    Options: those of AnnotatedImages.
-    """
+    """What each region query predicts, and what it is matched to (docs/diagnostics.md)."""
 
     example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     kind: str = "diagnostics"
@@ -78,14 +74,7 @@ class Diagnostics(AnnotatedRegions):
         Raises:
           errors.UserError: the images or the annotations cannot be used.
         """
-        unreadable: dict[str, str] = {}
-        kept, seen = annotated_lib.gather(
-            predictor,
-            self.read(),
-            label="diagnostics",
-            unreadable=unreadable,
-            batch_size=context.batch_size,
-        )
+        kept, seen, counts = self.gather(predictor, context)
         described = grounding.described_boxes(kept, seen.sizes)
         grounding.check_some_box(self.annotations, described)
         pred_boxes_xyxy, region_embed = seen.with_regions
@@ -97,9 +86,7 @@ class Diagnostics(AnnotatedRegions):
         queries = pred_boxes_xyxy.shape[1]
         uses = np.bincount(matched.query, minlength=queries)
         result = {
-            "kind": "diagnostics",
-            "pictures": len(kept),
-            **encode.report_unreadable(unreadable),
+            **counts,
             "regions": len(described.image),
             "regions_matched": len(matched.query),
             "distinct_descriptions": len(described.texts),

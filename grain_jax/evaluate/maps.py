@@ -39,10 +39,7 @@ def thresholds() -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Maps(AnnotatedImages):
-    """Where similarity maps of phrases are high, against their boxes.
-
-    Options: those of AnnotatedImages.
-    """
+    """Where similarity maps of phrases are high, against their boxes."""
 
     example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     kind: str = "maps"
@@ -118,11 +115,7 @@ class Maps(AnnotatedImages):
         iou = found["iou"].mean(axis=0)
         best = int(iou.argmax())
         return {
-            "kind": "maps",
-            "pictures": sum(each["pictures"] for each in of_processes),
-            "without_regions": annotated.left_out,
-            "faulty_lines": annotated.read.faulty_lines,
-            **encode.report_unreadable(unreadable),
+            **self.counts(annotated, sum(each["pictures"] for each in of_processes), unreadable),
             "regions_outside": sum(each["outside"] for each in of_processes),
             "phrases": len(found["hit"]),
             **rates.rate("pointing", found["hit"]),

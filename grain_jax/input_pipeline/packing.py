@@ -243,11 +243,6 @@ def fill(
     return tokens.reshape(shape), positions.reshape(shape), segments.reshape(shape)
 
 
-def padding_share(segments: np.ndarray) -> float:
-    """The share of tokens in [0, 1] that are padding (segment 0), of any batch of rows."""
-    return float(np.mean(np.asarray(segments) == 0))
-
-
 def _checked(
     caption_lengths, description_lengths, region_mask, negative_lengths, row_length
 ) -> tuple[np.ndarray, _PerImage]:

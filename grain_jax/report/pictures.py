@@ -17,11 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from grain_jax import printable
-from grain_jax.evaluate import annotated, encode, grounding, tables, test_sets
+from grain_jax.evaluate import annotated, tables, test_sets
 from grain_jax.files import annotations as annotations_lib
 from grain_jax.files import regular_file
-from grain_jax.inference import scores
-from grain_jax.report import charts
+from grain_jax.report import charts, regions
 from grain_jax.runtime import metrics_file, processes
 
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e67e00", "#0c8c96", "#c2388f", "#7a4b2a")
@@ -105,34 +104,25 @@ def regions_grid(
     records = [r for r in annotations_lib.read(annotations).records if r.regions]
     if not records:
         raise test_sets.InputError(f"{annotations}: no line has a region; there is nothing to draw")
-    places = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)
-    chosen = [records[i] for i in places]
     folder = annotated.image_folder(images_dir)
-    files = [test_sets.of_path(folder / r.image, orientation=orientation) for r in chosen]
-    batch = encode.gather_images(predictor, files, label="pictures", unreadable={})
-    read = [chosen[i] for i in batch.index]
-    described = grounding.described_boxes(read, batch.sizes)
-    texts = grounding.distinct(
-        described.texts + [region.description for r in records for region in r.regions]
-    )
-    found = batch.with_regions
-    matched, truth = grounding.match(found.boxes_xyxy, described)
-    embed = scores.unit(found.embed[matched.image, matched.query])
-    nearest = (embed @ scores.unit(predictor.encode_text(texts)).T).argmax(axis=1)  # [n]
+    files = [test_sets.of_path(folder / r.image, orientation=orientation) for r in records]
+    seen = regions.look(predictor, records, files, count)
+    described, matched, texts = seen.described, seen.matched, seen.texts
+    nearest = seen.similarity[matched.image, matched.query].argmax(axis=1)  # [n]
 
     captions = []  # for each image, a list of (colour, line)
-    for i in range(len(read)):
+    for i in range(len(seen.files)):
         mine = np.flatnonzero(matched.image == i)
-        captions.append(_wrapped(texts, nearest[mine], truth[mine]))
+        captions.append(_wrapped(texts, nearest[mine], seen.own_text[mine]))
     figure, axes = _grid(
         captions,
         "solid: predicted box,  dashed: annotated box,"
         f"  text: nearest of {len(texts)} descriptions (\N{CHECK MARK} its own, \N{BALLOT X} another's)",
     )
-    for i, (position, (above, below)) in enumerate(zip(batch.index, axes)):
-        image = files[position].load().convert("RGB")
+    for i, (file, (above, below)) in enumerate(zip(seen.files, axes)):
+        image = file.load().convert("RGB")
         _draw_image(above, image)
-        pred_boxes_xyxy = found.boxes_xyxy[i, matched.query[matched.image == i]]
+        pred_boxes_xyxy = seen.boxes_xyxy[i, matched.query[matched.image == i]]
         true_boxes_xyxy = described.boxes_xyxy[described.image == i]  # ordered as the matches are
         for j, pred_box_xyxy in enumerate(pred_boxes_xyxy):
             colour = COLOURS[j % len(COLOURS)]

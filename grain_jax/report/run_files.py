@@ -12,11 +12,8 @@ from grain_jax.files import regular_file
 from grain_jax.runtime import metrics_file, receipt
 
 _POINTS = 800  # points of a curve that the page keeps, at most
-_OWN = (
-    "config.json",
-    "results.json",
-    "report_data.json",
-)  # JSON files that are no results of an evaluation
+# JSON files that are no results of an evaluation.
+_OWN = ("config.json", "results.json", "report_data.json")
 _BY_NAME = "by_name/"  # prefix of the numbers without descriptions, by class names alone
 
 
@@ -34,7 +31,7 @@ class Result(NamedTuple):
     counts: dict[str, int]  # class -> number of its images, if known
 
 
-class Run(NamedTuple):
+class RunFiles(NamedTuple):
     """The content of the files of a workdir."""
 
     workdir: epath.Path
@@ -46,7 +43,7 @@ class Run(NamedTuple):
     unmeasured: list[str]  # a line for each thing that is missing
 
 
-def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run:
+def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> RunFiles:
     """Reads the files of a run; each that is missing becomes a line of `unmeasured`.
 
     Args:
@@ -92,7 +89,7 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
     for name in evals:
         if found and name not in names:
             unmeasured.append(f"{name}: an entry of config.evals without a result")
-    return Run(workdir, step, config, series, found, _environment(workdir), unmeasured)
+    return RunFiles(workdir, step, config, series, found, _environment(workdir), unmeasured)
 
 
 def labels(workdirs: Sequence[epath.PathLike]) -> list[str]:

@@ -150,8 +150,7 @@ def restore_newest(
     processes call this, and get the same checkpoint.
 
     Args:
-      checkpoints: of the run.
-      config: of the run.
+      checkpoints, config: of the run.
       abstract_state: ShapeDtypeStructs with shardings.
       say: gets a line for each damaged checkpoint, and one where the data cannot be compared.
       data: the identities of the run's record sets (input_pipeline/records.py).

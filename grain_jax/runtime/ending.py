@@ -91,25 +91,26 @@ def leave(status: int, text: str = "") -> NoReturn:
     os._exit(status)
 
 
-def describe(error: BaseException) -> str:
-    """The text to print: the lines of a UserError, the traceback of any other error."""
+def end_by(error: BaseException) -> tuple[int, str]:
+    """(status, text to print) where `error` ends the process: lines of a UserError, traceback of any other error."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None), ""
     if isinstance(error, errors.UserError):
-        return str(error)
-    return "".join(traceback.format_exception(error)).rstrip()
+        return error.status, str(error)
+    status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+    return status, "".join(traceback.format_exception(error)).rstrip()
 
 
 def run(command: Callable[[], None]) -> None:
     """Runs a command, which may raise SystemExit, and ends the process without waiting for threads."""
     try:
         command()
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        status, text = 0, ""
     except BaseException as error:
-        leave(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1, describe(error))
-    if status in AGREED and jax.distributed.is_initialized():
+        status, text = end_by(error)
+    if status in AGREED and not text and jax.distributed.is_initialized():
         sys.exit(status)
-    leave(status)
+    leave(status, text)
 
 
 def take_sigterm_back(*, leaves_last: bool) -> None:
@@ -280,10 +281,8 @@ class Watchdog:
         frame = sys._current_frames().get(self._watched)
         where = f"{_place(frame)}, last step {self._step}. Stacks of all threads: {_dump()}"
         if self._fault is not None:
-            leave(
-                getattr(self._fault, "status", 1),
-                f"{describe(self._fault)}\nending: not over {limit} s after this fault; {where}",
-            )
+            status, text = end_by(self._fault)
+            leave(status, f"{text}\nending: not over {limit} s after this fault; {where}")
         leave(
             STALLED,
             f"ending: no step for {limit} s (--stall-seconds); {where}\n"

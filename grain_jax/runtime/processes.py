@@ -101,13 +101,9 @@ def run_together(function: Callable[[], T]) -> T:
     Raises:
       Exception: see `agree`.
     """
-    failure, results = None, []
-    try:
-        results.append(function())
-    except Exception as error:
-        failure = error
+    failure, result = _tried(function)
     agree(failure)
-    return results[0]
+    return result
 
 
 def of_first(function: Callable[[], T]) -> T:
@@ -116,13 +112,15 @@ def of_first(function: Callable[[], T]) -> T:
     Raises:
       Exception: see `agree`.
     """
-    failure = result = None
-    if process_info()[0] == 0:
-        try:
-            result = function()
-        except Exception as error:
-            failure = error
+    failure, result = _tried(function) if process_info()[0] == 0 else (None, None)
     return agree(failure, result)[0]
+
+
+def _tried(function: Callable[[], Any]) -> tuple[Exception | None, Any]:
+    try:
+        return None, function()
+    except Exception as error:
+        return error, None
 
 
 def agree(failure: Exception | None, value: Any = None) -> list[Any]:

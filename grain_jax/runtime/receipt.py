@@ -123,9 +123,7 @@ class Receipts:
     """Keeps the records of a run. Every process has one; the first process writes the file.
 
     Args:
-      workdir: of the run.
-      mesh: of the run.
-      config: of the run.
+      workdir, mesh, config: of the run.
       restored: the record in the checkpoint that the run resumes at; None at a fresh start. Later records, of steps
         that are trained again, are removed.
       data: the identities of the record sets (input_pipeline/records.py).

@@ -8,7 +8,7 @@ import os
 import numpy as np
 import PIL.Image
 import pytest
-from grain_jax.data import annotations
+from grain_jax.data import example
 
 from benchmarks.claim import data as claim_data
 from benchmarks.fetch import fashion, gcompris, licences, package, qt
@@ -137,7 +137,7 @@ def test_the_folder_is_one_that_the_claim_reads(fashion_deb, tmp_path, capsys):
     for name in ("A.jsonl", "test/seen.jsonl", "test/unseen.jsonl"):
         above = (folder / name).parent
         for line in (folder / name).read_bytes().splitlines():
-            assert annotations.check_line(line, above).faults == []
+            assert example.check_line(line, above).faults == []
     lines = {line["id"]: line for line in read_lines(folder / "A.jsonl")}
     every = [ink for made in MADE.values() for ink in made]
     labels = [name for name, made in MADE.items() for _ in made]

@@ -22,14 +22,7 @@ from tests.report import workdirs
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two workdirs and the page of each, which is written with the model at hand."""
-    root = tmp_path_factory.mktemp("report")
-    workdirs.data(root / "data")
-    predictor = workdirs.predictor()
-    (root / "runs").mkdir()
-    folders = [
-        workdirs.workdir(root / "runs" / name, root / "data", rate)
-        for name, rate in (("first", 1e-3), ("second", 2e-3))
-    ]
+    folders, predictor = workdirs.two(tmp_path_factory.mktemp("report"))
     for folder in folders:
         page.write(folder, predictor)
         (folder / "checkpoints" / "40").mkdir(parents=True)  # as if that step was saved
