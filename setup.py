@@ -31,7 +31,7 @@ INTEROP = [
     *TORCH,
 ]
 # Of Beam, `apache-beam[gcp]` for Dataflow.
-ANNOTATE = ["apache-beam>=2.60", "transformers>=5.0", *TORCH]
+ANNOTATE = ["apache-beam>=2.60", "httpx>=0.27", "transformers>=5.0", *TORCH]
 EMBED = ["pyarrow>=17"]  # embed, search
 FAISS = ["faiss-cpu>=1.8"]  # search --faiss
 DEMO = ["gradio>=6"]
@@ -87,6 +87,7 @@ setup(
             "input_pipeline/clip_vocabulary.*",
             "inference/*.txt",
             "pretrained/aviary-tiny/**",
+            "demo/*.css",
             "demo/*.js",
             "evaluate/classes/*.txt",
             "report/*.css",

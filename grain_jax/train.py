@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from grain_jax import config as config_lib
 from grain_jax import errors, inference, losses, progress
 from grain_jax.cli import config_file, process
-from grain_jax.cli.train import parser
+from grain_jax.cli.train import Train
 from grain_jax.config.evals import Context
 from grain_jax.convert import initialise
 from grain_jax.evaluate import encode, entries, grounding
@@ -46,7 +46,7 @@ from grain_jax.runtime import (
     profiling,
     receipt,
 )
-from grain_jax.training import flops, memory, schedule, sharding, train_step
+from grain_jax.training import flops, memory_check, schedule, sharding, train_step
 
 
 def keep_freed_memory() -> None:
@@ -174,7 +174,7 @@ def _train(
     program = train_step.build(
         config, run.mesh, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch
     )
-    memory.check(run.given, run.mesh, run.memory, program)
+    memory_check.check(run.given, run.mesh, run.memory, program)
 
     # 3. State: the newest checkpoint that is whole, else a fresh start from the seed and `config.init`.
     checkpoints = checkpoint.manager(workdir, config)
@@ -192,7 +192,7 @@ def _train(
     )
     batches = device.Prefetch(on_host, program.batch_sharding)
     trace = profiling.StepTrace(workdir, config.profile_start, config.profile_steps)
-    plan = schedule.Schedule.of(config, run.total_steps, has_evals=bool(run.evals))
+    plan = schedule.Schedule(config, run.total_steps, has_evals=bool(run.evals))
     step, preempted = start_step, False
     with handler.training(), contextlib.ExitStack() as closes:
         closes.callback(watch.stop)  # whatever ends the loop, these run from the last to the first
@@ -238,7 +238,7 @@ class SetUp(NamedTuple):
     config: config_lib.Config  # without open numbers
     derived_from: str  # how the open numbers were derived, or ""
     mesh: jax.sharding.Mesh
-    memory: memory.Limit
+    memory: memory_check.Limit
     source: sources.DataSource
     lanes: tuple[int, ...]  # of this process
     total_steps: int
@@ -263,8 +263,8 @@ def set_up(
     losses.terms_of(config.loss)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
-    limit = memory.limit()
-    memory.check(config, mesh, limit)
+    limit = memory_check.limit()
+    memory_check.check(config, mesh, limit)
     metrics_writer.check_wandb(config.wandb)
     if not checkpoint.finished_steps(workdir):  # else they are not read
         initialise.check(config.init)
@@ -313,7 +313,7 @@ def compile_step(run: SetUp, program: train_step.Program, records: "Records"):
         programs = attention.of_towers(run.config.model, run.config.dtype)
     took = progress.duration(time.monotonic() - began)
     records.say(f"compiled in {took}; attention of the towers: {programs}")
-    warning = memory.check_step(run.given, run.mesh, program, step_fn, run.memory)
+    warning = memory_check.check_step(run.given, run.mesh, program, step_fn, run.memory)
     if warning:
         records.say(warning)
     processes.wait_for_all("compiled")
@@ -496,7 +496,7 @@ def report(config, workdir, predictor, results) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and trains."""
-    args = parser().parse_args(arguments)
+    args = Train.parse(arguments)
     config = config_file.load(args.config, args.overrides)
     if args.print_shardings:
         mesh = sharding.make_mesh(config.mesh)
@@ -515,7 +515,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if jax.distributed.is_initialized():
         print(found, file=sys.stderr, flush=True)
     with distributed.ending_together(args.heartbeat_seconds):
-        with errors.out_of_memory_in_a_line("training", lambda: memory.training_advice(config)):
+        with errors.out_of_memory_in_a_line(
+            "training", lambda: memory_check.training_advice(config)
+        ):
             train(config, epath.Path(args.workdir), handler, watch)
 
 

@@ -13,15 +13,12 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax import errors, recipe
 from grain_jax.cli import config_file
-from grain_jax.cli.train import parser
+from grain_jax.cli.train import Train
 from grain_jax.config import evals, listing
-from grain_jax.recipe import points
 from tests import tiny
 from tests.paths import ROOT
 
-SHIPPED = sorted(
-    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common")
-)
+SHIPPED = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name != "eval"])
@@ -257,7 +254,7 @@ def sweep():
 PARSE = (
     "from grain_jax.cli import config_file, process, train\n"
     "def main(arguments):\n"
-    "    args = train.parser().parse_args(arguments)\n"
+    "    args = train.Train.parse(arguments)\n"
     "    c = config_file.load(args.config, args.overrides)\n"
     "    print(c.batch_size, c.model.image.width)\n"
     "process.run(main)"
@@ -322,56 +319,17 @@ def test_a_fault_in_a_config_file_is_one_line_with_its_place(own, path, message)
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_configs_common_is_the_recipe():
-    from grain_jax.configs import common
-    from grain_jax.configs.sweeps import points as older
-
-    assert common.base is recipe.base and common.towers_of is recipe.towers_of
-    assert older.grid is points.grid and older.seeds is points.seeds
-
-
-def _command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "grain_jax.train", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-
-
-@pytest.mark.parametrize(
-    "arguments,message",
-    [
-        (
-            ["--workdir", "x", "--config", "configs/demo.py", "--config.optim.learning_rte=1"],
-            "--config.optim.learning_rte: no such key; did you mean optim.learning_rate?",
-        ),
-        (["--workdir", "x", "--config", "configs/nothing.py"], "--config: no such file"),
-        (
-            ["--workdir", "x", "--config", "configs/demo.py", "config.seed=1"],
-            "config.seed=1: expected a flag",
-        ),
-        (["--workdir", "x", "--config", "configs/demo.py", "-config.sed=1"], "did you mean seed?"),
-        (["--workdir", "x", "--config", "configs/demo.py:x"], "argument"),
-        (["--workdir", "x"], "--config: missing"),
-        (["--config", "configs/demo.py"], "--workdir: missing"),
-    ],
-)
-def test_wrong_usage_is_one_line_and_status_2(arguments, message):
-    done = _command(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+DEMO = ("--workdir=x", "--config=configs/demo.py")
 
 
 def _parsed(*arguments):
-    """The Config of a command line."""
-    args = parser().parse_args(["--workdir=x", *arguments])
+    """The Config of a command line of the trainer."""
+    args = Train.parse(arguments)
     return config_file.load(args.config, args.overrides)
 
 
 def test_the_command_line_wins_over_the_file_in_either_or_pairs():
-    given = ["--config", "configs/grain_vitb16_cc12m.py", "--config.total_steps=100"]
+    given = ["--workdir=x", "--config=configs/grain_vitb16_cc12m.py", "--config.total_steps=100"]
     c = _parsed(*given, "--config.optim.warmup_steps=5")
     assert (c.total_steps, c.total_epochs) == (100, None)
     assert (c.optim.warmup_steps, c.optim.warmup_epochs) == (5, None)
@@ -394,7 +352,7 @@ def test_the_command_line_wins_over_the_file_in_either_or_pairs():
     ],
 )
 def test_flags_take_evaluators_out(given, left):
-    c = _parsed("--config=configs/demo.py", *given)
+    c = _parsed(*DEMO, *given)
     assert list(c.evals) == left
     assert "unseen" not in left or c.evals["unseen"].names == (len(given) == 3)
 
@@ -402,10 +360,7 @@ def test_flags_take_evaluators_out(given, left):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (
-            ["--config.evals.sen=None"],
-            "--config.evals.sen: no such key; did you mean evals.seen?",
-        ),
+        (["--config.evals.sen=None"], "--config.evals.sen: no such key; did you mean evals.seen?"),
         (
             ["--config.evals.seen=0"],
             "--config.evals.seen: got '0', expected None, which takes the evaluator out, or a key of one,"
@@ -419,12 +374,26 @@ def test_flags_take_evaluators_out(given, left):
             "checkpoint_best_metric: got 'eval/seen', expected one of eval/grounding, eval/maps,"
             " eval/retrieval, eval/unseen",
         ),
+        (
+            ["--config.optim.learning_rte=1"],
+            "--config.optim.learning_rte: no such key; did you mean optim.learning_rate?",
+        ),
+        (["config.seed=1"], "config.seed=1: expected a flag"),
+        (["-config.sed=1"], "did you mean seed?"),
+        (["--config=configs/nothing.py"], "--config: no such file"),
+        (["--config=configs/demo.py:x"], "argument"),
     ],
 )
-def test_faults_of_flags_about_evaluators(given, message):
+def test_wrong_usage_is_one_line(given, message):
     with pytest.raises(errors.UserError) as caught:
-        _parsed("--config=configs/demo.py", *given)
-    assert str(caught.value) == message
+        _parsed(*DEMO, *given)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["config", "workdir"])
+def test_flags_that_are_missing(flag):
+    with pytest.raises(errors.UserError, match=f"--{flag}: missing"):
+        _parsed(*(given for given in DEMO if f"--{flag}" not in given))
 
 
 def test_the_list_of_keys_is_that_of_the_recipe_and_says_what_each_is():

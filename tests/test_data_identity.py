@@ -79,7 +79,7 @@ def test_the_digest_is_of_what_the_records_hold(pictures, built, tmp_path):
 @pytest.mark.parametrize("beside", [True, False])
 def test_the_same_set_elsewhere_is_the_same_and_another_is_not(pictures, built, tmp_path, beside):
     def identity(output):
-        if not beside:  # a set that data.build has not written, or an older one
+        if not beside:  # a set that data.build has not written
             (output / "tiny_set/1.0.0" / record_files.DIGEST_FILE).unlink(missing_ok=True)
         return _identity(output)
 

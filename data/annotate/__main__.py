@@ -11,11 +11,11 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
-from grain_jax.data import build, negatives, sources
+from grain_jax.data import build, example, negatives, sources
 from grain_jax.data.annotate import (
     arguments,
     checks,
@@ -24,9 +24,9 @@ from grain_jax.data.annotate import (
     local_chat,
     outputs,
     prompt,
-    to_records,
 )
 from grain_jax.data.annotate.passes import PASSES, Job
+from grain_jax.data.arguments import Build
 
 from grain_jax import errors
 
@@ -38,7 +38,7 @@ class AnnotateError(errors.UserError):
     """The job cannot run, or its faults are too many; the message is one line."""
 
 
-def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
+def annotate(args: argparse.Namespace) -> str:
     """Runs the job; returns a line about its results. Raises UserError."""
     # Beam complains where Google's packages are missing, which only its Google runners need.
     logging.getLogger().addFilter(lambda record: "apitools not found" not in record.getMessage())
@@ -49,13 +49,13 @@ def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
             f"{error}; install what annotation needs: pip install 'grain_jax[annotate]'"
         ) from None
     start = time.monotonic()
-    pipeline.check(beam_arguments)
+    pipeline.check(args.beam)
     output = outputs.Output(args.output)
     name, own = arguments.source_name(args), dict(args.option)
     source = sources.make(name, own)
     args.orientation = getattr(source, "orientation", args.orientation)
     job = _job(args, output, source)
-    records = to_records.arguments_of_build(args, source) if args.records else None
+    records = _arguments_of_build(args, source) if args.name else None
     settings = _settings(args, job)
     output.agree(settings)
     options = sources.Options(
@@ -70,27 +70,44 @@ def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
     todo = _todo(job, shards, args.retry_failed)
     counters = {}
     if todo:
-        counters = pipeline.run(job, todo, beam_arguments, retry_failed=args.retry_failed)
+        counters = pipeline.run(job, todo, args.beam, retry_failed=args.retry_failed)
         missing = {shard.name for shard in todo} - output.finished(job.passes)
         if missing:  # runners return from a job that somebody cancelled
             raise AnnotateError(
                 f"--output {args.output}: the job ended with {len(missing)} of {len(shards)} shards not"
                 " done; give the same command again"
             )
-    seconds = time.monotonic() - start
+    seconds, images = time.monotonic() - start, counters.get("pictures", 0)
     names = [shard.name for shard in shards]
     output.join(names)
     total = output.summary(names)
-    summary = _summary(total, counters, seconds) | {"settings": settings}
+    summary = {
+        "total": total,
+        "regions per picture": round(total["regions"] / max(1, total["annotated"]), 3),
+        "model rates": {  # of one worker: while its model ran
+            name: {"images/s": round(found["pictures"] / found["seconds"], 3)}
+            for name, found in total["passes"].items()
+            if found.get("seconds")
+        },
+        "this run": {
+            "pictures": images,
+            "seconds": round(seconds, 3),
+            "images/s": round(images / seconds, 3),
+        },
+        "settings": settings,
+    }
     output.put(json.dumps(summary, indent=1) + "\n", "summary.json")
     output.clear()
     _check_faults(total, output, args.max_faults)
     if records:
-        print(build.build(records, to_records.line_reader(source, output, shards)))
+        read_lines = example.read_lines
+        if not source.images_are_files:
+            read_lines = lambda annotations: _lines_with_images(output, shards)
+        print(build.build(records, read_lines))
     return (
         f"{output.path('A.jsonl')}: {total['annotated']} of {total['pictures']} images,"
         f" {total['regions']} regions, {len(todo)} of {len(shards)} shards in this run,"
-        f" {counters.get('pictures', 0)} images in {seconds:.1f} s"
+        f" {images} images in {seconds:.1f} s"
     )
 
 
@@ -133,7 +150,7 @@ def _job(args: argparse.Namespace, output: outputs.Output, source: sources.Sourc
         passes=args.passes,
         limits=checks.Limits(args.min_side, args.max_side),
         batch_size=batch_size,
-        keep_images=args.keep_images and not (source.images_are_files or args.records),
+        keep_images=args.keep_images and not (source.images_are_files or args.name),
         chat=chat,
         detector=detector.Options(
             model=args.detector, threshold=args.threshold, batch_size=args.batch_size
@@ -176,6 +193,40 @@ def _settings(args: argparse.Namespace, job: Job) -> dict[str, dict[str, Any]]:
     return out
 
 
+def _arguments_of_build(args: argparse.Namespace, source: sources.Source) -> argparse.Namespace:
+    """The arguments of grain-jax build; wrong ones end the command before any work."""
+    given = {
+        "annotations": str(epath.Path(args.output) / "A.jsonl"),
+        "images": args.images if source.images_are_files else args.output,
+        "output": str(epath.Path(args.output) / "records"),
+        "name": args.name,
+    }
+    for name in ("orientation", "store_size", "encoding", "num_shards", "max_faults"):
+        given[name.replace("_", "-")] = getattr(args, name)
+    pairs = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    return Build.parse([*pairs, "--overwrite"])
+
+
+def _lines_with_images(
+    output: outputs.Output, shards: Sequence[sources.Shard]
+) -> Iterator[example.Line]:
+    """The lines of A.jsonl with the images that the source has. Raises SourceError where it has others."""
+    number = 0
+    for shard in shards:
+        lines = iter(output.read("annotations", shard.name))
+        line = next(lines, None)
+        for item in sources.read(shard):
+            if line and isinstance(item, sources.Image) and item.image == line["image"]:
+                number += 1
+                yield example.Line(number, json.dumps(line).encode(), item.encoded)
+                line = next(lines, None)
+        if line:
+            raise sources.SourceError(
+                f"source {shard.source}: got no image {line['image']}, which was there when it was"
+                " annotated, expected the same source; give another --output"
+            )
+
+
 def _todo(job: Job, shards: Sequence[sources.Shard], retry_failed: bool) -> list[sources.Shard]:
     """The shards that the passes have not done. Raises AnnotateError where an earlier pass is missing."""
     finished = job.output.finished(job.passes)
@@ -200,32 +251,12 @@ def _has_gaps(tally: dict[str, Any]) -> bool:
     return bool(tally.get("failures")) or len(set(tally.get("results", {}).values())) > 1
 
 
-def _summary(total: dict[str, Any], counters: dict[str, int], seconds: float) -> dict[str, Any]:
-    """The counters of all runs and of this one, with rates."""
-    rates = {
-        name: {"images/s": round(found["pictures"] / found["seconds"], 3)}
-        for name, found in total["passes"].items()
-        if found.get("seconds")
-    }
-    images = counters.get("pictures", 0)
-    return {
-        "total": total,
-        "regions per picture": round(total["regions"] / max(1, total["annotated"]), 3),
-        "model rates": rates,  # of one worker: while its model ran
-        "this run": {
-            "pictures": images,
-            "seconds": round(seconds, 3),
-            "images/s": round(images / seconds, 3),
-        },
-    }
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     try:
-        args, beam_arguments = arguments.parser().parse_known_args(argv)
+        args = arguments.Annotate.parse(argv)
         try:
-            print(annotate(args, beam_arguments))
+            print(annotate(args))
         except OSError as error:
             raise AnnotateError(build.of_system(error, args.output)) from None
     except errors.UserError as error:

@@ -14,7 +14,7 @@ import sys
 import textwrap
 
 from etils import epath
-from grain_jax.data import annotations
+from grain_jax.data import example
 from grain_jax.data.inspect import (
     arguments,
     counting,
@@ -81,7 +81,7 @@ def _summary(result: dict, found: list[problems.Problem]) -> str:
         f"images        {images['count']:,}{left_out}; {images['bytes'] / 1e6:,.1f} MB; {sizes}",
     ]
     if images["turned"]:
-        what = annotations.TURNED[images["orientation"]]
+        what = example.TURNED[images["orientation"]]
         lines.append(f"turned        {images['turned']:,} images {what}")
     for name, texts, some in (
         ("web", captions["web"], f"{captions['pictures_with_web']:,} images have one or more"),
@@ -116,20 +116,17 @@ def _summary(result: dict, found: list[problems.Problem]) -> str:
     digits = max((len(f"{problem.count:,}") for problem in found), default=0)
     for problem in found:
         share = f" ({problem.count / problem.of:.1%})" if problem.of else ""
-        example = (
-            f"; e.g. {textwrap.shorten(problem.example, 80, placeholder=' ...')}"
-            if problem.example
-            else ""
-        )
-        what = f"{problem.count:>{digits},} {problem.what}{share}: {problem.advice}"
-        lines.append(f"  {what}{example}")
+        line = f"  {problem.count:>{digits},} {problem.what}{share}: {problem.advice}"
+        if problem.example:
+            line += f"; e.g. {textwrap.shorten(problem.example, 80, placeholder=' ...')}"
+        lines.append(line)
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     try:
-        print(inspect(arguments.parser().parse_args(argv)))
+        print(inspect(arguments.Inspect.parse(argv)))
     except (errors.UserError, PermissionError, NotADirectoryError, FileExistsError) as error:
         name = "grain-jax inspect: "
         print(f"{name}{str(error).removeprefix(name)}", file=sys.stderr)

@@ -60,8 +60,9 @@ def option(default: Any, metavar: str = "", **declared: Any) -> Any:
     Args:
       default: of the field.
       metavar: what the value of the flag is called; "" for true or false.
-      **declared: `low`, `high` and `choices`, which are checked; `flag`, its name, where it is not that of the field;
-        `required`, of the flag; and `parse`, which makes the value of a text, and raises ValueError.
+      **declared: `low`, `high` and `choices`, which are checked; `name`, that of the flag, where it is another than the
+        field's; `required`, of the flag; and `parse`, which makes the value of a text, and raises
+        argparse.ArgumentTypeError.
     """
     return dataclasses.field(default=default, metadata={"metavar": metavar, **declared})
 

@@ -18,7 +18,6 @@ from grain_jax.config.evals import Evaluator
 #   calls it another run.
 # - "free": it changes where a run computes, how fast, or what is kept and shown. The same run.
 Role = Literal["order", "numbers", "result", "free"]
-ROLES = ("order", "numbers", "result", "free")
 
 REMAT_POLICIES = ("none", "dots", "qkv", "full")  # from most memory to most recomputation
 DTYPES = ("float32", "bfloat16")
@@ -62,17 +61,11 @@ def key(
       options_of: the key beside this one that names a class: the group has the keys of its `Options`, a frozen
         dataclass. Without options, and of a built-in name, it is NoOptions.
     """
-    limits = {
-        "low": low,
-        "high": high,
-        "choices": choices,
-        "role": role,
-        "built_in": built_in,
-        "options_of": options_of,
-    }
+    declared = dict(low=low, high=high, choices=choices, role=role, built_in=built_in)
+    declared["options_of"] = options_of
     if isinstance(default, type):
-        return dataclasses.field(default_factory=default, metadata=limits)
-    return dataclasses.field(default=default, metadata=limits)
+        return dataclasses.field(default_factory=default, metadata=declared)
+    return dataclasses.field(default=default, metadata=declared)
 
 
 def count(default: Any = dataclasses.MISSING, *, low: float = 0, high: float = MOST, **more) -> Any:

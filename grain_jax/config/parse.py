@@ -31,46 +31,55 @@ def from_dict(value: Mapping[str, Any]) -> Config:
     """A plain dict, or ml_collections' ConfigDict, as a checked Config. Raises ConfigError, a line a fault."""
     faults: list[str] = []
     config = build(Config, _plain(value), "", faults)
-    if config is not None and not faults:
-        checks.check_config(config, faults)
-    if config is not None and not faults:
-        for name, entry in config.loss.terms.items():
-            if named.is_external(entry["term"]) and named.may_import(entry["term"]):
-                try:
-                    loss_term(f"loss.terms.{name}", entry, {})
-                except errors.UserError as error:
-                    faults.append(str(error))
-    return _or_raise(config, faults)
+    return _checked(config, faults, checks.check_config, _check_terms)
 
 
 def model_from_dict(value: Mapping[str, Any]) -> Model:
     """The `model` part alone, as converted checkpoints carry it. Raises ConfigError, a line a fault."""
     faults: list[str] = []
-    model = build(Model, value, "model", faults)
-    if model is not None and not faults:
-        checks.check_model(model, faults)
-    return _or_raise(model, faults)
+    return _checked(build(Model, value, "model", faults), faults, checks.check_model)
 
 
 def suite_from_dict(value: Mapping[str, Any]) -> Suite:
     """The config of a suite, a plain dict or a ConfigDict, checked. Raises ConfigError, a line a fault."""
-    faults: list[str] = []
-    suite = build(Suite, _plain(value), "", faults)
-    if suite is not None and not faults:
+
+    def check(suite: Suite, faults: list[str]) -> None:
         checks.check_values(suite, "", faults)
         for name, entry in suite.evals.items():
             checks.check_evaluator(f"evals.{name}", entry, faults)
-    return _or_raise(suite, faults)
+
+    faults: list[str] = []
+    return _checked(build(Suite, _plain(value), "", faults), faults, check)
 
 
 def evaluator_from_dict(value: Any) -> Evaluator:
     """An entry of `evals`, a plain dict or a ConfigDict, checked. Raises ConfigError, a line a fault."""
-    faults: list[str] = []
-    entry = _evaluator(_plain(value), "evaluator", faults)
-    if entry is not None and not faults:
+
+    def check(entry: Evaluator, faults: list[str]) -> None:
         checks.check_values(entry, "evaluator", faults)
         checks.check_evaluator("evaluator", entry, faults)
-    return _or_raise(entry, faults)
+
+    faults: list[str] = []
+    return _checked(_evaluator(_plain(value), "evaluator", faults), faults, check)
+
+
+def _checked(built: T | None, faults: list[str], *check: Callable[[T, list[str]], None]) -> T:
+    """What was built, if none of the checks, one after the other, finds a fault. Raises ConfigError."""
+    for one in check:
+        if built is not None and not faults:
+            one(built, faults)
+    if built is None or faults:
+        raise ConfigError("\n".join(faults))
+    return built
+
+
+def _check_terms(config: Config, faults: list[str]) -> None:
+    for name, entry in config.loss.terms.items():
+        if named.is_external(entry["term"]) and named.may_import(entry["term"]):
+            try:
+                loss_term(f"loss.terms.{name}", entry, {})
+            except errors.UserError as error:
+                faults.append(str(error))
 
 
 def _evaluator(value: Any, path: str, faults: list[str]) -> Evaluator | None:
@@ -95,12 +104,6 @@ def _evaluator(value: Any, path: str, faults: list[str]) -> Evaluator | None:
 
 def _plain(value: Any) -> Mapping[str, Any]:
     return value.to_dict() if hasattr(value, "to_dict") else value
-
-
-def _or_raise(built: T | None, faults: list[str]) -> T:
-    if built is None or faults:
-        raise ConfigError("\n".join(faults))
-    return built
 
 
 def build(cls: type[T], value: Any, path: str, faults: list[str]) -> T | None:

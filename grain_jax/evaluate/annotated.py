@@ -1,13 +1,12 @@
-"""Images with annotations (`A.jsonl`): selects those that an evaluation can use, and encodes them."""
+"""Images with annotations (`A.jsonl`): those that an evaluation can use, and what is said of the others."""
 
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from etils import epath
 
 from grain_jax import printable
-from grain_jax.evaluate import encode, test_sets
+from grain_jax.evaluate import test_sets
 from grain_jax.files import annotations as annotations_lib
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
@@ -31,32 +30,6 @@ class Annotated(NamedTuple):
         """The files of the records' images."""
         return [self.folder / record.image for record in self.records]
 
-    @property
-    def left_out(self) -> int:
-        """How many annotations the evaluation cannot use."""
-        return len(self.read.records) - len(self.records)
-
-
-def read(
-    images: epath.PathLike,
-    annotations: epath.PathLike,
-    usable: Callable[[annotations_lib.Annotation], Any],
-    none_usable: str,
-    orientation: str = "exif",
-) -> Annotated:
-    """Reads annotations and selects those for which `usable` is true.
-
-    Raises:
-      InputError: no such folder, or no record is usable; then the message is `none_usable`.
-      annotations.AnnotationError: the file cannot be used.
-    """
-    found = annotations_lib.read(annotations)
-    folder = image_folder(images)
-    records = [record for record in found.records if usable(record)]
-    if not records:
-        raise InputError(f"{annotations}: {none_usable}")
-    return Annotated(found, records, folder, orientation)
-
 
 def image_folder(path: epath.PathLike) -> epath.Path:
     """The folder that the paths of annotations start from. Raises InputError if there is none."""
@@ -66,29 +39,6 @@ def image_folder(path: epath.PathLike) -> epath.Path:
             f"{path}: no such folder; expected the one that the annotations' paths start from"
         )
     return path
-
-
-def gather(
-    predictor: encode.Predictor,
-    annotated: Annotated,
-    *,
-    label: str,
-    unreadable: dict[str, str],
-    regions: bool = True,
-    boxes_of: encode.BoxesOf | None = None,
-    batch_size: int = encode.BATCH_SIZE,
-) -> tuple[list[annotations_lib.Annotation], encode.Encoded]:
-    """The records whose image can be read, and these images encoded; arguments as of `encode.encode_images`."""
-    seen = encode.gather_images(
-        predictor,
-        annotated.images,
-        label=label,
-        unreadable=unreadable,
-        regions=regions,
-        boxes_of=boxes_of,
-        batch_size=batch_size,
-    )
-    return [annotated.records[i] for i in seen.index], seen
 
 
 def report_left_out(path: epath.PathLike, read: annotations_lib.Annotations) -> None:

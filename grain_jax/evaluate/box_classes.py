@@ -29,10 +29,7 @@ _AT_ONCE = 4096  # boxes; bounds the memory
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Boxes(AnnotatedRegions):
-    """Classes of given boxes, by the box head and by the nearest region.
-
-    Options: those of AnnotatedImages, `classes`, `templates`.
-    """
+    """Classes of given boxes, by the box head and by the nearest region."""
 
     example = "--annotations lvis/A.jsonl --classes lvis \\\n    --images coco/val2017"
     kind: str = "boxes"
@@ -88,21 +85,10 @@ class Boxes(AnnotatedRegions):
           the class file. With region queries also `best_iou`, the mean IoU of the box and the box of that query;
           `found`, the share of boxes where the IoU is boxes.FOUND_IOU or more; and the same numbers under `found_boxes`
           for these boxes alone. Shares have 95% intervals (`_low`, `_high`); ties count as if broken at random.
-
-        Raises:
-          errors.UserError: images, annotations, class file or prompts cannot be used.
         """
-        annotated = self.read()
         filled = prompts.load_templates(at_home(self.templates))
         listed = None if self.classes is None else class_names.read(self.classes)
-        unreadable: dict[str, str] = {}
-        seen = given_boxes.encode_boxes(
-            predictor,
-            annotated,
-            label="boxes",
-            unreadable=unreadable,
-            batch_size=context.batch_size,
-        )
+        seen = given_boxes.encode_boxes(self, predictor, context)
         described = seen.described
         listed = listed or [class_names.Line(None, text) for text in described.texts]
         names = [line.name for line in listed]
@@ -128,11 +114,7 @@ class Boxes(AnnotatedRegions):
         group = np.array([line.group for line in listed])[target]
         parts = {name: group == name for name in dict.fromkeys(line.group for line in listed)}
         return {
-            "kind": "boxes",
-            "pictures": seen.pictures,
-            "without_regions": annotated.left_out,
-            "faulty_lines": annotated.read.faulty_lines,
-            **encode.report_unreadable(unreadable),
+            **seen.counts,
             "boxes_outside": described.outside,
             "boxes_of_other_classes": int((~use).sum()),
             "classes": len(names),

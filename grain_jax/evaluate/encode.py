@@ -182,9 +182,8 @@ def encode_images(
                     seen += len(batch)
                 counter.add(len(group))
             counter.close()
-    except (
-        Exception
-    ) as error:  # every process has to learn of it before it waits for the results of this one
+    # Every process has to learn of it before it waits for the results of this one.
+    except Exception as error:
         failure = error
     ends = processes.agree(failure, (seen, left_out, len(images)))
     counts, unread, lengths = zip(*ends)

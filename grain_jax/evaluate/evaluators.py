@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from etils import epy
 
 from grain_jax import config, errors
-from grain_jax.config.evals import ORIENTATIONS, expanduser, option
+from grain_jax.config.evals import ORIENTATIONS, Context, expanduser, option
 
 with epy.lazy_imports():
-    from grain_jax.evaluate import annotated, test_sets
+    from grain_jax.evaluate import annotated, encode, test_sets
+    from grain_jax.files import annotations as annotations_lib
 
 T = TypeVar("T")
 
@@ -73,6 +74,14 @@ class LabelledImages(config.Evaluator):
         return len(self.open())
 
 
+class Gathered(NamedTuple):
+    """The images of an evaluation."""
+
+    records: list[Any]  # files.annotations.Annotation, of the readable images
+    seen: encode.Encoded
+    counts: dict[str, Any]  # for the result
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnnotatedImages(config.Evaluator):
     """Base of the evaluators on images with annotations.
@@ -80,6 +89,9 @@ class AnnotatedImages(config.Evaluator):
     Options: `images`, a folder, and `annotations`, the file `A.jsonl` (format: docs/annotate.md); `orientation`.
     """
 
+    example: ClassVar[str] = (
+        "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
+    )
     # folder that the annotations' paths start from
     images: str = option("", "DIR", required=True)
     # exif turns images as viewers do, and boxes are of those pixels; file takes the pixels as they are stored
@@ -108,14 +120,68 @@ class AnnotatedImages(config.Evaluator):
         """Whether the evaluation can use an annotation (files.annotations.Annotation); here those with a region."""
         return record.regions
 
+    left_out: ClassVar[str] = (
+        "without_regions"  # key of the number of annotations that are not usable
+    )
+
     @property
     def none_usable(self) -> str:
         """The end of the message where no annotation is usable."""
         return "no line has a region; expected described boxes"
 
     def read(self) -> annotated.Annotated:
-        """The annotations that are usable; raises the errors of annotated.read."""
-        return annotated.read(*self.paths, self.usable, self.none_usable, self.orientation)
+        """The annotations that are usable.
+
+        Raises:
+          errors.UserError: no such folder, the file cannot be used, or none is usable.
+        """
+        images, path = self.paths
+        found, folder = annotations_lib.read(path), annotated.image_folder(images)
+        records = [record for record in found.records if self.usable(record)]
+        if not records:
+            raise errors.UserError(f"{path}: {self.none_usable}")
+        return annotated.Annotated(found, records, folder, self.orientation)
+
+    def gather(
+        self,
+        predictor: Any,
+        context: Context,
+        *,
+        regions: bool = True,
+        boxes_of: Callable[[Any, tuple[int, int]], Any] | None = None,
+    ) -> Gathered:
+        """The usable annotations whose image can be read, and these images encoded; raises as `read` and `encode`.
+
+        Args:
+          predictor, context: as of `evaluate`.
+          regions: whether region embeddings are computed too.
+          boxes_of: (annotation, (width, height) in pixels) -> its boxes, xyxy [n, 4] in [0, 1], which are embedded too.
+        """
+        found = self.read()
+        unreadable: dict[str, str] = {}
+        seen = encode.gather_images(
+            predictor,
+            found.images,
+            label=self.kind,
+            unreadable=unreadable,
+            regions=regions,
+            boxes_of=boxes_of and (lambda i, size: boxes_of(found.records[i], size)),
+            batch_size=context.batch_size,
+        )
+        counts = self.counts(found, len(seen.index), unreadable)
+        return Gathered([found.records[i] for i in seen.index], seen, counts)
+
+    def counts(
+        self, found: annotated.Annotated, pictures: int, unreadable: dict[str, str]
+    ) -> dict[str, Any]:
+        """What every result says of its images, so many of which were read."""
+        return {
+            "kind": self.kind,
+            "pictures": pictures,
+            self.left_out: len(found.read.records) - len(found.records),
+            "faulty_lines": found.read.faulty_lines,
+            **encode.report_unreadable(unreadable),
+        }
 
     def check(self) -> int:
         return self.check_with(Faults())

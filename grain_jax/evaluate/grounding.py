@@ -28,7 +28,6 @@ with epy.lazy_imports():
     import jax.numpy as jnp
     import numpy as np
 
-    from grain_jax.evaluate import annotated as annotated_lib
     from grain_jax.evaluate import encode, rates
     from grain_jax.files import annotations as annotations_lib
     from grain_jax.inference import scores
@@ -42,12 +41,8 @@ _AT_ONCE = 1024  # images or regions; bounds memory
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grounding(AnnotatedRegions):
-    """Box IoU, Acc@0.5, region-to-description R@1, phrases and their boxes.
+    """Box IoU, Acc@0.5, region-to-description R@1, phrases and their boxes."""
 
-    Options: those of AnnotatedImages.
-    """
-
-    example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     kind: str = "grounding"
 
     @classmethod
@@ -90,19 +85,8 @@ class Grounding(AnnotatedRegions):
           if a phrase has several boxes: `phrases_of_several_boxes`, the number of such phrases; `phrase_acc50_any_box`,
             equal to `phrase_acc50`; `phrase_iou_merged_box` and `phrase_acc50_merged_box`, against the smallest box
             around all boxes of the phrase; and the `chance_` of these three rates.
-
-        Raises:
-          errors.UserError: the images or the annotations cannot be used.
         """
-        annotated = self.read()
-        unreadable: dict[str, str] = {}
-        kept, seen = annotated_lib.gather(
-            predictor,
-            annotated,
-            label="grounding",
-            unreadable=unreadable,
-            batch_size=context.batch_size,
-        )
+        kept, seen, counts = self.gather(predictor, context)
         pred_boxes_xyxy, region_embed = seen.with_regions
         described, phrases = described_phrases(kept, seen.sizes)
         check_some_box(self.annotations, described)
@@ -112,11 +96,7 @@ class Grounding(AnnotatedRegions):
         by_chance, _ = match(_boxes_of_others(described, pred_boxes_xyxy.shape), described)
         embed = scores.unit(region_embed[matched.image, matched.query])  # [n, D]
         return {
-            "kind": "grounding",
-            "pictures": len(kept),
-            "without_regions": annotated.left_out,
-            "faulty_lines": annotated.read.faulty_lines,
-            **encode.report_unreadable(unreadable),
+            **counts,
             "regions": len(described.image),
             "regions_outside": described.outside,
             "regions_matched": len(matched.iou),

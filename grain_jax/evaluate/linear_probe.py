@@ -13,6 +13,7 @@ openai/CLIP. The tables of the CLIP paper use the features before the projection
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import math
@@ -41,15 +42,13 @@ EXPONENTS = tuple(range(-6, 7, 2))
 _HALVINGS = 4  # of the step of the search: from 2 decades to 1/8 decade
 _SEED = 0  # of the splits
 _TIE = 1e-9  # of the largest logit of an image: logits of float64 nearer than this are equal but for rounding
-_ONE_THREAD = (
-    10**9
-)  # multiplications per iteration; below this number one thread is faster than several
+_ONE_THREAD = 10**9  # multiplications per iteration; fewer are faster by one thread than several
 
 
 def _parse_shots(text: str) -> tuple[int, ...]:
     parts = ["0" if part == "all" else part for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise ValueError(
+        raise argparse.ArgumentTypeError(
             f"got {text!r}, expected images a class, or all, or several with commas between (1,5,all)"
         )
     return tuple(map(int, parts))
@@ -57,10 +56,7 @@ def _parse_shots(text: str) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearProbe(LabelledImages):
-    """Classifies by a logistic regression on image embeddings, also of few shots.
-
-    Options: those of LabelledImages, `train`, `shots`, `seeds`.
-    """
+    """Classifies by a logistic regression on image embeddings, also of few shots."""
 
     example = "--images runs/aviary/seen --shots 1,5,all"
     kind: str = "linear_probe"
@@ -98,11 +94,7 @@ class LinearProbe(LabelledImages):
         return self.images, self.train
 
     def open_train(self) -> test_sets.TestSet | None:
-        """The training images; None if `images` is to be split.
-
-        Raises:
-          errors.UserError: they are the test images, or an error of `open`.
-        """
+        """The training images; None if `images` is to be split."""
         if self.tfds is not None:
             split = self.train or "train"
             if split == self.split:
@@ -135,9 +127,6 @@ class LinearProbe(LabelledImages):
           `unconverged`, how many final fits stopped at MAX_ITERATIONS. `shots_all` also has `validation_top1`, and its
           intervals are those of `rates.of_classes`. The rates of `shots_N` are means over `draws` draws, with Student's
           interval of the mean (for one draw as `shots_all`); `C` and `top1_of_draws` are lists with a number per draw.
-
-        Raises:
-          errors.UserError: images, options or labels cannot be used, or scikit-learn is missing.
         """
         check_scikit_learn()
         unreadable: dict[str, str] = {}
@@ -148,15 +137,11 @@ class LinearProbe(LabelledImages):
         else:
             learnt = _encode(predictor, train, unreadable, context.batch_size)
         classes = test.classes
-        counts = np.bincount(tested.label, minlength=len(classes))
         result = {
             "kind": "linear_probe",
-            "classes": len(classes),
-            "pictures": len(tested.label),
+            **rates.counts_of_classes(tested.label, list(classes)),
             "train_pictures": len(learnt.label),
             **encode.report_unreadable(unreadable),
-            **rates.chance_of_classes(len(classes)),
-            "pictures_per_class": dict(zip(classes, counts.tolist())),
         }
         numbers = list(dict.fromkeys(self.shots or (0,)))
         for number in numbers:
@@ -201,7 +186,7 @@ def check(test: test_sets.TestSet, train: test_sets.TestSet | None, shots: Seque
     # A TFDS set knows the sizes of its classes only once it is read.
     counts = getattr(train or test, "class_counts", None)
     if counts is not None:
-        counts = counts if train else np.array([_train_count(n) for n in counts])
+        counts = counts if train else np.array([_part(n, TRAIN_SHARE) for n in counts])
         for number in shots or (0,):
             check_shots(number, counts, test.classes)
 
@@ -260,7 +245,7 @@ def hold_out(label: np.ndarray, seed: int) -> np.ndarray:
     """Which training images are for validation, bool [N]: VALIDATION_SHARE of each class, never a whole class."""
     held = np.zeros(len(label), bool)
     for own in _of_each_class(label, seed):
-        held[own[: min(len(own) - 1, max(1, round(VALIDATION_SHARE * len(own))))]] = True
+        held[own[: _part(len(own), VALIDATION_SHARE)]] = True
     return held
 
 
@@ -280,8 +265,9 @@ def _of_each_class(label: np.ndarray, seed: int) -> list[np.ndarray]:
     ]
 
 
-def _train_count(count: int) -> int:
-    return min(count - 1, max(1, round(TRAIN_SHARE * count)))
+def _part(count: int, share: float) -> int:
+    """So many of `count` images: one at least, and not all of them."""
+    return min(count - 1, max(1, round(share * count)))
 
 
 def _split(data: Data, classes: Sequence[str]) -> tuple[Data, Data]:
@@ -295,7 +281,7 @@ def _split(data: Data, classes: Sequence[str]) -> tuple[Data, Data]:
         )
     train = np.zeros(len(data.label), bool)
     for own in _of_each_class(data.label, _SEED):
-        train[own[: _train_count(len(own))]] = True
+        train[own[: _part(len(own), TRAIN_SHARE)]] = True
     return _take(data, train), _take(data, ~train)
 
 
@@ -386,9 +372,8 @@ def _regression(data: Data, c: float) -> tuple[Any, bool]:
     small = data.embed.size * len(np.unique(data.label)) < _ONE_THREAD
     model = linear_model.LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
     with threadpoolctl.threadpool_limits(1 if small else None), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", exceptions.ConvergenceWarning
-        )  # the result counts such fits
+        # The result counts such fits.
+        warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
         model.fit(*data)
     return model, bool(model.n_iter_.max() < MAX_ITERATIONS)
 
@@ -396,9 +381,7 @@ def _regression(data: Data, c: float) -> tuple[Any, bool]:
 def _scores(model: Any, embed: np.ndarray, classes: int) -> np.ndarray:
     """Logits float64 [N, C]; minus infinity for classes without training images."""
     found = model.decision_function(embed)
-    if (
-        found.ndim == 1
-    ):  # for two classes scikit-learn returns one logit, of the second against the first
+    if found.ndim == 1:  # of two classes: one logit, of the second against the first
         found = np.stack([np.zeros_like(found), found], axis=1)
     scores = np.full((len(embed), max(classes, int(model.classes_.max()) + 1)), -np.inf)
     scores[:, model.classes_] = found

@@ -39,12 +39,8 @@ def thresholds() -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Maps(AnnotatedImages):
-    """Where similarity maps of phrases are high, against their boxes.
+    """Where similarity maps of phrases are high, against their boxes."""
 
-    Options: those of AnnotatedImages.
-    """
-
-    example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     kind: str = "maps"
 
     @classmethod
@@ -69,9 +65,6 @@ class Maps(AnnotatedImages):
           interval (`_low`, `_high`), of several equally high cells the share of these; `chance_pointing`, the same of any
           cell; `map_iou` and `map_iou_threshold`, the mean IoU with the boxes at the best threshold; `chance_map_iou`,
           that of the whole image.
-
-        Raises:
-          errors.UserError: the images or the annotations cannot be used.
         """
         annotated = self.read()
         place: dict[str, int] = {}
@@ -118,11 +111,7 @@ class Maps(AnnotatedImages):
         iou = found["iou"].mean(axis=0)
         best = int(iou.argmax())
         return {
-            "kind": "maps",
-            "pictures": sum(each["pictures"] for each in of_processes),
-            "without_regions": annotated.left_out,
-            "faulty_lines": annotated.read.faulty_lines,
-            **encode.report_unreadable(unreadable),
+            **self.counts(annotated, sum(each["pictures"] for each in of_processes), unreadable),
             "regions_outside": sum(each["outside"] for each in of_processes),
             "phrases": len(found["hit"]),
             **rates.rate("pointing", found["hit"]),

@@ -28,12 +28,9 @@ with epy.lazy_imports():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NearMisses(AnnotatedImages):
-    """The right description of given boxes among hard negatives.
+    """The right description of given boxes among hard negatives."""
 
-    Options: those of AnnotatedImages, `negatives`.
-    """
-
-    example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
+    left_out = "without_negatives"
     kind: str = "near_misses"
     # negatives of a box, 10 as in FG-OVD; boxes with fewer are left out
     negatives: int = option(10, "N", low=1)
@@ -64,19 +61,8 @@ class NearMisses(AnnotatedImages):
           (by that of the query that overlaps the box most) and `image` (by the image embedding), as the model has them:
           `top1`, the share of boxes whose description is the nearest of the N + 1 texts, with a 95% interval (`_low`,
           `_high`; ties count as if broken at random), `mean_rank` and `median_rank` (1 is best; ties count as lost).
-
-        Raises:
-          errors.UserError: the images or the annotations cannot be used, or no box has so many negatives.
         """
-        annotated = self.read()
-        unreadable: dict[str, str] = {}
-        seen = given_boxes.encode_boxes(
-            predictor,
-            annotated,
-            label="near misses",
-            unreadable=unreadable,
-            batch_size=context.batch_size,
-        )
+        seen = given_boxes.encode_boxes(self, predictor, context)
         pairs = zip(seen.described.image, seen.described.region)
         regions = [seen.records[image].regions[region] for image, region in pairs]
         use = np.array([len(region.negatives) >= self.negatives for region in regions], bool)
@@ -95,9 +81,8 @@ class NearMisses(AnnotatedImages):
         right = np.arange(1 + self.negatives) == np.zeros((len(lists), 1), int)
 
         def measured(box_embed: np.ndarray) -> dict[str, float]:
-            cosines = np.stack(
-                [embed[own] @ box for own, box in zip(texts, scores.unit(box_embed))]
-            )  # [M, 1 + N]
+            boxes = scores.unit(box_embed)
+            cosines = np.stack([embed[own] @ box for own, box in zip(texts, boxes)])  # [M, 1 + N]
             rank = 1 + (cosines[:, 1:] >= cosines[:, :1] - rates.TIE).sum(axis=1)
             return {
                 **rates.rate("top1", rates.topk_hits(cosines, right, 1)),
@@ -106,10 +91,7 @@ class NearMisses(AnnotatedImages):
             }
 
         return {
-            "kind": "near_misses",
-            "pictures": seen.pictures,
-            "faulty_lines": annotated.read.faulty_lines,
-            **encode.report_unreadable(unreadable),
+            **seen.counts,
             "boxes": len(lists),
             "boxes_outside": seen.described.outside,
             "boxes_with_fewer_negatives": int((~use).sum()),

@@ -96,6 +96,17 @@ def chance_of_classes(count: int) -> dict[str, float]:
     return {"chance": 1 / count, "chance_top5": min(1.0, 5 / count)}
 
 
+def counts_of_classes(target: np.ndarray, classes: list[str]) -> dict[str, object]:
+    """What a result says of images of the right classes `target`, int [N]: counts and chance."""
+    counts = np.bincount(target, minlength=len(classes))
+    return {
+        "classes": len(classes),
+        "pictures": len(target),
+        **chance_of_classes(len(classes)),
+        "pictures_per_class": dict(zip(classes, counts.tolist())),
+    }
+
+
 def of_classes(
     top1: np.ndarray, top5: np.ndarray, target: np.ndarray, classes: list[str]
 ) -> dict[str, object]:

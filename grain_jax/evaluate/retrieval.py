@@ -18,7 +18,6 @@ from grain_jax.evaluate.evaluators import AnnotatedImages
 with epy.lazy_imports():
     import numpy as np
 
-    from grain_jax.evaluate import annotated as annotated_lib
     from grain_jax.evaluate import encode, rates
     from grain_jax.files import annotations as annotations_lib
     from grain_jax.inference import scores
@@ -30,12 +29,9 @@ _ROWS_AT_ONCE = 1024  # queries; bounds the memory of the similarities
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Retrieval(AnnotatedImages):
-    """R@1, R@5, R@10 between images and captions, both ways.
+    """R@1, R@5, R@10 between images and captions, both ways."""
 
-    Options: those of AnnotatedImages.
-    """
-
-    example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
+    left_out = "without_caption"
     kind: str = "retrieval"
 
     @classmethod
@@ -65,20 +61,8 @@ class Retrieval(AnnotatedImages):
         Returns: counts; `image_to_text` and `text_to_image`, each with `r1`, `r5`, `r10` (a right answer among
           the first k; 95% intervals `_low`, `_high`) and `chance_r1`... (of a random order). Ties count as if
           broken at random.
-
-        Raises:
-          errors.UserError: the images or the annotations cannot be used.
         """
-        annotated = self.read()
-        unreadable: dict[str, str] = {}
-        kept, seen = annotated_lib.gather(
-            predictor,
-            annotated,
-            label="retrieval",
-            unreadable=unreadable,
-            regions=False,
-            batch_size=context.batch_size,
-        )
+        kept, seen, counts = self.gather(predictor, context, regions=False)
         image_embed = scores.unit(seen.image_embed)  # [N, D]
         owner, text_of, texts = _pairs(kept)
         text_embed = scores.unit(encode.encode_distinct(predictor, texts))  # [M, D]
@@ -86,14 +70,10 @@ class Retrieval(AnnotatedImages):
         right = np.zeros((len(kept), len(texts)), bool)
         right[owner, text_of] = True
         return {
-            "kind": "retrieval",
-            "pictures": len(kept),
+            **counts,
             "captions": len(owner),
             "distinct_captions": len(texts),
             "synthetic_captions": sum(not r.captions for r in kept),
-            "without_caption": annotated.left_out,
-            "faulty_lines": annotated.read.faulty_lines,
-            **encode.report_unreadable(unreadable),
             "image_to_text": _recalls(image_embed, text_embed, right),
             "text_to_image": _recalls(text_embed, image_embed, right.T, rows=text_of),
         }

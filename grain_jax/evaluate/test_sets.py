@@ -158,9 +158,8 @@ class TfdsSet:
                 name = self.name(position)
                 load = functools.partial(image_files.decode_image, example["image"], name, "file")
                 yield Image(name, load, int(example["label"]))
-        except (
-            Exception
-        ) as error:  # a damaged or missing file; the errors of TensorFlow have no common class
+        # A damaged or missing file; the errors of TensorFlow have no common class.
+        except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{self._name} {self._split}: cannot be read: {reason}") from None
 

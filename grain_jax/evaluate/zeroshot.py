@@ -7,6 +7,7 @@ for class names that mean nothing to the model, or descriptions that are whole s
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import re
@@ -42,18 +43,14 @@ def _parse_alphas(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(
+        raise argparse.ArgumentTypeError(
             f"got {text!r}, expected a number from 0 to 1, or several with commas between"
         ) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ZeroShot(LabelledImages):
-    """Classifies a folder with one sub-folder a class.
-
-    Options: those of LabelledImages, `descriptions`, `alphas`, `names`, `region_order`, `unit_features`,
-    `templates`.
-    """
+    """Classifies a folder with one sub-folder a class."""
 
     example = "--images runs/aviary/unseen \\\n    --descriptions runs/aviary/unseen.json"
     writes_predictions = True
@@ -61,7 +58,7 @@ class ZeroShot(LabelledImages):
     # {class name: [description, ...]}: classes by descriptions too; default: by their names alone
     descriptions: str | None = option(None, "D.json")
     # share of the global score, 0 to 1, also several (0.5,1); default 1, with descriptions 1,0.5
-    alphas: tuple[float, ...] = option((1.0, 0.5), "A", flag="alpha", parse=_parse_alphas)
+    alphas: tuple[float, ...] = option((1.0, 0.5), "A", name="alpha", parse=_parse_alphas)
     # use the classes' names; without, a class is its descriptions alone (for names that mean nothing)
     names: bool = option(True)
     # what the region score is averaged over; queries is the paper's
@@ -131,7 +128,6 @@ class ZeroShot(LabelledImages):
             known = (test_set.classes, test_set.stems) if test_set else ((), None)
             attempt(read_descriptions, described, *known, self.names)
         attempt(check_alphas, self.shares, described, self.names)
-        attempt(check_region_order, self.region_order)
         if self.names:
             attempt(prompts.load_templates, at_home(self.templates))
         attempt.done()
@@ -147,26 +143,19 @@ class ZeroShot(LabelledImages):
           `mean_per_class` (of top-1), each with a 95% interval `_low`, `_high`, and `per_class`. If there are names and
           descriptions, the global score uses both together; `by_name` has the same keys for names alone in the global
           score, at alpha 1 and at each other alpha. Ties count as if broken at random.
-
-        Raises:
-          errors.UserError: images, descriptions, prompts or options cannot be used.
         """
         found = self.predict(predictor, context.batch_size)
         if context.predictions is not None and processes.process_info()[0] == 0:
             _write(epath.Path(context.predictions), found)
         classes = found.test_set.classes
-        counts = np.bincount(found.target, minlength=len(classes))
         result = {
             "kind": "zeroshot",
-            "classes": len(classes),
-            "pictures": len(found.target),
+            **rates.counts_of_classes(found.target, classes),
             **encode.report_unreadable(found.unreadable),
             "names": self.names,
             "descriptions": found.descriptions,
             "region_order": self.region_order,
             "unit_features": self.unit_features,
-            **rates.chance_of_classes(len(classes)),
-            "pictures_per_class": dict(zip(classes, counts.tolist())),
         }
         for key, scored in found.scored.items():
             way, _, alpha = key.rpartition("/")
@@ -178,7 +167,6 @@ class ZeroShot(LabelledImages):
         """The best classes of each image, and whether they are right; `evaluate` averages them, and says what it raises."""
         test_set = self.open()
         classes = list(test_set.classes)
-        check_region_order(self.region_order)
         described, alphas = None, check_alphas(self.shares, self.descriptions, self.names)
         if self.descriptions is not None:
             path = expanduser(self.descriptions)
@@ -229,8 +217,8 @@ class ZeroShot(LabelledImages):
         self, region_embed: np.ndarray, description_embeds: Sequence[np.ndarray]
     ) -> np.ndarray:
         """The region score of each class in the order `region_order`; arguments as of `description_scores`."""
-        score = scores.region_scores if self.region_order == "queries" else description_scores
-        return score(region_embed, description_embeds)
+        score = {"queries": scores.region_scores, "descriptions": description_scores}
+        return score[self.region_order](region_embed, description_embeds)
 
 
 class Scored(NamedTuple):
@@ -294,14 +282,6 @@ def check_alphas(
         asked = f"alpha {min(alphas):g}" if names else "a test without class names"
         raise errors.UserError(f"descriptions: got nothing, expected a file (D.json) for {asked}")
     return [float(alpha) for alpha in alphas]
-
-
-def check_region_order(order: str) -> None:
-    """Raises errors.UserError if `order` is not one of REGION_ORDERS."""
-    if order not in REGION_ORDERS:
-        raise errors.UserError(
-            f"region order: got {order!r}, expected one of {', '.join(REGION_ORDERS)}"
-        )
 
 
 def description_scores(

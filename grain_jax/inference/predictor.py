@@ -49,9 +49,8 @@ class ClassFeatures(NamedTuple):
 
     names: tuple[str, ...]
     features: np.ndarray  # float32 [C, D], means of unit-length text embeddings; not of unit length
-    descriptions: (
-        tuple[np.ndarray, ...] | None
-    )  # per class float32 [n_c, D], unit length; None: no descriptions
+    # Per class float32 [n_c, D], unit length; None: no descriptions.
+    descriptions: tuple[np.ndarray, ...] | None
 
 
 def load(
@@ -227,7 +226,7 @@ class Predictor:
           InputError: as `encode_image`; the model has no box head.
         """
         self._need_box_head()
-        program = jitted.token_program(self.model, self.dtype)
+        program = jitted.program(self.model, self.dtype, "image_tokens")
         tokens = [self._run(program, pixels) for pixels in self._rows(images)]
         return Tokens(np.concatenate(tokens) if tokens else np.zeros((0, 0, 0), np.float32))
 
@@ -256,7 +255,8 @@ class Predictor:
         """
         if inputs.is_one_image(images):
             return self.encode_boxes(inputs.one_image(images), [boxes_xyxy])[0]
-        program = jitted.box_program(self.model, self.dtype, of_tokens=isinstance(images, Tokens))
+        method = "box_embeddings" if isinstance(images, Tokens) else "encode_boxes"
+        program = jitted.program(self.model, self.dtype, method)
         return self._run_with_boxes(program, images, boxes_xyxy)[1]
 
     def encode_image_and_boxes(
@@ -266,7 +266,7 @@ class Predictor:
         if inputs.is_one_image(images):
             image, boxes = self.encode_image_and_boxes(inputs.one_image(images), [boxes_xyxy])
             return image[0], boxes[0]
-        program = jitted.image_and_box_program(self.model, self.dtype)
+        program = jitted.program(self.model, self.dtype, "encode_image_and_boxes")
         return self._run_with_boxes(program, images, boxes_xyxy)
 
     def _run_with_boxes(
@@ -337,7 +337,7 @@ class Predictor:
                 "patches: got a model with a decoder and no box head, expected a box head; similarity_maps asks the regions"
             )
         else:
-            program = jitted.patch_program(self.model, self.dtype)
+            program = jitted.program(self.model, self.dtype, "encode_patches")
             patches = [x for part in self._rows(images) for x in self._run(program, part)]
         shape = (len(patches), grid, grid, self.model.embed_dim)
         return np.asarray(patches, np.float32).reshape(shape)

@@ -192,7 +192,7 @@ def _batches(
         try:
             columns: Any = next(iterator)  # arrays, typed as one
         except DAMAGE as error:
-            transform = transforms.Transform.from_config(config)
+            transform = transforms.Transform(config)
             raise _damage(lanes, per_lane, step, transform, error) from None
         for fault in filter(None, (one.fault for one in comparisons.values())):
             raise DataError(fault)
@@ -214,7 +214,7 @@ def _dataset(
         lambda *parts: tuple(tf.concat(column, 0) for column in zip(*parts, strict=True))
     )
     dataset = dataset.unbatch().map(
-        transforms.Transform.from_config(config),
+        transforms.Transform(config),
         num_parallel_calls=config.input.reader_threads or tf.data.AUTOTUNE,
         deterministic=True,
     )

@@ -321,18 +321,6 @@ def test_without_pyarrow_the_extra_is_named(monkeypatch, tmp_path, capsys):
     assert "pip install 'grain_jax[embed]'" in capsys.readouterr().err
 
 
-def test_progress_says_what_is_left():
-    birds = pipeline.Progress("birds", [4, 4], True)
-    for _ in range(3):
-        birds.image()
-    assert birds.counter.text(2.0) == "birds: 3/8 images, 1.5/s, ETA 3s"
-    tars = pipeline.Progress("tars", [1000, 3000], False)
-    tars.image()
-    assert tars.counter.text(2.0, tars.share) == "tars: 1 images, 0.5/s"
-    tars.end_of_part(1000)
-    assert tars.counter.text(4.0, tars.share) == "tars: 1 images, 0.25/s, ETA 12s"
-
-
 def test_given_boxes_are_those_of_the_box_head(images, tmp_path, capsys):
     model = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1, boxes__kind="roi_align")
     checkpoint.save_model(tmp_path / "model", model, perturbed.params(model))

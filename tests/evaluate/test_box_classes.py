@@ -5,7 +5,7 @@ import pytest
 
 from grain_jax import errors
 from grain_jax.evaluate import given_boxes, rates, tables
-from tests.evaluate.stub import StubPredictor, measure, write_picture
+from tests.evaluate.stub import StubPredictor, annotate, measure, region
 
 TEXTS = {"a cat": [1, 0, 0], "a Dog": [0, 1, 0], "a cow": [0, 0, 1]}
 LEFT, RIGHT, CORNER = [0, 0, 0.5, 1], [0.5, 0, 1, 1], [0.9, 0.9, 1, 1]
@@ -21,13 +21,8 @@ def data(tmp_path):
         [([0, 0, 9, 9], "cat")],
         [],
     ]
-    lines = []
-    for i, found in enumerate(regions):
-        write_picture(tmp_path / f"{i}.png", i, (20, 10))
-        boxes = [{"box": box, "description": text, "score": 1} for box, text in found]
-        lines.append(json.dumps({"image": f"{i}.png", "regions": boxes}))
+    given = annotate(tmp_path, [{"regions": [region(*x) for x in found]} for found in regions])
     (tmp_path / "2.png").write_bytes(b"no picture")
-    (tmp_path / "A.jsonl").write_text("\n".join(lines))
     (tmp_path / "templates.txt").write_text("a {}")
     predictor = StubPredictor(
         # The image says cat, and of the second one cow before dog.
@@ -38,7 +33,6 @@ def data(tmp_path):
             1: ([LEFT, RIGHT, CORNER], [[0, 0, 1], [0, 1, 0], [1, 0, 0]]),
         },
     )
-    given = dict(images=tmp_path, annotations=tmp_path / "A.jsonl")
     return predictor, given | dict(templates=tmp_path / "templates.txt")
 
 

@@ -153,10 +153,9 @@ def test_check_finds_every_fault_before_there_is_a_model(tmp_path):
         "no/such: no such folder; expected one with a sub-folder a class"
     ]
     described = dict(descriptions=str(tmp_path / "D.json"))
-    assert faults(**described, alphas=(0.5, 2.0), region_order="x") == [
+    assert faults(**described, alphas=(0.5, 2.0)) == [
         f"{tmp_path}/D.json: no description of the classes dog",
         "alpha: got 2.0, expected a number from 0 to 1",
-        "region order: got 'x', expected one of queries, descriptions",
     ]
     assert "got -1.0" in faults(alphas=(1.0, -1.0))[0]
     assert "for a test without class names" in faults(names=False)[0]

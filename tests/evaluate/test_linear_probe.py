@@ -201,22 +201,3 @@ def test_without_scikit_learn_the_extra_is_named(noisy, capsys, monkeypatch):
     assert _command(noisy[0], f"--train={noisy[0] / 'train'}") == 2
     line = "linear_probe: needs scikit-learn: pip install 'grain_jax[probe]'\n"
     assert capsys.readouterr().err == line
-
-
-@pytest.mark.parametrize(
-    "fields, message",
-    [
-        (
-            dict(kind="zeroshot", shots=(1,)),
-            "evals.x.shots: no such key; there are: evals.x.kind, evals.x.missing,",
-        ),
-        (dict(kind="linear_probe", shots=(-1,)), "evals.x.shots: got (-1,), expected at least 1"),
-        (dict(kind="linear_probe", seeds=0), "evals.x.seeds: got 0, expected 1 to 1000"),
-    ],
-)
-def test_faults_of_an_entry(fields, message):
-    suite = dict(data_dir="", folders="", descriptions=None, templates=None, alphas=(1.0,))
-    entry = ConfigDict(evaluator(images="x", **fields)).to_dict()
-    with pytest.raises(config_lib.ConfigError) as error:
-        config_lib.suite_from_dict(suite | {"evals": {"x": entry}})
-    assert message in str(error.value)

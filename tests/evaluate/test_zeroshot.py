@@ -8,7 +8,6 @@ from grain_jax import errors
 from grain_jax.evaluate import linear_probe, rates, test_sets, zeroshot
 from grain_jax.inference import scores
 from tests.evaluate.stub import StubPredictor, measure, write_picture
-from tests.paths import GOLDENS
 
 BOXES = np.zeros((2, 4))
 
@@ -55,11 +54,6 @@ def test_names(folder):
     assert result["pictures_per_class"] == {"cat": 2, "dog": 1, "red fox": 1}
     assert (alpha["top1_low"], alpha["top1_high"]) == pytest.approx(rates.interval(3, 4))
     assert "alpha_0.5" not in result
-
-
-def test_a_tie_counts_half(folder):
-    images = {0: [1, 1, -1], 1: [1, 0, 0], 2: [0, 1, 0], 3: [0, 0, 1]}
-    assert _evaluate(folder, StubPredictor(images, NAMES))["alpha_1.0"]["top1"] == 3.5 / 4
 
 
 DESCRIPTIONS = {
@@ -213,7 +207,6 @@ def test_faults(folder):
     assert "'cat': expected a list of texts" in str(fault(descriptions=path).value)
     assert "for a test without class names" in str(fault(names=False).value)
     assert "got 1.5, expected a number from 0 to 1" in str(fault(alphas=(1.5,)).value)
-    assert "expected one of queries, descriptions" in str(fault(region_order="x").value)
     (folder / "classes" / "eel").mkdir()
     assert "no images in the class folders eel" in str(fault().value)
     with pytest.raises(errors.UserError, match="got 0 sub-folders"):
@@ -269,14 +262,3 @@ def test_names_of_folders_and_files_are_compared_composed(tmp_path):
     write_picture(tmp_path / "NFC" / unicodedata.normalize("NFD", names[1]) / "0.png", 1)
     with pytest.raises(errors.UserError, match=r"class folders 'Mo\\u0308we', 'M\\xf6we', all of"):
         test_sets.ClassFolders(tmp_path / "NFC")
-
-
-def test_accuracies_of_the_reference():
-    """eval.npz: what the reference's own evaluation counted on its logits."""
-    golden = np.load(GOLDENS / "eval.npz")
-    right = golden["inputs/targets"][:, None] == np.arange(12)
-    tags = [key.removesuffix("/logits") for key in golden if key.endswith("/logits")]
-    assert len(tags) == 10
-    for tag in tags:
-        hits = [rates.topk_hits(golden[f"{tag}/logits"], right, k).mean() for k in (1, 5)]
-        np.testing.assert_allclose(100 * np.array(hits), golden[f"{tag}/acc1_acc5"], atol=1e-6)

@@ -196,7 +196,7 @@ def test_negatives_are_drawn_as_training_has_them():
     assert few < many
     layout = packing.pack(**texts, pack_group=8, rows=many, row_length=77)
     assert layout.texts_dropped == 0
-    without = of._replace(negatives=None)  # a set of before
+    without = of._replace(negatives=None)
     assert derived.rows_of(config, 8, [without]).rows == few
     padded = resolve(
         open_config(text__packing=False, input__captions_per_image=3, input__negatives_per_region=2)

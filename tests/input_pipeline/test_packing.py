@@ -245,7 +245,7 @@ def test_a_worked_example():
     packed = assert_sound(layout, batch)
     assert packed.segments.tolist() == [[[1] * 5 + [2] * 4, [1] * 4 + [2] * 3 + [3] * 2]]
     assert packed.positions[0, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
-    assert packing.padding_share(packed.segments) == 0.0
+    assert (packed.segments == 0).mean() == 0.0
 
 
 def test_overflow_drops_the_lowest_score_of_its_group_but_no_images_last_region():
@@ -308,7 +308,7 @@ def test_captions_that_an_image_lacks_take_no_room():
     ]
     assert layout.description_at.tolist() == [[[1, 5]], [[0, 0]], [[1, 3]]]
     packed = assert_sound(layout, batch)
-    assert packing.padding_share(packed.segments) == pytest.approx(1 / 3)
+    assert (packed.segments == 0).mean() == pytest.approx(1 / 3)
     del batch["region_scores"]
     layout = packing.one_text_per_row(**batch, row_length=8)
     assert layout.rows == 4 and layout.caption_at[0].tolist() == [[0, 4], [0, 0], [2, 2]]
@@ -328,7 +328,7 @@ def test_one_text_per_row_is_the_padded_batch():
         [[a, a + 1, a + 2, a + 3, END, 0], [d, d + 1, END, 0, 0, 0], [0] * 6],
         [[a + 100, END, 0, 0, 0, 0], [0] * 6, [d + 100, d + 101, d + 102, END, 0, 0]],
     ]
-    assert packing.padding_share(packed.segments) == pytest.approx(1 - 14 / 36)
+    assert (packed.segments == 0).mean() == pytest.approx(1 - 14 / 36)
 
 
 def test_a_batch_without_regions_and_one_without_region_slots():
@@ -387,7 +387,7 @@ def test_arguments_are_not_changed_and_results_repeat():
         (dict(description_lengths=np.full((4, 1), 1)), "description 0 of image 2 has 1 tokens"),
         (dict(region_mask=np.ones((4, 2), bool)), "shapes do not agree"),
         (dict(region_scores=np.full((4, 1), np.nan)), "region 0 of image 2 is nan"),
-        (dict(negative_lengths=np.full((4, 1), 2)), "shapes do not agree: negative_lengths"),
+        (dict(negative_lengths=np.full((4, 1), 2)), "shapes do not agree: .*negative_lengths"),
         (
             dict(negative_lengths=np.full((4, 1, 1), 2)),
             "region 0 of image 0 has negatives, but is m",

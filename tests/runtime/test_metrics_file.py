@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from grain_jax.launch import sweep_table
+from grain_jax.launch import sweep_runs
 
 from grain_jax import verify
 from grain_jax.report import pictures, run_files
@@ -48,7 +48,7 @@ def test_a_hostile_line_is_named_and_left_out_by_all_who_read_it(workdir, capsys
     assert run.series == {"loss": ([1, 2], [2.0, 1.0])} and run.step == 2
     assert run.unmeasured[0].startswith(said)
     pictures.curves(workdir / "metrics.jsonl", workdir / "curves.png")
-    assert sweep_table.last_step(workdir) == 2
+    assert sweep_runs.last_step(workdir) == 2
     with pytest.raises(verify.Mismatch, match="line 2: got .* expected a JSON object"):
         workdir_files._metrics(workdir)
 

@@ -20,9 +20,7 @@ def planted(tmp_path_factory):
 
 @pytest.mark.parametrize("passes", [drill.local, drill.remote])
 def test_killed_and_started_again_each_picture_is_there_once(planted, passes):
-    told = []
-    passes(*planted, lambda *texts: told.append(texts))
-    assert len(told) >= 3  # it went to its end
+    passes(*planted)
 
 
 @pytest.fixture
@@ -39,7 +37,7 @@ def arguments(folder, output, *more):
 
 def test_what_a_source_has_is_taken_over_and_built_into_records(pictures, tmp_path):
     output = tmp_path / "out"
-    more = ("--passes=none", "--records=birds", "--store-size=16", "--encoding=png")
+    more = ("--passes=none", "--name=birds", "--store-size=16", "--encoding=png")
     assert command.main(arguments(pictures, output, "--shard-size=4", *more)) == 0
     lines = [json.loads(line) for line in (output / "A.jsonl").read_text().splitlines()]
     assert [line["image"] for line in lines] == [f"{i:05d}.png" for i in range(6)]
@@ -70,7 +68,7 @@ def test_pictures_of_tar_shards_go_to_records_or_to_files(pictures, tmp_path, ca
                 tar.add((pictures / name).with_suffix(".txt"), name.replace("png", "txt"))
     first = (tars / "00000.tar").read_bytes()
     given = [f"--images={tars}", "--passes=none"]
-    assert command.main([*given, f"--output={tmp_path / 'a'}", "--records=tars"]) == 0
+    assert command.main([*given, f"--output={tmp_path / 'a'}", "--name=tars"]) == 0
     assert not (tmp_path / "a" / "images").exists()
     builder = tfds.builder("tars", data_dir=tmp_path / "a" / "records")
     examples = {x["id"].decode(): x for x in tfds.as_numpy(builder.as_dataset(split="train"))}
@@ -80,10 +78,10 @@ def test_pictures_of_tar_shards_go_to_records_or_to_files(pictures, tmp_path, ca
     np.testing.assert_array_equal(examples["00001/00001.png"]["image"], expected)
     assert examples["00001/00001.png"]["captions"].tolist() == [b"text of 1 00001.png"]
 
-    assert command.main([*given, f"--output={tmp_path / 'c'}", "--no-images"]) == 0
+    assert command.main([*given, f"--output={tmp_path / 'c'}", "--no-keep-images"]) == 0
     assert not (tmp_path / "c" / "images").exists()
     (tars / "00000.tar").write_bytes(first[:1024])
-    assert command.main([*given, f"--output={tmp_path / 'c'}", "--records=tars"]) == 2
+    assert command.main([*given, f"--output={tmp_path / 'c'}", "--name=tars"]) == 2
     assert "got no image 00000/0000" in capsys.readouterr().err
     (tars / "00000.tar").write_bytes(first)
 
@@ -133,21 +131,18 @@ def test_a_server_that_refuses_all_ends_the_job_in_one_line(pictures, tmp_path, 
     [
         ("--passes=captoin", "expected all, none, or some of caption,describe,ground"),
         ("--runnner=DirectRunner", "got --runnner, expected an argument of this command"),
-        (
-            "--source=tdfs",
-            "data source 'tdfs': did you mean tfds? expected one of: annotations, coco",
-        ),
+        ("--source=tdfs", "data source 'tdfs': did you mean tfds? expected one of: annotations, coco"),
         ("--source=no.where:Source", "'no.where' cannot be imported (No module named 'no')"),
         ("--source=json:JSONDecoder", "got a class without images_are_files, shards, read"),
         ("--option=delimiter", "got 'delimiter', expected KEY=VALUE"),
         ("--option=a=b", "--option a of data source 'annotations': the source has no options"),
         ("--passes=describe", "1 of 1 shards have no results of the pass caption yet"),
         ("--endpoint=http://127.0.0.1:1/v1", "got no --chat"),
-        ("--records=Big Set", "expected a TFDS name"),
+        ("--name=Big Set", "expected a TFDS name"),
         ("--prompts=/nowhere", "/nowhere/caption.txt: no such file"),
         ("--images=/nowhere  --source=folder", "no such folder, expected images"),
     ],
-)
+)  # fmt: skip
 def test_wrong_usage_is_one_line_and_status_2(pictures, tmp_path, capsys, given, expected):
     assert command.main([*arguments(pictures, tmp_path / "out"), *given.split("  ")]) == 2
     error = capsys.readouterr().err.splitlines()
