@@ -87,6 +87,7 @@ setup(
             "input_pipeline/clip_vocabulary.*",
             "inference/*.txt",
             "pretrained/aviary-tiny/**",
+            "demo/*.css",
             "demo/*.js",
             "evaluate/classes/*.txt",
             "report/*.css",

@@ -62,7 +62,7 @@ def _resident_bytes(session: int) -> int:
 def annotate(shards: pathlib.Path, output: pathlib.Path, workers: int) -> dict[str, float]:
     """Runs the command once; returns images/s and the largest memory in MB."""
     command = [sys.executable, "-m", "grain_jax.data.annotate", f"--images={shards}"]
-    command += [f"--output={output}", "--passes=none", "--no-images", *WORKERS[workers]]
+    command += [f"--output={output}", "--passes=none", "--no-keep-images", *WORKERS[workers]]
     most, quiet = 0, subprocess.DEVNULL
     with subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True) as process:
         while process.poll() is None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from etils import epath
 from grain_jax.data import duplicates, example, parallel, splits, staging, survey
-from grain_jax.data.arguments import Encoding, build_parser
+from grain_jax.data.arguments import Build, Encoding
 from grain_jax.data.survey import BuildError
 
 from grain_jax import errors, printable, progress
@@ -66,7 +66,7 @@ def build(args: argparse.Namespace, read_lines: survey.ReadLines = example.read_
     """Builds the set; returns a line about it.
 
     Args:
-      args: as `build_parser` gives them.
+      args: as `Build.parse` gives them.
       read_lines: gives the lines of `args.annotations`, with their images where these are no files.
 
     Raises:
@@ -215,7 +215,7 @@ def of_system(error: OSError, output: epath.PathLike) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     try:
-        args = build_parser().parse_args(argv)
+        args = Build.parse(argv)
         try:
             print(build(args))
         except OSError as error:

@@ -19,7 +19,7 @@ from jax import export as jax_export
 
 from grain_jax import __version__, errors, inference
 from grain_jax import config as config_lib
-from grain_jax.cli.export import parser
+from grain_jax.cli.export import Export
 from grain_jax.convert import parity
 from grain_jax.input_pipeline import tokenizer
 
@@ -234,7 +234,7 @@ def _compare(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exports a checkpoint; returns 0, 1 where the functions give other outputs, 2 for wrong input."""
     try:
-        args = parser().parse_args(arguments)
+        args = Export.parse(arguments)
         with errors.out_of_memory_in_a_line("export"):
             compared = export_model(inference.load(args.checkpoint, args.dtype), args.output)
     except errors.UserError as error:

@@ -36,14 +36,14 @@ class Line:
         self._prefix, self._silent = prefix, silent
         self._terminal = sys.stderr.isatty()
         self._every = _TERMINAL_SECONDS if self._terminal else every
-        self._shown_at = time.monotonic()
+        self._shown_at, self._shown = time.monotonic(), ""
 
     def show(self, text: str, *, now: bool = False) -> None:
-        """Shows the progress; without `now` not so soon after the last time."""
-        time_now = time.monotonic()
-        if self._silent or not (now or time_now - self._shown_at >= self._every):
+        """Shows the progress where it has changed; without `now` not so soon after the last time."""
+        waited = time.monotonic() - self._shown_at
+        if self._silent or text == self._shown or not (now or waited >= self._every):
             return
-        self._shown_at = time_now
+        self._shown_at, self._shown = self._shown_at + waited, text
         text = self._prefix + text
         if self._terminal:  # a line that wraps could not be rewritten
             text = _ERASE + text[: shutil.get_terminal_size().columns - 1]
@@ -54,6 +54,7 @@ class Line:
         if not self._silent:
             erase = _ERASE if self._terminal else ""
             print(f"{erase}{self._prefix}{text}", file=sys.stderr, flush=True)
+            self._shown = ""
 
     def close(self, *, stays: bool = False) -> None:
         """Clears the line of a terminal, or leaves it standing."""

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from grain_jax import config as config_lib
 from grain_jax import errors, inference, losses, progress
 from grain_jax.cli import config_file, process
-from grain_jax.cli.train import parser
+from grain_jax.cli.train import Train
 from grain_jax.config.evals import Context
 from grain_jax.convert import initialise
 from grain_jax.evaluate import encode, entries, grounding
@@ -496,7 +496,7 @@ def report(config, workdir, predictor, results) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and trains."""
-    args = parser().parse_args(arguments)
+    args = Train.parse(arguments)
     config = config_file.load(args.config, args.overrides)
     if args.print_shardings:
         mesh = sharding.make_mesh(config.mesh)

@@ -2,193 +2,133 @@
 
 import argparse
 import dataclasses
+from typing import Literal
 
-from grain_jax.cli.config_parser import ConfigParser
-from grain_jax.cli.parser import Parser
-from grain_jax.cli.values import number
-
-LAUNCHERS = ("local", "slurm", "gke")
-GRACE_SECONDS = 30  # from the request to end until a process is killed
+from grain_jax.cli.flags import flag, number
+from grain_jax.cli.parser import Command, Configured
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
-    """The assumptions of a plan besides config and topology: the flags of the same names, in SI units."""
+    """The assumptions of a plan besides config and topology, in SI units.
 
-    examples: int | None = None
-    price: float | None = None
-    efficiency: float = 0.5
-    input_rate: float = 250.0  # images/s a core
-    image_bytes: float = 55e3
-    storage_rate: float = 1e9  # bytes/s a host
-    timeout: float = 1800.0
+    assumptions:
+      --examples N         examples of the data set
+      --price PRICE        of a chip-hour, in your currency
+      --efficiency SHARE   of the peak rates that is reached, 0.01 to 1; a guess
+      --input-rate R       images/s that one host core prepares
+      --image-bytes BYTES  of an image as stored
+      --storage-rate GB/S  GB/s between a host and storage (default: 1)
+      --timeout S          seconds that one compile may take
+    """
 
-
-def plan_parser() -> ConfigParser:
-    """The parser of `grain-jax plan`."""
-    default = PlanOptions()
-    out = ConfigParser(
-        "grain-jax plan",
-        more="""
-The very step that grain-jax train runs is compiled for these chips on this machine's CPU: by libtpu for TPUs (extra
-tpu), by the CUDA plugin of JAX for GPUs (extra cuda12). Without that plugin a plan for GPUs is arithmetic, labelled
-ESTIMATE. Prints whether it fits, what bounds its speed, what the input must deliver, and the bill.""",
-        example="grain-jax plan --config grain_vitb16_cc12m --topology v5e:16x16 --price 1.2",
-    )
-    group = out.add_argument_group("the run and its chips")
-    out.add_config(group, "grain_vitb16_cc12m")
-    add = group.add_argument
-    add(
-        "--topology",
-        metavar="CHIP:SHAPE",
-        help="v5e:16x16, v5e:16x16*2 (two slices), v4:4x4x8, h100:8x2 (GPUs a node x nodes; also h200,"
-        " a100-40, a100-80, b200)",
-    )
-    add("--output", metavar="OUT.json", help="file that the plan is also written to")
-    out.switch(
-        "--search",
-        to=group,
-        help="look for the cheapest remat that fits, what is faster with it, and the largest batch",
-    )
-    out.older(json="--output")
-    add = out.add_argument_group("assumptions").add_argument
-    add("--examples", metavar="N", type=number(int, 1, 10**12), help="examples of the data set")
-    add(
-        "--price",
-        metavar="PRICE",
-        type=number(float, 0),
-        help="of a chip-hour, in your currency",
-    )
-    add(
-        "--efficiency",
-        metavar="SHARE",
-        type=number(float, 0.01, 1),
-        default=default.efficiency,
-        help="of the peak rates that is reached, 0.01 to 1; a guess",
-    )
-    add(
-        "--input-rate",
-        metavar="R",
-        type=number(float, 1e-3),
-        default=default.input_rate,
-        help="images/s that one host core prepares",
-    )
-    add(
-        "--image-bytes",
-        metavar="BYTES",
-        type=number(float, 1),
-        default=default.image_bytes,
-        help="of an image as stored",
-    )
-    add(
-        "--storage-rate",
-        metavar="GB/S",
-        type=number(float, 1e-6),
-        default=default.storage_rate / 1e9,
-        help="GB/s between a host and storage",
-    )
-    add(
-        "--timeout",
-        metavar="S",
-        type=number(float, 1),
-        default=default.timeout,
-        help="seconds that one compile may take",
-    )
-    out.needs = ("--config", "--topology")
-    return out
+    examples: int | None = flag(None, high=10**12)
+    price: float | None = flag(None, low=0)
+    efficiency: float = flag(0.5, low=0.01, high=1)
+    input_rate: float = flag(250.0, low=1e-3)
+    image_bytes: float = flag(55e3, low=1)
+    storage_rate: float = flag(1e9, parse=lambda text: 1e9 * number(float, 1e-6)(text))  # bytes/s
+    timeout: float = flag(1800.0, low=1)
 
 
-def sweep_parser() -> ConfigParser:
-    """The parser of `grain-jax sweep`."""
-    out = ConfigParser(
-        "grain-jax sweep",
-        more="""
-sweep() of the sweep file yields flat overrides, such as {"optim.learning_rate": 1e-3, "seed": 1}. Every point
-is checked before anything starts. Each run has a folder of its own below the workdir, named after what differs.
-The same command again skips what is finished, goes on with what is not, and tabulates.""",
-        example="grain-jax sweep --config demo --sweep learning_rate --workdir runs/rates --parallel 2",
-    )
-    group = out.add_argument_group("the sweep")
-    out.add_config(group)
-    add = group.add_argument
-    add(
-        "--sweep",
-        metavar="FILE|NAME",
-        help="a Python file with sweep(), or a sweep of the package, such as learning_rate",
-    )
-    add("--workdir", metavar="DIR", help="folder of the sweep; each run has one in it")
-    out.switch(
-        "--dry-run", to=group, help="check every point and print the commands, start nothing"
-    )
-    out.switch("--table", to=group, help="only tabulate what is there")
-    add(
-        "--metric",
-        metavar="KEY",
-        help="what the table is sorted by, such as eval/unseen/top1 (default: the first accuracy)",
-    )
-    add = out.add_argument_group("how runs are started").add_argument
-    add("--launcher", choices=LAUNCHERS, default="local", help="where the runs are trained")
-    add(
-        "--parallel",
-        metavar="N",
-        type=number(int, 1),
-        help="runs at a time (default: local 1, else all)",
-    )
-    add(
-        "--retries",
-        metavar="N",
-        type=number(int, 0),
-        default=1,
-        help="how often a local run that fails is started again",
-    )
-    out.needs = ("--config", "--sweep", "--workdir")
-    return out
+class Plan(Configured, name="plan"):
+    """Tells memory, speed and price of a run on chips that are not here.
+
+    The very step that grain-jax train runs is compiled for these chips on this machine's CPU: by libtpu for TPUs (extra
+    tpu), by the CUDA plugin of JAX for GPUs (extra cuda12). Without that plugin a plan for GPUs is arithmetic, labelled
+    ESTIMATE. Prints whether it fits, what bounds its speed, what the input must deliver, and the bill.
+
+    Example:
+      grain-jax plan --config grain_vitb16_cc12m --topology v5e:16x16 --price 1.2
+
+    the chips:
+      --topology CHIP:SHAPE  v5e:16x16, v5e:16x16*2 (two slices), v4:4x4x8, h100:8x2 (GPUs a node x nodes; also h200,
+        a100-40, a100-80, b200)
+      --output OUT.json      file that the plan is also written to
+      --[no-]search          look for the cheapest remat that fits, what is faster with it, and the largest batch
+    """
+
+    topology: str
+    output: str | None = flag(None, also="json")
+    search: bool = False
+    assumptions: PlanOptions = PlanOptions()
 
 
-def local_parser() -> Parser:
-    """The parser of `grain-jax local`."""
-    out = Parser(
-        "grain-jax local",
-        more="""
-Each process has D virtual devices and serves its share of the lanes. Lines are prefixed with the process's
-number. A signal to the launcher goes to every process; where the launcher itself is killed, they get SIGTERM
-(on Linux). The first process that fails is named, the others are ended, and its status is the launcher's:
-128 + N after signal N. Where the run was preempted, it is 75.""",
-        example="grain-jax local --processes 2 -- grain-jax train --config demo --workdir runs/demo",
-    )
-    add = out.add_argument_group("processes").add_argument
-    add(
-        "command",
-        metavar="-- COMMAND",
-        nargs=argparse.REMAINDER,
-        help="grain-jax train or evaluate with its flags; --coordinator, --processes and --process-id are added",
-    )
-    add("--processes", metavar="P", type=number(int, 1), required=True, help="how many to start")
-    add(
-        "--devices-per-process",
-        metavar="D",
-        type=number(int, 1),
-        default=1,
-        help="virtual devices of each",
-    )
-    add(
-        "--grace",
-        metavar="S",
-        type=number(float, 0),
-        default=GRACE_SECONDS,
-        help="seconds that the others have to end in once a process failed",
-    )
-    return out
+class Sweep(Configured, name="sweep"):
+    """Trains every point of a sweep, and tabulates.
+
+    sweep() of the sweep file yields flat overrides, such as {"optim.learning_rate": 1e-3, "seed": 1}. Every point
+    is checked before anything starts. Each run has a folder of its own below the workdir, named after what differs.
+    The same command again skips what is finished, goes on with what is not, and tabulates.
+
+    Example:
+      grain-jax sweep --config demo --sweep learning_rate --workdir runs/rates --parallel 2
+
+    the sweep:
+      --sweep FILE|NAME           a Python file with sweep(), or a sweep of the package, such as learning_rate
+      --workdir DIR               folder of the sweep; each run has one in it
+      --[no-]dry-run              check every point and print the commands, start nothing
+      --[no-]table                only tabulate what is there
+      --metric KEY                what the table is sorted by, such as eval/unseen/top1 (default: the first accuracy)
+
+    how runs are started:
+      --launcher local|slurm|gke  where the runs are trained
+      --parallel N                runs at a time (default: local 1, else all)
+      --retries N                 how often a local run that fails is started again
+    """
+
+    sweep: str
+    workdir: str
+    dry_run: bool = False
+    table: bool = False
+    metric: str | None = None
+    launcher: Literal["local", "slurm", "gke"] = "local"
+    parallel: int | None = None
+    retries: int = flag(1, low=0)
 
 
-def files_parser() -> Parser:
-    """The parser of `grain-jax launch-files`."""
-    out = Parser(
-        "grain-jax launch-files",
-        more="The head of each file says what it needs and how it is called.",
-        example="grain-jax launch-files cluster",
-    )
-    out.add_argument(
-        "folder", metavar="DIR", help="folder to write; none of the files may be there"
-    )
-    return out
+class Local(Command, name="local"):
+    """Starts a command as several processes on this machine.
+
+    Each process has D virtual devices and serves its share of the lanes. Lines are prefixed with the process's
+    number. A signal to the launcher goes to every process; where the launcher itself is killed, they get SIGTERM
+    (on Linux). The first process that fails is named, the others are ended, and its status is the launcher's:
+    128 + N after signal N. Where the run was preempted, it is 75.
+
+    Example:
+      grain-jax local --processes 2 -- grain-jax train --config demo --workdir runs/demo
+
+    processes:
+      --processes P            how many to start
+      --devices-per-process D  virtual devices of each
+      --grace S                seconds that the others have to end in once a process failed
+      -- COMMAND               grain-jax train or evaluate with its flags; --coordinator, --processes and --process-id
+        are added
+    """
+
+    processes: int
+    devices_per_process: int = 1
+    grace: float = flag(30.0, low=0)
+    words: list[str] = flag(name="command", nargs=argparse.REMAINDER)
+
+    def __post_init__(self):
+        """Raises ValueError where there is no command."""
+        if self.words[:1] == ["--"]:
+            self.words = self.words[1:]
+        if not self.words:
+            raise ValueError("expected -- COMMAND, such as -- grain-jax train --config demo")
+
+
+class LaunchFiles(Command, name="launch-files"):
+    """Copies the files that start runs on SLURM, GKE, TPU VMs and in containers.
+
+    The head of each file says what it needs and how it is called.
+
+    Example:
+      grain-jax launch-files cluster
+
+    where:
+      FOLDER   folder to write; none of the files may be there
+    """
+
+    folder: str

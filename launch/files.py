@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from etils import epath
-from grain_jax.launch.arguments import files_parser
+from grain_jax.launch.arguments import LaunchFiles
 
 from grain_jax import errors
 
@@ -12,7 +12,7 @@ _SUFFIXES = (".sh", ".sbatch", ".yaml")
 
 def main(words: Sequence[str] | None = None) -> None:
     """Writes them to the folder, and prints their paths."""
-    folder = epath.Path(files_parser().parse_args(words).folder)
+    folder = epath.Path(LaunchFiles.parse(words).folder)
     own = epath.Path(__file__).parent
     found = sorted(p for p in own.iterdir() if p.name == "Dockerfile" or p.suffix in _SUFFIXES)
     if there := [p.name for p in found if (folder / p.name).exists()]:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-from grain_jax.launch.arguments import local_parser
+from grain_jax.launch.arguments import Local
 
 from grain_jax import errors
 
@@ -26,15 +26,12 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def main(argv: list[str] | None = None) -> int:
     """Starts the processes, waits for them, and returns the exit status."""
-    parser = local_parser()
     try:
-        args = parser.parse_args(argv)
-        command = args.command[1:] if args.command[:1] == ["--"] else args.command
-        if not command:
-            parser.error("expected -- COMMAND, such as -- grain-jax train --config demo")
+        args = Local.parse(argv)
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return error.status
+    command = args.words
     if command[0] == "grain-jax":  # of this environment, be it that its scripts are not on the path
         command = [sys.executable, "-m", "grain_jax", *command[1:]]
     with socket.socket() as free:

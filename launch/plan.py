@@ -24,8 +24,8 @@ from grain_jax.launch import (
     plan_text,
     search,
 )
+from grain_jax.launch.arguments import Plan
 from grain_jax.launch.arguments import PlanOptions as Options
-from grain_jax.launch.arguments import plan_parser
 
 from grain_jax import config as config_lib
 from grain_jax import errors, progress
@@ -331,29 +331,20 @@ def find(config, topology, options: Options, line, base: dict[str, Any]) -> dict
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, plans, prints."""
-    args = plan_parser().parse_args(arguments)
+    args = Plan.parse(arguments)
     # JAX would look for TPUs here, since libtpu is there.
     jax.config.update("jax_platforms", "cpu")
     config = config_file.load(args.config, args.overrides)
     topology = chips.parse_topology(args.topology)
-    options = Options(
-        examples=args.examples,
-        price=args.price,
-        efficiency=args.efficiency,
-        input_rate=args.input_rate,
-        image_bytes=args.image_bytes,
-        storage_rate=args.storage_rate * 1e9,
-        timeout=args.timeout,
-    )
     line = progress.Line()
     try:
         plan = {
             "topology": args.topology,
             "overrides": args.overrides,
-            **make(config, topology, options, line),
+            **make(config, topology, args.assumptions, line),
         }
         if args.search:
-            plan["search"] = find(config, topology, options, line, plan)
+            plan["search"] = find(config, topology, args.assumptions, line, plan)
     except compiler.CompilerFailed as error:
         line.close()
         print(error, file=sys.stderr)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from etils import epath
 from grain_jax.launch import jobs, sweep_clusters, sweep_runs, sweep_table
-from grain_jax.launch.arguments import sweep_parser
+from grain_jax.launch.arguments import Sweep
 from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
 
 from grain_jax import config as config_lib
@@ -92,7 +92,7 @@ def show_plan(runs: Sequence[SweepRun]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, trains what is left, tabulates."""
-    args = sweep_parser().parse_args(arguments)
+    args = Sweep.parse(arguments)
     base = config_file.load(args.config, args.overrides)
     workdir = epath.Path(args.workdir)
     metric, parallel = args.metric, args.parallel

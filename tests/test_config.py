@@ -13,7 +13,7 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax import errors, recipe
 from grain_jax.cli import config_file
-from grain_jax.cli.train import parser
+from grain_jax.cli.train import Train
 from grain_jax.config import evals, listing
 from tests import tiny
 from tests.paths import ROOT
@@ -254,7 +254,7 @@ def sweep():
 PARSE = (
     "from grain_jax.cli import config_file, process, train\n"
     "def main(arguments):\n"
-    "    args = train.parser().parse_args(arguments)\n"
+    "    args = train.Train.parse(arguments)\n"
     "    c = config_file.load(args.config, args.overrides)\n"
     "    print(c.batch_size, c.model.image.width)\n"
     "process.run(main)"
@@ -324,7 +324,7 @@ DEMO = ("--workdir=x", "--config=configs/demo.py")
 
 def _parsed(*arguments):
     """The Config of a command line of the trainer."""
-    args = parser().parse_args(arguments)
+    args = Train.parse(arguments)
     return config_file.load(args.config, args.overrides)
 
 

@@ -31,7 +31,6 @@ DISTRIBUTION = {
 EXTRAS = {
     "faiss-cpu": {"faiss"},
     "gradio": {"demo"},
-    "httpx": {"annotate"},
     "huggingface_hub": {"hub"},
     "instant-clip-tokenizer": {"fast-tokenizer"},
     "open_clip_torch": {"interop"},

@@ -26,8 +26,12 @@ import notebooks
     [
         ("../data/SCHEMA.md", "docs/inspect.md", "inspect.md", "schema.md"),
         ("../data/SCHEMA.md#shards", "docs/inspect.md", "inspect.md", "schema.md#shards"),
-        ("../../examples/README.md", "docs/howto/README.md", "howto/README.md")
-        + ("../examples/README.md",),
+        (
+            "../../examples/README.md",
+            "docs/howto/README.md",
+            "howto/README.md",
+            "../examples/README.md",
+        ),
         ("docs/method.md#losses", "CONTRIBUTING.md", "contributing.md", "method.md#losses"),
         ("examples/tower/mixer.py", "CONTRIBUTING.md", "contributing.md", "examples/tower.md"),
         ("scaling.md", "docs/launch.md", "launch.md", "scaling.md"),
@@ -95,7 +99,7 @@ def test_a_page_of_every_command_has_every_flag():
         (name, flag.name)
         for name, parser in cli.parsers().items()
         if not parser.kinds
-        for title, flags in parser.arguments()
+        for title, flags in parser.groups.items()
         if title != "help"
         for flag in flags
         if f"#### `{flag.name}" not in pages[f"commands/{name.split()[0]}.md"]

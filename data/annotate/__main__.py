@@ -26,7 +26,7 @@ from grain_jax.data.annotate import (
     prompt,
 )
 from grain_jax.data.annotate.passes import PASSES, Job
-from grain_jax.data.arguments import build_parser
+from grain_jax.data.arguments import Build
 
 from grain_jax import errors
 
@@ -38,7 +38,7 @@ class AnnotateError(errors.UserError):
     """The job cannot run, or its faults are too many; the message is one line."""
 
 
-def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
+def annotate(args: argparse.Namespace) -> str:
     """Runs the job; returns a line about its results. Raises UserError."""
     # Beam complains where Google's packages are missing, which only its Google runners need.
     logging.getLogger().addFilter(lambda record: "apitools not found" not in record.getMessage())
@@ -49,13 +49,13 @@ def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
             f"{error}; install what annotation needs: pip install 'grain_jax[annotate]'"
         ) from None
     start = time.monotonic()
-    pipeline.check(beam_arguments)
+    pipeline.check(args.beam)
     output = outputs.Output(args.output)
     name, own = arguments.source_name(args), dict(args.option)
     source = sources.make(name, own)
     args.orientation = getattr(source, "orientation", args.orientation)
     job = _job(args, output, source)
-    records = _arguments_of_build(args, source) if args.records else None
+    records = _arguments_of_build(args, source) if args.name else None
     settings = _settings(args, job)
     output.agree(settings)
     options = sources.Options(
@@ -70,7 +70,7 @@ def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
     todo = _todo(job, shards, args.retry_failed)
     counters = {}
     if todo:
-        counters = pipeline.run(job, todo, beam_arguments, retry_failed=args.retry_failed)
+        counters = pipeline.run(job, todo, args.beam, retry_failed=args.retry_failed)
         missing = {shard.name for shard in todo} - output.finished(job.passes)
         if missing:  # runners return from a job that somebody cancelled
             raise AnnotateError(
@@ -150,7 +150,7 @@ def _job(args: argparse.Namespace, output: outputs.Output, source: sources.Sourc
         passes=args.passes,
         limits=checks.Limits(args.min_side, args.max_side),
         batch_size=batch_size,
-        keep_images=args.keep_images and not (source.images_are_files or args.records),
+        keep_images=args.keep_images and not (source.images_are_files or args.name),
         chat=chat,
         detector=detector.Options(
             model=args.detector, threshold=args.threshold, batch_size=args.batch_size
@@ -199,12 +199,12 @@ def _arguments_of_build(args: argparse.Namespace, source: sources.Source) -> arg
         "annotations": str(epath.Path(args.output) / "A.jsonl"),
         "images": args.images if source.images_are_files else args.output,
         "output": str(epath.Path(args.output) / "records"),
-        "name": args.records,
+        "name": args.name,
     }
     for name in ("orientation", "store_size", "encoding", "num_shards", "max_faults"):
         given[name.replace("_", "-")] = getattr(args, name)
     pairs = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    return build_parser().parse_args([*pairs, "--overwrite"])
+    return Build.parse([*pairs, "--overwrite"])
 
 
 def _lines_with_images(
@@ -254,9 +254,9 @@ def _has_gaps(tally: dict[str, Any]) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     try:
-        args, beam_arguments = arguments.parser().parse_known_args(argv)
+        args = arguments.Annotate.parse(argv)
         try:
-            print(annotate(args, beam_arguments))
+            print(annotate(args))
         except OSError as error:
             raise AnnotateError(build.of_system(error, args.output)) from None
     except errors.UserError as error:

@@ -4,10 +4,13 @@ import argparse
 
 from grain_jax.data.annotate import options
 
-from grain_jax.cli.parser import Parser
-from grain_jax.cli.values import add_orientation, number, positive, share
+from grain_jax.cli.flags import flag, many, share
+from grain_jax.cli.parser import Command
+from grain_jax.config.evals import ORIENTATIONS
 
 _MOST = 1_000_000
+_LIMITS, _LOCAL, _FINDER = options.Limits(), options.LocalChat(), options.Detector()
+_REMOTE = options.EndpointChat("", "")
 
 
 def _passes(text: str) -> tuple[str, ...]:
@@ -17,9 +20,7 @@ def _passes(text: str) -> tuple[str, ...]:
     if "all" in given:
         given = [*options.ALL, *(name for name in given if name != "all")]
     if not set(given) <= set(options.PASSES):
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected all, none, or some of {','.join(options.PASSES)}"
-        )
+        raise ValueError(f"got {text!r}, expected all, none, or some of {','.join(options.PASSES)}")
     return tuple(name for name in options.PASSES if name in given)
 
 
@@ -27,175 +28,92 @@ def _option(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if key and equals:
         return key, value
-    raise argparse.ArgumentTypeError(f"got {text!r}, expected KEY=VALUE")
+    raise ValueError(f"got {text!r}, expected KEY=VALUE")
 
 
-def parser() -> Parser:
-    """The parser of `grain-jax annotate`."""
-    out = Parser(
-        "grain-jax annotate",
-        more="""
-The same command again resumes an interrupted job. Further flags, such as --runner, go to Beam.""",
-        example="grain-jax annotate --images images --output annotated --passes caption,describe \\\n"
-        "    --endpoint http://HOST:8000/v1 --chat MODEL\n"
-        "grain-jax annotate --source coco --images train2017 --output coco --passes none \\\n"
-        "    --annotations instances.json captions.json",
-    )
-    _add_images(out)
-    _add_models(out)
-    _add_records(out)
-    out.pass_on_unknown()
-    return out
+class Annotate(Command, name="annotate"):
+    """Writes captions, descriptions and boxes of images, by models, on Apache Beam.
 
+    The same command again resumes an interrupted job. Further flags, such as --runner, go to Beam.
 
-def _add_images(out: Parser) -> None:
-    group = out.add_argument_group("images")
-    add = group.add_argument
-    add("--images", required=True, metavar="DIR", help="folder of images, or of tar shards")
-    add_orientation(group)
-    add("--output", required=True, metavar="DIR", help="all results; the same again to go on")
-    add(
-        "--source",
-        metavar="NAME|module:Class",
-        help=f"{', '.join(options.SOURCES)}, or a class of your own (data/sources/base.py)"
-        " (default: webdataset if DIR has .tar files, else folder)",
-    )
-    add(
-        "--option",
-        action="append",
-        default=[],
-        type=_option,
-        metavar="KEY=VALUE",
-        help="an option of the source's own; may be given several times",
-    )
-    add(
-        "--annotations",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="of sources that have such files",
-    )
-    add("--split", default="", metavar="NAME", help="of sources that have splits")
-    add(
-        "--shard-size",
-        type=positive,
-        default=options.SHARD_SIZE,
-        metavar="N",
-        help="images that are lost by a kill at most; tars are shards",
-    )
-    limits = options.Limits()
-    for side, pixels in (("min", limits.min_side), ("max", limits.max_side)):
-        what = "shortest side of an image, at least" if side == "min" else "longest side, at most"
-        add(
-            f"--{side}-side",
-            type=positive,
-            default=pixels,
-            metavar="PIXELS",
-            help=f"{what}, in pixels",
-        )
-    add(
-        "--max-faults",
-        type=share,
-        default=0.01,
-        metavar="SHARE",
-        help="of the images that may have a fault, 0 to 1",
-    )
-    out.switch(
-        "--keep-images",
-        default=True,
-        to=group,
-        help="write the images of tars and TFDS sets to OUTPUT/images; not with --name, whose set has them",
-    )
-    out.switch("--retry-failed", to=group, help="run what failed in shards that are done again")
-    out.older(no_images="--no-keep-images")
+    Example:
+      grain-jax annotate --images images --output annotated --passes caption,describe \\
+          --endpoint http://HOST:8000/v1 --chat MODEL
+      grain-jax annotate --source coco --images train2017 --output coco --passes none \\
+          --annotations instances.json captions.json
 
+    images:
+      --images DIR             folder of images, or of tar shards
+      --orientation exif|file  exif turns images as viewers do, and boxes are of those pixels; file takes the pixels as
+        they are stored
+      --output DIR             all results; the same again to go on
+      --source NAME|module:Class  annotations, coco, fg_ovd, finehard, flickr30k_entities, folder, grit, karpathy, lvis,
+        refcoco, tfds, visual_genome, webdataset, or a class of your own (data/sources/base.py) (default: webdataset if
+        DIR has .tar files, else folder)
+      --option KEY=VALUE       an option of the source's own; may be given several times
+      --annotations FILE [FILE ...]  of sources that have such files
+      --split NAME             of sources that have splits
+      --shard-size N           images that are lost by a kill at most; tars are shards
+      --min-side PIXELS        shortest side of an image, at least, in pixels
+      --max-side PIXELS        longest side, at most, in pixels
+      --max-faults SHARE       of the images that may have a fault, 0 to 1
+      --[no-]keep-images       write the images of tars and TFDS sets to OUTPUT/images; not with --name, whose set has
+        them
+      --[no-]retry-failed      run what failed in shards that are done again
 
-def _add_models(out: Parser) -> None:
-    add = out.add_argument_group("models").add_argument
-    local, remote, finder = options.LocalChat(), options.EndpointChat("", ""), options.Detector()
-    add(
-        "--passes",
-        type=_passes,
-        default=options.ALL,
-        metavar="PASS,PASS",
-        help=f"some of {','.join(options.PASSES)}; all (default) is {','.join(options.ALL)}; none takes over what the"
-        " source has",
-    )
-    add(
-        "--negatives",
-        type=positive,
-        default=options.NEGATIVES,
-        metavar="N",
-        help="texts that the pass negatives makes of a description, at most",
-    )
-    add(
-        "--chat",
-        metavar="MODEL",
-        help=f"folder or name of the MLLM (default: {local.model}), or its name at the endpoint",
-    )
-    add("--endpoint", metavar="URL", help="an OpenAI-compatible server's, as http://HOST:8000/v1")
-    add(
-        "--concurrency",
-        type=positive,
-        default=remote.concurrency,
-        metavar="N",
-        help="requests at a time, of a worker",
-    )
-    add(
-        "--requests-per-second",
-        type=number(float, 0.001, _MOST),
-        default=remote.requests_per_second,
-        metavar="R",
-        help="at most, of a worker (default: no limit)",
-    )
-    add(
-        "--request-seconds",
-        type=number(float, 0.001, _MOST),
-        default=remote.seconds,
-        metavar="S",
-        help="seconds that a request may take in all",
-    )
-    add(
-        "--tries",
-        type=positive,
-        default=remote.tries,
-        metavar="N",
-        help="of a request, the first included",
-    )
-    add(
-        "--prompts",
-        metavar="DIR",
-        help="folder with caption.txt and describe.txt (default: those of the package)",
-    )
-    add("--detector", default=finder.model, metavar="MODEL", help="folder or name of the detector")
-    add(
-        "--threshold",
-        type=share,
-        default=finder.threshold,
-        metavar="SCORE",
-        help="least score of a box, 0 to 1",
-    )
-    add(
-        "--batch-size",
-        type=positive,
-        default=local.batch_size,
-        metavar="N",
-        help="images that a local model sees at once",
-    )
+    models:
+      --passes PASS,PASS       some of caption,describe,ground,negatives; all (default) is caption,describe,ground; none
+        takes over what the source has
+      --negatives N            texts that the pass negatives makes of a description, at most
+      --chat MODEL             folder or name of the MLLM (default: llava-hf/llava-v1.6-mistral-7b-hf), or its name at
+        the endpoint
+      --endpoint URL           an OpenAI-compatible server's, as http://HOST:8000/v1
+      --concurrency N          requests at a time, of a worker
+      --requests-per-second R  at most, of a worker (default: no limit)
+      --request-seconds S      seconds that a request may take in all
+      --tries N                of a request, the first included
+      --prompts DIR            folder with caption.txt and describe.txt (default: those of the package)
+      --detector MODEL         folder or name of the detector
+      --threshold SCORE        least score of a box, 0 to 1
+      --batch-size N           images that a local model sees at once
 
+    TFRecords:
+      --name NAME              also build OUTPUT/records/NAME/1.0.0, as grain-jax build does
+      --store-size S           as of grain-jax build
+      --encoding original|png|jpeg:Q  as of grain-jax build
+      --num-shards N           as of grain-jax build
+    """
 
-def _add_records(out: Parser) -> None:
-    add = out.add_argument_group("TFRecords").add_argument
-    add(
-        "--name",
-        dest="records",
-        metavar="NAME",
-        help="also build OUTPUT/records/NAME/1.0.0, as grain-jax build does",
-    )
-    add("--store-size", metavar="S", help="as of grain-jax build")
-    add("--encoding", metavar="original|png|jpeg:Q", help="as of grain-jax build")
-    add("--num-shards", metavar="N", help="as of grain-jax build")
-    out.older(records="--name")
+    images: str
+    orientation: str = flag(ORIENTATIONS[0], choices=ORIENTATIONS)
+    output: str
+    source: str | None = None
+    option: list[tuple[str, str]] = many(parse=_option)
+    annotations: list[str] = many()
+    split: str = ""
+    shard_size: int = options.SHARD_SIZE
+    min_side: int = _LIMITS.min_side
+    max_side: int = _LIMITS.max_side
+    max_faults: float = share(0.01)
+    keep_images: bool = True
+    retry_failed: bool = False
+    passes: tuple[str, ...] = flag(options.ALL, parse=_passes)
+    negatives: int = options.NEGATIVES
+    chat: str | None = None
+    endpoint: str | None = None
+    concurrency: int = _REMOTE.concurrency
+    requests_per_second: float = flag(_REMOTE.requests_per_second, low=0.001, high=_MOST)
+    request_seconds: float = flag(_REMOTE.seconds, low=0.001, high=_MOST)
+    tries: int = _REMOTE.tries
+    prompts: str | None = None
+    detector: str = _FINDER.model
+    threshold: float = share(_FINDER.threshold)
+    batch_size: int = _LOCAL.batch_size
+    name: str | None = None
+    store_size: str | None = None
+    encoding: str | None = None
+    num_shards: str | None = None
+    beam: list[str] = many()  # flags of none of the above
 
 
 def source_name(args: argparse.Namespace) -> str:

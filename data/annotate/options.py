@@ -6,11 +6,6 @@ PASSES = ("caption", "describe", "ground", "negatives")  # in their order
 ALL = ("caption", "describe", "ground")  # of --passes all
 NEGATIVES = 10  # of a description, at most
 SHARD_SIZE = 1000  # images, of sources without shards of their own
-# Names of grain_jax.data.sources.SOURCES, which is slow to import.
-SOURCES = tuple(
-    "annotations coco fg_ovd finehard flickr30k_entities folder grit karpathy lvis refcoco tfds"
-    " visual_genome webdataset".split()
-)
 
 
 class Limits(NamedTuple):

@@ -5,35 +5,26 @@
 With --records R, DIR/A.jsonl is also built into TFRecords in R (as `grain-jax build` does).
 """
 
-import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from etils import epath
 from grain_jax.data import example, staging
-from grain_jax.data.aviary import arguments, generate
-from grain_jax.data.aviary.settings import Noise, Pose, Settings
+from grain_jax.data.aviary import generate
+from grain_jax.data.aviary.arguments import Aviary
 
 from grain_jax import errors
-
-
-def _group(kind: type, given: argparse.Namespace, **others: Any) -> Any:
-    names = {field.name for field in dataclasses.fields(kind)} - set(others)
-    return kind(**{name: getattr(given, name) for name in names}, **others)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     try:
-        given = arguments.parser().parse_args(argv)
+        given = Aviary.parse(argv)
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return error.status
-    settings = _group(Settings, given, pose=_group(Pose, given), noise=_group(Noise, given))
     try:
-        made = generate.write(given.output, settings, processes=given.processes)
+        made = generate.write(given.output, given.settings, processes=given.processes)
     except (ValueError, OSError) as error:
         print(f"grain-jax aviary: {error}", file=sys.stderr)
         return 2

@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of record sets and object stores
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
-        args = arguments.parser().parse_args(argv)
+        args = arguments.Embed.parse(argv)
         compiled.use(args.compilation_cache)
         distributed.initialize(
             args.coordinator, args.processes, args.process_id, args.heartbeat_seconds

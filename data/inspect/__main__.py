@@ -126,7 +126,7 @@ def _summary(result: dict, found: list[problems.Problem]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     try:
-        print(inspect(arguments.parser().parse_args(argv)))
+        print(inspect(arguments.Inspect.parse(argv)))
     except (errors.UserError, PermissionError, NotADirectoryError, FileExistsError) as error:
         name = "grain-jax inspect: "
         print(f"{name}{str(error).removeprefix(name)}", file=sys.stderr)

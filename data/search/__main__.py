@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of record sets and object stores
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
-        args = arguments.parser().parse_args(argv)
+        args = arguments.Search.parse(argv)
         compiled.use()
         try:
             with errors.out_of_memory_in_a_line("grain-jax search"):

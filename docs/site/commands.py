@@ -1,7 +1,8 @@
 """A page of every command, made from its parser: what it does, an example, its flags."""
 
 from grain_jax.cli import commands
-from grain_jax.cli.parser import Flag, Parser
+from grain_jax.cli.help_text import Flag
+from grain_jax.cli.parser import Parser
 
 
 def index() -> str:
@@ -32,14 +33,13 @@ def pages() -> dict[str, str]:
 
 
 def _about(parser: Parser) -> str:
-    more = "" if parser.kinds else (parser.description or "").partition("\n\n")[2]
-    about = parser.about[0].upper() + parser.about[1:]
-    return f"{_plain(about)}.\n\n```bash\n{parser.example}\n```\n\n{_plain(more)}".rstrip()
+    about = f"{_plain(parser.about)}.\n\n```bash\n{parser.example}\n```"
+    return f"{about}\n\n{_plain(parser.more)}".rstrip()
 
 
 def _flags(parser: Parser, level: str, prefix: str) -> str:
     parts = []
-    for title, flags in parser.arguments():
+    for title, flags in parser.groups.items():
         if title == "help":
             continue
         parts.append(f"{level} {title[0].upper()}{title[1:]} {{ #{prefix}{_slug(title)} }}")

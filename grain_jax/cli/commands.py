@@ -1,4 +1,4 @@
-"""The commands of `grain-jax`: where the parser and the main function of each are (about.py has a line about each).
+"""The commands of `grain-jax`: where the declaration and the main function of each are.
 
 `parsers` gives the parser of every command, for the documentation and the tests; `main` is the command itself. A
 command's arguments are parsed before its module is imported: help and wrong usage need nothing heavy.
@@ -8,106 +8,51 @@ import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from grain_jax import __version__
 from grain_jax.cli import nearest, process
-from grain_jax.cli.about import ABOUT
-from grain_jax.cli.parser import Parser
+from grain_jax.cli.parser import Command, Parser
 
-
-class Command(NamedTuple):
-    """A command; both places are `module:function`."""
-
-    parser: str  # () -> Parser
-    main: str  # (arguments) -> exit status, or None for 0
-
-
+# Name -> (the class that declares it, its main function: (arguments) -> exit status, or None for 0).
 COMMANDS = {
-    "train": Command(
-        "grain_jax.cli.train:parser",
-        "grain_jax.train:console",
-    ),
-    "evaluate": Command(
-        "grain_jax.cli.evaluate:parser",
-        "grain_jax.evaluate.__main__:main",
-    ),
-    "embed": Command(
-        "grain_jax.data.embed.arguments:parser",
-        "grain_jax.data.embed.__main__:main",
-    ),
-    "search": Command(
-        "grain_jax.data.search.arguments:parser",
-        "grain_jax.data.search.__main__:main",
-    ),
-    "build": Command(
-        "grain_jax.data.arguments:build_parser",
-        "grain_jax.data.build:main",
-    ),
-    "annotate": Command(
-        "grain_jax.data.annotate.arguments:parser",
+    "train": ("grain_jax.cli.train:Train", "grain_jax.train:console"),
+    "evaluate": ("grain_jax.cli.evaluate:Evaluate", "grain_jax.evaluate.__main__:main"),
+    "embed": ("grain_jax.data.embed.arguments:Embed", "grain_jax.data.embed.__main__:main"),
+    "search": ("grain_jax.data.search.arguments:Search", "grain_jax.data.search.__main__:main"),
+    "build": ("grain_jax.data.arguments:Build", "grain_jax.data.build:main"),
+    "annotate": (
+        "grain_jax.data.annotate.arguments:Annotate",
         "grain_jax.data.annotate.__main__:main",
     ),
-    "inspect": Command(
-        "grain_jax.data.inspect.arguments:parser",
-        "grain_jax.data.inspect.__main__:main",
-    ),
-    "convert": Command(
-        "grain_jax.cli.convert:parser",
-        "grain_jax.convert.__main__:main",
-    ),
-    "export": Command(
-        "grain_jax.cli.export:parser",
-        "grain_jax.export:main",
-    ),
-    "report": Command(
-        "grain_jax.cli.report:parser",
-        "grain_jax.report.__main__:main",
-    ),
-    "demo": Command(
-        "grain_jax.cli.demo:parser",
-        "grain_jax.demo.__main__:main",
-    ),
-    "verify": Command(
-        "grain_jax.cli.verify:parser",
-        "grain_jax.verify.command:main",
-    ),
-    "plan": Command(
-        "grain_jax.launch.arguments:plan_parser",
-        "grain_jax.launch.plan:main",
-    ),
-    "sweep": Command(
-        "grain_jax.launch.arguments:sweep_parser",
-        "grain_jax.launch.sweep:main",
-    ),
-    "local": Command(
-        "grain_jax.launch.arguments:local_parser",
-        "grain_jax.launch.local:main",
-    ),
-    "launch-files": Command(
-        "grain_jax.launch.arguments:files_parser",
-        "grain_jax.launch.files:main",
-    ),
-    "aviary": Command(
-        "grain_jax.data.aviary.arguments:parser",
-        "grain_jax.data.aviary.__main__:main",
-    ),
-    "fetch": Command(
-        "grain_jax.data.fetch.arguments:parser",
-        "grain_jax.data.fetch.__main__:main",
-    ),
+    "inspect": ("grain_jax.data.inspect.arguments:Inspect", "grain_jax.data.inspect.__main__:main"),
+    "convert": ("grain_jax.cli.convert:Convert", "grain_jax.convert.__main__:main"),
+    "export": ("grain_jax.cli.export:Export", "grain_jax.export:main"),
+    "report": ("grain_jax.cli.report:Report", "grain_jax.report.__main__:main"),
+    "demo": ("grain_jax.cli.demo:Demo", "grain_jax.demo.__main__:main"),
+    "verify": ("grain_jax.cli.verify:Verify", "grain_jax.verify.command:main"),
+    "plan": ("grain_jax.launch.arguments:Plan", "grain_jax.launch.plan:main"),
+    "sweep": ("grain_jax.launch.arguments:Sweep", "grain_jax.launch.sweep:main"),
+    "local": ("grain_jax.launch.arguments:Local", "grain_jax.launch.local:main"),
+    "launch-files": ("grain_jax.launch.arguments:LaunchFiles", "grain_jax.launch.files:main"),
+    "aviary": ("grain_jax.data.aviary.arguments:Aviary", "grain_jax.data.aviary.__main__:main"),
 }
+
+
+def declared(name: str) -> type[Command]:
+    """The class that declares a command."""
+    return _at(COMMANDS[name][0])
 
 
 def parsers() -> dict[str, Parser]:
     """The parser of each command, and of each kind of a command: "train", ..., "evaluate", "evaluate zeroshot", ...
 
-    `Parser.about`, `Parser.description`, `Parser.arguments()` and `Parser.example` are what a page about a command
-    needs. Imports neither JAX, numpy, TensorFlow nor PyTorch.
+    `Parser.about`, `more`, `example` and `groups` are what a page about a command needs. Imports neither JAX, numpy,
+    TensorFlow nor PyTorch.
     """
     found: dict[str, Parser] = {}
-    for name, command in COMMANDS.items():
-        found[name] = _at(command.parser)()
+    for name in COMMANDS:
+        found[name] = Parser(declared(name))
         found |= {f"{name} {kind}": parser for kind, parser in found[name].kinds.items()}
     return found
 
@@ -131,15 +76,14 @@ def _main(words: Sequence[str]) -> int | None:
     if name not in COMMANDS:
         known = [*COMMANDS, "--help", "--version"]
         process.fail(f"grain-jax {name}: no such command; {nearest.did_you_mean(name, known)}")
-    command = COMMANDS[name]
-    _at(command.parser)().parse_known_args(rest)
+    declared(name).parse(rest)
     process.check_limits()
-    return _at(command.main)(rest)
+    return _at(COMMANDS[name][1])(rest)
 
 
 def help_text() -> str:
     """What `grain-jax --help` prints."""
-    lines = [f"  {name:14}{ABOUT[name]}" for name in COMMANDS]
+    lines = [f"  {name:14}{declared(name).about()}" for name in COMMANDS]
     return "\n".join(
         [
             "usage: grain-jax COMMAND [--flags]",
@@ -160,11 +104,11 @@ def help_text() -> str:
 def version() -> str:
     """This package, Python, and the installed packages that results depend on; a line each."""
     lines = [f"grain_jax {__version__}", f"Python {sys.version.split()[0]}"]
-    for name, distributions in (
-        ("JAX", ("jax",)),
-        ("Flax", ("flax",)),
-        ("numpy", ("numpy",)),
-        ("TensorFlow", ("tensorflow", "tensorflow-cpu")),
+    for name, *distributions in (
+        ("JAX", "jax"),
+        ("Flax", "flax"),
+        ("numpy", "numpy"),
+        ("TensorFlow", "tensorflow", "tensorflow-cpu"),
     ):
         for distribution in distributions:
             try:

@@ -1,20 +1,25 @@
 """The flags of `grain-jax export`."""
 
-from grain_jax.cli.parser import Parser
-from grain_jax.cli.values import CHECKPOINT
+from grain_jax.cli.flags import flag
+from grain_jax.cli.parser import Command
 from grain_jax.config import DTYPES
 
 
-def parser() -> Parser:
-    """The parser of `grain-jax export`."""
-    out = Parser(
-        "grain-jax export",
-        more="Every function takes any number of images or texts and runs on CPUs, CUDA and TPUs.\n"
-        "Exit status: 0; 1 where the functions give other outputs than the model; 2 for wrong input.",
-        example="grain-jax export --checkpoint runs/demo --output exported",
-    )
-    add = out.add_argument_group("what is exported").add_argument
-    add("--checkpoint", metavar="DIR", required=True, help=CHECKPOINT)
-    add("--output", metavar="DIR", required=True, help="folder to write")
-    add("--dtype", choices=DTYPES, default="float32", help="of the activations")
-    return out
+class Export(Command, name="export"):
+    """Writes a model as StableHLO, which runs without grain_jax.
+
+    Every function takes any number of images or texts and runs on CPUs, CUDA and TPUs.
+    Exit status: 0; 1 where the functions give other outputs than the model; 2 for wrong input.
+
+    Example:
+      grain-jax export --checkpoint runs/demo --output exported
+
+    what is exported:
+      --checkpoint DIR  workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME
+      --output DIR      folder to write
+      --dtype TYPE      of the activations: float32 or bfloat16
+    """
+
+    checkpoint: str
+    output: str
+    dtype: str = flag("float32", choices=DTYPES)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from grain_jax import errors
-from grain_jax.cli.convert import parser
+from grain_jax.cli.convert import Convert
 from grain_jax.convert import huggingface, parity, towers
 from grain_jax.convert.big_vision.command import from_big_vision
 from grain_jax.convert.open_clip.command import from_open_clip
@@ -42,7 +42,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], parity.Report]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one conversion and returns the exit status; prints faults on stderr, a line each."""
     try:
-        args = parser().parse_args(arguments)
+        args = Convert.parse(arguments)
         if getattr(args, "private", False) and not args.push:
             raise errors.UserError("--private: expected --push ORG/NAME with it")
     except errors.UserError as error:

@@ -3,7 +3,6 @@
 grain-jax demo --checkpoint DIR [--classes D.json] [--examples FOLDER]
 """
 
-import argparse
 import importlib.util
 import os
 import signal
@@ -17,7 +16,7 @@ from etils import epath
 
 from grain_jax import errors
 from grain_jax.cli import process
-from grain_jax.cli.demo import parser
+from grain_jax.cli.demo import Demo
 
 _EXAMPLES = 12
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff".split())
@@ -30,7 +29,7 @@ _CLASSES = {  # of the example images that are drawn by default, where the run h
 
 def main(words: Sequence[str] | None = None) -> None:
     """Serves the page until it is stopped."""
-    arguments = parser().parse_args(words)
+    arguments = Demo.parse(words)
     if importlib.util.find_spec("gradio") is None:
         raise errors.UserError(
             'the page needs gradio, which is not installed; run: pip install "grain_jax[demo]"'
@@ -45,7 +44,7 @@ def main(words: Sequence[str] | None = None) -> None:
         _serve(arguments, uploads, examples)
 
 
-def _serve(arguments: argparse.Namespace, uploads: epath.Path, folder: epath.Path) -> None:
+def _serve(arguments: Demo, uploads: epath.Path, folder: epath.Path) -> None:
     # JAX and Gradio take seconds to import.
     from grain_jax import inference
     from grain_jax.demo import analysis, class_lists, page

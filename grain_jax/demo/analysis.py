@@ -6,7 +6,9 @@ no Gradio.
 """
 
 import collections
+import contextlib
 import hashlib
+import re
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -72,17 +74,8 @@ class Part(NamedTuple):
     units: int  # contribution to the score, in 10 ** -DIGITS; the units of all parts sum to the score shown
 
 
-class Found(NamedTuple):
-    """The region with the highest cosine to a text."""
-
-    text: str
-    region: int
-    cosine: float
-    box_xyxy: np.ndarray
-
-
 class Seen(NamedTuple):
-    """A region and the description of any class with the highest cosine to it."""
+    """A region and a description that belong together."""
 
     region: int
     text: str  # "" if no class has descriptions
@@ -103,9 +96,7 @@ class Boxed(NamedTuple):
     """What is in a box that the user drew."""
 
     box_xyxy: np.ndarray  # float32 [4] in [0, 1]
-    region: (
-        int | None
-    )  # the region that stands for the box; None: the box head embeds the box itself
+    region: int | None  # which stands for the box; None: the box head embeds the box itself
     iou: float  # of the box and that region's; 1 with a box head
     classes: list[Ranked]  # by the scores of `Predictor.classify_boxes`, best first
     descriptions: list[Ranked]  # the distinct descriptions of all classes, best first
@@ -125,16 +116,10 @@ def read_box(text: str) -> np.ndarray:
     Raises:
       DemoError: not four numbers in 0 ... 100, or no box with an area.
     """
-    numbers = []
-    for word in text.replace("%", " ").replace(",", " ").replace(";", " ").split()[:5]:
-        try:
-            numbers.append(float(word))
-        except ValueError:
-            numbers.append(np.nan)
-    if len(numbers) == 4:
-        x1, y1, x2, y2 = numbers
+    with contextlib.suppress(ValueError):
+        x1, y1, x2, y2 = map(float, re.sub("[%,;]", " ", text).split()[:5])
         if 0 <= x1 < x2 <= 100 and 0 <= y1 < y2 <= 100:
-            return np.array(numbers, np.float32) / 100
+            return np.array([x1, y1, x2, y2], np.float32) / 100
     raise DemoError(
         f"box: got {annotations.show(text)}, expected x1 y1 x2 y2 in percent of the image, x1 < x2 and y1 < y2,"
         " e.g. 10 20 50 60"
@@ -166,15 +151,12 @@ class Analyst:
         self.box_head = predictor.model.boxes.kind != "none"
         self.logit_scale = float(np.exp(predictor.params["logit_scale"]))
         try:
-            self.grid = (
-                predictor.grid
-            )  # cells along a side of a similarity map; 0: the model has none
+            self.grid = predictor.grid  # cells along a side of a similarity map; 0: it has none
         except inference.InputError:
             self.grid = 0
         if decoder is not None and not self.queries and not self.box_head:
             self.grid = 0
-        caches = (collections.OrderedDict() for _ in range(5))
-        self._classes, self._images, self._tokens, self._patches, self._phrases = caches
+        self._kept = collections.defaultdict(collections.OrderedDict)  # kind -> key -> embeddings
 
     def analyse(self, image: PIL.Image.Image, classes: Classes, alpha: float) -> Result:
         """The scores of the image and their terms.
@@ -187,11 +169,9 @@ class Analyst:
         Returns: a `Result`, whose `combined` equals `Predictor.classify` with the same classes and alpha.
         """
         described = any(classes.values())
-        note = ""
-        if not self.queries:
-            note = "The model has no regions: scores are those of the whole image."
-        elif not described:
-            note = "The classes have no descriptions: scores are those of the whole image."
+        lacks = "" if described else "The classes have no descriptions"
+        lacks = lacks if self.queries else "The model has no regions"
+        note = f"{lacks}: scores are those of the whole image." if lacks else ""
         features = self._features(classes)
         image_embed, boxes, region_embed = self._encode(image)
         whole = scores.global_scores(image_embed, features.features)
@@ -259,9 +239,8 @@ class Analyst:
             got = f"got {len(phrases)} phrases"
             raise DemoError(f"{got}, expected at most {MANY_DESCRIPTIONS}")
         check_lengths(phrases)
-        text = _remembered(
-            self._phrases, tuple(phrases), lambda: self.predictor.encode_text(phrases)
-        )
+        encode_text = self.predictor.encode_text
+        text = self._remembered("phrases", tuple(phrases), lambda: encode_text(phrases))
         regions: list[inference.Grounding | None] = [None] * len(phrases)
         maps: Sequence[np.ndarray | None] = [None] * len(phrases)
         of_regions = None
@@ -279,11 +258,8 @@ class Analyst:
         return [Lying(*found) for found in zip(phrases, regions, maps)]
 
     def _features(self, classes: Classes) -> inference.ClassFeatures:
-        return _remembered(
-            self._classes,
-            tuple(classes.items()),
-            lambda: self._encode_classes(classes, any(classes.values())),
-        )
+        make = lambda: self._encode_classes(classes, any(classes.values()))
+        return self._remembered("classes", tuple(classes.items()), make)
 
     def _encode_classes(self, classes: Classes, described: bool) -> inference.ClassFeatures:
         """Embeds the classes. Raises DemoError if that takes longer than SECONDS."""
@@ -312,7 +288,7 @@ class Analyst:
             image_embed = self.predictor.encode_image([image])
             return image_embed, np.zeros((1, 0, 4)), np.zeros((1, 0, image_embed.shape[1]))
 
-        return _remembered(self._images, _key(image), encode)
+        return self._remembered("image", _key(image), encode)
 
     def _encode_patches(self, image: PIL.Image.Image) -> np.ndarray:
         """Embeddings of the patches, [h, w, D]."""
@@ -321,10 +297,21 @@ class Analyst:
             images = self._encode_tokens(image) if self.box_head else [image]
             return self.predictor.encode_patches(images)[0]
 
-        return _remembered(self._patches, _key(image), encode)
+        return self._remembered("patches", _key(image), encode)
 
     def _encode_tokens(self, image: PIL.Image.Image) -> inference.Tokens:
-        return _remembered(self._tokens, _key(image), lambda: self.predictor.encode_tokens([image]))
+        make = lambda: self.predictor.encode_tokens([image])
+        return self._remembered("tokens", _key(image), make)
+
+    def _remembered(self, kind: str, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gave for the key; of more than _KEPT of a kind the least recently used is dropped."""
+        kept = self._kept[kind]
+        if key not in kept:
+            kept[key] = make()
+        kept.move_to_end(key)
+        if len(kept) > _KEPT:
+            kept.popitem(last=False)
+        return kept[key]
 
 
 def _key(image: PIL.Image.Image) -> Hashable:
@@ -333,16 +320,6 @@ def _key(image: PIL.Image.Image) -> Hashable:
 
 def _best_first(found: Iterable[Ranked]) -> list[Ranked]:
     return sorted(found, key=lambda ranked: -ranked.cosine)
-
-
-def _remembered(kept: collections.OrderedDict, key: Hashable, make: Callable[[], Any]) -> Any:
-    """`kept[key]`, computed by `make` if absent; of more than _KEPT entries the least recently used is dropped."""
-    if key not in kept:
-        kept[key] = make()
-    kept.move_to_end(key)
-    if len(kept) > _KEPT:
-        kept.popitem(last=False)
-    return kept[key]
 
 
 def parts(result: Result, c: int) -> list[Part]:
@@ -371,13 +348,14 @@ def shown_units(value: float) -> int:
     return round(float(f"{float(value):.{DIGITS}f}") * 10**DIGITS)
 
 
-def found(result: Result, c: int) -> list[Found]:
+def found(result: Result, c: int) -> list[Seen]:
     """For each description of class c, the region with the highest cosine to it."""
     if result.regions is None:
         return []
-    texts, cosines = result.classes[result.names[c]], result.cosines[c]
+    name, cosines = result.names[c], result.cosines[c]
+    texts = result.classes[name]
     return [
-        Found(text, int(q), float(cosines[q, i]), result.boxes_xyxy[q])
+        Seen(int(q), text, name, float(cosines[q, i]), result.boxes_xyxy[q])
         for i, (text, q) in enumerate(zip(texts, cosines.argmax(axis=0)))
     ]
 

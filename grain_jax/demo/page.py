@@ -5,7 +5,7 @@ It makes no request to any network: no fonts, no analytics, no sharing. A user e
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 
 # Read when Gradio and huggingface_hub are imported.
@@ -143,10 +143,10 @@ def build(
 
         # Gradio's own checks end in a traceback: of a file that is no image, a number outside its
         # slider, a class that was there a moment ago. `everything` copes with all of them.
-        _preprocess(image, lambda payload: payload.path if payload else None)
-        _preprocess(chosen, lambda name: name)
+        image.preprocess = lambda payload: payload.path if payload else None
+        chosen.preprocess = lambda payload: payload
         for slider in (alpha, most, threshold):
-            _preprocess(slider, functools.partial(_within, slider))
+            slider.preprocess = functools.partial(_within, slider)
 
         def everything(path, text, alpha, softmax, chosen, most, threshold):
             try:
@@ -227,11 +227,6 @@ def build(
     return page.queue(max_size=_WAITING, api_open=False)
 
 
-def _preprocess(component: Any, function: Callable[[Any], Any]) -> None:
-    """Sets how a component converts the value that a request holds."""
-    component.preprocess = function
-
-
 def check(page: gr.Blocks, folder: str, event: Any, values: Any) -> None:
     """Raises ValueError for inputs of an event that the page itself does not send.
 
@@ -294,7 +289,7 @@ def _within(slider: gr.Slider, value: float | None) -> float:
 
 
 def launch(page: gr.Blocks, host: str, port: int | None, *, uploads: str, examples: str) -> str:
-    """Starts the server of the page; returns its URL.
+    """Starts the server of the page at an address; returns its URL.
 
     Args:
       page: the page that `build` returned.

@@ -24,68 +24,7 @@ _MAP_EDGE = 480  # pixels of the longer edge of a similarity map
 # Of the highest cosine of a map: orange, which the colour-blind tell from grey too. The lowest has opacity 0.
 _HOT, _OPAQUE = np.array([255, 140, 0]), 0.8
 
-DRAW = (epath.Path(__file__).parent / "draw.js").read_text()
-
-CSS = """
-.gj { --quiet: color-mix(in srgb, var(--body-text-color) 72%, transparent);
-  --rule: color-mix(in srgb, var(--body-text-color) 18%, transparent);
-  color: var(--body-text-color); font-size: 14px; line-height: 1.4; }
-.gj table, .gj thead, .gj tbody, .gj tr { border: 0 !important; background: none; }
-.gj table { border-collapse: collapse; width: 100%; margin: 0 0 4px; }
-.gj th, .gj td { padding: 4px 8px; text-align: left; vertical-align: middle;
-  border: 0 !important; border-bottom: 1px solid var(--rule) !important; }
-.gj th { font-weight: 600; color: var(--quiet); font-size: 12px; vertical-align: bottom; }
-.gj td:first-child, .gj th:first-child { padding-left: 0; overflow-wrap: anywhere; min-width: 90px; }
-.gj .n { text-align: right; font-variant-numeric: tabular-nums; }
-.gj td.n { white-space: nowrap; }
-.gj tr.sum td { font-weight: 700; border-top: 2px solid var(--body-text-color) !important;
-  border-bottom: 0 !important; }
-.gj tr.chosen td:first-child { font-weight: 700; }
-.gj h3 { font-size: 16px; margin: 0 0 2px; }
-.gj h4 { font-size: 13px; margin: 14px 0 4px; }
-.gj p { margin: 4px 0 8px; }
-.gj .quiet, p.gj { color: var(--quiet); }
-.gj .scroll { overflow-x: auto; }
-.gj.scores td:not(:first-child) { width: 24%; }
-.gj.scores td:nth-child(2):last-child { width: 72%; }
-.gj.boxed td:last-child { width: 45%; }
-.gj.boxed .pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }
-.gj .bar { display: block; position: relative; height: 6px; margin-top: 2px; border-radius: 3px;
-  background: var(--rule); }
-.gj .bar i { position: absolute; top: 0; bottom: 0; border-radius: 3px; background: var(--quiet); }
-.gj .main .bar i { background: #e67e00; }
-.gj .pair { display: grid; gap: 24px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
-.gj .pair > section { min-width: 0; }
-.gj .tag { display: inline-block; min-width: 20px; padding: 0 5px; border-radius: 4px; color: #fff;
-  font: 700 12px/18px system-ui, sans-serif; text-align: center; background: var(--c); }
-.gj.figure { container-type: inline-size; position: relative; max-width: var(--most); margin: 0 auto; }
-.gj.figure > img { display: block; height: auto; border-radius: 6px; margin: 0 auto; }
-.gj.figure label { display: flex; gap: 8px; align-items: center; padding: 4px 2px; cursor: pointer; }
-.gj.figure label > .text { flex: 1; min-width: 0; overflow-wrap: anywhere; }
-.gj.figure input { appearance: auto; accent-color: var(--color-accent); flex: none; margin: 0; }
-.gj.figure .box { position: absolute; border: 3px solid var(--c); border-radius: 3px;
-  box-shadow: 0 0 0 1px #fff, inset 0 0 0 1px #fff; transition: opacity .12s; }
-.gj.figure .box > .tag { position: absolute; left: -1px; top: -1px; z-index: 1;
-  border-radius: 0 0 4px 0; }
-.gj.figure:has(label.region:hover) label.region:not(:hover) .box { opacity: 0; }
-.gj.figure:not(:has(label.region:hover)):has(label.region input:checked)
-  label.region:not(:has(input:checked)) .box { opacity: 0; }
-.gj.canvas { position: relative; overflow: hidden; max-width: var(--most); margin: 0 auto; border-radius: 6px;
-  cursor: crosshair; touch-action: pinch-zoom; user-select: none; }
-.gj.canvas > img { display: block; width: 100%; height: auto; }
-.gj.canvas .drawn { position: absolute; border: 3px solid #d62728; outline: 1px solid #fff; pointer-events: none;
-  box-shadow: 0 0 0 100vmax rgb(0 0 0 / 35%); }
-.gj.places { display: grid; gap: 24px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); }
-.gj.places > section { min-width: 0; }
-.gj .map { max-width: max(200px, var(--most)); margin: 0 auto; }
-.gj .map > img { display: block; width: min(100%, var(--most)); height: auto; margin: 0 auto; border-radius: 6px; }
-.gj .map p { margin: 6px 0 0; overflow-wrap: anywhere; }
-.gj .map .scale { display: flex; gap: 8px; align-items: center; }
-.gj .map .scale i { flex: 1; height: 8px; border-radius: 4px; background: linear-gradient(90deg, #646464, #e08414); }
-.gj.line { border-left: 4px solid #d62728; padding: 8px 12px; overflow-wrap: anywhere;
-  background: var(--background-fill-secondary); }
-"""
+DRAW, CSS = ((epath.Path(__file__).parent / name).read_text() for name in ("draw.js", "page.css"))
 
 
 def message(text: str) -> str:

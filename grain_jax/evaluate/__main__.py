@@ -16,7 +16,7 @@ import jax
 from etils import epath
 
 from grain_jax import config, errors, inference
-from grain_jax.cli.evaluate import parser
+from grain_jax.cli.evaluate import Evaluate
 from grain_jax.config import evals
 from grain_jax.config.evals import Context
 from grain_jax.evaluate import encode, suite, tables
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Of a suite, 1 where one of its entries failed, and 2 where there was nothing that could be run.
     """
     try:
-        args = parser().parse_args(arguments)
+        args = Evaluate.parse(arguments)
         if args.command == "suite":
             args.suite = _config(args)
         compiled.use(args.compilation_cache)

@@ -1,8 +1,7 @@
-"""Images with annotations (`A.jsonl`): selects those that an evaluation can use, and encodes them."""
+"""Images with annotations (`A.jsonl`): those that an evaluation can use, and what is said of the others."""
 
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from etils import epath
 
@@ -30,27 +29,6 @@ class Annotated(NamedTuple):
     def paths(self) -> list[epath.Path]:
         """The files of the records' images."""
         return [self.folder / record.image for record in self.records]
-
-
-def read(
-    images: epath.PathLike,
-    annotations: epath.PathLike,
-    usable: Callable[[annotations_lib.Annotation], Any],
-    none_usable: str,
-    orientation: str = "exif",
-) -> Annotated:
-    """Reads annotations and selects those for which `usable` is true.
-
-    Raises:
-      InputError: no such folder, or no record is usable; then the message is `none_usable`.
-      annotations.AnnotationError: the file cannot be used.
-    """
-    found = annotations_lib.read(annotations)
-    folder = image_folder(images)
-    records = [record for record in found.records if usable(record)]
-    if not records:
-        raise InputError(f"{annotations}: {none_usable}")
-    return Annotated(found, records, folder, orientation)
 
 
 def image_folder(path: epath.PathLike) -> epath.Path:

@@ -85,9 +85,6 @@ class Boxes(AnnotatedRegions):
           the class file. With region queries also `best_iou`, the mean IoU of the box and the box of that query;
           `found`, the share of boxes where the IoU is boxes.FOUND_IOU or more; and the same numbers under `found_boxes`
           for these boxes alone. Shares have 95% intervals (`_low`, `_high`); ties count as if broken at random.
-
-        Raises:
-          errors.UserError: images, annotations, class file or prompts cannot be used.
         """
         filled = prompts.load_templates(at_home(self.templates))
         listed = None if self.classes is None else class_names.read(self.classes)

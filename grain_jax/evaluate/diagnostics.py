@@ -38,7 +38,6 @@ TOP = 5  # most frequent descriptions that are listed per query
 class Diagnostics(AnnotatedRegions):
     """What each region query predicts, and what it is matched to (docs/diagnostics.md)."""
 
-    example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     kind: str = "diagnostics"
 
     @classmethod
@@ -70,9 +69,6 @@ class Diagnostics(AnnotatedRegions):
           `query`: number of the query -> `share` of the matched regions and, where that is not 0, mean predicted
             box `cx`, `cy`, `w`, `h` in [0, 1] with standard deviations `cx_spread` ..., `description_entropy`
             of its regions in nats, and `descriptions`: its most frequent ones with their counts.
-
-        Raises:
-          errors.UserError: the images or the annotations cannot be used.
         """
         kept, seen, counts = self.gather(predictor, context)
         described = grounding.described_boxes(kept, seen.sizes)
@@ -100,18 +96,20 @@ class Diagnostics(AnnotatedRegions):
             result |= rates.rate(f"region_to_description_r{k}", right)
             result[f"chance_region_to_description_r{k}"] = min(1.0, k / len(described.texts))
         pred_boxes_cxcywh = np.asarray(boxes.xyxy_to_cxcywh(pred_boxes_xyxy[at]))
-        state = None
-        if context.state_path is not None and context.step is not None:
-            paths = [record.image for record in kept]
-            regions = _digest(paths, described, queries)
-            state = _State(epath.Path(context.state_path), regions, context.step)
-            result |= state.stability(matched.query, queries)
+        path, step = context.state_path and epath.Path(context.state_path), context.step or 0
+        regions = _digest([record.image for record in kept], described, queries)
+        before = _evaluations(path, regions, step) if path else []
+        if before:
+            result |= _stability(matched.query, before[-1], queries)
         result["query"] = {
             str(q): _of_query(matched.query == q, pred_boxes_cxcywh, text, described.texts)
             for q in range(queries)
         }
-        if state is not None and processes.process_info()[0] == 0:
-            state.write(matched.query, result)
+        if path and processes.process_info()[0] == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            evaluations = [*before, {"step": step, "query": matched.query.tolist()}][-KEPT:]
+            content = {"result": result, "regions": regions, "evaluations": evaluations}
+            atomic.write_text(path, json.dumps(content, ensure_ascii=False) + "\n")
         return result
 
 
@@ -151,36 +149,25 @@ class _Stored(TypedDict):
     evaluations: list[_Evaluation]
 
 
-class _State:
-    """The file with the matchings of earlier evaluations (before `step`) of the same regions."""
+def _evaluations(path: epath.Path, regions: str, step: int) -> list[_Evaluation]:
+    """The evaluations before `step` of the same regions."""
+    try:
+        expected = "matchings of earlier evaluations"
+        stored = regular_file.read_json(path, _Stored, expected) if path.exists() else None
+    except regular_file.FileError as error:  # a diagnostic must not end a run
+        print(f"{error}; matching stability starts anew", file=sys.stderr)
+        return []
+    if not stored or stored["regions"] != regions:
+        return []
+    return [each for each in stored["evaluations"] if each["step"] < step]
 
-    def __init__(self, path: epath.Path, regions: str, step: int):
-        self._path, self._regions, self._step = path, regions, step
-        self._before: list[_Evaluation] = []  # {"step": int, "query": of each matched region}
-        try:
-            expected = "matchings of earlier evaluations"
-            stored = regular_file.read_json(path, _Stored, expected) if path.exists() else None
-        except regular_file.FileError as error:  # a diagnostic must not end a run
-            print(f"{error}; matching stability starts anew", file=sys.stderr)
-            return
-        if stored and stored["regions"] == regions:
-            self._before = [e for e in stored["evaluations"] if e["step"] < step]
 
-    def stability(self, query: np.ndarray, queries: int) -> dict[str, float]:
-        """The share of regions that kept their query since the newest evaluation before; {} without one."""
-        if not self._before:
-            return {}
-        before = np.array(self._before[-1]["query"])
-        now, then = (np.bincount(x, minlength=queries) / len(x) for x in (query, before))
-        return {
-            **rates.rate("matching_stability", query == before),
-            "chance_matching_stability": float(now @ then),
-            "stability_since_step": self._before[-1]["step"],
-        }
-
-    def write(self, query: np.ndarray, result: dict[str, Any]) -> None:
-        """Adds this evaluation to the file, which is replaced atomically."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        evaluations = [*self._before, {"step": self._step, "query": query.tolist()}][-KEPT:]
-        content = {"result": result, "regions": self._regions, "evaluations": evaluations}
-        atomic.write_text(self._path, json.dumps(content, ensure_ascii=False) + "\n")
+def _stability(query: np.ndarray, evaluation: _Evaluation, queries: int) -> dict[str, float]:
+    """The share of regions that kept their query since an evaluation."""
+    before = np.array(evaluation["query"])
+    now, then = (np.bincount(x, minlength=queries) / len(x) for x in (query, before))
+    return {
+        **rates.rate("matching_stability", query == before),
+        "chance_matching_stability": float(now @ then),
+        "stability_since_step": evaluation["step"],
+    }

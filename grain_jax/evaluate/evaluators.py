@@ -18,6 +18,7 @@ from grain_jax.config.evals import ORIENTATIONS, Context, expanduser, option
 
 with epy.lazy_imports():
     from grain_jax.evaluate import annotated, encode, test_sets
+    from grain_jax.files import annotations as annotations_lib
 
 T = TypeVar("T")
 
@@ -88,6 +89,9 @@ class AnnotatedImages(config.Evaluator):
     Options: `images`, a folder, and `annotations`, the file `A.jsonl` (format: docs/annotate.md); `orientation`.
     """
 
+    example: ClassVar[str] = (
+        "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
+    )
     # folder that the annotations' paths start from
     images: str = option("", "DIR", required=True)
     # exif turns images as viewers do, and boxes are of those pixels; file takes the pixels as they are stored
@@ -126,8 +130,17 @@ class AnnotatedImages(config.Evaluator):
         return "no line has a region; expected described boxes"
 
     def read(self) -> annotated.Annotated:
-        """The annotations that are usable; raises the errors of annotated.read."""
-        return annotated.read(*self.paths, self.usable, self.none_usable, self.orientation)
+        """The annotations that are usable.
+
+        Raises:
+          errors.UserError: no such folder, the file cannot be used, or none is usable.
+        """
+        images, path = self.paths
+        found, folder = annotations_lib.read(path), annotated.image_folder(images)
+        records = [record for record in found.records if self.usable(record)]
+        if not records:
+            raise errors.UserError(f"{path}: {self.none_usable}")
+        return annotated.Annotated(found, records, folder, self.orientation)
 
     def gather(
         self,

@@ -43,7 +43,6 @@ _AT_ONCE = 1024  # images or regions; bounds memory
 class Grounding(AnnotatedRegions):
     """Box IoU, Acc@0.5, region-to-description R@1, phrases and their boxes."""
 
-    example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     kind: str = "grounding"
 
     @classmethod
@@ -86,9 +85,6 @@ class Grounding(AnnotatedRegions):
           if a phrase has several boxes: `phrases_of_several_boxes`, the number of such phrases; `phrase_acc50_any_box`,
             equal to `phrase_acc50`; `phrase_iou_merged_box` and `phrase_acc50_merged_box`, against the smallest box
             around all boxes of the phrase; and the `chance_` of these three rates.
-
-        Raises:
-          errors.UserError: the images or the annotations cannot be used.
         """
         kept, seen, counts = self.gather(predictor, context)
         pred_boxes_xyxy, region_embed = seen.with_regions

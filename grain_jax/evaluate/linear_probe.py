@@ -94,11 +94,7 @@ class LinearProbe(LabelledImages):
         return self.images, self.train
 
     def open_train(self) -> test_sets.TestSet | None:
-        """The training images; None if `images` is to be split.
-
-        Raises:
-          errors.UserError: they are the test images, or an error of `open`.
-        """
+        """The training images; None if `images` is to be split."""
         if self.tfds is not None:
             split = self.train or "train"
             if split == self.split:
@@ -131,9 +127,6 @@ class LinearProbe(LabelledImages):
           `unconverged`, how many final fits stopped at MAX_ITERATIONS. `shots_all` also has `validation_top1`, and its
           intervals are those of `rates.of_classes`. The rates of `shots_N` are means over `draws` draws, with Student's
           interval of the mean (for one draw as `shots_all`); `C` and `top1_of_draws` are lists with a number per draw.
-
-        Raises:
-          errors.UserError: images, options or labels cannot be used, or scikit-learn is missing.
         """
         check_scikit_learn()
         unreadable: dict[str, str] = {}

@@ -41,7 +41,6 @@ def thresholds() -> np.ndarray:
 class Maps(AnnotatedImages):
     """Where similarity maps of phrases are high, against their boxes."""
 
-    example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     kind: str = "maps"
 
     @classmethod
@@ -66,9 +65,6 @@ class Maps(AnnotatedImages):
           interval (`_low`, `_high`), of several equally high cells the share of these; `chance_pointing`, the same of any
           cell; `map_iou` and `map_iou_threshold`, the mean IoU with the boxes at the best threshold; `chance_map_iou`,
           that of the whole image.
-
-        Raises:
-          errors.UserError: the images or the annotations cannot be used.
         """
         annotated = self.read()
         place: dict[str, int] = {}

@@ -30,7 +30,6 @@ with epy.lazy_imports():
 class NearMisses(AnnotatedImages):
     """The right description of given boxes among hard negatives."""
 
-    example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     left_out = "without_negatives"
     kind: str = "near_misses"
     # negatives of a box, 10 as in FG-OVD; boxes with fewer are left out
@@ -62,9 +61,6 @@ class NearMisses(AnnotatedImages):
           (by that of the query that overlaps the box most) and `image` (by the image embedding), as the model has them:
           `top1`, the share of boxes whose description is the nearest of the N + 1 texts, with a 95% interval (`_low`,
           `_high`; ties count as if broken at random), `mean_rank` and `median_rank` (1 is best; ties count as lost).
-
-        Raises:
-          errors.UserError: the images or the annotations cannot be used, or no box has so many negatives.
         """
         seen = given_boxes.encode_boxes(self, predictor, context)
         pairs = zip(seen.described.image, seen.described.region)

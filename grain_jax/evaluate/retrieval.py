@@ -31,7 +31,6 @@ _ROWS_AT_ONCE = 1024  # queries; bounds the memory of the similarities
 class Retrieval(AnnotatedImages):
     """R@1, R@5, R@10 between images and captions, both ways."""
 
-    example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     left_out = "without_caption"
     kind: str = "retrieval"
 
@@ -62,9 +61,6 @@ class Retrieval(AnnotatedImages):
         Returns: counts; `image_to_text` and `text_to_image`, each with `r1`, `r5`, `r10` (a right answer among
           the first k; 95% intervals `_low`, `_high`) and `chance_r1`... (of a random order). Ties count as if
           broken at random.
-
-        Raises:
-          errors.UserError: the images or the annotations cannot be used.
         """
         kept, seen, counts = self.gather(predictor, context, regions=False)
         image_embed = scores.unit(seen.image_embed)  # [N, D]

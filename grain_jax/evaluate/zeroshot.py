@@ -143,9 +143,6 @@ class ZeroShot(LabelledImages):
           `mean_per_class` (of top-1), each with a 95% interval `_low`, `_high`, and `per_class`. If there are names and
           descriptions, the global score uses both together; `by_name` has the same keys for names alone in the global
           score, at alpha 1 and at each other alpha. Ties count as if broken at random.
-
-        Raises:
-          errors.UserError: images, descriptions, prompts or options cannot be used.
         """
         found = self.predict(predictor, context.batch_size)
         if context.predictions is not None and processes.process_info()[0] == 0:

@@ -200,7 +200,8 @@ def assemble(
 
 def _in_groups(groups: int, masks: Sequence[np.ndarray]) -> np.ndarray:
     """How many are True in all masks [B, ...] together, int32 [groups]."""
-    return sum(mask.reshape(groups, -1).sum(axis=1) for mask in masks).astype(np.int32)
+    counts = [mask.reshape(groups, -1).sum(axis=1) for mask in masks]
+    return np.sum(counts, axis=0).astype(np.int32)
 
 
 def _without_descriptions(

@@ -250,7 +250,8 @@ def _checked(
     captions, regions = np.asarray(caption_lengths), np.asarray(region_mask, bool)
     if negative_lengths is None:
         negative_lengths = np.zeros((*regions.shape, 0), np.int32)
-    shapes = [np.shape(x) for x in (captions, description_lengths, regions, negative_lengths)]
+    negatives = np.asarray(negative_lengths)
+    shapes = [np.shape(x) for x in (captions, description_lengths, regions, negatives)]
     expected = (len(captions), *regions.shape[1:])
     if [len(x) for x in shapes] != [2, 2, 2, 3] or not (
         shapes[1] == shapes[2] == shapes[3][:2] == expected
@@ -259,14 +260,14 @@ def _checked(
             "shapes do not agree: caption_lengths {}, description_lengths {}, region_mask {}, negative_lengths {};"
             " expected [B, C], [B, R], [B, R], [B, R, H]".format(*shapes)
         )
-    has_negatives = (np.asarray(negative_lengths) != 0).any(axis=2)
+    has_negatives = (negatives != 0).any(axis=2)
     if (has_negatives & ~regions).any():
         image, region = np.argwhere(has_negatives & ~regions)[0]
         raise ValueError(f"region {region} of image {image} has negatives, but is masked")
     parts = {
         "caption": captions,
         "description": np.where(regions, description_lengths, 0),
-        "negative": np.reshape(negative_lengths, (len(captions), -1)),
+        "negative": negatives.reshape(len(captions), -1),
     }
     for name, lengths in parts.items():
         real = regions if name == "description" else lengths != 0
@@ -277,7 +278,7 @@ def _checked(
                 f"{name} {number} of image {image} has {lengths[image, number]} tokens, expected "
                 f"{MIN_TEXT_LENGTH}..{row_length}; tokenize with context_length <= {row_length}"
             )
-    per_image = _PerImage(captions.shape[1], regions.shape[1], shapes[3][2])
+    per_image = _PerImage(captions.shape[1], regions.shape[1], negatives.shape[2])
     return np.concatenate([*parts.values()], axis=1).astype(np.int32), per_image
 
 

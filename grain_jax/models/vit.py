@@ -25,13 +25,13 @@ def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
 
 
 def _inits(tower: config_lib.ImageTower) -> layers.LayerInits:
-    if (
-        tower.block_init == "torch"
-    ):  # quirk 13: the reference builds its blocks anew after timm's init
-        return layers.LayerInits(*[layers.torch_linear] * 4, attention_bias=layers.torch_bias)
+    if tower.block_init == "torch":  # quirk 13: the reference builds its layers anew after timm's
+        init = layers.torch_linear
+        return layers.LayerInits(init, init, init, init, attention_bias=layers.torch_bias)
     # timm's trunc_normal_(std=0.02) truncates at -2 and 2, which is 100 standard deviations: a normal.
     # JAX's truncated_normal truncates at two standard deviations, which leaves one of 0.0176.
-    return layers.LayerInits(*[layers.normal(0.02)] * 4, mlp_bias=lambda fan_in: layers.zeros)
+    init = layers.normal(0.02)
+    return layers.LayerInits(init, init, init, init, mlp_bias=lambda fan_in: layers.zeros)
 
 
 class ImageTransformer(towers.ImageTower):

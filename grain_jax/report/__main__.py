@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from grain_jax import errors
-from grain_jax.cli.report import parser
+from grain_jax.cli.report import Report
 from grain_jax.report import page
 
 _SMALLER = f"give a smaller --num-images, or --no-model; or {errors.MORE_MEMORY}"
@@ -17,7 +17,7 @@ _SMALLER = f"give a smaller --num-images, or --no-model; or {errors.MORE_MEMORY}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the page; returns the exit status: 0, or 2 after a line on stderr for each error."""
     try:
-        args = parser().parse_args(arguments)
+        args = Report.parse(arguments)
         first, *others = args.workdir
         with errors.out_of_memory_in_a_line("report", lambda: _SMALLER):
             path = page.write(

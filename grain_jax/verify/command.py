@@ -15,7 +15,7 @@ import jax
 from etils import epath
 
 from grain_jax import errors
-from grain_jax.cli.verify import parser
+from grain_jax.cli.verify import Verify
 from grain_jax.runtime import compiled, receipt
 from grain_jax.verify import replay, workdir
 
@@ -98,7 +98,7 @@ def _recorded_devices(folder: epath.Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and verifies; 0: proved, 1: not."""
-    args = parser().parse_args(arguments)
+    args = Verify.parse(arguments)
     compiled.use()
     devices = _recorded_devices(epath.Path(args.workdir))
     if devices and "device_count" not in os.environ.get("XLA_FLAGS", ""):

@@ -19,30 +19,24 @@ def folder(tmp_path, monkeypatch):
     return epath.Path(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "given, name, argument",
-    [
-        ("demo", "demo", ""),
-        ("own:tiny", "own", ":tiny"),
-        ("finetune:open_clip:B/32", "finetune", ":open_clip:B/32"),
-        ("configs/demo.py", "demo", ""),
-        ("configs/own.py:S/16", "own", ":S/16"),
-        ("configs/own", "own", ""),
-        ("demo.py", "demo", ""),
-    ],
-)
-def test_a_name_is_a_config_of_the_package(folder, capsys, given, name, argument):
-    assert config_file.find(given, "config") == (str(ROOT / f"configs/{name}.py"), argument)
+PACKAGED = [
+    ("config", "demo", "demo", ""),
+    ("config", "own:tiny", "own", ":tiny"),
+    ("config", "finetune:open_clip:B/32", "finetune", ":open_clip:B/32"),
+    ("config", "configs/demo.py", "demo", ""),
+    ("config", "configs/own.py:S/16", "own", ":S/16"),
+    ("config", "configs/own", "own", ""),
+    ("config", "demo.py", "demo", ""),
+    ("sweep", "learning_rate", "sweeps/learning_rate", ""),
+    ("sweep", "sweeps/learning_rate", "sweeps/learning_rate", ""),
+    ("sweep", "configs/sweeps/learning_rate.py", "sweeps/learning_rate", ""),
+]
+
+
+@pytest.mark.parametrize("flag, given, name, argument", PACKAGED)
+def test_a_name_is_a_file_of_the_package(folder, capsys, flag, given, name, argument):
+    assert config_file.find(given, flag) == (str(ROOT / f"configs/{name}.py"), argument)
     assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    "given",
-    ["learning_rate", "sweeps/learning_rate", "configs/sweeps/learning_rate.py"],
-)
-def test_a_sweep_of_the_package(folder, given):
-    expected = str(ROOT / "configs/sweeps/learning_rate.py")
-    assert config_file.find(given, "sweep") == (expected, "")
 
 
 def test_a_file_wins_and_the_other_reading_is_told(folder, capsys):
@@ -69,7 +63,7 @@ def test_a_file_wins_and_the_other_reading_is_told(folder, capsys):
         (
             "dmeo",
             "config",
-            "--config: no such file dmeo, and no config of the package has that name; ",
+            "no such file dmeo, and no config of the package has that name; did you",
         ),
         ("dmeo", "config", "did you mean demo?"),
         ("zzz", "config", "there are: claim, clip_vitb16_cc12m, demo, eval, finetune, grain_vit"),
@@ -80,7 +74,8 @@ def test_a_file_wins_and_the_other_reading_is_told(folder, capsys):
 def test_an_unknown_name_is_one_line(folder, given, flag, message):
     with pytest.raises(errors.UserError) as caught:
         config_file.find(given, flag)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    line = str(caught.value)
+    assert line.startswith(f"--{flag}: ") and message in line and "\n" not in line
 
 
 def test_values_of_keys(folder):

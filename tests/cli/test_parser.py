@@ -3,24 +3,41 @@
 import pytest
 
 from grain_jax import errors
-from grain_jax.cli.config_parser import ConfigParser
-from grain_jax.cli.parser import KindsParser, Parser
-from grain_jax.cli.values import number, positive, share
+from grain_jax.cli.flags import flag, many, share
+from grain_jax.cli.parser import Command, Configured, Parser
 
 
-def _parser():
-    out = Parser("grain-jax x", "does x", example="grain-jax x --output y")
-    add = out.add_argument_group("what").add_argument
-    add("--output", required=True, metavar="DIR", help="folder")
-    add("--batch-size", type=positive, default=8, help="images at a time")
-    add("--share", type=share, help="of them")
-    add("--rate", type=number(float, -1, 1), help="a rate")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of it")
-    add("--files", nargs="+", default=[], metavar="FILE", help="files")
-    out.switch("--again", help="again")
-    out.switch("--model", default=True, help="with it")
-    out.older(out="--output", no_network="--no-model")
-    return out
+class X(Command, name="x"):
+    """Does x.
+
+    Example:
+      grain-jax x --output y
+
+    what:
+      --output DIR                folder
+      --batch-size N              images at a time
+      --share SHARE               of them
+      --rate R                    a rate
+      --dtype float32|bfloat16    of it
+      --files FILE [FILE ...]     files
+      --[no-]again                again
+      --[no-]model                with it
+    """
+
+    output: str = flag(also="out")
+    batch_size: int = 8
+    share: float = share(0.5)
+    rate: float = flag(0.0, low=-1, high=1)
+    dtype: str = flag("float32", choices=("float32", "bfloat16"))
+    files: list[str] = many()
+    again: bool = False
+    model: bool = True
+
+
+class Passing(X, name="x"):
+    """Passes flags on."""
+
+    others: list[str] = many()
 
 
 @pytest.mark.parametrize(
@@ -30,7 +47,7 @@ def _parser():
         ("--output=y --batch-size=4", {"output": "y", "batch_size": 4}),
         ("--output y --batch_size 4", {"batch_size": 4}),
         ("-output y -batch_size=4 -again", {"batch_size": 4, "again": True}),
-        ("--out y --no_network", {"output": "y", "model": False}),
+        ("--out y", {"output": "y"}),
         ("--output y --no-model --again", {"again": True, "model": False}),
         ("--output y --nomodel --noagain", {"again": False, "model": False}),
         ("--output y --again=true --model=false", {"again": True, "model": False}),
@@ -42,63 +59,87 @@ def _parser():
     ],
 )
 def test_every_spelling_of_a_flag(words, expected):
-    found = vars(_parser().parse_args(words.split()))
+    found = vars(X.parse(words.split()))
     assert {name: found[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ("", "--output DIR: missing; grain-jax x --help says what it is"),
-        ("--outptu y", "--outptu: no such flag; did you mean --output?"),
-        ("--output y --agian", "--agian: no such flag; did you mean --again?"),
-        ("--output y --zzz", "--zzz: no such flag; grain-jax x --help lists them"),
-        ("--output", "--output: has no value; expected --output DIR, or --output=VALUE where"),
-        ("--output --again", "--output: has no value, but the flag --again after it; expected"),
-        ("--output -again", "--output: has no value, but the flag --again after it; expected"),
-        ("--output y --batch-size 0", "--batch-size: got '0', expected a whole number in 1.."),
-        ("--output y --share 2", "--share: got '2', expected a share from 0 to 1"),
-        ("--output y --rate x", "--rate: got 'x', expected a number in -1..1"),
-        (
-            "--output y --dtype flaot32",
-            "--dtype: got 'flaot32', expected one of float32, bfloat16; did you mean float32?",
-        ),
-        ("--output y --again=maybe", "--again: got 'maybe', expected true or false, or --again"),
-        ("--output y z", "z: expected a flag; grain-jax x --help lists them"),
-    ],
-)
+FAULTS = [
+    ("", "--output DIR: missing; folder"),
+    ("--outptu y", "--outptu: no such flag; did you mean --output?"),
+    ("--output y --agian", "--agian: no such flag; did you mean --again?"),
+    ("--output y --zzz", "--zzz: no such flag; grain-jax x --help lists them"),
+    ("--output", "--output: has no value; expected --output DIR, or --output=VALUE where"),
+    ("--output --again", "--output: has no value, but the flag --again after it; expected"),
+    ("--output -again", "--output: has no value, but the flag --again after it; expected"),
+    ("--output y --batch-size 0", "--batch-size: got '0', expected a whole number in 1.."),
+    ("--output y --share 2", "--share: got '2', expected a number in 0.0..1.0"),
+    ("--output y --share nan", "--share: got 'nan', expected a number in 0.0..1.0"),
+    ("--output y --rate x", "--rate: got 'x', expected a number in -1..1"),
+    (
+        "--output y --dtype flaot32",
+        "--dtype: got 'flaot32', expected one of float32, bfloat16; did you mean float32?",
+    ),
+    ("--output y --again=maybe", "--again: got 'maybe', expected true or false, or --again"),
+    ("--output y z", "z: expected a flag; grain-jax x --help lists them"),
+]
+
+
+@pytest.mark.parametrize("words, message", FAULTS)
 def test_wrong_usage_is_a_fault_of_the_user_in_one_line(words, message):
     with pytest.raises(errors.UserError) as caught:
-        _parser().parse_args(words.split())
+        X.parse(words.split())
     assert str(caught.value).startswith(f"grain-jax x: {message}")
     assert "\n" not in str(caught.value) and caught.value.status == 2
 
 
 def test_flags_that_go_to_another_program():
-    parser = _parser()
-    parser.pass_on_unknown()
-    found, rest = parser.parse_known_args(["--output=y", "--runner=Direct", "--num_workers=2"])
-    assert (found.output, rest) == ("y", ["--runner=Direct", "--num_workers=2"])
+    found = Passing.parse(["--output=y", "--runner=Direct", "--num_workers=2"])
+    assert (found.output, found.others) == ("y", ["--runner=Direct", "--num_workers=2"])
     with pytest.raises(errors.UserError, match="--batchsize: no such flag; did you mean --batch-s"):
-        parser.parse_known_args(["--output=y", "--batchsize=2"])
+        Passing.parse(["--output=y", "--batchsize=2"])
+
+
+class One(Command, name="k one"):
+    """Is one."""
+
+
+class Two(Command, name="k two"):
+    """Is two.
+
+    what:
+      --depth N  how deep
+    """
+
+    depth: int | None = None
+
+
+class Kinds(Command, name="k", kinds={"one": One, "two": Two}):
+    """Has kinds."""
 
 
 def test_kinds_have_flags_of_their_own():
-    first, second = (Parser(f"grain-jax x {name}", f"is {name}") for name in ("one", "two"))
-    second.add_argument("--depth", type=positive, help="how deep")
-    parser = KindsParser("grain-jax train", [first, second])
-    found = parser.parse_args(["two", "--depth", "3"])
-    assert (found.command, found.depth) == ("two", 3)
-    assert parser.parse_args(["--depth=3", "two"]).depth == 3  # the kind may stand elsewhere
-    assert "  two  is two\n" in parser.format_help()
+    found = Kinds.parse(["two", "--depth", "3"])
+    assert isinstance(found, Two) and (found.command, found.depth) == ("two", 3)
+    assert Kinds.parse(["--depth=3", "two"]).depth == 3  # the kind may stand elsewhere
+    assert "  two  Is two\n" in Parser(Kinds).format_help()
     for words, message in (
-        (["tow"], "grain-jax train: tow: no such kind; did you mean two?"),
-        ([], "grain-jax train: expected a kind first: one, two"),
-        (["one", "--depth=3"], "grain-jax x one: --depth: no such flag"),
+        (["tow"], "grain-jax k: tow: no such kind; did you mean two?"),
+        ([], "grain-jax k: expected a kind first: one, two"),
+        (["one", "--depth=3"], "grain-jax k one: --depth: no such flag"),
     ):
         with pytest.raises(errors.UserError) as caught:
-            parser.parse_args(words)
+            Kinds.parse(words)
         assert str(caught.value).startswith(message)
+
+
+class Run(Configured, name="run"):
+    """Runs.
+
+    the run:
+      --workdir DIR  folder
+    """
+
+    workdir: str | None = None
 
 
 @pytest.mark.parametrize(
@@ -110,25 +151,19 @@ def test_kinds_have_flags_of_their_own():
     ],
 )
 def test_the_keys_of_a_config_are_taken_out(words, overrides):
-    parser = ConfigParser("grain-jax train")
-    parser.add_config(parser.add_argument_group("run"))
-    found = parser.parse_args(words.split())
+    found = Run.parse(words.split())
     assert (found.config, found.overrides) == ("demo", overrides)
 
 
-def test_a_key_of_the_config_is_no_value():
-    parser = ConfigParser("grain-jax train")
-    group = parser.add_argument_group("run")
-    parser.add_config(group)
-    group.add_argument("--workdir", help="folder")
-    for words in (["-workdir", "-config.a=3"], ["--workdir", "--config.a=3"]):
-        with pytest.raises(errors.UserError, match="has no value, but the flag --config.a=3 after"):
-            parser.parse_args(words)
-
-
-def test_a_misspelt_config_flag():
-    parser = ConfigParser("grain-jax train")
-    parser.add_config(parser.add_argument_group("run"))
-    for word, near in (("--confg.a.b=1", "--config.a.b"), ("--cnfig", "--config")):
-        with pytest.raises(errors.UserError, match=rf"did you mean {near}\?"):
-            parser.parse_args([word, "x"])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("-workdir -config.a=3", "has no value, but the flag --config.a=3 after"),
+        ("--workdir --config.a=3", "has no value, but the flag --config.a=3 after"),
+        ("--confg.a.b=1 x", r"did you mean --config.a.b\?"),
+        ("--cnfig x", r"did you mean --config\?"),
+    ],
+)
+def test_faults_about_the_flags_of_a_config(words, message):
+    with pytest.raises(errors.UserError, match=message):
+        Run.parse(words.split())

@@ -45,7 +45,7 @@ def found(result):
 
 
 def test_numbers_of_a_record_set(record_set, tmp_path, capsys):
-    result = inspect(record_set / "out" / "tiny_set", tmp_path, "--pictures=5", "--lanes=4")
+    result = inspect(record_set / "out" / "tiny_set", tmp_path, "--num-images=5", "--lanes=4")
     assert result["pictures"]["count"] == 40 and result["pictures"]["left_out"] == 0
     assert result["pictures"]["sizes"] == [["16 x 12", 40]]
     assert result["pictures"]["formats"] == {"PNG": 40}
@@ -383,7 +383,7 @@ def test_the_page_loads_nothing_and_trusts_no_text(record_set, tmp_path):
     evil = "<script>alert(1)</script> & \"quoted\" 'too'"
     lines[3]["regions"][0]["description"] = lines[3]["caption"] = lines[3]["id"] = evil
     (tmp_path / "in" / "A.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    inspect(tmp_path / "in" / "A.jsonl", tmp_path / "out", "--pictures=8")
+    inspect(tmp_path / "in" / "A.jsonl", tmp_path / "out", "--num-images=8")
     text = (tmp_path / "out" / "inspect.html").read_text()
     page = Page()
     page.feed(text)
@@ -416,7 +416,7 @@ def test_wrong_input_is_one_line_and_status_2(record_set, capsys, arguments, mes
     assert len(printed) == 1 and message in printed[0]
 
 
-@pytest.mark.parametrize("argument", ["--pictures=201", "--pictures=-1", "--lanes=0", "--what"])
+@pytest.mark.parametrize("argument", ["--num-images=201", "--num-images=-1", "--lanes=0", "--what"])
 def test_wrong_arguments_end_with_status_2(capsys, argument):
     assert command.main(["set", argument]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

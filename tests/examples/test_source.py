@@ -42,7 +42,7 @@ def folder(tmp_path):
 def test_the_command_converts_the_file_and_builds_records(folder):
     import tensorflow_datasets as tfds
 
-    given = arguments(folder, "--option=delimiter=;", "--option=unit=share", "--records=street")
+    given = arguments(folder, "--option=delimiter=;", "--option=unit=share", "--name=street")
     command_line = [sys.executable, "-m", "grain_jax.data.annotate", *given]
     run = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr

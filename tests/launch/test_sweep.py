@@ -110,7 +110,7 @@ def test_a_run_s_command_line_gives_the_config_that_was_checked(tmp_path):
     }
     (run,) = make(tmp_path, [overrides])
     assert run.config.total_steps is None and run.config.total_epochs == 0.5
-    args = train.parser().parse_args(run.arguments)
+    args = train.Train.parse(run.arguments)
     assert config_file.load(args.config, args.overrides) == run.config
 
 

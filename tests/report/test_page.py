@@ -254,7 +254,7 @@ def test_a_set_of_tfds_with_other_names(runs, tmp_path):
 def test_wrong_use(tmp_path, capsys):
     assert command.main([str(tmp_path / "none")]) == 2
     assert command.main([str(tmp_path)]) == 2
-    assert command.main([str(tmp_path), "--pictures", "0"]) == 2
+    assert command.main([str(tmp_path), "--num-images", "0"]) == 2
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}')
     assert command.main([str(tmp_path), "--results", str(tmp_path / "gone.json")]) == 2
     lines = capsys.readouterr().err.splitlines()

@@ -80,7 +80,7 @@ def test_flags_win_over_the_environment():
         "cluster_detection_method": "deactivate",
     }
     assert distributed.find("10.0.0.1:8476", 1, 0, SRUN) is None  # nobody to wait for
-    parsed = train.parser().parse_args(["--config=demo", "--workdir=w"])
+    parsed = train.Train.parse(["--config=demo", "--workdir=w"])
     jaxs_own = inspect.signature(jax.distributed.initialize).parameters["heartbeat_timeout_seconds"]
     assert parsed.heartbeat_seconds == jaxs_own.default == 100
 

@@ -37,7 +37,7 @@ def arguments(folder, output, *more):
 
 def test_what_a_source_has_is_taken_over_and_built_into_records(pictures, tmp_path):
     output = tmp_path / "out"
-    more = ("--passes=none", "--records=birds", "--store-size=16", "--encoding=png")
+    more = ("--passes=none", "--name=birds", "--store-size=16", "--encoding=png")
     assert command.main(arguments(pictures, output, "--shard-size=4", *more)) == 0
     lines = [json.loads(line) for line in (output / "A.jsonl").read_text().splitlines()]
     assert [line["image"] for line in lines] == [f"{i:05d}.png" for i in range(6)]
@@ -68,7 +68,7 @@ def test_pictures_of_tar_shards_go_to_records_or_to_files(pictures, tmp_path, ca
                 tar.add((pictures / name).with_suffix(".txt"), name.replace("png", "txt"))
     first = (tars / "00000.tar").read_bytes()
     given = [f"--images={tars}", "--passes=none"]
-    assert command.main([*given, f"--output={tmp_path / 'a'}", "--records=tars"]) == 0
+    assert command.main([*given, f"--output={tmp_path / 'a'}", "--name=tars"]) == 0
     assert not (tmp_path / "a" / "images").exists()
     builder = tfds.builder("tars", data_dir=tmp_path / "a" / "records")
     examples = {x["id"].decode(): x for x in tfds.as_numpy(builder.as_dataset(split="train"))}
@@ -78,10 +78,10 @@ def test_pictures_of_tar_shards_go_to_records_or_to_files(pictures, tmp_path, ca
     np.testing.assert_array_equal(examples["00001/00001.png"]["image"], expected)
     assert examples["00001/00001.png"]["captions"].tolist() == [b"text of 1 00001.png"]
 
-    assert command.main([*given, f"--output={tmp_path / 'c'}", "--no-images"]) == 0
+    assert command.main([*given, f"--output={tmp_path / 'c'}", "--no-keep-images"]) == 0
     assert not (tmp_path / "c" / "images").exists()
     (tars / "00000.tar").write_bytes(first[:1024])
-    assert command.main([*given, f"--output={tmp_path / 'c'}", "--records=tars"]) == 2
+    assert command.main([*given, f"--output={tmp_path / 'c'}", "--name=tars"]) == 2
     assert "got no image 00000/0000" in capsys.readouterr().err
     (tars / "00000.tar").write_bytes(first)
 
@@ -138,7 +138,7 @@ def test_a_server_that_refuses_all_ends_the_job_in_one_line(pictures, tmp_path, 
         ("--option=a=b", "--option a of data source 'annotations': the source has no options"),
         ("--passes=describe", "1 of 1 shards have no results of the pass caption yet"),
         ("--endpoint=http://127.0.0.1:1/v1", "got no --chat"),
-        ("--records=Big Set", "expected a TFDS name"),
+        ("--name=Big Set", "expected a TFDS name"),
         ("--prompts=/nowhere", "/nowhere/caption.txt: no such file"),
         ("--images=/nowhere  --source=folder", "no such folder, expected images"),
     ],
