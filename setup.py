@@ -31,7 +31,7 @@ INTEROP = [
     *TORCH,
 ]
 # Of Beam, `apache-beam[gcp]` for Dataflow.
-ANNOTATE = ["apache-beam>=2.60", "transformers>=5.0", *TORCH]
+ANNOTATE = ["apache-beam>=2.60", "httpx>=0.27", "transformers>=5.0", *TORCH]
 EMBED = ["pyarrow>=17"]  # embed, search
 FAISS = ["faiss-cpu>=1.8"]  # search --faiss
 DEMO = ["gradio>=6"]
@@ -120,7 +120,6 @@ setup(
         "scipy>=1.12",
         "tensorboardX>=2.6.2.2",
         "tokenizers>=0.20",
-        "tqdm>=4.66",
     ],
     extras_require={
         "data": DATA,

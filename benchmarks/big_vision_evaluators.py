@@ -149,7 +149,7 @@ def classify_both(
     classes = predictor.class_features(names)
     classes = classes._replace(features=scores.unit(classes.features))
     our_scores = predictor.classify((images.load_image(path) for path in paths), classes)
-    by_rule = zeroshot.evaluate(predictor, test_sets.ClassFolders(folder), templates=file)
+    by_rule = zeroshot.ZeroShot(images=str(folder), templates=str(file)).evaluate(predictor)
     return {
         "big_vision": float(theirs["accuracy"]),
         "ours": float((our_scores.argmax(axis=1) == labels).mean()),
@@ -182,7 +182,8 @@ def main() -> int:
                 rows.append({"name": f"accuracy, {prompts}"} | found)
             theirs = dict(made["retrieval"].run(state))
             predictor = inference.load(args.checkpoint)
-            found = retrieval.evaluate(predictor, images=args.pictures, annotations=lines)
+            entry = retrieval.Retrieval(images=args.pictures, annotations=str(lines))
+            found = entry.evaluate(predictor)
         except errors.UserError as error:
             print(error, file=sys.stderr)
             return 2

@@ -116,9 +116,8 @@ def compare(checkpoint: str, folder: str) -> list[dict[str, Any]]:
             if rule == "unit":
                 features = scores.unit(features)
             else:
-                by_command = zeroshot.evaluate(
-                    predictor, test_sets.ClassFolders(folder), templates=file
-                )
+                entry = zeroshot.ZeroShot(images=str(folder), templates=str(file))
+                by_command = entry.evaluate(predictor)
             handed = features if rule == "handed over" else None
             their, their_scores = theirs(checkpoint, folder, names, templates, scratch, handed)
             our, our_scores = ours(features, image_embed, labels)

@@ -33,7 +33,7 @@ from benchmarks import harness, interop
 from benchmarks.input import made
 from grain_jax.files import embeddings
 from grain_jax.inference import predictor as predictor_lib
-from grain_jax.inference import search
+from grain_jax.inference import search, stream
 
 DIFFERENT = 500  # images
 IN_MEMORY = 4096  # images at most, that the tower alone encodes in turn
@@ -78,10 +78,8 @@ def speed(model: str, source: Path, scratch: Path, args: argparse.Namespace) -> 
         )
         job = output.Output(parts.absolute(folder), settings, found.parts)
         job.finished()
-        mine, sizes = range(len(found.parts)), [part["size"] for part in found.parts]
-        progress = pipeline.Progress("embed", sizes, True)
-        given = dict(size=size, threads=threads, progress=progress, before=[], most_faults=0)
-        return pipeline.run(job, mine, encode, **given)
+        given = dict(size=size, threads=threads, label="embed", known=True)
+        return pipeline.run(job, range(len(found.parts)), encode, **given, before=[], most_faults=0)
 
     reads = [read for part in find(scratch / "list").parts for read in parts.images(part)]
     with ThreadPoolExecutor(threads) as pool:
@@ -92,8 +90,8 @@ def speed(model: str, source: Path, scratch: Path, args: argparse.Namespace) -> 
         numbers = [range(n, min(n + batch_size, count)) for n in range(0, count, batch_size)]
         batches = ([ready[i % len(ready)] for i in batch] for batch in numbers)
         with ThreadPoolExecutor(pipeline.AT_DEVICE) as pool:
-            done = pipeline.ahead(encode, batches, pool, pipeline.AT_DEVICE)
-            return sum(len(embeds.image_embed) for embeds in done)
+            done = stream.ahead(encode, batches, pool, pipeline.AT_DEVICE)
+            return sum(map(len, done))
 
     timings = harness.in_turns({"embed": embed, "tower": tower}, turns=args.turns)
     harness.agree({name: timing.value for name, timing in timings.items()}, 0.0, "images")

@@ -36,7 +36,7 @@ class Lengths(NamedTuple):
     region_mask: np.ndarray
     region_scores: np.ndarray
 
-    def pack(self, **sizes: int) -> packing.Layout:
+    def pack(self, **sizes: int) -> packing.TextPlaces:
         """The texts in rows."""
         return packing.pack(**self._asdict(), **sizes)
 
@@ -86,7 +86,7 @@ def make_config(rows: int | None = None) -> config_lib.Config:
     return harness.config("B/16", {"text.pack_group": GROUP, "text.pack_rows": rows})
 
 
-def tokens(layout: packing.Layout) -> int:
+def tokens(layout: packing.TextPlaces) -> int:
     """Tokens that were kept."""
     return int(layout.caption_lengths.sum() + layout.description_lengths.sum())
 
@@ -155,20 +155,15 @@ def of_group(batches: list[Lengths], **sizes: int) -> dict[str, float]:
 
 def time_batch(lengths: Lengths, **sizes: int) -> dict[str, float]:
     """Returns the median milliseconds of `pack` and of `fill` for one batch."""
-    description_lengths = lengths.description_lengths[lengths.region_mask]
-    given = dict(
-        caption_ids=np.ones(lengths.caption_lengths.sum(), np.int32),
-        caption_lengths=lengths.caption_lengths,
-        description_ids=np.ones(description_lengths.sum(), np.int32),
-        description_lengths=description_lengths,
-        region_mask=lengths.region_mask,
-    )
+    regions = np.where(lengths.region_mask, lengths.description_lengths, 0)
+    of_kinds = lengths.caption_lengths, regions, np.zeros((*regions.shape, 0), np.int32)
+    ids = np.ones(sum(of.sum() for of in of_kinds), np.int32)
     times = []
     for _ in range(9):
         begin = time.perf_counter()
         layout = lengths.pack(**sizes)
         packed = time.perf_counter()
-        packing.fill(layout, **given)
+        packing.fill(layout, ids, of_kinds)
         times.append((packed - begin, time.perf_counter() - packed))
     pack_ms, fill_ms = np.median(times, axis=0) * 1e3
     return {"pack_ms": float(pack_ms), "fill_ms": float(fill_ms)}

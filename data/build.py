@@ -7,7 +7,6 @@ anything is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0.
 """
 
 import argparse
-import functools
 import json
 import os
 import sys
@@ -15,12 +14,11 @@ import time
 from collections.abc import Iterator
 
 from etils import epath
-from grain_jax.data import annotations as annotations_lib
-from grain_jax.data import duplicates, example, parallel, progress, splits, staging, survey
+from grain_jax.data import duplicates, example, parallel, splits, staging, survey
 from grain_jax.data.arguments import Encoding, build_parser
 from grain_jax.data.survey import BuildError
 
-from grain_jax import errors, printable
+from grain_jax import errors, printable, progress
 from grain_jax.files import regular_file
 
 SHARD_BYTES = (
@@ -30,29 +28,21 @@ SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal sha
 
 
 def examples(
-    ids: dict[int, str],
-    annotations: epath.Path,
-    folder: epath.Path,
-    encoding: Encoding,
-    workers: int,
-    stored_anew: list[int],
-    read_lines: survey.ReadLines = example.read_lines,
-    orientation: str = "exif",
+    lines: survey.Lines, ids: dict[int, str], encoding: Encoding, stored_anew: list[int]
 ) -> Iterator[dict]:
     """The lines of `ids` as examples. Raises BuildError where the input has changed after the check.
 
     Args:
+      lines: all lines.
+      ids: number -> id.
+      encoding: of the images.
       stored_anew: gets the numbers of the lines whose images are stored as PNG, since training cannot read their files.
     """
-    lines = (line for line in read_lines(annotations) if line.number in ids)
-    encode = functools.partial(
-        example.encode, folder=str(folder), encoding=encoding, orientation=orientation
-    )
-    encoded = parallel.ordered_map(encode, lines, workers=workers)
-    good = progress.progress(encoded, total=len(ids), what="writing")
+    encoded = lines.map(example.encode, ids, encoding=encoding)
+    good = progress.over(encoded, total=len(ids), what="writing")
     for (number, identity), item in zip(ids.items(), good, strict=True):
         if isinstance(item, list):
-            raise BuildError(f"{annotations}:{number}: {item[0]} (it was right when checked)")
+            raise BuildError(f"{lines.path}:{number}: {item[0]} (it was right when checked)")
         if item.stored_anew:
             stored_anew.append(number)
         yield item.features | {"id": identity}
@@ -101,17 +91,11 @@ def build(args: argparse.Namespace, read_lines: survey.ReadLines = example.read_
         if not total:
             raise BuildError(f"{annotations}: the file is empty, expected one JSON object a line")
         workers = args.workers or parallel.default_workers(total)
-        found = survey.take(
-            annotations,
-            folder,
-            workers=workers,
-            total=total,
-            read_lines=read_lines,
-            orientation=args.orientation,
-        )
+        lines = survey.Lines(annotations, folder, args.orientation, workers, read_lines)
+        found = survey.take(lines, total)
         _check_faults(found, args, target)
         divided = _divide(found, args, workers)
-        num_shards = _write(args, found, divided, target, read_lines, workers)
+        num_shards = _write(args, lines, found, divided, target)
         found.write_faults(_faults_file(target))  # after the records: the list is of the set there
     sizes = f"{len(divided.train)} images"
     if divided.validation:
@@ -129,9 +113,7 @@ def _faults_file(target: epath.Path) -> epath.Path:
 def _check_faults(found: survey.Survey, args: argparse.Namespace, target: epath.Path) -> None:
     """Prints what the first pass found. Raises BuildError where it is more than --max-faults allows."""
     if found.turned:
-        turned = (
-            f"{found.turned} of {found.lines} images {annotations_lib.TURNED[args.orientation]}"
-        )
+        turned = f"{found.turned} of {found.lines} images {example.TURNED[args.orientation]}"
         print(printable.plain(f"{args.annotations}: {turned}"), file=sys.stderr)
     print(printable.plain(found.summary()), file=sys.stderr)
     if found.faulty_lines <= args.max_faults * found.lines and found.ids:
@@ -165,11 +147,10 @@ def _divide(found: survey.Survey, args: argparse.Namespace, workers: int) -> spl
 
 def _write(
     args: argparse.Namespace,
+    lines: survey.Lines,
     found: survey.Survey,
     divided: splits.Splits,
     target: epath.Path,
-    read_lines: survey.ReadLines,
-    workers: int,
 ) -> int:
     """Writes the set; returns the number of shards of train. Raises BuildError."""
     encoding = Encoding(args.encoding.kind, args.encoding.quality, args.store_size or 0)
@@ -192,19 +173,9 @@ def _write(
 
     stored_anew: list[int] = []
     lengths = text_lengths.Sample(negatives=found.negatives > 0)
-    examples_of = functools.partial(
-        examples,
-        annotations=epath.Path(args.annotations),
-        folder=epath.Path(args.images),
-        encoding=encoding,
-        workers=workers,
-        stored_anew=stored_anew,
-        read_lines=read_lines,
-        orientation=args.orientation,
-    )
     tfds_writer.write(
         target,
-        examples=lengths.watch(examples_of(divided.train)),
+        examples=lengths.watch(examples(lines, divided.train, encoding, stored_anew)),
         encoding_format=encoding.tfds_format,
         metadata={
             "store_size": encoding.size,
@@ -216,14 +187,14 @@ def _write(
         },
         num_shards=num_shards,
         negatives=found.negatives > 0,
-        held_out=examples_of(divided.validation),
+        held_out=examples(lines, divided.validation, encoding, stored_anew),
         held_out_shards=default_shards(divided.validation),
         files=lambda: {
             duplicates.FILE: duplicates.encode(divided.fingerprints),
             "duplicates.jsonl": "".join(
                 json.dumps(line) + "\n" for line in divided.duplicates
             ).encode(),
-            text_lengths.FILE: lengths.encode(args.name, tokenizer.ClipTokenizer()),
+            text_lengths.FILE: lengths.encode(tokenizer.ClipTokenizer()),
         },
     )
     if stored_anew:

@@ -1,20 +1,33 @@
-"""An annotation line as an example of the record set; run by the build's worker processes."""
+"""An annotation line, checked together with its image, and as an example of the record set.
+
+A line becomes an `Annotation` or a list of faults, never an exception; `data/build.py` decides how many faults end a
+build. `grain_jax/files/annotations.py` checks lines alone. Run by the build's worker processes.
+"""
 
 import io
+import math
 from typing import Any, NamedTuple
 
 import PIL.Image
 from etils import epath
-from grain_jax.data import annotations, duplicates
+from grain_jax.data import duplicates
 from grain_jax.data.arguments import Encoding
 
-from grain_jax.files import annotations as lines
-from grain_jax.files import images, regular_file
+from grain_jax.files import annotations, images, regular_file
 
 VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
 
 # What tf.data decodes to the same RGB pixels as PIL: (format, modes). The rest is stored as PNG.
 _STORED_AS_THEY_ARE = {"JPEG": ("RGB", "L"), "PNG": ("RGB", "L", "P", "1", "RGBA", "LA")}
+
+
+# What becomes of images with an EXIF orientation other than upright, by the orientation that was asked for.
+TURNED = {
+    "exif": "are turned upright by their EXIF orientation, and boxes are of the upright pixels; --orientation file takes"
+    " the pixels as they are stored",
+    "file": "have an EXIF orientation that is not applied: boxes and training have the pixels as they are stored,"
+    " viewers show them turned",
+}
 
 
 class Line(NamedTuple):
@@ -23,6 +36,75 @@ class Line(NamedTuple):
     number: int
     text: bytes
     encoded_image: bytes | None = None  # where it is no file in the images' folder
+
+
+class Checked(NamedTuple):
+    """The result of checking a line: an annotation with its image, or faults."""
+
+    annotation: annotations.Annotation | None  # its boxes are clipped to the image
+    image: PIL.Image.Image | None
+    header: images.Header | None  # of an image that can be read
+    encoded: bytes  # the image's file
+    faults: list[str]
+    boxes_clipped: int
+    unknown_keys: list[str]
+
+
+def check_line(
+    line: bytes,
+    folder: epath.PathLike,
+    encoded_image: bytes | None = None,
+    orientation: str = "exif",
+) -> Checked:
+    """Checks one line and its image: a file below `folder`, or `encoded_image`; orientation as of `decode_image`."""
+    parsed = annotations.parse_line(line, caption_required=True)
+    faults = list(parsed.faults)
+    image, header, encoded, boxes_xyxy = None, None, encoded_image, []
+    if parsed.image:
+        got = f"image: got {annotations.show(parsed.image)}"
+        path = epath.Path(folder) / parsed.image
+        try:
+            encoded = images.read_file(path, got) if encoded is None else encoded
+            image = images.decode_image(encoded, got, orientation)
+            header = images.header(encoded, got, orientation)
+            boxes_xyxy = _clipped(parsed.boxes_xyxy, image, faults)
+        except FileNotFoundError:
+            faults.append(f"{got}, expected a file; there is no {path}")
+        except OSError as error:
+            faults.append(f"{got}, {error.strerror or error}, expected an image")
+        except images.ImageError as error:
+            faults.append(str(error))
+    if faults:
+        return Checked(None, None, header, b"", faults, 0, parsed.unknown_keys)
+    found = parsed.annotation
+    regions = tuple(
+        region._replace(box_xyxy=box_xyxy) for region, box_xyxy in zip(found.regions, boxes_xyxy)
+    )
+    changed = sum(old.box_xyxy != new.box_xyxy for old, new in zip(found.regions, regions))
+    found = found._replace(regions=regions)
+    return Checked(found, image, header, encoded, [], changed, parsed.unknown_keys)
+
+
+def _clipped(
+    boxes_xyxy: list[annotations.Box | None], image: PIL.Image.Image, faults: list[str]
+) -> list[annotations.Box | None]:
+    """Each box clipped to the image; None, and a fault, for a box with too little area inside."""
+    out = []
+    for index, box_xyxy in enumerate(boxes_xyxy):
+        if box_xyxy is None:  # its own fault is reported already
+            out.append(None)
+            continue
+        clipped = annotations.clip_box(box_xyxy, *image.size)
+        if clipped.box_xyxy is None:
+            typed = [int(x) if x.is_integer() else x for x in box_xyxy]
+            kept = math.floor(100 * clipped.kept)  # 49.9% is not said to be 50%
+            faults.append(
+                f"regions[{index}].box: got {annotations.show(typed)}, {kept}% of it"
+                f" in the image of {image.width} x {image.height},"
+                f" expected at least {annotations.MIN_INSIDE:.0%}"
+            )
+        out.append(clipped.box_xyxy)
+    return out
 
 
 class Verdict(NamedTuple):
@@ -43,7 +125,7 @@ class Verdict(NamedTuple):
 
 def check(line: Line, *, folder: str, orientation: str = "exif") -> Verdict:
     """Checks a line and decodes its image, with `orientation` as of `decode_image`."""
-    checked = annotations.check_line(line.text, folder, line.encoded_image, orientation)
+    checked = check_line(line.text, folder, line.encoded_image, orientation)
     found = checked.annotation
     return Verdict(
         number=line.number,
@@ -71,7 +153,7 @@ def encode(
     line: Line, *, folder: str, encoding: Encoding, orientation: str = "exif"
 ) -> Encoded | list[str]:
     """The line as features, or its faults."""
-    checked = annotations.check_line(line.text, folder, line.encoded_image, orientation)
+    checked = check_line(line.text, folder, line.encoded_image, orientation)
     found, image = checked.annotation, checked.image
     if found is None:
         return checked.faults
@@ -138,6 +220,6 @@ def _is_read_by_training(encoded: bytes, size: tuple[int, int]) -> bool:
 
 def read_lines(path: epath.PathLike):
     """The lines of an annotation file that are not blank, one after another. Raises regular_file.FileError."""
-    for number, text in enumerate(regular_file.lines(path, lines.EXPECTED), 1):
+    for number, text in enumerate(regular_file.lines(path, annotations.EXPECTED), 1):
         if text.strip():
             yield Line(number, text)

@@ -13,75 +13,21 @@ from grain_jax.files import annotations
 
 VERSION = 1  # of the rules: other negatives of the same description are another version
 
-# A line is what cannot be told apart, the usual word first: it is what replaces the words of other lines.
+# Between ; stands what cannot be told apart, the usual word first: it is what replaces the words of the others.
 _EXCLUSIVE = {
-    "colour": """
-        red scarlet crimson maroon
-        orange amber
-        yellow golden gold
-        green emerald olive
-        blue azure navy
-        purple violet lilac
-        pink rosy
-        white snowy ivory cream
-        black
-        brown chestnut tan beige
-        grey gray silver""",
-    "material": """
-        wooden
-        metal metallic steel iron
-        plastic
-        leather
-        stone
-        concrete
-        ceramic
-        cardboard
-        rubber
-        woolen woollen
-        velvet""",
-    "pattern": """
-        striped
-        spotted dotted
-        plain
-        checkered chequered plaid
-        floral flowery""",
-    "number": """
-        two
-        three
-        four
-        five
-        six""",
+    "colour": "red scarlet crimson maroon; orange amber; yellow golden gold; green emerald olive; blue azure navy;"
+    " purple violet lilac; pink rosy; white snowy ivory cream; black; brown chestnut tan beige; grey gray silver",
+    "material": "wooden; metal metallic steel iron; plastic; leather; stone; concrete; ceramic; cardboard; rubber;"
+    " woolen woollen; velvet",
+    "pattern": "striped; spotted dotted; plain; checkered chequered plaid; floral flowery",
+    "number": "two; three; four; five; six",
 }
 # Each word and what may replace it: opposites alone.
 _OPPOSITES = {
-    "size": {
-        "big": "small tiny",
-        "large": "small tiny",
-        "huge": "tiny small",
-        "small": "large huge",
-        "little": "large huge",
-        "tiny": "huge large",
-        "long": "short",
-        "short": "long",
-        "tall": "short",
-        "wide": "narrow",
-        "broad": "narrow",
-        "narrow": "wide",
-        "thick": "thin",
-        "thin": "thick",
-        "open": "closed",
-        "closed": "open",
-    },
-    "side": {
-        "left": "right",
-        "right": "left",
-        "upper": "lower",
-        "lower": "upper",
-        "top": "bottom",
-        "bottom": "top",
-        "front": "rear",
-        "rear": "front",
-    },
+    "size": "big: small tiny; large: small tiny; huge: tiny small; small: large huge; little: large huge;"
+    " tiny: huge large; long: short; short: long; tall: short; wide: narrow; broad: narrow; narrow: wide;"
+    " thick: thin; thin: thick; open: closed; closed: open",
+    "side": "left: right; right: left; upper: lower; lower: upper; top: bottom; bottom: top; front: rear; rear: front",
 }
 # Parts of one kind of thing; each also with an s behind it.
 _PARTS = (
@@ -98,14 +44,15 @@ def _lists() -> dict[str, dict[str, tuple[str, ...]]]:
     """Kind -> word -> the words that may replace it."""
     found: dict[str, dict[str, tuple[str, ...]]] = {}
     for kind, text in _EXCLUSIVE.items():
-        lines = [line.split() for line in text.strip().splitlines()]
+        lines = [line.split() for line in text.split(";")]
         found[kind] = {
             word: tuple(other[0] for other in lines if other is not line)
             for line in lines
             for word in line
         }
-    for kind, words in _OPPOSITES.items():
-        found[kind] = {word: tuple(others.split()) for word, others in words.items()}
+    for kind, text in _OPPOSITES.items():
+        pairs = (pair.split(":") for pair in text.split(";"))
+        found[kind] = {word.strip(): tuple(others.split()) for word, others in pairs}
     parts: dict[str, tuple[str, ...]] = {}
     for line in map(str.split, _PARTS):
         for words in (line, [_IRREGULAR.get(word, f"{word}s") for word in line]):

@@ -5,12 +5,13 @@ import collections
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
+from typing import NamedTuple
 
 from etils import epath
-from grain_jax.data import example, parallel, progress
+from grain_jax.data import example, parallel
 
-from grain_jax import errors, printable
+from grain_jax import errors, printable, progress
 from grain_jax.files import atomic
 
 ReadLines = Callable[[epath.Path], Iterable[example.Line]]
@@ -18,6 +19,24 @@ ReadLines = Callable[[epath.Path], Iterable[example.Line]]
 
 class BuildError(errors.UserError):
     """The set cannot be built from this input; the message is one line."""
+
+
+class Lines(NamedTuple):
+    """The lines of a build and their images; see `grain-jax build`."""
+
+    path: epath.Path
+    folder: epath.Path  # of the images
+    orientation: str  # of the images, as of `images.decode_image`
+    workers: int  # processes
+    read: ReadLines  # gives the lines, with their images where these are no files
+
+    def map(self, function: Callable, among: Container[int] | None = None, **named) -> Iterator:
+        """`function` of `example` of each line, or of those with the numbers `among`, in order."""
+        lines = (line for line in self.read(self.path) if among is None or line.number in among)
+        of_line = functools.partial(
+            function, folder=str(self.folder), orientation=self.orientation, **named
+        )
+        return parallel.ordered_map(of_line, lines, workers=self.workers)
 
 
 class Survey:
@@ -95,19 +114,9 @@ class Survey:
         )
 
 
-def take(
-    annotations: epath.Path,
-    folder: epath.Path,
-    *,
-    workers: int,
-    total: int,
-    read_lines: ReadLines = example.read_lines,
-    orientation: str = "exif",
-) -> Survey:
-    """Checks all lines and decodes all images, with `orientation` as of `images.decode_image`."""
-    found = Survey(str(annotations))
-    check = functools.partial(example.check, folder=str(folder), orientation=orientation)
-    verdicts = parallel.ordered_map(check, read_lines(annotations), workers=workers)
-    for verdict in progress.progress(verdicts, total=total, what="checking"):
+def take(lines: Lines, total: int) -> Survey:
+    """Checks all lines, `total` in number, and decodes all images."""
+    found = Survey(str(lines.path))
+    for verdict in progress.over(lines.map(example.check), total=total, what="checking"):
         found.add(verdict)
     return found

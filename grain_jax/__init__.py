@@ -5,30 +5,14 @@ takes a folder of your own, too.
 Importing this package loads neither JAX nor TensorFlow.
 """
 
-import importlib.machinery
-import sys
 from pathlib import Path
 
 __version__ = "0.1.0"
 
-_CHECKOUT = Path(__file__).resolve().parent.parent
-
-
-class _Beside:
-    """Finds grain_jax.configs, .data and .launch in a checkout that is not installed: they lie beside this folder."""
-
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        """The spec of one of the three, or None; called by the import system."""
-        if name in ("grain_jax.configs", "grain_jax.data", "grain_jax.launch"):
-            return importlib.machinery.PathFinder.find_spec(name, [str(_CHECKOUT)])
-        return None
-
-
-if (_CHECKOUT / "setup.py").is_file():
-    sys.meta_path.insert(
-        0, _Beside
-    )  # before the finder of an editable installation, which may be another checkout
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "setup.py").is_file():
+    # grain_jax.configs, .data and .launch lie beside this folder; in a wheel they lie in it.
+    __path__.append(str(_checkout))
 
 
 def load(path, dtype="float32", **options):

@@ -94,6 +94,6 @@ class Regions(NamedTuple):
     embed: Array  # float32 [B, Q, D], unit length
 
 
-def rescale_pixels(image, xp=np):
-    """uint8 [..., 3] -> float32 [..., 3], normalised by ImageNet's mean and std (`xp`: numpy or jax.numpy)."""
-    return (image.astype(xp.float32) / 255.0 - IMAGE_MEAN) / IMAGE_STD
+def rescale_pixels(image: np.ndarray) -> np.ndarray:
+    """uint8 [..., 3] -> float32 [..., 3], normalised by ImageNet's mean and std."""
+    return (image.astype(np.float32) / 255.0 - IMAGE_MEAN) / IMAGE_STD

@@ -2,8 +2,8 @@
 
 `_train` is a run from top to bottom. The same command again resumes from the last checkpoint: the order of the
 data is a function of the step (docs/method.md, Order of the data), so a checkpoint needs no position in the data.
-After SIGTERM or Ctrl-C the run saves and ends with status 75 or 130 (preemption.py), after a second one without
-saving. One trainer at a time has a workdir (lock.py). A run that does no step for long ends itself (watchdog.py).
+After SIGTERM or Ctrl-C the run saves and ends with status 75 or 130 (ending.py), after a second one without
+saving. One trainer at a time has a workdir (lock.py). A run that does no step for long ends itself (ending.py).
 """
 
 import contextlib
@@ -17,20 +17,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
 from grain_jax import config as config_lib
-from grain_jax import errors, inference, losses
+from grain_jax import errors, inference, losses, progress
 from grain_jax.cli import config_file, process
 from grain_jax.cli.train import parser
 from grain_jax.config.evals import Context
 from grain_jax.convert import initialise
-from grain_jax.evaluate import encode, entries, evaluators
+from grain_jax.evaluate import encode, entries, grounding
 from grain_jax.files import atomic
 from grain_jax.input_pipeline import derived, device, sources, tokenizer
 from grain_jax.models import attention, placement
@@ -43,22 +42,18 @@ from grain_jax.runtime import (
     ending,
     lock,
     metrics_writer,
-    preemption,
     processes,
     profiling,
     receipt,
-    storage_faults,
-    watchdog,
 )
-from grain_jax.training import flops, memory, schedule, sharding, train_step
+from grain_jax.training import flops, memory_check, schedule, sharding, train_step
 
 
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory for the next step instead of returning it to the kernel.
 
-    XLA's CPU backend allocates its temporaries anew at every step, so the kernel would zero and map
-    hundreds of megabytes again each time: on two cores that was half of the demo's step. Other
-    systems and allocators have no such switch and need none.
+    XLA's CPU backend allocates its temporaries anew at every step: half of the demo's step on two cores. Other systems
+    and allocators have no such switch and need none.
     """
     m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
     try:
@@ -70,7 +65,7 @@ def keep_freed_memory() -> None:
     mallopt(m_trim_threshold, -1)
 
 
-def prepare_missing_data(config: config_lib.Config, handler: preemption.PreemptionHandler) -> None:
+def prepare_missing_data(config: config_lib.Config, handler: ending.PreemptionHandler) -> None:
     """Runs `input.prepare` where a record set is missing.
 
     Only the trainer calls this, with the config that its user passed: a stored config may come from anyone.
@@ -80,10 +75,10 @@ def prepare_missing_data(config: config_lib.Config, handler: preemption.Preempti
             sources.open_source(config)
         except errors.MissingData:
             _run_prepare(config.input, handler)
-    wait_for_all("data set prepared")
+    processes.wait_for_all("data set prepared")
 
 
-def _run_prepare(config: config_lib.Input, handler: preemption.PreemptionHandler) -> None:
+def _run_prepare(config: config_lib.Input, handler: ending.PreemptionHandler) -> None:
     command = [word.format(**vars(config)) for word in shlex.split(config.prepare)]
     print(f"No data set yet: python -m {shlex.join(command)}", file=sys.stderr, flush=True)
     with subprocess.Popen([sys.executable, "-m", *command]) as handler.child:
@@ -144,8 +139,8 @@ def resolve_steps(config: config_lib.Config, num_examples: int) -> tuple[int, fl
 def train(
     config: config_lib.Config,
     workdir: epath.Path,
-    handler: preemption.PreemptionHandler | None = None,
-    watch: watchdog.Watchdog | None = None,
+    handler: ending.PreemptionHandler | None = None,
+    watch: ending.Watchdog | None = None,
 ) -> None:
     """One run, from the newest checkpoint of its workdir to its last step, or to the one where `handler` ends it.
 
@@ -156,22 +151,22 @@ def train(
       NotFinite: a loss is NaN or infinite.
       SystemExit: the run was told to end, and is saved.
     """
-    with contextlib.ExitStack() as ends:
-        handler, watch = handler or preemption.PreemptionHandler(), watch or watchdog.Watchdog()
-        _train(config, workdir, handler, watch, ends)
+    handler, watch = handler or ending.PreemptionHandler(), watch or ending.Watchdog()
+    first = jax.process_index() == 0
+    with lock.held(workdir) if first else contextlib.nullcontext() as mark:
+        with ending.in_a_line(workdir):
+            _train(config, workdir, handler, watch, mark)
 
 
 def _train(
     config: config_lib.Config,
     workdir: epath.Path,
-    handler: preemption.PreemptionHandler,
-    watch: watchdog.Watchdog,
-    ends: contextlib.ExitStack,
+    handler: ending.PreemptionHandler,
+    watch: ending.Watchdog,
+    mark: lock.Lock | None,
 ) -> None:
-    """`train`; `ends` closes what is open until the end of the run."""
+    """`train`, with the lock of the workdir."""
     # 1. Devices and data.
-    mark = ends.enter_context(lock.held(workdir)) if jax.process_index() == 0 else None
-    ends.enter_context(storage_faults.in_a_line(workdir))
     run = set_up(config, workdir, handler)
     config = run.config
 
@@ -179,7 +174,7 @@ def _train(
     program = train_step.build(
         config, run.mesh, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch
     )
-    memory.check(run.given, run.mesh, run.memory, program)
+    memory_check.check(run.given, run.mesh, run.memory, program)
 
     # 3. State: the newest checkpoint that is whole, else a fresh start from the seed and `config.init`.
     checkpoints = checkpoint.manager(workdir, config)
@@ -195,14 +190,9 @@ def _train(
     on_host = sources.batches_of_run(
         run.source, config, notes=workdir / "shards", lanes=run.lanes, start_step=start_step
     )
-    batches = device.prefetch(on_host, program.batch_sharding)
-    trace = profiling.StepTrace(
-        workdir,
-        start=config.profile_start,
-        steps=config.profile_steps,
-        process_index=jax.process_index(),
-    )
-    plan = schedule.Schedule.of(config, run.total_steps, has_evals=bool(run.evals))
+    batches = device.Prefetch(on_host, program.batch_sharding)
+    trace = profiling.StepTrace(workdir, config.profile_start, config.profile_steps)
+    plan = schedule.Schedule(config, run.total_steps, has_evals=bool(run.evals))
     step, preempted = start_step, False
     with handler.training(), contextlib.ExitStack() as closes:
         closes.callback(watch.stop)  # whatever ends the loop, these run from the last to the first
@@ -211,7 +201,7 @@ def _train(
         closes.callback(checkpoints.close)
         closes.callback(checkpoints.wait_until_finished)  # the save under way is finished
         closes.callback(batches.close)
-        with watch.running(start_step), storage_faults.in_a_line(workdir):
+        with watch.running(start_step), ending.in_a_line(workdir):
             for step in range(start_step + 1, run.total_steps + 1):
                 trace.begin(step)
                 batch = next(batches)
@@ -241,35 +231,40 @@ def _train(
         report(dataclasses.replace(config, evals=run.evals), workdir, predictor, results)
 
 
-class Run(NamedTuple):
+class SetUp(NamedTuple):
     """A run before it has a state: what `set_up` finds."""
 
     given: config_lib.Config  # as the user gave it, for suggestions of other values
     config: config_lib.Config  # without open numbers
     derived_from: str  # how the open numbers were derived, or ""
     mesh: jax.sharding.Mesh
-    memory: memory.Limit
+    memory: memory_check.Limit
     source: sources.DataSource
     lanes: tuple[int, ...]  # of this process
     total_steps: int
     steps_per_epoch: float
     data: list[sources.Identity]
     evals: dict[str, config_lib.Evaluator]  # whose data is there
-    terms: list[losses.LossTerm]
+
+    @property
+    def terms(self) -> list[losses.LossTerm]:
+        """Of its loss."""
+        return [term for term, _ in losses.terms_of(self.config.loss)]
 
 
 def set_up(
-    config: config_lib.Config, workdir: epath.Path, handler: preemption.PreemptionHandler
-) -> Run:
+    config: config_lib.Config, workdir: epath.Path, handler: ending.PreemptionHandler
+) -> SetUp:
     """Opens all that the run needs before anything is computed, and makes the data set where it is missing.
 
     What needs no data set comes first, since making one takes long.
     """
-    given, terms = config, [term for term, _ in losses.terms_of(config.loss)]
+    given = config
+    losses.terms_of(config.loss)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config, mesh)  # before the data set is made
-    limit = memory.limit()
-    memory.check(config, mesh, limit)
+    sharding.check_batch(config, mesh)
+    limit = memory_check.limit()
+    memory_check.check(config, mesh, limit)
     metrics_writer.check_wandb(config.wandb)
     if not checkpoint.finished_steps(workdir):  # else they are not read
         initialise.check(config.init)
@@ -286,24 +281,11 @@ def set_up(
         lanes=config.input.lanes,
         process_index=jax.process_index(),
     )
-    total_steps, steps_per_epoch = resolve_steps(config, source.num_examples(config))
+    steps = resolve_steps(config, source.num_examples(config))
     data = processes.of_first(functools.partial(source.identities, config))
     evals = entries.present(config.evals)  # here, not after the last step
     schedule.check_best_entry(config, evals)
-    return Run(
-        given,
-        config,
-        derived_from,
-        mesh,
-        limit,
-        source,
-        lanes,
-        total_steps,
-        steps_per_epoch,
-        data,
-        evals,
-        terms,
-    )
+    return SetUp(given, config, derived_from, mesh, limit, source, lanes, *steps, data, evals)
 
 
 def tell(text: str) -> None:
@@ -312,14 +294,14 @@ def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def restore_or_initialise(checkpoints, run: Run, program: train_step.Program):
+def restore_or_initialise(checkpoints, run: SetUp, program: train_step.Program):
     """The state of the newest checkpoint that is whole, else of step 0."""
     placed = checkpoint.placed(program.state, program.shardings)
     state = checkpoint.restore_newest(checkpoints, run.config, placed, tell, run.data)
     return initialise.state_of_step_0(run.config, program, tell) if state is None else state
 
 
-def compile_step(run: Run, program: train_step.Program, records: "Records"):
+def compile_step(run: SetUp, program: train_step.Program, records: "Records"):
     """The compiled step, which fits into memory and measures what the best checkpoint is chosen by."""
     began = time.monotonic()
     with records.pause():
@@ -329,12 +311,12 @@ def compile_step(run: Run, program: train_step.Program, records: "Records"):
         step_fn = lowered.compile()
     with placement.on(run.mesh, sharding.BATCH_AXES):
         programs = attention.of_towers(run.config.model, run.config.dtype)
-    took = metrics_writer.duration(time.monotonic() - began)
+    took = progress.duration(time.monotonic() - began)
     records.say(f"compiled in {took}; attention of the towers: {programs}")
-    warning = memory.check_step(run.given, run.mesh, program, step_fn, run.memory)
+    warning = memory_check.check_step(run.given, run.mesh, program, step_fn, run.memory)
     if warning:
         records.say(warning)
-    wait_for_all("compiled")
+    processes.wait_for_all("compiled")
     return step_fn
 
 
@@ -347,7 +329,7 @@ class Records:
       results: numbers of the last evaluation; {} before the first.
     """
 
-    def __init__(self, run: Run, workdir: epath.Path, checkpoints, state: train_step.TrainState):
+    def __init__(self, run: SetUp, workdir: epath.Path, checkpoints, state: train_step.TrainState):
         config, start_step = run.config, int(state.step)
         self.results: dict[str, float] = {}
         self._run, self._config, self._workdir = run, config, workdir
@@ -452,28 +434,14 @@ class Records:
             self._log.close()
 
 
-def wait_for_all(key: str) -> None:
-    """Waits until all processes are here, however long; a collective gives up after half a minute on CPUs.
-
-    One that dies on the way does not keep the others: the heartbeat ends them.
-    """
-    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=7 * 24 * 3600 * 1000)
-
-
 def last_text_counts(state: train_step.TrainState, lines: Sequence[str]) -> dict[str, float]:
-    """`metrics_writer.TextCounts.NAMES` at the last line of the first process, or in `state` where it lacks them."""
-
-    def last() -> dict[str, float]:
-        line = json.loads(lines[-1]) if lines else {}
-        found: dict[str, Any] = {
-            str(name): line.get(name) for name in metrics_writer.TextCounts.NAMES
-        }
-        if all(isinstance(n, (int, float)) and math.isfinite(n) for n in found.values()):
-            return found
-        counts = (state.text_counts[0], state.texts_dropped, state.text_counts[1])
-        return {str(n): int(count) for n, count in zip(metrics_writer.TextCounts.NAMES, counts)}
-
-    return processes.of_first(last)
+    """`metrics_writer.TextCounts.NAMES` at the last line of the first process, or in `state` where there is none."""
+    names = metrics_writer.TextCounts.NAMES
+    counts = (state.text_counts[0], state.texts_dropped, state.text_counts[1])
+    of_state = {name: int(count) for name, count in zip(names, counts)}
+    last = json.loads(lines[-1]) if lines else {}
+    known = all(isinstance(last.get(n), (int, float)) and math.isfinite(last[n]) for n in names)
+    return processes.of_first(lambda: {n: last[n] for n in names} if known else of_state)
 
 
 def row_advice(config: config_lib.Config, source: sources.DataSource) -> str:
@@ -517,18 +485,11 @@ def report(config, workdir, predictor, results) -> None:
     if results:
         atomic.write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
         pictures.print_table(results)
-    grounded = (e for e in config.evals.values() if isinstance(e, evaluators.Grounding))
-    entry = next(grounded, None)
-    if config.pictures and entry:
+    grounded = (e for e in config.evals.values() if isinstance(e, grounding.Grounding))
+    if config.pictures and (entry := next(grounded, None)):
         images, annotations = entry.paths
-        pictures.regions_grid(
-            predictor,
-            annotations,
-            images,
-            workdir / "regions.png",
-            count=config.pictures,
-            orientation=entry.orientation,
-        )
+        shown = dict(count=config.pictures, orientation=entry.orientation)
+        pictures.regions_grid(predictor, annotations, images, workdir / "regions.png", **shown)
     page.write(workdir, predictor, model=bool(config.pictures))
     print(f"Everything of this run is in {workdir}", file=sys.stderr)
 
@@ -546,18 +507,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     keep_freed_memory()
     compiled.use(args.compilation_cache)
-    handler, watch = preemption.PreemptionHandler(), watchdog.Watchdog(args.stall_seconds)
+    handler, watch = ending.PreemptionHandler(), ending.Watchdog(args.stall_seconds)
     handler.listen()
-    storage_faults.quiet_threads()
-    found = distributed.initialize(
-        args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
-    )
+    ending.quiet_threads()
+    place = (args.coordinator, args.processes, args.process_id, args.heartbeat_seconds)
+    found = distributed.initialize(*place)
     if jax.distributed.is_initialized():
         print(found, file=sys.stderr, flush=True)
-    workdir = epath.Path(args.workdir)
     with distributed.ending_together(args.heartbeat_seconds):
-        with errors.out_of_memory_in_a_line("training", lambda: memory.training_advice(config)):
-            train(config, workdir, handler, watch)
+        with errors.out_of_memory_in_a_line(
+            "training", lambda: memory_check.training_advice(config)
+        ):
+            train(config, epath.Path(args.workdir), handler, watch)
 
 
 def console(arguments: Sequence[str] | None = None) -> None:

@@ -5,8 +5,9 @@ https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (FLOPs, HBM, ICI, chip
 specs" of https://jax-ml.github.io/scaling-book/tpus (DCN of v4, where Google Cloud prints none);
 https://cloud.google.com/compute/docs/gpus/gpu-network-bandwidth and /accelerator-optimized-machines (vCPUs
 and network of the machines a2-highgpu-8g, a2-ultragpu-8g, a3-megagpu-8g, a3-ultragpu-8g and a4-highgpu-8g);
-NVIDIA's data sheets of A100, H100 SXM, H200 SXM and HGX B200 (memory, NVLink); peak FLOPs are those of
-`grain_jax.training.flops`. The memory of a TPU is what the compiler of libtpu 0.0.42.1 allows a program, most
+NVIDIA's data sheets and architecture white papers of A100, H100 SXM, H200 SXM and HGX B200 (memory, NVLink,
+multiprocessors, clock, L2 cache), the tables of compute capabilities in the CUDA C++ programming guide (limits of a
+block and of a multiprocessor); peak FLOPs are those of `grain_jax.training.flops`. The memory of a TPU is what the compiler of libtpu 0.0.42.1 allows a program, most
 often a little less than is printed; of a GPU, the share that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says
 otherwise.
 """
@@ -21,6 +22,43 @@ from grain_jax.training.flops import peak_flops
 
 _GIB = 2**30
 _JAX_TAKES = 0.75  # of a GPU's memory, https://docs.jax.dev/en/latest/gpu_memory_allocation.html
+
+
+class Gpu(NamedTuple):
+    """What XLA must know of a GPU that is not there; memory is a little less than is printed, as `nvidia-smi` has it."""
+
+    capability: tuple[int, int]
+    cores: int  # streaming multiprocessors
+    clock_ghz: float
+    shared_memory: int  # bytes, of a multiprocessor
+    l2_cache: int  # MiB
+    memory: int  # MiB
+    memory_rate: float  # bytes a second
+
+    def description(self, name: str) -> str:
+        """The text of its GpuTargetConfigProto, for `get_topology_desc(platform="cuda", target_config=...)`."""
+        major, minor = self.capability
+        # From 9.0 on, instructions of this generation alone (wgmma, tcgen05) are compiled for, as JAX does.
+        extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
+        return f"""\
+gpu_device_info {{
+  name: "{name}" device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability {major}.{minor}"
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: {2**31 - 1} block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: {48 * 1024} shared_memory_per_core: {self.shared_memory}
+  shared_memory_per_block_optin: {self.shared_memory - 1024}
+  core_count: {self.cores} fpus_per_core: {64 if major < 9 else 128} clock_rate_ghz: {self.clock_ghz}
+  device_memory_size: {self.memory * 2**20} memory_bandwidth: {self.memory_rate:.0f}
+  l2_cache_size: {self.l2_cache * 2**20} device_address_bits: 64 ecc_enabled: true
+  driver_version: "12.9.0" runtime_version: "12.9.0" compile_time_toolkit_version: "12.9.0" dnn_version: "9.10.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{name}"
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +79,7 @@ class Chip:
       host_cores: vCPUs of that machine.
       wrap: an axis of a slice closes to a ring where its length is a multiple of this (GPU: 0, no torus).
       axes: axes of its torus: 2 or 3; of GPUs 0.
+      gpu: what XLA must know of a GPU; None of TPUs.
     """
 
     name: str
@@ -55,11 +94,12 @@ class Chip:
     host_cores: int
     wrap: int
     axes: int
+    gpu: Gpu | None = None
 
     @property
     def is_tpu(self) -> bool:
         """Whether it is a TPU, for which libtpu compiles; for GPUs the CUDA plugin of JAX does."""
-        return self.axes > 0
+        return self.gpu is None
 
 
 def _tpu(name, kind, hbm_gib, hbm_rate, link, dcn, cores, wrap, axes) -> Chip:
@@ -68,12 +108,17 @@ def _tpu(name, kind, hbm_gib, hbm_rate, link, dcn, cores, wrap, axes) -> Chip:
     return Chip(name, kind, hbm, flops, hbm_rate, 2 * link, link, dcn, 4, cores, wrap, axes)
 
 
-def _gpu(name, kind, hbm_gib, hbm_rate, nvlink, dcn, cores) -> Chip:
+def _gpu(name, kind, hbm_gib, hbm_rate, nvlink, dcn, cores, gpu) -> Chip:
     flops = peak_flops(kind, "bfloat16")
     hbm = _JAX_TAKES * hbm_gib * _GIB
-    return Chip(name, kind, hbm, flops, hbm_rate, nvlink, nvlink, dcn, 8, cores, 0, 0)
+    return Chip(name, kind, hbm, flops, hbm_rate, nvlink, nvlink, dcn, 8, cores, 0, 0, gpu)
 
 
+_A100_40 = Gpu((8, 0), 108, 1.41, 164 * 1024, 40, 40_370, 1555e9)
+_A100_80 = _A100_40._replace(memory=81_157, memory_rate=2039e9)
+_H100 = Gpu((9, 0), 132, 1.98, 228 * 1024, 50, 81_008, 3352e9)
+_H200 = _H100._replace(memory=144_384, memory_rate=4800e9)
+_B200 = Gpu((10, 0), 148, 1.965, 228 * 1024, 126, 182_642, 8000e9)
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -81,11 +126,11 @@ CHIPS = {
         _tpu("v5e", "TPU v5 lite", 15.75, 819e9, 50e9, 3.125e9, 112, 16, 2),
         _tpu("v5p", "TPU v5", 95.74, 2765e9, 100e9, 6.25e9, 208, 4, 3),
         _tpu("v6e", "TPU v6 lite", 31.25, 1638e9, 100e9, 12.5e9, 180, 16, 2),
-        _gpu("a100-40", "NVIDIA A100-SXM4-40GB", 40, 1555e9, 300e9, 1.5625e9, 96),
-        _gpu("a100-80", "NVIDIA A100-SXM4-80GB", 80, 2039e9, 300e9, 1.5625e9, 96),
-        _gpu("h100", "NVIDIA H100 80GB HBM3", 80, 3350e9, 450e9, 25e9, 208),
-        _gpu("h200", "NVIDIA H200", 141, 4800e9, 450e9, 50e9, 224),
-        _gpu("b200", "NVIDIA B200", 180, 8000e9, 900e9, 50e9, 224),
+        _gpu("a100-40", "NVIDIA A100-SXM4-40GB", 40, 1555e9, 300e9, 1.5625e9, 96, _A100_40),
+        _gpu("a100-80", "NVIDIA A100-SXM4-80GB", 80, 2039e9, 300e9, 1.5625e9, 96, _A100_80),
+        _gpu("h100", "NVIDIA H100 80GB HBM3", 80, 3350e9, 450e9, 25e9, 208, _H100),
+        _gpu("h200", "NVIDIA H200", 141, 4800e9, 450e9, 50e9, 224, _H200),
+        _gpu("b200", "NVIDIA B200", 180, 8000e9, 900e9, 50e9, 224, _B200),
     )
 }
 

@@ -4,6 +4,7 @@ For TPUs libtpu compiles, for GPUs the CUDA plugin of JAX. Only the child loads 
 line here. Results are cached by the text of the program, so that the same plan compiles once.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -16,20 +17,16 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 from etils import epath
-from grain_jax.launch import chips, gpu_targets
+from grain_jax.launch import chips
 
 from grain_jax import config as config_lib
-from grain_jax import errors, named
-from grain_jax.runtime import metrics_writer
+from grain_jax import errors, named, progress
 
 ROOT = epath.Path(errors.__file__).resolve().parent.parent  # the child finds grain_jax there
-LINE_EVERY = 15.0  # seconds between lines of progress, where there is no terminal to rewrite one on
 
 # The accelerator type in libtpu's environment: its prefix, and what it counts (TensorCores or chips).
 _ACCELERATOR = {"v4": ("v4", 2), "v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
@@ -97,7 +94,7 @@ def compile_step(
     total_steps: int,
     steps_per_epoch: float,
     timeout: float,
-    say: Callable[[str], None],
+    line: progress.Line,
 ) -> Compiled:
     """Compiles the step that `train` runs on that topology; needs no chip.
 
@@ -106,32 +103,31 @@ def compile_step(
       topology: TPU slices or GPU nodes.
       total_steps, steps_per_epoch: of the run; the learning rate's schedule is part of the program.
       timeout: seconds that it may take.
-      say: is called with a line of progress now and then.
+      line: shows the progress.
 
     Raises:
       UserError: the compiler is missing, the mesh does not fit, there is no such slice, or time ran out.
       CompilerFailed: the compiler crashed.
     """
-    what = missing(topology.chip)
-    if what is not None:
+    if what := missing(topology.chip):
         raise errors.UserError(f"grain-jax plan: {what}")
-    shape = list(map(str, topology.shape))
-    if not topology.chip.is_tpu and topology.slices > 1:
-        shape.append(str(topology.slices))
-    name = f"{topology.chip.name}:{'x'.join(shape)}"
+    is_tpu = topology.chip.is_tpu
+    nodes = () if is_tpu or topology.slices == 1 else (topology.slices,)
+    name = f"{topology.chip.name}:{'x'.join(map(str, (*topology.shape, *nodes)))}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", **_environment(topology)}
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     request = dict(
         config=json.loads(config_lib.to_json(config)),
-        platform="tpu" if topology.chip.is_tpu else "cuda",
+        platform="tpu" if is_tpu else "cuda",
         topology=name,
         options=_topology_options(topology),
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         cache=str(cache.resolve()),
     )
-    out, log, status = _run(json.dumps(request), environment, timeout, f"compiling for {name}", say)
+    what = f"compiling for {name}"
+    out, log, status = _run(json.dumps(request), environment, timeout, what, line)
     try:
         answer = json.loads(out.strip().splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
@@ -139,27 +135,23 @@ def compile_step(
     if "fault" in answer:
         raise errors.UserError(answer["fault"])
     if "failed" in answer:
-        compiler = "libtpu" if topology.chip.is_tpu else "XLA"
         raise CompilerFailed(
-            f"{compiler} cannot compile this program for {name}: {answer['failed']}"
+            f"{'libtpu' if is_tpu else 'XLA'} cannot compile this program for {name}: {answer['failed']}"
         )
-    return _load(cache, answer["key"], cached=answer["cached"])
+    return _load(epath.Path(answer["path"]), cached=answer["cached"])
 
 
 def missing(chip: chips.Chip) -> str | None:
     """What must be installed before a step can be compiled for that chip, in one line; None: nothing."""
+    needed = ("libtpu",) if chip.is_tpu else _CUDA_PLUGINS
+    if any(importlib.util.find_spec(package) for package in needed):
+        return None
     if chip.is_tpu:
-        if importlib.util.find_spec("libtpu") is None:
-            return (
-                "libtpu is missing, expected the TPU compiler (Linux on x86_64; no TPU is needed);"
-                ' pip install "grain_jax[tpu]"'
-            )
-    elif not any(importlib.util.find_spec(plugin) for plugin in _CUDA_PLUGINS):
-        return (
-            "the CUDA plugin of JAX is missing, which compiles for GPUs (Linux; no GPU is needed);"
-            ' pip install "grain_jax[cuda12]"'
-        )
-    return None
+        what, extra = "libtpu is missing, expected the TPU compiler (Linux on x86_64; no TPU", "tpu"
+    else:
+        what = "the CUDA plugin of JAX is missing, which compiles for GPUs (Linux; no GPU"
+        extra = "cuda12"
+    return f'{what} is needed); pip install "grain_jax[{extra}]"'
 
 
 def _environment(topology: chips.Topology) -> dict[str, str]:
@@ -180,7 +172,7 @@ def _topology_options(topology: chips.Topology) -> dict[str, Any]:
     """The arguments of `get_topology_desc` besides the name of a TPU slice."""
     if not topology.chip.is_tpu:
         return {
-            "target_config": gpu_targets.description(gpu_targets.GPUS[topology.chip.name]),
+            "target_config": topology.chip.gpu.description(topology.chip.device_kind),
             "topology": f"1x{topology.slices}x{topology.shape[0]}",  # nodes, GPUs of a node
         }
     options: dict[str, Any] = {}
@@ -195,42 +187,36 @@ def _topology_options(topology: chips.Topology) -> dict[str, Any]:
 
 
 def _run(
-    request: str, environment: dict[str, str], timeout: float, what: str, say: Callable
+    request: str, environment: dict[str, str], timeout: float, what: str, line: progress.Line
 ) -> tuple[str, str, int]:
     """(stdout, stderr, status) of the child; prints progress."""
-    began = told = time.monotonic()
-    terminal = sys.stderr.isatty()
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "grain_jax.launch.compiler"],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=log,
-            text=True,
-        )
+    began = time.monotonic()
+    with subprocess.Popen(
+        [sys.executable, "-m", "grain_jax.launch.compiler"],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    ) as child:
+        given: str | None = request
         try:
-            child.stdin.write(request)
-            child.stdin.close()
-            while child.poll() is None:
-                now = time.monotonic()
-                if now - began > timeout:
+            while True:
+                left = timeout - (time.monotonic() - began)
+                if left <= 0:
                     raise TookTooLong(
                         f"--timeout: {what} took more than {timeout:.0f} s; give it more, or plan for"
                         " fewer chips"
                     )
-                if now - told >= (1.0 if terminal else LINE_EVERY):
-                    say(f"{what} ... {metrics_writer.duration(now - began)}")
-                    told = now
-                time.sleep(0.05)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    out, log = child.communicate(given, timeout=min(1.0, left))
+                    return out, log, child.returncode
+                given = None  # the child has it
+                line.show(f"{what} ... {progress.duration(time.monotonic() - began)}")
         finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-        out.seek(0)
-        log.seek(0)
-        return out.read(), log.read(), child.returncode
+            child.kill()
 
 
 def _crash(status: int, log: str, config: config_lib.Config, name: str, chip: chips.Chip) -> str:
@@ -249,14 +235,9 @@ def _crash(status: int, log: str, config: config_lib.Config, name: str, chip: ch
     )
 
 
-def _paths(cache: epath.Path, key: str) -> tuple[epath.Path, epath.Path]:
-    return cache / f"{key}.json", cache / f"{key}.hlo.gz"
-
-
-def _load(cache: epath.Path, key: str, *, cached: bool) -> Compiled:
-    facts, hlo = _paths(cache, key)
-    text = gzip.decompress(hlo.read_bytes()).decode() if hlo.exists() else ""
-    return Compiled(**json.loads(facts.read_text()), hlo=text, cached=cached)
+def _load(path: epath.Path, *, cached: bool) -> Compiled:
+    facts = json.loads(gzip.decompress(path.read_bytes()))
+    return Compiled(**facts | {"cached": cached})
 
 
 def size(text: str) -> int:
@@ -277,20 +258,17 @@ def parse_out_of_memory(message: str) -> tuple[int, int, list[tuple[int, str, st
     Raises:
       CompilerFailed: it was another memory than HBM.
     """
-    early = re.search(
+    found = re.search(
         r"HLO temporaries \(([\d.]+\w?)\) exceeds available HBM \(([\d.]+\w?)\)", message
-    )
-    late = re.search(r"Used ([\d.]+\w?) of ([\d.]+\w?) hbm", message)
-    found = early or late
+    ) or re.search(r"Used ([\d.]+\w?) of ([\d.]+\w?) hbm", message)
     if not found:
         raise CompilerFailed(f"the compiler ran out of memory: {message.splitlines()[0]}")
     largest = []
     for entry in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
         shape = re.search(r"Shape: (\w+\[[\d,]*\])", entry)
         name = re.search(r'op_name="([^"]*)"', entry)
-        largest.append(
-            (size(entry.split()[0]), shape[1] if shape else "?", name[1] if name else "?")
-        )
+        named = (part[1] if part else "?" for part in (shape, name))
+        largest.append((size(entry.split()[0]), *named))
     return size(found[1]), size(found[2]), largest
 
 
@@ -302,27 +280,24 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     import jax
     from jax.experimental import topologies
 
-    from grain_jax.training import flops, memory_use, sharding, train_step
+    from grain_jax.training import flops, memory_need, sharding, train_step
 
     with named.importing():  # the user's own config, from the command line of grain-jax plan
         config = config_lib.from_dict(request["config"])
-    name, platform, options = request["topology"], request["platform"], dict(request["options"])
-    if platform == "tpu":
-        options["topology_name"] = name
+    name, platform = request["topology"], request["platform"]
+    of_slice = {"topology_name": name} if platform == "tpu" else {}
     try:
-        devices = topologies.get_topology_desc(platform=platform, **options).devices
+        devices = topologies.get_topology_desc(
+            platform=platform, **of_slice, **request["options"]
+        ).devices
     except jax.errors.JaxRuntimeError as error:
         compiler = "libtpu" if platform == "tpu" else "XLA"
         raise errors.UserError(
             f"--topology: {compiler} knows no {name}: {str(error).splitlines()[0]}"
         ) from None
     mesh = sharding.make_mesh(config.mesh, devices)
-    program = train_step.build(
-        config,
-        mesh,
-        total_steps=request["total_steps"],
-        steps_per_epoch=request["steps_per_epoch"],
-    )
+    lengths = {key: request[key] for key in ("total_steps", "steps_per_epoch")}
+    program = train_step.build(config, mesh, **lengths)
     lowered = program.step.lower(program.state, program.batch)
     versions = {"jax": jax.__version__, **_versions(platform)}
     flags = {flag: os.environ.get(flag) for flag in _FLAGS}
@@ -331,12 +306,12 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     identity = json.dumps([fields, name, request["options"], versions, flags], sort_keys=True)
     text = lowered.as_text()
     key = hashlib.sha256((identity + text).encode()).hexdigest()[:24]
-    facts, hlo = _paths(epath.Path(request["cache"]), key)
-    if facts.exists():
-        return {"key": key, "cached": True}
+    path = epath.Path(request["cache"]) / f"{key}.json.gz"
+    if path.exists():
+        return {"path": str(path), "cached": True}
 
     began = time.monotonic()
-    memory, out_of_memory = {}, None
+    memory, out_of_memory, hlo = {}, None, ""
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -344,7 +319,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
             return {"failed": str(error).splitlines()[0]}
         out_of_memory = str(error)
     else:
-        analysis = compiled.memory_analysis()
+        analysis, hlo = compiled.memory_analysis(), compiled.as_text()
         memory = dict(
             arguments=analysis.argument_size_in_bytes,
             output=analysis.output_size_in_bytes,
@@ -353,28 +328,23 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
             code=analysis.generated_code_size_in_bytes,
             peak=analysis.peak_memory_in_bytes,
         )
-        partial = hlo.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(gzip.compress(compiled.as_text().encode(), compresslevel=4))
-        partial.replace(hlo)
     answer = Compiled(
-        state_bytes=memory_use.state_bytes(program),
+        state_bytes=memory_need.state_bytes(program),
         checkpoint_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)),
         memory=memory,
         traced_flops=flops.matmul_flops(program.step, program.state, program.batch),
         out_of_memory=out_of_memory,
         program=hashlib.sha256(text.encode()).hexdigest(),
-        hlo="",
+        hlo=hlo,
         mesh=dict(mesh.shape),
         versions=versions,
         seconds=time.monotonic() - began,
     )
-    kept = dataclasses.asdict(answer)
-    del kept["hlo"], kept["cached"]
-    # Last, and by a rename: an entry that is there is whole.
-    partial = facts.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(kept))
-    partial.replace(facts)
-    return {"key": key, "cached": False}
+    # By a rename: an entry that is there is whole, also where two processes make it.
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(answer)).encode(), 4))
+    partial.replace(path)
+    return {"path": str(path), "cached": False}
 
 
 def _versions(platform: str) -> dict[str, str]:

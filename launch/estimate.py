@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 
 from grain_jax import config as config_lib
 from grain_jax import losses
-from grain_jax.training import memory_use, sharding, train_step
+from grain_jax.training import memory_need, sharding, train_step
 
 
 class Estimate(NamedTuple):
@@ -38,18 +38,13 @@ class Estimate(NamedTuple):
 
 def mesh_sizes(mesh: config_lib.Mesh, count: int, nodes: int) -> dict[str, int]:
     """The sizes of the (data, fsdp, tensor) mesh over `count` chips of so many nodes. Raises ShardingError."""
-    data = mesh.data if mesh.data != -1 else max(count // (mesh.fsdp * mesh.tensor), 1)
-    if data * mesh.fsdp * mesh.tensor != count:
+    sizes = sharding.mesh_sizes(mesh, count)
+    if sizes["data"] % nodes or sizes["data"] % mesh.dcn_data:
         raise sharding.ShardingError(
-            f"mesh: data x fsdp x tensor = {data} x {mesh.fsdp} x {mesh.tensor}, expected {count} chips;"
-            " set mesh.data=-1 to use the rest"
+            f"mesh: got data = {sizes['data']} (mesh.dcn_data={mesh.dcn_data}) on {nodes} slices or nodes,"
+            " expected a multiple of both: nothing but data is cut over the network between them"
         )
-    if data % nodes or data % mesh.dcn_data:
-        raise sharding.ShardingError(
-            f"mesh: got data = {data} (mesh.dcn_data={mesh.dcn_data}) on {nodes} slices or nodes, expected a"
-            " multiple of both: nothing but data is cut over the network between them"
-        )
-    return {"data": data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    return sizes
 
 
 def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
@@ -72,10 +67,10 @@ def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
         total_steps=1,
         steps_per_epoch=1.0,
     )
-    state = memory_use.state_bytes(program)
-    trained = memory_use.trained_bytes(program, config.optim.frozen)
+    state = memory_need.state_bytes(program)
+    trained = memory_need.trained_bytes(program, config.optim.frozen)
     shards = sizes["data"] * sizes["fsdp"]
-    temporaries = memory_use.temporaries(config, program, shards)
+    temporaries = memory_need.temporaries(config, program, shards)
     if by_cudnn:
         part = config.batch_size // shards // config.microbatches
         temporaries["activations"] -= _scores(config, part)
@@ -92,11 +87,10 @@ def of_gpus(config: config_lib.Config, topology: chips.Topology) -> Estimate:
 
 def _scores(config: config_lib.Config, images: int) -> int:
     """Bytes of the softmaxes [.., heads, L, L] of the towers that are kept for the backward pass."""
-    total = 0
-    for array in memory_use.kept(config, images):
-        dims = array.shape.partition("[")[2].rstrip("]").split(",")
-        total += array.bytes if len(dims) > 3 and dims[-1] == dims[-2] else 0
-    return total
+    shapes = [
+        (x.shape.partition("[")[2][:-1].split(","), x) for x in memory_need.kept(config, images)
+    ]
+    return sum(x.bytes for dims, x in shapes if len(dims) > 3 and dims[-1] == dims[-2])
 
 
 def _collectives(config, topology, sizes, parameters, trained) -> list[hlo_collectives.Collective]:
@@ -112,19 +106,16 @@ def _collectives(config, topology, sizes, parameters, trained) -> list[hlo_colle
             kind, True, False, sizes[axis], slices, (axis,), count, size
         )
 
-    out, parts = [], config.microbatches  # gradients are summed once a part
-    if sizes["data"] > 1:
-        out.append(collective("all-reduce", "data", parts, parts * trained))
-    if sizes["fsdp"] > 1:
-        # Forward and backward gather the parameters, the latter those that something trains behind.
-        gathered = parts * (parameters + trained) * sizes["fsdp"]
-        out.append(collective("all-gather", "fsdp", 2 * parts, gathered))
-        summed = parts * trained * sizes["fsdp"]
-        out.append(collective("reduce-scatter", "fsdp", parts, summed))
-    if sizes["tensor"] > 1:
-        count, size = _tensor_sums(config, sizes)
-        out.append(collective("all-reduce", "tensor", count, size))
-    return out + rings(config, topology, sizes["data"] * sizes["fsdp"])
+    parts, fsdp = config.microbatches, sizes["fsdp"]  # gradients are summed once a part
+    # Forward and backward gather the parameters, the latter those that something trains behind.
+    out = [
+        collective("all-reduce", "data", parts, parts * trained),
+        collective("all-gather", "fsdp", 2 * parts, parts * (parameters + trained) * fsdp),
+        collective("reduce-scatter", "fsdp", parts, parts * trained * fsdp),
+        collective("all-reduce", "tensor", *_tensor_sums(config, sizes)),
+    ]
+    out = [of_mesh for of_mesh in out if of_mesh.group_size > 1]
+    return out + rings(config, topology, sizes["data"] * fsdp)
 
 
 def rings(config, topology, shards) -> list[hlo_collectives.Collective]:
@@ -165,15 +156,15 @@ def rings(config, topology, shards) -> list[hlo_collectives.Collective]:
     out = []
     for ring, vectors, gradients, gathers in terms:
         together = config.loss.gather if ring.gather else 1
-        size = together * config.model.embed_dim * memory_use.FLOAT  # of one vector a chip
+        size = together * config.model.embed_dim * memory_need.FLOAT  # of one vector a chip
         if ring.gather and vectors:
             args = (True, False, together, 1, sharding.BATCH_AXES)
-            if gathers:
-                sent = vectors * size * gathers // 2
-                out.append(hlo_collectives.Collective("all-gather", *args, gathers, sent))
-            if gradients:
-                sent = gradients * size
-                out.append(hlo_collectives.Collective("reduce-scatter", *args, 1, sent))
+            for kind, count, sent in (
+                ("all-gather", gathers, vectors * size * gathers // 2),
+                ("reduce-scatter", 1, gradients * size),
+            ):
+                if sent:
+                    out.append(hlo_collectives.Collective(kind, *args, count, sent))
         hops = ring.size - 1
         if hops and vectors:
             # Of the gradients the first hop carries zeros, and the last one takes them to their device.
@@ -191,14 +182,11 @@ def _tensor_sums(config, sizes) -> tuple[int, int]:
     images = config.batch_size // (sizes["data"] * sizes["fsdp"])
     batch = train_step.abstract_batch(config)
     rows = math.prod(batch.text_tokens.shape) / config.batch_size  # text positions an image
-    model = config.model
-    tokens = model.image.class_token + (model.image.image_size // model.image.patch_size) ** 2
-    width = (
-        model.image.depth * tokens * model.image.width + model.text.depth * rows * model.text.width
-    )
-    depth = model.image.depth + model.text.depth
-    if model.decoder is not None:
-        width += model.decoder.depth * (model.decoder.queries + 1) * model.decoder.width
-        depth += model.decoder.depth
+    image, decoder = config.model.image, config.model.decoder
+    tokens = image.class_token + (image.image_size // image.patch_size) ** 2
+    towers = [(image, tokens), (config.model.text, rows)]
+    if decoder is not None:
+        towers.append((decoder, decoder.queries + 1))
+    width = sum(tower.depth * positions * tower.width for tower, positions in towers)
     itemsize = jnp.dtype(config.dtype).itemsize
-    return 4 * depth, round(4 * width * images * itemsize)
+    return 4 * sum(tower.depth for tower, _ in towers), round(4 * width * images * itemsize)

@@ -10,6 +10,7 @@ import functools
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -24,6 +25,7 @@ FREE = frozenset(
 )
 FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", DONE, "Sharding")
 ASYNC = re.compile(r"(copy|slice)-start|send|recv|.*-done")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \([^\n]*\) -> [^\n]* \{\n(.*?)^\}", re.M | re.S)
 
 
 class Shape(NamedTuple):
@@ -79,11 +81,6 @@ class Instruction:
         return match[1] if match else None
 
     @property
-    def op_name(self) -> str:
-        """Where it comes from in the JAX program; its own name where XLA made it."""
-        return (self.find(r'op_name="([^"]*)"') or self.name).replace("\\'", "'")
-
-    @property
     def target(self) -> str:
         """What a custom call calls."""
         return self.find(r'custom_call_target="([^"]*)"') or ""
@@ -96,10 +93,6 @@ class Computation:
     name: str
     instructions: dict[str, Instruction]
     root: Instruction
-
-    def shapes(self, instruction: Instruction) -> list[Shape]:
-        """Of the operands, tuples flattened."""
-        return [s for name in instruction.operands for s in self.instructions[name].shapes]
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
@@ -129,8 +122,7 @@ class Module:
       partitions: chips that the program is cut over; of TPU slices that the data-centre network joins, the chips
         of one slice.
       across_slices: whether it is such a program, in which sends through the host leave the slice.
-      trips: of each loop, by the name of its instruction; 1 where they were not found.
-      unknown_loops: loops whose trips were not found; their bodies are counted once.
+      trips: of each loop, by the name of its instruction; None where they were not found: its body counts once.
     """
 
     computations: dict[str, Computation]
@@ -140,13 +132,25 @@ class Module:
     fused: frozenset[str]
     partitions: int
     across_slices: bool
-    trips: dict[str, int]
-    unknown_loops: tuple[str, ...]
+    trips: dict[str, int | None]
+
+    @property
+    def unknown_loops(self) -> tuple[str, ...]:
+        """Loops whose trips were not found."""
+        return tuple(name for name, trips in self.trips.items() if trips is None)
+
+    def running(self) -> Iterator[tuple[Computation, Instruction, int]]:
+        """(where it stands, the instruction, runs a step) of all that a step runs."""
+        for computation in self.computations.values():
+            if times := self.times.get(computation.name):
+                for instruction in computation.instructions.values():
+                    yield computation, instruction, times
 
     def callees(self, instruction: Instruction) -> list[tuple[Computation, int]]:
         """The computations that the instruction runs, and how often it does."""
-        times = self.trips.get(instruction.name, 1)
-        return [(self.computations[name], times) for name, _ in _callees(instruction)]
+        trips = self.trips.get(instruction.name)
+        times = 1 if trips is None else trips
+        return [(self.computations[name], times) for name in _callees(instruction)]
 
     def called(self, instruction: Instruction) -> Computation | None:
         """What a fusion or an asynchronous wrapper runs."""
@@ -164,24 +168,20 @@ def _balanced(text: str, start: int) -> int:
     raise ValueError(f"HLO: no closing parenthesis in {text[:120]!r}")
 
 
-def _parse_shapes(text: str) -> tuple[Shape, ...]:
-    found = re.findall(r"(\w+)\[([\d,<=]*)\](\{[^}]*\})?", text)
-    return tuple(
-        Shape(dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n), layout)
-        for dtype, dims, layout in found
-    )
-
-
 def _parse_instruction(line: str) -> Instruction:
     name, _, text = line.removeprefix("ROOT ").partition(" = ")
     end = _balanced(text, 0) if text[0] == "(" else text.index(" ")
     opening = text.index("(", end)
     closing = _balanced(text, opening)
     inside = text[opening + 1 : closing - 1]
+    shapes = re.findall(r"(\w+)\[([\d,<=]*)\](\{[^}]*\})?", text[:end])
     return Instruction(
         name=name.removeprefix("%"),
         opcode=text[end:opening].strip(),
-        shapes=_parse_shapes(text[:end]),
+        shapes=tuple(
+            Shape(dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n), layout)
+            for dtype, dims, layout in shapes
+        ),
         operands=tuple(re.findall(r"%([^\s,()]+)", inside)),
         literal=inside,
         rest=text[closing:],
@@ -195,41 +195,30 @@ def parse(text: str) -> Module:
       ValueError: the text is not a compiled HLO module.
     """
     computations: dict[str, Computation] = {}
-    entry = name = None
-    lines: dict[str, Instruction] = {}
-    root = None
-    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
-        heading = re.match(r"(ENTRY )?%?([^\s(]+) \(.*\) -> .* \{$", line)
-        if heading:
-            name, lines, root = heading[2], {}, None
-            entry = name if heading[1] else entry
-        elif line.startswith("}") and name and lines:
-            computations[name] = Computation(name, lines, root or list(lines.values())[-1])
-            name = None
-        elif name and " = " in line:
-            instruction = _parse_instruction(line.strip())
-            lines[instruction.name] = instruction
-            root = instruction if line.lstrip().startswith("ROOT ") else root
-    if entry is None:
+    entry = ""
+    for is_entry, name, body in _COMPUTATION.findall(re.sub(r"/\*.*?\*/", "", text)):
+        lines = [line.strip() for line in body.splitlines() if " = " in line]
+        found = [_parse_instruction(line) for line in lines]
+        root = next((i for i, x in zip(found, lines) if x.startswith("ROOT ")), found[-1])
+        computations[name] = Computation(name, {i.name: i for i in found}, root)
+        entry = name if is_entry else entry
+    if not entry:
         raise ValueError("HLO: no ENTRY computation; expected the text of compiled.as_text()")
 
     times = Counter({entry: 1})
-    in_loop, fused, all_trips, unknown = set(), set(), {}, []
+    in_loop, fused, trips = set(), set(), {}
     # Callers come after their callees, so that from the end every caller is complete before it is used.
-    for caller in reversed(list(computations)):
-        for instruction in computations[caller].instructions.values():
-            for callee, is_body in _callees(instruction):
-                trips = 1
-                if is_body:
-                    found = _trips(computations, computations[caller], instruction)
-                    if found is None and times[caller]:
-                        unknown.append(instruction.name)
-                    trips = 1 if found is None else found
-                    all_trips[instruction.name] = trips
-                times[callee] += times[caller] * trips
-                if is_body or caller in in_loop:
+    for caller in reversed(computations.values()):
+        for instruction in caller.instructions.values():
+            is_loop = instruction.opcode == "while"
+            if is_loop and times[caller.name]:
+                trips[instruction.name] = _trips(computations, caller, instruction)
+            often = trips.get(instruction.name)
+            for callee in _callees(instruction):
+                times[callee] += times[caller.name] * (1 if often is None else often)
+                if is_loop or caller.name in in_loop:
                     in_loop.add(callee)
-                if instruction.opcode in ("fusion", "async-start") or caller in fused:
+                if instruction.opcode in ("fusion", "async-start") or caller.name in fused:
                     fused.add(callee)
     partitions = re.search(r"num_partitions=(\d+)", text)
     return Module(
@@ -240,24 +229,19 @@ def parse(text: str) -> Module:
         fused=frozenset(fused),
         partitions=int(partitions[1]) if partitions else 1,
         across_slices="xla_megascale_runtime" in text,
-        trips=all_trips,
-        unknown_loops=tuple(unknown),
+        trips=trips,
     )
 
 
-def _callees(instruction: Instruction) -> list[tuple[str, bool]]:
-    """(computation, whether it is the body of a loop); functions of one element (`to_apply`) are left out."""
-    rest = instruction.rest
-    if instruction.opcode == "while":
-        return [(instruction.find(r"\bbody=%([^\s,]+)"), True)]
-    if instruction.opcode == "call":
-        return [(name, False) for name in re.findall(r"\bto_apply=%([^\s,]+)", rest)]
+def _callees(instruction: Instruction) -> list[str]:
+    """The computations that it runs; functions of one element (`to_apply`) are left out."""
+    keys = {"while": "body", "call": "to_apply"}.get(instruction.opcode, "calls")
     if instruction.opcode == "conditional":
         branches = instruction.find(r"branch_computations=\{([^}]*)\}") or ""
-        names = re.findall(r"%([^\s,]+)", branches)
-        names += re.findall(r"(?:true|false)_computation=%([^\s,]+)", rest)
-        return [(name, False) for name in names]
-    return [(name, False) for name in re.findall(r"\bcalls=%([^\s,]+)", rest)]
+        return re.findall(r"%([^\s,]+)", branches) + re.findall(
+            r"(?:true|false)_computation=%([^\s,]+)", instruction.rest
+        )
+    return re.findall(rf"\b{keys}=%([^\s,]+)", instruction.rest)
 
 
 class _Value(NamedTuple):
@@ -297,8 +281,9 @@ def _trips(computations, caller: Computation, loop: Instruction) -> int | None:
     known = loop.find(r'"known_trip_count":\{"n":"(\d+)"')
     if known:
         return int(known)
-    condition = computations[loop.find(r"\bcondition=%([^\s,]+)")]
-    body = computations[loop.find(r"\bbody=%([^\s,]+)")]
+    condition, body = (
+        computations[loop.find(rf"\b{part}=%([^\s,]+)")] for part in ("condition", "body")
+    )
     state = caller.instructions[loop.operands[0]]
     test, inputs = condition.root, None
     if test.opcode == "fusion":
@@ -314,9 +299,9 @@ def _trips(computations, caller: Computation, loop: Instruction) -> int | None:
         return None
     start = _value(computations, caller, state.operands[counter.slot])
     following = _value(computations, body, body.root.operands[counter.slot])
-    if start is None or start.slot is not None or following is None:
+    if not (start and start.slot is None and following and following.slot == counter.slot):
         return None
-    if following.slot != counter.slot or following.offset <= 0:
+    if following.offset <= 0:
         return None
     return max(0, math.ceil((limit.offset - counter.offset - start.offset) / following.offset))
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from grain_jax.launch import hlo, hlo_work
+from grain_jax.launch.hlo import Computation, Instruction, Module
 
 _SMALL = 1024  # bytes: an instruction on less than this hides nothing
 
@@ -42,7 +43,7 @@ class Collective(NamedTuple):
     work: hlo_work.Work | None = None
 
 
-def _groups(instruction: hlo.Instruction, partitions: int) -> list[list[int]]:
+def _groups(instruction: Instruction, partitions: int) -> list[list[int]]:
     """The chips of each group, as positions in the mesh; of a permutation the (source, target) pairs."""
     rest = instruction.rest
     pairs = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}\s]*\})\}", rest)
@@ -86,92 +87,75 @@ def _ring(pairs: list[list[int]]) -> int:
     return len(seen)
 
 
-def _is_work(
-    module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction
-) -> bool:
+def _is_work(module: Module, computation: Computation, instruction: Instruction) -> bool:
     """Whether it keeps the chip busy enough to hide a transfer."""
-    if instruction.opcode in hlo.FREE - {"while", "call", "conditional"}:
+    opcode = instruction.opcode
+    if opcode in hlo.FREE - {"while", "call", "conditional"} or opcode.endswith("-start"):
         return False
-    if hlo.ASYNC.fullmatch(instruction.opcode) or instruction.opcode.endswith("-start"):
-        return False
-    if instruction.target in hlo.FREE_CALLS:
+    if hlo.ASYNC.fullmatch(opcode) or instruction.target in hlo.FREE_CALLS:
         return False
     inner = module.called(instruction)
     if inner and inner.root.target in (hlo.START, hlo.DONE):
         return False
-    shapes = [*instruction.shapes, *computation.shapes(instruction)]
-    return max((s.bytes for s in shapes), default=0) > _SMALL
+    inputs = [s for name in instruction.operands for s in computation.instructions[name].shapes]
+    return max((s.bytes for s in (*instruction.shapes, *inputs)), default=0) > _SMALL
 
 
-def _between(module, computation, start: hlo.Instruction) -> list[hlo.Instruction]:
+def _between(module, computation, start: Instruction) -> list[Instruction]:
     """The work that is scheduled between `start` and the instruction that waits for it."""
     done = _end(module, computation, start)
     if done is None:
         return []
     order = list(computation.instructions.values())
-    at = [order.index(i) for i in (start, computation.instructions[done])]
-    return [i for i in order[at[0] + 1 : at[1]] if _is_work(module, computation, i)]
+    between = order[order.index(start) + 1 : order.index(done)]
+    return [i for i in between if _is_work(module, computation, i)]
 
 
-def _end(module: hlo.Module, computation: hlo.Computation, start: hlo.Instruction) -> str | None:
+def _end(module: Module, computation: Computation, start) -> Instruction | None:
     """The instruction that waits for `start`."""
     if start.opcode == "fusion":  # TPU: start, compute and wait are fusions that share a channel
         channel = _channel(module, start)
-        return next(
-            (
-                i.name
-                for i in computation.instructions.values()
-                if i.opcode == "fusion"
-                and module.called(i).root.target == hlo.DONE
-                and _channel(module, i) == channel
-            ),
-            None,
-        )
+        fusions = (i for i in computation.instructions.values() if i.opcode == "fusion")
+        done = (i for i in fusions if module.called(i).root.target == hlo.DONE)
+        return next((i for i in done if _channel(module, i) == channel), None)
     if start.opcode == "send":
         key = r'_xla_host_transfer_rendezvous="([^"]*)"'
-        for i in computation.instructions.values():
-            if i.opcode == "recv" and i.find(key) == start.find(key):
-                return next((u.name for u in computation.users[i.name]), None)
-        return None
+        received = (i for i in computation.instructions.values() if i.opcode == "recv")
+        same = (i for i in received if i.find(key) == start.find(key))
+        return next((u for i in same for u in computation.users[i.name][:1]), None)
     for user in computation.users[start.name]:
         if user.opcode == "async-update":
             return _end(module, computation, user)
         if user.opcode.endswith("-done"):
-            return user.name
+            return user
     return None
 
 
-def _channel(module: hlo.Module, fusion: hlo.Instruction) -> str | None:
+def _channel(module: Module, fusion: Instruction) -> str | None:
     inner = module.called(fusion).instructions.values()
     return next((i.find(r"channel_id=(\d+)") for i in inner if i.opcode in hlo.KINDS), None)
 
 
-def _issued(module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction):
+def _issued(module: Module, computation: Computation, instruction: Instruction):
     """(kind, the collective itself, where it stands, asynchronous) if `instruction` issues one, else None."""
     opcode = instruction.opcode
-    if opcode in hlo.KINDS:
-        return opcode, instruction, computation, False
     if opcode.removesuffix("-start") in hlo.KINDS:
-        return opcode.removesuffix("-start"), instruction, computation, True
+        return opcode.removesuffix("-start"), instruction, computation, opcode.endswith("-start")
     if opcode not in ("fusion", "async-start"):
         return None
     inner = module.called(instruction)
-    found = [i for i in inner.instructions.values() if i.opcode in hlo.KINDS]
-    if not found:
-        return None
-    collective = found[0]
-    if hlo.is_continued(inner, collective):
+    opcodes = [i.opcode for i in inner.instructions.values()]
+    collective = next((i for i in inner.instructions.values() if i.opcode in hlo.KINDS), None)
+    if collective is None or hlo.is_continued(inner, collective):
         return None
     kind = collective.opcode
-    if kind == "all-reduce" and any(
-        i.opcode == "dynamic-slice" for i in inner.instructions.values()
-    ):
+    if kind == "all-reduce" and "dynamic-slice" in opcodes:
         kind = "reduce-scatter"  # the TPU compiler's own fusion of the two
     return kind, collective, inner, opcode == "async-start" or inner.root.target == hlo.START
 
 
 def collectives(
-    module: hlo.Module, *, mesh: Mapping[str, int] | None = None, slices: int = 1
+    module: Module, *, mesh: Mapping[str, int] | None = None, slices: int = 1
 ) -> list[Collective]:
     """Every collective of a step, summed by sort; the largest payload first.
 
@@ -193,47 +177,64 @@ def collectives(
         if not times or computation.name in module.fused:
             continue
         in_loop = computation.name in module.in_loop
-        several_ways = _ways(module, computation) if in_loop else 1
+        ways = _ways(module, computation) if in_loop else 1
         transfers = []
         for instruction in computation.instructions.values():
-            across = instruction.find(r'_xla_megascale_transfer_type="(\w+)"')
-            if across and instruction.opcode == "send":
-                kind = across.lower().replace("_", "-").replace("one-to-one", hlo.KINDS[-1])
-                listed = instruction.find(r'_xla_megascale_target="\{([\d,]+)\}x')
-                size = len(listed.split(",")) if listed else slices
-                ways = 1
-                where, collective, spans, axes = computation, instruction, size, ()
-                asynchronous = True
-                payload = computation.instructions[instruction.operands[0]].shapes[0].bytes
+            if (
+                instruction.find(r'(_xla_megascale_transfer_type)="')
+                and instruction.opcode == "send"
+            ):
+                found = _across(module, computation, instruction, in_loop, slices)
             else:
-                issued = _issued(module, computation, instruction)
-                if issued is None:
-                    continue
-                kind, collective, where, asynchronous = issued
-                groups = _groups(collective, module.partitions)
-                is_permutation = kind == "collective-permute"
-                size = _ring(groups) if is_permutation else len(groups[0])
-                ways = several_ways if is_permutation else 1
-                if size == 1:
-                    continue
-                spans = max(len({chip // per_slice for chip in group}) for group in groups)
-                axes = _axes(groups, mesh) if mesh else ()
-                payload = sum(s.bytes for s in where.shapes(collective))
-            if kind == "all-gather":
-                payload *= size
-            between = _between(module, computation, instruction) if asynchronous else []
-            key = kind, bool(between), in_loop, size, spans, axes, ways
-            transfers.append((key, payload, between))
-        for (key, payload, _), work in zip(transfers, _shares(module, computation, transfers)):
-            total = sums[key]
+                found = _within(module, computation, instruction, in_loop, ways, per_slice, mesh)
+            transfers += [found] if found else []
+        for transfer, work in zip(transfers, _shares(module, computation, transfers)):
+            sort, payload, _ = transfer
+            total = sums[sort]
             total[0] += times
             total[1] += times * payload
             total[2] = hlo_work.Work(*(a + times * b for a, b in zip(total[2], work)))
     rows = [
-        Collective(*key, count, payload, ways, work)
-        for (*key, ways), (count, payload, work) in sums.items()
+        sort._replace(count=count, bytes=payload, work=work)
+        for sort, (count, payload, work) in sums.items()
     ]
     return sorted(rows, key=lambda row: (-row.bytes, row))
+
+
+# A transfer: its sort (a Collective without sums), bytes of one chip, and what is scheduled beside it.
+_Transfer = tuple[Collective, float, list[Instruction]]
+
+
+def _across(module, computation, send, in_loop, slices) -> _Transfer:
+    """Of a `send` through the host to other slices."""
+    kind = send.find(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
+    kind = kind.replace("one-to-one", "collective-permute")
+    listed = send.find(r'_xla_megascale_target="\{([\d,]+)\}x')
+    size = len(listed.split(",")) if listed else slices
+    payload = computation.instructions[send.operands[0]].shapes[0].bytes
+    between = _between(module, computation, send)
+    sort = Collective(kind, bool(between), in_loop, size, size, (), 0, 0.0)
+    return sort, payload * (size if kind == "all-gather" else 1), between
+
+
+def _within(module, computation, instruction, in_loop, ways, per_slice, mesh) -> _Transfer | None:
+    """Of an instruction that issues a collective of more than one chip; `ways` is that of permutations."""
+    issued = _issued(module, computation, instruction)
+    if issued is None:
+        return None
+    kind, collective, where, asynchronous = issued
+    groups = _groups(collective, module.partitions)
+    size = _ring(groups) if kind == "collective-permute" else len(groups[0])
+    if size == 1:
+        return None
+    spans = max(len({chip // per_slice for chip in group}) for group in groups)
+    inputs = [where.instructions[name].shapes for name in collective.operands]
+    payload = sum(s.bytes for shapes in inputs for s in shapes)
+    between = _between(module, computation, instruction) if asynchronous else []
+    ways = ways if kind == "collective-permute" else 1
+    axes = _axes(groups, mesh) if mesh else ()
+    sort = Collective(kind, bool(between), in_loop, size, spans, axes, 0, 0.0, ways)
+    return sort, payload * (size if kind == "all-gather" else 1), between
 
 
 def _shares(module, computation, transfers) -> list[hlo_work.Work]:
@@ -254,7 +255,7 @@ def _shares(module, computation, transfers) -> list[hlo_work.Work]:
     return shares
 
 
-def _ways(module: hlo.Module, computation: hlo.Computation) -> int:
+def _ways(module: Module, computation: Computation) -> int:
     """Different permutations of a computation, where no two have a pair of chips in common; else 1."""
     permutations = {
         frozenset(map(tuple, _groups(instruction, module.partitions)))

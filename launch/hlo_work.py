@@ -1,15 +1,21 @@
-"""The work of one chip in a step of a compiled program: matrix FLOPs, memory traffic, the largest buffers."""
+"""The work of one chip in a step of a compiled program: matrix FLOPs and memory traffic."""
 
+import json
 import math
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from grain_jax.launch import hlo, hlo_gemm
+from grain_jax.launch import hlo
+from grain_jax.launch.hlo import Computation, Instruction, Module, Shape
 
 # A TPU multiplies bfloat16: so many passes it makes of a float32 product.
 _PASSES = {"highest": 6, "high": 3}
+# On a GPU, a product of float32 as so many of bfloat16: by TF32 it takes twice the time; at HIGHEST precision the
+# FP32 units make it, which are 16 times slower on an A100 and 15 on an H100 (data sheets of NVIDIA).
+_GPU_PASSES = {"HIGHEST": 16, "HIGH": 2, "DEFAULT": 2}
+_SLICES = ("dynamic-slice", "slice", "gather")
 
 
 class Work(NamedTuple):
@@ -19,16 +25,7 @@ class Work(NamedTuple):
     bytes: float
 
 
-class Buffer(NamedTuple):
-    """A result that lies in the chip's main memory; `bytes` as stored, with padding."""
-
-    bytes: float
-    shape: str
-    opcode: str
-    op_name: str
-
-
-def dot_flops(module: hlo.Module, *, passes: bool = False) -> float:
+def dot_flops(module: Module, *, passes: bool = False) -> float:
     """FLOPs of matrix products a step on one chip, a multiply-add counting as two.
 
     Dots, convolutions, which is what the TPU compiler makes of dots, and Pallas kernels, as they estimate their
@@ -37,41 +34,22 @@ def dot_flops(module: hlo.Module, *, passes: bool = False) -> float:
     Args:
       module: the compiled step.
       passes: counts float32 products as often as a TPU makes them in bfloat16: 6 times at HIGHEST precision; on a
-        GPU as the bfloat16 products that take their time (`hlo_gemm`).
+        GPU as the bfloat16 products that take their time.
     """
-    total = 0.0
-    for computation in module.computations.values():
-        times = module.times.get(computation.name, 0)
-        if not times:
-            continue
-        for instruction in computation.instructions.values():
-            total += times * _flops(computation, instruction, passes)
-    return total
+    return sum((n * _flops(c, i, passes) for c, i, n in module.running()), 0.0)
 
 
-def _flops(computation: hlo.Computation, instruction: hlo.Instruction, passes: bool) -> float:
-    """Of the instruction itself, without those of the computations that it calls."""
-    if instruction.target == "tpu_custom_call":
-        return float(instruction.find(r'"cost_estimate":\{"flops":"(\d+)"') or 0)
-    if instruction.opcode == "custom-call":
-        return hlo_gemm.flops(computation, instruction, passes=passes)
-    if instruction.opcode not in ("dot", "convolution"):
-        return 0.0
-    left = computation.instructions[instruction.operands[0]].shapes[0]
-    if instruction.opcode == "dot":
-        axes = instruction.find(r"lhs_contracting_dims=\{([\d,]+)\}")
-        depth = math.prod(left.dims[a] for a in map(int, axes.split(","))) if axes else 1
-        flops = 2.0 * math.prod(instruction.shapes[0].dims) * depth
-    else:
-        flops = _convolution_flops(computation, instruction)
-    if passes and left.dtype == "f32":
-        flops *= _PASSES.get(instruction.find(r"operand_precision=\{(\w+),"), 1)
-    return flops
+def bytes_accessed(module: Module) -> float:
+    """Traffic with main memory (HBM) a step on one chip, bytes: an estimate.
+
+    Operands and results of every instruction outside of fusions; what a slice or an update in place touches
+    instead of the whole buffer; nothing for arrays that the TPU compiler keeps in the core's own memory.
+    """
+    outside = ((c, i, n) for c, i, n in module.running() if c.name not in module.fused)
+    return sum((n * _traffic(module, c, i) for c, i, n in outside), 0.0)
 
 
-def work_of(
-    module: hlo.Module, computation: hlo.Computation, instructions: Iterable[hlo.Instruction]
-) -> Work:
+def work_of(module: Module, computation: Computation, instructions: Iterable[Instruction]) -> Work:
     """The work of one run of these instructions of a computation, with all that they call."""
     flops = traffic = 0.0
     for instruction in instructions:
@@ -85,7 +63,35 @@ def work_of(
     return Work(flops, traffic)
 
 
-def _convolution_flops(computation: hlo.Computation, convolution: hlo.Instruction) -> float:
+def _flops(computation: Computation, instruction: Instruction, passes: bool) -> float:
+    """Of the instruction itself, without those of the computations that it calls."""
+    target = instruction.target
+    if target == "tpu_custom_call":
+        return float(instruction.find(r'"cost_estimate":\{"flops":"(\d+)"') or 0)
+    if target.startswith("__cudnn$fmha"):
+        return _attention_flops(computation, instruction)
+    if instruction.opcode in ("dot", "convolution"):
+        left = computation.instructions[instruction.operands[0]].shapes[0]
+        axes = instruction.find(r"lhs_contracting_dims=\{([\d,]+)\}")
+        axes = axes.split(",") if axes else []
+        factor = _PASSES.get(instruction.find(r"operand_precision=\{(\w+),"), 1)
+    elif target.startswith("__cublas$"):
+        config = _backend_config(instruction)["gemm_backend_config"]
+        left = computation.instructions[instruction.operands[0]].shapes[0]
+        axes = config["dot_dimension_numbers"].get("lhs_contracting_dimensions", [])
+        precision = config.get("precision_config", {}).get("operand_precision", ["DEFAULT"])
+        factor = _GPU_PASSES[precision[0]]
+    else:
+        return 0.0
+    if instruction.opcode == "convolution":
+        flops = _convolution_flops(computation, instruction)
+    else:
+        depth = math.prod(left.dims[int(axis)] for axis in axes)
+        flops = 2.0 * math.prod(instruction.shapes[0].dims) * depth
+    return flops * (factor if passes and left.dtype == "f32" else 1)
+
+
+def _convolution_flops(computation: Computation, convolution: Instruction) -> float:
     """Multiply-adds with real inputs alone: batched dots become dilated windows that are nearly all padding."""
     left, kernel = (computation.instructions[n].shapes[0].dims for n in convolution.operands[:2])
     out = convolution.shapes[0].dims
@@ -96,46 +102,44 @@ def _convolution_flops(computation: hlo.Computation, convolution: hlo.Instructio
     for n, label in enumerate(spatial):
 
         def setting(key, default, n=n):
-            return window[key].split("x")[n] if key in window else default
+            return int(window[key].split("x")[n].split("_")[0]) if key in window else default
 
-        stride, dilate = int(setting("stride", 1)), int(setting("lhs_dilate", 1))
-        reach, low = int(setting("rhs_dilate", 1)), int(setting("pad", "0_0").split("_")[0])
-        result = np.arange(out[labels[3].index(label)])[:, None] * stride
-        at = result + np.arange(kernel[labels[2].index(label)]) * reach - low
+        dilate = setting("lhs_dilate", 1)
+        result = np.arange(out[labels[3].index(label)])[:, None] * setting("stride", 1)
+        steps = np.arange(kernel[labels[2].index(label)]) * setting("rhs_dilate", 1)
+        at = result + steps - setting("pad", 0)
         inside = (at >= 0) & (at <= (left[labels[1].index(label)] - 1) * dilate)
         count *= int((inside & (at % dilate == 0)).sum())
     return 2.0 * count
 
 
-def bytes_accessed(module: hlo.Module) -> float:
-    """Traffic with main memory (HBM) a step on one chip, bytes: an estimate.
-
-    Operands and results of every instruction outside of fusions; what a slice or an update in place touches
-    instead of the whole buffer; nothing for arrays that the TPU compiler keeps in the core's own memory.
-    """
-    total = 0.0
-    for computation in module.computations.values():
-        times = module.times.get(computation.name, 0)
-        if not times or computation.name in module.fused:
-            continue
-        for instruction in computation.instructions.values():
-            total += times * _traffic(module, computation, instruction)
-    return total
+def _attention_flops(computation, instruction) -> float:
+    """By cuDNN. Forward two products of length x length x width a head; backward five, the scores made again."""
+    config = _backend_config(instruction)["cudnn_fmha_backend_config"]
+    scores = math.prod(int(n) for n in config["intermediate_tensor_shape"]["dimensions"])
+    # The query, [B, L, heads, width] in whatever layout: its last axis is the width.
+    width = computation.instructions[instruction.operands[0]].shapes[0].dims[-1]
+    return 2.0 * scores * width * (5 if instruction.target.endswith("Backward") else 2)
 
 
-def _traffic(
-    module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction
-) -> float:
-    opcode = instruction.opcode
+def _backend_config(instruction: Instruction) -> dict:
+    text = instruction.rest.partition("backend_config=")[2]
+    return json.JSONDecoder().raw_decode(text)[0]
+
+
+def _traffic(module: Module, computation: Computation, instruction: Instruction) -> float:
+    opcode, results = instruction.opcode, instruction.shapes
     if opcode in hlo.FREE or instruction.target in hlo.FREE_CALLS:
         return 0.0
     operands = [computation.instructions[n].shapes for n in instruction.operands]
     inputs = [s for shapes in operands for s in shapes]
     if opcode in ("copy-start", "slice-start"):
         # The result lists the operand again; a copy names its destination first, a slice after the operand.
-        target = instruction.shapes[0 if opcode == "copy-start" else 1]
+        target = results[0 if opcode == "copy-start" else 1]
         return target.stored_bytes * (target.in_hbm + inputs[0].in_hbm)
-    results = hlo_gemm.results(instruction)
+    if instruction.target.startswith(("__cublas$", "__cudnn$")):
+        # A library call need not touch its scratch memory.
+        results = tuple(s for s in results if s.dtype not in ("s8", "u8"))
     if opcode == "async-start":
         inner = module.called(instruction)
         return sum(_traffic(module, inner, i) for i in inner.instructions.values())
@@ -148,34 +152,36 @@ def _traffic(
         if inner.root.target in hlo.FREE_CALLS:
             return 0.0
         read = [
-            _read(module, inner, inner.parameters[n].name) if n in inner.parameters else 0.0
+            _read_of_parameter(module, inner, n)
             for n, shapes in enumerate(operands)
             if shapes[0].in_hbm
         ]
         return sum(read) + _written(module, inner, instruction.shapes)
-    if opcode in ("dynamic-slice", "slice", "gather"):
+    if opcode in _SLICES:
         return sum(s.stored_bytes * (s.in_hbm + i.in_hbm) for s, i in zip(results, inputs))
     if opcode == "dynamic-update-slice":
         update = inputs[1]
-        return update.stored_bytes * (update.in_hbm + instruction.shapes[0].in_hbm)
+        return update.stored_bytes * (update.in_hbm + results[0].in_hbm)
     return sum(s.stored_bytes for s in [*inputs, *results] if s.in_hbm)
 
 
-def _read(module: hlo.Module, computation: hlo.Computation, name: str) -> float:
+def _read_of_parameter(module: Module, computation: Computation, number: int) -> float:
+    """Bytes that a fused computation reads of the operand of that number."""
+    found = computation.parameters.get(number)
+    return _read(module, computation, found.name) if found else 0.0
+
+
+def _read(module: Module, computation: Computation, name: str) -> float:
     """Bytes that a fused computation reads of one of its values that lies in memory."""
     whole = computation.instructions[name].shapes[0].stored_bytes
     total = 0.0
     for user in computation.users[name]:
-        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+        if user.opcode in _SLICES and user.operands[0] == name:
             total += user.shapes[0].stored_bytes
         elif user.opcode == "bitcast":
             total += _read(module, computation, user.name)
         elif user.opcode == "fusion":
-            inner = module.called(user)
-            at = user.operands.index(name)
-            total += (
-                _read(module, inner, inner.parameters[at].name) if at in inner.parameters else 0.0
-            )
+            total += _read_of_parameter(module, module.called(user), user.operands.index(name))
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             continue  # updated in place
         elif user.opcode == "tuple" or hlo.is_continued(computation, user):
@@ -185,9 +191,7 @@ def _read(module: hlo.Module, computation: hlo.Computation, name: str) -> float:
     return min(total, whole)
 
 
-def _written(
-    module: hlo.Module, computation: hlo.Computation, shapes: tuple[hlo.Shape, ...]
-) -> float:
+def _written(module: Module, computation: Computation, shapes: tuple[Shape, ...]) -> float:
     """Bytes that a fused computation writes to memory; `shapes` are those of the fusion's results."""
     root = computation.root
     if root.target == hlo.START:  # its operand is listed again before the result
@@ -209,32 +213,3 @@ def _written(
         else:
             total += shape.stored_bytes
     return total
-
-
-def largest_buffers(module: hlo.Module, n: int) -> list[Buffer]:
-    """The `n` largest results in main memory: arguments, and what instructions outside of fusions make.
-
-    An update in place makes no buffer. Results of equal shape and origin are listed once.
-    """
-    found = set()
-    for computation in module.computations.values():
-        if not module.times.get(computation.name) or computation.name in module.fused:
-            continue
-        for instruction in computation.instructions.values():
-            makes = instruction.opcode not in hlo.FREE and not hlo.ASYNC.fullmatch(
-                instruction.opcode
-            )
-            if instruction.opcode == "parameter":
-                makes = computation.name == module.entry
-            if not makes or instruction.opcode == "dynamic-update-slice":
-                continue
-            shapes = [s for s in instruction.shapes if s.in_hbm]
-            if instruction.opcode == "fusion":
-                stored = sum(s.stored_bytes for s in shapes)
-                if _written(module, module.called(instruction), instruction.shapes) < stored:
-                    continue
-            for shape in shapes:
-                found.add(
-                    Buffer(shape.stored_bytes, str(shape), instruction.opcode, instruction.op_name)
-                )
-    return sorted(found, key=lambda b: (-b.bytes, b))[:n]

@@ -11,24 +11,21 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from shlex import join
-from shutil import get_terminal_size, which
+from shutil import which
 from typing import NamedTuple
 
 from etils import epath
 
-from grain_jax import errors
+from grain_jax import errors, progress
 from grain_jax.cli.process import USAGE_ERROR
-from grain_jax.runtime import metrics_writer
 
 PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
 POLL = 0.5  # seconds between two looks at the processes
 SLOW_POLL = 5.0  # between two looks at files
 LEAST_FOR_ETA = 0.1  # jobs' worth of work; before it, starting and compiling are most of the time
-PLAIN_LINE_EVERY = 30.0  # seconds, where there is no terminal to rewrite a line on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,43 +91,18 @@ def _gpus() -> list[str]:
     return [str(i) for i, _ in enumerate(gpus)]
 
 
-class Screen:
-    """Lines, and below them a progress line that a terminal rewrites."""
-
-    def __init__(self, prefix: str):
-        self._prefix = prefix
-        self._shown, self._printed = "", time.monotonic()
-
-    def say(self, text: str) -> None:
-        """Prints a line above the progress line."""
-        erase = "\r\x1b[2K" if sys.stderr.isatty() else ""
-        print(f"{erase}{self._prefix}{text}", file=sys.stderr, flush=True)
-        self._shown = ""
-
-    def progress(self, text: str) -> None:
-        """Rewrites the progress line of a terminal; elsewhere prints one now and then."""
-        if text == self._shown:
-            return
-        if sys.stderr.isatty():
-            line = f"{self._prefix}{text}"[: get_terminal_size().columns - 1]
-            print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
-            self._shown = text
-        elif time.monotonic() - self._printed > PLAIN_LINE_EVERY:
-            self.say(text)
-            self._shown, self._printed = text, time.monotonic()
-
-    def close(self) -> None:
-        """Leaves the progress line standing."""
-        if self._shown and sys.stderr.isatty():
-            print(file=sys.stderr, flush=True)
-
-
 @dataclasses.dataclass
-class _Running:
+class _State:
+    """What is known of a job; the last three are of the try that runs."""
+
     job: Job
-    slot: int
-    process: subprocess.Popen
-    began: float
+    done: bool = False
+    elsewhere: bool = False  # a process of another call is at work on it
+    started: bool = False
+    failures: list[str] = dataclasses.field(default_factory=list)  # how each try ended
+    process: subprocess.Popen | None = None
+    slot: int = -1
+    began: float = 0.0
 
 
 @dataclasses.dataclass
@@ -150,10 +122,10 @@ class Runner:
       environment: of the jobs.
     """
 
-    jobs: Callable[[], Sequence[Job]]
+    jobs: Callable[[], Iterable[Job]]
     finished: Callable[[Job], bool]
     slots: Sequence[Slot]
-    screen: Screen
+    screen: progress.Line
     ready: Callable[[Job, frozenset[str]], bool] = lambda job, running: True
     share_done: Callable[[Job], float] = lambda job: 0.0
     result: Callable[[Job], str] = lambda job: ""
@@ -161,12 +133,7 @@ class Runner:
     environment: Mapping[str, str] = dataclasses.field(default_factory=lambda: os.environ)
 
     def __post_init__(self):
-        self._known: list[Job] = []
-        self._done: list[str] = []
-        self._failures: dict[str, list[str]] = {}  # name -> how each try ended
-        self._started: set[str] = set()
-        self._elsewhere: set[str] = set()  # another call's processes are at work on them
-        self._running: dict[str, _Running] = {}
+        self._states: dict[str, _State] = {}  # in the order in which they should start
         self._stopped_by: int | None = None
         self._given = 0.0  # jobs' worth of work that calls before this one did
 
@@ -175,9 +142,9 @@ class Runner:
         before = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._refresh()
-            if self._done:
-                self.screen.say(f"{len(self._done)} of {len(self._known)} runs finished before")
-            self._given = len(self._done)
+            self._given = len(self._done())
+            if self._given:
+                self.screen.say(f"{self._given} of {len(self._states)} runs finished before")
             began = shown = looked = time.monotonic()
             while True:
                 now = time.monotonic()
@@ -185,94 +152,88 @@ class Runner:
                     self._refresh()
                     looked = now
                 self._start_what_can()
-                if not self._running and (self._stopped_by or not self._waiting()):
+                if not self._running() and (self._stopped_by or not self._waiting()):
                     break
                 if now - shown > SLOW_POLL:
                     self._show(now - began)
                     shown = now
                 time.sleep(POLL)
-            self.screen.close()
+            self.screen.close(stays=True)
         finally:  # whatever ended the loop, no job is left without a runner
-            for other in self._running.values():
-                other.process.terminate()
-            for other in self._running.values():
-                other.process.wait()
+            for state in self._running():
+                state.process.terminate()
+            for state in self._running():
+                state.process.wait()
             for number, handler in before.items():
                 signal.signal(number, handler)
         failed = {
-            name: tries[-1]
-            for name, tries in self._failures.items()
-            if name not in self._done and len(tries) > self.retries
+            name: state.failures[-1]
+            for name, state in self._states.items()
+            if not state.done and len(state.failures) > self.retries
         }
-        return Outcome(self._done, failed, self._stopped_by)
+        return Outcome(self._done(), failed, self._stopped_by)
+
+    def _done(self) -> list[str]:
+        return [name for name, state in self._states.items() if state.done]
+
+    def _running(self) -> list[_State]:
+        return [state for state in self._states.values() if state.process]
+
+    def _waiting(self) -> list[_State]:
+        """The jobs to start; those that failed come last."""
+        left = [state for state in self._states.values() if not state.done and not state.process]
+        left = [state for state in left if len(state.failures) <= self.retries]
+        return sorted(left, key=lambda state: len(state.failures))
 
     def _refresh(self) -> None:
         """Lists the jobs, and checks those that are new or run elsewhere."""
-        seen = {job.name for job in self._known}
-        self._known = list(self.jobs())
-        for job in self._known:
-            if job.name in self._elsewhere or job.name not in seen and job.name not in self._done:
-                if self.finished(job):
-                    self._elsewhere.discard(job.name)
-                    self._done.append(job.name)
-                else:
-                    self._look_elsewhere(job)
+        known, self._states = self._states, {}
+        for job in self.jobs():
+            state = self._states[job.name] = known.get(job.name) or _State(job)
+            if job.name not in known or state.elsewhere:
+                state.done = self.finished(job)
+                state.elsewhere = state.elsewhere and not state.done
+                if not state.done and job.log.exists():
+                    with job.log.open() as log:  # two that look do not see each other
+                        self._lock(state, log, fcntl.LOCK_SH)
 
-    def _look_elsewhere(self, job: Job) -> None:
-        """Notes whether the process of another call works on a job; that job then takes a slot."""
-        if job.log.exists():
-            with job.log.open() as log:
-                try:  # not for ourselves alone: two that look do not see each other
-                    fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    self._note_elsewhere(job)
-                    return
-        self._elsewhere.discard(job.name)
-
-    def _note_elsewhere(self, job: Job) -> None:
-        if job.name not in self._elsewhere:
-            self.screen.say(f"{job.name}: runs already, started by another call; waiting")
-        self._elsewhere.add(job.name)
-
-    def _waiting(self) -> list[Job]:
-        """The jobs to start; those that failed come last."""
-        tries = lambda job: len(self._failures.get(job.name, ()))  # noqa: E731
-        return sorted(
-            (
-                job
-                for job in self._known
-                if job.name not in self._done
-                and job.name not in self._running
-                and tries(job) <= self.retries
-            ),
-            key=tries,
-        )
+    def _lock(self, state: _State, log, kind: int) -> bool:
+        """Whether the log of a job could be locked; else the process of another call holds it."""
+        try:
+            fcntl.flock(log, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not state.elsewhere:
+                name = state.job.name
+                self.screen.say(f"{name}: runs already, started by another call; waiting")
+            state.elsewhere = True
+            return False
+        state.elsewhere = False
+        return True
 
     def _start_what_can(self) -> None:
         """Starts jobs in the free slots; a job that runs elsewhere takes a slot."""
-        for job in self._waiting():
-            busy = frozenset(self._running) | self._elsewhere
+        for state in self._waiting():
+            states = self._states.items()
+            busy = frozenset(name for name, other in states if other.process or other.elsewhere)
             if self._stopped_by or len(busy) >= len(self.slots):
                 return
-            if job.name not in busy and self.ready(job, busy):
-                used = {other.slot for other in self._running.values()}
-                self._start(job, next(i for i in range(len(self.slots)) if i not in used))
+            if not state.elsewhere and self.ready(state.job, busy):
+                used = {other.slot for other in self._running()}
+                self._start(state, next(i for i in range(len(self.slots)) if i not in used))
 
-    def _start(self, job: Job, slot: int) -> None:
+    def _start(self, state: _State, slot: int) -> None:
+        job = state.job
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with job.log.open("a") as log:
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._note_elsewhere(job)
+            if not self._lock(state, log, fcntl.LOCK_EX):
                 return
             if self.finished(job):  # by another call, meanwhile
-                self._done.append(job.name)
+                state.done = True
                 return
             where = self.slots[slot]
             log.write(f"$ {join(job.command)}\n")
             log.flush()
-            process = subprocess.Popen(
+            state.process = subprocess.Popen(
                 [*where.prefix, *job.command],
                 env={**self.environment, **where.environment},
                 stdin=subprocess.DEVNULL,
@@ -280,63 +241,53 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a terminal's Ctrl-C reaches it once: by `_stop`
             )
-        self._running[job.name] = _Running(job, slot, process, time.monotonic())
+        state.slot, state.began = slot, time.monotonic()
         if self._stopped_by:  # the signal came while it was being started
-            process.send_signal(self._stopped_by)
-        again = job.name in self._started
-        if not again:
+            state.process.send_signal(self._stopped_by)
+        if not state.started:
             self._given += self.share_done(job)
-        self._started.add(job.name)
-        self.screen.say(f"{job.name}: started{' again' if again else ''}")
+        self.screen.say(f"{job.name}: started{' again' if state.started else ''}")
+        state.started = True
 
     def _reap(self) -> bool:
         """Records the processes that ended; returns whether there were any."""
-        ended = [other for other in self._running.values() if other.process.poll() is not None]
-        for other in ended:
-            job, status = other.job, other.process.returncode
-            del self._running[job.name]
-            took = metrics_writer.duration(time.monotonic() - other.began)
+        ended = [state for state in self._running() if state.process.poll() is not None]
+        for state in ended:
+            status, state.process = state.process.returncode, None
+            took = progress.duration(time.monotonic() - state.began)
             if status == 0:
-                self._done.append(job.name)
-                result = self.result(job)
-                self.screen.say(f"{job.name}: finished after {took}{result and f', {result}'}")
+                state.done = True
+                result = self.result(state.job)
+                how = f"finished after {took}{result and f', {result}'}"
             elif status == PREEMPTED:
-                self.screen.say(f"{job.name}: preempted and saved after {took}")
+                how = f"preempted and saved after {took}"
             elif self._stopped_by and status in (-self._stopped_by, 128 + self._stopped_by):
-                self.screen.say(f"{job.name}: stopped after {took}")
+                how = f"stopped after {took}"
             else:
-                how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"{status}"
-                tries = self._failures.setdefault(job.name, [])
-                tries.append(how)
-                if status == USAGE_ERROR:  # would be the same again
-                    tries += [how] * (self.retries + 1 - len(tries))
-                self.screen.say(
-                    f"{job.name}: FAILED after {took} ({how}): {_cause(job.log)} [{job.log}]"
-                )
+                cause = f"killed by {signal.Signals(-status).name}" if status < 0 else f"{status}"
+                # Wrong usage would be the same again.
+                tries = 1 if status != USAGE_ERROR else self.retries + 1 - len(state.failures)
+                state.failures += [cause] * tries
+                log = state.job.log
+                how = f"FAILED after {took} ({cause}): {_cause(log)} [{log}]"
+            self.screen.say(f"{state.job.name}: {how}")
         return bool(ended)
 
     def _stop(self, number: int, _) -> None:
         """Passes a signal on to the jobs, and starts no more."""
         self._stopped_by = number
-        for other in self._running.values():
-            other.process.send_signal(number)
-
-    def _work_done(self) -> float:
-        """The number of finished jobs plus the shares of the running ones."""
-        return len(self._done) + sum(self.share_done(r.job) for r in self._running.values())
+        for state in self._running():
+            state.process.send_signal(number)
 
     def _show(self, elapsed: float) -> None:
-        total, done = len(self._known), self._work_done()
-        eta = ""
+        shares = {state.job.name: self.share_done(state.job) for state in self._running()}
+        total, finished = len(self._states), len(self._done())
+        done, eta = finished + sum(shares.values()), ""
         if done - self._given > LEAST_FOR_ETA:
             left = elapsed / (done - self._given) * (total - done)
-            eta = f", ETA {metrics_writer.duration(left)}"
-        at = ", ".join(
-            f"{name} ({self.share_done(other.job):.0%})" for name, other in self._running.items()
-        )
-        self.screen.progress(
-            f"{len(self._done)} of {total} runs finished{eta}{at and f'; running: {at}'}"
-        )
+            eta = f", ETA {progress.duration(left)}"
+        at = ", ".join(f"{name} ({share:.0%})" for name, share in shares.items())
+        self.screen.show(f"{finished} of {total} runs finished{eta}{at and f'; running: {at}'}")
 
 
 def _cause(log: epath.Path) -> str:

@@ -2,10 +2,7 @@
 
     grain-jax local --processes P --devices-per-process D -- grain-jax train ...
 
-Each process has D virtual devices and serves its share of the lanes. Lines are prefixed with the process's
-number. A signal to the launcher goes to every process; where the launcher itself is killed, they get SIGTERM
-(on Linux). The first process that fails is named, the others are ended, and its status is the launcher's: 128 + N
-after signal N. Where the run was preempted, it is 75.
+Lines are prefixed with the process's number; `grain-jax local --help` says what signals and deaths lead to.
 """
 
 import ctypes
@@ -65,24 +62,16 @@ def main(argv: list[str] | None = None) -> int:
         if sys.platform == "linux":
             libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    rendezvous = [f"--coordinator={coordinator}", f"--processes={args.processes}"]
     for index in range(args.processes):
-        rendezvous = [
-            f"--coordinator={coordinator}",
-            f"--processes={args.processes}",
-            f"--process-id={index}",
-        ]
+        words = [*command, *rendezvous, f"--process-id={index}"]
         try:
             process = subprocess.Popen(
-                [*command, *rendezvous],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                preexec_fn=end_with_launcher,
+                words, env=environment, preexec_fn=end_with_launcher, **options
             )
         except OSError as error:
-            print(f"{parser.prog}: cannot start {command[0]}: {error.strerror}", file=sys.stderr)
+            _say(f"cannot start {command[0]}: {error.strerror}")
             return errors.UserError.status
         processes.append(process)
         for number in told:  # while we were starting
@@ -109,7 +98,11 @@ def _wait(processes: list[subprocess.Popen], told: list[int], grace: float) -> i
         if failure is None:
             failure = _first_failure(codes, told)
             if failure is not None:
-                _say(f"process {failure} {_how(codes[failure])}" + "; ending the others" * running)
+                code = codes[failure]
+                how = f"ended with status {code}"
+                if code < 0:
+                    how = f"was ended by signal {-code} ({signal.Signals(-code).name})"
+                _say(f"process {failure} {how}" + "; ending the others" * running)
                 deadline = time.monotonic() + grace
                 for process in processes:
                     process.terminate()
@@ -144,12 +137,6 @@ def _first_failure(codes: list[int | None], told: list[int]) -> int | None:
     # It also aborts the others of one that dies: between two looks all may have ended.
     failed.sort(key=lambda index: codes[index] == -signal.SIGABRT)
     return failed[0] if failed else None
-
-
-def _how(code: int) -> str:
-    if code < 0:
-        return f"was ended by signal {-code} ({signal.Signals(-code).name})"
-    return f"ended with status {code}"
 
 
 def _say(text: str) -> None:

@@ -1,13 +1,14 @@
 """Plans a run for chips that this machine does not have: grain-jax plan --config X --topology v5e:16x16
 
 The very step that `grain_jax.train` runs is compiled for them on this machine's CPU: by libtpu for TPUs, by the
-CUDA plugin of JAX for GPUs (h100:8x2). Without that plugin a plan for GPUs is arithmetic, labelled ESTIMATE. Prints
-whether it fits, what bounds its speed, what the input must deliver, and the bill.
+CUDA plugin of JAX for GPUs (h100:8x2). Without that plugin a plan for GPUs is arithmetic, labelled ESTIMATE.
 """
 
+import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -27,14 +28,25 @@ from grain_jax.launch.arguments import PlanOptions as Options
 from grain_jax.launch.arguments import plan_parser
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, progress
 from grain_jax.cli import config_file, process
 from grain_jax.files import atomic
 from grain_jax.input_pipeline import derived
-from grain_jax.training import flops, memory_use
+from grain_jax.training import flops, memory_need
 
 PER_MILLION = 1_000_000  # examples, where nobody said how many there are
 LARGEST = 6  # buffers named when memory runs out
+# Keys that trade memory against time.
+LEVERS = (
+    "model.attention",
+    "remat",
+    "microbatches",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "optim.moment_dtype",
+    "loss.tile",
+    "loss.gather",
+)
 # Of a step that was compiled for GPUs without one.
 NOT_KNOWN = (
     "which kernels are the fastest: autotuning needs a GPU and is off; cuBLAS makes all products",
@@ -61,7 +73,7 @@ def make(
     config: config_lib.Config,
     topology: chips.Topology,
     options: Options,
-    say=lambda text: None,
+    line: progress.Line | None = None,
 ) -> dict[str, Any]:
     """The plan, as the dictionary that `--json` writes.
 
@@ -69,12 +81,13 @@ def make(
       config: the run.
       topology: what it would run on.
       options: prices, rates and the size of the data set.
-      say: is called with lines of progress.
+      line: shows the progress.
 
     Raises:
       UserError: config and topology do not fit each other, or libtpu is missing.
       CompilerFailed: the compiler crashed.
     """
+    line = line or progress.Line(silent=True)
     mesh = estimate.mesh_sizes(config.mesh, topology.count, topology.slices)
     # As the trainer derives them: each host's images are whole lanes.
     lanes = topology.hosts if config.batch_size % topology.hosts == 0 else 1
@@ -104,14 +117,15 @@ def make(
             total_steps=total_steps,
             steps_per_epoch=per_epoch,
             timeout=options.timeout,
-            say=say,
+            line=line,
         )
-        say(f"compiled in {compiled.seconds:.0f} s{', from the cache' if compiled.cached else ''}")
+        cached = ", from the cache" if compiled.cached else ""
+        line.show(f"compiled in {compiled.seconds:.0f} s{cached}", now=True)
         plan |= _of_compiled(compiled, config, topology)
         plan["versions"] = compiled.versions
         checkpoint_bytes = compiled.checkpoint_bytes
     else:
-        say(f"estimating: {not_compiled}")
+        line.show(f"estimating: {not_compiled}", now=True)
         guess = estimate.of_gpus(config, topology)
         plan |= _of_estimate(guess, plan["model_flops"], config, topology)
         checkpoint_bytes = guess.checkpoint_bytes
@@ -132,54 +146,36 @@ def make(
 
 def levers(config: config_lib.Config) -> dict[str, Any]:
     """The keys that trade memory against time, with their values."""
-    return {
-        "model.attention": config.model.attention,
-        "remat": config.remat,
-        "microbatches": config.microbatches,
-        "mesh.fsdp": config.mesh.fsdp,
-        "mesh.tensor": config.mesh.tensor,
-        "optim.moment_dtype": config.optim.moment_dtype,
-        "loss.tile": config.loss.tile,
-        "loss.gather": config.loss.gather,
-    }
+    values = config_lib.flatten(dataclasses.asdict(config))
+    return {key: values[key] for key in LEVERS}
 
 
 def _of_compiled(compiled: compiler.Compiled, config, topology) -> dict[str, Any]:
     """Memory, FLOPs, collectives and roofline of a compiled step, or of one that ran out of memory."""
-    limit = round(topology.chip.hbm_bytes)
+    limit, kinds = round(topology.chip.hbm_bytes), compiled.state_bytes
     out: dict[str, Any] = {"mesh": compiled.mesh, "traced_flops": compiled.traced_flops}
-    kinds = compiled.state_bytes
     if compiled.out_of_memory is not None:
         total, there_is, largest = compiler.parse_out_of_memory(compiled.out_of_memory)
         arguments = sum(kinds.values())
-        out["memory"] = _memory(kinds, arguments, total - arguments, 0, 0, 0, there_is or limit)
-        named = [memory_use.Kept(*buffer) for buffer in largest] or memory_use.kept(
-            config, _part(config, compiled.mesh)
-        )
+        named = [memory_need.Kept(*buffer) for buffer in largest]
         return out | {
+            "memory": _memory(kinds, there_is or limit, arguments, total - arguments),
             "fits": False,
-            "largest": grouped(named)[:LARGEST],
+            "largest": _largest(named or _kept(config, compiled.mesh)),
             "flops": None,
             "collectives": {},
             "roofline": None,
         }
-    m = compiled.memory
-    out["memory"] = _memory(
-        kinds, m["arguments"], m["temporaries"], m["output"], m["aliased"], m["code"], limit
-    )
-    out["memory"]["peak_bytes"] = m["peak"]
-    out["fits"] = out["memory"]["total_bytes"] <= limit
+    memory = out["memory"] = _memory(kinds, limit, **compiled.memory)
+    out["fits"] = memory["total_bytes"] <= limit
     module = hlo.parse(compiled.hlo)
     sums = hlo_collectives.collectives(module, mesh=compiled.mesh, slices=topology.slices)
-    a_chip = hlo_work.dot_flops(module)
     work = hlo_work.dot_flops(module, passes=True)
     roofline = cost.roofline(work, hlo_work.bytes_accessed(module), sums, topology.chip)
     if not out["fits"]:
-        found = hlo_work.largest_buffers(module, 4 * LARGEST)
-        named = [memory_use.Kept(round(b.bytes), b.shape, b.op_name) for b in found]
-        out["largest"] = grouped(named)[:LARGEST]
+        out["largest"] = _largest(_kept(config, compiled.mesh))
     return out | {
-        "flops": round(a_chip * topology.count),
+        "flops": round(hlo_work.dot_flops(module) * topology.count),
         "unknown_loops": len(module.unknown_loops),
         "collectives": by_kind(sums),
         "roofline": roofline._asdict(),
@@ -189,74 +185,63 @@ def _of_compiled(compiled: compiler.Compiled, config, topology) -> dict[str, Any
 def _of_estimate(guess: estimate.Estimate, model_flops, config, topology) -> dict[str, Any]:
     """The same for GPUs, by arithmetic: FLOPs of the model, without memory traffic."""
     limit = round(topology.chip.hbm_bytes)
-    arguments = sum(guess.state_bytes.values())
-    temporaries = sum(guess.temporaries.values())
-    memory = _memory(guess.state_bytes, arguments, temporaries, 0, 0, 0, limit)
+    arguments, temporaries = sum(guess.state_bytes.values()), sum(guess.temporaries.values())
+    memory = _memory(guess.state_bytes, limit, arguments, temporaries)
     memory["temporaries"] = guess.temporaries
     again = {"none": 3, "full": 4}.get(config.remat, 3.5) / 3  # passes, against three without
     done = round(model_flops * (again + (1 / 3 if config.microbatches > 1 else 0)))
     roofline = cost.roofline(done / topology.count, 0.0, guess.collectives, topology.chip)
-    out = {
+    fits = memory["total_bytes"] <= limit
+    return {
         "mesh": guess.mesh,
         "memory": memory,
-        "fits": memory["total_bytes"] <= limit,
+        "fits": fits,
         "flops": done,
         "traced_flops": None,
         "collectives": by_kind(guess.collectives),
         "roofline": roofline._asdict(),
-    }
-    if not out["fits"]:
-        out["largest"] = grouped(memory_use.kept(config, _part(config, guess.mesh)))[:LARGEST]
-    return out
+    } | ({} if fits else {"largest": _largest(_kept(config, guess.mesh))})
 
 
-def _part(config: config_lib.Config, mesh: dict[str, int]) -> int:
-    """Images that the towers of one chip see at a time."""
-    return config.batch_size // (mesh["data"] * mesh["fsdp"] * config.microbatches)
+def _kept(config: config_lib.Config, mesh: dict[str, int]) -> list[memory_need.Kept]:
+    """What one chip keeps for the backward pass of the images that its towers see at a time."""
+    parts = mesh["data"] * mesh["fsdp"] * config.microbatches
+    return memory_need.kept(config, config.batch_size // parts)
 
 
-def _memory(kinds, arguments, temporaries, output, aliased, code, limit) -> dict[str, Any]:
+def _memory(
+    kinds, limit, arguments, temporaries, output=0, aliased=0, code=0, peak=None
+) -> dict[str, Any]:
     """The memory table. Donated arguments and outputs share their bytes (`aliased`)."""
-    total = arguments + output - aliased + temporaries + code
-    return {
+    table = {
         "arguments": dict(kinds, padding=arguments - sum(kinds.values())),
         "arguments_bytes": arguments,
         "temporaries_bytes": temporaries,
         "output_bytes": output,
         "aliased_bytes": aliased,
         "code_bytes": code,
-        "total_bytes": total,
+        "total_bytes": arguments + output - aliased + temporaries + code,
         "limit_bytes": limit,
     }
+    return table if peak is None else table | {"peak_bytes": peak}
 
 
-def grouped(buffers: list[memory_use.Kept]) -> list[dict[str, Any]]:
+def _largest(buffers: Iterable[memory_need.Kept]) -> list[dict[str, Any]]:
     """Buffers of equal shape and origin as one entry with their number, largest sum first."""
-    sums: dict[tuple[str, str, int], int] = {}
-    for b in buffers:
-        key = (b.shape, b.where, b.bytes)
-        sums[key] = sums.get(key, 0) + 1
     entries = [
-        {"count": n, "shape": shape, "bytes": size, "where": where}
-        for (shape, where, size), n in sums.items()
+        {"count": n, "shape": b.shape, "bytes": b.bytes, "where": b.where}
+        for b, n in Counter(buffers).items()
     ]
-    return sorted(entries, key=lambda e: -e["count"] * e["bytes"])
+    return sorted(entries, key=lambda e: -e["count"] * e["bytes"])[:LARGEST]
 
 
 def by_kind(collectives: list[hlo_collectives.Collective]) -> dict[str, Any]:
     """kind -> count and bytes per chip and step: in all, by overlap with work, and by mesh axes."""
     out: dict[str, Any] = {}
+    nothing = {"count": 0, "bytes": 0}
     for c in collectives:
-        entry = out.setdefault(
-            c.kind,
-            {
-                "count": 0,
-                "bytes": 0,
-                "overlapped": {"count": 0, "bytes": 0},
-                "sync": {"count": 0, "bytes": 0},
-                "axes": [],
-            },
-        )
+        parts = {"overlapped": {**nothing}, "sync": {**nothing}, "axes": []}
+        entry = out.setdefault(c.kind, {**nothing, **parts})
         for part in (entry, entry["overlapped" if c.overlapped else "sync"]):
             part["count"] += c.count
             part["bytes"] += round(c.bytes)
@@ -303,33 +288,26 @@ def _add_time(plan, config, topology, options: Options) -> None:
     }
 
 
-def find(config, topology, options: Options, say, base: dict[str, Any]) -> dict[str, Any]:
+def find(config, topology, options: Options, line, base: dict[str, Any]) -> dict[str, Any]:
     """The points of `--search` and its two answers; `base` is the plan of the config itself."""
     mesh = estimate.mesh_sizes(config.mesh, topology.count, topology.slices)
+    shards = mesh["data"] * mesh["fsdp"]
 
     def ask(candidate: config_lib.Config) -> search.Answer | None:
-        say(
-            f"trying remat={candidate.remat} model.attention={candidate.model.attention}"
-            f" mesh.fsdp={candidate.mesh.fsdp} loss.gather={candidate.loss.gather}"
-            f" batch_size={candidate.batch_size}"
-        )
+        tried = levers(candidate) | {"batch_size": candidate.batch_size}
+        keys = ("remat", "model.attention", "mesh.fsdp", "loss.gather", "batch_size")
+        line.show(f"trying {' '.join(f'{key}={tried[key]}' for key in keys)}", now=True)
         try:
-            plan = base if candidate == config else make(candidate, topology, options, say)
-        except compiler.TookTooLong as error:
-            say(f"{error}\n")
-            return None
-        except compiler.CompilerFailed as error:  # of one point; others may serve
-            say(f"{error}\n")
+            plan = base if candidate == config else make(candidate, topology, options, line)
+        except (compiler.TookTooLong, compiler.CompilerFailed) as error:
+            line.say(str(error))
+            if isinstance(error, compiler.TookTooLong):
+                return None
+            # Of one point; others may serve.
             return search.Answer(False, 0, base["memory"]["limit_bytes"], None, failed=True)
-        memory = plan["memory"]
-        return search.Answer(
-            plan["fits"],
-            memory["total_bytes"],
-            memory["limit_bytes"],
-            plan["images_per_second"],
-        )
+        sizes = (plan["memory"][key] for key in ("total_bytes", "limit_bytes"))
+        return search.Answer(plan["fits"], *sizes, plan["images_per_second"])
 
-    shards = mesh["data"] * mesh["fsdp"]
     # One compile is spent: that of the plan.
     found = search.search(
         config, shards, ask, slices=topology.slices, max_compiles=search.MAX_COMPILES - 1
@@ -338,33 +316,17 @@ def find(config, topology, options: Options, say, base: dict[str, Any]) -> dict[
     def entry(point: search.Point | None) -> dict[str, Any] | None:
         if point is None:
             return None
-        return {
-            **point.levers._asdict(),
+        sizes = {
             "images_per_chip": point.images_per_chip,
             "batch_size": point.images_per_chip * shards,
-            **point.answer._asdict(),
         }
+        return point.levers._asdict() | sizes | point.answer._asdict()
 
     return {
         "tried": [entry(p) for p in found.tried],
         "at_batch": entry(found.at_batch),
         "largest": entry(found.largest),
     }
-
-
-class _Progress:
-    """Progress on stderr: rewrites its line on a terminal, prints lines elsewhere."""
-
-    def __init__(self):
-        self.terminal = sys.stderr.isatty()
-
-    def __call__(self, text: str) -> None:
-        start, end = ("\r\x1b[2K", "") if self.terminal else ("", "\n")
-        print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.terminal:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -383,20 +345,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         storage_rate=args.storage_rate * 1e9,
         timeout=args.timeout,
     )
-    say = _Progress()
+    line = progress.Line()
     try:
         plan = {
             "topology": args.topology,
             "overrides": args.overrides,
-            **make(config, topology, options, say),
+            **make(config, topology, options, line),
         }
         if args.search:
-            plan["search"] = find(config, topology, options, say, plan)
+            plan["search"] = find(config, topology, options, line, plan)
     except compiler.CompilerFailed as error:
-        say.close()
+        line.close()
         print(error, file=sys.stderr)
         return 1
-    say.close()
+    line.close()
     print(plan_text.page(plan))
     if args.output:
         path = epath.Path(args.output)

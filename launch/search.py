@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 from grain_jax import config as config_lib
 from grain_jax import errors, losses
+from grain_jax.training import sharding
 
 MAX_COMPILES = 10
 GOAL = 0.97  # of the limit: what a prediction aims at
 GATHER = 4  # chips that share columns before the ring: what is tried against none
 FSDP = 4  # chips that share parameters: what is tried against none
 DERIVED_GROUP = (
-    8  # images a packing group, at least, of the batches that are tried where it is derived
+    8  # images of a packing group, at least, in batches that are tried where it is derived
 )
 GROWTH = 4  # times the last batch, at most: a line does not reach further
 
@@ -64,13 +65,7 @@ def unit(config: config_lib.Config, shards: int) -> int:
     Args:
       shards: parts that the batch is cut into (data x fsdp).
     """
-    group = (config.text.pack_group or DERIVED_GROUP) if config.text.packing else 1
-    whole = math.lcm(
-        shards * config.microbatches * group,
-        (config.input.lanes or 1) * group,
-        config.loss.group_size or 1,
-    )
-    return whole // shards
+    return sharding.least_batch(config, shards, DERIVED_GROUP) // shards
 
 
 def search(

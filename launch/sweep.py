@@ -1,8 +1,7 @@
 """Trains every point of a sweep, then tabulates: grain-jax sweep --config X --sweep Y --workdir DIR
 
-`sweep()` of the sweep file yields flat overrides, such as {"optim.learning_rate": 1e-3, "seed": 1}. Every
-point is checked before anything starts. Each run has a folder of its own below DIR, named after what differs.
-The same command again skips what is finished, goes on with what is not, and tabulates (docs/sweeps.md).
+Every point is checked before anything starts; the same command again goes on with what is not finished
+(docs/sweeps.md).
 """
 
 import os
@@ -14,48 +13,41 @@ from collections.abc import Sequence
 from etils import epath
 from grain_jax.launch import jobs, sweep_clusters, sweep_runs, sweep_table
 from grain_jax.launch.arguments import sweep_parser
-from grain_jax.launch.sweep_runs import Run, finished, local_folder
+from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, progress
 from grain_jax.cli import config_file, process
 from grain_jax.files import atomic
 
 
 def train_here(
-    runs: Sequence[Run], workdir: epath.Path, metric: str | None, parallel: int, retries: int
+    runs: Sequence[SweepRun], workdir: epath.Path, metric: str | None, parallel: int, retries: int
 ) -> jobs.Outcome:
     """Trains the runs on this machine, `parallel` at a time."""
     here = local_folder(workdir)
     by_name = {run.name: run for run in runs}
+    start = (sys.executable, "-m", "grain_jax.train")
     all_jobs = [
-        jobs.Job(
-            run.name,
-            (sys.executable, "-m", "grain_jax.train", *run.arguments),
-            here / run.name / "log.txt",
-        )
-        for run in runs
+        jobs.Job(run.name, (*start, *run.arguments), here / run.name / "log.txt") for run in runs
     ]
-
-    def data_set(run: Run) -> tuple[str, str]:
-        return run.config.input.data_dir, run.config.input.name
 
     def ready(job: jobs.Job, running: frozenset[str]) -> bool:
         """Of runs that make the same data set, the first runs alone until the data set is complete."""
-        run = by_name[job.name]
-        if run.config.input.source == "synthetic" or not run.config.input.prepare:
+        data = by_name[job.name].config.input
+        if data.source == "synthetic" or not data.prepare:
             return True
-        same = [other for other in runs if data_set(other) == data_set(run)]
-        return not any(other.name in running for other in same) or any(
-            (other.folder / "config.json").exists()
-            for other in same  # written after the data is found
-        )
+        makes = lambda other: (other.config.input.data_dir, other.config.input.name)
+        same = [other for other in runs if makes(other) == (data.data_dir, data.name)]
+        # config.json is written after the data is found.
+        made = any((other.folder / "config.json").exists() for other in same)
+        return made or not any(other.name in running for other in same)
 
     runner = jobs.Runner(
         jobs=lambda: all_jobs,
         finished=lambda job: finished(by_name[job.name]),
         slots=jobs.slots(parallel),
-        screen=jobs.Screen("sweep: "),
+        screen=progress.Line("sweep: "),
         ready=ready,
         share_done=lambda job: sweep_runs.share_done(by_name[job.name]),
         result=lambda job: sweep_table.summary(by_name[job.name], metric),
@@ -75,7 +67,7 @@ def check_metric(metric: str | None, config: config_lib.Config) -> None:
             raise errors.UserError(f"--metric: {metric}: no evaluator {name} in the config: {near}")
 
 
-def tabulate(runs: Sequence[Run], workdir: epath.Path, metric: str | None) -> None:
+def tabulate(runs: Sequence[SweepRun], workdir: epath.Path, metric: str | None) -> None:
     """Prints the table and writes sweep.csv and sweep.png."""
     rows = sweep_table.read(runs, [finished(run) for run in runs])
     metric = metric or sweep_table.default_metric(rows)
@@ -89,10 +81,10 @@ def tabulate(runs: Sequence[Run], workdir: epath.Path, metric: str | None) -> No
     print(f"{workdir}: {written}", file=sys.stderr)
 
 
-def show_plan(runs: Sequence[Run]) -> None:
+def show_plan(runs: Sequence[SweepRun]) -> None:
     """Prints name, state and command of each run."""
     for run in runs:
-        step = sweep_table.last_step(run.folder)
+        step = sweep_runs.last_step(run.folder)
         state = "finished" if finished(run) else f"resumes (step {step})" if step else "new"
         print(f"{run.name}: {state}\n  {shlex.join(run.command)}")
     print(f"{len(runs)} points, all valid; nothing was started")
@@ -111,34 +103,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.dry_run:
         show_plan(runs)
         return 0
-    if not args.table:
-        if args.launcher != "local":
-            submit = {
-                "slurm": lambda: sweep_clusters.submit_slurm(runs, workdir, parallel),
-                "gke": lambda: sweep_clusters.apply_gke(runs, workdir),
-            }[args.launcher]
-            print(f"sweep: {submit()}", file=sys.stderr)
-            if not all(map(finished, runs)):
-                return 0
+    if args.launcher != "local" and not args.table:
+        if args.launcher == "slurm":
+            told = sweep_clusters.submit_slurm(runs, workdir, parallel)
         else:
-            outcome = train_here(runs, workdir, metric, parallel or 1, args.retries)
-            if outcome.stopped_by:
-                print(
-                    f"sweep: stopped; {len(outcome.done)} of {len(runs)} runs are finished, the same"
-                    " command goes on",
-                    file=sys.stderr,
-                )
-                return 130 if outcome.stopped_by == signal.SIGINT else jobs.PREEMPTED
-            if outcome.failed:
-                tabulate(runs, workdir, metric)
-                print(
-                    f"sweep: {len(outcome.failed)} of {len(runs)} runs failed:"
-                    f" {' '.join(outcome.failed)}; the same command starts them again",
-                    file=sys.stderr,
-                )
-                return 1
+            told = sweep_clusters.apply_gke(runs, workdir)
+        print(f"sweep: {told}", file=sys.stderr)
+        if not all(map(finished, runs)):
+            return 0
+    failed = ()
+    if args.launcher == "local" and not args.table:
+        outcome = train_here(runs, workdir, metric, parallel or 1, args.retries)
+        if outcome.stopped_by:
+            print(
+                f"sweep: stopped; {len(outcome.done)} of {len(runs)} runs are finished, the same"
+                " command goes on",
+                file=sys.stderr,
+            )
+            return 130 if outcome.stopped_by == signal.SIGINT else jobs.PREEMPTED
+        failed = outcome.failed
     tabulate(runs, workdir, metric)
-    return 0
+    if failed:
+        print(
+            f"sweep: {len(failed)} of {len(runs)} runs failed: {' '.join(failed)}; the same command"
+            " starts them again",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

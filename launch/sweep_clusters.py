@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from shutil import which
 
 from etils import epath
-from grain_jax.launch.sweep_runs import Run, finished, local_folder
+from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
 
 from grain_jax import errors
 
 HERE = epath.Path(__file__).parent
 
 
-def _unfinished(runs: Sequence[Run], launcher: str) -> list[Run]:
+def _unfinished(runs: Sequence[SweepRun], launcher: str) -> list[SweepRun]:
     """The runs to hand to a cluster, which takes their arguments as words between blanks."""
     left = [run for run in runs if not finished(run)]
     for run in left:
@@ -37,7 +37,7 @@ def _unfinished(runs: Sequence[Run], launcher: str) -> list[Run]:
     return left
 
 
-def submit_slurm(runs: Sequence[Run], workdir: epath.Path, parallel: int | None) -> str:
+def submit_slurm(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int | None) -> str:
     """Submits the unfinished runs as one job array, through launch/slurm.sbatch; returns what to tell.
 
     Raises:
@@ -47,10 +47,8 @@ def submit_slurm(runs: Sequence[Run], workdir: epath.Path, parallel: int | None)
     number = folder / "job.txt"
     if number.exists() and which("squeue"):
         job = number.read_text().strip()
-        queue = subprocess.run(
-            ["squeue", "--noheader", "--jobs", job], capture_output=True, text=True
-        )
-        if queue.stdout.strip():
+        command = ["squeue", "--noheader", "--jobs", job]
+        if subprocess.run(command, capture_output=True, text=True).stdout.strip():
             raise errors.UserError(
                 f"job {job} of this sweep is still in the queue (squeue --jobs {job}); --table shows how"
                 f" far it is; scancel {job} to submit anew"
@@ -67,23 +65,30 @@ def submit_slurm(runs: Sequence[Run], workdir: epath.Path, parallel: int | None)
     variables = {"GRAIN_ARGS_FILE": str(lines.resolve())}
     if not which("sbatch"):
         return f"no sbatch here; where there is one: GRAIN_ARGS_FILE={lines.resolve()} {shlex.join(command)}"
-    sent = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
-    if sent.returncode:
-        raise errors.UserError(f"sbatch: {' '.join(sent.stderr.split())}")
-    job = sent.stdout.strip().partition(";")[0]
+    job = _output(*command, **variables).partition(";")[0]
     number.write_text(f"{job}\n")
     return (
         f"submitted {len(left)} runs as job {job}; logs in {folder}, --table shows how far they are"
     )
 
 
-def jobset_name(run: Run) -> str:
+def _output(*command: str, **variables: str) -> str:
+    """What a command of the cluster prints."""
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        name = " ".join(command[: 2 if command[0] == "kubectl" else 1])
+        raise errors.UserError(f"{name}: {' '.join(done.stderr.split())}")
+    return done.stdout.strip()
+
+
+def jobset_name(run: SweepRun) -> str:
     """A name that Kubernetes takes, always the same for the same folder."""
     word = re.sub(r"[^a-z0-9]+", "-", run.folder.parent.name.lower()).strip("-")[:20].strip("-")
     return f"{word or 'sweep'}-{hashlib.sha256(str(run.folder).encode()).hexdigest()[:8]}"
 
 
-def render_gke(run: Run, template: str) -> str:
+def render_gke(run: SweepRun, template: str) -> str:
     """launch/gke.yaml for one run: ${NAME} and ${ARGS} are the run's, the rest comes from the environment.
 
     Raises:
@@ -99,7 +104,7 @@ def render_gke(run: Run, template: str) -> str:
     return page.substitute(values)
 
 
-def apply_gke(runs: Sequence[Run], workdir: epath.Path) -> str:
+def apply_gke(runs: Sequence[SweepRun], workdir: epath.Path) -> str:
     """Renders one JobSet for each unfinished run and applies it where there is kubectl; returns what to tell."""
     left = _unfinished(runs, "gke")
     folder = local_folder(workdir) / "gke"
@@ -112,15 +117,10 @@ def apply_gke(runs: Sequence[Run], workdir: epath.Path) -> str:
         return f"rendered {len(left)} JobSets into {folder}; no kubectl here to apply them"
     for path, run, _ in pages:
         name = ("jobset", jobset_name(run))
-        state = _kubectl("get", *name, "--ignore-not-found", "-o=jsonpath={.status.terminalState}")
-        if state == "Failed":  # such a one is never started again
-            _kubectl("delete", *name)
-        _kubectl("apply", "-f", str(path))
+        state = ("--ignore-not-found", "-o=jsonpath={.status.terminalState}")
+        if (
+            _output("kubectl", "get", *name, *state) == "Failed"
+        ):  # such a one is never started again
+            _output("kubectl", "delete", *name)
+        _output("kubectl", "apply", "-f", str(path))
     return f"applied {len(left)} JobSets of {folder}; --table shows how far they are"
-
-
-def _kubectl(*arguments: str) -> str:
-    done = subprocess.run(["kubectl", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise errors.UserError(f"kubectl {arguments[0]}: {' '.join(done.stderr.split())}")
-    return done.stdout.strip()

@@ -8,20 +8,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
-from grain_jax.launch import sweep_table
 
 from grain_jax import config as config_lib
 from grain_jax import errors, named
 from grain_jax.cli import config_file
 from grain_jax.files import regular_file
 from grain_jax.input_pipeline import derived
+from grain_jax.runtime import metrics_file
 
 DEFINING = {"order", "numbers", "result"}  # roles of the keys that may not change between two calls
 _LONGEST_NAME = 200  # characters; file systems end at 255
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class SweepRun:
     """One point of a sweep."""
 
     name: str
@@ -78,13 +78,11 @@ def resolve(
     known = config_lib.flatten(tree)
     faults = []
     for key, value in overrides.items():
-        if key not in known:
-            inside = [k for k in known if k.startswith(f"{key}.")]
-            faults.append(
-                f"{key}: is a group of keys; set them one by one, such as {inside[0]}"
-                if inside
-                else f"{key}: {config_lib.unknown_key(str(key), list(known))}"
-            )
+        inside = [k for k in known if k.startswith(f"{key}.")]
+        if inside:
+            faults.append(f"{key}: is a group of keys; set them one by one, such as {inside[0]}")
+        elif key not in known:
+            faults.append(f"{key}: {config_lib.unknown_key(str(key), list(known))}")
         elif key in given:
             faults.append(f"{key}: the sweep and the command line both set it; leave one out")
         elif value is None or not isinstance(value, (bool, int, float, str, tuple)):
@@ -113,17 +111,19 @@ def _short(value: Any) -> str:
     return re.sub(r"[^\w.+-]+", "-", str(value)).strip("-")
 
 
+def _differing(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys that differ between points; all where none does."""
+    keys = list(dict.fromkeys(key for point in points for key in point))
+    return [k for k in keys if any(p.get(k) != points[0].get(k) for p in points)] or keys
+
+
 def name_points(points: Sequence[Mapping[str, Any]]) -> list[str]:
     """A readable name for each point, e.g. `learning_rate=0.001,seed=1`: what differs between them.
 
     Raises:
       UserError: two points are the same, or a name is too long for a folder.
     """
-    columns: dict[str, list[Any]] = {}
-    for point in points:
-        for key in point:
-            columns.setdefault(key, [p.get(key) for p in points])
-    differ = [k for k, v in columns.items() if any(x != v[0] for x in v[1:])] or list(columns)
+    differ = _differing(points)
     leaves = [key.rpartition(".")[2] for key in differ]
     label = {k: k if leaves.count(leaf) > 1 else leaf for k, leaf in zip(differ, leaves)}
     names: list[str] = []
@@ -149,7 +149,7 @@ def make_runs(
     base_arguments: Sequence[str],
     points: Sequence[Mapping[str, Any]],
     workdir: epath.Path,
-) -> list[Run]:
+) -> list[SweepRun]:
     """The runs of a sweep, each with its checked config.
 
     Args:
@@ -162,13 +162,10 @@ def make_runs(
       UserError: a line for every fault of the points.
     """
     given = [a.partition("=")[0].removeprefix("--config.") for a in base_arguments]
-    labels = name_points(points)
-    first = points[0]
-    differ = {k for p in points for k in p if k not in first or p[k] != first[k]}
-    differ |= {k for k in first if any(k not in p for p in points)}
-    runs: list[Run] = []
+    differ = _differing(points)
+    runs: list[SweepRun] = []
     faults: dict[str, list[str]] = {}  # fault -> the points that have it
-    for name, point in zip(labels, points):
+    for name, point in zip(name_points(points), points):
         try:
             config = resolve(base, point, given)
         except errors.UserError as error:
@@ -178,14 +175,9 @@ def make_runs(
         folder = workdir / name
         overrides = [f"--config.{key}={value}" for key, value in point.items()]
         values = config_lib.flatten(dataclasses.asdict(config))
-        swept = {
-            key: values[key]
-            for p in points
-            for key in p
-            if key in (differ or set(p)) & values.keys()
-        }
+        swept = {key: values[key] for key in differ if key in values}
         arguments = (*base_arguments, *overrides, f"--workdir={folder}")
-        runs.append(Run(name, point, swept, config, arguments, folder))
+        runs.append(SweepRun(name, point, swept, config, arguments, folder))
     if faults:
         raise errors.UserError(
             "\n".join(
@@ -196,36 +188,45 @@ def make_runs(
     return runs
 
 
-def check_folders(runs: Sequence[Run]) -> None:
+def check_folders(runs: Sequence[SweepRun]) -> None:
     """Raises UserError where the folder of a run has the results of another config."""
     faults = []
     for run in runs:
         file = run.folder / "config.json"
+        if not file.exists():
+            continue
         try:
-            text = regular_file.read_text(file, "a config") if file.exists() else "null"
-            stored = json.loads(text)
+            stored = json.loads(regular_file.read_text(file, "a config"))
         except json.JSONDecodeError:  # a kill cut it off; the trainer asks the checkpoint's own
             continue
-        if stored is None:
+        try:
+            old = config_lib.select(config_lib.from_dict(stored), DEFINING)
+        except errors.UserError as error:
+            faults += [f"{file}: {line}" for line in str(error).splitlines()]
             continue
-        old = config_lib.select(stored, DEFINING)
-        new = config_lib.select(dataclasses.asdict(run.config), DEFINING)
-        faults += [
-            f"{run.folder}: was trained with {key} = {old[key]!r}, now it is {new[key]!r}; take"
-            " another --workdir, or remove that folder"
-            for key in new
-            if key in old
-            and old[key] != new[key]
-            # What is said and done where data is missing.
-            and not (key.startswith("evals.") and key.endswith((".get", ".missing")))
-            # Where these are not set, the trainer derives them, and config.json has the numbers.
-            and not (key in derived.KEYS and new[key] is None)
-        ]
+        new = config_lib.select(run.config, DEFINING)
+        for key in [key for key in new if key in old and old[key] != new[key]]:
+            # What is said and done where data is missing makes no other run; what is not set, the trainer
+            # derives, and config.json has the numbers.
+            if key.startswith("evals.") and key.endswith((".get", ".missing")):
+                continue
+            if key in derived.KEYS and new[key] is None:
+                continue
+            faults.append(
+                f"{run.folder}: was trained with {key} = {old[key]!r}, now it is {new[key]!r}; take"
+                " another --workdir, or remove that folder"
+            )
     if faults:
         raise errors.UserError("\n".join(faults))
 
 
-def finished(run: Run) -> bool:
+def last_step(folder: epath.Path) -> int:
+    """The last step that a run has logged; 0 before the first."""
+    lines, _ = metrics_file.read(metrics_file.files(folder))
+    return lines[-1].step if lines else 0
+
+
+def finished(run: SweepRun) -> bool:
     """Whether the last step is logged and saved, and the report of the trainer is complete."""
     evals = run.config.evals.values()
     report = ["curves.png"]
@@ -237,16 +238,16 @@ def finished(run: Run) -> bool:
         return False
     from grain_jax.runtime import checkpoint  # JAX: seconds, and only for what may be finished
 
-    step = sweep_table.last_step(run.folder)
+    step = last_step(run.folder)
     # Only the data set can turn a length in epochs into steps.
     return step in checkpoint.finished_steps(run.folder) and run.config.total_steps in (None, step)
 
 
-def share_done(run: Run) -> float:
+def share_done(run: SweepRun) -> float:
     """The share of the steps that are done, 0 to 1; 0 where the length is not known."""
     if run.config.total_steps is None:
         return 0.0
-    return sweep_table.last_step(run.folder) / run.config.total_steps
+    return last_step(run.folder) / run.config.total_steps
 
 
 def local_folder(workdir: epath.Path) -> epath.Path:

@@ -6,9 +6,10 @@ import io
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from etils import epath
+from grain_jax.launch.sweep_runs import SweepRun
 
 from grain_jax import config as config_lib
 from grain_jax import errors
@@ -22,17 +23,8 @@ _LAST = 5  # logged steps that a training metric is averaged over: a single batc
 _MOST_LINES = 6  # of a panel that a legend still tells apart
 
 
-class Run(Protocol):
-    """The part of a run that a table needs."""
-
-    name: str
-    swept: Mapping[str, Any]  # the values of the keys that differ
-    config: config_lib.Config
-    folder: epath.Path
-
-
 @dataclasses.dataclass(frozen=True)
-class Row:
+class SweepRow:
     """A run and its metrics."""
 
     name: str
@@ -42,25 +34,16 @@ class Row:
     values: Mapping[str, float]
 
 
-def last_step(folder: epath.Path) -> int:
-    """The last step that a run has logged; 0 before the first."""
-    lines, _ = metrics_file.read(metrics_file.files(folder))
-    return lines[-1].step if lines else 0
-
-
 def _values(lines: Sequence[metrics_file.Line]) -> dict[str, float]:
     """A run's metrics: of its evaluations the last, of the others the mean over the last logged steps."""
-    recent = metrics_file.series(lines[-_LAST:])
     values = {key: of_steps[-1] for key, (_, of_steps) in metrics_file.series(lines).items()}
-    means = {
-        key: statistics.fmean(of_steps)
-        for key, (_, of_steps) in recent.items()
-        if not key.startswith("eval/")
-    }
-    return values | means  # the last value of a metric that the recent lines lack
+    for key, (_, of_steps) in metrics_file.series(lines[-_LAST:]).items():
+        if not key.startswith("eval/"):
+            values[key] = statistics.fmean(of_steps)
+    return values  # the last value of a metric that the recent lines lack
 
 
-def read(runs: Sequence[Run], finished: Sequence[bool]) -> list[Row]:
+def read(runs: Sequence[SweepRun], finished: Sequence[bool]) -> list[SweepRow]:
     """The runs' rows, in their order.
 
     Args:
@@ -73,13 +56,13 @@ def read(runs: Sequence[Run], finished: Sequence[bool]) -> list[Row]:
         for fault in faults:
             print(fault, file=sys.stderr)
         step, total = lines[-1].step if lines else 0, run.config.total_steps
-        state = f"step {step}" + (f" of {total}" if total else "") if step else "not started"
+        state = f"step {step}" + f" of {total}" * bool(total) if step else "not started"
         state = "finished" if is_finished else state
-        rows.append(Row(run.name, run.swept, state, step, _values(lines)))
+        rows.append(SweepRow(run.name, run.swept, state, step, _values(lines)))
     return rows
 
 
-def default_metric(rows: Sequence[Row]) -> str:
+def default_metric(rows: Sequence[SweepRow]) -> str:
     """The first accuracy that was measured, else the loss."""
     keys = [key for row in rows for key in row.values]
     return next((k for k in keys if k.startswith("eval/") and k.endswith(_HEADLINES)), "loss")
@@ -90,25 +73,25 @@ def smaller_is_better(metric: str) -> bool:
     return "loss" in metric
 
 
-def check(rows: Sequence[Row], metric: str) -> None:
+def check(rows: Sequence[SweepRow], metric: str) -> None:
     """Raises UserError, with the nearest name, if there are metrics but not this one."""
     keys = list(dict.fromkeys(key for row in rows for key in row.values))
     if keys and metric not in keys:
         raise errors.UserError(f"--metric: {metric}: {config_lib.unknown_key(metric, keys)}")
 
 
-def ranked(rows: Sequence[Row], metric: str) -> list[Row]:
+def ranked(rows: Sequence[SweepRow], metric: str) -> list[SweepRow]:
     """Best first; runs that are not finished after those that are."""
     sign = 1 if smaller_is_better(metric) else -1
 
-    def place(row: Row) -> tuple[bool, bool, float]:
+    def place(row: SweepRow) -> tuple[bool, bool, float]:
         missing = metric not in row.values
         return row.state != "finished", missing, 0 if missing else sign * row.values[metric]
 
     return sorted(rows, key=place)
 
 
-def _axes(rows: Sequence[Row]) -> list[str]:
+def _axes(rows: Sequence[SweepRow]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row.swept))
 
 
@@ -122,7 +105,7 @@ def _cell(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _over_seeds(rows: Sequence[Row], metric: str) -> dict[tuple[Any, ...], list[float]]:
+def _over_seeds(rows: Sequence[SweepRow], metric: str) -> dict[tuple[Any, ...], list[float]]:
     """Values of the other axes -> the metric of every seed that has finished, in the rows' order."""
     others = [axis for axis in _axes(rows) if axis != SEED]
     groups: dict[tuple[Any, ...], list[float]] = {}
@@ -133,7 +116,7 @@ def _over_seeds(rows: Sequence[Row], metric: str) -> dict[tuple[Any, ...], list[
     return groups
 
 
-def text(rows: Sequence[Row], metric: str) -> str:
+def text(rows: Sequence[SweepRow], metric: str) -> str:
     """The table, and below it the means over seeds where there are several."""
     axes = _axes(rows)
     shown = [metric] if metric == "loss" else [metric, "loss"]
@@ -150,17 +133,16 @@ def text(rows: Sequence[Row], metric: str) -> str:
     others = [axis for axis in axes if axis != SEED]
     groups = _over_seeds(rows, metric)
     if SEED in axes and others and groups:
-        sign = 1 if smaller_is_better(metric) else -1
         means = [
             [
                 ", ".join(f"{label}={_cell(v)}" for label, v in zip(_labels(others), key)),
-                f"{statistics.fmean(values):.4f}",
-                f"{min(values):.4f}",
-                f"{max(values):.4f}",
+                *(f"{of(values):.4f}" for of in (statistics.fmean, min, max)),
                 str(len(values)),
             ]
             for key, values in sorted(
-                groups.items(), key=lambda item: sign * statistics.fmean(item[1])
+                groups.items(),
+                key=lambda group: statistics.fmean(group[1]),
+                reverse=not smaller_is_better(metric),
             )
         ]
         header = ["over seeds", f"mean {metric}", "least", "most", "seeds"]
@@ -168,7 +150,7 @@ def text(rows: Sequence[Row], metric: str) -> str:
     return page
 
 
-def csv_text(rows: Sequence[Row], metric: str) -> str:
+def csv_text(rows: Sequence[SweepRow], metric: str) -> str:
     """The table with every metric that the runs have, the sorting one first."""
     axes = _axes(rows)
     keys = dict.fromkeys([metric, *(key for row in rows for key in row.values)])
@@ -176,54 +158,43 @@ def csv_text(rows: Sequence[Row], metric: str) -> str:
     writer = csv.writer(page, lineterminator="\n")
     writer.writerow(["run", "state", "step", *axes, *keys])
     for row in ranked(rows, metric):
-        writer.writerow(
-            [
-                row.name,
-                row.state,
-                row.step,
-                *(row.swept.get(axis, "") for axis in axes),
-                *(row.values.get(key, "") for key in keys),
-            ]
-        )
+        swept = (row.swept.get(axis, "") for axis in axes)
+        values = (row.values.get(key, "") for key in keys)
+        writer.writerow([row.name, row.state, row.step, *swept, *values])
     return page.getvalue()
 
 
-def draw(rows: Sequence[Row], metric: str, path: epath.Path) -> bool:
+def draw(rows: Sequence[SweepRow], metric: str, path: epath.Path) -> bool:
     """Draws the metric against each swept axis: a dot per run, and a line through the means over seeds with their range.
 
     Returns:
       Whether there was a finished run to draw.
     """
     import matplotlib  # half a second to import
-
-    with matplotlib.rc_context({"text.parse_math": False}):  # values are texts, not formulas
-        return _draw(rows, metric, path)
-
-
-def _draw(rows: Sequence[Row], metric: str, path: epath.Path) -> bool:
     from matplotlib.figure import Figure
 
     done = [row for row in rows if row.state == "finished" and metric in row.values]
     if not done:
         return False
     axes = [axis for axis in _axes(rows) if axis != SEED] or [SEED]
-    figure = Figure(figsize=(1 + 5 * len(axes), 4.2), layout="constrained", dpi=110)
-    for panel, axis in zip(figure.subplots(1, len(axes), squeeze=False)[0], axes):
-        _panel(panel, done, metric, axis, [other for other in axes if other != axis])
-    figure.axes[0].set_ylabel(metric)
     better = "lower" if smaller_is_better(metric) else "higher"
-    figure.suptitle(
-        f"{len(done)} of {len(rows)} runs; {better} is better\n"
-        "a dot a run; lines and bars: mean and range over seeds",
-        fontsize=9,
-    )
     page = io.BytesIO()
-    figure.savefig(page, format="png")
+    with matplotlib.rc_context({"text.parse_math": False}):  # values are texts, not formulas
+        figure = Figure(figsize=(1 + 5 * len(axes), 4.2), layout="constrained", dpi=110)
+        for panel, axis in zip(figure.subplots(1, len(axes), squeeze=False)[0], axes):
+            _panel(panel, done, metric, axis, [other for other in axes if other != axis])
+        figure.axes[0].set_ylabel(metric)
+        figure.suptitle(
+            f"{len(done)} of {len(rows)} runs; {better} is better\n"
+            "a dot a run; lines and bars: mean and range over seeds",
+            fontsize=9,
+        )
+        figure.savefig(page, format="png")
     atomic.write_bytes(path, page.getvalue())
     return True
 
 
-def _panel(panel, rows: Sequence[Row], metric: str, axis: str, others: Sequence[str]) -> None:
+def _panel(panel, rows: Sequence[SweepRow], metric: str, axis: str, others: Sequence[str]) -> None:
     values = list(dict.fromkeys(row.swept[axis] for row in rows if axis in row.swept))
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
     if numbers:
@@ -238,14 +209,11 @@ def _panel(panel, rows: Sequence[Row], metric: str, axis: str, others: Sequence[
         colour = f"C{number % 10}"
         label = ", ".join(f"{name}={_cell(v)}" for name, v in zip(_labels(others), key))
         where = [value for value in values if value in points]
-        mean = [statistics.fmean(points[value]) for value in where]
-        spread = [
-            [m - min(points[v]) for m, v in zip(mean, where)],
-            [max(points[v]) - m for m, v in zip(mean, where)],
-        ]
-        panel.errorbar(
-            [at[v] for v in where], mean, spread, color=colour, capsize=4, marker="_", label=label
-        )
+        mean = [statistics.fmean(points[v]) for v in where]
+        below = [m - min(points[v]) for m, v in zip(mean, where)]
+        above = [max(points[v]) - m for m, v in zip(mean, where)]
+        style = dict(color=colour, capsize=4, marker="_", label=label)
+        panel.errorbar([at[v] for v in where], mean, [below, above], **style)
         dots = [(at[v], y) for v in where for y in points[v]]
         panel.scatter(*zip(*dots), color=colour, s=26, edgecolors="white", zorder=3)
     if not numbers:
@@ -261,9 +229,9 @@ def _panel(panel, rows: Sequence[Row], metric: str, axis: str, others: Sequence[
         panel.legend(fontsize=8, framealpha=0.6)
 
 
-def summary(run: Run, metric: str | None) -> str:
+def summary(run: SweepRun, metric: str | None) -> str:
     """A finished run's metric, in a few words; nothing where it was not measured."""
     lines, _ = metrics_file.read(metrics_file.files(run.folder))
-    row = Row(run.name, {}, "finished", 0, _values(lines))
+    row = SweepRow(run.name, {}, "finished", 0, _values(lines))
     metric = metric or default_metric([row])
     return f"{metric} {row.values[metric]:.4f}" if metric in row.values else ""

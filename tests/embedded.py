@@ -29,7 +29,8 @@ def stand_in(batch):
     """A model whose vector is an image's first pixel; images have 2 or 3 regions."""
     first = np.stack([ready.pixels[0, 0] for ready in batch]).astype(np.float32)
     regions = [np.tile(row, (2 + int(row[0]) % 2, 1)) for row in first]
-    return pipeline.Embeds(first, regions, [np.full((len(r), 4), 0.5, np.float32) for r in regions])
+    boxes = [np.full((len(r), 4), 0.5, np.float32) for r in regions]
+    return [output.Row(*ready[:4], *rest) for ready, *rest in zip(batch, first, regions, boxes)]
 
 
 def settings(files=1, dim=3, regions="queries", digest="", **more):
@@ -65,14 +66,14 @@ def go(job, mine=None, encode=stand_in, most_faults=float("inf")):
     before = job.finished()
     if mine is None:
         mine = [index for index in range(len(job.parts)) if index not in before]
-    sizes = [job.parts[index]["size"] for index in mine]
     return pipeline.run(
         job,
         mine,
         encode,
         size=8,
         threads=2,
-        progress=pipeline.Progress("test", sizes, True),
+        label="test",
+        known=True,
         before=list(before.values()),
         most_faults=most_faults,
     )

@@ -1,5 +1,7 @@
-"""Makes small annotation files, images and record sets for tests."""
+"""Makes small annotation files, images and record sets for tests, and reads batches of them."""
 
+import contextlib
+import itertools
 import json
 
 import jax
@@ -48,15 +50,8 @@ def write_annotations(folder, count, size=(16, 12)):
 
 def build_set(folder, output, *arguments, name="tiny_set"):
     """Runs data.build; returns its exit status."""
-    return build.main(
-        [
-            f"--annotations={folder / 'A.jsonl'}",
-            f"--images={folder}",
-            f"--output={output}",
-            f"--name={name}",
-            *arguments,
-        ]
-    )
+    given = [f"--annotations={folder / 'A.jsonl'}", f"--images={folder}"]
+    return build.main([*given, f"--output={output}", f"--name={name}", *arguments])
 
 
 def config(
@@ -92,3 +87,53 @@ def assert_batches_equal(got, expected):
     """Every field, exactly."""
     for name, a, b in zip(expected._fields, got, expected, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def take(config, count, **arguments):
+    """The first `count` batches of the records of a config."""
+    from grain_jax.input_pipeline import records
+
+    return list(itertools.islice(records.batches(config, **arguments), count))
+
+
+def numbers(batch):
+    """Which image each row is: its first pixel tells."""
+    return batch.image[:, 0, 0].astype(int) @ [1, 256, 0]
+
+
+@contextlib.contextmanager
+def opened_shards(monkeypatch):
+    """Inside, a list of the shards that are opened, in order."""
+    import tensorflow as tf
+
+    opened, real = [], tf.data.TFRecordDataset
+
+    def watched(paths, **arguments):
+        def note(x):
+            opened.extend(p.decode() for p in x)
+            return x
+
+        return real(tf.numpy_function(note, [paths], tf.string), **arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.data, "TFRecordDataset", watched)
+        yield opened
+
+
+def write_shard(path, records):
+    """A shard of these serialized records."""
+    import tensorflow as tf
+
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for record in records:
+            writer.write(record)
+
+
+def with_cut_picture(record):
+    """A serialized record whose image is cut off."""
+    import tensorflow as tf
+
+    example = tf.train.Example.FromString(record)
+    picture = example.features.feature["image"].bytes_list
+    picture.value[0] = picture.value[0][:50]
+    return example.SerializeToString()

@@ -36,12 +36,10 @@ class Store:
 
     Attributes:
       blobs: (bucket, name) -> Blob.
-      uploads: (name, bytes) of each finished upload, in order.
     """
 
     def __init__(self):
         self.blobs: dict[tuple[str, str], Blob] = {}
-        self.uploads: list[tuple[str, int]] = []
         self.lock = threading.RLock()
         self._generations = itertools.count(1)
 
@@ -50,7 +48,6 @@ class Store:
         with self.lock:
             written = datetime.datetime.now(datetime.UTC)
             self.blobs[bucket, name] = Blob(data, next(self._generations), written)
-            self.uploads.append((name, len(data)))
             return self.describe(bucket, name)
 
     def describe(self, bucket: str, name: str) -> dict:
@@ -103,19 +100,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         self.query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
         self.body = self._read_body()
+        bucket, name = r"/storage/v1/b/([^/]+)", r"/o/(.+)"
         routes = (
-            ("GET", r"/storage/v1/b/([^/]+)", self._bucket),
-            ("GET", r"/storage/v1/b/([^/]+)/o/?", self._list),
-            ("GET", r"(?:/download)?/storage/v1/b/([^/]+)/o/(.+)", self._get),
+            ("GET", bucket, self._bucket),
+            ("GET", f"{bucket}/o/?", self._list),
+            ("GET", f"(?:/download)?{bucket}{name}", self._get),
             ("GET", r"/([^/]+)/(.+)", self._read),
-            ("DELETE", r"/storage/v1/b/([^/]+)/o/(.+)", self._delete),
-            ("POST", r"/upload/storage/v1/b/([^/]+)/o", self._upload),
-            ("PUT", r"/upload/storage/v1/b/([^/]+)/o", self._continue),
-            (
-                "POST",
-                r"/storage/v1/b/([^/]+)/o/(.+)/(?:rewriteTo|copyTo)/b/([^/]+)/o/(.+)",
-                self._copy,
-            ),
+            ("DELETE", f"{bucket}{name}", self._delete),
+            ("POST", f"/upload{bucket}/o", self._upload),
+            ("PUT", f"/upload{bucket}/o", self._continue),
+            ("POST", f"{bucket}{name}/(?:rewriteTo|copyTo)/b/([^/]+){name}", self._copy),
         )
         try:
             for method, pattern, answer in routes:
@@ -288,11 +282,8 @@ def serve(folder):
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     names = ",".join(f"DNS:{host}" for host in HOSTS)
     command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=emulator -addext subjectAltName={names}"
-    subprocess.run(
-        [*command.split(), "-keyout", str(key), "-out", str(certificate)],
-        check=True,
-        capture_output=True,
-    )
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command.split(), *files], check=True, capture_output=True)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate, key)
     store = Store()
@@ -300,20 +291,18 @@ def serve(folder):
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     address = f"http://127.0.0.1:{server.server_port}"
+    environment = {
+        "STORAGE_EMULATOR_HOST": address,  # gcsfs
+        "TENSORSTORE_GCS_HTTP_URL": address,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # TensorStore
+        "https_proxy": address,  # TensorFlow
+        "no_proxy": "127.0.0.1,localhost",
+        "CURL_CA_BUNDLE": str(certificate),
+        "NO_GCE_CHECK": "true",  # TensorFlow must not look for Google's metadata server
+        "GCS_RETRY_CONFIG_MAX_RETRIES": "2",
+    }
     try:
-        yield (
-            store,
-            {
-                "STORAGE_EMULATOR_HOST": address,  # gcsfs
-                "TENSORSTORE_GCS_HTTP_URL": address,
-                "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # TensorStore
-                "https_proxy": address,  # TensorFlow
-                "no_proxy": "127.0.0.1,localhost",
-                "CURL_CA_BUNDLE": str(certificate),
-                "NO_GCE_CHECK": "true",  # TensorFlow must not look for Google's metadata server
-                "GCS_RETRY_CONFIG_MAX_RETRIES": "2",
-            },
-        )
+        yield store, environment
     finally:
         server.shutdown()
         server.server_close()

@@ -48,7 +48,7 @@ def _rows(fail=None, sleep=0.0):
 
 
 def test_rows_come_as_they_are_made_and_the_budget_is_kept(capsys):
-    of = lambda what, **arguments: processes.Part(  # noqa: E731
+    of = lambda what, **arguments: processes.Part(
         "rows", what, _rows, arguments, 10.0, {"SIDE": what}
     )
     fails = of("fails", fail="a reason\nand more")

@@ -71,9 +71,8 @@ def test_what_the_data_lacks_is_said_before_anything_is_compiled(
 ):
     monkeypatch.setattr(train.train_step, "build", _too_late)
     folder, output = built
-    c = tiny.dictionary(
-        input__source="records", input__data_dir=str(output), input__name="tiny_set"
-    )
+    records_of = dict(source="records", data_dir=str(output), name="tiny_set")
+    c = tiny.dictionary(**{f"input__{key}": value for key, value in records_of.items()})
     if entry == "a shard":
         (one,) = record_files.find(config_lib.from_dict(c))
         monkeypatch.setattr(records.record_files.os, "stat", _gone(one.shards[2].path))

@@ -174,7 +174,7 @@ def test_noise_goes_into_the_regions_alone(tmp_path):
     def noisy(**noise):
         data.degrade(tmp_path / "A.jsonl", tmp_path / "N.jsonl", **noise)
         lines = [json.loads(line) for line in (tmp_path / "N.jsonl").read_text().splitlines()]
-        strip = lambda line: {k: v for k, v in line.items() if k != "regions"}  # noqa: E731
+        strip = lambda line: {k: v for k, v in line.items() if k != "regions"}
         assert [strip(line) for line in lines] == [strip(line) for line in clean]
         return lines
 
@@ -207,7 +207,7 @@ def test_validation_and_test_share_no_class_and_no_image(tmp_path):
     (tmp_path / "main" / "unseen.json").write_text(json.dumps(described))
     views = tmp_path / "views"
     data.make_views(tmp_path / "main", views)
-    below = lambda name: {str(p.resolve()) for p in (views / name).rglob("*.png")}  # noqa: E731
+    below = lambda name: {str(p.resolve()) for p in (views / name).rglob("*.png")}
     for group, count in (("seen", 12), ("unseen", 20)):
         validation, test = (
             {

@@ -79,7 +79,7 @@ def test_the_digest_is_of_what_the_records_hold(pictures, built, tmp_path):
 @pytest.mark.parametrize("beside", [True, False])
 def test_the_same_set_elsewhere_is_the_same_and_another_is_not(pictures, built, tmp_path, beside):
     def identity(output):
-        if not beside:  # a set that data.build has not written, or an older one
+        if not beside:  # a set that data.build has not written
             (output / "tiny_set/1.0.0" / record_files.DIGEST_FILE).unlink(missing_ok=True)
         return _identity(output)
 
@@ -200,21 +200,11 @@ def test_a_resume_over_shards_that_were_changed_in_place_ends(pictures, tmp_path
     assert checkpoint.finished_steps(workdir) == [2, 3]
 
 
-def test_an_old_checkpoint_goes_on_with_a_line(run, tmp_path, capsys):
-    workdir, output = run
-    shutil.copytree(workdir, tmp_path / "old")
-    shutil.rmtree(tmp_path / "old/checkpoints/2/data")
-    said, _ = _restore(tmp_path / "old", _config(output))
-    assert said == [
-        "checkpoint 2 has no record of its data: whether the sets are the same is not known"
-    ]
-
-
 def test_a_damaged_record_of_the_data_is_a_damaged_checkpoint(run, tmp_path, monkeypatch):
     workdir, output = run
     shutil.copytree(workdir / "checkpoints/2", tmp_path / "2")
     monkeypatch.setattr(checkpoint, "restore", lambda *_: "the state")
-    read = lambda: checkpoint._read_saved(tmp_path / "2", _config(output), None)  # noqa: E731
+    read = lambda: checkpoint._read_saved(tmp_path / "2", _config(output), None)
     state, _, data, fault = read()
     assert (state, fault) == ("the state", None) and data[0]["name"] == "tiny_set"
     (tmp_path / "2/data/metadata").write_text('{"sets": [')

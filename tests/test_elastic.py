@@ -2,11 +2,8 @@
 
 import dataclasses
 import functools
-import json
-import os
 import shutil
 import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -16,7 +13,7 @@ from jax.sharding import Mesh
 from grain_jax import train
 from grain_jax.input_pipeline import synthetic
 from grain_jax.training import sharding
-from tests import tiny
+from tests import runs, tiny
 from tests.paths import ROOT
 
 
@@ -75,22 +72,12 @@ def test_a_lane_on_two_processes_is_one_line():
         )
 
 
-# One image a packing group, so that 16 devices have one each; and as little to compile as there can be.
-CHANGES = {
-    "text.pack_group": 1,
-    "text.pack_rows": 6,
-    "checkpoint_every": 5,
-    "model.text.vocab_size": 600,
-    **{f"model.{tower}.depth": 1 for tower in ("image", "text", "decoder")},
-}
+# One image a packing group, so that 16 devices have one each.
+CHANGES = {"text.pack_group": 1, "text.pack_rows": 6, "checkpoint_every": 5, **runs.SMALL}
 
 
 def _config(**overrides):
     return tiny.config(**{k.replace(".", "__"): v for k, v in CHANGES.items()}, **overrides)
-
-
-def _lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +97,7 @@ def workdir(saved, tmp_path):
 
 
 def _assert_goes_on(saved, workdir):
-    before, after = _lines(saved), _lines(workdir)
+    before, after = runs.lines(saved), runs.lines(workdir)
     assert [line["step"] for line in after] == list(range(1, 11))
     for a, b in zip(before[5:], after[5:], strict=True):
         assert b["batch_chain"] == a["batch_chain"] and b["pixel_chain"] == a["pixel_chain"]
@@ -133,16 +120,7 @@ def test_another_mesh_goes_on_with_the_same_batches_and_losses(saved, workdir, m
 
 @pytest.mark.parametrize("processes,devices", [(2, 4), pytest.param(1, 16, marks=pytest.mark.slow)])
 def test_other_processes_go_on_with_the_same_batches_and_losses(saved, workdir, processes, devices):
-    command = [sys.executable, "-m", "grain_jax.launch.local", f"--processes={processes}"]
-    command += [f"--devices-per-process={devices}", "--"]
-    command += [sys.executable, "-m", "grain_jax.train", "--config", "tests/run_config.py"]
-    done = subprocess.run(
-        [*command, "--workdir", str(workdir), *(f"--config.{k}={v}" for k, v in CHANGES.items())],
-        cwd=ROOT,
-        env=dict(os.environ),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = runs.command(workdir, CHANGES, processes=processes, devices=devices)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     _assert_goes_on(saved, workdir)

@@ -55,14 +55,6 @@ def test_import_boundaries(module, forbidden):
     assert not _loaded(module) & forbidden
 
 
-def test_importing_the_package_is_quick():
-    code = "import time; t = time.perf_counter(); import grain_jax; print(time.perf_counter() - t)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert float(done.stdout) < 2
-
-
 def _calls_on_files(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
@@ -117,7 +109,7 @@ def test_paths_go_through_epath():
 
 # From the bottom up: a module imports its own package or lower ones only (CONTRIBUTING.md has the table).
 LAYERS = (
-    ("printable", "schema"),
+    ("printable", "progress", "schema"),
     ("errors",),
     ("named",),
     ("config", "files", "pretrained"),

@@ -240,7 +240,7 @@ def test_the_largest_towers_make_a_step(recipe):
     program = train_step.build(config, mesh, total_steps=10, steps_per_epoch=5.0)
     # Any numbers serve, and these are made in a second.
     rng = np.random.default_rng(0)
-    draw = lambda x: 0.02 * rng.standard_normal(x.shape, np.float32)  # noqa: E731
+    draw = lambda x: 0.02 * rng.standard_normal(x.shape, np.float32)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.state)
     state = state._replace(params=jax.tree.map(draw, program.state.params))
     batch = tiny.batch(config)

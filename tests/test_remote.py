@@ -66,14 +66,10 @@ def test_a_run_on_an_object_store_is_killed_and_resumed(storage, files, source):
     assert "resumed at step" in second.stderr
     assert [line["step"] for line in _lines(store)] == list(range(1, 11))
     names = store.names("bucket", "run/")
-    for name in (
-        "config.json",
-        "curves.png",
-        "checkpoints/8/commit_success.txt",
-        "checkpoints/10/commit_success.txt",
-        "tensorboard/plugins/profile/step_2/process_00000.xplane.pb",
-    ):
-        assert f"run/{name}" in names, name
+    steps = [f"checkpoints/{step}/commit_success.txt" for step in (8, 10)]
+    profile = "tensorboard/plugins/profile/step_2/process_00000.xplane.pb"
+    expected = {f"run/{name}" for name in ("config.json", "curves.png", profile, *steps)}
+    assert expected <= set(names), expected - set(names)
     left = ("checkpoints/4/", "metrics.parts", "trainer.lock")
     assert not [name for name in names if any(part in name for part in left)]
     assert len([name for name in names if "/events.out" in name]) == 2  # one a start
@@ -88,13 +84,11 @@ def test_embeddings_are_made_and_searched_in_an_object_store(tmp_path):
             store.write("bucket", f"images/{number:05d}.png", out.getvalue())
 
         def run(*words):
-            done = subprocess.run(
+            command, variables = (
                 [sys.executable, "-m", "grain_jax", *words],
-                cwd=ROOT,
-                env={**os.environ, **environment},
-                capture_output=True,
-                text=True,
+                {**os.environ, **environment},
             )
+            done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             return done.stdout
 
@@ -104,7 +98,6 @@ def test_embeddings_are_made_and_searched_in_an_object_store(tmp_path):
         assert "; 6 of them now" in run("embed", "gs://bucket/images", *words)
         page = tmp_path / "found.html"
         table = run("search", "gs://bucket/out", "--text=a beak", f"--output={page}", "--top=20")
-        assert {line.split()[2] for line in table.splitlines()[2:]} == {
-            f"{number:05d}.png" for number in range(20)
-        }
+        found = {line.split()[2] for line in table.splitlines()[2:]}
+        assert found == {f"{number:05d}.png" for number in range(20)}
         assert page.read_text().count("<img ") == 20

@@ -31,6 +31,7 @@ DISTRIBUTION = {
 EXTRAS = {
     "faiss-cpu": {"faiss"},
     "gradio": {"demo"},
+    "httpx": {"annotate"},
     "huggingface_hub": {"hub"},
     "instant-clip-tokenizer": {"fast-tokenizer"},
     "open_clip_torch": {"interop"},
@@ -59,7 +60,7 @@ def _setup(monkeypatch):
 def _declared(monkeypatch):
     """(base requirements, extra -> requirements), names alone."""
     found = _setup(monkeypatch)
-    names = lambda lines: {re.match(r"[\w.-]+", line)[0] for line in lines}  # noqa: E731
+    names = lambda lines: {re.match(r"[\w.-]+", line)[0] for line in lines}
     extras = {extra: names(lines) for extra, lines in found["extras_require"].items()}
     return names(found["install_requires"]), extras
 
@@ -114,7 +115,7 @@ def test_constraints_pin_what_is_declared(monkeypatch, name):
 def test_the_lower_bounds_are_the_floors_that_are_run(monkeypatch):
     found = _setup(monkeypatch)
     floors = _pins("constraints-floors.txt")
-    short = lambda version: re.sub(r"(\.0)+$", "", version)  # noqa: E731
+    short = lambda version: re.sub(r"(\.0)+$", "", version)
     for line in found["install_requires"] + found["extras_require"]["data"]:
         name, bound = re.match(r"([\w.-]+)(?:\[.*\])?>=([\w.]+)", line).groups()
         if name != "tensorflow":

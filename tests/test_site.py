@@ -15,10 +15,10 @@ from tests import browser
 from tests.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "docs/site"))
-import commands  # noqa: E402
-import config_keys  # noqa: E402
-import hook  # noqa: E402
-import notebooks  # noqa: E402
+import commands
+import config_keys
+import hook
+import notebooks
 
 
 @pytest.mark.parametrize(

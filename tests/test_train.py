@@ -1,35 +1,27 @@
 """The trainer as a whole: metrics, checkpoints, preemption, NaN, other meshes, a finished run."""
 
+import functools
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 import grain_jax
 from grain_jax import config, errors, recipe, train
 from grain_jax.input_pipeline import synthetic
-from grain_jax.runtime import checkpoint, metrics_writer, preemption
-from grain_jax.training import schedule, sharding
-from tests import tiny
+from grain_jax.runtime import ending, metrics_writer
+from grain_jax.training import schedule
+from tests import runs, tiny
 from tests.paths import ROOT
 
-TIMINGS = (
-    "images_per_second",
-    "input_wait_fraction",
-    "input_wait_steps",
-    "model_flops_per_second",
-)
+TIMINGS = runs.TIMINGS[:-1]  # the peak of this machine is not known
 
 
-class _EndsAt(preemption.PreemptionHandler):
+class _EndsAt(ending.PreemptionHandler):
     """Tells the run to end after so many steps."""
 
     def __init__(self, step):
@@ -39,11 +31,6 @@ class _EndsAt(preemption.PreemptionHandler):
     def reached(self):
         self._left -= 1
         return self._left <= 0
-
-
-def _lines(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -61,45 +48,23 @@ def test_workdir_holds_what_the_contract_says(finished):
     assert config.from_dict(json.loads((finished / "config.json").read_text())) == tiny.config()
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 11))
-    for key in (
-        "loss",
-        "loss_image_caption",
-        "loss_region_description",
-        "loss_box",
-        "logit_scale",
-        "learning_rate",
-        "texts_dropped",
-        "texts_dropped_share",
-        "texts_too_long_share",
-        *TIMINGS,
-    ):
+    terms = [f"loss_{term}" for term in ("image_caption", "region_description", "box")]
+    texts = ("texts_dropped", "texts_dropped_share", "texts_too_long_share")
+    for key in ("loss", *terms, "logit_scale", "learning_rate", *texts, *TIMINGS):
         assert all(np.isfinite(line[key]) for line in lines), key
     np.testing.assert_allclose(lines[0]["logit_scale"], 1 / 0.07, rtol=1e-5)
-    np.testing.assert_allclose(
-        [line["loss"] for line in lines],
-        [
-            sum(line[f"loss_{k}"] for k in ("image_caption", "region_description", "box"))
-            for line in lines
-        ],
-        rtol=1e-5,
-    )
+    sums = [sum(line[term] for term in terms) for line in lines]
+    np.testing.assert_allclose([line["loss"] for line in lines], sums, rtol=1e-5)
     assert lines[0]["learning_rate"] == pytest.approx(1e-6) and lines[-1]["loss"] < lines[0]["loss"]
 
 
 def test_lines_have_the_share_of_the_texts_that_do_not_fit(tmp_path, capfd):
-    c = tiny.config(text__pack_rows=2, total_steps=5, log_every=2, checkpoint_every=2)
-    with pytest.raises(
-        metrics_writer.TextsLost, match=r"^step 2: 25\.\d% of the texts .* ends the run"
-    ):
-        train.train(c, tmp_path)
+    few = dict(text__pack_rows=2, total_steps=5, log_every=2)
+    said = r"^step 2: 25\.\d% of the texts .* ends the run"
+    with pytest.raises(metrics_writer.TextsLost, match=said):
+        train.train(tiny.config(checkpoint_every=2, **few), tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())  # nothing is saved
-    c = tiny.config(
-        text__pack_rows=2,
-        total_steps=5,
-        log_every=2,
-        checkpoint_every=3,
-        text__max_dropped_share=1.0,
-    )
+    c = tiny.config(checkpoint_every=3, text__max_dropped_share=1.0, **few)
     with pytest.raises(SystemExit):  # at step 3, between two lines
         train.train(c, tmp_path, handler=_EndsAt(3))
     train.train(c, tmp_path)
@@ -108,7 +73,7 @@ def test_lines_have_the_share_of_the_texts_that_do_not_fit(tmp_path, capfd):
         [[b.text_counts[:, 0].sum(), b.texts_dropped.sum()] for b, _ in zip(batches, range(5))]
     )
     expected = [counts[:2].sum(0), counts[2:4].sum(0), counts[4]]
-    lines = _lines(tmp_path)
+    lines = runs.lines(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 5]
     assert [line["texts_dropped_share"] for line in lines] == [d / n for n, d in expected]
     assert lines[-1]["texts"] == counts[:, 0].sum()
@@ -116,24 +81,10 @@ def test_lines_have_the_share_of_the_texts_that_do_not_fit(tmp_path, capfd):
     assert capfd.readouterr().err.count("of the texts since the line before") == 3
 
 
-def test_a_checkpoint_that_counted_no_texts_goes_on(finished, tmp_path):
-    state = dict(ocp.StandardCheckpointer().restore(finished / "checkpoints" / "8" / "state"))
-    assert state.pop("text_counts").tolist() == [_lines(finished)[7]["texts"], 0]
-    shutil.copytree(finished / "checkpoints" / "8", tmp_path / "checkpoints" / "8")
-    with ocp.StandardCheckpointer() as old:
-        old.save(tmp_path / "checkpoints" / "8" / "state", state, force=True)
-    train.train(tiny.config(), tmp_path)
-    before, after = _lines(finished)[8:], _lines(tmp_path)
-    n = before[0]["texts"] - _lines(finished)[7]["texts"]
-    assert [line["texts"] for line in after] == [n, n + before[1]["texts"] - before[0]["texts"]]
-    for a, b in zip(before, after):
-        assert a | {"texts": 0} == b | {"texts": 0}
-
-
 def test_the_finished_run_loads_and_runs_again_to_no_effect(finished):
-    before = _lines(finished)
+    before = runs.lines(finished)
     train.train(tiny.config(), finished)
-    assert _lines(finished) == before
+    assert runs.lines(finished) == before
     model = grain_jax.load(finished)
     images = np.zeros((3, 16, 16, 3), np.uint8)
     np.testing.assert_allclose(np.linalg.norm(model.encode_image(images), axis=-1), 1, rtol=1e-5)
@@ -142,137 +93,75 @@ def test_the_finished_run_loads_and_runs_again_to_no_effect(finished):
 def test_the_kernel_has_the_losses_of_xla_and_goes_on_from_its_checkpoint(finished, tmp_path):
     """`finished` is by XLA's attention; the kernel runs in Pallas' interpreter, and rounds differently."""
     config = tiny.config(model__attention="pallas")
-    expected = [line["loss"] for line in _lines(finished)]
+    expected = [line["loss"] for line in runs.lines(finished)]
     train.train(config, tmp_path / "whole")
-    losses = [line["loss"] for line in _lines(tmp_path / "whole")]
+    losses = [line["loss"] for line in runs.lines(tmp_path / "whole")]
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
     shutil.copytree(finished / "checkpoints" / "8", tmp_path / "later" / "checkpoints" / "8")
     train.train(config, tmp_path / "later")
-    losses = [line["loss"] for line in _lines(tmp_path / "later")]
+    losses = [line["loss"] for line in runs.lines(tmp_path / "later")]
     np.testing.assert_allclose(losses, expected[8:], rtol=2e-5)
     assert losses != expected[8:]
 
 
-@pytest.mark.slow  # test_elastic.py and test_train_step.py see the same meshes
-@pytest.mark.parametrize("mesh", [(4, 2, 1), (2, 2, 2)])
-def test_other_meshes_have_the_same_losses(finished, mesh, tmp_path):
-    data, fsdp, tensor = mesh
-    train.train(
-        tiny.config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, checkpoint_every=0),
-        tmp_path,
-    )
-    for a, b in zip(_lines(finished), _lines(tmp_path)):
-        np.testing.assert_allclose(b["loss"], a["loss"], rtol=2e-4)
-
-
 def test_nan_stops_the_run_and_names_the_term(tmp_path):
     broken = tiny.config(optim__learning_rate=1e30, optim__warmup_steps=3, checkpoint_every=1)
-    with pytest.raises(
-        metrics_writer.NotFinite,
-        match=r"loss_image_caption is nan at step \d; it was finite at step \d",
-    ):
+    said = r"loss_image_caption is nan at step \d; it was finite at step \d"
+    with pytest.raises(metrics_writer.NotFinite, match=said):
         train.train(broken, tmp_path)
-    assert len(_lines(tmp_path)) < 10
+    assert len(runs.lines(tmp_path)) < 10
     steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())  # none half written
-    assert steps and steps[-1] <= len(_lines(tmp_path))
+    assert steps and steps[-1] <= len(runs.lines(tmp_path))
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_name(finished, tmp_path):
+@pytest.mark.parametrize(
+    "changes,line",
+    [
+        (
+            {"model__decoder__queries": 3},
+            r":\n  params/decoder/query_embed: stored \(6, 32\) float32, expected \(4, 32\) float32",
+        ),
+        ({"seed": 1}, "seed: the run .* got 1"),  # which would see other data
+        ({"input__lanes": 8}, "input.lanes: the run .* got 8"),
+        ({"mesh__data": 3}, "mesh"),
+        ({"evals__birds": recipe.evaluator("zeroshot", "nothing")}, "nothing"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(finished, tmp_path, changes, line):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "8").symlink_to(finished / "checkpoints" / "8")
-    with pytest.raises(
-        checkpoint.CheckpointError,
-        match=r":\n  params/decoder/query_embed: stored \(6, 32\) float32, expected \(4, 32\) float32",
-    ):
-        train.train(tiny.config(model__decoder__queries=3), tmp_path)
-
-
-@pytest.mark.parametrize("key,value", [("seed", 1), ("input__lanes", 8)])
-def test_a_run_that_would_see_other_data_is_refused(finished, tmp_path, key, value):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "8").symlink_to(finished / "checkpoints" / "8")
-    with pytest.raises(
-        checkpoint.CheckpointError, match=rf"{key.replace('__', '.')}: the run .* got {value}"
-    ):
-        train.train(tiny.config(**{key: value}), tmp_path)
-    assert not (tmp_path / "config.json").exists()
-
-
-def test_a_missing_evaluation_set_is_found_before_training(tmp_path):
-    from grain_jax import recipe
-
-    c = tiny.dictionary()
-    c.evals.birds = recipe.evaluator("zeroshot", str(tmp_path / "nothing"))
-    with pytest.raises(errors.UserError, match="nothing"):
-        train.train(config.from_dict(c), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_mesh_that_does_not_fit_is_refused(tmp_path):
-    with pytest.raises(sharding.ShardingError):
-        train.train(tiny.config(mesh__data=3), tmp_path)
-
-
-def _processes(count, workdir, *flags, devices=4):
-    command = [sys.executable, "-m", "grain_jax.launch.local", f"--processes={count}"]
-    command += [f"--devices-per-process={devices}", "--"]
-    command += [sys.executable, "-m", "grain_jax.train", "--config", "tests/run_config.py"]
-    return subprocess.Popen(
-        [*command, "--workdir", str(workdir), *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    c = tiny.dictionary(**{k: v for k, v in changes.items() if k != "evals__birds"})
+    c.evals.update({k[7:]: v for k, v in changes.items() if k == "evals__birds"})
+    with pytest.raises(errors.UserError, match=line):
+        train.train(config.from_dict(c), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(finished, tmp_path, capfd):
-    handler = preemption.PreemptionHandler()
+    handler = ending.PreemptionHandler()
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one counts
         handler.tell(number)
     with pytest.raises(SystemExit) as end:
         train.train(tiny.config(), tmp_path, handler)
-    assert end.value.code == preemption.INTERRUPTED == 130
+    assert end.value.code == ending.INTERRUPTED == 130
     assert "saved at step 1 of 10" in capfd.readouterr().err
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
-    handler = preemption.PreemptionHandler()
+    handler = ending.PreemptionHandler()
     handler.tell(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
         train.train(tiny.config(), tmp_path, handler)
-    assert end.value.code == preemption.PREEMPTED == 75
+    assert end.value.code == ending.PREEMPTED == 75
     train.train(tiny.config(), tmp_path)
-    assert _lines(tmp_path) == _lines(finished)
-
-
-def test_told_to_end_while_there_is_nothing_to_save():
-    """It ends at once, even where Python could not run a handler; a child ends with it."""
-    code = """if True:
-        import ctypes, subprocess
-        from grain_jax.runtime import preemption
-        handler = preemption.PreemptionHandler()
-        handler.listen()
-        handler.child = subprocess.Popen(["sleep", "60"])
-        print(handler.child.pid, flush=True)
-        ctypes.CDLL(None).sleep(60)  # as compiling: no Python runs on this thread
-        ctypes.CDLL(None).sleep(60)
-    """
-    for number, status in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        child = int(process.stdout.readline())
-        process.send_signal(number)
-        _, said = process.communicate(timeout=30)
-        assert process.returncode == status
-        assert said.strip() == f"{number.name}: there is nothing to save"
-        with pytest.raises(ProcessLookupError):
-            for _ in range(100):
-                os.kill(child, 0)
-                time.sleep(0.05)
+    assert runs.lines(tmp_path) == runs.lines(finished)
 
 
 def test_two_processes_have_the_losses_of_one_also_when_preempted(finished, tmp_path):
-    started = _processes(2, tmp_path)
+    command = runs.command(tmp_path, {}, processes=2, devices=4)
+    start = functools.partial(
+        subprocess.Popen, command, cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    started = start()
     said = []
     for line in started.stderr:
         said.append(line)
@@ -282,10 +171,10 @@ def test_two_processes_have_the_losses_of_one_also_when_preempted(finished, tmp_
     said += started.communicate(timeout=300)[1].splitlines(True)
     assert started.returncode == 75, "".join(said)
     assert re.search(r"saved at step \d of 10", "".join(said)), "".join(said)
-    again = _processes(2, tmp_path)
+    again = start()
     _, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
-    for a, b in zip(_lines(finished), _lines(tmp_path), strict=True):
+    for a, b in zip(runs.lines(finished), runs.lines(tmp_path), strict=True):
         np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-4)
         assert b["batch_chain"] == a["batch_chain"]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "8"]
@@ -294,7 +183,7 @@ def test_two_processes_have_the_losses_of_one_also_when_preempted(finished, tmp_
 def test_the_best_checkpoint_is_kept(tmp_path):
     best = dict(checkpoint_best_metric="matched_iou", checkpoint_keep=1, checkpoint_every=3)
     train.train(tiny.config(**best), tmp_path)
-    measured = {line["step"]: line["matched_iou"] for line in _lines(tmp_path)}
+    measured = {line["step"]: line["matched_iou"] for line in runs.lines(tmp_path)}
     kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}
     assert kept == {10, max((3, 6, 9, 10), key=measured.get)}
 

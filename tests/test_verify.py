@@ -15,7 +15,7 @@ from grain_jax.input_pipeline import record_files
 from grain_jax.runtime import receipt
 from grain_jax.verify import command, replay
 from grain_jax.verify import workdir as workdir_files
-from tests import record_sets, tiny
+from tests import record_sets, runs, tiny
 from tests.paths import ROOT
 
 ALL = jax.devices  # the function: tests replace it
@@ -57,22 +57,6 @@ def _verify(capsys, workdir, *flags):
     return status, *capsys.readouterr()
 
 
-def _forge(workdir, *edits):
-    """Applies each edit to each record and makes the chain anew, as somebody who knows how would."""
-    previous = None
-    lines = []
-    for record in _records(workdir):
-        for edit in edits:
-            edit(record)
-        record["previous"] = previous and receipt.sha256(previous)
-        lines.append(json.dumps(record))
-        own = workdir / "checkpoints" / str(record["step"]) / "receipt" / "metadata"
-        if own.exists():
-            own.write_text(lines[-1])
-        previous = record
-    (workdir / receipt.FILE).write_text("\n".join(lines) + "\n")
-
-
 def _edit_metrics(workdir, step, **values):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     lines[step - 1] |= values
@@ -93,7 +77,7 @@ def test_a_run_is_proved_bit_for_bit_where_it_was_made(finished, capsys, monkeyp
 
 def test_no_step_is_claimed_that_the_run_has_not_made():
     lines = {step: {"step": step} for step in (1, 2, 3)}
-    run = workdir_files.Run([{"step": 3}], {3: None}, lines, None)
+    run = workdir_files.Told([{"step": 3}], {3: None}, lines, None)
     assert command._first_step(run, None) == 0
     assert command._last_step(run, 0, None) == 3  # and not the 5 of a longer run
     assert command._last_step(run, 0, 2) == 2
@@ -154,27 +138,14 @@ def test_a_copied_checkpoint_is_enough_to_go_on_from(finished, tmp_path):
         assert mine[key] == theirs[key]
 
 
-def _edited_record(workdir):
-    text = (workdir / receipt.FILE).read_text()
-    (workdir / receipt.FILE).write_text(text.replace('"processes": 1', '"processes": 4', 1))
+def _edited(name, change):
+    """Changes the lines of that file."""
 
+    def tamper(workdir):
+        changed = change((workdir / name).read_text().splitlines())
+        (workdir / name).write_text("\n".join(changed) + "\n")
 
-def _lost_record(workdir):
-    lines = receipt.read(workdir)
-    (workdir / receipt.FILE).write_text("\n".join([lines[0], lines[2]]) + "\n")
-
-
-def _not_a_record(workdir):
-    (workdir / receipt.FILE).write_text("hello\n")
-
-
-def _edited_metrics(workdir):
-    _edit_metrics(workdir, 6, loss=0.5)
-
-
-def _lost_metrics(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    (workdir / "metrics.jsonl").write_text("\n".join(lines[:5] + lines[6:]) + "\n")
+    return tamper
 
 
 def _swapped_checkpoint(workdir):
@@ -196,19 +167,32 @@ def _another_seed_in_the_checkpoint(workdir):
     stored.write_text(json.dumps(json.loads(stored.read_text()) | {"seed": 1}))
 
 
+_first_on_four = lambda lines: [lines[0].replace('"processes": 1', '"processes": 4'), *lines[1:]]
+
+
 @pytest.mark.parametrize(
     "tamper,cause",
     [
-        (_edited_record, "receipts.jsonl:2: the chain is broken: the record of step 8"),
-        (_lost_record, "receipts.jsonl:2: the chain is broken: the record of step 10"),
-        (_not_a_record, "receipts.jsonl:1: got 'hello': JSON is malformed"),
-        (_edited_metrics, "metrics.jsonl: the lines of steps 5-8 are not those"),
-        (_lost_metrics, "metrics.jsonl: the lines of steps 5-8 are not those"),
+        (
+            _edited(receipt.FILE, _first_on_four),
+            "receipts.jsonl:2: the chain is broken: the record of step 8",
+        ),
+        (
+            _edited(receipt.FILE, lambda x: x[::2]),
+            "jsonl:2: the chain is broken: the record of step 10",
+        ),
+        (_edited(receipt.FILE, lambda _: ["hello"]), "jsonl:1: got 'hello': JSON is malformed"),
+        (
+            lambda w: _edit_metrics(w, 6, loss=0.5),
+            "metrics.jsonl: the lines of steps 5-8 are not those",
+        ),
+        (_edited("metrics.jsonl", lambda x: x[:5] + x[6:]), "the lines of steps 5-8 are not those"),
         (_swapped_checkpoint, "checkpoint 10: the record in it is another one"),
         (_lost_checkpoints, "goes on to step 10, but the newest checkpoint is 4"),
         (_another_seed, "config.json: seed: got 1; checkpoint 10 was made with 0"),
         (_another_seed_in_the_checkpoint, "checkpoint 8: its config is not the recorded one"),
     ],
+    ids=range(9),
 )
 def test_tampering_is_found_without_training(copy, capsys, tamper, cause):
     tamper(copy)
@@ -225,7 +209,7 @@ def test_a_checkpoint_with_another_state_is_found(copy, elastic, capsys):
     assert status == 1 and "checkpoint 8: holds another state than was saved (state)" in err
 
     there = _records(elastic)[1]["state"]  # and with records to match
-    _forge(copy, lambda r: r["step"] == 8 and r.update(state=there))
+    runs.forge(copy, lambda r: r["step"] == 8 and r.update(state=there))
     status, _, err = _verify(capsys, copy)
     assert status == 1
     assert "step 8: training again gives other params and opt_state than recorded" in err
@@ -234,18 +218,14 @@ def test_a_checkpoint_with_another_state_is_found(copy, elastic, capsys):
 def test_metrics_with_records_to_match_are_found_by_training_again(copy, capsys):
     texts = _edit_metrics(copy, 6, loss=0.5)
     hashes = {8: receipt.metrics_sha256(texts, 4, 8)}
-    _forge(copy, lambda r: r.update(metrics=hashes.get(r["step"], r["metrics"])))
+    runs.forge(copy, lambda r: r.update(metrics=hashes.get(r["step"], r["metrics"])))
     status, _, err = _verify(capsys, copy)
     assert status == 1 and "step 6: metrics.jsonl has other losses than this run" in err
 
 
 @pytest.mark.slow
 def test_another_seed_with_records_to_match_is_found_by_training_again(copy, capsys):
-    c = tiny.config(seed=1, checkpoint_keep=3)
-    (copy / "config.json").write_text(config_lib.to_json(c))
-    for step in ("4", "8", "10"):
-        (copy / "checkpoints" / step / "config" / "metadata").write_text(config_lib.to_json(c))
-    _forge(copy, lambda r: r.update(config=receipt.config_sha256(c)))
+    runs.forge_config(copy, tiny.config(seed=1, checkpoint_keep=3))
     status, _, err = _verify(capsys, copy)
     assert status == 1 and "step 5: the run has seen other batches by then: another seed" in err
 

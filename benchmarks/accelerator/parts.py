@@ -28,10 +28,10 @@ def look(sizes: Sequence[str] | None, batch: int | None) -> Iterator[dict[str, A
     import jax
     from jax.extend import backend
 
-    from grain_jax.training import memory
+    from grain_jax.training import memory_check
 
     device = jax.devices()[0]
-    limit, on_cpu = memory.limit().bytes, device.platform == "cpu"
+    limit, on_cpu = memory_check.limit().bytes, device.platform == "cpu"
     batches = {
         size: batch or (TINY_BATCH if on_cpu else largest_batch(size, limit))
         for size in sizes or DEFAULT_SIZES[device.platform]
@@ -49,12 +49,12 @@ def largest_batch(size: str, limit: float) -> int:
     """The first of BATCHES for which the estimate fills at most ROOM of `limit` bytes, or the last."""
     import jax
 
-    from grain_jax.training import memory_use, sharding
+    from grain_jax.training import memory_need, sharding
 
     for batch in BATCHES:
         config = make_config(size, batch, "auto")
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-        if memory_use.estimate(config, mesh).total(batch, 1) <= ROOM * limit:
+        if memory_need.estimate(config, mesh).total(batch, 1) <= ROOM * limit:
             break
     return batch
 

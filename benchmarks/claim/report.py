@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 import grain_jax
 from benchmarks.claim import design
 from benchmarks.claim.results import Result
-from grain_jax.evaluate import annotated, grounding
+from grain_jax.config.evals import STANDALONE
+from grain_jax.evaluate import grounding
 
 LABELS = {
     "clip": "CLIP, web captions",
@@ -266,8 +267,8 @@ def query_table(run_folder: pathlib.Path, test: pathlib.Path) -> str:
       test: folder of the test images and of unseen.jsonl.
     """
     predictor = grain_jax.load(run_folder)
-    every = annotated.read_regions(test, test / "unseen.jsonl")
-    kept, seen = annotated.gather(predictor, every, label="queries", unreadable={})
+    entry = grounding.Grounding(images=str(test), annotations=str(test / "unseen.jsonl"))
+    kept, seen, _ = entry.gather(predictor, STANDALONE)
     boxes_xyxy = seen.with_regions.boxes_xyxy
     described = grounding.described_boxes(kept, seen.sizes)
     matched, text = grounding.match(boxes_xyxy, described)

@@ -14,6 +14,7 @@ from etils import epath
 from grain_jax.launch import jobs
 
 from benchmarks.claim.results import ClaimError
+from grain_jax import progress
 
 
 class Trained(NamedTuple):
@@ -100,7 +101,7 @@ def run_all(
         ],
         finished=lambda job: finished(job.name),
         slots=jobs.slots(args.jobs),
-        screen=jobs.Screen(f"{what.rpartition('.')[2]}: "),
+        screen=progress.Line(f"{what.rpartition('.')[2]}: "),
         environment={"JAX_COMPILATION_CACHE_DIR": compiled, **os.environ},
     ).run()
     if outcome.failed:

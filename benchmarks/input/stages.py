@@ -41,7 +41,7 @@ def side(folder: str, name: str, count: int, take: Callable) -> dict[str, Callab
 
     def constant(record, draws):
         regions = config.input.max_regions
-        return transforms.Example(
+        return dict(
             image=flat(tf.strings.length(record)),
             captions=tf.constant(["a bird"]),
             caption_mask=tf.constant([True]),
@@ -57,7 +57,7 @@ def side(folder: str, name: str, count: int, take: Callable) -> dict[str, Callab
     replaced = lambda name, by: mock.patch.object(transforms, name, by)
     no_resize = replaced("resize", lambda image, size: flat(tf.shape(image)[0]))
     no_decode = replaced("decode", lambda encoded: flat(tf.strings.length(encoded)))
-    nothing = mock.patch.object(transforms.Transform, "from_config", lambda config: constant)
+    nothing = replaced("Transform", lambda config: constant)
     without = {
         "whole": (),
         "no resize": (no_resize,),

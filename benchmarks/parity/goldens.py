@@ -115,20 +115,18 @@ def batch(boxes_pixels: np.ndarray, *, packed: bool) -> schema.Batch:
     else:
         layout = packing.one_text_per_row(**texts, **given)
     joined = lambda texts, lengths: np.concatenate([t[:n] for t, n in zip(texts, lengths)])
-    rows = packing.fill(
-        layout,
-        caption_ids=joined(captions, in_captions),
-        description_ids=joined(descriptions, in_descriptions),
-        description_lengths=in_descriptions,
-        **texts,
+    ids = [joined(captions, in_captions), joined(descriptions, in_descriptions)]
+    negatives = np.zeros((*mask.shape, 0), np.int64)
+    tokens, positions, segments = packing.fill(
+        layout, np.concatenate(ids), (in_captions[:, None], by_region, negatives)
     )
     if layout.texts_dropped or layout.captions_cut:
         raise ValueError("the goldens' texts must all fit into the packed rows")
     return schema.Batch(
         image=arrays["inputs/images"].transpose(0, 2, 3, 1),
-        text_tokens=rows.tokens,
-        text_positions=rows.positions,
-        text_segments=rows.segments,
+        text_tokens=tokens,
+        text_positions=positions,
+        text_segments=segments,
         caption_at=layout.caption_at,
         caption_id=np.arange(len(mask), dtype=np.int32)[:, None],
         caption_mask=np.ones((len(mask), 1), bool),

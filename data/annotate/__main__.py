@@ -11,11 +11,11 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
-from grain_jax.data import build, negatives, sources
+from grain_jax.data import build, example, negatives, sources
 from grain_jax.data.annotate import (
     arguments,
     checks,
@@ -24,9 +24,9 @@ from grain_jax.data.annotate import (
     local_chat,
     outputs,
     prompt,
-    to_records,
 )
 from grain_jax.data.annotate.passes import PASSES, Job
+from grain_jax.data.arguments import build_parser
 
 from grain_jax import errors
 
@@ -55,7 +55,7 @@ def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
     source = sources.make(name, own)
     args.orientation = getattr(source, "orientation", args.orientation)
     job = _job(args, output, source)
-    records = to_records.arguments_of_build(args, source) if args.records else None
+    records = _arguments_of_build(args, source) if args.records else None
     settings = _settings(args, job)
     output.agree(settings)
     options = sources.Options(
@@ -77,20 +77,37 @@ def annotate(args: argparse.Namespace, beam_arguments: Sequence[str]) -> str:
                 f"--output {args.output}: the job ended with {len(missing)} of {len(shards)} shards not"
                 " done; give the same command again"
             )
-    seconds = time.monotonic() - start
+    seconds, images = time.monotonic() - start, counters.get("pictures", 0)
     names = [shard.name for shard in shards]
     output.join(names)
     total = output.summary(names)
-    summary = _summary(total, counters, seconds) | {"settings": settings}
+    summary = {
+        "total": total,
+        "regions per picture": round(total["regions"] / max(1, total["annotated"]), 3),
+        "model rates": {  # of one worker: while its model ran
+            name: {"images/s": round(found["pictures"] / found["seconds"], 3)}
+            for name, found in total["passes"].items()
+            if found.get("seconds")
+        },
+        "this run": {
+            "pictures": images,
+            "seconds": round(seconds, 3),
+            "images/s": round(images / seconds, 3),
+        },
+        "settings": settings,
+    }
     output.put(json.dumps(summary, indent=1) + "\n", "summary.json")
     output.clear()
     _check_faults(total, output, args.max_faults)
     if records:
-        print(build.build(records, to_records.line_reader(source, output, shards)))
+        read_lines = example.read_lines
+        if not source.images_are_files:
+            read_lines = lambda annotations: _lines_with_images(output, shards)
+        print(build.build(records, read_lines))
     return (
         f"{output.path('A.jsonl')}: {total['annotated']} of {total['pictures']} images,"
         f" {total['regions']} regions, {len(todo)} of {len(shards)} shards in this run,"
-        f" {counters.get('pictures', 0)} images in {seconds:.1f} s"
+        f" {images} images in {seconds:.1f} s"
     )
 
 
@@ -176,6 +193,40 @@ def _settings(args: argparse.Namespace, job: Job) -> dict[str, dict[str, Any]]:
     return out
 
 
+def _arguments_of_build(args: argparse.Namespace, source: sources.Source) -> argparse.Namespace:
+    """The arguments of grain-jax build; wrong ones end the command before any work."""
+    given = {
+        "annotations": str(epath.Path(args.output) / "A.jsonl"),
+        "images": args.images if source.images_are_files else args.output,
+        "output": str(epath.Path(args.output) / "records"),
+        "name": args.records,
+    }
+    for name in ("orientation", "store_size", "encoding", "num_shards", "max_faults"):
+        given[name.replace("_", "-")] = getattr(args, name)
+    pairs = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    return build_parser().parse_args([*pairs, "--overwrite"])
+
+
+def _lines_with_images(
+    output: outputs.Output, shards: Sequence[sources.Shard]
+) -> Iterator[example.Line]:
+    """The lines of A.jsonl with the images that the source has. Raises SourceError where it has others."""
+    number = 0
+    for shard in shards:
+        lines = iter(output.read("annotations", shard.name))
+        line = next(lines, None)
+        for item in sources.read(shard):
+            if line and isinstance(item, sources.Image) and item.image == line["image"]:
+                number += 1
+                yield example.Line(number, json.dumps(line).encode(), item.encoded)
+                line = next(lines, None)
+        if line:
+            raise sources.SourceError(
+                f"source {shard.source}: got no image {line['image']}, which was there when it was"
+                " annotated, expected the same source; give another --output"
+            )
+
+
 def _todo(job: Job, shards: Sequence[sources.Shard], retry_failed: bool) -> list[sources.Shard]:
     """The shards that the passes have not done. Raises AnnotateError where an earlier pass is missing."""
     finished = job.output.finished(job.passes)
@@ -198,26 +249,6 @@ def _todo(job: Job, shards: Sequence[sources.Shard], retry_failed: bool) -> list
 def _has_gaps(tally: dict[str, Any]) -> bool:
     """Whether a shard has failures, or a pass has not yet run for what an earlier one found on a retry."""
     return bool(tally.get("failures")) or len(set(tally.get("results", {}).values())) > 1
-
-
-def _summary(total: dict[str, Any], counters: dict[str, int], seconds: float) -> dict[str, Any]:
-    """The counters of all runs and of this one, with rates."""
-    rates = {
-        name: {"images/s": round(found["pictures"] / found["seconds"], 3)}
-        for name, found in total["passes"].items()
-        if found.get("seconds")
-    }
-    images = counters.get("pictures", 0)
-    return {
-        "total": total,
-        "regions per picture": round(total["regions"] / max(1, total["annotated"]), 3),
-        "model rates": rates,  # of one worker: while its model ran
-        "this run": {
-            "pictures": images,
-            "seconds": round(seconds, 3),
-            "images/s": round(images / seconds, 3),
-        },
-    }
 
 
 def main(argv: list[str] | None = None) -> int:

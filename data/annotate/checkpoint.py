@@ -1,12 +1,19 @@
-"""Loads a model of `transformers` with its processor, from a folder (local or remote) or the Hub's cache."""
+"""A model of `transformers` from a folder (local or remote) or the Hub's cache, and its runs over batches."""
 
 import tempfile
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
+from absl import logging
 from etils import epath
 from grain_jax.data.annotate import chat
 
 from grain_jax import errors
+
+OUT_OF_MEMORY, MODEL_ERROR = "out of memory", "model error"
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class CheckpointError(errors.UserError):
@@ -39,12 +46,20 @@ def load(name: str, auto_class: str, *, device: str, half: bool) -> Loaded:
     if not device:
         # Without this question a torch that was built for CUDA names it on machines that have none.
         some = torch.accelerator.is_available()
-        accelerator = torch.accelerator.current_accelerator() if some else None
-        device = accelerator.type if accelerator else "cpu"
+        device = torch.accelerator.current_accelerator().type if some else "cpu"
     dtype = torch.bfloat16 if half and not device.startswith("cpu") else torch.float32
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = _local(name, scratch)
+        folder = name
+        if "://" in name:  # transformers opens local folders
+            folder = scratch
+            if not epath.Path(name).is_dir():
+                raise CheckpointError(
+                    f"{name}: no such folder, expected a model as save_pretrained writes it"
+                )
+            for path in epath.Path(name).iterdir():
+                if not path.is_dir():
+                    path.copy(epath.Path(scratch) / path.name)
         try:
             processor = transformers.AutoProcessor.from_pretrained(folder)
             model = getattr(transformers, auto_class).from_pretrained(folder, dtype=dtype)
@@ -55,16 +70,45 @@ def load(name: str, auto_class: str, *, device: str, half: bool) -> Loaded:
     return Loaded(model.to(device).eval(), processor, device)
 
 
-def _local(name: str, scratch: str) -> str:
-    """The folder itself, or a copy of a remote one, which transformers could not open."""
-    if "://" not in name:
-        return name
-    source = epath.Path(name)
-    if not source.is_dir():
-        raise CheckpointError(
-            f"{name}: no such folder, expected a model as save_pretrained writes it"
-        )
-    for path in source.iterdir():
-        if not path.is_dir():
-            path.copy(epath.Path(scratch) / path.name)
-    return scratch
+class Batches:
+    """Splits items into batches; halves one when memory runs out or an item fails, down to single items.
+
+    Attributes:
+      size: the most items in a batch; it is halved when memory runs out, and not raised again.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def run(
+        self, model: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]
+    ) -> list[Result | chat.Failure]:
+        """One result an item; a failure where the model raises even for that item alone.
+
+        Raises:
+          UserError: raised by the model, since it concerns every item.
+        """
+        results: list[Result | chat.Failure] = []
+        while len(results) < len(items):
+            results += self._attempt(model, items[len(results) : len(results) + self.size])
+        return results
+
+    def _attempt(self, model, batch):
+        import torch
+
+        try:
+            return model(batch)
+        except errors.UserError:
+            raise
+        except Exception as error:  # one image must not end a job of millions, whatever it does
+            # The error holds the frames, and they the tensors: keep only its text beyond this block.
+            memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            detail = chat.one_line(f"{type(error).__name__}: {error}")
+        if memory and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            return [chat.Failure(OUT_OF_MEMORY if memory else MODEL_ERROR, detail)]
+        half = len(batch) // 2
+        self.size = half if memory else self.size
+        logging.warning("a batch of %d images failed, trying its halves: %s", len(batch), detail)
+        return self._attempt(model, batch[:half]) + self._attempt(model, batch[half:])

@@ -23,41 +23,28 @@ def check(item: sources.Image, limits: Limits) -> PIL.Image.Image | sources.Faul
     """The image as RGB, whatever its colour mode (CMYK, palette, 16 bits, ...), or its fault."""
     if not item.encoded:
         return sources.Fault(item.image, "empty file", "got 0 bytes, expected an image")
-    fault = _header_fault(item, limits)
-    if fault:
-        return fault
     try:
-        image = images.decode_image(item.encoded, orientation=item.orientation)
-    except images.ImageError as error:
-        return sources.Fault(item.image, "damaged", str(error))
-    return images.to_rgb(image)
-
-
-def _header_fault(item: sources.Image, limits: Limits) -> sources.Fault | None:
-    """The fault that the header of the file shows, before pixels are decoded."""
-    try:
-        header = images.open_image(item.encoded)
+        cause, detail = _header_fault(images.open_image(item.encoded), limits)
+        if not cause:  # pixels are decoded now
+            return images.to_rgb(images.decode_image(item.encoded, orientation=item.orientation))
     except images.TooLargeError as error:
-        return sources.Fault(item.image, "too large", str(error))
+        cause, detail = "too large", str(error)
     except images.UnknownFormatError as error:
-        return sources.Fault(item.image, "unreadable", str(error))
+        cause, detail = "unreadable", str(error)
     except images.ImageError as error:
-        return sources.Fault(item.image, "damaged", str(error))
+        cause, detail = "damaged", str(error)
+    return sources.Fault(item.image, cause, detail)
+
+
+def _header_fault(header: PIL.Image.Image, limits: Limits) -> tuple[str, str]:
+    """The cause and detail of what the header shows; empty texts for nothing."""
     width, height = header.size
+    got = f"got {width} x {height} pixels, expected at"
     if max(width, height) > limits.max_side:
-        return sources.Fault(
-            item.image,
-            "too large",
-            f"got {width} x {height} pixels, expected at most {limits.max_side} a side",
-        )
+        return "too large", f"{got} most {limits.max_side} a side"
     if min(width, height) < limits.min_side:
-        return sources.Fault(
-            item.image,
-            "too small",
-            f"got {width} x {height} pixels, expected at least {limits.min_side} a side",
-        )
+        return "too small", f"{got} least {limits.min_side} a side"
     # Phones put a second image behind a JPEG (MPO): the first is the photograph.
     if header.format != "MPO" and getattr(header, "is_animated", False):
-        detail = f"got several frames of {header.format}, expected one still image"
-        return sources.Fault(item.image, "animated", detail)
-    return None
+        return "animated", f"got several frames of {header.format}, expected one still image"
+    return "", ""

@@ -4,12 +4,12 @@ Boxes must be mapped back to the image, which differs between models: OWLv2's bo
 that the image was padded to, Grounding DINO's are shares of the image without its padding.
 """
 
+import types
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
-from grain_jax.data.annotate import batches, chat, checkpoint
+from grain_jax.data.annotate import chat, checkpoint
 from grain_jax.data.annotate.options import Detector as Options
 
 from grain_jax.files import annotations
@@ -20,41 +20,28 @@ MAX_SIDE = 2048
 MIN_SIDE = 1.0  # of a box, in pixels of the image
 
 
-class _Scores(NamedTuple):
-    """The output of a model for one image, in the form that the post-processing of processors takes."""
-
-    logits: Any  # [1, boxes, descriptions]
-    pred_boxes: Any  # [1, boxes, 4] cxcywh, in the model's own share of an image
-
-
-def build(options: Options) -> "Detector":
-    """Loads the model.
+class Detector:
+    """Grounds descriptions in images.
 
     Raises:
-      CheckpointError: it cannot be loaded, or is of no kind that this module knows.
+      CheckpointError: the model cannot be loaded, or is of no kind that this module knows.
     """
-    loaded = checkpoint.load(
-        options.model,
-        "AutoModelForZeroShotObjectDetection",
-        device=options.device,
-        half=False,  # a box needs more than bfloat16's 8 bits
-    )
-    kind = loaded.model.config.model_type
-    if kind not in _KINDS:
-        raise checkpoint.CheckpointError(
-            f"{options.model}: a detector of the kind {kind!r}, expected one of {', '.join(_KINDS)}"
+
+    def __init__(self, options: Options):
+        self._model, self._processor, self._device = checkpoint.load(
+            options.model,
+            "AutoModelForZeroShotObjectDetection",
+            device=options.device,
+            half=False,  # a box needs more than bfloat16's 8 bits
         )
-    return Detector(loaded, options)
-
-
-class Detector:
-    """Grounds descriptions in images."""
-
-    def __init__(self, loaded: checkpoint.Loaded, options: Options):
-        self._model, self._processor, self._device = loaded
-        self._inputs, self._scores = _KINDS[loaded.model.config.model_type]
+        kind = self._model.config.model_type
+        if kind not in _KINDS:
+            raise checkpoint.CheckpointError(
+                f"{options.model}: a detector of the kind {kind!r}, expected one of {', '.join(_KINDS)}"
+            )
+        self._inputs, self._scores = _KINDS[kind]
         self._options = options
-        self._batches = batches.Batches(options.batch_size)
+        self._batches = checkpoint.Batches(options.batch_size)
 
     def detect(
         self, images: Sequence[PIL.Image.Image], descriptions: Sequence[Sequence[str]]
@@ -94,7 +81,10 @@ class Detector:
         for index, (image, descriptions) in enumerate(batch):
             logits = self._scores(self._processor, inputs, outputs.logits, index, len(descriptions))
             found = self._processor.image_processor.post_process_object_detection(
-                _Scores(logits, outputs.pred_boxes[index : index + 1]),
+                # [1, boxes, descriptions]; [1, boxes, 4] cxcywh, in the model's own share of an image.
+                types.SimpleNamespace(
+                    logits=logits, pred_boxes=outputs.pred_boxes[index : index + 1]
+                ),
                 threshold=self._options.threshold,
                 target_sizes=[(shown[index].height, shown[index].width)],
             )[0]
@@ -117,12 +107,11 @@ def _regions(scored, size: tuple[int, int], merge_iou: float) -> list[annotation
     """Clips boxes to an image of (width, height) pixels; of each description's, overlapping ones merge."""
     regions: list[annotations.Region] = []
     for score, box, description in sorted(scored, key=lambda entry: -entry[0]):
-        if min(box[2] - box[0], box[3] - box[1]) <= 0:
+        if _least_side(box) <= 0:
             continue
         clipped = annotations.clip_box(tuple(box), *size).box_xyxy
-        if clipped is None:  # most of it lies beside the image, in the padding
-            continue
-        if min(clipped[2] - clipped[0], clipped[3] - clipped[1]) < MIN_SIDE:
+        # None: most of it lies beside the image, in the padding.
+        if clipped is None or _least_side(clipped) < MIN_SIDE:
             continue
         region = annotations.Region(clipped, description, score)
         if not any(
@@ -131,6 +120,10 @@ def _regions(scored, size: tuple[int, int], merge_iou: float) -> list[annotation
         ):
             regions.append(region)
     return regions
+
+
+def _least_side(box_xyxy: Sequence[float]) -> float:
+    return min(box_xyxy[2] - box_xyxy[0], box_xyxy[3] - box_xyxy[1])
 
 
 def _iou(a: annotations.Box, b: annotations.Box) -> float:

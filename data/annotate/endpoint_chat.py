@@ -1,28 +1,27 @@
 """A chat model behind an OpenAI-compatible endpoint: what vLLM, SGLang and `transformers serve` offer.
 
-By the standard library alone (`transport`): answers take seconds, so a connection for each costs nothing, and
-proxies and certificates of the environment are followed. Whatever a server sends, a request ends in an answer,
-a failure of a fixed name, or EndpointError.
+By httpx, which follows the proxies of the environment and no redirects. It bounds neither the time nor the bytes of a
+whole response, so each request runs in an event loop of its own that ends with `seconds`. Whatever a server sends, a
+request ends in an answer, a failure of a fixed name, or EndpointError.
 """
 
+import asyncio
 import base64
 import concurrent.futures
 import email.utils
-import http.client
 import io
 import json
 import os
 import random
 import re
+import ssl
 import threading
 import time
-import urllib.error
-import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
 import PIL.Image
-from grain_jax.data.annotate import chat, transport
+from grain_jax.data.annotate import chat
 from grain_jax.data.annotate.options import EndpointChat as Options
 
 from grain_jax import errors
@@ -35,41 +34,41 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled each time
 LONGEST_RETRY_AFTER = 3600.0  # seconds; a server that asks for more is not waited for any longer
 MAX_SIDE = 1344  # pixels of the image that is sent; LLaVA-NeXT looks at no more than 1008
 JPEG_QUALITY = 92
+MAX_BYTES = 1 << 20  # of a response; an answer of 256 tokens has a few thousand
 MAX_TOKENS = 1 << 31  # of a request, by the server's count; counters are of 64 bits
 # What concerns every request alike: a wrong key, address or model. Going on would only fail 12 million times.
 _FATAL = {401: "the key is wrong or missing", 403: "not allowed", 404: "no such address or model"}
 _RETRIED = {408: TIME_OUT, 425: SERVER_ERROR, 429: RATE_LIMIT}  # and all from 500 on
+_ENDED = ("peer closed", "disconnected")  # how httpx says that a connection ended early
 
 
 class EndpointError(errors.UserError):
     """The endpoint cannot be used at all."""
 
 
-def build(options: Options) -> "EndpointChat":
-    """Makes the client; nothing is asked yet.
+class EndpointChat:
+    """A `chat.Chat`. It may be used by several threads; the limits hold for all of them together.
 
     Raises:
-      EndpointError: the address is not valid.
+      EndpointError: the address, the key or a proxy is not valid; nothing is asked yet.
     """
-    try:
-        address = urllib.parse.urlsplit(options.url)
-        known = address.scheme in ("http", "https") and address.hostname and address.port != 0
-    except ValueError:  # a port or an IPv6 host that is none
-        known = False
-    if not known or not re.fullmatch("[!-~]+", options.url):
-        raise EndpointError(
-            f"{chat.one_line(options.url)}: no address, expected one like http://host:8000/v1"
-        )
-    return EndpointChat(options)
-
-
-class EndpointChat:
-    """A `chat.Chat`. It may be used by several threads; the limits hold for all of them together."""
 
     def __init__(self, options: Options):
+        import httpx
+
+        try:
+            address = httpx.URL(options.url)
+            port = 80 if address.port is None else address.port
+            known = address.scheme in ("http", "https") and address.host and 0 < port < 1 << 16
+        except httpx.InvalidURL:
+            known = False
+        if not known or not re.fullmatch("[!-~]+", options.url):
+            raise EndpointError(
+                f"{chat.one_line(options.url)}: no address, expected one like http://host:8000/v1"
+            )
         self._options = options
         self._url = options.url.rstrip("/") + "/chat/completions"
-        self._headers = {"Content-Type": "application/json"}
+        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         key = os.environ.get(options.key_variable, "").strip()  # files of keys end with a new line
         if key:
             if not re.fullmatch("[!-~]+", key):
@@ -77,6 +76,11 @@ class EndpointChat:
                     f"{options.key_variable}: holds white space or other than ASCII, expected a key"
                 )
             self._headers["Authorization"] = f"Bearer {key}"
+        self._tls = ssl.create_default_context()
+        try:
+            httpx.Client(verify=self._tls).close()
+        except (ImportError, ValueError, httpx.InvalidURL) as error:  # SOCKS needs a package
+            raise EndpointError(f"the environment's proxy: {chat.one_line(error)}") from None
         self._pool = concurrent.futures.ThreadPoolExecutor(options.concurrency)
         self._lock = threading.Lock()
         self._next_start = 0.0  # of a request, on the monotonic clock
@@ -92,8 +96,6 @@ class EndpointChat:
         Raises:
           EndpointError: the endpoint refuses the key, knows neither the address nor the model, or redirects.
         """
-        if len(images) != len(prompts):
-            raise ValueError(f"got {len(images)} images and {len(prompts)} prompts")
         return list(self._pool.map(self._ask, images, prompts))
 
     def _ask(self, image: PIL.Image.Image, prompt: str) -> chat.Answer | chat.Failure:
@@ -112,48 +114,13 @@ class EndpointChat:
                 return result
             if retry_after > LONGEST_RETRY_AFTER or count + 1 == self._options.tries:
                 break
-            if retry_after:
-                self._postpone(retry_after)  # all requests: the server has said when it has room
+            if retry_after:  # all requests wait: the server has said when it has room
+                with self._lock:
+                    self._next_start = max(self._next_start, time.monotonic() + retry_after)
             else:
                 wait = min(LONGEST_WAIT, FIRST_WAIT * 2**count)
                 time.sleep(wait * random.uniform(0.5, 1))  # not all at the same moment again
         return result
-
-    def _try(self, body: bytes) -> tuple[chat.Answer | chat.Failure, float | None]:
-        """Sends one request; returns its result and the seconds to wait before a retry (0: unknown; None: no retry)."""
-        try:
-            return _answer(
-                transport.post(self._url, body, self._headers, seconds=self._options.seconds)
-            )
-        except urllib.error.HTTPError as error:
-            with error:
-                return self._refusal(error)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            cause = NO_ANSWER  # not HTTP
-            if isinstance(reason, TimeoutError):
-                cause = TIME_OUT
-            elif isinstance(reason, (OSError, http.client.IncompleteRead)):
-                cause = CONNECTION
-            return chat.Failure(cause, chat.one_line(f"{type(error).__name__}: {error}")), 0.0
-
-    def _refusal(self, error: urllib.error.HTTPError) -> tuple[chat.Failure, float | None]:
-        detail = chat.one_line(f"status {error.code}: {transport.refusal(error)}")
-        elsewhere = error.headers.get("Location")
-        if error.code < 400 and elsewhere:
-            raise EndpointError(
-                f"{self._url}: redirects to {chat.one_line(elsewhere)} (status {error.code}), where"
-                " neither images nor the key are sent; if you trust that address, give it as --endpoint"
-            )
-        if error.code in _FATAL:
-            raise EndpointError(
-                f"{self._url}: {_FATAL[error.code]} (model {self._options.model!r}, key from"
-                f" {self._options.key_variable}): {detail}"
-            )
-        cause = SERVER_ERROR if error.code >= 500 else _RETRIED.get(error.code)
-        if cause is None:
-            return chat.Failure(REJECTED, detail), None
-        return chat.Failure(cause, detail), _seconds(error.headers.get("Retry-After"))
 
     def _wait_for_turn(self) -> None:
         rate = self._options.requests_per_second
@@ -162,9 +129,73 @@ class EndpointChat:
             self._next_start = start + (1 / rate if rate else 0)
         time.sleep(max(0.0, start - time.monotonic()))
 
-    def _postpone(self, seconds: float) -> None:
-        with self._lock:
-            self._next_start = max(self._next_start, time.monotonic() + seconds)
+    def _try(self, body: bytes) -> tuple[chat.Answer | chat.Failure, float | None]:
+        """Sends one request; returns its result and the seconds to wait before a retry (0: unknown; None: no retry)."""
+        import httpx
+
+        try:
+            response, content = asyncio.run(self._post(body))
+        except (TimeoutError, httpx.TimeoutException):
+            return chat.Failure(TIME_OUT, f"timed out after {self._options.seconds:g} s"), 0.0
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+            cause = NO_ANSWER  # not HTTP, or too much of it
+            if isinstance(error, (httpx.NetworkError, httpx.ProxyError, OSError)):
+                cause = CONNECTION
+            elif any(said in str(error) for said in _ENDED):
+                cause = CONNECTION
+            while inner := error.__cause__ or error.__context__:  # what the system said
+                error = inner
+            return chat.Failure(cause, chat.one_line(f"{type(error).__name__}: {error}")), 0.0
+        if response.is_success:
+            return _answer(content)
+        return self._refusal(response.status_code, response.headers, content)
+
+    async def _post(self, body: bytes) -> tuple[Any, bytes]:
+        """The response and its content; of one with an error status, what came of it in time.
+
+        Raises:
+          TimeoutError: the time is up; ValueError: more than MAX_BYTES; httpx.HTTPError.
+        """
+        import httpx
+
+        response, content = None, bytearray()
+        seconds = self._options.seconds
+        # Shorter, since httpcore does not close the socket where a handshake is cancelled.
+        wait = httpx.Timeout(None, connect=0.9 * seconds)
+        try:
+            async with (
+                asyncio.timeout(seconds),
+                httpx.AsyncClient(verify=self._tls, timeout=wait) as client,
+                client.stream("POST", self._url, content=body, headers=self._headers) as response,
+            ):
+                async for piece in response.aiter_raw():
+                    content += piece
+                    if len(content) > MAX_BYTES:
+                        raise ValueError(f"got more than {MAX_BYTES} bytes, expected an answer")
+        except (httpx.HTTPError, OSError, ValueError):
+            if response is None or response.is_success:
+                raise
+        return response, bytes(content)
+
+    def _refusal(
+        self, status: int, headers: Any, content: bytes
+    ) -> tuple[chat.Failure, float | None]:
+        detail = chat.one_line(f"status {status}: {content.decode(errors='replace')}")
+        elsewhere = headers.get("Location")
+        if status < 400 and elsewhere:
+            raise EndpointError(
+                f"{self._url}: redirects to {chat.one_line(elsewhere)} (status {status}), where"
+                " neither images nor the key are sent; if you trust that address, give it as --endpoint"
+            )
+        if status in _FATAL:
+            raise EndpointError(
+                f"{self._url}: {_FATAL[status]} (model {self._options.model!r}, key from"
+                f" {self._options.key_variable}): {detail}"
+            )
+        cause = SERVER_ERROR if status >= 500 else _RETRIED.get(status)
+        if cause is None:
+            return chat.Failure(REJECTED, detail), None
+        return chat.Failure(cause, detail), _seconds(headers.get("Retry-After"))
 
 
 def _content(image: PIL.Image.Image, prompt: str) -> list[dict[str, Any]]:
@@ -204,10 +235,8 @@ def _count(tokens: Any) -> int:
 
 def _seconds(retry_after: str | None) -> float:
     """A Retry-After header in seconds from now; 0 where there is none that can be read."""
-    if not retry_after:
-        return 0.0
     try:
-        seconds = float(retry_after)
+        seconds = float(retry_after or 0)
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()

@@ -3,37 +3,31 @@
 from collections.abc import Sequence
 
 import PIL.Image
-from grain_jax.data.annotate import batches, chat, checkpoint
+from grain_jax.data.annotate import chat, checkpoint
 from grain_jax.data.annotate.options import LocalChat as Options
 
 
-def build(options: Options) -> "LocalChat":
-    """Loads the model.
+class LocalChat:
+    """A `chat.Chat`; answers are the most probable ones (no sampling), so that a second run repeats them.
 
     Raises:
-      CheckpointError: it cannot be loaded, or has no template for a chat.
+      CheckpointError: the model cannot be loaded, or has no template for a chat.
     """
-    loaded = checkpoint.load(
-        options.model, "AutoModelForImageTextToText", device=options.device, half=True
-    )
-    if not getattr(loaded.processor, "chat_template", None):
-        raise checkpoint.CheckpointError(
-            f"{options.model}: its processor has no chat template, expected a model made for chats"
+
+    def __init__(self, options: Options):
+        self._model, self._processor, self._device = checkpoint.load(
+            options.model, "AutoModelForImageTextToText", device=options.device, half=True
         )
-    # Answers start where the prompt ends, so prompts of a batch must end at the same place.
-    loaded.processor.tokenizer.padding_side = "left"
-    if loaded.processor.tokenizer.pad_token is None:
-        loaded.processor.tokenizer.pad_token = loaded.processor.tokenizer.eos_token
-    return LocalChat(loaded, options)
-
-
-class LocalChat:
-    """A `chat.Chat`; answers are the most probable ones (no sampling), so that a second run repeats them."""
-
-    def __init__(self, loaded: checkpoint.Loaded, options: Options):
-        self._model, self._processor, self._device = loaded
+        if not getattr(self._processor, "chat_template", None):
+            raise checkpoint.CheckpointError(
+                f"{options.model}: its processor has no chat template, expected a model made for chats"
+            )
+        # Answers start where the prompt ends, so prompts of a batch must end at the same place.
+        tokenizer = self._processor.tokenizer
+        tokenizer.padding_side = "left"
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         self._max_tokens = options.max_tokens
-        self._batches = batches.Batches(options.batch_size)
+        self._batches = checkpoint.Batches(options.batch_size)
 
     def answer(
         self, images: Sequence[PIL.Image.Image], prompts: Sequence[str]
@@ -61,13 +55,12 @@ class LocalChat:
         answers = tokens[:, inputs["input_ids"].shape[1] :].tolist()
         ends = self._model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
-        return [self._answer(row, ends, count) for row, count in zip(answers, prompt_tokens)]
-
-    def _answer(self, tokens: list[int], ends: set[int], prompt_tokens: int) -> chat.Answer:
-        """The generated text up to the end token; the rest is padding of the batch."""
-        length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-        text = self._processor.tokenizer.decode(tokens[:length], skip_special_tokens=True)
-        return chat.Answer(text, prompt_tokens, length, cut_off=length == len(tokens))
+        found = []
+        for tokens, count in zip(answers, prompt_tokens):  # behind the end is padding
+            length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+            text = self._processor.tokenizer.decode(tokens[:length], skip_special_tokens=True)
+            found.append(chat.Answer(text, count, length, cut_off=length == len(tokens)))
+        return found
 
     def _conversation(self, prompt: str) -> str:
         # A prompt can quote an answer; in it, the mark of an image's place would count as an image.

@@ -7,20 +7,9 @@ ALL = ("caption", "describe", "ground")  # of --passes all
 NEGATIVES = 10  # of a description, at most
 SHARD_SIZE = 1000  # images, of sources without shards of their own
 # Names of grain_jax.data.sources.SOURCES, which is slow to import.
-SOURCES = (
-    "annotations",
-    "coco",
-    "fg_ovd",
-    "finehard",
-    "flickr30k_entities",
-    "folder",
-    "grit",
-    "karpathy",
-    "lvis",
-    "refcoco",
-    "tfds",
-    "visual_genome",
-    "webdataset",
+SOURCES = tuple(
+    "annotations coco fg_ovd finehard flickr30k_entities folder grit karpathy lvis refcoco tfds"
+    " visual_genome webdataset".split()
 )
 
 
@@ -32,18 +21,16 @@ class Limits(NamedTuple):
 
 
 class LocalChat(NamedTuple):
-    """What `local_chat.build` needs, so that a worker elsewhere can build it too."""
+    """What a `local_chat.LocalChat` needs, so that a worker elsewhere can make it too."""
 
-    model: str = (
-        "llava-hf/llava-v1.6-mistral-7b-hf"  # a folder, local or remote, or a name on the Hub
-    )
+    model: str = "llava-hf/llava-v1.6-mistral-7b-hf"  # a folder, or a name on the Hub
     batch_size: int = 8  # images at a time; halved when memory runs out
     max_tokens: int = 256  # of an answer
     device: str = ""  # "" takes the accelerator if there is one
 
 
 class EndpointChat(NamedTuple):
-    """What `endpoint_chat.build` needs. The key is not part of it, so that it is not written to logs and summaries."""
+    """What an `endpoint_chat.EndpointChat` needs. The key is not part of it, so that it is not written to logs and summaries."""
 
     url: str  # up to the version, as in http://host:8000/v1
     model: str  # as the server calls it
@@ -52,13 +39,11 @@ class EndpointChat(NamedTuple):
     requests_per_second: float = 0.0  # at most, retries included; 0 = no limit
     seconds: float = 120.0  # of a request, from connecting to the last byte
     tries: int = 6  # of a request, the first included
-    key_variable: str = (
-        "OPENAI_API_KEY"  # the environment variable that holds the key, where one is needed
-    )
+    key_variable: str = "OPENAI_API_KEY"  # of the environment; holds the key, where one is needed
 
 
 class Detector(NamedTuple):
-    """What `detector.build` needs, so that a worker elsewhere can build it too."""
+    """What a `detector.Detector` needs, so that a worker elsewhere can make it too."""
 
     model: str = "google/owlv2-base-patch16-ensemble"  # a folder, or a name on the Hub
     threshold: float = 0.3  # of the score; the paper's

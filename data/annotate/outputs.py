@@ -47,19 +47,24 @@ class Output(NamedTuple):
 
     def put(self, content: str | bytes, *names: str) -> None:
         """Writes a file atomically; a worker that the runner has abandoned cannot leave part of one."""
-        path = self.path(*names)
+        path, new = self.path(*names), self._new()
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path("incomplete", uuid.uuid4().hex)
-        new.parent.mkdir(parents=True, exist_ok=True)
-        # Half surrogates (a file's name that is not UTF-8) become \udc80, which JSON reads back.
-        encode = lambda text: text.encode("utf-8", "backslashreplace")
+        if isinstance(content, str):
+            # Half surrogates (a file's name that is not UTF-8) become \udc80, which JSON reads back.
+            content = content.encode("utf-8", "backslashreplace")
         try:
-            new.write_bytes(encode(content) if isinstance(content, str) else content)
+            new.write_bytes(content)
             new.replace(path)
         except OSError as error:
             error.filename = str(path)  # those of `write` name no file
             new.unlink(missing_ok=True)
             raise
+
+    def _new(self) -> epath.Path:
+        """The place of a file that is not complete yet."""
+        new = self.path("incomplete", uuid.uuid4().hex)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        return new
 
     def put_tally(self, shard: str, tally: dict[str, Any]) -> None:
         """Replaces the counters of the shard: a nested dict of numbers."""
@@ -74,21 +79,12 @@ class Output(NamedTuple):
 
     def finished(self, passes: Sequence[str]) -> set[str]:
         """Names of the shards that all of `passes` have done; without passes, that have annotations."""
-        kinds = [f"passes/{name}" for name in passes] or ["annotations"]
-        return set.intersection(*map(self._shards, kinds))
+        found = [{path.stem for path in self.path(kind).glob("*.jsonl")} for kind in _kinds(passes)]
+        return set.intersection(*found)
 
     def is_finished(self, shard: str, passes: Sequence[str]) -> bool:
         """Whether `finished` has the shard."""
-        if not passes:
-            return self.path("annotations", f"{shard}.jsonl").exists()
-        return all(self.path("passes", name, f"{shard}.jsonl").exists() for name in passes)
-
-    def _shards(self, kind: str) -> set[str]:
-        folder = self.path(kind)
-        if not folder.exists():
-            return set()
-        ending = ".jsonl"
-        return {p.name.removesuffix(ending) for p in folder.iterdir() if p.name.endswith(ending)}
+        return all(self.path(kind, f"{shard}.jsonl").exists() for kind in _kinds(passes))
 
     def agree(self, settings: dict[str, dict[str, Any]]) -> None:
         """Notes the settings of the source and of each pass. Raises OutputError if others are there."""
@@ -97,8 +93,6 @@ class Output(NamedTuple):
         if path.exists():
             form = dict[str, dict[str, Any]]
             known = regular_file.read_json(path, form, "the settings of grain-jax annotate")
-        if "source" in known:  # a job without the key read images so
-            known["source"].setdefault("orientation", "file")
         for part, values in settings.items():
             for key, value in values.items():
                 old = known.get(part, {}).get(key, value)
@@ -112,8 +106,7 @@ class Output(NamedTuple):
     def join(self, shards: Iterable[str]) -> None:
         """Writes A.jsonl and failed.jsonl by joining those of the shards."""
         for kind, name in (("annotations", "A.jsonl"), ("failed", "failed.jsonl")):
-            new = self.path("incomplete", uuid.uuid4().hex)
-            new.parent.mkdir(parents=True, exist_ok=True)
+            new = self._new()
             with new.open("wb") as file:
                 for shard in shards:
                     file.write(self.path(kind, f"{shard}.jsonl").read_bytes())
@@ -129,6 +122,11 @@ class Output(NamedTuple):
         for shard in shards:
             total = add(total, self.tally(shard))
         return total
+
+
+def _kinds(passes: Sequence[str]) -> list[str]:
+    """The folders whose files say that the passes are done."""
+    return [f"passes/{name}" for name in passes] or ["annotations"]
 
 
 def add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

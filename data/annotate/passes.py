@@ -32,9 +32,8 @@ from grain_jax import errors
 from grain_jax.files import annotations
 from grain_jax.files import images as images_lib
 
-BATCH_PIXELS = (
-    1 << 27
-)  # 400 MB as RGB; two batches are held. 64 photographs of 24 MP would be 4.6 GB
+# Of a batch: 400 MB as RGB; two batches are held. 64 photographs of 24 MP would be 4.6 GB.
+BATCH_PIXELS = 1 << 27
 # What the name of an image can be the reason of: a part of it is too long, or another image's file.
 _NO_NAME = (NotADirectoryError, IsADirectoryError, FileExistsError)
 FAILURES_IN_A_ROW = 50  # of a model: then it is not the images' fault, and the job ends
@@ -63,17 +62,15 @@ class Models:
     """What the passes run, loaded once per worker process.
 
     Attributes:
+      job: whose prompts are asked, and whose number of negatives is made (by rules, without a model).
       chat, detector: None where no pass needs it.
-      prompts: by pass.
-      negatives: no model: rules make them.
       turn: held while a local model runs: a worker may have several threads, and a GPU one memory.
     """
 
+    job: Job
     chat: Chat | None
     detector: detector.Detector | None
-    prompts: dict[str, prompt.Prompt]
     turn: contextlib.AbstractContextManager
-    negatives: int = options.NEGATIVES  # of a description, at most
     failures: int = 0  # in a row, up to now
 
 
@@ -98,62 +95,63 @@ def build(job: Job) -> Models:
     local = False
     if {"caption", "describe"} & set(job.passes):
         local = isinstance(job.chat, local_chat.Options)
-        chat = (local_chat if local else endpoint_chat).build(job.chat)
+        chat = (local_chat.LocalChat if local else endpoint_chat.EndpointChat)(job.chat)
     if "ground" in job.passes:
-        finder = detector.build(job.detector)
-    turn = threading.Lock() if local or finder else contextlib.nullcontext()
-    return Models(chat, finder, job.prompts, turn, job.negatives)
+        finder = detector.Detector(job.detector)
+    return Models(
+        job, chat, finder, threading.Lock() if local or finder else contextlib.nullcontext()
+    )
 
 
-def _ask(models: Models, works: list[_Work], texts: list[str], tally: collections.Counter) -> list:
-    answered = models.chat.answer([work.image for work in works], texts)
-    for answer in answered:
+def _ask(
+    models: Models,
+    works: list[_Work],
+    texts: list[str],
+    parse: Callable[..., Any],
+    tally: collections.Counter,
+) -> Iterator:
+    """The parsed answers about the images; a Failure or Refused where there is none."""
+    for answer in models.chat.answer([work.image for work in works], texts):
         if isinstance(answer, Answer):
             tally["prompt tokens"] += answer.prompt_tokens
             tally["answer tokens"] += answer.answer_tokens
-    return answered
+            answer = parse(answer.text, cut_off=answer.cut_off)
+        yield answer
 
 
 def _caption(models: Models, works: list[_Work], tally: collections.Counter) -> Iterator:
-    texts = [models.prompts["caption"].text] * len(works)
-    for answer in _ask(models, works, texts, tally):
-        if isinstance(answer, Answer):
-            answer = answers.parse_caption(answer.text, cut_off=answer.cut_off)
-        if isinstance(answer, answers.Captioned):
-            yield {"subject": answer.subject, "synthetic_caption": answer.caption}
-        else:
-            yield answer
+    texts = [models.job.prompts["caption"].text] * len(works)
+    for found in _ask(models, works, texts, answers.parse_caption, tally):
+        if isinstance(found, answers.Captioned):
+            found = {"subject": found.subject, "synthetic_caption": found.caption}
+        yield found
 
 
 def _describe(models: Models, works: list[_Work], tally: collections.Counter) -> Iterator:
-    ask = models.prompts["describe"]
-    texts = [prompt.about(ask, work.results["caption"]["subject"]) for work in works]
-    for answer in _ask(models, works, texts, tally):
-        if isinstance(answer, Answer):
-            answer = answers.parse_descriptions(answer.text, cut_off=answer.cut_off)
-        if isinstance(answer, answers.Described):
-            tally["descriptions"] += len(answer.descriptions)
-            tally.update(f"line left out: {dropped.cause}" for dropped in answer.dropped)
-            yield {"descriptions": list(answer.descriptions)}
-        else:
-            yield answer
+    ask = models.job.prompts["describe"]
+    texts = [ask.about(work.results["caption"]["subject"]) for work in works]
+    for found in _ask(models, works, texts, answers.parse_descriptions, tally):
+        if isinstance(found, answers.Described):
+            tally["descriptions"] += len(found.descriptions)
+            tally.update(f"line left out: {dropped.cause}" for dropped in found.dropped)
+            found = {"descriptions": list(found.descriptions)}
+        yield found
 
 
 def _ground(models: Models, works: list[_Work], tally: collections.Counter) -> Iterator:
     texts = [work.results["describe"]["descriptions"] for work in works]
     for found in models.detector.detect([work.image for work in works], texts):
-        if isinstance(found, Failure):
-            yield found
-            continue
-        tally["regions"] += len(found)
-        yield {"regions": [_region(region) for region in found]}
+        if not isinstance(found, Failure):
+            tally["regions"] += len(found)
+            found = {"regions": list(map(_region, found))}
+        yield found
 
 
 def _negatives(models: Models, works: list[_Work], tally: collections.Counter) -> Iterator:
     for work in works:
         descriptions = dict.fromkeys(region["description"] for region in _regions(work))
         made = {
-            text: negatives.make(text, models.negatives, others=descriptions)
+            text: negatives.make(text, models.job.negatives, others=descriptions)
             for text in descriptions
         }
         tally["negatives"] += sum(map(len, made.values()))
@@ -178,25 +176,20 @@ PASSES = {
 
 
 def _region(region: annotations.Region) -> dict[str, Any]:
-    found = {
-        "box": list(region.box_xyxy),
-        "description": region.description,
-        "score": region.score,
-    }
-    return found | ({"negatives": list(region.negatives)} if region.negatives else {})
+    found = {"box": region.box_xyxy, "description": region.description, "score": region.score}
+    return found | ({"negatives": region.negatives} if region.negatives else {})
 
 
 def _regions(work: _Work) -> list[dict[str, Any]]:
     """The regions of the source and those of the pass ground, with the negatives of the source or of the pass."""
     found = work.results.get("ground", {}).get("regions", [])
     made = work.results.get("negatives", {}).get("negatives", {})
-    regions = [*map(_region, work.item.regions), *found]
-    return [
-        {**region, "negatives": made[region["description"]]}
-        if made.get(region["description"]) and "negatives" not in region
-        else region
-        for region in regions
-    ]
+    regions = []
+    for region in (*map(_region, work.item.regions), *found):
+        texts = made.get(region["description"])
+        add = texts and "negatives" not in region
+        regions.append(region | {"negatives": texts} if add else region)
+    return regions
 
 
 def _line(work: _Work) -> dict[str, Any] | None:
@@ -219,29 +212,27 @@ def _line(work: _Work) -> dict[str, Any] | None:
 
 def _read(shard: sources.Shard, job: Job, known: dict, letters: dict) -> Iterator[_Work]:
     """The shard's images, decoded and with what earlier jobs found."""
-    first = job.passes[0] if job.passes else None
+    needs = PASSES[job.passes[0]].needs if job.passes else None
     for item in sources.read(shard):
         results = {name: known[name][item.image] for name in known if item.image in known[name]}
-        work = _Work(item, results=results)
-        if first and PASSES[first].needs and PASSES[first].needs not in results:
-            # An earlier job has dealt with it: its dead letters stand.
-            work.letters = letters.get(item.image, [])
+        work = _Work(item, results=results, letters=letters.get(item.image, []))
+        if needs and needs not in results:  # an earlier job has dealt with it
             yield work
             continue
         work.letters = [
             letter
-            for letter in letters.get(item.image, [])
+            for letter in work.letters
             if letter["stage"] in PASSES and letter["stage"] not in job.passes
         ]
-        fault = item
+        found = item
         if isinstance(item, sources.Image):
             for region_fault in item.left_out:
                 work.fail("region", region_fault.cause, region_fault.detail)
-            fault = checks.check(item, job.limits)
-        if isinstance(fault, sources.Fault):
-            work.fail("picture", fault.cause, fault.detail)
+            found = checks.check(item, job.limits)
+        if isinstance(found, sources.Fault):
+            work.fail("picture", found.cause, found.detail)
         else:
-            work.image = fault
+            work.image = found
         yield work
 
 
@@ -310,51 +301,37 @@ def annotate_shard(shard: sources.Shard, job: Job, models: Models) -> dict[str, 
         del letter["kept"]
         old_letters[letter["image"]].append(letter)
     tallies = {name: collections.Counter() for name in job.passes}
+    lines, letters, faulty, works = [], [], 0, 0
     found = {name: [] for name in job.passes}
-    lines, letters, faulty, images = [], [], 0, 0
     for batch in _batches(_read(shard, job, known, old_letters), job.batch_size):
         for name in job.passes:
             _run(name, batch, models, tallies[name])
         for work in batch:
-            images += 1
             line = _finish(work, job)
-            if line:
-                lines.append(line)
+            lines += [] if line is None else [line]
             letters += [letter | {"kept": line is not None} for letter in work.letters]
             faulty += any(letter["stage"] != "region" for letter in work.letters)
-            for name in job.passes:
-                if name in work.results:
-                    found[name].append(work.results[name])
-    shard_tally = {
+            for name in found.keys() & work.results.keys():
+                found[name].append(work.results[name])
+        works += len(batch)
+    before = output.tally(shard.name)
+    tally = {
         "shards": 1,
-        "pictures": images,
+        "pictures": works,
         "annotated": len(lines),
         "faulty": faulty,
         "regions": sum(len(line["regions"]) for line in lines),
         "failures": collections.Counter(f"{x['stage']}: {x['cause']}" for x in letters),
+        "results": before.get("results", {}) | {name: len(found[name]) for name in found},
     }
-    before = output.tally(shard.name)
-    shard_tally["results"] = before.get("results", {}) | {name: len(found[name]) for name in found}
-    sums = outputs.add(before.get("passes", {}), tallies)
     # The order matters: the passes' files say that the shard is done.
     output.write("failed", shard.name, letters)
-    output.put_tally(shard.name, shard_tally | {"passes": sums})
+    sums = outputs.add(before.get("passes", {}), tallies)
+    output.put_tally(shard.name, tally | {"passes": sums})
     output.write("annotations", shard.name, lines)
     for name in job.passes:
         output.write(f"passes/{name}", shard.name, found[name])
-    return shard_tally | {"passes": tallies, "seconds": time.monotonic() - start}
-
-
-def _to_keep(work: _Work) -> bytes:
-    """The file of the image: its own, or a PNG where an orientation in its own would turn it away from its boxes."""
-    encoded = work.item.encoded
-    if (
-        work.image is None
-        or work.item.orientation == "exif"
-        or not images_lib.header(encoded).turned
-    ):
-        return encoded
-    return images_lib.encode_png(work.image)
+    return tally | {"passes": tallies, "seconds": time.monotonic() - start}
 
 
 def _finish(work: _Work, job: Job) -> dict[str, Any] | None:
@@ -377,3 +354,11 @@ def _finish(work: _Work, job: Job) -> dict[str, Any] | None:
             work.fail("picture", "bad annotation", detail)
             return None
     return line
+
+
+def _to_keep(work: _Work) -> bytes:
+    """The file of the image: its own, or a PNG where an orientation in its own would turn it away from its boxes."""
+    encoded, as_stored = work.item.encoded, work.item.orientation == "exif"
+    if work.image is None or as_stored or not images_lib.header(encoded).turned:
+        return encoded
+    return images_lib.encode_png(work.image)

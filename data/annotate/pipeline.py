@@ -16,22 +16,17 @@ from apache_beam import metrics
 from apache_beam.options import pipeline_options
 from apache_beam.runners.portability import fn_api_runner
 from apache_beam.utils import shared
-from grain_jax.data import progress, sources
+from grain_jax.data import sources
 from grain_jax.data.annotate import passes
 
-from grain_jax import errors
+from grain_jax import errors, progress
 
 SECONDS_BETWEEN_LOOKS = 10.0  # at the output folder, for the progress line: a list of all shards
 _MARK = "#user-error#"
-_OF_DISK = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EIO,
-    errno.EACCES,
-    errno.EPERM,
-)
+_OF_DISK = [
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM")
+]
 _LOCAL = ("directrunner", "direct", "switchingdirectrunner", "fnapirunner")
 
 
@@ -132,12 +127,12 @@ def _told() -> Iterator[None]:
     """Marks user errors, so that their text is found in the longer text that a runner raises."""
     try:
         yield
-    except errors.UserError as error:
-        raise RuntimeError(f"{_MARK}{error}{_MARK}") from error
-    except OSError as error:
-        if error.errno not in _OF_DISK:
-            raise
-        told = f"{error.filename}: {error.strerror}; fix it, then give the same command again"
+    except (errors.UserError, OSError) as error:
+        told = str(error)
+        if isinstance(error, OSError):
+            if error.errno not in _OF_DISK:
+                raise
+            told = f"{error.filename}: {error.strerror}; fix it, then give the same command again"
         raise RuntimeError(f"{_MARK}{told}{_MARK}") from error
 
 
@@ -154,7 +149,7 @@ def _shown(job: passes.Job, names: set[str]) -> Iterator[None]:
             yield from new
 
     def show():
-        for _ in progress.progress(newly_finished(), total=len(names), what="shards"):
+        for _ in progress.over(newly_finished(), total=len(names), what="shards"):
             pass
 
     thread = threading.Thread(target=show, daemon=True)

@@ -13,7 +13,8 @@ from grain_jax.data.aviary import annotations, drawing
 from grain_jax.data.aviary.annotations import EXACT
 from grain_jax.data.aviary.settings import DEFAULT, TEST_NEGATIVES, Settings
 from grain_jax.data.aviary.species import Aviary, Species, make_species
-from grain_jax.data.progress import progress
+
+from grain_jax import progress
 
 LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)"
 
@@ -111,7 +112,9 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     records = parallel.ordered_map(make, tasks, workers=processes if processes > 1 else 0)
     lines: dict[str, list[dict]] = {"training": [], "seen": [], "unseen": []}
     held_out = set(aviary.held_out)
-    for task, record in zip(tasks, progress(records, total=len(tasks), what="aviary"), strict=True):
+    for task, record in zip(
+        tasks, progress.over(records, total=len(tasks), what="aviary"), strict=True
+    ):
         if record is not None:
             group = "unseen" if task.species in held_out else "seen"
             lines["training" if task.split == "training" else group].append(record)

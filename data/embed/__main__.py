@@ -40,8 +40,6 @@ def embed(args: argparse.Namespace) -> str:
     todo = [index for index in range(len(found.parts)) if index not in before]
     mine = [todo[i] for i in processes.share(len(todo))]
     most_faults = float("inf") if found.total is None else args.max_faults * found.total
-    sizes = [found.parts[index]["size"] for index in mine]
-    progress = pipeline.Progress(args.source, sizes, found.total is not None)
     with errors.out_of_memory_in_a_line("grain-jax embed", lambda: _SMALLER):
         count = pipeline.run(
             job,
@@ -49,11 +47,11 @@ def embed(args: argparse.Namespace) -> str:
             pipeline.encoder(predictor, args.boxes),
             size=predictor.model.image.image_size,
             threads=args.threads or pipeline.default_threads(),
-            progress=progress,
+            label=args.source,
+            known=found.total is not None,
             before=list(before.values()),
             most_faults=most_faults,
         )
-    progress.close()
     count = sum(processes.agree(None, count))
     return processes.of_first(lambda: _end(args, job, count, time.monotonic() - began))
 

@@ -4,7 +4,6 @@ A part is written to a file of another name and renamed when it is whole: a kill
 its presence marks it as done. What it left out stands in the file itself.
 """
 
-import concurrent.futures
 import io
 import json
 import sys
@@ -22,7 +21,6 @@ from grain_jax.files.embeddings import EmbeddingsError
 
 _ROWS = 1024  # of a row group, which is held in memory
 _INCOMPLETE = "incomplete"
-_FOOTERS = 16  # read at a time
 
 
 class Row(NamedTuple):
@@ -55,14 +53,9 @@ class Output(NamedTuple):
           errors.UserError: a file is of no part: of another model, of other images, or none of grain-jax embed.
         """
         names = {self.name(index): index for index in range(len(self.parts))}
-        folder = self.folder / embeddings.DATA
-        folder.mkdir(parents=True, exist_ok=True)
-        files = folder.iterdir() if folder.exists() else ()  # an object store has no empty folders
-        there = sorted(path for path in files if path.suffix == ".parquet")
-        with concurrent.futures.ThreadPoolExecutor(_FOOTERS) as pool:
-            found = list(pool.map(self._read, there))
+        (self.folder / embeddings.DATA).mkdir(parents=True, exist_ok=True)
         done = {}
-        for path, part in zip(there, found):
+        for path, part in embeddings.read_parts(self.folder, self.settings):
             if isinstance(part, embeddings.DamagedError):
                 print(f"{part}; it is made again now", file=sys.stderr)
                 path.unlink()
@@ -79,12 +72,6 @@ class Output(NamedTuple):
                 )
             done[index] = part
         return done
-
-    def _read(self, path: epath.Path) -> embeddings.Part | embeddings.DamagedError:
-        try:
-            return embeddings.read_part(path, self.settings)
-        except embeddings.DamagedError as error:
-            return error
 
     def write_faults(self, parts: Sequence[embeddings.Part]) -> None:
         """Replaces the file of faults by those of `parts`."""

@@ -4,32 +4,26 @@ Memory holds a few batches of images and a row group of embeddings, whatever the
 images of several parts, so that small tars leave the device no batch that is not full.
 """
 
-import collections
 import itertools
 import os
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from grain_jax.data import sources
 from grain_jax.data.embed import output, parts
 
-from grain_jax import errors
+from grain_jax import errors, progress
 from grain_jax.files import embeddings, images
 from grain_jax.inference import predictor as predictor_lib
+from grain_jax.inference import stream
 from grain_jax.runtime import processes
 
 # Batches on their way to a device: while one is computed, the next is sent.
 AT_DEVICE = 2
 _BATCHES_READ = 2  # beside those, in threads
-_SECONDS_BETWEEN_LINES = 15.0
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class EmbedError(errors.UserError):
@@ -47,24 +41,7 @@ class Ready(NamedTuple):
     pixels: np.ndarray  # uint8 [S, S, 3]
 
 
-class _End(NamedTuple):
-    """The end of a part."""
-
-
-Entry = Ready | sources.Fault | _End
-
-
-class Embeds(NamedTuple):
-    """The embeddings of a batch."""
-
-    image_embed: np.ndarray  # float32 [B, D]
-    region_embed: (
-        Sequence[np.ndarray] | None
-    )  # B of float32 [R, D]; None: the model finds no regions
-    boxes_xyxy: Sequence[np.ndarray] | None  # B of float32 [R, 4] in [0, 1]
-
-
-Encode = Callable[[list[Ready]], Embeds]
+Encode = Callable[[list[Ready]], list[output.Row]]
 
 
 def encoder(predictor: Any, boxes: str = "queries") -> Encode:
@@ -75,25 +52,21 @@ def encoder(predictor: Any, boxes: str = "queries") -> Encode:
       boxes: whose regions: "queries" of the model, where it has them, or the boxes "given" by the source.
     """
 
-    def encode(batch: list[Ready]) -> Embeds:
+    def encode(batch: list[Ready]) -> list[output.Row]:
         pixels = np.stack([ready.pixels for ready in batch])
+        embeds: Sequence[Any] = [None] * len(batch)  # of the regions of each image
+        corners: Sequence[Any] = embeds
         if boxes == "given":
-            given = [ready.boxes_xyxy for ready in batch]
-            found = Embeds(*predictor.encode_image_and_boxes(pixels, given), given)
+            corners = [ready.boxes_xyxy for ready in batch]
+            image, embeds = predictor.encode_image_and_boxes(pixels, corners)
         elif predictor.has_regions:
-            image, regions = predictor.encode_image_and_regions(pixels)
-            found = Embeds(image, regions.embed, regions.boxes_xyxy)
+            image, (corners, embeds) = predictor.encode_image_and_regions(pixels)
         else:
-            found = Embeds(predictor.encode_image(pixels), None, None)
-        for values in (
-            found.image_embed,
-            *(found.region_embed if found.region_embed is not None else ()),
-        ):
-            if not np.isfinite(values).all():
-                raise EmbedError(
-                    "the model's embeddings are not finite: the checkpoint cannot be used"
-                )
-        return found
+            image = predictor.encode_image(pixels)
+        stream.check_finite(image, *(each for each in embeds if each is not None))
+        return [
+            output.Row(*ready[:4], *rest) for ready, *rest in zip(batch, image, embeds, corners)
+        ]
 
     return encode
 
@@ -121,7 +94,8 @@ def run(
     *,
     size: int,
     threads: int,
-    progress: "Progress",
+    label: str,
+    known: bool,
     before: Sequence[embeddings.Part],
     most_faults: float,
 ) -> int:
@@ -133,72 +107,68 @@ def run(
       encode: the model.
       size: S, pixels of a side.
       threads: that read and decode.
-      progress: is told of each image.
+      label: of the line of progress.
+      known: whether the sizes of the parts are numbers of images; else they are bytes.
       before: the parts that were done already.
       most_faults: number of images that may have a fault, of all parts; one more is an error.
 
     Returns: number of images, without those that were left out.
 
     Raises:
-      EmbedError: too many images have a fault, or the model gives numbers that are not finite.
+      EmbedError: too many images have a fault.
+      inference.InputError: the model gives numbers that are not finite.
     """
     batch_size = predictor_lib.MAX_BATCH * jax.local_device_count()
-    writer, count, closed = None, 0, list(before)
+    writer, count, closed, ended = None, 0, list(before), 0
     faults_left = most_faults - sum(len(part.faults) for part in before)
+    total, (first, times) = sum(job.parts[i]["size"] for i in mine), processes.process_info()
+    of_all = times * total if known else None
+    counter = progress.Counter(label, of_all, "images", silent=first > 0, times=times)
     readers, device = ThreadPoolExecutor(threads), ThreadPoolExecutor(AT_DEVICE)
     try:
 
-        def prepared(task: tuple[int, Any]) -> tuple[int, Entry]:
+        def prepared(task: tuple[int, Any]) -> tuple[int, Any]:
             index, read = task
-            return index, _End() if read is None else prepare(read, size)
+            return index, read and prepare(read, size)
 
-        def encoded(batch: list[tuple[int, Entry]]) -> tuple[list, Any]:
+        def encoded(batch: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
             ready = [entry for _, entry in batch if isinstance(entry, Ready)]
-            return batch, encode(ready) if ready else None
+            rows = iter(encode(ready) if ready else ())
+            return [(i, next(rows) if isinstance(entry, Ready) else entry) for i, entry in batch]
 
-        entries = ahead(prepared, _tasks(job, mine), readers, _BATCHES_READ * batch_size)
-        batches = _batches(entries, batch_size)
+        entries = stream.ahead(prepared, _tasks(job, mine), readers, _BATCHES_READ * batch_size)
+        batches = stream.groups(entries, batch_size, lambda entry: isinstance(entry[1], Ready))
         # The first one alone: it compiles the program that the others use.
-        done = itertools.chain(
-            map(encoded, itertools.islice(batches, 1)), ahead(encoded, batches, device, AT_DEVICE)
-        )
-        for batch, embeds in done:
-            at = 0
-            for index, entry in batch:
-                writer = writer or output.Writer(job, index)
-                if isinstance(entry, _End):
-                    closed.append(writer.close())
-                    progress.end_of_part(job.parts[index]["size"])
-                    writer = None
-                elif isinstance(entry, sources.Fault):
-                    faults_left -= 1
-                    fault = {"path": entry.image, "cause": entry.cause, "detail": entry.detail}
-                    writer.faults.append(fault)
-                    progress.image()
-                    if faults_left < 0:
-                        job.write_faults([*closed, writer.part()])
-                        raise EmbedError(
-                            f"{entry.image}: {entry.cause}: {entry.detail}; with it, more images have a fault"
-                            " than --max-faults allows;"
-                            f" {job.folder / embeddings.FAULTS} names those so far"
-                        )
-                else:
-                    writer.add(_row(entry, embeds, at))
-                    at += 1
-                    count += 1
-                    progress.image()
+        alone = map(encoded, itertools.islice(batches, 1))
+        others = stream.ahead(encoded, batches, device, AT_DEVICE)
+        for index, entry in itertools.chain.from_iterable(itertools.chain(alone, others)):
+            writer = writer or output.Writer(job, index)
+            if entry is None:  # the end of a part
+                closed.append(writer.close())
+                writer, ended = None, ended + job.parts[index]["size"]
+                continue
+            counter.add(share=None if known else ended / max(total, 1))
+            if isinstance(entry, output.Row):
+                writer.add(entry)
+                count += 1
+                continue
+            faults_left -= 1
+            fault = {"path": entry.image, "cause": entry.cause, "detail": entry.detail}
+            writer.faults.append(fault)
+            if faults_left < 0:
+                job.write_faults([*closed, writer.part()])
+                raise EmbedError(
+                    f"{entry.image}: {entry.cause}: {entry.detail}; with it, more images have a fault"
+                    " than --max-faults allows;"
+                    f" {job.folder / embeddings.FAULTS} names those so far"
+                )
     finally:
         for pool in (readers, device):
             pool.shutdown(wait=True, cancel_futures=True)
         if writer is not None:
             writer.abandon()
+        counter.close()
     return count
-
-
-def _row(ready: Ready, embeds: Embeds, at: int) -> output.Row:
-    regions = None if embeds.region_embed is None else embeds.region_embed[at]
-    boxes = None if embeds.boxes_xyxy is None else embeds.boxes_xyxy[at]
-    return output.Row(*ready[:4], embeds.image_embed[at], regions, boxes)
 
 
 def _tasks(job: output.Output, mine: Sequence[int]) -> Iterator[tuple[int, Any]]:
@@ -209,84 +179,6 @@ def _tasks(job: output.Output, mine: Sequence[int]) -> Iterator[tuple[int, Any]]
         yield index, None
 
 
-def _batches(entries: Iterable[tuple[int, Entry]], size: int) -> Iterator[list[tuple[int, Entry]]]:
-    """Entries in groups with `size` images that can be used; the last one may have fewer."""
-    batch, ready = [], 0
-    for index, entry in entries:
-        batch.append((index, entry))
-        ready += isinstance(entry, Ready)
-        if ready == size:
-            yield batch
-            batch, ready = [], 0
-    if batch:
-        yield batch
-
-
-def ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], pool: Executor, most: int
-) -> Iterator[Result]:
-    """`map(function, items)` by the threads of `pool`, in order, at most `most` items in advance."""
-    waiting = collections.deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) >= most:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
 def default_threads() -> int:
     """One a core, at least two: one waits for the disk while the other decodes."""
     return max(2, os.cpu_count() or 1)
-
-
-class Progress:
-    """Shows how far it is: on a terminal one line that is rewritten, else a line every 15 seconds.
-
-    Only the first process shows it, and takes the others to be as fast.
-
-    Args:
-      label: the source.
-      shares: size of each part that is to be done here: images, or bytes of a tar.
-      known: whether the sizes are numbers of images.
-    """
-
-    def __init__(self, label: str, shares: Sequence[int], known: bool):
-        self._label, self._total, self._known = label, sum(shares), known
-        self._ended = self._images = self._of_part = 0
-        self._start = self._last = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-        index, self._processes = processes.process_info()
-        self._silent = index > 0
-
-    def image(self) -> None:
-        """Counts an image."""
-        self._images += 1
-        self._of_part += 1
-        now = time.monotonic()
-        if self._silent or now - self._last < (0.2 if self._terminal else _SECONDS_BETWEEN_LINES):
-            return
-        self._last = now
-        text = self.text(now - self._start)
-        if self._terminal:
-            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def end_of_part(self, size: int) -> None:
-        """Counts a part that is written."""
-        self._ended += size
-        self._of_part = 0
-
-    def text(self, seconds: float) -> str:
-        """The line after so many seconds."""
-        rate = self._processes * self._images / seconds
-        done = self._ended + (self._of_part if self._known else 0)
-        total = f"/{self._processes * self._total}" if self._known else ""
-        left = f", {seconds / done * (self._total - done):.0f} s left" if done else ""
-        return f"{self._label}: {self._processes * self._images}{total} images, {rate:.3g}/s{left}"
-
-    def close(self) -> None:
-        """Clears the line of the terminal."""
-        if self._terminal and not self._silent:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -24,8 +24,8 @@ from grain_jax.data.fetch import package
 from grain_jax.data.fetch.outline import SIDE, Part
 from grain_jax.data.fetch.parts import parts
 from grain_jax.data.fetch.settings import DEFAULT, Settings
-from grain_jax.data.progress import progress
 
+from grain_jax import progress
 from grain_jax.files import regular_file
 
 PACKAGE = "dataset-fashion-mnist"
@@ -220,7 +220,7 @@ def _measured(found, processes) -> Iterable[Picture]:
         names = [CLASSES[label] for label in labels]
         items += [(f"{split}-{i}", *item) for i, item in enumerate(zip(ink, names, strict=True))]
     done = parallel.ordered_map(_measure, items, workers=processes if processes > 1 else 0)
-    return progress(done, total=len(items), what="fashion")
+    return progress.over(done, total=len(items), what="fashion")
 
 
 def _measure(item):

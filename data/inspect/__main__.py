@@ -14,7 +14,7 @@ import sys
 import textwrap
 
 from etils import epath
-from grain_jax.data import annotations, progress
+from grain_jax.data import example
 from grain_jax.data.inspect import (
     arguments,
     counting,
@@ -26,7 +26,7 @@ from grain_jax.data.inspect import (
     statistics,
 )
 
-from grain_jax import errors
+from grain_jax import errors, progress
 from grain_jax.files import atomic
 
 _BATCH = 256  # items that are counted together
@@ -40,7 +40,7 @@ def inspect(args: argparse.Namespace) -> str:
         parents=True, exist_ok=True
     )  # first, so that a folder without permission fails early
     stats, sample = statistics.Statistics(), counting.Sample(args.num_images)
-    coming = progress.progress(source.items, total=source.total, what="inspecting")
+    coming = progress.over(source.items, total=source.total, what="inspecting")
     for batch in iter(lambda: list(itertools.islice(coming, _BATCH)), []):
         items = [item for item in batch if isinstance(item, reading.Item)]
         for fault in (item for item in batch if isinstance(item, reading.Fault)):
@@ -81,7 +81,7 @@ def _summary(result: dict, found: list[problems.Problem]) -> str:
         f"images        {images['count']:,}{left_out}; {images['bytes'] / 1e6:,.1f} MB; {sizes}",
     ]
     if images["turned"]:
-        what = annotations.TURNED[images["orientation"]]
+        what = example.TURNED[images["orientation"]]
         lines.append(f"turned        {images['turned']:,} images {what}")
     for name, texts, some in (
         ("web", captions["web"], f"{captions['pictures_with_web']:,} images have one or more"),
@@ -116,13 +116,10 @@ def _summary(result: dict, found: list[problems.Problem]) -> str:
     digits = max((len(f"{problem.count:,}") for problem in found), default=0)
     for problem in found:
         share = f" ({problem.count / problem.of:.1%})" if problem.of else ""
-        example = (
-            f"; e.g. {textwrap.shorten(problem.example, 80, placeholder=' ...')}"
-            if problem.example
-            else ""
-        )
-        what = f"{problem.count:>{digits},} {problem.what}{share}: {problem.advice}"
-        lines.append(f"  {what}{example}")
+        line = f"  {problem.count:>{digits},} {problem.what}{share}: {problem.advice}"
+        if problem.example:
+            line += f"; e.g. {textwrap.shorten(problem.example, 80, placeholder=' ...')}"
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ import collections
 import hashlib
 import heapq
 from collections.abc import Hashable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -69,13 +69,6 @@ class Numbers:
         }
 
 
-class Repeated(NamedTuple):
-    """A copy of an earlier item."""
-
-    first: str  # place of the first occurrence, or the item itself
-    again: str  # place of the copy, or the item itself
-
-
 class Distinct:
     """Counts the distinct items of a stream, and the copies of earlier items.
 
@@ -87,7 +80,7 @@ class Distinct:
     def __init__(self, limit: int = DISTINCT_LIMIT, examples: int = 5):
         self.limit, self.zero_bits = limit, 0
         self.total = 0
-        self.examples: list[Repeated] = []
+        self.examples: list[list[str]] = []  # places of an item and of its copy
         self._held: dict[int, list] = {}  # hash -> [count, place of the first]
         self._num_examples = examples
 
@@ -97,13 +90,10 @@ class Distinct:
         key = digest(content)
         if key & (2**self.zero_bits - 1):
             return
-        if key in self._held:
-            held = self._held[key]
-            held[0] += 1
-            if held[0] == 2 and len(self.examples) < self._num_examples:
-                self.examples.append(Repeated(held[1], where))
-            return
-        self._held[key] = [1, where]
+        held = self._held.setdefault(key, [0, where])
+        held[0] += 1
+        if held[0] == 2 and len(self.examples) < self._num_examples:
+            self.examples.append([held[1], where])
         while len(self._held) > self.limit:
             self.zero_bits += 1
             mask = 2**self.zero_bits - 1
@@ -118,7 +108,7 @@ class Distinct:
             "distinct": scale * len(self._held),
             "copies": min(copies, self.total),
             "exact": self.zero_bits == 0,
-            "examples": [list(example) for example in self.examples],
+            "examples": self.examples,
         }
 
 
@@ -153,9 +143,8 @@ class Sample:
 
     def __init__(self, size: int):
         self.size = size
-        self._heap: list[
-            tuple[int, int, Any]
-        ] = []  # (-hash, ...): the item of the largest hash is dropped first
+        # (-hash, ...): the item of the largest hash is dropped first.
+        self._heap: list[tuple[int, int, Any]] = []
         self._added = 0
 
     def add(self, name: str, thing: Any) -> None:

@@ -1,105 +1,68 @@
-"""Packs the texts of the set: the rows that a group needs, and the padding in them.
+"""The rows that groups of the set's texts need, and the padding in them, as training derives and packs them."""
 
-Uses the packing of training (`grain_jax/input_pipeline/packing.py`) with enough rows for all texts, so that the
-number of rows used is the number that a group needs.
-"""
-
-import collections
 from typing import Any
 
 import numpy as np
-from grain_jax.data.inspect import flaws
+from grain_jax.data.inspect import counting, flaws
 
-from grain_jax.input_pipeline import packing
+from grain_jax.input_pipeline import derived, text_lengths
 
 GROUPS = (1, 8, 16, 32, 64, 128)
 MAX_REGIONS = 5  # input.max_regions
-FIT = 0.999  # share of the groups whose texts fit the proposed rows
-_CHUNK = 1024  # images that are shuffled and packed together; a multiple of every group
 
 
 class Padding:
-    """Packs each image's caption and best regions in groups of images, in shuffled order.
+    """Packs the caption and best regions of the images of a sample in groups of images, in shuffled order.
 
     Of images with both kinds of captions every second one counts its synthetic caption, since training draws each
     kind with equal probability.
     """
 
     def __init__(self):
-        self.tokens = self.images = 0
-        self.rows_needed = {
-            group: collections.Counter() for group in GROUPS
-        }  # group size -> {rows: number of groups}
-        self.packed_tokens = dict.fromkeys(GROUPS, 0)  # group size -> tokens in these groups
-        self._waiting: list[tuple[int, list[int]]] = []
-        self._random = np.random.default_rng(0)
+        self.images = 0
+        self._sample = counting.Sample(text_lengths.IMAGES)
 
     def add(self, caption_tokens: int, description_tokens: list[int]) -> None:
         """Adds the lengths of the texts of an image that training uses, 2..flaws.ROW_LENGTH tokens each."""
-        self._waiting.append((caption_tokens, description_tokens))
-        if len(self._waiting) == _CHUNK:
-            self._pack()
-
-    def _pack(self) -> None:
-        order = self._random.permutation(len(self._waiting))
-        captions = np.array([self._waiting[i][0] for i in order], np.int32)
-        descriptions = np.zeros((len(order), MAX_REGIONS), np.int32)
-        for row, i in enumerate(order):
-            lengths = self._waiting[i][1]
-            descriptions[row, : len(lengths)] = lengths
-        self.images += len(order)
-        self.tokens += int(captions.sum() + descriptions.sum())
-        for group, needed in self.rows_needed.items():
-            whole = len(order) // group * group
-            if whole:
-                needed.update(_rows_needed(captions[:whole], descriptions[:whole], group).tolist())
-                self.packed_tokens[group] += int(
-                    captions[:whole].sum() + descriptions[:whole].sum()
-                )
-        self._waiting = []
+        self.images += 1
+        self._sample.add(str(self.images), (caption_tokens, description_tokens))
 
     def result(self) -> dict[str, Any]:
         """`unpacked` (padding of one text a row), and for each group size: groups tried, rows, padding, overflowing.
 
-        `unpacked`, `padding` and `overflowing` are shares in [0, 1].
+        `unpacked` and `padding` are shares of the places for tokens; `overflowing` is that of the texts that do not
+        fit into the rows, at most `derived.MISFITS`.
         """
-        if self._waiting:
-            self._pack()
-        if not self.images:
+        found = self._sample.things()
+        if not found:
             return {"row_length": flaws.ROW_LENGTH, "unpacked": None, "groups": []}
-        found = []
-        for group, needed in self.rows_needed.items():
-            tried = needed.total()
-            if not tried:  # fewer images than that
+        order = np.random.default_rng(0).permutation(len(found))
+        captions = np.array([found[i][0] for i in order], np.int32)[:, None]
+        descriptions = np.zeros((len(order), MAX_REGIONS), np.int32)
+        for row, i in enumerate(order):
+            descriptions[row, : len(found[i][1])] = found[i][1]
+        tokens = captions[:, 0] + descriptions.sum(axis=1)
+        groups = []
+        for group in GROUPS:
+            whole = len(found) // group * group
+            if not whole:
                 continue
-            rows_by_need = sorted(needed.elements())
-            rows = rows_by_need[min(tried - 1, int(np.ceil(FIT * tried)) - 1)]
-            found.append(
+            texts = dict(
+                caption_lengths=captions[:whole],
+                description_lengths=descriptions[:whole],
+                region_mask=descriptions[:whole] > 0,
+                region_scores=np.zeros((whole, MAX_REGIONS), np.float32),
+            )
+            rows, misfits = derived.smallest_rows([texts], group, flaws.ROW_LENGTH, derived.MISFITS)
+            places = whole // group * rows * flaws.ROW_LENGTH
+            groups.append(
                 {
                     "group": group,
-                    "groups": tried,
+                    "groups": whole // group,
                     "rows": rows,
-                    "padding": 1 - self.packed_tokens[group] / (tried * rows * flaws.ROW_LENGTH),
-                    "overflowing": sum(n for need, n in needed.items() if need > rows) / tried,
+                    "padding": float(1 - tokens[:whole].sum() / places),
+                    "overflowing": misfits,
                 }
             )
-        unpacked = 1 - self.tokens / (self.images * (1 + MAX_REGIONS) * flaws.ROW_LENGTH)
-        return {"row_length": flaws.ROW_LENGTH, "unpacked": unpacked, "groups": found}
-
-
-def _rows_needed(captions: np.ndarray, descriptions: np.ndarray, group: int) -> np.ndarray:
-    """The rows that each group needs, int64 [G]; captions int32 [B], descriptions int32 [B, R] (0: none)."""
-    tokens = (captions + descriptions.sum(axis=1)).reshape(-1, group).sum(axis=1)
-    # First fit leaves at most one row less than half full.
-    enough = min(2 * int(tokens.max()) // flaws.ROW_LENGTH + 2, group * (1 + MAX_REGIONS))
-    layout = packing.pack(
-        caption_lengths=captions[:, None],
-        description_lengths=descriptions,
-        region_mask=descriptions > 0,
-        region_scores=np.zeros(descriptions.shape, np.float32),
-        pack_group=group,
-        rows=enough,
-        row_length=flaws.ROW_LENGTH,
-    )
-    last = np.maximum(layout.caption_at[:, 0, 0], layout.description_at[..., 0].max(axis=1))
-    return last.reshape(-1, group).max(axis=1) + 1
+        unpacked = float(1 - tokens.mean() / ((1 + MAX_REGIONS) * flaws.ROW_LENGTH))
+        return {"row_length": flaws.ROW_LENGTH, "unpacked": unpacked, "groups": groups}

@@ -64,8 +64,8 @@ def _tiles(result: dict[str, Any], found: Sequence[problems.Problem]) -> str:
         size += f"; {images['turned']:,} with an EXIF orientation"
     tiles = [
         (f"{images['count']:,}", "images", size),
-        (f"{captions['web']['words']['count']:,}", "web captions", _of(captions["pictures_with_web"], count)),
-        (f"{captions['synthetic']['words']['count']:,}", "synthetic captions", _of(captions["pictures_with_synthetic"], count)),
+        (f"{captions['web']['words']['count']:,}", "web captions", f"{captions['pictures_with_web'] / count:.1%} of the images"),
+        (f"{captions['synthetic']['words']['count']:,}", "synthetic captions", f"{captions['pictures_with_synthetic'] / count:.1%} of the images"),
         (f"{regions['count']:,}", "regions", f"{regions['count'] / count:.2f} an image"),
         (f"{result['descriptions']['distinct']['distinct']:,}", "different descriptions", _exact(result["descriptions"]["distinct"])),
         (f"{len(found)}", "kinds of problems", "see below" if found else "none found"),
@@ -73,10 +73,6 @@ def _tiles(result: dict[str, Any], found: Sequence[problems.Problem]) -> str:
     return '<div class="tiles">' + "".join(
         f"<div><b>{number}</b>{label}<span>{detail}</span></div>" for number, label, detail in tiles
     ) + "</div>"  # fmt: skip
-
-
-def _of(part: int, whole: int) -> str:
-    return f"{part / whole:.1%} of the images"
 
 
 def _exact(distinct: dict[str, Any]) -> str:
@@ -138,8 +134,8 @@ def _padding(padding: dict[str, Any]) -> str:
         return '<p class="soft">No texts.</p>'
     rows = [
         (
-            f"{g['group']}",
-            f"{g['rows']}",
+            str(g["group"]),
+            str(g["rows"]),
             f"{g['padding']:.1%}",
             f'<span class="share" style="width:{100 * g["padding"]:.0f}%"></span>',
             f"{g['overflowing']:.2%}",
@@ -147,17 +143,19 @@ def _padding(padding: dict[str, Any]) -> str:
         )
         for g in padding["groups"]
     ]
-    header = ("text.pack_group", "rows needed", "padding", "", "overflowing", "groups tried")
-    table = html.table(
-        header,
-        rows,
-        ("number", "number", "number", "bar", "number", "number"),
-        table_class="narrow",
+    header = (
+        "text.pack_group",
+        "rows needed",
+        "padding",
+        "",
+        "texts that do not fit",
+        "groups tried",
     )
+    classes = ("number", "number", "number", "bar", "number", "number")
+    table = html.table(header, rows, classes, table_class="narrow")
     return (
-        f"{table}<p>Rows hold 99.9% of the groups (all, if fewer were tried); this is the least for"
-        f" <code>text.pack_rows</code>, which training derives where it is not set. One text a row would"
-        f" be {padding['unpacked']:.1%} padding.</p>"
+        f"{table}<p>These are the rows that training derives where <code>text.pack_rows</code> is not set: at"
+        f" most 0.1% of the texts do not fit. One text a row would be {padding['unpacked']:.1%} padding.</p>"
         '<p class="soft">Packed by the code of training, with each image\'s caption (web and synthetic'
         " in turn) and its five regions of the highest score, in a mixed order.</p>"
     )
@@ -166,7 +164,7 @@ def _padding(padding: dict[str, Any]) -> str:
 def _regions(result: dict[str, Any]) -> str:
     boxes, scores, regions = result["boxes"], result["scores"], result["regions"]
     areas = [
-        (f"<{_percent(high)}", f"{_percent(low)} to {_percent(high)}", n)
+        (f"<{100 * high:g}%", f"{100 * low:g}% to {100 * high:g}%", n)
         for low, high, n in boxes["area_histogram"]
     ]
     spread = "none"
@@ -192,10 +190,6 @@ def _regions(result: dict[str, Any]) -> str:
             html.figure("Width and height of boxes", html.heat_map(boxes["shapes"], "box shapes", from_below=True), "width from left to right, height from the bottom up, 0 to the whole image"),
         ]
     ) + "</div>"  # fmt: skip
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:g}%"
 
 
 def _images(result: dict[str, Any]) -> str:
@@ -226,11 +220,7 @@ def _frequent(result: dict[str, Any]) -> str:
         if not distinct["total"]:
             continue
         rows = [
-            (
-                escape(text),
-                f"{n:,}",
-                f"{n / count:.1%}",
-            )
+            (escape(text), f"{n:,}", f"{n / count:.1%}")
             for text, n in texts["most_frequent"][:_FREQUENT]
             if n > 1
         ]
@@ -265,11 +255,13 @@ def _panel(panel: panels.Panel) -> str:
     captions = "".join(
         f'<p class="caption">{kind}: <q>{escape(text)}</q></p>' for kind, text in panel.captions
     )
-    lines = "".join(
-        f'<li data-region="{mark.number}"><b class="badge" style="background:{mark.colour}">{mark.number}</b>'
-        f'<span>{escape(mark.description)} <span class="soft">{mark.score:.2f}{_not(mark)}</span></span></li>'
-        for mark in panel.marks
-    )
+    lines = ""
+    for mark in panel.marks:
+        negatives = f"<br>not: {escape(mark.negatives)}" if mark.negatives else ""
+        lines += (
+            f'<li data-region="{mark.number}"><b class="badge" style="background:{mark.colour}">{mark.number}</b>'
+            f'<span>{escape(mark.description)} <span class="soft">{mark.score:.2f}{negatives}</span></span></li>'
+        )
     more = f'<p class="caption">and {panel.more} more regions</p>' if panel.more else ""
     name = escape(panel.name)
     return (
@@ -279,11 +271,6 @@ def _panel(panel: panels.Panel) -> str:
         f'<p>{name} <span class="soft">{panel.size[0]} x {panel.size[1]}</span></p>'
         f'{captions}<ol class="said">{lines}</ol>{more}</figure>'
     )
-
-
-def _not(mark: panels.Mark) -> str:
-    """The negatives behind a description."""
-    return f"<br>not: {escape(mark.negatives)}" if mark.negatives else ""
 
 
 def _box(mark: panels.Mark) -> str:

@@ -57,18 +57,16 @@ def make(item: reading.Item) -> Panel | None:
     badges = place_badges(boxes.tolist(), widths, size)
     marks = tuple(
         Mark(
-            number=number,
-            colour=REGION_COLOURS[(number - 1) % len(REGION_COLOURS)],
-            box_xyxy=tuple(box),
-            badge_xy=badge,
-            badge_width=width,
+            number=place + 1,
+            colour=REGION_COLOURS[place % len(REGION_COLOURS)],
+            box_xyxy=tuple(boxes[place].tolist()),
+            badge_xy=badges[place],
+            badge_width=widths[place],
             description=item.descriptions[i],
             score=float(item.scores[i]),
             negatives=_joined(item.negatives[i]),
         )
-        for number, (i, box, badge, width) in enumerate(
-            zip(best, boxes.tolist(), badges, widths), 1
-        )
+        for place, i in enumerate(best)
     )
     synthetic = [("synthetic", item.synthetic_caption)] if item.synthetic_caption else []
     captions = (*(("web", text) for text in item.captions), *synthetic)

@@ -112,15 +112,9 @@ def _of_shares(stats: statistics.Statistics, result: dict[str, Any]) -> list[Pro
             found.append(Problem(what, count, images, example, advice))
     scores = result["scores"]
     if scores["count"] > 1 and scores["min"] == scores["max"]:
-        found.append(
-            Problem(
-                "scores that are all equal",
-                scores["count"],
-                scores["count"],
-                f"{scores['min']:g}",
-                f"nothing, if exact: training then keeps the first {padding.MAX_REGIONS} regions",
-            )
-        )
+        count, example = scores["count"], f"{scores['min']:g}"
+        advice = f"nothing, if exact: training then keeps the first {padding.MAX_REGIONS} regions"
+        found.append(Problem("scores that are all equal", count, count, example, advice))
     return found
 
 
@@ -136,13 +130,7 @@ def _of_duplicates(result: dict[str, Any]) -> list[Problem]:
     for kind in ("web", "synthetic"):
         texts = result["captions"][kind]["distinct"]
         if texts["copies"]:
-            found.append(
-                Problem(
-                    f"{kind} captions that another image has too",
-                    texts["copies"],
-                    texts["total"],
-                    repr(texts["examples"][0][0]),
-                    "nothing for a few: loss.mask_duplicates keeps them from being negatives",
-                )
-            )
+            what, example = f"{kind} captions that another image has too", texts["examples"][0][0]
+            advice = "nothing for a few: loss.mask_duplicates keeps them from being negatives"
+            found.append(Problem(what, texts["copies"], texts["total"], repr(example), advice))
     return found

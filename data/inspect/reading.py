@@ -1,6 +1,7 @@
 """Reads a record set or an A.jsonl as a stream of `Item` and `Fault`."""
 
 import functools
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from grain_jax.data import annotations, example, parallel
+from grain_jax.data import example, parallel
 from grain_jax.data.sources import tfds
 
 from grain_jax import errors
@@ -16,7 +17,7 @@ from grain_jax.files import images as images_lib
 from grain_jax.files import regular_file
 
 SPLIT = "train"
-_RECORDS_AT_ONCE = 64  # records parsed together
+_RECORDS_AHEAD = 64  # parsed before they are looked at
 _READ_BYTES = 8 << 20
 
 
@@ -92,19 +93,13 @@ def open_set(
     total = sum(1 for _ in example.read_lines(path))
     if not total:
         raise InspectError(f"{path}: the file is empty, expected one JSON object a line")
-    items = _read_annotations(path, folder, total, orientation)
-    return Source(path, "annotations", items, total, (), {}, orientation)
-
-
-def _read_annotations(
-    path: epath.Path, folder: epath.Path, total: int, orientation: str
-) -> Iterator[Item | Fault]:
-    workers = parallel.default_workers(total)
     read = functools.partial(
         _read_line, file=path.name, folder=str(folder), orientation=orientation
     )
-    for found in parallel.ordered_map(read, example.read_lines(path), workers=workers):
-        yield from found
+    workers = parallel.default_workers(total)
+    found = parallel.ordered_map(read, example.read_lines(path), workers=workers)
+    items = itertools.chain.from_iterable(found)
+    return Source(path, "annotations", items, total, (), {}, orientation)
 
 
 def _read_line(
@@ -112,7 +107,7 @@ def _read_line(
 ) -> list[Item | Fault]:
     """The item of a line, or its faults, named as in data.build."""
     where = f"{file}:{line.number}"
-    checked = annotations.check_line(line.text, folder, orientation=orientation)
+    checked = example.check_line(line.text, folder, orientation=orientation)
     found, image = checked.annotation, checked.image
     if found is None:
         return [Fault(where, _cause(fault), fault) for fault in checked.faults]
@@ -157,53 +152,30 @@ def _records(path: epath.Path) -> Source:
         raise InspectError(f"{path}: got {what}, expected a set that grain-jax build wrote")
     if info.file_format != tfds.core.FileFormat.TFRECORD:
         raise InspectError(f"{path}: got {info.file_format} files, expected TFRecord")
-    split = info.splits[SPLIT]
-    shards = [
-        (str(shard), length)
-        for shard, length in zip(split.filepaths, split.shard_lengths, strict=True)
-    ]
-    metadata = path / "metadata.json"
-    return Source(
-        path=path,
-        kind="TFDS records",
-        items=_read_records(shards),
-        total=split.num_examples,
-        shard_lengths=tuple(split.shard_lengths),
-        metadata=regular_file.read_json(metadata, dict, "notes of a build")
-        if metadata.exists()
-        else {},
-    )
+    split, notes = info.splits[SPLIT], path / "metadata.json"
+    shards = list(zip(map(str, split.filepaths), split.shard_lengths, strict=True))
+    metadata = regular_file.read_json(notes, dict, "notes of a build") if notes.exists() else {}
+    items, lengths = _read_records(shards), tuple(split.shard_lengths)
+    return Source(path, "TFDS records", items, split.num_examples, lengths, metadata)
 
 
 def _read_records(shards: list[tuple[str, int]]) -> Iterator[Item | Fault]:
     """All shards, one after another; a damaged shard is read up to the damage."""
     import tensorflow as tf
 
-    text = tf.io.RaggedFeature(tf.string)
-    features = {
-        "id": tf.io.FixedLenFeature([], tf.string, default_value=""),
-        "image": tf.io.FixedLenFeature([], tf.string),
-        "captions": text,
-        "synthetic_caption": tf.io.FixedLenFeature([], tf.string, default_value=""),
-        "regions/bbox": tf.io.RaggedFeature(tf.float32),
-        "regions/description": text,
-        "regions/score": tf.io.RaggedFeature(tf.float32),
-        # As TFDS stores a list of texts a region; sets without negatives have neither.
-        "regions/negatives/ragged_flat_values": text,
-        "regions/negatives/ragged_row_lengths_0": tf.io.RaggedFeature(tf.int64),
-    }
+    from grain_jax.input_pipeline import transforms
+
+    identity = tf.io.FixedLenFeature([], tf.string, default_value="")
+    features = transforms.FEATURES | transforms.NEGATIVES | {"id": identity}
     for path, expected in shards:
         name, read = epath.Path(path).name, 0
-        records = tf.data.TFRecordDataset(path, buffer_size=_READ_BYTES).batch(_RECORDS_AT_ONCE)
-        records = records.map(lambda batch: tf.io.parse_example(batch, features)).prefetch(1)
+        records = tf.data.TFRecordDataset(path, buffer_size=_READ_BYTES)
+        records = records.map(lambda record: tf.io.parse_single_example(record, features), 2)
         try:
-            for columns in records:
-                rows = [_rows(columns[key]) for key in features]
-                for row in zip(*rows, strict=True):
-                    yield _to_item(f"{name}, record {read}", *row)
-                    read += 1
+            for fields in records.prefetch(_RECORDS_AHEAD).as_numpy_iterator():
+                yield _to_item(f"{name}, record {read}", fields)
+                read += 1
         except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
-            # Records are parsed in batches, so only the place of the batch is known.
             last = f"{name}, after record {read - 1}" if read else f"{name}, at its start"
             yield Fault(last, "damaged shard", str(error.message).splitlines()[0][:200])
         except tf.errors.NotFoundError:
@@ -214,45 +186,37 @@ def _read_records(shards: list[tuple[str, int]]) -> Iterator[Item | Fault]:
                 yield Fault(name, "shard length", detail)
 
 
-def _rows(column) -> list:
-    """A column of a parsed batch as a list of its rows."""
-    return column.numpy().tolist() if not hasattr(column, "to_list") else column.to_list()
-
-
-def _to_item(
-    where, identity, encoded, captions, synthetic, boxes, descriptions, scores, negatives, counts
-):
+def _to_item(where: str, fields: dict[str, Any]) -> Item | Fault:
+    """The item of a record, `fields` as transforms.FEATURES parses it."""
     try:
-        header = images_lib.header(encoded, orientation="file")
+        header = images_lib.header(fields["image"], orientation="file")
     except images_lib.ImageError as error:
         return Fault(where, "image", str(error))
-    if not len(boxes) == 4 * len(descriptions) == 4 * len(scores):
-        detail = (
-            f"got {len(boxes)} numbers of boxes, {len(descriptions)} descriptions and"
-            f" {len(scores)} scores, expected four numbers and one score a description"
-        )
-        return Fault(where, "regions", detail)
-    counts = counts or [0] * len(descriptions)
-    if len(counts) != len(descriptions) or sum(counts) != len(negatives):
-        detail = (
-            f"got {len(negatives)} negatives, {sum(counts)} by the counts of {len(counts)} regions, expected a"
-            f" count for each of {len(descriptions)}"
-        )
-        return Fault(where, "regions", detail)
+    boxes_yxyx, scores = fields["regions/bbox"], fields["regions/score"]
+    descriptions = tuple(map(_text, fields["regions/description"]))
+    negatives = tuple(map(_text, fields["regions/negatives/ragged_flat_values"]))
+    # Of each region; sets without negatives have none.
+    counts = fields["regions/negatives/ragged_row_lengths_0"].tolist() or [0] * len(descriptions)
+    if not len(boxes_yxyx) == len(descriptions) == len(scores) == len(counts):
+        got = f"got {len(boxes_yxyx)} boxes, {len(descriptions)} descriptions, {len(scores)} scores"
+        expected = f"{len(counts)} counts of negatives, expected as many of each"
+        return Fault(where, "regions", f"{got}, {expected}")
+    if sum(counts) != len(negatives) or min(counts, default=0) < 0:
+        got = f"got {len(negatives)} negatives, {sum(counts)} by their counts"
+        return Fault(where, "regions", f"{got}, expected the same number")
     texts = iter(negatives)
-    boxes_yxyx = np.array(boxes, np.float32).reshape(-1, 4)
     return Item(
-        name=_text(identity) or where,
+        name=_text(fields["id"]) or where,
         where=where,
-        encoded=encoded,
+        encoded=fields["image"],
         format=header.format,
         size=header.size,
-        captions=tuple(map(_text, captions)),
-        synthetic_caption=_text(synthetic),
-        descriptions=tuple(map(_text, descriptions)),
+        captions=tuple(map(_text, fields["captions"])),
+        synthetic_caption=_text(fields["synthetic_caption"]),
+        descriptions=descriptions,
         boxes_xyxy=boxes_yxyx[:, [1, 0, 3, 2]],
-        scores=np.array(scores, np.float32),
-        negatives=tuple(tuple(_text(next(texts)) for _ in range(count)) for count in counts),
+        scores=scores,
+        negatives=tuple(tuple(itertools.islice(texts, count)) for count in counts),
         turned=header.turned,
     )
 

@@ -3,7 +3,7 @@
 import collections
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,32 @@ class Issue:
         self.example = self.example or example
 
 
+class Texts:
+    """What is counted of the texts of a kind."""
+
+    def __init__(self):
+        self.words, self.tokens = counting.Numbers(), counting.Numbers()
+        self.frequent, self.distinct = counting.Frequent(), counting.Distinct()
+        self.images = 0  # that have some
+
+    def add(self, different: Iterable[str]) -> None:
+        """Counts the different texts of an image."""
+        self.images += bool(different)
+        self.frequent.add(different)
+        for text in different:
+            self.distinct.add(text.encode(), text)
+
+    def result(self) -> dict[str, Any]:
+        """The results, for statistics.json."""
+        return {
+            "words": self.words.result(),
+            "tokens": self.tokens.result(),
+            "distinct": self.distinct.result(),
+            "most_frequent": self.frequent.top(TOP),  # [text, images that have it]
+            "most_frequent_too_low_by": self.frequent.too_low_by,
+        }
+
+
 class Statistics:
     """Call `add` with batches of items, then `result`.
 
@@ -41,19 +67,13 @@ class Statistics:
 
     def __init__(self):
         self.issues: dict[str, Issue] = collections.defaultdict(Issue)
-        self.images = self.image_bytes = self.regions = self.turned = 0
-        self.with_web = self.with_synthetic = self.without_caption = 0
+        self.images = self.image_bytes = self.regions = self.turned = self.without_caption = 0
         self.formats: collections.Counter[str] = collections.Counter()
-        self.sizes = counting.Frequent()
+        self.sizes, self.copies = counting.Frequent(), counting.Distinct()
         self.widths, self.heights = counting.Numbers(), counting.Numbers()
         self.regions_per_image = counting.Numbers()
         self.negatives_per_region = counting.Numbers()
-        self.words = {kind: counting.Numbers() for kind in ("web", "synthetic", "description")}
-        self.tokens = {kind: counting.Numbers() for kind in self.words}
-        self.frequent = {kind: counting.Frequent() for kind in self.words}
-        self.distinct = {
-            kind: counting.Distinct() for kind in ("image", "web", "synthetic", "description")
-        }
+        self.texts = {kind: Texts() for kind in ("web", "synthetic", "description")}
         self.padding = padding.Padding()
         self.areas = np.zeros(len(AREA_EDGES) - 1, np.int64)
         self.shapes = np.zeros((GRID, GRID), np.int64)  # [height, width]
@@ -91,7 +111,7 @@ class Statistics:
         self.sizes.add([f"{width} x {height}"])
         self.turned += item.turned
         self.regions += len(item.descriptions)
-        self.distinct["image"].add(item.encoded, item.name)
+        self.copies.add(item.encoded, item.name)
         if max(item.size) > LONG_SHAPE * min(item.size):
             self.issues["long image"].see(f"{item.where}: {width} x {height} pixels")
         if not item.descriptions:
@@ -100,8 +120,8 @@ class Statistics:
     def _add_texts(
         self, item: reading.Item, texts: list[tuple[str, str]], lengths: list[int]
     ) -> None:
-        seen: dict[str, dict[str, None]] = {kind: {} for kind in self.words}
-        by_kind: dict[str, list[int]] = {kind: [] for kind in self.words}
+        seen: dict[str, dict[str, None]] = {kind: {} for kind in self.texts}
+        by_kind: dict[str, list[int]] = {kind: [] for kind in self.texts}
         for (kind, text), tokens in zip(texts, lengths, strict=True):
             by_kind[kind].append(tokens)
             plain = tokenizer.clean(text).lower()
@@ -112,16 +132,12 @@ class Statistics:
             if kind == "description" and plain in seen[kind]:
                 self.issues["repeated description"].see(f"{item.where}: {text!r}")
             seen[kind][plain] = None
-            self.words[kind].counts[len(plain.split())] += 1
-            self.tokens[kind].counts[tokens] += 1
+            self.texts[kind].words.add([len(plain.split())])
+            self.texts[kind].tokens.add([tokens])
             for issue in flaws.of_text(kind, plain, tokens):
                 self.issues[f"{issue} {name}"].see(f"{item.where}: {_cut(text)!r}")
-        for kind, different in seen.items():  # once an image
-            self.frequent[kind].add(different.keys())
-            for plain in different:
-                self.distinct[kind].add(plain.encode(), plain)
-        self.with_web += bool(seen["web"])
-        self.with_synthetic += bool(seen["synthetic"])
+        for kind, different in seen.items():
+            self.texts[kind].add(different.keys())
         if not seen["web"] and not seen["synthetic"]:
             self.without_caption += 1
             self.issues["no caption"].see(item.where)
@@ -207,29 +223,27 @@ class Statistics:
                 "sizes": self.sizes.top(TOP),
             },
             "captions": {
-                "pictures_with_web": self.with_web,
-                "pictures_with_synthetic": self.with_synthetic,
+                "pictures_with_web": self.texts["web"].images,
+                "pictures_with_synthetic": self.texts["synthetic"].images,
                 "pictures_with_none": self.without_caption,
-                "web": self._text_result("web"),
-                "synthetic": self._text_result("synthetic"),
+                "web": self.texts["web"].result(),
+                "synthetic": self.texts["synthetic"].result(),
             },
-            "descriptions": self._text_result("description"),
+            "descriptions": self.texts["description"].result(),
             "regions": {
                 "count": self.regions,
                 "per_picture": self.regions_per_image.result(),
                 "beyond_max_regions": sum(
-                    n * (value - padding.MAX_REGIONS)
+                    n * max(value - padding.MAX_REGIONS, 0)
                     for value, n in self.regions_per_image.counts.items()
-                    if value > padding.MAX_REGIONS
                 ),
                 "with_negatives": self.negatives_per_region.above(0),
                 "negatives_per_region": self.negatives_per_region.result(),
             },
             "boxes": {
-                "area_histogram": [
-                    [low, high, n]
-                    for low, high, n in zip(AREA_EDGES, AREA_EDGES[1:], self.areas.tolist())
-                ],
+                "area_histogram": list(
+                    map(list, zip(AREA_EDGES, AREA_EDGES[1:], self.areas.tolist()))
+                ),
                 "places": (cover / max(boxed, 1)).round(4).tolist(),
                 "shapes": (self.shapes / max(boxed, 1)).round(4).tolist(),
             },
@@ -244,17 +258,7 @@ class Statistics:
                 ],
             },
             "padding": self.padding.result(),
-            "duplicate_pictures": self.distinct["image"].result(),
-        }
-
-    def _text_result(self, kind: str) -> dict[str, Any]:
-        frequent = self.frequent[kind]
-        return {
-            "words": self.words[kind].result(),
-            "tokens": self.tokens[kind].result(),
-            "distinct": self.distinct[kind].result(),
-            "most_frequent": frequent.top(TOP),  # [text, images that have it]
-            "most_frequent_too_low_by": frequent.too_low_by,
+            "duplicate_pictures": self.copies.result(),
         }
 
 
@@ -272,7 +276,7 @@ def _shards(lengths: Sequence[int], lanes: int) -> dict[str, Any]:
     """Sizes of the shards, and the least and most records of a stream of the deterministic shuffle (a lane)."""
     if not lengths:
         return {"count": 0}
-    filled = [order.Shard(str(i), n) for i, n in enumerate(lengths) if n]
+    filled = [order.ShardFile(str(i), n) for i, n in enumerate(lengths) if n]
     per_lane = []
     if len(filled) >= lanes:
         made = order.make_lanes(filled, name="this set", lanes=lanes, shards_per_block=1, seed=0)

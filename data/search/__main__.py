@@ -4,6 +4,7 @@ grain-jax search DIR --text "a long orange beak" [--output found.html]
 """
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -46,31 +47,24 @@ def run(args: argparse.Namespace) -> str:
     else:
         model = index.model
     questions = [page.Question(text) for text in args.text]
-    found = _search(args, index, model, args.text) if args.text else []
+    answers = functools.partial(
+        search.search, index, top=args.top, by=args.by, model=model, faiss=args.faiss
+    )
+    found = answers(args.text) if args.text else []
     if args.image:
         orientation = index.settings.orientation
         asked = [
             page.Question(path, images_lib.load_image(path, orientation)) for path in args.image
         ]
-        queries = [question.image for question in asked]
+        queries: search.Queries = [question.image for question in asked]
         if args.box:
             box_xyxy, vector = _region(model, asked[0].image, args.box)
             asked, queries = [asked[0]._replace(box_xyxy=box_xyxy)], vector[None]
         questions += asked
-        found += _search(args, index, model, queries)
+        found += answers(queries)
     if output is not None:
         _write_page(output, args, index, questions, found)
     return "\n\n".join(_table(question, hits) for question, hits in zip(questions, found))
-
-
-def _search(args: argparse.Namespace, index, model, queries) -> list[list[search.Hit]]:
-    if not isinstance(queries, np.ndarray):
-        of_texts = isinstance(queries[0], str)
-        by = args.by or ("regions" if of_texts and index.has_regions else "images")
-        queries = model.encode_text(queries) if of_texts else model.encode_image(queries)
-    else:
-        by = args.by
-    return search.search(index, queries, top=args.top, by=by, faiss=args.faiss)
 
 
 def _region(

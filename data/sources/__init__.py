@@ -6,25 +6,15 @@
 What a source is: `data/sources/base.py`.
 """
 
+import dataclasses
+import importlib
+import typing
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-from grain_jax.data.sources import own_options
-from grain_jax.data.sources.annotations import Annotations
 from grain_jax.data.sources.base import CAUSES, Fault, Image, Options, Shard, Source, SourceError
-from grain_jax.data.sources.coco import Coco
-from grain_jax.data.sources.fg_ovd import FgOvd
-from grain_jax.data.sources.finehard import FineHard
-from grain_jax.data.sources.flickr30k_entities import Flickr30kEntities
-from grain_jax.data.sources.folder import Folder
-from grain_jax.data.sources.grit import Grit
-from grain_jax.data.sources.karpathy import Karpathy
-from grain_jax.data.sources.lvis import Lvis
-from grain_jax.data.sources.refcoco import RefCoco
-from grain_jax.data.sources.tfds import Tfds
-from grain_jax.data.sources.visual_genome import VisualGenome
-from grain_jax.data.sources.webdataset import WebDataset
 
-from grain_jax import named
+from grain_jax import config, named
 from grain_jax.files import regular_file
 
 __all__ = [
@@ -41,33 +31,67 @@ __all__ = [
     "shards",
 ]
 
-SOURCES: dict[str, type[Source]] = {
-    "annotations": Annotations,
-    "coco": Coco,
-    "fg_ovd": FgOvd,
-    "finehard": FineHard,
-    "flickr30k_entities": Flickr30kEntities,
-    "folder": Folder,
-    "grit": Grit,
-    "karpathy": Karpathy,
-    "lvis": Lvis,
-    "refcoco": RefCoco,
-    "tfds": Tfds,
-    "visual_genome": VisualGenome,
-    "webdataset": WebDataset,
+# The name of a module here -> its class.
+SOURCES = {
+    "annotations": "Annotations",
+    "coco": "Coco",
+    "fg_ovd": "FgOvd",
+    "finehard": "FineHard",
+    "flickr30k_entities": "Flickr30kEntities",
+    "folder": "Folder",
+    "grit": "Grit",
+    "karpathy": "Karpathy",
+    "lvis": "Lvis",
+    "refcoco": "RefCoco",
+    "tfds": "Tfds",
+    "visual_genome": "VisualGenome",
+    "webdataset": "WebDataset",
 }
+_BOOLS = {"true": True, "false": False}
 
 
 def make(source: str, own: Mapping[str, str] | None = None) -> Source:
-    """The source of that name, or `module:Class`, with options of its own.
+    """The source of that name, or `module:Class`.
+
+    Args:
+      source: the name.
+      own: texts of its own options: fields of the class, a dataclass, that are str, int, float or bool.
 
     Raises:
       errors.UserError: there is no such source; the line lists what there is.
-      SourceError: the class is no source, or an option is wrong.
+      SourceError: the class is no source, there is no such option, or a value is of another type or refused by the
+        class (a ValueError of its `__post_init__`).
     """
     with named.importing():  # the name is the user's, from the command line
-        found = named.find("data source", source, SOURCES)
-    return own_options.make(source, found, own or {})
+        cls = named.find("data source", source, SOURCES)
+    if source in SOURCES:
+        cls = getattr(importlib.import_module(f"{__name__}.{source}"), cls)
+    missing = [x for x in ("images_are_files", "shards", "read") if not hasattr(cls, x)]
+    if missing or not isinstance(cls, type):
+        what = f"a class without {', '.join(missing)}" if isinstance(cls, type) else "no class"
+        raise SourceError(
+            f"data source {source!r}: got {what}, expected one as data/sources/base.py: Source describes"
+        )
+    kinds = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+    known = [field.name for field in dataclasses.fields(cls)] if kinds else []
+    values = {}
+    for key, text in (own or {}).items():
+        if key not in known:
+            said = config.unknown_key(key, known) if known else "the source has no options"
+            raise SourceError(f"--option {key} of data source {source!r}: {said}")
+        values[key] = _typed(key, text, kinds[key])
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise SourceError(f"--option of data source {source!r}: {error}") from None
+
+
+def _typed(key: str, text: str, kind: Any) -> Any:
+    try:
+        return _BOOLS[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, kind)
+        raise SourceError(f"--option {key}: got {text!r}, expected {expected}") from None
 
 
 def shards(source: str, options: Options, own: Mapping[str, str] | None = None) -> list[Shard]:

@@ -1,6 +1,5 @@
 """The project's own A.jsonl with its folder of images; a shard is a part of the file, by bytes."""
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from typing import ClassVar
@@ -19,20 +18,23 @@ class Annotations:
     def shards(self, options: base.Options) -> list[base.Shard]:
         """Parts of `options.shard_size` lines of each file."""
         if not options.annotations:
-            raise base.SourceError("source annotations: got no --annotations, expected A.jsonl")
+            raise base.SourceError("got no --annotations, expected A.jsonl")
         out = []
         for path in map(epath.Path, options.annotations):
             first, start = 1, 0
             rest = regular_file.lines(path, annotations.EXPECTED)
             while lines := list(itertools.islice(rest, options.shard_size)):
                 stop = start + sum(map(len, lines))
-                arguments = {"file": str(path), "images": str(options.images)}
-                arguments["orientation"] = options.orientation
-                arguments |= {"first_line": first, "start": start, "stop": stop}
-                arguments["lines"] = sum(1 for line in lines if line.strip())
-                # Another content gets another name, so that it is not taken for one that is finished.
-                digest = hashlib.sha256(b"".join(lines)).hexdigest()[:8]
-                out.append(base.Shard(f"{len(out):06d}-{digest}", arguments))
+                arguments = {
+                    "file": str(path),
+                    "images": str(options.images),
+                    "orientation": options.orientation,
+                    "first_line": first,
+                    "start": start,
+                    "stop": stop,
+                    "lines": sum(1 for line in lines if line.strip()),
+                }
+                out.append(base.Shard(base.shard_name(len(out), b"".join(lines)), arguments))
                 first, start = first + len(lines), stop
         return out
 
@@ -61,13 +63,4 @@ def image(line: bytes, where: str, folder: str, orientation: str) -> base.Image 
     parsed = annotations.parse_line(line, caption_required=False)
     if parsed.annotation is None:
         return base.Fault(parsed.image or where, "bad annotation", "; ".join(parsed.faults))
-    found = parsed.annotation
-    entry = base.Entry(
-        image=found.image,
-        captions=found.captions,
-        synthetic_caption=found.synthetic_caption,
-        regions=found.regions,
-        id=found.id,
-        phrases=found.phrases,
-    )
-    return join.load(entry, folder, orientation)
+    return join.load(base.Entry(**parsed.annotation._asdict()), folder, orientation)

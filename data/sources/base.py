@@ -8,6 +8,7 @@ Where the images are files and the annotations one file or a few, subclass `data
 write `entries` alone.
 """
 
+import hashlib
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -49,9 +50,8 @@ class Options(NamedTuple):
     split: str = ""  # of sources that have splits; "" is all of them (TFDS: train)
     scratch: str = ""  # folder for the lists of images that workers read
     shard_size: int = 1000  # images a shard, where the source has no shards of its own
-    orientation: str = (
-        "exif"  # of the images, as of grain_jax.files.images; sets of records are read as "file"
-    )
+    # Of the images, as of grain_jax.files.images; sets of records are read as "file".
+    orientation: str = "exif"
 
 
 class Fault(NamedTuple):
@@ -69,9 +69,8 @@ class Image(NamedTuple):
     encoded: bytes  # the file as it is
     captions: tuple[str, ...] = ()
     synthetic_caption: str = ""
-    regions: tuple[
-        annotations.Region, ...
-    ] = ()  # pixels of the image in its orientation; may hang over its edge a little
+    # Pixels of the image in its orientation; a box may hang over its edge a little.
+    regions: tuple[annotations.Region, ...] = ()
     id: str | None = None
     left_out: tuple[Fault, ...] = ()  # regions that the source has and that cannot be used
     phrases: tuple[tuple[int, ...], ...] | None = None  # as annotations.Annotation.phrases
@@ -122,6 +121,18 @@ class Entry(NamedTuple):
     id: str | None = None
     left_out: Sequence[tuple[str, str]] = ()  # (cause, detail) of regions
     phrases: Sequence[Sequence[int]] | None = None  # as annotations.Annotation.phrases
+
+
+def shard_name(number: int, content: bytes) -> str:
+    """The name of a shard that lists `content`: another content is not taken for a shard that is finished."""
+    return f"{number:06d}-{hashlib.sha256(content).hexdigest()[:8]}"
+
+
+def check_split(path: object, split: str, known: Iterable[str]) -> None:
+    """Raises SourceError where the file at `path` has no such split; "" is all of them."""
+    if split and split not in known:
+        options = ", ".join(sorted(known))
+        raise SourceError(f"{path}: got --split {split}, expected one of: {options}")
 
 
 def text(value: Any) -> str:

@@ -3,24 +3,28 @@
 A region is an object: its description is the category's name. Boxes around crowds are left out.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Generic, TypeVar
+import abc
+from collections.abc import Iterator
+from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
 from grain_jax.data.sources import base, json_files, staged
 
 from grain_jax.files import annotations
 
-_EXPECTED = "COCO's captions or instances"
 
-
-class Picture(msgspec.Struct):
+class ImageItem(msgspec.Struct):
     """An item of `images`."""
 
     id: base.Id
     file_name: str
     width: int | float | None = None
     height: int | float | None = None
+
+    @property
+    def name(self) -> str:
+        """The image's path below the images' folder."""
+        return self.file_name
 
     @property
     def size(self) -> tuple[float, float] | None:
@@ -46,61 +50,79 @@ class Object(msgspec.Struct):
     score: base.Scalar = base.WHOLE
 
 
-Pictures, Objects, E = TypeVar("Pictures"), TypeVar("Objects", bound=Object), TypeVar("E")
+ImageItems = TypeVar("ImageItems")
 
 
-class File(msgspec.Struct, Generic[Pictures]):
+class File(msgspec.Struct, Generic[ImageItems]):
     """A file of COCO's form; each item of `annotations` is checked on its own."""
 
-    images: list[Pictures]
+    images: list[ImageItems]
     annotations: list[msgspec.Raw]
     categories: list[Category] = []
 
 
-def objects(
-    path: str, file: File, kind: type[Objects], entries: Mapping[base.Id, E], expected: str
-) -> Iterator[tuple[E, Objects] | base.Fault]:
-    """The file's annotations with the entry of their image; a fault for each one without, or of another form."""
-    for number, raw in enumerate(file.annotations):
-        where = f"{path}:annotations[{number}]"
-        found = json_files.item(raw, kind, where, expected)
-        if isinstance(found, base.Fault):
-            yield found
-        elif found.image_id in entries:
-            yield entries[found.image_id], found
-        else:
-            got = f"got image_id {annotations.show(found.image_id)}"
-            yield base.Fault(where, "bad annotation", f"{got}, expected an image of the file")
+class Objects(staged.ListedSource):
+    """Files of COCO's form whose objects have a category: a subclass says what else there is.
 
+    Attributes:
+      image_item: the form of an item of `images`, with `id`, `name` and `size`.
+      item: the form of an item of `annotations`.
+      of_objects: whether a file without categories is none of this form.
+    """
 
-class Coco(staged.ListedSource):
-    """Images of one or several of COCO's files, which are joined by the images' file names."""
+    of_objects: ClassVar[bool] = True
+    image_item: ClassVar[Any] = ImageItem
+    item: ClassVar[Any] = Object
+
+    @abc.abstractmethod
+    def add(self, entry: base.Entry, found: Any, names: dict[base.Id, str]) -> None:
+        """Adds what an item of `annotations` says to the entry of its image; `names` are the categories'."""
 
     def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
-        if not options.annotations:
-            raise base.SourceError(f"source coco: got no --annotations, expected {_EXPECTED}")
-        return _entries(options.annotations)
+        for path in options.annotations:
+            of_name: dict[str, base.Entry] = {}
+            yield from self._read(path, of_name)
+            yield from of_name.values()
 
-
-def _entries(paths: tuple[str, ...]) -> Iterator[base.Entry | base.Fault]:
-    entries: dict[str, base.Entry] = {}
-    for path in paths:
-        content = json_files.read_json(path, File[Picture], _EXPECTED)
+    def _read(self, path: str, of_name: dict[str, base.Entry]) -> Iterator[base.Fault]:
+        """Adds what a file says to the entries by the images' names; yields the faults of its items."""
+        content = json_files.read(path, File[self.image_item], self.needs)
+        if self.of_objects and not content.categories:
+            raise base.SourceError(f"{path}: got no categories, expected {self.needs}")
         names = {category.id: category.name for category in content.categories}
         of_id = {}
-        for picture in content.images:
-            new = base.Entry(picture.file_name, [], regions=[], size=picture.size, left_out=[])
-            of_id[picture.id] = entries.setdefault(picture.file_name, new)
-        for found in objects(path, content, Object, of_id, _EXPECTED):
+        for image in content.images:
+            new = base.Entry(image.name, [], regions=[], size=image.size, left_out=[])
+            of_id[image.id] = of_name.setdefault(image.name, new)
+        for number, raw in enumerate(content.annotations):
+            where = f"{path}:annotations[{number}]"
+            found = json_files.item(raw, self.item, where, self.needs)
             if isinstance(found, base.Fault):
                 yield found
-                continue
-            entry, item = found
-            if item.caption is not None:
-                entry.captions.append(item.caption)
-            elif item.iscrowd:
-                entry.left_out.append(("crowd", f"box {annotations.show(item.bbox)}"))
+            elif found.image_id in of_id:
+                self.add(of_id[found.image_id], found, names)
             else:
-                name = names.get(item.category_id)
-                entry.regions.append((base.xywh(item.bbox), name, item.score))
-    yield from entries.values()
+                got = f"got image_id {annotations.show(found.image_id)}"
+                yield base.Fault(where, "bad annotation", f"{got}, expected an image of the file")
+
+
+class Coco(Objects):
+    """Images of one or several of COCO's files, which are joined by the images' file names."""
+
+    needs = "COCO's captions or instances"
+    of_objects = False
+
+    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
+        of_name: dict[str, base.Entry] = {}
+        for path in options.annotations:
+            yield from self._read(path, of_name)
+        yield from of_name.values()
+
+    def add(self, entry: base.Entry, found: Object, names: dict[base.Id, str]) -> None:
+        if found.caption is not None:
+            entry.captions.append(found.caption)
+        elif found.iscrowd:
+            entry.left_out.append(("crowd", f"box {annotations.show(found.bbox)}"))
+        else:
+            name = names.get(found.category_id)
+            entry.regions.append((base.xywh(found.bbox), name, found.score))

@@ -5,42 +5,20 @@ A region is an object: its description is the name of its category, a sentence, 
 gt/transparency.json and evaluation/ranks.py.
 """
 
-from collections.abc import Iterator
-
-from grain_jax.data.sources import base, coco, json_files, staged
-
-_EXPECTED = "a benchmark of FG-OVD"
+from grain_jax.data.sources import base, coco
 
 
 class _Object(coco.Object):
     neg_category_ids: list[base.Id] = []
 
 
-class FgOvd(staged.ListedSource):
+class FgOvd(coco.Objects):
     """The images of the files."""
 
-    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
-        if not options.annotations:
-            raise base.SourceError(f"source fg_ovd: got no --annotations, expected {_EXPECTED}")
-        return _entries(options.annotations)
+    needs = "a benchmark of FG-OVD"
+    item = _Object
 
-
-def _entries(paths: tuple[str, ...]) -> Iterator[base.Entry | base.Fault]:
-    for path in paths:
-        content = json_files.read_json(path, coco.File[coco.Picture], _EXPECTED)
-        if not content.categories:
-            raise base.SourceError(f"{path}: got no categories, expected {_EXPECTED}")
-        names = {category.id: category.name for category in content.categories}
-        entries = {
-            image.id: base.Entry(image.file_name, regions=[], size=image.size)
-            for image in content.images
-        }
-        for found in coco.objects(path, content, _Object, entries, _EXPECTED):
-            if isinstance(found, base.Fault):
-                yield found
-                continue
-            entry, item = found
-            negatives = [names[i] for i in item.neg_category_ids if i in names]
-            box, description = base.xywh(item.bbox), names.get(item.category_id)
-            entry.regions.append((box, description, base.WHOLE, negatives))
-        yield from entries.values()
+    def add(self, entry: base.Entry, found: _Object, names: dict[base.Id, str]) -> None:
+        negatives = [names[i] for i in found.neg_category_ids if i in names]
+        box, description = base.xywh(found.bbox), names.get(found.category_id)
+        entry.regions.append((box, description, base.WHOLE, negatives))

@@ -12,8 +12,6 @@ import msgspec
 from etils import epath
 from grain_jax.data.sources import base, json_files, staged
 
-_EXPECTED = "f_path, caption, bbox_info"
-
 
 class _Region(msgspec.Struct):
     bbox: list[base.Scalar]
@@ -33,23 +31,13 @@ class _Item(msgspec.Struct):
 class FineHard(staged.ListedSource):
     """Images of JSON files, or of folders of them."""
 
+    needs = "jsonfiles, a folder of FineHARD's .json: f_path, caption, bbox_info"
+
     def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
-        paths = []
         for path in map(epath.Path, options.annotations):
-            paths += sorted(path.glob("*.json")) if path.is_dir() else [path]
-        if not paths:
-            raise base.SourceError(
-                "source finehard: expected --annotations jsonfiles, a folder of .json"
-            )
-        return _entries(paths)
-
-
-def _entries(paths: list[epath.Path]) -> Iterator[base.Entry | base.Fault]:
-    for path in paths:
-        items = json_files.read_json_list(path, expected="a list: FineHARD's images")
-        for number, item in enumerate(items):
-            found = json_files.item(item, _Item, f"{path}[{number}]", _EXPECTED)
-            yield found if isinstance(found, base.Fault) else _entry(found)
+            for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+                for found in json_files.read_list(file, _Item, self.needs):
+                    yield found if isinstance(found, base.Fault) else _entry(found)
 
 
 def _entry(item: _Item) -> base.Entry:

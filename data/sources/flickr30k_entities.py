@@ -26,39 +26,26 @@ _MAX_LIST = 16 << 20  # bytes of a list of ids
 class Flickr30kEntities(staged.ListedSource):
     """Images that have a file in Sentences."""
 
+    needs = "the folder with Sentences and Annotations"
+
     def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
-        if len(options.annotations) != 1:
-            raise base.SourceError(
-                "source flickr30k_entities: expected --annotations, the folder with Sentences and Annotations"
-            )
-        return _entries(options)
-
-
-def _entries(options: base.Options) -> Iterator[base.Entry | base.Fault]:
-    root = epath.Path(options.annotations[0])
-    if not (root / "Sentences").is_dir() or not (root / "Annotations").is_dir():
-        raise base.SourceError(f"{root}: expected the folders Sentences and Annotations in it")
-    names = sorted(path.stem for path in (root / "Sentences").glob("*.txt"))
-    if options.split:
-        listed = root / f"{options.split}.txt"
-        if not listed.exists():
-            raise base.SourceError(f"--split {options.split}: there is no {listed}, a list of ids")
-        chosen = set(
-            regular_file.read(listed, _MAX_LIST, "a list of ids").decode("utf-8", "replace").split()
-        )
-        names = [name for name in names if name in chosen]
-    for name in names:
-        try:
-            sentences, xml = (
-                regular_file.read(root / folder / f"{name}.{ending}", _MAX_BYTES, expected)
-                for folder, ending, expected in (
-                    ("Sentences", "txt", "sentences"),
-                    ("Annotations", "xml", "boxes"),
-                )
-            )
-            yield _entry(f"{name}.jpg", sentences.decode(), ET.fromstring(xml))
-        except (ET.ParseError, LookupError, ValueError, TypeError, AttributeError) as error:
-            yield base.Fault(f"{name}.jpg", "bad annotation", f"{type(error).__name__}: {error}")
+        root = epath.Path(options.annotations[0])
+        sentences, annotations = root / "Sentences", root / "Annotations"
+        if len(options.annotations) != 1 or not (sentences.is_dir() and annotations.is_dir()):
+            raise base.SourceError(f"{root}: expected --annotations, {self.needs}")
+        names = sorted(path.stem for path in sentences.glob("*.txt"))
+        if options.split:
+            listed = regular_file.read(root / f"{options.split}.txt", _MAX_LIST, "a list of ids")
+            chosen = set(listed.decode("utf-8", "replace").split())
+            names = [name for name in names if name in chosen]
+        for name in names:
+            try:
+                said = regular_file.read(sentences / f"{name}.txt", _MAX_BYTES, "sentences")
+                xml = regular_file.read(annotations / f"{name}.xml", _MAX_BYTES, "boxes")
+                yield _entry(f"{name}.jpg", said.decode(), ET.fromstring(xml))
+            except (ET.ParseError, LookupError, ValueError, TypeError, AttributeError) as error:
+                got = f"{type(error).__name__}: {error}"
+                yield base.Fault(f"{name}.jpg", "bad annotation", got)
 
 
 def _entry(image: str, sentences: str, xml: ET.Element) -> base.Entry:

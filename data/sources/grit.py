@@ -25,23 +25,18 @@ class Grit(webdataset.WebDataset):
     """Images of tars; a region's description is its part of the caption."""
 
     def entry(self, image: str, files: dict[str, bytes]) -> base.Entry:
-        return _entry(image, files)
-
-
-def _entry(image: str, files: dict[str, bytes]) -> base.Entry:
-    expected = "a caption and spans of seven numbers"
-    item = regular_file.checked(webdataset.metadata(files), _Item, "json", expected)
-    # Referring expressions hold every noun chunk, with the words that belong to it.
-    spans = item.noun_chunks if item.ref_exps is None else item.ref_exps
-    if spans is None:
-        raise ValueError(
-            "got neither ref_exps nor noun_chunks, expected a list; img2dataset keeps them with"
-            " --save_additional_columns"
-        )
-    regions = []
-    for span in spans:
-        start, end, *box, score = span
-        if not (math.isfinite(start) and math.isfinite(end)):
-            raise ValueError(f"got characters {start} to {end}, expected finite numbers")
-        regions.append((box, item.caption[int(start) : int(end)], score))
-    return base.Entry(image, (item.caption,), regions=regions, shares=True)
+        expected = "a caption and spans of seven numbers"
+        item = regular_file.checked(webdataset.metadata(files), _Item, "json", expected)
+        # Referring expressions hold every noun chunk, with the words that belong to it.
+        spans = item.noun_chunks if item.ref_exps is None else item.ref_exps
+        if spans is None:
+            raise ValueError(
+                "got neither ref_exps nor noun_chunks, expected a list; img2dataset keeps them with"
+                " --save_additional_columns"
+            )
+        regions = []
+        for start, end, *box, score in spans:
+            if not (math.isfinite(start) and math.isfinite(end)):
+                raise ValueError(f"got characters {start} to {end}, expected finite numbers")
+            regions.append((box, item.caption[int(start) : int(end)], score))
+        return base.Entry(image, (item.caption,), regions=regions, shares=True)

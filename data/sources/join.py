@@ -5,7 +5,6 @@ region is left out with its cause, and its image stays.
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -24,13 +23,8 @@ def load(entry: Entry, folder: epath.PathLike, orientation: str = "exif") -> Ima
         encoded = images.read_file(file)
     except FileNotFoundError:
         return Fault(path, "no such file", f"there is no {file}")
-    except images.TooLargeError as error:
-        return Fault(path, "too large", str(error))
-    except images.ImageError as error:
-        return Fault(path, "unreadable", str(error))
-    except (OSError, ValueError) as error:  # a name of half surrogates
-        reason = getattr(error, "strerror", None) or error
-        return Fault(path, "unreadable", f"{reason}, expected an image")
+    except (OSError, ValueError) as error:  # also a name of half surrogates
+        return _unreadable(path, error)
     return join(entry._replace(image=path), encoded, orientation)
 
 
@@ -48,10 +42,8 @@ def join(entry: Entry, encoded: bytes, orientation: str = "exif") -> Image | Fau
     if entry.regions:
         try:
             size = images.header(encoded, orientation=orientation).size
-        except images.TooLargeError as error:
-            return Fault(entry.image, "too large", str(error))
         except images.ImageError as error:
-            return Fault(entry.image, "unreadable", str(error))
+            return _unreadable(entry.image, error)
         if entry.size not in (None, size):
             expected = f"expected {entry.size[0]} x {entry.size[1]}, which its boxes were drawn on"
             other = "file" if orientation == "exif" else "exif"
@@ -65,6 +57,10 @@ def join(entry: Entry, encoded: bytes, orientation: str = "exif") -> Image | Fau
                 regions.append(region)
             else:
                 left_out.append(Fault(entry.image, *region))
+    phrases = entry.phrases
+    if phrases is not None:  # with their boxes that are kept, without those that have none
+        kept = (tuple(place[x] for x in phrase if x in place) for phrase in phrases)
+        phrases = tuple(filter(None, kept))
     return Image(
         image=entry.image,
         encoded=encoded,
@@ -73,19 +69,16 @@ def join(entry: Entry, encoded: bytes, orientation: str = "exif") -> Image | Fau
         regions=tuple(regions),
         id=entry.id,
         left_out=tuple(left_out),
-        phrases=_kept_phrases(entry.phrases, place),
+        phrases=phrases,
         orientation=orientation,
     )
 
 
-def _kept_phrases(
-    phrases: Sequence[Sequence[int]] | None, place: Mapping[int, int]
-) -> tuple[tuple[int, ...], ...] | None:
-    """The phrases with their boxes that are kept, `place` old position -> new; without those that have none."""
-    if phrases is None:
-        return None
-    kept = (tuple(place[x] for x in phrase if x in place) for phrase in phrases)
-    return tuple(filter(None, kept))
+def _unreadable(image: str, error: Exception) -> Fault:
+    cause = "too large" if isinstance(error, images.TooLargeError) else "unreadable"
+    if isinstance(error, images.ImageError):
+        return Fault(image, cause, str(error))
+    return Fault(image, cause, f"{getattr(error, 'strerror', None) or error}, expected an image")
 
 
 def _region(
@@ -117,16 +110,9 @@ def _region(
         return "no description", f"got {annotations.show(description)} at {got}, expected a text"
     if not isinstance(score, int | float) or not 0 <= score <= 1:
         return "bad box", f"got score {annotations.show(score)} at {got}, expected 0 to 1"
-    box_xyxy = x1, y1, x2, y2
-    return annotations.Region(
-        box_xyxy, text(description), float(score), _negatives(negatives, text(description))
-    )
-
-
-def _negatives(texts: Any, description: str) -> tuple[str, ...]:
-    """The texts that can be negatives of the description: neither it nor each other, as A.jsonl wants them."""
-    kept = {annotations.plain(description): ""}
-    for one in texts if isinstance(texts, list | tuple) else ():
-        if text(one):
-            kept.setdefault(annotations.plain(text(one)), text(one))
-    return tuple(filter(None, kept.values()))
+    # Neither the description nor each other, as A.jsonl wants them.
+    kept = {annotations.plain(text(description)): ""}
+    for one in filter(None, map(text, negatives if isinstance(negatives, list | tuple) else ())):
+        kept.setdefault(annotations.plain(one), one)
+    negatives = tuple(filter(None, kept.values()))
+    return annotations.Region((x1, y1, x2, y2), text(description), float(score), negatives)

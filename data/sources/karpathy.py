@@ -9,14 +9,12 @@ from collections.abc import Iterator
 import msgspec
 from grain_jax.data.sources import base, json_files, staged
 
-_EXPECTED = "dataset_flickr30k.json or dataset_coco.json of Karpathy's splits"
-
 
 class _Sentence(msgspec.Struct):
     raw: str
 
 
-class _Picture(msgspec.Struct):
+class _ImageItem(msgspec.Struct):
     filename: str
     split: str
     sentences: list[_Sentence]
@@ -24,27 +22,21 @@ class _Picture(msgspec.Struct):
 
 
 class _File(msgspec.Struct):
-    images: list[_Picture]
+    images: list[_ImageItem]
 
 
 class Karpathy(staged.ListedSource):
     """The split's images; those of COCO start in train2014/ and val2014/."""
 
-    def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
+    needs = "dataset_flickr30k.json or dataset_coco.json of Karpathy's splits"
+
+    def entries(self, options: base.Options) -> Iterator[base.Entry]:
         if len(options.annotations) != 1:
-            raise base.SourceError(
-                f"source karpathy: expected one file as --annotations, {_EXPECTED}"
-            )
-        return _entries(options.annotations[0], options.split)
-
-
-def _entries(path: str, split: str) -> Iterator[base.Entry]:
-    images = json_files.read_json(path, _File, _EXPECTED).images
-    known = {image.split for image in images}
-    if split and split not in known:
-        options = ", ".join(sorted(known))
-        raise base.SourceError(f"{path}: got --split {split}, expected one of: {options}")
-    for image in images:
-        if not split or image.split == split:
-            folder = f"{image.filepath}/" if image.filepath else ""
-            yield base.Entry(folder + image.filename, [one.raw for one in image.sentences])
+            raise base.SourceError(f"expected one file as --annotations, {self.needs}")
+        path = options.annotations[0]
+        images = json_files.read(path, _File, self.needs).images
+        base.check_split(path, options.split, {image.split for image in images})
+        for image in images:
+            if options.split in ("", image.split):
+                folder = f"{image.filepath}/" if image.filepath else ""
+                yield base.Entry(folder + image.filename, [one.raw for one in image.sentences])

@@ -7,6 +7,7 @@ sentence with its own box. `split` is that of the refs (train, val, testA, ...).
 are COCO's, so captions_train2014.json may be given as well.
 """
 
+import collections
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -31,7 +32,7 @@ class _Ref(msgspec.Struct):
     sentences: list[_Sentence]
 
 
-class _Picture(coco.Picture):
+class _ImageItem(coco.ImageItem):
     caption: str | None = None  # an expression, in MDETR's files
 
 
@@ -43,11 +44,11 @@ class _Object(msgspec.Struct):
 
 
 class _File(msgspec.Struct):
-    images: list[_Picture]
+    images: list[_ImageItem]
     annotations: list[_Object]
 
 
-_Expression = tuple[_Picture, tuple[float, ...], str]  # its image, xyxy box, the words
+_Expression = tuple[_ImageItem, tuple[float, ...], str]  # its image, xyxy box, the words
 
 
 # The C reader gives memory to whatever number of an object a pickle names.
@@ -60,6 +61,8 @@ class _Plain(pickle._Unpickler):
 
 class RefCoco(staged.ListedSource):
     """Images that have expressions."""
+
+    needs = _EXPECTED
 
     def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
         refs, instances, mdetr, captions = [], [], [], {}
@@ -76,11 +79,11 @@ class RefCoco(staged.ListedSource):
             else:
                 instances.append(content)
         if not mdetr and not (refs and instances):
-            got = ", ".join(options.annotations) or "none"
-            raise base.SourceError(f"source refcoco: got --annotations {got}, expected {_EXPECTED}")
+            got = ", ".join(options.annotations)
+            raise base.SourceError(f"got --annotations {got}, expected {_EXPECTED}")
 
         # file -> (box, expression) of each sentence
-        sentences_of: dict[str, list[tuple[Any, str]]] = {}
+        sentences_of: dict[str, list[tuple[Any, str]]] = collections.defaultdict(list)
         sizes: dict[str, tuple[float, float] | None] = {}
         for found in (*_of_refs(refs, instances, options.split), *_of_mdetr(mdetr)):
             if isinstance(found, base.Fault):
@@ -88,17 +91,16 @@ class RefCoco(staged.ListedSource):
                 continue
             image, box, expression = found
             sizes[image.file_name] = image.size
-            sentences_of.setdefault(image.file_name, []).append((box, expression))
+            sentences_of[image.file_name].append((box, expression))
         for image, sentences in sentences_of.items():
-            of_box: dict[Any, list[tuple[Any, str]]] = {}
+            of_box = collections.defaultdict(list)
             for box, text in dict.fromkeys(sentences):
-                of_box.setdefault(box, []).append((box, text))
-            regions = list(base.taking_turns(of_box.values()))
-            place = {region: at for at, region in enumerate(regions)}
+                of_box[box].append((box, text))
+            place = {region: at for at, region in enumerate(base.taking_turns(of_box.values()))}
             yield base.Entry(
                 image,
                 captions.get(image, ()),
-                regions=[(*region, base.WHOLE) for region in regions],
+                regions=[(*region, base.WHOLE) for region in place],
                 size=sizes[image],
                 phrases=[[place[sentence]] for sentence in sentences],
             )
@@ -106,7 +108,7 @@ class RefCoco(staged.ListedSource):
 
 def _load(path: epath.Path) -> list[_Ref] | _File:
     if path.suffix == ".json":
-        return json_files.read_json(path, list[_Ref] | _File, _EXPECTED)
+        return json_files.read(path, list[_Ref] | _File, _EXPECTED)
     with regular_file.opened(path, _EXPECTED) as (file, _):
         try:
             # Python 2 wrote it: its byte strings are texts.
@@ -122,10 +124,9 @@ def _of_refs(
 ) -> Iterator[_Expression | base.Fault]:
     images = {image.id: image for content in instances for image in content.images}
     boxes = {item.id: item.bbox for content in instances for item in content.annotations}
-    known = {ref.split for _, content in refs for ref in content}
-    if refs and split and split not in known:
-        options = ", ".join(sorted(known))
-        raise base.SourceError(f"{refs[0][0]}: got --split {split}, expected one of: {options}")
+    if refs:
+        known = {ref.split for _, content in refs for ref in content}
+        base.check_split(refs[0][0], split, known)
     for path, content in refs:
         for number, ref in enumerate(content):
             if split and ref.split != split:

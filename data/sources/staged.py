@@ -5,7 +5,6 @@ neither COCO's 500 MB nor the time to find its part of them.
 """
 
 import abc
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -18,9 +17,14 @@ from grain_jax.files import atomic
 
 
 class ListedSource(abc.ABC):
-    """A `base.Source` whose subclass gives `entries`: `shards` writes them to lists, `read` joins them with their images."""
+    """A `base.Source` whose subclass gives `entries`: `shards` writes them to lists, `read` joins them with their images.
+
+    Attributes:
+      needs: what --annotations must name; "" for a source that has no such files.
+    """
 
     images_are_files: ClassVar[bool] = True
+    needs: ClassVar[str] = ""
 
     @abc.abstractmethod
     def entries(self, options: base.Options) -> Iterator[base.Entry | base.Fault]:
@@ -36,16 +40,15 @@ class ListedSource(abc.ABC):
         """Writes the lists to `options.scratch`; one shard each, `options.shard_size` images long."""
         if not options.scratch:
             raise base.SourceError("got no scratch folder, expected one for the lists of images")
+        if self.needs and not options.annotations:
+            raise base.SourceError(f"got no --annotations, expected {self.needs}")
         folder = epath.Path(options.scratch)
         folder.mkdir(parents=True, exist_ok=True)
         shards = []
         rest = iter(self.entries(options))
-        batches = iter(lambda: list(itertools.islice(rest, options.shard_size)), [])
-        for number, batch in enumerate(batches):
+        while batch := list(itertools.islice(rest, options.shard_size)):
             lines = "".join(json.dumps([type(item).__name__, item]) + "\n" for item in batch)
-            # Other content gets another name, so that it is not taken for a shard that is finished.
-            digest = hashlib.sha256(lines.encode()).hexdigest()[:8]
-            name = f"{number:06d}-{digest}"
+            name = base.shard_name(len(shards), lines.encode())
             path = folder / f"{name}.jsonl"
             atomic.write_text(path, lines)
             arguments = {"list": str(path), "images": str(options.images)}

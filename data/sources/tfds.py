@@ -26,11 +26,7 @@ class Tfds:
 
         builder = _builder(options.images)
         split = options.split or "train"
-        if split not in builder.info.splits:
-            known = ", ".join(builder.info.splits)
-            raise base.SourceError(
-                f"{options.images}: got --split {split}, expected one of: {known}"
-            )
+        base.check_split(options.images, split, builder.info.splits)
         features = builder.info.features
         known = features if isinstance(features, tfds.features.FeaturesDict) else {}
         if not ("image" in known and isinstance(known["image"], tfds.features.Image)):
@@ -40,14 +36,10 @@ class Tfds:
         total = builder.info.splits[split].num_examples
         out = []
         for start in range(0, total, options.shard_size):
-            arguments = {
-                "directory": str(builder.data_dir),
-                "split": split,
-                "start": start,
-                "stop": min(start + options.shard_size, total),
-            }
-            name = f"{split}-{start:09d}-{arguments['stop']:09d}"
-            out.append(base.Shard(name, arguments))
+            stop = min(start + options.shard_size, total)
+            arguments = {"directory": str(builder.data_dir), "split": split}
+            arguments |= {"start": start, "stop": stop}
+            out.append(base.Shard(f"{split}-{start:09d}-{stop:09d}", arguments))
         return out
 
     def read(self, shard: base.Shard) -> Iterator[base.Image | base.Fault]:

@@ -7,18 +7,16 @@ tar; its images are called TAR/MEMBER, since keys may be repeated in another tar
 import hashlib
 import itertools
 import json
-import os
 import re
-import stat
 import tarfile
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from etils import epath
 from grain_jax.data.sources import base, join
 
-from grain_jax.files import image_bounds
+from grain_jax.files import image_bounds, regular_file
 
 MAX_NAME = 255  # bytes of a part of a name: no file system takes more
 MAX_PATH = 1024  # bytes of a name
@@ -26,9 +24,8 @@ MAX_FILES = 64  # of a sample
 MAX_TEXT = 1 << 20  # bytes of a text or a JSON
 _TEXTS = ("txt", "json")
 _MAX_SHARD_NAME = 200  # characters of a shard's name, which becomes a file's
-_UNWANTED = re.compile(
-    "[\x00-\x1f\x7f\ud800-\udfff]"
-)  # in a name: control characters, half surrogates
+# In a name: control characters, half surrogates.
+_UNWANTED = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _HEADERS = (  # members that are part of the next one's header, read whole
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -48,11 +45,67 @@ class WebDataset:
 
     def shards(self, options: base.Options) -> list[base.Shard]:
         """One for each tar file in `options.images` or a folder of it, or that one tar."""
-        return _tar_shards(options)
+        root = epath.Path(options.images)
+        if root.is_dir():
+            paths = [*root.glob("*.tar"), *root.glob("*/*.tar")]
+        else:
+            paths = [root] if root.exists() and root.suffix == ".tar" else []
+            root = root.parent
+        if not paths:
+            raise base.SourceError(f"--images {options.images}: got no .tar file, expected some")
+        out = []
+        for path in paths:
+            prefix = path.relative_to(root).with_suffix("").as_posix()
+            name = urllib.parse.quote(prefix, safe="", errors="surrogateescape")
+            if len(name) > _MAX_SHARD_NAME:
+                digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+                name = f"{name[: _MAX_SHARD_NAME - 17]}-{digest}"
+            arguments = {"tar": str(path), "prefix": prefix, "orientation": options.orientation}
+            out.append(base.Shard(name, arguments))
+        return sorted(out, key=lambda shard: shard.name)
 
     def read(self, shard: base.Shard) -> Iterator[base.Image | base.Fault]:
         """The tar's images as `entry` makes them of their name and the files beside them."""
-        return _read_tar(shard, self.entry)
+        prefix, seen = shard.arguments["prefix"], set()
+        samples = _samples(epath.Path(shard.arguments["tar"]))
+        while True:
+            try:
+                key, files = next(samples, ("", None))
+            except FileNotFoundError:
+                detail = f"there is no {shard.arguments['tar']}"
+                yield base.Fault(f"{prefix}.tar", "no such file", detail)
+                return
+            except Exception as error:  # tarfile also raises ValueError, IndexError, RecursionError
+                lost = "the sample before it and all behind it are lost"
+                detail = f"{error or type(error).__name__}; {lost}"
+                yield base.Fault(f"{prefix}.tar", "damaged shard", detail)
+                return
+            if files is None:
+                return
+            yield self._sample(f"{prefix}/{key}", files, seen, shard.arguments["orientation"])
+
+    def _sample(
+        self, image: str, files: dict[str, bytes | None], seen: set[str], orientation: str
+    ) -> base.Image | base.Fault:
+        """A sample's image; `seen` are the names of those before it, and then its own too."""
+        ending = next(filter(_is_image, files), None)
+        if ".." in image.split("/"):
+            return base.Fault(image, "bad annotation", "expected a name without ..")
+        if ending is None:
+            got = ", ".join(files)
+            return base.Fault(image, "no picture", f"got {got:.200}, expected an image beside it")
+        image = f"{image}.{ending}"
+        if fault := _name_fault(image, seen):
+            return base.Fault(image, "bad annotation", fault)
+        seen.add(image)
+        if None in files.values():
+            most = f"{image_bounds.MAX_BYTES:,} bytes, {MAX_TEXT:,} of a text, {MAX_FILES} files"
+            return base.Fault(image, "too large", f"expected a sample of at most {most}")
+        try:
+            found = self.entry(image, files)
+        except ValueError as error:
+            return base.Fault(image, "bad annotation", str(error))
+        return join.join(found, files[ending], orientation)
 
     def entry(self, image: str, files: dict[str, bytes]) -> base.Entry:
         """What the files of a sample say of its image.
@@ -71,82 +124,10 @@ class WebDataset:
         return base.Entry(image, (caption,))
 
 
-def _tar_shards(options: base.Options) -> list[base.Shard]:
-    root = epath.Path(options.images)
-    if root.is_dir():
-        paths = [*root.glob("*.tar"), *root.glob("*/*.tar")]
-    else:
-        paths = [root] if root.exists() and root.suffix == ".tar" else []
-        root = root.parent
-    if not paths:
-        raise base.SourceError(f"--images {options.images}: got no .tar file, expected some in it")
-    out = []
-    for path in paths:
-        prefix = path.relative_to(root).with_suffix("").as_posix()
-        name = urllib.parse.quote(prefix, safe="", errors="surrogateescape")
-        if len(name) > _MAX_SHARD_NAME:
-            digest = hashlib.sha256(name.encode()).hexdigest()[:16]
-            name = f"{name[: _MAX_SHARD_NAME - 17]}-{digest}"
-        arguments = {"tar": str(path), "prefix": prefix, "orientation": options.orientation}
-        out.append(base.Shard(name, arguments))
-    return sorted(out, key=lambda shard: shard.name)
-
-
-def _read_tar(
-    shard: base.Shard, entry: Callable[[str, dict[str, bytes]], base.Entry]
-) -> Iterator[base.Image | base.Fault]:
-    name, seen = f"{shard.arguments['prefix']}.tar", set()
-    samples = _samples(epath.Path(shard.arguments["tar"]))
-    while True:
-        try:
-            key, files = next(samples, ("", None))
-        except FileNotFoundError:
-            yield base.Fault(name, "no such file", f"there is no {shard.arguments['tar']}")
-            return
-        except (
-            Exception
-        ) as error:  # tarfile also raises ValueError, IndexError, RecursionError, ...
-            lost = "the sample before it and all behind it are lost"
-            yield base.Fault(name, "damaged shard", f"{error or type(error).__name__}; {lost}")
-            return
-        if files is None:
-            return
-        image = f"{shard.arguments['prefix']}/{key}"
-        yield _read_sample(image, files, entry, seen, shard.arguments["orientation"])
-
-
-def _read_sample(
-    image: str,
-    files: dict[str, bytes | None],
-    entry: Callable[[str, dict[str, bytes]], base.Entry],
-    seen: set[str],
-    orientation: str,
-) -> base.Image | base.Fault:
-    """A sample's image; `seen` are the names of those before it, and then its own too."""
-    if ".." in image.split("/"):
-        return base.Fault(image, "bad annotation", "expected a name without ..")
-    ending = next(filter(_is_image, files), None)
-    if ending is None:
-        got = ", ".join(files)
-        return base.Fault(image, "no picture", f"got {got:.200}, expected an image beside it")
-    image = f"{image}.{ending}"
-    if fault := _name_fault(image):
-        return base.Fault(image, "bad annotation", fault)
-    if image in seen:
-        return base.Fault(image, "bad annotation", "the name is there twice, expected it once")
-    seen.add(image)
-    if None in files.values():
-        most = f"{image_bounds.MAX_BYTES:,} bytes, {MAX_TEXT:,} of a text, and {MAX_FILES} files"
-        return base.Fault(image, "too large", f"expected a sample of at most {most}")
-    try:
-        found = entry(image, files)
-    except ValueError as error:
-        return base.Fault(image, "bad annotation", str(error))
-    return join.join(found, files[ending], orientation)
-
-
-def _name_fault(image: str) -> str:
+def _name_fault(image: str, seen: set[str]) -> str:
     """What is wrong with an image's name; "" if nothing is."""
+    if image in seen:
+        return "the name is there twice, expected it once"
     if _UNWANTED.search(image):
         return "expected a name in UTF-8 without control characters"
     longest = max(len(part.encode()) for part in image.split("/"))
@@ -157,14 +138,12 @@ def _name_fault(image: str) -> str:
 
 
 def metadata(files: dict[str, bytes]) -> dict[str, Any]:
-    """The sample's JSON; empty if it has none. Raises ValueError."""
+    """The sample's JSON, in which img2dataset has NaN, too; empty if there is none. Raises ValueError."""
     try:
         found = json.loads(files.get("json", b"{}"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"json: not JSON ({error}), expected an object") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"json: got a {type(found).__name__}, expected an object")
-    return found
+    return regular_file.checked(found, dict[str, Any], "json", "an object")
 
 
 class _Member(tarfile.TarInfo):
@@ -189,17 +168,12 @@ def _samples(path: epath.Path) -> Iterator[tuple[str, dict[str, bytes | None]]]:
     Only a sample's texts and its first image are read; the bytes are None where they are too many, or the
     files. Links, devices and sparse files are no part of a sample.
     """
-    if "://" in str(path):
-        length = path.stat().length
-    else:  # epath's own asks for the owner's name, which a container may not know
-        found = os.stat(path)
-        length = found.st_size
-        if not stat.S_ISREG(found.st_mode):
-            raise tarfile.ReadError("not a regular file")
+    length = regular_file.length(path)
+    if length is None:
+        raise tarfile.ReadError("not a regular file")
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar:
-        members = (
-            member for member in _within(tar, length) if member.isfile() and not member.issparse()
-        )
+        found = _within(tar, length)
+        members = (member for member in found if member.isfile() and not member.issparse())
         for key, group in itertools.groupby(members, key=lambda member: _key(member.name)[0]):
             files: dict[str, bytes | None] = {}
             for member in group:

@@ -22,7 +22,6 @@ from grain_jax.cli import nearest
 from grain_jax.config.evals import same_place
 
 _PACKAGE = "grain_jax.configs"
-_NOT_CONFIGS = ("__init__", "common", "points")  # files of that folder that others import
 # Keys that the config file need not have: those of loss terms, and options of one's own tower or data source.
 _OPEN = re.compile(r"loss\.terms\.\w+\.\w+|(model\.(image|text)|input)\.options\.\w+")
 _UNSET = ("None", "none", "{}")  # values that take an evaluator out, or all of them
@@ -198,7 +197,7 @@ def packaged(flag: str = "config") -> dict[str, epath.Path]:
     folder = epath.Path(list(found.submodule_search_locations)[0])
     folder = folder / "sweeps" if flag == "sweep" else folder
     files = sorted(folder.glob("*.py"), key=lambda path: path.stem)
-    return {path.stem: path for path in files if path.stem not in _NOT_CONFIGS}
+    return {path.stem: path for path in files if path.stem != "__init__"}
 
 
 @contextlib.contextmanager

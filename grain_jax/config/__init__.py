@@ -36,9 +36,8 @@ from grain_jax.config.parse import (
     suite_from_dict,
     to_json,
     unknown_key,
-    without_new_fields,
 )
-from grain_jax.config.roles import flatten, select
+from grain_jax.config.values import flatten, select, without_defaults
 
 __all__ = [
     "ACTIVATIONS",
@@ -73,5 +72,5 @@ __all__ = [
     "suite_from_dict",
     "to_json",
     "unknown_key",
-    "without_new_fields",
+    "without_defaults",
 ]

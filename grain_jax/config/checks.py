@@ -6,11 +6,11 @@ Each function adds a line for every fault to a list: key, value, what was expect
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from grain_jax import named
-from grain_jax.config import fields
+from grain_jax.config import fields, values
 from grain_jax.config.evals import Evaluator
 from grain_jax.config.fields import Config, Input, Model
 
@@ -64,7 +64,9 @@ def check_values(part: Any, path: str, faults: list[str]) -> None:
       path: its key; "" for a whole config.
       faults: gets a line a fault.
     """
-    for name, field, value in _leaves(part, path):
+    for name, field, _, _, value in values.walk(part, path):
+        if value is None:
+            continue
         choices = field.metadata.get("choices", ())
         if choices and value not in choices:
             faults.append(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
@@ -79,23 +81,6 @@ def check_values(part: Any, path: str, faults: list[str]) -> None:
             least = value < low and high >= fields.WIDEST
             limit = f"at least {low}" if least else f"{low} to {high}"
             faults.append(f"{name}: got {value}, expected {limit}")
-
-
-def _leaves(part: Any, path: str) -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """(key, field, value) of every value that is set."""
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        name = f"{path}.{field.name}" if path else field.name
-        inside = {name: value}
-        if isinstance(value, Mapping):
-            inside = {f"{name}.{key}": inner for key, inner in value.items()}
-        elif isinstance(value, tuple):
-            inside = {f"{name}[{i}]": inner for i, inner in enumerate(value)}
-        groups = {key: inner for key, inner in inside.items() if dataclasses.is_dataclass(inner)}
-        for key, inner in groups.items():
-            yield from _leaves(inner, key)
-        if not groups and value is not None:
-            yield name, field, value
 
 
 def check_model(model: Model, faults: list[str]) -> None:

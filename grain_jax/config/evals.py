@@ -8,58 +8,26 @@ import abc
 import dataclasses
 import inspect
 import typing
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from grain_jax import errors, named
 
-# Of the package, each with the class that has its options. Looked up by name, so that a config can be parsed
-# without the libraries that an evaluation needs.
+# Of the package, each with its class: its options, its flags, its rows of the table and what it measures. A config
+# imports it, so it imports the libraries that compute only where it measures.
 NAMED = {
-    "zeroshot": "grain_jax.evaluate.evaluators:ZeroShot",
-    "linear_probe": "grain_jax.evaluate.evaluators:LinearProbe",
-    "retrieval": "grain_jax.evaluate.evaluators:Retrieval",
-    "grounding": "grain_jax.evaluate.evaluators:Grounding",
-    "boxes": "grain_jax.evaluate.evaluators:Boxes",
-    "near_misses": "grain_jax.evaluate.evaluators:NearMisses",
-    "maps": "grain_jax.evaluate.evaluators:Maps",
-    "diagnostics": "grain_jax.evaluate.evaluators:Diagnostics",
+    "zeroshot": "grain_jax.evaluate.zeroshot:ZeroShot",
+    "linear_probe": "grain_jax.evaluate.linear_probe:LinearProbe",
+    "retrieval": "grain_jax.evaluate.retrieval:Retrieval",
+    "grounding": "grain_jax.evaluate.grounding:Grounding",
+    "boxes": "grain_jax.evaluate.box_classes:Boxes",
+    "near_misses": "grain_jax.evaluate.near_misses:NearMisses",
+    "maps": "grain_jax.evaluate.maps:Maps",
+    "diagnostics": "grain_jax.evaluate.diagnostics:Diagnostics",
 }
-# Entries in a config.json of an older version have the keys of all kinds, with these values where they say
-# nothing; the digest of a config (runtime/receipt.py) counts `_OLDEST` in every entry, and the others where they differ.
-_OLDEST = dict(
-    images="",
-    descriptions=None,
-    annotations=None,
-    alphas=(1.0, 0.5),
-    names=True,
-    region_order="queries",
-)
-_OLDER = dict(
-    tfds=None,
-    split="test",
-    data_dir=None,
-    classes=None,
-    unit_features=False,
-    templates=None,
-    missing="error",
-    get=None,
-    orientation="exif",
-    train=None,
-    shots=(),
-    seeds=5,
-)
-
-MOST_DRAWS = 1000  # of few shots; more is a typing error
-
 
 # Which pixels of an image file count, where EXIF says how to turn it (files/images.py).
 ORIENTATIONS = ("exif", "file")
-# How the similarities of regions and descriptions [Q, n_c] become the region score of a class.
-REGION_ORDERS = (
-    "queries",  # the paper: each query takes its best description, then the mean over queries
-    "descriptions",  # each description takes its best query, then the mean over descriptions
-)
 
 
 class Context(typing.NamedTuple):
@@ -69,9 +37,34 @@ class Context(typing.NamedTuple):
     # Where a run keeps a file for this entry (an etils epath.Path), and the step of the run; None outside of a run.
     state_path: Any = None
     step: int | None = None
+    predictions: Any = None  # path of a file to write, of an evaluator that `writes_predictions`
 
 
 STANDALONE = Context()
+
+
+class Row(typing.NamedTuple):
+    """How the tables show a number of a result."""
+
+    key: str  # in the result; the interval is KEY_low, KEY_high
+    label: str
+    chance: str | None  # the key of its chance level
+    count: str  # the key of how many items it is a mean over
+    unit: str  # what these items are
+    is_share: bool = True  # shown as per cent
+
+
+def option(default: Any, metavar: str = "", **declared: Any) -> Any:
+    """A field that `grain-jax evaluate KIND` has as a flag; its comment is the help of the flag.
+
+    Args:
+      default: of the field.
+      metavar: what the value of the flag is called; "" for true or false.
+      **declared: `low`, `high` and `choices`, which are checked; `name`, that of the flag, where it is another than the
+        field's; `required`, of the flag; and `parse`, which makes the value of a text, and raises
+        argparse.ArgumentTypeError.
+    """
+    return dataclasses.field(default=default, metadata={"metavar": metavar, **declared})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,11 +75,28 @@ class Evaluator(abc.ABC):
     `evaluate` with the model. On several processes all of them are called on every process.
     """
 
+    example: ClassVar[str] = ""  # flags of the command, to copy
+    writes_predictions: ClassVar[bool] = False  # whether `evaluate` takes `Context.predictions`
+
     # Which evaluator this is: a name of the package, or module:Class.
     kind: str = ""
     # Where the data is missing: "error", or "skip" with a line that says so.
     missing: str = dataclasses.field(default="error", metadata={"choices": ("error", "skip")})
     get: str | None = None  # how to get the data, for that line
+
+    @classmethod
+    def of_flags(cls, **given: Any) -> typing.Self:
+        """The entry of the flags that a command was given. Raises errors.UserError where they contradict each other."""
+        return cls(**given)
+
+    @classmethod
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+        """The rows of the table for the numbers of a result; those whose key is not in `numbers` are left out."""
+        return ()
+
+    def on_top(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """What the file of the command has beside the result, on top."""
+        return {}
 
     def faults(self) -> list[str]:
         """Options that contradict each other, without a look at files: lines that begin with the option."""
@@ -181,31 +191,6 @@ def find(kind: str) -> type[Evaluator]:
         lacks = ", ".join(sorted(found.__abstractmethods__))
         raise errors.UserError(f"evaluator {kind!r}: has no {lacks}; expected check and evaluate")
     return found
-
-
-def without_keys_of_other_kinds(cls: type[Evaluator], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry without the keys that older versions gave every kind, where they have the value that says nothing."""
-    own = {field.name for field in dataclasses.fields(cls)}
-    unset = _OLDEST | _OLDER
-
-    def says_nothing(key: str, value: Any) -> bool:
-        value = tuple(value) if isinstance(value, list) else value
-        return key in unset and key not in own and value == unset[key]
-
-    return {key: value for key, value in entry.items() if not says_nothing(key, value)}
-
-
-def for_digest(entry: Evaluator) -> dict[str, Any]:
-    """An entry as the digest of a config counts it: an entry of an older version has the digest it had there."""
-    if isinstance(entry, NotImported):
-        return dict(entry.entry)
-    own = {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}
-    if entry.kind not in NAMED:
-        return own
-    differs = {
-        key: value for key, value in own.items() if key not in _OLDER or value != _OLDER[key]
-    }
-    return _OLDEST | differs
 
 
 def how_to_get(get: str | None) -> str:

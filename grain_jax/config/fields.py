@@ -18,7 +18,6 @@ from grain_jax.config.evals import Evaluator
 #   calls it another run.
 # - "free": it changes where a run computes, how fast, or what is kept and shown. The same run.
 Role = Literal["order", "numbers", "result", "free"]
-ROLES = ("order", "numbers", "result", "free")
 
 REMAT_POLICIES = ("none", "dots", "qkv", "full")  # from most memory to most recomputation
 DTYPES = ("float32", "bfloat16")
@@ -47,7 +46,6 @@ def key(
     high: float = math.inf,
     choices: tuple[str, ...] = (),
     role: Role | None = None,
-    added: bool = False,
     built_in: tuple[str, ...] = (),
     options_of: str = "",
 ) -> Any:
@@ -59,24 +57,15 @@ def key(
       high: the largest value.
       choices: the values of a key that names one.
       role: see Role; None takes that of the group.
-      added: the key came after the first checkpoints. A config without it has the default, and a config with
-        the default has the digest of one without the key, so the default never changes.
       built_in: names that the package has; the key is one of them, or `module:Name` of a class (grain_jax/named.py).
       options_of: the key beside this one that names a class: the group has the keys of its `Options`, a frozen
         dataclass. Without options, and of a built-in name, it is NoOptions.
     """
-    limits = {
-        "low": low,
-        "high": high,
-        "choices": choices,
-        "role": role,
-        "added": added,
-        "built_in": built_in,
-        "options_of": options_of,
-    }
+    declared = dict(low=low, high=high, choices=choices, role=role, built_in=built_in)
+    declared["options_of"] = options_of
     if isinstance(default, type):
-        return dataclasses.field(default_factory=default, metadata=limits)
-    return dataclasses.field(default=default, metadata=limits)
+        return dataclasses.field(default_factory=default, metadata=declared)
+    return dataclasses.field(default=default, metadata=declared)
 
 
 def count(default: Any = dataclasses.MISSING, *, low: float = 0, high: float = MOST, **more) -> Any:
@@ -115,9 +104,9 @@ class ImageTower:
     """
 
     # "vit", or a class of your own (models/towers.py).
-    tower: str = key("vit", built_in=IMAGE_TOWERS, added=True)
+    tower: str = key("vit", built_in=IMAGE_TOWERS)
     # Of a class of your own.
-    options: Any = key(NoOptions, options_of="tower", added=True)
+    options: Any = key(NoOptions, options_of="tower")
     image_size: int = size(224)  # pixels, height = width
     patch_size: int = size(16)  # pixels; must divide image_size
     width: int = size(768)  # E, of a token
@@ -133,20 +122,20 @@ class ImageTower:
     block_init: str = key("trunc_normal", choices=("trunc_normal", "torch"))
     # Layers of the scan that are unrolled; depth = no loop (faster for tiny towers on a CPU).
     unroll: int = layers(1)
-    class_token: bool = key(True, added=True)  # a learned token before the patches
-    patch_bias: bool = key(True, added=True)  # a bias in the projection of the patches
+    class_token: bool = key(True)  # a learned token before the patches
+    patch_bias: bool = key(True)  # a bias in the projection of the patches
     # LayerNorm between the positions and the first layer (CLIP's ln_pre).
-    pre_norm: bool = key(False, added=True)
-    activation: str = key("gelu", choices=ACTIVATIONS, added=True)  # of the MLP; "gelu" is exact
+    pre_norm: bool = key(False)
+    activation: str = key("gelu", choices=ACTIVATIONS)  # of the MLP; "gelu" is exact
     # How tokens become one vector where there is no decoder: "class" (the class token), "map" (attention
     # pooling) or "mean". "none" where there is a decoder.
-    pool: str = key("none", choices=IMAGE_POOLS, added=True)
+    pool: str = key("none", choices=IMAGE_POOLS)
     # To the joint space: "matrix", "affine" (with a bias) or "none".
-    projection: str = key("matrix", choices=PROJECTIONS, added=True)
+    projection: str = key("matrix", choices=PROJECTIONS)
     # Of pixels in [0, 1], a number a channel; the defaults are ImageNet's.
-    pixel_mean: tuple[float, ...] = key((0.485, 0.456, 0.406), added=True)
+    pixel_mean: tuple[float, ...] = key((0.485, 0.456, 0.406))
     # As pixel_mean: the standard deviations.
-    pixel_std: tuple[float, ...] = key((0.229, 0.224, 0.225), added=True)
+    pixel_std: tuple[float, ...] = key((0.229, 0.224, 0.225))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +147,9 @@ class TextTower:
     """
 
     # "transformer", or a class of your own (models/towers.py).
-    tower: str = key("transformer", built_in=TEXT_TOWERS, added=True)
+    tower: str = key("transformer", built_in=TEXT_TOWERS)
     # Of a class of your own.
-    options: Any = key(NoOptions, options_of="tower", added=True)
+    options: Any = key(NoOptions, options_of="tower")
     vocab_size: int = count(49408, low=3, high=10_000_000)  # tokens that the tokenizer knows
     context_length: int = count(77, low=3, high=1_000_000)  # L, also the length of a packed row
     width: int = size(512)  # E, of a token
@@ -169,19 +158,19 @@ class TextTower:
     mlp_dim: int = count(2048, low=1, high=4 * WIDEST)  # hidden width of the MLP of a layer
     norm_eps: float = key(1e-5)  # epsilon of the LayerNorms
     unroll: int = layers(1)  # layers of the scan that are unrolled; depth = no loop
-    causal: bool = key(True, added=True)  # False: every position sees all of the row
+    causal: bool = key(True)  # False: every position sees all of the row
     # As that of the image tower.
-    activation: str = key("quick_gelu", choices=ACTIVATIONS, added=True)
+    activation: str = key("quick_gelu", choices=ACTIVATIONS)
     # "end": the end token; "last": the last position of the row; "map" (attention pooling) and "mean": all of
     # the row.
-    pool: str = key("end", choices=TEXT_POOLS, added=True)
-    projection: str = key("matrix", choices=PROJECTIONS, added=True)  # as that of the image tower
+    pool: str = key("end", choices=TEXT_POOLS)
+    projection: str = key("matrix", choices=PROJECTIONS)  # as that of the image tower
     # "clip", or the path of a tokenizer.json or of a SentencePiece .model.
-    tokenizer: str = key("clip", added=True)
+    tokenizer: str = key("clip")
     # Of texts before the tokenizer: "lower", "canonical" (no punctuation) or "none".
-    cleaning: str = key("lower", choices=TEXT_CLEANINGS, added=True)
+    cleaning: str = key("lower", choices=TEXT_CLEANINGS)
     # The token of the padding; it matters only to towers that are not packable.
-    pad_id: int = count(0, added=True)
+    pad_id: int = count(0)
 
     @property
     def packable(self) -> bool:
@@ -210,7 +199,7 @@ class RegionDecoder:
     qkv_init_gain: float = key(1.0, low=0)
     unroll: int = layers(1)  # layers of the scan that are unrolled; depth = no loop
     # The image embedding: that of the image "query", or the sum of those of "all" queries.
-    image_pool: str = key("query", choices=("query", "all"), added=True)
+    image_pool: str = key("query", choices=("query", "all"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,12 +208,10 @@ class BoxHead:
 
     # "roi_align": the tokens in the box, averaged and projected. "prompter": the box attends to the tokens, in a layer
     # with the sizes of the image tower's.
-    kind: str = key("none", choices=BOX_HEADS, added=True)
+    kind: str = key("none", choices=BOX_HEADS)
     # Of roi_align: parts of a box along each side, each with weights of its own.
-    bins: int = count(1, low=1, high=64, added=True)
-    samples: int = count(
-        4, low=1, high=64, added=True
-    )  # of roi_align: points of a part along each side
+    bins: int = count(1, low=1, high=64)
+    samples: int = count(4, low=1, high=64)  # of roi_align: points of a part along each side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,10 +226,10 @@ class Model:
     image: ImageTower = key(ImageTower)
     text: TextTower = key(TextTower)
     decoder: RegionDecoder | None = key(RegionDecoder)  # None: two towers, without regions
-    boxes: BoxHead = key(BoxHead, added=True)
+    boxes: BoxHead = key(BoxHead)
     # The program of the towers' self-attention, for the same numbers up to rounding (docs/speed.md). "auto": a Pallas
     # kernel on TPUs, cuDNN on CUDA in bfloat16, else XLA's.
-    attention: str = key("auto", choices=ATTENTIONS, role="free", added=True)
+    attention: str = key("auto", choices=ATTENTIONS, role="free")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,13 +237,13 @@ class Init:
     """Checkpoints that the towers start from; None: random weights."""
 
     # Of the image tower: ours, big_vision's .npz (`path:sub-tree`), CLIP's or SigLIP's.
-    image: str | None = key(None, added=True)
+    image: str | None = key(None)
     # Of the text tower, with its projection.
-    text: str | None = key(None, added=True)
+    text: str | None = key(None)
     # How image positions become those of another grid.
-    resize: str = key("bilinear", choices=("bilinear", "bicubic"), added=True)
+    resize: str = key("bilinear", choices=("bilinear", "bicubic"))
     # Ours: the decoder, the projections of image and regions, the boxes, the logit scale, an equal box head.
-    decoder: str | None = key(None, added=True)
+    decoder: str | None = key(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +253,7 @@ class Dataset:
     name: str = key()  # of the record set: data_dir/name/VERSION
     data_dir: str = key(role="free")  # folder of record sets
     weight: float = key()  # more than 0; the share is weight / sum of all weights
-    split: str = key("train", added=True)  # of the record set
+    split: str = key("train")  # of the record set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +264,7 @@ class Input:
     # (input_pipeline/sources.py).
     source: str = key("records", built_in=SOURCES, role="order")
     # Of a class of your own.
-    options: Any = key(NoOptions, options_of="source", role="order", added=True)
+    options: Any = key(NoOptions, options_of="source", role="order")
     data_dir: str = key("", role="free")  # folder of record sets
     name: str = key("", role="order")  # of the record set: data_dir/name/VERSION
     # Command that makes the data set where it is missing.
@@ -295,17 +282,17 @@ class Input:
     # C, captions of an image, all of them its positives: 1 is drawn as above; 2 are the web and the synthetic one,
     # whatever the rate; 3 are these and the descriptions of the best `descriptions_in_captions` regions, joined (0: of
     # all).
-    captions_per_image: int = count(1, low=1, high=3, added=True)
+    captions_per_image: int = count(1, low=1, high=3)
     # H, the hard negatives of a region that are read from the records, for loss.hard_negative. Of more, each visit of an
     # image takes others.
-    negatives_per_region: int = count(0, high=1000, added=True)
+    negatives_per_region: int = count(0, high=1000)
     # Chance of a mirror image; boxes move, "left" and "right" change places in the texts.
     flip_rate: float = key(0.0, low=0, high=1)
     # Smallest share of the image that a random crop keeps; 1 = no crop.
     crop_min_area: float = key(1.0, low=0.01, high=1)
     reader_threads: int = count(0, role="free")  # of tf.data; 0 = it chooses
     # A mixture, instead of `data_dir` and `name`.
-    datasets: tuple[Dataset, ...] = key((), role="order", added=True)
+    datasets: tuple[Dataset, ...] = key((), role="order")
 
     @property
     def sets(self) -> tuple[Dataset, ...]:
@@ -326,7 +313,7 @@ class Text:
     pack_group: int | None = count(None, low=1)  # consecutive images that share rows
     pack_rows: int | None = count(None, low=1)  # rows per group
     # The run ends where a larger share of the texts between two lines of metrics.jsonl does not fit; 1 = never.
-    max_dropped_share: float = key(0.1, low=0, high=1, role="free", added=True)
+    max_dropped_share: float = key(0.1, low=0, high=1, role="free")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,11 +324,11 @@ class Loss:
     region_description: float = key(1.0)  # weight of L_rd, regions and descriptions
     box: float = key(1.0)  # weight of L_box, predicted and annotated boxes
     # Weight of L_id, images and all of their descriptions.
-    image_description: float = key(0.0, added=True)
+    image_description: float = key(0.0)
     # Weight of L_bd, annotated boxes and their descriptions; it needs model.boxes.
-    box_description: float = key(0.0, added=True)
+    box_description: float = key(0.0)
     # Weight of L_hard, regions and descriptions against input.negatives_per_region near misses.
-    hard_negative: float = key(0.0, added=True)
+    hard_negative: float = key(0.0)
     # Contrastive loss type: "softmax" (InfoNCE) or "sigmoid" (each pair alone, as SigLIP).
     contrast: str = key("softmax", choices=("softmax", "sigmoid"))
     group_size: int = count(0)  # images whose descriptions are negatives of each other; 0 = all
@@ -360,10 +347,10 @@ class Loss:
     gather: int = count(1, low=1, role="free")
     # Of the products of float32 embeddings on TPUs: "high" (three passes of bfloat16) or "highest" (six). GPUs and CPUs
     # multiply float32.
-    precision: str = key("high", choices=("high", "highest"), role="free", added=True)
+    precision: str = key("high", choices=("high", "highest"), role="free")
     # Further loss terms by name: {"term": "module:function or Class", "weight": 0.1, and its own options}
     # (losses/total.py).
-    terms: dict[str, dict[str, Any]] = key(dict, added=True)
+    terms: dict[str, dict[str, Any]] = key(dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,9 +373,9 @@ class Optim:
     decay_groups: str = key("matrices", choices=("matrices", "reference"))
     clip_norm: float = key(0.0, low=0)  # largest global norm of the gradients; 0 = off
     # Regular expressions of parameters that are never updated (LiT).
-    frozen: tuple[str, ...] = key((), added=True)
+    frozen: tuple[str, ...] = key(())
     # Factor per layer of the learning rates of the towers (optim.layer_scales); 1 = off.
-    layer_decay: float = key(1.0, low=0.01, high=1, added=True)
+    layer_decay: float = key(1.0, low=0.01, high=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,11 +394,11 @@ class Suite:
     """A suite of evaluations (configs/eval.py); the entries are made from the other keys."""
 
     evals: dict[str, Evaluator] = key()  # entries of evaluators by name
-    data_dir: str = key("", added=True)  # of TFDS
-    folders: str = key("", added=True)  # of the sets that are no TFDS sets
-    descriptions: str | None = key(None, added=True)  # folder of NAME.json
-    templates: str | None = key(None, added=True)  # file of prompts
-    alphas: tuple[float, ...] = key((), added=True)  # shares of the global score
+    data_dir: str = key("")  # of TFDS
+    folders: str = key("")  # of the sets that are no TFDS sets
+    descriptions: str | None = key(None)  # folder of NAME.json
+    templates: str | None = key(None)  # file of prompts
+    alphas: tuple[float, ...] = key(())  # shares of the global score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -483,7 +470,7 @@ class Config:
     )
     # What is measured: entries of evaluators by name (docs/evaluate.md).
     evals: dict[str, Evaluator] = key(dict, role="result")
-    init: Init = key(Init, role="result", added=True)
+    init: Init = key(Init, role="result")
 
     @property
     def text_layout(self) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """From a dict to the classes of `fields`, and back.
 
-Every key is consumed: a missing, misspelt or left-over one is an error that names the nearest key.
+Every key is consumed: a misspelt or left-over one is an error that names the nearest key. One that is not given has its
+default.
 """
 
 import dataclasses
@@ -30,46 +31,55 @@ def from_dict(value: Mapping[str, Any]) -> Config:
     """A plain dict, or ml_collections' ConfigDict, as a checked Config. Raises ConfigError, a line a fault."""
     faults: list[str] = []
     config = build(Config, _plain(value), "", faults)
-    if config is not None and not faults:
-        checks.check_config(config, faults)
-    if config is not None and not faults:
-        for name, entry in config.loss.terms.items():
-            if named.is_external(entry["term"]) and named.may_import(entry["term"]):
-                try:
-                    loss_term(f"loss.terms.{name}", entry, {})
-                except errors.UserError as error:
-                    faults.append(str(error))
-    return _or_raise(config, faults)
+    return _checked(config, faults, checks.check_config, _check_terms)
 
 
 def model_from_dict(value: Mapping[str, Any]) -> Model:
     """The `model` part alone, as converted checkpoints carry it. Raises ConfigError, a line a fault."""
     faults: list[str] = []
-    model = build(Model, value, "model", faults)
-    if model is not None and not faults:
-        checks.check_model(model, faults)
-    return _or_raise(model, faults)
+    return _checked(build(Model, value, "model", faults), faults, checks.check_model)
 
 
 def suite_from_dict(value: Mapping[str, Any]) -> Suite:
     """The config of a suite, a plain dict or a ConfigDict, checked. Raises ConfigError, a line a fault."""
-    faults: list[str] = []
-    suite = build(Suite, _plain(value), "", faults)
-    if suite is not None and not faults:
+
+    def check(suite: Suite, faults: list[str]) -> None:
         checks.check_values(suite, "", faults)
         for name, entry in suite.evals.items():
             checks.check_evaluator(f"evals.{name}", entry, faults)
-    return _or_raise(suite, faults)
+
+    faults: list[str] = []
+    return _checked(build(Suite, _plain(value), "", faults), faults, check)
 
 
 def evaluator_from_dict(value: Any) -> Evaluator:
     """An entry of `evals`, a plain dict or a ConfigDict, checked. Raises ConfigError, a line a fault."""
-    faults: list[str] = []
-    entry = _evaluator(_plain(value), "evaluator", faults)
-    if entry is not None and not faults:
+
+    def check(entry: Evaluator, faults: list[str]) -> None:
         checks.check_values(entry, "evaluator", faults)
         checks.check_evaluator("evaluator", entry, faults)
-    return _or_raise(entry, faults)
+
+    faults: list[str] = []
+    return _checked(_evaluator(_plain(value), "evaluator", faults), faults, check)
+
+
+def _checked(built: T | None, faults: list[str], *check: Callable[[T, list[str]], None]) -> T:
+    """What was built, if none of the checks, one after the other, finds a fault. Raises ConfigError."""
+    for one in check:
+        if built is not None and not faults:
+            one(built, faults)
+    if built is None or faults:
+        raise ConfigError("\n".join(faults))
+    return built
+
+
+def _check_terms(config: Config, faults: list[str]) -> None:
+    for name, entry in config.loss.terms.items():
+        if named.is_external(entry["term"]) and named.may_import(entry["term"]):
+            try:
+                loss_term(f"loss.terms.{name}", entry, {})
+            except errors.UserError as error:
+                faults.append(str(error))
 
 
 def _evaluator(value: Any, path: str, faults: list[str]) -> Evaluator | None:
@@ -89,17 +99,11 @@ def _evaluator(value: Any, path: str, faults: list[str]) -> Evaluator | None:
     except errors.UserError as error:
         faults.append(f"{path}.kind: {error}")
         return None
-    return build(cls, evals.without_keys_of_other_kinds(cls, value), path, faults)
+    return build(cls, value, path, faults)
 
 
 def _plain(value: Any) -> Mapping[str, Any]:
     return value.to_dict() if hasattr(value, "to_dict") else value
-
-
-def _or_raise(built: T | None, faults: list[str]) -> T:
-    if built is None or faults:
-        raise ConfigError("\n".join(faults))
-    return built
 
 
 def build(cls: type[T], value: Any, path: str, faults: list[str]) -> T | None:
@@ -109,7 +113,7 @@ def build(cls: type[T], value: Any, path: str, faults: list[str]) -> T | None:
       cls: the dataclass.
       value: a mapping from the names of its fields to their values.
       path: its key, for the faults; "" for a whole config.
-      faults: gets a line for each key that is unknown, missing or of another type.
+      faults: gets a line for each key that is unknown, of another type, or missing without a default.
 
     Returns:
       The instance, or None where a key is missing. Only without faults may it be used.
@@ -126,13 +130,11 @@ def build(cls: type[T], value: Any, path: str, faults: list[str]) -> T | None:
         if key not in known:
             faults.append(f"{at(key)}: {unknown_key(at(key), [at(name) for name in known])}")
     missing = [
-        field.name
-        for field, _ in known.values()
-        if field.name not in value and not _may_lack(field)
+        name
+        for name, (field, _) in known.items()
+        if name not in value and fields.default_of(field) is dataclasses.MISSING
     ]
-    in_recipe = not path.endswith("]") and not issubclass(cls, Evaluator)
-    default = "; grain_jax.recipe.base has its default" if in_recipe else ""
-    faults.extend(f"{at(key)}: missing{default}" for key in missing)
+    faults.extend(f"{at(key)}: missing; it has no default" for key in missing)
     if missing:
         return None
     given = {
@@ -156,7 +158,7 @@ def _options_of(
 
     Where the class may not be imported (grain_jax/named.py), they stay as they are.
     """
-    at = lambda key: f"{path}.{key}" if path else key  # noqa: E731
+    at = lambda key: f"{path}.{key}" if path else key
     name, value = group.get(owner, ""), group.get(field.name)
     cls = fields.NoOptions
     if isinstance(name, str) and named.is_external(name):
@@ -216,17 +218,8 @@ def _parameters_of(function: Callable, path: str) -> type:
 
 def _with_options(cls: type, options: Mapping[str, Any], path: str) -> Any:
     """`cls(**options)`, with the types that it declares. Raises UserError, a line for each fault."""
-    declared = {field.name: field for field, _ in types_of(cls).values()}
-    faults = [
-        f"{path}.{name}: missing; the loss term has no default for it"
-        for name, field in declared.items()
-        if name not in options and fields.default_of(field) is dataclasses.MISSING
-    ]
-    known = [f"{path}.{name}" for name in ("term", "weight", *declared)]
-    for key in options:
-        if key not in declared:
-            faults.append(f"{path}.{key}: {unknown_key(f'{path}.{key}', known)}")
-    built = None if faults else build(cls, options, path, faults)
+    faults: list[str] = []
+    built = build(cls, options, path, faults)
     if faults:
         raise errors.UserError("\n".join(faults))
     return built
@@ -237,11 +230,6 @@ def types_of(cls: type) -> dict[str, tuple[dataclasses.Field, Any]]:
     """The fields of a dataclass by name, each with its resolved type."""
     hints = typing.get_type_hints(cls)
     return {field.name: (field, hints[field.name]) for field in dataclasses.fields(cls)}
-
-
-def _may_lack(field: dataclasses.Field) -> bool:
-    """Whether a dict without the field is complete. Fields that `fields.key` did not declare may have a default."""
-    return field.metadata.get("added", fields.default_of(field) is not dataclasses.MISSING)
 
 
 def _convert(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
@@ -306,39 +294,6 @@ def unknown_key(path: str, known: list[str]) -> str:
         return f"no such key; did you mean {near}?"
     beside = [key for key in known if key.rpartition(".")[0] == group]
     return f"no such key; there are: {', '.join(beside or known)}"
-
-
-def without_new_fields(part: Any) -> dict[str, Any]:
-    """A Config (or a part of one) as a dict, without the `added` fields that have their default.
-
-    So the dict of a config, and its digest, do not change when fields are added. Options are whole, but for those
-    that are declared as `added`: the class that has their defaults need not be there.
-    """
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        if isinstance(value, tuple):
-            return tuple(map(plain, value))
-        if isinstance(value, Evaluator):
-            return evals.for_digest(value)
-        return without_new_fields(value) if dataclasses.is_dataclass(value) else value
-
-    def options(value):
-        if isinstance(value, Mapping):
-            return plain(dict(value))
-        values = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
-        is_new = lambda field, x: field.metadata.get("added") and x == fields.default_of(field)  # noqa: E731
-        return {field.name: plain(x) for field, x in values if not is_new(field, x)}
-
-    found = {}
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        if field.metadata.get("options_of"):
-            found |= {field.name: options(value)} if options(value) else {}
-        elif not (_may_lack(field) and value == fields.default_of(field)):
-            found[field.name] = plain(value)
-    return found
 
 
 def to_json(config: Any) -> str:

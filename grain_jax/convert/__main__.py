@@ -16,7 +16,7 @@ from grain_jax.convert.pack import pack
 from grain_jax.convert.reference import commands as reference
 from grain_jax.convert.reference.sizes import TOWERS
 from grain_jax.pretrained import hub
-from grain_jax.runtime import storage_faults
+from grain_jax.runtime import ending
 
 
 def _settings(args: argparse.Namespace) -> towers.Settings:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return error.status
-    storage_faults.quiet_threads()
+    ending.quiet_threads()
     try:
         with errors.out_of_memory_in_a_line(args.command):
             report = COMMANDS[args.command](args)

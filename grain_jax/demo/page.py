@@ -13,13 +13,13 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
-import gradio as gr  # noqa: E402
-from etils import epath  # noqa: E402
-from gradio import themes  # noqa: E402
-from starlette import middleware  # noqa: E402
+import gradio as gr
+from etils import epath
+from gradio import themes
+from starlette import middleware
 
-from grain_jax import errors  # noqa: E402
-from grain_jax.demo import analysis, class_lists, guard, views  # noqa: E402
+from grain_jax import errors
+from grain_jax.demo import analysis, class_lists, guard, views
 from grain_jax.files import annotations, regular_file
 
 _UPLOADS_KEPT = 3600  # seconds

@@ -1,4 +1,4 @@
-"""`grain-jax evaluate zeroshot|linear-probe|retrieval|grounding|boxes|near-misses|maps|suite --checkpoint DIR ... --output OUT.json`.
+"""`grain-jax evaluate KIND --checkpoint DIR ... --output OUT.json`: an evaluator, or a suite of them.
 
 Prints the result as a table and writes it as JSON. Wrong usage or input: a line a fault, status 2. Several
 processes (grain-jax local, SLURM, TPU slices) share the images; the first one prints and writes.
@@ -6,6 +6,7 @@ processes (grain-jax local, SLURM, TPU slices) share the images; the first one p
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -16,47 +17,20 @@ from etils import epath
 
 from grain_jax import config, errors, inference
 from grain_jax.cli.evaluate import parser
+from grain_jax.config import evals
 from grain_jax.config.evals import Context
-from grain_jax.evaluate import encode, evaluators, suite, tables, zeroshot
-from grain_jax.evaluate.test_sets import InputError
+from grain_jax.evaluate import encode, suite, tables
 from grain_jax.files import annotations, atomic
 from grain_jax.inference import text_cache
+from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import compiled, distributed, processes, saved_model
 
 
 def _entry(args: argparse.Namespace) -> config.Evaluator:
     """The entry of `config.evals` that the command is."""
-    if args.command == "linear-probe":
-        return evaluators.LinearProbe(
-            images=args.images,
-            orientation=args.orientation,
-            train=args.train,
-            shots=tuple(args.shots),
-            seeds=args.seeds,
-        )
-    if args.command == "zeroshot":
-        alphas = list(dict.fromkeys(sum(args.alpha, []))) if args.alpha else None
-        return evaluators.ZeroShot(
-            images=args.images,
-            orientation=args.orientation,
-            descriptions=args.descriptions,
-            alphas=tuple(zeroshot.check_alphas(alphas, args.descriptions, args.names)),
-            names=args.names,
-            region_order=args.region_order,
-            unit_features=args.unit_features,
-            templates=args.templates,
-        )
-    given = dict(images=args.images, annotations=args.annotations, orientation=args.orientation)
-    if args.command == "boxes":
-        return evaluators.Boxes(**given, classes=args.classes, templates=args.templates)
-    if args.command == "near-misses":
-        return evaluators.NearMisses(**given, negatives=args.negatives)
-    of_command = {
-        "retrieval": evaluators.Retrieval,
-        "grounding": evaluators.Grounding,
-        "maps": evaluators.Maps,
-    }
-    return of_command[args.command](**given)
+    cls = evals.find(args.command.replace("-", "_"))
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
+    return cls.of_flags(**{key: value for key, value in given.items() if value is not None})
 
 
 def _output(path: str, name: str = "--output") -> epath.Path:
@@ -129,35 +103,24 @@ def _suite(args: argparse.Namespace) -> int:
 
 
 def _one(args: argparse.Namespace) -> int:
-    options = {}
-    if getattr(args, "predictions", None):
-        options["predictions"] = processes.run_together(
-            lambda: _output(args.predictions, "--predictions")
-        )
+    predictions = getattr(args, "predictions", None)
+    if predictions:
+        predictions = processes.run_together(lambda: _output(predictions, "--predictions"))
     output, entry = processes.run_together(lambda: (_output(args.output), _entry(args)))
     processes.run_together(lambda: saved_model.find(args.checkpoint))
     processes.run_together(entry.check)  # before the checkpoint is read
     predictor = processes.run_together(lambda: _load(args))
     began = time.monotonic()
-    result = entry.evaluate(predictor, Context(args.batch_size), **options)
+    result = entry.evaluate(predictor, Context(args.batch_size, predictions=predictions))
     result["seconds"] = round(time.monotonic() - began, 1)
     if processes.process_info()[0]:
         return 0
     print(tables.describe({args.command: tables.scalars(result)}), flush=True)
     for reason in result.get("unreadable_pictures", ()):
         print(f"left out: {reason}", file=sys.stderr)
-    if isinstance(entry, evaluators.ZeroShot):  # the numbers of the first alpha, on top
-        alpha = entry.alphas[0]
-        result |= {
-            "alpha": alpha,
-            **result[f"alpha_{alpha}"],
-            "descriptions_file": args.descriptions,
-        }
-    result |= {
-        k: getattr(args, k)
-        for k in ("checkpoint", "images", "orientation", "train", "annotations")
-        if k in args
-    }
+    result |= entry.on_top(result)
+    told = ("checkpoint", "images", "orientation", "train", "annotations")
+    result |= {key: getattr(args, key) for key in told if key in args}
     try:
         atomic.write_text(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:  # the numbers have been printed

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from grain_jax import printable
-from grain_jax.evaluate import encode, test_sets
-from grain_jax.evaluate.test_sets import InputError
+from grain_jax.evaluate import test_sets
 from grain_jax.files import annotations as annotations_lib
+from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
 
 
@@ -53,35 +53,6 @@ def read(
     return Annotated(found, records, folder, orientation)
 
 
-def read_captions(
-    images: epath.PathLike, annotations: epath.PathLike, orientation: str = "exif"
-) -> Annotated:
-    """The annotations with a caption; raises as `read`."""
-    return read(
-        images,
-        annotations,
-        lambda record: record.captions or record.synthetic_caption,
-        "no line has a caption; expected captions to retrieve",
-        orientation,
-    )
-
-
-def read_regions(
-    images: epath.PathLike,
-    annotations: epath.PathLike,
-    orientation: str = "exif",
-    expected: str = "described boxes",
-) -> Annotated:
-    """The annotations with a region; raises as `read`."""
-    return read(
-        images,
-        annotations,
-        lambda record: record.regions,
-        f"no line has a region; expected {expected}",
-        orientation,
-    )
-
-
 def image_folder(path: epath.PathLike) -> epath.Path:
     """The folder that the paths of annotations start from. Raises InputError if there is none."""
     path = epath.Path(path)
@@ -90,29 +61,6 @@ def image_folder(path: epath.PathLike) -> epath.Path:
             f"{path}: no such folder; expected the one that the annotations' paths start from"
         )
     return path
-
-
-def gather(
-    predictor: encode.Predictor,
-    annotated: Annotated,
-    *,
-    label: str,
-    unreadable: dict[str, str],
-    regions: bool = True,
-    boxes_of: encode.BoxesOf | None = None,
-    batch_size: int = encode.BATCH_SIZE,
-) -> tuple[list[annotations_lib.Annotation], encode.Encoded]:
-    """The records whose image can be read, and these images encoded; arguments as of `encode.encode_images`."""
-    seen = encode.gather_images(
-        predictor,
-        annotated.images,
-        label=label,
-        unreadable=unreadable,
-        regions=regions,
-        boxes_of=boxes_of,
-        batch_size=batch_size,
-    )
-    return [annotated.records[i] for i in seen.index], seen
 
 
 def report_left_out(path: epath.PathLike, read: annotations_lib.Annotations) -> None:

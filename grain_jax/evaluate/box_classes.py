@@ -4,106 +4,131 @@ The descriptions in the annotations are class names. For comparison, each box is
 the whole image, which shows what regions and boxes add.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from etils import epath
+from etils import epy
 
-from grain_jax.evaluate import annotated as annotated_lib
-from grain_jax.evaluate import class_names, encode, given_boxes, rates
-from grain_jax.evaluate.test_sets import InputError
-from grain_jax.inference import prompts, scores
-from grain_jax.input_pipeline import tokenizer
-from grain_jax.losses import boxes
+from grain_jax import errors
+from grain_jax.config.evals import STANDALONE, Context, Row, option
+from grain_jax.evaluate.evaluators import AnnotatedRegions, Faults, at_home
+
+with epy.lazy_imports():
+    import numpy as np
+
+    from grain_jax.evaluate import class_names, encode, given_boxes, rates
+    from grain_jax.inference import prompts, scores
+    from grain_jax.input_pipeline import tokenizer
+    from grain_jax.losses import boxes
 
 _AT_ONCE = 4096  # boxes; bounds the memory
 
 
-def evaluate(
-    predictor: encode.Predictor,
-    *,
-    images: epath.PathLike,
-    annotations: epath.PathLike,
-    classes: str | None = None,
-    templates: epath.PathLike | None = None,
-    orientation: str = "exif",
-    batch_size: int = encode.BATCH_SIZE,
-) -> dict[str, Any]:
-    """Classifies every annotated box: by the box head and by the query that overlaps the box most, as the model has them.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Boxes(AnnotatedRegions):
+    """Classes of given boxes, by the box head and by the nearest region."""
 
-    Args:
-      predictor: the model.
-      images: the folder that the annotations' paths start from.
-      annotations: `A.jsonl` whose descriptions are class names; images without regions are left out.
-      classes: a class file (see `class_names`). A description stands for the class with that label or name; boxes
-        with other descriptions are left out and counted. Default: the distinct descriptions.
-      templates: file of prompts, one per line; default: the general set of the package.
-      orientation: of the images, as of `files.images`.
-      batch_size: images at a time.
+    example = "--annotations lvis/A.jsonl --classes lvis \\\n    --images coco/val2017"
+    kind: str = "boxes"
+    # file of class names, or the name of one of the package (grain_jax/evaluate/classes); default: the distinct
+    # descriptions
+    classes: str | None = option(None, "FILE")
+    # prompts, one a line, with {} for the name; default: inference/templates.txt
+    templates: str | None = option(None, "FILE")
 
-    Returns: counts; `chance` (of top-1), `chance_top5`; under `box_head` (by the embedding of the box), `region` (by that
-      of the query that overlaps the box most) and `image` (by the image embedding): `top1`, `top5`, `mean_per_class` (of
-      top-1, over classes with a box) and `per_class`; the same under `groups` for each group of the class file. With
-      region queries also `best_iou`, the mean IoU of the box and the box of that query; `found`, the share of boxes
-      where the IoU is boxes.FOUND_IOU or more; and the same numbers under `found_boxes` for these boxes alone. Shares
-      have 95% intervals (`_low`, `_high`); ties count as if broken at random.
+    @classmethod
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+        said = "class of a box by"
+        return [
+            Row("found", "found by a query, IoU >= 0.5", None, "boxes", "boxes"),
+            Row("box_head/top1", f"{said} the box head, top-1", "chance", "boxes", "boxes"),
+            Row("region/top1", f"{said} its region, top-1", "chance", "boxes", "boxes"),
+            Row("region/top5", f"{said} its region, top-5", "chance_top5", "boxes", "boxes"),
+            Row(
+                "found_boxes/region/top1",
+                "the same of those found",
+                "chance",
+                "found_boxes/boxes",
+                "boxes",
+            ),
+            Row("image/top1", f"{said} its image, top-1", "chance", "boxes", "boxes"),
+            Row("image/top5", f"{said} its image, top-5", "chance_top5", "boxes", "boxes"),
+        ]
 
-    Raises:
-      test_sets.InputError, annotations.AnnotationError, class_names.ClassNameError, prompts.PromptError: images,
-        annotations, class file or prompts cannot be used.
-    """
-    annotated = annotated_lib.read_regions(
-        images, annotations, orientation, "boxes with class names as descriptions"
-    )
-    filled = prompts.load_templates(templates)
-    listed = None if classes is None else class_names.read(classes)
-    unreadable: dict[str, str] = {}
-    seen = given_boxes.encode_boxes(
-        predictor, annotated, label="boxes", unreadable=unreadable, batch_size=batch_size
-    )
-    described = seen.described
-    listed = listed or [class_names.Line(None, text) for text in described.texts]
-    names = [line.name for line in listed]
-    class_of = _classes(described.texts, listed)
-    target = class_of[described.text]
-    use = target >= 0
-    if not use.any():
-        raise InputError(
-            f"{annotations}: got no box that is of one of {len(names)} classes and lies in its image,"
-            " expected descriptions that are class names"
-        )
-    target, found = target[use], seen.found
-    texts = [prompts.class_texts(name, filled) for name in names]
-    features = scores.class_features(encode.encode_texts(predictor, texts))  # [C, D]
-    hits = {key: _hits(embed[use], features, target) for key, embed in seen.embeds.items()}
-    accuracies = lambda which: {
-        "boxes": int(which.sum()),
-        **{
-            key: rates.of_classes(top1[which], top5[which], target[which], names)
-            for key, (top1, top5) in hits.items()
-        },
-    }
-    group = np.array([line.group for line in listed])[target]
-    parts = {name: group == name for name in dict.fromkeys(line.group for line in listed)}
-    return {
-        "kind": "boxes",
-        "pictures": seen.pictures,
-        "without_regions": len(annotated.read.records) - len(annotated.records),
-        "faulty_lines": annotated.read.faulty_lines,
-        **encode.report_unreadable(unreadable),
-        "boxes_outside": described.outside,
-        "boxes_of_other_classes": int((~use).sum()),
-        "classes": len(names),
-        "classes_with_boxes": len(np.unique(target)),
-        "chance": 1 / len(names),
-        "chance_top5": min(1.0, 5 / len(names)),
-        **({} if found is None else _of_queries(found.iou[use], accuracies)),
-        **accuracies(np.full(len(target), True)),
-        "groups": {
-            name: accuracies(which) for name, which in parts.items() if name and which.any()
-        },
-    }
+    @property
+    def files(self) -> tuple[str | None, ...]:
+        return self.annotations, self.templates, self.classes
+
+    @property
+    def none_usable(self) -> str:
+        return "no line has a region; expected boxes with class names as descriptions"
+
+    def check(self) -> int:
+        attempt = Faults()
+        attempt(prompts.load_templates, at_home(self.templates))
+        if self.classes is not None:
+            attempt(class_names.read, self.classes)
+        return self.check_with(attempt)
+
+    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+        """Classifies every box by the box head and by the query that overlaps it most, as the model has them.
+
+        A description stands for the class with that label or name; boxes with other descriptions are left out and
+        counted.
+
+        Returns: counts; `chance` (of top-1), `chance_top5`; under `box_head` (by the embedding of the box), `region` (by
+          that of the query that overlaps the box most) and `image` (by the image embedding): `top1`, `top5`,
+          `mean_per_class` (of top-1, over classes with a box) and `per_class`; the same under `groups` for each group of
+          the class file. With region queries also `best_iou`, the mean IoU of the box and the box of that query;
+          `found`, the share of boxes where the IoU is boxes.FOUND_IOU or more; and the same numbers under `found_boxes`
+          for these boxes alone. Shares have 95% intervals (`_low`, `_high`); ties count as if broken at random.
+
+        Raises:
+          errors.UserError: images, annotations, class file or prompts cannot be used.
+        """
+        filled = prompts.load_templates(at_home(self.templates))
+        listed = None if self.classes is None else class_names.read(self.classes)
+        seen = given_boxes.encode_boxes(self, predictor, context)
+        described = seen.described
+        listed = listed or [class_names.Line(None, text) for text in described.texts]
+        names = [line.name for line in listed]
+        class_of = _classes(described.texts, listed)
+        target = class_of[described.text]
+        use = target >= 0
+        if not use.any():
+            raise errors.UserError(
+                f"{self.annotations}: got no box that is of one of {len(names)} classes and lies in its image,"
+                " expected descriptions that are class names"
+            )
+        target, found = target[use], seen.found
+        texts = [prompts.class_texts(name, filled) for name in names]
+        features = scores.class_features(encode.encode_texts(predictor, texts))  # [C, D]
+        hits = {key: _hits(embed[use], features, target) for key, embed in seen.embeds.items()}
+        accuracies = lambda which: {
+            "boxes": int(which.sum()),
+            **{
+                key: rates.of_classes(top1[which], top5[which], target[which], names)
+                for key, (top1, top5) in hits.items()
+            },
+        }
+        group = np.array([line.group for line in listed])[target]
+        parts = {name: group == name for name in dict.fromkeys(line.group for line in listed)}
+        return {
+            **seen.counts,
+            "boxes_outside": described.outside,
+            "boxes_of_other_classes": int((~use).sum()),
+            "classes": len(names),
+            "classes_with_boxes": len(np.unique(target)),
+            **rates.chance_of_classes(len(names)),
+            **({} if found is None else _of_queries(found.iou[use], accuracies)),
+            **accuracies(np.full(len(target), True)),
+            "groups": {
+                name: accuracies(which) for name, which in parts.items() if name and which.any()
+            },
+        }
 
 
 def _of_queries(iou: np.ndarray, accuracies: Callable[[np.ndarray], dict]) -> dict[str, Any]:

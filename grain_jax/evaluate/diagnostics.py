@@ -5,125 +5,114 @@ DETR-like decoders learn slowly while the matching of queries to regions flips b
 texts and the matching are those of `grounding`.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import hashlib
 import json
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-import numpy as np
-from etils import epath
+from etils import epy
 
-from grain_jax.evaluate import annotated as annotated_lib
-from grain_jax.evaluate import encode, grounding, rates
-from grain_jax.evaluate.test_sets import InputError
-from grain_jax.files import atomic, regular_file
-from grain_jax.inference import scores
-from grain_jax.losses import boxes
-from grain_jax.runtime import processes
+from grain_jax.config.evals import STANDALONE, Context, Row
+from grain_jax.evaluate.evaluators import AnnotatedRegions
+
+with epy.lazy_imports():
+    import numpy as np
+    from etils import epath
+
+    from grain_jax.evaluate import encode, grounding, rates
+    from grain_jax.files import atomic, regular_file
+    from grain_jax.inference import scores
+    from grain_jax.losses import boxes
+    from grain_jax.runtime import processes
 
 KEPT = 16  # evaluations whose matching the file keeps, for a run that resumes from an earlier step
 TOP = 5  # most frequent descriptions that are listed per query
-_AT_ONCE = 1024  # regions; bounds memory
 
 
-def evaluate(
-    predictor: encode.Predictor,
-    *,
-    images: epath.PathLike,
-    annotations: epath.PathLike,
-    orientation: str = "exif",
-    batch_size: int = encode.BATCH_SIZE,
-    state_path: epath.PathLike | None = None,
-    step: int | None = None,
-) -> dict[str, Any]:
-    """Matches queries to the described boxes of a fixed set of images, and summarises the matches of each query.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Diagnostics(AnnotatedRegions):
+    """What each region query predicts, and what it is matched to (docs/diagnostics.md)."""
 
-    Args:
-      predictor: the model.
-      images: the folder that the annotations' paths start from.
-      annotations: `A.jsonl`; images without regions are left out.
-      orientation: of the images, as of `files.images`.
-      batch_size: images at a time.
-      state_path: JSON file with the matching of the last KEPT evaluations of the run, and the newest result; the
-        first process writes it. None: no `matching_stability`.
-      step: the step of the run. Evaluations of this step and later ones, which a resumed run repeats, are dropped.
+    example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
+    kind: str = "diagnostics"
 
-    Returns: counts, and (95% intervals of shares: `_low`, `_high`)
-      `matched_iou`, `matched_iou50`: mean IoU of matched boxes, and the share with IoU >= 0.5;
-      `region_to_description_r1`, `_r5`: share of matched regions whose own text is among the 1 or 5 nearest of
-        all distinct descriptions; `chance_region_to_description_r1`, `_r5`;
-      `query_usage_entropy`: entropy of the shares of matched regions per query, divided by ln Q; 1: equal shares;
-      `description_entropy`: entropy of the descriptions of the matched regions, in nats;
-      `matching_stability`: share of regions matched to the same query as at the previous evaluation, at step
-        `stability_since_step`; left out if the file has no earlier evaluation of the same regions.
-        `chance_matching_stability`: the share if both evaluations assigned their queries in a random order;
-      `query`: number of the query -> `share` of the matched regions and, where that is not 0, mean predicted
-        box `cx`, `cy`, `w`, `h` in [0, 1] with standard deviations `cx_spread` ..., `description_entropy`
-        of its regions in nats, and `descriptions`: its most frequent ones with their counts.
+    @classmethod
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+        same, even = "same query as before", "use of the queries, 1: even"
+        of = "regions_matched", "boxes"
+        return [
+            Row("matched_iou", "matched box IoU", None, *of, False),
+            Row("matched_iou50", "matched box Acc@0.5", None, *of),
+            Row("matching_stability", same, "chance_matching_stability", *of),
+            Row("query_usage_entropy", even, None, *of, False),
+        ]
 
-    Raises:
-      test_sets.InputError, annotations.AnnotationError: the images or the annotations cannot be used.
-      ValueError: one of `state_path` and `step` is given without the other.
-    """
-    if (state_path is None) != (step is None):
-        raise ValueError(f"state_path and step go together: got {state_path!r} and {step!r}")
-    annotated = annotated_lib.read_regions(images, annotations, orientation)
-    unreadable: dict[str, str] = {}
-    kept, seen = annotated_lib.gather(
-        predictor, annotated, label="diagnostics", unreadable=unreadable, batch_size=batch_size
-    )
-    described = grounding.described_boxes(kept, seen.sizes)
-    if not len(described.image):
-        raise InputError(f"{annotations}: every box lies outside its image")
-    pred_boxes_xyxy, region_embed = seen.with_regions
-    text_embed = scores.unit(encode.encode_distinct(predictor, described.texts))  # [T, D]
+    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+        """Matches queries to the described boxes of a fixed set of images, and summarises the matches of each query.
 
-    matched, text = grounding.match(pred_boxes_xyxy, described)
-    at = matched.image, matched.query
-    hits = _hits(scores.unit(region_embed[at]), text_embed, text)
-    queries = pred_boxes_xyxy.shape[1]
-    uses = np.bincount(matched.query, minlength=queries)
-    result = {
-        "kind": "diagnostics",
-        "pictures": len(kept),
-        **encode.report_unreadable(unreadable),
-        "regions": len(described.image),
-        "regions_matched": len(matched.query),
-        "distinct_descriptions": len(described.texts),
-        "matched_iou": float(matched.iou.mean()),
-        **rates.rate("matched_iou50", matched.iou >= boxes.FOUND_IOU),
-        "query_usage_entropy": _entropy(uses) / math.log(queries) if queries > 1 else 1.0,
-        "description_entropy": _entropy(np.bincount(text)),
-    }
-    for k, right in hits.items():
-        result |= rates.rate(f"region_to_description_r{k}", right)
-        result[f"chance_region_to_description_r{k}"] = min(1.0, k / len(described.texts))
-    pred_boxes_cxcywh = np.asarray(boxes.xyxy_to_cxcywh(pred_boxes_xyxy[at]))
-    state = None
-    if state_path is not None and step is not None:
-        paths = [record.image for record in kept]
-        state = _State(epath.Path(state_path), _digest(paths, described, queries), step)
-        result |= state.stability(matched.query, queries)
-    result["query"] = {
-        str(q): _of_query(matched.query == q, pred_boxes_cxcywh, text, described.texts)
-        for q in range(queries)
-    }
-    if state is not None and processes.process_info()[0] == 0:
-        state.write(matched.query, result)
-    return result
+        With `context.state_path`, the first process keeps there the matching of the last KEPT evaluations of the run,
+        and the newest result. Evaluations of `context.step` and later ones, which a resumed run repeats, are dropped.
 
+        Returns: counts, and (95% intervals of shares: `_low`, `_high`)
+          `matched_iou`, `matched_iou50`: mean IoU of matched boxes, and the share with IoU >= 0.5;
+          `region_to_description_r1`, `_r5`: share of matched regions whose own text is among the 1 or 5 nearest of
+            all distinct descriptions; `chance_region_to_description_r1`, `_r5`;
+          `query_usage_entropy`: entropy of the shares of matched regions per query, divided by ln Q; 1: equal shares;
+          `description_entropy`: entropy of the descriptions of the matched regions, in nats;
+          `matching_stability`: share of regions matched to the same query as at the previous evaluation, at step
+            `stability_since_step`; left out without a file, or if it has no earlier evaluation of the same regions.
+            `chance_matching_stability`: the share if both evaluations assigned their queries in a random order;
+          `query`: number of the query -> `share` of the matched regions and, where that is not 0, mean predicted
+            box `cx`, `cy`, `w`, `h` in [0, 1] with standard deviations `cx_spread` ..., `description_entropy`
+            of its regions in nats, and `descriptions`: its most frequent ones with their counts.
 
-def _hits(embed, text_embed, text) -> dict[int, np.ndarray]:
-    """For k = 1 and 5 whether each region's own text is among the k nearest; `embed` [n, D], `text` [n]."""
-    found: dict[int, list[np.ndarray]] = {1: [], 5: []}
-    for first in range(0, len(embed), _AT_ONCE):
-        part = slice(first, first + _AT_ONCE)
-        similarity = embed[part] @ text_embed.T
-        right = text[part, None] == np.arange(len(text_embed))
-        for k in found:
-            found[k].append(rates.topk_hits(similarity, right, k))
-    return {k: np.concatenate(parts) for k, parts in found.items()}
+        Raises:
+          errors.UserError: the images or the annotations cannot be used.
+        """
+        kept, seen, counts = self.gather(predictor, context)
+        described = grounding.described_boxes(kept, seen.sizes)
+        grounding.check_some_box(self.annotations, described)
+        pred_boxes_xyxy, region_embed = seen.with_regions
+        text_embed = scores.unit(encode.encode_distinct(predictor, described.texts))  # [T, D]
+
+        matched, text = grounding.match(pred_boxes_xyxy, described)
+        at = matched.image, matched.query
+        embed = scores.unit(region_embed[at])
+        queries = pred_boxes_xyxy.shape[1]
+        uses = np.bincount(matched.query, minlength=queries)
+        result = {
+            **counts,
+            "regions": len(described.image),
+            "regions_matched": len(matched.query),
+            "distinct_descriptions": len(described.texts),
+            "matched_iou": float(matched.iou.mean()),
+            **rates.rate("matched_iou50", matched.iou >= boxes.FOUND_IOU),
+            "query_usage_entropy": _entropy(uses) / math.log(queries) if queries > 1 else 1.0,
+            "description_entropy": _entropy(np.bincount(text)),
+        }
+        for k in (1, 5):
+            right = grounding.text_hits(embed, text_embed, text, k)
+            result |= rates.rate(f"region_to_description_r{k}", right)
+            result[f"chance_region_to_description_r{k}"] = min(1.0, k / len(described.texts))
+        pred_boxes_cxcywh = np.asarray(boxes.xyxy_to_cxcywh(pred_boxes_xyxy[at]))
+        state = None
+        if context.state_path is not None and context.step is not None:
+            paths = [record.image for record in kept]
+            regions = _digest(paths, described, queries)
+            state = _State(epath.Path(context.state_path), regions, context.step)
+            result |= state.stability(matched.query, queries)
+        result["query"] = {
+            str(q): _of_query(matched.query == q, pred_boxes_cxcywh, text, described.texts)
+            for q in range(queries)
+        }
+        if state is not None and processes.process_info()[0] == 0:
+            state.write(matched.query, result)
+        return result
 
 
 def _of_query(mine, boxes_cxcywh, text, texts) -> dict[str, Any]:

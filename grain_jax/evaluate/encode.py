@@ -4,19 +4,18 @@ A predictor is an `inference.Predictor`, or any object with the methods of `Pred
 """
 
 import itertools
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from etils import epath
 
-from grain_jax import errors, schema
+from grain_jax import errors, progress, schema
 from grain_jax.evaluate import test_sets
-from grain_jax.evaluate.test_sets import InputError
 from grain_jax.files import images as image_files
+from grain_jax.inference import stream
+from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
 
 BATCH_SIZE = 64
@@ -26,7 +25,6 @@ SMALLER = (
     f" or {errors.MORE_MEMORY}"
 )
 _THREADS = 8  # that read images; decoding releases the lock of the Python interpreter
-_SECONDS_BETWEEN_LINES = 30.0  # between progress lines, if stderr is no terminal
 _NAMED_IMAGES = 20  # unreadable images that a result lists, at most
 
 
@@ -143,6 +141,7 @@ def encode_images(
 
     Raises:
       InputError: no image could be read, or the files of a test set are damaged.
+      inference.InputError: the model gives numbers that are not finite.
       processes.Failed: another process failed.
     """
     mine = processes.share(len(images))
@@ -153,27 +152,38 @@ def encode_images(
         )
     else:
         stretch = images.images(mine)
+    model = getattr(predictor, "model", None)  # a config.Model; test doubles may have none
+    size = model.image.image_size if model else None
+    silent, times = processes.process_info()[0] > 0, len(images) / max(len(mine), 1)
+    counter = progress.Counter(label, len(images), "images", silent=silent, times=times)
     left_out: dict[str, str] = {}
     seen, failure = 0, None
+
+    def read(numbered: tuple[int, test_sets.Image]) -> "_Read":
+        position, image = numbered
+        try:
+            loaded = image.load()
+        except image_files.ImageError as error:
+            return _Read(image, position, None, (0, 0), str(error))
+        # Resizing here keeps a batch small in memory, and the threads share the work.
+        pixels = image_files.resize(loaded, size) if size else image_files.to_rgb(loaded)
+        return _Read(image, position, pixels, loaded.size)
+
     try:
-        with errors.out_of_memory_in_a_line(label, lambda: SMALLER):
-            progress = _Progress(label, len(mine), len(images))
-            for batch in _batches(
-                predictor,
-                stretch,
-                mine.start,
-                left_out,
-                regions,
-                boxes_of,
-                embed,
-                batch_size,
-                progress,
-            ):
-                seen += len(batch.index)
-                yield batch
-    except (
-        Exception
-    ) as error:  # every process has to learn of it before it waits for the results of this one
+        with (
+            errors.out_of_memory_in_a_line(label, lambda: SMALLER),
+            ThreadPoolExecutor(_THREADS) as pool,
+        ):
+            found = stream.ahead(read, enumerate(stretch, mine.start), pool, 2 * batch_size)
+            for group in stream.groups(found, batch_size, lambda each: not each.fault):
+                left_out |= {each.image.name: each.fault for each in group if each.fault}
+                if batch := [each for each in group if not each.fault]:
+                    yield _encode(predictor, batch, regions, boxes_of, embed)
+                    seen += len(batch)
+                counter.add(len(group))
+            counter.close()
+    # Every process has to learn of it before it waits for the results of this one.
+    except Exception as error:
         failure = error
     ends = processes.agree(failure, (seen, left_out, len(images)))
     counts, unread, lengths = zip(*ends)
@@ -189,76 +199,43 @@ def encode_images(
         raise InputError(f"none of {len(images)} images can be read; the first: {first}")
 
 
-def _batches(
-    predictor: Predictor,
-    stretch: Iterable[test_sets.Image],
-    start: int,
-    left_out: dict[str, str],
-    regions: bool,
-    boxes_of: BoxesOf | None,
-    embed: bool,
-    batch_size: int,
-    progress: "_Progress",
-) -> Iterator[Encoded]:
-    """The batches of `stretch`, whose first image has position `start`; `left_out` gets the unreadable ones."""
-    model = getattr(predictor, "model", None)  # a config.Model; test doubles may have none
-    size = model.image.image_size if model else None
-
-    def read(image: test_sets.Image) -> tuple[Any, tuple[int, int]] | str:
-        try:
-            loaded = image.load()
-        except image_files.ImageError as error:
-            return str(error)
-        # Resizing here keeps a batch small in memory, and the threads share the work.
-        pixels = image_files.resize(loaded, size) if size else image_files.to_rgb(loaded)
-        return pixels, loaded.size
-
-    stretch = iter(stretch)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        submit = lambda: [
-            (image, pool.submit(read, image)) for image in itertools.islice(stretch, batch_size)
-        ]
-        coming = submit()
-        while coming:
-            current, coming = coming, submit()
-            batch, sizes, index, labels = [], [], [], []
-            for position, (image, future) in enumerate(current, start):
-                got = future.result()
-                if isinstance(got, str):
-                    left_out[image.name] = got
-                else:
-                    batch.append(got[0])
-                    sizes.append(got[1])
-                    index.append(position)
-                    labels.append(image.label)
-            start += len(current)
-            if batch:
-                boxes = None
-                if boxes_of is not None:
-                    boxes = [boxes_of(*each) for each in zip(index, sizes)]
-                image_embed, found, box_embed = np.zeros((len(batch), 0)), None, None
-                if embed:
-                    image_embed, found, box_embed = _encode(predictor, batch, regions, boxes)
-                at = np.array(index), np.array(sizes), np.array(labels)
-                yield Encoded(*at, image_embed, found, box_embed, batch)
-            progress.update(len(current))
-    progress.close()
+class _Read(NamedTuple):
+    image: test_sets.Image
+    position: int
+    pixels: Any
+    size: tuple[int, int]
+    fault: str = ""  # why it cannot be read
 
 
 def _encode(
-    predictor: Predictor, batch: list[Any], regions: bool, boxes: list[np.ndarray] | None
-) -> tuple[np.ndarray, schema.Regions | None, np.ndarray | None]:
-    if regions:
-        embed, found = predictor.encode_image_and_regions(batch)
-    else:
-        embed, found = predictor.encode_image(batch), None
-    box_embed = None
-    if boxes is not None:
-        box_embed = np.concatenate(predictor.encode_boxes(batch, boxes))
-    got = [embed, *(found or ()), *([] if box_embed is None else [box_embed])]
-    if not all(np.isfinite(x).all() for x in got):
-        raise InputError("the model's embeddings are not finite: the checkpoint cannot be used")
-    return embed, found, box_embed
+    predictor: Predictor,
+    batch: list[_Read],
+    regions: bool,
+    boxes_of: BoxesOf | None,
+    embed: bool,
+) -> Encoded:
+    pixels = [each.pixels for each in batch]
+    image_embed, found, box_embed = np.zeros((len(batch), 0)), None, None
+    if embed:
+        if regions:
+            image_embed, found = predictor.encode_image_and_regions(pixels)
+        else:
+            image_embed = predictor.encode_image(pixels)
+        if boxes_of is not None:
+            boxes = [boxes_of(each.position, each.size) for each in batch]
+            box_embed = np.concatenate(predictor.encode_boxes(pixels, boxes))
+        stream.check_finite(
+            image_embed, *(found or ()), *([] if box_embed is None else [box_embed])
+        )
+    return Encoded(
+        np.array([each.position for each in batch]),
+        np.array([each.size for each in batch]),
+        np.array([each.image.label for each in batch]),
+        image_embed,
+        found,
+        box_embed,
+        pixels,
+    )
 
 
 def encode_texts(predictor: Predictor, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
@@ -281,36 +258,3 @@ def report_unreadable(unreadable: Mapping[str, str]) -> dict[str, Any]:
     if unreadable:
         out["unreadable_pictures"] = list(unreadable.values())[:_NAMED_IMAGES]
     return out
-
-
-class _Progress:
-    """Shows images done and time left: on a terminal one line that is rewritten, else a line every 30 seconds."""
-
-    def __init__(self, label: str, share: int, total: int):
-        self._label, self._total, self._done = label, total, 0
-        self._times = total / max(share, 1)  # assumes that the other processes are as fast
-        self._start = self._last = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-        self._silent = processes.process_info()[0] > 0
-
-    def update(self, count: int) -> None:
-        if self._silent:
-            return
-        self._done += count * self._times
-        now = time.monotonic()
-        if now - self._last < (0.2 if self._terminal else _SECONDS_BETWEEN_LINES):
-            return
-        self._last = now
-        left = (now - self._start) / self._done * (self._total - self._done)
-        text = (
-            f"{self._label}: {self._done:.0f}/{self._total} images,"
-            f" {self._done / (now - self._start):.0f}/s, {left:.0f} s left"
-        )
-        if self._terminal:
-            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._terminal and not self._silent:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

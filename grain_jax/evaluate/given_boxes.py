@@ -1,11 +1,11 @@
 """The embeddings of annotated boxes: by the box head, by the region that overlaps the box most, by the whole image."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from grain_jax.evaluate import annotated as annotated_lib
-from grain_jax.evaluate import encode, grounding
+from grain_jax.config.evals import Context
+from grain_jax.evaluate import evaluators, grounding
 from grain_jax.files import annotations as annotations_lib
 from grain_jax.losses import boxes
 
@@ -19,46 +19,28 @@ class Found(NamedTuple):
     iou: np.ndarray  # float32 [M]
 
 
-class Encoded(NamedTuple):
+class GivenBoxes(NamedTuple):
     """The annotated boxes of all readable images."""
 
     records: list[annotations_lib.Annotation]  # of the readable images
+    counts: dict[str, Any]  # for the result
     described: grounding.Described  # M boxes
-    embeds: dict[
-        str, np.ndarray
-    ]  # float32 [M, D]: "box_head" and "region", as the model has them, and "image"
+    # float32 [M, D]: "box_head" and "region", as the model has them, and "image"
+    embeds: dict[str, np.ndarray]
     found: Found | None  # None: a model without region queries
 
-    @property
-    def pictures(self) -> int:
-        """Number of readable images."""
-        return len(self.records)
 
-
-def encode_boxes(
-    predictor: encode.Predictor,
-    annotated: annotated_lib.Annotated,
-    *,
-    label: str,
-    unreadable: dict[str, str],
-    batch_size: int,
-) -> Encoded:
-    """The boxes of the annotations that lie in their images, embedded; arguments as of `encode.encode_images`."""
+def encode_boxes(entry: evaluators.AnnotatedImages, predictor: Any, context: Context) -> GivenBoxes:
+    """The boxes of the annotations that lie in their images, embedded; arguments and errors as of `entry.gather`."""
     model = getattr(predictor, "model", None)  # a config.Model; test doubles may have none
     has_regions = model is None or bool(model.decoder and model.decoder.queries)
     has_head = model is not None and model.boxes.kind != "none"
 
-    def boxes_of(position: int, size: tuple[int, int]) -> np.ndarray:
-        return grounding.described_boxes([annotated.records[position]], [size]).boxes_xyxy
+    def boxes_of(record: annotations_lib.Annotation, size: tuple[int, int]) -> np.ndarray:
+        return grounding.described_boxes([record], [size]).boxes_xyxy
 
-    records, seen = annotated_lib.gather(
-        predictor,
-        annotated,
-        label=label,
-        unreadable=unreadable,
-        regions=has_regions,
-        boxes_of=boxes_of if has_head else None,
-        batch_size=batch_size,
+    records, seen, counts = entry.gather(
+        predictor, context, regions=has_regions, boxes_of=boxes_of if has_head else None
     )
     described = grounding.described_boxes(records, seen.sizes)
     embeds, found = {}, None
@@ -68,7 +50,7 @@ def encode_boxes(
         found = best_query(seen.regions.boxes_xyxy[described.image], described.boxes_xyxy)
         embeds["region"] = seen.regions.embed[described.image, found.query]
     embeds["image"] = seen.image_embed[described.image]
-    return Encoded(records, described, embeds, found)
+    return GivenBoxes(records, counts, described, embeds, found)
 
 
 def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Found:

@@ -12,24 +12,107 @@ two protocols of Flickr30k Entities (ashkamath/mdetr, datasets/flickr_eval.py): 
 one of the boxes, "merged boxes" the IoU with the smallest box around all of them.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-import numpy as np
-from etils import epath
+from etils import epy
 
-from grain_jax.evaluate import annotated as annotated_lib
-from grain_jax.evaluate import encode, rates
-from grain_jax.evaluate.test_sets import InputError
-from grain_jax.files import annotations as annotations_lib
-from grain_jax.inference import scores
-from grain_jax.input_pipeline import tokenizer
-from grain_jax.losses import boxes, matching
+from grain_jax import errors
+from grain_jax.config.evals import STANDALONE, Context, Row
+from grain_jax.evaluate.evaluators import AnnotatedRegions
+
+with epy.lazy_imports():
+    import jax.numpy as jnp
+    import numpy as np
+
+    from grain_jax.evaluate import encode, rates
+    from grain_jax.files import annotations as annotations_lib
+    from grain_jax.inference import scores
+    from grain_jax.input_pipeline import tokenizer
+    from grain_jax.losses import boxes, matching
 
 MATCH_L1, MATCH_GIOU = 5.0, 2.0  # of the matching cost (docs/method.md, Losses)
 _SEED = 0  # of the random boxes that give the chance level
 _AT_ONCE = 1024  # images or regions; bounds memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grounding(AnnotatedRegions):
+    """Box IoU, Acc@0.5, region-to-description R@1, phrases and their boxes."""
+
+    example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
+    kind: str = "grounding"
+
+    @classmethod
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+        return [
+            Row(key, label, f"chance_{key}", count, unit, not key.endswith("iou"))
+            for key, label, count, unit in (
+                ("box_iou", "matched box IoU", "regions_matched", "boxes"),
+                ("box_acc50", "matched box Acc@0.5", "regions_matched", "boxes"),
+                (
+                    "region_to_description_r1",
+                    "region to description R@1",
+                    "regions_matched",
+                    "boxes",
+                ),
+                ("phrase_iou", "phrase to box IoU", "phrases", "phrases"),
+                ("phrase_acc50", "phrase to box Acc@0.5", "phrases", "phrases"),
+                ("phrase_acc50_any_box", "phrase to box Acc@0.5, any box", "phrases", "phrases"),
+                (
+                    "phrase_acc50_merged_box",
+                    "phrase to box Acc@0.5, merged boxes",
+                    "phrases",
+                    "phrases",
+                ),
+            )
+        ]
+
+    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+        """Compares predicted regions with the described boxes of each image.
+
+        Returns: counts, and (95% intervals of shares: `_low`, `_high`)
+          `box_iou`, `box_acc50`: mean IoU of matched boxes, and the share with IoU >= 0.5;
+          `chance_box_iou`: the same, with boxes of other images in place of the predicted ones;
+          `region_to_description_r1`: share of matched regions whose own description is the nearest of all distinct
+            descriptions of the file; `chance_region_to_description_r1`;
+          `phrases`: number of phrases; if it is 0, the keys below are left out;
+          `phrase_iou`, `phrase_acc50`: mean IoU of the box of the best-scoring query and the box of the phrase (of
+            several boxes, the one with the largest IoU), and the share with IoU >= 0.5;
+          `chance_phrase_iou`, `chance_phrase_acc50`: the same for a query chosen at random;
+          if a phrase has several boxes: `phrases_of_several_boxes`, the number of such phrases; `phrase_acc50_any_box`,
+            equal to `phrase_acc50`; `phrase_iou_merged_box` and `phrase_acc50_merged_box`, against the smallest box
+            around all boxes of the phrase; and the `chance_` of these three rates.
+
+        Raises:
+          errors.UserError: the images or the annotations cannot be used.
+        """
+        kept, seen, counts = self.gather(predictor, context)
+        pred_boxes_xyxy, region_embed = seen.with_regions
+        described, phrases = described_phrases(kept, seen.sizes)
+        check_some_box(self.annotations, described)
+        text_embed = scores.unit(encode.encode_distinct(predictor, described.texts))  # [T, D]
+
+        matched, text = match(pred_boxes_xyxy, described)
+        by_chance, _ = match(_boxes_of_others(described, pred_boxes_xyxy.shape), described)
+        embed = scores.unit(region_embed[matched.image, matched.query])  # [n, D]
+        return {
+            **counts,
+            "regions": len(described.image),
+            "regions_outside": described.outside,
+            "regions_matched": len(matched.iou),
+            "distinct_descriptions": len(described.texts),
+            "box_iou": float(matched.iou.mean()),
+            "chance_box_iou": float(by_chance.iou.mean()),
+            **rates.rate("box_acc50", matched.iou >= boxes.FOUND_IOU),
+            "chance_box_acc50": float((by_chance.iou >= boxes.FOUND_IOU).mean()),
+            **rates.rate("region_to_description_r1", text_hits(embed, text_embed, text, 1)),
+            "chance_region_to_description_r1": 1 / len(described.texts),
+            **_phrase_rates(phrases, described, pred_boxes_xyxy, region_embed, text_embed),
+        }
 
 
 class Matched(NamedTuple):
@@ -59,79 +142,27 @@ class Phrases(NamedTuple):
     box: np.ndarray  # int [K], position among the described boxes
 
 
-def evaluate(
-    predictor: encode.Predictor,
-    *,
-    images: epath.PathLike,
-    annotations: epath.PathLike,
-    orientation: str = "exif",
-    batch_size: int = encode.BATCH_SIZE,
-) -> dict[str, Any]:
-    """Compares predicted regions with the described boxes of each image.
+def check_some_box(path: str | None, described: Described) -> None:
+    """Raises errors.UserError if none of the boxes of the annotations `path` lies in its image."""
+    if not len(described.image):
+        raise errors.UserError(f"{path}: every box lies outside its image")
+
+
+def text_hits(embed: np.ndarray, text_embed: np.ndarray, text: np.ndarray, k: int) -> np.ndarray:
+    """Whether the own text of each region is among the k nearest, float64 [n], as `rates.topk_hits`.
 
     Args:
-      predictor: the model.
-      images: the folder that the annotations' paths start from.
-      annotations: `A.jsonl`; images without regions are left out.
-      orientation: of the images, as of `files.images`.
-      batch_size: images at a time.
-
-    Returns: counts, and (95% intervals of shares: `_low`, `_high`)
-      `box_iou`, `box_acc50`: mean IoU of matched boxes, and the share with IoU >= 0.5;
-      `chance_box_iou`: the same, with boxes of other images in place of the predicted ones;
-      `region_to_description_r1`: share of matched regions whose own description is the nearest of all distinct
-        descriptions of the file; `chance_region_to_description_r1`;
-      `phrases`: number of phrases; if it is 0, the keys below are left out;
-      `phrase_iou`, `phrase_acc50`: mean IoU of the box of the best-scoring query and the box of the phrase (of
-        several boxes, the one with the largest IoU), and the share with IoU >= 0.5;
-      `chance_phrase_iou`, `chance_phrase_acc50`: the same for a query chosen at random;
-      if a phrase has several boxes: `phrases_of_several_boxes`, the number of such phrases; `phrase_acc50_any_box`,
-        equal to `phrase_acc50`; `phrase_iou_merged_box` and `phrase_acc50_merged_box`, against the smallest box
-        around all boxes of the phrase; and the `chance_` of these three rates.
-
-    Raises:
-      test_sets.InputError, annotations.AnnotationError: the images or the annotations cannot be used.
+      embed: [n, D], of unit length.
+      text_embed: [T, D], of unit length, of the distinct texts.
+      text: int [n], the position of each region's own text.
+      k: 1 or more.
     """
-    annotated = annotated_lib.read_regions(images, annotations, orientation)
-    unreadable: dict[str, str] = {}
-    kept, seen = annotated_lib.gather(
-        predictor, annotated, label="grounding", unreadable=unreadable, batch_size=batch_size
-    )
-    pred_boxes_xyxy, region_embed = seen.with_regions
-    described, phrases = described_phrases(kept, seen.sizes)
-    if not len(described.image):
-        raise InputError(f"{annotations}: every box lies outside its image")
-    text_embed = scores.unit(encode.encode_distinct(predictor, described.texts))  # [T, D]
-
-    matched, text = match(pred_boxes_xyxy, described)
-    by_chance, _ = match(_boxes_of_others(described, pred_boxes_xyxy.shape), described)
-    embed = scores.unit(region_embed[matched.image, matched.query])  # [n, D]
-    hits = [
-        rates.topk_hits(
-            embed[i : i + _AT_ONCE] @ text_embed.T,
-            text[i : i + _AT_ONCE, None] == np.arange(len(text_embed)),
-            1,
-        )
-        for i in range(0, len(embed), _AT_ONCE)
-    ]
-    return {
-        "kind": "grounding",
-        "pictures": len(kept),
-        "without_regions": len(annotated.read.records) - len(annotated.records),
-        "faulty_lines": annotated.read.faulty_lines,
-        **encode.report_unreadable(unreadable),
-        "regions": len(described.image),
-        "regions_outside": described.outside,
-        "regions_matched": len(matched.iou),
-        "distinct_descriptions": len(described.texts),
-        "box_iou": float(matched.iou.mean()),
-        "chance_box_iou": float(by_chance.iou.mean()),
-        **rates.rate("box_acc50", matched.iou >= boxes.FOUND_IOU),
-        "chance_box_acc50": float((by_chance.iou >= boxes.FOUND_IOU).mean()),
-        **rates.rate("region_to_description_r1", np.concatenate(hits)),
-        "chance_region_to_description_r1": 1 / len(described.texts),
-        **_phrase_rates(phrases, described, pred_boxes_xyxy, region_embed, text_embed),
-    }
+    parts = [np.zeros(0)]
+    for first in range(0, len(embed), _AT_ONCE):
+        part = slice(first, first + _AT_ONCE)
+        right = text[part, None] == np.arange(len(text_embed))
+        parts.append(rates.topk_hits(embed[part] @ text_embed.T, right, k))
+    return np.concatenate(parts)
 
 
 def _phrase_rates(

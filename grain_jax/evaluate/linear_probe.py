@@ -11,17 +11,27 @@ The features are image embeddings after the projection, with unit length, as in 
 openai/CLIP. The tables of the CLIP paper use the features before the projection.
 """
 
+from __future__ import annotations
+
+import argparse
+import dataclasses
 import importlib.util
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
+from etils import epy
 
-from grain_jax.evaluate import encode, rates, test_sets
-from grain_jax.evaluate.test_sets import InputError
-from grain_jax.runtime import processes
+from grain_jax import errors
+from grain_jax.config.evals import STANDALONE, Context, Row, option, same_place
+from grain_jax.evaluate.evaluators import LabelledImages
+
+with epy.lazy_imports():
+    import numpy as np
+
+    from grain_jax.evaluate import encode, rates, test_sets
+    from grain_jax.runtime import processes
 
 TRAIN_SHARE = 0.7  # of the images of each class, where one set is split
 VALIDATION_SHARE = 0.2  # of the training images of each class
@@ -32,9 +42,124 @@ EXPONENTS = tuple(range(-6, 7, 2))
 _HALVINGS = 4  # of the step of the search: from 2 decades to 1/8 decade
 _SEED = 0  # of the splits
 _TIE = 1e-9  # of the largest logit of an image: logits of float64 nearer than this are equal but for rounding
-_ONE_THREAD = (
-    10**9
-)  # multiplications per iteration; below this number one thread is faster than several
+_ONE_THREAD = 10**9  # multiplications per iteration; fewer are faster by one thread than several
+
+
+def _parse_shots(text: str) -> tuple[int, ...]:
+    parts = ["0" if part == "all" else part for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected images a class, or all, or several with commas between (1,5,all)"
+        )
+    return tuple(map(int, parts))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearProbe(LabelledImages):
+    """Classifies by a logistic regression on image embeddings, also of few shots."""
+
+    example = "--images runs/aviary/seen --shots 1,5,all"
+    kind: str = "linear_probe"
+    # class folders to train on, or a split of the TFDS set; default: a share of each class of the images, or "train"
+    train: str | None = option(None, "DIR")
+    # training images a class, a probe each: 1,5,all; default all, which a config writes as 0
+    shots: tuple[int, ...] = option((), "N,N", parse=_parse_shots)
+    # draws of few shots, which are averaged
+    seeds: int = option(5, "N", low=1, high=1000)
+
+    @classmethod
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+        found = []
+        for key in numbers:
+            at, _, rate = key.rpartition("/")
+            if at.startswith("shots_") and rate == "top1":
+                number = at.removeprefix("shots_")
+                name = f"few shots, {number} a class" if number != "all" else "all training images"
+                pictures = "pictures", "pictures"
+                found += [
+                    Row(key, f"{name}, top-1", "chance", *pictures),
+                    Row(f"{at}/top5", f"{name}, top-5", "chance_top5", *pictures),
+                    Row(f"{at}/mean_per_class", f"{name}, mean per class", "chance", *pictures),
+                ]
+        return found
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if any(shots < 0 for shots in self.shots):
+            found.append(f"shots: got {self.shots}, expected at least 1 each, or 0 for all")
+        return found
+
+    @property
+    def data(self) -> tuple[str | None, ...]:
+        return self.images, self.train
+
+    def open_train(self) -> test_sets.TestSet | None:
+        """The training images; None if `images` is to be split.
+
+        Raises:
+          errors.UserError: they are the test images, or an error of `open`.
+        """
+        if self.tfds is not None:
+            split = self.train or "train"
+            if split == self.split:
+                raise errors.UserError(
+                    f"train: got the split {split!r}, which is the test's, expected another"
+                )
+            return self.open_other("", split)
+        if self.train is None:
+            return None
+        if same_place(self.train, self.images):
+            raise errors.UserError(
+                f"train: got {self.train}, which are the test's images, expected others, or none to split them"
+            )
+        return self.open_other(self.train, self.split)
+
+    def check(self) -> int:
+        check_scikit_learn()
+        test, train = self.open(), self.open_train()
+        check(test, train, self.shots)
+        return len(test) + (len(train) if train else 0)
+
+    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+        """Fits on the embeddings of training images and classifies the test images; each image is encoded once.
+
+        Without training images, the test images are split: a random TRAIN_SHARE of each class (fixed seed) for training
+        and the rest for the test.
+
+        Returns: counts, `chance` (of top-1), `chance_top5`, and for each probe, under `shots_all` or `shots_N`:
+          `top1`, `top5`, `mean_per_class` (of top-1), each with a 95% interval `_low`, `_high`; `per_class`; `C`; and
+          `unconverged`, how many final fits stopped at MAX_ITERATIONS. `shots_all` also has `validation_top1`, and its
+          intervals are those of `rates.of_classes`. The rates of `shots_N` are means over `draws` draws, with Student's
+          interval of the mean (for one draw as `shots_all`); `C` and `top1_of_draws` are lists with a number per draw.
+
+        Raises:
+          errors.UserError: images, options or labels cannot be used, or scikit-learn is missing.
+        """
+        check_scikit_learn()
+        unreadable: dict[str, str] = {}
+        test, train = self.open(), self.open_train()
+        tested = _encode(predictor, test, unreadable, context.batch_size)
+        if train is None:
+            learnt, tested = _split(tested, test.classes)
+        else:
+            learnt = _encode(predictor, train, unreadable, context.batch_size)
+        classes = test.classes
+        result = {
+            "kind": "linear_probe",
+            **rates.counts_of_classes(tested.label, list(classes)),
+            "train_pictures": len(learnt.label),
+            **encode.report_unreadable(unreadable),
+        }
+        numbers = list(dict.fromkeys(self.shots or (0,)))
+        for number in numbers:
+            check_shots(number, np.bincount(learnt.label, minlength=len(classes)), classes)
+        # Only the first process fits; the others wait for its result.
+        return result | processes.of_first(
+            lambda: {
+                f"shots_{number or 'all'}": _probe(learnt, tested, number, self.seeds, classes)
+                for number in numbers
+            }
+        )
 
 
 class Data(NamedTuple):
@@ -53,94 +178,34 @@ class Fitted(NamedTuple):
     converged: bool
 
 
-def evaluate(
-    predictor: encode.Predictor,
-    *,
-    test: test_sets.TestSet,
-    train: test_sets.TestSet | None = None,
-    shots: Sequence[int] = (),
-    seeds: int = 5,
-    batch_size: int = encode.BATCH_SIZE,
-) -> dict[str, Any]:
-    """Fits on the embeddings of training images and classifies the test images; each image is encoded once.
-
-    Args:
-      predictor: the model; its regions are not used.
-      test: the test images.
-      train: the training images, of the same classes. None: `test` is split, a random TRAIN_SHARE of each class
-        (fixed seed) for training and the rest for the test.
-      shots: numbers of training images per class, one probe for each number; 0: all images. Empty: as (0,).
-      seeds: number of random draws of a few-shot probe.
-      batch_size: images at a time.
-
-    Returns: counts, `chance` (of top-1), `chance_top5`, and for each probe, under `shots_all` or `shots_N`:
-      `top1`, `top5`, `mean_per_class` (of top-1), each with a 95% interval `_low`, `_high`; `per_class`; `C`; and
-      `unconverged`, how many final fits stopped at MAX_ITERATIONS. `shots_all` also has `validation_top1`, and its
-      intervals are those of `rates.of_classes`. The rates of `shots_N` are means over `draws` draws, with Student's
-      interval of the mean (for one draw as `shots_all`); `C` and `top1_of_draws` are lists with a number per draw.
-
-    Raises:
-      test_sets.InputError: images, options or labels cannot be used, or scikit-learn is missing.
-    """
-    check_scikit_learn()
-    unreadable: dict[str, str] = {}
-    tested = _encode(predictor, test, unreadable, batch_size)
-    if train is None:
-        learnt, tested = _split(tested, test.classes)
-    else:
-        learnt = _encode(predictor, train, unreadable, batch_size)
-    classes = test.classes
-    counts = np.bincount(tested.label, minlength=len(classes))
-    result = {
-        "kind": "linear_probe",
-        "classes": len(classes),
-        "pictures": len(tested.label),
-        "train_pictures": len(learnt.label),
-        **encode.report_unreadable(unreadable),
-        "chance": 1 / len(classes),
-        "chance_top5": min(1.0, 5 / len(classes)),
-        "pictures_per_class": dict(zip(classes, counts.tolist())),
-    }
-    numbers = list(dict.fromkeys(shots or (0,)))
-    for number in numbers:
-        check_shots(number, np.bincount(learnt.label, minlength=len(classes)), classes)
-    # Only the first process fits; the others wait for its result.
-    probes = lambda: {  # noqa: E731
-        f"shots_{number or 'all'}": _probe(learnt, tested, number, seeds, classes)
-        for number in numbers
-    }
-    fitted = processes.run_together(lambda: probes() if processes.process_info()[0] == 0 else None)
-    return result | processes.allgather_values(fitted)[0]
-
-
 def check(test: test_sets.TestSet, train: test_sets.TestSet | None, shots: Sequence[int]) -> None:
-    """Raises InputError where scikit-learn is missing, the classes differ, or a class has too few images."""
+    """Raises errors.UserError where scikit-learn is missing, the classes differ, or a class has too few images."""
     check_scikit_learn()
     if train is not None and list(train.classes) != list(test.classes):
         only = [
             sorted(set(a) - set(b))
             for a, b in ((train.classes, test.classes), (test.classes, train.classes))
         ]
-        raise InputError(
+        raise errors.UserError(
             f"train: got other classes than the test's, expected the same; only in train:"
             f" {test_sets.listed(only[0]) or 'none'}; only in the test: {test_sets.listed(only[1]) or 'none'}"
         )
     # A TFDS set knows the sizes of its classes only once it is read.
     counts = getattr(train or test, "class_counts", None)
     if counts is not None:
-        counts = counts if train else np.array([_train_count(n) for n in counts])
+        counts = counts if train else np.array([_part(n, TRAIN_SHARE) for n in counts])
         for number in shots or (0,):
             check_shots(number, counts, test.classes)
 
 
 def check_scikit_learn() -> None:
-    """Raises InputError if scikit-learn is not installed."""
+    """Raises errors.UserError if scikit-learn is not installed."""
     if importlib.util.find_spec("sklearn") is None:
-        raise InputError("linear_probe: needs scikit-learn: pip install 'grain_jax[probe]'")
+        raise errors.UserError("linear_probe: needs scikit-learn: pip install 'grain_jax[probe]'")
 
 
 def check_shots(number: int, counts: np.ndarray, classes: Sequence[str]) -> None:
-    """Raises InputError if the training images, `counts` [C] per class, are too few for `number` shots per class.
+    """Raises errors.UserError if the training images, `counts` [C] per class, are too few for `number` shots per class.
 
     A few-shot probe needs one further image of each class, for validation. The probe on all images (`number` 0)
     needs two classes with images, one of them with two.
@@ -148,12 +213,12 @@ def check_shots(number: int, counts: np.ndarray, classes: Sequence[str]) -> None
     if number:
         few = [f"{name} ({n})" for name, n in zip(classes, counts) if n <= number]
         if few:
-            raise InputError(
+            raise errors.UserError(
                 f"shots: got {number}, expected fewer than each class has training images, so that one is left"
                 f" for validation; too few are of {test_sets.listed(few)}"
             )
     elif (counts > 0).sum() < 2 or counts.max() < 2:
-        raise InputError(
+        raise errors.UserError(
             "train: got too few images, expected at least two classes with images, one of them with two or more"
         )
 
@@ -187,7 +252,7 @@ def hold_out(label: np.ndarray, seed: int) -> np.ndarray:
     """Which training images are for validation, bool [N]: VALIDATION_SHARE of each class, never a whole class."""
     held = np.zeros(len(label), bool)
     for own in _of_each_class(label, seed):
-        held[own[: min(len(own) - 1, max(1, round(VALIDATION_SHARE * len(own))))]] = True
+        held[own[: _part(len(own), VALIDATION_SHARE)]] = True
     return held
 
 
@@ -207,22 +272,23 @@ def _of_each_class(label: np.ndarray, seed: int) -> list[np.ndarray]:
     ]
 
 
-def _train_count(count: int) -> int:
-    return min(count - 1, max(1, round(TRAIN_SHARE * count)))
+def _part(count: int, share: float) -> int:
+    """So many of `count` images: one at least, and not all of them."""
+    return min(count - 1, max(1, round(share * count)))
 
 
 def _split(data: Data, classes: Sequence[str]) -> tuple[Data, Data]:
-    """The training and the test images of one set. Raises InputError where a class has a single image."""
+    """The training and the test images of one set. Raises errors.UserError where a class has a single image."""
     counts = np.bincount(data.label, minlength=len(classes))
     single = [name for name, n in zip(classes, counts) if n < 2]
     if single:
-        raise InputError(
+        raise errors.UserError(
             "train: got none, so that the images are split, expected two or more of each class that can be read;"
             f" too few are of {test_sets.listed(single)}"
         )
     train = np.zeros(len(data.label), bool)
     for own in _of_each_class(data.label, _SEED):
-        train[own[: _train_count(len(own))]] = True
+        train[own[: _part(len(own), TRAIN_SHARE)]] = True
     return _take(data, train), _take(data, ~train)
 
 
@@ -246,7 +312,7 @@ def _encode(
         batch_size=batch_size,
     )
     if seen.labels.min() < 0:
-        raise InputError("the set has images without a label, expected another split")
+        raise errors.UserError("the set has images without a label, expected another split")
     return Data(seen.image_embed.astype(np.float64), seen.labels)
 
 
@@ -313,9 +379,8 @@ def _regression(data: Data, c: float) -> tuple[Any, bool]:
     small = data.embed.size * len(np.unique(data.label)) < _ONE_THREAD
     model = linear_model.LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
     with threadpoolctl.threadpool_limits(1 if small else None), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", exceptions.ConvergenceWarning
-        )  # the result counts such fits
+        # The result counts such fits.
+        warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
         model.fit(*data)
     return model, bool(model.n_iter_.max() < MAX_ITERATIONS)
 
@@ -323,9 +388,7 @@ def _regression(data: Data, c: float) -> tuple[Any, bool]:
 def _scores(model: Any, embed: np.ndarray, classes: int) -> np.ndarray:
     """Logits float64 [N, C]; minus infinity for classes without training images."""
     found = model.decision_function(embed)
-    if (
-        found.ndim == 1
-    ):  # for two classes scikit-learn returns one logit, of the second against the first
+    if found.ndim == 1:  # of two classes: one logit, of the second against the first
         found = np.stack([np.zeros_like(found), found], axis=1)
     scores = np.full((len(embed), max(classes, int(model.classes_.max()) + 1)), -np.inf)
     scores[:, model.classes_] = found

@@ -10,111 +10,127 @@ Two measures, for any kind of map (`Predictor.similarity_maps`):
 As in `grounding`, every entry of `phrases` in A.jsonl is one phrase with its boxes.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from etils import epath
+from etils import epy
 
-from grain_jax.evaluate import annotated as annotated_lib
-from grain_jax.evaluate import encode, grounding, rates
-from grain_jax.evaluate.test_sets import InputError
-from grain_jax.inference import scores
-from grain_jax.runtime import processes
+from grain_jax import errors
+from grain_jax.config.evals import STANDALONE, Context, Row
+from grain_jax.evaluate.evaluators import AnnotatedImages
 
-THRESHOLDS = np.arange(0.05, 1, 0.05)  # of the map in [0, 1]
+with epy.lazy_imports():
+    import numpy as np
+
+    from grain_jax.evaluate import encode, grounding, rates
+    from grain_jax.inference import scores
+    from grain_jax.runtime import processes
+
 _SIDE = 64  # pixels that maps are resized to, for the IoU
 
 
-def evaluate(
-    predictor: encode.Predictor,
-    *,
-    images: epath.PathLike,
-    annotations: epath.PathLike,
-    orientation: str = "exif",
-    batch_size: int = encode.BATCH_SIZE,
-) -> dict[str, Any]:
-    """Compares the similarity map of each phrase with its boxes.
+def thresholds() -> np.ndarray:
+    """Those that are tried, of the map in [0, 1]."""
+    return np.arange(0.05, 1, 0.05)
 
-    Args:
-      predictor: the model.
-      images: the folder that the annotations' paths start from.
-      annotations: `A.jsonl`; images without regions are left out.
-      orientation: of the images, as of `files.images`.
-      batch_size: images at a time.
 
-    Returns: counts; `pointing`, the share of phrases whose highest cell has its centre in a box of theirs, with a 95%
-      interval (`_low`, `_high`), of several equally high cells the share of these; `chance_pointing`, the same of any
-      cell; `map_iou` and `map_iou_threshold`, the mean IoU with the boxes at the best threshold; `chance_map_iou`, that
-      of the whole image.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Maps(AnnotatedImages):
+    """Where similarity maps of phrases are high, against their boxes."""
 
-    Raises:
-      test_sets.InputError, annotations.AnnotationError: the images or the annotations cannot be used.
-    """
-    annotated = annotated_lib.read_regions(images, annotations, orientation)
-    place: dict[str, int] = {}
-    for record in annotated.records:
-        for region in record.regions:
-            place.setdefault(region.description, len(place))
-    text_embed = scores.unit(encode.encode_distinct(predictor, list(place)))  # [T, D]
-    unreadable: dict[str, str] = {}
-    outside = {"pictures": 0, "outside": 0}
+    example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
+    kind: str = "maps"
 
-    def of_batches():
-        for batch in encode.encode_images(
-            predictor,
-            annotated.images,
-            label="maps",
-            unreadable=unreadable,
-            embed=False,
-            batch_size=batch_size,
-        ):
-            records = [annotated.records[i] for i in batch.index]
-            described, phrases = grounding.described_phrases(records, batch.sizes)
-            outside["pictures"] += len(records)
-            outside["outside"] += described.outside
-            _, first = np.unique(phrases.phrase, return_index=True)
-            of_phrase = np.split(phrases.box, first[1:]) if len(first) else []
-            own: list[list[tuple[int, np.ndarray]]] = [[] for _ in records]  # text and boxes
-            for boxes in of_phrase:
-                text = place[described.texts[described.text[boxes[0]]]]
-                own[described.image[boxes[0]]].append((text, described.boxes_xyxy[boxes]))
-            embeds = [text_embed[[text for text, _ in each]] for each in own]
-            maps = predictor.similarity_maps(batch.pixels, embeds)
-            yield _measured(
-                [
-                    (one, boxes)
-                    for of_image, each in zip(maps, own)
-                    for one, (_, boxes) in zip(of_image, each)
-                ]
-            )
+    @classmethod
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+        said = "highest place of a map in a box"
+        return [
+            Row("pointing", said, "chance_pointing", "phrases", "phrases"),
+            Row(
+                "map_iou",
+                "IoU of a map and the boxes",
+                "chance_map_iou",
+                "phrases",
+                "phrases",
+                False,
+            ),
+        ]
 
-    found = processes.allgather(of_batches())
-    counts = processes.allgather_values(outside)
-    if not len(found["hit"]):
-        raise InputError(f"{annotations}: every box lies outside its image")
-    iou = found["iou"].mean(axis=0)
-    best = int(iou.argmax())
-    return {
-        "kind": "maps",
-        "pictures": sum(each["pictures"] for each in counts),
-        "without_regions": len(annotated.read.records) - len(annotated.records),
-        "faulty_lines": annotated.read.faulty_lines,
-        **encode.report_unreadable(unreadable),
-        "regions_outside": sum(each["outside"] for each in counts),
-        "phrases": len(found["hit"]),
-        **rates.rate("pointing", found["hit"]),
-        "chance_pointing": float(found["chance"].mean()),
-        "map_iou": float(iou[best]),
-        "map_iou_threshold": float(THRESHOLDS[best]),
-        "chance_map_iou": float(found["area"].mean()),
-    }
+    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+        """Compares the similarity map of each phrase with its boxes.
+
+        Returns: counts; `pointing`, the share of phrases whose highest cell has its centre in a box of theirs, with a 95%
+          interval (`_low`, `_high`), of several equally high cells the share of these; `chance_pointing`, the same of any
+          cell; `map_iou` and `map_iou_threshold`, the mean IoU with the boxes at the best threshold; `chance_map_iou`,
+          that of the whole image.
+
+        Raises:
+          errors.UserError: the images or the annotations cannot be used.
+        """
+        annotated = self.read()
+        place: dict[str, int] = {}
+        for record in annotated.records:
+            for region in record.regions:
+                place.setdefault(region.description, len(place))
+        text_embed = scores.unit(encode.encode_distinct(predictor, list(place)))  # [T, D]
+        unreadable: dict[str, str] = {}
+        counts = {"pictures": 0, "outside": 0}
+
+        def measures() -> Iterator[dict[str, np.ndarray]]:
+            for batch in encode.encode_images(
+                predictor,
+                annotated.images,
+                label="maps",
+                unreadable=unreadable,
+                embed=False,
+                batch_size=context.batch_size,
+            ):
+                records = [annotated.records[i] for i in batch.index]
+                described, phrases = grounding.described_phrases(records, batch.sizes)
+                counts["pictures"] += len(records)
+                counts["outside"] += described.outside
+                _, first = np.unique(phrases.phrase, return_index=True)
+                of_phrase = np.split(phrases.box, first[1:]) if len(first) else []
+                own: list[list[tuple[int, np.ndarray]]] = [[] for _ in records]  # text and boxes
+                for boxes in of_phrase:
+                    text = place[described.texts[described.text[boxes[0]]]]
+                    own[described.image[boxes[0]]].append((text, described.boxes_xyxy[boxes]))
+                embeds = [text_embed[[text for text, _ in each]] for each in own]
+                maps = predictor.similarity_maps(batch.pixels, embeds)
+                yield _measured(
+                    [
+                        (one, boxes)
+                        for of_image, each in zip(maps, own)
+                        for one, (_, boxes) in zip(of_image, each)
+                    ]
+                )
+
+        found = processes.allgather(measures())
+        of_processes = processes.allgather_values(counts)
+        if not len(found["hit"]):
+            raise errors.UserError(f"{self.annotations}: every box lies outside its image")
+        iou = found["iou"].mean(axis=0)
+        best = int(iou.argmax())
+        return {
+            **self.counts(annotated, sum(each["pictures"] for each in of_processes), unreadable),
+            "regions_outside": sum(each["outside"] for each in of_processes),
+            "phrases": len(found["hit"]),
+            **rates.rate("pointing", found["hit"]),
+            "chance_pointing": float(found["chance"].mean()),
+            "map_iou": float(iou[best]),
+            "map_iou_threshold": float(thresholds()[best]),
+            "chance_map_iou": float(found["area"].mean()),
+        }
 
 
 def _measured(phrases: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
     """The measures of phrases, each a map [h, w] and boxes xyxy [n, 4]: hit, chance, area [P] and iou [P, thresholds]."""
+    levels = thresholds()
     out: dict[str, np.ndarray] = {key: np.zeros(len(phrases)) for key in ("hit", "chance", "area")}
-    out |= {"iou": np.zeros((len(phrases), len(THRESHOLDS)))}
+    out |= {"iou": np.zeros((len(phrases), len(levels)))}
     for i, (one, boxes_xyxy) in enumerate(phrases):
         right = _covered(boxes_xyxy, *one.shape)
         out["hit"][i] = right[one >= one.max() - rates.TIE].mean()
@@ -123,7 +139,7 @@ def _measured(phrases: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.
         out["area"][i] = inside.mean()
         large = scores.resize_map(one[None], _SIDE, _SIDE)[0]
         large = (large - large.min()) / max(np.ptp(large), rates.TIE)
-        marked = large >= THRESHOLDS[:, None, None]
+        marked = large >= levels[:, None, None]
         both = (marked & inside).sum((1, 2))
         out["iou"][i] = both / np.maximum((marked | inside).sum((1, 2)), 1)
     return out

@@ -91,6 +91,22 @@ def mean_rate(name: str, shares: np.ndarray, counts: np.ndarray) -> dict[str, fl
     return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
+def chance_of_classes(count: int) -> dict[str, float]:
+    """`chance` (of top-1) and `chance_top5` among so many classes."""
+    return {"chance": 1 / count, "chance_top5": min(1.0, 5 / count)}
+
+
+def counts_of_classes(target: np.ndarray, classes: list[str]) -> dict[str, object]:
+    """What a result says of images of the right classes `target`, int [N]: counts and chance."""
+    counts = np.bincount(target, minlength=len(classes))
+    return {
+        "classes": len(classes),
+        "pictures": len(target),
+        **chance_of_classes(len(classes)),
+        "pictures_per_class": dict(zip(classes, counts.tolist())),
+    }
+
+
 def of_classes(
     top1: np.ndarray, top5: np.ndarray, target: np.ndarray, classes: list[str]
 ) -> dict[str, object]:

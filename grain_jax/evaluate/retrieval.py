@@ -4,77 +4,83 @@ Every caption of an image is a query. The candidate texts are the distinct capti
 caption, each of them is a right answer to it.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from etils import epath
+from etils import epy
 
-from grain_jax.evaluate import annotated as annotated_lib
-from grain_jax.evaluate import encode, rates
-from grain_jax.files import annotations as annotations_lib
-from grain_jax.inference import scores
-from grain_jax.input_pipeline import tokenizer
+from grain_jax.config.evals import STANDALONE, Context, Row
+from grain_jax.evaluate.evaluators import AnnotatedImages
+
+with epy.lazy_imports():
+    import numpy as np
+
+    from grain_jax.evaluate import encode, rates
+    from grain_jax.files import annotations as annotations_lib
+    from grain_jax.inference import scores
+    from grain_jax.input_pipeline import tokenizer
 
 KS = (1, 5, 10)
 _ROWS_AT_ONCE = 1024  # queries; bounds the memory of the similarities
 
 
-def evaluate(
-    predictor: encode.Predictor,
-    *,
-    images: epath.PathLike,
-    annotations: epath.PathLike,
-    orientation: str = "exif",
-    batch_size: int = encode.BATCH_SIZE,
-) -> dict[str, Any]:
-    """Ranks all distinct captions for each image, and all images for each caption.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retrieval(AnnotatedImages):
+    """R@1, R@5, R@10 between images and captions, both ways."""
 
-    An image without a web caption has its synthetic one instead, and one without either is left out; both are
-    counted. Two captions are equal where they are equal after the tokenizer's cleaning and lower-casing.
+    example = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
+    left_out = "without_caption"
+    kind: str = "retrieval"
 
-    Args:
-      predictor: the model.
-      images: the folder that the annotations' paths start from.
-      annotations: `A.jsonl`.
-      orientation: of the images, as of `files.images`.
-      batch_size: images at a time.
+    @classmethod
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+        return [
+            Row(f"{way}/r{k}", f"{label} R@{k}", f"{way}/chance_r{k}", unit, unit)
+            for way, label, unit in (
+                ("image_to_text", "image to text", "pictures"),
+                ("text_to_image", "text to image", "captions"),
+            )
+            for k in KS
+        ]
 
-    Returns: counts; `image_to_text` and `text_to_image`, each with `r1`, `r5`, `r10` (a right answer among
-      the first k; 95% intervals `_low`, `_high`) and `chance_r1`... (of a random order). Ties count as if
-      broken at random.
+    def usable(self, record: annotations_lib.Annotation) -> Any:
+        return record.captions or record.synthetic_caption
 
-    Raises:
-      test_sets.InputError, annotations.AnnotationError: the images or the annotations cannot be used.
-    """
-    annotated = annotated_lib.read_captions(images, annotations, orientation)
-    unreadable: dict[str, str] = {}
-    kept, seen = annotated_lib.gather(
-        predictor,
-        annotated,
-        label="retrieval",
-        unreadable=unreadable,
-        regions=False,
-        batch_size=batch_size,
-    )
-    image_embed = scores.unit(seen.image_embed)  # [N, D]
-    owner, text_of, texts = _pairs(kept)
-    text_embed = scores.unit(encode.encode_distinct(predictor, texts))  # [M, D]
+    @property
+    def none_usable(self) -> str:
+        return "no line has a caption; expected captions to retrieve"
 
-    right = np.zeros((len(kept), len(texts)), bool)
-    right[owner, text_of] = True
-    return {
-        "kind": "retrieval",
-        "pictures": len(kept),
-        "captions": len(owner),
-        "distinct_captions": len(texts),
-        "synthetic_captions": sum(not r.captions for r in kept),
-        "without_caption": len(annotated.read.records) - len(annotated.records),
-        "faulty_lines": annotated.read.faulty_lines,
-        **encode.report_unreadable(unreadable),
-        "image_to_text": _recalls(image_embed, text_embed, right),
-        "text_to_image": _recalls(text_embed, image_embed, right.T, rows=text_of),
-    }
+    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+        """Ranks all distinct captions for each image, and all images for each caption.
+
+        An image without a web caption has its synthetic one instead, and one without either is left out; both are
+        counted. Two captions are equal where they are equal after the tokenizer's cleaning and lower-casing.
+
+        Returns: counts; `image_to_text` and `text_to_image`, each with `r1`, `r5`, `r10` (a right answer among
+          the first k; 95% intervals `_low`, `_high`) and `chance_r1`... (of a random order). Ties count as if
+          broken at random.
+
+        Raises:
+          errors.UserError: the images or the annotations cannot be used.
+        """
+        kept, seen, counts = self.gather(predictor, context, regions=False)
+        image_embed = scores.unit(seen.image_embed)  # [N, D]
+        owner, text_of, texts = _pairs(kept)
+        text_embed = scores.unit(encode.encode_distinct(predictor, texts))  # [M, D]
+
+        right = np.zeros((len(kept), len(texts)), bool)
+        right[owner, text_of] = True
+        return {
+            **counts,
+            "captions": len(owner),
+            "distinct_captions": len(texts),
+            "synthetic_captions": sum(not r.captions for r in kept),
+            "image_to_text": _recalls(image_embed, text_embed, right),
+            "text_to_image": _recalls(text_embed, image_embed, right.T, rows=text_of),
+        }
 
 
 def _pairs(

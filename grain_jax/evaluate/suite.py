@@ -20,12 +20,12 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, progress
 from grain_jax.config.evals import Context
 from grain_jax.evaluate import encode, tables, zeroshot
-from grain_jax.evaluate.test_sets import InputError
 from grain_jax.files import atomic, regular_file
 from grain_jax.inference import text_cache
+from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
 
 _PACKAGES = ("grain_jax", "jax", "flax", "numpy", "pillow", "tensorflow-datasets")
@@ -85,7 +85,7 @@ def run(
                 if name not in entries or (name in tasks and _same(result, tasks[name], again))
             }
     left = sum(task.images for name, task in tasks.items() if name not in results["ran"])
-    clock = _Clock(left)
+    done, start = 0, time.monotonic()
     for number, (name, task) in enumerate(tasks.items(), 1):
         of = f"{name} ({number} of {len(tasks)})"
         if name in results["ran"]:
@@ -107,7 +107,10 @@ def run(
                 "kind": task.entry.kind,
                 **result,
             }
-            _say(f"{of}: {task.images} images in {seconds:.0f} s{clock.left(task.images)}")
+            done, left = done + task.images, left - task.images
+            of_all = progress.duration((time.monotonic() - start) / max(done, 1) * left)
+            more = f"; about {of_all} left in all" if left else ""
+            _say(f"{of}: {task.images} images in {seconds:.0f} s{more}")
         _write(output, results, suite)
     saved = _write(output, results, suite)
     if processes.process_info()[0] == 0:
@@ -290,20 +293,6 @@ def _show(results: Mapping[str, Any]) -> None:
     if results["skipped"]:  # the reasons are printed already
         print(f"skipped, data missing: {', '.join(results['skipped'])}")
     sys.stdout.flush()
-
-
-class _Clock:
-    """Estimates the time left from the number of images done."""
-
-    def __init__(self, images: int):
-        self._left, self._done, self._began = images, 0, time.monotonic()
-
-    def left(self, images: int) -> str:
-        """Counts `images` as done; returns the time left as the end of a line, "" if none is left."""
-        self._left, self._done = self._left - images, self._done + images
-        seconds = (time.monotonic() - self._began) / self._done * self._left
-        words = f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
-        return f"; about {words} left in all" if self._left else ""
 
 
 def _words(error: Exception) -> str:

@@ -1,93 +1,16 @@
 """Evaluation results as text tables: value, 95% interval, chance level, and how many images or boxes were measured."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from grain_jax import printable
+from grain_jax.config import evals
+from grain_jax.config.evals import Row
 
 _OF_CLASSES = ("per_class", "pictures_per_class")  # a number per class: too many for a table
 _INTERVAL = "95% interval"
 _LONGEST = 120  # characters of a cell; the rest is cut off
 HEADER = ("measured", "value", _INTERVAL, "chance", "of")
-
-
-class Row(NamedTuple):
-    """How a number of a result is shown."""
-
-    key: str  # in the result; the interval is KEY_low, KEY_high
-    label: str
-    chance: str | None  # the key of its chance level
-    count: str  # the key of how many items it is a mean over
-    unit: str  # what these items are
-    is_share: bool = True  # shown as per cent
-
-
-_GROUNDING = (
-    Row("box_iou", "matched box IoU", "chance_box_iou", "regions_matched", "boxes", False),
-    Row("box_acc50", "matched box Acc@0.5", "chance_box_acc50", "regions_matched", "boxes"),
-    Row(
-        "region_to_description_r1",
-        "region to description R@1",
-        "chance_region_to_description_r1",
-        "regions_matched",
-        "boxes",
-    ),
-    Row("phrase_iou", "phrase to box IoU", "chance_phrase_iou", "phrases", "phrases", False),
-    Row("phrase_acc50", "phrase to box Acc@0.5", "chance_phrase_acc50", "phrases", "phrases"),
-    Row(
-        "phrase_acc50_any_box",
-        "phrase to box Acc@0.5, any box",
-        "chance_phrase_acc50_any_box",
-        "phrases",
-        "phrases",
-    ),
-    Row(
-        "phrase_acc50_merged_box",
-        "phrase to box Acc@0.5, merged boxes",
-        "chance_phrase_acc50_merged_box",
-        "phrases",
-        "phrases",
-    ),
-)
-_BOXES = (
-    Row("found", "found by a query, IoU >= 0.5", None, "boxes", "boxes"),
-    Row("box_head/top1", "class of a box by the box head, top-1", "chance", "boxes", "boxes"),
-    Row("region/top1", "class of a box by its region, top-1", "chance", "boxes", "boxes"),
-    Row("region/top5", "class of a box by its region, top-5", "chance_top5", "boxes", "boxes"),
-    Row(
-        "found_boxes/region/top1", "the same of those found", "chance", "found_boxes/boxes", "boxes"
-    ),
-    Row("image/top1", "class of a box by its image, top-1", "chance", "boxes", "boxes"),
-    Row("image/top5", "class of a box by its image, top-5", "chance_top5", "boxes", "boxes"),
-)
-_NEAR_MISSES = (
-    Row("box_head/top1", "right description, by the box head", "chance", "boxes", "boxes"),
-    Row("region/top1", "right description, by the region", "chance", "boxes", "boxes"),
-    Row("image/top1", "right description, by the image", "chance", "boxes", "boxes"),
-)
-_MAPS = (
-    Row("pointing", "highest place of a map in a box", "chance_pointing", "phrases", "phrases"),
-    Row("map_iou", "IoU of a map and the boxes", "chance_map_iou", "phrases", "phrases", False),
-)
-_DIAGNOSTICS = (
-    Row("matched_iou", "matched box IoU", None, "regions_matched", "boxes", False),
-    Row("matched_iou50", "matched box Acc@0.5", None, "regions_matched", "boxes"),
-    Row(
-        "matching_stability",
-        "same query as before",
-        "chance_matching_stability",
-        "regions_matched",
-        "boxes",
-    ),
-    Row(
-        "query_usage_entropy",
-        "use of the queries, 1: even",
-        None,
-        "regions_matched",
-        "boxes",
-        False,
-    ),
-)
 
 
 def scalars(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -114,9 +37,10 @@ def describe(results: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def rows_of(numbers: Mapping[str, float]) -> list[Row]:
-    """The rows of the numbers of an evaluation; if none of the keys is known here, one row per number."""
-    known = [row for row in _rows(numbers) if row.key in numbers]
-    return known or [Row(key, key, None, "", "", False) for key in numbers]
+    """The rows of the numbers of an evaluation, of whichever evaluator of the package; else one row per number."""
+    known = [row for kind in evals.NAMED for row in evals.find(kind).rows(numbers)]
+    found = {row.key: row for row in known if row.key in numbers}
+    return list(found.values()) or [Row(key, key, None, "", "", False) for key in numbers]
 
 
 def suite(sets: Mapping[str, Mapping[str, Any]], averages: Mapping[str, Mapping[str, Any]]) -> str:
@@ -183,40 +107,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     ]
     rule = "-" * max(map(len, lines))
     return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1:]])
-
-
-def _rows(numbers: Mapping[str, float]) -> list[Row]:
-    rows = []
-    for key in numbers:  # in the order of the option `alphas`
-        if key.startswith("alpha_") and key.endswith("/top1"):
-            at = key.removesuffix("/top1")
-            alpha = f"alpha {float(at.removeprefix('alpha_')):g}"
-            rows.append(Row(key, f"top-1, {alpha}", "chance", "pictures", "pictures"))
-            rows.append(Row(f"{at}/top5", f"top-5, {alpha}", "chance_top5", "pictures", "pictures"))
-    for key in numbers:
-        if key.startswith("shots_") and key.endswith("/top1"):
-            at = key.removesuffix("/top1")
-            number = at.removeprefix("shots_")
-            name = "all training images" if number == "all" else f"few shots, {number} a class"
-            rows.append(Row(key, f"{name}, top-1", "chance", "pictures", "pictures"))
-            rows.append(Row(f"{at}/top5", f"{name}, top-5", "chance_top5", "pictures", "pictures"))
-            rows.append(
-                Row(
-                    f"{at}/mean_per_class",
-                    f"{name}, mean per class",
-                    "chance",
-                    "pictures",
-                    "pictures",
-                )
-            )
-    for way, label, count, unit in (
-        ("image_to_text", "image to text", "pictures", "pictures"),
-        ("text_to_image", "text to image", "captions", "captions"),
-    ):
-        for k in (1, 5, 10):
-            rows.append(Row(f"{way}/r{k}", f"{label} R@{k}", f"{way}/chance_r{k}", count, unit))
-    of_boxes = _NEAR_MISSES if "chance_mean_rank" in numbers else _BOXES
-    return [*rows, *_GROUNDING, *of_boxes, *_MAPS, *_DIAGNOSTICS]
 
 
 def cells(name: str, numbers: Mapping[str, float], row: Row) -> tuple[str, ...]:

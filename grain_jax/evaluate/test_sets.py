@@ -18,13 +18,10 @@ from grain_jax import errors
 from grain_jax.config.evals import how_to_get
 from grain_jax.evaluate import class_names
 from grain_jax.files import images as image_files
+from grain_jax.inference.inputs import InputError
 
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-
-
-class InputError(errors.UserError):
-    """The data or the options of an evaluation cannot be used; the message has one line per fault."""
 
 
 class Image(NamedTuple):
@@ -161,9 +158,8 @@ class TfdsSet:
                 name = self.name(position)
                 load = functools.partial(image_files.decode_image, example["image"], name, "file")
                 yield Image(name, load, int(example["label"]))
-        except (
-            Exception
-        ) as error:  # a damaged or missing file; the errors of TensorFlow have no common class
+        # A damaged or missing file; the errors of TensorFlow have no common class.
+        except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{self._name} {self._split}: cannot be read: {reason}") from None
 

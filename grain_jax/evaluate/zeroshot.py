@@ -5,23 +5,223 @@ descriptions. With `names=False` a class is the mean of the embeddings of its de
 for class names that mean nothing to the model, or descriptions that are whole sentences.
 """
 
+from __future__ import annotations
+
+import argparse
+import dataclasses
 import json
 import re
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-from etils import epath
+from etils import epy
 
-from grain_jax.config.evals import REGION_ORDERS
-from grain_jax.evaluate import class_names, encode, rates, test_sets
-from grain_jax.evaluate.test_sets import InputError
-from grain_jax.files import atomic, regular_file
-from grain_jax.inference import prompts, scores
-from grain_jax.runtime import processes
+from grain_jax import errors
+from grain_jax.config.evals import STANDALONE, Context, Row, exists, expanduser, option
+from grain_jax.evaluate.evaluators import Faults, LabelledImages, at_home
 
+with epy.lazy_imports():
+    import numpy as np
+    from etils import epath
+
+    from grain_jax.evaluate import class_names, encode, rates, test_sets
+    from grain_jax.files import atomic, regular_file
+    from grain_jax.inference import prompts, scores
+    from grain_jax.runtime import processes
+
+# How the similarities of regions and descriptions [Q, n_c] become the region score of a class.
+REGION_ORDERS = (
+    "queries",  # the paper: each query takes its best description, then the mean over queries
+    "descriptions",  # each description takes its best query, then the mean over descriptions
+)
 BY_NAME = "by_name"  # key of the results by names alone, where there are descriptions too
 BEST = 5  # classes that the prediction of an image lists
+
+
+def _parse_alphas(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected a number from 0 to 1, or several with commas between"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ZeroShot(LabelledImages):
+    """Classifies a folder with one sub-folder a class."""
+
+    example = "--images runs/aviary/unseen \\\n    --descriptions runs/aviary/unseen.json"
+    writes_predictions = True
+    kind: str = "zeroshot"
+    # {class name: [description, ...]}: classes by descriptions too; default: by their names alone
+    descriptions: str | None = option(None, "D.json")
+    # share of the global score, 0 to 1, also several (0.5,1); default 1, with descriptions 1,0.5
+    alphas: tuple[float, ...] = option((1.0, 0.5), "A", name="alpha", parse=_parse_alphas)
+    # use the classes' names; without, a class is its descriptions alone (for names that mean nothing)
+    names: bool = option(True)
+    # what the region score is averaged over; queries is the paper's
+    region_order: str = option(REGION_ORDERS[0], choices=REGION_ORDERS)
+    # class features have unit length, as in CLIP; without, they are the mean, as in the paper's code
+    unit_features: bool = option(False)
+    # prompts, one a line, with {} for the name; default: inference/templates.txt
+    templates: str | None = option(None, "FILE")
+
+    @classmethod
+    def of_flags(cls, **given: Any) -> typing.Self:
+        entry = cls(**given)
+        if "alphas" in given:  # asked for, so they count without descriptions, too
+            check_alphas(entry.alphas, entry.descriptions, entry.names)
+        return entry
+
+    @classmethod
+    def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
+        found = []
+        for key in numbers:  # in the order of `alphas`
+            at, _, rate = key.rpartition("/")
+            if at.startswith("alpha_") and rate == "top1":
+                alpha = f"alpha {float(at.removeprefix('alpha_')):g}"
+                found += [
+                    Row(key, f"top-1, {alpha}", "chance", "pictures", "pictures"),
+                    Row(f"{at}/top5", f"top-5, {alpha}", "chance_top5", "pictures", "pictures"),
+                ]
+        return found
+
+    def on_top(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """The numbers of the first alpha."""
+        alpha = self.shares[0]
+        found = {"alpha": alpha, **result[f"alpha_{alpha}"]}
+        return found | {"descriptions_file": self.descriptions}
+
+    @property
+    def needs_regions(self) -> bool:
+        return bool(self.descriptions) and any(alpha < 1 for alpha in self.alphas)
+
+    @property
+    def files(self) -> tuple[str | None, ...]:
+        return self.descriptions, self.templates, self.classes
+
+    @property
+    def shares(self) -> Sequence[float]:
+        """The alphas to evaluate; without descriptions 1 alone, or the alphas outside [0, 1], which `check` rejects."""
+        if self.descriptions is not None:
+            return self.alphas
+        return [alpha for alpha in self.alphas if not 0 <= alpha <= 1] or (1.0,)
+
+    def available(self) -> tuple[typing.Self, str]:
+        found, _ = super().available()
+        if self.missing != "skip" or self.descriptions is None:
+            return found, ""
+        path = expanduser(self.descriptions)
+        if exists(path):
+            return found, ""
+        line = f"{path}: not there, expected descriptions of the classes"
+        if not self.names:
+            raise errors.MissingData(line)
+        return dataclasses.replace(self, descriptions=None), f"{line}; evaluated by names alone"
+
+    def check(self) -> int:
+        attempt, described = Faults(), at_home(self.descriptions)
+        test_set = attempt(self.open)
+        if described is not None:
+            known = (test_set.classes, test_set.stems) if test_set else ((), None)
+            attempt(read_descriptions, described, *known, self.names)
+        attempt(check_alphas, self.shares, described, self.names)
+        if self.names:
+            attempt(prompts.load_templates, at_home(self.templates))
+        attempt.done()
+        return len(test_set) if test_set else 0
+
+    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+        """Classifies every image by alpha * global score + (1 - alpha) * region score.
+
+        With `context.predictions`, the first process writes there one JSON object per image: its name, its right class,
+        the five best classes.
+
+        Returns: counts, `chance` (of top-1), `chance_top5`, and for each alpha, under `alpha_A`: `top1`, `top5`,
+          `mean_per_class` (of top-1), each with a 95% interval `_low`, `_high`, and `per_class`. If there are names and
+          descriptions, the global score uses both together; `by_name` has the same keys for names alone in the global
+          score, at alpha 1 and at each other alpha. Ties count as if broken at random.
+
+        Raises:
+          errors.UserError: images, descriptions, prompts or options cannot be used.
+        """
+        found = self.predict(predictor, context.batch_size)
+        if context.predictions is not None and processes.process_info()[0] == 0:
+            _write(epath.Path(context.predictions), found)
+        classes = found.test_set.classes
+        result = {
+            "kind": "zeroshot",
+            **rates.counts_of_classes(found.target, classes),
+            **encode.report_unreadable(found.unreadable),
+            "names": self.names,
+            "descriptions": found.descriptions,
+            "region_order": self.region_order,
+            "unit_features": self.unit_features,
+        }
+        for key, scored in found.scored.items():
+            way, _, alpha = key.rpartition("/")
+            part = result.setdefault(way, {}) if way else result
+            part[alpha] = rates.of_classes(scored.top1, scored.top5, found.target, classes)
+        return result
+
+    def predict(self, predictor: Any, batch_size: int = STANDALONE.batch_size) -> Predictions:
+        """The best classes of each image, and whether they are right; `evaluate` averages them, and says what it raises."""
+        test_set = self.open()
+        classes = list(test_set.classes)
+        described, alphas = None, check_alphas(self.shares, self.descriptions, self.names)
+        if self.descriptions is not None:
+            path = expanduser(self.descriptions)
+            described = read_descriptions(path, classes, test_set.stems, self.names)
+        templates = at_home(self.templates)
+        texts, embeds = _class_embeddings(predictor, classes, described, self.names, templates)
+        features = scores.class_features(texts, self.unit_features)
+        ways = {f"alpha_{alpha}": (features, alpha) for alpha in alphas}
+        if described is not None and self.names:
+            texts, _ = _class_embeddings(predictor, classes, None, True, templates)
+            alone = scores.class_features(texts, self.unit_features)
+            for alpha in dict.fromkeys([1.0, *alphas]):
+                ways[f"{BY_NAME}/alpha_{alpha}"] = alone, alpha
+
+        with_regions = min(alphas) < 1
+        unreadable: dict[str, str] = {}
+        parts = []
+        for batch in encode.encode_images(
+            predictor,
+            test_set,
+            label="zero-shot",
+            unreadable=unreadable,
+            regions=with_regions,
+            batch_size=batch_size,
+        ):
+            region_scores = None
+            if with_regions and embeds is not None:
+                region_scores = self.region_scores(batch.with_regions.embed, embeds)
+            part = {"index": batch.index, "target": batch.labels}
+            for key, (of_classes, alpha) in ways.items():
+                global_scores = scores.global_scores(batch.image_embed, of_classes)
+                combined = scores.combine(global_scores, region_scores, alpha)
+                scored = _score(combined, batch.labels)
+                part |= {f"{key} {name}": value for name, value in scored._asdict().items()}
+            parts.append(part)
+        found = processes.allgather(parts)
+        if found["target"].min() < 0:
+            raise errors.UserError(
+                "the test set has images without a label, expected another split"
+            )
+        scored = {
+            key: Scored(*(found[f"{key} {field}"] for field in Scored._fields)) for key in ways
+        }
+        count = sum(map(len, described)) if described else 0
+        return Predictions(test_set, found["index"], found["target"], scored, unreadable, count)
+
+    def region_scores(
+        self, region_embed: np.ndarray, description_embeds: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """The region score of each class in the order `region_order`; arguments as of `description_scores`."""
+        score = {"queries": scores.region_scores, "descriptions": description_scores}
+        return score[self.region_order](region_embed, description_embeds)
 
 
 class Scored(NamedTuple):
@@ -44,130 +244,10 @@ class Predictions(NamedTuple):
     descriptions: int  # how many all classes have together
 
 
-def evaluate(
-    predictor: encode.Predictor,
-    test_set: test_sets.TestSet,
-    *,
-    predictions: epath.PathLike | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Classifies every image by alpha * global score + (1 - alpha) * region score.
-
-    Args:
-      predictor: the model.
-      test_set: images and their classes.
-      predictions: file to write, one JSON object per image: its name, its right class, the five best classes.
-      **options: of `predict`.
-
-    Returns: counts, `chance` (of top-1), `chance_top5`, and for each alpha, under `alpha_A`: `top1`, `top5`,
-      `mean_per_class` (of top-1), each with a 95% interval `_low`, `_high`, and `per_class`. If there are names and
-      descriptions, the global score uses both together; `by_name` has the same keys for names alone in the global
-      score, at alpha 1 and at each other alpha. Ties count as if broken at random.
-
-    Raises:
-      InputError, prompts.PromptError: images, descriptions, prompts or options cannot be used.
-    """
-    found = predict(predictor, test_set, **options)
-    if predictions is not None and processes.process_info()[0] == 0:
-        _write(epath.Path(predictions), found)
-    classes = found.test_set.classes
-    counts = np.bincount(found.target, minlength=len(classes))
-    result = {
-        "kind": "zeroshot",
-        "classes": len(classes),
-        "pictures": len(found.target),
-        **encode.report_unreadable(found.unreadable),
-        "names": options.get("names", True),
-        "descriptions": found.descriptions,
-        "region_order": options.get("region_order", "queries"),
-        "unit_features": options.get("unit_features", False),
-        "chance": 1 / len(classes),
-        "chance_top5": min(1.0, 5 / len(classes)),
-        "pictures_per_class": dict(zip(classes, counts.tolist())),
-    }
-    for key, scored in found.scored.items():
-        way, _, alpha = key.rpartition("/")
-        part = result.setdefault(way, {}) if way else result
-        part[alpha] = rates.of_classes(scored.top1, scored.top5, found.target, classes)
-    return result
-
-
-def predict(
-    predictor: encode.Predictor,
-    test_set: test_sets.TestSet,
-    *,
-    descriptions: epath.PathLike | None = None,
-    alphas: Sequence[float] | None = None,
-    names: bool = True,
-    region_order: str = "queries",
-    unit_features: bool = False,
-    templates: epath.PathLike | None = None,
-    batch_size: int = encode.BATCH_SIZE,
-) -> Predictions:
-    """The best classes of each image, and whether they are right; `evaluate` averages them.
-
-    Args:
-      predictor: the model.
-      test_set: images and their classes.
-      descriptions: `D.json`, {"class name": ["description", ...]}; classes that the test set does not have are ignored.
-      alphas: shares of the global score in [0, 1]; default 1 without descriptions, 1 and 0.5 with.
-      names: whether prompts have the class names; False: a class is made of its descriptions alone.
-      region_order: what the region score averages over, one of REGION_ORDERS.
-      unit_features: class features have unit length (`scores.class_features`).
-      templates: file of prompts, one per line; default: the general set of the package.
-      batch_size: images at a time.
-
-    Raises: as `evaluate`.
-    """
-    classes = list(test_set.classes)
-    check_region_order(region_order)
-    alphas = check_alphas(alphas, descriptions, names)
-    described = None
-    if descriptions is not None:
-        described = read_descriptions(descriptions, classes, test_set.stems, names)
-    texts, embeds = _class_embeddings(predictor, classes, described, names, templates)
-    features = scores.class_features(texts, unit_features)
-    ways = {f"alpha_{alpha}": (features, alpha) for alpha in alphas}
-    if described is not None and names:
-        texts, _ = _class_embeddings(predictor, classes, None, names, templates)
-        alone = scores.class_features(texts, unit_features)
-        for alpha in dict.fromkeys([1.0, *alphas]):
-            ways[f"{BY_NAME}/alpha_{alpha}"] = alone, alpha
-
-    with_regions = min(alphas) < 1
-    unreadable: dict[str, str] = {}
-    parts = []
-    for batch in encode.encode_images(
-        predictor,
-        test_set,
-        label="zero-shot",
-        unreadable=unreadable,
-        regions=with_regions,
-        batch_size=batch_size,
-    ):
-        region_scores = None
-        if with_regions and embeds is not None:
-            score = scores.region_scores if region_order == "queries" else description_scores
-            region_scores = score(batch.with_regions.embed, embeds)
-        part = {"index": batch.index, "target": batch.labels}
-        for key, (of_classes, alpha) in ways.items():
-            global_scores = scores.global_scores(batch.image_embed, of_classes)
-            combined = scores.combine(global_scores, region_scores, alpha)
-            scored = _score(combined, batch.labels)
-            part |= {f"{key} {name}": value for name, value in scored._asdict().items()}
-        parts.append(part)
-    found = processes.allgather(parts)
-    if found["target"].min() < 0:
-        raise InputError("the test set has images without a label, expected another split")
-    scored = {key: Scored(*(found[f"{key} {field}"] for field in Scored._fields)) for key in ways}
-    count = sum(map(len, described)) if described else 0
-    return Predictions(test_set, found["index"], found["target"], scored, unreadable, count)
-
-
 def _score(combined: np.ndarray, target: np.ndarray) -> Scored:
     """The results of scores [B, C] for the right classes [B]."""
     right = target[:, None] == np.arange(combined.shape[1])
-    right[target < 0, 0] = True  # no label: any class will do, since `predict` raises InputError
+    right[target < 0, 0] = True  # no label: any class will do, since `predict` raises UserError
     best = np.argpartition(-combined, min(BEST, combined.shape[1]) - 1, axis=1)[:, :BEST]
     order = np.argsort(-np.take_along_axis(combined, best, axis=1), axis=1, kind="stable")
     best = np.take_along_axis(best, order, axis=1)
@@ -195,22 +275,16 @@ def _write(path: epath.Path, found: Predictions) -> None:
 def check_alphas(
     alphas: Sequence[float] | None, descriptions: epath.PathLike | None, names: bool
 ) -> list[float]:
-    """The alphas to report (default 1, and 0.5 with descriptions). Raises InputError."""
+    """The alphas to report (default 1, and 0.5 with descriptions). Raises errors.UserError."""
     if not alphas:
         alphas = (1.0,) if descriptions is None else (1.0, 0.5)
     for alpha in alphas:
         if not 0 <= alpha <= 1:
-            raise InputError(f"alpha: got {alpha}, expected a number from 0 to 1")
+            raise errors.UserError(f"alpha: got {alpha}, expected a number from 0 to 1")
     if descriptions is None and (not names or min(alphas) < 1):
         asked = f"alpha {min(alphas):g}" if names else "a test without class names"
-        raise InputError(f"descriptions: got nothing, expected a file (D.json) for {asked}")
+        raise errors.UserError(f"descriptions: got nothing, expected a file (D.json) for {asked}")
     return [float(alpha) for alpha in alphas]
-
-
-def check_region_order(order: str) -> None:
-    """Raises InputError if `order` is not one of REGION_ORDERS."""
-    if order not in REGION_ORDERS:
-        raise InputError(f"region order: got {order!r}, expected one of {', '.join(REGION_ORDERS)}")
 
 
 def description_scores(
@@ -257,11 +331,11 @@ def read_descriptions(
     value = regular_file.read_json(path, dict[str, Any], expected)
     for name, texts in value.items():
         if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise InputError(f"{path}: {name!r}: expected a list of texts that are not empty")
+            raise errors.UserError(f"{path}: {name!r}: expected a list of texts that are not empty")
     spelt: dict[str, str] = {}
     for name in value:
         if (other := spelt.setdefault(test_sets.of_folder(name), name)) != name:
-            raise InputError(
+            raise errors.UserError(
                 f"{path}: got {ascii(other)} and {ascii(name)}, which are one class (_ = space, Unicode NFC),"
                 " expected it once"
             )
@@ -273,7 +347,7 @@ def read_descriptions(
     ]
     missing = [n for n, texts in zip(classes, found) if texts is None or not (texts or names)]
     if missing:
-        raise InputError(f"{path}: no description of the classes {test_sets.listed(missing)}")
+        raise errors.UserError(f"{path}: no description of the classes {test_sets.listed(missing)}")
     return [texts for texts in found if texts is not None]
 
 

@@ -1,7 +1,7 @@
 """Reads annotations (`A.jsonl`: per line an image, its captions and its described boxes) and names every fault.
 
 The only parser of that format, for evaluation and for the offline tools in `data/`; it needs neither
-TensorFlow nor JAX. Checks that need the image itself are in data/annotations.py.
+TensorFlow nor JAX. Checks that need the image itself are in data/example.py.
 """
 
 import json

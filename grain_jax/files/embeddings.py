@@ -8,6 +8,7 @@
 The columns are in docs/embed.md. pyarrow is imported where a file is read or written.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -28,10 +29,10 @@ STORED = ("float32", "float16")  # types of the embeddings in the files
 IMAGE_EMBED, REGION_EMBED, BOXES = "image_embed", "region_embed", "boxes_xyxy"
 MAX_FOOTER = 8 << 20  # bytes; it holds the faults of a file; read, it takes thirty times as much
 _MAX_SETTINGS = 1 << 20
+_FOOTERS = 16  # read at a time
 _MAX_SIZE = 1 << 48  # bytes of a file
-_MAX_GROUPS = (
-    1 << 12
-)  # of rows, a thousand each; and columns, which pyarrow nests as deep as they say
+# Of rows, a thousand each; and columns, which pyarrow nests as deep as they say.
+_MAX_GROUPS = 1 << 12
 _NOTE = b"grain_jax"  # key of a file's own metadata
 _AGAIN = "delete it or move it elsewhere, and give the command grain-jax embed again, which makes it anew"
 
@@ -311,6 +312,22 @@ def read_part(path: epath.PathLike, settings: Settings) -> Part:
     if fault:
         raise EmbeddingsError(f"{path}: {printable.plain(fault, 400)}; {_AGAIN}")
     return Part(path.name, rows, note.most_regions, source, msgspec.to_builtins(note.faults))
+
+
+def read_parts(
+    folder: epath.Path, settings: Settings
+) -> list[tuple[epath.Path, Part | DamagedError]]:
+    """Each Parquet file of a folder, by name, with what it says of itself, or its damage; else raises as `read_part`."""
+
+    def read(path: epath.Path) -> tuple[epath.Path, Part | DamagedError]:
+        try:
+            return path, read_part(path, settings)
+        except DamagedError as error:
+            return path, error
+
+    files = (folder / DATA).iterdir() if (folder / DATA).is_dir() else ()
+    with concurrent.futures.ThreadPoolExecutor(_FOOTERS) as pool:
+        return list(pool.map(read, sorted(x for x in files if x.suffix == ".parquet")))
 
 
 def _columns_fault(file: Any, settings: Settings) -> str | None:

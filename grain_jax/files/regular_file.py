@@ -139,18 +139,20 @@ def from_json(content: bytes | str, kind: type[T], where: str, expected: str) ->
     Raises:
       FileError: not JSON (NaN and infinite numbers are none), nested too deep, or of another form.
     """
-    try:
+    with _of_form(where, expected):
         return msgspec.json.decode(content, type=kind)
-    except RecursionError:
-        raise FileError(f"{where}: nested too deep, expected {expected}") from None
-    except (msgspec.MsgspecError, UnicodeError) as error:
-        raise FileError(f"{where}: {error}, expected {expected}") from None
 
 
 def checked(value: Any, kind: type[T], where: str, expected: str) -> T:
     """A value that was read already, checked as `from_json` does. Raises FileError."""
-    try:
+    with _of_form(where, expected):
         return msgspec.convert(value, type=kind)
+
+
+@contextlib.contextmanager
+def _of_form(where: str, expected: str) -> Iterator[None]:
+    try:
+        yield
     except RecursionError:
         raise FileError(f"{where}: nested too deep, expected {expected}") from None
     except (msgspec.MsgspecError, UnicodeError) as error:

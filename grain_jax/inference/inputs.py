@@ -79,9 +79,8 @@ def resize(index: int, image: Any, size: int) -> np.ndarray:
     if isinstance(image, PIL.Image.Image):
         try:
             image = image_files.to_rgb(image_files.upright(image))
-        except (
-            Exception
-        ) as error:  # PIL reads the pixels of a file only here, and raises many types of error
+        # PIL reads the pixels of a file only here, and raises many types of error.
+        except Exception as error:
             raise InputError(
                 f"images[{index}]: {' '.join(str(error).split())}, expected a readable image"
             ) from None

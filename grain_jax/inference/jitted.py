@@ -36,7 +36,7 @@ def image_program(
 ) -> Callable[..., Any]:
     """The jitted encode_images(params, image) -> image_embed [B, D], region_embed [B, Q, D], boxes_xyxy [B, Q, 4].
 
-    `image` is [B, S, S, 3], uint8, or float32 normalised. With `of_tokens`, it is what `token_program` returned.
+    `image` is [B, S, S, 3], uint8, or float32 normalised. With `of_tokens`, it is the tokens [B, N, E].
     """
     method = grain.GRAIN.embeddings if of_tokens else grain.GRAIN.encode_image
     apply = _applied(model, dtype, method)
@@ -70,29 +70,12 @@ def text_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
     return jax.jit(encode_texts)
 
 
-@functools.lru_cache(maxsize=8)
-def token_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
-    """The jitted (params, image [B, S, S, 3]) -> tokens [B, N, E]."""
-    return jax.jit(_applied(model, dtype, grain.GRAIN.image_tokens))
+@functools.lru_cache(maxsize=32)
+def program(model: config_lib.Model, dtype: str, method: str) -> Callable[..., Any]:
+    """The jitted (params, *arguments) -> what that method of `models.grain.GRAIN` returns."""
+    return jax.jit(_applied(model, dtype, getattr(grain.GRAIN, method)))
 
 
-@functools.lru_cache(maxsize=8)
-def box_program(model: config_lib.Model, dtype: str, of_tokens: bool = False) -> Callable[..., Any]:
-    """The jitted (params, image [B, S, S, 3], boxes_xyxy float32 [B, R, 4]) -> [B, R, D] of a model with a box head.
-
-    With `of_tokens`, it takes what `token_program` returned in place of the images.
-    """
-    method = grain.GRAIN.box_embeddings if of_tokens else grain.GRAIN.encode_boxes
-    return jax.jit(_applied(model, dtype, method))
-
-
-@functools.lru_cache(maxsize=8)
-def image_and_box_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
-    """The jitted (params, image [B, S, S, 3], boxes_xyxy float32 [B, R, 4]) -> (image_embed [B, D], [B, R, D])."""
-    return jax.jit(_applied(model, dtype, grain.GRAIN.encode_image_and_boxes))
-
-
-@functools.lru_cache(maxsize=8)
-def patch_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
-    """The jitted (params, image [B, S, S, 3]) -> [B, h * w, D], each patch pooled alone, of a model of two towers."""
-    return jax.jit(_applied(model, dtype, grain.GRAIN.encode_patches))
+def box_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
+    """The jitted (params, image [B, S, S, 3], boxes_xyxy float32 [B, R, 4]) -> [B, R, D] of a model with a box head."""
+    return program(model, dtype, "encode_boxes")

@@ -8,7 +8,6 @@ all devices of the process. Methods that return or use regions raise InputError 
 
 import functools
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
@@ -16,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
-import tqdm
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax import errors, schema
+from grain_jax import progress as progress_lib
 from grain_jax.inference import inputs, jitted, prompts, scores
 from grain_jax.inference.inputs import Images, InputError, OneOrMany
 from grain_jax.input_pipeline import tokenizer
@@ -50,9 +49,8 @@ class ClassFeatures(NamedTuple):
 
     names: tuple[str, ...]
     features: np.ndarray  # float32 [C, D], means of unit-length text embeddings; not of unit length
-    descriptions: (
-        tuple[np.ndarray, ...] | None
-    )  # per class float32 [n_c, D], unit length; None: no descriptions
+    # Per class float32 [n_c, D], unit length; None: no descriptions.
+    descriptions: tuple[np.ndarray, ...] | None
 
 
 def load(
@@ -228,7 +226,7 @@ class Predictor:
           InputError: as `encode_image`; the model has no box head.
         """
         self._need_box_head()
-        program = jitted.token_program(self.model, self.dtype)
+        program = jitted.program(self.model, self.dtype, "image_tokens")
         tokens = [self._run(program, pixels) for pixels in self._rows(images)]
         return Tokens(np.concatenate(tokens) if tokens else np.zeros((0, 0, 0), np.float32))
 
@@ -257,7 +255,8 @@ class Predictor:
         """
         if inputs.is_one_image(images):
             return self.encode_boxes(inputs.one_image(images), [boxes_xyxy])[0]
-        program = jitted.box_program(self.model, self.dtype, of_tokens=isinstance(images, Tokens))
+        method = "box_embeddings" if isinstance(images, Tokens) else "encode_boxes"
+        program = jitted.program(self.model, self.dtype, method)
         return self._run_with_boxes(program, images, boxes_xyxy)[1]
 
     def encode_image_and_boxes(
@@ -267,7 +266,7 @@ class Predictor:
         if inputs.is_one_image(images):
             image, boxes = self.encode_image_and_boxes(inputs.one_image(images), [boxes_xyxy])
             return image[0], boxes[0]
-        program = jitted.image_and_box_program(self.model, self.dtype)
+        program = jitted.program(self.model, self.dtype, "encode_image_and_boxes")
         return self._run_with_boxes(program, images, boxes_xyxy)
 
     def _run_with_boxes(
@@ -338,7 +337,7 @@ class Predictor:
                 "patches: got a model with a decoder and no box head, expected a box head; similarity_maps asks the regions"
             )
         else:
-            program = jitted.patch_program(self.model, self.dtype)
+            program = jitted.program(self.model, self.dtype, "encode_patches")
             patches = [x for part in self._rows(images) for x in self._run(program, part)]
         shape = (len(patches), grid, grid, self.model.embed_dim)
         return np.asarray(patches, np.float32).reshape(shape)
@@ -417,12 +416,11 @@ class Predictor:
         d = self.model.embed_dim
         parts = [(np.zeros((0, d)), np.zeros((0, q, d)), np.zeros((0, q, 4)))]
         total = len(counted) if isinstance(counted, Sized) else None
-        with tqdm.tqdm(
-            total=total, desc="images", unit="", file=sys.stderr, disable=not self.progress
-        ) as bar:
-            for part in self._rows(images):
-                parts.append(self._run(program, part))
-                bar.update(len(part))
+        counter = progress_lib.Counter("images", total, silent=not self.progress)
+        for part in self._rows(images):
+            parts.append(self._run(program, part))
+            counter.add(len(part))
+        counter.close(stays=True)
         image, region, boxes = (np.concatenate(x).astype(np.float32) for x in zip(*parts))
         return image, region, boxes
 
@@ -597,7 +595,7 @@ class Predictor:
         if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
             if not texts:
                 return np.zeros((0, context), np.int32), np.zeros(0, np.int32)
-            ids, lengths, _ = _tokenizer(tower, self.folder).encode(texts, context)
+            ids, lengths, *_ = _tokenizer(tower, self.folder).encode(texts, context)
             tokens = np.full((len(texts), context), tower.pad_id, np.int32)
             tokens[np.arange(context) < lengths[:, None]] = ids
             return tokens, lengths - 1

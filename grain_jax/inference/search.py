@@ -7,7 +7,6 @@
 Exact: every vector is compared, in blocks, on all devices; memory holds two blocks whatever the size of the folder.
 """
 
-import concurrent.futures
 import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,6 @@ from grain_jax.runtime import saved_model
 BY = ("regions", "images")
 BLOCK_BYTES = 64 << 20  # of float32; a block and the one after it are in memory
 _ROWS = 1024  # read at a time
-_FOOTERS = 16  # read at a time
 
 # A text, or several; PIL images; or float [T, D] of unit length.
 Queries: TypeAlias = str | Sequence[str] | Sequence[PIL.Image.Image] | np.ndarray
@@ -78,13 +76,12 @@ class Index:
         self.settings = embeddings.read_settings(self.folder)
         embeddings.pyarrow()
         data = self.folder / embeddings.DATA
-        there = data.iterdir() if data.is_dir() else ()
-        paths = sorted(path for path in there if path.suffix == ".parquet")
-        read = functools.partial(embeddings.read_part, settings=self.settings)
-        with concurrent.futures.ThreadPoolExecutor(_FOOTERS) as pool:
-            self.parts = list(pool.map(read, paths))
+        self.parts: list[embeddings.Part] = []
         names: dict[str, str] = {}
-        for part in self.parts:
+        for _, part in embeddings.read_parts(self.folder, self.settings):
+            if isinstance(part, embeddings.DamagedError):
+                raise part
+            self.parts.append(part)
             if (other := names.setdefault(part.source["name"], part.name)) != part.name:
                 raise embeddings.EmbeddingsError(
                     f"{data / part.name}: has the images of {other}; delete it, and give the command"
@@ -95,6 +92,7 @@ class Index:
                 f"{data}: got no image there yet, expected Parquet files of grain-jax embed"
             )
         self.embed_dim = self.settings.embed_dim
+        self._checked: predictor.Predictor | None = None  # is known to suit
         self.missing = self.settings.parts - len(self.parts)
         self._starts = np.cumsum([0, *(part.rows for part in self.parts)])
 
@@ -126,6 +124,8 @@ class Index:
 
     def check(self, model: predictor.Predictor) -> None:
         """Raises SearchError unless the model is the one that made the index, by its digests."""
+        if model is self._checked:
+            return
         if model.model.embed_dim != self.embed_dim:
             raise SearchError(
                 f"{self.folder}: has embeddings of {self.embed_dim} numbers, got a model with"
@@ -138,6 +138,7 @@ class Index:
                 f"{self.folder}: was made by another model: {self.settings.checkpoint}, parameters"
                 f" {expected.params}, got parameters {got.params}"
             )
+        self._checked = model
 
     def vectors(self, by: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """All vectors in order, a thousand images at a time.

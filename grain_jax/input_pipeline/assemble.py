@@ -5,24 +5,16 @@ Every data source makes its batches with this; numpy only.
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from grain_jax.config import Config
 from grain_jax.input_pipeline import packing, tokenizer
+from grain_jax.input_pipeline.text_cleaning import Texts
 from grain_jax.schema import Batch
 
 _SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|side)?\b)", re.IGNORECASE)
-
-
-class Texts(NamedTuple):
-    """N texts as tokens."""
-
-    ids: np.ndarray  # int32 [sum(lengths)], text after text
-    lengths: np.ndarray  # int32 [N]
-    text_ids: np.ndarray  # int32 [N], equal where texts are equal
-    too_long: np.ndarray  # bool [N], those that the tokenizer cut
 
 
 _NO_TEXTS = Texts(*(np.zeros(0, np.int32) for _ in Texts._fields))
@@ -32,10 +24,7 @@ def tokenize(
     texts: Sequence[str | bytes], text_tokenizer: tokenizer.Tokenizer, context_length: int
 ) -> Texts:
     """Tokenises all texts in one call."""
-    if not len(texts):
-        return _NO_TEXTS
-    tokens = text_tokenizer.encode(texts, context_length)
-    return Texts(tokens.ids, tokens.lengths, text_tokenizer.text_id(texts), tokens.too_long)
+    return text_tokenizer.encode(texts, context_length) if len(texts) else _NO_TEXTS
 
 
 class Example(NamedTuple):
@@ -157,88 +146,61 @@ def assemble(
         that the tokenizer takes for the description itself is left out.
       negative_mask: bool [B, R, H], H = `input.negatives_per_region`; False where the region is not real.
     """
-    row_length = config.model.text.context_length
-    caption_lengths = _at(caption_mask, captions.lengths)
-    description_lengths = _at(region_mask, descriptions.lengths)
     description_id = _at(region_mask, descriptions.text_ids)
     if negatives is None or negative_mask is None:
         negatives = _NO_TEXTS
         negative_mask = np.zeros((*region_mask.shape, config.input.negatives_per_region), bool)
     negatives, negative_mask = _without_descriptions(negatives, negative_mask, description_id)
-    negative_lengths = _at(negative_mask, negatives.lengths)
-    if config.text.packing:
-        group, rows = config.text.pack_group, config.text.pack_rows
-        if group is None or rows is None:
-            raise ValueError(
-                "text.pack_group or text.pack_rows is None; derived.resolve gives numbers"
-            )
-        layout = packing.pack(
-            caption_lengths=caption_lengths,
-            description_lengths=description_lengths,
-            region_mask=region_mask,
-            region_scores=region_scores,
-            pack_group=group,
-            rows=rows,
-            row_length=row_length,
-            negative_lengths=negative_lengths,
-        )
-    else:
-        layout = packing.one_text_per_row(
-            caption_lengths=caption_lengths,
-            description_lengths=description_lengths,
-            region_mask=region_mask,
-            row_length=row_length,
-            negative_lengths=negative_lengths,
-        )
-    packed = packing.fill(
-        layout,
-        caption_ids=captions.ids,
-        caption_lengths=caption_lengths,
-        description_ids=descriptions.ids,
-        description_lengths=descriptions.lengths,
+    kinds = ((captions, caption_mask), (descriptions, region_mask), (negatives, negative_mask))
+    lengths = [_at(mask, texts.lengths) for texts, mask in kinds]
+    given: dict[str, Any] = dict(
+        caption_lengths=lengths[0],
+        description_lengths=lengths[1],
+        negative_lengths=lengths[2],
         region_mask=region_mask,
-        negative_ids=negatives.ids,
-        negative_lengths=negatives.lengths,
-        negative_mask=negative_mask,
+        row_length=config.model.text.context_length,
     )
-    kept = layout.region_mask
-    cut = layout.caption_lengths < caption_lengths
-    dropped = negative_mask & ~layout.negative_mask
-    too_long = [
-        _at(mask, texts.too_long).reshape(len(mask), -1).sum(axis=1)
-        for mask, texts in (
-            (caption_mask, captions),
-            (region_mask, descriptions),
-            (negative_mask, negatives),
+    if config.text.packing:
+        group, rows = config.text_layout
+        places = packing.pack(**given, region_scores=region_scores, pack_group=group, rows=rows)
+    else:
+        places = packing.one_text_per_row(**given)
+    ids = np.concatenate([texts.ids for texts, _ in kinds])
+    tokens, positions, segments = packing.fill(places, ids, lengths)
+    left = places.caption_lengths, places.description_lengths, places.negative_lengths
+    too_long = [_at(mask, texts.too_long) for texts, mask in kinds]
+    counts = [
+        _in_groups(len(tokens), parts)
+        for parts in (
+            [now < before for now, before in zip(left, lengths)],
+            [mask for _, mask in kinds],
+            too_long,
         )
     ]
-    of_image = np.stack(
-        [
-            (region_mask & ~kept).sum(axis=1) + cut.sum(axis=1) + dropped.sum(axis=(1, 2)),
-            caption_mask.sum(axis=1) + region_mask.sum(axis=1) + negative_mask.sum(axis=(1, 2)),
-            sum(too_long),
-        ],
-        axis=1,
-    )  # [B, 3]: dropped or cut to fit, texts, cut by the tokenizer
-    of_group = of_image.reshape(len(packed.tokens), -1, 3).sum(axis=1).astype(np.int32)
+    kept = places.region_mask
     has_negatives = config.input.negatives_per_region > 0
     return Batch(
         image=image,
-        text_tokens=packed.tokens,
-        text_positions=packed.positions,
-        text_segments=packed.segments,
-        caption_at=layout.caption_at,
+        text_tokens=tokens,
+        text_positions=positions,
+        text_segments=segments,
+        caption_at=places.caption_at,
         caption_id=_at(caption_mask, captions.text_ids),
         caption_mask=caption_mask,
-        description_at=layout.description_at,
+        description_at=places.description_at,
         description_id=np.where(kept, description_id, 0),
         region_boxes_cxcywh=np.where(kept[..., None], region_boxes_cxcywh, np.float32(0)),
         region_mask=kept,
-        texts_dropped=of_group[:, 0],
-        text_counts=of_group[:, 1:],
-        negative_at=layout.negative_at if has_negatives else None,
-        negative_mask=layout.negative_mask if has_negatives else None,
+        texts_dropped=counts[0],
+        text_counts=np.stack(counts[1:], axis=1),
+        negative_at=places.negative_at if has_negatives else None,
+        negative_mask=places.negative_mask if has_negatives else None,
     )
+
+
+def _in_groups(groups: int, masks: Sequence[np.ndarray]) -> np.ndarray:
+    """How many are True in all masks [B, ...] together, int32 [groups]."""
+    return sum(mask.reshape(groups, -1).sum(axis=1) for mask in masks).astype(np.int32)
 
 
 def _without_descriptions(
@@ -249,12 +211,8 @@ def _without_descriptions(
     if (other | ~mask).all():
         return texts, mask
     kept = other[mask]
-    return Texts(
-        texts.ids[np.repeat(kept, texts.lengths)],
-        texts.lengths[kept],
-        texts.text_ids[kept],
-        texts.too_long[kept],
-    ), mask & other
+    ids = texts.ids[np.repeat(kept, texts.lengths)]
+    return Texts(ids, *(of[kept] for of in texts[1:])), mask & other
 
 
 def _at(mask: np.ndarray, values: np.ndarray) -> np.ndarray:

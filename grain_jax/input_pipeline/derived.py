@@ -136,7 +136,7 @@ def planned(config: Config, place: Place) -> tuple[Config, str]:
     read = [text_lengths.read(one, config.model.text.tokenizer) for one in sets]
     found = [lengths for lengths in read if lengths is not None]
     if source != "records" or len(found) < len(sets):
-        found = synthetic.text_lengths(config)
+        found = [synthetic.text_lengths(config)]
         if source != "synthetic":
             names = ", ".join(repr(one.name) for one in sets) if source == "records" else source
             guess = f"a guess ({found[0].name}), since the texts of {names} are not known here"

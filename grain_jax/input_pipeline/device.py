@@ -23,14 +23,21 @@ CLOSE_SECONDS = 5.0  # for the read under way
 
 
 class Prefetch:
-    """An iterator over `batches` as global arrays; see `prefetch`.
+    """An iterator over `batches` as global arrays, up to `depth` of them ready on the devices.
+
+    Args:
+      batches: those of this process, numpy.
+      sharding: of the leading axis.
+      depth: batches ahead; each holds device memory.
 
     Attributes:
       wait_seconds: sum of the waits of the consumer for a batch.
       wait_steps: number of batches that it waited for longer than `WAIT_SECONDS` and `WAIT_SHARE`.
     """
 
-    def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int):
+    def __init__(
+        self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int = DEPTH
+    ):
         self.wait_seconds, self.wait_steps = 0.0, 0
         self._last = time.monotonic()  # when the consumer got the previous batch
         self._batches = batches
@@ -102,16 +109,3 @@ def shard_batch(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
     """
     place = functools.partial(jax.make_array_from_process_local_data, sharding)
     return jax.tree.map(place, batch)  # a field of None stays
-
-
-def prefetch(
-    batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int = DEPTH
-) -> Prefetch:
-    """Keeps up to `depth` global batches ready on the devices.
-
-    Args:
-      batches: those of this process, numpy.
-      sharding: of the leading axis.
-      depth: batches ahead; each holds device memory.
-    """
-    return Prefetch(batches, sharding, depth)

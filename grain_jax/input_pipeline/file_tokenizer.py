@@ -12,7 +12,7 @@ from etils import epath
 
 from grain_jax.files import regular_file
 from grain_jax.input_pipeline.text_cleaning import (
-    TokenizedTexts,
+    Texts,
     TokenizerError,
     clean_all,
     text_ids,
@@ -74,7 +74,7 @@ class FileTokenizer:
         self._path = path
         self._cleaning, self._pad_id = cleaning, pad_id
 
-    def encode(self, texts: Sequence[str | bytes], context_length: int) -> TokenizedTexts:
+    def encode(self, texts: Sequence[str | bytes], context_length: int) -> Texts:
         """As `ClipTokenizer.encode`; a text of fewer than two tokens is padded to two.
 
         Raises:
@@ -97,10 +97,11 @@ class FileTokenizer:
                 f"{self._path}: got the id {largest}, expected one below {self.vocab_size}, the number of its ids"
             )
         rows = [[*ids, *[self._pad_id] * (2 - len(ids))] for ids in rows]
-        return TokenizedTexts(
+        return Texts(
             ids=np.array([i for row in rows for i in row], np.int32),
             lengths=np.array([len(row) for row in rows], np.int32),
             too_long=np.isin(np.arange(len(rows)), too_long),
+            text_ids=text_ids(cleaned),
         )
 
     def __call__(self, texts: Sequence[str | bytes], context_length: int) -> np.ndarray:

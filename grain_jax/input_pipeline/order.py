@@ -24,17 +24,17 @@ class OrderError(errors.UserError):
     """The shards cannot be divided into the lanes of the config; the message is one line."""
 
 
-class Shard(NamedTuple):
+class ShardFile(NamedTuple):
     """One file of the set."""
 
     path: str
     num_records: int
 
 
-class Block(NamedTuple):
+class ShardBlock(NamedTuple):
     """A block of a lane in one epoch."""
 
-    shards: tuple[Shard, ...]
+    shards: tuple[ShardFile, ...]
     permutation: (
         np.ndarray
     )  # int64 [n]: the record (counted over the shards) at each place of the block
@@ -51,7 +51,9 @@ class Lane:
       seed: of the run.
     """
 
-    def __init__(self, index: int, shards: Sequence[Shard], *, shards_per_block: int, seed: int):
+    def __init__(
+        self, index: int, shards: Sequence[ShardFile], *, shards_per_block: int, seed: int
+    ):
         self.index = index
         self.seed = seed
         self.blocks = [
@@ -67,14 +69,14 @@ class Lane:
         ends = np.cumsum(self._lengths[self._block_order(epoch)])
         return epoch * len(self.blocks) + int(np.searchsorted(ends, rest, side="right"))
 
-    def block(self, ordinal: int) -> Block:
+    def block(self, ordinal: int) -> ShardBlock:
         """The block of the number, counted over all epochs."""
         epoch, place = divmod(ordinal, len(self.blocks))
         order = self._block_order(epoch)
         index = int(order[place])
         first = epoch * self.num_records + int(self._lengths[order[:place]].sum())
         key = hash_key(self.seed, epoch, self.index, index)
-        return Block(self.blocks[index], permutation(key, int(self._lengths[index])), first)
+        return ShardBlock(self.blocks[index], permutation(key, int(self._lengths[index])), first)
 
     def locate(self, position: int) -> tuple[str, int]:
         """(path of the shard, number of the record in it) at the position, for messages."""
@@ -140,7 +142,7 @@ class MixedLane:
 
 
 def make_lanes(
-    shards: Sequence[Shard], *, name: str, lanes: int, shards_per_block: int, seed: int
+    shards: Sequence[ShardFile], *, name: str, lanes: int, shards_per_block: int, seed: int
 ) -> list[Lane]:
     """All lanes of the set `name`; the shards are dealt out one by one. Raises OrderError."""
     shards = [shard for shard in shards if shard.num_records]

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-import tensorflow as tf  # noqa: E402
-import tensorflow_datasets as tfds  # noqa: E402
-from etils import epath  # noqa: E402
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from etils import epath
 
-from grain_jax import errors  # noqa: E402
-from grain_jax.config import Config, Dataset  # noqa: E402
-from grain_jax.files import regular_file  # noqa: E402
-from grain_jax.input_pipeline import order, sources, text_lengths  # noqa: E402
+from grain_jax import errors
+from grain_jax.config import Config, Dataset
+from grain_jax.files import regular_file
+from grain_jax.input_pipeline import order, sources, text_lengths
 
 DAMAGE = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
 _FEATURES = ("image", "captions", "synthetic_caption", "regions")
@@ -40,7 +40,7 @@ class RecordSet(NamedTuple):
 
     source: Dataset
     directory: epath.Path  # of its newest version
-    shards: tuple[order.Shard, ...]
+    shards: tuple[order.ShardFile, ...]
     has_negatives: bool
     shard_digests: dict[str, str]  # shard's path -> digest that stands beside them; {}: none does
 
@@ -127,7 +127,7 @@ def _is_of_tfds(name: Any) -> bool:
     return isinstance(name, str) and name.startswith("tensorflow_datasets.")
 
 
-def shards(directory: epath.Path, split: tfds.core.SplitInfo) -> tuple[order.Shard, ...]:
+def shards(directory: epath.Path, split: tfds.core.SplitInfo) -> tuple[order.ShardFile, ...]:
     """The shards of the split. A local one must not have the size that grain-jax build noted for another shard.
 
     A damaged record is found when it is read, and named then.
@@ -161,7 +161,7 @@ def shards(directory: epath.Path, split: tfds.core.SplitInfo) -> tuple[order.Sha
                 f"{path}: {found.st_size} bytes cannot be the {length} records that"
                 f" {_DESCRIPTIONS[0]} says; {_REBUILD}"
             )
-    return tuple(map(order.Shard, paths, split.shard_lengths))
+    return tuple(map(order.ShardFile, paths, split.shard_lengths))
 
 
 def _of_split(directory: epath.Path, split: str) -> dict[str, Any]:
@@ -182,8 +182,8 @@ def _of_split(directory: epath.Path, split: str) -> dict[str, Any]:
         ) from None
 
 
-def identities(sets: Sequence[RecordSet]) -> list[sources.Identity]:
-    """What tells each set from others, wherever it lies.
+def identity(one: RecordSet) -> sources.Identity:
+    """What tells a set from others, wherever it lies.
 
     The order of the data depends on `shard_lengths`. `digest` is one of all `records` where grain-jax build wrote it
     beside them (one small file is read), else one of the `files`: the names of all shards, and the size and the
@@ -193,10 +193,6 @@ def identities(sets: Sequence[RecordSet]) -> list[sources.Identity]:
     Raises:
       DataError: DIGEST_FILE is damaged, or a first record cannot be read.
     """
-    return [_identity(one) for one in sets]
-
-
-def _identity(one: RecordSet) -> sources.Identity:
     lengths = [shard.num_records for shard in one.shards]
     written = _of_split(one.directory, one.source.split)
     if written.get("shard_lengths") == lengths:  # else DIGEST_FILE is of other shards

@@ -17,6 +17,7 @@ from grain_jax.config import Config, TextTower
 from grain_jax.input_pipeline import assemble, order, shard_digests, sources, tokenizer, transforms
 from grain_jax.input_pipeline import text_lengths as text_lengths_lib
 from grain_jax.input_pipeline.record_files import DAMAGE, DataError
+from grain_jax.input_pipeline.text_cleaning import Texts
 from grain_jax.schema import Batch
 
 _UNEVEN = 1.1  # lanes whose lengths differ by more than this are worth a warning
@@ -55,8 +56,8 @@ def num_examples(config: Config) -> int:
 
 
 def identities(config: Config) -> list[sources.Identity]:
-    """Those of the sets; see record_files.identities. Raises as it and `record_files.find`."""
-    return record_files.identities(record_files.find(config))
+    """Those of the sets. Raises as `record_files.identity` and `record_files.find`."""
+    return [record_files.identity(one) for one in record_files.find(config)]
 
 
 def num_shards(config: Config) -> dict[str, int]:
@@ -191,7 +192,7 @@ def _batches(
         try:
             columns: Any = next(iterator)  # arrays, typed as one
         except DAMAGE as error:
-            transform = transforms.Transform.from_config(config)
+            transform = transforms.Transform(config)
             raise _damage(lanes, per_lane, step, transform, error) from None
         for fault in filter(None, (one.fault for one in comparisons.values())):
             raise DataError(fault)
@@ -206,14 +207,14 @@ def _dataset(
     start_step: int,
     comparisons: Comparisons,
 ) -> tf.data.Dataset:
-    """Batches of `transforms.Example`, in order."""
+    """Batches of what `transforms.Transform` gives, in order."""
     position = start_step * per_lane
     streams = [_mixed_stream(lane, position, comparisons).batch(per_lane) for lane in lanes]
     dataset = tf.data.Dataset.zip(tuple(streams)).map(
         lambda *parts: tuple(tf.concat(column, 0) for column in zip(*parts, strict=True))
     )
     dataset = dataset.unbatch().map(
-        transforms.Transform.from_config(config),
+        transforms.Transform(config),
         num_parallel_calls=config.input.reader_threads or tf.data.AUTOTUNE,
         deterministic=True,
     )
@@ -249,7 +250,7 @@ def _mixed_stream(
 def _lane_stream(
     lane: order.Lane,
     position: int,
-    take: Callable[[Sequence[order.Shard], np.ndarray], None] = lambda *_: None,
+    take: Callable[[Sequence[order.ShardFile], np.ndarray], None] = lambda *_: None,
 ) -> tf.data.Dataset:
     """(serialized record, its draws) from that position on, endless; opens the block of the position first.
 
@@ -288,26 +289,21 @@ def _lane_stream(
 
 
 def _to_batch(
-    columns: Sequence[np.ndarray], config: Config, text_tokenizer: tokenizer.Tokenizer
+    columns: dict[str, Any], config: Config, text_tokenizer: tokenizer.Tokenizer
 ) -> Batch:
-    examples = transforms.Example(*columns)
-
-    def tokens_of(texts: Any, mask: Any) -> assemble.Texts:
-        texts, flipped = texts[mask], examples.flipped[np.nonzero(mask)[0]]
+    def tokens_of(name: str, mask_name: str) -> Texts:
+        mask = columns[mask_name]
+        texts, flipped = columns.pop(name)[mask], of_flipped[np.nonzero(mask)[0]]
         texts[flipped] = [assemble.exchange_sides(t.decode()) for t in texts[flipped]]
         return assemble.tokenize(texts, text_tokenizer, config.model.text.context_length)
 
+    of_flipped = columns.pop("flipped")
     return assemble.assemble(
-        image=examples.image,
-        captions=tokens_of(examples.captions, examples.caption_mask),
-        caption_mask=examples.caption_mask,
-        descriptions=tokens_of(examples.descriptions, examples.region_mask),
-        negatives=tokens_of(examples.negatives, examples.negative_mask),
-        negative_mask=examples.negative_mask,
-        region_boxes_cxcywh=examples.region_boxes_cxcywh,
-        region_mask=examples.region_mask,
-        region_scores=examples.region_scores,
+        captions=tokens_of("captions", "caption_mask"),
+        descriptions=tokens_of("descriptions", "region_mask"),
+        negatives=tokens_of("negatives", "negative_mask"),
         config=config,
+        **columns,
     )
 
 

@@ -59,7 +59,7 @@ class Comparison:
         if notes is not None and resumed and not written and notes.exists():
             self._seen = regular_file.read_json(notes, dict[str, str], "digests of shards")
 
-    def take(self, shards: Sequence[order.Shard], of_records: np.ndarray) -> None:
+    def take(self, shards: Sequence[order.ShardFile], of_records: np.ndarray) -> None:
         """Compares the shards of a block with the `hashes` of its records, int64 [n], shard after shard."""
         ends = np.cumsum([shard.num_records for shard in shards])[:-1]
         for shard, part in zip(shards, np.split(of_records, ends), strict=True):

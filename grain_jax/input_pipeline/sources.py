@@ -21,10 +21,10 @@ from grain_jax.config import Config
 from grain_jax.input_pipeline.text_lengths import TextLengths
 from grain_jax.schema import Batch
 
-# Name -> the module that is the source; imported when it is chosen (records need TensorFlow).
+# Name -> the module, or class in one, that is the source; imported when it is chosen (records need TensorFlow).
 BUILT_IN = {
     "records": "grain_jax.input_pipeline.records",
-    "synthetic": "grain_jax.input_pipeline.synthetic",
+    "synthetic": "grain_jax.input_pipeline.synthetic:Synthetic",
 }
 
 _METHODS = ("check", "num_examples", "identities", "num_shards", "text_lengths", "batches")
@@ -184,7 +184,9 @@ def of(config: Config) -> DataSource:
             )
         return found()
     try:  # TensorFlow: not on every machine, and slow to import
-        return cast(DataSource, importlib.import_module(found))
+        module, _, cls = found.partition(":")
+        source = importlib.import_module(module)
+        return getattr(source, cls)() if cls else cast(DataSource, source)
     except ModuleNotFoundError as error:
         raise errors.UserError(
             f"input.source={name} needs {error.name}: pip install 'grain_jax[data]', or take"

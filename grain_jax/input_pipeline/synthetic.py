@@ -1,14 +1,13 @@
 """The data source "synthetic": random batches, for benchmarks and for machines without TensorFlow or data.
 
-The functions are those of sources.DataSource. Text lengths are those of web captions and region descriptions.
+Text lengths are those of web captions and region descriptions.
 """
-
-from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from grain_jax.config import Config
 from grain_jax.input_pipeline import assemble, order, sources
+from grain_jax.input_pipeline.text_cleaning import Texts
 from grain_jax.input_pipeline.text_lengths import IMAGES, TextLengths
 from grain_jax.schema import Batch
 
@@ -18,31 +17,28 @@ DESCRIPTION_TOKENS = (4, 12)
 MAX_REGIONS = 5
 
 
-def check(config: Config) -> None:
-    """Nothing to check."""
-    del config
+class Synthetic(sources.LaneSource):
+    """Random images, texts and boxes; a function of the config."""
+
+    def num_examples(self, config: Config) -> int:
+        """Examples that count as one epoch."""
+        del config
+        return NUM_EXAMPLES
+
+    def text_lengths(self, config: Config) -> list[TextLengths]:
+        """Lengths with the distribution of the batches."""
+        return [text_lengths(config)]
+
+    def lane_batch(self, config: Config, lane: int, step: int) -> Batch:
+        """As LaneSource.lane_batch."""
+        return _lane_batch(config, lane, step)
 
 
-def num_examples(config: Config) -> int:
-    """Examples that count as one epoch."""
-    del config
-    return NUM_EXAMPLES
+batches = Synthetic().batches
 
 
-def identities(config: Config) -> list[sources.Identity]:
-    """[]: the examples are a function of the config."""
-    del config
-    return []
-
-
-def num_shards(config: Config) -> dict[str, int]:
-    """{}: any number of lanes will do."""
-    del config
-    return {}
-
-
-def text_lengths(config: Config) -> list[TextLengths]:
-    """Lengths with the distribution of `batches`."""
+def text_lengths(config: Config) -> TextLengths:
+    """Lengths with the distribution of the batches."""
     rng = np.random.default_rng(0)
     images, regions = IMAGES, min(MAX_REGIONS, config.input.max_regions)
     real = np.arange(regions) < rng.integers(0, regions, size=(images, 1), endpoint=True)
@@ -55,24 +51,15 @@ def text_lengths(config: Config) -> list[TextLengths]:
     name = f"captions of {low}-{high} tokens"
     if regions:
         name += ", 0-{} descriptions of {}-{}".format(regions, *DESCRIPTION_TOKENS)
-    return [
-        TextLengths(
-            name=name,
-            tokenizer=config.model.text.tokenizer,
-            records=NUM_EXAMPLES,
-            captions=captions,
-            synthetic=synthetic,
-            descriptions=np.where(real, of_regions, 0).astype(np.int32),
-            negatives=_negative_lengths(rng, real, config),
-        )
-    ]
-
-
-def batches(
-    config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
-) -> Iterator[Batch]:
-    """As sources.DataSource.batches."""
-    return sources.lane_by_lane(_lane_batch, config, lanes, start_step)
+    return TextLengths(
+        name=name,
+        tokenizer=config.model.text.tokenizer,
+        records=NUM_EXAMPLES,
+        captions=captions,
+        synthetic=synthetic,
+        descriptions=np.where(real, of_regions, 0).astype(np.int32),
+        negatives=_negative_lengths(rng, real, config),
+    )
 
 
 def _lane_batch(config: Config, lane: int, step: int) -> Batch:
@@ -136,7 +123,7 @@ def _caption_lengths(
     return np.column_stack([lengths, np.where(joined, 1 + joined, 0)])
 
 
-def _texts(rng: np.random.Generator, lengths: np.ndarray, config: Config) -> assemble.Texts:
+def _texts(rng: np.random.Generator, lengths: np.ndarray, config: Config) -> Texts:
     """Random texts of so many tokens; the last two ids of the vocabulary are start and end."""
     text = config.model.text
     lengths = lengths.clip(max=text.context_length)
@@ -145,4 +132,4 @@ def _texts(rng: np.random.Generator, lengths: np.ndarray, config: Config) -> ass
     ids[ends] = text.vocab_size - 1
     ids[ends - lengths + 1] = text.vocab_size - 2
     text_ids = rng.integers(1, 2**31 - 1, size=len(lengths), dtype=np.int32)
-    return assemble.Texts(ids, lengths.astype(np.int32), text_ids, np.zeros(len(lengths), bool))
+    return Texts(ids, lengths.astype(np.int32), np.zeros(len(lengths), bool), text_ids)

@@ -17,12 +17,13 @@ class TokenizerError(errors.UserError):
     """The tokenizer cannot be built, or was given something that is not text."""
 
 
-class TokenizedTexts(NamedTuple):
-    """The tokens of N texts, without padding."""
+class Texts(NamedTuple):
+    """N texts as tokens, without padding."""
 
     ids: np.ndarray  # int32 [sum(lengths)], text after text
     lengths: np.ndarray  # int32 [N], each 2 or more
     too_long: np.ndarray  # bool [N], the texts that were cut
+    text_ids: np.ndarray  # int32 [N], equal where the cleaned texts are equal
 
 
 def clean(text: str | bytes) -> str:

@@ -66,26 +66,30 @@ def of_texts(
       records: images of the set.
     """
 
-    def texts(web, synthetic, of, negatives=()):
-        return *web, synthetic, *of, *(text for of_region in negatives for text in of_region)
+    rows = _measured(images, text_tokenizer)
+    return _table(rows, name=name, tokenizer=tokenizer, records=records)
 
-    flat = [text for image in images for text in texts(*image)]
-    lengths: list[int] = []
+
+def _measured(images: Sequence[tuple], text_tokenizer: Any) -> list[list]:
+    """Numbers of tokens in place of the texts, which stand in lists in lists; 0 for ""."""
+
+    def texts_in(part: Any) -> Iterator[str | bytes]:
+        if isinstance(part, str | bytes):
+            yield part
+        else:
+            for inner in part:
+                yield from texts_in(inner)
+
+    def measured(part: Any) -> Any:
+        return lengths[part] if isinstance(part, str | bytes) else list(map(measured, part))
+
+    flat = list(dict.fromkeys(texts_in(images)))
+    lengths: dict[str | bytes, int] = {}
     for first in range(0, len(flat), _CHUNK):
         part = flat[first : first + _CHUNK]
-        tokens = text_tokenizer.encode(part, LONGEST).lengths
-        lengths += np.where([bool(text) for text in part], tokens, 0).tolist()
-    left = iter(lengths)
-    rows = [
-        (
-            [next(left) for _ in web],
-            next(left),
-            [next(left) for _ in of],
-            *([[next(left) for _ in of_region] for of_region in texts] for texts in negatives),
-        )
-        for web, _, of, *negatives in images
-    ]
-    return _table(rows, name=name, tokenizer=tokenizer, records=records)
+        lengths |= zip(part, text_tokenizer.encode(part, LONGEST).lengths.tolist(), strict=True)
+    lengths |= {"": 0, b"": 0}
+    return measured(images)
 
 
 def _table(rows: Sequence[Sequence], **about: Any) -> TextLengths:
@@ -147,27 +151,18 @@ class Sample:
                 push(self._heap, (key, item["id"], texts))
             yield item
 
-    def encode(self, name: str, text_tokenizer: Any) -> bytes:
-        """The content of `FILE`, in CLIP's tokens."""
+    def encode(self, text_tokenizer: Any) -> bytes:
+        """The content of `FILE`, in CLIP's tokens: `images` has [web captions, synthetic caption, descriptions] of each.
+
+        Where the set has negatives, a list of those of each description comes last.
+        """
         chosen = [texts for _, _, texts in sorted(self._heap, reverse=True)]
-        found = of_texts(chosen, text_tokenizer, name=name, tokenizer="clip", records=self.records)
-        return to_json(found).encode()
-
-
-def to_json(lengths: TextLengths) -> str:
-    """The content of `FILE`: `images` has [web captions, synthetic caption, descriptions] of each image.
-
-    Where the set has negatives, a list of those of each description comes last.
-    """
-    images: list[list] = [
-        [web[web > 0].tolist(), int(synthetic), of[of > 0].tolist()]
-        for web, synthetic, of in zip(lengths.captions, lengths.synthetic, lengths.descriptions)
-    ]
-    if lengths.negatives is not None:
-        for image, negatives in zip(images, lengths.negatives, strict=True):
-            image.append([of[of > 0].tolist() for of in negatives[: len(image[2])]])
-    about = {"tokenizer": lengths.tokenizer, "records": lengths.records}
-    return json.dumps(about | {"images": images}, separators=(",", ":")) + "\n"
+        images = [
+            [[n for n in web if n], synthetic, *of_regions]
+            for web, synthetic, *of_regions in _measured(chosen, text_tokenizer)
+        ]
+        content = {"tokenizer": "clip", "records": self.records, "images": images}
+        return (json.dumps(content, separators=(",", ":")) + "\n").encode()
 
 
 def newest_version(source: Dataset) -> epath.Path | None:
@@ -198,11 +193,5 @@ def read(source: Dataset, tokenizer: str) -> TextLengths | None:
             tokenizer=tokenizer,
             records=int(found["records"]),
         )
-    except (
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        OverflowError,
-    ):  # damaged: the records are read instead
+    except (ValueError, LookupError, TypeError, OverflowError):  # damaged: the records are read
         return None

@@ -4,14 +4,9 @@ Every random choice reads one of the `draws` of the record (uniform in [0, 1), s
 depends on the record and its position in the stream alone. Images stay uint8: the device normalises them.
 """
 
-import dataclasses
-from typing import Any, NamedTuple
-
 import tensorflow as tf
 
 from grain_jax.config import Config
-
-Array = Any  # a tf.Tensor within tf.data, a numpy array after it
 
 NUM_DRAWS = 8
 _NO_LIMIT = 2**31 - 1  # of a number of regions
@@ -39,74 +34,47 @@ NEGATIVES = {
 }
 
 
-class Example(NamedTuple):
-    """One record, ready to be batched (with numpy arrays: a batch of them). Texts are UTF-8 bytes, not yet flipped."""
-
-    image: Array  # uint8 [S, S, 3]
-    captions: Array  # string [C]
-    caption_mask: Array  # bool [C]
-    descriptions: Array  # string [R]
-    region_boxes_cxcywh: Array  # float32 [R, 4]
-    region_mask: Array  # bool [R]
-    region_scores: Array  # float32 [R], highest first
-    flipped: Array  # bool [], left and right must change places in the texts
-    negatives: Array  # string [R, H]
-    negative_mask: Array  # bool [R, H]
-
-
-@dataclasses.dataclass(frozen=True)
 class Transform:
-    """A serialized record and its draws -> Example."""
+    """A serialized record and its draws -> what a batch is made of, by name. Texts are UTF-8 bytes, not yet flipped.
 
-    size: int  # S, pixels
-    max_regions: int  # R
-    captions_per_image: int  # C
-    negatives_per_region: int  # H
-    synthetic_caption_rate: float
-    descriptions_in_captions: int
-    flip_rate: float
-    crop_min_area: float  # 1 = no crop
+    image uint8 [S, S, 3]; captions string [C] and caption_mask bool [C]; descriptions string [R], region_boxes_cxcywh
+    float32 [R, 4], region_mask bool [R] and region_scores float32 [R], highest first; flipped bool [], whether left and
+    right must change places in the texts; negatives string [R, H] and negative_mask bool [R, H].
+    """
 
-    @classmethod
-    def from_config(cls, config: Config) -> "Transform":
-        """The training transform."""
-        return cls(
-            size=config.model.image.image_size,
-            max_regions=config.input.max_regions,
-            captions_per_image=config.input.captions_per_image,
-            negatives_per_region=config.input.negatives_per_region,
-            synthetic_caption_rate=config.input.synthetic_caption_rate,
-            descriptions_in_captions=config.input.descriptions_in_captions,
-            flip_rate=config.input.flip_rate,
-            crop_min_area=config.input.crop_min_area,
-        )
+    def __init__(self, config: Config):
+        self.input, self.size = config.input, config.model.image.image_size
 
-    def __call__(self, record: tf.Tensor, draws: tf.Tensor) -> Example:
+    def __call__(self, record: tf.Tensor, draws: tf.Tensor) -> dict[str, tf.Tensor]:
         """Args: record string [], draws float32 [NUM_DRAWS]."""
-        negatives = NEGATIVES if self.negatives_per_region else {}
+        negatives = NEGATIVES if self.input.negatives_per_region else {}
         fields = tf.io.parse_single_example(record, FEATURES | negatives)
         boxes_xyxy = tf.gather(fields["regions/bbox"], [1, 0, 3, 2], axis=1)
         scores = fields["regions/score"]
         kept = tf.ones_like(scores, tf.bool)
-        if self.crop_min_area < 1:
-            image, window_xyxy = decode_cropped(fields["image"], draws, self.crop_min_area)
+        if self.input.crop_min_area < 1:
+            image, window_xyxy = decode_cropped(fields["image"], draws, self.input.crop_min_area)
             boxes_xyxy, kept = crop_boxes(boxes_xyxy, window_xyxy)
         else:
             image = decode(fields["image"])
         image = resize(image, self.size)
-        flipped = draws[_FLIP] < self.flip_rate
-        if self.flip_rate > 0:
+        flipped = draws[_FLIP] < self.input.flip_rate
+        if self.input.flip_rate > 0:
             image = tf.cond(flipped, lambda: tf.reverse(image, [1]), lambda: image)
             boxes_xyxy = tf.where(flipped, mirror_boxes(boxes_xyxy), boxes_xyxy)
         descriptions = fields["regions/description"]
         captions, caption_mask = self._captions(fields, draws, kept)
-        return Example(
-            image,
-            captions,
-            caption_mask,
-            *top_regions(descriptions, boxes_xyxy, scores, kept, self.max_regions),
-            flipped,
-            *self._negatives(fields, draws, kept),
+        negatives, negative_mask = self._negatives(fields, draws, kept)
+        regions = top_regions(descriptions, boxes_xyxy, scores, kept, self.input.max_regions)
+        names = ("descriptions", "region_boxes_cxcywh", "region_mask", "region_scores")
+        return dict(
+            image=image,
+            captions=captions,
+            caption_mask=caption_mask,
+            **dict(zip(names, regions)),
+            flipped=flipped,
+            negatives=negatives,
+            negative_mask=negative_mask,
         )
 
     def _negatives(self, fields, draws, kept) -> tuple[tf.Tensor, tf.Tensor]:
@@ -114,23 +82,23 @@ class Transform:
 
         Of more than H in the record, H that follow each other from a drawn one on, the first after the last.
         """
-        shape = [self.max_regions, self.negatives_per_region]
+        shape = [self.input.max_regions, self.input.negatives_per_region]
         if 0 in shape:
             return tf.zeros(shape, tf.string), tf.zeros(shape, tf.bool)
         texts, counts = (fields[name] for name in NEGATIVES)
         # A record without negatives has no counts either.
         missing = tf.size(fields["regions/score"]) - tf.size(counts)
         counts = tf.pad(tf.cast(counts, tf.int32), [[0, missing]])
-        chosen = best_regions(fields["regions/score"], kept, self.max_regions)
+        chosen = best_regions(fields["regions/score"], kept, self.input.max_regions)
         first = tf.gather(tf.cumsum(counts, exclusive=True), chosen)[:, None]
         count = tf.gather(counts, chosen)[:, None]  # [regions, 1]
-        column = tf.range(self.negatives_per_region)[None]
+        column = tf.range(self.input.negatives_per_region)[None]
         mask = column < count
         start = tf.cast(draws[_NEGATIVE] * tf.cast(count, tf.float32), tf.int32)
         place = first + tf.math.floormod(start + column, tf.maximum(count, 1))
         none = tf.size(texts)  # the place of a text behind the last
         found = tf.gather(tf.concat([texts, [""]], 0), tf.where(mask, place, none))
-        padding = [[0, self.max_regions - tf.size(chosen)], [0, 0]]
+        padding = [[0, self.input.max_regions - tf.size(chosen)], [0, 0]]
         return (
             tf.ensure_shape(tf.pad(found, padding), shape),
             tf.ensure_shape(tf.pad(mask, padding), shape),
@@ -144,15 +112,15 @@ class Transform:
             added = tf.gather(fields["regions/description"], best)
             return tf.strings.reduce_join(tf.concat([texts, added], 0), separator=", ")
 
-        number = self.descriptions_in_captions
-        if self.captions_per_image == 1:
-            caption = choose_caption(fields, draws, self.synthetic_caption_rate)
+        number = self.input.descriptions_in_captions
+        if self.input.captions_per_image == 1:
+            caption = choose_caption(fields, draws, self.input.synthetic_caption_rate)
             captions = tf.stack([joined([caption], number) if number else caption])
             return captions, tf.ones_like(captions, tf.bool)
         # The draw of the one web caption is the same as above.
         web = choose_caption(fields | {"synthetic_caption": ""}, draws, 0.0)
         captions = [web, fields["synthetic_caption"]]
-        if self.captions_per_image == 3:
+        if self.input.captions_per_image == 3:
             captions.append(joined(tf.zeros([0], tf.string), number or _NO_LIMIT))
         captions = tf.stack(captions)
         return captions, tf.strings.length(captions) > 0

@@ -20,10 +20,10 @@ def box(shard: Shard) -> TermOutput:
         for pred in outputs.pred_boxes_cxcywh[:-1]:
             match = match_regions(pred, outputs, targets, config)
             loss += _l1_and_giou(pred, shard, match)[0]
-    sum_of_group = lambda x: shard.layout.per_group(x).sum((1, 2)).astype(jnp.float32)  # noqa: E731
+    sum_of_group = lambda x: shard.layout.per_group(x).sum((1, 2)).astype(jnp.float32)
     match = shard.match
     matched = sum_of_group(match.valid).sum()
-    share = lambda x: Mean(x.astype(jnp.float32), matched)  # noqa: E731
+    share = lambda x: Mean(x.astype(jnp.float32), matched)
     queries = jnp.arange(outputs.region_embed.shape[1])
     uses = match.valid[..., None] & (match.query_index[..., None] == queries)  # [b, R, Q]
     measures = {"matched_iou": share(iou.sum())}
@@ -43,5 +43,5 @@ def _l1_and_giou(pred_boxes_cxcywh, shard: Shard, match: matching.Match):
     pred_xyxy, target_xyxy = map(boxes.cxcywh_to_xyxy, (pred, target))
     giou = boxes.giou(pred_xyxy, target_xyxy, epsilon=shard.config.iou_epsilon)
     iou, _ = boxes.iou_and_union(pred_xyxy, target_xyxy)
-    at_matches = lambda x: jnp.where(match.valid, x, 0)  # noqa: E731
+    at_matches = lambda x: jnp.where(match.valid, x, 0)
     return at_matches(l1 + 1 - giou), jax.lax.stop_gradient(at_matches(iou))

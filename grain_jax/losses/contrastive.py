@@ -4,12 +4,14 @@ Rows and columns that lie on other devices are met in `streaming`.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from grain_jax.losses import streaming
+from grain_jax.losses.ring import Ring
 from grain_jax.losses.shard import GroupMean, Mean, Shard, TermOutput
 from grain_jax.losses.streaming import Columns
 
@@ -78,27 +80,44 @@ def _images_and_their_texts(shard: Shard, texts, ids, real):
 
     Args: texts [b, S, D], their ids [b, S], and where they are real, bool [b, S].
     """
-    outputs, config = shard.outputs, shard.config
+    outputs = shard.outputs
     image = outputs.image_embed
-    b, slots = real.shape
-    flat = lambda x: x.reshape(b * slots, *x.shape[2:])  # noqa: E731
     own = outputs.logit_scale * jnp.sum(image[:, None] * texts, axis=-1) + outputs.logit_bias
-    images = Columns(image, streaming.IdSet(ids, real), jnp.ones(b, bool))
-    rows = Columns(flat(texts), flat(ids), flat(real))
+    images = Columns(image, streaming.IdSet(ids, real), jnp.ones(len(image), bool))
+    rows = Columns(*map(_flat, (texts, ids, real)))
+    return _both_ways(shard, shard.layout.everywhere, rows, images, own)
 
-    ring, scale, bias = shard.layout.everywhere, outputs.logit_scale, outputs.logit_bias
-    of_texts: streaming.Negatives
+
+def _flat(x):
+    """[b, S, ...] -> [b S, ...]."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _both_ways(shard: Shard, ring: Ring, rows: Columns, columns: Columns, own):
+    """(loss of each pair, whether its row is nearest to its column), of the form of the pairs' logits `own` [b, S].
+
+    There is a row for each pair, and a column for each pair or for each of the b images. The mean of both directions for
+    "softmax"; "sigmoid" is symmetric, so one direction suffices.
+    """
+    config, scale, bias = shard.config, shard.outputs.logit_scale, shard.outputs.logit_bias
+    of_rows: streaming.Negatives
     if config.contrast == "softmax":
-        both: Any = streaming.negatives_of_both(config.tile, ring, rows, images, scale, bias)
-        of_texts, of_images = both
-        loss = streaming.loss_of_rows("softmax", own, of_texts.cost.reshape(b, slots))
-        loss = (loss + streaming.loss_of_rows("softmax", own, of_images.cost[:, None])) / 2
+        both: Any = streaming.negatives_of_both(config.tile, ring, rows, columns, scale, bias)
+        of_rows, of_columns = both
+        loss = streaming.loss_of_rows("softmax", own, of_rows.cost.reshape(own.shape))
+        back = streaming.loss_of_rows("softmax", own, of_columns.cost.reshape(len(own), -1))
+        loss = (loss + back) / 2
     else:
-        of_texts = streaming.negatives(
-            config.contrast, config.tile, ring, rows.embed, rows.id, images, scale, bias
+        of_rows = streaming.negatives(
+            config.contrast, config.tile, ring, rows.embed, rows.id, columns, scale, bias
         )
-        loss = streaming.loss_of_rows(config.contrast, own, of_texts.cost.reshape(b, slots))
-    return loss, _is_nearest(own, of_texts.highest.reshape(b, slots), outputs.logit_scale)
+        loss = streaming.loss_of_rows(config.contrast, own, of_rows.cost.reshape(own.shape))
+    return loss, _is_nearest(own, of_rows.highest.reshape(own.shape), scale)
+
+
+def _of_groups(shard: Shard, function: Callable, *arrays):
+    """`function` of the arrays of each group of the device, with a leading axis of the groups."""
+    return jax.vmap(function)(*(jax.tree.map(shard.layout.per_group, x) for x in arrays))
 
 
 def _mean_over_texts(accuracy: str, loss, right, real) -> TermOutput:
@@ -115,19 +134,16 @@ def region_description(shard: Shard) -> TermOutput:
 
     Measures `region_description_accuracy`, the share of matched regions nearest to their own description.
     """
-    per_group = shard.layout.per_group
-    loss, right = jax.vmap(
-        functools.partial(_region_description_of_group, config=shard.config, layout=shard.layout),
-        in_axes=(0, 0, None, None, 0, 0, 0, 0),
-    )(
-        per_group(shard.outputs.region_embed),
-        per_group(shard.outputs.region_text_embed),
-        shard.outputs.logit_scale,
-        shard.outputs.logit_bias,
-        per_group(shard.targets.description_id),
-        per_group(shard.targets.description_mask),
-        per_group(shard.targets.label_slot),
-        jax.tree.map(per_group, shard.match),
+    outputs, targets, per_group = shard.outputs, shard.targets, shard.layout.per_group
+    loss, right = _of_groups(
+        shard,
+        functools.partial(_region_description_of_group, shard),
+        outputs.region_embed,
+        outputs.region_text_embed,
+        targets.description_id,
+        targets.description_mask,
+        targets.label_slot,
+        shard.match,
     )
     matched = per_group(shard.match.valid).sum((1, 2)).astype(jnp.float32)
     measures = {}
@@ -138,30 +154,27 @@ def region_description(shard: Shard) -> TermOutput:
 
 
 def _region_description_of_group(
-    region_embed, region_text_embed, scale, bias, id_, mask, label_slot, match, *, config, layout
+    shard, region_embed, region_text_embed, id_, mask, label_slot, match
 ):
     """(loss of each region, 0 where none is matched; whether its own description is nearest), [b, R] each."""
-    b, slots = id_.shape
-    if (
-        slots == 0 or region_embed.shape[1] == 0
-    ):  # no regions, such as the CLIP baseline, or no queries
-        return jnp.zeros((b, slots)), jnp.zeros((b, slots), bool)
+    if 0 in (id_.shape[1], region_embed.shape[1]):  # no regions, or no queries
+        return jnp.zeros(id_.shape), jnp.zeros(id_.shape, bool)
+    config, scale, bias = shard.config, shard.outputs.logit_scale, shard.outputs.logit_bias
     pred = jnp.take_along_axis(region_embed, match.query_index[..., None], axis=1)  # [b, R, D]
     label = jnp.take_along_axis(region_text_embed, label_slot[..., None], axis=1)  # [b, R, D]
     own = scale * jnp.sum(pred * label, axis=-1) + bias  # [b, R]
     label_id = jnp.take_along_axis(id_, label_slot, axis=1)
-    flat = lambda x: x.reshape(b * slots, *x.shape[2:])  # noqa: E731
     negative: streaming.Negatives = streaming.negatives(
         config.contrast,
         config.tile,
-        layout.in_group,
-        flat(pred),
-        flat(label_id),
-        Columns(flat(region_text_embed), flat(id_), flat(mask)),
+        shard.layout.in_group,
+        _flat(pred),
+        _flat(label_id),
+        Columns(*map(_flat, (region_text_embed, id_, mask))),
         scale,
         bias,
     )
-    cost, highest = (x.reshape(b, slots) for x in negative)
+    cost, highest = (x.reshape(id_.shape) for x in negative)
     loss = streaming.loss_of_rows(config.contrast, own, cost)
     return jnp.where(match.valid, loss, 0), match.valid & _is_nearest(own, highest, scale)
 
@@ -173,46 +186,20 @@ def box_description(shard: Shard) -> TermOutput:
     "softmax". "sigmoid" is symmetric, so one direction suffices.
     Measures `box_description_accuracy`, the share of boxes nearest to their own description.
     """
-    per_group = shard.layout.per_group
-    loss, right = jax.vmap(
-        functools.partial(_box_description_of_group, config=shard.config, layout=shard.layout),
-        in_axes=(0, 0, None, None, 0, 0),
-    )(
-        per_group(shard.outputs.box_embed),
-        per_group(shard.outputs.region_text_embed),
-        shard.outputs.logit_scale,
-        shard.outputs.logit_bias,
-        per_group(shard.targets.description_id),
-        per_group(shard.targets.box_mask),
-    )
-    real = per_group(shard.targets.box_mask).sum((1, 2)).astype(jnp.float32)
+    outputs, targets = shard.outputs, shard.targets
+    scale, bias = outputs.logit_scale, outputs.logit_bias
+
+    def of_group(boxes, texts, id_, real):
+        own = scale * jnp.sum(boxes * texts, axis=-1) + bias  # [b, R]
+        rows, columns = (Columns(*map(_flat, (x, id_, real))) for x in (boxes, texts))
+        loss, right = _both_ways(shard, shard.layout.in_group, rows, columns, own)
+        return jnp.where(real, loss, 0), real & right
+
+    given = outputs.box_embed, outputs.region_text_embed, targets.description_id, targets.box_mask
+    loss, right = _of_groups(shard, of_group, *given)
+    real = shard.layout.per_group(targets.box_mask).sum((1, 2)).astype(jnp.float32)
     accuracy = Mean(right.sum().astype(jnp.float32), real.sum())
     return TermOutput(GroupMean(loss.sum((1, 2)), real), {"box_description_accuracy": accuracy})
-
-
-def _box_description_of_group(box_embed, text_embed, scale, bias, id_, real, *, config, layout):
-    """(loss of each box, 0 where it is not real; whether its own description is nearest), [b, R] each."""
-    b, slots = real.shape
-    own = scale * jnp.sum(box_embed * text_embed, axis=-1) + bias  # [b, R]
-    flat = lambda x: x.reshape(b * slots, *x.shape[2:])  # noqa: E731
-    rows = Columns(flat(box_embed), flat(id_), flat(real))
-    columns = Columns(flat(text_embed), flat(id_), flat(real))
-    ring, back = layout.in_group, lambda x: x.reshape(b, slots)
-    of_boxes: streaming.Negatives
-    if config.contrast == "softmax":
-        both: Any = streaming.negatives_of_both(config.tile, ring, rows, columns, scale, bias)
-        of_boxes, of_texts = both
-        losses = [
-            streaming.loss_of_rows("softmax", own, back(x.cost)) for x in (of_boxes, of_texts)
-        ]
-        loss = sum(losses) / 2
-    else:
-        of_boxes = streaming.negatives(
-            config.contrast, config.tile, ring, rows.embed, rows.id, columns, scale, bias
-        )
-        loss = streaming.loss_of_rows(config.contrast, own, back(of_boxes.cost))
-    right = _is_nearest(own, back(of_boxes.highest), scale)
-    return jnp.where(real, loss, 0), real & right
 
 
 def hard_negative(shard: Shard) -> TermOutput:
@@ -227,7 +214,7 @@ def hard_negative(shard: Shard) -> TermOutput:
     total, measures = Mean(zero, zero), {}
     if outputs.negative_text_embed is None:
         return TermOutput(total, measures)
-    of_label = lambda x: jnp.take_along_axis(  # noqa: E731
+    of_label = lambda x: jnp.take_along_axis(
         x, slot.reshape(*slot.shape, *(1,) * (x.ndim - 2)), axis=1
     )
     text, negatives = of_label(outputs.region_text_embed), of_label(outputs.negative_text_embed)

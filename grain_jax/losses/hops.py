@@ -90,5 +90,5 @@ def _snake(sizes: Sequence[int]) -> list[tuple[int, ...]]:
 
 def _same_steps(order, first, other) -> bool:
     """Whether the order takes the same steps through another ring, so that it follows links there as well."""
-    steps = lambda places: np.diff([places[i] for i in (*order, order[0])], axis=0)  # noqa: E731
+    steps = lambda places: np.diff([places[i] for i in (*order, order[0])], axis=0)
     return bool((np.abs(steps(first)) == np.abs(steps(other))).all())

@@ -33,23 +33,25 @@ class Ring(NamedTuple):
         return self.axes + ((self.gather,) if self.gather else ())
 
 
-class Block(NamedTuple):
+class TravellingBlock(NamedTuple):
     """Rows or columns that travel, in as few arrays as possible: each array is one transfer."""
 
     vectors: Float[Array, "k D"]
     labels: Int[Array, "n k"]
 
 
-def stream(ring: Ring, block: Block, update: Callable[[Any, Block], Any], state: Any) -> Any:
+def stream(
+    ring: Ring, block: TravellingBlock, update: Callable[[Any, TravellingBlock], Any], state: Any
+) -> Any:
     """`state = update(state, block)` for the block of every device of the ring, this device's first."""
-    visit = lambda state, block: (update(state, block), None)  # noqa: E731
+    visit = lambda state, block: (update(state, block), None)
     return stream_and_return(ring, block, visit, lambda *_: None, state, None)[0]
 
 
 def stream_and_return(
     ring: Ring,
-    block: Block,
-    visit: Callable[[Any, Block], tuple[Any, Any]],
+    block: TravellingBlock,
+    visit: Callable[[Any, TravellingBlock], tuple[Any, Any]],
     join: Callable[[Any, Any], Any],
     state: Any,
     nothing: Any,
@@ -71,7 +73,7 @@ def stream_and_return(
     size = len(block.vectors)
     if ring.gather is not None:
         gather = functools.partial(jax.lax.all_gather, axis_name=ring.gather, tiled=True)
-        block = Block(gather(block.vectors), gather(block.labels, axis=1))
+        block = TravellingBlock(gather(block.vectors), gather(block.labels, axis=1))
     if ring.size == 1:
         return visit(state, block)
     times = len(block.vectors) // size
@@ -125,7 +127,11 @@ def _send(ring: Ring, part: Any, slices: int, places: int) -> Any:
 
 def _axes(whole: Any) -> Any:
     """The axis of length k of each array of a block, or of what was found of it."""
-    return Block._make((0, 1)) if isinstance(whole, Block) else jax.tree.map(lambda _: 0, whole)
+    return (
+        TravellingBlock._make((0, 1))
+        if isinstance(whole, TravellingBlock)
+        else jax.tree.map(lambda _: 0, whole)
+    )
 
 
 def _parts(whole: Any, ways: tuple[int, ...]) -> list:
@@ -134,7 +140,7 @@ def _parts(whole: Any, ways: tuple[int, ...]) -> list:
         return [whole]
 
     def half(number):
-        cut = lambda x, axis: jnp.split(x, [x.shape[axis] // 2], axis)[number]  # noqa: E731
+        cut = lambda x, axis: jnp.split(x, [x.shape[axis] // 2], axis)[number]
         return jax.tree.map(cut, whole, _axes(whole))
 
     return [half(0), half(1)]

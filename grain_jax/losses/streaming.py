@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grain_jax.losses.ring import Block, Ring, stream, stream_and_return
+from grain_jax.losses.ring import Ring, TravellingBlock, stream, stream_and_return
 
 MASKED = -1e30  # stands for -inf where a difference of two must not be NaN
 
@@ -128,7 +128,7 @@ def _forward(contrast, tile, ring, rows, row_id, columns, scale, bias):
         jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(shape), jnp.zeros_like(row_tiles[0])
     )
     labels = jnp.concatenate([_label_rows(columns.id), columns.real[None].astype(jnp.int32)])
-    sums = stream(ring, Block(columns.embed, labels), update, nothing)
+    sums = stream(ring, TravellingBlock(columns.embed, labels), update, nothing)
     sums = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(rows)], sums)
     out, weight, mean = sums.total, sums.weight, sums.vectors
     if contrast == "softmax":
@@ -168,9 +168,9 @@ def _backward(contrast, tile, ring, residuals, cotangents):
 
         return jax.lax.scan(one_tile, column_gradients, row_tiles)[0]
 
-    as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
+    as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)
     numbers = jnp.stack([as_int(out), as_int(cotangent)])
-    block = Block(rows, jnp.concatenate([_label_rows(row_id), numbers]))
+    block = TravellingBlock(rows, jnp.concatenate([_label_rows(row_id), numbers]))
     column_gradients = stream(ring, block, update, jnp.zeros_like(column_tiles.embed))
     column_gradients = column_gradients.reshape(-1, rows.shape[-1])[: len(columns.embed)]
     row_gradients = cotangent[:, None] * mean
@@ -238,7 +238,7 @@ def _forward_of_both(tile, ring, rows, columns, scale, bias):
     labels = jnp.concatenate([_label_rows(columns.id), columns.real[None].astype(jnp.int32)])
     row_sums, column_sums = stream_and_return(
         ring,
-        Block(columns.embed, labels),
+        TravellingBlock(columns.embed, labels),
         visit,
         _add_sums,
         _no_logits(row_tiles.real.shape),
@@ -251,7 +251,7 @@ def _forward_of_both(tile, ring, rows, columns, scale, bias):
         start = jax.lax.axis_index(ring.gather) * len(columns.real)
         column_sums = jax.lax.dynamic_slice_in_dim(column_sums, start, len(columns.real))
     row_sums = row_sums.reshape(-1, 2)[: len(rows.real)]
-    read = lambda sums: Negatives(sums[:, 0] + jnp.log(sums[:, 1]), sums[:, 0])  # noqa: E731
+    read = lambda sums: Negatives(sums[:, 0] + jnp.log(sums[:, 1]), sums[:, 0])
     of_rows, of_columns = read(row_sums), read(column_sums)
     return (of_rows, of_columns), (rows, columns, scale, bias, of_rows.cost, of_columns.cost)
 
@@ -288,13 +288,13 @@ def _backward_of_both(tile, ring, residuals, cotangents):
         of_rows, found = jax.lax.scan(one_tile, of_rows, (column_tiles, costs, cotangents))
         return of_rows, found.reshape(-1, found.shape[-1])[: len(block.vectors)]
 
-    as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)[None]  # noqa: E731
+    as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)[None]
     real = columns.real[None].astype(jnp.int32)
     numbers = as_int(column_cost), as_int(cotangents[1].cost)
     labels = jnp.concatenate([_label_rows(columns.id), real, *numbers])
     (row_gradients, weights), column_gradients = stream_and_return(
         ring,
-        Block(columns.embed, labels),
+        TravellingBlock(columns.embed, labels),
         visit,
         operator.add,
         (jnp.zeros_like(row_tiles.embed), jnp.zeros_like(row_costs)),
@@ -355,7 +355,7 @@ def _add_sums(a, b):
     return jnp.stack([highest, functools.reduce(operator.add, totals)], axis=-1)
 
 
-def _read_columns(block: Block, form, tile: int):
+def _read_columns(block: TravellingBlock, form, tile: int):
     """(tiles of the columns of a block, with ids in the form of others; their further labels, [tiles, k, n])."""
     embed, labels = _cut((block.vectors, block.labels.T), tile)
     ids, numbers = _read_ids(labels, form)

@@ -134,7 +134,7 @@ def _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row):
     q, k = ([ref[row, :, tile] for tile in heads.tiles] for ref in (q_ref, k_ref))
     if eps is None:
         return q, k, None, None
-    of = lambda i: [norm_ref[i : i + 1, tile] for tile in heads.tiles]  # noqa: E731
+    of = lambda i: [norm_ref[i : i + 1, tile] for tile in heads.tiles]
     q, *q_kept = _normed(heads, q, of(0), of(1), eps)
     k, *k_kept = _normed(heads, k, of(2), of(3), eps)
     return q, k, q_kept, k_kept
@@ -158,7 +158,7 @@ def _allowed(segments, row):
         return None
     column, line = segments[0][row], segments[1][row]  # [L, 1], [1, L]
     length = line.shape[1]
-    at = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (length, length), axis)  # noqa: E731
+    at = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (length, length), axis)
     return (column == line) & (at(0) >= at(1))
 
 
@@ -222,7 +222,7 @@ def _backward_kernel(heads, eps, q_ref, k_ref, v_ref, norm_ref, do_ref, *rest):
                 dk[i] += _dot(d_scores, _only(mask, q[i]), ((0,), (0,)))
         dq, dk = ([x * heads.width**-0.5 for x in d] for d in (dq, dk))
         if eps is not None:
-            of = lambda i: [norm_ref[i : i + 1, tile] for tile in tiles]  # noqa: E731
+            of = lambda i: [norm_ref[i : i + 1, tile] for tile in tiles]
             dq, *d_query_norm = _norm_backward(heads, dq, q_kept, of(0))
             dk, *d_key_norm = _norm_backward(heads, dk, k_kept, of(2))
             for i, parts in enumerate([*d_query_norm, *d_key_norm]):
@@ -365,7 +365,7 @@ def _on_each_device(placement, function, cut, results):
         "batch": PartitionSpec(batch),
         "": PartitionSpec(),
     }
-    of = lambda names: tuple(specs[name] for name in names)  # noqa: E731
+    of = lambda names: tuple(specs[name] for name in names)
     out_specs = of(results) if len(results) > 1 else of(results)[0]
     return jax.shard_map(
         function, mesh=placement.mesh, in_specs=of(cut), out_specs=out_specs, check_vma=False

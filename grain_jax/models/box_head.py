@@ -34,9 +34,7 @@ def roi_align(features: jax.Array, boxes_xyxy: jax.Array, *, bins: int, samples:
       float32 [B, R, bins, bins, E].
     """
     _, rows, columns, _ = features.shape
-    product = lambda equation, a, b: jnp.einsum(  # noqa: E731
-        equation, a, b, precision=jax.lax.Precision.HIGHEST
-    )
+    product = lambda equation, a, b: jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST)
     x1, y1, x2, y2 = jnp.moveaxis(boxes_xyxy.astype(jnp.float32), -1, 0)
     down = _bin_weights(y1, y2, rows, bins, samples)
     across = _bin_weights(x1, x2, columns, bins, samples)
@@ -117,8 +115,8 @@ class Prompter(nn.Module):
         """tokens [B, N, E], `leading` of them without a place, and boxes [B, R, 4] -> [B, R, width]."""
         t = self.tower
         xavier = nn.initializers.xavier_uniform()
-        norm = lambda name: layers.LayerNorm(t.norm_eps, name=name)  # noqa: E731
-        to_width = lambda name, kind: layers.dense(  # noqa: E731
+        norm = lambda name: layers.LayerNorm(t.norm_eps, name=name)
+        to_width = lambda name, kind: layers.dense(
             t.width, (kind,), ("vector",), dtype=self.dtype, kernel_init=xavier, name=name
         )
         place = to_width("place", "vector")

@@ -43,7 +43,7 @@ class GRAIN(nn.Module):
         self.text_norm = layers.LayerNorm(c.text.norm_eps)
         if c.text.pool == "map":
             self.text_pool = layers.AttentionPool(c.text, dtype)
-        project = lambda width, kind: layers.dense(  # noqa: E731
+        project = lambda width, kind: layers.dense(
             c.embed_dim,
             ("width",),
             ("embed",),
@@ -239,7 +239,7 @@ def flat(params) -> dict:
 def parameter_shapes(config: config_lib.Model) -> dict[str, tuple[int, ...]]:
     """The name and shape of every parameter of the model; nothing is computed."""
     size, length = config.image.image_size, config.text.context_length
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     row = of(np.int32, 1, 1, length)
     batch = schema.Batch(
         of(np.float32, 1, size, size, 3),

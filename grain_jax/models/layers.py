@@ -6,7 +6,7 @@ float32; activations have the module's `dtype`; softmax and norm statistics are 
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from grain_jax.config import ImageTower, TextTower
-from grain_jax.models import attention
+from grain_jax.models import attention, placement
 
 Init: TypeAlias = Callable[..., Any]
 zeros = nn.initializers.zeros_init()
@@ -217,7 +217,7 @@ class Attention(nn.Module):
         head_dim = self.width // self.heads
         if self.program == "pallas":
             return self._heads_side_by_side(query, mask)
-        project = lambda name, x: dense(  # noqa: E731
+        project = lambda name, x: dense(
             (self.heads, head_dim),
             ("width",),
             ("heads", "head_dim"),
@@ -260,7 +260,7 @@ class Attention(nn.Module):
         A head has fewer than the 128 lanes of a TPU register: as an axis of its own it would be padded to them.
         """
         heads, head_dim = self.heads, self.width // self.heads
-        side_by_side = lambda name, **options: SideBySide(  # noqa: E731
+        side_by_side = lambda name, **options: SideBySide(
             self.width, heads, self.dtype, bias_init=self.bias_init, name=name, **options
         )
         q, k, v = (
@@ -363,6 +363,65 @@ class MLP(nn.Module):
         # [B, L, mlp_dim] is the widest array. The backward pass keeps it before the activation only and
         # computes the activation again; JAX's derivative of the exact GELU keeps three more arrays of its size.
         return nn.remat(from_hidden, prevent_cse=False)(self, x)
+
+
+class LayerInits(NamedTuple):
+    """Initialisers of a `TowerLayer`; those of biases are functions of the size of the input."""
+
+    qkv: Init
+    attention_out: Init
+    mlp_in: Init
+    mlp_out: Init
+    attention_bias: Callable[[int], Init] = lambda fan_in: zeros
+    mlp_bias: Callable[[int], Init] = torch_bias
+
+
+class TowerLayer(nn.Module):
+    """Pre-norm attention and MLP, each added to its input.
+
+    Attributes:
+      tower: has width, heads, mlp_dim, activation and norm_eps.
+      dtype: of activations.
+      inits: the initialisers.
+      program: as of `Attention`.
+      qk_norm: whether the queries and keys of each head have a LayerNorm.
+    """
+
+    tower: ImageTower | TextTower
+    dtype: np.dtype
+    inits: LayerInits
+    program: str = "xla"
+    qk_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        """x [B, L, E], mask as of `Attention` -> (carry [B, L, E], no per-layer output)."""
+        t, inits = self.tower, self.inits
+        y = LayerNorm(t.norm_eps, name="norm_1")(x)
+        x = x + Attention(
+            t.width,
+            t.heads,
+            self.dtype,
+            kernel_init=inits.qkv,
+            out_init=inits.attention_out,
+            bias_init=inits.attention_bias(t.width),
+            qk_norm_eps=t.norm_eps if self.qk_norm else None,
+            program=self.program,
+            name="attention",
+        )(y, y, y, mask)
+        y = LayerNorm(t.norm_eps, name="norm_2")(x)
+        x = x + MLP(
+            t.width,
+            t.mlp_dim,
+            t.activation,
+            self.dtype,
+            in_init=inits.mlp_in,
+            out_init=inits.mlp_out,
+            in_bias_init=inits.mlp_bias(t.width),
+            out_bias_init=inits.mlp_bias(t.mlp_dim),
+            name="mlp",
+        )(y)
+        return placement.by_batch(x), None
 
 
 class AttentionPool(nn.Module):

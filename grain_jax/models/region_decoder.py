@@ -14,7 +14,7 @@ from grain_jax.models import layers, placement
 xavier = nn.initializers.xavier_uniform()
 
 
-class Block(nn.Module):
+class DecoderLayer(nn.Module):
     """Self-attention among queries, cross-attention to the memory, ReLU MLP."""
 
     tower: RegionDecoder
@@ -27,11 +27,11 @@ class Block(nn.Module):
         keys = dropout_keys
         if keys is not None:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, layer)
-        norm = lambda name: layers.LayerNorm(t.norm_eps, name=name)  # noqa: E731
-        drop = lambda x, site: layers.example_dropout(x, keys, site, t.dropout)  # noqa: E731
+        norm = lambda name: layers.LayerNorm(t.norm_eps, name=name)
+        drop = lambda x, site: layers.example_dropout(x, keys, site, t.dropout)
         # In the reference query, key and value are one [3E, E] matrix: this is its xavier for each [E, E].
         qkv_init = nn.initializers.variance_scaling(0.5 * t.qkv_init_gain**2, "fan_in", "uniform")
-        attend = lambda name: layers.Attention(  # noqa: E731
+        attend = lambda name: layers.Attention(
             t.width,
             t.heads,
             self.dtype,
@@ -89,7 +89,11 @@ class QueryDecoder(nn.Module):
         content = jnp.zeros((memory.shape[0], *query_embed.shape), self.dtype)
         every = nn.broadcast
         blocks = layers.scan_layers(
-            Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=(0, every, every, every)
+            DecoderLayer,
+            t.depth,
+            remat=self.remat,
+            unroll=t.unroll,
+            in_axes=(0, every, every, every),
         )(t, self.dtype, name="blocks")
         _, hidden = blocks(content, jnp.arange(t.depth), memory, query_embed, dropout_keys)
         return layers.LayerNorm(t.norm_eps, name="norm")(hidden)

@@ -7,47 +7,16 @@ packable: each text has a row of its own.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from grain_jax import config as config_lib
 from grain_jax.models import attention, layers, placement, towers
 
 
-class Block(nn.Module):
-    """Pre-norm attention and MLP with CLIP's initial values: scaled by depth, the MLP biases as in torch."""
-
-    tower: config_lib.TextTower
-    dtype: np.dtype
-    attention: str = "xla"
-
-    @nn.compact
-    def __call__(self, x, mask):
-        """x [rows, L, E], mask as of `layers.Attention` -> (carry [rows, L, E], no per-layer output)."""
-        t = self.tower
-        out_init = layers.normal(t.width**-0.5 * (2 * t.depth) ** -0.5)
-        y = layers.LayerNorm(t.norm_eps, name="norm_1")(x)
-        x = x + layers.Attention(
-            t.width,
-            t.heads,
-            self.dtype,
-            kernel_init=layers.normal(t.width**-0.5),
-            out_init=out_init,
-            program=self.attention,
-            name="attention",
-        )(y, y, y, mask)
-        y = layers.LayerNorm(t.norm_eps, name="norm_2")(x)
-        x = x + layers.MLP(
-            t.width,
-            t.mlp_dim,
-            t.activation,
-            self.dtype,
-            in_init=layers.normal((2 * t.width) ** -0.5),
-            out_init=out_init,
-            in_bias_init=layers.torch_bias(t.width),
-            out_bias_init=layers.torch_bias(t.mlp_dim),
-            name="mlp",
-        )(y)
-        return placement.by_batch(x), None
+def _inits(tower: config_lib.TextTower) -> layers.LayerInits:
+    """CLIP's: scaled by depth; the biases of the MLP as in torch."""
+    out = layers.normal(tower.width**-0.5 * (2 * tower.depth) ** -0.5)
+    qkv, mlp_in = layers.normal(tower.width**-0.5), layers.normal((2 * tower.width) ** -0.5)
+    return layers.LayerInits(qkv, out, mlp_in, out)
 
 
 class TextTransformer(towers.TextTower):
@@ -66,9 +35,7 @@ class TextTransformer(towers.TextTower):
         tokens, positions, segments = (
             a.reshape(-1, shape[-1]) for a in (tokens, positions, segments)
         )
-        if not self.packable(
-            t
-        ):  # the padding is part of the text: a token, with positions that count on
+        if not self.packable(t):  # the padding is a token of the text, with positions that count on
             tokens = jnp.where(segments > 0, tokens, t.pad_id)
             positions = jnp.broadcast_to(jnp.arange(shape[-1]), tokens.shape)
             segments = jnp.ones_like(segments)
@@ -90,8 +57,8 @@ class TextTransformer(towers.TextTower):
         if mask is not None and program == "xla":
             mask = mask.mask()  # once for all layers
         blocks = layers.scan_layers(
-            Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=(nn.broadcast,)
-        )(t, self.dtype, program, name="blocks")
+            layers.TowerLayer, t.depth, remat=self.remat, unroll=t.unroll, in_axes=(nn.broadcast,)
+        )(t, self.dtype, _inits(t), program, name="blocks")
         x, _ = blocks(x, mask)
         return x.reshape(*shape, t.width)
 

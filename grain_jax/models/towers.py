@@ -10,8 +10,7 @@ tower, and pooling, the norm of the text features, projections and unit length c
 - Placement: XLA places activations; `placement.by_batch(x)` after each layer keeps them sharded like the batch.
 - Rematerialisation: `layers.scan_layers` applies `remat`; another tower applies nn.remat with `layers.REMAT`.
 - Layer-wise decay (`optim.layer_decay`) needs layers stacked below "blocks", as `layers.scan_layers` does.
-- Options: `Options` is a frozen dataclass; `model.image.options` is one, checked key by key with the config. Declare
-  an option that comes after the first checkpoints with `config.fields.key(DEFAULT, added=True)`.
+- Options: `Options` is a frozen dataclass; `model.image.options` is one, checked key by key with the config.
 """
 
 from collections.abc import Mapping

@@ -24,50 +24,14 @@ def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
     return np.pad(out, ((0, 0), (0, width - out.shape[1]))).astype(np.float32)
 
 
-class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to its input."""
-
-    tower: config_lib.ImageTower
-    dtype: np.dtype
-    attention: str = "xla"
-
-    @nn.compact
-    def __call__(self, x):
-        """[B, N, E] -> (carry [B, N, E], no per-layer output)."""
-        t = self.tower
-        if (
-            t.block_init == "torch"
-        ):  # quirk 13: the reference builds its blocks anew after timm's init
-            init, bias = layers.torch_linear, layers.torch_bias
-        else:
-            # timm's trunc_normal_(std=0.02) truncates at -2 and 2, which is 100 standard deviations: a normal.
-            # JAX's truncated_normal truncates at two standard deviations, which leaves one of 0.0176.
-            init, bias = layers.normal(0.02), lambda fan_in: layers.zeros
-        y = layers.LayerNorm(t.norm_eps, name="norm_1")(x)
-        x = x + layers.Attention(
-            t.width,
-            t.heads,
-            self.dtype,
-            kernel_init=init,
-            out_init=init,
-            bias_init=bias(t.width),
-            qk_norm_eps=t.norm_eps if t.qk_norm else None,
-            program=self.attention,
-            name="attention",
-        )(y, y, y)
-        y = layers.LayerNorm(t.norm_eps, name="norm_2")(x)
-        x = x + layers.MLP(
-            t.width,
-            t.mlp_dim,
-            t.activation,
-            self.dtype,
-            in_init=init,
-            out_init=init,
-            in_bias_init=bias(t.width),
-            out_bias_init=bias(t.mlp_dim),
-            name="mlp",
-        )(y)
-        return placement.by_batch(x), None
+def _inits(tower: config_lib.ImageTower) -> layers.LayerInits:
+    if (
+        tower.block_init == "torch"
+    ):  # quirk 13: the reference builds its blocks anew after timm's init
+        return layers.LayerInits(*[layers.torch_linear] * 4, attention_bias=layers.torch_bias)
+    # timm's trunc_normal_(std=0.02) truncates at -2 and 2, which is 100 standard deviations: a normal.
+    # JAX's truncated_normal truncates at two standard deviations, which leaves one of 0.0176.
+    return layers.LayerInits(*[layers.normal(0.02)] * 4, mlp_bias=lambda fan_in: layers.zeros)
 
 
 class ImageTransformer(towers.ImageTower):
@@ -87,9 +51,7 @@ class ImageTransformer(towers.ImageTower):
         batch, height, width, channels = x.shape
         grid = height // patch
         x = x.reshape(batch, grid, patch, width // patch, patch, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(
-            batch, -1, patch * patch * channels
-        )  # [B, P, p*p*3]
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch**2 * channels)  # [B, P, p*p*3]
         x = layers.dense(
             t.width,
             ("patch",),
@@ -125,8 +87,9 @@ class ImageTransformer(towers.ImageTower):
         if t.pre_norm:
             x = layers.LayerNorm(t.norm_eps, name="pre_norm")(x)
         x = placement.by_batch(x)
-        blocks = layers.scan_layers(Block, t.depth, remat=self.remat, unroll=t.unroll, in_axes=())(
-            t, self.dtype, attention.choose(self.attention, self.dtype, t.heads), name="blocks"
-        )
+        program = attention.choose(self.attention, self.dtype, t.heads)
+        blocks = layers.scan_layers(
+            layers.TowerLayer, t.depth, remat=self.remat, unroll=t.unroll, in_axes=()
+        )(t, self.dtype, _inits(t), program, t.qk_norm, name="blocks")
         x, _ = blocks(x)
         return layers.LayerNorm(t.norm_eps, name="norm")(x)

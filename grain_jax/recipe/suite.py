@@ -20,33 +20,17 @@ TFDS = {
     "food101": ("food101", "validation", None),
     "imagenet2012": ("imagenet2012", "validation", "imagenet2012"),
 }
+_REFCOCO = "'refs(unc).p' instances.json"
 # Entry -> kind, folder of the images below `folders`, and the flags of the grain-jax annotate command that makes
 # A.jsonl: --source, --annotations and --split.
 ANNOTATED = {
     "flickr30k": ("retrieval", "flickr30k", "karpathy", "dataset_flickr30k.json", "test"),
     "mscoco": ("retrieval", "coco", "karpathy", "dataset_coco.json", "test"),
     "flickr30k_entities": ("grounding", "flickr30k", "flickr30k_entities", "ENTITIES", "test"),
-    "refcoco_val": (
-        "grounding",
-        "coco/train2014",
-        "refcoco",
-        "'refs(unc).p' instances.json",
-        "val",
-    ),
-    "refcoco_testA": (
-        "grounding",
-        "coco/train2014",
-        "refcoco",
-        "'refs(unc).p' instances.json",
-        "testA",
-    ),
-    "refcoco_testB": (
-        "grounding",
-        "coco/train2014",
-        "refcoco",
-        "'refs(unc).p' instances.json",
-        "testB",
-    ),
+    **{
+        f"refcoco_{split}": ("grounding", "coco/train2014", "refcoco", _REFCOCO, split)
+        for split in ("val", "testA", "testB")
+    },
     "coco": ("boxes", "coco/val2017", "coco", "instances_val2017.json", ""),
     "lvis": ("boxes", "coco", "lvis", "lvis_v1_val.json", ""),
     "fg_ovd_hard": ("near_misses", "coco", "fg_ovd", "1_attributes.json", ""),

@@ -55,7 +55,7 @@ def _program(model: config_lib.Model):
     tower, dtype = model.decoder, jnp.dtype("float32")
     if tower is None:
         raise ValueError("got a model without a region decoder, expected one with it")
-    module, block = grain.GRAIN(model), region_decoder.Block(tower, dtype)
+    module, block = grain.GRAIN(model), region_decoder.DecoderLayer(tower, dtype)
 
     def is_memory(part: nn.Module, _: str) -> bool:
         return part.name == "memory_norm"

@@ -16,12 +16,12 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax import errors, inference
 from grain_jax.cli.report import NUM_IMAGES
-from grain_jax.evaluate import evaluators, rates, test_sets, zeroshot
+from grain_jax.evaluate import encode, rates, test_sets, zeroshot
 from grain_jax.files import atomic, regular_file
 from grain_jax.inference import prompts, scores
-from grain_jax.report import looking, regions
+from grain_jax.report import regions
 from grain_jax.report.thumbnails import Thumbnails
-from grain_jax.runtime import checkpoint
+from grain_jax.runtime import checkpoint, processes
 
 FILE = "report_data.json"
 _VERSION = 1  # of the format of report_data.json
@@ -30,6 +30,7 @@ _EXAMPLES = 3  # images shown of each pair
 _SMALL = 96  # longer side of a thumbnail, pixels
 
 
+@processes.alone()
 def collect(
     workdir: epath.PathLike,
     config: Mapping[str, Any],
@@ -80,7 +81,7 @@ def collect(
     for name, entry in evals.items():
         with line(name):
             parsed = config_lib.evaluator_from_dict(entry)
-            if isinstance(parsed, evaluators.ZeroShot):
+            if isinstance(parsed, zeroshot.ZeroShot):
                 made["zeroshot"][name] = _zeroshot(predictor, parsed, thumbs, num_images)
     with line("regions"):
         made |= regions.collect(predictor, evals, thumbs, num_images)
@@ -98,7 +99,7 @@ def _kept(path: epath.Path) -> dict[str, Any] | None:
 
 
 def _zeroshot(
-    predictor, entry: evaluators.ZeroShot, thumbs: Thumbnails, limit: int
+    predictor, entry: zeroshot.ZeroShot, thumbs: Thumbnails, limit: int
 ) -> dict[str, Any]:
     """Accuracy per class and confusions, for each alpha of the entry."""
     entry, _ = entry.available()
@@ -120,11 +121,12 @@ def _zeroshot(
         raise test_sets.InputError(
             "the test set has images without a label, expected another split"
         )
-    found = looking.encode(predictor, chosen, regions=with_regions)
-    seen = [chosen[i] for i in found.index]
-    own = np.array([image.label for image in seen])
+    found = encode.gather_images(
+        predictor, chosen, label="report", unreadable={}, regions=with_regions
+    )
+    seen, own = [chosen[i] for i in found.index], found.labels
 
-    embeds = looking.encode_texts(predictor, described) if described else []
+    embeds = encode.encode_texts(predictor, described) if described else []
     of_classes = embeds
     if entry.names:
         filled = prompts.load_templates(entry.templates)
@@ -132,7 +134,7 @@ def _zeroshot(
             prompts.class_texts(name, filled, described[i] if described else None)
             for i, name in enumerate(classes)
         ]
-        of_classes = looking.encode_texts(predictor, texts)
+        of_classes = encode.encode_texts(predictor, texts)
     features = scores.class_features(of_classes, entry.unit_features)
     global_scores = scores.global_scores(found.image_embed, features)
     region_scores = None

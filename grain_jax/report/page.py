@@ -9,7 +9,7 @@ from etils import epath
 from grain_jax.cli.report import NUM_IMAGES
 from grain_jax.evaluate import tables
 from grain_jax.files import atomic
-from grain_jax.report import collect, html, run_files
+from grain_jax.report import charts, collect, html, run_files
 
 FILE = "report.html"
 _FILES = ("page.css", "page.js", "curves.js", "sections.js")
@@ -83,7 +83,7 @@ def write(
     return path
 
 
-def render(runs: Sequence[run_files.Run], found: Sequence[Mapping[str, Any]]) -> str:
+def render(runs: Sequence[run_files.RunFiles], found: Sequence[Mapping[str, Any]]) -> str:
     """The HTML of the page.
 
     Args:
@@ -121,35 +121,30 @@ def render(runs: Sequence[run_files.Run], found: Sequence[Mapping[str, Any]]) ->
 
 def _payload(runs, found, names) -> dict[str, Any]:
     """The JSON data that the scripts of the page draw."""
-    evaluations = [
-        len(s) for run in runs for k, (s, _) in run.series.items() if k.startswith("eval/")
-    ]
+    counts = [len(s) for run in runs for k, (s, _) in run.series.items() if k.startswith("eval/")]
+    most = max(counts, default=0)
     keys = dict.fromkeys(key for run in runs for key in run.series)
-    out = []
-    for run, looked, name in zip(runs, found, names):
-        out.append(
-            {
-                "label": name,
-                "series": {key: run_files.thinned(*curve) for key, curve in run.series.items()},
-                "perClass": _per_class(run, looked),
-                "zeroshot": looked.get("zeroshot", {}),
-                "regions": looked.get("regions"),
-                "queries": looked.get("queries"),
-                "attention": looked.get("attention"),
-                "thumbs": looked.get("thumbs", []),
-                "lines": {
-                    "zeroshot": "no zeroshot evaluation is in the run's config",
-                    **looked["lines"],
-                }
-                if not looked["lines"].get("model")
-                else looked["lines"],
-            }
-        )
-    most = max(evaluations, default=0)
-    return {"runs": out, "charts": run_files.charts(keys, most), "evaluations": most}
+    shown = [
+        chart._asdict() | {"series": list(chart.series.items())}
+        for chart in charts.charts(keys, most)
+    ]
+    none = {"zeroshot": "no zeroshot evaluation is in the run's config"}
+    out = [
+        {
+            "label": name,
+            "series": {key: run_files.thinned(*curve) for key, curve in run.series.items()},
+            "perClass": _per_class(run, looked),
+            "zeroshot": looked.get("zeroshot", {}),
+            "thumbs": looked.get("thumbs", []),
+            "lines": ({} if "model" in looked["lines"] else none) | looked["lines"],
+            **{part: looked.get(part) for part in ("regions", "queries", "attention")},
+        }
+        for run, looked, name in zip(runs, found, names)
+    ]
+    return {"runs": out, "charts": shown, "evaluations": most}
 
 
-def _per_class(run: run_files.Run, looked: Mapping[str, Any]) -> dict[str, Any]:
+def _per_class(run: run_files.RunFiles, looked: Mapping[str, Any]) -> dict[str, Any]:
     """Evaluation -> {note, alphas: alpha -> class -> [accuracy, images or None]}.
 
     Results on all images of an evaluation come first, then those of `collect` on some of them.

@@ -16,23 +16,15 @@ from matplotlib import patches, patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grain_jax import losses, printable
-from grain_jax.evaluate import annotated, grounding, tables, test_sets
+from grain_jax import printable
+from grain_jax.evaluate import annotated, tables, test_sets
 from grain_jax.files import annotations as annotations_lib
 from grain_jax.files import regular_file
-from grain_jax.inference import scores
-from grain_jax.report import looking
-from grain_jax.runtime import metrics_file
+from grain_jax.report import charts, regions
+from grain_jax.runtime import metrics_file, processes
 
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e67e00", "#0c8c96", "#c2388f", "#7a4b2a")
-_LOSS_COLOURS = ("#333333", COLOURS[1], COLOURS[4], COLOURS[2], COLOURS[3], *COLOURS[5:])
-HEADLINES = {  # last part of the key of a main number -> label
-    "/top1": "top-1",
-    "/r1": "R@1",
-    "/box_iou": "box IoU",
-    "/region_to_description_r1": "region to description R@1",
-    "/phrase_acc50": "phrase to box Acc@0.5",
-}
+_CURVES = ("#333333", COLOURS[1], COLOURS[4], COLOURS[2], COLOURS[3], *COLOURS[5:])
 _COLUMNS = 4  # of the grid
 _CELL = 3.2  # side of an image in the grid, inches
 _LINE = 42  # characters of text under an image
@@ -60,7 +52,7 @@ def print_table(results: Mapping[str, float]) -> None:
 
 @_texts_as_they_are
 def curves(metrics_jsonl: epath.PathLike, output_png: epath.PathLike) -> None:
-    """Draws the losses, evaluations, temperature, learning rate and speed of a run.
+    """Draws the curves of a run, in the charts of the report, and its last evaluations as bars.
 
     Args:
       metrics_jsonl: the run's `metrics.jsonl`; lines that are no records of a step are skipped. `config.json` beside
@@ -68,28 +60,22 @@ def curves(metrics_jsonl: epath.PathLike, output_png: epath.PathLike) -> None:
       output_png: the file to write.
     """
     series = metrics_file.series(metrics_file.read([epath.Path(metrics_jsonl)])[0])
-    figure = Figure(figsize=(16, 7.2), layout="constrained", dpi=110)
-    grid = figure.add_gridspec(2, 4, width_ratios=[1, 1, 1, 1.05])
-    axes = [figure.add_subplot(grid[i // 3, i % 3]) for i in range(6)]
-    axes.append(figure.add_subplot(grid[:, 3]))
-    _losses(axes[0], series, _caption_loss_at_chance(epath.Path(metrics_jsonl).parent))
-    _plain(axes[1], series, "matched_iou", "IoU of matched boxes (training)")
-    colours = _headline_keys(series)
-    if any(len(series[key][0]) > 1 for key in colours):
-        _course(axes[2], series, colours)
-    else:
-        _plain(axes[2], series, "input_wait_fraction", "share of time spent waiting for input")
-    _plain(axes[3], series, "logit_scale", "logit scale (1 / temperature)")
-    _plain(axes[4], series, "learning_rate", "learning rate")
-    _plain(axes[5], series, "images_per_second", "images per second")
-    _bars(axes[6], series, colours)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-        axis.tick_params(labelsize=8)
+    evaluations = max((len(series[key][0]) for key in series if key.startswith("eval/")), default=0)
+    made = charts.charts(series, evaluations)
+    rows = max(2, -(-len(made) // 3))
+    figure = Figure(figsize=(16, 3.6 * rows), layout="constrained", dpi=110)
+    grid = figure.add_gridspec(rows, 4, width_ratios=[1, 1, 1, 1.05])
+    for i, chart in enumerate(made):
+        axis = _framed(figure.add_subplot(grid[i // 3, i % 3]), chart.title)
+        _lines(axis, chart, series)
+        if chart.title == "Losses":
+            _mark_chance(axis, _caption_loss_at_chance(epath.Path(metrics_jsonl).parent))
+    bars = _framed(figure.add_subplot(grid[:2, 3]), "Last evaluation (black line: chance)")
+    _bars(bars, {key: values[-1] for key, (_, values) in series.items()})
     _save(figure, output_png)
 
 
+@processes.alone()
 @_texts_as_they_are
 def regions_grid(
     predictor: Any,
@@ -118,34 +104,25 @@ def regions_grid(
     records = [r for r in annotations_lib.read(annotations).records if r.regions]
     if not records:
         raise test_sets.InputError(f"{annotations}: no line has a region; there is nothing to draw")
-    places = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)
-    chosen = [records[i] for i in places]
     folder = annotated.image_folder(images_dir)
-    files = [test_sets.of_path(folder / r.image, orientation=orientation) for r in chosen]
-    batch = looking.encode(predictor, files)
-    read = [chosen[i] for i in batch.index]
-    described = grounding.described_boxes(read, batch.sizes)
-    texts = grounding.distinct(
-        described.texts + [region.description for r in records for region in r.regions]
-    )
-    found = batch.with_regions
-    matched, truth = grounding.match(found.boxes_xyxy, described)
-    embed = scores.unit(found.embed[matched.image, matched.query])
-    nearest = (embed @ scores.unit(predictor.encode_text(texts)).T).argmax(axis=1)  # [n]
+    files = [test_sets.of_path(folder / r.image, orientation=orientation) for r in records]
+    seen = regions.look(predictor, records, files, count)
+    described, matched, texts = seen.described, seen.matched, seen.texts
+    nearest = seen.similarity[matched.image, matched.query].argmax(axis=1)  # [n]
 
     captions = []  # for each image, a list of (colour, line)
-    for i in range(len(read)):
+    for i in range(len(seen.files)):
         mine = np.flatnonzero(matched.image == i)
-        captions.append(_wrapped(texts, nearest[mine], truth[mine]))
+        captions.append(_wrapped(texts, nearest[mine], seen.own_text[mine]))
     figure, axes = _grid(
         captions,
         "solid: predicted box,  dashed: annotated box,"
         f"  text: nearest of {len(texts)} descriptions (\N{CHECK MARK} its own, \N{BALLOT X} another's)",
     )
-    for i, (position, (above, below)) in enumerate(zip(batch.index, axes)):
-        image = files[position].load().convert("RGB")
+    for i, (file, (above, below)) in enumerate(zip(seen.files, axes)):
+        image = file.load().convert("RGB")
         _draw_image(above, image)
-        pred_boxes_xyxy = found.boxes_xyxy[i, matched.query[matched.image == i]]
+        pred_boxes_xyxy = seen.boxes_xyxy[i, matched.query[matched.image == i]]
         true_boxes_xyxy = described.boxes_xyxy[described.image == i]  # ordered as the matches are
         for j, pred_box_xyxy in enumerate(pred_boxes_xyxy):
             colour = COLOURS[j % len(COLOURS)]
@@ -238,97 +215,54 @@ def _draw_box(axis: Axes, box_xyxy, size: tuple[int, int], colour: str, *, dashe
     )
 
 
-def _losses(axis: Axes, series, chance: tuple[float, str] | None) -> None:
-    axis.set_title("losses", fontsize=10)
-    for i, (key, label) in enumerate(losses.labels_of(series).items()):
-        colour = _LOSS_COLOURS[i % len(_LOSS_COLOURS)]
+def _framed(axis: Axes, title: str) -> Axes:
+    axis.set_title(printable.plain(title, _LONGEST), fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    axis.tick_params(labelsize=8)
+    return axis
+
+
+def _lines(axis: Axes, chart: charts.Chart, series) -> None:
+    for i, (key, label) in enumerate(chart.series.items()):
         steps, values = series[key]
-        axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        axis.plot(steps, _smooth(values), color=colour, label=label, linewidth=1.6)
-    if chance and "loss_image_caption" in series:
-        axis.axhline(
-            chance[0],
-            color=COLOURS[1],
-            linestyle=":",
-            linewidth=1,
-            label=f"{chance[1]}: captions not learned",
-        )
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("step", fontsize=8)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, frameon=False)
-
-
-def _headline_keys(series) -> dict[str, Any]:
-    """The key of each evaluation's main number -> its colour."""
-    keys = [k for k in series if k.startswith("eval/") and k.endswith(tuple(HEADLINES))]
-    palette = matplotlib.colormaps["tab20"]
-    return {key: palette((2 * i) % 20 + (i // 10) % 2) for i, key in enumerate(keys)}
-
-
-def _course(axis: Axes, series, colours: Mapping[str, Any]) -> None:
-    axis.set_title("evaluations over the steps (colours: see right)", fontsize=10)
-    for key, colour in colours.items():
-        axis.plot(*series[key], marker="o", markersize=3, color=colour, linewidth=1.4)
-    axis.set_ylim(0, 1)
+        look: Any = dict(color=_CURVES[i % len(_CURVES)], marker="" if steps[1:] else "o")
+        if chart.noisy:
+            axis.plot(steps, values, alpha=0.25, linewidth=0.8, **look)
+        shown = _smooth(values) if chart.noisy else values
+        axis.plot(steps, shown, label=printable.plain(label, _LONGEST), linewidth=1.5, **look)
+    if len(chart.series) > 1:
+        axis.legend(fontsize=7, frameon=False)
+    values = [value for key in chart.series for value in series[key][1]]
+    if chart.log and min(values) > 0:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")  # no formula, see _texts_as_they_are
+        axis.yaxis.set_minor_formatter("")
+    elif min(values) >= 0:
+        axis.set_ylim(bottom=0)
     axis.set_xlabel("step", fontsize=8)
 
 
-def _bars(axis: Axes, series, colours: Mapping[str, Any]) -> None:
-    axis.set_title("last evaluation (black line: chance)", fontsize=10)
-    if not colours:
-        _empty(axis)
-        return
-    for i, (key, colour) in enumerate(colours.items()):
-        value, chance = series[key][1][-1], _chance(series, key)
-        axis.barh(i, value, height=0.42, color=colour)
+def _mark_chance(axis: Axes, chance: tuple[float, str] | None) -> None:
+    if chance:
+        label = f"{chance[1]}: captions not learned"
+        axis.axhline(chance[0], color=COLOURS[1], linestyle=":", linewidth=1, label=label)
+        axis.legend(fontsize=7, frameon=False)
+
+
+def _bars(axis: Axes, last: dict[str, float]) -> None:
+    keys = charts.headlines(last)
+    for i, key in enumerate(keys):
+        value, chance = last[key], charts.chance(last, key)
+        axis.barh(i, value, height=0.42, color=_CURVES[i % len(_CURVES)])
         axis.text(value + 0.015, i, f"{value:.3f}", va="center", fontsize=8)
-        axis.text(0.0, i - 0.26, printable.plain(headline(key), _LONGEST), va="bottom", fontsize=8)
+        label = printable.plain(charts.headline(key), _LONGEST)
+        axis.text(0.0, i - 0.26, label, va="bottom", fontsize=8)
         if chance is not None:
             axis.plot([chance, chance], [i - 0.21, i + 0.21], color="black", linewidth=1.6)
     axis.set_yticks([])
-    axis.set_ylim(len(colours) - 0.5, -0.8)
+    axis.set_ylim(len(keys) - 0.5, -0.8)
     axis.set_xlim(0, 1.1)
-
-
-def headline(key: str) -> str:
-    """The label of a main number, e.g. `eval/unseen/alpha_0.5/top1` -> "unseen: top-1, alpha 0.5"."""
-    name, _, rest = key.removeprefix("eval/").partition("/")
-    label = next(label for ending, label in HEADLINES.items() if key.endswith(ending))
-    group = rest.rpartition("/")[0]  # "alpha_0.5", "image_to_text" or ""
-    way, _, alpha = group.rpartition("/")  # of "by_name/alpha_0.5": "by_name", "alpha_0.5"
-    if alpha.startswith("alpha_"):
-        name = f"{name}, {way}" if way else name
-        return f"{name}: {label}, alpha {float(alpha.removeprefix('alpha_')):g}".replace("_", " ")
-    return f"{name}: {group} {label}".replace("_", " ").replace("  ", " ")
-
-
-def _chance(series, key: str) -> float | None:
-    """The chance level of a number of an evaluation, or None: `.../chance_KEY`, else `eval/NAME/chance`."""
-    parts = key.split("/")
-    here = "/".join(parts[:-1])
-    for name in (f"{here}/chance_{parts[-1]}", f"{parts[0]}/{parts[1]}/chance"):
-        if name in series:
-            return series[name][1][-1]
-    return None
-
-
-def _plain(axis: Axes, series, key: str, title: str) -> None:
-    axis.set_title(title, fontsize=10)
-    if key not in series:
-        _empty(axis)
-        return
-    steps, values = series[key]
-    axis.plot(steps, values, color=COLOURS[1], linewidth=1.4, marker="o" if len(steps) == 1 else "")
-    axis.set_xlabel("step", fontsize=8)
-    if min(values) >= 0:
-        axis.set_ylim(bottom=0)
-
-
-def _empty(axis: Axes) -> None:
-    axis.text(0.5, 0.5, "none", ha="center", va="center", color="#777777", transform=axis.transAxes)
-    axis.set_xticks([])
-    axis.set_yticks([])
 
 
 def _smooth(values: Sequence[float], keep: float = 0.6) -> list[float]:

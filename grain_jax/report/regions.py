@@ -5,17 +5,17 @@ import collections
 import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from grain_jax import config as config_lib
 from grain_jax import errors, named
-from grain_jax.evaluate import annotated as annotated_lib
-from grain_jax.evaluate import evaluators, grounding, test_sets
-from grain_jax.files import images
+from grain_jax.evaluate import encode, evaluators, grounding, test_sets
+from grain_jax.files import annotations as annotations_lib
+from grain_jax.files import images as image_files
 from grain_jax.inference import scores
-from grain_jax.report import attention, looking
+from grain_jax.report import attention
 from grain_jax.report.thumbnails import Thumbnails
 
 SHOWN = 24  # images whose regions the page shows
@@ -51,6 +51,56 @@ def with_boxes(evals: Mapping[str, Any]) -> tuple[str, evaluators.AnnotatedRegio
     raise NoRegions("no entry of config.evals has annotated boxes (kind grounding)")
 
 
+class Looked(NamedTuple):
+    """Annotated images that the model has looked at: n of them, with Q regions each, and T descriptions."""
+
+    records: list[annotations_lib.Annotation]
+    files: list[test_sets.Image]
+    sizes: np.ndarray  # int [n, 2]
+    boxes_xyxy: np.ndarray  # [n, Q, 4], predicted
+    described: Any  # of `grounding.described_boxes`
+    matched: Any  # of `grounding.match`
+    own_text: np.ndarray  # int [matches], the annotated description of each match
+    texts: list[str]  # the distinct descriptions, those of these images first
+    text_embed: np.ndarray  # [T, D]
+    similarity: np.ndarray  # cosines of regions and texts, [n, Q, T]
+
+
+def look(
+    predictor,
+    records: Sequence[annotations_lib.Annotation],
+    images: Sequence[test_sets.Image],
+    wanted: int,
+    most_texts: int | None = None,
+) -> Looked:
+    """Runs the model on `wanted` of the annotated images, evenly spaced, and matches its regions.
+
+    Args:
+      predictor: the model (see `evaluate.encode.Predictor`).
+      records, images: the annotations with regions, and the image of each.
+      wanted: images, at most.
+      most_texts: descriptions that are compared with each region; those of the images always are. None: all.
+
+    Raises:
+      InputError: no image can be read, or the model's numbers are not finite.
+    """
+    chosen = spread(len(records), wanted)
+    files = [images[i] for i in chosen]
+    found = encode.gather_images(predictor, files, label="regions", unreadable={})
+    mine = [records[chosen[i]] for i in found.index]
+    described = grounding.described_boxes(mine, found.sizes)
+    matched, own_text = grounding.match(found.with_regions.boxes_xyxy, described)
+    others = [region.description for record in records for region in record.regions]
+    texts = grounding.distinct(described.texts + others)
+    texts = texts[: max(most_texts or len(texts), len(described.texts))]
+    text_embed = scores.unit(predictor.encode_text(texts))
+    similarity = scores.unit(found.with_regions.embed) @ text_embed.T
+    files = [files[i] for i in found.index]
+    boxes_xyxy = found.with_regions.boxes_xyxy
+    at = (mine, files, found.sizes, boxes_xyxy, described, matched, own_text)
+    return Looked(*at, texts, text_embed, similarity)
+
+
 def collect(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
     """The entries `regions`, `queries` and `attention` of the report's data, on images of `with_boxes`.
 
@@ -67,46 +117,32 @@ def collect(predictor, evals, thumbs: Thumbnails, limit: int) -> dict[str, Any]:
     if decoder is None or not decoder.queries:
         raise NoRegions("the model has no region queries")
     name, entry = with_boxes(evals)
-    annotated = annotated_lib.read_regions(**entry.given)
-    chosen = spread(len(annotated.records), limit)
-    records = [annotated.records[i] for i in chosen]
-    all_files = annotated.images
-    files = [all_files[i] for i in chosen]
-    found = looking.encode(predictor, files)
-    regions = found.with_regions
-    records, files = ([x[i] for i in found.index] for x in (records, files))
-    described = grounding.described_boxes(records, found.sizes)
-    matched, own_text = grounding.match(regions.boxes_xyxy, described)
-    others = [region.description for r in annotated.records for region in r.regions]
-    texts = grounding.distinct(described.texts + others)  # the first ones are described.texts
-    texts = texts[: max(_TEXTS, len(described.texts))]
-    text_embed = scores.unit(predictor.encode_text(texts))
-    similarity = scores.unit(regions.embed) @ text_embed.T  # [n, Q, T]
-
+    annotated = entry.read()
+    seen = look(predictor, annotated.records, annotated.images, limit, _TEXTS)
+    records, files, boxes_xyxy = seen.records, seen.files, seen.boxes_xyxy
+    described, matched, similarity = seen.described, seen.matched, seen.similarity
     shown = spread(len(records), SHOWN)
     cards = [
         {
             "name": records[p].image,
-            "size": list(found.sizes[p]),
+            "size": seen.sizes[p].tolist(),
             "thumb": thumbs.add(files[p], _LARGE),
-            "predicted": _predicted(
-                regions.boxes_xyxy[p], similarity[p], matched, own_text, int(p)
-            ),
+            "predicted": _predicted(boxes_xyxy[p], similarity[p], matched, seen.own_text, int(p)),
             "true": _annotated(described, matched, int(p)),
         }
         for p in shown
     ]
     if predictor.model.boxes.kind != "none":
-        _say_given_boxes(predictor, [files[p] for p in shown], cards, text_embed)
+        _say_given_boxes(predictor, [files[p] for p in shown], cards, seen.text_embed)
     return {
         "regions": {
             "entry": name,
             "pictures": cards,
-            "texts": _used_texts(cards, texts),
-            "chosen_from": len(texts),
+            "texts": _used_texts(cards, seen.texts),
+            "chosen_from": len(seen.texts),
             "of": len(annotated.records),
         },
-        "queries": _queries(regions.boxes_xyxy, similarity.argmax(axis=2), texts, matched),
+        "queries": _queries(boxes_xyxy, similarity.argmax(axis=2), seen.texts, matched),
         "attention": _attention(predictor, [files[p] for p in shown]),
     }
 
@@ -165,7 +201,7 @@ def _best(similarity: np.ndarray) -> list[list[float]]:
 
 def _resized(model: config_lib.Model, files: Sequence[test_sets.Image]) -> np.ndarray:
     """The images as the model takes them, uint8 [n, S, S, 3]."""
-    return np.stack([images.resize(file.load(), model.image.image_size) for file in files])
+    return np.stack([image_files.resize(file.load(), model.image.image_size) for file in files])
 
 
 def _used_texts(cards: list[dict[str, Any]], texts: Sequence[str]) -> list[str]:

@@ -1,39 +1,20 @@
 """Reads the files of a workdir: curves, results, config, environment. Needs no model."""
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from grain_jax import errors, losses
+from grain_jax import errors
 from grain_jax.evaluate import tables
 from grain_jax.files import regular_file
-from grain_jax.report import pictures
 from grain_jax.runtime import metrics_file, receipt
 
 _POINTS = 800  # points of a curve that the page keeps, at most
-_OWN = (
-    "config.json",
-    "results.json",
-    "report_data.json",
-)  # JSON files that are no results of an evaluation
+# JSON files that are no results of an evaluation.
+_OWN = ("config.json", "results.json", "report_data.json")
 _BY_NAME = "by_name/"  # prefix of the numbers without descriptions, by class names alone
-_MATCHING = {
-    "matched_iou": "IoU of matched boxes",
-    "matched_iou50": "share with IoU of 0.5 or more",
-    "region_description_accuracy": "own description is the nearest",
-    "query_usage_entropy": "entropy of which query is used",
-}
-_SINGLE = {  # a chart each
-    "logit_scale": "Logit scale (1 / temperature)",
-    "learning_rate": "Learning rate",
-    "images_per_second": "Images per second",
-    "model_flops_per_second": "Model FLOPs per second",
-    "texts_dropped": "Texts dropped in packing",
-    "texts_dropped_share": "Share of the texts that packing dropped or cut",
-}
 
 
 class InputError(errors.UserError):
@@ -50,7 +31,7 @@ class Result(NamedTuple):
     counts: dict[str, int]  # class -> number of its images, if known
 
 
-class Run(NamedTuple):
+class RunFiles(NamedTuple):
     """The content of the files of a workdir."""
 
     workdir: epath.Path
@@ -62,7 +43,7 @@ class Run(NamedTuple):
     unmeasured: list[str]  # a line for each thing that is missing
 
 
-def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run:
+def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> RunFiles:
     """Reads the files of a run; each that is missing becomes a line of `unmeasured`.
 
     Args:
@@ -108,7 +89,7 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
     for name in evals:
         if found and name not in names:
             unmeasured.append(f"{name}: an entry of config.evals without a result")
-    return Run(workdir, step, config, series, found, _environment(workdir), unmeasured)
+    return RunFiles(workdir, step, config, series, found, _environment(workdir), unmeasured)
 
 
 def labels(workdirs: Sequence[epath.PathLike]) -> list[str]:
@@ -129,66 +110,6 @@ def flat(config: Any, prefix: str = "") -> dict[str, str]:
             out |= flat(value, f"{prefix}.{key}" if prefix else str(key))
         return out
     return {prefix: json.dumps(config, ensure_ascii=False)}
-
-
-def charts(keys: Iterable[str], evaluations: int) -> list[dict[str, Any]]:
-    """Which curves share a chart, in the order of the page.
-
-    Args:
-      keys: the keys of `Run.series` of all runs.
-      evaluations: the largest number of evaluations of a run; from two on they are drawn over the steps.
-
-    Returns: for each chart `title`, `series` ([key, label] pairs), `log` (whether its scale is logarithmic at first)
-      and `noisy` (whether the slider of the page smooths it).
-    """
-    left = dict.fromkeys(keys)
-    made: list[dict[str, Any]] = []
-
-    def chart(title: str, found: Mapping[str, str], log: bool = False, noisy: bool = False) -> None:
-        series = [[key, label] for key, label in found.items() if key in left]
-        if series:
-            made.append({"title": title, "series": series, "log": log, "noisy": noisy})
-        for key, _ in series:
-            left.pop(key)
-
-    chart("Losses", losses.labels_of(left), noisy=True)
-    main = [k for k in left if k.startswith("eval/") and k.endswith(tuple(pictures.HEADLINES))]
-    if evaluations > 1:
-        chart("Evaluations", {key: pictures.headline(key) for key in main})
-    matching = {
-        key: key.replace("_", " ") for key in left if key.startswith(("query_", "matched_"))
-    }
-    shares = {k: f"query {int(k[12:]) + 1}" for k in left if re.fullmatch(r"query_share/\d+", k)}
-    chart("Share of the matched regions, by query", shares, noisy=True)
-    chart("Regions while training", matching | _MATCHING, noisy=True)
-    norms = {key: key.removeprefix("grad_norm/") for key in left if key.startswith("grad_norm/")}
-    chart("Gradient norms", {"grad_norm": "all"} | norms, log=True, noisy=True)
-    waits = {"input_wait_fraction": "of the time", "input_wait_steps": "of the steps"}
-    chart("Share spent waiting for input", waits, noisy=True)
-    for key, title in _SINGLE.items():
-        chart(title, {key: title}, noisy=key not in ("logit_scale", "learning_rate"))
-    names = dict.fromkeys(key.split("/")[1] for key in left if key.startswith("eval/"))
-    for name in names:
-        own = [key for key in left if key.startswith(f"eval/{name}/")]
-        shown = {key: key.split("/", 2)[2].replace("_", " ") for key in own if not _is_beside(key)}
-        if evaluations > 1:
-            chart(f"Evaluation {name.replace('_', ' ')}: other numbers", shown)
-        for key in own:
-            left.pop(key, None)
-    for key in list(left):
-        chart(key.replace("_", " "), {key: key})
-    return made
-
-
-def _is_beside(key: str) -> bool:
-    """Whether a number of an evaluation only qualifies another one: a bound, a chance level, a count."""
-    counts = (
-        "pictures captions classes descriptions regions regions_matched unreadable faulty_lines"
-    )
-    last = key.rpartition("/")[2]
-    beside = last.endswith(("_low", "_high")) or "chance" in last or last in counts.split()
-    # Of each query only the share is drawn; the section "Queries" shows its boxes.
-    return beside or ("/query/" in key and last != "share")
 
 
 def _json(path: epath.Path) -> dict[str, Any] | None:

@@ -27,42 +27,24 @@ from grain_jax.runtime import receipt
 from grain_jax.runtime.checkpoint_files import (
     CheckpointError,
     absolute,
+    fault_of,
     finished_steps,
     metadata_of,
     open_reader,
     read_data,
     read_json,
-    silence_half_read,
 )
-from grain_jax.runtime.saved_model import load_model, save_model
-
-__all__ = [
-    "CheckpointError",
-    "Manager",
-    "check_same_data",
-    "check_same_run",
-    "finished_steps",
-    "load_model",
-    "manager",
-    "newest_config",
-    "placed",
-    "read_data",
-    "read_json",
-    "restore",
-    "restore_newest",
-    "save",
-    "save_model",
-]
+from grain_jax.runtime.saved_model import load_model as load_model  # of checkpoints, too
+from grain_jax.runtime.saved_model import save_model as save_model
 
 _DIFFERENCES = 30  # lines of a message
-_NEW_PARTS = ("text_counts",)  # of a TrainState, that older checkpoints lack: 0 there
 
 
 class Manager(ocp.CheckpointManager):
     """An Orbax CheckpointManager with two overrides."""
 
     def reached_preemption(self, step: int) -> bool:
-        """Never: the preemption handler asks JAX itself, by another count of calls (preemption.py)."""
+        """Never: the preemption handler asks JAX itself, by another count of calls (ending.py)."""
         del step
         return False
 
@@ -76,12 +58,10 @@ class Manager(ocp.CheckpointManager):
 
 def newest_config(workdir: epath.PathLike) -> tuple[config_lib.Config | None, str]:
     """The config of the newest checkpoint whose config can be read, and the name of that checkpoint; or (None, "")."""
-    folder = absolute(workdir) / "checkpoints"
     for step in reversed(finished_steps(workdir)):
         try:
-            return config_lib.from_dict(
-                read_json(folder / str(step), "config")
-            ), f"checkpoint {step}"
+            stored = read_json(absolute(workdir) / "checkpoints" / str(step), "config")
+            return config_lib.from_dict(stored), f"checkpoint {step}"
         except Exception:  # damaged; `restore_newest` says so, and takes the one before
             continue
     return None, ""
@@ -98,7 +78,7 @@ def manager(workdir: epath.PathLike, config: config_lib.Config) -> Manager:
         kept.append(EveryNSteps(config.checkpoint_keep_every))
     best_fn = None
     if config.checkpoint_best_metric:
-        best_fn = lambda metrics: metrics[config.checkpoint_best_metric]  # noqa: E731
+        best_fn = lambda metrics: metrics[config.checkpoint_best_metric]
         kept.append(
             BestN(
                 get_metric_fn=best_fn,
@@ -170,8 +150,7 @@ def restore_newest(
     processes call this, and get the same checkpoint.
 
     Args:
-      checkpoints: of the run.
-      config: of the run.
+      checkpoints, config: of the run.
       abstract_state: ShapeDtypeStructs with shardings.
       say: gets a line for each damaged checkpoint, and one where the data cannot be compared.
       data: the identities of the run's record sets (input_pipeline/records.py).
@@ -179,7 +158,7 @@ def restore_newest(
     Raises:
       CheckpointError: the newest one is of another run, other data or another model, or none can be read.
     """
-    damaged: list[tuple[int, str]] = []
+    damaged: dict[int, str] = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
         folder = checkpoints.directory / str(step)
         state, record, stored, fault = _read_saved(folder, config, abstract_state)
@@ -191,22 +170,21 @@ def restore_newest(
             fault = f"it was read, but is not what was saved: {', '.join(wrong)}"
         if fault is None:
             check_same_data(step, stored, data, say)
-            _move_aside(checkpoints, [step for step, _ in damaged])
+            _move_aside(checkpoints, list(damaged))
             return state
         say(f"checkpoint {step} is damaged, trying the one before ({fault})")
-        damaged.append((step, fault))
+        damaged[step] = fault
     if damaged:
         raise CheckpointError(
-            f"{checkpoints.directory}: none of the checkpoints"
-            f" {', '.join(str(step) for step, _ in damaged)} can be read ({damaged[0][1]});"
-            " put back a copy, or start with another --workdir"
+            f"{checkpoints.directory}: none of the checkpoints {', '.join(map(str, damaged))} can be read"
+            f" ({next(iter(damaged.values()))}); put back a copy, or start with another --workdir"
         )
     return None
 
 
 def _read_saved(
     folder: epath.Path, config: config_lib.Config, abstract_state: Any
-) -> tuple[Any, dict[str, Any], list[dict[str, Any]] | None, str | None]:
+) -> tuple[Any, dict[str, Any], list[dict[str, Any]], str | None]:
     """(state, record, identities of its data, fault) of a checkpoint; the fault is None where it was read."""
     try:
         check_same_run(folder, config)
@@ -214,11 +192,8 @@ def _read_saved(
         return state, read_json(folder, "receipt"), read_data(folder), None
     except errors.UserError:
         raise
-    except Exception as error:  # whatever a reader makes of bytes that nobody wrote
-        silence_half_read()
-        while error.__cause__ is not None:  # Orbax wraps what TensorStore says
-            error = error.__cause__
-        return None, {}, None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    except Exception as error:
+        return None, {}, [], fault_of(error)
 
 
 def _move_aside(checkpoints: Manager, steps: list[int]) -> None:
@@ -238,8 +213,8 @@ def _move_aside(checkpoints: Manager, steps: list[int]) -> None:
 
 def check_same_run(folder: epath.Path, config: config_lib.Config) -> None:
     """Raises CheckpointError where the checkpoint `folder` has another order of the data than `config`."""
-    stored = config_lib.select(read_json(folder, "config"), {"order"})
-    new = config_lib.select(dataclasses.asdict(config), {"order"})
+    stored = config_lib.select(config_lib.from_dict(read_json(folder, "config")), {"order"})
+    new = config_lib.select(config, {"order"})
     faults = [
         f"{name}: the run in this workdir has {stored.get(name)!r}, got {new.get(name)!r}"
         for name in stored | new  # options of a class may be in one of them alone
@@ -254,7 +229,7 @@ def check_same_run(folder: epath.Path, config: config_lib.Config) -> None:
 
 def check_same_data(
     step: int,
-    stored: Sequence[Mapping[str, Any]] | None,
+    stored: Sequence[Mapping[str, Any]],
     data: Sequence[Mapping[str, Any]],
     say: Callable[[str], None],
 ) -> None:
@@ -264,39 +239,30 @@ def check_same_data(
       step: of the checkpoint.
       stored: the identities in it, as `read_data` gives them.
       data: the identities of the sets of the config.
-      say: gets a line where they cannot be compared: the checkpoint stores none, or another kind of digest.
+      say: gets a line where the contents have digests of two kinds, which cannot be compared.
     """
-    if stored is None:
-        if data:
-            say(
-                f"checkpoint {step} has no record of its data: whether the sets are the same is not known"
-            )
-        return
     faults = []
     for then, now in zip(stored, data, strict=True):  # the config names the same sets
         changes = []
-        shards = [len(one["shard_lengths"]) for one in (then, now)]
-        records = [sum(one["shard_lengths"]) for one in (then, now)]
-        comparable = then["digest_of"] == now["digest_of"]
-        if shards[0] != shards[1]:
-            changes.append(f"shards {shards[0]} -> {shards[1]}")
-        if records[0] != records[1]:
-            changes.append(f"records {records[0]} -> {records[1]}")
+        for what, count in (("shards", len), ("records", sum)):
+            before, here = (count(one["shard_lengths"]) for one in (then, now))
+            if before != here:
+                changes.append(f"{what} {before} -> {here}")
         if not changes and then["shard_lengths"] != now["shard_lengths"]:
             changes.append("records a shard")
+        comparable = then["digest_of"] == now["digest_of"]
         if comparable and then["digest"] != now["digest"]:
             changes.append("content")
+        name = f"{now['name']} ({now['split']})"
         if changes:
             faults.append(
-                f"{now['name']} ({now['split']}): not the set that checkpoint {step} was trained on:"
-                f" {', '.join(changes)}. Put that one back (input.data_dir) to go on, or start anew with"
-                " another --workdir"
+                f"{name}: not the set that checkpoint {step} was trained on: {', '.join(changes)}. Put that one"
+                " back (input.data_dir) to go on, or start anew with another --workdir"
             )
         elif not comparable:
             say(
-                f"{now['name']} ({now['split']}): as many shards and records as checkpoint {step} was trained"
-                f" on; the content cannot be compared, a digest of {then['digest_of']} with one of"
-                f" {now['digest_of']}"
+                f"{name}: as many shards and records as checkpoint {step} was trained on; the content cannot be"
+                f" compared, a digest of {then['digest_of']} with one of {now['digest_of']}"
             )
     if faults:
         raise CheckpointError("\n".join(faults))
@@ -324,9 +290,6 @@ def restore(folder: epath.PathLike, abstract_state: Any) -> Any:
     stored = metadata_of(folder / "state")
     if not jax.tree.leaves(stored):  # what Orbax makes of metadata that it cannot read
         raise OSError(f"{folder / 'state'}: its metadata is gone")
-    new = {
-        name: expected.pop(name) for name in _NEW_PARTS if name in expected and name not in stored
-    }
     faults = _differences(stored, expected)
     if faults:
         more = len(faults) - _DIFFERENCES
@@ -338,13 +301,7 @@ def restore(folder: epath.PathLike, abstract_state: Any) -> Any:
         )
     with open_reader(ocp.StandardCheckpointHandler) as reader:
         restored = reader.restore(folder / "state", args=ocp.args.StandardRestore(expected))
-    return type(abstract_state)(**restored, **jax.tree.map(_zeros, new))
-
-
-def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros, placed as `x` says."""
-    zeros = np.zeros(x.shape, x.dtype)
-    return jax.make_array_from_callback(x.shape, x.sharding, lambda index: zeros[index])
+    return type(abstract_state)(**restored)
 
 
 def _differences(stored: Any, expected: Any) -> list[str]:

@@ -53,16 +53,15 @@ def check_files(folder: epath.Path) -> None:
 
 
 def read_json(folder: epath.PathLike, item: str) -> dict[str, Any]:
-    """The item `config` or `receipt` of the checkpoint `folder`. Raises CheckpointError."""
+    """The item `config`, `receipt` or `data` of the checkpoint `folder`. Raises CheckpointError."""
     check_files(absolute(folder) / item)
     with open_reader(ocp.JsonCheckpointHandler) as reader:
         return reader.restore(absolute(folder) / item)
 
 
-def read_data(folder: epath.PathLike) -> list[dict[str, Any]] | None:
-    """The identities of the record sets in the checkpoint `folder`; None: it stores none, as older ones."""
-    folder = absolute(folder)
-    return read_json(folder, "data")["sets"] if (folder / "data").is_dir() else None
+def read_data(folder: epath.PathLike) -> list[dict[str, Any]]:
+    """The identities of the record sets in the checkpoint `folder`. Raises CheckpointError."""
+    return read_json(folder, "data")["sets"]
 
 
 def open_reader(handler: Callable[..., ocp.CheckpointHandler]) -> ocp.Checkpointer:
@@ -100,8 +99,17 @@ def read_arrays(folder: epath.Path, only: str | None = None) -> Any:
         )
 
 
+def fault_of(error: Exception) -> str:
+    """In a line, what makes a checkpoint unreadable: whatever a reader makes of bytes that nobody wrote."""
+    _silence_half_read()
+    while error.__cause__ is not None:  # Orbax wraps what TensorStore says
+        error = error.__cause__
+    name = "" if isinstance(error, errors.UserError) else f"{type(error).__name__}: "
+    return f"{name}{' '.join(str(error).split())[:200]}"
+
+
 @functools.cache  # once is enough
-def silence_half_read() -> None:
+def _silence_half_read() -> None:
     """Drops the messages of reads that Orbax abandons once one array cannot be read: they are pages long."""
     before = sys.unraisablehook
 

@@ -53,7 +53,7 @@ def of_batch(batch: schema.Batch) -> jax.Array:
     The images have a digest of their own because another CPU or another TensorFlow may round differently when
     they are decoded and resized.
     """
-    # `text_counts` follows from the records and `caption_mask` from `caption_at`; the first receipts lack both.
+    # `text_counts` follows from the records and `caption_mask` from `caption_at`.
     examples = sum(
         of_array(value, name)
         for name, value in batch._asdict().items()

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from grain_jax import errors
-from grain_jax.runtime import ending, native_log, preemption
+from grain_jax.runtime import ending, native_log
 
 START_SECONDS = 300  # between the starts of the first and the last process: pods pull images
 # What JAX reads under srun; a shell inside `salloc` or a batch script has only some of them.
@@ -64,7 +64,7 @@ def initialize(
             heartbeat_timeout_seconds=heartbeat_seconds,
         )
         alone = jax.process_count() == 1
-        preemption.take_sigterm_back(leaves_last=jax.process_index() == 0 and not alone)
+        ending.take_sigterm_back(leaves_last=jax.process_index() == 0 and not alone)
         if alone:  # a cluster of one: its own heartbeat could only end it
             jax.distributed.shutdown()
     finally:
@@ -170,18 +170,15 @@ def ending_together(heartbeat_seconds: int) -> Iterator[None]:
         return
     try:
         yield
-    except SystemExit as end:
-        if end.code is None or end.code in ending.AGREED:
-            raise
-        ending.leave(end.code if isinstance(end.code, int) else 1)
-    except errors.UserError as error:
-        ending.leave(error.status, str(error))
     except BaseException as error:
+        status, text = ending.end_by(error)
+        if isinstance(error, SystemExit) and status in ending.AGREED:
+            raise
         if "Gloo" in str(error):  # another process is gone; JAX finds out which, and ends this one
             with contextlib.suppress(OSError):  # nobody reads it any more
                 print(
                     f"a collective failed, so another process may be gone: {error}", file=sys.stderr
                 )
             time.sleep(heartbeat_seconds + 5)
-            ending.leave(1)
-        ending.leave(130 if isinstance(error, KeyboardInterrupt) else 1, ending.describe(error))
+            text = ""
+        ending.leave(status, text)

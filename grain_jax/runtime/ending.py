@@ -1,25 +1,62 @@
-"""Ends the process of the trainer: prints its last message, removes its lock, and waits for no thread.
+"""How the process of a trainer ends: told by a signal, standing still, by a fault, or done.
 
-An ordinary exit joins all threads. Those of Orbax wait for 300 s after a save that failed; a reader at a hung disk
-never ends.
+SIGTERM and Ctrl-C save the state after a step that all processes agree on, and end the run (`PreemptionHandler`); a
+run that stands still names where (`Watchdog`); a full disk is one line (`in_a_line`); and `leave` waits for no thread.
+An ordinary exit would join them all: those of Orbax wait for 300 s after a save that failed, and a reader at a hung
+disk never ends.
 """
 
 import atexit
 import contextlib
+import ctypes
+import faulthandler
+import logging
 import os
+import signal
+import socket
+import subprocess
 import sys
+import tempfile
 import threading
+import time
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
 
 from grain_jax import errors
 
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: launchers start the same command again
+STALLED = 124  # what timeout(1) ends with
+INTERRUPTED = 130  # what shells report after Ctrl-C
+# Statuses that all processes of a run end with: JAX's own barrier ends them.
+AGREED = (0, PREEMPTED, INTERRUPTED)
 LAST_WORDS_SECONDS = 5.0  # for the output and the actions together: the disk or the reader may hang
-# Statuses that all processes of a run end with (done, or told to end and saved): JAX's own barrier ends them.
-AGREED = (0, 75, 130)
+FAULT_SECONDS = 60  # after a fault, for the save under way and the threads
+_SAME_SECONDS = 1.0  # a terminal's Ctrl-C reaches a process twice, also from its launcher
+# That process 0 stays, so that the others get the signal: JAX aborts them once it is gone.
+_LAST_SECONDS = 2.0
+
+# Where the main thread may stand: (file, function) -> words.
+_PLACES = {
+    ("device.py", "__next__"): "waiting for the next batch (input)",
+    ("device.py", "close"): "waiting for the input to stop",
+    ("checkpoint.py", "save"): "saving a checkpoint",
+    ("checkpoint_manager.py", "wait_until_finished"): "waiting for a checkpoint to be written",
+    ("metrics_writer.py", "write"): "writing metrics.jsonl",
+    ("metrics_writer.py", "flush"): "uploading the metrics",
+    ("receipt.py", "add"): "writing the receipt",
+    ("lock.py", "check"): "asking whether the workdir is still its own (trainer.lock)",
+    ("train.py", "_train"): "waiting for the devices (a step)",
+}
 
 _actions: list[Callable[[], None]] = []
+_jax_handler: Callable[[int], None] | None = None  # of SIGTERM, under `jax.distributed`
+_leaves_last = False
 
 
 def at_end(action: Callable[[], None]) -> None:
@@ -54,24 +91,287 @@ def leave(status: int, text: str = "") -> NoReturn:
     os._exit(status)
 
 
-def describe(error: BaseException) -> str:
-    """The text to print: the lines of a UserError, the traceback of any other error."""
+def end_by(error: BaseException) -> tuple[int, str]:
+    """(status, text to print) where `error` ends the process: lines of a UserError, traceback of any other error."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None), ""
     if isinstance(error, errors.UserError):
-        return str(error)
-    return "".join(traceback.format_exception(error)).rstrip()
+        return error.status, str(error)
+    status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+    return status, "".join(traceback.format_exception(error)).rstrip()
 
 
 def run(command: Callable[[], None]) -> None:
     """Runs a command, which may raise SystemExit, and ends the process without waiting for threads."""
-    import jax  # slow to import, and the launchers do without
-
     try:
         command()
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        status, text = 0, ""
     except BaseException as error:
-        leave(130 if isinstance(error, KeyboardInterrupt) else 1, describe(error))
-    if status in AGREED and jax.distributed.is_initialized():
+        status, text = end_by(error)
+    if status in AGREED and not text and jax.distributed.is_initialized():
         sys.exit(status)
-    leave(status)
+    leave(status, text)
+
+
+def take_sigterm_back(*, leaves_last: bool) -> None:
+    """Gives SIGTERM back to a PreemptionHandler that listened before `jax.distributed.initialize`.
+
+    JAX replaces Python's handler by a C function, which sets the flag that makes the processes agree on a step.
+    `PreemptionHandler.tell` calls that function.
+
+    Args:
+      leaves_last: whether this is process 0.
+    """
+    global _jax_handler, _leaves_last
+    ours = signal.getsignal(signal.SIGTERM)  # Python does not know that it was replaced
+    if callable(ours):
+        ctypes.pythonapi.PyOS_getsig.restype = ctypes.c_void_p
+        installed = ctypes.pythonapi.PyOS_getsig(signal.SIGTERM)
+        _jax_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(installed)
+        _leaves_last = leaves_last
+        signal.signal(signal.SIGTERM, ours)
+
+
+class PreemptionHandler:
+    """Handles SIGTERM and Ctrl-C; inactive until `listen`.
+
+    A first signal in training asks all processes to save and end after a step. One outside training, where there is
+    nothing to save, ends the process at once, and so does a second one more than a second after the first, also
+    where the main thread hangs.
+
+    Attributes:
+      status: exit status of a run that was told to end: PREEMPTED or INTERRUPTED.
+      child: a process to end together with this one while there is nothing to save, or None.
+    """
+
+    def __init__(self):
+        self.status = PREEMPTED
+        self.child: subprocess.Popen | None = None
+        self._told = self._training = False
+        self._calls = 0
+        self._first = 0.0  # when the first signal of the training came
+
+    def listen(self) -> None:
+        """Starts to handle the signals; call it on the main thread, before `jax.distributed` starts."""
+        # Python runs its handlers between two of its own instructions, so not while XLA compiles for minutes.
+        # The number of a signal is written to this socket at once.
+        signals, self._wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: None)
+        receive = threading.Thread(
+            target=self._receive, args=(signals,), name="signals", daemon=True
+        )
+        receive.start()
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Marks the training: inside, a first signal ends the run at the step of `reached`."""
+        self._training = True
+        try:
+            yield
+        finally:
+            self._training = False
+
+    def tell(self, number: int) -> None:
+        """Asks the run to end, as a signal in training does; only the first call counts."""
+        if _jax_handler and jax.distributed.is_initialized():
+            _jax_handler(signal.SIGTERM)  # tells all processes, also of a Ctrl-C to one
+        elif not self._told:
+            self._told = True
+            if number == signal.SIGINT:
+                self.status = INTERRUPTED
+
+    def reached(self) -> bool:
+        """Whether to save and end after this step; the same answer on all processes.
+
+        All processes call it after every step. Under `jax.distributed` they agree on the number of a call
+        (`reached_preemption_sync_point`) that lies ahead, so calls are counted from 1, not from the restored step.
+        """
+        self._calls += 1
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(self._calls)
+        return self._told
+
+    def _receive(self, signals: socket.socket) -> None:
+        while True:
+            for number in signals.recv(16):
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    self._answer(number)
+
+    def _answer(self, number: int) -> None:
+        name, now = signal.Signals(number).name, time.monotonic()
+        status = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+        if not self._training:
+            if self.child is not None:
+                self.child.terminate()
+            if _leaves_last:
+                time.sleep(_LAST_SECONDS)
+            leave(status, f"\n{name}: there is nothing to save")
+        if not self._first:
+            self._first = now
+            self.tell(number)
+            # In another thread: where nobody reads the output, this one must still receive the second signal.
+            said = f"\n{name}: saving after this step; a second signal ends without"
+            threading.Thread(target=_say, args=[said], daemon=True).start()
+        elif now - self._first > _SAME_SECONDS:
+            again = "the same command goes on from the newest checkpoint"
+            leave(status, f"\n{name}, the second: ending at once; {again}")
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+class Watchdog:
+    """Ends the process where the loop inside `running` takes no step for a time.
+
+    It counts its own seconds, so that the time in which the machine was suspended does not count.
+
+    Args:
+      stall_seconds: the longest time without a step; 0: no limit.
+    """
+
+    def __init__(self, stall_seconds: int = 0):
+        self._limit = stall_seconds
+        self._idle = self._step = self._paused = self._watched = 0
+        self._fault: BaseException | None = None
+        self._stopped = threading.Event()
+
+    @contextlib.contextmanager
+    def running(self, step: int) -> Iterator[None]:
+        """Watches from `step` on until `stop`; after a fault inside, `stop` must come within FAULT_SECONDS."""
+        self._step, self._watched = step, threading.get_ident()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        try:
+            yield
+        except BaseException as error:
+            self._idle, self._fault = 0, error
+            raise
+        self._idle = 0
+
+    def stepped(self, step: int) -> None:
+        """`step` steps are done."""
+        self._step, self._idle = step, 0
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Does not count the time inside, such as that of an evaluation."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+            self._idle = 0
+
+    def stop(self) -> None:
+        """Ends the watch: the run is over."""
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(1):
+            self._idle += not self._paused
+            limit = FAULT_SECONDS if self._fault else self._limit
+            if limit and self._idle >= limit and not self._stopped.is_set():
+                self._end(limit)
+
+    def _end(self, limit: int) -> None:
+        frame = sys._current_frames().get(self._watched)
+        where = f"{_place(frame)}, last step {self._step}. Stacks of all threads: {_dump()}"
+        if self._fault is not None:
+            status, text = end_by(self._fault)
+            leave(status, f"{text}\nending: not over {limit} s after this fault; {where}")
+        leave(
+            STALLED,
+            f"ending: no step for {limit} s (--stall-seconds); {where}\n"
+            "The same command goes on from the newest checkpoint.",
+        )
+
+
+def _place(innermost: Any) -> str:
+    """In words, the innermost known place on a thread's stack."""
+    if innermost is None:
+        return "its thread is gone"
+    for frame, _ in traceback.walk_stack(innermost):
+        words = _PLACES.get((Path(frame.f_code.co_filename).name, frame.f_code.co_name))
+        if words:
+            return words
+    code = innermost.f_code
+    return f"in {code.co_name} ({code.co_filename}:{innermost.f_lineno})"
+
+
+def _dump() -> str:
+    """The path of a file with the stacks: on this machine, because the workdir may be what hangs."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="grain_jax_stacks_", suffix=".txt", delete=False
+        ) as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        return file.name
+    except OSError as error:
+        return f"not written ({error})"
+
+
+@contextlib.contextmanager
+def in_a_line(workdir: epath.PathLike) -> Iterator[None]:
+    """Replaces errors inside that come from a full disk, or from a workdir that was removed or cannot be written.
+
+    Raises:
+      errors.StorageFault: in place of such an error; one line.
+    """
+    try:
+        yield
+    except errors.UserError:
+        raise
+    except Exception as error:
+        text = _of_storage(epath.Path(workdir), error)
+        if text is None:
+            raise
+        raise errors.StorageFault(text) from None
+
+
+def _of_storage(workdir: epath.Path, error: Exception) -> str | None:
+    if errors.is_full_disk(error):
+        return (
+            f"{workdir}: no space left on the device; the checkpoints that are finished are whole:"
+            " make room, and the same command goes on from the newest"
+        )
+    removed = "removed while the run was writing to it"
+    if "://" not in str(workdir) and not workdir.exists():
+        return f"{workdir}: the folder was {removed}"
+    fault = errors.of_system(error)
+    for cause in errors.causes(error):
+        if isinstance(cause, OSError) and str(cause.filename or "").startswith(str(workdir)):
+            what = removed if isinstance(cause, FileNotFoundError) else cause.strerror
+            fault = f"{cause.filename}: {what}"
+            break
+    return f"{fault}; the same command goes on from the newest checkpoint" if fault else None
+
+
+def _follows(error: BaseException | None) -> bool:
+    """Whether it follows from a failed save, whose event loop closes before all writes end."""
+    refused = isinstance(errors.of_system(error), errors.StorageFault)
+    return refused or str(error) == "Event loop is closed"
+
+
+def quiet_threads() -> None:
+    """Silences other threads about a disk that refuses to write, and the threads of Orbax about every error: the main thread reports.
+
+    Otherwise each prints a traceback, by its hook (of Python's threads, of destructors, of TensorStore's C++) and by
+    the logs of absl and asyncio. The next wait for a save raises its error on the main thread.
+    """
+
+    def quiet(hook: Callable, error_of: Callable[..., BaseException | None]) -> Callable:
+        def heard(*args):
+            if not _follows(error_of(*args)):
+                hook(*args)
+
+        return heard
+
+    threading.excepthook = quiet(threading.excepthook, lambda args: args.exc_value)
+    sys.unraisablehook = quiet(sys.unraisablehook, lambda args: args.exc_value)
+    sys.excepthook = quiet(sys.excepthook, lambda kind, error, stack: error)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: not record.exc_info)

@@ -5,16 +5,15 @@ looked up. Elsewhere (another host, an object store) a trainer lives as long as 
 RENEW_SECONDS; a lock that does not change for DEAD_SECONDS belongs to a dead trainer. The second trainer measures
 these by its own clock, so the clocks of two machines may differ.
 
-The lock is made and replaced atomically: in a folder by an exclusive link, then under flock; in an object store by
-conditional writes of TensorStore. A folder that two hosts mount without file locks has the exclusive link only:
-where both replace the same dead lock within SETTLE_SECONDS, the later one wins and the other ends at its next
-renewal, as does a trainer that was suspended for longer than DEAD_SECONDS and replaced meanwhile.
+The lock is made by an exclusive link in a folder, and replaced by conditional writes of TensorStore, as all of it is
+in an object store. Where two hosts mount a folder without file locks and replace the same dead lock within
+SETTLE_SECONDS, the later one wins and the other ends at its next renewal, as does a trainer that was suspended for
+longer than DEAD_SECONDS and replaced meanwhile.
 """
 
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import json
 import os
 import secrets
@@ -24,8 +23,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
+import msgspec
 from etils import epath
 
 from grain_jax import errors
@@ -35,7 +34,7 @@ FILE = "trainer.lock"
 RENEW_SECONDS = 10
 DEAD_SECONDS = 90  # NFS shows the file of another host up to 60 s late
 SETTLE_SECONDS = 2.0
-_LARGEST = 4096  # bytes of a lock
+_LARGEST = 1 << 20  # bytes of a lock
 _RELEASE_SECONDS = 5  # for a renewal under way, which a hung disk may block
 
 
@@ -103,86 +102,14 @@ def _myself() -> Holder:
 def _parse(content: bytes) -> Holder | None:
     """The holder that a lock names; None where the content is no lock."""
     try:
-        holder = Holder(**json.loads(content))
-    except (ValueError, TypeError, RecursionError):
+        holder = msgspec.json.decode(content, type=Holder)
+    except (msgspec.MsgspecError, RecursionError):
         return None
-    for field in dataclasses.fields(Holder):
-        value = getattr(holder, field.name)
-        if type(value) is not field.type or not str(value).isprintable():
-            return None
-    return holder
+    return holder if all(str(x).isprintable() for x in dataclasses.astuple(holder)) else None
 
 
-class _Storage(Protocol):
-    def read(self) -> tuple[bytes | None, bytes | None]:
-        """(content of the lock or None, its version)."""
-        ...
-
-    def swap(self, version: bytes | None, content: bytes | None) -> bool:
-        """Replaces that version by `content` (None removes it); False where another process was faster."""
-        ...
-
-
-class _Folder:
-    """A lock in a folder; its version is its content, which is unique."""
-
-    def __init__(self, folder: Path):
-        self._path = folder / FILE
-
-    def read(self) -> tuple[bytes | None, bytes | None]:
-        if self._path.is_symlink() or (self._path.exists() and not self._path.is_file()):
-            raise errors.UserError(f"{self._path}: got no regular file; remove it")
-        try:
-            with self._path.open("rb") as file:
-                content = file.read(_LARGEST)
-        except FileNotFoundError:
-            return None, None
-        return content, content
-
-    def swap(self, version: bytes | None, content: bytes | None) -> bool:
-        new = self._path.with_name(f"{FILE}.{secrets.token_hex(4)}")
-        try:
-            if content is not None:
-                new.write_bytes(content)
-            if version is None:
-                return self._create(new)
-            return self._replace(version, new if content is not None else None)
-        finally:
-            new.unlink(missing_ok=True)
-
-    def _create(self, new: Path) -> bool:
-        try:
-            self._path.hardlink_to(new)
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without links
-            try:
-                with self._path.open("xb") as file:
-                    file.write(new.read_bytes())
-            except FileExistsError:
-                return False
-        return True
-
-    def _replace(self, version: bytes, new: Path | None) -> bool:
-        try:
-            file = self._path.open("r+b")
-        except FileNotFoundError:
-            return False
-        # flock is on the file that is replaced: a process that waited for it finds another file.
-        with file:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if self.read()[1] != version:
-                return False
-            if new is None:
-                self._path.unlink()
-            else:
-                new.replace(self._path)
-            return True
-
-
-class _Bucket:
-    """A lock in an object store; its version is the generation of the object."""
+class _Store:
+    """The lock in an object store, by conditional writes of TensorStore."""
 
     def __init__(self, url: str):
         import tensorstore  # Orbax's; a second to import
@@ -190,11 +117,44 @@ class _Bucket:
         self._store = tensorstore.KvStore.open(url.rstrip("/") + "/").result()
 
     def read(self) -> tuple[bytes | None, bytes]:
+        """(content of the lock or None, its version)."""
         found = self._store.read(FILE).result()
         return found.value if found.state == "value" else None, found.stamp.generation
 
-    def swap(self, version: bytes | None, content: bytes | None) -> bool:
+    def swap(self, version: bytes, content: bytes | None) -> bool:
+        """Replaces that version by `content` (None removes it); False where another process was faster."""
         return self._store.write(FILE, content, if_equal=version).result().generation != b""
+
+
+class _Folder(_Store):
+    """The lock in a folder: TensorStore compares under a file lock, which a mount may not share with other hosts."""
+
+    def __init__(self, folder: Path):
+        self._path = folder.absolute() / FILE
+        super().__init__(self._path.parent.as_uri())
+
+    def read(self) -> tuple[bytes | None, bytes]:
+        if self._path.is_symlink() or (self._path.exists() and not self._path.is_file()):
+            raise errors.UserError(f"{self._path}: got no regular file; remove it")
+        with contextlib.suppress(FileNotFoundError):
+            if (size := self._path.stat().st_size) > _LARGEST:
+                raise errors.UserError(f"{self._path}: got {size} bytes, no lock; remove it")
+        return super().read()
+
+    def swap(self, version: bytes, content: bytes | None) -> bool:
+        if content is None or self._path.exists():
+            return super().swap(version, content)
+        new = self._path.with_name(f"{FILE}.{secrets.token_hex(4)}")
+        try:
+            new.write_bytes(content)
+            self._path.hardlink_to(new)  # exclusive on every host
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            return super().swap(version, content)
+        finally:
+            new.unlink(missing_ok=True)
+        return True
 
 
 class Lock:
@@ -206,7 +166,7 @@ class Lock:
       holder: this process.
     """
 
-    def __init__(self, workdir: epath.Path, storage: _Storage, holder: Holder):
+    def __init__(self, workdir: epath.Path, storage: _Store, holder: Holder):
         self._workdir, self._storage, self._holder = workdir, storage, holder
         self._released = threading.Event()
         self._lock = threading.Lock()
@@ -232,9 +192,8 @@ class Lock:
         ending.forget(self.release)
         if not self._lock.acquire(timeout=_RELEASE_SECONDS):
             return
-        with contextlib.suppress(
-            Exception
-        ):  # a lock that stays delays the next trainer by DEAD_SECONDS
+        # A lock that stays delays the next trainer by DEAD_SECONDS.
+        with contextlib.suppress(Exception):
             content, version = self._storage.read()
             if content is not None and self._is_mine(content):
                 self._storage.swap(version, None)
@@ -310,7 +269,7 @@ def take(workdir: epath.Path) -> Lock:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         remote = "://" in str(workdir)
-        storage = _Bucket(str(workdir)) if remote else _Folder(Path(workdir))
+        storage = _Store(str(workdir)) if remote else _Folder(Path(workdir))
         return Lock(workdir, storage, _take(workdir, storage))
     except errors.UserError:
         raise
@@ -322,41 +281,35 @@ def take(workdir: epath.Path) -> Lock:
         ) from None
 
 
-def _take(workdir: epath.Path, storage: _Storage) -> Holder:
+def _take(workdir: epath.Path, storage: _Store) -> Holder:
     me = _myself()
     seen: bytes | None = None  # of a process that cannot be looked up
-    since, said = 0.0, False
+    since = 0.0
     while True:
         content, version = storage.read()
         holder = _parse(content) if content is not None else None
         lives = False if content is None else holder and holder.lives()
-        if lives is None:
-            if content != seen:
-                lives = True if seen is not None else None  # it was renewed
-                seen, since = content, time.monotonic()
-            elif time.monotonic() - since > DEAD_SECONDS:
-                lives = False
+        if lives is None and seen is None:
+            seen, since = content, time.monotonic()
+            waits = f"waiting up to {DEAD_SECONDS} s for a sign of life"
+            print(f"{_who(workdir, holder)}, or is dead: {waits}", file=sys.stderr, flush=True)
+        elif lives is None and content != seen:
+            lives = True  # it was renewed
+        elif lives is None and time.monotonic() - since > DEAD_SECONDS:
+            lives = False
         if lives:
             raise Held(
                 f"{_who(workdir, holder)}; expected no other: end it, or take another --workdir"
                 f" (its lock: {workdir / FILE})"
             )
         if lives is None:
-            if not said:
-                print(
-                    f"{_who(workdir, holder)}, or is dead: waiting up to {DEAD_SECONDS} s for a sign of life",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            said = True
             time.sleep(1)
-            continue
-        if not storage.swap(version, _bytes(me)):
+        elif not storage.swap(version, _bytes(me)):
             time.sleep(0.01)
-            continue
-        if seen is not None:  # of another host, which may have taken it over too
+        elif seen is None:
+            return me
+        else:  # of another host, which may have taken it over too
             time.sleep(SETTLE_SECONDS)
-            if storage.read()[0] != _bytes(me):
-                seen = None
-                continue
-        return me
+            if storage.read()[0] == _bytes(me):
+                return me
+            seen = None

@@ -11,21 +11,18 @@ import importlib.util
 import json
 import math
 import secrets
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from shutil import get_terminal_size
 from typing import Any
 
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import errors
+from grain_jax import errors, progress
 from grain_jax.files import atomic
 from grain_jax.runtime import ending, metrics_file
 
-PLAIN_LINE_EVERY = 5.0  # seconds, where there is no terminal to rewrite a line on
 UPLOAD_EVERY = 30.0  # seconds between uploads to an object store; a checkpoint does not wait for it
 SMALL_BYTES = 256 << 10  # up to this size, an upload of the whole file is as good as one of its end
 EVENT_FILE_BYTES = 1 << 20  # TensorBoard reads many files as one; so no upload is much larger
@@ -37,27 +34,10 @@ class NotFinite(errors.UserError, ArithmeticError):
     status = 1  # the command was right
 
 
-def duration(seconds: float) -> str:
-    """Seconds as 42s, 3m05s or 2h10m."""
-    seconds = max(0, round(seconds))
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-
-
 def check_finite(
     metrics: Mapping[str, float], last_good_step: int, step: int, terms: Iterable[str]
 ) -> None:
-    """Raises NotFinite with the first bad metric of the loss `terms`, the total and the gradient.
-
-    Args:
-      metrics: of the step.
-      last_good_step: the last step that was checked.
-      step: this step.
-      terms: metrics of the loss terms.
-    """
+    """Raises NotFinite with the first bad one of the `metrics` of a `step`: the loss `terms`, total and gradient."""
     for term in (*terms, "loss", "grad_norm"):  # a finite loss may have a gradient that is not
         if not math.isfinite(metrics[term]):
             raise NotFinite(
@@ -72,10 +52,9 @@ class TextsLost(errors.UserError):
 
 
 class TextCounts:
-    """How many texts came, and what became of them, from one line of `metrics.jsonl` to the next.
+    """How many texts came, and what became of them: whole numbers, the same on every mesh and after a restart.
 
-    Sums of whole numbers, so that they are the same on every mesh and after a restart. The step counts
-    modulo 2**32, this class without.
+    The step counts modulo 2**32, this class without.
 
     Args:
       last: those of NAMES at the last line, or at the start where there is none.
@@ -91,15 +70,11 @@ class TextCounts:
         self._max_share = max_share
 
     def add(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """What a line says of the texts.
-
-        Args:
-          metrics: of its step.
+        """What a line says of the texts, from the `metrics` of its step.
 
         Returns:
-          `texts`, `texts_dropped`, `texts_too_long` since step 0; and the shares of the texts since the
-          line before that were dropped or cut to fit into rows (`texts_dropped_share`), and that the
-          tokenizer cut (`texts_too_long_share`).
+          NAMES since step 0; and the shares of the texts since the line before that were dropped or cut to fit into
+          rows (`texts_dropped_share`), and that the tokenizer cut (`texts_too_long_share`).
         """
         self._new = {n: (int(metrics[n]) - self._last[n]) % 2**32 for n in self.NAMES}
         self._last = {n: self._last[n] + self._new[n] for n in self.NAMES}
@@ -115,11 +90,7 @@ class TextCounts:
         return dropped - 2 * math.sqrt(dropped) > share * self._new["texts"]
 
     def check(self, step: int, advice: Callable[[], str]) -> str | None:
-        """A warning about the last line's texts, or None.
-
-        Args:
-          step: of the line.
-          advice: gives the words for what to set.
+        """A warning about the texts of the last line, that of `step`, or None; `advice` says what to set.
 
         Raises:
           TextsLost: the share is above `max_share`.
@@ -128,7 +99,7 @@ class TextCounts:
             return None
         found = (
             f"step {step}: {self._share('texts_dropped'):.1%} of the texts since the line before were"
-            f" dropped or cut, because they do not fit into their rows"
+            " dropped or cut, because they do not fit into their rows"
         )
         if self._max_share < 1 and self._above(self._max_share):
             raise TextsLost(
@@ -176,16 +147,6 @@ def _open_wandb(workdir: epath.Path, config: config_lib.Config):
             f"wandb.mode={config.wandb.mode}: {' '.join(str(error).split())} Or take"
             " --config.wandb.mode=offline, or off"
         ) from None
-
-
-def _text_until(step: int, lines: Iterable[metrics_file.Line]) -> str:
-    """The `lines` up to `step`, each step once."""
-    kept, last = [], -1
-    for line in lines:
-        if last < line.step <= step:
-            kept.append(line.text + "\n")
-            last = line.step
-    return "".join(kept)
 
 
 class _Events:
@@ -236,13 +197,9 @@ class _Events:
 class _Upload:
     """Brings files that grow in a folder of this machine to a workdir in an object store.
 
-    `metrics.jsonl` is uploaded whole while it is small. Later only its new lines are, as
-    `metrics.parts/STEP.jsonl`, and the whole again when these have become an eighth of it: so no line is
-    uploaded more than about nine times, however long the run. What is in parts when a run is killed is
-    read by its restart; a run that ends leaves one file.
-
-    Args:
-      workdir: the URL.
+    `metrics.jsonl` is uploaded whole while it is small. Later only its new lines are, as `metrics.parts/STEP.jsonl`,
+    and the whole again when these have become an eighth of it: so no line is uploaded more than about nine times. A
+    restart reads the parts of a run that was killed; a run that ends leaves one file.
     """
 
     def __init__(self, workdir: epath.Path):
@@ -266,12 +223,11 @@ class _Upload:
     def whole_metrics(self) -> None:
         """Uploads all of metrics.jsonl where the store has not got it in one file, and removes the parts."""
         data = (self.folder / "metrics.jsonl").read_bytes()
-        if len(data) == self._whole:
-            return
-        (self.workdir / "metrics.jsonl").write_bytes(data)
-        for file in metrics_file.files(self.workdir)[1:]:
-            file.unlink()
-        self._whole = self._uploaded = len(data)
+        if len(data) != self._whole:
+            (self.workdir / "metrics.jsonl").write_bytes(data)
+            for file in metrics_file.files(self.workdir)[1:]:
+                file.unlink()
+            self._whole = self._uploaded = len(data)
 
     def events(self) -> None:
         """Uploads TensorBoard's files that have grown."""
@@ -311,7 +267,7 @@ class MetricsWriter:
         config: config_lib.Config | None = None,
         terms: Mapping[str, str] | None = None,
     ):
-        self.workdir = epath.Path(workdir)
+        self.workdir, self._line = epath.Path(workdir), progress.Line()
         self._terms = terms or {}
         self.total_steps, self.batch_size = total_steps, batch_size
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
@@ -326,14 +282,15 @@ class MetricsWriter:
             self._wandb = _open_wandb(self.workdir, config)
         self._start_step = self._step = start_step
         self._time = self._started = self._uploaded_at = time.monotonic()
-        self._wait, self._wait_steps = 0.0, 0
-        self._printed = -math.inf
+        self._wait, self._wait_steps, self._shown = 0.0, 0, False
 
     def _keep_until(self, step: int) -> None:
         lines, faults = metrics_file.read(metrics_file.files(self.workdir))
         for fault in faults:
             self.say(fault)
-        atomic.write_text(self._path, _text_until(step, lines))
+        by_step = {line.step: line.text for line in reversed(lines) if 0 <= line.step <= step}
+        kept = "".join(f"{by_step[step]}\n" for step in sorted(by_step))
+        atomic.write_text(self._path, kept)
         if self._upload:
             self._upload.whole_metrics()
 
@@ -345,12 +302,12 @@ class MetricsWriter:
         Args:
           step: steps done.
           wait_seconds: seconds waited for input since the start.
-          wait_steps: steps that waited for input (`device.Prefetch`); None: not known.
+          wait_steps: steps that waited for input (`device.Prefetch`); None: not known, then there is no
+            `input_wait_steps`.
 
         Returns:
-          `images_per_second`, `model_flops_per_second` (on all devices together), `input_wait_fraction`;
-          `input_wait_steps`, the share of steps that waited, where `wait_steps` is given; and `mfu`, the
-          share of the peak that the model's FLOPs are, where the peak is known.
+          `images_per_second`, `model_flops_per_second` (on all devices together), `input_wait_fraction`,
+          `input_wait_steps`; and `mfu`, the share of the peak that the model's FLOPs are, where it is known.
         """
         now = time.monotonic()
         elapsed = max(now - self._time, 1e-9)
@@ -405,32 +362,28 @@ class MetricsWriter:
 
     def progress(self, step: int, metrics: Mapping[str, float]) -> None:
         """Rewrites the progress line of a terminal, or prints one now and then elsewhere."""
-        terminal, now = sys.stderr.isatty(), time.monotonic()
         last = step >= self.total_steps
-        if not terminal and not last and now - self._printed < PLAIN_LINE_EVERY:
-            return
-        self._printed = now
         done = step - self._start_step
-        eta = (now - self._started) / max(done, 1) * (self.total_steps - step)
+        eta = (time.monotonic() - self._started) / max(done, 1) * (self.total_steps - step)
         terms = ", ".join(f"{name} {metrics[term]:.3f}" for term, name in self._terms.items())
-        line = (
-            f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})"
-            f"  ETA {duration(eta)}"
-            f"  loss {metrics['loss']:.3f}{' = ' if terms else ''}{terms}"
-            f"  IoU {metrics['matched_iou']:.2f}"
-            f"  {metrics['images_per_second']:.0f} images/s"
-            + (f"  MFU {metrics['mfu']:.1%}" if "mfu" in metrics else "")
-            + f"  input wait {metrics['input_wait_fraction']:.1%}"
-            + f"  texts dropped {metrics['texts_dropped_share']:.1%}"
-        )
-        end = "\n" if last or not terminal else ""
-        if terminal:  # a line that wraps could not be rewritten
-            line = line[: get_terminal_size().columns - 1]
-        print(("\r\x1b[2K" if terminal else "") + line, end=end, file=sys.stderr, flush=True)
+        parts = [
+            f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})",
+            f"ETA {progress.duration(eta)}",
+            f"loss {metrics['loss']:.3f}{' = ' if terms else ''}{terms}",
+            f"IoU {metrics['matched_iou']:.2f}",
+            f"{metrics['images_per_second']:.0f} images/s",
+            *([f"MFU {metrics['mfu']:.1%}"] if "mfu" in metrics else []),
+            f"input wait {metrics['input_wait_fraction']:.1%}",
+            f"texts dropped {metrics['texts_dropped_share']:.1%}",
+        ]
+        self._line.show("  ".join(parts), now=last or not self._shown)
+        self._shown = True
+        if last:
+            self._line.close(stays=True)
 
     def say(self, text: str) -> None:
         """Prints a line above the progress line."""
-        print(("\r\x1b[2K" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
+        self._line.say(text)
 
     def close(self) -> None:
         """Ends TensorBoard's file and the run at Weights & Biases; an object store gets the rest."""

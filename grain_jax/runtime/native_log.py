@@ -20,12 +20,7 @@ _DEAD = re.compile(
 
 
 def redirect(heartbeat_seconds: int, start_seconds: int) -> None:
-    """Sends descriptor 2 through a reader; `sys.stderr` keeps writing to the terminal.
-
-    Args:
-      heartbeat_seconds: silence after which a process counts as dead, for the message.
-      start_seconds: that processes may come up after one another, for the message.
-    """
+    """Sends descriptor 2 through a reader, which says the seconds; `sys.stderr` keeps writing to the terminal."""
     terminal = os.dup(2)
     reader = subprocess.Popen(
         [sys.executable, "-I", "-S", __file__, str(heartbeat_seconds), str(start_seconds)],

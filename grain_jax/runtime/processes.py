@@ -4,11 +4,12 @@ With a single process no function asks for devices or waits. All functions but `
 collective: every process calls them, in the same order.
 """
 
+import contextlib
 import itertools
 import json
 import math
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -20,15 +21,27 @@ T = TypeVar("T")
 
 _PATIENCE_MS = 7 * 24 * 3600 * 1000  # one share may take hours longer than another
 _meetings = itertools.count()
+_alone = False
 
 
 class Failed(errors.UserError):
     """Another process failed; the message has its number and its lines."""
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process works for itself: the others take no part, and may have ended."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def process_info() -> tuple[int, int]:
     """This process's number and how many there are."""
-    if not jax.distributed.is_initialized():
+    if _alone or not jax.distributed.is_initialized():
         return 0, 1
     return jax.process_index(), jax.process_count()
 
@@ -88,13 +101,9 @@ def run_together(function: Callable[[], T]) -> T:
     Raises:
       Exception: see `agree`.
     """
-    failure, results = None, []
-    try:
-        results.append(function())
-    except Exception as error:
-        failure = error
+    failure, result = _tried(function)
     agree(failure)
-    return results[0]
+    return result
 
 
 def of_first(function: Callable[[], T]) -> T:
@@ -103,13 +112,15 @@ def of_first(function: Callable[[], T]) -> T:
     Raises:
       Exception: see `agree`.
     """
-    failure = result = None
-    if process_info()[0] == 0:
-        try:
-            result = function()
-        except Exception as error:
-            failure = error
+    failure, result = _tried(function) if process_info()[0] == 0 else (None, None)
     return agree(failure, result)[0]
+
+
+def _tried(function: Callable[[], Any]) -> tuple[Exception | None, Any]:
+    try:
+        return None, function()
+    except Exception as error:
+        return error, None
 
 
 def agree(failure: Exception | None, value: Any = None) -> list[Any]:
@@ -138,14 +149,21 @@ def _words(failure: Exception | None) -> str | None:
     return f"{type(failure).__name__}: {failure}"
 
 
+def wait_for_all(key: str) -> None:
+    """Waits until all processes are here, however long: a collective gives up after half a minute on CPUs.
+
+    One that dies on the way does not keep the others: the heartbeat ends them.
+    """
+    import orbax.checkpoint as ocp  # slow to import, and a single process of an evaluation needs none of it
+
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=_PATIENCE_MS)
+
+
 def _of_all(rows: np.ndarray) -> list[np.ndarray]:
     """Each process's `rows`, uint8 [N, W], of which N may differ."""
-    import orbax.checkpoint as ocp  # slow to import, and a single process needs none of it
     from jax.experimental import multihost_utils
 
-    # A collective gives up after half a minute on CPUs; this waits, and the heartbeat ends it for the dead.
-    meet = ocp.multihost.get_barrier_sync_fn()
-    meet(key=f"evaluation {next(_meetings)}", timeout_ms=_PATIENCE_MS)
+    wait_for_all(f"evaluation {next(_meetings)}")
     lengths = multihost_utils.process_allgather(np.array([len(rows)], np.int32)).reshape(-1)
     padded = np.zeros((lengths.max(), rows.shape[1]), np.uint8)
     padded[: len(rows)] = rows

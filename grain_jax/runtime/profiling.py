@@ -18,13 +18,11 @@ class StepTrace:
       workdir: the run's folder, or its URL in an object store.
       start: first step that is traced; 0 = none. A run that is resumed later traces those that are left.
       steps: how many.
-      process_index: names this process's files.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, start: int, steps: int, process_index: int = 0):
+    def __init__(self, workdir: epath.PathLike, start: int, steps: int):
         self._folder = epath.Path(workdir) / "tensorboard" / "plugins" / "profile"
         self._steps = range(start, start + steps) if start else range(0)
-        self._process_index = process_index
         self._first = 0  # step of the trace that runs
         self._local: tempfile.TemporaryDirectory | None = None
         self._annotation: jax.profiler.StepTraceAnnotation | None = None
@@ -61,7 +59,7 @@ class StepTrace:
         folder.mkdir(parents=True, exist_ok=True)
         for kind in (".xplane.pb", ".trace.json.gz"):
             for file in epath.Path(self._local.name).glob(f"plugins/profile/*/*{kind}"):
-                name = f"process_{self._process_index:05d}{kind}"
+                name = f"process_{jax.process_index():05d}{kind}"
                 (folder / name).write_bytes(file.read_bytes())
         self._local.cleanup()
         self._local = None

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import jax
 import jaxlib
@@ -37,7 +37,7 @@ class Record(TypedDict):
     mesh: dict[str, int]  # axis -> size
     processes: int
     environment: dict[str, str]  # versions, device, XLA's flags
-    data: NotRequired[str]  # sha256 of the item `data` of the checkpoint; older ones have none
+    data: str  # sha256 of the item `data` of the checkpoint
     previous: str | None  # sha256 of the record before; None in a run's first
 
 
@@ -48,8 +48,8 @@ def sha256(value: Any) -> str:
 
 
 def config_sha256(config: config_lib.Config) -> str:
-    """The hash of a config; `added` keys count only where they differ from their default."""
-    return sha256(config_lib.without_new_fields(config))
+    """The hash of a config; keys with their default do not count."""
+    return sha256(config_lib.without_defaults(config))
 
 
 def metrics_sha256(lines: Iterable[str], after: int, until: int) -> str:
@@ -123,9 +123,7 @@ class Receipts:
     """Keeps the records of a run. Every process has one; the first process writes the file.
 
     Args:
-      workdir: of the run.
-      mesh: of the run.
-      config: of the run.
+      workdir, mesh, config: of the run.
       restored: the record in the checkpoint that the run resumes at; None at a fresh start. Later records, of steps
         that are trained again, are removed.
       data: the identities of the record sets (input_pipeline/records.py).

@@ -15,17 +15,17 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import errors, named, pretrained
+from grain_jax import named, pretrained
 from grain_jax.files import regular_file
 from grain_jax.runtime import digests, distributed, receipt
 from grain_jax.runtime.checkpoint_files import (
     CheckpointError,
     absolute,
+    fault_of,
     finished_steps,
     metadata_of,
     read_arrays,
     read_json,
-    silence_half_read,
 )
 
 # Reads the folders of `convert to-hf`; a string, since conversions stand above this package.
@@ -33,7 +33,7 @@ _TRANSFORMERS = "grain_jax.convert.huggingface:read"
 
 
 class _Converted(TypedDict):
-    """What is read of the config.json of `save_model`; one that was written without digests is not checked."""
+    """What is read of the config.json of `save_model`; one without digests, as of a hand, is not checked."""
 
     model: dict[str, Any]
     digests: NotRequired[dict[str, str]]
@@ -53,7 +53,7 @@ def save_model(folder: epath.PathLike, model: config_lib.Model, params: Any, **n
 def model_digests(model: config_lib.Model, params: Any) -> dict[str, str]:
     """Digests that show damage. The path of the tokenizer may be edited, so it does not count."""
     text = dataclasses.replace(model.text, tokenizer="")
-    described = config_lib.without_new_fields(dataclasses.replace(model, text=text))
+    described = config_lib.without_defaults(dataclasses.replace(model, text=text))
     return {"model": receipt.sha256(described), "params": digests.of_arrays(params)}
 
 
@@ -127,20 +127,16 @@ def _try_to_read(
     read: Callable[[epath.Path], tuple[config_lib.Model, Any]], folder: epath.Path
 ) -> tuple[Any, Any, str | None]:
     """(model, params, None), or (None, None, fault)."""
-    for last in (False, True):
+    attempts = 2 if "://" in str(folder) else 1  # a network may have been down for a moment
+    fault = None
+    for _ in range(attempts):
         try:
             return *read(folder), None
         except MemoryError:
             raise
         except Exception as error:  # damaged bytes make a reader fail in any way
-            silence_half_read()
-            while error.__cause__ is not None:  # Orbax wraps what TensorStore says
-                error = error.__cause__
-            name = "" if isinstance(error, errors.UserError) else f"{type(error).__name__}: "
-            fault = f"{name}{' '.join(str(error).split())[:200]}"
-        if last or "://" not in str(folder):  # a network may have been down for a moment
-            return None, None, fault
-    raise AssertionError("the second attempt is the last")
+            fault = fault_of(error)
+    return None, None, fault
 
 
 def _read_converted(folder: epath.Path) -> tuple[config_lib.Model, Any]:

@@ -71,9 +71,7 @@ class PerImage(NamedTuple):
         float  # the region decoder, its projections before and after, its boxes, and the box head
     )
     losses: float  # similarities
-    frozen: frozenset[str] = (
-        frozenset()
-    )  # those of image, text and decoder without a trained parameter
+    frozen: frozenset[str] = frozenset()  # those of the first three without a trained parameter
 
     @property
     def forward(self) -> float:
@@ -108,16 +106,15 @@ def per_image(config: Config) -> PerImage:
     for name, count in _by_module(jax.make_jaxpr(module.apply)(params, batch).jaxpr).items():
         parts[_part(name, model)] += count / config.batch_size
 
-    embed, regions = model.embed_dim, config.input.max_regions
-    group = config.loss.group_size or config.batch_size
-    losses = 2 * config.input.captions_per_image * config.batch_size * embed
-    losses += 2 * regions * (group * regions) * embed
+    regions, group = config.input.max_regions, config.loss.group_size or config.batch_size
+    pairs = config.input.captions_per_image * config.batch_size + regions * (group * regions)
     if config.loss.image_description:
-        losses += 2 * regions * config.batch_size * embed
+        pairs += regions * config.batch_size
     if config.loss.box_description:
-        losses += 2 * regions * (group * regions) * embed
+        pairs += regions * (group * regions)
     if config.loss.match_description and model.decoder is not None:
-        losses += 2 * model.decoder.queries * regions * embed
+        pairs += model.decoder.queries * regions
+    losses = 2 * pairs * model.embed_dim
     return PerImage(**parts, losses=losses, frozen=_frozen(config))
 
 

@@ -39,12 +39,12 @@ def decay_mask(params, groups: str):
       groups: "matrices" (kernels only) or "reference" (quirk 7).
     """
     pattern = {"matrices": MATRICES_DECAY, "reference": REFERENCE_DECAY}[groups]
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: bool(
-            pattern.fullmatch(jax.tree_util.keystr(path, simple=True, separator="/"))
-        ),
-        params,
-    )
+    matches = lambda path, _: pattern.fullmatch(_name(path)) is not None
+    return jax.tree_util.tree_map_with_path(matches, params)
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def frozen_mask(params, patterns: Sequence[str]):
@@ -58,30 +58,23 @@ def frozen_mask(params, patterns: Sequence[str]):
       UserError: a pattern that matches no parameter.
     """
     # A box is a leaf, so that a frozen parameter leaves no empty box among the moments.
-    is_box = lambda x: isinstance(x, flax.core.meta.AxisMetadata)  # noqa: E731
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
-    found = [name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params, is_box)]
+    is_box = lambda x: isinstance(x, flax.core.meta.AxisMetadata)
+    found = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params, is_box)]
     for pattern in patterns:
         if not any(re.fullmatch(pattern, x) for x in found):
             raise errors.UserError(
                 f"optim.frozen: {pattern!r} matches no parameter; names are such as {found[0]}"
             )
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: any(re.fullmatch(pattern, name(path)) for pattern in patterns),
-        params,
-        is_leaf=is_box,
-    )
+    matches = lambda path, _: any(re.fullmatch(p, _name(path)) for p in patterns)
+    return jax.tree_util.tree_map_with_path(matches, params, is_leaf=is_box)
 
 
 def stop_frozen(params, patterns: Sequence[str]):
     """`params` with the gradient of frozen ones stopped, so that it is not computed."""
     if not patterns:
         return params
-    return jax.tree.map(
-        lambda x, frozen: jax.lax.stop_gradient(x) if frozen else x,
-        params,
-        frozen_mask(params, patterns),
-    )
+    stop = lambda x, frozen: jax.lax.stop_gradient(x) if frozen else x
+    return jax.tree.map(stop, params, frozen_mask(params, patterns))
 
 
 def layer_scales(params, decay: float):
@@ -107,7 +100,7 @@ def layer_scales(params, decay: float):
         depth[tower] = jax.tree.leaves(params[tower]["blocks"])[0].shape[0]
 
     def scale(path, x):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = _name(path)
         tower = name.partition("/")[0]
         if name.startswith(("image/blocks/", "text/blocks/")):
             layers = decay ** np.arange(depth[tower], 0, -1, dtype=np.float32)
@@ -164,13 +157,12 @@ def optimizer(config: Optim, schedule: optax.Schedule) -> optax.GradientTransfor
         optax.scale_by_learning_rate(schedule),
     )
     if config.frozen:
+        kind = lambda frozen: "frozen" if frozen else "trained"
         adam = optax.partition(
             {"trained": adam, "frozen": optax.set_to_zero()},
-            lambda params: jax.tree.map(
-                lambda frozen: "frozen" if frozen else "trained", frozen_mask(params, config.frozen)
-            ),
+            lambda params: jax.tree.map(kind, frozen_mask(params, config.frozen)),
         )
-    # Without it, the chain has no link for it, so that the state has the form of older checkpoints.
+    # Without layer-wise decay the chain has no link for it, and the state no entry.
     return adam if config.layer_decay == 1 else optax.chain(adam, _scale_layers(config.layer_decay))
 
 
@@ -179,12 +171,9 @@ def average(params, average_so_far, decay: float, frozen: Sequence[str] = ()):
     moved = optax.incremental_update(params, average_so_far, 1 - decay)
     if not frozen:
         return moved
-    return jax.tree.map(
-        lambda new, old, keep: old if keep else new,
-        moved,
-        average_so_far,
-        frozen_mask(params, frozen),
-    )
+    kept = frozen_mask(params, frozen)
+    choose = lambda new, old, keep: old if keep else new
+    return jax.tree.map(choose, moved, average_so_far, kept)
 
 
 def clip_logit_scale(params, frozen: Sequence[str] = ()):

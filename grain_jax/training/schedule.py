@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,26 +26,9 @@ class Due(NamedTuple):
 class Schedule:
     """Which steps are logged, evaluated and saved; a pure function of the step and the arguments of `due`."""
 
+    config: Config
     total_steps: int
-    log_every: int
-    eval_every: int  # 0: only after the last step
-    checkpoint_every: int  # 0: only after the last step, and by the clock
-    checkpoint_every_minutes: float  # 0: not by the clock
     has_evals: bool
-    best_is_evaluated: bool  # every evaluation is saved, so that the best one has its state
-
-    @classmethod
-    def of(cls, config: Config, total_steps: int, *, has_evals: bool) -> "Schedule":
-        """The schedule of a run."""
-        return cls(
-            total_steps,
-            config.log_every,
-            config.eval_every,
-            config.checkpoint_every,
-            config.checkpoint_every_minutes,
-            has_evals,
-            best_is_evaluated(config),
-        )
 
     def due(self, step: int, *, preempted: bool, minutes_are_over: Callable[[float], bool]) -> Due:
         """What is due after `step` steps.
@@ -56,26 +39,23 @@ class Schedule:
           minutes_are_over: whether the last save is so many minutes ago. Called only at steps that are logged and
             not saved anyway: it may be a collective.
         """
-        last = step == self.total_steps
-        evaluates = self.has_evals and (last or _at_interval(step, self.eval_every))
-        evaluates = evaluates and not preempted
-        saves = last or preempted or _at_interval(step, self.checkpoint_every)
-        saves = saves or (evaluates and self.best_is_evaluated)
-        logs = last or evaluates or _at_interval(step, self.log_every)
-        if logs and not saves and self.checkpoint_every_minutes:
-            saves = minutes_are_over(self.checkpoint_every_minutes)
+        c, last = self.config, step == self.total_steps
+        at = lambda every: every > 0 and step % every == 0
+        evaluates = self.has_evals and not preempted and (last or at(c.eval_every))
+        saves = last or preempted or at(c.checkpoint_every)
+        # Every evaluation is saved, so that the best one has its state.
+        saves = saves or (evaluates and best_is_evaluated(c))
+        logs = last or evaluates or at(c.log_every)
+        if logs and not saves and c.checkpoint_every_minutes:
+            saves = minutes_are_over(c.checkpoint_every_minutes)
         return Due(logs, evaluates, saves)
 
 
-def _at_interval(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def agreed(opinion: bool) -> bool:
-    """The opinion of the first process, on all of them: clocks differ."""
+def agreed(opinion: bool | float) -> Any:
+    """The opinion of the first process, on all of them: clocks and rates differ."""
     if jax.process_count() == 1:
         return opinion
-    return bool(multihost_utils.broadcast_one_to_all(jnp.asarray(opinion)))
+    return multihost_utils.broadcast_one_to_all(jnp.asarray(opinion)).item()
 
 
 def best_is_evaluated(config: Config) -> bool:
@@ -109,7 +89,5 @@ def best_metric(config: Config, values: Mapping[str, float]) -> dict[str, float]
     name = config.checkpoint_best_metric
     if not name:
         return None
-    value = values.get(name, math.nan)
-    if jax.process_count() > 1:  # rates are known to the first one only
-        value = float(multihost_utils.broadcast_one_to_all(jnp.asarray(value)))
+    value = agreed(values.get(name, math.nan))  # rates are known to the first one only
     return None if math.isnan(value) else {name: value}

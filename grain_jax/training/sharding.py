@@ -19,6 +19,24 @@ class ShardingError(errors.UserError):
     """The mesh does not fit the devices, or a parameter does not fit the mesh; a line a fault."""
 
 
+def mesh_sizes(config: config_lib.Mesh, count: int) -> dict[str, int]:
+    """The sizes of the axes data, fsdp and tensor over `count` devices; an axis of -1 takes what the others leave.
+
+    Raises:
+      ShardingError: the axes do not multiply to the number of devices.
+    """
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    rest = count // math.prod(n for n in sizes.values() if n != -1)
+    sizes = {axis: rest if n == -1 else n for axis, n in sizes.items()}
+    product = math.prod(sizes.values())
+    if product != count:
+        raise ShardingError(
+            f"mesh: data x fsdp x tensor = {' x '.join(map(str, sizes.values()))} = {product},"
+            f" expected {count} devices; set mesh.data=-1 to use the rest"
+        )
+    return sizes
+
+
 def make_mesh(config: config_lib.Mesh, devices: list | None = None) -> Mesh:
     """The (data, fsdp, tensor) mesh over all devices; an axis of -1 takes what the others leave.
 
@@ -29,14 +47,7 @@ def make_mesh(config: config_lib.Mesh, devices: list | None = None) -> Mesh:
       ShardingError: the axes do not multiply to the number of devices, or the slices do not divide.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
-    rest = len(devices) // math.prod(n for n in sizes if n != -1)
-    sizes = [rest if n == -1 else n for n in sizes]
-    if math.prod(sizes) != len(devices):
-        raise ShardingError(
-            f"mesh: data x fsdp x tensor = {' x '.join(map(str, sizes))} = {math.prod(sizes)},"
-            f" expected {len(devices)} devices; set mesh.data=-1 to use the rest"
-        )
+    sizes = list(mesh_sizes(config, len(devices)).values())
     slices, found = config.dcn_data, len({getattr(d, "slice_index", 0) for d in devices})
     if slices % found or sizes[0] % slices:
         raise ShardingError(
@@ -63,6 +74,22 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def least_batch(config: config_lib.Config, shards: int, group: int = 1) -> int:
+    """The smallest batch whose divisions are whole: into shards, micro-batches, lanes, packing and loss groups.
+
+    Args:
+      config: of the run.
+      shards: parts that the batch is cut into (data x fsdp).
+      group: images of a packing group, where the config leaves that open.
+    """
+    group = (config.text.pack_group or group) if config.text.packing else 1
+    return math.lcm(
+        shards * config.microbatches * group,
+        (config.input.lanes or 1) * group,
+        config.loss.group_size or 1,
+    )
+
+
 def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
     """Checks that the batch divides: over the mesh, into micro-batches, packing groups and loss groups.
 
@@ -85,8 +112,16 @@ def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
         )
     elif config.text.packing and config.text.pack_group:
         part = batch // (parts * config.microbatches)
-        if part % config.text.pack_group:
-            faults.append(_group_that_fits(config.text.pack_group, config.text.pack_rows, part))
+        group, rows = config.text.pack_group, config.text.pack_rows
+        if part % group:
+            smaller = max(n for n in config_lib.divisors(part) if n < group)
+            good = f"--config.text.pack_group={smaller}"
+            if rows:  # one row more, since small groups leave more padding
+                good += f" --config.text.pack_rows={-(-rows * smaller // group) + 1}"
+            faults.append(
+                f"text.pack_group: got {group}, expected a divisor of the {part} images of a device's"
+                f" micro-batch, so that no group is cut; set {good}"
+            )
     if not batch % parts:
         try:
             losses.make_layout(batch, config.loss, parts)
@@ -94,18 +129,6 @@ def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
             faults.append(str(error))
     if faults:
         raise ShardingError("\n".join(faults))
-
-
-def _group_that_fits(group: int, rows: int | None, part: int) -> str:
-    """The error text where a packing group does not divide the `part` images of a micro-batch on a device."""
-    smaller = max(n for n in config_lib.divisors(part) if n < group)
-    good = f"--config.text.pack_group={smaller}"
-    if rows:  # one row more, since small groups leave more padding
-        good += f" --config.text.pack_rows={-(-rows * smaller // group) + 1}"
-    return (
-        f"text.pack_group: got {group}, expected a divisor of the {part} images of a device's"
-        f" micro-batch, so that no group is cut; set {good}"
-    )
 
 
 def lanes_of_process(
@@ -165,12 +188,9 @@ def table(abstract: Any, shardings: Any) -> str:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = ", ".join(map(str, sharding.spec))
         rows.append((name, "x".join(map(str, x.shape)), str(x.dtype), f"({spec})", f"{here:,}"))
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    *widths, last = [max(map(len, column)) for column in zip(*rows)]
     lines = [
-        "  ".join(
-            cell.rjust(width) if i == 4 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))
-        )
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1].rjust(last)])
         for row in rows
     ]
     share = per_device / max(everything, 1)

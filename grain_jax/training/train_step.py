@@ -46,13 +46,9 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     ema_params: Any  # {} without an average
-    texts_dropped: (
-        jax.Array
-    )  # int32 [], captions cut and descriptions dropped to fit rows, since step 0
+    texts_dropped: Any  # int32 [], captions cut and descriptions dropped to fit rows, since step 0
     receipt: Any  # uint32 [2, 2], the chains over all batches so far (digests.extend)
-    # uint32 [2], the sums of `Batch.text_counts` since step 0, or since the step of a checkpoint without them;
-    # modulo 2**32
-    text_counts: Any
+    text_counts: Any  # uint32 [2], the sums of `Batch.text_counts` since step 0; modulo 2**32
 
 
 def abstract_batch(config: Config) -> schema.Batch:
@@ -61,7 +57,7 @@ def abstract_batch(config: Config) -> schema.Batch:
     captions, r = config.input.captions_per_image, config.input.max_regions
     h = config.input.negatives_per_region
     group, rows = config.text_layout
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     row = of(jnp.int32, b // group, rows, config.model.text.context_length)
     return schema.Batch(
         image=of(jnp.uint8, b, size, size, 3),
@@ -140,9 +136,8 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
         return found.total, found
 
     if config.microbatches == 1:
-        (_, found), grads = jax.value_and_grad(
-            lambda p: total(apply(p, batch, keys)), has_aux=True
-        )(params)
+        whole = lambda p: total(apply(p, batch, keys))
+        (_, found), grads = jax.value_and_grad(whole, has_aux=True)(params)
         return found, grads
 
     # All leading axes are cut alike, so that an image, its packing group and its key stay together. Each part
@@ -154,11 +149,10 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
         n = x.shape[0] // (shards * parts)
         x = x.reshape(shards, parts, n, *x.shape[1:]).swapaxes(0, 1)
         x = x.reshape(parts, shards * n, *x.shape[3:])
-        if mesh is not None:
-            x = jax.lax.with_sharding_constraint(
-                x, NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
-            )
-        return x
+        if mesh is None:
+            return x
+        placed = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
+        return jax.lax.with_sharding_constraint(x, placed)
 
     def join(x, axis=0):  # the inverse, of [parts, ..., n, ...] with the images on `axis` + 1
         x = jnp.moveaxis(x, axis + 1, 1)
@@ -170,28 +164,26 @@ def loss_and_grads(model: GRAIN, config: Config, mesh: Mesh | None, params, batc
     cut_batch = jax.tree.map(cut, batch)
     cut_keys = None if keys is None else cut(keys)
 
+    def of_fields(outputs, with_images, without):
+        """Outputs, the one function called with an array and its axis of images, the other where it has none."""
+        return schema.Outputs(
+            *(
+                x if x is None else without(x) if axis is None else with_images(x, axis)
+                for x, axis in zip(outputs, image_axis)
+            )
+        )
+
     def forward(_, part):
         return None, apply(params, *part)
 
     _, stacked = jax.lax.scan(forward, None, (cut_batch, cut_keys))
-    outputs = schema.Outputs(
-        *(
-            x if x is None else x[0] if axis is None else join(x, axis)
-            for x, axis in zip(stacked, image_axis)
-        )
-    )
-    cotangents, found = jax.grad(total, has_aux=True)(outputs)
+    cotangents, found = jax.grad(total, has_aux=True)(of_fields(stacked, join, lambda x: x[0]))
     # Scale and bias are the same in each part, so their cotangents go back through the first part only.
     first = jnp.arange(parts) == 0
-    cut_cotangents = schema.Outputs(
-        *(
-            c
-            if c is None
-            else jnp.where(first, c, 0)
-            if axis is None
-            else jnp.moveaxis(cut(jnp.moveaxis(c, axis, 0)), 1, axis + 1)
-            for c, axis in zip(cotangents, image_axis)
-        )
+    cut_cotangents = of_fields(
+        cotangents,
+        lambda c, axis: jnp.moveaxis(cut(jnp.moveaxis(c, axis, 0)), 1, axis + 1),
+        lambda c: jnp.where(first, c, 0),
     )
 
     def backward(grads, part):
@@ -247,9 +239,8 @@ def make_train_step(
         keys = dropout_keys(config.seed, state.step, jnp.arange(batch.image.shape[0]))
         losses, grads = loss_and_grads(model, config, mesh, state.params, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optim.clip_logit_scale(
-            optax.apply_updates(state.params, updates), config.optim.frozen
-        )
+        params = optax.apply_updates(state.params, updates)
+        params = optim.clip_logit_scale(params, config.optim.frozen)
         ema = state.ema_params
         if config.ema_decay:
             ema = optim.average(params, ema, config.ema_decay, config.optim.frozen)

@@ -51,7 +51,7 @@ def verify(folder: epath.PathLike, *, start: int | None = None, steps: int | Non
     )
 
 
-def _first_step(run: workdir.Run, start: int | None) -> int:
+def _first_step(run: workdir.Told, start: int | None) -> int:
     kept = sorted(run.kept)
     if start is None:
         reached = max([*kept[1:], *run.metrics], default=0)
@@ -63,7 +63,7 @@ def _first_step(run: workdir.Run, start: int | None) -> int:
     return start
 
 
-def _last_step(run: workdir.Run, first: int, steps: int | None) -> int:
+def _last_step(run: workdir.Told, first: int, steps: int | None) -> int:
     after = sorted(step for step in run.kept if step > first)
     there = [*run.metrics, *(record["step"] for record in run.records)]
     newest = max(there)

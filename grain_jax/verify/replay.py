@@ -13,7 +13,7 @@ from grain_jax.convert import initialise
 from grain_jax.input_pipeline import device, sources
 from grain_jax.runtime import checkpoint, digests, receipt
 from grain_jax.training import sharding, train_step
-from grain_jax.verify.workdir import Kept, Mismatch, Run, say, steps_in_words
+from grain_jax.verify.workdir import Kept, Mismatch, Told, say, steps_in_words
 
 # The largest difference of a loss term, as a share of the loss, that rounding on another mesh explains.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
@@ -22,20 +22,18 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 HORIZON = 50
 
 
-def check_checkpoints(run: Run, place: "Place") -> None:
+def check_checkpoints(run: Told, place: "Place") -> None:
     """Raises Mismatch where a kept checkpoint holds another state than its record says."""
     for step, kept in sorted(run.kept.items()):
         program = place.program(kept.config, kept.record)
         state = _restore(kept, program)
         wrong = receipt.contradictions(kept.record, state)
         if wrong:
-            raise Mismatch(
-                f"checkpoint {step}: holds another state than was saved ({', '.join(wrong)})"
-            )
-        say(
-            f"checkpoint {step}",
-            f"the state that was saved (params {kept.record['state']['params']}) on {_where(kept.record)}",
-        )
+            what = f"holds another state than was saved ({', '.join(wrong)})"
+            raise Mismatch(f"checkpoint {step}: {what}")
+        params = kept.record["state"]["params"]
+        where = _where(kept.record)
+        say(f"checkpoint {step}", f"the state that was saved (params {params}) on {where}")
 
 
 def _restore(kept: Kept, program: train_step.Program) -> train_step.TrainState:
@@ -66,12 +64,8 @@ class Place:
     def mesh(self, config: config_lib.Config, record: Mapping[str, Any]) -> jax.sharding.Mesh:
         """The recorded mesh, else one over all local devices, else one device."""
         devices = jax.devices()
-        choices = [
-            record["mesh"],
-            dict(data=len(devices), fsdp=1, tensor=1),
-            dict(data=1, fsdp=1, tensor=1),
-        ]
-        for sizes in choices:
+        others = [dict(data=count, fsdp=1, tensor=1) for count in (len(devices), 1)]
+        for sizes in (record["mesh"], *others):
             count = math.prod(sizes.values())
             if count > len(devices):
                 continue
@@ -96,7 +90,7 @@ class Place:
             process_index=0,
         )
         source = sources.open_source(config)
-        return device.prefetch(
+        return device.Prefetch(
             source.batches(config, lanes=lanes, start_step=step), program.batch_sharding
         )
 
@@ -107,7 +101,7 @@ def _where(record: Mapping[str, Any]) -> str:
     return f"mesh {mesh}" + (f" of {count} processes" if count > 1 else "")
 
 
-def replay(run: Run, place: Place, first: int, last: int) -> str:
+def replay(run: Told, place: Place, first: int, last: int) -> str:
     """Trains steps first + 1 .. last again and compares; returns the verdict in words.
 
     Raises:
@@ -127,7 +121,7 @@ class _Replay:
     since the record before it.
     """
 
-    def __init__(self, run: Run, place: Place, first: int):
+    def __init__(self, run: Told, place: Place, first: int):
         self.run, self.first, self.step = run, first, first
         self._records = {record["step"]: record for record in run.records}
         configs = [run.config, *(kept.config for kept in run.kept.values())]
@@ -155,11 +149,10 @@ class _Replay:
         state = jax.device_put(state, program.shardings)
         here = receipt.environment(config)
         now = {"mesh": receipt.axes(self._place.mesh(config, record)), "processes": 1}
-        self._reasons += [f"{k}: {now[k]}, then {record[k]}" for k in now if now[k] != record[k]]
-        then = record["environment"]
-        self._reasons += [
-            f"{k}: {here[k]}, then {then.get(k)}" for k in here if here[k] != then.get(k)
-        ]
+        then = record | record["environment"]
+        for key, value in (now | here).items():
+            if value != then.get(key):
+                self._reasons.append(f"{key}: {value}, then {then.get(key)}")
         self._exact = self._exact and not self._reasons
         say(f"{steps_in_words(self.step + 1, end)} again", f"on {_where(now)}")
 
@@ -185,11 +178,8 @@ class _Replay:
                 )
         self._errors |= found
 
-    def _first_state(
-        self, config: config_lib.Config, program: train_step.Program
-    ) -> train_step.TrainState:
-        kept = self.run.kept.get(self.first)
-        if kept:
+    def _first_state(self, config: config_lib.Config, program) -> train_step.TrainState:
+        if kept := self.run.kept.get(self.first):
             return _restore(kept, program)
         return initialise.state_of_step_0(config, program, lambda line: say("the towers", line))
 
@@ -238,12 +228,8 @@ class _Replay:
         if self._equal_at:
             rows.append(("  states", f"equal bit for bit at step {_list(self._equal_at)}"))
         if self._rounded_at:
-            rows.append(
-                (
-                    "  states",
-                    f"not equal bit for bit at step {_list(self._rounded_at)}, as expected:",
-                )
-            )
+            at = _list(self._rounded_at)
+            rows.append(("  states", f"not equal bit for bit at step {at}, as expected:"))
             reasons = self._reasons or ["sums on a GPU are in no fixed order"]
             rows += [("", f"  {reason}") for reason in dict.fromkeys(reasons)]
         if worst is not None:

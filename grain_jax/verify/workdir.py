@@ -1,6 +1,5 @@
 """What a workdir says of its run, and whether its files agree: records, checkpoints, metrics, config."""
 
-import dataclasses
 import json
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from grain_jax.input_pipeline import sources
 from grain_jax.runtime import checkpoint, metrics_file, receipt
 
 
-class Mismatch(Exception):  # noqa: N818
+class Mismatch(Exception):
     """The run is not what its receipt says; the message has one line a cause."""
 
 
@@ -23,10 +22,10 @@ class Kept(NamedTuple):
     folder: epath.Path
     config: config_lib.Config
     record: dict[str, Any]
-    data: list[dict[str, Any]] | None  # the identities of its record sets; None: not stored
+    data: list[dict[str, Any]]  # the identities of its record sets
 
 
-class Run(NamedTuple):
+class Told(NamedTuple):
     """All that a workdir says of its run."""
 
     records: list[dict[str, Any]]  # in the order of the steps
@@ -40,50 +39,50 @@ def say(what: str, found: str) -> None:
     print(f"{what:<22}  {found}", flush=True)
 
 
-def read(workdir: epath.Path) -> Run:
+def read(workdir: epath.Path) -> Told:
     """Reads what the workdir says, and checks that the records are one chain. Raises as `verify`."""
     if not workdir.is_dir():
         raise errors.UserError(f"{workdir}: no such folder; expected the --workdir of a run")
     records, faults = _chain(workdir)
-    folder = workdir / "checkpoints"
-    kept, newest = {}, None
-    for step in checkpoint.finished_steps(workdir):
-        kept[step] = _kept(folder / str(step))
+    steps = checkpoint.finished_steps(workdir)
+    kept = {step: _kept(workdir / "checkpoints" / str(step)) for step in steps}
     if not kept or not (records or faults):
         raise errors.UserError(
             f"{workdir}: no {'finished checkpoint' if records else receipt.FILE}; expected the workdir of a"
             " run that has saved"
         )
     by_step = {record["step"]: record for record in records}
-    for step in sorted(kept):
-        if step not in by_step:
-            faults.append(f"checkpoint {step}: {receipt.FILE} has no record of it")
-        elif kept[step].record != by_step[step]:
-            keys = [k for k in by_step[step] if by_step[step][k] != kept[step].record.get(k)]
-            faults.append(
-                f"checkpoint {step}: the record in it is another one than in {receipt.FILE}"
-                f" ({', '.join(keys)})"
-            )
-        elif by_step[step]["config"] != receipt.config_sha256(kept[step].config):
-            faults.append(f"checkpoint {step}: its config is not the recorded one")
-        elif by_step[step].get("data") not in (None, receipt.sha256(kept[step].data)):
-            faults.append(f"checkpoint {step}: what it says of its data is not what was recorded")
-        newest = step
-    beyond = [record["step"] for record in records if record["step"] > newest]
+    for step in steps:
+        faults += [
+            f"checkpoint {step}: {fault}" for fault in _faults(kept[step], by_step.get(step))
+        ]
+    beyond = [step for step in by_step if step > steps[-1]]
     if len(beyond) > 1:  # one may be: of the save that was cut off
-        faults.append(
-            f"{receipt.FILE}: goes on to step {beyond[-1]}, but the newest checkpoint is {newest}"
-        )
+        newest = f"the newest checkpoint is {steps[-1]}"
+        faults.append(f"{receipt.FILE}: goes on to step {beyond[-1]}, but {newest}")
     if faults:
         raise Mismatch("\n".join(faults))
-    say(
-        "records", f"{len(records)}, one chain, steps {records[0]['step']} to {records[-1]['step']}"
-    )
+    first, last = records[0]["step"], records[-1]["step"]
+    say("records", f"{len(records)}, one chain, steps {first} to {last}")
     if records[0]["previous"]:
-        say("", f"those before step {records[0]['step']} are not in this workdir")
+        say("", f"those before step {first} are not in this workdir")
     if beyond:
         say("", f"that of step {beyond[0]} is of a save that was cut off")
-    return Run(records, kept, _metrics(workdir), _config_json(workdir))
+    return Told(records, kept, _metrics(workdir), _config_json(workdir))
+
+
+def _faults(kept: Kept, record: dict[str, Any] | None) -> list[str]:
+    """What of a checkpoint is not as its record says."""
+    if record is None:
+        return [f"{receipt.FILE} has no record of it"]
+    if kept.record != record:
+        keys = [key for key in record if record[key] != kept.record.get(key)]
+        return [f"the record in it is another one than in {receipt.FILE} ({', '.join(keys)})"]
+    if record["config"] != receipt.config_sha256(kept.config):
+        return ["its config is not the recorded one"]
+    if record["data"] != receipt.sha256(kept.data):
+        return ["what it says of its data is not what was recorded"]
+    return []
 
 
 def _chain(workdir: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -107,8 +106,7 @@ def _chain(workdir: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 def _kept(folder: epath.Path) -> Kept:
     try:
-        config = checkpoint.read_json(folder, "config")
-        record = checkpoint.read_json(folder, "receipt")
+        config, record = (checkpoint.read_json(folder, item) for item in ("config", "receipt"))
         data = checkpoint.read_data(folder)
     except (OSError, ValueError) as error:
         raise Mismatch(f"checkpoint {folder.name}: cannot be read ({error})") from None
@@ -139,7 +137,7 @@ def _metrics(workdir: epath.Path) -> dict[int, dict[str, Any]]:
     return lines
 
 
-def check_metrics(run: Run) -> None:
+def check_metrics(run: Told) -> None:
     """Raises Mismatch where lines of metrics.jsonl are not those that a record has the hash of."""
     texts = [values["text"] for values in run.metrics.values()]
     before, faults, checked = 0, [], 0
@@ -149,10 +147,8 @@ def check_metrics(run: Run) -> None:
         # A checkpoint that was copied to a new workdir came without the lines before it.
         copied = record is run.records[0] and record["previous"] and not lines
         if not copied and receipt.metrics_sha256(texts, before, step) != record["metrics"]:
-            faults.append(
-                f"metrics.jsonl: the lines of {steps_in_words(before + 1, step)} are not those that were there at the"
-                " save"
-            )
+            lost = f"the lines of {steps_in_words(before + 1, step)} are not those that were there"
+            faults.append(f"metrics.jsonl: {lost} at the save")
         for key in ("batch_chain", "pixel_chain"):
             if step in run.metrics and run.metrics[step].get(key) != record[key]:
                 faults.append(f"metrics.jsonl: {key} of step {step} is not the recorded one")
@@ -162,12 +158,11 @@ def check_metrics(run: Run) -> None:
     say("metrics.jsonl", f"{checked} lines, as recorded")
 
 
-def check_config(run: Run) -> None:
+def check_config(run: Told) -> None:
     """Raises Mismatch where config.json has other numbers than the newest checkpoint was made with."""
     newest = max(run.kept)
     here, there = (
-        config_lib.select(dataclasses.asdict(c), {"order", "numbers"})
-        for c in (run.config, run.kept[newest].config)
+        config_lib.select(c, {"order", "numbers"}) for c in (run.config, run.kept[newest].config)
     )
     faults = [
         f"config.json: {key}: got {here.get(key)!r}; checkpoint {newest} was made with {there.get(key)!r}"
@@ -179,7 +174,7 @@ def check_config(run: Run) -> None:
     say("config.json", f"as in checkpoint {newest}")
 
 
-def check_data(run: Run) -> None:
+def check_data(run: Told) -> None:
     """Raises UserError where a record set is not the one that the run was trained on any more."""
     newest = max(run.kept)
     stored, config = run.kept[newest].data, run.kept[newest].config

@@ -184,11 +184,6 @@ def _load(words):
         ("train", "--config demo --workdir x --process_id=1 --stall_seconds 9", {"process_id": 1}),
         ("train", "--config demo --print_shardings", {"print_shardings": True}),
         ("evaluate", "zeroshot --checkpoint a --images b --output c --process_id 1", {}),
-        (
-            "evaluate",
-            "zeroshot --checkpoint a --images b --output c --use-names no",
-            {"names": False},
-        ),
         ("report", "a b --pictures 3 --no-model", {"workdir": ["a", "b"], "num_images": 3}),
         ("report", "--workdir a", {"workdir": ["a"]}),
         ("verify", "--workdir=a", {"workdir": "a"}),

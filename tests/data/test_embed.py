@@ -321,18 +321,6 @@ def test_without_pyarrow_the_extra_is_named(monkeypatch, tmp_path, capsys):
     assert "pip install 'grain_jax[embed]'" in capsys.readouterr().err
 
 
-def test_progress_says_what_is_left():
-    progress = pipeline.Progress("birds", [4, 4], True)
-    for _ in range(3):
-        progress.image()
-    assert progress.text(2.0) == "birds: 3/8 images, 1.5/s, 3 s left"
-    tars = pipeline.Progress("tars", [1000, 3000], False)
-    tars.image()
-    assert tars.text(2.0) == "tars: 1 images, 0.5/s"
-    tars.end_of_part(1000)
-    assert tars.text(4.0) == "tars: 1 images, 0.25/s, 12 s left"
-
-
 def test_given_boxes_are_those_of_the_box_head(images, tmp_path, capsys):
     model = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1, boxes__kind="roi_align")
     checkpoint.save_model(tmp_path / "model", model, perturbed.params(model))

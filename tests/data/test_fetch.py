@@ -7,7 +7,7 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
-from grain_jax.data import annotations
+from grain_jax.data import example
 from grain_jax.data.fetch import fashion, gcompris, licences, package, resources
 from grain_jax.data.fetch.__main__ import main
 from grain_jax.data.fetch.parts import parts
@@ -164,7 +164,7 @@ def test_the_folder_is_one_that_the_claim_reads(fashion_deb, tmp_path, capsys):
     for name in ("A.jsonl", "test/seen.jsonl", "test/unseen.jsonl"):
         above = (folder / name).parent
         for line in (folder / name).read_bytes().splitlines():
-            assert annotations.check_line(line, above).faults == []
+            assert example.check_line(line, above).faults == []
     lines = {line["id"]: line for line in read_lines(folder / "A.jsonl")}
     labels = [name for name, made in MADE.items() for _ in made]
     for identity, line in lines.items():

@@ -1,5 +1,6 @@
 """Each reader on a small sample in its public format, good and bad, and on to a training step."""
 
+import dataclasses
 import io
 import json
 import os
@@ -11,7 +12,7 @@ import tarfile
 import pytest
 from etils import epath
 from grain_jax.data import build, sources
-from grain_jax.data.sources import json_files
+from grain_jax.data.sources import staged
 
 from grain_jax import errors
 from tests import record_sets
@@ -483,39 +484,6 @@ def test_tars_that_are_damaged_or_incomplete(tmp_path):
     assert items[-1].image == "00001/a/3.jpg" and items[-1].captions == ("of the json",)
 
 
-def test_names_that_no_output_may_have(tmp_path):
-    found = webdataset_sample(tmp_path)
-    members = [("../../1.jpg", encoded(1)), ("\udcff.jpg", encoded(2)), ("3.jpg", encoded(3))]
-    write_tar(tmp_path / "images/00000.tar", members)
-    items = [item for item in read_all("webdataset", found) if item.image.startswith("00000")]
-    assert causes(items) == {
-        "00000/../../1": "bad annotation",
-        "00000/\udcff.jpg": "bad annotation",
-    }
-    assert items[-1].image == "00000/3.jpg"
-
-
-def test_a_tar_with_a_broken_header_is_not_taken_for_its_end(tmp_path):
-    found = webdataset_sample(tmp_path)
-    path = tmp_path / "images/00000.tar"
-    content = bytearray(path.read_bytes())
-    start = content.index(b"000000004.jpg")
-    content[start : start + 100] = b"?" * 100
-    path.write_bytes(content)
-    items = [item for item in read_all("webdataset", found) if item.image.startswith("00000")]
-    assert [item.image for item in items[:-1]] == [f"00000/00000000{n}.jpg" for n in range(3)]
-    assert items[-1].cause == "damaged shard" and "bad checksum" in items[-1].detail
-
-
-def test_a_pickle_cannot_run_code(tmp_path):
-    found = refcoco_sample(tmp_path)
-    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps([print]))
-    with pytest.raises(
-        sources.SourceError, match="no pickle of plain values .it wants builtins.print"
-    ):
-        sources.shards("refcoco", found)
-
-
 def test_refcoco_splits_and_other_files(tmp_path):
     found = refcoco_sample(tmp_path)
     assert len(read_all("refcoco", found._replace(split="testA"))) == 1
@@ -590,25 +558,52 @@ def test_lines_that_changed_are_another_shard(tmp_path):
     assert len(before) > 1 and after[0] != before[0] and after[1:] == before[1:]
 
 
-def test_a_list_longer_than_what_is_read_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_files, "_CHUNK", 7)
-    items = [{"a": "[x,] " * 9, "b": [1, {"c": n}]} for n in range(5)]
-    path = tmp_path / "list.json"
-    for text in (json.dumps(items), json.dumps(items, indent=2), " [ ]"):
-        path.write_text(text)
-        expected = json.loads(text)
-        assert list(json_files.read_json_list(path, expected="a list")) == expected
-    for text in (json.dumps(items)[:-9], json.dumps(items)[:-1], "[1]", "{}", ""):
-        path.write_text(text)
-        with pytest.raises(errors.UserError, match="list.json: .*expected a list"):
-            list(json_files.read_json_list(path, expected="a list"))
-    path.write_bytes(b'[{"a": "\xff"}]')
-    with pytest.raises(errors.UserError, match="list.json: not UTF-8 text, expected a list"):
-        list(json_files.read_json_list(path, expected="a list"))
-
-
 @pytest.mark.parametrize("source", sorted(set(SAMPLES) - {"folder", "webdataset", "tfds"}))
 def test_what_is_missing_is_said_in_one_line(source, tmp_path):
     with pytest.raises(sources.SourceError) as error:
         read_all(source, options(tmp_path))
     assert "expected" in str(error.value) and "\n" not in str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers(staged.ListedSource):
+    count: int = 1
+    rate: float = 0.5
+    strict: bool = False
+    name: str = "a"
+
+    def __post_init__(self):
+        if self.count < 0:
+            raise ValueError(f"count: got {self.count}, expected at least 0")
+
+    def entries(self, options):
+        return iter(())
+
+
+class Without:
+    images_are_files = True
+
+
+def test_own_options_have_the_types_of_the_fields():
+    given = {"count": "3", "rate": "1e-1", "strict": "True", "name": "b=c"}
+    assert sources.make(f"{__name__}:Numbers", given) == Numbers(3, 0.1, True, "b=c")
+    assert sources.make(f"{__name__}:Numbers") == Numbers()
+
+
+@pytest.mark.parametrize(
+    "cls, given, line",
+    [
+        ("Numbers", {"conut": "3"}, "--option conut of data source '{}': no such key; did you mean count?"),
+        ("Numbers", {"zzz": "3"}, "no such key; there are: count, rate, strict, name"),
+        ("Numbers", {"count": "3.5"}, "--option count: got '3.5', expected a whole number"),
+        ("Numbers", {"rate": "much"}, "--option rate: got 'much', expected a number"),
+        ("Numbers", {"strict": "1"}, "--option strict: got '1', expected true or false"),
+        ("Numbers", {"count": "-1"}, "data source '{}': count: got -1, expected at least 0"),
+        ("Without", {}, "data source '{}': got a class without shards, read, expected one as"),
+        ("boxes", {}, "data source '{}': got no class, expected one as data/sources/base.py: Source"),
+    ],
+)  # fmt: skip
+def test_own_options_that_are_wrong_are_one_line(cls, given, line):
+    with pytest.raises(sources.SourceError) as error:
+        sources.make(f"{__name__}:{cls}", given)
+    assert line.format(f"{__name__}:{cls}") in str(error.value) and "\n" not in str(error.value)

@@ -55,10 +55,3 @@ def test_a_kill_between_the_renames_is_repaired(target):
     with staging.replacing(target) as folder:
         write_new(folder)
     assert [p.name for p in target.parent.iterdir()] == ["1.0.0"]
-
-
-def test_a_first_build_needs_no_older_set(tmp_path):
-    target = staging.epath.Path(tmp_path) / "out" / "x" / "1.0.0"
-    with staging.replacing(target) as folder:
-        write_new(folder)
-    assert (target / "set").read_text() == "new"

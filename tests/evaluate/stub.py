@@ -3,10 +3,14 @@
 An image is known by its number, which is the red value of its first pixel; a text by its words.
 """
 
+import json
+import pathlib
+
 import numpy as np
 import PIL.Image
 
 from grain_jax import schema
+from grain_jax.config import evals
 
 
 class StubPredictor:
@@ -43,3 +47,23 @@ def write_picture(path, number, size=(10, 10)):
     """A PNG of one colour that StubPredictor knows as `number`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     PIL.Image.new("RGB", size, (number, 0, 0)).save(path)
+
+
+def region(box, description, score=1, **more):
+    return {"box": box, "description": description, "score": score, **more}
+
+
+def annotate(folder, lines, size=(20, 10)):
+    """Writes A.jsonl, a dict a line, and image number i for line i; returns the options of an evaluator."""
+    for i, _ in enumerate(lines):
+        write_picture(folder / f"{i}.png", i, size)
+    text = (json.dumps({"image": f"{i}.png", **line}) + "\n" for i, line in enumerate(lines))
+    (folder / "A.jsonl").write_text("".join(text))
+    return dict(images=folder, annotations=folder / "A.jsonl")
+
+
+def measure(kind, predictor, *, batch_size=64, state_path=None, step=None, **options):
+    """The result of an evaluator of the package with those options, of which paths may be paths."""
+    texts = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in options.items()}
+    context = evals.Context(batch_size, state_path, step)
+    return evals.find(kind)(**texts).evaluate(predictor, context)

@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from grain_jax.evaluate import box_classes, given_boxes, rates, tables, test_sets
-from tests.evaluate.stub import StubPredictor, write_picture
+from grain_jax import errors
+from grain_jax.evaluate import given_boxes, rates, tables
+from tests.evaluate.stub import StubPredictor, annotate, measure, region
 
 TEXTS = {"a cat": [1, 0, 0], "a Dog": [0, 1, 0], "a cow": [0, 0, 1]}
 LEFT, RIGHT, CORNER = [0, 0, 0.5, 1], [0.5, 0, 1, 1], [0.9, 0.9, 1, 1]
@@ -20,13 +21,8 @@ def data(tmp_path):
         [([0, 0, 9, 9], "cat")],
         [],
     ]
-    lines = []
-    for i, found in enumerate(regions):
-        write_picture(tmp_path / f"{i}.png", i, (20, 10))
-        boxes = [{"box": box, "description": text, "score": 1} for box, text in found]
-        lines.append(json.dumps({"image": f"{i}.png", "regions": boxes}))
+    given = annotate(tmp_path, [{"regions": [region(*x) for x in found]} for found in regions])
     (tmp_path / "2.png").write_bytes(b"no picture")
-    (tmp_path / "A.jsonl").write_text("\n".join(lines))
     (tmp_path / "templates.txt").write_text("a {}")
     predictor = StubPredictor(
         # The image says cat, and of the second one cow before dog.
@@ -37,13 +33,12 @@ def data(tmp_path):
             1: ([LEFT, RIGHT, CORNER], [[0, 0, 1], [0, 1, 0], [1, 0, 0]]),
         },
     )
-    given = dict(images=tmp_path, annotations=tmp_path / "A.jsonl")
     return predictor, given | dict(templates=tmp_path / "templates.txt")
 
 
 def test_hand_computed(data):
     predictor, given = data
-    got = box_classes.evaluate(predictor, **given)
+    got = measure("boxes", predictor, **given)
     assert predictor.asked == list(TEXTS)
     assert (got["pictures"], got["unreadable"], got["without_regions"]) == (2, 1, 1)
     assert (got["boxes"], got["boxes_outside"], got["boxes_of_other_classes"]) == (3, 1, 0)
@@ -69,19 +64,19 @@ def test_class_file(data, tmp_path):
     predictor, given = data
     path = tmp_path / "classes.txt"
     path.write_text("cow\tcow\nfelis\tcat\n")
-    got = box_classes.evaluate(predictor, **given, classes=str(path))
+    got = measure("boxes", predictor, **given, classes=str(path))
     assert (got["boxes"], got["boxes_of_other_classes"]) == (2, 1)
     assert (got["classes"], got["classes_with_boxes"]) == (2, 2)
     assert got["region"]["per_class"] == {"cow": 1.0, "cat": 1.0}
     assert got["groups"] == {}
     path.write_text("small_cow\tcow\trare\nfelis\tcat\tfrequent\ncanis\tDog\tfrequent\n")
-    got = box_classes.evaluate(predictor, **given, classes=str(path))["groups"]
+    got = measure("boxes", predictor, **given, classes=str(path))["groups"]
     assert {name: part["boxes"] for name, part in got.items()} == {"rare": 1, "frequent": 2}
     assert got["rare"]["region"]["per_class"] == {"cow": 1.0}
     assert got["frequent"]["region"]["per_class"] == {"cat": 1.0, "Dog": 0.0}  # it says cow
     path.write_text("goat\n")
-    with pytest.raises(test_sets.InputError, match="got no box that is of one of 1 classes"):
-        box_classes.evaluate(predictor, **given, classes=str(path))
+    with pytest.raises(errors.UserError, match="got no box that is of one of 1 classes"):
+        measure("boxes", predictor, **given, classes=str(path))
 
 
 def test_best_query():

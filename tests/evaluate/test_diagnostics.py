@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from grain_jax.evaluate import diagnostics, tables, test_sets
-from tests.evaluate.stub import StubPredictor, write_picture
+from grain_jax import errors
+from grain_jax.evaluate import diagnostics, tables
+from tests.evaluate.stub import StubPredictor, annotate, measure, region
 
 LEFT, RIGHT, AWAY = [0, 0, 0.5, 1], [0.5, 0, 1, 1], [0.4, 0.4, 0.6, 0.6]
 TEXTS = {"beak": [1, 0, 0], "tail": [0, 1, 0], "crest": [0, 0, 1]}
@@ -16,15 +17,9 @@ TEXTS = {"beak": [1, 0, 0], "tail": [0, 1, 0], "crest": [0, 0, 1]}
 @pytest.fixture
 def annotated(tmp_path):
     """Three images of a left half (beak, beak, crest); the first two have a right half (tail) too."""
-    lines = []
-    for i, words in enumerate((("beak", "tail"), ("Beak", "tail"), ("crest",))):
-        write_picture(tmp_path / "images" / f"{i}.png", i, (20, 10))
-        regions = [
-            {"box": [10 * j, 0, 10 * j + 10, 10], "description": word, "score": 0.9 - 0.1 * j}
-            for j, word in enumerate(words)
-        ]
-        lines.append(json.dumps({"image": f"images/{i}.png", "regions": regions}) + "\n")
-    (tmp_path / "A.jsonl").write_text("".join(lines))
+    half = lambda j, word: region([10 * j, 0, 10 * j + 10, 10], word, 0.9 - 0.1 * j)
+    words = ("beak", "tail"), ("Beak", "tail"), ("crest",)
+    annotate(tmp_path, [{"regions": [half(*x) for x in enumerate(own)]} for own in words])
     return tmp_path
 
 
@@ -42,8 +37,8 @@ def _predictor(swapped=()):
 
 
 def _evaluate(folder, swapped=(), **options):
-    return diagnostics.evaluate(
-        _predictor(swapped), images=folder, annotations=folder / "A.jsonl", **options
+    return measure(
+        "diagnostics", _predictor(swapped), images=folder, annotations=folder / "A.jsonl", **options
     )
 
 
@@ -120,10 +115,6 @@ def test_only_the_last_evaluations_are_kept(annotated, monkeypatch):
 
 
 def test_faults(annotated):
-    with pytest.raises(ValueError, match="state_path and step go together"):
-        _evaluate(annotated, step=3)
-    region = {"box": [90, 0, 99, 9], "description": "beak", "score": 1.0}
-    line = {"image": "images/0.png", "regions": [region]}
-    (annotated / "A.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(test_sets.InputError, match="every box lies outside"):
+    annotate(annotated, [{"regions": [region([90, 0, 99, 9], "beak")]}])
+    with pytest.raises(errors.UserError, match="every box lies outside"):
         _evaluate(annotated)

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from grain_jax.evaluate import encode, test_sets
+from grain_jax import errors
+from grain_jax.evaluate import encode
 from tests.evaluate.stub import StubPredictor, write_picture
 
 
@@ -17,7 +18,7 @@ def test_pictures_come_in_order_and_the_unreadable_are_named(tmp_path):
             predictor, paths, label="", unreadable=unreadable, regions=False, batch_size=3
         )
     )
-    assert [b.index.tolist() for b in batches] == [[0, 1], [3, 4], [6]]
+    assert [b.index.tolist() for b in batches] == [[0, 1, 3], [4, 6]]
     sizes = np.concatenate([b.sizes for b in batches]).tolist()
     assert sizes == [[10, 5], [11, 5], [13, 5], [14, 5], [16, 5]]
     assert np.concatenate([b.image_embed for b in batches])[:, 0].tolist() == [0, 1, 3, 4, 6]
@@ -33,14 +34,14 @@ def test_pictures_come_in_order_and_the_unreadable_are_named(tmp_path):
     assert (
         "2.png" in report["unreadable_pictures"][0] and "5.png" in report["unreadable_pictures"][1]
     )
-    with pytest.raises(test_sets.InputError, match="none of 1 images can be read.*2.png"):
+    with pytest.raises(errors.UserError, match="none of 1 images can be read.*2.png"):
         list(encode.encode_images(predictor, paths[2:3], label="", unreadable={}))
 
 
 def test_not_finite_embeddings_are_an_error(tmp_path):
     write_picture(tmp_path / "0.png", 0)
     predictor = StubPredictor(images={0: [np.nan, 1.0]})
-    with pytest.raises(test_sets.InputError, match="not finite"):
+    with pytest.raises(errors.UserError, match="not finite"):
         list(
             encode.encode_images(
                 predictor, [tmp_path / "0.png"], label="", unreadable={}, regions=False

@@ -10,14 +10,12 @@ import pytest
 
 from grain_jax import config, errors, named, recipe
 from grain_jax.config import evals
-from grain_jax.evaluate import entries, evaluators
+from grain_jax.evaluate import entries, grounding, zeroshot
 from grain_jax.runtime import receipt
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.paths import ROOT
 
-OLD = (
-    ROOT / "tests" / "evaluate" / "old_run"
-)  # of a version with one union of options for all kinds
+STORED = ROOT / "tests" / "evaluate" / "stored_run"
 
 
 def _faults(entry):
@@ -28,11 +26,11 @@ def _faults(entry):
 
 def test_a_config_is_parsed_without_the_libraries_that_compute():
     code = f"""
-        import json, sys
+        import sys
         from grain_jax import config
-        parsed = config.from_dict(json.loads(open({str(OLD / "config.json")!r}).read()))
-        print(*(type(entry).__name__ for entry in parsed.evals.values()))
-        print(*{{"jax", "tensorflow", "numpy", "etils", "PIL"}} & sys.modules.keys())
+        entries = [config.evaluator_from_dict({{"kind": kind}}) for kind in {list(evals.NAMED)}]
+        print(*(type(entry).__name__ for entry in entries))
+        print(*{{"jax", "tensorflow", "numpy", "etils.epath", "PIL"}} & sys.modules.keys())
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
@@ -41,14 +39,16 @@ def test_a_config_is_parsed_without_the_libraries_that_compute():
         text=True,
         check=True,
     )
-    assert done.stdout == "Grounding Retrieval ZeroShot ZeroShot\n\n"
+    names = "ZeroShot LinearProbe Retrieval Grounding Boxes NearMisses Maps Diagnostics"
+    assert done.stdout == f"{names}\n\n"
 
 
-def test_a_config_of_an_older_version_loads_and_has_its_digest():
-    stored = json.loads((OLD / "config.json").read_text())
+def test_a_stored_config_loads_and_has_its_digest():
+    """A default never changes: digests leave it out."""
+    stored = json.loads((STORED / "config.json").read_text())
     parsed = config.from_dict(stored)
-    assert receipt.config_sha256(parsed) == (OLD / "digest.txt").read_text().strip()
-    assert parsed.evals["unseen"] == evaluators.ZeroShot(
+    assert receipt.config_sha256(parsed) == (STORED / "digest.txt").read_text().strip()
+    assert parsed.evals["unseen"] == zeroshot.ZeroShot(
         images="runs/aviary/unseen",
         descriptions="runs/aviary/unseen.json",
         alphas=(1.0, 0.75, 0.5, 0.25, 0.0),
@@ -117,7 +117,7 @@ def test_faults_of_a_class_from_outside():
     assert _faults({"kind": f"{here}:Unfinished"}) == [
         f"evaluator.kind: evaluator '{here}:Unfinished': has no evaluate; expected check and evaluate"
     ]
-    (line,) = _faults({"kind": f"{here}:OLD"})
+    (line,) = _faults({"kind": f"{here}:STORED"})
     assert line.endswith("expected a subclass of grain_jax.config.Evaluator")
     assert "has no 'Unfinnished', expected one of: " in _faults({"kind": f"{here}:Unfinnished"})[0]
     with named.importing():
@@ -125,12 +125,13 @@ def test_faults_of_a_class_from_outside():
 
 
 def test_a_stored_config_imports_no_code():
-    stored = json.loads((OLD / "config.json").read_text())
+    stored = json.loads((STORED / "config.json").read_text())
     entry = {"kind": "no.such:Class", "missing": "error", "get": None, "k": 3}
     stored["evals"]["mine"] = entry
     parsed = config.from_dict(stored)
     assert parsed.evals["mine"].kind == "no.such:Class"
-    assert config.without_new_fields(parsed)["evals"]["mine"] == entry
+    counted = config.without_defaults(parsed)
+    assert {key: counted[f"evals.mine.{key}"] for key in entry} == entry
     with pytest.raises(errors.UserError, match="a stored config imports no code; if you trust it"):
         parsed.evals["mine"].check()
 
@@ -140,7 +141,7 @@ def test_check_finds_every_fault_before_there_is_a_model(tmp_path):
     write_picture(tmp_path / "classes" / "dog" / "0.png", 1)
     (tmp_path / "D.json").write_text('{"cat": ["whiskers"]}')
     (tmp_path / "broken.json").write_text("{")
-    good = evaluators.ZeroShot(images=str(tmp_path / "classes"), alphas=(1.0, 0.5))
+    good = zeroshot.ZeroShot(images=str(tmp_path / "classes"), alphas=(1.0, 0.5))
     good.check()  # alpha 0.5 does not count without descriptions
 
     def faults(**fields):
@@ -152,10 +153,9 @@ def test_check_finds_every_fault_before_there_is_a_model(tmp_path):
         "no/such: no such folder; expected one with a sub-folder a class"
     ]
     described = dict(descriptions=str(tmp_path / "D.json"))
-    assert faults(**described, alphas=(0.5, 2.0), region_order="x") == [
+    assert faults(**described, alphas=(0.5, 2.0)) == [
         f"{tmp_path}/D.json: no description of the classes dog",
         "alpha: got 2.0, expected a number from 0 to 1",
-        "region order: got 'x', expected one of queries, descriptions",
     ]
     assert "got -1.0" in faults(alphas=(1.0, -1.0))[0]
     assert "for a test without class names" in faults(names=False)[0]
@@ -209,10 +209,10 @@ def test_an_entry_gives_numbers(tmp_path):
         images={0: [1, 0], 1: [1, 0]}, texts={"a cat": [1, 0], "a red fox": [0, 1]}
     )
     # Without descriptions there is no region score: only alpha 1 is reported.
-    entry = evaluators.ZeroShot(images=str(tmp_path), templates=str(tmp_path / "templates.txt"))
+    entry = zeroshot.ZeroShot(images=str(tmp_path), templates=str(tmp_path / "templates.txt"))
     numbers = entries.numbers(entry, predictor)
     assert numbers["alpha_1.0/top1"] == 0.5 and numbers["chance"] == 0.5
     assert not any(key.startswith("alpha_0.5") for key in numbers)
     assert all(type(value) is float for value in numbers.values())
     with pytest.raises(errors.UserError, match="annotations: got nothing"):
-        entries.numbers(evaluators.Grounding(images=str(tmp_path)), predictor)
+        entries.numbers(grounding.Grounding(images=str(tmp_path)), predictor)

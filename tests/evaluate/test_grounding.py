@@ -4,30 +4,21 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from grain_jax.evaluate import grounding, test_sets
-from tests.evaluate.stub import StubPredictor, write_picture
+from grain_jax import errors
+from grain_jax.evaluate import grounding
+from tests.evaluate.stub import StubPredictor, annotate, measure, region
 
 
-def _write(tmp_path, regions, size=(20, 10)):
-    for i, _ in enumerate(regions):
-        write_picture(tmp_path / "images" / f"{i}.png", i, size)
-    path = tmp_path / "A.jsonl"
-    with path.open("w") as file:
-        for i, found in enumerate(regions):
-            line = {"image": f"images/{i}.png"}
-            if found is not None:
-                line["regions"] = [
-                    {"box": box, "description": text, "score": score} for box, text, score in found
-                ]
-            file.write(json.dumps(line) + "\n")
-    return path
+def _write(folder, regions):
+    lines = [{} if found is None else {"regions": [region(*x) for x in found]} for found in regions]
+    return annotate(folder, lines)
 
 
 TEXTS = {"beak": [1, 0, 0], "tail": [0, 1, 0], "crest": [0, 0, 1]}
 
 
 def test_hand_computed(tmp_path):
-    path = _write(
+    given = _write(
         tmp_path,
         [
             [([0, 0, 10, 10], "beak", 0.5), ([10, 0, 20, 10], "tail", 0.9)],
@@ -47,7 +38,7 @@ def test_hand_computed(tmp_path):
     images = {i: [1, 0, 0] for i in range(3)}
     texts = {**TEXTS}
     predictor = StubPredictor(images, texts, regions)
-    result = grounding.evaluate(predictor, images=tmp_path, annotations=path)
+    result = measure("grounding", predictor, **given)
     assert predictor.asked == ["tail", "beak"]
     assert result["pictures"] == 2 and result["without_regions"] == 1
     assert result["regions"] == 3 == result["regions_matched"] and result["regions_outside"] == 1
@@ -65,12 +56,12 @@ def test_hand_computed(tmp_path):
     # Boxes of the other image in place of the predicted ones: image 0 gets the upper half twice
     # (IoU 1/3 with either half), image 1 two of the halves (IoU 1/3 each).
     assert result["chance_box_iou"] == pytest.approx(1 / 3)
-    again = grounding.evaluate(predictor, images=tmp_path, annotations=path, batch_size=1)
+    again = measure("grounding", predictor, **given, batch_size=1)
     assert again == result
 
 
 def test_more_boxes_than_queries_keep_the_highest_scores(tmp_path):
-    path = _write(
+    given = _write(
         tmp_path,
         [
             [
@@ -81,8 +72,10 @@ def test_more_boxes_than_queries_keep_the_highest_scores(tmp_path):
         ],
     )
     regions = {0: ([[0, 0, 0.1, 0.2], [0, 0, 1, 1]], [[1, 0, 0], [0, 1, 0]])}
-    result = grounding.evaluate(
-        StubPredictor({0: [1, 0, 0]}, TEXTS, regions), images=tmp_path, annotations=path
+    result = measure(
+        "grounding",
+        StubPredictor({0: [1, 0, 0]}, TEXTS, regions),
+        **given,
     )
     # beak's box is predicted exactly, but does not count; crest (IoU of 4 / 100) does.
     assert result["regions"] == 3 and result["regions_matched"] == 2
@@ -128,10 +121,10 @@ def test_matching_is_scipys_of_the_training_cost():
 
 
 def test_one_picture_has_a_chance_too(tmp_path):
-    path = _write(tmp_path, [[([0, 0, 20, 10], "beak", 1.0)]])
+    given = _write(tmp_path, [[([0, 0, 20, 10], "beak", 1.0)]])
     regions = {0: ([[0, 0, 1, 1], [0, 0, 0.5, 1]], [[1, 0, 0], [0, 1, 0]])}
     predictor = StubPredictor({0: [1, 0, 0]}, TEXTS, regions)
-    result = grounding.evaluate(predictor, images=tmp_path, annotations=path)
+    result = measure("grounding", predictor, **given)
     assert result["box_iou"] == 1.0 and 0 < result["chance_box_iou"] < 1
 
 
@@ -140,17 +133,17 @@ def test_distinct_keeps_the_first():
 
 
 def test_faults(tmp_path):
-    path = _write(tmp_path, [None])
-    with pytest.raises(test_sets.InputError, match="no line has a region"):
-        grounding.evaluate(StubPredictor(), images=tmp_path, annotations=path)
-    path = _write(tmp_path, [[([90, 0, 99, 9], "beak", 1.0)]])
+    given = _write(tmp_path, [None])
+    with pytest.raises(errors.UserError, match="no line has a region"):
+        measure("grounding", StubPredictor(), **given)
+    given = _write(tmp_path, [[([90, 0, 99, 9], "beak", 1.0)]])
     predictor = StubPredictor({0: [1, 0]}, TEXTS, {0: ([[0, 0, 1, 1]], [[1, 0, 0]])})
-    with pytest.raises(test_sets.InputError, match="every box lies outside"):
-        grounding.evaluate(predictor, images=tmp_path, annotations=path)
+    with pytest.raises(errors.UserError, match="every box lies outside"):
+        measure("grounding", predictor, **given)
 
 
 def test_phrases_with_several_boxes(tmp_path):
-    path = _write(
+    given = _write(
         tmp_path,
         [
             [
@@ -165,7 +158,7 @@ def test_phrases_with_several_boxes(tmp_path):
     # Query 0 says beak, and is the right half; query 1 says tail, and is the lower half.
     regions = {i: ([[0.5, 0, 1, 1], [0, 0.5, 1, 1]], [[1, 0, 0], [0, 1, 0]]) for i in range(2)}
     predictor = StubPredictor({0: [1, 0, 0], 1: [1, 0, 0]}, TEXTS, regions)
-    result = grounding.evaluate(predictor, images=tmp_path, annotations=path)
+    result = measure("grounding", predictor, **given)
     # Each box is a phrase of its own: beak left (IoU 0), right (1); tail (0); the other image's beak (.5).
     assert (result["regions"], result["phrases"]) == (4, 4)
     assert result["phrase_iou"] == pytest.approx((0 + 1 + 0 + 0.5) / 4)
@@ -175,11 +168,11 @@ def test_phrases_with_several_boxes(tmp_path):
     expected = (0 + third + 1 + third + third + 0 + 0.5 + 0.5) / 8
     assert result["chance_phrase_iou"] == pytest.approx(expected)
 
-    first, second = path.read_text().splitlines()
+    first, second = given["annotations"].read_text().splitlines()
     first = json.loads(first) | {"phrases": [[0, 1], [2, 3], [0, 1], [3]]}
     first["regions"][1]["description"] = "beak"
-    path.write_text(json.dumps(first) + "\n" + second + "\n")
-    result = grounding.evaluate(predictor, images=tmp_path, annotations=path)
+    given["annotations"].write_text(json.dumps(first) + "\n" + second + "\n")
+    result = measure("grounding", predictor, **given)
     # Of the tail one box is left, and of the last phrase none. Merged, the two beaks are the whole image.
     assert (result["phrases"], result["phrases_of_several_boxes"]) == (4, 2)
     assert result["phrase_iou"] == pytest.approx((1 + 0 + 1 + 0.5) / 4)
@@ -187,6 +180,6 @@ def test_phrases_with_several_boxes(tmp_path):
     assert result["phrase_iou_merged_box"] == pytest.approx((0.5 + 0 + 0.5 + 0.5) / 4)
     assert result["phrase_acc50_merged_box"] == 3 / 4
 
-    path.write_text(json.dumps(first | {"phrases": []}) + "\n")
-    result = grounding.evaluate(predictor, images=tmp_path, annotations=path)
+    given["annotations"].write_text(json.dumps(first | {"phrases": []}) + "\n")
+    result = measure("grounding", predictor, **given)
     assert result["phrases"] == 0 and "phrase_acc50" not in result and "box_iou" in result

@@ -9,10 +9,10 @@ from ml_collections import ConfigDict
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import linear_probe, rates, tables, test_sets
+from grain_jax.evaluate import linear_probe, rates, tables
 from grain_jax.recipe import evaluator
 from tests.evaluate import tfds_sets
-from tests.evaluate.stub import StubPredictor, write_picture
+from tests.evaluate.stub import StubPredictor, measure, write_picture
 
 linear_model = pytest.importorskip("sklearn.linear_model")
 CLASSES = ("bee", "cow", "doe")
@@ -51,10 +51,11 @@ def noisy(tmp_path):
 
 def _evaluate(folder, predictor, **options):
     train = options.pop("train", "train")
-    return linear_probe.evaluate(
+    return measure(
+        "linear_probe",
         predictor,
-        test=test_sets.ClassFolders(folder / "test"),
-        train=test_sets.ClassFolders(folder / train) if train else None,
+        images=folder / "test",
+        train=folder / train if train else None,
         **options,
     )
 
@@ -200,22 +201,3 @@ def test_without_scikit_learn_the_extra_is_named(noisy, capsys, monkeypatch):
     assert _command(noisy[0], f"--train={noisy[0] / 'train'}") == 2
     line = "linear_probe: needs scikit-learn: pip install 'grain_jax[probe]'\n"
     assert capsys.readouterr().err == line
-
-
-@pytest.mark.parametrize(
-    "fields, message",
-    [
-        (
-            dict(kind="zeroshot", shots=(1,)),
-            "evals.x.shots: no such key; there are: evals.x.kind, evals.x.missing,",
-        ),
-        (dict(kind="linear_probe", shots=(-1,)), "evals.x.shots: got (-1,), expected at least 1"),
-        (dict(kind="linear_probe", seeds=0), "evals.x.seeds: got 0, expected 1 to 1000"),
-    ],
-)
-def test_faults_of_an_entry(fields, message):
-    suite = dict(data_dir="", folders="", descriptions=None, templates=None, alphas=(1.0,))
-    entry = ConfigDict(evaluator(images="x", **fields)).to_dict()
-    with pytest.raises(config_lib.ConfigError) as error:
-        config_lib.suite_from_dict(suite | {"evals": {"x": entry}})
-    assert message in str(error.value)

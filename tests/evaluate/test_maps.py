@@ -3,9 +3,10 @@ import json
 import numpy as np
 import pytest
 
+from grain_jax import errors
 from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import maps, tables, test_sets
-from tests.evaluate.stub import StubPredictor, number, write_picture
+from grain_jax.evaluate import maps, tables
+from tests.evaluate.stub import StubPredictor, annotate, measure, number, region
 
 TEXTS = {"a cat": [1, 0], "a dog": [0, 1]}
 
@@ -24,18 +25,14 @@ class Mapped(StubPredictor):
 @pytest.fixture
 def data(tmp_path):
     """Two images of 20 x 10 pixels: the cat in the left half of both, the dog below on the right of the first."""
-    left = {"box": [0, 0, 10, 10], "description": "a cat", "score": 1}
-    corner = {"box": [10, 5, 20, 10], "description": "a dog", "score": 1}
-    far = {"box": [30, 0, 40, 9], "description": "a dog", "score": 1}
-    for i in (0, 1):
-        write_picture(tmp_path / f"{i}.png", i, (20, 10))
+    left, corner = region([0, 0, 10, 10], "a cat"), region([10, 5, 20, 10], "a dog")
     lines = [
-        {"image": "0.png", "regions": [left, corner, far]},
-        {"image": "1.png", "regions": [left]},
-        {"image": "2.png", "regions": [left]},  # not there
+        {"regions": [left, corner, region([30, 0, 40, 9], "a dog")]},
+        {"regions": [left]},
+        {"image": "none.png", "regions": [left]},
         {"image": "1.png", "regions": []},
     ]
-    (tmp_path / "A.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = annotate(tmp_path, lines)
     predictor = Mapped(
         texts=TEXTS,
         images={
@@ -43,12 +40,12 @@ def data(tmp_path):
             1: {0: [[0, 1], [1, 0]]},  # one of two equally high cells is right
         },
     )
-    return predictor, dict(images=tmp_path, annotations=tmp_path / "A.jsonl")
+    return predictor, given
 
 
 def test_hand_computed(data):
     predictor, given = data
-    got = maps.evaluate(predictor, **given)
+    got = measure("maps", predictor, **given)
     assert (got["pictures"], got["unreadable"], got["without_regions"]) == (2, 1, 1)
     assert (got["phrases"], got["regions_outside"]) == (3, 1)
     assert got["pointing"] == pytest.approx((1 + 0 + 0.5) / 3)
@@ -63,7 +60,7 @@ def test_the_iou_is_that_of_the_best_threshold():
     one, box = np.array([[0, 1.0]]), np.array([[0.5, 0, 1, 1]])
     found = maps._measured([(one, box), (one, box)])
     mean = found["iou"].mean(0)
-    assert mean[list(maps.THRESHOLDS.round(2)).index(0.5)] == 1 == mean.max()
+    assert mean[list(maps.thresholds().round(2)).index(0.5)] == 1 == mean.max()
     assert mean[0] == pytest.approx(0.5 / 0.725, abs=0.01)  # above .05 from x = .275 on
     assert found["hit"].tolist() == [1, 1] and found["chance"].tolist() == [0.5, 0.5]
 
@@ -74,14 +71,10 @@ def test_a_map_without_differences_says_nothing():
 
 
 def test_no_box_in_its_image(data, tmp_path):
-    predictor, given = data
-    far = {
-        "image": "0.png",
-        "regions": [{"box": [30, 0, 40, 9], "description": "a cat", "score": 1}],
-    }
-    (tmp_path / "A.jsonl").write_text(json.dumps(far))
-    with pytest.raises(test_sets.InputError, match="every box lies outside its image"):
-        maps.evaluate(predictor, **given)
+    predictor, _ = data
+    given = annotate(tmp_path, [{"regions": [region([30, 0, 40, 9], "a cat")]}])
+    with pytest.raises(errors.UserError, match="every box lies outside its image"):
+        measure("maps", predictor, **given)
 
 
 def test_the_commands_read_annotations(data, tmp_path, monkeypatch, capsys):

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from grain_jax.evaluate import near_misses, tables, test_sets
-from tests.evaluate.stub import StubPredictor, write_picture
+from grain_jax import errors
+from grain_jax.evaluate import tables
+from tests.evaluate.stub import StubPredictor, annotate, measure, region
 
 TEXTS = {"red": [1, 0, 0], "blue": [0, 1, 0], "green": [0, 0, 1], "pale": [0.6, 0.8, 0]}
 LEFT, RIGHT = [0, 0, 0.5, 1], [0.5, 0, 1, 1]
@@ -12,24 +13,13 @@ LEFT, RIGHT = [0, 0, 0.5, 1], [0.5, 0, 1, 1]
 @pytest.fixture
 def data(tmp_path):
     """Two images of 20 x 10 pixels; regions with two negatives, with one, and outside."""
-
-    def region(box, description, *negatives):
-        found = {"box": box, "description": description, "score": 1}
-        return found | ({"negatives": negatives} if negatives else {})
-
     regions = [
-        [
-            region([0, 0, 10, 10], "red", "blue", "green"),
-            region([10, 0, 20, 10], "blue", "red", "pale"),
-        ],
-        [region([0, 0, 10, 10], "green", "red"), region([30, 0, 40, 9], "red", "blue", "green")],
-        [region([10, 0, 20, 10], "red", "blue", "green")],
+        [([0, 0, 10, 10], "red", "blue", "green"), ([10, 0, 20, 10], "blue", "red", "pale")],
+        [([0, 0, 10, 10], "green", "red"), ([30, 0, 40, 9], "red", "blue", "green")],
+        [([10, 0, 20, 10], "red", "blue", "green")],
     ]
-    lines = []
-    for i, found in enumerate(regions):
-        write_picture(tmp_path / f"{i}.png", i, (20, 10))
-        lines.append(json.dumps({"image": f"{i}.png", "regions": found}))
-    (tmp_path / "A.jsonl").write_text("\n".join(lines))
+    made = [[region(box, text, negatives=rest) for box, text, *rest in found] for found in regions]
+    given = annotate(tmp_path, [{"regions": found} for found in made])
     predictor = StubPredictor(
         # The image says red, of the last one red and blue alike.
         images={0: [1, 0, 0], 1: [1, 0, 0], 2: [1, 1, 0]},
@@ -40,12 +30,12 @@ def data(tmp_path):
             2: ([LEFT, RIGHT], [[1, 0, 0], [0, 1, 0]]),  # wrong
         },
     )
-    return predictor, dict(images=tmp_path, annotations=tmp_path / "A.jsonl")
+    return predictor, given
 
 
 def test_hand_computed(data):
     predictor, given = data
-    got = near_misses.evaluate(predictor, **given, negatives=2)
+    got = measure("near_misses", predictor, **given, negatives=2)
     assert (got["boxes"], got["boxes_with_fewer_negatives"], got["boxes_outside"]) == (3, 1, 1)
     assert (got["chance"], got["chance_mean_rank"], got["pictures"]) == (1 / 3, 2.0, 3)
     assert got["region"]["top1"] == pytest.approx(1 / 3)
@@ -61,12 +51,12 @@ def test_hand_computed(data):
 
 def test_fewer_negatives_take_the_first(data):
     predictor, given = data
-    got = near_misses.evaluate(predictor, **given, negatives=1)
+    got = measure("near_misses", predictor, **given, negatives=1)
     assert (got["boxes"], got["negatives"]) == (4, 1)
     assert got["region"]["top1"] == pytest.approx(3 / 4)  # of blue, pale is not asked for
 
 
 def test_annotations_without_negatives(data):
     predictor, given = data
-    with pytest.raises(test_sets.InputError, match="no region has 10 negatives or more"):
-        near_misses.evaluate(predictor, **given)
+    with pytest.raises(errors.UserError, match="no region has 10 negatives or more"):
+        measure("near_misses", predictor, **given)

@@ -1,27 +1,14 @@
-import json
-
 import numpy as np
 import pytest
 
-from grain_jax.evaluate import rates, retrieval, test_sets
+from grain_jax import errors
+from grain_jax.evaluate import rates, retrieval
 from grain_jax.files.regular_file import FileError
-from tests.evaluate.stub import StubPredictor, write_picture
-
-
-def _write(tmp_path, lines):
-    for i, _ in enumerate(lines):
-        write_picture(tmp_path / "images" / f"{i}.png", i)
-    path = tmp_path / "A.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps({"image": f"images/{i}.png", **line}) + "\n" for i, line in enumerate(lines)
-        )
-    )
-    return path
+from tests.evaluate.stub import StubPredictor, annotate, measure
 
 
 def test_hand_computed(tmp_path):
-    path = _write(
+    given = annotate(
         tmp_path,
         [
             {"captions": ["one", "uno"]},
@@ -33,7 +20,7 @@ def test_hand_computed(tmp_path):
     texts = {"one": [1, 0, 0], "uno": [0.6, 0.8, 0], "two": [0, 1, 0], "three": [0, 0, 1]}
     images = {0: [0.1, 1, 0], 1: [0, 1, 0.1], 2: [0, 0.2, 1]}
     predictor = StubPredictor(images, texts)
-    result = retrieval.evaluate(predictor, images=tmp_path, annotations=path)
+    result = measure("retrieval", predictor, **given)
     assert predictor.asked == ["one", "uno", "two", "three"]
     assert (result["pictures"], result["captions"], result["distinct_captions"]) == (3, 4, 4)
     assert result["synthetic_captions"] == 1 and result["without_caption"] == 1
@@ -51,10 +38,12 @@ def test_hand_computed(tmp_path):
 
 
 def test_equal_captions_are_right_for_each_other(tmp_path):
-    path = _write(tmp_path, [{"caption": "A  bird"}, {"caption": "a bird"}, {"caption": "a fish"}])
+    given = annotate(
+        tmp_path, [{"caption": "A  bird"}, {"caption": "a bird"}, {"caption": "a fish"}]
+    )
     texts = {"A  bird": [1, 0], "a fish": [0, 1]}
     images = {0: [1, 0], 1: [0.9, 0.1], 2: [0.1, 1]}
-    result = retrieval.evaluate(StubPredictor(images, texts), images=tmp_path, annotations=path)
+    result = measure("retrieval", StubPredictor(images, texts), **given)
     assert (result["captions"], result["distinct_captions"]) == (3, 2)
     assert result["image_to_text"]["r1"] == 1.0
     assert result["text_to_image"]["r1"] == 1.0
@@ -64,12 +53,12 @@ def test_equal_captions_are_right_for_each_other(tmp_path):
 
 def test_chunks_do_not_matter(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
-    path = _write(tmp_path, [{"captions": [f"{i} a", f"{i} b"]} for i in range(23)])
+    given = annotate(tmp_path, [{"captions": [f"{i} a", f"{i} b"]} for i in range(23)])
     texts = {f"{i} {x}": random.normal(size=6) for i in range(23) for x in "ab"}
     predictor = StubPredictor({i: random.normal(size=6) for i in range(23)}, texts)
-    whole = retrieval.evaluate(predictor, images=tmp_path, annotations=path)
+    whole = measure("retrieval", predictor, **given)
     monkeypatch.setattr(retrieval, "_ROWS_AT_ONCE", 5)
-    assert retrieval.evaluate(predictor, images=tmp_path, annotations=path, batch_size=4) == whole
+    assert measure("retrieval", predictor, **given, batch_size=4) == whole
     # Against the definition.
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
     similarity = (
@@ -85,10 +74,10 @@ def test_chunks_do_not_matter(tmp_path, monkeypatch):
 
 
 def test_faults(tmp_path):
-    path = _write(tmp_path, [{}])
-    with pytest.raises(test_sets.InputError, match="no line has a caption"):
-        retrieval.evaluate(StubPredictor(), images=tmp_path, annotations=path)
-    with pytest.raises(test_sets.InputError, match="no such folder"):
-        retrieval.evaluate(StubPredictor(), images=tmp_path / "no", annotations=path)
+    given = annotate(tmp_path, [{}])
+    with pytest.raises(errors.UserError, match="no line has a caption"):
+        measure("retrieval", StubPredictor(), **given)
+    with pytest.raises(errors.UserError, match="no such folder"):
+        measure("retrieval", StubPredictor(), **given | {"images": tmp_path / "no"})
     with pytest.raises(FileError, match="no such file"):
-        retrieval.evaluate(StubPredictor(), images=tmp_path, annotations=tmp_path / "no")
+        measure("retrieval", StubPredictor(), **given | {"annotations": tmp_path / "no"})

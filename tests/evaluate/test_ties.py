@@ -8,16 +8,10 @@ import numpy as np
 import pytest
 
 from grain_jax.evaluate import (
-    box_classes,
-    grounding,
-    linear_probe,
-    maps,
-    near_misses,
     retrieval,
     zeroshot,
 )
-from grain_jax.evaluate import test_sets as sets
-from tests.evaluate.stub import StubPredictor, number, write_picture
+from tests.evaluate.stub import StubPredictor, measure, number, write_picture
 
 COUNT, DIM = 69, 97  # images; odd, so that BLAS sums the last columns in another order
 CLASSES = "ant", "bee", "cat"
@@ -61,10 +55,9 @@ def _classified(found):
 
 
 def _zeroshot(folder, predictor, **given):
-    test_set = sets.ClassFolders(folder / "classes")
-    given |= dict(descriptions=folder / "D.json", alphas=(1.0, 0.5, 0.0))
+    given |= dict(images=folder / "classes", descriptions=folder / "D.json", alphas=(1.0, 0.5, 0.0))
     for order in zeroshot.REGION_ORDERS:
-        found = zeroshot.evaluate(predictor, test_set, region_order=order, **given)
+        found = measure("zeroshot", predictor, region_order=order, **given)
         for result in (found, found["by_name"]):
             for key in ("alpha_1.0", "alpha_0.5", "alpha_0.0"):
                 assert _classified(result[key]) == pytest.approx((1 / 3, 1))
@@ -73,7 +66,7 @@ def _zeroshot(folder, predictor, **given):
 
 def _retrieval(folder, predictor, **given):
     with mock.patch.object(retrieval, "_ROWS_AT_ONCE", given["batch_size"]):
-        found = retrieval.evaluate(predictor, **_annotated(folder), **given)
+        found = measure("retrieval", predictor, **_annotated(folder), **given)
     for way in ("image_to_text", "text_to_image"):
         found[way] = {key: value for key, value in found[way].items() if key[0] == "r"}
     for k in retrieval.KS:
@@ -82,7 +75,7 @@ def _retrieval(folder, predictor, **given):
 
 
 def _near_misses(folder, predictor, **given):
-    found = near_misses.evaluate(predictor, negatives=8, **_annotated(folder), **given)
+    found = measure("near_misses", predictor, negatives=8, **_annotated(folder), **given)
     for key in ("region", "image"):
         assert found[key]["top1"] == pytest.approx(1 / 9)
         assert found[key]["mean_rank"] == found[key]["median_rank"] == 9  # lost against all
@@ -90,20 +83,20 @@ def _near_misses(folder, predictor, **given):
 
 
 def _boxes(folder, predictor, **given):
-    found = box_classes.evaluate(predictor, **_annotated(folder), **given)
+    found = measure("boxes", predictor, **_annotated(folder), **given)
     assert found["region"]["top1"] == found["image"]["top1"] == pytest.approx(1 / (2 * COUNT))
     return found
 
 
 def _grounding(folder, predictor, **given):
-    found = grounding.evaluate(predictor, **_annotated(folder), **given)
+    found = measure("grounding", predictor, **_annotated(folder), **given)
     assert found["region_to_description_r1"] == pytest.approx(1 / (2 * COUNT))
     assert found["phrase_acc50"] == 0.5  # of two queries alike, one has the box
     return found
 
 
 def _maps(folder, predictor, **given):
-    found = maps.evaluate(predictor, **_annotated(folder), **given)
+    found = measure("maps", predictor, **_annotated(folder), **given)
     assert found["pointing"] == found["chance_pointing"] == 0.5 and found["map_iou"] == 0
     return found
 
@@ -111,7 +104,7 @@ def _maps(folder, predictor, **given):
 def _linear_probe(folder, predictor, **given):
     """Images alike: the intercepts, of classes of one size, are the same but for rounding."""
     same = StubPredictor(dict.fromkeys(range(COUNT), np.ones(DIM)))
-    found = linear_probe.evaluate(same, test=sets.ClassFolders(folder / "classes"), **given)
+    found = measure("linear_probe", same, images=folder / "classes", **given)
     assert _classified(found["shots_all"])[0] == pytest.approx(1 / 3)
     return found
 

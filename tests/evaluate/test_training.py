@@ -16,7 +16,8 @@ from grain_jax.configs import demo
 from grain_jax import config as config_lib
 from grain_jax import errors, train
 from grain_jax.cli import config_file
-from grain_jax.evaluate import diagnostics, entries, evaluators
+from grain_jax.config.evals import Context
+from grain_jax.evaluate import diagnostics, entries
 from grain_jax.models import grain
 from tests import tiny
 from tests.evaluate import train_config
@@ -114,20 +115,13 @@ def test_what_the_command_line_asks_for_is_not_skipped(override, said, tmp_path,
 
 def test_diagnostics_know_the_run_and_its_step(data, tmp_path, monkeypatch):
     config = config_lib.from_dict(train_config.get_config(data))
-    seen = evaluators.Diagnostics(images="x", annotations="A.jsonl")
+    seen = diagnostics.Diagnostics(images="x", annotations="A.jsonl")
     state = types.SimpleNamespace(params=None, ema_params=None, step=np.int32(7))
     monkeypatch.setattr(train, "make_predictor", lambda *_: None)
-    given = {}
-    monkeypatch.setattr(diagnostics, "evaluate", lambda *_, **options: given.update(options) or {})
+    given = []
+    monkeypatch.setattr(type(seen), "evaluate", lambda *told: given.append(told[2]) or {})
     assert train.evaluate_all(config, {"seen": seen}, state, tmp_path) == {}
-    assert given == {
-        "images": "x",
-        "annotations": "A.jsonl",
-        "orientation": "exif",
-        "batch_size": 64,
-        "state_path": tmp_path / "diagnostics" / "seen.json",
-        "step": 7,
-    }
+    assert given == [Context(64, tmp_path / "diagnostics" / "seen.json", 7)]
 
 
 @pytest.mark.slow

@@ -8,29 +8,20 @@ Every restart is the same command; nothing is mended by hand. Prints what was do
 import argparse
 import collections
 import contextlib
-import json
 import os
 import pathlib
 import random
 import resource
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tests import compiling
+from tests import runs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TIMINGS = (
-    "images_per_second",
-    "input_wait_fraction",
-    "input_wait_steps",
-    "model_flops_per_second",
-    "mfu",
-)
 PATIENCE = 300  # seconds that a process may take to get somewhere, or to end
 CHECKPOINT_EVERY = 5
 
@@ -58,12 +49,6 @@ def plan(kills: int, terms: int, rng: random.Random) -> list[Fault]:
     return faults
 
 
-def metrics(workdir: pathlib.Path) -> list[dict]:
-    """The lines of metrics.jsonl without timings."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
-
-
 class Drill:
     """A run on one process, or on two, that is ended by faults.
 
@@ -81,27 +66,13 @@ class Drill:
 
     def start(self, name: str) -> subprocess.Popen:
         """The command of the run in that workdir; the same at every restart."""
-        command = [sys.executable, "-m", "grain_jax.train", "--config", "tests/run_config.py"]
-        command += ["--workdir", str(self.folder / name), f"--config.total_steps={self.steps}"]
-        command += [f"--config.checkpoint_every={CHECKPOINT_EVERY}"]
-        command += ["--config.model.text.vocab_size=600", "--config.checkpoint_keep=3"]
-        command += [f"--config.model.{tower}.depth=1" for tower in ("image", "text", "decoder")]
-        if self.processes > 1:
-            local = [
-                sys.executable,
-                "-m",
-                "grain_jax.launch.local",
-                f"--processes={self.processes}",
-            ]
-            local += ["--grace=3"]
-            command = [*local, "--devices-per-process=1", "--", *command, "--heartbeat_seconds=10"]
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": compiling.FLAGS,
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        changes = {"total_steps": self.steps, "checkpoint_every": CHECKPOINT_EVERY}
+        changes |= {"checkpoint_keep": 3, **runs.SMALL}
+        many = dict(processes=self.processes, local=("--grace=3",)) if self.processes > 1 else {}
+        command = runs.command(self.folder / name, changes, **many)
+        if many:
+            command += ["--heartbeat_seconds=10"]
+        environment = runs.on_one_device(self.folder / "compiled")
         with (self.folder / f"{name}.log").open("a") as log:
             return subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -228,7 +199,7 @@ def drill(
     if run._lines("ended") >= run.steps:
         raise SystemExit("the run was over before the last fault")
     run.finish("ended")
-    ended, alone = metrics(folder / "ended"), metrics(folder / "left_alone")
+    ended, alone = runs.lines(folder / "ended"), runs.lines(folder / "left_alone")
     if ended != alone:
         differing = [b["step"] for a, b in zip(ended, alone) if a != b][:5]
         raise SystemExit(f"{len(ended)} and {len(alone)} lines; they differ at steps {differing}")

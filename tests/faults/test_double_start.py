@@ -1,31 +1,19 @@
 """Two trainers started on one workdir at the same moment: one trains, one is refused, nothing is lost."""
 
 import json
-import os
 import subprocess
-import sys
 
 import pytest
 
-from tests import compiling
-from tests.faults import drill
+from tests import runs
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
 
 def _start(workdir, folder):
-    command = [sys.executable, "-m", "grain_jax.train", "--config", "tests/run_config.py"]
-    command += ["--workdir", str(workdir), "--config.total_steps=30"]
-    command += ["--config.model.text.vocab_size=600"]
-    command += [f"--config.model.{tower}.depth=1" for tower in ("image", "text", "decoder")]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": compiling.FLAGS,
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    command = runs.command(workdir, {"total_steps": 30, **runs.SMALL})
+    environment = runs.on_one_device(folder / "compiled")
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -48,7 +36,7 @@ def test_of_two_at_once_one_trains_as_if_alone(folder, number):
     refused, first = sorted(pair, key=lambda process: -process.returncode)
     line = said[pair.index(refused)].strip()
     assert line.startswith(f"{workdir}: process {first.pid} on ") and "\n" not in line
-    assert drill.metrics(workdir) == drill.metrics(folder / "alone")
+    assert runs.lines(workdir) == runs.lines(folder / "alone")
     saved = sorted(path.name for path in (workdir / "checkpoints").iterdir())
     assert saved == ["28", "30"] and not (workdir / "trainer.lock").exists()
     assert json.loads((workdir / "receipts.jsonl").read_text().splitlines()[-1])["step"] == 30

@@ -28,20 +28,20 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from grain_jax.data import sources  # noqa: E402
-from grain_jax.data.fetch import gcompris  # noqa: E402
+import jax
+import numpy as np
+from grain_jax.data import sources
+from grain_jax.data.fetch import gcompris
 
-from grain_jax import config as config_lib  # noqa: E402
-from grain_jax import errors  # noqa: E402
+from grain_jax import config as config_lib
+from grain_jax import errors
 from grain_jax.files import images
-from grain_jax.input_pipeline import file_tokenizer, records  # noqa: E402
-from grain_jax.report import run_files  # noqa: E402
+from grain_jax.input_pipeline import file_tokenizer, records
+from grain_jax.report import run_files
 from grain_jax.runtime import checkpoint
-from tests import perturbed, record_sets, tiny  # noqa: E402
-from tests.data import debian_packages  # noqa: E402
-from tests.hostile import image_files, indexes, source_files  # noqa: E402
+from tests import perturbed, record_sets, tiny
+from tests.data import debian_packages
+from tests.hostile import image_files, indexes, source_files
 
 SECONDS = 30.0
 RECORDS = 16
@@ -67,11 +67,11 @@ NASTY: tuple[Any, ...] = (
 )
 
 
-class Hang(Exception):  # noqa: N818
+class Hang(Exception):
     """A case took longer than SECONDS."""
 
 
-class SilentDifference(Exception):  # noqa: N818
+class SilentDifference(Exception):
     """Damaged input gave another result than the good one, and nothing was said."""
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -42,10 +43,14 @@ def dripping(start: bytes, piece: bytes, seconds: float = 0.05) -> Behaviour:
     return behave
 
 
-@contextlib.contextmanager
-def serve(behave: Behaviour, family: int = socket.AF_INET) -> Iterator["Server"]:
+def serve(behave: Behaviour, family: int = socket.AF_INET):
     """A server on a free port, until the block ends."""
-    server = Server(behave, family)
+    return running(Server(behave, family))
+
+
+@contextlib.contextmanager
+def running(server: "Server") -> Iterator["Server"]:
+    """Ends the server with the block."""
     try:
         yield server
     finally:
@@ -80,24 +85,24 @@ class Server:
     def _serve(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
             connection.settimeout(10)
-            self.requests.append(_request(connection))
-            self._behave(connection, self.stop)
+            head, content = _request(connection)
+            self.requests.append(head)
+            self.respond(connection, head, content)
+
+    def respond(self, connection: socket.socket, head: bytes, content: bytes) -> None:
+        """Answers a request."""
+        self._behave(connection, self.stop)
 
 
-def _request(connection: socket.socket) -> bytes:
-    """Reads a whole request, so that an early end is not a reset; returns its head."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        more = connection.recv(65536)
+def _request(connection: socket.socket) -> tuple[bytes, bytes]:
+    """Reads a whole request, so that an early end is not a reset; returns its head and its content."""
+    data, length = b"", None
+    while True:
+        head, end, content = data.partition(b"\r\n\r\n")
+        if end and length is None:
+            found = re.search(rb"content-length: *(\d+)", head.lower())
+            length = int(found[1]) if found else 0
+        more = b"" if end and len(content) >= length else connection.recv(65536)
         if not more:
-            return data
+            return head, content
         data += more
-    first, _, rest = data.partition(b"\r\n\r\n")
-    length = [x for x in first.lower().split(b"\r\n") if x.startswith(b"content-length:")]
-    left = (int(length[0].split(b":")[1]) if length else 0) - len(rest)
-    while left > 0:
-        more = connection.recv(65536)
-        if not more:
-            break
-        left -= len(more)
-    return first

@@ -192,9 +192,8 @@ def test_names_are_escaped_in_messages_and_pages(folder, monkeypatch, tmp_path, 
     for part in range(indexes.FILES):
         indexes.rewrite(folder, part, rename)
     query = np.zeros((1, indexes.D), np.float32)
-    monkeypatch.setattr(
-        command, "_search", lambda args, index, *_: search.search(index, query, top=3)
-    )
+    answer = search.search
+    monkeypatch.setattr(search, "search", lambda index, *_, **__: answer(index, query, top=3))
     monkeypatch.setattr(search.Index, "model", None)
     assert command.main([str(folder), "--text=a", f"--output={tmp_path / 'a.html'}"]) == 0
     said, text = capsys.readouterr(), (tmp_path / "a.html").read_text()

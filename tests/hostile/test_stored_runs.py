@@ -12,8 +12,8 @@ import pytest
 import grain_jax
 from grain_jax import config as config_lib
 from grain_jax import errors, export, train, verify
-from grain_jax.runtime import checkpoint, receipt
-from tests import tiny
+from grain_jax.runtime import checkpoint
+from tests import runs, tiny
 
 
 @pytest.fixture(scope="module")
@@ -41,37 +41,18 @@ def converted(finished, tmp_path_factory):
     return folder
 
 
-def forge(workdir, config):
-    """Puts `config` into the workdir, with records to match, as somebody who knows how would."""
-    text, previous, lines = config_lib.to_json(config), None, []
-    (workdir / "config.json").write_text(text)
-    for record in map(json.loads, receipt.read(workdir)):
-        record["config"] = receipt.config_sha256(config)
-        record["previous"] = previous and receipt.sha256(previous)
-        folder = workdir / "checkpoints" / str(record["step"])
-        (folder / "config" / "metadata").write_text(text)
-        (folder / "receipt" / "metadata").write_text(json.dumps(record))
-        lines.append(json.dumps(record) + "\n")
-        previous = record
-    (workdir / receipt.FILE).write_text("".join(lines))
-
-
 def test_a_forged_workdir_runs_no_command(copy, tmp_path, monkeypatch):
     """`input.prepare` names a command; it runs where the user passes that config to the trainer alone."""
     marker = tmp_path / "ran"
     (tmp_path / "hostile_module.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    forge(
-        copy,
-        tiny.config(
-            total_steps=2,
-            checkpoint_every=1,
-            input__source="records",
-            input__data_dir=str(tmp_path / "missing"),
-            input__name="birds",
-            input__prepare="hostile_module --output {data_dir}",
-        ),
+    source = dict(
+        input__source="records",
+        input__data_dir=str(tmp_path / "missing"),
+        input__name="birds",
+        input__prepare="hostile_module --output {data_dir}",
     )
+    runs.forge_config(copy, tiny.config(total_steps=2, checkpoint_every=1, **source))
     with pytest.raises(errors.MissingData, match="no record set 'birds' in .*missing") as error:
         verify.verify(copy)
     assert error.value.status == 2
@@ -84,14 +65,16 @@ def test_a_tokenizer_outside_the_checkpoint_is_not_copied(copy, tmp_path, capsys
     secret.write_text("the user's own")
     config = tiny.config(total_steps=2, checkpoint_every=1, model__text__tokenizer=str(secret))
     for name in (str(secret), "../../../secret.json", "link.json"):
-        forge(copy, config_lib.from_dict(tiny.dictionary(**{"model__text__tokenizer": name})))
+        runs.forge_config(
+            copy, config_lib.from_dict(tiny.dictionary(**{"model__text__tokenizer": name}))
+        )
         link = copy / "checkpoints" / "2" / "link.json"
         if name == "link.json" and not link.exists():
             link.symlink_to(secret)
         out = tmp_path / "out"
         export._copy_tokenizer(grain_jax.load(copy), out)
         assert not out.exists() and "was not copied" in capsys.readouterr().err, name
-    forge(copy, config)
+    runs.forge_config(copy, config)
     (copy / "secret.json").write_text("the run's")
     (tmp_path / "out").mkdir()
     export._copy_tokenizer(grain_jax.load(copy), tmp_path / "out")
@@ -173,13 +156,11 @@ def test_every_command_that_reads_a_model_says_that_it_is_damaged(converted, tmp
     (folder / "config.json").write_text(json.dumps(content))
     from grain_jax.convert import __main__ as convert_command
 
-    for run in (
-        lambda: export.main(["--checkpoint", str(folder), "--output", str(tmp_path / "out")]),
-        lambda: convert_command.main(
-            ["to-hf", "--input", str(folder), "--output", str(tmp_path / "hf")]
-        ),
+    for main, words in (
+        (export.main, ["--checkpoint", folder]),
+        (convert_command.main, ["to-hf", "--input", folder]),
     ):
-        assert run() == 2
+        assert main([*map(str, words), "--output", str(tmp_path / "out")]) == 2
         assert "model: not what config.json has the digest of" in capsys.readouterr().err
     with pytest.raises(checkpoint.CheckpointError, match="damaged: model: not what config.json"):
         grain_jax.load(folder)

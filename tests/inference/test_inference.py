@@ -10,7 +10,6 @@ import pytest
 import tokenizers
 import tokenizers.models
 import tokenizers.pre_tokenizers
-from flax import linen as nn
 
 import grain_jax
 from grain_jax import config as config_lib
@@ -20,28 +19,15 @@ from grain_jax.inference import prompts, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 from grain_jax.runtime import checkpoint
-from tests import tiny
+from tests import perturbed, tiny
 
 S, Q, D = 16, 5, 16
-
-
-def perturbed(c):
-    """A model's parameters, of which every one counts."""
-    module = grain.GRAIN(c.model)
-    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), tiny.batch(c)))["params"]
-    rng = np.random.default_rng(0)
-
-    def value(path, leaf):
-        around = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(around + 0.2 * rng.standard_normal(leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(value, shapes)
 
 
 @pytest.fixture(scope="module")
 def predictor():
     c = tiny.config(model__embed_dim=D)
-    return inference.Predictor(c.model, perturbed(c))
+    return inference.Predictor(c.model, perturbed.params(c.model))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +43,7 @@ def two_towers(tmp_path_factory):
     c.text.packing = False
     c = config_lib.from_dict(c)
     folder = tmp_path_factory.mktemp("two_towers") / "model"
-    checkpoint.save_model(folder, c.model, perturbed(c), source="test")
+    checkpoint.save_model(folder, c.model, perturbed.params(c.model), source="test")
     words = "<unk> </s> a photo of wren with long orange beak".split()
     library = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
@@ -259,12 +245,12 @@ def test_progress_is_shown_where_it_is_asked_for(predictor, pictures, capsys):
     predictor.encode_image(pictures[:3])
     assert capsys.readouterr().err == ""
     inference.Predictor(predictor.model, predictor.params, progress=True).encode_image(pictures)
-    assert "images: 100%" in capsys.readouterr().err
+    assert f"images: {len(pictures)}/{len(pictures)}, " in capsys.readouterr().err
 
 
 def test_a_decoder_without_queries_has_no_regions(pictures):
     c = tiny.config(model__embed_dim=D, model__decoder__queries=0, input__max_regions=0)
-    other = inference.Predictor(c.model, perturbed(c))
+    other = inference.Predictor(c.model, perturbed.params(c.model))
     assert other.encode_image(pictures[:2]).shape == (2, D)
     said = r"^ground: the model has no region queries \(model.decoder.queries is 0\), expected"
     with pytest.raises(inference.InputError, match=said):

@@ -11,7 +11,7 @@ from grain_jax import config as config_lib
 from grain_jax import errors, train
 from grain_jax.input_pipeline import derived, packing, records, synthetic, text_lengths
 from grain_jax.input_pipeline.text_lengths import TextLengths
-from grain_jax.runtime import preemption
+from grain_jax.runtime import ending
 from grain_jax.training import sharding
 from tests import record_sets, tiny
 
@@ -51,7 +51,7 @@ ANYWHERE = derived.Place()
 
 
 def resolve(config, place=ANYWHERE, of=None, **stored):
-    return derived.resolve(config, place, lambda: of or synthetic.text_lengths(config), **stored)
+    return derived.resolve(config, place, lambda: of or [synthetic.text_lengths(config)], **stored)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_rows_hold_other_images_of_the_same_kind(case, group):
     config = open_config(batch_size=2048, input__max_regions=CASES[case][2])
     rows = derived.rows_of(config, group, [drawn(case, 4096, 0)])
     texts, _ = derived.draw(config, [drawn(case, 16384, 1)], 16384, np.random.default_rng(99))
-    pack = lambda n: packing.pack(**texts, pack_group=group, rows=n, row_length=77)  # noqa: E731
+    pack = lambda n: packing.pack(**texts, pack_group=group, rows=n, row_length=77)
     layout, number = pack(rows.rows), 16384 + texts["region_mask"].sum()
     assert (layout.texts_dropped + layout.captions_cut) / number <= derived.MISFITS
     assert layout.region_mask.any(axis=1).sum() == texts["region_mask"].any(axis=1).sum()
@@ -196,7 +196,7 @@ def test_negatives_are_drawn_as_training_has_them():
     assert few < many
     layout = packing.pack(**texts, pack_group=8, rows=many, row_length=77)
     assert layout.texts_dropped == 0
-    without = of._replace(negatives=None)  # a set of before
+    without = of._replace(negatives=None)
     assert derived.rows_of(config, 8, [without]).rows == few
     padded = resolve(
         open_config(text__packing=False, input__captions_per_image=3, input__negatives_per_region=2)
@@ -285,7 +285,7 @@ def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path, capf
         stored = json.loads((tmp_path / "run/config.json").read_text())
         return stored["input"]["lanes"], stored["text"]["pack_group"], stored["text"]["pack_rows"]
 
-    told = preemption.PreemptionHandler()
+    told = ending.PreemptionHandler()
     told.tell(signal.SIGTERM)
     with pytest.raises(SystemExit):  # after the first step
         run(told)

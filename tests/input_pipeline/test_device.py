@@ -27,7 +27,7 @@ def threads():
 
 
 def test_global_arrays_in_order(sharding):
-    batches = device.prefetch(source(5), sharding)
+    batches = device.Prefetch(source(5), sharding)
     for got, expected in zip(batches, source(5), strict=True):
         record_sets.assert_batches_equal(got, expected)
         for field in jax.tree.leaves(got):
@@ -45,7 +45,7 @@ def test_an_error_of_the_source_reaches_the_consumer(sharding):
         yield from source(2)
         raise ValueError("record 7 is damaged")
 
-    batches = device.prefetch(failing(), sharding)
+    batches = device.Prefetch(failing(), sharding)
     next(batches), next(batches)
     with pytest.raises(ValueError, match="record 7 is damaged"):
         next(batches)
@@ -58,7 +58,7 @@ def test_waiting_is_measured(sharding):
             time.sleep(0.2)
             yield batch
 
-    batches = device.prefetch(slow(), sharding)
+    batches = device.Prefetch(slow(), sharding)
     next(batches)
     assert 0.1 < batches.wait_seconds < 2 and batches.wait_steps == 1
     waited = batches.wait_seconds
@@ -72,7 +72,7 @@ def test_a_wait_that_is_small_beside_the_step_does_not_count(monkeypatch, shardi
     """Seconds by a clock that a queue moves on: 0.9 ms, 5 ms of a second, 5 ms of 100."""
     now = [0.0]
     monkeypatch.setattr(device.time, "monotonic", lambda: now[0])
-    batches = device.prefetch(source(3), sharding)
+    batches = device.Prefetch(source(3), sharding)
     get = batches._queue.get
     counts = []
     for computing, waiting in ((0.0, 0.0009), (0.995, 0.005), (0.095, 0.005)):
@@ -100,7 +100,7 @@ def test_depth_and_close(sharding):
         finally:
             closed.append(True)
 
-    batches = device.prefetch(endless(), sharding, depth=2)
+    batches = device.Prefetch(endless(), sharding, depth=2)
     next(batches)
     time.sleep(0.5)
     assert len(made) <= 4  # one taken, two ready, one at the door

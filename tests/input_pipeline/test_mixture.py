@@ -1,8 +1,7 @@
 """Mixtures of record sets: exact shares, each set's own epochs, and a stream that is a function of the step."""
 
 import dataclasses
-import itertools
-import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from grain_jax import errors, train, verify
 from grain_jax.input_pipeline import order, record_files, records
 from grain_jax.runtime import checkpoint
 from tests import record_sets, tiny
+from tests.record_sets import numbers, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # TFDS with protobuf 6
 
@@ -50,15 +50,6 @@ def mixture(folder, weights=WEIGHTS, **values):
     return record_sets.config("", name="", datasets=entries(folder, weights), **values)
 
 
-def take(config, count, **arguments):
-    return list(itertools.islice(records.batches(config, **arguments), count))
-
-
-def numbers(batch):
-    """Which image each row is: its first pixel tells."""
-    return batch.image[:, 0, 0].astype(int) @ [1, 256, 0]
-
-
 def lane_streams(batches):
     """The images' numbers of each lane, in order: int [LANES, len(batches) * PER_LANE]."""
     return np.stack([numbers(b).reshape(LANES, PER_LANE) for b in batches], axis=1).reshape(
@@ -69,7 +60,7 @@ def lane_streams(batches):
 def mixed_lanes(weights, lanes=8, seed=0):
     sets = [
         order.make_lanes(
-            [order.Shard(f"{k}/{i}", 5) for i in range(lanes)],
+            [order.ShardFile(f"{k}/{i}", 5) for i in range(lanes)],
             name=str(k),
             lanes=lanes,
             shards_per_block=1,
@@ -152,9 +143,17 @@ def test_a_set_is_walked_as_it_is_alone(folder):
         assert len(own) >= 19 and own.tolist() == expected[: len(own)].tolist()
 
 
+def one_or_many(folder, mixed, **values):
+    """The config of a mixture, or of one set."""
+    return (
+        mixture(folder, **values) if mixed else record_sets.config(folder, name="birds", **values)
+    )
+
+
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("processes", [2, 4])
-def test_the_global_batch_does_not_depend_on_processes(folder, processes):
-    config = mixture(folder, flip_rate=0.5, crop_min_area=0.5)
+def test_the_global_batch_does_not_depend_on_processes(folder, processes, mixed):
+    config = one_or_many(folder, mixed, flip_rate=0.5, crop_min_area=0.5)
     whole = take(config, 6, start_step=5)
     parts = [
         take(config, 6, start_step=5, lanes=served.tolist())
@@ -165,8 +164,9 @@ def test_the_global_batch_does_not_depend_on_processes(folder, processes):
         record_sets.assert_batches_equal(joined, expected)
 
 
-def test_resuming_gives_the_uninterrupted_stream(folder):
-    config = mixture(folder, flip_rate=0.5, crop_min_area=0.5, shards_per_block=2)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_resuming_gives_the_uninterrupted_stream(folder, mixed):
+    config = one_or_many(folder, mixed, flip_rate=0.5, crop_min_area=0.5, shards_per_block=2)
     whole = take(config, 24)
     for step in (1, 2, 5, 11, 12, 18, 23):  # inside and at the ends of blocks and of epochs
         got = take(config, 1, start_step=step)[0]
@@ -175,20 +175,10 @@ def test_resuming_gives_the_uninterrupted_stream(folder):
         record_sets.assert_batches_equal(got, expected)
 
 
-def test_resuming_opens_only_its_blocks(folder):
-    config = mixture(folder, lanes=1)
-    opened = []
-    real = tf.data.TFRecordDataset
-
-    def watched(paths, **arguments):
-        def note(x):
-            opened.extend(p.decode() for p in x)
-            return x
-
-        return real(tf.numpy_function(note, [paths], tf.string), **arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tf.data, "TFRecordDataset", watched)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_resuming_opens_only_its_blocks(folder, mixed, monkeypatch):
+    config = one_or_many(folder, mixed, lanes=1)
+    with record_sets.opened_shards(monkeypatch) as opened:
         take(config, 1, start_step=20)
     sets = record_files.find(config)
     lanes = [
@@ -201,8 +191,9 @@ def test_resuming_opens_only_its_blocks(folder):
         )
         for i, one in enumerate(sets)
     ]
-    (mixed,) = order.mix(lanes, list(WEIGHTS.values()), seed=config.seed)
-    for one, stream, at in zip(sets, mixed.streams, mixed.positions(160), strict=True):
+    weights = list(WEIGHTS.values())[: len(sets)]
+    (mixed_lane,) = order.mix(lanes, weights, seed=config.seed)
+    for one, stream, at in zip(sets, mixed_lane.streams, mixed_lane.positions(160), strict=True):
         mine = [path for path in opened if f"/{one.source.name}/" in path]
         first = stream.ordinal(at)
         # From the block of the step on, without a gap: nothing before it is touched.
@@ -224,9 +215,7 @@ def test_a_set_of_few_shards_and_a_missing_one_are_named(folder):
 
 
 def test_a_damaged_record_is_named(folder, tmp_path):
-    tf.io.gfile.makedirs(str(tmp_path / "trees/1.0.0"))
-    for path in (folder / "trees/1.0.0").iterdir():
-        tf.io.gfile.copy(str(path), str(tmp_path / "trees/1.0.0" / path.name))
+    shutil.copytree(folder / "trees", tmp_path / "trees")
     values = entries(folder)
     values[2]["data_dir"] = str(tmp_path)
     config = record_sets.config("", name="", datasets=values)
@@ -234,57 +223,38 @@ def test_a_damaged_record_is_named(folder, tmp_path):
     (trees.directory / record_files.DIGEST_FILE).unlink()  # which finds out first
     path = trees.shards[5].path
     contents = [r.numpy() for r in tf.data.TFRecordDataset(path)]
-    example = tf.train.Example.FromString(contents[1])
-    picture = example.features.feature["image"].bytes_list
-    picture.value[0] = picture.value[0][:50]
-    contents[1] = example.SerializeToString()
-    with tf.io.TFRecordWriter(path) as writer:
-        for record in contents:
-            writer.write(record)
-    with pytest.raises(record_files.DataError) as error:
+    contents[1] = record_sets.with_cut_picture(contents[1])
+    record_sets.write_shard(path, contents)
+    with pytest.raises(record_files.DataError, match=rf"^{path}, record 1: .*PNG.*; rebuild the"):
         take(config, 30)
-    assert re.fullmatch(
-        rf"{path}, record 1: .*PNG.*; rebuild the set with grain-jax build", str(error.value)
-    )
+
+
+BESIDE = " beside input.datasets, which names all sets; expected one of the two: take out input.datasets or "
 
 
 @pytest.mark.parametrize(
     "change,message",
     [
+        (dict(input__name="birds"), f"input.name: got 'birds'{BESIDE}input.name"),
         (
-            lambda d: d.update(name="birds"),
-            "input.name: got 'birds' beside input.datasets, which names all sets; expected one of the"
-            " two: take out input.datasets or input.name",
+            dict(input__prepare="data.aviary"),
+            f"input.prepare: got 'data.aviary'{BESIDE}input.prepare",
         ),
+        (dict(weight=0), "input.datasets[1].weight: got 0.0, expected more than 0"),
+        (dict(weight=float("nan")), "input.datasets[1].weight: got nan, expected a finite number"),
+        (dict(name="birds"), "input.datasets: has 'birds' more than once, expected each name once"),
         (
-            lambda d: d.update(prepare="data.aviary"),
-            "input.prepare: got 'data.aviary' beside input.datasets, which names all sets; expected one"
-            " of the two: take out input.datasets or input.prepare",
-        ),
-        (
-            lambda d: d["datasets"][1].update(weight=0),
-            "input.datasets[1].weight: got 0.0, expected more than 0",
-        ),
-        (
-            lambda d: d["datasets"][1].update(weight=float("nan")),
-            "input.datasets[1].weight: got nan, expected a finite number",
-        ),
-        (
-            lambda d: d["datasets"][1].update(name="birds"),
-            "input.datasets: has 'birds' more than once, expected each name once",
-        ),
-        (
-            lambda d: d["datasets"][1].update(splt="train"),
+            dict(splt="train"),
             "input.datasets[1].splt: no such key; did you mean input.datasets[1].split?",
         ),
-        (lambda d: d["datasets"][1].pop("weight"), "input.datasets[1].weight: missing"),
     ],
 )
 def test_faults_of_the_config_are_a_line(change, message):
-    values = tiny.dictionary(input__datasets=entries("x")).to_dict()
-    change(values["input"])
+    sets = entries("x")
+    of_config = {key: value for key, value in change.items() if "__" in key}
+    sets[1] |= {key: value for key, value in change.items() if "__" not in key}
     with pytest.raises(config_lib.ConfigError) as caught:
-        config_lib.from_dict(values)
+        tiny.config(input__datasets=sets, **of_config)
     assert str(caught.value) == message
 
 
@@ -303,8 +273,7 @@ def test_a_run_keeps_its_mixture(folder, tmp_path, capsys):
     with pytest.raises(checkpoint.CheckpointError) as caught:
         train.train(run(heavier, 8), workdir)
     fault, advice = str(caught.value).splitlines()
-    assert fault.startswith("input.datasets: the run in this workdir has [{'name': 'birds', ")
-    assert "'stones', 'weight': 0.3" in fault and "'stones', 'weight': 0.4" in fault
+    assert fault == "input.datasets[1].weight: the run in this workdir has 0.3, got 0.4"
     assert "use another --workdir, or the old values" in advice
     moved = tmp_path / "moved"
     moved.symlink_to(folder)
@@ -315,11 +284,9 @@ def test_a_run_keeps_its_mixture(folder, tmp_path, capsys):
     assert status == 0 and "bit for bit" in out, out + err
 
 
-def test_checkpoints_from_before_mixtures_are_of_the_same_run(folder, tmp_path, monkeypatch):
+def test_a_run_on_one_set_is_not_one_on_several(folder, tmp_path, monkeypatch):
     config = record_sets.config(folder, name="birds")
-    stored = dataclasses.asdict(config)
-    del stored["input"]["datasets"]
-    monkeypatch.setattr(checkpoint, "read_json", lambda *_: stored)
+    monkeypatch.setattr(checkpoint, "read_json", lambda *_: dataclasses.asdict(config))
     checkpoint.check_same_run(tmp_path, config)
-    with pytest.raises(checkpoint.CheckpointError, match=r"input.datasets: .* has \[\], got \[{"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"datasets\[0\].name: .* None, got 'bir"):
         checkpoint.check_same_run(tmp_path, mixture(folder))

@@ -4,7 +4,7 @@ from grain_jax.input_pipeline import order
 
 
 def shards(*lengths):
-    return [order.Shard(f"s{i}", n) for i, n in enumerate(lengths)]
+    return [order.ShardFile(f"s{i}", n) for i, n in enumerate(lengths)]
 
 
 def test_hashes_never_change():

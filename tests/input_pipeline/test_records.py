@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 import json
 import shutil
 
@@ -10,11 +9,13 @@ from etils import epath
 
 from grain_jax import errors
 from grain_jax.files import images
-from grain_jax.input_pipeline import order, packing, record_files, records, text_lengths, tokenizer
+from grain_jax.input_pipeline import order, record_files, records, text_lengths, tokenizer
 from tests import record_sets
+from tests.record_sets import numbers, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # TFDS with protobuf 6
 
+CLIP = tokenizer.ClipTokenizer()
 COUNT, LANES, BATCH = 43, 4, 8  # shards of unequal lengths
 
 
@@ -26,13 +27,14 @@ def output(tmp_path_factory):
     return folder
 
 
-def take(config, count, **arguments):
-    return list(itertools.islice(records.batches(config, **arguments), count))
+def number_of(batch, row, flip_rate):
+    """As `numbers`; the pixel that tells it is the last of its row in a mirrored image."""
+    return int(batch.image[row, 0, -1 if flip_rate else 0].astype(int) @ [1, 256, 0])
 
 
-def numbers(batch):
-    """Which image each row is: its first pixel tells."""
-    return batch.image[:, 0, 0].astype(int) @ [1, 256, 0]
+def tokens_of(texts):
+    """Their ids, a tuple a text."""
+    return [tuple(CLIP.encode([text], 77).ids.tolist()) for text in texts]
 
 
 def row_texts(batch, group_size):
@@ -60,7 +62,6 @@ def row_texts(batch, group_size):
 def test_batches_hold_what_was_built(output):
     config = record_sets.config(output, synthetic_caption_rate=0.0)
     assert records.num_examples(config) == COUNT
-    clip_tokenizer = tokenizer.ClipTokenizer()
     (batch,) = take(config, 1)
     assert batch.text_tokens.shape == (4, 4, 77) and batch.texts_dropped.tolist() == [0] * 4
     for row, number in enumerate(numbers(batch)):
@@ -76,74 +77,22 @@ def test_batches_hold_what_was_built(output):
         assert not batch.region_boxes_cxcywh[row][~mask].any()
         (caption,), descriptions = row_texts(batch, 2)[row]
         webs = [line["caption"], *line["captions"]]
-        ids = [tuple(clip_tokenizer.encode([web], 77).ids.tolist()) for web in webs]
+        ids = tokens_of(webs)
         assert caption in ids
-        assert batch.caption_id[row, 0] in clip_tokenizer.text_id(webs)
+        assert batch.caption_id[row, 0] in CLIP.text_id(webs)
         wanted = [r["description"] for r in regions]
-        assert descriptions == [tuple(clip_tokenizer.encode([d], 77).ids.tolist()) for d in wanted]
-        np.testing.assert_array_equal(
-            batch.description_id[row][mask], clip_tokenizer.text_id(wanted)
-        )
+        assert descriptions == tokens_of(wanted)
+        np.testing.assert_array_equal(batch.description_id[row][mask], CLIP.text_id(wanted))
 
 
 def test_only_the_best_regions_are_kept(output):
-    config = record_sets.config(output, max_regions=1)
-    for batch in take(config, 3):
-        for row, number in enumerate(numbers(batch)):
-            regions = record_sets.annotation(number, (16, 16))["regions"]
-            assert batch.region_mask[row].tolist() == [bool(regions)]
-            if regions:
-                x1, _, x2, _ = max(regions, key=lambda r: r["score"])["box"]
-                assert batch.region_boxes_cxcywh[row, 0, 2] == pytest.approx((x2 - x1) / 16)
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-def test_the_global_batch_does_not_depend_on_processes(output, processes):
-    config = record_sets.config(output, flip_rate=0.5, crop_min_area=0.5)
-    whole = take(config, 4)
-    lanes = np.split(np.arange(4), processes)
-    parts = [take(config, 4, lanes=served.tolist()) for served in lanes]
-    for step, expected in enumerate(whole):
-        joined = record_sets.join([part[step] for part in parts])
-        record_sets.assert_batches_equal(joined, expected)
-
-
-def test_resuming_gives_the_uninterrupted_stream(output):
-    # 43 records at 8 a batch: from the middle of a block, of an epoch, and beyond the first epochs.
-    config = record_sets.config(output, flip_rate=0.5, crop_min_area=0.5, shards_per_block=2)
-    whole = take(config, 20)
-    for step in (1, 5, 6, 13, 19):
-        resumed = take(config, 20 - step, start_step=step)
-        for got, expected in zip(resumed, whole[step:], strict=True):
-            record_sets.assert_batches_equal(got, expected)
-
-
-def test_resuming_opens_only_its_block(output):
-    config = record_sets.config(output, lanes=1, shards_per_block=1)
-    (lane,) = order.make_lanes(
-        record_files.find(config)[0].shards, name="x", lanes=1, shards_per_block=1, seed=config.seed
-    )
-    step = 3
-    wanted = {s.path for p in (24, 31) for s in lane.block(lane.ordinal(p)).shards}
-    opened = []
-    real = tf.data.TFRecordDataset
-
-    def watched(paths, **arguments):
-        def note(x):
-            opened.extend(p.decode() for p in x)
-            return x
-
-        return real(tf.numpy_function(note, [paths], tf.string), **arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tf.data, "TFRecordDataset", watched)
-        take(config, 1, start_step=step)
-    following = lane.block(lane.ordinal(31) + 1).shards[0].path
-    # The pipeline reads two batches and a block ahead; nothing before its block is touched.
-    assert opened[0] == lane.block(lane.ordinal(24)).shards[0].path
-    assert wanted <= set(opened) and following in opened
-    first = lane.ordinal(24)
-    assert opened == [lane.block(first + i).shards[0].path for i in range(len(opened))]
+    (batch,) = take(record_sets.config(output, max_regions=1), 1)
+    for row, number in enumerate(numbers(batch)):
+        regions = record_sets.annotation(number, (16, 16))["regions"]
+        assert batch.region_mask[row].tolist() == [bool(regions)]
+        if regions:
+            x1, _, x2, _ = max(regions, key=lambda r: r["score"])["box"]
+            assert batch.region_boxes_cxcywh[row, 0, 2] == pytest.approx((x2 - x1) / 16)
 
 
 def test_every_record_once_an_epoch_in_a_new_order(output):
@@ -170,12 +119,11 @@ def test_every_record_once_an_epoch_in_a_new_order(output):
 
 def test_captions_are_drawn_anew(output):
     config = record_sets.config(output, synthetic_caption_rate=0.4)
-    clip_tokenizer = tokenizer.ClipTokenizer()
     kinds = {}
     for number in range(COUNT):
         line = record_sets.annotation(number)
         texts = [line["caption"], *line["captions"], line["synthetic_caption"]]
-        kinds |= dict(zip(clip_tokenizer.text_id(texts).tolist(), ["web1", "web2", "synthetic"]))
+        kinds |= dict(zip(CLIP.text_id(texts).tolist(), ["web1", "web2", "synthetic"]))
     drawn = {number: set() for number in range(COUNT)}
     counts = dict.fromkeys(["web1", "web2", "synthetic"], 0)
     for batch in take(config, 60):
@@ -189,7 +137,6 @@ def test_captions_are_drawn_anew(output):
 
 @pytest.mark.parametrize("flip_rate", [0.0, 1.0])
 def test_descriptions_are_added_to_captions(output, flip_rate):
-    clip_tokenizer = tokenizer.ClipTokenizer()
     config = record_sets.config(
         output,
         max_regions=0,
@@ -201,14 +148,19 @@ def test_descriptions_are_added_to_captions(output, flip_rate):
     assert batch.region_mask.shape == (8, 0)
     side = "right" if flip_rate else "left"
     for row in range(8):
-        # The first pixel tells the number; it is the last of its row in a mirrored image.
-        number = int(batch.image[row, 0, -1 if flip_rate else 0].astype(int) @ [1, 256, 0])
+        number = number_of(batch, row, flip_rate)
         line = record_sets.annotation(number, (16, 16))
         best = [r["description"] for r in line["regions"]][::-1][:2]
         text = ", ".join([line["synthetic_caption"], *best]).replace("left", side)
-        ids = tuple(clip_tokenizer.encode([text], 77).ids.tolist())
-        assert row_texts(batch, 2)[row] == ([ids], [])
-        assert batch.caption_id[row, 0] == clip_tokenizer.text_id([text])[0]
+        assert row_texts(batch, 2)[row] == (tokens_of([text]), [])
+        assert batch.caption_id[row, 0] == CLIP.text_id([text])[0]
+
+
+def _built_again(folder, lines):
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "in" / "A.jsonl").write_text(text)
+    assert record_sets.build_set(folder / "in", folder, "--num-shards=4") == 0
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -221,15 +173,11 @@ def output_with_gaps(tmp_path_factory):
             del line["caption"], line["captions"]
         if number % 5 == 2:
             line["synthetic_caption"] = ""
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "in" / "A.jsonl").write_text(text)
-    assert record_sets.build_set(folder / "in", folder, "--num-shards=4") == 0
-    return folder
+    return _built_again(folder, lines)
 
 
 @pytest.mark.parametrize("captions,best,flip_rate", [(2, 0, 0.0), (3, 0, 0.0), (3, 1, 1.0)])
 def test_several_captions_of_an_image(output_with_gaps, captions, best, flip_rate):
-    clip_tokenizer = tokenizer.ClipTokenizer()
     config = record_sets.config(
         output_with_gaps,
         max_regions=2,
@@ -243,7 +191,7 @@ def test_several_captions_of_an_image(output_with_gaps, captions, best, flip_rat
     for batch, of_one in zip(take(config, 2), take(one, 2)):
         assert batch.caption_at.shape == (8, captions, 2)
         for row, found in enumerate(row_texts(batch, 2)):
-            number = int(batch.image[row, 0, -1 if flip_rate else 0].astype(int) @ [1, 256, 0])
+            number = number_of(batch, row, flip_rate)
             line = record_sets.annotation(number, (16, 16))
             regions = [r["description"] for r in line["regions"]][::-1]
             joined = ", ".join(regions[: best or None])
@@ -252,16 +200,14 @@ def test_several_captions_of_an_image(output_with_gaps, captions, best, flip_rat
             synthetic = "" if number % 5 == 2 else line["synthetic_caption"]
             webs = [] if number % 5 == 1 else [line["caption"], *line["captions"]]
             # Of the web captions the one that a run with one caption draws.
-            ids = clip_tokenizer.text_id(webs).tolist() if webs else []
+            ids = CLIP.text_id(webs).tolist() if webs else []
             web = webs[ids.index(of_one.caption_id[row, 0])] if webs else ""
             slots = [web, synthetic, joined][:captions]
             assert batch.caption_mask[row].tolist() == [bool(text) for text in slots]
             texts = [text for text in slots if text]
-            assert found[0] == [tuple(clip_tokenizer.encode([t], 77).ids.tolist()) for t in texts]
+            assert found[0] == tokens_of(texts)
             mask = batch.caption_mask[row]
-            np.testing.assert_array_equal(
-                batch.caption_id[row][mask], clip_tokenizer.text_id(texts)
-            )
+            np.testing.assert_array_equal(batch.caption_id[row][mask], CLIP.text_id(texts))
             assert not batch.caption_id[row][~mask].any()
             assert not batch.caption_at[row][~mask].any()
             gaps += captions - len(texts)
@@ -278,23 +224,19 @@ def output_with_negatives(tmp_path_factory):
         for i, region in enumerate(line["regions"]):
             number = (len(line["regions"]) * 2 + i) % 5
             region["negatives"] = [f"the right part {i} of {n}" for n in range(100, 100 + number)]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "in" / "A.jsonl").write_text(text)
-    assert record_sets.build_set(folder / "in", folder, "--num-shards=4") == 0
-    return folder, lines
+    return _built_again(folder, lines), lines
 
 
 @pytest.mark.parametrize("flip_rate", [0.0, 1.0])
 def test_negatives_stay_with_their_regions(output_with_negatives, flip_rate):
     output, lines = output_with_negatives
-    clip_tokenizer = tokenizer.ClipTokenizer()
     sizes = dict(max_regions=2, pack_rows=8, flip_rate=flip_rate)
     config = record_sets.config(output, negatives_per_region=3, **sizes)
     seen = {}
     for batch, plain in zip(take(config, 6), take(record_sets.config(output, **sizes), 6)):
         assert batch.negative_at.shape == (8, 2, 3, 2) and not batch.texts_dropped.any()
         for row in range(8):
-            number = int(batch.image[row, 0, -1 if flip_rate else 0].astype(int) @ [1, 256, 0])
+            number = number_of(batch, row, flip_rate)
             regions = lines[number]["regions"][::-1][:2]  # the highest score first
             for r, region in enumerate(regions):
                 mask = batch.negative_mask[row, r]
@@ -302,7 +244,7 @@ def test_negatives_stay_with_their_regions(output_with_negatives, flip_rate):
                 assert mask.tolist() == [h < min(len(of), 3) for h in range(3)]
                 if flip_rate:
                     of = [text.replace("right", "left") for text in of]
-                ids = [tuple(clip_tokenizer.encode([text], 77).ids.tolist()) for text in of]
+                ids = tokens_of(of)
                 found = []
                 for text_row, end in batch.negative_at[row, r][mask]:
                     segments = batch.text_segments[row // 2, text_row]
@@ -334,7 +276,7 @@ def test_a_sample_has_the_lengths_of_negatives_that_the_file_has(output_with_neg
     shutil.copytree(output / "tiny_set", tmp_path / "tiny_set")
     (tmp_path / "tiny_set/1.0.0" / text_lengths.FILE).unlink()
     (sampled,) = records.text_lengths(record_sets.config(tmp_path))
-    as_set = lambda of: sorted(zip(of.descriptions.tolist(), of.negatives.tolist()))  # noqa: E731
+    as_set = lambda of: sorted(zip(of.descriptions.tolist(), of.negatives.tolist()))
     assert as_set(sampled) == as_set(found)
 
 
@@ -359,7 +301,7 @@ def test_padded_and_packed_hold_the_same(output):
         assert row_texts(a, 2) == row_texts(b, 1)
         for name in ("image", "caption_id", "description_id", "region_boxes_cxcywh", "region_mask"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
-    assert packing.padding_share(a.text_segments) < packing.padding_share(b.text_segments)
+    assert (a.text_segments == 0).mean() < (b.text_segments == 0).mean()
 
 
 def test_regions_that_do_not_fit_are_counted(output):
@@ -375,7 +317,6 @@ def test_regions_that_do_not_fit_are_counted(output):
 def test_mirrored_pictures_move_boxes_and_words(output):
     plain = take(record_sets.config(output), 5)
     mirrored = take(record_sets.config(output, flip_rate=1.0), 5)
-    clip_tokenizer = tokenizer.ClipTokenizer()
     for a, b in zip(plain, mirrored):
         np.testing.assert_array_equal(a.image[:, :, ::-1], b.image)
         mask = a.region_mask
@@ -383,7 +324,7 @@ def test_mirrored_pictures_move_boxes_and_words(output):
         np.testing.assert_allclose(b.region_boxes_cxcywh[mask], expected[mask], atol=1e-6)
         for row, number in enumerate(numbers(a)):
             texts = [r["description"] for r in record_sets.annotation(number)["regions"][::-1]]
-            swapped = clip_tokenizer.text_id([t.replace("left", "right") for t in texts])
+            swapped = CLIP.text_id([t.replace("left", "right") for t in texts])
             np.testing.assert_array_equal(b.description_id[row][mask[row]], swapped)
 
 
@@ -438,57 +379,43 @@ def test_uneven_lanes_are_warned_of(output, caplog):
     assert "input.lanes=4: lanes have 8 to 15 records" in caplog.text
 
 
-def until_error(config):
-    with pytest.raises(record_files.DataError) as error:
-        take(config, 3)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_a_damaged_record_is_named(damaged):
-    config, path, contents = damaged
-    with tf.io.TFRecordWriter(path) as writer:
-        for record in contents:
-            writer.write(record)
-    with tf.io.gfile.GFile(path, "rb") as file:
-        whole = file.read()
+def _flip_a_bit(path, contents):
+    whole = epath.Path(path).read_bytes()
     at = whole.index(contents[3]) + 40
-    with tf.io.gfile.GFile(path, "wb") as file:
-        file.write(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-    assert until_error(config) == (
-        f"{path}, record 3: damaged (checksum); rebuild the set with grain-jax build"
-    )
+    epath.Path(path).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
 
 
-def test_a_damaged_picture_is_named(damaged):
+DAMAGES = {
+    "a bit": (_flip_a_bit, "{path}, record 3: damaged (checksum); rebuild the set with grain-jax build"),
+    "a picture": (
+        lambda path, of: record_sets.write_shard(
+            path, [*of[:4], record_sets.with_cut_picture(of[4]), *of[5:]]
+        ),
+        "{path}, record 4: ",
+    ),
+    "too few": (
+        lambda path, of: record_sets.write_shard(path, of[:-1]),
+        "{path}: got 5 records, expected 6",
+    ),
+    "a shard": (
+        lambda path, of: epath.Path(path).unlink(),
+        "{path}: the shard is gone; rebuild the set",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_damage_is_named(damaged, what):
     config, path, contents = damaged
-    example = tf.train.Example.FromString(contents[4])
-    picture = example.features.feature["image"].bytes_list
-    picture.value[0] = picture.value[0][:50]
-    contents[4] = example.SerializeToString()
-    with tf.io.TFRecordWriter(path) as writer:
-        for record in contents:
-            writer.write(record)
-    message = until_error(config)
-    assert message.startswith(f"{path}, record 4: ") and "PNG" in message
-
-
-def test_a_shard_that_lost_records_is_named(damaged):
-    config, path, contents = damaged
-    with tf.io.TFRecordWriter(path) as writer:
-        for record in contents[:-1]:
-            writer.write(record)
-    assert f"{path}: got {len(contents) - 1} records, expected {len(contents)}" in until_error(
-        config
-    )
-
-
-def test_a_lost_shard_is_named(damaged):
-    config, path, _ = damaged
-    tf.io.gfile.remove(path)
-    with pytest.raises(record_files.DataError) as caught:  # before anything is compiled
-        records.check(config)
-    assert str(caught.value).startswith(f"{path}: the shard is gone; rebuild the set")
+    damage, message = DAMAGES[what]
+    damage(path, contents)
+    with pytest.raises(record_files.DataError) as error:
+        if what == "a shard":
+            records.check(config)  # before anything is compiled
+        take(config, 3)
+    said = str(error.value)
+    assert said.startswith(message.format(path=path)) and "\n" not in said
+    assert what != "a picture" or "PNG" in said
 
 
 def test_lengths_of_texts_beside_the_records_are_those_of_the_records(output, tmp_path):
@@ -502,18 +429,17 @@ def test_lengths_of_texts_beside_the_records_are_those_of_the_records(output, tm
         return sorted((tuple(web), int(synthetic), tuple(of)) for web, synthetic, of in rows)
 
     stored, expected = images(), []
-    clip_tokenizer = tokenizer.ClipTokenizer()
     for number in range(COUNT):
         line = record_sets.annotation(number, (16, 16))
         best = sorted(line["regions"], key=lambda region: -region["score"])
         texts = [line["caption"], *line["captions"], line["synthetic_caption"]]
         web1, web2, synthetic, *of = (
-            len(clip_tokenizer.encode([text], 77).ids)
+            len(CLIP.encode([text], 77).ids)
             for text in [*texts, *(region["description"] for region in best)]
         )
         expected.append(((web1, web2), synthetic, tuple(of + [0] * (3 - len(of)))))
     assert stored == sorted(expected)
-    (tmp_path / "tiny_set/1.0.0" / text_lengths.FILE).unlink()  # of a set that is older
+    (tmp_path / "tiny_set/1.0.0" / text_lengths.FILE).unlink()
     assert images() == stored
     assert records.num_shards(config) == {"tiny_set": 9}
 
@@ -521,7 +447,6 @@ def test_lengths_of_texts_beside_the_records_are_those_of_the_records(output, tm
 def test_a_damaged_record_is_named_when_lengths_are_sampled(damaged):
     config, path, contents = damaged
     (epath.Path(path).parent / text_lengths.FILE).write_text("{")
-    with tf.io.TFRecordWriter(path) as writer:
-        writer.write(b"nothing that can be parsed")
+    record_sets.write_shard(path, [b"nothing that can be parsed"])
     with pytest.raises(record_files.DataError, match=r"tfrecord-00001-of-00002: .*rebuild the set"):
         records.text_lengths(config)

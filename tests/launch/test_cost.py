@@ -78,6 +78,8 @@ def test_step_is_never_shorter_than_its_slowest_link():
         ("v6e:1x1", "v6e", 1, (1, 1), 1, 1),
         ("h100:8x2", "h100", 16, (8,), 2, 2),
         ("a100-40:4", "a100-40", 4, (4,), 1, 1),
+        ("h100:4x4", "h100", 16, (4,), 4, 4),
+        ("v5e:1x1*4", "v5e", 4, (1, 1), 4, 4),
     ],
 )
 def test_topology(text, name, count, shape, slices, hosts):

@@ -12,27 +12,15 @@ from grain_jax.launch import local
 
 from tests.paths import ROOT
 
+LOCAL = [sys.executable, "-m", "grain_jax.launch.local"]
 # The stand-ins know their number as the trainer does, from the last flag.
 _ME = "import os, signal, sys, time; me = int(sys.argv[-1].partition('=')[2]);"
 
 
 def _start(script, *flags, **environment):
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "grain_jax.launch.local",
-            *flags,
-            "--",
-            sys.executable,
-            "-c",
-            _ME + script,
-        ],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [*LOCAL, *flags, "--", sys.executable, "-c", _ME + script]
+    environment = {**os.environ, **environment}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def _run(script, *flags, **environment):
@@ -88,28 +76,27 @@ def test_the_one_that_died_is_named_not_those_that_jax_then_aborts():
 _SAVES = """
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-print('ready', flush=True)
+print('up', flush=True)
 time.sleep(60)"""
+_CANNOT_LISTEN_YET = "print('up', flush=True); time.sleep(60)"
 
 
-@pytest.mark.parametrize("number,status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_signals_are_passed_on_and_the_status_is_theirs(number, status):
-    process = _start(_SAVES, "--processes=2")
+@pytest.mark.parametrize(
+    "script,number,status",
+    [
+        (_SAVES, signal.SIGTERM, 75),
+        (_SAVES, signal.SIGINT, 130),
+        (_CANNOT_LISTEN_YET, signal.SIGTERM, 75),
+    ],
+)
+def test_signals_are_passed_on_and_the_status_is_theirs(script, number, status):
+    process = _start(script, "--processes=2")
     for _ in range(2):
-        assert "ready" in process.stderr.readline()
+        assert "up" in process.stderr.readline()
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == status
     assert "grain-jax local:" not in said
-
-
-def test_a_signal_before_the_processes_can_listen_is_a_preemption_too():
-    process = _start("print('up', flush=True); time.sleep(60)", "--processes=2")
-    for _ in range(2):
-        assert "up" in process.stderr.readline()
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 75
 
 
 def test_a_process_that_leaves_preempted_and_one_that_jax_aborts_for_it_are_a_preemption():
@@ -122,10 +109,10 @@ def test_where_the_launcher_is_killed_the_processes_save_and_end(tmp_path):
     script = f"""
 import fcntl, jax.numpy as jnp
 from jax.experimental import multihost_utils
-from grain_jax.runtime import distributed, preemption
+from grain_jax.runtime import distributed, ending
 mine = open(f"{tmp_path}/{{me}}", "w")
 fcntl.flock(mine, fcntl.LOCK_EX)
-handler = preemption.PreemptionHandler()
+handler = ending.PreemptionHandler()
 handler.listen()
 distributed.initialize(sys.argv[-3].partition("=")[2], 2, me, 60)
 with distributed.ending_together(60), handler.training():
@@ -155,28 +142,15 @@ with distributed.ending_together(60), handler.training():
 
 
 @pytest.mark.parametrize(
-    "flags", [["--processes=0", "--", "true"], ["--processes=2"], ["--", "true"]]
+    "flags,told",
+    [
+        (["--processes=0", "--", "true"], ""),
+        (["--processes=2"], ""),
+        (["--", "true"], ""),
+        (["--processes=2", "--", "no_such"], "cannot start no_such: No such file or directory"),
+    ],
 )
-def test_wrong_usage_is_one_line_and_status_2(flags):
-    done = subprocess.run(
-        [sys.executable, "-m", "grain_jax.launch.local", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
+def test_wrong_usage_is_one_line_and_status_2(flags, told):
+    done = subprocess.run([*LOCAL, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and told in done.stderr
     assert done.stderr.startswith("grain-jax local: ") and done.stderr.count("\n") == 1
-
-
-def test_a_command_that_does_not_exist_is_said():
-    command = [
-        sys.executable,
-        "-m",
-        "grain_jax.launch.local",
-        "--processes=2",
-        "--",
-        "no_such_command",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "cannot start no_such_command: No such file or directory" in done.stderr

@@ -10,13 +10,13 @@ import sys
 
 import jax
 import pytest
-from grain_jax.launch import chips, compiler, estimate, gpu_targets, plan, plan_text, search
+from grain_jax.launch import chips, compiler, estimate, plan, plan_text, search
 
 from grain_jax import config as config_lib
-from grain_jax import errors, losses, train
+from grain_jax import errors, losses, progress, train
 from grain_jax.losses import hops
 from grain_jax.models import grain
-from grain_jax.training import flops, memory_use, train_step
+from grain_jax.training import flops, memory_need, train_step
 from tests import tiny
 from tests.paths import ROOT
 
@@ -39,18 +39,21 @@ def cached(cache, monkeypatch):
     monkeypatch.setenv("GRAIN_JAX_CACHE", str(cache))
 
 
+def compile_for_tpus(timeout=500, **overrides):
+    lengths = dict(total_steps=10, steps_per_epoch=10.0)
+    more = dict(timeout=timeout, line=progress.Line(silent=True))
+    return compiler.compile_step(tiny.config(**overrides), TOPOLOGY, **lengths, **more)
+
+
 @pytest.fixture(scope="module")
 def compiled(cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRAIN_JAX_CACHE", str(cache))
-        return compiler.compile_step(
-            tiny.config(**AS_ON_CPUS),
-            TOPOLOGY,
-            total_steps=10,
-            steps_per_epoch=10.0,
-            timeout=500,
-            say=lambda text: None,
-        )
+        return compile_for_tpus(**AS_ON_CPUS)
+
+
+def page(plan, topology="v5e:2x4", **changes):
+    return plan_text.page({"topology": topology, "overrides": [], **plan, **changes})
 
 
 def command(*arguments, cache):
@@ -91,7 +94,7 @@ def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
     done = command(
         "--config=tests/run_config.py",
         "--topology=v5e:2x4",
-        f"--json={out}",
+        f"--output={out}",
         "--price=2",
         *(f"--config.{key.replace('__', '.')}={value}" for key, value in AS_ON_CPUS.items()),
         cache=cache,
@@ -111,17 +114,14 @@ def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
     assert kinds["moments"] == 2 * size + 2 * 4  # Adam's count and the schedule's
     batch = train_step.abstract_batch(config)
     assert kinds["batch"] == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) // 8
-    assert (
-        found["checkpoint"]["bytes"] == 3 * size + 2 * 4 + 2 * 4 + 16 + 8
-    )  # step, texts_dropped, receipt, text_counts
+    counts = (
+        2 * 4 + 2 * 4 + 16 + 8
+    )  # Adam's and the schedule's; step, texts_dropped, receipt, text_counts
+    assert found["checkpoint"]["bytes"] == 3 * size + counts
     assert memory["limit_bytes"] == 15.75 * 2**30
-    assert memory["total_bytes"] == (
-        memory["arguments_bytes"]
-        + memory["output_bytes"]
-        - memory["aliased_bytes"]
-        + memory["temporaries_bytes"]
-        + memory["code_bytes"]
-    )
+    parts = ("arguments", "output", "temporaries", "code")
+    written = sum(memory[f"{part}_bytes"] for part in parts)
+    assert memory["total_bytes"] == written - memory["aliased_bytes"]
     assert memory["aliased_bytes"] >= 3 * size  # the state is given up
 
     assert found["model_flops"] == round(flops.per_image(config).train * 16)
@@ -131,7 +131,9 @@ def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
     assert sums["count"] == sums["sync"]["count"] + sums["overlapped"]["count"]
     assert found["images_per_second_at_most"] >= found["images_per_second"] > 0
     assert found["unknown_loops"] == 0
-    told = plan_text.page({"topology": "v5e:2x4", "overrides": [], **found, "unknown_loops": 2})
+    told = page(
+        {k: v for k, v in found.items() if k not in ("topology", "overrides")}, unknown_loops=2
+    )
     assert "2 loop(s) of unknown length" in told and "unknown length" not in done.stdout
     hours = 8 * 160 / found["images_per_second"] / 3600
     assert found["bill"]["chip_hours"] == pytest.approx(hours)
@@ -140,13 +142,8 @@ def test_plan_of_a_compiled_step(compiled, cached, cache, tmp_path):
 
 
 def _params(config):
-    program = train_step.build(
-        config,
-        jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor")),
-        total_steps=1,
-        steps_per_epoch=1,
-    )
-    return program.state.params
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
+    return train_step.build(config, mesh, total_steps=1, steps_per_epoch=1).state.params
 
 
 @pytest.mark.parametrize(
@@ -165,62 +162,47 @@ def test_wrong_usage_is_one_line(arguments, told, cache):
 def test_without_the_compiler_the_user_is_told_what_to_install(monkeypatch, cached):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.UserError, match=r'pip install "grain_jax\[tpu\]"'):
-        compile_with(timeout=10)
+        compile_for_tpus()
 
 
 def test_without_the_cuda_plugin_a_plan_for_gpus_is_an_estimate_that_says_so(monkeypatch, cached):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     found = plan.make(tiny.config(), chips.parse_topology("b200:8"), plan.Options())
     assert found["estimate"] and 'pip install "grain_jax[cuda12]"' in found["not_compiled"]
-    text = plan_text.page({"topology": "b200:8", "overrides": [], **found})
+    text = page(found, "b200:8")
     assert "ESTIMATE by arithmetic" in text and '"grain_jax[cuda12]"' in text
     # A tiny step: its time is not that of the peak rates, and nothing is derived of it.
     assert found["roofline"]["step_s"] < plan_text.SHORT_SECONDS
     assert "images/s, expected  ?" in re.sub("  +", "  ", text)
     assert not re.search("the run takes|a host needs|chip-hours|ARE THE LIMIT", text)
-    longer = found["roofline"] | {"step_s": 0.1}
-    text = plan_text.page({"topology": "b200:8", "overrides": [], **found, "roofline": longer})
+    text = page(found, "b200:8", roofline=found["roofline"] | {"step_s": 0.1})
     assert "if --efficiency 0.5" in text and "the run takes" in text and "chip-hours" in text
 
 
 def test_gpus_are_described_as_the_plan_knows_them():
-    for name, gpu in gpu_targets.GPUS.items():
-        chip = chips.CHIPS[name]
-        assert gpu.name == chip.device_kind
-        assert 0.9 < gpu.memory * 0.75 / chip.hbm_bytes <= 1.01
+    found = {chip.name: chip for chip in chips.CHIPS.values() if not chip.is_tpu}
+    assert set(found) == {"a100-40", "a100-80", "h100", "h200", "b200"}
+    for chip in found.values():
+        gpu = chip.gpu
+        assert 0.9 < gpu.memory * 2**20 * 0.75 / chip.hbm_bytes <= 1.01
         assert abs(gpu.memory_rate / chip.hbm_bytes_per_second - 1) < 0.01
-        text = gpu_targets.description(gpu)
-        assert text.count("{") == text.count("}") and f"core_count: {gpu.cores}\n" in text
-    assert {name for name, chip in chips.CHIPS.items() if not chip.is_tpu} == set(gpu_targets.GPUS)
+        text = gpu.description(chip.device_kind)
+        assert text.count("{") == text.count("}") and f"core_count: {gpu.cores} " in text
 
 
-def test_a_compiler_for_gpus_that_dies_is_one_line(monkeypatch, tmp_path, cached):
+@pytest.fixture
+def child(monkeypatch, tmp_path, cached):
+    """Puts a shell script in the place of the process that compiles; its folder."""
     fake = tmp_path / "python"
-    # Passes on what it was asked, and dies.
-    fake.write_text(
-        f"#!/bin/sh\ncat >{tmp_path}/asked\necho $XLA_FLAGS >>{tmp_path}/asked\nkill -SEGV $$\n"
-    )
-    fake.chmod(0o755)
+
+    def be(script):
+        fake.write_text(f"#!/bin/sh\n{script}\n")
+        fake.chmod(0o755)
+        return tmp_path
+
     monkeypatch.setattr(compiler.sys, "executable", str(fake))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    with pytest.raises(compiler.CompilerFailed, match="GPU compiler crashed with SIGSEGV on h100"):
-        plan.make(tiny.config(), chips.parse_topology("h100:4x2"), plan.Options())
-    asked, given = (tmp_path / "asked").read_text().rsplit("}", 1)
-    asked = json.loads(asked + "}")
-    assert (asked["platform"], asked["options"]["topology"]) == ("cuda", "1x2x4")
-    assert "NVIDIA H100 80GB HBM3" in asked["options"]["target_config"]
-    assert "--xla_gpu_enable_triton_gemm=false" in given
-
-
-def compile_with(*, timeout):
-    return compiler.compile_step(
-        tiny.config(),
-        TOPOLOGY,
-        total_steps=10,
-        steps_per_epoch=10.0,
-        timeout=timeout,
-        say=lambda text: None,
-    )
+    return be
 
 
 @pytest.mark.parametrize(
@@ -231,15 +213,22 @@ def compile_with(*, timeout):
         ("exec sleep 30", errors.UserError, "--timeout: compiling for v5e:2x4 took more than 1 s"),
     ],
 )
-def test_a_compiler_that_dies_is_one_line(script, error, told, monkeypatch, tmp_path, cached):
-    fake = tmp_path / "python"
-    fake.write_text(f"#!/bin/sh\ncat >/dev/null\n{script}\n")
-    fake.chmod(0o755)
-    monkeypatch.setattr(compiler.sys, "executable", str(fake))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+def test_a_compiler_that_dies_is_one_line(script, error, told, child):
+    child(f"cat >/dev/null\n{script}")
     with pytest.raises(error) as caught:
-        compile_with(timeout=1)
+        compile_for_tpus(timeout=1)
     assert told in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_compiler_for_gpus_is_asked_for_them_and_its_death_is_one_line(child):
+    folder = child('cat >"${0%/*}/asked"; echo $XLA_FLAGS >>"${0%/*}/asked"; kill -SEGV $$')
+    with pytest.raises(compiler.CompilerFailed, match="GPU compiler crashed with SIGSEGV on h100"):
+        plan.make(tiny.config(), chips.parse_topology("h100:4x2"), plan.Options())
+    asked, given = (folder / "asked").read_text().rsplit("}", 1)
+    asked = json.loads(asked + "}")
+    assert (asked["platform"], asked["options"]["topology"]) == ("cuda", "1x2x4")
+    assert "NVIDIA H100 80GB HBM3" in asked["options"]["target_config"]
+    assert "--xla_gpu_enable_triton_gemm=false" in given
 
 
 # Recorded: B/16 with 64 images a chip on v5e:2x2, remat=none, libtpu 0.0.42.1.
@@ -278,7 +267,7 @@ def test_out_of_memory_names_the_arrays_and_what_to_change():
     assert found["flops"] is found["roofline"] is found["images_per_second"] is None
     # The hidden layer of the image tower's MLP: 2 layers, 2 images a chip, 5 tokens, 64 wide.
     assert any(entry["shape"] == hidden for entry in found["largest"])
-    text = plan_text.page({"topology": "v5e:2x4", "overrides": [], **found})
+    text = page(found)
     assert "DOES NOT FIT: 19.64 GB a chip, 2.73 GB more than the 16.91 GB" in text
     assert "--config.remat" in text and hidden in text
 
@@ -304,9 +293,16 @@ def _linear(fixed, slopes, limit, calls, faster=()):
 SLOPES = {"none": 250, "dots": 50, "qkv": 40, "full": 10}
 
 
+def _search(limit, fixed=1000, faster=(), **overrides):
+    """(what was found, the calls) for a batch of 512, 64 images a chip."""
+    config, calls = tiny.config(batch_size=512, input__lanes=1, **overrides), []
+    found = search.search(config, 8, _linear(fixed, SLOPES, limit, calls, faster))
+    assert len(calls) <= search.MAX_COMPILES and len(set(calls)) == len(calls)
+    return found, calls
+
+
 def test_search_finds_the_cheapest_policy_and_the_largest_batch():
-    config, calls = tiny.config(batch_size=512, input__lanes=1), []  # 64 images a chip
-    found = search.search(config, 8, _linear(1000, SLOPES, 10_000, calls))
+    found, calls = _search(10_000)
     assert calls[:5] == [
         ("none", "auto", 1, 1, 512),
         ("dots", "auto", 1, 1, 512),  # 1000 + 64 x 50 fits, 1000 + 64 x 250 does not
@@ -316,18 +312,23 @@ def test_search_finds_the_cheapest_policy_and_the_largest_batch():
     ]
     assert found.at_batch.levers == ("dots", "auto", 1, 1)  # the others are no faster
     assert found.largest.levers == ("full", "auto", 1, 1)
-    assert search.unit(config, 8) == 2  # a packing group
     assert 900 >= found.largest.images_per_chip >= 0.97 * 900  # (10000 - 1000) / 10
-    assert len(calls) <= search.MAX_COMPILES and len(set(calls)) == len(calls)
 
-
-def test_search_goes_on_with_each_lever_that_is_faster():
-    config, calls = tiny.config(batch_size=512, input__lanes=1), []
-    faster = [("fsdp", 4), ("gather", 4)]
-    found = search.search(config, 8, _linear(1000, SLOPES, 10_000, calls, faster))
+    found, calls = _search(10_000, faster=[("fsdp", 4), ("gather", 4)])
     assert calls[3:5] == [("dots", "xla", 4, 1, 512), ("dots", "auto", 4, 4, 512)]
     assert found.at_batch.levers == ("dots", "auto", 4, 4)
     assert found.largest.levers == ("full", "auto", 4, 1)  # a gather costs memory
+
+
+def test_search_cuts_the_parameters_or_goes_down_where_no_policy_fits():
+    found, calls = _search(1500)
+    assert calls[4] == ("full", "auto", 4, 1, 512)
+    assert found.at_batch.levers == ("full", "auto", 4, 1)  # 625 + 64 x 10
+    assert 87 >= found.largest.images_per_chip >= 84  # (1500 - 625) / 10
+    found, _ = _search(1500, mesh__data=8)
+    assert found.at_batch is None
+    assert 50 >= found.largest.images_per_chip >= 46  # (1500 - 1000) / 10
+    assert _search(1500, fixed=2000, mesh__data=8)[0].largest is None
 
 
 @pytest.mark.parametrize(
@@ -347,26 +348,6 @@ def test_search_tries_the_fsdp_that_can_be(overrides, slices, tried):
     assert {fsdp for _, _, fsdp, _, _ in calls} == tried
 
 
-def test_search_cuts_the_parameters_where_no_policy_fits():
-    calls = []
-    config = tiny.config(batch_size=512, input__lanes=1)
-    found = search.search(config, 8, _linear(1000, SLOPES, 1500, calls))
-    assert calls[4] == ("full", "auto", 4, 1, 512)
-    assert found.at_batch.levers == ("full", "auto", 4, 1)  # 625 + 64 x 10
-    assert 87 >= found.largest.images_per_chip >= 84  # (1500 - 625) / 10
-
-
-def test_search_goes_down_where_the_batch_does_not_fit():
-    calls = []
-    config = tiny.config(batch_size=512, input__lanes=1, mesh__data=8)
-    found = search.search(config, 8, _linear(1000, SLOPES, 1500, calls))
-    assert found.at_batch is None
-    assert 50 >= found.largest.images_per_chip >= 46  # (1500 - 1000) / 10
-    assert len(calls) <= search.MAX_COMPILES
-    nothing = search.search(config, 8, _linear(2000, SLOPES, 1500, []))
-    assert nothing.largest is None
-
-
 def test_search_keeps_what_it_found_when_a_compile_takes_too_long():
     config = tiny.config(batch_size=512, input__lanes=1)
     linear = _linear(1000, SLOPES, 10_000, [])
@@ -376,22 +357,20 @@ def test_search_keeps_what_it_found_when_a_compile_takes_too_long():
 
 
 def test_search_moves_in_whole_packing_groups_lanes_and_microbatches():
+    assert search.unit(tiny.config(batch_size=512, input__lanes=1), 8) == 2  # a packing group
     config = tiny.config(batch_size=384, microbatches=3, loss__group_size=96)
     # lanes 4 x group 2 = 8; 8 chips x 3 parts x group 2 = 48; groups of 96: 96 images, 12 a chip.
     assert search.unit(config, 8) == 12
-
-
-def test_search_keeps_eight_images_together_where_groups_are_derived():
-    values = tiny.dictionary(batch_size=384).unlock()
+    values = tiny.dictionary(batch_size=384).unlock()  # eight together where groups are derived
     values.input.lanes = values.text.pack_group = values.text.pack_rows = None
     assert search.unit(config_lib.from_dict(values), 4) == 8
 
 
-def test_search_of_a_plan_compiles_ten_times_at_most(monkeypatch):
+def test_search_of_a_plan_compiles_ten_times_at_most(monkeypatch, capsys):
     calls = []
     ask = _linear(1000, SLOPES, 1500, calls)
 
-    def make(config, topology, options, say):
+    def make(config, topology, options, line):
         if config.remat == "qkv":
             raise compiler.CompilerFailed("the TPU compiler crashed with SIGSEGV")
         answer = ask(config)
@@ -402,25 +381,21 @@ def test_search_of_a_plan_compiles_ten_times_at_most(monkeypatch):
     monkeypatch.setattr(plan, "make", make)
     # "dots" is tried again by the search, and must not be compiled again.
     config = tiny.config(batch_size=512, input__lanes=1, remat="dots", mesh__data=8)
-    said = []
-    base = make(config, TOPOLOGY, plan.Options(), said.append)
-    found = plan.find(config, TOPOLOGY, plan.Options(), said.append, base)
+    line = progress.Line()
+    base = make(config, TOPOLOGY, plan.Options(), line)
+    found = plan.find(config, TOPOLOGY, plan.Options(), line, base)
     assert calls.count(("dots", "auto", 1, 1, 512)) == 1 and len(calls) <= search.MAX_COMPILES
     assert found["at_batch"] is None
     largest = found["largest"]
     assert largest["batch_size"] == 8 * largest["images_per_chip"]
     assert largest["total_bytes"] == 1000 + 10 * largest["images_per_chip"]
-    assert "the TPU compiler crashed with SIGSEGV\n" in said
+    assert "\nthe TPU compiler crashed with SIGSEGV\n" in capsys.readouterr().err
     assert [p["failed"] for p in found["tried"] if p["remat"] == "qkv"] == [True]
     told = "\n".join(plan_text._search({"search": found}))
-    assert (
-        "  qkv   auto          1      1          64     512        -          -   the compiler failed"
-        in told
-    )
-    assert (
-        f"--config.batch_size={largest['batch_size']} --config.remat=full --config.model.attention=auto"
-        " --config.mesh.fsdp=1 --config.loss.gather=1"
-    ) in told
+    row = "  qkv   auto          1      1          64     512        -          -   the compiler failed"
+    assert row in told
+    levers = "--config.model.attention=auto --config.mesh.fsdp=1 --config.loss.gather=1"
+    assert f"--config.batch_size={largest['batch_size']} --config.remat=full {levers}" in told
 
 
 def test_gpu_estimate_by_hand():
@@ -433,13 +408,13 @@ def test_gpu_estimate_by_hand():
     # remat=full keeps each layer's input: image 2 layers x 2 images x 10 tokens x 32 wide; text 2 layers
     # x 1 group of 8 rows x 32 positions x 32 wide.
     inputs = {"float32[2,2,10,32]": 4 * 2 * 2 * 10 * 32, "float32[2,8,32,32]": 4 * 2 * 8 * 32 * 32}
-    kept = memory_use.kept(config, 2)
+    kept = memory_need.kept(config, 2)
     for shape, size_of_it in inputs.items():
         assert size_of_it in [k.bytes for k in kept if k.shape == shape]
     assert found.temporaries["activations"] == sum(k.bytes for k in kept)
     # remat=none also keeps the softmax of the attention, 2 layers x 2 images x 4 heads x 10 x 10 tokens.
     softmax = "float32[2,2,4,10,10]"
-    everything = memory_use.kept(dataclasses.replace(config, remat="none"), 2)
+    everything = memory_need.kept(dataclasses.replace(config, remat="none"), 2)
     assert softmax in [k.shape for k in everything if k.where == "image"]
     assert softmax not in [k.shape for k in kept]
     reduce, captions, regions = found.collectives
@@ -448,24 +423,10 @@ def test_gpu_estimate_by_hand():
     assert (captions.count, captions.bytes) == (30, 30 * 2 * 2 * 16 * 4)
     assert (regions.count, regions.bytes, regions.slices) == (30, 30 * 2 * 5 * 16 * 4, 2)
 
-    described = dataclasses.replace(config.loss, image_description=1.0)
-    described = dataclasses.replace(config, loss=described)
-    *_, images = estimate.rings(described, chips.parse_topology("h100:8x2"), 16)
-    # Both passes, 2 images a hop; their gradient from the first hop on, and home.
-    assert (images.count, images.bytes) == (30 + 17, (30 + 17) * 2 * 16 * 4)
-    several = tiny.config(batch_size=32, input__captions_per_image=3)
-    captions, of_regions = estimate.rings(several, chips.parse_topology("h100:8x2"), 16)
-    assert (captions, of_regions) == (images, regions)  # L_ic travels as L_id then
-
+    # What the other terms and a gather send: tests/losses/test_streaming.py, against the compiled program.
     grouped = tiny.config(remat="full", batch_size=32, loss__group_size=4, microbatches=1)
-    reduce, captions, regions = estimate.of_gpus(
-        grouped, chips.parse_topology("h100:8x2")
-    ).collectives
+    _, _, regions = estimate.of_gpus(grouped, chips.parse_topology("h100:8x2")).collectives
     assert (regions.count, regions.bytes, regions.slices) == (2, 2 * 2 * 5 * 16 * 4, 1)  # 2 chips
-    gathered = tiny.config(batch_size=32, loss__gather=4)
-    found = estimate.of_gpus(gathered, chips.parse_topology("h100:8x2")).collectives
-    assert [(c.kind, c.count) for c in found[1:3]] == [("all-gather", 2), ("collective-permute", 6)]
-    assert found[2].bytes == 6 * 4 * 2 * 2 * 16 * 4  # four chips' blocks a hop
 
 
 def test_gpu_estimate_of_frozen_towers():
@@ -473,10 +434,10 @@ def test_gpu_estimate_of_frozen_towers():
     config = tiny.config(mesh__fsdp=2)
     frozen = tiny.config(mesh__fsdp=2, optim__frozen=("image/.*", "text.*", "logit_scale"))
     everything, found = (estimate.of_gpus(c, gpus) for c in (config, frozen))
-    size = {
-        "all": everything.temporaries["gradients"],
-        "decoder": found.temporaries["gradients"],
-    }
+    size = {"all": everything.temporaries["gradients"], "decoder": found.temporaries["gradients"]}
+    whole = estimate.of_gpus(tiny.config(), gpus)
+    assert everything.state_bytes["parameters"] < 0.6 * whole.state_bytes["parameters"]
+    assert everything.checkpoint_bytes == whole.checkpoint_bytes
     towers = sum(
         x.size * 4
         for name, x in grain.flat(_params(config)).items()
@@ -491,21 +452,15 @@ def test_gpu_estimate_of_frozen_towers():
     assert (gather.kind, gather.bytes) == ("all-gather", 2 * (size["all"] + size["decoder"]))
     assert (scatter.kind, scatter.bytes) == ("reduce-scatter", 2 * size["decoder"])
     # The towers run forward only, so that nothing of them is kept but what the decoder needs.
-    kept = memory_use.kept(frozen, 2)
+    kept = memory_need.kept(frozen, 2)
     assert not [k for k in kept if k.where.startswith(("image/", "text")) and "blocks" in k.where]
-    assert sum(k.bytes for k in kept) < sum(k.bytes for k in memory_use.kept(config, 2)) / 2
+    assert sum(k.bytes for k in kept) < sum(k.bytes for k in memory_need.kept(config, 2)) / 2
 
 
 def test_gpu_meshes_that_cross_nodes_are_refused():
     for mesh in (dict(mesh__fsdp=16), dict(mesh__dcn_data=7)):
         with pytest.raises(errors.UserError, match="nothing but data is cut over the network"):
             estimate.of_gpus(tiny.config(batch_size=32, **mesh), chips.parse_topology("h100:8x2"))
-
-
-def test_hosts_of_small_slices():
-    assert chips.parse_topology("h100:4x4").hosts == 4
-    assert chips.parse_topology("v5e:1x1*4").hosts == 4
-    assert chips.parse_topology("v5e:16x16*2").hosts == 128
 
 
 def test_search_keeps_groups_whole():
@@ -519,15 +474,6 @@ def test_search_keeps_groups_whole():
 
     assert search.search(config, 8, ask).largest.images_per_chip == 32
     assert all(32 % n == 0 or n % 32 == 0 for n in tried)
-
-
-def test_gpu_estimate_of_parameters_cut_over_chips():
-    config = tiny.config(batch_size=32, mesh__fsdp=2)
-    whole = estimate.of_gpus(tiny.config(batch_size=32), chips.parse_topology("h100:4"))
-    cut = estimate.of_gpus(config, chips.parse_topology("h100:4"))
-    assert cut.state_bytes["parameters"] < 0.6 * whole.state_bytes["parameters"]
-    assert cut.checkpoint_bytes == whole.checkpoint_bytes
-    assert {c.kind for c in cut.collectives} >= {"all-gather", "reduce-scatter", "all-reduce"}
 
 
 def test_length_of_a_run():

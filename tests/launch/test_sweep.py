@@ -28,12 +28,8 @@ RATES = (1e-3, 2e-3)
 
 
 def test_helpers_make_points():
-    assert list(points.grid({"a": (1, 2), "b": "xy"})) == [
-        {"a": 1, "b": "x"},
-        {"a": 1, "b": "y"},
-        {"a": 2, "b": "x"},
-        {"a": 2, "b": "y"},
-    ]
+    grid = list(points.grid({"a": (1, 2), "b": "xy"}))
+    assert grid == [dict(a=1, b="x"), dict(a=1, b="y"), dict(a=2, b="x"), dict(a=2, b="y")]
     zipped = list(points.zipped({"a": (1, 2), "b": (3, 4)}))
     assert zipped == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
     assert list(points.seeds(2, zipped[:1])) == [{"a": 1, "b": 3, "seed": s} for s in (0, 1)]
@@ -42,14 +38,11 @@ def test_helpers_make_points():
         list(points.zipped({"a": (1, 2), "b": (3,)}))
 
 
-def test_the_shipped_sweep_is_six_runs():
-    found = sweep_runs.load_points(ROOT / "configs" / "sweeps" / "learning_rate.py")
-    assert sweep_runs.name_points(found) == [
+def test_names_are_of_what_differs():
+    shipped = sweep_runs.load_points(ROOT / "configs" / "sweeps" / "learning_rate.py")
+    assert sweep_runs.name_points(shipped) == [
         f"learning_rate={rate},seed={seed}" for rate in (0.0005, 0.001, 0.002) for seed in (0, 1)
     ]
-
-
-def test_names_are_of_what_differs():
     grid = list(points.grid({"batch_size": (8,), "optim.learning_rate": (1e-3, 3e-5)}))
     assert sweep_runs.name_points(grid) == ["learning_rate=0.001", "learning_rate=3e-05"]
     towers = list(points.grid({"model.image.depth": (1, 2), "model.text.depth": (1,)}))
@@ -144,13 +137,7 @@ def test_finished_is_the_last_step_logged_and_saved_and_the_report_there(tmp_pat
     pretend(b, 10, saved=False)
     pretend(c, 8)
     pretend(d, 10, reported=())  # killed between its last save and its report
-    assert [sweep_runs.finished(run) for run in (a, b, c, d, e)] == [
-        True,
-        False,
-        False,
-        False,
-        False,
-    ]
+    assert [run.name for run in (a, b, c, d, e) if sweep_runs.finished(run)] == [a.name]
     assert [sweep_runs.share_done(run) for run in (a, c, e)] == [1.0, 0.8, 0.0]
     by_epochs, killed = make(tmp_path, [{"total_epochs": 1.0}, {"total_epochs": 2.0}])
     pretend(by_epochs, 10)
@@ -164,23 +151,19 @@ def test_finished_is_the_last_step_logged_and_saved_and_the_report_there(tmp_pat
         assert sweep_runs.finished(evaluated) == (count == 3)
 
 
-def test_what_is_done_where_data_is_missing_does_not_make_another_run(tmp_path):
+def test_a_folder_of_another_config_is_refused(tmp_path):
     birds = [recipe.evaluator("zeroshot", "birds", missing=x) for x in ("skip", "error")]
     (run,) = make(tmp_path, [{"seed": 0}], evals={"birds": birds[0]})
     pretend(run, 10)
-    sweep_runs.check_folders(make(tmp_path, [{"seed": 0}], evals={"birds": birds[1]}))
-
-
-def test_a_folder_of_another_config_is_refused(tmp_path):
-    (run,) = make(tmp_path, [{"seed": 0}])
-    pretend(run, 10)
-    sweep_runs.check_folders(make(tmp_path, [{"seed": 0}], log_every=5, checkpoint_every=2))
+    same = dict(evals={"birds": birds[1]}, log_every=5, checkpoint_every=2)
+    sweep_runs.check_folders(make(tmp_path, [{"seed": 0}], **same))
+    other = make(tmp_path, [{"seed": 0}], evals={"birds": birds[0]}, batch_size=32)
     with pytest.raises(errors.UserError, match=r"was trained with batch_size = 16, now it is 32"):
-        sweep_runs.check_folders(make(tmp_path, [{"seed": 0}], batch_size=32))
+        sweep_runs.check_folders(other)
     stored = run.folder / "config.json"
     for cut_off in ("", stored.read_text()[:100]):  # by a kill: as if it were not there
         stored.write_text(cut_off)
-        sweep_runs.check_folders(make(tmp_path, [{"seed": 0}], batch_size=32))
+        sweep_runs.check_folders(other)
 
 
 class Scripts:
@@ -189,9 +172,8 @@ class Scripts:
     def __init__(self, folder, **programs):
         self.folder = epath.Path(folder)
         self.said = []
-        self.screen = types.SimpleNamespace(
-            say=self.said.append, progress=self.said.append, close=lambda: None
-        )
+        says = self.said.append
+        self.screen = types.SimpleNamespace(say=says, show=says, close=lambda stays: None)
         self.all = [self.job(name, program) for name, program in programs.items()]
 
     def job(self, name, program):
@@ -252,26 +234,17 @@ def test_runs_n_at_a_time_and_plans_anew(tmp_path):
     )
     scripts = Scripts(tmp_path, **{f"j{i}": program for i in range(4)})
     later = scripts.job("later", DONE)
-    known = lambda: scripts.all + [later] * scripts.finished(scripts.all[0])  # noqa: E731
+    known = lambda: scripts.all + [later] * scripts.finished(scripts.all[0])
     assert len(scripts.run(parallel=2, jobs=known).done) == 5
     beside = [int((tmp_path / f"j{i}" / "done").read_text()) for i in range(4)]
     assert max(beside) == 2
 
 
-def test_waits_for_a_run_of_a_runner_that_was_killed(tmp_path):
-    """The process outlives its runner and keeps the lock: the next call starts no second one."""
-    scripts = Scripts(tmp_path, slow="time.sleep(1.5)\n" + DONE)
-    scripts.all[0].log.parent.mkdir()
-    with scripts.all[0].log.open("a") as log:
-        jobs.fcntl.flock(log, jobs.fcntl.LOCK_EX)
-        left = subprocess.Popen(scripts.all[0].command, stdout=log)
-    assert scripts.run().done == ["slow"]
-    assert scripts.said[0] == "slow: runs already, started by another call; waiting"
-    assert "slow: started" not in scripts.said and left.wait() == 0
-
-
 def test_runs_of_a_runner_that_was_killed_take_slots(tmp_path):
-    """`a` runs on without a runner: the next call, one at a time, starts nothing beside it; two at a time, one job."""
+    """`a` outlives its runner, and keeps the lock: the next call starts no second one, and nothing beside it.
+
+    Two at a time, it starts one job beside it.
+    """
     beside = "(me / 'done').write_text(str((me.parent / 'a' / 'on').exists()))\n"
     until_all_done = "while not (me.parent / 'c' / 'done').exists(): time.sleep(0.02)\n"
     for parallel, wait, expected in (
@@ -289,19 +262,14 @@ def test_runs_of_a_runner_that_was_killed_take_slots(tmp_path):
             time.sleep(0.02)
         assert set(scripts.run(parallel=parallel).done) == {"a", "b", "c"}
         assert left.wait() == 0
-        seen = {(scripts.folder / name / "done").read_text() for name in "bc"}
-        assert seen == expected
+        assert {(scripts.folder / name / "done").read_text() for name in "bc"} == expected
+        assert "a: runs already, started by another call; waiting" in scripts.said
         assert "a: started" not in scripts.said
 
 
 def test_a_signal_is_passed_on_and_the_next_call_resumes(tmp_path):
-    program = (
-        "import signal\n"
-        + ONCE
-        + "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-        + "(me / 'ready').touch()\nif first: time.sleep(30)\n"
-        + DONE
-    )
+    handler = "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+    program = f"{ONCE}{handler}(me / 'ready').touch()\nif first: time.sleep(30)\n{DONE}"
     scripts = Scripts(tmp_path, a=program, b=program, c=DONE)
 
     def kill():
@@ -364,9 +332,8 @@ def test_slurm_gets_one_array_and_no_second_one(tmp_path, monkeypatch):
     pretend(runs[0], 10)
     workdir = runs[0].folder.parent
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert "no sbatch here; where there is one: GRAIN_ARGS_FILE=" in sweep_clusters.submit_slurm(
-        runs, workdir, None
-    )
+    told = sweep_clusters.submit_slurm(runs, workdir, None)
+    assert "no sbatch here; where there is one: GRAIN_ARGS_FILE=" in told
     log = tmp_path / "sent"
     command(tmp_path, "sbatch", f'echo "$GRAIN_ARGS_FILE $*" > {log}; echo "17;cluster"')
     command(tmp_path, "squeue", "echo '17_1 PENDING'")
@@ -401,14 +368,10 @@ def test_gke_gets_a_jobset_for_each_run(tmp_path, monkeypatch):
     assert "rendered 2 JobSets" in sweep_clusters.apply_gke(runs, workdir)
     text = (workdir / "gke" / "seed=1.yaml").read_text()
     name = sweep_clusters.jobset_name(runs[1])
-    assert (
-        name.startswith("my-sweep-")
-        and len(name) < 40
-        and name != sweep_clusters.jobset_name(runs[2])
-    )
-    assert text == (
-        f"name: {name}\nimage: grain:1\nargs: {' '.join(runs[1].arguments)}\nshell: $HOME\n"
-    )
+    assert name.startswith("my-sweep-") and len(name) < 40
+    assert name != sweep_clusters.jobset_name(runs[2])
+    arguments = " ".join(runs[1].arguments)
+    assert text == f"name: {name}\nimage: grain:1\nargs: {arguments}\nshell: $HOME\n"
     log = tmp_path / "sent"
     state = f'case "$*" in *{name}*terminalState*) echo Failed;; esac'
     command(tmp_path, "kubectl", f'echo "$*" >> {log}; {state}')
@@ -425,9 +388,8 @@ def test_the_shipped_jobset_takes_a_run(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "2")
     for name in ("IMAGE", "ACCELERATOR", "TOPOLOGY"):
         monkeypatch.setenv(name, "x")
-    jobset = yaml.safe_load(
-        sweep_clusters.render_gke(run, (sweep_clusters.HERE / "gke.yaml").read_text())
-    )
+    template = (sweep_clusters.HERE / "gke.yaml").read_text()
+    jobset = yaml.safe_load(sweep_clusters.render_gke(run, template))
     assert jobset["metadata"]["name"] == sweep_clusters.jobset_name(run)
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     assert pod["containers"][0]["args"][0].endswith(" ".join(run.arguments))
@@ -453,15 +415,8 @@ def test_the_claim_runs_on_it(tmp_path, monkeypatch):
     monkeypatch.setattr(claim.data, "prepare", lambda *_: None)
     header = (tmp_path / name).read_text().splitlines()[0]
     results.write_text(f"{header}\n")
-    args = types.SimpleNamespace(
-        workdir=tmp_path / "w",
-        results=results,
-        config=design.CONFIG,
-        data=None,
-        steps=100,
-        jobs=8,
-        noise=True,
-    )
+    options = dict(config=design.CONFIG, data=None, steps=100, jobs=8, noise=True)
+    args = types.SimpleNamespace(workdir=tmp_path / "w", results=results, **options)
     assert claim.run_all(args) == 0
     assert claim_results.read(results) == made
     gone = next(iter(made))
@@ -491,12 +446,8 @@ def test_the_table_is_sorted_and_averages_over_seeds(tmp_path):
     cells = [line.split() for line in lines]
     assert cells[0] == ["run", "learning_rate", "seed", metric, "loss", "state"]
     assert cells[2] == ["learning_rate=0.002,seed=0", "0.002", "0", "0.8000", "1.0000", "finished"]
-    assert [row[0][-12:] for row in cells[2:6]] == [
-        "0.002,seed=0",
-        "0.001,seed=1",
-        "0.001,seed=0",
-        "0.002,seed=1",
-    ]
+    order = "0.002,seed=0 0.001,seed=1 0.001,seed=0 0.002,seed=1"
+    assert " ".join(row[0][-12:] for row in cells[2:6]) == order
     assert lines[5].endswith("step 4 of 10")
     assert cells[9] == ["learning_rate=0.002", "0.8000", "0.8000", "0.8000", "1"]
     assert cells[10] == ["learning_rate=0.001", "0.6000", "0.5000", "0.7000", "2"]
@@ -506,7 +457,8 @@ def test_the_table_is_sorted_and_averages_over_seeds(tmp_path):
         sweep_table.check(rows, "eval/seen/chanse")
 
 
-def test_a_metric_that_the_last_lines_lack_keeps_its_last_value(tmp_path):
+def test_the_values_of_a_run(tmp_path):
+    """The mean of the last lines; a metric that these lack keeps its last value."""
     (run,) = make(tmp_path, [{"seed": 0}])
     pretend(run, 10)
     path = run.folder / "metrics.jsonl"
@@ -514,6 +466,8 @@ def test_a_metric_that_the_last_lines_lack_keeps_its_last_value(tmp_path):
     path.write_text("\n".join([first, *path.read_text().splitlines()[1:]]) + "\n")
     (row,) = sweep_table.read([run], [True])
     assert row.values == {"loss": 1.0, "images_per_second": 70.0}
+    assert sweep_table.summary(run, None) == "loss 1.0000"
+    assert sweep_table.summary(run, "eval/x") == ""
 
 
 def test_csv_and_picture(tmp_path):
@@ -535,13 +489,13 @@ def test_csv_and_picture(tmp_path):
     assert not sweep_table.draw([], metric, epath.Path(tmp_path / "none.png"))
 
 
+def python(*words, check=False):
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=check)
+
+
 def launch(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "grain_jax.launch.sweep", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    return python("-m", "grain_jax.launch.sweep", *arguments)
 
 
 def test_a_sweep_from_the_command_line(tmp_path):
@@ -572,15 +526,4 @@ def test_a_sweep_from_the_command_line(tmp_path):
 
 def test_the_command_loads_no_jax():
     code = "import sys, grain_jax.launch.sweep; print(sorted({'jax', 'tensorflow'} & set(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
-
-
-def test_a_finished_run_is_told_with_its_metric(tmp_path):
-    lines = [{"step": step, "loss": loss} for step, loss in ((1, 2.0), (2, 1.0))]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = types.SimpleNamespace(name="a", folder=epath.Path(tmp_path))
-    assert sweep_table.summary(run, None) == "loss 1.5000"
-    assert sweep_table.summary(run, "eval/x") == ""
+    assert python("-c", code, check=True).stdout.strip() == "[]"

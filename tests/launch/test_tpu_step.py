@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 from grain_jax.launch import chips, compiler, hlo, hlo_collectives
 
+from grain_jax import progress
 from grain_jax.models import layers
 from tests import paths, tiny
 
@@ -43,13 +44,9 @@ def compiled():
         model__decoder__heads=2,
         model__embed_dim=128,
     )
+    lengths = dict(total_steps=10, steps_per_epoch=5.0, timeout=1500)
     return compiler.compile_step(
-        c,
-        chips.parse_topology("v5e:8x8"),
-        total_steps=10,
-        steps_per_epoch=5.0,
-        timeout=1500,
-        say=print,
+        c, chips.parse_topology("v5e:8x8"), line=progress.Line(), **lengths
     )
 
 
@@ -131,11 +128,8 @@ def _check_attention(module):
     assert not _in_hbm(module, TOKENS) and not _in_hbm(module, LENGTH)
 
 
-def test_the_hops_of_the_ring_run_beside_products():
+def test_the_hops_of_the_ring_run_beside_products_and_no_scores_lie_in_hbm():
     assert _check_ring(golden()) == HOPS
-
-
-def test_no_scores_lie_in_hbm():
     _check_attention(golden())
 
 

@@ -106,7 +106,7 @@ def test_another_path_gives_the_same_losses(group_size, slices, monkeypatch):
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(8, 1, 1), ("data", "fsdp", "tensor"))
     batch = tiny.batch(c)
     rng = np.random.default_rng(0)
-    unit = lambda *shape: grain.normalize(rng.normal(size=shape).astype(np.float32))  # noqa: E731
+    unit = lambda *shape: grain.normalize(rng.normal(size=shape).astype(np.float32))
     images, regions = batch.region_mask.shape
     embeds = unit(images, 16), unit(images, 1, 16), unit(images, 5, 16), unit(images, regions, 16)
     boxes = rng.uniform(0.2, 0.5, (2, images, 5, 4)).astype(np.float32)

@@ -20,17 +20,10 @@ def _outputs(c, seed=0, layers=2, width=D):
     unit = lambda *shape: (x := rng.normal(size=shape)) / np.linalg.norm(x, axis=-1, keepdims=True)
     h = c.input.negatives_per_region
     low = rng.uniform(0.2, 0.8, (layers, b, Q, 4))
-    out = schema.Outputs(
-        unit(b, width),
-        unit(b, captions, width),
-        unit(b, Q, width),
-        unit(b, r, width),
-        low,
-        np.float64(12.0),
-        np.float64(0),
-        unit(b, r, width),
-        unit(b, r, h, width) if h else None,
-    )
+    shapes = (b,), (b, captions), (b, Q), (b, r)
+    embeds = [unit(*shape, width) for shape in shapes]
+    boxes, negatives = unit(b, r, width), unit(b, r, h, width) if h else None
+    out = schema.Outputs(*embeds, low, np.float64(12.0), np.float64(0), boxes, negatives)
     return jax.tree.map(lambda x: np.asarray(x, np.float32), out)
 
 
@@ -331,65 +324,74 @@ def test_equals_float64_replica(group_size, mask_duplicates, iou_epsilon):
     np.testing.assert_allclose(got.total, ic + 1.5 * box + 0.5 * rd, rtol=1e-5)
 
 
+# Without the terms whose weights are not 0 by default.
+ALONE = dict(loss__image_caption=0.0, loss__box=0.0, loss__region_description=0.0)
+
+
+def _of_type(contrast):
+    bias = -1.0 if contrast == "sigmoid" else None
+    return dict(loss__contrast=contrast, model__logit_bias_init=bias)
+
+
+def _assert_alone(c, batch, outputs, name, expected, right):
+    """The only loss, of weight 0.5, and its accuracy are those of a replica."""
+    got = losses.total_loss(outputs, batch, c.loss)
+    assert 0 < right < 1
+    np.testing.assert_allclose(got.terms[name], expected, rtol=1e-5)
+    np.testing.assert_allclose(got.measures[f"{name}_accuracy"], right, rtol=1e-6)
+    np.testing.assert_allclose(got.total, 0.5 * expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("mask_duplicates", [True, False])
 def test_image_description_equals_float64_replica(contrast, mask_duplicates):
-    c = tiny.config(
-        loss__image_description=0.5,
-        loss__contrast=contrast,
-        loss__mask_duplicates=mask_duplicates,
-        loss__image_caption=0.0,
-        loss__box=0.0,
-        loss__region_description=0.0,
-        model__logit_bias_init=-1.0 if contrast == "sigmoid" else None,
-    )
-    batch, outputs = tiny.batch(c), _outputs(c)
-    outputs = learnt(outputs, batch)
+    weights = ALONE | dict(loss__image_description=0.5, loss__mask_duplicates=mask_duplicates)
+    c = tiny.config(**weights, **_of_type(contrast))
+    batch = tiny.batch(c)
+    outputs = learnt(_outputs(c), batch)
     batch.region_mask[4:6] = False  # images without descriptions are negatives of all of them
     batch.region_boxes_cxcywh[3, 0, 2] = 0  # a description needs no box
     batch.description_id[1, 0] = batch.description_id[3, 0]  # two images with one text
-    got = losses.total_loss(outputs, batch, c.loss)
-    expected, right = image_description_replica(outputs, batch, c.loss)
-    assert 0 < right < 1
-    np.testing.assert_allclose(got.terms["image_description"], expected, rtol=1e-5)
-    np.testing.assert_allclose(got.measures["image_description_accuracy"], right, rtol=1e-6)
-    np.testing.assert_allclose(got.total, 0.5 * expected, rtol=1e-5)
+    found = image_description_replica(outputs, batch, c.loss)
+    _assert_alone(c, batch, outputs, "image_description", *found)
 
 
 @pytest.mark.parametrize("captions", [2, 3])
 @pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("mask_duplicates", [True, False])
 def test_several_captions_equal_float64_replica(captions, contrast, mask_duplicates):
-    c = tiny.config(
-        input__captions_per_image=captions,
-        loss__contrast=contrast,
-        loss__mask_duplicates=mask_duplicates,
-        loss__image_caption=0.5,
-        loss__box=0.0,
-        loss__region_description=0.0,
-        model__logit_bias_init=-1.0 if contrast == "sigmoid" else None,
-    )
-    batch, outputs = tiny.batch(c), _outputs(c)
-    outputs = learnt(outputs, batch)._replace(logit_bias=np.float32(-1))
+    weights = ALONE | dict(loss__image_caption=0.5, loss__mask_duplicates=mask_duplicates)
+    c = tiny.config(input__captions_per_image=captions, **weights, **_of_type(contrast))
+    batch = tiny.batch(c)
+    outputs = learnt(_outputs(c), batch)._replace(logit_bias=np.float32(-1))
     batch.caption_mask[5] = False  # an image without captions is a negative of all of them
     batch.caption_id[8] = batch.caption_id[8, 0]  # one text twice on one image
     batch.caption_id[1, 0] = batch.caption_id[3, 1]  # and on two
-    got = losses.total_loss(outputs, batch, c.loss)
     texts = outputs.text_embed, batch.caption_id, batch.caption_mask
-    expected, right = positives_replica(outputs, *texts, c.loss)
-    assert 0 < right < 1
-    np.testing.assert_allclose(got.terms["image_caption"], expected, rtol=1e-5)
-    np.testing.assert_allclose(got.measures["image_caption_accuracy"], right, rtol=1e-6)
-    np.testing.assert_allclose(got.total, 0.5 * expected, rtol=1e-5)
+    found = positives_replica(outputs, *texts, c.loss)
+    _assert_alone(c, batch, outputs, "image_caption", *found)
+
+
+@pytest.mark.parametrize("group_size", [0, 4])
+@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("mask_duplicates", [True, False])
+def test_box_description_equals_float64_replica(group_size, contrast, mask_duplicates):
+    weights = ALONE | dict(loss__box_description=0.5, loss__mask_duplicates=mask_duplicates)
+    boxes = dict(model__boxes__kind="roi_align", loss__group_size=group_size)
+    c = tiny.config(**weights, **boxes, **_of_type(contrast))
+    batch = tiny.batch(c)
+    outputs = learnt(_outputs(c), batch)._replace(logit_bias=np.float32(-1))
+    batch.region_mask[4:8] = False  # a group without regions
+    batch.region_boxes_cxcywh[3, 0, 2] = 0  # a box without area has no embedding
+    batch.description_id[1, 0] = batch.description_id[3, 1]  # two images with one text
+    found = box_description_replica(outputs, batch, c.loss)
+    _assert_alone(c, batch, outputs, "box_description", *found)
 
 
 @pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
 def test_one_caption_an_image_is_a_case_of_several(contrast):
     """The two programs agree: with all but the first of three captions masked, the loss is that of one."""
-    loss = dict(
-        loss__contrast=contrast, model__logit_bias_init=-1.0 if contrast == "sigmoid" else None
-    )
-    c = tiny.config(input__captions_per_image=3, **loss)
+    c = tiny.config(input__captions_per_image=3, **_of_type(contrast))
     batch, outputs = tiny.batch(c), _outputs(c)
     batch.caption_mask[:] = [True, False, False]
     value_and_grad = jax.value_and_grad(
@@ -403,34 +405,6 @@ def test_one_caption_an_image_is_a_case_of_several(contrast):
     np.testing.assert_allclose(of_several.image_embed, of_one.image_embed, atol=1e-6)
     np.testing.assert_allclose(of_several.text_embed[:, :1], of_one.text_embed, atol=1e-6)
     assert not np.any(of_several.text_embed[:, 1:])
-
-
-@pytest.mark.parametrize("group_size", [0, 4])
-@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("mask_duplicates", [True, False])
-def test_box_description_equals_float64_replica(group_size, contrast, mask_duplicates):
-    c = tiny.config(
-        model__boxes__kind="roi_align",
-        loss__box_description=0.5,
-        loss__group_size=group_size,
-        loss__contrast=contrast,
-        loss__mask_duplicates=mask_duplicates,
-        loss__image_caption=0.0,
-        loss__box=0.0,
-        loss__region_description=0.0,
-        model__logit_bias_init=-1.0 if contrast == "sigmoid" else None,
-    )
-    batch = tiny.batch(c)
-    outputs = learnt(_outputs(c), batch)._replace(logit_bias=np.float32(-1))
-    batch.region_mask[4:8] = False  # a group without regions
-    batch.region_boxes_cxcywh[3, 0, 2] = 0  # a box without area has no embedding
-    batch.description_id[1, 0] = batch.description_id[3, 1]  # two images with one text
-    got = losses.total_loss(outputs, batch, c.loss)
-    expected, right = box_description_replica(outputs, batch, c.loss)
-    assert 0 < right < 1
-    np.testing.assert_allclose(got.terms["box_description"], expected, rtol=1e-5)
-    np.testing.assert_allclose(got.measures["box_description_accuracy"], right, rtol=1e-6)
-    np.testing.assert_allclose(got.total, 0.5 * expected, rtol=1e-5)
 
 
 def test_image_description_is_left_out_where_its_weight_is_zero():
@@ -461,36 +435,44 @@ def test_an_iou_of_exactly_half_counts_as_in_evaluation():
     assert (float(got.measures["matched_iou"]), float(got.measures["matched_iou50"])) == (0.5, 1.0)
 
 
-@pytest.mark.parametrize("contrast,bias", [("softmax", None), ("sigmoid", -1.0)])
-def test_a_model_that_says_the_same_of_everything_is_never_right(contrast, bias):
+@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
+def test_a_model_that_says_the_same_of_everything_is_never_right(contrast):
     """Nor does rounding make it so: the own logit and the others are computed in different ways."""
-    c = tiny.config(loss__contrast=contrast, model__logit_bias_init=bias)
+    c = tiny.config(**_of_type(contrast))
     batch, outputs = tiny.batch(c), _outputs(c)
+    names = ("image_embed", "text_embed", "region_embed", "region_text_embed")
     first = outputs.image_embed[0]
-    same = lambda x: np.broadcast_to(first, x.shape)
     outputs = outputs._replace(
-        image_embed=same(outputs.image_embed),
-        text_embed=same(outputs.text_embed),
-        region_embed=same(outputs.region_embed),
-        region_text_embed=same(outputs.region_text_embed),
+        **{name: np.broadcast_to(first, getattr(outputs, name).shape) for name in names}
     )
     got = losses.total_loss(outputs, batch, c.loss)
     assert got.measures["image_caption_accuracy"] == 0
     assert got.measures["region_description_accuracy"] == 0
 
 
-@pytest.mark.parametrize("boxes", [0.0, 1.0])
-def test_matching_by_words(boxes):
-    by_words = dict(loss__match_l1=5 * boxes, loss__match_giou=2 * boxes)
-    c = tiny.config(loss__match_description=1.0, **by_words)
+WORDS = dict(loss__match_description=1.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        WORDS,
+        WORDS | dict(loss__match_l1=0, loss__match_giou=0),
+        dict(input__max_regions=8, text__pack_rows=8),
+    ],
+    ids=["words and boxes", "words", "more regions than queries"],
+)
+def test_matching_equals_the_replica(changes):
+    c = tiny.config(**changes)
     batch, outputs = tiny.batch(c), _outputs(c)
     got = losses.total_loss(outputs, batch, c.loss)
     _, box, rd = replica(outputs, batch, c.loss)
-    np.testing.assert_allclose(
-        [got.terms["box"], got.terms["region_description"]], [box, rd], rtol=1e-5
-    )
-    without = dataclasses.replace(c.loss, match_description=0.0, match_l1=5.0)
-    assert abs(losses.total_loss(outputs, batch, without).terms["region_description"] - rd) > 1e-3
+    found = [got.terms["box"], got.terms["region_description"]]
+    np.testing.assert_allclose(found, [box, rd], rtol=1e-5)
+    if c.loss.match_description:
+        without = dataclasses.replace(c.loss, match_description=0.0, match_l1=5.0)
+        of_boxes = losses.total_loss(outputs, batch, without).terms["region_description"]
+        assert abs(of_boxes - rd) > 1e-3
 
 
 def test_no_region_in_the_whole_batch_is_zero_with_zero_gradient():
@@ -524,26 +506,11 @@ def test_equal_texts_are_negatives_only_with_the_switch_off():
 def test_deep_supervision_adds_the_earlier_layers_boxes():
     c = tiny.config(loss__deep_supervision=True)
     batch, outputs = tiny.batch(c), _outputs(c, layers=3)
-    expected = sum(
-        replica(
-            outputs._replace(pred_boxes_cxcywh=outputs.pred_boxes_cxcywh[: n + 1]), batch, c.loss
-        )[1]
-        for n in range(3)
-    )
-    np.testing.assert_allclose(
-        losses.total_loss(outputs, batch, c.loss).terms["box"], expected, rtol=1e-5
-    )
-
-
-def test_more_regions_than_queries():
-    c = tiny.config(input__max_regions=8, text__pack_rows=8)
-    batch = tiny.batch(tiny.config(input__max_regions=8, text__pack_rows=8))
-    outputs = _outputs(c)
-    got = losses.total_loss(outputs, batch, c.loss)
-    _, box, rd = replica(outputs, batch, c.loss)
-    np.testing.assert_allclose(
-        [got.terms["box"], got.terms["region_description"]], [box, rd], rtol=1e-5
-    )
+    boxes = outputs.pred_boxes_cxcywh
+    layers = [outputs._replace(pred_boxes_cxcywh=boxes[: n + 1]) for n in range(3)]
+    expected = sum(replica(layer, batch, c.loss)[1] for layer in layers)
+    found = losses.total_loss(outputs, batch, c.loss)
+    np.testing.assert_allclose(found.terms["box"], expected, rtol=1e-5)
 
 
 def test_no_gradient_flows_through_the_matching():
@@ -558,28 +525,18 @@ def test_padded_regions_and_captions_change_nothing():
     c = tiny.config(input__captions_per_image=3)
     batch, outputs = tiny.batch(c), _outputs(c)
     first = losses.total_loss(outputs, batch, c.loss)
-    junk = np.random.default_rng(5)
-    hidden = ~batch.region_mask
-    boxes = np.where(
-        hidden[..., None],
-        junk.uniform(0, 1, batch.region_boxes_cxcywh.shape),
-        batch.region_boxes_cxcywh,
-    )
-    texts = np.where(
-        hidden[..., None],
-        junk.normal(size=outputs.region_text_embed.shape),
-        outputs.region_text_embed,
-    )
-    no_caption = ~batch.caption_mask
-    captions = np.where(
-        no_caption[..., None], junk.normal(size=outputs.text_embed.shape), outputs.text_embed
-    )
+    junk, no_caption = np.random.default_rng(5), ~batch.caption_mask
+
+    def changed(x, hidden):
+        return np.where(hidden[..., None], junk.uniform(0, 1, x.shape), x).astype(np.float32)
+
     second = losses.total_loss(
         outputs._replace(
-            region_text_embed=texts.astype(np.float32), text_embed=captions.astype(np.float32)
+            region_text_embed=changed(outputs.region_text_embed, ~batch.region_mask),
+            text_embed=changed(outputs.text_embed, no_caption),
         ),
         batch._replace(
-            region_boxes_cxcywh=boxes.astype(np.float32),
+            region_boxes_cxcywh=changed(batch.region_boxes_cxcywh, ~batch.region_mask),
             caption_id=np.where(no_caption, batch.caption_id[0, 0], batch.caption_id),
         ),
         c.loss,

@@ -13,7 +13,7 @@ def _replica(q, k, v, heads, norms, eps, ids):
     """The same in float64, a head at a time; float64 must be enabled."""
     batch, length, lanes = q.shape
     width = lanes // heads
-    split = lambda x: x.reshape(batch, length, heads, width).transpose(0, 2, 1, 3)  # noqa: E731
+    split = lambda x: x.reshape(batch, length, heads, width).transpose(0, 2, 1, 3)
     q, k, v = split(q), split(k), split(v)
     if norms is not None:
 
@@ -104,11 +104,24 @@ def test_kernel_equals_the_replica(name):
     for dtype, bound in ((jnp.float32, 5e-5), (jnp.bfloat16, 0.5)):
         q, k, v, norms = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
         cast = (*(x.astype(dtype) for x in (q, k, v)), norms)
-        of = lambda f, cast=cast, dtype=dtype: _worst(  # noqa: E731
+        of = lambda f, cast=cast, dtype=dtype: _worst(
             _with_gradients(jax.jit(f), cast, jnp.asarray(weight, dtype)), expected
         )
         ours, theirs = of(kernel), of(xla)
         assert ours < bound and ours < 2.5 * theirs, (dtype, ours, theirs)
+
+
+def _loss(layer, mask, weight):
+    """The value and the gradients of a sum of the layer's output, by parameters and input."""
+
+    def run(params, x):
+        return jnp.sum(layer.apply(params, x, x, x, mask) * weight)
+
+    return jax.jit(jax.value_and_grad(run, (0, 1)))
+
+
+def _assert_near(got, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, expected)
 
 
 def _layer(program, heads, qk_norm):
@@ -133,22 +146,16 @@ def test_layer_is_the_same_by_each_program(mesh_shape, qk_norm):
     again = pallas.init(jax.random.key(3), x, x, x, within)
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
-    def loss(layer, mask):
-        def run(params, x):
-            return jnp.sum(layer.apply(params, x, x, x, mask) * weight)
-
-        return jax.jit(jax.value_and_grad(run, (0, 1)))
-
-    expected = loss(xla, mask)(params, x)
+    expected = _loss(xla, mask, weight)(params, x)
     if mesh_shape is None:
-        got = loss(pallas, within)(params, x)
+        got = _loss(pallas, within, weight)(params, x)
     else:
         mesh = Mesh(np.array(jax.devices()).reshape(mesh_shape), ("data", "fsdp", "tensor"))
         axes = ("data", "fsdp")
         x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(axes)))
         with placement.on(mesh, axes):
-            got = loss(pallas, within)(params, x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, expected)
+            got = _loss(pallas, within, weight)(params, x)
+    _assert_near(got, expected)
 
 
 @pytest.mark.parametrize("mesh_shape", [None, (2, 2, 2)])
@@ -169,21 +176,15 @@ def test_lengths_that_cudnn_takes(monkeypatch, mesh_shape, length, qk_norm):
     params = xla.init(jax.random.key(3), x, x, x)
     weight = jax.random.normal(jax.random.key(2), x.shape)
 
-    def loss(layer, mask):
-        def run(params, x):
-            return jnp.sum(layer.apply(params, x, x, x, mask) * weight)
-
-        return jax.jit(jax.value_and_grad(run, (0, 1)))
-
-    expected = loss(xla, within and within.mask())(params, x)
+    expected = _loss(xla, within and within.mask(), weight)(params, x)
     mesh, local = None, (8, 4)
     if mesh_shape is not None:
         mesh = Mesh(np.array(jax.devices()).reshape(mesh_shape), ("data", "fsdp", "tensor"))
         local = (2, 2)
     with placement.on(mesh, ("data", "fsdp") if mesh else ()):
-        got = loss(cudnn, within)(params, x)
+        got = _loss(cudnn, within, weight)(params, x)
     assert given == [((local[0], 10, local[1], 8), "cudnn")]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, expected)
+    _assert_near(got, expected)
 
 
 def test_auto_is_xla_without_a_mesh_and_on_a_cpu():
@@ -196,12 +197,7 @@ def test_auto_is_xla_without_a_mesh_and_on_a_cpu():
 
 def test_programs_for_rows_and_heads():
     of = attention_kernel._heads_of_a_program
-    assert [
-        of(12, 64).lanes,
-        of(6, 32).lanes,
-        of(16, 80).lanes,
-        of(16, 88).lanes,
-        of(2, 16).lanes,
-    ] == [*(128, 192, 640, 1408, 32)]
+    shapes = (12, 64), (6, 32), (16, 80), (16, 88), (2, 16)
+    assert [of(*shape).lanes for shape in shapes] == [128, 192, 640, 1408, 32]
     rows = attention_kernel._rows_of_a_program
     assert [rows(128, 197, 128, 2), rows(6, 77, 128, 2), rows(32, 257, 1408, 2)] == [8, 6, 1]

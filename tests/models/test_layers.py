@@ -52,13 +52,13 @@ def test_softmax_and_its_gradient_are_jaxs(draw, dtype, tolerance):
 def test_what_an_image_block_keeps_for_the_backward_pass():
     """Of bfloat16: inputs of norms and products, weights of the attention; the widest array once, not four times."""
     tower = tiny.config(dtype="bfloat16").model.image
-    block, x = vit.Block(tower, jnp.dtype("bfloat16")), jnp.ones((4, 17, tower.width), jnp.bfloat16)
+    dtype, x = jnp.dtype("bfloat16"), jnp.ones((4, 17, tower.width), jnp.bfloat16)
+    block = layers.TowerLayer(tower, dtype, vit._inits(tower), qk_norm=tower.qk_norm)
     variables = jax.jit(block.init)(jax.random.key(0), x)
     _, backward = jax.vjp(lambda x: block.apply(variables, x)[0], x)
     kept = [a for a in jax.tree.leaves(backward) if a.ndim >= 3 and a.shape[0] == 4]
-    assert all(
-        a.dtype == jnp.bfloat16 for a in kept if a.shape[-1] != tower.heads
-    )  # rows' statistics
+    # All but the rows' statistics.
+    assert all(a.dtype == jnp.bfloat16 for a in kept if a.shape[-1] != tower.heads)
     shapes = [a.shape for a in kept]
     assert shapes.count((4, 17, tower.mlp_dim)) == 1
     assert shapes.count((4, tower.heads, 17, 17)) == 1

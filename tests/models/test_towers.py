@@ -116,13 +116,7 @@ def test_a_class_that_is_no_tower_is_a_line():
         towers.text_tower(dataclasses.replace(c, tower="tests.models.test_towers:NotATower"))
 
 
-def test_old_configs_mean_the_built_in_towers():
+def test_the_built_in_towers():
     c = tiny.config()
-    old = dataclasses.asdict(c)
-    for part in (old["model"]["image"], old["model"]["text"], old["input"]):
-        assert part.pop("options") == {}
-        part.pop("tower", None)
-    assert config_lib.from_dict(old) == c
-    assert "tower" not in config_lib.without_new_fields(c)["model"]["image"]
     assert towers.image_tower(c.model.image).leading_tokens(c.model.image) == 1
     assert towers.text_tower(c.model.text).packable(c.model.text) is c.model.text.packable is True

@@ -13,12 +13,7 @@ pytestmark = pytest.mark.slow
 def urls(tmp_path_factory):
     """Of the page of one run, and of two."""
     root = tmp_path_factory.mktemp("report")
-    workdirs.data(root / "data")
-    predictor = workdirs.predictor()
-    first, second = (
-        workdirs.workdir(root / name, root / "data", rate)
-        for name, rate in (("first", 1e-3), ("second", 2e-3))
-    )
+    (first, second), predictor = workdirs.two(root)
     page.write(second, predictor)
     (second / "checkpoints" / "40").mkdir(parents=True)
     one = page.write(first, predictor)

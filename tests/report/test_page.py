@@ -10,26 +10,19 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import inference, recipe
-from grain_jax.evaluate import grounding, test_sets, zeroshot
 from grain_jax.inference import predictor as predictor_lib
 from grain_jax.report import __main__ as command
-from grain_jax.report import collect, page, pictures, regions, run_files, thumbnails
+from grain_jax.report import charts, collect, page, regions, run_files, thumbnails
 from tests import tiny
 from tests.evaluate import tfds_sets
+from tests.evaluate.stub import measure
 from tests.report import workdirs
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two workdirs and the page of each, which is written with the model at hand."""
-    root = tmp_path_factory.mktemp("report")
-    workdirs.data(root / "data")
-    predictor = workdirs.predictor()
-    folders = [
-        workdirs.workdir(root / "runs" / name, root / "data", rate)
-        for name, rate in (("first", 1e-3), ("second", 2e-3))
-        if (root / "runs").mkdir(exist_ok=True) is None
-    ]
+    folders, predictor = workdirs.two(tmp_path_factory.mktemp("report"))
     for folder in folders:
         page.write(folder, predictor)
         (folder / "checkpoints" / "40").mkdir(parents=True)  # as if that step was saved
@@ -44,9 +37,7 @@ class _Parsed(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.loaded += [
-            value for key, value in attributes if key in ("src", "href", "data", "action")
-        ]
+        self.loaded += [x for key, x in attributes if key in ("src", "href", "data", "action")]
 
     def handle_data(self, text):
         self.texts.append(text)
@@ -119,9 +110,10 @@ def test_what_the_model_does_is_what_the_evaluations_measure(runs):
     (folder, _), predictor = runs
     (run,) = _payload(_page(folder))["runs"]
     data = folder.parent.parent / "data"
-    measured = zeroshot.evaluate(
+    measured = measure(
+        "zeroshot",
         predictor,
-        test_sets.ClassFolders(data / "classes"),
+        images=data / "classes",
         descriptions=data / "D.json",
         alphas=(1.0, 0.5),
         names=False,
@@ -136,7 +128,7 @@ def test_what_the_model_does_is_what_the_evaluations_measure(runs):
         assert wrong == pytest.approx(12 * (1 - measured[f"alpha_{alpha}"]["top1"]))
         assert [p["count"] for p in pairs] == sorted((p["count"] for p in pairs), reverse=True)
         assert all(len(p["pictures"]) == min(p["count"], 3) for p in pairs)
-    measured = grounding.evaluate(predictor, images=data, annotations=data / "A.jsonl")
+    measured = measure("grounding", predictor, images=data, annotations=data / "A.jsonl")
     regions = [
         r for p in run["regions"]["pictures"] for r in p["predicted"] if r["own"] is not None
     ]
@@ -157,16 +149,11 @@ def test_it_loads_nothing(runs):
     for folder in runs[0]:
         text = _page(folder)
         parsed = _Parsed(text)
-        assert {value.split(":")[0][:1] for value in parsed.loaded} == {
-            "#"
-        }  # links within the page
+        assert {value[:1] for value in parsed.loaded} == {"#"}  # links within the page
         assert not {"link", "iframe", "object", "embed", "base"} & set(parsed.tags)
         assert "@import" not in text and "url(" not in text
-        assert all(
-            uri.startswith("data:image/jpeg;base64,")
-            for r in _payload(text)["runs"]
-            for uri in r["thumbs"]
-        )
+        uris = [uri for r in _payload(text)["runs"] for uri in r["thumbs"]]
+        assert all(uri.startswith("data:image/jpeg;base64,") for uri in uris)
         assert "default-src 'none'" in text and len(text) < 3_000_000
 
 
@@ -279,7 +266,7 @@ def test_wrong_use(tmp_path, capsys):
 
 
 def test_labels_and_thinning():
-    named = pictures.headline("eval/un_seen/by_name/alpha_0.50/top1")
+    named = charts.headline("eval/un_seen/by_name/alpha_0.50/top1")
     assert named == "un seen, by name: top-1, alpha 0.5"
     assert run_files.labels(["/a/x/1", "/b/y/1"]) == ["x/1", "y/1"]
     assert run_files.labels(["/a/x", "/a/x"]) == ["//a/x (1)", "//a/x (2)"]
@@ -289,14 +276,9 @@ def test_labels_and_thinning():
 
 def test_which_curves_share_a_chart():
     keys = "mfu eval/d/query/0/share eval/d/query/0/cx eval/d/matched_iou eval/d/pictures query_share/1"
-    keys = keys.split() + [
-        "input_wait_fraction",
-        "input_wait_steps",
-        "matched_iou50",
-        "loss_x",
-        "loss",
-    ]
-    made = {chart["title"]: dict(chart["series"]) for chart in run_files.charts(keys, 2)}
+    keys += " input_wait_fraction input_wait_steps matched_iou50 loss_x loss"
+    keys = keys.split()
+    made = {chart.title: chart.series for chart in charts.charts(keys, 2)}
     assert made == {
         "Losses": {"loss": "total", "loss_x": "loss_x"},
         "Share of the matched regions, by query": {"query_share/1": "query 2"},
@@ -311,4 +293,4 @@ def test_which_curves_share_a_chart():
         },
         "mfu": {"mfu": "mfu"},
     }
-    assert len(run_files.charts(keys, 1)) == len(made) - 1  # of one evaluation there is no course
+    assert len(charts.charts(keys, 1)) == len(made) - 1  # of one evaluation there is no course

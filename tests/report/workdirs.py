@@ -58,6 +58,15 @@ def data(folder):
     (folder / "D.json").write_text(json.dumps(DESCRIPTIONS))
 
 
+def two(root):
+    """The workdirs of two runs that differ in their learning rate, and the model of both."""
+    data(root / "data")
+    (root / "runs").mkdir()
+    rates = {"first": 1e-3, "second": 2e-3}
+    folders = [workdir(root / "runs" / name, root / "data", x) for name, x in rates.items()]
+    return folders, predictor()
+
+
 def workdir(folder, data_folder, learning_rate=1e-3):
     """The files of a run of 40 steps, logged every second one and evaluated twice."""
     folder.mkdir()
@@ -94,13 +103,8 @@ def workdir(folder, data_folder, learning_rate=1e-3):
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 42, "lo')
     (folder / "log.txt").write_text("$ python -m grain_jax.train --workdir x\nstep 2/40\n")
     record = dict.fromkeys(receipt.Record.__annotations__, "0123")
-    record |= {
-        "step": 20,
-        "processes": 1,
-        "state": {"params": "77"},
-        "mesh": {"data": 4},
-        "previous": None,
-    }
+    record |= {"step": 20, "processes": 1, "previous": None}
+    record |= {"state": {"params": "77"}, "mesh": {"data": 4}}
     record["environment"] = {"jax": "9.8.7", "xla_flags": ""}
     later = record | {"step": 40, "previous": receipt.sha256(record)}
     (folder / receipt.FILE).write_text(json.dumps(record) + "\n" + json.dumps(later) + "\n")

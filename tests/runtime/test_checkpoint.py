@@ -1,6 +1,5 @@
 """Checkpoints on disk: which are kept, what happens to damaged ones and on a full disk, what a mismatch says."""
 
-import errno
 import json
 import subprocess
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from grain_jax import errors
-from grain_jax.runtime import checkpoint, digests, storage_faults
+from grain_jax.runtime import checkpoint, digests, ending
 from tests import tiny
 
 
@@ -70,7 +69,7 @@ def test_the_last_every_k_and_the_best_are_kept(tmp_path):
         checkpoint_best_metric="loss",
         checkpoint_best_mode="min",
     )
-    measured = lambda step: {"loss": losses[step]} if step in losses else None  # noqa: E731
+    measured = lambda step: {"loss": losses[step]} if step in losses else None
     save_steps(tmp_path, range(1, 6), config, measured)
     save_steps(tmp_path, range(6, 9), config, measured)  # a restart knows them all
     assert kept(tmp_path) == [2, 3, 6, 7, 8]
@@ -179,25 +178,6 @@ def test_a_mismatch_is_a_tree_of_differences(tmp_path):
         restore(tmp_path, tiny.config(seed=1))
 
 
-@pytest.mark.parametrize(
-    "error",
-    [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "quota"), None],
-)
-def test_a_full_disk_is_one_line(error):
-    if error is None:  # TensorStore's have no number
-        error = ValueError("RESOURCE_EXHAUSTED: writing x: [OS error 28: No space left on device]")
-    with pytest.raises(errors.StorageFault, match="^/run: no space left") as e:
-        with storage_faults.in_a_line("/run"):
-            try:
-                raise error
-            except Exception as cause:
-                raise RuntimeError("save failed") from cause
-    assert len(str(e.value).splitlines()) == 1
-    with pytest.raises(RuntimeError, match="another"):
-        with storage_faults.in_a_line("/"):
-            raise RuntimeError("another")
-
-
 def test_a_full_disk_for_real(tmp_path):
     config = tiny.config(checkpoint_keep=99)
     tmpfs = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
@@ -205,7 +185,7 @@ def test_a_full_disk_for_real(tmp_path):
         pytest.skip("only root can mount a small disk")
     try:
         with pytest.raises(errors.StorageFault, match="no space left"):
-            with storage_faults.in_a_line(tmp_path):
+            with ending.in_a_line(tmp_path):
                 save_steps(tmp_path, range(1, 99), config, width=256)
         last = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
         subprocess.run(["mount", "-o", "remount,size=8m", str(tmp_path)], check=True)

@@ -32,32 +32,33 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", **NO_TPU}
 SLICE = {**POD, "TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0", "JOB_COMPLETION_INDEX": "0"}
 
 
+_SLURM = {"cluster_detection_method": "slurm"}
+_GKE = ("GKE's TPU slice", {"cluster_detection_method": "gketpu"})
+_ALONE = {**SLICE, "TPU_WORKER_HOSTNAMES": "localhost"}
+
+
 @pytest.mark.parametrize(
     "environment,expected",
     [
         (NO_TPU, None),
-        (SRUN, ("SLURM job 12", {"cluster_detection_method": "slurm"})),
+        (SRUN, ("SLURM job 12", _SLURM)),
         (
             {**SRUN, "CUDA_VISIBLE_DEVICES": "0,1,2,3"},
-            (
-                "SLURM job 12",
-                {"cluster_detection_method": "slurm", "local_device_ids": [0, 1, 2, 3]},
-            ),
+            ("SLURM job 12", {**_SLURM, "local_device_ids": [0, 1, 2, 3]}),
         ),
         ({**SRUN, "SLURM_NTASKS": "1"}, None),
         ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_NODELIST"}, None),  # a shell of salloc
-        (SLICE, ("GKE's TPU slice", {"cluster_detection_method": "gketpu"})),
-        ({**SLICE, "TPU_WORKER_HOSTNAMES": "localhost"}, None),
-        (
-            {**SLICE, "TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"},
-            ("GKE's TPU slice", {"cluster_detection_method": "gketpu"}),
-        ),
+        (SLICE, _GKE),
+        (_ALONE, None),
+        ({**_ALONE, "MEGASCALE_NUM_SLICES": "2"}, _GKE),
         (POD, None),
+        ({**POD, "JOB_COMPLETION_INDEX": "1"}, ("Kubernetes", {"cluster_detection_method": "k8s"})),
         ({}, ("TPU metadata", {"cluster_detection_method": "gcetpu"})),
         ({"JAX_PLATFORMS": "cpu"}, None),  # a look at one machine of a pod
     ],
 )
-def test_what_the_environment_says(environment, expected):
+def test_what_the_environment_says(environment, expected, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # the package kubernetes
     assert distributed.find(None, 1, 0, environment) == expected
     if expected:
         names = [cluster.name for cluster in clusters.ClusterEnv._cluster_types]
@@ -65,31 +66,20 @@ def test_what_the_environment_says(environment, expected):
 
 
 def test_an_indexed_job_needs_the_kubernetes_package(monkeypatch):
-    job = {**POD, "JOB_COMPLETION_INDEX": "1"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.UserError, match=r"pip install 'jax\[k8s\]'"):
-        distributed.find(None, 1, 0, job)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert distributed.find(None, 1, 0, job) == (
-        "Kubernetes",
-        {"cluster_detection_method": "k8s"},
-    )
+        distributed.find(None, 1, 0, {**POD, "JOB_COMPLETION_INDEX": "1"})
 
 
 def test_flags_win_over_the_environment():
-    assert distributed.find("10.0.0.1:8476", 4, 3, SRUN) == (
-        "coordinator 10.0.0.1:8476",
-        {
-            "coordinator_address": "10.0.0.1:8476",
-            "num_processes": 4,
-            "process_id": 3,
-            "cluster_detection_method": "deactivate",
-        },
-    )
-
-
-def test_one_process_has_nobody_to_wait_for():
-    assert distributed.find("10.0.0.1:8476", 1, 0, SRUN) is None
+    name, given = distributed.find("10.0.0.1:8476", 4, 3, SRUN)
+    assert name == "coordinator 10.0.0.1:8476" and given == {
+        "coordinator_address": "10.0.0.1:8476",
+        "num_processes": 4,
+        "process_id": 3,
+        "cluster_detection_method": "deactivate",
+    }
+    assert distributed.find("10.0.0.1:8476", 1, 0, SRUN) is None  # nobody to wait for
     parsed = train.parser().parse_args(["--config=demo", "--workdir=w"])
     jaxs_own = inspect.signature(jax.distributed.initialize).parameters["heartbeat_timeout_seconds"]
     assert parsed.heartbeat_seconds == jaxs_own.default == 100
@@ -178,9 +168,9 @@ _LISTENER = """
 import contextlib, sys, time
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
-from grain_jax.runtime import distributed, preemption
+from grain_jax.runtime import distributed, ending
 port, me, heartbeat, outside = sys.argv[1], *map(int, sys.argv[2:])
-handler = preemption.PreemptionHandler()
+handler = ending.PreemptionHandler()
 handler.listen()
 distributed.initialize(f"127.0.0.1:{port}", 2, me, heartbeat)
 with distributed.ending_together(heartbeat):
@@ -202,27 +192,16 @@ with distributed.ending_together(heartbeat):
 _TALKER = _LISTENER.replace("time.sleep(0.1)", "time.sleep(0.1); print('on', file=sys.stderr)")
 
 
-def _pair(script=_WORKER, *, flags=(0, 0), heartbeat=10):
-    return _start(script, flags=flags, heartbeat=heartbeat)
-
-
-def _start(script, *, flags=(0, 0), heartbeat=10, processes=2):
+def _pair(script=_WORKER, *, flags=(0, 0), heartbeat=10, processes=2):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     pair = []
     for me in range(processes):
-        arguments = [port, str(me), str(heartbeat), str(flags[me])]
-        pair.append(
-            subprocess.Popen(
-                [sys.executable, "-c", script, *arguments],
-                cwd=ROOT,
-                env={**os.environ, "XLA_FLAGS": ""},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        words = [sys.executable, "-c", script, port, *map(str, (me, heartbeat, flags[me]))]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        environment = {**os.environ, "XLA_FLAGS": ""}
+        pair.append(subprocess.Popen(words, cwd=ROOT, env=environment, **pipes))
     for process in pair:
         while "up" not in (line := process.stdout.readline()):  # Gloo prints there too
             assert line, process.stderr.read()
@@ -286,7 +265,7 @@ def test_a_cluster_of_one_has_no_heartbeat_and_ends_as_it_is_told():
     script = "import jax\n" + _LISTENER.replace("handler = ", as_one + "handler = ").replace(
         "with distributed", "assert not jax.distributed.is_initialized()\nwith distributed"
     )
-    (only,) = _start(script, processes=1)
+    (only,) = _pair(script, processes=1)
     only.send_signal(signal.SIGTERM)
     said = only.communicate(timeout=60)
     assert only.returncode == 75 and "SIGTERM: saving after this step" in said[1], said

@@ -1,7 +1,8 @@
-"""Nothing holds the process up: a second signal, a run that stands still, a fault that cannot be closed."""
+"""How a trainer ends: nothing holds the process up, and a disk that refuses is one line."""
 
 import errno
 import logging
+import os
 import pathlib
 import re
 import signal
@@ -13,13 +14,13 @@ import time
 import pytest
 
 from grain_jax import errors
-from grain_jax.runtime import storage_faults, watchdog
+from grain_jax.runtime import ending
 from tests.paths import ROOT
 
 _START = """
-import ctypes, os, sys, threading, time
+import ctypes, os, subprocess, sys, threading, time
 from grain_jax import errors
-from grain_jax.runtime import ending, preemption, watchdog
+from grain_jax.runtime import ending
 """
 
 
@@ -38,16 +39,25 @@ def _ends(process, status, within=20):
 
 
 _STANDS = """
-handler = preemption.PreemptionHandler()
+handler = ending.PreemptionHandler()
 handler.listen()
 with handler.training():
     print("training", file=sys.stderr, flush=True)
     for _ in range(4):  # a signal ends one
         ctypes.CDLL(None).sleep(60)  # no Python runs on this thread
 """
+_COMPILES = """
+handler = ending.PreemptionHandler()
+handler.listen()
+handler.child = subprocess.Popen(["sleep", "60"])
+print(handler.child.pid, file=sys.stderr, flush=True)
+for _ in range(2):
+    ctypes.CDLL(None).sleep(60)
+"""
+_SIGNALS = pytest.mark.parametrize("number,status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 
 
-@pytest.mark.parametrize("number,status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@_SIGNALS
 def test_a_second_signal_ends_at_once(number, status):
     process = _process(_STANDS)
     assert "training" in process.stderr.readline()
@@ -64,15 +74,26 @@ def test_a_second_signal_ends_at_once(number, status):
     )
 
 
+@_SIGNALS
+def test_told_to_end_while_there_is_nothing_to_save_it_ends_with_its_child(number, status):
+    process = _process(_COMPILES)
+    child = int(process.stderr.readline())
+    process.send_signal(number)
+    assert _ends(process, status).strip() == f"{number.name}: there is nothing to save"
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(child, 0)
+            time.sleep(0.05)
+
+
 def test_a_run_that_stands_still_names_where(tmp_path):
     """The input reads a FIFO that nobody writes."""
     process = _process(f"""
-import os, jax
 from grain_jax.input_pipeline import device
 os.mkfifo({str(tmp_path / "shard")!r})
 def batches():
     yield open({str(tmp_path / "shard")!r}).read()
-watch = watchdog.Watchdog(2)
+watch = ending.Watchdog(2)
 waiting = device.Prefetch(batches(), None, 1)
 with watch.running(7):
     with watch.pause():
@@ -95,8 +116,8 @@ with watch.running(7):
 def test_a_fault_that_cannot_be_closed_is_told_and_ends_the_process():
     process = _process("""
 from grain_jax.runtime import metrics_writer
-watchdog.FAULT_SECONDS = 2
-watch = watchdog.Watchdog(0)
+ending.FAULT_SECONDS = 2
+watch = ending.Watchdog(0)
 try:
     with watch.running(3):
         raise metrics_writer.NotFinite("loss is nan at step 4")
@@ -109,8 +130,8 @@ finally:
     pathlib.Path(lines[1].split()[-1]).unlink()
 
 
-@pytest.mark.parametrize("end,status,said", [("sys.exit(2)", 2, ""), ("pass", 0, "")])
-def test_threads_that_never_end_do_not_keep_it(end, status, said):
+@pytest.mark.parametrize("end,status", [("sys.exit(2)", 2), ("pass", 0)])
+def test_threads_that_never_end_do_not_keep_it(end, status):
     process = _process(f"""
 def command():
     threading.Thread(target=threading.Event().wait).start()
@@ -121,68 +142,63 @@ ending.run(command)
     assert _ends(process, status) == "mark removed\n"
 
 
-def test_negative_seconds_are_refused():
-    with pytest.raises(errors.UserError, match="--stall-seconds: got -1"):
-        watchdog.Watchdog(-1)
+def _raised(error):
+    """Raises it as the cause of another one."""
+    try:
+        raise error
+    except Exception as cause:
+        raise RuntimeError("save failed") from cause
 
 
-@pytest.fixture
-def quiet():
-    hooks = threading.excepthook, sys.unraisablehook, sys.excepthook
-    storage_faults.quiet_threads()
-    yield
-    threading.excepthook, sys.unraisablehook, sys.excepthook = hooks
+def test_other_threads_say_nothing_of_a_full_disk(monkeypatch, capsys, caplog):
+    full, seen = OSError(errno.ENOSPC, "No space left on device"), []
+    monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(str(args.exc_value)))
+    for hook in ("unraisablehook", "excepthook"):
+        monkeypatch.setattr(sys, hook, getattr(sys, hook))
     for name in ("absl", "asyncio"):
-        logger = logging.getLogger(name)
-        logger.removeFilter(logger.filters[-1])
-
-
-def _in_a_thread(error):
-    def fail():
-        try:
-            raise error
-        except Exception as cause:
-            raise RuntimeError("save failed") from cause
-
-    thread = threading.Thread(target=fail)
-    thread.start()
-    thread.join()
-
-
-def test_other_threads_say_nothing_of_a_full_disk(quiet, capsys, caplog):
-    full = OSError(errno.ENOSPC, "No space left on device")
-    seen = []
-    threading.excepthook, before = lambda args: seen.append(args.exc_value), threading.excepthook
-    storage_faults.quiet_threads()
-    _in_a_thread(full)
-    assert not seen
-    _in_a_thread(KeyError("x"))
-    assert str(seen[0]) == "save failed"
-    threading.excepthook = before
-    sys.excepthook(
-        RuntimeError, RuntimeError("Event loop is closed"), None
-    )  # as a thread of C++ does
-    assert capsys.readouterr().err == ""
-    sys.excepthook(RuntimeError, RuntimeError("another"), None)
-    assert "RuntimeError: another" in capsys.readouterr().err
-    logger = logging.getLogger("absl")
-    logger.removeFilter(logger.filters[-1])
+        monkeypatch.setattr(logging.getLogger(name), "filters", [])
+    ending.quiet_threads()
+    for error in (full, KeyError("x")):
+        thread = threading.Thread(target=_raised, args=[error])
+        thread.start()
+        thread.join()
+    assert seen == ["save failed"]
+    for text in ("Event loop is closed", "another"):  # as a thread of C++ does
+        sys.excepthook(RuntimeError, RuntimeError(text), None)
+    said = capsys.readouterr().err
+    assert "RuntimeError: another" in said and "Event loop" not in said
     try:
         raise full
     except OSError:
-        logger.exception("thread t raised an exception")
-    logger.error("without one")
+        logging.getLogger("absl").exception("thread t raised an exception")
+    logging.getLogger("absl").error("without one")
     assert [record.getMessage() for record in caplog.records] == ["without one"]
+
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EDQUOT, "quota"),
+    ValueError("RESOURCE_EXHAUSTED: [OS error 28: No space left on device]"),  # TensorStore's
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=repr)
+def test_a_full_disk_is_one_line(error):
+    with pytest.raises(errors.StorageFault, match="^/run: no space left") as e:
+        with ending.in_a_line("/run"):
+            _raised(error)
+    assert len(str(e.value).splitlines()) == 1
+    with pytest.raises(RuntimeError, match="save failed"):
+        with ending.in_a_line("/"):
+            _raised(RuntimeError("another"))
 
 
 @pytest.mark.parametrize("remove", [True, False])
 def test_a_workdir_that_is_gone_is_a_line(tmp_path, remove):
     workdir = tmp_path / "run"
     if not remove:
-        workdir.mkdir()
+        (workdir / "x").mkdir(parents=True)
     expected = "the folder was removed" if remove else "x: Is a directory"
     with pytest.raises(errors.StorageFault, match=expected):
-        with storage_faults.in_a_line(workdir):
-            if not remove:
-                (workdir / "x").mkdir()
+        with ending.in_a_line(workdir):
             (workdir / "x").write_text("x")

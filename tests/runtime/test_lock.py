@@ -11,7 +11,6 @@ from concurrent import futures
 
 import pytest
 
-from grain_jax import errors
 from grain_jax.runtime import lock
 from tests import storage_emulator
 from tests.paths import ROOT
@@ -38,19 +37,20 @@ def test_the_second_is_refused_at_once_and_told_who_the_first_is(tmp_path):
     with lock.held(workdir):
         me = _holder(workdir)
         began = time.monotonic()
-        with pytest.raises(
-            lock.Held, match=f"process {me.pid} on {me.host} trains there, since {me.began[:10]}"
-        ) as refused:
+        said = f"process {me.pid} on {me.host} trains there, since {me.began[:10]}"
+        with pytest.raises(lock.Held, match=said) as refused:
             lock.take(workdir)
         assert time.monotonic() - began < 0.5 and len(str(refused.value).splitlines()) == 1
-    assert (
-        not workdir.exists()
-    )  # the lock goes with its holder, and the folder that holds nothing else
+    assert not workdir.exists()  # the lock goes with its holder, and the folder if it holds no more
     lock.take(workdir).release()
 
 
-def _killed(wait):
-    """A process that was killed; without `wait` its number is not free yet."""
+def _number_given_anew():
+    return dataclasses.replace(lock._myself(), started=lock._myself().started - 1)
+
+
+@pytest.mark.parametrize("left", ["killed", "a zombie", "its number was given anew"])
+def test_a_dead_one_of_this_machine_locks_nobody_out_for_a_moment(tmp_path, left):
     process = subprocess.Popen(["sleep", "60"])
     holder = dataclasses.replace(
         lock._myself(), pid=process.pid, started=lock._started(process.pid)
@@ -59,28 +59,13 @@ def _killed(wait):
     process.kill()
     while holder.lives():
         time.sleep(0.01)
-    if wait:
+    if left != "a zombie":
         process.wait()
-    return holder, process
-
-
-def _number_given_anew():
-    return dataclasses.replace(lock._myself(), started=lock._myself().started - 1)
-
-
-@pytest.mark.parametrize("wait", [True, False])
-def test_a_killed_one_of_this_machine_locks_nobody_out_for_a_moment(tmp_path, wait):
-    holder, process = _killed(wait)
-    _write(tmp_path, holder)
+    _write(tmp_path, _number_given_anew() if "anew" in left else holder)
     began = time.monotonic()
     lock.take(tmp_path).release()
     assert time.monotonic() - began < 0.5
     process.wait()
-
-
-def test_a_number_that_was_given_to_another_process_is_no_trainer(tmp_path):
-    _write(tmp_path, _number_given_anew())
-    lock.take(tmp_path).release()
 
 
 MARKS = {
@@ -108,9 +93,8 @@ def test_a_mark_that_nobody_renews_is_taken_over_after_a_time(tmp_path, capsys):
 
 def test_a_mark_that_another_host_renews_refuses(tmp_path):
     _write(tmp_path, ELSEWHERE)
-    again = threading.Timer(
-        0.7, _write, [tmp_path, dataclasses.replace(ELSEWHERE, renewed=1)]
-    )  # its clock may say what it likes
+    renewed = dataclasses.replace(ELSEWHERE, renewed=1)  # its clock may say what it likes
+    again = threading.Timer(0.7, _write, [tmp_path, renewed])
     again.start()
     with pytest.raises(lock.Held, match="process 4242 on node7 trains there"):
         lock.take(tmp_path)
@@ -168,21 +152,12 @@ def test_a_mark_that_was_removed_comes_again_but_for_a_folder_that_was_removed(t
     mark.release()
 
 
-def test_a_workdir_that_cannot_be_is_a_line(tmp_path):
-    (tmp_path / "file").write_text("x")
-    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(
-            errors.UserError, match=f"--workdir: {workdir}: got .*, expected a folder"
-        ):
-            lock.take(workdir)
-
-
-def test_conditional_writes_of_an_object_store(tmp_path):
-    """TensorStore's, here on files: one of two writers of the same version wins."""
-    one, two = (lock._Bucket(f"file://{tmp_path}/bucket") for _ in range(2))
-    absent = one.read()
-    assert absent[0] is None
-    assert one.swap(absent[1], b"one") and not two.swap(absent[1], b"two")
+def test_conditional_writes_of_tensorstore(tmp_path):
+    """Here on files: one of two writers of the same version wins."""
+    one, two = (lock._Store(f"file://{tmp_path}/bucket") for _ in range(2))
+    content, absent = one.read()
+    assert content is None
+    assert one.swap(absent, b"one") and not two.swap(absent, b"two")
     content, version = two.read()
     assert content == b"one"
     assert two.swap(version, b"two") and not one.swap(version, None)
@@ -196,7 +171,7 @@ from grain_jax.runtime import lock
 lock.RENEW_SECONDS, lock.DEAD_SECONDS, lock.SETTLE_SECONDS = 0.3, 1.5, 0.1
 url = epath.Path("gs://bucket/run")
 def start(found):
-    storage = lock._Bucket(str(url))
+    storage = lock._Store(str(url))
     try:
         found.append(lock.Lock(url, storage, lock._take(url, storage)))
     except lock.Held as error:
@@ -207,7 +182,7 @@ start(second)
 me = first[0]._holder
 assert second[0].startswith(f"gs://bucket/run: process {me.pid} on {me.host} trains there"), second
 first[0].release()
-storage = lock._Bucket(str(url))
+storage = lock._Store(str(url))
 dead = dataclasses.replace(me, place="another boot")
 assert storage.swap(storage.read()[1], lock._bytes(dead))
 found = []
@@ -225,13 +200,7 @@ assert storage.read()[0] is None
 
 def test_of_many_hosts_one_takes_over_a_dead_mark_in_an_object_store(tmp_path):
     with storage_emulator.serve(tmp_path) as (store, environment):
-        done = subprocess.run(
-            [sys.executable, "-c", _HOSTS],
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
+        environment = {**os.environ, **environment}
+        hosts = [sys.executable, "-c", _HOSTS]
+        subprocess.run(hosts, cwd=ROOT, env=environment, timeout=120, check=True)
         assert not store.names("bucket")

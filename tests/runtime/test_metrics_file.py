@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from grain_jax.launch import sweep_table
+from grain_jax.launch import sweep_runs
 
 from grain_jax import verify
 from grain_jax.report import pictures, run_files
@@ -36,41 +36,25 @@ def workdir(request, tmp_path):
     return tmp_path
 
 
-def _said(workdir):
-    return f"{workdir}/metrics.jsonl, line 2: got "
-
-
-def test_a_hostile_line_is_named_and_left_out(workdir):
+def test_a_hostile_line_is_named_and_left_out_by_all_who_read_it(workdir, capsys):
+    said = f"{workdir}/metrics.jsonl, line 2: got "
     lines, faults = metrics_file.read(metrics_file.files(workdir))
     assert [(line.step, line.values["loss"]) for line in lines] == [(1, 2.0), (2, 1.0)]
     (fault,) = faults  # the line that a kill cut off is none
-    assert fault.startswith(_said(workdir))
-    assert fault.endswith(
-        "expected a JSON object with a whole number step; 1 of 3 lines do not count"
-    )
+    expected = "expected a JSON object with a whole number step; 1 of 3 lines do not count"
+    assert fault.startswith(said) and fault.endswith(expected)
 
-
-def test_the_trainer_says_so_and_rewrites_the_file(workdir, capsys):
-    log = metrics_writer.MetricsWriter(workdir, 1, 10, 16)
-    assert _said(workdir) in capsys.readouterr().err
-    assert (workdir / "metrics.jsonl").read_bytes() == _line(1, loss=2.0) + b"\n"
-    log.close()
-
-
-def test_the_report_says_so_and_draws_the_rest(workdir):
     run = run_files.read(workdir)
     assert run.series == {"loss": ([1, 2], [2.0, 1.0])} and run.step == 2
-    assert run.unmeasured[0].startswith(_said(workdir))
+    assert run.unmeasured[0].startswith(said)
     pictures.curves(workdir / "metrics.jsonl", workdir / "curves.png")
-
-
-def test_the_table_of_a_sweep_leaves_it_out(workdir):
-    assert sweep_table.last_step(workdir) == 2
-
-
-def test_verify_refuses_it(workdir):
+    assert sweep_runs.last_step(workdir) == 2
     with pytest.raises(verify.Mismatch, match="line 2: got .* expected a JSON object"):
         workdir_files._metrics(workdir)
+
+    metrics_writer.MetricsWriter(workdir, 1, 10, 16).close()  # rewrites the file
+    assert said in capsys.readouterr().err
+    assert (workdir / "metrics.jsonl").read_bytes() == _line(1, loss=2.0) + b"\n"
 
 
 def test_numbers_that_are_not_finite_are_in_no_series(tmp_path):

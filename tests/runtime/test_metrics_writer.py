@@ -1,6 +1,9 @@
+"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, the progress line; texts and losses that are lost."""
+
 import json
 import math
 import os
+import shutil
 import struct
 import sys
 import types
@@ -8,16 +11,21 @@ import types
 import pytest
 from etils import epath
 
-from grain_jax import errors
+from grain_jax import errors, progress
 from grain_jax.runtime import metrics_writer
 from tests import tiny
 
 TERMS = {"loss_image_caption": "caption", "loss_box": "box", "loss_uniform": "uniform"}
 CHECKED = (*TERMS, "loss", "grad_norm")
-METRICS = {term: 1.0 for term in CHECKED} | {
-    "matched_iou": 0.5,
-    "texts_dropped_share": 0,
-}
+METRICS = {term: 1.0 for term in CHECKED} | {"matched_iou": 0.5, "texts_dropped_share": 0}
+
+
+def _write(workdir, start, losses, **options):
+    """A run that goes on from `start` and logs these losses, by step."""
+    log = metrics_writer.MetricsWriter(workdir, start, 10, 4, **options)
+    for step, loss in losses.items():
+        log.write(step, {"loss": float(loss)})
+    log.close()
 
 
 def _counted(texts, dropped, too_long=0):
@@ -42,10 +50,8 @@ def test_texts_are_counted_from_line_to_line():
     counts.add(_counted(2148, 39, 1))  # 6 of 48 may be chance, for 10%
     assert counts.check(9, lambda: "more rows")
     counts.add(_counted(3148, 239, 1))
-    with pytest.raises(
-        metrics_writer.TextsLost,
-        match=r"^step 10: 20.0% .* more rows, or --config.text.max_dropped_share",
-    ):
+    said = r"^step 10: 20.0% .* more rows, or --config.text.max_dropped_share"
+    with pytest.raises(metrics_writer.TextsLost, match=said):
         counts.check(10, lambda: "more rows")
 
 
@@ -58,48 +64,55 @@ def test_counts_of_the_step_may_wrap_around():
 
 
 def test_lines_beyond_the_restored_step_are_removed(tmp_path):
-    first = metrics_writer.MetricsWriter(tmp_path, 0, 10, 4)
-    for step in range(1, 6):
-        first.write(step, {"loss": float(step)})
-    first.close()
+    _write(tmp_path, 0, {step: step for step in range(1, 6)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # killed in the middle of a line
-    second = metrics_writer.MetricsWriter(tmp_path, 3, 10, 4)
-    second.write(4, {"loss": 40.0})
-    second.close()
+    _write(tmp_path, 3, {4: 40})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
 @pytest.mark.parametrize("term", CHECKED)
 def test_the_first_bad_term_is_named(term):
-    with pytest.raises(
-        metrics_writer.NotFinite, match=f"^{term} is nan at step 9; it was finite at step 5"
-    ):
+    said = f"^{term} is nan at step 9; it was finite at step 5"
+    with pytest.raises(metrics_writer.NotFinite, match=said):
         metrics_writer.check_finite({**METRICS, term: math.nan}, 5, 9, TERMS)
     metrics_writer.check_finite(METRICS, 5, 9, TERMS)
 
 
 def test_durations():
-    assert [metrics_writer.duration(s) for s in (4.4, 65, 7800)] == ["4s", "1m05s", "2h10m"]
+    assert [progress.duration(s) for s in (4.4, 65, 7800)] == ["4s", "1m05s", "2h10m"]
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 4, terms=TERMS)
-    rates = log.rates(10, 0.0)
-    log.progress(10, METRICS | rates)
-    log.progress(11, METRICS | rates)  # too soon after the last
-    log.progress(100, METRICS | rates)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith("step 10/100 (10%)  ETA ")
-    assert "  loss 1.000 = caption 1.000, box 1.000, uniform 1.000  IoU " in lines[0]
-    assert "ETA 0s" in lines[1]
+    for step in (10, 11, 100):  # 11 is too soon after 10
+        log.progress(step, METRICS | log.rates(step, 0.0))
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("step 10/100 (10%)  ETA ")
+    assert "  loss 1.000 = caption 1.000, box 1.000, uniform 1.000  IoU " in first
+    assert "ETA 0s" in last
 
 
-def test_pauses_are_left_out_of_the_rates(tmp_path, monkeypatch):
+def test_a_terminal_line_is_rewritten_and_never_wraps(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
+    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 4)
+    log.progress(10, METRICS | log.rates(10, 0.0))
+    written = capsys.readouterr().err
+    assert written.startswith("\r\x1b[2Kstep 10/100") and not written.endswith("\n")
+    assert len(written.removeprefix("\r\x1b[2K")) == 59
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """What the clock says: now[0]."""
     now = [0.0]
     monkeypatch.setattr(metrics_writer.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_pauses_are_left_out_of_the_rates(tmp_path, now):
     log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 10)
     now[0] = 1.0
     with log.pause():
@@ -117,30 +130,14 @@ def test_pauses_are_left_out_of_the_rates(tmp_path, monkeypatch):
     assert rates["input_wait_fraction"] == 0 and rates["input_wait_steps"] == 0.75
 
 
-def test_mfu_is_told_where_the_peak_is_known(tmp_path, monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(metrics_writer.time, "monotonic", lambda: now[0])
-    known = metrics_writer.MetricsWriter(tmp_path, 0, 100, 10, flops_per_image=3e9, peak_flops=4e11)
-    unknown = metrics_writer.MetricsWriter(tmp_path, 0, 100, 10, flops_per_image=3e9)
+@pytest.mark.parametrize("peak, told", [(4e11, "  MFU 37.5%"), (None, "")])
+def test_mfu_is_told_where_the_peak_is_known(tmp_path, now, capsys, peak, told):
+    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 10, flops_per_image=3e9, peak_flops=peak)
     now[0] = 2.0
-    rates = known.rates(10, 0.0)  # 50 images/s
-    assert rates["model_flops_per_second"] == 150e9 and rates["mfu"] == 0.375
-    known.progress(10, METRICS | rates)
-    assert "  50 images/s  MFU 37.5%  input wait" in capsys.readouterr().err
-    rates = unknown.rates(10, 0.0)
-    assert rates["model_flops_per_second"] == 150e9 and "mfu" not in rates
-    unknown.progress(10, METRICS | rates)
-    assert "  50 images/s  input wait" in capsys.readouterr().err
-
-
-def test_a_terminal_line_is_rewritten_and_never_wraps(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(metrics_writer.sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(metrics_writer, "get_terminal_size", lambda: os.terminal_size((60, 24)))
-    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 4)
-    log.progress(10, METRICS | log.rates(10, 0.0))
-    written = capsys.readouterr().err
-    assert written.startswith("\r\x1b[2Kstep 10/100") and not written.endswith("\n")
-    assert len(written.removeprefix("\r\x1b[2K")) == 59
+    rates = log.rates(10, 0.0)  # 50 images/s
+    assert rates["model_flops_per_second"] == 150e9 and rates.get("mfu") == (peak and 0.375)
+    log.progress(10, METRICS | rates)
+    assert f"  50 images/s{told}  input wait" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -203,10 +200,8 @@ def test_uploads_grow_with_the_run_and_not_with_its_square(object_store, monkeyp
     assert max(n for name, n in uploads if name.startswith("events")) < 2000
 
 
-def test_an_upload_waits_its_time(object_store, monkeypatch):
+def test_an_upload_waits_its_time(object_store, now):
     store, uploads = object_store
-    now = [0.0]
-    monkeypatch.setattr(metrics_writer.time, "monotonic", lambda: now[0])
     log = metrics_writer.MetricsWriter(store, 0, 100, 4)
     uploads.clear()
     for step, seconds in enumerate((1, 29, 31, 40, 62), 1):
@@ -280,10 +275,7 @@ def test_wandb_gets_a_restart_under_the_same_id_and_no_step_twice(tmp_path, monk
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = tiny.config(wandb__mode="online", wandb__project="birds")
     for start, steps in ((0, range(1, 6)), (3, range(4, 9))):
-        log = metrics_writer.MetricsWriter(tmp_path, start, 10, 4, config=config)
-        for step in steps:
-            log.write(step, {"loss": float(step)})
-        log.close()
+        _write(tmp_path, start, {step: step for step in steps}, config=config)
     (first, options), (second, again) = started
     assert first.logged == [(s, float(s)) for s in range(1, 6)]
     assert second.logged == [(s, float(s)) for s in range(6, 9)]
@@ -322,10 +314,7 @@ def test_wandb_offline_leaves_a_folder_a_start_with_one_id(tmp_path):
     wandb = pytest.importorskip("wandb")
     config = tiny.config(wandb__mode="offline", wandb__name="wrens")
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        log = metrics_writer.MetricsWriter(tmp_path, start, 10, 4, config=config)
-        for step in steps:
-            log.write(step, {"loss": step / 2})
-        log.close()
+        _write(tmp_path, start, {step: step / 2 for step in steps}, config=config)
     wandb.teardown()  # what its service process has buffered is in the files now
     name = (tmp_path / "wandb_id.txt").read_text().strip()
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*-{name}*/run-{name}.wandb"))

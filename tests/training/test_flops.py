@@ -33,12 +33,18 @@ def shapes(config):
     """(the config's model, shapes of its parameters, shapes of its batch)."""
     model = GRAIN(config.model, config.dtype, config.remat)
     batch = train_step.abstract_batch(config)
-    init = (
-        lambda: model.init(  # noqa: E731
-            jax.random.key(0), jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
-        )
-    )
-    return model, nn.unbox(jax.eval_shape(init))["params"], batch
+    return model, nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))["params"], batch
+
+
+def gradient(config, frozen=()):
+    """FLOPs of the model's forward and backward pass, of the whole batch."""
+    model, params, batch = shapes(config)
+
+    def total(params, batch):
+        params = optim.stop_frozen(params, frozen)
+        return sum(x.sum() for x in jax.tree.leaves(model.apply({"params": params}, batch)))
+
+    return flops.matmul_flops(jax.grad(total), params, batch)
 
 
 def test_flops_are_those_of_the_matrix_products():
@@ -58,17 +64,13 @@ def test_flops_are_those_of_the_matrix_products():
     # Backward: the cotangents of the carry and of w, at each of 4 trips.
     assert flops.matmul_flops(jax.grad(loss), square, x) == 12 * one
 
-
-def test_flops_of_all_devices_are_counted():
     mesh = Mesh(jax.devices()[:4], "data")
     x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 3), (3, 5)))
     spec = PartitionSpec("data")
     shared = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
-    assert flops.matmul_flops(shared, x, w) == 2 * 8 * 3 * 5
+    assert flops.matmul_flops(shared, x, w) == 2 * 8 * 3 * 5  # of all devices
 
-
-def test_a_loop_without_a_known_end_is_refused():
-    doubled = lambda x: jax.lax.while_loop(lambda y: y.sum() < 1, lambda y: y @ y, x)  # noqa: E731
+    doubled = lambda x: jax.lax.while_loop(lambda y: y.sum() < 1, lambda y: y @ y, x)
     with pytest.raises(NotImplementedError, match="trips"):
         flops.matmul_flops(doubled, jnp.ones((2, 2)))
 
@@ -97,7 +99,7 @@ def test_text_towers_are_as_published():
 
 
 def test_losses_by_hand():
-    count = lambda **kw: flops.per_image(recipe(**kw)).losses  # noqa: E731
+    count = lambda **kw: flops.per_image(recipe(**kw)).losses
     captions = 2 * 2048 * 512
     assert count() == captions + 5 * 2 * (2048 * 5) * 512
     assert count(loss__group_size=128) == captions + 5 * 2 * (128 * 5) * 512
@@ -110,27 +112,7 @@ def test_losses_by_hand():
     assert boxes == count() + 5 * 2 * (2048 * 5) * 512
 
 
-@pytest.mark.parametrize(
-    "boxes",
-    [
-        dict(model__boxes__kind="roi_align", model__boxes__bins=3),
-        dict(model__boxes__kind="prompter"),
-        dict(
-            model__boxes__kind="prompter",
-            model__decoder=None,
-            model__image__pool="mean",
-            loss__box_description=1.0,
-        ),
-    ],
-    ids=["roi_align", "prompter", "no decoder"],
-)
-def test_the_box_head_is_that_of_the_model(boxes):
-    config = tiny.config(**{"loss__box_description": 1.0, **boxes})
-    model, params, batch = shapes(config)
-    apply = lambda params, batch: model.apply({"params": params}, batch)  # noqa: E731
-    ours = flops.per_image(config)
-    towers = ours.forward - ours.losses
-    assert flops.matmul_flops(apply, params, batch) == towers * config.batch_size
+_TWO_TOWERS = dict(model__decoder=None, model__image__pool="mean")
 
 
 @pytest.mark.parametrize(
@@ -144,21 +126,29 @@ def test_the_box_head_is_that_of_the_model(boxes):
     ],
     ids=["B/16", "L/14 padded", "tiny", "three captions", "negatives"],
 )
-def test_towers_are_those_of_the_model(config):
+def test_the_backward_pass_has_two_products_for_one(config):
+    image, ours = config.model.image, flops.per_image(config)
+    pixels = 2 * (image.image_size**2 * 3) * image.width  # nobody asks for their gradient
+    assert gradient(config) == (3 * (ours.forward - ours.losses) - pixels) * config.batch_size
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        dict(model__boxes__kind="roi_align", model__boxes__bins=3),
+        dict(model__boxes__kind="prompter"),
+        dict(model__boxes__kind="prompter", **_TWO_TOWERS),
+    ],
+    ids=["roi_align", "prompter", "no decoder"],
+)
+def test_the_box_head_is_that_of_the_model(boxes):
+    config = tiny.config(loss__box_description=1.0, **boxes)
     model, params, batch = shapes(config)
-    apply = lambda params, batch: model.apply({"params": params}, batch)  # noqa: E731
+    apply = lambda params, batch: model.apply({"params": params}, batch)
     ours = flops.per_image(config)
-    towers = ours.forward - ours.losses
-    assert flops.matmul_flops(apply, params, batch) == towers * config.batch_size
-
-    def total(params, batch):
-        return sum(x.sum() for x in jax.tree.leaves(apply(params, batch)))
-
-    image = config.model.image
-    # Nobody asks for the gradient of the pixels.
-    pixels = 2 * (image.image_size**2 * 3) * image.width
-    counted = flops.matmul_flops(jax.grad(total), params, batch)
-    assert counted == (3 * towers - pixels) * config.batch_size
+    assert (
+        flops.matmul_flops(apply, params, batch) == (ours.forward - ours.losses) * config.batch_size
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,29 +163,19 @@ def test_towers_are_those_of_the_model(config):
 )
 def test_what_is_frozen_has_no_gradient_to_compute(frozen, parts):
     config = tiny.config(optim__frozen=frozen)
-    model, params, batch = shapes(config)
     ours, image, decoder = flops.per_image(config), config.model.image, config.model.decoder
     assert ours.frozen == parts
-    if parts - {
-        "image",
-        "text",
-    }:  # through a decoder of fixed weights the activations' gradient goes
+    if "decoder" in parts:  # through a decoder of fixed weights the activations' gradient goes
         assert ours.train == 3 * ours.forward - ours.decoder
-        return
-
-    def total(params, batch):
-        params = optim.stop_frozen(params, frozen)
-        return sum(x.sum() for x in jax.tree.leaves(model.apply({"params": params}, batch)))
-
-    spared = 2 * image.image_size**2 * 3 * image.width  # the gradient of the pixels
-    if "image" in parts:
-        tokens = 1 + (image.image_size // image.patch_size) ** 2
-        spared = 2 * tokens * image.width * decoder.width  # of the decoder's input
-    if parts:
-        counted = flops.matmul_flops(jax.grad(total), params, batch)
-        assert counted == (ours.train - 3 * ours.losses - spared) * config.batch_size
-    else:
+    elif not parts:
         assert ours.train == 3 * ours.forward
+    else:
+        spared = 2 * image.image_size**2 * 3 * image.width  # the gradient of the pixels
+        if "image" in parts:
+            tokens = 1 + (image.image_size // image.patch_size) ** 2
+            spared = 2 * tokens * image.width * decoder.width  # of the decoder's input
+        expected = (ours.train - 3 * ours.losses - spared) * config.batch_size
+        assert gradient(config, frozen) == expected
 
 
 def test_train_step_is_xlas_own_count():

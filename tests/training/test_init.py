@@ -12,7 +12,7 @@ from tests import initialisation_golden, tiny
 
 
 def test_short_periods_tell_the_patches_of_a_small_grid_apart():
-    still = lambda period: (vit.sincos2d(8, 96, period).std(0) < 0.05).mean()  # noqa: E731
+    still = lambda period: (vit.sincos2d(8, 96, period).std(0) < 0.05).mean()
     assert still(16.0) < 0.05  # nearly every channel varies over the grid
     assert still(1e4) > 0.6  # MoCo's period: most do not
 

@@ -23,11 +23,8 @@ def test_cosine_reaches_its_end_at_the_last_step():
 
 
 def test_warmup_in_epochs():
-    c = tiny.dictionary(optim__warmup_epochs=2.0)
-    c.optim.warmup_steps = None
-    from grain_jax import config
-
-    rate = optim.learning_rate(config.from_dict(c).optim, total_steps=50, steps_per_epoch=7.4)
+    c = tiny.config(optim__warmup_epochs=2.0, optim__warmup_steps=None)
+    rate = optim.learning_rate(c.optim, total_steps=50, steps_per_epoch=7.4)
     assert int(np.argmax([rate(i) for i in range(50)])) == 15  # round(2 * 7.4)
 
 
@@ -38,20 +35,10 @@ def _params(c):
 
 
 def test_matrices_alone_decay_by_default():
-    mask = optim.decay_mask(_params(tiny.config()), "matrices")
-    flat = {
-        jax.tree_util.keystr(p, simple=True, separator="/"): m
-        for p, m in jax.tree_util.tree_flatten_with_path(mask)[0]
-    }
+    flat = grain.flat(optim.decay_mask(_params(tiny.config()), "matrices"))
     for name, decays in flat.items():
         assert decays == name.endswith("/kernel"), name
-    for name in (
-        "logit_scale",
-        "image/class_token",
-        "text/token_embed/embedding",
-        "decoder/query_embed",
-    ):
-        assert not flat[name]
+    assert {"logit_scale", "image/class_token", "decoder/query_embed"} <= set(flat)
     assert flat["image/blocks/attention/query/kernel"]
 
 
@@ -60,11 +47,8 @@ def test_update_equals_adamw_in_float64(clip_norm):
     c = tiny.config(optim__clip_norm=clip_norm).optim
     tx = optim.optimizer(c, lambda step: 1e-2)
     rng = np.random.default_rng(0)
-    params = {
-        "kernel": rng.normal(size=(3, 4)).astype(np.float32),
-        "bias": rng.normal(size=4).astype(np.float32),
-    }
-    params = {"layer": params}
+    shapes = {"kernel": (3, 4), "bias": 4}
+    params = {"layer": {k: rng.normal(size=n).astype(np.float32) for k, n in shapes.items()}}
     state = tx.init(params)
     p, m, v = (jax.tree.map(lambda x: x.astype(np.float64) * k, params) for k in (1, 0, 0))
     for t in range(1, 4):
@@ -97,7 +81,7 @@ def test_layer_decay_is_torchs_adamw_with_a_group_a_layer(frozen):
     torch = pytest.importorskip("torch")
     c = tiny.config(optim__layer_decay=0.6, optim__frozen=frozen, model__text__vocab_size=500)
     rng = np.random.default_rng(0)
-    draw = lambda x: rng.normal(size=x.shape).astype(np.float32)  # noqa: E731
+    draw = lambda x: rng.normal(size=x.shape).astype(np.float32)
     params = jax.tree.map(draw, _params(c))
     tx = optim.optimizer(c.optim, lambda step: 1e-2)
     state = tx.init(params)
@@ -142,7 +126,7 @@ def test_layer_decay_counts_each_towers_own_layers():
 
 
 def test_layer_decay_that_is_off_leaves_the_states_form():
-    """So that a checkpoint from before it is restored."""
+    """A checkpoint has no entry for it."""
     params = {"logit_scale": np.float32(1)}
     tx = optim.optimizer(tiny.config().optim, lambda step: 1e-2)
     assert len(tx.init(params)) == 4

@@ -12,7 +12,7 @@ from tests import tiny
 def _due(steps=12, *, evals=True, preempted_at=0, minutes_are_over=lambda minutes: False, **keys):
     """(steps that are logged, evaluated, saved)."""
     defaults = dict(log_every=3, eval_every=4, checkpoint_every=5)
-    plan = schedule.Schedule.of(tiny.config(**(defaults | keys)), steps, has_evals=evals)
+    plan = schedule.Schedule(tiny.config(**(defaults | keys)), steps, has_evals=evals)
     found = {
         step: plan.due(step, preempted=step == preempted_at, minutes_are_over=minutes_are_over)
         for step in range(1, steps + 1)
@@ -34,11 +34,11 @@ def test_a_preempted_step_is_saved_and_not_evaluated():
 
 def test_evaluations_are_saved_where_they_choose_the_best_checkpoint():
     config = tiny.config(eval_every=4, checkpoint_every=5)
-    plan = schedule.Schedule.of(config, 12, has_evals=True)
-    assert not plan.best_is_evaluated
-    plan = dataclasses.replace(plan, best_is_evaluated=True)
-    saved = [s for s in range(1, 13) if plan.due(s, preempted=False, minutes_are_over=bool).saves]
-    assert saved == [4, 5, 8, 10, 12]
+    for metric, expected in (("loss", [5, 10, 12]), ("eval/birds/top1", [4, 5, 8, 10, 12])):
+        config = dataclasses.replace(config, checkpoint_best_metric=metric)
+        due = schedule.Schedule(config, 12, has_evals=True).due
+        steps = (s for s in range(1, 13) if due(s, preempted=False, minutes_are_over=bool).saves)
+        assert list(steps) == expected
 
 
 def test_the_clock_is_asked_only_where_it_decides():
@@ -55,9 +55,8 @@ def test_the_clock_is_asked_only_where_it_decides():
 
 def test_the_best_metric_is_one_that_is_measured():
     config = tiny.config(checkpoint_best_metric="los")
-    with pytest.raises(
-        errors.UserError, match="'los', which is not measured; did you mean 'loss'?"
-    ):
+    told = "'los', which is not measured; did you mean 'loss'?"
+    with pytest.raises(errors.UserError, match=told):
         schedule.check_best_metric(config, {"loss", "matched_iou"})
     assert schedule.best_metric(config, {"loss": 1.0}) is None
     assert schedule.best_metric(config, {"los": 1.0}) == {"los": 1.0}

@@ -39,42 +39,34 @@ def test_moments_follow_their_parameters():
     assert tuple(placed.step.spec) == ()
 
 
-def test_an_axis_without_a_rule_is_an_error_that_names_the_parameter():
-    c = tiny.config()
-    rules = tuple(rule for rule in c.sharding if rule[0] != "mlp")
-    with pytest.raises(
-        sharding.ShardingError, match=r"mlp/in/kernel: `sharding` has no rule for its axis 'mlp'"
-    ):
-        sharding.place_state(_abstract(c), rules, _mesh(8, 1, 1))
-
-
 @pytest.mark.parametrize(
-    "axis,to,told",
+    "mesh,to,overrides,told",
     [
-        ("mlp", "model", r"'mlp' to 'model', expected one of data, fsdp, tensor"),
-        ("mlp", "fsdp", r"mlp/in/kernel: `sharding` sends two of its axes to 'fsdp'"),
+        ((8, 1, 1), "no rule", {}, r"mlp/in/kernel: `sharding` has no rule for its axis 'mlp'"),
+        ((4, 2, 1), "model", {}, r"'mlp' to 'model', expected one of data, fsdp, tensor"),
+        ((4, 2, 1), "fsdp", {}, r"mlp/in/kernel: `sharding` sends two of its axes to 'fsdp'"),
+        (
+            (2, 2, 2),
+            "tensor",
+            dict(model__decoder__heads=1),
+            r"axis 'heads' of 1 does not divide by mesh.tensor = 2",
+        ),
     ],
 )
-def test_a_rule_to_no_axis_or_to_a_taken_one_is_an_error(axis, to, told):
-    c = tiny.config()
-    rules = tuple((a, to if a == axis else m) for a, m in c.sharding)
+def test_a_parameter_that_cannot_be_placed_is_named(mesh, to, overrides, told):
+    """With that rule for the axis `mlp`."""
+    c = tiny.config(**overrides)
+    rules = tuple(
+        (a, to if a == "mlp" else m) for a, m in c.sharding if (a, to) != ("mlp", "no rule")
+    )
     with pytest.raises(sharding.ShardingError, match=told):
-        sharding.place_state(_abstract(c), rules, _mesh(4, 2, 1))
-
-
-def test_a_dimension_that_does_not_divide_is_an_error():
-    c = tiny.config(model__decoder__heads=1)
-    with pytest.raises(
-        sharding.ShardingError, match=r"axis 'heads' of 1 does not divide by mesh.tensor = 2"
-    ):
-        sharding.place_state(_abstract(c), c.sharding, _mesh(2, 2, 2))
+        sharding.place_state(_abstract(c), rules, _mesh(*mesh))
 
 
 def test_no_packing_group_is_cut():
     c = tiny.config(text__pack_group=4)
-    with pytest.raises(
-        sharding.ShardingError, match="pack_group: got 4, expected a divisor of the 2 images"
-    ):
+    told = "pack_group: got 4, expected a divisor of the 2 images"
+    with pytest.raises(sharding.ShardingError, match=told):
         sharding.check_batch(c, _mesh(8, 1, 1))
 
 
@@ -108,9 +100,9 @@ def test_slices_are_cut_over_data_first():
     c = tiny.config(mesh__data=4, mesh__fsdp=2, mesh__tensor=2, mesh__dcn_data=2)
     slices = np.vectorize(lambda d: d.slice_index)(sharding.make_mesh(c.mesh, chips).devices)
     np.testing.assert_array_equal(slices, np.broadcast_to([[[0]], [[0]], [[1]], [[1]]], (4, 2, 2)))
-    with pytest.raises(
-        sharding.ShardingError, match="dcn_data: got 1, expected a multiple of the 2"
+    for slices, told in (
+        (1, "got 1, expected a multiple of the 2"),
+        (8, "divisor of mesh.data = 4"),
     ):
-        sharding.make_mesh(dataclasses.replace(c.mesh, dcn_data=1), chips)
-    with pytest.raises(sharding.ShardingError, match="divisor of mesh.data = 4"):
-        sharding.make_mesh(dataclasses.replace(c.mesh, dcn_data=8), chips)
+        with pytest.raises(sharding.ShardingError, match=f"dcn_data: .*{told}"):
+            sharding.make_mesh(dataclasses.replace(c.mesh, dcn_data=slices), chips)

@@ -13,6 +13,7 @@ import pytest
 from grain_jax.launch import hlo
 
 from grain_jax import losses
+from grain_jax.models import grain
 from grain_jax.models.grain import GRAIN
 from grain_jax.training import optim, sharding, train_step
 from tests import tiny
@@ -46,64 +47,57 @@ def _run(mesh, **overrides):
     if parameters:
         parameters["loss__box_description"] = 1.0
     state = jax.device_put(_initial(mesh, **parameters), program.shardings)
+    metrics, state = _steps(c, program, step, state, 2)
+    return metrics, jax.device_get(state), step
+
+
+def _steps(c, program, step, state, count):
+    """(metrics of so many steps of the same batch, the state after them)."""
     batch = jax.device_put(tiny.batch(c), program.batch_sharding)
     metrics = []
-    for _ in range(2):
+    for _ in range(count):
         state, m = step(state, batch)
         metrics.append(jax.tree.map(float, m))
-    return metrics, jax.device_get(state), step
+    return metrics, state
 
 
 ONE = (1, 1, 1)
 
 
+_MORE = dict(
+    input__captions_per_image=3,
+    loss__image_description=0.5,
+    model__boxes__kind="prompter",
+    loss__box_description=0.5,
+)
+_NEGATIVES = dict(input__negatives_per_region=2, loss__hard_negative=0.5)
+
+
 @pytest.mark.parametrize(
-    "mesh,overrides",
+    "mesh,model,overrides",
     [
-        ((8, 1, 1), {}),
-        pytest.param((4, 2, 1), {}, marks=pytest.mark.slow),
-        pytest.param((2, 2, 2), {"remat": "full"}, marks=pytest.mark.slow),
-        (ONE, {"microbatches": 4}),
-        pytest.param((4, 1, 2), {"remat": "dots"}, marks=pytest.mark.slow),
-        ((2, 2, 2), {"microbatches": 2, "remat": "qkv", "loss__gather": 2, "loss__tile": 7}),
+        ((8, 1, 1), {}, {}),
+        pytest.param((4, 2, 1), {}, {}, marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), {}, {"remat": "full"}, marks=pytest.mark.slow),
+        (ONE, {}, {"microbatches": 4}),
+        pytest.param((4, 1, 2), {}, {"remat": "dots"}, marks=pytest.mark.slow),
+        ((2, 2, 2), {}, dict(microbatches=2, remat="qkv", loss__gather=2, loss__tile=7)),
+        ((2, 2, 2), _MORE, dict(microbatches=2, loss__gather=2)),
+        ((2, 2, 2), _NEGATIVES, dict(microbatches=2)),
     ],
 )
-def test_mesh_microbatches_and_remat_change_nothing(mesh, overrides):
+def test_mesh_microbatches_and_remat_change_nothing(mesh, model, overrides):
     """Dropout is on: its mask belongs to the example, wherever that is computed."""
-    expected, state, _ = _run(ONE)
-    metrics, other, _ = _run(mesh, **overrides)
+    expected, state, _ = _run(ONE, **model)
+    assert ("hard_negative_accuracy" in expected[0]) == (model is _NEGATIVES)
+    metrics, other, _ = _run(mesh, **model, **overrides)
     for a, b in zip(expected, metrics):
         for name in a:
             np.testing.assert_allclose(b[name], a[name], rtol=2e-5, err_msg=name)
+    np.testing.assert_array_equal(other.receipt, state.receipt)
     for a, b in zip(jax.tree.leaves(state.ema_params), jax.tree.leaves(other.ema_params)):
         # An Adam step moves parameters whose gradient is float noise by up to the learning rate.
         np.testing.assert_allclose(a, b, atol=3e-4)
-
-
-def test_three_captions_and_a_box_head_on_a_mesh_and_in_microbatches():
-    more = dict(
-        input__captions_per_image=3,
-        loss__image_description=0.5,
-        model__boxes__kind="prompter",
-        loss__box_description=0.5,
-    )
-    expected, state, _ = _run(ONE, **more)
-    metrics, other, _ = _run((2, 2, 2), microbatches=2, loss__gather=2, **more)
-    for a, b in zip(expected, metrics):
-        for name in a:
-            np.testing.assert_allclose(b[name], a[name], rtol=2e-5, err_msg=name)
-    np.testing.assert_array_equal(other.receipt, state.receipt)
-
-
-def test_hard_negatives_on_a_mesh_and_in_microbatches():
-    near = dict(input__negatives_per_region=2, loss__hard_negative=0.5)
-    expected, state, _ = _run(ONE, **near)
-    assert "hard_negative_accuracy" in expected[0]
-    metrics, other, _ = _run((2, 2, 2), microbatches=2, **near)
-    for a, b in zip(expected, metrics):
-        for name in a:
-            np.testing.assert_allclose(b[name], a[name], rtol=2e-5, err_msg=name)
-    np.testing.assert_array_equal(other.receipt, state.receipt)
 
 
 @pytest.mark.parametrize("mesh", [ONE, (4, 1, 1)])
@@ -120,11 +114,7 @@ def test_two_towers_with_a_box_head_learn_boxes_and_descriptions(mesh):
         mesh__tensor=tensor,
     )
     program = _build(c)
-    batch = jax.device_put(tiny.batch(c), program.batch_sharding)
-    state, metrics = program.init(), []
-    for _ in range(3):
-        state, found = program.step(state, batch)
-        metrics.append(jax.tree.map(float, found))
+    metrics, _ = _steps(c, program, program.step, program.init(), 3)
     assert metrics[2]["loss_box_description"] < metrics[0]["loss_box_description"]
     assert metrics[2]["loss_image_description"] < metrics[0]["loss_image_description"]
     assert metrics[0]["loss_region_description"] == metrics[0]["loss_box"] == 0
@@ -132,15 +122,10 @@ def test_two_towers_with_a_box_head_learn_boxes_and_descriptions(mesh):
 
 
 @pytest.mark.parametrize(
-    "overrides",
-    [{}, {"captions_per_image": 3}, {"negatives_per_region": 2}],
-    ids=["one caption", "three captions", "negatives"],
+    "overrides", [{}, _MORE, _NEGATIVES], ids=["one caption", "three captions", "negatives"]
 )
 def test_gradients_of_microbatches_equal_the_full_batch(overrides):
-    overrides = {f"input__{name}": value for name, value in overrides.items()}
-    c = tiny.config(
-        loss__hard_negative=float("input__negatives_per_region" in overrides), **overrides
-    )
+    c = tiny.config(**overrides)
     model = GRAIN(c.model)
     tx = optim.optimizer(c.optim, lambda step: 0.0)
     params = jax.jit(lambda: sharding.unbox(train_step.init_state(model, c, tx)))().params
@@ -167,12 +152,15 @@ def test_group_size_gives_the_same_loss_on_1_and_8_devices():
     assert one[0]["loss_region_description"] < everything[0]["loss_region_description"] - 0.5
 
 
-def _placed_in_loops(step):
-    """(instruction, whether it runs in a loop) of the compiled step."""
-    module = hlo.parse(step.as_text())
-    for name, computation in module.computations.items():
-        for instruction in computation.instructions.values():
-            yield instruction, name in module.in_loop
+def _placed_in_loops(c):
+    """(program, [(instruction, whether it runs in a loop) of the compiled step])."""
+    program = _build(c)
+    module = hlo.parse(program.step.lower(program.state, program.batch).compile().as_text())
+    computations = module.computations.items()
+    placed = [
+        (i, name in module.in_loop) for name, c in computations for i in c.instructions.values()
+    ]
+    return program, placed
 
 
 def test_no_buffer_of_the_step_grows_with_the_global_batch():
@@ -189,11 +177,10 @@ def test_no_buffer_of_the_step_grows_with_the_global_batch():
         remat="full",
         ema_decay=0.9,
     )
-    program = _build(c)
-    step = program.step.lower(program.state, program.batch).compile()
+    _, placed = _placed_in_loops(c)
     b, r = c.batch_size, c.input.max_regions
     limits = {b * b, b * r * b * r, b * c.model.embed_dim, b * r * c.model.embed_dim}
-    for instruction, _ in _placed_in_loops(step):
+    for instruction, _ in placed:
         for shape in instruction.shapes:
             assert not {b, b * r, b * (1 + r)} & set(shape.dims), instruction
             assert math.prod(shape.dims) not in limits, instruction
@@ -201,16 +188,15 @@ def test_no_buffer_of_the_step_grows_with_the_global_batch():
 
 def test_fsdp_gathers_a_layer_at_a_time():
     c = tiny.config(mesh__data=1, mesh__fsdp=8, remat="full")
-    program = _build(c)
-    step = program.step.lower(program.state, program.batch).compile()
+    program, placed = _placed_in_loops(c)
     stacked = {
         leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(program.state.params)
-        if "kernel" in jax.tree_util.keystr(path) and "blocks" in jax.tree_util.keystr(path)
+        for name, leaf in grain.flat(program.state.params).items()
+        if "kernel" in name and "blocks" in name
     }
     layer = {shape[1:] for shape in stacked}
     gathered, in_loops = set(), 0
-    for instruction, in_loop in _placed_in_loops(step):
+    for instruction, in_loop in placed:
         if instruction.opcode.startswith("all-gather"):
             for shape in instruction.shapes:
                 assert shape.dims not in stacked, instruction
@@ -252,12 +238,9 @@ def test_matching_has_no_collective_loop_or_host_callback():
     scoped = [line for line in lines if re.search(r'op_name="[^"]*matching', line)]
     assert len(scoped) > 20, "the scope's name is gone: this test sees nothing"
     assert not [line for line in scoped if COLLECTIVES.search(line)]
-    assert not [
-        line for line in scoped if re.search(r"\bwhile\(|custom-call\(|infeed|outfeed", line)
-    ]
-    assert any(COLLECTIVES.search(line) for line in lines), (
-        "no collective at all: is the batch sharded?"
-    )
+    leaves = re.compile(r"\bwhile\(|custom-call\(|infeed|outfeed")
+    assert not [line for line in scoped if leaves.search(line)]
+    assert any(COLLECTIVES.search(x) for x in lines), "no collective at all: is the batch sharded?"
 
 
 def test_texts_dropped_are_counted_from_the_start():
@@ -311,17 +294,11 @@ def test_queries_have_metrics_only_where_they_tell_something(queries, entropy):
 @pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_without_regions_trains_on_captions_alone(microbatches):
     """The CLIP baseline: no region is read."""
-    metrics, _, _ = _run(
-        ONE,
-        input__max_regions=0,
-        loss__box=0.0,
-        loss__region_description=0.0,
-        microbatches=microbatches,
-    )
+    captions = dict(input__max_regions=0, loss__box=0.0, loss__region_description=0.0)
+    metrics, _, _ = _run(ONE, **captions, microbatches=microbatches)
     assert metrics[0]["loss"] == metrics[0]["loss_image_caption"] > 1
     assert metrics[1]["loss"] != metrics[0]["loss"]
     assert metrics[0]["loss_box"] == metrics[0]["loss_region_description"] == 0
     assert 0 <= metrics[0]["image_caption_accuracy"] <= 1
-    assert not [
-        name for name in metrics[0] if name.startswith(("query", "region", "matched_iou50"))
-    ]
+    of_regions = ("query", "region", "matched_iou50")
+    assert not [name for name in metrics[0] if name.startswith(of_regions)]

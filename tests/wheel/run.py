@@ -43,10 +43,10 @@ print("max|a - b| of a text:", difference)
 
 def steps(python: pathlib.Path) -> list[tuple]:
     """(name, words of the command, status, what its output has) of each step."""
-    module = lambda *words: [python, "-m", *words]  # noqa: E731
-    command = lambda *words: [python.parent / "grain-jax", *words]  # noqa: E731
+    module = lambda *words: [python, "-m", *words]
+    command = lambda *words: [python.parent / "grain-jax", *words]
     train = command("train", "--config", "mine.py", "--workdir", "run")
-    measure = lambda kind, images, *words: module(  # noqa: E731
+    measure = lambda kind, images, *words: module(
         *("grain_jax.evaluate", kind, "--checkpoint", "run", "--images", images),
         *("--output", f"{kind}.json", "--cache", "", *words),
     )

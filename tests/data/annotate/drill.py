@@ -1,19 +1,11 @@
-"""Kills data.annotate in the middle, starts it again, and counts: every image once, every fault by its cause.
+"""Kills data.annotate in the middle, starts it again, and counts: every image once, every fault by its cause."""
 
-  python -m tests.data.annotate.drill --folder DIR [--pictures 200]
-
-`test_command.py` does the same with few images.
-"""
-
-import argparse
-import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
 from grain_jax.data.annotate import __main__ as command
 
@@ -63,25 +55,17 @@ def kill_in_the_middle(arguments: list[str], output: pathlib.Path, last_pass: st
     return {path: path.stat().st_mtime_ns for path in done.glob("*.jsonl")}
 
 
-def run(arguments: list[str]) -> None:
-    """Runs the command to its end, in this process."""
-    assert command.main(arguments) == 0
-
-
-def resume(arguments: list[str], output: pathlib.Path, killed: dict, last_pass: str) -> str:
+def resume(arguments: list[str], output: pathlib.Path, killed: dict, last_pass: str) -> None:
     """Starts the command again: the shards that are done stay as they are."""
-    run(arguments)
+    assert command.main(arguments) == 0
     times = {path: path.stat().st_mtime_ns for path in killed}
     assert times == killed, "a shard was done again"
     assert not (output / "incomplete").exists()
     shards = len(list((output / "passes" / last_pass).glob("*.jsonl")))
     assert 0 < len(killed) < shards
-    return (
-        f"killed by SIGKILL with {len(killed)} of {shards} shards done; these were not done again"
-    )
 
 
-def local(folder: pathlib.Path, names: list[str], causes: dict[str, str], tell: Callable) -> None:
+def local(folder: pathlib.Path, names: list[str], causes: dict[str, str]) -> None:
     """All passes in one, by tiny models that run here."""
     output = folder / "local"
     arguments = [f"--images={folder / 'images'}", f"--output={output}", "--shard-size=10"]
@@ -92,12 +76,11 @@ def local(folder: pathlib.Path, names: list[str], causes: dict[str, str], tell: 
         "--max-faults=1",
     ]
     killed = kill_in_the_middle(arguments, output, "ground")
-    tell("local models:", resume(arguments, output, killed, "ground"))
-    tell("local models:", faults.check(output, names, causes, set()))
-    tell(json.dumps(json.loads((output / "summary.json").read_text())["total"]))
+    resume(arguments, output, killed, "ground")
+    faults.check(output, names, causes, set())
 
 
-def remote(folder: pathlib.Path, names: list[str], causes: dict[str, str], tell: Callable) -> None:
+def remote(folder: pathlib.Path, names: list[str], causes: dict[str, str]) -> None:
     """Caption and describe by an endpoint with troubles, ground apart; then the server is mended."""
     output = folder / "remote"
     pictures = [f"--images={folder / 'images'}", f"--output={output}", "--shard-size=10"]
@@ -110,34 +93,15 @@ def remote(folder: pathlib.Path, names: list[str], causes: dict[str, str], tell:
         ask += ["--tries=2", f"--request-seconds={faults.TIME_OUT}"]
         killed = kill_in_the_middle([*ask, "--concurrency=2"], output, "describe")
         server.reply = faults.reply
-        tell("endpoint:", resume(ask, output, killed, "describe"))
-        run(ground)
+        resume(ask, output, killed, "describe")
+        assert command.main(ground) == 0
         expected = causes | {name: cause for name, (cause, _) in faults.SERVER.items()}
         kept = {name for name, (_, kept) in faults.SERVER.items() if kept}
-        tell("endpoint:", faults.check(output, names, expected, kept))
-        tell(json.dumps(json.loads((output / "summary.json").read_text())["total"]))
-
+        faults.check(output, names, expected, kept)
         server.reply = endpoint.annotator
         asked = len(server.asked)
-        run([*ask, "--retry-failed"])
+        assert command.main([*ask, "--retry-failed"]) == 0
         # The second prompt alone for the two that were refused it; both for the others.
         assert len(server.asked) - asked == 2 * len(faults.SERVER) - len(kept)
-        run([*ground, "--retry-failed"])
-        tell("endpoint, mended, --retry-failed:", faults.check(output, names, causes, set()))
-
-
-def main() -> None:
-    """Runs both with many images, and shows the dead letters."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", required=True, type=pathlib.Path, help="an empty one")
-    parser.add_argument("--pictures", type=int, default=200)
-    args = parser.parse_args()
-    names, causes = plant(args.folder, args.pictures)
-    print(f"{args.pictures} drawn images, {len(names) - args.pictures} planted ones")
-    for drill in (local, remote):
-        drill(args.folder, names, causes, print)
-    print((args.folder / "local" / "failed.jsonl").read_text())
-
-
-if __name__ == "__main__":
-    main()
+        assert command.main([*ground, "--retry-failed"]) == 0
+        faults.check(output, names, causes, set())

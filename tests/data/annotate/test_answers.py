@@ -3,6 +3,8 @@
 import pytest
 from grain_jax.data.annotate import answers, prompt
 
+from grain_jax.files import regular_file
+
 LONG = "a very " + "very " * 14 + "long beak"
 
 
@@ -129,7 +131,7 @@ def test_the_prompts_say_the_form_that_is_parsed():
     assert "version" not in caption.text + describe.text
     assert "Subject:" in caption.text and "Caption:" in caption.text
     assert "up to 10" in describe.text
-    assert "is: a {wren}." in prompt.about(describe, "a {wren}")
+    assert "is: a {wren}." in describe.about("a {wren}")
 
 
 @pytest.mark.parametrize(
@@ -146,5 +148,5 @@ def test_a_prompt_that_cannot_be_used(tmp_path, content, with_subject, message):
     path = tmp_path / "prompt.txt"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(prompt.PromptError, match=message):
+    with pytest.raises(regular_file.FileError, match=message):
         prompt.read_prompt(path, with_subject=with_subject)

@@ -7,9 +7,9 @@ import time
 
 import PIL.Image
 import pytest
-from grain_jax.data.annotate import answers, endpoint_chat
+from grain_jax.data.annotate import answers, chat, endpoint_chat
 
-from tests.data.annotate import endpoint, models
+from tests.data.annotate import endpoint
 
 PICTURE = PIL.Image.new("RGB", (60, 40), (200, 30, 30))
 
@@ -21,7 +21,7 @@ def quick(monkeypatch):
 
 
 def _client(server, **options):
-    return endpoint_chat.build(endpoint_chat.Options(server.url, "tiny", **options))
+    return endpoint_chat.EndpointChat(endpoint_chat.Options(server.url, "tiny", **options))
 
 
 def _sequence(*replies):
@@ -60,11 +60,8 @@ def test_what_is_sent(monkeypatch):
     }
     assert first.headers["Authorization"] == "Bearer secret"
     assert "Authorization" not in third.headers
-    assert (first.picture.format, first.picture.mode, first.picture.size) == (
-        "JPEG",
-        "RGB",
-        (60, 40),
-    )
+    found = first.picture
+    assert (found.format, found.mode, found.size) == ("JPEG", "RGB", (60, 40))
     assert max(abs(a - b) for a, b in zip(first.picture.getpixel((30, 20)), (200, 30, 30))) < 4
     assert second.picture.size == (1344, 672)
     assert large.size == (3000, 1500) and PICTURE.size == (60, 40)  # the caller's stay as they are
@@ -107,15 +104,8 @@ def test_what_passes_is_tried_again(reply):
         (endpoint.Reply("over\nloaded", status=500), "server error", "status 500: "),
         (endpoint.Reply("slow down", status=429), "rate limit", "status 429: "),
         (endpoint.Reply(seconds=1.0), "time-out", "timed out"),
-        (endpoint.Reply(hang_up=True), "no connection", "RemoteDisconnected"),
+        (endpoint.Reply(hang_up=True), "no connection", "disconnected"),
         (endpoint.Reply(body=b"\xff garbage"), "no answer in the response", "garbage"),
-        (endpoint.Reply(body=b'{"choices": []}'), "no answer in the response", "got"),
-        (
-            endpoint.Reply(body=b'{"choices": [{"message": {"content": null}}]}'),
-            "no answer in the response",
-            "null",
-        ),
-        (endpoint.Reply(body=b"[1]"), "no answer in the response", "got [1]"),
     ],
 )
 def test_what_does_not_pass_fails_by_name_and_alone(reply, cause, detail):
@@ -163,18 +153,9 @@ def test_retry_after_as_a_date_or_as_nonsense():
     in_a_minute = email.utils.formatdate(time.time() + 60, usegmt=True)
     assert 55 < endpoint_chat._seconds(in_a_minute) <= 60
     assert endpoint_chat._seconds(email.utils.formatdate(time.time() - 60, usegmt=True)) == 0
-    assert [endpoint_chat._seconds(text) for text in (None, "", "soon", "-3", "2.5", "nan")] == [
-        *[0.0] * 4,
-        2.5,
-        0.0,
-    ]
-
-
-def test_a_server_that_wants_hours_is_not_waited_for():
-    reply = endpoint.Reply("tomorrow", status=429, retry_after="86400")
-    with endpoint.serve(lambda asked: reply) as server:
-        (found,) = _client(server).answer([PICTURE], ["List."])
-    assert found.cause == "rate limit" and len(server.asked) == 1
+    for text in (None, "", "soon", "-3", "nan"):
+        assert endpoint_chat._seconds(text) == 0
+    assert endpoint_chat._seconds("2.5") == 2.5
 
 
 def test_waits_grow_between_tries(monkeypatch):
@@ -183,32 +164,20 @@ def test_waits_grow_between_tries(monkeypatch):
     monkeypatch.setattr(endpoint_chat, "FIRST_WAIT", 1.0)
     monkeypatch.setattr(endpoint_chat.time, "sleep", lambda s: waits.append(s) or sleep(0))
     address = _closed_port()
-    client = endpoint_chat.build(endpoint_chat.Options(address, "tiny", tries=9))
+    client = endpoint_chat.EndpointChat(endpoint_chat.Options(address, "tiny", tries=9))
     (found,) = client.answer([PICTURE], ["List."])
-    assert found.cause == "no connection" and "refused" in found.detail
+    assert found.cause == "no connection" and "ConnectionRefusedError" in found.detail
     waits = [wait for wait in waits if wait]
     bounds = [1, 2, 4, 8, 16, 32, 60, 60]
     assert len(waits) == 8
     assert all(bound / 2 <= wait <= bound for wait, bound in zip(waits, bounds))
 
 
-def test_the_limit_of_tokens_is_told():
-    reply = endpoint.Reply(models.DESCRIPTIONS[0], finish_reason="length")
-    with endpoint.serve(lambda asked: reply) as server:
-        (found,) = _client(server).answer([PICTURE], ["List."])
-    assert found.cut_off
-
-
-def test_a_server_that_does_not_count_tokens():
-    body = b'{"choices": [{"message": {"content": "a beak"}}]}'
+def test_the_limit_of_tokens_is_told_and_a_server_need_not_count_them():
+    body = b'{"choices": [{"message": {"content": "a beak"}, "finish_reason": "length"}]}'
     with endpoint.serve(lambda asked: endpoint.Reply(body=body)) as server:
         (found,) = _client(server).answer([PICTURE], ["List."])
-    assert (found.text, found.prompt_tokens, found.answer_tokens, found.cut_off) == (
-        "a beak",
-        0,
-        0,
-        False,
-    )
+    assert found == chat.Answer("a beak", 0, 0, cut_off=True)
 
 
 def test_options_can_be_sent_to_a_worker_and_hold_no_key(monkeypatch):
@@ -216,12 +185,6 @@ def test_options_can_be_sent_to_a_worker_and_hold_no_key(monkeypatch):
     options = endpoint_chat.Options("http://host/v1", "tiny")
     assert pickle.loads(pickle.dumps(options)) == options
     assert b"secret" not in pickle.dumps(options)
-
-
-@pytest.mark.parametrize("url", ["host:8000/v1", "ftp://host/v1", "http://", ""])
-def test_an_address_that_is_none(url):
-    with pytest.raises(endpoint_chat.EndpointError, match="no address, expected one like"):
-        endpoint_chat.build(endpoint_chat.Options(url, "tiny"))
 
 
 def _closed_port():

@@ -1,7 +1,5 @@
 """A chat model on this machine: batches and their padding, ends and limits, what does not fit, what fails."""
 
-import pickle
-
 import numpy as np
 import PIL.Image
 import pytest
@@ -27,7 +25,7 @@ def noise_folder(tmp_path_factory):
 
 @pytest.fixture
 def llava(folder):
-    return local_chat.build(local_chat.Options(folder))
+    return local_chat.LocalChat(local_chat.Options(folder))
 
 
 def _pictures(*sizes):
@@ -56,8 +54,8 @@ def test_answers_come_in_order_with_their_tokens(llava):
 def test_a_batch_gives_what_each_picture_gives_alone(noise_folder, caplog):
     pictures = _pictures((60, 30), (30, 90), (28, 28), (200, 20), (57, 33))
     prompts = ["a", "what is in this image? " * 4, "list", "list", "say a few words"]
-    alone = local_chat.build(local_chat.Options(noise_folder, batch_size=1, max_tokens=12))
-    together = local_chat.build(local_chat.Options(noise_folder, batch_size=5, max_tokens=12))
+    alone = local_chat.LocalChat(local_chat.Options(noise_folder, batch_size=1, max_tokens=12))
+    together = local_chat.LocalChat(local_chat.Options(noise_folder, batch_size=5, max_tokens=12))
     expected = alone.answer(pictures, prompts)
     assert together.answer(pictures, prompts) == expected
     assert not caplog.records  # the batch did not fall apart
@@ -69,12 +67,12 @@ def test_a_batch_gives_what_each_picture_gives_alone(noise_folder, caplog):
 
 
 def test_the_limit_of_tokens_is_told(folder):
-    cut = local_chat.build(local_chat.Options(folder, max_tokens=2))
+    cut = local_chat.LocalChat(local_chat.Options(folder, max_tokens=2))
     first, second = cut.answer(_pictures((30, 30), (30, 30)), ["Subject:", "List."])
     assert first.text == CAPTION and first.cut_off  # its end is the third token: nobody knows yet
     assert second.text == "".join(models.DESCRIPTIONS[:2]) and second.cut_off
     assert second.answer_tokens == 2
-    enough = local_chat.build(local_chat.Options(folder, max_tokens=3))
+    enough = local_chat.LocalChat(local_chat.Options(folder, max_tokens=3))
     assert not enough.answer(_pictures((30, 30)), ["Subject:"])[0].cut_off
 
 
@@ -83,49 +81,51 @@ def test_the_mark_of_a_pictures_place_in_a_prompt_is_no_picture(llava):
     assert found.text == CAPTION
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_any_mode_is_taken(llava, mode):
-    assert llava.answer([_pictures((40, 30))[0].convert(mode)], ["Subject:"])[0].text == CAPTION
+def test_a_batch_is_halved_when_memory_runs_out():
+    sizes = []
 
-
-def test_a_batch_is_halved_when_memory_runs_out(llava, monkeypatch):
-    generate, sizes = llava._model.generate, []
-
-    def limited(**inputs):
-        sizes.append(len(inputs["input_ids"]))
+    def limited(batch):
+        sizes.append(len(batch))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return generate(**inputs)
+        return [2 * item for item in batch]
 
-    monkeypatch.setattr(llava._model, "generate", limited)
-    found = llava.answer(_pictures(*[(30, 30)] * 5), ["Subject:"] * 4 + ["List."])
-    assert [answer.text for answer in found] == [CAPTION] * 4 + [DESCRIPTIONS]
-    assert sizes == [5, 2, 3, 1, 2]
-
-
-def test_a_picture_alone_for_which_memory_is_short_fails_by_name(llava, monkeypatch):
-    def never(**inputs):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB.")
-
-    monkeypatch.setattr(llava._model, "generate", never)
-    failure = chat.Failure(
-        "out of memory", "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB."
-    )
-    assert llava.answer(_pictures((30, 30), (30, 30)), ["a", "b"]) == [failure, failure]
+    batches = checkpoint.Batches(8)
+    assert batches.run(limited, [0, 1, 2, 3, 4, 5]) == [0, 2, 4, 6, 8, 10]
+    assert sizes == [6, 3, 1, 2, 3, 1, 2]
+    sizes.clear()
+    assert batches.run(limited, [1, 2]) == [2, 4] and sizes == [
+        1,
+        1,
+    ]  # what did not fit is not tried again
 
 
-def test_options_can_be_sent_to_a_worker():
-    options = local_chat.Options("folder", batch_size=3)
-    assert pickle.loads(pickle.dumps(options)) == options
+@pytest.mark.parametrize(
+    "error, failure",
+    [
+        (ValueError("cannot\ntake this"), ("model error", "ValueError: cannot take this")),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB."),
+            ("out of memory", "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB."),
+        ),
+    ],
+)
+def test_an_item_that_the_model_cannot_take_fails_alone(error, failure):
+    def touchy(batch):
+        if 1 in batch:
+            raise error
+        return list(batch)
+
+    assert checkpoint.Batches(3).run(touchy, [0, 1, 2]) == [0, chat.Failure(*failure), 2]
 
 
 def test_models_that_cannot_be_used(tmp_path, folder):
     with pytest.raises(checkpoint.CheckpointError, match="nothing-here: cannot be loaded"):
-        local_chat.build(local_chat.Options(str(tmp_path / "nothing-here")))
+        local_chat.LocalChat(local_chat.Options(str(tmp_path / "nothing-here")))
     detector = models.owlv2(tmp_path / "owlv2")
     with pytest.raises(checkpoint.CheckpointError, match="AutoModelForImageTextToText"):
-        local_chat.build(local_chat.Options(detector))
+        local_chat.LocalChat(local_chat.Options(detector))
     models.llava_next(tmp_path / "plain")
     (tmp_path / "plain" / "chat_template.jinja").unlink()
     with pytest.raises(checkpoint.CheckpointError, match="no chat template"):
-        local_chat.build(local_chat.Options(str(tmp_path / "plain")))
+        local_chat.LocalChat(local_chat.Options(str(tmp_path / "plain")))

@@ -149,20 +149,15 @@ def test_a_server_that_is_down_ends_the_job_before_it_fails_millions(tmp_path, s
     assert up.output.finished(up.passes) == {shard.name for shard in shards}
 
 
-def test_files_are_replaced_whole(tmp_path):
+def test_files_are_replaced_whole_and_any_text_comes_back_as_it_was(tmp_path):
     output = outputs.Output(str(tmp_path))
-    output.write("failed", "s", [{"image": "\u00e9"}])
-    output.write("failed", "s", [{"image": "b"}, {"image": "c"}])
+    lines = [{"image": "a\u2028b\x85c\x0bd"}, {"image": "\udcff.jpg", "detail": "\u00e9"}]
+    for written in (lines, [{"image": "b"}, {"image": "c"}]):
+        output.write("failed", "s", written)
+        assert output.read("failed", "s") == written
     assert (tmp_path / "failed" / "s.jsonl").read_text() == '{"image": "b"}\n{"image": "c"}\n'
     assert list((tmp_path / "incomplete").iterdir()) == []
     assert output.read("failed", "another") == [] and output.tally("s") == {}
-
-
-def test_any_text_comes_back_as_it_was(tmp_path):
-    output = outputs.Output(str(tmp_path))
-    lines = [{"image": "a\u2028b\x85c\x0bd"}, {"image": "\udcff.jpg", "detail": "\u00e9"}]
-    output.write("failed", "s", lines)
-    assert output.read("failed", "s") == lines
 
 
 def test_batches_of_large_pictures_are_smaller(monkeypatch):

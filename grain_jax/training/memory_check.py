@@ -1,5 +1,5 @@
-"""Compares what a training step needs (memory_use.py) with the memory there is. Where it is too little, one line says
-what to set.
+"""Compares what a training step needs (memory_need.py) with the memory there is. Where it is too little, one line
+says what to set.
 
 `check` finds by arithmetic what is certain, before data is made or anything compiled. `check_step` has the
 figures of the compiler, before the first step. `training_advice` is for what an allocator refuses after that
@@ -9,7 +9,6 @@ figures of the compiler, before the first step. `training_advice` is for what an
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import socket
 import zlib
@@ -26,8 +25,8 @@ from jax.sharding import Mesh
 from grain_jax import config as config_lib
 from grain_jax import errors, named
 from grain_jax.input_pipeline import derived
-from grain_jax.training import memory_use, sharding, train_step
-from grain_jax.training.memory_use import Need
+from grain_jax.training import memory_need, sharding, train_step
+from grain_jax.training.memory_need import Need
 
 HOST_BATCHES = 2  # at least, while one is put together of its parts
 ROOM = 0.9  # share of the memory that a suggestion may fill
@@ -45,6 +44,11 @@ class Limit(NamedTuple):
     bytes: int
     sharing: int | None
     host: int
+
+    @property
+    def together(self) -> int:
+        """The number of devices that printed sums are of."""
+        return self.sharing or 1
 
 
 _GROWS = {
@@ -77,9 +81,8 @@ def host_bytes(root: epath.PathLike = "/") -> int:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
         own = next(line for line in lines if line.startswith("0::")).removeprefix("0::")
         parts = [part for part in own.split("/") if part]
-        names += [
-            "/".join(["sys/fs/cgroup", *parts[:n], "memory.max"]) for n in range(len(parts) + 1)
-        ]
+        groups = ["/".join(["sys/fs/cgroup", *parts[:n]]) for n in range(len(parts) + 1)]
+        names += [f"{group}/memory.max" for group in groups]
     for name in names:
         with contextlib.suppress(OSError, ValueError):  # not there, or "max"
             found.append(int((root / name).read_text()))
@@ -100,8 +103,7 @@ def check(
     Raises:
       OutOfMemory: these do not fit.
     """
-    image, shards = config.model.image, sharding.batch_shards(mesh)
-    images = config.batch_size // shards
+    image, images = config.model.image, _images(config, mesh)
     pixels = 3 * image.image_size**2  # bytes
     own = config.batch_size // jax.process_count() * pixels  # of this process
     layers = 0
@@ -110,9 +112,9 @@ def check(
         layers = tokens * image.width * image.depth * jnp.dtype(config.dtype).itemsize
     needs = images * pixels + images // config.microbatches * layers
     if program is not None:
-        needs += sum(memory_use.state_bytes(program).values())
+        needs += sum(memory_need.state_bytes(program).values())
     if needs > there.bytes:
-        _refuse(_line(config, mesh, memory_use.estimate(config, mesh), there))
+        _refuse(_line(config, mesh, memory_need.estimate(config, mesh), there))
     if own * HOST_BATCHES > there.host:
         most = ROOM * there.host / (2 * HOST_BATCHES * pixels) * jax.process_count()
         sizes = (n for n in _smaller_batches(config, mesh) if n <= most)
@@ -144,21 +146,29 @@ def check_step(
     arguments = found.argument_size_in_bytes + found.generated_code_size_in_bytes
     written = found.output_size_in_bytes - found.alias_size_in_bytes
     step = arguments + written + found.temp_size_in_bytes
-    need = _measured(config, mesh, program, found.temp_size_in_bytes)
+    images = _images(config, mesh)
+    trained = memory_need.trained_bytes(program, config.optim.frozen) * min(config.microbatches, 2)
+    activations = max(found.temp_size_in_bytes - trained, 0) / (images // config.microbatches)
+    need = memory_need.need_of(config, program, mesh, activations)
     if step > there.bytes:
         _refuse(_line(config, mesh, need, there, step=step))
-    images = config.batch_size // sharding.batch_shards(mesh)
     most = max(need.total(images, config.microbatches), step)
     if most > there.bytes:
         return _line(config, mesh, need, there, step=most, start="memory may run out: the step")
     return None
 
 
-def _measured(config, mesh, program, made: int) -> Need:
-    """What a device needs, from the bytes of temporaries that the compiler reports."""
-    trained = memory_use.trained_bytes(program, config.optim.frozen) * min(config.microbatches, 2)
-    part = config.batch_size // sharding.batch_shards(mesh) // config.microbatches
-    return memory_use.need_of(config, program, mesh, max(made - trained, 0) / part)
+def training_advice(config: config_lib.Config) -> str:
+    """What to set where a step ran out of memory although the arithmetic says that it fits."""
+    mesh = sharding.make_mesh(config.mesh)
+    need, there = memory_need.estimate(config, mesh), limit()
+    needs = need.total(_images(config, mesh), config.microbatches)
+    return _what_to_set(config, mesh, need, there, ROOM * min(there.bytes, needs / 2))
+
+
+def _images(config: config_lib.Config, mesh: Mesh) -> int:
+    """Images of a batch on one device."""
+    return config.batch_size // sharding.batch_shards(mesh)
 
 
 def _refuse(message: str) -> None:
@@ -168,26 +178,21 @@ def _refuse(message: str) -> None:
     raise errors.OutOfMemory(message)
 
 
-def _line(
-    config: config_lib.Config,
-    mesh: Mesh,
-    need: Need,
-    there: Limit,
-    step: float | None = None,
-    start: str = "out of memory: the step",
-) -> str:
-    """The message: what is needed, what there is, the largest part, and what to set."""
-    images = config.batch_size // sharding.batch_shards(mesh)
-    parts = need.parts(images, config.microbatches)
-    largest = max(parts, key=lambda name: parts[name])
-    times = there.sharing or 1
+def _line(config, mesh, need, there, step=None, start="out of memory: the step") -> str:
+    """The message: what is needed (`step` bytes, or by `need`), what there is, and `_what_to_set`."""
+    needs = step or need.total(_images(config, mesh), config.microbatches)
+    needs, has = (gigabytes(count * there.together) for count in (needs, there.bytes))
     owner = "this machine" if there.sharing else "a device"
-    needs = gigabytes((step or sum(parts.values())) * times)
-    return (
-        f"{start} needs about {needs}, {owner} has {gigabytes(there.bytes * times)}; largest: {largest},"
-        f" {gigabytes(parts[largest] * times)}, {_GROWS[largest]}."
-        f" {advice(config, mesh, need, ROOM * there.bytes, times)}"
-    )
+    advised = _what_to_set(config, mesh, need, there, ROOM * there.bytes)
+    return f"{start} needs about {needs}, {owner} has {has}; {advised}"
+
+
+def _what_to_set(config, mesh, need, there, room) -> str:
+    parts = need.parts(_images(config, mesh), config.microbatches)
+    largest = max(parts, key=lambda name: parts[name])
+    size = gigabytes(parts[largest] * there.together)
+    advised = advice(config, mesh, need, room, there.together)
+    return f"largest: {largest}, about {size}, {_GROWS[largest]}. {advised}"
 
 
 def advice(config: config_lib.Config, mesh: Mesh, need: Need, room: float, sharing: int = 1) -> str:
@@ -200,26 +205,21 @@ def advice(config: config_lib.Config, mesh: Mesh, need: Need, room: float, shari
       room: bytes of a device that may be used.
       sharing: number of devices that the printed sums are of.
     """
-    shards = sharding.batch_shards(mesh)
-    images, parts = config.batch_size // shards, config.microbatches
+    images, parts = _images(config, mesh), config.microbatches
     found = []
     for size in _smaller_batches(config, mesh):
-        needs = need.total(size // shards, parts)
+        needs = need.total(size // sharding.batch_shards(mesh), parts)
         if needs <= room:
             found.append(f"--config.batch_size={size} (about {gigabytes(needs * sharing)})")
             break
-    more = parts * 2
-    while more <= images:
+    doubled = (parts << n for n in range(1, max(images // parts, 1).bit_length()))
+    for more in doubled:
         if need.total(images, more) <= room and _valid(config, mesh, microbatches=more):
             found.append(f"--config.microbatches={more}")
             break
-        more *= 2
-    if config.remat != "full" and memory_use.recomputes(config, mesh):
-        full = dataclasses.replace(config, remat="full")
-        share = (
-            memory_use.estimate(full, mesh).activations
-            / memory_use.estimate(config, mesh).activations
-        )
+    if config.remat != "full" and memory_need.recomputes(config, mesh):
+        full = memory_need.estimate(dataclasses.replace(config, remat="full"), mesh)
+        share = full.activations / memory_need.estimate(config, mesh).activations
         again = need._replace(activations=need.activations * share)
         if again.total(images, parts) <= room:
             found.append("--config.remat=full")
@@ -234,12 +234,7 @@ def advice(config: config_lib.Config, mesh: Mesh, need: Need, room: float, shari
 
 def _smaller_batches(config: config_lib.Config, mesh: Mesh) -> Iterator[int]:
     """Valid batch sizes below that of the config, the largest first: powers of two times the smallest."""
-    group = (config.text.pack_group or 1) if config.text.packing else 1
-    least = math.lcm(
-        sharding.batch_shards(mesh) * config.microbatches * group,
-        (config.input.lanes or 1) * group,
-        config.loss.group_size or 1,
-    )
+    least = sharding.least_batch(config, sharding.batch_shards(mesh))
     doublings = max(config.batch_size - 1, 1) // least
     for n in reversed(range(doublings.bit_length())):
         if _valid(config, mesh, batch_size=least << n):
@@ -258,37 +253,19 @@ def _valid(config: config_lib.Config, mesh: Mesh, **changes: Any) -> bool:
 
 def _cut_over_devices(config, mesh, need, room) -> list[str]:
     """mesh.fsdp over more devices, where that is enough and nothing is cut yet."""
-    if config.mesh.fsdp > 1:
-        return []
-    images = config.batch_size // sharding.batch_shards(mesh)
     fsdp = 2
-    while mesh.shape["data"] % fsdp == 0:
+    while config.mesh.fsdp == 1 and mesh.shape["data"] % fsdp == 0:
         cut = dataclasses.replace(config.mesh, data=-1, fsdp=fsdp)
         with contextlib.suppress(errors.UserError):  # a parameter that does not divide
-            changed = dataclasses.replace(config, mesh=cut)
             wide = sharding.make_mesh(cut, list(mesh.devices.flat))
-            changed, _ = derived.planned(changed, derived.Place(sharding.batch_shards(wide)))
+            place = derived.Place(sharding.batch_shards(wide))
+            changed, _ = derived.planned(dataclasses.replace(config, mesh=cut), place)
             program = train_step.build(changed, wide, total_steps=1, steps_per_epoch=1.0)
-            less = memory_use.need_of(changed, program, wide, need.activations)
-            if less.total(images, config.microbatches) <= room:
+            less = memory_need.need_of(changed, program, wide, need.activations)
+            if less.total(_images(config, mesh), config.microbatches) <= room:
                 return [f"--config.mesh.fsdp={fsdp}"]
         fsdp *= 2
     return []
-
-
-def training_advice(config: config_lib.Config) -> str:
-    """What to set where a step ran out of memory although the arithmetic says that it fits."""
-    mesh = sharding.make_mesh(config.mesh)
-    need, there = memory_use.estimate(config, mesh), limit()
-    images = config.batch_size // sharding.batch_shards(mesh)
-    parts = need.parts(images, config.microbatches)
-    largest = max(parts, key=lambda name: parts[name])
-    room = ROOM * min(there.bytes, sum(parts.values()) / 2)
-    times = there.sharing or 1
-    return (
-        f"largest: {largest}, about {gigabytes(parts[largest] * times)}, {_GROWS[largest]}."
-        f" {advice(config, mesh, need, room, times)}"
-    )
 
 
 def gigabytes(count: float) -> str:

@@ -1,12 +1,14 @@
 """What a training step needs in memory: the state exactly, and what it makes and drops by arithmetic."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from grain_jax import config as config_lib
@@ -69,34 +71,31 @@ def kept(config: config_lib.Config, images: int) -> list[Kept]:
     """
     config = dataclasses.replace(config, batch_size=images)
     model = GRAIN(config.model, config.dtype, config.remat)
+    init = functools.partial(train_step.init_state, model, config, optax.identity())
+    params = sharding.unbox(jax.eval_shape(init)).params
     batch = train_step.abstract_batch(config)
     keys = jax.eval_shape(lambda: train_step.dropout_keys(0, 0, jnp.arange(images)))
-    one = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
-    params = jax.eval_shape(lambda: sharding.unbox(model.init(jax.random.key(0), one)["params"]))
-
-    def apply(params, batch, keys):
-        params = optim.stop_frozen(params, config.optim.frozen)
-        return model.apply({"params": params}, batch, keys)
 
     def residuals(params, batch, keys):
-        _, pull_back = jax.vjp(lambda p: apply(p, batch, keys), params)
-        return jax.tree.leaves(pull_back)
+        def apply(params):
+            params = optim.stop_frozen(params, config.optim.frozen)
+            return model.apply({"params": params}, batch, keys)
+
+        return jax.tree.leaves(jax.vjp(apply, params)[1])
 
     jaxpr = jax.make_jaxpr(residuals)(params, batch, keys).jaxpr
     # Inputs and constants have no equation.
     makers = {id(v): equation for equation in jaxpr.eqns for v in equation.outvars}
-    found = {id(v): v.aval for v in jaxpr.outvars if id(v) in makers}
-    return sorted(
-        (
-            Kept(
-                aval.size * aval.dtype.itemsize,
-                f"{aval.dtype}[{','.join(map(str, aval.shape))}]",
-                _module(str(makers[key].source_info.name_stack)),
-            )
-            for key, aval in found.items()
-        ),
-        reverse=True,
-    )
+    kept_arrays = {id(v): v.aval for v in jaxpr.outvars if id(v) in makers}
+    found = [
+        Kept(
+            aval.size * aval.dtype.itemsize,
+            f"{aval.dtype}[{','.join(map(str, aval.shape))}]",
+            _module(str(makers[key].source_info.name_stack)),
+        )
+        for key, aval in kept_arrays.items()
+    ]
+    return sorted(found, reverse=True)
 
 
 def _module(name_stack: str) -> str:
@@ -118,11 +117,10 @@ def state_bytes(program: train_step.Program) -> dict[str, int]:
 
 def trained_bytes(program: train_step.Program, frozen: Sequence[str]) -> int:
     """Bytes per device of the parameters that have a gradient."""
-    params, shardings = program.state.params, program.shardings.params
-    stays = jax.tree.leaves(optim.frozen_mask(params, frozen))
-    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(shardings))
-    trained = [pair for pair, fixed in zip(pairs, stays) if not fixed]
-    return _total([x for x, _ in trained], [s for _, s in trained])
+    params, fixed = program.state.params, optim.frozen_mask(program.state.params, frozen)
+    trained = jax.tree.map(lambda x, fixed: () if fixed else x, params, fixed)
+    shardings = jax.tree.map(lambda s, fixed: () if fixed else s, program.shardings.params, fixed)
+    return _total(trained, shardings)
 
 
 def _total(shapes: Any, shardings: Any) -> int:
@@ -187,14 +185,14 @@ def estimate(config: config_lib.Config, mesh: Mesh) -> Need:
     return need_of(config, program, mesh, activations)
 
 
-def _on_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
-
-
 def recomputes(config: config_lib.Config, mesh: Mesh) -> bool:
     """Whether `remat` saves memory: XLA's CPU backend undoes it where layers are unrolled."""
     image = config.model.image
     return not _on_cpu(mesh) or image.unroll < image.depth
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def need_of(

@@ -1,0 +1,116 @@
+"""Progress on stderr, with the time left: a line that a terminal rewrites; elsewhere a line now and then."""
+
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+PLAIN_SECONDS = 15.0  # between two lines where there is no terminal
+_TERMINAL_SECONDS = 0.2  # between two of a terminal
+_ERASE = "\r\x1b[2K"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 42s, 3m05s or 2h10m."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+class Line:
+    """A line of progress, which changes, below lines that stay.
+
+    Args:
+      prefix: of every line.
+      every: seconds between two lines where there is no terminal.
+      silent: nothing is printed: of several processes, the first one speaks.
+    """
+
+    def __init__(self, prefix: str = "", every: float = PLAIN_SECONDS, silent: bool = False):
+        self._prefix, self._silent = prefix, silent
+        self._terminal = sys.stderr.isatty()
+        self._every = _TERMINAL_SECONDS if self._terminal else every
+        self._shown_at = time.monotonic()
+
+    def show(self, text: str, *, now: bool = False) -> None:
+        """Shows the progress; without `now` not so soon after the last time."""
+        time_now = time.monotonic()
+        if self._silent or not (now or time_now - self._shown_at >= self._every):
+            return
+        self._shown_at = time_now
+        text = self._prefix + text
+        if self._terminal:  # a line that wraps could not be rewritten
+            text = _ERASE + text[: shutil.get_terminal_size().columns - 1]
+        print(text, end="" if self._terminal else "\n", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line that stays, above the progress."""
+        if not self._silent:
+            erase = _ERASE if self._terminal else ""
+            print(f"{erase}{self._prefix}{text}", file=sys.stderr, flush=True)
+
+    def close(self, *, stays: bool = False) -> None:
+        """Clears the line of a terminal, or leaves it standing."""
+        if self._terminal and not self._silent:
+            print("\n" if stays else _ERASE, end="", file=sys.stderr, flush=True)
+
+
+class Counter:
+    """Shows how many went by, how fast, and the time left.
+
+    Args:
+      what: begins the line.
+      total: how many there are; None where it is not known.
+      unit: of what is counted.
+      silent: nothing is printed.
+      times: how many stand for each that is counted: of several processes, the first counts for all.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: float | None,
+        unit: str = "",
+        *,
+        silent: bool = False,
+        times: float = 1,
+    ):
+        self._what, self._total, self._unit, self._times = what, total, unit, times
+        self._line, self._start, self.done = Line(silent=silent), time.monotonic(), 0.0
+
+    def add(self, count: int = 1, share: float | None = None) -> None:
+        """Counts, and shows it; `share` of the work is done, by default as many as were counted of the total."""
+        self.done += count * self._times
+        self._line.show(self.text(time.monotonic() - self._start, share))
+
+    def text(self, seconds: float, share: float | None = None) -> str:
+        """The line after so many seconds."""
+        if share is None and self._total:
+            share = self.done / self._total
+        of = f"/{self._total:.0f}" if self._total is not None else ""
+        left = f", ETA {duration(seconds / share - seconds)}" if share else ""
+        rate = self.done / max(seconds, 1e-9)
+        return (
+            f"{self._what}: {self.done:.0f}{of}{self._unit and ' '}{self._unit}, {rate:.3g}/s{left}"
+        )
+
+    def close(self, *, stays: bool = False) -> None:
+        """Clears the line of a terminal, or shows the last one and leaves it."""
+        if stays:
+            self._line.show(self.text(time.monotonic() - self._start), now=True)
+        self._line.close(stays=stays)
+
+
+def over(items: Iterable[Item], *, total: float | None, what: str) -> Iterator[Item]:
+    """Passes `items` on and counts them."""
+    counter = Counter(what, total)
+    for item in items:
+        yield item
+        counter.add()
+    counter.close()
