@@ -262,11 +262,12 @@ def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, Mappin
             f"model.{which}.tower: got {wanted.tower}, but only the built-in towers can start from {path}: the"
             f" image tower {', '.join(built_in.IMAGE)}, the text tower {', '.join(built_in.TEXT)}"
         )
-    package = big_vision if big_vision.is_path(path) else open_clip
-    stored = package.read(path)
-    module = big_vision_towers if package is big_vision else open_clip_towers
-    tower = (module.import_image if which == "image" else module.import_text)(stored, settings)
-    return tower, stored.state
+    package: Any = (open_clip, open_clip_towers)
+    if big_vision.is_path(path):
+        package = (big_vision, big_vision_towers)
+    files, importers = package
+    stored = files.read(path)
+    return getattr(importers, f"import_{which}")(stored, settings), stored.state
 
 
 def _replace(params: Any, shardings: Any, loaded: dict[str, np.ndarray]) -> Any:

@@ -77,11 +77,11 @@ def settle_heads(
       ConvertError: flag and checkpoint differ, nothing tells them, or they do not divide the width.
     """
     heads = settled(f"{which} heads", settings.heads.get(which), stated)
-    if heads is None and usual is None:
-        raise ConvertError(
-            f"--{which}-heads: must be given; a width of {width} does not tell the number of heads"
-        )
     if heads is None:
+        if usual is None:
+            raise ConvertError(
+                f"--{which}-heads: must be given; a width of {width} does not tell the number of heads"
+            )
         heads = usual
         assumed.append(f"{heads} heads; --{which}-heads says otherwise")
     elif stated is None and heads != usual is not None:  # any divisor fits the arrays
