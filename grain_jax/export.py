@@ -54,7 +54,9 @@ def export_model(
       ExportError: the folder cannot be written.
     """
     output, model = epath.Path(output), predictor.model
-    params = {name: np.asarray(x) for name, x in grain.flat(predictor.params).items()}
+    params: dict[str, Any] = {
+        name: np.asarray(x) for name, x in grain.flat(predictor.params).items()
+    }
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
     functions = {}
     for name, (function, inputs) in _functions(model, predictor.dtype).items():

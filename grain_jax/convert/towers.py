@@ -261,7 +261,7 @@ def two_tower_model(
     model = config_lib.model_from_dict(dataclasses.asdict(model))
     shapes = grain.parameter_shapes(model)
     rows = [*image.rows, *text.rows, *(Row(ours, name) for ours, name in scalars.items())]
-    state = {**state, **{scalars[x]: np.float32(value) for x, value in numbers.items()}}
+    state = {**state, **{scalars[x]: np.array(value, np.float32) for x, value in numbers.items()}}
     params = tables.read(rows, with_class_position(state, image), shapes)
     unknown = sorted(state.keys() - tables.used(rows, shapes))
     raise_any([f"{name}: unknown key" for name in unknown])

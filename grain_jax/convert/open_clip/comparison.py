@@ -214,7 +214,9 @@ def _timm_trunk(image: config_lib.ImageTower):
     from timm.models.vision_transformer import VisionTransformer
 
     pools: dict[str, Any] = {"map": "map", "class": "token", "mean": "avg"}
-    sizes = dict(img_size=image.image_size, patch_size=image.patch_size, embed_dim=image.width)
+    sizes: dict[str, Any] = dict(
+        img_size=image.image_size, patch_size=image.patch_size, embed_dim=image.width
+    )
     sizes |= dict(depth=image.depth, num_heads=image.heads, num_classes=0)
     trunk = VisionTransformer(
         **sizes,
