@@ -113,7 +113,7 @@ def torch_model(size: str, device: str, *, compiled: bool) -> Any:
 
     from benchmarks import torch_step
     from grain_jax.convert.reference import module as torch_module
-    from grain_jax.convert.reference.parameters import to_states
+    from grain_jax.convert.reference.names import to_states
     from grain_jax.models.grain import GRAIN
     from grain_jax.training import optim, sharding, train_step
 
