@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -73,9 +74,7 @@ def _rounds(
     for turn in range(warm_up + turns):
         for name, function in functions.items():
             seconds, value = function()
-            out[name] = out[name]._replace(value=value)
-            if turn >= warm_up:
-                out[name].seconds.append(seconds)
+            out[name] = Timing(out[name].seconds + [seconds] * (turn >= warm_up), value)
     return out
 
 
@@ -90,10 +89,6 @@ def in_turns(
 _variants: dict[str, Callable[[], Any]] = {}  # of the side that this process runs
 
 
-def _set(environment: Mapping[str, str]) -> None:
-    os.environ.update(environment)
-
-
 def _start(side: Side, given: Mapping[str, Any]) -> list[str]:
     _variants.update(side(**given))
     return list(_variants)
@@ -104,11 +99,7 @@ def _turn(name: str) -> tuple[float, Any]:
 
 
 def measure(
-    sides: Mapping[str, tuple[Side, Mapping[str, Any]]],
-    *,
-    turns: int,
-    warm_up: int = 1,
-    environment: Mapping[str, str] | None = None,
+    sides: Mapping[str, tuple[Side, Mapping[str, Any]]], *, turns: int, warm_up: int = 1
 ) -> dict[str, Timing]:
     """Runs every variant of every side in turns, each side in a process of its own, which waits while others run.
 
@@ -119,20 +110,27 @@ def measure(
         imports and returns its variants, {name: callable}.
       turns: timed runs of a variant.
       warm_up: runs before them, not timed.
-      environment: variables for the processes of the sides.
 
     Returns: "SIDE VARIANT" -> `Timing`, with what the variant returned (a loss, a count).
     """
     spawn, functions = multiprocessing.get_context("spawn"), {}
     with contextlib.ExitStack() as stack:
         for name, side in sides.items():
-            pool = ProcessPoolExecutor(1, spawn, _set, (environment or {},))
+            pool = ProcessPoolExecutor(1, spawn)
             stack.enter_context(pool)
             stack.callback(pool.submit, os._exit, 0)  # without waiting for threads of a framework
             for variant in pool.submit(_start, *side).result():  # one starts at a time
                 run = lambda pool=pool, variant=variant: pool.submit(_turn, variant).result()
                 functions[f"{name} {variant}"] = run
         return _rounds(functions, turns, warm_up)
+
+
+def device() -> tuple[str, str]:
+    """(platform, kind) of JAX's first device, by a process that ends, so that its memory stays free."""
+    code = "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=-1, text=True)
+    platform, _, kind = done.stdout.splitlines()[-1].partition(" ")
+    return platform, kind
 
 
 def agree(values: Mapping[str, Any], tolerance: float, what: str) -> float:
@@ -233,10 +231,8 @@ def config(size: str, changes: Mapping[str, Any]) -> Any:
     return config_lib.from_dict(values)
 
 
-def trainer(
-    folder: epath.Path, size: str, changes: Mapping[str, Any], workdir: epath.PathLike
-) -> list[str]:
-    """The command that trains such a recipe; its config file lies in `folder`."""
+def config_file(folder: epath.Path, size: str, changes: Mapping[str, Any]) -> epath.Path:
+    """Such a recipe as a config file in the folder."""
     file = folder / "my_config.py"
     file.write_text(CONFIG_FILE.format(size, KEYS | dict(changes)))
-    return [sys.executable, "-m", "grain_jax.train", f"--config={file}", f"--workdir={workdir}"]
+    return file

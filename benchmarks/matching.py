@@ -1,14 +1,12 @@
 """Time of the matching of queries and regions: ours, optax under jit, and SciPy through a host callback.
 
-    python -m benchmarks.matching [--images 128] [--turns 20] [--step-seconds S] [--json OUT.json]
+    python -m benchmarks.matching [--images 128] [--turns 20] [--json OUT.json]
 
 For every shape (queries x regions, of which a random number is real) the three solve the same costs in turns in one
-process, and their total costs must agree. The last line is our share of the B/16 train step of
-`benchmarks.train_step` at batch 8, which is timed here unless --step-seconds is given.
+process, and their total costs must agree.
 """
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +14,7 @@ import numpy as np
 import optax
 import scipy.optimize
 
-from benchmarks import harness, train_step
+from benchmarks import harness
 from grain_jax.losses import matching
 
 SHAPES = ((5, 5), (6, 6), (8, 8), (10, 10), (20, 10), (50, 20), (100, 20))
@@ -60,15 +58,9 @@ def total_cost(query, cost, mask) -> np.ndarray:
     return np.where(mask, picked, 0).sum(1)
 
 
-def _solve(solve, given) -> None:
-    jax.block_until_ready(solve(*given))
-
-
 def main() -> None:
     """Times the three for each shape and prints medians."""
-    args = harness.arguments(
-        __doc__, images=128, turns=20, step_seconds=(float, dict(help="of the B/16 step, batch 8"))
-    )
+    args = harness.arguments(__doc__, images=128, turns=20)
     about = f"{args.images} images, float32, {jax.devices()[0].device_kind}"
     machine = harness.machine("jax", "optax", "scipy", about=about)
     print("ms: median (least - most)")
@@ -81,19 +73,12 @@ def main() -> None:
         compiled = {name: jax.jit(way).lower(cost, mask).compile() for name, way in WAYS.items()}
         totals = {name: total_cost(run(*given), cost, mask) for name, run in compiled.items()}
         harness.agree(totals, 1e-5, f"{queries} x {regions}: total costs")
-        runs = {name: functools.partial(_solve, run, given) for name, run in compiled.items()}
+        solve = lambda run, given=given: jax.block_until_ready(run(*given))
+        runs = {name: functools.partial(solve, run) for name, run in compiled.items()}
         timings = harness.in_turns(runs, turns=args.turns, warm_up=0)
         seconds = {name: timing.seconds for name, timing in timings.items()}
         table.add(queries=queries, regions=regions, **seconds)
-    step = args.step_seconds
-    if step is None:
-        print("timing the B/16 step, padded and packed: about two minutes", file=sys.stderr)
-        sides = {"JAX": (train_step.jax_side, dict(size="B/16", batch=8))}
-        step = harness.measure(sides, turns=3)["JAX packed"].median
-    ours = float(np.median(table.rows[0]["ours"])) / args.images * 8
-    print(f"5 x 5, 8 images: {1e3 * ours:.3f} ms of a step of {step:.2f} s, {ours / step:.4%}")
-    result = dict(machine=machine, images=args.images, rows=table.rows)
-    harness.write(args.json, result | dict(share_of_step=ours / step))
+    harness.write(args.json, dict(machine=machine, images=args.images, rows=table.rows))
 
 
 if __name__ == "__main__":

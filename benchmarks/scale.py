@@ -1,8 +1,7 @@
-"""Streamed losses: memory on a pod, numerical error on 8 devices, micro-batches.
+"""Streamed losses: memory on a pod, numerical error on 8 devices.
 
     python -m benchmarks.scale pod           # compiles for 256 chips of v5e with libtpu; needs no chip
     python -m benchmarks.scale exactness     # error against float64, streamed and materialised, on meshes
-    python -m benchmarks.scale microbatches  # error and peak memory for k = 1, 2, 4, 8
 
 Each takes `--json OUT.json`. Run from the checkout.
 """
@@ -143,47 +142,9 @@ def exactness(args: argparse.Namespace) -> Rows:
     return table.rows
 
 
-def microbatches(args: argparse.Namespace) -> Rows:
-    """Difference of the gradient and temporaries of one step for k micro-batches, tiny model, on one CPU device."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from grain_jax.input_pipeline import synthetic
-    from grain_jax.models.grain import GRAIN
-    from grain_jax.training import optim, sharding, train_step
-
-    keys = {f"model.{tower}.unroll": 1 for tower in ("image", "text", "decoder")}
-    keys |= {"batch_size": args.images, "dtype": "float32", "input.source": "synthetic"}
-    keys |= {"text.pack_group": 8, "text.pack_rows": 8}
-    print(f"tiny model, {args.images} images, float32, one CPU device; gradient: against k = 1")
-    columns = dict(k=">2", temporaries_mb=">15,.1f", gradient=">12.2e", loss=">12.6f")
-    table, expected = harness.Table(columns), None
-    for k in (1, 2, 4, 8):
-        config = harness.config("tiny", keys | {"microbatches": k})
-        model, tx = GRAIN(config.model), optim.optimizer(config.optim, lambda step: 0.0)
-        init = lambda model=model, config=config, tx=tx: train_step.init_state(model, config, tx)
-        params = jax.jit(lambda init=init: sharding.unbox(init()).params)()
-        batch = jax.tree.map(jnp.asarray, next(synthetic.batches(config)))
-        given = (params, batch, train_step.dropout_keys(0, 3, jnp.arange(config.batch_size)))
-
-        def run(params, batch, keys, model=model, config=config):
-            terms, grads = train_step.loss_and_grads(model, config, None, params, batch, keys)
-            return terms.total, grads
-
-        compiled = jax.jit(run).lower(*given).compile()
-        loss, grads = jax.tree.map(np.asarray, compiled(*given))
-        flat = np.concatenate([g.ravel() for g in jax.tree.leaves(grads)])
-        expected = flat if expected is None else expected
-        error = float(np.linalg.norm(flat - expected) / np.linalg.norm(expected))
-        megabytes = compiled.memory_analysis().temp_size_in_bytes / 1e6
-        table.add(k=k, temporaries_mb=megabytes, gradient=error, loss=float(loss))
-    return table.rows
-
-
 def main() -> None:
-    """Runs one of the three and prints its table; writes it as JSON on request."""
-    what = {"pod": pod, "exactness": exactness, "microbatches": microbatches}
+    """Runs one of the two and prints its table; writes it as JSON on request."""
+    what = {"pod": pod, "exactness": exactness}
     args = harness.arguments(
         __doc__,
         command=(str, dict(choices=what)),

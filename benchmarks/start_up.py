@@ -8,7 +8,6 @@ first step; then the run is killed. The compilation cache is off, empty, or fill
 """
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -51,10 +50,10 @@ def import_seconds(module: str) -> float:
 def prepare(folder: epath.Path, configs: list[str]) -> dict[str, epath.Path]:
     """Name -> config file; makes their data below `folder`, the working directory of the runs."""
     if "demo" in configs:
-        command = [sys.executable, "-m", "grain_jax.data.aviary", *AVIARY.split()]
+        command = [sys.executable, "-m", "grain_jax", "aviary", *AVIARY.split()]
         subprocess.run(command, cwd=folder, env=environment(), check=True)
-    harness.trainer(folder, "tiny", TINY, "")
-    return {"tiny": folder / "my_config.py", "demo": REPOSITORY / "configs" / "demo.py"}
+    tiny = harness.config_file(folder, "tiny", TINY)
+    return {"tiny": tiny, "demo": REPOSITORY / "configs" / "demo.py"}
 
 
 def run_seconds(
@@ -96,7 +95,7 @@ def start_up(configs: list[str], turns: int) -> dict[str, Any]:
     """Times imports and runs, each in fresh processes, in turns; prints their tables and returns the seconds."""
     imports = {module: [] for module in MODULES}
     parts = (*PARTS, "whole")
-    runs = {name: {cache: {part: [] for part in parts} for cache in CACHES} for name in configs}
+    runs = {name: {cache: [] for cache in CACHES} for name in configs}
     with tempfile.TemporaryDirectory() as temporary:
         folder = epath.Path(temporary)
         files = prepare(folder, configs)
@@ -105,23 +104,18 @@ def start_up(configs: list[str], turns: int) -> dict[str, Any]:
         for turn in range(turns):
             for module in MODULES:
                 imports[module].append(import_seconds(module))
-            places = {"none": lambda name: None, "filled": lambda name: folder / "filled"}
-            places["empty"] = lambda name, turn=turn: folder / f"{name}_{turn}"
-            for name, caches in runs.items():
-                for cache, of_parts in caches.items():
-                    found = run_seconds(folder, files[name], places[cache](name))
-                    for part, seconds in found.items():
-                        of_parts[part].append(seconds)
+            for name in configs:
+                places = dict(none=None, filled=folder / "filled", empty=folder / f"{name}_{turn}")
+                for cache in CACHES:
+                    runs[name][cache].append(run_seconds(folder, files[name], places[cache]))
     print(f"{turns} fresh processes each; seconds: median (least - most)")
     for module, seconds in imports.items():
         print(f"import {module:38} {harness.spread(seconds):>22}")
-    for name, caches in runs.items():
+    for name, found in runs.items():
         print(f"{name}, by the cache")
         table = harness.Table(dict(part="22") | dict.fromkeys(CACHES, ">23.1f"))
         for part in parts:
-            table.add(part=part, **{cache: caches[cache][part] for cache in CACHES})
-        none, filled = (statistics.median(caches[cache]["whole"]) for cache in ("none", "filled"))
-        print(f"  a filled cache saves {none - filled:.1f} s")
+            table.add(part=part, **{c: [run[part] for run in found[c]] for c in CACHES})
     return dict(imports=imports, runs=runs)
 
 

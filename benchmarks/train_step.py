@@ -1,17 +1,19 @@
-"""Compares our train step with one in PyTorch, with packed and with padded texts, in turns in one run.
+"""Compares our train step with one in PyTorch on the device that is there, with packed and with padded texts.
 
-    python -m benchmarks.train_step [--size B/16] [--batch 8] [--turns 5] [--no-compile] [--json OUT.json]
+    python -m benchmarks.train_step [--size B/16] [--batch 8] [--turns 5] [--attention xla] [--no-compile] [--json OUT.json]
 
 Texts have the lengths of the synthetic source: captions of 10-20 tokens, 0-5 descriptions of 4-12. All sides have
-the same weights and batch, and their losses must agree (dropout off) before anything is timed. PyTorch
-(`torch_step`) pads each real text to 77, as the reference does, or packs; each eager and with torch.compile. Our
-shapes are static, so our padded variant has a row for each of the 6 texts that an image can have. float32 on a CPU,
-bfloat16 on a GPU.
+the same weights and batch, and their losses must agree (dropout off). PyTorch (`torch_step`) pads each real text to 77,
+as the reference does, or packs; each eager and with torch.compile. On a CPU (float32) the sides take turns, and our
+padded variant, whose shapes are static, has a row for each of the 6 texts that an image can have. On a GPU or TPU
+(bfloat16) a side has the memory of the device to itself, a turn is ten steps, and ours packs; MFU is of the packed model.
 """
 
 import functools
+import importlib.util
 import math
 import os
+import statistics
 import sys
 from typing import Any
 
@@ -73,27 +75,35 @@ class TrainStep:
         return float(self()["loss"])
 
 
-def jax_side(size: str, batch: int) -> dict[str, Any]:
-    """Our step: {variant: callable that returns the loss}, and "dropout off": the loss without a step."""
+def jax_side(size: str, batch: int, attention: str, steps: int) -> dict[str, Any]:
+    """Our step: {variant: callable that does `steps` steps}, and "dropout off": the loss without a step."""
     import jax
 
     from grain_jax import losses
     from grain_jax.models.grain import GRAIN
 
     held: list = []
-    steps = {
-        name: TrainStep(make_config(size, batch, packed=name == "packed"), held)
-        for name in ("packed", "padded")
-    }
-    config = make_config(size, batch)
+    chip = jax.devices()[0]
+    ways = ("packed", "padded") if chip.platform == "cpu" else ("packed",)
+    make = functools.partial(make_config, size, batch, **{"model.attention": attention})
+    made = {name: TrainStep(make(packed=name == "packed"), held) for name in ways}
+    config = make()
     model = GRAIN(config.model, config.dtype, config.remat)
 
     def loss(params, batch):
         outputs = model.apply({"params": params}, batch, None)
         return losses.total_loss(outputs, batch, config.loss).total
 
-    value = float(jax.jit(loss)(held[0].params, steps["packed"].batch))
-    return {"dropout off": lambda: value} | {name: step.loss for name, step in steps.items()}
+    def turn(step: TrainStep) -> dict[str, Any]:
+        for _ in range(steps):
+            metrics = step()
+        jax.block_until_ready((metrics, held))
+        peak = (chip.memory_stats() or {}).get("peak_bytes_in_use")
+        return dict(loss=float(metrics["loss"]), peak_bytes=peak)
+
+    before = dict(loss=float(jax.jit(loss)(held[0].params, made["packed"].batch)))
+    turns = {name: functools.partial(turn, step) for name, step in made.items()}
+    return {"dropout off": lambda: before} | turns
 
 
 def torch_model(size: str, device: str, *, compiled: bool) -> Any:
@@ -103,7 +113,7 @@ def torch_model(size: str, device: str, *, compiled: bool) -> Any:
 
     from benchmarks import torch_step
     from grain_jax.convert.reference import module as torch_module
-    from grain_jax.convert.reference.parameters import to_states
+    from grain_jax.convert.reference.names import to_states
     from grain_jax.models.grain import GRAIN
     from grain_jax.training import optim, sharding, train_step
 
@@ -117,7 +127,7 @@ def torch_model(size: str, device: str, *, compiled: bool) -> Any:
     return torch_step.TorchStep(module.to(device), compiled=compiled, autocast=autocast)
 
 
-def torch_side(size: str, batch: int, compiled: bool) -> dict[str, Any]:
+def torch_side(size: str, batch: int, compiled: bool, steps: int) -> dict[str, Any]:
     """The PyTorch step with our initial weights and batch; returns what `jax_side` returns."""
     import torch
 
@@ -126,61 +136,91 @@ def torch_side(size: str, batch: int, compiled: bool) -> dict[str, Any]:
 
     train.keep_freed_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    step = torch_model(size, "cuda" if torch.cuda.is_available() else "cpu", compiled=compiled)
+    torch.set_float32_matmul_precision("high")
+    cuda = torch.cuda.is_available()
+    step = torch_model(size, "cuda" if cuda else "cpu", compiled=compiled)
     data = next(synthetic.batches(make_config(size, batch)))
     placed = {name: step.place(data, packed=name == "packed") for name in ("packed", "padded")}
     with torch.no_grad():
         step.module.eval()
-        losses = {f"dropout off {name}": float(step.loss(b)) for name, b in placed.items()}
-    out: dict[str, Any] = {name: lambda loss=loss: loss for name, loss in losses.items()}
-    return out | {name: functools.partial(step.timed, b) for name, b in placed.items()}
+        before = {f"dropout off {n}": dict(loss=float(step.loss(b))) for n, b in placed.items()}
+
+    def turn(batch: Any) -> dict[str, Any]:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(steps):
+            loss = step.timed(batch)
+        return dict(loss=loss, peak_bytes=torch.cuda.max_memory_allocated() if cuda else None)
+
+    out: dict[str, Any] = {name: lambda value=value: value for name, value in before.items()}
+    return out | {name: functools.partial(turn, batch) for name, batch in placed.items()}
 
 
-def main() -> int:
+def measure(args: Any, platform: str, steps: int) -> dict[str, harness.Timing]:
+    """The timings of all sides: in turns on a CPU, one after the other on a device that each fills."""
+    given = dict(size=args.size, batch=args.batch, steps=steps)
+    sides: dict[str, Any] = {
+        f"JAX {name}": (jax_side, given | dict(attention=name)) for name in args.attention
+    }
+    if platform == "tpu" or importlib.util.find_spec("torch") is None:
+        print("PyTorch: left out, not installed or not of this device", flush=True)
+    else:
+        if platform == "cpu":
+            sides["PyTorch"] = (torch_side, given | dict(compiled=False))
+        if not args.no_compile:
+            sides["torch.compile"] = (torch_side, given | dict(compiled=True))
+    groups = [sides] if platform == "cpu" else [{name: side} for name, side in sides.items()]
+    timings: dict[str, harness.Timing] = {}
+    for group in groups:
+        timings |= harness.measure(group, turns=args.turns)
+    return timings
+
+
+def main() -> None:
     """Checks the losses, times the variants, and prints medians, spread and ratios."""
     args = harness.arguments(
         __doc__,
         size=("B/16", dict(choices=recipe.SIZES)),
-        batch=(8, dict(choices=sorted(PACKED_ROWS))),
+        batch=(8, dict(choices=[*PACKED_ROWS, 256])),
         turns=5,
+        attention=(["auto"], dict(help="programs of `model.attention`, a side each")),
         no_compile=(False, dict(help="without torch.compile")),
     )
-    given = dict(size=args.size, batch=args.batch)
-    sides: dict[str, Any] = {"JAX": (jax_side, given)}
-    sides["PyTorch"] = (torch_side, given | dict(compiled=False))
-    if not args.no_compile:
-        sides["torch.compile"] = (torch_side, given | dict(compiled=True))
-    dtype = make_config(args.size, args.batch).dtype
-    machine = harness.machine("jax", "torch", about=f"{args.size}, batch {args.batch}, {dtype}")
-    # The sides share a GPU: JAX must not take its memory before it needs it.
-    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    timings = harness.measure(sides, turns=args.turns, environment=environment)
-    checked = {n: timings.pop(n).value for n in list(timings) if "dropout off" in n}
+    platform, kind = harness.device()
+    steps = 1 if platform == "cpu" else 10
+    dtype = "float32" if platform == "cpu" else "bfloat16"
+    machine = harness.machine("jax", about=f"{args.size}, batch {args.batch}, {dtype}, {kind}")
+    timings = measure(args, platform, steps)
+    checked = {n: timings.pop(n).value["loss"] for n in list(timings) if "dropout off" in n}
     worst = harness.agree(checked, TOLERANCE[dtype], "losses before training, dropout off,")
-    ours = checked["JAX dropout off"]
+    ours = next(iter(checked.values()))
     print(f"losses before training, dropout off: {ours:.6f}, worst difference {worst:.1e}")
-    wrong = {name: t.value for name, t in timings.items() if not math.isfinite(t.value)}
+    wrong = {n: t.value["loss"] for n, t in timings.items() if not math.isfinite(t.value["loss"])}
     if wrong:
         sys.exit(f"losses: {wrong}")
-    medians = {name: timing.median for name, timing in timings.items()}
-    best = {
-        how: min(s for n, s in medians.items() if n.endswith(how) and "JAX" not in n)
-        for how in ("padded", "packed")
-    }
-    columns = dict(step="22", seconds=">24.3f", images_per_second=">18.2f")
-    table = harness.Table(columns | dict(of_padded_PyTorch=">18.2f"))
-    for name, (seconds, _) in timings.items():
-        rate, ratio = args.batch / medians[name], best["padded"] / medians[name]
-        table.add(step=name, seconds=seconds, images_per_second=rate, of_padded_PyTorch=ratio)
-    ratios = {f"over_{how}": seconds / medians["JAX packed"] for how, seconds in best.items()}
-    print(
-        f"JAX packed does {ratios['over_padded']:.2f} times the images/s of the faster padded PyTorch step,"
-        f" {ratios['over_packed']:.2f} times those of the faster packed one"
-    )
-    rows = {row.pop("step"): row for row in table.rows}
-    harness.write(args.json, dict(machine=machine, **given, table=rows, ratios=ratios))
-    return 0
+    from grain_jax.training import flops  # needs no device
+
+    peak = flops.peak_flops(kind, dtype)
+    each = flops.per_image(make_config(args.size, args.batch, dtype=dtype)).train
+    columns = dict(step="22", seconds=">26.4f", images_per_second=">18.2f", mfu=">7.1%")
+    table = harness.Table(columns | dict(peak_gb=">8.2f"))
+    for name, timing in timings.items():
+        seconds = [s / steps for s in timing.seconds]
+        rate = args.batch / statistics.median(seconds)
+        row: dict[str, Any] = dict(step=name, seconds=seconds, images_per_second=rate)
+        row |= dict(mfu=rate * each / peak) if peak else {}
+        most = timing.value["peak_bytes"]
+        table.add(**row, **(dict(peak_gb=most / 1e9) if most else {}))
+    rates = {row["step"]: row["images_per_second"] for row in table.rows}
+    best = max(rate for name, rate in rates.items() if name.startswith("JAX"))
+    theirs = {name: rate for name, rate in rates.items() if not name.startswith("JAX")}
+    ratios = {name: best / rate for name, rate in theirs.items()}
+    if ratios:
+        said = ", ".join(f"{ratio:.2f} times those of {n}" for n, ratio in ratios.items())
+        print(f"our fastest step does images/s: {said}")
+    about = dict(machine=machine, device=kind, size=args.size, batch=args.batch)
+    harness.write(args.json, about | dict(rows=table.rows, ratios=ratios))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,14 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from flax import traverse_util
 from jax import export as jax_export
 
 from grain_jax import __version__, errors, inference
 from grain_jax import config as config_lib
 from grain_jax.cli.export import Export
-from grain_jax.convert import parity
+from grain_jax.convert import parity, tables
 from grain_jax.input_pipeline import tokenizer
+from grain_jax.models import grain
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Of max|b|, against the Predictor. In bfloat16 the compiler fuses other sums, each of which is rounded.
@@ -34,9 +34,7 @@ class ExportError(errors.UserError):
 
 
 def export_model(
-    predictor: inference.Predictor,
-    output: epath.PathLike,
-    platforms: Sequence[str] = PLATFORMS,
+    predictor: inference.Predictor, output: epath.PathLike, platforms: Sequence[str] = PLATFORMS
 ) -> list[parity.Comparison]:
     """Writes `image.stablehlo`, `text.stablehlo`, `regions.stablehlo`, `boxes.stablehlo`, `params.npz`, `model.json`.
 
@@ -57,8 +55,7 @@ def export_model(
     """
     output, model = epath.Path(output), predictor.model
     params: dict[str, Any] = {
-        name: np.asarray(x)
-        for name, x in traverse_util.flatten_dict(predictor.params, sep="/").items()
+        name: np.asarray(x) for name, x in grain.flat(predictor.params).items()
     }
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
     functions = {}
@@ -84,7 +81,7 @@ def export_model(
 def _functions(model: config_lib.Model, dtype: str) -> dict[str, tuple[Callable, dict[str, Any]]]:
     """Each function of (flat params, *inputs), and its inputs' names, shapes and types."""
     encode_images, encode_texts = inference.programs(model, dtype)
-    nested = lambda params: traverse_util.unflatten_dict(params, sep="/")
+    nested = tables.nested
 
     def image(params, image):
         return {"image_embed": encode_images(nested(params), image)[0]}
@@ -114,14 +111,10 @@ def _functions(model: config_lib.Model, dtype: str) -> dict[str, tuple[Callable,
     if model.decoder is not None and model.decoder.queries:
         functions["regions"] = (regions, images)
     if model.boxes.kind != "none":
-        one, any_number = jax_export.symbolic_shape("b, r")
-        functions["boxes"] = (
-            boxes,
-            {
-                "image": jax.ShapeDtypeStruct((one, size, size, 3), np.uint8),
-                "boxes_xyxy": jax.ShapeDtypeStruct((one, any_number, 4), np.float32),
-            },
-        )
+        b, r = jax_export.symbolic_shape("b, r")
+        images = {"image": jax.ShapeDtypeStruct((b, size, size, 3), np.uint8)}
+        boxes_xyxy = jax.ShapeDtypeStruct((b, r, 4), np.float32)
+        functions["boxes"] = (boxes, images | {"boxes_xyxy": boxes_xyxy})
     return functions
 
 
@@ -129,13 +122,16 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
     """What `model.json` says."""
     model = predictor.model
 
+    def of(aval):  # sizes may be symbols
+        return f"{aval.dtype}[{', '.join(map(str, aval.shape))}]"
+
     def signature(exported, inputs):
         avals = exported.in_avals[-len(inputs) :]  # the parameters come first
         outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
         return {
             "inputs": {"params": "dict of all arrays in params.npz"}
-            | {name: f"{aval.dtype}[{_sizes(aval)}]" for name, aval in zip(inputs, avals)},
-            "outputs": {name: f"{x.dtype}[{_sizes(x)}]" for name, x in outputs.items()},
+            | {name: of(aval) for name, aval in zip(inputs, avals)},
+            "outputs": {name: of(x) for name, x in outputs.items()},
         }
 
     any_function = functions["image"][0]
@@ -159,7 +155,9 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
         "text": {
             "context_length": model.text.context_length,
             "vocab_size": model.text.vocab_size,
-            "tokenizer": _tokenizer_name(model.text),
+            "tokenizer": "CLIP's byte pairs"
+            if model.text.tokenizer == "clip"
+            else epath.Path(model.text.tokenizer).name,
             "cleaning": model.text.cleaning,
             "pad_id": model.text.pad_id,
             "end": "position of each text's last token; for CLIP's ids tokens.argmax(1)"
@@ -168,17 +166,6 @@ def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -
         },
         **learnt,
     }
-
-
-def _sizes(aval: Any) -> str:
-    """The shape of a jax.core.ShapedArray, whose sizes may be symbols."""
-    return ", ".join(map(str, aval.shape))
-
-
-def _tokenizer_name(tower: config_lib.TextTower) -> str:
-    if tower.tokenizer == "clip":
-        return "CLIP's byte pairs"
-    return epath.Path(tower.tokenizer).name
 
 
 def _copy_tokenizer(predictor: inference.Predictor, output: epath.Path) -> None:
@@ -201,25 +188,17 @@ def _compare(
     predictor: inference.Predictor, output: epath.Path, functions: Mapping[str, Any]
 ) -> list[parity.Comparison]:
     """The functions, as they were written, against the predictor, on random images and texts."""
-    model = predictor.model
+    image, text = predictor.model.image, predictor.model.text
+    sizes = image.image_size, text.vocab_size, text.context_length
     with (output / "params.npz").open("rb") as file:
         params = jax.device_put(dict(np.load(file)))
-    size, text = model.image.image_size, model.text
-    images = np.random.default_rng(0).integers(0, 256, (_IMAGES, size, size, 3))
-    images = images.astype(np.uint8)
-    tokens = parity.inputs(size, text.vocab_size, text.context_length, count=_IMAGES).token_ids
-    inputs = {"image": images, "tokens": tokens, "end": tokens.argmax(1).astype(np.int32)}
-    ends = np.random.default_rng(1).random((2, _IMAGES, 5, 2), np.float32)
-    inputs["boxes_xyxy"] = np.concatenate([ends.min(0), ends.max(0)], axis=-1)
-    expected = {"text_embed": predictor.encode_text(tokens)}
-    if "regions" in functions:
-        image_embed, regions = predictor.encode_image_and_regions(images)
-        expected["region_embed"], expected["boxes_xyxy"] = regions.embed, regions.boxes_xyxy
-    else:
-        image_embed = predictor.encode_image(images)
-    expected["image_embed"] = image_embed
-    if "boxes" in functions:
-        expected["box_embed"] = np.stack(predictor.encode_boxes(images, inputs["boxes_xyxy"]))
+    given = parity.inputs(*sizes, count=_IMAGES)
+    shape = given.images.shape
+    given = given._replace(images=np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+    expected = parity.outputs_of(predictor, given)
+    inputs = {"image": given.images, "tokens": given.token_ids}
+    inputs["end"] = given.token_ids.argmax(1).astype(np.int32)
+    inputs["boxes_xyxy"] = np.repeat(parity.BOXES[None], _IMAGES, axis=0)
     found = []
     for name, (_, names) in functions.items():
         function = jax_export.deserialize(bytearray((output / f"{name}.stablehlo").read_bytes()))

@@ -438,7 +438,7 @@ def last_text_counts(state: train_step.TrainState, lines: Sequence[str]) -> dict
     """`metrics_writer.TextCounts.NAMES` at the last line of the first process, or in `state` where there is none."""
     names = metrics_writer.TextCounts.NAMES
     counts = (state.text_counts[0], state.texts_dropped, state.text_counts[1])
-    of_state = {name: int(count) for name, count in zip(names, counts)}
+    of_state: dict[str, float] = {name: int(count) for name, count in zip(names, counts)}
     last = json.loads(lines[-1]) if lines else {}
     known = all(isinstance(last.get(n), (int, float)) and math.isfinite(last[n]) for n in names)
     return processes.of_first(lambda: {n: last[n] for n in names} if known else of_state)
@@ -488,8 +488,8 @@ def report(config, workdir, predictor, results) -> None:
     grounded = (e for e in config.evals.values() if isinstance(e, grounding.Grounding))
     if config.pictures and (entry := next(grounded, None)):
         images, annotations = entry.paths
-        shown = dict(count=config.pictures, orientation=entry.orientation)
-        pictures.regions_grid(predictor, annotations, images, workdir / "regions.png", **shown)
+        shown = (workdir / "regions.png", config.pictures, entry.orientation)
+        pictures.regions_grid(predictor, annotations, images, *shown)
     page.write(workdir, predictor, model=bool(config.pictures))
     print(f"Everything of this run is in {workdir}", file=sys.stderr)
 

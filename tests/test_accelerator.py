@@ -1,122 +1,52 @@
-"""`benchmarks.accelerator` without an accelerator: order and budget of the parts, their processes, tables, parity."""
-
-import json
-import os
-import time
+"""`benchmarks.accelerator` without an accelerator: order and budget of its parts, profile, parity of the kernel."""
 
 import pytest
 
-from benchmarks.accelerator import __main__ as accelerator
-from benchmarks.accelerator import attention, parts, processes, profile
-from benchmarks.accelerator.tables import tables
-
-DEVICE = dict(platform="gpu", kind="NVIDIA H100 80GB HBM3")
+from benchmarks import accelerator, attention, profile
 
 
-def _step(size, side, rate, **values):
-    row = dict(size=size, side=side, batch=256, seconds=[256 / rate] * 3, images_per_second=rate)
-    return row | dict(mfu=None, peak_bytes=None, loss=1.0) | values
+def test_the_parts_that_are_worth_most_come_first(tmp_path):
+    parts = accelerator.parts("gpu", "NVIDIA H100 80GB HBM3", ["B/16", "S/16"], 256, tmp_path)
+    first = ["parity", "step of B/16", "operations of B/16", "plan of B/16", "step of S/16"]
+    rest = ["wait for input", "operations of S/16", "plan of S/16"]
+    assert [part.what for part in parts] == first + rest
+    assert parts[1].command[-3:] == ["--attention", "cudnn", "xla"]
+    assert parts[3].command[-1] == "--topology=h100:1"
+    on_cpu = accelerator.parts("cpu", "cpu", ["tiny"], 16, tmp_path)
+    assert [part.what for part in on_cpu if "plan" in part.what] == []
 
 
-def test_the_parts_that_are_worth_most_come_first():
-    todo = accelerator.plan_of_parts(DEVICE, {"B/16": 256, "S/16": 256})
-    assert [part.what for part in todo] == [
-        "parity",
-        "B/16, cudnn",
-        "B/16, PyTorch",
-        "B/16, xla",
-        "plan of B/16",
-        "S/16, cudnn",
-        "S/16, PyTorch",
-        "input wait",
-        "S/16, xla",
-        "plan of S/16",
-    ]
-    on_cpu = accelerator.plan_of_parts(dict(platform="cpu", kind="cpu"), {"tiny": 16})
-    assert [part.what for part in on_cpu if part.table == "step"] == ["tiny, xla", "tiny, PyTorch"]
-    assert on_cpu[0].arguments == dict(programs=["xla", "pallas"], small=True)
+SCRIPT = """
+import sys
+batch = int(sys.argv[sys.argv.index("--batch") + 1])
+if sys.argv[1] == "slow":
+    import time
+    time.sleep(60)
+if batch > 8:
+    sys.exit("RESOURCE_EXHAUSTED: Out of memory")
+if sys.argv[1] == "fails":
+    sys.exit("a reason")
+print("rows")
+open(sys.argv[sys.argv.index("--json") + 1], "w").write("[1]")
+"""
 
 
-def _rows(fail=None, sleep=0.0):
-    yield dict(process=os.getpid(), flags=os.environ.get("SIDE"))
-    time.sleep(sleep)
-    if fail == "end":
-        os._exit(7)
-    if fail:
-        raise ValueError(fail)
-    yield dict(operations=[])
+def test_a_part_takes_half_the_batch_where_memory_runs_out_and_no_more_than_its_time(
+    tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "part.py").write_text(SCRIPT)
+    monkeypatch.setattr(accelerator, "ROOT", tmp_path)
 
+    def run(how, left=20.0, seconds=1.0):
+        part = accelerator.Part("part", ["part", how, "--batch", "32"], seconds)
+        return accelerator.run(part, lambda: left, tmp_path / f"{how}.json")
 
-def test_rows_come_as_they_are_made_and_the_budget_is_kept(capsys):
-    of = lambda what, **arguments: processes.Part(
-        "rows", what, _rows, arguments, 10.0, {"SIDE": what}
-    )
-    fails = of("fails", fail="a reason\nand more")
-    todo = [of("whole"), fails, of("ends", fail="end"), of("late")]
-    written, results = [], {}
-    clock = iter([0.0, 0.0, 0.0, 0.0, 45.0])
-    budget = processes.Budget(1.0, lambda: next(clock))
-    accelerator.measure(todo, budget, results, lambda: written.append(json.dumps(results)))
-    rows = results["rows"]
-    assert [row["flags"] for row in rows] == ["whole", "fails", "ends"]
-    assert os.getpid() not in {row["process"] for row in rows}
-    assert results["operations"] == dict(of="whole", rows=[])
-    assert results["left_out"] == [
-        "fails: ValueError: a reason",
-        "ends: its process ended with status 7",
-        "late: left out, needs 10 s of 5 left",
-    ]
-    assert len(written) == 7  # two rows, a row and its fault twice, the part that is left out
-    assert capsys.readouterr().out.splitlines() == results["left_out"]
-
-
-def test_a_part_that_takes_too_long_is_stopped():
-    part = processes.Part("rows", "slow", _rows, dict(sleep=60.0), 0.0)
-    began = time.monotonic()
-    rows = list(processes.rows(part, limit=2.0))
-    assert time.monotonic() - began < 30
-    assert rows[-1] == dict(left_out="stopped, took more than the 2 s that were left")
-
-
-def test_tables():
-    results = dict(
-        step=[
-            _step("B/16", "ours, cudnn", 2560.0, mfu=0.4567, peak_bytes=20e9, compiled_bytes=21e9),
-            _step("B/16", "PyTorch packed", 1280.0),
-            _step("B/16", "PyTorch padded", 640.0),
-            _step("S/16", "ours, cudnn", 6000.0),
-        ],
-        parity=[dict(shape="text", program="cudnn", dtype="bfloat16", value=3e-3, gradient=4e-3)],
-        operations=dict(
-            of="B/16, cudnn", rows=[dict(name="fusion.1", ms=1.5, share=0.25, where="mlp")]
-        ),
-        plan=[
-            dict(size="B/16", batch=256, attention="cudnn", topology="h100:1", estimate=True)
-            | dict(bytes=22e9, seconds=0.05)
-        ],
-        input=[
-            dict(what="B/16, batch 256", steps_a_line=10, images_per_second=2500.0)
-            | dict(wait_fractions=[0.0, 0.02])
-        ],
-    )
-    lines = tables(results).splitlines()
-    assert (
-        lines[2].split()
-        == "B/16 ours, cudnn 256 2,560.0 100.0 (100.0 - 100.0) 45.7% 20.00 21.00".split()
-    )
-    assert (
-        "B/16: our fastest step does 2.00 times those of PyTorch packed, 4.00 times those of PyTorch padded"
-        in lines
-    )
-    assert any(line.split()[-2:] == ["3.0e-03", "4.0e-03"] for line in lines)
-    assert any(line.split() == ["fusion.1", "1.500", "25.0%", "mlp"] for line in lines)
-    assert (
-        "plan of B/16, 256 images on h100:1 (an estimate): 22.00 GB, at best 50.0 ms; measured 100.0 ms,"
-        " at most 20.00 GB" in lines
-    )
-    assert lines[-1] == (
-        "waiting for input: 1.0% of the time, at most 2.0% in 10 steps; B/16, batch 256, 2,500 images/s"
-    )
+    assert run("works") == dict(output="rows\n", figures=[1])
+    said = [f"part: out of memory at batch {batch}" for batch in (32, 16)]
+    assert capsys.readouterr().out.splitlines() == said
+    assert run("fails") == dict(left_out="ended with 1: a reason")
+    assert run("late", 0.5) == dict(left_out="needs 1 s of 0 left")
+    assert "took more than" in run("slow", 2.0)["left_out"]
 
 
 def test_time_inside_another_operation_counts_once():
@@ -148,12 +78,3 @@ def test_parity_of_the_kernel(normed):
     errors = [attention.worst(g, e) for g, e in zip(got, expected)]
     assert max(errors) < 2e-5
     assert attention.worst(2 * expected[0], expected[0]) == pytest.approx(1)
-
-
-def test_batches_fit_and_a_plan_stands_beside_them():
-    assert parts.largest_batch("tiny", 80e9) == 256
-    (known,) = parts.plan("NVIDIA H100 80GB HBM3", "tiny", 16, "cudnn")
-    assert (known["topology"], known["attention"]) == ("h100:1", "cudnn")
-    assert 10e6 < known["bytes"] < 1e9 and 0 < known["seconds"] < 1e-2
-    (unknown,) = parts.plan("a card", "tiny", 16, "xla")
-    assert unknown == dict(left_out="no chip of grain_jax.launch.chips is called 'a card'")

@@ -37,7 +37,6 @@ def _loaded(module):
         ("grain_jax.schema", set(HEAVY)),
         ("grain_jax.config", set(HEAVY)),
         ("grain_jax.cli.commands", set(HEAVY)),
-        ("grain_jax.data.fetch.fashion, grain_jax.data.fetch.gcompris", set(HEAVY)),
         ("grain_jax.recipe.points, grain_jax.recipe.suite", {*HEAVY} - {"ml_collections"}),
         ("grain_jax.losses", {"flax", "tensorflow", "torch", "ml_collections"}),
         ("grain_jax.models.grain", {"tensorflow", "torch", "ml_collections"}),

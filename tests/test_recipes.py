@@ -20,7 +20,7 @@ from grain_jax.configs import (
 from benchmarks.claim import design as claim_design
 from grain_jax import config as config_lib
 from grain_jax import errors, losses
-from grain_jax.convert import initialise, layouts
+from grain_jax.convert import initialise, tables
 from grain_jax.evaluate import entries as evaluate
 from grain_jax.models import grain
 from grain_jax.report import regions
@@ -173,11 +173,10 @@ def test_it_trains_from_a_random_siglip(tmp_path):
 
 def _saved(folder, model):
     rng = np.random.default_rng(0)
-    params: dict = {}
-    for name, shape in grain.parameter_shapes(model).items():
-        layouts.put(params, name, rng.standard_normal(shape).astype(np.float32))
-    checkpoint.save_model(folder, model, params)
-    return grain.flat(params)
+    shapes = grain.parameter_shapes(model)
+    flat = {name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
+    checkpoint.save_model(folder, model, tables.nested(flat))
+    return flat
 
 
 def test_all_of_a_run_of_ones_own_is_taken(tmp_path):

@@ -18,7 +18,6 @@ and --config FILE for a larger model (default: configs/demo.py).
 
 import argparse
 import fcntl
-import os
 import pathlib
 import runpy
 import sys
@@ -26,7 +25,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.claim import data, design, report, results, runs
-from grain_jax import errors, recipe
+from grain_jax import recipe
 
 
 def make_config(run: design.Run, file: str, main: pathlib.Path, work: pathlib.Path) -> Any:
@@ -38,7 +37,7 @@ def make_config(run: design.Run, file: str, main: pathlib.Path, work: pathlib.Pa
     if "optim.warmup_steps" in changed:
         c.optim.warmup_epochs = None
     c.input.data_dir, c.input.name = str(work / "records"), run.data
-    views = work / "views" / ("main" if run.data in design.NOISE else run.data)
+    views = work / "views" / run.data
     test = str(main / "test")
     regions = run.arm not in design.CLIP_ARMS
     described = dict(names=False, descriptions=str(main / "unseen.json"))
@@ -63,7 +62,7 @@ def make_config(run: design.Run, file: str, main: pathlib.Path, work: pathlib.Pa
 
 def train(run: design.Run, args: argparse.Namespace) -> None:
     """Trains and evaluates one run in this process and appends its row to the table."""
-    main = args.data or args.workdir / ("main" if run.data in design.NOISE else run.data)
+    main = args.data or args.workdir / run.data
     config = make_config(run, args.config, main, args.workdir)
     done = runs.train(config, args.workdir / "runs" / run.name)
     result = {
@@ -100,7 +99,7 @@ def make_plan(
     found: Mapping[str, results.Result], args: argparse.Namespace
 ) -> dict[str, list[design.Run]]:
     """The plan of these flags (`design.plan`)."""
-    return design.plan(found, steps=args.steps, aviaries=args.data is None, noise=args.noise)
+    return design.plan(found, steps=args.steps, aviaries=args.data is None)
 
 
 def check_results(found: Mapping[str, results.Result], config: str) -> None:
@@ -122,7 +121,7 @@ def run_all(args: argparse.Namespace) -> int:
         args,
         lambda: [run.name for run in design.order(make_plan(results.read(args.results), args))],
         lambda name: name in results.read(args.results),
-        ("workdir", "results", "config", "steps", "data", "noise"),
+        ("workdir", "results", "config", "steps", "data"),
     )
 
 
@@ -131,13 +130,6 @@ def print_report(args: argparse.Namespace) -> int:
     found = results.read(args.results)
     check_results(found, args.config)
     report.report(make_plan(found, args), found, args.pictures)
-    rate = design.best_rate(found, design.OURS, args.steps)
-    if rate is not None:
-        run = design.Run(design.OURS, rate, design.SEEDS[0], args.steps)
-        folder = args.workdir / "runs" / run.name
-        if folder.exists():  # the table is in the repository, checkpoints are not
-            print(f"## Queries of {report.LABELS[run.arm]} (first seed, unseen test images)\n")
-            print(report.query_table(folder, (args.data or args.workdir / "main") / "test"))
     if args.all:
         print("# Clothes (Fashion-MNIST)\n")
         found = results.read(results.TABLES / "fashion.tsv")
@@ -148,23 +140,12 @@ def print_report(args: argparse.Namespace) -> int:
 
 def main() -> int:
     """Runs one command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.claim",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     commands = {"run": run_all, "report": print_report, "train": train_named}
-    parser.add_argument("command", choices=commands, metavar="run|report")
+    parser = runs.parser("benchmarks.claim", __doc__, commands, design.STEPS)
     parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="folder of your own data")
     parser.add_argument("--config", default=design.CONFIG, metavar="FILE")
-    parser.add_argument("--steps", type=int, default=design.STEPS, help=f"default: {design.STEPS}")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--jobs", type=int, default=cores, help="default: one a core")
-    noise = "also degrade the annotations further, on the first seed"
-    parser.add_argument("--noise", action="store_true", help=noise)
-    every = "report also clothes, queries, pilots and the first two designs, as recorded"
+    every = "report also clothes, pilots and the first two designs, as recorded"
     parser.add_argument("--all", action="store_true", help=every)
-    parser.add_argument("--run", metavar="NAME", help=argparse.SUPPRESS)  # of the command train
     defaults = {
         "workdir": ("runs/claim", "claim"),
         "results": ("benchmarks/claim/tables/claim.tsv", "claim/results.tsv"),
@@ -177,11 +158,7 @@ def main() -> int:
     for flag, (ours, own) in defaults.items():
         if getattr(args, flag) is None:
             setattr(args, flag, args.data / own if args.data else pathlib.Path(ours))
-    try:
-        return commands[args.command](args)
-    except errors.UserError as error:
-        print(f"python -m benchmarks.claim: {error}", file=sys.stderr)
-        return 2
+    return runs.call(parser.prog, commands, args)
 
 
 if __name__ == "__main__":

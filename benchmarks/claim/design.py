@@ -71,17 +71,6 @@ AVIARIES: dict[str, dict[str, Any]] = {
     "main": {},
     "poses": {"scale_from": 0.8, "turn": 6.0, "shift": 0.04, "mirrored": 0.5},
 }
-# Noise added to the annotations: share of regions lost (misses); standard deviation of box edges as a share of the
-# side (jitter); share of regions with the description of another region (wrong).
-NOISE: dict[str, dict[str, float]] = {
-    "misses_50": {"misses": 0.5},
-    "misses_80": {"misses": 0.8},
-    "wrong_30": {"wrong": 0.3},
-    "wrong_60": {"wrong": 0.6},
-    "jitter_30": {"jitter": 0.3},
-    "jitter_100": {"jitter": 1.0},
-}
-NOISE_ARMS = (OURS, "clip_both")
 
 
 class Run(NamedTuple):
@@ -133,7 +122,7 @@ def best_rate(results: Mapping[str, Mapping[str, Any]], arm: str, steps: int) ->
 
 
 def plan(
-    results: Mapping[str, Mapping[str, Any]], *, steps: int, aviaries: bool, noise: bool = False
+    results: Mapping[str, Mapping[str, Any]], *, steps: int, aviaries: bool
 ) -> dict[str, list[Run]]:
     """Study -> its runs; runs that depend on a learning rate are absent until it is chosen.
 
@@ -141,7 +130,6 @@ def plan(
       results: name of a finished run -> its row.
       steps: training steps of the main comparison.
       aviaries: whether data sets other than the main one can be drawn.
-      noise: whether annotations are degraded further, on the first seed.
     """
     first = SEEDS[0]
     studies = {"grid": [Run(a, r, first, steps) for a in ARMS for r in RATES]}
@@ -159,13 +147,6 @@ def plan(
         for seed in SEEDS
         for a in fair
     ]
-    if noise:
-        studies["noise"] = [
-            Run(arm, best[arm], first, steps, data)
-            for data in NOISE
-            for arm in NOISE_ARMS
-            if arm in known and (arm == OURS or "jitter" not in NOISE[data])  # CLIP reads no boxes
-        ]
     return studies
 
 
@@ -179,6 +160,6 @@ def order(studies: Mapping[str, list[Run]]) -> list[Run]:
 
 def settings_of(run: Run, config: str) -> str:
     """Fingerprint of all settings that a run depends on."""
-    data = AVIARY, AVIARIES.get(run.data), NOISE.get(run.data)
+    data = AVIARY, AVIARIES.get(run.data), None
     text = json.dumps([changes(run, config), data, config], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

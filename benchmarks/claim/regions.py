@@ -9,7 +9,6 @@ batch, schedule and learning rate are the same.
 """
 
 import argparse
-import os
 import pathlib
 import runpy
 import sys
@@ -17,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.claim import data, design, report, results, runs
-from grain_jax import errors, recipe
+from grain_jax import recipe
 
 SEEDS = (0, 1, 2)
 STEPS = 500
@@ -136,24 +135,11 @@ def _cell(found: Mapping[str, results.Result], arm: str, column: str) -> str:
 
 def main() -> int:
     """Runs one command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.claim.regions",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     commands = {"run": run_all, "report": print_report, "train": train}
-    parser.add_argument("command", choices=commands, metavar="run|report")
+    parser = runs.parser("benchmarks.claim.regions", __doc__, commands, STEPS)
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/regions"))
     parser.add_argument("--results", type=pathlib.Path, default=TABLE)
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"default: {STEPS}")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--run", metavar="NAME", help=argparse.SUPPRESS)  # of the command train
-    args = parser.parse_args()
-    try:
-        return commands[args.command](args)
-    except errors.UserError as error:
-        print(f"python -m benchmarks.claim.regions: {error}", file=sys.stderr)
-        return 2
+    return runs.call(parser.prog, commands, parser.parse_args())
 
 
 if __name__ == "__main__":

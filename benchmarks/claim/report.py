@@ -1,6 +1,5 @@
 """Tables and charts of `benchmarks.claim`: means and standard deviations over seeds, differences with intervals."""
 
-import collections
 import itertools
 import math
 import pathlib
@@ -10,11 +9,8 @@ from collections.abc import Mapping, Sequence
 import scipy.stats
 from matplotlib.figure import Figure
 
-import grain_jax
 from benchmarks.claim import design
 from benchmarks.claim.results import Result
-from grain_jax.config.evals import STANDALONE
-from grain_jax.evaluate import grounding
 
 LABELS = {
     "clip": "CLIP, web captions",
@@ -146,15 +142,11 @@ def report(
             _print_health(groups)
             _print_main(groups)
             _print_differences(groups)
-    poses, noise = _grouped(studies.get("poses", []), results), _noise(studies, results, main)
+    poses = _grouped(studies.get("poses", []), results)
     if charts:
         _draw_arms(main, charts / "claim_arms.png")
     if charts and poses:
         _draw_arms(poses, charts / "claim_poses.png")
-    if noise:
-        _print_noise(noise)
-    if charts and noise:
-        _draw_noise(noise, main, charts / "claim_noise.png")
 
 
 def print_recorded(text: str) -> None:
@@ -227,65 +219,6 @@ def _print_differences(groups) -> None:
     print(table(header, rows) + "\n")
 
 
-def _noise(studies, results, main) -> dict[str, dict[str, Result]]:
-    """Noise -> arm -> result of the first seed; "none" is the main data set."""
-    found: dict[str, dict[str, Result]] = {"none": {}}
-    for arm in design.NOISE_ARMS:
-        for result in main.get(LABELS[arm], []):
-            if result["seed"] == design.SEEDS[0]:
-                found["none"][arm] = result
-    for run in studies.get("noise", []):
-        if run.name in results:
-            found.setdefault(run.data, {})[run.arm] = results[run.name]
-            control = found["none"].get(design.NOISE_ARMS[1])
-            if "jitter" in run.data and control:  # it reads no boxes
-                found[run.data][design.NOISE_ARMS[1]] = control
-    return found if len(found) > 1 else {}
-
-
-def _print_noise(noise) -> None:
-    print(f"## Noise (seed {design.SEEDS[0]}; on top of the data set's own)\n")
-    rows = []
-    for name, arms in noise.items():
-        ours, control = ([arms[arm]] if arm in arms else [] for arm in design.NOISE_ARMS)
-        row = [name.replace("_", " ") + ("" if name == "none" else "%")]
-        row += [f"{100 * headline(r):.1f}" for r in ours] or ["-"]
-        row += [_cell(ours, "unseen_test/alpha_0.5/top1")]
-        row += [_cell(ours, "grounding_unseen/box_iou", 1, 3)]
-        row += [f"{100 * headline(r):.1f}" for r in control] or ["-"]
-        leads = [headline(r) - headline(s) for r, s in zip(ours, control)]
-        rows.append(row + ([f"{100 * lead:+.1f}" for lead in leads] or ["-"]))
-    ours, control = (LABELS[arm] for arm in design.NOISE_ARMS)
-    print(table(["noise", f"{ours}, alpha 1", "alpha .5", "IoU", control, "lead"], rows) + "\n")
-
-
-def query_table(run_folder: pathlib.Path, test: pathlib.Path) -> str:
-    """For each query of a trained model: share of matches, box centre, IoU, and the parts that it is matched to.
-
-    Args:
-      run_folder: workdir of the run.
-      test: folder of the test images and of unseen.jsonl.
-    """
-    predictor = grain_jax.load(run_folder)
-    entry = grounding.Grounding(images=str(test), annotations=str(test / "unseen.jsonl"))
-    kept, seen, _ = entry.gather(predictor, STANDALONE)
-    boxes_xyxy = seen.with_regions.boxes_xyxy
-    described = grounding.described_boxes(kept, seen.sizes)
-    matched, text = grounding.match(boxes_xyxy, described)
-    centre = (boxes_xyxy[..., :2] + boxes_xyxy[..., 2:]) / 2  # [N, Q, 2]
-    rows = []
-    for query in range(boxes_xyxy.shape[1]):
-        mine = matched.query == query
-        nouns = collections.Counter(described.texts[t].split()[-1] for t in text[mine])
-        (x, y), spread = centre[:, query].mean(0), centre[:, query].std(0).mean()
-        iou = f"{matched.iou[mine].mean():.2f}" if mine.any() else "-"
-        parts = ", ".join(f"{n} {100 * k / mine.sum():.0f}%" for n, k in nouns.most_common(3))
-        share = f"{100 * mine.mean():.0f}%"
-        rows.append([str(query), share, f"({x:.2f}, {y:.2f})", f"{spread:.3f}", iou, parts])
-    header = ["query", "matches", "mean centre", "its spread", "IoU"]
-    return table([*header, "last words of its descriptions"], rows)
-
-
 _STYLE = {design.OURS: "#2ca02c", "clip_both": "#d62728"}
 
 
@@ -311,39 +244,6 @@ def _draw_arms(main, path: pathlib.Path) -> None:
         axis.set_title(title, fontsize=11)
         axis.spines[["top", "right"]].set_visible(False)
     left.set_yticks(range(len(labels)), labels, fontsize=9)
-    _save(figure, path)
-
-
-def _draw_noise(noise, main, path: pathlib.Path) -> None:
-    """One panel for each kind of noise: headline of GRAIN and of the control over its strength."""
-    kinds = list(dict.fromkeys(name.rpartition("_")[0] for name in noise if name != "none"))
-    figure = Figure(figsize=(3.9 * len(kinds), 3.7), dpi=110, layout="constrained")
-    axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    words = {
-        "misses": "regions lost, %",
-        "jitter": "box edges moved by, % of the side",
-        "wrong": "descriptions of other images, %",
-    }
-    for axis, kind in zip(axes, kinds, strict=True):
-        of_kind = {name.rpartition("_"): arms for name, arms in noise.items()}
-        points = {float(of[2]): arms for of, arms in of_kind.items() if of[0] == kind}
-        points = dict(sorted((points | {0.0: noise["none"]}).items()))
-        for arm in design.NOISE_ARMS:
-            curve = [(x, 100 * headline(arms[arm])) for x, arms in points.items() if arm in arms]
-            axis.plot(*zip(*curve), "o-", color=_STYLE[arm], label=LABELS[arm])
-        chance = next(iter(main.values()))[0]["unseen_test/chance"]
-        axis.axhline(100 * chance, color="#555555", linestyle=":", label="chance")
-        axis.set_xlabel(words.get(kind, kind), fontsize=9)
-        axis.set_ylim(0, 100)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("unseen by description, top-1, %", fontsize=9)
-    handles, labels = axes[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside upper center", ncols=4)
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     print(f"![{path.stem}]({path})\n")

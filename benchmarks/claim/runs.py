@@ -6,15 +6,15 @@ import pathlib
 import statistics
 import sys
 import time
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 from grain_jax.launch import jobs
 
 from benchmarks.claim.results import ClaimError
-from grain_jax import progress
+from grain_jax import errors, progress
 
 
 class Trained(NamedTuple):
@@ -108,3 +108,27 @@ def run_all(
         failed = " ".join(outcome.failed)
         raise ClaimError(f"{len(outcome.failed)} runs failed: {failed}; see their logs in {logs}")
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
+
+
+Commands = Mapping[str, Callable[[Namespace], int]]
+
+
+def parser(what: str, doc: str, commands: Commands, steps: int) -> ArgumentParser:
+    """The flags that every study has; `what` is its module."""
+    options = dict(description=doc, formatter_class=RawDescriptionHelpFormatter)
+    out = ArgumentParser(f"python -m {what}", **options)
+    out.add_argument("command", choices=commands, metavar="run|report")
+    out.add_argument("--steps", type=int, default=steps, help=f"default: {steps}")
+    cores = len(os.sched_getaffinity(0))
+    out.add_argument("--jobs", type=int, default=cores, help="default: one a core")
+    out.add_argument("--run", metavar="NAME", help=SUPPRESS)  # of the command train
+    return out
+
+
+def call(prog: str, commands: Commands, args: Namespace) -> int:
+    """Runs the command of these arguments; returns the exit status."""
+    try:
+        return commands[args.command](args)
+    except errors.UserError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return error.status

@@ -12,8 +12,8 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax import recipe, schema
 from grain_jax.convert.reference import names as torch_names
-from grain_jax.convert.reference.parameters import to_params
-from grain_jax.convert.reference.sizes import infer, sizes_of
+from grain_jax.convert.reference.names import to_params
+from grain_jax.convert.reference.sizes import infer
 from grain_jax.input_pipeline import packing
 from grain_jax.losses import boxes
 from grain_jax.models import grain
@@ -149,7 +149,7 @@ def run(which: str = "", *, packed: bool = False):
     """(losses, gradients, gradients under the reference's names) of the batch `which`: "" or "degenerate/"."""
     g = goldens()
     terms, grads = _loss_and_grads(g.params, batch(g.arrays[f"{which}inputs/boxes"], packed=packed))
-    named = torch_names.state_dicts(grads, sizes_of(g.model))
+    named = torch_names.state_dicts(grads)
     return terms, grads, {f"{m}/{name}": array for m in named for name, array in named[m].items()}
 
 

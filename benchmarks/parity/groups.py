@@ -26,7 +26,6 @@ from benchmarks.parity.goldens import (
 from grain_jax import losses as losses_lib
 from grain_jax import schema
 from grain_jax.convert.reference import names as torch_names
-from grain_jax.convert.reference.sizes import sizes_of
 from grain_jax.inference import scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.losses import matching
@@ -120,7 +119,7 @@ def decay_groups() -> Iterator[Comparison]:
     g = goldens()
     mask = optim.decay_mask(g.params, "reference")
     ours = jax.tree.map(lambda p, decayed: np.full(p.shape, decayed, bool), g.params, mask)
-    named = torch_names.state_dicts(ours, sizes_of(g.model))
+    named = torch_names.state_dicts(ours)
     groups = json.loads((GOLDENS / "grain_public_param_groups.json").read_text())
     unused = {f"{m}/{name}" for m, names in torch_names.UNUSED.items() for name in names}
     for group, decayed in (("decay", True), ("no_decay", False)):
@@ -139,7 +138,7 @@ def adamw() -> Iterator[Comparison]:
         updates, _ = tx.update(grads, tx.init(params), params)
         return optim.clip_logit_scale(optax.apply_updates(params, updates))
 
-    named = torch_names.state_dicts(step(g.params, run()[1]), sizes_of(g.model))
+    named = torch_names.state_dicts(step(g.params, run()[1]))
     checksums = g.meta["adamw_checksum_after_[sum,sumabs]"]
     for module, entries in named.items():
         for key, ours in entries.items():

@@ -13,50 +13,50 @@ PARTS = ("crest", "beak", "eye", "throat", "breast", "wing", "tail", "legs")
 
 # part -> shape or pattern -> its possible colours.
 _LOOKS = {
-    "crest": {
-        "spiky": "red yellow blue white",
-        "tall": "orange green red",
-        "round": "pink yellow purple",
-        "curled": "black blue orange",
-    },
-    "beak": {
-        "long": "orange black red yellow",
-        "short": "yellow white blue",
-        "hooked": "black red pink",
-        "curved": "orange green purple",
-    },
-    "eye": {
-        "ring": "white red blue yellow",
-        "stripe": "black white orange green",
-        "patch": "red yellow purple pink",
-    },
-    "throat": {
-        "patch": "red blue white purple",
-        "collar": "white black orange pink",
-        "bib": "black yellow green red",
-    },
-    "breast": {
-        "plain": "red yellow blue white orange",
-        "spotted": "white yellow pink green",
-        "striped": "white orange purple blue",
-    },
-    "wing": {
-        "plain": "green black purple red",
-        "barred": "blue brown red black",
-        "spotted": "brown green blue",
-        "tipped": "yellow orange white",
-    },
-    "tail": {
-        "long": "blue red white",
-        "forked": "black green red orange",
-        "fanned": "brown yellow purple",
-        "striped": "yellow pink blue",
-    },
-    "legs": {
-        "long": "pink red yellow",
-        "short": "orange black blue yellow",
-        "feathered": "white brown green purple",
-    },
+    "crest": dict(
+        spiky="red yellow blue white",
+        tall="orange green red",
+        round="pink yellow purple",
+        curled="black blue orange",
+    ),
+    "beak": dict(
+        long="orange black red yellow",
+        short="yellow white blue",
+        hooked="black red pink",
+        curved="orange green purple",
+    ),
+    "eye": dict(
+        ring="white red blue yellow",
+        stripe="black white orange green",
+        patch="red yellow purple pink",
+    ),
+    "throat": dict(
+        patch="red blue white purple",
+        collar="white black orange pink",
+        bib="black yellow green red",
+    ),
+    "breast": dict(
+        plain="red yellow blue white orange",
+        spotted="white yellow pink green",
+        striped="white orange purple blue",
+    ),
+    "wing": dict(
+        plain="green black purple red",
+        barred="blue brown red black",
+        spotted="brown green blue",
+        tipped="yellow orange white",
+    ),
+    "tail": dict(
+        long="blue red white",
+        forked="black green red orange",
+        fanned="brown yellow purple",
+        striped="yellow pink blue",
+    ),
+    "legs": dict(
+        long="pink red yellow",
+        short="orange black blue yellow",
+        feathered="white brown green purple",
+    ),
 }
 
 # The first phrase is the plain one; the others are its paraphrases.
@@ -125,13 +125,12 @@ class Trait:
     @property
     def phrase(self) -> str:
         """The plain description, e.g. "an orange eye stripe"."""
-        return _with_article(_PHRASES[self.part, self.shape][0].format(self.colour))
+        return _Wording(self, 0, reworded=False).text
 
     def paraphrase(self, rng: random.Random) -> str:
         """Another wording, drawn with `rng`; three in ten use another word for the colour."""
-        template = rng.choice(_PHRASES[self.part, self.shape][1:])
-        colour = COLOUR_SYNONYMS[self.colour] if rng.random() < 0.3 else self.colour
-        return _with_article(template.format(colour))
+        others = range(1, len(_PHRASES[self.part, self.shape]))
+        return _Wording(self, rng.choice(others), reworded=rng.random() < 0.3).text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +145,11 @@ class _Wording:
     def text(self) -> str:
         colour = self.trait.colour
         template = _PHRASES[self.trait.part, self.trait.shape][self.template]
-        return _with_article(template.format(COLOUR_SYNONYMS[colour] if self.reworded else colour))
+        words = template.format(COLOUR_SYNONYMS[colour] if self.reworded else colour).split()
+        return " ".join(  # "a orange beak" -> "an orange beak", wherever the article stands
+            "an" if word == "a" and after[:1] in "aeiou" else word
+            for word, after in zip(words, words[1:] + ["."], strict=True)
+        )
 
 
 @functools.cache
@@ -170,26 +173,10 @@ def near_misses(description: str) -> list[tuple[str, Trait]]:
     """
     wording = _wordings()[description]
     trait = wording.trait
-    others = [
-        dataclasses.replace(trait, colour=colour)
-        for colour in COLOUR_SYNONYMS
-        if colour != trait.colour
-    ]
-    others += [
-        dataclasses.replace(trait, shape=shape)
-        for shape in _LOOKS[trait.part]
-        if shape != trait.shape
-    ]
+    others = [dataclasses.replace(trait, colour=colour) for colour in COLOUR_SYNONYMS]
+    others += [dataclasses.replace(trait, shape=shape) for shape in _LOOKS[trait.part]]
+    others = [other for other in others if other != trait]
     return [(dataclasses.replace(wording, trait=other).text, other) for other in others]
-
-
-def _with_article(phrase: str) -> str:
-    """ "a orange beak" -> "an orange beak", wherever the article stands."""
-    words = phrase.split()
-    return " ".join(
-        "an" if word == "a" and after[:1] in "aeiou" else word
-        for word, after in zip(words, words[1:] + ["."], strict=True)
-    )
 
 
 TRAITS = {

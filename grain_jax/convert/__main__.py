@@ -20,16 +20,12 @@ from grain_jax.runtime import ending
 
 
 def _settings(args: argparse.Namespace) -> towers.Settings:
-    return towers.Settings(
-        heads={tower: getattr(args, f"{tower}_heads") for tower in towers.TOWERS},
-        activation={tower: getattr(args, f"{tower}_activation") for tower in towers.TOWERS},
-    )
+    of = lambda what: {x: getattr(args, f"{x}_{what}", None) for x in TOWERS}
+    return towers.Settings(heads=of("heads"), activation=of("activation"))
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], parity.Report]] = {
-    "from-torch": lambda args: reference.from_torch(
-        args.input, args.output, {tower: getattr(args, f"{tower}_heads") for tower in TOWERS}
-    ),
+    "from-torch": lambda args: reference.from_torch(args.input, args.output, _settings(args).heads),
     "to-torch": lambda args: reference.to_torch(args.input, args.output),
     "to-hf": lambda args: huggingface.to_hf(args.input, args.output, args.push),
     "from-hf": lambda args: huggingface.from_hf(args.input, args.output),

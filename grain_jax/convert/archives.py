@@ -5,7 +5,6 @@ of the length of the file.
 """
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -15,16 +14,18 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from etils import epath
 
+from grain_jax import errors
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.files import regular_file
 
 # Limit of the arrays as float32, in lengths of the file: 4 for 8-bit numbers, 8 for two names of each array.
 MAX_GROWTH = 8
 ALLOWANCE = 64 << 20  # bytes on top: a small model of zeros compresses to nothing
-MAX_JSON = 64 << 20  # bytes; the index of 10,000 arrays takes 1 MB
+TENSORS = "a checkpoint of plain tensors"
 _FLOATS = {  # names of safetensors, whose numpy reader has no bfloat16
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -38,15 +39,38 @@ _HEADERS = {
 
 
 @contextlib.contextmanager
-def reading(path: epath.PathLike) -> Iterator[None]:
-    """Puts the name of the file before each line of a ConvertError raised inside; an OSError becomes one."""
+def reading(path: epath.PathLike, kind: str = "") -> Iterator[None]:
+    """Puts the name of the file before each line of a fault raised inside; an OSError becomes one.
+
+    Args:
+      path: the file.
+      kind: what the file should be: whatever else is raised, but an ImportError, says that it is not. A damaged or
+        hostile file may raise anything.
+    """
     with prefixed(f"{path}: "):
         try:
             yield
+        except (errors.UserError, ImportError):
+            raise
         except OSError as error:
             raise ConvertError(
                 f"{error.strerror or error}, expected a file that can be read"
             ) from None
+        except Exception as error:
+            if not kind:
+                raise
+            raise ConvertError(f"not {kind} ({_refusal(error)})") from None
+
+
+def _refusal(error: Exception) -> str:
+    """The reason why a reader refused a file, without torch's advice to load the file unchecked."""
+    text = str(error).strip()
+    asked = re.search(r"unsupported global:?(?: global)? (\S+)", text, re.IGNORECASE)
+    if asked:
+        return f"it asks for {asked[1]}; what might run code is not loaded"
+    told = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+    reason = told[1] if told else text.partition(". ")[0].partition("\n")[0]
+    return f"{type(error).__name__}: {reason[:120]}" if reason else type(error).__name__
 
 
 class Budget:
@@ -86,47 +110,50 @@ def read_npz(path: epath.Path) -> dict[str, np.ndarray]:
       ConvertError: an array is not of numbers, or has another length than its header declares.
       Exception: of several kinds, where the archive is damaged.
     """
-    out = {}
     with path.open("rb") as file:
         budget = Budget(file)
         with zipfile.ZipFile(file) as archive:
             budget.check(archive)
+            out = {}
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
-                with archive.open(member) as opened:
-                    version = np.lib.format.read_magic(opened)
-                    if version not in _HEADERS:
-                        raise ConvertError(
-                            f"{name}: got version {version} of .npy, expected 1 or 2"
-                        )
-                    shape, by_columns, dtype = _HEADERS[version](opened)
-                    if dtype.kind not in "fiub" and dtype.str != "|V2":
-                        raise ConvertError(f"{name}: got {dtype}, expected an array of numbers")
-                    count = math.prod(shape)  # Python integers do not overflow
-                    if count * dtype.itemsize != member.file_size - opened.tell():
-                        raise ConvertError(
-                            f"{name}: got shape {shape} of {dtype}, which is not the {member.file_size:,}"
-                            " bytes that it has"
-                        )
-                    budget.spend(4 * count)
-                    if dtype.kind == "V":  # numpy stores bfloat16 as raw bytes
-                        dtype = jnp.dtype("bfloat16")
-                    array = np.frombuffer(opened.read(), dtype) if count else np.zeros(0, dtype)
-                out[name] = array.astype(np.float32).reshape(
-                    shape, order="F" if by_columns else "C"
-                )
-    return out
+                with prefixed(f"{name}: "), archive.open(member) as opened:
+                    out[name] = _read_npy(opened, member.file_size, budget)
+            return out
+
+
+def _read_npy(file: IO[bytes], length: int, budget: Budget) -> np.ndarray:
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ConvertError(f"got version {version} of .npy, expected 1 or 2")
+    shape, by_columns, dtype = _HEADERS[version](file)
+    if dtype.kind not in "fiub" and dtype.str != "|V2":
+        raise ConvertError(f"got {dtype}, expected an array of numbers")
+    count = math.prod(shape)  # Python integers do not overflow
+    if count * dtype.itemsize != length - file.tell():
+        raise ConvertError(
+            f"got shape {shape} of {dtype}, which is not the {length:,} bytes that it has"
+        )
+    budget.spend(4 * count)
+    if dtype.kind == "V":  # numpy stores bfloat16 as raw bytes
+        dtype = jnp.dtype("bfloat16")
+    array = np.frombuffer(file.read(), dtype) if count else np.zeros(0, dtype)
+    return array.astype(np.float32).reshape(shape, order="F" if by_columns else "C")
 
 
 def load_torch(path: epath.Path) -> Any:
     """The object in a file of torch.save, by torch.load with `weights_only`.
 
     Raises:
-      ConvertError: the directory of the zip declares more bytes than the budget.
-      Exception: of many kinds, where the file is damaged or asks to run code; see `refusal`.
+      ConvertError: torch is missing, or the directory of the zip declares more bytes than the budget.
+      Exception: of many kinds, where the file is damaged or asks to run code.
     """
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        raise ConvertError(
+            "PyTorch is needed to read it; pip install 'grain_jax[torch]', or give a .safetensors"
+        ) from None
     with path.open("rb") as file:
         budget = Budget(file)
         if file.read(2) == b"PK":
@@ -136,17 +163,6 @@ def load_torch(path: epath.Path) -> Any:
         with warnings.catch_warnings():  # a sparse tensor is refused by whoever reads the result
             warnings.filterwarnings("ignore", "Validating sparse tensor invariants")
             return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def refusal(error: Exception) -> str:
-    """The reason why torch.load refused a file, without its advice to load the file unchecked."""
-    text = str(error).strip()
-    asked = re.search(r"unsupported global:?(?: global)? (\S+)", text, re.IGNORECASE)
-    if asked:
-        return f"it asks for {asked[1]}; what might run code is not loaded"
-    told = re.search(r"WeightsUnpickler error:\s*(.+)", text)
-    reason = told[1] if told else text.partition(". ")[0].partition("\n")[0]
-    return f"{type(error).__name__}: {reason[:120]}" if reason else type(error).__name__
 
 
 def tensors_to_float32(path: epath.Path, named: Mapping[Any, Any]) -> dict[str, np.ndarray]:
@@ -192,55 +208,33 @@ def read_safetensors(
       integers: integer types that are accepted too, by the names of safetensors.
 
     Raises:
-      ConvertError: not a whole file, or numbers of another type; a line each.
-      ImportError: the package is missing.
-      OSError: it cannot be read.
+      ConvertError: the package is missing, not a whole file, or numbers of another type; a line each.
     """
-    import safetensors
-
     kinds = _FLOATS | dict(integers or {})
-    try:
-        stored = safetensors.deserialize(path.read_bytes())
-    except safetensors.SafetensorError as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise ConvertError(
-            f"not a whole safetensors file ({reason[:120]}); copy it again"
-        ) from None
-    raise_any(
-        [
-            f"{name}: got {entry['dtype']}, expected one of {', '.join(kinds)}"
-            for name, entry in stored
-            if entry["dtype"] not in kinds
-        ]
-    )
+    with reading(path):
+        try:
+            import safetensors
+        except ImportError:
+            raise ConvertError(
+                "the package safetensors is missing; pip install 'grain_jax[interop]'"
+            ) from None
+        try:
+            stored = safetensors.deserialize(path.read_bytes())
+        except safetensors.SafetensorError as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise ConvertError(
+                f"not a whole safetensors file ({reason[:120]}); copy it again"
+            ) from None
+        wrong = {name: x["dtype"] for name, x in stored if x["dtype"] not in kinds}
+        raise_any([f"{n}: got {x}, expected one of {', '.join(kinds)}" for n, x in wrong.items()])
     return {
-        name: np.frombuffer(entry["data"], kinds[entry["dtype"]])
-        .astype(np.float32)
-        .reshape(entry["shape"])
-        for name, entry in stored
+        name: np.frombuffer(x["data"], kinds[x["dtype"]]).astype(np.float32).reshape(x["shape"])
+        for name, x in stored
     }
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      ConvertError: it is not JSON, not an object, too long, or nested too deep.
-      OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        content = file.read(MAX_JSON + 1)
-    if len(content) > MAX_JSON:
-        raise ConvertError(f"got over {MAX_JSON:,} bytes, expected a JSON object")
-    try:
-        value = json.loads(content, parse_float=_finite, parse_constant=_finite)
-    except RecursionError:
-        raise ConvertError("got JSON of too many levels, expected an object of few") from None
-    except ValueError as error:
-        raise ConvertError(f"not JSON ({error}), expected an object") from None
-    if not isinstance(value, dict):
-        raise ConvertError(f"got a {type(value).__name__}, expected a JSON object")
-    return value
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
 
 
 def files_of_index(path: epath.Path) -> list[epath.Path]:
@@ -249,36 +243,27 @@ def files_of_index(path: epath.Path) -> list[epath.Path]:
     A link may lead out of the folder only in the cache of Hugging Face, which links to ../../blobs.
 
     Raises:
-      ConvertError: not an index, or a file that is not in its folder.
-      OSError: it cannot be read.
+      UserError: not an index, or a file that is not in its folder; one line.
     """
     expected = "transformers' index, with the key weight_map"
-    named = read_json(path).get("weight_map")
-    if not isinstance(named, dict) or not all(isinstance(x, str) for x in named.values()):
-        raise ConvertError(f"got no names of files under weight_map, expected {expected}")
-    out = []
-    for name in sorted(set(named.values())):
-        file = path.parent / name
-        if not name or "\0" in name or "/" in name or "\\" in name or name in (".", ".."):
-            raise ConvertError(f"names the file {name[:200]!r}, expected one beside it")
-        if "://" not in str(file):
-            folder, blobs = epath.Path(os.path.realpath(path.parent)), None
-            if folder.parent.name == "snapshots":
-                blobs = folder.parent.parent / "blobs"
-            if epath.Path(os.path.realpath(file)).parent not in (folder, blobs):
-                raise ConvertError(
-                    f"names {name!r}, a link to elsewhere, expected a file beside it"
-                )
-        if not regular_file.is_one(file):
-            raise ConvertError(f"names {name!r}, which is no file beside it")
-        out.append(file)
-    if not out:
-        raise ConvertError(f"names no file, expected {expected}")
-    return out
+    named = set(regular_file.read_json(path, _Index, expected).weight_map.values())
+    if not named:
+        raise ConvertError(f"{path}: names no file, expected {expected}")
+    return [_beside(path, name) for name in sorted(named)]
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"got the number {text}, expected a finite one")
-    return value
+def _beside(path: epath.Path, name: str) -> epath.Path:
+    file = path.parent / name
+    if not name or "\0" in name or "/" in name or "\\" in name or name in (".", ".."):
+        raise ConvertError(f"{path}: names the file {name[:200]!r}, expected one beside it")
+    if "://" not in str(file):
+        folder, blobs = epath.Path(os.path.realpath(path.parent)), None
+        if folder.parent.name == "snapshots":
+            blobs = folder.parent.parent / "blobs"
+        if epath.Path(os.path.realpath(file)).parent not in (folder, blobs):
+            raise ConvertError(
+                f"{path}: names {name!r}, a link to elsewhere, expected a file beside it"
+            )
+    if not regular_file.is_one(file):
+        raise ConvertError(f"{path}: names {name!r}, which is no file beside it")
+    return file

@@ -22,10 +22,7 @@ def files(context_length: int) -> dict[str, Any]:
     )
     library.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}",
-        special_tokens=[
-            (start, clip_tokenizer.START_OF_TEXT),
-            (end, clip_tokenizer.END_OF_TEXT),
-        ],
+        special_tokens=[(start, clip_tokenizer.START_OF_TEXT), (end, clip_tokenizer.END_OF_TEXT)],
     )
     library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
     # Normalised: the reference reads these names as special tokens in upper and lower case.

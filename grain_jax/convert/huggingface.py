@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,6 @@ from grain_jax.convert import archives, hf_tokenizer, model_card, output, parity
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
-from grain_jax.convert.reference.parameters import to_params
-from grain_jax.convert.reference.sizes import sizes_of
 from grain_jax.files import atomic, images, regular_file
 from grain_jax.input_pipeline import clip_tokenizer
 from grain_jax.pretrained import hub
@@ -67,36 +65,39 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = Non
         hub.check_push(repo)
     folder = output.check_free(folder, _MODELING)
     model, params, read_from = checkpoint.load_model(source)
-    _check(model)
+    names.refuse(model, "to-hf")
     run = model_card.read_run(read_from)
     contrast = "softmax" if model.logit_bias_init is None else "sigmoid"
     stored = {"contrast": contrast} | run.config.get("loss", {})
     losses = {key: stored.get(key, value) for key, value in LOSSES.items()}
     has_tokenizer = model.text.vocab_size == clip_tokenizer.VOCAB_SIZE
-    files = {"config.json": _config(model, losses)}
-    files |= _processor_files(model)
+    files = _files(model, losses)
     if has_tokenizer:
         files |= hf_tokenizer.files(model.text.context_length)
-    states = names.state_dicts(params, sizes_of(model))
     texts = {n: json.dumps(x, indent=2, ensure_ascii=False) + "\n" for n, x in files.items()}
     texts |= {path.name: path.read_text() for path in CODE.glob("*_grain.py")}
-    with _writing(folder):
+    weights = {
+        f"{module}.{name}": np.asarray(array, np.float32)
+        for module, state in names.state_dicts(params).items()
+        for name, array in state.items()
+    }
+    with output.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             atomic.write_text(folder / name, text)
-        _write_weights(folder / WEIGHTS, states)
+        _write_weights(folder / WEIGHTS, weights)
     proof = _prove_folder(folder, model, params, has_tokenizer)
-    with _writing(folder):
+    with output.writing(folder):
         card = model_card.write(model, losses, run, proof, has_tokenizer, repo)
         atomic.write_text(folder / "README.md", card)
-    size = sum(array.size for state in states.values() for array in state.values())
+    size = sum(array.size for array in weights.values())
     lines = [f"to-hf: {read_from} -> {folder}", f"{WEIGHTS}: {size:,} values, float32"]
     if not has_tokenizer:
         lines.append(
             f"no tokenizer files: a vocabulary of {model.text.vocab_size} is not CLIP's of"
             f" {clip_tokenizer.VOCAB_SIZE}; give the model token ids"
         )
-    return proof._replace(text="\n".join([*lines, "", proof.text]))
+    return proof.after(*lines)
 
 
 def push(folder: epath.PathLike, repo: str, private: bool = False) -> str:
@@ -117,7 +118,7 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     # Its code is untrusted: the other side is our own torch module with the arrays of the folder.
     proof = torch_module.prove(model, params, states)
     output.save(folder, model, params, source, proof)
-    return proof._replace(text=f"from-hf: {source} -> {folder}\n\n{proof.text}")
+    return proof.after(f"from-hf: {source} -> {folder}")
 
 
 def read(folder: epath.Path) -> tuple[config_lib.Model, Any]:
@@ -128,21 +129,24 @@ def read(folder: epath.Path) -> tuple[config_lib.Model, Any]:
 def _read(folder: epath.Path) -> tuple[config_lib.Model, Any, dict[str, dict[str, np.ndarray]]]:
     """(model, our parameters, the same under the names of the reference); runs no code of the folder."""
     model = _read_config(folder / "config.json")
-    weights = folder / WEIGHTS
-    if not regular_file.is_one(weights) and regular_file.is_one(folder / _INDEX):
-        weights = folder / _INDEX
-    states = _read_weights(weights)
+    weights, index = folder / WEIGHTS, folder / _INDEX
+    files = [weights]
+    if not regular_file.is_one(weights) and regular_file.is_one(index):
+        weights, files = index, archives.files_of_index(index)
+    states: dict[str, dict[str, np.ndarray]] = {"backbone": {}, "decoder": {}}
+    faults = []
+    for file in files:
+        if not regular_file.is_one(file):
+            raise ConvertError(f"{file}: no such file; expected a folder written by to-hf")
+        for name, array in archives.read_safetensors(file).items():
+            module, _, rest = name.partition(".")
+            if module in states:
+                states[module][rest] = array
+            else:
+                faults.append(f"{file}: {name}: unknown key, shape {array.shape}")
+    raise_any(faults)
     with prefixed(f"{weights}: "):
-        params = to_params(states["backbone"], states["decoder"], model)
-    return model, params, states
-
-
-@contextlib.contextmanager
-def _writing(folder: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConvertError(f"{folder}: cannot be written ({error})") from error
+        return model, names.to_params(states["backbone"], states["decoder"], model), states
 
 
 @contextlib.contextmanager
@@ -157,133 +161,63 @@ def _on_disk(folder: epath.Path) -> Iterator[str]:
         yield scratch
 
 
-def _check(model: config_lib.Model) -> None:
-    """Raises ConvertError for a model that `hf_files/modeling_grain.py` cannot express."""
-    if model.decoder is None:
-        raise ConvertError(
-            "model.decoder: got none; to-hf writes models with a region decoder (transformers has"
-            " CLIP and SigLIP of its own)"
-        )
-    raise_any(
-        [
-            f"model.{name}: got {got}, to-hf writes towers with {expected}"
-            for name, got, expected in (
-                ("image.tower", model.image.tower, "vit"),
-                ("text.tower", model.text.tower, "transformer"),
-                ("text.causal", model.text.causal, True),
-                ("text.pool", model.text.pool, "end"),
-                ("text.projection", model.text.projection, "matrix"),
-                ("text.tokenizer", model.text.tokenizer, "clip"),
-            )
-            if got != expected
-        ]
-    )
-
-
-def _config(model: config_lib.Model, losses: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "model_type": "grain",
-        "architectures": ["GrainModel"],
-        "auto_map": {
-            "AutoConfig": "configuration_grain.GrainConfig",
-            "AutoModel": "modeling_grain.GrainModel",
-            "AutoModelForZeroShotImageClassification": "modeling_grain.GrainModel",
-        },
-        "dtype": "float32",
-        "towers": dataclasses.asdict(model),
-        "losses": dict(losses),
-    }
-
-
-def _processor_files(model: config_lib.Model) -> dict[str, Any]:
+def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
+    """The JSON files that tell transformers what is in the folder."""
     image = model.image
-    size = image.image_size
-    auto_map = {
+    processors = {
         "AutoImageProcessor": "processing_grain.GrainImageProcessor",
         "AutoProcessor": "processing_grain.GrainProcessor",
     }
     return {
+        "config.json": {
+            "model_type": "grain",
+            "architectures": ["GrainModel"],
+            "auto_map": {
+                "AutoConfig": "configuration_grain.GrainConfig",
+                "AutoModel": "modeling_grain.GrainModel",
+                "AutoModelForZeroShotImageClassification": "modeling_grain.GrainModel",
+            },
+            "dtype": "float32",
+            "towers": dataclasses.asdict(model),
+            "losses": losses,
+        },
         "preprocessor_config.json": {
             "image_processor_type": "GrainImageProcessor",
             "processor_class": "GrainProcessor",
-            "auto_map": auto_map,
-            "size": {"height": size, "width": size},
+            "auto_map": processors,
+            "size": {"height": image.image_size, "width": image.image_size},
             "image_mean": list(image.pixel_mean),
             "image_std": list(image.pixel_std),
         },
         "processor_config.json": {
             "processor_class": "GrainProcessor",
-            "auto_map": {"AutoProcessor": auto_map["AutoProcessor"]},
+            "auto_map": {"AutoProcessor": processors["AutoProcessor"]},
         },
     }
 
 
-def _write_weights(path: epath.Path, states: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    flat = {
-        f"{module}.{name}": np.asarray(array, np.float32, order="C")
-        for module, state in states.items()
-        for name, array in state.items()
-    }
-    content = _safetensors(path).numpy.save(flat, metadata={"format": "pt"})
-    atomic.write_bytes(path, content)
-
-
-def _safetensors(path: epath.Path) -> Any:
+def _write_weights(path: epath.Path, weights: dict[str, np.ndarray]) -> None:
     try:
         import safetensors.numpy
     except ImportError as error:
         raise ConvertError(
             f"{path}: the package safetensors is missing; pip install 'grain_jax[interop]'"
         ) from error
-    return safetensors
-
-
-def _read_weights(path: epath.Path) -> dict[str, dict[str, np.ndarray]]:
-    """{"backbone": ..., "decoder": ...} of a safetensors file, or of those that an index lists."""
-    files = [path]
-    if path.name == _INDEX:
-        with archives.reading(path):
-            files = archives.files_of_index(path)
-    states: dict[str, dict[str, np.ndarray]] = {"backbone": {}, "decoder": {}}
-    faults = []
-    for file in files:
-        for name, array in read_safetensors(file).items():
-            module, _, rest = name.partition(".")
-            if module in states:
-                states[module][rest] = array
-            else:
-                faults.append(f"{file}: {name}: unknown key, shape {array.shape}")
-    raise_any(faults)
-    return states
-
-
-def read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file, from any floating point type of 16 bits or more, as float32.
-
-    Raises:
-      ConvertError: no such file, not a whole one, or another type; a line each.
-    """
-    if not regular_file.is_one(path):
-        raise ConvertError(f"{path}: no such file; expected a folder written by to-hf")
-    _safetensors(path)
-    with archives.reading(path):
-        return archives.read_safetensors(path)
+    atomic.write_bytes(path, safetensors.numpy.save(weights, metadata={"format": "pt"}))
 
 
 def _read_config(path: epath.Path) -> config_lib.Model:
-    if not regular_file.is_one(path):
-        raise ConvertError(f"{path}: no such file; expected a folder written by to-hf")
-    with archives.reading(path):
-        stored = archives.read_json(path)
-        towers = stored.get("towers")
-        if not isinstance(towers, dict):
-            hint = ""
-            if str(stored.get("model_type")).startswith(("clip", "siglip")):
-                hint = f"; {pretrained.conversion(path.parent)}"
-            raise ConvertError(f"got no sizes under towers, expected to-hf's config.json{hint}")
+    expected = "to-hf's config.json"
+    stored = regular_file.read_json(path, dict[str, Any], expected)
+    towers = stored.get("towers")
+    if not isinstance(towers, dict):
+        hint = ""
+        if str(stored.get("model_type")).startswith(("clip", "siglip")):
+            hint = f"; {pretrained.conversion(path.parent)}"
+        raise ConvertError(f"{path}: got no sizes under towers, expected {expected}{hint}")
     with prefixed(f"{path}: "):
         model = config_lib.model_from_dict(towers)
-    _check(model)
+    names.refuse(model, "to-hf")
     return model
 
 

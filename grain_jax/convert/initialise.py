@@ -4,8 +4,9 @@ Every array is accounted for: a missing one is an error, an unused one is report
 sizes of the model.
 """
 
+import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +16,13 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax import named
-from grain_jax.convert import towers
+from grain_jax.convert import tables, towers
 from grain_jax.convert.big_vision import checkpoint as big_vision
-from grain_jax.convert.big_vision.towers import import_image, import_text
+from grain_jax.convert.big_vision import towers as big_vision_towers
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.convert.open_clip import checkpoint as open_clip
-from grain_jax.convert.open_clip import image_tower, text_tower
+from grain_jax.convert.open_clip import towers as open_clip_towers
+from grain_jax.convert.tables import Row
 from grain_jax.convert.towers import Tower
 from grain_jax.models import grain
 from grain_jax.models import towers as built_in
@@ -34,13 +36,7 @@ _PREFIXES = {
     "text": (("text/", "text_norm/", "text_pool/", "text_projection/"), ()),
 }
 _TOWERS = tuple(prefix for own, _ in _PREFIXES.values() for prefix in own)
-_NOT_COMPARED = {
-    "dropout",
-    "qkv_init_gain",
-    "unroll",
-}  # of a decoder: training, initialisation, speed
-
-
+_NOT_COMPARED = {"dropout", "qkv_init_gain", "unroll"}  # training, initialisation, speed
 _BOX_HEAD = ("box_head/", "box_projection/")
 
 
@@ -162,12 +158,13 @@ def _load_decoder(model: config_lib.Model, path: str, shapes) -> dict[str, np.nd
     ours, flat = _read_ours(path)
     if ours.decoder is None:
         raise ConvertError(f"{path}: has no region decoder; expected a run or checkpoint of GRAIN")
-    with prefixed(f"{path}: "):
-        raise_any(towers.differences("decoder", ours.decoder, model.decoder, _NOT_COMPARED))
     other = _TOWERS if ours.boxes == model.boxes else (*_TOWERS, *_BOX_HEAD)
     rest = lambda named: {name: x for name, x in named.items() if not name.startswith(other)}
-    towers.check_shapes(rest(flat), rest(shapes), {})
-    return rest(flat)
+    with prefixed(f"{path}: "):
+        raise_any(towers.differences("decoder", ours.decoder, model.decoder, _NOT_COMPARED))
+        unknown = sorted(rest(flat).keys() - shapes.keys())
+        raise_any([f"{name} is not part of the model" for name in unknown])
+        return tables.read([Row(name, name) for name in flat], flat, rest(shapes))
 
 
 def _read_ours(path: str) -> tuple[config_lib.Model, dict[str, np.ndarray]]:
@@ -178,19 +175,27 @@ def _read_ours(path: str) -> tuple[config_lib.Model, dict[str, np.ndarray]]:
 
 def _load_tower(config, which: str, path: str, shapes) -> Loaded:
     model = config.model
-    tower, unused = _read(model, which, path)
+    tower, state = _read(model, which, path)
     wanted = getattr(model, which)
     ignored = {"pool", "projection"} if which == "image" and model.decoder is not None else set()
+    # The checkpoint's tower alone, with its pooling head and projection.
+    alone = dataclasses.replace(
+        model, decoder=None, boxes=config_lib.BoxHead(), **{which: tower.config}
+    )
+    of_tower = _own(which, alone, grain.parameter_shapes(alone))
     with prefixed(f"{path}: "):
         raise_any(towers.differences(which, tower.config, wanted, ignored))
         # An unused entry of the tower itself would change its outputs.
-        raise_any([f"{x}: unknown key" for x in unused if x.startswith(tower.prefix)])
-    expected = _own(which, model, shapes)
-    params = _own(which, model, tower.params)
-    # A set: query, key and value may share an entry.
-    unused = unused + sorted({tower.theirs[name] for name in tower.params if name not in params})
+        unknown = sorted(state.keys() - tables.used(tower.rows, of_tower))
+        raise_any([f"{x}: unknown key" for x in unknown if x.startswith(tower.prefix)])
+        own = _own(which, model, of_tower)
+        missing = sorted(_own(which, model, shapes).keys() - own.keys())
+        raise_any([f"{name}: missing" for name in missing])
+        if which == "image":
+            state = towers.with_class_position(state, tower)
+        params = tables.read(tower.rows, state, own)
+    unused = sorted(state.keys() - tables.used(tower.rows, own))
     resized = _resize_positions(config, which, params)
-    towers.check_shapes(params, expected, tower.theirs)
     report = [f"init.{which}: {len(params)} arrays from {path}", *resized]
     report += [f"init.{which}: ASSUMED {words}" for words in tower.assumed]
     if which == "text":
@@ -244,32 +249,25 @@ def _own(which: str, model: config_lib.Model, named: dict[str, Any]) -> dict[str
     return {name: value for name, value in named.items() if name.startswith(prefixes)}
 
 
-def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, list[str]]:
-    """The tower in a checkpoint of any format, and the entries that are not part of it."""
+def _read(model: config_lib.Model, which: str, path: str) -> tuple[Tower, Mapping[str, np.ndarray]]:
+    """The tower in a checkpoint of any format, and the arrays of the checkpoint."""
     wanted = getattr(model, which)
-    settings = towers.Settings(
-        heads={which: wanted.heads}, activation={which: wanted.activation}, pad_id=None
-    )
+    settings = towers.Settings({which: wanted.heads}, {which: wanted.activation})
     folder = epath.Path(path)
     if folder.is_dir() and any((folder / x).is_dir() for x in ("params", "checkpoints", "state")):
         ours, flat = _read_ours(path)
-        params = _own(which, ours, flat)
-        names = {name: name for name in params}
-        tower = Tower(getattr(ours, which), params, names, (), prefix=f"{which}/")
-        return tower, sorted(flat.keys() - params.keys())
+        return Tower(getattr(ours, which), [Row(x, x) for x in flat], f"{which}/"), flat
     if named.is_external(wanted.tower):
         raise ConvertError(
             f"model.{which}.tower: got {wanted.tower}, but only the built-in towers can start from {path}: the"
             f" image tower {', '.join(built_in.IMAGE)}, the text tower {', '.join(built_in.TEXT)}"
         )
+    package: Any = (open_clip, open_clip_towers)
     if big_vision.is_path(path):
-        stored = big_vision.read(path)
-        tower = (import_image if which == "image" else import_text)(stored, settings)
-        return tower, big_vision.unused(stored, tower)
-    stored = open_clip.read(path)
-    module = image_tower if which == "image" else text_tower
-    tower = module.import_tower(stored, settings)
-    return tower, open_clip.unused(stored, tower)
+        package = (big_vision, big_vision_towers)
+    files, importers = package
+    stored = files.read(path)
+    return getattr(importers, f"import_{which}")(stored, settings), stored.state
 
 
 def _replace(params: Any, shardings: Any, loaded: dict[str, np.ndarray]) -> Any:

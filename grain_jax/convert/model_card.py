@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.convert import parity
+from grain_jax.convert import parity, towers
 from grain_jax.files import regular_file
 from grain_jax.runtime import checkpoint, metrics_file
 
@@ -58,18 +58,22 @@ def write(
       has_tokenizer: whether the folder has one.
       repo: ORG/NAME on the Hub, for the code that loads the model.
     """
-    context_length, vocab_size = model.text.context_length, model.text.vocab_size
     assert model.decoder is not None  # to-hf refuses a model without one
     lines = [_USE.replace("FOLDER", repo or "FOLDER")]
     if repo:
         lines += ["", f'In JAX: `grain_jax.load("hf://{repo}")`.']
     if not has_tokenizer:
         lines.append(
-            f"There is no tokenizer: the vocabulary has {vocab_size} ids. Give the model token ids, and process"
+            f"There is no tokenizer: the vocabulary has {model.text.vocab_size} ids. Give the model token ids, and process"
             " images with `AutoImageProcessor`."
         )
-    lines += ["", "## Model", "", *_table(("part", ""), _parts(model, model.decoder)), ""]
-    lines += ["## Data and training", ""]
+    lines += ["", "## Model", "", "```", *towers.describe(model, {}), "```"]
+    if model.boxes.kind != "none":
+        lines.append(
+            f"A box head, {model.boxes.kind}: `get_boxes(pixels, boxes)` embeds given boxes, `similarity_maps(pixels,"
+            " texts)` shows where texts lie."
+        )
+    lines += ["", "## Data and training", ""]
     if "optim" in run.config:
         lines += _table(("", ""), _training(run, losses))
     elif run.source:
@@ -79,7 +83,7 @@ def write(
     lines += ["", "## Evaluation", ""]
     if run.metrics:
         lines += [f"During training, at step {run.measured_at}:", ""]
-        measured = [(name, _number(value)) for name, value in sorted(run.metrics.items())]
+        measured = [(name, f"{value:.4g}") for name, value in sorted(run.metrics.items())]
         lines += _table(("metric", "value"), measured)
     else:
         lines.append("The run evaluated nothing. Evaluate the model before you rely on it.")
@@ -90,7 +94,7 @@ def write(
     lines += [
         f"- The model predicts {model.decoder.queries} regions for every image, also where there is no object.",
         "- Images are resized to a square without keeping the aspect ratio; small objects may disappear.",
-        f"- Texts are cut to {context_length} tokens. Scores are cosine similarities, not probabilities.",
+        f"- Texts are cut to {model.text.context_length} tokens. Scores are cosine similarities, not probabilities.",
         "- Captions and descriptions of such training sets come from the web and from other models. Their errors,"
         " gaps and biases are in this model. Do not use it for decisions about people.",
         "",
@@ -139,46 +143,10 @@ def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> list[str]:
     return [f"| {' | '.join(header)} |", rule, *(f"| {key} | {value} |" for key, value in rows)]
 
 
-def _parts(model: config_lib.Model, decoder: config_lib.RegionDecoder) -> list[tuple[str, str]]:
-    image, text = model.image, model.text
-    return [
-        (
-            "image tower",
-            f"{image.image_size} px, patch {image.patch_size}, width {image.width}, depth {image.depth},"
-            f" {image.heads} heads, {image.activation}{', qk-norm' if image.qk_norm else ''}",
-        ),
-        (
-            "text tower",
-            f"width {text.width}, depth {text.depth}, {text.heads} heads, context {text.context_length},"
-            f" vocabulary {text.vocab_size}",
-        ),
-        (
-            "region decoder",
-            f"{decoder.queries} regions, width {decoder.width}, depth {decoder.depth}, {decoder.heads} heads",
-        ),
-        (
-            "embedding",
-            f"{model.embed_dim}; of an image: "
-            + ("the sum of all queries" if decoder.image_pool == "all" else "the image query"),
-        ),
-        *_box_head(model.boxes),
-    ]
-
-
-def _box_head(head: config_lib.BoxHead) -> list[tuple[str, str]]:
-    if head.kind == "none":
-        return []
-    use = "`get_boxes(pixels, boxes)` embeds given boxes, `similarity_maps(pixels, texts)` shows where texts lie"
-    return [("box head", f"{head.kind}; {use}")]
-
-
 def _training(run: Run, losses: Mapping[str, Any]) -> list[tuple[str, str]]:
     config = run.config
-    length = f"{config['total_steps']} steps"
-    if config.get("total_steps") is None:
-        length = f"{config['total_epochs']:g} epochs"
-    decay = config["ema_decay"]
-    optim = config["optim"]
+    decay, optim, steps = config["ema_decay"], config["optim"], config.get("total_steps")
+    length = f"{steps} steps" if steps is not None else f"{config['total_epochs']:g} epochs"
     return [
         ("data set", config["input"]["name"] or config["input"]["source"]),
         ("length", f"{length}; these weights are of step {run.step}"),
@@ -188,7 +156,3 @@ def _training(run: Run, losses: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("activation dtype", config["dtype"]),
         *((f"loss: {key}", str(value)) for key, value in losses.items()),
     ]
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

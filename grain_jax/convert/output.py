@@ -1,5 +1,7 @@
 """Where a conversion writes its model."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -29,6 +31,18 @@ def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
     return path
 
 
+@contextlib.contextmanager
+def writing(path: epath.PathLike) -> Iterator[None]:
+    """A fault of the system inside is a ConvertError of one line, also where TensorStore wraps it in a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        fault = errors.of_system(error)
+        if fault is None:
+            raise
+        raise ConvertError(f"{path}: cannot be written: {fault}") from error
+
+
 def save(
     folder: epath.Path,
     model: config_lib.Model,
@@ -41,10 +55,5 @@ def save(
     Raises:
       ConvertError: the folder cannot be written.
     """
-    try:
+    with writing(folder):
         checkpoint.save_model(folder, model, params, source=str(source), parity=proof.verdict)
-    except Exception as error:  # TensorStore raises ValueErrors
-        fault = errors.of_system(error)
-        if fault is None:
-            raise
-        raise ConvertError(f"{folder}: cannot be written: {fault}") from error

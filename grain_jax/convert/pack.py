@@ -49,12 +49,11 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     )
     proof = parity.report(found, f"{read_from} in float32", given)
     output.save(folder, model, packed, source, proof)
-    lines = [
+    return proof.after(
         f"pack: {read_from} -> {folder}",
         f"{trained.sum():,} of {len(trained):,} tokens were trained; the embeddings of the others are zeros",
         f"{sum(x.size for x in jax.tree.leaves(packed)):,} values, bfloat16",
-    ]
-    return proof._replace(text="\n".join([*lines, "", proof.text]))
+    )
 
 
 def _trained_tokens(folder: epath.Path, model: config_lib.Model) -> np.ndarray:

@@ -28,7 +28,7 @@ class ParityError(errors.UserError):
 class Inputs(NamedTuple):
     """The inputs of both sides."""
 
-    images: np.ndarray  # float32 [N, S, S, 3], normalised
+    images: np.ndarray  # float32 [N, S, S, 3], normalised; or uint8
     token_ids: np.ndarray  # int32 [N, L]: start (V - 2), words, end (V - 1), zeros
 
 
@@ -53,6 +53,10 @@ class Report(NamedTuple):
     ok: bool
     verdict: str  # "PROVEN", "FAILED" or "NOT PROVEN", stored in the converted folder
     comparisons: tuple[Comparison, ...] = ()
+
+    def after(self, *lines: str) -> "Report":
+        """The report with these lines before it."""
+        return self._replace(text="\n".join([*lines, "", self.text]))
 
 
 def inputs(
@@ -86,18 +90,21 @@ def inputs_of(model: config_lib.Model) -> Inputs:
 
 
 def outputs(model: config_lib.Model, params: Any, given: Inputs) -> dict[str, np.ndarray]:
+    """`outputs_of` a model with its parameters, in float32."""
+    return outputs_of(inference.Predictor(model, params), given)
+
+
+def outputs_of(predictor: inference.Predictor, given: Inputs) -> dict[str, np.ndarray]:
     """The outputs of our model: image_embed, text_embed; region_embed, boxes_xyxy and box_embed where it has them."""
-    predictor = inference.Predictor(model, params)
     out = {"text_embed": predictor.encode_text(given.token_ids)}
-    if model.boxes.kind != "none":
+    if predictor.model.boxes.kind != "none":
         boxes = np.repeat(BOXES[None], len(given.images), axis=0)
         out["box_embed"] = np.stack(predictor.encode_boxes(given.images, boxes))
-    if model.decoder is None:
+    if not predictor.has_regions:
         return out | {"image_embed": predictor.encode_image(given.images)}
     image_embed, regions = predictor.encode_image_and_regions(given.images)
-    return out | dict(
-        image_embed=image_embed, region_embed=regions.embed, boxes_xyxy=regions.boxes_xyxy
-    )
+    of_regions = dict(region_embed=regions.embed, boxes_xyxy=regions.boxes_xyxy)
+    return out | of_regions | {"image_embed": image_embed}
 
 
 def compare(
@@ -158,11 +165,16 @@ def report(comparisons: list[Comparison], other_side: str, given: Inputs | None 
 
 
 def not_proven(params: Any, why: str) -> Report:
-    """The report without another side: names, shapes and norms of a nested dict of arrays, and the reason."""
+    """The report without another side: the table of the parameters, and the reason."""
+    text = "\n".join([*table(params), f"parity: {NOT_PROVEN}. {why}"])
+    return Report(text, True, NOT_PROVEN)
+
+
+def table(params: Any) -> list[str]:
+    """Names, shapes and norms of a nested dict of arrays, a line each."""
     lines = [f"{'parameter':55} {'shape':24} {'norm':>12}"]
     for path, leaf in tree_util.tree_flatten_with_path(params)[0]:
         name = tree_util.keystr(path, simple=True, separator="/")
         norm = np.linalg.norm(np.asarray(leaf, np.float64))
         lines.append(f"{name:55} {str(tuple(np.shape(leaf))):24} {norm:12.6g}")
-    lines.append(f"parity: {NOT_PROVEN}. {why}")
-    return Report("\n".join(lines), True, NOT_PROVEN)
+    return lines

@@ -1,19 +1,20 @@
-"""Third-party towers: the parts that the importers of open_clip's and big_vision's checkpoints share.
+"""Third-party towers: what the importers of open_clip's, big_vision's and the reference's checkpoints share.
 
-An importer gives a `Tower`: a config and arrays under our names. Two of them become a two-tower model here;
-`initialise` puts them into a training state. Every array of the checkpoint is accounted for.
+An importer finds the table of a tower and what its package states; the sizes are read off the entries here. Two towers
+become a model, `initialise` takes one. Every array of the checkpoint is accounted for.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.convert import layouts
+from grain_jax.convert import tables
 from grain_jax.convert.faults import ConvertError, raise_any
+from grain_jax.convert.tables import Entries, Row
 from grain_jax.models import grain
 
 TOWERS = ("image", "text")
@@ -21,35 +22,21 @@ Config = TypeVar("Config", config_lib.ImageTower, config_lib.TextTower)
 T = TypeVar("T")
 # Config fields that may differ from the checkpoint's: initialisation, speed, sizes that are resized, tokenizer.
 _NOT_COMPARED = {
-    "position_init",
-    "position_period",
-    "block_init",
-    "unroll",
-    "image_size",
-    "context_length",
-    "tokenizer",
-    "cleaning",
-    "pad_id",
+    *("position_init", "position_period", "block_init", "unroll"),
+    *("image_size", "context_length", "tokenizer", "cleaning", "pad_id"),
 }
-
-
-class Row(NamedTuple):
-    """A parameter of ours and the checkpoint's entry, or part of an entry, that holds it."""
-
-    ours: str
-    theirs: str  # "{}" is the layer
-    layout: layouts.Layout = layouts.SAME
-    part: tuple[int, int] = (0, 1)  # (index, number of parts that the entry stacks)
+CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SIGLIP_PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+_HEAD_SIZES = {1152: 72, 1536: 96}  # of SigLIP's So400m and g-opt; all others have heads of 64
 
 
 class Tower(NamedTuple, Generic[Config]):
     """A tower of a checkpoint."""
 
     config: Config
-    params: dict[str, np.ndarray]  # our flat names ("image/blocks/norm_1/scale") -> float32
-    theirs: dict[str, str]  # our flat names -> the checkpoint's
-    assumed: tuple[str, ...]  # assumptions where the checkpoint is silent, for the report
+    rows: Sequence[Row]  # its table, the pooling head and the projection included
     prefix: str  # of the checkpoint's names; names with it belong to this tower
+    assumed: Sequence[str] = ()  # assumptions where the checkpoint is silent, for the report
 
 
 class Settings(NamedTuple):
@@ -57,7 +44,16 @@ class Settings(NamedTuple):
 
     heads: Mapping[str, int | None] = {}
     activation: Mapping[str, str | None] = {}
-    pad_id: int | None = None
+
+
+class Stated(NamedTuple):
+    """What a package, or a config beside the weights, says of a tower."""
+
+    norm_eps: float
+    fallback: str  # activation where neither config nor flag states it
+    activation: str | None = None
+    heads: int | None = None
+    pool: str = "none"  # without a pooling head
 
 
 def settled(what: str, given: T | None, stated: T | None) -> T | None:
@@ -67,154 +63,240 @@ def settled(what: str, given: T | None, stated: T | None) -> T | None:
     return stated if given is None else given
 
 
-def arrange(
-    state: Mapping[str, np.ndarray], rows: Sequence[Row], depth: int, sizes: layouts.Sizes
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The entries of `rows` as our arrays, layers stacked, and each array's name in the checkpoint.
+def settle_heads(
+    which: str,
+    width: int,
+    stated: int | None,
+    settings: Settings,
+    assumed: list[str],
+    usual: int | None,
+) -> int:
+    """The number of heads of a tower; adds a line to `assumed` where the checkpoint does not state it.
 
     Raises:
-      ConvertError: entries that are missing, not finite, or of a wrong shape; a line each.
+      ConvertError: flag and checkpoint differ, nothing tells them, or they do not divide the width.
     """
-    out, theirs, faults = {}, {}, []
-    for row in rows:
-        layered = "{}" in row.theirs
-        parts = []
-        for name in [row.theirs.format(i) for i in range(depth)] if layered else [row.theirs]:
-            if name not in state:
-                faults.append(f"{name}: missing")
-                continue
-            array = np.asarray(state[name], np.float32)
-            if not np.isfinite(array).all():
-                faults.append(f"{name}: holds values that are not finite")
-                continue
-            which, count = row.part
-            try:
-                array = np.split(array, count)[which] if count > 1 else array
-                part = np.asarray(row.layout.ours(array, sizes), order="C")
-                fits = row.layout.theirs(part, sizes).shape == array.shape
-            except (ValueError, IndexError):
-                fits = False
-            if fits:
-                parts.append(part)
-            else:
-                faults.append(
-                    f"{name}: got shape {state[name].shape}, which does not fit {row.ours}"
-                )
-        if len({part.shape for part in parts}) > 1:
-            faults.append(f"{row.theirs}: layers of different shapes")
-        elif parts:
-            out[row.ours] = np.stack(parts) if layered else parts[0]
-            theirs[row.ours] = row.theirs
-    raise_any(faults)
-    return out, theirs
+    heads = settled(f"{which} heads", settings.heads.get(which), stated)
+    if heads is None:
+        if usual is None:
+            raise ConvertError(
+                f"--{which}-heads: must be given; a width of {width} does not tell the number of heads"
+            )
+        heads = usual
+        assumed.append(f"{heads} heads; --{which}-heads says otherwise")
+    elif stated is None and heads != usual is not None:  # any divisor fits the arrays
+        assumed.append(f"{heads} heads, as told; towers of width {width} have {usual} as a rule")
+    if heads < 1 or width % heads:
+        raise ConvertError(f"{which} heads: got {heads}, expected a divisor of the width {width}")
+    return heads
 
 
-def side_of_grid(name: str, positions: int, class_token: bool) -> int:
-    """The side of the square grid of `positions`, which may include one for the class token.
+def _settle(
+    which: str, width: int, stated: Stated, settings: Settings, assumed: list[str]
+) -> dict[str, Any]:
+    """Heads, activation and norm epsilon of a tower; adds lines to `assumed`."""
+    usual = max(width // _HEAD_SIZES.get(width, 64), 1)
+    heads = settle_heads(which, width, stated.heads, settings, assumed, usual)
+    given = settings.activation.get(which)
+    activation = settled(f"{which} activation", given, stated.activation)
+    if activation is None:
+        activation = stated.fallback
+        assumed.append(f"activation {activation}; --{which}-activation says otherwise")
+    elif stated.activation is None and activation != stated.fallback:
+        rule = f"such towers have {stated.fallback} as a rule"
+        assumed.append(f"activation {activation}, as told; {rule}")
+    if activation not in config_lib.ACTIVATIONS:
+        raise ConvertError(
+            f"{which} activation: got {activation!r}, expected one of"
+            f" {', '.join(config_lib.ACTIVATIONS)}"
+        )
+    return dict(heads=heads, activation=activation, norm_eps=stated.norm_eps)
+
+
+def _projection(there: Entries, name: str) -> str:
+    if f"{name}/kernel" not in there:
+        return "none"
+    return "affine" if f"{name}/bias" in there else "matrix"
+
+
+def image_sizes(there: Entries) -> dict[str, Any]:
+    """The fields of `config.ImageTower` that the shapes of a checkpoint tell.
 
     Raises:
-      ConvertError: not a square.
+      ConvertError: an entry that gives a size is missing or has another number of axes.
     """
-    for extra in (0, 1) if class_token else (0,):
-        side = math.isqrt(positions - extra)
-        if side * side == positions - extra:
-            return side
-    raise ConvertError(f"{name}: got {positions} positions, expected a square")
+    (width,) = there.shape("image/norm/scale", 1)
+    patch = math.isqrt(math.prod(there.shape("image/patch_embed/kernel", 2, 4)) // 3 // width)
+    class_token = "image/class_token" in there
+    positions = there.shape("image/position_embed", 2, 3)[-2]
+    grid = math.isqrt(positions)
+    if class_token and grid * grid != positions:
+        grid = math.isqrt(positions - 1)
+    if positions - grid * grid not in (0, int(class_token)):
+        name = there.name("image/position_embed")
+        raise ConvertError(f"{name}: got {positions} positions, expected a square")
+    return dict(
+        image_size=grid * patch,
+        patch_size=patch,
+        width=width,
+        depth=there.depth("image/blocks/norm_1/scale"),
+        mlp_dim=there.shape("image/blocks/mlp/in/bias", 1)[0],
+        qk_norm="image/blocks/attention/query_norm/scale" in there,
+        class_token=class_token,
+        patch_bias="image/patch_embed/bias" in there,
+        pre_norm="image/pre_norm/scale" in there,
+        projection=_projection(there, "image_projection"),
+        position_init="normal",
+        position_period=1e4,
+        unroll=1,
+    )
 
 
-def with_class_position(positions: np.ndarray, grid: int, class_token: bool) -> np.ndarray:
-    """Positions [grid * grid (+ 1), E] with a row for the class token: zeros where it is missing, as in big_vision."""
-    missing = class_token and len(positions) == grid * grid
-    return np.concatenate([np.zeros_like(positions[:1]), positions]) if missing else positions
+def text_sizes(there: Entries) -> dict[str, Any]:
+    """The fields of `config.TextTower` that the shapes of a checkpoint tell; raises as `image_sizes`."""
+    vocab, width = there.shape("text/token_embed/embedding", 2)
+    return dict(
+        vocab_size=vocab,
+        context_length=there.shape("text/position_embed", 2, 3)[-2],
+        width=width,
+        depth=there.depth("text/blocks/norm_1/scale"),
+        mlp_dim=there.shape("text/blocks/mlp/in/bias", 1)[0],
+        projection=_projection(there, "text_projection"),
+        unroll=1,
+    )
 
 
-def scalars(state: Mapping[str, np.ndarray], theirs: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """`logit_scale`, in log space, and `logit_bias` if the checkpoint has one; float32 [].
+def image_tower(
+    state: Mapping[str, np.ndarray],
+    rows: Sequence[Row],
+    stated: Stated,
+    settings: Settings,
+    assumed: list[str],
+    pixels: Any,
+) -> config_lib.ImageTower:
+    """The image tower of a checkpoint; adds lines to `assumed`.
 
     Args:
-      state: the checkpoint's arrays.
-      theirs: our two names -> the checkpoint's.
+      state: the arrays.
+      rows: the table of the tower.
+      stated: what its package says.
+      settings: what the command line says.
+      assumed: assumptions, for the report.
+      pixels: mean and standard deviation; None: as CLIP, or as SigLIP where there is its pooling head.
 
     Raises:
-      ConvertError: the scale is missing, or a value is not one finite number.
+      ConvertError: entries that are missing, or contradict what is stated or given.
     """
-    out, faults = {}, []
-    for ours, name in theirs.items():
-        if name in state:
-            value = np.asarray(state[name], np.float32)
-            if value.size != 1 or not np.isfinite(value).all():
-                faults.append(f"{name}: got {value.tolist()}, expected one finite number ({ours})")
-            else:
-                out[ours] = value.reshape(())
-        elif ours == "logit_scale":
-            faults.append(f"{name}: missing; expected a model of two towers, with its {ours}")
-    raise_any(faults)
-    return out
+    there = Entries(state, rows)
+    sizes = image_sizes(there)
+    has_pool = "image_pool/probe" in there
+    if pixels is None:
+        pixels = SIGLIP_PIXELS if has_pool else CLIP_PIXELS
+        family = "SigLIP" if has_pool else "CLIP"
+        assumed.append(f"pixels normalised as {family} does, mean {pixels[0]}")
+    return config_lib.ImageTower(
+        **sizes,
+        **_settle("image", sizes["width"], stated, settings, assumed),
+        block_init="trunc_normal",
+        pool="map" if has_pool else stated.pool,
+        pixel_mean=tuple(pixels[0]),
+        pixel_std=tuple(pixels[1]),
+    )
+
+
+def text_tower(
+    state: Mapping[str, np.ndarray],
+    rows: Sequence[Row],
+    stated: Stated,
+    settings: Settings,
+    assumed: list[str],
+    **reading: Any,
+) -> config_lib.TextTower:
+    """The text tower of a checkpoint; `reading`: causal, tokenizer, cleaning, pad_id. The rest as `image_tower`."""
+    there = Entries(state, rows)
+    sizes = text_sizes(there)
+    return config_lib.TextTower(
+        **sizes,
+        **_settle("text", sizes["width"], stated, settings, assumed),
+        pool="map" if "text_pool/probe" in there else stated.pool,
+        **reading,
+    )
 
 
 def two_tower_model(
+    state: Mapping[str, np.ndarray],
     image: Tower[config_lib.ImageTower],
     text: Tower[config_lib.TextTower],
-    scalars: Mapping[str, np.ndarray],
+    scalars: Mapping[str, str],
 ) -> tuple[config_lib.Model, dict]:
-    """The model of two towers, and its parameters as a nested dict.
+    """The model of the two towers of a checkpoint, and its parameters as a nested dict.
+
+    Args:
+      state: all arrays of the checkpoint.
+      image: its image tower.
+      text: its text tower.
+      scalars: "logit_scale" (in log space) and "logit_bias" -> their names in the checkpoint; the second may be missing.
 
     Raises:
-      ConvertError: arrays that are missing, not part of the model, or of another shape; a line each.
+      ConvertError: arrays that are missing, not part of the model, not finite, or of another shape; a line each.
       config.ConfigError: sizes that are no model's.
     """
     width = {
-        tower.params[f"{which}_projection/kernel"].shape[-1]
+        Entries(state, tower.rows).width(f"{which}_projection/kernel")
         if tower.config.projection != "none"
         else tower.config.width
         for which, tower in zip(TOWERS, (image, text))
     }
     if len(width) > 1:
         raise ConvertError(f"the towers' embeddings have different widths, {sorted(width)}")
-    bias = scalars.get("logit_bias")
+    numbers = _numbers(state, scalars)
     model = config_lib.Model(
         embed_dim=width.pop(),
-        logit_scale_init=float(np.clip(np.exp(np.minimum(scalars["logit_scale"], 88)), 1, 100)),
-        logit_bias_init=None if bias is None else float(bias),
+        logit_scale_init=float(np.clip(np.exp(min(numbers["logit_scale"], 88)), 1, 100)),
+        logit_bias_init=numbers.get("logit_bias"),
         image=image.config,
         text=text.config,
         decoder=None,
     )
     model = config_lib.model_from_dict(dataclasses.asdict(model))
-    found = {**image.params, **text.params, **scalars}
-    check_shapes(found, grain.parameter_shapes(model), {**image.theirs, **text.theirs})
-    params: dict = {}
-    for name, array in found.items():
-        layouts.put(params, name, array)
-    return model, params
+    shapes = grain.parameter_shapes(model)
+    rows = [*image.rows, *text.rows, *(Row(ours, name) for ours, name in scalars.items())]
+    state = {**state, **{scalars[x]: np.array(value, np.float32) for x, value in numbers.items()}}
+    params = tables.read(rows, with_class_position(state, image), shapes)
+    unknown = sorted(state.keys() - tables.used(rows, shapes))
+    raise_any([f"{name}: unknown key" for name in unknown])
+    return model, tables.nested(params)
 
 
-def check_shapes(
-    found: Mapping[str, np.ndarray],
-    expected: Mapping[str, tuple[int, ...]],
-    theirs: Mapping[str, str],
-) -> None:
-    """Raises ConvertError with a line for each array that is missing, unexpected, or of another shape."""
-    faults = [f"{name}: missing" for name in sorted(expected.keys() - found.keys())]
-    faults += [
-        f"{theirs.get(name, name)}: {name} is not part of the model"
-        for name in sorted(found.keys() - expected.keys())
-    ]
-    for name in sorted(found.keys() & expected.keys()):
-        if found[name].shape != tuple(expected[name]):
-            faults.append(
-                f"{theirs.get(name, name)}: got {name} of shape {found[name].shape}, expected"
-                f" {tuple(expected[name])}"
-            )
+def with_class_position(
+    state: Mapping[str, np.ndarray], tower: Tower[config_lib.ImageTower]
+) -> Mapping[str, np.ndarray]:
+    """`state` with a position of zeros for a class token that has none, as in big_vision and some models of timm."""
+    name = Entries(state, tower.rows).name("image/position_embed")
+    if not tower.config.class_token or name not in state:
+        return state
+    positions = state[name]
+    if math.isqrt(positions.shape[-2]) ** 2 != positions.shape[-2]:
+        return state
+    return {**state, name: np.concatenate([0 * positions[..., :1, :], positions], axis=-2)}
+
+
+def _numbers(state: Mapping[str, np.ndarray], scalars: Mapping[str, str]) -> dict[str, float]:
+    out, faults = {}, []
+    for ours, name in scalars.items():
+        if name in state:
+            value = np.asarray(state[name], np.float32)
+            if value.size != 1 or not np.isfinite(value).all():
+                faults.append(f"{name}: got {value.tolist()}, expected one finite number ({ours})")
+            else:
+                out[ours] = float(value.reshape(()))
+        elif ours == "logit_scale":
+            faults.append(f"{name}: missing; expected a model of two towers, with its {ours}")
     raise_any(faults)
+    return out
 
 
-def differences(
-    part: str,
-    got: config_lib.ImageTower | config_lib.TextTower | config_lib.RegionDecoder,
-    wanted,
-    ignored: set[str],
-) -> list[str]:
+def differences(part: str, got: Any, wanted: Any, ignored: set[str]) -> list[str]:
     """A line for each field in which a checkpoint's tower or decoder differs from the config."""
     noun = "tower" if part in TOWERS else part
     return [
@@ -226,22 +308,23 @@ def differences(
     ]
 
 
-def describe(
-    model: config_lib.Model,
-    image: Tower[config_lib.ImageTower],
-    text: Tower[config_lib.TextTower],
-) -> list[str]:
-    """The lines of the report about two towers and the assumptions in them."""
-    i, t = image.config, text.config
-    lines = [
+def describe(model: config_lib.Model, assumed: Mapping[str, Sequence[str]]) -> list[str]:
+    """The lines of the report about the parts of a model and the assumptions in them, by part."""
+    i, t, d = model.image, model.text, model.decoder
+    decoder = "no region decoder"
+    if d is not None:
+        pool = "the sum of all queries" if d.image_pool == "all" else "the image query"
+        decoder = (
+            f"of an image: {pool}; decoder {d.queries} + 1 queries, width {d.width}, depth {d.depth}, heads {d.heads},"
+            f" MLP {d.mlp_dim}"
+        )
+    return [
         f"image    {i.image_size} px, patch {i.patch_size}, width {i.width}, depth {i.depth}, heads"
         f" {i.heads}, MLP {i.mlp_dim} {i.activation}, pool {i.pool}, pre-norm {'yes' if i.pre_norm else 'no'},"
-        f" norm epsilon {i.norm_eps:g}",
+        f" qk-norm {'yes' if i.qk_norm else 'no'}, norm epsilon {i.norm_eps:g}",
         f"text     vocabulary {t.vocab_size}, context {t.context_length}, width {t.width}, depth {t.depth},"
         f" heads {t.heads}, MLP {t.mlp_dim} {t.activation}, {'causal' if t.causal else 'bidirectional'},"
         f" pool {t.pool}, norm epsilon {t.norm_eps:g}",
-        f"embedding {model.embed_dim}; no region decoder",
+        f"embedding {model.embed_dim}; {decoder}",
+        *(f"ASSUMED  {part}: {words}" for part, lines in assumed.items() for words in lines),
     ]
-    for name, tower in zip(TOWERS, (image, text)):
-        lines += [f"ASSUMED  {name}: {words}" for words in tower.assumed]
-    return lines

@@ -103,9 +103,9 @@ def _suite(args: argparse.Namespace) -> int:
 
 
 def _one(args: argparse.Namespace) -> int:
-    predictions = getattr(args, "predictions", None)
-    if predictions:
-        predictions = processes.run_together(lambda: _output(predictions, "--predictions"))
+    wanted, predictions = getattr(args, "predictions", None), None
+    if wanted:
+        predictions = processes.run_together(lambda: _output(wanted, "--predictions"))
     output, entry = processes.run_together(lambda: (_output(args.output), _entry(args)))
     processes.run_together(lambda: saved_model.find(args.checkpoint))
     processes.run_together(entry.check)  # before the checkpoint is read

@@ -99,7 +99,7 @@ def read_arrays(folder: epath.Path, only: str | None = None) -> Any:
         )
 
 
-def fault_of(error: Exception) -> str:
+def fault_of(error: BaseException) -> str:
     """In a line, what makes a checkpoint unreadable: whatever a reader makes of bytes that nobody wrote."""
     _silence_half_read()
     while error.__cause__ is not None:  # Orbax wraps what TensorStore says

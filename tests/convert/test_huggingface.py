@@ -20,7 +20,6 @@ import grain_jax
 from grain_jax.convert import huggingface, model_card, parity
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import names
-from grain_jax.convert.reference.sizes import sizes_of
 from grain_jax.files import images
 from grain_jax.inference import scores
 from grain_jax.input_pipeline import clip_tokenizer
@@ -125,75 +124,44 @@ def test_from_hf_gives_identical_arrays(converted, tmp_path, capsys):
     ours, hf = converted
     assert main(["from-hf", "--input", str(hf), "--output", str(tmp_path / "back")]) == 0
     assert capsys.readouterr().out.rstrip().endswith("parity: PROVEN")
-    model, params, _ = checkpoint.load_model(ours)
-    again, back, _ = checkpoint.load_model(tmp_path / "back")
+    (model, params, _), (again, back, _) = map(checkpoint.load_model, (ours, tmp_path / "back"))
     assert again == model
-    sizes = sizes_of(model)
-    for module, state in names.state_dicts(params, sizes).items():
-        for name, array in names.state_dicts(back, sizes)[module].items():
-            np.testing.assert_array_equal(array, state[name], err_msg=name)
-
-
-def test_a_sigmoids_bias_goes_both_ways(tmp_path):
-    model = perturbed.tiny(logit_bias_init=-10.0)
-    params = perturbed.params(model)
-    assert params["logit_bias"] not in (0, -10)
-    checkpoint.save_model(tmp_path / "ours", model, params)
-    report = huggingface.to_hf(tmp_path / "ours", tmp_path / "hf")
-    assert report.verdict == "PROVEN" and "\nlogit_bias " in report.text
-    module = transformers.AutoModel.from_pretrained(tmp_path / "hf", **REMOTE)
-    assert module.config.losses["contrast"] == "sigmoid"
-    huggingface.from_hf(tmp_path / "hf", tmp_path / "back")
-    again, back, _ = checkpoint.load_model(tmp_path / "back")
-    assert again == model and back["logit_bias"] == params["logit_bias"]
-
-
-def test_what_transformers_saves_comes_back(small, tmp_path):
-    """A folder that was trained on in torch: another weight, saved by transformers."""
-    _, hf = small
-    model = transformers.AutoModel.from_pretrained(hf, **REMOTE)
-    with torch.no_grad():
-        model.decoder.img_proj += 0.25
-    model.save_pretrained(tmp_path / "tuned")
-    report = huggingface.from_hf(tmp_path / "tuned", tmp_path / "back")
-    assert report.verdict == "PROVEN"
-    _, params, _ = checkpoint.load_model(tmp_path / "back")
-    kernel = params["image_projection"]["kernel"]
-    np.testing.assert_array_equal(kernel, model.decoder.img_proj.detach().numpy())
+    jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
 def as_stored(folder):
-    return names.state_dicts(checkpoint.load_model(folder)[1], sizes_of(perturbed.tiny()))
+    """The arrays of a folder of ours under transformers' names."""
+    states = names.state_dicts(checkpoint.load_model(folder)[1])
+    return {f"{m}.{name}": array for m, state in states.items() for name, array in state.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_comes_back_as_it_is(small, tmp_path, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_transformers_saves_comes_back(small, tmp_path, capsys, dtype):
+    """Trained on in torch: another weight, in that precision, in one file or several."""
     model = transformers.AutoModel.from_pretrained(small[1], dtype=dtype, **REMOTE)
-    model.save_pretrained(tmp_path / "half")
-    assert huggingface.from_hf(tmp_path / "half", tmp_path / "back").verdict == "PROVEN"
+    with torch.no_grad():
+        model.decoder.img_proj += 0.25
+    size = "100kB" if dtype == torch.float32 else "1GB"
+    model.save_pretrained(tmp_path / "tuned", max_shard_size=size)
+    assert huggingface.from_hf(tmp_path / "tuned", tmp_path / "back").verdict == "PROVEN"
     back = as_stored(tmp_path / "back")
     for name, tensor in model.state_dict().items():
-        module, _, rest = name.partition(".")
-        np.testing.assert_array_equal(back[module][rest], tensor.float().numpy(), err_msg=name)
+        np.testing.assert_array_equal(back[name], tensor.float().numpy(), err_msg=name)
+    files = sorted((tmp_path / "tuned").glob("*.safetensors"))
+    if len(files) > 1:
+        files[0].unlink()
+        assert f"names {files[0].name!r}, which is no file beside it" in refused(
+            capsys, "from-hf", tmp_path / "tuned", tmp_path / "out"
+        )
+    assert (len(files) > 1) == (dtype == torch.float32)
 
 
-def test_weights_in_several_files_come_back(small, tmp_path, capsys):
-    ours, hf = small
-    model = transformers.AutoModel.from_pretrained(hf, **REMOTE)
-    model.save_pretrained(tmp_path / "cut", max_shard_size="100kB")
-    files = sorted((tmp_path / "cut").glob("*.safetensors"))
-    assert len(files) > 1
-    assert huggingface.from_hf(tmp_path / "cut", tmp_path / "back").verdict == "PROVEN"
-    for module, state in as_stored(ours).items():
-        for name, array in as_stored(tmp_path / "back")[module].items():
-            np.testing.assert_array_equal(array, state[name], err_msg=name)
-    files[0].unlink()
-    arguments = ["from-hf", "--input", str(tmp_path / "cut"), "--output", str(tmp_path / "out")]
-    assert main(arguments) == 2
-    assert f"names {files[0].name!r}, which is no file beside it" in capsys.readouterr().err
-    (tmp_path / "cut" / "model.safetensors.index.json").write_text("{}")
-    assert main(arguments) == 2
-    assert "expected transformers' index, with the key weight_map" in capsys.readouterr().err
+def refused(capsys, command, source, out):
+    """What the command says of a wrong input; it writes nothing."""
+    before = out.exists()
+    assert main([command, "--input", str(source), "--output", str(out)]) == 2
+    assert out.exists() == before
+    return capsys.readouterr().err.strip()
 
 
 def test_the_processor_that_transformers_saves_gives_the_same(converted, tmp_path):
@@ -234,6 +202,14 @@ def test_the_golden_strings_have_our_ids(converted):
     assert not wrong
 
 
+def exported(module, folder):
+    """Runs a file of `export_onnx` in ONNX Runtime."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        module.export_onnx(folder)
+    return lambda name, **feed: onnxruntime.InferenceSession(folder / name).run(None, feed)
+
+
 def test_compiled_and_exported_to_onnx_it_gives_the_same(small, tmp_path):
     ours, hf = small
     module = transformers.AutoModel.from_pretrained(hf, **REMOTE).eval()
@@ -242,26 +218,14 @@ def test_compiled_and_exported_to_onnx_it_gives_the_same(small, tmp_path):
     expected = parity.outputs(model, params, given)
     pixels = torch.tensor(given.images).permute(0, 3, 1, 2).contiguous()
     ids = torch.tensor(given.token_ids).long()
-    with (
-        torch.no_grad()
-    ):  # captured whole, without a break; inductor is tried by benchmarks.interop
+    with torch.no_grad():  # captured whole, without a break; benchmarks.interop tries inductor
         out = torch.compile(module, backend="aot_eager", fullgraph=True)(pixels, ids)
-    found = dict(
-        image_embed=out.image_embeds,
-        text_embed=out.text_embeds,
-        region_embed=out.region_embeds,
-        boxes_xyxy=out.boxes_xyxy,
-    )
-    found = {name: value.numpy() for name, value in found.items()}
+    singular = lambda name: name.replace("embeds", "embed")
+    found = {singular(k): v.numpy() for k, v in out.items() if "logits" not in k}
     report = parity.report(parity.compare(expected, found), "torch.compile")
     assert report.ok, report.text
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own
-        module.export_onnx(tmp_path / "made")  # with 2 images, run with 3
-    run = lambda name, **feed: onnxruntime.InferenceSession(tmp_path / "made" / name).run(
-        None, feed
-    )
+    run = exported(module, tmp_path / "made")  # with 2 images, run with 3
     image, region, boxes = run("image.onnx", pixel_values=pixels.numpy())
     (text,) = run("text.onnx", input_ids=ids.numpy())
     found = dict(image_embed=image, text_embed=text, region_embed=region, boxes_xyxy=boxes)
@@ -269,15 +233,19 @@ def test_compiled_and_exported_to_onnx_it_gives_the_same(small, tmp_path):
     assert report.ok, report.text
 
 
-@pytest.mark.parametrize("kind", ["roi_align", "prompter"])
-def test_a_box_head_goes_everywhere(kind, tmp_path):
-    model = perturbed.tiny(boxes__kind=kind, boxes__bins=2)
+@pytest.mark.parametrize("kind, bias", [("roi_align", None), ("prompter", -10.0)])
+def test_a_box_head_and_a_sigmoids_bias_go_everywhere(kind, bias, tmp_path):
+    model = perturbed.tiny(boxes__kind=kind, boxes__bins=2, logit_bias_init=bias)
     params = perturbed.params(model)
     checkpoint.save_model(tmp_path / "ours", model, params)
     report = huggingface.to_hf(tmp_path / "ours", tmp_path / "hf")
     assert report.verdict == "PROVEN" and "\nbox_embed " in report.text, report.text
+    assert ("\nlogit_bias " in report.text) == (bias is not None)
+    contrast = json.loads((tmp_path / "hf" / "config.json").read_text())["losses"]["contrast"]
+    assert contrast == ("softmax" if bias is None else "sigmoid")
     assert huggingface.from_hf(tmp_path / "hf", tmp_path / "back").verdict == "PROVEN"
-    _, back, _ = checkpoint.load_model(tmp_path / "back")
+    again, back, _ = checkpoint.load_model(tmp_path / "back")
+    assert again == model
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
     module = transformers.AutoModel.from_pretrained(tmp_path / "hf", **REMOTE).eval()
@@ -289,15 +257,11 @@ def test_a_box_head_goes_everywhere(kind, tmp_path):
     expected = predictor.similarity_map(given.images[1], given.token_ids)
     np.testing.assert_allclose(maps[1], expected, atol=1e-5)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own
-        module.export_onnx(tmp_path / "made")
-    session = onnxruntime.InferenceSession(tmp_path / "made" / "boxes.onnx")
     boxes = np.repeat(parity.BOXES[None], 3, axis=0)
-    (found,) = session.run(None, {"pixel_values": pixels.numpy(), "boxes_xyxy": boxes})
-    np.testing.assert_allclose(
-        found, np.stack(predictor.encode_boxes(given.images, boxes)), atol=1e-5
-    )
+    run = exported(module, tmp_path / "made")
+    (found,) = run("boxes.onnx", pixel_values=pixels.numpy(), boxes_xyxy=boxes)
+    expected = np.stack(predictor.encode_boxes(given.images, boxes))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
     module.decoder.boxes = None  # then the regions alone
     with torch.no_grad():
@@ -340,19 +304,23 @@ def test_dropout_is_only_there_in_training(small):
 
 def test_wrong_calls_say_what_was_expected(small):
     module = transformers.AutoModel.from_pretrained(small[1], **REMOTE).eval()
-    with pytest.raises(
-        ValueError, match=r"got shape \[1, 3, 32, 32\], expected\s+\[B, 3, 40, 40\]"
+    pixels, ids = torch.zeros(1, 3, 40, 40), torch.zeros(1, 33, dtype=torch.long)
+    features = torch.zeros(2, 28)
+    for call, said in (
+        (
+            lambda: module.get_regions(pixels[..., :32, :32]),
+            r"\[1, 3, 32, 32\], expected\s+\[B, 3, 40",
+        ),
+        (lambda: module.zero_shot_logits(pixels, features, alpha=0.5), "alpha 0.5 needs the desc"),
+        (
+            lambda: module.zero_shot_logits(pixels, features, alpha=1.5),
+            "got 1.5, expected a number",
+        ),
+        (lambda: module.get_text_features(ids), r"got shape \[1, 33\], expected \[N, at most 32\]"),
+        (lambda: module(pixels, ids[:, :3], return_loss=True), "return_loss needs description_ids"),
     ):
-        module.get_regions(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ValueError, match="alpha 0.5 needs the descriptions"):
-        module.zero_shot_logits(torch.zeros(1, 3, 40, 40), torch.zeros(2, 28), alpha=0.5)
-    with pytest.raises(ValueError, match="alpha: got 1.5, expected a number from 0 to 1"):
-        module.zero_shot_logits(torch.zeros(1, 3, 40, 40), torch.zeros(2, 28), alpha=1.5)
-    with pytest.raises(ValueError, match=r"got shape \[1, 33\], expected \[N, at most 32\]"):
-        module.get_text_features(torch.zeros(1, 33, dtype=torch.long))
-    with pytest.raises(ValueError, match="return_loss needs description_ids"):
-        ids = torch.zeros(1, 3, dtype=torch.long)
-        module(torch.zeros(1, 3, 40, 40), ids, return_loss=True)
+        with pytest.raises(ValueError, match=said):
+            call()
 
 
 def test_weights_that_are_not_there_get_a_beginning(small, tmp_path):
@@ -390,102 +358,49 @@ def rewrite(hf, folder, change):
     return folder
 
 
-def shape(arrays, config):
-    arrays["backbone.visual.blocks.1.mlp.fc1.weight"] = np.zeros((95, 48), np.float32)
+def changed(name, array):
+    return lambda arrays, _: arrays.update({name: array})
 
 
-def missing(arrays, config):
-    del arrays["decoder.obj_proj"]
-
-
-def unknown(arrays, config):
-    arrays["decoder.adapter"] = np.zeros((2, 2), np.float32)
-    arrays["head.weight"] = np.zeros(3, np.float32)
-
-
-def integers(arrays, config):
-    arrays["decoder.obj_proj"] = arrays["decoder.obj_proj"].astype(np.int32)
-
-
-def not_finite(arrays, config):
-    arrays["backbone.ln_final.bias"][2] = np.nan
-
-
-def heads(arrays, config):
-    config["towers"]["image"]["heads"] = 6
-
-
-def heads_do_not_divide(arrays, config):
-    config["towers"]["text"]["heads"] = 7
-
-
-def no_towers(arrays, config):
-    del config["towers"]
-
-
-def misspelt(arrays, config):
-    config["towers"]["image"]["witdh"] = config["towers"]["image"].pop("width")
+def tower(which, **values):
+    return lambda _, config: config["towers"][which].update(values)
 
 
 W, C = "{folder}/model.safetensors: ", "{folder}/config.json: "
+MLP = "backbone.visual.blocks.1.mlp.fc1.weight"
+WRONG = [  # the first line; the number of faults. tests/hostile/test_convert.py has the others
+    (
+        changed(MLP, np.zeros((95, 48), np.float32)),
+        W + "backbone visual.blocks.1.mlp.fc1.weight: got shape (95, 48), expected (96, 48)",
+        1,
+    ),
+    (lambda arrays, _: arrays.pop("decoder.obj_proj"), W + "decoder obj_proj: missing", 1),
+    (tower("text", heads=7), C + "model.text.heads: got 7, must divide width 40", 1),
+    (  # the qk-norms show it
+        tower("image", heads=6),
+        W + "backbone visual.blocks.0.attn.q_norm.weight: got shape (12,), expected (8,)",
+        8,
+    ),
+    (tower("image", witdh=48), C + "model.image.witdh: no such key; did you mean model.image.width?", 1),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (
-            shape,
-            [W + "backbone visual.blocks.1.mlp.fc1.weight: got shape (95, 48), expected (96, 48)"],
-        ),
-        (missing, [W + "decoder obj_proj: missing"]),
-        (unknown, [W + "head.weight: unknown key, shape (3,)"]),
-        (integers, [W + "decoder.obj_proj: got I32, expected one of F64, F32, F16, BF16"]),
-        (not_finite, [W + "backbone ln_final.bias: holds values that are not finite"]),
-        (
-            heads_do_not_divide,
-            ["{folder}/config.json: model.text.heads: got 7, must divide width 40"],
-        ),
-        (no_towers, [C + "got no sizes under towers, expected to-hf's config.json"]),
-    ],
-)
-def test_a_wrong_folder_is_one_line(small, tmp_path, capsys, change, said):
+@pytest.mark.parametrize("change, line, count", WRONG)
+def test_a_wrong_folder_is_a_line_a_fault(small, tmp_path, capsys, change, line, count):
     folder = rewrite(small[1], tmp_path / "wrong", change)
-    out = tmp_path / "out"
-    assert main(["from-hf", "--input", str(folder), "--output", str(out)]) == 2
-    said = [line.format(folder=folder) for line in said]
-    assert capsys.readouterr().err.strip().split("\n") == [*said, "1 fault; nothing was written"]
-    assert not out.exists()
+    lines = refused(capsys, "from-hf", folder, tmp_path / "out").split("\n")
+    assert lines[0] == line.format(folder=folder)
+    assert lines[-1] == f"{count} fault{'s' * (count > 1)}; nothing was written"
 
 
-def test_a_wrong_number_of_heads_shows_in_the_qk_norms(small, tmp_path, capsys):
-    folder = rewrite(small[1], tmp_path / "wrong", heads)
-    assert main(["from-hf", "--input", str(folder), "--output", str(tmp_path / "out")]) == 2
-    lines = capsys.readouterr().err.strip().split("\n")
-    name = "backbone visual.blocks.0.attn.q_norm.weight"
-    assert lines[0] == f"{folder}/model.safetensors: {name}: got shape (12,), expected (8,)"
-    assert lines[-1] == "8 faults; nothing was written"
-
-
-def test_a_misspelt_size_is_named(small, tmp_path, capsys):
-    folder = rewrite(small[1], tmp_path / "wrong", misspelt)
-    assert main(["from-hf", "--input", str(folder), "--output", str(tmp_path / "out")]) == 2
-    err = capsys.readouterr().err
-    assert "model.image.witdh: no such key; did you mean model.image.width?" in err
-
-
-@pytest.mark.parametrize("kept", [0, 5, 400, 100_000])
+@pytest.mark.parametrize("kept", [400, 100_000])
 def test_a_truncated_safetensors_is_one_line(small, tmp_path, capsys, kept):
     folder = rewrite(small[1], tmp_path / "cut", lambda *_: None)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:kept])
-    assert main(["from-hf", "--input", str(folder), "--output", str(tmp_path / "out")]) == 2
-    lines = capsys.readouterr().err.strip().split("\n")
-    assert len(lines) == 2
-    assert lines[0].startswith(f"{folder}/model.safetensors: not a whole safetensors file (")
-    assert lines[0].endswith("); copy it again")
-    (folder / "model.safetensors").unlink()
-    assert main(["from-hf", "--input", str(folder), "--output", str(tmp_path / "out")]) == 2
-    assert "no such file; expected a folder written by to-hf" in capsys.readouterr().err
+    first, _ = refused(capsys, "from-hf", folder, tmp_path / "out").split("\n")
+    assert first.startswith(f"{folder}/model.safetensors: not a whole safetensors file (")
+    assert first.endswith("); copy it again")
 
 
 def test_code_in_the_folder_is_not_run(small, tmp_path):
@@ -505,28 +420,29 @@ def test_the_files_for_transformers_are_installed():
 
 def test_without_safetensors_one_line_says_so(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    assert main(["from-hf", "--input", str(small[1]), "--output", str(tmp_path / "out")]) == 2
-    assert "the package safetensors is missing; pip install" in capsys.readouterr().err
+    said = refused(capsys, "from-hf", small[1], tmp_path / "out")
+    assert "the package safetensors is missing; pip install" in said
 
 
-def test_text_towers_of_another_kind_are_refused(tmp_path, capsys):
+def test_models_of_another_kind_are_refused(tmp_path, capsys):
     model = perturbed.tiny(text__causal=False, text__pool="last")
     checkpoint.save_model(tmp_path / "ours", model, perturbed.params(model))
-    arguments = ["to-hf", "--input", str(tmp_path / "ours"), "--output", str(tmp_path / "hf")]
-    assert main(arguments) == 2
-    assert capsys.readouterr().err.strip().split("\n")[:-1] == [
-        "model.text.causal: got False, to-hf writes towers with True",
-        "model.text.pool: got last, to-hf writes towers with end",
+    assert refused(capsys, "to-hf", tmp_path / "ours", tmp_path / "hf").split("\n")[:-1] == [
+        "model.text.causal: got False, to-hf writes models with True",
+        "model.text.pool: got last, to-hf writes models with end",
     ]
-    assert not (tmp_path / "hf").exists()
+    model = perturbed.tiny(decoder=None, image__pool="class")
+    checkpoint.save_model(tmp_path / "two", model, {"logit_scale": np.zeros(())})
+    for command in ("to-hf", "to-torch"):
+        first, last = refused(capsys, command, tmp_path / "two", tmp_path / command).split("\n")
+        assert first.startswith("model.decoder: got none; ") and last.startswith("1 fault")
 
 
 def test_a_folder_in_use_is_left_alone(small, tmp_path, capsys):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "thesis.tex").write_text("mine")
-    arguments = ["to-hf", "--input", str(small[0]), "--output", str(tmp_path / "hf")]
-    assert main(arguments) == 2
-    assert "is in use by something else" in capsys.readouterr().err
+    said = refused(capsys, "to-hf", small[0], tmp_path / "hf")
+    assert "is in use by something else" in said
     assert [p.name for p in (tmp_path / "hf").iterdir()] == ["thesis.tex"]
 
 
@@ -537,17 +453,6 @@ def test_without_transformers_nothing_is_proven(small, tmp_path, capsys, monkeyp
     printed = capsys.readouterr().out
     assert "parity: NOT PROVEN." in printed.splitlines()[-1] and "text/position_embed" in printed
     assert "parity: NOT PROVEN." in (tmp_path / "hf" / "README.md").read_text()
-
-
-def test_without_a_decoder_it_is_refused_in_a_line(tmp_path, capsys):
-    model = perturbed.tiny(decoder=None, image__pool="class")
-    checkpoint.save_model(tmp_path / "ours", model, {"logit_scale": np.zeros(())})
-    for command in ("to-hf", "to-torch"):
-        out = tmp_path / command
-        assert main([command, "--input", str(tmp_path / "ours"), "--output", str(out)]) == 2
-        first, last = capsys.readouterr().err.strip().split("\n")
-        assert first.startswith("model.decoder: got none; ") and last.startswith("1 fault")
-        assert not out.exists()
 
 
 def test_of_a_folder_in_a_store_a_copy_is_proven(tmp_path):
@@ -566,6 +471,12 @@ def test_of_a_folder_in_a_store_a_copy_is_proven(tmp_path):
         assert path == str(tmp_path)
 
 
+METRICS = """{"step": 5, "eval/birds/accuracy": 0.25}
+{"step": 9, "loss": 1.0}
+{"step": 12, "eval/birds/accuracy": 0.75}
+{"step": 13, "eval/bi"""  # the last two are of weights that no checkpoint has
+
+
 class State(NamedTuple):
     """What a checkpoint needs of a TrainState."""
 
@@ -578,21 +489,13 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
     model = perturbed.tiny()
     average = perturbed.params(model, seed=1)
     c = tiny.config(input__name="cc12m", loss__box=1.5, ema_decay=0.99, model__decoder__queries=3)
-    c = dataclasses.replace(c, model=model)
-    workdir = tmp_path / "run"
-    checkpoints = checkpoint.manager(workdir, c)
-    saved = State(9, perturbed.params(model), average)
-    digest = {"ema_params": digests.of_arrays(average)}
-    record = {"config": receipt.config_sha256(c), "state": digest}
-    checkpoint.save(checkpoints, saved, c, record)
-    checkpoints.close()
-    lines = [
-        {"step": 5, "eval/birds/accuracy": 0.25},
-        {"step": 9, "loss": 1.0},
-        {"step": 12, "eval/birds/accuracy": 0.75},  # of weights that no checkpoint has
-    ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (workdir / "metrics.jsonl").write_text(text + '{"step": 13, "eval/bi')
+    c, workdir = dataclasses.replace(c, model=model), tmp_path / "run"
+    record = {"state": {"ema_params": digests.of_arrays(average)}}
+    record["config"] = receipt.config_sha256(c)
+    with checkpoint.manager(workdir, c) as checkpoints:
+        checkpoint.save(checkpoints, State(9, perturbed.params(model), average), c, record)
+        checkpoints.wait_until_finished()
+    (workdir / "metrics.jsonl").write_text(METRICS)
     out = tmp_path / "hf"
     assert main(["to-hf", "--input", str(workdir), "--output", str(out)]) == 0
     capsys.readouterr()

@@ -8,13 +8,15 @@ import tarfile
 import zlib
 
 import numpy as np
-from grain_jax.data.fetch.gcompris import FOLDERS
+
+from benchmarks.fetch.gcompris import FOLDERS
 
 
 def deb(files, compression="xz"):
-    """The bytes of a package that installs `files` (path -> content)."""
+    """The bytes of a package that installs `files` (path -> content, or the bytes of a compressed tar)."""
     members = {"debian-binary": b"2.0\n", "control.tar.gz": _tar({"control": b""}, "gz")}
-    members[f"data.tar.{compression}"] = _tar(files, compression)
+    data = files if isinstance(files, bytes) else _tar(files, compression)
+    members[f"data.tar.{compression}"] = data
     out = b"!<arch>\n"
     for name, content in members.items():
         out += f"{name:16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode()

@@ -11,8 +11,7 @@ import pytest
 from examples.tower import mixer
 from grain_jax import config as config_lib
 from grain_jax import errors, inference, train
-from grain_jax.convert import huggingface
-from grain_jax.convert.reference import parameters
+from grain_jax.convert.reference import names
 from grain_jax.models import grain, towers
 from grain_jax.training import flops, optim, sharding, train_step
 from tests import tiny
@@ -124,9 +123,9 @@ def test_a_stored_config_imports_no_tower(monkeypatch):
 
 def test_converters_say_which_towers_they_know():
     with pytest.raises(errors.UserError, match=f"image.tower: got {TOWER}, to-hf writes .* vit"):
-        huggingface._check(config().model)
-    with pytest.raises(errors.UserError, match=f"image.tower: got {TOWER}, the reference's .* vit"):
-        parameters.to_states(config().model, {})
+        names.refuse(config().model, "to-hf")
+    with pytest.raises(errors.UserError, match=f"image.tower: got {TOWER}, to-torch writes .* vit"):
+        names.to_states(config().model, {})
 
 
 def test_layer_decay_without_stacked_layers_is_a_line():

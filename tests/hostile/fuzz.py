@@ -31,8 +31,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax
 import numpy as np
 from grain_jax.data import sources
-from grain_jax.data.fetch import gcompris
 
+from benchmarks.fetch import gcompris
 from grain_jax import config as config_lib
 from grain_jax import errors
 from grain_jax.files import images
@@ -272,7 +272,7 @@ class Fuzzer:
         return "refused" if faults else "read"
 
     def case_packages(self, rng: random.Random) -> str:
-        """A damaged package, or one with a damaged resource in it, unpacked as data.fetch does."""
+        """A damaged package, or one with a damaged resource in it, unpacked as benchmarks.fetch does."""
         word = ("f.png", str(rng.choice(NASTY))) if rng.random() < 0.3 else ("f.png", "fly")
         files = debian_packages.gcompris(image_files.encode("PNG"), word=word)
         content, how = b"", rng.randrange(4)

@@ -2,8 +2,8 @@ import math
 
 import numpy as np
 
-from benchmarks.input import __main__ as input_benchmark
-from benchmarks.input import made
+from benchmarks import input as input_benchmark
+from benchmarks import made
 
 
 def test_psnr():

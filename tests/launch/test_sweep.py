@@ -415,7 +415,7 @@ def test_the_claim_runs_on_it(tmp_path, monkeypatch):
     monkeypatch.setattr(claim.data, "prepare", lambda *_: None)
     header = (tmp_path / name).read_text().splitlines()[0]
     results.write_text(f"{header}\n")
-    options = dict(config=design.CONFIG, data=None, steps=100, jobs=8, noise=True)
+    options = dict(config=design.CONFIG, data=None, steps=100, jobs=8)
     args = types.SimpleNamespace(workdir=tmp_path / "w", results=results, **options)
     assert claim.run_all(args) == 0
     assert claim_results.read(results) == made

@@ -52,13 +52,11 @@ _ALONE = {**SLICE, "TPU_WORKER_HOSTNAMES": "localhost"}
         (_ALONE, None),
         ({**_ALONE, "MEGASCALE_NUM_SLICES": "2"}, _GKE),
         (POD, None),
-        ({**POD, "JOB_COMPLETION_INDEX": "1"}, ("Kubernetes", {"cluster_detection_method": "k8s"})),
         ({}, ("TPU metadata", {"cluster_detection_method": "gcetpu"})),
         ({"JAX_PLATFORMS": "cpu"}, None),  # a look at one machine of a pod
     ],
 )
-def test_what_the_environment_says(environment, expected, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # the package kubernetes
+def test_what_the_environment_says(environment, expected):
     assert distributed.find(None, 1, 0, environment) == expected
     if expected:
         names = [cluster.name for cluster in clusters.ClusterEnv._cluster_types]
@@ -66,9 +64,13 @@ def test_what_the_environment_says(environment, expected, monkeypatch):
 
 
 def test_an_indexed_job_needs_the_kubernetes_package(monkeypatch):
+    job = {**POD, "JOB_COMPLETION_INDEX": "1"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.UserError, match=r"pip install 'jax\[k8s\]'"):
-        distributed.find(None, 1, 0, {**POD, "JOB_COMPLETION_INDEX": "1"})
+        distributed.find(None, 1, 0, job)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    expected = ("Kubernetes", {"cluster_detection_method": "k8s"})
+    assert distributed.find(None, 1, 0, job) == expected
 
 
 def test_flags_win_over_the_environment():

@@ -56,7 +56,7 @@ def test_a_step_that_does_not_fit_is_refused_before_the_first_and_what_is_named_
     needs = 8 * _compiled_bytes(config)
     there = _limit(round(0.6 * needs))
     monkeypatch.setattr(memory_check, "limit", lambda: there)
-    monkeypatch.setattr(train.device, "prefetch", lambda *_: pytest.fail("the input was started"))
+    monkeypatch.setattr(train.device, "Prefetch", lambda *_: pytest.fail("the input was started"))
     with pytest.raises(errors.OutOfMemory) as caught:
         train.train(config, tmp_path)
     line = str(caught.value)

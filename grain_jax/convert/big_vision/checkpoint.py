@@ -1,6 +1,7 @@
-"""Reading of big_vision's .npz: its arrays by name, with the layers of a transformer stacked.
+"""Reading of big_vision's .npz: its arrays by the names of its current code, each layer of a transformer apart.
 
-A path may name a sub-tree, `FILE.npz:img`, as in big_vision.
+A path may name a sub-tree, `FILE.npz:img`, as in big_vision. Names and layouts that its loaders repair (models/vit.py,
+models/proj/image_text/text_transformer.py at 0127fb6) are read too.
 """
 
 import re
@@ -12,18 +13,22 @@ from etils import epath
 
 from grain_jax.convert import archives
 from grain_jax.convert.faults import ConvertError
-from grain_jax.convert.towers import Tower
 from grain_jax.files import regular_file
 
 SCALARS = {"logit_scale": "t", "logit_bias": "b"}  # ours -> theirs
-_LAYERED = re.compile(r"(.*/)?encoderblock_(\d+)/(.*)")
+# Positions and the pooling head in older files; the second addend of positions.
+_OLD_POSITIONS = re.compile(r"((?:img/|txt/)?)Transformer/(?:posembed_input/)?pos_embedding")
+_OLD_HEAD = re.compile(
+    r"((?:img/|txt/)?)((?:probe|MlpBlock_0|MultiHeadDotProductAttention_0|LayerNorm_0)(?:/.*)?)"
+)
+_ADDED = "Encoder_0/pos_embedding"
 
 
 class Checkpoint(NamedTuple):
-    """A path and its arrays; layers are stacked, as under big_vision's scan."""
+    """A path and its arrays."""
 
     path: str
-    tree: dict[str, np.ndarray]  # "img/Transformer/encoderblock/LayerNorm_0/scale" -> array
+    state: dict[str, np.ndarray]  # "img/Transformer/encoderblock_0/LayerNorm_0/scale" -> array
 
 
 def is_path(path: epath.PathLike) -> bool:
@@ -46,56 +51,42 @@ def read(path: epath.PathLike) -> Checkpoint:
         raise ConvertError(
             f"{file}: no such file; expected big_vision's .npz, or FILE.npz:sub-tree"
         )
-    try:
-        with archives.reading(file):
-            arrays = archives.read_npz(file)
-    except ConvertError:
-        raise
-    except Exception as error:  # a damaged zip may raise anything
-        raise ConvertError(
-            f"{file}: not a .npz of plain arrays ({type(error).__name__}: {str(error)[:120]})"
-        ) from None
+    with archives.reading(file, "a .npz of plain arrays"):
+        arrays = archives.read_npz(file)
     # A training checkpoint holds the parameters under one of these, beside the state of the optimizer.
     for prefix in ("params/", "opt/target/"):
-        if inside := below(arrays, prefix):
+        if inside := _below(arrays, prefix):
             arrays = inside
             break
     if subtree:
-        inside = below(arrays, f"{subtree}/")
+        inside = _below(arrays, f"{subtree}/")
         if not inside:
             there = sorted({k.partition("/")[0] for k in arrays})
             raise ConvertError(f"{text}: no sub-tree {subtree!r}; there are: {', '.join(there)}")
         arrays = inside
-    return Checkpoint(text, _stacked(arrays, text))
+    return Checkpoint(text, _current(arrays))
 
 
-def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+def _below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """The arrays whose names start with `prefix`, without it."""
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
-def _stacked(arrays: Mapping[str, np.ndarray], path: str) -> dict[str, np.ndarray]:
-    """The arrays with `encoderblock_0 ..` stacked on a first axis, as `encoderblock`."""
+def _current(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays by current names; layers that scan stacked under `encoderblock` apart, as `encoderblock_0 ..`."""
     out: dict[str, np.ndarray] = {}
-    layers: dict[str, dict[int, np.ndarray]] = {}
     for name, array in arrays.items():
-        match = _LAYERED.fullmatch(name)
-        if match is None:
-            out[name] = array
-        else:
-            whole = f"{match[1] or ''}encoderblock/{match[3]}"
-            layers.setdefault(whole, {})[int(match[2])] = array
-    for name, parts in layers.items():
-        shapes = {part.shape for part in parts.values()}
-        if sorted(parts) != list(range(len(parts))) or len(shapes) > 1:
-            raise ConvertError(
-                f"{path}: {name}: got layers {sorted(parts)} of shapes {sorted(shapes)}, expected"
-                " 0, 1, ... of one shape"
-            )
-        out[name] = np.stack([parts[i] for i in range(len(parts))])
+        name = _OLD_POSITIONS.sub(r"\1pos_embedding", name)
+        name = _OLD_HEAD.sub(r"\1MAPHead_0/\2", name) if _OLD_HEAD.fullmatch(name) else name
+        before, stacked, after = name.partition("encoderblock/")
+        layers = (
+            {f"{before}encoderblock_{i}/{after}": x for i, x in enumerate(array)}
+            if stacked
+            else {name: array}
+        )
+        out |= layers
+    for prefix in ("", "txt/"):  # old files add positions twice
+        positions, added = f"{prefix}pos_embedding", f"{prefix}{_ADDED}"
+        if positions in out and added in out and out[positions].shape == out[added].shape:
+            out[positions] = out[positions] + out.pop(added)
     return out
-
-
-def unused(checkpoint: Checkpoint, *used: Tower) -> list[str]:
-    """The entries that are in none of these towers, sorted."""
-    return sorted(checkpoint.tree.keys() - {n for u in used for n in u.theirs.values()})

@@ -4,10 +4,10 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.convert import layouts, output, parity, towers
+from grain_jax.convert import output, parity, tables, towers
 from grain_jax.convert.big_vision import checkpoint as files
 from grain_jax.convert.big_vision.towers import import_image, import_text
-from grain_jax.convert.faults import prefixed, raise_any
+from grain_jax.convert.faults import prefixed
 
 
 def from_big_vision(
@@ -22,19 +22,15 @@ def from_big_vision(
     checkpoint = files.read(source)
     image, text = import_image(checkpoint, settings), import_text(checkpoint, settings)
     with prefixed(f"{checkpoint.path}: "):
-        left = set(files.unused(checkpoint, image, text)) - set(files.SCALARS.values())
-        raise_any([f"{name}: unknown key" for name in sorted(left)])
-        scalars = towers.scalars(checkpoint.tree, files.SCALARS)
-        model, params = towers.two_tower_model(image, text, scalars)
+        model, params = towers.two_tower_model(checkpoint.state, image, text, files.SCALARS)
     proof = _prove(checkpoint, model, params)
     output.save(folder, model, params, source, proof)
-    lines = [
+    return proof.after(
         f"from-big-vision: {source} -> {folder}",
-        *towers.describe(model, image, text),
+        *towers.describe(model, {"image": image.assumed, "text": text.assumed}),
         f"tokenizer not in a .npz; copy the tower's to {folder / model.text.tokenizer}, or set"
         " model.text.tokenizer in config.json",
-    ]
-    return proof._replace(text="\n".join([*lines, "", proof.text]))
+    )
 
 
 def _prove(checkpoint: files.Checkpoint, model: config_lib.Model, params: dict) -> parity.Report:
@@ -49,35 +45,29 @@ def _prove(checkpoint: files.Checkpoint, model: config_lib.Model, params: dict) 
         return parity.not_proven(
             params, "big_vision is not on the path, so nothing could be compared."
         )
-    image, text = model.image, model.text
-    shared = lambda t: dict(width=t.width, depth=t.depth, mlp_dim=t.mlp_dim, num_heads=t.heads)
-    pool = {"map": "map", "class": "tok", "mean": "gap", "last": "last"}
-    tree: dict = {}
-    for name, array in checkpoint.tree.items():
-        layouts.put(tree, name, array)
-    tree["img"] = vit.fix_old_checkpoints(tree["img"])
     path = checkpoint.path if "/" in checkpoint.path else f"./{checkpoint.path}"
-    subtree = f"{path}/txt" if ".npz:" in path else f"{path}:txt"
-    tree["txt"] = text_transformer.load(None, subtree, {})
-    scan = "encoderblock" in tree["txt"]["Encoder_0"]
+    of = lambda tower: f"{path}/{tower}" if ".npz:" in path else f"{path}:{tower}"
+    tree = tables.nested({name: x for name, x in checkpoint.state.items() if "/" not in name})
+    tree["img"] = vit.load(None, of("img"), {})
+    tree["txt"] = text_transformer.load(None, of("txt"), {})
+    kinds = {"map": "map", "class": "tok", "mean": "gap", "last": "last"}
+
+    def sizes(tower, encoder):
+        shared = dict(width=tower.width, depth=tower.depth, mlp_dim=tower.mlp_dim)
+        shared |= dict(num_heads=tower.heads, pool_type=kinds[tower.pool])
+        return shared | dict(scan="encoderblock" in encoder)
+
     theirs = two_towers.Model(
-        image=dict(
-            shared(image),
-            patch_size=(image.patch_size, image.patch_size),
-            pool_type=pool[image.pool],
-            scan=True,
+        image=sizes(model.image, tree["img"]["Transformer"])
+        | dict(patch_size=(model.image.patch_size,) * 2),
+        text=sizes(model.text, tree["txt"]["Encoder_0"]) | dict(vocab_size=model.text.vocab_size),
+        out_dim=tuple(
+            model.embed_dim if t.projection != "none" else None for t in (model.image, model.text)
         ),
-        text=dict(shared(text), vocab_size=text.vocab_size, pool_type=pool[text.pool], scan=scan),
-        out_dim=tuple(model.embed_dim if t.projection != "none" else None for t in (image, text)),
         bias_init=model.logit_bias_init,
     )
     given = parity.inputs_of(model)
-    image_embed, text_embed, _ = theirs.apply({"params": tree}, given.images, given.token_ids)
-    return parity.report(
-        parity.compare(
-            parity.outputs(model, params, given),
-            dict(image_embed=np.asarray(image_embed), text_embed=np.asarray(text_embed)),
-        ),
-        "big_vision's two_towers",
-        given,
-    )
+    image, text, _ = theirs.apply({"params": tree}, given.images, given.token_ids)
+    embeds = dict(image_embed=np.asarray(image), text_embed=np.asarray(text))
+    found = parity.compare(parity.outputs(model, params, given), embeds)
+    return parity.report(found, "big_vision's two_towers", given)

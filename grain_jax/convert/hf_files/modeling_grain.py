@@ -23,9 +23,7 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
-OCTAVES = (
-    6  # of the corners in a box head's Fourier features: waves of 1, 1/2 ... 1/32 of the image
-)
+OCTAVES = 6  # of corners in a box head's Fourier features: waves of 1 to 1/32 of the image
 
 
 def _attend(q, k, v, heads, *, causal=False, dropout=0.0):
@@ -279,9 +277,8 @@ class Decoder(nn.Module):
         self.transformer = nn.Module()
         self.transformer.pre_norm = nn.LayerNorm(width, eps=tower["norm_eps"])
         self.transformer.decoder = nn.Module()
-        self.transformer.decoder.layers = nn.ModuleList(
-            DecoderLayer(tower) for _ in range(tower["depth"])
-        )
+        layers = (DecoderLayer(tower) for _ in range(tower["depth"]))
+        self.transformer.decoder.layers = nn.ModuleList(layers)
         self.transformer.decoder.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
         self.bbox_embed = nn.Module()
         self.bbox_embed.layers = nn.ModuleList(nn.Linear(width, n) for n in (width, width, 4))
@@ -365,9 +362,14 @@ class GrainPreTrainedModel(PreTrainedModel):
             "logit_bias": towers["logit_bias_init"],
             "in_proj_bias": 0.0,
         }
-        if isinstance(
-            module, (ImageTower, Attention, Backbone, Decoder, BoxHead)
-        ):  # bare parameters
+        bare = (
+            ImageTower,
+            Attention,
+            Backbone,
+            Decoder,
+            BoxHead,
+        )  # their parameters are in no layer
+        if isinstance(module, bare):
             for name, parameter in module.named_parameters(recurse=False):
                 if name in constants:
                     nn.init.constant_(parameter, constants[name])
@@ -473,8 +475,8 @@ class GrainModel(GrainPreTrainedModel):
           region_mask: bool [B, R], True where there is a region.
           return_loss: whether to compute the loss; it needs the three above.
         """
-        if return_loss and (
-            description_ids is None or region_boxes_cxcywh is None or region_mask is None
+        if return_loss and any(
+            x is None for x in (description_ids, region_boxes_cxcywh, region_mask)
         ):
             raise ValueError(
                 "return_loss needs description_ids, region_boxes_cxcywh and region_mask"
@@ -482,9 +484,7 @@ class GrainModel(GrainPreTrainedModel):
         image, regions, boxes = self.decoder(self.backbone.visual(pixel_values))
         image, regions = _unit(image), _unit(regions)
         text = _unit(self.get_text_features(input_ids))
-        logits = self.backbone.logit_scale.exp() * _cosines(image, text)
-        if self.backbone.logit_bias is not None:
-            logits = logits + self.backbone.logit_bias
+        logits = self._logits(image, text)
         out = GrainOutput(
             logits_per_image=logits,
             logits_per_text=logits.T,
@@ -495,17 +495,14 @@ class GrainModel(GrainPreTrainedModel):
         )
         if return_loss:
             descriptions = _unit(self.get_text_features(description_ids.flatten(0, 1)))
-            out.losses = self._losses(
-                out,
-                boxes,
-                input_ids,
-                description_ids,
-                descriptions,
-                region_boxes_cxcywh,
-                region_mask,
-            )
+            texts = (input_ids, description_ids, descriptions)
+            out.losses = self._losses(out, boxes, *texts, region_boxes_cxcywh, region_mask)
             out.loss = sum(self.config.losses[name] * value for name, value in out.losses.items())
         return out
+
+    def _logits(self, rows, columns):
+        logits = self.backbone.logit_scale.exp() * _cosines(rows, columns)
+        return logits if self.backbone.logit_bias is None else logits + self.backbone.logit_bias
 
     def _losses(self, out, boxes, input_ids, description_ids, descriptions, target, mask):
         """The three losses by name; negatives are from this batch."""
@@ -526,17 +523,15 @@ class GrainModel(GrainPreTrainedModel):
         box = self._box_loss(boxes[-1], target, image, region, query)
         if c["deep_supervision"]:
             for earlier in boxes[:-1]:
-                box = box + self._box_loss(
-                    earlier, target, *self._match(earlier, target, cosine, mask)
-                )
+                pairs = self._match(earlier, target, cosine, mask)
+                box = box + self._box_loss(earlier, target, *pairs)
         label = image * slots + region
         texts = description_ids.flatten(0, 1)
         forbidden = ~mask.flatten().expand(len(label), -1)
         if c["mask_duplicates"]:
             forbidden = forbidden | (texts[label][:, None] == texts).all(-1)
-        region_description = self._contrast(
-            out.region_embeds[image, query], descriptions, label, forbidden
-        )
+        matched = out.region_embeds[image, query]
+        region_description = self._contrast(matched, descriptions, label, forbidden)
         return dict(
             image_caption=image_caption.mean(),
             region_description=region_description.sum() / max(len(label), 1),
@@ -545,9 +540,7 @@ class GrainModel(GrainPreTrainedModel):
 
     def _contrast(self, rows, columns, own, forbidden):
         """Contrastive loss of each row: `own` is its positive column, forbidden columns are not negatives."""
-        logits = self.backbone.logit_scale.exp() * _cosines(rows, columns)
-        if self.backbone.logit_bias is not None:
-            logits = logits + self.backbone.logit_bias
+        logits = self._logits(rows, columns)
         is_own = F.one_hot(own, columns.shape[0]).bool()
         logits = logits.masked_fill(forbidden & ~is_own, -math.inf)
         if self.config.losses["contrast"] == "softmax":
@@ -586,28 +579,19 @@ class GrainModel(GrainPreTrainedModel):
         [N, context length] -> text_embeds. boxes.onnx: pixel_values, boxes_xyxy [B, R, 4] -> box_embeds. The batch size
         and the number of boxes are dynamic. Needs the packages onnx and onnxscript.
         """
-        image, text = self.config.towers["image"], self.config.towers["text"]
-        size, context = image["image_size"], text["context_length"]
+        size = self.config.towers["image"]["image_size"]
+        context = self.config.towers["text"]["context_length"]
         batch, boxes = torch.export.Dim("batch"), torch.export.Dim("boxes")
-        pixels = torch.zeros(2, 3, size, size)
+        pixels = {"pixel_values": (torch.zeros(2, 3, size, size), {0: batch})}
+        ids = {"input_ids": (torch.zeros(2, context, dtype=torch.long), {0: batch})}
+        corners = {"boxes_xyxy": (torch.rand(2, 3, 4), {0: batch, 1: boxes})}
+        of_images = ["image_embeds", "region_embeds", "boxes_xyxy"]
         parts = {
-            "image": (
-                ImageHalf(self),
-                {"pixel_values": (pixels, {0: batch})},
-                ["image_embeds", "region_embeds", "boxes_xyxy"],
-            ),
-            "text": (
-                TextHalf(self),
-                {"input_ids": (torch.zeros(2, context, dtype=torch.long), {0: batch})},
-                ["text_embeds"],
-            ),
+            "image": (ImageHalf(self), pixels, of_images),
+            "text": (TextHalf(self), ids, ["text_embeds"]),
         }
         if self.decoder.boxes is not None:
-            given = {
-                "pixel_values": (pixels, {0: batch}),
-                "boxes_xyxy": (torch.rand(2, 3, 4), {0: batch, 1: boxes}),
-            }
-            parts["boxes"] = BoxPart(self), given, ["box_embeds"]
+            parts["boxes"] = BoxPart(self), pixels | corners, ["box_embeds"]
         Path(folder).mkdir(parents=True, exist_ok=True)
         trains = self.training
         for name, (module, given, gives) in parts.items():

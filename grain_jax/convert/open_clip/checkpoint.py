@@ -8,8 +8,7 @@ import numpy as np
 from etils import epath
 
 from grain_jax.convert import archives, torchscript
-from grain_jax.convert.faults import ConvertError, raise_any
-from grain_jax.convert.towers import Tower
+from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.files import regular_file
 
 SCALARS = {"logit_scale": "logit_scale", "logit_bias": "logit_bias"}  # ours -> theirs
@@ -79,12 +78,12 @@ def read(path: epath.PathLike) -> Checkpoint:
         path = found[0]
     if not regular_file.is_one(path):
         raise ConvertError(f"{path}: no such file; expected a .pt, .bin or .safetensors")
-    if path.name.endswith(".index.json"):
-        with archives.reading(path):
-            parts = archives.files_of_index(path)
-        state = {k: v for part in parts for k, v in _safetensors(part).items()}
+    if path.suffix in (".safetensors", ".json"):
+        parts = archives.files_of_index(path) if path.suffix == ".json" else [path]
+        read_part = lambda part: archives.read_safetensors(part, _INTEGERS)
+        state = {name: array for part in parts for name, array in read_part(part).items()}
     else:
-        state = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+        state = _pickled(path)
     beside = path.parent
     hf, native = _json(beside / "config.json"), _json(beside / "open_clip_config.json")
     preprocessor = _json(beside / "preprocessor_config.json")
@@ -118,8 +117,8 @@ def _json(path: epath.Path) -> dict:
     """The JSON object in a file, its values checked by `_TYPES`; {} if there is no file."""
     if not regular_file.is_one(path):
         return {}
-    with archives.reading(path):
-        value = archives.read_json(path)
+    value = regular_file.read_json(path, dict[str, Any], "a JSON object")
+    with prefixed(f"{path}: "):
         raise_any(list(_type_faults(value)))
     return value
 
@@ -135,74 +134,20 @@ def _type_faults(value: Mapping[str, Any], where: str = "") -> Iterator[str]:
             yield from _type_faults(got, f"{where}{key}.")
 
 
-def _safetensors(path: epath.Path) -> dict[str, np.ndarray]:
-    try:
-        with archives.reading(path):
-            return archives.read_safetensors(path, _INTEGERS)
-    except ImportError:
-        raise ConvertError(f"{path}: needs safetensors: pip install 'grain_jax[interop]'") from None
-
-
 def _pickled(path: epath.Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError:
-        torch = None  # not needed for archives of OpenAI
-    try:
-        with archives.reading(path):
-            with path.open("rb") as file:
-                if torchscript.is_archive(file):
-                    return {k: v.astype(np.float32) for k, v in torchscript.read(file).items()}
-            stored = None if torch is None else archives.load_torch(path)
-    except ConvertError:
-        raise
-    except Exception as error:  # a damaged or hostile pickle may raise anything
-        raise ConvertError(
-            f"{path}: not a checkpoint of plain tensors ({archives.refusal(error)})"
-        ) from None
-    if torch is None:
-        raise ConvertError(
-            f"{path}: PyTorch is needed to read it; pip install 'grain_jax[torch]', or give a .safetensors"
-        )
-    for _ in range(_MAX_NESTING):
-        if isinstance(stored, Mapping) and isinstance(stored.get("state_dict"), Mapping):
-            stored = stored["state_dict"]
-    if not isinstance(stored, Mapping) or not any(torch.is_tensor(v) for v in stored.values()):
-        raise ConvertError(
-            f"{path}: got a {type(stored).__name__}, expected a state dict of tensors"
-        )
-    with archives.reading(path):
+    with archives.reading(path, archives.TENSORS):
+        with path.open("rb") as file:
+            if torchscript.is_archive(file):
+                return {k: v.astype(np.float32) for k, v in torchscript.read(file).items()}
+        stored = archives.load_torch(path)
+        for _ in range(_MAX_NESTING):
+            if isinstance(stored, Mapping) and isinstance(stored.get("state_dict"), Mapping):
+                stored = stored["state_dict"]
+        if not isinstance(stored, Mapping) or not any(hasattr(v, "dtype") for v in stored.values()):
+            raise ConvertError(f"got a {type(stored).__name__}, expected a state dict of tensors")
         return archives.tensors_to_float32(path, stored)
-
-
-def entry(state: Mapping[str, np.ndarray], name: str, axes: tuple[int, ...]) -> np.ndarray:
-    """The array `name`. Raises ConvertError if it is missing, empty, or has another number of axes."""
-    if name not in state:
-        raise ConvertError(f"{name}: missing")
-    if state[name].ndim not in axes or 0 in state[name].shape:
-        raise ConvertError(
-            f"{name}: got shape {state[name].shape}, expected {' or '.join(map(str, axes))} axes"
-        )
-    return state[name]
-
-
-def layer_count(state: Mapping[str, np.ndarray], prefix: str) -> int:
-    """The number of layers whose names start with `prefix`. Raises ConvertError if there are none."""
-    found = [int(m[1]) for name in state if (m := re.match(re.escape(prefix) + r"(\d+)\.", name))]
-    if not found or max(found) > 1000:
-        raise ConvertError(f"{prefix}0: no such layer")
-    return 1 + max(found)
 
 
 def group(cfg: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """A group of keys in a config; {} if it is missing or null."""
     return cfg.get(key) or {}
-
-
-def unused(checkpoint: Checkpoint, *used: Tower) -> list[str]:
-    """The entries that are in none of these towers, sorted."""
-    taken = set()
-    for tower in used:
-        for name in tower.theirs.values():
-            taken |= {name.format(i) for i in range(tower.config.depth)}
-    return sorted(checkpoint.state.keys() - taken)

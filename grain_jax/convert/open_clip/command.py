@@ -3,9 +3,10 @@
 from etils import epath
 
 from grain_jax.convert import output, parity, towers
-from grain_jax.convert.faults import prefixed, raise_any
+from grain_jax.convert.faults import prefixed
 from grain_jax.convert.open_clip import checkpoint as files
-from grain_jax.convert.open_clip import comparison, image_tower, text_tower
+from grain_jax.convert.open_clip import comparison
+from grain_jax.convert.open_clip.towers import import_image, import_text
 
 
 def from_open_clip(
@@ -18,16 +19,12 @@ def from_open_clip(
     """
     folder = output.check_free(folder)
     checkpoint = files.read(source)
-    image = image_tower.import_tower(checkpoint, settings)
-    text = text_tower.import_tower(checkpoint, settings)
+    image, text = import_image(checkpoint, settings), import_text(checkpoint, settings)
     with prefixed(f"{checkpoint.path}: "):
-        left = [name for name in files.unused(checkpoint, image, text) if name not in files.SCALARS]
-        raise_any([f"{name}: unknown key" for name in left])
-        scalars = towers.scalars(checkpoint.state, files.SCALARS)
-        model, params = towers.two_tower_model(image, text, scalars)
+        model, params = towers.two_tower_model(checkpoint.state, image, text, files.SCALARS)
     proof = comparison.prove(checkpoint, model, params)
     output.save(folder, model, params, source, proof)
-    lines = [f"from-open-clip: {checkpoint.path} -> {folder}", *towers.describe(model, image, text)]
+    lines = towers.describe(model, {"image": image.assumed, "text": text.assumed})
     if not checkpoint.hf and not checkpoint.open_clip:
         lines.append(
             "The parity below cannot show whether heads and activations are right: there is no config, so the"
@@ -41,4 +38,4 @@ def from_open_clip(
             lines.append(f"tokenizer {file}, copied")
         else:
             lines.append(f"tokenizer NOT FOUND; copy the tower's to {folder / name}")
-    return proof._replace(text="\n".join([*lines, "", proof.text]))
+    return proof.after(f"from-open-clip: {checkpoint.path} -> {folder}", *lines)

@@ -3,16 +3,22 @@
 import functools
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from grain_jax import config as config_lib
-from grain_jax.convert import parity
+from grain_jax.convert import archives, parity
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.convert.open_clip.checkpoint import SCALARS, Checkpoint, group
 
+# Keys of the configs that say what the arrays have.
+_SIZES = {
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_channels", "num_patches"),
+    *("image_size", "patch_size", "vocab_size", "max_position_embeddings", "context_length"),
+    *("width", "layers", "mlp_ratio"),
+}
 Built = tuple[str, Any, Callable]  # package, torch module, (module, images, ids) -> both embeddings
 
 
@@ -28,19 +34,14 @@ def prove(checkpoint: Checkpoint, model: config_lib.Model, params: dict) -> pari
     try:
         import torch
 
-        package, module, encode = (_build_hf if is_hf else _build_open_clip)(checkpoint, model)
+        with archives.reading(
+            checkpoint.path, "what its own package takes, by the config beside it"
+        ):
+            package, module, encode = (_build_hf if is_hf else _build_open_clip)(checkpoint, model)
     except ImportError as error:
         return parity.not_proven(
             params, f"{error.name} is not installed, so nothing could be compared."
         )
-    except ConvertError:
-        raise
-    except Exception as error:  # the packages raise many kinds for a faulty config
-        reason = " ".join(str(error).split())[:200]
-        raise ConvertError(
-            f"{checkpoint.path}: its own package does not take the config beside it"
-            f" ({type(error).__name__}: {reason})"
-        ) from None
     state = {k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()}
     own = module.state_dict()
     scalar = {k: v.reshape(own[k].shape) for k, v in state.items() if k in own and k in SCALARS}
@@ -66,65 +67,27 @@ def _check_sizes(checkpoint: Checkpoint, model: config_lib.Model) -> None:
     The other side is built by that config: 10^6 layers would take all memory, and the name of a model would
     be looked up on the internet.
     """
-    faults = [
-        f"{group_name}.{key}: got {str(said[key])[:100]}, but the arrays have {size}"
-        for group_name, said, sizes in _expected_sizes(checkpoint, model)
-        for key, size in sizes.items()
-        if said.get(key, size) not in (size, [size, size], None)
-    ]
+    vision_cfg, text_cfg = open_clip_config(model)
     timm = group(checkpoint.open_clip, "vision_cfg").get("timm_model_name")
-    for name, tower in (("vision_cfg", model.image), ("text_cfg", model.text)):
-        ratio = group(checkpoint.open_clip, name).get("mlp_ratio")
-        ours = tower.mlp_dim / tower.width
-        fits = isinstance(ratio, int | float) and abs(ratio - ours) <= 0.01
-        if ratio is not None and not timm and not fits:
-            faults.append(f"{name}.mlp_ratio: got {str(ratio)[:100]}, but the arrays have {ours:g}")
+    if timm:  # the name decides the sizes
+        vision_cfg = {}
+    ours = hf_config(model) | dict(vision_cfg=vision_cfg, text_cfg=text_cfg)
+    faults = []
+    for name in ("vision_config", "text_config", "vision_cfg", "text_cfg"):
+        said = group(checkpoint.hf if name.endswith("config") else checkpoint.open_clip, name)
+        for key in _SIZES & said.keys() & ours[name].keys():
+            got, size = said[key], ours[name][key]
+            fits = isinstance(got, int | float) and abs(got - size) <= 0.01
+            if not fits and got not in ([size, size], None):
+                faults.append(f"{name}.{key}: got {str(got)[:100]}, but the arrays have {size:g}")
+        if said.get("hf_model_name") is not None:
+            faults.append(f"{name}.hf_model_name: got one, expected a tower of open_clip's own")
     if timm is not None and not (isinstance(timm, str) and re.fullmatch(r"[\w.]+", timm)):
         faults.append(
             f"vision_cfg.timm_model_name: got {str(timm)[:100]!r}, expected a name of timm's"
         )
-    for name in ("vision_cfg", "text_cfg"):
-        if group(checkpoint.open_clip, name).get("hf_model_name") is not None:
-            faults.append(f"{name}.hf_model_name: got one, expected a tower of open_clip's own")
     with prefixed(f"{checkpoint.path}: "):
-        raise_any(faults)
-
-
-def _expected_sizes(
-    checkpoint: Checkpoint, model: config_lib.Model
-) -> list[tuple[str, Mapping[str, Any], dict[str, int]]]:
-    """(name of a config group, the group, the sizes that it may state), of every group."""
-    image, text = model.image, model.text
-    hf_sizes = lambda t: dict(
-        hidden_size=t.width, intermediate_size=t.mlp_dim, num_hidden_layers=t.depth
-    )
-    grid = image.image_size // image.patch_size
-    pixels = dict(
-        image_size=image.image_size,
-        patch_size=image.patch_size,
-        num_channels=3,
-        num_patches=grid * grid,
-    )
-    words = dict(vocab_size=text.vocab_size, max_position_embeddings=text.context_length)
-    vision_cfg = group(checkpoint.open_clip, "vision_cfg")
-    vision = dict(width=image.width, layers=image.depth, patch_size=image.patch_size)
-    if vision_cfg.get("timm_model_name"):  # the name decides the sizes
-        vision = {}
-    return [
-        ("vision_config", group(checkpoint.hf, "vision_config"), hf_sizes(image) | pixels),
-        ("text_config", group(checkpoint.hf, "text_config"), hf_sizes(text) | words),
-        ("vision_cfg", vision_cfg, vision),
-        (
-            "text_cfg",
-            group(checkpoint.open_clip, "text_cfg"),
-            dict(
-                width=text.width,
-                layers=text.depth,
-                vocab_size=text.vocab_size,
-                context_length=text.context_length,
-            ),
-        ),
-    ]
+        raise_any(sorted(faults))
 
 
 def _build_hf(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
@@ -134,7 +97,7 @@ def _build_hf(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
     image = model.image
     flat_patches = checkpoint.state["vision_model.embeddings.patch_embedding.weight"].ndim == 2
     kind = "CLIP" if image.pool == "class" else "Siglip2" if flat_patches else "Siglip"
-    stated = checkpoint.hf or _hf_config_of(model, flat_patches)
+    stated = checkpoint.hf or hf_config(model)
     config = getattr(transformers, f"{kind}Config").from_dict(dict(stated))
     module = getattr(transformers, f"{kind}Model")(config).float()
     grid = image.image_size // image.patch_size
@@ -147,42 +110,44 @@ def _build_hf(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
             p = image.patch_size
             x = images.unfold(2, p, p).unfold(3, p, p)  # [N, 3, grid, grid, p, p]
             x = x.permute(0, 2, 3, 4, 5, 1).reshape(len(x), grid * grid, -1)
-            inputs = dict(
-                pixel_values=x,
-                pixel_attention_mask=torch.ones(x.shape[:2], dtype=torch.int32),
-                spatial_shapes=torch.tensor([[grid, grid]] * len(x)),
-            )
+            inputs = dict(pixel_values=x, spatial_shapes=torch.tensor([[grid, grid]] * len(x)))
+            inputs |= dict(pixel_attention_mask=torch.ones(x.shape[:2], dtype=torch.int32))
         out = module(input_ids=ids, **inputs)
         return out.image_embeds, out.text_embeds
 
     return f"transformers {transformers.__version__}'s {kind}Model", module, encode
 
 
-def _hf_config_of(model: config_lib.Model, flat_patches: bool) -> dict[str, Any]:
+def hf_config(model: config_lib.Model) -> dict[str, Any]:
+    """The config.json of transformers' CLIP or SigLIP for a two-tower model, without the kind of model."""
     image, text = model.image, model.text
-    shared = lambda t: dict(
-        hidden_size=t.width,
-        intermediate_size=t.mlp_dim,
-        num_hidden_layers=t.depth,
-        num_attention_heads=t.heads,
-        hidden_act={"gelu_tanh": "gelu_pytorch_tanh"}.get(t.activation, t.activation),
-        layer_norm_eps=t.norm_eps,
+    shared = lambda tower: dict(
+        hidden_size=tower.width,
+        intermediate_size=tower.mlp_dim,
+        num_hidden_layers=tower.depth,
+        num_attention_heads=tower.heads,
+        hidden_act={"gelu_tanh": "gelu_pytorch_tanh"}.get(tower.activation, tower.activation),
+        layer_norm_eps=tower.norm_eps,
         projection_dim=model.embed_dim,
     )
-    grid = image.image_size // image.patch_size
+    vision = dict(
+        image_size=image.image_size,
+        patch_size=image.patch_size,
+        num_channels=3,
+        num_patches=(image.image_size // image.patch_size) ** 2,  # of SigLIP 2
+    )
+    words = dict(
+        vocab_size=text.vocab_size,
+        max_position_embeddings=text.context_length,
+        projection_size=model.embed_dim,
+        bos_token_id=text.vocab_size - 2,
+        eos_token_id=text.vocab_size - 1,
+        pad_token_id=text.pad_id,
+    )
     return dict(
         projection_dim=model.embed_dim,
-        vision_config=dict(shared(image), patch_size=image.patch_size)
-        | (dict(num_patches=grid * grid) if flat_patches else dict(image_size=image.image_size)),
-        text_config=dict(
-            shared(text),
-            vocab_size=text.vocab_size,
-            max_position_embeddings=text.context_length,
-            projection_size=model.embed_dim,
-            bos_token_id=text.vocab_size - 2,
-            eos_token_id=text.vocab_size - 1,
-            pad_token_id=text.pad_id,
-        ),
+        vision_config=shared(image) | vision,
+        text_config=shared(text) | words,
     )
 
 
@@ -192,16 +157,12 @@ def _build_open_clip(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
     from open_clip import model as library
 
     image, stated = model.image, checkpoint.open_clip
-    vision_cfg, text_cfg = _open_clip_config_of(model)
+    vision_cfg, text_cfg = open_clip_config(model)
     quick_gelu = image.activation == "quick_gelu"
     if stated:
-        vision_cfg = {
-            **group(stated, "vision_cfg"),
-            "image_size": image.image_size,
-            "timm_model_pretrained": False,
-        }
-        text_cfg = {**group(stated, "text_cfg")}
-        quick_gelu = bool(stated.get("quick_gelu"))
+        vision_cfg = {**group(stated, "vision_cfg"), "timm_model_pretrained": False}
+        vision_cfg |= {"image_size": image.image_size}
+        text_cfg, quick_gelu = group(stated, "text_cfg"), bool(stated.get("quick_gelu"))
     custom = "text.token_embedding.weight" in checkpoint.state
     module = (library.CustomTextCLIP if custom else library.CLIP)(
         model.embed_dim,
@@ -212,43 +173,38 @@ def _build_open_clip(checkpoint: Checkpoint, model: config_lib.Model) -> Built:
     )
     if "visual.trunk.patch_embed.proj.weight" in checkpoint.state and not stated:
         module.add_module("visual", _timm_trunk(image))
-    return (
-        f"open_clip {open_clip.__version__}",
-        module,
-        lambda module, images, ids: (
-            module.encode_image(images, normalize=True),
-            module.encode_text(ids, normalize=True),
-        ),
-    )
+
+    def encode(module, images, ids):
+        return module.encode_image(images, normalize=True), module.encode_text(ids, normalize=True)
+
+    return f"open_clip {open_clip.__version__}", module, encode
 
 
-def _open_clip_config_of(model: config_lib.Model) -> tuple[dict[str, Any], dict[str, Any]]:
+def open_clip_config(model: config_lib.Model) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`vision_cfg` and `text_cfg` of open_clip's own towers for a two-tower model."""
     image, text = model.image, model.text
-    vision_cfg: dict[str, Any] = dict(
+    shared = lambda tower: dict(
+        width=tower.width,
+        layers=tower.depth,
+        mlp_ratio=tower.mlp_dim / tower.width,
+        act_kwargs=dict(approximate="tanh") if tower.activation == "gelu_tanh" else {},
+    )
+    vision_cfg = shared(image) | dict(
         image_size=image.image_size,
-        layers=image.depth,
-        width=image.width,
         head_width=image.width // image.heads,
-        mlp_ratio=image.mlp_dim / image.width,
         patch_size=image.patch_size,
         no_ln_pre=not image.pre_norm,
         pool_type="avg" if image.pool == "mean" else "tok",
     )
-    text_cfg: dict[str, Any] = dict(
+    text_cfg = shared(text) | dict(
         context_length=text.context_length,
         vocab_size=text.vocab_size,
-        width=text.width,
         heads=text.heads,
-        layers=text.depth,
-        mlp_ratio=text.mlp_dim / text.width,
         no_causal_mask=not text.causal,
         proj_bias=text.projection == "affine",
         pool_type="argmax" if text.pool == "end" else text.pool,
         norm_kwargs=dict(eps=text.norm_eps),
     )
-    for tower, cfg in ((image, vision_cfg), (text, text_cfg)):
-        if tower.activation == "gelu_tanh":
-            cfg["act_kwargs"] = dict(approximate="tanh")
     return vision_cfg, text_cfg
 
 
@@ -257,23 +213,18 @@ def _timm_trunk(image: config_lib.ImageTower):
     import torch
     from timm.models.vision_transformer import VisionTransformer
 
-    pools: dict[str, Literal["map", "token", "avg"]] = {
-        "map": "map",
-        "class": "token",
-        "mean": "avg",
-    }
+    pools: dict[str, Any] = {"map": "map", "class": "token", "mean": "avg"}
+    sizes: dict[str, Any] = dict(
+        img_size=image.image_size, patch_size=image.patch_size, embed_dim=image.width
+    )
+    sizes |= dict(depth=image.depth, num_heads=image.heads, num_classes=0)
     trunk = VisionTransformer(
-        img_size=image.image_size,
-        patch_size=image.patch_size,
-        embed_dim=image.width,
-        depth=image.depth,
-        num_heads=image.heads,
+        **sizes,
         mlp_ratio=image.mlp_dim / image.width,
         qk_norm=image.qk_norm,
         class_token=image.class_token,
         pre_norm=image.pre_norm,
         global_pool=pools[image.pool],
-        num_classes=0,
         act_layer=image.activation,  # timm has our names
         norm_layer=functools.partial(torch.nn.LayerNorm, eps=image.norm_eps),
     )

@@ -6,14 +6,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from grain_jax.convert import output, parity
+from grain_jax.convert import output, parity, towers
 from grain_jax.convert.faults import ConvertError, prefixed
-from grain_jax.convert.layouts import get
 from grain_jax.convert.reference import checkpoint as files
 from grain_jax.convert.reference import names
 from grain_jax.convert.reference.module import prove
-from grain_jax.convert.reference.parameters import to_params, to_states
-from grain_jax.convert.reference.sizes import REFERENCE_HEADS, TOWERS, Inferred, infer, sizes_of
+from grain_jax.convert.reference.names import to_params, to_states
+from grain_jax.convert.reference.sizes import REFERENCE_HEADS, TOWERS, infer
 from grain_jax.files import atomic
 from grain_jax.runtime import checkpoint
 
@@ -38,9 +37,14 @@ def from_torch(
         params = to_params(states["backbone"], states["decoder"], inferred.model)
     proof = prove(inferred.model, params, states)
     output.save(folder, inferred.model, params, source, proof)
-    lines = [f"from-torch: {source} -> {folder}", *_sizes_report(inferred), ""]
-    lines += [*_parameter_table(params), "", *_left_out(states, params, inferred)]
-    return proof._replace(text="\n".join([*lines, "", proof.text]))
+    return proof.after(
+        f"from-torch: {source} -> {folder}",
+        *towers.describe(inferred.model, inferred.assumed),
+        "",
+        *parity.table(params),
+        "",
+        *_left_out(states, params),
+    )
 
 
 def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
@@ -62,13 +66,12 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     model, params, read_from = checkpoint.load_model(source)
     states = to_states(model, params)
     try:
-        files.write(path, states)
+        with output.writing(path):
+            files.write(path, states)
     except ImportError as error:
         raise ConvertError(
             f"{path}: PyTorch is needed to write it; pip install 'grain_jax[torch]'"
         ) from error
-    except OSError as error:
-        raise ConvertError(f"{path}: cannot be written ({error})") from error
     proof = prove(model, params, files.read(path))
     lines = [f"to-torch: {read_from} -> {path}"]
     for module, key in files.KEYS.items():
@@ -77,7 +80,7 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     lines += [_heads_line(tower, getattr(model, tower)) for tower in TOWERS]
     zeros = ", ".join(f"{m} {name}" for m, of in names.UNUSED.items() for name in of)
     lines.append(f"zeros, for the entries that the reference never uses: {zeros}")
-    return proof._replace(text="\n".join([*lines, "", proof.text]))
+    return proof.after(*lines)
 
 
 def _heads_line(tower: str, config: Any) -> str:
@@ -89,46 +92,16 @@ def _heads_line(tower: str, config: Any) -> str:
     return line
 
 
-def _sizes_report(inferred: Inferred) -> list[str]:
-    model, heads = inferred
-    image, text, decoder = model.image, model.text, model.decoder
-    assert decoder is not None  # `infer` reads one
-    return [
-        f"image    {image.image_size} px, patch {image.patch_size}, width {image.width}, depth {image.depth},"
-        f" MLP {image.mlp_dim}, qk-norm {'yes' if image.qk_norm else 'no'}, heads {heads['image']}",
-        f"text     vocabulary {text.vocab_size}, context {text.context_length}, width {text.width},"
-        f" depth {text.depth}, MLP {text.mlp_dim}, heads {heads['text']}",
-        f"decoder  {decoder.queries} + 1 queries, width {decoder.width}, depth {decoder.depth},"
-        f" MLP {decoder.mlp_dim}, heads {heads['decoder']}; embedding {model.embed_dim}",
-    ]
-
-
-def _parameter_table(params: Any) -> list[str]:
-    lines = [f"{'parameter':45} {'shape':20} {'norm':>12}  reference"]
-    for _, module, rows in names.TABLES:
-        for row in rows:
-            leaf = get(params, row.ours)
-            if leaf is not None:
-                third = "" if row.third is None else f" [third {row.third + 1}]"
-                norm = np.linalg.norm(leaf.astype(np.float64))
-                lines.append(
-                    f"{row.ours:45} {str(leaf.shape):20} {norm:12.6g}  {module} {row.theirs}{third}"
-                )
-    return lines
-
-
-def _left_out(states: Mapping[str, files.StateDict], params: Any, inferred: Inferred) -> list[str]:
+def _left_out(states: Mapping[str, Mapping[str, np.ndarray]], params: Any) -> list[str]:
     """The entries that no parameter takes, and the numbers of values."""
     lines = ["left out, because no output of GRAIN depends on it:"]
     for module, unused in names.UNUSED.items():
         for name in unused:
             shape = states[module][name].shape if name in states[module] else "not in the file"
             lines.append(f"  {module} {name} {shape}")
-    back = names.state_dicts(params, sizes_of(inferred.model))
-    used = sum(states[m][k].size for m in back for k in back[m])
-    written = sum(array.size for entries in back.values() for array in entries.values())
-    total = sum(array.size for state in states.values() for array in state.values())
-    lines.append(
-        f"values: {total:,} in the file = {used:,} used + {total - used:,} left out; {written:,} written"
+    used = sum(
+        array.size for state in names.state_dicts(params).values() for array in state.values()
     )
+    total = sum(array.size for state in states.values() for array in state.values())
+    lines.append(f"values: {total:,} in the file = {used:,} used + {total - used:,} left out")
     return lines

@@ -9,7 +9,7 @@ import numpy as np
 from grain_jax import config as config_lib
 from grain_jax.convert import parity
 from grain_jax.convert.reference import names
-from grain_jax.convert.reference.checkpoint import StateDict
+from grain_jax.convert.reference.names import StateDicts
 
 
 def make_module(model: config_lib.Model, losses: Mapping[str, Any] | None = None) -> Any:
@@ -24,7 +24,7 @@ def make_module(model: config_lib.Model, losses: Mapping[str, Any] | None = None
     return modeling_grain.GrainModel(config).eval()
 
 
-def load_states(module: Any, states: Mapping[str, StateDict]) -> None:
+def load_states(module: Any, states: StateDicts) -> None:
     """Loads the reference's state dicts into the torch module, strictly except for its unused entries."""
     import torch
 
@@ -50,15 +50,15 @@ def run_module(module: Any, given: parity.Inputs) -> dict[str, np.ndarray]:
 
     with torch.no_grad():
         pixels = torch.tensor(given.images).permute(0, 3, 1, 2)
-        regions = module.get_regions(pixels)
         unit = torch.nn.functional.normalize
         out = dict(
             image_embed=unit(module.get_image_features(pixels), dim=-1),
             text_embed=unit(module.get_text_features(torch.tensor(given.token_ids).long()), dim=-1),
-            region_embed=regions.embeds,
-            boxes_xyxy=regions.boxes_xyxy,
             logit_scale=module.backbone.logit_scale.exp(),
         )
+        if len(module.decoder.query_embed.weight) > 1:
+            regions = module.get_regions(pixels)
+            out |= dict(region_embed=regions.embeds, boxes_xyxy=regions.boxes_xyxy)
         if module.decoder.boxes is not None:
             boxes = torch.tensor(parity.BOXES).expand(len(pixels), -1, -1)
             out["box_embed"] = module.get_boxes(pixels, boxes)
@@ -67,7 +67,7 @@ def run_module(module: Any, given: parity.Inputs) -> dict[str, np.ndarray]:
     return {name: value.detach().numpy() for name, value in out.items()}
 
 
-def prove(model: config_lib.Model, params: Any, states: Mapping[str, StateDict]) -> parity.Report:
+def prove(model: config_lib.Model, params: Any, states: StateDicts) -> parity.Report:
     """Compares our model with `params` and the torch module with `states`, the arrays of the file."""
     try:
         module = make_module(model)

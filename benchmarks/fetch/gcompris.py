@@ -13,6 +13,7 @@ Names are the file names of the package, in words; a table corrects those that n
 
 import io
 import json
+import pathlib
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -20,9 +21,8 @@ from typing import NamedTuple
 import msgspec
 import PIL.Image
 from etils import epath
-from grain_jax.data.fetch import package, resources
-from grain_jax.data.fetch.licences import Copyright
 
+from benchmarks.fetch import licences, package, qt
 from grain_jax.files import images, regular_file
 
 PACKAGE = "gcompris-qt-data"
@@ -53,59 +53,9 @@ _LESSONS = (
     "animal",
     "fruit",
 )  # of the drawings; the others are colours, numbers, people and parts of the body
-# Stems of file names -> the name; "": no single thing is to be seen, or another name fits as well.
-_NAMES = {
-    "camels": "camel",
-    "chamaeleon": "chameleon",
-    "dragon": "komodo dragon",
-    "meerkats": "meerkat",
-    "spoonbills": "spoonbill",
-    "swans": "swan",
-    "blackslate": "blackboard",
-    "buffetset": "",
-    "bulb": "light bulb",
-    "cuttingTool": "pliers",
-    "erasers": "eraser",
-    "geothermal": "geothermal power plant",
-    "knife": "cutlery",
-    "nailCutter": "nail clipper",
-    "plier": "pliers",
-    "screwDriver": "screwdriver",
-    "sideCutter": "pliers",
-    "solar": "solar panel",
-    "solar1": "solar cooker",
-    "solar2": "solar cooker",
-    "solar3": "",
-    "spray": "spray bottle",
-    "tweezer": "tweezers",
-    "weighingMachine": "weighing scale",
-    "windmill6": "wind turbine",
-    "IndiaGate": "india gate",
-    "burj": "burj khalifa",
-    "canyondeChelly": "canyon de chelly",
-    "castillodeSanMarcos": "castillo de san marcos",
-    "cathedral": "",
-    "chateaudeChambord": "chateau de chambord",
-    "chateaudeChenonceau": "chateau de chenonceau",
-    "citedeCarcassonne": "cite de carcassonne",
-    "empireState": "empire state building",
-    "gatewayofIndia": "gateway of india",
-    "greatPyramid": "great pyramid of giza",
-    "greatWall": "great wall of china",
-    "greatWallofChina": "great wall of china",
-    "kutubMinar": "qutub minar",
-    "leMusee": "louvre",
-    "monument": "",
-    "monument1": "dome of the rock",
-    "montStMichel": "mont saint-michel",
-    "operaHouse": "sydney opera house",
-    "palaisdesPapes": "palais des papes",
-    "pontduGard": "pont du gard",
-    "statueofLiberty": "statue of liberty",
-    "usCapitol": "us capitol",
-    "victoriaMemorial": "",  # two buildings of this name
-    "zimniPalace": "winter palace",
-}
+# Stem of a file name -> the name; none: no single thing is to be seen, or another name fits as well.
+_TABLE = pathlib.Path(__file__).with_name("names.tsv").read_text()
+_NAMES = dict(line.split("\t") for line in _TABLE.splitlines())
 _DRAWN = {"animal": "", "bug": "", "flies": "fly", "fruit": "", "reptile": ""}
 
 
@@ -168,7 +118,7 @@ def write(output: epath.PathLike, *, deb: str | None = None) -> str:
     if len(found[_COPYRIGHT]) > _MOST_COPYRIGHT:
         raise package.PackageError(f"{_COPYRIGHT}: got over {_MOST_COPYRIGHT:,} bytes")
     copyright_text = found[_COPYRIGHT].decode("utf-8", "replace")
-    known = Copyright(copyright_text)
+    known = licences.read(copyright_text)
     counts = dict.fromkeys(FOLDERS, 0)
     captions, table = {}, ["file\tname\tlicence\tholders\tsource\tlisted as"]
     for picture in _pictures(found, list(paths)):
@@ -182,7 +132,7 @@ def write(output: epath.PathLike, *, deb: str | None = None) -> str:
         counts[picture.group] += 1
         kind = "drawing" if picture.group == "drawings" else "photo"
         captions.setdefault(f"a {kind} of {picture.name}", target)
-        row = [target, picture.name, *_listed(known.of(picture.path))]
+        row = [target, picture.name, *_listed(licences.of(picture.path, known))]
         table.append("\t".join(" ".join(column.split()) for column in row))
     lines = [json.dumps({"image": path, "caption": said}) for said, path in captions.items()]
     (output / "A.jsonl").write_text("".join(f"{line}\n" for line in lines))
@@ -220,10 +170,10 @@ def _pictures(found, paths) -> Iterator[Picture]:
     files, left = {}, _MOST
     for path in paths:
         try:
-            for name, data in resources.files(found[path], left):
+            for name, data in qt.files(found[path], left):
                 left -= len(data)
                 files[re.sub(r"\A.*?(?=src/activities/)", "", name)] = data
-        except resources.ResourceError as error:
+        except qt.ResourceError as error:
             raise package.PackageError(f"{path}: {error}; expected {PACKAGE}") from None
     drawn = _drawn(files)
     for group, folders in FOLDERS.items():
@@ -260,7 +210,7 @@ def _readme(counts, captions):
     rows = "\n".join(f"| `{group}/` | {count} |" for group, count in counts.items())
     return f"""# Pictures of GCompris, to test on
 
-Made by `grain-jax fetch gcompris` of Debian's package {PACKAGE}: a folder for each name. Licences differ from picture
+Made by `python -m benchmarks.fetch gcompris` of Debian's package {PACKAGE}: a folder for each name. Licences differ from picture
 to picture: `licences.tsv` lists them as the package does (`*` in the last column: no paragraph of `copyright` names
 the picture, the licence is that of GCompris as a whole). Drawings were laid on a white ground and stored as PNG;
 photographs are the files of the package.

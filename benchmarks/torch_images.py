@@ -15,7 +15,7 @@ import torchvision
 from etils import epath
 from torchvision.transforms import v2
 
-from benchmarks.input import made
+from benchmarks import made
 from grain_jax import schema
 
 MAX_REGIONS = 5

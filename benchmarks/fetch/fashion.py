@@ -1,7 +1,7 @@
 """Fashion-MNIST with boxes and words of parts, two classes and five combinations of parts held out.
 
 The pictures are those of the package, black and white exchanged (it stores negatives): black on a white ground, 28 x 28.
-Every box and word of a picture comes from `parts`; nobody looked at the pictures one by one.
+Every box and word of a picture comes from `looks`; nobody looked at the pictures one by one.
 """
 
 import collections
@@ -20,25 +20,15 @@ import numpy as np
 import PIL.Image
 from etils import epath
 from grain_jax.data import parallel
-from grain_jax.data.fetch import package
-from grain_jax.data.fetch.outline import SIDE, Part
-from grain_jax.data.fetch.parts import parts
-from grain_jax.data.fetch.settings import DEFAULT, Settings
 
+from benchmarks.fetch import package
+from benchmarks.fetch.looks import SIDE, Part, parts
 from grain_jax import progress
 from grain_jax.files import regular_file
 
 PACKAGE = "dataset-fashion-mnist"
 CLASSES = (  # in the order of the labels
-    "T-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
+    *("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag"),
     "ankle boot",
 )
 HELD_OUT = ("dress", "ankle boot")
@@ -52,6 +42,22 @@ SHA256 = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+
+
+def _setting(default: int, said: str, bounds: tuple[int, int] = (0, 10**6)) -> int:
+    return dataclasses.field(default=default, metadata=dict(help=said, bounds=bounds))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the files of `python -m benchmarks.fetch fashion` depend on; its --help explains each."""
+
+    seed: int = _setting(0, "which images are taken, and the words of captions", (0, 2**63))
+    images: int = _setting(16000, "training images, the classes in turn; fewer where it has fewer")
+    seen_per_class: int = _setting(100, "evaluation images of each training class")
+    unseen_per_kind: int = _setting(150, "evaluation images of each held-out kind")
+    test_images: int = _setting(400, "test images, half of training classes, no two of equal parts")
+    caption_parts: int = _setting(2, "parts that a synthetic caption tells, at most", (1, 8))
 
 
 class Kind(NamedTuple):
@@ -83,10 +89,7 @@ _REPORTED = (
     Kind("sandal_2", "sandal", ("open straps", "a high block heel", "a light surface")),
 )
 # Each description is measured on pictures of training classes, too.
-HALVES = (
-    _CHOOSING,
-    _REPORTED,
-)  # `benchmarks.claim` chooses settings by the first and reports the second
+HALVES = (_CHOOSING, _REPORTED)  # `benchmarks.claim` chooses by the first, reports the second
 KINDS = (*_CHOOSING, *_REPORTED)
 
 _WEB_CAPTIONS = (
@@ -136,12 +139,12 @@ class Picture(NamedTuple):
 
 def write(
     output: epath.PathLike,
-    settings: Settings = DEFAULT,
+    settings: Settings = Settings(),
     *,
     deb: str | None = None,
     processes: int = 1,
 ) -> str:
-    """Writes the data set to the folder `output`; grain_jax.data.fetch lists its files.
+    """Writes the data set to the folder `output`; `python -m benchmarks.fetch --help` lists its files.
 
     Args:
       deb: file of the package; None: apt-get downloads it.
@@ -166,7 +169,33 @@ def write(
     found = package.read(PACKAGE, deb, {**wanted, _LICENCE: "licence"})
     every = list(_measured(found, processes))
     random.Random(f"fashion {settings.seed}").shuffle(every)
+    training, seen, unseen, tests = _divided(every, settings)
 
+    for one in seen:
+        _save(one, output / "seen" / one.label.lower() / f"{one.id}.png")
+    for one in unseen:
+        _save(one, output / "unseen" / one.kind.name / f"{one.id}.png")
+    for one in training:
+        _save(one, output / "images" / f"{one.id}.png")
+    lines = {}
+    for name, pictures in tests.items():
+        for one in pictures:
+            _save(one, output / "test" / "images" / f"{one.id}.png")
+        said = [{"caption": f"something with {_and(sorted(one.looks))}"} for one in pictures]
+        lines[name] = list(map(_line, pictures, said))
+        _write_lines(output / "test" / f"{name}.jsonl", lines[name])
+    _write_lines(output / "test" / "A.jsonl", [*lines["seen"], *lines["unseen"]])
+    descriptions = {kind.name: kind.descriptions for kind in KINDS}
+    (output / "unseen.json").write_text(json.dumps(descriptions, indent=1) + "\n")
+    (output / "LICENSE").write_bytes(found[_LICENCE])
+    (output / "README.md").write_text(_readme(settings, training, seen, unseen, tests))
+    _write_lines(output / "A.jsonl", [_line(one, _words(one, settings)) for one in training])
+    stamp.write_text(described)
+    return f"{len(training)} training images, {len(seen)} seen, {len(unseen)} of held-out kinds"
+
+
+def _divided(every, settings):
+    """(training images, evaluation images of their classes, those of held-out kinds, test images by half)."""
     known = [one for one in every if one.label not in HELD_OUT and not one.fits]
     others = [one for one in known if not one.id.startswith("train-")]
     seen = _in_turns(others, lambda one: one.label, most=settings.seen_per_class)
@@ -174,38 +203,13 @@ def write(
     unseen = _in_turns(kinds, lambda one: one.kind, most=settings.unseen_per_kind)
     training = _training([one for one in known if one.id.startswith("train-")])[: settings.images]
     taken = {one.id for pictures in (seen, unseen, training) for one in pictures}
-    known_ids = {one.id for one in known}
+    known_ids, looks = {one.id for one in known}, set()
     rest = [one for one in every if one.id not in taken]
-    held_out = [one for one in rest if one.id not in known_ids]
-    looks = set()
-    tests = {
-        "unseen": _distinct(held_out, settings.test_images // 2, looks),
-        "seen": _distinct(
-            [one for one in rest if one.id in known_ids], settings.test_images // 2, looks
-        ),
-    }
-
-    for folder, pictures in (("seen", seen), ("unseen", unseen)):
-        for one in pictures:
-            name = one.label if folder == "seen" else one.kind.name
-            _save(one, output / folder / name.lower() / f"{one.id}.png")
-    lines = []
-    for one in training:
-        _save(one, output / "images" / f"{one.id}.png")
-        lines.append(_line(one, _words(one, settings)))
-    for name, pictures in tests.items():
-        for one in pictures:
-            _save(one, output / "test" / "images" / f"{one.id}.png")
-        tests[name] = [_line(one, {"caption": _joined(one, len(one.parts))}) for one in pictures]
-        _write_lines(output / "test" / f"{name}.jsonl", tests[name])
-    _write_lines(output / "test" / "A.jsonl", [*tests["seen"], *tests["unseen"]])
-    descriptions = {kind.name: kind.descriptions for kind in KINDS}
-    (output / "unseen.json").write_text(json.dumps(descriptions, indent=1) + "\n")
-    (output / "LICENSE").write_bytes(found[_LICENCE])
-    (output / "README.md").write_text(_readme(settings, training, seen, unseen, tests))
-    _write_lines(output / "A.jsonl", lines)
-    stamp.write_text(described)
-    return f"{len(training)} training images, {len(seen)} seen, {len(unseen)} of held-out kinds"
+    tests = {}
+    for name, is_known in (("unseen", False), ("seen", True)):
+        half = [one for one in rest if (one.id in known_ids) == is_known]
+        tests[name] = _distinct(half, settings.test_images // 2, looks)
+    return training, seen, unseen, tests
 
 
 def _measured(found, processes) -> Iterable[Picture]:
@@ -290,10 +294,6 @@ def _words(picture, settings):
     return {"caption": web, "synthetic_caption": synthetic if told else "a picture of an article"}
 
 
-def _joined(picture, count):
-    return f"something with {_and(sorted(picture.looks)[:count])}"
-
-
 def _and(phrases):
     return " and ".join(filter(None, (", ".join(phrases[:-1]), *phrases[-1:])))
 
@@ -323,7 +323,7 @@ def _write_lines(path, records):
 def _readme(settings, training, seen, unseen, tests):
     return f"""# Fashion-MNIST with parts
 
-Made by `grain-jax fetch fashion` (settings: `settings.json`; seed {settings.seed}) of Debian's package {PACKAGE}:
+Made by `python -m benchmarks.fetch fashion` (settings: `settings.json`; seed {settings.seed}) of Debian's package {PACKAGE}:
 photographs of Zalando's articles, MIT licence (`LICENSE`). Boxes and words are ours, measured by a program.
 
 | | |

@@ -1,12 +1,18 @@
-"""The operations of a profiled step."""
+"""The operations of a train step that take longest on this device, by a profile.
+
+python -m benchmarks.profile [--size B/16] [--batch 8] [--attention auto] [--top 10] [--json OUT.json]
+"""
 
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
+from benchmarks import harness
+from benchmarks.train_step import TrainStep, make_config
 from grain_jax.runtime import profiling
 
 TRACED = 3  # steps in the profile
@@ -75,3 +81,22 @@ def own_times(events: Sequence[tuple[float, float, str]]) -> dict[str, float]:
         own[name] = own.get(name, 0.0) + duration
         under.append((start + duration, name))
     return own
+
+
+def main() -> None:
+    """Prints the longest operations."""
+    args = harness.arguments(__doc__, size="B/16", batch=8, attention="auto", top=10)
+    config = make_config(args.size, args.batch, **{"model.attention": args.attention})
+    step = TrainStep(config)
+    step.loss()
+    with tempfile.TemporaryDirectory() as folder:
+        file = trace(lambda: (step(), step.held[0].step), folder)
+        found = operations(file, step.compiled.as_text())[: args.top]
+    table = harness.Table(dict(name="34", ms=">9.3f", share=">7.1%", where="<1"))
+    for row in found:
+        table.add(**row)
+    harness.write(args.json, dict(device=jax.devices()[0].device_kind, rows=table.rows))
+
+
+if __name__ == "__main__":
+    main()

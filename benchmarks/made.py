@@ -23,7 +23,7 @@ SETS = {  # name: arguments of data.build
     "jpeg_224": ("--encoding=jpeg:95", f"--store-size={SIZE}"),
     "png_224": ("--encoding=png", f"--store-size={SIZE}"),
 }
-_WORDS = (
+WORDS = (
     "a the of with and on in small large red green blue yellow bright dark long short round curved wing beak tail"
     " feather bird dog car tree house window street river stone wooden metal striped spotted smooth shiny old new"
     " standing sitting flying near under beside between two three morning evening water grass photo close view"
@@ -46,7 +46,7 @@ def image(number: int) -> PIL.Image.Image:
 def annotation(number: int) -> dict[str, Any]:
     """A line of A.jsonl: captions of 8-18 words, 0-5 regions of 2-10."""
     rng = np.random.default_rng((1, number))
-    words = lambda least, most: " ".join(rng.choice(_WORDS, rng.integers(least, most + 1)))
+    words = lambda least, most: " ".join(rng.choice(WORDS, rng.integers(least, most + 1)))
     corner = rng.uniform(0, 0.5, (5, 2)) * (WIDTH, HEIGHT)
     extent = rng.uniform(0.1, 0.5, (5, 2)) * (WIDTH, HEIGHT)
     boxes = np.concatenate([corner, corner + extent], axis=1).tolist()

@@ -1,4 +1,4 @@
-"""Compares our input pipeline with a torch DataLoader, in turns in one run, and measures the CPU time of our stages.
+"""Compares our input pipeline with a torch DataLoader, in turns in one run, and our images with those of PIL.
 
     python -m benchmarks.input [--count 2000] [--batches 20] [--turns 5] [--pictures DIR] [--json OUT.json]
 
@@ -6,7 +6,7 @@ Makes N JPEGs of 500 x 375 (about 55 KB: noise with the spectrum of photographs)
 records of them in three ways: unchanged, and resized to 224 as JPEG and as PNG. Our side is all of `records.batches`:
 read, parse, decode, resize, tokenise, pack. The DataLoader has 2 workers, PIL as in the reference or torchvision's decoder
 and resize, and open_clip's tokenizer. Each side runs in its own process; a turn consumes the prefetched batches before
-its clock starts. Then the images are compared with those of PIL, and the CPU time of an image is divided by stage.
+its clock starts.
 """
 
 import os
@@ -21,8 +21,7 @@ import numpy as np
 from etils import epath
 from grain_jax.data import example
 
-from benchmarks import harness
-from benchmarks.input import made
+from benchmarks import harness, made
 from grain_jax.files import images
 
 STORED_TURNS = 4  # factor of the batches a turn for images stored at 224, which are faster
@@ -31,26 +30,18 @@ SETTLE_SECONDS = 1.5  # time to prefetch them
 PACKAGES = "tensorflow-cpu jax torch torchvision open_clip_torch pillow numpy".split()
 
 
-def take(batches: Iterator[Any] | None) -> None:
-    """Consumes the prefetched batches, before a clock starts; None: a pause to prefetch again, at the end of a turn."""
-    if batches is None:
-        time.sleep(SETTLE_SECONDS)
-    else:
-        for _ in range(AHEAD):
-            next(batches)
-
-
 def timed(batches: Iterator[Any], count: int) -> Callable[[], list[float]]:
     """Runs a turn of `count` batches; returns the seconds of all turns so far."""
     seconds: list[float] = []
 
     def turn() -> list[float]:
-        take(batches)
+        for _ in range(AHEAD):
+            next(batches)
         began = time.perf_counter()
         for _ in range(count):
             next(batches)
         seconds.append(time.perf_counter() - began)
-        take(None)
+        time.sleep(SETTLE_SECONDS)
         return seconds
 
     return turn
@@ -65,16 +56,9 @@ def our_side(folder: str, name: str, count: int) -> dict[str, Callable]:
 
 def torch_side(folder: str, kind: str, count: int) -> dict[str, Callable]:
     """A DataLoader on the image files, which decodes with PIL or torchvision."""
-    from benchmarks.input import torch_images
+    from benchmarks import torch_images
 
     return {kind: timed(iter(torch_images.loader(epath.Path(folder), kind)), count)}
-
-
-def profile_side(folder: str, name: str, count: int) -> dict[str, Callable]:
-    """See `stages.side`."""
-    from benchmarks.input import stages
-
-    return stages.side(folder, name, count, take)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -141,24 +125,8 @@ def throughput(folder: str, batches: int, turns: int) -> dict[str, Any]:
     return {row.pop("pipeline"): row for row in table.rows}
 
 
-def profile(folder: str, batches: int, turns: int) -> dict[str, dict[str, float]]:
-    """Profiles each set, prints the table and returns the medians."""
-    out = {}
-    for name in made.SETS:
-        side = (profile_side, dict(folder=folder, name=name, count=batches))
-        (timing,) = harness.measure({"profile": side}, turns=turns).values()
-        measured = timing.value[1:]
-        out[name] = {s: statistics.median(turn[s] for turn in measured) for s in measured[0]}
-    print("CPU ms an image")
-    table = harness.Table(dict(stage="24") | dict.fromkeys(made.SETS, ">11.3f"))
-    for stage in out["full_size"]:
-        table.add(stage=stage, **{name: stages[stage] for name, stages in out.items()})
-    table.add(stage="all", **{name: sum(stages.values()) for name, stages in out.items()})
-    return out
-
-
 def main() -> None:
-    """Makes the data, and prints throughput, quality and profile."""
+    """Makes the data, and prints throughput and quality."""
     args = harness.arguments(
         __doc__,
         count=(2000, dict(help="number of images to make")),
@@ -196,7 +164,6 @@ def main() -> None:
                 f" {q['png_worst']}; JPEG q95 PSNR mean {q['jpeg_psnr_mean']:.1f}, least"
                 f" {q['jpeg_psnr_least']:.1f} dB"
             )
-        result["cpu_milliseconds"] = profile(str(folder), args.batches, args.turns)
     harness.write(args.json, result)
 
 

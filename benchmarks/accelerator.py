@@ -1,0 +1,151 @@
+"""What an accelerator does with the train step, in one command of at most nine minutes.
+
+    python -m benchmarks.accelerator [--json OUT.json] [--minutes 9] [--sizes B/16 S/16] [--batch 256]
+
+On one GPU or TPU: the parity of the attention programs with float32 (`benchmarks.attention`); images/s, MFU and memory
+of the packed bfloat16 step by each attention that the device runs, and of the same step in PyTorch on the same card
+(`benchmarks.train_step`); the ten operations that take longest (`benchmarks.profile`); the plan; the wait for input of
+a short training. Parts run one after the other, each in processes that have the memory of the device to themselves; half
+the batch where memory runs out. They are ordered by worth: what does not fit into the time is left out and named. On a
+CPU everything runs at size tiny, in float32.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from benchmarks import harness
+
+ROOT = epath.Path(__file__).absolute().parent.parent
+# The attention programs that are timed; on a CPU the kernel runs in an interpreter, which says nothing of its speed.
+TIMED = {"cpu": ["xla"], "gpu": ["cudnn", "xla"], "tpu": ["pallas", "xla"]}
+BATCHES = (256, 128, 64, 32, 16, 8)
+FULL = ("RESOURCE_EXHAUSTED", "OutOfMemoryError", "out of memory")
+
+
+class Part(NamedTuple):
+    """Something to measure: a command, and the seconds that it takes at least; with less left it does not start."""
+
+    what: str
+    command: list[str]
+    seconds: float
+
+
+def parts(platform: str, kind: str, sizes: list[str], batch: int, folder: epath.Path) -> list[Part]:
+    """The parts for a device, those first that are worth most."""
+    from grain_jax.launch import chips
+
+    first = TIMED[platform][0]
+    step, operations, plans = [], [], []
+    known = [chip for chip in chips.CHIPS.values() if chip.device_kind == kind]
+    for size in sizes:
+        given = ["--size", size, "--batch", str(batch)]
+        timed = ["benchmarks.train_step", *given, "--attention", *TIMED[platform]]
+        step.append(Part(f"step of {size}", timed, 120.0))
+        profile = ["benchmarks.profile", *given, "--attention", first]
+        operations.append(Part(f"operations of {size}", profile, 45.0))
+        for chip in known[:1]:
+            topology = f"{chip.name}:{'x'.join('1' * (chip.axes or 1))}"
+            keys = {"batch_size": batch, "input.source": "synthetic", "mesh.data": 1}
+            below = folder / size.replace("/", "_")
+            below.mkdir()
+            file = harness.config_file(below, size, keys | {"dtype": "bfloat16"})
+            plan = ["grain_jax", "plan", f"--config={file}", f"--topology={topology}"]
+            plans.append(Part(f"plan of {size}", plan, 15.0))
+    wait = ["benchmarks.accelerator", "--wait", "--sizes", sizes[0], "--batch", str(batch)]
+    rest = [*plans[:1], *step[1:], Part("wait for input", wait, 60.0), *operations[1:], *plans[1:]]
+    return [Part("parity", ["benchmarks.attention"], 20.0), step[0], operations[0], *rest]
+
+
+def run(part: Part, left: Callable[[], float], file: epath.Path) -> dict[str, Any]:
+    """Runs a part, with half the batch where memory runs out; its output, its figures, or why it is left out."""
+    command = list(part.command)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if command[0] == "grain_jax":
+        environment |= {"JAX_PLATFORMS": "cpu"}
+    else:
+        command += ["--json", str(file)]
+    while left() > part.seconds:
+        piped = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        words = [sys.executable, "-m", *command]
+        try:
+            done = subprocess.run(words, env=environment, timeout=left(), **piped)
+        except subprocess.TimeoutExpired:
+            return dict(left_out="stopped, took more than the time that was left")
+        if not done.returncode:
+            figures = json.loads(file.read_text()) if file.exists() else None
+            return dict(output=done.stdout, figures=figures)
+        place = command.index("--batch") + 1 if "--batch" in command else 0
+        if not any(sign in done.stdout for sign in FULL) or not place or command[place] == "8":
+            line = next(reversed(done.stdout.strip().splitlines()), "")
+            return dict(left_out=f"ended with {done.returncode}: {line[:300]}")
+        print(f"{part.what}: out of memory at batch {command[place]}", flush=True)
+        command[place] = str(int(command[place]) // 2)
+    return dict(left_out=f"needs {part.seconds:.0f} s of {max(left(), 0):.0f} left")
+
+
+def input_wait(size: str, batch: int, quick: bool) -> dict[str, Any]:
+    """The share of the time that a short training waits for its input: JPEGs of 224 pixels, made for it."""
+    from benchmarks import made
+
+    images, steps, every = (64, 12, 4) if quick else (3 * batch, 80, 10)
+    keys = {"total_steps": steps, "optim.warmup_steps": 1, "log_every": every, "mesh.data": -1}
+    keys |= {"batch_size": batch, "dtype": "float32" if quick else "bfloat16"}
+    keys |= {"checkpoint_every": 0, "input.lanes": None, "input.name": "jpeg_224"}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = epath.Path(temporary)
+        made.make(folder / "data", images, ("jpeg_224",))
+        keys |= {"input.data_dir": str(folder / "data" / "records")}
+        file = harness.config_file(folder, size, keys)
+        command = [sys.executable, "-m", "grain_jax.train", f"--config={file}"]
+        subprocess.run([*command, f"--workdir={folder / 'run'}"], check=True)
+        lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+        rows = [line for line in lines if "input_wait_fraction" in line]
+    settled = rows[1:] or rows  # the first line has the start
+    waits = [row["input_wait_fraction"] for row in settled]
+    rate = statistics.median(row["images_per_second"] for row in settled)
+    print(
+        f"waiting for input: {statistics.mean(waits):.1%} of the time, at most {max(waits):.1%} in {every}"
+        f" steps; {size}, batch {batch}, {rate:,.0f} images/s"
+    )
+    return dict(steps_a_line=every, wait_fractions=waits, images_per_second=rate)
+
+
+def main() -> None:
+    """Measures what there is time for, prints the tables, and writes the results after each part."""
+    args = harness.arguments(
+        __doc__,
+        sizes=(str, dict(nargs="+", help="without it B/16 and S/16, on a CPU tiny")),
+        batch=(int, dict(choices=BATCHES, help="images (default: 256, on a CPU 16)")),
+        minutes=(9.0, dict(help="that the whole may take")),
+        wait=(False, dict(help="the last part alone")),
+    )
+    end = time.monotonic() + 60 * args.minutes
+    platform, kind = harness.device()
+    quick = platform == "cpu"
+    sizes, batch = args.sizes or (["tiny"] if quick else ["B/16", "S/16"]), args.batch
+    batch = batch or (16 if quick else 256)
+    if args.wait:
+        harness.write(args.json, input_wait(sizes[0], batch, quick))
+        return
+    results: dict[str, Any] = dict(machine=harness.machine("jax", "jaxlib", "flax"), device=kind)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = epath.Path(temporary)
+        for number, part in enumerate(parts(platform, kind, sizes, batch, folder)):
+            print(f"\n== {part.what}", flush=True)
+            found = run(part, lambda: end - time.monotonic(), folder / f"{number}.json")
+            print(found.get("output") or f"{part.what}: left out, {found['left_out']}", flush=True)
+            results[part.what] = found.get("figures") or found
+            harness.write(args.json, results)
+
+
+if __name__ == "__main__":
+    main()

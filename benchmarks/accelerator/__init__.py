@@ -1,1 +1,0 @@
-"""What an accelerator does with the train step: `python -m benchmarks.accelerator`."""

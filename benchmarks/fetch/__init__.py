@@ -1,0 +1,1 @@
+"""Real pictures out of Debian packages: `python -m benchmarks.fetch fashion|gcompris --output DIR`."""

@@ -1,1 +1,0 @@
-"""Our input pipeline beside a torch DataLoader: `python -m benchmarks.input`."""

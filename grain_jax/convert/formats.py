@@ -1,0 +1,173 @@
+"""The tables of the towers in PyTorch's packages: OpenAI and open_clip, timm, transformers."""
+
+from typing import NamedTuple
+
+from grain_jax.convert import tables
+from grain_jax.convert.tables import Row
+
+
+class LayerNames(NamedTuple):
+    """Names inside a layer; {kind} is weight or bias."""
+
+    norms: tuple[str, str]
+    qkv: tuple[str, ...]  # one entry for query, key and value, or three
+    out: str
+    mlp: tuple[str, str]
+    qk_norms: tuple[str, ...] = ()
+
+
+_OPENAI = LayerNames(
+    ("ln_1", "ln_2"), ("attn.in_proj_{kind}",), "attn.out_proj", ("mlp.c_fc", "mlp.c_proj")
+)
+_TIMM = LayerNames(
+    ("norm1", "norm2"),
+    ("attn.qkv.{kind}",),
+    "attn.proj",
+    ("mlp.fc1", "mlp.fc2"),
+    ("attn.q_norm", "attn.k_norm"),
+)
+_HF = LayerNames(
+    ("layer_norm1", "layer_norm2"),
+    ("self_attn.q_proj.{kind}", "self_attn.k_proj.{kind}", "self_attn.v_proj.{kind}"),
+    "self_attn.out_proj",
+    ("mlp.fc1", "mlp.fc2"),
+)
+# Number of entries for query, key and value -> for each of these (entry, (part, parts of the entry)).
+_QKV = {
+    1: ((0, (0, 3)), (0, (1, 3)), (0, (2, 3))),
+    2: ((0, (0, 1)), (1, (0, 2)), (1, (1, 2))),
+    3: ((0, (0, 1)), (1, (0, 1)), (2, (0, 1))),
+}
+
+
+def linear(ours: str, theirs: str, layout: tables.Layout = tables.LINEAR) -> list[Row]:
+    """The rows of a linear layer or, with PATCHES, of a convolution."""
+    return [
+        Row(f"{ours}/kernel", f"{theirs}.weight", layout),
+        Row(f"{ours}/bias", f"{theirs}.bias"),
+    ]
+
+
+def norm(ours: str, theirs: str) -> list[Row]:
+    """The rows of a LayerNorm."""
+    return [Row(f"{ours}/scale", f"{theirs}.weight"), Row(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def attention(ours: str, qkv: tuple[str, ...], out: str) -> list[Row]:
+    """The rows of an attention; the entries `qkv` hold query, key and value together or apart."""
+    return [
+        *(
+            Row(f"{ours}/{name}/{leaf}", qkv[entry].replace("{kind}", kind), layout, part)
+            for name, (entry, part) in zip(("query", "key", "value"), _QKV[len(qkv)])
+            for leaf, kind, layout in (
+                ("kernel", "weight", tables.HEADS_IN),
+                ("bias", "bias", tables.HEADS_BIAS),
+            )
+        ),
+        Row(f"{ours}/out/kernel", f"{out}.weight", tables.HEADS_OUT),
+        Row(f"{ours}/out/bias", f"{out}.bias"),
+    ]
+
+
+def _blocks(ours: str, layer: str, parts: LayerNames) -> list[Row]:
+    return [
+        *norm(f"{ours}/norm_1", layer + parts.norms[0]),
+        *attention(f"{ours}/attention", tuple(layer + x for x in parts.qkv), layer + parts.out),
+        *(
+            row
+            for name, theirs in zip(("query_norm", "key_norm"), parts.qk_norms)
+            for row in norm(f"{ours}/attention/{name}", layer + theirs)
+        ),
+        *norm(f"{ours}/norm_2", layer + parts.norms[1]),
+        *linear(f"{ours}/mlp/in", layer + parts.mlp[0]),
+        *linear(f"{ours}/mlp/out", layer + parts.mlp[1]),
+    ]
+
+
+def _pool(theirs: str, probe: str, qkv: tuple[str, ...], out: str, norm_name: str) -> list[Row]:
+    return [
+        Row("image_pool/probe", theirs + probe, tables.TOKEN),
+        *attention("image_pool/attention", tuple(theirs + x for x in qkv), theirs + out),
+        *norm("image_pool/norm", theirs + norm_name),
+        *linear("image_pool/mlp/in", theirs + "mlp.fc1"),
+        *linear("image_pool/mlp/out", theirs + "mlp.fc2"),
+    ]
+
+
+def openai_image() -> list[Row]:
+    """The image tower of OpenAI and open_clip."""
+    return [
+        *linear("image/patch_embed", "visual.conv1", tables.PATCHES),
+        Row("image/class_token", "visual.class_embedding"),
+        Row("image/position_embed", "visual.positional_embedding"),
+        *norm("image/pre_norm", "visual.ln_pre"),
+        *_blocks("image/blocks", "visual.transformer.resblocks.{}.", _OPENAI),
+        *norm("image/norm", "visual.ln_post"),
+        Row("image_projection/kernel", "visual.proj"),
+    ]
+
+
+def openai_text(prefix: str = "", *, matrix: bool = True) -> list[Row]:
+    """The text tower of OpenAI, open_clip and the PyTorch reference; `matrix`: its projection is no linear layer."""
+    projection = f"{prefix}text_projection"
+    return [
+        Row("text/token_embed/embedding", f"{prefix}token_embedding.weight"),
+        Row("text/position_embed", f"{prefix}positional_embedding"),
+        *_blocks("text/blocks", prefix + "transformer.resblocks.{}.", _OPENAI),
+        *norm("text_norm", f"{prefix}ln_final"),
+        *(
+            [Row("text_projection/kernel", projection)]
+            if matrix
+            else linear("text_projection", projection)
+        ),
+    ]
+
+
+def timm_image(prefix: str) -> list[Row]:
+    """The vision transformer of timm, alone: without a pooling head or a projection."""
+    return [
+        *linear("image/patch_embed", f"{prefix}patch_embed.proj", tables.PATCHES),
+        Row("image/class_token", f"{prefix}cls_token", tables.TOKEN),
+        Row("image/position_embed", f"{prefix}pos_embed", tables.BATCHED),
+        *norm("image/pre_norm", f"{prefix}norm_pre"),
+        *_blocks("image/blocks", prefix + "blocks.{}.", _TIMM),
+        *norm("image/norm", f"{prefix}norm"),
+    ]
+
+
+def timm_image_in_open_clip() -> list[Row]:
+    """The image tower of open_clip around a transformer of timm."""
+    return [
+        *timm_image("visual.trunk."),
+        *_pool("visual.trunk.attn_pool.", "latent", ("q.{kind}", "kv.{kind}"), "proj", "norm"),
+        *linear("image_projection", "visual.head.proj"),
+    ]
+
+
+def hf_image(*, flat_patches: bool = False) -> list[Row]:
+    """The image tower of CLIP and SigLIP in transformers; `flat_patches`: of SigLIP 2."""
+    patches = tables.LINEAR if flat_patches else tables.PATCHES
+    at, head = "vision_model.embeddings.", "vision_model.head."
+    qkv = ("attention.in_proj_{kind}",)
+    return [
+        *linear("image/patch_embed", at + "patch_embedding", patches),
+        Row("image/class_token", at + "class_embedding"),
+        Row("image/position_embed", at + "position_embedding.weight"),
+        *norm("image/pre_norm", "vision_model.pre_layrnorm"),
+        *_blocks("image/blocks", "vision_model.encoder.layers.{}.", _HF),
+        *norm("image/norm", "vision_model.post_layernorm"),
+        *_pool(head, "probe", qkv, "attention.out_proj", "layernorm"),
+        *linear("image_projection", "visual_projection"),
+    ]
+
+
+def hf_text(projection: str) -> list[Row]:
+    """The text tower of CLIP ("text_projection") and SigLIP ("text_model.head") in transformers."""
+    at = "text_model.embeddings."
+    return [
+        Row("text/token_embed/embedding", at + "token_embedding.weight"),
+        Row("text/position_embed", at + "position_embedding.weight"),
+        *_blocks("text/blocks", "text_model.encoder.layers.{}.", _HF),
+        *norm("text_norm", "text_model.final_layer_norm"),
+        *linear("text_projection", projection),
+    ]

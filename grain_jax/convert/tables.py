@@ -1,0 +1,172 @@
+"""Tables of names: the entry of a checkpoint of others, and its layout, for each parameter of ours.
+
+A table is a sequence of rows; `read` makes our parameters of the entries, `write` the entries of our parameters. `formats`
+has the tables of PyTorch's packages.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import traverse_util
+
+from grain_jax.convert.faults import raise_any
+
+MAX_LAYERS = 1000
+Shape = tuple[int, ...]
+Arrays = dict[str, np.ndarray]  # of a checkpoint, by its names; or ours, by "image/norm/scale"
+
+
+class Layout(NamedTuple):
+    """How an entry holds a parameter: with its axes in another order, and ours maybe merged."""
+
+    shape: Callable[[Shape], Shape]  # of the entry, from ours
+    axes: Shape = ()  # the entry's axes in the order of ours; (): they are
+
+
+def _side(shape: Shape) -> int:
+    """p of our patches [p * p * 3, E]."""
+    return math.isqrt(shape[0] // 3)
+
+
+# Theirs <- ours.
+SAME = Layout(lambda s: s)
+BATCHED = Layout(lambda s: (1, *s))
+TOKEN = Layout(lambda s: (1, 1, *s))
+LINEAR = Layout(lambda s: s[::-1], (1, 0))
+HEADS_IN = Layout(lambda s: (s[1] * s[2], s[0]), (1, 0))  # [K h, E] <- [E, K, h]
+HEADS_BIAS = Layout(lambda s: (s[0] * s[1],))  # [K h] <- [K, h]
+HEADS_OUT = Layout(lambda s: (s[2], s[0] * s[1]), (1, 0))  # [E, K h] <- [K, h, E]
+PATCHES = Layout(lambda s: (s[1], 3, _side(s), _side(s)), (2, 3, 1, 0))  # [E, 3, p, p]
+PATCHES_LAST = Layout(lambda s: (_side(s), _side(s), 3, s[1]))  # [p, p, 3, E], of Flax
+
+
+class Row(NamedTuple):
+    """A parameter of ours and the entry, or part of an entry, that holds it."""
+
+    ours: str
+    theirs: str  # "{}" is the layer; ours are stacked over layers on the first axis
+    layout: Layout = SAME
+    part: tuple[int, int] = (0, 1)  # (index, number of parts that the entry stacks on its axis 0)
+
+    def entries(self, shape: Shape) -> list[str]:
+        """The names of the entries of a parameter of `shape`, one a layer."""
+        return [self.theirs.format(i) for i in range(shape[0])] if self.layered else [self.theirs]
+
+    @property
+    def layered(self) -> bool:
+        """Whether there is an entry for each layer."""
+        return "{}" in self.theirs
+
+
+def read(rows: Iterable[Row], state: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Arrays:
+    """Our parameters, float32, of the rows whose parameter is in `shapes`.
+
+    Args:
+      rows: the table.
+      state: the checkpoint's arrays.
+      shapes: our name -> shape, as `grain.parameter_shapes` gives for a model.
+
+    Raises:
+      ConvertError: entries that are missing, not finite or of another shape, parameters without a row; a line each.
+    """
+    out: Arrays = {}
+    rows = [row for row in rows if row.ours in shapes]
+    faults = [
+        f"{row.theirs}: got {shapes[row.ours][0]} layers, expected at most {MAX_LAYERS}"
+        for row in rows
+        if row.layered and shapes[row.ours][0] > MAX_LAYERS
+    ]
+    raise_any(faults[:1])
+    for row in rows:
+        shape = shapes[row.ours]
+        of_layer = shape[1:] if row.layered else shape
+        index, count = row.part
+        expected = row.layout.shape(of_layer)
+        whole = (count * expected[0], *expected[1:]) if count > 1 else expected
+        found = []
+        for name in row.entries(shape):
+            array = state.get(name)
+            if array is None:
+                faults.append(f"{name}: missing")
+            elif array.shape != whole:
+                faults.append(f"{name}: got shape {array.shape}, expected {whole}")
+            elif not np.isfinite(array).all():
+                faults.append(f"{name}: holds values that are not finite")
+            else:
+                part = np.split(array, count)[index] if count > 1 else np.asarray(array)
+                part = part.transpose(row.layout.axes or range(part.ndim)).reshape(of_layer)
+                found.append(np.asarray(part, np.float32, order="C"))
+        if not faults:
+            out[row.ours] = np.stack(found) if row.layered else found[0]
+    faults += [f"{name}: missing" for name in sorted(shapes.keys() - {row.ours for row in rows})]
+    raise_any(list(dict.fromkeys(faults)))
+    return out
+
+
+def write(rows: Iterable[Row], params: Mapping[str, Any]) -> Arrays:
+    """The entries of those of our parameters (or their gradients) that have a row; the inverse of `read`."""
+    out: dict[str, list[np.ndarray]] = {}
+    for row in rows:
+        if row.ours not in params:
+            continue
+        array = np.asarray(params[row.ours])
+        for name, layer in zip(row.entries(array.shape), array if row.layered else [array]):
+            shape = row.layout.shape(layer.shape)
+            axes = row.layout.axes or tuple(range(len(shape)))
+            layer = layer.reshape([shape[axis] for axis in axes]).transpose(np.argsort(axes))
+            out.setdefault(name, []).append(layer)
+    return {
+        name: np.asarray(x[0] if len(x) == 1 else np.concatenate(x), order="C")
+        for name, x in out.items()
+    }
+
+
+def used(rows: Iterable[Row], shapes: Mapping[str, Shape]) -> set[str]:
+    """The names of the entries that `read` takes."""
+    return {x for row in rows if row.ours in shapes for x in row.entries(shapes[row.ours])}
+
+
+def nested(params: Mapping[str, Any]) -> dict:
+    """Parameters by "image/norm/scale" as a nested dict."""
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+class Entries:
+    """The entries of a checkpoint under our names, to read sizes off their shapes."""
+
+    def __init__(self, state: Mapping[str, np.ndarray], rows: Sequence[Row]):
+        self._state, self._rows = state, {row.ours: row for row in rows}
+
+    def name(self, ours: str) -> str:
+        """The name of the (first layer's) entry; "" where the format has none."""
+        return self._rows[ours].theirs.format(0) if ours in self._rows else ""
+
+    def __contains__(self, ours: str) -> bool:
+        return self.name(ours) in self._state
+
+    def shape(self, ours: str, *axes: int) -> Shape:
+        """The shape of the entry. Raises ConvertError: it is missing, empty, or has another number of axes."""
+        name = self.name(ours)
+        if ours not in self:
+            raise_any([f"{name}: missing"])
+        shape = self._state[name].shape
+        if len(shape) not in axes or 0 in shape:
+            expected = " or ".join(map(str, axes))
+            raise_any([f"{name}: got shape {shape}, expected {expected} axes"])
+        return shape
+
+    def width(self, ours: str) -> int:
+        """The last size of our array, of two axes; raises as `shape`."""
+        return self.shape(ours, 2)[(self._rows[ours].layout.axes or (1,))[-1]]
+
+    def depth(self, ours: str) -> int:
+        """The number of layers; one after a gap counts, too. Raises ConvertError where there is none."""
+        before, after = self._rows[ours].theirs.split("{}")
+        layer = re.compile(re.escape(before) + r"(\d{1,9})" + re.escape(after[0]))
+        found = [int(match[1]) for match in map(layer.match, self._state) if match]
+        if not found or max(found) > MAX_LAYERS:
+            raise_any([f"{before}0: no such layer"])
+        return 1 + max(found)
