@@ -306,7 +306,7 @@ def fault_of(words: list[str]) -> str:
         if flag not in PARSERS[f"{name} {rest[0]}" if kinds else name].flags():
             return f"{flag}: no flag, or an older name of one"
     try:
-        found, _ = PARSERS[name].parse_known_args(rest)
+        found = PARSERS[name].parse_args(rest)
         config, _, argument = (getattr(found, "config", None) or "").partition(":")
         if config in config_file.packaged():
             of_package = argument and not argument.isupper() and not argument.startswith("runs/")

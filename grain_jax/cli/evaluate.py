@@ -16,9 +16,9 @@ class _Kind(Processes):
 
     what is measured:
       --checkpoint DIR   workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME
-      --output OUT.json  file to write; the result is printed as a table, too
 
     how:
+      --output OUT.json  file to write; the result is printed as a table, too
       --batch-size N     images at a time
       --cache DIR        folder of text embeddings, computed once; "": none
     """

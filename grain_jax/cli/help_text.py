@@ -77,7 +77,7 @@ def _note(flag: Flag) -> str:
     default: Any = flag.default
     if flag.required and flag.name.startswith("--"):
         return " (required)"
-    if "default" in flag.help or default is None or default is False or default in ("", ()):
+    if "default" in flag.help or default is None or default is False:
         return ""
     shown = f"{default:g}" if isinstance(default, float) else default
     return f" (default: {'on' if default is True else shown})"

@@ -55,11 +55,9 @@ class Command(argparse.Namespace):
     command: ClassVar[str] = ""  # the last word of `prog`
     last: ClassVar[bool] = False  # a base whose flags stand behind those of what derives from it
     # Of `grain-jax evaluate KIND`: the declaration of a kind, or a function that makes it when it is asked for.
-    kinds: ClassVar[Mapping[str, Callable[[], Any]]] = {}
+    kinds: ClassVar[Mapping[str, Any]] = {}
 
-    def __init_subclass__(
-        cls, name: str = "", kinds: Mapping[str, Callable[[], Any]] | None = None
-    ):
+    def __init_subclass__(cls, name: str = "", kinds: Mapping[str, Any] | None = None):
         cls.prog = f"grain-jax {name}"
         cls.kinds = kinds or {}
         cls.command = name.rpartition(" ")[2]
@@ -186,18 +184,20 @@ class Parser(argparse.ArgumentParser):
         if typing.get_origin(field.type) is list and not given.keys() & {"nargs", "action"}:
             given |= {"nargs": "+"} if "..." in entry else {"action": "append"}
         no_default = field.default is field.default_factory is dataclasses.MISSING
-        needed = no_default or "unless" in options
+        needed = bool(no_default or "unless" in options)
+        given |= {"type": parse} if parse else {}
         if needed:
             self._needed[field.name] = options.get("unless", "")
         if field.type is bool:
             flag = name.replace("[no-]", "")
             self.add_argument(flag, dest=field.name, action=argparse.BooleanOptionalAction)
         elif name.startswith("--") and name != "--":
-            self.add_argument(name, dest=field.name, type=parse, required=needed, **given)
+            self.add_argument(name, dest=field.name, required=needed, **given)
         else:
             name, metavar, needed = entry, "", True
-            self.add_argument(field.name, type=parse, **given | {"metavar": entry})
-        default = None if field.default is dataclasses.MISSING else field.default
+            given["metavar"] = entry
+            self.add_argument(field.name, **given)
+        default = None if field.default in (dataclasses.MISSING, "", ()) else field.default
         return Flag(name, metavar, about, default, needed, tuple(map(str, choices)))
 
     def flags(self) -> list[str]:
@@ -221,7 +221,8 @@ class Parser(argparse.ArgumentParser):
         lists_keys = any(word.split("=")[0] == "--help-config" for word in words)
         for action in self._actions:
             if action.option_strings and action.dest in self._needed:
-                action.required = not lists_keys and self._needed[action.dest] not in words
+                unless = self._needed[action.dest]
+                action.required = not lists_keys and unless not in words
         found, rest = super().parse_known_args(words)
         if lists_keys:
             from grain_jax.cli import config_keys  # reads source code: not for every command

@@ -282,9 +282,9 @@ def _is_upload(value: Any, folder: str) -> bool:
     return file.is_relative_to(epath.Path(folder).resolve()) and file.is_file()
 
 
-def _within(slider: gr.Slider, value: float | None) -> float:
+def _within(slider: gr.Slider, payload: float | None) -> float:
     """The nearest value of the slider; its initial value if there is none."""
-    value = float(slider.value or 0) if value is None else value
+    value = float(slider.value or 0) if payload is None else payload
     return min(max(value, slider.minimum), slider.maximum)
 
 

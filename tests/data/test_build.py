@@ -287,7 +287,7 @@ def test_a_build_that_fails_keeps_the_old_set(tmp_path, monkeypatch, capsys):
         ("--encoding=jpeg:101", "expected original, png or jpeg:Q"),
         ("--name=Big Set", "expected a TFDS name"),
         ("--num-shards=0", "expected a whole number in 1.."),
-        ("--max-faults=2", "expected a share from 0 to 1"),
+        ("--max-faults=2", "expected a number in 0.0..1.0"),
         ("--annotations=/no/such.jsonl", "no such file"),
         ("--images=/no/such", "no such folder"),
         ("--num-shards=9", "at most one shard each"),
