@@ -84,7 +84,7 @@ def look(
     Raises:
       InputError: no image can be read, or the model's numbers are not finite.
     """
-    chosen = spread(len(records), wanted)
+    chosen = spread(len(records), wanted).tolist()
     files = [images[i] for i in chosen]
     found = encode.gather_images(predictor, files, label="regions", unreadable={})
     mine = [records[i] for i in chosen[found.index]]
