@@ -126,7 +126,7 @@ def test_nan_stops_the_run_and_names_the_term(tmp_path):
         ({"mesh__data": 3}, "mesh"),
         ({"evals__birds": recipe.evaluator("zeroshot", "nothing")}, "nothing"),
     ],
-    ids=str,
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else value,
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(finished, tmp_path, changes, line):
     (tmp_path / "checkpoints").mkdir()
