@@ -117,9 +117,9 @@ def built(tmp_path_factory):
 def test_evaluate_looks_for_its_model_and_its_output_before_the_images(
     tmp_path, monkeypatch, capsys, flags, message
 ):
-    from grain_jax.evaluate import evaluators
+    from grain_jax.evaluate import grounding
 
-    monkeypatch.setattr(evaluators.Grounding, "check", _too_late)
+    monkeypatch.setattr(grounding.Grounding, "check", _too_late)
     given = {"--checkpoint": "aviary-tiny", "--output": str(tmp_path / "out.json")} | flags
     given |= {"--images": str(tmp_path), "--annotations": str(tmp_path / "A.jsonl")}
     assert evaluate(["grounding", *(f"{k}={v}" for k, v in given.items())]) == 2

@@ -21,7 +21,7 @@ class _OfFile(Command):
     """Kinds that read what others wrote.
 
     what is converted:
-      --input PATH   what is read, as above
+      --input PATH   file or folder of theirs (.pth.tar, .safetensors, FILE.npz:sub-tree, hf://ORG/NAME)
       --output PATH  folder to write; an older conversion is replaced
     """
 

@@ -57,7 +57,7 @@ def _entry(flag: Flag, width: int) -> Iterator[str]:
     left = f"  {_invocation(flag)}"
     right = textwrap.wrap(
         flag.help + _note(flag),
-        width - _FLAGS,
+        max(width - _FLAGS, 20),
         break_on_hyphens=False,
         break_long_words=False,
     )

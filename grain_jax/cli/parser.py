@@ -134,6 +134,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             declared.prog, allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS
         )
+        if not declared.__doc__:
+            raise errors.UserError(
+                "python -OO strips the texts that declare the flags; run without it"
+            )
         text, sections = _sections(declared)
         self.about, self.more = declared.about(), text.partition("\n\n")[2]
         self.example = inspect.cleandoc("\n" + sections.pop("Example", ""))
@@ -218,11 +222,13 @@ class Parser(argparse.ArgumentParser):
         if self._declared.kinds:
             return self._parse_kind(words)
         words, overrides = self._spelled(words)
-        lists_keys = any(word.split("=")[0] == "--help-config" for word in words)
+        lists_keys = self._lists_keys and any(
+            word.split("=")[0] == "--help-config" for word in words
+        )
         for action in self._actions:
             if action.option_strings and action.dest in self._needed:
                 unless = self._needed[action.dest]
-                action.required = not lists_keys and unless not in words
+                action.required = not lists_keys and not (unless and unless in words)
         found, rest = super().parse_known_args(words)
         if lists_keys:
             from grain_jax.cli import config_keys  # reads source code: not for every command
@@ -230,6 +236,11 @@ class Parser(argparse.ArgumentParser):
             config = getattr(found, "config", None)
             print(config_keys.show(found.help_config, config, overrides), end="")
             self.exit(0)
+        for action in self._actions:
+            if action.required and action.option_strings and getattr(found, action.dest) == "":
+                self.error(
+                    f"{action.option_strings[0]}: got an empty text, expected {action.metavar}"
+                )
         if rest and not self._unknown:
             self.error(f"{rest[0]}: expected a flag; {self.prog} --help lists them")
         try:

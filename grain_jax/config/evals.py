@@ -91,7 +91,10 @@ class Evaluator(abc.ABC):
 
     @classmethod
     def rows(cls, numbers: Mapping[str, float]) -> Sequence[Row]:
-        """The rows of the table for the numbers of a result; those whose key is not in `numbers` are left out."""
+        """The rows of the table for the numbers of a result; those whose key is not in `numbers` are left out.
+
+        Of an evaluator of the package; the table of another one has a row for each number.
+        """
         return ()
 
     def on_top(self, result: Mapping[str, Any]) -> dict[str, Any]:

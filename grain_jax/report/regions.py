@@ -87,7 +87,7 @@ def look(
     chosen = spread(len(records), wanted).tolist()
     files = [images[i] for i in chosen]
     found = encode.gather_images(predictor, files, label="regions", unreadable={})
-    mine = [records[i] for i in chosen[found.index]]
+    mine = [records[chosen[i]] for i in found.index]
     described = grounding.described_boxes(mine, found.sizes)
     matched, own_text = grounding.match(found.with_regions.boxes_xyxy, described)
     others = [region.description for record in records for region in record.regions]

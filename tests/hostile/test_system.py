@@ -9,6 +9,7 @@ import shutil
 import stat
 
 import pytest
+from etils import epath
 from grain_jax.data import duplicates
 from grain_jax.data.annotate import outputs, prompt
 from grain_jax.data.inspect import __main__ as inspect_command
@@ -214,7 +215,7 @@ def test_stored_matchings_are_of_the_declared_form(tmp_path, capsys):
     path = tmp_path / "m.json"
     for content in ("[]", '{"regions": 1}', '{"regions": "a", "evaluations": [{"step": "x"}]}'):
         path.write_text(content)
-        assert diagnostics._State(path, "a", 3)._before == []
+        assert diagnostics._evaluations(epath.Path(path), "a", 3) == []
         assert "m.json: " in capsys.readouterr().err
 
 
