@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from grain_jax import errors
@@ -44,8 +45,17 @@ def may_import(name: str) -> bool:
     """Whether `find` may look into the module of `module:Name`; True of a built-in name."""
     module_name = name.partition(":")[0]
     listed = [module.strip() for module in os.environ.get(VARIABLE, "").split(",")]
-    own = not is_external(name) or module_name.partition(".")[0] == "grain_jax"
+    own = not is_external(name) or _is_of_package(module_name)
     return own or _importing.get() or module_name in listed or _is_users_own(module_name)
+
+
+def _is_of_package(module_name: str) -> bool:
+    """Whether a module is one of this package; the path of the package has its whole checkout, and what lies there."""
+    top, _, rest = module_name.partition(".")
+    room, folder = rest.partition(".")[0], Path(__file__).parent
+    rooms = ("", "configs", "data", "launch")
+    inside = room in rooms or (folder / room).is_dir() or (folder / f"{room}.py").is_file()
+    return top == "grain_jax" and inside
 
 
 def _is_users_own(module_name: str) -> bool:

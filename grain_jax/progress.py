@@ -111,7 +111,9 @@ class Counter:
 def over(items: Iterable[Item], *, total: float | None, what: str) -> Iterator[Item]:
     """Passes `items` on and counts them."""
     counter = Counter(what, total)
-    for item in items:
-        yield item
-        counter.add()
-    counter.close()
+    try:
+        for item in items:
+            yield item
+            counter.add()
+    finally:
+        counter.close()

@@ -333,7 +333,8 @@ class Records:
         config, start_step = run.config, int(state.step)
         self.results: dict[str, float] = {}
         self._run, self._config, self._workdir = run, config, workdir
-        self._checkpoints = checkpoints
+        self._checkpoints, terms = checkpoints, run.terms
+        self._terms = [term.metric for term in terms]
         self._last_good_step, self._last_save = start_step, time.monotonic()
         self._log = None
         if jax.process_index() == 0:
@@ -348,7 +349,7 @@ class Records:
                 flops_per_image=flops.per_image(config).train,
                 peak_flops=peak and peak * jax.device_count(),
                 config=config,
-                terms={term.metric: term.short for term in run.terms},
+                terms={term.metric: term.short for term in terms},
             )
         stored = None
         if start_step:
@@ -394,8 +395,7 @@ class Records:
         if not (due.logs or due.saves):
             return
         values = {name: float(value) for name, value in metrics.items()}
-        terms = [term.metric for term in self._run.terms]
-        metrics_writer.check_finite(values, self._last_good_step, step, terms)
+        metrics_writer.check_finite(values, self._last_good_step, step, self._terms)
         self._last_good_step = step
         if due.logs:
             values |= self._text_counts.add(values)

@@ -82,3 +82,20 @@ def test_an_error_of_the_module_is_a_line(monkeypatch, tmp_path, code, cause):
     with named.importing(), pytest.raises(errors.UserError, match=re.escape(cause)) as error:
         named.find("loss term", "broken:term", TABLE)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "module,own",
+    [
+        ("grain_jax.evaluate.retrieval", True),
+        ("grain_jax.data.annotate.prompt", True),
+        ("grain_jax.schema", True),
+        ("grain_jax.downloads.run.evil", False),
+        ("grain_jax.setup", False),
+        ("grain_jax.tests.tiny", False),
+        ("grain_jaxes.evil", False),
+    ],
+)
+def test_what_lies_beside_the_package_is_none_of_it(module, own):
+    """In a checkout its path has the whole folder, where a downloaded run may lie."""
+    assert named.may_import(f"{module}:X") == own

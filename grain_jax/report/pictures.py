@@ -25,6 +25,7 @@ from grain_jax.runtime import metrics_file, processes
 
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e67e00", "#0c8c96", "#c2388f", "#7a4b2a")
 _CURVES = ("#333333", COLOURS[1], COLOURS[4], COLOURS[2], COLOURS[3], *COLOURS[5:])
+_MOST_CHARTS = 60  # of curves.png; more pixels than that cannot be drawn
 _COLUMNS = 4  # of the grid
 _CELL = 3.2  # side of an image in the grid, inches
 _LINE = 42  # characters of text under an image
@@ -61,7 +62,7 @@ def curves(metrics_jsonl: epath.PathLike, output_png: epath.PathLike) -> None:
     """
     series = metrics_file.series(metrics_file.read([epath.Path(metrics_jsonl)])[0])
     evaluations = max((len(series[key][0]) for key in series if key.startswith("eval/")), default=0)
-    made = charts.charts(series, evaluations)
+    made = charts.charts(series, evaluations)[:_MOST_CHARTS]
     rows = max(2, -(-len(made) // 3))
     figure = Figure(figsize=(16, 3.6 * rows), layout="constrained", dpi=110)
     grid = figure.add_gridspec(rows, 4, width_ratios=[1, 1, 1, 1.05])

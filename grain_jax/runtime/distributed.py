@@ -174,7 +174,9 @@ def ending_together(heartbeat_seconds: int) -> Iterator[None]:
         status, text = ending.end_by(error)
         if isinstance(error, SystemExit) and status in ending.AGREED:
             raise
-        if "Gloo" in str(error):  # another process is gone; JAX finds out which, and ends this one
+        if "Gloo" in str(error) and not isinstance(
+            error, errors.UserError
+        ):  # another process is gone; JAX finds out which, and ends this one
             with contextlib.suppress(OSError):  # nobody reads it any more
                 print(
                     f"a collective failed, so another process may be gone: {error}", file=sys.stderr

@@ -103,7 +103,7 @@ def _parse(content: bytes) -> Holder | None:
     """The holder that a lock names; None where the content is no lock."""
     try:
         holder = msgspec.json.decode(content, type=Holder)
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
     return holder if all(str(x).isprintable() for x in dataclasses.astuple(holder)) else None
 
@@ -130,7 +130,7 @@ class _Folder(_Store):
     """The lock in a folder: TensorStore compares under a file lock, which a mount may not share with other hosts."""
 
     def __init__(self, folder: Path):
-        self._path = folder.absolute() / FILE
+        self._path = folder.resolve() / FILE
         super().__init__(self._path.parent.as_uri())
 
     def read(self) -> tuple[bytes | None, bytes]:
@@ -147,11 +147,12 @@ class _Folder(_Store):
         new = self._path.with_name(f"{FILE}.{secrets.token_hex(4)}")
         try:
             new.write_bytes(content)
-            self._path.hardlink_to(new)  # exclusive on every host
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without links
-            return super().swap(version, content)
+            try:
+                self._path.hardlink_to(new)  # exclusive on every host
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without links
+                return super().swap(version, content)
         finally:
             new.unlink(missing_ok=True)
         return True
@@ -221,7 +222,10 @@ class Lock:
         with self._lock:
             if self._released.is_set():
                 return
-            content, version = self._storage.read()
+            try:
+                content, version = self._storage.read()
+            except errors.UserError as error:  # no lock stands there
+                raise Lost(f"ending: {error}") from None
             if content is not None and not self._is_mine(content):
                 raise Lost(
                     f"ending: {_who(self._workdir, _parse(content))}, which took this one for dead"
