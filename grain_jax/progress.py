@@ -58,7 +58,7 @@ class Line:
 
     def close(self, *, stays: bool = False) -> None:
         """Clears the line of a terminal, or leaves it standing."""
-        if self._terminal and not self._silent:
+        if self._terminal and self._shown and not self._silent:
             print("\n" if stays else _ERASE, end="", file=sys.stderr, flush=True)
 
 

@@ -186,16 +186,17 @@ class Runner:
         return sorted(left, key=lambda state: len(state.failures))
 
     def _refresh(self) -> None:
-        """Lists the jobs, and checks those that are new or run elsewhere."""
-        known, self._states = self._states, {}
+        """Lists the jobs, and checks those that are new or run elsewhere; one that runs is known at every moment."""
+        states: dict[str, _State] = {}
         for job in self.jobs():
-            state = self._states[job.name] = known.get(job.name) or _State(job)
-            if job.name not in known or state.elsewhere:
+            state = states[job.name] = self._states.get(job.name) or _State(job)
+            if job.name not in self._states or state.elsewhere:
                 state.done = self.finished(job)
                 state.elsewhere = state.elsewhere and not state.done
                 if not state.done and job.log.exists():
                     with job.log.open() as log:  # two that look do not see each other
                         self._lock(state, log, fcntl.LOCK_SH)
+        self._states = states | {s.job.name: s for s in self._running()}
 
     def _lock(self, state: _State, log, kind: int) -> bool:
         """Whether the log of a job could be locked; else the process of another call holds it."""

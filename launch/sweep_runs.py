@@ -202,7 +202,8 @@ def check_folders(runs: Sequence[SweepRun]) -> None:
         try:
             old = config_lib.select(config_lib.from_dict(stored), DEFINING)
         except errors.UserError as error:
-            faults += [f"{file}: {line}" for line in str(error).splitlines()]
+            what = "is no config of this version; take another --workdir, or remove that folder"
+            faults.append(f"{run.folder}: config.json {what} ({str(error).splitlines()[0]})")
             continue
         new = config_lib.select(run.config, DEFINING)
         for key in [key for key in new if key in old and old[key] != new[key]]:

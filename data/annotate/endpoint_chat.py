@@ -66,6 +66,10 @@ class EndpointChat:
             raise EndpointError(
                 f"{chat.one_line(options.url)}: no address, expected one like http://host:8000/v1"
             )
+        if address.userinfo:
+            raise EndpointError(
+                f"{address.host}: got a user in the address, expected the key in {options.key_variable}"
+            )
         self._options = options
         self._url = options.url.rstrip("/") + "/chat/completions"
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}

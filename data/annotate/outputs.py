@@ -79,8 +79,12 @@ class Output(NamedTuple):
 
     def finished(self, passes: Sequence[str]) -> set[str]:
         """Names of the shards that all of `passes` have done; without passes, that have annotations."""
-        found = [{path.stem for path in self.path(kind).glob("*.jsonl")} for kind in _kinds(passes)]
-        return set.intersection(*found)
+        return set.intersection(*map(self._shards, _kinds(passes)))
+
+    def _shards(self, kind: str) -> set[str]:
+        folder = self.path(kind)
+        found = folder.iterdir() if folder.exists() else ()
+        return {path.name.removesuffix(".jsonl") for path in found if path.suffix == ".jsonl"}
 
     def is_finished(self, shard: str, passes: Sequence[str]) -> bool:
         """Whether `finished` has the shard."""

@@ -167,6 +167,8 @@ def _read_records(shards: list[tuple[str, int]]) -> Iterator[Item | Fault]:
 
     identity = tf.io.FixedLenFeature([], tf.string, default_value="")
     features = transforms.FEATURES | transforms.NEGATIVES | {"id": identity}
+    # As many numbers as there are, so that one wrong record is one fault.
+    features["regions/bbox"] = tf.io.FixedLenSequenceFeature([], tf.float32, allow_missing=True)
     for path, expected in shards:
         name, read = epath.Path(path).name, 0
         records = tf.data.TFRecordDataset(path, buffer_size=_READ_BYTES)
@@ -192,13 +194,13 @@ def _to_item(where: str, fields: dict[str, Any]) -> Item | Fault:
         header = images_lib.header(fields["image"], orientation="file")
     except images_lib.ImageError as error:
         return Fault(where, "image", str(error))
-    boxes_yxyx, scores = fields["regions/bbox"], fields["regions/score"]
+    numbers, scores = fields["regions/bbox"], fields["regions/score"]
     descriptions = tuple(map(_text, fields["regions/description"]))
     negatives = tuple(map(_text, fields["regions/negatives/ragged_flat_values"]))
     # Of each region; sets without negatives have none.
     counts = fields["regions/negatives/ragged_row_lengths_0"].tolist() or [0] * len(descriptions)
-    if not len(boxes_yxyx) == len(descriptions) == len(scores) == len(counts):
-        got = f"got {len(boxes_yxyx)} boxes, {len(descriptions)} descriptions, {len(scores)} scores"
+    if not len(numbers) / 4 == len(descriptions) == len(scores) == len(counts):
+        got = f"got {len(numbers) / 4:g} boxes, {len(descriptions)} descriptions, {len(scores)} scores"
         expected = f"{len(counts)} counts of negatives, expected as many of each"
         return Fault(where, "regions", f"{got}, {expected}")
     if sum(counts) != len(negatives) or min(counts, default=0) < 0:
@@ -214,7 +216,7 @@ def _to_item(where: str, fields: dict[str, Any]) -> Item | Fault:
         captions=tuple(map(_text, fields["captions"])),
         synthetic_caption=_text(fields["synthetic_caption"]),
         descriptions=descriptions,
-        boxes_xyxy=boxes_yxyx[:, [1, 0, 3, 2]],
+        boxes_xyxy=numbers.reshape(-1, 4)[:, [1, 0, 3, 2]],
         scores=scores,
         negatives=tuple(tuple(itertools.islice(texts, count)) for count in counts),
         turned=header.turned,

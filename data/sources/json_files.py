@@ -1,15 +1,19 @@
 """Reads the JSON files of public data sets, of which some have gigabytes."""
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-import msgspec
 from etils import epath
-from grain_jax.data.sources.base import Fault
+from grain_jax.data.sources.base import Fault, SourceError
 
 from grain_jax.files import regular_file
 
-_MAX_FILE = 4 << 30  # bytes; LVIS has 1.1 GB
+_MAX_FILE = 4 << 30  # bytes that are read at once; LVIS has 1.1 GB
+_MAX_ITEM = 64 << 20  # characters of an item of a list
+_CHUNK = 1 << 20  # characters of a list that are read at once
+_BETWEEN = re.compile(r"[\s,]*")  # items of a list
 T = TypeVar("T")
 
 
@@ -19,13 +23,41 @@ def read(path: epath.PathLike, kind: type[T], expected: str) -> T:
 
 
 def read_list(path: epath.PathLike, kind: type[T], expected: str) -> Iterator[T | Fault]:
-    """The items of a file that holds one list; of one in another form its fault. Raises regular_file.FileError."""
-    for number, raw in enumerate(read(path, list[msgspec.Raw], f"a list: {expected}")):
-        yield item(raw, kind, f"{path}[{number}]", expected)
+    """The items of a file that holds one list, one at a time; of one in another form its fault.
+
+    Raises SourceError, regular_file.FileError.
+    """
+    ends = json.JSONDecoder(parse_int=len, parse_float=len)  # where an item ends; `item` reads it
+    number = 0
+    with regular_file.opened(path, expected, "r") as (file, _):
+        buffer, at = file.read(_CHUNK).lstrip(), 1
+        if buffer[:1] != "[":
+            raise SourceError(f"{path}: got {buffer[:20]!r}, expected a list: {expected}")
+        while True:
+            at = _BETWEEN.match(buffer, at).end()
+            if buffer[at : at + 1] == "]":
+                return
+            try:
+                end = ends.raw_decode(buffer, at)[1]
+            except json.JSONDecodeError as error:  # it ends in what is not read yet, or is broken
+                buffer, at = buffer[at:], 0
+                more = file.read(max(_CHUNK, len(buffer)))  # so that long items are not read often
+                if not more or len(buffer) > _MAX_ITEM:
+                    reason = (
+                        f"[{number}]: not a JSON list ({error.msg}), expected a list: {expected}"
+                    )
+                    raise SourceError(f"{path}{reason}") from None
+                buffer += more
+                continue
+            except RecursionError:
+                reason = f"[{number}]: nested too deep, expected a list: {expected}"
+                raise SourceError(f"{path}{reason}") from None
+            yield item(buffer[at:end].encode(), kind, f"{path}[{number}]", expected)
+            number, at = number + 1, end
 
 
 def item(value: Any, kind: type[T], where: str, expected: str) -> T | Fault:
-    """A msgspec.Raw as the declared form; else the fault of what stands at `where`."""
+    """A JSON text as the declared form; else the fault of what stands at `where`."""
     try:
         return regular_file.from_json(value, kind, where, expected)
     except regular_file.FileError as error:

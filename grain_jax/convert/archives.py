@@ -50,7 +50,7 @@ def reading(path: epath.PathLike, kind: str = "") -> Iterator[None]:
     with prefixed(f"{path}: "):
         try:
             yield
-        except (errors.UserError, ImportError):
+        except (errors.UserError, ImportError, MemoryError):
             raise
         except OSError as error:
             raise ConvertError(

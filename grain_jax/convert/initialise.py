@@ -196,6 +196,9 @@ def _load_tower(config, which: str, path: str, shapes) -> Loaded:
         params = tables.read(tower.rows, state, own)
     unused = sorted(state.keys() - tables.used(tower.rows, own))
     resized = _resize_positions(config, which, params)
+    with prefixed(f"{path}: "):
+        wrong = {name: x.shape for name, x in params.items() if x.shape != shapes[name]}
+        raise_any([f"{n}: got shape {x}, expected {shapes[n]}" for n, x in wrong.items()])
     report = [f"init.{which}: {len(params)} arrays from {path}", *resized]
     report += [f"init.{which}: ASSUMED {words}" for words in tower.assumed]
     if which == "text":

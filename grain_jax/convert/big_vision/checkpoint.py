@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from grain_jax.convert import archives
-from grain_jax.convert.faults import ConvertError
+from grain_jax.convert import archives, tables
+from grain_jax.convert.faults import ConvertError, prefixed
 from grain_jax.files import regular_file
 
 SCALARS = {"logit_scale": "t", "logit_bias": "b"}  # ours -> theirs
@@ -64,7 +64,8 @@ def read(path: epath.PathLike) -> Checkpoint:
             there = sorted({k.partition("/")[0] for k in arrays})
             raise ConvertError(f"{text}: no sub-tree {subtree!r}; there are: {', '.join(there)}")
         arrays = inside
-    return Checkpoint(text, _current(arrays))
+    with prefixed(f"{file}: "):
+        return Checkpoint(text, _current(arrays))
 
 
 def _below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -79,6 +80,10 @@ def _current(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         name = _OLD_POSITIONS.sub(r"\1pos_embedding", name)
         name = _OLD_HEAD.sub(r"\1MAPHead_0/\2", name) if _OLD_HEAD.fullmatch(name) else name
         before, stacked, after = name.partition("encoderblock/")
+        if stacked and not (array.ndim and 0 < len(array) <= tables.MAX_LAYERS):
+            raise ConvertError(
+                f"{name}: got shape {array.shape}, expected 1 to {tables.MAX_LAYERS} layers"
+            )
         layers = (
             {f"{before}encoderblock_{i}/{after}": x for i, x in enumerate(array)}
             if stacked
