@@ -392,7 +392,7 @@ def test_wrong_usage_is_one_line(given, message):
 
 @pytest.mark.parametrize("flag", ["config", "workdir"])
 def test_flags_that_are_missing(flag):
-    with pytest.raises(errors.UserError, match=f"--{flag}: missing"):
+    with pytest.raises(errors.UserError, match=rf"--{flag} \S+: missing; "):
         _parsed(*(given for given in DEMO if f"--{flag}" not in given))
 
 

@@ -178,7 +178,7 @@ def _change_texts(output):
                 writer.write(record)
 
 
-@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("beside", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_resume_over_shards_that_were_changed_in_place_ends(pictures, tmp_path, beside):
     output, workdir = tmp_path / "data", tmp_path / "workdir"
     _build(pictures, output)

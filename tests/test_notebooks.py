@@ -50,6 +50,7 @@ def run(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_from_nothing_to_a_trained_model(run):
     text = printed(run("aviary"))
     accuracy = {
@@ -58,6 +59,7 @@ def test_from_nothing_to_a_trained_model(run):
     assert accuracy["this run"] > 30 and accuracy["aviary-tiny"] >= 90, text
 
 
+@pytest.mark.slow
 def test_a_checkpoint_to_torch_to_onnx_and_back(run):
     text = printed(run("convert"))
     assert text.count("parity: PROVEN") == 3 and "arrays, all equal" in text, text

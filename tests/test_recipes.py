@@ -221,9 +221,8 @@ def test_the_overrides_of_each_hardware(recipe):
         assert int(name.split("-")[1]) % config.mesh.fsdp == 0
 
 
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(grain_vith14_cc12m, marks=pytest.mark.slow), grain_vitg14_cc12m]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [grain_vith14_cc12m, grain_vitg14_cc12m])
 def test_the_largest_towers_make_a_step(recipe):
     """At their widths, two layers deep, cut over fsdp, by the kernel: the loss is that of XLA's attention on one device."""
     c = recipe.get_config()

@@ -36,6 +36,7 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_it_trains_alike_on_all_meshes_and_resumes_to_the_bit(tmp_path, monkeypatch):
     train.train(config(), tmp_path / "data")
     train.train(config(mesh=(2, 2, 2)), tmp_path / "all")

@@ -406,6 +406,8 @@ NPZ = [
     ("an .npy", lambda: npy((4,)), "not a .npz of plain arrays"),
     ("empty", lambda: b"", "not a .npz of plain arrays"),
     ("nothing in it", lambda: npz([]), "no|missing|expected"),
+    ("layers that are a scalar", lambda: npz([("img/Transformer/encoderblock/x.npy", npy((), content=b"\0" * 4))]), "encoderblock/x: got shape \\(\\), expected 1 to 1000 layers"),
+    ("a million layers", lambda: npz([("img/Transformer/encoderblock/x.npy", npy((10**6,), "|i1", bytes(10**6)))], zipfile.ZIP_DEFLATED), "expected 1 to 1000 layers"),
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import time
 import pytest
 from grain_jax.data import build, sources
 from grain_jax.data.inspect import __main__ as inspect_command
+from grain_jax.data.sources import json_files
 
 from grain_jax import errors
 from tests.data import test_sources
@@ -320,3 +321,28 @@ def test_a_damaged_record_set(tmp_path, change, line):
     else:
         with pytest.raises(errors.UserError, match=line):
             read("tfds", options)
+
+
+def test_a_long_list_is_read_an_item_at_a_time(tmp_path, monkeypatch):
+    """Of numbers, of long items and of items that chunks cut: what is no item is a fault, what is no list ends it."""
+    monkeypatch.setattr(json_files, "_CHUNK", 7)
+    monkeypatch.setattr(json_files, "_MAX_ITEM", 200)
+    path = tmp_path / "list.json"
+
+    def read(text):
+        path.write_text(text)
+        return list(json_files.read_list(path, dict[str, int], "objects"))
+
+    found = read('[{"a": 1},\n 7, {"b": [1]}, {"c": "x"}, {"ddddddddd": 4}]')
+    assert [item for item in found if isinstance(item, dict)] == [{"a": 1}, {"ddddddddd": 4}]
+    assert [item.image for item in found if not isinstance(item, dict)] == [
+        f"{path}[{number}]" for number in (1, 2, 3)
+    ]
+    for text, line in (
+        ("{}", "got '{}', expected a list: objects"),
+        ('[{"a": 1}, {"a"', r"\[1\]: not a JSON list"),
+        (f'["{"x" * 900}"]', r"\[0\]: not a JSON list"),
+        ("[" * 100, r"\[0\]: not a JSON list"),
+    ):
+        with pytest.raises(errors.UserError, match=line):
+            read(text)

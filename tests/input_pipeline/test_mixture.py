@@ -288,5 +288,9 @@ def test_a_run_on_one_set_is_not_one_on_several(folder, tmp_path, monkeypatch):
     config = record_sets.config(folder, name="birds")
     monkeypatch.setattr(checkpoint, "read_json", lambda *_: dataclasses.asdict(config))
     checkpoint.check_same_run(tmp_path, config)
+    gone = {"mine": {"kind": "no_such_module:Gone", "option": 3}}  # decides no order
+    stored = dataclasses.asdict(config) | {"evals": gone, "checkpoint_best_metric": "eval/mine/x"}
+    monkeypatch.setattr(checkpoint, "read_json", lambda *_: stored)
+    checkpoint.check_same_run(tmp_path, config)
     with pytest.raises(checkpoint.CheckpointError, match=r"datasets\[0\].name: .* None, got 'bir"):
         checkpoint.check_same_run(tmp_path, mixture(folder))

@@ -284,6 +284,23 @@ def test_a_signal_is_passed_on_and_the_next_call_resumes(tmp_path):
     assert set(scripts.run(parallel=2).done) == {"a", "b", "c"}
 
 
+def test_a_signal_while_the_jobs_are_listed_reaches_those_that_run(tmp_path):
+    """They are listed again after each that ends, here after `b`; `a` saves and ends when it is told to."""
+    handler = "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+    program = f"{handler}(me / 'ready').touch()\ntime.sleep(30)\n"
+    wait = "while not (me.parent / 'a' / 'ready').exists(): time.sleep(0.02)\n"
+    scripts = Scripts(tmp_path, a=program, b=wait + DONE)
+
+    def known():
+        if scripts.finished(scripts.all[1]):
+            signal.raise_signal(signal.SIGTERM)
+        yield from scripts.all
+
+    outcome = scripts.run(parallel=2, jobs=known)
+    assert outcome.stopped_by == signal.SIGTERM and outcome.done == ["b"] and not outcome.failed
+    assert any(line.startswith("a: preempted and saved") for line in scripts.said)
+
+
 def test_eta_counts_what_running_jobs_have_done(tmp_path):
     scripts = Scripts(tmp_path, a="time.sleep(0.5)\n" + DONE, b=DONE)
     scripts.run(share_done=lambda job: 0.25)

@@ -45,6 +45,21 @@ def test_the_second_is_refused_at_once_and_told_who_the_first_is(tmp_path):
     lock.take(workdir).release()
 
 
+def test_a_lock_of_other_bytes_is_a_dead_one(tmp_path, capsys):
+    (tmp_path / lock.FILE).write_bytes(b'{"host":"\xff"}')
+    lock.take(tmp_path).release()
+    assert "another process trains there, or is dead" in capsys.readouterr().err
+
+
+def test_one_folder_by_two_ways_has_one_lock(tmp_path):
+    (tmp_path / "real" / "inside").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "inside")
+    with lock.held(tmp_path / "link" / ".." / "run"):
+        with pytest.raises(lock.Held):
+            lock.take(tmp_path / "real" / "run")
+    assert not list((tmp_path / "real").glob("*/trainer.lock"))
+
+
 def _number_given_anew():
     return dataclasses.replace(lock._myself(), started=lock._myself().started - 1)
 

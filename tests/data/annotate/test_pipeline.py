@@ -136,6 +136,14 @@ def test_workers_in_processes(tmp_path, shards):
     assert job.output.finished(job.passes) == {shard.name for shard in shards}
 
 
+def test_a_folder_whose_name_is_a_pattern_is_itself(tmp_path):
+    for name in ("out1", "out[1]"):
+        outputs.Output(str(tmp_path / name)).path("annotations").mkdir(parents=True)
+    (tmp_path / "out1" / "annotations" / "neighbour.jsonl").touch()
+    (tmp_path / "out[1]" / "annotations" / ".own.jsonl").touch()
+    assert outputs.Output(str(tmp_path / "out[1]")).finished([]) == {".own"}
+
+
 def test_a_server_that_is_down_ends_the_job_before_it_fails_millions(tmp_path, shards, monkeypatch):
     monkeypatch.setattr(passes, "FAILURES_IN_A_ROW", 4)
     job = make_job(tmp_path, names=["caption"])
