@@ -134,10 +134,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             declared.prog, allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS
         )
-        if not declared.__doc__:
-            raise errors.UserError(
-                "python -OO strips the texts that declare the flags; run without it"
-            )
         text, sections = _sections(declared)
         self.about, self.more = declared.about(), text.partition("\n\n")[2]
         self.example = inspect.cleandoc("\n" + sections.pop("Example", ""))
